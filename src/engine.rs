@@ -1,0 +1,132 @@
+//! The engine: a device, its threads, the seed of all random numbers, and where log lines go.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::backend::cpu::Cpu;
+use crate::{Error, Result};
+
+/// How much a log line matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(i32)]
+pub enum LogLevel {
+    /// Something is likely wrong, yet the call goes on.
+    Warning = 1,
+    /// What a user wants to know once: device, kernels, memory.
+    Info = 2,
+    /// Details for whoever looks for a fault.
+    Debug = 3,
+}
+
+/// Receives log lines, on the thread that is inside the call that logs.
+pub type LogFn = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
+
+/// What an [`Engine`] is made from. `Default` is the CPU, all its cores, seed 1337.
+pub struct EngineOptions {
+    /// `"cpu"`, or `"auto"` for the fastest device present.
+    pub device: String,
+    /// Worker threads of the CPU backend; 0 takes one for each core that the process may use.
+    pub threads: usize,
+    /// Seed of everything random: initial weights, data order, rounding, transforms.
+    pub seed: u64,
+    /// Most bytes that one model with its trainer may plan for; 0 sets no limit.
+    pub memory_limit: u64,
+    /// Receives log lines; without it the library is silent.
+    pub log: Option<LogFn>,
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self { device: "cpu".into(), threads: 0, seed: 1337, memory_limit: 0, log: None }
+    }
+}
+
+/// A device and what belongs to it. Cheap to clone; clones share one thread pool.
+#[derive(Clone)]
+pub struct Engine(Arc<Inner>);
+
+struct Inner {
+    cpu: Arc<Cpu>,
+    seed: u64,
+    memory_limit: u64,
+    log: Option<LogFn>,
+}
+
+impl Engine {
+    /// Starts the device's worker threads.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a device that is not there, [`Error::InvalidArgument`] for one
+    /// that does not exist or for more than 1,024 threads.
+    pub fn new(options: EngineOptions) -> Result<Self> {
+        match options.device.as_str() {
+            "cpu" | "auto" => {}
+            d if d == "cuda" || d.starts_with("cuda:") => {
+                return Err(Error::Unsupported {
+                    what: format!("device {d:?}"),
+                    remedy: "this build has no CUDA backend; use device \"cpu\"".into(),
+                });
+            }
+            d => {
+                let message = format!("expected \"cpu\" or \"auto\", got {d:?}");
+                return Err(Error::invalid("device", message));
+            }
+        }
+        let cpu = Arc::new(Cpu::new(options.threads)?);
+        let engine = Self(Arc::new(Inner {
+            cpu,
+            seed: options.seed,
+            memory_limit: options.memory_limit,
+            log: options.log,
+        }));
+        engine.log(LogLevel::Info, || {
+            format!(
+                "device cpu: {} threads, {} kernels",
+                engine.threads(),
+                engine.backend().isa().name()
+            )
+        });
+        Ok(engine)
+    }
+
+    /// The device's name: `"cpu"`.
+    pub fn device(&self) -> &'static str {
+        "cpu"
+    }
+
+    /// Worker threads of the CPU backend.
+    pub fn threads(&self) -> usize {
+        self.0.cpu.threads()
+    }
+
+    /// The seed that models and trainers of this engine start from.
+    pub fn seed(&self) -> u64 {
+        self.0.seed
+    }
+
+    /// Most bytes that one model with its trainer may plan for; 0 for no limit.
+    pub fn memory_limit(&self) -> u64 {
+        self.0.memory_limit
+    }
+
+    pub(crate) fn backend(&self) -> &Arc<Cpu> {
+        &self.0.cpu
+    }
+
+    /// Sends a line to the log callback; `line` is not called where there is none.
+    pub(crate) fn log(&self, level: LogLevel, line: impl FnOnce() -> String) {
+        if let Some(log) = &self.0.log {
+            log(level, &line());
+        }
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("device", &self.device())
+            .field("threads", &self.threads())
+            .field("seed", &self.seed())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,133 @@
+//! What can go wrong, as one enum with fields.
+//!
+//! Messages are lower-case and say what was expected, what came and, where one is known, the fix.
+//! Each variant has one status code in the C API (`capi::status`).
+
+use std::path::{Path, PathBuf};
+
+/// The result of every fallible call of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option or argument has a value that the call cannot use.
+    #[error("{what}: {message}")]
+    InvalidArgument {
+        /// The option or argument, by the name that the caller knows.
+        what: &'static str,
+        /// What was expected and what came.
+        message: String,
+    },
+
+    /// A file operation failed.
+    #[error("cannot {action} {path}: {source}", path = path.display())]
+    Io {
+        /// What was tried: "open", "write", "rename to"...
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+
+    /// A file is damaged, truncated or of a kind that this version does not read.
+    #[error("{path}: {message}", path = path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found; names the tensor where there is one.
+        message: String,
+    },
+
+    /// A file is sound but does not fit what it is used with (another shape, another run).
+    #[error("{path}: {message}", path = path.display())]
+    Mismatch {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        message: String,
+    },
+
+    /// A token is not below the model's vocabulary size.
+    #[error(
+        "{source_name}: token {token} at offset {offset} is outside the vocabulary of {vocab_size} \
+         (was the data made with another tokenizer?)"
+    )]
+    TokenRange {
+        /// The file, or a name for tokens that came from memory.
+        source_name: String,
+        /// Index of the token, counted in tokens from the start of the data.
+        offset: u64,
+        /// The token found.
+        token: u32,
+        /// The model's vocabulary size.
+        vocab_size: usize,
+    },
+
+    /// More memory is needed than the limit allows or the system gives.
+    #[error("{needed} bytes are needed for {what}, {limit}")]
+    OutOfMemory {
+        /// What the memory is for.
+        what: &'static str,
+        /// Bytes needed.
+        needed: u64,
+        /// The limit met and the remedy, in words.
+        limit: String,
+    },
+
+    /// The device or this build cannot do it.
+    #[error("{what} is not supported: {remedy}")]
+    Unsupported {
+        /// What was asked for.
+        what: String,
+        /// What can be done instead.
+        remedy: String,
+    },
+
+    /// A loss, a gradient norm or a weight is NaN or infinite.
+    #[error("{what} is not finite ({value})")]
+    NotFinite {
+        /// Which number, with its place.
+        what: String,
+        /// The value found.
+        value: f32,
+    },
+
+    /// No tensor has this name.
+    #[error("no tensor is named {name:?}; {hint}")]
+    NoSuchTensor {
+        /// The name asked for.
+        name: String,
+        /// Where the names can be found.
+        hint: String,
+    },
+
+    /// An earlier call panicked while it changed this object, which can only be freed now.
+    #[error("a panic in an earlier call left this object unusable; free it")]
+    Poisoned,
+}
+
+impl Error {
+    /// An [`Error::InvalidArgument`].
+    pub(crate) fn invalid(what: &'static str, message: impl Into<String>) -> Self {
+        Self::InvalidArgument { what, message: message.into() }
+    }
+
+    /// An [`Error::Format`].
+    pub(crate) fn format(path: &Path, message: impl Into<String>) -> Self {
+        Self::Format { path: path.to_owned(), message: message.into() }
+    }
+
+    /// An [`Error::Mismatch`].
+    pub(crate) fn mismatch(path: &Path, message: impl Into<String>) -> Self {
+        Self::Mismatch { path: path.to_owned(), message: message.into() }
+    }
+
+    /// Turns an I/O error into an [`Error::Io`], for `map_err`.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+}
