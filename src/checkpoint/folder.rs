@@ -9,7 +9,7 @@
 //! which the system drops when a process dies, tells a folder in use from a leftover; a process id
 //! could not, as it is used again and means nothing to another container or host.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::{self, DirEntry, File};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
@@ -175,13 +175,13 @@ fn resolve_missing(dir: &Path) -> Result<PathBuf> {
 
 /// The parent of a resolved path, which is absolute and not the root.
 fn parent(target: &Path) -> &Path {
-    target.parent().unwrap_or(Path::new("/"))
+    target.parent().unwrap_or(target)
 }
 
 /// `.NAME.mxt-SUFFIX` beside the target NAME.
 fn sibling(target: &Path, suffix: &str) -> PathBuf {
     let mut name = OsString::from(".");
-    name.push(target.file_name().unwrap_or(OsStr::new("")));
+    name.push(target.file_name().unwrap_or_default());
     name.push(".mxt-");
     name.push(suffix);
     target.with_file_name(name)

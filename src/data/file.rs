@@ -166,7 +166,7 @@ fn layout(path: &Path, bytes: &[u8]) -> Result<(TokenFormat, usize, usize)> {
     };
     let magic = LLMC_KINDS.iter().find(|kind| word(0) == Some(kind.0));
     let Some(&(magic, version, width)) = magic else {
-        if bytes.len() % 2 != 0 {
+        if !bytes.len().is_multiple_of(2) {
             return Err(Error::format(
                 path,
                 format!(

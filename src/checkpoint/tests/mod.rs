@@ -215,8 +215,9 @@ fn foreign(dir: &Path, dtype: Dtype, value: impl Fn(usize) -> f32) {
 #[test]
 fn weights_of_others_load_in_three_precisions() {
     let (_root, dir) = temp();
+    // 1638 / 2^14 and 205 / 2^11 are 0.1 rounded to 11 and to 8 bits.
     for (dtype, value) in
-        [(Dtype::F32, 0.1), (Dtype::F16, 0.0999755859375), (Dtype::BF16, 0.10009765625)]
+        [(Dtype::F32, 0.1), (Dtype::F16, 1638.0 / 16384.0), (Dtype::BF16, 205.0 / 2048.0)]
     {
         foreign(&dir, dtype, |_| 0.1);
         let (config, weights) = load_model(&Checkpoint::open(&dir).unwrap()).unwrap();
