@@ -8,7 +8,9 @@
 //! | d6 | 6 x 384 x 6 | 8 x 256 | 128 |
 //! | d12 | 12 x 768 x 12 | 1 x 512 | 50304 |
 
-use mxfp4train::{Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions};
+use mxfp4train::{
+    Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions,
+};
 
 const STEPS: usize = 5;
 

@@ -8,6 +8,8 @@
 //! that suits the device. Every operation of the CPU backend has a plain scalar twin in its tests.
 
 pub mod cpu;
+#[cfg(test)]
+pub(crate) mod reference;
 
 use crate::Result;
 use crate::mx::Random;

@@ -254,14 +254,8 @@ impl<'a> HeadQkv<'a> {
 
 /// Packs (T, d) with rows `stride` apart as vectors along d: (panels of T, d, 16).
 fn pack_rows(isa: Isa, data: &[f32], stride: usize, length: usize, d: usize, out: &mut [f32]) {
-    let source = Matrix {
-        data,
-        rows: length,
-        depth: d,
-        row_stride: stride,
-        depth_stride: 1,
-        fp8_scale: None,
-    };
+    let source =
+        Matrix { data, rows: length, depth: d, stride, transposed: false, fp8_scale: None };
     for (panel, out) in out.chunks_exact_mut(d * PANEL).enumerate() {
         pack_f32_panel(isa, &source, panel * PANEL, out);
     }
@@ -269,14 +263,7 @@ fn pack_rows(isa: Isa, data: &[f32], stride: usize, length: usize, d: usize, out
 
 /// Packs (T, d) with rows `stride` apart as vectors along T: (panels of d, T, 16).
 fn pack_channels(isa: Isa, data: &[f32], stride: usize, length: usize, d: usize, out: &mut [f32]) {
-    let source = Matrix {
-        data,
-        rows: d,
-        depth: length,
-        row_stride: 1,
-        depth_stride: stride,
-        fp8_scale: None,
-    };
+    let source = Matrix { data, rows: d, depth: length, stride, transposed: true, fp8_scale: None };
     for (panel, out) in out.chunks_exact_mut(length * PANEL).enumerate() {
         pack_f32_panel(isa, &source, panel * PANEL, out);
     }

@@ -14,6 +14,8 @@ mod layernorm;
 mod linear;
 mod math;
 mod memory;
+#[cfg(test)]
+mod tests;
 mod workspace;
 
 pub use isa::Isa;

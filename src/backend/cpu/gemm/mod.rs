@@ -19,6 +19,9 @@ mod pack;
 pub(super) use kernels::{Strided, TILE_COLS, TILE_ROWS, Tile, strided_tile};
 pub(super) use pack::{Matrix, PackedMut, Rotation, pack, pack_f32_panel};
 
+#[cfg(test)]
+pub(super) use pack::unpack_mxfp4;
+
 use super::Cpu;
 use super::isa::Isa;
 

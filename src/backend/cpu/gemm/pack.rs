@@ -17,15 +17,15 @@ const MAX_GROUP: usize = 256;
 
 type Lanes = [f32; PANEL];
 
-/// An operand where it lies: element k of vector r is `data[r * row_stride + k * depth_stride]`,
-/// and one of the strides is 1.
+/// An operand where it lies. Element k of vector r is `data[r * stride + k]`, or, where it is
+/// transposed, `data[k * stride + r]`.
 #[derive(Clone, Copy)]
 pub(in crate::backend::cpu) struct Matrix<'a> {
     pub(in crate::backend::cpu) data: &'a [f32],
     pub(in crate::backend::cpu) rows: usize,
     pub(in crate::backend::cpu) depth: usize,
-    pub(in crate::backend::cpu) row_stride: usize,
-    pub(in crate::backend::cpu) depth_stride: usize,
+    pub(in crate::backend::cpu) stride: usize,
+    pub(in crate::backend::cpu) transposed: bool,
     /// The values are seen as FP8 E4M3 with this scale keeps them.
     pub(in crate::backend::cpu) fp8_scale: Option<f32>,
 }
@@ -37,7 +37,7 @@ impl<'a> Matrix<'a> {
         rows: usize,
         depth: usize,
     ) -> Self {
-        Self { data, rows, depth, row_stride: depth, depth_stride: 1, fp8_scale: None }
+        Self { data, rows, depth, stride: depth, transposed: false, fp8_scale: None }
     }
 
     /// `data` is (depth, rows).
@@ -46,7 +46,7 @@ impl<'a> Matrix<'a> {
         rows: usize,
         depth: usize,
     ) -> Self {
-        Self { data, rows, depth, row_stride: 1, depth_stride: rows, fp8_scale: None }
+        Self { data, rows, depth, stride: rows, transposed: true, fp8_scale: None }
     }
 
     /// The same, seen as FP8 keeps it.
@@ -62,16 +62,16 @@ impl<'a> Matrix<'a> {
         if lanes < PANEL || depth < buffer.len() {
             buffer.fill([0.0; PANEL]);
         }
-        if self.depth_stride == 1 {
+        if !self.transposed {
             for l in 0..lanes {
-                let row = &self.data[(r0 + l) * self.row_stride + k0..][..depth];
+                let row = &self.data[(r0 + l) * self.stride + k0..][..depth];
                 for (k, v) in row.iter().enumerate() {
                     buffer[k][l] = *v;
                 }
             }
         } else {
             for k in 0..depth {
-                let from = &self.data[(k0 + k) * self.depth_stride + r0..][..lanes];
+                let from = &self.data[(k0 + k) * self.stride + r0..][..lanes];
                 buffer[k][..lanes].copy_from_slice(from);
             }
         }
@@ -213,8 +213,7 @@ simd_fn! {
                 .first_chunk()
                 .expect("a group is a whole number of blocks");
             if rotation.rounding == Rounding::Unbiased {
-                let transposed = source.depth_stride != 1;
-                draw_bits(&rotation.draw, transposed, r0 as u32, k0 as u32, &mut bits);
+                                draw_bits(&rotation.draw, source.transposed, r0 as u32, k0 as u32, &mut bits);
             }
             quantize_lanes(
                 values,
@@ -233,28 +232,25 @@ simd_fn! {
 #[inline(always)]
 fn rotate_lanes(buffer: &mut [Lanes], signs: &[f32]) {
     let group = buffer.len();
+    // Rows are copied out and in: the compiler then knows that they do not overlap.
     for (row, sign) in buffer.iter_mut().zip(signs) {
-        for v in row {
-            *v *= sign;
-        }
+        *row = row.map(|v| v * sign);
     }
     let mut stride = 1;
     while stride < group {
         for pair in buffer.chunks_exact_mut(2 * stride) {
             let (low, high) = pair.split_at_mut(stride);
-            for (a, b) in low.iter_mut().zip(high) {
-                for l in 0..PANEL {
-                    (a[l], b[l]) = (a[l] + b[l], a[l] - b[l]);
-                }
+            for (low, high) in low.iter_mut().zip(high) {
+                let (a, b) = (*low, *high);
+                *low = std::array::from_fn(|l| a[l] + b[l]);
+                *high = std::array::from_fn(|l| a[l] - b[l]);
             }
         }
         stride *= 2;
     }
     let scale = group_scale(group);
     for row in buffer {
-        for v in row {
-            *v *= scale;
-        }
+        *row = row.map(|v| v * scale);
     }
 }
 
@@ -283,10 +279,8 @@ fn draw_bits(draw: &Draw, transposed: bool, r0: u32, k0: u32, bits: &mut [[u32; 
         for (group, bits) in bits.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let words = philox_lanes(draw, r0, k0 / 8 + group as u32);
             for (w, words) in words.iter().enumerate() {
-                for l in 0..PANEL {
-                    bits[2 * w][l] = place(words[l] & 0xffff);
-                    bits[2 * w + 1][l] = place(words[l] >> 16);
-                }
+                bits[2 * w] = words.map(|word| place(word & 0xffff));
+                bits[2 * w + 1] = words.map(|word| place(word >> 16));
             }
         }
     }
@@ -300,17 +294,13 @@ fn philox_lanes(draw: &Draw, row: u32, column_group: u32) -> [[u32; PANEL]; 4] {
     let mut c2 = [draw.word2; PANEL];
     let mut c3 = [draw.word3; PANEL];
     let [mut k0, mut k1] = draw.key;
+    let multiply = |c: [u32; PANEL], m: u32| c.map(|c| u64::from(c) * u64::from(m));
     for _ in 0..10 {
-        for l in 0..PANEL {
-            let p0 = u64::from(c0[l]) * u64::from(M0);
-            let p1 = u64::from(c2[l]) * u64::from(M1);
-            (c0[l], c1[l], c2[l], c3[l]) = (
-                (p1 >> 32) as u32 ^ c1[l] ^ k0,
-                p1 as u32,
-                (p0 >> 32) as u32 ^ c3[l] ^ k1,
-                p0 as u32,
-            );
-        }
+        let (p0, p1) = (multiply(c0, M0), multiply(c2, M1));
+        c0 = std::array::from_fn(|l| (p1[l] >> 32) as u32 ^ c1[l] ^ k0);
+        c2 = std::array::from_fn(|l| (p0[l] >> 32) as u32 ^ c3[l] ^ k1);
+        c1 = p1.map(|p| p as u32);
+        c3 = p0.map(|p| p as u32);
         k0 = k0.wrapping_add(W0);
         k1 = k1.wrapping_add(W1);
     }
@@ -330,9 +320,7 @@ fn quantize_lanes(
 ) {
     let mut max_bits = [0u32; PANEL];
     for row in values {
-        for l in 0..PANEL {
-            max_bits[l] = max_bits[l].max(row[l].to_bits() & 0x7fff_ffff);
-        }
+        max_bits = std::array::from_fn(|l| max_bits[l].max(row[l].to_bits() & 0x7fff_ffff));
     }
     let mut factor = [0.0; PANEL];
     let mut keep = [0i32; PANEL];
@@ -349,31 +337,34 @@ fn quantize_lanes(
     let offset = if unsigned { 12 } else { 0 };
     let mut total = [0i32; PANEL];
     for (step, words) in words.iter_mut().enumerate() {
-        *words = [0; PANEL];
+        let mut word = [0u32; PANEL];
         for i in 0..4 {
-            let (row, bits) = (&values[4 * step + i], &bits[4 * step + i]);
-            for l in 0..PANEL {
-                let y = row[l].abs() * factor[l];
-                let code = match rounding {
-                    Rounding::Nearest => nearest(y),
-                    Rounding::Unbiased => stochastic(y, bits[l]),
-                };
-                // 0 1 2 3 4 6 8 12: codes above 3 are a mantissa of two bits, shifted.
-                let doubled = if code < 4 {
-                    code
-                } else {
-                    (2 | code & 1) << ((code >> 1).wrapping_sub(1) & 3)
-                };
+            let (row, bits) = (values[4 * step + i], bits[4 * step + i]);
+            let y: Lanes = std::array::from_fn(|l| row[l].abs() * factor[l]);
+            let code: [u32; PANEL] = match rounding {
+                Rounding::Nearest => y.map(nearest),
+                Rounding::Unbiased => std::array::from_fn(|l| stochastic(y[l], bits[l])),
+            };
+            let element: [i32; PANEL] = std::array::from_fn(|l| {
                 let sign = row[l].to_bits() as i32 >> 31;
-                let element = ((doubled as i32 ^ sign) - sign) & keep[l];
-                total[l] += element;
-                words[l] |= ((element + offset) as u32 & 255) << (8 * i);
-            }
+                ((doubled(code[l]) as i32 ^ sign) - sign) & keep[l]
+            });
+            total = std::array::from_fn(|l| total[l] + element[l]);
+            word =
+                std::array::from_fn(|l| word[l] | ((element[l] + offset) as u32 & 255) << (8 * i));
         }
+        *words = word;
     }
     for l in 0..PANEL {
         sums[l] = -12 * total[l];
     }
+}
+
+/// Twice the value of a code: 0 1 2 3 4 6 8 12. Above 3 it is a mantissa of two bits, shifted.
+#[inline(always)]
+fn doubled(code: u32) -> u32 {
+    let shifted = (2 | code & 1) << ((code >> 1).wrapping_sub(1) & 3);
+    if code < 4 { code } else { shifted }
 }
 
 /// As in `mx::quantize`.

@@ -1,0 +1,526 @@
+//! Every operation against its scalar twin, on every instruction set of this processor, at sizes that
+//! nothing divides; and independence of the number of threads.
+
+use super::gemm::{Format, Matrix, Output, Rotation, pack, unpack_mxfp4};
+use super::*;
+use crate::backend::{BackwardWorkspace, reference};
+use crate::mx::{
+    self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source,
+    decode_e2m1, decode_e8m0, product_scale, uniform,
+};
+use crate::recipe::{Backward, Recipe};
+
+fn each_isa(mut f: impl FnMut(Cpu)) {
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        f(Cpu::with_isa(2, isa).unwrap());
+    }
+}
+
+/// Values of a normal-like distribution with some outliers, or NaN poison, in an arena of its own.
+fn buffer(len: usize, f: impl Fn(usize) -> f32) -> Buffer<f32> {
+    let mut arena = Arena::mapped((len * 4).next_multiple_of(64)).unwrap();
+    let mut buffer = arena.alloc(len);
+    buffer.iter_mut().enumerate().for_each(|(i, v)| *v = f(i));
+    buffer
+}
+
+fn random(len: usize, seed: u64) -> Buffer<f32> {
+    let draw = Draw::of(seed, Purpose::Weights, 77, 0);
+    buffer(len, |i| {
+        let [a, b, c, d] = draw.bits(i as u32, 0);
+        let value = (uniform(a, b) + uniform(c, d) + uniform(b, c) - 1.5) * 2.0;
+        (if a % 97 == 0 { 9.0 * value } else { value }) as f32
+    })
+}
+
+fn poison(len: usize) -> Buffer<f32> {
+    buffer(len, |_| f32::NAN)
+}
+
+fn tokens(len: usize, vocab: usize, seed: u64) -> Buffer<u32> {
+    let mut arena = Arena::mapped((len * 4).next_multiple_of(64)).unwrap();
+    let mut buffer = arena.alloc(len);
+    let draw = Draw::of(seed, Purpose::Order, 78, 0);
+    buffer.iter_mut().enumerate().for_each(|(i, t)| *t = draw.bits(i as u32, 0)[0] % vocab as u32);
+    buffer
+}
+
+fn f64s(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|v| f64::from(*v)).collect()
+}
+
+#[track_caller]
+fn close(ours: &[f32], exact: &[f64], bound: f64) {
+    assert_eq!(ours.len(), exact.len());
+    let difference: f64 = ours.iter().zip(exact).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+    let norm: f64 = exact.iter().map(|v| v * v).sum();
+    let error = (difference / norm.max(1e-300)).sqrt();
+    assert!(error <= bound, "relative error {error:e} above {bound:e}");
+}
+
+fn workspace_shape(
+    sequences: Sequences,
+    channels: usize,
+    heads: usize,
+    vocab: usize,
+) -> WorkspaceShape {
+    WorkspaceShape {
+        sequences,
+        channels,
+        heads,
+        vocab_size: vocab,
+        forward: Forward::F32,
+        backward: Some(BackwardWorkspace { mxfp4_group: Some(256) }),
+    }
+}
+
+fn workspace(cpu: &Cpu, shape: &WorkspaceShape) -> Workspace {
+    let mut arena = Arena::measuring();
+    cpu.workspace(&mut arena, shape);
+    cpu.workspace(&mut Arena::mapped(arena.used()).unwrap(), shape)
+}
+
+const RANDOM: Random = Random { seed: 42, step: 7, micro_step: 1, layer: 3, linear: LinearId::Fc1 };
+
+fn signs_of(group: usize) -> Vec<f32> {
+    let mut signs = vec![0.0; group];
+    RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs);
+    signs
+}
+
+/// Codes and scales of the packed form are those of the definition, bit for bit.
+#[test]
+fn mxfp4_codes_are_those_of_the_definition() {
+    let cases = [(1, 1), (5, 32), (16, 64), (17, 31), (33, 200), (48, 257), (50, 96)];
+    each_isa(|cpu| {
+        let shape = workspace_shape(Sequences { batch: 1, length: 512 }, 64, 1, 8);
+        let mut memory = workspace(&cpu, &shape);
+        for (case, (rows, depth)) in cases.into_iter().enumerate() {
+            let data = random(rows * depth, case as u64);
+            for (group, transposed, rounding) in [
+                (0, false, Rounding::Nearest),
+                (0, true, Rounding::Unbiased),
+                (32, false, Rounding::Unbiased),
+                (64, true, Rounding::Unbiased),
+                (128, false, Rounding::Nearest),
+                (256, true, Rounding::Nearest),
+                (256, false, Rounding::Unbiased),
+            ] {
+                let signs = signs_of(group);
+                let draw = RANDOM.rounding(OperandId::X);
+                let source = Source { data: &data, rows, depth, transposed };
+                let exact = Mxfp4Matrix::quantize(source, &signs, rounding, &draw);
+                let matrix = if transposed {
+                    Matrix::depth_by_rows(&data, rows, depth)
+                } else {
+                    Matrix::rows_by_depth(&data, rows, depth)
+                };
+                for unsigned in [false, true] {
+                    let rotation = Rotation { signs: &signs, rounding, draw };
+                    let a = memory.a.as_mut();
+                    let packed = pack(&cpu, &matrix, Format::Mxfp4, Some(&rotation), unsigned, a);
+                    let offset = if unsigned { 12 } else { 0 };
+                    for r in 0..rows {
+                        for k in 0..exact.depth {
+                            let (byte, scale) = unpack_mxfp4(&packed, r, k);
+                            let element = decode_e2m1(exact.code(r, k));
+                            assert_eq!(
+                                f32::from(byte - offset),
+                                2.0 * element,
+                                "({r}, {k}) {rows}x{depth} g {group} t {transposed} {rounding:?} {:?}",
+                                cpu.isa()
+                            );
+                            assert_eq!(scale, decode_e8m0(exact.scale(r, k / BLOCK)));
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// The GEMM of each format against the f64 product of what its operands were rounded to.
+#[test]
+fn gemms_are_the_products_of_their_operands() {
+    each_isa(|cpu| {
+        let shape = workspace_shape(Sequences { batch: 1, length: 1024 }, 256, 1, 8);
+        let mut memory = workspace(&cpu, &shape);
+        for (m, n, k) in [(1, 1, 1), (7, 50, 33), (130, 97, 1000), (16, 48, 64), (9, 200, 31)] {
+            let (a, b) = (random(m * k, 1), random(n * k, 2));
+            for format in [Format::F32, Format::Bf16, Format::Mxfp4] {
+                let draw = RANDOM.rounding(OperandId::Dy);
+                let rotation = Rotation { signs: &[], rounding: Rounding::Nearest, draw };
+                let rotation = (format == Format::Mxfp4).then_some(&rotation);
+                let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
+                let pa = pack(&cpu, &ma, format, rotation, false, memory.a.as_mut());
+                let pb = pack(&cpu, &mb, format, rotation, true, memory.b.as_mut());
+                let rounded = |x: &[f32], rows| match format {
+                    Format::F32 => f64s(x),
+                    Format::Bf16 => x.iter().map(|v| half::bf16::from_f32(*v).to_f64()).collect(),
+                    Format::Mxfp4 => {
+                        let source = Source { data: x, rows, depth: k, transposed: false };
+                        let q = Mxfp4Matrix::quantize(source, &[], Rounding::Nearest, &draw);
+                        let depth = q.depth;
+                        let values = q.dequantize();
+                        values.chunks(depth).flat_map(|row| f64s(&row[..k])).collect()
+                    }
+                };
+                let mut exact = reference::product(&rounded(&a, m), &rounded(&b, n), m, n, k);
+                let mut c = poison(m * n);
+                let offsets = random(n, 3);
+                let bias = Some(&offsets[..]);
+                let out = Output { c: &mut c, stride: n, alpha: 0.5, bias, accumulate: false };
+                cpu.gemm(pa, pb, out);
+                for (i, v) in exact.iter_mut().enumerate() {
+                    *v = 0.5 * *v + f64::from(offsets[i % n]);
+                }
+                close(&c, &exact, 1e-6);
+                cpu.gemm(
+                    pa,
+                    pb,
+                    Output { c: &mut c, stride: n, alpha: 0.5, bias, accumulate: true },
+                );
+                exact.iter_mut().for_each(|v| *v *= 2.0);
+                close(&c, &exact, 1e-6);
+            }
+        }
+    });
+}
+
+/// Forward and backward of a linear layer in every recipe, against the definition of its numbers.
+#[test]
+fn linear_layers_follow_their_recipes() {
+    let shape = LinearShape { rows: 70, inputs: 40, outputs: 120 };
+    let LinearShape { rows, inputs, outputs } = shape;
+    let (x, w, b) = (random(rows * inputs, 1), random(outputs * inputs, 2), random(outputs, 3));
+    let dy = random(rows * outputs, 4);
+    let sequences = Sequences { batch: 2, length: 35 };
+    each_isa(|cpu| {
+        let mut memory = workspace(&cpu, &workspace_shape(sequences, inputs, 1, 8));
+        let switched = ["mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16", "mxfp4-sr,sr=other,dgrad=bf16"];
+        for name in Recipe::NAMES.into_iter().chain(switched) {
+            let recipe = name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
+            let as_bf16 = |x: &[f32]| -> Vec<f64> {
+                x.iter().map(|v| half::bf16::from_f32(*v).to_f64()).collect()
+            };
+            let as_fp8 = |x: &[f32]| -> Vec<f32> {
+                let scale = mx::e4m3_scale(x.iter().fold(0.0, |m: f32, v| m.max(v.abs())));
+                x.iter().map(|v| mx::round_to_e4m3(v / scale) * scale).collect()
+            };
+
+            let mut y = poison(rows * outputs);
+            cpu.linear_forward(&mut memory, &mut y, &x, &w, &b, shape, recipe.forward);
+            let (fx, fw) = match recipe.forward {
+                Forward::F32 => (f64s(&x), f64s(&w)),
+                Forward::Bf16 => (as_bf16(&x), as_bf16(&w)),
+                Forward::Fp8 => (f64s(&as_fp8(&x)), f64s(&as_fp8(&w))),
+            };
+            close(&y, &reference::linear_forward(&fx, &fw, &f64s(&b), shape), 1e-6);
+
+            let (mut dx, mut dw, mut db) =
+                (poison(rows * inputs), random(outputs * inputs, 5), random(outputs, 6));
+            let (old_dw, old_db) = (f64s(&dw), f64s(&db));
+            cpu.linear_backward(
+                &mut memory,
+                &mut dx,
+                &mut dw,
+                &mut db,
+                &dy,
+                &x,
+                &w,
+                shape,
+                &recipe,
+                &RANDOM,
+            );
+            // The definition: (rows a, rows b) from operands that lie as `Source` says.
+            let product = |gemm, format, a: Source<'_>, b: Source<'_>, b_id| match format {
+                Backward::Mxfp4(m) => {
+                    let mut signs = vec![0.0; m.transform.map_or(0, |t| t.group)];
+                    RANDOM.signs(gemm).fill_signs(&mut signs);
+                    let dy = RANDOM.rounding(OperandId::Dy);
+                    let a = Mxfp4Matrix::quantize(a, &signs, m.dy, &dy);
+                    let b = Mxfp4Matrix::quantize(b, &signs, m.other, &RANDOM.rounding(b_id));
+                    let (va, vb) = (f64s(&a.dequantize()), f64s(&b.dequantize()));
+                    let factor = f64::from(product_scale(m.dy, m.other));
+                    let mut out = reference::product(&va, &vb, a.rows, b.rows, a.depth);
+                    out.iter_mut().for_each(|v| *v *= factor);
+                    out
+                }
+                _ => {
+                    let values = |s: Source<'_>| -> Vec<f64> {
+                        let round = |v: f32| match format {
+                            Backward::Bf16 => half::bf16::from_f32(v).to_f64(),
+                            _ => f64::from(v),
+                        };
+                        (0..s.rows * s.depth)
+                            .map(|i| round(s.at(i / s.depth, i % s.depth)))
+                            .collect()
+                    };
+                    reference::product(&values(a), &values(b), a.rows, b.rows, a.depth)
+                }
+            };
+            let source = |data, rows, depth, transposed| Source { data, rows, depth, transposed };
+            let exact = product(
+                GemmId::Dgrad,
+                recipe.dgrad,
+                source(&dy, rows, outputs, false),
+                source(&w, inputs, outputs, true),
+                OperandId::W,
+            );
+            close(&dx, &exact, 1e-6);
+            let kept = if recipe.forward == Forward::Fp8 {
+                as_fp8(&x)
+            } else {
+                x.iter().copied().collect()
+            };
+            let mut exact = product(
+                GemmId::Wgrad,
+                recipe.wgrad,
+                source(&dy, outputs, rows, true),
+                source(&kept, inputs, rows, true),
+                OperandId::X,
+            );
+            exact.iter_mut().zip(old_dw).for_each(|(v, old)| *v += old);
+            close(&dw, &exact, 1e-6);
+            let (_, _, mut exact) =
+                reference::linear_backward(&f64s(&dy), &f64s(&x), &f64s(&w), shape);
+            exact.iter_mut().zip(old_db).for_each(|(v, old)| *v += old);
+            close(&db, &exact, 1e-6);
+        }
+    });
+}
+
+/// NaN in an operand reaches every product that it enters, and no other.
+#[test]
+fn nan_blocks_poison_their_products() {
+    let shape = LinearShape { rows: 40, inputs: 32, outputs: 64 };
+    let (x, w) = (random(40 * 32, 1), random(64 * 32, 2));
+    let mut dy = random(40 * 64, 3);
+    dy[5 * 64 + 10] = f32::NAN;
+    let recipe = Recipe::default().for_layer(0, 1, 0, 0);
+    each_isa(|cpu| {
+        let sequences = Sequences { batch: 1, length: 40 };
+        let mut memory = workspace(&cpu, &workspace_shape(sequences, 32, 1, 8));
+        let (mut dx, mut dw, mut db) =
+            (poison(40 * 32), buffer(64 * 32, |_| 0.0), buffer(64, |_| 0.0));
+        cpu.linear_backward(
+            &mut memory,
+            &mut dx,
+            &mut dw,
+            &mut db,
+            &dy,
+            &x,
+            &w,
+            shape,
+            &recipe,
+            &RANDOM,
+        );
+        for (row, dx) in dx.chunks(32).enumerate() {
+            assert!(dx.iter().all(|v| v.is_nan() == (row == 5)), "row {row} of dx");
+        }
+        for (row, dw) in dw.chunks(32).enumerate() {
+            assert!(dw.iter().all(|v| v.is_nan() == (row == 10)), "row {row} of dw");
+        }
+    });
+}
+
+#[test]
+fn embedding_layernorm_and_gelu() {
+    let sequences = Sequences { batch: 3, length: 7 };
+    for c in [1usize, 24, 100] {
+        let (vocab, rows) = (11, sequences.rows());
+        let (wte, wpe) = (random(vocab * c, 1), random(9 * c, 2));
+        let tokens = tokens(rows, vocab, 3);
+        let (w, b, x, dy) = (random(c, 4), random(c, 5), random(rows * c, 6), random(rows * c, 7));
+        each_isa(|cpu| {
+            let mut out = poison(rows * c);
+            cpu.embedding_forward(&mut out, &tokens, &wte, &wpe, sequences, c);
+            let exact =
+                reference::embedding_forward(&tokens, &f64s(&wte), &f64s(&wpe), sequences, c);
+            close(&out, &exact, 1e-7);
+            let (mut dwte, mut dwpe) = (buffer(vocab * c, |_| 1.0), buffer(9 * c, |_| 1.0));
+            cpu.embedding_backward(&mut dwte, &mut dwpe, &dy, &tokens, sequences, c);
+            let (mut exact_te, mut exact_pe) = (vec![1.0; vocab * c], vec![1.0; 9 * c]);
+            for i in 0..rows * c {
+                let (row, channel) = (i / c, i % c);
+                exact_te[tokens[row] as usize * c + channel] += f64::from(dy[i]);
+                exact_pe[row % 7 * c + channel] += f64::from(dy[i]);
+            }
+            close(&dwte, &exact_te, 1e-6);
+            close(&dwpe, &exact_pe, 1e-6);
+
+            let epsilon = 1e-5;
+            let mut statistics = NormStatistics { mean: poison(rows), rstd: poison(rows) };
+            let (mut normed, mut sum) = (poison(rows * c), poison(rows * c));
+            cpu.add_layernorm_forward(
+                &mut normed,
+                &mut sum,
+                &mut statistics,
+                &x,
+                &dy,
+                &w,
+                &b,
+                rows,
+                c,
+                epsilon,
+            );
+            let exact_sum: Vec<f64> =
+                x.iter().zip(dy.iter()).map(|(a, b)| f64::from(a + b)).collect();
+            let (exact, _, _) =
+                reference::layernorm_forward(&exact_sum, &f64s(&w), &f64s(&b), f64::from(epsilon));
+            close(&sum, &exact_sum, 0.0);
+            close(&normed, &exact, 1e-6);
+            cpu.layernorm_forward(&mut normed, &mut statistics, &x, &w, &b, rows, c, epsilon);
+            let (exact, mean, rstd) =
+                reference::layernorm_forward(&f64s(&x), &f64s(&w), &f64s(&b), f64::from(epsilon));
+            close(&normed, &exact, 1e-6);
+            close(&statistics.mean, &mean, 1e-6);
+            close(&statistics.rstd, &rstd, 1e-6);
+            let (mut dx, mut dw, mut db) =
+                (buffer(rows * c, |_| 1.0), buffer(c, |_| 1.0), buffer(c, |_| 1.0));
+            cpu.layernorm_backward(&mut dx, &mut dw, &mut db, &dy, &x, &statistics, &w, rows, c);
+            let (exact_dx, exact_dw, exact_db) =
+                reference::layernorm_backward(&f64s(&dy), &f64s(&x), &f64s(&w), f64::from(epsilon));
+            let plus_one = |v: Vec<f64>| v.into_iter().map(|v| v + 1.0).collect::<Vec<_>>();
+            close(&dx, &plus_one(exact_dx), 1e-5);
+            close(&dw, &plus_one(exact_dw), 1e-6);
+            close(&db, &plus_one(exact_db), 1e-6);
+
+            let mut out = poison(rows * c);
+            cpu.gelu_forward(&mut out, &x, rows * c);
+            close(
+                &out,
+                &x.iter().map(|v| reference::gelu(f64::from(*v))).collect::<Vec<_>>(),
+                1e-6,
+            );
+            out.copy_from_slice(&dy);
+            cpu.gelu_backward(&mut out, &x, rows * c);
+            let slope =
+                |(x, dy): (&f32, &f32)| reference::gelu_derivative(f64::from(*x)) * f64::from(*dy);
+            close(&out, &x.iter().zip(dy.iter()).map(slope).collect::<Vec<_>>(), 1e-6);
+        });
+    }
+}
+
+#[test]
+fn attention() {
+    for (batch, length, heads, head_size) in [
+        (1, 1, 1, 1),
+        (2, 5, 3, 8),
+        (1, 48, 1, 16),
+        (2, 97, 2, 20),
+        (1, 130, 1, 64),
+        (1, 50, 1, 100),
+    ] {
+        let sequences = Sequences { batch, length };
+        let shape = AttentionShape { sequences, heads, head_size };
+        let (rows, c) = (sequences.rows(), heads * head_size);
+        let (qkv, dout) = (random(rows * 3 * c, 1), random(rows * c, 2));
+        let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
+        let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
+        each_isa(|cpu| {
+            let mut memory = workspace(&cpu, &workspace_shape(sequences, c, heads, 8));
+            let (mut out, mut lse) = (poison(rows * c), poison(rows * heads));
+            cpu.attention_forward(&mut memory, &mut out, &mut lse, &qkv, shape);
+            close(&out, &exact, 1e-6);
+            close(&lse, &exact_lse, 1e-6);
+            let mut dqkv = poison(rows * 3 * c);
+            cpu.attention_backward(&mut memory, &mut dqkv, &dout, &out, &lse, &qkv, shape);
+            // A single visible key makes exact zeroes of dq and dk; the rest is compared as a whole.
+            close(&dqkv, &exact_dqkv, 2e-6);
+        });
+    }
+}
+
+#[test]
+fn classifier_and_logits() {
+    for (rows, channels, vocab) in [(1, 4, 1), (5, 24, 37), (200, 16, 50_000)] {
+        let shape = LinearShape { rows, inputs: channels, outputs: vocab };
+        let (x, wte) = (random(rows * channels, 1), random(vocab * channels, 2));
+        let targets = tokens(rows, vocab, 3);
+        let scale = 0.25;
+        let (losses, dx, dwte) =
+            reference::classifier(&f64s(&x), &f64s(&wte), &targets, shape, f64::from(scale));
+        each_isa(|cpu| {
+            if rows * vocab > 1 << 20 && cpu.isa() != Isa::best() {
+                return; // several chunks of rows are the same on every set
+            }
+            let sequences = Sequences { batch: 1, length: rows };
+            let mut memory = workspace(&cpu, &workspace_shape(sequences, channels, 1, vocab));
+            let (mut our_losses, mut our_dx) = (poison(rows), poison(rows * channels));
+            let mut our_dwte = buffer(vocab * channels, |_| 0.0);
+            let gradient = ClassifierGradient { dx: &mut our_dx, dwte: &mut our_dwte, scale };
+            let format = Forward::F32;
+            cpu.classifier(
+                &mut memory,
+                &mut our_losses,
+                Some(gradient),
+                &x,
+                &wte,
+                &targets,
+                rows,
+                channels,
+                vocab,
+                format,
+            );
+            close(&our_losses, &losses, 2e-6);
+            close(&our_dx, &dx, 2e-6);
+            close(&our_dwte, &dwte, 2e-6);
+            our_losses.fill(f32::NAN);
+            cpu.classifier(
+                &mut memory,
+                &mut our_losses,
+                None,
+                &x,
+                &wte,
+                &targets,
+                rows,
+                channels,
+                vocab,
+                format,
+            );
+            close(&our_losses, &losses, 2e-6);
+
+            let mut logits = poison(vocab);
+            cpu.logits(&mut memory, &mut logits, &x, rows - 1, &wte, channels, vocab, format);
+            let last = LinearShape { rows: 1, ..shape };
+            let row = f64s(&x[(rows - 1) * channels..]);
+            let exact = reference::linear_forward(&row, &f64s(&wte), &vec![0.0; vocab], last);
+            close(&logits, &exact, 1e-6);
+        });
+    }
+}
+
+#[test]
+fn adamw_and_norm() {
+    let n = 40_003; // several jobs and a rest
+    let (g, p0) = (random(n, 1), random(n, 2));
+    let step = AdamWStep {
+        lr: 0.01,
+        beta1: 0.9,
+        beta2: 0.95,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        t: 3,
+        gradient_scale: 0.5,
+    };
+    each_isa(|cpu| {
+        let squares: f64 = g.iter().map(|v| f64::from(*v).powi(2)).sum();
+        assert!((cpu.sum_of_squares(&g) / squares - 1.0).abs() < 1e-12);
+        let (mut p, mut m, mut v) =
+            (buffer(n, |i| p0[i]), random(n, 3), buffer(n, |i| i as f32 * 1e-5));
+        let (m0, v0) = (f64s(&m), f64s(&v));
+        cpu.adamw(&mut p, &mut m, &mut v, &g, &step);
+        let exact: Vec<f64> = (0..n)
+            .map(|i| {
+                let g = 0.5 * f64::from(g[i]);
+                let m = 0.9 * m0[i] + 0.1 * g;
+                let v = 0.95 * v0[i] + 0.05 * g * g;
+                let (mean, root) =
+                    (m / (1.0 - 0.9f64.powi(3)), (v / (1.0 - 0.95f64.powi(3))).sqrt());
+                f64::from(p0[i]) * (1.0 - 0.01 * 0.1) - 0.01 * mean / (root + 1e-8)
+            })
+            .collect();
+        close(&p, &exact, 1e-6);
+    });
+}

@@ -1,0 +1,217 @@
+//! Scalar twins: every operation of [`super::Backend`] in plain f64 loops, for tests. They are the
+//! definition in words of one line each; nothing here is fast.
+
+use super::{AttentionShape, LinearShape, Sequences};
+
+/// Row-major (rows, depth) times (cols, depth)^T.
+pub(crate) fn product(a: &[f64], b: &[f64], rows: usize, cols: usize, depth: usize) -> Vec<f64> {
+    let mut out = vec![0.0; rows * cols];
+    for i in 0..rows {
+        for j in 0..cols {
+            out[i * cols + j] = (0..depth).map(|k| a[i * depth + k] * b[j * depth + k]).sum();
+        }
+    }
+    out
+}
+
+/// (rows, cols) to (cols, rows).
+pub(crate) fn transpose(x: &[f64], rows: usize, cols: usize) -> Vec<f64> {
+    let mut out = vec![0.0; x.len()];
+    for i in 0..rows {
+        for j in 0..cols {
+            out[j * rows + i] = x[i * cols + j];
+        }
+    }
+    out
+}
+
+pub(crate) fn linear_forward(x: &[f64], w: &[f64], b: &[f64], shape: LinearShape) -> Vec<f64> {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let mut y = product(x, w, rows, outputs, inputs);
+    for row in y.chunks_mut(outputs) {
+        row.iter_mut().zip(b).for_each(|(y, b)| *y += b);
+    }
+    y
+}
+
+/// dx, dW, db.
+pub(crate) fn linear_backward(
+    dy: &[f64],
+    x: &[f64],
+    w: &[f64],
+    shape: LinearShape,
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let dx = product(dy, &transpose(w, outputs, inputs), rows, inputs, outputs);
+    let dy_t = transpose(dy, rows, outputs);
+    let dw = product(&dy_t, &transpose(x, rows, inputs), outputs, inputs, rows);
+    let db = dy_t.chunks(rows).map(|column| column.iter().sum()).collect();
+    (dx, dw, db)
+}
+
+pub(crate) fn embedding_forward(
+    tokens: &[u32],
+    wte: &[f64],
+    wpe: &[f64],
+    sequences: Sequences,
+    c: usize,
+) -> Vec<f64> {
+    let mut out = Vec::new();
+    for (row, token) in tokens[..sequences.rows()].iter().enumerate() {
+        let position = row % sequences.length;
+        out.extend((0..c).map(|i| wte[*token as usize * c + i] + wpe[position * c + i]));
+    }
+    out
+}
+
+/// Normalized rows, means, reciprocal deviations.
+pub(crate) fn layernorm_forward(
+    x: &[f64],
+    w: &[f64],
+    b: &[f64],
+    epsilon: f64,
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let c = w.len();
+    let (mut out, mut means, mut rstds) = (Vec::new(), Vec::new(), Vec::new());
+    for x in x.chunks(c) {
+        let mean = x.iter().sum::<f64>() / c as f64;
+        let variance = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / c as f64;
+        let rstd = 1.0 / (variance + epsilon).sqrt();
+        out.extend((0..c).map(|i| (x[i] - mean) * rstd * w[i] + b[i]));
+        means.push(mean);
+        rstds.push(rstd);
+    }
+    (out, means, rstds)
+}
+
+/// dx, dw, db.
+pub(crate) fn layernorm_backward(
+    dy: &[f64],
+    x: &[f64],
+    w: &[f64],
+    epsilon: f64,
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let c = w.len();
+    let (_, means, rstds) = layernorm_forward(x, w, w, epsilon);
+    let (mut dx, mut dw, mut db) = (Vec::new(), vec![0.0; c], vec![0.0; c]);
+    for (row, (dy, x)) in dy.chunks(c).zip(x.chunks(c)).enumerate() {
+        let n: Vec<f64> = x.iter().map(|v| (v - means[row]) * rstds[row]).collect();
+        let g: Vec<f64> = (0..c).map(|i| dy[i] * w[i]).collect();
+        let mean_g = g.iter().sum::<f64>() / c as f64;
+        let mean_gn = (0..c).map(|i| g[i] * n[i]).sum::<f64>() / c as f64;
+        dx.extend((0..c).map(|i| rstds[row] * (g[i] - mean_g - n[i] * mean_gn)));
+        for i in 0..c {
+            dw[i] += dy[i] * n[i];
+            db[i] += dy[i];
+        }
+    }
+    (dx, dw, db)
+}
+
+pub(crate) fn gelu(x: f64) -> f64 {
+    0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+}
+
+pub(crate) fn gelu_derivative(x: f64) -> f64 {
+    let a = (2.0 / std::f64::consts::PI).sqrt();
+    let t = (a * (x + 0.044715 * x.powi(3))).tanh();
+    0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * a * (1.0 + 3.0 * 0.044715 * x * x)
+}
+
+/// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
+pub(crate) fn attention_forward(qkv: &[f64], shape: AttentionShape) -> (Vec<f64>, Vec<f64>) {
+    let c = shape.heads * shape.head_size;
+    let mut out = vec![0.0; shape.sequences.rows() * c];
+    let mut lse = vec![0.0; shape.sequences.rows() * shape.heads];
+    each_query(qkv, shape, |query, keys, p, log_sum| {
+        lse[query.lse] = log_sum;
+        for (key, p) in keys.iter().zip(p) {
+            for i in 0..shape.head_size {
+                out[query.out + i] += p * qkv[key + 2 * c + i];
+            }
+        }
+    });
+    (out, lse)
+}
+
+/// dqkv (B, T, 3 C).
+pub(crate) fn attention_backward(dout: &[f64], qkv: &[f64], shape: AttentionShape) -> Vec<f64> {
+    let (c, d) = (shape.heads * shape.head_size, shape.head_size);
+    let mut dqkv = vec![0.0; qkv.len()];
+    each_query(qkv, shape, |query, keys, p, _| {
+        let dp: Vec<f64> = keys
+            .iter()
+            .map(|key| (0..d).map(|i| dout[query.out + i] * qkv[key + 2 * c + i]).sum())
+            .collect();
+        let mean: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
+        for (n, key) in keys.iter().enumerate() {
+            let ds = p[n] * (dp[n] - mean) / (d as f64).sqrt();
+            for i in 0..d {
+                dqkv[query.q + i] += ds * qkv[key + c + i];
+                dqkv[key + c + i] += ds * qkv[query.q + i];
+                dqkv[key + 2 * c + i] += p[n] * dout[query.out + i];
+            }
+        }
+    });
+    dqkv
+}
+
+/// Where a query's values start: q in qkv, its row in out, its place in lse.
+struct Query {
+    q: usize,
+    out: usize,
+    lse: usize,
+}
+
+/// Calls `f(query, starts of the visible rows of qkv at this head, probabilities, log sum exp)`.
+fn each_query(qkv: &[f64], shape: AttentionShape, mut f: impl FnMut(Query, &[usize], &[f64], f64)) {
+    let (t, d) = (shape.sequences.length, shape.head_size);
+    let c = shape.heads * d;
+    for b in 0..shape.sequences.batch {
+        for h in 0..shape.heads {
+            for i in 0..t {
+                let start = |row: usize| (b * t + row) * 3 * c + h * d;
+                let keys: Vec<usize> = (0..=i).map(start).collect();
+                let score = |key: &usize| {
+                    let dot: f64 = (0..d).map(|x| qkv[start(i) + x] * qkv[key + c + x]).sum();
+                    dot / (d as f64).sqrt()
+                };
+                let scores: Vec<f64> = keys.iter().map(score).collect();
+                let max = scores.iter().copied().fold(f64::MIN, f64::max);
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                let log_sum = max + sum.ln();
+                let p: Vec<f64> = scores.iter().map(|s| (s - log_sum).exp()).collect();
+                let query = Query {
+                    q: start(i),
+                    out: (b * t + i) * c + h * d,
+                    lse: (b * shape.heads + h) * t + i,
+                };
+                f(query, &keys, &p, log_sum);
+            }
+        }
+    }
+}
+
+/// Losses, and dx and dwte of `scale` times their sum; shape is rows, channels, vocabulary.
+pub(crate) fn classifier(
+    x: &[f64],
+    wte: &[f64],
+    targets: &[u32],
+    shape: LinearShape,
+    scale: f64,
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let zeros = vec![0.0; shape.outputs];
+    let mut logits = linear_forward(x, wte, &zeros, shape);
+    let mut losses = Vec::new();
+    for (logits, target) in logits.chunks_mut(shape.outputs).zip(targets) {
+        let max = logits.iter().copied().fold(f64::MIN, f64::max);
+        let sum: f64 = logits.iter().map(|l| (l - max).exp()).sum();
+        losses.push(max + sum.ln() - logits[*target as usize]);
+        for l in logits.iter_mut() {
+            *l = scale * (*l - max).exp() / sum;
+        }
+        logits[*target as usize] -= scale;
+    }
+    let (dx, dwte, _) = linear_backward(&logits, x, wte, shape);
+    (losses, dx, dwte)
+}
