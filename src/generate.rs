@@ -56,19 +56,9 @@ impl Model {
     ) -> Result<Vec<u32>> {
         options.validate()?;
         let config = self.config();
-        if prompt.is_empty() {
-            let message = "expected at least one token to continue from, got none";
-            return Err(Error::invalid("prompt", message));
-        }
-        if let Some(offset) = prompt.iter().position(|t| *t as usize >= config.vocab_size) {
-            return Err(Error::TokenRange {
-                source_name: "the prompt".into(),
-                offset: offset as u64,
-                token: prompt[offset],
-                vocab_size: config.vocab_size,
-            });
-        }
-        let longest = (prompt.len() + options.max_tokens).min(config.context_length);
+        self.check_prompt(prompt)?;
+        let total = prompt.len().saturating_add(options.max_tokens);
+        let longest = total.min(config.context_length);
         let mut decoder = Decoder::new(self, longest)?;
         let mut sampler = Sampler::new(options, config.vocab_size);
         let mut tokens = prompt.to_vec();
@@ -82,6 +72,39 @@ impl Model {
             }
         }
         Ok(tokens.split_off(prompt.len()))
+    }
+
+    /// Writes the logits (V) of the token after `tokens`, in f32. Only the last tokens that fit the
+    /// context count.
+    ///
+    /// # Errors
+    /// As [`Model::generate`]; [`Error::InvalidArgument`] if `out` has another length.
+    pub fn next_logits(&self, tokens: &[u32], out: &mut [f32]) -> Result<()> {
+        let ModelConfig { vocab_size, context_length, .. } = *self.config();
+        self.check_prompt(tokens)?;
+        if out.len() != vocab_size {
+            let message = format!("expected room for {vocab_size} numbers, got {}", out.len());
+            return Err(Error::invalid("logits", message));
+        }
+        let context = &tokens[tokens.len().saturating_sub(context_length)..];
+        Decoder::new(self, context.len())?.next_logits(self, context, out)
+    }
+
+    fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
+        let vocab_size = self.config().vocab_size;
+        if prompt.is_empty() {
+            let message = "expected at least one token to continue from, got none";
+            return Err(Error::invalid("prompt", message));
+        }
+        match prompt.iter().position(|token| *token as usize >= vocab_size) {
+            Some(offset) => Err(Error::TokenRange {
+                source_name: "the prompt".into(),
+                offset: offset as u64,
+                token: prompt[offset],
+                vocab_size,
+            }),
+            None => Ok(()),
+        }
     }
 }
 

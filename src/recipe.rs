@@ -165,6 +165,11 @@ impl Recipe {
         self.mxfp4().map(|m| m.transform.map_or(crate::mx::BLOCK, |t| t.group))
     }
 
+    /// Whether any backward GEMM is in f32.
+    pub(crate) fn uses_f32_backward(&self) -> bool {
+        [self.dgrad, self.wgrad].contains(&Backward::F32)
+    }
+
     fn named(name: &str) -> Option<Self> {
         let transform = Some(Transform { group: 64, signs: Signs::Random });
         let mx = |rounding, transform| {

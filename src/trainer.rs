@@ -557,7 +557,10 @@ impl<B: Backend> Buffers<B> {
             heads: config.heads,
             vocab_size: config.vocab_size,
             forward: options.recipe.forward,
-            backward: Some(BackwardWorkspace { mxfp4_group: options.recipe.mxfp4_group() }),
+            backward: Some(BackwardWorkspace {
+                f32: options.recipe.uses_f32_backward(),
+                mxfp4_group: options.recipe.mxfp4_group(),
+            }),
         };
         let workspace = backend.workspace(&mut arena, &shape);
         plan.workspace = since_last(&arena);

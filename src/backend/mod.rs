@@ -73,6 +73,8 @@ pub struct WorkspaceShape {
 /// What the backward operations of a recipe need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackwardWorkspace {
+    /// Whether any GEMM is in f32.
+    pub f32: bool,
     /// Group that MXFP4 GEMMs pad the reduction dimension to; None where there are none.
     pub mxfp4_group: Option<usize>,
 }

@@ -70,7 +70,7 @@ fn workspace_shape(
         heads,
         vocab_size: vocab,
         forward: Forward::F32,
-        backward: Some(BackwardWorkspace { mxfp4_group: Some(256) }),
+        backward: Some(BackwardWorkspace { f32: true, mxfp4_group: Some(256) }),
     }
 }
 

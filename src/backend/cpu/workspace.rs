@@ -77,9 +77,10 @@ impl Workspace {
             a.add(rows, inputs, plain, 1);
             b.add(outputs, inputs, plain, 1);
             let Some(backward) = backward else { continue };
-            // A recipe may run some layers or steps in bf16.
+            // bf16 always: a recipe may run some layers or steps in it.
+            let f32 = backward.f32.then_some((Format::F32, 1));
             let mxfp4 = backward.mxfp4_group.map(|group| (Format::Mxfp4, group));
-            for (format, group) in [(plain, 1)].into_iter().chain(mxfp4) {
+            for (format, group) in [(Format::Bf16, 1)].into_iter().chain(f32).chain(mxfp4) {
                 a.add(rows, outputs, format, group); // dgrad: dy
                 b.add(inputs, outputs, format, group); // dgrad: W
                 a.add(outputs, rows, format, group); // wgrad: dy

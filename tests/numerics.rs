@@ -1,0 +1,203 @@
+//! What the numbers of MXFP4 training promise: unbiased products, a variance that the transform tames,
+//! and whole-model gradients that converge to the exact ones.
+
+use mxfp4train::mx::{
+    Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source,
+    product_scale, uniform,
+};
+use mxfp4train::recipe::{Backward, Forward};
+use mxfp4train::{Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions};
+
+/// N(0, 1), and with `outliers` 1% of entries of N(0, 25).
+fn normal(len: usize, seed: u64, outliers: bool) -> Vec<f32> {
+    let draw = Draw::of(seed, Purpose::Weights, 5, 0);
+    (0..len as u32)
+        .map(|i| {
+            let [a, b, c, d] = draw.bits(i, 0);
+            let radius = (-2.0 * (1.0 - uniform(a, b)).ln()).sqrt();
+            let value = radius * (std::f64::consts::TAU * uniform(c, d)).cos();
+            let outlier = outliers && draw.bits(i, 1)[0] % 100 == 0;
+            (if outlier { 5.0 * value } else { value }) as f32
+        })
+        .collect()
+}
+
+/// One unbiased product of a (m, k) and b (n, k), as a backward GEMM makes it.
+fn product(a: &[f32], b: &[f32], m: usize, n: usize, group: usize, seed: u64) -> Vec<f32> {
+    let random = Random { seed, step: 1, micro_step: 0, layer: 0, linear: LinearId::Qkv };
+    let mut signs = vec![0.0; group];
+    random.signs(GemmId::Wgrad).fill_signs(&mut signs);
+    let quantize = |data: &[f32], rows: usize, operand| {
+        let source = Source { data, rows, depth: data.len() / rows, transposed: false };
+        Mxfp4Matrix::quantize(source, &signs, Rounding::Unbiased, &random.rounding(operand))
+    };
+    let mut c = quantize(a, m, OperandId::Dy).product(&quantize(b, n, OperandId::X));
+    c.iter_mut().for_each(|v| *v *= product_scale(Rounding::Unbiased, Rounding::Unbiased));
+    c
+}
+
+#[test]
+fn unbiased_products_average_to_the_exact_one() {
+    const SEEDS: u64 = 4096;
+    let (m, n, k) = (6, 5, 128);
+    let (a, b) = (normal(m * k, 1, true), normal(n * k, 2, true));
+    for group in [0, 32, 64, 128] {
+        let (mut sum, mut squares) = (vec![0.0f64; m * n], vec![0.0f64; m * n]);
+        for seed in 0..SEEDS {
+            for (i, v) in product(&a, &b, m, n, group, seed).into_iter().enumerate() {
+                sum[i] += f64::from(v);
+                squares[i] += f64::from(v).powi(2);
+            }
+        }
+        let mut worst = 0.0f64;
+        for i in 0..m * n {
+            let dot = |(x, y): (&f32, &f32)| f64::from(*x) * f64::from(*y);
+            let (row, column) = (&a[i / n * k..][..k], &b[i % n * k..][..k]);
+            let exact: f64 = row.iter().zip(column).map(dot).sum();
+            let mean = sum[i] / SEEDS as f64;
+            let variance = squares[i] / SEEDS as f64 - mean * mean;
+            assert!(variance > 0.0, "rounding that never varies is not stochastic");
+            worst = worst.max((mean - exact).abs() / (variance / SEEDS as f64).sqrt());
+        }
+        println!("g {group:3}: the worst mean is {worst:.2} standard errors off");
+        assert!(worst <= 4.0);
+    }
+}
+
+/// Unbiased rounding never meets the edge of the grid: results stay neighbours of 0.75 v.
+#[test]
+fn nothing_clips() {
+    let data = normal(64 * 256, 3, true);
+    let draw = Draw::of(9, Purpose::Rounding, 0, 0);
+    let source = Source { data: &data, rows: 64, depth: 256, transposed: false };
+    let q = Mxfp4Matrix::quantize(source, &[], Rounding::Unbiased, &draw);
+    for (i, (v, got)) in data.iter().zip(q.dequantize()).enumerate() {
+        let scale = mxfp4train::mx::decode_e8m0(q.scale(i / 256, i % 256 / 32));
+        let wanted = 0.75 * v / scale;
+        assert!(wanted.abs() <= 6.0, "element {i} lies beyond the grid: {wanted}");
+        let step = if wanted.abs() < 2.0 {
+            0.5
+        } else if wanted.abs() < 4.0 {
+            1.0
+        } else {
+            2.0
+        };
+        assert!((got / scale - wanted).abs() < step + 1e-5);
+    }
+}
+
+/// A run with seed 0 is a run like any other.
+#[test]
+fn seed_zero_rounds_stochastically() {
+    let (a, b) = (normal(64, 1, false), normal(64, 2, false));
+    let step = |step| {
+        let random = Random { seed: 0, step, micro_step: 0, layer: 0, linear: LinearId::Qkv };
+        let source = Source { data: &a, rows: 1, depth: 64, transposed: false };
+        let draw = random.rounding(OperandId::Dy);
+        Mxfp4Matrix::quantize(source, &[], Rounding::Unbiased, &draw).codes
+    };
+    assert_ne!(step(0), step(1));
+    assert_ne!(product(&a, &b, 1, 1, 64, 0), product(&a, &b, 1, 1, 64, 1));
+}
+
+/// The paper's Figure 2 in kind: without the transform the variance of a product on inputs with
+/// outliers grows with the reduction length; with it, far slower.
+#[test]
+fn the_transform_tames_the_variance() {
+    const SEEDS: u64 = 64;
+    let lengths = [256, 512, 1024, 2048, 4096];
+    // Mean over pairs of vectors of the variance over seeds.
+    let variance = |k: usize, group: usize| {
+        let (m, n) = (6, 6);
+        let (a, b) = (normal(m * k, 11, true), normal(n * k, 12, true));
+        let (mut sum, mut squares) = (vec![0.0f64; m * n], vec![0.0f64; m * n]);
+        for seed in 0..SEEDS {
+            for (i, v) in product(&a, &b, m, n, group, seed).into_iter().enumerate() {
+                sum[i] += f64::from(v);
+                squares[i] += f64::from(v).powi(2);
+            }
+        }
+        let each = (0..m * n).map(|i| {
+            let mean = sum[i] / SEEDS as f64;
+            squares[i] / SEEDS as f64 - mean * mean
+        });
+        each.sum::<f64>() / (m * n) as f64
+    };
+    println!("reduction length  variance without   g = 64   g = 128   ratio");
+    let mut slopes = [0.0; 2];
+    let mut first = [0.0; 2];
+    for (i, k) in lengths.into_iter().enumerate() {
+        let [plain, g64, g128] = [0, 64, 128].map(|group| variance(k, group));
+        println!("{k:16}  {plain:16.1} {g64:8.1} {g128:9.1} {:7.2}", plain / g64);
+        assert!(
+            g64 < 0.8 * plain && g128 < 0.8 * plain,
+            "the transform lowers the variance at {k}"
+        );
+        if i == 0 {
+            first = [plain, g64];
+        } else {
+            slopes = [plain - first[0], g64 - first[1]];
+        }
+    }
+    println!(
+        "growth over the table: {:.1} without, {:.1} with the transform",
+        slopes[0], slopes[1]
+    );
+    assert!(slopes[1] < 0.75 * slopes[0], "with the transform the variance grows far slower");
+}
+
+/// The mean over n draws of the default recipe's gradient approaches the gradient of its bf16 forward
+/// pass as 1 / sqrt(n): the rounding is unbiased through all layers.
+#[test]
+fn whole_model_gradients_converge() {
+    let engine = Engine::new(EngineOptions { threads: 2, ..EngineOptions::default() }).unwrap();
+    let config = ModelConfig {
+        vocab_size: 61,
+        context_length: 24,
+        layers: 2,
+        heads: 2,
+        channels: 32,
+        ..ModelConfig::default()
+    };
+    let model = Model::new(&engine, &config).unwrap();
+    let tokens: Vec<u32> = (0..4 * 25u32).map(|i| (i * i + 7 * i) % 61).collect();
+    let trainer = |recipe| {
+        let options = TrainerOptions { batch_size: 4, recipe, ..TrainerOptions::default() };
+        let mut trainer = Trainer::new(&model, options).unwrap();
+        trainer.set_lr(Some(0.0)).unwrap(); // weights stay; every step draws fresh bits
+        trainer
+    };
+    let gradient = |trainer: &mut Trainer| {
+        trainer.step_tokens(&tokens).unwrap();
+        let mut all = Vec::new();
+        for info in model.tensors() {
+            let mut values = vec![0.0; info.len()];
+            trainer.read_gradient(&info.name, &mut values).unwrap();
+            all.extend(values.into_iter().map(f64::from));
+        }
+        all
+    };
+    let exact = gradient(&mut trainer(Recipe {
+        forward: Forward::Bf16,
+        dgrad: Backward::F32,
+        wgrad: Backward::F32,
+        ..Recipe::default()
+    }));
+    let norm = exact.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let mut mxfp4 = trainer(Recipe::default());
+    let mut sum = vec![0.0; exact.len()];
+    let mut errors = Vec::new();
+    for n in 1..=1024u32 {
+        sum.iter_mut().zip(gradient(&mut mxfp4)).for_each(|(sum, g)| *sum += g);
+        if n.is_power_of_two() && n.trailing_zeros() % 2 == 0 {
+            let square = |(sum, exact): (&f64, &f64)| (sum / f64::from(n) - exact).powi(2);
+            let error = sum.iter().zip(&exact).map(square).sum::<f64>().sqrt() / norm;
+            println!("mean of {n:4} gradients: relative error {error:.5}");
+            errors.push(error);
+        }
+    }
+    // Each factor of 4 in n halves the error.
+    let rate = (errors[0] / errors[5]).powf(1.0 / 5.0);
+    println!("a factor of {rate:.3} for each fourfold n");
+    assert!((1.85..2.15).contains(&rate), "{errors:?}");
+}
