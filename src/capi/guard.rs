@@ -263,10 +263,8 @@ mod tests {
                 let worker = worker.spawn(|| panic!("in a worker")).map_err(|_| {
                     Failure::invalid("threads", "expected the system to start a thread")
                 })?;
-                if let Err(payload) = worker.join() {
-                    std::panic::resume_unwind(payload);
-                }
-                Ok(())
+                let Err(payload) = worker.join();
+                std::panic::resume_unwind(payload)
             });
             assert_eq!(status, MXT_ERROR_PANIC as mxt_status);
             let text = error_of(thing);
