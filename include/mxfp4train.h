@@ -109,7 +109,6 @@
 #define MXT_MAX_RANK 4
 
 // The values of mxt_status. A value never changes its meaning and is never used again.
-//
 typedef enum mxt_status_code {
   // The call did what it says.
   MXT_OK = 0,

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::guard;
 use crate::Recipe;
+use crate::backend::cpu::Isa;
 
 /// Version of this header, major part. It grows when programs have to be changed.
 pub const MXT_VERSION_MAJOR: u32 = 0;
@@ -65,6 +66,8 @@ pub extern "C" fn mxt_build_info() -> *const c_char {
 }
 
 fn build_info() -> CString {
+    let available = Isa::ALL.into_iter().filter(|isa| isa.is_available()).map(Isa::name);
+    let available = available.collect::<Vec<_>>();
     let info = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "abi": MXT_ABI_VERSION,
@@ -74,9 +77,9 @@ fn build_info() -> CString {
         "devices": ["cpu"],
         "recipes": Recipe::NAMES,
         "kernels": {
-            "compiled": ["portable"],
-            "available": ["portable"],
-            "selected": "portable",
+            "compiled": Isa::ALL.map(Isa::name),
+            "available": available,
+            "selected": Isa::best().name(),
         },
     });
     // serde_json escapes control characters, so no zero byte is inside.
