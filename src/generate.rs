@@ -68,7 +68,7 @@ impl Model {
                 vocab_size: config.vocab_size,
             });
         }
-        let longest = (prompt.len() + options.max_tokens).min(config.context_length);
+        let longest = prompt.len().saturating_add(options.max_tokens).min(config.context_length);
         let mut decoder = Decoder::new(self, longest)?;
         let mut sampler = Sampler::new(options, config.vocab_size);
         let mut tokens = prompt.to_vec();
