@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 enum Link {
     Shared,
     Static,
+    /// The static library that `dev/static-library.sh` makes.
+    Packed,
 }
 
 #[test]
@@ -32,6 +34,11 @@ fn bad_inputs() {
 }
 
 #[test]
+fn the_largest_numbers() {
+    run("extremes.c", Link::Shared);
+}
+
+#[test]
 fn handles_freed_in_any_order() {
     run("lifetime.c", Link::Shared);
 }
@@ -44,6 +51,21 @@ fn train_save_resume_generate() {
 #[test]
 fn the_static_library_works_too() {
     run("train.c", Link::Static);
+}
+
+/// What `dev/static-library.sh` makes exports the header's functions only, and works.
+#[test]
+fn the_packed_static_library() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let packed = dir.path().join("libmxfp4train.a");
+    pack(&packed);
+    let output = Command::new("nm").args(["-g", "--defined-only"]).arg(&packed).output();
+    let text = String::from_utf8(output.expect("nm can be started").stdout).expect("UTF-8");
+    let names = text.lines().filter_map(|line| line.split_whitespace().nth(2));
+    let (ours, others): (Vec<_>, Vec<_>) = names.partition(|name| name.starts_with("mxt_"));
+    assert!(ours.len() > 50, "{ours:?}");
+    assert_eq!(others, ["DW.ref.rust_eh_personality"]);
+    run_with("exception.cpp", Link::Packed, &[]);
 }
 
 #[test]
@@ -174,12 +196,24 @@ fn compile(source: &Path, link: Link, flags: &[&str], dir: &Path) -> PathBuf {
         Link::Static => {
             command.arg(library("a"));
         }
+        Link::Packed => {
+            let packed = dir.join("libmxfp4train.a");
+            pack(&packed);
+            command.arg(packed);
+        }
     }
     command.args(["-lpthread", "-ldl", "-lm"]);
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}:\n{text}", source.display());
     program
+}
+
+fn pack(packed: &Path) {
+    let script = root().join("dev/static-library.sh");
+    let output = Command::new(script).arg(library("a")).arg(packed).output();
+    let output = output.expect("the script can be started");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// Runs a program to its end, which a deadlock must not keep from coming.
