@@ -757,8 +757,8 @@ mxt_status mxt_trainer_step_tokens(struct mxt_trainer *trainer,
 
 // Computes the mean loss over at most `max_batches` batches spread evenly over `dataset`, the same
 // ones in every call, and stores it in `*stats` (struct_size set by the caller). 0 takes all of the
-// dataset. Changes nothing of the run. A loss that is NaN or infinite is a
-// result, not an error.
+// dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
+// not an error.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
 // a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY.

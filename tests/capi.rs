@@ -16,6 +16,8 @@ enum Link {
     Static,
     /// The static library that `dev/static-library.sh` makes.
     Packed,
+    /// Nothing: the program loads the library itself.
+    None,
 }
 
 #[test]
@@ -81,6 +83,12 @@ fn threads() {
 #[test]
 fn exceptions_pass_through_a_run() {
     run("exception.cpp", Link::Shared);
+}
+
+#[test]
+fn loaded_at_run_time_and_closed() {
+    let path = format!("-DLIBRARY=\"{}\"", library("so").display());
+    run_with("load.c", Link::None, &[&path]);
 }
 
 /// The same programs with gcc's or clang's address sanitizer, which also finds what is not freed.
@@ -196,6 +204,7 @@ fn compile(source: &Path, link: Link, flags: &[&str], dir: &Path) -> PathBuf {
         Link::Static => {
             command.arg(library("a"));
         }
+        Link::None => {}
         Link::Packed => {
             let packed = dir.join("libmxfp4train.a");
             pack(&packed);

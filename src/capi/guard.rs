@@ -121,14 +121,14 @@ pub(super) unsafe fn getter<H: Handle, R: Default>(
 /// `handle` is NULL or a live handle of the C API.
 pub(super) unsafe fn last_error<H: Handle>(handle: *const H) -> *const c_char {
     // SAFETY: as promised by the caller.
-    let message = unsafe { keep(handle) }.map_or(
-        Message::new("the handle is NULL; see mxt_last_error for why it could not be made"),
-        |handle| {
+    let message = match unsafe { keep(handle) } {
+        Some(handle) => {
             let message = handle.state().error();
             release(handle);
             message
-        },
-    );
+        }
+        None => Message::new("the handle is NULL; mxt_last_error says why it could not be made"),
+    };
     set_text(H::SLOT, &message);
     text_of(H::SLOT)
 }

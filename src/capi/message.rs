@@ -52,17 +52,18 @@ thread_local! {
 /// UTF-8 text that ends with a zero byte.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(super) struct Message([u8; Message::CAPACITY]);
+pub(super) struct Message([u8; CAPACITY]);
+
+/// Bytes of a text with its zero byte.
+const CAPACITY: usize = 1024;
 
 impl Message {
-    const CAPACITY: usize = 1024;
-
-    pub(super) const EMPTY: Self = Self([0; Self::CAPACITY]);
+    pub(super) const EMPTY: Self = Self([0; CAPACITY]);
 
     /// Keeps as many whole characters of `text` as fit.
     pub(super) fn new(text: &str) -> Self {
         let mut message = Self::EMPTY;
-        let length = text.floor_char_boundary(Self::CAPACITY - 1);
+        let length = text.floor_char_boundary(CAPACITY - 1);
         for (to, from) in message.0.iter_mut().zip(text[..length].bytes()) {
             // A zero byte would end the text for a C reader.
             *to = if from == 0 { b' ' } else { from };
@@ -71,7 +72,7 @@ impl Message {
     }
 
     pub(super) fn as_str(&self) -> &str {
-        let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(Self::CAPACITY);
+        let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(CAPACITY);
         std::str::from_utf8(&self.0[..end]).unwrap_or("")
     }
 }

@@ -138,7 +138,6 @@ pub unsafe extern "C-unwind" fn mxt_trainer_run(
     options: *const mxt_run_options,
     result: *mut mxt_run_result,
 ) -> mxt_status {
-    const NAME: &str = "mxt_trainer_run";
     let mut started = None;
     // SAFETY: pointers are NULL or valid, as the header asks.
     let status = unsafe {
@@ -149,33 +148,20 @@ pub unsafe extern "C-unwind" fn mxt_trainer_run(
         })
     };
     let Some((mut run, out)) = started else { return status };
-
-    // The run's own count keeps the trainer alive even if the callback frees it.
-    let trainer = run.trainer.clone();
-    while run.is_due() {
-        let mut seen = None;
-        let status = guard::method_of(NAME, &*trainer, |_| {
-            seen = Some(run.step()?);
+    let status = match run.drive() {
+        Ok(()) => guard::method_of(NAME, &*run.trainer.clone(), |_| {
+            let result = run.finish()?;
+            // SAFETY: the host's struct is valid until this function returns.
+            unsafe { out.put(result) };
             Ok(())
-        });
-        let Some((step, eval)) = seen else { return status };
-        if let Some(on_step) = run.options.on_step {
-            let eval = eval.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-            // SAFETY: the header asks for a function that can be called until the run ends.
-            if unsafe { on_step(run.options.user_data, &step, eval) } != 0 {
-                run.end = Some(mxt_run_end::Callback);
-            }
-        }
-    }
-    let status = guard::method_of(NAME, &*trainer, |_| {
-        let result = run.finish()?;
-        // SAFETY: the host's struct is valid until this function returns.
-        unsafe { out.put(result) };
-        Ok(())
-    });
-    release((run, trainer));
+        }),
+        Err(status) => status,
+    };
+    release(run);
     status
 }
+
+const NAME: &str = "mxt_trainer_run";
 
 /// A run between two steps.
 struct Run {
@@ -228,6 +214,27 @@ impl Run {
                 saved_at: None,
             })
         }
+    }
+
+    /// Does the steps. An error's message is already where it belongs.
+    fn drive(&mut self) -> Result<(), mxt_status> {
+        let trainer = self.trainer.clone();
+        while self.is_due() {
+            let mut seen = None;
+            let status = guard::method_of(NAME, &*trainer, |_| {
+                seen = Some(self.step()?);
+                Ok(())
+            });
+            let (step, eval) = seen.ok_or(status)?;
+            if let Some(on_step) = self.options.on_step {
+                let eval = eval.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+                // SAFETY: the header asks for a function that can be called until the run ends.
+                if unsafe { on_step(self.options.user_data, &step, eval) } != 0 {
+                    self.end = Some(mxt_run_end::Callback);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Whether another step is to be done. Uses up a stop request.
