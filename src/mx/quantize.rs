@@ -62,7 +62,7 @@ fn nearest(y: f32) -> u8 {
 /// centres the resolution: an exact grid value never moves, and the mean is off by at most 2^-17.
 fn stochastic(y: f32, bits: u16) -> u8 {
     let (u, first) = if y < 1.0 { (y + 1.0, 254) } else { (y, 252) };
-    ((u.to_bits() + (u32::from(bits) << 6 | 32)) >> 22) as u8 - first
+    (((u.to_bits() + (u32::from(bits) << 6 | 32)) >> 22) - first) as u8
 }
 
 #[cfg(test)]
