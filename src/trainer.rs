@@ -346,7 +346,7 @@ impl Trainer {
         let windows = data.windows(sequence_length)?;
         let count = match max_batches {
             0 => windows,
-            n => windows.min(n as u64 * batch_size as u64),
+            n => windows.min((n as u64).saturating_mul(batch_size as u64)),
         };
         let engine = self.model.engine().clone();
         let backend = &**engine.backend();
@@ -487,6 +487,16 @@ impl TrainerOptions {
                 let message = format!("expected a number from 1 to {limit}, got {value}");
                 return Err(Error::invalid(what, message));
             }
+        }
+        // Sizes below are computed in 64 bits. A row takes less than 256 bytes a channel and layer.
+        let rows = options.batch_size as u128 * options.sequence_length as u128;
+        let most = rows * config.channels as u128 * (config.layers as u128 + 1) * 256;
+        if most >= 1 << 62 {
+            return Err(Error::OutOfMemory {
+                what: "the activations",
+                needed: most.min(u128::from(u64::MAX)) as u64,
+                limit: "which no machine has; use a smaller batch_size or sequence_length".into(),
+            });
         }
         options.optimizer.validate()?;
         options.schedule.validate()?;

@@ -1,1 +1,59 @@
-//! The C ABI (skeleton)
+//! The C ABI and nothing else: handles, status codes, option structs, and the boundary that no
+//! panic crosses. `include/mxfp4train.h` is made from the doc comments of this folder.
+//!
+//! Every entry point goes through [`guard`]: it finds the handle, catches panics, and turns an
+//! error into a status code with a message. What an entry point does itself is to check its
+//! arguments, call the crate, and write its outputs, last and only on success. The exceptions are
+//! `mxt_trainer_request_stop`, which a signal handler may call and which is therefore one atomic
+//! store, and functions that return a constant.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `status` | the status codes, their texts, and the mapping from [`crate::Error`] |
+//! | `message` | error texts in fixed buffers, one a thread and one a handle |
+//! | `guard` | the boundary: panics, NULL, poisoned and busy handles |
+//! | `handle` | what every handle has: reference count, lock, poison flag, error text |
+//! | `structs` | option and result structs that grow: `struct_size` |
+//! | `arguments` | strings and arrays from the host |
+//! | `version`, `engine`, `model`, `generate`, `dataset`, `trainer` (with `trainer_structs`), `run` | the functions |
+
+// The names are C names.
+#![allow(non_camel_case_types)]
+// What a caller has to guarantee is said once, at the head of the header, and at each function in
+// the words of C: which pointers may be NULL, who owns what, which thread may call.
+#![allow(clippy::missing_safety_doc)]
+
+mod arguments;
+mod dataset;
+mod engine;
+mod generate;
+mod guard;
+mod handle;
+mod message;
+mod model;
+mod run;
+mod status;
+mod structs;
+mod trainer;
+mod trainer_structs;
+mod version;
+
+pub use dataset::*;
+pub use engine::*;
+pub use generate::*;
+pub use message::*;
+pub use model::*;
+pub use run::*;
+pub use status::*;
+pub use trainer::*;
+pub use trainer_structs::*;
+pub use version::*;
+
+// The header promises that handles may move between threads and that const calls may share them.
+const _: () = {
+    const fn shareable<T: Send + Sync>() {}
+    shareable::<mxt_engine>();
+    shareable::<mxt_model>();
+    shareable::<mxt_dataset>();
+    shareable::<mxt_trainer>();
+};

@@ -1,0 +1,47 @@
+//! Facts of the build for `mxt_build_info`, and how the shared library is linked.
+
+use std::path::Path;
+use std::process::Command;
+
+/// The number in the SONAME. `capi::version` asserts that `MXT_ABI_VERSION` is the same.
+const ABI: u32 = 0;
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rustc-env=MXT_ABI={ABI}");
+    for (name, variable) in [("MXT_TARGET", "TARGET"), ("MXT_PROFILE", "PROFILE")] {
+        println!("cargo:rustc-env={name}={}", std::env::var(variable).unwrap_or_default());
+    }
+    // NOTE: not in debug builds, where every commit would mean to compile the crate anew.
+    if std::env::var("PROFILE").as_deref() == Ok("release")
+        && let Some(commit) = commit()
+    {
+        println!("cargo:rustc-env=MXT_COMMIT={commit}");
+    }
+    if std::env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("linux") {
+        println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libmxfp4train.so.{ABI}");
+        // Worker threads may be running our code while a host calls dlclose.
+        println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
+    }
+}
+
+/// The commit that is checked out, if this is a git working tree and git is there.
+fn commit() -> Option<String> {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && !text.is_empty()).then_some(text)
+    };
+    // A copy of these sources inside another project's working tree has no commit of its own.
+    if !Path::new(".git").exists() {
+        return None;
+    }
+    // HEAD changes with the branch, the log of HEAD with every commit.
+    for file in ["HEAD", "logs/HEAD"] {
+        let path = git(&["rev-parse", "--git-path", file])?;
+        if Path::new(&path).exists() {
+            println!("cargo:rerun-if-changed={path}");
+        }
+    }
+    git(&["rev-parse", "--short=12", "HEAD"])
+}

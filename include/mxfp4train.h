@@ -1,0 +1,850 @@
+// mxfp4train.h: train GPT models from any program, with the backward pass in MXFP4.
+//
+// This file is made from the sources of the library; what it says is the specification.
+//
+// A program in outline, without the checks:
+//
+//   mxt_engine *engine = NULL;                          // a device and its threads
+//   mxt_engine_new(NULL, &engine);
+//
+//   mxt_model_config config;                            // the shape of the model
+//   mxt_model_config_init(&config, sizeof config);
+//   config.layers = 6;
+//   mxt_model *model = NULL;
+//   mxt_model_new(engine, &config, &model);
+//
+//   mxt_dataset *dataset = NULL;                        // tokens
+//   mxt_dataset_open("data/train.bin", &dataset);
+//
+//   mxt_trainer *trainer = NULL;                        // optimizer and schedule
+//   mxt_trainer_new(model, NULL, &trainer);
+//   for (int step = 0; step < 1000; step++) {
+//     mxt_step_stats stats;
+//     stats.struct_size = sizeof stats;
+//     mxt_trainer_step(trainer, dataset, &stats);       // stats.loss, stats.grad_norm...
+//   }
+//   mxt_trainer_save(trainer, "out");                   // mxt_trainer_load goes on from there
+//
+//   mxt_trainer_free(trainer);
+//   mxt_dataset_free(dataset);
+//   mxt_model_free(model);
+//   mxt_engine_free(engine);
+//
+// 1. Handles. mxt_engine, mxt_model, mxt_dataset and mxt_trainer are opaque. Whoever makes a handle
+//    frees it with the function of its kind; _free(NULL) does nothing. What was made from a handle
+//    keeps alive what it needs of it, so handles may be freed in any order, from any thread, and from
+//    callbacks. A freed handle must not be used.
+//
+// 2. Errors. A function that can fail returns an mxt_status: 0 (MXT_OK) or a negative MXT_ERROR_
+//    number. The message (what was expected, what came, and the fix where one is known) is in
+//    mxt_last_error of the calling thread and, for calls with a handle, on the handle that is the
+//    first argument (mxt_trainer_last_error and the like). Functions that return a number or a text
+//    of a handle return 0 or NULL for a NULL handle.
+//    Any call can return MXT_ERROR_PANIC, and calls with a handle MXT_ERROR_POISONED; the lists of
+//    errors below leave them out.
+//
+// 3. Outputs are written only when a call succeeds. Pointers must not be NULL unless the function
+//    says what NULL means. Strings that go in are UTF-8, end with a zero byte and are borrowed for
+//    the call; each function says how long a string that comes out is valid.
+//
+// 4. Structs begin with struct_size and grow only at the end, so that a program compiled with an
+//    older header works with a newer library. Structs that the caller fills have a function
+//    mxt_..._init(&it, sizeof it) that sets the defaults; call it first, then change fields. Structs
+//    that the library fills need their struct_size set to their sizeof before the call. A program
+//    compiled with a newer header works too as long as the fields that the library does not know
+//    are zero. Fields that are one of several values are int32_t and are checked.
+//
+// 5. Threads. Different handles are independent. A handle may move between threads. Functions that
+//    take a handle as const may be called on it by several threads at once; all others need it for
+//    themselves. A model and its trainers share the weights and count as one in this. What breaks
+//    this rule gets MXT_ERROR_BUSY, and nothing is corrupted or waited for; only freeing a handle
+//    while another thread is about to use it is beyond what the library can see.
+//    The library's worker threads belong to an engine and end with it. The library must not be used
+//    in a child process after fork() when the parent had made an engine; exec is fine.
+//
+// 6. Callbacks are a function and a user_data pointer, run only on the thread that is inside the
+//    call, and return 0 to go on or another number to stop. See each for what it may do: mxt_step_fn
+//    may do everything; mxt_token_fn and mxt_log_fn must not let a C++ exception out, which would end
+//    the process.
+//
+// 7. A guest in your process: no output, no signal handlers, no exit, no changes of the environment,
+//    the locale or the floating-point mode. Log lines go to the engine's callback, or nowhere. Should
+//    a defect make the library panic, the call returns MXT_ERROR_PANIC with a message that says
+//    where, and the handle is poisoned: from then on it can be asked for its last error and freed,
+//    and everything else returns MXT_ERROR_POISONED.
+//
+// 8. Randomness and reproducibility. Everything random comes from the engine's seed. The same seed,
+//    data and build give the same losses bit for bit, on any number of threads, and whether or not a
+//    run was saved and loaded on the way.
+//
+// 9. Versions. MXT_VERSION_NUMBER is the version of this header, mxt_version_number() that of the
+//    library that is running; MXT_ABI_VERSION and mxt_abi_version() must be equal. While the major
+//    version is 0, minor versions may change what is written here, and then the ABI version changes.
+//    The library exports no symbols but mxt_ ones, and stays loaded after dlclose.
+
+
+#ifndef MXFP4TRAIN_H
+#define MXFP4TRAIN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// Version of this header, major part. It grows when programs have to be changed.
+#define MXT_VERSION_MAJOR 0
+
+// Version of this header, minor part. It grows with additions.
+#define MXT_VERSION_MINOR 1
+
+// Version of this header, patch part. It grows with corrections.
+#define MXT_VERSION_PATCH 0
+
+// Version of this header as one number that can be compared: 1,002,003 for 1.2.3.
+#define MXT_VERSION_NUMBER (((MXT_VERSION_MAJOR * 1000000) + (MXT_VERSION_MINOR * 1000)) + MXT_VERSION_PATCH)
+
+// Version of the binary interface, the number in libmxfp4train.so.N. It changes only when
+// programs that were compiled with an earlier header could not run with the library.
+#define MXT_ABI_VERSION 0
+
+// Most dimensions that a tensor can have.
+#define MXT_MAX_RANK 4
+
+// The values of mxt_status. A value never changes its meaning and is never used again.
+typedef enum mxt_status_code {
+  // The call did what it says.
+  MXT_OK = 0,
+  // A pointer that must not be NULL is NULL.
+  MXT_ERROR_NULL = -1,
+  // An argument or an option has a value that the call cannot use.
+  MXT_ERROR_INVALID_ARGUMENT = -2,
+  // A string is not UTF-8.
+  MXT_ERROR_UTF8 = -3,
+  // The struct_size of a struct is none that this library knows, or a part of the struct that it
+  // does not know is not zero.
+  MXT_ERROR_STRUCT_SIZE = -4,
+  // Another call is inside this object: from another thread, or this call came from a callback.
+  MXT_ERROR_BUSY = -5,
+  // A panic in an earlier call left this object unusable: free it.
+  MXT_ERROR_POISONED = -6,
+  // A defect of the library showed itself inside this call. The message says where; please report
+  // it. The handle is poisoned, the process and all other handles are sound.
+  MXT_ERROR_PANIC = -7,
+  // A file or folder cannot be opened, read, written or renamed.
+  MXT_ERROR_IO = -8,
+  // A file is damaged, truncated or of a kind that this version does not read.
+  MXT_ERROR_FORMAT = -9,
+  // A file is sound but does not fit what it is used with.
+  MXT_ERROR_MISMATCH = -10,
+  // A token is not below the vocabulary size of the model.
+  MXT_ERROR_TOKEN_RANGE = -11,
+  // More memory is needed than the limit allows or the system gives.
+  MXT_ERROR_OUT_OF_MEMORY = -12,
+  // The device or this build cannot do it; the message says what can be done instead.
+  MXT_ERROR_UNSUPPORTED = -13,
+  // A loss, a gradient norm or a weight is NaN or infinite.
+  MXT_ERROR_NOT_FINITE = -14,
+  // The model has no tensor of this name.
+  MXT_ERROR_NO_SUCH_TENSOR = -15,
+  // The caller's buffer is too small; the message says how much is needed.
+  MXT_ERROR_BUFFER_TOO_SMALL = -16,
+} mxt_status_code;
+
+// How much a log line matters.
+typedef enum mxt_log_level {
+  // Something is likely wrong, yet the call goes on.
+  MXT_LOG_LEVEL_WARNING = 1,
+  // What a user wants to know once: device, kernels, memory.
+  MXT_LOG_LEVEL_INFO = 2,
+  // Details for whoever looks for a fault.
+  MXT_LOG_LEVEL_DEBUG = 3,
+} mxt_log_level;
+
+// The kind of model.
+typedef enum mxt_architecture {
+  // GPT-2: LayerNorm before each half of a block, learned positions, tanh GELU, biases, and one
+  // matrix for the embedding and the head.
+  MXT_ARCHITECTURE_GPT2 = 0,
+} mxt_architecture;
+
+// The number format of a tensor's values as they cross this interface.
+typedef enum mxt_dtype {
+  // 32-bit floating point.
+  MXT_DTYPE_F32 = 0,
+} mxt_dtype;
+
+// The curve of the learning rate after the warm-up.
+typedef enum mxt_schedule {
+  // lr for ever.
+  MXT_SCHEDULE_CONSTANT = 0,
+  // Half a cosine from lr down to min_lr at total_steps.
+  MXT_SCHEDULE_COSINE = 1,
+  // A straight line from lr down to min_lr at total_steps.
+  MXT_SCHEDULE_LINEAR = 2,
+  // lr, then a straight line down to min_lr over the last decay_steps.
+  MXT_SCHEDULE_TRAPEZOID = 3,
+} mxt_schedule;
+
+// Why a run ended.
+typedef enum mxt_run_end {
+  // All steps are done.
+  MXT_RUN_END_FINISHED = 0,
+  // The callback returned a number other than 0.
+  MXT_RUN_END_CALLBACK = 1,
+  // mxt_trainer_request_stop was called.
+  MXT_RUN_END_REQUEST = 2,
+} mxt_run_end;
+
+// Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
+// changed, so any number of threads and trainers may use it at once. Make with one of the
+// mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
+typedef struct mxt_dataset mxt_dataset;
+
+// A device with its worker threads. Everything else is made from one. It is never changed, so any
+// number of threads may use it at once. Make with mxt_engine_new, free with mxt_engine_free.
+typedef struct mxt_engine mxt_engine;
+
+// A model: its shape and its weights. Several handles can be the same model (see
+// mxt_trainer_model). Calls that change it, or that take it without const, need it for themselves;
+// calls with a const model may run at once on several threads. Make with mxt_model_new,
+// mxt_model_load or mxt_trainer_model, free with mxt_model_free.
+typedef struct mxt_model mxt_model;
+
+// A model in training: weights, moments, schedule, and the number of steps done. It needs its model
+// for itself while a call is inside: then calls on the model, on the trainer and on other trainers
+// of that model return MXT_ERROR_BUSY. Make with mxt_trainer_new or mxt_trainer_load, free with
+// mxt_trainer_free.
+typedef struct mxt_trainer mxt_trainer;
+
+// What a call returns: MXT_OK, or one of the negative numbers of mxt_status_code. Later versions may
+// add codes, so treat an unknown negative number as an error.
+typedef int32_t mxt_status;
+
+// Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line
+// end, borrowed for the call.
+//
+// Runs on the thread that is inside the call that logs, and on several at once where several
+// threads use the engine. It must not throw or longjmp, and calls on the object whose call logs
+// return MXT_ERROR_BUSY.
+typedef void (*mxt_log_fn)(void *user_data, int32_t level, const char *message);
+
+// What an engine is made from. Fill it with mxt_engine_options_init.
+typedef struct mxt_engine_options {
+  // Set by mxt_engine_options_init.
+  size_t struct_size;
+  // "cpu", or "auto" for the fastest device present. NULL is "cpu". Borrowed for the call.
+  const char *device;
+  // Worker threads of the CPU, at most 1,024. 0 (default) takes one for each core that the
+  // process may use. Results do not depend on it.
+  size_t threads;
+  // Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
+  uint64_t seed;
+  // Most bytes that one model with its trainer may take. 0 (default) sets no limit.
+  uint64_t memory_limit;
+  // Receives log lines. NULL (default): the library is silent.
+  mxt_log_fn log;
+  // Passed to `log`. It must stay valid until the engine and everything made from it is freed.
+  void *log_user_data;
+} mxt_engine_options;
+
+// The shape of a model. Fill it with mxt_model_config_init, which makes it GPT-2 small (124M).
+typedef struct mxt_model_config {
+  // Set by mxt_model_config_init.
+  size_t struct_size;
+  // Number of different tokens; tokens are 0 to vocab_size - 1. Default 50257.
+  size_t vocab_size;
+  // Longest sequence in tokens that the model can see. Default 1024.
+  size_t context_length;
+  // Number of blocks. Default 12.
+  size_t layers;
+  // Attention heads of a block; must divide channels. Default 12.
+  size_t heads;
+  // Width of the model. Default 768.
+  size_t channels;
+  // Added to the variance in LayerNorm. Default 1e-5.
+  float layer_norm_epsilon;
+  // One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
+  int32_t architecture;
+} mxt_model_config;
+
+// What there is to know about a tensor. Set struct_size to sizeof(mxt_tensor_info) before the
+// call that fills it.
+typedef struct mxt_tensor_info {
+  // sizeof(mxt_tensor_info), set by the caller.
+  size_t struct_size;
+  // The name that Hugging Face's gpt2 gives it, such as "transformer.h.0.attn.c_attn.weight".
+  // Valid as long as the model handle.
+  const char *name;
+  // Product of the dimensions.
+  uint64_t element_count;
+  // The dimensions, slowest first; those from rank on are 0. Linear weights are (in, out).
+  uint64_t shape[MXT_MAX_RANK];
+  // Number of dimensions.
+  uint32_t rank;
+  // Number format of mxt_model_tensor_read and mxt_model_tensor_write: MXT_DTYPE_F32.
+  int32_t dtype;
+} mxt_tensor_info;
+
+// Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
+// this token.
+//
+// Runs on the thread that called mxt_model_generate. It must not throw or longjmp, and calls on
+// the model or its trainer return MXT_ERROR_BUSY.
+typedef int32_t (*mxt_token_fn)(void *user_data, uint32_t token);
+
+// How tokens are sampled. Fill it with mxt_generate_options_init.
+typedef struct mxt_generate_options {
+  // Set by mxt_generate_options_init.
+  size_t struct_size;
+  // Most tokens to generate. Default 256.
+  size_t max_tokens;
+  // Keeps the k most likely tokens. 0 (default) keeps all.
+  size_t top_k;
+  // Seed of the draws: the same seed gives the same text. Default 1337.
+  uint64_t seed;
+  // Divides the logits: lower is more certain; 0 always takes the most likely token.
+  // Default 0.8.
+  float temperature;
+  // Keeps the most likely tokens whose probabilities add up to p. 1 (default) keeps all.
+  float top_p;
+  // Receives each token as it is sampled, or NULL (default).
+  mxt_token_fn on_token;
+  // Passed to on_token.
+  void *user_data;
+} mxt_generate_options;
+
+// What a trainer is made from. Fill it with mxt_trainer_options_init.
+typedef struct mxt_trainer_options {
+  // Set by mxt_trainer_options_init.
+  size_t struct_size;
+  // Sequences that go through the model at once. Default 8.
+  size_t batch_size;
+  // Tokens of one sequence. 0 (default) takes the model's context length.
+  size_t sequence_length;
+  // Batches whose gradients are averaged into one optimizer step. Default 1.
+  size_t accumulation;
+  // Number formats of the linear layers: "fp32", "bf16", "mxfp4", "mxfp4-rht", "mxfp4-sr",
+  // "mxfp4-rht-sr" or "fp8-mxfp4-rht-sr", which may be followed by switches such as ",g=128".
+  // NULL (default) is "mxfp4-rht-sr". Borrowed for the call.
+  const char *recipe;
+  // AdamW's decay of the first moment. Default 0.9.
+  float beta1;
+  // AdamW's decay of the second moment. Default 0.95.
+  float beta2;
+  // Added to the square root of the second moment. Default 1e-8.
+  float epsilon;
+  // Decoupled weight decay of tensors of two or more dimensions. Default 0.1.
+  float weight_decay;
+  // Largest global gradient norm; longer gradients are scaled down to it. 0 turns it off.
+  // Default 1.
+  float clip;
+  // One of mxt_schedule. Default MXT_SCHEDULE_CONSTANT.
+  int32_t schedule;
+  // Peak learning rate. Default 3e-4.
+  float lr;
+  // Learning rate at the end of the curve. Default 0.
+  float min_lr;
+  // Steps over which the rate rises linearly to lr. Default 0.
+  uint64_t warmup_steps;
+  // Step at which the curve ends; later steps keep min_lr. Must be above warmup_steps, except
+  // for MXT_SCHEDULE_CONSTANT. Default 0.
+  uint64_t total_steps;
+  // Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
+  uint64_t decay_steps;
+} mxt_trainer_options;
+
+// What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that fills
+// it.
+typedef struct mxt_step_stats {
+  // sizeof(mxt_step_stats), set by the caller.
+  size_t struct_size;
+  // Steps done since step 0, this one included.
+  uint64_t step;
+  // Tokens trained on in this step.
+  uint64_t tokens;
+  // Wall-clock duration of the step in seconds.
+  double seconds;
+  // Mean cross-entropy of the step's tokens before the update, in nats a token.
+  float loss;
+  // Global norm of the gradient before clipping.
+  float grad_norm;
+  // Learning rate of the step.
+  float lr;
+  // tokens / seconds.
+  float tokens_per_second;
+} mxt_step_stats;
+
+// What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills it.
+typedef struct mxt_eval_stats {
+  // sizeof(mxt_eval_stats), set by the caller.
+  size_t struct_size;
+  // Tokens that were predicted.
+  uint64_t tokens;
+  // Wall-clock duration in seconds.
+  double seconds;
+  // Mean cross-entropy in nats a token.
+  float loss;
+  // exp(loss).
+  float perplexity;
+} mxt_eval_stats;
+
+// Bytes that a model with its trainer takes, by purpose. Set struct_size to sizeof(mxt_memory_plan)
+// before the call that fills it.
+typedef struct mxt_memory_plan {
+  // sizeof(mxt_memory_plan), set by the caller.
+  size_t struct_size;
+  // Weights.
+  uint64_t weights;
+  // Gradients.
+  uint64_t gradients;
+  // Moments of AdamW.
+  uint64_t optimizer;
+  // What the forward pass keeps for the backward pass, and the gradients that flow back.
+  uint64_t activations;
+  // Packed operands and other scratch memory.
+  uint64_t workspace;
+  // Sum of all.
+  uint64_t total;
+} mxt_memory_plan;
+
+// Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation.
+// Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
+//
+// Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
+// checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even free.
+// A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not longjmp.
+typedef int32_t (*mxt_step_fn)(void *user_data,
+                               const struct mxt_step_stats *step,
+                               const struct mxt_eval_stats *eval);
+
+// What mxt_trainer_run does. Fill it with mxt_run_options_init.
+typedef struct mxt_run_options {
+  // Set by mxt_run_options_init.
+  size_t struct_size;
+  // Steps to do in this call. Default 0.
+  uint64_t steps;
+  // Data to evaluate on, or NULL (default). Borrowed for the call.
+  const struct mxt_dataset *eval_dataset;
+  // Evaluates whenever the number of steps done is a multiple of it, and after the last step.
+  // 0 (default): after the last step only.
+  uint64_t eval_every;
+  // Most batches of one evaluation. 0 takes all of the dataset. Default 20.
+  size_t eval_batches;
+  // Folder for the checkpoint, or NULL (default). Borrowed for the call.
+  const char *save_dir;
+  // Saves whenever the number of steps done is a multiple of it, and at the end of the run,
+  // however it ends. 0 (default): at the end only.
+  uint64_t save_every;
+  // Sees every step, or NULL (default).
+  mxt_step_fn on_step;
+  // Passed to on_step.
+  void *user_data;
+} mxt_run_options;
+
+// What a run did. Set struct_size to sizeof(mxt_run_result) before the call that fills it.
+typedef struct mxt_run_result {
+  // sizeof(mxt_run_result), set by the caller.
+  size_t struct_size;
+  // Steps done in this call.
+  uint64_t steps;
+  // Tokens trained on in this call.
+  uint64_t tokens;
+  // Seconds spent in steps, without evaluations, checkpoints and callbacks.
+  double seconds;
+  // Loss of the last step, NaN if there was none.
+  float last_loss;
+  // Loss of the last evaluation, NaN if there was none.
+  float last_eval_loss;
+  // One of mxt_run_end.
+  int32_t end;
+  // 1 if save_dir holds the trainer as it is now, else 0.
+  int32_t saved;
+} mxt_run_result;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// A short English text for a status code, such as "busy". The text of a code that this library
+// does not know is "unknown status". For what went wrong in particular read mxt_last_error.
+//
+// Never NULL; the text is static. Any thread may call it at any time.
+const char *mxt_status_string(mxt_status status);
+
+// The version of the library that is running, such as "0.1.0".
+//
+// Never NULL; the text is static. Any thread may call it at any time.
+const char *mxt_version(void);
+
+// The version of the library that is running; compare with MXT_VERSION_NUMBER, the version of the
+// header that the program was compiled with.
+//
+// Any thread may call it at any time.
+uint32_t mxt_version_number(void);
+
+// The binary interface of the library that is running. A program that loads the library at run
+// time must not go on if this is not MXT_ABI_VERSION.
+//
+// Any thread may call it at any time.
+uint32_t mxt_abi_version(void);
+
+// What this build is, as a JSON object: "version", "abi", "commit" (null in debug builds and if not known), "target",
+// "profile", "devices", "recipes", and "kernels" with the instruction sets that are "compiled",
+// those that this processor has ("available") and the one that an engine takes ("selected").
+// Later versions may add keys.
+//
+// Never NULL; the text is static. Any thread may call it at any time.
+const char *mxt_build_info(void);
+
+// The message of the last call of this thread that failed: what was expected, what came, and the
+// fix where one is known, with the name of the function in front. Every failing call leaves its
+// message here; calls with a handle leave it on the handle too (mxt_trainer_last_error and the
+// like). Calls that succeed leave it as it is. The empty string when no call has failed yet.
+//
+// Never NULL; UTF-8; cut off after 1,023 bytes. The text belongs to the calling thread and stays
+// valid until that thread's next call that fails, or its end. Any thread may call it at any time.
+const char *mxt_last_error(void);
+
+// Fills `options` with the defaults. `struct_size` is sizeof(mxt_engine_options) as the caller's
+// compiler sees it, so that an older program is not written past the end of its struct.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t struct_size);
+
+// Starts an engine and stores it in `*engine`, for the caller to free with mxt_engine_free.
+//
+// `options` may be NULL for the defaults, and is not read after the call.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
+// unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there). The
+// message is in mxt_last_error.
+mxt_status mxt_engine_new(const struct mxt_engine_options *options, struct mxt_engine **engine);
+
+// The name of the device: "cpu". NULL if `engine` is NULL.
+//
+// The text is valid as long as the engine. Any thread may call it at any time.
+const char *mxt_engine_device(const struct mxt_engine *engine);
+
+// Number of worker threads. 0 if `engine` is NULL. Any thread may call it at any time.
+size_t mxt_engine_threads(const struct mxt_engine *engine);
+
+// The seed that models and trainers of this engine start from. 0 if `engine` is NULL. Any thread
+// may call it at any time.
+uint64_t mxt_engine_seed(const struct mxt_engine *engine);
+
+// The message of the last call with this engine that failed (making a model from it, for one), on
+// whichever thread; the empty string when there is none.
+//
+// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+// call of mxt_engine_last_error. Any thread may call it at any time.
+const char *mxt_engine_last_error(const struct mxt_engine *engine);
+
+// Gives the engine up; NULL does nothing. Models and trainers that were made from it stay usable:
+// the worker threads end with the last of them.
+void mxt_engine_free(struct mxt_engine *engine);
+
+// Fills `config` with the defaults. `struct_size` is sizeof(mxt_model_config) as the caller's
+// compiler sees it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_model_config_init(struct mxt_model_config *config, size_t struct_size);
+
+// Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it in
+// `*model` for the caller to free.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field),
+// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+mxt_status mxt_model_new(const struct mxt_engine *engine,
+                         const struct mxt_model_config *config,
+                         struct mxt_model **model);
+
+// Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
+// (gpt2), and stores it in `*model` for the caller to free.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
+// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+mxt_status mxt_model_load(const struct mxt_engine *engine,
+                          const char *dir,
+                          struct mxt_model **model);
+
+// Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
+// folder is made if it is not there. A failure leaves what was there before.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+// MXT_ERROR_BUSY.
+mxt_status mxt_model_save(const struct mxt_model *model, const char *dir);
+
+// Stores the model's shape in `*config`, whose struct_size the caller has set.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_model_get_config(const struct mxt_model *model, struct mxt_model_config *config);
+
+// Number of trained numbers. 0 if `model` is NULL. Any thread may call it at any time.
+uint64_t mxt_model_parameter_count(const struct mxt_model *model);
+
+// Number of tensors. 0 if `model` is NULL. Any thread may call it at any time.
+size_t mxt_model_tensor_count(const struct mxt_model *model);
+
+// Stores name and shape of tensor `index` (0 to mxt_model_tensor_count - 1) in `*info`, whose
+// struct_size the caller has set.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no such index).
+mxt_status mxt_model_tensor_info(const struct mxt_model *model,
+                                 size_t index,
+                                 struct mxt_tensor_info *info);
+
+// Copies tensor `name` into `values`, row-major. `count` is the number of floats that `values` has
+// room for and must be the tensor's element_count.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
+// wrong count), MXT_ERROR_BUSY.
+mxt_status mxt_model_tensor_read(const struct mxt_model *model,
+                                 const char *name,
+                                 float *values,
+                                 size_t count);
+
+// Overwrites tensor `name` with `values`, row-major. `count` is the number of floats in `values`
+// and must be the tensor's element_count. The moments of a trainer of this model stay as they are.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
+// wrong count), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY.
+mxt_status mxt_model_tensor_write(struct mxt_model *model,
+                                  const char *name,
+                                  const float *values,
+                                  size_t count);
+
+// The message of the last call with this handle that failed, on whichever thread; the empty string
+// when there is none.
+//
+// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+// call of mxt_model_last_error. Any thread may call it at any time.
+const char *mxt_model_last_error(const struct mxt_model *model);
+
+// Gives the handle up; NULL does nothing. Trainers of the model stay usable, and so do other
+// handles: the weights go with the last of them.
+void mxt_model_free(struct mxt_model *model);
+
+// Fills `options` with the defaults. `struct_size` is sizeof(mxt_generate_options) as the caller's
+// compiler sees it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_generate_options_init(struct mxt_generate_options *options, size_t struct_size);
+
+// Samples a continuation of the `prompt_count` tokens of `prompt`, at least one. The new tokens
+// (without the prompt) go to `tokens`, their number to `*written`.
+//
+// `options` may be NULL for the defaults. `capacity` is the number of tokens that `tokens` has room
+// for, at least max_tokens of the options; with `tokens` NULL and `capacity` 0 the new tokens go to
+// on_token only.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
+// MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature and the like),
+// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+mxt_status mxt_model_generate(struct mxt_model *model,
+                              const struct mxt_generate_options *options,
+                              const uint32_t *prompt,
+                              size_t prompt_count,
+                              uint32_t *tokens,
+                              size_t capacity,
+                              size_t *written);
+
+// Opens a token file, or all files that a pattern such as "data/train_*.bin" matches, in the
+// order of their names, and stores the dataset in `*dataset` for the caller to free.
+//
+// Files are raw little-endian 16-bit tokens, or llm.c's format with its header. They are mapped,
+// not read, and must not be changed or truncated while the dataset is in use.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches
+// nothing), MXT_ERROR_IO, MXT_ERROR_FORMAT. The message is in mxt_last_error.
+mxt_status mxt_dataset_open(const char *pattern, struct mxt_dataset **dataset);
+
+// Opens `count` token files as one dataset, in the order given, and stores it in `*dataset` for
+// the caller to free. `paths` and its strings are borrowed for the call.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO,
+// MXT_ERROR_FORMAT. The message is in mxt_last_error.
+mxt_status mxt_dataset_open_files(const char *const *paths,
+                                  size_t count,
+                                  struct mxt_dataset **dataset);
+
+// Makes a dataset from `count` tokens in memory, which are copied, and stores it in `*dataset` for
+// the caller to free.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_OUT_OF_MEMORY. The message is in
+// mxt_last_error.
+mxt_status mxt_dataset_from_tokens(const uint32_t *tokens,
+                                   size_t count,
+                                   struct mxt_dataset **dataset);
+
+// Number of tokens in all files. 0 if `dataset` is NULL. Any thread may call it at any time.
+uint64_t mxt_dataset_token_count(const struct mxt_dataset *dataset);
+
+// Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files.
+//
+// Any thread may call it at any time. Errors: MXT_ERROR_NULL.
+mxt_status mxt_dataset_max_token(const struct mxt_dataset *dataset, uint32_t *token);
+
+// The message of the last call with this dataset as its first argument that failed; the empty
+// string when there is none. What goes wrong while a trainer reads it is on the trainer.
+//
+// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+// call of mxt_dataset_last_error. Any thread may call it at any time.
+const char *mxt_dataset_last_error(const struct mxt_dataset *dataset);
+
+// Gives the dataset up; NULL does nothing. Files are unmapped when no call uses it any more.
+void mxt_dataset_free(struct mxt_dataset *dataset);
+
+// Fills `options` with the defaults. `struct_size` is sizeof(mxt_trainer_options) as the caller's
+// compiler sees it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_trainer_options_init(struct mxt_trainer_options *options, size_t struct_size);
+
+// Makes a trainer at step 0 of `model` and stores it in `*trainer` for the caller to free. All
+// memory of training is allocated here; see mxt_plan. `options` may be NULL for the defaults.
+//
+// The trainer changes the weights of `model`. The handle `model` stays the caller's.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (names
+// the option), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_UNSUPPORTED, MXT_ERROR_BUSY. The message is in
+// mxt_last_error and on the model.
+mxt_status mxt_trainer_new(struct mxt_model *model,
+                           const struct mxt_trainer_options *options,
+                           struct mxt_trainer **trainer);
+
+// Loads what mxt_trainer_save wrote, model, moments, options and position, and stores the trainer
+// in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run had
+// never stopped. The number of threads may differ; the seed is the checkpoint's.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
+// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+mxt_status mxt_trainer_load(const struct mxt_engine *engine,
+                            const char *dir,
+                            struct mxt_trainer **trainer);
+
+// Saves model, moments, options and position to the folder `dir`, which is made if it is not there.
+// A failure, or a kill at any instant, leaves what was there before. Hugging Face transformers opens
+// the folder as gpt2.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+// MXT_ERROR_BUSY.
+mxt_status mxt_trainer_save(struct mxt_trainer *trainer,
+                            const char *dir);
+
+// Does one optimizer step on the next samples of `dataset` and stores what it did in `*stats`
+// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
+// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
+// MXT_ERROR_BUSY.
+mxt_status mxt_trainer_step(struct mxt_trainer *trainer,
+                            const struct mxt_dataset *dataset,
+                            struct mxt_step_stats *stats);
+
+// Does one optimizer step on the caller's own tokens and stores what it did in `*stats`
+// (struct_size set by the caller; NULL if not wanted).
+//
+// `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
+// `count` is their number. Position t of a row learns to predict position t + 1.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count),
+// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
+// MXT_ERROR_BUSY.
+mxt_status mxt_trainer_step_tokens(struct mxt_trainer *trainer,
+                                   const uint32_t *tokens,
+                                   size_t count,
+                                   struct mxt_step_stats *stats);
+
+// Computes the mean loss over at most `max_batches` batches spread evenly over `dataset`, the same
+// ones in every call, and stores it in `*stats` (struct_size set by the caller). 0 takes all of the
+// dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
+// not an error.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
+// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY.
+mxt_status mxt_trainer_eval(struct mxt_trainer *trainer,
+                            const struct mxt_dataset *dataset,
+                            size_t max_batches,
+                            struct mxt_eval_stats *stats);
+
+// Takes `lr` as the learning rate from the next step on, in place of the schedule's. It is saved
+// with the run; mxt_trainer_use_schedule takes it back.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (negative or not finite), MXT_ERROR_BUSY.
+mxt_status mxt_trainer_set_lr(struct mxt_trainer *trainer, float lr);
+
+// Returns to the schedule's learning rate after mxt_trainer_set_lr.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_BUSY.
+mxt_status mxt_trainer_use_schedule(struct mxt_trainer *trainer);
+
+// Number of optimizer steps done since step 0, those before a save and load included. 0 if `trainer`
+// is NULL. Any thread may call it at any time, also while a step is running.
+uint64_t mxt_trainer_steps_done(const struct mxt_trainer *trainer);
+
+// Stores a new handle on the trainer's model in `*model`, for the caller to free. It is the same
+// model: the next step changes what the handle reads.
+//
+// Any thread may call it at any time. Errors: MXT_ERROR_NULL.
+mxt_status mxt_trainer_model(const struct mxt_trainer *trainer, struct mxt_model **model);
+
+// Stores the options that the trainer was made from, or loaded with, in `*options` (struct_size set
+// by the caller). The recipe's name is valid as long as the trainer.
+//
+// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_trainer_get_options(const struct mxt_trainer *trainer,
+                                   struct mxt_trainer_options *options);
+
+// Asks mxt_trainer_run to stop before its next step; a run that is not started yet stops at once.
+// The request is used up by the run that it stops. NULL does nothing.
+//
+// Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
+// not be freed meanwhile.
+void mxt_trainer_request_stop(const struct mxt_trainer *trainer);
+
+// The message of the last call with this trainer that failed, on whichever thread; the empty string
+// when there is none.
+//
+// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+// call of mxt_trainer_last_error. Any thread may call it at any time.
+const char *mxt_trainer_last_error(const struct mxt_trainer *trainer);
+
+// Gives the trainer up; NULL does nothing. Nothing is saved. Its model stays usable through other
+// handles. A callback may free the trainer that called it: the run then stops before its next step.
+void mxt_trainer_free(struct mxt_trainer *trainer);
+
+// Computes the bytes that a model of this shape with its trainer will take, before anything is
+// allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL for
+// the defaults. The engine's memory limit does not concern it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT.
+mxt_status mxt_plan(const struct mxt_engine *engine,
+                    const struct mxt_model_config *config,
+                    const struct mxt_trainer_options *options,
+                    struct mxt_memory_plan *result);
+
+// Fills `options` with the defaults. `struct_size` is sizeof(mxt_run_options) as the caller's
+// compiler sees it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_run_options_init(struct mxt_run_options *options, size_t struct_size);
+
+// Does options->steps steps on `dataset`, with evaluations, checkpoints and a callback, until they
+// are done, the callback ends it or a stop is requested; stores what it did in `*result`
+// (struct_size set by the caller; NULL if not wanted).
+//
+// The trainer is in use only inside each step, evaluation and checkpoint, not while the callback
+// runs. An error ends the run: the steps before it are done (mxt_trainer_steps_done) and can be
+// saved, `*result` is not written.
+//
+// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save.
+mxt_status mxt_trainer_run(struct mxt_trainer *trainer,
+                           const struct mxt_dataset *dataset,
+                           const struct mxt_run_options *options,
+                           struct mxt_run_result *result);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* MXFP4TRAIN_H */

@@ -1,0 +1,203 @@
+//! `mxt_engine`: a device, its threads, the seed, and where log lines go.
+
+use std::ffi::{CString, c_char, c_void};
+
+use super::guard;
+use super::handle::{Handle, State, free};
+use super::message::Slot;
+use super::status::{Failure, mxt_status};
+use super::structs::{self, Options, versioned};
+use super::{arguments, structs::read_or_default};
+use crate::{Engine, EngineOptions, LogFn};
+
+/// How much a log line matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_log_level {
+    /// Something is likely wrong, yet the call goes on.
+    Warning = 1,
+    /// What a user wants to know once: device, kernels, memory.
+    Info = 2,
+    /// Details for whoever looks for a fault.
+    Debug = 3,
+}
+
+/// Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line
+/// end, borrowed for the call.
+///
+/// Runs on the thread that is inside the call that logs, and on several at once where several
+/// threads use the engine. It must not throw or longjmp, and calls on the object whose call logs
+/// return MXT_ERROR_BUSY.
+pub type mxt_log_fn =
+    Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, level: i32, message: *const c_char)>;
+
+/// What an engine is made from. Fill it with mxt_engine_options_init.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct mxt_engine_options {
+    /// Set by mxt_engine_options_init.
+    pub struct_size: usize,
+    /// "cpu", or "auto" for the fastest device present. NULL is "cpu". Borrowed for the call.
+    pub device: *const c_char,
+    /// Worker threads of the CPU, at most 1,024. 0 (default) takes one for each core that the
+    /// process may use. Results do not depend on it.
+    pub threads: usize,
+    /// Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
+    pub seed: u64,
+    /// Most bytes that one model with its trainer may take. 0 (default) sets no limit.
+    pub memory_limit: u64,
+    /// Receives log lines. NULL (default): the library is silent.
+    pub log: mxt_log_fn,
+    /// Passed to `log`. It must stay valid until the engine and everything made from it is freed.
+    pub log_user_data: *mut c_void,
+}
+versioned!(mxt_engine_options, last = log_user_data: *mut c_void);
+
+impl Options for mxt_engine_options {
+    fn defaults() -> Self {
+        let options = EngineOptions::default();
+        Self {
+            struct_size: size_of::<Self>(),
+            device: std::ptr::null(),
+            threads: options.threads,
+            seed: options.seed,
+            memory_limit: options.memory_limit,
+            log: None,
+            log_user_data: std::ptr::null_mut(),
+        }
+    }
+}
+
+/// A device with its worker threads. Everything else is made from one. It is never changed, so any
+/// number of threads may use it at once. Make with mxt_engine_new, free with mxt_engine_free.
+pub struct mxt_engine {
+    state: State,
+    pub(super) engine: Engine,
+    device: CString,
+}
+
+impl Handle for mxt_engine {
+    const SLOT: Slot = Slot::Engine;
+    const NAME: &'static str = "engine";
+
+    fn state(&self) -> &State {
+        &self.state
+    }
+}
+
+/// Fills `options` with the defaults. `struct_size` is sizeof(mxt_engine_options) as the caller's
+/// compiler sees it, so that an older program is not written past the end of its struct.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_options_init(
+    options: *mut mxt_engine_options,
+    struct_size: usize,
+) -> mxt_status {
+    // SAFETY: the caller's struct has `struct_size` bytes.
+    guard::function("mxt_engine_options_init", || unsafe { structs::init(options, struct_size) })
+}
+
+/// Starts an engine and stores it in `*engine`, for the caller to free with mxt_engine_free.
+///
+/// `options` may be NULL for the defaults, and is not read after the call.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
+/// unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there). The
+/// message is in mxt_last_error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_new(
+    options: *const mxt_engine_options,
+    engine: *mut *mut mxt_engine,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    guard::function("mxt_engine_new", || unsafe {
+        let out = arguments::place("engine", engine)?;
+        let options = read_or_default("options", options)?;
+        let engine = Engine::new(EngineOptions {
+            device: if options.device.is_null() {
+                EngineOptions::default().device
+            } else {
+                arguments::text("device", options.device)?.to_owned()
+            },
+            threads: options.threads,
+            seed: options.seed,
+            memory_limit: options.memory_limit,
+            log: host_log(&options),
+        })?;
+        let device = CString::new(engine.device()).map_err(|error| {
+            Failure::invalid("device", format!("expected a name without zero bytes: {error}"))
+        })?;
+        out.put(mxt_engine { state: State::new(), engine, device }.into_raw());
+        Ok(())
+    })
+}
+
+/// The name of the device: "cpu". NULL if `engine` is NULL.
+///
+/// The text is valid as long as the engine. Any thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_device(engine: *const mxt_engine) -> *const c_char {
+    // SAFETY: a live handle or NULL, as the header asks.
+    let device = unsafe {
+        guard::getter("mxt_engine_device", engine, |engine| Some(engine.device.as_ptr()))
+    };
+    device.unwrap_or(std::ptr::null())
+}
+
+/// Number of worker threads. 0 if `engine` is NULL. Any thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_threads(engine: *const mxt_engine) -> usize {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::getter("mxt_engine_threads", engine, |engine| engine.engine.threads()) }
+}
+
+/// The seed that models and trainers of this engine start from. 0 if `engine` is NULL. Any thread
+/// may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_seed(engine: *const mxt_engine) -> u64 {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::getter("mxt_engine_seed", engine, |engine| engine.engine.seed()) }
+}
+
+/// The message of the last call with this engine that failed (making a model from it, for one), on
+/// whichever thread; the empty string when there is none.
+///
+/// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+/// call of mxt_engine_last_error. Any thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_last_error(engine: *const mxt_engine) -> *const c_char {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::last_error(engine) }
+}
+
+/// Gives the engine up; NULL does nothing. Models and trainers that were made from it stay usable:
+/// the worker threads end with the last of them.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_free(engine: *mut mxt_engine) {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { free(engine) }
+}
+
+/// The host's log callback as the crate wants it.
+fn host_log(options: &mxt_engine_options) -> Option<LogFn> {
+    struct HostLog(*mut c_void);
+    // SAFETY: the header asks for a callback that may run on any thread that uses the engine; the
+    // pointer is only handed back to it.
+    unsafe impl Send for HostLog {}
+    // SAFETY: as above.
+    unsafe impl Sync for HostLog {}
+    impl HostLog {
+        fn user_data(&self) -> *mut c_void {
+            self.0
+        }
+    }
+
+    let function = options.log?;
+    let host = HostLog(options.log_user_data);
+    Some(Box::new(move |level, line| {
+        let line = CString::new(line.replace('\0', " ")).unwrap_or_default();
+        // SAFETY: the header asks for a function and user data that live as long as the engine.
+        unsafe { function(host.user_data(), level as i32, line.as_ptr()) };
+    }))
+}

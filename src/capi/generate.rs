@@ -1,0 +1,134 @@
+//! Sampling from a model.
+
+use std::ffi::c_void;
+
+use super::handle::Handle;
+use super::model::mxt_model;
+use super::status::mxt_status_code::MXT_ERROR_BUFFER_TOO_SMALL;
+use super::status::{Failure, mxt_status};
+use super::structs::{self, Options, read_or_default, versioned};
+use super::{arguments, guard};
+use crate::GenerateOptions;
+
+/// Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
+/// this token.
+///
+/// Runs on the thread that called mxt_model_generate. It must not throw or longjmp, and calls on
+/// the model or its trainer return MXT_ERROR_BUSY.
+pub type mxt_token_fn =
+    Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, token: u32) -> i32>;
+
+/// How tokens are sampled. Fill it with mxt_generate_options_init.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct mxt_generate_options {
+    /// Set by mxt_generate_options_init.
+    pub struct_size: usize,
+    /// Most tokens to generate. Default 256.
+    pub max_tokens: usize,
+    /// Keeps the k most likely tokens. 0 (default) keeps all.
+    pub top_k: usize,
+    /// Seed of the draws: the same seed gives the same text. Default 1337.
+    pub seed: u64,
+    /// Divides the logits: lower is more certain; 0 always takes the most likely token.
+    /// Default 0.8.
+    pub temperature: f32,
+    /// Keeps the most likely tokens whose probabilities add up to p. 1 (default) keeps all.
+    pub top_p: f32,
+    /// Receives each token as it is sampled, or NULL (default).
+    pub on_token: mxt_token_fn,
+    /// Passed to on_token.
+    pub user_data: *mut c_void,
+}
+versioned!(mxt_generate_options, last = user_data: *mut c_void);
+
+impl Options for mxt_generate_options {
+    fn defaults() -> Self {
+        let options = GenerateOptions::default();
+        Self {
+            struct_size: size_of::<Self>(),
+            max_tokens: options.max_tokens,
+            top_k: options.top_k,
+            seed: options.seed,
+            temperature: options.temperature,
+            top_p: options.top_p,
+            on_token: None,
+            user_data: std::ptr::null_mut(),
+        }
+    }
+}
+
+/// Fills `options` with the defaults. `struct_size` is sizeof(mxt_generate_options) as the caller's
+/// compiler sees it.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_generate_options_init(
+    options: *mut mxt_generate_options,
+    struct_size: usize,
+) -> mxt_status {
+    // SAFETY: the caller's struct has `struct_size` bytes.
+    guard::function("mxt_generate_options_init", || unsafe { structs::init(options, struct_size) })
+}
+
+/// Samples a continuation of the `prompt_count` tokens of `prompt`, at least one. The new tokens
+/// (without the prompt) go to `tokens`, their number to `*written`.
+///
+/// `options` may be NULL for the defaults. `capacity` is the number of tokens that `tokens` has room
+/// for, at least max_tokens of the options; with `tokens` NULL and `capacity` 0 the new tokens go to
+/// on_token only.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
+/// MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature and the like),
+/// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_generate(
+    model: *mut mxt_model,
+    options: *const mxt_generate_options,
+    prompt: *const u32,
+    prompt_count: usize,
+    tokens: *mut u32,
+    capacity: usize,
+    written: *mut usize,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_generate", model, |model| {
+            let out = arguments::place("written", written)?;
+            let options = read_or_default("options", options)?;
+            let prompt = arguments::slice("prompt", prompt, prompt_count)?;
+            let stream_only = tokens.is_null() && capacity == 0;
+            if !stream_only && capacity < options.max_tokens {
+                let message = format!(
+                    "tokens: expected room for {} tokens (max_tokens of the options), got {capacity}",
+                    options.max_tokens
+                );
+                return Err(Failure::new(MXT_ERROR_BUFFER_TOO_SMALL, message));
+            }
+            if !stream_only {
+                arguments::check("tokens", tokens, capacity)?;
+            }
+            let _exclusive = model.state().access().write()?;
+            let generated = model.model.generate(
+                prompt,
+                &GenerateOptions {
+                    max_tokens: options.max_tokens,
+                    temperature: options.temperature,
+                    top_k: options.top_k,
+                    top_p: options.top_p,
+                    seed: options.seed,
+                },
+                &mut |token| {
+                    options.on_token.is_none_or(|on_token| on_token(options.user_data, token) == 0)
+                },
+            )?;
+            if !stream_only {
+                // NOTE: no slice is made of `tokens`: a host may pass one buffer for the prompt and
+                // for the tokens.
+                std::ptr::copy_nonoverlapping(generated.as_ptr(), tokens, generated.len());
+            }
+            out.put(generated.len());
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,301 @@
+//! The boundary that every entry point goes through: NULL and poisoned handles, panics, errors.
+//!
+//! NOTE: the panic hook. A library writes nothing to stderr, but the standard hook does before a
+//! panic can be caught. The first call therefore puts a hook in front that stays silent for
+//! panics that a guard of this thread (or of a worker thread of ours) is going to catch, keeps
+//! their place for the message, and hands all others to the hook before it. In the shared and the
+//! static library the Rust runtime is our own, so no host sees the hook; a Rust host that uses
+//! the crate and not the C functions never installs it.
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::ffi::c_char;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::sync::{Mutex, Once, PoisonError};
+
+use super::handle::{Handle, POISONED, State, keep, release};
+use super::message::{Message, Slot, set_text, text_of};
+use super::status::mxt_status_code::{MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_OK};
+use super::status::{Failure, mxt_status};
+
+/// Runs a method of `handle`.
+///
+/// A panic poisons the handle and whatever shares its data.
+///
+/// # Safety
+/// `handle` is NULL or a live handle of the C API.
+pub(super) unsafe fn method<H: Handle>(
+    function: &str,
+    handle: *const H,
+    body: impl FnOnce(&H) -> Result<(), Failure>,
+) -> mxt_status {
+    // SAFETY: as promised by the caller.
+    let Some(handle) = (unsafe { keep(handle) }) else {
+        return fail(function, None, Failure::null(H::NAME));
+    };
+    let status = method_of(function, &*handle, body);
+    release(handle);
+    status
+}
+
+/// [`method`], for a handle that the caller keeps alive.
+pub(super) fn method_of<H: Handle>(
+    function: &str,
+    handle: &H,
+    body: impl FnOnce(&H) -> Result<(), Failure>,
+) -> mxt_status {
+    let state = handle.state();
+    if state.access().is_poisoned() {
+        return fail(function, Some(state), Failure::new(MXT_ERROR_POISONED, POISONED));
+    }
+    match catch(|| body(handle)) {
+        Ok(Ok(())) => MXT_OK as mxt_status,
+        Ok(Err(failure)) => fail(function, Some(state), failure),
+        Err(panic) => {
+            state.access().poison();
+            fail(function, Some(state), panic)
+        }
+    }
+}
+
+/// Runs a function that has no handle yet.
+pub(super) fn function(function: &str, body: impl FnOnce() -> Result<(), Failure>) -> mxt_status {
+    match catch(body).and_then(|result| result) {
+        Ok(()) => MXT_OK as mxt_status,
+        Err(failure) => fail(function, None, failure),
+    }
+}
+
+/// Makes a handle from `parent`. The message of a failure is on the parent too, which a panic does
+/// not poison: making a child changes nothing of it.
+///
+/// # Safety
+/// `parent` is NULL or a live handle of the C API.
+pub(super) unsafe fn child<H: Handle>(
+    function: &str,
+    parent: *const H,
+    body: impl FnOnce(&H) -> Result<(), Failure>,
+) -> mxt_status {
+    // SAFETY: as promised by the caller.
+    let Some(parent) = (unsafe { keep(parent) }) else {
+        return fail(function, None, Failure::null(H::NAME));
+    };
+    let state = parent.state();
+    let status = if state.access().is_poisoned() {
+        fail(function, Some(state), Failure::new(MXT_ERROR_POISONED, POISONED))
+    } else {
+        match catch(|| body(&parent)).and_then(|result| result) {
+            Ok(()) => MXT_OK as mxt_status,
+            Err(failure) => fail(function, Some(state), failure),
+        }
+    };
+    release(parent);
+    status
+}
+
+/// Reads a constant of `handle`; `R::default()` and an error text where it is NULL.
+///
+/// # Safety
+/// `handle` is NULL or a live handle of the C API.
+pub(super) unsafe fn getter<H: Handle, R: Default>(
+    function: &str,
+    handle: *const H,
+    body: impl FnOnce(&H) -> R,
+) -> R {
+    // SAFETY: as promised by the caller.
+    let Some(handle) = (unsafe { keep(handle) }) else {
+        fail(function, None, Failure::null(H::NAME));
+        return R::default();
+    };
+    let value = catch(|| body(&handle)).unwrap_or_else(|panic| {
+        fail(function, Some(handle.state()), panic);
+        R::default()
+    });
+    release(handle);
+    value
+}
+
+/// The text of the last failure on `handle`, in a buffer of this thread.
+///
+/// # Safety
+/// `handle` is NULL or a live handle of the C API.
+pub(super) unsafe fn last_error<H: Handle>(handle: *const H) -> *const c_char {
+    // SAFETY: as promised by the caller.
+    let message = match unsafe { keep(handle) } {
+        Some(handle) => {
+            let message = handle.state().error();
+            release(handle);
+            message
+        }
+        None => Message::new("the handle is NULL; mxt_last_error says why it could not be made"),
+    };
+    set_text(H::SLOT, &message);
+    text_of(H::SLOT)
+}
+
+/// Leaves the message with the thread and the handle.
+fn fail(function: &str, state: Option<&State>, failure: Failure) -> mxt_status {
+    let message = Message::new(&format!("{function}: {}", failure.message));
+    set_text(Slot::Thread, &message);
+    if let Some(state) = state {
+        // The text of the panic itself says more than that there was one.
+        if failure.status != MXT_ERROR_POISONED || state.error().as_str().is_empty() {
+            state.set_error(&message);
+        }
+    }
+    failure.status as mxt_status
+}
+
+/// Runs `body` and turns a panic into a failure that says what and where.
+fn catch<R>(body: impl FnOnce() -> R) -> Result<R, Failure> {
+    install_hook();
+    DEPTH.set(DEPTH.get() + 1);
+    // Whatever a panic leaves half changed is out of reach afterwards: its handle is poisoned.
+    let result = catch_unwind(AssertUnwindSafe(body));
+    DEPTH.set(DEPTH.get() - 1);
+    result.map_err(|payload| {
+        let text = describe(&*payload).to_owned();
+        // NOTE: forgotten, because a payload with a destructor of its own may panic again.
+        std::mem::forget(payload);
+        let place = PLACE.take().or_else(|| worker_place().take());
+        let place = place.map(|place| format!(" at {place}")).unwrap_or_default();
+        Failure::new(MXT_ERROR_PANIC, format!("panic{place}: {text}; this is a defect, report it"))
+    })
+}
+
+fn describe(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<&str>().copied();
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
+}
+
+/// Worker threads have names that start with this; rayon carries their panics to the caller.
+const WORKER_PREFIX: &str = "mxt-";
+
+thread_local! {
+    /// Guards on this thread's stack.
+    static DEPTH: Cell<usize> = const { Cell::new(0) };
+    /// Where this thread's last panic came from.
+    static PLACE: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Where the last panic of a worker thread came from. With several engines it may be another's,
+/// which is good enough for the text of a defect.
+fn worker_place() -> std::sync::MutexGuard<'static, Option<String>> {
+    static WORKER_PLACE: Mutex<Option<String>> = Mutex::new(None);
+    WORKER_PLACE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn install_hook() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let previous = take_hook();
+        set_hook(Box::new(move |info| {
+            let place = info.location().map(ToString::to_string);
+            // `try_with`: a panic may come while the thread's variables are being destroyed.
+            if DEPTH.try_with(|depth| depth.get() > 0).unwrap_or(false) {
+                let _ = PLACE.try_with(|cell| cell.replace(place));
+            } else if std::thread::current().name().is_some_and(|n| n.starts_with(WORKER_PREFIX)) {
+                *worker_place() = place;
+            } else {
+                previous(info);
+            }
+        }));
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CStr;
+    use std::ptr::null;
+
+    use super::super::handle::free;
+    use super::super::message::mxt_last_error;
+    use super::super::status::mxt_status_code::MXT_ERROR_NULL;
+    use super::*;
+
+    struct Thing(State);
+
+    impl Handle for Thing {
+        const SLOT: Slot = Slot::Engine;
+        const NAME: &'static str = "thing";
+
+        fn state(&self) -> &State {
+            &self.0
+        }
+    }
+
+    fn thread_error() -> String {
+        // SAFETY: the pointer is to a buffer of this thread that ends with a zero byte.
+        unsafe { CStr::from_ptr(mxt_last_error()) }.to_string_lossy().into_owned()
+    }
+
+    fn error_of(thing: *const Thing) -> String {
+        // SAFETY: as above; the handle lives.
+        unsafe { CStr::from_ptr(last_error(thing)) }.to_string_lossy().into_owned()
+    }
+
+    #[test]
+    fn a_panic_poisons_and_says_where() {
+        let thing = Thing(State::new()).into_raw();
+        // SAFETY: the handle is freed last.
+        unsafe {
+            let status = method("f", thing, |_| -> Result<(), Failure> { panic!("ouch {}", 1) });
+            assert_eq!(status, MXT_ERROR_PANIC as mxt_status);
+            let text = error_of(thing);
+            assert!(text.starts_with("f: panic at src/capi/guard.rs:"), "{text}");
+            assert!(text.contains("ouch 1"), "{text}");
+            assert_eq!(thread_error(), text);
+
+            assert_eq!(method("g", thing, |_| Ok(())), MXT_ERROR_POISONED as mxt_status);
+            assert_eq!(error_of(thing), text, "the first cause stays on the handle");
+            assert!(thread_error().starts_with("g: a panic in an earlier call"));
+            free(thing);
+        }
+    }
+
+    #[test]
+    fn a_panic_of_a_worker_arrives_with_its_place() {
+        let thing = Thing(State::new()).into_raw();
+        // SAFETY: the handle is freed last.
+        unsafe {
+            let status = method("f", thing, |_| {
+                let worker = std::thread::Builder::new().name(format!("{WORKER_PREFIX}cpu-0"));
+                let worker = worker.spawn(|| panic!("in a worker")).map_err(|_| {
+                    Failure::invalid("threads", "expected the system to start a thread")
+                })?;
+                let Err(payload) = worker.join();
+                std::panic::resume_unwind(payload)
+            });
+            assert_eq!(status, MXT_ERROR_PANIC as mxt_status);
+            let text = error_of(thing);
+            assert!(text.contains("guard.rs") && text.contains("in a worker"), "{text}");
+            free(thing);
+        }
+    }
+
+    #[test]
+    fn null_is_an_error_and_free_of_it_is_not() {
+        // SAFETY: NULL is what the test is about.
+        unsafe {
+            assert_eq!(method("f", null::<Thing>(), |_| Ok(())), MXT_ERROR_NULL as mxt_status);
+            assert_eq!(thread_error(), "f: thing is NULL; pass a valid pointer");
+            assert_eq!(getter("f", null::<Thing>(), |_| 7), 0);
+            assert!(error_of(null()).contains("NULL"));
+            free(std::ptr::null_mut::<Thing>());
+        }
+    }
+
+    #[test]
+    fn a_handle_freed_inside_its_own_call_outlives_the_call() {
+        let thing = Thing(State::new()).into_raw();
+        // SAFETY: freed once, and not used by the "host" afterwards.
+        unsafe {
+            let status = method("f", thing, |inside| {
+                free(thing);
+                inside.state().set_error(&Message::new("still here"));
+                Ok(())
+            });
+            assert_eq!(status, MXT_OK as mxt_status);
+        }
+    }
+}

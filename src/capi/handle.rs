@@ -1,0 +1,160 @@
+//! What every handle has: a reference count, a lock that never waits, a poison flag, an error text.
+//!
+//! A handle is an `Arc`. The host owns one count, given back by `_free`; a call that is inside the
+//! library owns another, so that a callback may free the handle that called it.
+//!
+//! NOTE: the lock belongs to the data, not to the handle. A trainer changes the weights of its
+//! model, so a model, its other handles and its trainers share one [`Access`]: reading a tensor
+//! while another thread is inside a step is BUSY, not a data race and not a wait.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
+
+use super::message::{Message, Slot};
+use super::status::Failure;
+use super::status::mxt_status_code::{MXT_ERROR_BUSY, MXT_ERROR_POISONED};
+
+/// An opaque type of the C API.
+pub(super) trait Handle: Send + Sync + Sized + 'static {
+    /// The thread's buffer for error texts of this kind of handle.
+    const SLOT: Slot;
+    /// What the host calls it: "engine", "model"...
+    const NAME: &'static str;
+
+    fn state(&self) -> &State;
+
+    /// Gives the handle to the host, who owns it until [`free`].
+    fn into_raw(self) -> *mut Self {
+        Arc::into_raw(Arc::new(self)).cast_mut()
+    }
+}
+
+/// Takes a reference that holds for a call, or `None` for NULL.
+///
+/// # Safety
+/// `handle` is NULL or comes from [`Handle::into_raw`] and is not freed yet.
+pub(super) unsafe fn keep<H: Handle>(handle: *const H) -> Option<Arc<H>> {
+    if handle.is_null() {
+        return None;
+    }
+    // SAFETY: the host's count keeps the handle alive while this one is added.
+    unsafe {
+        Arc::increment_strong_count(handle);
+        Some(Arc::from_raw(handle))
+    }
+}
+
+/// Gives back a count. No panic of a destructor gets through.
+pub(super) fn release<T>(counted: T) {
+    // Nobody is left who could be told, and the object is gone either way.
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(counted)));
+}
+
+/// Gives back the host's count; NULL does nothing.
+///
+/// # Safety
+/// As for [`keep`]; the host does not use the handle afterwards.
+pub(super) unsafe fn free<H: Handle>(handle: *mut H) {
+    if !handle.is_null() {
+        // SAFETY: the host gives back the count that `into_raw` gave it.
+        release(unsafe { Arc::from_raw(handle.cast_const()) });
+    }
+}
+
+/// The part of a handle that [`super::guard`] works on.
+pub(super) struct State {
+    access: Arc<Access>,
+    error: Mutex<Message>,
+}
+
+impl State {
+    /// The state of a handle on data of its own.
+    pub(super) fn new() -> Self {
+        Self::sharing(&Arc::default())
+    }
+
+    /// The state of a handle on data that another handle reaches too.
+    pub(super) fn sharing(access: &Arc<Access>) -> Self {
+        Self { access: access.clone(), error: Mutex::new(Message::EMPTY) }
+    }
+
+    pub(super) fn access(&self) -> &Arc<Access> {
+        &self.access
+    }
+
+    pub(super) fn set_error(&self, message: &Message) {
+        // The buffer is whole whatever happened to an earlier holder of its lock.
+        *self.error.lock().unwrap_or_else(PoisonError::into_inner) = *message;
+    }
+
+    pub(super) fn error(&self) -> Message {
+        *self.error.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Who may touch the data behind one or several handles.
+#[derive(Default)]
+pub(super) struct Access {
+    lock: RwLock<()>,
+    poisoned: AtomicBool,
+}
+
+impl Access {
+    /// Shared access, for calls with a `const` handle.
+    pub(super) fn read(&self) -> Result<RwLockReadGuard<'_, ()>, Failure> {
+        self.lock.try_read().map_err(refused)
+    }
+
+    /// Exclusive access.
+    pub(super) fn write(&self) -> Result<RwLockWriteGuard<'_, ()>, Failure> {
+        self.lock.try_write().map_err(refused)
+    }
+
+    pub(super) fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+}
+
+fn refused<G>(error: TryLockError<G>) -> Failure {
+    match error {
+        TryLockError::WouldBlock => Failure::new(MXT_ERROR_BUSY, BUSY),
+        TryLockError::Poisoned(_) => Failure::new(MXT_ERROR_POISONED, POISONED),
+    }
+}
+
+pub(super) const BUSY: &str = "another call is inside this object or inside a model or trainer that \
+     shares its weights; use them from one thread at a time, and not from a callback of that call";
+pub(super) const POISONED: &str = "a panic in an earlier call left this object unusable; free it";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn access_refuses_and_never_waits() {
+        let access = Access::default();
+        let reading = access.read();
+        assert!(reading.is_ok() && access.read().is_ok(), "readers share");
+        assert_eq!(access.write().map(drop).map_err(|f| f.status), Err(MXT_ERROR_BUSY));
+        drop(reading);
+        let writing = access.write();
+        assert!(writing.is_ok());
+        assert_eq!(access.read().map(drop).map_err(|f| f.status), Err(MXT_ERROR_BUSY));
+        assert_eq!(access.write().map(drop).map_err(|f| f.status), Err(MXT_ERROR_BUSY));
+    }
+
+    #[test]
+    fn a_panic_under_the_lock_poisons_it() {
+        let access = Access::default();
+        let _ = catch_unwind(AssertUnwindSafe(|| {
+            let _held = access.write();
+            std::panic::resume_unwind(Box::new("silent"));
+        }));
+        assert_eq!(access.read().map(drop).map_err(|f| f.status), Err(MXT_ERROR_POISONED));
+    }
+}

@@ -1,0 +1,108 @@
+//! Error texts in fixed buffers: one for each thread, one in each handle.
+//!
+//! A handle's text is copied into a buffer of the asking thread before a pointer to it goes out,
+//! so that no thread can pull a text away from under another.
+
+use std::cell::UnsafeCell;
+use std::ffi::c_char;
+
+/// The message of the last call of this thread that failed: what was expected, what came, and the
+/// fix where one is known, with the name of the function in front. Every failing call leaves its
+/// message here; calls with a handle leave it on the handle too (mxt_trainer_last_error and the
+/// like). Calls that succeed leave it as it is. The empty string when no call has failed yet.
+///
+/// Never NULL; UTF-8; cut off after 1,023 bytes. The text belongs to the calling thread and stays
+/// valid until that thread's next call that fails, or its end. Any thread may call it at any time.
+#[unsafe(no_mangle)]
+pub extern "C" fn mxt_last_error() -> *const c_char {
+    text_of(Slot::Thread)
+}
+
+/// Which of a thread's buffers. Each kind of handle has its own, so that the messages of an engine
+/// and of a trainer can go into one printf.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Slot {
+    /// The thread's last failure.
+    Thread,
+    Engine,
+    Model,
+    Dataset,
+    Trainer,
+}
+
+/// Replaces the text of a slot of this thread.
+pub(super) fn set_text(slot: Slot, message: &Message) {
+    // SAFETY: only this thread reaches its buffers, and no reference to one outlives a statement
+    // of this file: pointers that the host keeps are read by the host, between calls.
+    BUFFERS.with(|buffers| unsafe { *buffers[slot as usize].get() = *message });
+}
+
+/// The text of a slot of this thread, valid until the slot's next [`set_text`].
+pub(super) fn text_of(slot: Slot) -> *const c_char {
+    BUFFERS.with(|buffers| buffers[slot as usize].get().cast::<c_char>().cast_const())
+}
+
+thread_local! {
+    // Const-made and without destructor: no allocation, and valid until the thread is gone.
+    static BUFFERS: [UnsafeCell<Message>; 5] = const {
+        [const { UnsafeCell::new(Message::EMPTY) }; 5]
+    };
+}
+
+/// UTF-8 text that ends with a zero byte.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(super) struct Message([u8; CAPACITY]);
+
+/// Bytes of a text with its zero byte.
+const CAPACITY: usize = 1024;
+
+impl Message {
+    pub(super) const EMPTY: Self = Self([0; CAPACITY]);
+
+    /// Keeps as many whole characters of `text` as fit.
+    pub(super) fn new(text: &str) -> Self {
+        let mut message = Self::EMPTY;
+        let length = text.floor_char_boundary(CAPACITY - 1);
+        for (to, from) in message.0.iter_mut().zip(text[..length].bytes()) {
+            // A zero byte would end the text for a C reader.
+            *to = if from == 0 { b' ' } else { from };
+        }
+        message
+    }
+
+    pub(super) fn as_str(&self) -> &str {
+        let end = self.0.iter().position(|byte| *byte == 0).unwrap_or(CAPACITY);
+        std::str::from_utf8(&self.0[..end]).unwrap_or("")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CStr;
+
+    use super::*;
+
+    #[test]
+    fn long_text_is_cut_at_a_character() {
+        assert_eq!(Message::EMPTY.as_str(), "");
+        assert_eq!(Message::new("a\0b").as_str(), "a b");
+        let long = "é".repeat(1000);
+        assert_eq!(Message::new(&long).as_str(), "é".repeat(511));
+    }
+
+    #[test]
+    fn slots_and_threads_are_apart() {
+        set_text(Slot::Engine, &Message::new("engine"));
+        set_text(Slot::Trainer, &Message::new("trainer"));
+        // SAFETY: the pointers are to buffers of this thread, which end with a zero byte.
+        let text = |slot| unsafe { CStr::from_ptr(text_of(slot)) }.to_str().unwrap_or("");
+        assert_eq!((text(Slot::Engine), text(Slot::Trainer)), ("engine", "trainer"));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: as above.
+                assert!(unsafe { CStr::from_ptr(text_of(Slot::Engine)) }.is_empty());
+            });
+        });
+    }
+}

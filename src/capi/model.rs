@@ -1,0 +1,366 @@
+//! `mxt_model`: a GPT, its files, and its tensors by name.
+
+use std::ffi::{CString, c_char};
+use std::sync::Arc;
+
+use super::arguments;
+use super::engine::mxt_engine;
+use super::guard;
+use super::handle::{Handle, State, free};
+use super::message::Slot;
+use super::status::{Failure, mxt_status};
+use super::structs::{self, Options, Out, read, versioned};
+use crate::{Model, ModelConfig};
+
+/// Most dimensions that a tensor can have.
+pub const MXT_MAX_RANK: usize = 4;
+
+/// The kind of model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_architecture {
+    /// GPT-2: LayerNorm before each half of a block, learned positions, tanh GELU, biases, and one
+    /// matrix for the embedding and the head.
+    Gpt2 = 0,
+}
+
+/// The number format of a tensor's values as they cross this interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_dtype {
+    /// 32-bit floating point.
+    F32 = 0,
+}
+
+/// The shape of a model. Fill it with mxt_model_config_init, which makes it GPT-2 small (124M).
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_model_config {
+    /// Set by mxt_model_config_init.
+    pub struct_size: usize,
+    /// Number of different tokens; tokens are 0 to vocab_size - 1. Default 50257.
+    pub vocab_size: usize,
+    /// Longest sequence in tokens that the model can see. Default 1024.
+    pub context_length: usize,
+    /// Number of blocks. Default 12.
+    pub layers: usize,
+    /// Attention heads of a block; must divide channels. Default 12.
+    pub heads: usize,
+    /// Width of the model. Default 768.
+    pub channels: usize,
+    /// Added to the variance in LayerNorm. Default 1e-5.
+    pub layer_norm_epsilon: f32,
+    /// One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
+    pub architecture: i32,
+}
+versioned!(mxt_model_config, last = architecture: i32);
+
+impl Options for mxt_model_config {
+    fn defaults() -> Self {
+        Self::from(&ModelConfig::default())
+    }
+}
+
+impl From<&ModelConfig> for mxt_model_config {
+    fn from(config: &ModelConfig) -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            vocab_size: config.vocab_size,
+            context_length: config.context_length,
+            layers: config.layers,
+            heads: config.heads,
+            channels: config.channels,
+            layer_norm_epsilon: config.layer_norm_epsilon,
+            architecture: mxt_architecture::Gpt2 as i32,
+        }
+    }
+}
+
+impl mxt_model_config {
+    /// The crate's form.
+    pub(super) fn parse(self) -> Result<ModelConfig, Failure> {
+        if self.architecture != mxt_architecture::Gpt2 as i32 {
+            let message = format!("expected MXT_ARCHITECTURE_GPT2 (0), got {}", self.architecture);
+            return Err(Failure::invalid("architecture", message));
+        }
+        Ok(ModelConfig {
+            vocab_size: self.vocab_size,
+            context_length: self.context_length,
+            layers: self.layers,
+            heads: self.heads,
+            channels: self.channels,
+            layer_norm_epsilon: self.layer_norm_epsilon,
+        })
+    }
+}
+
+/// What there is to know about a tensor. Set struct_size to sizeof(mxt_tensor_info) before the
+/// call that fills it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_tensor_info {
+    /// sizeof(mxt_tensor_info), set by the caller.
+    pub struct_size: usize,
+    /// The name that Hugging Face's gpt2 gives it, such as "transformer.h.0.attn.c_attn.weight".
+    /// Valid as long as the model handle.
+    pub name: *const c_char,
+    /// Product of the dimensions.
+    pub element_count: u64,
+    /// The dimensions, slowest first; those from rank on are 0. Linear weights are (in, out).
+    pub shape: [u64; MXT_MAX_RANK],
+    /// Number of dimensions.
+    pub rank: u32,
+    /// Number format of mxt_model_tensor_read and mxt_model_tensor_write: MXT_DTYPE_F32.
+    pub dtype: i32,
+}
+versioned!(mxt_tensor_info, last = dtype: i32);
+
+/// A model: its shape and its weights. Several handles can be the same model (see
+/// mxt_trainer_model). Calls that change it, or that take it without const, need it for themselves;
+/// calls with a const model may run at once on several threads. Make with mxt_model_new,
+/// mxt_model_load or mxt_trainer_model, free with mxt_model_free.
+pub struct mxt_model {
+    state: State,
+    pub(super) model: Model,
+    /// The tensors' names as C strings, which `mxt_tensor_info` borrows.
+    names: Arc<[CString]>,
+}
+
+impl mxt_model {
+    /// A handle on a model that no other handle reaches.
+    pub(super) fn new(model: Model) -> Result<Self, Failure> {
+        let names = model.tensors().iter().map(|tensor| CString::new(tensor.name.as_str()));
+        let names = names.collect::<Result<_, _>>().map_err(|error| {
+            Failure::invalid("tensors", format!("expected names without zero bytes: {error}"))
+        })?;
+        Ok(Self { state: State::new(), model, names })
+    }
+
+    /// Another handle on the same model, with the same lock.
+    pub(super) fn another(&self) -> Self {
+        Self {
+            state: State::sharing(self.state.access()),
+            model: self.model.clone(),
+            names: self.names.clone(),
+        }
+    }
+}
+
+impl Handle for mxt_model {
+    const SLOT: Slot = Slot::Model;
+    const NAME: &'static str = "model";
+
+    fn state(&self) -> &State {
+        &self.state
+    }
+}
+
+/// Fills `config` with the defaults. `struct_size` is sizeof(mxt_model_config) as the caller's
+/// compiler sees it.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_config_init(
+    config: *mut mxt_model_config,
+    struct_size: usize,
+) -> mxt_status {
+    // SAFETY: the caller's struct has `struct_size` bytes.
+    guard::function("mxt_model_config_init", || unsafe { structs::init(config, struct_size) })
+}
+
+/// Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it in
+/// `*model` for the caller to free.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field),
+/// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_new(
+    engine: *const mxt_engine,
+    config: *const mxt_model_config,
+    model: *mut *mut mxt_model,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::child("mxt_model_new", engine, |engine| {
+            let out = arguments::place("model", model)?;
+            let config = read("config", config)?.parse()?;
+            out.put(mxt_model::new(Model::new(&engine.engine, &config)?)?.into_raw());
+            Ok(())
+        })
+    }
+}
+
+/// Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
+/// (gpt2), and stores it in `*model` for the caller to free.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+/// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
+/// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_load(
+    engine: *const mxt_engine,
+    dir: *const c_char,
+    model: *mut *mut mxt_model,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::child("mxt_model_load", engine, |engine| {
+            let out = arguments::place("model", model)?;
+            let dir = arguments::path("dir", dir)?;
+            out.put(mxt_model::new(Model::load(&engine.engine, dir)?)?.into_raw());
+            Ok(())
+        })
+    }
+}
+
+/// Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
+/// folder is made if it is not there. A failure leaves what was there before.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+/// MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_save(model: *const mxt_model, dir: *const c_char) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_save", model, |model| {
+            let dir = arguments::path("dir", dir)?;
+            let _reading = model.state.access().read()?;
+            Ok(model.model.save(dir)?)
+        })
+    }
+}
+
+/// Stores the model's shape in `*config`, whose struct_size the caller has set.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_get_config(
+    model: *const mxt_model,
+    config: *mut mxt_model_config,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_get_config", model, |model| {
+            let out = Out::required("config", config)?;
+            out.put(model.model.config().into());
+            Ok(())
+        })
+    }
+}
+
+/// Number of trained numbers. 0 if `model` is NULL. Any thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_parameter_count(model: *const mxt_model) -> u64 {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe {
+        guard::getter("mxt_model_parameter_count", model, |m| m.model.config().parameter_count())
+    }
+}
+
+/// Number of tensors. 0 if `model` is NULL. Any thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_tensor_count(model: *const mxt_model) -> usize {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::getter("mxt_model_tensor_count", model, |m| m.model.tensors().len()) }
+}
+
+/// Stores name and shape of tensor `index` (0 to mxt_model_tensor_count - 1) in `*info`, whose
+/// struct_size the caller has set.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no such index).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_tensor_info(
+    model: *const mxt_model,
+    index: usize,
+    info: *mut mxt_tensor_info,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_tensor_info", model, |model| {
+            let out = Out::required("info", info)?;
+            let tensors = model.model.tensors();
+            let tensor = tensors.get(index).ok_or_else(|| {
+                let message = format!("expected less than {} tensors, got {index}", tensors.len());
+                Failure::invalid("index", message)
+            })?;
+            let mut shape = [0; MXT_MAX_RANK];
+            for (to, from) in shape.iter_mut().zip(&tensor.shape) {
+                *to = *from as u64;
+            }
+            out.put(mxt_tensor_info {
+                struct_size: size_of::<mxt_tensor_info>(),
+                name: model.names[index].as_ptr(),
+                element_count: tensor.shape.iter().map(|n| *n as u64).product(),
+                shape,
+                rank: tensor.shape.len() as u32,
+                dtype: mxt_dtype::F32 as i32,
+            });
+            Ok(())
+        })
+    }
+}
+
+/// Copies tensor `name` into `values`, row-major. `count` is the number of floats that `values` has
+/// room for and must be the tensor's element_count.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
+/// wrong count), MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_tensor_read(
+    model: *const mxt_model,
+    name: *const c_char,
+    values: *mut f32,
+    count: usize,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_tensor_read", model, |model| {
+            let name = arguments::text("name", name)?;
+            let values = arguments::slice_mut("values", values, count)?;
+            let _reading = model.state.access().read()?;
+            Ok(model.model.read_tensor(name, values)?)
+        })
+    }
+}
+
+/// Overwrites tensor `name` with `values`, row-major. `count` is the number of floats in `values`
+/// and must be the tensor's element_count. The moments of a trainer of this model stay as they are.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
+/// wrong count), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_tensor_write(
+    model: *mut mxt_model,
+    name: *const c_char,
+    values: *const f32,
+    count: usize,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_tensor_write", model, |model| {
+            let name = arguments::text("name", name)?;
+            let values = arguments::slice("values", values, count)?;
+            let _writing = model.state.access().write()?;
+            Ok(model.model.write_tensor(name, values)?)
+        })
+    }
+}
+
+/// The message of the last call with this handle that failed, on whichever thread; the empty string
+/// when there is none.
+///
+/// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+/// call of mxt_model_last_error. Any thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_last_error(model: *const mxt_model) -> *const c_char {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::last_error(model) }
+}
+
+/// Gives the handle up; NULL does nothing. Trainers of the model stay usable, and so do other
+/// handles: the weights go with the last of them.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_free(model: *mut mxt_model) {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { free(model) }
+}

@@ -1,0 +1,294 @@
+//! `mxt_trainer_run`: many steps with evaluation and checkpoints in one call.
+//!
+//! NOTE: the callback runs outside of the guard and without any lock. So it may call the library on
+//! the very trainer that called it, and an exception that a C++ host throws from it passes through
+//! this file's frames to the host's handler with the trainer whole, at a step boundary.
+
+use std::ffi::{c_char, c_void};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::arguments;
+use super::dataset::mxt_dataset;
+use super::guard;
+use super::handle::{keep, release};
+use super::status::{Failure, mxt_status};
+use super::structs::{self, Options, Out, read, versioned};
+use super::trainer::mxt_trainer;
+use super::trainer_structs::{mxt_eval_stats, mxt_step_stats};
+
+/// Why a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_run_end {
+    /// All steps are done.
+    Finished = 0,
+    /// The callback returned a number other than 0.
+    Callback = 1,
+    /// mxt_trainer_request_stop was called.
+    Request = 2,
+}
+
+/// Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation.
+/// Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
+///
+/// Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
+/// checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even free.
+/// A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not longjmp.
+pub type mxt_step_fn = Option<
+    unsafe extern "C-unwind" fn(
+        user_data: *mut c_void,
+        step: *const mxt_step_stats,
+        eval: *const mxt_eval_stats,
+    ) -> i32,
+>;
+
+/// What mxt_trainer_run does. Fill it with mxt_run_options_init.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct mxt_run_options {
+    /// Set by mxt_run_options_init.
+    pub struct_size: usize,
+    /// Steps to do in this call. Default 0.
+    pub steps: u64,
+    /// Data to evaluate on, or NULL (default). Borrowed for the call.
+    pub eval_dataset: *const mxt_dataset,
+    /// Evaluates whenever the number of steps done is a multiple of it, and after the last step.
+    /// 0 (default): after the last step only.
+    pub eval_every: u64,
+    /// Most batches of one evaluation. 0 takes all of the dataset. Default 20.
+    pub eval_batches: usize,
+    /// Folder for the checkpoint, or NULL (default). Borrowed for the call.
+    pub save_dir: *const c_char,
+    /// Saves whenever the number of steps done is a multiple of it, and at the end of the run,
+    /// however it ends. 0 (default): at the end only.
+    pub save_every: u64,
+    /// Sees every step, or NULL (default).
+    pub on_step: mxt_step_fn,
+    /// Passed to on_step.
+    pub user_data: *mut c_void,
+}
+versioned!(mxt_run_options, last = user_data: *mut c_void);
+
+impl Options for mxt_run_options {
+    fn defaults() -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            steps: 0,
+            eval_dataset: std::ptr::null(),
+            eval_every: 0,
+            eval_batches: 20,
+            save_dir: std::ptr::null(),
+            save_every: 0,
+            on_step: None,
+            user_data: std::ptr::null_mut(),
+        }
+    }
+}
+
+/// What a run did. Set struct_size to sizeof(mxt_run_result) before the call that fills it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_run_result {
+    /// sizeof(mxt_run_result), set by the caller.
+    pub struct_size: usize,
+    /// Steps done in this call.
+    pub steps: u64,
+    /// Tokens trained on in this call.
+    pub tokens: u64,
+    /// Seconds spent in steps, without evaluations, checkpoints and callbacks.
+    pub seconds: f64,
+    /// Loss of the last step, NaN if there was none.
+    pub last_loss: f32,
+    /// Loss of the last evaluation, NaN if there was none.
+    pub last_eval_loss: f32,
+    /// One of mxt_run_end.
+    pub end: i32,
+    /// 1 if save_dir holds the trainer as it is now, else 0.
+    pub saved: i32,
+}
+versioned!(mxt_run_result, last = saved: i32);
+
+/// Fills `options` with the defaults. `struct_size` is sizeof(mxt_run_options) as the caller's
+/// compiler sees it.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_run_options_init(
+    options: *mut mxt_run_options,
+    struct_size: usize,
+) -> mxt_status {
+    // SAFETY: the caller's struct has `struct_size` bytes.
+    guard::function("mxt_run_options_init", || unsafe { structs::init(options, struct_size) })
+}
+
+/// Does options->steps steps on `dataset`, with evaluations, checkpoints and a callback, until they
+/// are done, the callback ends it or a stop is requested; stores what it did in `*result`
+/// (struct_size set by the caller; NULL if not wanted).
+///
+/// The trainer is in use only inside each step, evaluation and checkpoint, not while the callback
+/// runs. An error ends the run: the steps before it are done (mxt_trainer_steps_done) and can be
+/// saved, `*result` is not written.
+///
+/// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save.
+#[unsafe(no_mangle)]
+pub unsafe extern "C-unwind" fn mxt_trainer_run(
+    trainer: *mut mxt_trainer,
+    dataset: *const mxt_dataset,
+    options: *const mxt_run_options,
+    result: *mut mxt_run_result,
+) -> mxt_status {
+    let mut started = None;
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    let status = unsafe {
+        guard::method(NAME, trainer, |_| {
+            let out = Out::optional("result", result)?;
+            started = Some((Run::new(trainer, dataset, options)?, out));
+            Ok(())
+        })
+    };
+    let Some((mut run, out)) = started else { return status };
+    let status = match run.drive() {
+        Ok(()) => guard::method_of(NAME, &*run.trainer.clone(), |_| {
+            let result = run.finish()?;
+            // SAFETY: the host's struct is valid until this function returns.
+            unsafe { out.put(result) };
+            Ok(())
+        }),
+        Err(status) => status,
+    };
+    release(run);
+    status
+}
+
+const NAME: &str = "mxt_trainer_run";
+
+/// A run between two steps.
+struct Run {
+    trainer: Arc<mxt_trainer>,
+    dataset: Arc<mxt_dataset>,
+    eval_dataset: Option<Arc<mxt_dataset>>,
+    save_dir: Option<PathBuf>,
+    options: mxt_run_options,
+    result: mxt_run_result,
+    /// Why the run ends before all steps are done.
+    end: Option<mxt_run_end>,
+    /// The number of steps done at the last checkpoint of this run.
+    saved_at: Option<u64>,
+}
+
+impl Run {
+    /// Checks everything before the first step.
+    ///
+    /// # Safety
+    /// Pointers are NULL or valid.
+    unsafe fn new(
+        trainer: *const mxt_trainer,
+        dataset: *const mxt_dataset,
+        options: *const mxt_run_options,
+    ) -> Result<Self, Failure> {
+        // SAFETY: as promised by the caller.
+        unsafe {
+            let options = read("options", options)?;
+            let save_dir = match options.save_dir.is_null() {
+                true => None,
+                false => Some(arguments::path("save_dir", options.save_dir)?.to_owned()),
+            };
+            Ok(Self {
+                trainer: keep(trainer).ok_or_else(|| Failure::null("trainer"))?,
+                dataset: keep(dataset).ok_or_else(|| Failure::null("dataset"))?,
+                eval_dataset: keep(options.eval_dataset),
+                save_dir,
+                options,
+                result: mxt_run_result {
+                    struct_size: size_of::<mxt_run_result>(),
+                    steps: 0,
+                    tokens: 0,
+                    seconds: 0.0,
+                    last_loss: f32::NAN,
+                    last_eval_loss: f32::NAN,
+                    end: mxt_run_end::Finished as i32,
+                    saved: 0,
+                },
+                end: None,
+                saved_at: None,
+            })
+        }
+    }
+
+    /// Does the steps. An error's message is already where it belongs.
+    fn drive(&mut self) -> Result<(), mxt_status> {
+        let trainer = self.trainer.clone();
+        while self.is_due() {
+            let mut seen = None;
+            let status = guard::method_of(NAME, &*trainer, |_| {
+                seen = Some(self.step()?);
+                Ok(())
+            });
+            let (step, eval) = seen.ok_or(status)?;
+            if let Some(on_step) = self.options.on_step {
+                let eval = eval.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+                // SAFETY: the header asks for a function that can be called until the run ends.
+                if unsafe { on_step(self.options.user_data, &step, eval) } != 0 {
+                    self.end = Some(mxt_run_end::Callback);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether another step is to be done. Uses up a stop request.
+    fn is_due(&mut self) -> bool {
+        if self.end.is_none() && self.trainer.stop().is_requested() {
+            self.trainer.stop().clear();
+            self.end = Some(mxt_run_end::Request);
+        }
+        self.end.is_none() && self.result.steps < self.options.steps
+    }
+
+    /// One step with the evaluation and the checkpoint that are due after it.
+    fn step(&mut self) -> Result<(mxt_step_stats, Option<mxt_eval_stats>), Failure> {
+        let data = &self.dataset.data;
+        let stats = self.trainer.exclusive(|trainer| Ok(trainer.step(data)?))?;
+        self.result.steps += 1;
+        self.result.tokens += stats.tokens;
+        self.result.seconds += stats.seconds;
+        self.result.last_loss = stats.loss;
+
+        let last = self.result.steps == self.options.steps;
+        let due = |every: u64| last || (every > 0 && stats.step.is_multiple_of(every));
+        let eval = if due(self.options.eval_every) { self.eval()? } else { None };
+        if due(self.options.save_every) {
+            self.save(stats.step)?;
+        }
+        Ok((stats.into(), eval))
+    }
+
+    /// Saves what a stop has left behind.
+    fn finish(&mut self) -> Result<mxt_run_result, Failure> {
+        let step = self.trainer.steps_done();
+        // NOTE: a stop saves but does not evaluate: whoever asks to stop is waiting.
+        if self.saved_at != Some(step) {
+            self.save(step)?;
+        }
+        self.result.end = self.end.unwrap_or(mxt_run_end::Finished) as i32;
+        self.result.saved = i32::from(self.saved_at == Some(step));
+        Ok(self.result)
+    }
+
+    fn eval(&mut self) -> Result<Option<mxt_eval_stats>, Failure> {
+        let Some(data) = &self.eval_dataset else { return Ok(None) };
+        let batches = self.options.eval_batches;
+        let stats = self.trainer.exclusive(|trainer| Ok(trainer.eval(&data.data, batches)?))?;
+        self.result.last_eval_loss = stats.loss;
+        Ok(Some(stats.into()))
+    }
+
+    fn save(&mut self, step: u64) -> Result<(), Failure> {
+        if let Some(dir) = &self.save_dir {
+            self.trainer.exclusive(|trainer| Ok(trainer.save(dir)?))?;
+            self.saved_at = Some(step);
+        }
+        Ok(())
+    }
+}

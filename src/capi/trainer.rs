@@ -1,0 +1,371 @@
+//! `mxt_trainer`: a model, its optimizer, and the place in a run. The memory plan of one.
+
+use std::ffi::{CString, c_char};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, TryLockError};
+
+use super::dataset::mxt_dataset;
+use super::engine::mxt_engine;
+use super::handle::{Handle, State, free, keep};
+use super::message::Slot;
+use super::model::{mxt_model, mxt_model_config};
+use super::status::mxt_status_code::{MXT_ERROR_BUSY, MXT_ERROR_POISONED};
+use super::status::{Failure, mxt_status};
+use super::structs::{Out, read, read_or_default};
+use super::trainer_structs::{
+    mxt_eval_stats, mxt_memory_plan, mxt_step_stats, mxt_trainer_options,
+};
+use super::{arguments, guard, handle};
+use crate::{StopHandle, Trainer, TrainerOptions, plan};
+
+/// A model in training: weights, moments, schedule, and the number of steps done. It needs its model
+/// for itself while a call is inside: then calls on the model, on the trainer and on other trainers
+/// of that model return MXT_ERROR_BUSY. Make with mxt_trainer_new or mxt_trainer_load, free with
+/// mxt_trainer_free.
+pub struct mxt_trainer {
+    state: State,
+    /// Locked only under exclusive access of `state`.
+    trainer: Mutex<Trainer>,
+    model: mxt_model,
+    stop: StopHandle,
+    /// Steps done, to be read while a step is running.
+    steps: AtomicU64,
+    options: TrainerOptions,
+    /// The name of the recipe, which `mxt_trainer_options` borrows.
+    recipe: CString,
+}
+
+impl mxt_trainer {
+    fn new(trainer: Trainer, model: mxt_model) -> Result<*mut Self, Failure> {
+        let options = trainer.options().clone();
+        let recipe = CString::new(options.recipe.to_string()).map_err(|error| {
+            Failure::invalid("recipe", format!("expected a name without zero bytes: {error}"))
+        })?;
+        let handle = Self {
+            state: State::sharing(model.state().access()),
+            stop: trainer.stop_handle(),
+            steps: AtomicU64::new(trainer.steps_done()),
+            trainer: Mutex::new(trainer),
+            model,
+            options,
+            recipe,
+        };
+        Ok(handle.into_raw())
+    }
+
+    /// Runs `body` with the trainer and its model for itself, or refuses.
+    pub(super) fn exclusive<R>(
+        &self,
+        body: impl FnOnce(&mut Trainer) -> Result<R, Failure>,
+    ) -> Result<R, Failure> {
+        let _exclusive = self.state.access().write()?;
+        let mut trainer = self.trainer.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => Failure::new(MXT_ERROR_BUSY, handle::BUSY),
+            TryLockError::Poisoned(_) => Failure::new(MXT_ERROR_POISONED, handle::POISONED),
+        })?;
+        let result = body(&mut trainer);
+        self.steps.store(trainer.steps_done(), Ordering::Release);
+        result
+    }
+
+    pub(super) fn stop(&self) -> &StopHandle {
+        &self.stop
+    }
+
+    pub(super) fn steps_done(&self) -> u64 {
+        self.steps.load(Ordering::Acquire)
+    }
+}
+
+impl Handle for mxt_trainer {
+    const SLOT: Slot = Slot::Trainer;
+    const NAME: &'static str = "trainer";
+
+    fn state(&self) -> &State {
+        &self.state
+    }
+}
+
+/// Makes a trainer at step 0 of `model` and stores it in `*trainer` for the caller to free. All
+/// memory of training is allocated here; see mxt_plan. `options` may be NULL for the defaults.
+///
+/// The trainer changes the weights of `model`. The handle `model` stays the caller's.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (names
+/// the option), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_UNSUPPORTED, MXT_ERROR_BUSY. The message is in
+/// mxt_last_error and on the model.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_new(
+    model: *mut mxt_model,
+    options: *const mxt_trainer_options,
+    trainer: *mut *mut mxt_trainer,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::child("mxt_trainer_new", model.cast_const(), |model| {
+            let out = arguments::place("trainer", trainer)?;
+            let options = read_or_default("options", options)?.parse()?;
+            let made = {
+                let _exclusive = model.state().access().write()?;
+                Trainer::new(&model.model, options)?
+            };
+            out.put(mxt_trainer::new(made, model.another())?);
+            Ok(())
+        })
+    }
+}
+
+/// Loads what mxt_trainer_save wrote, model, moments, options and position, and stores the trainer
+/// in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run had
+/// never stopped. The number of threads may differ; the seed is the checkpoint's.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+/// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
+/// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_load(
+    engine: *const mxt_engine,
+    dir: *const c_char,
+    trainer: *mut *mut mxt_trainer,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::child("mxt_trainer_load", engine, |engine| {
+            let out = arguments::place("trainer", trainer)?;
+            let dir = arguments::path("dir", dir)?;
+            let loaded = Trainer::load(&engine.engine, dir)?;
+            let model = mxt_model::new(loaded.model().clone())?;
+            out.put(mxt_trainer::new(loaded, model)?);
+            Ok(())
+        })
+    }
+}
+
+/// Saves model, moments, options and position to the folder `dir`, which is made if it is not there.
+/// A failure, or a kill at any instant, leaves what was there before. Hugging Face transformers opens
+/// the folder as gpt2.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+/// MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_save(
+    trainer: *mut mxt_trainer,
+    dir: *const c_char,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_save", trainer, |trainer| {
+            let dir = arguments::path("dir", dir)?;
+            trainer.exclusive(|trainer| Ok(trainer.save(dir)?))
+        })
+    }
+}
+
+/// Does one optimizer step on the next samples of `dataset` and stores what it did in `*stats`
+/// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
+/// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
+/// MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_step(
+    trainer: *mut mxt_trainer,
+    dataset: *const mxt_dataset,
+    stats: *mut mxt_step_stats,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_step", trainer, |trainer| {
+            let out = Out::optional("stats", stats)?;
+            let dataset = keep(dataset).ok_or_else(|| Failure::null("dataset"))?;
+            out.put(trainer.exclusive(|trainer| Ok(trainer.step(&dataset.data)?))?.into());
+            Ok(())
+        })
+    }
+}
+
+/// Does one optimizer step on the caller's own tokens and stores what it did in `*stats`
+/// (struct_size set by the caller; NULL if not wanted).
+///
+/// `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
+/// `count` is their number. Position t of a row learns to predict position t + 1.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count),
+/// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
+/// MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_step_tokens(
+    trainer: *mut mxt_trainer,
+    tokens: *const u32,
+    count: usize,
+    stats: *mut mxt_step_stats,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_step_tokens", trainer, |trainer| {
+            let out = Out::optional("stats", stats)?;
+            let tokens = arguments::slice("tokens", tokens, count)?;
+            out.put(trainer.exclusive(|trainer| Ok(trainer.step_tokens(tokens)?))?.into());
+            Ok(())
+        })
+    }
+}
+
+/// Computes the mean loss over at most `max_batches` batches spread evenly over `dataset`, the same
+/// ones in every call, and stores it in `*stats` (struct_size set by the caller). 0 takes all of the
+/// dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
+/// not an error.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
+/// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_eval(
+    trainer: *mut mxt_trainer,
+    dataset: *const mxt_dataset,
+    max_batches: usize,
+    stats: *mut mxt_eval_stats,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_eval", trainer, |trainer| {
+            let out = Out::required("stats", stats)?;
+            let dataset = keep(dataset).ok_or_else(|| Failure::null("dataset"))?;
+            let stats = trainer.exclusive(|t| Ok(t.eval(&dataset.data, max_batches)?))?;
+            out.put(stats.into());
+            Ok(())
+        })
+    }
+}
+
+/// Takes `lr` as the learning rate from the next step on, in place of the schedule's. It is saved
+/// with the run; mxt_trainer_use_schedule takes it back.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (negative or not finite), MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_set_lr(trainer: *mut mxt_trainer, lr: f32) -> mxt_status {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_set_lr", trainer, |trainer| {
+            trainer.exclusive(|trainer| Ok(trainer.set_lr(Some(lr))?))
+        })
+    }
+}
+
+/// Returns to the schedule's learning rate after mxt_trainer_set_lr.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_use_schedule(trainer: *mut mxt_trainer) -> mxt_status {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_use_schedule", trainer, |trainer| {
+            trainer.exclusive(|trainer| Ok(trainer.set_lr(None)?))
+        })
+    }
+}
+
+/// Number of optimizer steps done since step 0, those before a save and load included. 0 if `trainer`
+/// is NULL. Any thread may call it at any time, also while a step is running.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_steps_done(trainer: *const mxt_trainer) -> u64 {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::getter("mxt_trainer_steps_done", trainer, mxt_trainer::steps_done) }
+}
+
+/// Stores a new handle on the trainer's model in `*model`, for the caller to free. It is the same
+/// model: the next step changes what the handle reads.
+///
+/// Any thread may call it at any time. Errors: MXT_ERROR_NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_model(
+    trainer: *const mxt_trainer,
+    model: *mut *mut mxt_model,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_model", trainer, |trainer| {
+            let out = arguments::place("model", model)?;
+            out.put(trainer.model.another().into_raw());
+            Ok(())
+        })
+    }
+}
+
+/// Stores the options that the trainer was made from, or loaded with, in `*options` (struct_size set
+/// by the caller). The recipe's name is valid as long as the trainer.
+///
+/// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_get_options(
+    trainer: *const mxt_trainer,
+    options: *mut mxt_trainer_options,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_get_options", trainer, |trainer| {
+            let out = Out::required("options", options)?;
+            out.put(mxt_trainer_options::new(&trainer.options, trainer.recipe.as_ptr()));
+            Ok(())
+        })
+    }
+}
+
+/// Asks mxt_trainer_run to stop before its next step; a run that is not started yet stops at once.
+/// The request is used up by the run that it stops. NULL does nothing.
+///
+/// Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
+/// not be freed meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_request_stop(trainer: *const mxt_trainer) {
+    // NOTE: no guard. It would touch thread-local storage, whose first use may allocate.
+    // SAFETY: a live handle or NULL, as the header asks.
+    if let Some(trainer) = unsafe { trainer.as_ref() } {
+        trainer.stop.request_stop();
+    }
+}
+
+/// The message of the last call with this trainer that failed, on whichever thread; the empty string
+/// when there is none.
+///
+/// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+/// call of mxt_trainer_last_error. Any thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_last_error(trainer: *const mxt_trainer) -> *const c_char {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::last_error(trainer) }
+}
+
+/// Gives the trainer up; NULL does nothing. Nothing is saved. Its model stays usable through other
+/// handles. A callback may free the trainer that called it: the run then stops before its next step.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_free(trainer: *mut mxt_trainer) {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe {
+        mxt_trainer_request_stop(trainer);
+        free(trainer);
+    }
+}
+
+/// Computes the bytes that a model of this shape with its trainer will take, before anything is
+/// allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL for
+/// the defaults. The engine's memory limit does not concern it.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_plan(
+    engine: *const mxt_engine,
+    config: *const mxt_model_config,
+    options: *const mxt_trainer_options,
+    result: *mut mxt_memory_plan,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::child("mxt_plan", engine, |engine| {
+            let out = Out::required("result", result)?;
+            let config = read("config", config)?.parse()?;
+            let options = read_or_default("options", options)?.parse()?;
+            out.put(plan(&engine.engine, &config, &options)?.into());
+            Ok(())
+        })
+    }
+}

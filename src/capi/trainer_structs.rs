@@ -1,0 +1,267 @@
+//! Options and results of a trainer, and how they become the crate's.
+
+use std::ffi::c_char;
+
+use super::arguments;
+use super::guard;
+use super::status::{Failure, mxt_status};
+use super::structs::{self, Options, versioned};
+use crate::{AdamW, EvalStats, Plan, Schedule, ScheduleKind, StepStats, TrainerOptions};
+
+/// The curve of the learning rate after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_schedule {
+    /// lr for ever.
+    Constant = 0,
+    /// Half a cosine from lr down to min_lr at total_steps.
+    Cosine = 1,
+    /// A straight line from lr down to min_lr at total_steps.
+    Linear = 2,
+    /// lr, then a straight line down to min_lr over the last decay_steps.
+    Trapezoid = 3,
+}
+
+/// What a trainer is made from. Fill it with mxt_trainer_options_init.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_trainer_options {
+    /// Set by mxt_trainer_options_init.
+    pub struct_size: usize,
+    /// Sequences that go through the model at once. Default 8.
+    pub batch_size: usize,
+    /// Tokens of one sequence. 0 (default) takes the model's context length.
+    pub sequence_length: usize,
+    /// Batches whose gradients are averaged into one optimizer step. Default 1.
+    pub accumulation: usize,
+    /// Number formats of the linear layers: "fp32", "bf16", "mxfp4", "mxfp4-rht", "mxfp4-sr",
+    /// "mxfp4-rht-sr" or "fp8-mxfp4-rht-sr", which may be followed by switches such as ",g=128".
+    /// NULL (default) is "mxfp4-rht-sr". Borrowed for the call.
+    pub recipe: *const c_char,
+    /// AdamW's decay of the first moment. Default 0.9.
+    pub beta1: f32,
+    /// AdamW's decay of the second moment. Default 0.95.
+    pub beta2: f32,
+    /// Added to the square root of the second moment. Default 1e-8.
+    pub epsilon: f32,
+    /// Decoupled weight decay of tensors of two or more dimensions. Default 0.1.
+    pub weight_decay: f32,
+    /// Largest global gradient norm; longer gradients are scaled down to it. 0 turns it off.
+    /// Default 1.
+    pub clip: f32,
+    /// One of mxt_schedule. Default MXT_SCHEDULE_CONSTANT.
+    pub schedule: i32,
+    /// Peak learning rate. Default 3e-4.
+    pub lr: f32,
+    /// Learning rate at the end of the curve. Default 0.
+    pub min_lr: f32,
+    /// Steps over which the rate rises linearly to lr. Default 0.
+    pub warmup_steps: u64,
+    /// Step at which the curve ends; later steps keep min_lr. Must be above warmup_steps, except
+    /// for MXT_SCHEDULE_CONSTANT. Default 0.
+    pub total_steps: u64,
+    /// Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
+    pub decay_steps: u64,
+}
+versioned!(mxt_trainer_options, last = decay_steps: u64);
+
+impl Options for mxt_trainer_options {
+    fn defaults() -> Self {
+        Self::new(&TrainerOptions::default(), std::ptr::null())
+    }
+}
+
+impl mxt_trainer_options {
+    /// The C form of `options`, with `recipe` for the recipe's name.
+    pub(super) fn new(options: &TrainerOptions, recipe: *const c_char) -> Self {
+        let TrainerOptions { batch_size, sequence_length, accumulation, recipe: _, .. } = *options;
+        let AdamW { beta1, beta2, epsilon, weight_decay, clip } = options.optimizer;
+        let Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } =
+            options.schedule;
+        let schedule = match kind {
+            ScheduleKind::Constant => mxt_schedule::Constant,
+            ScheduleKind::Cosine => mxt_schedule::Cosine,
+            ScheduleKind::Linear => mxt_schedule::Linear,
+            ScheduleKind::Trapezoid => mxt_schedule::Trapezoid,
+        };
+        Self {
+            struct_size: size_of::<Self>(),
+            batch_size,
+            sequence_length,
+            accumulation,
+            recipe,
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            clip,
+            schedule: schedule as i32,
+            lr,
+            min_lr,
+            warmup_steps,
+            total_steps,
+            decay_steps,
+        }
+    }
+
+    /// The crate's form.
+    ///
+    /// # Safety
+    /// `recipe` is NULL or ends with a zero byte.
+    pub(super) unsafe fn parse(self) -> Result<TrainerOptions, Failure> {
+        const SCHEDULES: [(mxt_schedule, ScheduleKind); 4] = [
+            (mxt_schedule::Constant, ScheduleKind::Constant),
+            (mxt_schedule::Cosine, ScheduleKind::Cosine),
+            (mxt_schedule::Linear, ScheduleKind::Linear),
+            (mxt_schedule::Trapezoid, ScheduleKind::Trapezoid),
+        ];
+        let kind = SCHEDULES.into_iter().find(|(number, _)| *number as i32 == self.schedule);
+        let Some((_, kind)) = kind else {
+            let message = format!("expected one of mxt_schedule, 0 to 3; got {}", self.schedule);
+            return Err(Failure::invalid("schedule", message));
+        };
+        let mut options = TrainerOptions {
+            batch_size: self.batch_size,
+            sequence_length: self.sequence_length,
+            accumulation: self.accumulation,
+            optimizer: AdamW {
+                beta1: self.beta1,
+                beta2: self.beta2,
+                epsilon: self.epsilon,
+                weight_decay: self.weight_decay,
+                clip: self.clip,
+            },
+            schedule: Schedule {
+                kind,
+                lr: self.lr,
+                min_lr: self.min_lr,
+                warmup_steps: self.warmup_steps,
+                total_steps: self.total_steps,
+                decay_steps: self.decay_steps,
+            },
+            ..TrainerOptions::default()
+        };
+        if !self.recipe.is_null() {
+            // SAFETY: as promised by the caller.
+            options.recipe = unsafe { arguments::text("recipe", self.recipe) }?.parse()?;
+        }
+        Ok(options)
+    }
+}
+
+/// What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that fills
+/// it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_step_stats {
+    /// sizeof(mxt_step_stats), set by the caller.
+    pub struct_size: usize,
+    /// Steps done since step 0, this one included.
+    pub step: u64,
+    /// Tokens trained on in this step.
+    pub tokens: u64,
+    /// Wall-clock duration of the step in seconds.
+    pub seconds: f64,
+    /// Mean cross-entropy of the step's tokens before the update, in nats a token.
+    pub loss: f32,
+    /// Global norm of the gradient before clipping.
+    pub grad_norm: f32,
+    /// Learning rate of the step.
+    pub lr: f32,
+    /// tokens / seconds.
+    pub tokens_per_second: f32,
+}
+versioned!(mxt_step_stats, last = tokens_per_second: f32);
+
+impl From<StepStats> for mxt_step_stats {
+    fn from(stats: StepStats) -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            step: stats.step,
+            tokens: stats.tokens,
+            seconds: stats.seconds,
+            loss: stats.loss,
+            grad_norm: stats.grad_norm,
+            lr: stats.lr,
+            tokens_per_second: (stats.tokens as f64 / stats.seconds.max(1e-9)) as f32,
+        }
+    }
+}
+
+/// What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_eval_stats {
+    /// sizeof(mxt_eval_stats), set by the caller.
+    pub struct_size: usize,
+    /// Tokens that were predicted.
+    pub tokens: u64,
+    /// Wall-clock duration in seconds.
+    pub seconds: f64,
+    /// Mean cross-entropy in nats a token.
+    pub loss: f32,
+    /// exp(loss).
+    pub perplexity: f32,
+}
+versioned!(mxt_eval_stats, last = perplexity: f32);
+
+impl From<EvalStats> for mxt_eval_stats {
+    fn from(stats: EvalStats) -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            tokens: stats.tokens,
+            seconds: stats.seconds,
+            loss: stats.loss,
+            perplexity: stats.loss.exp(),
+        }
+    }
+}
+
+/// Bytes that a model with its trainer takes, by purpose. Set struct_size to sizeof(mxt_memory_plan)
+/// before the call that fills it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_memory_plan {
+    /// sizeof(mxt_memory_plan), set by the caller.
+    pub struct_size: usize,
+    /// Weights.
+    pub weights: u64,
+    /// Gradients.
+    pub gradients: u64,
+    /// Moments of AdamW.
+    pub optimizer: u64,
+    /// What the forward pass keeps for the backward pass, and the gradients that flow back.
+    pub activations: u64,
+    /// Packed operands and other scratch memory.
+    pub workspace: u64,
+    /// Sum of all.
+    pub total: u64,
+}
+versioned!(mxt_memory_plan, last = total: u64);
+
+impl From<Plan> for mxt_memory_plan {
+    fn from(plan: Plan) -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            weights: plan.weights,
+            gradients: plan.gradients,
+            optimizer: plan.optimizer,
+            activations: plan.activations,
+            workspace: plan.workspace,
+            total: plan.total(),
+        }
+    }
+}
+
+/// Fills `options` with the defaults. `struct_size` is sizeof(mxt_trainer_options) as the caller's
+/// compiler sees it.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_options_init(
+    options: *mut mxt_trainer_options,
+    struct_size: usize,
+) -> mxt_status {
+    // SAFETY: the caller's struct has `struct_size` bytes.
+    guard::function("mxt_trainer_options_init", || unsafe { structs::init(options, struct_size) })
+}

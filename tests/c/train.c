@@ -1,0 +1,129 @@
+/* The main road: train, evaluate, save, resume bit for bit, tensors by name, generate, plan. */
+#include "check.h"
+
+static void log_line(void *user_data, int32_t level, const char *message) {
+  CHECK(level >= MXT_LOG_LEVEL_WARNING && level <= MXT_LOG_LEVEL_DEBUG && message[0] != 0);
+  *(int *)user_data += 1;
+}
+
+static int32_t stop_after_three(void *user_data, uint32_t token) {
+  CHECK(token < VOCABULARY);
+  return ++*(int *)user_data == 3;
+}
+
+int main(int argc, char **argv) {
+  CHECK(argc == 2);
+  const char *checkpoint = in_folder(argv[1], "checkpoint");
+
+  CHECK(mxt_version_number() == MXT_VERSION_NUMBER && mxt_abi_version() == MXT_ABI_VERSION);
+  CHECK(strstr(mxt_build_info(), mxt_version()) != NULL);
+  CHECK(strstr(mxt_build_info(), "\"selected\":") != NULL);
+
+  int lines = 0;
+  mxt_engine_options engine_options;
+  mxt_engine *engine = NULL;
+  OK(mxt_engine_options_init(&engine_options, sizeof engine_options));
+  engine_options.threads = 2;
+  engine_options.seed = 5;
+  engine_options.log = log_line;
+  engine_options.log_user_data = &lines;
+  OK(mxt_engine_new(&engine_options, &engine));
+  CHECK(mxt_engine_seed(engine) == 5 && mxt_engine_threads(engine) == 2 && lines > 0);
+
+  mxt_memory_plan plan;
+  plan.struct_size = sizeof plan;
+  const mxt_model_config config = small_config();
+  const mxt_trainer_options options = small_options();
+  OK(mxt_plan(engine, &config, &options, &plan));
+  CHECK(plan.weights > 0 && plan.optimizer > 0 && plan.total > plan.activations);
+  CHECK(plan.total == plan.weights + plan.gradients + plan.optimizer + plan.activations
+                          + plan.workspace);
+
+  mxt_model *model = new_model(engine);
+  mxt_dataset *dataset = new_dataset();
+  mxt_trainer *trainer = new_trainer(model);
+
+  mxt_model_config seen;
+  seen.struct_size = sizeof seen;
+  OK(mxt_model_get_config(model, &seen));
+  CHECK(seen.vocab_size == VOCABULARY && seen.layers == 1 && seen.channels == 16);
+  uint64_t parameters = 0;
+  for (size_t i = 0; i < mxt_model_tensor_count(model); i++) {
+    mxt_tensor_info info;
+    info.struct_size = sizeof info;
+    OK(mxt_model_tensor_info(model, i, &info));
+    uint64_t product = 1;
+    for (uint32_t d = 0; d < info.rank; d++) product *= info.shape[d];
+    CHECK(info.rank >= 1 && info.rank <= MXT_MAX_RANK && product == info.element_count);
+    CHECK(info.dtype == MXT_DTYPE_F32);
+    float *values = malloc((size_t)product * sizeof *values);
+    CHECK(values != NULL);
+    OK(mxt_model_tensor_read(model, info.name, values, (size_t)product));
+    OK(mxt_model_tensor_write(model, info.name, values, (size_t)product));
+    free(values);
+    parameters += product;
+  }
+  CHECK(parameters == mxt_model_parameter_count(model));
+
+  mxt_trainer_options kept;
+  kept.struct_size = sizeof kept;
+  OK(mxt_trainer_get_options(trainer, &kept));
+  CHECK(strcmp(kept.recipe, "mxfp4-rht-sr") == 0 && kept.batch_size == BATCH);
+  CHECK(kept.lr == options.lr && kept.schedule == MXT_SCHEDULE_CONSTANT);
+
+  const float first = step(trainer, dataset).loss;
+  for (int i = 1; i < 60; i++) step(trainer, dataset);
+  mxt_eval_stats eval;
+  eval.struct_size = sizeof eval;
+  OK(mxt_trainer_eval(trainer, dataset, 4, &eval));
+  CHECK(eval.loss < first && eval.perplexity > 1 && eval.tokens == 4 * BATCH * CONTEXT);
+  CHECK(mxt_trainer_steps_done(trainer) == 60);
+
+  /* The same losses with and without a stop in between. */
+  OK(mxt_trainer_set_lr(trainer, 5e-3f));
+  OK(mxt_trainer_save(trainer, checkpoint));
+  float losses[5];
+  for (int i = 0; i < 5; i++) losses[i] = step(trainer, dataset).loss;
+  mxt_trainer_free(trainer);
+  OK(mxt_trainer_load(engine, checkpoint, &trainer));
+  CHECK(mxt_trainer_steps_done(trainer) == 60);
+  OK(mxt_trainer_get_options(trainer, &kept));
+  CHECK(kept.batch_size == BATCH && kept.lr == options.lr);
+  for (int i = 0; i < 5; i++) {
+    const mxt_step_stats stats = step(trainer, dataset);
+    CHECK(stats.loss == losses[i] && stats.lr == 5e-3f);
+    CHECK(stats.tokens == BATCH * CONTEXT && stats.seconds > 0 && stats.tokens_per_second > 0);
+  }
+  OK(mxt_trainer_use_schedule(trainer));
+  CHECK(step(trainer, dataset).lr == options.lr);
+  OK(mxt_trainer_step(trainer, dataset, NULL));
+
+  mxt_model *trained = NULL;
+  OK(mxt_trainer_model(trainer, &trained));
+  mxt_model_free(trained);
+  OK(mxt_model_load(engine, checkpoint, &trained));
+
+  /* Greedy text is the same every time; a callback can end it; one buffer can hold all of it. */
+  mxt_generate_options generate;
+  OK(mxt_generate_options_init(&generate, sizeof generate));
+  generate.max_tokens = 30; /* longer than the context */
+  generate.temperature = 0;
+  uint32_t text[32] = {3, 4}, again[30];
+  size_t written = 0;
+  OK(mxt_model_generate(trained, &generate, text, 2, text + 2, 30, &written));
+  CHECK(written == 30);
+  OK(mxt_model_generate(trained, &generate, text, 2, again, 30, &written));
+  CHECK(written == 30 && memcmp(text + 2, again, sizeof again) == 0);
+  int count = 0;
+  generate.on_token = stop_after_three;
+  generate.user_data = &count;
+  OK(mxt_model_generate(trained, &generate, text, 2, NULL, 0, &written));
+  CHECK(written == 3 && count == 3);
+
+  mxt_model_free(trained);
+  mxt_model_free(model);
+  mxt_dataset_free(dataset);
+  mxt_trainer_free(trainer);
+  mxt_engine_free(engine);
+  return 0;
+}
