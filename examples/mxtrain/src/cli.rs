@@ -56,8 +56,8 @@ pub(crate) struct PrepareArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
 
-    /// How text becomes tokens
-    #[arg(long, value_enum, default_value_t = Tokenizer::Bytes)]
+    /// How text becomes tokens: bytes (vocabulary 256) or gpt2 (GPT-2's byte-pair encoding, 50,257)
+    #[arg(long, value_name = "NAME", default_value_t = Tokenizer::Bytes, hide_possible_values = true)]
     pub(crate) tokenizer: Tokenizer,
 
     /// Part of each file, at its end, that is kept for validation (0 to below 1)
@@ -123,8 +123,8 @@ pub(crate) struct DataArgs {
     #[arg(long, value_name = "N")]
     pub(crate) vocab_size: Option<usize>,
 
-    /// Tokenizer that made the files of --train, needed only to print samples
-    #[arg(long, value_enum)]
+    /// Tokenizer that made the files of --train, bytes or gpt2; needed only to print samples
+    #[arg(long, value_name = "NAME", hide_possible_values = true)]
     pub(crate) tokenizer: Option<Tokenizer>,
 }
 
@@ -258,7 +258,7 @@ pub(crate) struct ReportArgs {
     pub(crate) sample_every: u64,
 
     /// Beginning of the samples
-    #[arg(long, value_name = "TEXT", default_value = "")]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) sample_prompt: String,
 
     /// Write a JSON object for every step and every measurement to a file, one a line
@@ -336,8 +336,8 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) tokens: usize,
 
-    /// Tokenizer [default: the one that the checkpoint was trained with]
-    #[arg(long, value_enum)]
+    /// Tokenizer, bytes or gpt2 [default: the one that the checkpoint was trained with]
+    #[arg(long, value_name = "NAME", hide_possible_values = true)]
     pub(crate) tokenizer: Option<Tokenizer>,
 
     #[command(flatten)]
