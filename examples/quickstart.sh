@@ -43,7 +43,11 @@ for name in sorted(wheel.namelist()):
         text = wheel.read(name).decode("utf-8").replace("\r\n", "\n")
         text = re.sub(r"^#+ +", "", text, flags=re.M)  # ## ACT I
         text = re.sub(r"^\*\*(.+?)\*\*\s*?$", r"\1:", text, flags=re.M)  # **THESEUS**
-        text = re.sub(r"_(.+?)_", r"[\1]", text, flags=re.S)  # _stage direction_
+        text = text.replace("\\[", "[").replace("\\]", "]")
+        # _stage direction_, _\[aside]_, *in one play*
+        text = re.sub(
+            r"(_+|\*)([^_*]+)\1", lambda found: f"[{found[2].strip('[] ')}]", text
+        )
         text = re.sub(r"[ \t]+$", "", text, flags=re.M)
         plays.append(text.strip() + "\n")
 if not plays:

@@ -1,5 +1,6 @@
 //! What the tests of the built program share.
-#![allow(dead_code)] // each test file uses a part of it
+// Each test file uses a part of it, as a module of its own.
+#![allow(dead_code, unreachable_pub)]
 
 use std::ffi::OsStr;
 use std::path::Path;
