@@ -43,11 +43,10 @@ for name in sorted(wheel.namelist()):
         text = wheel.read(name).decode("utf-8").replace("\r\n", "\n")
         text = re.sub(r"^#+ +", "", text, flags=re.M)  # ## ACT I
         text = re.sub(r"^\*\*(.+?)\*\*\s*?$", r"\1:", text, flags=re.M)  # **THESEUS**
-        text = text.replace("\\[", "[").replace("\\]", "]")
-        # _stage direction_, _\[aside]_, *in one play*
-        text = re.sub(
-            r"(_+|\*)([^_*]+)\1", lambda found: f"[{found[2].strip('[] ')}]", text
-        )
+        text = re.sub(r"\\([^\w\s])", r"\1", text)  # Markdown's escapes
+        # _stage direction_, _[aside]_, *in one play*
+        direction = re.compile(r"_+([^_]+)_+|\*([^*]+)\*")
+        text = direction.sub(lambda found: f"[{(found[1] or found[2]).strip('[] ')}]", text)
         text = re.sub(r"[ \t]+$", "", text, flags=re.M)
         plays.append(text.strip() + "\n")
 if not plays:
