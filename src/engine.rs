@@ -113,6 +113,18 @@ impl Engine {
         &self.0.cpu
     }
 
+    /// An error if `bytes` are more than the memory limit.
+    pub(crate) fn check_memory(&self, what: &'static str, bytes: u64) -> Result<()> {
+        match self.memory_limit() {
+            limit if limit > 0 && bytes > limit => Err(Error::OutOfMemory {
+                what,
+                needed: bytes,
+                limit: format!("the limit is {limit}; use a smaller batch or model"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// Sends a line to the log callback; `line` is not called where there is none.
     pub(crate) fn log(&self, level: LogLevel, line: impl FnOnce() -> String) {
         if let Some(log) = &self.0.log {

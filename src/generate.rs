@@ -1,4 +1,11 @@
-//! Sampling from a model.
+//! Sampling from a model, one token after the other.
+
+use crate::backend::{Backend, Sequences, WorkspaceShape};
+use crate::model::{Activations, Model, ModelConfig, Pass};
+use crate::mx::{Draw, Purpose, uniform};
+use crate::recipe::{Forward, Recipe};
+use crate::{Error, Result};
+
 /// How the next token is chosen.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateOptions {
@@ -8,12 +15,248 @@ pub struct GenerateOptions {
     pub temperature: f32,
     /// Keeps the k most likely tokens; 0 keeps all.
     pub top_k: usize,
-    /// Keeps the most likely tokens whose probabilities add up to p; 1 keeps all.
+    /// Keeps the most likely tokens whose probabilities add up to at least p; 1 keeps all.
     pub top_p: f32,
-    /// Seed of the draws.
+    /// Seed of the draws: the same seed and model give the same tokens.
     pub seed: u64,
 }
 
 impl Default for GenerateOptions {
-    fn default() -> Self { Self { max_tokens: 256, temperature: 0.8, top_k: 0, top_p: 1.0, seed: 1337 } }
+    fn default() -> Self {
+        Self { max_tokens: 256, temperature: 0.8, top_k: 0, top_p: 1.0, seed: 1337 }
+    }
+}
+
+impl GenerateOptions {
+    fn validate(&self) -> Result<()> {
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            let message = format!("expected a number of at least 0, got {}", self.temperature);
+            return Err(Error::invalid("temperature", message));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            let message = format!("expected a number above 0 and up to 1, got {}", self.top_p);
+            return Err(Error::invalid("top_p", message));
+        }
+        Ok(())
+    }
+}
+
+impl Model {
+    /// Samples a continuation of `prompt`. `on_token` sees each token as it is drawn, and returns
+    /// whether to go on. Once prompt and continuation exceed the context, the oldest tokens fall out.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an empty prompt or an option out of range,
+    /// [`Error::TokenRange`], [`Error::NotFinite`] if the model's logits are.
+    pub fn generate(
+        &self,
+        prompt: &[u32],
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(u32) -> bool,
+    ) -> Result<Vec<u32>> {
+        options.validate()?;
+        let config = self.config();
+        if prompt.is_empty() {
+            let message = "expected at least one token to continue from, got none";
+            return Err(Error::invalid("prompt", message));
+        }
+        if let Some(offset) = prompt.iter().position(|t| *t as usize >= config.vocab_size) {
+            return Err(Error::TokenRange {
+                source_name: "the prompt".into(),
+                offset: offset as u64,
+                token: prompt[offset],
+                vocab_size: config.vocab_size,
+            });
+        }
+        let longest = (prompt.len() + options.max_tokens).min(config.context_length);
+        let mut decoder = Decoder::new(self, longest)?;
+        let mut sampler = Sampler::new(options, config.vocab_size);
+        let mut tokens = prompt.to_vec();
+        for drawn in 0..options.max_tokens {
+            let context = &tokens[tokens.len().saturating_sub(longest)..];
+            decoder.next_logits(self, context, &mut sampler.logits)?;
+            let token = sampler.draw(drawn as u32)?;
+            tokens.push(token);
+            if !on_token(token) {
+                break;
+            }
+        }
+        Ok(tokens.split_off(prompt.len()))
+    }
+}
+
+/// Memory for forward passes over one sequence.
+struct Decoder<B: Backend> {
+    activations: Activations<B>,
+    workspace: B::Workspace,
+    tokens: B::Tokens,
+    logits: B::F32,
+    recipe: Recipe,
+}
+
+impl Decoder<crate::model::Device> {
+    fn new(model: &Model, longest: usize) -> Result<Self> {
+        let backend = &**model.engine().backend();
+        let measured = {
+            let mut arena = backend.arena(None)?;
+            Self::cut(backend, &mut arena, model.config(), longest);
+            backend.arena_used(&arena)
+        };
+        model.engine().check_memory("generating", measured as u64)?;
+        let mut arena = backend.arena(Some(measured))?;
+        Ok(Self::cut(backend, &mut arena, model.config(), longest))
+    }
+
+    /// Logits of the token after `context`.
+    fn next_logits(&mut self, model: &Model, context: &[u32], out: &mut [f32]) -> Result<()> {
+        let backend = &**model.engine().backend();
+        let params = model.lock()?;
+        let (config, params) = (model.config(), &*params);
+        let sequences = Sequences { batch: 1, length: context.len() };
+        let Self { activations, workspace, tokens, logits, recipe } = self;
+        backend.scope(|| {
+            backend.write_tokens(tokens, context);
+            let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
+            pass.forward(activations, tokens);
+            pass.logits(activations, context.len() - 1, logits);
+        });
+        backend.read_f32(logits, out);
+        Ok(())
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    fn cut(backend: &B, arena: &mut B::Arena, config: &ModelConfig, longest: usize) -> Self {
+        let sequences = Sequences { batch: 1, length: longest };
+        let shape = WorkspaceShape {
+            sequences,
+            channels: config.channels,
+            heads: config.heads,
+            vocab_size: config.vocab_size,
+            forward: Forward::F32,
+            backward: None,
+        };
+        Self {
+            activations: Activations::for_inference(backend, arena, config, sequences),
+            workspace: backend.workspace(arena, &shape),
+            tokens: backend.tokens(arena, longest),
+            logits: backend.f32(arena, config.vocab_size),
+            recipe: Recipe::FP32,
+        }
+    }
+}
+
+/// Draws tokens from logits.
+struct Sampler<'a> {
+    options: &'a GenerateOptions,
+    draw: Draw,
+    logits: Vec<f32>,
+    /// Tokens, most likely first, with their weights.
+    ranked: Vec<(u32, f64)>,
+}
+
+impl<'a> Sampler<'a> {
+    fn new(options: &'a GenerateOptions, vocab_size: usize) -> Self {
+        Self {
+            options,
+            draw: Draw::of(options.seed, Purpose::Sampling, 0, 0),
+            logits: vec![0.0; vocab_size],
+            ranked: Vec::with_capacity(vocab_size),
+        }
+    }
+
+    /// Token number `index` of a run, from `self.logits`.
+    fn draw(&mut self, index: u32) -> Result<u32> {
+        if let Some(value) = self.logits.iter().find(|v| !v.is_finite()) {
+            return Err(Error::NotFinite { what: "a logit".into(), value: *value });
+        }
+        let by_logit = self.logits.iter().enumerate();
+        // Of equal logits, the token of the lower number is the more likely one.
+        let (best, max) = by_logit
+            .fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best });
+        if self.options.temperature == 0.0 {
+            return Ok(best as u32);
+        }
+        let temperature = f64::from(self.options.temperature);
+        self.ranked.clear();
+        self.ranked.extend(self.logits.iter().enumerate().map(|(token, logit)| {
+            (token as u32, ((f64::from(*logit) - f64::from(max)) / temperature).exp())
+        }));
+        self.ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if self.options.top_k > 0 {
+            self.ranked.truncate(self.options.top_k);
+        }
+        let total: f64 = self.ranked.iter().map(|(_, w)| w).sum();
+        let nucleus = total * f64::from(self.options.top_p);
+        let mut sum = 0.0;
+        let keep = self.ranked.iter().position(|(_, w)| {
+            sum += w;
+            sum >= nucleus
+        });
+        self.ranked.truncate(keep.map_or(self.ranked.len(), |last| last + 1));
+
+        let kept: f64 = self.ranked.iter().map(|(_, w)| w).sum();
+        let [high, low, ..] = self.draw.bits(index, 0);
+        let mut left = kept * uniform(high, low);
+        let chosen = self.ranked.iter().find(|(_, w)| {
+            left -= w;
+            left < 0.0
+        });
+        // Rounding may leave a last crumb, which belongs to the last token.
+        let (token, _) = chosen.or(self.ranked.last()).expect("at least one token is kept");
+        Ok(*token)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(options: &GenerateOptions, logits: &[f32], draws: u32) -> Vec<u32> {
+        let mut sampler = Sampler::new(options, logits.len());
+        sampler.logits.copy_from_slice(logits);
+        let mut counts = vec![0; logits.len()];
+        for i in 0..draws {
+            counts[sampler.draw(i).unwrap() as usize] += 1;
+        }
+        counts
+    }
+
+    #[test]
+    fn draws_follow_the_softmax() {
+        let options = GenerateOptions { temperature: 2.0, ..GenerateOptions::default() };
+        let logits = [0.0f32, 2.0, 4.0, -1.0];
+        let counts = counts(&options, &logits, 20_000);
+        let weights: Vec<f64> = logits.iter().map(|l| (f64::from(*l) / 2.0).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        for (count, weight) in counts.iter().zip(weights) {
+            let p = weight / total;
+            let sigma = (p * (1.0 - p) / 20_000.0).sqrt();
+            assert!((f64::from(*count) / 20_000.0 - p).abs() < 4.0 * sigma, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn greedy_top_k_and_top_p_cut_the_tail() {
+        let logits = [1.0f32, 3.0, 2.0, 3.0];
+        let base = GenerateOptions { temperature: 1.0, ..GenerateOptions::default() };
+        let greedy = GenerateOptions { temperature: 0.0, ..base.clone() };
+        assert_eq!(counts(&greedy, &logits, 10), [0, 10, 0, 0]);
+        let top_k = GenerateOptions { top_k: 2, ..base.clone() };
+        let seen = counts(&top_k, &logits, 200);
+        assert!(seen[0] == 0 && seen[2] == 0 && seen[1] > 0 && seen[3] > 0);
+        // The two likeliest have 0.42 each: 0.5 needs both, 0.4 only the first.
+        let top_p = |top_p| GenerateOptions { top_p, ..base.clone() };
+        let seen = counts(&top_p(0.5), &logits, 200);
+        assert!(seen[0] == 0 && seen[2] == 0 && seen[1] > 0 && seen[3] > 0);
+        assert_eq!(counts(&top_p(0.4), &logits, 10), [0, 10, 0, 0]);
+    }
+
+    #[test]
+    fn a_broken_model_is_an_error() {
+        let options = GenerateOptions::default();
+        let mut sampler = Sampler::new(&options, 2);
+        sampler.logits[1] = f32::NAN;
+        assert!(matches!(sampler.draw(0), Err(Error::NotFinite { .. })));
+    }
 }

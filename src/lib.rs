@@ -12,7 +12,7 @@ mod optim;
 mod recipe;
 mod trainer;
 
-pub use data::Dataset;
+pub use data::{Dataset, DatasetFile, TokenFormat};
 pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use generate::GenerateOptions;

@@ -116,6 +116,15 @@ impl Recipe {
     pub const NAMES: [&str; 7] =
         ["fp32", "bf16", "mxfp4", "mxfp4-rht", "mxfp4-sr", "mxfp4-rht-sr", "fp8-mxfp4-rht-sr"];
 
+    /// Everything in f32.
+    pub(crate) const FP32: Self = Self {
+        forward: Forward::F32,
+        dgrad: Backward::F32,
+        wgrad: Backward::F32,
+        bf16_last_layers: 0,
+        bf16_last_steps: 0.0,
+    };
+
     /// The formats of block `layer` (of `layers`) in step `step` (of `total_steps`, where 0 means
     /// that the end is not known and `bf16_last_steps` has no effect).
     pub fn for_layer(
@@ -152,6 +161,12 @@ impl Recipe {
     /// Whether any GEMM is in MXFP4.
     pub fn uses_mxfp4(&self) -> bool {
         [self.dgrad, self.wgrad].iter().any(|g| matches!(g, Backward::Mxfp4(_)))
+    }
+
+    /// The length that MXFP4 GEMMs pad their reduction dimension to a multiple of; None where no GEMM
+    /// is in MXFP4.
+    pub(crate) fn mxfp4_group(&self) -> Option<usize> {
+        self.mxfp4().map(|m| m.transform.map_or(crate::mx::BLOCK, |t| t.group))
     }
 
     fn named(name: &str) -> Option<Self> {

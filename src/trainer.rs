@@ -1,9 +1,19 @@
-//! One optimizer step, readable top to bottom; evaluation; stop requests.
+//! One optimizer step, readable top to bottom ([`Trainer::step`]); evaluation; stop requests.
+
 use std::path::Path;
-use crate::model::{Model, ModelConfig};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use crate::backend::{AdamWStep, Backend, BackwardWorkspace, Sequences, WorkspaceShape};
+use crate::checkpoint::{self, TrainerPart};
+use crate::engine::LogLevel;
+use crate::model::{
+    ActivationGradients, Activations, Device, Model, ModelConfig, Params, Pass, Place, specs,
+};
 use crate::optim::{AdamW, Schedule};
 use crate::recipe::Recipe;
-use crate::{Dataset, Engine, Result};
+use crate::{Dataset, Engine, Error, Result};
 
 /// What a [`Trainer`] is made from.
 #[derive(Clone, Debug, PartialEq)]
@@ -67,7 +77,7 @@ pub struct EvalStats {
 pub struct Plan {
     /// Weights.
     pub weights: u64,
-    /// Gradients.
+    /// Gradients of the weights.
     pub gradients: u64,
     /// Moments of AdamW.
     pub optimizer: u64,
@@ -76,50 +86,537 @@ pub struct Plan {
     /// Packed operands and other scratch of the kernels.
     pub workspace: u64,
 }
-impl Plan { /// Sum of all purposes.
-    pub fn total(&self) -> u64 { todo!() } }
 
-/// Computes what a trainer will take, before anything is allocated.
-pub fn plan(_engine: &Engine, _config: &ModelConfig, _options: &TrainerOptions) -> Result<Plan> { todo!() }
-
-/// Asks a trainer to stop at the next step boundary, from any thread or a signal handler.
-#[derive(Clone)]
-pub struct StopHandle;
-impl StopHandle { /// Asks.
-    pub fn request_stop(&self) { todo!() }
-    /// Whether a stop is asked for.
-    pub fn is_requested(&self) -> bool { todo!() }
-    /// Takes the request back.
-    pub fn clear(&self) { todo!() } }
-
-/// Trains a model.
-pub struct Trainer;
-impl Trainer {
-    /// A trainer at step 0 of `model`.
-    pub fn new(_model: &Model, _options: TrainerOptions) -> Result<Self> { todo!() }
-    /// Loads a checkpoint that [`Trainer::save`] wrote, model included.
-    pub fn load(_engine: &Engine, _dir: &Path) -> Result<Self> { todo!() }
-    /// Saves weights, moments and position, atomically.
-    pub fn save(&mut self, _dir: &Path) -> Result<()> { todo!() }
-    /// One optimizer step on the dataset's next samples.
-    pub fn step(&mut self, _data: &Dataset) -> Result<StepStats> { todo!() }
-    /// One optimizer step on the host's own tokens: (accumulation * B, T + 1), row-major.
-    pub fn step_tokens(&mut self, _tokens: &[u32]) -> Result<StepStats> { todo!() }
-    /// Mean loss over `max_batches` batches spread evenly over `data`; 0 takes all of it.
-    pub fn eval(&mut self, _data: &Dataset, _max_batches: usize) -> Result<EvalStats> { todo!() }
-    /// Overrides the schedule's learning rate from the next step on; `None` returns to the schedule.
-    pub fn set_lr(&mut self, _lr: Option<f32>) -> Result<()> { todo!() }
-    /// Steps done.
-    pub fn steps_done(&self) -> u64 { todo!() }
-    /// The model.
-    pub fn model(&self) -> &Model { todo!() }
-    /// The options it was made from.
-    pub fn options(&self) -> &TrainerOptions { todo!() }
-    /// Memory it takes.
-    pub fn plan(&self) -> Plan { todo!() }
-    /// A handle that asks it to stop.
-    pub fn stop_handle(&self) -> StopHandle { todo!() }
+impl Plan {
+    /// Sum of all purposes.
+    pub fn total(&self) -> u64 {
+        self.weights + self.gradients + self.optimizer + self.activations + self.workspace
+    }
 }
+
+/// Computes what a model and its trainer will take, before anything is allocated. It is exact: the
+/// trainer allocates by the same code.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for options that make no trainer.
+pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> Result<Plan> {
+    config.validate()?;
+    let options = options.resolved(config)?;
+    let mut plan = Plan { weights: Model::plan(engine, config)?, ..Plan::default() };
+    Buffers::new(&**engine.backend(), None, config, &options, &mut plan)?;
+    Ok(plan)
+}
+
+/// Asks a trainer to stop at the next step boundary, from any thread or from a signal handler: one
+/// atomic store. [`Trainer::step`] does not look at it; loops over steps do.
+#[derive(Clone, Debug, Default)]
+pub struct StopHandle(Arc<AtomicBool>);
+
+impl StopHandle {
+    /// Asks for a stop.
+    pub fn request_stop(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a stop is asked for.
+    pub fn is_requested(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Takes the request back.
+    pub fn clear(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Trains a model: its gradients, its moments, and its place in the run.
+pub struct Trainer {
+    model: Model,
+    state: TrainerState,
+    plan: Plan,
+    buffers: Buffers<Device>,
+    stop: StopHandle,
+}
+
+impl Trainer {
+    /// A trainer at step 0 of `model`. All its memory is allocated here, none in a step.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] names the option; [`Error::OutOfMemory`] if the plan exceeds the
+    /// engine's limit or what the system gives.
+    pub fn new(model: &Model, options: TrainerOptions) -> Result<Self> {
+        let seed = model.engine().seed();
+        Self::with_state(model, TrainerState { options, seed, step: 0, lr_override: None })
+    }
+
+    /// Loads a checkpoint that [`Trainer::save`] wrote, model included. The run goes on bit for bit as
+    /// if it had not stopped: options and seed are the saved ones.
+    ///
+    /// # Errors
+    /// As [`Model::load`] and [`Trainer::new`].
+    pub fn load(engine: &Engine, dir: &Path) -> Result<Self> {
+        let state = checkpoint::load_state(dir)?;
+        let model = Model::load(engine, dir)?;
+        let mut trainer = Self::with_state(&model, state)?;
+        let Buffers { m, v, .. } = &mut trainer.buffers;
+        let mut moments: [Vec<_>; 2] = [m.iter_mut().collect(), v.iter_mut().collect()];
+        let specs: Vec<_> = model.specs().iter().collect();
+        let mut ours = Vec::new();
+        checkpoint::load_moments(dir, model.tensors(), &mut |moment, index, values| {
+            specs[index].import(values, &mut ours);
+            engine.backend().write_f32(moments[moment][index], &ours);
+        })?;
+        Ok(trainer)
+    }
+
+    /// Saves weights, moments and position to a checkpoint folder, atomically: a kill at any instant
+    /// leaves the previous checkpoint whole.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; what was in the folder before is then untouched.
+    pub fn save(&mut self, dir: &Path) -> Result<()> {
+        let params = self.model.lock()?;
+        let backend = self.model.engine().backend();
+        let m: Vec<_> = self.buffers.m.iter().collect();
+        let v: Vec<_> = self.buffers.v.iter().collect();
+        let m = self.model.export(|index, out: &mut [f32]| backend.read_f32(m[index], out));
+        let v = self.model.export(|index, out: &mut [f32]| backend.read_f32(v[index], out));
+        let part = TrainerPart { state: &self.state, moments: [&m, &v] };
+        checkpoint::save(dir, self.model.config(), &self.model.exported(&params), Some(part))
+    }
+
+    /// One optimizer step on the dataset's next samples.
+    ///
+    /// # Errors
+    /// [`Error::TokenRange`], or [`Error::InvalidArgument`] for a dataset that is too short;
+    /// [`Error::NotFinite`] if the loss or the gradient is NaN or infinite. Weights, moments and
+    /// position are then those before the step.
+    pub fn step(&mut self, data: &Dataset) -> Result<StepStats> {
+        let TrainerState { seed, step, ref options, .. } = self.state;
+        let (batch, accumulation) = (options.batch_size as u64, options.accumulation as u64);
+        let vocab_size = self.model.config().vocab_size;
+        self.optimizer_step(&mut |micro_step, row, window| {
+            let sample = (step * accumulation + micro_step as u64) * batch + row as u64;
+            data.training_window(seed, sample, vocab_size, window)
+        })
+    }
+
+    /// One optimizer step on the host's own tokens: (accumulation B, T + 1), row-major; each row's
+    /// first T tokens are inputs, its last T are targets.
+    ///
+    /// # Errors
+    /// As [`Trainer::step`], and [`Error::InvalidArgument`] for another number of tokens.
+    pub fn step_tokens(&mut self, tokens: &[u32]) -> Result<StepStats> {
+        let TrainerOptions { batch_size, sequence_length, accumulation, .. } = self.state.options;
+        let window_len = sequence_length + 1;
+        let expected = accumulation * batch_size * window_len;
+        if tokens.len() != expected {
+            let message = format!(
+                "expected {accumulation} x {batch_size} rows of {window_len}, which is {expected}; \
+                 got {}",
+                tokens.len()
+            );
+            return Err(Error::invalid("tokens", message));
+        }
+        let vocab_size = self.model.config().vocab_size;
+        if let Some(offset) = tokens.iter().position(|t| *t as usize >= vocab_size) {
+            return Err(Error::TokenRange {
+                source_name: "the tokens of this step".into(),
+                offset: offset as u64,
+                token: tokens[offset],
+                vocab_size,
+            });
+        }
+        self.optimizer_step(&mut |micro_step, row, window| {
+            let from = (micro_step * batch_size + row) * window_len;
+            window.copy_from_slice(&tokens[from..from + window_len]);
+            Ok(())
+        })
+    }
+
+    /// Forward, backward, clip, update. `fill(micro_step, row, window)` writes T + 1 tokens.
+    fn optimizer_step(
+        &mut self,
+        fill: &mut dyn FnMut(usize, usize, &mut [u32]) -> Result<()>,
+    ) -> Result<StepStats> {
+        let started = Instant::now();
+        let TrainerOptions { batch_size, sequence_length, accumulation, .. } = self.state.options;
+        let sequences = Sequences { batch: batch_size, length: sequence_length };
+        let tokens = (accumulation * sequences.rows()) as u64;
+        let lr = self.next_lr();
+
+        // Gradients of the mean loss over all micro-steps.
+        let loss = self.gradients(sequences, 1.0 / tokens as f32, fill)?;
+        let grad_norm = self.gradient_norm();
+        for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
+            if !value.is_finite() {
+                let what = format!("the {what} of step {}", self.state.step + 1);
+                return Err(Error::NotFinite { what, value });
+            }
+        }
+        self.update(lr, grad_norm)?;
+
+        self.state.step += 1;
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(StepStats { step: self.state.step, loss, grad_norm, lr, tokens, seconds })
+    }
+
+    /// Fills the gradients; returns the mean loss.
+    fn gradients(
+        &mut self,
+        sequences: Sequences,
+        scale: f32,
+        fill: &mut dyn FnMut(usize, usize, &mut [u32]) -> Result<()>,
+    ) -> Result<f32> {
+        let engine = self.model.engine().clone();
+        let backend = &**engine.backend();
+        let params = self.model.lock()?;
+        let TrainerOptions { accumulation, ref recipe, ref schedule, .. } = self.state.options;
+        let buffers = &mut self.buffers;
+        let mut sum = 0.0;
+        for micro_step in 0..accumulation {
+            buffers.batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
+            let place = Place {
+                seed: self.state.seed,
+                step: self.state.step,
+                micro_step,
+                total_steps: schedule.total_steps,
+            };
+            backend.scope(|| {
+                if micro_step == 0 {
+                    buffers.gradients.iter_mut().for_each(|g| backend.zero(g));
+                }
+                buffers.batch.upload(backend);
+                let Buffers { gradients, activations, d, batch, workspace, .. } = &mut *buffers;
+                let config = self.model.config();
+                let params = &*params;
+                let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
+                let Batch { tokens, targets, .. } = &*batch;
+                pass.forward(activations, tokens);
+                pass.backward(activations, d, gradients, tokens, targets, scale, place);
+            });
+            sum += buffers.batch.read_losses(backend, &buffers.activations.losses);
+        }
+        Ok((sum * f64::from(scale)) as f32)
+    }
+
+    /// Global norm of the gradients.
+    fn gradient_norm(&self) -> f32 {
+        let backend = self.model.engine().backend();
+        let gradients = &self.buffers.gradients;
+        let squares: f64 = backend.scope(|| {
+            gradients.iter().map(|gradient| backend.sum_of_squares(gradient)).sum()
+        });
+        squares.sqrt() as f32
+    }
+
+    /// Clips and applies AdamW to every parameter.
+    fn update(&mut self, lr: f32, grad_norm: f32) -> Result<()> {
+        let AdamW { beta1, beta2, epsilon, weight_decay, clip } = self.state.options.optimizer;
+        // PyTorch's clip_grad_norm_ adds the same 1e-6.
+        let excess = clip / (grad_norm + 1e-6);
+        let gradient_scale = if clip > 0.0 { excess.min(1.0) } else { 1.0 };
+        let t = self.state.step + 1;
+        let step = AdamWStep { lr, beta1, beta2, epsilon, weight_decay, t, gradient_scale };
+        let undecayed = AdamWStep { weight_decay: 0.0, ..step };
+        let engine = self.model.engine();
+        let backend = &**engine.backend();
+        let mut params = self.model.lock()?;
+        let (specs, params) = (self.model.specs(), &mut *params);
+        let Buffers { gradients, m, v, .. } = &mut self.buffers;
+        backend.scope(|| {
+            let moments = m.iter_mut().zip(v.iter_mut());
+            let all = params.iter_mut().zip(moments).zip(gradients.iter()).zip(specs.iter());
+            for (((param, (m, v)), gradient), spec) in all {
+                let step = if spec.decays() { &step } else { &undecayed };
+                backend.adamw(param, m, v, gradient, step);
+            }
+        });
+        Ok(())
+    }
+
+    /// Mean loss over `max_batches` batches of windows spread evenly over `data`, the same windows at
+    /// every call; 0 takes all windows. Nothing of the run changes.
+    ///
+    /// # Errors
+    /// As [`Trainer::step`]; a loss that is not finite is returned, not an error.
+    pub fn eval(&mut self, data: &Dataset, max_batches: usize) -> Result<EvalStats> {
+        let started = Instant::now();
+        let TrainerOptions { batch_size, sequence_length, ref recipe, .. } = self.state.options;
+        let windows = data.windows(sequence_length)?;
+        let count = match max_batches {
+            0 => windows,
+            n => windows.min(n as u64 * batch_size as u64),
+        };
+        let engine = self.model.engine().clone();
+        let backend = &**engine.backend();
+        let params = self.model.lock()?;
+        let (config, params) = (self.model.config(), &*params);
+        let buffers = &mut self.buffers;
+        let mut sum = 0.0;
+        for first in (0..count).step_by(batch_size) {
+            let batch = (count - first).min(batch_size as u64) as usize;
+            let sequences = Sequences { batch, length: sequence_length };
+            buffers.batch.fill(sequences, |row, window| {
+                data.eval_window(first + row as u64, count, config.vocab_size, window)
+            })?;
+            backend.scope(|| {
+                buffers.batch.upload(backend);
+                let Buffers { activations, batch, workspace, .. } = &mut *buffers;
+                let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
+                pass.forward(activations, &batch.tokens);
+                pass.loss(activations, &batch.targets);
+            });
+            sum += buffers.batch.read_losses(backend, &buffers.activations.losses);
+        }
+        let tokens = count * sequence_length as u64;
+        let loss = (sum / tokens as f64) as f32;
+        Ok(EvalStats { loss, tokens, seconds: started.elapsed().as_secs_f64() })
+    }
+
+    /// Overrides the schedule's learning rate from the next step on; `None` returns to the schedule.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a negative number, NaN or infinity.
+    pub fn set_lr(&mut self, lr: Option<f32>) -> Result<()> {
+        if let Some(lr) = lr.filter(|lr| !(lr.is_finite() && *lr >= 0.0)) {
+            let message = format!("expected a number of at least 0, got {lr}");
+            return Err(Error::invalid("lr", message));
+        }
+        self.state.lr_override = lr;
+        Ok(())
+    }
+
+    /// Learning rate of the next step.
+    pub fn next_lr(&self) -> f32 {
+        self.state.lr_override.unwrap_or_else(|| self.state.options.schedule.at(self.state.step))
+    }
+
+    /// Optimizer steps done.
+    pub fn steps_done(&self) -> u64 {
+        self.state.step
+    }
+
+    /// The model that it trains.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The options it was made from, with the sequence length filled in.
+    pub fn options(&self) -> &TrainerOptions {
+        &self.state.options
+    }
+
+    /// Seed of data order, rounding and transforms.
+    pub fn seed(&self) -> u64 {
+        self.state.seed
+    }
+
+    /// Memory that it takes, its model included.
+    pub fn plan(&self) -> Plan {
+        self.plan
+    }
+
+    /// A handle that asks it to stop.
+    pub fn stop_handle(&self) -> StopHandle {
+        self.stop.clone()
+    }
+
+    /// Copies the gradient that the last step computed (before clipping) for a parameter into `out`,
+    /// in the shape that [`Model::tensors`] gives. Gradients stay until the next step.
+    ///
+    /// # Errors
+    /// As [`Model::read_tensor`].
+    pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
+        let index = self.model.index_of(name, out.len())?;
+        let backend = self.model.engine().backend();
+        let gradients: Vec<_> = self.buffers.gradients.iter().collect();
+        let read = |index: usize, out: &mut [f32]| backend.read_f32(gradients[index], out);
+        checkpoint::TensorRead::read(&self.model.export(read), index, out);
+        Ok(())
+    }
+
+    fn with_state(model: &Model, mut state: TrainerState) -> Result<Self> {
+        let engine = model.engine();
+        state.options = state.options.resolved(model.config())?;
+        let plan = plan(engine, model.config(), &state.options)?;
+        engine.check_memory("the model and its trainer", plan.total())?;
+        let bytes = plan.total() - plan.weights;
+        let backend = &**engine.backend();
+        let mut allocated = Plan { weights: plan.weights, ..Plan::default() };
+        let buffers =
+            Buffers::new(backend, Some(bytes), model.config(), &state.options, &mut allocated)?;
+        debug_assert_eq!(plan, allocated, "the plan is what is allocated");
+        engine.log(LogLevel::Info, || {
+            format!("trainer: recipe {}, {} bytes planned", state.options.recipe, plan.total())
+        });
+        Ok(Self { model: model.clone(), state, plan, buffers, stop: StopHandle::default() })
+    }
+}
+
+impl std::fmt::Debug for Trainer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trainer")
+            .field("model", &self.model)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
+impl TrainerOptions {
+    /// Checks every option against the model and fills in what 0 stands for.
+    fn resolved(&self, config: &ModelConfig) -> Result<Self> {
+        let mut options = self.clone();
+        if options.sequence_length == 0 {
+            options.sequence_length = config.context_length;
+        }
+        if options.sequence_length > config.context_length {
+            let message = format!(
+                "{} is longer than the model's context of {}",
+                options.sequence_length, config.context_length
+            );
+            return Err(Error::invalid("sequence_length", message));
+        }
+        // Micro-steps have 14 bits in the counter of the random numbers.
+        let limits =
+            [("batch_size", options.batch_size, 1 << 20), ("accumulation", options.accumulation, 1 << 14)];
+        for (what, value, limit) in limits {
+            if value == 0 || value > limit {
+                let message = format!("expected a number from 1 to {limit}, got {value}");
+                return Err(Error::invalid(what, message));
+            }
+        }
+        options.optimizer.validate()?;
+        options.schedule.validate()?;
+        if options.recipe.bf16_last_steps > 0.0 && options.schedule.total_steps == 0 {
+            let message = "bf16-last-steps is a part of total_steps, which is not set";
+            return Err(Error::invalid("recipe", message));
+        }
+        Ok(options)
+    }
+}
+
 impl Default for TrainerOptions {
-    fn default() -> Self { Self { batch_size: 8, sequence_length: 0, accumulation: 1, recipe: Recipe::default(), optimizer: AdamW::default(), schedule: Schedule::default() } }
+    fn default() -> Self {
+        Self {
+            batch_size: 8,
+            sequence_length: 0,
+            accumulation: 1,
+            recipe: Recipe::default(),
+            optimizer: AdamW::default(),
+            schedule: Schedule::default(),
+        }
+    }
+}
+
+/// All memory of a trainer.
+struct Buffers<B: Backend> {
+    gradients: Params<B::F32>,
+    /// First moments.
+    m: Params<B::F32>,
+    /// Second moments.
+    v: Params<B::F32>,
+    activations: Activations<B>,
+    d: ActivationGradients<B>,
+    batch: Batch<B>,
+    workspace: B::Workspace,
+}
+
+impl<B: Backend> Buffers<B> {
+    /// Cuts everything from one arena of `bytes`, or measures for `None`; fills in the plan.
+    fn new(
+        backend: &B,
+        bytes: Option<u64>,
+        config: &ModelConfig,
+        options: &TrainerOptions,
+        plan: &mut Plan,
+    ) -> Result<Self> {
+        let mut arena = backend.arena(bytes.map(|bytes| bytes as usize))?;
+        let mut measured = 0;
+        let mut since_last = |arena: &B::Arena| {
+            let used = backend.arena_used(arena) as u64;
+            used - std::mem::replace(&mut measured, used)
+        };
+        let specs = specs(config);
+        let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
+        let mut params = |arena: &mut B::Arena| specs.map(|spec| backend.f32(arena, spec.len()));
+
+        let gradients = params(&mut arena);
+        plan.gradients = since_last(&arena);
+        let (m, v) = (params(&mut arena), params(&mut arena));
+        plan.optimizer = since_last(&arena);
+        let activations = Activations::for_training(backend, &mut arena, config, sequences);
+        let d = ActivationGradients::new(backend, &mut arena, config, sequences);
+        let batch = Batch::new(backend, &mut arena, sequences);
+        plan.activations = since_last(&arena);
+        let shape = WorkspaceShape {
+            sequences,
+            channels: config.channels,
+            heads: config.heads,
+            vocab_size: config.vocab_size,
+            forward: options.recipe.forward,
+            backward: Some(BackwardWorkspace { mxfp4_group: options.recipe.mxfp4_group() }),
+        };
+        let workspace = backend.workspace(&mut arena, &shape);
+        plan.workspace = since_last(&arena);
+        Ok(Self { gradients, m, v, activations, d, batch, workspace })
+    }
+}
+
+/// One micro-step's tokens, on the host and on the device.
+struct Batch<B: Backend> {
+    tokens: B::Tokens,
+    targets: B::Tokens,
+    /// (B, T), then as many targets.
+    host: Vec<u32>,
+    /// T + 1 tokens of one sequence.
+    window: Vec<u32>,
+    losses: Vec<f32>,
+    /// Rows of the batch last filled.
+    rows: usize,
+}
+
+impl<B: Backend> Batch<B> {
+    fn new(backend: &B, arena: &mut B::Arena, sequences: Sequences) -> Self {
+        let rows = sequences.rows();
+        Self {
+            tokens: backend.tokens(arena, rows),
+            targets: backend.tokens(arena, rows),
+            host: vec![0; 2 * rows],
+            window: vec![0; sequences.length + 1],
+            losses: vec![0.0; rows],
+            rows: 0,
+        }
+    }
+
+    /// Takes the windows that `window(row, out)` writes apart into inputs and targets.
+    fn fill(
+        &mut self,
+        sequences: Sequences,
+        mut window: impl FnMut(usize, &mut [u32]) -> Result<()>,
+    ) -> Result<()> {
+        let t = sequences.length;
+        self.rows = sequences.rows();
+        let (inputs, targets) = self.host[..2 * self.rows].split_at_mut(self.rows);
+        let rows = inputs.chunks_exact_mut(t).zip(targets.chunks_exact_mut(t));
+        for (row, (inputs, targets)) in rows.enumerate() {
+            window(row, &mut self.window)?;
+            inputs.copy_from_slice(&self.window[..t]);
+            targets.copy_from_slice(&self.window[1..]);
+        }
+        Ok(())
+    }
+
+    fn upload(&mut self, backend: &B) {
+        let (inputs, targets) = self.host[..2 * self.rows].split_at(self.rows);
+        backend.write_tokens(&mut self.tokens, inputs);
+        backend.write_tokens(&mut self.targets, targets);
+    }
+
+    /// Sum of the losses of all rows.
+    fn read_losses(&mut self, backend: &B, losses: &B::F32) -> f64 {
+        let losses_host = &mut self.losses[..self.rows];
+        backend.read_f32(losses, losses_host);
+        losses_host.iter().map(|loss| f64::from(*loss)).sum()
+    }
 }

@@ -1,2 +1,339 @@
-//! (skeleton)
+//! The operations that training a GPT needs, over opaque buffers.
+//!
+//! Shapes: B sequences, T tokens each, `rows` = B T, C channels, H heads of C / H channels, V
+//! tokens in the vocabulary. Everything is dense and row-major. Unless an operation says "adds to", it
+//! overwrites its outputs. Parameter gradients are always added to, so that micro-steps accumulate.
+//!
+//! Model code is written once over [`Backend`]; an implementation keeps its buffers in the precision
+//! that suits the device. Every operation of the CPU backend has a plain scalar twin in its tests.
+
 pub mod cpu;
+
+use crate::Result;
+use crate::mx::Random;
+use crate::recipe::{Forward, LinearRecipe};
+
+/// Sizes of a batch of sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sequences {
+    /// B.
+    pub batch: usize,
+    /// T.
+    pub length: usize,
+}
+
+impl Sequences {
+    /// B T.
+    pub fn rows(self) -> usize {
+        self.batch * self.length
+    }
+}
+
+/// Sizes of an attention operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// B and T.
+    pub sequences: Sequences,
+    /// H.
+    pub heads: usize,
+    /// C / H.
+    pub head_size: usize,
+}
+
+/// Sizes of a linear layer: y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Tokens.
+    pub rows: usize,
+    /// Channels that come in.
+    pub inputs: usize,
+    /// Channels that go out.
+    pub outputs: usize,
+}
+
+/// What the scratch memory of a backend is sized by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkspaceShape {
+    /// B and T of the largest batch.
+    pub sequences: Sequences,
+    /// C.
+    pub channels: usize,
+    /// H.
+    pub heads: usize,
+    /// V.
+    pub vocab_size: usize,
+    /// Format of the forward GEMMs.
+    pub forward: Forward,
+    /// Whether backward operations will run, and if so, whether any of their GEMMs is in MXFP4.
+    pub backward: Option<BackwardWorkspace>,
+}
+
+/// What the backward operations of a recipe need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackwardWorkspace {
+    /// Group that MXFP4 GEMMs pad the reduction dimension to; None where there are none.
+    pub mxfp4_group: Option<usize>,
+}
+
+/// Mean and reciprocal standard deviation of every row that a LayerNorm saw, (rows) each.
+pub struct NormStatistics<T> {
+    /// Mean.
+    pub mean: T,
+    /// 1 / sqrt(variance + epsilon).
+    pub rstd: T,
+}
+
+/// Settings of one AdamW update.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWStep {
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub epsilon: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// 1 for the first update.
+    pub t: u64,
+    /// Factor of the gradient (from clipping).
+    pub gradient_scale: f32,
+}
+
+/// A device that trains GPTs.
+pub trait Backend: Send + Sync + Sized + 'static {
+    /// Memory that buffers are cut from; see [`Backend::arena`].
+    type Arena;
+    /// Activations and their gradients, in the backend's compute precision.
+    type Tensor: Send;
+    /// f32 on the device: statistics, losses, parameter gradients, moments.
+    type F32: Send;
+    /// A parameter: f32 master values, and whatever copy the kernels read.
+    type Param: Send;
+    /// Token numbers.
+    type Tokens: Send;
+    /// Scratch memory of the kernels.
+    type Workspace: Send;
+
+    // --- Memory ---
+
+    /// An arena of `bytes` bytes, or for `None` one that only measures: it hands out buffers that must
+    /// not be used and counts their bytes.
+    fn arena(&self, bytes: Option<usize>) -> Result<Self::Arena>;
+    /// Bytes that an arena has handed out.
+    fn arena_used(&self, arena: &Self::Arena) -> usize;
+    /// A zeroed activation buffer of `len` elements.
+    fn tensor(&self, arena: &mut Self::Arena, len: usize) -> Self::Tensor;
+    /// A zeroed f32 buffer of `len` elements.
+    fn f32(&self, arena: &mut Self::Arena, len: usize) -> Self::F32;
+    /// A zeroed parameter of `len` elements.
+    fn param(&self, arena: &mut Self::Arena, len: usize) -> Self::Param;
+    /// A buffer of `len` tokens.
+    fn tokens(&self, arena: &mut Self::Arena, len: usize) -> Self::Tokens;
+    /// Scratch memory for models of a shape.
+    fn workspace(&self, arena: &mut Self::Arena, shape: &WorkspaceShape) -> Self::Workspace;
+
+    /// Copies tokens to the start of a buffer that is at least as long.
+    fn write_tokens(&self, to: &mut Self::Tokens, from: &[u32]);
+    /// Copies f32 values to the device; both have the same length.
+    fn write_f32(&self, to: &mut Self::F32, from: &[f32]);
+    /// Copies the first `to.len()` f32 values to the host.
+    fn read_f32(&self, from: &Self::F32, to: &mut [f32]);
+    /// Overwrites a parameter; both have the same length.
+    fn write_param(&self, to: &mut Self::Param, from: &[f32]);
+    /// Copies the master values of a parameter to the host; both have the same length.
+    fn read_param(&self, from: &Self::Param, to: &mut [f32]);
+    /// Sets every element to 0.
+    fn zero(&self, buffer: &mut Self::F32);
+    /// Sets every element to 0.
+    fn zero_tensor(&self, buffer: &mut Self::Tensor);
+
+    /// Runs `f` where the backend's operations are cheapest to start (on a worker thread, say).
+    fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R;
+
+    // --- Embedding ---
+
+    /// out (B T, C) = wte[token] + wpe[position].
+    fn embedding_forward(
+        &self,
+        out: &mut Self::Tensor,
+        tokens: &Self::Tokens,
+        wte: &Self::Param,
+        wpe: &Self::Param,
+        sequences: Sequences,
+        channels: usize,
+    );
+    /// Adds dout to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read.
+    fn embedding_backward(
+        &self,
+        dwte: &mut Self::F32,
+        dwpe: &mut Self::F32,
+        dout: &Self::Tensor,
+        tokens: &Self::Tokens,
+        sequences: Sequences,
+        channels: usize,
+    );
+
+    // --- LayerNorm ---
+
+    /// out (rows, C) = (x - mean) rstd w + b, and the statistics for the backward pass.
+    fn layernorm_forward(
+        &self,
+        out: &mut Self::Tensor,
+        statistics: &mut NormStatistics<Self::F32>,
+        x: &Self::Tensor,
+        w: &Self::Param,
+        b: &Self::Param,
+        rows: usize,
+        channels: usize,
+        epsilon: f32,
+    );
+    /// sum (rows, C) = x + y, then the LayerNorm of that sum.
+    fn add_layernorm_forward(
+        &self,
+        out: &mut Self::Tensor,
+        sum: &mut Self::Tensor,
+        statistics: &mut NormStatistics<Self::F32>,
+        x: &Self::Tensor,
+        y: &Self::Tensor,
+        w: &Self::Param,
+        b: &Self::Param,
+        rows: usize,
+        channels: usize,
+        epsilon: f32,
+    );
+    /// Adds to dx (rows, C), dw (C) and db (C).
+    fn layernorm_backward(
+        &self,
+        dx: &mut Self::Tensor,
+        dw: &mut Self::F32,
+        db: &mut Self::F32,
+        dy: &Self::Tensor,
+        x: &Self::Tensor,
+        statistics: &NormStatistics<Self::F32>,
+        w: &Self::Param,
+        rows: usize,
+        channels: usize,
+    );
+
+    // --- Linear layers ---
+
+    /// y = x W^T + b.
+    fn linear_forward(
+        &self,
+        workspace: &mut Self::Workspace,
+        y: &mut Self::Tensor,
+        x: &Self::Tensor,
+        w: &Self::Param,
+        b: &Self::Param,
+        shape: LinearShape,
+        format: Forward,
+    );
+    /// dx = dy W; adds dy^T x to dw and the column sums of dy to db.
+    ///
+    /// `random` says where in the run this is, for the bits of rounding and transforms; in an FP8
+    /// recipe dw sees x as the forward pass kept it.
+    fn linear_backward(
+        &self,
+        workspace: &mut Self::Workspace,
+        dx: &mut Self::Tensor,
+        dw: &mut Self::F32,
+        db: &mut Self::F32,
+        dy: &Self::Tensor,
+        x: &Self::Tensor,
+        w: &Self::Param,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+    );
+
+    // --- GELU, tanh form ---
+
+    /// out = gelu(x), both of `len` elements.
+    fn gelu_forward(&self, out: &mut Self::Tensor, x: &Self::Tensor, len: usize);
+    /// d = d * gelu'(x), in place.
+    fn gelu_backward(&self, d: &mut Self::Tensor, x: &Self::Tensor, len: usize);
+
+    // --- Attention ---
+
+    /// out (B, T, C) = softmax(q k^T / sqrt(head size), causal) v from qkv (B, T, 3 C): q, k and v of
+    /// C channels each, heads side by side. `lse` (B, H, T) keeps the logarithm of each row's sum.
+    fn attention_forward(
+        &self,
+        workspace: &mut Self::Workspace,
+        out: &mut Self::Tensor,
+        lse: &mut Self::F32,
+        qkv: &Self::Tensor,
+        shape: AttentionShape,
+    );
+    /// dqkv (B, T, 3 C) from dout (B, T, C).
+    fn attention_backward(
+        &self,
+        workspace: &mut Self::Workspace,
+        dqkv: &mut Self::Tensor,
+        dout: &Self::Tensor,
+        out: &Self::Tensor,
+        lse: &Self::F32,
+        qkv: &Self::Tensor,
+        shape: AttentionShape,
+    );
+
+    // --- Language-model head and loss ---
+
+    /// Cross-entropy of softmax(x wte^T) against `targets`, one loss a row, without ever holding the
+    /// logits of more than a chunk of rows.
+    ///
+    /// With `gradient` it also computes dx (rows, C) and adds to dwte (V, C) the gradients of
+    /// `gradient.scale` times the sum of the losses.
+    fn classifier(
+        &self,
+        workspace: &mut Self::Workspace,
+        losses: &mut Self::F32,
+        gradient: Option<ClassifierGradient<'_, Self>>,
+        x: &Self::Tensor,
+        wte: &Self::Param,
+        targets: &Self::Tokens,
+        rows: usize,
+        channels: usize,
+        vocab_size: usize,
+        format: Forward,
+    );
+    /// Logits (V) of row `row` of x (rows, C).
+    fn logits(
+        &self,
+        workspace: &mut Self::Workspace,
+        logits: &mut Self::F32,
+        x: &Self::Tensor,
+        row: usize,
+        wte: &Self::Param,
+        channels: usize,
+        vocab_size: usize,
+        format: Forward,
+    );
+
+    // --- Optimizer ---
+
+    /// Sum of the squares of all elements, the same whatever the number of threads.
+    fn sum_of_squares(&self, x: &Self::F32) -> f64;
+    /// One AdamW update of a parameter and its moments.
+    fn adamw(
+        &self,
+        param: &mut Self::Param,
+        m: &mut Self::F32,
+        v: &mut Self::F32,
+        gradient: &Self::F32,
+        step: &AdamWStep,
+    );
+}
+
+/// Where [`Backend::classifier`] puts gradients.
+pub struct ClassifierGradient<'a, B: Backend> {
+    /// (rows, C), overwritten.
+    pub dx: &'a mut B::Tensor,
+    /// (V, C), added to.
+    pub dwte: &'a mut B::F32,
+    /// Factor of each loss.
+    pub scale: f32,
+}

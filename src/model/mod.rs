@@ -1,39 +1,262 @@
-//! The GPT (skeleton)
+//! The GPT: its shape, its named parameters, its forward and backward pass.
+//!
+//! [`Model`] is the handle that users hold. The passes in `gpt` are written over `Backend` and name
+//! none.
+
+mod activations;
 mod config;
-use std::path::Path;
+mod gpt;
+mod init;
+mod params;
+
+pub(crate) use activations::{ActivationGradients, Activations};
 pub use config::ModelConfig;
-use crate::{Engine, GenerateOptions, Result};
+pub(crate) use gpt::{Pass, Place};
+pub(crate) use params::{ParamSpec, Params, specs};
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::backend::Backend;
+use crate::backend::cpu::Cpu;
+use crate::checkpoint::{self, TensorRead};
+use crate::engine::LogLevel;
+use crate::{Engine, Error, Result};
+
+/// The backend that engines run on.
+pub(crate) type Device = Cpu;
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Hugging Face's name, such as `transformer.h.0.attn.c_attn.weight`.
     pub name: String,
-    /// Its shape; linear weights are (in, out).
+    /// Its shape; linear weights are (inputs, outputs).
     pub shape: Vec<usize>,
 }
 
+impl TensorInfo {
+    /// Scalars in the tensor.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no element (no parameter has none).
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// A GPT on an engine's device. Cheap to clone: clones are the same model.
+///
+/// Calls from several threads wait for each other; a trainer holds the model for one step at a time.
 #[derive(Clone)]
-pub struct Model;
+pub struct Model(Arc<Inner>);
+
+struct Inner {
+    engine: Engine,
+    config: ModelConfig,
+    specs: Params<ParamSpec>,
+    tensors: Vec<TensorInfo>,
+    params: Mutex<Params<<Device as Backend>::Param>>,
+}
 
 impl Model {
     /// A model with GPT-2's random initial weights, drawn from the engine's seed.
-    pub fn new(_engine: &Engine, _config: &ModelConfig) -> Result<Self> { todo!() }
-    /// Loads a checkpoint folder, ours or Hugging Face's.
-    pub fn load(_engine: &Engine, _dir: &Path) -> Result<Self> { todo!() }
-    /// Saves weights and configuration as a Hugging Face `gpt2` folder.
-    pub fn save(&self, _dir: &Path) -> Result<()> { todo!() }
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a configuration that makes no model, [`Error::OutOfMemory`].
+    pub fn new(engine: &Engine, config: &ModelConfig) -> Result<Self> {
+        let model = Self::zeroed(engine, config)?;
+        {
+            let mut params = model.lock()?;
+            let mut values = Vec::new();
+            let all = params.iter_mut().zip(model.specs().iter());
+            for (index, (param, spec)) in all.enumerate() {
+                values.resize(spec.len(), 0.0);
+                init::fill(&mut values, spec.init, engine.seed(), index, engine.threads());
+                engine.backend().write_param(param, &values);
+            }
+        }
+        Ok(model)
+    }
+
+    /// Loads the model of a checkpoint folder, ours or Hugging Face's `gpt2`.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Format`] and [`Error::Mismatch`] name the file and the tensor;
+    /// [`Error::OutOfMemory`].
+    pub fn load(engine: &Engine, dir: &Path) -> Result<Self> {
+        let config = checkpoint::load_config(dir)?;
+        let model = Self::zeroed(engine, &config)?;
+        {
+            let mut guard = model.lock()?;
+            let mut params: Vec<_> = guard.iter_mut().collect();
+            let specs: Vec<_> = model.specs().iter().collect();
+            let mut ours = Vec::new();
+            checkpoint::load_weights(dir, model.tensors(), &mut |index, values| {
+                specs[index].import(values, &mut ours);
+                engine.backend().write_param(params[index], &ours);
+            })?;
+        }
+        Ok(model)
+    }
+
+    /// Saves weights and configuration as a Hugging Face `gpt2` folder, atomically.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; what was in the folder before is then untouched.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let params = self.lock()?;
+        checkpoint::save(dir, self.config(), &self.exported(&params), None)
+    }
+
     /// The engine it lives on.
-    pub fn engine(&self) -> &Engine { todo!() }
+    pub fn engine(&self) -> &Engine {
+        &self.0.engine
+    }
+
     /// Its shape.
-    pub fn config(&self) -> &ModelConfig { todo!() }
+    pub fn config(&self) -> &ModelConfig {
+        &self.0.config
+    }
+
     /// Name and shape of every parameter.
-    pub fn tensors(&self) -> &[TensorInfo] { todo!() }
-    /// Copies a parameter out.
-    pub fn read_tensor(&self, _name: &str, _out: &mut [f32]) -> Result<()> { todo!() }
-    /// Overwrites a parameter.
-    pub fn write_tensor(&self, _name: &str, _values: &[f32]) -> Result<()> { todo!() }
-    /// Samples a continuation of `prompt`; `on_token` sees each token and returns false to stop.
-    pub fn generate(&self, _prompt: &[u32], _options: &GenerateOptions, _on_token: &mut dyn FnMut(u32) -> bool) -> Result<Vec<u32>> { todo!() }
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.0.tensors
+    }
+
+    /// Copies a parameter into `out`, in the shape that [`Model::tensors`] gives.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchTensor`]; [`Error::InvalidArgument`] if `out` has another length.
+    pub fn read_tensor(&self, name: &str, out: &mut [f32]) -> Result<()> {
+        let index = self.index_of(name, out.len())?;
+        let params = self.lock()?;
+        self.exported(&params).read(index, out);
+        Ok(())
+    }
+
+    /// Overwrites a parameter, in the shape that [`Model::tensors`] gives.
+    ///
+    /// # Errors
+    /// As [`Model::read_tensor`], and [`Error::NotFinite`] for a NaN or infinity among the values.
+    pub fn write_tensor(&self, name: &str, values: &[f32]) -> Result<()> {
+        let index = self.index_of(name, values.len())?;
+        if let Some((i, value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
+            return Err(Error::NotFinite { what: format!("element {i} of {name}"), value: *value });
+        }
+        let mut params = self.lock()?;
+        let spec = self.specs().iter().nth(index).expect("tensors and parameters have one order");
+        let param = params.iter_mut().nth(index).expect("tensors and parameters have one order");
+        let mut ours = Vec::new();
+        spec.import(values, &mut ours);
+        self.engine().backend().write_param(param, &ours);
+        Ok(())
+    }
+
+    /// Bytes that the weights of a model take.
+    pub(crate) fn plan(engine: &Engine, config: &ModelConfig) -> Result<u64> {
+        let backend = engine.backend();
+        let mut arena = backend.arena(None)?;
+        for spec in specs(config).iter() {
+            backend.param(&mut arena, spec.len());
+        }
+        Ok(backend.arena_used(&arena) as u64)
+    }
+
+    pub(crate) fn specs(&self) -> &Params<ParamSpec> {
+        &self.0.specs
+    }
+
+    /// The weights, for as long as the guard lives.
+    pub(crate) fn lock(&self) -> Result<MutexGuard<'_, Params<<Device as Backend>::Param>>> {
+        self.0.params.lock().map_err(|_| Error::Poisoned)
+    }
+
+    /// The weights as a checkpoint holds them.
+    pub(crate) fn exported<'a>(
+        &'a self,
+        params: &'a Params<<Device as Backend>::Param>,
+    ) -> Exported<'a, impl Fn(usize, &mut [f32])> {
+        let params: Vec<_> = params.iter().collect();
+        let backend = self.engine().backend();
+        self.export(move |index, out: &mut [f32]| backend.read_param(params[index], out))
+    }
+
+    /// Values that belong to the parameters, as a checkpoint holds them; `read` gets them in our
+    /// order.
+    pub(crate) fn export<F: Fn(usize, &mut [f32])>(&self, read: F) -> Exported<'_, F> {
+        Exported { specs: self.specs().iter().collect(), tensors: self.tensors(), read }
+    }
+
+    fn zeroed(engine: &Engine, config: &ModelConfig) -> Result<Self> {
+        config.validate()?;
+        let bytes = Self::plan(engine, config)?;
+        engine.check_memory("the weights", bytes)?;
+        let backend = engine.backend();
+        let mut arena = backend.arena(Some(bytes as usize))?;
+        let specs = specs(config);
+        let params = specs.map(|spec| backend.param(&mut arena, spec.len()));
+        let tensors = specs.iter().map(|spec| spec.info.clone()).collect();
+        engine.log(LogLevel::Info, || {
+            let ModelConfig { layers, heads, channels, context_length, vocab_size, .. } = config;
+            format!(
+                "model of {} parameters: {layers} layers, {heads} heads, {channels} channels, \
+                 context {context_length}, vocabulary {vocab_size}",
+                config.parameter_count(),
+            )
+        });
+        Ok(Self(Arc::new(Inner {
+            engine: engine.clone(),
+            config: config.clone(),
+            specs,
+            tensors,
+            params: Mutex::new(params),
+        })))
+    }
+
+    pub(crate) fn index_of(&self, name: &str, len: usize) -> Result<usize> {
+        let index = self.tensors().iter().position(|t| t.name == name).ok_or_else(|| {
+            let example = &self.tensors()[0].name;
+            Error::NoSuchTensor {
+                name: name.to_owned(),
+                hint: format!("the list of tensors has the names, such as {example:?}"),
+            }
+        })?;
+        let info = &self.tensors()[index];
+        if info.len() != len {
+            let message = format!(
+                "{name} of shape {:?} has {} elements, the buffer has {len}",
+                info.shape,
+                info.len()
+            );
+            return Err(Error::invalid("tensor", message));
+        }
+        Ok(index)
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("config", self.config()).finish_non_exhaustive()
+    }
+}
+
+/// Values of all parameters in Hugging Face's order and shape.
+pub(crate) struct Exported<'a, F> {
+    specs: Vec<&'a ParamSpec>,
+    tensors: &'a [TensorInfo],
+    read: F,
+}
+
+impl<F: Fn(usize, &mut [f32])> TensorRead for Exported<'_, F> {
+    fn tensors(&self) -> &[TensorInfo] {
+        self.tensors
+    }
+
+    fn read(&self, index: usize, out: &mut [f32]) {
+        (self.read)(index, out);
+        self.specs[index].export(out, &mut Vec::new());
+    }
 }

@@ -1,11 +1,38 @@
-//! (skeleton)
-/// How elements are rounded to E2M1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rounding {
-    /// To the nearest grid value, ties to even (Algorithm 1).
-    Nearest,
-    /// Stochastically, three quarters of the value, so that nothing clips (Algorithm 2).
-    Unbiased,
+//! MXFP4 itself: number formats, rounding, the random Hadamard transform and random bits.
+//!
+//! Everything here is scalar, written to be read, and is the definition that every backend's
+//! kernels are tested against byte for byte. The module imports nothing of the crate.
+//!
+//! Sources: OCP Microscaling Formats (MX) Specification v1.0; "Training LLMs with MXFP4"
+//! (arXiv 2502.20586), Algorithms 1 to 3; Salmon et al., "Parallel random numbers: as easy as
+//! 1, 2, 3" (2011).
+
+mod e2m1;
+mod e4m3;
+mod e8m0;
+mod hadamard;
+mod matrix;
+mod philox;
+mod quantize;
+
+pub use e2m1::{E2M1_MAX, E2M1_VALUES, decode_e2m1, pack_e2m1, unpack_e2m1};
+pub use e4m3::{E4M3_MAX, e4m3_scale, round_to_e4m3};
+pub use e8m0::{E8M0_BIAS, E8M0_NAN, decode_e8m0};
+pub use hadamard::{group_scale, rotate};
+pub use matrix::{Mxfp4Matrix, Source};
+pub(crate) use philox::{M0, M1, W0, W1};
+pub use philox::{Draw, GemmId, LinearId, OperandId, Purpose, Random, philox4x32_10, uniform};
+pub use quantize::{Rounding, quantize_block};
+
+/// Elements that share one scale.
+pub const BLOCK: usize = 32;
+
+/// Two operands rounded without bias hold three quarters of their values each, so their product is
+/// multiplied by (4/3)^2; one such operand alone by 4/3.
+pub fn product_scale(a: Rounding, b: Rounding) -> f32 {
+    match (a, b) {
+        (Rounding::Nearest, Rounding::Nearest) => 1.0,
+        (Rounding::Unbiased, Rounding::Unbiased) => 16.0 / 9.0,
+        _ => 4.0 / 3.0,
+    }
 }
-/// Philox4x32-10 (Salmon et al. 2011): 128 random bits for a (counter, key).
-pub fn philox4x32_10(_counter: [u32; 4], _key: [u32; 2]) -> [u32; 4] { todo!() }

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use indicatif::{HumanBytes, HumanCount};
 use mxfp4train::{Dataset, ModelConfig};
-use safetensors::SafeTensors;
+use safetensors::tensor::Metadata;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::InfoArgs;
@@ -20,7 +20,7 @@ use crate::prepared::{Meta, Source};
 use crate::tokenizer::Tokenizer;
 use crate::train::{is_checkpoint, tokenizer_of};
 
-/// No sound safetensors header is longer; safetensors itself sets the same limit.
+/// The format's own limit.
 const MAX_HEADER: u64 = 100_000_000;
 
 /// Runs the command.
@@ -143,27 +143,33 @@ fn json<T: for<'a> Deserialize<'a>>(path: &Path) -> Outcome<T> {
 
 /// Reads the names and shapes in a safetensors file, without the values.
 fn tensors(path: &Path) -> Outcome<Vec<Tensor>> {
-    let mut file = File::open(path).map_err(Failure::io("open", path))?;
-    let mut header = vec![0; 8];
-    file.read_exact(&mut header).map_err(Failure::io("read", path))?;
-    let length = u64::from_le_bytes(header[..8].try_into().expect("8 bytes were read"));
     let damaged = |what: String| Failure::usage(format!("{}: {what}", path.display()));
+    let mut file = File::open(path).map_err(Failure::io("open", path))?;
+    let file_length = file.metadata().map_err(Failure::io("read", path))?.len();
+    let mut length = [0; 8];
+    file.read_exact(&mut length)
+        .map_err(|_| damaged("too short for a safetensors file".to_owned()))?;
+    let length = u64::from_le_bytes(length);
     if length > MAX_HEADER {
         return Err(damaged(format!("a header of {length} bytes: not a sound safetensors file")));
     }
+    let mut header = Vec::new();
     file.take(length).read_to_end(&mut header).map_err(Failure::io("read", path))?;
-    let (_, metadata) = SafeTensors::read_metadata(&header)
+    let header: Metadata = serde_json::from_slice(&header)
         .map_err(|e| damaged(format!("not a sound safetensors file: {e}")))?;
-    let mut tensors: Vec<_> = (metadata.tensors().into_iter())
-        .map(|(name, info)| (info.data_offsets.0, name, info))
-        .collect();
-    tensors.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
-    Ok(tensors
-        .into_iter()
-        .map(|(_, name, info)| Tensor {
-            name,
-            dtype: format!("{:?}", info.dtype),
-            shape: info.shape.clone(),
+
+    let expected = (header.data_len() as u64).checked_add(8 + length);
+    if expected != Some(file_length) {
+        return Err(damaged(format!(
+            "its header tells of {} bytes of tensors, the file holds {}; it is damaged or truncated",
+            header.data_len(),
+            file_length.saturating_sub(8 + length)
+        )));
+    }
+    Ok((header.offset_keys().into_iter())
+        .filter_map(|name| {
+            let info = header.info(&name)?;
+            Some(Tensor { dtype: format!("{:?}", info.dtype), shape: info.shape.clone(), name })
         })
         .collect())
 }
@@ -261,9 +267,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("model.safetensors");
         for (contents, expected) in [
-            (&b"1234"[..], "cannot read"),
+            (&b"1234"[..], "too short"),
             (&[0xff; 16], "not a sound safetensors file"),
             (b"\x10\0\0\0\0\0\0\0{\"a\"", "not a sound safetensors file"),
+            (b"\x02\0\0\0\0\0\0\0{}more", "0 bytes of tensors, the file holds 4"),
         ] {
             fs::write(&path, contents).unwrap();
             let message = tensors(&path).err().unwrap().message;

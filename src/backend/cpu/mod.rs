@@ -1,6 +1,346 @@
-//! (skeleton)
-use crate::Result;
-pub struct Cpu;
-pub struct Isa;
-impl Isa { pub fn name(&self) -> &'static str { "avx512" } }
-impl Cpu { pub fn new(_threads: usize) -> Result<Self> { todo!() } pub fn threads(&self) -> usize { todo!() } pub fn isa(&self) -> Isa { Isa } }
+//! The CPU backend: f32 activations; GEMMs in f32, bf16 or MXFP4; kernels chosen once, by
+//! instruction set; one thread pool an engine.
+//!
+//! Results do not depend on the number of threads: every sum has an order of its own.
+
+mod adamw;
+mod attention;
+mod classifier;
+mod embedding;
+mod gelu;
+mod gemm;
+mod isa;
+mod layernorm;
+mod linear;
+mod math;
+mod memory;
+mod workspace;
+
+pub use isa::Isa;
+pub use memory::{Arena, Buffer};
+pub use workspace::Workspace;
+
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use super::{
+    AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Sequences,
+    WorkspaceShape,
+};
+use crate::mx::Random;
+use crate::recipe::{Forward, LinearRecipe};
+use crate::{Error, Result};
+
+/// Most worker threads of an engine.
+const MAX_THREADS: usize = 1024;
+
+/// The CPU.
+pub struct Cpu {
+    isa: Isa,
+    pool: ThreadPool,
+}
+
+impl Cpu {
+    /// Starts `threads` workers; 0 takes one for each core that the process may use.
+    pub fn new(threads: usize) -> Result<Self> {
+        Self::with_isa(threads, Isa::from_environment()?)
+    }
+
+    /// The same with a given instruction set.
+    pub fn with_isa(threads: usize, isa: Isa) -> Result<Self> {
+        assert!(isa.is_available(), "this processor has no {}", isa.name());
+        let threads = match threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            n if n <= MAX_THREADS => n,
+            n => {
+                let message = format!("expected at most {MAX_THREADS}, got {n}");
+                return Err(Error::invalid("threads", message));
+            }
+        };
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|i| format!("mxt-{i}"))
+            .build()
+            .map_err(|e| Error::Unsupported {
+                what: format!("an engine of {threads} threads"),
+                remedy: format!("the system refuses to start them ({e}); use fewer"),
+            })?;
+        Ok(Self { isa, pool })
+    }
+
+    /// The instruction set of its kernels.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Worker threads.
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// Runs `f` on the pool, so that parallel iterators in it use these workers and no others.
+    fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(f)
+    }
+
+    /// Calls `f(0)`, `f(1)` .. `f(jobs - 1)`, spread over the workers.
+    fn parallel(&self, jobs: usize, f: impl Fn(usize) + Sync + Send) {
+        self.install(|| (0..jobs).into_par_iter().with_max_len(1).for_each(f));
+    }
+}
+
+/// Rows, columns or elements that one job of an element-wise operation takes.
+///
+/// Large enough to be worth a job, and fixed, for sums over jobs must not depend on the threads.
+const JOB_ELEMENTS: usize = 1 << 14;
+
+/// Rows of `channels` elements in one job.
+fn rows_per_job(channels: usize) -> usize {
+    (JOB_ELEMENTS / channels).max(1)
+}
+
+impl Backend for Cpu {
+    type Arena = Arena;
+    type Tensor = Buffer<f32>;
+    type F32 = Buffer<f32>;
+    type Param = Buffer<f32>;
+    type Tokens = Buffer<u32>;
+    type Workspace = Workspace;
+
+    fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
+        bytes.map_or_else(|| Ok(Arena::measuring()), Arena::mapped)
+    }
+
+    fn arena_used(&self, arena: &Arena) -> usize {
+        arena.used()
+    }
+
+    fn tensor(&self, arena: &mut Arena, len: usize) -> Buffer<f32> {
+        arena.alloc(len)
+    }
+
+    fn f32(&self, arena: &mut Arena, len: usize) -> Buffer<f32> {
+        arena.alloc(len)
+    }
+
+    fn param(&self, arena: &mut Arena, len: usize) -> Buffer<f32> {
+        arena.alloc(len)
+    }
+
+    fn tokens(&self, arena: &mut Arena, len: usize) -> Buffer<u32> {
+        arena.alloc(len)
+    }
+
+    fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
+        Workspace::new(arena, shape, self.threads())
+    }
+
+    fn write_tokens(&self, to: &mut Buffer<u32>, from: &[u32]) {
+        to[..from.len()].copy_from_slice(from);
+    }
+
+    fn write_f32(&self, to: &mut Buffer<f32>, from: &[f32]) {
+        to.copy_from_slice(from);
+    }
+
+    fn read_f32(&self, from: &Buffer<f32>, to: &mut [f32]) {
+        to.copy_from_slice(&from[..to.len()]);
+    }
+
+    fn write_param(&self, to: &mut Buffer<f32>, from: &[f32]) {
+        to.copy_from_slice(from);
+    }
+
+    fn read_param(&self, from: &Buffer<f32>, to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+
+    fn zero(&self, buffer: &mut Buffer<f32>) {
+        self.install(|| buffer.par_chunks_mut(JOB_ELEMENTS).for_each(|x| x.fill(0.0)));
+    }
+
+    fn zero_tensor(&self, buffer: &mut Buffer<f32>) {
+        self.zero(buffer);
+    }
+
+    fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.install(f)
+    }
+
+    fn embedding_forward(
+        &self,
+        out: &mut Buffer<f32>,
+        tokens: &Buffer<u32>,
+        wte: &Buffer<f32>,
+        wpe: &Buffer<f32>,
+        sequences: Sequences,
+        channels: usize,
+    ) {
+        embedding::forward(self, out, tokens, wte, wpe, sequences, channels);
+    }
+
+    fn embedding_backward(
+        &self,
+        dwte: &mut Buffer<f32>,
+        dwpe: &mut Buffer<f32>,
+        dout: &Buffer<f32>,
+        tokens: &Buffer<u32>,
+        sequences: Sequences,
+        channels: usize,
+    ) {
+        embedding::backward(self, dwte, dwpe, dout, tokens, sequences, channels);
+    }
+
+    fn layernorm_forward(
+        &self,
+        out: &mut Buffer<f32>,
+        statistics: &mut NormStatistics<Buffer<f32>>,
+        x: &Buffer<f32>,
+        w: &Buffer<f32>,
+        b: &Buffer<f32>,
+        rows: usize,
+        channels: usize,
+        epsilon: f32,
+    ) {
+        layernorm::forward(self, out, statistics, x, w, b, rows, channels, epsilon);
+    }
+
+    fn add_layernorm_forward(
+        &self,
+        out: &mut Buffer<f32>,
+        sum: &mut Buffer<f32>,
+        statistics: &mut NormStatistics<Buffer<f32>>,
+        x: &Buffer<f32>,
+        y: &Buffer<f32>,
+        w: &Buffer<f32>,
+        b: &Buffer<f32>,
+        rows: usize,
+        channels: usize,
+        epsilon: f32,
+    ) {
+        layernorm::add_forward(self, out, sum, statistics, x, y, w, b, rows, channels, epsilon);
+    }
+
+    fn layernorm_backward(
+        &self,
+        dx: &mut Buffer<f32>,
+        dw: &mut Buffer<f32>,
+        db: &mut Buffer<f32>,
+        dy: &Buffer<f32>,
+        x: &Buffer<f32>,
+        statistics: &NormStatistics<Buffer<f32>>,
+        w: &Buffer<f32>,
+        rows: usize,
+        channels: usize,
+    ) {
+        layernorm::backward(self, dx, dw, db, dy, x, statistics, w, rows, channels);
+    }
+
+    fn linear_forward(
+        &self,
+        workspace: &mut Workspace,
+        y: &mut Buffer<f32>,
+        x: &Buffer<f32>,
+        w: &Buffer<f32>,
+        b: &Buffer<f32>,
+        shape: LinearShape,
+        format: Forward,
+    ) {
+        linear::forward(self, workspace, y, x, w, b, shape, format);
+    }
+
+    fn linear_backward(
+        &self,
+        workspace: &mut Workspace,
+        dx: &mut Buffer<f32>,
+        dw: &mut Buffer<f32>,
+        db: &mut Buffer<f32>,
+        dy: &Buffer<f32>,
+        x: &Buffer<f32>,
+        w: &Buffer<f32>,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+    ) {
+        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random);
+    }
+
+    fn gelu_forward(&self, out: &mut Buffer<f32>, x: &Buffer<f32>, len: usize) {
+        gelu::forward(self, &mut out[..len], &x[..len]);
+    }
+
+    fn gelu_backward(&self, d: &mut Buffer<f32>, x: &Buffer<f32>, len: usize) {
+        gelu::backward(self, &mut d[..len], &x[..len]);
+    }
+
+    fn attention_forward(
+        &self,
+        workspace: &mut Workspace,
+        out: &mut Buffer<f32>,
+        lse: &mut Buffer<f32>,
+        qkv: &Buffer<f32>,
+        shape: AttentionShape,
+    ) {
+        attention::forward(self, workspace, out, lse, qkv, shape);
+    }
+
+    fn attention_backward(
+        &self,
+        workspace: &mut Workspace,
+        dqkv: &mut Buffer<f32>,
+        dout: &Buffer<f32>,
+        out: &Buffer<f32>,
+        lse: &Buffer<f32>,
+        qkv: &Buffer<f32>,
+        shape: AttentionShape,
+    ) {
+        attention::backward(self, workspace, dqkv, dout, out, lse, qkv, shape);
+    }
+
+    fn classifier(
+        &self,
+        workspace: &mut Workspace,
+        losses: &mut Buffer<f32>,
+        gradient: Option<ClassifierGradient<'_, Self>>,
+        x: &Buffer<f32>,
+        wte: &Buffer<f32>,
+        targets: &Buffer<u32>,
+        rows: usize,
+        channels: usize,
+        vocab_size: usize,
+        format: Forward,
+    ) {
+        let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
+        classifier::run(self, workspace, losses, gradient, x, wte, targets, shape, format);
+    }
+
+    fn logits(
+        &self,
+        _workspace: &mut Workspace,
+        logits: &mut Buffer<f32>,
+        x: &Buffer<f32>,
+        row: usize,
+        wte: &Buffer<f32>,
+        channels: usize,
+        vocab_size: usize,
+        format: Forward,
+    ) {
+        let x = &x[row * channels..][..channels];
+        classifier::logits(self, &mut logits[..vocab_size], x, wte, format);
+    }
+
+    fn sum_of_squares(&self, x: &Buffer<f32>) -> f64 {
+        adamw::sum_of_squares(self, x)
+    }
+
+    fn adamw(
+        &self,
+        param: &mut Buffer<f32>,
+        m: &mut Buffer<f32>,
+        v: &mut Buffer<f32>,
+        gradient: &Buffer<f32>,
+        step: &AdamWStep,
+    ) {
+        adamw::update(self, param, m, v, gradient, step);
+    }
+}

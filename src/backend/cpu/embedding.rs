@@ -1,0 +1,88 @@
+//! Token and position embedding. The backward pass adds in the order of the tokens, whatever the
+//! threads: each job owns some columns of the tables.
+
+use rayon::prelude::*;
+
+use super::{Cpu, rows_per_job};
+use crate::backend::Sequences;
+
+/// out (B T, C) = wte[token] + wpe[position]
+pub(super) fn forward(
+    cpu: &Cpu,
+    out: &mut [f32],
+    tokens: &[u32],
+    wte: &[f32],
+    wpe: &[f32],
+    sequences: Sequences,
+    channels: usize,
+) {
+    let out = &mut out[..sequences.rows() * channels];
+    let per_job = rows_per_job(channels);
+    cpu.install(|| {
+        out.par_chunks_mut(per_job * channels).enumerate().for_each(|(job, out)| {
+            for (i, out) in out.chunks_exact_mut(channels).enumerate() {
+                let row = job * per_job + i;
+                let token = &wte[tokens[row] as usize * channels..][..channels];
+                let position = &wpe[row % sequences.length * channels..][..channels];
+                for ((out, t), p) in out.iter_mut().zip(token).zip(position) {
+                    *out = t + p;
+                }
+            }
+        });
+    });
+}
+
+/// Adds dout to the rows of dwte and dwpe that the forward pass read.
+pub(super) fn backward(
+    cpu: &Cpu,
+    dwte: &mut [f32],
+    dwpe: &mut [f32],
+    dout: &[f32],
+    tokens: &[u32],
+    sequences: Sequences,
+    channels: usize,
+) {
+    let t = sequences.length;
+    cpu.install(|| {
+        dwpe[..t * channels].par_chunks_mut(channels).enumerate().for_each(|(position, d)| {
+            for b in 0..sequences.batch {
+                add(d, &dout[(b * t + position) * channels..][..channels]);
+            }
+        });
+    });
+    // NOTE: tokens repeat, so rows of dwte cannot be given out; columns can.
+    const COLUMNS: usize = 64;
+    let table = SharedTable(dwte.as_mut_ptr(), dwte.len());
+    cpu.parallel(channels.div_ceil(COLUMNS), |job| {
+        let columns = job * COLUMNS..((job + 1) * COLUMNS).min(channels);
+        for (row, token) in tokens[..sequences.rows()].iter().enumerate() {
+            let from = &dout[row * channels..][columns.clone()];
+            // SAFETY: jobs own disjoint columns.
+            let to = unsafe { table.row(*token as usize * channels + columns.start, from.len()) };
+            add(to, from);
+        }
+    });
+}
+
+/// A table whose columns are shared out between jobs.
+struct SharedTable(*mut f32, usize);
+
+// SAFETY: `row` is called for disjoint parts only.
+unsafe impl Sync for SharedTable {}
+
+impl SharedTable {
+    /// # Safety
+    /// No two threads ask for overlapping parts at a time.
+    #[expect(clippy::mut_from_ref, reason = "the parts are disjoint, see Safety")]
+    unsafe fn row(&self, start: usize, len: usize) -> &mut [f32] {
+        assert!(start + len <= self.1, "tokens are below the vocabulary size");
+        // SAFETY: in bounds, and the caller keeps parts disjoint.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+fn add(to: &mut [f32], from: &[f32]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to += from;
+    }
+}

@@ -1,0 +1,170 @@
+//! C (m, n) = A (m, k) B (n, k)^T for operands in f32, bf16 or MXFP4.
+//!
+//! Operands are packed first: 16 vectors of an operand make a *panel*, stored step after step, and
+//! every step is one 32-bit word for each of the 16 lanes:
+//!
+//! | format | one word holds | step |
+//! | --- | --- | --- |
+//! | f32 | one element | 1 of the reduction dimension |
+//! | bf16 | two elements | 2 |
+//! | MXFP4 | four doubled elements as bytes, -12 .. 12 | 4; scales lie beside, one a block of 8 steps |
+//!
+//! The inner kernel computes 8 x 48 elements of C: it broadcasts words of A and multiplies them with
+//! one to three panels of B. Every element of C is summed in the order of its steps, whatever the
+//! tiling, so results do not depend on the number of threads.
+
+mod kernels;
+mod pack;
+
+pub(super) use kernels::{Strided, TILE_COLS, TILE_ROWS, Tile, strided_tile};
+pub(super) use pack::{Matrix, PackedMut, Rotation, pack, pack_f32_panel};
+
+use super::Cpu;
+use super::isa::Isa;
+
+/// Vectors in a panel: the lanes of an AVX-512 register.
+pub(super) const PANEL: usize = 16;
+
+/// Steps of MXFP4 in a block of 32 elements.
+pub(super) const BLOCK_STEPS: usize = 8;
+
+/// Steps that one pass over the tiles takes: 48 lanes of 192 words are 36 KiB, which leaves room for
+/// A in a first-level cache of 48 KiB. A multiple of [`BLOCK_STEPS`].
+const STEPS_PER_PASS: usize = 192;
+
+/// Rows and columns of C that one job computes.
+const JOB_ROWS: usize = 128;
+const JOB_COLS: usize = 4 * TILE_COLS;
+
+/// Number format of a GEMM's operands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    F32,
+    Bf16,
+    Mxfp4,
+}
+
+impl Format {
+    /// Steps of a reduction dimension of `depth` elements.
+    pub(super) fn steps(self, depth: usize) -> usize {
+        match self {
+            Self::F32 => depth,
+            Self::Bf16 => depth.div_ceil(2),
+            Self::Mxfp4 => depth.div_ceil(crate::mx::BLOCK) * BLOCK_STEPS,
+        }
+    }
+}
+
+/// A packed operand.
+#[derive(Clone, Copy)]
+pub(super) struct Packed<'a> {
+    pub(super) format: Format,
+    /// Vectors that hold data; the rest of the last panel is zero.
+    pub(super) rows: usize,
+    /// Steps of the (padded) reduction dimension.
+    pub(super) steps: usize,
+    /// (panels, steps, 16)
+    pub(super) words: &'a [u32],
+    /// MXFP4: half of each block's scale, (panels, steps / 8, 16).
+    pub(super) scales: &'a [f32],
+    /// MXFP4, operand A: -12 times the sum of each block's doubled elements, (panels, steps / 8, 16).
+    pub(super) sums: &'a [i32],
+}
+
+/// Where the result goes: `c[i * stride + j] (+)= alpha * sum + bias[j]`.
+pub(super) struct Output<'a> {
+    pub(super) c: &'a mut [f32],
+    /// Elements between rows of C.
+    pub(super) stride: usize,
+    /// Factor of the sum.
+    pub(super) alpha: f32,
+    /// Added to each row, (n).
+    pub(super) bias: Option<&'a [f32]>,
+    /// Whether C is added to, or overwritten.
+    pub(super) accumulate: bool,
+}
+
+impl Cpu {
+    /// C (a.rows, b.rows) = alpha A B^T + bias, parallel over tiles of C.
+    pub(super) fn gemm(&self, a: Packed<'_>, b: Packed<'_>, out: Output<'_>) {
+        assert_eq!((a.format, a.steps), (b.format, b.steps), "operands are packed alike");
+        let (m, n) = (a.rows, b.rows);
+        assert!(out.stride >= n && out.c.len() >= (m - 1) * out.stride + n, "C holds the result");
+        let (down, across) = (m.div_ceil(JOB_ROWS), n.div_ceil(JOB_COLS));
+        let c = SharedOutput {
+            c: out.c.as_mut_ptr(),
+            stride: out.stride,
+            alpha: out.alpha,
+            bias: out.bias,
+            accumulate: out.accumulate,
+        };
+        self.parallel(down * across, |job| {
+            // Neighbouring jobs share the panels of B, which are the larger part.
+            let (i0, j0) = (job % down * JOB_ROWS, job / down * JOB_COLS);
+            let (i1, j1) = ((i0 + JOB_ROWS).min(m), (j0 + JOB_COLS).min(n));
+            // SAFETY: jobs cover disjoint rectangles of C, each within its bounds (asserted above).
+            unsafe { rectangle(self.isa(), &a, &b, (i0, i1), (j0, j1), &c) }
+        });
+    }
+}
+
+/// An [`Output`] that threads share; they write disjoint parts.
+struct SharedOutput<'a> {
+    c: *mut f32,
+    stride: usize,
+    alpha: f32,
+    bias: Option<&'a [f32]>,
+    accumulate: bool,
+}
+
+// SAFETY: `rectangle`'s callers hand out disjoint parts of C.
+unsafe impl Sync for SharedOutput<'_> {}
+
+/// Computes rows i0..i1, columns j0..j1 of C.
+///
+/// # Safety
+/// The rectangle lies within C and nothing else accesses it meanwhile.
+unsafe fn rectangle(
+    isa: Isa,
+    a: &Packed<'_>,
+    b: &Packed<'_>,
+    (i0, i1): (usize, usize),
+    (j0, j1): (usize, usize),
+    out: &SharedOutput<'_>,
+) {
+    let mut tile = Tile::default();
+    for s0 in (0..a.steps).step_by(STEPS_PER_PASS) {
+        let s1 = (s0 + STEPS_PER_PASS).min(a.steps);
+        let add = out.accumulate || s0 > 0;
+        let bias = out.bias.filter(|_| s1 == a.steps);
+        for j in (j0..j1).step_by(TILE_COLS) {
+            let cols = (j1 - j).min(TILE_COLS);
+            for i in (i0..i1).step_by(TILE_ROWS) {
+                let rows = (i1 - i).min(TILE_ROWS);
+                kernels::tile(isa, a, b, i, j, cols.div_ceil(PANEL), s0..s1, &mut tile);
+                for r in 0..rows {
+                    // SAFETY: row i + r < i1 and columns j .. j + cols <= j1 lie in the rectangle.
+                    let c = unsafe {
+                        std::slice::from_raw_parts_mut(out.c.add((i + r) * out.stride + j), cols)
+                    };
+                    let bias = bias.map(|bias| &bias[j..j + cols]);
+                    store_row(c, &tile.0[r][..cols], out.alpha, bias, add);
+                }
+            }
+        }
+    }
+}
+
+/// c (+)= alpha * sum + bias
+fn store_row(c: &mut [f32], sum: &[f32], alpha: f32, bias: Option<&[f32]>, add: bool) {
+    match (bias, add) {
+        (None, false) => c.iter_mut().zip(sum).for_each(|(c, s)| *c = alpha * s),
+        (None, true) => c.iter_mut().zip(sum).for_each(|(c, s)| *c += alpha * s),
+        (Some(bias), false) => {
+            c.iter_mut().zip(sum).zip(bias).for_each(|((c, s), b)| *c = alpha * s + b);
+        }
+        (Some(bias), true) => {
+            c.iter_mut().zip(sum).zip(bias).for_each(|((c, s), b)| *c += alpha * s + b);
+        }
+    }
+}

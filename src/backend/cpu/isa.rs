@@ -1,0 +1,112 @@
+//! Instruction sets, chosen once when an engine starts.
+//!
+//! Element-wise loops are written once in plain Rust and compiled for each set by `simd_fn!`; the
+//! compiler turns their arrays of 16 lanes into registers. They never fuse a multiplication with an
+//! addition, so their results are the same on every set. GEMM inner loops are written per set.
+
+use crate::{Error, Result};
+
+/// An instruction set that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512 F, BW, VL, DQ, VNNI and BF16.
+    Avx512,
+    /// AVX2 and FMA.
+    Avx2,
+    /// What every target has.
+    Portable,
+}
+
+impl Isa {
+    /// All sets, best first.
+    pub const ALL: [Self; 3] = [Self::Avx512, Self::Avx2, Self::Portable];
+
+    /// The best set that this processor has.
+    pub fn best() -> Self {
+        *Self::ALL.iter().find(|isa| isa.is_available()).expect("Portable is always available")
+    }
+
+    /// The set that the environment variable `MXT_CPU_ISA` names, else the best one. For tests and
+    /// comparisons.
+    pub fn from_environment() -> Result<Self> {
+        let Ok(name) = std::env::var("MXT_CPU_ISA") else { return Ok(Self::best()) };
+        let isa = Self::ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| {
+            let message = format!("expected avx512, avx2 or portable, got {name:?}");
+            Error::invalid("MXT_CPU_ISA", message)
+        })?;
+        if isa.is_available() {
+            return Ok(isa);
+        }
+        Err(Error::Unsupported {
+            what: format!("MXT_CPU_ISA={name}"),
+            remedy: format!("this processor has {}", Self::best().name()),
+        })
+    }
+
+    /// Its name: `avx512`, `avx2` or `portable`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        }
+    }
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vnni")
+                    && is_x86_feature_detected!("avx512bf16")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+}
+
+/// Compiles one loop for every instruction set; the first argument of the result picks.
+macro_rules! simd_fn {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
+    ) => {
+        $(#[$meta])*
+        $vis fn $name(isa: $crate::backend::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn portable($($arg: $ty),*) $(-> $ret)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? {
+                portable($($arg),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? {
+                portable($($arg),*)
+            }
+
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: an engine only holds a set that `is_available` confirmed.
+                $crate::backend::cpu::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                _ => portable($($arg),*),
+            }
+        }
+    };
+}
+pub(super) use simd_fn;

@@ -1,0 +1,175 @@
+//! LayerNorm over the channels of each row (Ba et al., arXiv 1607.06450).
+//!
+//! The backward pass recomputes the normalized value from x and the saved statistics, and *adds* to
+//! dx, because dx is the gradient of the residual stream, which the norm branches off from.
+
+use rayon::prelude::*;
+
+use super::isa::simd_fn;
+use super::math::lane_sum;
+use super::memory::Buffer;
+use super::{Cpu, rows_per_job};
+use crate::backend::NormStatistics;
+
+/// out (rows, C) = (x - mean) rstd w + b
+pub(super) fn forward(
+    cpu: &Cpu,
+    out: &mut [f32],
+    statistics: &mut NormStatistics<Buffer<f32>>,
+    x: &[f32],
+    w: &[f32],
+    b: &[f32],
+    rows: usize,
+    channels: usize,
+    epsilon: f32,
+) {
+    let per_job = rows_per_job(channels);
+    cpu.install(|| {
+        out[..rows * channels]
+            .par_chunks_mut(per_job * channels)
+            .zip(x[..rows * channels].par_chunks(per_job * channels))
+            .zip(statistics.mean[..rows].par_chunks_mut(per_job))
+            .zip(statistics.rstd[..rows].par_chunks_mut(per_job))
+            .for_each(|(((out, x), mean), rstd)| {
+                forward_rows(cpu.isa(), out, mean, rstd, x, w, b, epsilon);
+            });
+    });
+}
+
+/// sum (rows, C) = x + y, then the LayerNorm of that sum.
+pub(super) fn add_forward(
+    cpu: &Cpu,
+    out: &mut [f32],
+    sum: &mut [f32],
+    statistics: &mut NormStatistics<Buffer<f32>>,
+    x: &[f32],
+    y: &[f32],
+    w: &[f32],
+    b: &[f32],
+    rows: usize,
+    channels: usize,
+    epsilon: f32,
+) {
+    let per_job = rows_per_job(channels);
+    let chunk = per_job * channels;
+    cpu.install(|| {
+        out[..rows * channels]
+            .par_chunks_mut(chunk)
+            .zip(sum[..rows * channels].par_chunks_mut(chunk))
+            .zip(x[..rows * channels].par_chunks(chunk))
+            .zip(y[..rows * channels].par_chunks(chunk))
+            .zip(statistics.mean[..rows].par_chunks_mut(per_job))
+            .zip(statistics.rstd[..rows].par_chunks_mut(per_job))
+            .for_each(|(((((out, sum), x), y), mean), rstd)| {
+                for ((sum, x), y) in sum.iter_mut().zip(x).zip(y) {
+                    *sum = x + y;
+                }
+                forward_rows(cpu.isa(), out, mean, rstd, sum, w, b, epsilon);
+            });
+    });
+}
+
+/// Adds to dx (rows, C), dw (C) and db (C).
+pub(super) fn backward(
+    cpu: &Cpu,
+    dx: &mut [f32],
+    dw: &mut [f32],
+    db: &mut [f32],
+    dy: &[f32],
+    x: &[f32],
+    statistics: &NormStatistics<Buffer<f32>>,
+    w: &[f32],
+    rows: usize,
+    channels: usize,
+) {
+    let (mean, rstd) = (&statistics.mean[..rows], &statistics.rstd[..rows]);
+    let per_job = rows_per_job(channels);
+    let chunk = per_job * channels;
+    cpu.install(|| {
+        dx[..rows * channels]
+            .par_chunks_mut(chunk)
+            .zip(dy[..rows * channels].par_chunks(chunk))
+            .zip(x[..rows * channels].par_chunks(chunk))
+            .zip(mean.par_chunks(per_job).zip(rstd.par_chunks(per_job)))
+            .for_each(|(((dx, dy), x), (mean, rstd))| {
+                backward_rows(cpu.isa(), dx, dy, x, mean, rstd, w);
+            });
+        // Parameter gradients sum over rows, in order: each job owns some columns.
+        const COLUMNS: usize = 64;
+        dw.par_chunks_mut(COLUMNS).zip(db.par_chunks_mut(COLUMNS)).enumerate().for_each(
+            |(job, (dw, db))| {
+                backward_columns(cpu.isa(), dw, db, dy, x, mean, rstd, channels, job * COLUMNS);
+            },
+        );
+    });
+}
+
+simd_fn! {
+    fn forward_rows(
+        out: &mut [f32],
+        mean: &mut [f32],
+        rstd: &mut [f32],
+        x: &[f32],
+        w: &[f32],
+        b: &[f32],
+        epsilon: f32,
+    ) {
+        let c = w.len();
+        let rows = out.chunks_exact_mut(c).zip(x.chunks_exact(c));
+        for ((out, x), (mean, rstd)) in rows.zip(mean.iter_mut().zip(rstd)) {
+            let m = lane_sum(c, |i| x[i]) / c as f32;
+            let variance = lane_sum(c, |i| (x[i] - m) * (x[i] - m)) / c as f32;
+            let s = 1.0 / (variance + epsilon).sqrt();
+            for i in 0..c {
+                out[i] = (x[i] - m) * s * w[i] + b[i];
+            }
+            (*mean, *rstd) = (m, s);
+        }
+    }
+}
+
+simd_fn! {
+    /// With g = dy w and n the normalized x: dx += rstd (g - mean(g) - n mean(g n)).
+    fn backward_rows(
+        dx: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        mean: &[f32],
+        rstd: &[f32],
+        w: &[f32],
+    ) {
+        let c = w.len();
+        let rows = dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).zip(x.chunks_exact(c));
+        for (((dx, dy), x), (m, s)) in rows.zip(mean.iter().zip(rstd)) {
+            let mean_g = lane_sum(c, |i| dy[i] * w[i]) / c as f32;
+            let mean_gn = lane_sum(c, |i| dy[i] * w[i] * ((x[i] - m) * s)) / c as f32;
+            for i in 0..c {
+                let n = (x[i] - m) * s;
+                dx[i] += s * (dy[i] * w[i] - mean_g - n * mean_gn);
+            }
+        }
+    }
+}
+
+simd_fn! {
+    /// Adds to columns `first ..` of dw and db.
+    fn backward_columns(
+        dw: &mut [f32],
+        db: &mut [f32],
+        dy: &[f32],
+        x: &[f32],
+        mean: &[f32],
+        rstd: &[f32],
+        channels: usize,
+        first: usize,
+    ) {
+        for (row, (m, s)) in mean.iter().zip(rstd).enumerate() {
+            let at = row * channels + first;
+            let (dy, x) = (&dy[at..][..dw.len()], &x[at..][..dw.len()]);
+            for i in 0..dw.len() {
+                dw[i] += dy[i] * ((x[i] - m) * s);
+                db[i] += dy[i];
+            }
+        }
+    }
+}

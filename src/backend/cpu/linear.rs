@@ -1,0 +1,165 @@
+//! The linear layers of a block: y = x W^T + b and its backward pass, in the formats of a recipe.
+//!
+//! Reduction dimensions: `inputs` forward, `outputs` in dgrad, `rows` (tokens) in wgrad. Operands are
+//! packed where they lie, transposed or not; no transposed copy is made.
+
+use rayon::prelude::*;
+
+use super::gemm::{Format, Matrix, Output, PackedMut, Rotation, pack};
+use super::isa::simd_fn;
+use super::workspace::{PackMemory, Workspace};
+use super::{Cpu, JOB_ELEMENTS};
+use crate::backend::LinearShape;
+use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
+use crate::recipe::{Backward, Forward, LinearRecipe, Signs};
+
+/// The longest group of the transform.
+const MAX_GROUP: usize = 256;
+
+/// y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b
+pub(super) fn forward(
+    cpu: &Cpu,
+    workspace: &mut Workspace,
+    y: &mut [f32],
+    x: &[f32],
+    w: &[f32],
+    b: &[f32],
+    shape: LinearShape,
+    format: Forward,
+) {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let mut x = Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs);
+    let mut w = Matrix::rows_by_depth(w, outputs, inputs);
+    if format == Forward::Fp8 {
+        x = x.as_fp8(Some(fp8_scale(cpu, x.data)));
+        w = w.as_fp8(Some(fp8_scale(cpu, w.data)));
+    }
+    let format = match format {
+        Forward::F32 => Format::F32,
+        // E4M3 values are bf16 values too, so FP8 products are exact in the bf16 kernel.
+        Forward::Bf16 | Forward::Fp8 => Format::Bf16,
+    };
+    let a = pack(cpu, &x, format, None, false, workspace.a.as_mut());
+    let b_packed = pack(cpu, &w, format, None, true, workspace.b.as_mut());
+    let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
+    cpu.gemm(a, b_packed, out);
+}
+
+/// dx (rows, inputs) = dy W; adds dy^T x to dw (outputs, inputs) and column sums of dy to db.
+pub(super) fn backward(
+    cpu: &Cpu,
+    workspace: &mut Workspace,
+    dx: &mut [f32],
+    dw: &mut [f32],
+    db: &mut [f32],
+    dy: &[f32],
+    x: &[f32],
+    w: &[f32],
+    shape: LinearShape,
+    recipe: &LinearRecipe,
+    random: &Random,
+) {
+    let LinearShape { rows, inputs, outputs } = shape;
+    let (dy, x) = (&dy[..rows * outputs], &x[..rows * inputs]);
+    add_column_sums(cpu, db, dy);
+
+    let memory = (&mut workspace.a, &mut workspace.b);
+    let operands = [
+        (Matrix::rows_by_depth(dy, rows, outputs), OperandId::Dy),
+        (Matrix::depth_by_rows(w, inputs, outputs), OperandId::W),
+    ];
+    let out = Output { c: dx, stride: inputs, alpha: 1.0, bias: None, accumulate: false };
+    product(cpu, memory, operands, recipe.dgrad, GemmId::Dgrad, random, out);
+
+    // What the forward pass kept of x: in an FP8 recipe its FP8 form.
+    let kept = (recipe.forward == Forward::Fp8).then(|| fp8_scale(cpu, x));
+    let memory = (&mut workspace.a, &mut workspace.b);
+    let operands = [
+        (Matrix::depth_by_rows(dy, outputs, rows), OperandId::Dy),
+        (Matrix::depth_by_rows(x, inputs, rows).as_fp8(kept), OperandId::X),
+    ];
+    let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate: true };
+    product(cpu, memory, operands, recipe.wgrad, GemmId::Wgrad, random, out);
+}
+
+/// One backward GEMM, its first operand being dy.
+fn product(
+    cpu: &Cpu,
+    (a_memory, b_memory): (&mut PackMemory, &mut PackMemory),
+    [(a, a_id), (b, b_id)]: [(Matrix<'_>, OperandId); 2],
+    format: Backward,
+    gemm: GemmId,
+    random: &Random,
+    out: Output<'_>,
+) {
+    let (a_memory, b_memory): (PackedMut<'_>, PackedMut<'_>) =
+        (a_memory.as_mut(), b_memory.as_mut());
+    match format {
+        Backward::F32 | Backward::Bf16 => {
+            let format = if format == Backward::F32 { Format::F32 } else { Format::Bf16 };
+            let a = pack(cpu, &a, format, None, false, a_memory);
+            let b = pack(cpu, &b, format, None, true, b_memory);
+            cpu.gemm(a, b, out);
+        }
+        Backward::Mxfp4(mxfp4) => {
+            let mut signs = [0.0; MAX_GROUP];
+            let signs = &mut signs[..mxfp4.transform.map_or(0, |t| t.group)];
+            if let Some(transform) = mxfp4.transform {
+                let draw = match transform.signs {
+                    Signs::Random => random.signs(gemm),
+                    Signs::Fixed => Draw::fixed_signs(random.seed),
+                };
+                draw.fill_signs(signs);
+            }
+            let rotation = |rounding: Rounding, operand| Rotation {
+                signs,
+                rounding,
+                draw: random.rounding(operand),
+            };
+            let a_rotation = rotation(mxfp4.dy, a_id);
+            let b_rotation = rotation(mxfp4.other, b_id);
+            let a = pack(cpu, &a, Format::Mxfp4, Some(&a_rotation), false, a_memory);
+            let b = pack(cpu, &b, Format::Mxfp4, Some(&b_rotation), true, b_memory);
+            let alpha = mx::product_scale(mxfp4.dy, mxfp4.other);
+            cpu.gemm(a, b, Output { alpha, ..out });
+        }
+    }
+}
+
+/// The scale that FP8 gives to a tensor.
+fn fp8_scale(cpu: &Cpu, x: &[f32]) -> f32 {
+    let max = cpu.install(|| {
+        x.par_chunks(JOB_ELEMENTS)
+            .map(|x| max_magnitude(cpu.isa(), x))
+            .reduce(|| 0, u32::max)
+    });
+    mx::e4m3_scale(f32::from_bits(max))
+}
+
+simd_fn! {
+    /// Bits of the largest magnitude; a NaN is larger than everything.
+    fn max_magnitude(x: &[f32]) -> u32 {
+        x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff))
+    }
+}
+
+/// db (C) += the sum of the rows of dy (rows, C), in order.
+fn add_column_sums(cpu: &Cpu, db: &mut [f32], dy: &[f32]) {
+    const COLUMNS: usize = 64;
+    let channels = db.len();
+    cpu.install(|| {
+        db.par_chunks_mut(COLUMNS).enumerate().for_each(|(job, db)| {
+            column_sums(cpu.isa(), db, dy, channels, job * COLUMNS);
+        });
+    });
+}
+
+simd_fn! {
+    fn column_sums(db: &mut [f32], dy: &[f32], channels: usize, first: usize) {
+        for row in dy.chunks_exact(channels) {
+            for (db, dy) in db.iter_mut().zip(&row[first..]) {
+                *db += dy;
+            }
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Scratch memory: packed GEMM operands, a chunk of logits, and what each attention thread needs.
+
+use super::gemm::{BLOCK_STEPS, Format, PANEL, PackedMut};
+use super::memory::{Arena, Buffer};
+use super::{attention, classifier};
+use crate::backend::WorkspaceShape;
+use crate::recipe::Forward;
+
+/// Scratch memory for models of one shape.
+pub struct Workspace {
+    /// Operand A of a GEMM.
+    pub(super) a: PackMemory,
+    /// Operand B of a GEMM.
+    pub(super) b: PackMemory,
+    /// wte^T of the classifier, which keeps two forms of wte over all chunks.
+    pub(super) transposed_head: PackMemory,
+    /// x^T of one chunk in the classifier's weight gradient.
+    pub(super) head_input: PackMemory,
+    /// Logits of one chunk of rows, then their gradients.
+    pub(super) logits: Buffer<f32>,
+    /// (threads, attention::scratch_len)
+    pub(super) attention: Buffer<f32>,
+    pub(super) attention_len: usize,
+}
+
+/// Memory for one packed operand.
+pub(super) struct PackMemory {
+    words: Buffer<u32>,
+    scales: Buffer<f32>,
+    sums: Buffer<i32>,
+}
+
+/// Sizes of a [`PackMemory`], grown to the largest operand asked for.
+#[derive(Clone, Copy, Default)]
+struct PackSize {
+    words: usize,
+    blocks: usize,
+}
+
+impl PackSize {
+    /// Makes room for `rows` vectors of length `depth`.
+    fn add(&mut self, rows: usize, depth: usize, format: Format, group: usize) {
+        let steps = format.steps(depth.next_multiple_of(group));
+        let lanes = rows.next_multiple_of(PANEL);
+        self.words = self.words.max(lanes * steps);
+        if format == Format::Mxfp4 {
+            self.blocks = self.blocks.max(lanes * steps / BLOCK_STEPS);
+        }
+    }
+}
+
+impl PackMemory {
+    fn new(arena: &mut Arena, size: PackSize) -> Self {
+        Self {
+            words: arena.alloc(size.words),
+            scales: arena.alloc(size.blocks),
+            sums: arena.alloc(size.blocks),
+        }
+    }
+
+    pub(super) fn as_mut(&mut self) -> PackedMut<'_> {
+        PackedMut { words: &mut self.words, scales: &mut self.scales, sums: &mut self.sums }
+    }
+}
+
+impl Workspace {
+    pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape, threads: usize) -> Self {
+        let WorkspaceShape { sequences, channels: c, heads, vocab_size, forward, backward } = *shape;
+        let rows = sequences.rows();
+        let plain = match forward {
+            Forward::F32 => Format::F32,
+            Forward::Bf16 | Forward::Fp8 => Format::Bf16,
+        };
+        let (mut a, mut b) = (PackSize::default(), PackSize::default());
+        for (inputs, outputs) in [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)] {
+            a.add(rows, inputs, plain, 1);
+            b.add(outputs, inputs, plain, 1);
+            let Some(backward) = backward else { continue };
+            // A recipe may run some layers or steps in bf16.
+            let mxfp4 = backward.mxfp4_group.map(|group| (Format::Mxfp4, group));
+            for (format, group) in [(plain, 1)].into_iter().chain(mxfp4) {
+                a.add(rows, outputs, format, group); // dgrad: dy
+                b.add(inputs, outputs, format, group); // dgrad: W
+                a.add(outputs, rows, format, group); // wgrad: dy
+                b.add(inputs, rows, format, group); // wgrad: x
+            }
+        }
+        let (mut transposed_head, mut head_input) = (PackSize::default(), PackSize::default());
+        let chunk = classifier::chunk_rows(rows, vocab_size);
+        a.add(chunk, c, plain, 1);
+        b.add(vocab_size, c, plain, 1);
+        if backward.is_some() {
+            a.add(chunk, vocab_size, plain, 1);
+            a.add(vocab_size, chunk, plain, 1);
+            transposed_head.add(c, vocab_size, plain, 1);
+            head_input.add(c, chunk, plain, 1);
+        }
+        let attention_len =
+            attention::scratch_len(sequences.length, c / heads, backward.is_some());
+        Self {
+            a: PackMemory::new(arena, a),
+            b: PackMemory::new(arena, b),
+            transposed_head: PackMemory::new(arena, transposed_head),
+            head_input: PackMemory::new(arena, head_input),
+            logits: arena.alloc(chunk * vocab_size),
+            attention: arena.alloc(threads * attention_len),
+            attention_len,
+        }
+    }
+}

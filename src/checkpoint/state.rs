@@ -1,0 +1,204 @@
+//! `trainer.json`: everything of a run that is neither weights nor moments.
+//!
+//! It knows the two tensor files that it was written with, and its own checksum, since a changed
+//! step or seed would go unnoticed otherwise. Whoever edits it on purpose removes `crc32`.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::tensors::Fingerprint;
+use crate::optim::{AdamW, Schedule};
+use crate::trainer::{TrainerOptions, TrainerState};
+use crate::{Error, Result};
+
+/// Version of the layout. Every change of keys or meaning counts it up.
+const VERSION: u32 = 1;
+
+/// The tensor files that belong to a `trainer.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Sisters {
+    #[serde(rename = "model.safetensors")]
+    pub(super) model: Fingerprint,
+    #[serde(rename = "trainer.safetensors")]
+    pub(super) moments: Fingerprint,
+}
+
+/// The file's text.
+///
+/// # Errors
+/// [`Error::InvalidArgument`] for a state that could not be loaded again.
+pub(super) fn to_json(path: &Path, state: &TrainerState, files: Sisters) -> Result<String> {
+    check(state)?;
+    let mut document = Document::new(state, files);
+    let json = |e| Error::format(path, format!("cannot write it: {e}"));
+    document.crc32 = Some(document.checksum().map_err(json)?);
+    let text = serde_json::to_string_pretty(&document).map_err(json)?;
+    Ok(text + "\n")
+}
+
+/// Reads the file's text; messages call it `path`.
+///
+/// # Errors
+/// [`Error::Format`] naming line and column or the key.
+pub(super) fn from_json(path: &Path, text: &[u8]) -> Result<(TrainerState, Sisters)> {
+    let json = |e| Error::format(path, format!("expected a training state in JSON: {e}"));
+    let Head { version } = serde_json::from_slice(text).map_err(json)?;
+    if version != VERSION {
+        let fix =
+            if version > VERSION { "; a newer library wrote it: update this one" } else { "" };
+        let message = format!("expected version {VERSION}, found version {version}{fix}");
+        return Err(Error::format(path, message));
+    }
+    let mut document: Document = serde_json::from_slice(text).map_err(json)?;
+    if let Some(expected) = document.crc32.take() {
+        let found = document.checksum().map_err(json)?;
+        if expected != found {
+            return Err(Error::format(
+                path,
+                format!(
+                    "damaged or edited: expected CRC-32 {expected}, found {found}; restore it from \
+                     a copy, or remove the key \"crc32\" if the change was meant"
+                ),
+            ));
+        }
+    }
+    let (state, files) = document.into_state().map_err(|e| Error::format(path, e.to_string()))?;
+    check(&state).map_err(|e| Error::format(path, e.to_string()))?;
+    Ok((state, files))
+}
+
+/// Checks what the types do not: a hostile file must not make later arithmetic overflow.
+fn check(state: &TrainerState) -> Result<()> {
+    let options = &state.options;
+    options.optimizer.validate()?;
+    options.schedule.validate()?;
+    for (what, value) in [
+        ("batch_size", options.batch_size),
+        ("accumulation", options.accumulation),
+        // 0 stands for the model's context length.
+        ("sequence_length", options.sequence_length.max(1)),
+    ] {
+        if value == 0 || value > 1 << 24 {
+            let message = format!("expected a number from 1 to {}, got {value}", 1 << 24);
+            return Err(Error::invalid(what, message));
+        }
+    }
+    match state.lr_override {
+        Some(lr) if !(lr.is_finite() && lr >= 0.0) => {
+            Err(Error::invalid("lr_override", format!("expected at least 0, got {lr}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[derive(Deserialize)]
+struct Head {
+    version: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    version: u32,
+    step: u64,
+    seed: u64,
+    lr_override: Option<f32>,
+    recipe: String,
+    batch_size: usize,
+    sequence_length: usize,
+    accumulation: usize,
+    optimizer: Optimizer,
+    schedule: Curve,
+    files: Sisters,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    crc32: Option<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Optimizer {
+    beta1: f32,
+    beta2: f32,
+    epsilon: f32,
+    weight_decay: f32,
+    clip: f32,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Curve {
+    kind: String,
+    lr: f32,
+    min_lr: f32,
+    warmup_steps: u64,
+    total_steps: u64,
+    decay_steps: u64,
+}
+
+impl Document {
+    fn new(state: &TrainerState, files: Sisters) -> Self {
+        // Taken apart by name, so that a new field cannot be forgotten here.
+        let TrainerState { options, seed, step, lr_override } = state;
+        let TrainerOptions {
+            batch_size,
+            sequence_length,
+            accumulation,
+            recipe,
+            optimizer,
+            schedule,
+        } = options;
+        let &AdamW { beta1, beta2, epsilon, weight_decay, clip } = optimizer;
+        let &Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } = schedule;
+        Self {
+            version: VERSION,
+            step: *step,
+            seed: *seed,
+            lr_override: *lr_override,
+            recipe: recipe.to_string(),
+            batch_size: *batch_size,
+            sequence_length: *sequence_length,
+            accumulation: *accumulation,
+            optimizer: Optimizer { beta1, beta2, epsilon, weight_decay, clip },
+            schedule: Curve {
+                kind: kind.to_string(),
+                lr,
+                min_lr,
+                warmup_steps,
+                total_steps,
+                decay_steps,
+            },
+            files,
+            crc32: None,
+        }
+    }
+
+    fn into_state(self) -> Result<(TrainerState, Sisters)> {
+        let Optimizer { beta1, beta2, epsilon, weight_decay, clip } = self.optimizer;
+        let Curve { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } = self.schedule;
+        let options = TrainerOptions {
+            batch_size: self.batch_size,
+            sequence_length: self.sequence_length,
+            accumulation: self.accumulation,
+            recipe: self.recipe.parse()?,
+            optimizer: AdamW { beta1, beta2, epsilon, weight_decay, clip },
+            schedule: Schedule {
+                kind: kind.parse()?,
+                lr,
+                min_lr,
+                warmup_steps,
+                total_steps,
+                decay_steps,
+            },
+        };
+        let (seed, step, lr_override) = (self.seed, self.step, self.lr_override);
+        Ok((TrainerState { options, seed, step, lr_override }, self.files))
+    }
+
+    /// CRC-32 of the values: white space and the order of the keys do not count. `crc32` is None.
+    fn checksum(&self) -> serde_json::Result<String> {
+        debug_assert!(self.crc32.is_none());
+        Ok(format!("{:08x}", crc32fast::hash(&serde_json::to_vec(self)?)))
+    }
+}

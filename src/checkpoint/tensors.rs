@@ -1,0 +1,287 @@
+//! Tensor files: safetensors with a CRC-32 of every tensor, written in one pass, read by a map.
+//!
+//! The checksums stand in the file's own metadata (`mxfp4train.crc32`, a JSON object of tensor name
+//! to hexadecimal), where other readers ignore them; files without them are read unchecked.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo};
+use serde::{Deserialize, Serialize};
+
+use super::TensorRead;
+use crate::{Error, Result};
+
+/// Metadata key of the checksums.
+const CRC32: &str = "mxfp4train.crc32";
+
+/// Bytes of the header's length, which comes first.
+const PREFIX: usize = 8;
+
+/// What `trainer.json` knows of the files beside it. The header holds the checksum of each tensor,
+/// so its own checksum stands for the whole file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Fingerprint {
+    bytes: u64,
+    header_crc32: String,
+}
+
+/// A tensor to write: tensor `index` of `source`, under another name.
+pub(super) struct Named<'a> {
+    pub(super) name: String,
+    pub(super) source: &'a dyn TensorRead,
+    pub(super) index: usize,
+}
+
+impl Named<'_> {
+    fn shape(&self) -> &[usize] {
+        &self.source.tensors()[self.index].shape
+    }
+}
+
+/// Writes a new file and flushes it to the disk; `extra` joins the metadata. There is at least one
+/// tensor.
+///
+/// # Errors
+/// [`Error::NotFinite`] for a NaN or infinite element: what cannot be loaded must not replace a
+/// checkpoint that can. [`Error::Io`].
+pub(super) fn write(
+    path: &Path,
+    tensors: &[Named],
+    extra: &[(&str, String)],
+) -> Result<Fingerprint> {
+    let io = |e| Error::io("write", path)(e);
+    let file = File::create_new(path).map_err(Error::io("create", path))?;
+    let mut out = BufWriter::with_capacity(1 << 20, &file);
+    let mut sums = vec![0; tensors.len()];
+    let blank = header(path, tensors, &sums, extra)?;
+    out.write_all(&blank).map_err(io)?;
+    let (mut values, mut bytes) = (Vec::new(), Vec::new());
+    for (tensor, sum) in tensors.iter().zip(&mut sums) {
+        values.resize(tensor.shape().iter().product(), 0.0);
+        tensor.source.read(tensor.index, &mut values);
+        check_finite(path, &tensor.name, &values)?;
+        let mut crc = crc32fast::Hasher::new();
+        for part in values.chunks(1 << 16) {
+            bytes.clear();
+            bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
+            crc.update(&bytes);
+            out.write_all(&bytes).map_err(io)?;
+        }
+        *sum = crc.finalize();
+    }
+    // The checksums have a fixed width, so the header with the true ones fits over the blank one.
+    let header = header(path, tensors, &sums, extra)?;
+    debug_assert_eq!(header.len(), blank.len());
+    out.seek(SeekFrom::Start(0)).map_err(io)?;
+    out.write_all(&header).map_err(io)?;
+    out.flush().map_err(io)?;
+    drop(out);
+    file.sync_all().map_err(Error::io("flush", path))?;
+    let bytes = file.metadata().map_err(Error::io("read the size of", path))?.len();
+    Ok(Fingerprint { bytes, header_crc32: hex(crc32fast::hash(&header)) })
+}
+
+/// The header with its length, padded to 8 bytes.
+///
+/// NOTE: `safetensors::serialize_to_file` is not used. It writes the metadata in the random order of
+/// a `HashMap`, so that equal models would give unequal files, it gives the file to its owner alone
+/// (mode 600), and it needs the checksums, so a second read of all tensors, before the first byte.
+fn header(
+    path: &Path,
+    tensors: &[Named],
+    sums: &[u32],
+    extra: &[(&str, String)],
+) -> Result<Vec<u8>> {
+    debug_assert!(!tensors.is_empty());
+    let json = |e| Error::format(path, format!("cannot write its header: {e}"));
+    let mut end = 0;
+    let infos = tensors.iter().map(|tensor| {
+        let start = end;
+        end += tensor.shape().iter().product::<usize>() * size_of::<f32>();
+        let shape = tensor.shape().to_vec();
+        (tensor.name.clone(), TensorInfo { dtype: Dtype::F32, shape, data_offsets: (start, end) })
+    });
+    let infos = Metadata::new(None, infos.collect())
+        .map_err(|e| Error::format(path, format!("cannot write its header: {e}")))?;
+    let sums: BTreeMap<_, _> =
+        tensors.iter().zip(sums).map(|(tensor, &sum)| (&*tensor.name, hex(sum))).collect();
+    let mut metadata: BTreeMap<_, _> = extra.iter().cloned().collect();
+    metadata.insert("format", "pt".into());
+    metadata.insert(CRC32, serde_json::to_string(&sums).map_err(json)?);
+
+    let metadata = serde_json::to_string(&metadata).map_err(json)?;
+    let infos = serde_json::to_string(&infos).map_err(json)?;
+    // `infos` is an object of at least one entry, which the metadata joins as the first.
+    let mut text = format!("{{\"__metadata__\":{metadata},{}", &infos[1..]).into_bytes();
+    text.resize(text.len().next_multiple_of(PREFIX), b' ');
+    let mut header = (text.len() as u64).to_le_bytes().to_vec();
+    header.extend(text);
+    Ok(header)
+}
+
+/// A mapped tensor file whose header is sound.
+pub(super) struct TensorFile {
+    path: PathBuf,
+    map: Mmap,
+    header: Metadata,
+    /// First byte of the tensors.
+    start: usize,
+    sums: Option<BTreeMap<String, String>>,
+}
+
+impl TensorFile {
+    /// Maps `file`, which messages call `path`, and checks its header.
+    pub(super) fn open(path: &Path, file: &File) -> Result<Self> {
+        let length = file.metadata().map_err(Error::io("open", path))?.len();
+        if length == 0 {
+            return Err(Error::format(path, "expected a safetensors file, found an empty one"));
+        }
+        // SAFETY: the map is only read, byte by byte, so any content is valid, and content is
+        // checked after it was copied out. Our own saves never write into a file that may be
+        // mapped: they replace the folder that holds it.
+        let map = unsafe { Mmap::map(file) }.map_err(Error::io("map", path))?;
+        let (size, header) =
+            SafeTensors::read_metadata(&map).map_err(|e| describe(path, &map, &e))?;
+        let sums = match header.metadata().as_ref().and_then(|m| m.get(CRC32)) {
+            None => None,
+            Some(text) => Some(serde_json::from_str(text).map_err(|e| {
+                Error::format(path, format!("damaged header: {CRC32} is no table of sums: {e}"))
+            })?),
+        };
+        Ok(Self { path: path.to_owned(), map, header, start: PREFIX + size, sums })
+    }
+
+    /// Size of the file in bytes.
+    pub(super) fn bytes(&self) -> u64 {
+        self.map.len() as u64
+    }
+
+    /// What `trainer.json` should say of this file.
+    pub(super) fn fingerprint(&self) -> Fingerprint {
+        let header_crc32 = hex(crc32fast::hash(&self.map[..self.start]));
+        Fingerprint { bytes: self.bytes(), header_crc32 }
+    }
+
+    /// An entry of the metadata.
+    pub(super) fn metadata(&self, key: &str) -> Option<&str> {
+        self.header.metadata().as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// Names of all tensors, in file order.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.header.offset_keys()
+    }
+
+    /// Whether there is a tensor of this name.
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.header.info(name).is_some()
+    }
+
+    /// Reads tensor `name`, which must have shape `shape`, into `out` as f32.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for a missing or damaged tensor or one that is not F32, F16 or BF16,
+    /// [`Error::Mismatch`] for another shape, [`Error::NotFinite`] for a NaN or infinite element.
+    pub(super) fn read(&self, name: &str, shape: &[usize], out: &mut Vec<f32>) -> Result<()> {
+        let format = |message| Error::format(&self.path, format!("tensor {name}: {message}"));
+        let info = self.header.info(name).ok_or_else(|| format("missing".into()))?;
+        if info.shape != shape {
+            let message =
+                format!("tensor {name}: expected shape {shape:?}, found {:?}", info.shape);
+            return Err(Error::mismatch(&self.path, message));
+        }
+        let (from, to) = info.data_offsets;
+        let bytes = &self.map[self.start..][from..to];
+        out.clear();
+        match info.dtype {
+            Dtype::F32 => out.extend(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
+            Dtype::F16 => {
+                out.extend(bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()));
+            }
+            Dtype::BF16 => {
+                out.extend(bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()));
+            }
+            other => return Err(format(format!("expected F32, F16 or BF16, found {other}"))),
+        }
+        if let Some(sums) = &self.sums {
+            let expected = sums.get(name).ok_or_else(|| format("no checksum in header".into()))?;
+            let found = hex(crc32fast::hash(bytes));
+            if *expected != found {
+                return Err(format(format!(
+                    "damaged: expected CRC-32 {expected}, found {found}; restore the file from a \
+                     copy"
+                )));
+            }
+        }
+        check_finite(&self.path, name, out)
+    }
+}
+
+/// [`Error::NotFinite`] for the first element that is NaN or infinite.
+fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(i) => Err(Error::NotFinite {
+            what: format!("{}: element {i} of tensor {name}", path.display()),
+            value: values[i],
+        }),
+    }
+}
+
+/// What is wrong with the header of a file, in words that name numbers and tensors.
+fn describe(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
+    let found = bytes.len();
+    let length = bytes.first_chunk().map_or(0, |b| u64::from_le_bytes(*b));
+    let message = match error {
+        SafeTensorError::HeaderTooSmall => {
+            format!("expected a safetensors file, found only {found} bytes (a truncated copy?)")
+        }
+        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeaderLength => format!(
+            "damaged, truncated or no safetensors file: a header of {length} bytes is announced, \
+             the file has {found}"
+        ),
+        SafeTensorError::MetadataIncompleteBuffer => return cut(path, bytes, length as usize),
+        SafeTensorError::InvalidHeader(_) | SafeTensorError::InvalidHeaderDeserialization(_) => {
+            format!("damaged header: {error}")
+        }
+        SafeTensorError::InvalidOffset(name) => {
+            format!("damaged header: the offsets of tensor {name} leave a gap or overlap")
+        }
+        other => format!("damaged header: {other}"),
+    };
+    Error::format(path, message)
+}
+
+/// The file is shorter or longer than its header says: names the first tensor that is cut.
+fn cut(path: &Path, bytes: &[u8], length: usize) -> Error {
+    let found = bytes.len();
+    let header = bytes.get(PREFIX..PREFIX + length).map(serde_json::from_slice::<Metadata>);
+    let Some(Ok(header)) = header else {
+        return Error::format(path, "damaged header: it does not cover the file");
+    };
+    let expected = PREFIX + length + header.data_len();
+    if found > expected {
+        return Error::format(path, format!("expected {expected} bytes, found {found}"));
+    }
+    let names = header.offset_keys();
+    let is_cut = |name: &&String| {
+        header.info(name).is_some_and(|i| PREFIX + length + i.data_offsets.1 > found)
+    };
+    let first = names.iter().find(is_cut).map_or("", |name| name.as_str());
+    let message = format!(
+        "truncated: expected {expected} bytes, found {found}; tensor {first} is the first that is \
+         cut"
+    );
+    Error::format(path, message)
+}
+
+fn hex(sum: u32) -> String {
+    format!("{sum:08x}")
+}

@@ -1,0 +1,221 @@
+//! Every kind of damage and mix-up is an error that names file and tensor; none is a panic.
+
+use std::os::unix::fs::FileExt;
+
+use proptest::prelude::*;
+
+use super::*;
+
+#[test]
+fn a_weight_that_is_not_finite_is_not_saved_and_not_loaded() {
+    let (root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    let bad = Toy::new(&config(), |i, j| if (i, j) == (4, 3) { f32::NAN } else { 1.0 });
+    let message = save(&dir, &config(), &bad, None).unwrap_err().to_string();
+    assert!(
+        message.contains("element 3 of tensor transformer.h.0.attn.c_attn.weight"),
+        "{message}"
+    );
+    assert_eq!(load(&dir).unwrap().state.step, 1);
+    assert_eq!(names(root.path()), ["run"]);
+
+    foreign(&dir, Dtype::F32, |i| if i == 0 { f32::INFINITY } else { 1.0 });
+    let message = load_weights(&dir, &infos(&config()), &mut |_, _| ()).unwrap_err().to_string();
+    assert!(message.contains("element 0 of tensor h.0.attn.c_attn.bias"), "{message}");
+}
+
+#[test]
+fn another_shape_is_a_mismatch_that_names_the_tensor() {
+    let (_root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    for (change, part) in [
+        (
+            ModelConfig { vocab_size: 12, ..config() },
+            "wte.weight: expected shape [12, 4], found [11",
+        ),
+        (ModelConfig { layers: 1, ..config() }, "holds the tensor transformer.h.1."),
+        (ModelConfig { layers: 3, ..config() }, "tensor transformer.h.2.ln_1.weight: missing"),
+    ] {
+        for error in [
+            load_weights(&dir, &infos(&change), &mut |_, _| ()).unwrap_err(),
+            load_moments(&dir, &infos(&change), &mut |_, _, _| ()).unwrap_err(),
+        ] {
+            let message = error.to_string().replace("m.transformer", "transformer");
+            assert!(message.contains(part), "{message}");
+        }
+    }
+    // No tensor's shape tells the number of heads.
+    let heads = ModelConfig { heads: 4, ..config() };
+    fs::write(dir.join(CONFIG), config::to_json(&heads)).unwrap();
+    let error = load(&dir).unwrap_err();
+    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    assert!(error.to_string().contains("n_head=2 ") && error.to_string().contains("n_head=4 "));
+}
+
+#[test]
+fn mixed_up_files_are_a_mismatch() {
+    let (root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    let other = root.path().join("other");
+    let toy = Toy::new(&config(), |_, _| 0.5);
+    let part = TrainerPart { state: &state(1), moments: [&toy, &toy] };
+    save(&other, &config(), &toy, Some(part)).unwrap();
+    for name in [MODEL, MOMENTS] {
+        let own = fs::read(dir.join(name)).unwrap();
+        fs::copy(other.join(name), dir.join(name)).unwrap();
+        let error = load_state(&dir).unwrap_err();
+        assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+        assert!(error.to_string().contains(&format!("belongs to another {name}")), "{error}");
+        fs::write(dir.join(name), own).unwrap();
+    }
+    load(&dir).unwrap();
+}
+
+#[test]
+fn every_region_of_damage_has_its_message() {
+    let (_root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    let header = |bytes: &[u8]| 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let replace = |from: &'static str, to: &'static str| {
+        move |bytes: &[u8]| String::from_utf8_lossy(bytes).replacen(from, to, 1).into_bytes()
+    };
+    type Change = Box<dyn Fn(&[u8]) -> Vec<u8>>;
+    let cases: Vec<(&str, Change, &str)> = vec![
+        (MODEL, Box::new(|_| vec![]), "found an empty one"),
+        (MODEL, Box::new(|b| b[..5].to_vec()), "found only 5 bytes"),
+        (MODEL, Box::new(|b| [&[255; 8], &b[8..]].concat()), "a header of 18446744073709551615"),
+        (
+            MODEL,
+            Box::new(|b| [&[0, 0, 0, 1, 0, 0, 0, 0], &b[8..]].concat()),
+            "is announced, the fil",
+        ),
+        (
+            MODEL,
+            Box::new(|b| [&b[..8], b"]", &b[9..]].concat()),
+            "invalid JSON in header: expected",
+        ),
+        (MODEL, Box::new(|b| [&b[..9], &[255], &b[10..]].concat()), "invalid UTF-8 in header"),
+        (
+            MODEL,
+            Box::new(|b| b[..b.len() - 1].to_vec()),
+            "tensor transformer.ln_f.bias is the first",
+        ),
+        (
+            MODEL,
+            Box::new(move |b| b[..header(b) + 7].to_vec()),
+            "tensor transformer.wte.weight is the first that is cut",
+        ),
+        (MODEL, Box::new(|b| [b, &[0]].concat()), "bytes, found"),
+        (
+            MODEL,
+            Box::new(move |b| {
+                let mut b = b.to_vec();
+                let at = header(&b) + 44 * 4 + 1;
+                b[at] ^= 4;
+                b
+            }),
+            "tensor transformer.wpe.weight: damaged: expected CRC-32",
+        ),
+        (CONFIG, Box::new(|b| b[..b.len() / 2].to_vec()), "EOF while parsing"),
+        (CONFIG, Box::new(replace("\"n_head\"", "\"n_hat\"")), "n_head: expected a whole number"),
+        (STATE, Box::new(|b| b[..b.len() / 2].to_vec()), "EOF while parsing a"),
+        (STATE, Box::new(replace("\"seed\"", "\"sled\"")), "unknown field `sled`"),
+        (STATE, Box::new(replace("\"step\": 1,", "")), "missing field `step` at line"),
+        (STATE, Box::new(replace("\"step\": 1", "\"step\": 2")), "damaged or edited: expected CRC"),
+        (STATE, Box::new(replace("\"version\": 1", "\"version\": 9")), "a newer library wrote it"),
+        (STATE, Box::new(replace("\"version\": 1", "\"version\": 0")), "found version 0"),
+        (MOMENTS, Box::new(|b| b[..b.len() - 1].to_vec()), "v.transformer.ln_f.bias is the first"),
+    ];
+    for (name, change, part) in cases {
+        let sound = fs::read(dir.join(name)).unwrap();
+        fs::write(dir.join(name), change(&sound)).unwrap();
+        let message = failure(&dir, name);
+        assert!(message.contains(part), "{name}: {message}");
+        fs::write(dir.join(name), sound).unwrap();
+    }
+    for (name, part) in [
+        (CONFIG, "found no config.json"),
+        (MODEL, "found no model.safetensors"),
+        (STATE, "without its training state"),
+    ] {
+        let sound = fs::read(dir.join(name)).unwrap();
+        fs::remove_file(dir.join(name)).unwrap();
+        let message = load(&dir).unwrap_err().to_string();
+        assert!(message.contains(part), "{name}: {message}");
+        fs::create_dir(dir.join(name)).unwrap();
+        assert!(failure(&dir, name).contains("found a folder"));
+        fs::remove_dir(dir.join(name)).unwrap();
+        fs::write(dir.join(name), sound).unwrap();
+    }
+    load(&dir).unwrap();
+    let missing = load(&dir.join("missing")).unwrap_err();
+    assert!(matches!(missing, Error::Io { action: "open", .. }), "{missing}");
+}
+
+#[test]
+fn an_edit_that_was_meant_is_accepted_once_the_checksum_is_removed() {
+    let (_root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    let text = fs::read_to_string(dir.join(STATE)).unwrap();
+    let mut lines: Vec<_> = text.lines().filter(|line| !line.contains("\"crc32\"")).collect();
+    let last = lines.len() - 2;
+    assert_eq!(lines[last], "  },");
+    lines[last] = "  }";
+    let text = lines.join("\n").replace("\"step\": 1", "\"step\": 40");
+    fs::write(dir.join(STATE), &text).unwrap();
+    assert_eq!(load(&dir).unwrap().state, state(40));
+    fs::write(dir.join(STATE), text.replace("\"batch_size\": 3", "\"batch_size\": 0")).unwrap();
+    assert!(failure(&dir, STATE).contains("batch_size: expected a number from 1"));
+}
+
+/// What a load of damaged files may give: an error, or exactly what was saved.
+fn check_damage(dir: &Path, sound: &Loaded) {
+    if let Ok(loaded) = load(dir) {
+        assert_eq!(&loaded, sound);
+    }
+    if let Ok((config, weights)) = Checkpoint::open(dir).and_then(|c| load_model(&c)) {
+        assert_eq!((&config, &weights), (&sound.config, &sound.weights));
+    }
+}
+
+#[test]
+fn no_single_flipped_bit_goes_unnoticed() {
+    let (_root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    let sound = load(&dir).unwrap();
+    for name in FILES {
+        let bytes = fs::read(dir.join(name)).unwrap();
+        let file = fs::OpenOptions::new().write(true).open(dir.join(name)).unwrap();
+        for (i, byte) in bytes.iter().enumerate() {
+            file.write_all_at(&[byte ^ 1 << (i % 8)], i as u64).unwrap();
+            check_damage(&dir, &sound);
+            file.write_all_at(&[*byte], i as u64).unwrap();
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_damage_panics_or_goes_unnoticed(
+        file in 0usize..4,
+        flips in prop::collection::vec((any::<prop::sample::Index>(), 1u8..), 0..4),
+        length in prop::option::of(any::<prop::sample::Index>()),
+        tail in prop::collection::vec(any::<u8>(), 0..20),
+    ) {
+        let (_root, dir) = temp();
+        save_full(&dir, 1).unwrap();
+        let sound = load(&dir).unwrap();
+        let path = dir.join(FILES[file]);
+        let mut bytes = fs::read(&path).unwrap();
+        for (at, mask) in flips {
+            let at = at.index(bytes.len());
+            bytes[at] ^= mask;
+        }
+        if let Some(length) = length {
+            bytes.truncate(length.index(bytes.len()));
+            bytes.extend(tail);
+        }
+        fs::write(&path, &bytes).unwrap();
+        check_damage(&dir, &sound);
+    }
+}

@@ -1,0 +1,247 @@
+//! The parameters of a GPT, as one structure for whatever belongs to each of them: weights,
+//! gradients, moments, names.
+
+use std::iter::once;
+
+use super::{ModelConfig, TensorInfo};
+
+/// One value of type T for every parameter.
+pub(crate) struct Params<T> {
+    /// Token embedding and language-model head, (V, C).
+    pub(crate) wte: T,
+    /// Position embedding, (context, C).
+    pub(crate) wpe: T,
+    pub(crate) blocks: Vec<Block<T>>,
+    /// The norm before the head.
+    pub(crate) ln_f: Norm<T>,
+}
+
+/// The parameters of a transformer block.
+pub(crate) struct Block<T> {
+    /// Before attention.
+    pub(crate) ln_1: Norm<T>,
+    /// C -> 3 C.
+    pub(crate) qkv: Linear<T>,
+    /// C -> C.
+    pub(crate) projection: Linear<T>,
+    /// Before the MLP.
+    pub(crate) ln_2: Norm<T>,
+    /// C -> 4 C.
+    pub(crate) fc1: Linear<T>,
+    /// 4 C -> C.
+    pub(crate) fc2: Linear<T>,
+}
+
+/// LayerNorm: (C) each.
+pub(crate) struct Norm<T> {
+    pub(crate) w: T,
+    pub(crate) b: T,
+}
+
+/// A linear layer: w (outputs, inputs), b (outputs).
+pub(crate) struct Linear<T> {
+    pub(crate) w: T,
+    pub(crate) b: T,
+}
+
+impl<T> Params<T> {
+    /// All values, in the order of Hugging Face's `gpt2`.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
+        let blocks = self.blocks.iter().flat_map(|b| {
+            [
+                &b.ln_1.w,
+                &b.ln_1.b,
+                &b.qkv.w,
+                &b.qkv.b,
+                &b.projection.w,
+                &b.projection.b,
+                &b.ln_2.w,
+                &b.ln_2.b,
+                &b.fc1.w,
+                &b.fc1.b,
+                &b.fc2.w,
+                &b.fc2.b,
+            ]
+        });
+        [&self.wte, &self.wpe].into_iter().chain(blocks).chain([&self.ln_f.w, &self.ln_f.b])
+    }
+
+    /// All values, in the same order.
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        let blocks = self.blocks.iter_mut().flat_map(|b| {
+            [
+                &mut b.ln_1.w,
+                &mut b.ln_1.b,
+                &mut b.qkv.w,
+                &mut b.qkv.b,
+                &mut b.projection.w,
+                &mut b.projection.b,
+                &mut b.ln_2.w,
+                &mut b.ln_2.b,
+                &mut b.fc1.w,
+                &mut b.fc1.b,
+                &mut b.fc2.w,
+                &mut b.fc2.b,
+            ]
+        });
+        let ends = [&mut self.ln_f.w, &mut self.ln_f.b];
+        once(&mut self.wte).chain(once(&mut self.wpe)).chain(blocks).chain(ends)
+    }
+
+    /// The same structure with `f` of every value, called in the order of `iter`.
+    pub(crate) fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> Params<U> {
+        let (wte, wpe) = (f(&self.wte), f(&self.wpe));
+        let blocks = self
+            .blocks
+            .iter()
+            .map(|b| Block {
+                ln_1: Norm { w: f(&b.ln_1.w), b: f(&b.ln_1.b) },
+                qkv: Linear { w: f(&b.qkv.w), b: f(&b.qkv.b) },
+                projection: Linear { w: f(&b.projection.w), b: f(&b.projection.b) },
+                ln_2: Norm { w: f(&b.ln_2.w), b: f(&b.ln_2.b) },
+                fc1: Linear { w: f(&b.fc1.w), b: f(&b.fc1.b) },
+                fc2: Linear { w: f(&b.fc2.w), b: f(&b.fc2.b) },
+            })
+            .collect();
+        let ln_f = Norm { w: f(&self.ln_f.w), b: f(&self.ln_f.b) };
+        Params { wte, wpe, blocks, ln_f }
+    }
+}
+
+/// What is known of a parameter before it exists.
+#[derive(Clone, Debug)]
+pub(crate) struct ParamSpec {
+    /// Hugging Face's name and shape.
+    pub(crate) info: TensorInfo,
+    /// A linear weight: Hugging Face has (inputs, outputs), we hold (outputs, inputs).
+    pub(crate) transposed: bool,
+    pub(crate) init: Init,
+}
+
+/// Initial values.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Init {
+    Zeros,
+    Ones,
+    /// Normal with mean 0.
+    Normal { std: f32 },
+}
+
+impl ParamSpec {
+    /// Scalars in the parameter.
+    pub(crate) fn len(&self) -> usize {
+        self.info.shape.iter().product()
+    }
+
+    /// Whether weight decay applies: to tensors of two or more dimensions.
+    pub(crate) fn decays(&self) -> bool {
+        self.info.shape.len() >= 2
+    }
+
+    /// Converts values between Hugging Face's order and ours.
+    ///
+    /// `rows` and `cols` are those of `from`.
+    fn transpose(from: &[f32], to: &mut [f32], rows: usize, cols: usize) {
+        for r in 0..rows {
+            for c in 0..cols {
+                to[c * rows + r] = from[r * cols + c];
+            }
+        }
+    }
+
+    /// Puts values that are in our order into Hugging Face's.
+    pub(crate) fn export(&self, values: &mut [f32], scratch: &mut Vec<f32>) {
+        if self.transposed {
+            scratch.clear();
+            scratch.extend_from_slice(values);
+            Self::transpose(scratch, values, self.info.shape[1], self.info.shape[0]);
+        }
+    }
+
+    /// Puts values that are in Hugging Face's order into ours.
+    pub(crate) fn import(&self, values: &[f32], scratch: &mut Vec<f32>) {
+        scratch.clear();
+        scratch.extend_from_slice(values);
+        if self.transposed {
+            Self::transpose(values, scratch, self.info.shape[0], self.info.shape[1]);
+        }
+    }
+}
+
+/// Name, shape and initial values of every parameter: GPT-2's initialization, in which the layers
+/// that add to the residual stream start smaller by the root of their number (Radford et al. 2019).
+pub(crate) fn specs(config: &ModelConfig) -> Params<ParamSpec> {
+    let c = config.channels;
+    let std = 0.02;
+    let residual_std = std / (2.0 * config.layers as f32).sqrt();
+    let spec = |name: String, shape: Vec<usize>, transposed, init| ParamSpec {
+        info: TensorInfo { name: format!("transformer.{name}"), shape },
+        transposed,
+        init,
+    };
+    let norm = |name: String| Norm {
+        w: spec(format!("{name}.weight"), vec![c], false, Init::Ones),
+        b: spec(format!("{name}.bias"), vec![c], false, Init::Zeros),
+    };
+    let linear = |name: String, inputs, outputs, std| Linear {
+        w: spec(format!("{name}.weight"), vec![inputs, outputs], true, Init::Normal { std }),
+        b: spec(format!("{name}.bias"), vec![outputs], false, Init::Zeros),
+    };
+    let table = |name: &str, rows| {
+        spec(format!("{name}.weight"), vec![rows, c], false, Init::Normal { std })
+    };
+    Params {
+        wte: table("wte", config.vocab_size),
+        wpe: table("wpe", config.context_length),
+        blocks: (0..config.layers)
+            .map(|l| Block {
+                ln_1: norm(format!("h.{l}.ln_1")),
+                qkv: linear(format!("h.{l}.attn.c_attn"), c, 3 * c, std),
+                projection: linear(format!("h.{l}.attn.c_proj"), c, c, residual_std),
+                ln_2: norm(format!("h.{l}.ln_2")),
+                fc1: linear(format!("h.{l}.mlp.c_fc"), c, 4 * c, std),
+                fc2: linear(format!("h.{l}.mlp.c_proj"), 4 * c, c, residual_std),
+            })
+            .collect(),
+        ln_f: norm("ln_f".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> ModelConfig {
+        ModelConfig { vocab_size: 7, context_length: 5, layers: 2, heads: 2, channels: 4, ..ModelConfig::default() }
+    }
+
+    #[test]
+    fn specs_add_up_to_the_parameter_count() {
+        let total: usize = specs(&config()).iter().map(ParamSpec::len).sum();
+        assert_eq!(total as u64, config().parameter_count());
+    }
+
+    #[test]
+    fn iterators_and_map_agree_on_the_order() {
+        let mut specs = specs(&config());
+        let names: Vec<_> = specs.iter().map(|s| s.info.name.clone()).collect();
+        let mapped = specs.map(|s| s.info.name.clone());
+        assert!(mapped.iter().eq(&names));
+        assert!(specs.iter_mut().map(|s| &s.info.name).eq(&names));
+        assert_eq!(names.len(), 2 + 2 * 12 + 2);
+        let unique: std::collections::HashSet<_> = names.iter().collect();
+        assert_eq!(unique.len(), names.len());
+    }
+
+    #[test]
+    fn export_undoes_import() {
+        let specs = specs(&config());
+        let spec = &specs.blocks[0].qkv.w; // (4, 12) there, (12, 4) here
+        let theirs: Vec<f32> = (0..spec.len()).map(|i| i as f32).collect();
+        let (mut ours, mut scratch) = (Vec::new(), Vec::new());
+        spec.import(&theirs, &mut ours);
+        assert_eq!(ours[1 * 4 + 2], theirs[2 * 12 + 1]);
+        spec.export(&mut ours, &mut scratch);
+        assert_eq!(ours, theirs);
+    }
+}
