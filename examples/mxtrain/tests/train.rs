@@ -182,8 +182,9 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
 #[test]
 fn the_second_interrupt_ends_at_once() {
     let dir = folder();
-    let line = "train --data data --out model --log log.jsonl --steps 9 --accumulation 9999999";
-    let mut child = start(dir.path(), mxtrain().args(line.split(' ')).args(TINY.split(' ')));
+    let line = "train --data data --out model --log log.jsonl --steps 9 --accumulation 16384 \
+        --batch-size 64 --threads 1";
+    let mut child = start(dir.path(), mxtrain().args(line.split(' ')));
     wait_for(|| dir.path().join("log.jsonl").exists());
     sleep(Duration::from_millis(300));
     let began = Instant::now();

@@ -259,8 +259,9 @@ fn header(start: &Start, data: &Data, steps: u64, out: &str, about: &str) -> Str
         length => length,
     };
     let step_tokens = (options.batch_size * options.accumulation * sequence) as u64;
+    let run_tokens = steps.saturating_mul(step_tokens);
     let train_tokens = data.train.token_count();
-    let passes = (steps * step_tokens) as f64 / train_tokens.max(1) as f64;
+    let passes = run_tokens as f64 / train_tokens.max(1) as f64;
     let tokenizer = data.tokenizer.map_or_else(String::new, |t| format!(", tokenizer {t}"));
     let from = match start {
         Start::New(..) => "new".to_owned(),
@@ -289,7 +290,7 @@ fn header(start: &Start, data: &Data, steps: u64, out: &str, about: &str) -> Str
         HumanCount(step_tokens),
         options.recipe,
         HumanCount(steps),
-        console::scaled(steps * step_tokens),
+        console::scaled(run_tokens),
         schedule.kind,
         console::short(schedule.lr),
     )
