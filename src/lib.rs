@@ -1,4 +1,51 @@
-//! mxfp4train (skeleton)
+//! mxfp4train trains GPT models with the backward pass in MXFP4, inside any program.
+//!
+//! The backward GEMMs of every block run in a 4-bit format, made near-lossless by stochastic rounding
+//! and the random Hadamard transform ("Training LLMs with MXFP4", arXiv 2502.20586). The library is
+//! self-contained: no framework, no global state, no output but what the host asks for. C programs use
+//! it through `include/mxfp4train.h` ([`capi`]); this is the same engine for Rust.
+//!
+//! # A tour
+//!
+//! An [`Engine`] is a device with its threads and its seed. A [`Model`] is a GPT-2 of some
+//! [`ModelConfig`], new or loaded from a Hugging Face `gpt2` folder. A [`Dataset`] is a set of
+//! memory-mapped token files. A [`Trainer`] takes optimizer steps, evaluates, saves and resumes; its
+//! [`Recipe`] says which number format each GEMM uses.
+//!
+//! ```
+//! use mxfp4train::{Dataset, Engine, EngineOptions, Model, ModelConfig, Trainer, TrainerOptions};
+//!
+//! # fn main() -> mxfp4train::Result<()> {
+//! let engine = Engine::new(EngineOptions { threads: 1, ..EngineOptions::default() })?;
+//! let config = ModelConfig {
+//!     vocab_size: 256,
+//!     context_length: 16,
+//!     layers: 1,
+//!     heads: 2,
+//!     channels: 32,
+//!     ..ModelConfig::default()
+//! };
+//! let model = Model::new(&engine, &config)?;
+//! let text = b"to be, or not to be, that is the question: ".repeat(20);
+//! let data = Dataset::from_tokens(text.iter().map(|byte| u32::from(*byte)).collect())?;
+//!
+//! let mut options = TrainerOptions { batch_size: 4, ..TrainerOptions::default() };
+//! options.schedule.lr = 1e-2;
+//! let mut trainer = Trainer::new(&model, options)?;
+//! let first = trainer.step(&data)?.loss;
+//! for _ in 0..30 {
+//!     trainer.step(&data)?;
+//! }
+//! assert!(trainer.eval(&data, 0)?.loss < first - 1.0);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Determinism
+//!
+//! One seed gives one run, bit for bit, on any number of threads; a run that is saved and resumed
+//! goes on bit for bit as if it had not stopped. Other processors may differ in the last bits.
+
 pub mod backend;
 pub mod capi;
 mod checkpoint;
@@ -9,7 +56,7 @@ mod generate;
 mod model;
 pub mod mx;
 mod optim;
-mod recipe;
+pub mod recipe;
 mod trainer;
 
 pub use data::{Dataset, DatasetFile, TokenFormat};

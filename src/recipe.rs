@@ -142,11 +142,7 @@ impl Recipe {
             Backward::Mxfp4(_) if last_layers || last_steps => Backward::Bf16,
             gemm => gemm,
         };
-        LinearRecipe {
-            forward: self.forward,
-            dgrad: pick(self.dgrad),
-            wgrad: pick(self.wgrad),
-        }
+        LinearRecipe { forward: self.forward, dgrad: pick(self.dgrad), wgrad: pick(self.wgrad) }
     }
 
     /// The format of the language-model head in both passes: the plain one that the forward pass

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::backend::{AdamWStep, Backend, BackwardWorkspace, Sequences, WorkspaceShape};
-use crate::checkpoint::{self, TrainerPart};
+use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::model::{
     ActivationGradients, Activations, Device, Model, ModelConfig, Params, Pass, Place, specs,
@@ -155,14 +155,15 @@ impl Trainer {
     /// # Errors
     /// As [`Model::load`] and [`Trainer::new`].
     pub fn load(engine: &Engine, dir: &Path) -> Result<Self> {
-        let state = checkpoint::load_state(dir)?;
-        let model = Model::load(engine, dir)?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let state = checkpoint.state()?;
+        let model = Model::from_checkpoint(engine, &checkpoint)?;
         let mut trainer = Self::with_state(&model, state)?;
         let Buffers { m, v, .. } = &mut trainer.buffers;
         let mut moments: [Vec<_>; 2] = [m.iter_mut().collect(), v.iter_mut().collect()];
         let specs: Vec<_> = model.specs().iter().collect();
         let mut ours = Vec::new();
-        checkpoint::load_moments(dir, model.tensors(), &mut |moment, index, values| {
+        checkpoint.moments(model.tensors(), &mut |moment, index, values| {
             specs[index].import(values, &mut ours);
             engine.backend().write_f32(moments[moment][index], &ours);
         })?;
@@ -304,9 +305,8 @@ impl Trainer {
     fn gradient_norm(&self) -> f32 {
         let backend = self.model.engine().backend();
         let gradients = &self.buffers.gradients;
-        let squares: f64 = backend.scope(|| {
-            gradients.iter().map(|gradient| backend.sum_of_squares(gradient)).sum()
-        });
+        let squares: f64 = backend
+            .scope(|| gradients.iter().map(|gradient| backend.sum_of_squares(gradient)).sum());
         squares.sqrt() as f32
     }
 
@@ -432,7 +432,7 @@ impl Trainer {
         let backend = self.model.engine().backend();
         let gradients: Vec<_> = self.buffers.gradients.iter().collect();
         let read = |index: usize, out: &mut [f32]| backend.read_f32(gradients[index], out);
-        checkpoint::TensorRead::read(&self.model.export(read), index, out);
+        self.model.export(read).read(index, out);
         Ok(())
     }
 
@@ -478,8 +478,10 @@ impl TrainerOptions {
             return Err(Error::invalid("sequence_length", message));
         }
         // Micro-steps have 14 bits in the counter of the random numbers.
-        let limits =
-            [("batch_size", options.batch_size, 1 << 20), ("accumulation", options.accumulation, 1 << 14)];
+        let limits = [
+            ("batch_size", options.batch_size, 1 << 20),
+            ("accumulation", options.accumulation, 1 << 14),
+        ];
         for (what, value, limit) in limits {
             if value == 0 || value > limit {
                 let message = format!("expected a number from 1 to {limit}, got {value}");
@@ -539,7 +541,7 @@ impl<B: Backend> Buffers<B> {
         };
         let specs = specs(config);
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
-        let mut params = |arena: &mut B::Arena| specs.map(|spec| backend.f32(arena, spec.len()));
+        let params = |arena: &mut B::Arena| specs.map(|spec| backend.f32(arena, spec.len()));
 
         let gradients = params(&mut arena);
         plan.gradients = since_last(&arena);

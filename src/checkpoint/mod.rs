@@ -94,34 +94,6 @@ pub(crate) fn save(
     })
 }
 
-/// Reads `config.json`. See [`Checkpoint::config`].
-pub(crate) fn load_config(dir: &Path) -> Result<ModelConfig> {
-    Checkpoint::open(dir)?.config()
-}
-
-/// Reads `model.safetensors`. See [`Checkpoint::weights`].
-pub(crate) fn load_weights(
-    dir: &Path,
-    tensors: &[TensorInfo],
-    write: &mut dyn FnMut(usize, &[f32]),
-) -> Result<()> {
-    Checkpoint::open(dir)?.weights(tensors, write)
-}
-
-/// Reads `trainer.json`. See [`Checkpoint::state`].
-pub(crate) fn load_state(dir: &Path) -> Result<TrainerState> {
-    Checkpoint::open(dir)?.state()
-}
-
-/// Reads `trainer.safetensors`. See [`Checkpoint::moments`].
-pub(crate) fn load_moments(
-    dir: &Path,
-    tensors: &[TensorInfo],
-    write: &mut dyn FnMut(usize, usize, &[f32]),
-) -> Result<()> {
-    Checkpoint::open(dir)?.moments(tensors, write)
-}
-
 /// An open checkpoint folder. Its files are of one save, even while another save replaces it: use
 /// one object for all parts of a load.
 pub(crate) struct Checkpoint {

@@ -3,9 +3,9 @@
 //! Pre-LayerNorm blocks; attention and MLP each add to the residual stream; the head shares its
 //! weights with the token embedding (Radford et al. 2019, "GPT-2").
 
+use super::ModelConfig;
 use super::activations::{ActivationGradients, Activations};
 use super::params::{Linear, Norm, Params};
-use super::ModelConfig;
 use crate::backend::{
     AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Sequences,
 };
@@ -68,9 +68,7 @@ impl<B: Backend> Pass<'_, B> {
             let next = (l + 1) % slots;
             let sum = &mut acts.residual[(l + 1) % residuals];
             let (Norm { w, b }, out, statistics) = match params.blocks.get(l + 1) {
-                Some(block) => {
-                    (&block.ln_1, &mut acts.ln_1[next], &mut acts.ln_1_statistics[next])
-                }
+                Some(block) => (&block.ln_1, &mut acts.ln_1[next], &mut acts.ln_1_statistics[next]),
                 None => (&params.ln_f, &mut acts.ln_f, &mut acts.ln_f_statistics),
             };
             let (x, y) = (&acts.middle[s], &acts.branch);
@@ -117,11 +115,13 @@ impl<B: Backend> Pass<'_, B> {
             };
 
             // MLP: d.residual is the gradient of the block's output, and passes to its input.
-            let call = LinearCall { inputs: 4 * c, outputs: c, recipe, random: random(LinearId::Fc2) };
+            let call =
+                LinearCall { inputs: 4 * c, outputs: c, recipe, random: random(LinearId::Fc2) };
             let (dx, dy, x) = (&mut d.wide, &d.residual, &acts.gelu[l]);
             self.linear_backward(dx, &mut grads.fc2, dy, x, &block.fc2, call);
             backend.gelu_backward(&mut d.wide, &acts.fc1[l], rows * 4 * c);
-            let call = LinearCall { inputs: c, outputs: 4 * c, recipe, random: random(LinearId::Fc1) };
+            let call =
+                LinearCall { inputs: c, outputs: 4 * c, recipe, random: random(LinearId::Fc1) };
             let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_2[l]);
             self.linear_backward(dx, &mut grads.fc1, dy, x, &block.fc1, call);
             let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
@@ -135,7 +135,8 @@ impl<B: Backend> Pass<'_, B> {
             let (dqkv, dout) = (&mut d.wide, &d.narrow);
             let (out, lse, qkv) = (&acts.attention[l], &acts.lse[l], &acts.qkv[l]);
             backend.attention_backward(self.workspace, dqkv, dout, out, lse, qkv, shape);
-            let call = LinearCall { inputs: c, outputs: 3 * c, recipe, random: random(LinearId::Qkv) };
+            let call =
+                LinearCall { inputs: c, outputs: 3 * c, recipe, random: random(LinearId::Qkv) };
             let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_1[l]);
             self.linear_backward(dx, &mut grads.qkv, dy, x, &block.qkv, call);
             let (x, statistics) = (&acts.residual[l], &acts.ln_1_statistics[l]);
@@ -205,9 +206,7 @@ impl<B: Backend> Pass<'_, B> {
         let shape = LinearShape { rows: self.sequences.rows(), inputs, outputs };
         let Linear { w: dw, b: db } = grads;
         let (backend, workspace) = (self.backend, &mut *self.workspace);
-        backend.linear_backward(
-            workspace, dx, dw, db, dy, x, &layer.w, shape, &recipe, &random,
-        );
+        backend.linear_backward(workspace, dx, dw, db, dy, x, &layer.w, shape, &recipe, &random);
     }
 
     /// Adds the norm's part to d.residual, given the gradient of its output in d.narrow.

@@ -49,7 +49,9 @@ mod tests {
         let moment = |p: i32| {
             values.iter().map(|v| (f64::from(*v) / 0.02).powi(p)).sum::<f64>() / values.len() as f64
         };
-        for (power, expected, slack) in [(1, 0.0, 0.01), (2, 1.0, 0.01), (3, 0.0, 0.03), (4, 3.0, 0.1)] {
+        for (power, expected, slack) in
+            [(1, 0.0, 0.01), (2, 1.0, 0.01), (3, 0.0, 0.03), (4, 3.0, 0.1)]
+        {
             assert!((moment(power) - expected).abs() < slack, "moment {power}: {}", moment(power));
         }
     }

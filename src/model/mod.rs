@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
-use crate::checkpoint::{self, TensorRead};
+use crate::checkpoint::{self, Checkpoint, TensorRead};
 use crate::engine::LogLevel;
 use crate::{Engine, Error, Result};
 
@@ -87,14 +87,17 @@ impl Model {
     /// [`Error::Io`], [`Error::Format`] and [`Error::Mismatch`] name the file and the tensor;
     /// [`Error::OutOfMemory`].
     pub fn load(engine: &Engine, dir: &Path) -> Result<Self> {
-        let config = checkpoint::load_config(dir)?;
-        let model = Self::zeroed(engine, &config)?;
+        Self::from_checkpoint(engine, &Checkpoint::open(dir)?)
+    }
+
+    pub(crate) fn from_checkpoint(engine: &Engine, checkpoint: &Checkpoint) -> Result<Self> {
+        let model = Self::zeroed(engine, &checkpoint.config()?)?;
         {
             let mut guard = model.lock()?;
             let mut params: Vec<_> = guard.iter_mut().collect();
             let specs: Vec<_> = model.specs().iter().collect();
             let mut ours = Vec::new();
-            checkpoint::load_weights(dir, model.tensors(), &mut |index, values| {
+            checkpoint.weights(model.tensors(), &mut |index, values| {
                 specs[index].import(values, &mut ours);
                 engine.backend().write_param(params[index], &ours);
             })?;

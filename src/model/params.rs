@@ -124,7 +124,9 @@ pub(crate) enum Init {
     Zeros,
     Ones,
     /// Normal with mean 0.
-    Normal { std: f32 },
+    Normal {
+        std: f32,
+    },
 }
 
 impl ParamSpec {
@@ -212,7 +214,14 @@ mod tests {
     use super::*;
 
     fn config() -> ModelConfig {
-        ModelConfig { vocab_size: 7, context_length: 5, layers: 2, heads: 2, channels: 4, ..ModelConfig::default() }
+        ModelConfig {
+            vocab_size: 7,
+            context_length: 5,
+            layers: 2,
+            heads: 2,
+            channels: 4,
+            ..ModelConfig::default()
+        }
     }
 
     #[test]

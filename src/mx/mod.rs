@@ -20,8 +20,8 @@ pub use e4m3::{E4M3_MAX, e4m3_scale, round_to_e4m3};
 pub use e8m0::{E8M0_BIAS, E8M0_NAN, decode_e8m0};
 pub use hadamard::{group_scale, rotate};
 pub use matrix::{Mxfp4Matrix, Source};
-pub(crate) use philox::{M0, M1, W0, W1};
 pub use philox::{Draw, GemmId, LinearId, OperandId, Purpose, Random, philox4x32_10, uniform};
+pub(crate) use philox::{M0, M1, W0, W1};
 pub use quantize::{Rounding, quantize_block};
 
 /// Elements that share one scale.

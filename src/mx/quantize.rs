@@ -62,7 +62,7 @@ fn nearest(y: f32) -> u8 {
 /// centres the resolution: an exact grid value never moves, and the mean is off by at most 2^-17.
 fn stochastic(y: f32, bits: u16) -> u8 {
     let (u, first) = if y < 1.0 { (y + 1.0, 254) } else { (y, 252) };
-    ((u.to_bits() + (u32::from(bits) << 6 | 32)) >> 22) as u8 - first
+    (((u.to_bits() + (u32::from(bits) << 6 | 32)) >> 22) - first) as u8
 }
 
 #[cfg(test)]
@@ -76,9 +76,8 @@ mod tests {
         for i in 0..=8000 {
             let y = i as f32 / 1000.0;
             let distance = |c: u8| (E2M1_VALUES[c as usize] - y).abs();
-            let best = (0..8u8).min_by(|&a, &b| {
-                distance(a).total_cmp(&distance(b)).then((a % 2).cmp(&(b % 2)))
-            });
+            let best = (0..8u8)
+                .min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a % 2).cmp(&(b % 2))));
             assert_eq!(Some(nearest(y)), best, "{y}");
         }
     }
@@ -86,7 +85,8 @@ mod tests {
     /// Counts all 65,536 draws: the share rounded up is the position between neighbours to 2^-17.
     #[test]
     fn stochastic_rounds_up_with_the_right_probability() {
-        for y in [0.0, 1e-9, 0.1, 0.25, 0.5, 0.7, 0.999_999, 1.0, 1.3, 1.5, 1.9, 2.25, 3.9, 4.5, 6.0]
+        for y in
+            [0.0, 1e-9, 0.1, 0.25, 0.5, 0.7, 0.999_999, 1.0, 1.3, 1.5, 1.9, 2.25, 3.9, 4.5, 6.0]
         {
             let mut sum = 0.0f64;
             for bits in 0..=u16::MAX {

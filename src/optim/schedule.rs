@@ -163,9 +163,13 @@ mod tests {
         }
         let bad = |s: Schedule| s.validate().unwrap_err().to_string();
         assert!(bad(Schedule { lr: f32::NAN, ..Schedule::default() }).starts_with("lr"));
-        assert!(bad(Schedule { total_steps: 5, ..schedule(ScheduleKind::Cosine) })
-            .starts_with("total_steps"));
-        assert!(bad(Schedule { decay_steps: 200, ..schedule(ScheduleKind::Trapezoid) })
-            .starts_with("decay_steps"));
+        assert!(
+            bad(Schedule { total_steps: 5, ..schedule(ScheduleKind::Cosine) })
+                .starts_with("total_steps")
+        );
+        assert!(
+            bad(Schedule { decay_steps: 200, ..schedule(ScheduleKind::Trapezoid) })
+                .starts_with("decay_steps")
+        );
     }
 }

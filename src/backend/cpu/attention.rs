@@ -136,7 +136,8 @@ pub(super) fn backward(
             let values = Rows { data: head_qkv.part(Part::V), rows: q1, stride: 3 * c, step: 1 };
             block.product(isa, &keys, block.panels(queries, d), d, scores);
             block.product(isa, &values, block.panels(douts, d), d, dscores);
-            let panels = scores.chunks_exact_mut(t * PANEL).zip(dscores.chunks_exact_mut(t * PANEL));
+            let panels =
+                scores.chunks_exact_mut(t * PANEL).zip(dscores.chunks_exact_mut(t * PANEL));
             for (p, (scores, dscores)) in panels.enumerate() {
                 let first = q0 + p * PANEL;
                 if first >= q1 {
@@ -253,8 +254,14 @@ impl<'a> HeadQkv<'a> {
 
 /// Packs (T, d) with rows `stride` apart as vectors along d: (panels of T, d, 16).
 fn pack_rows(isa: Isa, data: &[f32], stride: usize, length: usize, d: usize, out: &mut [f32]) {
-    let source =
-        Matrix { data, rows: length, depth: d, row_stride: stride, depth_stride: 1, fp8_scale: None };
+    let source = Matrix {
+        data,
+        rows: length,
+        depth: d,
+        row_stride: stride,
+        depth_stride: 1,
+        fp8_scale: None,
+    };
     for (panel, out) in out.chunks_exact_mut(d * PANEL).enumerate() {
         pack_f32_panel(isa, &source, panel * PANEL, out);
     }
@@ -262,8 +269,14 @@ fn pack_rows(isa: Isa, data: &[f32], stride: usize, length: usize, d: usize, out
 
 /// Packs (T, d) with rows `stride` apart as vectors along T: (panels of d, T, 16).
 fn pack_channels(isa: Isa, data: &[f32], stride: usize, length: usize, d: usize, out: &mut [f32]) {
-    let source =
-        Matrix { data, rows: d, depth: length, row_stride: 1, depth_stride: stride, fp8_scale: None };
+    let source = Matrix {
+        data,
+        rows: d,
+        depth: length,
+        row_stride: 1,
+        depth_stride: stride,
+        fp8_scale: None,
+    };
     for (panel, out) in out.chunks_exact_mut(length * PANEL).enumerate() {
         pack_f32_panel(isa, &source, panel * PANEL, out);
     }

@@ -40,7 +40,8 @@ pub(super) fn run(
         Forward::Bf16 | Forward::Fp8 => Format::Bf16,
     };
     let Workspace { a, b, transposed_head, head_input, logits, .. } = workspace;
-    let head = pack_plain(cpu, Matrix::rows_by_depth(wte, vocab_size, channels), format, b.as_mut());
+    let head =
+        pack_plain(cpu, Matrix::rows_by_depth(wte, vocab_size, channels), format, b.as_mut());
     let transposed = gradient.as_ref().map(|_| {
         let wte = Matrix::depth_by_rows(wte, channels, vocab_size);
         pack_plain(cpu, wte, format, transposed_head.as_mut())

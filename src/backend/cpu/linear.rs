@@ -129,9 +129,7 @@ fn product(
 /// The scale that FP8 gives to a tensor.
 fn fp8_scale(cpu: &Cpu, x: &[f32]) -> f32 {
     let max = cpu.install(|| {
-        x.par_chunks(JOB_ELEMENTS)
-            .map(|x| max_magnitude(cpu.isa(), x))
-            .reduce(|| 0, u32::max)
+        x.par_chunks(JOB_ELEMENTS).map(|x| max_magnitude(cpu.isa(), x)).reduce(|| 0, u32::max)
     });
     mx::e4m3_scale(f32::from_bits(max))
 }

@@ -65,7 +65,8 @@ impl PackMemory {
 
 impl Workspace {
     pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape, threads: usize) -> Self {
-        let WorkspaceShape { sequences, channels: c, heads, vocab_size, forward, backward } = *shape;
+        let WorkspaceShape { sequences, channels: c, heads, vocab_size, forward, backward } =
+            *shape;
         let rows = sequences.rows();
         let plain = match forward {
             Forward::F32 => Format::F32,
@@ -95,8 +96,7 @@ impl Workspace {
             transposed_head.add(c, vocab_size, plain, 1);
             head_input.add(c, chunk, plain, 1);
         }
-        let attention_len =
-            attention::scratch_len(sequences.length, c / heads, backward.is_some());
+        let attention_len = attention::scratch_len(sequences.length, c / heads, backward.is_some());
         Self {
             a: PackMemory::new(arena, a),
             b: PackMemory::new(arena, b),

@@ -13,6 +13,30 @@ use crate::trainer::TrainerOptions;
 /// Set for a child process: exchange acts as on a file system that does not have it.
 pub(super) const NO_EXCHANGE: &str = "MXT_TEST_NO_EXCHANGE";
 
+fn load_config(dir: &Path) -> Result<ModelConfig> {
+    Checkpoint::open(dir)?.config()
+}
+
+fn load_weights(
+    dir: &Path,
+    tensors: &[TensorInfo],
+    write: &mut dyn FnMut(usize, &[f32]),
+) -> Result<()> {
+    Checkpoint::open(dir)?.weights(tensors, write)
+}
+
+fn load_state(dir: &Path) -> Result<TrainerState> {
+    Checkpoint::open(dir)?.state()
+}
+
+fn load_moments(
+    dir: &Path,
+    tensors: &[TensorInfo],
+    write: &mut dyn FnMut(usize, usize, &[f32]),
+) -> Result<()> {
+    Checkpoint::open(dir)?.moments(tensors, write)
+}
+
 /// Tensors in memory.
 struct Toy {
     infos: Vec<TensorInfo>,

@@ -241,7 +241,13 @@ mod avx2 {
     use super::*;
 
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn f32(a: &Strided<'_>, b: [&[f32]; 3], panels: usize, steps: usize, out: &mut Tile) {
+    pub(super) fn f32(
+        a: &Strided<'_>,
+        b: [&[f32]; 3],
+        panels: usize,
+        steps: usize,
+        out: &mut Tile,
+    ) {
         portable::f32::<true>(a, b, panels, steps, out);
     }
 
@@ -335,12 +341,7 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
-    unsafe fn bf16_panels<const P: usize>(
-        a: &[u32],
-        b: [&[u32]; 3],
-        steps: usize,
-        out: &mut Tile,
-    ) {
+    unsafe fn bf16_panels<const P: usize>(a: &[u32], b: [&[u32]; 3], steps: usize, out: &mut Tile) {
         let mut sums = [[_mm512_setzero_ps(); P]; TILE_ROWS];
         let (a, b): (_, [*const u32; P]) = (a.as_ptr(), std::array::from_fn(|p| b[p].as_ptr()));
         for k in 0..steps {
@@ -390,9 +391,8 @@ mod avx512 {
                     [_mm512_set1_epi32(*t.a_sums.as_ptr().add(block * PANEL + r)); P]
                 });
                 for step in block * BLOCK_STEPS..(block + 1) * BLOCK_STEPS {
-                    let b: [__m512i; P] = std::array::from_fn(|p| {
-                        _mm512_loadu_si512(b[p].add(step * PANEL).cast())
-                    });
+                    let b: [__m512i; P] =
+                        std::array::from_fn(|p| _mm512_loadu_si512(b[p].add(step * PANEL).cast()));
                     for r in 0..TILE_ROWS {
                         let a = _mm512_set1_epi32(*t.a.as_ptr().add(step * PANEL + r) as i32);
                         for p in 0..P {

@@ -359,8 +359,11 @@ fn quantize_lanes(
                     Rounding::Unbiased => stochastic(y, bits[l]),
                 };
                 // 0 1 2 3 4 6 8 12: codes above 3 are a mantissa of two bits, shifted.
-                let doubled =
-                    if code < 4 { code } else { (2 | code & 1) << ((code >> 1).wrapping_sub(1) & 3) };
+                let doubled = if code < 4 {
+                    code
+                } else {
+                    (2 | code & 1) << ((code >> 1).wrapping_sub(1) & 3)
+                };
                 let sign = row[l].to_bits() as i32 >> 31;
                 let element = ((doubled as i32 ^ sign) - sign) & keep[l];
                 total[l] += element;
@@ -395,7 +398,11 @@ fn stochastic(y: f32, bits: u32) -> u32 {
 
 /// A panel's blocks as `mx` codes and scale bytes, for tests: element k of lane l.
 #[cfg(test)]
-pub(in crate::backend::cpu) fn unpack_mxfp4(packed: &Packed<'_>, row: usize, k: usize) -> (i8, f32) {
+pub(in crate::backend::cpu) fn unpack_mxfp4(
+    packed: &Packed<'_>,
+    row: usize,
+    k: usize,
+) -> (i8, f32) {
     let (panel, lane) = (row / PANEL, row % PANEL);
     let word = packed.words[(panel * packed.steps + k / 4) * PANEL + lane];
     let block = (panel * packed.steps / BLOCK_STEPS + k / BLOCK) * PANEL + lane;
