@@ -26,6 +26,13 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
     let (engine, _) = machine::open(&machine)?;
     let mut trainer = load(args, &engine)?;
     let stats = trainer.eval(&data, args.batches)?;
+    if !stats.loss.is_finite() {
+        return Err(Failure::runtime(format!(
+            "{}: the loss is not finite ({})",
+            args.checkpoint.display(),
+            stats.loss
+        )));
+    }
 
     let speed = stats.tokens as f64 / stats.seconds.max(1e-9);
     if args.json {

@@ -40,16 +40,20 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
     };
 
     let mut out = io::stdout().lock();
-    let mut written = write(&mut out, &args.prompt);
+    let mut written = Ok(());
     let mut stream = TextStream::new(tokenizer);
+    // Printed with the first token: a wrong option should not come after half an answer.
+    let mut text = args.prompt.clone();
     let prompt = tokenizer.encode_prompt(&args.prompt);
     model.generate(&prompt, &options, &mut |token| {
-        if written.is_ok() {
-            written = write(&mut out, &stream.push(token));
-        }
+        text.push_str(&stream.push(token));
+        written = write(&mut out, &text);
+        text.clear();
         written.is_ok()
     })?;
-    match written.and_then(|()| write(&mut out, &(stream.finish() + "\n"))) {
+    text.push_str(&stream.finish());
+    text.push('\n');
+    match written.and_then(|()| write(&mut out, &text)) {
         // The reader has what it wanted (`mxtrain generate | head`).
         Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
         Err(e) => Err(Failure::runtime(format!("cannot write to standard output: {e}"))),

@@ -218,6 +218,7 @@ fn a_run_is_kept_from_accidents() {
         ("train --data data --out text.txt", "text.txt"),
         ("generate --checkpoint model --tokenizer gpt2", "gpt2 has 50257 tokens"),
         ("generate --checkpoint none", "none"),
+        ("generate --checkpoint model --prompt x --top-p 0", "--top-p: expected a number above 0"),
         ("eval --checkpoint none --data data", "none"),
         ("eval --checkpoint model --data none.bin", "none.bin"),
     ] {

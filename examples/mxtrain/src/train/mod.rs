@@ -148,12 +148,6 @@ impl Run {
         if let Some(log) = &self.log {
             log.step(&stats)?;
         }
-        if !(stats.loss.is_finite() && stats.grad_norm.is_finite()) {
-            return Err(self.explain(Failure::runtime(format!(
-                "step {}: loss {} with gradient norm {}",
-                stats.step, stats.loss, stats.grad_norm
-            ))));
-        }
         self.losses = (self.losses.0 + f64::from(stats.loss), self.losses.1 + 1);
         self.progress.step(&stats);
         Ok(stats.step)

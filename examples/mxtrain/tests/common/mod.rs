@@ -39,6 +39,8 @@ pub fn failed(output: &Output, line: &str) -> String {
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(2), "mxtrain {line}: {error}");
     assert_eq!(error.lines().count(), 1, "mxtrain {line}: {error}");
+    // Only `train` may have said what it is about to do.
+    assert!(output.stdout.is_empty() || line.starts_with("train"), "mxtrain {line}");
     error.trim_end().strip_prefix("mxtrain: ").expect("the line names the program").to_owned()
 }
 
