@@ -1,12 +1,14 @@
 //! What the user sees: text on standard output, and a progress bar, notes and errors on standard
 //! error.
 
+use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
 use crate::failure::{Failure, Outcome};
+use crate::tokenizer::Tokenizer;
 
 /// Writes to standard output. A reader that has gone away (`mxtrain info | head`) is no failure.
 pub(crate) fn print(text: &str) -> Outcome {
@@ -33,7 +35,7 @@ pub(crate) fn short(value: f32) -> String {
     }
 }
 
-/// A count in millions or thousands: "124.4 M".
+/// A count in millions or thousands: "124.44 M".
 pub(crate) fn scaled(count: u64) -> String {
     match count {
         1_000_000_000.. => format!("{:.2} G", count as f64 / 1e9),
@@ -41,6 +43,20 @@ pub(crate) fn scaled(count: u64) -> String {
         1_000.. => format!("{:.1} k", count as f64 / 1e3),
         _ => count.to_string(),
     }
+}
+
+/// A loss with its unit, and in bits a byte where a token is a byte.
+pub(crate) fn loss_in_words(loss: f32, tokenizer: Option<Tokenizer>) -> String {
+    let mut text = format!("loss {loss:.4} nats a token");
+    if tokenizer == Some(Tokenizer::Bytes) {
+        text.push_str(&format!(", {:.4} bits a byte", bits(loss)));
+    }
+    text
+}
+
+/// Nats in bits.
+pub(crate) fn bits(nats: f32) -> f64 {
+    f64::from(nats) / std::f64::consts::LN_2
 }
 
 /// The progress of a run of steps: a bar on a terminal, elsewhere a line now and then.
@@ -51,7 +67,7 @@ pub(crate) struct Progress {
     first_step: u64,
     steps: u64,
     /// Tokens and seconds of the last steps, so that the speed shown is the present one.
-    recent: std::collections::VecDeque<(u64, f64)>,
+    recent: VecDeque<(u64, f64)>,
     seconds: f64,
 }
 
@@ -123,5 +139,13 @@ mod tests {
         assert_eq!(short(1.25), "1.250");
         assert_eq!(scaled(124_439_808), "124.44 M");
         assert_eq!(scaled(999), "999");
+    }
+
+    #[test]
+    fn losses_have_units() {
+        let loss = std::f32::consts::LN_2;
+        assert_eq!(loss_in_words(loss, Some(Tokenizer::Gpt2)), "loss 0.6931 nats a token");
+        let words = loss_in_words(loss, Some(Tokenizer::Bytes));
+        assert_eq!(words, "loss 0.6931 nats a token, 1.0000 bits a byte");
     }
 }

@@ -12,8 +12,8 @@ use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::prepared::Meta;
+use crate::run_file::tokenizer_of;
 use crate::tokenizer::Tokenizer;
-use crate::train::{bits, loss_in_words, tokenizer_of};
 
 /// Runs the command.
 pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
         let result = Report {
             loss: stats.loss,
             perplexity: f64::from(stats.loss).exp(),
-            bits_per_byte: (tokenizer == Some(Tokenizer::Bytes)).then(|| bits(stats.loss)),
+            bits_per_byte: (tokenizer == Some(Tokenizer::Bytes)).then(|| console::bits(stats.loss)),
             tokens: stats.tokens,
             seconds: stats.seconds,
         };
@@ -48,7 +48,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
     } else {
         console::print(&format!(
             "{}, perplexity {:.3}; {} tokens, {} tokens/s\n",
-            loss_in_words(stats.loss, tokenizer),
+            console::loss_in_words(stats.loss, tokenizer),
             f64::from(stats.loss).exp(),
             HumanCount(stats.tokens),
             HumanCount(speed as u64),

@@ -8,8 +8,8 @@ use mxfp4train::{GenerateOptions, Model};
 use crate::cli::GenerateArgs;
 use crate::failure::{Failure, Outcome};
 use crate::machine;
+use crate::run_file::tokenizer_of;
 use crate::tokenizer::{TextStream, Tokenizer};
-use crate::train::tokenizer_of;
 
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {

@@ -17,8 +17,9 @@ use crate::cli::InfoArgs;
 use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::prepared::{Meta, Source};
+use crate::run_file::tokenizer_of;
 use crate::tokenizer::Tokenizer;
-use crate::train::{is_checkpoint, tokenizer_of};
+use crate::train::is_checkpoint;
 
 /// The format's own limit.
 const MAX_HEADER: u64 = 100_000_000;

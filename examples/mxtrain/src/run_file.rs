@@ -74,6 +74,11 @@ impl RunFile {
     }
 }
 
+/// The tokenizer that a checkpoint was trained with, as far as its folder tells.
+pub(crate) fn tokenizer_of(checkpoint: &Path) -> Outcome<Option<Tokenizer>> {
+    Ok(RunFile::read(checkpoint)?.and_then(|file| file.tokenizer))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

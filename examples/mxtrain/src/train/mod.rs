@@ -19,7 +19,6 @@ use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
-use crate::run_file::RunFile;
 use crate::tokenizer::{TextStream, Tokenizer};
 use log::Log;
 use setup::{Data, Start};
@@ -179,7 +178,10 @@ impl Run {
             if let Some(log) = &self.log {
                 log.eval(step, &stats)?;
             }
-            line.push_str(&format!("  validation {}", loss_in_words(stats.loss, self.tokenizer)));
+            line.push_str(&format!(
+                "  validation {}",
+                console::loss_in_words(stats.loss, self.tokenizer)
+            ));
         }
         self.evaluated = Some(step);
         self.progress.print(&(line + "\n"))
@@ -211,25 +213,6 @@ impl Run {
         }
         Ok(())
     }
-}
-
-/// A loss with its unit, and in bits a byte where a token is a byte.
-pub(crate) fn loss_in_words(loss: f32, tokenizer: Option<Tokenizer>) -> String {
-    let mut text = format!("loss {loss:.4} nats a token");
-    if tokenizer == Some(Tokenizer::Bytes) {
-        text.push_str(&format!(", {:.4} bits a byte", bits(loss)));
-    }
-    text
-}
-
-/// Nats in bits.
-pub(crate) fn bits(nats: f32) -> f64 {
-    f64::from(nats) / std::f64::consts::LN_2
-}
-
-/// The tokenizer that a checkpoint was trained with, as far as its folder tells.
-pub(crate) fn tokenizer_of(checkpoint: &std::path::Path) -> Outcome<Option<Tokenizer>> {
-    Ok(RunFile::read(checkpoint)?.and_then(|file| file.tokenizer))
 }
 
 /// The first Ctrl-C asks the trainer to stop at the next step boundary, the second ends the program.
@@ -302,14 +285,6 @@ fn shell_word(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn losses_have_units() {
-        let loss = std::f32::consts::LN_2;
-        assert_eq!(loss_in_words(loss, Some(Tokenizer::Gpt2)), "loss 0.6931 nats a token");
-        let words = loss_in_words(loss, Some(Tokenizer::Bytes));
-        assert_eq!(words, "loss 0.6931 nats a token, 1.0000 bits a byte");
-    }
 
     #[test]
     fn a_folder_with_a_space_can_be_pasted() {
