@@ -1,1 +1,97 @@
-fn main() {}
+//! `mxtrain`: trains GPT models on text files from the command line.
+//!
+//! It uses the library `mxfp4train` as any application would. One file a sub-command; options are
+//! described in `cli`, failures and exit codes in `failure`.
+
+mod cli;
+mod config_file;
+mod console;
+mod eval;
+mod failure;
+mod generate;
+mod info;
+mod machine;
+mod parse;
+mod plan;
+mod prepare;
+mod prepared;
+mod run_file;
+mod tokenizer;
+mod tokens_file;
+mod train;
+
+use std::env;
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+
+use cli::Command;
+use failure::{Failure, Outcome};
+use parse::Parsed;
+use run_file::RunFile;
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = env::args_os().collect();
+    let result = match parse::parse(&args) {
+        Ok(parsed) => add_files(&args, parsed).and_then(|parsed| run(&parsed)),
+        Err(error) => match error.kind() {
+            ErrorKind::DisplayHelp
+            | ErrorKind::DisplayVersion
+            | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                // Nothing can be done for a reader that has gone away.
+                let _ = error.print();
+                return ExitCode::from(error.exit_code() as u8);
+            }
+            _ => Err(Failure::usage(parse::one_line(&error))),
+        },
+    };
+    result.unwrap_or_else(|failure| {
+        console::note(&format!("mxtrain: {}", failure.message.replace('\n', " ")));
+        ExitCode::from(failure.code)
+    })
+}
+
+fn run(parsed: &Parsed) -> Outcome<ExitCode> {
+    match &parsed.cli.command {
+        Command::Prepare(args) => prepare::run(args),
+        Command::Train(args) => train::run(args, parsed),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Info(args) => info::run(args),
+        Command::Plan(args) => plan::run(args),
+    }
+}
+
+/// Adds the options of a configuration file, then those that a run to be resumed was started with.
+/// The command line wins over the file, and the file over the run.
+fn add_files(args: &[OsString], mut parsed: Parsed) -> Outcome<Parsed> {
+    let mut options = Vec::new();
+    let (config, sub) = match &parsed.cli.command {
+        Command::Train(train) => (train.config.as_deref(), "train"),
+        Command::Plan(plan) => (plan.config.as_deref(), "plan"),
+        _ => return Ok(parsed),
+    };
+    if let Some(file) = config {
+        options = config_file::read(file, sub)?;
+        parsed = parse::parse_or_fail(&parse::insert(args, &options))?;
+    }
+    if let Command::Train(train) = &parsed.cli.command
+        && let Some(dir) = &train.start.resume
+        && let Some(run) = RunFile::read(dir)?
+    {
+        if parsed.given("seed")
+            && let Some(seed) = run.options.get("seed")
+            && *seed != train.machine.seed.to_string()
+        {
+            return Err(Failure::usage(format!(
+                "--seed: a resumed run keeps what it was started with, {seed}; leave the option out"
+            )));
+        }
+        let other_data = train.data.data.is_some() || train.data.train.is_some();
+        let options = [run.to_args(other_data), options].concat();
+        parsed = parse::parse_or_fail(&parse::insert(args, &options))
+            .map_err(|failure| failure.within(dir.join("mxtrain.json").display()))?;
+    }
+    Ok(parsed)
+}

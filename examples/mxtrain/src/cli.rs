@@ -1,0 +1,419 @@
+//! The command line: every option with its help.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use mxfp4train::{Recipe, ScheduleKind};
+
+use crate::tokenizer::Tokenizer;
+
+/// Trains GPT-2 models on text files, with the backward pass in MXFP4.
+#[derive(Debug, Parser)]
+#[command(
+    name = "mxtrain",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    disable_help_subcommand = true,
+    args_override_self = true,
+    after_help = "\
+Example:
+  mxtrain prepare notes/*.txt --out data
+  mxtrain train --data data --out model --steps 2000
+  mxtrain generate --checkpoint model --prompt 'Once upon'
+
+Exit codes: 0 success, 1 failed while running, 2 wrong option or file, 130 stopped by Ctrl-C."
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Turn text files into token files
+    Prepare(PrepareArgs),
+    /// Train a model, or go on with a run
+    Train(Box<TrainArgs>),
+    /// Measure a checkpoint's loss on token files
+    Eval(EvalArgs),
+    /// Continue a text
+    Generate(GenerateArgs),
+    /// Show what a checkpoint, a token file or a prepared folder contains
+    Info(InfoArgs),
+    /// Show the memory that a training run would take, without taking it
+    Plan(PlanArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PrepareArgs {
+    /// UTF-8 text files; each is one document
+    #[arg(required = true, value_name = "INPUT")]
+    pub(crate) inputs: Vec<PathBuf>,
+
+    /// Folder for train.bin, val.bin and meta.json
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// How text becomes tokens: bytes (vocabulary 256) or gpt2 (GPT-2's byte-pair encoding, 50,257)
+    #[arg(long, value_name = "NAME", default_value_t = Tokenizer::Bytes, hide_possible_values = true)]
+    pub(crate) tokenizer: Tokenizer,
+
+    /// Part of each file, at its end, that is kept for validation (0 to below 1)
+    #[arg(long, value_name = "FRACTION", default_value_t = 0.05, value_parser = fraction)]
+    pub(crate) val_fraction: f64,
+
+    /// Keep the whole last INPUT for validation, and nothing of the others
+    #[arg(long, conflicts_with = "val_fraction")]
+    pub(crate) val_last: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Every option may also stand in the file of --config under the same name, without the dashes:
+  data = \"data\"
+  steps = 2000
+  lr = 1e-3
+The command line wins over the file.")]
+pub(crate) struct TrainArgs {
+    /// TOML file with options; the command line wins over it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
+
+    #[command(flatten)]
+    pub(crate) start: StartArgs,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(crate) batch: BatchArgs,
+
+    #[command(flatten)]
+    pub(crate) optimizer: OptimizerArgs,
+
+    #[command(flatten)]
+    pub(crate) report: ReportArgs,
+
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+/// Where training tokens come from.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Data")]
+pub(crate) struct DataArgs {
+    /// Folder made by `mxtrain prepare`
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+
+    /// Token files to train on instead of --data (llm.c .bin or raw u16), as a glob pattern
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) train: Option<String>,
+
+    /// Token files for validation, with --train
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) val: Option<String>,
+
+    /// Number of different tokens [default: what the data or its tokenizer says]
+    #[arg(long, value_name = "N")]
+    pub(crate) vocab_size: Option<usize>,
+
+    /// Tokenizer that made the files of --train, bytes or gpt2; needed only to print samples
+    #[arg(long, value_name = "NAME", hide_possible_values = true)]
+    pub(crate) tokenizer: Option<Tokenizer>,
+}
+
+/// Where a run starts and where it is saved.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Checkpoints")]
+pub(crate) struct StartArgs {
+    /// Folder for the checkpoint [default: checkpoint, or the folder of --resume]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+
+    /// Replace a checkpoint that is already in --out
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+
+    /// Start from the weights in a checkpoint folder, this program's or Hugging Face's gpt2
+    #[arg(long, value_name = "DIR")]
+    pub(crate) init_from: Option<PathBuf>,
+
+    /// Go on with the run saved in a checkpoint folder, with the options that it was started with
+    #[arg(long, value_name = "DIR")]
+    pub(crate) resume: Option<PathBuf>,
+
+    /// Save every N steps; 0 saves only at the end [default: a tenth of --steps]
+    #[arg(long, value_name = "N")]
+    pub(crate) save_every: Option<u64>,
+}
+
+/// The shape of a new model.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct ModelArgs {
+    /// Transformer blocks
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) layers: usize,
+
+    /// Attention heads of a block; must divide --channels
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) heads: usize,
+
+    /// Width of the model
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) channels: usize,
+
+    /// Longest sequence that the model can see, in tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 256)]
+    pub(crate) context: usize,
+}
+
+/// What one optimizer step computes.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Step")]
+pub(crate) struct BatchArgs {
+    /// Sequences computed at once
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) batch_size: usize,
+
+    /// Tokens of a training sequence [default: --context]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) sequence_length: Option<usize>,
+
+    /// Batches whose gradients are averaged into one step
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) accumulation: usize,
+
+    /// Number formats: fp32, bf16, mxfp4, mxfp4-rht, mxfp4-sr, mxfp4-rht-sr or fp8-mxfp4-rht-sr,
+    /// with switches such as mxfp4-rht-sr,g=128
+    #[arg(long, value_name = "NAME", default_value_t = Recipe::default())]
+    pub(crate) recipe: Recipe,
+}
+
+/// AdamW and its learning rate.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Optimizer")]
+pub(crate) struct OptimizerArgs {
+    /// Steps after which the run ends
+    #[arg(long, value_name = "N", default_value_t = 2000)]
+    pub(crate) steps: u64,
+
+    /// Highest learning rate
+    #[arg(long, value_name = "RATE", default_value_t = 1e-3)]
+    pub(crate) lr: f32,
+
+    /// Learning rate at the end [default: a tenth of --lr]
+    #[arg(long, value_name = "RATE")]
+    pub(crate) min_lr: Option<f32>,
+
+    /// Steps over which the learning rate rises [default: 2 percent of --steps]
+    #[arg(long, value_name = "STEPS")]
+    pub(crate) warmup: Option<u64>,
+
+    /// Curve of the learning rate after the warm-up: constant, cosine, linear or trapezoid
+    #[arg(long, value_name = "NAME", default_value_t = ScheduleKind::Cosine)]
+    pub(crate) schedule: ScheduleKind,
+
+    /// Length of the descent of the trapezoid schedule [default: 20 percent of --steps]
+    #[arg(long, value_name = "STEPS")]
+    pub(crate) decay_steps: Option<u64>,
+
+    /// Weight decay of AdamW, for tensors of two or more dimensions
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
+    pub(crate) weight_decay: f32,
+
+    /// Decay of AdamW's first moment
+    #[arg(long, value_name = "X", default_value_t = 0.9)]
+    pub(crate) beta1: f32,
+
+    /// Decay of AdamW's second moment
+    #[arg(long, value_name = "X", default_value_t = 0.95)]
+    pub(crate) beta2: f32,
+
+    /// Largest norm of the gradient; longer ones are scaled down; 0 turns it off
+    #[arg(long, value_name = "NORM", default_value_t = 1.0)]
+    pub(crate) clip: f32,
+}
+
+/// What a run measures and prints on its way.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Reports")]
+pub(crate) struct ReportArgs {
+    /// Measure the validation loss every N steps; 0 only at the end [default: a tenth of --steps]
+    #[arg(long, value_name = "N")]
+    pub(crate) eval_every: Option<u64>,
+
+    /// Batches of one measurement; 0 takes all validation data
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(crate) eval_batches: usize,
+
+    /// Print a sample of the model's text every N steps; 0 never
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) sample_every: u64,
+
+    /// Beginning of the samples
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(crate) sample_prompt: String,
+
+    /// Write a JSON object for every step and every measurement to a file, one a line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) log: Option<PathBuf>,
+}
+
+/// The machine to run on.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Machine")]
+pub(crate) struct MachineArgs {
+    /// Seed of everything random: same seed, same losses, on any number of threads
+    #[arg(long, value_name = "N", default_value_t = 1337)]
+    pub(crate) seed: u64,
+
+    /// Worker threads; 0 takes one for each core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+
+    /// Device: cpu, or auto for the fastest one present
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub(crate) device: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    /// Checkpoint folder, this program's or Hugging Face's gpt2
+    #[arg(long, value_name = "DIR")]
+    pub(crate) checkpoint: PathBuf,
+
+    /// Prepared folder, of which val.bin is read, or token files as a glob pattern
+    #[arg(long, value_name = "DIR|GLOB")]
+    pub(crate) data: String,
+
+    /// Batches to measure, spread evenly over the data; 0 takes all of it
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) batches: usize,
+
+    /// Sequences computed at once [default: the checkpoint's, else 8]
+    #[arg(long, value_name = "N")]
+    pub(crate) batch_size: Option<usize>,
+
+    /// Tokens of a sequence [default: the checkpoint's, else its context]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) sequence_length: Option<usize>,
+
+    /// Number formats, as in `mxtrain train` [default: the checkpoint's, else bf16]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) recipe: Option<Recipe>,
+
+    /// Print a JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Worker threads; 0 takes one for each core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+
+    /// Device: cpu, or auto for the fastest one present
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub(crate) device: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// Checkpoint folder, this program's or Hugging Face's gpt2
+    #[arg(long, value_name = "DIR")]
+    pub(crate) checkpoint: PathBuf,
+
+    /// Text to continue; it is printed too
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(crate) prompt: String,
+
+    /// Tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub(crate) tokens: usize,
+
+    /// Tokenizer, bytes or gpt2 [default: the one that the checkpoint was trained with]
+    #[arg(long, value_name = "NAME", hide_possible_values = true)]
+    pub(crate) tokenizer: Option<Tokenizer>,
+
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+/// How the next token is chosen.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArgs {
+    /// Divides the logits: below 1 safer, above 1 wilder
+    #[arg(long, value_name = "X", default_value_t = 0.8)]
+    pub(crate) temperature: f32,
+
+    /// Choose among the N most likely tokens; 0 among all
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) top_k: usize,
+
+    /// Choose among the most likely tokens that together have this probability; 1 among all
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub(crate) top_p: f32,
+
+    /// Always take the most likely token
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p"])]
+    pub(crate) greedy: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InfoArgs {
+    /// Checkpoint folder, token file, or folder made by `mxtrain prepare`
+    #[arg(value_name = "PATH")]
+    pub(crate) path: PathBuf,
+
+    /// List a checkpoint's tensors
+    #[arg(long)]
+    pub(crate) tensors: bool,
+
+    /// Print a JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// TOML file with the options of `mxtrain train`; the command line wins over it
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Number of different tokens [default: what --data says, else 256]
+    #[arg(long, value_name = "N")]
+    pub(crate) vocab_size: Option<usize>,
+
+    /// Folder made by `mxtrain prepare`, read for its vocabulary
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+
+    /// Print a JSON object, in bytes
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(crate) batch: BatchArgs,
+
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+fn fraction(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (0.0..1.0).contains(&value) => Ok(value),
+        _ => Err("expected a number from 0 to below 1".into()),
+    }
+}

@@ -1,0 +1,154 @@
+//! Options from a TOML file: its entries become command-line arguments that stand before the user's
+//! own, so that one parser checks both and the user's win.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs;
+use std::path::Path;
+
+use clap::ArgAction;
+use toml::Value;
+
+use crate::failure::{Failure, Outcome};
+use crate::parse;
+
+/// Reads the options of a file that sub-command `sub` has, as arguments. Those that only `train` has
+/// are left out for another sub-command, so that `plan` takes a run's file as it is.
+pub(crate) fn read(file: &Path, sub: &str) -> Outcome<Vec<OsString>> {
+    let text = fs::read_to_string(file).map_err(Failure::io("read", file))?;
+    let table: BTreeMap<String, Value> = toml::from_str(&text).map_err(|e| {
+        let line = e.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
+        let message = e.message().replace('\n', ", ");
+        Failure::usage(format!("{}, line {line}: {message}", file.display()))
+    })?;
+
+    let own = options_of(sub);
+    let known = options_of("train");
+    let mut accepted = BTreeMap::new();
+    for (key, value) in table {
+        if !known.contains_key(&key) {
+            return Err(unknown(file, &key, known.keys()));
+        }
+        let Some(&is_flag) = own.get(&key) else { continue };
+        let wrong = |expected: &str| {
+            let message = format!("{key}: expected {expected}, got {} {value}", value.type_str());
+            Failure::usage(message).within(file.display())
+        };
+        match (is_flag, &value) {
+            (true, Value::Boolean(_)) => {}
+            (true, _) => return Err(wrong("true or false")),
+            (false, Value::String(_) | Value::Integer(_) | Value::Float(_)) => {}
+            (false, _) => return Err(wrong("a number or a string")),
+        }
+        // Alone first, so that a wrong value is reported with the file that it came from.
+        let option = BTreeMap::from([(key, value)]);
+        let alone = [vec!["mxtrain".into(), sub.into()], to_args(&option)].concat();
+        parse::parse_or_fail(&alone).map_err(|failure| failure.within(file.display()))?;
+        accepted.extend(option);
+    }
+    Ok(to_args(&accepted))
+}
+
+/// Options as arguments, in the form that the parser takes for every type.
+fn to_args(options: &BTreeMap<String, Value>) -> Vec<OsString> {
+    let to_arg = |(key, value): (&String, &Value)| match value {
+        Value::Boolean(true) => Some(format!("--{key}").into()),
+        Value::Boolean(false) => None,
+        Value::String(text) => Some(format!("--{key}={text}").into()),
+        other => Some(format!("--{key}={other}").into()),
+    };
+    options.iter().filter_map(to_arg).collect()
+}
+
+/// The long options of a sub-command that a file may hold, and whether each is a flag.
+fn options_of(sub: &str) -> BTreeMap<String, bool> {
+    let command = parse::command();
+    let options = command.find_subcommand(sub).into_iter().flat_map(|sub| sub.get_arguments());
+    options
+        .filter_map(|arg| {
+            let is_flag = matches!(arg.get_action(), ArgAction::SetTrue);
+            arg.get_long().map(|long| (long.to_owned(), is_flag))
+        })
+        .filter(|(long, _)| !["config", "help", "version", "json"].contains(&long.as_str()))
+        .collect()
+}
+
+fn unknown<'a>(file: &Path, key: &str, known: impl Iterator<Item = &'a String>) -> Failure {
+    let wanted = key.replace('_', "-").to_lowercase();
+    let nearest = known
+        .map(|name| (strsim::jaro_winkler(&wanted, name), name))
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, name)| format!("; the nearest known option is {name:?}"));
+    Failure::usage(format!(
+        "{}: unknown option {key:?}{}",
+        file.display(),
+        nearest.unwrap_or_default()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Command, TrainArgs};
+
+    fn parse(toml: &str, line: &str) -> Outcome<(TrainArgs, parse::Parsed)> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), toml).unwrap();
+        let args: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+        let options = read(file.path(), "train")?;
+        let mut parsed = parse::parse_or_fail(&parse::insert(&args, &options))?;
+        let dummy = parse::parse(&["mxtrain".into(), "info".into(), "x".into()]).unwrap();
+        let command = std::mem::replace(&mut parsed.cli, dummy.cli).command;
+        let Command::Train(train) = command else { panic!("expected train") };
+        Ok((*train, parsed))
+    }
+
+    fn failure(toml: &str) -> String {
+        let failure = parse(toml, "mxtrain train").err().expect("expected a failure");
+        assert_eq!(failure.code, 2);
+        assert!(!failure.message.contains('\n'), "{}", failure.message);
+        failure.message
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file_and_the_file_over_defaults() {
+        let toml = "lr = 2e-3\nlayers = 7\nschedule = \"linear\"\noverwrite = true\nclip = 2\n";
+        let (train, parsed) = parse(toml, "mxtrain train --layers 3").unwrap();
+        assert_eq!(train.model.layers, 3);
+        assert_eq!(train.optimizer.lr, 2e-3);
+        assert_eq!(train.optimizer.clip, 2.0);
+        assert_eq!(train.optimizer.schedule, mxfp4train::ScheduleKind::Linear);
+        assert_eq!(train.model.heads, 4);
+        assert!(train.start.overwrite);
+        assert!(parsed.given("lr") && !parsed.given("heads"));
+    }
+
+    #[test]
+    fn text_that_looks_like_an_option_is_a_value() {
+        let (train, _) = parse("sample-prompt = \"--steps\"", "mxtrain train").unwrap();
+        assert_eq!(train.report.sample_prompt, "--steps");
+        assert_eq!(train.optimizer.steps, 2000);
+    }
+
+    #[test]
+    fn a_wrong_entry_is_named_with_its_file() {
+        let message = failure("batch_size = 3");
+        assert!(message.contains("unknown option \"batch_size\""), "{message}");
+        assert!(message.ends_with("nearest known option is \"batch-size\""), "{message}");
+
+        assert!(failure("layrs = 3").ends_with("\"layers\""));
+        assert!(failure("config = \"x\"").contains("unknown option"));
+        assert!(failure("layers = -1").contains("invalid value '-1' for '--layers <N>'"));
+        assert!(failure("layers = [1]").contains("layers: expected a number or a string"));
+        assert!(failure("overwrite = 1").contains("expected true or false, got integer 1"));
+        assert!(failure("recipe = \"fp4\"").contains("expected one of fp32"));
+        assert!(failure("lr = 1\nsteps = = 2").contains(", line 2: "));
+    }
+
+    #[test]
+    fn plan_reads_a_training_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), "layers = 7\nsteps = 10\n").unwrap();
+        assert_eq!(read(file.path(), "plan").unwrap(), ["--layers=7"]);
+    }
+}

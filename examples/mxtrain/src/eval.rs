@@ -1,0 +1,110 @@
+//! `mxtrain eval`: a checkpoint's loss on token files.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use indicatif::HumanCount;
+use mxfp4train::{Dataset, Engine, Model, Recipe, Trainer, TrainerOptions};
+use serde::Serialize;
+
+use crate::cli::{EvalArgs, MachineArgs};
+use crate::console;
+use crate::failure::{Failure, Outcome};
+use crate::machine;
+use crate::prepared::Meta;
+use crate::run_file::tokenizer_of;
+use crate::tokenizer::Tokenizer;
+
+/// Runs the command.
+pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
+    let (data, of_data) = open(&args.data)?;
+    let tokenizer = match of_data {
+        Some(tokenizer) => Some(tokenizer),
+        None => tokenizer_of(&args.checkpoint)?,
+    };
+    let machine = MachineArgs { seed: 0, threads: args.threads, device: args.device.clone() };
+    let (engine, _) = machine::open(&machine)?;
+    let mut trainer = load(args, &engine)?;
+    let stats = trainer.eval(&data, args.batches)?;
+    if !stats.loss.is_finite() {
+        return Err(Failure::runtime(format!(
+            "{}: the loss is not finite ({})",
+            args.checkpoint.display(),
+            stats.loss
+        )));
+    }
+
+    let speed = stats.tokens as f64 / stats.seconds.max(1e-9);
+    if args.json {
+        let result = Report {
+            loss: stats.loss,
+            perplexity: f64::from(stats.loss).exp(),
+            bits_per_byte: (tokenizer == Some(Tokenizer::Bytes)).then(|| console::bits(stats.loss)),
+            tokens: stats.tokens,
+            seconds: stats.seconds,
+        };
+        let json = serde_json::to_string_pretty(&result).expect("plain data becomes JSON");
+        console::print(&(json + "\n"))?;
+    } else {
+        console::print(&format!(
+            "{}, perplexity {:.3}; {} tokens, {} tokens/s\n",
+            console::loss_in_words(stats.loss, tokenizer),
+            f64::from(stats.loss).exp(),
+            HumanCount(stats.tokens),
+            HumanCount(speed as u64),
+        ))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Opens a prepared folder's validation tokens or the files of a pattern.
+fn open(data: &str) -> Outcome<(Dataset, Option<Tokenizer>)> {
+    let dir = Path::new(data);
+    if !dir.is_dir() {
+        return Ok((Dataset::open(data)?, None));
+    }
+    let meta = Meta::read(dir)?;
+    let val = meta.open_val(dir)?.ok_or_else(|| {
+        Failure::usage(format!(
+            "{data}: was prepared without validation text; name a token file, such as \
+             {data}/train.bin"
+        ))
+    })?;
+    Ok((val, Some(meta.tokenizer)))
+}
+
+/// Loads the checkpoint with the shape of batches that it was trained with, or the one asked for.
+fn load(args: &EvalArgs, engine: &Engine) -> Outcome<Trainer> {
+    let with_training_state = args.checkpoint.join("trainer.json").exists();
+    let (model, options) = if with_training_state {
+        let trainer = Trainer::load(engine, &args.checkpoint)?;
+        let given = args.batch_size.is_some() || args.sequence_length.is_some();
+        if !given && args.recipe.is_none() {
+            return Ok(trainer);
+        }
+        (trainer.model().clone(), trainer.options().clone())
+    } else {
+        let bf16: Recipe = "bf16".parse()?;
+        let options = TrainerOptions { recipe: bf16, ..TrainerOptions::default() };
+        (Model::load(engine, &args.checkpoint)?, options)
+    };
+    let options = TrainerOptions {
+        batch_size: args.batch_size.unwrap_or(options.batch_size),
+        sequence_length: args.sequence_length.unwrap_or(options.sequence_length),
+        recipe: args.recipe.clone().unwrap_or(options.recipe),
+        ..options
+    };
+    Ok(Trainer::new(&model, options)?)
+}
+
+/// The result for programs.
+#[derive(Serialize)]
+struct Report {
+    /// Nats a token.
+    loss: f32,
+    perplexity: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bits_per_byte: Option<f64>,
+    tokens: u64,
+    seconds: f64,
+}

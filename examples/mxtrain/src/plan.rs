@@ -1,0 +1,66 @@
+//! `mxtrain plan`: the memory of a training run, before anything is allocated.
+
+use std::process::ExitCode;
+
+use indicatif::HumanBytes;
+use mxfp4train::Plan;
+use serde::Serialize;
+
+use crate::cli::PlanArgs;
+use crate::console;
+use crate::failure::Outcome;
+use crate::machine;
+use crate::prepared::Meta;
+use crate::train::{model_config, trainer_options, vocabulary};
+
+/// Runs the command.
+pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
+    let of_data = args.data.as_deref().map(Meta::read).transpose()?.map(|meta| meta.vocab_size);
+    let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
+    let config = model_config(&args.model, vocabulary(given, of_data)?)?;
+    let options = trainer_options(&args.batch, None)?;
+    let (engine, _) = machine::open(&args.machine)?;
+    let plan = mxfp4train::plan(&engine, &config, &options)?;
+    if args.json {
+        let bytes = Bytes {
+            parameters: config.parameter_count(),
+            weights: plan.weights,
+            gradients: plan.gradients,
+            optimizer: plan.optimizer,
+            activations: plan.activations,
+            workspace: plan.workspace,
+            total: plan.total(),
+        };
+        let json = serde_json::to_string_pretty(&bytes).expect("plain data becomes JSON");
+        console::print(&(json + "\n"))?;
+    } else {
+        let parameters = console::scaled(config.parameter_count());
+        console::print(&format!("parameters  {parameters}\n{}", table(&plan)))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The plan for people.
+pub(crate) fn table(plan: &Plan) -> String {
+    format!(
+        "memory      {}: weights {}, gradients {}, optimizer {}, activations {}, workspace {}\n",
+        HumanBytes(plan.total()),
+        HumanBytes(plan.weights),
+        HumanBytes(plan.gradients),
+        HumanBytes(plan.optimizer),
+        HumanBytes(plan.activations),
+        HumanBytes(plan.workspace),
+    )
+}
+
+/// The plan for programs, in bytes.
+#[derive(Serialize)]
+struct Bytes {
+    parameters: u64,
+    weights: u64,
+    gradients: u64,
+    optimizer: u64,
+    activations: u64,
+    workspace: u64,
+    total: u64,
+}

@@ -1,0 +1,90 @@
+//! The log of a run: one JSON object a line, for every step and every evaluation.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use mxfp4train::{EvalStats, StepStats};
+use serde::Serialize;
+
+use crate::failure::{Failure, Outcome};
+
+/// A log file.
+///
+/// NOTE: it is opened for every line. It may lie in the checkpoint folder, where a save can put a
+/// copy in its place; some 10 microseconds a step are the price.
+pub(crate) struct Log {
+    path: PathBuf,
+}
+
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum Line {
+    Step { step: u64, loss: f32, grad_norm: f32, lr: f32, tokens: u64, seconds: f64 },
+    Eval { step: u64, loss: f32, tokens: u64, seconds: f64 },
+}
+
+impl Log {
+    /// Begins an empty log, or goes on with the one that is there. Lines of steps that a resumed run
+    /// repeats come twice, with the same numbers.
+    pub(crate) fn open(path: &Path, append: bool) -> Outcome<Self> {
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(Failure::io("create", parent))?;
+        }
+        OpenOptions::new()
+            .create(true)
+            .write(true)
+            .append(append)
+            .truncate(!append)
+            .open(path)
+            .map_err(Failure::io("open", path))?;
+        Ok(Self { path: path.to_owned() })
+    }
+
+    /// Adds a step.
+    pub(crate) fn step(&self, s: &StepStats) -> Outcome {
+        let &StepStats { step, loss, grad_norm, lr, tokens, seconds } = s;
+        self.line(&Line::Step { step, loss, grad_norm, lr, tokens, seconds })
+    }
+
+    /// Adds an evaluation after `step` steps.
+    pub(crate) fn eval(&self, step: u64, stats: &EvalStats) -> Outcome {
+        let &EvalStats { loss, tokens, seconds } = stats;
+        self.line(&Line::Eval { step, loss, tokens, seconds })
+    }
+
+    fn line(&self, line: &Line) -> Outcome {
+        let mut text = serde_json::to_string(line).expect("plain data becomes JSON");
+        text.push('\n');
+        File::options()
+            .append(true)
+            .create(true)
+            .open(&self.path)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .map_err(Failure::io("write", &self.path))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_short_and_a_resumed_log_goes_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("logs/run.jsonl");
+        let step =
+            StepStats { step: 1, loss: 5.1, grad_norm: 2.0, lr: 1e-3, tokens: 64, seconds: 0.5 };
+        Log::open(&path, false).unwrap().step(&step).unwrap();
+        let eval = EvalStats { loss: f32::NAN, tokens: 8, seconds: 0.25 };
+        Log::open(&path, true).unwrap().eval(1, &eval).unwrap();
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            "{\"type\":\"step\",\"step\":1,\"loss\":5.1,\"grad_norm\":2.0,\"lr\":0.001,\"tokens\":64,\
+             \"seconds\":0.5}\n\
+             {\"type\":\"eval\",\"step\":1,\"loss\":null,\"tokens\":8,\"seconds\":0.25}\n"
+        );
+        Log::open(&path, false).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "");
+    }
+}

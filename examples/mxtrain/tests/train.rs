@@ -1,0 +1,310 @@
+//! Training a tiny model from end to end with the built program.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use common::{mxtrain, refuse, run, succeed};
+
+/// A model that takes a step in about a millisecond.
+const TINY: &str = "--layers 1 --heads 2 --channels 32 --context 32 --batch-size 2 --threads 1";
+
+/// A folder with prepared text in `data`.
+fn folder() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("text.txt"), include_str!("../src/cli.rs")).unwrap();
+    succeed(dir.path(), "prepare text.txt --out data");
+    dir
+}
+
+/// The objects of a log of one type, by step; where a resumed run repeated a step, the last.
+fn log(dir: &Path, name: &str, kind: &str) -> BTreeMap<u64, Value> {
+    let text = fs::read_to_string(dir.join(name)).unwrap_or_default();
+    text.lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|object| object["type"] == kind)
+        .map(|object| (object["step"].as_u64().unwrap(), object))
+        .collect()
+}
+
+/// Loss and gradient norm of every step.
+fn losses(dir: &Path, name: &str) -> Vec<(u64, f64, f64)> {
+    let number = |v: &Value| v.as_f64().unwrap();
+    log(dir, name, "step")
+        .into_iter()
+        .map(|(step, o)| (step, number(&o["loss"]), number(&o["grad_norm"])))
+        .collect()
+}
+
+fn info(dir: &Path, path: &str) -> Value {
+    serde_json::from_str(&succeed(dir, &format!("info {path} --json"))).unwrap()
+}
+
+#[test]
+fn a_model_is_trained_measured_shown_and_sampled() {
+    let dir = folder();
+    let dir = dir.path();
+    let out = succeed(
+        dir,
+        &format!(
+            "train --data data --out model --steps 20 --eval-every 10 --eval-batches 0 --log a/log.jsonl \
+             --lr 1e-2 --sample-every 10 {TINY}"
+        ),
+    );
+    for part in [
+        "1 layers x 32 channels x 2 heads, context 32: 22.0 k parameters, new",
+        "recipe mxfp4-rht-sr",
+        "memory  ",
+        "optimizer ",
+        "step 10/20  train loss ",
+        "step 20/20  train loss ",
+        " bits a byte",
+        "--- sample at step 20 ---",
+        "done: 20 steps",
+    ] {
+        assert!(out.contains(part), "{part:?} is missing in\n{out}");
+    }
+    let losses = losses(dir, "a/log.jsonl");
+    assert_eq!(losses.len(), 20);
+    assert!(losses[19].1 < losses[0].1 - 0.5, "{losses:?}");
+    let evals = log(dir, "a/log.jsonl", "eval");
+    assert_eq!(evals.keys().copied().collect::<Vec<_>>(), [10, 20]);
+
+    let eval = succeed(dir, "eval --checkpoint model --data data --json");
+    let eval: Value = serde_json::from_str(&eval).unwrap();
+    assert_eq!(eval["loss"], evals[&20]["loss"]);
+    let words =
+        succeed(dir, "eval --checkpoint model --data data/val.bin --batch-size 1 --recipe fp32");
+    assert!(words.contains("bits a byte, perplexity"), "{words}");
+
+    let about = info(dir, "model");
+    assert_eq!(about["kind"], "checkpoint");
+    assert_eq!(about["parameters"], 21984);
+    assert_eq!(about["training"]["step"], 20);
+    assert_eq!(about["training"]["recipe"], "mxfp4-rht-sr");
+    assert_eq!(about["tokenizer"], "bytes");
+    assert_eq!(about["tensors"].as_array().unwrap().len(), 16);
+    let text = succeed(dir, "info model --tensors");
+    assert!(text.contains("transformer.wte.weight"), "{text}");
+
+    let greedy = "generate --checkpoint model --prompt the --tokens 40 --greedy";
+    let text = succeed(dir, greedy);
+    assert!(text.starts_with("the"), "{text}");
+    assert_eq!(text, succeed(dir, greedy));
+    let wild = |seed| {
+        let line = format!("generate --checkpoint model --tokens 40 --temperature 2 --seed {seed}");
+        succeed(dir, &line)
+    };
+    assert_ne!(wild(1), wild(2));
+    assert_eq!(wild(3), wild(3));
+}
+
+#[test]
+fn info_describes_data() {
+    let dir = folder();
+    let about = info(dir.path(), "data");
+    assert_eq!(about["kind"], "data");
+    assert_eq!(about["vocab_size"], 256);
+    assert_eq!(about["sources"][0]["path"], "text.txt");
+    let file = info(dir.path(), "data/train.bin");
+    assert_eq!(file["files"][0], about["files"][0]);
+    assert_eq!(file["files"][0]["largest_token"], u64::from(b'}'));
+    assert!(succeed(dir.path(), "info data").contains("tokenizer  bytes, vocabulary 256"));
+    assert!(refuse(dir.path(), "info none").contains("cannot open none"));
+}
+
+#[test]
+fn the_plan_is_what_training_says() {
+    let dir = folder();
+    let plan = succeed(dir.path(), &format!("plan --data data {TINY}"));
+    let memory = plan.lines().find(|line| line.starts_with("memory")).unwrap();
+    let train = succeed(dir.path(), &format!("train --data data --steps 1 {TINY}"));
+    assert!(train.contains(memory), "{memory}\n{train}");
+
+    let json = succeed(
+        dir.path(),
+        "plan --layers 12 --channels 768 --heads 12 --context 1024 \
+        --vocab-size 50257 --json",
+    );
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["parameters"], 124_439_808);
+    let part = |name: &str| json[name].as_u64().unwrap();
+    let parts = ["weights", "gradients", "optimizer", "activations", "workspace"].map(part);
+    assert_eq!(parts.iter().sum::<u64>(), part("total"));
+    assert!(parts[0] >= 4 * part("parameters"));
+}
+
+/// Ctrl-C stops at a step boundary and saves; the resumed run gives the losses of one that was never
+/// stopped, bit for bit, and needs no option but --resume.
+#[test]
+fn a_stopped_run_goes_on_as_if_it_had_not_been() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("--data data --steps 400 --eval-every 100 {TINY}");
+    succeed(dir, &format!("train --out whole --log whole.jsonl {line}"));
+
+    let mut child = mxtrain();
+    child.args("train --out parts --log parts.jsonl".split(' ')).args(line.split(' '));
+    let child = start(dir, &mut child);
+    wait_for(|| losses(dir, "parts.jsonl").len() >= 3);
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    let (out, error) = (String::from_utf8(output.stdout), String::from_utf8(output.stderr));
+    let (out, error) = (out.unwrap(), error.unwrap());
+    assert_eq!(output.status.code(), Some(130), "{out}{error}");
+    assert!(out.contains("of 400; go on with: mxtrain train --resume parts\n"), "{out}");
+    assert!(error.contains("mxtrain: stopping after this step"), "{error}");
+    let stopped_at = info(dir, "parts")["training"]["step"].as_u64().unwrap();
+    assert!((3..400).contains(&stopped_at));
+    assert_eq!(losses(dir, "parts.jsonl").len() as u64, stopped_at);
+
+    // From another folder, on another number of threads.
+    fs::create_dir(dir.join("elsewhere")).unwrap();
+    let out = succeed(&dir.join("elsewhere"), "train --resume ../parts --threads 2");
+    assert!(out.contains(&format!("resumed at step {stopped_at}")), "{out}");
+    assert_eq!(losses(dir, "parts.jsonl"), losses(dir, "whole.jsonl"));
+    let evals = |name| log(dir, name, "eval").into_iter().map(|(s, o)| (s, o["loss"].clone()));
+    assert!(evals("parts.jsonl").eq(evals("whole.jsonl")));
+    let weights = |name: &str| fs::read(dir.join(name).join("model.safetensors")).unwrap();
+    assert!(weights("parts") == weights("whole"));
+}
+
+/// A second Ctrl-C does not wait for the step.
+#[test]
+fn the_second_interrupt_ends_at_once() {
+    let dir = folder();
+    let line = "train --data data --out model --log log.jsonl --steps 9 --accumulation 16384 \
+        --batch-size 64 --threads 1";
+    let mut child = start(dir.path(), mxtrain().args(line.split(' ')));
+    wait_for(|| dir.path().join("log.jsonl").exists());
+    sleep(Duration::from_millis(300));
+    let began = Instant::now();
+    interrupt(&child);
+    sleep(Duration::from_millis(300));
+    assert!(child.try_wait().unwrap().is_none(), "the first one waits for the step");
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(began.elapsed() < Duration::from_secs(20));
+    assert_eq!(info(dir.path(), "model")["training"]["step"], 0);
+}
+
+#[test]
+fn a_run_is_kept_from_accidents() {
+    let dir = folder();
+    let dir = dir.path();
+    let begin = format!("train --data data --out model --steps 3 --seed 5 {TINY}");
+    succeed(dir, &begin);
+    for (line, expected) in [
+        (begin.as_str(), "model already holds a checkpoint; go on with it (--resume model)"),
+        ("train --resume model", "the run has done 3 steps, expected more than that; got 3"),
+        ("train --resume model --steps 5 --lr 1", "a resumed run keeps what it was started with"),
+        ("train --resume model --steps 5 --seed 6", "a resumed run keeps"),
+        ("train --resume model --steps 5 --layers 2", "the checkpoint of --resume has 1, got 2"),
+        ("train --resume model --init-from model", "exclude each other"),
+        ("train --data data --out b --init-from model --heads 4", "has 2, got 4"),
+        ("train --data data --out b --init-from data", "config.json"),
+        ("train --data data --out b --resume none", "none"),
+        ("train --data data --out b --sequence-length 999", "--sequence-length: "),
+        ("train --data data --out b --device tpu", "--device: "),
+        ("train --data data --out text.txt", "text.txt"),
+        ("generate --checkpoint model --tokenizer gpt2", "gpt2 has 50257 tokens"),
+        ("generate --checkpoint none", "none"),
+        ("generate --checkpoint model --prompt x --top-p 0", "--top-p: expected a number above 0"),
+        ("eval --checkpoint none --data data", "none"),
+        ("eval --checkpoint model --data none.bin", "none.bin"),
+    ] {
+        let error = refuse(dir, line);
+        assert!(error.contains(expected), "{line}: {error}");
+    }
+    assert_eq!(info(dir, "model")["training"]["step"], 3);
+    assert!(!dir.join("b").exists());
+
+    // The same setting said again, and more steps, are no accident.
+    succeed(dir, "train --resume model --steps 5 --lr 1e-3 --batch-size 2 --seed 5");
+    assert_eq!(info(dir, "model")["training"]["step"], 5);
+    // Weights alone start a new run.
+    let options = "--batch-size 2 --threads 1 --recipe bf16 --steps 2";
+    let out = succeed(dir, &format!("train --data data --out b --init-from model {options}"));
+    assert!(out.contains("loaded weights"), "{out}");
+    succeed(dir, &format!("{begin} --overwrite"));
+    assert_eq!(info(dir, "model")["training"]["step"], 3);
+}
+
+#[test]
+fn options_come_from_a_file_and_the_command_line_wins() {
+    let dir = folder();
+    let toml = "data = \"data\"\nout = \"model\"\nlog = \"log.jsonl\"\nsteps = 9\nlayers = 1\nheads = 2\n\
+        channels = 32\ncontext = 32\nbatch-size = 2\nthreads = 1\nrecipe = \"bf16\"\nlr = 0.5\n";
+    fs::write(dir.path().join("run.toml"), toml).unwrap();
+    succeed(dir.path(), "train --config run.toml --steps 3 --lr 1e-3");
+    let log = log(dir.path(), "log.jsonl", "step");
+    assert_eq!(log.len(), 3);
+    assert!(log[&1]["lr"].as_f64().unwrap() <= 1e-3);
+    assert_eq!(info(dir.path(), "model")["training"]["recipe"], "bf16");
+    // The file of a run serves to resume it, and to plan it.
+    let error = refuse(dir.path(), "train --config run.toml --resume model");
+    assert!(error.contains("--lr: a resumed run keeps what it was started with, 0.001; got 0.5"));
+    succeed(dir.path(), "train --config run.toml --resume model --lr 1e-3");
+    assert_eq!(info(dir.path(), "model")["training"]["step"], 9);
+    assert!(succeed(dir.path(), "plan --config run.toml").contains("22.0 k"));
+}
+
+#[test]
+fn token_files_of_others_can_be_trained_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let raw = |range: std::ops::Range<u16>| -> Vec<u8> {
+        range.flat_map(|i| (i * 7 % 50).to_le_bytes()).collect()
+    };
+    fs::write(dir.join("part-1.bin"), raw(0..500)).unwrap();
+    fs::write(dir.join("part-2.bin"), raw(500..900)).unwrap();
+    fs::write(dir.join("held-out.bin"), raw(900..1000)).unwrap();
+    let line = format!("train --train part-*.bin --val held-out.bin --steps 2 {TINY}");
+    assert!(refuse(dir, &line).starts_with("--vocab-size N is missing"));
+    let error = refuse(dir, &format!("{line} --vocab-size 40 --steps 30"));
+    assert!(error.contains(".bin: token 4") && error.contains("outside the vocabulary of 40"));
+    let out = succeed(dir, &format!("{line} --vocab-size 50 --overwrite"));
+    assert!(out.contains("900 tokens, 100 for validation, vocabulary 50"), "{out}");
+    assert!(!out.contains("bits a byte"), "{out}");
+    let error = refuse(dir, "generate --checkpoint checkpoint");
+    assert!(error.starts_with("--tokenizer is missing"), "{error}");
+}
+
+/// A run that blows up ends with exit code 1 and what to do, and leaves the last good checkpoint.
+#[test]
+fn a_loss_that_is_not_finite_ends_the_run() {
+    let dir = folder();
+    let line = format!("train --data data --out model --steps 50 --warmup 0 --lr 1e30 {TINY}");
+    let output = run(dir.path(), &line);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    let last = error.lines().last().unwrap();
+    assert!(last.starts_with("mxtrain: ") && last.contains("a lower --lr"), "{error}");
+    assert!(info(dir.path(), "model")["training"]["step"].as_u64().unwrap() < 50);
+}
+
+fn start(dir: &Path, command: &mut Command) -> Child {
+    command.current_dir(dir).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn interrupt(child: &Child) {
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+    kill_process(pid, Signal::INT).unwrap();
+}
+
+fn wait_for(condition: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !condition() {
+        assert!(began.elapsed() < Duration::from_secs(60), "it never came to that");
+        sleep(Duration::from_millis(2));
+    }
+}
