@@ -226,7 +226,7 @@ impl<'a> Sampler<'a> {
             left < 0.0
         });
         // Rounding may leave a last crumb, which belongs to the last token.
-        let (token, _) = chosen.or(self.ranked.last()).expect("at least one token is kept");
+        let (token, _) = chosen.or_else(|| self.ranked.last()).expect("at least one token is kept");
         Ok(*token)
     }
 }

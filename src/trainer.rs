@@ -129,6 +129,9 @@ impl StopHandle {
     }
 }
 
+/// Writes the T + 1 tokens of (micro-step, row).
+type FillWindow<'a> = dyn FnMut(usize, usize, &mut [u32]) -> Result<()> + 'a;
+
 /// Trains a model: its gradients, its moments, and its place in the run.
 pub struct Trainer {
     model: Model,
@@ -235,11 +238,8 @@ impl Trainer {
         })
     }
 
-    /// Forward, backward, clip, update. `fill(micro_step, row, window)` writes T + 1 tokens.
-    fn optimizer_step(
-        &mut self,
-        fill: &mut dyn FnMut(usize, usize, &mut [u32]) -> Result<()>,
-    ) -> Result<StepStats> {
+    /// Forward, backward, clip, update.
+    fn optimizer_step(&mut self, fill: &mut FillWindow<'_>) -> Result<StepStats> {
         let started = Instant::now();
         let TrainerOptions { batch_size, sequence_length, accumulation, .. } = self.state.options;
         let sequences = Sequences { batch: batch_size, length: sequence_length };
@@ -267,7 +267,7 @@ impl Trainer {
         &mut self,
         sequences: Sequences,
         scale: f32,
-        fill: &mut dyn FnMut(usize, usize, &mut [u32]) -> Result<()>,
+        fill: &mut FillWindow<'_>,
     ) -> Result<f32> {
         let engine = self.model.engine().clone();
         let backend = &**engine.backend();

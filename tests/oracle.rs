@@ -162,13 +162,9 @@ fn oracle_losses_gradients_and_three_steps() {
 /// Attention does not depend on that bias (it adds the same to all scores of a query), so its exact
 /// gradient is 0. What f32 leaves is rounding noise near epsilon, which AdamW divides by itself: the
 /// oracle's own values moved by up to 8e-5 from noise of 3e-9.
-fn determined(name: &str, len: usize) -> Vec<std::ops::Range<usize>> {
-    if name.ends_with("attn.c_attn.bias") {
-        let c = len / 3;
-        vec![0..c, 2 * c..len]
-    } else {
-        vec![0..len]
-    }
+fn determined(name: &str, len: usize) -> [std::ops::Range<usize>; 2] {
+    let keys = if name.ends_with("attn.c_attn.bias") { len / 3..2 * len / 3 } else { len..len };
+    [0..keys.start, keys.end..len]
 }
 
 /// Nearest rounding, bit for bit, and the product of quantized operands.

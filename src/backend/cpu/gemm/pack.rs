@@ -203,7 +203,7 @@ simd_fn! {
         let mut bits = [[0u32; PANEL]; BLOCK];
         for block in 0..words.len() {
             let k0 = block * BLOCK;
-            if k0 % group == 0 {
+            if k0.is_multiple_of(group) {
                 source.load(r0, k0, buffer);
                 if !rotation.signs.is_empty() {
                     rotate_lanes(buffer, rotation.signs);
