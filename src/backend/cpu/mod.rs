@@ -8,7 +8,7 @@ mod attention;
 mod classifier;
 mod embedding;
 mod gelu;
-mod gemm;
+pub mod gemm;
 mod isa;
 mod layernorm;
 mod linear;

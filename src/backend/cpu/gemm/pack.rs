@@ -20,37 +20,34 @@ type Lanes = [f32; PANEL];
 /// An operand where it lies. Element k of vector r is `data[r * stride + k]`, or, where it is
 /// transposed, `data[k * stride + r]`.
 #[derive(Clone, Copy)]
-pub(in crate::backend::cpu) struct Matrix<'a> {
-    pub(in crate::backend::cpu) data: &'a [f32],
-    pub(in crate::backend::cpu) rows: usize,
-    pub(in crate::backend::cpu) depth: usize,
-    pub(in crate::backend::cpu) stride: usize,
-    pub(in crate::backend::cpu) transposed: bool,
+pub struct Matrix<'a> {
+    /// The values.
+    pub data: &'a [f32],
+    /// Vectors.
+    pub rows: usize,
+    /// Elements of a vector, along the reduction dimension.
+    pub depth: usize,
+    /// Elements between rows in memory.
+    pub stride: usize,
+    /// Whether a row in memory runs across the vectors.
+    pub transposed: bool,
     /// The values are seen as FP8 E4M3 with this scale keeps them.
-    pub(in crate::backend::cpu) fp8_scale: Option<f32>,
+    pub fp8_scale: Option<f32>,
 }
 
 impl<'a> Matrix<'a> {
     /// `data` is (rows, depth).
-    pub(in crate::backend::cpu) fn rows_by_depth(
-        data: &'a [f32],
-        rows: usize,
-        depth: usize,
-    ) -> Self {
+    pub fn rows_by_depth(data: &'a [f32], rows: usize, depth: usize) -> Self {
         Self { data, rows, depth, stride: depth, transposed: false, fp8_scale: None }
     }
 
     /// `data` is (depth, rows).
-    pub(in crate::backend::cpu) fn depth_by_rows(
-        data: &'a [f32],
-        rows: usize,
-        depth: usize,
-    ) -> Self {
+    pub fn depth_by_rows(data: &'a [f32], rows: usize, depth: usize) -> Self {
         Self { data, rows, depth, stride: rows, transposed: true, fp8_scale: None }
     }
 
     /// The same, seen as FP8 keeps it.
-    pub(in crate::backend::cpu) fn as_fp8(self, scale: Option<f32>) -> Self {
+    pub fn as_fp8(self, scale: Option<f32>) -> Self {
         Self { fp8_scale: scale, ..self }
     }
 
@@ -88,12 +85,13 @@ impl<'a> Matrix<'a> {
 
 /// How an operand is quantized to MXFP4.
 #[derive(Clone, Copy)]
-pub(in crate::backend::cpu) struct Rotation<'a> {
+pub struct Rotation<'a> {
     /// Signs of the transform; empty for none. Their number is the group.
-    pub(in crate::backend::cpu) signs: &'a [f32],
-    pub(in crate::backend::cpu) rounding: Rounding,
+    pub signs: &'a [f32],
+    /// How elements are rounded.
+    pub rounding: Rounding,
     /// Bits of unbiased rounding, keyed by the element's row and column as it is stored.
-    pub(in crate::backend::cpu) draw: Draw,
+    pub draw: Draw,
 }
 
 impl Rotation<'_> {
@@ -104,14 +102,17 @@ impl Rotation<'_> {
 }
 
 /// Memory that an operand is packed into; slices may be longer than needed.
-pub(in crate::backend::cpu) struct PackedMut<'a> {
-    pub(in crate::backend::cpu) words: &'a mut [u32],
-    pub(in crate::backend::cpu) scales: &'a mut [f32],
-    pub(in crate::backend::cpu) sums: &'a mut [i32],
+pub struct PackedMut<'a> {
+    /// See [`Packed::words`].
+    pub words: &'a mut [u32],
+    /// See [`Packed::scales`].
+    pub scales: &'a mut [f32],
+    /// See [`Packed::sums`].
+    pub sums: &'a mut [i32],
 }
 
 /// Packs an operand. `rotation` is given for MXFP4 and only then; `unsigned` for operand B of it.
-pub(in crate::backend::cpu) fn pack<'a>(
+pub fn pack<'a>(
     cpu: &Cpu,
     source: &Matrix<'_>,
     format: Format,
