@@ -10,6 +10,7 @@ mod embedding;
 mod gelu;
 pub mod gemm;
 mod isa;
+mod lanes;
 mod layernorm;
 mod linear;
 mod math;
