@@ -73,10 +73,23 @@ pub struct Packed<'a> {
     pub steps: usize,
     /// (panels, steps, 16)
     pub words: &'a [u32],
-    /// MXFP4: half of each block's scale, (panels, steps / 8, 16).
+    /// MXFP4: half of each block's scale, (panels, steps / 8, 16). For operand A the bits of 1.0 are
+    /// subtracted from the bits, so that adding the bits of one scale of each operand multiplies.
     pub scales: &'a [f32],
     /// MXFP4, operand A: -12 times the sum of each block's doubled elements, (panels, steps / 8, 16).
     pub sums: &'a [i32],
+    /// MXFP4: the smallest and the largest scale byte, 255 for NaN.
+    pub scale_bytes: (u32, u32),
+}
+
+impl Packed<'_> {
+    /// Whether half of every scale, and every product of two of them, is a normal f32, so that adding
+    /// exponents multiplies them. With bytes a and b the product is 2^(a + b - 256).
+    fn multiply_by_adding(&self, other: &Self) -> bool {
+        let ((min_a, max_a), (min_b, max_b)) = (self.scale_bytes, other.scale_bytes);
+        let normal = min_a >= 2 && min_b >= 2 && max_a < 255 && max_b < 255;
+        normal && min_a + min_b >= 130 && max_a + max_b <= 383
+    }
 }
 
 /// Where the result goes: `c[i * stride + j] (+)= alpha * sum + bias[j]`.

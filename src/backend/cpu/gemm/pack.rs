@@ -5,6 +5,8 @@
 //! maxima and the rounding are plain lane-by-lane arithmetic for either layout of the source.
 //! `mx::Mxfp4Matrix` is the definition; the codes are the same bit for bit.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use rayon::prelude::*;
 
 use super::{BLOCK_STEPS, Format, PANEL, Packed};
@@ -146,6 +148,7 @@ pub fn pack<'a>(
     let words = &mut memory.words[..panels * steps * PANEL];
     let scales = &mut memory.scales[..blocks];
     let sums = &mut memory.sums[..blocks];
+    let range = ScaleRange::new();
     let per_panel = words.par_chunks_exact_mut(steps * PANEL).with_max_len(1).enumerate();
     cpu.install(|| match (format, rotation) {
         (Format::Mxfp4, Some(rotation)) => {
@@ -154,7 +157,7 @@ pub fn pack<'a>(
                 .zip(scales.par_chunks_exact_mut(blocks).zip(sums.par_chunks_exact_mut(blocks)))
                 .for_each(|((panel, words), (scales, sums))| {
                     let r0 = panel * PANEL;
-                    mxfp4_panel(isa, source, r0, rotation, unsigned, words, scales, sums);
+                    mxfp4_panel(isa, source, r0, rotation, unsigned, words, scales, sums, &range);
                 });
         }
         (Format::Bf16, None) => {
@@ -165,7 +168,20 @@ pub fn pack<'a>(
         }),
         _ => unreachable!("a rotation goes with MXFP4"),
     });
-    Packed { format, rows: source.rows, steps, words, scales, sums }
+    let scale_bytes = (range.min.into_inner(), range.max.into_inner());
+    Packed { format, rows: source.rows, steps, words, scales, sums, scale_bytes }
+}
+
+/// The smallest and the largest scale byte of an operand, all panels taken together.
+struct ScaleRange {
+    min: AtomicU32,
+    max: AtomicU32,
+}
+
+impl ScaleRange {
+    fn new() -> Self {
+        Self { min: AtomicU32::new(u32::MAX), max: AtomicU32::new(0) }
+    }
 }
 
 lanes_fn! {
@@ -190,6 +206,7 @@ lanes_fn! {
         words: &mut [u32],
         scales: &mut [f32],
         sums: &mut [i32],
+        range: &ScaleRange,
     ) = mxfp4_lanes;
 }
 
@@ -251,6 +268,7 @@ unsafe fn mxfp4_lanes<L: Lanes>(
     words: &mut [u32],
     scales: &mut [f32],
     sums: &mut [i32],
+    range: &ScaleRange,
 ) {
     let group = rotation.group();
     let mut buffer = [[0.0f32; PANEL]; MAX_GROUP];
@@ -260,6 +278,8 @@ unsafe fn mxfp4_lanes<L: Lanes>(
     let words = words.as_chunks_mut::<PANEL>().0.as_chunks_mut::<BLOCK_STEPS>().0;
     let scales = scales.as_chunks_mut::<PANEL>().0;
     let sums = sums.as_chunks_mut::<PANEL>().0;
+    // The largest byte so far, and the largest 255 - byte.
+    let (mut max, mut max_below) = ([0u32; PANEL], [0u32; PANEL]);
     for block in 0..words.len() {
         let k0 = block * BLOCK;
         // SAFETY: passed on.
@@ -274,17 +294,30 @@ unsafe fn mxfp4_lanes<L: Lanes>(
             let values = buffer[k0 % group..]
                 .first_chunk::<BLOCK>()
                 .expect("a group is a whole number of blocks");
-            let scale = match rotation.rounding {
+            let (scale, byte) = match rotation.rounding {
                 Rounding::Nearest => quantize::<L, false>(values, &bits, &table, &mut words[block]),
                 Rounding::Unbiased => quantize::<L, true>(values, &bits, &table, &mut words[block]),
             };
-            L::store(scales[block].as_mut_ptr(), scale);
-            if !unsigned {
+            let below = L::sub_u(L::splat_u(255), byte);
+            L::store_u(max.as_mut_ptr(), L::max_u(L::load_u(max.as_ptr()), byte));
+            L::store_u(max_below.as_mut_ptr(), L::max_u(L::load_u(max_below.as_ptr()), below));
+            if unsigned {
+                L::store(scales[block].as_mut_ptr(), scale);
+            } else {
+                let word = L::sub_u(L::bits(scale), L::splat_u(ONE));
+                L::store(scales[block].as_mut_ptr(), L::from_bits(word));
                 store_sum::<L>(&words[block], &mut sums[block]);
             }
         }
     }
+    for l in 0..PANEL {
+        range.max.fetch_max(max[l], Ordering::Relaxed);
+        range.min.fetch_min(255 - max_below[l], Ordering::Relaxed);
+    }
 }
+
+/// The bits of 1.0.
+pub(super) const ONE: u32 = 127 << 23;
 
 /// Bytes of the doubled elements by code, plus 12 where they are unsigned.
 fn element_bytes(unsigned: bool) -> [u32; 16] {
@@ -440,14 +473,17 @@ unsafe fn philox<L: Lanes>(draw: &Draw, row: L::U, column: L::U) -> [L::U; 4] {
 }
 
 /// `mx::quantize_block` of 16 blocks at a time, with bytes of doubled elements instead of codes.
-/// Returns half of each scale.
+/// Returns half of each scale, and the scale's byte (255 for NaN).
+///
+/// NOTE: a block of zeroes has the byte 0, 2^-127. Its scale multiplies zeroes, so that of 1.0, which
+/// no range check trips over, stands here instead.
 #[inline(always)]
 unsafe fn quantize<L: Lanes, const UNBIASED: bool>(
     values: &[[f32; PANEL]; BLOCK],
     bits: &[[u32; PANEL]; BLOCK],
     table: &[u32; 16],
     words: &mut [[u32; PANEL]; BLOCK_STEPS],
-) -> L::F {
+) -> (L::F, L::U) {
     // SAFETY: passed on; rows of 16 lanes.
     unsafe {
         let magnitude = L::splat_u(0x7fff_ffff);
@@ -458,6 +494,8 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool>(
         // The scale's byte is the biased exponent less 2, at least 0; see `mx::e8m0`.
         let biased = L::shift_right::<23>(max);
         let bad = L::equal(biased, L::splat_u(255));
+        let zero = L::and(L::equal(max, L::splat_u(0)), L::splat_u(129));
+        let biased = L::add_u(biased, zero);
         let byte = L::sub_u(L::max_u(biased, L::splat_u(2)), L::splat_u(2));
         let inverse = L::from_bits(L::shift_left::<23>(L::sub_u(L::splat_u(254), byte)));
         let factor = if UNBIASED { L::mul(inverse, L::splat(0.75)) } else { inverse };
@@ -484,7 +522,7 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool>(
             let high = L::or(L::shift_left::<16>(element[2]), L::shift_left::<24>(element[3]));
             L::store_u(words[step].as_mut_ptr(), L::or(low, high));
         }
-        half
+        (half, L::or(byte, L::and(bad, L::splat_u(255))))
     }
 }
 
@@ -532,15 +570,18 @@ unsafe fn store_sum<L: Lanes>(words: &[[u32; PANEL]; BLOCK_STEPS], sums: &mut [i
     }
 }
 
-/// A panel's blocks as `mx` codes and scale bytes, for tests: element k of lane l.
+/// The byte of element k of vector `row`, and its block's scale, for tests.
 #[cfg(test)]
 pub(in crate::backend::cpu) fn unpack_mxfp4(
     packed: &Packed<'_>,
     row: usize,
     k: usize,
+    unsigned: bool,
 ) -> (i8, f32) {
     let (panel, lane) = (row / PANEL, row % PANEL);
     let word = packed.words[(panel * packed.steps + k / 4) * PANEL + lane];
     let block = (panel * packed.steps / BLOCK_STEPS + k / BLOCK) * PANEL + lane;
-    (word.to_le_bytes()[k % 4] as i8, 2.0 * packed.scales[block])
+    let half = packed.scales[block];
+    let half = if unsigned { half } else { f32::from_bits(half.to_bits().wrapping_add(ONE)) };
+    (word.to_le_bytes()[k % 4] as i8, 2.0 * half)
 }
