@@ -432,6 +432,18 @@ class Model {
         mxt_model_tensor_write(get(), name.c_str(), values.data(), values.size()));
   }
 
+  // The logits of the token after `tokens`, one for each token of the vocabulary.
+  outcome<std::vector<float>> next_logits(view<const std::uint32_t> tokens) const {
+    auto config = detail::sized<mxt_model_config>();
+    mxt_status status = mxt_model_get_config(get(), &config);
+    std::vector<float> logits(config.vocab_size);
+    if (status == MXT_OK) {
+      status = mxt_model_next_logits(get(), tokens.data(), tokens.size(), logits.data(),
+                                     logits.size());
+    }
+    return detail::finish(status, std::move(logits));
+  }
+
   // A continuation of `prompt`, without the prompt.
   outcome<std::vector<std::uint32_t>> generate(view<const std::uint32_t> prompt,
                                                const GenerateOptions &options = {}) {

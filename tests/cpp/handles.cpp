@@ -1,6 +1,7 @@
 // Ownership, moves, errors, tensors and views.
 #include "check.hpp"
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #if defined(__has_include) && __has_include(<span>)
@@ -104,6 +105,14 @@ static void tensors() {
     sum += product;
   }
   CHECK(sum == model.parameter_count());
+
+  const std::vector<float> logits = model.next_logits({1, 2, 3});
+  mxt::GenerateOptions greedy;
+  greedy.temperature = 0;
+  greedy.max_tokens = 1;
+  const auto likeliest = std::max_element(logits.begin(), logits.end()) - logits.begin();
+  CHECK(logits.size() == 32 && model.generate({1, 2, 3}, greedy)[0] == likeliest);
+  fails(MXT_ERROR_TOKEN_RANGE, "32", [&] { model.next_logits({32}); });
 
   std::vector<float> values = model.read("transformer.ln_f.weight");
   CHECK(values.size() == 16 && values[3] == 1.0f);

@@ -890,6 +890,26 @@ function mxt_model_generate(model, options, prompt, prompt_count, tokens, capaci
 end
 
 """
+    mxt_model_next_logits(model, tokens, token_count, logits, count)
+
+Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in f32.
+Of more tokens than the context holds, the last ones count. `logits` has room for `count` numbers,
+which must be the model's vocab_size.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
+MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+"""
+function mxt_model_next_logits(model, tokens, token_count, logits, count)
+    return @ccall libmxfp4train.mxt_model_next_logits(
+        model::Ptr{mxt_model},
+        tokens::Ptr{UInt32},
+        token_count::Csize_t,
+        logits::Ptr{Cfloat},
+        count::Csize_t
+    )::mxt_status
+end
+
+"""
     mxt_dataset_open(pattern, dataset)
 
 Opens a token file, or all files that a pattern such as \"data/train_*.bin\" matches, in the

@@ -62,6 +62,19 @@ The number of trained numbers.
 parameter_count(model::Model) = Int(Lib.mxt_model_parameter_count(model))
 
 """
+    next_logits(model, tokens)
+
+The logits of the token after `tokens`, as a vector with one for each token of the vocabulary: that
+of token `t` has the index `t + 1`.
+"""
+function next_logits(model::Model, tokens::AbstractVector{<:Integer})
+    before = c_tokens(tokens)
+    logits = Vector{Float32}(undef, Int(config(model).vocab_size))
+    check(Lib.mxt_model_next_logits(model, before, length(before), logits, length(logits)))
+    return logits
+end
+
+"""
     generate(model, prompt; max_tokens = 256, temperature = 0.8, top_k = 0, top_p = 1, seed = 1337)
     generate(f, model, prompt; ...)
 

@@ -187,6 +187,9 @@ end
 @testset "generate" begin
     model = new_model()
     @test length(generate(model, [1, 2]; max_tokens = 5)) == 5
+    logits = next_logits(model, [1, 2])
+    @test length(logits) == 32
+    @test generate(model, [1, 2]; max_tokens = 1, temperature = 0) == [argmax(logits) - 1]
     seen = UInt32[]
     tokens = generate(model, [1, 2]; max_tokens = 8) do token
         push!(seen, token)
