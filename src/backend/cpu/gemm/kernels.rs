@@ -384,33 +384,39 @@ mod avx512 {
             row[..P * PANEL].fill(0.0);
         }
         let b: [*const u32; P] = std::array::from_fn(|p| t.b[p].as_ptr());
+        let b_scales: [*const f32; P] = std::array::from_fn(|p| t.b_scales[p].as_ptr());
         for block in 0..t.blocks {
             // SAFETY: block < blocks; all slices were cut to whole blocks.
             unsafe {
-                let mut dots: [[__m512i; P]; TILE_ROWS] = std::array::from_fn(|r| {
-                    [_mm512_set1_epi32(*t.a_sums.as_ptr().add(block * PANEL + r)); P]
-                });
+                let mut dots = [[_mm512_setzero_si512(); P]; TILE_ROWS];
+                for r in 0..TILE_ROWS {
+                    dots[r] = [_mm512_set1_epi32(*t.a_sums.as_ptr().add(block * PANEL + r)); P];
+                }
                 for step in block * BLOCK_STEPS..(block + 1) * BLOCK_STEPS {
-                    let b: [__m512i; P] =
-                        std::array::from_fn(|p| _mm512_loadu_si512(b[p].add(step * PANEL).cast()));
+                    let mut words = [_mm512_setzero_si512(); P];
+                    for p in 0..P {
+                        words[p] = _mm512_loadu_si512(b[p].add(step * PANEL).cast());
+                    }
                     for r in 0..TILE_ROWS {
                         let a = _mm512_set1_epi32(*t.a.as_ptr().add(step * PANEL + r) as i32);
                         for p in 0..P {
-                            dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], b[p], a);
+                            dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], words[p], a);
                         }
                     }
                 }
+                let mut scales = [_mm512_setzero_ps(); P];
                 for p in 0..P {
-                    let b_scale = _mm512_loadu_ps(t.b_scales[p].as_ptr().add(block * PANEL));
-                    for r in 0..TILE_ROWS {
-                        let a_scale = _mm512_set1_ps(*t.a_scales.as_ptr().add(block * PANEL + r));
+                    scales[p] = _mm512_loadu_ps(b_scales[p].add(block * PANEL));
+                }
+                for r in 0..TILE_ROWS {
+                    let a_scale = _mm512_set1_ps(*t.a_scales.as_ptr().add(block * PANEL + r));
+                    for p in 0..P {
                         let sum = out.0[r].as_mut_ptr().add(p * PANEL);
-                        // The product is exact (integers of 14 bits by powers of two), so fusing it
-                        // changes nothing.
-                        let scale = _mm512_mul_ps(a_scale, b_scale);
+                        // The product is exact (integers of 14 bits by powers of two), so fusing
+                        // it changes nothing.
+                        let scale = _mm512_mul_ps(a_scale, scales[p]);
                         let dot = _mm512_cvtepi32_ps(dots[r][p]);
-                        let new = _mm512_fmadd_ps(dot, scale, _mm512_loadu_ps(sum));
-                        _mm512_storeu_ps(sum, new);
+                        _mm512_store_ps(sum, _mm512_fmadd_ps(dot, scale, _mm512_load_ps(sum)));
                     }
                 }
             }
