@@ -57,7 +57,31 @@ fn clang_sanitizers_find_nothing() {
     }
 }
 
-/// No finding and no leak. valgrind knows no AVX-512.
+/// Hosts compile the header with warnings of their own, which are then errors of ours.
+#[test]
+fn the_header_is_clean_under_strict_warnings() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let source = dir.path().join("include.cpp");
+    let text = "#include \"mxfp4train.hpp\"\n#include \"mxfp4train.hpp\"\nint main() {}\n";
+    fs::write(&source, text).expect("the file can be written");
+    let strict = [
+        ["-Wconversion", "-Wsign-conversion", "-Wold-style-cast", "-Wdouble-promotion"],
+        ["-Wnon-virtual-dtor", "-Woverloaded-virtual", "-Wundef", "-Wextra-semi"],
+    ];
+    for command in ["g++", "clang++"] {
+        if !have(command, "the C++ header is not compiled by it") {
+            continue;
+        }
+        for mode in ["-fexceptions", "-fno-exceptions", "-DMXT_NO_EXCEPTIONS", "-fno-rtti"] {
+            let flags = [strict.concat(), vec![mode]].concat();
+            let compiler = Compiler { command, standard: "-std=c++17", flags: &flags };
+            compiler.program(std::slice::from_ref(&source), dir.path());
+        }
+    }
+}
+
+/// No finding and no leak. valgrind knows no AVX-512. "Possibly lost" and "still reachable" are the
+/// records of worker threads that are about to end when the program does.
 #[test]
 fn valgrind_finds_nothing() {
     if !have("valgrind", "the C++ programs do not run under it") {
@@ -67,8 +91,10 @@ fn valgrind_finds_nothing() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = compile(program, "g++", "-std=c++17", &[], dir.path());
         let mut command = Command::new("valgrind");
-        command.args(["--quiet", "--leak-check=full", "--errors-for-leak-kinds=definite,indirect"]);
-        command.args(["--show-leak-kinds=definite,indirect", "--error-exitcode=9"]);
+        command.args(["--quiet", "--error-exitcode=9", "--leak-check=full"]);
+        for option in ["--errors-for-leak-kinds", "--show-leak-kinds"] {
+            command.arg(format!("{option}=definite,indirect"));
+        }
         run(command.arg(path).env("MXT_CPU_ISA", "avx2"), dir.path());
     }
 }

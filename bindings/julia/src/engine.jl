@@ -29,10 +29,8 @@ mutable struct Engine <: Handle
                 log = log === nothing ? C_NULL : log_function(),
                 log_user_data = pointer_from_objref(callback),
             )
-            filled_options =
-                filled(Lib.mxt_engine_options, Lib.mxt_engine_options_init, fields, managed)
-            filled_in = Ref(filled_options)
-            calling_back(() -> Lib.mxt_engine_new(filled_in, handle))
+            how = Ref(filled(Lib.mxt_engine_options, Lib.mxt_engine_options_init, fields, managed))
+            calling_back(() -> Lib.mxt_engine_new(how, handle))
         end
         engine = finalizer(close, new(handle[], callback))
         check(status)
