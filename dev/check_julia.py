@@ -4,7 +4,8 @@
 Every .jl file must parse. The low-level file must be the one that the header makes; every function of
 the header must have its @ccall there, with the header's arguments and result; every struct must have
 the sizes and offsets that the C compiler gives it. What the other files use of the low-level one
-must be there, calls with as many arguments as it takes, callbacks with the types that C calls. The library
+must be there, calls with as many arguments as it takes, callbacks with the types that C calls. What is
+called by a bare name must be a function of the package, an argument or one of BASE below. The library
 in MXFP4TRAIN_LIBRARY, if that is set, must export the functions; with it the package's own tests run
 too where `julia` is on PATH.
 
@@ -47,6 +48,20 @@ JULIA_OF_C = {
     "uint32_t *": "Ptr{UInt32}", "size_t *": "Ptr{Csize_t}",
 }  # fmt: skip
 
+# What the package, its tests and the example call of Julia's own: a name that is not here and nowhere
+# defined is a typing error, or is to be looked up in Julia's manual and added.
+BASE = set(
+    """
+    ArgumentError Char Cstring DimensionMismatch Int Int32 KeyError Ref Returns String VersionNumber
+    abspath all allequal argmax close codeunits collect convert current_task dlopen error exp
+    fieldnames fieldtype filter finalizer findfirst first foreach get get! getfield haskey include
+    isapprox isempty isfile isopen join joinpath keys length map max merge mktempdir new ntuple
+    occursin ones pointer_from_objref pop! print println push! rand repr resize! reverse setindex!
+    size sizeof something sprint sqrt startswith sum task_local_storage throw unsafe_load
+    unsafe_pointer_to_objref unsafe_store! unsafe_string vec write yield zeros
+    """.split()
+)
+
 Node = tree_sitter.Node
 failures: list[str] = []
 
@@ -66,6 +81,7 @@ def main() -> int:
     for path, tree in trees.items():
         if path != LOW:
             check_use(path, tree, header, names_of(trees[LOW]))
+    check_names(trees)
     exports = check_exports(trees)
     check_project()
     if failures:
@@ -255,6 +271,43 @@ def check_callback(
     call = next(of_type(head, "call_expression"))
     declared = [typed_name(a)[1] for a in call.named_children[1].named_children]
     compare(path, definition, f"types of {text(function)}", types, declared)
+
+
+def check_names(trees: dict[Path, Node]) -> None:
+    """A function that is called is there."""
+    package = set()
+    for path, tree in trees.items():
+        if path.parent == LOW.parent and path != LOW:
+            package |= defined_in(tree)
+    for path, tree in trees.items():
+        known = BASE | package | defined_in(tree) | parameters_in(tree)
+        for node in of_type(tree, "call_expression"):
+            callee = node.named_children[0]
+            if callee.type == "identifier" and text(callee) not in known:
+                fail(path, node, f"expected a function that is defined, got {text(callee)}")
+
+
+def defined_in(tree: Node) -> set[str]:
+    """The functions and types that a file defines."""
+    names = {signature(definition)[0] for definition in of_type(tree, "function_definition")}
+    names |= {text(head).partition(" ")[0] for head in of_type(tree, "type_head")}
+    for assignment in of_type(tree, "assignment"):
+        target = assignment.named_children[0]
+        if target.type == "call_expression":
+            names.add(text(target.named_children[0]))
+    return names
+
+
+def parameters_in(tree: Node) -> set[str]:
+    """Names of arguments and of types that stand for others: what a file may call without more."""
+    names = {"T"}
+    for head in of_type(tree, "signature"):
+        for arguments in of_type(head, "argument_list"):
+            names |= {text(name) for name in arguments.named_children if name.type == "identifier"}
+    for assignment in of_type(tree, "assignment"):
+        for arguments in of_type(assignment.named_children[0], "argument_list"):
+            names |= {text(name) for name in arguments.named_children if name.type == "identifier"}
+    return names
 
 
 def check_exports(trees: dict[Path, Node]) -> int:

@@ -2,8 +2,8 @@
 // stops the worker in the middle, and a second worker goes on from the checkpoint.
 //
 //   cargo build --release
-//   c++ -std=c++17 -pthread examples/cpp/train.cpp -Iinclude -Ibindings/cpp -o train
-//     -Ltarget/release -lmxfp4train (on the same line)
+//   c++ -std=c++17 -pthread -Iinclude -Ibindings/cpp examples/cpp/train.cpp -o train
+//       -Ltarget/release -lmxfp4train        (one command in two lines)
 //   ln -s libmxfp4train.so target/release/libmxfp4train.so.0
 //   LD_LIBRARY_PATH=target/release ./train [TOKENS.bin]
 //
