@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Checks the Julia package as far as that can be done without Julia.
 
-Every .jl file must parse. The low-level file must be the one that the header makes; every function of
-the header must have its @ccall there, with the header's arguments and result; every struct must have
-the sizes and offsets that the C compiler gives it. What the other files use of the low-level one
-must be there, calls with as many arguments as it takes, callbacks with the types that C calls. What is
-called by a bare name must be a function of the package, an argument or one of BASE below. The library
-in MXFP4TRAIN_LIBRARY, if that is set, must export the functions; with it the package's own tests run
-too where `julia` is on PATH.
+Every .jl file must parse. The low-level file must be the one that the header makes; every function
+of the header must have its @ccall there, with the header's arguments and result; every struct must
+have the sizes and offsets that the C compiler gives it. What the other files use of the low-level
+one must be there, calls with as many arguments as it takes, callbacks with the types that C calls.
+What is called by a bare name must be a function of the package, an argument or one of BASE below.
+The library in MXFP4TRAIN_LIBRARY, if that is set, must export the functions; with it the package's
+own tests run too where `julia` is on PATH.
 
   dev/check_julia.py [ROOT]    ROOT is the project's folder, by default the one that this file is in
 
@@ -48,8 +48,8 @@ JULIA_OF_C = {
     "uint32_t *": "Ptr{UInt32}", "size_t *": "Ptr{Csize_t}",
 }  # fmt: skip
 
-# What the package, its tests and the example call of Julia's own: a name that is not here and nowhere
-# defined is a typing error, or is to be looked up in Julia's manual and added.
+# What the package, its tests and the example call of Julia's own: a name that is not here and
+# nowhere defined is a typing error, or is to be looked up in Julia's manual and added.
 BASE = set(
     """
     ArgumentError Char Cstring DimensionMismatch Int Int32 KeyError Ref Returns String VersionNumber
@@ -87,8 +87,8 @@ def main() -> int:
     if failures:
         return report("")
     print(
-        f"{len(files)} Julia files parse; {calls} functions, {structs} structs and {exports} exports "
-        f"are what the header says"
+        f"{len(files)} Julia files parse; {calls} functions, {structs} structs and {exports} "
+        "exports are what the header says"
     )
     return 0 if run_tests() else 1
 
@@ -169,7 +169,9 @@ def check_structs(header: c.Header, tree: Node) -> int:
         if struct.name not in layouts:
             failures.append(f"{LOW.name}: expected a struct {struct.name}, got none")
         elif struct.fields:
-            compare(LOW, tree, f"layout of {struct.name}", expected[struct.name], layouts[struct.name])
+            compare(
+                LOW, tree, f"layout of {struct.name}", expected[struct.name], layouts[struct.name]
+            )
     return len(expected)
 
 
@@ -183,7 +185,14 @@ def c_layouts(header: c.Header) -> dict[str, tuple[int, dict[str, tuple[int, int
             field = f"offsetof({struct.name}, {name}), sizeof((({struct.name} *)0)->{name})"
             lines.append(f'  printf("{struct.name}.{julia_name(name)} %zu %zu\\n", {field});')
     program = "\n".join(
-        ["#include <stdio.h>", f'#include "{HEADER}"', "int main(void) {", *lines, "  return 0;", "}"]
+        [
+            "#include <stdio.h>",
+            f'#include "{HEADER}"',
+            "int main(void) {",
+            *lines,
+            "  return 0;",
+            "}",
+        ]
     )
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "layout.c"), Path(folder, "layout")
@@ -254,7 +263,7 @@ def check_use(path: Path, tree: Node, header: c.Header, names: set[str]) -> None
 def check_callback(
     path: Path, node: Node, definitions: dict[str, Node], callbacks: set[tuple[str, ...]]
 ) -> None:
-    """An @cfunction has the types that the header has for a callback, and its function takes them."""
+    """An @cfunction has the types of a callback of the header, and its function takes them."""
     # The arguments are one tuple in parentheses, or three expressions.
     inner = node.named_children[1]
     while len(inner.named_children) == 1:
@@ -391,7 +400,8 @@ def names_of(tree: Node) -> set[str]:
     """All that the low-level module defines."""
     names = {signature(d)[0] for d in of_type(tree, "function_definition")}
     names |= {text(h).strip() for h in of_type(tree, "type_head")}
-    names |= {text(s).removeprefix("const ").split(" = ")[0] for s in of_type(tree, "const_statement")}
+    constants = of_type(tree, "const_statement")
+    names |= {text(constant).removeprefix("const ").split(" = ")[0] for constant in constants}
     return names | {"libmxfp4train"}
 
 
