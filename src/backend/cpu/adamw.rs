@@ -2,21 +2,22 @@
 
 use rayon::prelude::*;
 
-use super::isa::simd_fn;
+use super::isa::{Isa, simd_fn};
 use super::{Cpu, JOB_ELEMENTS};
 use crate::backend::AdamWStep;
 
-/// Sum of squares: f32 products, summed in f64 by chunks of fixed size, in order.
+/// Sum of squares in f64: by chunks of fixed size, then halves of halves, whatever the threads.
 pub(super) fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
-    // A sum over an indexed parallel iterator would depend on how it is split, hence the two steps.
-    let jobs = x.len().div_ceil(JOB_ELEMENTS);
-    let mut sums = vec![0.0f64; jobs];
-    cpu.install(|| {
-        sums.par_iter_mut().zip(x.par_chunks(JOB_ELEMENTS)).for_each(|(sum, x)| {
-            *sum = chunk_sum_of_squares(cpu.isa(), x);
-        });
-    });
-    sums.iter().sum()
+    fn halves(isa: Isa, x: &[f32]) -> f64 {
+        if x.len() <= JOB_ELEMENTS {
+            return chunk_sum_of_squares(isa, x);
+        }
+        let middle = (x.len() / 2).next_multiple_of(JOB_ELEMENTS);
+        let (left, right) = x.split_at(middle);
+        let (left, right) = rayon::join(|| halves(isa, left), || halves(isa, right));
+        left + right
+    }
+    cpu.install(|| halves(cpu.isa(), x))
 }
 
 /// One update of a parameter and its moments.

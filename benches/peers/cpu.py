@@ -1,0 +1,118 @@
+"""PyTorch's side of cpu.sh: a GPT-2 step four ways, in turn with our benchmark binary."""
+
+import argparse
+import math
+import os
+import re
+import statistics
+import subprocess
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# layers, channels, heads, batch, sequence, vocabulary: the same as benches/train_step.rs.
+MODELS = {"d6": (6, 384, 6, 8, 256, 128), "d12": (12, 768, 12, 1, 512, 50304)}
+
+
+class Block(nn.Module):
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads = heads
+        self.ln_1, self.ln_2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.qkv, self.projection = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+
+    def forward(self, x):
+        b, t, c = x.shape
+        q, k, v = (
+            part.view(b, t, self.heads, c // self.heads).transpose(1, 2)
+            for part in self.qkv(self.ln_1(x)).split(c, dim=2)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.projection(y.transpose(1, 2).reshape(b, t, c))
+        return x + self.fc2(F.gelu(self.fc1(self.ln_2(x)), approximate="tanh"))
+
+
+class GPT(nn.Module):
+    def __init__(self, layers, channels, heads, length, vocab):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab, channels), nn.Embedding(length, channels)
+        self.blocks = nn.ModuleList(Block(channels, heads) for _ in range(layers))
+        self.ln_f = nn.LayerNorm(channels)
+        self.register_buffer("positions", torch.arange(length))
+        self.apply(lambda m: [nn.init.normal_(p, std=0.02) for p in m.parameters() if p.dim() > 1])
+
+    def forward(self, tokens, targets):
+        x = self.wte(tokens) + self.wpe(self.positions)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.ln_f(x) @ self.wte.weight.T
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def make_step(shape, compiled, bf16):
+    layers, channels, heads, batch, length, vocab = shape
+    torch.manual_seed(0)
+    model = GPT(layers, channels, heads, length, vocab)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    loss_of = torch.compile(model) if compiled else model
+
+    def step():
+        window = torch.randint(vocab, (batch, length + 1))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = loss_of(window[:, :-1], window[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert math.isfinite(loss.item())
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=MODELS, default="d6")
+    parser.add_argument("--recipe", default="mxfp4-rht-sr")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--ours", required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    shape = MODELS[options.model]
+    tokens = shape[3] * shape[4]
+
+    ways = {
+        f"pytorch {'compile' if compiled else 'eager'} {'bf16' if bf16 else 'fp32'}": make_step(
+            shape, compiled, bf16
+        )
+        for compiled in (True, False)
+        for bf16 in (True, False)
+    }
+    for step in ways.values():
+        step(), step()  # compile, and allocate the moments
+    rates = {name: [] for name in ways} | {"ours": []}
+    for _ in range(options.rounds):
+        for name, step in ways.items():
+            start = time.perf_counter()
+            for _ in range(options.steps):
+                step()
+            rates[name].append(tokens * options.steps / (time.perf_counter() - start))
+        ours = subprocess.run(
+            [options.ours, options.model, options.recipe], capture_output=True, text=True, check=True
+        )
+        rates["ours"].append(float(re.search(r"(\d+) tokens/s", ours.stdout)[1]))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, rate in medians.items():
+        name = f"ours {options.recipe}" if name == "ours" else name
+        print(f"{name:24} {rate:8.0f} tokens/s")
+    print(f"ratio {medians['ours'] / max(v for k, v in medians.items() if k != 'ours'):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+//! A step allocates nothing: everything is planned and allocated when the trainer is made. Counted by
+//! the allocator itself, on all threads.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use mxfp4train::{
+    Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions,
+};
+
+struct Counting;
+
+static CALLS: AtomicU64 = AtomicU64::new(0);
+
+// SAFETY: passes everything on to the system's allocator.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        CALLS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[test]
+fn a_step_allocates_nothing() {
+    let config = ModelConfig {
+        vocab_size: 300,
+        context_length: 64,
+        layers: 2,
+        heads: 2,
+        channels: 64,
+        ..ModelConfig::default()
+    };
+    let data = Dataset::from_tokens((0..5000u32).map(|i| i * i % 299).collect()).unwrap();
+    for threads in [1, 3] {
+        let engine = Engine::new(EngineOptions { threads, ..EngineOptions::default() }).unwrap();
+        let model = Model::new(&engine, &config).unwrap();
+        for name in Recipe::NAMES {
+            let options = TrainerOptions {
+                batch_size: 4,
+                accumulation: 2,
+                recipe: name.parse().unwrap(),
+                ..TrainerOptions::default()
+            };
+            let mut trainer = Trainer::new(&model, options).unwrap();
+            trainer.step(&data).unwrap();
+            trainer.eval(&data, 2).unwrap();
+            let before = CALLS.load(Ordering::Relaxed);
+            for _ in 0..100 {
+                trainer.step(&data).unwrap();
+            }
+            trainer.eval(&data, 2).unwrap();
+            let calls = CALLS.load(Ordering::Relaxed) - before;
+            assert_eq!(calls, 0, "{calls} allocations in 100 steps of {name}, {threads} threads");
+        }
+    }
+}
