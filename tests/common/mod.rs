@@ -1,0 +1,161 @@
+//! What tests that build C and C++ programs share: compilers, the library that cargo built, and
+//! programs that have to end, succeed and be silent.
+
+// Every test program uses a part of it.
+#![allow(dead_code)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// What a program is linked with.
+#[derive(Clone, Copy)]
+pub enum Link {
+    Shared,
+    Static,
+    /// The static library that `dev/static-library.sh` makes.
+    Packed,
+    /// Nothing: the program loads the library itself.
+    None,
+}
+
+pub const SANITIZE: &str = "-fsanitize=address,undefined";
+
+/// Builds and runs a program of `tests/c` with an empty folder as its argument. It must succeed and,
+/// because the library is silent, leave stdout and stderr empty.
+pub fn run(name: &str, link: Link) {
+    run_with(name, link, &[], &[]);
+}
+
+/// [`run`] with flags for the compiler, and under the program `wrapper` with its arguments.
+pub fn run_with(name: &str, link: Link, flags: &[&str], wrapper: &[&str]) {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let program = compile(&root().join("tests/c").join(name), link, flags, dir.path());
+    let files = dir.path().join("files");
+    fs::create_dir(&files).expect("the folder can be made");
+    let mut command = match wrapper {
+        [] => Command::new(program),
+        [first, rest @ ..] => {
+            let mut command = Command::new(first);
+            command.args(rest).arg(program);
+            command
+        }
+    };
+    let output = finish(command.arg(&files));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{name}: {}\n{out}{err}", output.status);
+    assert!(out.is_empty() && err.is_empty(), "{name} is to be silent:\n{out}{err}");
+}
+
+/// Compiles without a warning to `dir/program`.
+pub fn compile(source: &Path, link: Link, flags: &[&str], dir: &Path) -> PathBuf {
+    let cpp = source.extension().is_some_and(|extension| extension == "cpp");
+    let program = dir.join("program");
+    let mut command = Command::new(if cpp { "c++" } else { "cc" });
+    command.arg(if cpp { "-std=c++17" } else { "-std=c99" }).args(["-O1", "-g"]);
+    command.args(["-Wall", "-Wextra", "-pedantic", "-Werror"]);
+    command.args(flags).arg("-I").arg(root().join("include"));
+    command.arg(source).arg("-o").arg(&program);
+    match link {
+        Link::Shared => {
+            // The loader looks for the SONAME, which only an installed library has as a file.
+            let installed = dir.join("libmxfp4train.so.0");
+            if !installed.exists() {
+                std::os::unix::fs::symlink(library("so"), &installed).expect("a link can be made");
+            }
+            command.arg(installed).arg(format!("-Wl,-rpath,{}", dir.display()));
+        }
+        Link::Static => {
+            command.arg(library("a"));
+        }
+        Link::None => {}
+        Link::Packed => {
+            let packed = dir.join("libmxfp4train.a");
+            pack(&packed);
+            command.arg(packed);
+        }
+    }
+    succeed(command.args(["-lpthread", "-ldl", "-lm"]));
+    program
+}
+
+/// Makes the static library whose only symbols are those of the header.
+pub fn pack(packed: &Path) {
+    let script = root().join("dev/static-library.sh");
+    succeed(Command::new(script).arg(library("a")).arg(packed));
+}
+
+/// Runs a command that must succeed, and gives its stdout.
+pub fn succeed(command: &mut Command) -> String {
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.unwrap_or_else(|error| panic!("{command:?} cannot be started: {error}"));
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {}\n{out}{err}", output.status);
+    out.into_owned()
+}
+
+/// Runs a program to its end, which a deadlock must not keep from coming.
+pub fn finish(command: &mut Command) -> Output {
+    const LIMIT: Duration = Duration::from_secs(240);
+    let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let start = Instant::now();
+    while child.try_wait().expect("a child can be waited for").is_none() {
+        if start.elapsed() > LIMIT {
+            let _ = child.kill();
+            let output = child.wait_with_output().expect("a child can be waited for");
+            panic!(
+                "{command:?} did not end in {LIMIT:?}\n{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.wait_with_output().expect("a child can be waited for")
+}
+
+/// Whether a tool is there. Without it the test that asks is skipped with a line that says so, except
+/// in continuous integration (CI=true), where nothing may be skipped.
+pub fn has_tool(tool: &str, works: bool) -> bool {
+    if !works {
+        let ci = std::env::var("CI").is_ok_and(|value| value == "true");
+        assert!(!ci, "{tool} is not there, and under CI=true no test may be skipped; install it");
+        eprintln!("skipped: {tool} is not there");
+    }
+    works
+}
+
+/// [`has_tool`] for a program that knows `--version`.
+pub fn has_program(name: &str) -> bool {
+    let works = Command::new(name).arg("--version").output().is_ok_and(|o| o.status.success());
+    has_tool(name, works)
+}
+
+/// The library that cargo built for this test: it lies beside the test's own program.
+pub fn library(extension: &str) -> PathBuf {
+    let program = std::env::current_exe().expect("the test knows its path");
+    let path = program.with_file_name(format!("libmxfp4train.{extension}"));
+    assert!(path.exists(), "{} is not there; run through cargo test", path.display());
+    path
+}
+
+/// The functions that the header declares, in its order.
+pub fn functions() -> Vec<String> {
+    let header = fs::read_to_string(root().join("include/mxfp4train.h")).expect("the header");
+    let code = header.lines().filter(|line| !line.starts_with("//") && !line.starts_with(' '));
+    // A declaration is a line that begins with a type and has "name(" in it.
+    let names = code.filter_map(|line| {
+        let name = line.split_once('(')?.0.rsplit([' ', '*']).next()?;
+        name.starts_with("mxt_").then(|| name.to_owned())
+    });
+    let names: Vec<String> = names.collect();
+    assert!(names.len() > 50, "{names:?}");
+    names
+}
+
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()
+}
