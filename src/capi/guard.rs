@@ -181,8 +181,10 @@ fn catch<R>(function: &str, body: impl FnOnce() -> R) -> Result<R, Failure> {
     DEPTH.set(DEPTH.get() - 1);
     result.map_err(|payload| {
         let text = describe(&*payload).to_owned();
-        // NOTE: forgotten, because a payload with a destructor of its own may panic again.
-        std::mem::forget(payload);
+        // NOTE: only plain texts are dropped. A payload with a destructor may panic once more.
+        if !(payload.is::<&str>() || payload.is::<String>()) {
+            std::mem::forget(payload);
+        }
         let place = PLACE.take().or_else(|| worker_place().take());
         let place = place.map(|place| format!(" at {place}")).unwrap_or_default();
         Failure::new(MXT_ERROR_PANIC, format!("panic{place}: {text}; this is a defect, report it"))

@@ -74,7 +74,7 @@ impl Model {
             let all = params.iter_mut().zip(model.specs().iter());
             for (index, (param, spec)) in all.enumerate() {
                 values.resize(spec.len(), 0.0);
-                init::fill(&mut values, spec.init, engine.seed(), index, engine.threads());
+                engine.on_workers(|| init::fill(&mut values, spec.init, engine.seed(), index));
                 engine.backend().write_param(param, &values);
             }
         }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 /// What a program is linked with.
 #[derive(Clone, Copy)]
-pub enum Link {
+pub(crate) enum Link {
     Shared,
     Static,
     /// The static library that `dev/static-library.sh` makes.
@@ -20,16 +20,16 @@ pub enum Link {
     None,
 }
 
-pub const SANITIZE: &str = "-fsanitize=address,undefined";
+pub(crate) const SANITIZE: &str = "-fsanitize=address,undefined";
 
 /// Builds and runs a program of `tests/c` with an empty folder as its argument. It must succeed and,
 /// because the library is silent, leave stdout and stderr empty.
-pub fn run(name: &str, link: Link) {
+pub(crate) fn run(name: &str, link: Link) {
     run_with(name, link, &[], &[]);
 }
 
 /// [`run`] with flags for the compiler, and under the program `wrapper` with its arguments.
-pub fn run_with(name: &str, link: Link, flags: &[&str], wrapper: &[&str]) {
+pub(crate) fn run_with(name: &str, link: Link, flags: &[&str], wrapper: &[&str]) {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let program = compile(&root().join("tests/c").join(name), link, flags, dir.path());
     let files = dir.path().join("files");
@@ -50,7 +50,7 @@ pub fn run_with(name: &str, link: Link, flags: &[&str], wrapper: &[&str]) {
 }
 
 /// Compiles without a warning to `dir/program`.
-pub fn compile(source: &Path, link: Link, flags: &[&str], dir: &Path) -> PathBuf {
+pub(crate) fn compile(source: &Path, link: Link, flags: &[&str], dir: &Path) -> PathBuf {
     let cpp = source.extension().is_some_and(|extension| extension == "cpp");
     let program = dir.join("program");
     let mut command = Command::new(if cpp { "c++" } else { "cc" });
@@ -82,13 +82,13 @@ pub fn compile(source: &Path, link: Link, flags: &[&str], dir: &Path) -> PathBuf
 }
 
 /// Makes the static library whose only symbols are those of the header.
-pub fn pack(packed: &Path) {
+pub(crate) fn pack(packed: &Path) {
     let script = root().join("dev/static-library.sh");
     succeed(Command::new(script).arg(library("a")).arg(packed));
 }
 
 /// Runs a command that must succeed, and gives its stdout.
-pub fn succeed(command: &mut Command) -> String {
+pub(crate) fn succeed(command: &mut Command) -> String {
     let output = command.stdin(Stdio::null()).output();
     let output = output.unwrap_or_else(|error| panic!("{command:?} cannot be started: {error}"));
     let (out, err) =
@@ -98,7 +98,7 @@ pub fn succeed(command: &mut Command) -> String {
 }
 
 /// Runs a program to its end, which a deadlock must not keep from coming.
-pub fn finish(command: &mut Command) -> Output {
+pub(crate) fn finish(command: &mut Command) -> Output {
     const LIMIT: Duration = Duration::from_secs(240);
     let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -119,7 +119,7 @@ pub fn finish(command: &mut Command) -> Output {
 
 /// Whether a tool is there. Without it the test that asks is skipped with a line that says so, except
 /// in continuous integration (CI=true), where nothing may be skipped.
-pub fn has_tool(tool: &str, works: bool) -> bool {
+pub(crate) fn has_tool(tool: &str, works: bool) -> bool {
     if !works {
         let ci = std::env::var("CI").is_ok_and(|value| value == "true");
         assert!(!ci, "{tool} is not there, and under CI=true no test may be skipped; install it");
@@ -129,13 +129,13 @@ pub fn has_tool(tool: &str, works: bool) -> bool {
 }
 
 /// [`has_tool`] for a program that knows `--version`.
-pub fn has_program(name: &str) -> bool {
+pub(crate) fn has_program(name: &str) -> bool {
     let works = Command::new(name).arg("--version").output().is_ok_and(|o| o.status.success());
     has_tool(name, works)
 }
 
 /// The library that cargo built for this test: it lies beside the test's own program.
-pub fn library(extension: &str) -> PathBuf {
+pub(crate) fn library(extension: &str) -> PathBuf {
     let program = std::env::current_exe().expect("the test knows its path");
     let path = program.with_file_name(format!("libmxfp4train.{extension}"));
     assert!(path.exists(), "{} is not there; run through cargo test", path.display());
@@ -143,7 +143,7 @@ pub fn library(extension: &str) -> PathBuf {
 }
 
 /// The functions that the header declares, in its order.
-pub fn functions() -> Vec<String> {
+pub(crate) fn functions() -> Vec<String> {
     let header = fs::read_to_string(root().join("include/mxfp4train.h")).expect("the header");
     let code = header.lines().filter(|line| !line.starts_with("//") && !line.starts_with(' '));
     // A declaration is a line that begins with a type and has "name(" in it.
@@ -156,6 +156,6 @@ pub fn functions() -> Vec<String> {
     names
 }
 
-pub fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()
 }

@@ -58,15 +58,19 @@ impl Workers {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        if self.process == std::process::id() {
-            // SAFETY: dropped here, once, and not used afterwards.
-            unsafe { ManuallyDrop::drop(&mut self.pool) };
-            // Then `threads` are joined.
-        } else {
+        if self.process != std::process::id() {
             // NOTE: in a forked child the pool is left alone. Its locks may be held, for ever, by
             // threads that exist in the parent only.
             self.threads.0.drain(..).for_each(std::mem::forget);
+            return;
         }
+        // A worker that drops the last handle of its own pool must not wait for itself.
+        if self.pool.current_thread_index().is_some() {
+            self.threads.0.clear();
+        }
+        // SAFETY: dropped here, once, and not used afterwards.
+        unsafe { ManuallyDrop::drop(&mut self.pool) };
+        // Then `threads` are joined.
     }
 }
 
@@ -76,11 +80,8 @@ struct Threads(Vec<JoinHandle<()>>);
 impl Drop for Threads {
     fn drop(&mut self) {
         for thread in self.0.drain(..) {
-            // A worker that drops the last handle of its own pool must not wait for itself.
-            if thread.thread().id() != std::thread::current().id() {
-                // A panic of a worker has been carried to the caller by rayon.
-                let _ = thread.join();
-            }
+            // A panic of a worker has been carried to the caller by rayon.
+            let _ = thread.join();
         }
     }
 }
