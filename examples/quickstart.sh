@@ -12,8 +12,8 @@ layers=4
 heads=4
 channels=128
 context=256
-batch_size=8
-steps=1600
+batch_size=4
+steps=3600
 lr=2e-3
 # The sample.
 prompt='KING:'

@@ -653,6 +653,18 @@ mxt_status mxt_model_generate(struct mxt_model *model,
                               size_t capacity,
                               size_t *written);
 
+// Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in f32.
+// Of more tokens than the context holds, the last ones count. `logits` has room for `count` numbers,
+// which must be the model's vocab_size.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
+// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+mxt_status mxt_model_next_logits(const struct mxt_model *model,
+                                 const uint32_t *tokens,
+                                 size_t token_count,
+                                 float *logits,
+                                 size_t count);
+
 // Opens a token file, or all files that a pattern such as "data/train_*.bin" matches, in the
 // order of their names, and stores the dataset in `*dataset` for the caller to free.
 //

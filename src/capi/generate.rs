@@ -134,3 +134,28 @@ pub unsafe extern "C" fn mxt_model_generate(
         })
     }
 }
+
+/// Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in f32.
+/// Of more tokens than the context holds, the last ones count. `logits` has room for `count` numbers,
+/// which must be the model's vocab_size.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
+/// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_next_logits(
+    model: *const mxt_model,
+    tokens: *const u32,
+    token_count: usize,
+    logits: *mut f32,
+    count: usize,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_next_logits", model, |model| {
+            let tokens = arguments::slice("tokens", tokens, token_count)?;
+            let logits = arguments::slice_mut("logits", logits, count)?;
+            let _reading = model.state().access().read()?;
+            Ok(model.model.next_logits(tokens, logits)?)
+        })
+    }
+}

@@ -57,6 +57,10 @@ int main(void) {
   IS_NULL("model", mxt_model_tensor_write(NULL, "x", &value, 1));
   IS_NULL("name", mxt_model_tensor_write(model, NULL, &value, 1));
   IS_NULL("values", mxt_model_tensor_write(model, "x", NULL, 1));
+  float logit = 0;
+  IS_NULL("model", mxt_model_next_logits(NULL, &token, 1, &logit, 1));
+  IS_NULL("tokens", mxt_model_next_logits(model, NULL, 1, &logit, 1));
+  IS_NULL("logits", mxt_model_next_logits(model, &token, 1, NULL, 1));
   IS_NULL("model", mxt_model_generate(NULL, NULL, &token, 1, NULL, 0, &written));
   IS_NULL("prompt", mxt_model_generate(model, NULL, NULL, 1, NULL, 0, &written));
   IS_NULL("tokens", mxt_model_generate(model, NULL, &token, 1, NULL, 256, &written));

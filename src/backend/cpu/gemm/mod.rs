@@ -17,7 +17,8 @@ mod kernels;
 mod pack;
 
 pub(super) use kernels::{Strided, TILE_COLS, TILE_ROWS, Tile, strided_tile};
-pub(super) use pack::{Matrix, PackedMut, Rotation, pack, pack_f32_panel};
+pub(super) use pack::pack_f32_panel;
+pub use pack::{Matrix, PackedMut, Rotation, pack};
 
 #[cfg(test)]
 pub(super) use pack::unpack_mxfp4;
@@ -26,10 +27,10 @@ use super::Cpu;
 use super::isa::Isa;
 
 /// Vectors in a panel: the lanes of an AVX-512 register.
-pub(super) const PANEL: usize = 16;
+pub const PANEL: usize = 16;
 
 /// Steps of MXFP4 in a block of 32 elements.
-pub(super) const BLOCK_STEPS: usize = 8;
+pub const BLOCK_STEPS: usize = 8;
 
 /// Steps that one pass over the tiles takes: 48 lanes of 192 words are 36 KiB, which leaves room for
 /// A in a first-level cache of 48 KiB. A multiple of [`BLOCK_STEPS`].
@@ -41,15 +42,18 @@ const JOB_COLS: usize = 4 * TILE_COLS;
 
 /// Number format of a GEMM's operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Format {
+pub enum Format {
+    /// f32.
     F32,
+    /// bf16, rounded to nearest even.
     Bf16,
+    /// MXFP4.
     Mxfp4,
 }
 
 impl Format {
     /// Steps of a reduction dimension of `depth` elements.
-    pub(super) fn steps(self, depth: usize) -> usize {
+    pub fn steps(self, depth: usize) -> usize {
         match self {
             Self::F32 => depth,
             Self::Bf16 => depth.div_ceil(2),
@@ -60,36 +64,38 @@ impl Format {
 
 /// A packed operand.
 #[derive(Clone, Copy)]
-pub(super) struct Packed<'a> {
-    pub(super) format: Format,
+pub struct Packed<'a> {
+    /// Of all elements.
+    pub format: Format,
     /// Vectors that hold data; the rest of the last panel is zero.
-    pub(super) rows: usize,
+    pub rows: usize,
     /// Steps of the (padded) reduction dimension.
-    pub(super) steps: usize,
+    pub steps: usize,
     /// (panels, steps, 16)
-    pub(super) words: &'a [u32],
+    pub words: &'a [u32],
     /// MXFP4: half of each block's scale, (panels, steps / 8, 16).
-    pub(super) scales: &'a [f32],
+    pub scales: &'a [f32],
     /// MXFP4, operand A: -12 times the sum of each block's doubled elements, (panels, steps / 8, 16).
-    pub(super) sums: &'a [i32],
+    pub sums: &'a [i32],
 }
 
 /// Where the result goes: `c[i * stride + j] (+)= alpha * sum + bias[j]`.
-pub(super) struct Output<'a> {
-    pub(super) c: &'a mut [f32],
+pub struct Output<'a> {
+    /// C, `stride` elements from row to row.
+    pub c: &'a mut [f32],
     /// Elements between rows of C.
-    pub(super) stride: usize,
+    pub stride: usize,
     /// Factor of the sum.
-    pub(super) alpha: f32,
+    pub alpha: f32,
     /// Added to each row, (n).
-    pub(super) bias: Option<&'a [f32]>,
+    pub bias: Option<&'a [f32]>,
     /// Whether C is added to, or overwritten.
-    pub(super) accumulate: bool,
+    pub accumulate: bool,
 }
 
 impl Cpu {
     /// C (a.rows, b.rows) = alpha A B^T + bias, parallel over tiles of C.
-    pub(super) fn gemm(&self, a: Packed<'_>, b: Packed<'_>, out: Output<'_>) {
+    pub fn gemm(&self, a: Packed<'_>, b: Packed<'_>, out: Output<'_>) {
         assert_eq!((a.format, a.steps), (b.format, b.steps), "operands are packed alike");
         let (m, n) = (a.rows, b.rows);
         assert!(out.stride >= n && out.c.len() >= (m - 1) * out.stride + n, "C holds the result");

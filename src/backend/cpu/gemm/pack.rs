@@ -9,91 +9,107 @@ use rayon::prelude::*;
 
 use super::{BLOCK_STEPS, Format, PANEL, Packed};
 use crate::backend::cpu::Cpu;
-use crate::backend::cpu::isa::simd_fn;
-use crate::mx::{BLOCK, Draw, M0, M1, Rounding, W0, W1, group_scale, round_to_e4m3};
+use crate::backend::cpu::lanes::{Lanes, lanes_fn};
+use crate::mx::{BLOCK, Draw, E2M1_VALUES, M0, M1, Rounding, W0, W1, group_scale, round_to_e4m3};
 
 /// The longest group of the Hadamard transform.
 const MAX_GROUP: usize = 256;
 
-type Lanes = [f32; PANEL];
-
 /// An operand where it lies. Element k of vector r is `data[r * stride + k]`, or, where it is
 /// transposed, `data[k * stride + r]`.
 #[derive(Clone, Copy)]
-pub(in crate::backend::cpu) struct Matrix<'a> {
-    pub(in crate::backend::cpu) data: &'a [f32],
-    pub(in crate::backend::cpu) rows: usize,
-    pub(in crate::backend::cpu) depth: usize,
-    pub(in crate::backend::cpu) stride: usize,
-    pub(in crate::backend::cpu) transposed: bool,
+pub struct Matrix<'a> {
+    /// The values.
+    pub data: &'a [f32],
+    /// Vectors.
+    pub rows: usize,
+    /// Elements of a vector, along the reduction dimension.
+    pub depth: usize,
+    /// Elements between rows in memory.
+    pub stride: usize,
+    /// Whether a row in memory runs across the vectors.
+    pub transposed: bool,
     /// The values are seen as FP8 E4M3 with this scale keeps them.
-    pub(in crate::backend::cpu) fp8_scale: Option<f32>,
+    pub fp8_scale: Option<f32>,
 }
 
 impl<'a> Matrix<'a> {
     /// `data` is (rows, depth).
-    pub(in crate::backend::cpu) fn rows_by_depth(
-        data: &'a [f32],
-        rows: usize,
-        depth: usize,
-    ) -> Self {
+    pub fn rows_by_depth(data: &'a [f32], rows: usize, depth: usize) -> Self {
         Self { data, rows, depth, stride: depth, transposed: false, fp8_scale: None }
     }
 
     /// `data` is (depth, rows).
-    pub(in crate::backend::cpu) fn depth_by_rows(
-        data: &'a [f32],
-        rows: usize,
-        depth: usize,
-    ) -> Self {
+    pub fn depth_by_rows(data: &'a [f32], rows: usize, depth: usize) -> Self {
         Self { data, rows, depth, stride: rows, transposed: true, fp8_scale: None }
     }
 
     /// The same, seen as FP8 keeps it.
-    pub(in crate::backend::cpu) fn as_fp8(self, scale: Option<f32>) -> Self {
+    pub fn as_fp8(self, scale: Option<f32>) -> Self {
         Self { fp8_scale: scale, ..self }
     }
 
-    /// Loads elements k0 .. k0 + buffer.len() of vectors r0 .. r0 + 16, zero beyond the edges.
+    /// Elements k0 .. k0 + 16 of vectors r0 .. r0 + 16, zero beyond the edges: row k of the result
+    /// holds element k0 + k of the 16 vectors.
+    ///
+    /// # Safety
+    /// The instruction set of `L`.
     #[inline(always)]
-    fn load(&self, r0: usize, k0: usize, buffer: &mut [Lanes]) {
-        let lanes = (self.rows - r0).min(PANEL);
-        let depth = self.depth.saturating_sub(k0).min(buffer.len());
-        if lanes < PANEL || depth < buffer.len() {
-            buffer.fill([0.0; PANEL]);
-        }
-        if !self.transposed {
-            for l in 0..lanes {
-                let row = &self.data[(r0 + l) * self.stride + k0..][..depth];
-                for (k, v) in row.iter().enumerate() {
-                    buffer[k][l] = *v;
-                }
-            }
+    unsafe fn load<L: Lanes>(&self, r0: usize, k0: usize) -> [L::F; PANEL] {
+        let inside = r0 + PANEL <= self.rows && k0 + PANEL <= self.depth;
+        let (row, column) = if self.transposed { (k0, r0) } else { (r0, k0) };
+        let edge;
+        let (from, stride) = if inside && self.fp8_scale.is_none() {
+            let from = &self.data[row * self.stride + column..];
+            assert!(from.len() >= (PANEL - 1) * self.stride + PANEL);
+            (from.as_ptr(), self.stride)
         } else {
-            for k in 0..depth {
-                let from = &self.data[(k0 + k) * self.stride + r0..][..lanes];
-                buffer[k][..lanes].copy_from_slice(from);
+            edge = self.load_edge(r0, k0);
+            (edge.as_flattened().as_ptr(), PANEL)
+        };
+        // SAFETY: 16 rows of 16 elements, `stride` apart, are readable (checked above).
+        unsafe {
+            let mut square = [L::splat(0.0); PANEL];
+            for i in 0..PANEL {
+                square[i] = L::load(from.add(i * stride));
+            }
+            if self.transposed { square } else { L::transpose(square) }
+        }
+    }
+
+    /// The square of memory that [`Matrix::load`] reads, where not all of it exists, or FP8 sees it.
+    #[inline(never)]
+    fn load_edge(&self, r0: usize, k0: usize) -> [[f32; PANEL]; PANEL] {
+        let mut square = [[0.0; PANEL]; PANEL];
+        let (rows, depth) = (self.rows - r0, self.depth.saturating_sub(k0));
+        let (down, across) = if self.transposed { (depth, rows) } else { (rows, depth) };
+        let (row, column) = if self.transposed { (k0, r0) } else { (r0, k0) };
+        let across = across.min(PANEL);
+        if across > 0 {
+            for (i, square) in square.iter_mut().enumerate().take(down) {
+                let from = &self.data[(row + i) * self.stride + column..][..across];
+                square[..across].copy_from_slice(from);
             }
         }
         if let Some(scale) = self.fp8_scale {
             let inverse = 1.0 / scale; // exact: a power of two
-            for row in buffer {
-                for v in row {
-                    *v = round_to_e4m3(*v * inverse) * scale;
-                }
+            for v in square.as_flattened_mut() {
+                *v = round_to_e4m3(*v * inverse) * scale;
             }
         }
+        square
     }
 }
 
 /// How an operand is quantized to MXFP4.
 #[derive(Clone, Copy)]
-pub(in crate::backend::cpu) struct Rotation<'a> {
+pub struct Rotation<'a> {
     /// Signs of the transform; empty for none. Their number is the group.
-    pub(in crate::backend::cpu) signs: &'a [f32],
-    pub(in crate::backend::cpu) rounding: Rounding,
+    pub signs: &'a [f32],
+    /// How elements are rounded.
+    pub rounding: Rounding,
     /// Bits of unbiased rounding, keyed by the element's row and column as it is stored.
-    pub(in crate::backend::cpu) draw: Draw,
+    pub draw: Draw,
 }
 
 impl Rotation<'_> {
@@ -104,14 +120,17 @@ impl Rotation<'_> {
 }
 
 /// Memory that an operand is packed into; slices may be longer than needed.
-pub(in crate::backend::cpu) struct PackedMut<'a> {
-    pub(in crate::backend::cpu) words: &'a mut [u32],
-    pub(in crate::backend::cpu) scales: &'a mut [f32],
-    pub(in crate::backend::cpu) sums: &'a mut [i32],
+pub struct PackedMut<'a> {
+    /// See [`Packed::words`].
+    pub words: &'a mut [u32],
+    /// See [`Packed::scales`].
+    pub scales: &'a mut [f32],
+    /// See [`Packed::sums`].
+    pub sums: &'a mut [i32],
 }
 
 /// Packs an operand. `rotation` is given for MXFP4 and only then; `unsigned` for operand B of it.
-pub(in crate::backend::cpu) fn pack<'a>(
+pub fn pack<'a>(
     cpu: &Cpu,
     source: &Matrix<'_>,
     format: Format,
@@ -149,42 +168,20 @@ pub(in crate::backend::cpu) fn pack<'a>(
     Packed { format, rows: source.rows, steps, words, scales, sums }
 }
 
-simd_fn! {
+lanes_fn! {
     /// Packs vectors r0 .. r0 + 16 as f32: `out` is (depth, 16).
-    pub(in crate::backend::cpu) fn pack_f32_panel(source: &Matrix<'_>, r0: usize, out: &mut [f32]) {
-        let (rows, _) = out.as_chunks_mut::<PANEL>();
-        source.load(r0, 0, &mut rows[..source.depth]);
-    }
+    pub(in crate::backend::cpu) fn pack_f32_panel(
+        source: &Matrix<'_>,
+        r0: usize,
+        out: &mut [f32],
+    ) = f32_panel;
 }
 
-simd_fn! {
-    /// Packs vectors r0 .. r0 + 16 as pairs of bf16, the lower index in the low half.
-    fn bf16_panel(source: &Matrix<'_>, r0: usize, out: &mut [u32]) {
-        let mut buffer = [[0.0; PANEL]; 64];
-        let (steps, _) = out.as_chunks_mut::<PANEL>();
-        for (chunk, steps) in steps.chunks_mut(buffer.len() / 2).enumerate() {
-            let buffer = &mut buffer[..2 * steps.len()];
-            source.load(r0, chunk * 64, buffer);
-            for (words, pair) in steps.iter_mut().zip(buffer.as_chunks::<2>().0) {
-                for l in 0..PANEL {
-                    words[l] = round_to_bf16(pair[0][l]) | round_to_bf16(pair[1][l]) << 16;
-                }
-            }
-        }
-    }
+lanes_fn! {
+    fn bf16_panel(source: &Matrix<'_>, r0: usize, out: &mut [u32]) = bf16_lanes;
 }
 
-/// The bits of the bf16 nearest to v, ties to even; NaN stays NaN.
-#[inline(always)]
-fn round_to_bf16(v: f32) -> u32 {
-    let bits = v.to_bits();
-    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    if v.is_nan() { bits >> 16 | 0x40 } else { rounded }
-}
-
-simd_fn! {
-    /// Transforms and quantizes vectors r0 .. r0 + 16. `words` is (steps, 16), `scales` and `sums`
-    /// are (blocks, 16).
+lanes_fn! {
     fn mxfp4_panel(
         source: &Matrix<'_>,
         r0: usize,
@@ -193,198 +190,346 @@ simd_fn! {
         words: &mut [u32],
         scales: &mut [f32],
         sums: &mut [i32],
-    ) {
-        let group = rotation.group();
-        let mut buffer = [[0.0; PANEL]; MAX_GROUP];
-        let buffer = &mut buffer[..group];
-        let words = words.as_chunks_mut::<PANEL>().0.as_chunks_mut::<BLOCK_STEPS>().0;
-        let scales = scales.as_chunks_mut::<PANEL>().0;
-        let sums = sums.as_chunks_mut::<PANEL>().0;
-        let mut bits = [[0u32; PANEL]; BLOCK];
-        for block in 0..words.len() {
-            let k0 = block * BLOCK;
-            if k0.is_multiple_of(group) {
-                source.load(r0, k0, buffer);
-                if !rotation.signs.is_empty() {
-                    rotate_lanes(buffer, rotation.signs);
-                }
+    ) = mxfp4_lanes;
+}
+
+#[inline(always)]
+unsafe fn f32_panel<L: Lanes>(source: &Matrix<'_>, r0: usize, out: &mut [f32]) {
+    let rows = &mut out.as_chunks_mut::<PANEL>().0[..source.depth];
+    for (chunk, rows) in rows.chunks_mut(PANEL).enumerate() {
+        // SAFETY: passed on; rows of 16 elements.
+        unsafe {
+            let values = source.load::<L>(r0, chunk * PANEL);
+            for (i, to) in rows.iter_mut().enumerate() {
+                L::store(to.as_mut_ptr(), values[i]);
             }
-            let values: &[Lanes; BLOCK] = buffer[k0 % group..]
-                .first_chunk()
-                .expect("a group is a whole number of blocks");
-            if rotation.rounding == Rounding::Unbiased {
-                                draw_bits(&rotation.draw, source.transposed, r0 as u32, k0 as u32, &mut bits);
-            }
-            quantize_lanes(
-                values,
-                rotation.rounding,
-                &bits,
-                unsigned,
-                &mut words[block],
-                &mut scales[block],
-                &mut sums[block],
-            );
         }
     }
 }
 
-/// `mx::rotate`, 16 vectors at a time.
+/// Pairs of bf16, the lower index in the low half.
 #[inline(always)]
-fn rotate_lanes(buffer: &mut [Lanes], signs: &[f32]) {
-    let group = buffer.len();
-    // Rows are copied out and in: the compiler then knows that they do not overlap.
-    for (row, sign) in buffer.iter_mut().zip(signs) {
-        *row = row.map(|v| v * sign);
-    }
-    let mut stride = 1;
-    while stride < group {
-        for pair in buffer.chunks_exact_mut(2 * stride) {
-            let (low, high) = pair.split_at_mut(stride);
-            for (low, high) in low.iter_mut().zip(high) {
-                let (a, b) = (*low, *high);
-                *low = std::array::from_fn(|l| a[l] + b[l]);
-                *high = std::array::from_fn(|l| a[l] - b[l]);
+unsafe fn bf16_lanes<L: Lanes>(source: &Matrix<'_>, r0: usize, out: &mut [u32]) {
+    let steps = out.as_chunks_mut::<PANEL>().0;
+    for (chunk, steps) in steps.chunks_mut(PANEL / 2).enumerate() {
+        // SAFETY: passed on; rows of 16 words.
+        unsafe {
+            let values = source.load::<L>(r0, chunk * PANEL);
+            for (i, to) in steps.iter_mut().enumerate() {
+                let low = round_to_bf16::<L>(values[2 * i]);
+                let high = round_to_bf16::<L>(values[2 * i + 1]);
+                let high = L::and(high, L::splat_u(0xffff_0000));
+                L::store_u(to.as_mut_ptr(), L::or(L::shift_right::<16>(low), high));
             }
+        }
+    }
+}
+
+/// The bf16 nearest to v, ties to even, in the upper half of each word; NaN stays NaN.
+#[inline(always)]
+unsafe fn round_to_bf16<L: Lanes>(v: L::F) -> L::U {
+    // SAFETY: passed on.
+    unsafe {
+        let bits = L::bits(v);
+        let odd = L::and(L::shift_right::<16>(bits), L::splat_u(1));
+        let rounded = L::add_u(bits, L::add_u(odd, L::splat_u(0x7fff)));
+        // A number is ordered with itself, a NaN is not: keep its bits, and make it quiet.
+        let number = L::less_equal(v, v);
+        let nan = L::or(bits, L::splat_u(0x0040_0000));
+        L::xor(nan, L::and(L::xor(nan, rounded), number))
+    }
+}
+
+/// Transforms and quantizes vectors r0 .. r0 + 16. `words` is (steps, 16), `scales` and `sums` are
+/// (blocks, 16).
+#[inline(always)]
+unsafe fn mxfp4_lanes<L: Lanes>(
+    source: &Matrix<'_>,
+    r0: usize,
+    rotation: &Rotation<'_>,
+    unsigned: bool,
+    words: &mut [u32],
+    scales: &mut [f32],
+    sums: &mut [i32],
+) {
+    let group = rotation.group();
+    let mut buffer = [[0.0f32; PANEL]; MAX_GROUP];
+    let buffer = &mut buffer[..group];
+    let mut bits = [[0u32; PANEL]; BLOCK];
+    let table = element_bytes(unsigned);
+    let words = words.as_chunks_mut::<PANEL>().0.as_chunks_mut::<BLOCK_STEPS>().0;
+    let scales = scales.as_chunks_mut::<PANEL>().0;
+    let sums = sums.as_chunks_mut::<PANEL>().0;
+    for block in 0..words.len() {
+        let k0 = block * BLOCK;
+        // SAFETY: passed on.
+        unsafe {
+            if k0.is_multiple_of(group) {
+                load_group::<L>(source, r0, k0, rotation.signs, buffer);
+            }
+            if rotation.rounding == Rounding::Unbiased {
+                let (r0, k0) = (r0 as u32, k0 as u32);
+                draw_bits::<L>(&rotation.draw, source.transposed, r0, k0, &mut bits);
+            }
+            let values = buffer[k0 % group..]
+                .first_chunk::<BLOCK>()
+                .expect("a group is a whole number of blocks");
+            let scale = match rotation.rounding {
+                Rounding::Nearest => quantize::<L, false>(values, &bits, &table, &mut words[block]),
+                Rounding::Unbiased => quantize::<L, true>(values, &bits, &table, &mut words[block]),
+            };
+            L::store(scales[block].as_mut_ptr(), scale);
+            if !unsigned {
+                store_sum::<L>(&words[block], &mut sums[block]);
+            }
+        }
+    }
+}
+
+/// Bytes of the doubled elements by code, plus 12 where they are unsigned.
+fn element_bytes(unsigned: bool) -> [u32; 16] {
+    std::array::from_fn(|code| {
+        let magnitude = (2.0 * E2M1_VALUES[code % 8]) as i32;
+        let element = if code < 8 { magnitude } else { -magnitude };
+        (element + if unsigned { 12 } else { 0 }) as u32 & 255
+    })
+}
+
+/// Loads a group of elements of 16 vectors and rotates it as `mx::rotate` does: strides 1 to 8 while
+/// 16 elements are in registers, the others on the way back through the first-level cache.
+#[inline(always)]
+unsafe fn load_group<L: Lanes>(
+    source: &Matrix<'_>,
+    r0: usize,
+    k0: usize,
+    signs: &[f32],
+    buffer: &mut [[f32; PANEL]],
+) {
+    // SAFETY: passed on; rows of 16 elements.
+    unsafe {
+        for (part, rows) in buffer.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+            let mut v = source.load::<L>(r0, k0 + part * PANEL);
+            if let Some(signs) = signs.get(part * PANEL..(part + 1) * PANEL) {
+                for i in 0..PANEL {
+                    v[i] = L::mul(v[i], L::splat(signs[i]));
+                }
+                v = butterfly::<L, 16>(v);
+            }
+            for i in 0..PANEL {
+                L::store(rows[i].as_mut_ptr(), v[i]);
+            }
+        }
+        match signs.len() {
+            32 => across_parts::<L, 2>(buffer),
+            64 => across_parts::<L, 4>(buffer),
+            128 => across_parts::<L, 8>(buffer),
+            256 => across_parts::<L, 16>(buffer),
+            _ => {}
+        }
+    }
+}
+
+/// The stages of strides 16, 32 .. 8 N of a group of 16 N, and the scale.
+#[inline(always)]
+unsafe fn across_parts<L: Lanes, const N: usize>(buffer: &mut [[f32; PANEL]]) {
+    // SAFETY: passed on; the buffer has 16 N rows of 16 elements.
+    unsafe {
+        let scale = L::splat(group_scale(N * PANEL));
+        for i in 0..PANEL {
+            let mut v = [scale; N];
+            for part in 0..N {
+                v[part] = L::load(buffer[part * PANEL + i].as_ptr());
+            }
+            v = butterfly::<L, N>(v);
+            for part in 0..N {
+                L::store(buffer[part * PANEL + i].as_mut_ptr(), L::mul(v[part], scale));
+            }
+        }
+    }
+}
+
+/// Sums and differences at strides 1, 2 .. N / 2.
+#[inline(always)]
+unsafe fn butterfly<L: Lanes, const N: usize>(mut v: [L::F; N]) -> [L::F; N] {
+    let mut stride = 1;
+    while stride < N {
+        for i in 0..N / 2 {
+            let low = i / stride * 2 * stride + i % stride;
+            let (a, b) = (v[low], v[low + stride]);
+            // SAFETY: passed on.
+            (v[low], v[low + stride]) = unsafe { (L::add(a, b), L::sub(a, b)) };
         }
         stride *= 2;
     }
-    let scale = group_scale(group);
-    for row in buffer {
-        *row = row.map(|v| v * scale);
-    }
+    v
 }
 
 /// The rounding bits of a block of 16 vectors, placed where the rounding adds them: 16 bits from bit
 /// 6 up, and the half step below.
 #[inline(always)]
-fn draw_bits(draw: &Draw, transposed: bool, r0: u32, k0: u32, bits: &mut [[u32; PANEL]; BLOCK]) {
-    let place = |half: u32| half << 6 | 32;
-    if transposed {
-        // Lanes are columns of the source: two groups of 8 columns; 16 of its rows a call.
-        for (half, bits) in bits.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
-            let first = k0 + (half * PANEL) as u32;
-            for group in 0..2 {
-                let column_group = r0 / 8 + group as u32;
-                let words = philox_lanes(draw, first, column_group);
-                for (row, bits) in bits.iter_mut().enumerate() {
-                    for (w, words) in words.iter().enumerate() {
-                        bits[group * 8 + 2 * w] = place(words[row] & 0xffff);
-                        bits[group * 8 + 2 * w + 1] = place(words[row] >> 16);
-                    }
+unsafe fn draw_bits<L: Lanes>(
+    draw: &Draw,
+    transposed: bool,
+    r0: u32,
+    k0: u32,
+    bits: &mut [[u32; PANEL]; BLOCK],
+) {
+    // SAFETY: passed on; rows of 16 words.
+    unsafe {
+        if transposed {
+            // Lanes are columns of the source, two groups of 8. A call takes 8 rows; its lane
+            // 4 b + j computes row 2 j + b / 2 and group b % 2, so that interleaving the four words
+            // gives whole rows.
+            const ROW: [u32; PANEL] = [0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7];
+            const GROUP: [u32; PANEL] = [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1];
+            let row = L::add_u(L::load_u(ROW.as_ptr()), L::splat_u(k0));
+            let column = L::add_u(L::load_u(GROUP.as_ptr()), L::splat_u(draw.word1 | (r0 / 8)));
+            for (part, bits) in bits.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                let row = L::add_u(row, L::splat_u(8 * part as u32));
+                let words = L::interleave(philox::<L>(draw, row, column));
+                for j in 0..4 {
+                    let rows = L::widen(words[j]);
+                    L::store_u(bits[2 * j].as_mut_ptr(), place::<L>(rows[0]));
+                    L::store_u(bits[2 * j + 1].as_mut_ptr(), place::<L>(rows[1]));
+                }
+            }
+        } else {
+            // Lanes are rows of the source. A call takes 8 columns.
+            const LANE: [u32; PANEL] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+            let row = L::add_u(L::load_u(LANE.as_ptr()), L::splat_u(r0));
+            for (part, bits) in bits.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                let column = L::splat_u(draw.word1 | (k0 / 8 + part as u32));
+                let words = philox::<L>(draw, row, column);
+                for w in 0..4 {
+                    let low = L::and(words[w], L::splat_u(0xffff));
+                    let high = L::shift_right::<16>(words[w]);
+                    L::store_u(bits[2 * w].as_mut_ptr(), place::<L>(low));
+                    L::store_u(bits[2 * w + 1].as_mut_ptr(), place::<L>(high));
                 }
             }
         }
-    } else {
-        // Lanes are rows of the source; 8 of its columns a call.
-        for (group, bits) in bits.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-            let words = philox_lanes(draw, r0, k0 / 8 + group as u32);
-            for (w, words) in words.iter().enumerate() {
-                bits[2 * w] = words.map(|word| place(word & 0xffff));
-                bits[2 * w + 1] = words.map(|word| place(word >> 16));
-            }
+    }
+}
+
+/// 16 bits in place, and the half step.
+#[inline(always)]
+unsafe fn place<L: Lanes>(halves: L::U) -> L::U {
+    // SAFETY: passed on.
+    unsafe { L::or(L::shift_left::<6>(halves), L::splat_u(32)) }
+}
+
+/// `mx::philox4x32_10` in 16 lanes, which differ in counter words 0 and 1.
+#[inline(always)]
+unsafe fn philox<L: Lanes>(draw: &Draw, row: L::U, column: L::U) -> [L::U; 4] {
+    // SAFETY: passed on.
+    unsafe {
+        let (mut c0, mut c1) = (row, column);
+        let (mut c2, mut c3) = (L::splat_u(draw.word2), L::splat_u(draw.word3));
+        let [mut k0, mut k1] = draw.key;
+        for _ in 0..10 {
+            let (high0, low0) = L::multiply_wide(c0, M0);
+            let (high1, low1) = L::multiply_wide(c2, M1);
+            c0 = L::xor(L::xor(high1, c1), L::splat_u(k0));
+            c2 = L::xor(L::xor(high0, c3), L::splat_u(k1));
+            (c1, c3) = (low1, low0);
+            k0 = k0.wrapping_add(W0);
+            k1 = k1.wrapping_add(W1);
         }
+        [c0, c1, c2, c3]
     }
 }
 
-/// `Draw::bits` for 16 consecutive rows: four words of 16 lanes.
+/// `mx::quantize_block` of 16 blocks at a time, with bytes of doubled elements instead of codes.
+/// Returns half of each scale.
 #[inline(always)]
-fn philox_lanes(draw: &Draw, row: u32, column_group: u32) -> [[u32; PANEL]; 4] {
-    let mut c0: [u32; PANEL] = std::array::from_fn(|l| row.wrapping_add(l as u32));
-    let mut c1 = [draw.word1 | column_group; PANEL];
-    let mut c2 = [draw.word2; PANEL];
-    let mut c3 = [draw.word3; PANEL];
-    let [mut k0, mut k1] = draw.key;
-    let multiply = |c: [u32; PANEL], m: u32| c.map(|c| u64::from(c) * u64::from(m));
-    for _ in 0..10 {
-        let (p0, p1) = (multiply(c0, M0), multiply(c2, M1));
-        c0 = std::array::from_fn(|l| (p1[l] >> 32) as u32 ^ c1[l] ^ k0);
-        c2 = std::array::from_fn(|l| (p0[l] >> 32) as u32 ^ c3[l] ^ k1);
-        c1 = p1.map(|p| p as u32);
-        c3 = p0.map(|p| p as u32);
-        k0 = k0.wrapping_add(W0);
-        k1 = k1.wrapping_add(W1);
-    }
-    [c0, c1, c2, c3]
-}
-
-/// `mx::quantize_block`, 16 blocks at a time, with doubled elements instead of codes.
-#[inline(always)]
-fn quantize_lanes(
-    values: &[Lanes; BLOCK],
-    rounding: Rounding,
+unsafe fn quantize<L: Lanes, const UNBIASED: bool>(
+    values: &[[f32; PANEL]; BLOCK],
     bits: &[[u32; PANEL]; BLOCK],
-    unsigned: bool,
+    table: &[u32; 16],
     words: &mut [[u32; PANEL]; BLOCK_STEPS],
-    scales: &mut Lanes,
-    sums: &mut [i32; PANEL],
-) {
-    let mut max_bits = [0u32; PANEL];
-    for row in values {
-        max_bits = std::array::from_fn(|l| max_bits[l].max(row[l].to_bits() & 0x7fff_ffff));
-    }
-    let mut factor = [0.0; PANEL];
-    let mut keep = [0i32; PANEL];
-    for l in 0..PANEL {
-        let biased = max_bits[l] >> 23;
-        let byte = biased.saturating_sub(2);
-        let inverse = f32::from_bits((254 - byte) << 23);
-        factor[l] = if rounding == Rounding::Unbiased { 0.75 * inverse } else { inverse };
-        let scale = f32::from_bits(if byte == 0 { 1 << 22 } else { byte << 23 });
-        // Half of the scale, for elements are doubled.
-        scales[l] = if biased == 255 { f32::NAN } else { 0.5 * scale };
-        keep[l] = if biased == 255 { 0 } else { -1 };
-    }
-    let offset = if unsigned { 12 } else { 0 };
-    let mut total = [0i32; PANEL];
-    for (step, words) in words.iter_mut().enumerate() {
-        let mut word = [0u32; PANEL];
-        for i in 0..4 {
-            let (row, bits) = (values[4 * step + i], bits[4 * step + i]);
-            let y: Lanes = std::array::from_fn(|l| row[l].abs() * factor[l]);
-            let code: [u32; PANEL] = match rounding {
-                Rounding::Nearest => y.map(nearest),
-                Rounding::Unbiased => std::array::from_fn(|l| stochastic(y[l], bits[l])),
-            };
-            let element: [i32; PANEL] = std::array::from_fn(|l| {
-                let sign = row[l].to_bits() as i32 >> 31;
-                ((doubled(code[l]) as i32 ^ sign) - sign) & keep[l]
-            });
-            total = std::array::from_fn(|l| total[l] + element[l]);
-            word =
-                std::array::from_fn(|l| word[l] | ((element[l] + offset) as u32 & 255) << (8 * i));
+) -> L::F {
+    // SAFETY: passed on; rows of 16 lanes.
+    unsafe {
+        let magnitude = L::splat_u(0x7fff_ffff);
+        let mut max = L::splat_u(0);
+        for row in values {
+            max = L::max_u(max, L::and(L::bits(L::load(row.as_ptr())), magnitude));
         }
-        *words = word;
-    }
-    for l in 0..PANEL {
-        sums[l] = -12 * total[l];
-    }
-}
+        // The scale's byte is the biased exponent less 2, at least 0; see `mx::e8m0`.
+        let biased = L::shift_right::<23>(max);
+        let bad = L::equal(biased, L::splat_u(255));
+        let byte = L::sub_u(L::max_u(biased, L::splat_u(2)), L::splat_u(2));
+        let inverse = L::from_bits(L::shift_left::<23>(L::sub_u(L::splat_u(254), byte)));
+        let factor = if UNBIASED { L::mul(inverse, L::splat(0.75)) } else { inverse };
+        let smallest = L::and(L::equal(byte, L::splat_u(0)), L::splat_u(1 << 22));
+        let scale = L::from_bits(L::or(L::shift_left::<23>(byte), smallest));
+        let half = L::bits(L::mul(scale, L::splat(0.5)));
+        let half = L::from_bits(L::or(half, L::and(bad, L::splat_u(0x7fc0_0000))));
 
-/// Twice the value of a code: 0 1 2 3 4 6 8 12. Above 3 it is a mantissa of two bits, shifted.
-#[inline(always)]
-fn doubled(code: u32) -> u32 {
-    let shifted = (2 | code & 1) << ((code >> 1).wrapping_sub(1) & 3);
-    if code < 4 { code } else { shifted }
+        let good = L::xor(bad, L::splat_u(u32::MAX));
+        for step in 0..BLOCK_STEPS {
+            let mut element = [good; 4];
+            for i in 0..4 {
+                let x = L::bits(L::load(values[4 * step + i].as_ptr()));
+                let y = L::mul(L::from_bits(L::and(x, magnitude)), factor);
+                let code = if UNBIASED {
+                    stochastic::<L>(y, L::load_u(bits[4 * step + i].as_ptr()))
+                } else {
+                    nearest::<L>(y)
+                };
+                let sign = L::and(L::shift_right::<28>(x), L::splat_u(8));
+                element[i] = L::look_up(L::and(L::or(code, sign), good), table);
+            }
+            let low = L::or(element[0], L::shift_left::<8>(element[1]));
+            let high = L::or(L::shift_left::<16>(element[2]), L::shift_left::<24>(element[3]));
+            L::store_u(words[step].as_mut_ptr(), L::or(low, high));
+        }
+        half
+    }
 }
 
 /// As in `mx::quantize`.
 #[inline(always)]
-fn nearest(y: f32) -> u32 {
-    u32::from(y > 0.25)
-        + u32::from(y >= 0.75)
-        + u32::from(y > 1.25)
-        + u32::from(y >= 1.75)
-        + u32::from(y > 2.5)
-        + u32::from(y >= 3.5)
-        + u32::from(y > 5.0)
+unsafe fn nearest<L: Lanes>(y: L::F) -> L::U {
+    // SAFETY: passed on.
+    unsafe {
+        // A mask is -1 where the threshold is passed.
+        let mut sum = L::add_u(L::less(L::splat(0.25), y), L::less_equal(L::splat(0.75), y));
+        sum = L::add_u(sum, L::less(L::splat(1.25), y));
+        sum = L::add_u(sum, L::less_equal(L::splat(1.75), y));
+        sum = L::add_u(sum, L::less(L::splat(2.5), y));
+        sum = L::add_u(sum, L::less_equal(L::splat(3.5), y));
+        sum = L::add_u(sum, L::less(L::splat(5.0), y));
+        L::sub_u(L::splat_u(0), sum)
+    }
 }
 
 /// As in `mx::quantize`; `bits` are in place.
 #[inline(always)]
-fn stochastic(y: f32, bits: u32) -> u32 {
-    let below_one = y < 1.0;
-    let u = if below_one { y + 1.0 } else { y };
-    (u.to_bits().wrapping_add(bits) >> 22).wrapping_sub(if below_one { 254 } else { 252 })
+unsafe fn stochastic<L: Lanes>(y: L::F, bits: L::U) -> L::U {
+    // SAFETY: passed on.
+    unsafe {
+        let one = L::splat(1.0);
+        let below = L::less(y, one);
+        let u = L::add(y, L::from_bits(L::and(below, L::bits(one))));
+        let code = L::shift_right::<22>(L::add_u(L::bits(u), bits));
+        L::sub_u(L::sub_u(code, L::splat_u(252)), L::and(below, L::splat_u(2)))
+    }
+}
+
+/// -12 times the sum of each block's elements: what the offset of 12 of the other operand adds.
+#[inline(always)]
+unsafe fn store_sum<L: Lanes>(words: &[[u32; PANEL]; BLOCK_STEPS], sums: &mut [i32; PANEL]) {
+    // SAFETY: passed on; rows of 16 words.
+    unsafe {
+        let zero = L::splat_u(0);
+        let mut sum = zero;
+        for word in words {
+            sum = L::add_bytes(sum, L::load_u(word.as_ptr()));
+        }
+        let twelve = L::add_u(L::shift_left::<3>(sum), L::shift_left::<2>(sum));
+        L::store_u(sums.as_mut_ptr().cast(), L::sub_u(zero, twelve));
+    }
 }
 
 /// A panel's blocks as `mx` codes and scale bytes, for tests: element k of lane l.

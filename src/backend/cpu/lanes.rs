@@ -1,0 +1,730 @@
+//! Sixteen lanes of 32 bits, as the packing kernels need them: one register of AVX-512, two of AVX2,
+//! or an array.
+//!
+//! Kernels are generic over [`Lanes`] and compiled once for every instruction set. All operations are
+//! exact or correctly rounded IEEE operations, so that every set computes the same bits.
+//!
+//! NOTE: plain Rust over `[f32; 16]` was tried first. The compiler turned the element-wise loops of
+//! GELU or LayerNorm into full registers, but the butterfly and the rounding into a mix of partial
+//! ones, many times slower.
+
+/// Sixteen lanes.
+///
+/// NOTE: no closures and no iterator over lanes in implementations and kernels. They would be functions
+/// of their own, compiled without the instruction set, and every operation in them a call.
+///
+/// # Safety
+/// All methods need the instruction set of the implementation. They are `unsafe fn` where they also
+/// touch memory.
+pub(super) trait Lanes {
+    /// 16 f32.
+    type F: Copy;
+    /// 16 u32.
+    type U: Copy;
+
+    /// Reads 16 values.
+    unsafe fn load(from: *const f32) -> Self::F;
+    /// Writes 16 values.
+    unsafe fn store(to: *mut f32, v: Self::F);
+    /// Reads 16 words.
+    unsafe fn load_u(from: *const u32) -> Self::U;
+    /// Writes 16 words.
+    unsafe fn store_u(to: *mut u32, v: Self::U);
+
+    unsafe fn splat(v: f32) -> Self::F;
+    unsafe fn splat_u(v: u32) -> Self::U;
+    unsafe fn bits(v: Self::F) -> Self::U;
+    unsafe fn from_bits(v: Self::U) -> Self::F;
+
+    unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;
+    /// (a < b) ? 1 : 0, as all ones or zero.
+    unsafe fn less(a: Self::F, b: Self::F) -> Self::U;
+    /// (a <= b), as all ones or zero.
+    unsafe fn less_equal(a: Self::F, b: Self::F) -> Self::U;
+
+    unsafe fn and(a: Self::U, b: Self::U) -> Self::U;
+    unsafe fn or(a: Self::U, b: Self::U) -> Self::U;
+    unsafe fn xor(a: Self::U, b: Self::U) -> Self::U;
+    unsafe fn add_u(a: Self::U, b: Self::U) -> Self::U;
+    unsafe fn sub_u(a: Self::U, b: Self::U) -> Self::U;
+    /// Unsigned maximum.
+    unsafe fn max_u(a: Self::U, b: Self::U) -> Self::U;
+    /// All ones where a == b.
+    unsafe fn equal(a: Self::U, b: Self::U) -> Self::U;
+    unsafe fn shift_left<const N: u32>(v: Self::U) -> Self::U;
+    unsafe fn shift_right<const N: u32>(v: Self::U) -> Self::U;
+    /// High and low halves of the 64-bit products with `m`.
+    unsafe fn multiply_wide(v: Self::U, m: u32) -> (Self::U, Self::U);
+    /// `table[v]`, all lanes below 16.
+    unsafe fn look_up(v: Self::U, table: &[u32; 16]) -> Self::U;
+    /// sum + the sum of the four signed bytes of each word.
+    unsafe fn add_bytes(sum: Self::U, words: Self::U) -> Self::U;
+
+    /// Rows to columns.
+    unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16];
+    /// Of four vectors w, vector j of the result holds w0 w1 w2 w3 of lanes j, 4 + j, 8 + j, 12 + j.
+    unsafe fn interleave(w: [Self::U; 4]) -> [Self::U; 4];
+    /// The 16-bit halves of words 0 to 7, and those of words 8 to 15, as words.
+    unsafe fn widen(v: Self::U) -> [Self::U; 2];
+}
+
+/// Arrays.
+pub(super) struct Portable;
+
+impl Lanes for Portable {
+    type F = [f32; 16];
+    type U = [u32; 16];
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> [f32; 16] {
+        // SAFETY: 16 values are readable, as the caller promises.
+        unsafe { from.cast::<[f32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(to: *mut f32, v: [f32; 16]) {
+        // SAFETY: 16 values are writable, as the caller promises.
+        unsafe { to.cast::<[f32; 16]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn load_u(from: *const u32) -> [u32; 16] {
+        // SAFETY: as in `load`.
+        unsafe { from.cast::<[u32; 16]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_u(to: *mut u32, v: [u32; 16]) {
+        // SAFETY: as in `store`.
+        unsafe { to.cast::<[u32; 16]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> [f32; 16] {
+        [v; 16]
+    }
+    #[inline(always)]
+    unsafe fn splat_u(v: u32) -> [u32; 16] {
+        [v; 16]
+    }
+    #[inline(always)]
+    unsafe fn bits(v: [f32; 16]) -> [u32; 16] {
+        v.map(f32::to_bits)
+    }
+    #[inline(always)]
+    unsafe fn from_bits(v: [u32; 16]) -> [f32; 16] {
+        v.map(f32::from_bits)
+    }
+    #[inline(always)]
+    unsafe fn add(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|l| a[l] + b[l])
+    }
+    #[inline(always)]
+    unsafe fn sub(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|l| a[l] - b[l])
+    }
+    #[inline(always)]
+    unsafe fn mul(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|l| a[l] * b[l])
+    }
+    #[inline(always)]
+    unsafe fn less(a: [f32; 16], b: [f32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| if a[l] < b[l] { u32::MAX } else { 0 })
+    }
+    #[inline(always)]
+    unsafe fn less_equal(a: [f32; 16], b: [f32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| if a[l] <= b[l] { u32::MAX } else { 0 })
+    }
+    #[inline(always)]
+    unsafe fn and(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| a[l] & b[l])
+    }
+    #[inline(always)]
+    unsafe fn or(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| a[l] | b[l])
+    }
+    #[inline(always)]
+    unsafe fn xor(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| a[l] ^ b[l])
+    }
+    #[inline(always)]
+    unsafe fn add_u(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| a[l].wrapping_add(b[l]))
+    }
+    #[inline(always)]
+    unsafe fn sub_u(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| a[l].wrapping_sub(b[l]))
+    }
+    #[inline(always)]
+    unsafe fn max_u(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| a[l].max(b[l]))
+    }
+    #[inline(always)]
+    unsafe fn equal(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| if a[l] == b[l] { u32::MAX } else { 0 })
+    }
+    #[inline(always)]
+    unsafe fn shift_left<const N: u32>(v: [u32; 16]) -> [u32; 16] {
+        v.map(|v| v << N)
+    }
+    #[inline(always)]
+    unsafe fn shift_right<const N: u32>(v: [u32; 16]) -> [u32; 16] {
+        v.map(|v| v >> N)
+    }
+    #[inline(always)]
+    unsafe fn multiply_wide(v: [u32; 16], m: u32) -> ([u32; 16], [u32; 16]) {
+        let products = v.map(|v| u64::from(v) * u64::from(m));
+        (products.map(|p| (p >> 32) as u32), products.map(|p| p as u32))
+    }
+    #[inline(always)]
+    unsafe fn look_up(v: [u32; 16], table: &[u32; 16]) -> [u32; 16] {
+        v.map(|v| table[(v & 15) as usize])
+    }
+    #[inline(always)]
+    unsafe fn add_bytes(sum: [u32; 16], words: [u32; 16]) -> [u32; 16] {
+        std::array::from_fn(|l| {
+            let bytes = words[l].to_le_bytes().map(|b| i32::from(b as i8));
+            sum[l].wrapping_add(bytes.iter().sum::<i32>() as u32)
+        })
+    }
+    #[inline(always)]
+    unsafe fn transpose(rows: [[f32; 16]; 16]) -> [[f32; 16]; 16] {
+        std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]))
+    }
+    #[inline(always)]
+    unsafe fn interleave(w: [[u32; 16]; 4]) -> [[u32; 16]; 4] {
+        std::array::from_fn(|j| std::array::from_fn(|i| w[i % 4][i / 4 * 4 + j]))
+    }
+    #[inline(always)]
+    unsafe fn widen(v: [u32; 16]) -> [[u32; 16]; 2] {
+        std::array::from_fn(|half| {
+            std::array::from_fn(|i| v[half * 8 + i / 2] >> (16 * (i % 2)) & 0xffff)
+        })
+    }
+}
+
+/// One register.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Avx512;
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    use super::{Avx512, Lanes};
+
+    // SAFETY of every block below: the caller vouches for the instruction set (and for the memory).
+    #[allow(clippy::undocumented_unsafe_blocks)]
+    impl Lanes for Avx512 {
+        type F = __m512;
+        type U = __m512i;
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> __m512 {
+            unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn store(to: *mut f32, v: __m512) {
+            unsafe { _mm512_storeu_ps(to, v) }
+        }
+        #[inline(always)]
+        unsafe fn load_u(from: *const u32) -> __m512i {
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn store_u(to: *mut u32, v: __m512i) {
+            unsafe { _mm512_storeu_si512(to.cast(), v) }
+        }
+        #[inline(always)]
+        unsafe fn splat(v: f32) -> __m512 {
+            unsafe { _mm512_set1_ps(v) }
+        }
+        #[inline(always)]
+        unsafe fn splat_u(v: u32) -> __m512i {
+            unsafe { _mm512_set1_epi32(v as i32) }
+        }
+        #[inline(always)]
+        unsafe fn bits(v: __m512) -> __m512i {
+            unsafe { _mm512_castps_si512(v) }
+        }
+        #[inline(always)]
+        unsafe fn from_bits(v: __m512i) -> __m512 {
+            unsafe { _mm512_castsi512_ps(v) }
+        }
+        #[inline(always)]
+        unsafe fn add(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_sub_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn less(a: __m512, b: __m512) -> __m512i {
+            unsafe { _mm512_movm_epi32(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b)) }
+        }
+        #[inline(always)]
+        unsafe fn less_equal(a: __m512, b: __m512) -> __m512i {
+            unsafe { _mm512_movm_epi32(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b)) }
+        }
+        #[inline(always)]
+        unsafe fn and(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_and_si512(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_or_si512(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn xor(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_xor_si512(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn add_u(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_add_epi32(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn sub_u(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_sub_epi32(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn max_u(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_max_epu32(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn equal(a: __m512i, b: __m512i) -> __m512i {
+            unsafe { _mm512_movm_epi32(_mm512_cmpeq_epi32_mask(a, b)) }
+        }
+        #[inline(always)]
+        unsafe fn shift_left<const N: u32>(v: __m512i) -> __m512i {
+            unsafe { _mm512_slli_epi32::<N>(v) }
+        }
+        #[inline(always)]
+        unsafe fn shift_right<const N: u32>(v: __m512i) -> __m512i {
+            unsafe { _mm512_srli_epi32::<N>(v) }
+        }
+        #[inline(always)]
+        unsafe fn multiply_wide(v: __m512i, m: u32) -> (__m512i, __m512i) {
+            unsafe {
+                let m = _mm512_set1_epi32(m as i32);
+                let even = _mm512_mul_epu32(v, m);
+                let odd = _mm512_mul_epu32(_mm512_srli_epi64::<32>(v), m);
+                let high = _mm512_mask_mov_epi32(_mm512_srli_epi64::<32>(even), 0xaaaa, odd);
+                (high, _mm512_mullo_epi32(v, m))
+            }
+        }
+        #[inline(always)]
+        unsafe fn look_up(v: __m512i, table: &[u32; 16]) -> __m512i {
+            unsafe { _mm512_permutexvar_epi32(v, Self::load_u(table.as_ptr())) }
+        }
+        #[inline(always)]
+        unsafe fn add_bytes(sum: __m512i, words: __m512i) -> __m512i {
+            unsafe { _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), words) }
+        }
+        #[inline(always)]
+        unsafe fn transpose(r: [__m512; 16]) -> [__m512; 16] {
+            unsafe {
+                // quads[q][c]: columns c, 4 + c, 8 + c, 12 + c of rows 4 q .. 4 q + 4.
+                let mut quads = [[r[0]; 4]; 4];
+                for q in 0..4 {
+                    let (a, b, c, d) = (r[4 * q], r[4 * q + 1], r[4 * q + 2], r[4 * q + 3]);
+                    let (low, high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                    let (low, high) = (_mm512_castps_pd(low), _mm512_castps_pd(high));
+                    let (low2, high2) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                    let (low2, high2) = (_mm512_castps_pd(low2), _mm512_castps_pd(high2));
+                    quads[q] = [
+                        _mm512_castpd_ps(_mm512_unpacklo_pd(low, low2)),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(low, low2)),
+                        _mm512_castpd_ps(_mm512_unpacklo_pd(high, high2)),
+                        _mm512_castpd_ps(_mm512_unpackhi_pd(high, high2)),
+                    ];
+                }
+                // Then the quarters of 128 bits: 0x88 takes the even ones of two registers, 0xdd
+                // the odd ones.
+                let mut out = r;
+                for c in 0..4 {
+                    let [q0, q1, q2, q3] = [quads[0][c], quads[1][c], quads[2][c], quads[3][c]];
+                    let even01 = _mm512_shuffle_f32x4::<0x88>(q0, q1);
+                    let odd01 = _mm512_shuffle_f32x4::<0xdd>(q0, q1);
+                    let even23 = _mm512_shuffle_f32x4::<0x88>(q2, q3);
+                    let odd23 = _mm512_shuffle_f32x4::<0xdd>(q2, q3);
+                    out[c] = _mm512_shuffle_f32x4::<0x88>(even01, even23);
+                    out[4 + c] = _mm512_shuffle_f32x4::<0x88>(odd01, odd23);
+                    out[8 + c] = _mm512_shuffle_f32x4::<0xdd>(even01, even23);
+                    out[12 + c] = _mm512_shuffle_f32x4::<0xdd>(odd01, odd23);
+                }
+                out
+            }
+        }
+        #[inline(always)]
+        unsafe fn interleave(w: [__m512i; 4]) -> [__m512i; 4] {
+            unsafe {
+                let (a, b) = (_mm512_unpacklo_epi32(w[0], w[1]), _mm512_unpackhi_epi32(w[0], w[1]));
+                let (c, d) = (_mm512_unpacklo_epi32(w[2], w[3]), _mm512_unpackhi_epi32(w[2], w[3]));
+                [
+                    _mm512_unpacklo_epi64(a, c),
+                    _mm512_unpackhi_epi64(a, c),
+                    _mm512_unpacklo_epi64(b, d),
+                    _mm512_unpackhi_epi64(b, d),
+                ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn widen(v: __m512i) -> [__m512i; 2] {
+            unsafe {
+                [
+                    _mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)),
+                    _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(v)),
+                ]
+            }
+        }
+    }
+}
+
+/// Two registers.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Avx2;
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::*;
+
+    use super::{Avx2, Lanes};
+
+    type F = [__m256; 2];
+    type U = [__m256i; 2];
+
+    // SAFETY of every block below: the caller vouches for the instruction set (and for the memory).
+    #[allow(clippy::undocumented_unsafe_blocks)]
+    impl Lanes for Avx2 {
+        type F = F;
+        type U = U;
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> F {
+            unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+        }
+        #[inline(always)]
+        unsafe fn store(to: *mut f32, v: F) {
+            unsafe {
+                _mm256_storeu_ps(to, v[0]);
+                _mm256_storeu_ps(to.add(8), v[1]);
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_u(from: *const u32) -> U {
+            unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(8).cast())] }
+        }
+        #[inline(always)]
+        unsafe fn store_u(to: *mut u32, v: U) {
+            unsafe {
+                _mm256_storeu_si256(to.cast(), v[0]);
+                _mm256_storeu_si256(to.add(8).cast(), v[1]);
+            }
+        }
+        #[inline(always)]
+        unsafe fn splat(v: f32) -> F {
+            unsafe { [_mm256_set1_ps(v); 2] }
+        }
+        #[inline(always)]
+        unsafe fn splat_u(v: u32) -> U {
+            unsafe { [_mm256_set1_epi32(v as i32); 2] }
+        }
+        #[inline(always)]
+        unsafe fn bits(v: F) -> U {
+            unsafe { [_mm256_castps_si256(v[0]), _mm256_castps_si256(v[1])] }
+        }
+        #[inline(always)]
+        unsafe fn from_bits(v: U) -> F {
+            unsafe { [_mm256_castsi256_ps(v[0]), _mm256_castsi256_ps(v[1])] }
+        }
+        #[inline(always)]
+        unsafe fn add(a: F, b: F) -> F {
+            unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn sub(a: F, b: F) -> F {
+            unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: F, b: F) -> F {
+            unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn less(a: F, b: F) -> U {
+            unsafe {
+                Self::bits([
+                    _mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0]),
+                    _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1]),
+                ])
+            }
+        }
+        #[inline(always)]
+        unsafe fn less_equal(a: F, b: F) -> U {
+            unsafe {
+                Self::bits([
+                    _mm256_cmp_ps::<_CMP_LE_OQ>(a[0], b[0]),
+                    _mm256_cmp_ps::<_CMP_LE_OQ>(a[1], b[1]),
+                ])
+            }
+        }
+        #[inline(always)]
+        unsafe fn and(a: U, b: U) -> U {
+            unsafe { [_mm256_and_si256(a[0], b[0]), _mm256_and_si256(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn or(a: U, b: U) -> U {
+            unsafe { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn xor(a: U, b: U) -> U {
+            unsafe { [_mm256_xor_si256(a[0], b[0]), _mm256_xor_si256(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn add_u(a: U, b: U) -> U {
+            unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn sub_u(a: U, b: U) -> U {
+            unsafe { [_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn max_u(a: U, b: U) -> U {
+            unsafe { [_mm256_max_epu32(a[0], b[0]), _mm256_max_epu32(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn equal(a: U, b: U) -> U {
+            unsafe { [_mm256_cmpeq_epi32(a[0], b[0]), _mm256_cmpeq_epi32(a[1], b[1])] }
+        }
+        #[inline(always)]
+        unsafe fn shift_left<const N: u32>(v: U) -> U {
+            unsafe {
+                let n = _mm_cvtsi32_si128(N as i32);
+                [_mm256_sll_epi32(v[0], n), _mm256_sll_epi32(v[1], n)]
+            }
+        }
+        #[inline(always)]
+        unsafe fn shift_right<const N: u32>(v: U) -> U {
+            unsafe {
+                let n = _mm_cvtsi32_si128(N as i32);
+                [_mm256_srl_epi32(v[0], n), _mm256_srl_epi32(v[1], n)]
+            }
+        }
+        #[inline(always)]
+        unsafe fn multiply_wide(v: U, m: u32) -> (U, U) {
+            unsafe {
+                let m = _mm256_set1_epi32(m as i32);
+                let (mut high, mut low) = (v, v);
+                for i in 0..2 {
+                    let even = _mm256_mul_epu32(v[i], m);
+                    let odd = _mm256_mul_epu32(_mm256_srli_epi64::<32>(v[i]), m);
+                    high[i] = _mm256_blend_epi32::<0xaa>(_mm256_srli_epi64::<32>(even), odd);
+                    low[i] = _mm256_blend_epi32::<0xaa>(even, _mm256_slli_epi64::<32>(odd));
+                }
+                (high, low)
+            }
+        }
+        #[inline(always)]
+        unsafe fn look_up(v: U, table: &[u32; 16]) -> U {
+            unsafe {
+                let [low, high] = Self::load_u(table.as_ptr());
+                let mut out = v;
+                for i in 0..2 {
+                    // Bit 3 of the index, moved to the sign, picks the half of the table.
+                    let pick = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(v[i]));
+                    let low = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(low, v[i]));
+                    let high = _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(high, v[i]));
+                    out[i] = _mm256_castps_si256(_mm256_blendv_ps(low, high, pick));
+                }
+                out
+            }
+        }
+        #[inline(always)]
+        unsafe fn add_bytes(sum: U, words: U) -> U {
+            unsafe {
+                let mut out = sum;
+                for i in 0..2 {
+                    let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), words[i]);
+                    let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                    out[i] = _mm256_add_epi32(sum[i], fours);
+                }
+                out
+            }
+        }
+        #[inline(always)]
+        unsafe fn transpose(r: [F; 16]) -> [F; 16] {
+            unsafe {
+                let mut out = r;
+                // Four blocks of 8 x 8: rows 8 down .. , columns 8 across ..
+                for (down, across) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+                    let mut quads = [[r[0][0]; 4]; 2];
+                    for q in 0..2 {
+                        let first = 8 * down + 4 * q;
+                        let (a, b) = (r[first][across], r[first + 1][across]);
+                        let (c, d) = (r[first + 2][across], r[first + 3][across]);
+                        let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                        let (low2, high2) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+                        quads[q] = [
+                            _mm256_shuffle_ps::<0x44>(low, low2),
+                            _mm256_shuffle_ps::<0xee>(low, low2),
+                            _mm256_shuffle_ps::<0x44>(high, high2),
+                            _mm256_shuffle_ps::<0xee>(high, high2),
+                        ];
+                    }
+                    for c in 0..4 {
+                        let (a, b) = (quads[0][c], quads[1][c]);
+                        out[8 * across + c][down] = _mm256_permute2f128_ps::<0x20>(a, b);
+                        out[8 * across + 4 + c][down] = _mm256_permute2f128_ps::<0x31>(a, b);
+                    }
+                }
+                out
+            }
+        }
+        #[inline(always)]
+        unsafe fn interleave(w: [U; 4]) -> [U; 4] {
+            unsafe {
+                let mut out = w;
+                for h in 0..2 {
+                    let (a, b) = (w[0][h], w[1][h]);
+                    let (low, high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+                    let (c, d) = (w[2][h], w[3][h]);
+                    let (low2, high2) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+                    out[0][h] = _mm256_unpacklo_epi64(low, low2);
+                    out[1][h] = _mm256_unpackhi_epi64(low, low2);
+                    out[2][h] = _mm256_unpacklo_epi64(high, high2);
+                    out[3][h] = _mm256_unpackhi_epi64(high, high2);
+                }
+                out
+            }
+        }
+        #[inline(always)]
+        unsafe fn widen(v: U) -> [U; 2] {
+            unsafe {
+                let mut out = [v; 2];
+                for i in 0..2 {
+                    out[i] = [
+                        _mm256_cvtepu16_epi32(_mm256_castsi256_si128(v[i])),
+                        _mm256_cvtepu16_epi32(_mm256_extracti128_si256::<1>(v[i])),
+                    ];
+                }
+                out
+            }
+        }
+    }
+}
+
+/// Compiles a kernel that is generic over [`Lanes`] for every instruction set; the first argument of
+/// the result picks.
+macro_rules! lanes_fn {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $kernel:ident;
+    ) => {
+        $(#[$meta])*
+        $vis fn $name(isa: $crate::backend::cpu::isa::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) {
+                // SAFETY: compiled for the set.
+                unsafe { $kernel::<$crate::backend::cpu::lanes::Avx2>($($arg),*) }
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+            fn avx512($($arg: $ty),*) {
+                // SAFETY: compiled for the set.
+                unsafe { $kernel::<$crate::backend::cpu::lanes::Avx512>($($arg),*) }
+            }
+
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: an engine only holds a set that `is_available` confirmed.
+                $crate::backend::cpu::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: arrays need no set.
+                _ => unsafe { $kernel::<$crate::backend::cpu::lanes::Portable>($($arg),*) },
+            }
+        }
+    };
+}
+pub(super) use lanes_fn;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every operation of a set gives what the arrays give.
+    fn agrees<L: Lanes>() {
+        let words: [u32; 16] = std::array::from_fn(|i| (i as u32).wrapping_mul(0x9e37_79b9) ^ 0x55);
+        let other: [u32; 16] = std::array::from_fn(|i| words[15 - i].rotate_left(7));
+        let floats: [f32; 16] = std::array::from_fn(|i| (i as f32 - 7.3) * 1.7);
+        let more: [f32; 16] = std::array::from_fn(|i| floats[(i * 5) % 16]);
+        // SAFETY: the caller checked that the set is available; arrays hold 16 lanes.
+        unsafe {
+            let (u, v) = (L::load_u(words.as_ptr()), L::load_u(other.as_ptr()));
+            let (f, g) = (L::load(floats.as_ptr()), L::load(more.as_ptr()));
+            let out_u = |v: L::U| {
+                let mut out = [0; 16];
+                L::store_u(out.as_mut_ptr(), v);
+                out
+            };
+            let out = |v: L::F| out_u(L::bits(v));
+            type P = Portable;
+            let p_out = |v: [f32; 16]| v.map(f32::to_bits);
+            assert_eq!(out(L::add(f, g)), p_out(P::add(floats, more)));
+            assert_eq!(out(L::sub(f, g)), p_out(P::sub(floats, more)));
+            assert_eq!(out(L::mul(f, g)), p_out(P::mul(floats, more)));
+            assert_eq!(out_u(L::less(f, g)), P::less(floats, more));
+            assert_eq!(out_u(L::less_equal(f, g)), P::less_equal(floats, more));
+            assert_eq!(out_u(L::and(u, v)), P::and(words, other));
+            assert_eq!(out_u(L::or(u, v)), P::or(words, other));
+            assert_eq!(out_u(L::xor(u, v)), P::xor(words, other));
+            assert_eq!(out_u(L::add_u(u, v)), P::add_u(words, other));
+            assert_eq!(out_u(L::sub_u(u, v)), P::sub_u(words, other));
+            assert_eq!(out_u(L::max_u(u, v)), P::max_u(words, other));
+            assert_eq!(out_u(L::equal(u, u)), P::equal(words, words));
+            assert_eq!(out_u(L::equal(u, v)), P::equal(words, other));
+            assert_eq!(out_u(L::shift_left::<6>(u)), P::shift_left::<6>(words));
+            assert_eq!(out_u(L::shift_right::<22>(u)), P::shift_right::<22>(words));
+            assert_eq!(out_u(L::splat_u(77)), P::splat_u(77));
+            assert_eq!(out(L::splat(7.5)), p_out(P::splat(7.5)));
+            let (high, low) = L::multiply_wide(u, 0xd251_1f53);
+            let expected = P::multiply_wide(words, 0xd251_1f53);
+            assert_eq!((out_u(high), out_u(low)), expected);
+            let small = L::and(u, L::splat_u(15));
+            assert_eq!(out_u(L::look_up(small, &other)), P::look_up(words.map(|w| w & 15), &other));
+            let bytes = words.map(|w| w & 0x0c0c_0c0c);
+            assert_eq!(
+                out_u(L::add_bytes(v, L::load_u(bytes.as_ptr()))),
+                P::add_bytes(other, bytes)
+            );
+            let four = [0, 1, 2, 3].map(|i| words.map(|w| w.wrapping_add(i)));
+            let got = L::interleave(four.map(|w| L::load_u(w.as_ptr()))).map(out_u);
+            assert_eq!(got, P::interleave(four));
+            assert_eq!(L::widen(u).map(out_u), P::widen(words));
+            let square: [[f32; 16]; 16] =
+                std::array::from_fn(|i| std::array::from_fn(|j| (16 * i + j) as f32));
+            let got = L::transpose(square.map(|row| L::load(row.as_ptr()))).map(out);
+            assert_eq!(got, P::transpose(square).map(p_out));
+        }
+    }
+
+    #[test]
+    fn all_sets_agree() {
+        agrees::<Portable>();
+        #[cfg(target_arch = "x86_64")]
+        {
+            use crate::backend::cpu::Isa;
+            if Isa::Avx2.is_available() {
+                agrees::<Avx2>();
+            }
+            if Isa::Avx512.is_available() {
+                agrees::<Avx512>();
+            }
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The same seed gives the same bytes: on any number of threads, and across a stop and a resume in
+//! another process.
+
+use std::path::Path;
+use std::process::Command;
+
+use mxfp4train::{
+    Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Schedule, ScheduleKind, Trainer,
+    TrainerOptions,
+};
+
+const STEPS_BEFORE: u64 = 3;
+const STEPS_AFTER: u64 = 20;
+
+/// Set for the process that resumes: the checkpoint folder.
+const RESUME_FROM: &str = "MXT_TEST_RESUME_FROM";
+
+fn engine(threads: usize) -> Engine {
+    Engine::new(EngineOptions { threads, seed: 99, ..EngineOptions::default() }).unwrap()
+}
+
+fn data() -> Dataset {
+    let text = include_str!("determinism.rs");
+    Dataset::from_tokens(text.bytes().map(u32::from).collect()).unwrap()
+}
+
+/// A small model of awkward sizes, and a run with everything in it that a resume must carry on.
+fn trainer(engine: &Engine, recipe: &str) -> Trainer {
+    let config = ModelConfig {
+        vocab_size: 257,
+        context_length: 37,
+        layers: 2,
+        heads: 3,
+        channels: 42,
+        ..ModelConfig::default()
+    };
+    let model = Model::new(engine, &config).unwrap();
+    let options = TrainerOptions {
+        batch_size: 3,
+        accumulation: 2,
+        recipe: recipe.parse().unwrap(),
+        schedule: Schedule {
+            kind: ScheduleKind::Cosine,
+            lr: 1e-2,
+            min_lr: 1e-3,
+            warmup_steps: 5,
+            total_steps: 30,
+            ..Schedule::default()
+        },
+        ..TrainerOptions::default()
+    };
+    Trainer::new(&model, options).unwrap()
+}
+
+/// Bits of the losses and norms of `steps` steps.
+fn run(trainer: &mut Trainer, steps: u64) -> Vec<(u32, u32)> {
+    let data = data();
+    let step = |_| {
+        let stats = trainer.step(&data).unwrap();
+        (stats.loss.to_bits(), stats.grad_norm.to_bits())
+    };
+    (0..steps).map(step).collect()
+}
+
+fn weights(model: &Model) -> Vec<u32> {
+    let mut all = Vec::new();
+    for info in model.tensors() {
+        let mut values = vec![0.0; info.len()];
+        model.read_tensor(&info.name, &mut values).unwrap();
+        all.extend(values.into_iter().map(f32::to_bits));
+    }
+    all
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    for recipe in Recipe::NAMES {
+        let results = [1, 2, 3].map(|threads| {
+            let mut trainer = trainer(&engine(threads), recipe);
+            let losses = run(&mut trainer, 4);
+            let eval = trainer.eval(&data(), 0).unwrap().loss.to_bits();
+            (losses, eval, weights(trainer.model()))
+        });
+        assert!(results[0] == results[1] && results[0] == results[2], "{recipe}");
+    }
+}
+
+#[test]
+fn another_process_resumes_bit_for_bit() {
+    for recipe in Recipe::NAMES {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = folder.path().join("checkpoint");
+        let mut uninterrupted = trainer(&engine(2), recipe);
+        run(&mut uninterrupted, STEPS_BEFORE);
+        uninterrupted.save(&checkpoint).unwrap();
+        let expected = run(&mut uninterrupted, STEPS_AFTER);
+
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "resume_in_a_child", "--nocapture"])
+            .env(RESUME_FROM, &checkpoint)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{text}");
+        let resumed: Vec<(u32, u32)> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("bits "))
+            .map(|line| {
+                let mut words = line.split(' ').map(|word| word.parse().unwrap());
+                (words.next().unwrap(), words.next().unwrap())
+            })
+            .collect();
+        assert_eq!(resumed, expected, "{recipe}");
+    }
+}
+
+/// The other process of the test above; on its own it has nothing to do.
+#[test]
+fn resume_in_a_child() {
+    let Some(checkpoint) = std::env::var_os(RESUME_FROM) else { return };
+    // Another seed and other threads: the checkpoint's seed counts, and threads do not.
+    let options = EngineOptions { threads: 3, seed: 1, ..EngineOptions::default() };
+    let mut trainer =
+        Trainer::load(&Engine::new(options).unwrap(), Path::new(&checkpoint)).unwrap();
+    assert_eq!(trainer.steps_done(), STEPS_BEFORE);
+    println!();
+    for (loss, norm) in run(&mut trainer, STEPS_AFTER) {
+        println!("bits {loss} {norm}");
+    }
+}
+
+#[test]
+fn seeds_differ() {
+    let other = EngineOptions { seed: 100, ..EngineOptions::default() };
+    let mut other = trainer(&Engine::new(other).unwrap(), "mxfp4-rht-sr");
+    assert_ne!(run(&mut other, 1), run(&mut trainer(&engine(2), "mxfp4-rht-sr"), 1));
+}
