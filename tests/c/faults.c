@@ -188,7 +188,7 @@ int main(int argc, char **argv) {
   mxt_trainer_options options;
   mxt_run_options run;
   mxt_model *other = NULL;
-  float values[16] = {0};
+  float values[16] = {0}, logits[VOCABULARY];
   uint32_t token = 1;
   size_t written = 77;
   char tokens[4096];
@@ -237,6 +237,7 @@ int main(int argc, char **argv) {
   MODEL_PANICS(mxt_model_tensor_read(model, "transformer.ln_f.bias", values, 16));
   MODEL_PANICS(mxt_model_tensor_write(model, "transformer.ln_f.bias", values, 16));
   MODEL_PANICS(mxt_model_generate(model, NULL, &token, 1, NULL, 0, &written));
+  MODEL_PANICS(mxt_model_next_logits(model, &token, 1, logits, VOCABULARY));
   CHECK(written == 77);
 
   start();

@@ -202,6 +202,11 @@ static int check_workers(void) {
   closedir(tasks);
   return workers;
 }
+
+/* Waits for that number: a thread gets its name, and leaves /proc, when the system comes to it. */
+static void expect_workers(int number) {
+  while (check_workers() != number) sched_yield();
+}
 #endif
 
 static void signals(int know_proc) {
@@ -231,7 +236,7 @@ static void signals(int know_proc) {
     CHECK(sigismember(&before, number) == sigismember(&after, number));
   }
 #if defined(__linux__)
-  CHECK(!know_proc || check_workers() == 4);
+  if (know_proc) expect_workers(4);
 #else
   (void)know_proc;
 #endif
@@ -248,7 +253,7 @@ static void signals(int know_proc) {
   mxt_model_free(model);
   mxt_engine_free(engine);
 #if defined(__linux__)
-  CHECK(!know_proc || check_workers() == 0); /* they are joined, not only told to end */
+  if (know_proc) expect_workers(0);
 #endif
 }
 
@@ -265,7 +270,7 @@ int main(int argc, char **argv) {
   CHECK(getcwd(folder, sizeof folder) != NULL);
 
   floating_point(in_folder(argv[1], "checkpoint"));
-  signals(getenv("NO_PROC") == NULL);
+  signals(getenv("UNDER_VALGRIND") == NULL);
 
   CHECK(strcmp(setlocale(LC_ALL, NULL), locale) == 0 && *localeconv()->decimal_point == comma);
   CHECK(umask(umask_before) == 027);

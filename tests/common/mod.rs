@@ -49,10 +49,10 @@ pub(crate) fn run_with(name: &str, link: Link, flags: &[&str], wrapper: &[&str])
     assert!(out.is_empty() && err.is_empty(), "{name} is to be silent:\n{out}{err}");
 }
 
-/// Compiles without a warning to `dir/program`.
+/// Compiles without a warning to a program of the source's name in `dir`.
 pub(crate) fn compile(source: &Path, link: Link, flags: &[&str], dir: &Path) -> PathBuf {
     let cpp = source.extension().is_some_and(|extension| extension == "cpp");
-    let program = dir.join("program");
+    let program = dir.join(source.with_extension("").file_name().expect("a file name"));
     let mut command = Command::new(if cpp { "c++" } else { "cc" });
     command.arg(if cpp { "-std=c++17" } else { "-std=c99" }).args(["-O1", "-g"]);
     command.args(["-Wall", "-Wextra", "-pedantic", "-Werror"]);
