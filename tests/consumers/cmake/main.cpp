@@ -1,5 +1,8 @@
 // A C++ program that finds the library with CMake.
 #include <mxfp4train.h>
+#if __has_include(<mxfp4train.hpp>)
+#include <mxfp4train.hpp>
+#endif
 
 #include <iostream>
 #include <memory>
