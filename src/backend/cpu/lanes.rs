@@ -61,6 +61,22 @@ pub(super) trait Lanes {
     unsafe fn look_up(v: Self::U, table: &[u32; 16]) -> Self::U;
     /// sum + the sum of the four signed bytes of each word.
     unsafe fn add_bytes(sum: Self::U, words: Self::U) -> Self::U;
+    /// Whether any lane has a bit set.
+    unsafe fn any(v: Self::U) -> bool;
+
+    /// Codes of y, 0 <= y <= 6, stochastically rounded as in `mx::quantize`; `bits` are in place.
+    #[inline(always)]
+    unsafe fn stochastic(y: Self::F, bits: Self::U) -> Self::U {
+        // SAFETY: passed on.
+        unsafe {
+            let one = Self::splat(1.0);
+            let below = Self::less(y, one);
+            let u = Self::add(y, Self::from_bits(Self::and(below, Self::bits(one))));
+            let code = Self::shift_right::<22>(Self::add_u(Self::bits(u), bits));
+            let code = Self::sub_u(code, Self::splat_u(252));
+            Self::sub_u(code, Self::and(below, Self::splat_u(2)))
+        }
+    }
 
     /// Rows to columns.
     unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16];
@@ -184,6 +200,10 @@ impl Lanes for Portable {
             let bytes = words[l].to_le_bytes().map(|b| i32::from(b as i8));
             sum[l].wrapping_add(bytes.iter().sum::<i32>() as u32)
         })
+    }
+    #[inline(always)]
+    unsafe fn any(v: [u32; 16]) -> bool {
+        v != [0; 16]
     }
     #[inline(always)]
     unsafe fn transpose(rows: [[f32; 16]; 16]) -> [[f32; 16]; 16] {
@@ -322,6 +342,22 @@ mod avx512 {
         #[inline(always)]
         unsafe fn add_bytes(sum: __m512i, words: __m512i) -> __m512i {
             unsafe { _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), words) }
+        }
+        #[inline(always)]
+        unsafe fn any(v: __m512i) -> bool {
+            unsafe { _mm512_test_epi32_mask(v, v) != 0 }
+        }
+        #[inline(always)]
+        unsafe fn stochastic(y: __m512, bits: __m512i) -> __m512i {
+            unsafe {
+                // The same with mask registers.
+                let one = _mm512_set1_ps(1.0);
+                let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(y, one);
+                let u = _mm512_castps_si512(_mm512_mask_add_ps(y, below, y, one));
+                let code = _mm512_srli_epi32::<22>(_mm512_add_epi32(u, bits));
+                let code = _mm512_sub_epi32(code, _mm512_set1_epi32(252));
+                _mm512_mask_sub_epi32(code, below, code, _mm512_set1_epi32(2))
+            }
         }
         #[inline(always)]
         unsafe fn transpose(r: [__m512; 16]) -> [__m512; 16] {
@@ -554,6 +590,13 @@ mod avx2 {
             }
         }
         #[inline(always)]
+        unsafe fn any(v: U) -> bool {
+            unsafe {
+                let v = _mm256_or_si256(v[0], v[1]);
+                _mm256_testz_si256(v, v) == 0
+            }
+        }
+        #[inline(always)]
         unsafe fn transpose(r: [F; 16]) -> [F; 16] {
             unsafe {
                 let mut out = r;
@@ -701,6 +744,13 @@ mod tests {
             assert_eq!(
                 out_u(L::add_bytes(v, L::load_u(bytes.as_ptr()))),
                 P::add_bytes(other, bytes)
+            );
+            assert_eq!((L::any(u), L::any(L::xor(u, u))), (true, false));
+            let y: [f32; 16] = std::array::from_fn(|i| i as f32 * 0.4);
+            let draws = words.map(|w| (w & 0xffff) << 6 | 32);
+            assert_eq!(
+                out_u(L::stochastic(L::load(y.as_ptr()), L::load_u(draws.as_ptr()))),
+                P::stochastic(y, draws)
             );
             let four = [0, 1, 2, 3].map(|i| words.map(|w| w.wrapping_add(i)));
             let got = L::interleave(four.map(|w| L::load_u(w.as_ptr()))).map(out_u);

@@ -24,7 +24,7 @@ pub use pack::{Matrix, PackedMut, Rotation, pack};
 pub(super) use pack::unpack_mxfp4;
 
 use super::Cpu;
-use super::isa::Isa;
+use super::isa::{Isa, simd_fn};
 
 /// Vectors in a panel: the lanes of an AVX-512 register.
 pub const PANEL: usize = 16;
@@ -73,10 +73,23 @@ pub struct Packed<'a> {
     pub steps: usize,
     /// (panels, steps, 16)
     pub words: &'a [u32],
-    /// MXFP4: half of each block's scale, (panels, steps / 8, 16).
+    /// MXFP4: half of each block's scale, (panels, steps / 8, 16). For operand A the bits of 1.0 are
+    /// subtracted from the bits, so that adding the bits of one scale of each operand multiplies.
     pub scales: &'a [f32],
     /// MXFP4, operand A: -12 times the sum of each block's doubled elements, (panels, steps / 8, 16).
     pub sums: &'a [i32],
+    /// MXFP4: the smallest and the largest scale byte, 255 for NaN.
+    pub scale_bytes: (u32, u32),
+}
+
+impl Packed<'_> {
+    /// Whether half of every scale, and every product of two of them, is a normal f32, so that adding
+    /// exponents multiplies them. With bytes a and b the product is 2^(a + b - 256).
+    fn multiply_by_adding(&self, other: &Self) -> bool {
+        let ((min_a, max_a), (min_b, max_b)) = (self.scale_bytes, other.scale_bytes);
+        let normal = min_a >= 2 && min_b >= 2 && max_a < 255 && max_b < 255;
+        normal && min_a + min_b >= 130 && max_a + max_b <= 383
+    }
 }
 
 /// Where the result goes: `c[i * stride + j] (+)= alpha * sum + bias[j]`.
@@ -151,29 +164,45 @@ unsafe fn rectangle(
             for i in (i0..i1).step_by(TILE_ROWS) {
                 let rows = (i1 - i).min(TILE_ROWS);
                 kernels::tile(isa, a, b, i, j, cols.div_ceil(PANEL), s0..s1, &mut tile);
-                for r in 0..rows {
-                    // SAFETY: row i + r < i1 and columns j .. j + cols <= j1 lie in the rectangle.
-                    let c = unsafe {
-                        std::slice::from_raw_parts_mut(out.c.add((i + r) * out.stride + j), cols)
-                    };
-                    let bias = bias.map(|bias| &bias[j..j + cols]);
-                    store_row(c, &tile.0[r][..cols], out.alpha, bias, add);
-                }
+                // SAFETY: rows i .. i + rows and columns j .. j + cols lie in the rectangle.
+                let c = unsafe { out.c.add(i * out.stride + j) };
+                let bias = bias.map(|bias| &bias[j..j + cols]);
+                let to = TileOutput { c, stride: out.stride, alpha: out.alpha, bias, add };
+                store_tile(isa, &tile, rows, cols, &to);
             }
         }
     }
 }
 
-/// c (+)= alpha * sum + bias
-fn store_row(c: &mut [f32], sum: &[f32], alpha: f32, bias: Option<&[f32]>, add: bool) {
-    match (bias, add) {
-        (None, false) => c.iter_mut().zip(sum).for_each(|(c, s)| *c = alpha * s),
-        (None, true) => c.iter_mut().zip(sum).for_each(|(c, s)| *c += alpha * s),
-        (Some(bias), false) => {
-            c.iter_mut().zip(sum).zip(bias).for_each(|((c, s), b)| *c = alpha * s + b);
-        }
-        (Some(bias), true) => {
-            c.iter_mut().zip(sum).zip(bias).for_each(|((c, s), b)| *c += alpha * s + b);
+/// Where a tile goes: `c[r * stride + i] (+)= alpha * sum + bias[i]`.
+struct TileOutput<'a> {
+    c: *mut f32,
+    stride: usize,
+    alpha: f32,
+    bias: Option<&'a [f32]>,
+    add: bool,
+}
+
+simd_fn! {
+    /// Stores `rows` rows of `cols` columns, which the caller owns.
+    fn store_tile(tile: &Tile, rows: usize, cols: usize, out: &TileOutput<'_>) {
+        let alpha = out.alpha;
+        for (r, sums) in tile.0[..rows].iter().enumerate() {
+            // SAFETY: `rectangle` passes rows and columns of its own.
+            let c = unsafe { std::slice::from_raw_parts_mut(out.c.add(r * out.stride), cols) };
+            let sums = &sums[..cols];
+            match (out.bias, out.add) {
+                (None, false) => c.iter_mut().zip(sums).for_each(|(c, s)| *c = alpha * s),
+                (None, true) => c.iter_mut().zip(sums).for_each(|(c, s)| *c += alpha * s),
+                (Some(bias), false) => {
+                    let terms = c.iter_mut().zip(sums).zip(bias);
+                    terms.for_each(|((c, s), b)| *c = alpha * s + b);
+                }
+                (Some(bias), true) => {
+                    let terms = c.iter_mut().zip(sums).zip(bias);
+                    terms.for_each(|((c, s), b)| *c += alpha * s + b);
+                }
+            }
         }
     }
 }

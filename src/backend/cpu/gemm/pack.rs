@@ -5,6 +5,8 @@
 //! maxima and the rounding are plain lane-by-lane arithmetic for either layout of the source.
 //! `mx::Mxfp4Matrix` is the definition; the codes are the same bit for bit.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use rayon::prelude::*;
 
 use super::{BLOCK_STEPS, Format, PANEL, Packed};
@@ -146,6 +148,7 @@ pub fn pack<'a>(
     let words = &mut memory.words[..panels * steps * PANEL];
     let scales = &mut memory.scales[..blocks];
     let sums = &mut memory.sums[..blocks];
+    let range = ScaleRange::new();
     let per_panel = words.par_chunks_exact_mut(steps * PANEL).with_max_len(1).enumerate();
     cpu.install(|| match (format, rotation) {
         (Format::Mxfp4, Some(rotation)) => {
@@ -154,7 +157,7 @@ pub fn pack<'a>(
                 .zip(scales.par_chunks_exact_mut(blocks).zip(sums.par_chunks_exact_mut(blocks)))
                 .for_each(|((panel, words), (scales, sums))| {
                     let r0 = panel * PANEL;
-                    mxfp4_panel(isa, source, r0, rotation, unsigned, words, scales, sums);
+                    mxfp4_panel(isa, source, r0, rotation, unsigned, words, scales, sums, &range);
                 });
         }
         (Format::Bf16, None) => {
@@ -165,7 +168,20 @@ pub fn pack<'a>(
         }),
         _ => unreachable!("a rotation goes with MXFP4"),
     });
-    Packed { format, rows: source.rows, steps, words, scales, sums }
+    let scale_bytes = (range.min.into_inner(), range.max.into_inner());
+    Packed { format, rows: source.rows, steps, words, scales, sums, scale_bytes }
+}
+
+/// The smallest and the largest scale byte of an operand, all panels taken together.
+struct ScaleRange {
+    min: AtomicU32,
+    max: AtomicU32,
+}
+
+impl ScaleRange {
+    fn new() -> Self {
+        Self { min: AtomicU32::new(u32::MAX), max: AtomicU32::new(0) }
+    }
 }
 
 lanes_fn! {
@@ -190,6 +206,7 @@ lanes_fn! {
         words: &mut [u32],
         scales: &mut [f32],
         sums: &mut [i32],
+        range: &ScaleRange,
     ) = mxfp4_lanes;
 }
 
@@ -251,15 +268,17 @@ unsafe fn mxfp4_lanes<L: Lanes>(
     words: &mut [u32],
     scales: &mut [f32],
     sums: &mut [i32],
+    range: &ScaleRange,
 ) {
     let group = rotation.group();
     let mut buffer = [[0.0f32; PANEL]; MAX_GROUP];
     let buffer = &mut buffer[..group];
-    let mut bits = [[0u32; PANEL]; BLOCK];
     let table = element_bytes(unsigned);
     let words = words.as_chunks_mut::<PANEL>().0.as_chunks_mut::<BLOCK_STEPS>().0;
     let scales = scales.as_chunks_mut::<PANEL>().0;
     let sums = sums.as_chunks_mut::<PANEL>().0;
+    // The largest byte so far, and the largest 255 - byte.
+    let (mut max, mut max_below) = ([0u32; PANEL], [0u32; PANEL]);
     for block in 0..words.len() {
         let k0 = block * BLOCK;
         // SAFETY: passed on.
@@ -267,24 +286,41 @@ unsafe fn mxfp4_lanes<L: Lanes>(
             if k0.is_multiple_of(group) {
                 load_group::<L>(source, r0, k0, rotation.signs, buffer);
             }
-            if rotation.rounding == Rounding::Unbiased {
-                let (r0, k0) = (r0 as u32, k0 as u32);
-                draw_bits::<L>(&rotation.draw, source.transposed, r0, k0, &mut bits);
-            }
             let values = buffer[k0 % group..]
                 .first_chunk::<BLOCK>()
                 .expect("a group is a whole number of blocks");
-            let scale = match rotation.rounding {
-                Rounding::Nearest => quantize::<L, false>(values, &bits, &table, &mut words[block]),
-                Rounding::Unbiased => quantize::<L, true>(values, &bits, &table, &mut words[block]),
+            let (draw, words) = (&rotation.draw, &mut words[block]);
+            let (scale, byte) = match (rotation.rounding, source.transposed) {
+                (Rounding::Nearest, _) => {
+                    quantize::<L, false, false>(values, draw, r0, k0, &table, words)
+                }
+                (Rounding::Unbiased, false) => {
+                    quantize::<L, true, false>(values, draw, r0, k0, &table, words)
+                }
+                (Rounding::Unbiased, true) => {
+                    quantize::<L, true, true>(values, draw, r0, k0, &table, words)
+                }
             };
-            L::store(scales[block].as_mut_ptr(), scale);
-            if !unsigned {
-                store_sum::<L>(&words[block], &mut sums[block]);
+            let below = L::sub_u(L::splat_u(255), byte);
+            L::store_u(max.as_mut_ptr(), L::max_u(L::load_u(max.as_ptr()), byte));
+            L::store_u(max_below.as_mut_ptr(), L::max_u(L::load_u(max_below.as_ptr()), below));
+            if unsigned {
+                L::store(scales[block].as_mut_ptr(), scale);
+            } else {
+                let word = L::sub_u(L::bits(scale), L::splat_u(ONE));
+                L::store(scales[block].as_mut_ptr(), L::from_bits(word));
+                store_sum::<L>(words, &mut sums[block]);
             }
         }
     }
+    for l in 0..PANEL {
+        range.max.fetch_max(max[l], Ordering::Relaxed);
+        range.min.fetch_min(255 - max_below[l], Ordering::Relaxed);
+    }
 }
+
+/// The bits of 1.0.
+pub(super) const ONE: u32 = 127 << 23;
 
 /// Bytes of the doubled elements by code, plus 12 where they are unsigned.
 fn element_bytes(unsigned: bool) -> [u32; 16] {
@@ -364,50 +400,37 @@ unsafe fn butterfly<L: Lanes, const N: usize>(mut v: [L::F; N]) -> [L::F; N] {
     v
 }
 
-/// The rounding bits of a block of 16 vectors, placed where the rounding adds them: 16 bits from bit
-/// 6 up, and the half step below.
+/// The rounding bits of elements k0 .. k0 + 8 of 16 vectors from r0 on, placed where the rounding adds
+/// them: 16 bits from bit 6 up, and the half step below.
 #[inline(always)]
-unsafe fn draw_bits<L: Lanes>(
-    draw: &Draw,
-    transposed: bool,
-    r0: u32,
-    k0: u32,
-    bits: &mut [[u32; PANEL]; BLOCK],
-) {
-    // SAFETY: passed on; rows of 16 words.
+unsafe fn draw_bits<L: Lanes>(draw: &Draw, transposed: bool, r0: u32, k0: u32) -> [L::U; 8] {
+    // SAFETY: passed on.
     unsafe {
+        let mut bits = [L::splat_u(0); 8];
         if transposed {
-            // Lanes are columns of the source, two groups of 8. A call takes 8 rows; its lane
-            // 4 b + j computes row 2 j + b / 2 and group b % 2, so that interleaving the four words
-            // gives whole rows.
+            // Lanes are columns of the source, two groups of 8. Lane 4 b + j computes row
+            // 2 j + b / 2 and group b % 2, so that interleaving the four words gives whole rows.
             const ROW: [u32; PANEL] = [0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7];
             const GROUP: [u32; PANEL] = [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1];
             let row = L::add_u(L::load_u(ROW.as_ptr()), L::splat_u(k0));
             let column = L::add_u(L::load_u(GROUP.as_ptr()), L::splat_u(draw.word1 | (r0 / 8)));
-            for (part, bits) in bits.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                let row = L::add_u(row, L::splat_u(8 * part as u32));
-                let words = L::interleave(philox::<L>(draw, row, column));
-                for j in 0..4 {
-                    let rows = L::widen(words[j]);
-                    L::store_u(bits[2 * j].as_mut_ptr(), place::<L>(rows[0]));
-                    L::store_u(bits[2 * j + 1].as_mut_ptr(), place::<L>(rows[1]));
-                }
+            let words = L::interleave(philox::<L>(draw, row, column));
+            for j in 0..4 {
+                let rows = L::widen(words[j]);
+                bits[2 * j] = place::<L>(rows[0]);
+                bits[2 * j + 1] = place::<L>(rows[1]);
             }
         } else {
-            // Lanes are rows of the source. A call takes 8 columns.
+            // Lanes are rows of the source.
             const LANE: [u32; PANEL] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
             let row = L::add_u(L::load_u(LANE.as_ptr()), L::splat_u(r0));
-            for (part, bits) in bits.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                let column = L::splat_u(draw.word1 | (k0 / 8 + part as u32));
-                let words = philox::<L>(draw, row, column);
-                for w in 0..4 {
-                    let low = L::and(words[w], L::splat_u(0xffff));
-                    let high = L::shift_right::<16>(words[w]);
-                    L::store_u(bits[2 * w].as_mut_ptr(), place::<L>(low));
-                    L::store_u(bits[2 * w + 1].as_mut_ptr(), place::<L>(high));
-                }
+            let words = philox::<L>(draw, row, L::splat_u(draw.word1 | (k0 / 8)));
+            for w in 0..4 {
+                bits[2 * w] = place::<L>(L::and(words[w], L::splat_u(0xffff)));
+                bits[2 * w + 1] = place::<L>(L::shift_right::<16>(words[w]));
             }
         }
+        bits
     }
 }
 
@@ -440,14 +463,19 @@ unsafe fn philox<L: Lanes>(draw: &Draw, row: L::U, column: L::U) -> [L::U; 4] {
 }
 
 /// `mx::quantize_block` of 16 blocks at a time, with bytes of doubled elements instead of codes.
-/// Returns half of each scale.
+/// Returns half of each scale, and the scale's byte (255 for NaN).
+///
+/// NOTE: a block of zeroes has the byte 0, 2^-127. Its scale multiplies zeroes, so that of 1.0, which
+/// no range check trips over, stands here instead.
 #[inline(always)]
-unsafe fn quantize<L: Lanes, const UNBIASED: bool>(
+unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool>(
     values: &[[f32; PANEL]; BLOCK],
-    bits: &[[u32; PANEL]; BLOCK],
+    draw: &Draw,
+    r0: usize,
+    k0: usize,
     table: &[u32; 16],
     words: &mut [[u32; PANEL]; BLOCK_STEPS],
-) -> L::F {
+) -> (L::F, L::U) {
     // SAFETY: passed on; rows of 16 lanes.
     unsafe {
         let magnitude = L::splat_u(0x7fff_ffff);
@@ -458,6 +486,8 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool>(
         // The scale's byte is the biased exponent less 2, at least 0; see `mx::e8m0`.
         let biased = L::shift_right::<23>(max);
         let bad = L::equal(biased, L::splat_u(255));
+        let zero = L::and(L::equal(max, L::splat_u(0)), L::splat_u(129));
+        let biased = L::add_u(biased, zero);
         let byte = L::sub_u(L::max_u(biased, L::splat_u(2)), L::splat_u(2));
         let inverse = L::from_bits(L::shift_left::<23>(L::sub_u(L::splat_u(254), byte)));
         let factor = if UNBIASED { L::mul(inverse, L::splat(0.75)) } else { inverse };
@@ -466,25 +496,44 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool>(
         let half = L::bits(L::mul(scale, L::splat(0.5)));
         let half = L::from_bits(L::or(half, L::and(bad, L::splat_u(0x7fc0_0000))));
 
-        let good = L::xor(bad, L::splat_u(u32::MAX));
-        for step in 0..BLOCK_STEPS {
-            let mut element = [good; 4];
-            for i in 0..4 {
-                let x = L::bits(L::load(values[4 * step + i].as_ptr()));
+        // Two steps at a time: 8 elements, one call of the generator.
+        for pair in 0..BLOCK_STEPS / 2 {
+            let k = 8 * pair;
+            let bits = if UNBIASED {
+                draw_bits::<L>(draw, TRANSPOSED, r0 as u32, (k0 + k) as u32)
+            } else {
+                [max; 8]
+            };
+            let mut element = [max; 8];
+            for i in 0..8 {
+                let x = L::bits(L::load(values[k + i].as_ptr()));
                 let y = L::mul(L::from_bits(L::and(x, magnitude)), factor);
-                let code = if UNBIASED {
-                    stochastic::<L>(y, L::load_u(bits[4 * step + i].as_ptr()))
-                } else {
-                    nearest::<L>(y)
-                };
+                let code = if UNBIASED { L::stochastic(y, bits[i]) } else { nearest::<L>(y) };
                 let sign = L::and(L::shift_right::<28>(x), L::splat_u(8));
-                element[i] = L::look_up(L::and(L::or(code, sign), good), table);
+                element[i] = L::look_up(L::or(code, sign), table);
             }
-            let low = L::or(element[0], L::shift_left::<8>(element[1]));
-            let high = L::or(L::shift_left::<16>(element[2]), L::shift_left::<24>(element[3]));
-            L::store_u(words[step].as_mut_ptr(), L::or(low, high));
+            for half in 0..2 {
+                let [a, b, c, d] = [
+                    element[4 * half],
+                    element[4 * half + 1],
+                    element[4 * half + 2],
+                    element[4 * half + 3],
+                ];
+                let low = L::or(a, L::shift_left::<8>(b));
+                let high = L::or(L::shift_left::<16>(c), L::shift_left::<24>(d));
+                L::store_u(words[2 * pair + half].as_mut_ptr(), L::or(low, high));
+            }
         }
-        half
+        if L::any(bad) {
+            // Elements of blocks that hold NaN or infinity are 0, whatever was computed of them.
+            let zero = L::splat_u(table[0] * 0x0101_0101);
+            for word in words.iter_mut() {
+                let good = L::xor(L::load_u(word.as_ptr()), zero);
+                let good = L::and(good, L::xor(bad, L::splat_u(u32::MAX)));
+                L::store_u(word.as_mut_ptr(), L::xor(good, zero));
+            }
+        }
+        (half, L::or(byte, L::and(bad, L::splat_u(255))))
     }
 }
 
@@ -504,19 +553,6 @@ unsafe fn nearest<L: Lanes>(y: L::F) -> L::U {
     }
 }
 
-/// As in `mx::quantize`; `bits` are in place.
-#[inline(always)]
-unsafe fn stochastic<L: Lanes>(y: L::F, bits: L::U) -> L::U {
-    // SAFETY: passed on.
-    unsafe {
-        let one = L::splat(1.0);
-        let below = L::less(y, one);
-        let u = L::add(y, L::from_bits(L::and(below, L::bits(one))));
-        let code = L::shift_right::<22>(L::add_u(L::bits(u), bits));
-        L::sub_u(L::sub_u(code, L::splat_u(252)), L::and(below, L::splat_u(2)))
-    }
-}
-
 /// -12 times the sum of each block's elements: what the offset of 12 of the other operand adds.
 #[inline(always)]
 unsafe fn store_sum<L: Lanes>(words: &[[u32; PANEL]; BLOCK_STEPS], sums: &mut [i32; PANEL]) {
@@ -532,15 +568,18 @@ unsafe fn store_sum<L: Lanes>(words: &[[u32; PANEL]; BLOCK_STEPS], sums: &mut [i
     }
 }
 
-/// A panel's blocks as `mx` codes and scale bytes, for tests: element k of lane l.
+/// The byte of element k of vector `row`, and its block's scale, for tests.
 #[cfg(test)]
 pub(in crate::backend::cpu) fn unpack_mxfp4(
     packed: &Packed<'_>,
     row: usize,
     k: usize,
+    unsigned: bool,
 ) -> (i8, f32) {
     let (panel, lane) = (row / PANEL, row % PANEL);
     let word = packed.words[(panel * packed.steps + k / 4) * PANEL + lane];
     let block = (panel * packed.steps / BLOCK_STEPS + k / BLOCK) * PANEL + lane;
-    (word.to_le_bytes()[k % 4] as i8, 2.0 * packed.scales[block])
+    let half = packed.scales[block];
+    let half = if unsigned { half } else { f32::from_bits(half.to_bits().wrapping_add(ONE)) };
+    (word.to_le_bytes()[k % 4] as i8, 2.0 * half)
 }

@@ -1,0 +1,643 @@
+// mxfp4train.hpp: the C API as C++17 classes. Header-only; link with libmxfp4train.
+//
+//   mxt::Engine engine;                                     // a device and its threads
+//   mxt::ModelConfig config;                                // GPT-2 small, unless changed
+//   mxt::Model model(engine, config);
+//   mxt::Dataset dataset = mxt::Dataset::open("train.bin");
+//   mxt::Trainer trainer(model);
+//   for (int i = 0; i < 1000; i++) std::printf("%g\n", trainer.step(dataset).loss);
+//   trainer.save("out");                                    // Trainer::load goes on from there
+//
+// What a call does, its units, its threads and its errors are written in mxfp4train.h, at the C
+// function of the same name; here is only what C++ adds:
+//
+// 1. Handles free themselves. They can be moved, not copied, and destroyed in any order. A handle
+//    that was moved from holds NULL: calls on it fail with MXT_ERROR_NULL.
+//
+// 2. A call that fails throws mxt::error, with the status and the library's message.
+//    With MXT_NO_EXCEPTIONS defined before the include, or exceptions off in the compiler, the same
+//    functions return an mxt::result, and there are no throwing constructors: use create, which both
+//    modes have. Parts of one program may use different modes.
+//
+// 3. Callbacks are anything that can be called: lambdas, functions, objects, which are taken by value
+//    (std::ref passes one by reference). They return nothing, or mxt::Flow to say whether to go on. An exception that leaves a callback does not pass through
+//    the library: it ends the run or the text in order (a run still writes its checkpoint), and is
+//    thrown again, the same object, once the C function has returned. An exception of a log callback
+//    is thrown again by the call that logged. Without exceptions a callback must not throw.
+//
+// 4. Option structs are the C structs with their defaults filled in. Their `const char *` fields are
+//    borrowed for the call that takes the struct: the string must live until then.
+//
+// Memory that the classes themselves cannot get (for a vector of tokens, say) is std::bad_alloc, as
+// everywhere in C++.
+
+#ifndef MXFP4TRAIN_HPP
+#define MXFP4TRAIN_HPP
+
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <initializer_list>
+#include <iterator>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "mxfp4train.h"
+
+#if !defined(MXT_NO_EXCEPTIONS) && !defined(__cpp_exceptions)
+#define MXT_NO_EXCEPTIONS
+#endif
+
+namespace mxt {
+
+// The namespace is part of every symbol, so that the two modes can be linked into one program.
+#ifdef MXT_NO_EXCEPTIONS
+inline namespace returning {
+#else
+inline namespace throwing {
+#endif
+
+// What went wrong: a code of mxt_status_code, and in what() the library's message.
+class error : public std::runtime_error {
+ public:
+  error(mxt_status status, const std::string &message)
+      : std::runtime_error(message), status_(status) {}
+
+  mxt_status status() const noexcept { return status_; }
+
+ private:
+  mxt_status status_;
+};
+
+using StepStats = mxt_step_stats;
+using EvalStats = mxt_eval_stats;
+using RunResult = mxt_run_result;
+using MemoryPlan = mxt_memory_plan;
+
+// What a callback may return.
+enum class Flow : std::int32_t { go_on = 0, stop = 1 };
+
+// Receives log lines, on whichever thread is inside a call; `level` is one of mxt_log_level.
+using LogFunction = std::function<void(std::int32_t level, std::string_view line)>;
+
+// Elements that somebody else owns, like std::span: made from a vector, an array, a span, a pointer
+// with a count or, for const elements and the length of one call, a list in braces.
+template <class T>
+class view {
+  template <class C>
+  using data_of = decltype(std::data(std::declval<C &>()));
+
+ public:
+  constexpr view() noexcept = default;
+  constexpr view(T *data, std::size_t size) noexcept : data_(data), size_(size) {}
+  constexpr view(std::initializer_list<std::remove_const_t<T>> list) noexcept
+      : data_(std::data(list)), size_(list.size()) {}
+  // The arrays are compared, not the elements: a derived class has another size than its base.
+  template <class C, class = std::enable_if_t<std::is_convertible_v<
+                         std::remove_pointer_t<data_of<C>> (*)[], T (*)[]>>>
+  constexpr view(C &&container) noexcept : data_(std::data(container)), size_(std::size(container)) {}
+
+  constexpr T *data() const noexcept { return data_; }
+  constexpr std::size_t size() const noexcept { return size_; }
+  constexpr bool empty() const noexcept { return size_ == 0; }
+  constexpr T *begin() const noexcept { return data_; }
+  constexpr T *end() const noexcept { return data_ + size_; }
+  constexpr T &operator[](std::size_t index) const { return data_[index]; }
+
+ private:
+  T *data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+#ifdef MXT_NO_EXCEPTIONS
+
+// A value, or why there is none. To take the value of a failure ends the program: ask first.
+template <class T>
+class [[nodiscard]] result {
+ public:
+  result(T value) : state_(std::move(value)) {}
+  result(mxt::error failure) : state_(std::move(failure)) {}
+
+  explicit operator bool() const noexcept { return state_.index() == 0; }
+  T &value() & { return *pointer(); }
+  T &&value() && { return std::move(*pointer()); }
+  const T &value() const & { return *const_cast<result *>(this)->pointer(); }
+  T &operator*() & { return value(); }
+  T &&operator*() && { return std::move(*this).value(); }
+  const T &operator*() const & { return value(); }
+  T *operator->() { return pointer(); }
+  const T *operator->() const { return &value(); }
+
+  // Not to be asked of a success.
+  const mxt::error &error() const {
+    const mxt::error *failure = std::get_if<1>(&state_);
+    if (failure == nullptr) std::terminate();
+    return *failure;
+  }
+
+ private:
+  T *pointer() {
+    T *value = std::get_if<0>(&state_);
+    if (value == nullptr) std::terminate();
+    return value;
+  }
+
+  std::variant<T, mxt::error> state_;
+};
+
+// Success, or why there was none.
+template <>
+class [[nodiscard]] result<void> : public result<std::monostate> {
+ public:
+  result() : result<std::monostate>(std::monostate()) {}
+  result(mxt::error failure) : result<std::monostate>(std::move(failure)) {}
+};
+
+// What a function that makes a T returns in this mode.
+template <class T>
+using outcome = result<T>;
+
+#else
+
+// What a function that makes a T returns in this mode.
+template <class T>
+using outcome = T;
+
+#endif
+
+namespace detail {
+
+struct deleter {
+  void operator()(mxt_engine *handle) const noexcept { mxt_engine_free(handle); }
+  void operator()(mxt_model *handle) const noexcept { mxt_model_free(handle); }
+  void operator()(mxt_dataset *handle) const noexcept { mxt_dataset_free(handle); }
+  void operator()(mxt_trainer *handle) const noexcept { mxt_trainer_free(handle); }
+};
+
+template <class T>
+using handle = std::unique_ptr<T, deleter>;
+
+// A struct for the library to fill.
+template <class T>
+T sized() noexcept {
+  T value{};
+  value.struct_size = sizeof(T);
+  return value;
+}
+
+#ifdef MXT_NO_EXCEPTIONS
+
+inline bool callback_threw() noexcept { return false; }
+
+template <class Body>
+Flow guarded(Body body) noexcept {
+  return body();
+}
+
+inline result<void> finish(mxt_status status) {
+  if (status != MXT_OK) return error(status, mxt_last_error());
+  return {};
+}
+
+template <class T>
+result<T> finish(mxt_status status, T value) {
+  if (status != MXT_OK) return error(status, mxt_last_error());
+  return value;
+}
+
+#else
+
+// The exception of a callback on its way around the C function that is running on this thread.
+inline std::exception_ptr &pending() noexcept {
+  thread_local std::exception_ptr exception;
+  return exception;
+}
+
+inline bool callback_threw() noexcept { return pending() != nullptr; }
+
+// Runs a callback of the host. The first exception is kept, and says stop.
+template <class Body>
+Flow guarded(Body body) noexcept {
+  try {
+    return body();
+  } catch (...) {
+    if (!callback_threw()) pending() = std::current_exception();
+    return Flow::stop;
+  }
+}
+
+// Every call of the library that can fail or call back ends here.
+inline void finish(mxt_status status) {
+  if (callback_threw()) std::rethrow_exception(std::exchange(pending(), nullptr));
+  if (status != MXT_OK) throw error(status, mxt_last_error());
+}
+
+template <class T>
+T finish(mxt_status status, T value) {
+  finish(status);
+  return value;
+}
+
+#endif
+
+template <class Callback, class... Arguments>
+Flow invoke(Callback &callback, const Arguments &...arguments) {
+  using R = std::invoke_result_t<Callback &, const Arguments &...>;
+  static_assert(std::is_void_v<R> || std::is_same_v<R, Flow>,
+                "a callback returns nothing, or mxt::Flow::go_on or mxt::Flow::stop");
+  if constexpr (std::is_void_v<R>) {
+    callback(arguments...);
+    return Flow::go_on;
+  } else {
+    return callback(arguments...);
+  }
+}
+
+// What the C functions call: `user_data` points to the host's callback.
+template <class Callback>
+std::int32_t on_step(void *user_data, const mxt_step_stats *step, const mxt_eval_stats *eval) {
+  const Flow flow = guarded([&]() -> Flow {
+    Callback &callback = *static_cast<Callback *>(user_data);
+    if constexpr (std::is_invocable_v<Callback &, const StepStats &, const EvalStats *>) {
+      return invoke(callback, *step, eval);
+    } else {
+      return invoke(callback, *step);
+    }
+  });
+  return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
+}
+
+template <class Callback>
+std::int32_t on_token(void *user_data, std::uint32_t token) {
+  const Flow flow = guarded([&]() -> Flow {
+    return invoke(*static_cast<Callback *>(user_data), token);
+  });
+  return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
+}
+
+inline void on_log(void *user_data, std::int32_t level, const char *line) {
+  guarded([&]() -> Flow {
+    (*static_cast<LogFunction *>(user_data))(level, line);
+    return Flow::go_on;
+  });
+}
+
+// A C struct with the library's defaults. Should the library refuse the struct, as one of another
+// major version may, struct_size stays 0 and the call that takes the struct says so.
+template <class C, mxt_status (*init)(C *, std::size_t)>
+struct defaults : C {
+  defaults() noexcept : C{} { (void)init(this, sizeof(C)); }
+};
+
+}  // namespace detail
+
+using EngineOptions = detail::defaults<mxt_engine_options, mxt_engine_options_init>;
+using ModelConfig = detail::defaults<mxt_model_config, mxt_model_config_init>;
+using GenerateOptions = detail::defaults<mxt_generate_options, mxt_generate_options_init>;
+using TrainerOptions = detail::defaults<mxt_trainer_options, mxt_trainer_options_init>;
+
+struct RunOptions : detail::defaults<mxt_run_options, mxt_run_options_init> {
+  // So that a number of steps can be given where no more is wanted.
+  RunOptions(std::uint64_t step_count = 0) noexcept { steps = step_count; }
+};
+
+// Name and shape of a tensor. Linear weights are (in, out).
+struct TensorInfo {
+  std::string name;
+  // The dimensions, slowest first.
+  std::vector<std::size_t> shape;
+  std::size_t element_count = 0;
+};
+
+// A device with its worker threads.
+class Engine {
+ public:
+#ifndef MXT_NO_EXCEPTIONS
+  explicit Engine(const EngineOptions &options = {}, LogFunction log = {})
+      : Engine(create(options, std::move(log))) {}
+#endif
+
+  // `log` takes the place of options.log, and lives as long as all that is made from the engine.
+  static outcome<Engine> create(EngineOptions options = {}, LogFunction log = {}) {
+    std::shared_ptr<LogFunction> shared;
+    if (log) {
+      shared = std::make_shared<LogFunction>(std::move(log));
+      options.log = detail::on_log;
+      options.log_user_data = shared.get();
+    }
+    mxt_engine *engine = nullptr;
+    const mxt_status status = mxt_engine_new(&options, &engine);
+    return detail::finish(status, Engine(engine, std::move(shared)));
+  }
+
+  std::string device() const {
+    const char *name = mxt_engine_device(get());
+    return name == nullptr ? "" : name;
+  }
+  std::size_t threads() const noexcept { return mxt_engine_threads(get()); }
+  std::uint64_t seed() const noexcept { return mxt_engine_seed(get()); }
+
+  // The C handle, which stays this object's.
+  mxt_engine *get() const noexcept { return handle_.get(); }
+
+ private:
+  friend class Model;
+  friend class Trainer;
+  Engine(mxt_engine *engine, std::shared_ptr<LogFunction> log)
+      : log_(std::move(log)), handle_(engine) {}
+
+  // Before the handle, so that it is destroyed after it.
+  std::shared_ptr<LogFunction> log_;
+  detail::handle<mxt_engine> handle_;
+};
+
+// A model: its shape and its weights.
+class Model {
+ public:
+#ifndef MXT_NO_EXCEPTIONS
+  Model(const Engine &engine, const ModelConfig &config) : Model(create(engine, config)) {}
+#endif
+
+  // A model with random initial weights.
+  static outcome<Model> create(const Engine &engine, const ModelConfig &config) {
+    mxt_model *model = nullptr;
+    const mxt_status status = mxt_model_new(engine.get(), &config, &model);
+    return detail::finish(status, Model(model, engine.log_));
+  }
+
+  // The model of a checkpoint folder, this library's or Hugging Face's.
+  static outcome<Model> load(const Engine &engine, const std::string &dir) {
+    mxt_model *model = nullptr;
+    const mxt_status status = mxt_model_load(engine.get(), dir.c_str(), &model);
+    return detail::finish(status, Model(model, engine.log_));
+  }
+
+  outcome<void> save(const std::string &dir) const {
+    return detail::finish(mxt_model_save(get(), dir.c_str()));
+  }
+
+  outcome<ModelConfig> config() const {
+    ModelConfig config;
+    const mxt_status status = mxt_model_get_config(get(), &config);
+    return detail::finish(status, config);
+  }
+
+  std::uint64_t parameter_count() const noexcept { return mxt_model_parameter_count(get()); }
+  std::size_t tensor_count() const noexcept { return mxt_model_tensor_count(get()); }
+
+  // Tensor `index`, 0 to tensor_count() - 1.
+  outcome<TensorInfo> tensor(std::size_t index) const {
+    auto raw = detail::sized<mxt_tensor_info>();
+    const mxt_status status = mxt_model_tensor_info(get(), index, &raw);
+    TensorInfo info;
+    if (status == MXT_OK) {
+      info.name = raw.name;
+      info.shape.assign(raw.shape, raw.shape + raw.rank);
+      info.element_count = static_cast<std::size_t>(raw.element_count);
+    }
+    return detail::finish(status, std::move(info));
+  }
+
+  // Copies a tensor into `values`, row-major, which must have room for exactly its elements.
+  outcome<void> read(const std::string &name, view<float> values) const {
+    return detail::finish(
+        mxt_model_tensor_read(get(), name.c_str(), values.data(), values.size()));
+  }
+
+  // A copy of a tensor, row-major.
+  outcome<std::vector<float>> read(const std::string &name) const {
+    // A name that is not found, or a model that is none, is for the C function to complain about.
+    std::vector<float> values(1);
+    auto info = detail::sized<mxt_tensor_info>();
+    for (std::size_t i = 0; i < tensor_count(); i++) {
+      if (mxt_model_tensor_info(get(), i, &info) == MXT_OK && name == info.name) {
+        values.resize(static_cast<std::size_t>(info.element_count));
+      }
+    }
+    const mxt_status status =
+        mxt_model_tensor_read(get(), name.c_str(), values.data(), values.size());
+    return detail::finish(status, std::move(values));
+  }
+
+  // Overwrites a tensor with `values`, row-major.
+  outcome<void> write(const std::string &name, view<const float> values) {
+    return detail::finish(
+        mxt_model_tensor_write(get(), name.c_str(), values.data(), values.size()));
+  }
+
+  // The logits of the token after `tokens`, one for each token of the vocabulary.
+  outcome<std::vector<float>> next_logits(view<const std::uint32_t> tokens) const {
+    auto config = detail::sized<mxt_model_config>();
+    mxt_status status = mxt_model_get_config(get(), &config);
+    std::vector<float> logits(config.vocab_size);
+    if (status == MXT_OK) {
+      status = mxt_model_next_logits(get(), tokens.data(), tokens.size(), logits.data(),
+                                     logits.size());
+    }
+    return detail::finish(status, std::move(logits));
+  }
+
+  // A continuation of `prompt`, without the prompt.
+  outcome<std::vector<std::uint32_t>> generate(view<const std::uint32_t> prompt,
+                                               const GenerateOptions &options = {}) {
+    const auto log = log_;  // A callback may destroy this object; the call still logs.
+    std::vector<std::uint32_t> tokens(options.max_tokens);
+    std::size_t written = 0;
+    const mxt_status status = mxt_model_generate(get(), &options, prompt.data(), prompt.size(),
+                                                 tokens.data(), tokens.size(), &written);
+    tokens.resize(written);
+    return detail::finish(status, std::move(tokens));
+  }
+
+  // The same, with `on_token(std::uint32_t)` called for each token, in place of options.on_token.
+  template <class OnToken>
+  outcome<std::vector<std::uint32_t>> generate(view<const std::uint32_t> prompt,
+                                               GenerateOptions options, OnToken on_token) {
+    options.on_token = detail::on_token<OnToken>;
+    options.user_data = std::addressof(on_token);
+    return generate(prompt, options);
+  }
+
+  // The C handle, which stays this object's.
+  mxt_model *get() const noexcept { return handle_.get(); }
+
+ private:
+  friend class Trainer;
+  Model(mxt_model *model, std::shared_ptr<LogFunction> log)
+      : log_(std::move(log)), handle_(model) {}
+
+  std::shared_ptr<LogFunction> log_;
+  detail::handle<mxt_model> handle_;
+};
+
+// Tokens to train on.
+class Dataset {
+ public:
+  // A token file, or all files that a pattern such as "data/train_*.bin" matches.
+  static outcome<Dataset> open(const std::string &pattern) {
+    mxt_dataset *dataset = nullptr;
+    const mxt_status status = mxt_dataset_open(pattern.c_str(), &dataset);
+    return detail::finish(status, Dataset(dataset));
+  }
+
+  // Several token files, in the order given.
+  static outcome<Dataset> open_files(view<const std::string> paths) {
+    std::vector<const char *> pointers;
+    pointers.reserve(paths.size());
+    for (const std::string &path : paths) pointers.push_back(path.c_str());
+    mxt_dataset *dataset = nullptr;
+    const mxt_status status = mxt_dataset_open_files(pointers.data(), pointers.size(), &dataset);
+    return detail::finish(status, Dataset(dataset));
+  }
+
+  // A copy of tokens in memory.
+  static outcome<Dataset> from_tokens(view<const std::uint32_t> tokens) {
+    mxt_dataset *dataset = nullptr;
+    const mxt_status status = mxt_dataset_from_tokens(tokens.data(), tokens.size(), &dataset);
+    return detail::finish(status, Dataset(dataset));
+  }
+
+  std::uint64_t token_count() const noexcept { return mxt_dataset_token_count(get()); }
+
+  // The largest token; reads all files.
+  outcome<std::uint32_t> max_token() const {
+    std::uint32_t token = 0;
+    const mxt_status status = mxt_dataset_max_token(get(), &token);
+    return detail::finish(status, token);
+  }
+
+  // The C handle, which stays this object's.
+  mxt_dataset *get() const noexcept { return handle_.get(); }
+
+ private:
+  explicit Dataset(mxt_dataset *dataset) noexcept : handle_(dataset) {}
+
+  detail::handle<mxt_dataset> handle_;
+};
+
+// A model in training.
+class Trainer {
+ public:
+#ifndef MXT_NO_EXCEPTIONS
+  explicit Trainer(Model &model, const TrainerOptions &options = {})
+      : Trainer(create(model, options)) {}
+#endif
+
+  // A trainer at step 0 that changes the weights of `model`.
+  static outcome<Trainer> create(Model &model, const TrainerOptions &options = {}) {
+    mxt_trainer *trainer = nullptr;
+    const mxt_status status = mxt_trainer_new(model.get(), &options, &trainer);
+    return detail::finish(status, Trainer(trainer, model.log_));
+  }
+
+  // What save wrote, to go on from there as if the run had never stopped.
+  static outcome<Trainer> load(const Engine &engine, const std::string &dir) {
+    mxt_trainer *trainer = nullptr;
+    const mxt_status status = mxt_trainer_load(engine.get(), dir.c_str(), &trainer);
+    return detail::finish(status, Trainer(trainer, engine.log_));
+  }
+
+  outcome<void> save(const std::string &dir) {
+    return detail::finish(mxt_trainer_save(get(), dir.c_str()));
+  }
+
+  // One optimizer step on the next samples of `dataset`.
+  outcome<StepStats> step(const Dataset &dataset) {
+    auto stats = detail::sized<StepStats>();
+    const mxt_status status = mxt_trainer_step(get(), dataset.get(), &stats);
+    return detail::finish(status, stats);
+  }
+
+  // One optimizer step on accumulation * batch_size rows of sequence_length + 1 tokens.
+  outcome<StepStats> step_tokens(view<const std::uint32_t> tokens) {
+    auto stats = detail::sized<StepStats>();
+    const mxt_status status =
+        mxt_trainer_step_tokens(get(), tokens.data(), tokens.size(), &stats);
+    return detail::finish(status, stats);
+  }
+
+  // The mean loss over at most `max_batches` batches; 0 takes all of the dataset.
+  outcome<EvalStats> eval(const Dataset &dataset, std::size_t max_batches = 0) {
+    auto stats = detail::sized<EvalStats>();
+    const mxt_status status = mxt_trainer_eval(get(), dataset.get(), max_batches, &stats);
+    return detail::finish(status, stats);
+  }
+
+  // Many steps with evaluations and checkpoints.
+  outcome<RunResult> run(const Dataset &dataset, const RunOptions &options) {
+    const auto log = log_;  // A callback may destroy this object; the call still logs.
+    auto result = detail::sized<RunResult>();
+    const mxt_status status = mxt_trainer_run(get(), dataset.get(), &options, &result);
+    return detail::finish(status, result);
+  }
+
+  // The same, with `on_step(const StepStats &)` or `on_step(const StepStats &, const EvalStats *)`
+  // called after each step, in place of options.on_step. It may use the library, this trainer too.
+  template <class OnStep>
+  outcome<RunResult> run(const Dataset &dataset, RunOptions options, OnStep on_step) {
+    options.on_step = detail::on_step<OnStep>;
+    options.user_data = std::addressof(on_step);
+    return run(dataset, options);
+  }
+
+  // Stops a run before its next step. From any thread or signal handler, while this object lives
+  // and is not moved from.
+  void request_stop() const noexcept { mxt_trainer_request_stop(get()); }
+
+  outcome<void> set_lr(float lr) { return detail::finish(mxt_trainer_set_lr(get(), lr)); }
+  outcome<void> use_schedule() { return detail::finish(mxt_trainer_use_schedule(get())); }
+  std::uint64_t steps_done() const noexcept { return mxt_trainer_steps_done(get()); }
+
+  // The model in training itself, not a copy: the next step changes what it reads.
+  outcome<Model> model() const {
+    mxt_model *model = nullptr;
+    const mxt_status status = mxt_trainer_model(get(), &model);
+    return detail::finish(status, Model(model, log_));
+  }
+
+  // What the trainer was made from. The text of `recipe` lives as long as the trainer.
+  outcome<TrainerOptions> options() const {
+    TrainerOptions options;
+    const mxt_status status = mxt_trainer_get_options(get(), &options);
+    return detail::finish(status, options);
+  }
+
+  // The C handle, which stays this object's.
+  mxt_trainer *get() const noexcept { return handle_.get(); }
+
+ private:
+  Trainer(mxt_trainer *trainer, std::shared_ptr<LogFunction> log)
+      : log_(std::move(log)), handle_(trainer) {}
+
+  std::shared_ptr<LogFunction> log_;
+  detail::handle<mxt_trainer> handle_;
+};
+
+// The bytes that a model of this shape with its trainer will take.
+inline outcome<MemoryPlan> plan(const Engine &engine, const ModelConfig &config,
+                                const TrainerOptions &options = {}) {
+  auto result = detail::sized<MemoryPlan>();
+  const mxt_status status = mxt_plan(engine.get(), &config, &options, &result);
+  return detail::finish(status, result);
+}
+
+// The version of the library that is running, such as "0.1.0".
+inline std::string version() { return mxt_version(); }
+
+// What the library's build is, as a JSON object.
+inline std::string build_info() { return mxt_build_info(); }
+
+// A short English text for a status code.
+inline std::string status_string(mxt_status status) { return mxt_status_string(status); }
+
+}  // inline namespace
+}  // namespace mxt
+
+#endif  // MXFP4TRAIN_HPP

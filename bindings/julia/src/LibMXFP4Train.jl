@@ -1,0 +1,1300 @@
+# Made from include/mxfp4train.h by gen/generate.py: run that after a change of the header.
+
+"""
+The C API as it is: a function for every one of `mxfp4train.h`, structs of the same layout, and
+the constants. The rest of the package stands on it; programs want `MXFP4Train`.
+
+Functions check nothing and throw nothing. Where C wants a pointer they take a `Ref`, an `Array`
+or `C_NULL`, and keep what they are given alive for the call.
+"""
+module LibMXFP4Train
+
+# What the functions call. The package sets it when it is loaded, so it is not constant.
+libmxfp4train = "libmxfp4train.so.0"
+
+"""
+    use(path)
+
+Makes all functions call the library at `path`.
+"""
+function use(path)
+    global libmxfp4train = path
+    return nothing
+end
+
+"""
+Version of this header, major part. It grows when programs have to be changed.
+"""
+const MXT_VERSION_MAJOR = 0
+
+"""
+Version of this header, minor part. It grows with additions.
+"""
+const MXT_VERSION_MINOR = 1
+
+"""
+Version of this header, patch part. It grows with corrections.
+"""
+const MXT_VERSION_PATCH = 0
+
+"""
+Version of this header as one number that can be compared: 1,002,003 for 1.2.3.
+"""
+const MXT_VERSION_NUMBER = (((MXT_VERSION_MAJOR * 1000000) + (MXT_VERSION_MINOR * 1000)) + MXT_VERSION_PATCH)
+
+"""
+Version of the binary interface, the number in libmxfp4train.so.N. It changes only when
+programs that were compiled with an earlier header could not run with the library.
+"""
+const MXT_ABI_VERSION = 0
+
+"""
+Most dimensions that a tensor can have.
+"""
+const MXT_MAX_RANK = 4
+
+"""
+What a call returns: MXT_OK, or one of the negative numbers of mxt_status_code. Later versions may
+add codes, so treat an unknown negative number as an error.
+"""
+const mxt_status = Int32
+
+# mxt_status_code: The values of mxt_status. A value never changes its meaning and is never used again.
+
+"""
+The call did what it says.
+"""
+const MXT_OK = Int32(0)
+
+"""
+A pointer that must not be NULL is NULL.
+"""
+const MXT_ERROR_NULL = Int32(-1)
+
+"""
+An argument or an option has a value that the call cannot use.
+"""
+const MXT_ERROR_INVALID_ARGUMENT = Int32(-2)
+
+"""
+A string is not UTF-8.
+"""
+const MXT_ERROR_UTF8 = Int32(-3)
+
+"""
+The struct_size of a struct is none that this library knows, or a part of the struct that it
+does not know is not zero.
+"""
+const MXT_ERROR_STRUCT_SIZE = Int32(-4)
+
+"""
+Another call is inside this object: from another thread, or this call came from a callback.
+"""
+const MXT_ERROR_BUSY = Int32(-5)
+
+"""
+A panic in an earlier call left this object unusable: free it.
+"""
+const MXT_ERROR_POISONED = Int32(-6)
+
+"""
+A defect of the library showed itself inside this call. The message says where; please report
+it. The handle is poisoned, the process and all other handles are sound.
+"""
+const MXT_ERROR_PANIC = Int32(-7)
+
+"""
+A file or folder cannot be opened, read, written or renamed.
+"""
+const MXT_ERROR_IO = Int32(-8)
+
+"""
+A file is damaged, truncated or of a kind that this version does not read.
+"""
+const MXT_ERROR_FORMAT = Int32(-9)
+
+"""
+A file is sound but does not fit what it is used with.
+"""
+const MXT_ERROR_MISMATCH = Int32(-10)
+
+"""
+A token is not below the vocabulary size of the model.
+"""
+const MXT_ERROR_TOKEN_RANGE = Int32(-11)
+
+"""
+More memory is needed than the limit allows or the system gives.
+"""
+const MXT_ERROR_OUT_OF_MEMORY = Int32(-12)
+
+"""
+The device or this build cannot do it; the message says what can be done instead.
+"""
+const MXT_ERROR_UNSUPPORTED = Int32(-13)
+
+"""
+A loss, a gradient norm or a weight is NaN or infinite.
+"""
+const MXT_ERROR_NOT_FINITE = Int32(-14)
+
+"""
+The model has no tensor of this name.
+"""
+const MXT_ERROR_NO_SUCH_TENSOR = Int32(-15)
+
+"""
+The caller's buffer is too small; the message says how much is needed.
+"""
+const MXT_ERROR_BUFFER_TOO_SMALL = Int32(-16)
+
+# mxt_log_level: How much a log line matters.
+
+"""
+Something is likely wrong, yet the call goes on.
+"""
+const MXT_LOG_LEVEL_WARNING = Int32(1)
+
+"""
+What a user wants to know once: device, kernels, memory.
+"""
+const MXT_LOG_LEVEL_INFO = Int32(2)
+
+"""
+Details for whoever looks for a fault.
+"""
+const MXT_LOG_LEVEL_DEBUG = Int32(3)
+
+# mxt_architecture: The kind of model.
+
+"""
+GPT-2: LayerNorm before each half of a block, learned positions, tanh GELU, biases, and one
+matrix for the embedding and the head.
+"""
+const MXT_ARCHITECTURE_GPT2 = Int32(0)
+
+# mxt_dtype: The number format of a tensor's values as they cross this interface.
+
+"""
+32-bit floating point.
+"""
+const MXT_DTYPE_F32 = Int32(0)
+
+# mxt_schedule: The curve of the learning rate after the warm-up.
+
+"""
+lr for ever.
+"""
+const MXT_SCHEDULE_CONSTANT = Int32(0)
+
+"""
+Half a cosine from lr down to min_lr at total_steps.
+"""
+const MXT_SCHEDULE_COSINE = Int32(1)
+
+"""
+A straight line from lr down to min_lr at total_steps.
+"""
+const MXT_SCHEDULE_LINEAR = Int32(2)
+
+"""
+lr, then a straight line down to min_lr over the last decay_steps.
+"""
+const MXT_SCHEDULE_TRAPEZOID = Int32(3)
+
+# mxt_run_end: Why a run ended.
+
+"""
+All steps are done.
+"""
+const MXT_RUN_END_FINISHED = Int32(0)
+
+"""
+The callback returned a number other than 0.
+"""
+const MXT_RUN_END_CALLBACK = Int32(1)
+
+"""
+mxt_trainer_request_stop was called.
+"""
+const MXT_RUN_END_REQUEST = Int32(2)
+
+"""
+Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line
+end, borrowed for the call.
+
+Runs on the thread that is inside the call that logs, and on several at once where several
+threads use the engine. It must not throw or longjmp, and calls on the object whose call logs
+return MXT_ERROR_BUSY.
+"""
+const mxt_log_fn = Ptr{Cvoid}
+
+"""
+Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
+this token.
+
+Runs on the thread that called mxt_model_generate. It must not throw or longjmp, and calls on
+the model or its trainer return MXT_ERROR_BUSY.
+"""
+const mxt_token_fn = Ptr{Cvoid}
+
+"""
+Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation.
+Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
+
+Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
+checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even free.
+A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not longjmp.
+"""
+const mxt_step_fn = Ptr{Cvoid}
+
+"""
+Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
+changed, so any number of threads and trainers may use it at once. Make with one of the
+mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
+"""
+mutable struct mxt_dataset end
+
+"""
+A device with its worker threads. Everything else is made from one. It is never changed, so any
+number of threads may use it at once. Make with mxt_engine_new, free with mxt_engine_free.
+"""
+mutable struct mxt_engine end
+
+"""
+A model: its shape and its weights. Several handles can be the same model (see
+mxt_trainer_model). Calls that change it, or that take it without const, need it for themselves;
+calls with a const model may run at once on several threads. Make with mxt_model_new,
+mxt_model_load or mxt_trainer_model, free with mxt_model_free.
+"""
+mutable struct mxt_model end
+
+"""
+A model in training: weights, moments, schedule, and the number of steps done. It needs its model
+for itself while a call is inside: then calls on the model, on the trainer and on other trainers
+of that model return MXT_ERROR_BUSY. Make with mxt_trainer_new or mxt_trainer_load, free with
+mxt_trainer_free.
+"""
+mutable struct mxt_trainer end
+
+"""
+What an engine is made from. Fill it with mxt_engine_options_init.
+"""
+struct mxt_engine_options
+    # Set by mxt_engine_options_init.
+    struct_size::Csize_t
+    # "cpu", or "auto" for the fastest device present. NULL is "cpu". Borrowed for the call.
+    device::Cstring
+    # Worker threads of the CPU, at most 1,024. 0 (default) takes one for each core that the
+    # process may use. Results do not depend on it.
+    threads::Csize_t
+    # Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
+    seed::UInt64
+    # Most bytes that one model with its trainer may take. 0 (default) sets no limit.
+    memory_limit::UInt64
+    # Receives log lines. NULL (default): the library is silent.
+    log::mxt_log_fn
+    # Passed to `log`. It must stay valid until the engine and everything made from it is freed.
+    log_user_data::Ptr{Cvoid}
+end
+
+"""
+The shape of a model. Fill it with mxt_model_config_init, which makes it GPT-2 small (124M).
+"""
+struct mxt_model_config
+    # Set by mxt_model_config_init.
+    struct_size::Csize_t
+    # Number of different tokens; tokens are 0 to vocab_size - 1. Default 50257.
+    vocab_size::Csize_t
+    # Longest sequence in tokens that the model can see. Default 1024.
+    context_length::Csize_t
+    # Number of blocks. Default 12.
+    layers::Csize_t
+    # Attention heads of a block; must divide channels. Default 12.
+    heads::Csize_t
+    # Width of the model. Default 768.
+    channels::Csize_t
+    # Added to the variance in LayerNorm. Default 1e-5.
+    layer_norm_epsilon::Cfloat
+    # One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
+    architecture::Int32
+end
+
+"""
+What there is to know about a tensor. Set struct_size to sizeof(mxt_tensor_info) before the
+call that fills it.
+"""
+struct mxt_tensor_info
+    # sizeof(mxt_tensor_info), set by the caller.
+    struct_size::Csize_t
+    # The name that Hugging Face's gpt2 gives it, such as "transformer.h.0.attn.c_attn.weight".
+    # Valid as long as the model handle.
+    name::Cstring
+    # Product of the dimensions.
+    element_count::UInt64
+    # The dimensions, slowest first; those from rank on are 0. Linear weights are (in, out).
+    shape::NTuple{4,UInt64}
+    # Number of dimensions.
+    rank::UInt32
+    # Number format of mxt_model_tensor_read and mxt_model_tensor_write: MXT_DTYPE_F32.
+    dtype::Int32
+end
+
+"""
+How tokens are sampled. Fill it with mxt_generate_options_init.
+"""
+struct mxt_generate_options
+    # Set by mxt_generate_options_init.
+    struct_size::Csize_t
+    # Most tokens to generate. Default 256.
+    max_tokens::Csize_t
+    # Keeps the k most likely tokens. 0 (default) keeps all.
+    top_k::Csize_t
+    # Seed of the draws: the same seed gives the same text. Default 1337.
+    seed::UInt64
+    # Divides the logits: lower is more certain; 0 always takes the most likely token.
+    # Default 0.8.
+    temperature::Cfloat
+    # Keeps the most likely tokens whose probabilities add up to p. 1 (default) keeps all.
+    top_p::Cfloat
+    # Receives each token as it is sampled, or NULL (default).
+    on_token::mxt_token_fn
+    # Passed to on_token.
+    user_data::Ptr{Cvoid}
+end
+
+"""
+What a trainer is made from. Fill it with mxt_trainer_options_init.
+"""
+struct mxt_trainer_options
+    # Set by mxt_trainer_options_init.
+    struct_size::Csize_t
+    # Sequences that go through the model at once. Default 8.
+    batch_size::Csize_t
+    # Tokens of one sequence. 0 (default) takes the model's context length.
+    sequence_length::Csize_t
+    # Batches whose gradients are averaged into one optimizer step. Default 1.
+    accumulation::Csize_t
+    # Number formats of the linear layers: "fp32", "bf16", "mxfp4", "mxfp4-rht", "mxfp4-sr",
+    # "mxfp4-rht-sr" or "fp8-mxfp4-rht-sr", which may be followed by switches such as ",g=128".
+    # NULL (default) is "mxfp4-rht-sr". Borrowed for the call.
+    recipe::Cstring
+    # AdamW's decay of the first moment. Default 0.9.
+    beta1::Cfloat
+    # AdamW's decay of the second moment. Default 0.95.
+    beta2::Cfloat
+    # Added to the square root of the second moment. Default 1e-8.
+    epsilon::Cfloat
+    # Decoupled weight decay of tensors of two or more dimensions. Default 0.1.
+    weight_decay::Cfloat
+    # Largest global gradient norm; longer gradients are scaled down to it. 0 turns it off.
+    # Default 1.
+    clip::Cfloat
+    # One of mxt_schedule. Default MXT_SCHEDULE_CONSTANT.
+    schedule::Int32
+    # Peak learning rate. Default 3e-4.
+    lr::Cfloat
+    # Learning rate at the end of the curve. Default 0.
+    min_lr::Cfloat
+    # Steps over which the rate rises linearly to lr. Default 0.
+    warmup_steps::UInt64
+    # Step at which the curve ends; later steps keep min_lr. Must be above warmup_steps, except
+    # for MXT_SCHEDULE_CONSTANT. Default 0.
+    total_steps::UInt64
+    # Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
+    decay_steps::UInt64
+end
+
+"""
+What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that fills
+it.
+"""
+struct mxt_step_stats
+    # sizeof(mxt_step_stats), set by the caller.
+    struct_size::Csize_t
+    # Steps done since step 0, this one included.
+    step::UInt64
+    # Tokens trained on in this step.
+    tokens::UInt64
+    # Wall-clock duration of the step in seconds.
+    seconds::Cdouble
+    # Mean cross-entropy of the step's tokens before the update, in nats a token.
+    loss::Cfloat
+    # Global norm of the gradient before clipping.
+    grad_norm::Cfloat
+    # Learning rate of the step.
+    lr::Cfloat
+    # tokens / seconds.
+    tokens_per_second::Cfloat
+end
+
+"""
+What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills it.
+"""
+struct mxt_eval_stats
+    # sizeof(mxt_eval_stats), set by the caller.
+    struct_size::Csize_t
+    # Tokens that were predicted.
+    tokens::UInt64
+    # Wall-clock duration in seconds.
+    seconds::Cdouble
+    # Mean cross-entropy in nats a token.
+    loss::Cfloat
+    # exp(loss).
+    perplexity::Cfloat
+end
+
+"""
+Bytes that a model with its trainer takes, by purpose. Set struct_size to sizeof(mxt_memory_plan)
+before the call that fills it.
+"""
+struct mxt_memory_plan
+    # sizeof(mxt_memory_plan), set by the caller.
+    struct_size::Csize_t
+    # Weights.
+    weights::UInt64
+    # Gradients.
+    gradients::UInt64
+    # Moments of AdamW.
+    optimizer::UInt64
+    # What the forward pass keeps for the backward pass, and the gradients that flow back.
+    activations::UInt64
+    # Packed operands and other scratch memory.
+    workspace::UInt64
+    # Sum of all.
+    total::UInt64
+end
+
+"""
+What mxt_trainer_run does. Fill it with mxt_run_options_init.
+"""
+struct mxt_run_options
+    # Set by mxt_run_options_init.
+    struct_size::Csize_t
+    # Steps to do in this call. Default 0.
+    steps::UInt64
+    # Data to evaluate on, or NULL (default). Borrowed for the call.
+    eval_dataset::Ptr{mxt_dataset}
+    # Evaluates whenever the number of steps done is a multiple of it, and after the last step.
+    # 0 (default): after the last step only.
+    eval_every::UInt64
+    # Most batches of one evaluation. 0 takes all of the dataset. Default 20.
+    eval_batches::Csize_t
+    # Folder for the checkpoint, or NULL (default). Borrowed for the call.
+    save_dir::Cstring
+    # Saves whenever the number of steps done is a multiple of it, and at the end of the run,
+    # however it ends. 0 (default): at the end only.
+    save_every::UInt64
+    # Sees every step, or NULL (default).
+    on_step::mxt_step_fn
+    # Passed to on_step.
+    user_data::Ptr{Cvoid}
+end
+
+"""
+What a run did. Set struct_size to sizeof(mxt_run_result) before the call that fills it.
+"""
+struct mxt_run_result
+    # sizeof(mxt_run_result), set by the caller.
+    struct_size::Csize_t
+    # Steps done in this call.
+    steps::UInt64
+    # Tokens trained on in this call.
+    tokens::UInt64
+    # Seconds spent in steps, without evaluations, checkpoints and callbacks.
+    seconds::Cdouble
+    # Loss of the last step, NaN if there was none.
+    last_loss::Cfloat
+    # Loss of the last evaluation, NaN if there was none.
+    last_eval_loss::Cfloat
+    # One of mxt_run_end.
+    end_::Int32
+    # 1 if save_dir holds the trainer as it is now, else 0.
+    saved::Int32
+end
+
+"""
+    mxt_status_string(status)
+
+A short English text for a status code, such as \"busy\". The text of a code that this library
+does not know is \"unknown status\". For what went wrong in particular read mxt_last_error.
+
+Never NULL; the text is static. Any thread may call it at any time.
+"""
+function mxt_status_string(status)
+    return @ccall libmxfp4train.mxt_status_string(status::mxt_status)::Cstring
+end
+
+"""
+    mxt_version()
+
+The version of the library that is running, such as \"0.1.0\".
+
+Never NULL; the text is static. Any thread may call it at any time.
+"""
+function mxt_version()
+    return @ccall libmxfp4train.mxt_version()::Cstring
+end
+
+"""
+    mxt_version_number()
+
+The version of the library that is running; compare with MXT_VERSION_NUMBER, the version of the
+header that the program was compiled with.
+
+Any thread may call it at any time.
+"""
+function mxt_version_number()
+    return @ccall libmxfp4train.mxt_version_number()::UInt32
+end
+
+"""
+    mxt_abi_version()
+
+The binary interface of the library that is running. A program that loads the library at run
+time must not go on if this is not MXT_ABI_VERSION.
+
+Any thread may call it at any time.
+"""
+function mxt_abi_version()
+    return @ccall libmxfp4train.mxt_abi_version()::UInt32
+end
+
+"""
+    mxt_build_info()
+
+What this build is, as a JSON object: \"version\", \"abi\", \"commit\" (null in debug builds and if not known), \"target\",
+\"profile\", \"devices\", \"recipes\", and \"kernels\" with the instruction sets that are \"compiled\",
+those that this processor has (\"available\") and the one that an engine takes (\"selected\").
+Later versions may add keys.
+
+Never NULL; the text is static. Any thread may call it at any time.
+"""
+function mxt_build_info()
+    return @ccall libmxfp4train.mxt_build_info()::Cstring
+end
+
+"""
+    mxt_last_error()
+
+The message of the last call of this thread that failed: what was expected, what came, and the
+fix where one is known, with the name of the function in front. Every failing call leaves its
+message here; calls with a handle leave it on the handle too (mxt_trainer_last_error and the
+like). Calls that succeed leave it as it is. The empty string when no call has failed yet.
+
+Never NULL; UTF-8; cut off after 1,023 bytes. The text belongs to the calling thread and stays
+valid until that thread's next call that fails, or its end. Any thread may call it at any time.
+"""
+function mxt_last_error()
+    return @ccall libmxfp4train.mxt_last_error()::Cstring
+end
+
+"""
+    mxt_engine_options_init(options, struct_size)
+
+Fills `options` with the defaults. `struct_size` is sizeof(mxt_engine_options) as the caller's
+compiler sees it, so that an older program is not written past the end of its struct.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_engine_options_init(options, struct_size)
+    return @ccall libmxfp4train.mxt_engine_options_init(
+        options::Ptr{mxt_engine_options},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_engine_new(options, engine)
+
+Starts an engine and stores it in `*engine`, for the caller to free with mxt_engine_free.
+
+`options` may be NULL for the defaults, and is not read after the call.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
+unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there). The
+message is in mxt_last_error.
+"""
+function mxt_engine_new(options, engine)
+    return @ccall libmxfp4train.mxt_engine_new(
+        options::Ptr{mxt_engine_options},
+        engine::Ptr{Ptr{mxt_engine}}
+    )::mxt_status
+end
+
+"""
+    mxt_engine_device(engine)
+
+The name of the device: \"cpu\". NULL if `engine` is NULL.
+
+The text is valid as long as the engine. Any thread may call it at any time.
+"""
+function mxt_engine_device(engine)
+    return @ccall libmxfp4train.mxt_engine_device(engine::Ptr{mxt_engine})::Cstring
+end
+
+"""
+    mxt_engine_threads(engine)
+
+Number of worker threads. 0 if `engine` is NULL. Any thread may call it at any time.
+"""
+function mxt_engine_threads(engine)
+    return @ccall libmxfp4train.mxt_engine_threads(engine::Ptr{mxt_engine})::Csize_t
+end
+
+"""
+    mxt_engine_seed(engine)
+
+The seed that models and trainers of this engine start from. 0 if `engine` is NULL. Any thread
+may call it at any time.
+"""
+function mxt_engine_seed(engine)
+    return @ccall libmxfp4train.mxt_engine_seed(engine::Ptr{mxt_engine})::UInt64
+end
+
+"""
+    mxt_engine_last_error(engine)
+
+The message of the last call with this engine that failed (making a model from it, for one), on
+whichever thread; the empty string when there is none.
+
+Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+call of mxt_engine_last_error. Any thread may call it at any time.
+"""
+function mxt_engine_last_error(engine)
+    return @ccall libmxfp4train.mxt_engine_last_error(engine::Ptr{mxt_engine})::Cstring
+end
+
+"""
+    mxt_engine_free(engine)
+
+Gives the engine up; NULL does nothing. Models and trainers that were made from it stay usable:
+the worker threads end with the last of them.
+"""
+function mxt_engine_free(engine)
+    return @ccall libmxfp4train.mxt_engine_free(engine::Ptr{mxt_engine})::Cvoid
+end
+
+"""
+    mxt_model_config_init(config, struct_size)
+
+Fills `config` with the defaults. `struct_size` is sizeof(mxt_model_config) as the caller's
+compiler sees it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_model_config_init(config, struct_size)
+    return @ccall libmxfp4train.mxt_model_config_init(
+        config::Ptr{mxt_model_config},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_model_new(engine, config, model)
+
+Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it in
+`*model` for the caller to free.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field),
+MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+"""
+function mxt_model_new(engine, config, model)
+    return @ccall libmxfp4train.mxt_model_new(
+        engine::Ptr{mxt_engine},
+        config::Ptr{mxt_model_config},
+        model::Ptr{Ptr{mxt_model}}
+    )::mxt_status
+end
+
+"""
+    mxt_model_load(engine, dir, model)
+
+Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
+(gpt2), and stores it in `*model` for the caller to free.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
+MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+"""
+function mxt_model_load(engine, dir, model)
+    return @ccall libmxfp4train.mxt_model_load(
+        engine::Ptr{mxt_engine},
+        dir::Cstring,
+        model::Ptr{Ptr{mxt_model}}
+    )::mxt_status
+end
+
+"""
+    mxt_model_save(model, dir)
+
+Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
+folder is made if it is not there. A failure leaves what was there before.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+MXT_ERROR_BUSY.
+"""
+function mxt_model_save(model, dir)
+    return @ccall libmxfp4train.mxt_model_save(
+        model::Ptr{mxt_model},
+        dir::Cstring
+    )::mxt_status
+end
+
+"""
+    mxt_model_get_config(model, config)
+
+Stores the model's shape in `*config`, whose struct_size the caller has set.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_model_get_config(model, config)
+    return @ccall libmxfp4train.mxt_model_get_config(
+        model::Ptr{mxt_model},
+        config::Ptr{mxt_model_config}
+    )::mxt_status
+end
+
+"""
+    mxt_model_parameter_count(model)
+
+Number of trained numbers. 0 if `model` is NULL. Any thread may call it at any time.
+"""
+function mxt_model_parameter_count(model)
+    return @ccall libmxfp4train.mxt_model_parameter_count(model::Ptr{mxt_model})::UInt64
+end
+
+"""
+    mxt_model_tensor_count(model)
+
+Number of tensors. 0 if `model` is NULL. Any thread may call it at any time.
+"""
+function mxt_model_tensor_count(model)
+    return @ccall libmxfp4train.mxt_model_tensor_count(model::Ptr{mxt_model})::Csize_t
+end
+
+"""
+    mxt_model_tensor_info(model, index, info)
+
+Stores name and shape of tensor `index` (0 to mxt_model_tensor_count - 1) in `*info`, whose
+struct_size the caller has set.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no such index).
+"""
+function mxt_model_tensor_info(model, index, info)
+    return @ccall libmxfp4train.mxt_model_tensor_info(
+        model::Ptr{mxt_model},
+        index::Csize_t,
+        info::Ptr{mxt_tensor_info}
+    )::mxt_status
+end
+
+"""
+    mxt_model_tensor_read(model, name, values, count)
+
+Copies tensor `name` into `values`, row-major. `count` is the number of floats that `values` has
+room for and must be the tensor's element_count.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
+wrong count), MXT_ERROR_BUSY.
+"""
+function mxt_model_tensor_read(model, name, values, count)
+    return @ccall libmxfp4train.mxt_model_tensor_read(
+        model::Ptr{mxt_model},
+        name::Cstring,
+        values::Ptr{Cfloat},
+        count::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_model_tensor_write(model, name, values, count)
+
+Overwrites tensor `name` with `values`, row-major. `count` is the number of floats in `values`
+and must be the tensor's element_count. The moments of a trainer of this model stay as they are.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
+wrong count), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY.
+"""
+function mxt_model_tensor_write(model, name, values, count)
+    return @ccall libmxfp4train.mxt_model_tensor_write(
+        model::Ptr{mxt_model},
+        name::Cstring,
+        values::Ptr{Cfloat},
+        count::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_model_last_error(model)
+
+The message of the last call with this handle that failed, on whichever thread; the empty string
+when there is none.
+
+Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+call of mxt_model_last_error. Any thread may call it at any time.
+"""
+function mxt_model_last_error(model)
+    return @ccall libmxfp4train.mxt_model_last_error(model::Ptr{mxt_model})::Cstring
+end
+
+"""
+    mxt_model_free(model)
+
+Gives the handle up; NULL does nothing. Trainers of the model stay usable, and so do other
+handles: the weights go with the last of them.
+"""
+function mxt_model_free(model)
+    return @ccall libmxfp4train.mxt_model_free(model::Ptr{mxt_model})::Cvoid
+end
+
+"""
+    mxt_generate_options_init(options, struct_size)
+
+Fills `options` with the defaults. `struct_size` is sizeof(mxt_generate_options) as the caller's
+compiler sees it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_generate_options_init(options, struct_size)
+    return @ccall libmxfp4train.mxt_generate_options_init(
+        options::Ptr{mxt_generate_options},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_model_generate(model, options, prompt, prompt_count, tokens, capacity, written)
+
+Samples a continuation of the `prompt_count` tokens of `prompt`, at least one. The new tokens
+(without the prompt) go to `tokens`, their number to `*written`.
+
+`options` may be NULL for the defaults. `capacity` is the number of tokens that `tokens` has room
+for, at least max_tokens of the options; with `tokens` NULL and `capacity` 0 the new tokens go to
+on_token only.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
+MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature and the like),
+MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+"""
+function mxt_model_generate(model, options, prompt, prompt_count, tokens, capacity, written)
+    return @ccall libmxfp4train.mxt_model_generate(
+        model::Ptr{mxt_model},
+        options::Ptr{mxt_generate_options},
+        prompt::Ptr{UInt32},
+        prompt_count::Csize_t,
+        tokens::Ptr{UInt32},
+        capacity::Csize_t,
+        written::Ptr{Csize_t}
+    )::mxt_status
+end
+
+"""
+    mxt_model_next_logits(model, tokens, token_count, logits, count)
+
+Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in f32.
+Of more tokens than the context holds, the last ones count. `logits` has room for `count` numbers,
+which must be the model's vocab_size.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
+MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+"""
+function mxt_model_next_logits(model, tokens, token_count, logits, count)
+    return @ccall libmxfp4train.mxt_model_next_logits(
+        model::Ptr{mxt_model},
+        tokens::Ptr{UInt32},
+        token_count::Csize_t,
+        logits::Ptr{Cfloat},
+        count::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_open(pattern, dataset)
+
+Opens a token file, or all files that a pattern such as \"data/train_*.bin\" matches, in the
+order of their names, and stores the dataset in `*dataset` for the caller to free.
+
+Files are raw little-endian 16-bit tokens, or llm.c's format with its header. They are mapped,
+not read, and must not be changed or truncated while the dataset is in use.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches
+nothing), MXT_ERROR_IO, MXT_ERROR_FORMAT. The message is in mxt_last_error.
+"""
+function mxt_dataset_open(pattern, dataset)
+    return @ccall libmxfp4train.mxt_dataset_open(
+        pattern::Cstring,
+        dataset::Ptr{Ptr{mxt_dataset}}
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_open_files(paths, count, dataset)
+
+Opens `count` token files as one dataset, in the order given, and stores it in `*dataset` for
+the caller to free. `paths` and its strings are borrowed for the call.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO,
+MXT_ERROR_FORMAT. The message is in mxt_last_error.
+"""
+function mxt_dataset_open_files(paths, count, dataset)
+    return @ccall libmxfp4train.mxt_dataset_open_files(
+        paths::Ptr{Cstring},
+        count::Csize_t,
+        dataset::Ptr{Ptr{mxt_dataset}}
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_from_tokens(tokens, count, dataset)
+
+Makes a dataset from `count` tokens in memory, which are copied, and stores it in `*dataset` for
+the caller to free.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_OUT_OF_MEMORY. The message is in
+mxt_last_error.
+"""
+function mxt_dataset_from_tokens(tokens, count, dataset)
+    return @ccall libmxfp4train.mxt_dataset_from_tokens(
+        tokens::Ptr{UInt32},
+        count::Csize_t,
+        dataset::Ptr{Ptr{mxt_dataset}}
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_token_count(dataset)
+
+Number of tokens in all files. 0 if `dataset` is NULL. Any thread may call it at any time.
+"""
+function mxt_dataset_token_count(dataset)
+    return @ccall libmxfp4train.mxt_dataset_token_count(dataset::Ptr{mxt_dataset})::UInt64
+end
+
+"""
+    mxt_dataset_max_token(dataset, token)
+
+Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files.
+
+Any thread may call it at any time. Errors: MXT_ERROR_NULL.
+"""
+function mxt_dataset_max_token(dataset, token)
+    return @ccall libmxfp4train.mxt_dataset_max_token(
+        dataset::Ptr{mxt_dataset},
+        token::Ptr{UInt32}
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_last_error(dataset)
+
+The message of the last call with this dataset as its first argument that failed; the empty
+string when there is none. What goes wrong while a trainer reads it is on the trainer.
+
+Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+call of mxt_dataset_last_error. Any thread may call it at any time.
+"""
+function mxt_dataset_last_error(dataset)
+    return @ccall libmxfp4train.mxt_dataset_last_error(dataset::Ptr{mxt_dataset})::Cstring
+end
+
+"""
+    mxt_dataset_free(dataset)
+
+Gives the dataset up; NULL does nothing. Files are unmapped when no call uses it any more.
+"""
+function mxt_dataset_free(dataset)
+    return @ccall libmxfp4train.mxt_dataset_free(dataset::Ptr{mxt_dataset})::Cvoid
+end
+
+"""
+    mxt_trainer_options_init(options, struct_size)
+
+Fills `options` with the defaults. `struct_size` is sizeof(mxt_trainer_options) as the caller's
+compiler sees it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_trainer_options_init(options, struct_size)
+    return @ccall libmxfp4train.mxt_trainer_options_init(
+        options::Ptr{mxt_trainer_options},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_new(model, options, trainer)
+
+Makes a trainer at step 0 of `model` and stores it in `*trainer` for the caller to free. All
+memory of training is allocated here; see mxt_plan. `options` may be NULL for the defaults.
+
+The trainer changes the weights of `model`. The handle `model` stays the caller's.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (names
+the option), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_UNSUPPORTED, MXT_ERROR_BUSY. The message is in
+mxt_last_error and on the model.
+"""
+function mxt_trainer_new(model, options, trainer)
+    return @ccall libmxfp4train.mxt_trainer_new(
+        model::Ptr{mxt_model},
+        options::Ptr{mxt_trainer_options},
+        trainer::Ptr{Ptr{mxt_trainer}}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_load(engine, dir, trainer)
+
+Loads what mxt_trainer_save wrote, model, moments, options and position, and stores the trainer
+in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run had
+never stopped. The number of threads may differ; the seed is the checkpoint's.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
+MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+"""
+function mxt_trainer_load(engine, dir, trainer)
+    return @ccall libmxfp4train.mxt_trainer_load(
+        engine::Ptr{mxt_engine},
+        dir::Cstring,
+        trainer::Ptr{Ptr{mxt_trainer}}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_save(trainer, dir)
+
+Saves model, moments, options and position to the folder `dir`, which is made if it is not there.
+A failure, or a kill at any instant, leaves what was there before. Hugging Face transformers opens
+the folder as gpt2.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+MXT_ERROR_BUSY.
+"""
+function mxt_trainer_save(trainer, dir)
+    return @ccall libmxfp4train.mxt_trainer_save(
+        trainer::Ptr{mxt_trainer},
+        dir::Cstring
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_step(trainer, dataset, stats)
+
+Does one optimizer step on the next samples of `dataset` and stores what it did in `*stats`
+(struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
+a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
+MXT_ERROR_BUSY.
+"""
+function mxt_trainer_step(trainer, dataset, stats)
+    return @ccall libmxfp4train.mxt_trainer_step(
+        trainer::Ptr{mxt_trainer},
+        dataset::Ptr{mxt_dataset},
+        stats::Ptr{mxt_step_stats}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_step_tokens(trainer, tokens, count, stats)
+
+Does one optimizer step on the caller's own tokens and stores what it did in `*stats`
+(struct_size set by the caller; NULL if not wanted).
+
+`tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
+`count` is their number. Position t of a row learns to predict position t + 1.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count),
+MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
+MXT_ERROR_BUSY.
+"""
+function mxt_trainer_step_tokens(trainer, tokens, count, stats)
+    return @ccall libmxfp4train.mxt_trainer_step_tokens(
+        trainer::Ptr{mxt_trainer},
+        tokens::Ptr{UInt32},
+        count::Csize_t,
+        stats::Ptr{mxt_step_stats}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_eval(trainer, dataset, max_batches, stats)
+
+Computes the mean loss over at most `max_batches` batches spread evenly over `dataset`, the same
+ones in every call, and stores it in `*stats` (struct_size set by the caller). 0 takes all of the
+dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
+not an error.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
+a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY.
+"""
+function mxt_trainer_eval(trainer, dataset, max_batches, stats)
+    return @ccall libmxfp4train.mxt_trainer_eval(
+        trainer::Ptr{mxt_trainer},
+        dataset::Ptr{mxt_dataset},
+        max_batches::Csize_t,
+        stats::Ptr{mxt_eval_stats}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_set_lr(trainer, lr)
+
+Takes `lr` as the learning rate from the next step on, in place of the schedule's. It is saved
+with the run; mxt_trainer_use_schedule takes it back.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (negative or not finite), MXT_ERROR_BUSY.
+"""
+function mxt_trainer_set_lr(trainer, lr)
+    return @ccall libmxfp4train.mxt_trainer_set_lr(
+        trainer::Ptr{mxt_trainer},
+        lr::Cfloat
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_use_schedule(trainer)
+
+Returns to the schedule's learning rate after mxt_trainer_set_lr.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_BUSY.
+"""
+function mxt_trainer_use_schedule(trainer)
+    return @ccall libmxfp4train.mxt_trainer_use_schedule(
+        trainer::Ptr{mxt_trainer}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_steps_done(trainer)
+
+Number of optimizer steps done since step 0, those before a save and load included. 0 if `trainer`
+is NULL. Any thread may call it at any time, also while a step is running.
+"""
+function mxt_trainer_steps_done(trainer)
+    return @ccall libmxfp4train.mxt_trainer_steps_done(trainer::Ptr{mxt_trainer})::UInt64
+end
+
+"""
+    mxt_trainer_model(trainer, model)
+
+Stores a new handle on the trainer's model in `*model`, for the caller to free. It is the same
+model: the next step changes what the handle reads.
+
+Any thread may call it at any time. Errors: MXT_ERROR_NULL.
+"""
+function mxt_trainer_model(trainer, model)
+    return @ccall libmxfp4train.mxt_trainer_model(
+        trainer::Ptr{mxt_trainer},
+        model::Ptr{Ptr{mxt_model}}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_get_options(trainer, options)
+
+Stores the options that the trainer was made from, or loaded with, in `*options` (struct_size set
+by the caller). The recipe's name is valid as long as the trainer.
+
+Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_trainer_get_options(trainer, options)
+    return @ccall libmxfp4train.mxt_trainer_get_options(
+        trainer::Ptr{mxt_trainer},
+        options::Ptr{mxt_trainer_options}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_request_stop(trainer)
+
+Asks mxt_trainer_run to stop before its next step; a run that is not started yet stops at once.
+The request is used up by the run that it stops. NULL does nothing.
+
+Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
+not be freed meanwhile.
+"""
+function mxt_trainer_request_stop(trainer)
+    return @ccall libmxfp4train.mxt_trainer_request_stop(trainer::Ptr{mxt_trainer})::Cvoid
+end
+
+"""
+    mxt_trainer_last_error(trainer)
+
+The message of the last call with this trainer that failed, on whichever thread; the empty string
+when there is none.
+
+Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+call of mxt_trainer_last_error. Any thread may call it at any time.
+"""
+function mxt_trainer_last_error(trainer)
+    return @ccall libmxfp4train.mxt_trainer_last_error(trainer::Ptr{mxt_trainer})::Cstring
+end
+
+"""
+    mxt_trainer_free(trainer)
+
+Gives the trainer up; NULL does nothing. Nothing is saved. Its model stays usable through other
+handles. A callback may free the trainer that called it: the run then stops before its next step.
+"""
+function mxt_trainer_free(trainer)
+    return @ccall libmxfp4train.mxt_trainer_free(trainer::Ptr{mxt_trainer})::Cvoid
+end
+
+"""
+    mxt_plan(engine, config, options, result)
+
+Computes the bytes that a model of this shape with its trainer will take, before anything is
+allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL for
+the defaults. The engine's memory limit does not concern it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT.
+"""
+function mxt_plan(engine, config, options, result)
+    return @ccall libmxfp4train.mxt_plan(
+        engine::Ptr{mxt_engine},
+        config::Ptr{mxt_model_config},
+        options::Ptr{mxt_trainer_options},
+        result::Ptr{mxt_memory_plan}
+    )::mxt_status
+end
+
+"""
+    mxt_run_options_init(options, struct_size)
+
+Fills `options` with the defaults. `struct_size` is sizeof(mxt_run_options) as the caller's
+compiler sees it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_run_options_init(options, struct_size)
+    return @ccall libmxfp4train.mxt_run_options_init(
+        options::Ptr{mxt_run_options},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_run(trainer, dataset, options, result)
+
+Does options->steps steps on `dataset`, with evaluations, checkpoints and a callback, until they
+are done, the callback ends it or a stop is requested; stores what it did in `*result`
+(struct_size set by the caller; NULL if not wanted).
+
+The trainer is in use only inside each step, evaluation and checkpoint, not while the callback
+runs. An error ends the run: the steps before it are done (mxt_trainer_steps_done) and can be
+saved, `*result` is not written.
+
+Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save.
+"""
+function mxt_trainer_run(trainer, dataset, options, result)
+    return @ccall libmxfp4train.mxt_trainer_run(
+        trainer::Ptr{mxt_trainer},
+        dataset::Ptr{mxt_dataset},
+        options::Ptr{mxt_run_options},
+        result::Ptr{mxt_run_result}
+    )::mxt_status
+end
+
+end

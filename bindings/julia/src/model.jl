@@ -1,0 +1,148 @@
+# A model: making, loading, saving, sampling.
+
+"""
+    Model(engine; vocab_size = 50257, context_length = 1024, layers = 12, heads = 12, channels = 768)
+
+A model with random initial weights, drawn from the engine's seed. The defaults are GPT-2 small.
+
+    Model(trainer)
+
+The model of a trainer: not a copy, so the next step changes what it reads.
+"""
+mutable struct Model <: Handle
+    handle::Ptr{Lib.mxt_model}
+    engine::Engine
+
+    # Owns `handle` from now on.
+    Model(handle::Ptr{Lib.mxt_model}, engine::Engine) = finalizer(close, new(handle, engine))
+end
+
+function Model(engine::Engine; fields...)
+    config = Ref(filled(Lib.mxt_model_config, Lib.mxt_model_config_init, fields))
+    return made_model(engine) do handle
+        Lib.mxt_model_new(engine, config, handle)
+    end
+end
+
+"""
+    load(Model, engine, folder)
+
+The model of a checkpoint folder, written by this library or by Hugging Face transformers (`gpt2`).
+"""
+function load(::Type{Model}, engine::Engine, folder::AbstractString)
+    return made_model(engine) do handle
+        Lib.mxt_model_load(engine, folder, handle)
+    end
+end
+
+"""
+    save(model, folder)
+
+Saves weights and configuration so that Hugging Face transformers opens the folder as `gpt2`. A
+failure leaves what was there before.
+"""
+save(model::Model, folder::AbstractString) = check(Lib.mxt_model_save(model, folder))
+
+"""
+    config(model)
+
+The shape of the model, as a named tuple.
+"""
+function config(model::Model)
+    shape = sized(Lib.mxt_model_config)
+    check(Lib.mxt_model_get_config(model, shape))
+    return named(shape[])
+end
+
+"""
+    parameter_count(model)
+
+The number of trained numbers.
+"""
+parameter_count(model::Model) = Int(Lib.mxt_model_parameter_count(model))
+
+"""
+    next_logits(model, tokens)
+
+The logits of the token after `tokens`, as a vector with one for each token of the vocabulary: that
+of token `t` has the index `t + 1`.
+"""
+function next_logits(model::Model, tokens::AbstractVector{<:Integer})
+    before = c_tokens(tokens)
+    logits = Vector{Float32}(undef, Int(config(model).vocab_size))
+    check(Lib.mxt_model_next_logits(model, before, length(before), logits, length(logits)))
+    return logits
+end
+
+"""
+    generate(model, prompt; max_tokens = 256, temperature = 0.8, top_k = 0, top_p = 1, seed = 1337)
+    generate(f, model, prompt; ...)
+
+A continuation of the tokens of `prompt`, without the prompt, as a `Vector{UInt32}`.
+
+`f(token)` is called for each token as it is sampled; the text ends when it returns `:stop`. With
+the `do` syntax:
+
+    generate(model, prompt) do token
+        print(Char(token))
+    end
+"""
+generate(model::Model, prompt::AbstractVector{<:Integer}; fields...) =
+    generate(Returns(nothing), model, prompt; fields...)
+
+function generate(f, model::Model, prompt::AbstractVector{<:Integer}; fields...)
+    callback = Callback(f)
+    prompt_tokens = c_tokens(prompt)
+    written = Ref{Csize_t}(0)
+    managed = (on_token = token_function(), user_data = pointer_from_objref(callback))
+    how = Ref(filled(Lib.mxt_generate_options, Lib.mxt_generate_options_init, fields, managed))
+    tokens = Vector{UInt32}(undef, Int(how[].max_tokens))
+    status = GC.@preserve callback begin
+        calling_back() do
+            Lib.mxt_model_generate(
+                model,
+                how,
+                prompt_tokens,
+                length(prompt_tokens),
+                tokens,
+                length(tokens),
+                written,
+            )
+        end
+    end
+    check(status)
+    return resize!(tokens, Int(written[]))
+end
+
+"""
+    plan(engine; model = (;), trainer = (;))
+
+The bytes that a model with its trainer will take, by purpose, before anything is allocated. The
+options are those of [`Model`](@ref) and [`Trainer`](@ref), as named tuples.
+"""
+function plan(engine::Engine; model = (;), trainer = (;))
+    shape = Ref(filled(Lib.mxt_model_config, Lib.mxt_model_config_init, model))
+    result = sized(Lib.mxt_memory_plan)
+    status = with_trainer_options(; trainer...) do how
+        Lib.mxt_plan(engine, shape, how, result)
+    end
+    check(status)
+    return named(result[])
+end
+
+release(handle::Ptr{Lib.mxt_model}) = Lib.mxt_model_free(handle)
+Base.unsafe_convert(::Type{Ptr{Lib.mxt_model}}, model::Model) = model.handle
+
+function Base.show(io::IO, model::Model)
+    isopen(model) || return print(io, "Model(closed)")
+    return print(io, "Model(", parameter_count(model), " parameters)")
+end
+
+# The model that `make(handle)` stores in the reference `handle`.
+function made_model(make, engine::Engine)
+    handle = Ref{Ptr{Lib.mxt_model}}(C_NULL)
+    status = calling_back(() -> make(handle))
+    model = Model(handle[], engine)
+    check(status)
+    return model
+end

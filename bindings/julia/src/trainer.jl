@@ -1,0 +1,189 @@
+# A model in training, step by step.
+
+"""
+    Trainer(model; recipe = nothing, schedule = :constant, batch_size = 8, sequence_length = 0,
+            accumulation = 1, lr = 3e-4, min_lr = 0, warmup_steps = 0, total_steps = 0,
+            decay_steps = 0, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1, clip = 1)
+
+A trainer at step 0 that changes the weights of `model`. All memory of training is allocated here.
+
+`recipe` says which number formats the linear layers use: `"fp32"`, `"bf16"`, `"mxfp4-rht-sr"` (what
+`nothing` is) and others that the C header lists. `schedule` is `:constant`, `:cosine`, `:linear` or
+`:trapezoid`.
+"""
+mutable struct Trainer <: Handle
+    handle::Ptr{Lib.mxt_trainer}
+    engine::Engine
+
+    # Owns `handle` from now on.
+    Trainer(handle::Ptr{Lib.mxt_trainer}, engine::Engine) = finalizer(close, new(handle, engine))
+end
+
+function Trainer(model::Model; fields...)
+    return made_trainer(model.engine) do handle
+        with_trainer_options(; fields...) do how
+            Lib.mxt_trainer_new(model, how, handle)
+        end
+    end
+end
+
+function Model(trainer::Trainer)
+    return made_model(handle -> Lib.mxt_trainer_model(trainer, handle), trainer.engine)
+end
+
+"""
+    load(Trainer, engine, folder)
+
+Loads what `save(trainer, folder)` wrote. The next steps are the same, bit for bit, as if the run had
+never stopped.
+"""
+function load(::Type{Trainer}, engine::Engine, folder::AbstractString)
+    return made_trainer(handle -> Lib.mxt_trainer_load(engine, folder, handle), engine)
+end
+
+"""
+    save(trainer, folder)
+
+Saves model, moments, options and position. A failure, or a kill at any instant, leaves what was
+there before.
+"""
+save(trainer::Trainer, folder::AbstractString) = check(Lib.mxt_trainer_save(trainer, folder))
+
+"""
+    step!(trainer, dataset)
+
+Does one optimizer step on the next samples of a dataset. Returns what it did as a named tuple:
+`step`, `tokens`, `seconds`, `loss` (nats a token, before the update), `grad_norm`, `lr` and
+`tokens_per_second`.
+
+    step!(trainer, tokens)
+
+Does the step on a matrix of tokens. Each of its `accumulation * batch_size` columns is a sequence
+of `sequence_length + 1` tokens, numbers from 0.
+"""
+function step!(trainer::Trainer, dataset::Dataset)
+    stats = sized(Lib.mxt_step_stats)
+    check(Lib.mxt_trainer_step(trainer, dataset, stats))
+    return named(stats[])
+end
+
+function step!(trainer::Trainer, tokens::AbstractMatrix{<:Integer})
+    columns = c_tokens(tokens)
+    stats = sized(Lib.mxt_step_stats)
+    check(Lib.mxt_trainer_step_tokens(trainer, columns, length(columns), stats))
+    return named(stats[])
+end
+
+"""
+    steps(trainer, dataset, count)
+
+Iterates over `count` steps: every turn of the loop does one and gives what it did, as `step!` does.
+
+    for stats in steps(trainer, dataset, 100)
+        println(stats.loss)
+    end
+"""
+steps(trainer::Trainer, dataset::Dataset, count::Integer) = Steps(trainer, dataset, count)
+
+# What `steps` makes.
+struct Steps
+    trainer::Trainer
+    dataset::Dataset
+    count::Int
+end
+
+function Base.iterate(steps::Steps, done = 0)
+    done >= steps.count && return nothing
+    return (step!(steps.trainer, steps.dataset), done + 1)
+end
+
+Base.length(steps::Steps) = max(steps.count, 0)
+Base.IteratorEltype(::Type{Steps}) = Base.EltypeUnknown()
+
+"""
+    evaluate!(trainer, dataset; max_batches = 0)
+
+The mean loss over at most `max_batches` batches spread evenly over the dataset, 0 for all of it, as
+a named tuple: `tokens`, `seconds`, `loss` (nats a token) and `perplexity`. It changes nothing of the
+run, but needs the trainer for itself.
+"""
+function evaluate!(trainer::Trainer, dataset::Dataset; max_batches::Integer = 0)
+    stats = sized(Lib.mxt_eval_stats)
+    check(Lib.mxt_trainer_eval(trainer, dataset, max_batches, stats))
+    return named(stats[])
+end
+
+"""
+    set_lr!(trainer, lr)
+
+Takes `lr` as the learning rate from the next step on, in place of the schedule's.
+"""
+set_lr!(trainer::Trainer, lr::Real) = check(Lib.mxt_trainer_set_lr(trainer, lr))
+
+"""
+    use_schedule!(trainer)
+
+Returns to the schedule's learning rate.
+"""
+use_schedule!(trainer::Trainer) = check(Lib.mxt_trainer_use_schedule(trainer))
+
+"""
+    steps_done(trainer)
+
+The number of optimizer steps since step 0, those before a save and load included.
+"""
+steps_done(trainer::Trainer) = Int(Lib.mxt_trainer_steps_done(trainer))
+
+"""
+    options(trainer)
+
+What the trainer was made from, as a named tuple.
+"""
+function options(trainer::Trainer)
+    filled_in = sized(Lib.mxt_trainer_options)
+    check(Lib.mxt_trainer_get_options(trainer, filled_in))
+    how = filled_in[]
+    # The text is valid as long as the trainer.
+    recipe = GC.@preserve trainer unsafe_string(how.recipe)
+    return merge(named(how), (recipe = recipe, schedule = SCHEDULES[how.schedule + 1]))
+end
+
+release(handle::Ptr{Lib.mxt_trainer}) = Lib.mxt_trainer_free(handle)
+Base.unsafe_convert(::Type{Ptr{Lib.mxt_trainer}}, trainer::Trainer) = trainer.handle
+
+function Base.show(io::IO, trainer::Trainer)
+    isopen(trainer) || return print(io, "Trainer(closed)")
+    return print(io, "Trainer(", steps_done(trainer), " steps done)")
+end
+
+# In the order of C's numbers, from 0.
+const SCHEDULES = (:constant, :cosine, :linear, :trapezoid)
+
+# Calls `use` with a reference to the options, whose text lives until it returns.
+function with_trainer_options(
+    use;
+    recipe::Union{Nothing,AbstractString} = nothing,
+    schedule::Symbol = :constant,
+    fields...,
+)
+    number = findfirst(==(schedule), SCHEDULES)
+    if number === nothing
+        throw(ArgumentError("schedule: expected one of $SCHEDULES, got $(repr(schedule))"))
+    end
+    text = text_or_nothing(recipe)
+    status = GC.@preserve text begin
+        managed = (recipe = c_string(text), schedule = number - 1)
+        how = filled(Lib.mxt_trainer_options, Lib.mxt_trainer_options_init, fields, managed)
+        use(Ref(how))
+    end
+    return status
+end
+
+# The trainer that `make(handle)` stores in the reference `handle`.
+function made_trainer(make, engine::Engine)
+    handle = Ref{Ptr{Lib.mxt_trainer}}(C_NULL)
+    status = calling_back(() -> make(handle))
+    trainer = Trainer(handle[], engine)
+    check(status)
+    return trainer
+end

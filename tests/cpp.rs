@@ -1,0 +1,159 @@
+//! The C++ classes: the programs of `tests/cpp`, compiled by every compiler and standard that a host
+//! may use, run with an empty folder, and run again under sanitizers and valgrind.
+//!
+//! A program must succeed and, because the library is silent, write nothing.
+
+mod programs;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use programs::{Compiler, SANITIZE, finish, have, root, succeed};
+
+/// A program: its files in `tests/cpp` and what they need.
+type Program = (&'static [&'static str], &'static [&'static str]);
+
+const HANDLES: Program = (&["handles.cpp"], &[]);
+const CALLBACKS: Program = (&["callbacks.cpp"], &[]);
+const RETURNING: Program = (&["returning.cpp"], &["-fno-exceptions"]);
+/// Both modes in one program.
+const MODES: Program = (&["returning.cpp", "modes.cpp"], &["-DWITH_OTHER_MODE"]);
+const ALL: [Program; 4] = [HANDLES, CALLBACKS, RETURNING, MODES];
+
+#[test]
+fn gcc_cpp17() {
+    run_all("g++", "-std=c++17", &[]);
+}
+
+#[test]
+fn gcc_cpp20() {
+    run_all("g++", "-std=c++20", &[]);
+}
+
+#[test]
+fn clang_cpp17() {
+    if have("clang++", "the C++ tests run with gcc only") {
+        run_all("clang++", "-std=c++17", &[]);
+    }
+}
+
+#[test]
+fn clang_cpp20() {
+    if have("clang++", "the C++ tests run with gcc only") {
+        run_all("clang++", "-std=c++20", &[]);
+    }
+}
+
+#[test]
+fn gcc_sanitizers_find_nothing() {
+    run_all("g++", "-std=c++17", &[SANITIZE]);
+}
+
+#[test]
+fn clang_sanitizers_find_nothing() {
+    if have("clang++", "clang's sanitizers do not run") {
+        run_all("clang++", "-std=c++20", &[SANITIZE]);
+    }
+}
+
+/// Hosts compile the header with warnings of their own, which are then errors of ours.
+#[test]
+fn the_header_is_clean_under_strict_warnings() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let source = dir.path().join("include.cpp");
+    let text = "#include \"mxfp4train.hpp\"\n#include \"mxfp4train.hpp\"\nint main() {}\n";
+    fs::write(&source, text).expect("the file can be written");
+    let strict = [
+        ["-Wconversion", "-Wsign-conversion", "-Wold-style-cast", "-Wdouble-promotion"],
+        ["-Wnon-virtual-dtor", "-Woverloaded-virtual", "-Wundef", "-Wextra-semi"],
+    ];
+    for command in ["g++", "clang++"] {
+        if !have(command, "the C++ header is not compiled by it") {
+            continue;
+        }
+        for mode in ["-fexceptions", "-fno-exceptions", "-DMXT_NO_EXCEPTIONS", "-fno-rtti"] {
+            let flags = [strict.concat(), vec![mode]].concat();
+            let compiler = Compiler { command, standard: "-std=c++17", flags: &flags };
+            compiler.program(std::slice::from_ref(&source), dir.path());
+        }
+    }
+}
+
+/// No finding and no leak. valgrind knows no AVX-512. "Possibly lost" and "still reachable" are the
+/// records of worker threads that are about to end when the program does.
+#[test]
+fn valgrind_finds_nothing() {
+    if !have("valgrind", "the C++ programs do not run under it") {
+        return;
+    }
+    for program in ALL {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = compile(program, "g++", "-std=c++17", &[], dir.path());
+        let mut command = Command::new("valgrind");
+        command.args(["--quiet", "--error-exitcode=9", "--leak-check=full"]);
+        for option in ["--errors-for-leak-kinds", "--show-leak-kinds"] {
+            command.arg(format!("{option}=definite,indirect"));
+        }
+        run(command.arg(path).env("MXT_CPU_ISA", "avx2"), dir.path());
+    }
+}
+
+/// The example is one file that can be read in one go, and does what it says.
+#[test]
+fn the_example_trains_is_stopped_and_resumes() {
+    let source = root().join("examples/cpp/train.cpp");
+    let text = fs::read_to_string(&source).expect("the file can be read");
+    assert!(text.lines().count() < 150, "the example is to be read in one go");
+    for command in ["g++", "clang++"] {
+        if !have(command, "the C++ example is not compiled by it") {
+            continue;
+        }
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let compiler = Compiler { command, standard: "-std=c++17", flags: &[] };
+        let program = compiler.program(std::slice::from_ref(&source), dir.path());
+        let text = succeed(Command::new(program).current_dir(dir.path()));
+        assert!(text.contains("resumed at step"), "{text}");
+        println!("{text}");
+    }
+}
+
+fn run_all(command: &str, standard: &str, flags: &[&str]) {
+    for program in ALL {
+        let dir = tempfile::tempdir().expect("a temporary folder");
+        let path = compile(program, command, standard, flags, dir.path());
+        if flags.contains(&SANITIZE) {
+            assert_sanitized(&path);
+        }
+        run(&mut Command::new(path), dir.path());
+    }
+}
+
+fn compile(
+    (files, own_flags): Program,
+    command: &str,
+    standard: &str,
+    flags: &[&str],
+    dir: &Path,
+) -> PathBuf {
+    let folder = root().join("tests/cpp");
+    let sources: Vec<PathBuf> = files.iter().map(|name| folder.join(name)).collect();
+    let flags = [flags, own_flags].concat();
+    Compiler { command, standard, flags: &flags }.program(&sources, dir)
+}
+
+fn run(command: &mut Command, dir: &Path) {
+    let folder = dir.join("files");
+    fs::create_dir(&folder).expect("the folder can be made");
+    let text = succeed(command.arg(&folder));
+    assert!(text.is_empty(), "{command:?} is to be silent:\n{text}");
+}
+
+/// A sanitizer that was not linked finds nothing either.
+fn assert_sanitized(program: &Path) {
+    let output = finish(Command::new("nm").arg(program));
+    let symbols = String::from_utf8_lossy(&output.stdout);
+    for symbol in ["__asan_init", "__ubsan_handle_"] {
+        assert!(symbols.contains(symbol), "{} has no {symbol}", program.display());
+    }
+}

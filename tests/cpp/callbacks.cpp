@@ -1,0 +1,205 @@
+// What callbacks may return and throw: the run or the text ends in order, and what was thrown
+// arrives at the caller.
+#include "check.hpp"
+
+#include <memory>
+#include <thread>
+
+namespace {
+
+// An exception of the host's own, which has nothing to do with std::exception.
+struct Enough {
+  int step;
+};
+
+struct Fixture {
+  mxt::Engine engine{one_thread()};
+  mxt::Model model{engine, small_config()};
+  mxt::Dataset dataset = mxt::Dataset::from_tokens(some_tokens());
+  mxt::Trainer trainer{model, small_options()};
+};
+
+int steps_seen = 0;
+void count_step(const mxt::StepStats &) { steps_seen++; }
+
+void what_a_callback_may_be(Fixture &it) {
+  CHECK(it.trainer.run(it.dataset, 2, count_step).steps == 2 && steps_seen == 2);
+  CHECK(it.trainer.run(it.dataset, 1, &count_step).steps == 1 && steps_seen == 3);
+  // Only moved, never copied.
+  auto owned = std::make_unique<int>(0);
+  const int *seen = owned.get();
+  it.trainer.run(it.dataset, 2, [owned = std::move(owned), seen](const mxt::StepStats &) {
+    CHECK(seen == owned.get());
+    ++*owned;
+  });
+  // By reference, with state, and with the evaluation.
+  struct Counter {
+    int steps = 0, evaluations = 0;
+    mxt::Flow operator()(const mxt::StepStats &step, const mxt::EvalStats *eval) {
+      CHECK(step.loss > 0 && step.struct_size == sizeof step);
+      evaluations += eval != nullptr;
+      return ++steps == 4 ? mxt::Flow::stop : mxt::Flow::go_on;
+    }
+  } counter;
+  mxt::RunOptions options = 10;
+  options.eval_dataset = it.dataset.get();
+  options.eval_every = 1;
+  options.eval_batches = 1;
+  const mxt::RunResult result = it.trainer.run(it.dataset, options, std::ref(counter));
+  CHECK(result.steps == 4 && result.end == MXT_RUN_END_CALLBACK);
+  CHECK(counter.steps == 4 && counter.evaluations == 4 && result.last_eval_loss > 0);
+}
+
+void exceptions_of_a_run(Fixture &it, const std::string &folder) {
+  mxt::RunOptions options = 10;
+  options.save_dir = folder.c_str();
+  const std::uint64_t before = it.trainer.steps_done();
+  int caught = 0;
+  try {
+    it.trainer.run(it.dataset, options, [&](const mxt::StepStats &stats) {
+      if (stats.step == before + 3) throw Enough{static_cast<int>(stats.step)};
+    });
+  } catch (const Enough &enough) {
+    caught = enough.step;
+  }
+  CHECK(caught == static_cast<int>(before + 3) && it.trainer.steps_done() == before + 3);
+  // The run ended in order: what it had done is saved.
+  mxt::Trainer resumed = mxt::Trainer::load(it.engine, folder);
+  CHECK(resumed.steps_done() == before + 3);
+  CHECK(resumed.step(it.dataset).loss == it.trainer.step(it.dataset).loss);
+  // Nothing of it is left behind.
+  CHECK(it.trainer.run(it.dataset, 2, [](const mxt::StepStats &) {}).steps == 2);
+  CHECK(it.trainer.run(it.dataset, 2).end == MXT_RUN_END_FINISHED);
+}
+
+// An error of the library inside a callback is an exception like any other, and so is one of a run
+// inside a run.
+void exceptions_from_within(Fixture &it) {
+  mxt_status status = MXT_OK;
+  try {
+    it.trainer.run(it.dataset, 5, [&](const mxt::StepStats &) { it.model.read("no.such"); });
+  } catch (const mxt::error &error) {
+    status = error.status();
+  }
+  CHECK(status == MXT_ERROR_NO_SUCH_TENSOR);
+
+  int inner = 0, outer = 0;
+  try {
+    it.trainer.run(it.dataset, 5, [&](const mxt::StepStats &) {
+      try {
+        it.trainer.run(it.dataset, 5, [](const mxt::StepStats &) { throw Enough{1}; });
+      } catch (const Enough &enough) {
+        inner += enough.step;
+        throw Enough{7};
+      }
+    });
+  } catch (const Enough &enough) {
+    outer = enough.step;
+  }
+  CHECK(inner == 1 && outer == 7);
+
+  // What fails inside and is caught there does not end the run.
+  int caught = 0;
+  const mxt::RunResult result = it.trainer.run(it.dataset, 3, [&](const mxt::StepStats &) {
+    try {
+      it.model.read("no.such");
+    } catch (const mxt::error &) {
+      caught++;
+    }
+  });
+  CHECK(result.steps == 3 && caught == 3);
+}
+
+void tokens(Fixture &it) {
+  mxt::GenerateOptions options;
+  options.max_tokens = 8;
+  std::vector<std::uint32_t> seen;
+  const auto text = it.model.generate({1, 2}, options, [&](std::uint32_t token) {
+    seen.push_back(token);
+    return seen.size() == 5 ? mxt::Flow::stop : mxt::Flow::go_on;
+  });
+  CHECK(text == seen && text.size() == 5);
+  int caught = 0;
+  std::size_t count = 0;
+  try {
+    it.model.generate({1}, options, [&](std::uint32_t) {
+      if (++count == 3) throw Enough{3};
+    });
+  } catch (const Enough &enough) {
+    caught = enough.step;
+  }
+  CHECK(caught == 3 && count == 3);
+  // While tokens are sampled, the model is in use.
+  mxt_status status = MXT_OK;
+  try {
+    it.model.generate({1}, options, [&](std::uint32_t) { it.model.read("transformer.ln_f.bias"); });
+  } catch (const mxt::error &error) {
+    status = error.status();
+  }
+  CHECK(status == MXT_ERROR_BUSY);
+  CHECK(it.model.generate({1}, options).size() == 8);
+}
+
+// The log callback outlives the engine, and what it throws arrives at the call that logged.
+void log_lines() {
+  int lines = 0;
+  bool armed = false;
+  auto log = [&](std::int32_t level, std::string_view line) {
+    CHECK(level >= MXT_LOG_LEVEL_WARNING && level <= MXT_LOG_LEVEL_DEBUG && !line.empty());
+    lines++;
+    if (armed) throw Enough{9};
+  };
+  auto engine = std::make_unique<mxt::Engine>(one_thread(), log);
+  CHECK(lines > 0);
+  mxt::Model model(*engine, small_config());
+  engine.reset();
+  const int before = lines;
+  mxt::Trainer trainer(model, small_options());
+  CHECK(lines > before);
+  armed = true;
+  int caught = 0;
+  try {
+    mxt::Trainer other(model, small_options());
+  } catch (const Enough &enough) {
+    caught++;
+    CHECK(enough.step == 9);
+  }
+  try {
+    mxt::Engine other(one_thread(), log);
+  } catch (const Enough &) {
+    caught++;
+  }
+  CHECK(caught == 2);
+  armed = false;
+  CHECK(model.config().layers == 1);
+}
+
+void freed_and_stopped_from_elsewhere() {
+  Fixture it;
+  auto trainer = std::make_unique<mxt::Trainer>(it.model, small_options());
+  const mxt::RunResult result = trainer->run(it.dataset, 5, [&](const mxt::StepStats &) {
+    trainer.reset();
+  });
+  CHECK(result.steps == 1 && trainer == nullptr);
+
+  std::thread stopper;
+  const mxt::RunResult stopped = it.trainer.run(it.dataset, 1000000, [&](const mxt::StepStats &) {
+    if (!stopper.joinable()) stopper = std::thread([&] { it.trainer.request_stop(); });
+  });
+  stopper.join();
+  CHECK(stopped.end == MXT_RUN_END_REQUEST && stopped.steps > 0);
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  CHECK(argc == 2);
+  Fixture it;
+  what_a_callback_may_be(it);
+  exceptions_of_a_run(it, std::string(argv[1]) + "/run");
+  exceptions_from_within(it);
+  tokens(it);
+  log_lines();
+  freed_and_stopped_from_elsewhere();
+  return 0;
+}

@@ -1,0 +1,150 @@
+// Ownership, moves, errors, tensors and views.
+#include "check.hpp"
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#if defined(__has_include) && __has_include(<span>)
+#include <span>
+#endif
+
+static_assert(!std::is_copy_constructible_v<mxt::Engine> && !std::is_copy_assignable_v<mxt::Engine>);
+static_assert(!std::is_copy_constructible_v<mxt::Model>);
+static_assert(!std::is_copy_constructible_v<mxt::Dataset>);
+static_assert(!std::is_copy_constructible_v<mxt::Trainer>);
+static_assert(std::is_nothrow_move_constructible_v<mxt::Engine>);
+static_assert(std::is_nothrow_move_assignable_v<mxt::Model>);
+static_assert(std::is_nothrow_move_constructible_v<mxt::Dataset>);
+static_assert(std::is_nothrow_move_constructible_v<mxt::Trainer>);
+static_assert(std::is_nothrow_copy_constructible_v<mxt::error>);
+static_assert(std::is_base_of_v<std::runtime_error, mxt::error>);
+// A view is of the very elements: not of bytes, not of a derived class, not of const ones.
+static_assert(!std::is_constructible_v<mxt::view<const std::uint32_t>, std::string &>);
+static_assert(!std::is_constructible_v<mxt::view<float>, const std::vector<float> &>);
+static_assert(!std::is_constructible_v<mxt::view<const std::runtime_error>,
+                                       std::vector<mxt::error> &>);
+
+template <class Body>
+static void fails(mxt_status status, std::string_view text, Body body) {
+  try {
+    body();
+  } catch (const mxt::error &error) {
+    CHECK(error.status() == status);
+    CHECK(std::string_view(error.what()).find(text) != std::string_view::npos);
+    return;
+  }
+  CHECK(!"an exception was expected");
+}
+
+static void errors() {
+  mxt::EngineOptions options;
+  options.device = "abacus";
+  fails(MXT_ERROR_INVALID_ARGUMENT, "abacus", [&] { mxt::Engine engine(options); });
+  mxt::Engine engine(one_thread());
+  mxt::ModelConfig config = small_config();
+  config.heads = 3;
+  fails(MXT_ERROR_INVALID_ARGUMENT, "heads", [&] { mxt::Model model(engine, config); });
+  config.struct_size = 1;
+  fails(MXT_ERROR_STRUCT_SIZE, "struct_size", [&] { mxt::Model model(engine, config); });
+  fails(MXT_ERROR_IO, "", [&] { mxt::Model::load(engine, "/nowhere/at/all"); });
+  fails(MXT_ERROR_INVALID_ARGUMENT, "", [] { mxt::Dataset::open("/nowhere/*.bin"); });
+  const std::vector<std::string> files = {"/nowhere/a.bin", "/nowhere/b.bin"};
+  fails(MXT_ERROR_IO, "/nowhere/a.bin", [&] { mxt::Dataset::open_files(files); });
+
+  mxt::Model model(engine, small_config());
+  fails(MXT_ERROR_NO_SUCH_TENSOR, "no.such", [&] { model.read("no.such"); });
+  fails(MXT_ERROR_NO_SUCH_TENSOR, "no.such", [&] { model.write("no.such", {1.0f}); });
+  fails(MXT_ERROR_INVALID_ARGUMENT, "", [&] { model.write("transformer.ln_f.weight", {1.0f}); });
+  fails(MXT_ERROR_INVALID_ARGUMENT, "", [&] { model.tensor(model.tensor_count()); });
+  fails(MXT_ERROR_INVALID_ARGUMENT, "prompt", [&] { model.generate({}); });
+  fails(MXT_ERROR_TOKEN_RANGE, "32", [&] { model.generate({32}); });
+  mxt::TrainerOptions trainer_options = small_options();
+  trainer_options.recipe = "mxfp3";
+  fails(MXT_ERROR_INVALID_ARGUMENT, "mxfp3", [&] { mxt::Trainer trainer(model, trainer_options); });
+
+  options = one_thread();
+  options.memory_limit = 1000;
+  mxt::Engine narrow(options);
+  fails(MXT_ERROR_OUT_OF_MEMORY, "", [&] { mxt::Model big(narrow, small_config()); });
+}
+
+// What was moved from fails in order; everything lives as long as it is needed.
+static void moves_and_lifetimes() {
+  std::optional<mxt::Engine> engine(std::in_place, one_thread());
+  std::optional<mxt::Model> model(std::in_place, *engine, small_config());
+  std::optional<mxt::Dataset> dataset(mxt::Dataset::from_tokens(some_tokens()));
+  mxt::Trainer first(*model, small_options());
+  engine.reset();
+  model.reset();
+  CHECK(first.step(*dataset).step == 1);
+  mxt::Trainer second = std::move(first);
+  CHECK(second.step(*dataset).step == 2);
+  CHECK(first.get() == nullptr && first.steps_done() == 0);
+  first.request_stop();
+  fails(MXT_ERROR_NULL, "trainer", [&] { first.step(*dataset); });
+  fails(MXT_ERROR_NULL, "trainer", [&] { first.run(*dataset, 3); });
+  fails(MXT_ERROR_NULL, "", [&] { first.model(); });
+  first = std::move(second);
+  CHECK(first.steps_done() == 2);
+  const mxt::Dataset moved = std::move(*dataset);
+  fails(MXT_ERROR_NULL, "dataset", [&] { first.step(*dataset); });
+  CHECK(dataset->token_count() == 0 && moved.token_count() == 4000);
+}
+
+static void tensors() {
+  mxt::Engine engine(one_thread());
+  mxt::Model model(engine, small_config());
+  CHECK(engine.device() == "cpu" && engine.threads() == 1 && engine.seed() == 1337);
+  CHECK(model.config().channels == 16 && model.config().layer_norm_epsilon > 0);
+  std::uint64_t sum = 0;
+  for (std::size_t i = 0; i < model.tensor_count(); i++) {
+    const mxt::TensorInfo info = model.tensor(i);
+    std::size_t product = 1;
+    for (const std::size_t dimension : info.shape) product *= dimension;
+    CHECK(product == info.element_count && model.read(info.name).size() == product);
+    sum += product;
+  }
+  CHECK(sum == model.parameter_count());
+
+  const std::vector<float> logits = model.next_logits({1, 2, 3});
+  mxt::GenerateOptions greedy;
+  greedy.temperature = 0;
+  greedy.max_tokens = 1;
+  const auto likeliest = std::max_element(logits.begin(), logits.end()) - logits.begin();
+  CHECK(logits.size() == 32 && model.generate({1, 2, 3}, greedy)[0] == likeliest);
+  fails(MXT_ERROR_TOKEN_RANGE, "32", [&] { model.next_logits({32}); });
+
+  std::vector<float> values = model.read("transformer.ln_f.weight");
+  CHECK(values.size() == 16 && values[3] == 1.0f);
+  values[3] = 2.0f;
+  model.write("transformer.ln_f.weight", values);
+  std::array<float, 16> array{};
+  model.read("transformer.ln_f.weight", array);
+  CHECK(array[3] == 2.0f && array[4] == 1.0f);
+  float plain[16] = {};
+  model.read("transformer.ln_f.weight", plain);
+  model.read("transformer.ln_f.weight", {plain, 16});
+  CHECK(plain[3] == 2.0f);
+#ifdef __cpp_lib_span
+  const std::span<const float> span(array);
+  model.write("transformer.ln_f.weight", span);
+  const std::span<const float> back = mxt::view<const float>(values);
+  CHECK(back.size() == 16 && back[3] == 2.0f);
+#endif
+  mxt::view<const float> view = values;
+  float total = 0;
+  for (const float value : view) total += value;
+  CHECK(total == 17.0f && view[3] == 2.0f && !view.empty());
+
+  const mxt::MemoryPlan plan = mxt::plan(engine, small_config(), small_options());
+  CHECK(plan.total > plan.weights && plan.weights > 0);
+  CHECK(mxt::version() == mxt_version() && mxt::build_info().front() == '{');
+  CHECK(mxt::status_string(MXT_ERROR_BUSY) == "busy");
+}
+
+int main() {
+  errors();
+  moves_and_lifetimes();
+  tensors();
+  return 0;
+}
