@@ -7,7 +7,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Link, SANITIZE, compile, has_program, has_tool, root, run, run_with, succeed};
+use common::{
+    Link, SANITIZE, compile, has_program, has_tool, root, run, run_with, succeed, valgrind,
+};
 
 /// Programs that load the library by themselves, or need a library that is built with faults.
 const SPECIAL: [&str; 2] = ["load.c", "faults.c"];
@@ -76,22 +78,10 @@ fn valgrind_finds_nothing() {
     }
     for name in programs() {
         // A forked child has to leave the threads of its parent as they are, with their memory.
-        let leaks = if name == "fork.c" { "no" } else { "full" };
-        let leaks = format!("--leak-check={leaks}");
-        let known = root().join("tests/c/valgrind.supp");
-        let known = format!("--suppressions={}", known.display());
-        let wrapper = [
-            "env",
-            // Of /proc and of a memory limit, the programs would see what valgrind makes of them.
-            "UNDER_VALGRIND=1",
-            "valgrind",
-            "--quiet",
-            "--error-exitcode=99",
-            "--fair-sched=yes",
-            "--errors-for-leak-kinds=definite,indirect,possible",
-            &leaks,
-            &known,
-        ];
+        let valgrind = valgrind(name != "fork.c");
+        // Of /proc and of a memory limit, the programs would see what valgrind makes of them.
+        let mut wrapper = vec!["env", "UNDER_VALGRIND=1"];
+        wrapper.extend(valgrind.iter().map(String::as_str));
         run_with(&name, Link::Shared, &[], &wrapper);
     }
 }

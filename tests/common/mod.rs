@@ -22,6 +22,40 @@ pub(crate) enum Link {
 
 pub(crate) const SANITIZE: &str = "-fsanitize=address,undefined";
 
+/// How programs are compiled.
+#[derive(Clone, Copy)]
+pub(crate) struct Compiler<'a> {
+    /// Such as `g++`.
+    pub(crate) command: &'a str,
+    /// Such as `-std=c++17`.
+    pub(crate) standard: &'a str,
+    /// Flags beside the warnings, which are all on and errors.
+    pub(crate) flags: &'a [&'a str],
+}
+
+impl Compiler<'_> {
+    /// Makes a program in `dir` from `sources`, linked with the shared library through its SONAME.
+    pub(crate) fn program(&self, sources: &[PathBuf], dir: &Path) -> PathBuf {
+        // The loader looks for the SONAME, which only an installed library has as a file.
+        let installed = dir.join("libmxfp4train.so.0");
+        if !installed.exists() {
+            std::os::unix::fs::symlink(library("so"), &installed).expect("a link can be made");
+        }
+        let program = dir.join("program");
+        let mut command = Command::new(self.command);
+        command.args([self.standard, "-O1", "-g", "-pthread"]);
+        command.args(["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror"]);
+        command.args(self.flags);
+        for include in ["include", "bindings/cpp"] {
+            command.arg("-I").arg(root().join(include));
+        }
+        command.args(sources).arg(installed).arg(format!("-Wl,-rpath,{}", dir.display()));
+        command.arg("-o").arg(&program).arg("-lm");
+        succeed(&mut command);
+        program
+    }
+}
+
 /// Builds and runs a program of `tests/c` with an empty folder as its argument. It must succeed and,
 /// because the library is silent, leave stdout and stderr empty.
 pub(crate) fn run(name: &str, link: Link) {
@@ -97,24 +131,65 @@ pub(crate) fn succeed(command: &mut Command) -> String {
     out.into_owned()
 }
 
+/// Runs a program that must succeed and write nothing to stderr, and gives its stdout.
+pub(crate) fn succeed_quietly(command: &mut Command) -> String {
+    let output = finish(command);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}\n{text}{errors}", output.status);
+    assert!(errors.is_empty(), "{command:?} wrote to stderr:\n{errors}");
+    text
+}
+
 /// Runs a program to its end, which a deadlock must not keep from coming.
 pub(crate) fn finish(command: &mut Command) -> Output {
     const LIMIT: Duration = Duration::from_secs(240);
-    let command = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // NOTE: to files, not to pipes, which a program that writes a lot would fill and wait for.
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let [stdout, stderr] = ["stdout", "stderr"].map(|name| dir.path().join(name));
+    let create = |path: &Path| fs::File::create(path).expect("a file can be made");
+    command.stdin(Stdio::null()).stdout(create(&stdout)).stderr(create(&stderr));
     let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
     let start = Instant::now();
-    while child.try_wait().expect("a child can be waited for").is_none() {
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("a child can be waited for") {
+            break status;
+        }
         if start.elapsed() > LIMIT {
             let _ = child.kill();
-            let output = child.wait_with_output().expect("a child can be waited for");
-            panic!(
-                "{command:?} did not end in {LIMIT:?}\n{}",
-                String::from_utf8_lossy(&output.stderr)
-            );
+            let text = fs::read_to_string(&stderr).unwrap_or_default();
+            panic!("{command:?} did not end in {LIMIT:?}\n{text}");
         }
         std::thread::sleep(Duration::from_millis(5));
-    }
-    child.wait_with_output().expect("a child can be waited for")
+    };
+    let [stdout, stderr] = [stdout, stderr].map(|path| fs::read(path).expect("a file of ours"));
+    Output { status, stdout, stderr }
+}
+
+/// valgrind, to be followed by a program: no finding and, with `leaks`, no leak. It knows no AVX-512,
+/// which the library sees and does without.
+pub(crate) fn valgrind(leaks: bool) -> Vec<String> {
+    let suppressions = root().join("tests/c/valgrind.supp");
+    let leaks = if leaks { "full" } else { "no" };
+    [
+        "valgrind",
+        "--quiet",
+        "--error-exitcode=99",
+        "--fair-sched=yes",
+        "--errors-for-leak-kinds=definite,indirect,possible",
+        &format!("--leak-check={leaks}"),
+        &format!("--suppressions={}", suppressions.display()),
+    ]
+    .map(str::to_owned)
+    .into()
+}
+
+/// Writes a token file of a sentence, over and over, for a program to train on.
+pub(crate) fn write_tokens(path: &Path) {
+    let text = b"Humpty Dumpty sat on a wall, Humpty Dumpty had a great fall; ";
+    let tokens = text.iter().cycle().take(6000);
+    let bytes: Vec<u8> = tokens.flat_map(|&byte| u16::from(byte).to_le_bytes()).collect();
+    fs::write(path, bytes).expect("the file can be written");
 }
 
 /// Whether a tool is there. Without it the test that asks is skipped with a line that says so, except
