@@ -19,7 +19,9 @@ grep -v '^ *//' "$header" | grep -o 'mxt_[a-z0-9_]*(' | tr -d '(' | sort -u > "$
 ld -r --gc-sections $(sed 's/^/-u /' "$work/api") "$1" -o "$work/all.o"
 # The personality routine is found through this one when exception tables are merged.
 echo DW.ref.rust_eh_personality >> "$work/api"
-objcopy -R .llvmbc -R .llvmcmd --keep-global-symbols="$work/api" \
+# NOTE: without --strip-unneeded, names that only dropped code referred to stay as undefined symbols.
+# Some are weak in Rust's runtime and strong here, and then the other library's cannot be linked.
+objcopy -R .llvmbc -R .llvmcmd --keep-global-symbols="$work/api" --strip-unneeded \
   "$work/all.o" "$work/mxfp4train.o"
 rm -f "$2"
 ar rcs "$2" "$work/mxfp4train.o"

@@ -40,8 +40,8 @@
 //    mxt_last_error of the calling thread and, for calls with a handle, on the handle that is the
 //    first argument (mxt_trainer_last_error and the like). Functions that return a number or a text
 //    of a handle return 0 or NULL for a NULL handle.
-//    Any call can return MXT_ERROR_PANIC, and calls with a handle MXT_ERROR_POISONED; the lists of
-//    errors below leave them out.
+//    Any call can return MXT_ERROR_PANIC, and calls with a handle MXT_ERROR_POISONED and
+//    MXT_ERROR_FORKED; the lists of errors below leave them out.
 //
 // 3. Outputs are written only when a call succeeds. Pointers must not be NULL unless the function
 //    says what NULL means. Strings that go in are UTF-8, end with a zero byte and are borrowed for
@@ -59,8 +59,10 @@
 //    themselves. A model and its trainers share the weights and count as one in this. What breaks
 //    this rule gets MXT_ERROR_BUSY, and nothing is corrupted or waited for; only freeing a handle
 //    while another thread is about to use it is beyond what the library can see.
-//    The library's worker threads belong to an engine and end with it. The library must not be used
-//    in a child process after fork() when the parent had made an engine; exec is fine.
+//    The library's worker threads belong to an engine, block all signals but faults, and have ended
+//    when the engine and all that was made from it is freed. After fork() the child has none of them:
+//    there, calls on handles of the parent return MXT_ERROR_FORKED, except those that return a fixed
+//    number or text and _free. A child that wants to train makes an engine of its own.
 //
 // 6. Callbacks are a function and a user_data pointer, run only on the thread that is inside the
 //    call, and return 0 to go on or another number to stop. See each for what it may do: mxt_step_fn
@@ -68,10 +70,12 @@
 //    the process.
 //
 // 7. A guest in your process: no output, no signal handlers, no exit, no changes of the environment,
-//    the locale or the floating-point mode. Log lines go to the engine's callback, or nowhere. Should
-//    a defect make the library panic, the call returns MXT_ERROR_PANIC with a message that says
-//    where, and the handle is poisoned: from then on it can be asked for its last error and freed,
-//    and everything else returns MXT_ERROR_POISONED.
+//    the locale or the signal mask. A call computes in the default floating-point mode, whatever the
+//    host's is (flushed denormals, directed rounding), and restores the host's, also for callbacks.
+//    Log lines go to the engine's callback, or nowhere. Should a defect make the library panic, the
+//    call returns MXT_ERROR_PANIC with a message that says where, and the handle is poisoned: from
+//    then on it can be asked for its last error and freed, and everything else returns
+//    MXT_ERROR_POISONED.
 //
 // 8. Randomness and reproducibility. Everything random comes from the engine's seed. The same seed,
 //    data and build give the same losses bit for bit, on any number of threads, and whether or not a
@@ -146,6 +150,8 @@ typedef enum mxt_status_code {
   MXT_ERROR_NO_SUCH_TENSOR = -15,
   // The caller's buffer is too small; the message says how much is needed.
   MXT_ERROR_BUFFER_TOO_SMALL = -16,
+  // The handle was made before fork() in a parent of this process. Free it, or leave it.
+  MXT_ERROR_FORKED = -17,
 } mxt_status_code;
 
 // How much a log line matters.

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::{Error, Result};
 
@@ -111,6 +112,11 @@ impl Engine {
 
     pub(crate) fn backend(&self) -> &Arc<Cpu> {
         &self.0.cpu
+    }
+
+    /// Runs `f` on a worker thread: parallel iterators in it use this engine's threads, no others.
+    pub(crate) fn on_workers<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.0.cpu.scope(f)
     }
 
     /// An error if `bytes` are more than the memory limit.

@@ -4,6 +4,7 @@ use crate::backend::{Backend, Sequences, WorkspaceShape};
 use crate::model::{Activations, Model, ModelConfig, Pass};
 use crate::mx::{Draw, Purpose, uniform};
 use crate::recipe::{Forward, Recipe};
+use crate::reserve::{reserve, zeros};
 use crate::{Error, Result};
 
 /// How the next token is chosen.
@@ -60,7 +61,7 @@ impl Model {
         let total = prompt.len().saturating_add(options.max_tokens);
         let longest = total.min(config.context_length);
         let mut decoder = Decoder::new(self, longest)?;
-        let mut sampler = Sampler::new(options, config.vocab_size);
+        let mut sampler = Sampler::new(options, config.vocab_size)?;
         let mut tokens = prompt.to_vec();
         for drawn in 0..options.max_tokens {
             let context = &tokens[tokens.len().saturating_sub(longest)..];
@@ -179,13 +180,15 @@ struct Sampler<'a> {
 }
 
 impl<'a> Sampler<'a> {
-    fn new(options: &'a GenerateOptions, vocab_size: usize) -> Self {
-        Self {
+    fn new(options: &'a GenerateOptions, vocab_size: usize) -> Result<Self> {
+        let mut ranked = Vec::new();
+        reserve(&mut ranked, "a ranking of the tokens", vocab_size)?;
+        Ok(Self {
             options,
             draw: Draw::of(options.seed, Purpose::Sampling, 0, 0),
-            logits: vec![0.0; vocab_size],
-            ranked: Vec::with_capacity(vocab_size),
-        }
+            logits: zeros("the logits", vocab_size)?,
+            ranked,
+        })
     }
 
     /// Token number `index` of a run, from `self.logits`.
@@ -236,7 +239,7 @@ mod tests {
     use super::*;
 
     fn counts(options: &GenerateOptions, logits: &[f32], draws: u32) -> Vec<u32> {
-        let mut sampler = Sampler::new(options, logits.len());
+        let mut sampler = Sampler::new(options, logits.len()).unwrap();
         sampler.logits.copy_from_slice(logits);
         let mut counts = vec![0; logits.len()];
         for i in 0..draws {
@@ -278,7 +281,7 @@ mod tests {
     #[test]
     fn a_broken_model_is_an_error() {
         let options = GenerateOptions::default();
-        let mut sampler = Sampler::new(&options, 2);
+        let mut sampler = Sampler::new(&options, 2).unwrap();
         sampler.logits[1] = f32::NAN;
         assert!(matches!(sampler.draw(0), Err(Error::NotFinite { .. })));
     }

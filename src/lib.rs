@@ -57,6 +57,7 @@ mod model;
 pub mod mx;
 mod optim;
 pub mod recipe;
+mod reserve;
 mod trainer;
 
 pub use data::{Dataset, DatasetFile, TokenFormat};

@@ -134,7 +134,7 @@ impl Recipe {
         step: u64,
         total_steps: u64,
     ) -> LinearRecipe {
-        let last_layers = layer + self.bf16_last_layers >= layers;
+        let last_layers = layer.saturating_add(self.bf16_last_layers) >= layers;
         let last_steps = self.bf16_last_steps > 0.0
             && total_steps > 0
             && step as f64 >= (1.0 - self.bf16_last_steps) * total_steps as f64;
@@ -397,5 +397,7 @@ mod tests {
         let is_bf16 = |layer, step| r.for_layer(layer, 3, step, 100).dgrad == Backward::Bf16;
         assert!(!is_bf16(0, 0) && !is_bf16(1, 74));
         assert!(is_bf16(2, 0) && is_bf16(0, 75));
+        let all: Recipe = format!("mxfp4,bf16-last-layers={}", usize::MAX).parse().unwrap();
+        assert!((0..3).all(|layer| all.for_layer(layer, 3, 0, 0).dgrad == Backward::Bf16));
     }
 }

@@ -13,6 +13,7 @@ use crate::model::{
 };
 use crate::optim::{AdamW, Schedule};
 use crate::recipe::Recipe;
+use crate::reserve::zeros;
 use crate::{Dataset, Engine, Error, Result};
 
 /// What a [`Trainer`] is made from.
@@ -165,7 +166,7 @@ impl Trainer {
         let Buffers { m, v, .. } = &mut trainer.buffers;
         let mut moments: [Vec<_>; 2] = [m.iter_mut().collect(), v.iter_mut().collect()];
         let specs: Vec<_> = model.specs().iter().collect();
-        let mut ours = Vec::new();
+        let mut ours = model.room_for_a_tensor()?;
         checkpoint.moments(model.tensors(), &mut |moment, index, values| {
             specs[index].import(values, &mut ours);
             engine.backend().write_f32(moments[moment][index], &ours);
@@ -559,7 +560,7 @@ impl<B: Backend> Buffers<B> {
         plan.optimizer = since_last(&arena);
         let activations = Activations::for_training(backend, &mut arena, config, sequences);
         let d = ActivationGradients::new(backend, &mut arena, config, sequences);
-        let batch = Batch::new(backend, &mut arena, sequences);
+        let batch = Batch::new(backend, &mut arena, sequences, bytes.is_some())?;
         plan.activations = since_last(&arena);
         let shape = WorkspaceShape {
             sequences,
@@ -592,16 +593,23 @@ struct Batch<B: Backend> {
 }
 
 impl<B: Backend> Batch<B> {
-    fn new(backend: &B, arena: &mut B::Arena, sequences: Sequences) -> Self {
+    /// `allocate` is false where the arena only measures.
+    fn new(
+        backend: &B,
+        arena: &mut B::Arena,
+        sequences: Sequences,
+        allocate: bool,
+    ) -> Result<Self> {
         let rows = sequences.rows();
-        Self {
+        let on_host = |len| if allocate { len } else { 0 };
+        Ok(Self {
             tokens: backend.tokens(arena, rows),
             targets: backend.tokens(arena, rows),
-            host: vec![0; 2 * rows],
-            window: vec![0; sequences.length + 1],
-            losses: vec![0.0; rows],
+            host: zeros("the tokens of a batch", on_host(2 * rows))?,
+            window: zeros("the tokens of a sequence", on_host(sequences.length + 1))?,
+            losses: zeros("the losses of a batch", on_host(rows))?,
             rows: 0,
-        }
+        })
     }
 
     /// Takes the windows that `window(row, out)` writes apart into inputs and targets.

@@ -3,13 +3,13 @@
 //!
 //! A program must succeed and, because the library is silent, write nothing.
 
-mod programs;
+mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use programs::{Compiler, SANITIZE, finish, have, root, succeed};
+use common::{Compiler, SANITIZE, finish, has_program, root, succeed_quietly, valgrind};
 
 /// A program: its files in `tests/cpp` and what they need.
 type Program = (&'static [&'static str], &'static [&'static str]);
@@ -33,14 +33,14 @@ fn gcc_cpp20() {
 
 #[test]
 fn clang_cpp17() {
-    if have("clang++", "the C++ tests run with gcc only") {
+    if has_program("clang++") {
         run_all("clang++", "-std=c++17", &[]);
     }
 }
 
 #[test]
 fn clang_cpp20() {
-    if have("clang++", "the C++ tests run with gcc only") {
+    if has_program("clang++") {
         run_all("clang++", "-std=c++20", &[]);
     }
 }
@@ -52,7 +52,7 @@ fn gcc_sanitizers_find_nothing() {
 
 #[test]
 fn clang_sanitizers_find_nothing() {
-    if have("clang++", "clang's sanitizers do not run") {
+    if has_program("clang++") {
         run_all("clang++", "-std=c++20", &[SANITIZE]);
     }
 }
@@ -69,7 +69,7 @@ fn the_header_is_clean_under_strict_warnings() {
         ["-Wnon-virtual-dtor", "-Woverloaded-virtual", "-Wundef", "-Wextra-semi"],
     ];
     for command in ["g++", "clang++"] {
-        if !have(command, "the C++ header is not compiled by it") {
+        if !has_program(command) {
             continue;
         }
         for mode in ["-fexceptions", "-fno-exceptions", "-DMXT_NO_EXCEPTIONS", "-fno-rtti"] {
@@ -80,22 +80,17 @@ fn the_header_is_clean_under_strict_warnings() {
     }
 }
 
-/// No finding and no leak. valgrind knows no AVX-512. "Possibly lost" and "still reachable" are the
-/// records of worker threads that are about to end when the program does.
+/// No finding and no leak.
 #[test]
 fn valgrind_finds_nothing() {
-    if !have("valgrind", "the C++ programs do not run under it") {
+    if !has_program("valgrind") {
         return;
     }
     for program in ALL {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let path = compile(program, "g++", "-std=c++17", &[], dir.path());
-        let mut command = Command::new("valgrind");
-        command.args(["--quiet", "--error-exitcode=9", "--leak-check=full"]);
-        for option in ["--errors-for-leak-kinds", "--show-leak-kinds"] {
-            command.arg(format!("{option}=definite,indirect"));
-        }
-        run(command.arg(path).env("MXT_CPU_ISA", "avx2"), dir.path());
+        let [program, arguments @ ..] = &valgrind(true)[..] else { unreachable!("a program") };
+        run(Command::new(program).args(arguments).arg(path), dir.path());
     }
 }
 
@@ -106,13 +101,13 @@ fn the_example_trains_is_stopped_and_resumes() {
     let text = fs::read_to_string(&source).expect("the file can be read");
     assert!(text.lines().count() < 150, "the example is to be read in one go");
     for command in ["g++", "clang++"] {
-        if !have(command, "the C++ example is not compiled by it") {
+        if !has_program(command) {
             continue;
         }
         let dir = tempfile::tempdir().expect("a temporary folder");
         let compiler = Compiler { command, standard: "-std=c++17", flags: &[] };
         let program = compiler.program(std::slice::from_ref(&source), dir.path());
-        let text = succeed(Command::new(program).current_dir(dir.path()));
+        let text = succeed_quietly(Command::new(program).current_dir(dir.path()));
         assert!(text.contains("resumed at step"), "{text}");
         println!("{text}");
     }
@@ -145,7 +140,7 @@ fn compile(
 fn run(command: &mut Command, dir: &Path) {
     let folder = dir.join("files");
     fs::create_dir(&folder).expect("the folder can be made");
-    let text = succeed(command.arg(&folder));
+    let text = succeed_quietly(command.arg(&folder));
     assert!(text.is_empty(), "{command:?} is to be silent:\n{text}");
 }
 

@@ -3,9 +3,12 @@
 //!
 //! `MXT_BLESS=1 cargo test --test header` writes the header after a change of `src/capi`.
 
+mod common;
+
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use common::{has_program, root, succeed};
 
 /// The files that declare something, in the order of the header.
 const SOURCES: [&str; 10] = [
@@ -79,25 +82,45 @@ fn every_function_and_field_is_documented() {
     }
 }
 
+/// Every standard from C99 and C++11 on, with gcc and with clang.
 #[test]
 fn compilers_take_it_without_a_warning() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let source = dir.path().join("include.c");
-    fs::write(&source, "#include \"mxfp4train.h\"\n#include \"mxfp4train.h\"\nint unused_file;\n")
-        .expect("the file can be written");
-    let flags = ["-Wall", "-Wextra", "-pedantic", "-Werror", "-fsyntax-only"];
-    for (compiler, language, standard) in
-        [("cc", "c", "-std=c99"), ("cc", "c", "-std=c11"), ("c++", "c++", "-std=c++17")]
-    {
-        let output = Command::new(compiler)
-            .args(flags)
-            .args(["-x", language, standard, "-I"])
-            .arg(root().join("include"))
-            .arg(&source)
-            .output()
-            .unwrap_or_else(|error| panic!("{compiler} cannot be started: {error}"));
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{compiler} {standard}:\n{text}");
+    // Twice, and used: some warnings come with the first use of a declaration.
+    let program = "#include \"mxfp4train.h\"\n#include \"mxfp4train.h\"\n\
+        int use(void);\nint use(void) { return mxt_version_number() == MXT_VERSION_NUMBER; }\n";
+    fs::write(&source, program).expect("the file can be written");
+    const COMMON: [&str; 9] = [
+        "-Wall",
+        "-Wextra",
+        "-pedantic",
+        "-Werror",
+        "-Wconversion",
+        "-Wshadow",
+        "-Wundef",
+        "-Wpadded",
+        "-fsyntax-only",
+    ];
+    const C: [&str; 5] =
+        ["-Wstrict-prototypes", "-Wmissing-prototypes", "-Wold-style-definition", "-x", "c"];
+    const CPP: [&str; 4] = ["-Wold-style-cast", "-Wzero-as-null-pointer-constant", "-x", "c++"];
+    for (c, cpp) in [("gcc", "g++"), ("clang", "clang++")] {
+        if !has_program(c) || !has_program(cpp) {
+            continue;
+        }
+        let check = |compiler: &str, flags: &[&str], standard: &str| {
+            let mut command = Command::new(compiler);
+            command.args(COMMON).args(flags).arg(format!("-std={standard}")).arg("-I");
+            succeed(command.arg(root().join("include")).arg(&source));
+        };
+        // C23 is c2x to the compilers of its time.
+        for standard in ["c99", "c11", "c17", "c2x"] {
+            check(c, &C, standard);
+        }
+        for standard in ["c++11", "c++14", "c++17", "c++20"] {
+            check(cpp, &CPP, standard);
+        }
     }
 }
 
@@ -111,8 +134,4 @@ fn generate() -> String {
     let mut text = Vec::new();
     builder.generate().expect("the sources parse").write(&mut text);
     String::from_utf8(text).expect("headers are UTF-8")
-}
-
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()
 }

@@ -1,14 +1,14 @@
 //! The Julia package against the header and the library, by `dev/check_julia.py`: it parses, binds
 //! every function with its types, has every struct's layout, and is the one that the header makes.
 
-mod programs;
+mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-use programs::{library, root};
+use common::{library, root};
 
 #[test]
 fn the_package_is_what_the_header_says() {
@@ -58,7 +58,7 @@ fn mistakes_are_found() {
 fn check(python: &Path, project: &Path) -> Output {
     let mut command = Command::new(python);
     command.arg(root().join("dev/check_julia.py")).arg(project);
-    command.env("MXFP4TRAIN_LIBRARY", library()).env("PYTHONDONTWRITEBYTECODE", "1");
+    command.env("MXFP4TRAIN_LIBRARY", library("so")).env("PYTHONDONTWRITEBYTECODE", "1");
     command.output().expect("Python can be started")
 }
 

@@ -4,13 +4,13 @@
 //! A block belongs to a file when its first line is a comment with nothing but the file's path, such
 //! as `// examples/cpp/ten_lines.cpp`.
 
-mod programs;
+mod common;
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use programs::{Compiler, root, succeed, write_tokens};
+use common::{Compiler, root, succeed_quietly, write_tokens};
 
 #[test]
 fn blocks_are_the_files() {
@@ -52,7 +52,7 @@ fn trains(path: &str, command: &str, standard: &str) {
     let dir = tempfile::tempdir().expect("a temporary folder");
     write_tokens(&dir.path().join("train.bin"));
     let program = Compiler { command, standard, flags: &[] }.program(&[source], dir.path());
-    let text = succeed(Command::new(program).current_dir(dir.path()));
+    let text = succeed_quietly(Command::new(program).current_dir(dir.path()));
     let losses: Vec<f32> = text
         .lines()
         .map(|line| line.trim_start_matches("loss ").parse().expect("a line is a loss"))

@@ -4,7 +4,7 @@ use std::ffi::c_char;
 
 use super::arguments;
 use super::guard;
-use super::handle::{Handle, State, free};
+use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use crate::{Dataset, Error};
@@ -133,14 +133,14 @@ pub unsafe extern "C" fn mxt_dataset_max_token(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_last_error(dataset: *const mxt_dataset) -> *const c_char {
     // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { guard::last_error(dataset) }
+    unsafe { guard::last_error("mxt_dataset_last_error", dataset) }
 }
 
 /// Gives the dataset up; NULL does nothing. Files are unmapped when no call uses it any more.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_free(dataset: *mut mxt_dataset) {
     // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { free(dataset) }
+    unsafe { guard::free("mxt_dataset_free", dataset) }
 }
 
 fn out_of_memory(tokens: usize) -> Failure {

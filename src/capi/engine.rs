@@ -2,8 +2,9 @@
 
 use std::ffi::{CString, c_char, c_void};
 
+use super::float_mode;
 use super::guard;
-use super::handle::{Handle, State, free};
+use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, versioned};
@@ -168,7 +169,7 @@ pub unsafe extern "C" fn mxt_engine_seed(engine: *const mxt_engine) -> u64 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_engine_last_error(engine: *const mxt_engine) -> *const c_char {
     // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { guard::last_error(engine) }
+    unsafe { guard::last_error("mxt_engine_last_error", engine) }
 }
 
 /// Gives the engine up; NULL does nothing. Models and trainers that were made from it stay usable:
@@ -176,7 +177,7 @@ pub unsafe extern "C" fn mxt_engine_last_error(engine: *const mxt_engine) -> *co
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_engine_free(engine: *mut mxt_engine) {
     // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { free(engine) }
+    unsafe { guard::free("mxt_engine_free", engine) }
 }
 
 /// The host's log callback as the crate wants it.
@@ -198,6 +199,8 @@ fn host_log(options: &mxt_engine_options) -> Option<LogFn> {
     Some(Box::new(move |level, line| {
         let line = CString::new(line.replace('\0', " ")).unwrap_or_default();
         // SAFETY: the header asks for a function and user data that live as long as the engine.
-        unsafe { function(host.user_data(), level as i32, line.as_ptr()) };
+        float_mode::in_hosts(|| unsafe {
+            function(host.user_data(), level as i32, line.as_ptr());
+        });
     }))
 }

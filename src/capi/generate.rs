@@ -7,7 +7,7 @@ use super::model::mxt_model;
 use super::status::mxt_status_code::MXT_ERROR_BUFFER_TOO_SMALL;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
-use super::{arguments, guard};
+use super::{arguments, float_mode, guard};
 use crate::GenerateOptions;
 
 /// Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
@@ -119,7 +119,9 @@ pub unsafe extern "C" fn mxt_model_generate(
                     seed: options.seed,
                 },
                 &mut |token| {
-                    options.on_token.is_none_or(|on_token| on_token(options.user_data, token) == 0)
+                    options.on_token.is_none_or(|on_token| {
+                        float_mode::in_hosts(|| on_token(options.user_data, token)) == 0
+                    })
                 },
             )?;
             if !stream_only {

@@ -1,4 +1,5 @@
-//! The boundary that every entry point goes through: NULL and poisoned handles, panics, errors.
+//! The boundary that every entry point goes through: NULL, poisoned and forked handles, the
+//! floating-point mode, panics, errors.
 //!
 //! NOTE: the panic hook. A library writes nothing to stderr, but the standard hook does before a
 //! panic can be caught. The first call therefore puts a hook in front that stays silent for
@@ -11,9 +12,10 @@ use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::ffi::c_char;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 
-use super::handle::{Handle, POISONED, State, keep, release};
+use super::float_mode;
+use super::handle::{Handle, State, keep};
 use super::message::{Message, Slot, set_text, text_of};
 use super::status::mxt_status_code::{MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_OK};
 use super::status::{Failure, mxt_status};
@@ -34,7 +36,7 @@ pub(super) unsafe fn method<H: Handle>(
         return fail(function, None, Failure::null(H::NAME));
     };
     let status = method_of(function, &*handle, body);
-    release(handle);
+    release(function, handle);
     status
 }
 
@@ -45,10 +47,10 @@ pub(super) fn method_of<H: Handle>(
     body: impl FnOnce(&H) -> Result<(), Failure>,
 ) -> mxt_status {
     let state = handle.state();
-    if state.access().is_poisoned() {
-        return fail(function, Some(state), Failure::new(MXT_ERROR_POISONED, POISONED));
+    if let Some(refusal) = state.refusal() {
+        return fail(function, Some(state), refusal);
     }
-    match catch(|| body(handle)) {
+    match catch(function, || body(handle)) {
         Ok(Ok(())) => MXT_OK as mxt_status,
         Ok(Err(failure)) => fail(function, Some(state), failure),
         Err(panic) => {
@@ -60,7 +62,7 @@ pub(super) fn method_of<H: Handle>(
 
 /// Runs a function that has no handle yet.
 pub(super) fn function(function: &str, body: impl FnOnce() -> Result<(), Failure>) -> mxt_status {
-    match catch(body).and_then(|result| result) {
+    match catch(function, body).and_then(|result| result) {
         Ok(()) => MXT_OK as mxt_status,
         Err(failure) => fail(function, None, failure),
     }
@@ -81,15 +83,15 @@ pub(super) unsafe fn child<H: Handle>(
         return fail(function, None, Failure::null(H::NAME));
     };
     let state = parent.state();
-    let status = if state.access().is_poisoned() {
-        fail(function, Some(state), Failure::new(MXT_ERROR_POISONED, POISONED))
-    } else {
-        match catch(|| body(&parent)).and_then(|result| result) {
-            Ok(()) => MXT_OK as mxt_status,
-            Err(failure) => fail(function, Some(state), failure),
-        }
+    let result = match state.refusal() {
+        Some(refusal) => Err(refusal),
+        None => catch(function, || body(&parent)).and_then(|result| result),
     };
-    release(parent);
+    let status = match result {
+        Ok(()) => MXT_OK as mxt_status,
+        Err(failure) => fail(function, Some(state), failure),
+    };
+    release(function, parent);
     status
 }
 
@@ -107,11 +109,11 @@ pub(super) unsafe fn getter<H: Handle, R: Default>(
         fail(function, None, Failure::null(H::NAME));
         return R::default();
     };
-    let value = catch(|| body(&handle)).unwrap_or_else(|panic| {
+    let value = catch(function, || body(&handle)).unwrap_or_else(|panic| {
         fail(function, Some(handle.state()), panic);
         R::default()
     });
-    release(handle);
+    release(function, handle);
     value
 }
 
@@ -119,18 +121,36 @@ pub(super) unsafe fn getter<H: Handle, R: Default>(
 ///
 /// # Safety
 /// `handle` is NULL or a live handle of the C API.
-pub(super) unsafe fn last_error<H: Handle>(handle: *const H) -> *const c_char {
+pub(super) unsafe fn last_error<H: Handle>(function: &str, handle: *const H) -> *const c_char {
+    const NULL: &str = "the handle is NULL; mxt_last_error says why it could not be made";
     // SAFETY: as promised by the caller.
-    let message = match unsafe { keep(handle) } {
-        Some(handle) => {
-            let message = handle.state().error();
-            release(handle);
-            message
-        }
-        None => Message::new("the handle is NULL; mxt_last_error says why it could not be made"),
-    };
-    set_text(H::SLOT, &message);
+    let handle = unsafe { keep(handle) };
+    let message = catch(function, || match &handle {
+        Some(handle) => handle.state().error(),
+        None => Message::new(NULL),
+    });
+    release(function, handle);
+    set_text(H::SLOT, &message.unwrap_or_else(|panic| Message::new(&panic.message)));
     text_of(H::SLOT)
+}
+
+/// Gives back the host's count; NULL does nothing. What it kept is dropped with the last count.
+///
+/// # Safety
+/// `handle` is NULL or a live handle of the C API that the host does not use afterwards.
+pub(super) unsafe fn free<H: Handle>(function: &str, handle: *mut H) {
+    if !handle.is_null() {
+        // SAFETY: the host gives back the count that `into_raw` gave it.
+        release(function, unsafe { Arc::from_raw(handle.cast_const()) });
+    }
+}
+
+/// Gives back a count. No panic of a destructor gets through.
+pub(super) fn release<T>(function: &str, counted: T) {
+    // Nobody is left who could be told by a status, and the object is gone either way.
+    if let Err(panic) = catch(function, || drop(counted)) {
+        fail(function, None, panic);
+    }
 }
 
 /// Leaves the message with the thread and the handle.
@@ -146,22 +166,41 @@ fn fail(function: &str, state: Option<&State>, failure: Failure) -> mxt_status {
     failure.status as mxt_status
 }
 
-/// Runs `body` and turns a panic into a failure that says what and where.
-fn catch<R>(body: impl FnOnce() -> R) -> Result<R, Failure> {
+/// Runs `body` in the default floating-point mode and turns a panic into a failure that says what and
+/// where.
+fn catch<R>(function: &str, body: impl FnOnce() -> R) -> Result<R, Failure> {
     install_hook();
     DEPTH.set(DEPTH.get() + 1);
     // Whatever a panic leaves half changed is out of reach afterwards: its handle is poisoned.
-    let result = catch_unwind(AssertUnwindSafe(body));
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        float_mode::in_default(|| {
+            inject_fault(function);
+            body()
+        })
+    }));
     DEPTH.set(DEPTH.get() - 1);
     result.map_err(|payload| {
         let text = describe(&*payload).to_owned();
-        // NOTE: forgotten, because a payload with a destructor of its own may panic again.
-        std::mem::forget(payload);
+        // NOTE: only plain texts are dropped. A payload with a destructor may panic once more.
+        if !(payload.is::<&str>() || payload.is::<String>()) {
+            std::mem::forget(payload);
+        }
         let place = PLACE.take().or_else(|| worker_place().take());
         let place = place.map(|place| format!(" at {place}")).unwrap_or_default();
         Failure::new(MXT_ERROR_PANIC, format!("panic{place}: {text}; this is a defect, report it"))
     })
 }
+
+/// Panics where a test asks for it: `MXT_FAULT` names the function.
+#[cfg(feature = "fault-injection")]
+fn inject_fault(function: &str) {
+    if std::env::var_os("MXT_FAULT").is_some_and(|name| name == function) {
+        panic!("injected fault");
+    }
+}
+
+#[cfg(not(feature = "fault-injection"))]
+fn inject_fault(_function: &str) {}
 
 fn describe(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<&str>().copied();
@@ -208,7 +247,6 @@ mod tests {
     use std::ffi::CStr;
     use std::ptr::null;
 
-    use super::super::handle::free;
     use super::super::message::mxt_last_error;
     use super::super::status::mxt_status_code::MXT_ERROR_NULL;
     use super::*;
@@ -231,7 +269,7 @@ mod tests {
 
     fn error_of(thing: *const Thing) -> String {
         // SAFETY: as above; the handle lives.
-        unsafe { CStr::from_ptr(last_error(thing)) }.to_string_lossy().into_owned()
+        unsafe { CStr::from_ptr(last_error("f", thing)) }.to_string_lossy().into_owned()
     }
 
     #[test]
@@ -249,7 +287,7 @@ mod tests {
             assert_eq!(method("g", thing, |_| Ok(())), MXT_ERROR_POISONED as mxt_status);
             assert_eq!(error_of(thing), text, "the first cause stays on the handle");
             assert!(thread_error().starts_with("g: a panic in an earlier call"));
-            free(thing);
+            free("f", thing);
         }
     }
 
@@ -269,7 +307,7 @@ mod tests {
             assert_eq!(status, MXT_ERROR_PANIC as mxt_status);
             let text = error_of(thing);
             assert!(text.contains("guard.rs") && text.contains("in a worker"), "{text}");
-            free(thing);
+            free("f", thing);
         }
     }
 
@@ -281,7 +319,7 @@ mod tests {
             assert_eq!(thread_error(), "f: thing is NULL; pass a valid pointer");
             assert_eq!(getter("f", null::<Thing>(), |_| 7), 0);
             assert!(error_of(null()).contains("NULL"));
-            free(std::ptr::null_mut::<Thing>());
+            free("f", std::ptr::null_mut::<Thing>());
         }
     }
 
@@ -291,7 +329,7 @@ mod tests {
         // SAFETY: freed once, and not used by the "host" afterwards.
         unsafe {
             let status = method("f", thing, |inside| {
-                free(thing);
+                free("f", thing);
                 inside.state().set_error(&Message::new("still here"));
                 Ok(())
             });

@@ -1,4 +1,5 @@
-//! What every handle has: a reference count, a lock that never waits, a poison flag, an error text.
+//! What every handle has: a reference count, a lock that never waits, a poison flag, an error text,
+//! the process that made it.
 //!
 //! A handle is an `Arc`. The host owns one count, given back by `_free`; a call that is inside the
 //! library owns another, so that a callback may free the handle that called it.
@@ -7,13 +8,12 @@
 //! model, so a model, its other handles and its trainers share one [`Access`]: reading a tensor
 //! while another thread is inside a step is BUSY, not a data race and not a wait.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError};
 
 use super::message::{Message, Slot};
 use super::status::Failure;
-use super::status::mxt_status_code::{MXT_ERROR_BUSY, MXT_ERROR_POISONED};
+use super::status::mxt_status_code::{MXT_ERROR_BUSY, MXT_ERROR_FORKED, MXT_ERROR_POISONED};
 
 /// An opaque type of the C API.
 pub(super) trait Handle: Send + Sync + Sized + 'static {
@@ -45,27 +45,12 @@ pub(super) unsafe fn keep<H: Handle>(handle: *const H) -> Option<Arc<H>> {
     }
 }
 
-/// Gives back a count. No panic of a destructor gets through.
-pub(super) fn release<T>(counted: T) {
-    // Nobody is left who could be told, and the object is gone either way.
-    let _ = catch_unwind(AssertUnwindSafe(|| drop(counted)));
-}
-
-/// Gives back the host's count; NULL does nothing.
-///
-/// # Safety
-/// As for [`keep`]; the host does not use the handle afterwards.
-pub(super) unsafe fn free<H: Handle>(handle: *mut H) {
-    if !handle.is_null() {
-        // SAFETY: the host gives back the count that `into_raw` gave it.
-        release(unsafe { Arc::from_raw(handle.cast_const()) });
-    }
-}
-
 /// The part of a handle that [`super::guard`] works on.
 pub(super) struct State {
     access: Arc<Access>,
     error: Mutex<Message>,
+    /// The process that the handle was made in.
+    process: u32,
 }
 
 impl State {
@@ -76,19 +61,43 @@ impl State {
 
     /// The state of a handle on data that another handle reaches too.
     pub(super) fn sharing(access: &Arc<Access>) -> Self {
-        Self { access: access.clone(), error: Mutex::new(Message::EMPTY) }
+        let process = std::process::id();
+        Self { access: access.clone(), error: Mutex::new(Message::EMPTY), process }
     }
 
     pub(super) fn access(&self) -> &Arc<Access> {
         &self.access
     }
 
+    /// Why no call may use the handle any more, if so.
+    pub(super) fn refusal(&self) -> Option<Failure> {
+        if self.is_forked() {
+            Some(Failure::new(MXT_ERROR_FORKED, FORKED))
+        } else if self.access.is_poisoned() {
+            Some(Failure::new(MXT_ERROR_POISONED, POISONED))
+        } else {
+            None
+        }
+    }
+
+    /// Whether this is a child process of the one that made the handle. There the handle's locks may
+    /// be held, for ever, by threads that exist in the parent only.
+    fn is_forked(&self) -> bool {
+        self.process != std::process::id()
+    }
+
     pub(super) fn set_error(&self, message: &Message) {
+        if self.is_forked() {
+            return;
+        }
         // The buffer is whole whatever happened to an earlier holder of its lock.
         *self.error.lock().unwrap_or_else(PoisonError::into_inner) = *message;
     }
 
     pub(super) fn error(&self) -> Message {
+        if self.is_forked() {
+            return Message::new(FORKED);
+        }
         *self.error.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -131,8 +140,13 @@ pub(super) const BUSY: &str = "another call is inside this object or inside a mo
      shares its weights; use them from one thread at a time, and not from a callback of that call";
 pub(super) const POISONED: &str = "a panic in an earlier call left this object unusable; free it";
 
+const FORKED: &str = "made before fork() in the parent process, whose threads this process does not \
+     have; free it and make what you need anew, or call exec";
+
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
 
     #[test]

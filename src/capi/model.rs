@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::arguments;
 use super::engine::mxt_engine;
 use super::guard;
-use super::handle::{Handle, State, free};
+use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
@@ -354,7 +354,7 @@ pub unsafe extern "C" fn mxt_model_tensor_write(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_last_error(model: *const mxt_model) -> *const c_char {
     // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { guard::last_error(model) }
+    unsafe { guard::last_error("mxt_model_last_error", model) }
 }
 
 /// Gives the handle up; NULL does nothing. Trainers of the model stay usable, and so do other
@@ -362,5 +362,5 @@ pub unsafe extern "C" fn mxt_model_last_error(model: *const mxt_model) -> *const
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_free(model: *mut mxt_model) {
     // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { free(model) }
+    unsafe { guard::free("mxt_model_free", model) }
 }

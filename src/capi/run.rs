@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::arguments;
 use super::dataset::mxt_dataset;
 use super::guard;
-use super::handle::{keep, release};
+use super::handle::keep;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::trainer::mxt_trainer;
@@ -157,7 +157,7 @@ pub unsafe extern "C-unwind" fn mxt_trainer_run(
         }),
         Err(status) => status,
     };
-    release(run);
+    guard::release(NAME, run);
     status
 }
 

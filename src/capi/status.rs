@@ -46,6 +46,8 @@ pub enum mxt_status_code {
     MXT_ERROR_NO_SUCH_TENSOR = -15,
     /// The caller's buffer is too small; the message says how much is needed.
     MXT_ERROR_BUFFER_TOO_SMALL = -16,
+    /// The handle was made before fork() in a parent of this process. Free it, or leave it.
+    MXT_ERROR_FORKED = -17,
 }
 use mxt_status_code::*;
 
@@ -63,7 +65,7 @@ pub extern "C" fn mxt_status_string(status: mxt_status) -> *const c_char {
     known.map_or(c"unknown status", |(_, text)| text).as_ptr()
 }
 
-const TEXTS: [(mxt_status_code, &CStr); 17] = [
+const TEXTS: [(mxt_status_code, &CStr); 18] = [
     (MXT_OK, c"ok"),
     (MXT_ERROR_NULL, c"argument is NULL"),
     (MXT_ERROR_INVALID_ARGUMENT, c"invalid argument"),
@@ -81,6 +83,7 @@ const TEXTS: [(mxt_status_code, &CStr); 17] = [
     (MXT_ERROR_NOT_FINITE, c"not finite"),
     (MXT_ERROR_NO_SUCH_TENSOR, c"no such tensor"),
     (MXT_ERROR_BUFFER_TOO_SMALL, c"buffer too small"),
+    (MXT_ERROR_FORKED, c"made before fork"),
 ];
 
 /// Why a call fails: what it returns, and the text for its message.
@@ -138,7 +141,7 @@ mod tests {
             assert_eq!(TEXTS.iter().filter(|(_, other)| other == text).count(), 1);
             assert_eq!(mxt_status_string(*code as mxt_status), text.as_ptr());
         }
-        for unknown in [1, -17, mxt_status::MAX, mxt_status::MIN] {
+        for unknown in [1, -18, mxt_status::MAX, mxt_status::MIN] {
             // SAFETY: the function returns a static string.
             let text = unsafe { CStr::from_ptr(mxt_status_string(unknown)) };
             assert_eq!(text, c"unknown status");

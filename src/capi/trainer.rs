@@ -6,7 +6,7 @@ use std::sync::{Mutex, TryLockError};
 
 use super::dataset::mxt_dataset;
 use super::engine::mxt_engine;
-use super::handle::{Handle, State, free, keep};
+use super::handle::{Handle, State, keep};
 use super::message::Slot;
 use super::model::{mxt_model, mxt_model_config};
 use super::status::mxt_status_code::{MXT_ERROR_BUSY, MXT_ERROR_POISONED};
@@ -332,7 +332,7 @@ pub unsafe extern "C" fn mxt_trainer_request_stop(trainer: *const mxt_trainer) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_last_error(trainer: *const mxt_trainer) -> *const c_char {
     // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { guard::last_error(trainer) }
+    unsafe { guard::last_error("mxt_trainer_last_error", trainer) }
 }
 
 /// Gives the trainer up; NULL does nothing. Nothing is saved. Its model stays usable through other
@@ -342,7 +342,7 @@ pub unsafe extern "C" fn mxt_trainer_free(trainer: *mut mxt_trainer) {
     // SAFETY: a live handle or NULL, as the header asks.
     unsafe {
         mxt_trainer_request_stop(trainer);
-        free(trainer);
+        guard::free("mxt_trainer_free", trainer);
     }
 }
 

@@ -85,6 +85,13 @@ fn check(state: &TrainerState) -> Result<()> {
             return Err(Error::invalid(what, message));
         }
     }
+    // The number of the next sample must stay far from the end of 64 bits, where a sum would wrap.
+    let samples =
+        u128::from(state.step) * options.batch_size as u128 * options.accumulation as u128;
+    if state.step >= 1 << 62 || samples >= 1 << 62 {
+        let message = format!("expected a number that a run can reach, got {}", state.step);
+        return Err(Error::invalid("step", message));
+    }
     match state.lr_override {
         Some(lr) if !(lr.is_finite() && lr >= 0.0) => {
             Err(Error::invalid("lr_override", format!("expected at least 0, got {lr}")))

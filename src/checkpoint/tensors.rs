@@ -15,6 +15,7 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::TensorRead;
+use crate::reserve::reserve;
 use crate::{Error, Result};
 
 /// Metadata key of the checksums.
@@ -64,7 +65,9 @@ pub(super) fn write(
     out.write_all(&blank).map_err(io)?;
     let (mut values, mut bytes) = (Vec::new(), Vec::new());
     for (tensor, sum) in tensors.iter().zip(&mut sums) {
-        values.resize(tensor.shape().iter().product(), 0.0);
+        let count = tensor.shape().iter().product();
+        reserve(&mut values, "a tensor", count)?;
+        values.resize(count, 0.0);
         tensor.source.read(tensor.index, &mut values);
         check_finite(path, &tensor.name, &values)?;
         let mut crc = crc32fast::Hasher::new();
@@ -200,6 +203,7 @@ impl TensorFile {
         let (from, to) = info.data_offsets;
         let bytes = &self.map[self.start..][from..to];
         out.clear();
+        reserve(out, "a tensor", shape.iter().product())?;
         match info.dtype {
             Dtype::F32 => out.extend(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
             Dtype::F16 => {

@@ -1,23 +1,24 @@
 //! Initial weights, drawn from the seed: the same on every backend and any number of threads.
 
+use rayon::prelude::*;
+
 use super::params::Init;
 use crate::mx::{Draw, Purpose, uniform};
 
-/// Fills `values` with the initial values of parameter number `index`, on `threads` threads.
-pub(super) fn fill(values: &mut [f32], init: Init, seed: u64, index: usize, threads: usize) {
+/// Values that one job draws. Even, for a call of the generator makes two.
+const JOB: usize = 1 << 16;
+
+/// Fills `values` with the initial values of parameter number `index`, on the threads of the pool
+/// that it is called on.
+pub(super) fn fill(values: &mut [f32], init: Init, seed: u64, index: usize) {
     let std = match init {
         Init::Zeros => return values.fill(0.0),
         Init::Ones => return values.fill(1.0),
         Init::Normal { std } => std,
     };
     let draw = Draw::of(seed, Purpose::Weights, index as u32, 0);
-    // Whole pairs a thread, for a call of the generator makes two values.
-    let share = values.len().div_ceil(threads).next_multiple_of(2).max(1 << 16);
-    std::thread::scope(|scope| {
-        for (i, part) in values.chunks_mut(share).enumerate() {
-            scope.spawn(move || normal(part, std, &draw, (i * share / 2) as u32));
-        }
-    });
+    let jobs = values.par_chunks_mut(JOB).enumerate();
+    jobs.for_each(|(i, part)| normal(part, std, &draw, (i * JOB / 2) as u32));
 }
 
 /// Normal values by Box and Muller's method, two for each counter from `first` on.
@@ -39,7 +40,8 @@ mod tests {
 
     fn filled(threads: usize, index: usize) -> Vec<f32> {
         let mut values = vec![0.0; 200_001];
-        fill(&mut values, Init::Normal { std: 0.02 }, 1, index, threads);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| fill(&mut values, Init::Normal { std: 0.02 }, 1, index));
         values
     }
 

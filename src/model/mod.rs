@@ -21,6 +21,7 @@ use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::checkpoint::{self, Checkpoint, TensorRead};
 use crate::engine::LogLevel;
+use crate::reserve::reserve;
 use crate::{Engine, Error, Result};
 
 /// The backend that engines run on.
@@ -70,11 +71,11 @@ impl Model {
         let model = Self::zeroed(engine, config)?;
         {
             let mut params = model.lock()?;
-            let mut values = Vec::new();
+            let mut values = model.room_for_a_tensor()?;
             let all = params.iter_mut().zip(model.specs().iter());
             for (index, (param, spec)) in all.enumerate() {
                 values.resize(spec.len(), 0.0);
-                init::fill(&mut values, spec.init, engine.seed(), index, engine.threads());
+                engine.on_workers(|| init::fill(&mut values, spec.init, engine.seed(), index));
                 engine.backend().write_param(param, &values);
             }
         }
@@ -96,7 +97,7 @@ impl Model {
             let mut guard = model.lock()?;
             let mut params: Vec<_> = guard.iter_mut().collect();
             let specs: Vec<_> = model.specs().iter().collect();
-            let mut ours = Vec::new();
+            let mut ours = model.room_for_a_tensor()?;
             checkpoint.weights(model.tensors(), &mut |index, values| {
                 specs[index].import(values, &mut ours);
                 engine.backend().write_param(params[index], &ours);
@@ -191,6 +192,14 @@ impl Model {
     /// order.
     pub(crate) fn export<F: Fn(usize, &mut [f32])>(&self, read: F) -> Exported<'_, F> {
         Exported { specs: self.specs().iter().collect(), tensors: self.tensors(), read }
+    }
+
+    /// An empty vector with room for the values of any one tensor.
+    pub(crate) fn room_for_a_tensor(&self) -> Result<Vec<f32>> {
+        let most = self.specs().iter().map(|spec| spec.len()).max().unwrap_or(0);
+        let mut room = Vec::new();
+        reserve(&mut room, "a tensor", most)?;
+        Ok(room)
     }
 
     fn zeroed(engine: &Engine, config: &ModelConfig) -> Result<Self> {

@@ -55,6 +55,14 @@ int main(void) {
   const mxt_status status = mxt_plan(engine, &config, &options, &plan);
   if (status != MXT_OK) is_refused(status);
 
+  /* Legal numbers that make more rows than any memory holds: they are counted, not allocated. */
+  mxt_model_config wide = small_config();
+  wide.context_length = (size_t)1 << 24;
+  options = small_options();
+  options.batch_size = (size_t)1 << 20;
+  OK(mxt_plan(engine, &wide, &options, &plan));
+  CHECK(plan.total >> 50 != 0);
+
   for (int field = 0; field < 3; field++) {
     options = small_options();
     size_t *fields[] = {&options.batch_size, &options.sequence_length, &options.accumulation};

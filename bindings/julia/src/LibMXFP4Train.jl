@@ -148,6 +148,11 @@ The caller's buffer is too small; the message says how much is needed.
 """
 const MXT_ERROR_BUFFER_TOO_SMALL = Int32(-16)
 
+"""
+The handle was made before fork() in a parent of this process. Free it, or leave it.
+"""
+const MXT_ERROR_FORKED = Int32(-17)
+
 # mxt_log_level: How much a log line matters.
 
 """

@@ -17,6 +17,7 @@ mod math;
 mod memory;
 #[cfg(test)]
 mod tests;
+mod workers;
 mod workspace;
 
 pub use isa::Isa;
@@ -24,23 +25,20 @@ pub use memory::{Arena, Buffer};
 pub use workspace::Workspace;
 
 use rayon::prelude::*;
-use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{
     AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Sequences,
     WorkspaceShape,
 };
+use crate::Result;
 use crate::mx::Random;
 use crate::recipe::{Forward, LinearRecipe};
-use crate::{Error, Result};
-
-/// Most worker threads of an engine.
-const MAX_THREADS: usize = 1024;
+use workers::Workers;
 
 /// The CPU.
 pub struct Cpu {
     isa: Isa,
-    pool: ThreadPool,
+    workers: Workers,
 }
 
 impl Cpu {
@@ -52,23 +50,7 @@ impl Cpu {
     /// The same with a given instruction set.
     pub fn with_isa(threads: usize, isa: Isa) -> Result<Self> {
         assert!(isa.is_available(), "this processor has no {}", isa.name());
-        let threads = match threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            n if n <= MAX_THREADS => n,
-            n => {
-                let message = format!("expected at most {MAX_THREADS}, got {n}");
-                return Err(Error::invalid("threads", message));
-            }
-        };
-        let pool = ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("mxt-{i}"))
-            .build()
-            .map_err(|e| Error::Unsupported {
-                what: format!("an engine of {threads} threads"),
-                remedy: format!("the system refuses to start them ({e}); use fewer"),
-            })?;
-        Ok(Self { isa, pool })
+        Ok(Self { isa, workers: Workers::start(threads)? })
     }
 
     /// The instruction set of its kernels.
@@ -78,12 +60,12 @@ impl Cpu {
 
     /// Worker threads.
     pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
+        self.workers.pool().current_num_threads()
     }
 
     /// Runs `f` on the pool, so that parallel iterators in it use these workers and no others.
     fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        self.pool.install(f)
+        self.workers.pool().install(f)
     }
 
     /// Calls `f(0)`, `f(1)` .. `f(jobs - 1)`, spread over the workers.

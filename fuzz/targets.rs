@@ -1,0 +1,175 @@
+//! What the fuzz targets of the library do with their bytes. `tests/corpus.rs` runs the same functions
+//! over the committed corpus, without a fuzzer.
+//!
+//! Nothing may panic, and what a reader accepts must be sound: the assertions say what that means.
+
+use std::cell::RefCell;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mxfp4train::{
+    Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions,
+};
+
+/// A token file: raw, or llm.c's.
+pub(crate) fn tokens(data: &[u8]) {
+    with_bench(|bench| {
+        let path = bench.folder.path().join("tokens.bin");
+        fs::write(&path, data).expect("a temporary file can be written");
+        let Ok(dataset) = Dataset::open_files(&[&path]) else { return };
+        let count = dataset.token_count();
+        assert!(count >= 1 && count <= data.len() as u64 / 2);
+        assert_eq!(dataset.files()[0].tokens, count);
+        let most = dataset.max_token();
+        let fits = (most as usize) < bench.trainer.model().config().vocab_size;
+        if let Ok(stats) = bench.trainer.eval(&dataset, 2) {
+            assert!(stats.loss.is_finite() && stats.tokens < count);
+        } else {
+            assert!(!fits || count <= 8, "{count} tokens up to {most} must be read");
+        }
+    });
+}
+
+/// `model.safetensors` in a checkpoint that is otherwise sound.
+pub(crate) fn safetensors(data: &[u8]) {
+    with_bench(|bench| {
+        let dir = bench.checkpoint_with("model.safetensors", data);
+        check_model(&bench.engine, &dir);
+        // The training state knows the file that it was saved with, and refuses another.
+        let same = data == bench.model_file;
+        assert_eq!(Trainer::load(&bench.engine, &dir).is_ok(), same);
+    });
+}
+
+/// `config.json` in a checkpoint that is otherwise sound.
+pub(crate) fn config(data: &[u8]) {
+    with_bench(|bench| {
+        let dir = bench.checkpoint_with("config.json", data);
+        check_model(&bench.engine, &dir);
+    });
+}
+
+/// `trainer.json` in a checkpoint that is otherwise sound.
+pub(crate) fn trainer_state(data: &[u8]) {
+    with_bench(|bench| {
+        let dir = bench.checkpoint_with("trainer.json", data);
+        let loaded = Trainer::load(&bench.engine, &dir);
+        let is_sound = bench.replaced.as_ref().is_some_and(|(_, sound)| sound == data);
+        assert!(loaded.is_ok() || !is_sound, "what a save wrote must be read: {loaded:?}");
+        let Ok(mut trainer) = loaded else { return };
+        assert!(trainer.next_lr().is_finite());
+        let schedule = &trainer.options().schedule;
+        for step in [0, 1, trainer.steps_done(), u64::MAX] {
+            assert!(schedule.at(step).is_finite());
+        }
+        // A step of a size that takes no time, if that is what the file asks for.
+        let options = trainer.options();
+        if options.batch_size * options.accumulation <= 16 {
+            let _ = trainer.step(&bench.dataset);
+        }
+    });
+}
+
+/// A recipe's name with its switches.
+pub(crate) fn recipe(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(recipe) = text.parse::<Recipe>() else { return };
+    let again = recipe.to_string().parse::<Recipe>();
+    assert_eq!(again.expect("a recipe's own name is a recipe"), recipe);
+    for layer in 0..3 {
+        for step in [0, 9, u64::MAX] {
+            let _ = recipe.for_layer(layer, 3, step, 10);
+        }
+        // The last layers of a model are the last ones.
+        if recipe.for_layer(layer, 3, 0, 0) == recipe.for_layer(2, 3, 0, 0) {
+            continue;
+        }
+        assert!(recipe.bf16_last_layers < 3 - layer);
+    }
+}
+
+/// A model that loads has finite weights and the shape that it says.
+fn check_model(engine: &Engine, dir: &Path) {
+    let Ok(model) = Model::load(engine, dir) else { return };
+    model.config().validate().expect("a loaded shape is a shape");
+    let mut count = 0;
+    for tensor in model.tensors() {
+        let mut values = vec![0.0; tensor.shape.iter().product()];
+        model.read_tensor(&tensor.name, &mut values).expect("a listed tensor can be read");
+        assert!(values.iter().all(|value| value.is_finite()));
+        count += values.len() as u64;
+    }
+    assert_eq!(count, model.config().parameter_count());
+}
+
+/// What the targets need and would take too long to make for every input.
+struct Bench {
+    engine: Engine,
+    trainer: Trainer,
+    dataset: Dataset,
+    folder: tempfile::TempDir,
+    /// The sound `model.safetensors`.
+    model_file: Vec<u8>,
+    /// The file of `checkpoint` that is not the sound one, and its sound content.
+    replaced: Option<(PathBuf, Vec<u8>)>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let engine = Engine::new(EngineOptions {
+            threads: 1,
+            // A file that announces a large model must not make the fuzzer run out of memory.
+            memory_limit: 1 << 26,
+            ..EngineOptions::default()
+        });
+        let engine = engine.expect("an engine");
+        let config = ModelConfig {
+            vocab_size: 16,
+            context_length: 8,
+            layers: 1,
+            heads: 1,
+            channels: 8,
+            ..ModelConfig::default()
+        };
+        let model = Model::new(&engine, &config).expect("a model");
+        let options = TrainerOptions { batch_size: 1, ..TrainerOptions::default() };
+        // The same bytes in every file on every processor, for the corpus to fit.
+        for tensor in model.tensors() {
+            let count = tensor.shape.iter().product();
+            let values: Vec<f32> = (0..count).map(|i| (i % 7) as f32 / 8.0 - 0.25).collect();
+            model.write_tensor(&tensor.name, &values).expect("finite weights");
+        }
+        let mut trainer = Trainer::new(&model, options).expect("a trainer");
+        let dataset = Dataset::from_tokens((0..200).map(|i| i % 16).collect()).expect("tokens");
+        // In memory where there is such a folder: a save flushes its files to the disk.
+        let shm = Path::new("/dev/shm");
+        let place = if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() };
+        let folder = tempfile::tempdir_in(place).expect("a temporary folder");
+        let checkpoint = folder.path().join("checkpoint");
+        trainer.save(&checkpoint).expect("a checkpoint");
+        let model_file = fs::read(checkpoint.join("model.safetensors")).expect("the weights");
+        Self { engine, trainer, dataset, folder, model_file, replaced: None }
+    }
+
+    /// The sound checkpoint with one other file.
+    fn checkpoint_with(&mut self, name: &str, data: &[u8]) -> PathBuf {
+        let dir = self.folder.path().join("checkpoint");
+        let path = dir.join(name);
+        if self.replaced.as_ref().is_none_or(|(replaced, _)| *replaced != path) {
+            if let Some((other, sound)) = self.replaced.take() {
+                fs::write(other, sound).expect("a temporary file can be written");
+            }
+            let sound = fs::read(&path).expect("the checkpoint has this file");
+            self.replaced = Some((path.clone(), sound));
+        }
+        fs::write(path, data).expect("a temporary file can be written");
+        dir
+    }
+}
+
+fn with_bench(run: impl FnOnce(&mut Bench)) {
+    thread_local! {
+        static BENCH: RefCell<Option<Bench>> = const { RefCell::new(None) };
+    }
+    BENCH.with(|bench| run(bench.borrow_mut().get_or_insert_with(Bench::new)));
+}

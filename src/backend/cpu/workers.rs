@@ -1,0 +1,176 @@
+//! The worker threads of an engine: started as guests of the host's process, joined when it ends.
+//!
+//! NOTE: rayon ends its threads without waiting for them. Here they are started by hand and joined,
+//! so that an engine that is gone has left nothing running: a host may exit, fork or close files
+//! right after, and a leak checker sees their memory returned.
+
+use std::io;
+use std::mem::ManuallyDrop;
+use std::thread::JoinHandle;
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::{Error, Result};
+
+/// Most worker threads of an engine.
+const MAX_THREADS: usize = 1024;
+
+/// A pool of threads with which every parallel operation of an engine runs.
+pub(super) struct Workers {
+    pool: ManuallyDrop<ThreadPool>,
+    threads: Threads,
+    /// The process that the threads live in. A forked child has none of them.
+    process: u32,
+}
+
+impl Workers {
+    /// Starts `threads` workers; 0 takes one for each core that the process may use.
+    pub(super) fn start(threads: usize) -> Result<Self> {
+        let count = match threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS),
+            n if n <= MAX_THREADS => n,
+            n => {
+                let message = format!("expected at most {MAX_THREADS}, got {n}");
+                return Err(Error::invalid("threads", message));
+            }
+        };
+        let mut threads = Threads(Vec::with_capacity(count));
+        let mut spawn = |worker: rayon::ThreadBuilder| -> io::Result<()> {
+            let name = format!("mxt-{}", worker.index());
+            threads.0.push(std::thread::Builder::new().name(name).spawn(|| worker.run())?);
+            Ok(())
+        };
+        let pool = signals_blocked(|| {
+            ThreadPoolBuilder::new().num_threads(count).spawn_handler(&mut spawn).build()
+        });
+        let pool = pool.map_err(|e| Error::Unsupported {
+            what: format!("an engine of {count} threads"),
+            remedy: format!("the system refuses to start them ({e}); use fewer"),
+        })?;
+        Ok(Self { pool: ManuallyDrop::new(pool), threads, process: std::process::id() })
+    }
+
+    /// The pool, to run something on it.
+    pub(super) fn pool(&self) -> &ThreadPool {
+        &self.pool
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        if self.process != std::process::id() {
+            // NOTE: in a forked child the pool is left alone. Its locks may be held, for ever, by
+            // threads that exist in the parent only.
+            self.threads.0.drain(..).for_each(std::mem::forget);
+            return;
+        }
+        // A worker that drops the last handle of its own pool must not wait for itself.
+        if self.pool.current_thread_index().is_some() {
+            self.threads.0.clear();
+        }
+        // SAFETY: dropped here, once, and not used afterwards.
+        unsafe { ManuallyDrop::drop(&mut self.pool) };
+        // Then `threads` are joined.
+    }
+}
+
+/// Threads that are joined when this is dropped, also where not all of them could be started.
+struct Threads(Vec<JoinHandle<()>>);
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        for thread in self.0.drain(..) {
+            // A panic of a worker has been carried to the caller by rayon.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Runs `start` with signals blocked on this thread, which threads that it starts inherit: handlers
+/// of the host then run on the host's threads, never on a worker's stack.
+#[cfg(unix)]
+fn signals_blocked<R>(start: impl FnOnce() -> R) -> R {
+    use std::mem::MaybeUninit;
+
+    // A fault must reach the handler of the thread that made it: while blocked, it kills.
+    const FAULTS: [libc::c_int; 7] = [
+        libc::SIGABRT,
+        libc::SIGBUS,
+        libc::SIGFPE,
+        libc::SIGILL,
+        libc::SIGSEGV,
+        libc::SIGSYS,
+        libc::SIGTRAP,
+    ];
+    struct Restore(libc::sigset_t);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            // SAFETY: the set is the one that the system gave.
+            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+        }
+    }
+
+    let mut blocked = MaybeUninit::uninit();
+    let mut before = MaybeUninit::uninit();
+    // SAFETY: sigfillset fills the set before others use it; pthread_sigmask fills `before`. The
+    // mask is the calling thread's own.
+    let _restore = unsafe {
+        libc::sigfillset(blocked.as_mut_ptr());
+        for fault in FAULTS {
+            libc::sigdelset(blocked.as_mut_ptr(), fault);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, blocked.as_ptr(), before.as_mut_ptr());
+        Restore(before.assume_init())
+    };
+    start()
+}
+
+#[cfg(not(unix))]
+fn signals_blocked<R>(start: impl FnOnce() -> R) -> R {
+    start()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn threads_are_gone_when_the_workers_are() {
+        struct Count(Arc<AtomicUsize>);
+        impl Drop for Count {
+            fn drop(&mut self) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        thread_local! {
+            static ENDED: std::cell::RefCell<Option<Count>> = const { std::cell::RefCell::new(None) };
+        }
+        let ended = Arc::new(AtomicUsize::new(0));
+        let workers = Workers::start(3).unwrap();
+        workers.pool().broadcast(|_| {
+            ENDED.with(|cell| *cell.borrow_mut() = Some(Count(ended.clone())));
+        });
+        drop(workers);
+        assert_eq!(ended.load(Ordering::Relaxed), 3);
+    }
+
+    #[test]
+    fn a_worker_may_drop_the_workers() {
+        let workers = Arc::new(Workers::start(1).unwrap());
+        let inside = workers.clone();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        workers.pool().spawn(move || {
+            // Wait until this is the last handle.
+            while Arc::strong_count(&inside) > 1 {
+                std::thread::yield_now();
+            }
+            drop(inside);
+            sender.send(()).unwrap();
+        });
+        drop(workers);
+        receiver.recv().unwrap();
+    }
+}

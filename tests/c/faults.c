@@ -1,0 +1,265 @@
+/* A defect behind every function: the call says MXT_ERROR_PANIC, the handle is unusable and can be
+ * freed, other handles and the host go on. The library is built with the feature fault-injection:
+ * the function that MXT_FAULT names panics. */
+#define _GNU_SOURCE
+#include "check.h"
+
+#include <stdlib.h>
+
+static mxt_engine *engine;
+static mxt_model *model;
+static mxt_dataset *dataset;
+static mxt_trainer *trainer;
+static const char *folder;
+
+/* The library has told of the fault, with the function's name and the place. */
+static void check_message(const char *function) {
+  const char *text = mxt_last_error();
+  const size_t length = strcspn(function, "( ");
+  CHECK(strncmp(text, function, length) == 0 && text[length] == ':');
+  CHECK(strstr(text, "panic at ") != NULL && strstr(text, "injected fault") != NULL);
+}
+
+static void arm(const char *call) {
+  char name[128];
+  CHECK(strcspn(call, "(") < sizeof name);
+  snprintf(name, sizeof name, "%.*s", (int)strcspn(call, "("), call);
+  CHECK(setenv("MXT_FAULT", name, 1) == 0);
+}
+
+static void disarm(void) { CHECK(unsetenv("MXT_FAULT") == 0); }
+
+#define PANICS(call) \
+  do { \
+    arm(#call); \
+    const mxt_status got_ = (call); \
+    disarm(); \
+    RETURNS(MXT_ERROR_PANIC, got_); \
+    check_message(#call); \
+  } while (0)
+
+/* A function that returns a number or a text: nothing, with a message. */
+#define IS_NOTHING(call) \
+  do { \
+    arm(#call); \
+    const int nothing_ = (call) == 0; \
+    disarm(); \
+    CHECK(nothing_); \
+    check_message(#call); \
+  } while (0)
+
+static void start(void) {
+  engine = new_engine();
+  model = new_model(engine);
+  dataset = new_dataset();
+  trainer = new_trainer(model);
+}
+
+static void end(void) {
+  mxt_trainer_free(trainer);
+  mxt_dataset_free(dataset);
+  mxt_model_free(model);
+  mxt_engine_free(engine);
+}
+
+/* A call on the trainer: afterwards the trainer and its model, which may be half changed, refuse. */
+#define TRAINER_PANICS(call) \
+  do { \
+    uint64_t before_; \
+    start(); \
+    before_ = mxt_trainer_steps_done(trainer); \
+    PANICS(call); \
+    CHECK(strstr(mxt_trainer_last_error(trainer), "injected fault") != NULL); \
+    RETURNS(MXT_ERROR_POISONED, mxt_trainer_step(trainer, dataset, NULL)); \
+    RETURNS(MXT_ERROR_POISONED, mxt_trainer_save(trainer, folder)); \
+    RETURNS(MXT_ERROR_POISONED, mxt_model_save(model, folder)); \
+    CHECK(strstr(mxt_trainer_last_error(trainer), "injected fault") != NULL); \
+    CHECK(mxt_trainer_steps_done(trainer) == before_); \
+    end(); \
+  } while (0)
+
+#define MODEL_PANICS(call) \
+  do { \
+    start(); \
+    PANICS(call); \
+    CHECK(strstr(mxt_model_last_error(model), "injected fault") != NULL); \
+    RETURNS(MXT_ERROR_POISONED, mxt_model_save(model, folder)); \
+    RETURNS(MXT_ERROR_POISONED, mxt_trainer_step(trainer, dataset, NULL)); \
+    end(); \
+  } while (0)
+
+/* A call that makes something: nothing is made, the parent stays usable. */
+#define MAKING_PANICS(call, made) \
+  do { \
+    made = NULL; \
+    PANICS(call); \
+    CHECK(made == NULL); \
+    OK(call); \
+  } while (0)
+
+/* A free: the handle is gone, whatever happens behind. */
+#define FREE_PANICS(call) \
+  do { \
+    arm(#call); \
+    call; \
+    disarm(); \
+    check_message(#call); \
+  } while (0)
+
+#define TEXT_PANICS(call) \
+  do { \
+    arm(#call); \
+    CHECK(strstr(call, "injected fault") != NULL); \
+    disarm(); \
+  } while (0)
+
+static void making(const char *tokens) {
+  mxt_engine_options engine_options;
+  mxt_model_config config;
+  mxt_trainer_options trainer_options;
+  mxt_generate_options generate;
+  mxt_run_options run;
+  mxt_memory_plan plan;
+  mxt_model *other_model;
+  mxt_trainer *other;
+  mxt_dataset *other_dataset;
+  const uint32_t some[] = {1, 2, 3};
+
+  PANICS(mxt_engine_options_init(&engine_options, sizeof engine_options));
+  PANICS(mxt_model_config_init(&config, sizeof config));
+  PANICS(mxt_trainer_options_init(&trainer_options, sizeof trainer_options));
+  PANICS(mxt_generate_options_init(&generate, sizeof generate));
+  PANICS(mxt_run_options_init(&run, sizeof run));
+
+  OK(mxt_engine_options_init(&engine_options, sizeof engine_options));
+  MAKING_PANICS(mxt_engine_new(&engine_options, &engine), engine);
+  config = small_config();
+  MAKING_PANICS(mxt_model_new(engine, &config, &model), model);
+  CHECK(strstr(mxt_engine_last_error(engine), "injected fault") != NULL);
+  trainer_options = small_options();
+  MAKING_PANICS(mxt_trainer_new(model, &trainer_options, &trainer), trainer);
+  OK(mxt_trainer_save(trainer, folder));
+  MAKING_PANICS(mxt_trainer_load(engine, folder, &other), other);
+  mxt_trainer_free(other);
+  MAKING_PANICS(mxt_model_load(engine, folder, &other_model), other_model);
+  mxt_model_free(other_model);
+  plan.struct_size = sizeof plan;
+  PANICS(mxt_plan(engine, &config, &trainer_options, &plan));
+  OK(mxt_plan(engine, &config, &trainer_options, &plan));
+  MAKING_PANICS(mxt_dataset_open(tokens, &dataset), dataset);
+  mxt_dataset_free(dataset);
+  MAKING_PANICS(mxt_dataset_open_files(&tokens, 1, &dataset), dataset);
+  MAKING_PANICS(mxt_dataset_from_tokens(some, 3, &other_dataset), other_dataset);
+  mxt_dataset_free(other_dataset);
+
+  IS_NOTHING(mxt_engine_threads(engine));
+  IS_NOTHING(mxt_engine_seed(engine));
+  IS_NOTHING(mxt_engine_device(engine));
+  IS_NOTHING(mxt_model_parameter_count(model));
+  IS_NOTHING(mxt_model_tensor_count(model));
+  IS_NOTHING(mxt_dataset_token_count(dataset));
+  IS_NOTHING(mxt_trainer_steps_done(trainer));
+  TEXT_PANICS(mxt_engine_last_error(engine));
+  TEXT_PANICS(mxt_model_last_error(model));
+  TEXT_PANICS(mxt_dataset_last_error(dataset));
+  TEXT_PANICS(mxt_trainer_last_error(trainer));
+
+  FREE_PANICS(mxt_trainer_free(trainer));
+  FREE_PANICS(mxt_dataset_free(dataset));
+  FREE_PANICS(mxt_model_free(model));
+  FREE_PANICS(mxt_engine_free(engine));
+}
+
+/* The second step of a run panics: the run is over, and says so. */
+static int32_t arm_run(void *user_data, const mxt_step_stats *stats, const mxt_eval_stats *eval) {
+  (void)user_data, (void)stats, (void)eval;
+  arm("mxt_trainer_run");
+  return 0;
+}
+
+int main(int argc, char **argv) {
+  CHECK(argc == 2);
+  const uint32_t some[BATCH * (CONTEXT + 1)] = {1, 2, 3};
+  const uint16_t words[4] = {1, 2, 3, 4};
+  mxt_step_stats stats;
+  mxt_eval_stats eval;
+  mxt_model_config config;
+  mxt_tensor_info info;
+  mxt_trainer_options options;
+  mxt_run_options run;
+  mxt_model *other = NULL;
+  float values[16] = {0}, logits[VOCABULARY];
+  uint32_t token = 1;
+  size_t written = 77;
+  char tokens[4096];
+  FILE *file;
+
+  folder = argv[1];
+  snprintf(tokens, sizeof tokens, "%s/tokens.bin", argv[1]);
+  CHECK((file = fopen(tokens, "wb")) != NULL && fwrite(words, 2, 4, file) == 4);
+  CHECK(fclose(file) == 0);
+  folder = strdup(in_folder(argv[1], "checkpoint"));
+
+  /* The fault is a fault of this build only. */
+  arm("mxt_version");
+  CHECK(mxt_version()[0] != 0 && mxt_status_string(MXT_OK)[0] != 0);
+  arm("mxt_build_info");
+  CHECK(strcmp(mxt_build_info(), "{}") == 0);
+  disarm();
+  CHECK(strstr(mxt_build_info(), "\"abi\"") != NULL);
+
+  making(tokens);
+
+  stats.struct_size = sizeof stats;
+  stats.step = 77;
+  eval.struct_size = sizeof eval;
+  eval.tokens = 77;
+  config.struct_size = sizeof config;
+  info.struct_size = sizeof info;
+  options.struct_size = sizeof options;
+  OK(mxt_run_options_init(&run, sizeof run));
+  run.steps = 3;
+
+  TRAINER_PANICS(mxt_trainer_step(trainer, dataset, &stats));
+  TRAINER_PANICS(mxt_trainer_step_tokens(trainer, some, BATCH * (CONTEXT + 1), &stats));
+  TRAINER_PANICS(mxt_trainer_eval(trainer, dataset, 1, &eval));
+  TRAINER_PANICS(mxt_trainer_save(trainer, folder));
+  TRAINER_PANICS(mxt_trainer_set_lr(trainer, 1e-3f));
+  TRAINER_PANICS(mxt_trainer_use_schedule(trainer));
+  TRAINER_PANICS(mxt_trainer_model(trainer, &other));
+  TRAINER_PANICS(mxt_trainer_get_options(trainer, &options));
+  TRAINER_PANICS(mxt_trainer_run(trainer, dataset, &run, NULL));
+  CHECK(stats.step == 77 && eval.tokens == 77 && other == NULL);
+
+  MODEL_PANICS(mxt_model_save(model, folder));
+  MODEL_PANICS(mxt_model_get_config(model, &config));
+  MODEL_PANICS(mxt_model_tensor_info(model, 0, &info));
+  MODEL_PANICS(mxt_model_tensor_read(model, "transformer.ln_f.bias", values, 16));
+  MODEL_PANICS(mxt_model_tensor_write(model, "transformer.ln_f.bias", values, 16));
+  MODEL_PANICS(mxt_model_generate(model, NULL, &token, 1, NULL, 0, &written));
+  MODEL_PANICS(mxt_model_next_logits(model, &token, 1, logits, VOCABULARY));
+  CHECK(written == 77);
+
+  start();
+  PANICS(mxt_dataset_max_token(dataset, &token));
+  RETURNS(MXT_ERROR_POISONED, mxt_dataset_max_token(dataset, &token));
+  CHECK(token == 1);
+  end();
+
+  start();
+  run.on_step = arm_run;
+  const mxt_status status = mxt_trainer_run(trainer, dataset, &run, NULL);
+  disarm();
+  RETURNS(MXT_ERROR_PANIC, status);
+  CHECK(mxt_trainer_steps_done(trainer) == 1);
+  RETURNS(MXT_ERROR_POISONED, mxt_trainer_run(trainer, dataset, &run, NULL));
+  /* Another trainer of this process is not touched. */
+  mxt_model *fresh_model = new_model(engine);
+  mxt_trainer *fresh = new_trainer(fresh_model);
+  step(fresh, dataset);
+  mxt_trainer_free(fresh);
+  mxt_model_free(fresh_model);
+  end();
+  free((void *)folder);
+  return 0;
+}

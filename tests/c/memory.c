@@ -1,0 +1,89 @@
+/* Memory that is not there: by the engine's limit, and by the system's. The host lives, outputs are
+ * not written, and what fits still works. */
+#define _GNU_SOURCE
+#include "check.h"
+
+#include <stdio.h>
+#include <sys/resource.h>
+
+/* Bytes of address space in use. */
+static size_t in_use(void) {
+  unsigned long long pages = 0;
+  FILE *file = fopen("/proc/self/statm", "r");
+  CHECK(file != NULL && fscanf(file, "%llu", &pages) == 1);
+  fclose(file);
+  return (size_t)pages * 4096;
+}
+
+static void limit_address_space(rlim_t bytes) {
+  struct rlimit limit;
+  CHECK(getrlimit(RLIMIT_AS, &limit) == 0);
+  limit.rlim_cur = bytes;
+  CHECK(setrlimit(RLIMIT_AS, &limit) == 0);
+}
+
+/* 64 MiB of address space more than now. Under valgrind they would be its own, too. */
+static void the_systems_limit(const mxt_engine *engine, mxt_model *model, mxt_trainer *trainer,
+                              const mxt_dataset *dataset) {
+  mxt_model_config config = small_config();
+  mxt_trainer_options options = small_options();
+  mxt_engine_options engine_options;
+  mxt_engine *crowd = NULL;
+  mxt_model *large = NULL;
+  mxt_trainer *other = NULL;
+
+  config.vocab_size = 50257;
+  config.channels = 1024;
+  options.batch_size = 1 << 17;
+  OK(mxt_engine_options_init(&engine_options, sizeof engine_options));
+  engine_options.threads = 1000; /* some can be started */
+  limit_address_space(in_use() + (64 << 20));
+  FAILS(MXT_ERROR_OUT_OF_MEMORY, "smaller", mxt_model_new(engine, &config, &large));
+  FAILS(MXT_ERROR_OUT_OF_MEMORY, "smaller", mxt_trainer_new(model, &options, &other));
+  FAILS(MXT_ERROR_UNSUPPORTED, "threads", mxt_engine_new(&engine_options, &crowd));
+  CHECK(large == NULL && other == NULL && crowd == NULL);
+  step(trainer, dataset);
+  limit_address_space(RLIM_INFINITY);
+}
+
+int main(int argc, char **argv) {
+  CHECK(argc == 2);
+  const char *folder = in_folder(argv[1], "checkpoint");
+  mxt_model_config config = small_config();
+  mxt_trainer_options options = small_options();
+  mxt_engine_options engine_options;
+  mxt_engine *engine = new_engine(), *limited = NULL;
+  mxt_model *model = new_model(engine), *large = NULL, *small = NULL;
+  mxt_trainer *trainer = new_trainer(model), *other = NULL;
+  mxt_dataset *dataset = new_dataset();
+  mxt_memory_plan plan;
+  OK(mxt_trainer_save(trainer, folder));
+  plan.struct_size = sizeof plan;
+  OK(mxt_plan(engine, &config, &options, &plan));
+
+  /* The engine's limit: one byte less than a model with its trainer takes. */
+  OK(mxt_engine_options_init(&engine_options, sizeof engine_options));
+  engine_options.threads = 1;
+  engine_options.memory_limit = plan.total - 1;
+  OK(mxt_engine_new(&engine_options, &limited));
+  OK(mxt_model_new(limited, &config, &small));
+  FAILS(MXT_ERROR_OUT_OF_MEMORY, "limit", mxt_trainer_new(small, &options, &other));
+  FAILS(MXT_ERROR_OUT_OF_MEMORY, "limit", mxt_trainer_load(limited, folder, &other));
+  config.channels = 512;
+  FAILS(MXT_ERROR_OUT_OF_MEMORY, "limit", mxt_model_new(limited, &config, &large));
+  CHECK(other == NULL && large == NULL);
+  options.batch_size = 1;
+  OK(mxt_trainer_new(small, &options, &other));
+  step(other, dataset);
+  mxt_trainer_free(other);
+  mxt_model_free(small);
+  mxt_engine_free(limited);
+
+  if (getenv("UNDER_VALGRIND") == NULL) the_systems_limit(engine, model, trainer, dataset);
+
+  mxt_trainer_free(trainer);
+  mxt_model_free(model);
+  mxt_dataset_free(dataset);
+  mxt_engine_free(engine);
+  return 0;
+}
