@@ -28,7 +28,12 @@ impl Memory {
     }
 
     fn as_mut(&mut self) -> PackedMut<'_> {
-        PackedMut { words: &mut self.words, scales: &mut self.scales, sums: &mut self.sums }
+        PackedMut {
+            words: &mut self.words,
+            scales: &mut self.scales,
+            sums: &mut self.sums,
+            vector_sums: &mut [],
+        }
     }
 }
 

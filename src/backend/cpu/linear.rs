@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::gemm::{Format, Matrix, Output, PackedMut, Rotation, pack};
 use super::isa::simd_fn;
-use super::workspace::{PackMemory, Workspace};
+use super::workspace::Workspace;
 use super::{Cpu, JOB_ELEMENTS};
 use crate::backend::LinearShape;
 use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
@@ -61,9 +61,7 @@ pub(super) fn backward(
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     let (dy, x) = (&dy[..rows * outputs], &x[..rows * inputs]);
-    add_column_sums(cpu, db, dy);
-
-    let memory = (&mut workspace.a, &mut workspace.b);
+    let memory = (workspace.a.as_mut(), workspace.b.as_mut());
     let operands = [
         (Matrix::rows_by_depth(dy, rows, outputs), OperandId::Dy),
         (Matrix::depth_by_rows(w, inputs, outputs), OperandId::W),
@@ -73,27 +71,29 @@ pub(super) fn backward(
 
     // What the forward pass kept of x: in an FP8 recipe its FP8 form.
     let kept = (recipe.forward == Forward::Fp8).then(|| fp8_scale(cpu, x));
-    let memory = (&mut workspace.a, &mut workspace.b);
+    let memory = (workspace.a.with_vector_sums(), workspace.b.as_mut());
     let operands = [
         (Matrix::depth_by_rows(dy, outputs, rows), OperandId::Dy),
         (Matrix::depth_by_rows(x, inputs, rows).as_fp8(kept), OperandId::X),
     ];
     let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate: true };
     product(cpu, memory, operands, recipe.wgrad, GemmId::Wgrad, random, out);
+    // dy^T passed through packing row by row; its row sums are the bias gradient.
+    for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
+        *db += sum;
+    }
 }
 
 /// One backward GEMM, its first operand being dy.
 fn product(
     cpu: &Cpu,
-    (a_memory, b_memory): (&mut PackMemory, &mut PackMemory),
+    (a_memory, b_memory): (PackedMut<'_>, PackedMut<'_>),
     [(a, a_id), (b, b_id)]: [(Matrix<'_>, OperandId); 2],
     format: Backward,
     gemm: GemmId,
     random: &Random,
     out: Output<'_>,
 ) {
-    let (a_memory, b_memory): (PackedMut<'_>, PackedMut<'_>) =
-        (a_memory.as_mut(), b_memory.as_mut());
     match format {
         Backward::F32 | Backward::Bf16 => {
             let format = if format == Backward::F32 { Format::F32 } else { Format::Bf16 };
@@ -138,26 +138,5 @@ simd_fn! {
     /// Bits of the largest magnitude; a NaN is larger than everything.
     fn max_magnitude(x: &[f32]) -> u32 {
         x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff))
-    }
-}
-
-/// db (C) += the sum of the rows of dy (rows, C), in order.
-fn add_column_sums(cpu: &Cpu, db: &mut [f32], dy: &[f32]) {
-    const COLUMNS: usize = 64;
-    let channels = db.len();
-    cpu.install(|| {
-        db.par_chunks_mut(COLUMNS).enumerate().for_each(|(job, db)| {
-            column_sums(cpu.isa(), db, dy, channels, job * COLUMNS);
-        });
-    });
-}
-
-simd_fn! {
-    fn column_sums(db: &mut [f32], dy: &[f32], channels: usize, first: usize) {
-        for row in dy.chunks_exact(channels) {
-            for (db, dy) in db.iter_mut().zip(&row[first..]) {
-                *db += dy;
-            }
-        }
     }
 }

@@ -28,6 +28,7 @@ pub(super) struct PackMemory {
     words: Buffer<u32>,
     scales: Buffer<f32>,
     sums: Buffer<i32>,
+    vector_sums: Buffer<f32>,
 }
 
 /// Sizes of a [`PackMemory`], grown to the largest operand asked for.
@@ -35,6 +36,7 @@ pub(super) struct PackMemory {
 struct PackSize {
     words: usize,
     blocks: usize,
+    lanes: usize,
 }
 
 impl PackSize {
@@ -42,6 +44,7 @@ impl PackSize {
     fn add(&mut self, rows: usize, depth: usize, format: Format, group: usize) {
         let steps = format.steps(depth.next_multiple_of(group));
         let lanes = rows.next_multiple_of(PANEL);
+        self.lanes = self.lanes.max(lanes);
         self.words = self.words.max(lanes * steps);
         if format == Format::Mxfp4 {
             self.blocks = self.blocks.max(lanes * steps / BLOCK_STEPS);
@@ -55,11 +58,28 @@ impl PackMemory {
             words: arena.alloc(size.words),
             scales: arena.alloc(size.blocks),
             sums: arena.alloc(size.blocks),
+            vector_sums: arena.alloc(size.lanes),
         }
     }
 
+    /// For an operand alone.
     pub(super) fn as_mut(&mut self) -> PackedMut<'_> {
-        PackedMut { words: &mut self.words, scales: &mut self.scales, sums: &mut self.sums }
+        PackedMut { vector_sums: &mut [], ..self.with_vector_sums() }
+    }
+
+    /// For an operand and the sums of its vectors.
+    pub(super) fn with_vector_sums(&mut self) -> PackedMut<'_> {
+        PackedMut {
+            words: &mut self.words,
+            scales: &mut self.scales,
+            sums: &mut self.sums,
+            vector_sums: &mut self.vector_sums,
+        }
+    }
+
+    /// The sums that packing with [`PackMemory::with_vector_sums`] left.
+    pub(super) fn vector_sums(&self) -> &[f32] {
+        &self.vector_sums
     }
 }
 

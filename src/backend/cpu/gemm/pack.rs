@@ -7,10 +7,9 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use rayon::prelude::*;
-
 use super::{BLOCK_STEPS, Format, PANEL, Packed};
 use crate::backend::cpu::Cpu;
+use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn};
 use crate::mx::{BLOCK, Draw, E2M1_VALUES, M0, M1, Rounding, W0, W1, group_scale, round_to_e4m3};
 
@@ -129,7 +128,13 @@ pub struct PackedMut<'a> {
     pub scales: &'a mut [f32],
     /// See [`Packed::sums`].
     pub sums: &'a mut [i32],
+    /// The sum of each vector, for a transposed source: (panels, 16), or empty if nobody asks. They
+    /// come for free where the values pass through registers anyway.
+    pub vector_sums: &'a mut [f32],
 }
+
+/// Panels of a transposed source that are packed together, for they share pages and cache lines.
+const STRIP: usize = 4;
 
 /// Packs an operand. `rotation` is given for MXFP4 and only then; `unsigned` for operand B of it.
 pub fn pack<'a>(
@@ -144,32 +149,93 @@ pub fn pack<'a>(
     let panels = source.rows.div_ceil(PANEL);
     let depth = source.depth.next_multiple_of(rotation.map_or(1, Rotation::group));
     let steps = format.steps(depth);
-    let blocks = if rotation.is_some() { panels * (steps / BLOCK_STEPS) * PANEL } else { 0 };
+    let blocks = if rotation.is_some() { steps / BLOCK_STEPS } else { 0 };
     let words = &mut memory.words[..panels * steps * PANEL];
-    let scales = &mut memory.scales[..blocks];
-    let sums = &mut memory.sums[..blocks];
+    let scales = &mut memory.scales[..panels * blocks * PANEL];
+    let sums = &mut memory.sums[..panels * blocks * PANEL];
+    let wants_sums = !memory.vector_sums.is_empty();
+    assert!(source.transposed || !wants_sums, "vectors are summed where they are transposed");
+    let vector_sums = &mut memory.vector_sums[..if wants_sums { panels * PANEL } else { 0 }];
     let range = ScaleRange::new();
-    let per_panel = words.par_chunks_exact_mut(steps * PANEL).with_max_len(1).enumerate();
-    cpu.install(|| match (format, rotation) {
-        (Format::Mxfp4, Some(rotation)) => {
-            let blocks = steps / BLOCK_STEPS * PANEL;
-            per_panel
-                .zip(scales.par_chunks_exact_mut(blocks).zip(sums.par_chunks_exact_mut(blocks)))
-                .for_each(|((panel, words), (scales, sums))| {
-                    let r0 = panel * PANEL;
-                    mxfp4_panel(isa, source, r0, rotation, unsigned, words, scales, sums, &range);
-                });
+
+    let strip = if source.transposed { STRIP } else { 1 };
+    let whole = Strips {
+        words: SharedSlice::new(words),
+        scales: SharedSlice::new(scales),
+        sums: SharedSlice::new(sums),
+        vector_sums: SharedSlice::new(vector_sums),
+    };
+    cpu.parallel(panels.div_ceil(strip), |job| {
+        let first = job * strip;
+        let count = strip.min(panels - first);
+        let r0 = first * PANEL;
+        // SAFETY: jobs own disjoint panels.
+        let (words, scales, sums, vector_sums) = unsafe {
+            (
+                whole.words.part(first, count, steps * PANEL),
+                whole.scales.part(first, count, blocks * PANEL),
+                whole.sums.part(first, count, blocks * PANEL),
+                whole.vector_sums.part(first, count, if wants_sums { PANEL } else { 0 }),
+            )
+        };
+        match (format, rotation) {
+            (Format::Mxfp4, Some(rotation)) => {
+                let out = Mxfp4Strip { words, scales, sums, vector_sums, range: &range };
+                mxfp4_strip(isa, source, r0, rotation, unsigned, count, out);
+            }
+            (Format::Bf16, None) => bf16_strip(isa, source, r0, count, words, vector_sums),
+            (Format::F32, None) => {
+                let words = bytemuck::cast_slice_mut(words);
+                f32_strip(isa, source, r0, count, words, vector_sums);
+            }
+            _ => unreachable!("a rotation goes with MXFP4"),
         }
-        (Format::Bf16, None) => {
-            per_panel.for_each(|(panel, words)| bf16_panel(isa, source, panel * PANEL, words));
-        }
-        (Format::F32, None) => per_panel.for_each(|(panel, words)| {
-            pack_f32_panel(isa, source, panel * PANEL, bytemuck::cast_slice_mut(words));
-        }),
-        _ => unreachable!("a rotation goes with MXFP4"),
     });
     let scale_bytes = (range.min.into_inner(), range.max.into_inner());
     Packed { format, rows: source.rows, steps, words, scales, sums, scale_bytes }
+}
+
+/// Memory of all panels, of which each job takes a part.
+struct Strips {
+    words: SharedSlice<u32>,
+    scales: SharedSlice<f32>,
+    sums: SharedSlice<i32>,
+    vector_sums: SharedSlice<f32>,
+}
+
+/// A slice that jobs share out.
+struct SharedSlice<T>(*mut T, usize);
+
+// SAFETY: `part` is called for disjoint parts only.
+unsafe impl<T: Send> Sync for SharedSlice<T> {}
+
+impl<T> SharedSlice<T> {
+    fn new(slice: &mut [T]) -> Self {
+        Self(slice.as_mut_ptr(), slice.len())
+    }
+
+    /// Panels `first .. first + count`, of `len` elements each.
+    ///
+    /// # Safety
+    /// No two threads ask for overlapping parts, and the slice is not used otherwise meanwhile.
+    #[expect(clippy::mut_from_ref, reason = "the parts are disjoint, see Safety")]
+    unsafe fn part(&self, first: usize, count: usize, len: usize) -> &mut [T] {
+        assert!((first + count) * len <= self.1);
+        // SAFETY: in bounds, and the caller keeps parts disjoint.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(first * len), count * len) }
+    }
+}
+
+/// Where a strip of MXFP4 panels goes.
+struct Mxfp4Strip<'a> {
+    /// (panels, steps, 16)
+    words: &'a mut [u32],
+    /// (panels, blocks, 16)
+    scales: &'a mut [f32],
+    sums: &'a mut [i32],
+    /// (panels, 16), or empty.
+    vector_sums: &'a mut [f32],
+    range: &'a ScaleRange,
 }
 
 /// The smallest and the largest scale byte of an operand, all panels taken together.
@@ -184,41 +250,82 @@ impl ScaleRange {
     }
 }
 
+/// Packs vectors r0 .. r0 + 16 as f32: `out` is (depth, 16).
+pub(in crate::backend::cpu) fn pack_f32_panel(
+    isa: Isa,
+    source: &Matrix<'_>,
+    r0: usize,
+    out: &mut [f32],
+) {
+    f32_strip(isa, source, r0, 1, out, &mut []);
+}
+
 lanes_fn! {
-    /// Packs vectors r0 .. r0 + 16 as f32: `out` is (depth, 16).
-    pub(in crate::backend::cpu) fn pack_f32_panel(
+    fn f32_strip(
         source: &Matrix<'_>,
         r0: usize,
+        panels: usize,
         out: &mut [f32],
-    ) = f32_panel;
+        vector_sums: &mut [f32],
+    ) = f32_lanes;
 }
 
 lanes_fn! {
-    fn bf16_panel(source: &Matrix<'_>, r0: usize, out: &mut [u32]) = bf16_lanes;
+    fn bf16_strip(
+        source: &Matrix<'_>,
+        r0: usize,
+        panels: usize,
+        out: &mut [u32],
+        vector_sums: &mut [f32],
+    ) = bf16_lanes;
 }
 
 lanes_fn! {
-    fn mxfp4_panel(
+    fn mxfp4_strip(
         source: &Matrix<'_>,
         r0: usize,
         rotation: &Rotation<'_>,
         unsigned: bool,
-        words: &mut [u32],
-        scales: &mut [f32],
-        sums: &mut [i32],
-        range: &ScaleRange,
+        panels: usize,
+        out: Mxfp4Strip<'_>,
     ) = mxfp4_lanes;
 }
 
+/// Adds 16 elements of each of 16 vectors to their sums, in order.
 #[inline(always)]
-unsafe fn f32_panel<L: Lanes>(source: &Matrix<'_>, r0: usize, out: &mut [f32]) {
-    let rows = &mut out.as_chunks_mut::<PANEL>().0[..source.depth];
-    for (chunk, rows) in rows.chunks_mut(PANEL).enumerate() {
-        // SAFETY: passed on; rows of 16 elements.
-        unsafe {
-            let values = source.load::<L>(r0, chunk * PANEL);
-            for (i, to) in rows.iter_mut().enumerate() {
-                L::store(to.as_mut_ptr(), values[i]);
+unsafe fn add_to_sums<L: Lanes>(values: &[L::F; PANEL], sums: &mut [f32]) {
+    // SAFETY: passed on; `sums` has 16 elements.
+    unsafe {
+        let mut sum = L::load(sums.as_ptr());
+        for i in 0..PANEL {
+            sum = L::add(sum, values[i]);
+        }
+        L::store(sums.as_mut_ptr(), sum);
+    }
+}
+
+#[inline(always)]
+unsafe fn f32_lanes<L: Lanes>(
+    source: &Matrix<'_>,
+    r0: usize,
+    panels: usize,
+    out: &mut [f32],
+    vector_sums: &mut [f32],
+) {
+    let (depth, rows) = (source.depth, out.as_chunks_mut::<PANEL>().0);
+    vector_sums.fill(0.0);
+    for k0 in (0..depth).step_by(PANEL) {
+        for panel in 0..panels {
+            // SAFETY: passed on; rows of 16 elements.
+            unsafe {
+                let values = source.load::<L>(r0 + panel * PANEL, k0);
+                let rows = &mut rows[panel * depth + k0..][..PANEL.min(depth - k0)];
+                for (i, to) in rows.iter_mut().enumerate() {
+                    L::store(to.as_mut_ptr(), values[i]);
+                }
+                if !vector_sums.is_empty() {
+                    add_to_sums::<L>(&values, &mut vector_sums[panel * PANEL..][..PANEL]);
+                }
             }
         }
     }
@@ -226,17 +333,30 @@ unsafe fn f32_panel<L: Lanes>(source: &Matrix<'_>, r0: usize, out: &mut [f32]) {
 
 /// Pairs of bf16, the lower index in the low half.
 #[inline(always)]
-unsafe fn bf16_lanes<L: Lanes>(source: &Matrix<'_>, r0: usize, out: &mut [u32]) {
-    let steps = out.as_chunks_mut::<PANEL>().0;
-    for (chunk, steps) in steps.chunks_mut(PANEL / 2).enumerate() {
-        // SAFETY: passed on; rows of 16 words.
-        unsafe {
-            let values = source.load::<L>(r0, chunk * PANEL);
-            for (i, to) in steps.iter_mut().enumerate() {
-                let low = round_to_bf16::<L>(values[2 * i]);
-                let high = round_to_bf16::<L>(values[2 * i + 1]);
-                let high = L::and(high, L::splat_u(0xffff_0000));
-                L::store_u(to.as_mut_ptr(), L::or(L::shift_right::<16>(low), high));
+unsafe fn bf16_lanes<L: Lanes>(
+    source: &Matrix<'_>,
+    r0: usize,
+    panels: usize,
+    out: &mut [u32],
+    vector_sums: &mut [f32],
+) {
+    let (steps, rows) = (Format::Bf16.steps(source.depth), out.as_chunks_mut::<PANEL>().0);
+    vector_sums.fill(0.0);
+    for step in (0..steps).step_by(PANEL / 2) {
+        for panel in 0..panels {
+            // SAFETY: passed on; rows of 16 words.
+            unsafe {
+                let values = source.load::<L>(r0 + panel * PANEL, 2 * step);
+                let rows = &mut rows[panel * steps + step..][..(PANEL / 2).min(steps - step)];
+                for (i, to) in rows.iter_mut().enumerate() {
+                    let low = round_to_bf16::<L>(values[2 * i]);
+                    let high = round_to_bf16::<L>(values[2 * i + 1]);
+                    let high = L::and(high, L::splat_u(0xffff_0000));
+                    L::store_u(to.as_mut_ptr(), L::or(L::shift_right::<16>(low), high));
+                }
+                if !vector_sums.is_empty() {
+                    add_to_sums::<L>(&values, &mut vector_sums[panel * PANEL..][..PANEL]);
+                }
             }
         }
     }
@@ -257,65 +377,70 @@ unsafe fn round_to_bf16<L: Lanes>(v: L::F) -> L::U {
     }
 }
 
-/// Transforms and quantizes vectors r0 .. r0 + 16. `words` is (steps, 16), `scales` and `sums` are
-/// (blocks, 16).
+/// Transforms and quantizes the vectors of some panels, group by group.
 #[inline(always)]
 unsafe fn mxfp4_lanes<L: Lanes>(
     source: &Matrix<'_>,
     r0: usize,
     rotation: &Rotation<'_>,
     unsigned: bool,
-    words: &mut [u32],
-    scales: &mut [f32],
-    sums: &mut [i32],
-    range: &ScaleRange,
+    panels: usize,
+    out: Mxfp4Strip<'_>,
 ) {
     let group = rotation.group();
     let mut buffer = [[0.0f32; PANEL]; MAX_GROUP];
     let buffer = &mut buffer[..group];
     let table = element_bytes(unsigned);
-    let words = words.as_chunks_mut::<PANEL>().0.as_chunks_mut::<BLOCK_STEPS>().0;
-    let scales = scales.as_chunks_mut::<PANEL>().0;
-    let sums = sums.as_chunks_mut::<PANEL>().0;
+    let words = out.words.as_chunks_mut::<PANEL>().0.as_chunks_mut::<BLOCK_STEPS>().0;
+    let scales = out.scales.as_chunks_mut::<PANEL>().0;
+    let sums = out.sums.as_chunks_mut::<PANEL>().0;
+    out.vector_sums.fill(0.0);
     // The largest byte so far, and the largest 255 - byte.
     let (mut max, mut max_below) = ([0u32; PANEL], [0u32; PANEL]);
-    for block in 0..words.len() {
-        let k0 = block * BLOCK;
-        // SAFETY: passed on.
-        unsafe {
-            if k0.is_multiple_of(group) {
-                load_group::<L>(source, r0, k0, rotation.signs, buffer);
+    let (blocks, blocks_per_group) = (words.len() / panels, group / BLOCK);
+    for first in (0..blocks).step_by(blocks_per_group) {
+        for panel in 0..panels {
+            let r0 = r0 + panel * PANEL;
+            let part = if out.vector_sums.is_empty() { 0 } else { PANEL };
+            let vector_sums = &mut out.vector_sums[panel * part..][..part];
+            // SAFETY: passed on.
+            unsafe {
+                load_group::<L>(source, r0, first * BLOCK, rotation.signs, buffer, vector_sums);
             }
-            let values = buffer[k0 % group..]
-                .first_chunk::<BLOCK>()
-                .expect("a group is a whole number of blocks");
-            let (draw, words) = (&rotation.draw, &mut words[block]);
-            let (scale, byte) = match (rotation.rounding, source.transposed) {
-                (Rounding::Nearest, _) => {
-                    quantize::<L, false, false>(values, draw, r0, k0, &table, words)
+            for (i, values) in buffer.as_chunks::<BLOCK>().0.iter().enumerate() {
+                let (at, k0) = (panel * blocks + first + i, (first + i) * BLOCK);
+                let (draw, words) = (&rotation.draw, &mut words[at]);
+                // SAFETY: passed on; rows of 16 lanes.
+                unsafe {
+                    let (scale, byte) = match (rotation.rounding, source.transposed) {
+                        (Rounding::Nearest, _) => {
+                            quantize::<L, false, false>(values, draw, r0, k0, &table, words)
+                        }
+                        (Rounding::Unbiased, false) => {
+                            quantize::<L, true, false>(values, draw, r0, k0, &table, words)
+                        }
+                        (Rounding::Unbiased, true) => {
+                            quantize::<L, true, true>(values, draw, r0, k0, &table, words)
+                        }
+                    };
+                    let below = L::sub_u(L::splat_u(255), byte);
+                    L::store_u(max.as_mut_ptr(), L::max_u(L::load_u(max.as_ptr()), byte));
+                    let below = L::max_u(L::load_u(max_below.as_ptr()), below);
+                    L::store_u(max_below.as_mut_ptr(), below);
+                    if unsigned {
+                        L::store(scales[at].as_mut_ptr(), scale);
+                    } else {
+                        let word = L::sub_u(L::bits(scale), L::splat_u(ONE));
+                        L::store(scales[at].as_mut_ptr(), L::from_bits(word));
+                        store_sum::<L>(words, &mut sums[at]);
+                    }
                 }
-                (Rounding::Unbiased, false) => {
-                    quantize::<L, true, false>(values, draw, r0, k0, &table, words)
-                }
-                (Rounding::Unbiased, true) => {
-                    quantize::<L, true, true>(values, draw, r0, k0, &table, words)
-                }
-            };
-            let below = L::sub_u(L::splat_u(255), byte);
-            L::store_u(max.as_mut_ptr(), L::max_u(L::load_u(max.as_ptr()), byte));
-            L::store_u(max_below.as_mut_ptr(), L::max_u(L::load_u(max_below.as_ptr()), below));
-            if unsigned {
-                L::store(scales[block].as_mut_ptr(), scale);
-            } else {
-                let word = L::sub_u(L::bits(scale), L::splat_u(ONE));
-                L::store(scales[block].as_mut_ptr(), L::from_bits(word));
-                store_sum::<L>(words, &mut sums[block]);
             }
         }
     }
     for l in 0..PANEL {
-        range.max.fetch_max(max[l], Ordering::Relaxed);
-        range.min.fetch_min(255 - max_below[l], Ordering::Relaxed);
+        out.range.max.fetch_max(max[l], Ordering::Relaxed);
+        out.range.min.fetch_min(255 - max_below[l], Ordering::Relaxed);
     }
 }
 
@@ -340,11 +465,15 @@ unsafe fn load_group<L: Lanes>(
     k0: usize,
     signs: &[f32],
     buffer: &mut [[f32; PANEL]],
+    vector_sums: &mut [f32],
 ) {
     // SAFETY: passed on; rows of 16 elements.
     unsafe {
         for (part, rows) in buffer.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             let mut v = source.load::<L>(r0, k0 + part * PANEL);
+            if !vector_sums.is_empty() {
+                add_to_sums::<L>(&v, vector_sums);
+            }
             if let Some(signs) = signs.get(part * PANEL..(part + 1) * PANEL) {
                 for i in 0..PANEL {
                     v[i] = L::mul(v[i], L::splat(signs[i]));
