@@ -60,12 +60,12 @@ impl Cpu {
 
     /// Worker threads.
     pub fn threads(&self) -> usize {
-        self.workers.pool().current_num_threads()
+        self.workers.count()
     }
 
     /// Runs `f` on the pool, so that parallel iterators in it use these workers and no others.
     fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        self.workers.pool().install(f)
+        self.workers.install(f)
     }
 
     /// Calls `f(0)`, `f(1)` .. `f(jobs - 1)`, spread over the workers.

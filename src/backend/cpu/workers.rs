@@ -4,8 +4,11 @@
 //! so that an engine that is gone has left nothing running: a host may exit, fork or close files
 //! right after, and a leak checker sees their memory returned.
 
+use std::any::Any;
 use std::io;
 use std::mem::ManuallyDrop;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -18,6 +21,7 @@ const MAX_THREADS: usize = 1024;
 /// A pool of threads with which every parallel operation of an engine runs.
 pub(super) struct Workers {
     pool: ManuallyDrop<ThreadPool>,
+    desk: Arc<Desk>,
     threads: Threads,
     /// The process that the threads live in. A forked child has none of them.
     process: u32,
@@ -47,12 +51,111 @@ impl Workers {
             what: format!("an engine of {count} threads"),
             remedy: format!("the system refuses to start them ({e}); use fewer"),
         })?;
-        Ok(Self { pool: ManuallyDrop::new(pool), threads, process: std::process::id() })
+        let desk = Arc::new(Desk::default());
+        let conductor = desk.clone();
+        pool.spawn(move || conductor.conduct());
+        Ok(Self { pool: ManuallyDrop::new(pool), desk, threads, process: std::process::id() })
     }
 
-    /// The pool, to run something on it.
-    pub(super) fn pool(&self) -> &ThreadPool {
-        &self.pool
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// Runs `f` on a worker, where parallel iterators use the workers and no other threads. A panic
+    /// of `f` comes out of this call.
+    pub(super) fn install<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        if self.pool.current_thread_index().is_some() {
+            return f();
+        }
+        let (mut f, mut result) = (Some(f), None);
+        self.desk.run(&mut || result = f.take().map(|f| f()));
+        result.expect("the conductor ran the task")
+    }
+}
+
+/// Where a thread of the host hands a task to the conductor, the worker that waits for it.
+///
+/// NOTE: not `ThreadPool::install`. Its queue allocates now and then, and a step allocates nothing.
+#[derive(Default)]
+struct Desk {
+    state: Mutex<DeskState>,
+    /// The conductor waits for a task, or for the end.
+    posted: Condvar,
+    /// The host's thread waits for its outcome.
+    finished: Condvar,
+    /// Other threads of the host wait for their turn.
+    free: Condvar,
+}
+
+#[derive(Default)]
+struct DeskState {
+    taken: bool,
+    closed: bool,
+    task: Option<Task>,
+    outcome: Option<Result<(), Box<dyn Any + Send>>>,
+}
+
+/// A task on the stack of the thread that waits for it.
+struct Task(*mut (dyn FnMut() + Send));
+
+// SAFETY: the task is Send, and `Desk::run` does not return before it has been run.
+unsafe impl Send for Task {}
+
+impl Desk {
+    /// Has the conductor run `task`, and waits for it.
+    fn run(&self, task: &mut (dyn FnMut() + Send)) {
+        let mut state = self.lock();
+        while state.taken {
+            state = self.free.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.taken = true;
+        // SAFETY: only the lifetime changes; this function waits until the task is done with.
+        state.task = Some(Task(unsafe {
+            std::mem::transmute::<*mut (dyn FnMut() + Send + '_), *mut (dyn FnMut() + Send)>(task)
+        }));
+        self.posted.notify_one();
+        let outcome = loop {
+            match state.outcome.take() {
+                Some(outcome) => break outcome,
+                None => {
+                    state = self.finished.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        };
+        state.taken = false;
+        self.free.notify_one();
+        drop(state);
+        if let Err(panic) = outcome {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Runs tasks until the desk closes.
+    fn conduct(&self) {
+        let mut state = self.lock();
+        while !state.closed {
+            let Some(task) = state.task.take() else {
+                state = self.posted.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(state);
+            // SAFETY: its owner waits in `run`, and gave it away.
+            let outcome = catch_unwind(AssertUnwindSafe(|| unsafe { (*task.0)() }));
+            state = self.lock();
+            state.outcome = Some(outcome);
+            self.finished.notify_one();
+        }
+    }
+
+    fn close(&self) {
+        self.lock().closed = true;
+        self.posted.notify_one();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, DeskState> {
+        // Nothing panics while it holds the lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -64,6 +167,7 @@ impl Drop for Workers {
             self.threads.0.drain(..).for_each(std::mem::forget);
             return;
         }
+        self.desk.close();
         // A worker that drops the last handle of its own pool must not wait for itself.
         if self.pool.current_thread_index().is_some() {
             self.threads.0.clear();
@@ -150,8 +254,10 @@ mod tests {
         }
         let ended = Arc::new(AtomicUsize::new(0));
         let workers = Workers::start(3).unwrap();
-        workers.pool().broadcast(|_| {
-            ENDED.with(|cell| *cell.borrow_mut() = Some(Count(ended.clone())));
+        workers.install(|| {
+            rayon::broadcast(|_| {
+                ENDED.with(|cell| *cell.borrow_mut() = Some(Count(ended.clone())));
+            });
         });
         drop(workers);
         assert_eq!(ended.load(Ordering::Relaxed), 3);
@@ -159,18 +265,40 @@ mod tests {
 
     #[test]
     fn a_worker_may_drop_the_workers() {
-        let workers = Arc::new(Workers::start(1).unwrap());
+        let workers = Arc::new(Workers::start(2).unwrap());
         let inside = workers.clone();
         let (sender, receiver) = std::sync::mpsc::channel();
-        workers.pool().spawn(move || {
-            // Wait until this is the last handle.
-            while Arc::strong_count(&inside) > 1 {
-                std::thread::yield_now();
-            }
-            drop(inside);
-            sender.send(()).unwrap();
+        workers.install(|| {
+            rayon::spawn(move || {
+                // Wait until this is the last handle.
+                while Arc::strong_count(&inside) > 1 {
+                    std::thread::yield_now();
+                }
+                drop(inside);
+                sender.send(()).unwrap();
+            });
         });
         drop(workers);
         receiver.recv().unwrap();
+    }
+
+    #[test]
+    fn panics_come_out_and_threads_take_turns() {
+        let workers = Workers::start(2).unwrap();
+        let panic = catch_unwind(AssertUnwindSafe(|| workers.install(|| panic!("seven"))));
+        assert_eq!(panic.unwrap_err().downcast_ref::<&str>(), Some(&"seven"));
+        let sum = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for i in 0..8 {
+                let (workers, sum) = (&workers, &sum);
+                scope.spawn(move || {
+                    for _ in 0..100 {
+                        let nested = workers.install(|| workers.install(|| i));
+                        sum.fetch_add(nested, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.into_inner(), 2800);
     }
 }
