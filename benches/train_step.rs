@@ -1,6 +1,7 @@
 //! Whole training steps: tokens a second for each recipe, in turn, medians.
 //!
-//! `cargo bench --bench train_step -- [d4|d6|d12] [RECIPE..]`; the models are
+//! `cargo bench --bench train_step -- [d4|d6|d12] [RECIPE..]`; `MXT_BENCH_THREADS` and `MXT_CPU_ISA`
+//! choose threads and instruction set. The models are
 //!
 //! | name | layers x channels x heads | batch x sequence | vocabulary |
 //! | --- | --- | --- | --- |
@@ -25,7 +26,9 @@ fn main() {
     };
     let recipes = if args.is_empty() { Recipe::NAMES.map(str::to_owned).to_vec() } else { args };
 
-    let engine = Engine::new(EngineOptions::default()).unwrap();
+    let threads = std::env::var("MXT_BENCH_THREADS").map_or(0, |n| n.parse().unwrap());
+    let options = EngineOptions { threads, ..EngineOptions::default() };
+    let engine = Engine::new(options).unwrap();
     let config = ModelConfig {
         vocab_size,
         context_length,
