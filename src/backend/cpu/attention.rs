@@ -14,7 +14,8 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::gemm::{
-    Matrix, PANEL, Strided, TILE_COLS, TILE_ROWS, Tile, pack_f32_panel, strided_tile,
+    Matrix, PANEL, Strided, TILE_COLS, TILE_ROWS, Tile, TileOutput, pack_f32_panel, store_tile,
+    strided_tile,
 };
 use super::isa::{Isa, simd_fn};
 use super::math::exp;
@@ -291,11 +292,12 @@ impl QueryBlock {
         let mut tile = Tile::default();
         for i in (0..self.q1).step_by(TILE_ROWS) {
             strided_tile(isa, &a.tile(i, 0), b, panels, depth, &mut tile);
-            for r in 0..TILE_ROWS.min(self.q1 - i) {
-                for p in 0..panels {
-                    out[(p * self.length + i + r) * PANEL..][..PANEL]
-                        .copy_from_slice(&tile.0[r][p * PANEL..][..PANEL]);
-                }
+            let rows = TILE_ROWS.min(self.q1 - i);
+            for p in 0..panels {
+                let to = &mut out[(p * self.length + i) * PANEL..][..rows * PANEL];
+                let c = to.as_mut_ptr();
+                let to = TileOutput { c, stride: PANEL, alpha: 1.0, bias: None, add: false };
+                store_tile(isa, &tile, rows, p * PANEL..(p + 1) * PANEL, &to);
             }
         }
     }
@@ -343,17 +345,10 @@ impl<'a> Rows<'a> {
             });
             for i in (0..self.rows).step_by(TILE_ROWS) {
                 strided_tile(isa, &self.tile(i, 0), b, panels, range.len(), &mut tile);
-                for r in 0..TILE_ROWS.min(self.rows - i) {
-                    let at = c.offset((i + r) * stride + j);
-                    // SAFETY: row i + r < rows, columns j .. j + cols <= d; the caller owns them.
-                    let c = unsafe { std::slice::from_raw_parts_mut(at.0, cols) };
-                    let sums = &tile.0[r][..cols];
-                    if add {
-                        c.iter_mut().zip(sums).for_each(|(c, s)| *c += s);
-                    } else {
-                        c.copy_from_slice(sums);
-                    }
-                }
+                // Rows i .. i + 8 below `rows`, columns j .. j + cols <= d, which the caller owns.
+                let c = c.offset(i * stride + j).0;
+                let to = TileOutput { c, stride, alpha: 1.0, bias: None, add };
+                store_tile(isa, &tile, TILE_ROWS.min(self.rows - i), 0..cols, &to);
             }
         }
     }

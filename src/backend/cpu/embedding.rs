@@ -3,6 +3,7 @@
 
 use rayon::prelude::*;
 
+use super::isa::simd_fn;
 use super::{Cpu, rows_per_job};
 use crate::backend::Sequences;
 
@@ -24,9 +25,7 @@ pub(super) fn forward(
                 let row = job * per_job + i;
                 let token = &wte[tokens[row] as usize * channels..][..channels];
                 let position = &wpe[row % sequences.length * channels..][..channels];
-                for ((out, t), p) in out.iter_mut().zip(token).zip(position) {
-                    *out = t + p;
-                }
+                add_rows(cpu.isa(), out, token, position);
             }
         });
     });
@@ -46,7 +45,7 @@ pub(super) fn backward(
     cpu.install(|| {
         dwpe[..t * channels].par_chunks_mut(channels).enumerate().for_each(|(position, d)| {
             for b in 0..sequences.batch {
-                add(d, &dout[(b * t + position) * channels..][..channels]);
+                add(cpu.isa(), d, &dout[(b * t + position) * channels..][..channels]);
             }
         });
     });
@@ -59,7 +58,7 @@ pub(super) fn backward(
             let from = &dout[row * channels..][columns.clone()];
             // SAFETY: jobs own disjoint columns.
             let to = unsafe { table.row(*token as usize * channels + columns.start, from.len()) };
-            add(to, from);
+            add(cpu.isa(), to, from);
         }
     });
 }
@@ -81,8 +80,18 @@ impl SharedTable {
     }
 }
 
-fn add(to: &mut [f32], from: &[f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to += from;
+simd_fn! {
+    fn add_rows(out: &mut [f32], a: &[f32], b: &[f32]) {
+        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+            *out = a + b;
+        }
+    }
+}
+
+simd_fn! {
+    fn add(to: &mut [f32], from: &[f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to += from;
+        }
     }
 }

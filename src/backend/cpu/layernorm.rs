@@ -61,9 +61,7 @@ pub(super) fn add_forward(
             .zip(statistics.mean[..rows].par_chunks_mut(per_job))
             .zip(statistics.rstd[..rows].par_chunks_mut(per_job))
             .for_each(|(((((out, sum), x), y), mean), rstd)| {
-                for ((sum, x), y) in sum.iter_mut().zip(x).zip(y) {
-                    *sum = x + y;
-                }
+                add(cpu.isa(), sum, x, y);
                 forward_rows(cpu.isa(), out, mean, rstd, sum, w, b, epsilon);
             });
     });
@@ -105,6 +103,14 @@ pub(super) fn backward(
 }
 
 simd_fn! {
+    fn add(sum: &mut [f32], x: &[f32], y: &[f32]) {
+        for ((sum, x), y) in sum.iter_mut().zip(x).zip(y) {
+            *sum = x + y;
+        }
+    }
+}
+
+simd_fn! {
     fn forward_rows(
         out: &mut [f32],
         mean: &mut [f32],
@@ -115,6 +121,7 @@ simd_fn! {
         epsilon: f32,
     ) {
         let c = w.len();
+        let (w, b) = (&w[..c], &b[..c]);
         let rows = out.chunks_exact_mut(c).zip(x.chunks_exact(c));
         for ((out, x), (mean, rstd)) in rows.zip(mean.iter_mut().zip(rstd)) {
             let m = lane_sum(c, |i| x[i]) / c as f32;
@@ -165,8 +172,9 @@ simd_fn! {
     ) {
         for (row, (m, s)) in mean.iter().zip(rstd).enumerate() {
             let at = row * channels + first;
-            let (dy, x) = (&dy[at..][..dw.len()], &x[at..][..dw.len()]);
-            for i in 0..dw.len() {
+            let n = dw.len();
+            let (dy, x, db) = (&dy[at..][..n], &x[at..][..n], &mut db[..n]);
+            for i in 0..n {
                 dw[i] += dy[i] * ((x[i] - m) * s);
                 db[i] += dy[i];
             }

@@ -23,6 +23,8 @@ pub use pack::{Matrix, PackedMut, Rotation, pack};
 #[cfg(test)]
 pub(super) use pack::unpack_mxfp4;
 
+use std::ops::Range;
+
 use super::Cpu;
 use super::isa::{Isa, simd_fn};
 
@@ -171,29 +173,36 @@ unsafe fn rectangle(
                 let c = unsafe { out.c.add(i * out.stride + j) };
                 let bias = bias.map(|bias| &bias[j..j + cols]);
                 let to = TileOutput { c, stride: out.stride, alpha: out.alpha, bias, add };
-                store_tile(isa, &tile, rows, cols, &to);
+                store_tile(isa, &tile, rows, 0..cols, &to);
             }
         }
     }
 }
 
 /// Where a tile goes: `c[r * stride + i] (+)= alpha * sum + bias[i]`.
-struct TileOutput<'a> {
-    c: *mut f32,
-    stride: usize,
-    alpha: f32,
-    bias: Option<&'a [f32]>,
-    add: bool,
+pub(super) struct TileOutput<'a> {
+    pub(super) c: *mut f32,
+    pub(super) stride: usize,
+    pub(super) alpha: f32,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) add: bool,
 }
 
 simd_fn! {
-    /// Stores `rows` rows of `cols` columns, which the caller owns.
-    fn store_tile(tile: &Tile, rows: usize, cols: usize, out: &TileOutput<'_>) {
+    /// Stores `rows` rows of a tile's columns, which the caller owns at their destination.
+    pub(super) fn store_tile(
+        tile: &Tile,
+        rows: usize,
+        columns: Range<usize>,
+        out: &TileOutput<'_>,
+    ) {
         let alpha = out.alpha;
         for (r, sums) in tile.0[..rows].iter().enumerate() {
-            // SAFETY: `rectangle` passes rows and columns of its own.
-            let c = unsafe { std::slice::from_raw_parts_mut(out.c.add(r * out.stride), cols) };
-            let sums = &sums[..cols];
+            // SAFETY: the caller passes rows and columns of its own.
+            let c = unsafe {
+                std::slice::from_raw_parts_mut(out.c.add(r * out.stride), columns.len())
+            };
+            let sums = &sums[columns.clone()];
             match (out.bias, out.add) {
                 (None, false) => c.iter_mut().zip(sums).for_each(|(c, s)| *c = alpha * s),
                 (None, true) => c.iter_mut().zip(sums).for_each(|(c, s)| *c += alpha * s),
