@@ -1,7 +1,8 @@
 //! GEMMs and the packing of their operands, for the shapes of layers 384 and 768 wide, on every format.
 //!
 //! `cargo bench --bench gemm`. Packing is given in GB/s of f32 read; GEMMs in GFLOP/s with operands
-//! ready. Formats take turns, and every figure is a median.
+//! ready, beside the crate `gemm` in f32 (which packs in its call) and the machine's peak: bare loops of
+//! independent instructions, one a thread. Formats take turns, and every figure is a median.
 
 use std::time::Instant;
 
@@ -93,8 +94,12 @@ fn main() {
         println!("{name:18} {by_rows:18.1} {transposed:17.1}");
     }
 
+    let peaks = peak::measure(cpu.threads());
+    let [f32, bf16, bytes] = peaks;
+    println!("\npeak                             {f32:7.0}  {bf16:7.0}  {bytes:7.0}  GFLOP/s");
     println!(
-        "\nGEMM, operands ready          f32     bf16    mxfp4  GFLOP/s   mxfp4/f32  mxfp4/bf16"
+        "GEMM, operands ready                 f32     bf16    mxfp4  share of peak, %   mxfp4/f32  \
+         /bf16  f32/gemm crate"
     );
     for c in [384, 768] {
         let tokens = if c == 384 { TOKENS } else { TOKENS / 2 };
@@ -106,8 +111,9 @@ fn main() {
             ("fc1 wgrad", 4 * c, c, tokens),
             ("proj wgrad", c, c, tokens),
         ] {
-            let (a, b) = (values(m * k), values(n * k));
-            let (a, b) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
+            let (a_values, b_values) = (values(m * k), values(n * k));
+            let (a, b) = (&a_values, &b_values);
+            let (a, b) = (Matrix::rows_by_depth(a, m, k), Matrix::rows_by_depth(b, n, k));
             let mut memories: Vec<(Memory, Memory)> =
                 (0..3).map(|_| (Memory::new(m, k), Memory::new(n, k))).collect();
             let packed: Vec<_> = memories
@@ -120,8 +126,10 @@ fn main() {
                 })
                 .collect();
             let mut result = vec![0.0; m * n];
-            let mut seconds = [const { Vec::new() }; 3];
+            let mut seconds = [const { Vec::new() }; 4];
             for _ in 0..ROUNDS {
+                let peer = || peer(&mut result, &a_values, &b_values, m, n, k, cpu.threads());
+                seconds[3].push(time(peer));
                 for ((a, b), seconds) in packed.iter().zip(&mut seconds) {
                     let out = Output {
                         c: &mut result,
@@ -134,12 +142,126 @@ fn main() {
                 }
             }
             let rates = seconds.map(|s| 2.0 * (m * n * k) as f64 / median(s) / 1e9);
-            let [f32, bf16, mxfp4] = rates;
+            let [f32, bf16, mxfp4, peer] = rates;
+            let shares = [f32 / peaks[0], bf16 / peaks[1], mxfp4 / peaks[2]].map(|s| 100.0 * s);
             println!(
-                "{c:4} {what:12} {m:5}x{n:4}x{k:4} {f32:7.0}  {bf16:7.0}  {mxfp4:7.0}  {:17.2} {:11.2}",
+                "{c:4} {what:12} {m:5}x{n:4}x{k:4} {f32:7.0}  {bf16:7.0}  {mxfp4:7.0}  \
+                 {:7.0} {:4.0} {:4.0} {:12.2} {:6.2} {:11.2}",
+                shares[0],
+                shares[1],
+                shares[2],
                 mxfp4 / f32,
-                mxfp4 / bf16
+                mxfp4 / bf16,
+                f32 / peer
             );
         }
+    }
+}
+
+/// c (m, n) = a (m, k) b (n, k)^T by the crate `gemm`.
+fn peer(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, threads: usize) {
+    assert!(c.len() == m * n && a.len() == m * k && b.len() == n * k);
+    let parallelism = gemm::Parallelism::Rayon(threads);
+    // SAFETY: the strides stay within the slices whose lengths were just checked.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.as_mut_ptr(),
+            1,
+            n as isize,
+            false,
+            a.as_ptr(),
+            1,
+            k as isize,
+            b.as_ptr(),
+            k as isize,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// What the machine can do: GFLOP/s of f32 multiply-adds, bf16 and integer dot products.
+mod peak {
+    use std::time::Instant;
+
+    const LOOPS: usize = 2_000_000;
+
+    /// NaN where the processor has no AVX-512 with these instructions.
+    pub(super) fn measure(threads: usize) -> [f64; 3] {
+        #[cfg(target_arch = "x86_64")]
+        if mxfp4train::backend::cpu::Isa::Avx512.is_available() {
+            // Two operations a lane: 16 f32, 32 bf16 or 64 bytes a register.
+            return [(x86::f32 as fn(usize), 16.0), (x86::bf16, 32.0), (x86::bytes, 64.0)].map(
+                |(run, lanes)| {
+                    let best = (0..5).map(|_| seconds(run, threads)).fold(f64::MAX, f64::min);
+                    2.0 * lanes * (x86::CHAINS * LOOPS * threads) as f64 / best / 1e9
+                },
+            );
+        }
+        let _ = (threads, seconds);
+        [f64::NAN; 3]
+    }
+
+    fn seconds(run: fn(usize), threads: usize) -> f64 {
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                scope.spawn(move || run(LOOPS));
+            }
+        });
+        start.elapsed().as_secs_f64()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    mod x86 {
+        use std::arch::x86_64::*;
+        use std::hint::black_box;
+
+        pub(super) const CHAINS: usize = 16;
+
+        macro_rules! chains {
+            ($name:ident, $features:literal, $zero:expr, $operand:expr, $step:expr) => {
+                pub(super) fn $name(loops: usize) {
+                    #[target_feature(enable = $features)]
+                    fn run(loops: usize) {
+                        let (mut sums, x) = ([$zero; CHAINS], black_box($operand));
+                        for _ in 0..loops {
+                            for sum in &mut sums {
+                                *sum = $step(*sum, x, x);
+                            }
+                        }
+                        black_box(sums);
+                    }
+                    // SAFETY: `measure` checked the instruction set.
+                    unsafe { run(loops) }
+                }
+            };
+        }
+
+        chains!(f32, "avx512f", _mm512_setzero_ps(), _mm512_set1_ps(1e-3), |sum, a, b| {
+            _mm512_fmadd_ps(a, b, sum)
+        });
+        chains!(
+            bf16,
+            "avx512f,avx512bf16",
+            _mm512_setzero_ps(),
+            _mm512_cvtne2ps_pbh(_mm512_set1_ps(1e-3), _mm512_set1_ps(1e-3)),
+            |sum, a, b| _mm512_dpbf16_ps(sum, a, b)
+        );
+        chains!(
+            bytes,
+            "avx512f,avx512vnni",
+            _mm512_setzero_si512(),
+            _mm512_set1_epi8(1),
+            |sum, a, b| _mm512_dpbusd_epi32(sum, a, b)
+        );
     }
 }
