@@ -12,6 +12,8 @@ const LOSS: f32 = 1e-5;
 const GRADIENT: f64 = 2e-5;
 const WEIGHTS: f64 = 1e-5;
 const NORM: f32 = 1e-5;
+/// Gradients below this part of their tensor's root mean square are noise to AdamW.
+const NOISE: f64 = 1e-5;
 
 fn oracle(variable: &str, default: &str) -> PathBuf {
     std::env::var_os(variable)
@@ -149,22 +151,32 @@ fn oracle_losses_gradients_and_three_steps() {
         let mut weights = vec![0.0; info.len()];
         model.read_tensor(&info.name, &mut weights).unwrap();
         let theirs = expected.values(&format!("after3.{}", info.name));
-        for part in determined(&info.name, info.len()) {
-            let error = relative_error(&weights[part.clone()], &theirs[part.clone()]);
-            println!("{} {part:?} after three steps: {error:.1e}", info.name);
-            assert!(error <= WEIGHTS, "{} {part:?} after three steps: {error:e}", info.name);
-        }
+        let gradient = expected.values(&format!("grad.{}", info.name));
+        let kept = determined(&info.name, gradient);
+        let ours: Vec<f32> = kept.iter().map(|i| weights[*i]).collect();
+        let theirs: Vec<f64> = kept.iter().map(|i| theirs[*i]).collect();
+        let error = relative_error(&ours, &theirs);
+        let left_out = weights.len() - kept.len();
+        println!("{} after three steps: {error:.1e}, {left_out} left out", info.name);
+        assert!(error <= WEIGHTS, "{} after three steps: {error:e}", info.name);
+        let keys = if info.name.ends_with("attn.c_attn.bias") { weights.len() / 3 } else { 0 };
+        assert!(left_out <= keys + 1 + weights.len() / 1000, "{}: {left_out} left out", info.name);
     }
 }
 
-/// The parts of a parameter that three AdamW steps determine: all of it, but for the bias of the keys.
+/// Elements that three AdamW steps determine: those whose gradient is more than rounding noise.
 ///
-/// Attention does not depend on that bias (it adds the same to all scores of a query), so its exact
-/// gradient is 0. What f32 leaves is rounding noise near epsilon, which AdamW divides by itself: the
-/// oracle's own values moved by up to 8e-5 from noise of 3e-9.
-fn determined(name: &str, len: usize) -> [std::ops::Range<usize>; 2] {
-    let keys = if name.ends_with("attn.c_attn.bias") { len / 3..2 * len / 3 } else { len..len };
-    [0..keys.start, keys.end..len]
+/// AdamW divides a gradient by its own size, noise too. The bias of the keys shows it: attention does
+/// not depend on it (it adds the same to all scores of a query), so its exact gradient is 0, and the
+/// oracle's own values moved by up to 8e-5 from gradients of 3e-9. Elsewhere a rare element happens to
+/// have a gradient near 0: a few in 100,000 lie below the threshold, 20 times the gradients' error.
+fn determined(name: &str, gradient: &[f64]) -> Vec<usize> {
+    let n = gradient.len();
+    let keys = if name.ends_with("attn.c_attn.bias") { n / 3..2 * n / 3 } else { 0..0 };
+    let rms = (gradient.iter().map(|g| g * g).sum::<f64>() / n as f64).sqrt();
+    // Exactly 0 is no noise: a position that no sequence reaches.
+    let known = |g: f64| g == 0.0 || g.abs() >= NOISE * rms;
+    (0..n).filter(|i| !keys.contains(i) && known(gradient[*i])).collect()
 }
 
 /// Nearest rounding, bit for bit, and the product of quantized operands.
