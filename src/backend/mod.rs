@@ -159,7 +159,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // --- Embedding ---
 
-    /// out (B T, C) = wte[token] + wpe[position].
+    /// out (B T, C): row `token` of wte plus row `position` of wpe.
     fn embedding_forward(
         &self,
         out: &mut Self::Tensor,

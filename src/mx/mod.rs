@@ -27,6 +27,9 @@ pub use quantize::{Rounding, quantize_block};
 /// Elements that share one scale.
 pub const BLOCK: usize = 32;
 
+/// The longest group of the Hadamard transform.
+pub const MAX_GROUP: usize = 256;
+
 /// Two operands rounded without bias hold three quarters of their values each, so their product is
 /// multiplied by (4/3)^2; one such operand alone by 4/3.
 pub fn product_scale(a: Rounding, b: Rounding) -> f32 {

@@ -4,6 +4,7 @@
 use rayon::prelude::*;
 
 use super::isa::simd_fn;
+use super::shared::SharedSlice;
 use super::{Cpu, rows_per_job};
 use crate::backend::Sequences;
 
@@ -51,33 +52,16 @@ pub(super) fn backward(
     });
     // NOTE: tokens repeat, so rows of dwte cannot be given out; columns can.
     const COLUMNS: usize = 64;
-    let table = SharedTable(dwte.as_mut_ptr(), dwte.len());
+    let table = SharedSlice::new(dwte);
     cpu.parallel(channels.div_ceil(COLUMNS), |job| {
         let columns = job * COLUMNS..((job + 1) * COLUMNS).min(channels);
         for (row, token) in tokens[..sequences.rows()].iter().enumerate() {
             let from = &dout[row * channels..][columns.clone()];
             // SAFETY: jobs own disjoint columns.
-            let to = unsafe { table.row(*token as usize * channels + columns.start, from.len()) };
+            let to = unsafe { table.part(*token as usize * channels + columns.start, from.len()) };
             add(cpu.isa(), to, from);
         }
     });
-}
-
-/// A table whose columns are shared out between jobs.
-struct SharedTable(*mut f32, usize);
-
-// SAFETY: `row` is called for disjoint parts only.
-unsafe impl Sync for SharedTable {}
-
-impl SharedTable {
-    /// # Safety
-    /// No two threads ask for overlapping parts at a time.
-    #[expect(clippy::mut_from_ref, reason = "the parts are disjoint, see Safety")]
-    unsafe fn row(&self, start: usize, len: usize) -> &mut [f32] {
-        assert!(start + len <= self.1, "tokens are below the vocabulary size");
-        // SAFETY: in bounds, and the caller keeps parts disjoint.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
-    }
 }
 
 simd_fn! {

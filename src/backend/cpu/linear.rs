@@ -13,9 +13,6 @@ use crate::backend::LinearShape;
 use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
 use crate::recipe::{Backward, Forward, LinearRecipe, Signs};
 
-/// The longest group of the transform.
-const MAX_GROUP: usize = 256;
-
 /// y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b
 pub(super) fn forward(
     cpu: &Cpu,
@@ -102,7 +99,7 @@ fn product(
             cpu.gemm(a, b, out);
         }
         Backward::Mxfp4(mxfp4) => {
-            let mut signs = [0.0; MAX_GROUP];
+            let mut signs = [0.0; mx::MAX_GROUP];
             let signs = &mut signs[..mxfp4.transform.map_or(0, |t| t.group)];
             if let Some(transform) = mxfp4.transform {
                 let draw = match transform.signs {

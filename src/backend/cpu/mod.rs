@@ -15,6 +15,7 @@ mod layernorm;
 mod linear;
 mod math;
 mod memory;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod workers;

@@ -11,10 +11,10 @@ use super::{BLOCK_STEPS, Format, PANEL, Packed};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn};
-use crate::mx::{BLOCK, Draw, E2M1_VALUES, M0, M1, Rounding, W0, W1, group_scale, round_to_e4m3};
-
-/// The longest group of the Hadamard transform.
-const MAX_GROUP: usize = 256;
+use crate::backend::cpu::shared::SharedSlice;
+use crate::mx::{
+    BLOCK, Draw, E2M1_VALUES, M0, M1, MAX_GROUP, Rounding, W0, W1, group_scale, round_to_e4m3,
+};
 
 /// An operand where it lies. Element k of vector r is `data[r * stride + k]`, or, where it is
 /// transposed, `data[k * stride + r]`.
@@ -159,23 +159,25 @@ pub fn pack<'a>(
     let range = ScaleRange::new();
 
     let strip = if source.transposed { STRIP } else { 1 };
-    let whole = Strips {
-        words: SharedSlice::new(words),
-        scales: SharedSlice::new(scales),
-        sums: SharedSlice::new(sums),
-        vector_sums: SharedSlice::new(vector_sums),
-    };
+    let per_panel = [steps * PANEL, blocks * PANEL, if wants_sums { PANEL } else { 0 }];
+    let shared = (
+        SharedSlice::new(words),
+        SharedSlice::new(scales),
+        SharedSlice::new(sums),
+        SharedSlice::new(vector_sums),
+    );
     cpu.parallel(panels.div_ceil(strip), |job| {
         let first = job * strip;
         let count = strip.min(panels - first);
         let r0 = first * PANEL;
+        let [in_words, in_blocks, in_sums] = per_panel;
         // SAFETY: jobs own disjoint panels.
         let (words, scales, sums, vector_sums) = unsafe {
             (
-                whole.words.part(first, count, steps * PANEL),
-                whole.scales.part(first, count, blocks * PANEL),
-                whole.sums.part(first, count, blocks * PANEL),
-                whole.vector_sums.part(first, count, if wants_sums { PANEL } else { 0 }),
+                shared.0.part(first * in_words, count * in_words),
+                shared.1.part(first * in_blocks, count * in_blocks),
+                shared.2.part(first * in_blocks, count * in_blocks),
+                shared.3.part(first * in_sums, count * in_sums),
             )
         };
         match (format, rotation) {
@@ -193,37 +195,6 @@ pub fn pack<'a>(
     });
     let scale_bytes = (range.min.into_inner(), range.max.into_inner());
     Packed { format, rows: source.rows, steps, words, scales, sums, scale_bytes }
-}
-
-/// Memory of all panels, of which each job takes a part.
-struct Strips {
-    words: SharedSlice<u32>,
-    scales: SharedSlice<f32>,
-    sums: SharedSlice<i32>,
-    vector_sums: SharedSlice<f32>,
-}
-
-/// A slice that jobs share out.
-struct SharedSlice<T>(*mut T, usize);
-
-// SAFETY: `part` is called for disjoint parts only.
-unsafe impl<T: Send> Sync for SharedSlice<T> {}
-
-impl<T> SharedSlice<T> {
-    fn new(slice: &mut [T]) -> Self {
-        Self(slice.as_mut_ptr(), slice.len())
-    }
-
-    /// Panels `first .. first + count`, of `len` elements each.
-    ///
-    /// # Safety
-    /// No two threads ask for overlapping parts, and the slice is not used otherwise meanwhile.
-    #[expect(clippy::mut_from_ref, reason = "the parts are disjoint, see Safety")]
-    unsafe fn part(&self, first: usize, count: usize, len: usize) -> &mut [T] {
-        assert!((first + count) * len <= self.1);
-        // SAFETY: in bounds, and the caller keeps parts disjoint.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(first * len), count * len) }
-    }
 }
 
 /// Where a strip of MXFP4 panels goes.

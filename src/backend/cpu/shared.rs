@@ -1,0 +1,28 @@
+//! A slice that jobs share out, where the parts do not follow each other and `chunks_mut` cannot cut it.
+
+/// A slice of which every job takes parts of its own.
+pub(super) struct SharedSlice<T>(*mut T, usize);
+
+// SAFETY: `part`'s callers keep parts disjoint.
+unsafe impl<T: Send> Sync for SharedSlice<T> {}
+
+impl<T> SharedSlice<T> {
+    /// The slice must not be used otherwise for as long as parts are.
+    pub(super) fn new(slice: &mut [T]) -> Self {
+        Self(slice.as_mut_ptr(), slice.len())
+    }
+
+    /// Elements start .. start + len.
+    ///
+    /// # Safety
+    /// The slice is alive, nobody else uses these elements meanwhile.
+    ///
+    /// # Panics
+    /// If they are not all in the slice.
+    #[expect(clippy::mut_from_ref, reason = "the parts are disjoint, see Safety")]
+    pub(super) unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start + len <= self.1, "{start} + {len} elements of {}", self.1);
+        // SAFETY: in bounds, and the caller keeps parts disjoint.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
