@@ -152,6 +152,8 @@ typedef enum mxt_status_code {
   MXT_ERROR_BUFFER_TOO_SMALL = -16,
   // The handle was made before fork() in a parent of this process. Free it, or leave it.
   MXT_ERROR_FORKED = -17,
+  // A GPU failed. The handle is poisoned: free it and what was made on the same device.
+  MXT_ERROR_DEVICE = -18,
 } mxt_status_code;
 
 // How much a log line matters.
@@ -236,10 +238,12 @@ typedef void (*mxt_log_fn)(void *user_data, int32_t level, const char *message);
 typedef struct mxt_engine_options {
   // Set by mxt_engine_options_init.
   size_t struct_size;
-  // "cpu", or "auto" for the fastest device present. NULL is "cpu". Borrowed for the call.
+  // "cpu"; "cuda" or "cuda:0" for the first NVIDIA GPU, "cuda:1" for the second and so on; "auto"
+  // for the first GPU where there is one that works, else the CPU. NULL is "cpu". Borrowed for the
+  // call.
   const char *device;
-  // Worker threads of the CPU, at most 1,024. 0 (default) takes one for each core that the
-  // process may use. Results do not depend on it.
+  // Worker threads on the CPU, at most 1,024; an engine of a GPU uses them for the host's part. 0
+  // (default) takes one for each core that the process may use. Results do not depend on it.
   size_t threads;
   // Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
   uint64_t seed;
@@ -493,8 +497,9 @@ uint32_t mxt_version_number(void);
 uint32_t mxt_abi_version(void);
 
 // What this build is, as a JSON object: "version", "abi", "commit" (null in debug builds and if not known), "target",
-// "profile", "devices", "recipes", and "kernels" with the instruction sets that are "compiled",
-// those that this processor has ("available") and the one that an engine takes ("selected").
+// "profile", "devices" (the kinds that it can drive), "recipes", and "kernels" with the instruction
+// sets that are "compiled", those that this processor has ("available") and the one that an engine
+// takes ("selected").
 // Later versions may add keys.
 //
 // Never NULL; the text is static. Any thread may call it at any time.
@@ -520,11 +525,15 @@ mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t st
 // `options` may be NULL for the defaults, and is not read after the call.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
-// unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there). The
-// message is in mxt_last_error.
+// unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there, or whose
+// driver, NVRTC or cuBLASLt is missing; the message says what to install), MXT_ERROR_DEVICE (a GPU
+// that fails). The message is in mxt_last_error.
+//
+// A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
+// the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache.
 mxt_status mxt_engine_new(const struct mxt_engine_options *options, struct mxt_engine **engine);
 
-// The name of the device: "cpu". NULL if `engine` is NULL.
+// The name of the device: "cpu", or "cuda:0" for the first GPU. NULL if `engine` is NULL.
 //
 // The text is valid as long as the engine. Any thread may call it at any time.
 const char *mxt_engine_device(const struct mxt_engine *engine);

@@ -3,8 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::Cuda;
+use crate::backend::{Backend, Device};
 use crate::{Error, Result};
 
 /// How much a log line matters.
@@ -24,9 +25,10 @@ pub type LogFn = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
 
 /// What an [`Engine`] is made from. `Default` is the CPU, all its cores, seed 1337.
 pub struct EngineOptions {
-    /// `"cpu"`, or `"auto"` for the fastest device present.
+    /// `"cpu"`, `"cuda"` or `"cuda:0"` for the first GPU, `"cuda:1"` for the second and so on, or
+    /// `"auto"` for the first GPU where there is one that works.
     pub device: String,
-    /// Worker threads of the CPU backend; 0 takes one for each core that the process may use.
+    /// Worker threads on the CPU, which a GPU's engine uses for the host's part; 0 takes one for each core that the process may use.
     pub threads: usize,
     /// Seed of everything random: initial weights, data order, rounding, transforms.
     pub seed: u64,
@@ -47,55 +49,70 @@ impl Default for EngineOptions {
 pub struct Engine(Arc<Inner>);
 
 struct Inner {
+    /// The device itself, or what works for it on the host.
     cpu: Arc<Cpu>,
+    device: Device,
+    /// Such as "cuda:0".
+    name: String,
     seed: u64,
     memory_limit: u64,
     log: Option<LogFn>,
 }
 
 impl Engine {
-    /// Starts the device's worker threads.
+    /// Starts the device: its worker threads, or a GPU's kernels, which are compiled when a chip is
+    /// met for the first time (some seconds).
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a device that is not there, [`Error::InvalidArgument`] for one
-    /// that does not exist or for more than 1,024 threads.
+    /// that does not exist or for more than 1,024 threads, [`Error::Device`] for a GPU that fails.
     pub fn new(options: EngineOptions) -> Result<Self> {
-        match options.device.as_str() {
-            "cpu" | "auto" => {}
-            d if d == "cuda" || d.starts_with("cuda:") => {
-                return Err(Error::Unsupported {
-                    what: format!("device {d:?}"),
-                    remedy: "this build has no CUDA backend; use device \"cpu\"".into(),
-                });
-            }
-            d => {
-                let message = format!("expected \"cpu\" or \"auto\", got {d:?}");
-                return Err(Error::invalid("device", message));
-            }
-        }
         let cpu = Arc::new(Cpu::new(options.threads)?);
-        let engine = Self(Arc::new(Inner {
-            cpu,
-            seed: options.seed,
-            memory_limit: options.memory_limit,
-            log: options.log,
-        }));
-        engine.log(LogLevel::Info, || {
-            format!(
-                "device cpu: {} threads, {} kernels",
-                engine.threads(),
-                engine.backend().isa().name()
-            )
+        let mut passed_over = None;
+        let (name, device) = match options.device.as_str() {
+            "cpu" => ("cpu".to_owned(), Device::Cpu(cpu.clone())),
+            "auto" => match Cuda::new(0) {
+                Ok(cuda) => ("cuda:0".to_owned(), Device::Cuda(cuda)),
+                Err(reason) => {
+                    passed_over = Some(reason);
+                    ("cpu".to_owned(), Device::Cpu(cpu.clone()))
+                }
+            },
+            other => {
+                let number = match other.strip_prefix("cuda") {
+                    Some("") => Some(0),
+                    Some(rest) => rest.strip_prefix(':').and_then(|n| n.parse::<usize>().ok()),
+                    None => None,
+                };
+                let Some(number) = number else {
+                    let message = format!(
+                        "expected \"cpu\", \"cuda\", \"cuda:N\" or \"auto\", got {other:?}"
+                    );
+                    return Err(Error::invalid("device", message));
+                };
+                (format!("cuda:{number}"), Device::Cuda(Cuda::new(number)?))
+            }
+        };
+        let EngineOptions { seed, memory_limit, log, .. } = options;
+        let engine = Self(Arc::new(Inner { cpu, device, name, seed, memory_limit, log }));
+        if let Some(reason) = passed_over {
+            engine.log(LogLevel::Info, || format!("device auto: the CPU, because {reason}"));
+        }
+        engine.log(LogLevel::Info, || match engine.backend() {
+            Device::Cpu(cpu) => {
+                format!("device cpu: {} threads, {} kernels", cpu.threads(), cpu.isa().name())
+            }
+            Device::Cuda(cuda) => format!("device {}: {}", engine.device(), cuda.description()),
         });
         Ok(engine)
     }
 
-    /// The device's name: `"cpu"`.
-    pub fn device(&self) -> &'static str {
-        "cpu"
+    /// The device's name: `"cpu"`, or `"cuda:0"` for the first GPU.
+    pub fn device(&self) -> &str {
+        &self.0.name
     }
 
-    /// Worker threads of the CPU backend.
+    /// Worker threads on the CPU.
     pub fn threads(&self) -> usize {
         self.0.cpu.threads()
     }
@@ -110,8 +127,8 @@ impl Engine {
         self.0.memory_limit
     }
 
-    pub(crate) fn backend(&self) -> &Arc<Cpu> {
-        &self.0.cpu
+    pub(crate) fn backend(&self) -> &Device {
+        &self.0.device
     }
 
     /// Runs `f` on a worker thread: parallel iterators in it use this engine's threads, no others.

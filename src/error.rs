@@ -104,6 +104,13 @@ pub enum Error {
         hint: String,
     },
 
+    /// A GPU failed. What it holds is not known any more: free what was made on it.
+    #[error("the device failed: {message}")]
+    Device {
+        /// What it was doing and what the driver says.
+        message: String,
+    },
+
     /// An earlier call panicked while it changed this object, which can only be freed now.
     #[error("a panic in an earlier call left this object unusable; free it")]
     Poisoned,

@@ -1,6 +1,6 @@
 //! Sampling from a model, one token after the other.
 
-use crate::backend::{Backend, Sequences, WorkspaceShape};
+use crate::backend::{Backend, Device, Precision, Sequences, WorkspaceShape};
 use crate::model::{Activations, Model, ModelConfig, Pass};
 use crate::mx::{Draw, Purpose, uniform};
 use crate::recipe::{Forward, Recipe};
@@ -118,11 +118,12 @@ struct Decoder<B: Backend> {
     recipe: Recipe,
 }
 
-impl Decoder<crate::model::Device> {
+impl Decoder<Device> {
     fn new(model: &Model, longest: usize) -> Result<Self> {
-        let backend = &**model.engine().backend();
+        let backend = model.engine().backend();
         let measured = {
             let mut arena = backend.arena(None)?;
+            backend.supports(&Self::shape(model.config(), longest))?;
             Self::cut(backend, &mut arena, model.config(), longest);
             backend.arena_used(&arena)
         };
@@ -133,7 +134,7 @@ impl Decoder<crate::model::Device> {
 
     /// Logits of the token after `context`.
     fn next_logits(&mut self, model: &Model, context: &[u32], out: &mut [f32]) -> Result<()> {
-        let backend = &**model.engine().backend();
+        let backend = model.engine().backend();
         let params = model.lock()?;
         let (config, params) = (model.config(), &*params);
         let sequences = Sequences { batch: 1, length: context.len() };
@@ -144,24 +145,33 @@ impl Decoder<crate::model::Device> {
             pass.forward(activations, tokens);
             pass.logits(activations, context.len() - 1, logits);
         });
-        backend.read_f32(logits, out);
-        Ok(())
+        backend.read_f32(logits, out)
     }
 }
 
 impl<B: Backend> Decoder<B> {
-    fn cut(backend: &B, arena: &mut B::Arena, config: &ModelConfig, longest: usize) -> Self {
-        let sequences = Sequences { batch: 1, length: longest };
-        let shape = WorkspaceShape {
-            sequences,
+    fn shape(config: &ModelConfig, longest: usize) -> WorkspaceShape {
+        WorkspaceShape {
+            sequences: Sequences { batch: 1, length: longest },
             channels: config.channels,
             heads: config.heads,
             vocab_size: config.vocab_size,
             forward: Forward::F32,
             backward: None,
-        };
+        }
+    }
+
+    fn cut(backend: &B, arena: &mut B::Arena, config: &ModelConfig, longest: usize) -> Self {
+        let shape = Self::shape(config, longest);
+        let sequences = shape.sequences;
         Self {
-            activations: Activations::for_inference(backend, arena, config, sequences),
+            activations: Activations::for_inference(
+                backend,
+                arena,
+                config,
+                sequences,
+                Precision::F32,
+            ),
             workspace: backend.workspace(arena, &shape),
             tokens: backend.tokens(arena, longest),
             logits: backend.f32(arena, config.vocab_size),

@@ -5,11 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::backend::{AdamWStep, Backend, BackwardWorkspace, Sequences, WorkspaceShape};
+use crate::backend::{
+    AdamWStep, Backend, BackwardWorkspace, Device, Precision, Sequences, StepSums, Trained,
+    WorkspaceShape,
+};
 use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::model::{
-    ActivationGradients, Activations, Device, Model, ModelConfig, Params, Pass, Place, specs,
+    ActivationGradients, Activations, Model, ModelConfig, ParamSpec, Params, Pass, Place, specs,
 };
 use crate::optim::{AdamW, Schedule};
 use crate::recipe::Recipe;
@@ -104,7 +107,7 @@ pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> 
     config.validate()?;
     let options = options.resolved(config)?;
     let mut plan = Plan { weights: Model::plan(engine, config)?, ..Plan::default() };
-    Buffers::new(&**engine.backend(), None, config, &options, &mut plan)?;
+    Buffers::new(engine.backend(), None, config, &options, &mut plan)?;
     Ok(plan)
 }
 
@@ -169,7 +172,7 @@ impl Trainer {
         let mut ours = model.room_for_a_tensor()?;
         checkpoint.moments(model.tensors(), &mut |moment, index, values| {
             specs[index].import(values, &mut ours);
-            engine.backend().write_f32(moments[moment][index], &ours);
+            engine.backend().write_f32(moments[moment][index], &ours)
         })?;
         Ok(trainer)
     }
@@ -242,42 +245,45 @@ impl Trainer {
     /// Forward, backward, clip, update.
     fn optimizer_step(&mut self, fill: &mut FillWindow<'_>) -> Result<StepStats> {
         let started = Instant::now();
-        let TrainerOptions { batch_size, sequence_length, accumulation, .. } = self.state.options;
+        let TrainerOptions { batch_size, sequence_length, accumulation, ref optimizer, .. } =
+            self.state.options;
         let sequences = Sequences { batch: batch_size, length: sequence_length };
         let tokens = (accumulation * sequences.rows()) as u64;
-        let lr = self.next_lr();
+        let (lr, loss_scale) = (self.next_lr(), 1.0 / tokens as f32);
+        let AdamW { beta1, beta2, epsilon, weight_decay, clip } = *optimizer;
+        let t = self.state.step + 1;
+        let step = AdamWStep { lr, beta1, beta2, epsilon, weight_decay, t, clip, loss_scale };
 
-        // Gradients of the mean loss over all micro-steps.
-        let loss = self.gradients(sequences, 1.0 / tokens as f32, fill)?;
-        let grad_norm = self.gradient_norm();
+        let sums = self.gradients_and_update(sequences, &step, fill)?;
+        let (loss, grad_norm) = sums.loss_and_norm(&step);
         for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
             if !value.is_finite() {
-                let what = format!("the {what} of step {}", self.state.step + 1);
+                let what = format!("the {what} of step {t}");
                 return Err(Error::NotFinite { what, value });
             }
         }
-        self.update(lr, grad_norm)?;
-
-        self.state.step += 1;
+        self.state.step = t;
         let seconds = started.elapsed().as_secs_f64();
-        Ok(StepStats { step: self.state.step, loss, grad_norm, lr, tokens, seconds })
+        Ok(StepStats { step: t, loss, grad_norm, lr, tokens, seconds })
     }
 
-    /// Fills the gradients; returns the mean loss.
-    fn gradients(
+    /// Gradients of the mean loss over all micro-steps, then the update.
+    fn gradients_and_update(
         &mut self,
         sequences: Sequences,
-        scale: f32,
+        step: &AdamWStep,
         fill: &mut FillWindow<'_>,
-    ) -> Result<f32> {
+    ) -> Result<StepSums> {
         let engine = self.model.engine().clone();
-        let backend = &**engine.backend();
-        let params = self.model.lock()?;
+        let backend = engine.backend();
+        let mut params = self.model.lock()?;
+        let params = &mut *params;
+        let (config, specs) = (self.model.config(), self.model.specs());
         let TrainerOptions { accumulation, ref recipe, ref schedule, .. } = self.state.options;
-        let buffers = &mut self.buffers;
-        let mut sum = 0.0;
+        let Buffers { gradients, m, v, activations, d, batch, workspace, optimizer } =
+            &mut self.buffers;
         for micro_step in 0..accumulation {
-            buffers.batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
+            batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
             let place = Place {
                 seed: self.state.seed,
                 step: self.state.step,
@@ -286,54 +292,26 @@ impl Trainer {
             };
             backend.scope(|| {
                 if micro_step == 0 {
-                    buffers.gradients.iter_mut().for_each(|g| backend.zero(g));
+                    backend.begin_step(optimizer, &mut |visit| {
+                        trained(params, m, v, gradients, specs, visit);
+                    });
                 }
-                buffers.batch.upload(backend);
-                let Buffers { gradients, activations, d, batch, workspace, .. } = &mut *buffers;
-                let config = self.model.config();
+                batch.upload(backend);
                 let params = &*params;
                 let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
                 let Batch { tokens, targets, .. } = &*batch;
+                let scale = step.loss_scale;
                 pass.forward(activations, tokens);
                 pass.backward(activations, d, gradients, tokens, targets, scale, place);
+                backend.add_losses(optimizer, &activations.losses, sequences.rows());
             });
-            sum += buffers.batch.read_losses(backend, &buffers.activations.losses);
         }
-        Ok((sum * f64::from(scale)) as f32)
-    }
-
-    /// Global norm of the gradients.
-    fn gradient_norm(&self) -> f32 {
-        let backend = self.model.engine().backend();
-        let gradients = &self.buffers.gradients;
-        let squares: f64 = backend
-            .scope(|| gradients.iter().map(|gradient| backend.sum_of_squares(gradient)).sum());
-        squares.sqrt() as f32
-    }
-
-    /// Clips and applies AdamW to every parameter.
-    fn update(&mut self, lr: f32, grad_norm: f32) -> Result<()> {
-        let AdamW { beta1, beta2, epsilon, weight_decay, clip } = self.state.options.optimizer;
-        // PyTorch's clip_grad_norm_ adds the same 1e-6.
-        let excess = clip / (grad_norm + 1e-6);
-        let gradient_scale = if clip > 0.0 { excess.min(1.0) } else { 1.0 };
-        let t = self.state.step + 1;
-        let step = AdamWStep { lr, beta1, beta2, epsilon, weight_decay, t, gradient_scale };
-        let undecayed = AdamWStep { weight_decay: 0.0, ..step };
-        let engine = self.model.engine();
-        let backend = &**engine.backend();
-        let mut params = self.model.lock()?;
-        let (specs, params) = (self.model.specs(), &mut *params);
-        let Buffers { gradients, m, v, .. } = &mut self.buffers;
         backend.scope(|| {
-            let moments = m.iter_mut().zip(v.iter_mut());
-            let all = params.iter_mut().zip(moments).zip(gradients.iter()).zip(specs.iter());
-            for (((param, (m, v)), gradient), spec) in all {
-                let step = if spec.decays() { &step } else { &undecayed };
-                backend.adamw(param, m, v, gradient, step);
-            }
-        });
-        Ok(())
+            let mut all = |visit: &mut dyn FnMut(Trained<'_, Device>)| {
+                trained(params, m, v, gradients, specs, visit);
+            };
+            backend.finish_step(optimizer, &mut all, step)
+        })
     }
 
     /// Mean loss over `max_batches` batches of windows spread evenly over `data`, the same windows at
@@ -350,25 +328,25 @@ impl Trainer {
             n => windows.min((n as u64).saturating_mul(batch_size as u64)),
         };
         let engine = self.model.engine().clone();
-        let backend = &**engine.backend();
+        let backend = engine.backend();
         let params = self.model.lock()?;
         let (config, params) = (self.model.config(), &*params);
-        let buffers = &mut self.buffers;
+        let Buffers { activations, batch: data_batch, workspace, optimizer, .. } =
+            &mut self.buffers;
         let mut sum = 0.0;
         for first in (0..count).step_by(batch_size) {
             let batch = (count - first).min(batch_size as u64) as usize;
             let sequences = Sequences { batch, length: sequence_length };
-            buffers.batch.fill(sequences, |row, window| {
+            data_batch.fill(sequences, |row, window| {
                 data.eval_window(first + row as u64, count, config.vocab_size, window)
             })?;
-            backend.scope(|| {
-                buffers.batch.upload(backend);
-                let Buffers { activations, batch, workspace, .. } = &mut *buffers;
+            sum += backend.scope(|| {
+                data_batch.upload(backend);
                 let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
-                pass.forward(activations, &batch.tokens);
-                pass.loss(activations, &batch.targets);
-            });
-            sum += buffers.batch.read_losses(backend, &buffers.activations.losses);
+                pass.forward(activations, &data_batch.tokens);
+                pass.loss(activations, &data_batch.targets);
+                backend.sum_losses(optimizer, &activations.losses, sequences.rows())
+            })?;
         }
         let tokens = count * sequence_length as u64;
         let loss = (sum / tokens as f64) as f32;
@@ -433,8 +411,7 @@ impl Trainer {
         let backend = self.model.engine().backend();
         let gradients: Vec<_> = self.buffers.gradients.iter().collect();
         let read = |index: usize, out: &mut [f32]| backend.read_f32(gradients[index], out);
-        self.model.export(read).read(index, out);
-        Ok(())
+        self.model.export(read).read(index, out)
     }
 
     fn with_state(model: &Model, mut state: TrainerState) -> Result<Self> {
@@ -443,7 +420,7 @@ impl Trainer {
         let plan = plan(engine, model.config(), &state.options)?;
         engine.check_memory("the model and its trainer", plan.total())?;
         let bytes = plan.total() - plan.weights;
-        let backend = &**engine.backend();
+        let backend = engine.backend();
         let mut allocated = Plan { weights: plan.weights, ..Plan::default() };
         let buffers =
             Buffers::new(backend, Some(bytes), model.config(), &state.options, &mut allocated)?;
@@ -533,6 +510,23 @@ struct Buffers<B: Backend> {
     d: ActivationGradients<B>,
     batch: Batch<B>,
     workspace: B::Workspace,
+    optimizer: B::Optimizer,
+}
+
+/// Calls `visit` with every parameter and what training keeps for it.
+fn trained<B: Backend>(
+    params: &mut Params<B::Param>,
+    m: &mut Params<B::F32>,
+    v: &mut Params<B::F32>,
+    gradients: &mut Params<B::F32>,
+    specs: &Params<ParamSpec>,
+    visit: &mut dyn FnMut(Trained<'_, B>),
+) {
+    let moments = m.iter_mut().zip(v.iter_mut());
+    let all = params.iter_mut().zip(moments).zip(gradients.iter_mut()).zip(specs.iter());
+    for (((param, (m, v)), gradient), spec) in all {
+        visit(Trained { param, m, v, gradient, decays: spec.decays() });
+    }
 }
 
 impl<B: Backend> Buffers<B> {
@@ -557,9 +551,12 @@ impl<B: Backend> Buffers<B> {
         let gradients = params(&mut arena);
         plan.gradients = since_last(&arena);
         let (m, v) = (params(&mut arena), params(&mut arena));
+        let optimizer = backend.optimizer(&mut arena, specs.iter().count());
         plan.optimizer = since_last(&arena);
-        let activations = Activations::for_training(backend, &mut arena, config, sequences);
-        let d = ActivationGradients::new(backend, &mut arena, config, sequences);
+        let precision = Precision::of(options.recipe.forward);
+        let activations =
+            Activations::for_training(backend, &mut arena, config, sequences, precision);
+        let d = ActivationGradients::new(backend, &mut arena, config, sequences, precision);
         let batch = Batch::new(backend, &mut arena, sequences, bytes.is_some())?;
         plan.activations = since_last(&arena);
         let shape = WorkspaceShape {
@@ -573,9 +570,10 @@ impl<B: Backend> Buffers<B> {
                 mxfp4_group: options.recipe.mxfp4_group(),
             }),
         };
+        backend.supports(&shape)?;
         let workspace = backend.workspace(&mut arena, &shape);
         plan.workspace = since_last(&arena);
-        Ok(Self { gradients, m, v, activations, d, batch, workspace })
+        Ok(Self { gradients, m, v, activations, d, batch, workspace, optimizer })
     }
 }
 
@@ -587,7 +585,6 @@ struct Batch<B: Backend> {
     host: Vec<u32>,
     /// T + 1 tokens of one sequence.
     window: Vec<u32>,
-    losses: Vec<f32>,
     /// Rows of the batch last filled.
     rows: usize,
 }
@@ -607,7 +604,6 @@ impl<B: Backend> Batch<B> {
             targets: backend.tokens(arena, rows),
             host: zeros("the tokens of a batch", on_host(2 * rows))?,
             window: zeros("the tokens of a sequence", on_host(sequences.length + 1))?,
-            losses: zeros("the losses of a batch", on_host(rows))?,
             rows: 0,
         })
     }
@@ -634,12 +630,5 @@ impl<B: Backend> Batch<B> {
         let (inputs, targets) = self.host[..2 * self.rows].split_at(self.rows);
         backend.write_tokens(&mut self.tokens, inputs);
         backend.write_tokens(&mut self.targets, targets);
-    }
-
-    /// Sum of the losses of all rows.
-    fn read_losses(&mut self, backend: &B, losses: &B::F32) -> f64 {
-        let losses_host = &mut self.losses[..self.rows];
-        backend.read_f32(losses, losses_host);
-        losses_host.iter().map(|loss| f64::from(*loss)).sum()
     }
 }

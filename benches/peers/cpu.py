@@ -9,57 +9,17 @@ import subprocess
 import time
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from gpt import GPT, optimizer_of
 
 # layers, channels, heads, batch, sequence, vocabulary: the same as benches/train_step.rs.
 MODELS = {"d6": (6, 384, 6, 8, 256, 128), "d12": (12, 768, 12, 1, 512, 50304)}
-
-
-class Block(nn.Module):
-    def __init__(self, channels, heads):
-        super().__init__()
-        self.heads = heads
-        self.ln_1, self.ln_2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.qkv, self.projection = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
-
-    def forward(self, x):
-        b, t, c = x.shape
-        q, k, v = (
-            part.view(b, t, self.heads, c // self.heads).transpose(1, 2)
-            for part in self.qkv(self.ln_1(x)).split(c, dim=2)
-        )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.projection(y.transpose(1, 2).reshape(b, t, c))
-        return x + self.fc2(F.gelu(self.fc1(self.ln_2(x)), approximate="tanh"))
-
-
-class GPT(nn.Module):
-    def __init__(self, layers, channels, heads, length, vocab):
-        super().__init__()
-        self.wte, self.wpe = nn.Embedding(vocab, channels), nn.Embedding(length, channels)
-        self.blocks = nn.ModuleList(Block(channels, heads) for _ in range(layers))
-        self.ln_f = nn.LayerNorm(channels)
-        self.register_buffer("positions", torch.arange(length))
-        self.apply(lambda m: [nn.init.normal_(p, std=0.02) for p in m.parameters() if p.dim() > 1])
-
-    def forward(self, tokens, targets):
-        x = self.wte(tokens) + self.wpe(self.positions)
-        for block in self.blocks:
-            x = block(x)
-        logits = self.ln_f(x) @ self.wte.weight.T
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def make_step(shape, compiled, bf16):
     layers, channels, heads, batch, length, vocab = shape
     torch.manual_seed(0)
     model = GPT(layers, channels, heads, length, vocab)
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = optimizer_of(model)
     loss_of = torch.compile(model) if compiled else model
 
     def step():

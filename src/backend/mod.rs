@@ -5,15 +5,42 @@
 //! overwrites its outputs. Parameter gradients are always added to, so that micro-steps accumulate.
 //!
 //! Model code is written once over [`Backend`]; an implementation keeps its buffers in the precision
-//! that suits the device. Every operation of the CPU backend has a plain scalar twin in its tests.
+//! that suits the device. Every operation has a plain scalar twin, which the tests of each backend
+//! compare it with.
+//!
+//! Operations return nothing: a device may run them later than the call. What went wrong on it shows
+//! at the next call that reads from it, as an error.
 
 pub mod cpu;
+pub(crate) mod cuda;
+mod device;
 #[cfg(test)]
 pub(crate) mod reference;
+
+pub(crate) use device::Device;
 
 use crate::Result;
 use crate::mx::Random;
 use crate::recipe::{Forward, LinearRecipe};
+
+/// Number format of activations and their gradients, where a backend has a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// f32.
+    F32,
+    /// bf16, where the backend's kernels are made for it; others keep f32.
+    Bf16,
+}
+
+impl Precision {
+    /// What a recipe's forward format is computed with.
+    pub fn of(forward: Forward) -> Self {
+        match forward {
+            Forward::F32 => Self::F32,
+            Forward::Bf16 | Forward::Fp8 => Self::Bf16,
+        }
+    }
+}
 
 /// Sizes of a batch of sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +114,18 @@ pub struct NormStatistics<T> {
     pub rstd: T,
 }
 
+impl<T> NormStatistics<T> {
+    /// Borrows both.
+    pub fn as_ref(&self) -> NormStatistics<&T> {
+        NormStatistics { mean: &self.mean, rstd: &self.rstd }
+    }
+
+    /// Borrows both, to be overwritten.
+    pub fn as_mut(&mut self) -> NormStatistics<&mut T> {
+        NormStatistics { mean: &mut self.mean, rstd: &mut self.rstd }
+    }
+}
+
 /// Settings of one AdamW update.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamWStep {
@@ -102,9 +141,53 @@ pub struct AdamWStep {
     pub weight_decay: f32,
     /// 1 for the first update.
     pub t: u64,
-    /// Factor of the gradient (from clipping).
-    pub gradient_scale: f32,
+    /// Largest global norm of the gradient, which is scaled down to it; 0 does not clip.
+    pub clip: f32,
+    /// Factor of the sum of losses that makes it the step's loss.
+    pub loss_scale: f32,
 }
+
+/// What an optimizer step found before it changed anything.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepSums {
+    /// Sum of the losses that [`Backend::add_losses`] added.
+    pub losses: f64,
+    /// Sum of the squares of all gradients.
+    pub squares: f64,
+}
+
+impl StepSums {
+    /// Mean loss and global norm of the gradient.
+    pub fn loss_and_norm(&self, step: &AdamWStep) -> (f32, f32) {
+        ((self.losses * f64::from(step.loss_scale)) as f32, self.squares.sqrt() as f32)
+    }
+
+    /// Factor of the gradient that clipping asks for; None where the loss or the norm is not finite,
+    /// and nothing may be updated. PyTorch's clip_grad_norm_ adds the same 1e-6.
+    pub fn gradient_scale(&self, step: &AdamWStep) -> Option<f32> {
+        let (loss, norm) = self.loss_and_norm(step);
+        let excess = step.clip / (norm + 1e-6);
+        let scale = if step.clip > 0.0 { excess.min(1.0) } else { 1.0 };
+        (loss.is_finite() && norm.is_finite()).then_some(scale)
+    }
+}
+
+/// A parameter with all that training keeps for it; all four have one length.
+pub struct Trained<'a, B: Backend> {
+    /// The parameter.
+    pub param: &'a mut B::Param,
+    /// First moment.
+    pub m: &'a mut B::F32,
+    /// Second moment.
+    pub v: &'a mut B::F32,
+    /// Gradient.
+    pub gradient: &'a mut B::F32,
+    /// Whether weight decay applies.
+    pub decays: bool,
+}
+
+/// Calls its argument with every parameter, in one order.
+pub type VisitTrained<'a, B> = dyn FnMut(&mut dyn FnMut(Trained<'_, B>)) + Send + 'a;
 
 /// A device that trains GPTs.
 pub trait Backend: Send + Sync + Sized + 'static {
@@ -120,6 +203,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Tokens: Send;
     /// Scratch memory of the kernels.
     type Workspace: Send;
+    /// What optimizer steps keep besides the moments: sums, tables of buffers.
+    type Optimizer: Send;
+
+    /// An error that names what the device cannot do for models of a shape, and the remedy.
+    fn supports(&self, _shape: &WorkspaceShape) -> Result<()> {
+        Ok(())
+    }
 
     // --- Memory ---
 
@@ -129,7 +219,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Bytes that an arena has handed out.
     fn arena_used(&self, arena: &Self::Arena) -> usize;
     /// A zeroed activation buffer of `len` elements.
-    fn tensor(&self, arena: &mut Self::Arena, len: usize) -> Self::Tensor;
+    fn tensor(&self, arena: &mut Self::Arena, len: usize, precision: Precision) -> Self::Tensor;
     /// A zeroed f32 buffer of `len` elements.
     fn f32(&self, arena: &mut Self::Arena, len: usize) -> Self::F32;
     /// A zeroed parameter of `len` elements.
@@ -139,18 +229,19 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Scratch memory for models of a shape.
     fn workspace(&self, arena: &mut Self::Arena, shape: &WorkspaceShape) -> Self::Workspace;
 
+    /// What steps over `parameters` parameters need.
+    fn optimizer(&self, arena: &mut Self::Arena, parameters: usize) -> Self::Optimizer;
+
     /// Copies tokens to the start of a buffer that is at least as long.
     fn write_tokens(&self, to: &mut Self::Tokens, from: &[u32]);
     /// Copies f32 values to the device; both have the same length.
-    fn write_f32(&self, to: &mut Self::F32, from: &[f32]);
-    /// Copies the first `to.len()` f32 values to the host.
-    fn read_f32(&self, from: &Self::F32, to: &mut [f32]);
+    fn write_f32(&self, to: &mut Self::F32, from: &[f32]) -> Result<()>;
+    /// Copies the first `to.len()` f32 values to the host, after all that was asked for before.
+    fn read_f32(&self, from: &Self::F32, to: &mut [f32]) -> Result<()>;
     /// Overwrites a parameter; both have the same length.
-    fn write_param(&self, to: &mut Self::Param, from: &[f32]);
+    fn write_param(&self, to: &mut Self::Param, from: &[f32]) -> Result<()>;
     /// Copies the master values of a parameter to the host; both have the same length.
-    fn read_param(&self, from: &Self::Param, to: &mut [f32]);
-    /// Sets every element to 0.
-    fn zero(&self, buffer: &mut Self::F32);
+    fn read_param(&self, from: &Self::Param, to: &mut [f32]) -> Result<()>;
     /// Sets every element to 0.
     fn zero_tensor(&self, buffer: &mut Self::Tensor);
 
@@ -169,7 +260,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         sequences: Sequences,
         channels: usize,
     );
-    /// Adds dout to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read.
+    /// Adds dout to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read. `tokens`
+    /// are those of the last [`Backend::write_tokens`].
     fn embedding_backward(
         &self,
         dwte: &mut Self::F32,
@@ -186,7 +278,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn layernorm_forward(
         &self,
         out: &mut Self::Tensor,
-        statistics: &mut NormStatistics<Self::F32>,
+        statistics: NormStatistics<&mut Self::F32>,
         x: &Self::Tensor,
         w: &Self::Param,
         b: &Self::Param,
@@ -199,7 +291,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         &self,
         out: &mut Self::Tensor,
         sum: &mut Self::Tensor,
-        statistics: &mut NormStatistics<Self::F32>,
+        statistics: NormStatistics<&mut Self::F32>,
         x: &Self::Tensor,
         y: &Self::Tensor,
         w: &Self::Param,
@@ -211,12 +303,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Adds to dx (rows, C), dw (C) and db (C).
     fn layernorm_backward(
         &self,
+        workspace: &mut Self::Workspace,
         dx: &mut Self::Tensor,
         dw: &mut Self::F32,
         db: &mut Self::F32,
         dy: &Self::Tensor,
         x: &Self::Tensor,
-        statistics: &NormStatistics<Self::F32>,
+        statistics: NormStatistics<&Self::F32>,
         w: &Self::Param,
         rows: usize,
         channels: usize,
@@ -319,17 +412,25 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // --- Optimizer ---
 
-    /// Sum of the squares of all elements, the same whatever the number of threads.
-    fn sum_of_squares(&self, x: &Self::F32) -> f64;
-    /// One AdamW update of a parameter and its moments.
-    fn adamw(
+    /// Sets gradients and the sum of losses to 0, for the first micro-step of a step.
+    fn begin_step(&self, optimizer: &mut Self::Optimizer, parameters: &mut VisitTrained<'_, Self>);
+    /// Adds the first `rows` losses to the sum of the step.
+    fn add_losses(&self, optimizer: &mut Self::Optimizer, losses: &Self::F32, rows: usize);
+    /// The global norm of the gradients, clipping, and one AdamW update of every parameter, unless
+    /// loss or norm is not finite: then nothing changes. Waits for the device.
+    fn finish_step(
         &self,
-        param: &mut Self::Param,
-        m: &mut Self::F32,
-        v: &mut Self::F32,
-        gradient: &Self::F32,
+        optimizer: &mut Self::Optimizer,
+        parameters: &mut VisitTrained<'_, Self>,
         step: &AdamWStep,
-    );
+    ) -> Result<StepSums>;
+    /// The sum of the first `rows` losses, of an evaluation. Waits for the device.
+    fn sum_losses(
+        &self,
+        optimizer: &mut Self::Optimizer,
+        losses: &Self::F32,
+        rows: usize,
+    ) -> Result<f64>;
 }
 
 /// Where [`Backend::classifier`] puts gradients.

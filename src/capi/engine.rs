@@ -38,10 +38,12 @@ pub type mxt_log_fn =
 pub struct mxt_engine_options {
     /// Set by mxt_engine_options_init.
     pub struct_size: usize,
-    /// "cpu", or "auto" for the fastest device present. NULL is "cpu". Borrowed for the call.
+    /// "cpu"; "cuda" or "cuda:0" for the first NVIDIA GPU, "cuda:1" for the second and so on; "auto"
+    /// for the first GPU where there is one that works, else the CPU. NULL is "cpu". Borrowed for the
+    /// call.
     pub device: *const c_char,
-    /// Worker threads of the CPU, at most 1,024. 0 (default) takes one for each core that the
-    /// process may use. Results do not depend on it.
+    /// Worker threads on the CPU, at most 1,024; an engine of a GPU uses them for the host's part. 0
+    /// (default) takes one for each core that the process may use. Results do not depend on it.
     pub threads: usize,
     /// Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
     pub seed: u64,
@@ -104,8 +106,12 @@ pub unsafe extern "C" fn mxt_engine_options_init(
 /// `options` may be NULL for the defaults, and is not read after the call.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
-/// unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there). The
-/// message is in mxt_last_error.
+/// unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there, or whose
+/// driver, NVRTC or cuBLASLt is missing; the message says what to install), MXT_ERROR_DEVICE (a GPU
+/// that fails). The message is in mxt_last_error.
+///
+/// A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
+/// the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_engine_new(
     options: *const mxt_engine_options,
@@ -134,7 +140,7 @@ pub unsafe extern "C" fn mxt_engine_new(
     })
 }
 
-/// The name of the device: "cpu". NULL if `engine` is NULL.
+/// The name of the device: "cpu", or "cuda:0" for the first GPU. NULL if `engine` is NULL.
 ///
 /// The text is valid as long as the engine. Any thread may call it at any time.
 #[unsafe(no_mangle)]

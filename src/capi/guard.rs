@@ -17,7 +17,9 @@ use std::sync::{Arc, Mutex, Once, PoisonError};
 use super::float_mode;
 use super::handle::{Handle, State, keep};
 use super::message::{Message, Slot, set_text, text_of};
-use super::status::mxt_status_code::{MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_OK};
+use super::status::mxt_status_code::{
+    MXT_ERROR_DEVICE, MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_OK,
+};
 use super::status::{Failure, mxt_status};
 
 /// Runs a method of `handle`.
@@ -52,7 +54,13 @@ pub(super) fn method_of<H: Handle>(
     }
     match catch(function, || body(handle)) {
         Ok(Ok(())) => MXT_OK as mxt_status,
-        Ok(Err(failure)) => fail(function, Some(state), failure),
+        Ok(Err(failure)) => {
+            // What a failed GPU holds is not known any more.
+            if failure.status == MXT_ERROR_DEVICE {
+                state.access().poison();
+            }
+            fail(function, Some(state), failure)
+        }
         Err(panic) => {
             state.access().poison();
             fail(function, Some(state), panic)

@@ -48,6 +48,8 @@ pub enum mxt_status_code {
     MXT_ERROR_BUFFER_TOO_SMALL = -16,
     /// The handle was made before fork() in a parent of this process. Free it, or leave it.
     MXT_ERROR_FORKED = -17,
+    /// A GPU failed. The handle is poisoned: free it and what was made on the same device.
+    MXT_ERROR_DEVICE = -18,
 }
 use mxt_status_code::*;
 
@@ -65,7 +67,7 @@ pub extern "C" fn mxt_status_string(status: mxt_status) -> *const c_char {
     known.map_or(c"unknown status", |(_, text)| text).as_ptr()
 }
 
-const TEXTS: [(mxt_status_code, &CStr); 18] = [
+const TEXTS: [(mxt_status_code, &CStr); 19] = [
     (MXT_OK, c"ok"),
     (MXT_ERROR_NULL, c"argument is NULL"),
     (MXT_ERROR_INVALID_ARGUMENT, c"invalid argument"),
@@ -84,6 +86,7 @@ const TEXTS: [(mxt_status_code, &CStr); 18] = [
     (MXT_ERROR_NO_SUCH_TENSOR, c"no such tensor"),
     (MXT_ERROR_BUFFER_TOO_SMALL, c"buffer too small"),
     (MXT_ERROR_FORKED, c"made before fork"),
+    (MXT_ERROR_DEVICE, c"the device failed"),
 ];
 
 /// Why a call fails: what it returns, and the text for its message.
@@ -120,6 +123,7 @@ impl From<Error> for Failure {
             Error::Unsupported { .. } => MXT_ERROR_UNSUPPORTED,
             Error::NotFinite { .. } => MXT_ERROR_NOT_FINITE,
             Error::NoSuchTensor { .. } => MXT_ERROR_NO_SUCH_TENSOR,
+            Error::Device { .. } => MXT_ERROR_DEVICE,
             Error::Poisoned => MXT_ERROR_POISONED,
         };
         Self::new(status, error.to_string())
@@ -141,7 +145,7 @@ mod tests {
             assert_eq!(TEXTS.iter().filter(|(_, other)| other == text).count(), 1);
             assert_eq!(mxt_status_string(*code as mxt_status), text.as_ptr());
         }
-        for unknown in [1, -18, mxt_status::MAX, mxt_status::MIN] {
+        for unknown in [1, -19, mxt_status::MAX, mxt_status::MIN] {
             // SAFETY: the function returns a static string.
             let text = unsafe { CStr::from_ptr(mxt_status_string(unknown)) };
             assert_eq!(text, c"unknown status");

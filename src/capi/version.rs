@@ -49,8 +49,9 @@ pub extern "C" fn mxt_abi_version() -> u32 {
 }
 
 /// What this build is, as a JSON object: "version", "abi", "commit" (null in debug builds and if not known), "target",
-/// "profile", "devices", "recipes", and "kernels" with the instruction sets that are "compiled",
-/// those that this processor has ("available") and the one that an engine takes ("selected").
+/// "profile", "devices" (the kinds that it can drive), "recipes", and "kernels" with the instruction
+/// sets that are "compiled", those that this processor has ("available") and the one that an engine
+/// takes ("selected").
 /// Later versions may add keys.
 ///
 /// Never NULL; the text is static. Any thread may call it at any time.
@@ -74,7 +75,7 @@ fn build_info() -> CString {
         "commit": option_env!("MXT_COMMIT"),
         "target": env!("MXT_TARGET"),
         "profile": env!("MXT_PROFILE"),
-        "devices": ["cpu"],
+        "devices": ["cpu", "cuda"],
         "recipes": Recipe::NAMES,
         "kernels": {
             "compiled": Isa::ALL.map(Isa::name),

@@ -49,8 +49,11 @@ pub(crate) trait TensorRead {
     /// Name and shape of every tensor.
     fn tensors(&self) -> &[TensorInfo];
     /// Copies tensor `index` into `out` (row-major, as many elements as its shape says).
-    fn read(&self, index: usize, out: &mut [f32]);
+    fn read(&self, index: usize, out: &mut [f32]) -> Result<()>;
 }
+
+/// Takes the values of (moment, tensor).
+type WriteMoment<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
 
 /// The training part of a checkpoint.
 pub(crate) struct TrainerPart<'a> {
@@ -190,7 +193,7 @@ impl Checkpoint {
     pub(crate) fn weights(
         &self,
         tensors: &[TensorInfo],
-        write: &mut dyn FnMut(usize, &[f32]),
+        write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
         let file = self.tensors(1)?;
         let names: Vec<_> = tensors
@@ -209,7 +212,7 @@ impl Checkpoint {
         let mut values = Vec::new();
         for (index, (name, tensor)) in names.iter().zip(tensors).enumerate() {
             file.read(name, &tensor.shape, &mut values)?;
-            write(index, &values);
+            write(index, &values)?;
         }
         Ok(())
     }
@@ -243,7 +246,7 @@ impl Checkpoint {
     pub(crate) fn moments(
         &self,
         tensors: &[TensorInfo],
-        write: &mut dyn FnMut(usize, usize, &[f32]),
+        write: &mut WriteMoment<'_>,
     ) -> Result<()> {
         let file = self.tensors(3)?;
         let known: HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
@@ -256,7 +259,7 @@ impl Checkpoint {
             for (index, tensor) in tensors.iter().enumerate() {
                 let name = format!("{prefix}.{}", tensor.name);
                 file.read(&name, &tensor.shape, &mut values)?;
-                write(moment, index, &values);
+                write(moment, index, &values)?;
             }
         }
         Ok(())

@@ -68,7 +68,7 @@ pub(super) fn write(
         let count = tensor.shape().iter().product();
         reserve(&mut values, "a tensor", count)?;
         values.resize(count, 0.0);
-        tensor.source.read(tensor.index, &mut values);
+        tensor.source.read(tensor.index, &mut values)?;
         check_finite(path, &tensor.name, &values)?;
         let mut crc = crc32fast::Hasher::new();
         for part in values.chunks(1 << 16) {

@@ -4,7 +4,7 @@
 //! layers share.
 
 use super::ModelConfig;
-use crate::backend::{Backend, NormStatistics, Sequences};
+use crate::backend::{Backend, NormStatistics, Precision, Sequences};
 
 /// Activations of one batch; rows = B T.
 pub(crate) struct Activations<B: Backend> {
@@ -54,13 +54,14 @@ impl<B: Backend> Activations<B> {
         arena: &mut B::Arena,
         config: &ModelConfig,
         sequences: Sequences,
+        precision: Precision,
         keep: usize,
         residuals: usize,
     ) -> Self {
         let rows = sequences.rows();
         let c = config.channels;
         let tensors = |arena: &mut B::Arena, count: usize, width: usize| -> Vec<B::Tensor> {
-            (0..count).map(|_| backend.tensor(arena, rows * width)).collect()
+            (0..count).map(|_| backend.tensor(arena, rows * width, precision)).collect()
         };
         let statistics = |arena: &mut B::Arena| NormStatistics {
             mean: backend.f32(arena, rows),
@@ -78,8 +79,8 @@ impl<B: Backend> Activations<B> {
             ln_2_statistics: (0..keep).map(|_| statistics(arena)).collect(),
             fc1: tensors(arena, keep, 4 * c),
             gelu: tensors(arena, keep, 4 * c),
-            branch: backend.tensor(arena, rows * c),
-            ln_f: backend.tensor(arena, rows * c),
+            branch: backend.tensor(arena, rows * c, precision),
+            ln_f: backend.tensor(arena, rows * c, precision),
             ln_f_statistics: statistics(arena),
             losses: backend.f32(arena, rows),
         }
@@ -91,8 +92,10 @@ impl<B: Backend> Activations<B> {
         arena: &mut B::Arena,
         config: &ModelConfig,
         sequences: Sequences,
+        precision: Precision,
     ) -> Self {
-        Self::new(backend, arena, config, sequences, config.layers, config.layers + 1)
+        let layers = config.layers;
+        Self::new(backend, arena, config, sequences, precision, layers, layers + 1)
     }
 
     /// Keeps nothing beyond the layer that is being computed.
@@ -101,8 +104,9 @@ impl<B: Backend> Activations<B> {
         arena: &mut B::Arena,
         config: &ModelConfig,
         sequences: Sequences,
+        precision: Precision,
     ) -> Self {
-        Self::new(backend, arena, config, sequences, 1, 1)
+        Self::new(backend, arena, config, sequences, precision, 1, 1)
     }
 }
 
@@ -112,12 +116,13 @@ impl<B: Backend> ActivationGradients<B> {
         arena: &mut B::Arena,
         config: &ModelConfig,
         sequences: Sequences,
+        precision: Precision,
     ) -> Self {
         let (rows, c) = (sequences.rows(), config.channels);
         Self {
-            residual: backend.tensor(arena, rows * c),
-            narrow: backend.tensor(arena, rows * c),
-            wide: backend.tensor(arena, rows * 4 * c),
+            residual: backend.tensor(arena, rows * c, precision),
+            narrow: backend.tensor(arena, rows * c, precision),
+            wide: backend.tensor(arena, rows * 4 * c, precision),
         }
     }
 }

@@ -45,7 +45,7 @@ impl<B: Backend> Pass<'_, B> {
         let (wte, wpe) = (&params.wte, &params.wpe);
         backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, self.sequences, c);
         let Norm { w, b } = &params.blocks[0].ln_1;
-        let (out, statistics) = (&mut acts.ln_1[0], &mut acts.ln_1_statistics[0]);
+        let (out, statistics) = (&mut acts.ln_1[0], acts.ln_1_statistics[0].as_mut());
         backend.layernorm_forward(out, statistics, &acts.residual[0], w, b, rows, c, epsilon);
 
         for (l, block) in params.blocks.iter().enumerate() {
@@ -57,7 +57,7 @@ impl<B: Backend> Pass<'_, B> {
 
             let Norm { w, b } = &block.ln_2;
             let (out, sum, statistics) =
-                (&mut acts.ln_2[s], &mut acts.middle[s], &mut acts.ln_2_statistics[s]);
+                (&mut acts.ln_2[s], &mut acts.middle[s], acts.ln_2_statistics[s].as_mut());
             let (x, y) = (&acts.residual[r], &acts.branch);
             backend.add_layernorm_forward(out, sum, statistics, x, y, w, b, rows, c, epsilon);
             self.linear(&mut acts.fc1[s], &acts.ln_2[s], &block.fc1, c, 4 * c);
@@ -68,8 +68,10 @@ impl<B: Backend> Pass<'_, B> {
             let next = (l + 1) % slots;
             let sum = &mut acts.residual[(l + 1) % residuals];
             let (Norm { w, b }, out, statistics) = match params.blocks.get(l + 1) {
-                Some(block) => (&block.ln_1, &mut acts.ln_1[next], &mut acts.ln_1_statistics[next]),
-                None => (&params.ln_f, &mut acts.ln_f, &mut acts.ln_f_statistics),
+                Some(block) => {
+                    (&block.ln_1, &mut acts.ln_1[next], acts.ln_1_statistics[next].as_mut())
+                }
+                None => (&params.ln_f, &mut acts.ln_f, acts.ln_f_statistics.as_mut()),
             };
             let (x, y) = (&acts.middle[s], &acts.branch);
             backend.add_layernorm_forward(out, sum, statistics, x, y, w, b, rows, c, epsilon);
@@ -211,7 +213,7 @@ impl<B: Backend> Pass<'_, B> {
 
     /// Adds the norm's part to d.residual, given the gradient of its output in d.narrow.
     fn norm_backward(
-        &self,
+        &mut self,
         d: &mut ActivationGradients<B>,
         grads: &mut Norm<B::F32>,
         x: &B::Tensor,
@@ -221,7 +223,9 @@ impl<B: Backend> Pass<'_, B> {
         let (rows, c) = (self.sequences.rows(), self.config.channels);
         let (dx, dy) = (&mut d.residual, &d.narrow);
         let Norm { w: dw, b: db } = grads;
-        self.backend.layernorm_backward(dx, dw, db, dy, x, statistics, &norm.w, rows, c);
+        let (backend, workspace, statistics) =
+            (self.backend, &mut *self.workspace, statistics.as_ref());
+        backend.layernorm_backward(workspace, dx, dw, db, dy, x, statistics, &norm.w, rows, c);
     }
 }
 

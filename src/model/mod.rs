@@ -17,15 +17,11 @@ pub(crate) use params::{ParamSpec, Params, specs};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::backend::Backend;
-use crate::backend::cpu::Cpu;
+use crate::backend::{Backend, Device};
 use crate::checkpoint::{self, Checkpoint, TensorRead};
 use crate::engine::LogLevel;
 use crate::reserve::reserve;
 use crate::{Engine, Error, Result};
-
-/// The backend that engines run on.
-pub(crate) type Device = Cpu;
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,7 +72,7 @@ impl Model {
             for (index, (param, spec)) in all.enumerate() {
                 values.resize(spec.len(), 0.0);
                 engine.on_workers(|| init::fill(&mut values, spec.init, engine.seed(), index));
-                engine.backend().write_param(param, &values);
+                engine.backend().write_param(param, &values)?;
             }
         }
         Ok(model)
@@ -100,7 +96,7 @@ impl Model {
             let mut ours = model.room_for_a_tensor()?;
             checkpoint.weights(model.tensors(), &mut |index, values| {
                 specs[index].import(values, &mut ours);
-                engine.backend().write_param(params[index], &ours);
+                engine.backend().write_param(params[index], &ours)
             })?;
         }
         Ok(model)
@@ -137,8 +133,7 @@ impl Model {
     pub fn read_tensor(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.index_of(name, out.len())?;
         let params = self.lock()?;
-        self.exported(&params).read(index, out);
-        Ok(())
+        self.exported(&params).read(index, out)
     }
 
     /// Overwrites a parameter, in the shape that [`Model::tensors`] gives.
@@ -155,8 +150,7 @@ impl Model {
         let param = params.iter_mut().nth(index).expect("tensors and parameters have one order");
         let mut ours = Vec::new();
         spec.import(values, &mut ours);
-        self.engine().backend().write_param(param, &ours);
-        Ok(())
+        self.engine().backend().write_param(param, &ours)
     }
 
     /// Bytes that the weights of a model take.
@@ -182,7 +176,7 @@ impl Model {
     pub(crate) fn exported<'a>(
         &'a self,
         params: &'a Params<<Device as Backend>::Param>,
-    ) -> Exported<'a, impl Fn(usize, &mut [f32])> {
+    ) -> Exported<'a, impl Fn(usize, &mut [f32]) -> Result<()>> {
         let params: Vec<_> = params.iter().collect();
         let backend = self.engine().backend();
         self.export(move |index, out: &mut [f32]| backend.read_param(params[index], out))
@@ -190,7 +184,10 @@ impl Model {
 
     /// Values that belong to the parameters, as a checkpoint holds them; `read` gets them in our
     /// order.
-    pub(crate) fn export<F: Fn(usize, &mut [f32])>(&self, read: F) -> Exported<'_, F> {
+    pub(crate) fn export<F: Fn(usize, &mut [f32]) -> Result<()>>(
+        &self,
+        read: F,
+    ) -> Exported<'_, F> {
         Exported { specs: self.specs().iter().collect(), tensors: self.tensors(), read }
     }
 
@@ -262,13 +259,14 @@ pub(crate) struct Exported<'a, F> {
     read: F,
 }
 
-impl<F: Fn(usize, &mut [f32])> TensorRead for Exported<'_, F> {
+impl<F: Fn(usize, &mut [f32]) -> Result<()>> TensorRead for Exported<'_, F> {
     fn tensors(&self) -> &[TensorInfo] {
         self.tensors
     }
 
-    fn read(&self, index: usize, out: &mut [f32]) {
-        (self.read)(index, out);
+    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
+        (self.read)(index, out)?;
         self.specs[index].export(out, &mut Vec::new());
+        Ok(())
     }
 }

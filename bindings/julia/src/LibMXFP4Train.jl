@@ -153,6 +153,11 @@ The handle was made before fork() in a parent of this process. Free it, or leave
 """
 const MXT_ERROR_FORKED = Int32(-17)
 
+"""
+A GPU failed. The handle is poisoned: free it and what was made on the same device.
+"""
+const MXT_ERROR_DEVICE = Int32(-18)
+
 # mxt_log_level: How much a log line matters.
 
 """
@@ -288,10 +293,12 @@ What an engine is made from. Fill it with mxt_engine_options_init.
 struct mxt_engine_options
     # Set by mxt_engine_options_init.
     struct_size::Csize_t
-    # "cpu", or "auto" for the fastest device present. NULL is "cpu". Borrowed for the call.
+    # "cpu"; "cuda" or "cuda:0" for the first NVIDIA GPU, "cuda:1" for the second and so on; "auto"
+    # for the first GPU where there is one that works, else the CPU. NULL is "cpu". Borrowed for the
+    # call.
     device::Cstring
-    # Worker threads of the CPU, at most 1,024. 0 (default) takes one for each core that the
-    # process may use. Results do not depend on it.
+    # Worker threads on the CPU, at most 1,024; an engine of a GPU uses them for the host's part. 0
+    # (default) takes one for each core that the process may use. Results do not depend on it.
     threads::Csize_t
     # Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
     seed::UInt64
@@ -569,8 +576,9 @@ end
     mxt_build_info()
 
 What this build is, as a JSON object: \"version\", \"abi\", \"commit\" (null in debug builds and if not known), \"target\",
-\"profile\", \"devices\", \"recipes\", and \"kernels\" with the instruction sets that are \"compiled\",
-those that this processor has (\"available\") and the one that an engine takes (\"selected\").
+\"profile\", \"devices\" (the kinds that it can drive), \"recipes\", and \"kernels\" with the instruction
+sets that are \"compiled\", those that this processor has (\"available\") and the one that an engine
+takes (\"selected\").
 Later versions may add keys.
 
 Never NULL; the text is static. Any thread may call it at any time.
@@ -617,8 +625,12 @@ Starts an engine and stores it in `*engine`, for the caller to free with mxt_eng
 `options` may be NULL for the defaults, and is not read after the call.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
-unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there). The
-message is in mxt_last_error.
+unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there, or whose
+driver, NVRTC or cuBLASLt is missing; the message says what to install), MXT_ERROR_DEVICE (a GPU
+that fails). The message is in mxt_last_error.
+
+A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
+the user's cache folder: \$MXT_CACHE_DIR, else mxfp4train in \$XDG_CACHE_HOME or ~/.cache.
 """
 function mxt_engine_new(options, engine)
     return @ccall libmxfp4train.mxt_engine_new(
@@ -630,7 +642,7 @@ end
 """
     mxt_engine_device(engine)
 
-The name of the device: \"cpu\". NULL if `engine` is NULL.
+The name of the device: \"cpu\", or \"cuda:0\" for the first GPU. NULL if `engine` is NULL.
 
 The text is valid as long as the engine. Any thread may call it at any time.
 """

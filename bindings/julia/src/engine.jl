@@ -5,7 +5,7 @@
 
 A device with its worker threads; everything else is made from one.
 
-`device` is `"cpu"` or `"auto"`; 0 threads are one for each core; `memory_limit` is the most bytes
+`device` is `"cpu"`, `"cuda"`, `"cuda:1"` and so on, or `"auto"`; 0 threads are one for each core; `memory_limit` is the most bytes
 that one model with its trainer may take, 0 for no limit. `log(level, line)` receives log lines,
 `level` being `:warning`, `:info` or `:debug`; without it the library is silent.
 """

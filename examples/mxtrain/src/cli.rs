@@ -278,7 +278,7 @@ pub(crate) struct MachineArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) threads: usize,
 
-    /// Device: cpu, or auto for the fastest one present
+    /// Device: cpu, cuda, cuda:1 for the second GPU, or auto for a GPU where there is one
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) device: String,
 }
@@ -317,7 +317,7 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) threads: usize,
 
-    /// Device: cpu, or auto for the fastest one present
+    /// Device: cpu, cuda, cuda:1 for the second GPU, or auto for a GPU where there is one
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) device: String,
 }

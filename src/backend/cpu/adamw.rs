@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::isa::{Isa, simd_fn};
 use super::{Cpu, JOB_ELEMENTS};
-use crate::backend::AdamWStep;
+use crate::backend::{AdamWStep, Trained};
 
 /// Sum of squares in f64: by chunks of fixed size, then halves of halves, whatever the threads.
 pub(super) fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
@@ -20,22 +20,20 @@ pub(super) fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
     cpu.install(|| halves(cpu.isa(), x))
 }
 
-/// One update of a parameter and its moments.
-pub(super) fn update(
-    cpu: &Cpu,
-    param: &mut [f32],
-    m: &mut [f32],
-    v: &mut [f32],
-    gradient: &[f32],
-    step: &AdamWStep,
-) {
+/// One update of a parameter and its moments, by `gradient_scale` times its gradient.
+pub(super) fn update(cpu: &Cpu, all: Trained<'_, Cpu>, step: &AdamWStep, gradient_scale: f32) {
+    let Trained { param, m, v, gradient, decays } = all;
+    let weight_decay = if decays { step.weight_decay } else { 0.0 };
+    let step = AdamWStep { weight_decay, ..*step };
     cpu.install(|| {
         param
             .par_chunks_mut(JOB_ELEMENTS)
             .zip(m.par_chunks_mut(JOB_ELEMENTS))
             .zip(v.par_chunks_mut(JOB_ELEMENTS))
             .zip(gradient.par_chunks(JOB_ELEMENTS))
-            .for_each(|(((p, m), v), g)| update_chunk(cpu.isa(), p, m, v, g, step));
+            .for_each(|(((p, m), v), g)| {
+                update_chunk(cpu.isa(), p, m, v, g, &step, gradient_scale);
+            });
     });
 }
 
@@ -56,7 +54,14 @@ simd_fn! {
 }
 
 simd_fn! {
-    fn update_chunk(p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], step: &AdamWStep) {
+    fn update_chunk(
+        p: &mut [f32],
+        m: &mut [f32],
+        v: &mut [f32],
+        g: &[f32],
+        step: &AdamWStep,
+        gradient_scale: f32,
+    ) {
         // The corrections for moments that start at 0, in f64: beta^t is close to 1 for long.
         let correction = |beta: f32| 1.0 - f64::from(beta).powf(step.t as f64);
         let size = (f64::from(step.lr) / correction(step.beta1)) as f32;
@@ -65,7 +70,7 @@ simd_fn! {
         let n = p.len();
         let (m, v, g) = (&mut m[..n], &mut v[..n], &g[..n]);
         for i in 0..n {
-            let gradient = g[i] * step.gradient_scale;
+            let gradient = g[i] * gradient_scale;
             m[i] = step.beta1 * m[i] + (1.0 - step.beta1) * gradient;
             v[i] = step.beta2 * v[i] + (1.0 - step.beta2) * (gradient * gradient);
             p[i] = p[i] * keep - size * (m[i] / (v[i].sqrt() * root + step.epsilon));

@@ -28,8 +28,8 @@ pub use workspace::Workspace;
 use rayon::prelude::*;
 
 use super::{
-    AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Sequences,
-    WorkspaceShape,
+    AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision,
+    Sequences, StepSums, VisitTrained, WorkspaceShape,
 };
 use crate::Result;
 use crate::mx::Random;
@@ -69,6 +69,10 @@ impl Cpu {
         self.workers.install(f)
     }
 
+    fn zero(&self, buffer: &mut [f32]) {
+        self.install(|| buffer.par_chunks_mut(JOB_ELEMENTS).for_each(|x| x.fill(0.0)));
+    }
+
     /// Calls `f(0)`, `f(1)` .. `f(jobs - 1)`, spread over the workers.
     fn parallel(&self, jobs: usize, f: impl Fn(usize) + Sync + Send) {
         self.install(|| (0..jobs).into_par_iter().with_max_len(1).for_each(f));
@@ -92,6 +96,8 @@ impl Backend for Cpu {
     type Param = Buffer<f32>;
     type Tokens = Buffer<u32>;
     type Workspace = Workspace;
+    /// The sum of the losses of a step.
+    type Optimizer = f64;
 
     fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
         bytes.map_or_else(|| Ok(Arena::measuring()), Arena::mapped)
@@ -101,7 +107,8 @@ impl Backend for Cpu {
         arena.used()
     }
 
-    fn tensor(&self, arena: &mut Arena, len: usize) -> Buffer<f32> {
+    // NOTE: f32 whatever the precision asked for: GEMMs round their operands as they pack them.
+    fn tensor(&self, arena: &mut Arena, len: usize, _: Precision) -> Buffer<f32> {
         arena.alloc(len)
     }
 
@@ -121,28 +128,32 @@ impl Backend for Cpu {
         Workspace::new(arena, shape, self.threads())
     }
 
+    fn optimizer(&self, _: &mut Arena, _: usize) -> f64 {
+        0.0
+    }
+
     fn write_tokens(&self, to: &mut Buffer<u32>, from: &[u32]) {
         to[..from.len()].copy_from_slice(from);
     }
 
-    fn write_f32(&self, to: &mut Buffer<f32>, from: &[f32]) {
+    fn write_f32(&self, to: &mut Buffer<f32>, from: &[f32]) -> Result<()> {
         to.copy_from_slice(from);
+        Ok(())
     }
 
-    fn read_f32(&self, from: &Buffer<f32>, to: &mut [f32]) {
+    fn read_f32(&self, from: &Buffer<f32>, to: &mut [f32]) -> Result<()> {
         to.copy_from_slice(&from[..to.len()]);
+        Ok(())
     }
 
-    fn write_param(&self, to: &mut Buffer<f32>, from: &[f32]) {
+    fn write_param(&self, to: &mut Buffer<f32>, from: &[f32]) -> Result<()> {
         to.copy_from_slice(from);
+        Ok(())
     }
 
-    fn read_param(&self, from: &Buffer<f32>, to: &mut [f32]) {
+    fn read_param(&self, from: &Buffer<f32>, to: &mut [f32]) -> Result<()> {
         to.copy_from_slice(from);
-    }
-
-    fn zero(&self, buffer: &mut Buffer<f32>) {
-        self.install(|| buffer.par_chunks_mut(JOB_ELEMENTS).for_each(|x| x.fill(0.0)));
+        Ok(())
     }
 
     fn zero_tensor(&self, buffer: &mut Buffer<f32>) {
@@ -180,7 +191,7 @@ impl Backend for Cpu {
     fn layernorm_forward(
         &self,
         out: &mut Buffer<f32>,
-        statistics: &mut NormStatistics<Buffer<f32>>,
+        statistics: NormStatistics<&mut Buffer<f32>>,
         x: &Buffer<f32>,
         w: &Buffer<f32>,
         b: &Buffer<f32>,
@@ -195,7 +206,7 @@ impl Backend for Cpu {
         &self,
         out: &mut Buffer<f32>,
         sum: &mut Buffer<f32>,
-        statistics: &mut NormStatistics<Buffer<f32>>,
+        statistics: NormStatistics<&mut Buffer<f32>>,
         x: &Buffer<f32>,
         y: &Buffer<f32>,
         w: &Buffer<f32>,
@@ -209,12 +220,13 @@ impl Backend for Cpu {
 
     fn layernorm_backward(
         &self,
+        _workspace: &mut Workspace,
         dx: &mut Buffer<f32>,
         dw: &mut Buffer<f32>,
         db: &mut Buffer<f32>,
         dy: &Buffer<f32>,
         x: &Buffer<f32>,
-        statistics: &NormStatistics<Buffer<f32>>,
+        statistics: NormStatistics<&Buffer<f32>>,
         w: &Buffer<f32>,
         rows: usize,
         channels: usize,
@@ -315,18 +327,40 @@ impl Backend for Cpu {
         classifier::logits(self, &mut logits[..vocab_size], x, wte, format);
     }
 
-    fn sum_of_squares(&self, x: &Buffer<f32>) -> f64 {
-        adamw::sum_of_squares(self, x)
+    fn begin_step(&self, losses: &mut f64, parameters: &mut VisitTrained<'_, Self>) {
+        *losses = 0.0;
+        self.install(|| parameters(&mut |parameter| self.zero(parameter.gradient)));
     }
 
-    fn adamw(
-        &self,
-        param: &mut Buffer<f32>,
-        m: &mut Buffer<f32>,
-        v: &mut Buffer<f32>,
-        gradient: &Buffer<f32>,
-        step: &AdamWStep,
-    ) {
-        adamw::update(self, param, m, v, gradient, step);
+    fn add_losses(&self, sum: &mut f64, losses: &Buffer<f32>, rows: usize) {
+        *sum += sum_of(&losses[..rows]);
     }
+
+    fn finish_step(
+        &self,
+        losses: &mut f64,
+        parameters: &mut VisitTrained<'_, Self>,
+        step: &AdamWStep,
+    ) -> Result<StepSums> {
+        self.install(|| {
+            let mut squares = 0.0;
+            parameters(&mut |parameter| {
+                squares += adamw::sum_of_squares(self, parameter.gradient);
+            });
+            let sums = StepSums { losses: *losses, squares };
+            if let Some(gradient_scale) = sums.gradient_scale(step) {
+                parameters(&mut |parameter| adamw::update(self, parameter, step, gradient_scale));
+            }
+            Ok(sums)
+        })
+    }
+
+    fn sum_losses(&self, _: &mut f64, losses: &Buffer<f32>, rows: usize) -> Result<f64> {
+        Ok(sum_of(&losses[..rows]))
+    }
+}
+
+/// The sum of losses, in order.
+fn sum_of(losses: &[f32]) -> f64 {
+    losses.iter().map(|loss| f64::from(*loss)).sum()
 }

@@ -3,7 +3,7 @@
 
 use super::gemm::{Format, Matrix, Output, Rotation, pack, unpack_mxfp4};
 use super::*;
-use crate::backend::{BackwardWorkspace, reference};
+use crate::backend::{BackwardWorkspace, Trained, reference};
 use crate::mx::{
     self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source,
     decode_e2m1, decode_e8m0, product_scale, uniform,
@@ -388,7 +388,7 @@ fn embedding_layernorm_and_gelu() {
             cpu.add_layernorm_forward(
                 &mut normed,
                 &mut sum,
-                &mut statistics,
+                statistics.as_mut(),
                 &x,
                 &dy,
                 &w,
@@ -403,7 +403,7 @@ fn embedding_layernorm_and_gelu() {
                 reference::layernorm_forward(&exact_sum, &f64s(&w), &f64s(&b), f64::from(epsilon));
             close(&sum, &exact_sum, 0.0);
             close(&normed, &exact, 1e-6);
-            cpu.layernorm_forward(&mut normed, &mut statistics, &x, &w, &b, rows, c, epsilon);
+            cpu.layernorm_forward(&mut normed, statistics.as_mut(), &x, &w, &b, rows, c, epsilon);
             let (exact, mean, rstd) =
                 reference::layernorm_forward(&f64s(&x), &f64s(&w), &f64s(&b), f64::from(epsilon));
             close(&normed, &exact, 1e-6);
@@ -411,7 +411,10 @@ fn embedding_layernorm_and_gelu() {
             close(&statistics.rstd, &rstd, 1e-6);
             let (mut dx, mut dw, mut db) =
                 (buffer(rows * c, |_| 1.0), buffer(c, |_| 1.0), buffer(c, |_| 1.0));
-            cpu.layernorm_backward(&mut dx, &mut dw, &mut db, &dy, &x, &statistics, &w, rows, c);
+            let shape = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8);
+            let (mut memory, statistics) = (workspace(&cpu, &shape), statistics.as_ref());
+            let (dx_out, m) = (&mut dx, &mut memory);
+            cpu.layernorm_backward(m, dx_out, &mut dw, &mut db, &dy, &x, statistics, &w, rows, c);
             let (exact_dx, exact_dw, exact_db) =
                 reference::layernorm_backward(&f64s(&dy), &f64s(&x), &f64s(&w), f64::from(epsilon));
             let plus_one = |v: Vec<f64>| v.into_iter().map(|v| v + 1.0).collect::<Vec<_>>();
@@ -525,9 +528,10 @@ fn classifier_and_logits() {
 }
 
 #[test]
-fn adamw_and_norm() {
+fn optimizer_steps() {
     let n = 40_003; // several jobs and a rest
-    let (g, p0) = (random(n, 1), random(n, 2));
+    let (mut g, p0) = (random(n, 1), random(n, 2));
+    let norm = f64s(&g).iter().map(|v| v * v).sum::<f64>().sqrt();
     let step = AdamWStep {
         lr: 0.01,
         beta1: 0.9,
@@ -535,15 +539,25 @@ fn adamw_and_norm() {
         epsilon: 1e-8,
         weight_decay: 0.1,
         t: 3,
-        gradient_scale: 0.5,
+        clip: (0.5 * norm) as f32,
+        loss_scale: 0.25,
     };
     each_isa(|cpu| {
-        let squares: f64 = g.iter().map(|v| f64::from(*v).powi(2)).sum();
-        assert!((cpu.sum_of_squares(&g) / squares - 1.0).abs() < 1e-12);
         let (mut p, mut m, mut v) =
             (buffer(n, |i| p0[i]), random(n, 3), buffer(n, |i| i as f32 * 1e-5));
         let (m0, v0) = (f64s(&m), f64s(&v));
-        cpu.adamw(&mut p, &mut m, &mut v, &g, &step);
+        let mut optimizer = 0.0;
+        cpu.add_losses(&mut optimizer, &buffer(3, |i| i as f32 + 0.5), 3);
+        let sums = {
+            let (p, m, v, gradient) = (&mut p, &mut m, &mut v, &mut g);
+            let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
+                visit(Trained { param: p, m, v, gradient, decays: true });
+            };
+            cpu.finish_step(&mut optimizer, &mut all, &step).unwrap()
+        };
+        let (loss, found) = sums.loss_and_norm(&step);
+        assert_eq!(loss, 4.5 * 0.25);
+        assert!((f64::from(found) / norm - 1.0).abs() < 1e-6);
         let exact: Vec<f64> = (0..n)
             .map(|i| {
                 let g = 0.5 * f64::from(g[i]);
@@ -555,5 +569,15 @@ fn adamw_and_norm() {
             })
             .collect();
         close(&p, &exact, 1e-6);
+
+        // Without a finite loss nothing moves.
+        let before = p.to_vec();
+        optimizer = f64::NAN;
+        let (p, m, v, gradient) = (&mut p, &mut m, &mut v, &mut g);
+        let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
+            visit(Trained { param: p, m, v, gradient, decays: true });
+        };
+        cpu.finish_step(&mut optimizer, &mut all, &step).unwrap();
+        assert_eq!(p[..], before[..]);
     });
 }

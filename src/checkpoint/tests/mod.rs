@@ -20,7 +20,7 @@ fn load_config(dir: &Path) -> Result<ModelConfig> {
 fn load_weights(
     dir: &Path,
     tensors: &[TensorInfo],
-    write: &mut dyn FnMut(usize, &[f32]),
+    write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
 ) -> Result<()> {
     Checkpoint::open(dir)?.weights(tensors, write)
 }
@@ -29,11 +29,7 @@ fn load_state(dir: &Path) -> Result<TrainerState> {
     Checkpoint::open(dir)?.state()
 }
 
-fn load_moments(
-    dir: &Path,
-    tensors: &[TensorInfo],
-    write: &mut dyn FnMut(usize, usize, &[f32]),
-) -> Result<()> {
+fn load_moments(dir: &Path, tensors: &[TensorInfo], write: &mut WriteMoment<'_>) -> Result<()> {
     Checkpoint::open(dir)?.moments(tensors, write)
 }
 
@@ -59,8 +55,9 @@ impl TensorRead for Toy {
         &self.infos
     }
 
-    fn read(&self, index: usize, out: &mut [f32]) {
+    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
         out.copy_from_slice(&self.values[index]);
+        Ok(())
     }
 }
 
@@ -140,6 +137,7 @@ fn load_model(checkpoint: &Checkpoint) -> Result<(ModelConfig, Vec<Vec<u32>>)> {
     checkpoint.weights(&infos(&config), &mut |index, values| {
         assert_eq!(index, weights.len());
         weights.push(bits(values));
+        Ok(())
     })?;
     Ok((config, weights))
 }
@@ -153,6 +151,7 @@ fn load(dir: &Path) -> Result<Loaded> {
     checkpoint.moments(&infos, &mut |moment, index, values| {
         assert_eq!(moment * infos.len() + index, moments.len());
         moments.push(bits(values));
+        Ok(())
     })?;
     Ok(Loaded { config, weights, state, moments })
 }
@@ -194,8 +193,8 @@ fn round_trip_is_exact_and_equal_models_give_equal_files() {
     assert_eq!(names(root.path()), ["run"]);
     assert_eq!(load_config(&dir).unwrap(), config());
     assert_eq!(load_state(&dir).unwrap(), state(7));
-    load_weights(&dir, &infos(&config()), &mut |_, _| ()).unwrap();
-    load_moments(&dir, &infos(&config()), &mut |_, _, _| ()).unwrap();
+    load_weights(&dir, &infos(&config()), &mut |_, _| Ok(())).unwrap();
+    load_moments(&dir, &infos(&config()), &mut |_, _, _| Ok(())).unwrap();
 }
 
 #[test]
@@ -204,7 +203,7 @@ fn a_saved_model_drops_the_training_state_that_it_does_not_fit() {
     save_full(&dir, 7).unwrap();
     save(&dir, &config(), &weights(), None).unwrap();
     assert_eq!(names(&dir), [CONFIG, MODEL]);
-    load_weights(&dir, &infos(&config()), &mut |_, _| ()).unwrap();
+    load_weights(&dir, &infos(&config()), &mut |_, _| Ok(())).unwrap();
     assert!(failure(&dir, STATE).contains("without its training state"));
 }
 
@@ -249,7 +248,7 @@ fn weights_of_others_load_in_three_precisions() {
         assert_eq!(weights.len(), infos(&config).len());
     }
     foreign(&dir, Dtype::F64, |_| 0.1);
-    let error = load_weights(&dir, &infos(&config()), &mut |_, _| ()).unwrap_err();
+    let error = load_weights(&dir, &infos(&config()), &mut |_, _| Ok(())).unwrap_err();
     assert!(error.to_string().contains("tensor wte.weight: expected F32, F16 or BF16, found F64"));
 
     // A shape that would take terabytes is refused before anyone allocates them.

@@ -1,0 +1,95 @@
+"""PyTorch's side of dev/gpu/peers.sh: a GPT-2 training step on a GPU, in turn with our binary.
+
+torch.compile, bf16 autocast, PyTorch's flash attention, fused AdamW, TF32 for what stays in f32. Prints
+tokens a second and peak memory of each, and `ratio R` (ours over PyTorch's) for each recipe.
+"""
+
+import argparse
+import math
+import re
+import statistics
+import subprocess
+import time
+
+import torch
+from gpt import GPT, optimizer_of
+
+# layers, channels, heads, batch, sequence, vocabulary: the same as benches/train_step.rs.
+MODELS = {
+    "124M": (12, 768, 12, 32, 1024, 50304),
+    "345M": (24, 1024, 16, 16, 1024, 50304),
+    "1.3B": (24, 2048, 16, 8, 1024, 50304),
+}
+
+
+def pytorch(shape, steps):
+    """Median tokens a second, and the peak of what PyTorch took from the GPU, in GiB."""
+    layers, channels, heads, batch, length, vocab = shape
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    model = GPT(layers, channels, heads, length, vocab).cuda()
+    optimizer = optimizer_of(model)
+    compiled = torch.compile(model)
+
+    def step():
+        window = torch.randint(vocab, (batch, length + 1), device="cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = compiled(window[:, :-1], window[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    for _ in range(3):  # compile, and allocate the moments
+        loss = step()
+    assert math.isfinite(loss.item())
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = step()
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_reserved() / 2**30
+    return batch * length / statistics.median(seconds), peak
+
+
+def watched(command):
+    """Output of a command, and the most memory that it took from the GPU by the driver's count."""
+    before = torch.cuda.mem_get_info()[0]
+    least = before
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.poll() is None:
+        least = min(least, torch.cuda.mem_get_info()[0])
+        time.sleep(0.02)
+    return process.stdout.read(), (before - least) / 2**30
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=MODELS, default="124M")
+    parser.add_argument("--recipes", default="bf16,mxfp4-rht-sr")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--ours", required=True)
+    options = parser.parse_args()
+    rate, peak = pytorch(MODELS[options.model], options.steps)
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    name = torch.cuda.get_device_name()
+    print(f"{options.model} on {name}, PyTorch {torch.__version__}")
+    print(f"{'pytorch compile bf16':24} {rate:9.0f} tokens/s  {peak:6.1f} GiB")
+    for recipe in options.recipes.split(","):
+        output, ours_peak = watched([options.ours, options.model, recipe])
+        found = re.search(r"(\d+) tokens/s", output)
+        if not found:
+            print(f"ours {recipe}: no figure\n{output}")
+            continue
+        ours_rate = float(found[1])
+        print(f"{'ours ' + recipe:24} {ours_rate:9.0f} tokens/s  {ours_peak:6.1f} GiB", end="  ")
+        print(f"ratio {ours_rate / rate:.3f}")
+
+
+if __name__ == "__main__":
+    main()

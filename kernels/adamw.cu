@@ -1,0 +1,137 @@
+// The end of a step: sums of losses and of squared gradients, clipping, AdamW (Loshchilov and Hutter,
+// arXiv 1711.05101), for all parameters at once.
+//
+// A table says where each parameter and what belongs to it lies. Work is cut into pieces of PIECE
+// elements, numbered through all parameters; blocks take pieces in turn and find the parameter by a
+// binary search.
+
+struct Entry {
+  float *param;     // f32 master values
+  bf16 *copy;       // what GEMMs read
+  float *m, *v;     // moments
+  float *gradient;
+  u64 len;
+  u64 first_piece;  // number of the parameter's first piece
+  u64 decays;       // whether weight decay applies
+};
+
+#define PIECE 4096
+
+__device__ __forceinline__ const Entry *find(const Entry *table, u32 entries, u64 piece) {
+  u32 low = 0, high = entries;
+  while (high - low > 1) {
+    u32 middle = (low + high) / 2;
+    if (table[middle].first_piece <= piece) low = middle;
+    else high = middle;
+  }
+  return table + low;
+}
+
+__device__ __forceinline__ double block_sum_double(double v, double *scratch) {
+#pragma unroll
+  for (int i = WARP / 2; i > 0; i /= 2) v += __shfl_xor_sync(FULL_WARP, v, i);
+  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
+  __syncthreads();
+  double sum = 0.0;
+  for (u32 w = 0; w < blockDim.x / WARP; w++) sum += scratch[w];
+  __syncthreads();
+  return sum;
+}
+
+// Gradients of all parameters = 0. Grid: any; block: 256.
+extern "C" __global__ void zero_gradients(const Entry *table, u32 entries, u64 pieces) {
+  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const Entry *e = find(table, entries, piece);
+    u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
+    u64 i = start + threadIdx.x * 4;
+    for (; i + 4 <= end; i += blockDim.x * 4)
+      *(float4 *)(e->gradient + i) = make_float4(0, 0, 0, 0);
+    for (; i < end; i++) e->gradient[i] = 0.0f;
+  }
+}
+
+// partials (grid) = sums of the squares of the gradients that a block saw. Grid: fixed; block: 256.
+extern "C" __global__ void square_gradients(double *partials, const Entry *table, u32 entries,
+                                            u64 pieces) {
+  __shared__ double scratch[WARP];
+  double total = 0.0;
+  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const Entry *e = find(table, entries, piece);
+    u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
+    u64 i = start + threadIdx.x * 4;
+    for (; i + 4 <= end; i += blockDim.x * 4) {
+      float4 g = *(const float4 *)(e->gradient + i);
+      total += (double)g.x * g.x + (double)g.y * g.y + (double)g.z * g.z + (double)g.w * g.w;
+    }
+    for (; i < end; i++) total += (double)e->gradient[i] * e->gradient[i];
+  }
+  total = block_sum_double(total, scratch);
+  if (threadIdx.x == 0) partials[blockIdx.x] = total;
+}
+
+// *sum = the sum of the partials, in order. Grid: 1; block: 256.
+extern "C" __global__ void sum_squares(double *sum, const double *partials, u32 parts) {
+  __shared__ double scratch[WARP];
+  double total = 0.0;
+  for (u32 i = threadIdx.x; i < parts; i += blockDim.x) total += partials[i];
+  total = block_sum_double(total, scratch);
+  if (threadIdx.x == 0) *sum = total;
+}
+
+// *sum += the sum of losses (rows), or with `overwrite` = it. Grid: 1; block: 1024.
+extern "C" __global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 overwrite) {
+  __shared__ double scratch[WARP];
+  double total = 0.0;
+  for (u32 i = threadIdx.x; i < rows; i += blockDim.x) total += losses[i];
+  total = block_sum_double(total, scratch);
+  if (threadIdx.x == 0) *sum = overwrite ? total : *sum + total;
+}
+
+// Factors that do not depend on the element, computed by the host in f64.
+struct Step {
+  float lr, beta1, beta2, epsilon, weight_decay;
+  float size;        // lr / (1 - beta1^t)
+  float root;        // 1 / sqrt(1 - beta2^t)
+  float clip;        // largest global norm; 0 does not clip
+  float loss_scale;  // makes the sum of losses the step's loss
+};
+
+// One update of every parameter, unless loss or gradient norm is not finite. sums: losses, squares.
+// Grid: any; block: 256.
+extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
+                                 Step s) {
+  float loss = (float)(sums[0] * (double)s.loss_scale), norm = (float)sqrt(sums[1]);
+  if (!isfinite(loss) || !isfinite(norm)) return;
+  // PyTorch's clip_grad_norm_ adds the same 1e-6.
+  float scale = s.clip > 0.0f ? fminf(s.clip / (norm + 1e-6f), 1.0f) : 1.0f;
+  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const Entry *e = find(table, entries, piece);
+    float keep = e->decays ? 1.0f - s.lr * s.weight_decay : 1.0f;
+    u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
+    auto update = [&](float &p, float &m, float &v, float g) {
+      g *= scale;
+      m = s.beta1 * m + (1.0f - s.beta1) * g;
+      v = s.beta2 * v + (1.0f - s.beta2) * (g * g);
+      p = p * keep - s.size * (m / (sqrtf(v) * s.root + s.epsilon));
+    };
+    u64 i = start + threadIdx.x * 4;
+    for (; i + 4 <= end; i += blockDim.x * 4) {
+      float4 g = *(const float4 *)(e->gradient + i), p = *(float4 *)(e->param + i);
+      float4 m = *(float4 *)(e->m + i), v = *(float4 *)(e->v + i);
+      update(p.x, m.x, v.x, g.x), update(p.y, m.y, v.y, g.y);
+      update(p.z, m.z, v.z, g.z), update(p.w, m.w, v.w, g.w);
+      *(float4 *)(e->param + i) = p, *(float4 *)(e->m + i) = m, *(float4 *)(e->v + i) = v;
+      *(uint2 *)(e->copy + i) = make_uint2(pack_bf16(p.x, p.y), pack_bf16(p.z, p.w));
+    }
+    for (; i < end; i++) {
+      update(e->param[i], e->m[i], e->v[i], e->gradient[i]);
+      e->copy[i] = from_f32<bf16>(e->param[i]);
+    }
+  }
+}
+
+// copy (len) = param (len), to nearest even. Grid: len / 256, rounded up; block: 256.
+extern "C" __global__ void copy_to_bf16(bf16 *copy, const float *param, u64 len) {
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < len) copy[i] = from_f32<bf16>(param[i]);
+}

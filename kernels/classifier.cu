@@ -1,0 +1,64 @@
+// Softmax and cross-entropy over rows of logits, in place: each row becomes its own gradient.
+//
+// A row of 50,304 bf16 logits is 100 KB: the second pass finds it in the L2 cache.
+
+// losses (rows) = log sum exp(logits) - logits[target], overwritten; with `gradient` not 0, logits
+// (rows, stride) become scale (softmax - one_hot) in columns 0 .. vocab - 1 and 0 beyond.
+// stride is a multiple of 8. Grid: rows; block: 1024.
+template <class T>
+__device__ void softmax_loss(T *logits, float *losses, const u32 *targets, u32 vocab, u32 stride,
+                             float scale, u32 gradient) {
+  __shared__ float scratch[WARP];
+  T *row = logits + (size_t)blockIdx.x * stride;
+  u32 target = targets[blockIdx.x], step = blockDim.x * 8;
+  const float infinity = __int_as_float(0x7f800000);
+  float at_target = to_f32(row[target]);
+
+  // The largest logit and the sum of exponentials, one pass: a thread rescales its sum when its
+  // maximum grows.
+  float largest = -infinity, sum = 0.0f;
+  for (u32 i = threadIdx.x * 8; i < vocab; i += step) {
+    float v[8];
+    load8(row + i, v);
+    float most = largest;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      if (i + j >= vocab) v[j] = -infinity;
+      most = fmaxf(most, v[j]);
+    }
+    if (most > largest) {
+      sum *= __expf(largest - most);
+      largest = most;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum += __expf(v[j] - largest);
+  }
+  float most = block_max(largest, scratch);
+  // A thread that saw no column has the maximum -infinity and the sum 0.
+  sum = block_sum(sum == 0.0f ? 0.0f : sum * __expf(largest - most), scratch);
+  if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) + most - at_target;
+  if (!gradient) return;
+
+  float factor = scale / sum;
+  for (u32 i = threadIdx.x * 8; i < stride; i += step) {
+    float v[8];
+    load8(row + i, v);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      v[j] = i + j < vocab ? __expf(v[j] - most) * factor : 0.0f;
+      if (i + j == target) v[j] -= scale;
+    }
+    store8(row + i, v);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+    softmax_loss_bf16(bf16 *logits, float *losses, const u32 *targets, u32 vocab, u32 stride,
+                      float scale, u32 gradient) {
+  softmax_loss(logits, losses, targets, vocab, stride, scale, gradient);
+}
+extern "C" __global__ void __launch_bounds__(1024)
+    softmax_loss_f32(float *logits, float *losses, const u32 *targets, u32 vocab, u32 stride,
+                     float scale, u32 gradient) {
+  softmax_loss(logits, losses, targets, vocab, stride, scale, gradient);
+}

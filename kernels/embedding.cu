@@ -1,0 +1,100 @@
+// Token and position embeddings.
+
+// out (B T, C) = row `token` of wte plus row `position` of wpe. Grid: rows; block: 128.
+template <class T>
+__device__ void embedding_forward(T *out, const u32 *tokens, const T *wte, const T *wpe, u32 length,
+                                  u32 channels) {
+  u32 row = blockIdx.x;
+  const T *token = wte + (size_t)tokens[row] * channels;
+  const T *position = wpe + (size_t)(row % length) * channels;
+  out += (size_t)row * channels;
+  if (channels % 8 == 0) {
+    for (u32 i = threadIdx.x * 8; i < channels; i += blockDim.x * 8) {
+      float a[8], b[8];
+      load8(token + i, a);
+      load8(position + i, b);
+#pragma unroll
+      for (int j = 0; j < 8; j++) a[j] += b[j];
+      store8(out + i, a);
+    }
+  } else {
+    for (u32 i = threadIdx.x; i < channels; i += blockDim.x)
+      out[i] = from_f32<T>(to_f32(token[i]) + to_f32(position[i]));
+  }
+}
+
+extern "C" __global__ void embedding_forward_bf16(bf16 *out, const u32 *tokens, const bf16 *wte,
+                                                  const bf16 *wpe, u32 length, u32 channels) {
+  embedding_forward(out, tokens, wte, wpe, length, channels);
+}
+extern "C" __global__ void embedding_forward_f32(float *out, const u32 *tokens, const float *wte,
+                                                 const float *wpe, u32 length, u32 channels) {
+  embedding_forward(out, tokens, wte, wpe, length, channels);
+}
+
+// Adds to row `token` of dwte (V, C) the rows of dout (rows, C) where the token stands.
+//
+// `order` holds the row numbers sorted by token; the run of a token is order[starts[r]] up to where
+// the next begins; *runs of them. A block owns a run and 32 columns; its 8 warps take every eighth
+// row of the run, and their sums are added in order.
+// Grid: (most runs there can be, C / 32 rounded up); block: 256.
+template <class T>
+__device__ void embedding_backward_tokens(float *dwte, const T *dout, const u32 *tokens,
+                                          const u32 *order, const u32 *starts, const u32 *runs,
+                                          u32 rows, u32 channels) {
+  __shared__ float sums[8][WARP];
+  u32 run = blockIdx.x;
+  if (run >= *runs) return;
+  u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = blockIdx.y * WARP + lane;
+  u32 first = starts[run], last = run + 1 < *runs ? starts[run + 1] : rows;
+  float sum = 0.0f;
+  if (column < channels) {
+#pragma unroll 4
+    for (u32 i = first + warp; i < last; i += 8)
+      sum += to_f32(dout[(size_t)order[i] * channels + column]);
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp == 0 && column < channels) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < 8; w++) total += sums[w][lane];
+    dwte[(size_t)tokens[order[first]] * channels + column] += total;
+  }
+}
+
+extern "C" __global__ void embedding_backward_tokens_bf16(float *dwte, const bf16 *dout,
+                                                          const u32 *tokens, const u32 *order,
+                                                          const u32 *starts, const u32 *runs,
+                                                          u32 rows, u32 channels) {
+  embedding_backward_tokens(dwte, dout, tokens, order, starts, runs, rows, channels);
+}
+extern "C" __global__ void embedding_backward_tokens_f32(float *dwte, const float *dout,
+                                                         const u32 *tokens, const u32 *order,
+                                                         const u32 *starts, const u32 *runs,
+                                                         u32 rows, u32 channels) {
+  embedding_backward_tokens(dwte, dout, tokens, order, starts, runs, rows, channels);
+}
+
+// Adds to dwpe (length, C) the sums of dout (batch, length, C) over the batch.
+// Grid: length C / 256, rounded up; block: 256.
+template <class T>
+__device__ void embedding_backward_positions(float *dwpe, const T *dout, u32 batch, u32 length,
+                                             u32 channels) {
+  size_t stride = (size_t)length * channels;
+  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= stride) return;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (u32 b = 0; b < batch; b++) sum += to_f32(dout[b * stride + i]);
+  dwpe[i] += sum;
+}
+
+extern "C" __global__ void embedding_backward_positions_bf16(float *dwpe, const bf16 *dout, u32 batch,
+                                                             u32 length, u32 channels) {
+  embedding_backward_positions(dwpe, dout, batch, length, channels);
+}
+extern "C" __global__ void embedding_backward_positions_f32(float *dwpe, const float *dout, u32 batch,
+                                                            u32 length, u32 channels) {
+  embedding_backward_positions(dwpe, dout, batch, length, channels);
+}

@@ -1,0 +1,70 @@
+// FP8 E4M3 with current scaling, as numbers that bf16 holds exactly: one power-of-two scale a tensor.
+
+// *most = the largest bits of |v| over v (len), where *most was 0 before. A NaN is larger than
+// everything. Integer maxima do not depend on the order. Grid: any; block: 256.
+template <class T> __device__ void max_magnitude(u32 *most, const T *v, u64 len) {
+  u32 largest = 0;
+  for (u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8; i < len;
+       i += (u64)gridDim.x * blockDim.x * 8) {
+    if (i + 8 <= len) {
+      float x[8];
+      load8(v + i, x);
+#pragma unroll
+      for (int j = 0; j < 8; j++) largest = max(largest, __float_as_uint(x[j]) & 0x7fffffff);
+    } else {
+      for (u64 k = i; k < len; k++) largest = max(largest, __float_as_uint(to_f32(v[k])) & 0x7fffffff);
+    }
+  }
+  largest = __reduce_max_sync(FULL_WARP, largest);
+  if (threadIdx.x % WARP == 0) atomicMax(most, largest);
+}
+
+extern "C" __global__ void max_magnitude_bf16(u32 *most, const bf16 *v, u64 len) {
+  max_magnitude(most, v, len);
+}
+extern "C" __global__ void max_magnitude_f32(u32 *most, const float *v, u64 len) {
+  max_magnitude(most, v, len);
+}
+
+// The smallest power of two s for which |v| / s is at most 448, within 2^-100 .. 2^100; 1 for zeros,
+// NaN for what is not finite.
+__device__ __forceinline__ float e4m3_scale(u32 most) {
+  if (most == 0) return 1.0f;
+  if (most >= 0x7f800000u) return __uint_as_float(0x7fc00000u);
+  int exponent = (int)(most >> 23) - 127 - 8 + ((most & 0x7fffff) > 0x600000);
+  return __uint_as_float((u32)(min(max(exponent, -100), 100) + 127) << 23);
+}
+
+// The E4M3 value nearest to v, ties to even, saturated. NaN stays NaN.
+__device__ __forceinline__ float round_to_e4m3(float v) {
+  float magnitude = fminf(fabsf(v), 448.0f);
+  // Below 2^-6 the grid is even, with steps of 2^-9; above, steps are 2^-3 of the binade. Adding and
+  // subtracting 1.5 * 2^23 steps rounds to a whole number of them.
+  int exponent = max((int)(__float_as_uint(magnitude) >> 23) - 127, -6);
+  float magic = __uint_as_float((u32)(exponent - 3 + 23 + 127) << 23) * 1.5f;
+  float rounded = __fsub_rn(__fadd_rn(magnitude, magic), magic);
+  return isnan(v) ? v : copysignf(rounded, v);
+}
+
+// out (len) = v (len) as E4M3 holds it with the scale that *most asks for.
+// Grid: len / (8 block), rounded up; block: 256.
+template <class T> __device__ void round_to_fp8(bf16 *out, const T *v, const u32 *most, u64 len) {
+  float scale = e4m3_scale(*most), inverse = 1.0f / scale;
+  u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+  if (i + 8 <= len) {
+    float x[8];
+    load8(v + i, x);
+#pragma unroll
+    for (int j = 0; j < 8; j++) x[j] = round_to_e4m3(x[j] * inverse) * scale;
+    store8(out + i, x);
+  } else {
+    for (; i < len; i++) out[i] = from_f32<bf16>(round_to_e4m3(to_f32(v[i]) * inverse) * scale);
+  }
+}
+
+extern "C" __global__ void round_to_fp8_bf16(bf16 *out, const bf16 *v, const u32 *most, u64 len) {
+  round_to_fp8(out, v, most, len);
+}
+extern "C" __global__ void round_to_fp8_f32(bf16 *out, const float *v, const u32 *most, u64 len) {
+  round_to_fp8(out, v, most, len);
+}

@@ -1,0 +1,57 @@
+// GELU in its tanh form (Hendrycks and Gimpel, arXiv 1606.08415), as GPT-2 has it, and its derivative.
+//
+// tanh(u) = 1 - 2 / (exp(2 u) + 1), which neither overflows to NaN nor loses digits that matter: the
+// error is that of f32 relative to 1.
+
+__device__ __forceinline__ float tanh_of(float u) {
+  return 1.0f - __fdividef(2.0f, __expf(2.0f * u) + 1.0f);
+}
+
+#define GELU_A 0.7978845608028654f  // sqrt(2 / pi)
+#define GELU_B 0.044715f
+
+__device__ __forceinline__ float gelu(float x) {
+  return 0.5f * x * (1.0f + tanh_of(GELU_A * (x + GELU_B * x * x * x)));
+}
+
+__device__ __forceinline__ float gelu_derivative(float x) {
+  float t = tanh_of(GELU_A * (x + GELU_B * x * x * x));
+  float du = GELU_A * (1.0f + 3.0f * GELU_B * x * x);
+  return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * du;
+}
+
+// Eight elements a thread; the last ones one by one.
+template <class T, bool BACKWARD>
+__device__ void gelu_all(T *out, const T *x, u64 len) {
+  u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+  float v[8], d[8];
+  if (i + 8 <= len) {
+    load8(x + i, v);
+    if (BACKWARD) load8(out + i, d);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = BACKWARD ? d[j] * gelu_derivative(v[j]) : gelu(v[j]);
+    store8(out + i, v);
+  } else {
+    for (; i < len; i++) {
+      float value = to_f32(x[i]);
+      value = BACKWARD ? to_f32(out[i]) * gelu_derivative(value) : gelu(value);
+      out[i] = from_f32<T>(value);
+    }
+  }
+}
+
+// out (len) = gelu(x). Grid: len / (8 block), rounded up; block: 256.
+extern "C" __global__ void gelu_forward_bf16(bf16 *out, const bf16 *x, u64 len) {
+  gelu_all<bf16, false>(out, x, len);
+}
+extern "C" __global__ void gelu_forward_f32(float *out, const float *x, u64 len) {
+  gelu_all<float, false>(out, x, len);
+}
+
+// d (len) = d gelu'(x), in place. Launch as forward.
+extern "C" __global__ void gelu_backward_bf16(bf16 *d, const bf16 *x, u64 len) {
+  gelu_all<bf16, true>(d, x, len);
+}
+extern "C" __global__ void gelu_backward_f32(float *d, const float *x, u64 len) {
+  gelu_all<float, true>(d, x, len);
+}

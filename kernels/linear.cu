@@ -1,0 +1,63 @@
+// The bias gradient of a linear layer: column sums.
+
+// partial (parts, outputs) = sums over every parts-th stretch of rows of dy (rows, outputs); block y
+// takes rows y * ceil(rows / parts) .. . Overwrites.
+// Grid: (outputs / 256, parts), rounded up; block: 256, as 32 threads of 8 columns by 8 rows.
+template <class T>
+__device__ void bias_gradient(float *partial, const T *dy, u32 rows, u32 outputs) {
+  __shared__ float sums[8][256 + 8];
+  u32 lane = threadIdx.x % 32, part = threadIdx.x / 32;
+  u32 column = blockIdx.x * 256 + lane * 8;
+  u32 stretch = (rows + gridDim.y - 1) / gridDim.y, first = blockIdx.y * stretch;
+  u32 last = min(first + stretch, rows);
+  float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  if (outputs % 8 == 0 && column < outputs) {
+#pragma unroll 4
+    for (u32 r = first + part; r < last; r += 8) {
+      float v[8];
+      load8(dy + (size_t)r * outputs + column, v);
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum[j] += v[j];
+    }
+  } else {
+    for (u32 r = first + part; r < last; r += 8)
+      for (u32 j = 0; j < 8 && column + j < outputs; j++)
+        sum[j] += to_f32(dy[(size_t)r * outputs + column + j]);
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) sums[part][lane * 8 + j] = sum[j];
+  __syncthreads();
+  column = blockIdx.x * 256 + threadIdx.x;
+  if (column < outputs) {
+    float total = 0.0f;
+#pragma unroll
+    for (int p = 0; p < 8; p++) total += sums[p][threadIdx.x];
+    partial[(size_t)blockIdx.y * outputs + column] = total;
+  }
+}
+
+extern "C" __global__ void bias_gradient_bf16(float *partial, const bf16 *dy, u32 rows, u32 outputs) {
+  bias_gradient(partial, dy, rows, outputs);
+}
+extern "C" __global__ void bias_gradient_f32(float *partial, const float *dy, u32 rows, u32 outputs) {
+  bias_gradient(partial, dy, rows, outputs);
+}
+
+// to (n) += the sums of the first n columns of partial (parts, stride) over the parts, in a fixed order.
+// Grid: n / 32, rounded up; block: 256, as 32 columns by 8 parts.
+extern "C" __global__ void add_partials(float *to, const float *partial, u32 parts, u32 stride,
+                                        u32 n) {
+  __shared__ float sums[8][33];
+  u32 lane = threadIdx.x % 32, part = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+  float sum = 0.0f;
+  if (column < n)
+    for (u32 p = part; p < parts; p += 8) sum += partial[(size_t)p * stride + column];
+  sums[part][lane] = sum;
+  __syncthreads();
+  if (part == 0 && column < n) {
+    float total = 0.0f;
+#pragma unroll
+    for (int p = 0; p < 8; p++) total += sums[p][lane];
+    to[column] += total;
+  }
+}

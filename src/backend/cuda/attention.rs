@@ -1,0 +1,105 @@
+//! Causal attention: launches of the kernels in `attention.cu`.
+
+use super::gpu::launch;
+use super::memory::{F32, Tensor};
+use super::{Cuda, Workspace, kernel};
+use crate::backend::{AttentionShape, Precision};
+
+/// `Heads` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Heads {
+    length: u32,
+    heads: u32,
+    head_size: u32,
+}
+
+impl From<AttentionShape> for Heads {
+    fn from(shape: AttentionShape) -> Self {
+        let [length, heads, head_size] =
+            [shape.sequences.length, shape.heads, shape.head_size].map(|n| n as u32);
+        Self { length, heads, head_size }
+    }
+}
+
+/// The most channels of a head that any kernel takes.
+pub(super) const MAX_HEAD_SIZE: usize = 256;
+
+/// Sizes of the tensor-core kernels for heads of up to `width` channels.
+struct Flash {
+    width: usize,
+    forward: Kernel,
+    dkdv: Kernel,
+    dq: Kernel,
+}
+
+/// Name, rows that a block owns, its threads, and its bytes of shared memory.
+struct Kernel(&'static str, usize, usize, usize);
+
+const FLASH: [Flash; 2] = [
+    Flash {
+        width: 64,
+        forward: Kernel("flash_forward_d64", 128, 128, 8 * 64 * 64),
+        dkdv: Kernel("flash_dkdv_d64", 64, 128, 64 * 4 * 64 + 8 * 64 * 64 + 16 * 64),
+        dq: Kernel("flash_dq_d64", 64, 128, 64 * 4 * 64 + 8 * 64 * 64),
+    },
+    Flash {
+        width: 128,
+        forward: Kernel("flash_forward_d128", 128, 256, 8 * 64 * 128),
+        dkdv: Kernel("flash_dkdv_d128", 64, 128, 64 * 4 * 128 + 8 * 32 * 128 + 16 * 32),
+        dq: Kernel("flash_dq_d128", 64, 128, 64 * 4 * 128 + 8 * 32 * 128),
+    },
+];
+
+/// The tensor-core kernels for activations like `qkv`, where they take them.
+fn flash(qkv: &Tensor, shape: AttentionShape) -> Option<&'static Flash> {
+    let taken = qkv.precision == Precision::Bf16 && shape.head_size.is_multiple_of(8);
+    FLASH.iter().find(|flash| taken && shape.head_size <= flash.width)
+}
+
+/// One block for so many rows of every head of every sequence.
+fn grid(shape: AttentionShape, rows: usize) -> [usize; 3] {
+    [shape.sequences.length.div_ceil(rows), shape.heads, shape.sequences.batch]
+}
+
+/// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
+pub(super) fn forward(
+    cuda: &Cuda,
+    out: &mut Tensor,
+    lse: &mut F32,
+    qkv: &Tensor,
+    shape: AttentionShape,
+) {
+    let plain = Kernel(kernel!(qkv, "attention_forward"), 4, 128, 16 * shape.head_size);
+    let Kernel(name, rows, block, shared) =
+        *flash(qkv, shape).map_or(&plain, |flash| &flash.forward);
+    launch!(cuda.gpu, name, grid(shape, rows), block, shared;
+        out.address(), lse.address(), qkv.address(), Heads::from(shape));
+}
+
+/// dqkv (B, T, 3 C) from dout (B, T, C).
+pub(super) fn backward(
+    cuda: &Cuda,
+    workspace: &Workspace,
+    dqkv: &mut Tensor,
+    dout: &Tensor,
+    out: &Tensor,
+    lse: &F32,
+    qkv: &Tensor,
+    shape: AttentionShape,
+) {
+    let (heads, delta) = (Heads::from(shape), workspace.delta.address);
+    launch!(cuda.gpu, kernel!(qkv, "attention_delta"), grid(shape, 4), 128, 0;
+        delta, dout.address(), out.address(), heads);
+    let shared = 32 * shape.head_size;
+    let plain = [
+        Kernel(kernel!(qkv, "attention_dkdv"), 4, 128, shared),
+        Kernel(kernel!(qkv, "attention_dq"), 4, 128, shared),
+    ];
+    let [dkdv, dq] = &plain;
+    let kernels = flash(qkv, shape).map_or([dkdv, dq], |flash| [&flash.dkdv, &flash.dq]);
+    for Kernel(name, rows, block, shared) in kernels {
+        launch!(cuda.gpu, name, grid(shape, *rows), *block, *shared;
+            dqkv.address(), dout.address(), lse.address(), delta, qkv.address(), heads);
+    }
+}

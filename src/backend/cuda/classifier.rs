@@ -1,0 +1,126 @@
+//! The language-model head fused with softmax and cross-entropy, one chunk of rows at a time:
+//! logits = x wte^T; then one kernel turns them into losses and, in place, into
+//! dlogits = scale (softmax - one_hot); then dx = dlogits wte and dwte += dlogits^T x.
+
+use cudarc::driver::sys;
+
+use super::gemm::{Operand, Type};
+use super::gpu::launch;
+use super::memory::{F32, Param, Tensor, size_of_element};
+use super::{Cuda, Product, Tokens, Workspace, kernel};
+use crate::backend::{ClassifierGradient, LinearShape};
+
+/// Logits held at a time, about: 1 GiB in bf16. Fewer chunks read and write dwte less often.
+const CHUNK_LOGITS: usize = 1 << 29;
+
+/// Rows of one chunk: equal chunks, but for the last, of a multiple of 128 rows.
+pub(super) fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
+    let most = (CHUNK_LOGITS / stride(vocab_size)).max(128);
+    rows.div_ceil(rows.div_ceil(most)).next_multiple_of(128).min(rows)
+}
+
+/// Elements from one row of logits to the next: aligned for 16-byte accesses and tensor cores.
+pub(super) fn stride(vocab_size: usize) -> usize {
+    vocab_size.next_multiple_of(64)
+}
+
+/// See `Backend::classifier`; `shape` is rows, channels, vocabulary.
+pub(super) fn run(
+    cuda: &Cuda,
+    workspace: &Workspace,
+    losses: &mut F32,
+    mut gradient: Option<ClassifierGradient<'_, Cuda>>,
+    x: &Tensor,
+    wte: &Param,
+    targets: &Tokens,
+    shape: LinearShape,
+) {
+    let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
+    let precision = x.precision;
+    let (operands, wte) = (Type::from(precision), wte.as_read_in(precision));
+    let (logits, stride) = (workspace.logits.address, stride(vocab_size));
+    let by_row = Operand::rows(logits, stride);
+    for first in (0..rows).step_by(workspace.chunk) {
+        let n = workspace.chunk.min(rows - first);
+        let chunk = x.at(first * channels);
+        let product = Product {
+            m: n,
+            n: vocab_size,
+            k: channels,
+            operands,
+            a: Operand::rows(chunk, channels),
+            b: Operand::rows(wte, channels),
+            c: logits,
+            c_stride: stride,
+            c_type: operands,
+            alpha: 1.0,
+            accumulate: false,
+            bias: None,
+        };
+        cuda.product(workspace, &product);
+        let scale = gradient.as_ref().map_or(0.0, |gradient| gradient.scale);
+        let places = first as u64 * 4;
+        launch!(cuda.gpu, kernel!(x, "softmax_loss"), [n, 1, 1], 1024, 0;
+            logits, losses.address() + places, targets.ids() + places,
+            vocab_size as u32, stride as u32, scale, u32::from(gradient.is_some()));
+        let Some(gradient) = &mut gradient else { continue };
+        let dx = Product {
+            n: channels,
+            k: vocab_size,
+            a: by_row,
+            b: Operand::columns(wte, channels),
+            c: gradient.dx.at(first * channels),
+            c_stride: channels,
+            ..product
+        };
+        cuda.product(workspace, &dx);
+        let dwte = Product {
+            m: vocab_size,
+            n: channels,
+            k: n,
+            a: Operand::columns(logits, stride),
+            b: Operand::columns(chunk, channels),
+            c: gradient.dwte.address(),
+            c_stride: channels,
+            c_type: Type::F32,
+            accumulate: true,
+            ..product
+        };
+        cuda.product(workspace, &dwte);
+    }
+}
+
+/// Logits (V) of row `row` of x (rows, C), in f32.
+pub(super) fn logits(
+    cuda: &Cuda,
+    workspace: &Workspace,
+    logits: &mut F32,
+    x: &Tensor,
+    row: usize,
+    wte: &Param,
+    channels: usize,
+    vocab_size: usize,
+) {
+    // cuBLASLt wants operands aligned, and a row need not be: a copy at the start of the scratch is.
+    let aligned = workspace.logits.address;
+    let bytes = channels * size_of_element(x.precision);
+    // SAFETY: a row of logits has room for a row of x (`Workspace::new` sees to that).
+    let result =
+        unsafe { sys::cuMemcpyDtoDAsync_v2(aligned, x.at(row * channels), bytes, cuda.gpu.stream) };
+    cuda.gpu.note("copying a row", result);
+    let product = Product {
+        m: 1,
+        n: vocab_size,
+        k: channels,
+        operands: x.precision.into(),
+        a: Operand::rows(aligned, channels),
+        b: Operand::rows(wte.as_read_in(x.precision), channels),
+        c: logits.address(),
+        c_stride: vocab_size,
+        c_type: Type::F32,
+        alpha: 1.0,
+        accumulate: false,
+        bias: None,
+    };
+    cuda.product(workspace, &product);
+}

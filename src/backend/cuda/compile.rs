@@ -1,0 +1,187 @@
+//! From kernel sources to machine code: NVRTC, and a cache of what it made.
+//!
+//! Sources are part of the library. A file is compiled for the chip that is present when an engine
+//! first needs it, all files at once on as many threads, and the result is kept in the user's cache
+//! folder under a hash of everything that it depends on.
+
+use std::ffi::c_int;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use cudarc::nvrtc::{result, sys};
+
+use super::gpu::c_string;
+use crate::{Error, Result};
+
+/// Put in front of every file.
+const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
+
+/// A kernel file by its name, with its text.
+pub(super) const FILES: [(&str, &str); 9] = [
+    ("adamw", include_str!("../../../kernels/adamw.cu")),
+    ("attention", include_str!("../../../kernels/attention.cu")),
+    ("classifier", include_str!("../../../kernels/classifier.cu")),
+    ("embedding", include_str!("../../../kernels/embedding.cu")),
+    ("fp8", include_str!("../../../kernels/fp8.cu")),
+    ("gelu", include_str!("../../../kernels/gelu.cu")),
+    ("layernorm", include_str!("../../../kernels/layernorm.cu")),
+    ("linear", include_str!("../../../kernels/linear.cu")),
+    ("mxfp4", include_str!("../../../kernels/mxfp4.cu")),
+];
+
+/// NVRTC's name for a chip. The "a" gives a kernel the instructions that only this very chip has.
+pub(super) fn architecture((major, minor): (i32, i32)) -> String {
+    format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" })
+}
+
+/// Machine code of every file, from the cache where it holds it.
+pub(super) fn all(architecture: &str, driver_version: c_int) -> Result<Vec<Vec<u8>>> {
+    let folder = cache_folder();
+    std::thread::scope(|scope| {
+        let compiling = FILES.map(|(name, source)| {
+            let folder = folder.as_deref();
+            scope.spawn(move || cached(folder, name, source, architecture, driver_version))
+        });
+        compiling.into_iter().map(|thread| thread.join().map_err(panicked)?).collect()
+    })
+}
+
+fn panicked(_: Box<dyn std::any::Any + Send>) -> Error {
+    Error::Device { message: "NVRTC lacks a function; is it older than CUDA 13?".into() }
+}
+
+/// Compiles one file for `architecture`, such as "sm_90a". No GPU is needed.
+pub(super) fn cubin(name: &str, source: &str, architecture: &str) -> Result<Vec<u8>> {
+    let failed = |what: &str| Error::Device { message: format!("{what} {name}.cu: NVRTC failed") };
+    let text = c_string(&format!("{PRELUDE}\n#line 1 \"{name}.cu\"\n{source}"));
+    let program = result::create_program(&text, Some(&c_string(&format!("{name}.cu"))))
+        .map_err(|_| failed("reading"))?;
+    let options = [format!("--gpu-architecture={architecture}"), "--std=c++17".into()];
+    // SAFETY: `program` was made above and is destroyed below.
+    let compiled = unsafe { result::compile_program(program, &options) };
+    // SAFETY: as above; the log holds what the compiler says.
+    let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
+    let mut code = Vec::new();
+    let mut size = 0;
+    // SAFETY: `code` gets the size that NVRTC asks for.
+    let read = unsafe {
+        let sized = sys::nvrtcGetCUBINSize(program, &mut size);
+        code.resize(size, 0u8);
+        sized.result().and_then(|()| sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()).result())
+    };
+    // SAFETY: made above.
+    let _ = unsafe { result::destroy_program(program) };
+    if compiled.is_err() || read.is_err() {
+        let log: Vec<u8> = log.into_iter().map(|c| c as u8).take_while(|c| *c != 0).collect();
+        let log = String::from_utf8_lossy(&log);
+        return Err(Error::Device {
+            message: format!("compiling {name}.cu for {architecture}: {log}"),
+        });
+    }
+    Ok(code)
+}
+
+fn cached(
+    folder: Option<&Path>,
+    name: &str,
+    source: &str,
+    architecture: &str,
+    driver_version: c_int,
+) -> Result<Vec<u8>> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: writes two numbers.
+    let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    let key = (PRELUDE, source, architecture, driver_version, major, minor);
+    let path = folder.map(|folder| folder.join(format!("{name}-{architecture}-{}", hash(&key))));
+    if let Some(code) = path.as_deref().and_then(read) {
+        return Ok(code);
+    }
+    let code = cubin(name, source, architecture)?;
+    if let Some(path) = path {
+        // A cache that cannot be written costs the next start some seconds, nothing else.
+        let _ = write(&path, &code);
+    }
+    Ok(code)
+}
+
+/// What the cache holds under `path`: its length and checksum, then the code. Nothing if damaged.
+fn read(path: &Path) -> Option<Vec<u8>> {
+    let mut bytes = fs::read(path).ok()?;
+    let code = bytes.split_off(bytes.len().min(HEADER));
+    (bytes == header(&code)).then_some(code)
+}
+
+/// Writes to a name of this process, then renames, so that no reader sees half a file.
+fn write(path: &Path, code: &[u8]) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or_else(|| Path::new("."));
+    fs::create_dir_all(folder)?;
+    let temporary = path.with_extension(format!("{}.part", std::process::id()));
+    let mut file = fs::File::create(&temporary)?;
+    file.write_all(&header(code)).and_then(|()| file.write_all(code))?;
+    fs::rename(&temporary, path)
+}
+
+const HEADER: usize = 12;
+
+fn header(code: &[u8]) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..8].copy_from_slice(&(code.len() as u64).to_le_bytes());
+    header[8..].copy_from_slice(&crc32fast::hash(code).to_le_bytes());
+    header
+}
+
+/// 64 bits that name a version of a file.
+fn hash(key: &impl Hash) -> String {
+    let mut hasher = DefaultHasher::new();
+    key.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
+}
+
+/// `MXT_CACHE_DIR`, or `mxfp4train` in the user's cache folder; None where neither is known.
+fn cache_folder() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    if let Some(folder) = variable("MXT_CACHE_DIR") {
+        return Some(folder.into());
+    }
+    let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))?;
+    Some(cache.join("mxfp4train"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every kernel compiles for every chip that the library knows, with the compiler that users have.
+    #[test]
+    fn kernels_compile_for_every_chip() {
+        if let Err(error) = super::super::gpu::open_nvrtc() {
+            println!("skipped: {error}");
+            return;
+        }
+        for architecture in ["sm_80", "sm_90a", "sm_100a", "sm_120a"] {
+            for (name, source) in FILES {
+                let code = cubin(name, source, architecture).unwrap_or_else(|e| panic!("{e}"));
+                println!("{name}.cu for {architecture}: {} bytes", code.len());
+                assert!(code.starts_with(b"\x7fELF"));
+            }
+        }
+    }
+
+    #[test]
+    fn the_cache_gives_back_what_was_written_and_nothing_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a/b");
+        assert!(read(&path).is_none());
+        write(&path, b"code").unwrap();
+        assert_eq!(read(&path).unwrap(), b"code");
+        let mut bytes = fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        assert!(read(&path).is_none());
+        fs::write(&path, b"short").unwrap();
+        assert!(read(&path).is_none());
+    }
+}

@@ -1,0 +1,127 @@
+//! Token and position embeddings, and tokens on the device.
+//!
+//! The gradient of wte adds the rows of all places where a token stands. Atomic additions would make
+//! the sum depend on the order in which blocks run, so the host sorts the places by token, and each
+//! run of equal tokens is summed in order. The sort happens while the GPU still works on the backward
+//! pass before it.
+
+use std::sync::{Mutex, PoisonError};
+
+use super::gpu::launch;
+use super::memory::{Arena, F32, Param, Piece, Tensor, Upload};
+use super::{Cuda, kernel};
+use crate::backend::Sequences;
+
+/// Token numbers on the device, and on the host for sorting.
+pub(crate) struct Tokens {
+    ids: Piece,
+    /// Row numbers sorted by token, then where the run of each distinct token starts in them, then the
+    /// number of runs: (rows + rows + 1).
+    runs: Piece,
+    ids_upload: Upload,
+    sorting: Mutex<Sorting>,
+}
+
+struct Sorting {
+    upload: Upload,
+    /// The tokens last written.
+    tokens: Vec<u32>,
+    /// Token in the upper half, row in the lower.
+    keys: Vec<u64>,
+}
+
+impl Tokens {
+    pub(super) fn new(arena: &mut Arena, len: usize) -> Self {
+        let runs = 2 * len + 1;
+        let sorting = Sorting {
+            upload: arena.upload(runs),
+            tokens: Vec::with_capacity(len),
+            keys: Vec::with_capacity(len),
+        };
+        Self {
+            ids: arena.bytes(len * 4),
+            runs: arena.bytes(runs * 4),
+            ids_upload: arena.upload(len),
+            sorting: Mutex::new(sorting),
+        }
+    }
+
+    /// The address of the token numbers.
+    pub(super) fn ids(&self) -> u64 {
+        self.ids.address
+    }
+
+    pub(super) fn write(&mut self, from: &[u32]) {
+        self.ids_upload.send(self.ids.address, from.len(), |words| words.copy_from_slice(from));
+        let sorting = self.sorting.get_mut().unwrap_or_else(PoisonError::into_inner);
+        sorting.tokens.clear();
+        sorting.tokens.extend_from_slice(from);
+    }
+
+    /// Sorts the first `rows` tokens and uploads their runs; addresses of order, starts and count.
+    fn upload_runs(&self, rows: usize) -> (u64, u64, u64) {
+        let mut sorting = self.sorting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Sorting { upload, tokens, keys } = &mut *sorting;
+        keys.clear();
+        let numbered = (0u64..).zip(&tokens[..rows]);
+        keys.extend(numbered.map(|(row, token)| u64::from(*token) << 32 | row));
+        keys.sort_unstable();
+        let base = self.runs.address;
+        upload.send(base, 2 * rows + 1, |words| {
+            let (order, rest) = words.split_at_mut(rows);
+            let (starts, count) = rest.split_at_mut(rows);
+            let mut runs = 0;
+            let mut last = None;
+            for (i, key) in keys.iter().enumerate() {
+                order[i] = *key as u32;
+                if last != Some(key >> 32) {
+                    last = Some(key >> 32);
+                    starts[runs] = i as u32;
+                    runs += 1;
+                }
+            }
+            starts[runs..].fill(0);
+            count[0] = runs as u32;
+        });
+        (base, base + rows as u64 * 4, base + rows as u64 * 8)
+    }
+}
+
+/// out (B T, C): row `token` of wte plus row `position` of wpe.
+pub(super) fn forward(
+    cuda: &Cuda,
+    out: &mut Tensor,
+    tokens: &Tokens,
+    wte: &Param,
+    wpe: &Param,
+    sequences: Sequences,
+    channels: usize,
+) {
+    let rows = sequences.rows();
+    let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
+    launch!(cuda.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;
+        out.address(), tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
+}
+
+/// Adds dout (B T, C) to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read.
+pub(super) fn backward(
+    cuda: &Cuda,
+    dwte: &mut F32,
+    dwpe: &mut F32,
+    dout: &Tensor,
+    tokens: &Tokens,
+    sequences: Sequences,
+    channels: usize,
+) {
+    let rows = sequences.rows();
+    let (order, starts, count) = tokens.upload_runs(rows);
+    let most = rows.min(dwte.len / channels);
+    let grid = [most, channels.div_ceil(32), 1];
+    launch!(cuda.gpu, kernel!(dout, "embedding_backward_tokens"), grid, 256, 0;
+        dwte.address(), dout.address(), tokens.ids(), order, starts, count,
+        rows as u32, channels as u32);
+    let grid = [(sequences.length * channels).div_ceil(256), 1, 1];
+    launch!(cuda.gpu, kernel!(dout, "embedding_backward_positions"), grid, 256, 0;
+        dwpe.address(), dout.address(),
+        sequences.batch as u32, sequences.length as u32, channels as u32);
+}

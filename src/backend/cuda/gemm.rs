@@ -1,0 +1,293 @@
+//! Matrix products by cuBLASLt, described row-major.
+//!
+//! cuBLASLt speaks column-major, in which a row-major C = A B is C^T = B^T A^T: its first operand is
+//! our B, its second our A. The algorithm is the one that its heuristic puts first, asked for once per
+//! kind of product and kept: timing candidates could choose differently in two runs, and then their
+//! results would differ in the last bits.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::cublaslt::result::CublasError;
+use cudarc::cublaslt::{result, sys};
+
+use super::gpu::Gpu;
+use crate::backend::Precision;
+use crate::{Error, Result};
+
+/// Scratch memory that products may use, as cuBLAS advises for Hopper.
+pub(super) const WORKSPACE: usize = 32 << 20;
+
+/// Number format of a matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Type {
+    F32,
+    Bf16,
+}
+
+impl From<Precision> for Type {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::Bf16,
+        }
+    }
+}
+
+impl Type {
+    fn code(self) -> sys::cudaDataType_t {
+        match self {
+            Self::F32 => sys::cudaDataType_t::CUDA_R_32F,
+            Self::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+        }
+    }
+}
+
+/// An operand that is stored with its vectors as rows, reduction running along them, or with the
+/// reduction running down the columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Layout {
+    /// (vectors, reduction).
+    Rows,
+    /// (reduction, vectors).
+    Columns,
+}
+
+/// An operand on the device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Operand {
+    pub(super) address: u64,
+    pub(super) layout: Layout,
+    /// Elements from one stored row to the next.
+    pub(super) stride: usize,
+}
+
+impl Operand {
+    /// Stored (vectors, reduction), dense.
+    pub(super) fn rows(address: u64, reduction: usize) -> Self {
+        Self { address, layout: Layout::Rows, stride: reduction }
+    }
+
+    /// Stored (reduction, vectors), dense.
+    pub(super) fn columns(address: u64, vectors: usize) -> Self {
+        Self { address, layout: Layout::Columns, stride: vectors }
+    }
+}
+
+/// C (m, n) = alpha A (m, k) B (n, k)^T + bias, or added to what is there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Product {
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    /// Format of A and B.
+    pub(super) operands: Type,
+    pub(super) a: Operand,
+    pub(super) b: Operand,
+    pub(super) c: u64,
+    pub(super) c_stride: usize,
+    pub(super) c_type: Type,
+    pub(super) alpha: f32,
+    pub(super) accumulate: bool,
+    /// (n), of C's format.
+    pub(super) bias: Option<u64>,
+}
+
+/// Everything that the choice of an algorithm depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Kind {
+    m: usize,
+    n: usize,
+    k: usize,
+    operands: Type,
+    layouts: [Layout; 2],
+    strides: [usize; 3],
+    c_type: Type,
+    accumulate: bool,
+    bias: bool,
+}
+
+impl Product {
+    fn kind(&self) -> Kind {
+        Kind {
+            m: self.m,
+            n: self.n,
+            k: self.k,
+            operands: self.operands,
+            layouts: [self.a.layout, self.b.layout],
+            strides: [self.a.stride, self.b.stride, self.c_stride],
+            c_type: self.c_type,
+            accumulate: self.accumulate,
+            bias: self.bias.is_some(),
+        }
+    }
+}
+
+/// cuBLASLt with the plans of all products seen so far.
+pub(super) struct Gemm {
+    handle: sys::cublasLtHandle_t,
+    plans: Mutex<HashMap<Kind, Plan>>,
+}
+
+// SAFETY: a handle may be used from any thread, and plans are only used under the lock.
+unsafe impl Send for Gemm {}
+// SAFETY: as above.
+unsafe impl Sync for Gemm {}
+
+impl Gemm {
+    pub(super) fn new(gpu: &Gpu) -> Result<Self> {
+        let handle = gpu.scope(result::create_handle).map_err(|error| Error::Device {
+            message: format!("{}: cuBLASLt does not start ({error})", gpu.name),
+        })?;
+        Ok(Self { handle, plans: Mutex::default() })
+    }
+
+    /// Starts a product; `workspace` has [`WORKSPACE`] bytes.
+    pub(super) fn run(&self, gpu: &Gpu, product: &Product, workspace: u64) {
+        let kind = product.kind();
+        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = match plans.entry(kind) {
+            std::collections::hash_map::Entry::Occupied(plan) => Ok(plan.into_mut()),
+            std::collections::hash_map::Entry::Vacant(place) => {
+                Plan::new(self.handle, kind).map(|plan| place.insert(plan))
+            }
+        };
+        let result = result.and_then(|plan| plan.run(gpu, self.handle, product, workspace));
+        if let Err(error) = result {
+            gpu.fail(format!("cuBLASLt cannot compute {kind:?}: {error}"));
+        }
+    }
+}
+
+impl Drop for Gemm {
+    fn drop(&mut self) {
+        self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        // SAFETY: ours, and nothing uses it any more.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+/// Descriptors and algorithm of one kind of product.
+struct Plan {
+    product: sys::cublasLtMatmulDesc_t,
+    /// Of our B, our A, and C.
+    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Plan {
+    fn new(handle: sys::cublasLtHandle_t, kind: Kind) -> std::result::Result<Self, CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let Kind { m, n, k, operands, layouts: [a, b], strides, c_type, .. } = kind;
+        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let product = result::create_matmul_desc(compute, Type::F32.code())?;
+        // Our B (n, k) row-major is k x n column-major: to be transposed. Our A likewise, the other way.
+        let first_transposed = b == Layout::Rows;
+        let second_transposed = a == Layout::Columns;
+        set(product, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &operation(first_transposed))?;
+        set(product, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &operation(second_transposed))?;
+        if kind.bias {
+            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+            set(product, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+        }
+        let layout = |code, rows: usize, columns: usize, stride: usize| {
+            result::create_matrix_layout(code, rows as u64, columns as u64, stride as i64)
+        };
+        let oriented = |transposed, stored: (usize, usize)| {
+            if transposed { (stored.1, stored.0) } else { stored }
+        };
+        let (rows, columns) = oriented(first_transposed, (n, k));
+        let first = layout(operands.code(), rows, columns, strides[1])?;
+        let (rows, columns) = oriented(second_transposed, (k, m));
+        let second = layout(operands.code(), rows, columns, strides[0])?;
+        let output = layout(c_type.code(), n, m, strides[2])?;
+
+        let preference = result::create_matmul_pref()?;
+        let which =
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let bytes: u64 = WORKSPACE as u64;
+        // SAFETY: all descriptors were made above; the attribute is 8 bytes.
+        let found = unsafe {
+            result::set_matmul_pref_attribute(
+                preference,
+                which,
+                std::ptr::from_ref(&bytes).cast(),
+                size_of::<u64>(),
+            )
+            .and_then(|()| {
+                result::get_matmul_algo_heuristic(
+                    handle, product, first, second, output, output, preference,
+                )
+            })
+        };
+        // SAFETY: made above.
+        let _ = unsafe { result::destroy_matmul_pref(preference) };
+        let plan = |algorithm| Self { product, layouts: [first, second, output], algorithm };
+        found.map(|found| plan(found.algo))
+    }
+
+    fn run(
+        &mut self,
+        gpu: &Gpu,
+        handle: sys::cublasLtHandle_t,
+        product: &Product,
+        workspace: u64,
+    ) -> std::result::Result<(), CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+        if let Some(bias) = product.bias {
+            set(self.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+        }
+        let beta = if product.accumulate { 1.0f32 } else { 0.0 };
+        let pointer = |address: u64| address as *mut c_void;
+        let [first, second, output] = self.layouts;
+        // SAFETY: the addresses are those of buffers of the sizes that the layouts say.
+        unsafe {
+            result::matmul(
+                handle,
+                self.product,
+                std::ptr::from_ref(&product.alpha).cast(),
+                std::ptr::from_ref(&beta).cast(),
+                pointer(product.b.address),
+                first,
+                pointer(product.a.address),
+                second,
+                pointer(product.c),
+                output,
+                pointer(product.c),
+                output,
+                &self.algorithm,
+                pointer(workspace),
+                WORKSPACE,
+                gpu.stream.cast(),
+            )
+        }
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: ours; a product that runs has read them.
+        unsafe {
+            for layout in self.layouts {
+                let _ = result::destroy_matrix_layout(layout);
+            }
+            let _ = result::destroy_matmul_desc(self.product);
+        }
+    }
+}
+
+fn operation(transposed: bool) -> i32 {
+    // cublasOperation_t: CUBLAS_OP_N and CUBLAS_OP_T.
+    i32::from(transposed)
+}
+
+fn set<T>(
+    product: sys::cublasLtMatmulDesc_t,
+    attribute: sys::cublasLtMatmulDescAttributes_t,
+    value: &T,
+) -> std::result::Result<(), CublasError> {
+    let value_pointer = std::ptr::from_ref(value).cast();
+    // SAFETY: the descriptor is alive and the attribute has the size of `T`.
+    unsafe { result::set_matmul_desc_attribute(product, attribute, value_pointer, size_of::<T>()) }
+}

@@ -1,0 +1,392 @@
+//! One GPU: its libraries, context and stream, kernel launches, and the first thing that went wrong.
+//!
+//! The driver, NVRTC and cuBLASLt are opened at run time, so that the library starts without them.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_int, c_void};
+use std::path::PathBuf;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
+use cudarc::{cublaslt, driver, nvrtc};
+
+use super::compile;
+use crate::{Error, Result};
+
+/// The CUDA release whose interfaces are used.
+const CUDA: c_int = 13_000;
+
+/// An opened GPU. Everything runs on one stream, in the order of the calls.
+pub(in crate::backend) struct Gpu {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    pub(super) stream: sys::CUstream,
+    /// The host's own stream is not destroyed.
+    own_stream: bool,
+    /// Such as "NVIDIA H200".
+    pub(super) name: String,
+    /// Major and minor.
+    pub(super) capability: (i32, i32),
+    /// Streaming multiprocessors.
+    pub(super) multiprocessors: u32,
+    modules: Vec<sys::CUmodule>,
+    kernels: HashMap<String, sys::CUfunction>,
+    /// The first error of an operation, which returned nothing.
+    error: Mutex<Option<String>>,
+}
+
+// SAFETY: handles of the driver may be used from any thread whose current context is theirs, which
+// `scope` sees to.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the driver serializes what needs it.
+unsafe impl Sync for Gpu {}
+
+impl Gpu {
+    /// Opens GPU `ordinal` and loads all kernels, compiling those that are not cached. With `stream`,
+    /// the host's own, everything runs on that one.
+    pub(super) fn open(ordinal: usize, stream: Option<sys::CUstream>) -> Result<Self> {
+        let unsupported = |what: String, remedy: &str| {
+            Err(Error::Unsupported { what, remedy: remedy.to_owned() })
+        };
+        // SAFETY: looks for a library by name.
+        if !unsafe { sys::is_culib_present() } {
+            return unsupported(
+                format!("device cuda:{ordinal}"),
+                "no NVIDIA driver (libcuda.so.1) is found; install one, or use device \"cpu\"",
+            );
+        }
+        if let Err(error) = driver::result::init() {
+            return unsupported(
+                format!("device cuda:{ordinal}"),
+                &format!("the NVIDIA driver does not start ({}); use \"cpu\"", text(error.0)),
+            );
+        }
+        let mut version = 0;
+        // SAFETY: writes one number.
+        if unsafe { sys::cuDriverGetVersion(&mut version) } != CUresult::CUDA_SUCCESS
+            || version < CUDA
+        {
+            return unsupported(
+                format!("the NVIDIA driver for CUDA {}.{}", version / 1000, version % 1000 / 10),
+                "install a driver of release 580 or newer, or use device \"cpu\"",
+            );
+        }
+        let count = driver::result::device::get_count().unwrap_or(0);
+        if ordinal >= count.max(0) as usize {
+            return unsupported(
+                format!("device cuda:{ordinal}"),
+                &format!("this machine has {count} GPUs, numbered from 0"),
+            );
+        }
+        open_libraries()?;
+
+        let opened = |result: Result<_, driver::DriverError>| {
+            result.map_err(|error| Error::Device {
+                message: format!("cannot open cuda:{ordinal}: {}", text(error.0)),
+            })
+        };
+        let device = opened(driver::result::device::get(ordinal as c_int))?;
+        // SAFETY: `device` is valid for all of these.
+        let attribute = |which| unsafe { driver::result::device::get_attribute(device, which) };
+        let major = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
+        let minor = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR;
+        let processors = Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let name = driver::result::device::get_name(device).unwrap_or_else(|_| "GPU".into());
+        let (Ok(major), Ok(minor), Ok(multiprocessors)) =
+            (attribute(major), attribute(minor), attribute(processors))
+        else {
+            return Err(Error::Device { message: format!("cuda:{ordinal} does not answer") });
+        };
+        if major < 8 {
+            return unsupported(
+                format!("{name} of compute capability {major}.{minor}"),
+                "the kernels need 8.0 (Ampere) or newer; use device \"cpu\"",
+            );
+        }
+        // SAFETY: released in `drop`.
+        let context = match unsafe { driver::result::primary_ctx::retain(device) } {
+            Ok(context) => context,
+            Err(error) => {
+                let message = format!("cannot open cuda:{ordinal}: {}", text(error.0));
+                return Err(Error::Device { message });
+            }
+        };
+        let mut gpu = Self {
+            device,
+            context,
+            stream: stream.unwrap_or(std::ptr::null_mut()),
+            own_stream: stream.is_none(),
+            name,
+            capability: (major, minor),
+            multiprocessors: multiprocessors as u32,
+            modules: Vec::new(),
+            kernels: HashMap::new(),
+            error: Mutex::new(None),
+        };
+        let _current = gpu.enter();
+        if stream.is_none() {
+            let kind = driver::result::stream::StreamKind::NonBlocking;
+            match driver::result::stream::create(kind) {
+                Ok(stream) => gpu.stream = stream,
+                Err(error) => {
+                    gpu.own_stream = false;
+                    let message = format!("cannot make a stream: {}", text(error.0));
+                    return Err(Error::Device { message });
+                }
+            }
+        }
+        gpu.load_kernels(version)?;
+        Ok(gpu)
+    }
+
+    /// Runs `f` with this GPU's context current, and gives the thread its own back.
+    pub(super) fn scope<R>(&self, f: impl FnOnce() -> R) -> R {
+        let _current = self.enter();
+        f()
+    }
+
+    fn enter(&self) -> Current {
+        // SAFETY: the context is retained as long as `self` lives.
+        self.note("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(self.context) });
+        Current
+    }
+
+    /// Launches a kernel. `arguments` point to values of the types that the kernel declares.
+    pub(super) fn launch(
+        &self,
+        kernel: &str,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        arguments: &mut [*mut c_void],
+    ) {
+        let Some(function) = self.kernels.get(kernel) else {
+            self.fail(format!("no kernel is named {kernel}; this is a defect, report it"));
+            return;
+        };
+        if grid.contains(&0) {
+            return;
+        }
+        let [x, y, z] = grid.map(|n| n as u32);
+        // SAFETY: the caller's arguments are what the kernel declares; the stream is this context's.
+        let result = unsafe {
+            sys::cuLaunchKernel(
+                *function,
+                x,
+                y,
+                z,
+                block as u32,
+                1,
+                1,
+                shared as u32,
+                self.stream,
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        self.note(kernel, result);
+    }
+
+    /// Keeps the first error of an operation for [`Gpu::check`].
+    pub(super) fn note(&self, what: &str, result: CUresult) {
+        if result != CUresult::CUDA_SUCCESS {
+            self.fail(format!("{what}: {}", text(result)));
+        }
+    }
+
+    pub(super) fn fail(&self, message: String) {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
+    }
+
+    /// The first error that an operation met, if there was one. It stays: the state of the device is
+    /// not known any more.
+    pub(super) fn check(&self) -> Result<()> {
+        match &*self.error.lock().unwrap_or_else(PoisonError::into_inner) {
+            None => Ok(()),
+            Some(message) => Err(Error::Device { message: format!("{}: {message}", self.name) }),
+        }
+    }
+
+    /// Waits for everything asked for so far.
+    pub(super) fn synchronize(&self) -> Result<()> {
+        // SAFETY: the stream lives as long as `self`.
+        self.note("the GPU", unsafe { sys::cuStreamSynchronize(self.stream) });
+        self.check()
+    }
+
+    /// Bytes free and bytes in all.
+    pub(super) fn memory(&self) -> Option<(usize, usize)> {
+        self.scope(|| driver::result::mem_get_info().ok())
+    }
+
+    fn load_kernels(&mut self, driver_version: c_int) -> Result<()> {
+        let most_shared = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        // SAFETY: the device is valid.
+        let most_shared =
+            unsafe { driver::result::device::get_attribute(self.device, most_shared) };
+        for cubin in compile::all(&compile::architecture(self.capability), driver_version)? {
+            let failed = |what: &str, result| Error::Device {
+                message: format!("{what} of a kernel file: {}", text(result)),
+            };
+            let mut module = std::ptr::null_mut();
+            // SAFETY: a whole cubin, which the driver copies.
+            let result = unsafe { sys::cuModuleLoadData(&mut module, cubin.as_ptr().cast()) };
+            if result != CUresult::CUDA_SUCCESS {
+                return Err(failed("loading", result));
+            }
+            self.modules.push(module);
+            let mut count = 0;
+            // SAFETY: writes one number.
+            let result = unsafe { sys::cuModuleGetFunctionCount(&mut count, module) };
+            let mut functions = vec![std::ptr::null_mut(); count as usize];
+            if result != CUresult::CUDA_SUCCESS {
+                return Err(failed("counting the functions", result));
+            }
+            // SAFETY: room for `count` functions.
+            let result =
+                unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) };
+            if result != CUresult::CUDA_SUCCESS {
+                return Err(failed("listing the functions", result));
+            }
+            for function in functions {
+                let mut name = std::ptr::null();
+                // SAFETY: the name lives as long as the module.
+                let result = unsafe { sys::cuFuncGetName(&mut name, function) };
+                if result != CUresult::CUDA_SUCCESS {
+                    return Err(failed("naming a function", result));
+                }
+                // SAFETY: a C string of the driver.
+                let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+                self.allow_shared_memory(function, most_shared.unwrap_or(0));
+                self.kernels.insert(name, function);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets a kernel ask for all shared memory that its own static part leaves.
+    fn allow_shared_memory(&self, function: sys::CUfunction, most: c_int) {
+        use sys::CUfunction_attribute_enum as Which;
+        // SAFETY: `function` is loaded.
+        let used = unsafe {
+            driver::result::function::get_function_attribute(
+                function,
+                Which::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+            )
+        };
+        let rest = most - used.unwrap_or(0);
+        let which = Which::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: as above. A refusal shows at the launch that needs the memory.
+        let _ = unsafe { driver::result::function::set_function_attribute(function, which, rest) };
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        let modules = std::mem::take(&mut self.modules);
+        self.scope(|| {
+            // SAFETY: all of this is ours, and nothing uses it any more. Errors have no receiver.
+            unsafe {
+                let _ = sys::cuStreamSynchronize(self.stream);
+                for module in modules {
+                    let _ = sys::cuModuleUnload(module);
+                }
+                if self.own_stream && !self.stream.is_null() {
+                    let _ = sys::cuStreamDestroy_v2(self.stream);
+                }
+            }
+        });
+        // SAFETY: retained in `open`.
+        let _ = unsafe { driver::result::primary_ctx::release(self.device) };
+    }
+}
+
+/// Takes the context off the thread again.
+struct Current;
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut context = std::ptr::null_mut();
+        // SAFETY: pushed by `Gpu::enter`.
+        let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
+    }
+}
+
+/// What the driver says of a result.
+pub(super) fn text(result: CUresult) -> String {
+    let mut message = std::ptr::null();
+    // SAFETY: writes a pointer to a static string.
+    let known = unsafe { sys::cuGetErrorString(result, &mut message) };
+    if known == CUresult::CUDA_SUCCESS && !message.is_null() {
+        // SAFETY: as above.
+        unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned()
+    } else {
+        format!("{result:?}")
+    }
+}
+
+/// Opens NVRTC and cuBLASLt.
+fn open_libraries() -> Result<()> {
+    open_nvrtc()?;
+    // SAFETY: looks for a library by name.
+    require(unsafe { cublaslt::sys::is_culib_present() }, "libcublasLt.so.13", "nvidia-cublas")
+}
+
+/// Opens NVRTC, also where it lies outside the loader's own folders.
+pub(super) fn open_nvrtc() -> Result<()> {
+    static OPENED: OnceLock<Vec<libloading::Library>> = OnceLock::new();
+    OPENED.get_or_init(|| {
+        let mut opened = Vec::new();
+        for folder in library_folders() {
+            for name in ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13", "libcublasLt.so.13"] {
+                // A library that is open under its SONAME is found by that name from then on.
+                // SAFETY: NVIDIA's libraries do nothing on being loaded that a host could notice.
+                opened.extend(unsafe { libloading::Library::new(folder.join(name)) });
+            }
+        }
+        opened
+    });
+    // SAFETY: looks for a library by name.
+    require(unsafe { nvrtc::sys::is_culib_present() }, "libnvrtc.so.13", "nvidia-cuda-nvrtc")
+}
+
+fn require(present: bool, library: &str, package: &str) -> Result<()> {
+    if present {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: format!("CUDA without {library}"),
+        remedy: format!(
+            "install the CUDA {} toolkit, or `pip install {package}`, and put the folder of the \
+             library into LD_LIBRARY_PATH (or name the toolkit in CUDA_HOME)",
+            CUDA / 1000
+        ),
+    })
+}
+
+/// Where a toolkit keeps its libraries, if the loader does not know it.
+fn library_folders() -> Vec<PathBuf> {
+    let named = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
+    let roots = named.map(PathBuf::from).chain(["/usr/local/cuda".into(), "/opt/cuda".into()]);
+    roots.map(|root| root.join("lib64")).collect()
+}
+
+/// A C string of text without zero bytes.
+pub(super) fn c_string(text: &str) -> CString {
+    CString::new(text).expect("sources and options hold no zero byte")
+}
+
+/// Launches a kernel: `launch!(gpu, "name", [grid; 3], block, shared bytes; arguments...)`. The
+/// arguments must have the types that the kernel declares: u64 for a pointer, u32, f32.
+macro_rules! launch {
+    ($gpu:expr, $kernel:expr, $grid:expr, $block:expr, $shared:expr; $($argument:expr),* $(,)?) => {
+        $gpu.launch(
+            $kernel,
+            $grid,
+            $block,
+            $shared,
+            &mut [$(std::ptr::from_mut(&mut { $argument }).cast()),*],
+        )
+    };
+}
+pub(super) use launch;

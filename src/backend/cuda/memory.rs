@@ -1,0 +1,263 @@
+//! The arena on a GPU: one allocation, planned, cut into buffers; and uploads through pinned memory.
+//!
+//! As on the CPU, the same code runs twice, counting first, so the plan is what is allocated.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUresult};
+
+use super::gpu::{Gpu, text};
+use crate::backend::Precision;
+use crate::{Error, Result};
+
+/// Buffers start at multiples of this many bytes, as those of cudaMalloc do.
+const ALIGN: usize = 256;
+
+/// A bump allocator over one allocation.
+pub(crate) struct Arena {
+    gpu: Arc<Gpu>,
+    block: Option<Arc<Block>>,
+    used: usize,
+}
+
+/// The allocation that the buffers of an arena share and keep alive.
+struct Block {
+    gpu: Arc<Gpu>,
+    base: u64,
+    bytes: usize,
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        self.gpu.scope(|| {
+            // SAFETY: ours, and no buffer is left. What is queued may still use it.
+            unsafe {
+                let _ = sys::cuStreamSynchronize(self.gpu.stream);
+                let _ = sys::cuMemFree_v2(self.base);
+            }
+        });
+    }
+}
+
+/// A piece of an arena: an address on the device, and what keeps it valid.
+pub(in crate::backend) struct Piece {
+    pub(super) address: u64,
+    _keep: Option<Arc<Block>>,
+}
+
+/// f32 values.
+pub(crate) struct F32 {
+    pub(super) piece: Piece,
+    pub(super) len: usize,
+}
+
+/// Activations or their gradients.
+pub(crate) struct Tensor {
+    pub(super) piece: Piece,
+    pub(super) len: usize,
+    pub(super) precision: Precision,
+}
+
+/// A parameter: f32 master values and the bf16 copy that GEMMs read.
+pub(crate) struct Param {
+    pub(super) master: F32,
+    pub(super) copy: Piece,
+}
+
+impl Param {
+    /// The address of the values that kernels of a precision read.
+    pub(super) fn as_read_in(&self, precision: Precision) -> u64 {
+        match precision {
+            Precision::F32 => self.master.piece.address,
+            Precision::Bf16 => self.copy.address,
+        }
+    }
+}
+
+impl Tensor {
+    pub(super) fn address(&self) -> u64 {
+        self.piece.address
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.len * size_of_element(self.precision)
+    }
+
+    /// The address of element `index`.
+    pub(super) fn at(&self, index: usize) -> u64 {
+        self.address() + (index * size_of_element(self.precision)) as u64
+    }
+}
+
+/// Bytes of an activation.
+pub(super) fn size_of_element(precision: Precision) -> usize {
+    match precision {
+        Precision::F32 => 4,
+        Precision::Bf16 => 2,
+    }
+}
+
+impl F32 {
+    pub(super) fn address(&self) -> u64 {
+        self.piece.address
+    }
+}
+
+impl Arena {
+    /// An arena that only counts.
+    pub(super) fn measuring(gpu: &Arc<Gpu>) -> Self {
+        Self { gpu: gpu.clone(), block: None, used: 0 }
+    }
+
+    /// An arena of `bytes` zeroed bytes of device memory.
+    pub(super) fn allocated(gpu: &Arc<Gpu>, bytes: usize) -> Result<Self> {
+        let (free, total) = gpu.memory().unwrap_or((usize::MAX, usize::MAX));
+        let too_much = |limit: String| Error::OutOfMemory {
+            what: "the planned arena",
+            needed: bytes as u64,
+            limit,
+        };
+        if bytes > free {
+            return Err(too_much(format!(
+                "{} has {free} of {total} bytes free; use a smaller batch or model",
+                gpu.name
+            )));
+        }
+        let base = gpu.scope(|| {
+            let mut base = 0;
+            // SAFETY: writes one address; freed with the last buffer.
+            let result = unsafe { sys::cuMemAlloc_v2(&mut base, bytes.max(1)) };
+            if result != CUresult::CUDA_SUCCESS {
+                let reason = text(result);
+                return Err(too_much(format!(
+                    "which {} refuses ({reason}); use a smaller batch or model",
+                    gpu.name
+                )));
+            }
+            Ok(base)
+        })?;
+        let arena = Self {
+            gpu: gpu.clone(),
+            block: Some(Arc::new(Block { gpu: gpu.clone(), base, bytes })),
+            used: 0,
+        };
+        gpu.scope(|| {
+            // SAFETY: the allocation has `bytes` bytes.
+            let result = unsafe { sys::cuMemsetD8Async(base, 0, bytes, gpu.stream) };
+            gpu.note("clearing memory", result);
+        });
+        Ok(arena)
+    }
+
+    /// Bytes handed out so far.
+    pub(super) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// The next `bytes` bytes (address 0 where the arena only measures).
+    ///
+    /// # Panics
+    /// If the arena is smaller than what was measured, which would be a bug of the caller.
+    pub(super) fn bytes(&mut self, bytes: usize) -> Piece {
+        let start = self.used;
+        self.used += bytes.next_multiple_of(ALIGN);
+        let address = self.block.as_ref().map_or(0, |block| {
+            assert!(self.used <= block.bytes, "an arena is cut as it was measured");
+            block.base + start as u64
+        });
+        Piece { address, _keep: self.block.clone() }
+    }
+
+    pub(super) fn f32(&mut self, len: usize) -> F32 {
+        F32 { piece: self.bytes(len * 4), len }
+    }
+
+    pub(super) fn tensor(&mut self, len: usize, precision: Precision) -> Tensor {
+        Tensor { piece: self.bytes(len * size_of_element(precision)), len, precision }
+    }
+
+    pub(super) fn param(&mut self, len: usize) -> Param {
+        Param { master: self.f32(len), copy: self.bytes(len * 2) }
+    }
+
+    /// Pinned host memory of `len` words, none where the arena only measures.
+    pub(super) fn upload(&self, len: usize) -> Upload {
+        Upload::new(&self.gpu, if self.block.is_some() { len } else { 0 })
+    }
+}
+
+/// Pinned host memory from which words go to the device while the host does something else.
+pub(in crate::backend) struct Upload {
+    gpu: Arc<Gpu>,
+    words: *mut u32,
+    len: usize,
+    /// When the last copy has been read.
+    sent: sys::CUevent,
+}
+
+// SAFETY: the memory is plain, owned, and only reached through `&mut self`.
+unsafe impl Send for Upload {}
+
+impl Upload {
+    fn new(gpu: &Arc<Gpu>, len: usize) -> Self {
+        let mut upload = Self {
+            gpu: gpu.clone(),
+            words: std::ptr::null_mut(),
+            len: 0,
+            sent: std::ptr::null_mut(),
+        };
+        if len == 0 {
+            return upload;
+        }
+        gpu.scope(|| {
+            let mut memory: *mut c_void = std::ptr::null_mut();
+            // SAFETY: writes a pointer and a handle, both given back in `drop`.
+            unsafe {
+                let result = sys::cuMemHostAlloc(&mut memory, len * 4, 0);
+                gpu.note("allocating pinned memory", result);
+                if result == CUresult::CUDA_SUCCESS {
+                    (upload.words, upload.len) = (memory.cast(), len);
+                }
+                let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
+                gpu.note("making an event", sys::cuEventCreate(&mut upload.sent, flags));
+            }
+        });
+        upload
+    }
+
+    /// Lets `fill` write the first `len` words once the copy before this one has been read, then
+    /// starts copying them to `to`.
+    pub(super) fn send(&mut self, to: u64, len: usize, fill: impl FnOnce(&mut [u32])) {
+        if len > self.len {
+            self.gpu.fail(format!("{len} words do not fit an upload of {}", self.len));
+            return;
+        }
+        // SAFETY: the event is ours; the memory has `len` words, which were written (pinned memory
+        // comes zeroed from the system) and which no copy reads any more after the wait.
+        unsafe {
+            self.gpu.note("an upload", sys::cuEventSynchronize(self.sent));
+            fill(std::slice::from_raw_parts_mut(self.words, len));
+            let from = self.words.cast();
+            let result = sys::cuMemcpyHtoDAsync_v2(to, from, len * 4, self.gpu.stream);
+            self.gpu.note("an upload", result);
+            self.gpu.note("an upload", sys::cuEventRecord(self.sent, self.gpu.stream));
+        }
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if self.words.is_null() {
+            return;
+        }
+        self.gpu.scope(|| {
+            // SAFETY: ours; the wait ends the last copy.
+            unsafe {
+                let _ = sys::cuStreamSynchronize(self.gpu.stream);
+                let _ = sys::cuEventDestroy_v2(self.sent);
+                let _ = sys::cuMemFreeHost(self.words.cast());
+            }
+        });
+    }
+}

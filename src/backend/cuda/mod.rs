@@ -1,0 +1,386 @@
+//! The CUDA backend: bf16 activations and copies of the weights (f32 ones in the recipe `fp32`), f32
+//! master weights, moments and gradients; GEMMs by cuBLASLt, everything else by the kernels in
+//! `kernels/`, each launched from the file of the same name here.
+//!
+//! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum in
+//! an order that depends on shapes alone, so two runs on one kind of GPU give the same bits.
+
+mod adamw;
+mod attention;
+mod classifier;
+mod compile;
+mod embedding;
+mod gelu;
+mod gemm;
+mod gpu;
+mod layernorm;
+mod linear;
+mod memory;
+#[cfg(test)]
+mod tests;
+mod workspace;
+
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+pub(crate) use adamw::Optimizer;
+pub(crate) use embedding::Tokens;
+pub(crate) use memory::{Arena, F32, Param, Tensor};
+pub(crate) use workspace::Workspace;
+
+use super::{
+    AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision,
+    Sequences, StepSums, VisitTrained, WorkspaceShape,
+};
+use crate::mx::Random;
+use crate::recipe::{Forward, LinearRecipe};
+use crate::{Error, Result};
+use gemm::{Gemm, Product};
+use gpu::Gpu;
+
+/// One GPU.
+pub(crate) struct Cuda {
+    gemm: Gemm,
+    gpu: Arc<Gpu>,
+}
+
+impl Cuda {
+    /// Opens GPU `ordinal`.
+    pub(crate) fn new(ordinal: usize) -> Result<Self> {
+        let gpu = Arc::new(Gpu::open(ordinal, None)?);
+        Ok(Self { gemm: Gemm::new(&gpu)?, gpu })
+    }
+
+    /// The chip, for the log.
+    pub(crate) fn description(&self) -> String {
+        let (major, minor) = self.gpu.capability;
+        let memory = self.gpu.memory().map_or(0, |(_, total)| total >> 20);
+        format!("{} (compute capability {major}.{minor}, {memory} MiB)", self.gpu.name)
+    }
+
+    fn product(&self, workspace: &Workspace, product: &Product) {
+        self.gemm.run(&self.gpu, product, workspace.gemm.address);
+    }
+
+    fn read(&self, from: u64, to: &mut [f32]) -> Result<()> {
+        self.gpu.scope(|| {
+            // SAFETY: the buffer at `from` is at least as long as `to`, which outlives the wait.
+            let result = unsafe {
+                sys::cuMemcpyDtoHAsync_v2(
+                    to.as_mut_ptr().cast(),
+                    from,
+                    size_of_val(to),
+                    self.gpu.stream,
+                )
+            };
+            self.gpu.note("reading from the GPU", result);
+            self.gpu.synchronize()
+        })
+    }
+
+    fn write(&self, to: u64, from: &[f32]) -> Result<()> {
+        // SAFETY: the buffer at `to` is as long as `from`, which outlives the wait.
+        let result = unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), size_of_val(from), self.gpu.stream)
+        };
+        self.gpu.note("writing to the GPU", result);
+        self.gpu.synchronize()
+    }
+
+    fn clear(&self, address: u64, bytes: usize) {
+        // SAFETY: the buffer at `address` has `bytes` bytes.
+        let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.gpu.stream) };
+        self.gpu.note("clearing memory", result);
+    }
+}
+
+/// The suffix of the kernels of a precision.
+fn suffix(precision: Precision) -> &'static str {
+    match precision {
+        Precision::F32 => "f32",
+        Precision::Bf16 => "bf16",
+    }
+}
+
+/// `kernel!(tensor, "name")` is the kernel's name for the tensor's precision.
+macro_rules! kernel {
+    ($tensor:expr, $name:literal) => {
+        match $tensor.precision {
+            $crate::backend::Precision::F32 => concat!($name, "_f32"),
+            $crate::backend::Precision::Bf16 => concat!($name, "_bf16"),
+        }
+    };
+}
+use kernel;
+
+impl Backend for Cuda {
+    type Arena = Arena;
+    type Tensor = Tensor;
+    type F32 = F32;
+    type Param = Param;
+    type Tokens = Tokens;
+    type Workspace = Workspace;
+    type Optimizer = Optimizer;
+
+    fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
+        let (head_size, most) = (shape.channels / shape.heads, attention::MAX_HEAD_SIZE);
+        if head_size > most {
+            return Err(Error::Unsupported {
+                what: format!("attention with {head_size} channels a head on a GPU"),
+                remedy: format!("use more heads, so that each has at most {most} channels"),
+            });
+        }
+        Ok(())
+    }
+
+    fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
+        match bytes {
+            None => Ok(Arena::measuring(&self.gpu)),
+            Some(bytes) => Arena::allocated(&self.gpu, bytes),
+        }
+    }
+
+    fn arena_used(&self, arena: &Arena) -> usize {
+        arena.used()
+    }
+
+    fn tensor(&self, arena: &mut Arena, len: usize, precision: Precision) -> Tensor {
+        arena.tensor(len, precision)
+    }
+
+    fn f32(&self, arena: &mut Arena, len: usize) -> F32 {
+        arena.f32(len)
+    }
+
+    fn param(&self, arena: &mut Arena, len: usize) -> Param {
+        arena.param(len)
+    }
+
+    fn tokens(&self, arena: &mut Arena, len: usize) -> Tokens {
+        Tokens::new(arena, len)
+    }
+
+    fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
+        Workspace::new(arena, shape)
+    }
+
+    fn optimizer(&self, arena: &mut Arena, parameters: usize) -> Optimizer {
+        Optimizer::new(arena, parameters)
+    }
+
+    fn write_tokens(&self, to: &mut Tokens, from: &[u32]) {
+        to.write(from);
+    }
+
+    fn write_f32(&self, to: &mut F32, from: &[f32]) -> Result<()> {
+        self.gpu.scope(|| self.write(to.address(), from))
+    }
+
+    fn read_f32(&self, from: &F32, to: &mut [f32]) -> Result<()> {
+        self.read(from.address(), to)
+    }
+
+    fn write_param(&self, to: &mut Param, from: &[f32]) -> Result<()> {
+        self.gpu.scope(|| {
+            self.write(to.master.address(), from)?;
+            adamw::copy_to_bf16(self, to);
+            self.gpu.synchronize()
+        })
+    }
+
+    fn read_param(&self, from: &Param, to: &mut [f32]) -> Result<()> {
+        self.read(from.master.address(), to)
+    }
+
+    fn zero_tensor(&self, buffer: &mut Tensor) {
+        self.clear(buffer.address(), buffer.bytes());
+    }
+
+    fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.gpu.scope(f)
+    }
+
+    fn embedding_forward(
+        &self,
+        out: &mut Tensor,
+        tokens: &Tokens,
+        wte: &Param,
+        wpe: &Param,
+        sequences: Sequences,
+        channels: usize,
+    ) {
+        embedding::forward(self, out, tokens, wte, wpe, sequences, channels);
+    }
+
+    fn embedding_backward(
+        &self,
+        dwte: &mut F32,
+        dwpe: &mut F32,
+        dout: &Tensor,
+        tokens: &Tokens,
+        sequences: Sequences,
+        channels: usize,
+    ) {
+        embedding::backward(self, dwte, dwpe, dout, tokens, sequences, channels);
+    }
+
+    fn layernorm_forward(
+        &self,
+        out: &mut Tensor,
+        statistics: NormStatistics<&mut F32>,
+        x: &Tensor,
+        w: &Param,
+        b: &Param,
+        rows: usize,
+        channels: usize,
+        epsilon: f32,
+    ) {
+        layernorm::forward(self, out, statistics, x, w, b, rows, channels, epsilon);
+    }
+
+    fn add_layernorm_forward(
+        &self,
+        out: &mut Tensor,
+        sum: &mut Tensor,
+        statistics: NormStatistics<&mut F32>,
+        x: &Tensor,
+        y: &Tensor,
+        w: &Param,
+        b: &Param,
+        rows: usize,
+        channels: usize,
+        epsilon: f32,
+    ) {
+        layernorm::add_forward(self, out, sum, statistics, x, y, w, b, rows, channels, epsilon);
+    }
+
+    fn layernorm_backward(
+        &self,
+        workspace: &mut Workspace,
+        dx: &mut Tensor,
+        dw: &mut F32,
+        db: &mut F32,
+        dy: &Tensor,
+        x: &Tensor,
+        statistics: NormStatistics<&F32>,
+        w: &Param,
+        rows: usize,
+        channels: usize,
+    ) {
+        layernorm::backward(self, workspace, dx, dw, db, dy, x, statistics, w, rows, channels);
+    }
+
+    fn linear_forward(
+        &self,
+        workspace: &mut Workspace,
+        y: &mut Tensor,
+        x: &Tensor,
+        w: &Param,
+        b: &Param,
+        shape: LinearShape,
+        format: Forward,
+    ) {
+        linear::forward(self, workspace, y, x, w, b, shape, format);
+    }
+
+    fn linear_backward(
+        &self,
+        workspace: &mut Workspace,
+        dx: &mut Tensor,
+        dw: &mut F32,
+        db: &mut F32,
+        dy: &Tensor,
+        x: &Tensor,
+        w: &Param,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+    ) {
+        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random);
+    }
+
+    fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize) {
+        gelu::forward(self, out, x, len);
+    }
+
+    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize) {
+        gelu::backward(self, d, x, len);
+    }
+
+    fn attention_forward(
+        &self,
+        _workspace: &mut Workspace,
+        out: &mut Tensor,
+        lse: &mut F32,
+        qkv: &Tensor,
+        shape: AttentionShape,
+    ) {
+        attention::forward(self, out, lse, qkv, shape);
+    }
+
+    fn attention_backward(
+        &self,
+        workspace: &mut Workspace,
+        dqkv: &mut Tensor,
+        dout: &Tensor,
+        out: &Tensor,
+        lse: &F32,
+        qkv: &Tensor,
+        shape: AttentionShape,
+    ) {
+        attention::backward(self, workspace, dqkv, dout, out, lse, qkv, shape);
+    }
+
+    fn classifier(
+        &self,
+        workspace: &mut Workspace,
+        losses: &mut F32,
+        gradient: Option<ClassifierGradient<'_, Self>>,
+        x: &Tensor,
+        wte: &Param,
+        targets: &Tokens,
+        rows: usize,
+        channels: usize,
+        vocab_size: usize,
+        _format: Forward,
+    ) {
+        let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
+        classifier::run(self, workspace, losses, gradient, x, wte, targets, shape);
+    }
+
+    fn logits(
+        &self,
+        workspace: &mut Workspace,
+        logits: &mut F32,
+        x: &Tensor,
+        row: usize,
+        wte: &Param,
+        channels: usize,
+        vocab_size: usize,
+        _format: Forward,
+    ) {
+        classifier::logits(self, workspace, logits, x, row, wte, channels, vocab_size);
+    }
+
+    fn begin_step(&self, optimizer: &mut Optimizer, parameters: &mut VisitTrained<'_, Self>) {
+        adamw::begin_step(self, optimizer, parameters);
+    }
+
+    fn add_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize) {
+        adamw::add_losses(self, optimizer, losses, rows);
+    }
+
+    fn finish_step(
+        &self,
+        optimizer: &mut Optimizer,
+        parameters: &mut VisitTrained<'_, Self>,
+        step: &AdamWStep,
+    ) -> Result<StepSums> {
+        adamw::finish_step(self, optimizer, parameters, step)
+    }
+
+    fn sum_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize) -> Result<f64> {
+        adamw::sum_losses(self, optimizer, losses, rows)
+    }
+}

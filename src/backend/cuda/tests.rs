@@ -1,0 +1,729 @@
+//! Every operation against its scalar twin, in both precisions, at sizes that nothing divides. Without
+//! a GPU every test says so and passes.
+
+use super::*;
+use crate::backend::{BackwardWorkspace, Trained, reference};
+use crate::mx::{
+    self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source, uniform,
+};
+use crate::recipe::{Backward, Recipe};
+
+const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+/// The GPU, or None after a line that says why there is none.
+fn gpu() -> Option<Cuda> {
+    match Cuda::new(0) {
+        Ok(cuda) => Some(cuda),
+        Err(error @ Error::Unsupported { .. }) => {
+            println!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Runs `f` on the GPU in both precisions.
+fn each_precision(f: impl Fn(&Cuda, Precision)) {
+    let Some(cuda) = gpu() else { return };
+    for precision in PRECISIONS {
+        cuda.gpu.scope(|| f(&cuda, precision));
+        cuda.gpu.synchronize().unwrap();
+    }
+}
+
+/// Relative error that rounding a result to the precision may leave, with some room for sums.
+fn bound(precision: Precision) -> f64 {
+    match precision {
+        Precision::F32 => 2e-6,
+        Precision::Bf16 => 3e-3,
+    }
+}
+
+/// Values of a normal-like distribution with some outliers.
+fn random(len: usize, seed: u64) -> Vec<f32> {
+    let draw = Draw::of(seed, Purpose::Weights, 79, 0);
+    let value = |i: usize| {
+        let [a, b, c, d] = draw.bits(i as u32, 0);
+        let value = (uniform(a, b) + uniform(c, d) + uniform(b, c) - 1.5) * 2.0;
+        (if a % 97 == 0 { 9.0 * value } else { value }) as f32
+    };
+    (0..len).map(value).collect()
+}
+
+fn tokens(cuda: &Cuda, values: &[u32]) -> Tokens {
+    let mut measuring = Arena::measuring(&cuda.gpu);
+    Tokens::new(&mut measuring, values.len());
+    let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
+    let mut tokens = Tokens::new(&mut arena, values.len());
+    tokens.write(values);
+    tokens
+}
+
+fn some_tokens(len: usize, vocab: usize, seed: u64) -> Vec<u32> {
+    let draw = Draw::of(seed, Purpose::Order, 80, 0);
+    (0..len).map(|i| draw.bits(i as u32, 0)[0] % vocab as u32).collect()
+}
+
+/// `values` as the precision holds them.
+fn rounded(values: &[f32], precision: Precision) -> Vec<f32> {
+    match precision {
+        Precision::F32 => values.to_vec(),
+        Precision::Bf16 => values.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect(),
+    }
+}
+
+fn f64s(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|v| f64::from(*v)).collect()
+}
+
+fn tensor(cuda: &Cuda, values: &[f32], precision: Precision) -> Tensor {
+    let mut arena = Arena::allocated(&cuda.gpu, values.len() * 4 + 256).unwrap();
+    let tensor = arena.tensor(values.len(), precision);
+    let bytes: Vec<u8> = match precision {
+        Precision::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Precision::Bf16 => {
+            values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect()
+        }
+    };
+    write_bytes(cuda, tensor.address(), &bytes);
+    tensor
+}
+
+/// A tensor of NaN, to be overwritten.
+fn poison(cuda: &Cuda, len: usize, precision: Precision) -> Tensor {
+    tensor(cuda, &vec![f32::NAN; len], precision)
+}
+
+fn f32_buffer(cuda: &Cuda, values: &[f32]) -> F32 {
+    let mut arena = Arena::allocated(&cuda.gpu, values.len() * 4 + 256).unwrap();
+    let mut buffer = arena.f32(values.len());
+    cuda.write_f32(&mut buffer, values).unwrap();
+    buffer
+}
+
+fn param(cuda: &Cuda, values: &[f32]) -> Param {
+    let mut arena = Arena::allocated(&cuda.gpu, values.len() * 6 + 512).unwrap();
+    let mut param = arena.param(values.len());
+    cuda.write_param(&mut param, values).unwrap();
+    param
+}
+
+fn write_bytes(cuda: &Cuda, to: u64, bytes: &[u8]) {
+    // SAFETY: the callers' buffers have this many bytes.
+    let result = unsafe {
+        sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), cuda.gpu.stream)
+    };
+    cuda.gpu.note("writing", result);
+    cuda.gpu.synchronize().unwrap();
+}
+
+fn read_bytes(cuda: &Cuda, from: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0u8; len];
+    // SAFETY: the callers' buffers have this many bytes.
+    let result =
+        unsafe { sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, len, cuda.gpu.stream) };
+    cuda.gpu.note("reading", result);
+    cuda.gpu.synchronize().unwrap();
+    bytes
+}
+
+fn values_of(cuda: &Cuda, tensor: &Tensor) -> Vec<f32> {
+    let bytes = read_bytes(cuda, tensor.address(), tensor.bytes());
+    match tensor.precision {
+        Precision::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Precision::Bf16 => {
+            let numbers = bytes.as_chunks::<2>().0.iter();
+            numbers.map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
+        }
+    }
+}
+
+fn f32s_of(cuda: &Cuda, buffer: &F32) -> Vec<f32> {
+    let mut values = vec![0.0; buffer.len];
+    cuda.read_f32(buffer, &mut values).unwrap();
+    values
+}
+
+fn workspace(cuda: &Cuda, shape: &WorkspaceShape) -> Workspace {
+    let mut measuring = Arena::measuring(&cuda.gpu);
+    Workspace::new(&mut measuring, shape);
+    Workspace::new(&mut Arena::allocated(&cuda.gpu, measuring.used()).unwrap(), shape)
+}
+
+fn workspace_shape(
+    sequences: Sequences,
+    channels: usize,
+    heads: usize,
+    vocab_size: usize,
+    precision: Precision,
+) -> WorkspaceShape {
+    WorkspaceShape {
+        sequences,
+        channels,
+        heads,
+        vocab_size,
+        forward: if precision == Precision::F32 { Forward::F32 } else { Forward::Fp8 },
+        backward: Some(BackwardWorkspace {
+            f32: precision == Precision::F32,
+            mxfp4_group: Some(256),
+        }),
+    }
+}
+
+/// |a - b| / |b|, Frobenius.
+fn relative_error(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let difference: f64 = a.iter().zip(b).map(|(a, b)| (a - b).powi(2)).sum();
+    (difference / b.iter().map(|v| v * v).sum::<f64>().max(1e-300)).sqrt()
+}
+
+#[track_caller]
+fn close(what: &str, ours: &[f32], exact: &[f64], bound: f64) {
+    let error = relative_error(&f64s(ours), exact);
+    assert!(error <= bound, "{what}: relative error {error:e} above {bound:e}");
+}
+
+fn plus_one(values: Vec<f64>) -> Vec<f64> {
+    values.into_iter().map(|v| v + 1.0).collect()
+}
+
+#[test]
+fn embedding() {
+    each_precision(|cuda, precision| {
+        for (batch, length, c, vocab) in [(1, 1, 1, 2), (3, 17, 40, 11), (2, 100, 33, 500)] {
+            let sequences = Sequences { batch, length };
+            let rows = sequences.rows();
+            let ids = some_tokens(rows, vocab, 1);
+            let device_ids = tokens(cuda, &ids);
+            let (wte, wpe) = (random(vocab * c, 2), random((length + 3) * c, 3));
+            let (wte_d, wpe_d) = (param(cuda, &wte), param(cuda, &wpe));
+            let (wte, wpe) = (rounded(&wte, precision), rounded(&wpe, precision));
+            let mut out = poison(cuda, rows * c, precision);
+            cuda.embedding_forward(&mut out, &device_ids, &wte_d, &wpe_d, sequences, c);
+            let exact = reference::embedding_forward(&ids, &f64s(&wte), &f64s(&wpe), sequences, c);
+            close("embedding", &values_of(cuda, &out), &exact, bound(precision));
+
+            let dout = rounded(&random(rows * c, 4), precision);
+            let dout_d = tensor(cuda, &dout, precision);
+            let (mut dwte, mut dwpe) = (vec![1.0f64; vocab * c], vec![1.0f64; (length + 3) * c]);
+            for (row, id) in ids.iter().enumerate() {
+                for i in 0..c {
+                    dwte[*id as usize * c + i] += f64::from(dout[row * c + i]);
+                    dwpe[row % length * c + i] += f64::from(dout[row * c + i]);
+                }
+            }
+            let mut dwte_d = f32_buffer(cuda, &vec![1.0; dwte.len()]);
+            let mut dwpe_d = f32_buffer(cuda, &vec![1.0; dwpe.len()]);
+            cuda.embedding_backward(&mut dwte_d, &mut dwpe_d, &dout_d, &device_ids, sequences, c);
+            close("dwte", &f32s_of(cuda, &dwte_d), &dwte, 2e-6);
+            close("dwpe", &f32s_of(cuda, &dwpe_d), &dwpe, 2e-6);
+        }
+    });
+}
+
+#[test]
+fn layernorm_and_gelu() {
+    each_precision(|cuda, precision| {
+        for (rows, c) in [(1, 8), (7, 33), (300, 384), (65, 768), (9, 1600), (5, 4104)] {
+            let values = |len, seed| rounded(&random(len, seed), precision);
+            let (x, dy) = (values(rows * c, 1), values(rows * c, 2));
+            let (w, b) = (values(c, 3), values(c, 4));
+            let (x_d, dy_d) = (tensor(cuda, &x, precision), tensor(cuda, &dy, precision));
+            let (w_d, b_d) = (param(cuda, &w), param(cuda, &b));
+            let nan = vec![f32::NAN; rows];
+            let mut statistics =
+                NormStatistics { mean: f32_buffer(cuda, &nan), rstd: f32_buffer(cuda, &nan) };
+            let epsilon = 1e-5;
+            let (mut out, mut sum) =
+                (poison(cuda, rows * c, precision), poison(cuda, rows * c, precision));
+            cuda.add_layernorm_forward(
+                &mut out,
+                &mut sum,
+                statistics.as_mut(),
+                &x_d,
+                &dy_d,
+                &w_d,
+                &b_d,
+                rows,
+                c,
+                epsilon,
+            );
+            let exact: Vec<f64> =
+                x.iter().zip(&dy).map(|(a, b)| f64::from(*a) + f64::from(*b)).collect();
+            let ours = values_of(cuda, &sum);
+            close("sum", &ours, &exact, bound(precision));
+            let e = f64::from(epsilon);
+            let (exact, ..) = reference::layernorm_forward(&f64s(&ours), &f64s(&w), &f64s(&b), e);
+            close("norm of sum", &values_of(cuda, &out), &exact, bound(precision));
+
+            let stats = statistics.as_mut();
+            cuda.layernorm_forward(&mut out, stats, &x_d, &w_d, &b_d, rows, c, epsilon);
+            let (exact, mean, rstd) =
+                reference::layernorm_forward(&f64s(&x), &f64s(&w), &f64s(&b), e);
+            close("norm", &values_of(cuda, &out), &exact, bound(precision));
+            close("mean", &f32s_of(cuda, &statistics.mean), &mean, 1e-5);
+            close("rstd", &f32s_of(cuda, &statistics.rstd), &rstd, 1e-5);
+
+            let one = vec![1.0; rows * c];
+            let mut dx = tensor(cuda, &one, precision);
+            let (mut dw, mut db) = (f32_buffer(cuda, &one[..c]), f32_buffer(cuda, &one[..c]));
+            let shape = Sequences { batch: 1, length: rows };
+            let mut scratch = workspace(cuda, &workspace_shape(shape, c, 1, 8, precision));
+            let (s, stats) = (&mut scratch, statistics.as_ref());
+            cuda.layernorm_backward(
+                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, stats, &w_d, rows, c,
+            );
+            let (exact_dx, exact_dw, exact_db) =
+                reference::layernorm_backward(&f64s(&dy), &f64s(&x), &f64s(&w), e);
+            let loose = bound(precision).max(1e-5);
+            close("dx", &values_of(cuda, &dx), &plus_one(exact_dx), loose);
+            close("dw", &f32s_of(cuda, &dw), &plus_one(exact_dw), 1e-5);
+            close("db", &f32s_of(cuda, &db), &plus_one(exact_db), 1e-5);
+
+            cuda.gelu_forward(&mut out, &x_d, rows * c);
+            let exact: Vec<f64> = x.iter().map(|v| reference::gelu(f64::from(*v))).collect();
+            close("gelu", &values_of(cuda, &out), &exact, bound(precision));
+            let mut d = tensor(cuda, &dy, precision);
+            cuda.gelu_backward(&mut d, &x_d, rows * c);
+            let slope =
+                |(x, dy): (&f32, &f32)| f64::from(*dy) * reference::gelu_derivative(f64::from(*x));
+            let exact: Vec<f64> = x.iter().zip(&dy).map(slope).collect();
+            close("dgelu", &values_of(cuda, &d), &exact, bound(precision));
+        }
+    });
+}
+
+#[test]
+fn attention() {
+    each_precision(|cuda, precision| {
+        for (batch, length, heads, head_size) in [
+            (1, 1, 1, 8),
+            (2, 7, 3, 16),
+            (1, 65, 2, 20),
+            (2, 130, 3, 64),
+            (1, 300, 2, 128),
+            (1, 257, 2, 96),
+            (2, 128, 1, 48),
+            (1, 33, 1, 160),
+        ] {
+            let sequences = Sequences { batch, length };
+            let shape = AttentionShape { sequences, heads, head_size };
+            let c = heads * head_size;
+            let rows = sequences.rows();
+            let qkv = rounded(&random(rows * 3 * c, 1), precision);
+            let dout = rounded(&random(rows * c, 2), precision);
+            let (qkv_d, dout_d) = (tensor(cuda, &qkv, precision), tensor(cuda, &dout, precision));
+            let mut out = poison(cuda, rows * c, precision);
+            let mut lse = f32_buffer(cuda, &vec![f32::NAN; rows * heads]);
+            let mut scratch = workspace(cuda, &workspace_shape(sequences, c, heads, 8, precision));
+            cuda.attention_forward(&mut scratch, &mut out, &mut lse, &qkv_d, shape);
+            let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
+            let loose = match precision {
+                Precision::F32 => 1e-5,
+                Precision::Bf16 => 1e-2,
+            };
+            close("attention", &values_of(cuda, &out), &exact, loose);
+            close("lse", &f32s_of(cuda, &lse), &exact_lse, 1e-5);
+            let mut dqkv = poison(cuda, rows * 3 * c, precision);
+            cuda.attention_backward(&mut scratch, &mut dqkv, &dout_d, &out, &lse, &qkv_d, shape);
+            let exact = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
+            close("dqkv", &values_of(cuda, &dqkv), &exact, 1.5 * loose);
+        }
+    });
+}
+
+#[test]
+fn classifier_and_logits() {
+    each_precision(|cuda, precision| {
+        for (rows, c, vocab) in [(1, 8, 3), (130, 40, 301), (260, 64, 1000)] {
+            let shape = LinearShape { rows, inputs: c, outputs: vocab };
+            let x = rounded(&random(rows * c, 1), precision);
+            let small: Vec<f32> = random(vocab * c, 2).iter().map(|v| v * 0.2).collect();
+            let wte = rounded(&small, precision);
+            let ids = some_tokens(rows, vocab, 3);
+            let (x_d, wte_d) = (tensor(cuda, &x, precision), param(cuda, &wte));
+            let targets = tokens(cuda, &ids);
+            let sequences = Sequences { batch: 1, length: rows };
+            let mut scratch = workspace(cuda, &workspace_shape(sequences, c, 1, vocab, precision));
+            let mut losses = f32_buffer(cuda, &vec![f32::NAN; rows]);
+            let mut dx = poison(cuda, rows * c, precision);
+            let mut dwte = f32_buffer(cuda, &vec![1.0; vocab * c]);
+            let gradient = ClassifierGradient { dx: &mut dx, dwte: &mut dwte, scale: 0.5 };
+            let format = Forward::Bf16;
+            let s = &mut scratch;
+            cuda.classifier(
+                s,
+                &mut losses,
+                Some(gradient),
+                &x_d,
+                &wte_d,
+                &targets,
+                rows,
+                c,
+                vocab,
+                format,
+            );
+            let (exact, exact_dx, exact_dwte) =
+                reference::classifier(&f64s(&x), &f64s(&wte), &ids, shape, 0.5);
+            // Logits and their gradients are held in the precision: twice the error that this alone
+            // makes, and in f32 that of its sums.
+            let format = classifier_with_rounded_logits(&x, &wte, &ids, shape, 0.5, precision);
+            let (rounded_losses, rounded_dx, rounded_dwte) = format;
+            let loose = |rounded: &[f64], exact: &[f64]| {
+                2.0 * relative_error(rounded, exact) + 2.0 * bound(precision).min(1e-3)
+            };
+            let (l, x_, w) = (
+                loose(&rounded_losses, &exact),
+                loose(&rounded_dx, &exact_dx),
+                loose(&rounded_dwte, &exact_dwte),
+            );
+            println!("rounding the logits allows {l:.1e} for losses, {x_:.1e} dx, {w:.1e} dwte");
+            close("losses", &f32s_of(cuda, &losses), &exact, l);
+            close("dx", &values_of(cuda, &dx), &exact_dx, x_);
+            close("dwte", &f32s_of(cuda, &dwte), &plus_one(exact_dwte), w);
+            let mut logits = f32_buffer(cuda, &vec![f32::NAN; vocab]);
+            let last = rows - 1;
+            let s = &mut scratch;
+            cuda.logits(s, &mut logits, &x_d, last, &wte_d, c, vocab, Forward::Bf16);
+            let one = LinearShape { rows: 1, ..shape };
+            let row = f64s(&x[last * c..]);
+            let exact = reference::linear_forward(&row, &f64s(&wte), &vec![0.0; vocab], one);
+            close("logits", &f32s_of(cuda, &logits), &exact, 1e-5);
+        }
+    });
+}
+
+/// The classifier in f64, but for logits and dlogits rounded to the precision.
+fn classifier_with_rounded_logits(
+    x: &[f32],
+    wte: &[f32],
+    targets: &[u32],
+    shape: LinearShape,
+    scale: f64,
+    precision: Precision,
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let round = |v: Vec<f64>| -> Vec<f64> {
+        let v: Vec<f32> = v.iter().map(|v| *v as f32).collect();
+        f64s(&rounded(&v, precision))
+    };
+    let (x, wte, zeros) = (f64s(x), f64s(wte), vec![0.0; shape.outputs]);
+    let mut logits = round(reference::linear_forward(&x, &wte, &zeros, shape));
+    let mut losses = Vec::new();
+    for (row, target) in logits.chunks_mut(shape.outputs).zip(targets) {
+        let most = row.iter().copied().fold(f64::MIN, f64::max);
+        let sum: f64 = row.iter().map(|l| (l - most).exp()).sum();
+        losses.push(most + sum.ln() - row[*target as usize]);
+        row.iter_mut().for_each(|l| *l = scale * (*l - most).exp() / sum);
+        row[*target as usize] -= scale;
+    }
+    let (dx, dwte, _) = reference::linear_backward(&round(logits), &x, &wte, shape);
+    (losses, dx, dwte)
+}
+
+#[test]
+fn linear_layers_in_plain_formats() {
+    each_precision(|cuda, precision| {
+        for (rows, inputs, outputs) in [(1, 8, 16), (130, 40, 72), (77, 96, 33)] {
+            let shape = LinearShape { rows, inputs, outputs };
+            let values = |len, seed| rounded(&random(len, seed), precision);
+            let (x, w) = (values(rows * inputs, 1), values(outputs * inputs, 2));
+            let (b, dy) = (values(outputs, 3), values(rows * outputs, 4));
+            let (x_d, w_d, b_d) = (tensor(cuda, &x, precision), param(cuda, &w), param(cuda, &b));
+            let dy_d = tensor(cuda, &dy, precision);
+            let sequences = Sequences { batch: 1, length: rows };
+            let shape_of_all = workspace_shape(sequences, inputs.max(outputs), 1, 8, precision);
+            let mut scratch = workspace(cuda, &shape_of_all);
+            let mut y = poison(cuda, rows * outputs, precision);
+            let (format, recipe): (_, Recipe) = match precision {
+                Precision::F32 => (Forward::F32, "fp32".parse().unwrap()),
+                Precision::Bf16 => (Forward::Bf16, "bf16".parse().unwrap()),
+            };
+            cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, format);
+            let exact = reference::linear_forward(&f64s(&x), &f64s(&w), &f64s(&b), shape);
+            close("y", &values_of(cuda, &y), &exact, bound(precision));
+            let mut dx = poison(cuda, rows * inputs, precision);
+            let mut dw = f32_buffer(cuda, &vec![1.0; outputs * inputs]);
+            let mut db = f32_buffer(cuda, &vec![1.0; outputs]);
+            let recipe = recipe.for_layer(0, 1, 0, 0);
+            let (s, r) = (&mut scratch, &RANDOM);
+            cuda.linear_backward(
+                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r,
+            );
+            let (exact_dx, exact_dw, exact_db) =
+                reference::linear_backward(&f64s(&dy), &f64s(&x), &f64s(&w), shape);
+            close("dx", &values_of(cuda, &dx), &exact_dx, bound(precision));
+            close("dw", &f32s_of(cuda, &dw), &plus_one(exact_dw), 1e-5);
+            close("db", &f32s_of(cuda, &db), &plus_one(exact_db), 1e-5);
+        }
+    });
+}
+
+const RANDOM: Random = Random { seed: 42, step: 7, micro_step: 1, layer: 3, linear: LinearId::Fc1 };
+
+#[test]
+fn optimizer_steps() {
+    let Some(cuda) = gpu() else { return };
+    cuda.gpu.scope(|| {
+        let lengths = [40_003, 7, 4096];
+        let step = AdamWStep {
+            lr: 0.01,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            t: 3,
+            clip: 20.0,
+            loss_scale: 0.25,
+        };
+        let host: Vec<[Vec<f32>; 4]> = lengths
+            .iter()
+            .zip(1..)
+            .map(|(n, s)| {
+                let v = random(*n, 10 * s + 3).iter().map(|v| v * v).collect();
+                [random(*n, 10 * s), random(*n, 10 * s + 1), random(*n, 10 * s + 2), v]
+            })
+            .collect();
+        let mut device: Vec<_> = host
+            .iter()
+            .map(|[g, p, m, v]| {
+                (f32_buffer(&cuda, g), param(&cuda, p), f32_buffer(&cuda, m), f32_buffer(&cuda, v))
+            })
+            .collect();
+        let mut measuring = Arena::measuring(&cuda.gpu);
+        Optimizer::new(&mut measuring, lengths.len());
+        let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
+        let mut optimizer = Optimizer::new(&mut arena, lengths.len());
+        let norm: f64 = host.iter().flat_map(|[g, ..]| f64s(g)).map(|g| g * g).sum::<f64>().sqrt();
+        let scale = 20.0 / norm;
+        assert!(scale < 1.0);
+
+        let losses = f32_buffer(&cuda, &[0.5, 1.5, 2.5, f32::NAN]);
+        let mut all = |visit: &mut dyn FnMut(Trained<'_, Cuda>)| {
+            for (i, (gradient, param, m, v)) in device.iter_mut().enumerate() {
+                visit(Trained { param, m, v, gradient, decays: i != 1 });
+            }
+        };
+        // The zeros of a step's beginning are tested with the gradients written anew after it.
+        cuda.begin_step(&mut optimizer, &mut all);
+        for ((gradient, ..), [g, ..]) in device.iter_mut().zip(&host) {
+            assert!(f32s_of(&cuda, gradient).iter().all(|g| *g == 0.0));
+            cuda.write_f32(gradient, g).unwrap();
+        }
+        let mut all = |visit: &mut dyn FnMut(Trained<'_, Cuda>)| {
+            for (i, (gradient, param, m, v)) in device.iter_mut().enumerate() {
+                visit(Trained { param, m, v, gradient, decays: i != 1 });
+            }
+        };
+        assert_eq!(cuda.sum_losses(&mut optimizer, &losses, 2).unwrap(), 2.0);
+        cuda.add_losses(&mut optimizer, &losses, 3);
+        let sums = cuda.finish_step(&mut optimizer, &mut all, &step).unwrap();
+        assert_eq!(sums.losses, 4.5);
+        assert!((sums.squares.sqrt() / norm - 1.0).abs() < 1e-9);
+        let mut after = Vec::new();
+        for (i, ([g, p, m, v], (_, param, ..))) in host.iter().zip(&device).enumerate() {
+            let decay = if i == 1 { 1.0 } else { 1.0 - 0.01 * 0.1 };
+            let exact: Vec<f64> = (0..g.len())
+                .map(|i| {
+                    let g = scale * f64::from(g[i]);
+                    let m = 0.9 * f64::from(m[i]) + 0.1 * g;
+                    let v = 0.95 * f64::from(v[i]) + 0.05 * g * g;
+                    let (mean, root) =
+                        (m / (1.0 - 0.9f64.powi(3)), (v / (1.0 - 0.95f64.powi(3))).sqrt());
+                    f64::from(p[i]) * decay - 0.01 * mean / (root + 1e-8)
+                })
+                .collect();
+            let mut ours = vec![0.0; p.len()];
+            cuda.read_param(param, &mut ours).unwrap();
+            close("weights", &ours, &exact, 1e-6);
+            let copy = read_bytes(&cuda, param.copy.address, 2 * p.len());
+            let copy = copy.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b));
+            assert!(copy.eq(ours.iter().map(|v| half::bf16::from_f32(*v))));
+            after.push(ours);
+        }
+
+        // Without a finite loss nothing moves.
+        let nan = f32_buffer(&cuda, &[f32::NAN]);
+        cuda.add_losses(&mut optimizer, &nan, 1);
+        let mut all = |visit: &mut dyn FnMut(Trained<'_, Cuda>)| {
+            for (i, (gradient, param, m, v)) in device.iter_mut().enumerate() {
+                visit(Trained { param, m, v, gradient, decays: i != 1 });
+            }
+        };
+        assert!(cuda.finish_step(&mut optimizer, &mut all, &step).unwrap().losses.is_nan());
+        for ((_, param, ..), before) in device.iter().zip(&after) {
+            let mut ours = vec![0.0; before.len()];
+            cuda.read_param(param, &mut ours).unwrap();
+            assert!(ours == *before);
+        }
+    });
+}
+
+/// Codes and scales are those of the scalar definition, bit for bit; values are what they stand for.
+#[test]
+fn mxfp4_codes_are_those_of_the_definition() {
+    use super::linear::{CodesArgument, Form, Quantize, Source as Operand, quantize};
+    each_precision(|cuda, precision| {
+        let cases = [(1, 1), (5, 32), (17, 31), (33, 200), (48, 257), (64, 96), (130, 520)];
+        for (case, (rows, cols)) in cases.into_iter().enumerate() {
+            let mut values = random(rows * cols, case as u64);
+            // Blocks of zeroes, subnormals, numbers near the ends of the range, NaN, infinity.
+            for (i, v) in values.iter_mut().enumerate() {
+                match i / 37 % 29 {
+                    3 => *v = 0.0,
+                    7 => *v *= 1e-38,
+                    11 => *v *= 1e36,
+                    13 => *v *= 1e-30,
+                    _ => {}
+                }
+            }
+            if case == 5 {
+                values[100] = f32::NAN;
+                values[2000] = f32::NEG_INFINITY;
+            }
+            let values = rounded(&values, precision);
+            let source = tensor(cuda, &values, precision);
+            let operand = Operand { address: source.address(), precision };
+            for group in [0, 32, 64, 128, 256] {
+                for transposed in [false, true] {
+                    for rounding in [Rounding::Nearest, Rounding::Unbiased] {
+                        let mut signs = vec![0.0; group];
+                        RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs);
+                        let draw = RANDOM.rounding(OperandId::X);
+                        let (vectors, depth) = if transposed { (cols, rows) } else { (rows, cols) };
+                        let exact = Mxfp4Matrix::quantize(
+                            Source { data: &values, rows: vectors, depth, transposed },
+                            &signs,
+                            rounding,
+                            &draw,
+                        );
+                        let elements = vectors * exact.depth;
+                        let form = if transposed { Form::Columns } else { Form::Rows };
+                        let shape = Quantize { form, rows, cols };
+                        let mut arena = Arena::allocated(&cuda.gpu, 4 * elements + 1024).unwrap();
+                        let [codes, scales, out] =
+                            [elements / 2, elements / BLOCK, 2 * elements].map(|n| arena.bytes(n));
+                        let poison = vec![0xaa; elements * 2];
+                        write_bytes(cuda, out.address, &poison);
+                        write_bytes(cuda, codes.address, &poison[..elements / 2]);
+                        write_bytes(cuda, scales.address, &poison[..elements / BLOCK]);
+                        let to = CodesArgument { codes: codes.address, scales: scales.address };
+                        quantize(cuda, "codes", to, operand, shape, &signs, rounding, draw);
+                        quantize(
+                            cuda,
+                            "values",
+                            out.address,
+                            operand,
+                            shape,
+                            &signs,
+                            rounding,
+                            draw,
+                        );
+                        let what = format!(
+                            "{precision:?} ({rows}, {cols}) g {group} {form:?} {rounding:?}"
+                        );
+                        let codes = read_bytes(cuda, codes.address, elements / 2);
+                        let scales = read_bytes(cuda, scales.address, elements / BLOCK);
+                        assert!(scales == exact.scales, "{what}: scales differ");
+                        assert!(codes == exact.codes, "{what}: codes differ");
+                        let values = read_bytes(cuda, out.address, 2 * elements);
+                        let values = values.as_chunks::<2>().0.iter();
+                        let values = values.map(|b| half::bf16::from_le_bytes(*b).to_f32());
+                        for (value, exact) in values.zip(exact.dequantize()) {
+                            let same = value == exact || value.is_nan() && exact.is_nan();
+                            assert!(same, "{what}: {value} instead of {exact}");
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Backward passes in every recipe against the f64 product of what their operands are quantized to.
+#[test]
+fn mxfp4_linear_backward_is_the_product_of_its_operands() {
+    let Some(cuda) = gpu() else { return };
+    for (rows, inputs, outputs) in [(130, 40, 72), (64, 128, 96), (77, 96, 33)] {
+        for name in Recipe::NAMES.into_iter().skip(2) {
+            let shape = LinearShape { rows, inputs, outputs };
+            let values = |len, seed| rounded(&random(len, seed), Precision::Bf16);
+            let (x, dy) = (values(rows * inputs, 1), values(rows * outputs, 4));
+            let w = random(outputs * inputs, 2);
+            let (x_d, w_d) = (tensor(&cuda, &x, Precision::Bf16), param(&cuda, &w));
+            let dy_d = tensor(&cuda, &dy, Precision::Bf16);
+            let recipe: Recipe = name.parse().unwrap();
+            let recipe = recipe.for_layer(0, 1, 0, 0);
+            let Backward::Mxfp4(format) = recipe.dgrad else { panic!("{name} is not MXFP4") };
+            let kept: Vec<f32> = if recipe.forward == Forward::Fp8 {
+                let most = x.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+                let scale = mx::e4m3_scale(most);
+                x.iter().map(|v| mx::round_to_e4m3(v / scale) * scale).collect()
+            } else {
+                x.clone()
+            };
+            let operand = |data, rows, depth, transposed, gemm, id| {
+                let mut signs = vec![0.0; format.transform.map_or(0, |t| t.group)];
+                RANDOM.signs(gemm).fill_signs(&mut signs);
+                let source = Source { data, rows, depth, transposed };
+                Mxfp4Matrix::quantize(source, &signs, format.dy, &RANDOM.rounding(id))
+            };
+            let product = |a: Mxfp4Matrix, b: Mxfp4Matrix| -> Vec<f64> {
+                let alpha = f64::from(mx::product_scale(format.dy, format.other));
+                let (m, n, k) = (a.rows, b.rows, a.depth);
+                let exact =
+                    reference::product(&f64s(&a.dequantize()), &f64s(&b.dequantize()), m, n, k);
+                exact.into_iter().map(|v| alpha * v).collect()
+            };
+            use GemmId::{Dgrad, Wgrad};
+            let exact_dx = product(
+                operand(&dy, rows, outputs, false, Dgrad, OperandId::Dy),
+                operand(&w, inputs, outputs, true, Dgrad, OperandId::W),
+            );
+            let exact_dw = product(
+                operand(&dy, outputs, rows, true, Wgrad, OperandId::Dy),
+                operand(&kept, inputs, rows, true, Wgrad, OperandId::X),
+            );
+            let (_, _, exact_db) =
+                reference::linear_backward(&f64s(&dy), &f64s(&x), &f64s(&w), shape);
+            let sequences = Sequences { batch: 1, length: rows };
+            let all = workspace_shape(sequences, inputs.max(outputs), 1, 8, Precision::Bf16);
+            cuda.gpu.scope(|| {
+                let mut scratch = workspace(&cuda, &all);
+                let mut dx = poison(&cuda, rows * inputs, Precision::Bf16);
+                let mut dw = f32_buffer(&cuda, &vec![0.0; outputs * inputs]);
+                let mut db = f32_buffer(&cuda, &vec![1.0; outputs]);
+                let (s, r) = (&mut scratch, &RANDOM);
+                cuda.linear_backward(
+                    s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r,
+                );
+                close(name, &values_of(&cuda, &dx), &exact_dx, bound(Precision::Bf16));
+                close(name, &f32s_of(&cuda, &dw), &exact_dw, 1e-6);
+                close(name, &f32s_of(&cuda, &db), &plus_one(exact_db), 1e-5);
+            });
+        }
+    }
+}
+
+/// The FP8 forward pass: operands rounded as the definition says, products exact.
+#[test]
+fn fp8_forward() {
+    let Some(cuda) = gpu() else { return };
+    let (rows, inputs, outputs) = (130, 48, 72);
+    let shape = LinearShape { rows, inputs, outputs };
+    let x = rounded(&random(rows * inputs, 1), Precision::Bf16);
+    let (w, b) = (random(outputs * inputs, 2), rounded(&random(outputs, 3), Precision::Bf16));
+    let as_fp8 = |v: &[f32]| -> Vec<f64> {
+        let scale = mx::e4m3_scale(v.iter().fold(0.0f32, |most, v| most.max(v.abs())));
+        v.iter().map(|v| f64::from(mx::round_to_e4m3(v / scale) * scale)).collect()
+    };
+    let exact = reference::linear_forward(&as_fp8(&x), &as_fp8(&w), &f64s(&b), shape);
+    let (x_d, w_d, b_d) = (tensor(&cuda, &x, Precision::Bf16), param(&cuda, &w), param(&cuda, &b));
+    cuda.gpu.scope(|| {
+        let sequences = Sequences { batch: 1, length: rows };
+        let all = workspace_shape(sequences, outputs, 1, 8, Precision::Bf16);
+        let mut scratch = workspace(&cuda, &all);
+        let mut y = poison(&cuda, rows * outputs, Precision::Bf16);
+        cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, Forward::Fp8);
+        close("y", &values_of(&cuda, &y), &exact, bound(Precision::Bf16));
+    });
+}

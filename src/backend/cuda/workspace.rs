@@ -1,0 +1,70 @@
+//! Scratch memory: cuBLASLt's own, a chunk of logits, quantized operands, partial sums.
+
+use super::layernorm;
+use super::linear;
+use super::memory::{Arena, Piece, size_of_element};
+use super::{classifier, gemm};
+use crate::backend::{Precision, WorkspaceShape};
+use crate::recipe::Forward;
+
+/// Scratch memory for models of one shape.
+pub(crate) struct Workspace {
+    /// [`gemm::WORKSPACE`] bytes for cuBLASLt.
+    pub(super) gemm: Piece,
+    /// One chunk of logits, then their gradients: (chunk, stride) in the activations' precision.
+    pub(super) logits: Piece,
+    /// Rows of a chunk.
+    pub(super) chunk: usize,
+    /// (B, H, T) f32: row sums of dout * out in attention's backward pass.
+    pub(super) delta: Piece,
+    /// f32 partial sums of norms' and bias gradients.
+    pub(super) partials: Piece,
+    /// The two operands of a GEMM whose formats differ from the activations': bf16.
+    pub(super) operands: [Piece; 2],
+    /// x as FP8 keeps it: bf16.
+    pub(super) kept: Piece,
+    /// One word: the bits of a tensor's largest magnitude, for FP8's scale.
+    pub(super) magnitude: Piece,
+}
+
+impl Workspace {
+    pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape) -> Self {
+        let WorkspaceShape { sequences, channels: c, heads, vocab_size, forward, backward } =
+            *shape;
+        let rows = sequences.rows();
+        let precision = Precision::of(forward);
+        let chunk = classifier::chunk_rows(rows, vocab_size);
+        // A row of x may be copied there.
+        let logits = (chunk * classifier::stride(vocab_size)).max(c) * size_of_element(precision);
+        let training = backward.is_some();
+        let partials =
+            layernorm::partials(c).max(linear::partials(rows, 4 * c)) * usize::from(training);
+
+        let fp8 = forward == Forward::Fp8;
+        let group = backward.and_then(|backward| backward.mxfp4_group);
+        let mut operands = [0; 2];
+        for (inputs, outputs) in [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)] {
+            let mut room = |first: usize, second: usize| {
+                operands = [operands[0].max(first), operands[1].max(second)];
+            };
+            if fp8 {
+                room(0, outputs * inputs);
+            }
+            if let Some(group) = group {
+                let padded = |n: usize| n.next_multiple_of(group);
+                room(rows * padded(outputs), inputs * padded(outputs));
+                room(outputs * padded(rows), inputs * padded(rows));
+            }
+        }
+        Self {
+            gemm: arena.bytes(gemm::WORKSPACE),
+            logits: arena.bytes(logits),
+            chunk,
+            delta: arena.bytes(if training { rows * heads * 4 } else { 0 }),
+            partials: arena.bytes(partials * 4),
+            operands: operands.map(|len| arena.bytes(len * 2)),
+            kept: arena.bytes(if fp8 { rows * 4 * c * 2 } else { 0 }),
+            magnitude: arena.bytes(4),
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! Training on a GPU: against PyTorch's oracle, against the CPU backend, against itself.
+//!
+//! Without a GPU (or a driver, or NVRTC) every test says so and passes.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use mxfp4train::{
+    Dataset, Engine, EngineOptions, Error, Model, ModelConfig, Recipe, Schedule, Trainer,
+    TrainerOptions,
+};
+use safetensors::{Dtype, SafeTensors};
+
+/// An engine on the first GPU, or None after a line that says why there is none.
+fn gpu() -> Option<Engine> {
+    match engine("cuda") {
+        Ok(engine) => Some(engine),
+        Err(error @ Error::Unsupported { .. }) => {
+            println!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn engine(device: &str) -> mxfp4train::Result<Engine> {
+    Engine::new(EngineOptions { device: device.into(), ..EngineOptions::default() })
+}
+
+/// The project's own prose, as bytes: real text that every checkout has.
+fn text() -> Dataset {
+    let files = ["README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "include/mxfp4train.h"];
+    let bytes = files.iter().flat_map(|file| std::fs::read(file).unwrap());
+    Dataset::from_tokens(bytes.map(u32::from).collect()).unwrap()
+}
+
+fn config() -> ModelConfig {
+    ModelConfig {
+        vocab_size: 256,
+        context_length: 128,
+        layers: 3,
+        heads: 4,
+        channels: 256,
+        ..ModelConfig::default()
+    }
+}
+
+fn options(recipe: &str) -> TrainerOptions {
+    TrainerOptions {
+        batch_size: 8,
+        recipe: recipe.parse().unwrap(),
+        // Without a warm-up, the first updates are chaotic, and no two number formats agree on them.
+        schedule: Schedule { lr: 3e-4, warmup_steps: 50, ..Schedule::default() },
+        ..TrainerOptions::default()
+    }
+}
+
+fn train(engine: &Engine, recipe: &str, steps: usize) -> Vec<(f32, f32)> {
+    let model = Model::new(engine, &config()).unwrap();
+    let mut trainer = Trainer::new(&model, options(recipe)).unwrap();
+    let data = text();
+    let mut numbers = |_| {
+        let stats = trainer.step(&data).unwrap();
+        (stats.loss, stats.grad_norm)
+    };
+    (0..steps).map(&mut numbers).collect()
+}
+
+/// Losses of PyTorch in f32 within 1e-4, every gradient within 1e-3.
+#[test]
+fn fp32_is_pytorchs_oracle() {
+    let Some(engine) = gpu() else { return };
+    let folder = std::env::var("MXT_ORACLE").unwrap_or_else(|_| "tests/oracle/gpt2-tiny".into());
+    let folder = Path::new(&folder);
+    let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
+    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
+    let metadata = header.metadata().clone().unwrap();
+    let number = |key: String| metadata[&key].parse::<f32>().unwrap();
+    let expected: HashMap<String, (Vec<usize>, Vec<f64>)> = SafeTensors::deserialize(&bytes)
+        .unwrap()
+        .iter()
+        .map(|(name, view)| {
+            let words = view.data().as_chunks::<4>().0.iter().copied();
+            let values = match view.dtype() {
+                Dtype::F32 => words.map(|w| f64::from(f32::from_le_bytes(w))).collect(),
+                Dtype::I32 => words.map(|w| f64::from(i32::from_le_bytes(w))).collect(),
+                other => panic!("{name} has dtype {other:?}"),
+            };
+            (name.to_owned(), (view.shape().to_vec(), values))
+        })
+        .collect();
+    let (shape, tokens) = &expected["tokens"];
+    let tokens: Vec<u32> = tokens.iter().map(|t| *t as u32).collect();
+
+    let model = Model::load(&engine, folder).unwrap();
+    let mut options = TrainerOptions {
+        batch_size: shape[0],
+        sequence_length: shape[1] - 1,
+        recipe: "fp32".parse().unwrap(),
+        schedule: Schedule { lr: 1e-3, ..Schedule::default() },
+        ..TrainerOptions::default()
+    };
+    options.optimizer.clip = 0.5;
+    let mut trainer = Trainer::new(&model, options).unwrap();
+    for step in 0..3 {
+        let stats = trainer.step_tokens(&tokens).unwrap();
+        let (loss, norm) = (number(format!("loss_{step}")), number(format!("grad_norm_{step}")));
+        println!("step {step}: loss {} ({loss}), norm {} ({norm})", stats.loss, stats.grad_norm);
+        assert!((stats.loss - loss).abs() <= 1e-4);
+        assert!((stats.grad_norm - norm).abs() <= 1e-3 * norm);
+        if step > 0 {
+            continue;
+        }
+        let mut worst = 0.0f64;
+        for info in model.tensors() {
+            let mut gradient = vec![0.0; info.len()];
+            trainer.read_gradient(&info.name, &mut gradient).unwrap();
+            let exact = &expected[&format!("grad.{}", info.name)].1;
+            let difference: f64 =
+                gradient.iter().zip(exact).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+            let error = (difference / exact.iter().map(|b| b * b).sum::<f64>()).sqrt();
+            assert!(error <= 1e-3, "{}: {error:e}", info.name);
+            worst = worst.max(error);
+        }
+        println!("largest relative error of a gradient: {worst:.1e}");
+    }
+}
+
+/// 200 steps on real text: bf16 losses within 0.5% of the CPU's.
+#[test]
+fn bf16_losses_are_those_of_the_cpu() {
+    let Some(gpu) = gpu() else { return };
+    let ours = train(&gpu, "bf16", 200);
+    let theirs = train(&engine("cpu").unwrap(), "bf16", 200);
+    let mut worst = 0.0f32;
+    for (step, ((ours, _), (theirs, _))) in ours.iter().zip(&theirs).enumerate() {
+        let difference = (ours / theirs - 1.0).abs();
+        assert!(difference <= 0.005, "step {step}: {ours} instead of {theirs}");
+        worst = worst.max(difference);
+    }
+    println!("loss {} after 200 steps, largest difference {:.3}%", ours[199].0, worst * 100.0);
+}
+
+/// Every recipe learns, at the pace of the CPU, and twice the same bit for bit.
+#[test]
+fn every_recipe_learns_and_repeats_itself() {
+    let Some(gpu) = gpu() else { return };
+    let cpu = engine("cpu").unwrap();
+    for recipe in Recipe::NAMES {
+        let first = train(&gpu, recipe, 30);
+        let again = train(&gpu, recipe, 30);
+        assert!(first == again, "{recipe}: two runs differ");
+        let (ours, theirs) = (first[29].0, train(&cpu, recipe, 30)[29].0);
+        println!("{recipe}: {ours} after 30 steps, {theirs} on the CPU");
+        assert!((ours / theirs - 1.0).abs() <= 0.03, "{recipe}: {ours} instead of {theirs}");
+    }
+}
+
+/// A run that is saved, loaded and continued is the run that was not; accumulation included.
+#[test]
+fn resuming_changes_no_bit() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    for recipe in ["fp32", "bf16", "mxfp4-rht-sr", "fp8-mxfp4-rht-sr"] {
+        let model = Model::new(&gpu, &config()).unwrap();
+        let options = TrainerOptions { accumulation: 2, ..options(recipe) };
+        let mut trainer = Trainer::new(&model, options).unwrap();
+        let data = text();
+        for _ in 0..3 {
+            trainer.step(&data).unwrap();
+        }
+        trainer.save(&path).unwrap();
+        let mut resumed = Trainer::load(&gpu, &path).unwrap();
+        for _ in 0..3 {
+            let (a, b) = (trainer.step(&data).unwrap(), resumed.step(&data).unwrap());
+            assert_eq!((a.loss, a.grad_norm), (b.loss, b.grad_norm), "{recipe}");
+        }
+    }
+}
+
+/// A checkpoint moves between the devices both ways.
+#[test]
+fn checkpoints_move_between_devices() {
+    let Some(gpu) = gpu() else { return };
+    let cpu = engine("cpu").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    let data = text();
+    for (from, to) in [(&gpu, &cpu), (&cpu, &gpu)] {
+        let model = Model::new(from, &config()).unwrap();
+        let mut trainer = Trainer::new(&model, options("bf16")).unwrap();
+        for _ in 0..20 {
+            trainer.step(&data).unwrap();
+        }
+        trainer.save(&path).unwrap();
+        let mut moved = Trainer::load(to, &path).unwrap();
+        for info in model.tensors() {
+            let (mut a, mut b) = (vec![0.0; info.len()], vec![0.0; info.len()]);
+            model.read_tensor(&info.name, &mut a).unwrap();
+            moved.model().read_tensor(&info.name, &mut b).unwrap();
+            assert!(a == b, "{} changed on its way", info.name);
+        }
+        let (a, b) = (trainer.eval(&data, 4).unwrap().loss, moved.eval(&data, 4).unwrap().loss);
+        assert!((a / b - 1.0).abs() < 0.005, "{a} {b}");
+        for _ in 0..5 {
+            let (a, b) = (trainer.step(&data).unwrap().loss, moved.step(&data).unwrap().loss);
+            assert!((a / b - 1.0).abs() < 0.005, "{a} {b}");
+        }
+    }
+}
+
+/// The same text from both devices, token for token where the choice is clear.
+#[test]
+fn generation_uses_the_gpu() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model");
+    let model = Model::new(&gpu, &config()).unwrap();
+    model.save(&path).unwrap();
+    let twin = Model::load(&engine("cpu").unwrap(), &path).unwrap();
+    let prompt: Vec<u32> = b"The architecture".iter().map(|b| u32::from(*b)).collect();
+    let (mut ours, mut theirs) = (vec![0.0; 256], vec![0.0; 256]);
+    model.next_logits(&prompt, &mut ours).unwrap();
+    twin.next_logits(&prompt, &mut theirs).unwrap();
+    for (a, b) in ours.iter().zip(&theirs) {
+        assert!((a - b).abs() <= 1e-4, "logit {a} instead of {b}");
+    }
+}
+
+/// Too large a plan is an error before anything starts, and the engine goes on.
+#[test]
+fn a_plan_beyond_the_memory_is_an_error() {
+    let Some(gpu) = gpu() else { return };
+    let model = Model::new(&gpu, &config()).unwrap();
+    let huge = TrainerOptions { batch_size: 1 << 20, ..options("bf16") };
+    let error = Trainer::new(&model, huge).unwrap_err();
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    assert!(error.to_string().contains("bytes free"), "{error}");
+    let mut trainer = Trainer::new(&model, options("bf16")).unwrap();
+    trainer.step(&text()).unwrap();
+}
+
+/// A loss that is not finite leaves everything as it was.
+#[test]
+fn a_step_that_is_not_finite_changes_nothing() {
+    let Some(gpu) = gpu() else { return };
+    let model = Model::new(&gpu, &config()).unwrap();
+    let mut trainer = Trainer::new(&model, options("bf16")).unwrap();
+    let data = text();
+    trainer.step(&data).unwrap();
+    let name = "transformer.h.1.mlp.c_fc.weight";
+    let mut before = vec![0.0; 256 * 1024];
+    model.read_tensor(name, &mut before).unwrap();
+    // Large enough for activations to overflow.
+    let huge = vec![1e30; before.len()];
+    model.write_tensor(name, &huge).unwrap();
+    let error = trainer.step(&data).unwrap_err();
+    assert!(matches!(error, Error::NotFinite { .. }), "{error}");
+    let mut after = vec![0.0; before.len()];
+    model.read_tensor(name, &mut after).unwrap();
+    assert!(after == huge, "an update was made");
+    model.write_tensor(name, &before).unwrap();
+    trainer.step(&data).unwrap();
+}
+
+#[test]
+fn a_device_that_is_not_there_says_what_to_do() {
+    for (device, part) in [("cuda:99", "cpu"), ("cuda:x", "cuda:N"), ("gpu", "\"auto\"")] {
+        let error = engine(device).unwrap_err().to_string();
+        assert!(gpu().is_some() || error.contains(part), "{device}: {error}");
+        println!("{device}: {error}");
+    }
+    // Whatever there is.
+    let engine = engine("auto").unwrap();
+    println!("auto: {}", engine.device());
+}
