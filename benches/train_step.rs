@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --bench train_step -- [MODEL] [RECIPE..]`; `MXT_BENCH_DEVICE` chooses the device ("cpu"
 //! for the models whose names begin with d, "cuda" for the others), `MXT_BENCH_STEPS` the steps whose
-//! median counts, `MXT_BENCH_THREADS` and
-//! `MXT_CPU_ISA` threads and instruction set. The models are
+//! median counts, `MXT_BENCH_RECOMPUTE` what is computed again, `MXT_BENCH_THREADS` and `MXT_CPU_ISA`
+//! threads and instruction set. The models are
 //!
 //! | name | layers x channels x heads | batch x sequence | vocabulary |
 //! | --- | --- | --- | --- |
@@ -63,7 +63,9 @@ fn main() {
     );
     for name in recipes {
         let recipe: Recipe = name.parse().unwrap();
-        let options = TrainerOptions { batch_size, recipe, ..TrainerOptions::default() };
+        let recompute = std::env::var("MXT_BENCH_RECOMPUTE").unwrap_or_else(|_| "nothing".into());
+        let recompute = recompute.parse().unwrap();
+        let options = TrainerOptions { batch_size, recipe, recompute, ..TrainerOptions::default() };
         let mut trainer = Trainer::new(&model, options).unwrap();
         let first = trainer.step(&data).unwrap().seconds;
         let mut seconds: Vec<f64> =

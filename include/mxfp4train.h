@@ -359,6 +359,11 @@ typedef struct mxt_trainer_options {
   uint64_t total_steps;
   // Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
   uint64_t decay_steps;
+  // What is computed again in the backward pass to save memory: "nothing" (the default, and
+  // what NULL is), "pointwise" (outputs of norms and GELU: a third less for activations, little time) or
+  // "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
+  // depend on it. Borrowed for the call.
+  const char *recompute;
 } mxt_trainer_options;
 
 // What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that fills

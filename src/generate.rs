@@ -165,13 +165,7 @@ impl<B: Backend> Decoder<B> {
         let shape = Self::shape(config, longest);
         let sequences = shape.sequences;
         Self {
-            activations: Activations::for_inference(
-                backend,
-                arena,
-                config,
-                sequences,
-                Precision::F32,
-            ),
+            activations: Activations::new(backend, arena, config, sequences, Precision::F32, None),
             workspace: backend.workspace(arena, &shape),
             tokens: backend.tokens(arena, longest),
             logits: backend.f32(arena, config.vocab_size),

@@ -12,7 +12,8 @@ use crate::backend::{
 use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::model::{
-    ActivationGradients, Activations, Model, ModelConfig, ParamSpec, Params, Pass, Place, specs,
+    ActivationGradients, Activations, Model, ModelConfig, ParamSpec, Params, Pass, Place,
+    Recompute, specs,
 };
 use crate::optim::{AdamW, Schedule};
 use crate::recipe::Recipe;
@@ -30,6 +31,8 @@ pub struct TrainerOptions {
     pub accumulation: usize,
     /// Number formats of the linear layers.
     pub recipe: Recipe,
+    /// What is computed again in the backward pass to save memory; results do not depend on it.
+    pub recompute: Recompute,
     /// AdamW and clipping.
     pub optimizer: AdamW,
     /// Learning rate.
@@ -493,6 +496,7 @@ impl Default for TrainerOptions {
             sequence_length: 0,
             accumulation: 1,
             recipe: Recipe::default(),
+            recompute: Recompute::default(),
             optimizer: AdamW::default(),
             schedule: Schedule::default(),
         }
@@ -554,8 +558,14 @@ impl<B: Backend> Buffers<B> {
         let optimizer = backend.optimizer(&mut arena, specs.iter().count());
         plan.optimizer = since_last(&arena);
         let precision = Precision::of(options.recipe.forward);
-        let activations =
-            Activations::for_training(backend, &mut arena, config, sequences, precision);
+        let activations = Activations::new(
+            backend,
+            &mut arena,
+            config,
+            sequences,
+            precision,
+            Some(options.recompute),
+        );
         let d = ActivationGradients::new(backend, &mut arena, config, sequences, precision);
         let batch = Batch::new(backend, &mut arena, sequences, bytes.is_some())?;
         plan.activations = since_last(&arena);

@@ -156,6 +156,23 @@ fn every_recipe_learns_and_repeats_itself() {
     }
 }
 
+/// What is computed again is what was computed the first time.
+#[test]
+fn recomputing_changes_no_bit() {
+    let Some(gpu) = gpu() else { return };
+    let data = text();
+    let results = ["nothing", "pointwise", "block"].map(|recompute| {
+        let model = Model::new(&gpu, &config()).unwrap();
+        let recompute = recompute.parse().unwrap();
+        let mut trainer =
+            Trainer::new(&model, TrainerOptions { recompute, ..options("bf16") }).unwrap();
+        let losses: Vec<_> = (0..5).map(|_| trainer.step(&data).unwrap().loss).collect();
+        println!("{recompute}: {} bytes", trainer.plan().total());
+        losses
+    });
+    assert!(results[1..].iter().all(|losses| *losses == results[0]), "{results:?}");
+}
+
 /// A run that is saved, loaded and continued is the run that was not; accumulation included.
 #[test]
 fn resuming_changes_no_bit() {

@@ -26,16 +26,23 @@ fn data() -> Dataset {
 
 /// A small model of awkward sizes, and a run with everything in it that a resume must carry on.
 fn trainer(engine: &Engine, recipe: &str) -> Trainer {
-    let config = ModelConfig {
+    let model = Model::new(engine, &config()).unwrap();
+    Trainer::new(&model, options(recipe)).unwrap()
+}
+
+fn config() -> ModelConfig {
+    ModelConfig {
         vocab_size: 257,
         context_length: 37,
         layers: 2,
         heads: 3,
         channels: 42,
         ..ModelConfig::default()
-    };
-    let model = Model::new(engine, &config).unwrap();
-    let options = TrainerOptions {
+    }
+}
+
+fn options(recipe: &str) -> TrainerOptions {
+    TrainerOptions {
         batch_size: 3,
         accumulation: 2,
         recipe: recipe.parse().unwrap(),
@@ -48,8 +55,7 @@ fn trainer(engine: &Engine, recipe: &str) -> Trainer {
             ..Schedule::default()
         },
         ..TrainerOptions::default()
-    };
-    Trainer::new(&model, options).unwrap()
+    }
 }
 
 /// Bits of the losses and norms of `steps` steps.
@@ -70,6 +76,26 @@ fn weights(model: &Model) -> Vec<u32> {
         all.extend(values.into_iter().map(f32::to_bits));
     }
     all
+}
+
+/// What is computed again is what was computed the first time; the plan is smaller by it.
+#[test]
+fn recomputing_changes_no_bit() {
+    let engine = engine(2);
+    for recipe in ["fp32", "mxfp4-rht-sr", "fp8-mxfp4-rht-sr"] {
+        let results = ["nothing", "pointwise", "block"].map(|recompute| {
+            let model = Model::new(&engine, &ModelConfig { layers: 3, ..config() }).unwrap();
+            let recompute = recompute.parse().unwrap();
+            let options = TrainerOptions { recompute, ..options(recipe) };
+            let mut trainer = Trainer::new(&model, options).unwrap();
+            (trainer.plan().activations, run(&mut trainer, 3), weights(trainer.model()))
+        });
+        let [(all, ..), (fewer, ..), (fewest, ..)] = &results;
+        assert!(all > fewer && fewer > fewest);
+        for (_, losses, weights) in &results[1..] {
+            assert!((losses, weights) == (&results[0].1, &results[0].2), "{recipe}");
+        }
+    }
 }
 
 #[test]

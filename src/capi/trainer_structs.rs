@@ -6,7 +6,7 @@ use super::arguments;
 use super::guard;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, versioned};
-use crate::{AdamW, EvalStats, Plan, Schedule, ScheduleKind, StepStats, TrainerOptions};
+use crate::{AdamW, EvalStats, Plan, Recompute, Schedule, ScheduleKind, StepStats, TrainerOptions};
 
 /// The curve of the learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +62,11 @@ pub struct mxt_trainer_options {
     pub total_steps: u64,
     /// Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
     pub decay_steps: u64,
+    /// What is computed again in the backward pass to save memory: "nothing" (the default, and
+    /// what NULL is), "pointwise" (outputs of norms and GELU: a third less for activations, little time) or
+    /// "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
+    /// depend on it. Borrowed for the call.
+    pub recompute: *const c_char,
 }
 versioned!(mxt_trainer_options, last = decay_steps: u64);
 
@@ -74,7 +79,7 @@ impl Options for mxt_trainer_options {
 impl mxt_trainer_options {
     /// The C form of `options`, with `recipe` for the recipe's name.
     pub(super) fn new(options: &TrainerOptions, recipe: *const c_char) -> Self {
-        let TrainerOptions { batch_size, sequence_length, accumulation, recipe: _, .. } = *options;
+        let TrainerOptions { batch_size, sequence_length, accumulation, recompute, .. } = *options;
         let AdamW { beta1, beta2, epsilon, weight_decay, clip } = options.optimizer;
         let Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } =
             options.schedule;
@@ -101,13 +106,19 @@ impl mxt_trainer_options {
             warmup_steps,
             total_steps,
             decay_steps,
+            recompute: match recompute {
+                Recompute::Nothing => c"nothing",
+                Recompute::Pointwise => c"pointwise",
+                Recompute::Block => c"block",
+            }
+            .as_ptr(),
         }
     }
 
     /// The crate's form.
     ///
     /// # Safety
-    /// `recipe` is NULL or ends with a zero byte.
+    /// `recipe` and `recompute` are NULL or end with a zero byte.
     pub(super) unsafe fn parse(self) -> Result<TrainerOptions, Failure> {
         const SCHEDULES: [(mxt_schedule, ScheduleKind); 4] = [
             (mxt_schedule::Constant, ScheduleKind::Constant),
@@ -144,6 +155,10 @@ impl mxt_trainer_options {
         if !self.recipe.is_null() {
             // SAFETY: as promised by the caller.
             options.recipe = unsafe { arguments::text("recipe", self.recipe) }?.parse()?;
+        }
+        if !self.recompute.is_null() {
+            // SAFETY: as promised by the caller.
+            options.recompute = unsafe { arguments::text("recompute", self.recompute) }?.parse()?;
         }
         Ok(options)
     }

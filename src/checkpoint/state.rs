@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::tensors::Fingerprint;
+use crate::model::Recompute;
 use crate::optim::{AdamW, Schedule};
 use crate::trainer::{TrainerOptions, TrainerState};
 use crate::{Error, Result};
@@ -113,6 +114,9 @@ struct Document {
     seed: u64,
     lr_override: Option<f32>,
     recipe: String,
+    /// Not written where nothing is, as files of earlier versions have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    recompute: Option<String>,
     batch_size: usize,
     sequence_length: usize,
     accumulation: usize,
@@ -153,6 +157,7 @@ impl Document {
             sequence_length,
             accumulation,
             recipe,
+            recompute,
             optimizer,
             schedule,
         } = options;
@@ -164,6 +169,7 @@ impl Document {
             seed: *seed,
             lr_override: *lr_override,
             recipe: recipe.to_string(),
+            recompute: (*recompute != Recompute::Nothing).then(|| recompute.to_string()),
             batch_size: *batch_size,
             sequence_length: *sequence_length,
             accumulation: *accumulation,
@@ -189,6 +195,7 @@ impl Document {
             sequence_length: self.sequence_length,
             accumulation: self.accumulation,
             recipe: self.recipe.parse()?,
+            recompute: self.recompute.as_deref().unwrap_or("nothing").parse()?,
             optimizer: AdamW { beta1, beta2, epsilon, weight_decay, clip },
             schedule: Schedule {
                 kind: kind.parse()?,

@@ -1,33 +1,61 @@
 //! What the forward pass keeps for the backward pass, and the gradients that flow back.
 //!
-//! One vector a kind of tensor, indexed by layer. A forward-only set holds one layer, which all
-//! layers share.
+//! One [`Layers`] a kind of tensor, indexed by layer. Where a tensor need not outlive its layer, all
+//! layers share one.
+
+use std::ops::{Index, IndexMut};
 
 use super::ModelConfig;
+use super::recompute::Recompute;
 use crate::backend::{Backend, NormStatistics, Precision, Sequences};
+
+/// A tensor for each layer, or fewer that layers take in turn.
+pub(super) struct Layers<T>(Vec<T>);
+
+impl<T> Layers<T> {
+    /// Whether layer `l` has a tensor that other layers use too.
+    pub(super) fn is_shared(&self) -> bool {
+        self.0.len() == 1
+    }
+}
+
+impl<T> Index<usize> for Layers<T> {
+    type Output = T;
+
+    fn index(&self, layer: usize) -> &T {
+        &self.0[layer % self.0.len()]
+    }
+}
+
+impl<T> IndexMut<usize> for Layers<T> {
+    fn index_mut(&mut self, layer: usize) -> &mut T {
+        let count = self.0.len();
+        &mut self.0[layer % count]
+    }
+}
 
 /// Activations of one batch; rows = B T.
 pub(crate) struct Activations<B: Backend> {
     /// Input of each block, and the output of the last: (rows, C).
-    pub(super) residual: Vec<B::Tensor>,
+    pub(super) residual: Layers<B::Tensor>,
     /// (rows, C)
-    pub(super) ln_1: Vec<B::Tensor>,
-    pub(super) ln_1_statistics: Vec<NormStatistics<B::F32>>,
+    pub(super) ln_1: Layers<B::Tensor>,
+    pub(super) ln_1_statistics: Layers<NormStatistics<B::F32>>,
     /// (rows, 3 C)
-    pub(super) qkv: Vec<B::Tensor>,
+    pub(super) qkv: Layers<B::Tensor>,
     /// (rows, C)
-    pub(super) attention: Vec<B::Tensor>,
+    pub(super) attention: Layers<B::Tensor>,
     /// (B, H, T)
-    pub(super) lse: Vec<B::F32>,
+    pub(super) lse: Layers<B::F32>,
     /// The residual stream between attention and MLP: (rows, C).
-    pub(super) middle: Vec<B::Tensor>,
+    pub(super) middle: Layers<B::Tensor>,
     /// (rows, C)
-    pub(super) ln_2: Vec<B::Tensor>,
-    pub(super) ln_2_statistics: Vec<NormStatistics<B::F32>>,
+    pub(super) ln_2: Layers<B::Tensor>,
+    pub(super) ln_2_statistics: Layers<NormStatistics<B::F32>>,
     /// (rows, 4 C)
-    pub(super) fc1: Vec<B::Tensor>,
+    pub(super) fc1: Layers<B::Tensor>,
     /// (rows, 4 C)
-    pub(super) gelu: Vec<B::Tensor>,
+    pub(super) gelu: Layers<B::Tensor>,
     /// What a block adds to the residual stream: (rows, C).
     pub(super) branch: B::Tensor,
     /// (rows, C)
@@ -48,65 +76,53 @@ pub(crate) struct ActivationGradients<B: Backend> {
 }
 
 impl<B: Backend> Activations<B> {
-    /// `keep` layers' worth: all of them for training, one for inference.
-    fn new(
+    /// With `kept` for a backward pass, which computes the rest again; for None keeps nothing beyond
+    /// the layer that is being computed.
+    pub(crate) fn new(
         backend: &B,
         arena: &mut B::Arena,
         config: &ModelConfig,
         sequences: Sequences,
         precision: Precision,
-        keep: usize,
-        residuals: usize,
+        kept: Option<Recompute>,
     ) -> Self {
+        let ModelConfig { layers, channels: c, heads, .. } = *config;
         let rows = sequences.rows();
-        let c = config.channels;
-        let tensors = |arena: &mut B::Arena, count: usize, width: usize| -> Vec<B::Tensor> {
-            (0..count).map(|_| backend.tensor(arena, rows * width, precision)).collect()
+        // Inputs of blocks; what GEMMs and attention put out; what norms and GELU put out; numbers of
+        // a row, which are small.
+        let (inputs, products, pointwise, numbers) = match kept {
+            None => (1, 1, 1, 1),
+            Some(Recompute::Nothing) => (layers + 1, layers, layers, layers),
+            Some(Recompute::Pointwise) => (layers + 1, layers, 1, layers),
+            Some(Recompute::Block) => (layers + 1, 1, 1, layers),
+        };
+        let tensors = |arena: &mut B::Arena, count: usize, width: usize| {
+            let tensors = (0..count).map(|_| backend.tensor(arena, rows * width, precision));
+            Layers(tensors.collect())
         };
         let statistics = |arena: &mut B::Arena| NormStatistics {
             mean: backend.f32(arena, rows),
             rstd: backend.f32(arena, rows),
         };
+        let all_statistics =
+            |arena: &mut B::Arena| Layers((0..numbers).map(|_| statistics(arena)).collect());
         Self {
-            residual: tensors(arena, residuals, c),
-            ln_1: tensors(arena, keep, c),
-            ln_1_statistics: (0..keep).map(|_| statistics(arena)).collect(),
-            qkv: tensors(arena, keep, 3 * c),
-            attention: tensors(arena, keep, c),
-            lse: (0..keep).map(|_| backend.f32(arena, rows * config.heads)).collect(),
-            middle: tensors(arena, keep, c),
-            ln_2: tensors(arena, keep, c),
-            ln_2_statistics: (0..keep).map(|_| statistics(arena)).collect(),
-            fc1: tensors(arena, keep, 4 * c),
-            gelu: tensors(arena, keep, 4 * c),
+            residual: tensors(arena, inputs, c),
+            ln_1: tensors(arena, pointwise, c),
+            ln_1_statistics: all_statistics(arena),
+            qkv: tensors(arena, products, 3 * c),
+            attention: tensors(arena, products, c),
+            lse: Layers((0..numbers).map(|_| backend.f32(arena, rows * heads)).collect()),
+            middle: tensors(arena, products, c),
+            ln_2: tensors(arena, pointwise, c),
+            ln_2_statistics: all_statistics(arena),
+            fc1: tensors(arena, products, 4 * c),
+            gelu: tensors(arena, pointwise, 4 * c),
             branch: backend.tensor(arena, rows * c, precision),
             ln_f: backend.tensor(arena, rows * c, precision),
             ln_f_statistics: statistics(arena),
             losses: backend.f32(arena, rows),
         }
-    }
-
-    /// Keeps every layer, for a backward pass.
-    pub(crate) fn for_training(
-        backend: &B,
-        arena: &mut B::Arena,
-        config: &ModelConfig,
-        sequences: Sequences,
-        precision: Precision,
-    ) -> Self {
-        let layers = config.layers;
-        Self::new(backend, arena, config, sequences, precision, layers, layers + 1)
-    }
-
-    /// Keeps nothing beyond the layer that is being computed.
-    pub(crate) fn for_inference(
-        backend: &B,
-        arena: &mut B::Arena,
-        config: &ModelConfig,
-        sequences: Sequences,
-        precision: Precision,
-    ) -> Self {
-        Self::new(backend, arena, config, sequences, precision, 1, 1)
     }
 }
 

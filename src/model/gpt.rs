@@ -38,43 +38,77 @@ impl<B: Backend> Pass<'_, B> {
         let (backend, params) = (self.backend, self.params);
         let (rows, c) = (self.sequences.rows(), self.config.channels);
         let epsilon = self.config.layer_norm_epsilon;
-        let shape = self.attention_shape();
-        // Layers share one slot where nothing is kept for a backward pass.
-        let (slots, residuals) = (acts.ln_1.len(), acts.residual.len());
 
         let (wte, wpe) = (&params.wte, &params.wpe);
         backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, self.sequences, c);
-        let Norm { w, b } = &params.blocks[0].ln_1;
-        let (out, statistics) = (&mut acts.ln_1[0], acts.ln_1_statistics[0].as_mut());
-        backend.layernorm_forward(out, statistics, &acts.residual[0], w, b, rows, c, epsilon);
-
+        self.ln_1(acts, 0);
         for (l, block) in params.blocks.iter().enumerate() {
-            let (s, r) = (l % slots, l % residuals);
-            self.linear(&mut acts.qkv[s], &acts.ln_1[s], &block.qkv, c, 3 * c);
-            let (out, lse) = (&mut acts.attention[s], &mut acts.lse[s]);
-            backend.attention_forward(self.workspace, out, lse, &acts.qkv[s], shape);
-            self.linear(&mut acts.branch, &acts.attention[s], &block.projection, c, c);
-
-            let Norm { w, b } = &block.ln_2;
-            let (out, sum, statistics) =
-                (&mut acts.ln_2[s], &mut acts.middle[s], acts.ln_2_statistics[s].as_mut());
-            let (x, y) = (&acts.residual[r], &acts.branch);
-            backend.add_layernorm_forward(out, sum, statistics, x, y, w, b, rows, c, epsilon);
-            self.linear(&mut acts.fc1[s], &acts.ln_2[s], &block.fc1, c, 4 * c);
-            backend.gelu_forward(&mut acts.gelu[s], &acts.fc1[s], rows * 4 * c);
-            self.linear(&mut acts.branch, &acts.gelu[s], &block.fc2, 4 * c, c);
+            self.attention(acts, l);
+            self.mlp(acts, l);
+            self.linear(&mut acts.branch, &acts.gelu[l], &block.fc2, 4 * c, c);
 
             // The sum that ends this block, and the norm that begins what follows it.
-            let next = (l + 1) % slots;
-            let sum = &mut acts.residual[(l + 1) % residuals];
             let (Norm { w, b }, out, statistics) = match params.blocks.get(l + 1) {
                 Some(block) => {
-                    (&block.ln_1, &mut acts.ln_1[next], acts.ln_1_statistics[next].as_mut())
+                    (&block.ln_1, &mut acts.ln_1[l + 1], acts.ln_1_statistics[l + 1].as_mut())
                 }
                 None => (&params.ln_f, &mut acts.ln_f, acts.ln_f_statistics.as_mut()),
             };
-            let (x, y) = (&acts.middle[s], &acts.branch);
+            let (x, y, sum) = (&acts.middle[l], &acts.branch, &mut acts.residual[l + 1]);
             backend.add_layernorm_forward(out, sum, statistics, x, y, w, b, rows, c, epsilon);
+        }
+    }
+
+    /// The norm of a block's input, from `acts.residual`.
+    fn ln_1(&mut self, acts: &mut Activations<B>, l: usize) {
+        let Norm { w, b } = &self.params.blocks[l].ln_1;
+        let (out, statistics) = (&mut acts.ln_1[l], acts.ln_1_statistics[l].as_mut());
+        self.norm(out, statistics, &acts.residual[l], w, b);
+    }
+
+    /// Attention and what it adds to the residual stream, from `acts.ln_1` to `acts.ln_2`.
+    fn attention(&mut self, acts: &mut Activations<B>, l: usize) {
+        let (backend, block) = (self.backend, &self.params.blocks[l]);
+        let (rows, c) = (self.sequences.rows(), self.config.channels);
+        let epsilon = self.config.layer_norm_epsilon;
+        let shape = self.attention_shape();
+        self.linear(&mut acts.qkv[l], &acts.ln_1[l], &block.qkv, c, 3 * c);
+        let (out, lse) = (&mut acts.attention[l], &mut acts.lse[l]);
+        backend.attention_forward(self.workspace, out, lse, &acts.qkv[l], shape);
+        self.linear(&mut acts.branch, &acts.attention[l], &block.projection, c, c);
+
+        let Norm { w, b } = &block.ln_2;
+        let (out, sum, statistics) =
+            (&mut acts.ln_2[l], &mut acts.middle[l], acts.ln_2_statistics[l].as_mut());
+        let (x, y) = (&acts.residual[l], &acts.branch);
+        backend.add_layernorm_forward(out, sum, statistics, x, y, w, b, rows, c, epsilon);
+    }
+
+    /// The MLP's first layer and GELU, from `acts.ln_2` to `acts.gelu`.
+    fn mlp(&mut self, acts: &mut Activations<B>, l: usize) {
+        let (rows, c) = (self.sequences.rows(), self.config.channels);
+        let fc1 = &self.params.blocks[l].fc1;
+        self.linear(&mut acts.fc1[l], &acts.ln_2[l], fc1, c, 4 * c);
+        self.backend.gelu_forward(&mut acts.gelu[l], &acts.fc1[l], rows * 4 * c);
+    }
+
+    /// Computes again what the forward pass did not keep of layer `l`.
+    fn recompute(&mut self, acts: &mut Activations<B>, l: usize) {
+        // What layers share is still the last one's.
+        if l + 1 == self.config.layers {
+            return;
+        }
+        if acts.qkv.is_shared() {
+            self.ln_1(acts, l);
+            self.attention(acts, l);
+            self.mlp(acts, l);
+        } else if acts.gelu.is_shared() {
+            let (rows, c) = (self.sequences.rows(), self.config.channels);
+            self.ln_1(acts, l);
+            let Norm { w, b } = &self.params.blocks[l].ln_2;
+            let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
+            self.norm(out, statistics, &acts.middle[l], w, b);
+            self.backend.gelu_forward(&mut acts.gelu[l], &acts.fc1[l], rows * 4 * c);
         }
     }
 
@@ -105,6 +139,7 @@ impl<B: Backend> Pass<'_, B> {
         self.norm_backward(d, &mut grads.ln_f, last, &acts.ln_f_statistics, &params.ln_f);
 
         for (l, block) in params.blocks.iter().enumerate().rev() {
+            self.recompute(acts, l);
             let grads = &mut grads.blocks[l];
             let layers = self.config.layers;
             let recipe = self.recipe.for_layer(l, layers, place.step, place.total_steps);
@@ -154,6 +189,19 @@ impl<B: Backend> Pass<'_, B> {
         let (wte, format) = (&self.params.wte, self.recipe.head());
         let backend = self.backend;
         backend.logits(self.workspace, out, &acts.ln_f, row, wte, channels, vocab_size, format);
+    }
+
+    fn norm(
+        &self,
+        out: &mut B::Tensor,
+        statistics: NormStatistics<&mut B::F32>,
+        x: &B::Tensor,
+        w: &B::Param,
+        b: &B::Param,
+    ) {
+        let (rows, c) = (self.sequences.rows(), self.config.channels);
+        let epsilon = self.config.layer_norm_epsilon;
+        self.backend.layernorm_forward(out, statistics, x, w, b, rows, c, epsilon);
     }
 
     fn attention_shape(&self) -> AttentionShape {

@@ -8,11 +8,13 @@ mod config;
 mod gpt;
 mod init;
 mod params;
+mod recompute;
 
 pub(crate) use activations::{ActivationGradients, Activations};
 pub use config::ModelConfig;
 pub(crate) use gpt::{Pass, Place};
 pub(crate) use params::{ParamSpec, Params, specs};
+pub use recompute::Recompute;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};

@@ -104,6 +104,10 @@ int main(int argc, char **argv) {
   options = small_options();
   options.recipe = "mxfp5";
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "mxfp5", mxt_trainer_new(model, &options, &no_trainer));
+  options.recipe = NULL;
+  options.recompute = "everything";
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "pointwise", mxt_trainer_new(model, &options, &no_trainer));
+  options.recompute = "block";
   options.recipe = "\xf0\x28";
   FAILS(MXT_ERROR_UTF8, "recipe", mxt_trainer_new(model, &options, &no_trainer));
   options = small_options();

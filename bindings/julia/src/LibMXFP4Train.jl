@@ -415,6 +415,11 @@ struct mxt_trainer_options
     total_steps::UInt64
     # Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
     decay_steps::UInt64
+    # What is computed again in the backward pass to save memory: "nothing" (the default, and
+    # what NULL is), "pointwise" (outputs of norms and GELU: a third less for activations, little time) or
+    # "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
+    # depend on it. Borrowed for the call.
+    recompute::Cstring
 end
 
 """

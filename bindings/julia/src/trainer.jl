@@ -1,15 +1,16 @@
 # A model in training, step by step.
 
 """
-    Trainer(model; recipe = nothing, schedule = :constant, batch_size = 8, sequence_length = 0,
-            accumulation = 1, lr = 3e-4, min_lr = 0, warmup_steps = 0, total_steps = 0,
+    Trainer(model; recipe = nothing, recompute = nothing, schedule = :constant, batch_size = 8,
+            sequence_length = 0, accumulation = 1, lr = 3e-4, min_lr = 0, warmup_steps = 0, total_steps = 0,
             decay_steps = 0, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1, clip = 1)
 
 A trainer at step 0 that changes the weights of `model`. All memory of training is allocated here.
 
 `recipe` says which number formats the linear layers use: `"fp32"`, `"bf16"`, `"mxfp4-rht-sr"` (what
 `nothing` is) and others that the C header lists. `schedule` is `:constant`, `:cosine`, `:linear` or
-`:trapezoid`.
+`:trapezoid`. `recompute` says what the backward pass computes again to save memory: `"nothing"`,
+`"pointwise"` or `"block"`.
 """
 mutable struct Trainer <: Handle
     handle::Ptr{Lib.mxt_trainer}
@@ -143,9 +144,11 @@ function options(trainer::Trainer)
     filled_in = sized(Lib.mxt_trainer_options)
     check(Lib.mxt_trainer_get_options(trainer, filled_in))
     how = filled_in[]
-    # The text is valid as long as the trainer.
+    # The texts are valid as long as the trainer.
     recipe = GC.@preserve trainer unsafe_string(how.recipe)
-    return merge(named(how), (recipe = recipe, schedule = SCHEDULES[how.schedule + 1]))
+    recompute = GC.@preserve trainer unsafe_string(how.recompute)
+    schedule = SCHEDULES[how.schedule + 1]
+    return merge(named(how), (recipe = recipe, recompute = recompute, schedule = schedule))
 end
 
 release(handle::Ptr{Lib.mxt_trainer}) = Lib.mxt_trainer_free(handle)
@@ -163,6 +166,7 @@ const SCHEDULES = (:constant, :cosine, :linear, :trapezoid)
 function with_trainer_options(
     use;
     recipe::Union{Nothing,AbstractString} = nothing,
+    recompute::Union{Nothing,AbstractString} = nothing,
     schedule::Symbol = :constant,
     fields...,
 )
@@ -170,9 +174,9 @@ function with_trainer_options(
     if number === nothing
         throw(ArgumentError("schedule: expected one of $SCHEDULES, got $(repr(schedule))"))
     end
-    text = text_or_nothing(recipe)
-    status = GC.@preserve text begin
-        managed = (recipe = c_string(text), schedule = number - 1)
+    text, again = text_or_nothing(recipe), text_or_nothing(recompute)
+    status = GC.@preserve text again begin
+        managed = (recipe = c_string(text), recompute = c_string(again), schedule = number - 1)
         how = filled(Lib.mxt_trainer_options, Lib.mxt_trainer_options_init, fields, managed)
         use(Ref(how))
     end

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use mxfp4train::{Recipe, ScheduleKind};
+use mxfp4train::{Recipe, Recompute, ScheduleKind};
 
 use crate::tokenizer::Tokenizer;
 
@@ -194,6 +194,10 @@ pub(crate) struct BatchArgs {
     /// with switches such as mxfp4-rht-sr,g=128
     #[arg(long, value_name = "NAME", default_value_t = Recipe::default())]
     pub(crate) recipe: Recipe,
+
+    /// What the backward pass computes again to save memory: nothing, pointwise or block
+    #[arg(long, value_name = "WHAT", default_value_t = Recompute::default())]
+    pub(crate) recompute: Recompute,
 }
 
 /// AdamW and its learning rate.

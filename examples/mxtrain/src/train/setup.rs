@@ -104,6 +104,7 @@ pub(crate) fn trainer_options(
         sequence_length: batch.sequence_length.unwrap_or(0),
         accumulation: batch.accumulation,
         recipe: batch.recipe.clone(),
+        recompute: batch.recompute,
         ..TrainerOptions::default()
     };
     if let Some(args) = optimizer {
@@ -308,6 +309,7 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("sequence-length", differs_from(&batch.sequence_length, &kept.sequence_length)),
         ("accumulation", differs(&batch.accumulation, &kept.accumulation)),
         ("recipe", differs(&batch.recipe, &kept.recipe)),
+        ("recompute", differs(&batch.recompute, &kept.recompute)),
         ("lr", differs(&opt.lr, &schedule.lr)),
         ("min-lr", differs_from(&opt.min_lr, &schedule.min_lr)),
         ("warmup", differs_from(&opt.warmup, &schedule.warmup_steps)),
