@@ -64,6 +64,7 @@ fn main() {
                         &mut db,
                         &dy,
                         &x,
+                        None,
                         &w,
                         shape,
                         &recipe,

@@ -515,16 +515,39 @@ __device__ void plain_forward(T *out, float *lse, const T *qkv, Heads s) {
   if (lane == 0) lse[((size_t)blockIdx.z * s.heads + h) * s.length + query] = most + logf(sum);
 }
 
-// delta (B, H, T) = sums of dout * out over a head. Grid: (T / 4 rounded up, H, B); block: 128.
+// delta (B, H, T) = sums of dout * out over a head. A warp owns a row; where heads are whole groups of
+// 8 channels, lanes read those in order and add up within a head.
+// Grid: (B T / 4 rounded up); block: 128.
 template <class T>
-__device__ void plain_delta(float *delta, const T *dout, const T *out, Heads s) {
-  u32 lane = threadIdx.x % WARP, query = blockIdx.x * 4 + threadIdx.x / WARP;
-  if (query >= s.length) return;
-  size_t start = ((size_t)blockIdx.z * s.length + query) * s.channels() + blockIdx.y * s.head_size;
-  float sum = 0.0f;
-  for (u32 i = lane; i < s.head_size; i += WARP) sum += to_f32(dout[start + i]) * to_f32(out[start + i]);
-  sum = warp_sum(sum);
-  if (lane == 0) delta[((size_t)blockIdx.z * s.heads + blockIdx.y) * s.length + query] = sum;
+__device__ void row_delta(float *delta, const T *dout, const T *out, u32 rows, Heads s) {
+  u32 lane = threadIdx.x % WARP, row = blockIdx.x * 4 + threadIdx.x / WARP, d = s.head_size;
+  if (row >= rows) return;
+  size_t start = (size_t)row * s.channels();
+  float *to = delta + ((size_t)(row / s.length) * s.heads) * s.length + row % s.length;
+  u32 lanes = d / 8;  // of a head
+  if (d % 8 == 0 && lanes <= WARP && (lanes & (lanes - 1)) == 0) {
+    for (u32 first = 0; first < s.channels(); first += WARP * 8) {
+      u32 i = first + lane * 8;
+      float sum = 0.0f;
+      if (i < s.channels()) {
+        float a[8], b[8];
+        load8(dout + start + i, a);
+        load8(out + start + i, b);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += a[j] * b[j];
+      }
+      for (u32 step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+      if (i < s.channels() && lane % lanes == 0) to[(size_t)(i / d) * s.length] = sum;
+    }
+    return;
+  }
+  for (u32 h = 0; h < s.heads; h++) {
+    float sum = 0.0f;
+    for (u32 i = lane; i < d; i += WARP)
+      sum += to_f32(dout[start + h * d + i]) * to_f32(out[start + h * d + i]);
+    sum = warp_sum(sum);
+    if (lane == 0) to[(size_t)h * s.length] = sum;
+  }
 }
 
 // dq of dqkv (B, T, 3 C). Launch as forward, with twice the shared memory.
@@ -615,8 +638,8 @@ __device__ void plain_dkdv(T *dqkv, const T *dout, const float *lse, const float
     plain_forward(out, lse, qkv, s);                                                                 \
   }                                                                                                  \
   extern "C" __global__ void attention_delta_##NAME(float *delta, const T *dout, const T *out,      \
-                                                    Heads s) {                                       \
-    plain_delta(delta, dout, out, s);                                                                \
+                                                    u32 rows, Heads s) {                             \
+    row_delta(delta, dout, out, rows, s);                                                            \
   }                                                                                                  \
   extern "C" __global__ void attention_dq_##NAME(T *dqkv, const T *dout, const float *lse,          \
                                                  const float *delta, const T *qkv, Heads s) {        \

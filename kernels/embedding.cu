@@ -35,31 +35,60 @@ extern "C" __global__ void embedding_forward_f32(float *out, const u32 *tokens, 
 // Adds to row `token` of dwte (V, C) the rows of dout (rows, C) where the token stands.
 //
 // `order` holds the row numbers sorted by token; the run of a token is order[starts[r]] up to where
-// the next begins; *runs of them. A block owns a run and 32 columns; its 8 warps take every eighth
-// row of the run, and their sums are added in order.
-// Grid: (most runs there can be, C / 32 rounded up); block: 256.
+// the next begins; *runs of them. A block owns a run. Its threads are as many groups as fit, each as
+// wide as the row (8 columns a thread); a group takes every so-manieth row of the run, and the sums of
+// the groups are added in order.
+// Grid: most runs there can be; block: 256; dynamic shared memory: 8 KB.
 template <class T>
 __device__ void embedding_backward_tokens(float *dwte, const T *dout, const u32 *tokens,
                                           const u32 *order, const u32 *starts, const u32 *runs,
                                           u32 rows, u32 channels) {
-  __shared__ float sums[8][WARP];
+  extern __shared__ float sums[];  // (256, 8)
   u32 run = blockIdx.x;
   if (run >= *runs) return;
-  u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, column = blockIdx.y * WARP + lane;
   u32 first = starts[run], last = run + 1 < *runs ? starts[run + 1] : rows;
-  float sum = 0.0f;
-  if (column < channels) {
-#pragma unroll 4
-    for (u32 i = first + warp; i < last; i += 8)
-      sum += to_f32(dout[(size_t)order[i] * channels + column]);
+  float *to = dwte + (size_t)tokens[order[first]] * channels;
+  if (channels % 8 != 0) {
+    for (u32 column = threadIdx.x; column < channels; column += blockDim.x) {
+      float sum = 0.0f;
+      for (u32 i = first; i < last; i++) sum += to_f32(dout[(size_t)order[i] * channels + column]);
+      to[column] += sum;
+    }
+    return;
   }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp == 0 && column < channels) {
-    float total = 0.0f;
+  u32 wide = min(channels / 8, blockDim.x), groups = blockDim.x / wide;
+  u32 group = threadIdx.x / wide, thread = threadIdx.x % wide;
+  for (u32 start = 0; start < channels; start += wide * 8) {
+    u32 column = start + thread * 8;
+    float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    if (group < groups && column < channels) {
+#pragma unroll 4
+      for (u32 i = first + group; i < last; i += groups) {
+        float v[8];
+        load8(dout + (size_t)order[i] * channels + column, v);
 #pragma unroll
-    for (int w = 0; w < 8; w++) total += sums[w][lane];
-    dwte[(size_t)tokens[order[first]] * channels + column] += total;
+        for (int j = 0; j < 8; j++) sum[j] += v[j];
+      }
+    }
+    if (groups > 1 && last - first > 1) {
+      store8(sums + threadIdx.x * 8, sum);
+      __syncthreads();
+      if (group == 0)
+        for (u32 other = 1; other < groups; other++) {
+          float v[8];
+          load8(sums + (other * wide + thread) * 8, v);
+#pragma unroll
+          for (int j = 0; j < 8; j++) sum[j] += v[j];
+        }
+      __syncthreads();
+    }
+    if (group == 0 && column < channels) {
+      float v[8];
+      load8(to + column, v);
+#pragma unroll
+      for (int j = 0; j < 8; j++) v[j] += sum[j];
+      store8(to + column, v);
+    }
   }
 }
 

@@ -296,6 +296,23 @@ impl Backend for Device {
         ));
     }
 
+    fn linear_gelu_forward(
+        &self,
+        workspace: &mut Workspace,
+        out: &mut Tensor,
+        pre: &mut Tensor,
+        x: &Tensor,
+        w: &Param,
+        b: &Param,
+        shape: LinearShape,
+        format: Forward,
+    ) {
+        on_device!(self, d => d.linear_gelu_forward(
+            workspace.side_mut(), out.side_mut(), pre.side_mut(), x.side(), w.side(), b.side(),
+            shape, format
+        ));
+    }
+
     fn linear_backward(
         &self,
         workspace: &mut Workspace,
@@ -304,6 +321,7 @@ impl Backend for Device {
         db: &mut F32,
         dy: &Tensor,
         x: &Tensor,
+        pre: Option<&Tensor>,
         w: &Param,
         shape: LinearShape,
         recipe: &LinearRecipe,
@@ -311,16 +329,12 @@ impl Backend for Device {
     ) {
         on_device!(self, b => b.linear_backward(
             workspace.side_mut(), dx.side_mut(), dw.side_mut(), db.side_mut(), dy.side(), x.side(),
-            w.side(), shape, recipe, random
+            pre.map(Side::side), w.side(), shape, recipe, random
         ));
     }
 
     fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize) {
         on_device!(self, b => b.gelu_forward(out.side_mut(), x.side(), len));
-    }
-
-    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize) {
-        on_device!(self, b => b.gelu_backward(d.side_mut(), x.side(), len));
     }
 
     fn attention_forward(

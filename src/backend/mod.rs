@@ -328,7 +328,23 @@ pub trait Backend: Send + Sync + Sized + 'static {
         shape: LinearShape,
         format: Forward,
     );
-    /// dx = dy W; adds dy^T x to dw and the column sums of dy to db.
+    /// pre = x W^T + b and out = gelu(pre) in its tanh form, both (rows, outputs).
+    fn linear_gelu_forward(
+        &self,
+        workspace: &mut Self::Workspace,
+        out: &mut Self::Tensor,
+        pre: &mut Self::Tensor,
+        x: &Self::Tensor,
+        w: &Self::Param,
+        b: &Self::Param,
+        shape: LinearShape,
+        format: Forward,
+    ) {
+        self.linear_forward(workspace, pre, x, w, b, shape, format);
+        self.gelu_forward(out, pre, shape.rows * shape.outputs);
+    }
+    /// dx = dy W; adds dy^T x to dw and the column sums of dy to db. Where x was gelu(pre), `pre` is
+    /// given, and dx is the gradient of it: dx = (dy W) gelu'(pre).
     ///
     /// `random` says where in the run this is, for the bits of rounding and transforms; in an FP8
     /// recipe dw sees x as the forward pass kept it.
@@ -340,18 +356,15 @@ pub trait Backend: Send + Sync + Sized + 'static {
         db: &mut Self::F32,
         dy: &Self::Tensor,
         x: &Self::Tensor,
+        pre: Option<&Self::Tensor>,
         w: &Self::Param,
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
     );
 
-    // --- GELU, tanh form ---
-
-    /// out = gelu(x), both of `len` elements.
+    /// out = gelu(x) in its tanh form, both of `len` elements.
     fn gelu_forward(&self, out: &mut Self::Tensor, x: &Self::Tensor, len: usize);
-    /// d = d * gelu'(x), in place.
-    fn gelu_backward(&self, d: &mut Self::Tensor, x: &Self::Tensor, len: usize);
 
     // --- Attention ---
 

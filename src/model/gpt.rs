@@ -87,9 +87,11 @@ impl<B: Backend> Pass<'_, B> {
     /// The MLP's first layer and GELU, from `acts.ln_2` to `acts.gelu`.
     fn mlp(&mut self, acts: &mut Activations<B>, l: usize) {
         let (rows, c) = (self.sequences.rows(), self.config.channels);
-        let fc1 = &self.params.blocks[l].fc1;
-        self.linear(&mut acts.fc1[l], &acts.ln_2[l], fc1, c, 4 * c);
-        self.backend.gelu_forward(&mut acts.gelu[l], &acts.fc1[l], rows * 4 * c);
+        let (Linear { w, b }, format) = (&self.params.blocks[l].fc1, self.recipe.forward);
+        let (out, pre, x) = (&mut acts.gelu[l], &mut acts.fc1[l], &acts.ln_2[l]);
+        let (backend, workspace) = (self.backend, &mut *self.workspace);
+        let shape = LinearShape { rows, inputs: c, outputs: 4 * c };
+        backend.linear_gelu_forward(workspace, out, pre, x, w, b, shape, format);
     }
 
     /// Computes again what the forward pass did not keep of layer `l`.
@@ -129,7 +131,7 @@ impl<B: Backend> Pass<'_, B> {
         place: Place,
     ) {
         let (backend, params) = (self.backend, self.params);
-        let (rows, c) = (self.sequences.rows(), self.config.channels);
+        let c = self.config.channels;
         let shape = self.attention_shape();
 
         let gradient = ClassifierGradient { dx: &mut d.narrow, dwte: &mut grads.wte, scale };
@@ -155,12 +157,12 @@ impl<B: Backend> Pass<'_, B> {
             let call =
                 LinearCall { inputs: 4 * c, outputs: c, recipe, random: random(LinearId::Fc2) };
             let (dx, dy, x) = (&mut d.wide, &d.residual, &acts.gelu[l]);
-            self.linear_backward(dx, &mut grads.fc2, dy, x, &block.fc2, call);
-            backend.gelu_backward(&mut d.wide, &acts.fc1[l], rows * 4 * c);
+            let pre = Some(&acts.fc1[l]);
+            self.linear_backward(dx, &mut grads.fc2, dy, x, pre, &block.fc2, call);
             let call =
                 LinearCall { inputs: c, outputs: 4 * c, recipe, random: random(LinearId::Fc1) };
             let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_2[l]);
-            self.linear_backward(dx, &mut grads.fc1, dy, x, &block.fc1, call);
+            self.linear_backward(dx, &mut grads.fc1, dy, x, None, &block.fc1, call);
             let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
             self.norm_backward(d, &mut grads.ln_2, x, statistics, &block.ln_2);
 
@@ -168,14 +170,14 @@ impl<B: Backend> Pass<'_, B> {
             let random_projection = random(LinearId::Projection);
             let call = LinearCall { inputs: c, outputs: c, recipe, random: random_projection };
             let (dx, dy, x) = (&mut d.narrow, &d.residual, &acts.attention[l]);
-            self.linear_backward(dx, &mut grads.projection, dy, x, &block.projection, call);
+            self.linear_backward(dx, &mut grads.projection, dy, x, None, &block.projection, call);
             let (dqkv, dout) = (&mut d.wide, &d.narrow);
             let (out, lse, qkv) = (&acts.attention[l], &acts.lse[l], &acts.qkv[l]);
             backend.attention_backward(self.workspace, dqkv, dout, out, lse, qkv, shape);
             let call =
                 LinearCall { inputs: c, outputs: 3 * c, recipe, random: random(LinearId::Qkv) };
             let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_1[l]);
-            self.linear_backward(dx, &mut grads.qkv, dy, x, &block.qkv, call);
+            self.linear_backward(dx, &mut grads.qkv, dy, x, None, &block.qkv, call);
             let (x, statistics) = (&acts.residual[l], &acts.ln_1_statistics[l]);
             self.norm_backward(d, &mut grads.ln_1, x, statistics, &block.ln_1);
         }
@@ -249,6 +251,7 @@ impl<B: Backend> Pass<'_, B> {
         grads: &mut Linear<B::F32>,
         dy: &B::Tensor,
         x: &B::Tensor,
+        pre: Option<&B::Tensor>,
         layer: &Linear<B::Param>,
         call: LinearCall,
     ) {
@@ -256,7 +259,8 @@ impl<B: Backend> Pass<'_, B> {
         let shape = LinearShape { rows: self.sequences.rows(), inputs, outputs };
         let Linear { w: dw, b: db } = grads;
         let (backend, workspace) = (self.backend, &mut *self.workspace);
-        backend.linear_backward(workspace, dx, dw, db, dy, x, &layer.w, shape, &recipe, &random);
+        let w = &layer.w;
+        backend.linear_backward(workspace, dx, dw, db, dy, x, pre, w, shape, &recipe, &random);
     }
 
     /// Adds the norm's part to d.residual, given the gradient of its output in d.narrow.

@@ -89,8 +89,9 @@ pub(super) fn backward(
     shape: AttentionShape,
 ) {
     let (heads, delta) = (Heads::from(shape), workspace.delta.address);
-    launch!(cuda.gpu, kernel!(qkv, "attention_delta"), grid(shape, 4), 128, 0;
-        delta, dout.address(), out.address(), heads);
+    let rows = shape.sequences.rows();
+    launch!(cuda.gpu, kernel!(qkv, "attention_delta"), [rows.div_ceil(4), 1, 1], 128, 0;
+        delta, dout.address(), out.address(), rows as u32, heads);
     let shared = 32 * shape.head_size;
     let plain = [
         Kernel(kernel!(qkv, "attention_dkdv"), 4, 128, shared),

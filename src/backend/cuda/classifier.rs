@@ -56,6 +56,7 @@ pub(super) fn run(
             alpha: 1.0,
             accumulate: false,
             bias: None,
+            scales: None,
         };
         cuda.product(workspace, &product);
         let scale = gradient.as_ref().map_or(0.0, |gradient| gradient.scale);
@@ -121,6 +122,7 @@ pub(super) fn logits(
         alpha: 1.0,
         accumulate: false,
         bias: None,
+        scales: None,
     };
     cuda.product(workspace, &product);
 }

@@ -116,8 +116,7 @@ pub(super) fn backward(
     let rows = sequences.rows();
     let (order, starts, count) = tokens.upload_runs(rows);
     let most = rows.min(dwte.len / channels);
-    let grid = [most, channels.div_ceil(32), 1];
-    launch!(cuda.gpu, kernel!(dout, "embedding_backward_tokens"), grid, 256, 0;
+    launch!(cuda.gpu, kernel!(dout, "embedding_backward_tokens"), [most, 1, 1], 256, 8192;
         dwte.address(), dout.address(), tokens.ids(), order, starts, count,
         rows as u32, channels as u32);
     let grid = [(sequences.length * channels).div_ceil(256), 1, 1];

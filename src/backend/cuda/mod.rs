@@ -59,6 +59,11 @@ impl Cuda {
         format!("{} (compute capability {major}.{minor}, {memory} MiB)", self.gpu.name)
     }
 
+    /// Whether the chip multiplies FP8 operands of so many vectors.
+    fn multiplies_fp8(&self, m: usize, n: usize) -> bool {
+        self.gpu.capability >= (8, 9) && m.is_multiple_of(16) && n.is_multiple_of(16)
+    }
+
     fn product(&self, workspace: &Workspace, product: &Product) {
         self.gemm.run(&self.gpu, product, workspace.gemm.address);
     }
@@ -129,6 +134,13 @@ impl Backend for Cuda {
             return Err(Error::Unsupported {
                 what: format!("attention with {head_size} channels a head on a GPU"),
                 remedy: format!("use more heads, so that each has at most {most} channels"),
+            });
+        }
+        let mxfp4 = shape.backward.is_some_and(|backward| backward.mxfp4_group.is_some());
+        if mxfp4 && 4 * shape.channels > linear::MAX_DEPTH {
+            return Err(Error::Unsupported {
+                what: format!("MXFP4 with {} channels on a GPU", shape.channels),
+                remedy: format!("use recipe bf16, or at most {} channels", linear::MAX_DEPTH / 4),
             });
         }
         Ok(())
@@ -281,7 +293,21 @@ impl Backend for Cuda {
         shape: LinearShape,
         format: Forward,
     ) {
-        linear::forward(self, workspace, y, x, w, b, shape, format);
+        linear::forward(self, workspace, y, None, x, w, b, shape, format);
+    }
+
+    fn linear_gelu_forward(
+        &self,
+        workspace: &mut Workspace,
+        out: &mut Tensor,
+        pre: &mut Tensor,
+        x: &Tensor,
+        w: &Param,
+        b: &Param,
+        shape: LinearShape,
+        format: Forward,
+    ) {
+        linear::forward(self, workspace, pre, Some(out), x, w, b, shape, format);
     }
 
     fn linear_backward(
@@ -292,20 +318,17 @@ impl Backend for Cuda {
         db: &mut F32,
         dy: &Tensor,
         x: &Tensor,
+        pre: Option<&Tensor>,
         w: &Param,
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
     ) {
-        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random);
+        linear::backward(self, workspace, dx, dw, db, dy, x, pre, w, shape, recipe, random);
     }
 
     fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize) {
         gelu::forward(self, out, x, len);
-    }
-
-    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize) {
-        gelu::backward(self, d, x, len);
     }
 
     fn attention_forward(

@@ -284,7 +284,7 @@ fn layernorm_and_gelu() {
             let exact: Vec<f64> = x.iter().map(|v| reference::gelu(f64::from(*v))).collect();
             close("gelu", &values_of(cuda, &out), &exact, bound(precision));
             let mut d = tensor(cuda, &dy, precision);
-            cuda.gelu_backward(&mut d, &x_d, rows * c);
+            super::gelu::backward(cuda, &mut d, &x_d, rows * c);
             let slope =
                 |(x, dy): (&f32, &f32)| f64::from(*dy) * reference::gelu_derivative(f64::from(*x));
             let exact: Vec<f64> = x.iter().zip(&dy).map(slope).collect();
@@ -447,13 +447,44 @@ fn linear_layers_in_plain_formats() {
             let recipe = recipe.for_layer(0, 1, 0, 0);
             let (s, r) = (&mut scratch, &RANDOM);
             cuda.linear_backward(
-                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r,
+                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r,
             );
             let (exact_dx, exact_dw, exact_db) =
                 reference::linear_backward(&f64s(&dy), &f64s(&x), &f64s(&w), shape);
             close("dx", &values_of(cuda, &dx), &exact_dx, bound(precision));
             close("dw", &f32s_of(cuda, &dw), &plus_one(exact_dw), 1e-5);
             close("db", &f32s_of(cuda, &db), &plus_one(exact_db), 1e-5);
+
+            // The same with GELU after the forward product and before the backward one.
+            let (mut pre, mut out) =
+                (poison(cuda, rows * outputs, precision), poison(cuda, rows * outputs, precision));
+            let s = &mut scratch;
+            cuda.linear_gelu_forward(s, &mut out, &mut pre, &x_d, &w_d, &b_d, shape, format);
+            close("pre", &values_of(cuda, &pre), &exact, bound(precision));
+            let gelu: Vec<f64> = exact.iter().map(|v| reference::gelu(*v)).collect();
+            close("gelu", &values_of(cuda, &out), &gelu, 2.0 * bound(precision));
+            let before = random(rows * inputs, 5);
+            let before_d = tensor(cuda, &before, precision);
+            let before = rounded(&before, precision);
+            cuda.linear_backward(
+                s,
+                &mut dx,
+                &mut dw,
+                &mut db,
+                &dy_d,
+                &x_d,
+                Some(&before_d),
+                &w_d,
+                shape,
+                &recipe,
+                r,
+            );
+            let exact: Vec<f64> = exact_dx
+                .iter()
+                .zip(&before)
+                .map(|(d, x)| d * reference::gelu_derivative(f64::from(*x)))
+                .collect();
+            close("dgelu", &values_of(cuda, &dx), &exact, 2.0 * bound(precision));
         }
     });
 }
@@ -561,7 +592,7 @@ fn optimizer_steps() {
 /// Codes and scales are those of the scalar definition, bit for bit; values are what they stand for.
 #[test]
 fn mxfp4_codes_are_those_of_the_definition() {
-    use super::linear::{CodesArgument, Form, Quantize, Source as Operand, quantize};
+    use super::linear::{Form, Quantize, Source as Operand, Target, quantize};
     each_precision(|cuda, precision| {
         let cases = [(1, 1), (5, 32), (17, 31), (33, 200), (48, 257), (64, 96), (130, 520)];
         for (case, (rows, cols)) in cases.into_iter().enumerate() {
@@ -606,18 +637,13 @@ fn mxfp4_codes_are_those_of_the_definition() {
                         write_bytes(cuda, out.address, &poison);
                         write_bytes(cuda, codes.address, &poison[..elements / 2]);
                         write_bytes(cuda, scales.address, &poison[..elements / BLOCK]);
-                        let to = CodesArgument { codes: codes.address, scales: scales.address };
-                        quantize(cuda, "codes", to, operand, shape, &signs, rounding, draw);
-                        quantize(
-                            cuda,
-                            "values",
-                            out.address,
-                            operand,
-                            shape,
-                            &signs,
-                            rounding,
-                            draw,
-                        );
+                        let both = [
+                            Target::Codes { codes: codes.address, scales: scales.address },
+                            Target::Values { out: out.address },
+                        ];
+                        for target in both {
+                            quantize(cuda, target, operand, shape, 0, &signs, rounding, draw);
+                        }
                         let what = format!(
                             "{precision:?} ({rows}, {cols}) g {group} {form:?} {rounding:?}"
                         );
@@ -694,7 +720,7 @@ fn mxfp4_linear_backward_is_the_product_of_its_operands() {
                 let mut db = f32_buffer(&cuda, &vec![1.0; outputs]);
                 let (s, r) = (&mut scratch, &RANDOM);
                 cuda.linear_backward(
-                    s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r,
+                    s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r,
                 );
                 close(name, &values_of(&cuda, &dx), &exact_dx, bound(Precision::Bf16));
                 close(name, &f32s_of(&cuda, &dw), &exact_dw, 1e-6);

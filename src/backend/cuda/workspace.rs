@@ -23,8 +23,12 @@ pub(crate) struct Workspace {
     pub(super) operands: [Piece; 2],
     /// x as FP8 keeps it: bf16.
     pub(super) kept: Piece,
-    /// One word: the bits of a tensor's largest magnitude, for FP8's scale.
-    pub(super) magnitude: Piece,
+    /// f32 factors of the vectors of the two operands.
+    pub(super) scales: [Piece; 2],
+    /// One word each: the bits of the largest magnitude of what an operand is made from.
+    pub(super) most: [Piece; 2],
+    /// One word: blocks that were raised in this step.
+    pub(super) raised: Piece,
 }
 
 impl Workspace {
@@ -42,6 +46,7 @@ impl Workspace {
 
         let fp8 = forward == Forward::Fp8;
         let group = backward.and_then(|backward| backward.mxfp4_group);
+        let vectors = rows.max(4 * c);
         let mut operands = [0; 2];
         for (inputs, outputs) in [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)] {
             let mut room = |first: usize, second: usize| {
@@ -64,7 +69,9 @@ impl Workspace {
             partials: arena.bytes(partials * 4),
             operands: operands.map(|len| arena.bytes(len * 2)),
             kept: arena.bytes(if fp8 { rows * 4 * c * 2 } else { 0 }),
-            magnitude: arena.bytes(4),
+            scales: [0; 2].map(|_| arena.bytes(if group.is_some() { vectors * 4 } else { 0 })),
+            most: [0; 2].map(|_| arena.bytes(4)),
+            raised: arena.bytes(4),
         }
     }
 }
