@@ -297,7 +297,8 @@ impl QueryBlock {
                 let to = &mut out[(p * self.length + i) * PANEL..][..rows * PANEL];
                 let c = to.as_mut_ptr();
                 let to = TileOutput { c, stride: PANEL, alpha: 1.0, bias: None, add: false };
-                store_tile(isa, &tile, rows, p * PANEL..(p + 1) * PANEL, &to);
+                let columns = p * PANEL..(p + 1) * PANEL;
+                store_tile(isa, tile.sums(), TILE_COLS, rows, columns, &to);
             }
         }
     }
@@ -348,7 +349,8 @@ impl<'a> Rows<'a> {
                 // Rows i .. i + 8 below `rows`, columns j .. j + cols <= d, which the caller owns.
                 let c = c.offset(i * stride + j).0;
                 let to = TileOutput { c, stride, alpha: 1.0, bias: None, add };
-                store_tile(isa, &tile, TILE_ROWS.min(self.rows - i), 0..cols, &to);
+                let rows = TILE_ROWS.min(self.rows - i);
+                store_tile(isa, tile.sums(), TILE_COLS, rows, 0..cols, &to);
             }
         }
     }

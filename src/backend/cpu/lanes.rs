@@ -84,6 +84,8 @@ pub(super) trait Lanes {
     unsafe fn interleave(w: [Self::U; 4]) -> [Self::U; 4];
     /// The 16-bit halves of words 0 to 7, and those of words 8 to 15, as words.
     unsafe fn widen(v: Self::U) -> [Self::U; 2];
+    /// The upper halves of 32 words, as 16 words.
+    unsafe fn narrow(v: [Self::U; 2]) -> Self::U;
 }
 
 /// Arrays.
@@ -218,6 +220,11 @@ impl Lanes for Portable {
         std::array::from_fn(|half| {
             std::array::from_fn(|i| v[half * 8 + i / 2] >> (16 * (i % 2)) & 0xffff)
         })
+    }
+    #[inline(always)]
+    unsafe fn narrow(v: [[u32; 16]; 2]) -> [u32; 16] {
+        let v = v.as_flattened();
+        std::array::from_fn(|i| v[2 * i] >> 16 | v[2 * i + 1] & 0xffff_0000)
     }
 }
 
@@ -414,6 +421,21 @@ mod avx512 {
                     _mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)),
                     _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(v)),
                 ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn narrow(v: [__m512i; 2]) -> __m512i {
+            const UPPER: [u16; 32] = {
+                let (mut at, mut i) = ([0; 32], 0);
+                while i < 32 {
+                    at[i] = 2 * i as u16 + 1;
+                    i += 1;
+                }
+                at
+            };
+            unsafe {
+                let at = _mm512_loadu_si512(UPPER.as_ptr().cast());
+                _mm512_permutex2var_epi16(v[0], at, v[1])
             }
         }
     }
@@ -655,6 +677,19 @@ mod avx2 {
                 out
             }
         }
+        #[inline(always)]
+        unsafe fn narrow(v: [U; 2]) -> U {
+            unsafe {
+                let mut out = v[0];
+                for i in 0..2 {
+                    let low = _mm256_srli_epi32::<16>(v[i][0]);
+                    let high = _mm256_srli_epi32::<16>(v[i][1]);
+                    let halves = _mm256_packus_epi32(low, high);
+                    out[i] = _mm256_permute4x64_epi64::<0xd8>(halves);
+                }
+                out
+            }
+        }
     }
 }
 
@@ -684,7 +719,9 @@ macro_rules! lanes_fn {
             match isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an engine only holds a set that `is_available` confirmed.
-                $crate::backend::cpu::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::backend::cpu::isa::Isa::Amx | $crate::backend::cpu::isa::Isa::Avx512 => unsafe {
+                    avx512($($arg),*)
+                },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -756,6 +793,7 @@ mod tests {
             let got = L::interleave(four.map(|w| L::load_u(w.as_ptr()))).map(out_u);
             assert_eq!(got, P::interleave(four));
             assert_eq!(L::widen(u).map(out_u), P::widen(words));
+            assert_eq!(out_u(L::narrow([u, v])), P::narrow([words, other]));
             let square: [[f32; 16]; 16] =
                 std::array::from_fn(|i| std::array::from_fn(|j| (16 * i + j) as f32));
             let got = L::transpose(square.map(|row| L::load(row.as_ptr()))).map(out);

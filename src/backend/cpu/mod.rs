@@ -118,7 +118,7 @@ impl Backend for Cpu {
     }
 
     fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
-        Workspace::new(arena, shape, self.threads())
+        Workspace::new(arena, shape, self.threads(), self.isa)
     }
 
     fn write_tokens(&self, to: &mut Buffer<u32>, from: &[u32]) {

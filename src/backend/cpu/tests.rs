@@ -1,7 +1,9 @@
 //! Every operation against its scalar twin, on every instruction set of this processor, at sizes that
 //! nothing divides; and independence of the number of threads.
 
-use super::gemm::{Format, Matrix, Output, Rotation, pack, unpack_mxfp4};
+use super::gemm::{
+    Format, Layout, Matrix, Output, Rotation, Side, pack, unpack_mxfp4, unpack_tiles,
+};
 use super::*;
 use crate::backend::{BackwardWorkspace, reference};
 use crate::mx::{
@@ -115,14 +117,15 @@ fn mxfp4_codes_are_those_of_the_definition() {
                 } else {
                     Matrix::rows_by_depth(&data, rows, depth)
                 };
-                for unsigned in [false, true] {
+                for (side, offset) in [(Side::A, 0), (Side::B, 12)] {
                     let rotation = Rotation { signs: &signs, rounding, draw };
-                    let a = memory.a.as_mut();
-                    let packed = pack(&cpu, &matrix, Format::Mxfp4, Some(&rotation), unsigned, a);
-                    let offset = if unsigned { 12 } else { 0 };
+                    let (format, rotation) = (Format::Mxfp4, Some(&rotation));
+                    let layout = Layout::Panels;
+                    let to = memory.a.as_mut();
+                    let in_panels = pack(&cpu, &matrix, format, layout, rotation, side, to);
                     for r in 0..rows {
                         for k in 0..exact.depth {
-                            let (byte, scale) = unpack_mxfp4(&packed, r, k, unsigned);
+                            let (byte, scale) = unpack_mxfp4(&in_panels, r, k, side);
                             let element = decode_e2m1(exact.code(r, k));
                             assert_eq!(f32::from(byte - offset), 2.0 * element, "({r}, {k})");
                             // A block of zeroes has no scale to speak of.
@@ -130,6 +133,17 @@ fn mxfp4_codes_are_those_of_the_definition() {
                             let zeroes = exact_scale == 0 && scale == 1.0;
                             assert!(scale == decode_e8m0(exact_scale) || zeroes, "({r}, {k})");
                         }
+                    }
+                    if cpu.isa() != Isa::Amx {
+                        continue;
+                    }
+                    let layout = Layout::Tiles;
+                    let to = memory.a.as_mut();
+                    let in_tiles = pack(&cpu, &matrix, format, layout, rotation, side, to);
+                    let values = exact.dequantize();
+                    for (at, value) in values.iter().enumerate() {
+                        let (r, k) = (at / exact.depth, at % exact.depth);
+                        assert_eq!(unpack_tiles(&in_tiles, r, k, side), *value, "({r}, {k})");
                     }
                 }
             }
@@ -150,8 +164,9 @@ fn gemms_are_the_products_of_their_operands() {
                 let rotation = Rotation { signs: &[], rounding: Rounding::Nearest, draw };
                 let rotation = (format == Format::Mxfp4).then_some(&rotation);
                 let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
-                let pa = pack(&cpu, &ma, format, rotation, false, memory.a.as_mut());
-                let pb = pack(&cpu, &mb, format, rotation, true, memory.b.as_mut());
+                let layout = Layout::best(cpu.isa(), format);
+                let pa = pack(&cpu, &ma, format, layout, rotation, Side::A, memory.a.as_mut());
+                let pb = pack(&cpu, &mb, format, layout, rotation, Side::B, memory.b.as_mut());
                 let rounded = |x: &[f32], rows| match format {
                     Format::F32 => f64s(x),
                     Format::Bf16 => x.iter().map(|v| half::bf16::from_f32(*v).to_f64()).collect(),
@@ -209,12 +224,10 @@ fn extreme_scales_multiply_like_any_other() {
             let mut memory = workspace(&cpu, &shape);
             let rotation = Rotation { signs: &[], rounding: Rounding::Unbiased, draw };
             let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
-            let format = Format::Mxfp4;
-            let pa = pack(&cpu, &ma, format, Some(&rotation), false, memory.a.as_mut());
-            let pb = pack(&cpu, &mb, format, Some(&rotation), true, memory.b.as_mut());
             let mut c = poison(m * n);
             let out = Output { c: &mut c, stride: n, alpha: 1.0, bias: None, accumulate: false };
-            cpu.gemm(pa, pb, out);
+            let memory = (memory.a.as_mut(), memory.b.as_mut());
+            cpu.mxfp4_gemm([(&ma, &rotation), (&mb, &rotation)], memory, out);
             assert_eq!(c[..], exact[..], "{small:e} by {large:e}");
         });
     }

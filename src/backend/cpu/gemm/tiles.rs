@@ -1,0 +1,185 @@
+//! AMX: products of tiles, 16 x 16 sums of 32 bf16 products each in one instruction.
+//!
+//! Operands lie as the instruction reads them, a square of 16 x 16 words after the other: B as in a
+//! panel, 16 steps of 16 lanes; A with its 16 lanes as rows. MXFP4 is multiplied as bf16 too: an element
+//! times its scale is a bf16 number, and the product of two is exact in f32.
+
+use std::arch::asm;
+use std::ops::Range;
+
+use super::{PANEL, Packed, SharedOutput, TileOutput, store_tile};
+use crate::backend::cpu::isa::Isa;
+
+/// Steps of a square, and words of a row of it.
+pub(super) const SQUARE: usize = 16;
+
+/// Rows and columns of C that the inner kernel computes: 2 x 2 tiles.
+const SIDE: usize = 2 * SQUARE;
+
+/// Steps that one pass over C takes: two panels of B are then 64 KiB, and the rows of a job 256 KiB.
+const STEPS_PER_PASS: usize = 512;
+
+/// Bytes of a square, and of one of its rows.
+const SQUARE_BYTES: usize = SQUARE * ROW_BYTES;
+const ROW_BYTES: usize = 4 * SQUARE;
+
+/// The sums of 2 x 2 tiles.
+#[repr(C, align(64))]
+struct Sums([[f32; SIDE]; SIDE]);
+
+/// The tile registers of this thread, configured as 8 squares for as long as this lives.
+struct Tiles;
+
+impl Tiles {
+    /// # Safety
+    /// The process may use AMX.
+    unsafe fn configure() -> Self {
+        #[repr(C, align(64))]
+        struct Configuration {
+            palette: u8,
+            start_row: u8,
+            reserved: [u8; 14],
+            row_bytes: [u16; 16],
+            rows: [u8; 16],
+        }
+        let mut configuration = Configuration {
+            palette: 1,
+            start_row: 0,
+            reserved: [0; 14],
+            row_bytes: [0; 16],
+            rows: [0; 16],
+        };
+        configuration.row_bytes[..8].fill(ROW_BYTES as u16);
+        configuration.rows[..8].fill(SQUARE as u8);
+        // SAFETY: passed on; the instruction reads these 64 bytes.
+        unsafe {
+            asm!(
+                "ldtilecfg [{}]", in(reg) &configuration,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, preserves_flags),
+            );
+        }
+        Self
+    }
+
+    /// The sums of two panels of A with two of B, over `squares` squares of each.
+    ///
+    /// # Safety
+    /// All panels hold that many squares.
+    unsafe fn multiply(
+        &self,
+        a: [*const u32; 2],
+        b: [*const u32; 2],
+        squares: usize,
+        to: &mut Sums,
+    ) {
+        let to = to.0.as_mut_ptr();
+        // SAFETY: tiles are configured (self exists); the loop reads `squares` squares of each panel,
+        // and writes 4 squares of the sums, whose rows are 128 bytes.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "test {n}, {n}",
+                "jz 3f",
+                "2:",
+                "tileloadd tmm4, [{a0} + {row}]",
+                "tileloadd tmm6, [{b0} + {row}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {row}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{a1} + {row}]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a0}, {square}",
+                "add {a1}, {square}",
+                "add {b0}, {square}",
+                "add {b1}, {square}",
+                "dec {n}",
+                "jnz 2b",
+                "3:",
+                "tilestored [{to} + {to_row}], tmm0",
+                "tilestored [{to} + {to_row} + 64], tmm1",
+                "tilestored [{low} + {to_row}], tmm2",
+                "tilestored [{low} + {to_row} + 64], tmm3",
+                a0 = inout(reg) a[0] => _,
+                a1 = inout(reg) a[1] => _,
+                b0 = inout(reg) b[0] => _,
+                b1 = inout(reg) b[1] => _,
+                n = inout(reg) squares => _,
+                row = in(reg) ROW_BYTES,
+                square = const SQUARE_BYTES,
+                to = in(reg) to,
+                low = in(reg) to.add(SQUARE),
+                to_row = in(reg) SIDE * 4,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // The thread then carries no tiles from one context switch to the next.
+        // SAFETY: AMX is available, for `configure` ran.
+        unsafe {
+            asm!(
+                "tilerelease",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+    }
+}
+
+/// Computes rows i0..i1, columns j0..j1 of C, operands in tiles; i0 and j0 are multiples of 16.
+///
+/// # Safety
+/// The process may use AMX. The rectangle lies within C and nothing else accesses it meanwhile.
+pub(super) unsafe fn rectangle(
+    isa: Isa,
+    a: &Packed<'_>,
+    b: &Packed<'_>,
+    rows: Range<usize>,
+    columns: Range<usize>,
+    out: &SharedOutput<'_>,
+) {
+    // SAFETY: passed on.
+    let tiles = unsafe { Tiles::configure() };
+    let mut sums = Sums([[0.0; SIDE]; SIDE]);
+    for s0 in (0..a.steps).step_by(STEPS_PER_PASS) {
+        let steps = (a.steps - s0).min(STEPS_PER_PASS);
+        let add = out.accumulate || s0 > 0;
+        let bias = out.bias.filter(|_| s0 + steps == a.steps);
+        for j in columns.clone().step_by(SIDE) {
+            let across = (columns.end - j).min(SIDE);
+            let b_panels = panels(b, j, across, s0, steps);
+            for i in rows.clone().step_by(SIDE) {
+                let down = (rows.end - i).min(SIDE);
+                let a_panels = panels(a, i, down, s0, steps);
+                // SAFETY: the panels were cut to `steps`, whole squares.
+                unsafe { tiles.multiply(a_panels, b_panels, steps / SQUARE, &mut sums) };
+                // SAFETY: rows i .. i + down and columns j .. j + across lie in the rectangle.
+                let c = unsafe { out.c.add(i * out.stride + j) };
+                let bias = bias.map(|bias| &bias[j..j + across]);
+                let to = TileOutput { c, stride: out.stride, alpha: out.alpha, bias, add };
+                store_tile(isa, sums.0.as_flattened(), SIDE, down, 0..across, &to);
+            }
+        }
+    }
+}
+
+/// Steps s0 .. s0 + steps of the panels of vectors i .. i + count; where there is one, twice.
+fn panels(from: &Packed<'_>, i: usize, count: usize, s0: usize, steps: usize) -> [*const u32; 2] {
+    let last = count.div_ceil(PANEL) - 1;
+    [0, last].map(|p| {
+        let start = ((i / PANEL + p) * from.steps + s0) * PANEL;
+        from.words[start..][..steps * PANEL].as_ptr()
+    })
+}
