@@ -123,13 +123,13 @@ simd_fn! {
         let max = lane_max(logits);
         let at_target = logits[target] - max;
         let Some(scale) = scale else {
-            let sum = lane_sum(logits.len(), |i| exp(logits[i] - max));
+            let sum = lane_sum([logits], |[v]| exp(v - max));
             return sum.ln() - at_target;
         };
         for v in logits.iter_mut() {
             *v = exp(*v - max);
         }
-        let sum = lane_sum(logits.len(), |i| logits[i]);
+        let sum = lane_sum([logits], |[v]| v);
         let factor = scale / sum;
         for v in logits.iter_mut() {
             *v *= factor;
@@ -155,7 +155,7 @@ simd_fn! {
     fn dot_rows(out: &mut [f32], x: &[f32], rows: &[f32], as_bf16: bool) {
         let round = |v: f32| if as_bf16 { half::bf16::from_f32(v).to_f32() } else { v };
         for (out, row) in out.iter_mut().zip(rows.chunks_exact(x.len())) {
-            *out = lane_sum(x.len(), |i| round(x[i]) * round(row[i]));
+            *out = lane_sum([x, row], |[x, w]| round(x) * round(w));
         }
     }
 }

@@ -44,7 +44,7 @@ pub const BLOCK_STEPS: usize = 8;
 /// all formats: C is read and written more often. Measured on Zen 5, 2026-11-24.
 const STEPS_PER_PASS: usize = 512;
 
-/// Rows and columns of C that one job computes.
+/// Rows and columns of C that one job computes, operands in panels.
 const JOB_ROWS: usize = 128;
 const JOB_COLS: usize = 4 * TILE_COLS;
 
@@ -153,7 +153,14 @@ impl Cpu {
         assert_eq!(kind(&a), kind(&b), "operands are packed alike");
         let (m, n) = (a.rows, b.rows);
         assert!(out.stride >= n && out.c.len() >= (m - 1) * out.stride + n, "C holds the result");
-        let (down, across) = (m.div_ceil(JOB_ROWS), n.div_ceil(JOB_COLS));
+        let (job_rows, job_cols) = match a.layout {
+            Layout::Panels => (JOB_ROWS, JOB_COLS),
+            #[cfg(target_arch = "x86_64")]
+            Layout::Tiles => tiles::job_shape(n, a.steps),
+            #[cfg(not(target_arch = "x86_64"))]
+            Layout::Tiles => unreachable!("no other processor has AMX"),
+        };
+        let (down, across) = (m.div_ceil(job_rows), n.div_ceil(job_cols));
         let c = SharedOutput {
             c: out.c.as_mut_ptr(),
             stride: out.stride,
@@ -163,15 +170,15 @@ impl Cpu {
         };
         self.parallel(down * across, |job| {
             // Neighbouring jobs share the panels of B, which are the larger part.
-            let (i0, j0) = (job % down * JOB_ROWS, job / down * JOB_COLS);
-            let (i1, j1) = ((i0 + JOB_ROWS).min(m), (j0 + JOB_COLS).min(n));
+            let (i0, j0) = (job % down * job_rows, job / down * job_cols);
+            let (i1, j1) = ((i0 + job_rows).min(m), (j0 + job_cols).min(n));
             // SAFETY: jobs cover disjoint rectangles of C, each within its bounds (asserted above).
             // Tiles are packed for AMX alone.
             unsafe {
                 match a.layout {
                     Layout::Panels => rectangle(self.isa(), &a, &b, (i0, i1), (j0, j1), &c),
                     #[cfg(target_arch = "x86_64")]
-                    Layout::Tiles => tiles::rectangle(self.isa(), &a, &b, i0..i1, j0..j1, &c),
+                    Layout::Tiles => tiles::rectangle(&a, &b, i0..i1, j0..j1, &c),
                     #[cfg(not(target_arch = "x86_64"))]
                     Layout::Tiles => unreachable!("no other processor has AMX"),
                 }

@@ -5,10 +5,10 @@
 //! times its scale is a bf16 number, and the product of two is exact in f32.
 
 use std::arch::asm;
+use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::{PANEL, Packed, SharedOutput, TileOutput, store_tile};
-use crate::backend::cpu::isa::Isa;
+use super::{PANEL, Packed, SharedOutput, TileOutput};
 
 /// Steps of a square, and words of a row of it.
 pub(super) const SQUARE: usize = 16;
@@ -16,8 +16,22 @@ pub(super) const SQUARE: usize = 16;
 /// Rows and columns of C that the inner kernel computes: 2 x 2 tiles.
 const SIDE: usize = 2 * SQUARE;
 
-/// Steps that one pass over C takes: two panels of B are then 64 KiB, and the rows of a job 256 KiB.
+/// Steps that one pass over C takes: two panels of A are then 64 KiB.
 const STEPS_PER_PASS: usize = 512;
+
+/// Words of B that a job reads in one pass, at most: 1.25 MiB, which stay in a second-level cache of
+/// 2 MiB while all rows of the job pass by.
+///
+/// NOTE: tiles outrun the third-level cache by far. Jobs of 192 columns, which read A twice to eight
+/// times as often, made steps 5% longer. Measured on a Xeon with AMX, 2026-11-24.
+const WORDS_OF_B: usize = 320 << 10;
+
+/// Rows and columns of C of one job, where C has `columns` and operands have `steps`.
+pub(super) fn job_shape(columns: usize, steps: usize) -> (usize, usize) {
+    let most = WORDS_OF_B / steps.min(STEPS_PER_PASS);
+    let jobs = columns.div_ceil(most);
+    (4 * SIDE, columns.div_ceil(jobs).next_multiple_of(SIDE))
+}
 
 /// Bytes of a square, and of one of its rows.
 const SQUARE_BYTES: usize = SQUARE * ROW_BYTES;
@@ -138,12 +152,11 @@ impl Drop for Tiles {
     }
 }
 
-/// Computes rows i0..i1, columns j0..j1 of C, operands in tiles; i0 and j0 are multiples of 16.
+/// Computes some rows and columns of C, operands in tiles; both ranges start at multiples of 16.
 ///
 /// # Safety
 /// The process may use AMX. The rectangle lies within C and nothing else accesses it meanwhile.
 pub(super) unsafe fn rectangle(
-    isa: Isa,
     a: &Packed<'_>,
     b: &Packed<'_>,
     rows: Range<usize>,
@@ -157,19 +170,52 @@ pub(super) unsafe fn rectangle(
         let steps = (a.steps - s0).min(STEPS_PER_PASS);
         let add = out.accumulate || s0 > 0;
         let bias = out.bias.filter(|_| s0 + steps == a.steps);
-        for j in columns.clone().step_by(SIDE) {
-            let across = (columns.end - j).min(SIDE);
-            let b_panels = panels(b, j, across, s0, steps);
-            for i in rows.clone().step_by(SIDE) {
-                let down = (rows.end - i).min(SIDE);
-                let a_panels = panels(a, i, down, s0, steps);
-                // SAFETY: the panels were cut to `steps`, whole squares.
-                unsafe { tiles.multiply(a_panels, b_panels, steps / SQUARE, &mut sums) };
-                // SAFETY: rows i .. i + down and columns j .. j + across lie in the rectangle.
-                let c = unsafe { out.c.add(i * out.stride + j) };
-                let bias = bias.map(|bias| &bias[j..j + across]);
-                let to = TileOutput { c, stride: out.stride, alpha: out.alpha, bias, add };
-                store_tile(isa, sums.0.as_flattened(), SIDE, down, 0..across, &to);
+        for i in rows.clone().step_by(SIDE) {
+            let down = (rows.end - i).min(SIDE);
+            let a_panels = panels(a, i, down, s0, steps);
+            for j in columns.clone().step_by(SIDE) {
+                let across = (columns.end - j).min(SIDE);
+                let b_panels = panels(b, j, across, s0, steps);
+                // SAFETY: the panels were cut to `steps`, whole squares. Rows i .. i + down and
+                // columns j .. j + across lie in the rectangle.
+                unsafe {
+                    tiles.multiply(a_panels, b_panels, steps / SQUARE, &mut sums);
+                    let c = out.c.add(i * out.stride + j);
+                    let bias = bias.map(|bias| &bias[j..j + across]);
+                    let to = TileOutput { c, stride: out.stride, alpha: out.alpha, bias, add };
+                    store(&sums, down, across, &to);
+                }
+            }
+        }
+    }
+}
+
+/// Stores the first rows and columns of the sums.
+///
+/// # Safety
+/// AVX-512; the caller owns the destination.
+#[target_feature(enable = "avx512f")]
+unsafe fn store(sums: &Sums, rows: usize, columns: usize, to: &TileOutput<'_>) {
+    let alpha = _mm512_set1_ps(to.alpha);
+    for j in (0..columns).step_by(SQUARE) {
+        let mask = (0xffff_u32 >> SQUARE.saturating_sub(columns - j)) as u16;
+        let bias = match to.bias {
+            // SAFETY: the mask leaves what the slice holds from j on.
+            Some(bias) => unsafe { _mm512_maskz_loadu_ps(mask, bias[j..].as_ptr()) },
+            None => _mm512_setzero_ps(),
+        };
+        for (r, sums) in sums.0[..rows].iter().enumerate() {
+            // SAFETY: 16 sums; the mask leaves elements that the caller owns.
+            unsafe {
+                let c = to.c.add(r * to.stride + j);
+                let mut v = _mm512_mul_ps(alpha, _mm512_load_ps(sums[j..].as_ptr()));
+                if to.bias.is_some() {
+                    v = _mm512_add_ps(v, bias);
+                }
+                if to.add {
+                    v = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, c), v);
+                }
+                _mm512_mask_storeu_ps(c, mask, v);
             }
         }
     }
