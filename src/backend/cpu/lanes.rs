@@ -31,6 +31,9 @@ pub(super) trait Lanes {
     /// Writes 16 words.
     unsafe fn store_u(to: *mut u32, v: Self::U);
 
+    /// Asks for the cache line of an address, which need not be anybody's.
+    unsafe fn prefetch(from: *const f32);
+
     unsafe fn splat(v: f32) -> Self::F;
     unsafe fn splat_u(v: u32) -> Self::U;
     unsafe fn bits(v: Self::F) -> Self::U;
@@ -115,6 +118,8 @@ impl Lanes for Portable {
         // SAFETY: as in `store`.
         unsafe { to.cast::<[u32; 16]>().write_unaligned(v) }
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const f32) {}
     #[inline(always)]
     unsafe fn splat(v: f32) -> [f32; 16] {
         [v; 16]
@@ -259,6 +264,10 @@ mod avx512 {
         #[inline(always)]
         unsafe fn store_u(to: *mut u32, v: __m512i) {
             unsafe { _mm512_storeu_si512(to.cast(), v) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(from: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn splat(v: f32) -> __m512 {
@@ -481,6 +490,10 @@ mod avx2 {
                 _mm256_storeu_si256(to.cast(), v[0]);
                 _mm256_storeu_si256(to.add(8).cast(), v[1]);
             }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(from: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn splat(v: f32) -> F {

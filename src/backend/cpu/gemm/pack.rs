@@ -92,6 +92,22 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Asks for the memory that [`Matrix::load`] will read.
+    ///
+    /// NOTE: 16 rows far apart are more streams than a processor follows by itself.
+    ///
+    /// # Safety
+    /// The instruction set of `L`.
+    #[inline(always)]
+    unsafe fn prefetch<L: Lanes>(&self, r0: usize, k0: usize) {
+        let (row, column) = if self.transposed { (k0, r0) } else { (r0, k0) };
+        let from = self.data.as_ptr().wrapping_add(row * self.stride + column);
+        for i in 0..PANEL {
+            // SAFETY: passed on.
+            unsafe { L::prefetch(from.wrapping_add(i * self.stride)) };
+        }
+    }
+
     /// The square of memory that [`Matrix::load`] reads, where not all of it exists, or FP8 sees it.
     #[inline(never)]
     fn load_edge(&self, r0: usize, k0: usize) -> [[f32; PANEL]; PANEL] {
@@ -555,10 +571,12 @@ unsafe fn load_group<L: Lanes>(
     buffer: &mut [[f32; PANEL]],
     vector_sums: &mut [f32],
 ) {
+    let group = buffer.len();
     // SAFETY: passed on; rows of 16 elements.
     unsafe {
         for (part, rows) in buffer.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             let mut v = source.load::<L>(r0, k0 + part * PANEL);
+            source.prefetch::<L>(r0, k0 + group + part * PANEL);
             if !vector_sums.is_empty() {
                 add_to_sums::<L>(&v, vector_sums);
             }
