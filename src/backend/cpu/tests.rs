@@ -459,22 +459,30 @@ fn attention() {
         (1, 50, 1, 100),
     ] {
         let sequences = Sequences { batch, length };
-        let shape = AttentionShape { sequences, heads, head_size };
         let (rows, c) = (sequences.rows(), heads * head_size);
         let (qkv, dout) = (random(rows * 3 * c, 1), random(rows * c, 2));
-        let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
-        let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
-        each_isa(|cpu| {
-            let mut memory = workspace(&cpu, &workspace_shape(sequences, c, heads, 8));
-            let (mut out, mut lse) = (poison(rows * c), poison(rows * heads));
-            cpu.attention_forward(&mut memory, &mut out, &mut lse, &qkv, shape);
-            close(&out, &exact, 1e-6);
-            close(&lse, &exact_lse, 1e-6);
-            let mut dqkv = poison(rows * 3 * c);
-            cpu.attention_backward(&mut memory, &mut dqkv, &dout, &out, &lse, &qkv, shape);
-            // A single visible key makes exact zeroes of dq and dk; the rest is compared as a whole.
-            close(&dqkv, &exact_dqkv, 2e-6);
-        });
+        for format in [Forward::F32, Forward::Bf16] {
+            let shape = AttentionShape { sequences, heads, head_size, format };
+            let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
+            let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
+            each_isa(|cpu| {
+                // bf16 operands are off by up to 2^-9, relative, and five roundings add up.
+                let in_bf16 = format == Forward::Bf16 && cpu.isa() == Isa::Amx;
+                let bound = if in_bf16 { 6e-3 } else { 1e-6 };
+                let shape_of_workspace =
+                    WorkspaceShape { forward: format, ..workspace_shape(sequences, c, heads, 8) };
+                let mut memory = workspace(&cpu, &shape_of_workspace);
+                let (mut out, mut lse) = (poison(rows * c), poison(rows * heads));
+                cpu.attention_forward(&mut memory, &mut out, &mut lse, &qkv, shape);
+                close(&out, &exact, bound);
+                close(&lse, &exact_lse, bound);
+                let mut dqkv = poison(rows * 3 * c);
+                cpu.attention_backward(&mut memory, &mut dqkv, &dout, &out, &lse, &qkv, shape);
+                // A single visible key makes exact zeroes of dq and dk; the rest is compared as a
+                // whole.
+                close(&dqkv, &exact_dqkv, 2.0 * bound);
+            });
+        }
     }
 }
 

@@ -125,7 +125,9 @@ impl Workspace {
             transposed_head.add(c, vocab_size, plain, 1);
             head_input.add(c, chunk, plain, 1);
         }
-        let attention_len = attention::scratch_len(sequences.length, c / heads, backward.is_some());
+        let (length, head_size) = (sequences.length, c / heads);
+        let attention_len =
+            attention::scratch_len(isa, forward, length, head_size, backward.is_some());
         Self {
             a: PackMemory::new(arena, a),
             b: PackMemory::new(arena, b),

@@ -17,11 +17,13 @@
 mod kernels;
 mod pack;
 #[cfg(target_arch = "x86_64")]
-mod tiles;
+pub(super) mod tiles;
 
 pub(super) use kernels::{Strided, TILE_COLS, TILE_ROWS, Tile, strided_tile};
-pub(super) use pack::pack_f32_panel;
+#[cfg(target_arch = "x86_64")]
+pub(super) use pack::pack_tiles;
 pub use pack::{Matrix, PackedMut, Rotation, pack};
+pub(super) use pack::{pack_f32_panel, round_to_bf16};
 
 #[cfg(test)]
 pub(super) use pack::{unpack_mxfp4, unpack_tiles};

@@ -277,6 +277,21 @@ pub(in crate::backend::cpu) fn pack_f32_panel(
     f32_strip(isa, source, r0, 1, out, &mut []);
 }
 
+/// Packs all vectors as bf16 in tiles: `out` is (panels, steps, 16), see [`Packed::words`].
+#[cfg(target_arch = "x86_64")]
+pub(in crate::backend::cpu) fn pack_tiles(
+    isa: Isa,
+    source: &Matrix<'_>,
+    side: Side,
+    out: &mut [u32],
+) {
+    let in_panel = Layout::Tiles.steps(Format::Bf16, source.depth) * PANEL;
+    for (panel, out) in out.chunks_exact_mut(in_panel).take(source.rows.div_ceil(PANEL)).enumerate()
+    {
+        bf16_strip(isa, source, panel * PANEL, Layout::Tiles, side, 1, out, &mut []);
+    }
+}
+
 lanes_fn! {
     fn f32_strip(
         source: &Matrix<'_>,
@@ -439,7 +454,7 @@ unsafe fn turn_square<L: Lanes>(square: &mut [[u32; PANEL]]) {
 
 /// The bf16 nearest to v, ties to even, in the upper half of each word; NaN stays NaN.
 #[inline(always)]
-unsafe fn round_to_bf16<L: Lanes>(v: L::F) -> L::U {
+pub(in crate::backend::cpu) unsafe fn round_to_bf16<L: Lanes>(v: L::F) -> L::U {
     // SAFETY: passed on.
     unsafe {
         let bits = L::bits(v);

@@ -11,10 +11,10 @@ use std::ops::Range;
 use super::{PANEL, Packed, SharedOutput, TileOutput};
 
 /// Steps of a square, and words of a row of it.
-pub(super) const SQUARE: usize = 16;
+pub(in crate::backend::cpu) const SQUARE: usize = 16;
 
 /// Rows and columns of C that the inner kernel computes: 2 x 2 tiles.
-const SIDE: usize = 2 * SQUARE;
+pub(in crate::backend::cpu) const SIDE: usize = 2 * SQUARE;
 
 /// Steps that one pass over C takes: two panels of A are then 64 KiB.
 const STEPS_PER_PASS: usize = 512;
@@ -41,13 +41,75 @@ const ROW_BYTES: usize = 4 * SQUARE;
 #[repr(C, align(64))]
 struct Sums([[f32; SIDE]; SIDE]);
 
+/// Where 2 x 2 tiles of sums lie: two of the first panel of A, then two of the second.
+#[derive(Clone, Copy)]
+pub(in crate::backend::cpu) struct Quad {
+    pub(in crate::backend::cpu) squares: [*mut f32; 4],
+    /// Elements from row to row of a square.
+    pub(in crate::backend::cpu) stride: usize,
+}
+
+impl Quad {
+    /// Squares beside and below each other.
+    pub(in crate::backend::cpu) fn of(first: *mut f32, stride: usize) -> Self {
+        let squares = [0, SQUARE, SQUARE * stride, SQUARE * stride + SQUARE];
+        Self { squares: squares.map(|at| first.wrapping_add(at)), stride }
+    }
+}
+
+/// `Tiles::multiply` and its like, which begin in different ways.
+macro_rules! products {
+    (($a:expr, $b:expr, $squares:expr, $to:expr), $($begin:literal,)*) => {
+        asm!(
+            $($begin,)*
+            "test {n}, {n}",
+            "jz 3f",
+            "2:",
+            "tileloadd tmm4, [{a0} + {row}]",
+            "tileloadd tmm6, [{b0} + {row}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b1} + {row}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "tileloadd tmm5, [{a1} + {row}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {a0}, {square}",
+            "add {a1}, {square}",
+            "add {b0}, {square}",
+            "add {b1}, {square}",
+            "dec {n}",
+            "jnz 2b",
+            "3:",
+            "tilestored [{to0} + {to_row}], tmm0",
+            "tilestored [{to1} + {to_row}], tmm1",
+            "tilestored [{to2} + {to_row}], tmm2",
+            "tilestored [{to3} + {to_row}], tmm3",
+            a0 = inout(reg) $a[0] => _,
+            a1 = inout(reg) $a[1] => _,
+            b0 = inout(reg) $b[0] => _,
+            b1 = inout(reg) $b[1] => _,
+            n = inout(reg) $squares => _,
+            row = in(reg) ROW_BYTES,
+            square = const SQUARE_BYTES,
+            to0 = in(reg) $to.squares[0],
+            to1 = in(reg) $to.squares[1],
+            to2 = in(reg) $to.squares[2],
+            to3 = in(reg) $to.squares[3],
+            to_row = in(reg) 4 * $to.stride,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
 /// The tile registers of this thread, configured as 8 squares for as long as this lives.
-struct Tiles;
+pub(in crate::backend::cpu) struct Tiles;
 
 impl Tiles {
     /// # Safety
     /// The process may use AMX.
-    unsafe fn configure() -> Self {
+    pub(in crate::backend::cpu) unsafe fn configure() -> Self {
         #[repr(C, align(64))]
         struct Configuration {
             palette: u8,
@@ -77,61 +139,48 @@ impl Tiles {
         Self
     }
 
-    /// The sums of two panels of A with two of B, over `squares` squares of each.
+    /// The sums of two panels of A with two of B, which `to` is overwritten with.
     ///
     /// # Safety
-    /// All panels hold that many squares.
-    unsafe fn multiply(
+    /// All panels hold that many squares, and `to` its four.
+    pub(in crate::backend::cpu) unsafe fn multiply(
         &self,
         a: [*const u32; 2],
         b: [*const u32; 2],
         squares: usize,
-        to: &mut Sums,
+        to: Quad,
     ) {
-        let to = to.0.as_mut_ptr();
-        // SAFETY: tiles are configured (self exists); the loop reads `squares` squares of each panel,
-        // and writes 4 squares of the sums, whose rows are 128 bytes.
+        // SAFETY: tiles are configured (self exists); the caller vouches for the memory.
         unsafe {
-            asm!(
+            products!(
+                (a, b, squares, to),
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "tilezero tmm2",
                 "tilezero tmm3",
-                "test {n}, {n}",
-                "jz 3f",
-                "2:",
-                "tileloadd tmm4, [{a0} + {row}]",
-                "tileloadd tmm6, [{b0} + {row}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{b1} + {row}]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a1} + {row}]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {a0}, {square}",
-                "add {a1}, {square}",
-                "add {b0}, {square}",
-                "add {b1}, {square}",
-                "dec {n}",
-                "jnz 2b",
-                "3:",
-                "tilestored [{to} + {to_row}], tmm0",
-                "tilestored [{to} + {to_row} + 64], tmm1",
-                "tilestored [{low} + {to_row}], tmm2",
-                "tilestored [{low} + {to_row} + 64], tmm3",
-                a0 = inout(reg) a[0] => _,
-                a1 = inout(reg) a[1] => _,
-                b0 = inout(reg) b[0] => _,
-                b1 = inout(reg) b[1] => _,
-                n = inout(reg) squares => _,
-                row = in(reg) ROW_BYTES,
-                square = const SQUARE_BYTES,
-                to = in(reg) to,
-                low = in(reg) to.add(SQUARE),
-                to_row = in(reg) SIDE * 4,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
+            );
+        }
+    }
+
+    /// The same, added to `to`.
+    ///
+    /// # Safety
+    /// As above.
+    pub(in crate::backend::cpu) unsafe fn multiply_add(
+        &self,
+        a: [*const u32; 2],
+        b: [*const u32; 2],
+        squares: usize,
+        to: Quad,
+    ) {
+        // SAFETY: as above.
+        unsafe {
+            products!(
+                (a, b, squares, to),
+                "tileloadd tmm0, [{to0} + {to_row}]",
+                "tileloadd tmm1, [{to1} + {to_row}]",
+                "tileloadd tmm2, [{to2} + {to_row}]",
+                "tileloadd tmm3, [{to3} + {to_row}]",
             );
         }
     }
@@ -179,7 +228,8 @@ pub(super) unsafe fn rectangle(
                 // SAFETY: the panels were cut to `steps`, whole squares. Rows i .. i + down and
                 // columns j .. j + across lie in the rectangle.
                 unsafe {
-                    tiles.multiply(a_panels, b_panels, steps / SQUARE, &mut sums);
+                    let to = sums.0.as_mut_ptr().cast();
+                    tiles.multiply(a_panels, b_panels, steps / SQUARE, Quad::of(to, SIDE));
                     let c = out.c.add(i * out.stride + j);
                     let bias = bias.map(|bias| &bias[j..j + across]);
                     let to = TileOutput { c, stride: out.stride, alpha: out.alpha, bias, add };
