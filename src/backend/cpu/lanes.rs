@@ -8,6 +8,8 @@
 //! GELU or LayerNorm into full registers, but the butterfly and the rounding into a mix of partial
 //! ones, many times slower.
 
+use crate::mx::{M0, M1, W0, W1};
+
 /// Sixteen lanes.
 ///
 /// NOTE: no closures and no iterator over lanes in implementations and kernels. They would be functions
@@ -79,6 +81,38 @@ pub(super) trait Lanes {
             let code = Self::sub_u(code, Self::splat_u(252));
             Self::sub_u(code, Self::and(below, Self::splat_u(2)))
         }
+    }
+
+    /// Values of those codes: the two highest bits of a significand are all that a value has.
+    #[inline(always)]
+    unsafe fn stochastic_value(y: Self::F, bits: Self::U) -> Self::F {
+        // SAFETY: passed on.
+        unsafe {
+            let one = Self::bits(Self::splat(1.0));
+            let one = Self::from_bits(Self::and(Self::less(y, Self::splat(1.0)), one));
+            let sum = Self::add_u(Self::bits(Self::add(y, one)), bits);
+            let cut = Self::and(sum, Self::splat_u(0xffc0_0000));
+            Self::sub(Self::from_bits(cut), one)
+        }
+    }
+
+    /// `mx::philox4x32_10` of a counter in each lane.
+    #[inline(always)]
+    unsafe fn philox([mut k0, mut k1]: [u32; 2], counter: [Self::U; 4]) -> [Self::U; 4] {
+        let [mut c0, mut c1, mut c2, mut c3] = counter;
+        for _ in 0..10 {
+            // SAFETY: passed on.
+            unsafe {
+                let (high0, low0) = Self::multiply_wide(c0, M0);
+                let (high1, low1) = Self::multiply_wide(c2, M1);
+                c0 = Self::xor(Self::xor(high1, c1), Self::splat_u(k0));
+                c2 = Self::xor(Self::xor(high0, c3), Self::splat_u(k1));
+                (c1, c3) = (low1, low0);
+            }
+            k0 = k0.wrapping_add(W0);
+            k1 = k1.wrapping_add(W1);
+        }
+        [c0, c1, c2, c3]
     }
 
     /// Rows to columns.
@@ -241,7 +275,7 @@ pub(super) struct Avx512;
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{Avx512, Lanes};
+    use super::{Avx512, Lanes, M0, M1, W0, W1};
 
     // SAFETY of every block below: the caller vouches for the instruction set (and for the memory).
     #[allow(clippy::undocumented_unsafe_blocks)]
@@ -373,6 +407,38 @@ mod avx512 {
                 let code = _mm512_srli_epi32::<22>(_mm512_add_epi32(u, bits));
                 let code = _mm512_sub_epi32(code, _mm512_set1_epi32(252));
                 _mm512_mask_sub_epi32(code, below, code, _mm512_set1_epi32(2))
+            }
+        }
+        /// Even and odd lanes apart, each word in the lower half of 64 bits, which is where the
+        /// multiplication reads it; whatever stands in the upper half is never read.
+        #[inline(always)]
+        unsafe fn philox([mut k0, mut k1]: [u32; 2], counter: [__m512i; 4]) -> [__m512i; 4] {
+            unsafe {
+                let mut c = [counter; 2];
+                for w in 0..4 {
+                    c[1][w] = _mm512_srli_epi64::<32>(counter[w]);
+                }
+                let (m0, m1) = (_mm512_set1_epi64(M0 as i64), _mm512_set1_epi64(M1 as i64));
+                for _ in 0..10 {
+                    let keys = (_mm512_set1_epi32(k0 as i32), _mm512_set1_epi32(k1 as i32));
+                    for half in 0..2 {
+                        let [c0, c1, c2, c3] = c[half];
+                        let (p0, p1) = (_mm512_mul_epu32(c0, m0), _mm512_mul_epu32(c2, m1));
+                        let (high0, high1) =
+                            (_mm512_srli_epi64::<32>(p0), _mm512_srli_epi64::<32>(p1));
+                        let c0 = _mm512_ternarylogic_epi32::<0x96>(high1, c1, keys.0);
+                        let c2 = _mm512_ternarylogic_epi32::<0x96>(high0, c3, keys.1);
+                        c[half] = [c0, p1, c2, p0];
+                    }
+                    k0 = k0.wrapping_add(W0);
+                    k1 = k1.wrapping_add(W1);
+                }
+                let mut out = counter;
+                for w in 0..4 {
+                    let odd = _mm512_slli_epi64::<32>(c[1][w]);
+                    out[w] = _mm512_mask_blend_epi32(0xaaaa, c[0][w], odd);
+                }
+                out
             }
         }
         #[inline(always)]
@@ -749,6 +815,7 @@ pub(super) use lanes_fn;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mx::{E2M1_VALUES, philox4x32_10};
 
     /// Every operation of a set gives what the arrays give.
     fn agrees<L: Lanes>() {
@@ -802,6 +869,16 @@ mod tests {
                 out_u(L::stochastic(L::load(y.as_ptr()), L::load_u(draws.as_ptr()))),
                 P::stochastic(y, draws)
             );
+            let values = L::stochastic_value(L::load(y.as_ptr()), L::load_u(draws.as_ptr()));
+            let codes = P::stochastic(y, draws);
+            let expected = codes.map(|code| E2M1_VALUES[code as usize].to_bits());
+            assert_eq!(out(values), expected);
+            let counter = [words, other, other, words];
+            let drawn = L::philox([7, !7], counter.map(|w| L::load_u(w.as_ptr()))).map(out_u);
+            for l in 0..16 {
+                let expected = philox4x32_10(counter.map(|w| w[l]), [7, !7]);
+                assert_eq!(drawn.map(|w| w[l]), expected);
+            }
             let four = [0, 1, 2, 3].map(|i| words.map(|w| w.wrapping_add(i)));
             let got = L::interleave(four.map(|w| L::load_u(w.as_ptr()))).map(out_u);
             assert_eq!(got, P::interleave(four));

@@ -12,9 +12,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn};
 use crate::backend::cpu::shared::SharedSlice;
-use crate::mx::{
-    BLOCK, Draw, E2M1_VALUES, M0, M1, MAX_GROUP, Rounding, W0, W1, group_scale, round_to_e4m3,
-};
+use crate::mx::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Rounding, group_scale, round_to_e4m3};
 
 /// An operand where it lies. Element k of vector r is `data[r * stride + k]`, or, where it is
 /// transposed, `data[k * stride + r]`.
@@ -92,14 +90,17 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Asks for the memory that [`Matrix::load`] will read.
+    /// Asks for the memory that [`Matrix::load`] will read; past the end of a vector, for that of the
+    /// panel `panels` further on.
     ///
     /// NOTE: 16 rows far apart are more streams than a processor follows by itself.
     ///
     /// # Safety
     /// The instruction set of `L`.
     #[inline(always)]
-    unsafe fn prefetch<L: Lanes>(&self, r0: usize, k0: usize) {
+    unsafe fn prefetch<L: Lanes>(&self, r0: usize, k0: usize, panels: usize) {
+        let next = k0 >= self.depth;
+        let (r0, k0) = if next { (r0 + panels * PANEL, k0 - self.depth) } else { (r0, k0) };
         let (row, column) = if self.transposed { (k0, r0) } else { (r0, k0) };
         let from = self.data.as_ptr().wrapping_add(row * self.stride + column);
         for i in 0..PANEL {
@@ -174,6 +175,9 @@ impl PackedMut<'_> {
         }
     }
 }
+
+/// Elements along the reduction dimension that plain packing fetches ahead.
+const AHEAD: usize = 2 * PANEL;
 
 /// Panels of a transposed source that are packed together, for they share pages and cache lines.
 const STRIP: usize = 4;
@@ -354,6 +358,7 @@ unsafe fn f32_lanes<L: Lanes>(
             // SAFETY: passed on; rows of 16 elements.
             unsafe {
                 let values = source.load::<L>(r0 + panel * PANEL, k0);
+                source.prefetch::<L>(r0 + panel * PANEL, k0 + AHEAD, panels);
                 let rows = &mut rows[panel * depth + k0..][..PANEL.min(depth - k0)];
                 for (i, to) in rows.iter_mut().enumerate() {
                     L::store(to.as_mut_ptr(), values[i]);
@@ -391,6 +396,7 @@ unsafe fn bf16_lanes<L: Lanes>(
             // SAFETY: passed on; rows of 16 words.
             unsafe {
                 let values = source.load::<L>(r0 + panel * PANEL, 2 * step);
+                source.prefetch::<L>(r0 + panel * PANEL, 2 * step + AHEAD, panels);
                 let count = (PANEL / 2).min(steps - step);
                 let at = panel * steps + step;
                 for (i, to) in rows[at..][..count].iter_mut().enumerate() {
@@ -426,6 +432,8 @@ unsafe fn bf16_rows<L: Lanes>(
                 let r0 = r0 + panel * PANEL;
                 let first = source.load_square::<L>(r0, 2 * step);
                 let second = source.load_square::<L>(r0, 2 * step + PANEL);
+                source.prefetch::<L>(r0, 2 * step + AHEAD, 1);
+                source.prefetch::<L>(r0, 2 * step + PANEL + AHEAD, 1);
                 let rows = &mut out[panel * steps + step..][..PANEL];
                 for (i, to) in rows.iter_mut().enumerate() {
                     let (low, high) = (round_to_bf16::<L>(first[i]), round_to_bf16::<L>(second[i]));
@@ -515,7 +523,8 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
             let vector_sums = &mut out.vector_sums[panel * part..][..part];
             // SAFETY: passed on.
             unsafe {
-                load_group::<L>(source, r0, first * BLOCK, rotation.signs, buffer, vector_sums);
+                let k0 = first * BLOCK;
+                load_group::<L>(source, r0, k0, rotation.signs, panels, buffer, vector_sums);
             }
             for (i, values) in buffer.as_chunks::<BLOCK>().0.iter().enumerate() {
                 let (at, k0) = (panel * blocks + first + i, (first + i) * BLOCK);
@@ -583,6 +592,7 @@ unsafe fn load_group<L: Lanes>(
     r0: usize,
     k0: usize,
     signs: &[f32],
+    panels: usize,
     buffer: &mut [[f32; PANEL]],
     vector_sums: &mut [f32],
 ) {
@@ -591,7 +601,7 @@ unsafe fn load_group<L: Lanes>(
     unsafe {
         for (part, rows) in buffer.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             let mut v = source.load::<L>(r0, k0 + part * PANEL);
-            source.prefetch::<L>(r0, k0 + group + part * PANEL);
+            source.prefetch::<L>(r0, k0 + group + part * PANEL, panels);
             if !vector_sums.is_empty() {
                 add_to_sums::<L>(&v, vector_sums);
             }
@@ -696,19 +706,8 @@ unsafe fn place<L: Lanes>(halves: L::U) -> L::U {
 unsafe fn philox<L: Lanes>(draw: &Draw, row: L::U, column: L::U) -> [L::U; 4] {
     // SAFETY: passed on.
     unsafe {
-        let (mut c0, mut c1) = (row, column);
-        let (mut c2, mut c3) = (L::splat_u(draw.word2), L::splat_u(draw.word3));
-        let [mut k0, mut k1] = draw.key;
-        for _ in 0..10 {
-            let (high0, low0) = L::multiply_wide(c0, M0);
-            let (high1, low1) = L::multiply_wide(c2, M1);
-            c0 = L::xor(L::xor(high1, c1), L::splat_u(k0));
-            c2 = L::xor(L::xor(high0, c3), L::splat_u(k1));
-            (c1, c3) = (low1, low0);
-            k0 = k0.wrapping_add(W0);
-            k1 = k1.wrapping_add(W1);
-        }
-        [c0, c1, c2, c3]
+        let counter = [row, column, L::splat_u(draw.word2), L::splat_u(draw.word3)];
+        L::philox(draw.key, counter)
     }
 }
 
@@ -759,6 +758,11 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool, const
             for i in 0..8 {
                 let x = L::bits(L::load(values[k + i].as_ptr()));
                 let y = L::mul(L::from_bits(L::and(x, magnitude)), factor);
+                if TILES && UNBIASED {
+                    let value = L::bits(L::stochastic_value(y, bits[i]));
+                    element[i] = L::or(value, L::and(x, L::splat_u(1 << 31)));
+                    continue;
+                }
                 let code = if UNBIASED { L::stochastic(y, bits[i]) } else { nearest::<L>(y) };
                 let sign = L::and(L::shift_right::<28>(x), L::splat_u(8));
                 element[i] = L::look_up(L::or(code, sign), table);
