@@ -206,7 +206,7 @@ fn gemms_are_the_products_of_their_operands() {
 fn extreme_scales_multiply_like_any_other() {
     let (m, n, k) = (9, 17, 96);
     for (small, large) in
-        [(1e-30f32, 1e-30), (1e-38, 1e38), (1e38, 1e-45), (1e-20, 1e35), (0.0, 1.0)]
+        [(1e-30f32, 1e-30), (1e-38, 1e38), (1e38, 1e-45), (1e-20, 1e35), (3e18, 1e19), (0.0, 1.0)]
     {
         let scaled = |len, seed, factor: f32| {
             let values = random(len, seed);

@@ -128,9 +128,10 @@ impl Packed<'_> {
     }
 
     /// Whether products of these operands, MXFP4 in tiles, are exact: every element times its scale
-    /// is a normal bf16 number, as tiles take others for zero, and so is every product of two.
+    /// is a normal bf16 number, as tiles take others for zero; so is every product of two; and no sum
+    /// on the way, of up to 2^20 products below 2^102, overflows where the whole one does not.
     fn exact_in_tiles(&self, other: &Self) -> bool {
-        self.multiply_by_adding(other)
+        self.multiply_by_adding(other) && self.scale_bytes.1 + other.scale_bytes.1 <= 350
     }
 }
 
