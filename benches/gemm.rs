@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use mxfp4train::backend::cpu::Cpu;
 use mxfp4train::backend::cpu::gemm::{
-    BLOCK_STEPS, Format, Matrix, Output, PANEL, PackedMut, Rotation, pack,
+    BLOCK_STEPS, Format, Layout, Matrix, Output, PANEL, PackedMut, Rotation, Side, pack,
 };
 use mxfp4train::mx::{GemmId, LinearId, OperandId, Random, Rounding};
 
@@ -84,7 +84,9 @@ fn main() {
         let rate = |memory: &mut Memory, matrix: Matrix<'_>| {
             let run = |_| {
                 time(|| {
-                    pack(&cpu, &matrix, *format, rotation.as_ref(), false, memory.as_mut());
+                    let layout = Layout::best(cpu.isa(), *format);
+                    let rotation = rotation.as_ref();
+                    pack(&cpu, &matrix, *format, layout, rotation, Side::A, memory.as_mut());
                 })
             };
             (rows * depth * 4) as f64 / median((0..ROUNDS).map(run).collect()) / 1e9
@@ -121,8 +123,9 @@ fn main() {
                 .zip(&formats)
                 .map(|((ma, mb), (_, format, rotation))| {
                     let rotation = rotation.as_ref();
-                    let a = pack(&cpu, &a, *format, rotation, false, ma.as_mut());
-                    (a, pack(&cpu, &b, *format, rotation, true, mb.as_mut()))
+                    let layout = Layout::best(cpu.isa(), *format);
+                    let a = pack(&cpu, &a, *format, layout, rotation, Side::A, ma.as_mut());
+                    (a, pack(&cpu, &b, *format, layout, rotation, Side::B, mb.as_mut()))
                 })
                 .collect();
             let mut result = vec![0.0; m * n];

@@ -67,6 +67,8 @@ pub struct AttentionShape {
     pub heads: usize,
     /// C / H.
     pub head_size: usize,
+    /// Of the layers around it: its products may be in bf16 unless this is F32.
+    pub format: Forward,
 }
 
 /// Sizes of a linear layer: y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b.

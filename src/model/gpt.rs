@@ -208,7 +208,8 @@ impl<B: Backend> Pass<'_, B> {
 
     fn attention_shape(&self) -> AttentionShape {
         let (heads, head_size) = (self.config.heads, self.config.head_size());
-        AttentionShape { sequences: self.sequences, heads, head_size }
+        let format = self.recipe.forward;
+        AttentionShape { sequences: self.sequences, heads, head_size, format }
     }
 
     fn classify(

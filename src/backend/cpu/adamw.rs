@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::isa::{Isa, simd_fn};
+use super::math::{AHEAD, prefetch_after};
 use super::{Cpu, JOB_ELEMENTS};
 use crate::backend::{AdamWStep, Trained};
 
@@ -67,13 +68,20 @@ simd_fn! {
         let size = (f64::from(step.lr) / correction(step.beta1)) as f32;
         let root = (1.0 / correction(step.beta2).sqrt()) as f32;
         let keep = 1.0 - step.lr * step.weight_decay;
-        let n = p.len();
-        let (m, v, g) = (&mut m[..n], &mut v[..n], &g[..n]);
-        for i in 0..n {
-            let gradient = g[i] * gradient_scale;
-            m[i] = step.beta1 * m[i] + (1.0 - step.beta1) * gradient;
-            v[i] = step.beta2 * v[i] + (1.0 - step.beta2) * (gradient * gradient);
-            p[i] = p[i] * keep - size * (m[i] / (v[i].sqrt() * root + step.epsilon));
+        let moments = m.chunks_mut(AHEAD).zip(v.chunks_mut(AHEAD));
+        for ((p, (m, v)), g) in p.chunks_mut(AHEAD).zip(moments).zip(g.chunks(AHEAD)) {
+            prefetch_after(p);
+            prefetch_after(m);
+            prefetch_after(v);
+            prefetch_after(g);
+            let n = p.len();
+            let (m, v, g) = (&mut m[..n], &mut v[..n], &g[..n]);
+            for i in 0..n {
+                let gradient = g[i] * gradient_scale;
+                m[i] = step.beta1 * m[i] + (1.0 - step.beta1) * gradient;
+                v[i] = step.beta2 * v[i] + (1.0 - step.beta2) * (gradient * gradient);
+                p[i] = p[i] * keep - size * (m[i] / (v[i].sqrt() * root + step.epsilon));
+            }
         }
     }
 }

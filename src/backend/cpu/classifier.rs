@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Format, Matrix, Output, Packed, PackedMut, pack};
+use super::gemm::{Format, Layout, Matrix, Output, Packed, PackedMut, Side, pack};
 use super::isa::simd_fn;
 use super::math::{exp, lane_max, lane_sum};
 use super::workspace::Workspace;
@@ -40,18 +40,24 @@ pub(super) fn run(
         Forward::Bf16 | Forward::Fp8 => Format::Bf16,
     };
     let Workspace { a, b, transposed_head, head_input, logits, .. } = workspace;
-    let head =
-        pack_plain(cpu, Matrix::rows_by_depth(wte, vocab_size, channels), format, b.as_mut());
+    let head = pack_plain(
+        cpu,
+        Matrix::rows_by_depth(wte, vocab_size, channels),
+        format,
+        Side::B,
+        b.as_mut(),
+    );
     let transposed = gradient.as_ref().map(|_| {
         let wte = Matrix::depth_by_rows(wte, channels, vocab_size);
-        pack_plain(cpu, wte, format, transposed_head.as_mut())
+        pack_plain(cpu, wte, format, Side::B, transposed_head.as_mut())
     });
     let chunk = chunk_rows(rows, vocab_size);
     for r0 in (0..rows).step_by(chunk) {
         let n = chunk.min(rows - r0);
         let x = &x[r0 * channels..][..n * channels];
         let logits = &mut logits[..n * vocab_size];
-        let packed = pack_plain(cpu, Matrix::rows_by_depth(x, n, channels), format, a.as_mut());
+        let packed = Matrix::rows_by_depth(x, n, channels);
+        let packed = pack_plain(cpu, packed, format, Side::A, a.as_mut());
         cpu.gemm(packed, head, overwrite(logits, vocab_size));
 
         let scale = gradient.as_ref().map(|g| g.scale);
@@ -61,14 +67,14 @@ pub(super) fn run(
         let (Some(gradient), Some(transposed)) = (&mut gradient, transposed) else { continue };
         let dlogits: &[f32] = logits;
         let by_vocab = Matrix::rows_by_depth(dlogits, n, vocab_size);
-        let by_vocab = pack_plain(cpu, by_vocab, format, a.as_mut());
+        let by_vocab = pack_plain(cpu, by_vocab, format, Side::A, a.as_mut());
         let dx = &mut gradient.dx[r0 * channels..][..n * channels];
         cpu.gemm(by_vocab, transposed, overwrite(dx, channels));
 
         let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
-        let by_row = pack_plain(cpu, by_row, format, a.as_mut());
+        let by_row = pack_plain(cpu, by_row, format, Side::A, a.as_mut());
         let x = Matrix::depth_by_rows(x, channels, n);
-        let x = pack_plain(cpu, x, format, head_input.as_mut());
+        let x = pack_plain(cpu, x, format, Side::B, head_input.as_mut());
         cpu.gemm(by_row, x, Output { accumulate: true, ..overwrite(gradient.dwte, channels) });
     }
 }
@@ -77,9 +83,10 @@ fn pack_plain<'a>(
     cpu: &Cpu,
     source: Matrix<'_>,
     format: Format,
+    side: Side,
     memory: PackedMut<'a>,
 ) -> Packed<'a> {
-    pack(cpu, &source, format, None, false, memory)
+    pack(cpu, &source, format, Layout::best(cpu.isa(), format), None, side, memory)
 }
 
 fn overwrite(c: &mut [f32], stride: usize) -> Output<'_> {
@@ -116,13 +123,13 @@ simd_fn! {
         let max = lane_max(logits);
         let at_target = logits[target] - max;
         let Some(scale) = scale else {
-            let sum = lane_sum(logits.len(), |i| exp(logits[i] - max));
+            let sum = lane_sum([logits], |[v]| exp(v - max));
             return sum.ln() - at_target;
         };
         for v in logits.iter_mut() {
             *v = exp(*v - max);
         }
-        let sum = lane_sum(logits.len(), |i| logits[i]);
+        let sum = lane_sum([logits], |[v]| v);
         let factor = scale / sum;
         for v in logits.iter_mut() {
             *v *= factor;
@@ -148,7 +155,7 @@ simd_fn! {
     fn dot_rows(out: &mut [f32], x: &[f32], rows: &[f32], as_bf16: bool) {
         let round = |v: f32| if as_bf16 { half::bf16::from_f32(v).to_f32() } else { v };
         for (out, row) in out.iter_mut().zip(rows.chunks_exact(x.len())) {
-            *out = lane_sum(x.len(), |i| round(x[i]) * round(row[i]));
+            *out = lane_sum([x, row], |[x, w]| round(x) * round(w));
         }
     }
 }

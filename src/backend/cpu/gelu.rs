@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::isa::simd_fn;
-use super::math;
+use super::math::{self, AHEAD};
 use super::{Cpu, JOB_ELEMENTS};
 
 /// out = gelu(x)
@@ -26,16 +26,23 @@ pub(super) fn backward(cpu: &Cpu, d: &mut [f32], x: &[f32]) {
 
 simd_fn! {
     fn forward_chunk(out: &mut [f32], x: &[f32]) {
-        for (out, x) in out.iter_mut().zip(x) {
-            *out = math::gelu(*x);
+        for (out, x) in out.chunks_mut(AHEAD).zip(x.chunks(AHEAD)) {
+            math::prefetch_after(x);
+            for (out, x) in out.iter_mut().zip(x) {
+                *out = math::gelu(*x);
+            }
         }
     }
 }
 
 simd_fn! {
     fn backward_chunk(d: &mut [f32], x: &[f32]) {
-        for (d, x) in d.iter_mut().zip(x) {
-            *d *= math::gelu_derivative(*x);
+        for (d, x) in d.chunks_mut(AHEAD).zip(x.chunks(AHEAD)) {
+            math::prefetch_after(d);
+            math::prefetch_after(x);
+            for (d, x) in d.iter_mut().zip(x) {
+                *d *= math::gelu_derivative(*x);
+            }
         }
     }
 }

@@ -9,6 +9,8 @@ use crate::{Error, Result};
 /// An instruction set that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 as below, and AMX tiles of bf16.
+    Amx,
     /// AVX-512 F, BW, VL, DQ, VNNI and BF16.
     Avx512,
     /// AVX2 and FMA.
@@ -19,7 +21,7 @@ pub enum Isa {
 
 impl Isa {
     /// All sets, best first.
-    pub const ALL: [Self; 3] = [Self::Avx512, Self::Avx2, Self::Portable];
+    pub const ALL: [Self; 4] = [Self::Amx, Self::Avx512, Self::Avx2, Self::Portable];
 
     /// The best set that this processor has.
     pub fn best() -> Self {
@@ -31,7 +33,7 @@ impl Isa {
     pub fn from_environment() -> Result<Self> {
         let Ok(name) = std::env::var("MXT_CPU_ISA") else { return Ok(Self::best()) };
         let isa = Self::ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| {
-            let message = format!("expected avx512, avx2 or portable, got {name:?}");
+            let message = format!("expected amx, avx512, avx2 or portable, got {name:?}");
             Error::invalid("MXT_CPU_ISA", message)
         })?;
         if isa.is_available() {
@@ -43,19 +45,22 @@ impl Isa {
         })
     }
 
-    /// Its name: `avx512`, `avx2` or `portable`.
+    /// Its name: `amx`, `avx512`, `avx2` or `portable`.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Amx => "amx",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
             Self::Portable => "portable",
         }
     }
 
-    /// Whether this processor has it.
+    /// Whether this processor has it, and the system lets this process use it.
     pub fn is_available(self) -> bool {
         match self {
             Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512.is_available() && amx::is_available(),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             #[cfg(target_arch = "x86_64")]
@@ -71,6 +76,48 @@ impl Isa {
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
+    }
+}
+
+/// AMX, which the standard library does not detect yet.
+#[cfg(target_arch = "x86_64")]
+mod amx {
+    use std::arch::x86_64::__cpuid_count;
+    use std::sync::OnceLock;
+
+    /// CPUID, leaf 7, register EDX.
+    const AMX_BF16: u32 = 1 << 22;
+    const AMX_TILE: u32 = 1 << 24;
+
+    /// Tiles of 16 x 16 words, and bf16 products of them.
+    pub(super) fn is_available() -> bool {
+        static AVAILABLE: OnceLock<bool> = OnceLock::new();
+        *AVAILABLE.get_or_init(|| {
+            let features = __cpuid_count(7, 0).edx;
+            features & AMX_TILE != 0 && features & AMX_BF16 != 0 && tiles_fit() && permitted()
+        })
+    }
+
+    /// Whether the palette that the kernels configure has their tiles: 8 of 16 rows of 64 bytes.
+    fn tiles_fit() -> bool {
+        let palette = __cpuid_count(0x1d, 1);
+        let (bytes, tiles) = (palette.ebx & 0xffff, palette.ebx >> 16);
+        bytes >= 64 && tiles >= 8 && palette.ecx & 0xffff >= 16
+    }
+
+    /// Asks Linux for the tile registers, once for the whole process. It refuses where one of the
+    /// host's threads handles signals on a stack too small for them.
+    #[cfg(target_os = "linux")]
+    fn permitted() -> bool {
+        const ARCH_REQ_XCOMP_PERM: libc::c_ulong = 0x1023;
+        const XFEATURE_XTILEDATA: libc::c_ulong = 18;
+        // SAFETY: this request takes two numbers and touches no memory of ours.
+        unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
+    }
+
+    #[cfg(not(target_os = "linux"))]
+    fn permitted() -> bool {
+        false
     }
 }
 
@@ -100,7 +147,9 @@ macro_rules! simd_fn {
             match isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an engine only holds a set that `is_available` confirmed.
-                $crate::backend::cpu::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::backend::cpu::isa::Isa::Amx | $crate::backend::cpu::isa::Isa::Avx512 => unsafe {
+                    avx512($($arg),*)
+                },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },

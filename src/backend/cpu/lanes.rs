@@ -8,6 +8,8 @@
 //! GELU or LayerNorm into full registers, but the butterfly and the rounding into a mix of partial
 //! ones, many times slower.
 
+use crate::mx::{M0, M1, W0, W1, philox4x32_10};
+
 /// Sixteen lanes.
 ///
 /// NOTE: no closures and no iterator over lanes in implementations and kernels. They would be functions
@@ -30,6 +32,9 @@ pub(super) trait Lanes {
     unsafe fn load_u(from: *const u32) -> Self::U;
     /// Writes 16 words.
     unsafe fn store_u(to: *mut u32, v: Self::U);
+
+    /// Asks for the cache line of an address, which need not be anybody's.
+    unsafe fn prefetch(from: *const f32);
 
     unsafe fn splat(v: f32) -> Self::F;
     unsafe fn splat_u(v: u32) -> Self::U;
@@ -78,12 +83,46 @@ pub(super) trait Lanes {
         }
     }
 
+    /// Values of those codes: the two highest bits of a significand are all that a value has.
+    #[inline(always)]
+    unsafe fn stochastic_value(y: Self::F, bits: Self::U) -> Self::F {
+        // SAFETY: passed on.
+        unsafe {
+            let one = Self::bits(Self::splat(1.0));
+            let one = Self::from_bits(Self::and(Self::less(y, Self::splat(1.0)), one));
+            let sum = Self::add_u(Self::bits(Self::add(y, one)), bits);
+            let cut = Self::and(sum, Self::splat_u(0xffc0_0000));
+            Self::sub(Self::from_bits(cut), one)
+        }
+    }
+
+    /// `mx::philox4x32_10` of a counter in each lane.
+    #[inline(always)]
+    unsafe fn philox([mut k0, mut k1]: [u32; 2], counter: [Self::U; 4]) -> [Self::U; 4] {
+        let [mut c0, mut c1, mut c2, mut c3] = counter;
+        for _ in 0..10 {
+            // SAFETY: passed on.
+            unsafe {
+                let (high0, low0) = Self::multiply_wide(c0, M0);
+                let (high1, low1) = Self::multiply_wide(c2, M1);
+                c0 = Self::xor(Self::xor(high1, c1), Self::splat_u(k0));
+                c2 = Self::xor(Self::xor(high0, c3), Self::splat_u(k1));
+                (c1, c3) = (low1, low0);
+            }
+            k0 = k0.wrapping_add(W0);
+            k1 = k1.wrapping_add(W1);
+        }
+        [c0, c1, c2, c3]
+    }
+
     /// Rows to columns.
     unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16];
     /// Of four vectors w, vector j of the result holds w0 w1 w2 w3 of lanes j, 4 + j, 8 + j, 12 + j.
     unsafe fn interleave(w: [Self::U; 4]) -> [Self::U; 4];
     /// The 16-bit halves of words 0 to 7, and those of words 8 to 15, as words.
     unsafe fn widen(v: Self::U) -> [Self::U; 2];
+    /// The upper halves of 32 words, as 16 words.
+    unsafe fn narrow(v: [Self::U; 2]) -> Self::U;
 }
 
 /// Arrays.
@@ -113,6 +152,8 @@ impl Lanes for Portable {
         // SAFETY: as in `store`.
         unsafe { to.cast::<[u32; 16]>().write_unaligned(v) }
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const f32) {}
     #[inline(always)]
     unsafe fn splat(v: f32) -> [f32; 16] {
         [v; 16]
@@ -219,6 +260,24 @@ impl Lanes for Portable {
             std::array::from_fn(|i| v[half * 8 + i / 2] >> (16 * (i % 2)) & 0xffff)
         })
     }
+    // NOTE: lane by lane, with the definition itself. Inlined as operations on arrays, rustc 1.95 made
+    // wrong bits of it for plain x86-64 in the release profile, which the tests of that profile show.
+    #[inline(always)]
+    unsafe fn philox(key: [u32; 2], counter: [[u32; 16]; 4]) -> [[u32; 16]; 4] {
+        let mut out = counter;
+        for l in 0..16 {
+            let words = philox4x32_10(std::array::from_fn(|w| counter[w][l]), key);
+            for w in 0..4 {
+                out[w][l] = words[w];
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    unsafe fn narrow(v: [[u32; 16]; 2]) -> [u32; 16] {
+        let v = v.as_flattened();
+        std::array::from_fn(|i| v[2 * i] >> 16 | v[2 * i + 1] & 0xffff_0000)
+    }
 }
 
 /// One register.
@@ -229,7 +288,7 @@ pub(super) struct Avx512;
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{Avx512, Lanes};
+    use super::{Avx512, Lanes, M0, M1, W0, W1};
 
     // SAFETY of every block below: the caller vouches for the instruction set (and for the memory).
     #[allow(clippy::undocumented_unsafe_blocks)]
@@ -252,6 +311,10 @@ mod avx512 {
         #[inline(always)]
         unsafe fn store_u(to: *mut u32, v: __m512i) {
             unsafe { _mm512_storeu_si512(to.cast(), v) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(from: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn splat(v: f32) -> __m512 {
@@ -359,6 +422,38 @@ mod avx512 {
                 _mm512_mask_sub_epi32(code, below, code, _mm512_set1_epi32(2))
             }
         }
+        /// Even and odd lanes apart, each word in the lower half of 64 bits, which is where the
+        /// multiplication reads it; whatever stands in the upper half is never read.
+        #[inline(always)]
+        unsafe fn philox([mut k0, mut k1]: [u32; 2], counter: [__m512i; 4]) -> [__m512i; 4] {
+            unsafe {
+                let mut c = [counter; 2];
+                for w in 0..4 {
+                    c[1][w] = _mm512_srli_epi64::<32>(counter[w]);
+                }
+                let (m0, m1) = (_mm512_set1_epi64(M0 as i64), _mm512_set1_epi64(M1 as i64));
+                for _ in 0..10 {
+                    let keys = (_mm512_set1_epi32(k0 as i32), _mm512_set1_epi32(k1 as i32));
+                    for half in 0..2 {
+                        let [c0, c1, c2, c3] = c[half];
+                        let (p0, p1) = (_mm512_mul_epu32(c0, m0), _mm512_mul_epu32(c2, m1));
+                        let (high0, high1) =
+                            (_mm512_srli_epi64::<32>(p0), _mm512_srli_epi64::<32>(p1));
+                        let c0 = _mm512_ternarylogic_epi32::<0x96>(high1, c1, keys.0);
+                        let c2 = _mm512_ternarylogic_epi32::<0x96>(high0, c3, keys.1);
+                        c[half] = [c0, p1, c2, p0];
+                    }
+                    k0 = k0.wrapping_add(W0);
+                    k1 = k1.wrapping_add(W1);
+                }
+                let mut out = counter;
+                for w in 0..4 {
+                    let odd = _mm512_slli_epi64::<32>(c[1][w]);
+                    out[w] = _mm512_mask_blend_epi32(0xaaaa, c[0][w], odd);
+                }
+                out
+            }
+        }
         #[inline(always)]
         unsafe fn transpose(r: [__m512; 16]) -> [__m512; 16] {
             unsafe {
@@ -416,6 +511,21 @@ mod avx512 {
                 ]
             }
         }
+        #[inline(always)]
+        unsafe fn narrow(v: [__m512i; 2]) -> __m512i {
+            const UPPER: [u16; 32] = {
+                let (mut at, mut i) = ([0; 32], 0);
+                while i < 32 {
+                    at[i] = 2 * i as u16 + 1;
+                    i += 1;
+                }
+                at
+            };
+            unsafe {
+                let at = _mm512_loadu_si512(UPPER.as_ptr().cast());
+                _mm512_permutex2var_epi16(v[0], at, v[1])
+            }
+        }
     }
 }
 
@@ -459,6 +569,10 @@ mod avx2 {
                 _mm256_storeu_si256(to.cast(), v[0]);
                 _mm256_storeu_si256(to.add(8).cast(), v[1]);
             }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(from: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn splat(v: f32) -> F {
@@ -655,6 +769,19 @@ mod avx2 {
                 out
             }
         }
+        #[inline(always)]
+        unsafe fn narrow(v: [U; 2]) -> U {
+            unsafe {
+                let mut out = v[0];
+                for i in 0..2 {
+                    let low = _mm256_srli_epi32::<16>(v[i][0]);
+                    let high = _mm256_srli_epi32::<16>(v[i][1]);
+                    let halves = _mm256_packus_epi32(low, high);
+                    out[i] = _mm256_permute4x64_epi64::<0xd8>(halves);
+                }
+                out
+            }
+        }
     }
 }
 
@@ -684,7 +811,9 @@ macro_rules! lanes_fn {
             match isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an engine only holds a set that `is_available` confirmed.
-                $crate::backend::cpu::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::backend::cpu::isa::Isa::Amx | $crate::backend::cpu::isa::Isa::Avx512 => unsafe {
+                    avx512($($arg),*)
+                },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
@@ -699,6 +828,7 @@ pub(super) use lanes_fn;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mx::{E2M1_VALUES, philox4x32_10};
 
     /// Every operation of a set gives what the arrays give.
     fn agrees<L: Lanes>() {
@@ -752,10 +882,21 @@ mod tests {
                 out_u(L::stochastic(L::load(y.as_ptr()), L::load_u(draws.as_ptr()))),
                 P::stochastic(y, draws)
             );
+            let values = L::stochastic_value(L::load(y.as_ptr()), L::load_u(draws.as_ptr()));
+            let codes = P::stochastic(y, draws);
+            let expected = codes.map(|code| E2M1_VALUES[code as usize].to_bits());
+            assert_eq!(out(values), expected);
+            let counter = [words, other, other, words];
+            let drawn = L::philox([7, !7], counter.map(|w| L::load_u(w.as_ptr()))).map(out_u);
+            for l in 0..16 {
+                let expected = philox4x32_10(counter.map(|w| w[l]), [7, !7]);
+                assert_eq!(drawn.map(|w| w[l]), expected);
+            }
             let four = [0, 1, 2, 3].map(|i| words.map(|w| w.wrapping_add(i)));
             let got = L::interleave(four.map(|w| L::load_u(w.as_ptr()))).map(out_u);
             assert_eq!(got, P::interleave(four));
             assert_eq!(L::widen(u).map(out_u), P::widen(words));
+            assert_eq!(out_u(L::narrow([u, v])), P::narrow([words, other]));
             let square: [[f32; 16]; 16] =
                 std::array::from_fn(|i| std::array::from_fn(|j| (16 * i + j) as f32));
             let got = L::transpose(square.map(|row| L::load(row.as_ptr()))).map(out);

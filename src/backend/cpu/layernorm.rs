@@ -6,7 +6,7 @@
 use rayon::prelude::*;
 
 use super::isa::simd_fn;
-use super::math::lane_sum;
+use super::math::{AHEAD, lane_sum, prefetch_after};
 use super::memory::Buffer;
 use super::{Cpu, rows_per_job};
 use crate::backend::NormStatistics;
@@ -104,8 +104,13 @@ pub(super) fn backward(
 
 simd_fn! {
     fn add(sum: &mut [f32], x: &[f32], y: &[f32]) {
-        for ((sum, x), y) in sum.iter_mut().zip(x).zip(y) {
-            *sum = x + y;
+        let chunks = sum.chunks_mut(AHEAD).zip(x.chunks(AHEAD)).zip(y.chunks(AHEAD));
+        for ((sum, x), y) in chunks {
+            prefetch_after(x);
+            prefetch_after(y);
+            for ((sum, x), y) in sum.iter_mut().zip(x).zip(y) {
+                *sum = x + y;
+            }
         }
     }
 }
@@ -124,8 +129,10 @@ simd_fn! {
         let (w, b) = (&w[..c], &b[..c]);
         let rows = out.chunks_exact_mut(c).zip(x.chunks_exact(c));
         for ((out, x), (mean, rstd)) in rows.zip(mean.iter_mut().zip(rstd)) {
-            let m = lane_sum(c, |i| x[i]) / c as f32;
-            let variance = lane_sum(c, |i| (x[i] - m) * (x[i] - m)) / c as f32;
+            let (out, x) = (&mut out[..c], &x[..c]);
+            prefetch_after(x);
+            let m = lane_sum([x], |[x]| x) / c as f32;
+            let variance = lane_sum([x], |[x]| (x - m) * (x - m)) / c as f32;
             let s = 1.0 / (variance + epsilon).sqrt();
             for i in 0..c {
                 out[i] = (x[i] - m) * s * w[i] + b[i];
@@ -148,8 +155,13 @@ simd_fn! {
         let c = w.len();
         let rows = dx.chunks_exact_mut(c).zip(dy.chunks_exact(c)).zip(x.chunks_exact(c));
         for (((dx, dy), x), (m, s)) in rows.zip(mean.iter().zip(rstd)) {
-            let mean_g = lane_sum(c, |i| dy[i] * w[i]) / c as f32;
-            let mean_gn = lane_sum(c, |i| dy[i] * w[i] * ((x[i] - m) * s)) / c as f32;
+            let (dx, dy, x, w) = (&mut dx[..c], &dy[..c], &x[..c], &w[..c]);
+            prefetch_after(dx);
+            prefetch_after(dy);
+            prefetch_after(x);
+            let mean_g = lane_sum([dy, w], |[dy, w]| dy * w) / c as f32;
+            let term = |[dy, w, x]: [f32; 3]| dy * w * ((x - m) * s);
+            let mean_gn = lane_sum([dy, w, x], term) / c as f32;
             for i in 0..c {
                 let n = (x[i] - m) * s;
                 dx[i] += s * (dy[i] * w[i] - mean_g - n * mean_gn);

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Format, Matrix, Output, PackedMut, Rotation, pack};
+use super::gemm::{Format, Layout, Matrix, Output, PackedMut, Rotation, Side, pack};
 use super::isa::simd_fn;
 use super::workspace::Workspace;
 use super::{Cpu, JOB_ELEMENTS};
@@ -36,8 +36,9 @@ pub(super) fn forward(
         // E4M3 values are bf16 values too, so FP8 products are exact in the bf16 kernel.
         Forward::Bf16 | Forward::Fp8 => Format::Bf16,
     };
-    let a = pack(cpu, &x, format, None, false, workspace.a.as_mut());
-    let b_packed = pack(cpu, &w, format, None, true, workspace.b.as_mut());
+    let layout = Layout::best(cpu.isa(), format);
+    let a = pack(cpu, &x, format, layout, None, Side::A, workspace.a.as_mut());
+    let b_packed = pack(cpu, &w, format, layout, None, Side::B, workspace.b.as_mut());
     let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
     cpu.gemm(a, b_packed, out);
 }
@@ -94,8 +95,9 @@ fn product(
     match format {
         Backward::F32 | Backward::Bf16 => {
             let format = if format == Backward::F32 { Format::F32 } else { Format::Bf16 };
-            let a = pack(cpu, &a, format, None, false, a_memory);
-            let b = pack(cpu, &b, format, None, true, b_memory);
+            let layout = Layout::best(cpu.isa(), format);
+            let a = pack(cpu, &a, format, layout, None, Side::A, a_memory);
+            let b = pack(cpu, &b, format, layout, None, Side::B, b_memory);
             cpu.gemm(a, b, out);
         }
         Backward::Mxfp4(mxfp4) => {
@@ -115,10 +117,9 @@ fn product(
             };
             let a_rotation = rotation(mxfp4.dy, a_id);
             let b_rotation = rotation(mxfp4.other, b_id);
-            let a = pack(cpu, &a, Format::Mxfp4, Some(&a_rotation), false, a_memory);
-            let b = pack(cpu, &b, Format::Mxfp4, Some(&b_rotation), true, b_memory);
             let alpha = mx::product_scale(mxfp4.dy, mxfp4.other);
-            cpu.gemm(a, b, Output { alpha, ..out });
+            let operands = [(&a, &a_rotation), (&b, &b_rotation)];
+            cpu.mxfp4_gemm(operands, (a_memory, b_memory), Output { alpha, ..out });
         }
     }
 }

@@ -55,19 +55,49 @@ pub(super) fn gelu_derivative(x: f32) -> f32 {
     s + x * s * (e * s) * (2.0 * slope)
 }
 
-/// Sum of `f(i)` for i in 0..n: 16 partial sums, then pairwise. The order is fixed.
+/// Elements that long loops work on while they fetch the next ones.
+///
+/// NOTE: processors fetch ahead by themselves, but not past the end of a page, and some in virtual
+/// machines hardly at all: asking took a quarter off GELU. Measured on a Xeon with AMX, 2026-11-24.
+pub(super) const AHEAD: usize = 256;
+
+/// Asks for as many elements again as `x` has, those right after it, which need not be anybody's.
 #[inline(always)]
-pub(super) fn lane_sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn prefetch_after(x: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..x.len()).step_by(LANES) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let line = x.as_ptr().wrapping_add(x.len() + at);
+        // SAFETY: a hint, which touches nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = x;
+}
+
+/// Sum of f over the elements of slices of one length: 16 partial sums, then pairwise. The order is
+/// fixed.
+///
+/// NOTE: f takes elements, not an index, which would leave bounds checks between the lanes.
+#[inline(always)]
+pub(super) fn lane_sum<const N: usize>(x: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
-    let whole = n / LANES * LANES;
-    for i in (0..whole).step_by(LANES) {
+    let chunks = x.map(|x| x.as_chunks::<LANES>());
+    for i in 0..chunks[0].0.len() {
+        let chunk = chunks.map(|(whole, _)| &whole[i]);
         for l in 0..LANES {
-            lanes[l] += f(i + l);
+            lanes[l] += f(chunk.map(|x| x[l]));
         }
     }
-    for i in whole..n {
-        lanes[i - whole] += f(i);
+    for i in 0..chunks[0].1.len() {
+        lanes[i] += f(chunks.map(|(_, rest)| rest[i]));
     }
+    fold_lanes(lanes)
+}
+
+/// The sum of the lanes, by halves.
+#[inline(always)]
+fn fold_lanes(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for l in 0..width {
@@ -128,7 +158,9 @@ mod tests {
     fn sums_and_maxima_take_every_element() {
         for n in [0usize, 1, 15, 16, 17, 100] {
             let x: Vec<f32> = (0..n).map(|i| (i * 7 % 31) as f32).collect();
-            assert_eq!(lane_sum(n, |i| x[i]), x.iter().sum::<f32>());
+            assert_eq!(lane_sum([&x], |[v]| v), x.iter().sum::<f32>());
+            let squares = x.iter().map(|v| v * v).sum::<f32>();
+            assert_eq!(lane_sum([&x, &x], |[a, b]| a * b), squares);
             assert_eq!(lane_max(&x), x.iter().copied().fold(f32::MIN, f32::max));
         }
     }

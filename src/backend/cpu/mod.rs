@@ -125,7 +125,7 @@ impl Backend for Cpu {
     }
 
     fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
-        Workspace::new(arena, shape, self.threads())
+        Workspace::new(arena, shape, self.threads(), self.isa)
     }
 
     fn optimizer(&self, _: &mut Arena, _: usize) -> f64 {

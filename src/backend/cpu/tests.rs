@@ -1,7 +1,9 @@
 //! Every operation against its scalar twin, on every instruction set of this processor, at sizes that
 //! nothing divides; and independence of the number of threads.
 
-use super::gemm::{Format, Matrix, Output, Rotation, pack, unpack_mxfp4};
+use super::gemm::{
+    Format, Layout, Matrix, Output, Rotation, Side, pack, unpack_mxfp4, unpack_tiles,
+};
 use super::*;
 use crate::backend::{BackwardWorkspace, Trained, reference};
 use crate::mx::{
@@ -115,14 +117,15 @@ fn mxfp4_codes_are_those_of_the_definition() {
                 } else {
                     Matrix::rows_by_depth(&data, rows, depth)
                 };
-                for unsigned in [false, true] {
+                for (side, offset) in [(Side::A, 0), (Side::B, 12)] {
                     let rotation = Rotation { signs: &signs, rounding, draw };
-                    let a = memory.a.as_mut();
-                    let packed = pack(&cpu, &matrix, Format::Mxfp4, Some(&rotation), unsigned, a);
-                    let offset = if unsigned { 12 } else { 0 };
+                    let (format, rotation) = (Format::Mxfp4, Some(&rotation));
+                    let layout = Layout::Panels;
+                    let to = memory.a.as_mut();
+                    let in_panels = pack(&cpu, &matrix, format, layout, rotation, side, to);
                     for r in 0..rows {
                         for k in 0..exact.depth {
-                            let (byte, scale) = unpack_mxfp4(&packed, r, k, unsigned);
+                            let (byte, scale) = unpack_mxfp4(&in_panels, r, k, side);
                             let element = decode_e2m1(exact.code(r, k));
                             assert_eq!(f32::from(byte - offset), 2.0 * element, "({r}, {k})");
                             // A block of zeroes has no scale to speak of.
@@ -130,6 +133,17 @@ fn mxfp4_codes_are_those_of_the_definition() {
                             let zeroes = exact_scale == 0 && scale == 1.0;
                             assert!(scale == decode_e8m0(exact_scale) || zeroes, "({r}, {k})");
                         }
+                    }
+                    if cpu.isa() != Isa::Amx {
+                        continue;
+                    }
+                    let layout = Layout::Tiles;
+                    let to = memory.a.as_mut();
+                    let in_tiles = pack(&cpu, &matrix, format, layout, rotation, side, to);
+                    let values = exact.dequantize();
+                    for (at, value) in values.iter().enumerate() {
+                        let (r, k) = (at / exact.depth, at % exact.depth);
+                        assert_eq!(unpack_tiles(&in_tiles, r, k, side), *value, "({r}, {k})");
                     }
                 }
             }
@@ -150,8 +164,9 @@ fn gemms_are_the_products_of_their_operands() {
                 let rotation = Rotation { signs: &[], rounding: Rounding::Nearest, draw };
                 let rotation = (format == Format::Mxfp4).then_some(&rotation);
                 let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
-                let pa = pack(&cpu, &ma, format, rotation, false, memory.a.as_mut());
-                let pb = pack(&cpu, &mb, format, rotation, true, memory.b.as_mut());
+                let layout = Layout::best(cpu.isa(), format);
+                let pa = pack(&cpu, &ma, format, layout, rotation, Side::A, memory.a.as_mut());
+                let pb = pack(&cpu, &mb, format, layout, rotation, Side::B, memory.b.as_mut());
                 let rounded = |x: &[f32], rows| match format {
                     Format::F32 => f64s(x),
                     Format::Bf16 => x.iter().map(|v| half::bf16::from_f32(*v).to_f64()).collect(),
@@ -191,7 +206,7 @@ fn gemms_are_the_products_of_their_operands() {
 fn extreme_scales_multiply_like_any_other() {
     let (m, n, k) = (9, 17, 96);
     for (small, large) in
-        [(1e-30f32, 1e-30), (1e-38, 1e38), (1e38, 1e-45), (1e-20, 1e35), (0.0, 1.0)]
+        [(1e-30f32, 1e-30), (1e-38, 1e38), (1e38, 1e-45), (1e-20, 1e35), (3e18, 1e19), (0.0, 1.0)]
     {
         let scaled = |len, seed, factor: f32| {
             let values = random(len, seed);
@@ -209,12 +224,10 @@ fn extreme_scales_multiply_like_any_other() {
             let mut memory = workspace(&cpu, &shape);
             let rotation = Rotation { signs: &[], rounding: Rounding::Unbiased, draw };
             let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
-            let format = Format::Mxfp4;
-            let pa = pack(&cpu, &ma, format, Some(&rotation), false, memory.a.as_mut());
-            let pb = pack(&cpu, &mb, format, Some(&rotation), true, memory.b.as_mut());
             let mut c = poison(m * n);
             let out = Output { c: &mut c, stride: n, alpha: 1.0, bias: None, accumulate: false };
-            cpu.gemm(pa, pb, out);
+            let memory = (memory.a.as_mut(), memory.b.as_mut());
+            cpu.mxfp4_gemm([(&ma, &rotation), (&mb, &rotation)], memory, out);
             assert_eq!(c[..], exact[..], "{small:e} by {large:e}");
         });
     }
@@ -451,22 +464,30 @@ fn attention() {
         (1, 50, 1, 100),
     ] {
         let sequences = Sequences { batch, length };
-        let shape = AttentionShape { sequences, heads, head_size };
         let (rows, c) = (sequences.rows(), heads * head_size);
         let (qkv, dout) = (random(rows * 3 * c, 1), random(rows * c, 2));
-        let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
-        let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
-        each_isa(|cpu| {
-            let mut memory = workspace(&cpu, &workspace_shape(sequences, c, heads, 8));
-            let (mut out, mut lse) = (poison(rows * c), poison(rows * heads));
-            cpu.attention_forward(&mut memory, &mut out, &mut lse, &qkv, shape);
-            close(&out, &exact, 1e-6);
-            close(&lse, &exact_lse, 1e-6);
-            let mut dqkv = poison(rows * 3 * c);
-            cpu.attention_backward(&mut memory, &mut dqkv, &dout, &out, &lse, &qkv, shape);
-            // A single visible key makes exact zeroes of dq and dk; the rest is compared as a whole.
-            close(&dqkv, &exact_dqkv, 2e-6);
-        });
+        for format in [Forward::F32, Forward::Bf16] {
+            let shape = AttentionShape { sequences, heads, head_size, format };
+            let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
+            let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
+            each_isa(|cpu| {
+                // bf16 operands are off by up to 2^-9, relative, and five roundings add up.
+                let in_bf16 = format == Forward::Bf16 && cpu.isa() == Isa::Amx;
+                let bound = if in_bf16 { 6e-3 } else { 1e-6 };
+                let shape_of_workspace =
+                    WorkspaceShape { forward: format, ..workspace_shape(sequences, c, heads, 8) };
+                let mut memory = workspace(&cpu, &shape_of_workspace);
+                let (mut out, mut lse) = (poison(rows * c), poison(rows * heads));
+                cpu.attention_forward(&mut memory, &mut out, &mut lse, &qkv, shape);
+                close(&out, &exact, bound);
+                close(&lse, &exact_lse, bound);
+                let mut dqkv = poison(rows * 3 * c);
+                cpu.attention_backward(&mut memory, &mut dqkv, &dout, &out, &lse, &qkv, shape);
+                // A single visible key makes exact zeroes of dq and dk; the rest is compared as a
+                // whole.
+                close(&dqkv, &exact_dqkv, 2.0 * bound);
+            });
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Scratch memory: packed GEMM operands, a chunk of logits, and what each attention thread needs.
 
-use super::gemm::{BLOCK_STEPS, Format, PANEL, PackedMut};
+use super::gemm::{BLOCK_STEPS, Format, Layout, PANEL, PackedMut};
 use super::memory::{Arena, Buffer};
-use super::{attention, classifier};
+use super::{Isa, attention, classifier};
 use crate::backend::WorkspaceShape;
 use crate::recipe::Forward;
 
@@ -32,22 +32,30 @@ pub(super) struct PackMemory {
 }
 
 /// Sizes of a [`PackMemory`], grown to the largest operand asked for.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct PackSize {
+    isa: Isa,
     words: usize,
     blocks: usize,
     lanes: usize,
 }
 
 impl PackSize {
+    fn new(isa: Isa) -> Self {
+        Self { isa, words: 0, blocks: 0, lanes: 0 }
+    }
+
     /// Makes room for `rows` vectors of length `depth`.
     fn add(&mut self, rows: usize, depth: usize, format: Format, group: usize) {
-        let steps = format.steps(depth.next_multiple_of(group));
+        let depth = depth.next_multiple_of(group);
         let lanes = rows.next_multiple_of(PANEL);
         self.lanes = self.lanes.max(lanes);
-        self.words = self.words.max(lanes * steps);
+        let layout = Layout::best(self.isa, format);
+        self.words = self.words.max(lanes * layout.steps(format, depth));
         if format == Format::Mxfp4 {
-            self.blocks = self.blocks.max(lanes * steps / BLOCK_STEPS);
+            // Operands that are not exact in tiles lie in panels, which take fewer words.
+            let blocks = lanes * Layout::Panels.steps(format, depth) / BLOCK_STEPS;
+            self.blocks = self.blocks.max(blocks);
         }
     }
 }
@@ -84,7 +92,7 @@ impl PackMemory {
 }
 
 impl Workspace {
-    pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape, threads: usize) -> Self {
+    pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape, threads: usize, isa: Isa) -> Self {
         let WorkspaceShape { sequences, channels: c, heads, vocab_size, forward, backward } =
             *shape;
         let rows = sequences.rows();
@@ -92,7 +100,7 @@ impl Workspace {
             Forward::F32 => Format::F32,
             Forward::Bf16 | Forward::Fp8 => Format::Bf16,
         };
-        let (mut a, mut b) = (PackSize::default(), PackSize::default());
+        let (mut a, mut b) = (PackSize::new(isa), PackSize::new(isa));
         for (inputs, outputs) in [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)] {
             a.add(rows, inputs, plain, 1);
             b.add(outputs, inputs, plain, 1);
@@ -107,7 +115,7 @@ impl Workspace {
                 b.add(inputs, rows, format, group); // wgrad: x
             }
         }
-        let (mut transposed_head, mut head_input) = (PackSize::default(), PackSize::default());
+        let (mut transposed_head, mut head_input) = (PackSize::new(isa), PackSize::new(isa));
         let chunk = classifier::chunk_rows(rows, vocab_size);
         a.add(chunk, c, plain, 1);
         b.add(vocab_size, c, plain, 1);
@@ -117,7 +125,9 @@ impl Workspace {
             transposed_head.add(c, vocab_size, plain, 1);
             head_input.add(c, chunk, plain, 1);
         }
-        let attention_len = attention::scratch_len(sequences.length, c / heads, backward.is_some());
+        let (length, head_size) = (sequences.length, c / heads);
+        let attention_len =
+            attention::scratch_len(isa, forward, length, head_size, backward.is_some());
         Self {
             a: PackMemory::new(arena, a),
             b: PackMemory::new(arena, b),

@@ -307,7 +307,8 @@ fn attention() {
             (1, 33, 1, 160),
         ] {
             let sequences = Sequences { batch, length };
-            let shape = AttentionShape { sequences, heads, head_size };
+            let format = Forward::Bf16;
+            let shape = AttentionShape { sequences, heads, head_size, format };
             let c = heads * head_size;
             let rows = sequences.rows();
             let qkv = rounded(&random(rows * 3 * c, 1), precision);

@@ -15,11 +15,18 @@ pub(in crate::backend::cpu) const TILE_COLS: usize = 3 * PANEL;
 
 /// The sums of one tile; a kernel overwrites all rows and the columns of its panels.
 #[repr(C, align(64))]
-pub(in crate::backend::cpu) struct Tile(pub(in crate::backend::cpu) [[f32; TILE_COLS]; TILE_ROWS]);
+pub(in crate::backend::cpu) struct Tile([[f32; TILE_COLS]; TILE_ROWS]);
 
 impl Default for Tile {
     fn default() -> Self {
         Self([[0.0; TILE_COLS]; TILE_ROWS])
+    }
+}
+
+impl Tile {
+    /// (8, 48)
+    pub(in crate::backend::cpu) fn sums(&self) -> &[f32] {
+        self.0.as_flattened()
     }
 }
 
@@ -64,7 +71,9 @@ pub(super) fn tile(
         Format::Bf16 => match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the engine's set is available; slices hold `length` steps (cut above).
-            Isa::Avx512 => unsafe { avx512::bf16(a_words, b_words, panels, length, out) },
+            Isa::Amx | Isa::Avx512 => unsafe {
+                avx512::bf16(a_words, b_words, panels, length, out)
+            },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the engine's set is available.
             Isa::Avx2 => unsafe { avx2::bf16(a_words, b_words, panels, length, out) },
@@ -91,7 +100,7 @@ pub(super) fn tile(
             match isa {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the engine's set is available; slices hold whole blocks (cut above).
-                Isa::Avx512 => unsafe { avx512::mxfp4(&operands, panels, out) },
+                Isa::Amx | Isa::Avx512 => unsafe { avx512::mxfp4(&operands, panels, out) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the engine's set is available.
                 Isa::Avx2 => unsafe { avx2::mxfp4(&operands, panels, out) },
@@ -117,7 +126,7 @@ pub(in crate::backend::cpu) fn strided_tile(
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the engine's set is available; the last elements read were checked above.
-        Isa::Avx512 => unsafe { avx512::f32(a, b, panels, steps, out) },
+        Isa::Amx | Isa::Avx512 => unsafe { avx512::f32(a, b, panels, steps, out) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the engine's set is available.
         Isa::Avx2 => unsafe { avx2::f32(a, b, panels, steps, out) },

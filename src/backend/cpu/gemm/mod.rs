@@ -10,18 +10,23 @@
 //! | MXFP4 | four doubled elements as bytes, -12 .. 12 | 4; scales lie beside, one a block of 8 steps |
 //!
 //! The inner kernel computes 8 x 48 elements of C: it broadcasts words of A and multiplies them with
-//! one to three panels of B. Every element of C is summed in the order of its steps, whatever the
+//! one to three panels of B. With AMX, bf16 and MXFP4 lie in tiles instead (see `tiles`): squares of 16
+//! words by 16 lanes, two bf16 numbers a word, which MXFP4 elements times their scales are. Every element of C is summed in the order of its steps, whatever the
 //! tiling, so results do not depend on the number of threads.
 
 mod kernels;
 mod pack;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod tiles;
 
 pub(super) use kernels::{Strided, TILE_COLS, TILE_ROWS, Tile, strided_tile};
-pub(super) use pack::pack_f32_panel;
+#[cfg(target_arch = "x86_64")]
+pub(super) use pack::pack_tiles;
 pub use pack::{Matrix, PackedMut, Rotation, pack};
+pub(super) use pack::{pack_f32_panel, round_to_bf16};
 
 #[cfg(test)]
-pub(super) use pack::unpack_mxfp4;
+pub(super) use pack::{unpack_mxfp4, unpack_tiles};
 
 use std::ops::Range;
 
@@ -41,7 +46,7 @@ pub const BLOCK_STEPS: usize = 8;
 /// all formats: C is read and written more often. Measured on Zen 5, 2026-11-24.
 const STEPS_PER_PASS: usize = 512;
 
-/// Rows and columns of C that one job computes.
+/// Rows and columns of C that one job computes, operands in panels.
 const JOB_ROWS: usize = 128;
 const JOB_COLS: usize = 4 * TILE_COLS;
 
@@ -56,15 +61,39 @@ pub enum Format {
     Mxfp4,
 }
 
-impl Format {
+/// How packed operands lie in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Words of each format's own kind.
+    Panels,
+    /// Squares of pairs of bf16, for AMX: bf16 and MXFP4.
+    Tiles,
+}
+
+impl Layout {
+    /// The faster one of an instruction set.
+    pub fn best(isa: Isa, format: Format) -> Self {
+        if isa == Isa::Amx && format != Format::F32 { Self::Tiles } else { Self::Panels }
+    }
+
     /// Steps of a reduction dimension of `depth` elements.
-    pub fn steps(self, depth: usize) -> usize {
-        match self {
-            Self::F32 => depth,
-            Self::Bf16 => depth.div_ceil(2),
-            Self::Mxfp4 => depth.div_ceil(crate::mx::BLOCK) * BLOCK_STEPS,
+    pub fn steps(self, format: Format, depth: usize) -> usize {
+        match (self, format) {
+            (Self::Tiles, _) => depth.div_ceil(2).next_multiple_of(PANEL),
+            (Self::Panels, Format::F32) => depth,
+            (Self::Panels, Format::Bf16) => depth.div_ceil(2),
+            (Self::Panels, Format::Mxfp4) => depth.div_ceil(crate::mx::BLOCK) * BLOCK_STEPS,
         }
     }
+}
+
+/// Which operand of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The first, whose vectors are rows of C.
+    A,
+    /// The second, whose vectors are columns of C.
+    B,
 }
 
 /// A packed operand.
@@ -72,16 +101,18 @@ impl Format {
 pub struct Packed<'a> {
     /// Of all elements.
     pub format: Format,
+    /// Of the words.
+    pub layout: Layout,
     /// Vectors that hold data; the rest of the last panel is zero.
     pub rows: usize,
     /// Steps of the (padded) reduction dimension.
     pub steps: usize,
-    /// (panels, steps, 16)
+    /// (panels, steps, 16); operand A in tiles: (panels, steps / 16, 16 lanes, 16 steps)
     pub words: &'a [u32],
-    /// MXFP4: half of each block's scale, (panels, steps / 8, 16). For operand A the bits of 1.0 are
+    /// MXFP4 in panels: half of each block's scale, (panels, steps / 8, 16). For operand A the bits of 1.0 are
     /// subtracted from the bits, so that adding the bits of one scale of each operand multiplies.
     pub scales: &'a [f32],
-    /// MXFP4, operand A: -12 times the sum of each block's doubled elements, (panels, steps / 8, 16).
+    /// MXFP4 in panels, operand A: -12 times the sum of each block's doubled elements, (panels, steps / 8, 16).
     pub sums: &'a [i32],
     /// MXFP4: the smallest and the largest scale byte, 255 for NaN.
     pub scale_bytes: (u32, u32),
@@ -94,6 +125,13 @@ impl Packed<'_> {
         let ((min_a, max_a), (min_b, max_b)) = (self.scale_bytes, other.scale_bytes);
         let normal = min_a >= 2 && min_b >= 2 && max_a < 255 && max_b < 255;
         normal && min_a + min_b >= 130 && max_a + max_b <= 383
+    }
+
+    /// Whether products of these operands, MXFP4 in tiles, are exact: every element times its scale
+    /// is a normal bf16 number, as tiles take others for zero; so is every product of two; and no sum
+    /// on the way, of up to 2^20 products below 2^102, overflows where the whole one does not.
+    fn exact_in_tiles(&self, other: &Self) -> bool {
+        self.multiply_by_adding(other) && self.scale_bytes.1 + other.scale_bytes.1 <= 350
     }
 }
 
@@ -114,10 +152,18 @@ pub struct Output<'a> {
 impl Cpu {
     /// C (a.rows, b.rows) = alpha A B^T + bias, parallel over tiles of C.
     pub fn gemm(&self, a: Packed<'_>, b: Packed<'_>, out: Output<'_>) {
-        assert_eq!((a.format, a.steps), (b.format, b.steps), "operands are packed alike");
+        let kind = |p: &Packed<'_>| (p.format, p.layout, p.steps);
+        assert_eq!(kind(&a), kind(&b), "operands are packed alike");
         let (m, n) = (a.rows, b.rows);
         assert!(out.stride >= n && out.c.len() >= (m - 1) * out.stride + n, "C holds the result");
-        let (down, across) = (m.div_ceil(JOB_ROWS), n.div_ceil(JOB_COLS));
+        let (job_rows, job_cols) = match a.layout {
+            Layout::Panels => (JOB_ROWS, JOB_COLS),
+            #[cfg(target_arch = "x86_64")]
+            Layout::Tiles => tiles::job_shape(n, a.steps),
+            #[cfg(not(target_arch = "x86_64"))]
+            Layout::Tiles => unreachable!("no other processor has AMX"),
+        };
+        let (down, across) = (m.div_ceil(job_rows), n.div_ceil(job_cols));
         let c = SharedOutput {
             c: out.c.as_mut_ptr(),
             stride: out.stride,
@@ -127,11 +173,43 @@ impl Cpu {
         };
         self.parallel(down * across, |job| {
             // Neighbouring jobs share the panels of B, which are the larger part.
-            let (i0, j0) = (job % down * JOB_ROWS, job / down * JOB_COLS);
-            let (i1, j1) = ((i0 + JOB_ROWS).min(m), (j0 + JOB_COLS).min(n));
+            let (i0, j0) = (job % down * job_rows, job / down * job_cols);
+            let (i1, j1) = ((i0 + job_rows).min(m), (j0 + job_cols).min(n));
             // SAFETY: jobs cover disjoint rectangles of C, each within its bounds (asserted above).
-            unsafe { rectangle(self.isa(), &a, &b, (i0, i1), (j0, j1), &c) }
+            // Tiles are packed for AMX alone.
+            unsafe {
+                match a.layout {
+                    Layout::Panels => rectangle(self.isa(), &a, &b, (i0, i1), (j0, j1), &c),
+                    #[cfg(target_arch = "x86_64")]
+                    Layout::Tiles => tiles::rectangle(&a, &b, i0..i1, j0..j1, &c),
+                    #[cfg(not(target_arch = "x86_64"))]
+                    Layout::Tiles => unreachable!("no other processor has AMX"),
+                }
+            }
         });
+    }
+
+    /// [`Cpu::gemm`] of two operands that are packed as MXFP4 here: in tiles where there are such,
+    /// and their products are exact.
+    pub fn mxfp4_gemm(
+        &self,
+        [a, b]: [(&Matrix<'_>, &Rotation<'_>); 2],
+        (mut a_memory, mut b_memory): (PackedMut<'_>, PackedMut<'_>),
+        out: Output<'_>,
+    ) {
+        let format = Format::Mxfp4;
+        if Layout::best(self.isa(), format) == Layout::Tiles {
+            let layout = Layout::Tiles;
+            let a = pack(self, a.0, format, layout, Some(a.1), Side::A, a_memory.reborrow());
+            let b = pack(self, b.0, format, layout, Some(b.1), Side::B, b_memory.reborrow());
+            if a.exact_in_tiles(&b) {
+                return self.gemm(a, b, out);
+            }
+        }
+        let layout = Layout::Panels;
+        let a = pack(self, a.0, format, layout, Some(a.1), Side::A, a_memory);
+        let b = pack(self, b.0, format, layout, Some(b.1), Side::B, b_memory);
+        self.gemm(a, b, out);
     }
 }
 
@@ -173,7 +251,7 @@ unsafe fn rectangle(
                 let c = unsafe { out.c.add(i * out.stride + j) };
                 let bias = bias.map(|bias| &bias[j..j + cols]);
                 let to = TileOutput { c, stride: out.stride, alpha: out.alpha, bias, add };
-                store_tile(isa, &tile, rows, 0..cols, &to);
+                store_tile(isa, tile.sums(), TILE_COLS, rows, 0..cols, &to);
             }
         }
     }
@@ -189,15 +267,17 @@ pub(super) struct TileOutput<'a> {
 }
 
 simd_fn! {
-    /// Stores `rows` rows of a tile's columns, which the caller owns at their destination.
+    /// Stores `rows` rows of some columns of a tile's sums, whose rows are `width` long, where the
+    /// caller owns the destination.
     pub(super) fn store_tile(
-        tile: &Tile,
+        sums: &[f32],
+        width: usize,
         rows: usize,
         columns: Range<usize>,
         out: &TileOutput<'_>,
     ) {
         let alpha = out.alpha;
-        for (r, sums) in tile.0[..rows].iter().enumerate() {
+        for (r, sums) in sums.chunks_exact(width).take(rows).enumerate() {
             // SAFETY: the caller passes rows and columns of its own.
             let c = unsafe {
                 std::slice::from_raw_parts_mut(out.c.add(r * out.stride), columns.len())

@@ -7,14 +7,12 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::{BLOCK_STEPS, Format, PANEL, Packed};
+use super::{BLOCK_STEPS, Format, Layout, PANEL, Packed, Side};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn};
 use crate::backend::cpu::shared::SharedSlice;
-use crate::mx::{
-    BLOCK, Draw, E2M1_VALUES, M0, M1, MAX_GROUP, Rounding, W0, W1, group_scale, round_to_e4m3,
-};
+use crate::mx::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Rounding, group_scale, round_to_e4m3};
 
 /// An operand where it lies. Element k of vector r is `data[r * stride + k]`, or, where it is
 /// transposed, `data[k * stride + r]`.
@@ -57,6 +55,20 @@ impl<'a> Matrix<'a> {
     /// The instruction set of `L`.
     #[inline(always)]
     unsafe fn load<L: Lanes>(&self, r0: usize, k0: usize) -> [L::F; PANEL] {
+        // SAFETY: passed on.
+        unsafe {
+            let square = self.load_square::<L>(r0, k0);
+            if self.transposed { square } else { L::transpose(square) }
+        }
+    }
+
+    /// The same elements, as they lie in memory: where the source is not transposed, row r holds 16
+    /// elements of vector r0 + r.
+    ///
+    /// # Safety
+    /// The instruction set of `L`.
+    #[inline(always)]
+    unsafe fn load_square<L: Lanes>(&self, r0: usize, k0: usize) -> [L::F; PANEL] {
         let inside = r0 + PANEL <= self.rows && k0 + PANEL <= self.depth;
         let (row, column) = if self.transposed { (k0, r0) } else { (r0, k0) };
         let edge;
@@ -74,7 +86,26 @@ impl<'a> Matrix<'a> {
             for i in 0..PANEL {
                 square[i] = L::load(from.add(i * stride));
             }
-            if self.transposed { square } else { L::transpose(square) }
+            square
+        }
+    }
+
+    /// Asks for the memory that [`Matrix::load`] will read; past the end of a vector, for that of the
+    /// panel `panels` further on.
+    ///
+    /// NOTE: 16 rows far apart are more streams than a processor follows by itself.
+    ///
+    /// # Safety
+    /// The instruction set of `L`.
+    #[inline(always)]
+    unsafe fn prefetch<L: Lanes>(&self, r0: usize, k0: usize, panels: usize) {
+        let next = k0 >= self.depth;
+        let (r0, k0) = if next { (r0 + panels * PANEL, k0 - self.depth) } else { (r0, k0) };
+        let (row, column) = if self.transposed { (k0, r0) } else { (r0, k0) };
+        let from = self.data.as_ptr().wrapping_add(row * self.stride + column);
+        for i in 0..PANEL {
+            // SAFETY: passed on.
+            unsafe { L::prefetch(from.wrapping_add(i * self.stride)) };
         }
     }
 
@@ -133,23 +164,40 @@ pub struct PackedMut<'a> {
     pub vector_sums: &'a mut [f32],
 }
 
+impl PackedMut<'_> {
+    /// The same memory, for a while.
+    pub fn reborrow(&mut self) -> PackedMut<'_> {
+        PackedMut {
+            words: self.words,
+            scales: self.scales,
+            sums: self.sums,
+            vector_sums: self.vector_sums,
+        }
+    }
+}
+
+/// Elements along the reduction dimension that plain packing fetches ahead.
+const AHEAD: usize = 2 * PANEL;
+
 /// Panels of a transposed source that are packed together, for they share pages and cache lines.
 const STRIP: usize = 4;
 
-/// Packs an operand. `rotation` is given for MXFP4 and only then; `unsigned` for operand B of it.
+/// Packs an operand. `rotation` is given for MXFP4 and only then.
 pub fn pack<'a>(
     cpu: &Cpu,
     source: &Matrix<'_>,
     format: Format,
+    layout: Layout,
     rotation: Option<&Rotation<'_>>,
-    unsigned: bool,
+    side: Side,
     memory: PackedMut<'a>,
 ) -> Packed<'a> {
     let isa = cpu.isa();
     let panels = source.rows.div_ceil(PANEL);
     let depth = source.depth.next_multiple_of(rotation.map_or(1, Rotation::group));
-    let steps = format.steps(depth);
-    let blocks = if rotation.is_some() { steps / BLOCK_STEPS } else { 0 };
+    let steps = layout.steps(format, depth);
+    let scaled = (format, layout) == (Format::Mxfp4, Layout::Panels);
+    let blocks = if scaled { steps / BLOCK_STEPS } else { 0 };
     let words = &mut memory.words[..panels * steps * PANEL];
     let scales = &mut memory.scales[..panels * blocks * PANEL];
     let sums = &mut memory.sums[..panels * blocks * PANEL];
@@ -183,9 +231,11 @@ pub fn pack<'a>(
         match (format, rotation) {
             (Format::Mxfp4, Some(rotation)) => {
                 let out = Mxfp4Strip { words, scales, sums, vector_sums, range: &range };
-                mxfp4_strip(isa, source, r0, rotation, unsigned, count, out);
+                mxfp4_strip(isa, source, r0, rotation, layout, side, count, out);
             }
-            (Format::Bf16, None) => bf16_strip(isa, source, r0, count, words, vector_sums),
+            (Format::Bf16, None) => {
+                bf16_strip(isa, source, r0, layout, side, count, words, vector_sums);
+            }
             (Format::F32, None) => {
                 let words = bytemuck::cast_slice_mut(words);
                 f32_strip(isa, source, r0, count, words, vector_sums);
@@ -194,7 +244,7 @@ pub fn pack<'a>(
         }
     });
     let scale_bytes = (range.min.into_inner(), range.max.into_inner());
-    Packed { format, rows: source.rows, steps, words, scales, sums, scale_bytes }
+    Packed { format, layout, rows: source.rows, steps, words, scales, sums, scale_bytes }
 }
 
 /// Where a strip of MXFP4 panels goes.
@@ -231,6 +281,21 @@ pub(in crate::backend::cpu) fn pack_f32_panel(
     f32_strip(isa, source, r0, 1, out, &mut []);
 }
 
+/// Packs all vectors as bf16 in tiles: `out` is (panels, steps, 16), see [`Packed::words`].
+#[cfg(target_arch = "x86_64")]
+pub(in crate::backend::cpu) fn pack_tiles(
+    isa: Isa,
+    source: &Matrix<'_>,
+    side: Side,
+    out: &mut [u32],
+) {
+    let in_panel = Layout::Tiles.steps(Format::Bf16, source.depth) * PANEL;
+    for (panel, out) in out.chunks_exact_mut(in_panel).take(source.rows.div_ceil(PANEL)).enumerate()
+    {
+        bf16_strip(isa, source, panel * PANEL, Layout::Tiles, side, 1, out, &mut []);
+    }
+}
+
 lanes_fn! {
     fn f32_strip(
         source: &Matrix<'_>,
@@ -245,6 +310,8 @@ lanes_fn! {
     fn bf16_strip(
         source: &Matrix<'_>,
         r0: usize,
+        layout: Layout,
+        side: Side,
         panels: usize,
         out: &mut [u32],
         vector_sums: &mut [f32],
@@ -256,7 +323,8 @@ lanes_fn! {
         source: &Matrix<'_>,
         r0: usize,
         rotation: &Rotation<'_>,
-        unsigned: bool,
+        layout: Layout,
+        side: Side,
         panels: usize,
         out: Mxfp4Strip<'_>,
     ) = mxfp4_lanes;
@@ -290,6 +358,7 @@ unsafe fn f32_lanes<L: Lanes>(
             // SAFETY: passed on; rows of 16 elements.
             unsafe {
                 let values = source.load::<L>(r0 + panel * PANEL, k0);
+                source.prefetch::<L>(r0 + panel * PANEL, k0 + AHEAD, panels);
                 let rows = &mut rows[panel * depth + k0..][..PANEL.min(depth - k0)];
                 for (i, to) in rows.iter_mut().enumerate() {
                     L::store(to.as_mut_ptr(), values[i]);
@@ -307,19 +376,30 @@ unsafe fn f32_lanes<L: Lanes>(
 unsafe fn bf16_lanes<L: Lanes>(
     source: &Matrix<'_>,
     r0: usize,
+    layout: Layout,
+    side: Side,
     panels: usize,
     out: &mut [u32],
     vector_sums: &mut [f32],
 ) {
-    let (steps, rows) = (Format::Bf16.steps(source.depth), out.as_chunks_mut::<PANEL>().0);
+    let steps = layout.steps(Format::Bf16, source.depth);
+    let rows = out.as_chunks_mut::<PANEL>().0;
     vector_sums.fill(0.0);
+    let by_lanes = (layout, side) == (Layout::Tiles, Side::A);
+    if by_lanes && !source.transposed {
+        // SAFETY: passed on.
+        unsafe { bf16_rows::<L>(source, r0, panels, steps, rows) };
+        return;
+    }
     for step in (0..steps).step_by(PANEL / 2) {
         for panel in 0..panels {
             // SAFETY: passed on; rows of 16 words.
             unsafe {
                 let values = source.load::<L>(r0 + panel * PANEL, 2 * step);
-                let rows = &mut rows[panel * steps + step..][..(PANEL / 2).min(steps - step)];
-                for (i, to) in rows.iter_mut().enumerate() {
+                source.prefetch::<L>(r0 + panel * PANEL, 2 * step + AHEAD, panels);
+                let count = (PANEL / 2).min(steps - step);
+                let at = panel * steps + step;
+                for (i, to) in rows[at..][..count].iter_mut().enumerate() {
                     let low = round_to_bf16::<L>(values[2 * i]);
                     let high = round_to_bf16::<L>(values[2 * i + 1]);
                     let high = L::and(high, L::splat_u(0xffff_0000));
@@ -328,14 +408,61 @@ unsafe fn bf16_lanes<L: Lanes>(
                 if !vector_sums.is_empty() {
                     add_to_sums::<L>(&values, &mut vector_sums[panel * PANEL..][..PANEL]);
                 }
+                if by_lanes && step % PANEL > 0 {
+                    turn_square::<L>(&mut rows[at - PANEL / 2..][..PANEL]);
+                }
             }
+        }
+    }
+}
+
+/// The squares of tiles of operand A from a source that has them as rows already.
+#[inline(always)]
+unsafe fn bf16_rows<L: Lanes>(
+    source: &Matrix<'_>,
+    r0: usize,
+    panels: usize,
+    steps: usize,
+    out: &mut [[u32; PANEL]],
+) {
+    for panel in 0..panels {
+        for step in (0..steps).step_by(PANEL) {
+            // SAFETY: passed on; rows of 16 words.
+            unsafe {
+                let r0 = r0 + panel * PANEL;
+                let first = source.load_square::<L>(r0, 2 * step);
+                let second = source.load_square::<L>(r0, 2 * step + PANEL);
+                source.prefetch::<L>(r0, 2 * step + AHEAD, 1);
+                source.prefetch::<L>(r0, 2 * step + PANEL + AHEAD, 1);
+                let rows = &mut out[panel * steps + step..][..PANEL];
+                for (i, to) in rows.iter_mut().enumerate() {
+                    let (low, high) = (round_to_bf16::<L>(first[i]), round_to_bf16::<L>(second[i]));
+                    L::store_u(to.as_mut_ptr(), L::narrow([low, high]));
+                }
+            }
+        }
+    }
+}
+
+/// Rows to columns, of a square of words.
+#[inline(always)]
+unsafe fn turn_square<L: Lanes>(square: &mut [[u32; PANEL]]) {
+    // SAFETY: passed on; 16 rows of 16 words.
+    unsafe {
+        let mut rows = [L::splat(0.0); PANEL];
+        for (row, from) in rows.iter_mut().zip(square.iter()) {
+            *row = L::from_bits(L::load_u(from.as_ptr()));
+        }
+        rows = L::transpose(rows);
+        for (row, to) in rows.iter().zip(square) {
+            L::store_u(to.as_mut_ptr(), L::bits(*row));
         }
     }
 }
 
 /// The bf16 nearest to v, ties to even, in the upper half of each word; NaN stays NaN.
 #[inline(always)]
-unsafe fn round_to_bf16<L: Lanes>(v: L::F) -> L::U {
+pub(in crate::backend::cpu) unsafe fn round_to_bf16<L: Lanes>(v: L::F) -> L::U {
     // SAFETY: passed on.
     unsafe {
         let bits = L::bits(v);
@@ -354,21 +481,41 @@ unsafe fn mxfp4_lanes<L: Lanes>(
     source: &Matrix<'_>,
     r0: usize,
     rotation: &Rotation<'_>,
-    unsigned: bool,
+    layout: Layout,
+    side: Side,
+    panels: usize,
+    out: Mxfp4Strip<'_>,
+) {
+    // SAFETY: passed on.
+    unsafe {
+        match layout {
+            Layout::Panels => mxfp4_panels::<L, false>(source, r0, rotation, side, panels, out),
+            Layout::Tiles => mxfp4_panels::<L, true>(source, r0, rotation, side, panels, out),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
+    source: &Matrix<'_>,
+    r0: usize,
+    rotation: &Rotation<'_>,
+    side: Side,
     panels: usize,
     out: Mxfp4Strip<'_>,
 ) {
     let group = rotation.group();
     let mut buffer = [[0.0f32; PANEL]; MAX_GROUP];
     let buffer = &mut buffer[..group];
-    let table = element_bytes(unsigned);
-    let words = out.words.as_chunks_mut::<PANEL>().0.as_chunks_mut::<BLOCK_STEPS>().0;
+    let table = if TILES { element_values() } else { element_bytes(side) };
+    let block_words = if TILES { PANEL } else { BLOCK_STEPS };
+    let words = out.words.as_chunks_mut::<PANEL>().0;
     let scales = out.scales.as_chunks_mut::<PANEL>().0;
     let sums = out.sums.as_chunks_mut::<PANEL>().0;
     out.vector_sums.fill(0.0);
     // The largest byte so far, and the largest 255 - byte.
     let (mut max, mut max_below) = ([0u32; PANEL], [0u32; PANEL]);
-    let (blocks, blocks_per_group) = (words.len() / panels, group / BLOCK);
+    let (blocks, blocks_per_group) = (words.len() / block_words / panels, group / BLOCK);
     for first in (0..blocks).step_by(blocks_per_group) {
         for panel in 0..panels {
             let r0 = r0 + panel * PANEL;
@@ -376,34 +523,39 @@ unsafe fn mxfp4_lanes<L: Lanes>(
             let vector_sums = &mut out.vector_sums[panel * part..][..part];
             // SAFETY: passed on.
             unsafe {
-                load_group::<L>(source, r0, first * BLOCK, rotation.signs, buffer, vector_sums);
+                let k0 = first * BLOCK;
+                load_group::<L>(source, r0, k0, rotation.signs, panels, buffer, vector_sums);
             }
             for (i, values) in buffer.as_chunks::<BLOCK>().0.iter().enumerate() {
                 let (at, k0) = (panel * blocks + first + i, (first + i) * BLOCK);
-                let (draw, words) = (&rotation.draw, &mut words[at]);
+                let draw = &rotation.draw;
+                let words = &mut words[at * block_words..][..block_words];
                 // SAFETY: passed on; rows of 16 lanes.
                 unsafe {
                     let (scale, byte) = match (rotation.rounding, source.transposed) {
                         (Rounding::Nearest, _) => {
-                            quantize::<L, false, false>(values, draw, r0, k0, &table, words)
+                            quantize::<L, false, false, TILES>(values, draw, r0, k0, &table, words)
                         }
                         (Rounding::Unbiased, false) => {
-                            quantize::<L, true, false>(values, draw, r0, k0, &table, words)
+                            quantize::<L, true, false, TILES>(values, draw, r0, k0, &table, words)
                         }
                         (Rounding::Unbiased, true) => {
-                            quantize::<L, true, true>(values, draw, r0, k0, &table, words)
+                            quantize::<L, true, true, TILES>(values, draw, r0, k0, &table, words)
                         }
                     };
                     let below = L::sub_u(L::splat_u(255), byte);
                     L::store_u(max.as_mut_ptr(), L::max_u(L::load_u(max.as_ptr()), byte));
                     let below = L::max_u(L::load_u(max_below.as_ptr()), below);
                     L::store_u(max_below.as_mut_ptr(), below);
-                    if unsigned {
-                        L::store(scales[at].as_mut_ptr(), scale);
-                    } else {
-                        let word = L::sub_u(L::bits(scale), L::splat_u(ONE));
-                        L::store(scales[at].as_mut_ptr(), L::from_bits(word));
-                        store_sum::<L>(words, &mut sums[at]);
+                    match (TILES, side) {
+                        (true, Side::A) => turn_square::<L>(words),
+                        (true, Side::B) => {}
+                        (false, Side::A) => {
+                            let word = L::sub_u(L::bits(scale), L::splat_u(ONE));
+                            L::store(scales[at].as_mut_ptr(), L::from_bits(word));
+                            store_sum::<L>(words, &mut sums[at]);
+                        }
+                        (false, Side::B) => L::store(scales[at].as_mut_ptr(), scale),
                     }
                 }
             }
@@ -418,12 +570,17 @@ unsafe fn mxfp4_lanes<L: Lanes>(
 /// The bits of 1.0.
 pub(super) const ONE: u32 = 127 << 23;
 
-/// Bytes of the doubled elements by code, plus 12 where they are unsigned.
-fn element_bytes(unsigned: bool) -> [u32; 16] {
+/// Bytes of the doubled elements by code, plus 12 for operand B, where they are unsigned.
+fn element_bytes(side: Side) -> [u32; 16] {
+    let offset = if side == Side::B { 12.0 } else { 0.0 };
+    element_values().map(|value| (2.0 * f32::from_bits(value) + offset) as i32 as u32 & 255)
+}
+
+/// Bits of the elements by code.
+fn element_values() -> [u32; 16] {
     std::array::from_fn(|code| {
-        let magnitude = (2.0 * E2M1_VALUES[code % 8]) as i32;
-        let element = if code < 8 { magnitude } else { -magnitude };
-        (element + if unsigned { 12 } else { 0 }) as u32 & 255
+        let magnitude = E2M1_VALUES[code % 8];
+        (if code < 8 { magnitude } else { -magnitude }).to_bits()
     })
 }
 
@@ -435,13 +592,16 @@ unsafe fn load_group<L: Lanes>(
     r0: usize,
     k0: usize,
     signs: &[f32],
+    panels: usize,
     buffer: &mut [[f32; PANEL]],
     vector_sums: &mut [f32],
 ) {
+    let group = buffer.len();
     // SAFETY: passed on; rows of 16 elements.
     unsafe {
         for (part, rows) in buffer.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             let mut v = source.load::<L>(r0, k0 + part * PANEL);
+            source.prefetch::<L>(r0, k0 + group + part * PANEL, panels);
             if !vector_sums.is_empty() {
                 add_to_sums::<L>(&v, vector_sums);
             }
@@ -546,35 +706,25 @@ unsafe fn place<L: Lanes>(halves: L::U) -> L::U {
 unsafe fn philox<L: Lanes>(draw: &Draw, row: L::U, column: L::U) -> [L::U; 4] {
     // SAFETY: passed on.
     unsafe {
-        let (mut c0, mut c1) = (row, column);
-        let (mut c2, mut c3) = (L::splat_u(draw.word2), L::splat_u(draw.word3));
-        let [mut k0, mut k1] = draw.key;
-        for _ in 0..10 {
-            let (high0, low0) = L::multiply_wide(c0, M0);
-            let (high1, low1) = L::multiply_wide(c2, M1);
-            c0 = L::xor(L::xor(high1, c1), L::splat_u(k0));
-            c2 = L::xor(L::xor(high0, c3), L::splat_u(k1));
-            (c1, c3) = (low1, low0);
-            k0 = k0.wrapping_add(W0);
-            k1 = k1.wrapping_add(W1);
-        }
-        [c0, c1, c2, c3]
+        let counter = [row, column, L::splat_u(draw.word2), L::splat_u(draw.word3)];
+        L::philox(draw.key, counter)
     }
 }
 
-/// `mx::quantize_block` of 16 blocks at a time, with bytes of doubled elements instead of codes.
+/// `mx::quantize_block` of 16 blocks at a time. Words hold four bytes of doubled elements instead of
+/// codes; or, in `TILES`, pairs of bf16, the elements times their scale, where these are normal numbers.
 /// Returns half of each scale, and the scale's byte (255 for NaN).
 ///
 /// NOTE: a block of zeroes has the byte 0, 2^-127. Its scale multiplies zeroes, so that of 1.0, which
 /// no range check trips over, stands here instead.
 #[inline(always)]
-unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool>(
+unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool, const TILES: bool>(
     values: &[[f32; PANEL]; BLOCK],
     draw: &Draw,
     r0: usize,
     k0: usize,
     table: &[u32; 16],
-    words: &mut [[u32; PANEL]; BLOCK_STEPS],
+    words: &mut [[u32; PANEL]],
 ) -> (L::F, L::U) {
     // SAFETY: passed on; rows of 16 lanes.
     unsafe {
@@ -608,9 +758,23 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool>(
             for i in 0..8 {
                 let x = L::bits(L::load(values[k + i].as_ptr()));
                 let y = L::mul(L::from_bits(L::and(x, magnitude)), factor);
+                if TILES && UNBIASED {
+                    let value = L::bits(L::stochastic_value(y, bits[i]));
+                    element[i] = L::or(value, L::and(x, L::splat_u(1 << 31)));
+                    continue;
+                }
                 let code = if UNBIASED { L::stochastic(y, bits[i]) } else { nearest::<L>(y) };
                 let sign = L::and(L::shift_right::<28>(x), L::splat_u(8));
                 element[i] = L::look_up(L::or(code, sign), table);
+            }
+            if TILES {
+                for i in 0..4 {
+                    let low = L::bits(L::mul(L::from_bits(element[2 * i]), scale));
+                    let high = L::bits(L::mul(L::from_bits(element[2 * i + 1]), scale));
+                    let word = L::or(L::shift_right::<16>(low), high);
+                    L::store_u(words[4 * pair + i].as_mut_ptr(), word);
+                }
+                continue;
             }
             for half in 0..2 {
                 let [a, b, c, d] = [
@@ -624,7 +788,7 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool>(
                 L::store_u(words[2 * pair + half].as_mut_ptr(), L::or(low, high));
             }
         }
-        if L::any(bad) {
+        if !TILES && L::any(bad) {
             // Elements of blocks that hold NaN or infinity are 0, whatever was computed of them.
             let zero = L::splat_u(table[0] * 0x0101_0101);
             for word in words.iter_mut() {
@@ -655,7 +819,7 @@ unsafe fn nearest<L: Lanes>(y: L::F) -> L::U {
 
 /// -12 times the sum of each block's elements: what the offset of 12 of the other operand adds.
 #[inline(always)]
-unsafe fn store_sum<L: Lanes>(words: &[[u32; PANEL]; BLOCK_STEPS], sums: &mut [i32; PANEL]) {
+unsafe fn store_sum<L: Lanes>(words: &[[u32; PANEL]], sums: &mut [i32; PANEL]) {
     // SAFETY: passed on; rows of 16 words.
     unsafe {
         let zero = L::splat_u(0);
@@ -668,18 +832,36 @@ unsafe fn store_sum<L: Lanes>(words: &[[u32; PANEL]; BLOCK_STEPS], sums: &mut [i
     }
 }
 
-/// The byte of element k of vector `row`, and its block's scale, for tests.
+/// The byte of element k of vector `row`, and its block's scale, of MXFP4 in panels, for tests.
 #[cfg(test)]
 pub(in crate::backend::cpu) fn unpack_mxfp4(
     packed: &Packed<'_>,
     row: usize,
     k: usize,
-    unsigned: bool,
+    side: Side,
 ) -> (i8, f32) {
     let (panel, lane) = (row / PANEL, row % PANEL);
     let word = packed.words[(panel * packed.steps + k / 4) * PANEL + lane];
     let block = (panel * packed.steps / BLOCK_STEPS + k / BLOCK) * PANEL + lane;
     let half = packed.scales[block];
-    let half = if unsigned { half } else { f32::from_bits(half.to_bits().wrapping_add(ONE)) };
+    let half =
+        if side == Side::B { half } else { f32::from_bits(half.to_bits().wrapping_add(ONE)) };
     (word.to_le_bytes()[k % 4] as i8, 2.0 * half)
+}
+
+/// Element k of vector `row` of an operand in tiles, for tests.
+#[cfg(test)]
+pub(in crate::backend::cpu) fn unpack_tiles(
+    packed: &Packed<'_>,
+    row: usize,
+    k: usize,
+    side: Side,
+) -> f32 {
+    let (panel, lane, step) = (row / PANEL, row % PANEL, k / 2);
+    let square = panel * packed.steps + step / PANEL * PANEL;
+    let word = match side {
+        Side::A => packed.words[(square + lane) * PANEL + step % PANEL],
+        Side::B => packed.words[(square + step % PANEL) * PANEL + lane],
+    };
+    half::bf16::from_bits((word >> (16 * (k % 2))) as u16).to_f32()
 }

@@ -7,6 +7,11 @@
 //! Backward (with P the softmax, D = rowsum(dO o O)): dV = P^T dO; dP = dO V^T; dS = P o (dP - D);
 //! dQ = dS K / sqrt(d); dK = dS^T Q / sqrt(d). P is recomputed from the scores and `lse`, the log of
 //! each row's sum, as in flash attention (Dao et al., arXiv 2205.14135).
+//!
+//! Products are in f32. With AMX, those of recipes whose forward pass is not f32 are in bf16, on tiles.
+
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -18,9 +23,10 @@ use super::gemm::{
     strided_tile,
 };
 use super::isa::{Isa, simd_fn};
-use super::math::exp;
+use super::math::{exp, lane_sum};
 use super::workspace::Workspace;
 use crate::backend::AttentionShape;
+use crate::recipe::Forward;
 
 /// Queries of one block: the columns of a tile.
 const BLOCK: usize = TILE_COLS;
@@ -28,11 +34,28 @@ const BLOCK: usize = TILE_COLS;
 type Lanes = [f32; PANEL];
 
 /// f32 elements that one thread needs.
-pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> usize {
+pub(super) fn scratch_len(
+    isa: Isa,
+    format: Forward,
+    length: usize,
+    head_size: usize,
+    backward: bool,
+) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if in_tiles(isa, format) {
+        return tiles::scratch_len(length, head_size, backward);
+    }
+    let _ = (isa, format);
     let queries = length.next_multiple_of(PANEL) * head_size; // (panels of queries, d, 16)
     let channels = head_size.next_multiple_of(PANEL) * length; // (panels of channels, T, 16)
     let scores = BLOCK * length; // (3 panels of queries, T, 16)
     if backward { 2 * queries + 3 * channels + 2 * scores } else { queries + channels + scores }
+}
+
+/// Whether products are in bf16, on tiles.
+#[cfg(target_arch = "x86_64")]
+fn in_tiles(isa: Isa, format: Forward) -> bool {
+    isa == Isa::Amx && format != Forward::F32
 }
 
 /// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
@@ -52,6 +75,10 @@ pub(super) fn forward(
     for_each_head(cpu, workspace, shape, |scratch, head| {
         let isa = cpu.isa();
         let head_qkv = HeadQkv::new(qkv, shape, head);
+        #[cfg(target_arch = "x86_64")]
+        if in_tiles(isa, shape.format) {
+            return tiles::forward_head(isa, scratch, &head_qkv, head, shape, out, lse);
+        }
         let (queries, rest) = scratch.split_at_mut(t.next_multiple_of(PANEL) * d);
         let (values, scores) = rest.split_at_mut(d.next_multiple_of(PANEL) * t);
         head_qkv.pack_rows(isa, Part::Q, queries);
@@ -102,6 +129,19 @@ pub(super) fn backward(
     for_each_head(cpu, workspace, shape, |scratch, head| {
         let isa = cpu.isa();
         let head_qkv = HeadQkv::new(qkv, shape, head);
+        let first_row = head.row(shape, 0);
+        let head_dout = &dout[first_row * c + head.head * d..];
+        let head_out = &out[first_row * c + head.head * d..];
+        let head_lse = &lse[head.index * t..][..t];
+        let gradient = |part: Part, row: usize| {
+            dqkv.offset((first_row + row) * 3 * c + part as usize * c + head.head * d)
+        };
+        #[cfg(target_arch = "x86_64")]
+        if in_tiles(isa, shape.format) {
+            let (out, dout) = (head_out, head_dout);
+            tiles::backward_head(isa, scratch, &head_qkv, out, dout, head_lse, gradient);
+            return;
+        }
         let by_rows = t.next_multiple_of(PANEL) * d;
         let by_channels = d.next_multiple_of(PANEL) * t;
         let (queries, rest) = scratch.split_at_mut(by_rows);
@@ -110,10 +150,6 @@ pub(super) fn backward(
         let (key_channels, rest) = rest.split_at_mut(by_channels);
         let (dout_channels, rest) = rest.split_at_mut(by_channels);
         let (scores, dscores) = rest.split_at_mut(BLOCK * t);
-        let first_row = head.row(shape, 0);
-        let head_dout = &dout[first_row * c + head.head * d..];
-        let head_out = &out[first_row * c + head.head * d..];
-        let head_lse = &lse[head.index * t..][..t];
 
         head_qkv.pack_rows(isa, Part::Q, queries);
         pack_rows(isa, head_dout, c, t, d, douts);
@@ -121,9 +157,6 @@ pub(super) fn backward(
         head_qkv.pack_channels(isa, Part::K, key_channels);
         pack_channels(isa, head_dout, c, t, d, dout_channels);
 
-        let gradient = |part: Part, row: usize| {
-            dqkv.offset((first_row + row) * 3 * c + part as usize * c + head.head * d)
-        };
         for row in 0..t {
             for part in [Part::K, Part::V] {
                 // SAFETY: a job owns the columns of its head in the rows of its sequence.
@@ -149,7 +182,7 @@ pub(super) fn backward(
                 for l in 0..lanes {
                     let at = (first + l) * c;
                     let (o, d_o) = (&head_out[at..at + d], &head_dout[at..at + d]);
-                    row_d[l] = o.iter().zip(d_o).map(|(a, b)| a * b).sum();
+                    row_d[l] = dot(isa, o, d_o);
                     row_lse[l] = head_lse[first + l];
                 }
                 let scale = 1.0 / (d as f32).sqrt();
@@ -297,7 +330,8 @@ impl QueryBlock {
                 let to = &mut out[(p * self.length + i) * PANEL..][..rows * PANEL];
                 let c = to.as_mut_ptr();
                 let to = TileOutput { c, stride: PANEL, alpha: 1.0, bias: None, add: false };
-                store_tile(isa, &tile, rows, p * PANEL..(p + 1) * PANEL, &to);
+                let columns = p * PANEL..(p + 1) * PANEL;
+                store_tile(isa, tile.sums(), TILE_COLS, rows, columns, &to);
             }
         }
     }
@@ -348,7 +382,8 @@ impl<'a> Rows<'a> {
                 // Rows i .. i + 8 below `rows`, columns j .. j + cols <= d, which the caller owns.
                 let c = c.offset(i * stride + j).0;
                 let to = TileOutput { c, stride, alpha: 1.0, bias: None, add };
-                store_tile(isa, &tile, TILE_ROWS.min(self.rows - i), 0..cols, &to);
+                let rows = TILE_ROWS.min(self.rows - i);
+                store_tile(isa, tile.sums(), TILE_COLS, rows, 0..cols, &to);
             }
         }
     }
@@ -381,6 +416,12 @@ impl SharedOut {
     unsafe fn fill_zero(self, len: usize) {
         // SAFETY: passed on.
         unsafe { std::slice::from_raw_parts_mut(self.0, len) }.fill(0.0);
+    }
+}
+
+simd_fn! {
+    fn dot(a: &[f32], b: &[f32]) -> f32 {
+        lane_sum([a, b], |[a, b]| a * b)
     }
 }
 
