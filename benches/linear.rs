@@ -69,6 +69,7 @@ fn main() {
                         shape,
                         &recipe,
                         &random,
+                        true,
                     );
                     if round > 0 {
                         seconds.push(start.elapsed().as_secs_f64());

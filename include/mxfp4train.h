@@ -253,6 +253,12 @@ typedef struct mxt_engine_options {
   mxt_log_fn log;
   // Passed to `log`. It must stay valid until the engine and everything made from it is freed.
   void *log_user_data;
+  // A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device, where
+  // cudaStreamCreate makes them. All work of the engine is queued there, in the order of the calls,
+  // between the host's own. It must not be capturing while a call is inside, and must live until the
+  // engine and everything made from it is freed. NULL (default): the engine makes its own. With
+  // device "auto" there must be a GPU then.
+  void *cuda_stream;
 } mxt_engine_options;
 
 // The shape of a model. Fill it with mxt_model_config_init, which makes it GPT-2 small (124M).
@@ -530,9 +536,9 @@ mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t st
 // `options` may be NULL for the defaults, and is not read after the call.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
-// unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there, or whose
-// driver, NVRTC or cuBLASLt is missing; the message says what to install), MXT_ERROR_DEVICE (a GPU
-// that fails). The message is in mxt_last_error.
+// unknown device, too many threads, a stream of another device), MXT_ERROR_UNSUPPORTED (a device
+// that is not there, or whose driver, NVRTC or cuBLASLt is missing; the message says what to
+// install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
 //
 // A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
 // the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache.
@@ -613,7 +619,7 @@ mxt_status mxt_model_tensor_info(const struct mxt_model *model,
                                  struct mxt_tensor_info *info);
 
 // Copies tensor `name` into `values`, row-major. `count` is the number of floats that `values` has
-// room for and must be the tensor's element_count.
+// room for and must be the tensor's element_count. `values` may lie in memory of the engine's GPU.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 // wrong count), MXT_ERROR_BUSY.
@@ -624,6 +630,7 @@ mxt_status mxt_model_tensor_read(const struct mxt_model *model,
 
 // Overwrites tensor `name` with `values`, row-major. `count` is the number of floats in `values`
 // and must be the tensor's element_count. The moments of a trainer of this model stay as they are.
+// `values` may lie in memory of the engine's GPU.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 // wrong count), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY.
@@ -669,7 +676,7 @@ mxt_status mxt_model_generate(struct mxt_model *model,
 
 // Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in f32.
 // Of more tokens than the context holds, the last ones count. `logits` has room for `count` numbers,
-// which must be the model's vocab_size.
+// which must be the model's vocab_size. Both arrays may lie in memory of the engine's GPU.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
 // MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
@@ -777,7 +784,8 @@ mxt_status mxt_trainer_step(struct mxt_trainer *trainer,
 // (struct_size set by the caller; NULL if not wanted).
 //
 // `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
-// `count` is their number. Position t of a row learns to predict position t + 1.
+// `count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie in
+// memory of the engine's GPU, written before the call or on the engine's stream.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count),
 // MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),

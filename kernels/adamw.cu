@@ -38,18 +38,6 @@ __device__ __forceinline__ double block_sum_double(double v, double *scratch) {
   return sum;
 }
 
-// Gradients of all parameters = 0. Grid: any; block: 256.
-extern "C" __global__ void zero_gradients(const Entry *table, u32 entries, u64 pieces) {
-  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
-    const Entry *e = find(table, entries, piece);
-    u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
-    u64 i = start + threadIdx.x * 4;
-    for (; i + 4 <= end; i += blockDim.x * 4)
-      *(float4 *)(e->gradient + i) = make_float4(0, 0, 0, 0);
-    for (; i < end; i++) e->gradient[i] = 0.0f;
-  }
-}
-
 // partials (grid) = sums of the squares of the gradients that a block saw. Grid: fixed; block: 256.
 extern "C" __global__ void square_gradients(double *partials, const Entry *table, u32 entries,
                                             u64 pieces) {
@@ -79,12 +67,12 @@ extern "C" __global__ void sum_squares(double *sum, const double *partials, u32 
 }
 
 // *sum += the sum of losses (rows), or with `overwrite` = it. Grid: 1; block: 1024.
-extern "C" __global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 overwrite) {
+extern "C" __global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 accumulate) {
   __shared__ double scratch[WARP];
   double total = 0.0;
   for (u32 i = threadIdx.x; i < rows; i += blockDim.x) total += losses[i];
   total = block_sum_double(total, scratch);
-  if (threadIdx.x == 0) *sum = overwrite ? total : *sum + total;
+  if (threadIdx.x == 0) *sum = accumulate ? *sum + total : total;
 }
 
 // Factors that do not depend on the element, computed by the host in f64.

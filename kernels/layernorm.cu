@@ -102,7 +102,7 @@ extern "C" __global__ void add_layernorm_forward_f32(float *out, float *sum, flo
 }
 
 // Rows that a block takes at a time: what it read for dx is still in the L1 cache for dw and db.
-#define ROWS_AT_ONCE 16
+#define ROWS_AT_ONCE 8
 
 // dx (rows, C) += the norm's part; partial (grid, 2, C) = this block's sums for dw and db.
 template <class T>

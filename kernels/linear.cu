@@ -43,10 +43,11 @@ extern "C" __global__ void bias_gradient_f32(float *partial, const float *dy, u3
   bias_gradient(partial, dy, rows, outputs);
 }
 
-// to (n) += the sums of the first n columns of partial (parts, stride) over the parts, in a fixed order.
+// to (n) += the sums of the first n columns of partial (parts, stride) over the parts, in a fixed order;
+// or = them, where `accumulate` is 0.
 // Grid: n / 32, rounded up; block: 256, as 32 columns by 8 parts.
 extern "C" __global__ void add_partials(float *to, const float *partial, u32 parts, u32 stride,
-                                        u32 n) {
+                                        u32 n, u32 accumulate) {
   __shared__ float sums[8][33];
   u32 lane = threadIdx.x % 32, part = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
   float sum = 0.0f;
@@ -58,6 +59,6 @@ extern "C" __global__ void add_partials(float *to, const float *partial, u32 par
     float total = 0.0f;
 #pragma unroll
     for (int p = 0; p < 8; p++) total += sums[p][lane];
-    to[column] += total;
+    to[column] = accumulate ? to[column] + total : total;
   }
 }

@@ -1,5 +1,6 @@
 //! The engine: a device, its threads, the seed of all random numbers, and where log lines go.
 
+use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
@@ -23,12 +24,35 @@ pub enum LogLevel {
 /// Receives log lines, on the thread that is inside the call that logs.
 pub type LogFn = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
 
+/// A CUDA stream of the host program: a `CUstream`, which the runtime calls `cudaStream_t`.
+#[derive(Clone, Copy, Debug)]
+pub struct CudaStream(*mut c_void);
+
+// SAFETY: streams may be used from any thread.
+unsafe impl Send for CudaStream {}
+// SAFETY: as above.
+unsafe impl Sync for CudaStream {}
+
+impl CudaStream {
+    /// # Safety
+    /// `stream` is a stream, and stays one until the engine that gets it and everything made from that
+    /// engine is gone.
+    pub unsafe fn from_raw(stream: *mut c_void) -> Self {
+        Self(stream)
+    }
+
+    pub(crate) fn as_raw(self) -> *mut c_void {
+        self.0
+    }
+}
+
 /// What an [`Engine`] is made from. `Default` is the CPU, all its cores, seed 1337.
 pub struct EngineOptions {
     /// `"cpu"`, `"cuda"` or `"cuda:0"` for the first GPU, `"cuda:1"` for the second and so on, or
     /// `"auto"` for the first GPU where there is one that works.
     pub device: String,
-    /// Worker threads on the CPU, which a GPU's engine uses for the host's part; 0 takes one for each core that the process may use.
+    /// Worker threads on the CPU, which a GPU's engine uses for the host's part; 0 takes one for each
+    /// core that the process may use.
     pub threads: usize,
     /// Seed of everything random: initial weights, data order, rounding, transforms.
     pub seed: u64,
@@ -36,11 +60,20 @@ pub struct EngineOptions {
     pub memory_limit: u64,
     /// Receives log lines; without it the library is silent.
     pub log: Option<LogFn>,
+    /// The stream on which a GPU does all work; without it the engine makes its own.
+    pub cuda_stream: Option<CudaStream>,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { device: "cpu".into(), threads: 0, seed: 1337, memory_limit: 0, log: None }
+        Self {
+            device: "cpu".into(),
+            threads: 0,
+            seed: 1337,
+            memory_limit: 0,
+            log: None,
+            cuda_stream: None,
+        }
     }
 }
 
@@ -65,14 +98,22 @@ impl Engine {
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a device that is not there, [`Error::InvalidArgument`] for one
-    /// that does not exist or for more than 1,024 threads, [`Error::Device`] for a GPU that fails.
+    /// that does not exist, for a stream that is not the device's, or for more than 1,024 threads,
+    /// [`Error::Device`] for a GPU that fails.
     pub fn new(options: EngineOptions) -> Result<Self> {
         let cpu = Arc::new(Cpu::new(options.threads)?);
+        let stream = options.cuda_stream;
         let mut passed_over = None;
         let (name, device) = match options.device.as_str() {
+            "cpu" if stream.is_some() => {
+                let message = "expected none for device \"cpu\", which has no streams";
+                return Err(Error::invalid("cuda_stream", message));
+            }
             "cpu" => ("cpu".to_owned(), Device::Cpu(cpu.clone())),
-            "auto" => match Cuda::new(0) {
+            "auto" => match Cuda::new(0, stream) {
                 Ok(cuda) => ("cuda:0".to_owned(), Device::Cuda(cuda)),
+                // Whoever has a stream expects the work on it.
+                Err(reason) if stream.is_some() => return Err(reason),
                 Err(reason) => {
                     passed_over = Some(reason);
                     ("cpu".to_owned(), Device::Cpu(cpu.clone()))
@@ -90,7 +131,7 @@ impl Engine {
                     );
                     return Err(Error::invalid("device", message));
                 };
-                (format!("cuda:{number}"), Device::Cuda(Cuda::new(number)?))
+                (format!("cuda:{number}"), Device::Cuda(Cuda::new(number, stream)?))
             }
         };
         let EngineOptions { seed, memory_limit, log, .. } = options;
@@ -134,6 +175,37 @@ impl Engine {
     /// Runs `f` on a worker thread: parallel iterators in it use this engine's threads, no others.
     pub(crate) fn on_workers<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.0.cpu.scope(f)
+    }
+
+    /// Bytes from `address` to the end of its allocation, if that is memory of a GPU that this engine
+    /// works on.
+    pub(crate) fn room_on_gpu(&self, address: *const c_void) -> Option<usize> {
+        match self.backend() {
+            Device::Cpu(_) => None,
+            Device::Cuda(cuda) => cuda.room_at(address as u64),
+        }
+    }
+
+    /// Copies from a GPU's memory, in the order of the stream.
+    ///
+    /// # Safety
+    /// As many bytes lie at `from`, see [`Engine::room_on_gpu`].
+    pub(crate) unsafe fn copy_from_gpu(&self, to: &mut [u8], from: *const c_void) -> Result<()> {
+        match self.backend() {
+            Device::Cpu(_) => unreachable!("no memory is that of a GPU"),
+            Device::Cuda(cuda) => cuda.read(from as u64, to),
+        }
+    }
+
+    /// Copies to a GPU's memory, in the order of the stream.
+    ///
+    /// # Safety
+    /// There is room for as many bytes at `to`, see [`Engine::room_on_gpu`].
+    pub(crate) unsafe fn copy_to_gpu(&self, to: *mut c_void, from: &[u8]) -> Result<()> {
+        match self.backend() {
+            Device::Cpu(_) => unreachable!("no memory is that of a GPU"),
+            Device::Cuda(cuda) => cuda.write(to as u64, from),
+        }
     }
 
     /// An error if `bytes` are more than the memory limit.

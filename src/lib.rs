@@ -61,7 +61,7 @@ mod reserve;
 mod trainer;
 
 pub use data::{Dataset, DatasetFile, TokenFormat};
-pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
+pub use engine::{CudaStream, Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use generate::GenerateOptions;
 pub use model::{Model, ModelConfig, Recompute, TensorInfo};

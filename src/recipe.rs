@@ -125,6 +125,14 @@ impl Recipe {
         bf16_last_steps: 0.0,
     };
 
+    /// Whether step `step` (of `total_steps`, 0 where not known) is one of those that
+    /// `bf16_last_steps` concerns.
+    pub(crate) fn is_in_last_steps(&self, step: u64, total_steps: u64) -> bool {
+        self.bf16_last_steps > 0.0
+            && total_steps > 0
+            && step as f64 >= (1.0 - self.bf16_last_steps) * total_steps as f64
+    }
+
     /// The formats of block `layer` (of `layers`) in step `step` (of `total_steps`, where 0 means
     /// that the end is not known and `bf16_last_steps` has no effect).
     pub fn for_layer(
@@ -135,9 +143,7 @@ impl Recipe {
         total_steps: u64,
     ) -> LinearRecipe {
         let last_layers = layer.saturating_add(self.bf16_last_layers) >= layers;
-        let last_steps = self.bf16_last_steps > 0.0
-            && total_steps > 0
-            && step as f64 >= (1.0 - self.bf16_last_steps) * total_steps as f64;
+        let last_steps = self.is_in_last_steps(step, total_steps);
         let pick = |gemm| match gemm {
             Backward::Mxfp4(_) if last_layers || last_steps => Backward::Bf16,
             gemm => gemm,

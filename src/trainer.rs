@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::backend::{
-    AdamWStep, Backend, BackwardWorkspace, Device, Precision, Sequences, StepSums, Trained,
-    WorkspaceShape,
+    AdamWStep, Backend, BackwardWorkspace, Device, Precision, Sequences, StepKind, StepSums,
+    Trained, WorkspaceShape,
 };
 use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
@@ -283,7 +283,7 @@ impl Trainer {
         let params = &mut *params;
         let (config, specs) = (self.model.config(), self.model.specs());
         let TrainerOptions { accumulation, ref recipe, ref schedule, .. } = self.state.options;
-        let Buffers { gradients, m, v, activations, d, batch, workspace, optimizer } =
+        let Buffers { gradients, m, v, activations, d, batch, workspace, optimizer, recordings } =
             &mut self.buffers;
         for micro_step in 0..accumulation {
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
@@ -294,19 +294,24 @@ impl Trainer {
                 total_steps: schedule.total_steps,
             };
             backend.scope(|| {
-                if micro_step == 0 {
-                    backend.begin_step(optimizer, &mut |visit| {
-                        trained(params, m, v, gradients, specs, visit);
-                    });
-                }
                 batch.upload(backend);
                 let params = &*params;
                 let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
                 let Batch { tokens, targets, .. } = &*batch;
-                let scale = step.loss_scale;
-                pass.forward(activations, tokens);
-                pass.backward(activations, d, gradients, tokens, targets, scale, place);
-                backend.add_losses(optimizer, &activations.losses, sequences.rows());
+                let accumulate = micro_step > 0;
+                let in_last_steps = recipe.is_in_last_steps(place.step, place.total_steps);
+                let kind = StepKind { accumulate, in_last_steps };
+                backend.recorded(recordings, kind, [place.step as u32, micro_step as u32], || {
+                    pass.forward(activations, tokens);
+                    pass.backward(activations, d, gradients, targets, step.loss_scale, place);
+                    backend.add_losses(
+                        optimizer,
+                        &activations.losses,
+                        sequences.rows(),
+                        accumulate,
+                    );
+                });
+                pass.embedding_backward(d, gradients, tokens, place);
             });
         }
         backend.scope(|| {
@@ -515,6 +520,7 @@ struct Buffers<B: Backend> {
     batch: Batch<B>,
     workspace: B::Workspace,
     optimizer: B::Optimizer,
+    recordings: B::Recordings,
 }
 
 /// Calls `visit` with every parameter and what training keeps for it.
@@ -583,7 +589,8 @@ impl<B: Backend> Buffers<B> {
         backend.supports(&shape)?;
         let workspace = backend.workspace(&mut arena, &shape);
         plan.workspace = since_last(&arena);
-        Ok(Self { gradients, m, v, activations, d, batch, workspace, optimizer })
+        let recordings = backend.recordings();
+        Ok(Self { gradients, m, v, activations, d, batch, workspace, optimizer, recordings })
     }
 }
 

@@ -1,11 +1,14 @@
 """PyTorch's side of dev/gpu/peers.sh: a GPT-2 training step on a GPU, in turn with our binary.
 
-torch.compile, bf16 autocast, PyTorch's flash attention, fused AdamW, TF32 for what stays in f32. Prints
-tokens a second and peak memory of each, and `ratio R` (ours over PyTorch's) for each recipe.
+torch.compile, bf16 autocast, PyTorch's flash attention, fused AdamW, TF32 for what stays in f32; for
+small models also with CUDA graphs (mode "reduce-overhead"), of which the better counts. Prints tokens a
+second and peak memory of each, and `ratio R` (ours over PyTorch's) for each recipe. A recipe may end in
+what is recomputed, as in bf16/pointwise.
 """
 
 import argparse
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -16,20 +19,22 @@ from gpt import GPT, optimizer_of
 
 # layers, channels, heads, batch, sequence, vocabulary: the same as benches/train_step.rs.
 MODELS = {
+    "d6": (6, 384, 6, 8, 256, 128),
+    "d12": (12, 768, 12, 1, 512, 50304),
     "124M": (12, 768, 12, 32, 1024, 50304),
     "345M": (24, 1024, 16, 16, 1024, 50304),
     "1.3B": (24, 2048, 16, 8, 1024, 50304),
 }
 
 
-def pytorch(shape, steps):
+def pytorch(shape, steps, mode):
     """Median tokens a second, and the peak of what PyTorch took from the GPU, in GiB."""
     layers, channels, heads, batch, length, vocab = shape
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     model = GPT(layers, channels, heads, length, vocab).cuda()
     optimizer = optimizer_of(model)
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, mode=mode)
 
     def step():
         window = torch.randint(vocab, (batch, length + 1), device="cuda")
@@ -51,6 +56,7 @@ def pytorch(shape, steps):
         loss.item()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_reserved() / 2**30
+    torch._dynamo.reset()
     return batch * length / statistics.median(seconds), peak
 
 
@@ -74,14 +80,16 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--ours", required=True)
     options = parser.parse_args()
-    rate, peak = pytorch(MODELS[options.model], options.steps)
-    torch._dynamo.reset()
+    modes = ["default"] + ["reduce-overhead"] * options.model.startswith("d")
+    rate, peak = max(pytorch(MODELS[options.model], options.steps, mode) for mode in modes)
     torch.cuda.empty_cache()
     name = torch.cuda.get_device_name()
     print(f"{options.model} on {name}, PyTorch {torch.__version__}")
     print(f"{'pytorch compile bf16':24} {rate:9.0f} tokens/s  {peak:6.1f} GiB")
     for recipe in options.recipes.split(","):
-        output, ours_peak = watched([options.ours, options.model, recipe])
+        name, _, recompute = recipe.partition("/")
+        os.environ.update(MXT_BENCH_DEVICE="cuda", MXT_BENCH_RECOMPUTE=recompute or "nothing")
+        output, ours_peak = watched([options.ours, options.model, name])
         found = re.search(r"(\d+) tokens/s", output)
         if not found:
             print(f"ours {recipe}: no figure\n{output}")

@@ -9,7 +9,7 @@ use super::cpu::{self, Cpu};
 use super::cuda::{self, Cuda};
 use super::{
     AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision,
-    Sequences, StepSums, Trained, VisitTrained, WorkspaceShape,
+    Sequences, StepKind, StepSums, Trained, VisitTrained, WorkspaceShape,
 };
 use crate::Result;
 use crate::mx::Random;
@@ -67,6 +67,7 @@ sides!(Param, cpu::Buffer<f32>, cuda::Param);
 sides!(Tokens, cpu::Buffer<u32>, cuda::Tokens);
 sides!(Workspace, cpu::Workspace, cuda::Workspace);
 sides!(Optimizer, f64, cuda::Optimizer);
+sides!(Recordings, cpu::Recordings, cuda::Recordings);
 
 /// Calls the same method of whichever device it is; arguments take their side by the types that the
 /// method wants.
@@ -121,8 +122,8 @@ where
     Tensor: Side<B::Tensor>,
     F32: Side<B::F32>,
 {
-    let ClassifierGradient { dx, dwte, scale } = gradient;
-    ClassifierGradient { dx: dx.side_mut(), dwte: dwte.side_mut(), scale }
+    let ClassifierGradient { dx, dwte, scale, accumulate } = gradient;
+    ClassifierGradient { dx: dx.side_mut(), dwte: dwte.side_mut(), scale, accumulate }
 }
 
 impl Backend for Device {
@@ -133,6 +134,7 @@ impl Backend for Device {
     type Tokens = Tokens;
     type Workspace = Workspace;
     type Optimizer = Optimizer;
+    type Recordings = Recordings;
 
     fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
         on_device!(self, b => b.supports(shape))
@@ -190,6 +192,20 @@ impl Backend for Device {
         on_device!(self, b => b.read_param(from.side(), to))
     }
 
+    fn recordings(&self) -> Recordings {
+        made_by_device!(self, Recordings, b => b.recordings())
+    }
+
+    fn recorded(
+        &self,
+        recordings: &mut Recordings,
+        kind: StepKind,
+        place: [u32; 2],
+        operations: impl FnOnce(),
+    ) {
+        on_device!(self, b => b.recorded(recordings.side_mut(), kind, place, operations));
+    }
+
     fn zero_tensor(&self, buffer: &mut Tensor) {
         on_device!(self, b => b.zero_tensor(buffer.side_mut()));
     }
@@ -220,9 +236,11 @@ impl Backend for Device {
         tokens: &Tokens,
         sequences: Sequences,
         channels: usize,
+        accumulate: bool,
     ) {
         on_device!(self, b => b.embedding_backward(
-            dwte.side_mut(), dwpe.side_mut(), dout.side(), tokens.side(), sequences, channels
+            dwte.side_mut(), dwpe.side_mut(), dout.side(), tokens.side(), sequences, channels,
+            accumulate
         ));
     }
 
@@ -274,10 +292,11 @@ impl Backend for Device {
         w: &Param,
         rows: usize,
         channels: usize,
+        accumulate: bool,
     ) {
         on_device!(self, b => b.layernorm_backward(
             workspace.side_mut(), dx.side_mut(), dw.side_mut(), db.side_mut(), dy.side(), x.side(),
-            sides_of(statistics), w.side(), rows, channels
+            sides_of(statistics), w.side(), rows, channels, accumulate
         ));
     }
 
@@ -326,10 +345,11 @@ impl Backend for Device {
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
+        accumulate: bool,
     ) {
         on_device!(self, b => b.linear_backward(
             workspace.side_mut(), dx.side_mut(), dw.side_mut(), db.side_mut(), dy.side(), x.side(),
-            pre.map(Side::side), w.side(), shape, recipe, random
+            pre.map(Side::side), w.side(), shape, recipe, random, accumulate
         ));
     }
 
@@ -402,12 +422,8 @@ impl Backend for Device {
         ));
     }
 
-    fn begin_step(&self, optimizer: &mut Optimizer, parameters: &mut VisitTrained<'_, Self>) {
-        on_device!(self, b => b.begin_step(optimizer.side_mut(), &mut |f| visit(parameters, f)));
-    }
-
-    fn add_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize) {
-        on_device!(self, b => b.add_losses(optimizer.side_mut(), losses.side(), rows));
+    fn add_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize, accumulate: bool) {
+        on_device!(self, b => b.add_losses(optimizer.side_mut(), losses.side(), rows, accumulate));
     }
 
     fn finish_step(

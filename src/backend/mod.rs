@@ -149,6 +149,15 @@ pub struct AdamWStep {
     pub loss_scale: f32,
 }
 
+/// All that the operations of a micro-step depend on, besides random numbers, for one trainer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepKind {
+    /// Whether gradients are added to those of the micro-steps before.
+    pub accumulate: bool,
+    /// Whether the recipe has come to its last steps, with other formats.
+    pub in_last_steps: bool,
+}
+
 /// What an optimizer step found before it changed anything.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepSums {
@@ -207,6 +216,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Workspace: Send;
     /// What optimizer steps keep besides the moments: sums, tables of buffers.
     type Optimizer: Send;
+    /// What [`Backend::recorded`] keeps for a trainer.
+    type Recordings: Send;
 
     /// An error that names what the device cannot do for models of a shape, and the remedy.
     fn supports(&self, _shape: &WorkspaceShape) -> Result<()> {
@@ -250,6 +261,19 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Runs `f` where the backend's operations are cheapest to start (on a worker thread, say).
     fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R;
 
+    /// No recordings yet.
+    fn recordings(&self) -> Self::Recordings;
+    /// Does `operations`, which are the same on the same buffers wherever `kind` is the same, but for
+    /// random numbers, drawn for `place`: optimizer step and micro-step. A device may record them and do
+    /// them from then on without calling `operations`.
+    fn recorded(
+        &self,
+        recordings: &mut Self::Recordings,
+        kind: StepKind,
+        place: [u32; 2],
+        operations: impl FnOnce(),
+    );
+
     // --- Embedding ---
 
     /// out (B T, C): row `token` of wte plus row `position` of wpe.
@@ -262,8 +286,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         sequences: Sequences,
         channels: usize,
     );
-    /// Adds dout to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read. `tokens`
-    /// are those of the last [`Backend::write_tokens`].
+    /// Adds dout to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read; what dwpe
+    /// held counts only with `accumulate`. `tokens` are those of the last [`Backend::write_tokens`].
     fn embedding_backward(
         &self,
         dwte: &mut Self::F32,
@@ -272,6 +296,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         tokens: &Self::Tokens,
         sequences: Sequences,
         channels: usize,
+        accumulate: bool,
     );
 
     // --- LayerNorm ---
@@ -302,7 +327,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         channels: usize,
         epsilon: f32,
     );
-    /// Adds to dx (rows, C), dw (C) and db (C).
+    /// Adds to dx (rows, C); overwrites dw (C) and db (C), or with `accumulate` adds to them.
     fn layernorm_backward(
         &self,
         workspace: &mut Self::Workspace,
@@ -315,6 +340,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         w: &Self::Param,
         rows: usize,
         channels: usize,
+        accumulate: bool,
     );
 
     // --- Linear layers ---
@@ -345,8 +371,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
         self.linear_forward(workspace, pre, x, w, b, shape, format);
         self.gelu_forward(out, pre, shape.rows * shape.outputs);
     }
-    /// dx = dy W; adds dy^T x to dw and the column sums of dy to db. Where x was gelu(pre), `pre` is
-    /// given, and dx is the gradient of it: dx = (dy W) gelu'(pre).
+    /// dx = dy W, dw = dy^T x and db = the column sums of dy, the latter two added to what is there with
+    /// `accumulate`. Where x was gelu(pre), `pre` is given, and dx is the gradient of it:
+    /// dx = (dy W) gelu'(pre).
     ///
     /// `random` says where in the run this is, for the bits of rounding and transforms; in an FP8
     /// recipe dw sees x as the forward pass kept it.
@@ -363,6 +390,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
+        accumulate: bool,
     );
 
     /// out = gelu(x) in its tanh form, both of `len` elements.
@@ -397,8 +425,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Cross-entropy of softmax(x wte^T) against `targets`, one loss a row, without ever holding the
     /// logits of more than a chunk of rows.
     ///
-    /// With `gradient` it also computes dx (rows, C) and adds to dwte (V, C) the gradients of
-    /// `gradient.scale` times the sum of the losses.
+    /// With `gradient` it also computes the gradients of `gradient.scale` times the sum of the losses.
     fn classifier(
         &self,
         workspace: &mut Self::Workspace,
@@ -427,10 +454,14 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // --- Optimizer ---
 
-    /// Sets gradients and the sum of losses to 0, for the first micro-step of a step.
-    fn begin_step(&self, optimizer: &mut Self::Optimizer, parameters: &mut VisitTrained<'_, Self>);
-    /// Adds the first `rows` losses to the sum of the step.
-    fn add_losses(&self, optimizer: &mut Self::Optimizer, losses: &Self::F32, rows: usize);
+    /// Takes the sum of the first `rows` losses as that of the step, or with `accumulate` adds it.
+    fn add_losses(
+        &self,
+        optimizer: &mut Self::Optimizer,
+        losses: &Self::F32,
+        rows: usize,
+        accumulate: bool,
+    );
     /// The global norm of the gradients, clipping, and one AdamW update of every parameter, unless
     /// loss or norm is not finite: then nothing changes. Waits for the device.
     fn finish_step(
@@ -452,8 +483,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
 pub struct ClassifierGradient<'a, B: Backend> {
     /// (rows, C), overwritten.
     pub dx: &'a mut B::Tensor,
-    /// (V, C), added to.
+    /// (V, C), overwritten, or with `accumulate` added to.
     pub dwte: &'a mut B::F32,
     /// Factor of each loss.
     pub scale: f32,
+    /// Whether what dwte held counts.
+    pub accumulate: bool,
 }

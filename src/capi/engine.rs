@@ -9,7 +9,7 @@ use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, versioned};
 use super::{arguments, structs::read_or_default};
-use crate::{Engine, EngineOptions, LogFn};
+use crate::{CudaStream, Engine, EngineOptions, LogFn};
 
 /// How much a log line matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,12 @@ pub struct mxt_engine_options {
     pub log: mxt_log_fn,
     /// Passed to `log`. It must stay valid until the engine and everything made from it is freed.
     pub log_user_data: *mut c_void,
+    /// A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device, where
+    /// cudaStreamCreate makes them. All work of the engine is queued there, in the order of the calls,
+    /// between the host's own. It must not be capturing while a call is inside, and must live until the
+    /// engine and everything made from it is freed. NULL (default): the engine makes its own. With
+    /// device "auto" there must be a GPU then.
+    pub cuda_stream: *mut c_void,
 }
 versioned!(mxt_engine_options, last = log_user_data: *mut c_void);
 
@@ -67,6 +73,7 @@ impl Options for mxt_engine_options {
             memory_limit: options.memory_limit,
             log: None,
             log_user_data: std::ptr::null_mut(),
+            cuda_stream: std::ptr::null_mut(),
         }
     }
 }
@@ -106,9 +113,9 @@ pub unsafe extern "C" fn mxt_engine_options_init(
 /// `options` may be NULL for the defaults, and is not read after the call.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
-/// unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there, or whose
-/// driver, NVRTC or cuBLASLt is missing; the message says what to install), MXT_ERROR_DEVICE (a GPU
-/// that fails). The message is in mxt_last_error.
+/// unknown device, too many threads, a stream of another device), MXT_ERROR_UNSUPPORTED (a device
+/// that is not there, or whose driver, NVRTC or cuBLASLt is missing; the message says what to
+/// install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
 ///
 /// A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
 /// the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache.
@@ -131,6 +138,8 @@ pub unsafe extern "C" fn mxt_engine_new(
             seed: options.seed,
             memory_limit: options.memory_limit,
             log: host_log(&options),
+            cuda_stream: (!options.cuda_stream.is_null())
+                .then(|| CudaStream::from_raw(options.cuda_stream)),
         })?;
         let device = CString::new(engine.device()).map_err(|error| {
             Failure::invalid("device", format!("expected a name without zero bytes: {error}"))

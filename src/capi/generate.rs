@@ -7,7 +7,7 @@ use super::model::mxt_model;
 use super::status::mxt_status_code::MXT_ERROR_BUFFER_TOO_SMALL;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
-use super::{arguments, float_mode, guard};
+use super::{arguments, buffers, float_mode, guard};
 use crate::GenerateOptions;
 
 /// Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
@@ -137,7 +137,7 @@ pub unsafe extern "C" fn mxt_model_generate(
 
 /// Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in f32.
 /// Of more tokens than the context holds, the last ones count. `logits` has room for `count` numbers,
-/// which must be the model's vocab_size.
+/// which must be the model's vocab_size. Both arrays may lie in memory of the engine's GPU.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
 /// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
@@ -152,10 +152,13 @@ pub unsafe extern "C" fn mxt_model_next_logits(
     // SAFETY: pointers are NULL or valid, as the header asks.
     unsafe {
         guard::method("mxt_model_next_logits", model, |model| {
-            let tokens = arguments::slice("tokens", tokens, token_count)?;
-            let logits = arguments::slice_mut("logits", logits, count)?;
             let _reading = model.state().access().read()?;
-            Ok(model.model.next_logits(tokens, logits)?)
+            let engine = model.model.engine();
+            buffers::read(engine, "tokens", tokens, token_count, |tokens| {
+                buffers::fill(engine, "logits", logits, count, |logits| {
+                    Ok(model.model.next_logits(tokens, logits)?)
+                })
+            })
         })
     }
 }

@@ -16,6 +16,7 @@
 //! | `handle` | what every handle has: reference count, lock, poison flag, error text |
 //! | `structs` | option and result structs that grow: `struct_size` |
 //! | `arguments` | strings and arrays from the host |
+//! | `buffers` | arrays that may lie on a GPU |
 //! | `version`, `engine`, `model`, `generate`, `dataset`, `trainer` (with `trainer_structs`), `run` | the functions |
 
 // The names are C names.
@@ -25,6 +26,7 @@
 #![allow(clippy::missing_safety_doc)]
 
 mod arguments;
+mod buffers;
 mod dataset;
 mod engine;
 mod float_mode;

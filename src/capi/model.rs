@@ -3,13 +3,13 @@
 use std::ffi::{CString, c_char};
 use std::sync::Arc;
 
-use super::arguments;
 use super::engine::mxt_engine;
 use super::guard;
 use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
+use super::{arguments, buffers};
 use crate::{Model, ModelConfig};
 
 /// Most dimensions that a tensor can have.
@@ -301,7 +301,7 @@ pub unsafe extern "C" fn mxt_model_tensor_info(
 }
 
 /// Copies tensor `name` into `values`, row-major. `count` is the number of floats that `values` has
-/// room for and must be the tensor's element_count.
+/// room for and must be the tensor's element_count. `values` may lie in memory of the engine's GPU.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 /// wrong count), MXT_ERROR_BUSY.
@@ -316,15 +316,17 @@ pub unsafe extern "C" fn mxt_model_tensor_read(
     unsafe {
         guard::method("mxt_model_tensor_read", model, |model| {
             let name = arguments::text("name", name)?;
-            let values = arguments::slice_mut("values", values, count)?;
             let _reading = model.state.access().read()?;
-            Ok(model.model.read_tensor(name, values)?)
+            buffers::fill(model.model.engine(), "values", values, count, |values| {
+                Ok(model.model.read_tensor(name, values)?)
+            })
         })
     }
 }
 
 /// Overwrites tensor `name` with `values`, row-major. `count` is the number of floats in `values`
 /// and must be the tensor's element_count. The moments of a trainer of this model stay as they are.
+/// `values` may lie in memory of the engine's GPU.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 /// wrong count), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY.
@@ -339,9 +341,10 @@ pub unsafe extern "C" fn mxt_model_tensor_write(
     unsafe {
         guard::method("mxt_model_tensor_write", model, |model| {
             let name = arguments::text("name", name)?;
-            let values = arguments::slice("values", values, count)?;
             let _writing = model.state.access().write()?;
-            Ok(model.model.write_tensor(name, values)?)
+            buffers::read(model.model.engine(), "values", values, count, |values| {
+                Ok(model.model.write_tensor(name, values)?)
+            })
         })
     }
 }

@@ -15,7 +15,7 @@ use super::structs::{Out, read, read_or_default};
 use super::trainer_structs::{
     mxt_eval_stats, mxt_memory_plan, mxt_step_stats, mxt_trainer_options,
 };
-use super::{arguments, guard, handle};
+use super::{arguments, buffers, guard, handle};
 use crate::{StopHandle, Trainer, TrainerOptions, plan};
 
 /// A model in training: weights, moments, schedule, and the number of steps done. It needs its model
@@ -188,7 +188,8 @@ pub unsafe extern "C" fn mxt_trainer_step(
 /// (struct_size set by the caller; NULL if not wanted).
 ///
 /// `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
-/// `count` is their number. Position t of a row learns to predict position t + 1.
+/// `count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie in
+/// memory of the engine's GPU, written before the call or on the engine's stream.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count),
 /// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
@@ -204,8 +205,11 @@ pub unsafe extern "C" fn mxt_trainer_step_tokens(
     unsafe {
         guard::method("mxt_trainer_step_tokens", trainer, |trainer| {
             let out = Out::optional("stats", stats)?;
-            let tokens = arguments::slice("tokens", tokens, count)?;
-            out.put(trainer.exclusive(|trainer| Ok(trainer.step_tokens(tokens)?))?.into());
+            let engine = trainer.model.model.engine();
+            let stats = buffers::read(engine, "tokens", tokens, count, |tokens| {
+                trainer.exclusive(|trainer| Ok(trainer.step_tokens(tokens)?))
+            })?;
+            out.put(stats.into());
             Ok(())
         })
     }

@@ -119,13 +119,13 @@ impl<B: Backend> Pass<'_, B> {
         self.classify(acts, targets, None);
     }
 
-    /// Losses of all rows, and the gradients of `scale` times their sum, added to `grads`.
+    /// Losses of all rows, and the gradients of `scale` times their sum, but for what the embeddings get
+    /// as such: those of the step's first micro-step overwrite `grads`, others are added.
     pub(crate) fn backward(
         &mut self,
         acts: &mut Activations<B>,
         d: &mut ActivationGradients<B>,
         grads: &mut Params<B::F32>,
-        tokens: &B::Tokens,
         targets: &B::Tokens,
         scale: f32,
         place: Place,
@@ -133,12 +133,22 @@ impl<B: Backend> Pass<'_, B> {
         let (backend, params) = (self.backend, self.params);
         let c = self.config.channels;
         let shape = self.attention_shape();
+        // The first micro-step of a step overwrites the last step's gradients.
+        let accumulate = place.micro_step > 0;
 
-        let gradient = ClassifierGradient { dx: &mut d.narrow, dwte: &mut grads.wte, scale };
+        let gradient =
+            ClassifierGradient { dx: &mut d.narrow, dwte: &mut grads.wte, scale, accumulate };
         self.classify(acts, targets, Some(gradient));
         backend.zero_tensor(&mut d.residual);
         let last = &acts.residual[self.config.layers];
-        self.norm_backward(d, &mut grads.ln_f, last, &acts.ln_f_statistics, &params.ln_f);
+        self.norm_backward(
+            d,
+            &mut grads.ln_f,
+            last,
+            &acts.ln_f_statistics,
+            &params.ln_f,
+            accumulate,
+        );
 
         for (l, block) in params.blocks.iter().enumerate().rev() {
             self.recompute(acts, l);
@@ -164,7 +174,7 @@ impl<B: Backend> Pass<'_, B> {
             let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_2[l]);
             self.linear_backward(dx, &mut grads.fc1, dy, x, None, &block.fc1, call);
             let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
-            self.norm_backward(d, &mut grads.ln_2, x, statistics, &block.ln_2);
+            self.norm_backward(d, &mut grads.ln_2, x, statistics, &block.ln_2, accumulate);
 
             // Attention.
             let random_projection = random(LinearId::Projection);
@@ -179,10 +189,21 @@ impl<B: Backend> Pass<'_, B> {
             let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_1[l]);
             self.linear_backward(dx, &mut grads.qkv, dy, x, None, &block.qkv, call);
             let (x, statistics) = (&acts.residual[l], &acts.ln_1_statistics[l]);
-            self.norm_backward(d, &mut grads.ln_1, x, statistics, &block.ln_1);
+            self.norm_backward(d, &mut grads.ln_1, x, statistics, &block.ln_1, accumulate);
         }
-        let (dwte, dwpe) = (&mut grads.wte, &mut grads.wpe);
-        backend.embedding_backward(dwte, dwpe, &d.residual, tokens, self.sequences, c);
+    }
+
+    /// The gradients of the embeddings, after [`Pass::backward`].
+    pub(crate) fn embedding_backward(
+        &mut self,
+        d: &ActivationGradients<B>,
+        grads: &mut Params<B::F32>,
+        tokens: &B::Tokens,
+        place: Place,
+    ) {
+        let (backend, sequences, c) = (self.backend, self.sequences, self.config.channels);
+        let (dwte, dwpe, accumulate) = (&mut grads.wte, &mut grads.wpe, place.micro_step > 0);
+        backend.embedding_backward(dwte, dwpe, &d.residual, tokens, sequences, c, accumulate);
     }
 
     /// Logits (V) of row `row` after [`Pass::forward`].
@@ -261,7 +282,10 @@ impl<B: Backend> Pass<'_, B> {
         let Linear { w: dw, b: db } = grads;
         let (backend, workspace) = (self.backend, &mut *self.workspace);
         let w = &layer.w;
-        backend.linear_backward(workspace, dx, dw, db, dy, x, pre, w, shape, &recipe, &random);
+        let accumulate = random.micro_step > 0;
+        backend.linear_backward(
+            workspace, dx, dw, db, dy, x, pre, w, shape, &recipe, &random, accumulate,
+        );
     }
 
     /// Adds the norm's part to d.residual, given the gradient of its output in d.narrow.
@@ -272,13 +296,16 @@ impl<B: Backend> Pass<'_, B> {
         x: &B::Tensor,
         statistics: &NormStatistics<B::F32>,
         norm: &Norm<B::Param>,
+        accumulate: bool,
     ) {
         let (rows, c) = (self.sequences.rows(), self.config.channels);
         let (dx, dy) = (&mut d.residual, &d.narrow);
         let Norm { w: dw, b: db } = grads;
         let (backend, workspace, statistics) =
             (self.backend, &mut *self.workspace, statistics.as_ref());
-        backend.layernorm_backward(workspace, dx, dw, db, dy, x, statistics, &norm.w, rows, c);
+        backend.layernorm_backward(
+            workspace, dx, dw, db, dy, x, statistics, &norm.w, rows, c, accumulate,
+        );
     }
 }
 

@@ -308,6 +308,12 @@ struct mxt_engine_options
     log::mxt_log_fn
     # Passed to `log`. It must stay valid until the engine and everything made from it is freed.
     log_user_data::Ptr{Cvoid}
+    # A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device, where
+    # cudaStreamCreate makes them. All work of the engine is queued there, in the order of the calls,
+    # between the host's own. It must not be capturing while a call is inside, and must live until the
+    # engine and everything made from it is freed. NULL (default): the engine makes its own. With
+    # device "auto" there must be a GPU then.
+    cuda_stream::Ptr{Cvoid}
 end
 
 """
@@ -630,9 +636,9 @@ Starts an engine and stores it in `*engine`, for the caller to free with mxt_eng
 `options` may be NULL for the defaults, and is not read after the call.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
-unknown device, too many threads), MXT_ERROR_UNSUPPORTED (a device that is not there, or whose
-driver, NVRTC or cuBLASLt is missing; the message says what to install), MXT_ERROR_DEVICE (a GPU
-that fails). The message is in mxt_last_error.
+unknown device, too many threads, a stream of another device), MXT_ERROR_UNSUPPORTED (a device
+that is not there, or whose driver, NVRTC or cuBLASLt is missing; the message says what to
+install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
 
 A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
 the user's cache folder: \$MXT_CACHE_DIR, else mxfp4train in \$XDG_CACHE_HOME or ~/.cache.
@@ -815,7 +821,7 @@ end
     mxt_model_tensor_read(model, name, values, count)
 
 Copies tensor `name` into `values`, row-major. `count` is the number of floats that `values` has
-room for and must be the tensor's element_count.
+room for and must be the tensor's element_count. `values` may lie in memory of the engine's GPU.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 wrong count), MXT_ERROR_BUSY.
@@ -834,6 +840,7 @@ end
 
 Overwrites tensor `name` with `values`, row-major. `count` is the number of floats in `values`
 and must be the tensor's element_count. The moments of a trainer of this model stay as they are.
+`values` may lie in memory of the engine's GPU.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR, MXT_ERROR_INVALID_ARGUMENT (a
 wrong count), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY.
@@ -916,7 +923,7 @@ end
 
 Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in f32.
 Of more tokens than the context holds, the last ones count. `logits` has room for `count` numbers,
-which must be the model's vocab_size.
+which must be the model's vocab_size. Both arrays may lie in memory of the engine's GPU.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
 MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
@@ -1125,7 +1132,8 @@ Does one optimizer step on the caller's own tokens and stores what it did in `*s
 (struct_size set by the caller; NULL if not wanted).
 
 `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
-`count` is their number. Position t of a row learns to predict position t + 1.
+`count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie in
+memory of the engine's GPU, written before the call or on the engine's stream.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count),
 MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),

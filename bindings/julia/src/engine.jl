@@ -1,13 +1,17 @@
 # A device with its threads.
 
 """
-    Engine(; device = nothing, threads = 0, seed = 1337, memory_limit = 0, log = nothing)
+    Engine(; device = nothing, threads = 0, seed = 1337, memory_limit = 0, log = nothing,
+        cuda_stream = C_NULL)
 
 A device with its worker threads; everything else is made from one.
 
-`device` is `"cpu"`, `"cuda"`, `"cuda:1"` and so on, or `"auto"`; 0 threads are one for each core; `memory_limit` is the most bytes
-that one model with its trainer may take, 0 for no limit. `log(level, line)` receives log lines,
-`level` being `:warning`, `:info` or `:debug`; without it the library is silent.
+`device` is `"cpu"`, `"cuda"`, `"cuda:1"` and so on, or `"auto"`; 0 threads are one for each core;
+`memory_limit` is the most bytes that one model with its trainer may take, 0 for no limit.
+`log(level, line)` receives log lines, `level` being `:warning`, `:info` or `:debug`; without it the
+library is silent. `cuda_stream` is the stream of a GPU on which all work is queued (a `CUstream`, such
+as the `handle` of CUDA.jl's `CuStream`), which must outlive the engine and everything made from it;
+without it the engine makes its own.
 """
 mutable struct Engine <: Handle
     handle::Ptr{Lib.mxt_engine}

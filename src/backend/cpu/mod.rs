@@ -29,7 +29,7 @@ use rayon::prelude::*;
 
 use super::{
     AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision,
-    Sequences, StepSums, VisitTrained, WorkspaceShape,
+    Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
 use crate::Result;
 use crate::mx::Random;
@@ -89,6 +89,9 @@ fn rows_per_job(channels: usize) -> usize {
     (JOB_ELEMENTS / channels).max(1)
 }
 
+/// Starting an operation costs nothing here, so nothing is recorded.
+pub struct Recordings;
+
 impl Backend for Cpu {
     type Arena = Arena;
     type Tensor = Buffer<f32>;
@@ -98,6 +101,7 @@ impl Backend for Cpu {
     type Workspace = Workspace;
     /// The sum of the losses of a step.
     type Optimizer = f64;
+    type Recordings = Recordings;
 
     fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
         bytes.map_or_else(|| Ok(Arena::measuring()), Arena::mapped)
@@ -156,6 +160,14 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn recordings(&self) -> Recordings {
+        Recordings
+    }
+
+    fn recorded(&self, _: &mut Recordings, _: StepKind, _: [u32; 2], operations: impl FnOnce()) {
+        operations();
+    }
+
     fn zero_tensor(&self, buffer: &mut Buffer<f32>) {
         self.zero(buffer);
     }
@@ -184,7 +196,11 @@ impl Backend for Cpu {
         tokens: &Buffer<u32>,
         sequences: Sequences,
         channels: usize,
+        accumulate: bool,
     ) {
+        if !accumulate {
+            self.zero(dwpe);
+        }
         embedding::backward(self, dwte, dwpe, dout, tokens, sequences, channels);
     }
 
@@ -230,7 +246,12 @@ impl Backend for Cpu {
         w: &Buffer<f32>,
         rows: usize,
         channels: usize,
+        accumulate: bool,
     ) {
+        if !accumulate {
+            self.zero(dw);
+            self.zero(db);
+        }
         layernorm::backward(self, dx, dw, db, dy, x, statistics, w, rows, channels);
     }
 
@@ -260,7 +281,12 @@ impl Backend for Cpu {
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
+        accumulate: bool,
     ) {
+        if !accumulate {
+            self.zero(dw);
+            self.zero(db);
+        }
         linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random);
         if let Some(pre) = pre {
             let len = shape.rows * shape.inputs;
@@ -300,7 +326,7 @@ impl Backend for Cpu {
         &self,
         workspace: &mut Workspace,
         losses: &mut Buffer<f32>,
-        gradient: Option<ClassifierGradient<'_, Self>>,
+        mut gradient: Option<ClassifierGradient<'_, Self>>,
         x: &Buffer<f32>,
         wte: &Buffer<f32>,
         targets: &Buffer<u32>,
@@ -310,6 +336,11 @@ impl Backend for Cpu {
         format: Forward,
     ) {
         let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
+        if let Some(gradient) = &mut gradient
+            && !gradient.accumulate
+        {
+            self.zero(gradient.dwte);
+        }
         classifier::run(self, workspace, losses, gradient, x, wte, targets, shape, format);
     }
 
@@ -328,13 +359,8 @@ impl Backend for Cpu {
         classifier::logits(self, &mut logits[..vocab_size], x, wte, format);
     }
 
-    fn begin_step(&self, losses: &mut f64, parameters: &mut VisitTrained<'_, Self>) {
-        *losses = 0.0;
-        self.install(|| parameters(&mut |parameter| self.zero(parameter.gradient)));
-    }
-
-    fn add_losses(&self, sum: &mut f64, losses: &Buffer<f32>, rows: usize) {
-        *sum += sum_of(&losses[..rows]);
+    fn add_losses(&self, sum: &mut f64, losses: &Buffer<f32>, rows: usize, accumulate: bool) {
+        *sum = if accumulate { *sum } else { 0.0 } + sum_of(&losses[..rows]);
     }
 
     fn finish_step(

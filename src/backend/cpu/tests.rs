@@ -278,6 +278,7 @@ fn linear_layers_follow_their_recipes() {
                 shape,
                 &recipe,
                 &RANDOM,
+                true,
             );
             // The definition: (rows a, rows b) from operands that lie as `Source` says.
             let product = |gemm, format, a: Source<'_>, b: Source<'_>, b_id| match format {
@@ -327,12 +328,29 @@ fn linear_layers_follow_their_recipes() {
                 source(&kept, inputs, rows, true),
                 OperandId::X,
             );
+            let (_, _, mut exact_db) =
+                reference::linear_backward(&f64s(&dy), &f64s(&x), &f64s(&w), shape);
+            let (mut fresh_dw, mut fresh_db) = (poison(outputs * inputs), poison(outputs));
+            cpu.linear_backward(
+                &mut memory,
+                &mut dx,
+                &mut fresh_dw,
+                &mut fresh_db,
+                &dy,
+                &x,
+                None,
+                &w,
+                shape,
+                &recipe,
+                &RANDOM,
+                false,
+            );
+            close(&fresh_dw, &exact, 1e-6);
+            close(&fresh_db, &exact_db, 1e-6);
             exact.iter_mut().zip(old_dw).for_each(|(v, old)| *v += old);
             close(&dw, &exact, 1e-6);
-            let (_, _, mut exact) =
-                reference::linear_backward(&f64s(&dy), &f64s(&x), &f64s(&w), shape);
-            exact.iter_mut().zip(old_db).for_each(|(v, old)| *v += old);
-            close(&db, &exact, 1e-6);
+            exact_db.iter_mut().zip(old_db).for_each(|(v, old)| *v += old);
+            close(&db, &exact_db, 1e-6);
         }
     });
 }
@@ -362,6 +380,7 @@ fn nan_blocks_poison_their_products() {
             shape,
             &recipe,
             &RANDOM,
+            true,
         );
         for (row, dx) in dx.chunks(32).enumerate() {
             assert!(dx.iter().all(|v| v.is_nan() == (row == 5)), "row {row} of dx");
@@ -387,7 +406,7 @@ fn embedding_layernorm_and_gelu() {
                 reference::embedding_forward(&tokens, &f64s(&wte), &f64s(&wpe), sequences, c);
             close(&out, &exact, 1e-7);
             let (mut dwte, mut dwpe) = (buffer(vocab * c, |_| 1.0), buffer(9 * c, |_| 1.0));
-            cpu.embedding_backward(&mut dwte, &mut dwpe, &dy, &tokens, sequences, c);
+            cpu.embedding_backward(&mut dwte, &mut dwpe, &dy, &tokens, sequences, c, true);
             let (mut exact_te, mut exact_pe) = (vec![1.0; vocab * c], vec![1.0; 9 * c]);
             for i in 0..rows * c {
                 let (row, channel) = (i / c, i % c);
@@ -396,6 +415,10 @@ fn embedding_layernorm_and_gelu() {
             }
             close(&dwte, &exact_te, 1e-6);
             close(&dwpe, &exact_pe, 1e-6);
+            let mut fresh = poison(9 * c);
+            cpu.embedding_backward(&mut dwte, &mut fresh, &dy, &tokens, sequences, c, false);
+            exact_pe.iter_mut().for_each(|v| *v -= 1.0);
+            close(&fresh, &exact_pe, 1e-6);
 
             let epsilon = 1e-5;
             let mut statistics = NormStatistics { mean: poison(rows), rstd: poison(rows) };
@@ -427,15 +450,44 @@ fn embedding_layernorm_and_gelu() {
             let (mut dx, mut dw, mut db) =
                 (buffer(rows * c, |_| 1.0), buffer(c, |_| 1.0), buffer(c, |_| 1.0));
             let shape = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8);
-            let (mut memory, statistics) = (workspace(&cpu, &shape), statistics.as_ref());
+            let mut memory = workspace(&cpu, &shape);
+            let stats = || statistics.as_ref();
             let (dx_out, m) = (&mut dx, &mut memory);
-            cpu.layernorm_backward(m, dx_out, &mut dw, &mut db, &dy, &x, statistics, &w, rows, c);
+            cpu.layernorm_backward(
+                m,
+                dx_out,
+                &mut dw,
+                &mut db,
+                &dy,
+                &x,
+                stats(),
+                &w,
+                rows,
+                c,
+                true,
+            );
             let (exact_dx, exact_dw, exact_db) =
                 reference::layernorm_backward(&f64s(&dy), &f64s(&x), &f64s(&w), f64::from(epsilon));
             let plus_one = |v: Vec<f64>| v.into_iter().map(|v| v + 1.0).collect::<Vec<_>>();
             close(&dx, &plus_one(exact_dx), 1e-5);
-            close(&dw, &plus_one(exact_dw), 1e-6);
-            close(&db, &plus_one(exact_db), 1e-6);
+            close(&dw, &plus_one(exact_dw.clone()), 1e-6);
+            close(&db, &plus_one(exact_db.clone()), 1e-6);
+            let (mut dw, mut db, m) = (poison(c), poison(c), &mut memory);
+            cpu.layernorm_backward(
+                m,
+                &mut dx,
+                &mut dw,
+                &mut db,
+                &dy,
+                &x,
+                stats(),
+                &w,
+                rows,
+                c,
+                false,
+            );
+            close(&dw, &exact_dw, 1e-6);
+            close(&db, &exact_db, 1e-6);
 
             let mut out = poison(rows * c);
             cpu.gelu_forward(&mut out, &x, rows * c);
@@ -507,8 +559,13 @@ fn classifier_and_logits() {
             let sequences = Sequences { batch: 1, length: rows };
             let mut memory = workspace(&cpu, &workspace_shape(sequences, channels, 1, vocab));
             let (mut our_losses, mut our_dx) = (poison(rows), poison(rows * channels));
-            let mut our_dwte = buffer(vocab * channels, |_| 0.0);
-            let gradient = ClassifierGradient { dx: &mut our_dx, dwte: &mut our_dwte, scale };
+            let mut our_dwte = poison(vocab * channels);
+            let gradient = ClassifierGradient {
+                dx: &mut our_dx,
+                dwte: &mut our_dwte,
+                scale,
+                accumulate: false,
+            };
             let format = Forward::F32;
             cpu.classifier(
                 &mut memory,
@@ -570,7 +627,7 @@ fn optimizer_steps() {
             (buffer(n, |i| p0[i]), random(n, 3), buffer(n, |i| i as f32 * 1e-5));
         let (m0, v0) = (f64s(&m), f64s(&v));
         let mut optimizer = 0.0;
-        cpu.add_losses(&mut optimizer, &buffer(3, |i| i as f32 + 0.5), 3);
+        cpu.add_losses(&mut optimizer, &buffer(3, |i| i as f32 + 0.5), 3, true);
         let sums = {
             let (p, m, v, gradient) = (&mut p, &mut m, &mut v, &mut g);
             let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {

@@ -116,20 +116,15 @@ impl Optimizer {
     }
 }
 
-pub(super) fn begin_step(
+pub(super) fn add_losses(
     cuda: &Cuda,
-    optimizer: &mut Optimizer,
-    parameters: &mut VisitTrained<'_, Cuda>,
+    optimizer: &Optimizer,
+    losses: &F32,
+    rows: usize,
+    accumulate: bool,
 ) {
-    optimizer.update_table(parameters);
-    cuda.clear(optimizer.sum(0), 8);
-    launch!(cuda.gpu, "zero_gradients", optimizer.grid(cuda), BLOCK, 0;
-        optimizer.table.address, optimizer.entries.len() as u32, optimizer.pieces);
-}
-
-pub(super) fn add_losses(cuda: &Cuda, optimizer: &Optimizer, losses: &F32, rows: usize) {
     launch!(cuda.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-        optimizer.sum(0), losses.address(), rows as u32, 0u32);
+        optimizer.sum(0), losses.address(), rows as u32, u32::from(accumulate));
 }
 
 pub(super) fn finish_step(
@@ -170,7 +165,7 @@ pub(super) fn sum_losses(
     rows: usize,
 ) -> Result<f64> {
     launch!(cuda.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-        optimizer.sum(2), losses.address(), rows as u32, 1u32);
+        optimizer.sum(2), losses.address(), rows as u32, 0u32);
     let [sum] = read(cuda, optimizer.sum(2))?;
     Ok(sum)
 }
@@ -187,7 +182,7 @@ fn read<const N: usize>(cuda: &Cuda, from: u64) -> Result<[f64; N]> {
     let mut numbers = [0.0; N];
     // SAFETY: the sums are that long, and `numbers` outlives the wait.
     let result = unsafe {
-        sys::cuMemcpyDtoHAsync_v2(numbers.as_mut_ptr().cast(), from, 8 * N, cuda.gpu.stream)
+        sys::cuMemcpyDtoHAsync_v2(numbers.as_mut_ptr().cast(), from, 8 * N, cuda.gpu.stream())
     };
     cuda.gpu.note("reading sums", result);
     cuda.gpu.synchronize()?;

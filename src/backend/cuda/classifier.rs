@@ -84,7 +84,7 @@ pub(super) fn run(
             c: gradient.dwte.address(),
             c_stride: channels,
             c_type: Type::F32,
-            accumulate: true,
+            accumulate: gradient.accumulate || first > 0,
             ..product
         };
         cuda.product(workspace, &dwte);
@@ -106,8 +106,9 @@ pub(super) fn logits(
     let aligned = workspace.logits.address;
     let bytes = channels * size_of_element(x.precision);
     // SAFETY: a row of logits has room for a row of x (`Workspace::new` sees to that).
-    let result =
-        unsafe { sys::cuMemcpyDtoDAsync_v2(aligned, x.at(row * channels), bytes, cuda.gpu.stream) };
+    let result = unsafe {
+        sys::cuMemcpyDtoDAsync_v2(aligned, x.at(row * channels), bytes, cuda.gpu.stream())
+    };
     cuda.gpu.note("copying a row", result);
     let product = Product {
         m: 1,

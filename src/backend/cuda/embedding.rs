@@ -103,7 +103,8 @@ pub(super) fn forward(
         out.address(), tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
 }
 
-/// Adds dout (B T, C) to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read.
+/// Adds dout (B T, C) to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read; what
+/// dwpe held counts only with `accumulate`.
 pub(super) fn backward(
     cuda: &Cuda,
     dwte: &mut F32,
@@ -112,7 +113,11 @@ pub(super) fn backward(
     tokens: &Tokens,
     sequences: Sequences,
     channels: usize,
+    accumulate: bool,
 ) {
+    if !accumulate {
+        cuda.clear(dwpe.address(), dwpe.len * 4);
+    }
     let rows = sequences.rows();
     let (order, starts, count) = tokens.upload_runs(rows);
     let most = rows.min(dwte.len / channels);

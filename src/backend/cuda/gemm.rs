@@ -173,11 +173,43 @@ impl Drop for Gemm {
     }
 }
 
+/// A description of a product, destroyed when dropped.
+struct Description(sys::cublasLtMatmulDesc_t);
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        // SAFETY: ours; a product that runs has read it.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+/// The layout of a matrix, likewise.
+struct Matrix(sys::cublasLtMatrixLayout_t);
+
+impl Matrix {
+    /// Of `rows` by `columns`, column-major.
+    fn new(
+        format: Type,
+        (rows, columns): (usize, usize),
+        stride: usize,
+    ) -> std::result::Result<Self, CublasError> {
+        result::create_matrix_layout(format.code(), rows as u64, columns as u64, stride as i64)
+            .map(Self)
+    }
+}
+
+impl Drop for Matrix {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
 /// Descriptors and algorithm of one kind of product.
 struct Plan {
-    product: sys::cublasLtMatmulDesc_t,
+    product: Description,
     /// Of our B, our A, and C.
-    layouts: [sys::cublasLtMatrixLayout_t; 3],
+    layouts: [Matrix; 3],
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
@@ -190,7 +222,8 @@ impl Plan {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let Kind { m, n, k, operands, layouts: [a, b], strides, c_type, .. } = kind;
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let product = result::create_matmul_desc(compute, Type::F32.code())?;
+        let description = Description(result::create_matmul_desc(compute, Type::F32.code())?);
+        let product = description.0;
         // Our B (n, k) row-major is k x n column-major: to be transposed. Our A likewise, the other way.
         let first_transposed = b == Layout::Rows;
         let second_transposed = a == Layout::Columns;
@@ -208,17 +241,12 @@ impl Plan {
         }
         // The heuristic refuses formats whose scales are not there yet.
         set_pointers(product, example)?;
-        let layout = |code, rows: usize, columns: usize, stride: usize| {
-            result::create_matrix_layout(code, rows as u64, columns as u64, stride as i64)
-        };
         let oriented = |transposed, stored: (usize, usize)| {
             if transposed { (stored.1, stored.0) } else { stored }
         };
-        let (rows, columns) = oriented(first_transposed, (n, k));
-        let first = layout(operands.code(), rows, columns, strides[1])?;
-        let (rows, columns) = oriented(second_transposed, (k, m));
-        let second = layout(operands.code(), rows, columns, strides[0])?;
-        let output = layout(c_type.code(), n, m, strides[2])?;
+        let first = Matrix::new(operands, oriented(first_transposed, (n, k)), strides[1])?;
+        let second = Matrix::new(operands, oriented(second_transposed, (k, m)), strides[0])?;
+        let output = Matrix::new(c_type, (n, m), strides[2])?;
 
         let preference = result::create_matmul_pref()?;
         let which =
@@ -234,14 +262,14 @@ impl Plan {
             )
             .and_then(|()| {
                 result::get_matmul_algo_heuristic(
-                    handle, product, first, second, output, output, preference,
+                    handle, product, first.0, second.0, output.0, output.0, preference,
                 )
             })
         };
         // SAFETY: made above.
         let _ = unsafe { result::destroy_matmul_pref(preference) };
-        let plan = |algorithm| Self { product, layouts: [first, second, output], algorithm };
-        found.map(|found| plan(found.algo))
+        let algorithm = found?.algo;
+        Ok(Self { product: description, layouts: [first, second, output], algorithm })
     }
 
     fn run(
@@ -251,42 +279,30 @@ impl Plan {
         product: &Product,
         workspace: u64,
     ) -> std::result::Result<(), CublasError> {
-        set_pointers(self.product, product)?;
+        set_pointers(self.product.0, product)?;
         let beta = if product.accumulate { 1.0f32 } else { 0.0 };
         let pointer = |address: u64| address as *mut c_void;
-        let [first, second, output] = self.layouts;
+        let [first, second, output] = &self.layouts;
         // SAFETY: the addresses are those of buffers of the sizes that the layouts say.
         unsafe {
             result::matmul(
                 handle,
-                self.product,
+                self.product.0,
                 std::ptr::from_ref(&product.alpha).cast(),
                 std::ptr::from_ref(&beta).cast(),
                 pointer(product.b.address),
-                first,
+                first.0,
                 pointer(product.a.address),
-                second,
+                second.0,
                 pointer(product.c),
-                output,
+                output.0,
                 pointer(product.c),
-                output,
+                output.0,
                 &self.algorithm,
                 pointer(workspace),
                 WORKSPACE,
-                gpu.stream.cast(),
+                gpu.stream().cast(),
             )
-        }
-    }
-}
-
-impl Drop for Plan {
-    fn drop(&mut self) {
-        // SAFETY: ours; a product that runs has read them.
-        unsafe {
-            for layout in self.layouts {
-                let _ = result::destroy_matrix_layout(layout);
-            }
-            let _ = result::destroy_matmul_desc(self.product);
         }
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use cudarc::{cublaslt, driver, nvrtc};
 
-use super::compile;
+use super::{compile, graph};
 use crate::{Error, Result};
 
 /// The CUDA release whose interfaces are used.
@@ -20,7 +20,7 @@ const CUDA: c_int = 13_000;
 pub(in crate::backend) struct Gpu {
     device: sys::CUdevice,
     context: sys::CUcontext,
-    pub(super) stream: sys::CUstream,
+    stream: sys::CUstream,
     /// The host's own stream is not destroyed.
     own_stream: bool,
     /// Such as "NVIDIA H200".
@@ -124,7 +124,18 @@ impl Gpu {
             error: Mutex::new(None),
         };
         let _current = gpu.enter();
-        if stream.is_none() {
+        if let Some(stream) = stream {
+            let mut of = std::ptr::null_mut();
+            // SAFETY: the host says that it is a stream.
+            let result = unsafe { sys::cuStreamGetCtx(stream, &mut of) };
+            if result != CUresult::CUDA_SUCCESS || of != context {
+                let message = format!(
+                    "expected a stream of the primary context of cuda:{ordinal}, as \
+                     cudaStreamCreate makes after cudaSetDevice({ordinal})"
+                );
+                return Err(Error::invalid("cuda_stream", message));
+            }
+        } else {
             let kind = driver::result::stream::StreamKind::NonBlocking;
             match driver::result::stream::create(kind) {
                 Ok(stream) => gpu.stream = stream,
@@ -151,6 +162,11 @@ impl Gpu {
         Current
     }
 
+    /// Where work is queued: the stream, or what this thread captures.
+    pub(super) fn stream(&self) -> sys::CUstream {
+        graph::capturing().unwrap_or(self.stream)
+    }
+
     /// Launches a kernel. `arguments` point to values of the types that the kernel declares.
     pub(super) fn launch(
         &self,
@@ -167,6 +183,7 @@ impl Gpu {
         if grid.contains(&0) {
             return;
         }
+        graph::note_kernel(arguments.len());
         let [x, y, z] = grid.map(|n| n as u32);
         // SAFETY: the caller's arguments are what the kernel declares; the stream is this context's.
         let result = unsafe {
@@ -179,7 +196,7 @@ impl Gpu {
                 1,
                 1,
                 shared as u32,
-                self.stream,
+                self.stream(),
                 arguments.as_mut_ptr(),
                 std::ptr::null_mut(),
             )

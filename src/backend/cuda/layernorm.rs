@@ -8,12 +8,12 @@ use crate::backend::NormStatistics;
 /// Threads of a block; a warp takes a row.
 const BLOCK: usize = 256;
 
-/// Blocks of the backward kernel, each of which leaves partial sums of dw and db.
-const PARTS: usize = 512;
+/// Most blocks of the backward kernel, each of which leaves partial sums of dw and db.
+const MAX_PARTS: usize = 512;
 
-/// Floats of scratch that the backward pass needs: (PARTS, 2, C).
+/// Floats of scratch that the backward pass needs: (parts, 2, C).
 pub(super) fn partials(channels: usize) -> usize {
-    PARTS * 2 * channels
+    MAX_PARTS * 2 * channels
 }
 
 fn grid(rows: usize) -> [usize; 3] {
@@ -69,14 +69,18 @@ pub(super) fn backward(
     w: &Param,
     rows: usize,
     channels: usize,
+    accumulate: bool,
 ) {
     let partials = workspace.partials.address;
-    launch!(cuda.gpu, kernel!(x, "layernorm_backward"), [PARTS, 1, 1], BLOCK, 8 * channels;
+    // As many as run at once: more would wait for the slowest.
+    let parts = (2 * cuda.gpu.multiprocessors as usize).min(MAX_PARTS);
+    launch!(cuda.gpu, kernel!(x, "layernorm_backward"), [parts, 1, 1], BLOCK, 8 * channels;
         dx.address(), partials, dy.address(), x.address(),
         statistics.mean.address(), statistics.rstd.address(), w.as_read_in(x.precision),
         rows as u32, channels as u32);
     // A part holds C sums for dw, then C for db.
     for (to, first) in [(dw, 0), (db, channels)] {
-        linear::add_partials(cuda, to, partials + 4 * first as u64, PARTS, 2 * channels, channels);
+        let from = partials + 4 * first as u64;
+        linear::add_partials(cuda, to, from, parts, 2 * channels, channels, accumulate);
     }
 }

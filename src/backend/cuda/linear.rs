@@ -5,11 +5,12 @@
 
 use super::gemm::{Operand, Type};
 use super::gpu::launch;
+use super::graph::{self, Drawn};
 use super::memory::{F32, Param, Tensor};
-use super::{Cuda, Product, Workspace, gelu, kernel, suffix};
+use super::{Cuda, Product, Workspace, gelu, kernel};
 use crate::backend::{LinearShape, Precision};
 use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
-use crate::recipe::{Backward, Forward, LinearRecipe, Mxfp4, Signs};
+use crate::recipe::{Backward, Forward, LinearRecipe, Mxfp4, Signs, Transform};
 
 /// Threads of a block.
 const BLOCK: usize = 256;
@@ -60,7 +61,8 @@ pub(super) fn forward(
     }
 }
 
-/// dx (rows, inputs) = dy W; adds dy^T x to dw (outputs, inputs) and column sums of dy to db.
+/// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter two
+/// added with `accumulate`.
 pub(super) fn backward(
     cuda: &Cuda,
     workspace: &Workspace,
@@ -74,6 +76,7 @@ pub(super) fn backward(
     shape: LinearShape,
     recipe: &LinearRecipe,
     random: &Random,
+    accumulate: bool,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     let precision = dy.precision;
@@ -134,13 +137,13 @@ pub(super) fn backward(
         c: dw.address(),
         c_stride: inputs,
         c_type: Type::F32,
-        accumulate: true,
+        accumulate,
         ..dgrad
     };
     match recipe.wgrad {
         Backward::F32 | Backward::Bf16 => {
             cuda.product(workspace, &wgrad);
-            bias_gradient(cuda, workspace, db, dy, rows, outputs);
+            bias_gradient(cuda, workspace, db, dy, rows, outputs, accumulate);
         }
         Backward::Mxfp4(format) => {
             let sums = workspace.partials.address;
@@ -160,7 +163,7 @@ pub(super) fn backward(
             };
             let parts =
                 mxfp4_product(cuda, workspace, wgrad, [dy, x], format, GemmId::Wgrad, random);
-            add_partials(cuda, db, sums, parts, outputs, outputs);
+            add_partials(cuda, db, sums, parts, outputs, outputs, accumulate);
         }
     }
 }
@@ -265,6 +268,37 @@ fn tile_rows(group: usize) -> usize {
 /// Longest reduction along rows that the row kernels take.
 pub(super) const MAX_DEPTH: usize = 1024 * mx::BLOCK;
 
+fn kernel_name(
+    form: Form,
+    target: Target,
+    precision: Precision,
+    rounding: Rounding,
+) -> &'static str {
+    /// By precision and rounding.
+    macro_rules! names {
+        ($form:literal, $what:literal) => {
+            [
+                concat!("quantize_", $form, "_", $what, "_f32_nearest"),
+                concat!("quantize_", $form, "_", $what, "_f32_unbiased"),
+                concat!("quantize_", $form, "_", $what, "_bf16_nearest"),
+                concat!("quantize_", $form, "_", $what, "_bf16_unbiased"),
+            ]
+        };
+    }
+    let names = match (form, target) {
+        (Form::Rows, Target::Values { .. }) => names!("rows", "values"),
+        (Form::Rows, Target::E4m3 { .. }) => names!("rows", "fp8"),
+        (Form::Columns, Target::Values { .. }) => names!("columns", "values"),
+        (Form::Columns, Target::E4m3 { .. }) => names!("columns", "fp8"),
+        #[cfg(test)]
+        (Form::Rows, Target::Codes { .. }) => names!("rows", "codes"),
+        #[cfg(test)]
+        (Form::Columns, Target::Codes { .. }) => names!("columns", "codes"),
+    };
+    let bf16 = usize::from(precision == Precision::Bf16);
+    names[2 * bf16 + usize::from(rounding == Rounding::Unbiased)]
+}
+
 /// Quantizes a source to `target`. `sums`, where it is not 0 and the reduction runs down columns, gets
 /// the column sums of every tile of rows; their number is returned.
 pub(super) fn quantize(
@@ -279,18 +313,7 @@ pub(super) fn quantize(
 ) -> usize {
     let group = signs.len();
     let (vectors, depth) = shape.vectors_and_depth(group);
-    let mode = match rounding {
-        Rounding::Nearest => "nearest",
-        Rounding::Unbiased => "unbiased",
-    };
-    let what = match target {
-        Target::Values { .. } => "values",
-        Target::E4m3 { .. } => "fp8",
-        #[cfg(test)]
-        Target::Codes { .. } => "codes",
-    };
-    let form = if shape.form == Form::Rows { "rows" } else { "columns" };
-    let name = format!("quantize_{form}_{what}_{}_{mode}", suffix(source.precision));
+    let name = kernel_name(shape.form, target, source.precision, rounding);
     let (transform, draw) = (TransformArgument::new(signs), DrawArgument::from(draw));
     let [rows, cols, length, group_length] =
         [shape.rows, shape.cols, depth, group].map(|n| n as u32);
@@ -300,13 +323,13 @@ pub(super) fn quantize(
         let (grid, block) = ([vectors.div_ceil(each), 1, 1], (each * blocks).next_multiple_of(32));
         let each = each as u32;
         match target {
-            Target::Values { out } => launch!(cuda.gpu, &name, grid, block, 0;
+            Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
                 out, source.address, rows, cols, length, group_length, each, transform, draw),
-            Target::E4m3 { out, scales, raised, most } => launch!(cuda.gpu, &name, grid, block, 0;
+            Target::E4m3 { out, scales, raised, most } => launch!(cuda.gpu, name, grid, block, 0;
                 out, scales, raised, most, source.address, rows, cols, length, group_length, each,
                 transform, draw),
             #[cfg(test)]
-            Target::Codes { codes, scales } => launch!(cuda.gpu, &name, grid, block, 0;
+            Target::Codes { codes, scales } => launch!(cuda.gpu, name, grid, block, 0;
                 codes, scales, source.address, rows, cols, length, group_length, each, transform,
                 draw),
         }
@@ -320,16 +343,33 @@ pub(super) fn quantize(
     let tiles = depth.div_ceil(tile_rows(group));
     let grid = [vectors.div_ceil(columns), tiles, 1];
     match target {
-        Target::Values { out } => launch!(cuda.gpu, &name, grid, block, 0;
+        Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
             out, sums, source.address, rows, cols, length, group_length, transform, draw),
-        Target::E4m3 { out, scales, raised, most } => launch!(cuda.gpu, &name, grid, block, 0;
+        Target::E4m3 { out, scales, raised, most } => launch!(cuda.gpu, name, grid, block, 0;
             out, scales, raised, most, 0u32, sums, source.address, rows, cols, length,
             group_length, transform, draw),
         #[cfg(test)]
-        Target::Codes { codes, scales } => launch!(cuda.gpu, &name, grid, block, 0;
+        Target::Codes { codes, scales } => launch!(cuda.gpu, name, grid, block, 0;
             codes, scales, sums, source.address, rows, cols, length, group_length, transform, draw),
     }
     tiles
+}
+
+/// The signs of a GEMM's transform; none where there is no transform.
+pub(super) fn fill_signs<'a>(
+    signs: &'a mut [f32; mx::MAX_GROUP],
+    transform: Option<Transform>,
+    gemm: GemmId,
+    random: &Random,
+) -> &'a [f32] {
+    let Some(transform) = transform else { return &[] };
+    let signs = &mut signs[..transform.group];
+    let draw = match transform.signs {
+        Signs::Random => random.signs(gemm),
+        Signs::Fixed => Draw::fixed_signs(random.seed),
+    };
+    draw.fill_signs(signs);
+    signs
 }
 
 /// An operand of an MXFP4 product: what is quantized, whose bits round it, and where the column sums
@@ -357,14 +397,7 @@ fn mxfp4_product(
     random: &Random,
 ) -> usize {
     let mut signs = [0.0; mx::MAX_GROUP];
-    let signs = &mut signs[..format.transform.map_or(0, |t| t.group)];
-    if let Some(transform) = format.transform {
-        let draw = match transform.signs {
-            Signs::Random => random.signs(gemm),
-            Signs::Fixed => Draw::fixed_signs(random.seed),
-        };
-        draw.fill_signs(signs);
-    }
+    let signs = fill_signs(&mut signs, format.transform, gemm, random);
     let fp8 = cuda.multiplies_fp8(plain.m, plain.n);
     let [a, b] = [0, 1].map(|i| workspace.operands[i].address);
     let scales = [0, 1].map(|i| workspace.scales[i].address);
@@ -386,6 +419,8 @@ fn mxfp4_product(
         };
         let draw = random.rounding(id);
         parts = parts.max(quantize(cuda, target, source, shape, sums, signs, rounding, draw));
+        let drawn = Drawn { random: *random, gemm, operand: id, transform: format.transform };
+        graph::note_drawn(&cuda.gpu, drawn);
     }
     let (_, depth) = operands[0].shape.vectors_and_depth(signs.len());
     let product = Product {
@@ -435,7 +470,7 @@ pub(super) fn partials(rows: usize, outputs: usize) -> usize {
     parts(rows).max(rows.div_ceil(tile_rows(0)) + 1) * outputs
 }
 
-/// Adds the column sums of dy (rows, outputs) to db (outputs).
+/// db (outputs) = the column sums of dy (rows, outputs), or with `accumulate` they are added.
 fn bias_gradient(
     cuda: &Cuda,
     workspace: &Workspace,
@@ -443,14 +478,16 @@ fn bias_gradient(
     dy: &Tensor,
     rows: usize,
     outputs: usize,
+    accumulate: bool,
 ) {
     let (partials, parts) = (workspace.partials.address, parts(rows));
     launch!(cuda.gpu, kernel!(dy, "bias_gradient"), [outputs.div_ceil(256), parts, 1], BLOCK, 0;
         partials, dy.address(), rows as u32, outputs as u32);
-    add_partials(cuda, db, partials, parts, outputs, outputs);
+    add_partials(cuda, db, partials, parts, outputs, outputs, accumulate);
 }
 
-/// Adds the sums of the first `n` columns of partials (parts, stride) to `to` (n).
+/// `to` (n) = the sums of the first n columns of partials (parts, stride), or with `accumulate` they are
+/// added.
 pub(super) fn add_partials(
     cuda: &Cuda,
     to: &mut F32,
@@ -458,7 +495,8 @@ pub(super) fn add_partials(
     parts: usize,
     stride: usize,
     n: usize,
+    accumulate: bool,
 ) {
     launch!(cuda.gpu, "add_partials", [n.div_ceil(32), 1, 1], BLOCK, 0;
-        to.address(), partials, parts as u32, stride as u32, n as u32);
+        to.address(), partials, parts as u32, stride as u32, n as u32, u32::from(accumulate));
 }

@@ -33,7 +33,7 @@ impl Drop for Block {
         self.gpu.scope(|| {
             // SAFETY: ours, and no buffer is left. What is queued may still use it.
             unsafe {
-                let _ = sys::cuStreamSynchronize(self.gpu.stream);
+                let _ = sys::cuStreamSynchronize(self.gpu.stream());
                 let _ = sys::cuMemFree_v2(self.base);
             }
         });
@@ -144,7 +144,7 @@ impl Arena {
         };
         gpu.scope(|| {
             // SAFETY: the allocation has `bytes` bytes.
-            let result = unsafe { sys::cuMemsetD8Async(base, 0, bytes, gpu.stream) };
+            let result = unsafe { sys::cuMemsetD8Async(base, 0, bytes, gpu.stream()) };
             gpu.note("clearing memory", result);
         });
         Ok(arena)
@@ -239,9 +239,9 @@ impl Upload {
             self.gpu.note("an upload", sys::cuEventSynchronize(self.sent));
             fill(std::slice::from_raw_parts_mut(self.words, len));
             let from = self.words.cast();
-            let result = sys::cuMemcpyHtoDAsync_v2(to, from, len * 4, self.gpu.stream);
+            let result = sys::cuMemcpyHtoDAsync_v2(to, from, len * 4, self.gpu.stream());
             self.gpu.note("an upload", result);
-            self.gpu.note("an upload", sys::cuEventRecord(self.sent, self.gpu.stream));
+            self.gpu.note("an upload", sys::cuEventRecord(self.sent, self.gpu.stream()));
         }
     }
 }
@@ -254,7 +254,7 @@ impl Drop for Upload {
         self.gpu.scope(|| {
             // SAFETY: ours; the wait ends the last copy.
             unsafe {
-                let _ = sys::cuStreamSynchronize(self.gpu.stream);
+                let _ = sys::cuStreamSynchronize(self.gpu.stream());
                 let _ = sys::cuEventDestroy_v2(self.sent);
                 let _ = sys::cuMemFreeHost(self.words.cast());
             }

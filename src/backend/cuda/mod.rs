@@ -13,6 +13,7 @@ mod embedding;
 mod gelu;
 mod gemm;
 mod gpu;
+mod graph;
 mod layernorm;
 mod linear;
 mod memory;
@@ -22,20 +23,22 @@ mod workspace;
 
 use std::sync::Arc;
 
+use bytemuck::Pod;
 use cudarc::driver::sys;
 
 pub(crate) use adamw::Optimizer;
 pub(crate) use embedding::Tokens;
+pub(crate) use graph::Recordings;
 pub(crate) use memory::{Arena, F32, Param, Tensor};
 pub(crate) use workspace::Workspace;
 
 use super::{
     AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision,
-    Sequences, StepSums, VisitTrained, WorkspaceShape,
+    Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
 use crate::mx::Random;
 use crate::recipe::{Forward, LinearRecipe};
-use crate::{Error, Result};
+use crate::{CudaStream, Error, Result};
 use gemm::{Gemm, Product};
 use gpu::Gpu;
 
@@ -47,8 +50,8 @@ pub(crate) struct Cuda {
 
 impl Cuda {
     /// Opens GPU `ordinal`.
-    pub(crate) fn new(ordinal: usize) -> Result<Self> {
-        let gpu = Arc::new(Gpu::open(ordinal, None)?);
+    pub(crate) fn new(ordinal: usize, stream: Option<CudaStream>) -> Result<Self> {
+        let gpu = Arc::new(Gpu::open(ordinal, stream.map(|stream| stream.as_raw().cast()))?);
         Ok(Self { gemm: Gemm::new(&gpu)?, gpu })
     }
 
@@ -68,7 +71,27 @@ impl Cuda {
         self.gemm.run(&self.gpu, product, workspace.gemm.address);
     }
 
-    fn read(&self, from: u64, to: &mut [f32]) -> Result<()> {
+    /// Bytes from `address` to the end of its allocation, if a GPU has it.
+    pub(crate) fn room_at(&self, address: u64) -> Option<usize> {
+        use sys::CUpointer_attribute as Attribute;
+        let attribute = |which, value: *mut u64| {
+            // SAFETY: each of these attributes has at most 8 bytes.
+            let result = unsafe { sys::cuPointerGetAttribute(value.cast(), which, address) };
+            result == sys::CUresult::CUDA_SUCCESS
+        };
+        let (mut kind, mut start, mut size) = (0, 0, 0);
+        self.gpu.scope(|| {
+            // The driver does not know ordinary host memory, and refuses.
+            let known = attribute(Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, &mut kind)
+                && kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u64
+                && attribute(Attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, &mut start)
+                && attribute(Attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE, &mut size);
+            known.then(|| (start + size).saturating_sub(address) as usize)
+        })
+    }
+
+    /// Waits for everything before it, then copies.
+    pub(crate) fn read<T: Pod>(&self, from: u64, to: &mut [T]) -> Result<()> {
         self.gpu.scope(|| {
             // SAFETY: the buffer at `from` is at least as long as `to`, which outlives the wait.
             let result = unsafe {
@@ -76,7 +99,7 @@ impl Cuda {
                     to.as_mut_ptr().cast(),
                     from,
                     size_of_val(to),
-                    self.gpu.stream,
+                    self.gpu.stream(),
                 )
             };
             self.gpu.note("reading from the GPU", result);
@@ -84,27 +107,27 @@ impl Cuda {
         })
     }
 
-    fn write(&self, to: u64, from: &[f32]) -> Result<()> {
-        // SAFETY: the buffer at `to` is as long as `from`, which outlives the wait.
-        let result = unsafe {
-            sys::cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), size_of_val(from), self.gpu.stream)
-        };
-        self.gpu.note("writing to the GPU", result);
-        self.gpu.synchronize()
+    /// Copies after everything before it, and waits.
+    pub(crate) fn write<T: Pod>(&self, to: u64, from: &[T]) -> Result<()> {
+        self.gpu.scope(|| {
+            // SAFETY: the buffer at `to` is as long as `from`, which outlives the wait.
+            let result = unsafe {
+                sys::cuMemcpyHtoDAsync_v2(
+                    to,
+                    from.as_ptr().cast(),
+                    size_of_val(from),
+                    self.gpu.stream(),
+                )
+            };
+            self.gpu.note("writing to the GPU", result);
+            self.gpu.synchronize()
+        })
     }
 
     fn clear(&self, address: u64, bytes: usize) {
         // SAFETY: the buffer at `address` has `bytes` bytes.
-        let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.gpu.stream) };
+        let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.gpu.stream()) };
         self.gpu.note("clearing memory", result);
-    }
-}
-
-/// The suffix of the kernels of a precision.
-fn suffix(precision: Precision) -> &'static str {
-    match precision {
-        Precision::F32 => "f32",
-        Precision::Bf16 => "bf16",
     }
 }
 
@@ -127,6 +150,7 @@ impl Backend for Cuda {
     type Tokens = Tokens;
     type Workspace = Workspace;
     type Optimizer = Optimizer;
+    type Recordings = Recordings;
 
     fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
         let (head_size, most) = (shape.channels / shape.heads, attention::MAX_HEAD_SIZE);
@@ -186,7 +210,7 @@ impl Backend for Cuda {
     }
 
     fn write_f32(&self, to: &mut F32, from: &[f32]) -> Result<()> {
-        self.gpu.scope(|| self.write(to.address(), from))
+        self.write(to.address(), from)
     }
 
     fn read_f32(&self, from: &F32, to: &mut [f32]) -> Result<()> {
@@ -194,8 +218,8 @@ impl Backend for Cuda {
     }
 
     fn write_param(&self, to: &mut Param, from: &[f32]) -> Result<()> {
+        self.write(to.master.address(), from)?;
         self.gpu.scope(|| {
-            self.write(to.master.address(), from)?;
             adamw::copy_to_bf16(self, to);
             self.gpu.synchronize()
         })
@@ -203,6 +227,20 @@ impl Backend for Cuda {
 
     fn read_param(&self, from: &Param, to: &mut [f32]) -> Result<()> {
         self.read(from.master.address(), to)
+    }
+
+    fn recordings(&self) -> Recordings {
+        Recordings::new(&self.gpu)
+    }
+
+    fn recorded(
+        &self,
+        recordings: &mut Recordings,
+        kind: StepKind,
+        [step, micro_step]: [u32; 2],
+        operations: impl FnOnce(),
+    ) {
+        recordings.run(kind, [step, micro_step], operations);
     }
 
     fn zero_tensor(&self, buffer: &mut Tensor) {
@@ -233,8 +271,9 @@ impl Backend for Cuda {
         tokens: &Tokens,
         sequences: Sequences,
         channels: usize,
+        accumulate: bool,
     ) {
-        embedding::backward(self, dwte, dwpe, dout, tokens, sequences, channels);
+        embedding::backward(self, dwte, dwpe, dout, tokens, sequences, channels, accumulate);
     }
 
     fn layernorm_forward(
@@ -279,8 +318,11 @@ impl Backend for Cuda {
         w: &Param,
         rows: usize,
         channels: usize,
+        accumulate: bool,
     ) {
-        layernorm::backward(self, workspace, dx, dw, db, dy, x, statistics, w, rows, channels);
+        layernorm::backward(
+            self, workspace, dx, dw, db, dy, x, statistics, w, rows, channels, accumulate,
+        );
     }
 
     fn linear_forward(
@@ -323,8 +365,11 @@ impl Backend for Cuda {
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
+        accumulate: bool,
     ) {
-        linear::backward(self, workspace, dx, dw, db, dy, x, pre, w, shape, recipe, random);
+        linear::backward(
+            self, workspace, dx, dw, db, dy, x, pre, w, shape, recipe, random, accumulate,
+        );
     }
 
     fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize) {
@@ -386,12 +431,8 @@ impl Backend for Cuda {
         classifier::logits(self, workspace, logits, x, row, wte, channels, vocab_size);
     }
 
-    fn begin_step(&self, optimizer: &mut Optimizer, parameters: &mut VisitTrained<'_, Self>) {
-        adamw::begin_step(self, optimizer, parameters);
-    }
-
-    fn add_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize) {
-        adamw::add_losses(self, optimizer, losses, rows);
+    fn add_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize, accumulate: bool) {
+        adamw::add_losses(self, optimizer, losses, rows, accumulate);
     }
 
     fn finish_step(

@@ -12,7 +12,7 @@ const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
 /// The GPU, or None after a line that says why there is none.
 fn gpu() -> Option<Cuda> {
-    match Cuda::new(0) {
+    match Cuda::new(0, None) {
         Ok(cuda) => Some(cuda),
         Err(error @ Error::Unsupported { .. }) => {
             println!("skipped: {error}");
@@ -111,7 +111,7 @@ fn param(cuda: &Cuda, values: &[f32]) -> Param {
 fn write_bytes(cuda: &Cuda, to: u64, bytes: &[u8]) {
     // SAFETY: the callers' buffers have this many bytes.
     let result = unsafe {
-        sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), cuda.gpu.stream)
+        sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), cuda.gpu.stream())
     };
     cuda.gpu.note("writing", result);
     cuda.gpu.synchronize().unwrap();
@@ -120,8 +120,9 @@ fn write_bytes(cuda: &Cuda, to: u64, bytes: &[u8]) {
 fn read_bytes(cuda: &Cuda, from: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0u8; len];
     // SAFETY: the callers' buffers have this many bytes.
-    let result =
-        unsafe { sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, len, cuda.gpu.stream) };
+    let result = unsafe {
+        sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, len, cuda.gpu.stream())
+    };
     cuda.gpu.note("reading", result);
     cuda.gpu.synchronize().unwrap();
     bytes
@@ -214,9 +215,22 @@ fn embedding() {
             }
             let mut dwte_d = f32_buffer(cuda, &vec![1.0; dwte.len()]);
             let mut dwpe_d = f32_buffer(cuda, &vec![1.0; dwpe.len()]);
-            cuda.embedding_backward(&mut dwte_d, &mut dwpe_d, &dout_d, &device_ids, sequences, c);
+            cuda.embedding_backward(
+                &mut dwte_d,
+                &mut dwpe_d,
+                &dout_d,
+                &device_ids,
+                sequences,
+                c,
+                true,
+            );
             close("dwte", &f32s_of(cuda, &dwte_d), &dwte, 2e-6);
             close("dwpe", &f32s_of(cuda, &dwpe_d), &dwpe, 2e-6);
+            let mut dwpe_d = f32_buffer(cuda, &vec![f32::NAN; dwpe.len()]);
+            let (te, pe) = (&mut dwte_d, &mut dwpe_d);
+            cuda.embedding_backward(te, pe, &dout_d, &device_ids, sequences, c, false);
+            dwpe.iter_mut().for_each(|v| *v -= 1.0);
+            close("dwpe alone", &f32s_of(cuda, &dwpe_d), &dwpe, 2e-6);
         }
     });
 }
@@ -271,14 +285,22 @@ fn layernorm_and_gelu() {
             let mut scratch = workspace(cuda, &workspace_shape(shape, c, 1, 8, precision));
             let (s, stats) = (&mut scratch, statistics.as_ref());
             cuda.layernorm_backward(
-                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, stats, &w_d, rows, c,
+                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, stats, &w_d, rows, c, true,
             );
             let (exact_dx, exact_dw, exact_db) =
                 reference::layernorm_backward(&f64s(&dy), &f64s(&x), &f64s(&w), e);
             let loose = bound(precision).max(1e-5);
             close("dx", &values_of(cuda, &dx), &plus_one(exact_dx), loose);
-            close("dw", &f32s_of(cuda, &dw), &plus_one(exact_dw), 1e-5);
-            close("db", &f32s_of(cuda, &db), &plus_one(exact_db), 1e-5);
+            close("dw", &f32s_of(cuda, &dw), &plus_one(exact_dw.clone()), 1e-5);
+            close("db", &f32s_of(cuda, &db), &plus_one(exact_db.clone()), 1e-5);
+            let poison = vec![f32::NAN; c];
+            let (mut dw, mut db) = (f32_buffer(cuda, &poison), f32_buffer(cuda, &poison));
+            let (s, stats) = (&mut scratch, statistics.as_ref());
+            cuda.layernorm_backward(
+                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, stats, &w_d, rows, c, false,
+            );
+            close("dw alone", &f32s_of(cuda, &dw), &exact_dw, 1e-5);
+            close("db alone", &f32s_of(cuda, &db), &exact_db, 1e-5);
 
             cuda.gelu_forward(&mut out, &x_d, rows * c);
             let exact: Vec<f64> = x.iter().map(|v| reference::gelu(f64::from(*v))).collect();
@@ -349,7 +371,8 @@ fn classifier_and_logits() {
             let mut losses = f32_buffer(cuda, &vec![f32::NAN; rows]);
             let mut dx = poison(cuda, rows * c, precision);
             let mut dwte = f32_buffer(cuda, &vec![1.0; vocab * c]);
-            let gradient = ClassifierGradient { dx: &mut dx, dwte: &mut dwte, scale: 0.5 };
+            let gradient =
+                ClassifierGradient { dx: &mut dx, dwte: &mut dwte, scale: 0.5, accumulate: true };
             let format = Forward::Bf16;
             let s = &mut scratch;
             cuda.classifier(
@@ -448,15 +471,18 @@ fn linear_layers_in_plain_formats() {
             let recipe = recipe.for_layer(0, 1, 0, 0);
             let (s, r) = (&mut scratch, &RANDOM);
             cuda.linear_backward(
-                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r,
+                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r, true,
             );
             let (exact_dx, exact_dw, exact_db) =
                 reference::linear_backward(&f64s(&dy), &f64s(&x), &f64s(&w), shape);
             close("dx", &values_of(cuda, &dx), &exact_dx, bound(precision));
-            close("dw", &f32s_of(cuda, &dw), &plus_one(exact_dw), 1e-5);
-            close("db", &f32s_of(cuda, &db), &plus_one(exact_db), 1e-5);
+            close("dw", &f32s_of(cuda, &dw), &plus_one(exact_dw.clone()), 1e-5);
+            close("db", &f32s_of(cuda, &db), &plus_one(exact_db.clone()), 1e-5);
 
-            // The same with GELU after the forward product and before the backward one.
+            // The same with GELU after the forward product and before the backward one, and gradients that
+            // are overwritten.
+            cuda.write_f32(&mut dw, &vec![f32::NAN; outputs * inputs]).unwrap();
+            cuda.write_f32(&mut db, &vec![f32::NAN; outputs]).unwrap();
             let (mut pre, mut out) =
                 (poison(cuda, rows * outputs, precision), poison(cuda, rows * outputs, precision));
             let s = &mut scratch;
@@ -479,7 +505,10 @@ fn linear_layers_in_plain_formats() {
                 shape,
                 &recipe,
                 r,
+                false,
             );
+            close("dw alone", &f32s_of(cuda, &dw), &exact_dw, 1e-5);
+            close("db alone", &f32s_of(cuda, &db), &exact_db, 1e-5);
             let exact: Vec<f64> = exact_dx
                 .iter()
                 .zip(&before)
@@ -535,21 +564,11 @@ fn optimizer_steps() {
                 visit(Trained { param, m, v, gradient, decays: i != 1 });
             }
         };
-        // The zeros of a step's beginning are tested with the gradients written anew after it.
-        cuda.begin_step(&mut optimizer, &mut all);
-        for ((gradient, ..), [g, ..]) in device.iter_mut().zip(&host) {
-            assert!(f32s_of(&cuda, gradient).iter().all(|g| *g == 0.0));
-            cuda.write_f32(gradient, g).unwrap();
-        }
-        let mut all = |visit: &mut dyn FnMut(Trained<'_, Cuda>)| {
-            for (i, (gradient, param, m, v)) in device.iter_mut().enumerate() {
-                visit(Trained { param, m, v, gradient, decays: i != 1 });
-            }
-        };
         assert_eq!(cuda.sum_losses(&mut optimizer, &losses, 2).unwrap(), 2.0);
-        cuda.add_losses(&mut optimizer, &losses, 3);
+        cuda.add_losses(&mut optimizer, &losses, 2, false);
+        cuda.add_losses(&mut optimizer, &losses, 3, true);
         let sums = cuda.finish_step(&mut optimizer, &mut all, &step).unwrap();
-        assert_eq!(sums.losses, 4.5);
+        assert_eq!(sums.losses, 6.5);
         assert!((sums.squares.sqrt() / norm - 1.0).abs() < 1e-9);
         let mut after = Vec::new();
         for (i, ([g, p, m, v], (_, param, ..))) in host.iter().zip(&device).enumerate() {
@@ -575,7 +594,7 @@ fn optimizer_steps() {
 
         // Without a finite loss nothing moves.
         let nan = f32_buffer(&cuda, &[f32::NAN]);
-        cuda.add_losses(&mut optimizer, &nan, 1);
+        cuda.add_losses(&mut optimizer, &nan, 1, true);
         let mut all = |visit: &mut dyn FnMut(Trained<'_, Cuda>)| {
             for (i, (gradient, param, m, v)) in device.iter_mut().enumerate() {
                 visit(Trained { param, m, v, gradient, decays: i != 1 });
@@ -721,7 +740,7 @@ fn mxfp4_linear_backward_is_the_product_of_its_operands() {
                 let mut db = f32_buffer(&cuda, &vec![1.0; outputs]);
                 let (s, r) = (&mut scratch, &RANDOM);
                 cuda.linear_backward(
-                    s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r,
+                    s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r, true,
                 );
                 close(name, &values_of(&cuda, &dx), &exact_dx, bound(Precision::Bf16));
                 close(name, &f32s_of(&cuda, &dw), &exact_dw, 1e-6);

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Tests and measures on a machine with an NVIDIA GPU; Rust is not needed, but what dev/gpu/pack.sh made.
+#
+# Usage: dev/gpu/run.sh [FOLDER [PART..]]    (default: target/gpu, all parts)
+#
+#   tests      operations against their scalar twins, training against oracle and CPU
+#   sanitizer  a small model under compute-sanitizer's memcheck and racecheck
+#   train      mxtrain from text to a sample, resumed, and moved to the CPU and back
+#   bench      training steps of every model
+#   peers      PyTorch in turn with ours
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+folder=$(realpath "${1:-target/gpu}")
+parts=("${@:2}")
+[[ ${#parts[@]} -gt 0 ]] || parts=(tests sanitizer train bench peers)
+
+heading() { printf '\n== %s\n' "$*"; }
+
+tests() {
+    heading "operations"
+    "$folder/lib" backend::cuda capi::buffers --skip compile --nocapture 2>&1 | quiet
+    heading "training"
+    "$folder/cuda" --nocapture --test-threads 4 2>&1 | quiet
+}
+
+# Without the lines of tests that pass and say nothing.
+quiet() { grep -vE '^$|^test .* ok$|^running' || true; }
+
+sanitizer() {
+    local tool
+    for tool in memcheck racecheck; do
+        heading "compute-sanitizer $tool"
+        compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/cuda" \
+            resuming_changes_no_bit --nocapture 2>&1 | tail -n 3
+    done
+}
+
+train() {
+    local place mxtrain="$folder/mxtrain"
+    place=$(mktemp -d)
+    heading "mxtrain"
+    "$mxtrain" prepare ARCHITECTURE.md README.md BENCHMARKS.md include/mxfp4train.h \
+        --out "$place/data"
+    "$mxtrain" train --device cuda --data "$place/data" --out "$place/model" --layers 6 --heads 6 \
+        --channels 384 --steps 300 --batch-size 16 --log "$place/log" | tail -n 3
+    "$mxtrain" eval --device cuda --checkpoint "$place/model" --data "$place/data"
+    "$mxtrain" eval --device cpu --checkpoint "$place/model" --data "$place/data" --batches 4
+    "$mxtrain" train --device cuda --resume "$place/model" --steps 400 | tail -n 2
+    "$mxtrain" train --device cpu --resume "$place/model" --steps 402 | tail -n 2
+    "$mxtrain" train --device cuda --resume "$place/model" --steps 410 | tail -n 2
+    "$mxtrain" generate --device cuda --checkpoint "$place/model" --prompt 'The trainer' \
+        --tokens 200
+    rm -r "$place"
+}
+
+bench() {
+    local model
+    for model in d6 d12 124M 345M 1.3B; do
+        heading "$model"
+        MXT_BENCH_DEVICE=cuda "$folder/train_step" "$model" bf16 mxfp4-rht-sr
+    done
+}
+
+peers() {
+    local model
+    for model in d6 124M 345M 1.3B; do
+        heading "$model"
+        MXT_GPU_BENCH=$folder/train_step dev/gpu/peers.sh --model "$model"
+    done
+}
+
+for part in "${parts[@]}"; do "$part"; done
