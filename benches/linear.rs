@@ -69,7 +69,7 @@ fn main() {
                         shape,
                         &recipe,
                         &random,
-                        true,
+                        false,
                     );
                     if round > 0 {
                         seconds.push(start.elapsed().as_secs_f64());

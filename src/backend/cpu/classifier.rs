@@ -75,7 +75,8 @@ pub(super) fn run(
         let by_row = pack_plain(cpu, by_row, format, Side::A, a.as_mut());
         let x = Matrix::depth_by_rows(x, channels, n);
         let x = pack_plain(cpu, x, format, Side::B, head_input.as_mut());
-        cpu.gemm(by_row, x, Output { accumulate: true, ..overwrite(gradient.dwte, channels) });
+        let accumulate = gradient.accumulate || r0 > 0;
+        cpu.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dwte, channels) });
     }
 }
 

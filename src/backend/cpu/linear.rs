@@ -43,7 +43,8 @@ pub(super) fn forward(
     cpu.gemm(a, b_packed, out);
 }
 
-/// dx (rows, inputs) = dy W; adds dy^T x to dw (outputs, inputs) and column sums of dy to db.
+/// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter two
+/// added with `accumulate`.
 pub(super) fn backward(
     cpu: &Cpu,
     workspace: &mut Workspace,
@@ -56,6 +57,7 @@ pub(super) fn backward(
     shape: LinearShape,
     recipe: &LinearRecipe,
     random: &Random,
+    accumulate: bool,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     let (dy, x) = (&dy[..rows * outputs], &x[..rows * inputs]);
@@ -74,11 +76,11 @@ pub(super) fn backward(
         (Matrix::depth_by_rows(dy, outputs, rows), OperandId::Dy),
         (Matrix::depth_by_rows(x, inputs, rows).as_fp8(kept), OperandId::X),
     ];
-    let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate: true };
+    let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate };
     product(cpu, memory, operands, recipe.wgrad, GemmId::Wgrad, random, out);
     // dy^T passed through packing row by row; its row sums are the bias gradient.
     for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
-        *db += sum;
+        *db = if accumulate { *db + sum } else { *sum };
     }
 }
 

@@ -283,11 +283,7 @@ impl Backend for Cpu {
         random: &Random,
         accumulate: bool,
     ) {
-        if !accumulate {
-            self.zero(dw);
-            self.zero(db);
-        }
-        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random);
+        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
         if let Some(pre) = pre {
             let len = shape.rows * shape.inputs;
             gelu::backward(self, &mut dx[..len], &pre[..len]);
@@ -326,7 +322,7 @@ impl Backend for Cpu {
         &self,
         workspace: &mut Workspace,
         losses: &mut Buffer<f32>,
-        mut gradient: Option<ClassifierGradient<'_, Self>>,
+        gradient: Option<ClassifierGradient<'_, Self>>,
         x: &Buffer<f32>,
         wte: &Buffer<f32>,
         targets: &Buffer<u32>,
@@ -336,11 +332,6 @@ impl Backend for Cpu {
         format: Forward,
     ) {
         let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
-        if let Some(gradient) = &mut gradient
-            && !gradient.accumulate
-        {
-            self.zero(gradient.dwte);
-        }
         classifier::run(self, workspace, losses, gradient, x, wte, targets, shape, format);
     }
 

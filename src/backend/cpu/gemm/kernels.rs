@@ -423,6 +423,10 @@ mod avx512 {
         for k in 0..steps {
             // SAFETY: k < steps; the caller vouches for the operands' lengths.
             unsafe {
+                for b in b {
+                    let next = b.wrapping_add((k + STEPS_AHEAD) * PANEL);
+                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                }
                 let b: [__m512; P] = std::array::from_fn(|p| _mm512_loadu_ps(b[p].add(k * PANEL)));
                 for r in 0..TILE_ROWS {
                     let at = if PACKED { k * PANEL + r } else { a.rows[r] + k * a.step };
@@ -455,6 +459,9 @@ mod avx512 {
             }
         }
     }
+
+    /// How far ahead of its use a step of B is fetched, in steps.
+    const STEPS_AHEAD: usize = 24;
 
     #[target_feature(enable = "avx512f,avx512bf16")]
     unsafe fn bf16_panels<const P: usize>(a: &[u32], b: [&[u32]; 3], steps: usize, out: &mut Tile) {
