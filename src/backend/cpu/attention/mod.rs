@@ -19,8 +19,7 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::gemm::{
-    Matrix, PANEL, Strided, TILE_COLS, TILE_ROWS, Tile, TileOutput, pack_f32_panel, store_tile,
-    strided_tile,
+    Matrix, PANEL, Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, pack_f32_panel, strided_tile,
 };
 use super::isa::{Isa, simd_fn};
 use super::math::{exp, lane_sum};
@@ -88,8 +87,7 @@ pub(super) fn forward(
             let block = QueryBlock { q0, q1, length: t };
             // S^T, then P^T in place.
             let keys = Rows { data: head_qkv.part(Part::K), rows: q1, stride: 3 * c, step: 1 };
-            let panels = block.panels(queries, d);
-            block.product(isa, &keys, panels, d, scores);
+            block.product(isa, &keys, &block.panels(queries, d), d, scores);
             for (p, scores) in scores.chunks_exact_mut(t * PANEL).enumerate() {
                 let first = q0 + p * PANEL;
                 if first >= q1 {
@@ -168,8 +166,8 @@ pub(super) fn backward(
             let block = QueryBlock { q0, q1, length: t };
             let keys = Rows { data: head_qkv.part(Part::K), rows: q1, stride: 3 * c, step: 1 };
             let values = Rows { data: head_qkv.part(Part::V), rows: q1, stride: 3 * c, step: 1 };
-            block.product(isa, &keys, block.panels(queries, d), d, scores);
-            block.product(isa, &values, block.panels(douts, d), d, dscores);
+            block.product(isa, &keys, &block.panels(queries, d), d, scores);
+            block.product(isa, &values, &block.panels(douts, d), d, dscores);
             let panels =
                 scores.chunks_exact_mut(t * PANEL).zip(dscores.chunks_exact_mut(t * PANEL));
             for (p, (scores, dscores)) in panels.enumerate() {
@@ -311,28 +309,30 @@ struct QueryBlock {
 }
 
 impl QueryBlock {
-    /// The block's panels of a packed (panels of T, d, 16) operand; missing ones repeat the last.
-    fn panels<'a>(&self, packed: &'a [f32], d: usize) -> [&'a [f32]; 3] {
-        let count = (self.q1 - self.q0).div_ceil(PANEL);
-        std::array::from_fn(|p| {
-            &packed[(self.q0 / PANEL + p.min(count - 1)) * d * PANEL..][..d * PANEL]
-        })
+    /// The block's panels of a packed (panels of T, d, 16) operand.
+    fn panels<'a>(&self, packed: &'a [f32], d: usize) -> Panels<'a, f32> {
+        Panels { data: &packed[self.q0 / PANEL * d * PANEL..], stride: d * PANEL }
     }
 
     /// out (3 panels, T, 16) = rows 0 .. q1 of A times the block's panels, over `depth`.
-    fn product(&self, isa: Isa, a: &Rows<'_>, b: [&[f32]; 3], depth: usize, out: &mut [f32]) {
+    fn product(&self, isa: Isa, a: &Rows<'_>, b: &Panels<'_, f32>, depth: usize, out: &mut [f32]) {
         let panels = (self.q1 - self.q0).div_ceil(PANEL);
-        let mut tile = Tile::default();
         for i in (0..self.q1).step_by(TILE_ROWS) {
-            strided_tile(isa, &a.tile(i, 0), b, panels, depth, &mut tile);
             let rows = TILE_ROWS.min(self.q1 - i);
-            for p in 0..panels {
-                let to = &mut out[(p * self.length + i) * PANEL..][..rows * PANEL];
-                let c = to.as_mut_ptr();
-                let to = TileOutput { c, stride: PANEL, alpha: 1.0, bias: None, add: false };
-                let columns = p * PANEL..(p + 1) * PANEL;
-                store_tile(isa, tile.sums(), TILE_COLS, rows, columns, &to);
-            }
+            let c = out[i * PANEL..][..((panels - 1) * self.length + rows) * PANEL].as_mut_ptr();
+            let to = TileOutput {
+                c,
+                stride: PANEL,
+                panel_stride: self.length * PANEL,
+                rows,
+                columns: panels * PANEL,
+                alpha: 1.0,
+                bias: None,
+                add: false,
+                stream: false,
+            };
+            // SAFETY: the last row of the last panel is within the slice taken above.
+            unsafe { strided_tile(isa, &a.tile(i), b, depth, &to) };
         }
     }
 }
@@ -346,11 +346,9 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// Rows i .. i + 8 from step `k0` on; rows beyond the last repeat it.
-    fn tile(&self, i: usize, k0: usize) -> Strided<'a> {
-        let last = self.rows - 1 - i;
-        let rows = std::array::from_fn(|r| r.min(last) * self.stride);
-        Strided { data: &self.data[k0 * self.step + i * self.stride..], rows, step: self.step }
+    /// From row i on.
+    fn tile(&self, i: usize) -> Strided<'a> {
+        Strided { data: &self.data[i * self.stride..], stride: self.stride, step: self.step }
     }
 
     /// c (rows, d) (+)= A B over B's steps `range`; B is (panels of d, steps, 16). A's first step
@@ -369,21 +367,24 @@ impl<'a> Rows<'a> {
         stride: usize,
         add: bool,
     ) {
-        let mut tile = Tile::default();
         for j in (0..d).step_by(TILE_COLS) {
-            let cols = (d - j).min(TILE_COLS);
-            let panels = cols.div_ceil(PANEL);
-            let b: [&[f32]; 3] = std::array::from_fn(|p| {
-                let panel = j / PANEL + p.min(panels - 1);
-                &b[(panel * b_steps + range.start) * PANEL..][..range.len() * PANEL]
-            });
+            let columns = (d - j).min(TILE_COLS);
+            let first = (j / PANEL * b_steps + range.start) * PANEL;
+            let b = Panels { data: &b[first..], stride: b_steps * PANEL };
             for i in (0..self.rows).step_by(TILE_ROWS) {
-                strided_tile(isa, &self.tile(i, 0), b, panels, range.len(), &mut tile);
-                // Rows i .. i + 8 below `rows`, columns j .. j + cols <= d, which the caller owns.
-                let c = c.offset(i * stride + j).0;
-                let to = TileOutput { c, stride, alpha: 1.0, bias: None, add };
-                let rows = TILE_ROWS.min(self.rows - i);
-                store_tile(isa, tile.sums(), TILE_COLS, rows, 0..cols, &to);
+                let to = TileOutput {
+                    c: c.offset(i * stride + j).0,
+                    stride,
+                    panel_stride: PANEL,
+                    rows: TILE_ROWS.min(self.rows - i),
+                    columns,
+                    alpha: 1.0,
+                    bias: None,
+                    add,
+                    stream: false,
+                };
+                // SAFETY: rows i .. i + 8 below `rows`, columns j .. <= d, which the caller owns.
+                unsafe { strided_tile(isa, &self.tile(i), &b, range.len(), &to) };
             }
         }
     }

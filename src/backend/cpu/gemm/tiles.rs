@@ -242,8 +242,18 @@ pub(super) unsafe fn rectangle(
                     tiles.multiply(a_panels, b_panels, steps / SQUARE, Quad::of(to, SIDE));
                     let c = out.c.add(i * out.stride + j);
                     let bias = bias.map(|bias| &bias[j..j + across]);
-                    let to = TileOutput { c, stride: out.stride, alpha: out.alpha, bias, add };
-                    store(&sums, down, across, &to);
+                    let to = TileOutput {
+                        c,
+                        stride: out.stride,
+                        panel_stride: PANEL,
+                        rows: down,
+                        columns: across,
+                        alpha: out.alpha,
+                        bias,
+                        add,
+                        stream: false,
+                    };
+                    store(&sums, &to);
                 }
             }
         }
@@ -255,7 +265,8 @@ pub(super) unsafe fn rectangle(
 /// # Safety
 /// AVX-512; the caller owns the destination.
 #[target_feature(enable = "avx512f")]
-unsafe fn store(sums: &Sums, rows: usize, columns: usize, to: &TileOutput<'_>) {
+unsafe fn store(sums: &Sums, to: &TileOutput<'_>) {
+    let TileOutput { rows, columns, .. } = *to;
     let alpha = _mm512_set1_ps(to.alpha);
     for j in (0..columns).step_by(SQUARE) {
         let mask = (0xffff_u32 >> SQUARE.saturating_sub(columns - j)) as u16;
