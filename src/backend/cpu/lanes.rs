@@ -96,33 +96,88 @@ pub(super) trait Lanes {
         }
     }
 
-    /// `mx::philox4x32_10` of a counter in each lane.
+    /// `mx::philox4x32_10` of a counter in each lane, of which words 2 and 3 are the same in all.
     #[inline(always)]
-    unsafe fn philox([mut k0, mut k1]: [u32; 2], counter: [Self::U; 4]) -> [Self::U; 4] {
-        let [mut c0, mut c1, mut c2, mut c3] = counter;
-        for _ in 0..10 {
-            // SAFETY: passed on.
-            unsafe {
+    unsafe fn philox(
+        keys: &[[u32; 2]; 10],
+        c0: Self::U,
+        c1: Self::U,
+        [c2, c3]: [u32; 2],
+    ) -> [Self::U; 4] {
+        // SAFETY: passed on.
+        unsafe {
+            let [mut c0, mut c1, mut c2, mut c3] = [c0, c1, Self::splat_u(c2), Self::splat_u(c3)];
+            for [k0, k1] in *keys {
                 let (high0, low0) = Self::multiply_wide(c0, M0);
                 let (high1, low1) = Self::multiply_wide(c2, M1);
                 c0 = Self::xor(Self::xor(high1, c1), Self::splat_u(k0));
                 c2 = Self::xor(Self::xor(high0, c3), Self::splat_u(k1));
                 (c1, c3) = (low1, low0);
             }
-            k0 = k0.wrapping_add(W0);
-            k1 = k1.wrapping_add(W1);
+            [c0, c1, c2, c3]
         }
-        [c0, c1, c2, c3]
+    }
+
+    /// Eight elements x of each lane, times `factor`, stochastically rounded as in `mx::quantize` and
+    /// looked up by code: bytes 0 2 1 3, then 4 6 5 7, of two words. `random` has 16 bits an element,
+    /// those of elements 2 i and 2 i + 1 in word i.
+    ///
+    /// The grid below 1 is even and that above has a mantissa bit: max(y, (y + 1) / 2) makes one of both.
+    #[inline(always)]
+    unsafe fn stochastic_bytes(
+        x: [Self::F; 8],
+        factor: Self::F,
+        random: [Self::U; 4],
+        table: &[u32; 16],
+    ) -> [Self::U; 2] {
+        // SAFETY: passed on.
+        unsafe {
+            let mut words = [Self::splat_u(0); 2];
+            for i in 0..8 {
+                let word = random[i / 2];
+                let half = Self::and(word, Self::splat_u(0xffff));
+                let half = if i % 2 == 0 { half } else { Self::shift_right::<16>(word) };
+                let x = Self::bits(x[i]);
+                let y =
+                    Self::mul(Self::from_bits(Self::and(x, Self::splat_u(0x7fff_ffff))), factor);
+                let code = Self::stochastic(y, place::<Self>(half));
+                let sign = Self::and(Self::shift_right::<28>(x), Self::splat_u(8));
+                let byte = Self::look_up(Self::or(code, sign), table);
+                let byte = match i % 4 {
+                    0 => byte,
+                    1 => Self::shift_left::<16>(byte),
+                    2 => Self::shift_left::<8>(byte),
+                    _ => Self::shift_left::<24>(byte),
+                };
+                words[i / 4] = Self::or(words[i / 4], byte);
+            }
+            words
+        }
     }
 
     /// Rows to columns.
     unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16];
     /// Of four vectors w, vector j of the result holds w0 w1 w2 w3 of lanes j, 4 + j, 8 + j, 12 + j.
     unsafe fn interleave(w: [Self::U; 4]) -> [Self::U; 4];
-    /// The 16-bit halves of words 0 to 7, and those of words 8 to 15, as words.
-    unsafe fn widen(v: Self::U) -> [Self::U; 2];
+    /// The 16-bit halves of words 0 to 7 as low halves, those of words 8 to 15 as high ones.
+    unsafe fn zip(v: Self::U) -> Self::U;
     /// The upper halves of 32 words, as 16 words.
     unsafe fn narrow(v: [Self::U; 2]) -> Self::U;
+}
+
+/// 16 bits where stochastic rounding adds them: from bit 6 up, and the half step below.
+#[inline(always)]
+pub(super) unsafe fn place<L: Lanes + ?Sized>(halves: L::U) -> L::U {
+    // SAFETY: passed on.
+    unsafe { L::or(L::shift_left::<6>(halves), L::splat_u(32)) }
+}
+
+/// The keys of Philox's rounds.
+pub(super) fn round_keys([k0, k1]: [u32; 2]) -> [[u32; 2]; 10] {
+    std::array::from_fn(|round| {
+        let after = |key: u32, add: u32| key.wrapping_add(add.wrapping_mul(round as u32));
+        [after(k0, W0), after(k1, W1)]
+    })
 }
 
 /// Arrays.
@@ -255,18 +310,22 @@ impl Lanes for Portable {
         std::array::from_fn(|j| std::array::from_fn(|i| w[i % 4][i / 4 * 4 + j]))
     }
     #[inline(always)]
-    unsafe fn widen(v: [u32; 16]) -> [[u32; 16]; 2] {
-        std::array::from_fn(|half| {
-            std::array::from_fn(|i| v[half * 8 + i / 2] >> (16 * (i % 2)) & 0xffff)
-        })
+    unsafe fn zip(v: [u32; 16]) -> [u32; 16] {
+        let half = |at: usize| v[at / 2] >> (16 * (at % 2)) & 0xffff;
+        std::array::from_fn(|i| half(i) | half(16 + i) << 16)
     }
     // NOTE: lane by lane, with the definition itself. Inlined as operations on arrays, rustc 1.95 made
     // wrong bits of it for plain x86-64 in the release profile, which the tests of that profile show.
     #[inline(always)]
-    unsafe fn philox(key: [u32; 2], counter: [[u32; 16]; 4]) -> [[u32; 16]; 4] {
-        let mut out = counter;
+    unsafe fn philox(
+        keys: &[[u32; 2]; 10],
+        c0: [u32; 16],
+        c1: [u32; 16],
+        [c2, c3]: [u32; 2],
+    ) -> [[u32; 16]; 4] {
+        let mut out = [c0; 4];
         for l in 0..16 {
-            let words = philox4x32_10(std::array::from_fn(|w| counter[w][l]), key);
+            let words = philox4x32_10([c0[l], c1[l], c2, c3], keys[0]);
             for w in 0..4 {
                 out[w][l] = words[w];
             }
@@ -288,7 +347,7 @@ pub(super) struct Avx512;
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{Avx512, Lanes, M0, M1, W0, W1};
+    use super::{Avx512, Lanes, M0, M1};
 
     // SAFETY of every block below: the caller vouches for the instruction set (and for the memory).
     #[allow(clippy::undocumented_unsafe_blocks)]
@@ -314,7 +373,7 @@ mod avx512 {
         }
         #[inline(always)]
         unsafe fn prefetch(from: *const f32) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn splat(v: f32) -> __m512 {
@@ -423,17 +482,33 @@ mod avx512 {
             }
         }
         /// Even and odd lanes apart, each word in the lower half of 64 bits, which is where the
-        /// multiplication reads it; whatever stands in the upper half is never read.
+        /// multiplication reads it; whatever stands in the upper half is never read. Words 2 and 3 of
+        /// the counter, the same in all lanes, spare the first round a multiplication.
         #[inline(always)]
-        unsafe fn philox([mut k0, mut k1]: [u32; 2], counter: [__m512i; 4]) -> [__m512i; 4] {
+        unsafe fn philox(
+            keys: &[[u32; 2]; 10],
+            c0: __m512i,
+            c1: __m512i,
+            [c2, c3]: [u32; 2],
+        ) -> [__m512i; 4] {
             unsafe {
-                let mut c = [counter; 2];
-                for w in 0..4 {
-                    c[1][w] = _mm512_srli_epi64::<32>(counter[w]);
-                }
                 let (m0, m1) = (_mm512_set1_epi64(M0 as i64), _mm512_set1_epi64(M1 as i64));
-                for _ in 0..10 {
-                    let keys = (_mm512_set1_epi32(k0 as i32), _mm512_set1_epi32(k1 as i32));
+                let p1 = u64::from(c2) * u64::from(M1);
+                let first = _mm512_set1_epi32((p1 >> 32) as i32 ^ keys[0][0] as i32);
+                let low1 = _mm512_set1_epi32(p1 as i32);
+                let second = _mm512_set1_epi32((c3 ^ keys[0][1]) as i32);
+                let mut c = [[low1; 4]; 2];
+                for half in 0..2 {
+                    let (mut c0, mut c1) = (c0, c1);
+                    if half == 1 {
+                        (c0, c1) = (_mm512_srli_epi64::<32>(c0), _mm512_srli_epi64::<32>(c1));
+                    }
+                    let p0 = _mm512_mul_epu32(c0, m0);
+                    let c2 = _mm512_xor_si512(_mm512_srli_epi64::<32>(p0), second);
+                    c[half] = [_mm512_xor_si512(c1, first), low1, c2, p0];
+                }
+                for [k0, k1] in &keys[1..] {
+                    let keys = (_mm512_set1_epi32(*k0 as i32), _mm512_set1_epi32(*k1 as i32));
                     for half in 0..2 {
                         let [c0, c1, c2, c3] = c[half];
                         let (p0, p1) = (_mm512_mul_epu32(c0, m0), _mm512_mul_epu32(c2, m1));
@@ -443,15 +518,63 @@ mod avx512 {
                         let c2 = _mm512_ternarylogic_epi32::<0x96>(high0, c3, keys.1);
                         c[half] = [c0, p1, c2, p0];
                     }
-                    k0 = k0.wrapping_add(W0);
-                    k1 = k1.wrapping_add(W1);
                 }
-                let mut out = counter;
+                let mut out = c[0];
                 for w in 0..4 {
                     let odd = _mm512_slli_epi64::<32>(c[1][w]);
                     out[w] = _mm512_mask_blend_epi32(0xaaaa, c[0][w], odd);
                 }
                 out
+            }
+        }
+        /// The 16 bits that are drawn meet those of the element that they are added to: two elements a
+        /// word, and what is left above is the code.
+        #[inline(always)]
+        unsafe fn stochastic_bytes(
+            x: [__m512; 8],
+            factor: __m512,
+            random: [__m512i; 4],
+            table: &[u32; 16],
+        ) -> [__m512i; 2] {
+            const ODD: __mmask32 = 0xaaaa_aaaa;
+            unsafe {
+                let (half, step) = (_mm512_set1_ps(0.5), _mm512_set1_epi32(32));
+                let magnitude = _mm512_set1_ps(f32::from_bits(0x7fff_ffff));
+                let mut codes = [step; 4];
+                for i in 0..4 {
+                    let mut u = [step; 2];
+                    for j in 0..2 {
+                        let y = _mm512_mul_ps(x[2 * i + j], factor);
+                        let middle = _mm512_fmadd_ps(_mm512_and_ps(y, magnitude), half, half);
+                        // The larger magnitude, with the sign of y.
+                        let larger = _mm512_castps_si512(_mm512_range_ps::<0b0011>(y, middle));
+                        u[j] = _mm512_add_epi32(larger, step);
+                    }
+                    let (even, odd) = (_mm512_srli_epi32::<6>(u[0]), _mm512_slli_epi32::<10>(u[1]));
+                    let below = _mm512_mask_blend_epi16(ODD, even, odd);
+                    let (even, odd) = (_mm512_srli_epi32::<22>(u[0]), _mm512_srli_epi32::<6>(u[1]));
+                    let above = _mm512_mask_blend_epi16(ODD, even, odd);
+                    let sum = _mm512_add_epi16(below, random[i]);
+                    let carry = _mm512_cmplt_epu16_mask(sum, random[i]);
+                    let code = _mm512_mask_sub_epi16(above, carry, above, _mm512_set1_epi16(-1));
+                    // Bits 0 to 2 hold code ^ 4; the sign, bit 9, goes to bit 3.
+                    let sign = _mm512_srli_epi16::<6>(code);
+                    let mask = _mm512_set1_epi16(8);
+                    codes[i] = _mm512_ternarylogic_epi32::<0xca>(mask, sign, code);
+                }
+                let mut bytes = [0u8; 16];
+                for (i, byte) in bytes.iter_mut().enumerate() {
+                    *byte = table[i ^ 4] as u8;
+                }
+                let table = _mm512_broadcast_i32x4(_mm_loadu_si128(bytes.as_ptr().cast()));
+                let mut words = [step; 2];
+                for i in 0..2 {
+                    let high = _mm512_slli_epi16::<8>(codes[2 * i + 1]);
+                    let both = _mm512_mask_blend_epi8(0xaaaa_aaaa_aaaa_aaaa, codes[2 * i], high);
+                    let both = _mm512_and_si512(both, _mm512_set1_epi8(15));
+                    words[i] = _mm512_shuffle_epi8(table, both);
+                }
+                words
             }
         }
         #[inline(always)]
@@ -503,13 +626,16 @@ mod avx512 {
             }
         }
         #[inline(always)]
-        unsafe fn widen(v: __m512i) -> [__m512i; 2] {
-            unsafe {
-                [
-                    _mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)),
-                    _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(v)),
-                ]
-            }
+        unsafe fn zip(v: __m512i) -> __m512i {
+            const HALVES: [u16; 32] = {
+                let (mut at, mut i) = ([0; 32], 0);
+                while i < 32 {
+                    at[i] = (i / 2 + 16 * (i % 2)) as u16;
+                    i += 1;
+                }
+                at
+            };
+            unsafe { _mm512_permutexvar_epi16(_mm512_loadu_si512(HALVES.as_ptr().cast()), v) }
         }
         #[inline(always)]
         unsafe fn narrow(v: [__m512i; 2]) -> __m512i {
@@ -572,7 +698,7 @@ mod avx2 {
         }
         #[inline(always)]
         unsafe fn prefetch(from: *const f32) {
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) }
         }
         #[inline(always)]
         unsafe fn splat(v: f32) -> F {
@@ -757,14 +883,20 @@ mod avx2 {
             }
         }
         #[inline(always)]
-        unsafe fn widen(v: U) -> [U; 2] {
+        unsafe fn zip(v: U) -> U {
             unsafe {
-                let mut out = [v; 2];
+                let mut out = v;
                 for i in 0..2 {
-                    out[i] = [
-                        _mm256_cvtepu16_epi32(_mm256_castsi256_si128(v[i])),
-                        _mm256_cvtepu16_epi32(_mm256_extracti128_si256::<1>(v[i])),
-                    ];
+                    let quarter = |h: usize| {
+                        if i == 0 {
+                            _mm256_castsi256_si128(v[h])
+                        } else {
+                            _mm256_extracti128_si256::<1>(v[h])
+                        }
+                    };
+                    let low = _mm256_cvtepu16_epi32(quarter(0));
+                    let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(quarter(1)));
+                    out[i] = _mm256_or_si256(low, high);
                 }
                 out
             }
@@ -886,16 +1018,29 @@ mod tests {
             let codes = P::stochastic(y, draws);
             let expected = codes.map(|code| E2M1_VALUES[code as usize].to_bits());
             assert_eq!(out(values), expected);
-            let counter = [words, other, other, words];
-            let drawn = L::philox([7, !7], counter.map(|w| L::load_u(w.as_ptr()))).map(out_u);
+            let keys = round_keys([7, !7]);
+            let drawn = L::philox(&keys, u, v, [words[3], other[2]]).map(out_u);
             for l in 0..16 {
-                let expected = philox4x32_10(counter.map(|w| w[l]), [7, !7]);
-                assert_eq!(drawn.map(|w| w[l]), expected);
+                let counter = [words[l], other[l], words[3], other[2]];
+                assert_eq!(drawn.map(|w| w[l]), philox4x32_10(counter, [7, !7]));
             }
+            let values: [[f32; 16]; 8] = std::array::from_fn(|i| {
+                std::array::from_fn(|l| if l == i { 0.0 } else { floats[(l + i) % 16] * 0.4 })
+            });
+            let draws = [words, other, words.map(|w| !w), other.map(|w| !w)];
+            let table = std::array::from_fn(|code| 3 * code as u32 + 200);
+            let got = L::stochastic_bytes(
+                values.map(|v| L::load(v.as_ptr())),
+                L::splat(0.75),
+                draws.map(|w| L::load_u(w.as_ptr())),
+                &table,
+            );
+            let expected = P::stochastic_bytes(values, [0.75; 16], draws, &table);
+            assert_eq!(got.map(out_u), expected);
             let four = [0, 1, 2, 3].map(|i| words.map(|w| w.wrapping_add(i)));
             let got = L::interleave(four.map(|w| L::load_u(w.as_ptr()))).map(out_u);
             assert_eq!(got, P::interleave(four));
-            assert_eq!(L::widen(u).map(out_u), P::widen(words));
+            assert_eq!(out_u(L::zip(u)), P::zip(words));
             assert_eq!(out_u(L::narrow([u, v])), P::narrow([words, other]));
             let square: [[f32; 16]; 16] =
                 std::array::from_fn(|i| std::array::from_fn(|j| (16 * i + j) as f32));

@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | f32 | one element | 1 of the reduction dimension |
 //! | bf16 | two elements | 2 |
-//! | MXFP4 | four doubled elements as bytes, -12 .. 12 | 4; scales lie beside, one a block of 8 steps |
+//! | MXFP4 | four doubled elements as bytes, -12 .. 12, in the order 0 2 1 3 | 4; scales lie beside, one a block of 8 steps |
 //!
 //! The inner kernel computes 8 x 48 elements of C: it broadcasts words of A and multiplies them with
 //! one to three panels of B. With AMX, bf16 and MXFP4 lie in tiles instead (see `tiles`): squares of 16
