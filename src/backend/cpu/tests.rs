@@ -524,7 +524,8 @@ fn attention() {
             let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
             each_isa(|cpu| {
                 // bf16 operands are off by up to 2^-9, relative, and five roundings add up.
-                let in_bf16 = format == Forward::Bf16 && cpu.isa() == Isa::Amx;
+                let has_bf16 = matches!(cpu.isa(), Isa::Amx | Isa::Avx512);
+                let in_bf16 = format == Forward::Bf16 && has_bf16;
                 let bound = if in_bf16 { 6e-3 } else { 1e-6 };
                 let shape_of_workspace =
                     WorkspaceShape { forward: format, ..workspace_shape(sequences, c, heads, 8) };

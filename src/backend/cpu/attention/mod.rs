@@ -8,8 +8,10 @@
 //! dQ = dS K / sqrt(d); dK = dS^T Q / sqrt(d). P is recomputed from the scores and `lse`, the log of
 //! each row's sum, as in flash attention (Dao et al., arXiv 2205.14135).
 //!
-//! Products are in f32. With AMX, those of recipes whose forward pass is not f32 are in bf16, on tiles.
+//! Products are in f32. With AVX-512, those of recipes whose forward pass is not f32 are in bf16, and on
+//! tiles where there are such.
 
+mod panels;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
@@ -44,7 +46,9 @@ pub(super) fn scratch_len(
     if in_tiles(isa, format) {
         return tiles::scratch_len(length, head_size, backward);
     }
-    let _ = (isa, format);
+    if in_bf16(isa, format) {
+        return panels::scratch_len(length, head_size, backward);
+    }
     let queries = length.next_multiple_of(PANEL) * head_size; // (panels of queries, d, 16)
     let channels = head_size.next_multiple_of(PANEL) * length; // (panels of channels, T, 16)
     let scores = BLOCK * length; // (3 panels of queries, T, 16)
@@ -55,6 +59,11 @@ pub(super) fn scratch_len(
 #[cfg(target_arch = "x86_64")]
 fn in_tiles(isa: Isa, format: Forward) -> bool {
     isa == Isa::Amx && format != Forward::F32
+}
+
+/// Whether they are in bf16, in panels. Without an instruction that multiplies bf16, f32 is faster.
+fn in_bf16(isa: Isa, format: Forward) -> bool {
+    isa == Isa::Avx512 && format != Forward::F32
 }
 
 /// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
@@ -77,6 +86,9 @@ pub(super) fn forward(
         #[cfg(target_arch = "x86_64")]
         if in_tiles(isa, shape.format) {
             return tiles::forward_head(isa, scratch, &head_qkv, head, shape, out, lse);
+        }
+        if in_bf16(isa, shape.format) {
+            return panels::forward_head(isa, scratch, &head_qkv, head, shape, out, lse);
         }
         let (queries, rest) = scratch.split_at_mut(t.next_multiple_of(PANEL) * d);
         let (values, scores) = rest.split_at_mut(d.next_multiple_of(PANEL) * t);
@@ -138,6 +150,11 @@ pub(super) fn backward(
         if in_tiles(isa, shape.format) {
             let (out, dout) = (head_out, head_dout);
             tiles::backward_head(isa, scratch, &head_qkv, out, dout, head_lse, gradient);
+            return;
+        }
+        if in_bf16(isa, shape.format) {
+            let (out, dout) = (head_out, head_dout);
+            panels::backward_head(isa, scratch, &head_qkv, out, dout, head_lse, gradient);
             return;
         }
         let by_rows = t.next_multiple_of(PANEL) * d;
@@ -204,6 +221,21 @@ pub(super) fn backward(
             }
         }
     });
+}
+
+/// Cuts scratch memory.
+struct Scratch<'a>(&'a mut [f32]);
+
+impl<'a> Scratch<'a> {
+    fn f32(&mut self, len: usize) -> &'a mut [f32] {
+        let (part, rest) = std::mem::take(&mut self.0).split_at_mut(len);
+        self.0 = rest;
+        part
+    }
+
+    fn words(&mut self, len: usize) -> &'a mut [u32] {
+        bytemuck::cast_slice_mut(self.f32(len))
+    }
 }
 
 /// One (sequence, head) pair.

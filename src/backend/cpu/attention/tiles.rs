@@ -5,7 +5,7 @@
 //! O^T = V^T P^T and dQ^T = K^T dS^T; and their rows, of 32 queries, are the rows of operand A of
 //! dV = P^T dO and dK = dS^T Q, which sum over the blocks in scratch memory.
 
-use super::{Head, HeadQkv, Lanes, Part, SharedOut, gradient_panel, softmax_panel};
+use super::{Head, HeadQkv, Lanes, Part, Scratch, SharedOut, gradient_panel, softmax_panel};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::tiles::{Quad, SIDE, SQUARE, Tiles};
 use crate::backend::cpu::gemm::{Matrix, PANEL, Side, pack_tiles, round_to_bf16};
@@ -46,21 +46,6 @@ pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> us
         7 * operand + 2 * scores + 3 * scores / 2 + 2 * length * depth + depth * SIDE
     } else {
         3 * operand + scores + scores / 2 + depth * SIDE
-    }
-}
-
-/// Cuts scratch memory.
-struct Scratch<'a>(&'a mut [f32]);
-
-impl<'a> Scratch<'a> {
-    fn f32(&mut self, len: usize) -> &'a mut [f32] {
-        let (part, rest) = std::mem::take(&mut self.0).split_at_mut(len);
-        self.0 = rest;
-        part
-    }
-
-    fn words(&mut self, len: usize) -> &'a mut [u32] {
-        bytemuck::cast_slice_mut(self.f32(len))
     }
 }
 

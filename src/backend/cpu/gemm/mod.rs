@@ -19,11 +19,13 @@ mod pack;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod tiles;
 
-pub(super) use kernels::{Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, strided_tile};
+pub(super) use kernels::{
+    Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, strided_tile,
+};
 #[cfg(target_arch = "x86_64")]
 pub(super) use pack::pack_tiles;
 pub use pack::{Matrix, PackedMut, Rotation, pack};
-pub(super) use pack::{pack_f32_panel, round_to_bf16};
+pub(super) use pack::{pack_bf16_panel, pack_f32_panel, round_to_bf16};
 
 #[cfg(test)]
 pub(super) use pack::{unpack_mxfp4, unpack_tiles};

@@ -281,6 +281,16 @@ pub(in crate::backend::cpu) fn pack_f32_panel(
     f32_strip(isa, source, r0, 1, out, &mut []);
 }
 
+/// Packs vectors r0 .. r0 + 16 as bf16: `out` is (depth / 2, 16).
+pub(in crate::backend::cpu) fn pack_bf16_panel(
+    isa: Isa,
+    source: &Matrix<'_>,
+    r0: usize,
+    out: &mut [u32],
+) {
+    bf16_strip(isa, source, r0, Layout::Panels, Side::A, 1, out, &mut []);
+}
+
 /// Packs all vectors as bf16 in tiles: `out` is (panels, steps, 16), see [`Packed::words`].
 #[cfg(target_arch = "x86_64")]
 pub(in crate::backend::cpu) fn pack_tiles(

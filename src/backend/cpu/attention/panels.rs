@@ -1,0 +1,351 @@
+//! Attention with the operands of all products in bf16, in panels: for recipes whose forward pass is,
+//! where the processor multiplies bf16 (AVX-512).
+//!
+//! Blocks of 48 queries, as in f32. Scores come as (key, 16 queries): two keys a word, that is operand A
+//! of O = P V and dQ = dS K; turned, two queries a word, operand A of dV = P^T dO and dK = dS^T Q, which
+//! are summed where they lie, block after block.
+
+use super::{
+    BLOCK, Head, HeadQkv, Lanes, Part, Scratch, SharedOut, dot, gradient_panel, softmax_panel,
+};
+use crate::backend::AttentionShape;
+use crate::backend::cpu::gemm::{
+    Matrix, PANEL, Panels, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, pack_bf16_panel,
+    round_to_bf16,
+};
+use crate::backend::cpu::isa::Isa;
+use crate::backend::cpu::lanes::{self, lanes_fn};
+
+/// Steps of a block's queries.
+const BLOCK_STEPS: usize = BLOCK / 2;
+
+/// Sizes of scratch memory.
+#[derive(Clone, Copy)]
+struct Sizes {
+    /// T, padded to whole panels.
+    length: usize,
+    /// Steps along d and along T.
+    depth_steps: usize,
+    length_steps: usize,
+    /// Words of (T, d) as vectors along d, (panels of T, d / 2, 16), and along T, (panels of d, T / 2, 16).
+    by_position: usize,
+    by_channel: usize,
+}
+
+impl Sizes {
+    fn new(length: usize, head_size: usize) -> Self {
+        let (depth_steps, length_steps) = (head_size.div_ceil(2), length.div_ceil(2));
+        let (length, depth) = (length.next_multiple_of(PANEL), head_size.next_multiple_of(PANEL));
+        let (by_position, by_channel) = (length * depth_steps, depth * length_steps);
+        Self { length, depth_steps, length_steps, by_position, by_channel }
+    }
+
+    /// Elements of the scores of a block, (3 panels, T, 16).
+    fn scores(self) -> usize {
+        BLOCK * self.length
+    }
+
+    /// Words of 16 queries' scores, (T / 2, 16).
+    fn pairs(self) -> usize {
+        self.length / 2 * PANEL
+    }
+
+    /// Words of a block's scores, turned: (panels of T, 24 steps, 16).
+    fn turned(self) -> usize {
+        self.length * BLOCK_STEPS
+    }
+}
+
+/// f32 elements that one thread needs.
+pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> usize {
+    let sizes = Sizes::new(length, head_size);
+    let Sizes { by_position, by_channel, .. } = sizes;
+    if backward {
+        let operands = 4 * by_position + 3 * by_channel;
+        operands + 2 * sizes.scores() + sizes.pairs() + 2 * sizes.turned()
+    } else {
+        2 * by_position + by_channel + sizes.scores() + sizes.pairs()
+    }
+}
+
+/// (T, d) with rows `stride` apart, as vectors along d.
+fn pack_positions(isa: Isa, data: &[f32], stride: usize, t: usize, d: usize, out: &mut [u32]) {
+    let matrix = Matrix { data, rows: t, depth: d, stride, transposed: false, fp8_scale: None };
+    for (panel, out) in out.chunks_exact_mut(d.div_ceil(2) * PANEL).enumerate() {
+        pack_bf16_panel(isa, &matrix, panel * PANEL, out);
+    }
+}
+
+/// The same as vectors along T.
+fn pack_channels(isa: Isa, data: &[f32], stride: usize, t: usize, d: usize, out: &mut [u32]) {
+    let matrix = Matrix { data, rows: d, depth: t, stride, transposed: true, fp8_scale: None };
+    for (panel, out) in out.chunks_exact_mut(t.div_ceil(2) * PANEL).enumerate() {
+        pack_bf16_panel(isa, &matrix, panel * PANEL, out);
+    }
+}
+
+/// The forward pass of one head.
+pub(super) fn forward_head(
+    isa: Isa,
+    scratch: &mut [f32],
+    qkv: &HeadQkv<'_>,
+    head: Head,
+    shape: AttentionShape,
+    out: SharedOut,
+    lse: SharedOut,
+) {
+    let (t, d, c) = (qkv.length, qkv.head_size, qkv.channels);
+    let sizes = Sizes::new(t, d);
+    let mut scratch = Scratch(scratch);
+    let [keys, queries] = [(); 2].map(|()| scratch.words(sizes.by_position));
+    let values = scratch.words(sizes.by_channel);
+    let (scores, pairs) = (scratch.f32(sizes.scores()), scratch.words(sizes.pairs()));
+    pack_positions(isa, qkv.part(Part::K), 3 * c, t, d, keys);
+    pack_positions(isa, qkv.part(Part::Q), 3 * c, t, d, queries);
+    pack_channels(isa, qkv.part(Part::V), 3 * c, t, d, values);
+    for q0 in (0..t).step_by(BLOCK) {
+        let q1 = (q0 + BLOCK).min(t);
+        scores_of_block(isa, sizes, keys, queries, q0, q1, scores);
+        for (p, scores) in scores.chunks_exact_mut(sizes.length * PANEL).enumerate() {
+            let first = q0 + p * PANEL;
+            if first >= q1 {
+                break;
+            }
+            let sums = softmax_panel(isa, scores, first, q1, 1.0 / (d as f32).sqrt());
+            let lanes = (q1 - first).min(PANEL);
+            // SAFETY: a job owns the lse of its head; first + lanes <= T.
+            unsafe { lse.write(head.index * t + first, &sums[..lanes]) };
+            pack_pairs(isa, scores, q1, pairs);
+            let at = head.row(shape, first) * c + head.head * d;
+            // SAFETY: a job owns the columns of its head in the rows of its sequence.
+            unsafe {
+                queries_by_channels(isa, sizes, pairs, values, lanes, d, q1, out.offset(at), c)
+            };
+        }
+    }
+}
+
+/// The backward pass of one head.
+pub(super) fn backward_head(
+    isa: Isa,
+    scratch: &mut [f32],
+    qkv: &HeadQkv<'_>,
+    head_out: &[f32],
+    head_dout: &[f32],
+    head_lse: &[f32],
+    gradient: impl Fn(Part, usize) -> SharedOut,
+) {
+    let (t, d, c) = (qkv.length, qkv.head_size, qkv.channels);
+    let sizes = Sizes::new(t, d);
+    let mut scratch = Scratch(scratch);
+    let [keys, values, queries, douts] = [(); 4].map(|()| scratch.words(sizes.by_position));
+    let [key_channels, query_channels, dout_channels] =
+        [(); 3].map(|()| scratch.words(sizes.by_channel));
+    let [scores, dscores] = [(); 2].map(|()| scratch.f32(sizes.scores()));
+    let pairs = scratch.words(sizes.pairs());
+    let [p_turned, ds_turned] = [(); 2].map(|()| scratch.words(sizes.turned()));
+    for (part, out) in [(Part::K, keys as &mut [u32]), (Part::V, values), (Part::Q, queries)] {
+        pack_positions(isa, qkv.part(part), 3 * c, t, d, out);
+    }
+    pack_positions(isa, head_dout, c, t, d, douts);
+    pack_channels(isa, qkv.part(Part::K), 3 * c, t, d, key_channels);
+    pack_channels(isa, qkv.part(Part::Q), 3 * c, t, d, query_channels);
+    pack_channels(isa, head_dout, c, t, d, dout_channels);
+    for q0 in (0..t).step_by(BLOCK) {
+        let q1 = (q0 + BLOCK).min(t);
+        scores_of_block(isa, sizes, keys, queries, q0, q1, scores);
+        scores_of_block(isa, sizes, values, douts, q0, q1, dscores);
+        let in_panel = sizes.length * PANEL;
+        let panels = scores.chunks_exact_mut(in_panel).zip(dscores.chunks_exact_mut(in_panel));
+        for (p, (scores, dscores)) in panels.enumerate() {
+            let first = q0 + p * PANEL;
+            if first >= q1 {
+                break;
+            }
+            let lanes = (q1 - first).min(PANEL);
+            let (mut row_lse, mut row_d): (Lanes, Lanes) = ([0.0; PANEL], [0.0; PANEL]);
+            for l in 0..lanes {
+                let at = (first + l) * c;
+                row_d[l] = dot(isa, &head_out[at..at + d], &head_dout[at..at + d]);
+                row_lse[l] = head_lse[first + l];
+            }
+            let scale = 1.0 / (d as f32).sqrt();
+            gradient_panel(isa, scores, dscores, first, q1, scale, &row_lse, &row_d);
+            turn(isa, scores, q1, p, p_turned);
+            turn(isa, dscores, q1, p, ds_turned);
+            pack_pairs(isa, dscores, q1, pairs);
+            let dq = gradient(Part::Q, first);
+            // SAFETY: a job owns the columns of its head in the rows of its sequence.
+            unsafe {
+                queries_by_channels(isa, sizes, pairs, key_channels, lanes, d, q1, dq, 3 * c)
+            };
+        }
+        let (dv, dk) = (gradient(Part::V, 0), gradient(Part::K, 0));
+        // SAFETY: as above.
+        unsafe {
+            keys_by_channels(isa, sizes, p_turned, dout_channels, q0, q1, d, dv, 3 * c);
+            keys_by_channels(isa, sizes, ds_turned, query_channels, q0, q1, d, dk, 3 * c);
+        }
+    }
+}
+
+/// (3 panels, T, 16) = A B^T of keys 0 .. q1 and queries q0 .. q1, both (T, d).
+fn scores_of_block(
+    isa: Isa,
+    sizes: Sizes,
+    a: &[u32],
+    b: &[u32],
+    q0: usize,
+    q1: usize,
+    out: &mut [f32],
+) {
+    let in_panel = sizes.depth_steps * PANEL;
+    let b = Panels { data: &b[q0 / PANEL * in_panel..], stride: in_panel };
+    let panels = (q1 - q0).div_ceil(PANEL);
+    for key in (0..q1).step_by(TILE_ROWS) {
+        let rows = TILE_ROWS.min(q1 - key);
+        let out = &mut out[key * PANEL..][..((panels - 1) * sizes.length + rows) * PANEL];
+        let to = TileOutput {
+            c: out.as_mut_ptr(),
+            stride: PANEL,
+            panel_stride: sizes.length * PANEL,
+            rows,
+            columns: panels * PANEL,
+            alpha: 1.0,
+            bias: None,
+            add: false,
+            stream: false,
+        };
+        // SAFETY: the last row of the last panel is within the slice taken above.
+        unsafe {
+            bf16_tile(isa, &a[key / PANEL * in_panel + key % PANEL..], &b, sizes.depth_steps, &to)
+        };
+    }
+}
+
+/// c (lanes, d) = scores of 16 queries by pairs of keys, over keys 0 .. q1, times B (d, T).
+///
+/// # Safety
+/// The caller owns `lanes` rows of d elements of `c`, `stride` apart.
+unsafe fn queries_by_channels(
+    isa: Isa,
+    sizes: Sizes,
+    pairs: &[u32],
+    b: &[u32],
+    lanes: usize,
+    d: usize,
+    q1: usize,
+    c: SharedOut,
+    stride: usize,
+) {
+    let in_panel = sizes.length_steps * PANEL;
+    for j in (0..d).step_by(TILE_COLS) {
+        let b = Panels { data: &b[j / PANEL * in_panel..], stride: in_panel };
+        for i in (0..lanes).step_by(TILE_ROWS) {
+            let to = TileOutput {
+                c: c.offset(i * stride + j).0,
+                stride,
+                panel_stride: PANEL,
+                rows: TILE_ROWS.min(lanes - i),
+                columns: TILE_COLS.min(d - j),
+                alpha: 1.0,
+                bias: None,
+                add: false,
+                stream: false,
+            };
+            // SAFETY: passed on.
+            unsafe { bf16_tile(isa, &pairs[i..], &b, q1.div_ceil(2), &to) };
+        }
+    }
+}
+
+/// c (q1, d) = turned scores of queries q0 .. q1 times B (d, T), added for keys that a block before has
+/// seen.
+///
+/// # Safety
+/// The caller owns q1 rows of d elements of `c`, `stride` apart.
+unsafe fn keys_by_channels(
+    isa: Isa,
+    sizes: Sizes,
+    turned: &[u32],
+    b: &[u32],
+    q0: usize,
+    q1: usize,
+    d: usize,
+    c: SharedOut,
+    stride: usize,
+) {
+    let in_panel = sizes.length_steps * PANEL;
+    for j in (0..d).step_by(TILE_COLS) {
+        let b = Panels { data: &b[j / PANEL * in_panel + q0 / 2 * PANEL..], stride: in_panel };
+        for key in (0..q1).step_by(TILE_ROWS) {
+            let to = TileOutput {
+                c: c.offset(key * stride + j).0,
+                stride,
+                panel_stride: PANEL,
+                rows: TILE_ROWS.min(q1 - key),
+                columns: TILE_COLS.min(d - j),
+                alpha: 1.0,
+                bias: None,
+                add: key < q0,
+                stream: false,
+            };
+            let a = &turned[key / PANEL * BLOCK_STEPS * PANEL + key % PANEL..];
+            // SAFETY: passed on.
+            unsafe { bf16_tile(isa, a, &b, (q1 - q0).div_ceil(2), &to) };
+        }
+    }
+}
+
+lanes_fn! {
+    /// Scores (T, 16 queries) of keys 0 .. `keys`, two keys a word: (T / 2, 16). One beyond is 0.
+    fn pack_pairs(scores: &[f32], keys: usize, out: &mut [u32]) = pairs_lanes;
+}
+
+lanes_fn! {
+    /// The same scores, two queries a word, as steps 8 `panel` .. of (panels of T, 24 steps, 16 keys).
+    fn turn(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) = turn_lanes;
+}
+
+/// Two rows as pairs of bf16.
+#[inline(always)]
+unsafe fn pair<L: lanes::Lanes>(low: L::F, high: L::F) -> L::U {
+    // SAFETY: passed on.
+    unsafe {
+        let high = L::and(round_to_bf16::<L>(high), L::splat_u(0xffff_0000));
+        L::or(L::shift_right::<16>(round_to_bf16::<L>(low)), high)
+    }
+}
+
+#[inline(always)]
+unsafe fn pairs_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, out: &mut [u32]) {
+    let rows = &scores.as_chunks::<PANEL>().0[..keys];
+    for (rows, to) in rows.chunks(2).zip(out.as_chunks_mut::<PANEL>().0) {
+        // SAFETY: passed on; rows of 16 elements.
+        unsafe {
+            let low = L::load(rows[0].as_ptr());
+            let high = if rows.len() == 2 { L::load(rows[1].as_ptr()) } else { L::splat(0.0) };
+            L::store_u(to.as_mut_ptr(), pair::<L>(low, high));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn turn_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) {
+    let squares = scores.as_chunks::<PANEL>().0.as_chunks::<PANEL>().0;
+    let out = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(BLOCK_STEPS);
+    for (square, to) in squares.iter().zip(out).take(keys.div_ceil(PANEL)) {
+        let to = &mut to[panel * PANEL / 2..][..PANEL / 2];
+        // SAFETY: passed on; rows of 16 elements. Those of keys beyond the last are never stored.
+        unsafe {
+            let mut rows = [L::splat(0.0); PANEL];
+            for i in 0..PANEL {
+                rows[i] = L::load(square[i].as_ptr());
+            }
+            let rows = L::transpose(rows);
+            for i in 0..PANEL / 2 {
+                L::store_u(to[i].as_mut_ptr(), pair::<L>(rows[2 * i], rows[2 * i + 1]));
+            }
+        }
+    }
+}
