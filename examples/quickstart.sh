@@ -13,7 +13,7 @@ heads=4
 channels=128
 context=256
 batch_size=4
-steps=7000
+steps=5000
 lr=2e-3
 # The sample.
 prompt='KING:'

@@ -24,6 +24,7 @@ use super::gemm::{
     Matrix, PANEL, Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, pack_f32_panel, strided_tile,
 };
 use super::isa::{Isa, simd_fn};
+use super::lanes::{self, lanes_fn};
 use super::math::{exp, lane_sum};
 use super::workspace::Workspace;
 use crate::backend::AttentionShape;
@@ -458,34 +459,64 @@ simd_fn! {
     }
 }
 
+/// Turns scores (keys, 16 queries) of queries first .. into probabilities in place, 0 for keys that a
+/// query does not see, over keys 0 .. `keys`. Returns log sum exp of each query.
+fn softmax_panel(isa: Isa, scores: &mut [f32], first: usize, keys: usize, scale: f32) -> Lanes {
+    let (max, sum) = exp_panel(isa, scores, first, keys, scale);
+    scale_rows(isa, &mut scores[..keys * PANEL], &sum.map(|s| 1.0 / s));
+    std::array::from_fn(|l| max[l] * scale + sum[l].ln())
+}
+
 simd_fn! {
-    /// Turns scores (keys, 16 queries) of queries first .. into probabilities in place, 0 for keys
-    /// that a query does not see, over keys 0 .. `keys`. Returns log sum exp of each query.
-    fn softmax_panel(scores: &mut [f32], first: usize, keys: usize, scale: f32) -> Lanes {
-        let rows = &mut scores.as_chunks_mut::<PANEL>().0[..keys];
+    /// Turns scores into e^(scale (score - max)), and returns the largest score and the sum of each query.
+    ///
+    /// NOTE: keys that all queries see are a loop of their own; comparing positions for each took longer
+    /// than the exponentials.
+    fn exp_panel(
+        scores: &mut [f32],
+        first: usize,
+        keys: usize,
+        scale: f32,
+    ) -> (Lanes, Lanes) {
+        let (seen, diagonal) = scores.as_chunks_mut::<PANEL>().0[..keys].split_at_mut(first);
         let mut max = [f32::MIN; PANEL];
-        for (key, row) in rows.iter_mut().enumerate() {
+        for row in seen.iter() {
             for l in 0..PANEL {
-                let visible = key <= first + l;
-                let s = if visible { row[l] * scale } else { f32::NEG_INFINITY };
-                row[l] = s;
-                max[l] = if s > max[l] { s } else { max[l] };
+                max[l] = if row[l] > max[l] { row[l] } else { max[l] };
+            }
+        }
+        for (key, row) in diagonal.iter_mut().enumerate() {
+            for l in 0..PANEL {
+                row[l] = if key <= l { row[l] } else { f32::NEG_INFINITY };
+                max[l] = if row[l] > max[l] { row[l] } else { max[l] };
             }
         }
         let mut sum = [0.0; PANEL];
-        for row in rows.iter_mut() {
+        for row in scores.as_chunks_mut::<PANEL>().0[..keys].iter_mut() {
             for l in 0..PANEL {
-                row[l] = exp(row[l] - max[l]);
+                row[l] = exp((row[l] - max[l]) * scale);
                 sum[l] += row[l];
             }
         }
-        let inverse = sum.map(|s| 1.0 / s);
-        for row in rows.iter_mut() {
-            for l in 0..PANEL {
-                row[l] *= inverse[l];
-            }
+        (max, sum)
+    }
+}
+
+lanes_fn! {
+    /// Multiplies rows of 16 by `factors`.
+    ///
+    /// NOTE: with whole registers. Of the plain loop the compiler made gathers and scatters.
+    fn scale_rows(rows: &mut [f32], factors: &[f32; PANEL]) = scale_lanes;
+}
+
+#[inline(always)]
+unsafe fn scale_lanes<L: lanes::Lanes>(rows: &mut [f32], factors: &[f32; PANEL]) {
+    for row in rows.as_chunks_mut::<PANEL>().0 {
+        // SAFETY: passed on; rows of 16 elements.
+        unsafe {
+            let v = L::mul(L::load(row.as_ptr()), L::load(factors.as_ptr()));
+            L::store(row.as_mut_ptr(), v);
         }
-        std::array::from_fn(|l| max[l] + sum[l].ln())
     }
 }
 
