@@ -155,6 +155,17 @@ pub(super) trait Lanes {
         }
     }
 
+    /// Pairs of bf16, `low` in the low halves, rounded to nearest even; NaN stays NaN. Subnormal numbers may
+    /// become 0, which is what products of bf16 take them for.
+    #[inline(always)]
+    unsafe fn bf16_pairs(low: Self::F, high: Self::F) -> Self::U {
+        // SAFETY: passed on.
+        unsafe {
+            let high = Self::and(round_to_bf16::<Self>(high), Self::splat_u(0xffff_0000));
+            Self::or(Self::shift_right::<16>(round_to_bf16::<Self>(low)), high)
+        }
+    }
+
     /// Rows to columns.
     unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16];
     /// Of four vectors w, vector j of the result holds w0 w1 w2 w3 of lanes j, 4 + j, 8 + j, 12 + j.
@@ -163,6 +174,21 @@ pub(super) trait Lanes {
     unsafe fn zip(v: Self::U) -> Self::U;
     /// The upper halves of 32 words, as 16 words.
     unsafe fn narrow(v: [Self::U; 2]) -> Self::U;
+}
+
+/// The bf16 nearest to v, ties to even, in the upper half of each word; NaN stays NaN.
+#[inline(always)]
+pub(super) unsafe fn round_to_bf16<L: Lanes + ?Sized>(v: L::F) -> L::U {
+    // SAFETY: passed on.
+    unsafe {
+        let bits = L::bits(v);
+        let odd = L::and(L::shift_right::<16>(bits), L::splat_u(1));
+        let rounded = L::add_u(bits, L::add_u(odd, L::splat_u(0x7fff)));
+        // A number is ordered with itself, a NaN is not: keep its bits, and make it quiet.
+        let number = L::less_equal(v, v);
+        let nan = L::or(bits, L::splat_u(0x0040_0000));
+        L::xor(nan, L::and(L::xor(nan, rounded), number))
+    }
 }
 
 /// 16 bits where stochastic rounding adds them: from bit 6 up, and the half step below.
@@ -578,6 +604,11 @@ mod avx512 {
             }
         }
         #[inline(always)]
+        unsafe fn bf16_pairs(low: __m512, high: __m512) -> __m512i {
+            // SAFETY: 32 bf16 are as large as 16 words.
+            unsafe { Self::zip(std::mem::transmute(_mm512_cvtne2ps_pbh(high, low))) }
+        }
+        #[inline(always)]
         unsafe fn transpose(r: [__m512; 16]) -> [__m512; 16] {
             unsafe {
                 // quads[q][c]: columns c, 4 + c, 8 + c, 12 + c of rows 4 q .. 4 q + 4.
@@ -934,7 +965,7 @@ macro_rules! lanes_fn {
             }
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")]
             fn avx512($($arg: $ty),*) {
                 // SAFETY: compiled for the set.
                 unsafe { $kernel::<$crate::backend::cpu::lanes::Avx512>($($arg),*) }
@@ -1042,6 +1073,13 @@ mod tests {
             assert_eq!(got, P::interleave(four));
             assert_eq!(out_u(L::zip(u)), P::zip(words));
             assert_eq!(out_u(L::narrow([u, v])), P::narrow([words, other]));
+            let special = {
+                let mut values = floats;
+                values[..4].copy_from_slice(&[f32::NAN, f32::INFINITY, -0.0, f32::MAX]);
+                values
+            };
+            let got = out_u(L::bf16_pairs(L::load(special.as_ptr()), g));
+            assert_eq!(got, P::bf16_pairs(special, more));
             let square: [[f32; 16]; 16] =
                 std::array::from_fn(|i| std::array::from_fn(|j| (16 * i + j) as f32));
             let got = L::transpose(square.map(|row| L::load(row.as_ptr()))).map(out);

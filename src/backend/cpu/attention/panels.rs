@@ -11,7 +11,6 @@ use super::{
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::{
     Matrix, PANEL, Panels, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, pack_bf16_panel,
-    round_to_bf16,
 };
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{self, lanes_fn};
@@ -307,16 +306,6 @@ lanes_fn! {
     fn turn(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) = turn_lanes;
 }
 
-/// Two rows as pairs of bf16.
-#[inline(always)]
-unsafe fn pair<L: lanes::Lanes>(low: L::F, high: L::F) -> L::U {
-    // SAFETY: passed on.
-    unsafe {
-        let high = L::and(round_to_bf16::<L>(high), L::splat_u(0xffff_0000));
-        L::or(L::shift_right::<16>(round_to_bf16::<L>(low)), high)
-    }
-}
-
 #[inline(always)]
 unsafe fn pairs_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, out: &mut [u32]) {
     let rows = &scores.as_chunks::<PANEL>().0[..keys];
@@ -325,7 +314,7 @@ unsafe fn pairs_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, out: &mut [u
         unsafe {
             let low = L::load(rows[0].as_ptr());
             let high = if rows.len() == 2 { L::load(rows[1].as_ptr()) } else { L::splat(0.0) };
-            L::store_u(to.as_mut_ptr(), pair::<L>(low, high));
+            L::store_u(to.as_mut_ptr(), L::bf16_pairs(low, high));
         }
     }
 }
@@ -344,7 +333,7 @@ unsafe fn turn_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, panel: usize,
             }
             let rows = L::transpose(rows);
             for i in 0..PANEL / 2 {
-                L::store_u(to[i].as_mut_ptr(), pair::<L>(rows[2 * i], rows[2 * i + 1]));
+                L::store_u(to[i].as_mut_ptr(), L::bf16_pairs(rows[2 * i], rows[2 * i + 1]));
             }
         }
     }

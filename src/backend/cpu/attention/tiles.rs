@@ -8,9 +8,9 @@
 use super::{Head, HeadQkv, Lanes, Part, Scratch, SharedOut, gradient_panel, softmax_panel};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::tiles::{Quad, SIDE, SQUARE, Tiles};
-use crate::backend::cpu::gemm::{Matrix, PANEL, Side, pack_tiles, round_to_bf16};
+use crate::backend::cpu::gemm::{Matrix, PANEL, Side, pack_tiles};
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::lanes::{self, lanes_fn};
+use crate::backend::cpu::lanes::{self, lanes_fn, round_to_bf16};
 
 /// Sizes of scratch memory, all of them padded to whole squares.
 #[derive(Clone, Copy)]

@@ -25,7 +25,7 @@ pub(super) use kernels::{
 #[cfg(target_arch = "x86_64")]
 pub(super) use pack::pack_tiles;
 pub use pack::{Matrix, PackedMut, Rotation, pack};
-pub(super) use pack::{pack_bf16_panel, pack_f32_panel, round_to_bf16};
+pub(super) use pack::{pack_bf16_panel, pack_f32_panel};
 
 #[cfg(test)]
 pub(super) use pack::{unpack_mxfp4, unpack_tiles};

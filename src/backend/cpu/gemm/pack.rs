@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::{BLOCK_STEPS, Format, Layout, PANEL, Packed, Side};
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::lanes::{Lanes, lanes_fn, place, round_keys};
+use crate::backend::cpu::lanes::{Lanes, lanes_fn, place, round_keys, round_to_bf16};
 use crate::backend::cpu::shared::SharedSlice;
 use crate::mx::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Rounding, group_scale, round_to_e4m3};
 
@@ -410,10 +410,7 @@ unsafe fn bf16_lanes<L: Lanes>(
                 let count = (PANEL / 2).min(steps - step);
                 let at = panel * steps + step;
                 for (i, to) in rows[at..][..count].iter_mut().enumerate() {
-                    let low = round_to_bf16::<L>(values[2 * i]);
-                    let high = round_to_bf16::<L>(values[2 * i + 1]);
-                    let high = L::and(high, L::splat_u(0xffff_0000));
-                    L::store_u(to.as_mut_ptr(), L::or(L::shift_right::<16>(low), high));
+                    L::store_u(to.as_mut_ptr(), L::bf16_pairs(values[2 * i], values[2 * i + 1]));
                 }
                 if !vector_sums.is_empty() {
                     add_to_sums::<L>(&values, &mut vector_sums[panel * PANEL..][..PANEL]);
@@ -467,21 +464,6 @@ unsafe fn turn_square<L: Lanes>(square: &mut [[u32; PANEL]]) {
         for (row, to) in rows.iter().zip(square) {
             L::store_u(to.as_mut_ptr(), L::bits(*row));
         }
-    }
-}
-
-/// The bf16 nearest to v, ties to even, in the upper half of each word; NaN stays NaN.
-#[inline(always)]
-pub(in crate::backend::cpu) unsafe fn round_to_bf16<L: Lanes>(v: L::F) -> L::U {
-    // SAFETY: passed on.
-    unsafe {
-        let bits = L::bits(v);
-        let odd = L::and(L::shift_right::<16>(bits), L::splat_u(1));
-        let rounded = L::add_u(bits, L::add_u(odd, L::splat_u(0x7fff)));
-        // A number is ordered with itself, a NaN is not: keep its bits, and make it quiet.
-        let number = L::less_equal(v, v);
-        let nan = L::or(bits, L::splat_u(0x0040_0000));
-        L::xor(nan, L::and(L::xor(nan, rounded), number))
     }
 }
 
