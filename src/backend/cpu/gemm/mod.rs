@@ -7,12 +7,13 @@
 //! | --- | --- | --- |
 //! | f32 | one element | 1 of the reduction dimension |
 //! | bf16 | two elements | 2 |
-//! | MXFP4 | four doubled elements as bytes, -12 .. 12, in the order 0 2 1 3 | 4; scales lie beside, one a block of 8 steps |
+//! | MXFP4 | four doubled elements, -12 .. 12, as bytes in the order 0 2 1 3 | 4; a scale for 8 steps lies beside |
 //!
 //! The inner kernel computes 8 x 48 elements of C: it broadcasts words of A and multiplies them with
 //! one to three panels of B. With AMX, bf16 and MXFP4 lie in tiles instead (see `tiles`): squares of 16
-//! words by 16 lanes, two bf16 numbers a word, which MXFP4 elements times their scales are. Every element of C is summed in the order of its steps, whatever the
-//! tiling, so results do not depend on the number of threads.
+//! words by 16 lanes, two bf16 numbers a word, which MXFP4 elements times their scales are. Every element
+//! of C is summed in the order of its steps, whatever the tiling, so results do not depend on the number
+//! of threads.
 
 mod kernels;
 mod pack;
@@ -116,10 +117,11 @@ pub struct Packed<'a> {
     pub steps: usize,
     /// (panels, steps, 16); operand A in tiles: (panels, steps / 16, 16 lanes, 16 steps)
     pub words: &'a [u32],
-    /// MXFP4 in panels: half of each block's scale, (panels, steps / 8, 16). For operand A the bits of 1.0 are
-    /// subtracted from the bits, so that adding the bits of one scale of each operand multiplies.
+    /// MXFP4 in panels: half of each block's scale, (panels, steps / 8, 16). For operand A the bits of 1.0
+    /// are subtracted from the bits, so that adding the bits of one scale of each operand multiplies.
     pub scales: &'a [f32],
-    /// MXFP4 in panels, operand A: -12 times the sum of each block's doubled elements, (panels, steps / 8, 16).
+    /// MXFP4 in panels, operand A: -12 times the sum of each block's doubled elements,
+    /// (panels, steps / 8, 16).
     pub sums: &'a [i32],
     /// MXFP4: the smallest and the largest scale byte, 255 for NaN.
     pub scale_bytes: (u32, u32),
