@@ -3,14 +3,14 @@
 //! take less time than launching them one by one.
 //!
 //! A capture runs on a stream of its own and concerns only the thread that makes it; other threads go
-//! on using the device. The first step of a kind is not captured, because in it kernels are loaded and
-//! algorithms chosen. Kernels that draw random numbers are noted, and get new arguments before every
+//! on using the device, but for loading kernels (see [`without_captures`]). The first step of a kind is
+//! not captured, because in it kernels are loaded and algorithms chosen. Kernels that draw random numbers are noted, and get new arguments before every
 //! launch.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
 use std::ptr::null_mut;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUresult};
 
@@ -30,6 +30,19 @@ thread_local! {
     static REDRAWN: RefCell<Vec<Redrawn>> = const { RefCell::new(Vec::new()) };
     /// How many arguments this thread's last kernel had.
     static ARGUMENTS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Held by the thread that captures, of all engines in the process.
+static CAPTURE: Mutex<()> = Mutex::new(());
+
+fn lock_captures() -> MutexGuard<'static, ()> {
+    CAPTURE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// While this lives, no other thread captures: a kernel of cuBLASLt that is launched for the first time
+/// then, on whatever stream, was seen to fail. None where this thread itself captures.
+pub(super) fn without_captures() -> Option<MutexGuard<'static, ()>> {
+    capturing().is_none().then(lock_captures)
 }
 
 /// The stream of this thread's capture, if it makes one.
@@ -224,10 +237,14 @@ impl Graph {
 }
 
 /// A capture on a stream of its own. It ends also where the operations panic.
-struct Capture(sys::CUstream);
+struct Capture {
+    stream: sys::CUstream,
+    _alone: MutexGuard<'static, ()>,
+}
 
 impl Capture {
     fn begin() -> Result<Self, String> {
+        let alone = lock_captures();
         let mut stream = null_mut();
         let non_blocking = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -237,7 +254,7 @@ impl Capture {
             if result != CUresult::CUDA_SUCCESS {
                 return Err(text(result));
             }
-            let capture = Self(stream);
+            let capture = Self { stream, _alone: alone };
             let result = sys::cuStreamBeginCapture_v2(stream, mode);
             if result != CUresult::CUDA_SUCCESS {
                 return Err(text(result));
@@ -253,7 +270,7 @@ impl Capture {
         let mut graph = null_mut();
         CAPTURING.set(null_mut());
         // SAFETY: writes a handle.
-        let _ = unsafe { sys::cuStreamEndCapture(self.0, &mut graph) };
+        let _ = unsafe { sys::cuStreamEndCapture(self.stream, &mut graph) };
         (graph, REDRAWN.take())
     }
 }
@@ -263,6 +280,6 @@ impl Drop for Capture {
         CAPTURING.set(null_mut());
         REDRAWN.take();
         // SAFETY: ours; destroying it ends a capture that is still going on.
-        let _ = unsafe { sys::cuStreamDestroy_v2(self.0) };
+        let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
     }
 }
