@@ -10,6 +10,8 @@
 // Head sizes are multiples of 8; tiles are D wide, columns beyond the head are zeros. Rows of tiles in
 // shared memory are swizzled: chunk c of 16 bytes lies at c ^ (row % 8), so that the 8 rows that
 // ldmatrix reads at a time lie in different banks.
+//
+// `most`, in every kernel that stores tensors, is told the largest magnitude stored (note_most).
 
 struct Heads {
   u32 length, heads, head_size;
@@ -91,13 +93,18 @@ __device__ __forceinline__ u32 shared_address(const void *p) {
   return (u32)__cvta_generic_to_shared(p);
 }
 
+// The largest of a magnitude and those of two bf16 numbers.
+__device__ __forceinline__ float larger_of(float largest, u32 two) {
+  return max_nan(largest, max_nan(fabsf(low_f32(two)), fabsf(high_f32(two))));
+}
+
 extern __shared__ __align__(128) u8 tiles[];
 
 // out (B, T, C) and lse (B, H, T), the natural logarithm of the sum of exponentials, from qkv
 // (B, T, 3 C). A warp owns MT x 16 queries; the block goes through the keys BN at a time.
 // Grid: (T / (16 MT WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory: 8 BN D bytes.
 template <int D, int WARPS, int MT, int BN>
-__device__ void flash_forward(bf16 *out, float *lse, const bf16 *qkv, Heads s) {
+__device__ void flash_forward(bf16 *out, float *lse, u32 *most_stored, const bf16 *qkv, Heads s) {
   constexpr int BM = 16 * MT * WARPS, THREADS = WARP * WARPS;
   static_assert(BM * D * 2 <= 8 * BN * D, "the queries pass through the space of keys and values");
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -216,6 +223,7 @@ __device__ void flash_forward(bf16 *out, float *lse, const bf16 *qkv, Heads s) {
     __syncthreads();
   }
 
+  float largest = 0.0f;
 #pragma unroll
   for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -229,13 +237,16 @@ __device__ void flash_forward(bf16 *out, float *lse, const bf16 *qkv, Heads s) {
       bf16 *to = out + ((size_t)batch * length + row) * c + h * s.head_size;
 #pragma unroll
       for (int x = 0; x < D / 8; x++)
-        if (x * 8 < s.head_size)
-          *(u32 *)(to + x * 8 + t * 2) =
-              pack_bf16(o[m][x][2 * r] * inverse, o[m][x][2 * r + 1] * inverse);
+        if (x * 8 < s.head_size) {
+          u32 two = pack_bf16(o[m][x][2 * r] * inverse, o[m][x][2 * r + 1] * inverse);
+          *(u32 *)(to + x * 8 + t * 2) = two;
+          largest = larger_of(largest, two);
+        }
       if (t == 0)
         lse[((size_t)batch * s.heads + h) * length + row] =
             most[m][r] * scale / LOG2E + logf(total);
     }
+  note_most(most_stored, largest);
 }
 
 // The left operands of a warp's 16 rows of a tile: in registers where there is room for them, else read
@@ -290,17 +301,21 @@ __device__ __forceinline__ void multiply_into(float (&acc)[D / 8][4], const floa
 // Stores factor times a warp's 16 rows of accumulators.
 template <int D>
 __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u32 width,
-                                           const float (&acc)[D / 8][4], float factor) {
+                                           const float (&acc)[D / 8][4], float factor, u32 *most) {
+  float largest = 0.0f;
   u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     if (g + r * 8 >= valid) continue;
 #pragma unroll
     for (int x = 0; x < D / 8; x++)
-      if (x * 8 < width)
-        *(u32 *)(to + (g + r * 8) * stride + x * 8 + t * 2) =
-            pack_bf16(acc[x][2 * r] * factor, acc[x][2 * r + 1] * factor);
+      if (x * 8 < width) {
+        u32 two = pack_bf16(acc[x][2 * r] * factor, acc[x][2 * r + 1] * factor);
+        *(u32 *)(to + (g + r * 8) * stride + x * 8 + t * 2) = two;
+        largest = larger_of(largest, two);
+      }
   }
+  note_most(most, largest);
 }
 
 // dk and dv of dqkv (B, T, 3 C). A warp owns 16 keys; the block goes through the queries BQ at a time.
@@ -308,7 +323,7 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
 // Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory:
 // 64 WARPS D + 8 BQ D + 16 BQ bytes.
 template <int D, int WARPS, int BQ>
-__device__ void flash_dkdv(bf16 *dqkv, const bf16 *dout, const float *lse, const float *delta,
+__device__ void flash_dkdv(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,
                            const bf16 *qkv, Heads s) {
   constexpr int BK = 16 * WARPS, THREADS = WARP * WARPS;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -376,15 +391,15 @@ __device__ void flash_dkdv(bf16 *dqkv, const bf16 *dout, const float *lse, const
   }
   if (warp_k0 >= length) return;
   bf16 *to = dqkv + ((size_t)batch * length + warp_k0) * stride + c + h * d;
-  store_rows<D>(to, stride, length - warp_k0, d, dk, scale);
-  store_rows<D>(to + c, stride, length - warp_k0, d, dv, 1.0f);
+  store_rows<D>(to, stride, length - warp_k0, d, dk, scale, most);
+  store_rows<D>(to + c, stride, length - warp_k0, d, dv, 1.0f, most);
 }
 
 // dq of dqkv (B, T, 3 C). A warp owns 16 queries; the block goes through the keys BN at a time.
 // Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory:
 // 64 WARPS D + 8 BN D bytes.
 template <int D, int WARPS, int BN>
-__device__ void flash_dq(bf16 *dqkv, const bf16 *dout, const float *lse, const float *delta,
+__device__ void flash_dq(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,
                          const bf16 *qkv, Heads s) {
   constexpr int BM = 16 * WARPS, THREADS = WARP * WARPS;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -444,23 +459,23 @@ __device__ void flash_dq(bf16 *dqkv, const bf16 *dout, const float *lse, const f
   }
   if (warp_q0 >= length) return;
   bf16 *to = dqkv + ((size_t)batch * length + warp_q0) * stride + h * d;
-  store_rows<D>(to, stride, length - warp_q0, d, dq, scale);
+  store_rows<D>(to, stride, length - warp_q0, d, dq, scale, most);
 }
 
 #define FLASH(D, WARPS, MT, BN, BACK)                                                               \
   extern "C" __global__ void __launch_bounds__(WARP *WARPS)                                         \
-      flash_forward_d##D(bf16 *out, float *lse, const bf16 *qkv, Heads s) {                         \
-    flash_forward<D, WARPS, MT, BN>(out, lse, qkv, s);                                              \
+      flash_forward_d##D(bf16 *out, float *lse, u32 *most, const bf16 *qkv, Heads s) {              \
+    flash_forward<D, WARPS, MT, BN>(out, lse, most, qkv, s);                                        \
   }                                                                                                 \
   extern "C" __global__ void __launch_bounds__(128)                                                 \
-      flash_dkdv_d##D(bf16 *dqkv, const bf16 *dout, const float *lse, const float *delta,           \
-                      const bf16 *qkv, Heads s) {                                                   \
-    flash_dkdv<D, 4, BACK>(dqkv, dout, lse, delta, qkv, s);                                         \
+      flash_dkdv_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse,                    \
+                      const float *delta, const bf16 *qkv, Heads s) {                               \
+    flash_dkdv<D, 4, BACK>(dqkv, most, dout, lse, delta, qkv, s);                                   \
   }                                                                                                 \
   extern "C" __global__ void __launch_bounds__(128)                                                 \
-      flash_dq_d##D(bf16 *dqkv, const bf16 *dout, const float *lse, const float *delta,             \
+      flash_dq_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,  \
                     const bf16 *qkv, Heads s) {                                                     \
-    flash_dq<D, 4, BACK>(dqkv, dout, lse, delta, qkv, s);                                           \
+    flash_dq<D, 4, BACK>(dqkv, most, dout, lse, delta, qkv, s);                                     \
   }
 FLASH(64, 4, 2, 64, 64)
 FLASH(128, 8, 1, 64, 32)
@@ -469,6 +484,13 @@ FLASH(128, 8, 1, 64, 32)
 // and dv, a key), and goes through the other side 32 rows at a time. Head sizes up to 256.
 
 #define MOST_PER_LANE 8  // head_size / 32, rounded up
+
+// Stores a value, and keeps the largest magnitude stored.
+template <class T> __device__ __forceinline__ void store(T *to, float v, float &largest) {
+  T rounded = from_f32<T>(v);
+  *to = rounded;
+  largest = max_nan(largest, fabsf(to_f32(rounded)));
+}
 
 template <class T>
 __device__ __forceinline__ float dot(const float *a, const T *b, u32 n) {
@@ -480,7 +502,7 @@ __device__ __forceinline__ float dot(const float *a, const T *b, u32 n) {
 // out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
 // Grid: (T / 4 rounded up, H, B); block: 128; dynamic shared memory: 16 head_size bytes.
 template <class T>
-__device__ void plain_forward(T *out, float *lse, const T *qkv, Heads s) {
+__device__ void plain_forward(T *out, float *lse, u32 *most_stored, const T *qkv, Heads s) {
   extern __shared__ float rows[];
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
   u32 query = blockIdx.x * 4 + warp, h = blockIdx.y;
@@ -509,9 +531,12 @@ __device__ void plain_forward(T *out, float *lse, const T *qkv, Heads s) {
     }
   }
   size_t row = (size_t)blockIdx.z * s.length + query;
+  float largest = 0.0f;
 #pragma unroll
   for (int m = 0; m < MOST_PER_LANE; m++)
-    if (m * WARP + lane < d) out[row * c + h * d + m * WARP + lane] = from_f32<T>(acc[m] / sum);
+    if (m * WARP + lane < d)
+      store(out + row * c + h * d + m * WARP + lane, acc[m] / sum, largest);
+  note_most(most_stored, largest);
   if (lane == 0) lse[((size_t)blockIdx.z * s.heads + h) * s.length + query] = most + logf(sum);
 }
 
@@ -552,8 +577,8 @@ __device__ void row_delta(float *delta, const T *dout, const T *out, u32 rows, H
 
 // dq of dqkv (B, T, 3 C). Launch as forward, with twice the shared memory.
 template <class T>
-__device__ void plain_dq(T *dqkv, const T *dout, const float *lse, const float *delta, const T *qkv,
-                         Heads s) {
+__device__ void plain_dq(T *dqkv, u32 *most, const T *dout, const float *lse, const float *delta,
+                         const T *qkv, Heads s) {
   extern __shared__ float rows[];
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
   u32 query = blockIdx.x * 4 + warp, h = blockIdx.y;
@@ -583,15 +608,17 @@ __device__ void plain_dq(T *dqkv, const T *dout, const float *lse, const float *
         if (m * WARP + lane < d) acc[m] += dsj * to_f32(k[m * WARP + lane]);
     }
   }
+  float largest = 0.0f;
 #pragma unroll
   for (int m = 0; m < MOST_PER_LANE; m++)
-    if (m * WARP + lane < d) dqkv[row * 3 * c + h * d + m * WARP + lane] = from_f32<T>(acc[m]);
+    if (m * WARP + lane < d) store(dqkv + row * 3 * c + h * d + m * WARP + lane, acc[m], largest);
+  note_most(most, largest);
 }
 
 // dk and dv of dqkv (B, T, 3 C): a warp owns a key. Launch as dq.
 template <class T>
-__device__ void plain_dkdv(T *dqkv, const T *dout, const float *lse, const float *delta, const T *qkv,
-                           Heads s) {
+__device__ void plain_dkdv(T *dqkv, u32 *most, const T *dout, const float *lse, const float *delta,
+                           const T *qkv, Heads s) {
   extern __shared__ float rows[];
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
   u32 key = blockIdx.x * 4 + warp, h = blockIdx.y;
@@ -625,29 +652,34 @@ __device__ void plain_dkdv(T *dqkv, const T *dout, const float *lse, const float
     }
   }
   T *to = dqkv + ((size_t)blockIdx.z * s.length + key) * 3 * c + c + h * d;
+  float largest = 0.0f;
 #pragma unroll
   for (int m = 0; m < MOST_PER_LANE; m++)
     if (m * WARP + lane < d) {
-      to[m * WARP + lane] = from_f32<T>(dk[m]);
-      to[c + m * WARP + lane] = from_f32<T>(dv[m]);
+      store(to + m * WARP + lane, dk[m], largest);
+      store(to + c + m * WARP + lane, dv[m], largest);
     }
+  note_most(most, largest);
 }
 
-#define PLAIN(NAME, T)                                                                               \
-  extern "C" __global__ void attention_forward_##NAME(T *out, float *lse, const T *qkv, Heads s) {  \
-    plain_forward(out, lse, qkv, s);                                                                 \
-  }                                                                                                  \
-  extern "C" __global__ void attention_delta_##NAME(float *delta, const T *dout, const T *out,      \
-                                                    u32 rows, Heads s) {                             \
-    row_delta(delta, dout, out, rows, s);                                                            \
-  }                                                                                                  \
-  extern "C" __global__ void attention_dq_##NAME(T *dqkv, const T *dout, const float *lse,          \
-                                                 const float *delta, const T *qkv, Heads s) {        \
-    plain_dq(dqkv, dout, lse, delta, qkv, s);                                                        \
-  }                                                                                                  \
-  extern "C" __global__ void attention_dkdv_##NAME(T *dqkv, const T *dout, const float *lse,        \
-                                                   const float *delta, const T *qkv, Heads s) {      \
-    plain_dkdv(dqkv, dout, lse, delta, qkv, s);                                                      \
+#define PLAIN(NAME, T)                                                                              \
+  extern "C" __global__ void attention_forward_##NAME(T *out, float *lse, u32 *most, const T *qkv, \
+                                                      Heads s) {                                    \
+    plain_forward(out, lse, most, qkv, s);                                                          \
+  }                                                                                                 \
+  extern "C" __global__ void attention_delta_##NAME(float *delta, const T *dout, const T *out,     \
+                                                    u32 rows, Heads s) {                            \
+    row_delta(delta, dout, out, rows, s);                                                           \
+  }                                                                                                 \
+  extern "C" __global__ void attention_dq_##NAME(T *dqkv, u32 *most, const T *dout,                \
+                                                 const float *lse, const float *delta,             \
+                                                 const T *qkv, Heads s) {                           \
+    plain_dq(dqkv, most, dout, lse, delta, qkv, s);                                                 \
+  }                                                                                                 \
+  extern "C" __global__ void attention_dkdv_##NAME(T *dqkv, u32 *most, const T *dout,              \
+                                                   const float *lse, const float *delta,           \
+                                                   const T *qkv, Heads s) {                         \
+    plain_dkdv(dqkv, most, dout, lse, delta, qkv, s);                                               \
   }
 PLAIN(bf16, bf16)
 PLAIN(f32, float)

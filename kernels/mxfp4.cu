@@ -42,13 +42,6 @@ __device__ __forceinline__ uint4 philox(const Draw &draw, u32 row, u32 column_gr
   return make_uint4(c0, c1, c2, c3);
 }
 
-// Larger of two, NaN larger than everything.
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
-}
-
 // ---- Loading a block along a row, signs applied -------------------------------------------------
 
 // Bits of even index to the low half, odd ones to the high half.

@@ -75,6 +75,21 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
+// Larger of two, NaN larger than everything.
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
+// Makes *most the largest of itself and the magnitudes that all threads of a warp have seen, by their bits, in which a
+// NaN is larger than everything. Nothing where `most` is null. The largest does not depend on the order.
+__device__ __forceinline__ void note_most(u32 *most, float largest) {
+  if (!most) return;
+  u32 bits = __reduce_max_sync(FULL_WARP, __float_as_uint(largest) & 0x7fffffffu);
+  if (threadIdx.x % WARP == 0) atomicMax(most, bits);
+}
+
 // Sum over a block of at most 1,024 threads, a whole number of warps, in every thread. `scratch` holds
 // 32 floats of shared memory that nobody else uses until the next __syncthreads.
 __device__ __forceinline__ float block_sum(float v, float *scratch) {

@@ -1,6 +1,6 @@
-//! Causal attention: launches of the kernels in `attention.cu`.
+//! Causal attention: launches of the kernels in `attention_sm90.cu` on Hopper, else of `attention.cu`.
 
-use super::gpu::launch;
+use super::gpu::{Gpu, launch};
 use super::memory::{F32, Tensor};
 use super::{Cuda, Workspace, kernel};
 use crate::backend::{AttentionShape, Precision};
@@ -36,7 +36,8 @@ struct Flash {
 /// Name, rows that a block owns, its threads, and its bytes of shared memory.
 struct Kernel(&'static str, usize, usize, usize);
 
-const FLASH: [Flash; 2] = [
+/// From Ampere on.
+const MMA: [Flash; 2] = [
     Flash {
         width: 64,
         forward: Kernel("flash_forward_d64", 128, 128, 8 * 64 * 64),
@@ -51,10 +52,27 @@ const FLASH: [Flash; 2] = [
     },
 ];
 
+/// On Hopper: two warpgroups, steps of 64 rows.
+const WGMMA: [Flash; 2] = [
+    Flash {
+        width: 64,
+        forward: Kernel("wgmma_forward_d64", 128, 256, (256 + 768) * 64 + 1024),
+        dkdv: Kernel("wgmma_dkdv_d64", 128, 256, (512 + 768) * 64 + 1536 + 1024),
+        dq: Kernel("wgmma_dq_d64", 128, 256, (512 + 768) * 64 + 1024),
+    },
+    Flash {
+        width: 128,
+        forward: Kernel("wgmma_forward_d128", 128, 256, (256 + 768) * 128 + 1024),
+        dkdv: Kernel("wgmma_dkdv_d128", 128, 256, (512 + 768) * 128 + 1536 + 1024),
+        dq: Kernel("wgmma_dq_d128", 128, 256, (512 + 768) * 128 + 1024),
+    },
+];
+
 /// The tensor-core kernels for activations like `qkv`, where they take them.
-fn flash(qkv: &Tensor, shape: AttentionShape) -> Option<&'static Flash> {
+fn flash(gpu: &Gpu, qkv: &Tensor, shape: AttentionShape) -> Option<&'static Flash> {
+    let kernels = if gpu.capability == (9, 0) { &WGMMA } else { &MMA };
     let taken = qkv.precision == Precision::Bf16 && shape.head_size.is_multiple_of(8);
-    FLASH.iter().find(|flash| taken && shape.head_size <= flash.width)
+    kernels.iter().find(|flash| taken && shape.head_size <= flash.width)
 }
 
 /// One block for so many rows of every head of every sequence.
@@ -72,9 +90,9 @@ pub(super) fn forward(
 ) {
     let plain = Kernel(kernel!(qkv, "attention_forward"), 4, 128, 16 * shape.head_size);
     let Kernel(name, rows, block, shared) =
-        *flash(qkv, shape).map_or(&plain, |flash| &flash.forward);
+        *flash(&cuda.gpu, qkv, shape).map_or(&plain, |flash| &flash.forward);
     launch!(cuda.gpu, name, grid(shape, rows), block, shared;
-        out.address(), lse.address(), qkv.address(), Heads::from(shape));
+        out.address(), lse.address(), 0u64, qkv.address(), Heads::from(shape));
 }
 
 /// dqkv (B, T, 3 C) from dout (B, T, C).
@@ -98,9 +116,9 @@ pub(super) fn backward(
         Kernel(kernel!(qkv, "attention_dq"), 4, 128, shared),
     ];
     let [dkdv, dq] = &plain;
-    let kernels = flash(qkv, shape).map_or([dkdv, dq], |flash| [&flash.dkdv, &flash.dq]);
+    let kernels = flash(&cuda.gpu, qkv, shape).map_or([dkdv, dq], |flash| [&flash.dkdv, &flash.dq]);
     for Kernel(name, rows, block, shared) in kernels {
         launch!(cuda.gpu, name, grid(shape, *rows), *block, *shared;
-            dqkv.address(), dout.address(), lse.address(), delta, qkv.address(), heads);
+            dqkv.address(), 0u64, dout.address(), lse.address(), delta, qkv.address(), heads);
     }
 }

@@ -18,10 +18,14 @@ use crate::{Error, Result};
 /// Put in front of every file.
 const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
 
+/// NVRTC's options besides the chip. Lambdas are device code like everything else.
+const OPTIONS: [&str; 2] = ["--std=c++17", "--device-as-default-execution-space"];
+
 /// A kernel file by its name, with its text.
-pub(super) const FILES: [(&str, &str); 9] = [
+pub(super) const FILES: [(&str, &str); 10] = [
     ("adamw", include_str!("../../../kernels/adamw.cu")),
     ("attention", include_str!("../../../kernels/attention.cu")),
+    ("attention_sm90", include_str!("../../../kernels/attention_sm90.cu")),
     ("classifier", include_str!("../../../kernels/classifier.cu")),
     ("embedding", include_str!("../../../kernels/embedding.cu")),
     ("fp8", include_str!("../../../kernels/fp8.cu")),
@@ -58,7 +62,8 @@ pub(super) fn cubin(name: &str, source: &str, architecture: &str) -> Result<Vec<
     let text = c_string(&format!("{PRELUDE}\n#line 1 \"{name}.cu\"\n{source}"));
     let program = result::create_program(&text, Some(&c_string(&format!("{name}.cu"))))
         .map_err(|_| failed("reading"))?;
-    let options = [format!("--gpu-architecture={architecture}"), "--std=c++17".into()];
+    let mut options = vec![format!("--gpu-architecture={architecture}")];
+    options.extend(OPTIONS.map(String::from));
     // SAFETY: `program` was made above and is destroyed below.
     let compiled = unsafe { result::compile_program(program, &options) };
     // SAFETY: as above; the log holds what the compiler says.
@@ -93,7 +98,7 @@ fn cached(
     let (mut major, mut minor) = (0, 0);
     // SAFETY: writes two numbers.
     let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
-    let key = (PRELUDE, source, architecture, driver_version, major, minor);
+    let key = (PRELUDE, source, OPTIONS, architecture, driver_version, major, minor);
     let path = folder.map(|folder| folder.join(format!("{name}-{architecture}-{}", hash(&key))));
     if let Some(code) = path.as_deref().and_then(read) {
         return Ok(code);

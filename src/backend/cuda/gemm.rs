@@ -6,6 +6,7 @@
 //! results would differ in the last bits.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
@@ -13,6 +14,7 @@ use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::{result, sys};
 
 use super::gpu::Gpu;
+use super::graph;
 use crate::backend::Precision;
 use crate::{Error, Result};
 
@@ -142,6 +144,7 @@ unsafe impl Sync for Gemm {}
 
 impl Gemm {
     pub(super) fn new(gpu: &Gpu) -> Result<Self> {
+        let _alone = graph::without_captures();
         let handle = gpu.scope(result::create_handle).map_err(|error| Error::Device {
             message: format!("{}: cuBLASLt does not start ({error})", gpu.name),
         })?;
@@ -151,14 +154,18 @@ impl Gemm {
     /// Starts a product; `workspace` has [`WORKSPACE`] bytes.
     pub(super) fn run(&self, gpu: &Gpu, product: &Product, workspace: u64) {
         let kind = product.kind();
-        let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = match plans.entry(kind) {
-            std::collections::hash_map::Entry::Occupied(plan) => Ok(plan.into_mut()),
-            std::collections::hash_map::Entry::Vacant(place) => {
+        let plans = || self.plans.lock().unwrap_or_else(PoisonError::into_inner);
+        // The first product of a kind may be the one that loads its kernel. NOTE: a thread that captures
+        // asks for `plans` too, so this lock comes first.
+        let _alone = (!plans().contains_key(&kind)).then(graph::without_captures);
+        let mut plans = plans();
+        let plan = match plans.entry(kind) {
+            Entry::Occupied(plan) => Ok(plan.into_mut()),
+            Entry::Vacant(place) => {
                 Plan::new(self.handle, kind, product).map(|plan| place.insert(plan))
             }
         };
-        let result = result.and_then(|plan| plan.run(gpu, self.handle, product, workspace));
+        let result = plan.and_then(|plan| plan.run(gpu, self.handle, product, workspace));
         if let Err(error) = result {
             gpu.fail(format!("cuBLASLt cannot compute {kind:?}: {error}"));
         }
@@ -168,6 +175,7 @@ impl Gemm {
 impl Drop for Gemm {
     fn drop(&mut self) {
         self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        let _alone = graph::without_captures();
         // SAFETY: ours, and nothing uses it any more.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }
