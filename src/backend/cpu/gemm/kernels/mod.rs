@@ -34,6 +34,7 @@ pub(in crate::backend::cpu) struct TileOutput<'a> {
     pub(in crate::backend::cpu) bias: Option<&'a [f32]>,
     pub(in crate::backend::cpu) add: bool,
     /// Whether stores may go past the caches; who asks for it ends with [`fence`].
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "vector kernels ask"))]
     pub(in crate::backend::cpu) stream: bool,
 }
 
@@ -69,6 +70,7 @@ pub(in crate::backend::cpu) struct Panels<'a, T> {
 }
 
 impl<T> Panels<'_, T> {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "vector kernels ask"))]
     fn pointer(&self, panel: usize) -> *const T {
         self.data.as_ptr().wrapping_add(panel * self.stride)
     }
@@ -267,5 +269,6 @@ struct Mxfp4Tile<'a> {
     b_scales: Panels<'a, f32>,
     blocks: usize,
     /// See `Packed::multiply_by_adding`.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "vector kernels ask"))]
     add_exponents: bool,
 }
