@@ -38,7 +38,10 @@ pub(super) trait Lanes {
     /// Writes 16 words.
     unsafe fn store_u(to: *mut u32, v: Self::U);
 
-    /// Asks for the cache line of an address, which need not be anybody's.
+    /// Asks for the cache line of an address, which need not be anybody's, to be in the second-level cache.
+    ///
+    /// NOTE: not in the first: rows a power of two apart share few of its sets and throw each other out.
+    /// Quantizing took 0.85 ns an element for 0.80 at a width of 384, the same for wider ones (Zen 4).
     unsafe fn prefetch(from: *const f32);
 
     unsafe fn splat(v: f32) -> Self::F;
