@@ -46,10 +46,12 @@ __device__ __forceinline__ float round_to_e4m3(float v) {
   return isnan(v) ? v : copysignf(rounded, v);
 }
 
-// out (len) = v (len) as E4M3 holds it with the scale that *most asks for.
-// Grid: len / (8 block), rounded up; block: 256.
-template <class T> __device__ void round_to_fp8(bf16 *out, const T *v, const u32 *most, u64 len) {
+// out (len) = v (len) as E4M3 holds it with the scale that *most asks for, and *kept_most the bits of the largest
+// magnitude of that: rounding keeps the order. Grid: len / (8 block), rounded up; block: 256.
+template <class T> __device__ void round_to_fp8(bf16 *out, u32 *kept_most, const T *v, const u32 *most, u64 len) {
   float scale = e4m3_scale(*most), inverse = 1.0f / scale;
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    *kept_most = __float_as_uint(round_to_e4m3(__uint_as_float(*most) * inverse) * scale) & 0x7fffffffu;
   u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
   if (i + 8 <= len) {
     float x[8];
@@ -62,9 +64,9 @@ template <class T> __device__ void round_to_fp8(bf16 *out, const T *v, const u32
   }
 }
 
-extern "C" __global__ void round_to_fp8_bf16(bf16 *out, const bf16 *v, const u32 *most, u64 len) {
-  round_to_fp8(out, v, most, len);
+extern "C" __global__ void round_to_fp8_bf16(bf16 *out, u32 *kept_most, const bf16 *v, const u32 *most, u64 len) {
+  round_to_fp8(out, kept_most, v, most, len);
 }
-extern "C" __global__ void round_to_fp8_f32(bf16 *out, const float *v, const u32 *most, u64 len) {
-  round_to_fp8(out, v, most, len);
+extern "C" __global__ void round_to_fp8_f32(bf16 *out, u32 *kept_most, const float *v, const u32 *most, u64 len) {
+  round_to_fp8(out, kept_most, v, most, len);
 }

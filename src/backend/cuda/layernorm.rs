@@ -33,7 +33,7 @@ pub(super) fn forward(
 ) {
     let (w, b) = (w.as_read_in(x.precision), b.as_read_in(x.precision));
     launch!(cuda.gpu, kernel!(x, "layernorm_forward"), grid(rows), BLOCK, 0;
-        out.address(), statistics.mean.address(), statistics.rstd.address(), x.address(), w, b,
+        out.address(), out.noting(), statistics.mean.address(), statistics.rstd.address(), x.address(), w, b,
         rows as u32, channels as u32, epsilon);
 }
 
@@ -52,7 +52,7 @@ pub(super) fn add_forward(
 ) {
     let (w, b) = (w.as_read_in(x.precision), b.as_read_in(x.precision));
     launch!(cuda.gpu, kernel!(x, "add_layernorm_forward"), grid(rows), BLOCK, 0;
-        out.address(), sum.address(), statistics.mean.address(), statistics.rstd.address(),
+        out.address(), sum.address(), out.noting(), statistics.mean.address(), statistics.rstd.address(),
         x.address(), y.address(), w, b, rows as u32, channels as u32, epsilon);
 }
 
@@ -71,6 +71,7 @@ pub(super) fn backward(
     channels: usize,
     accumulate: bool,
 ) {
+    dx.not_noting();
     let partials = workspace.partials.address;
     // As many as run at once: more would wait for the slowest.
     let parts = (2 * cuda.gpu.multiprocessors as usize).min(MAX_PARTS);

@@ -77,7 +77,9 @@ fn f64s(values: &[f32]) -> Vec<f64> {
 }
 
 fn tensor(cuda: &Cuda, values: &[f32], precision: Precision) -> Tensor {
-    let mut arena = Arena::allocated(&cuda.gpu, values.len() * 4 + 256).unwrap();
+    let mut measuring = Arena::measuring(&cuda.gpu);
+    measuring.tensor(values.len(), precision);
+    let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
     let tensor = arena.tensor(values.len(), precision);
     let bytes: Vec<u8> = match precision {
         Precision::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -102,7 +104,7 @@ fn f32_buffer(cuda: &Cuda, values: &[f32]) -> F32 {
 }
 
 fn param(cuda: &Cuda, values: &[f32]) -> Param {
-    let mut arena = Arena::allocated(&cuda.gpu, values.len() * 6 + 512).unwrap();
+    let mut arena = Arena::allocated(&cuda.gpu, values.len() * 6 + 1024).unwrap();
     let mut param = arena.param(values.len());
     cuda.write_param(&mut param, values).unwrap();
     param
@@ -572,6 +574,8 @@ fn optimizer_steps() {
         let scale = 20.0 / norm;
         assert!(scale < 1.0);
 
+        let small = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8, Precision::Bf16);
+        let mut scratch = workspace(&cuda, &small);
         let losses = f32_buffer(&cuda, &[0.5, 1.5, 2.5, f32::NAN]);
         let mut all = |visit: &mut dyn FnMut(Trained<'_, Cuda>)| {
             for (i, (gradient, param, m, v)) in device.iter_mut().enumerate() {
@@ -581,7 +585,7 @@ fn optimizer_steps() {
         assert_eq!(cuda.sum_losses(&mut optimizer, &losses, 2).unwrap(), 2.0);
         cuda.add_losses(&mut optimizer, &losses, 2, false);
         cuda.add_losses(&mut optimizer, &losses, 3, true);
-        let sums = cuda.finish_step(&mut optimizer, &mut all, &step).unwrap();
+        let sums = cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap();
         assert_eq!(sums.losses, 6.5);
         assert!((sums.squares.sqrt() / norm - 1.0).abs() < 1e-9);
         let mut after = Vec::new();
@@ -614,7 +618,7 @@ fn optimizer_steps() {
                 visit(Trained { param, m, v, gradient, decays: i != 1 });
             }
         };
-        assert!(cuda.finish_step(&mut optimizer, &mut all, &step).unwrap().losses.is_nan());
+        assert!(cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap().losses.is_nan());
         for ((_, param, ..), before) in device.iter().zip(&after) {
             let mut ours = vec![0.0; before.len()];
             cuda.read_param(param, &mut ours).unwrap();
