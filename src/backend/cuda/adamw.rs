@@ -7,9 +7,9 @@
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::sys;
 
-use super::{Cuda, Workspace};
 use super::gpu::launch;
 use super::memory::{Arena, F32, Param, Piece, Upload};
+use super::{Cuda, Workspace};
 use crate::Result;
 use crate::backend::{AdamWStep, StepSums, Trained, VisitTrained};
 

@@ -521,8 +521,7 @@ impl Call<'_> {
     fn other_operand(&self) -> MxOperand {
         let source = Source { address: 0, precision: Precision::Bf16 };
         let shape = Quantize { form: Form::Columns, rows: 0, cols: 0 };
-        let (out, scale) =
-            (self.workspace.operands[1].address, self.workspace.scales[1].address);
+        let (out, scale) = (self.workspace.operands[1].address, self.workspace.scales[1].address);
         MxOperand { source, shape, id: OperandId::X, out, format: Type::E4m3, scale, most: 0 }
     }
 
