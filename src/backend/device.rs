@@ -201,7 +201,7 @@ impl Backend for Device {
         recordings: &mut Recordings,
         kind: StepKind,
         place: [u32; 2],
-        operations: impl FnOnce(),
+        operations: impl FnMut(),
     ) {
         on_device!(self, b => b.recorded(recordings.side_mut(), kind, place, operations));
     }

@@ -268,13 +268,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn recordings(&self) -> Self::Recordings;
     /// Does `operations`, which are the same on the same buffers wherever `kind` is the same, but for
     /// random numbers, drawn for `place`: optimizer step and micro-step. A device may record them and do
-    /// them from then on without calling `operations`.
+    /// them from then on without calling `operations`, which is called twice where recording fails.
     fn recorded(
         &self,
         recordings: &mut Self::Recordings,
         kind: StepKind,
         place: [u32; 2],
-        operations: impl FnOnce(),
+        operations: impl FnMut(),
     );
 
     // --- Embedding ---

@@ -164,7 +164,7 @@ impl Backend for Cpu {
         Recordings
     }
 
-    fn recorded(&self, _: &mut Recordings, _: StepKind, _: [u32; 2], operations: impl FnOnce()) {
+    fn recorded(&self, _: &mut Recordings, _: StepKind, _: [u32; 2], mut operations: impl FnMut()) {
         operations();
     }
 

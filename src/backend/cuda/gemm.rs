@@ -147,6 +147,7 @@ unsafe impl Sync for Gemm {}
 
 impl Gemm {
     pub(super) fn new(gpu: &Gpu) -> Result<Self> {
+        let _alone = graph::without_captures();
         let handle = gpu.scope(result::create_handle).map_err(|error| Error::Device {
             message: format!("{}: cuBLASLt does not start ({error})", gpu.name),
         })?;
@@ -177,6 +178,7 @@ impl Gemm {
 impl Drop for Gemm {
     fn drop(&mut self) {
         self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
+        let _alone = graph::without_captures();
         // SAFETY: ours, and nothing uses it any more.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }

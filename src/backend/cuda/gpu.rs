@@ -212,6 +212,7 @@ impl Gpu {
     }
 
     pub(super) fn fail(&self, message: String) {
+        let Some(message) = graph::note_failure(message) else { return };
         self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
     }
 
@@ -241,7 +242,9 @@ impl Gpu {
         // SAFETY: the device is valid.
         let most_shared =
             unsafe { driver::result::device::get_attribute(self.device, most_shared) };
-        for cubin in compile::all(&compile::architecture(self.capability), driver_version)? {
+        let cubins = compile::all(&compile::architecture(self.capability), driver_version)?;
+        let _alone = graph::without_captures();
+        for cubin in cubins {
             let failed = |what: &str, result| Error::Device {
                 message: format!("{what} of a kernel file: {}", text(result)),
             };
@@ -301,6 +304,7 @@ impl Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         let modules = std::mem::take(&mut self.modules);
+        let _alone = graph::without_captures();
         self.scope(|| {
             // SAFETY: all of this is ours, and nothing uses it any more. Errors have no receiver.
             unsafe {

@@ -3,8 +3,9 @@
 //! take less time than launching them one by one.
 //!
 //! A capture runs on a stream of its own and concerns only the thread that makes it; other threads go
-//! on using the device, but for loading kernels (see [`without_captures`]). The first step of a kind is
-//! not captured, because in it kernels are loaded and algorithms chosen. Kernels that draw random numbers are noted, and get new arguments before every
+//! on using the device, but for what waits for all of it (see [`without_captures`]). The host may do
+//! that too, and break a capture off: then the step is done without it, and the next one tries again.
+//! The first step of a kind is not captured, because in it kernels are loaded and algorithms chosen. Kernels that draw random numbers are noted, and get new arguments before every
 //! launch.
 
 use std::cell::{Cell, RefCell};
@@ -14,11 +15,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUresult};
 
-use super::gpu::{Gpu, text};
+use super::gpu::Gpu;
 use super::linear::{DrawArgument, TransformArgument};
 use crate::backend::StepKind;
 use crate::mx::{GemmId, OperandId, Random};
 use crate::recipe::Transform;
+
+/// Captures of a kind of step that may fail before no further one is made.
+const MAX_FAILURES: u32 = 5;
 
 /// Most arguments of a kernel.
 const MAX_ARGUMENTS: usize = 24;
@@ -28,6 +32,8 @@ thread_local! {
     static CAPTURING: Cell<sys::CUstream> = const { Cell::new(null_mut()) };
     /// What this thread's capture found so far.
     static REDRAWN: RefCell<Vec<Redrawn>> = const { RefCell::new(Vec::new()) };
+    /// What first went wrong in this thread's capture.
+    static FAILURE: RefCell<Option<String>> = const { RefCell::new(None) };
     /// How many arguments this thread's last kernel had.
     static ARGUMENTS: Cell<usize> = const { Cell::new(0) };
 }
@@ -39,8 +45,9 @@ fn lock_captures() -> MutexGuard<'static, ()> {
     CAPTURE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// While this lives, no other thread captures: a kernel of cuBLASLt that is launched for the first time
-/// then, on whatever stream, was seen to fail. None where this thread itself captures.
+/// While this lives, no other thread captures: loading and unloading kernels (which cuBLASLt does when a
+/// kind of product comes up for the first time), allocating and freeing wait for the whole device, and
+/// CUDA breaks off every capture then. None where this thread itself captures.
 pub(super) fn without_captures() -> Option<MutexGuard<'static, ()>> {
     capturing().is_none().then(lock_captures)
 }
@@ -48,6 +55,18 @@ pub(super) fn without_captures() -> Option<MutexGuard<'static, ()>> {
 /// The stream of this thread's capture, if it makes one.
 pub(super) fn capturing() -> Option<sys::CUstream> {
     Some(CAPTURING.get()).filter(|stream| !stream.is_null())
+}
+
+/// Takes a message about what this thread's capture met, which is none of the device's business yet;
+/// gives it back where there is no capture.
+pub(super) fn note_failure(message: String) -> Option<String> {
+    if capturing().is_none() {
+        return Some(message);
+    }
+    FAILURE.with_borrow_mut(|failure| {
+        failure.get_or_insert(message);
+    });
+    None
 }
 
 /// Is told the number of arguments of every kernel.
@@ -132,8 +151,10 @@ pub(crate) struct Recordings {
 }
 
 enum State {
-    /// Not captured yet.
-    Seen,
+    /// Not captured yet, but tried so many times.
+    Seen {
+        failures: u32,
+    },
     Captured(Graph),
 }
 
@@ -152,20 +173,23 @@ impl Recordings {
     }
 
     /// Does `operations`: as they come, or recorded.
-    pub(super) fn run(&mut self, kind: StepKind, random: [u32; 2], operations: impl FnOnce()) {
+    pub(super) fn run(&mut self, kind: StepKind, random: [u32; 2], mut operations: impl FnMut()) {
         let gpu = &self.gpu;
         let Some((_, state)) = self.kinds.iter_mut().find(|(known, _)| *known == kind) else {
-            self.kinds.push((kind, State::Seen));
+            self.kinds.push((kind, State::Seen { failures: 0 }));
             return operations();
         };
-        if let State::Seen = state {
-            match Graph::capture(gpu, operations) {
-                Ok(graph) => *state = State::Captured(graph),
-                Err(reason) => return gpu.fail(format!("recording a step: {reason}")),
+        if let State::Seen { failures } = state
+            && *failures < MAX_FAILURES
+        {
+            match Graph::capture(&mut operations) {
+                Some(graph) => *state = State::Captured(graph),
+                None => *failures += 1,
             }
         }
-        if let State::Captured(graph) = state {
-            graph.launch(gpu, random);
+        match state {
+            State::Captured(graph) => graph.launch(gpu, random),
+            State::Seen { .. } => operations(),
         }
     }
 }
@@ -188,27 +212,21 @@ impl Drop for Recordings {
 }
 
 impl Graph {
-    fn capture(gpu: &Gpu, operations: impl FnOnce()) -> Result<Self, String> {
-        let done = |result| match result {
-            CUresult::CUDA_SUCCESS => Ok(()),
-            error => Err(text(error)),
-        };
+    /// What `operations` ask for; None if anything went wrong, and nothing was done then. An error that
+    /// is not of the capture comes back when they run without one.
+    fn capture(operations: impl FnOnce()) -> Option<Self> {
         let capture = Capture::begin()?;
         operations();
-        let (graph, redrawn) = capture.end();
-        if graph.is_null() {
-            gpu.check().map_err(|error| error.to_string())?;
-            return Err("the capture was broken off".into());
-        }
+        let (graph, redrawn) = capture.end()?;
         let mut executable = null_mut();
         // SAFETY: writes a handle.
         let made = unsafe { sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0) };
         if made != CUresult::CUDA_SUCCESS {
             // SAFETY: ours.
             let _ = unsafe { sys::cuGraphDestroy(graph) };
+            return None;
         }
-        done(made)?;
-        Ok(Self { graph, executable, redrawn })
+        Some(Self { graph, executable, redrawn })
     }
 
     /// Launches the work for (optimizer step, micro-step).
@@ -253,7 +271,7 @@ struct Capture {
 }
 
 impl Capture {
-    fn begin() -> Result<Self, String> {
+    fn begin() -> Option<Self> {
         let alone = lock_captures();
         let mut stream = null_mut();
         let non_blocking = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
@@ -262,26 +280,32 @@ impl Capture {
         unsafe {
             let result = sys::cuStreamCreate(&mut stream, non_blocking);
             if result != CUresult::CUDA_SUCCESS {
-                return Err(text(result));
+                return None;
             }
             let capture = Self { stream, _alone: alone };
             let result = sys::cuStreamBeginCapture_v2(stream, mode);
             if result != CUresult::CUDA_SUCCESS {
-                return Err(text(result));
+                return None;
             }
             REDRAWN.take();
+            FAILURE.take();
             CAPTURING.set(stream);
-            Ok(capture)
+            Some(capture)
         }
     }
 
-    /// What was captured; null if something broke it off.
-    fn end(self) -> (sys::CUgraph, Vec<Redrawn>) {
+    /// What was captured; None if something broke it off.
+    fn end(self) -> Option<(sys::CUgraph, Vec<Redrawn>)> {
         let mut graph = null_mut();
         CAPTURING.set(null_mut());
         // SAFETY: writes a handle.
         let _ = unsafe { sys::cuStreamEndCapture(self.stream, &mut graph) };
-        (graph, REDRAWN.take())
+        let failed = FAILURE.take().is_some();
+        if failed && !graph.is_null() {
+            // SAFETY: ours.
+            let _ = unsafe { sys::cuGraphDestroy(graph) };
+        }
+        (!failed && !graph.is_null()).then(|| (graph, REDRAWN.take()))
     }
 }
 

@@ -74,9 +74,9 @@ pub(super) fn backward(
     dx.not_noting();
     let partials = workspace.partials.address;
     // As many as run at once: more would wait for the slowest.
-    let parts = (2 * cuda.gpu.multiprocessors as usize).min(MAX_PARTS);
+    let parts = (3 * cuda.gpu.multiprocessors as usize).min(MAX_PARTS);
     launch!(cuda.gpu, kernel!(x, "layernorm_backward"), [parts, 1, 1], BLOCK, 8 * channels;
-        dx.address(), partials, dy.address(), x.address(),
+        dx.address(), 0u64, partials, dy.address(), x.address(),
         statistics.mean.address(), statistics.rstd.address(), w.as_read_in(x.precision),
         rows as u32, channels as u32);
     // A part holds C sums for dw, then C for db.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use cudarc::driver::sys::{self, CUresult};
 
 use super::gpu::{Gpu, text};
+use super::graph;
 use crate::backend::Precision;
 use crate::{Error, Result};
 
@@ -33,6 +34,7 @@ struct Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
+        let _alone = graph::without_captures();
         self.gpu.scope(|| {
             // SAFETY: ours, and no buffer is left. What is queued may still use it.
             unsafe {
@@ -192,6 +194,7 @@ impl Arena {
             )));
         }
         let base = gpu.scope(|| {
+            let _alone = graph::without_captures();
             let mut base = 0;
             // SAFETY: writes one address; freed with the last buffer.
             let result = unsafe { sys::cuMemAlloc_v2(&mut base, bytes.max(1)) };
@@ -285,6 +288,7 @@ impl Upload {
             return upload;
         }
         gpu.scope(|| {
+            let _alone = graph::without_captures();
             let mut memory: *mut c_void = std::ptr::null_mut();
             // SAFETY: writes a pointer and a handle, both given back in `drop`.
             unsafe {
@@ -326,6 +330,7 @@ impl Drop for Upload {
             return;
         }
         self.gpu.scope(|| {
+            let _alone = graph::without_captures();
             // SAFETY: ours; the wait ends the last copy.
             unsafe {
                 let _ = sys::cuStreamSynchronize(self.gpu.stream());

@@ -239,7 +239,7 @@ impl Backend for Cuda {
         recordings: &mut Recordings,
         kind: StepKind,
         [step, micro_step]: [u32; 2],
-        operations: impl FnOnce(),
+        operations: impl FnMut(),
     ) {
         recordings.run(kind, [step, micro_step], operations);
     }
