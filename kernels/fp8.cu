@@ -1,4 +1,5 @@
-// FP8 E4M3 with current scaling, as numbers that bf16 holds exactly: one power-of-two scale a tensor.
+// FP8 E4M3 with current scaling: one power-of-two scale a tensor. As bytes, and as the numbers that they stand for, which
+// bf16 holds exactly.
 
 // *most = the largest bits of |v| over v (len), where *most was 0 before. A NaN is larger than
 // everything. Integer maxima do not depend on the order. Grid: any; block: 256.
@@ -70,3 +71,33 @@ extern "C" __global__ void round_to_fp8_bf16(bf16 *out, u32 *kept_most, const bf
 extern "C" __global__ void round_to_fp8_f32(bf16 *out, u32 *kept_most, const float *v, const u32 *most, u64 len) {
   round_to_fp8(out, kept_most, v, most, len);
 }
+
+#if __CUDA_ARCH__ >= 890
+// out (len) = v (len) / *scale to E4M3 bytes, and *scale, the one that *most asks for: the same numbers as above.
+// Grid: len / (8 block), rounded up; block: 256.
+template <class T> __device__ void convert_to_e4m3(u8 *out, float *scale_out, const T *v, const u32 *most, u64 len) {
+  float scale = e4m3_scale(*most), inverse = 1.0f / scale;
+  u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+  if (i == 0) *scale_out = scale;
+  auto pair = [&](float low, float high) {
+    u16 both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high * inverse), "f"(low * inverse));
+    return (u32)both;
+  };
+  if (i + 8 <= len) {
+    float x[8];
+    load8(v + i, x);
+    *(uint2 *)(out + i) =
+        make_uint2(pair(x[0], x[1]) | pair(x[2], x[3]) << 16, pair(x[4], x[5]) | pair(x[6], x[7]) << 16);
+  } else {
+    for (; i < len; i++) out[i] = (u8)pair(to_f32(v[i]), 0.0f);
+  }
+}
+
+extern "C" __global__ void convert_to_e4m3_bf16(u8 *out, float *scale, const bf16 *v, const u32 *most, u64 len) {
+  convert_to_e4m3(out, scale, v, most, len);
+}
+extern "C" __global__ void convert_to_e4m3_f32(u8 *out, float *scale, const float *v, const u32 *most, u64 len) {
+  convert_to_e4m3(out, scale, v, most, len);
+}
+#endif

@@ -34,13 +34,14 @@ template <int FORMAT> __device__ __forceinline__ Whole whole_scale(u32 most, u32
   return whole;
 }
 
-// What rounding in units of a tensor's scale takes, besides a block's own unit: the same for all blocks but those that
-// `move` has moved.
+// What numbers are multiplied by to be rounded in units of a tensor's scale. `norm` is what block_magnitude leaves of it.
 template <bool UNBIASED, int FORMAT> __device__ __forceinline__ float factor_in_tensor(float norm, u32 top) {
-  return __fmul_rn(UNBIASED ? 0.75f * norm : norm, power(127 + Format<FORMAT>::HIGHEST - top));
+  float rest = __float_as_uint(norm) & 0x007fffffu ? 1.0f : norm;
+  return __fmul_rn(UNBIASED ? 0.75f * rest : rest, power(127 + Format<FORMAT>::HIGHEST - top));
 }
 
-// Makes a block with this largest magnitude ready for rounding. Whether it is raised.
+// The unit that a block with this largest magnitude is rounded to; `factor` is that of the tensor, and changes where the
+// block has to be moved. Whether the block is raised.
 template <bool UNBIASED, int FORMAT>
 __device__ __forceinline__ bool scale_in_tensor(float v[BLOCK], float norm, u32 magnitude, u32 top, float &factor,
                                                 float &unit) {
@@ -48,16 +49,15 @@ __device__ __forceinline__ bool scale_in_tensor(float v[BLOCK], float norm, u32 
   unit = power(max(byte, lowest) + Format<FORMAT>::HIGHEST - top);
   if (extreme(top)) {
     move(v, top, norm);
-    top = moved(top);
+    factor = factor_in_tensor<UNBIASED, FORMAT>(1.0f, moved(top));
   }
-  factor = factor_in_tensor<UNBIASED, FORMAT>(norm, top);
   return byte < lowest && magnitude > 0;
 }
 
-// Adds the number of threads of a warp that ask for it.
-__device__ __forceinline__ void count_raised(u32 *counter, bool raised) {
-  u32 lanes = __ballot_sync(FULL_WARP, raised);
-  if (lanes && threadIdx.x % WARP == 0) atomicAdd(counter, __popc(lanes));
+// Adds the numbers that the threads of a warp have counted.
+__device__ __forceinline__ void add_raised(u32 *counter, u32 raised) {
+  raised = __reduce_add_sync(FULL_WARP, raised);
+  if (raised && threadIdx.x % WARP == 0) atomicAdd(counter, raised);
 }
 
 // ---- Rounding -----------------------------------------------------------------------------------
@@ -191,7 +191,9 @@ __device__ __forceinline__ void quantize_tiles(u8 *by_rows, u8 *by_columns, floa
   // NOTE: the compiler must not know this number: with a constant, the odd addends take two instructions.
   u32 rounding_half;
   asm volatile("mov.u32 %0, 0x8000;" : "=r"(rounding_half));
-  float total = 0.0f;
+  float total = 0.0f, row_norm = GROUP ? 0.125f : group ? rows_transform.scale : 1.0f;
+  float column_norm = GROUP ? 0.125f : group ? transform.scale : 1.0f;
+  u32 lifted = 0;
 
   for (u32 tile = 0; tile < tiles; tile++) {
     u32 first_row = (blockIdx.y * tiles + tile) * all_rows, row = first_row + half * LINES + line;
@@ -221,7 +223,7 @@ __device__ __forceinline__ void quantize_tiles(u8 *by_rows, u8 *by_columns, floa
     asm volatile("cp.async.wait_all;");
     __syncthreads();
 
-    float v[BLOCK], factor, unit;
+    float v[BLOCK], unit;
     if (BOTH) {
       // A block along a row: columns 32 `side` to 32 `side` + 31 of a line.
       u32 line = threadIdx.x / 2, side = threadIdx.x % 2, row = first_row + line, column = first_column + 32 * side;
@@ -234,12 +236,11 @@ __device__ __forceinline__ void quantize_tiles(u8 *by_rows, u8 *by_columns, floa
 #pragma unroll
         for (int j = 0; j < 4; j++) v[2 * (i + j)] = low_f32(pairs[j]), v[2 * (i + j) + 1] = high_f32(pairs[j]);
       }
-      float norm = GROUP ? 0.125f : group ? rows_transform.scale : 1.0f;
+      float norm = row_norm, factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
       if (group) rotate_from<GROUP, 1>(v, group > BLOCK ? 2 : 1, 1);
       bool inside = row < rows && column < rows_depth;
       u32 magnitude = block_magnitude(v, norm);
-      bool lifted = scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit);
-      count_raised(raised, lifted && inside);
+      lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
       RowAddends addends(bits + Bits::at(line) + 64 * side, rounding_half);
       round_to<UNBIASED, FORMAT>(by_rows + (size_t)row * rows_depth + column, v, factor, unit, addends, inside);
     }
@@ -263,15 +264,15 @@ __device__ __forceinline__ void quantize_tiles(u8 *by_rows, u8 *by_columns, floa
       }
       rotate_from<GROUP, 2>(v, 1u << across, 1u << width);
     }
-    float norm = GROUP ? 0.125f : group ? transform.scale : 1.0f;
+    float norm = column_norm, factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
     u32 first = first_row + part * BLOCK;
     bool inside = first < depth && first_column + x < cols;
     u32 magnitude = block_magnitude(v, norm);
-    bool lifted = scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit);
-    count_raised(raised, lifted && inside);
+    lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
     round_to<UNBIASED, FORMAT>(by_columns + (size_t)(first_column + x) * depth + first, v, factor, unit, column_bits,
                                inside);
   }
+  add_raised(raised, lifted);
   if (sums) {
     for (u32 mask = 1u << width; mask < WARP; mask *= 2) total += __shfl_xor_sync(FULL_WARP, total, mask);
     if (part == 0 && first_column + x < cols) sums[(size_t)blockIdx.y * cols + first_column + x] = total;
@@ -288,10 +289,10 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
   load_rotated(v, norm, source, place, cols, group, transform);
   Whole whole = whole_scale<E5M2>(*most, group);
   if (blockIdx.x == 0 && threadIdx.x == 0) *factor = whole.factor;
+  float row_factor = factor_in_tensor<UNBIASED, E5M2>(norm, whole.top), unit;
   u32 magnitude = block_magnitude(v, norm);
-  float row_factor, unit;
   bool lifted = scale_in_tensor<UNBIASED, E5M2>(v, norm, magnitude, whole.top, row_factor, unit);
-  count_raised(raised, lifted && place.inside);
+  add_raised(raised, lifted && place.inside);
   round_to<UNBIASED, E5M2>(out + (size_t)place.row * depth + place.column, v, row_factor, unit,
                            RowBits(draw, place.row, place.column), place.inside);
 }

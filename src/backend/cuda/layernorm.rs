@@ -71,17 +71,13 @@ pub(super) fn backward(
     channels: usize,
     accumulate: bool,
 ) {
-    dx.not_noting();
     let partials = workspace.partials.address;
     // As many as run at once: more would wait for the slowest.
     let parts = (3 * cuda.gpu.multiprocessors as usize).min(MAX_PARTS);
     launch!(cuda.gpu, kernel!(x, "layernorm_backward"), [parts, 1, 1], BLOCK, 8 * channels;
-        dx.address(), 0u64, partials, dy.address(), x.address(),
+        dx.address(), dx.noting(), partials, dy.address(), x.address(),
         statistics.mean.address(), statistics.rstd.address(), w.as_read_in(x.precision),
         rows as u32, channels as u32);
     // A part holds C sums for dw, then C for db.
-    for (to, first) in [(dw, 0), (db, channels)] {
-        let from = partials + 4 * first as u64;
-        linear::add_partials(cuda, to, from, parts, 2 * channels, channels, accumulate);
-    }
+    linear::add_partials(cuda, dw, Some(db), partials, parts, channels, accumulate);
 }

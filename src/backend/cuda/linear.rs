@@ -30,12 +30,25 @@ pub(super) fn forward(
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     let precision = x.precision;
+    let (mut operands, mut scales) = ([precision.into(); 2], None);
     let (x, w) = if format == Forward::Fp8 {
-        let weights = workspace.operands[1].address;
         let master = Source { address: w.master.address(), precision: Precision::F32 };
-        let (len, most) = (outputs * inputs, w.most.address);
-        round_to_fp8(cuda, weights, workspace.most[2].address, master, most, len);
-        (keep_as_fp8(cuda, workspace, x, rows * inputs).0, weights)
+        let weights = workspace.operands[1].address;
+        let most = w.most.address;
+        if cuda.multiplies_fp8(shape) {
+            let (bytes, most_of_x) =
+                (workspace.kept.address, largest_magnitude(cuda, workspace, 1, x));
+            let source = Source { address: x.address(), precision };
+            let factors = [0, 1].map(|i| workspace.scales[i].address);
+            convert_to_e4m3(cuda, bytes, factors[0], source, most_of_x, rows * inputs);
+            convert_to_e4m3(cuda, weights, factors[1], master, most, outputs * inputs);
+            (operands, scales) = ([Type::E4m3; 2], Some(factors));
+            (bytes, weights)
+        } else {
+            let kept_most = workspace.most[2].address;
+            round_to_fp8(cuda, weights, kept_most, master, most, outputs * inputs);
+            (keep_as_fp8(cuda, workspace, x, rows * inputs).0, weights)
+        }
     } else {
         (x.address(), w.as_read_in(precision))
     };
@@ -43,7 +56,7 @@ pub(super) fn forward(
         m: rows,
         n: outputs,
         k: inputs,
-        operands: [precision.into(); 2],
+        operands,
         a: Operand::rows(x, inputs),
         b: Operand::rows(w, inputs),
         c: y.address(),
@@ -52,8 +65,9 @@ pub(super) fn forward(
         alpha: 1.0,
         accumulate: false,
         bias: Some(b.as_read_in(precision)),
-        scales: None,
+        scales,
     };
+    y.not_noting();
     cuda.product(workspace, &product);
     // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that gains
     // 0.4 and 0.5 ms of a 63 ms step (its kernels with these epilogues are slower), and its bits are not
@@ -180,7 +194,7 @@ pub(super) fn backward(
             };
             call.quantize(&x, format.other, format, GemmId::Wgrad, 0);
             call.product(wgrad, [&by_columns, &x], format);
-            add_partials(cuda, db, sums, parts, outputs, outputs, accumulate);
+            add_partials(cuda, db, None, sums, parts, outputs, accumulate);
         }
     }
 }
@@ -637,6 +651,13 @@ fn round_to_fp8(cuda: &Cuda, out: u64, kept_most: u64, source: Source, most: u64
         out, kept_most, source.address, most, len as u64);
 }
 
+/// `out` (len) = the E4M3 bytes of the source with a scale for the whole tensor, which goes to `scale`.
+fn convert_to_e4m3(cuda: &Cuda, out: u64, scale: u64, source: Source, most: u64, len: usize) {
+    let grid = [len.div_ceil(8 * BLOCK), 1, 1];
+    launch!(cuda.gpu, kernel!(source, "convert_to_e4m3"), grid, BLOCK, 0;
+        out, scale, source.address, most, len as u64);
+}
+
 /// *most = the bits of the largest magnitude of a source.
 fn max_magnitude(cuda: &Cuda, most: u64, source: Source, len: usize) {
     cuda.clear(most, 4);
@@ -668,20 +689,22 @@ fn bias_gradient(
     let (partials, parts) = (workspace.partials.address, parts(rows));
     launch!(cuda.gpu, kernel!(dy, "bias_gradient"), [outputs.div_ceil(256), parts, 1], BLOCK, 0;
         partials, dy.address(), rows as u32, outputs as u32);
-    add_partials(cuda, db, partials, parts, outputs, outputs, accumulate);
+    add_partials(cuda, db, None, partials, parts, outputs, accumulate);
 }
 
-/// `to` (n) = the sums of the first n columns of partials (parts, stride), or with `accumulate` they are
-/// added.
+/// `to` (n) = the sums of the columns of partials (parts, n), or with `accumulate` they are added. With
+/// `second`, a part has n more columns for that.
 pub(super) fn add_partials(
     cuda: &Cuda,
     to: &mut F32,
+    second: Option<&mut F32>,
     partials: u64,
     parts: usize,
-    stride: usize,
     n: usize,
     accumulate: bool,
 ) {
-    launch!(cuda.gpu, "add_partials", [n.div_ceil(32), 1, 1], BLOCK, 0;
-        to.address(), partials, parts as u32, stride as u32, n as u32, u32::from(accumulate));
+    let columns = if second.is_some() { 2 * n } else { n };
+    let second = second.map_or(0, |second| second.address());
+    launch!(cuda.gpu, "add_partials", [columns.div_ceil(32), 1, 1], BLOCK, 0;
+        to.address(), second, partials, parts as u32, n as u32, u32::from(accumulate));
 }

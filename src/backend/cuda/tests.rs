@@ -1127,22 +1127,24 @@ fn mxfp4_linear_backward_is_the_product_of_its_operands() {
 #[test]
 fn fp8_forward() {
     let Some(cuda) = gpu() else { return };
-    let (rows, inputs, outputs) = (130, 48, 72);
-    let shape = LinearShape { rows, inputs, outputs };
-    let x = rounded(&random(rows * inputs, 1), Precision::Bf16);
-    let (w, b) = (random(outputs * inputs, 2), rounded(&random(outputs, 3), Precision::Bf16));
-    let as_fp8 = |v: &[f32]| -> Vec<f64> {
-        let scale = mx::e4m3_scale(v.iter().fold(0.0f32, |most, v| most.max(v.abs())));
-        v.iter().map(|v| f64::from(mx::round_to_e4m3(v / scale) * scale)).collect()
-    };
-    let exact = reference::linear_forward(&as_fp8(&x), &as_fp8(&w), &f64s(&b), shape);
-    let (x_d, w_d, b_d) = (tensor(&cuda, &x, Precision::Bf16), param(&cuda, &w), param(&cuda, &b));
-    cuda.gpu.scope(|| {
-        let sequences = Sequences { batch: 1, length: rows };
-        let all = workspace_shape(sequences, outputs, 1, 8, Precision::Bf16);
-        let mut scratch = workspace(&cuda, &all);
-        let mut y = poison(&cuda, rows * outputs, Precision::Bf16);
-        cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, Forward::Fp8);
-        close("y", &values_of(&cuda, &y), &exact, bound(Precision::Bf16));
-    });
+    for (rows, inputs, outputs) in [(130, 48, 72), (144, 48, 80)] {
+        let shape = LinearShape { rows, inputs, outputs };
+        let x = rounded(&random(rows * inputs, 1), Precision::Bf16);
+        let (w, b) = (random(outputs * inputs, 2), rounded(&random(outputs, 3), Precision::Bf16));
+        let as_fp8 = |v: &[f32]| -> Vec<f64> {
+            let scale = mx::e4m3_scale(v.iter().fold(0.0f32, |most, v| most.max(v.abs())));
+            v.iter().map(|v| f64::from(mx::round_to_e4m3(v / scale) * scale)).collect()
+        };
+        let exact = reference::linear_forward(&as_fp8(&x), &as_fp8(&w), &f64s(&b), shape);
+        let (x_d, w_d, b_d) =
+            (tensor(&cuda, &x, Precision::Bf16), param(&cuda, &w), param(&cuda, &b));
+        cuda.gpu.scope(|| {
+            let sequences = Sequences { batch: 1, length: rows };
+            let all = workspace_shape(sequences, outputs, 1, 8, Precision::Bf16);
+            let mut scratch = workspace(&cuda, &all);
+            let mut y = poison(&cuda, rows * outputs, Precision::Bf16);
+            cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, Forward::Fp8);
+            close("y", &values_of(&cuda, &y), &exact, bound(Precision::Bf16));
+        });
+    }
 }
