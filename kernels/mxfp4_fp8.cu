@@ -136,147 +136,162 @@ __device__ __forceinline__ void copy_async(u8 *to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
 }
 
-// The part of the butterfly from stride FIRST on; a group of 64 known at compile time needs no loop.
-template <u32 GROUP, int FIRST> __device__ __forceinline__ void rotate_from(float v[BLOCK], u32 blocks, u32 distance) {
+// A number, with its sign changed by a sign bit. For bf16 that takes no more than making an f32 of it.
+__device__ __forceinline__ float with_sign(float v, u32 sign) { return __uint_as_float(__float_as_uint(v) ^ sign); }
+__device__ __forceinline__ float with_sign(bf16 v, u32 sign) { return __uint_as_float(v.bits * 0x10000u + sign); }
+
+// The butterfly; a group of 64 known at compile time needs no loop.
+template <u32 GROUP> __device__ __forceinline__ void rotate_in_tile(float v[BLOCK], u32 blocks, u32 distance) {
+  if constexpr (GROUP == 64) {
 #pragma unroll
-  for (int stride = FIRST; stride < BLOCK; stride *= 2) add_and_subtract(v, stride);
-  if (GROUP == 64) exchange(v, distance);
-  else
-#pragma unroll 1
-    for (u32 mask = distance; mask < distance * blocks; mask *= 2) exchange(v, mask);
+    for (int stride = 1; stride < BLOCK; stride *= 2) add_and_subtract(v, stride);
+    exchange(v, distance);
+  } else {
+    rotate(v, blocks, distance);
+  }
+}
+
+// Sums of the columns of 16 rows by 8, twice: `b` holds two tiles of B of a product with ones, whose every row they are.
+__device__ __forceinline__ void add_ones_times(float sum[4], u32 b0, u32 b1) {
+  constexpr u32 ONES = 0x3f803f80u;
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %6}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(ONES), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void load_transposed(u32 b[4], const u8 *line) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"((u32)__cvta_generic_to_shared(line)));
 }
 
 // GROUP: the group of both transforms where it is 64, and then a tile has 64 rows; else 0, and `any_group` tells.
 template <class T, bool UNBIASED, int FORMAT, bool BOTH, u32 GROUP>
-__device__ __forceinline__ void quantize_tiles(u8 *by_rows, u8 *by_columns, float *whole_factor, u32 *raised,
-                                               const u32 *most, float *sums, const T *source, u32 rows, u32 cols,
-                                               u32 rows_depth, u32 depth, u32 any_group, u32 tiles,
-                                               const Transform &rows_transform, const Transform &transform,
-                                               const Draw &draw) {
+__device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float *whole_factor, u32 *raised,
+                                              const u32 *most, float *sums, const T *source, u32 rows, u32 cols,
+                                              u32 rows_depth, u32 depth, u32 any_group,
+                                              const Transform &rows_transform, const Transform &transform,
+                                              const Draw &draw) {
   constexpr u32 PARTS = GROUP ? 2 : 4, LINES = 32 * PARTS;
   using Data = Lines<sizeof(T), PARTS>;
   using Bits = Lines<2, PARTS>;
   const u32 group = GROUP ? GROUP : any_group;
   extern __shared__ __align__(16) u8 shared[];
   u8 *data = shared, *bits = data + Data::BYTES;
-  float *row_signs = (float *)(bits + Bits::BYTES); // (256): +1 and -1
-  u32 *column_signs = (u32 *)(row_signs + 256);     // (32): of two columns each, in place
+  u32 *row_signs = (u32 *)(bits + Bits::BYTES); // (256): sign bits
+  u32 *column_signs = row_signs + 256;          // (32): of two columns each, in place
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 
   // Blocks of a group, as a power of two; columns of a tile, and of those that a warp takes.
   u32 across = group > BLOCK ? __ffs(group) - 6 : 0, halves = !GROUP && across == 3 ? 1 : 0, columns = 6 - halves;
   u32 width = PARTS == 2 ? 4 : halves ? 2 : 3, all_rows = LINES << halves;
-  u32 first_column = blockIdx.x << columns;
+  u32 first_row = blockIdx.y * all_rows, first_column = blockIdx.x << columns;
 
+  // Loading: piece `piece`, of 8 columns, of every `8 PARTS`th line from `line` on.
+  u32 piece = threadIdx.x % 8, half = halves ? piece / 4 : 0, line = threadIdx.x / 8;
+  u32 row = first_row + half * LINES + line, column = first_column + piece * 8 - (half << columns);
+  u8 *piece_data = data + line * Data::PITCH + piece * 8 * sizeof(T), *piece_bits = bits + line * Bits::PITCH + piece * 16;
+  if (first_row + all_rows <= rows && first_column + (1 << columns) <= cols && cols % 8 == 0) {
+    const T *from = source + (size_t)row * cols + column;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++, from += (size_t)(8 * PARTS) * cols) {
+      u8 *to = piece_data + Data::below(i);
+      copy_async(to, from);
+      if (sizeof(T) == 4) copy_async(to + 16, from + 4);
+    }
+  } else {
+#pragma unroll 1
+    for (u32 i = 0; i < 32; i++) {
+      u32 r = row + i / 8 * 8 * PARTS, c = column + i % 8;
+      T zero = {};
+      ((T *)(piece_data + Data::below(i / 8)))[i % 8] = r < rows && c < cols ? source[(size_t)r * cols + c] : zero;
+    }
+  }
   Whole whole = whole_scale<FORMAT>(*most, group);
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *whole_factor = whole.factor;
   if (group && threadIdx.x < all_rows) {
     u32 word = transform.signs[threadIdx.x / 32 & (1 << across) - 1];
-    row_signs[threadIdx.x] = word >> threadIdx.x % 32 & 1 ? -1.0f : 1.0f;
+    row_signs[threadIdx.x] = word << (31 - threadIdx.x % 32) & 0x80000000u;
   }
   if (BOTH && threadIdx.x < 32) {
     u32 word = group ? rows_transform.signs[group > BLOCK ? threadIdx.x / 16 : 0] : 0, i = threadIdx.x % 16 * 2;
     column_signs[threadIdx.x] = (word >> i & 1) << 15 | (word >> i + 1 & 1) << 31;
   }
+  // NOTE: who loads a piece draws its bits meanwhile.
+  if (UNBIASED)
+#pragma unroll
+    for (u32 i = 0; i < 4; i++)
+      *(uint4 *)(piece_bits + Bits::below(i)) = philox(draw, row + i * 8 * PARTS, column / 8);
+  asm volatile("cp.async.wait_all;");
+  __syncthreads();
 
-  // Loading: piece `piece`, of 8 columns, of every `8 PARTS`th line from `line` on.
-  u32 piece = threadIdx.x % 8, half = halves ? piece / 4 : 0, line = threadIdx.x / 8;
-  u32 column = first_column + piece * 8 - (half << columns);
-  u8 *piece_data = data + line * Data::PITCH + piece * 8 * sizeof(T), *piece_bits = bits + line * Bits::PITCH + piece * 16;
-  // A block down the columns: 32 rows from 32 `part`, of column `x` of the tile.
-  u32 local = lane & ((1 << width) - 1), x = (warp << width) + local, part = lane >> width;
-  u32 place = x + (part / PARTS << columns);
-  const u8 *column_data = data + part % PARTS * (32 * Data::PITCH + Data::SHIFT) + place * sizeof(T);
-  ColumnAddends<Bits::PITCH> column_bits(bits + part % PARTS * (32 * Bits::PITCH + Bits::SHIFT) + place * 2);
+  if (sizeof(T) == 2 && sums) {
+    // A warp sums 16 columns of 64 lines, or 8 of 128, on tensor cores; with halves, both halves of 4 warps' columns.
+    constexpr u32 SETS = PARTS == 2 ? 2 : 1; // of 8 columns
+    float sum[SETS][4] = {};
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+      u32 b[4], first = PARTS == 2 ? i * 16 + lane % 16 : i * 32 + lane;
+      load_transposed(b, data + Data::at(first) + warp * 16 * SETS + (PARTS == 2 ? lane / 16 * 16 : 0));
+      add_ones_times(sum[0], b[0], b[1]), add_ones_times(sum[SETS - 1], b[2], b[3]);
+    }
+    // Lanes 0 to 3 have two columns of each set. The halves of a tile of 256 rows are two lines of the result.
+    u32 tile_row = blockIdx.y << halves, c = warp * 8 * SETS + 2 * lane;
+    if (halves) tile_row += c / 32, c %= 32;
+    if (lane < 4)
+#pragma unroll
+      for (u32 i = 0; i < 2 * SETS; i++) {
+        u32 at = first_column + c + i / 2 * 8 + i % 2;
+        if (at < cols) sums[(size_t)tile_row * cols + at] = sum[i / 2][i % 2];
+      }
+  }
+
   // NOTE: the compiler must not know this number: with a constant, the odd addends take two instructions.
   u32 rounding_half;
   asm volatile("mov.u32 %0, 0x8000;" : "=r"(rounding_half));
-  float total = 0.0f, row_norm = GROUP ? 0.125f : group ? rows_transform.scale : 1.0f;
-  float column_norm = GROUP ? 0.125f : group ? transform.scale : 1.0f;
+  float v[BLOCK], unit;
   u32 lifted = 0;
-
-  for (u32 tile = 0; tile < tiles; tile++) {
-    u32 first_row = (blockIdx.y * tiles + tile) * all_rows, row = first_row + half * LINES + line;
-    if (first_row >= depth) break;
-    if (tile) __syncthreads();
-    if (first_row + all_rows <= rows && first_column + (1 << columns) <= cols && cols % 8 == 0) {
-      const T *from = source + (size_t)row * cols + column;
+  if (BOTH) {
+    // A block along a row: columns 32 `side` to 32 `side` + 31 of a line.
+    u32 line = threadIdx.x / 2, side = threadIdx.x % 2, row = first_row + line, column = first_column + 32 * side;
+    const u8 *from = data + Data::at(line) + 64 * side;
+    const u32 *signs = column_signs + (group > BLOCK ? 16 * side : 0);
 #pragma unroll
-      for (u32 i = 0; i < 4; i++, from += (size_t)(8 * PARTS) * cols) {
-        u8 *to = piece_data + Data::below(i);
-        copy_async(to, from);
-        if (sizeof(T) == 4) copy_async(to + 16, from + 4);
-      }
-    } else {
-#pragma unroll 1
-      for (u32 i = 0; i < 32; i++) {
-        u32 r = row + i / 8 * 8 * PARTS, c = column + i % 8;
-        T zero = {};
-        ((T *)(piece_data + Data::below(i / 8)))[i % 8] = r < rows && c < cols ? source[(size_t)r * cols + c] : zero;
-      }
+    for (int i = 0; i < BLOCK / 2; i += 4) {
+      uint4 raw = *(const uint4 *)(from + 4 * i), flip = *(const uint4 *)(signs + i);
+      u32 pairs[4] = {raw.x ^ flip.x, raw.y ^ flip.y, raw.z ^ flip.z, raw.w ^ flip.w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[2 * (i + j)] = low_f32(pairs[j]), v[2 * (i + j) + 1] = high_f32(pairs[j]);
     }
-    // NOTE: who loads a piece draws its bits meanwhile.
-    if (UNBIASED)
-#pragma unroll
-      for (u32 i = 0; i < 4; i++)
-        *(uint4 *)(piece_bits + Bits::below(i)) = philox(draw, row + i * 8 * PARTS, column / 8);
-    asm volatile("cp.async.wait_all;");
-    __syncthreads();
-
-    float v[BLOCK], unit;
-    if (BOTH) {
-      // A block along a row: columns 32 `side` to 32 `side` + 31 of a line.
-      u32 line = threadIdx.x / 2, side = threadIdx.x % 2, row = first_row + line, column = first_column + 32 * side;
-      const u8 *from = data + Data::at(line) + 64 * side;
-      const u32 *signs = column_signs + (group > BLOCK ? 16 * side : 0);
-#pragma unroll
-      for (int i = 0; i < BLOCK / 2; i += 4) {
-        uint4 raw = *(const uint4 *)(from + 4 * i), flip = *(const uint4 *)(signs + i);
-        u32 pairs[4] = {raw.x ^ flip.x, raw.y ^ flip.y, raw.z ^ flip.z, raw.w ^ flip.w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) v[2 * (i + j)] = low_f32(pairs[j]), v[2 * (i + j) + 1] = high_f32(pairs[j]);
-      }
-      float norm = row_norm, factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
-      if (group) rotate_from<GROUP, 1>(v, group > BLOCK ? 2 : 1, 1);
-      bool inside = row < rows && column < rows_depth;
-      u32 magnitude = block_magnitude(v, norm);
-      lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
-      RowAddends addends(bits + Bits::at(line) + 64 * side, rounding_half);
-      round_to<UNBIASED, FORMAT>(by_rows + (size_t)row * rows_depth + column, v, factor, unit, addends, inside);
-    }
-
-#pragma unroll
-    for (int i = 0; i < BLOCK; i++) v[i] = to_f32(*(const T *)(column_data + i * Data::PITCH));
-    if (sums) {
-      float sum[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int i = 0; i < BLOCK; i++) sum[i % 4] += v[i];
-      total += sum[0] + sum[1] + (sum[2] + sum[3]);
-    }
-    if (group) {
-      // The first stride, signs applied: a product of a sign is exact.
-#pragma unroll
-      for (int i = 0; i < BLOCK; i += 4) {
-        float4 sign = *(const float4 *)&row_signs[part * BLOCK + i];
-        float a = v[i], b = __fmul_rn(v[i + 1], sign.y), c = v[i + 2], d = __fmul_rn(v[i + 3], sign.w);
-        v[i] = __fmaf_rn(a, sign.x, b), v[i + 1] = __fmaf_rn(a, sign.x, -b);
-        v[i + 2] = __fmaf_rn(c, sign.z, d), v[i + 3] = __fmaf_rn(c, sign.z, -d);
-      }
-      rotate_from<GROUP, 2>(v, 1u << across, 1u << width);
-    }
-    float norm = column_norm, factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
-    u32 first = first_row + part * BLOCK;
-    bool inside = first < depth && first_column + x < cols;
+    float norm = GROUP ? 0.125f : group ? rows_transform.scale : 1.0f;
+    float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
+    if (group) rotate_in_tile<GROUP>(v, group > BLOCK ? 2 : 1, 1);
+    bool inside = row < rows && column < rows_depth;
     u32 magnitude = block_magnitude(v, norm);
     lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
-    round_to<UNBIASED, FORMAT>(by_columns + (size_t)(first_column + x) * depth + first, v, factor, unit, column_bits,
-                               inside);
+    RowAddends addends(bits + Bits::at(line) + 64 * side, rounding_half);
+    round_to<UNBIASED, FORMAT>(by_rows + (size_t)row * rows_depth + column, v, factor, unit, addends, inside);
   }
+
+  // A block down the columns: 32 rows from 32 `part`, of column `x` of the tile.
+  u32 x = (warp << width) + (lane & ((1 << width) - 1)), part = lane >> width, place = x + (part / PARTS << columns);
+  const u8 *from = data + part % PARTS * (32 * Data::PITCH + Data::SHIFT) + place * sizeof(T);
+#pragma unroll
+  for (int i = 0; i < BLOCK; i += 4) {
+    uint4 sign = group ? *(const uint4 *)&row_signs[part * BLOCK + i] : make_uint4(0, 0, 0, 0);
+    u32 signs[4] = {sign.x, sign.y, sign.z, sign.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[i + j] = with_sign(*(const T *)(from + (i + j) * Data::PITCH), signs[j]);
+  }
+  float norm = GROUP ? 0.125f : group ? transform.scale : 1.0f;
+  float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
+  if (group) rotate_in_tile<GROUP>(v, 1u << across, 1u << width);
+  u32 first = first_row + part * BLOCK;
+  bool inside = first < depth && first_column + x < cols;
+  u32 magnitude = block_magnitude(v, norm);
+  lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
+  ColumnAddends<Bits::PITCH> addends(bits + part % PARTS * (32 * Bits::PITCH + Bits::SHIFT) + place * 2);
+  round_to<UNBIASED, FORMAT>(by_columns + (size_t)(first_column + x) * depth + first, v, factor, unit, addends, inside);
   add_raised(raised, lifted);
-  if (sums) {
-    for (u32 mask = 1u << width; mask < WARP; mask *= 2) total += __shfl_xor_sync(FULL_WARP, total, mask);
-    if (part == 0 && first_column + x < cols) sums[(size_t)blockIdx.y * cols + first_column + x] = total;
-  }
 }
 
 // Along rows alone: a thread block takes `each` whole rows, a thread one block of them.
@@ -306,9 +321,12 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
 // Launch as quantize_rows_values_*.
 //
 // quantize_columns_{e4m3_{bf16,f32},e5m2_bf16}_MODE: vectors are the columns. Overwrites out (cols, depth), and where `sums`
-// is not null, sums (grid y, cols) with the column sums of the rows of a block. Grid: cols / 64, depth / (128 tiles), rounded
-// up; with a group of 256, cols / 32, depth / (256 tiles). Block: 256. For names with _g64 group is 64, grid: cols / 64,
-// depth / (64 tiles), block: 128. Dynamic shared memory: `Tiles::bytes` of the host.
+// is not null, for bf16, sums (depth / 128, rounded up, cols) with the column sums of 128 rows each. Grid: cols / 64,
+// depth / 128, rounded up; with a group of 256, cols / 32, depth / 256, and sums have an even number of rows. Block: 256.
+// For names with _g64 group is 64, grid: cols / 64, depth / 64, block: 128, and sums are of 64 rows each.
+// Dynamic shared memory: `Tiles::bytes` of the host.
+// NOTE: blocks that take more tiles, one after the other, were slower (2 to 8: 0 to 12%), as were results that went
+// through shared memory to be written in whole lines (5%).
 //
 // quantize_both_e5m2_bf16_MODE: both forms with one reading and one drawing of random bits, for groups of at most 64.
 // Overwrites by_rows (rows, rows_depth) and by_columns (cols, depth). Launch as quantize_columns, with a grid that covers
@@ -318,19 +336,18 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
 #define BOUNDS(T, GROUP) __launch_bounds__(GROUP ? 128 : 256, (sizeof(T) == 4 ? 3 : 4) * (GROUP ? 2 : 1))
 #define COLUMNS(T, FORMAT, NAME, MODE, UNBIASED, GROUP)                                                             \
   extern "C" __global__ void BOUNDS(T, GROUP) quantize_columns_##NAME##_##MODE(                                     \
-      u8 *out, float *factor, u32 *raised, const u32 *most, float *sums, const T *source, SHAPE, u32 tiles,         \
-      RANDOM) {                                                                                                     \
-    quantize_tiles<T, UNBIASED, FORMAT, false, GROUP>(nullptr, out, factor, raised, most, sums, source, rows, cols, \
-                                                      0, depth, group, tiles, transform, transform, draw);          \
+      u8 *out, float *factor, u32 *raised, const u32 *most, float *sums, const T *source, SHAPE, RANDOM) {          \
+    quantize_tile<T, UNBIASED, FORMAT, false, GROUP>(nullptr, out, factor, raised, most, sums, source, rows, cols,  \
+                                                     0, depth, group, transform, transform, draw);                  \
   }
 #define BOTH_FORMS(NAME, MODE, UNBIASED, GROUP)                                                                     \
   extern "C" __global__ void BOUNDS(bf16, GROUP) quantize_both_##NAME##_##MODE(                                     \
       u8 *by_rows, u8 *by_columns, float *factor, u32 *raised, const u32 *most, float *sums, const bf16 *source,    \
-      u32 rows, u32 cols, u32 rows_depth, u32 depth, u32 group, u32 tiles,                                          \
+      u32 rows, u32 cols, u32 rows_depth, u32 depth, u32 group,                                                     \
       const __grid_constant__ Transform rows_transform, RANDOM) {                                                   \
-    quantize_tiles<bf16, UNBIASED, E5M2, true, GROUP>(by_rows, by_columns, factor, raised, most, sums, source,      \
-                                                      rows, cols, rows_depth, depth, group, tiles, rows_transform,  \
-                                                      transform, draw);                                             \
+    quantize_tile<bf16, UNBIASED, E5M2, true, GROUP>(by_rows, by_columns, factor, raised, most, sums, source, rows, \
+                                                     cols, rows_depth, depth, group, rows_transform, transform,     \
+                                                     draw);                                                         \
   }
 #define ALL(MODE, UNBIASED)                                                                                          \
   extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_e5m2_bf16_##MODE(                             \

@@ -323,21 +323,20 @@ struct Tiles {
     block: usize,
     /// Of shared memory: the source, random bits, signs.
     bytes: usize,
-    /// One below the other that a block takes.
-    each: u32,
+    /// Rows of column sums.
+    sums: usize,
 }
 
 impl Tiles {
     fn new(precision: Precision, vectors: usize, depth: usize, group: usize) -> Self {
         let (rows, columns) = if group == 64 { (64, 64) } else { tile(group, TILE_COLUMNS) };
-        let each = 2;
-        let lines = rows.min(128);
+        let (lines, tiles) = (rows.min(128), depth.div_ceil(rows));
         let bytes = |size| lines * (64 * size + 16) + lines / 32 * 32;
         Self {
-            grid: [vectors.div_ceil(columns), depth.div_ceil(rows * each), 1],
+            grid: [vectors.div_ceil(columns), tiles, 1],
             block: 2 * lines,
             bytes: bytes(size_of_element(precision)) + bytes(2) + 4 * 256 + 4 * 32,
-            each: each as u32,
+            sums: tiles * (rows / lines),
         }
     }
 }
@@ -434,12 +433,11 @@ pub(super) fn quantize(
         Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
             out, sums, source.address, rows, cols, length, group_length, transform, draw),
         Target::Fp8 { out, scaling: Scaling { scale, raised, most }, .. } => {
-            let Tiles { grid, block, bytes, each } =
-                Tiles::new(source.precision, vectors, depth, group);
-            launch!(cuda.gpu, name, grid, block, bytes;
-                out, scale, raised, most, sums, source.address, rows, cols, length, group_length, each,
+            let tiles = Tiles::new(source.precision, vectors, depth, group);
+            launch!(cuda.gpu, name, tiles.grid, tiles.block, tiles.bytes;
+                out, scale, raised, most, sums, source.address, rows, cols, length, group_length,
                 transform, draw);
-            return grid[1];
+            return tiles.sums;
         }
         #[cfg(test)]
         Target::Codes { codes, scales } => launch!(cuda.gpu, name, grid, block, 0;
@@ -469,13 +467,13 @@ pub(super) fn quantize_both(
         (_, Rounding::Nearest) => "quantize_both_e5m2_bf16_nearest",
         (_, Rounding::Unbiased) => "quantize_both_e5m2_bf16_unbiased",
     };
-    let Tiles { grid, block, bytes, each } = Tiles::new(Precision::Bf16, rows_depth, depth, group);
+    let tiles = Tiles::new(Precision::Bf16, rows_depth, depth, group);
     let Scaling { scale, raised, most } = scaling;
-    launch!(cuda.gpu, name, grid, block, bytes;
+    launch!(cuda.gpu, name, tiles.grid, tiles.block, tiles.bytes;
         out[0], out[1], scale, raised, most, sums, source, rows as u32, cols as u32,
-        rows_depth as u32, depth as u32, group as u32, each, TransformArgument::new(signs[0]),
+        rows_depth as u32, depth as u32, group as u32, TransformArgument::new(signs[0]),
         TransformArgument::new(signs[1]), DrawArgument::from(draw));
-    grid[1]
+    tiles.sums
 }
 
 /// The signs of a GEMM's transform; none where there is no transform.
@@ -673,7 +671,7 @@ fn parts(rows: usize) -> usize {
 
 /// Floats of scratch that the bias gradient needs: (parts, outputs), from dy or from quantizing it.
 pub(super) fn partials(rows: usize, outputs: usize) -> usize {
-    parts(rows).max(rows.div_ceil(tile(0, TILE_COLUMNS).0) + 1) * outputs
+    parts(rows).max(rows.div_ceil(64) + 2) * outputs
 }
 
 /// db (outputs) = the column sums of dy (rows, outputs), or with `accumulate` they are added.
