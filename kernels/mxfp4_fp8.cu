@@ -100,14 +100,14 @@ __device__ __forceinline__ void round_to(void *to, const float v[BLOCK], float f
 // Random bits in shared memory of a block along a row: 16 each, side by side.
 struct RowAddends {
   const u8 *bits;
-  u32 half;
+  const Draw &draw;
   uint4 words;
-  __device__ __forceinline__ RowAddends(const u8 *bits, u32 half) : bits(bits), half(half) {}
+  __device__ __forceinline__ RowAddends(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
   __device__ __forceinline__ u32 addend(int i) {
     if (i % 8 == 0) words = *(const uint4 *)(bits + 2 * i);
     u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w, out;
-    if (i % 2) asm("lop3.b32 %0, %1, 0xffff0000, %2, 0xea;" : "=r"(out) : "r"(word), "r"(half));
-    else out = word * 0x10000 + half;
+    if (i % 2) asm("lop3.b32 %0, %1, 0xffff0000, %2, 0xea;" : "=r"(out) : "r"(word), "r"(draw.half));
+    else out = word * draw.shift16 + draw.half;
     return out >> 10;
   }
 };
@@ -115,8 +115,9 @@ struct RowAddends {
 // Of one down a column: `PITCH` bytes apart.
 template <u32 PITCH> struct ColumnAddends {
   const u8 *bits;
-  __device__ __forceinline__ ColumnAddends(const u8 *bits) : bits(bits) {}
-  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * 64u + 32u; }
+  const Draw &draw;
+  __device__ __forceinline__ ColumnAddends(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
+  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * draw.shift6 + 32u; }
 };
 
 // ---- Tiles --------------------------------------------------------------------------------------
@@ -137,8 +138,12 @@ __device__ __forceinline__ void copy_async(u8 *to, const void *from) {
 }
 
 // A number, with its sign changed by a sign bit. For bf16 that takes no more than making an f32 of it.
-__device__ __forceinline__ float with_sign(float v, u32 sign) { return __uint_as_float(__float_as_uint(v) ^ sign); }
-__device__ __forceinline__ float with_sign(bf16 v, u32 sign) { return __uint_as_float(v.bits * 0x10000u + sign); }
+__device__ __forceinline__ float with_sign(float v, u32 sign, const Draw &) {
+  return __uint_as_float(__float_as_uint(v) ^ sign);
+}
+__device__ __forceinline__ float with_sign(bf16 v, u32 sign, const Draw &draw) {
+  return __uint_as_float(v.bits * draw.shift16 + sign);
+}
 
 // The butterfly; a group of 64 known at compile time needs no loop.
 template <u32 GROUP> __device__ __forceinline__ void rotate_in_tile(float v[BLOCK], u32 blocks, u32 distance) {
@@ -245,9 +250,6 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
       }
   }
 
-  // NOTE: the compiler must not know this number: with a constant, the odd addends take two instructions.
-  u32 rounding_half;
-  asm volatile("mov.u32 %0, 0x8000;" : "=r"(rounding_half));
   float v[BLOCK], unit;
   u32 lifted = 0;
   if (BOTH) {
@@ -260,7 +262,10 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
       uint4 raw = *(const uint4 *)(from + 4 * i), flip = *(const uint4 *)(signs + i);
       u32 pairs[4] = {raw.x ^ flip.x, raw.y ^ flip.y, raw.z ^ flip.z, raw.w ^ flip.w};
 #pragma unroll
-      for (int j = 0; j < 4; j++) v[2 * (i + j)] = low_f32(pairs[j]), v[2 * (i + j) + 1] = high_f32(pairs[j]);
+      for (int j = 0; j < 4; j++) {
+        v[2 * (i + j)] = __uint_as_float(pairs[j] * draw.shift16);
+        v[2 * (i + j) + 1] = high_f32(pairs[j]);
+      }
     }
     float norm = GROUP ? 0.125f : group ? rows_transform.scale : 1.0f;
     float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
@@ -268,7 +273,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
     bool inside = row < rows && column < rows_depth;
     u32 magnitude = block_magnitude(v, norm);
     lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
-    RowAddends addends(bits + Bits::at(line) + 64 * side, rounding_half);
+    RowAddends addends(bits + Bits::at(line) + 64 * side, draw);
     round_to<UNBIASED, FORMAT>(by_rows + (size_t)row * rows_depth + column, v, factor, unit, addends, inside);
   }
 
@@ -280,7 +285,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
     uint4 sign = group ? *(const uint4 *)&row_signs[part * BLOCK + i] : make_uint4(0, 0, 0, 0);
     u32 signs[4] = {sign.x, sign.y, sign.z, sign.w};
 #pragma unroll
-    for (int j = 0; j < 4; j++) v[i + j] = with_sign(*(const T *)(from + (i + j) * Data::PITCH), signs[j]);
+    for (int j = 0; j < 4; j++) v[i + j] = with_sign(*(const T *)(from + (i + j) * Data::PITCH), signs[j], draw);
   }
   float norm = GROUP ? 0.125f : group ? transform.scale : 1.0f;
   float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
@@ -289,7 +294,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   bool inside = first < depth && first_column + x < cols;
   u32 magnitude = block_magnitude(v, norm);
   lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
-  ColumnAddends<Bits::PITCH> addends(bits + part % PARTS * (32 * Bits::PITCH + Bits::SHIFT) + place * 2);
+  ColumnAddends<Bits::PITCH> addends(bits + part % PARTS * (32 * Bits::PITCH + Bits::SHIFT) + place * 2, draw);
   round_to<UNBIASED, FORMAT>(by_columns + (size_t)(first_column + x) * depth + first, v, factor, unit, addends, inside);
   add_raised(raised, lifted);
 }

@@ -260,6 +260,7 @@ pub(super) struct DrawArgument {
     words: [u32; 3],
     /// As every round of Philox adds it.
     keys: [[u32; 2]; 10],
+    constants: [u32; 3],
 }
 
 impl From<Draw> for DrawArgument {
@@ -269,7 +270,8 @@ impl From<Draw> for DrawArgument {
             [step(draw.key[0], mx::W0), step(draw.key[1], mx::W1)]
         };
         let words = [draw.word1, draw.word2, draw.word3];
-        Self { words, keys: std::array::from_fn(|round| key(round as u32)) }
+        let keys = std::array::from_fn(|round| key(round as u32));
+        Self { words, keys, constants: [1 << 16, 1 << 6, 0x8000] }
     }
 }
 
