@@ -145,6 +145,18 @@ __device__ __forceinline__ float with_sign(bf16 v, u32 sign, const Draw &draw) {
   return __uint_as_float(v.bits * draw.shift16 + sign);
 }
 
+// Two numbers as E4M3 holds them with a scale.
+__device__ __forceinline__ void keep_as_e4m3(float &a, float &b, float scale, float inverse) {
+  u32 halves;
+  asm("{.reg .b16 both; cvt.rn.satfinite.e4m3x2.f32 both, %2, %1; cvt.rn.f16x2.e4m3x2 %0, both;}"
+      : "=r"(halves)
+      : "f"(a * inverse), "f"(b * inverse));
+  asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+      : "=f"(a), "=f"(b)
+      : "r"(halves));
+  a *= scale, b *= scale;
+}
+
 // The butterfly; a group of 64 known at compile time needs no loop.
 template <u32 GROUP> __device__ __forceinline__ void rotate_in_tile(float v[BLOCK], u32 blocks, u32 distance) {
   if constexpr (GROUP == 64) {
@@ -156,21 +168,9 @@ template <u32 GROUP> __device__ __forceinline__ void rotate_in_tile(float v[BLOC
   }
 }
 
-// Sums of the columns of 16 rows by 8, twice: `b` holds two tiles of B of a product with ones, whose every row they are.
-__device__ __forceinline__ void add_ones_times(float sum[4], u32 b0, u32 b1) {
-  constexpr u32 ONES = 0x3f803f80u;
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %6}, {%0, %1, %2, %3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(ONES), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void load_transposed(u32 b[4], const u8 *line) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"((u32)__cvta_generic_to_shared(line)));
-}
-
-// GROUP: the group of both transforms where it is 64, and then a tile has 64 rows; else 0, and `any_group` tells.
-template <class T, bool UNBIASED, int FORMAT, bool BOTH, u32 GROUP>
+// GROUP: the group of both transforms where it is 64, and then a tile has 64 rows; else 0, and `any_group` tells. KEPT: the
+// source is what an FP8 forward pass made its own form from, with which the columns begin.
+template <class T, bool UNBIASED, int FORMAT, bool BOTH, bool KEPT, u32 GROUP>
 __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float *whole_factor, u32 *raised,
                                               const u32 *most, float *sums, const T *source, u32 rows, u32 cols,
                                               u32 rows_depth, u32 depth, u32 any_group,
@@ -183,7 +183,8 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   extern __shared__ __align__(16) u8 shared[];
   u8 *data = shared, *bits = data + Data::BYTES;
   u32 *row_signs = (u32 *)(bits + Bits::BYTES); // (256): sign bits
-  u32 *column_signs = row_signs + 256;          // (32): of two columns each, in place
+  float *row_factors = (float *)(row_signs + 256); // (256): +1 and -1
+  u32 *column_signs = (u32 *)(row_factors + 256);  // (32): of two columns each, in place
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 
   // Blocks of a group, as a power of two; columns of a tile, and of those that a warp takes.
@@ -211,11 +212,19 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
       ((T *)(piece_data + Data::below(i / 8)))[i % 8] = r < rows && c < cols ? source[(size_t)r * cols + c] : zero;
     }
   }
-  Whole whole = whole_scale<FORMAT>(*most, group);
+  u32 largest = *most;
+  float kept_scale = KEPT ? e4m3_scale(largest) : 1.0f, kept_inverse = 1.0f / kept_scale;
+  if (KEPT) {
+    float kept = __uint_as_float(largest), also = 0.0f;
+    keep_as_e4m3(kept, also, kept_scale, kept_inverse);
+    largest = __float_as_uint(kept);
+  }
+  Whole whole = whole_scale<FORMAT>(largest, group);
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *whole_factor = whole.factor;
-  if (group && threadIdx.x < all_rows) {
-    u32 word = transform.signs[threadIdx.x / 32 & (1 << across) - 1];
-    row_signs[threadIdx.x] = word << (31 - threadIdx.x % 32) & 0x80000000u;
+  if (threadIdx.x < all_rows) {
+    u32 word = group ? transform.signs[threadIdx.x / 32 & (1 << across) - 1] : 0;
+    u32 sign = word << (31 - threadIdx.x % 32) & 0x80000000u;
+    row_signs[threadIdx.x] = sign, row_factors[threadIdx.x] = __uint_as_float(0x3f800000u | sign);
   }
   if (BOTH && threadIdx.x < 32) {
     u32 word = group ? rows_transform.signs[group > BLOCK ? threadIdx.x / 16 : 0] : 0, i = threadIdx.x % 16 * 2;
@@ -228,27 +237,6 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
       *(uint4 *)(piece_bits + Bits::below(i)) = philox(draw, row + i * 8 * PARTS, column / 8);
   asm volatile("cp.async.wait_all;");
   __syncthreads();
-
-  if (sizeof(T) == 2 && sums) {
-    // A warp sums 16 columns of 64 lines, or 8 of 128, on tensor cores; with halves, both halves of 4 warps' columns.
-    constexpr u32 SETS = PARTS == 2 ? 2 : 1; // of 8 columns
-    float sum[SETS][4] = {};
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-      u32 b[4], first = PARTS == 2 ? i * 16 + lane % 16 : i * 32 + lane;
-      load_transposed(b, data + Data::at(first) + warp * 16 * SETS + (PARTS == 2 ? lane / 16 * 16 : 0));
-      add_ones_times(sum[0], b[0], b[1]), add_ones_times(sum[SETS - 1], b[2], b[3]);
-    }
-    // Lanes 0 to 3 have two columns of each set. The halves of a tile of 256 rows are two lines of the result.
-    u32 tile_row = blockIdx.y << halves, c = warp * 8 * SETS + 2 * lane;
-    if (halves) tile_row += c / 32, c %= 32;
-    if (lane < 4)
-#pragma unroll
-      for (u32 i = 0; i < 2 * SETS; i++) {
-        u32 at = first_column + c + i / 2 * 8 + i % 2;
-        if (at < cols) sums[(size_t)tile_row * cols + at] = sum[i / 2][i % 2];
-      }
-  }
 
   float v[BLOCK], unit;
   u32 lifted = 0;
@@ -282,10 +270,32 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   const u8 *from = data + part % PARTS * (32 * Data::PITCH + Data::SHIFT) + place * sizeof(T);
 #pragma unroll
   for (int i = 0; i < BLOCK; i += 4) {
-    uint4 sign = group ? *(const uint4 *)&row_signs[part * BLOCK + i] : make_uint4(0, 0, 0, 0);
+    uint4 sign = *(const uint4 *)&row_signs[part * BLOCK + i];
     u32 signs[4] = {sign.x, sign.y, sign.z, sign.w};
+    if (KEPT) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) v[i + j] = with_sign(*(const T *)(from + (i + j) * Data::PITCH), signs[j], draw);
+      for (int j = 0; j < 4; j++) v[i + j] = to_f32(*(const T *)(from + (i + j) * Data::PITCH));
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) keep_as_e4m3(v[i + j], v[i + j + 1], kept_scale, kept_inverse);
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[i + j] = with_sign(v[i + j], signs[j], draw);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[i + j] = with_sign(*(const T *)(from + (i + j) * Data::PITCH), signs[j], draw);
+    }
+  }
+  if (sums) {
+    // NOTE: on tensor cores, a product with ones of what ldmatrix loads, sums took 14% of the kernel's time; so 2%.
+    float sum[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < BLOCK; i += 4) {
+      float4 sign = *(const float4 *)&row_factors[part * BLOCK + i];
+      sum[0] = __fmaf_rn(v[i], sign.x, sum[0]), sum[1] = __fmaf_rn(v[i + 1], sign.y, sum[1]);
+      sum[2] = __fmaf_rn(v[i + 2], sign.z, sum[2]), sum[3] = __fmaf_rn(v[i + 3], sign.w, sum[3]);
+    }
+    float total = sum[0] + sum[1] + (sum[2] + sum[3]);
+    for (u32 mask = 1u << width; mask < WARP; mask *= 2) total += __shfl_xor_sync(FULL_WARP, total, mask);
+    if (part == 0 && first_column + x < cols) sums[(size_t)blockIdx.y * cols + first_column + x] = total;
   }
   float norm = GROUP ? 0.125f : group ? transform.scale : 1.0f;
   float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
@@ -326,10 +336,11 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
 // Launch as quantize_rows_values_*.
 //
 // quantize_columns_{e4m3_{bf16,f32},e5m2_bf16}_MODE: vectors are the columns. Overwrites out (cols, depth), and where `sums`
-// is not null, for bf16, sums (depth / 128, rounded up, cols) with the column sums of 128 rows each. Grid: cols / 64,
-// depth / 128, rounded up; with a group of 256, cols / 32, depth / 256, and sums have an even number of rows. Block: 256.
-// For names with _g64 group is 64, grid: cols / 64, depth / 64, block: 128, and sums are of 64 rows each.
-// Dynamic shared memory: `Tiles::bytes` of the host.
+// is not null, sums (grid y, cols) with the column sums of each tile's rows (of what was kept, in names with _kept). Grid:
+// cols / 64, depth / 128, rounded up; with a group of 256, cols / 32, depth / 256. Block: 256. For names with _g64 group is
+// 64, grid: cols / 64, depth / 64, block: 128.
+// Dynamic shared memory: `Tiles::bytes` of the host. In names with _kept the source is first rounded as an FP8 forward pass
+// keeps it, by current scaling.
 // NOTE: blocks that take more tiles, one after the other, were slower (2 to 8: 0 to 12%), as were results that went
 // through shared memory to be written in whole lines (5%).
 //
@@ -339,32 +350,34 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
 #define SHAPE u32 rows, u32 cols, u32 depth, u32 group
 #define RANDOM const __grid_constant__ Transform transform, const __grid_constant__ Draw draw
 #define BOUNDS(T, GROUP) __launch_bounds__(GROUP ? 128 : 256, (sizeof(T) == 4 ? 3 : 4) * (GROUP ? 2 : 1))
-#define COLUMNS(T, FORMAT, NAME, MODE, UNBIASED, GROUP)                                                             \
+#define COLUMNS(T, FORMAT, KEPT, NAME, MODE, UNBIASED, GROUP)                                                       \
   extern "C" __global__ void BOUNDS(T, GROUP) quantize_columns_##NAME##_##MODE(                                     \
       u8 *out, float *factor, u32 *raised, const u32 *most, float *sums, const T *source, SHAPE, RANDOM) {          \
-    quantize_tile<T, UNBIASED, FORMAT, false, GROUP>(nullptr, out, factor, raised, most, sums, source, rows, cols,  \
-                                                     0, depth, group, transform, transform, draw);                  \
+    quantize_tile<T, UNBIASED, FORMAT, false, KEPT, GROUP>(nullptr, out, factor, raised, most, sums, source, rows,  \
+                                                           cols, 0, depth, group, transform, transform, draw);      \
   }
 #define BOTH_FORMS(NAME, MODE, UNBIASED, GROUP)                                                                     \
   extern "C" __global__ void BOUNDS(bf16, GROUP) quantize_both_##NAME##_##MODE(                                     \
       u8 *by_rows, u8 *by_columns, float *factor, u32 *raised, const u32 *most, float *sums, const bf16 *source,    \
       u32 rows, u32 cols, u32 rows_depth, u32 depth, u32 group,                                                     \
       const __grid_constant__ Transform rows_transform, RANDOM) {                                                   \
-    quantize_tile<bf16, UNBIASED, E5M2, true, GROUP>(by_rows, by_columns, factor, raised, most, sums, source, rows, \
-                                                     cols, rows_depth, depth, group, rows_transform, transform,     \
-                                                     draw);                                                         \
+    quantize_tile<bf16, UNBIASED, E5M2, true, false, GROUP>(by_rows, by_columns, factor, raised, most, sums,        \
+                                                            source, rows, cols, rows_depth, depth, group,           \
+                                                            rows_transform, transform, draw);                       \
   }
 #define ALL(MODE, UNBIASED)                                                                                          \
   extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_e5m2_bf16_##MODE(                             \
       u8 *out, float *factor, u32 *raised, const u32 *most, const bf16 *source, SHAPE, u32 each, RANDOM) {          \
     quantize_rows<UNBIASED>(out, factor, raised, most, source, rows, cols, depth, group, each, transform, draw);    \
   }                                                                                                                 \
-  COLUMNS(bf16, E4M3, e4m3_bf16, MODE, UNBIASED, 0)                                                                  \
-  COLUMNS(bf16, E4M3, e4m3_g64_bf16, MODE, UNBIASED, 64)                                                             \
-  COLUMNS(float, E4M3, e4m3_f32, MODE, UNBIASED, 0)                                                                  \
-  COLUMNS(float, E4M3, e4m3_g64_f32, MODE, UNBIASED, 64)                                                             \
-  COLUMNS(bf16, E5M2, e5m2_bf16, MODE, UNBIASED, 0)                                                                  \
-  COLUMNS(bf16, E5M2, e5m2_g64_bf16, MODE, UNBIASED, 64)                                                             \
+  COLUMNS(bf16, E4M3, false, e4m3_bf16, MODE, UNBIASED, 0)                                                          \
+  COLUMNS(bf16, E4M3, false, e4m3_g64_bf16, MODE, UNBIASED, 64)                                                     \
+  COLUMNS(bf16, E4M3, true, e4m3_kept_bf16, MODE, UNBIASED, 0)                                                      \
+  COLUMNS(bf16, E4M3, true, e4m3_kept_g64_bf16, MODE, UNBIASED, 64)                                                 \
+  COLUMNS(float, E4M3, false, e4m3_f32, MODE, UNBIASED, 0)                                                          \
+  COLUMNS(float, E4M3, false, e4m3_g64_f32, MODE, UNBIASED, 64)                                                     \
+  COLUMNS(bf16, E5M2, false, e5m2_bf16, MODE, UNBIASED, 0)                                                          \
+  COLUMNS(bf16, E5M2, false, e5m2_g64_bf16, MODE, UNBIASED, 64)                                                     \
   BOTH_FORMS(e5m2_bf16, MODE, UNBIASED, 0)                                                                           \
   BOTH_FORMS(e5m2_g64_bf16, MODE, UNBIASED, 64)
 ALL(nearest, false)

@@ -158,11 +158,11 @@ pub(super) fn backward(
 
     // What the forward pass kept of x: in an FP8 recipe its FP8 form.
     let mut kept = Source { address: x.address(), precision };
-    let mut most_of_x = 0;
-    if recipe.forward == Forward::Fp8 {
-        (kept.address, most_of_x) = keep_as_fp8(cuda, workspace, x, rows * inputs);
-    } else if call.fp8 && matches!(recipe.wgrad, Backward::Mxfp4(_)) {
+    let (mut most_of_x, in_fp8) = (0, recipe.forward == Forward::Fp8);
+    if call.fp8 && matches!(recipe.wgrad, Backward::Mxfp4(_)) {
         most_of_x = largest_magnitude(cuda, workspace, 1, x);
+    } else if in_fp8 {
+        (kept.address, most_of_x) = keep_as_fp8(cuda, workspace, x, rows * inputs);
     }
     let wgrad = Product {
         m: outputs,
@@ -190,6 +190,7 @@ pub(super) fn backward(
                 shape: Quantize { form: Form::Columns, rows, cols: inputs },
                 id: OperandId::X,
                 most: most_of_x,
+                kept: in_fp8,
                 ..call.other_operand()
             };
             call.quantize(&x, format.other, format, GemmId::Wgrad, 0);
@@ -296,6 +297,8 @@ pub(super) struct Scaling {
     pub(super) raised: u64,
     /// The bits of the source's largest magnitude, read.
     pub(super) most: u64,
+    /// Whether the source is first rounded as an FP8 forward pass keeps it (to E4M3, down columns, bf16).
+    pub(super) kept: bool,
 }
 
 /// Rows that a thread block of the row kernels takes: the fewest that make whole warps of threads, some
@@ -325,8 +328,6 @@ struct Tiles {
     block: usize,
     /// Of shared memory: the source, random bits, signs.
     bytes: usize,
-    /// Rows of column sums.
-    sums: usize,
 }
 
 impl Tiles {
@@ -337,8 +338,7 @@ impl Tiles {
         Self {
             grid: [vectors.div_ceil(columns), tiles, 1],
             block: 2 * lines,
-            bytes: bytes(size_of_element(precision)) + bytes(2) + 4 * 256 + 4 * 32,
-            sums: tiles * (rows / lines),
+            bytes: bytes(size_of_element(precision)) + bytes(2) + 8 * 256 + 4 * 32,
         }
     }
 }
@@ -372,9 +372,11 @@ fn kernel_name(
             64 => names!("columns", "e5m2_g64"),
             _ => names!("columns", "e5m2"),
         },
-        (Form::Columns, Target::Fp8 { .. }) => match group {
-            64 => names!("columns", "e4m3_g64"),
-            _ => names!("columns", "e4m3"),
+        (Form::Columns, Target::Fp8 { scaling, .. }) => match (scaling.kept, group) {
+            (false, 64) => names!("columns", "e4m3_g64"),
+            (false, _) => names!("columns", "e4m3"),
+            (true, 64) => names!("columns", "e4m3_kept_g64"),
+            (true, _) => names!("columns", "e4m3_kept"),
         },
         #[cfg(test)]
         (Form::Rows, Target::Codes { .. }) => names!("rows", "codes"),
@@ -412,7 +414,7 @@ pub(super) fn quantize(
         match target {
             Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
                 out, source.address, rows, cols, length, group_length, each, transform, draw),
-            Target::Fp8 { out, scaling: Scaling { scale, raised, most }, .. } => {
+            Target::Fp8 { out, scaling: Scaling { scale, raised, most, .. }, .. } => {
                 launch!(cuda.gpu, name, grid, block, 0;
                     out, scale, raised, most, source.address, rows, cols, length, group_length, each,
                     transform, draw);
@@ -434,12 +436,12 @@ pub(super) fn quantize(
     match target {
         Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
             out, sums, source.address, rows, cols, length, group_length, transform, draw),
-        Target::Fp8 { out, scaling: Scaling { scale, raised, most }, .. } => {
+        Target::Fp8 { out, scaling: Scaling { scale, raised, most, .. }, .. } => {
             let tiles = Tiles::new(source.precision, vectors, depth, group);
             launch!(cuda.gpu, name, tiles.grid, tiles.block, tiles.bytes;
                 out, scale, raised, most, sums, source.address, rows, cols, length, group_length,
                 transform, draw);
-            return tiles.sums;
+            return tiles.grid[1];
         }
         #[cfg(test)]
         Target::Codes { codes, scales } => launch!(cuda.gpu, name, grid, block, 0;
@@ -470,12 +472,12 @@ pub(super) fn quantize_both(
         (_, Rounding::Unbiased) => "quantize_both_e5m2_bf16_unbiased",
     };
     let tiles = Tiles::new(Precision::Bf16, rows_depth, depth, group);
-    let Scaling { scale, raised, most } = scaling;
+    let Scaling { scale, raised, most, .. } = scaling;
     launch!(cuda.gpu, name, tiles.grid, tiles.block, tiles.bytes;
         out[0], out[1], scale, raised, most, sums, source, rows as u32, cols as u32,
         rows_depth as u32, depth as u32, group as u32, TransformArgument::new(signs[0]),
         TransformArgument::new(signs[1]), DrawArgument::from(draw));
-    tiles.sums
+    tiles.grid[1]
 }
 
 /// The signs of a GEMM's transform; none where there is no transform.
@@ -506,6 +508,8 @@ struct MxOperand {
     format: Type,
     scale: u64,
     most: u64,
+    /// Whether it is what an FP8 forward pass kept of the source.
+    kept: bool,
 }
 
 /// What the products of one backward pass have in common.
@@ -528,7 +532,16 @@ impl Call<'_> {
             _ => room.address,
         };
         let scale = self.workspace.scales[0].address;
-        MxOperand { source, shape, id: OperandId::Dy, out, format: Type::E5m2, scale, most }
+        MxOperand {
+            source,
+            shape,
+            id: OperandId::Dy,
+            out,
+            format: Type::E5m2,
+            scale,
+            most,
+            kept: false,
+        }
     }
 
     /// The room and format of W or x.
@@ -536,12 +549,22 @@ impl Call<'_> {
         let source = Source { address: 0, precision: Precision::Bf16 };
         let shape = Quantize { form: Form::Columns, rows: 0, cols: 0 };
         let (out, scale) = (self.workspace.operands[1].address, self.workspace.scales[1].address);
-        MxOperand { source, shape, id: OperandId::X, out, format: Type::E4m3, scale, most: 0 }
+        MxOperand {
+            source,
+            shape,
+            id: OperandId::X,
+            out,
+            format: Type::E4m3,
+            scale,
+            most: 0,
+            kept: false,
+        }
     }
 
     fn scaling(&self, operand: &MxOperand) -> Scaling {
         let raised = self.workspace.raised.address;
-        Scaling { scale: operand.scale, raised, most: operand.most }
+        let MxOperand { scale, most, kept, .. } = *operand;
+        Scaling { scale, raised, most, kept }
     }
 
     /// Quantizes an operand for `gemm`. `sums` and the result as of [`quantize`].

@@ -749,7 +749,7 @@ impl Fp8 {
 
     fn scaling(&self) -> super::linear::Scaling {
         let [scale, raised, most] = [0, 4, 8].map(|offset| self.words.address + offset);
-        super::linear::Scaling { scale, raised, most }
+        super::linear::Scaling { scale, raised, most, kept: false }
     }
 
     /// The factor and the number of raised blocks.
@@ -1116,7 +1116,11 @@ fn mxfp4_linear_backward_is_the_product_of_its_operands() {
                     s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r, true,
                 );
                 close(name, &values_of(&cuda, &dx), &exact_dx, bound(Precision::Bf16));
-                close(name, &f32s_of(&cuda, &dw), &exact_dw, 1e-6);
+                // Tensor cores align what they add at once by the largest, which outliers make felt unless the
+                // transform spreads them.
+                let spread = rows <= 130 || format.transform.is_some();
+                let exactness = if spread { 1e-6 } else { 1e-5 };
+                close(name, &f32s_of(&cuda, &dw), &exact_dw, exactness);
                 close(name, &f32s_of(&cuda, &db), &plus_one(exact_db), 1e-5);
             });
         }
