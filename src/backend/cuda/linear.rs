@@ -728,6 +728,6 @@ pub(super) fn add_partials(
 ) {
     let columns = if second.is_some() { 2 * n } else { n };
     let second = second.map_or(0, |second| second.address());
-    launch!(cuda.gpu, "add_partials", [columns.div_ceil(32), 1, 1], BLOCK, 0;
+    launch!(cuda.gpu, "add_partials", [columns.div_ceil(32), 1, 1], 1024, 0;
         to.address(), second, partials, parts as u32, n as u32, u32::from(accumulate));
 }
