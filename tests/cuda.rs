@@ -173,6 +173,34 @@ fn recomputing_changes_no_bit() {
     assert!(results[1..].iter().all(|losses| *losses == results[0]), "{results:?}");
 }
 
+/// Two steps, of which the second is recorded, of a model so small that a sanitizer gets through with it;
+/// no tile divides its sequences.
+#[test]
+fn every_recipe_takes_two_steps() {
+    let Some(engine) = gpu() else { return };
+    let config = ModelConfig {
+        vocab_size: 256,
+        context_length: 72,
+        layers: 1,
+        heads: 1,
+        channels: 64,
+        ..ModelConfig::default()
+    };
+    let data = text();
+    for recipe in Recipe::NAMES {
+        let model = Model::new(&engine, &config).unwrap();
+        let options = TrainerOptions { batch_size: 2, ..options(recipe) };
+        let mut trainer = Trainer::new(&model, options).unwrap();
+        for _ in 0..2 {
+            let stats = trainer.step(&data).unwrap();
+            assert!(
+                (4.0..7.0).contains(&stats.loss) && stats.grad_norm > 0.0,
+                "{recipe}: {stats:?}"
+            );
+        }
+    }
+}
+
 /// A run that is saved, loaded and continued is the run that was not; accumulation included.
 #[test]
 fn resuming_changes_no_bit() {

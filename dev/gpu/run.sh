@@ -31,7 +31,7 @@ sanitizer() {
     for tool in memcheck racecheck; do
         heading "compute-sanitizer $tool"
         compute-sanitizer --tool "$tool" --error-exitcode 9 "$folder/cuda" \
-            resuming_changes_no_bit --nocapture 2>&1 | tail -n 3
+            every_recipe_takes_two_steps --nocapture 2>&1 | tail -n 3
     done
 }
 

@@ -51,6 +51,9 @@ impl Workers {
             what: format!("an engine of {count} threads"),
             remedy: format!("the system refuses to start them ({e}); use fewer"),
         })?;
+        // All of them have started before the host goes on. If it forks while one still does, the child
+        // inherits the locks of that moment; those of a sanitizer's allocator stay locked for ever.
+        pool.broadcast(|_| ());
         let desk = Arc::new(Desk::default());
         let conductor = desk.clone();
         pool.spawn(move || conductor.conduct());
