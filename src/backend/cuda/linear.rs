@@ -130,7 +130,7 @@ pub(super) fn backward(
         && first == second
         && first.transform.is_none_or(|transform| transform.group <= 64)
     {
-        // NOTE: on an H100 this takes two thirds of the time of one kernel for each form.
+        // NOTE: on an H100, (16384, 4096) take 135 us, of which the form down columns alone takes 86.
         quantized_both = Some(call.quantize_both(&by_rows, &by_columns, first, sums));
     }
 
