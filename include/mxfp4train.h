@@ -391,6 +391,10 @@ typedef struct mxt_step_stats {
   float lr;
   // tokens / seconds.
   float tokens_per_second;
+  // Blocks of 32 numbers of the step's MXFP4 operands whose scale was raised, because it lay too far
+  // below the largest of its tensor for the format that the GPU multiplies in. Their rounding is
+  // coarser than their own scale would allow; with stochastic rounding it has no bias still. 0 on CPUs.
+  uint64_t raised_blocks;
 } mxt_step_stats;
 
 // What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills it.

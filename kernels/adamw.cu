@@ -13,6 +13,7 @@ struct Entry {
   u64 len;
   u64 first_piece;  // number of the parameter's first piece
   u64 decays;       // whether weight decay applies
+  u32 *most;        // bits of the largest magnitude of the master values
 };
 
 #define PIECE 4096
@@ -57,14 +58,6 @@ extern "C" __global__ void square_gradients(double *partials, const Entry *table
   if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
-// *sum = the sum of the partials, in order. Grid: 1; block: 256.
-extern "C" __global__ void sum_squares(double *sum, const double *partials, u32 parts) {
-  __shared__ double scratch[WARP];
-  double total = 0.0;
-  for (u32 i = threadIdx.x; i < parts; i += blockDim.x) total += partials[i];
-  total = block_sum_double(total, scratch);
-  if (threadIdx.x == 0) *sum = total;
-}
 
 // *sum += the sum of losses (rows), or with `overwrite` = it. Grid: 1; block: 1024.
 extern "C" __global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 accumulate) {
@@ -84,23 +77,46 @@ struct Step {
   float loss_scale;  // makes the sum of losses the step's loss
 };
 
-// One update of every parameter, unless loss or gradient norm is not finite. sums: losses, squares.
+// Loss and gradient norm of a step, and whether both are finite, so that the update is to be made.
+__device__ __forceinline__ bool is_finite(const double *sums, const Step &s, float &norm) {
+  float loss = (float)(sums[0] * (double)s.loss_scale);
+  norm = (float)sqrt(sums[1]);
+  return isfinite(loss) && isfinite(norm);
+}
+
+// sums[1] = the sum of the partials, in order; sums[2] = *raised, which starts again from 0. Makes the largest
+// magnitudes ready for the update, if there will be one. sums: losses, squares, raised blocks. Grid: 1; block: 256.
+extern "C" __global__ void sum_squares(double *sums, u32 *raised, const double *partials, u32 parts,
+                                       const Entry *table, u32 entries, Step s) {
+  __shared__ double scratch[WARP];
+  double total = 0.0;
+  for (u32 i = threadIdx.x; i < parts; i += blockDim.x) total += partials[i];
+  total = block_sum_double(total, scratch);
+  if (threadIdx.x == 0) sums[1] = total, sums[2] = (double)*raised, *raised = 0;
+  __syncthreads();
+  float norm;
+  if (is_finite(sums, s, norm))
+    for (u32 i = threadIdx.x; i < entries; i += blockDim.x) *table[i].most = 0;
+}
+
+// One update of every parameter, unless loss or gradient norm is not finite. sums: as above.
 // Grid: any; block: 256.
 extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
                                  Step s) {
-  float loss = (float)(sums[0] * (double)s.loss_scale), norm = (float)sqrt(sums[1]);
-  if (!isfinite(loss) || !isfinite(norm)) return;
+  float norm;
+  if (!is_finite(sums, s, norm)) return;
   // PyTorch's clip_grad_norm_ adds the same 1e-6.
   float scale = s.clip > 0.0f ? fminf(s.clip / (norm + 1e-6f), 1.0f) : 1.0f;
   for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
-    float keep = e->decays ? 1.0f - s.lr * s.weight_decay : 1.0f;
+    float keep = e->decays ? 1.0f - s.lr * s.weight_decay : 1.0f, largest = 0.0f;
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     auto update = [&](float &p, float &m, float &v, float g) {
       g *= scale;
       m = s.beta1 * m + (1.0f - s.beta1) * g;
       v = s.beta2 * v + (1.0f - s.beta2) * (g * g);
       p = p * keep - s.size * (m / (sqrtf(v) * s.root + s.epsilon));
+      largest = max_nan(largest, fabsf(p));
     };
     u64 i = start + threadIdx.x * 4;
     for (; i + 4 <= end; i += blockDim.x * 4) {
@@ -115,11 +131,15 @@ extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, co
       update(e->param[i], e->m[i], e->v[i], e->gradient[i]);
       e->copy[i] = from_f32<bf16>(e->param[i]);
     }
+    note_most(e->most, largest);
   }
 }
 
-// copy (len) = param (len), to nearest even. Grid: len / 256, rounded up; block: 256.
-extern "C" __global__ void copy_to_bf16(bf16 *copy, const float *param, u64 len) {
+// copy (len) = param (len), to nearest even; *most, which is 0 before, the bits of the largest magnitude of param.
+// Grid: len / 256, rounded up; block: 256.
+extern "C" __global__ void copy_to_bf16(bf16 *copy, u32 *most, const float *param, u64 len) {
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < len) copy[i] = from_f32<bf16>(param[i]);
+  float v = i < len ? param[i] : 0.0f;
+  if (i < len) copy[i] = from_f32<bf16>(v);
+  note_most(most, v);
 }

@@ -1,4 +1,5 @@
-// FP8 E4M3 with current scaling, as numbers that bf16 holds exactly: one power-of-two scale a tensor.
+// FP8 E4M3 with current scaling: one power-of-two scale a tensor. As bytes, and as the numbers that they stand for, which
+// bf16 holds exactly.
 
 // *most = the largest bits of |v| over v (len), where *most was 0 before. A NaN is larger than
 // everything. Integer maxima do not depend on the order. Grid: any; block: 256.
@@ -26,15 +27,6 @@ extern "C" __global__ void max_magnitude_f32(u32 *most, const float *v, u64 len)
   max_magnitude(most, v, len);
 }
 
-// The smallest power of two s for which |v| / s is at most 448, within 2^-100 .. 2^100; 1 for zeros,
-// NaN for what is not finite.
-__device__ __forceinline__ float e4m3_scale(u32 most) {
-  if (most == 0) return 1.0f;
-  if (most >= 0x7f800000u) return __uint_as_float(0x7fc00000u);
-  int exponent = (int)(most >> 23) - 127 - 8 + ((most & 0x7fffff) > 0x600000);
-  return __uint_as_float((u32)(min(max(exponent, -100), 100) + 127) << 23);
-}
-
 // The E4M3 value nearest to v, ties to even, saturated. NaN stays NaN.
 __device__ __forceinline__ float round_to_e4m3(float v) {
   float magnitude = fminf(fabsf(v), 448.0f);
@@ -46,10 +38,12 @@ __device__ __forceinline__ float round_to_e4m3(float v) {
   return isnan(v) ? v : copysignf(rounded, v);
 }
 
-// out (len) = v (len) as E4M3 holds it with the scale that *most asks for.
-// Grid: len / (8 block), rounded up; block: 256.
-template <class T> __device__ void round_to_fp8(bf16 *out, const T *v, const u32 *most, u64 len) {
+// out (len) = v (len) as E4M3 holds it with the scale that *most asks for, and *kept_most the bits of the largest
+// magnitude of that: rounding keeps the order. Grid: len / (8 block), rounded up; block: 256.
+template <class T> __device__ void round_to_fp8(bf16 *out, u32 *kept_most, const T *v, const u32 *most, u64 len) {
   float scale = e4m3_scale(*most), inverse = 1.0f / scale;
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    *kept_most = __float_as_uint(round_to_e4m3(__uint_as_float(*most) * inverse) * scale) & 0x7fffffffu;
   u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
   if (i + 8 <= len) {
     float x[8];
@@ -62,9 +56,39 @@ template <class T> __device__ void round_to_fp8(bf16 *out, const T *v, const u32
   }
 }
 
-extern "C" __global__ void round_to_fp8_bf16(bf16 *out, const bf16 *v, const u32 *most, u64 len) {
-  round_to_fp8(out, v, most, len);
+extern "C" __global__ void round_to_fp8_bf16(bf16 *out, u32 *kept_most, const bf16 *v, const u32 *most, u64 len) {
+  round_to_fp8(out, kept_most, v, most, len);
 }
-extern "C" __global__ void round_to_fp8_f32(bf16 *out, const float *v, const u32 *most, u64 len) {
-  round_to_fp8(out, v, most, len);
+extern "C" __global__ void round_to_fp8_f32(bf16 *out, u32 *kept_most, const float *v, const u32 *most, u64 len) {
+  round_to_fp8(out, kept_most, v, most, len);
 }
+
+#if __CUDA_ARCH__ >= 890
+// out (len) = v (len) / *scale to E4M3 bytes, and *scale, the one that *most asks for: the same numbers as above.
+// Grid: len / (8 block), rounded up; block: 256.
+template <class T> __device__ void convert_to_e4m3(u8 *out, float *scale_out, const T *v, const u32 *most, u64 len) {
+  float scale = e4m3_scale(*most), inverse = 1.0f / scale;
+  u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+  if (i == 0) *scale_out = scale;
+  auto pair = [&](float low, float high) {
+    u16 both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high * inverse), "f"(low * inverse));
+    return (u32)both;
+  };
+  if (i + 8 <= len) {
+    float x[8];
+    load8(v + i, x);
+    *(uint2 *)(out + i) =
+        make_uint2(pair(x[0], x[1]) | pair(x[2], x[3]) << 16, pair(x[4], x[5]) | pair(x[6], x[7]) << 16);
+  } else {
+    for (; i < len; i++) out[i] = (u8)pair(to_f32(v[i]), 0.0f);
+  }
+}
+
+extern "C" __global__ void convert_to_e4m3_bf16(u8 *out, float *scale, const bf16 *v, const u32 *most, u64 len) {
+  convert_to_e4m3(out, scale, v, most, len);
+}
+extern "C" __global__ void convert_to_e4m3_f32(u8 *out, float *scale, const float *v, const u32 *most, u64 len) {
+  convert_to_e4m3(out, scale, v, most, len);
+}
+#endif

@@ -20,38 +20,47 @@ __device__ __forceinline__ float gelu_derivative(float x) {
   return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * du;
 }
 
-// Eight elements a thread; the last ones one by one.
+// Eight elements a thread at a time; the last ones one by one.
 template <class T, bool BACKWARD>
-__device__ void gelu_all(T *out, const T *x, u64 len) {
-  u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-  float v[8], d[8];
-  if (i + 8 <= len) {
-    load8(x + i, v);
-    if (BACKWARD) load8(out + i, d);
+__device__ void gelu_all(T *out, u32 *most, const T *x, u64 len) {
+  float largest = 0.0f;
+  u64 step = (u64)gridDim.x * blockDim.x * 8;
+  for (u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8; i < len; i += step) {
+    float v[8], d[8];
+    if (i + 8 <= len) {
+      load8(x + i, v);
+      if (BACKWARD) load8(out + i, d);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = BACKWARD ? d[j] * gelu_derivative(v[j]) : gelu(v[j]);
-    store8(out + i, v);
-  } else {
-    for (; i < len; i++) {
-      float value = to_f32(x[i]);
-      value = BACKWARD ? to_f32(out[i]) * gelu_derivative(value) : gelu(value);
-      out[i] = from_f32<T>(value);
+      for (int j = 0; j < 8; j++) {
+        v[j] = BACKWARD ? d[j] * gelu_derivative(v[j]) : gelu(v[j]);
+        largest = max_nan(largest, fabsf(v[j]));
+      }
+      store8(out + i, v);
+    } else {
+      for (u64 k = i; k < len; k++) {
+        float value = to_f32(x[k]);
+        value = BACKWARD ? to_f32(out[k]) * gelu_derivative(value) : gelu(value);
+        largest = max_nan(largest, fabsf(value));
+        out[k] = from_f32<T>(value);
+      }
     }
   }
+  // Rounding keeps the order, so the largest of what is stored is the largest, rounded.
+  note_most(most, to_f32(from_f32<T>(largest)));
 }
 
-// out (len) = gelu(x). Grid: len / (8 block), rounded up; block: 256.
-extern "C" __global__ void gelu_forward_bf16(bf16 *out, const bf16 *x, u64 len) {
-  gelu_all<bf16, false>(out, x, len);
+// out (len) = gelu(x), the largest magnitude to most. Grid: any; block: 256.
+extern "C" __global__ void gelu_forward_bf16(bf16 *out, u32 *most, const bf16 *x, u64 len) {
+  gelu_all<bf16, false>(out, most, x, len);
 }
-extern "C" __global__ void gelu_forward_f32(float *out, const float *x, u64 len) {
-  gelu_all<float, false>(out, x, len);
+extern "C" __global__ void gelu_forward_f32(float *out, u32 *most, const float *x, u64 len) {
+  gelu_all<float, false>(out, most, x, len);
 }
 
 // d (len) = d gelu'(x), in place. Launch as forward.
-extern "C" __global__ void gelu_backward_bf16(bf16 *d, const bf16 *x, u64 len) {
-  gelu_all<bf16, true>(d, x, len);
+extern "C" __global__ void gelu_backward_bf16(bf16 *d, u32 *most, const bf16 *x, u64 len) {
+  gelu_all<bf16, true>(d, most, x, len);
 }
-extern "C" __global__ void gelu_backward_f32(float *d, const float *x, u64 len) {
-  gelu_all<float, true>(d, x, len);
+extern "C" __global__ void gelu_backward_f32(float *d, u32 *most, const float *x, u64 len) {
+  gelu_all<float, true>(d, most, x, len);
 }

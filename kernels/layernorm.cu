@@ -36,9 +36,9 @@ __device__ __forceinline__ void store_group(T *p, u32 count, const float v[8]) {
 }
 
 // out (rows, C) = (x - mean) rstd w + b, and mean and rstd (rows); with ADD first sum (rows, C) = x + y,
-// rounded to T, which is then what is normalized.
+// rounded to T, which is then what is normalized. The largest magnitude of out is noted in most.
 template <class T, bool ADD>
-__device__ void normalize(T *out, T *sum, float *mean_out, float *rstd_out, const T *x, const T *y,
+__device__ void normalize(T *out, T *sum, u32 *most, float *mean_out, float *rstd_out, const T *x, const T *y,
                           const T *w, const T *b, u32 rows, u32 channels, float epsilon) {
   u32 lane = threadIdx.x % WARP, row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
   if (row >= rows) return;
@@ -64,41 +64,46 @@ __device__ void normalize(T *out, T *sum, float *mean_out, float *rstd_out, cons
 #pragma unroll
     for (int j = 0; j < 8; j++) squares += j < count ? (v[j] - mean) * (v[j] - mean) : 0.0f;
   });
-  float rstd = rsqrtf(warp_sum(squares) / channels + epsilon);
+  float rstd = rsqrtf(warp_sum(squares) / channels + epsilon), largest = 0.0f;
   each_group(lane, channels, [&](u32 i, u32 count) {
     float v[8], scale[8], shift[8];
     load_group(in + start + i, count, v);
     load_group(w + i, count, scale);
     load_group(b + i, count, shift);
 #pragma unroll
-    for (int j = 0; j < 8; j++) v[j] = (v[j] - mean) * rstd * scale[j] + shift[j];
+    for (int j = 0; j < 8; j++) {
+      v[j] = (v[j] - mean) * rstd * scale[j] + shift[j];
+      if (j < count) largest = max_nan(largest, fabsf(v[j]));
+    }
     store_group(out + start + i, count, v);
   });
+  // Rounding keeps the order, so the largest of what is stored is the largest, rounded.
+  note_most(most, to_f32(from_f32<T>(largest)));
   if (lane == 0) mean_out[row] = mean, rstd_out[row] = rstd;
 }
 
 // Grid: rows / 8, rounded up; block: 256.
-extern "C" __global__ void layernorm_forward_bf16(bf16 *out, float *mean, float *rstd, const bf16 *x,
+extern "C" __global__ void layernorm_forward_bf16(bf16 *out, u32 *most, float *mean, float *rstd, const bf16 *x,
                                                   const bf16 *w, const bf16 *b, u32 rows,
                                                   u32 channels, float epsilon) {
-  normalize<bf16, false>(out, 0, mean, rstd, x, 0, w, b, rows, channels, epsilon);
+  normalize<bf16, false>(out, 0, most, mean, rstd, x, 0, w, b, rows, channels, epsilon);
 }
-extern "C" __global__ void layernorm_forward_f32(float *out, float *mean, float *rstd, const float *x,
+extern "C" __global__ void layernorm_forward_f32(float *out, u32 *most, float *mean, float *rstd, const float *x,
                                                  const float *w, const float *b, u32 rows,
                                                  u32 channels, float epsilon) {
-  normalize<float, false>(out, 0, mean, rstd, x, 0, w, b, rows, channels, epsilon);
+  normalize<float, false>(out, 0, most, mean, rstd, x, 0, w, b, rows, channels, epsilon);
 }
-extern "C" __global__ void add_layernorm_forward_bf16(bf16 *out, bf16 *sum, float *mean, float *rstd,
+extern "C" __global__ void add_layernorm_forward_bf16(bf16 *out, bf16 *sum, u32 *most, float *mean, float *rstd,
                                                       const bf16 *x, const bf16 *y, const bf16 *w,
                                                       const bf16 *b, u32 rows, u32 channels,
                                                       float epsilon) {
-  normalize<bf16, true>(out, sum, mean, rstd, x, y, w, b, rows, channels, epsilon);
+  normalize<bf16, true>(out, sum, most, mean, rstd, x, y, w, b, rows, channels, epsilon);
 }
-extern "C" __global__ void add_layernorm_forward_f32(float *out, float *sum, float *mean, float *rstd,
+extern "C" __global__ void add_layernorm_forward_f32(float *out, float *sum, u32 *most, float *mean, float *rstd,
                                                      const float *x, const float *y, const float *w,
                                                      const float *b, u32 rows, u32 channels,
                                                      float epsilon) {
-  normalize<float, true>(out, sum, mean, rstd, x, y, w, b, rows, channels, epsilon);
+  normalize<float, true>(out, sum, most, mean, rstd, x, y, w, b, rows, channels, epsilon);
 }
 
 // Warps of a block of the backward kernel, and groups of 8 columns that one of its threads owns.

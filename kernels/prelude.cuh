@@ -112,3 +112,12 @@ __device__ __forceinline__ float block_max(float v, float *scratch) {
   __syncthreads();
   return v;
 }
+
+// The scale of a tensor in E4M3 whose largest magnitude has these bits: the smallest power of two s for which |v| / s is at
+// most 448, within 2^-100 .. 2^100; 1 for zeros, NaN for what is not finite.
+__device__ __forceinline__ float e4m3_scale(u32 most) {
+  if (most == 0) return 1.0f;
+  if (most >= 0x7f800000u) return __uint_as_float(0x7fc00000u);
+  int exponent = (int)(most >> 23) - 127 - 8 + ((most & 0x7fffff) > 0x600000);
+  return __uint_as_float((u32)(min(max(exponent, -100), 100) + 127) << 23);
+}

@@ -66,6 +66,8 @@ pub struct StepStats {
     pub tokens: u64,
     /// Wall-clock duration of the step.
     pub seconds: f64,
+    /// Blocks of MXFP4 operands whose scale was raised to fit the format that a GPU multiplies them in.
+    pub raised_blocks: u64,
 }
 
 /// What an evaluation found.
@@ -267,7 +269,8 @@ impl Trainer {
         }
         self.state.step = t;
         let seconds = started.elapsed().as_secs_f64();
-        Ok(StepStats { step: t, loss, grad_norm, lr, tokens, seconds })
+        let raised_blocks = sums.raised_blocks;
+        Ok(StepStats { step: t, loss, grad_norm, lr, tokens, seconds, raised_blocks })
     }
 
     /// Gradients of the mean loss over all micro-steps, then the update.
@@ -318,7 +321,7 @@ impl Trainer {
             let mut all = |visit: &mut dyn FnMut(Trained<'_, Device>)| {
                 trained(params, m, v, gradients, specs, visit);
             };
-            backend.finish_step(optimizer, &mut all, step)
+            backend.finish_step(workspace, optimizer, &mut all, step)
         })
     }
 

@@ -428,12 +428,14 @@ impl Backend for Device {
 
     fn finish_step(
         &self,
+        workspace: &mut Workspace,
         optimizer: &mut Optimizer,
         parameters: &mut VisitTrained<'_, Self>,
         step: &AdamWStep,
     ) -> Result<StepSums> {
         on_device!(self, b => {
-            b.finish_step(optimizer.side_mut(), &mut |f| visit(parameters, f), step)
+            let (workspace, optimizer) = (workspace.side_mut(), optimizer.side_mut());
+            b.finish_step(workspace, optimizer, &mut |f| visit(parameters, f), step)
         })
     }
 

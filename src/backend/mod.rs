@@ -165,6 +165,9 @@ pub struct StepSums {
     pub losses: f64,
     /// Sum of the squares of all gradients.
     pub squares: f64,
+    /// Blocks of MXFP4 operands that were rounded with a larger scale than their own, because the device
+    /// multiplies in a format that the scale does not fit.
+    pub raised_blocks: u64,
 }
 
 impl StepSums {
@@ -463,9 +466,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
         accumulate: bool,
     );
     /// The global norm of the gradients, clipping, and one AdamW update of every parameter, unless
-    /// loss or norm is not finite: then nothing changes. Waits for the device.
+    /// loss or norm is not finite: then nothing changes. `workspace` is that of the step's operations, which
+    /// count raised blocks in it. Waits for the device.
     fn finish_step(
         &self,
+        workspace: &mut Self::Workspace,
         optimizer: &mut Self::Optimizer,
         parameters: &mut VisitTrained<'_, Self>,
         step: &AdamWStep,

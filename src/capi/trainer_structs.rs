@@ -185,6 +185,10 @@ pub struct mxt_step_stats {
     pub lr: f32,
     /// tokens / seconds.
     pub tokens_per_second: f32,
+    /// Blocks of 32 numbers of the step's MXFP4 operands whose scale was raised, because it lay too far
+    /// below the largest of its tensor for the format that the GPU multiplies in. Their rounding is
+    /// coarser than their own scale would allow; with stochastic rounding it has no bias still. 0 on CPUs.
+    pub raised_blocks: u64,
 }
 versioned!(mxt_step_stats, last = tokens_per_second: f32);
 
@@ -199,6 +203,7 @@ impl From<StepStats> for mxt_step_stats {
             grad_norm: stats.grad_norm,
             lr: stats.lr,
             tokens_per_second: (stats.tokens as f64 / stats.seconds.max(1e-9)) as f32,
+            raised_blocks: stats.raised_blocks,
         }
     }
 }

@@ -449,6 +449,10 @@ struct mxt_step_stats
     lr::Cfloat
     # tokens / seconds.
     tokens_per_second::Cfloat
+    # Blocks of 32 numbers of the step's MXFP4 operands whose scale was raised, because it lay too far
+    # below the largest of its tensor for the format that the GPU multiplies in. Their rounding is
+    # coarser than their own scale would allow; with stochastic rounding it has no bias still. 0 on CPUs.
+    raised_blocks::UInt64
 end
 
 """

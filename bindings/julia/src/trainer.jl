@@ -54,8 +54,8 @@ save(trainer::Trainer, folder::AbstractString) = check(Lib.mxt_trainer_save(trai
     step!(trainer, dataset)
 
 Does one optimizer step on the next samples of a dataset. Returns what it did as a named tuple:
-`step`, `tokens`, `seconds`, `loss` (nats a token, before the update), `grad_norm`, `lr` and
-`tokens_per_second`.
+`step`, `tokens`, `seconds`, `loss` (nats a token, before the update), `grad_norm`, `lr`,
+`tokens_per_second` and `raised_blocks` (of MXFP4, see `mxt_step_stats`).
 
     step!(trainer, tokens)
 

@@ -356,6 +356,7 @@ impl Backend for Cpu {
 
     fn finish_step(
         &self,
+        _workspace: &mut Workspace,
         losses: &mut f64,
         parameters: &mut VisitTrained<'_, Self>,
         step: &AdamWStep,
@@ -365,7 +366,7 @@ impl Backend for Cpu {
             parameters(&mut |parameter| {
                 squares += adamw::sum_of_squares(self, parameter.gradient);
             });
-            let sums = StepSums { losses: *losses, squares };
+            let sums = StepSums { losses: *losses, squares, raised_blocks: 0 };
             if let Some(gradient_scale) = sums.gradient_scale(step) {
                 parameters(&mut |parameter| adamw::update(self, parameter, step, gradient_scale));
             }

@@ -629,13 +629,15 @@ fn optimizer_steps() {
             (buffer(n, |i| p0[i]), random(n, 3), buffer(n, |i| i as f32 * 1e-5));
         let (m0, v0) = (f64s(&m), f64s(&v));
         let mut optimizer = 0.0;
+        let shape = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8);
+        let mut scratch = workspace(&cpu, &shape);
         cpu.add_losses(&mut optimizer, &buffer(3, |i| i as f32 + 0.5), 3, true);
         let sums = {
             let (p, m, v, gradient) = (&mut p, &mut m, &mut v, &mut g);
             let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
                 visit(Trained { param: p, m, v, gradient, decays: true });
             };
-            cpu.finish_step(&mut optimizer, &mut all, &step).unwrap()
+            cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap()
         };
         let (loss, found) = sums.loss_and_norm(&step);
         assert_eq!(loss, 4.5 * 0.25);
@@ -659,7 +661,7 @@ fn optimizer_steps() {
         let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
             visit(Trained { param: p, m, v, gradient, decays: true });
         };
-        cpu.finish_step(&mut optimizer, &mut all, &step).unwrap();
+        cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap();
         assert_eq!(p[..], before[..]);
     });
 }

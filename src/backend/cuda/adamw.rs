@@ -7,9 +7,9 @@
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::sys;
 
-use super::Cuda;
 use super::gpu::launch;
 use super::memory::{Arena, F32, Param, Piece, Upload};
+use super::{Cuda, Workspace};
 use crate::Result;
 use crate::backend::{AdamWStep, StepSums, Trained, VisitTrained};
 
@@ -31,6 +31,7 @@ struct Entry {
     len: u64,
     first_piece: u64,
     decays: u64,
+    most: u64,
 }
 
 /// `Step` of the kernels.
@@ -61,7 +62,7 @@ pub(crate) struct Optimizer {
     pieces: u64,
     /// ([`PARTS`]) f64.
     partials: Piece,
-    /// Three f64: losses, squares, and the losses of an evaluation.
+    /// Four f64: losses, squares, raised blocks, and the losses of an evaluation.
     sums: Piece,
 }
 
@@ -75,7 +76,7 @@ impl Optimizer {
             wanted: Vec::with_capacity(parameters),
             pieces: 0,
             partials: arena.bytes(PARTS * 8),
-            sums: arena.bytes(3 * 8),
+            sums: arena.bytes(4 * 8),
         }
     }
 
@@ -95,6 +96,7 @@ impl Optimizer {
                 len: len as u64,
                 first_piece: pieces,
                 decays: u64::from(decays),
+                most: param.most.address,
             });
             pieces += len.div_ceil(PIECE) as u64;
         });
@@ -129,6 +131,7 @@ pub(super) fn add_losses(
 
 pub(super) fn finish_step(
     cuda: &Cuda,
+    workspace: &Workspace,
     optimizer: &mut Optimizer,
     parameters: &mut VisitTrained<'_, Cuda>,
     step: &AdamWStep,
@@ -138,8 +141,6 @@ pub(super) fn finish_step(
     let (partials, sums) = (optimizer.partials.address, optimizer.sum(0));
     launch!(cuda.gpu, "square_gradients", [PARTS, 1, 1], BLOCK, 0;
         partials, table, entries, optimizer.pieces);
-    launch!(cuda.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
-        optimizer.sum(1), partials, PARTS as u32);
     let correction = |beta: f32| 1.0 - f64::from(beta).powf(step.t as f64);
     let factors = Step {
         lr: step.lr,
@@ -152,10 +153,12 @@ pub(super) fn finish_step(
         clip: step.clip,
         loss_scale: step.loss_scale,
     };
+    launch!(cuda.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
+        sums, workspace.raised.address, partials, PARTS as u32, table, entries, factors);
     launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
         table, entries, optimizer.pieces, sums, factors);
-    let [losses, squares] = read(cuda, sums)?;
-    Ok(StepSums { losses, squares })
+    let [losses, squares, raised] = read(cuda, sums)?;
+    Ok(StepSums { losses, squares, raised_blocks: raised as u64 })
 }
 
 pub(super) fn sum_losses(
@@ -165,16 +168,17 @@ pub(super) fn sum_losses(
     rows: usize,
 ) -> Result<f64> {
     launch!(cuda.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-        optimizer.sum(2), losses.address(), rows as u32, 0u32);
-    let [sum] = read(cuda, optimizer.sum(2))?;
+        optimizer.sum(3), losses.address(), rows as u32, 0u32);
+    let [sum] = read(cuda, optimizer.sum(3))?;
     Ok(sum)
 }
 
 /// Makes the bf16 copy of a parameter that was written.
 pub(super) fn copy_to_bf16(cuda: &Cuda, param: &Param) {
     let len = param.master.len;
+    cuda.clear(param.most.address, 4);
     launch!(cuda.gpu, "copy_to_bf16", [len.div_ceil(BLOCK), 1, 1], BLOCK, 0;
-        param.copy.address, param.master.address(), len as u64);
+        param.copy.address, param.most.address, param.master.address(), len as u64);
 }
 
 /// Waits for the device and reads N numbers.

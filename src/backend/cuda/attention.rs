@@ -92,7 +92,7 @@ pub(super) fn forward(
     let Kernel(name, rows, block, shared) =
         *flash(&cuda.gpu, qkv, shape).map_or(&plain, |flash| &flash.forward);
     launch!(cuda.gpu, name, grid(shape, rows), block, shared;
-        out.address(), lse.address(), 0u64, qkv.address(), Heads::from(shape));
+        out.address(), lse.address(), out.noting(), qkv.address(), Heads::from(shape));
 }
 
 /// dqkv (B, T, 3 C) from dout (B, T, C).
@@ -117,8 +117,9 @@ pub(super) fn backward(
     ];
     let [dkdv, dq] = &plain;
     let kernels = flash(&cuda.gpu, qkv, shape).map_or([dkdv, dq], |flash| [&flash.dkdv, &flash.dq]);
+    let most = dqkv.noting();
     for Kernel(name, rows, block, shared) in kernels {
         launch!(cuda.gpu, name, grid(shape, *rows), *block, *shared;
-            dqkv.address(), 0u64, dout.address(), lse.address(), delta, qkv.address(), heads);
+            dqkv.address(), most, dout.address(), lse.address(), delta, qkv.address(), heads);
     }
 }

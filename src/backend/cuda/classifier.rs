@@ -37,7 +37,7 @@ pub(super) fn run(
 ) {
     let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
     let precision = x.precision;
-    let (operands, wte) = (Type::from(precision), wte.as_read_in(precision));
+    let (operands, wte) = ([Type::from(precision); 2], wte.as_read_in(precision));
     let (logits, stride) = (workspace.logits.address, stride(vocab_size));
     let by_row = Operand::rows(logits, stride);
     for first in (0..rows).step_by(workspace.chunk) {
@@ -52,7 +52,7 @@ pub(super) fn run(
             b: Operand::rows(wte, channels),
             c: logits,
             c_stride: stride,
-            c_type: operands,
+            c_type: precision.into(),
             alpha: 1.0,
             accumulate: false,
             bias: None,
@@ -114,7 +114,7 @@ pub(super) fn logits(
         m: 1,
         n: vocab_size,
         k: channels,
-        operands: x.precision.into(),
+        operands: [x.precision.into(); 2],
         a: Operand::rows(aligned, channels),
         b: Operand::rows(wte.as_read_in(x.precision), channels),
         c: logits.address(),

@@ -22,7 +22,7 @@ const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
 const OPTIONS: [&str; 2] = ["--std=c++17", "--device-as-default-execution-space"];
 
 /// A kernel file by its name, with its text.
-pub(super) const FILES: [(&str, &str); 10] = [
+pub(super) const FILES: [(&str, &str); 11] = [
     ("adamw", include_str!("../../../kernels/adamw.cu")),
     ("attention", include_str!("../../../kernels/attention.cu")),
     ("attention_sm90", include_str!("../../../kernels/attention_sm90.cu")),
@@ -32,8 +32,21 @@ pub(super) const FILES: [(&str, &str); 10] = [
     ("gelu", include_str!("../../../kernels/gelu.cu")),
     ("layernorm", include_str!("../../../kernels/layernorm.cu")),
     ("linear", include_str!("../../../kernels/linear.cu")),
-    ("mxfp4", include_str!("../../../kernels/mxfp4.cu")),
+    ("mxfp4", MXFP4),
+    ("mxfp4_fp8", MXFP4_FP8),
 ];
+
+/// The files of MXFP4, which share their beginning.
+const MXFP4: &str = concat!(
+    include_str!("../../../kernels/mxfp4.cuh"),
+    "#line 1 \"mxfp4.cu\"\n",
+    include_str!("../../../kernels/mxfp4.cu")
+);
+const MXFP4_FP8: &str = concat!(
+    include_str!("../../../kernels/mxfp4.cuh"),
+    "#line 1 \"mxfp4_fp8.cu\"\n",
+    include_str!("../../../kernels/mxfp4_fp8.cu")
+);
 
 /// NVRTC's name for a chip. The "a" gives a kernel the instructions that only this very chip has.
 pub(super) fn architecture((major, minor): (i32, i32)) -> String {

@@ -97,6 +97,8 @@ pub(super) fn forward(
     sequences: Sequences,
     channels: usize,
 ) {
+    // Every pass begins here.
+    out.begin_pass(&cuda.gpu);
     let rows = sequences.rows();
     let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
     launch!(cuda.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;

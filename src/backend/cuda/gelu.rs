@@ -8,14 +8,21 @@ const BLOCK: usize = 256;
 /// Elements of a thread.
 const ELEMENTS: usize = 8;
 
+/// One block for every stretch of elements, but no more than run at once: the fewer blocks, the fewer notes of
+/// the largest magnitude.
+fn grid(cuda: &Cuda, len: usize) -> [usize; 3] {
+    let at_once = 8 * cuda.gpu.multiprocessors as usize;
+    [len.div_ceil(BLOCK * ELEMENTS).min(at_once), 1, 1]
+}
+
 /// out = gelu(x), both of `len` elements.
 pub(super) fn forward(cuda: &Cuda, out: &mut Tensor, x: &Tensor, len: usize) {
-    launch!(cuda.gpu, kernel!(out, "gelu_forward"), [len.div_ceil(BLOCK * ELEMENTS), 1, 1], BLOCK, 0;
-        out.address(), x.address(), len as u64);
+    launch!(cuda.gpu, kernel!(out, "gelu_forward"), grid(cuda, len), BLOCK, 0;
+        out.address(), out.noting(), x.address(), len as u64);
 }
 
 /// d = d * gelu'(x), in place.
 pub(super) fn backward(cuda: &Cuda, d: &mut Tensor, x: &Tensor, len: usize) {
-    launch!(cuda.gpu, kernel!(d, "gelu_backward"), [len.div_ceil(BLOCK * ELEMENTS), 1, 1], BLOCK, 0;
-        d.address(), x.address(), len as u64);
+    launch!(cuda.gpu, kernel!(d, "gelu_backward"), grid(cuda, len), BLOCK, 0;
+        d.address(), d.noting(), x.address(), len as u64);
 }

@@ -78,17 +78,23 @@ pub(super) fn note_kernel(arguments: usize) {
 #[derive(Clone, Copy)]
 pub(super) struct Drawn {
     pub(super) random: Random,
-    pub(super) gemm: GemmId,
+    /// One transform each.
+    pub(super) gemms: &'static [GemmId],
     pub(super) operand: OperandId,
     pub(super) transform: Option<Transform>,
 }
 
 impl Drawn {
-    /// The last two arguments of the kernel.
-    fn arguments(&self) -> (TransformArgument, DrawArgument) {
-        let mut signs = [0.0; crate::mx::MAX_GROUP];
-        let signs = super::linear::fill_signs(&mut signs, self.transform, self.gemm, &self.random);
-        (TransformArgument::new(signs), self.random.rounding(self.operand).into())
+    /// The last arguments of the kernel: a transform for each product, and the draw.
+    fn arguments(&self) -> ([TransformArgument; 2], DrawArgument) {
+        let transform = |gemm: &GemmId| {
+            let mut signs = [0.0; crate::mx::MAX_GROUP];
+            let signs = super::linear::fill_signs(&mut signs, self.transform, *gemm, &self.random);
+            TransformArgument::new(signs)
+        };
+        let last = self.gemms.last().map_or_else(|| TransformArgument::new(&[]), transform);
+        let first = self.gemms.first().map_or(last, transform);
+        ([first, last], self.random.rounding(self.operand).into())
     }
 }
 
@@ -228,16 +234,20 @@ impl Graph {
         for kernel in &mut self.redrawn {
             let random = Random { step, micro_step, ..kernel.drawn.random };
             kernel.drawn.random = random;
-            let (mut transform, mut draw) = kernel.drawn.arguments();
+            let (mut transforms, mut draw) = kernel.drawn.arguments();
             let mut arguments: [*mut c_void; MAX_ARGUMENTS] = [null_mut(); MAX_ARGUMENTS];
             let n = kernel.arguments;
             let mut parameters = kernel.captured;
-            // SAFETY: the graph holds `n` pointers to the arguments of this kernel, the last two of
+            // SAFETY: the graph holds `n` pointers to the arguments of this kernel, the last of
             // which have these types; the driver copies what the new ones point to.
             unsafe {
                 let captured = std::slice::from_raw_parts(parameters.kernelParams, n);
                 arguments[..n].copy_from_slice(captured);
-                arguments[n - 2] = std::ptr::from_mut(&mut transform).cast();
+                let [first, last] = &mut transforms;
+                if kernel.drawn.gemms.len() == 2 {
+                    arguments[n - 3] = std::ptr::from_mut(first).cast();
+                }
+                arguments[n - 2] = std::ptr::from_mut(last).cast();
                 arguments[n - 1] = std::ptr::from_mut(&mut draw).cast();
                 parameters.kernelParams = arguments.as_mut_ptr();
                 let result = sys::cuGraphExecKernelNodeSetParams_v2(

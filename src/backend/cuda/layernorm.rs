@@ -33,7 +33,7 @@ pub(super) fn forward(
 ) {
     let (w, b) = (w.as_read_in(x.precision), b.as_read_in(x.precision));
     launch!(cuda.gpu, kernel!(x, "layernorm_forward"), grid(rows), BLOCK, 0;
-        out.address(), statistics.mean.address(), statistics.rstd.address(), x.address(), w, b,
+        out.address(), out.noting(), statistics.mean.address(), statistics.rstd.address(), x.address(), w, b,
         rows as u32, channels as u32, epsilon);
 }
 
@@ -52,7 +52,7 @@ pub(super) fn add_forward(
 ) {
     let (w, b) = (w.as_read_in(x.precision), b.as_read_in(x.precision));
     launch!(cuda.gpu, kernel!(x, "add_layernorm_forward"), grid(rows), BLOCK, 0;
-        out.address(), sum.address(), statistics.mean.address(), statistics.rstd.address(),
+        out.address(), sum.address(), out.noting(), statistics.mean.address(), statistics.rstd.address(),
         x.address(), y.address(), w, b, rows as u32, channels as u32, epsilon);
 }
 
@@ -75,12 +75,9 @@ pub(super) fn backward(
     // As many as run at once: more would wait for the slowest.
     let parts = (3 * cuda.gpu.multiprocessors as usize).min(MAX_PARTS);
     launch!(cuda.gpu, kernel!(x, "layernorm_backward"), [parts, 1, 1], BLOCK, 8 * channels;
-        dx.address(), 0u64, partials, dy.address(), x.address(),
+        dx.address(), dx.noting(), partials, dy.address(), x.address(),
         statistics.mean.address(), statistics.rstd.address(), w.as_read_in(x.precision),
         rows as u32, channels as u32);
     // A part holds C sums for dw, then C for db.
-    for (to, first) in [(dw, 0), (db, channels)] {
-        let from = partials + 4 * first as u64;
-        linear::add_partials(cuda, to, from, parts, 2 * channels, channels, accumulate);
-    }
+    linear::add_partials(cuda, dw, Some(db), partials, parts, channels, accumulate);
 }

@@ -1,12 +1,13 @@
 //! The linear layers of a block: y = x W^T + b and its backward pass, in the formats of a recipe.
 //!
-//! MXFP4 operands are quantized by one kernel each, transposed where the reduction runs down the
-//! columns, so that every MXFP4 GEMM reads both operands along the reduction dimension.
+//! MXFP4 operands are quantized by one kernel each, dy for both products by one, transposed where the
+//! reduction runs down the columns, so that every MXFP4 GEMM reads both operands along the reduction
+//! dimension.
 
 use super::gemm::{Operand, Type};
 use super::gpu::launch;
 use super::graph::{self, Drawn};
-use super::memory::{F32, Param, Tensor};
+use super::memory::{F32, Param, Tensor, size_of_element};
 use super::{Cuda, Product, Workspace, gelu, kernel};
 use crate::backend::{LinearShape, Precision};
 use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
@@ -29,11 +30,25 @@ pub(super) fn forward(
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     let precision = x.precision;
+    let (mut operands, mut scales) = ([precision.into(); 2], None);
     let (x, w) = if format == Forward::Fp8 {
-        let weights = workspace.operands[1].address;
         let master = Source { address: w.master.address(), precision: Precision::F32 };
-        round_to_fp8(cuda, workspace, weights, master, outputs * inputs);
-        (keep_as_fp8(cuda, workspace, x, rows * inputs), weights)
+        let weights = workspace.operands[1].address;
+        let most = w.most.address;
+        if cuda.multiplies_fp8(shape) {
+            let (bytes, most_of_x) =
+                (workspace.kept.address, largest_magnitude(cuda, workspace, 1, x));
+            let source = Source { address: x.address(), precision };
+            let factors = [0, 1].map(|i| workspace.scales[i].address);
+            convert_to_e4m3(cuda, bytes, factors[0], source, most_of_x, rows * inputs);
+            convert_to_e4m3(cuda, weights, factors[1], master, most, outputs * inputs);
+            (operands, scales) = ([Type::E4m3; 2], Some(factors));
+            (bytes, weights)
+        } else {
+            let kept_most = workspace.most[2].address;
+            round_to_fp8(cuda, weights, kept_most, master, most, outputs * inputs);
+            (keep_as_fp8(cuda, workspace, x, rows * inputs).0, weights)
+        }
     } else {
         (x.address(), w.as_read_in(precision))
     };
@@ -41,7 +56,7 @@ pub(super) fn forward(
         m: rows,
         n: outputs,
         k: inputs,
-        operands: precision.into(),
+        operands,
         a: Operand::rows(x, inputs),
         b: Operand::rows(w, inputs),
         c: y.address(),
@@ -50,8 +65,9 @@ pub(super) fn forward(
         alpha: 1.0,
         accumulate: false,
         bias: Some(b.as_read_in(precision)),
-        scales: None,
+        scales,
     };
+    y.not_noting();
     cuda.product(workspace, &product);
     // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that gains
     // 0.4 and 0.5 ms of a 63 ms step (its kernels with these epilogues are slower), and its bits are not
@@ -84,7 +100,7 @@ pub(super) fn backward(
         m: rows,
         n: inputs,
         k: outputs,
-        operands: precision.into(),
+        operands: [precision.into(); 2],
         a: Operand::rows(dy.address(), outputs),
         b: Operand::columns(w.as_read_in(precision), inputs),
         c: dx.address(),
@@ -95,28 +111,45 @@ pub(super) fn backward(
         bias: None,
         scales: None,
     };
-    let dy_source = Source { address: dy.address(), precision };
-    let master = Source { address: w.master.address(), precision: Precision::F32 };
-    let mut most_is_known = false;
+    let call = Call { cuda, workspace, random, fp8: cuda.multiplies_fp8(shape) };
+    let gradient = Source { address: dy.address(), precision };
+    let most = match (recipe.dgrad, recipe.wgrad) {
+        (Backward::Mxfp4(_), _) | (_, Backward::Mxfp4(_)) if call.fp8 => {
+            largest_magnitude(cuda, workspace, 0, dy)
+        }
+        _ => 0,
+    };
+    let as_rows = Quantize { form: Form::Rows, rows, cols: outputs };
+    let as_columns = Quantize { form: Form::Columns, ..as_rows };
+    let by_rows = call.dy_operand(gradient, as_rows, most);
+    let by_columns = call.dy_operand(gradient, as_columns, most);
+    let sums = workspace.partials.address;
+    let mut quantized_both = None;
+    if let (Backward::Mxfp4(first), Backward::Mxfp4(second)) = (recipe.dgrad, recipe.wgrad)
+        && call.fp8
+        && first == second
+        && first.transform.is_none_or(|transform| transform.group <= 64)
+    {
+        // NOTE: on an H100, (16384, 4096) take 135 us, of which the form down columns alone takes 86.
+        quantized_both = Some(call.quantize_both(&by_rows, &by_columns, first, sums));
+    }
+
+    dx.not_noting();
     match recipe.dgrad {
         Backward::F32 | Backward::Bf16 => cuda.product(workspace, &dgrad),
         Backward::Mxfp4(format) => {
-            let dy = MxOperand {
-                source: dy_source,
-                shape: Quantize { form: Form::Rows, rows, cols: outputs },
-                id: OperandId::Dy,
-                most_is_known,
-                sums: 0,
-            };
+            if quantized_both.is_none() {
+                call.quantize(&by_rows, format.dy, format, GemmId::Dgrad, 0);
+            }
             let w = MxOperand {
-                source: master,
+                source: Source { address: w.master.address(), precision: Precision::F32 },
                 shape: Quantize { form: Form::Columns, rows: outputs, cols: inputs },
                 id: OperandId::W,
-                ..dy
+                most: w.most.address,
+                ..call.other_operand()
             };
-            mxfp4_product(cuda, workspace, dgrad, [dy, w], format, GemmId::Dgrad, random);
-            // Quantizing dy along its rows found it.
-            most_is_known = cuda.multiplies_fp8(rows, inputs);
+            call.quantize(&w, format.other, format, GemmId::Dgrad, 0);
+            call.product(dgrad, [&by_rows, &w], format);
         }
     }
     if let Some(pre) = pre {
@@ -124,16 +157,19 @@ pub(super) fn backward(
     }
 
     // What the forward pass kept of x: in an FP8 recipe its FP8 form.
-    let mut x_source = Source { address: x.address(), precision };
-    if recipe.forward == Forward::Fp8 {
-        x_source.address = keep_as_fp8(cuda, workspace, x, rows * inputs);
+    let mut kept = Source { address: x.address(), precision };
+    let (mut most_of_x, in_fp8) = (0, recipe.forward == Forward::Fp8);
+    if call.fp8 && matches!(recipe.wgrad, Backward::Mxfp4(_)) {
+        most_of_x = largest_magnitude(cuda, workspace, 1, x);
+    } else if in_fp8 {
+        (kept.address, most_of_x) = keep_as_fp8(cuda, workspace, x, rows * inputs);
     }
     let wgrad = Product {
         m: outputs,
         n: inputs,
         k: rows,
         a: Operand::columns(dy.address(), outputs),
-        b: Operand::columns(x_source.address, inputs),
+        b: Operand::columns(kept.address, inputs),
         c: dw.address(),
         c_stride: inputs,
         c_type: Type::F32,
@@ -146,24 +182,20 @@ pub(super) fn backward(
             bias_gradient(cuda, workspace, db, dy, rows, outputs, accumulate);
         }
         Backward::Mxfp4(format) => {
-            let sums = workspace.partials.address;
-            let dy = MxOperand {
-                source: dy_source,
-                shape: Quantize { form: Form::Columns, rows, cols: outputs },
-                id: OperandId::Dy,
-                most_is_known,
-                sums,
-            };
+            let parts = quantized_both.unwrap_or_else(|| {
+                call.quantize(&by_columns, format.dy, format, GemmId::Wgrad, sums)
+            });
             let x = MxOperand {
-                source: x_source,
+                source: kept,
                 shape: Quantize { form: Form::Columns, rows, cols: inputs },
                 id: OperandId::X,
-                most_is_known: false,
-                sums: 0,
+                most: most_of_x,
+                kept: in_fp8,
+                ..call.other_operand()
             };
-            let parts =
-                mxfp4_product(cuda, workspace, wgrad, [dy, x], format, GemmId::Wgrad, random);
-            add_partials(cuda, db, sums, parts, outputs, outputs, accumulate);
+            call.quantize(&x, format.other, format, GemmId::Wgrad, 0);
+            call.product(wgrad, [&by_columns, &x], format);
+            add_partials(cuda, db, None, sums, parts, outputs, accumulate);
         }
     }
 }
@@ -225,11 +257,22 @@ impl TransformArgument {
 /// `Draw` of the kernels.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(super) struct DrawArgument([u32; 5]);
+pub(super) struct DrawArgument {
+    words: [u32; 3],
+    /// As every round of Philox adds it.
+    keys: [[u32; 2]; 10],
+    constants: [u32; 3],
+}
 
 impl From<Draw> for DrawArgument {
     fn from(draw: Draw) -> Self {
-        Self([draw.key[0], draw.key[1], draw.word1, draw.word2, draw.word3])
+        let key = |round: u32| {
+            let step = |key: u32, by: u32| key.wrapping_add(by.wrapping_mul(round));
+            [step(draw.key[0], mx::W0), step(draw.key[1], mx::W1)]
+        };
+        let words = [draw.word1, draw.word2, draw.word3];
+        let keys = std::array::from_fn(|round| key(round as u32));
+        Self { words, keys, constants: [1 << 16, 1 << 6, 0x8000] }
     }
 }
 
@@ -238,13 +281,24 @@ impl From<Draw> for DrawArgument {
 pub(super) enum Target {
     /// bf16 values, exactly.
     Values { out: u64 },
-    /// E4M3 bytes with an f32 factor for each vector; blocks too far below the largest of their vector
-    /// are raised, and counted. `most` holds the bits of the source's largest magnitude: written where
-    /// the reduction runs along rows, read where it runs down columns.
-    E4m3 { out: u64, scales: u64, raised: u64, most: u64 },
+    /// FP8 numbers.
+    Fp8 { out: u64, format: Type, scaling: Scaling },
     /// The definition's own bytes.
     #[cfg(test)]
     Codes { codes: u64, scales: u64 },
+}
+
+/// How FP8 numbers are scaled: by a power of two for the whole tensor.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Scaling {
+    /// The f32 factor that gives the values back, written.
+    pub(super) scale: u64,
+    /// Counts the blocks that were raised, because they lie too far below the largest of their tensor.
+    pub(super) raised: u64,
+    /// The bits of the source's largest magnitude, read.
+    pub(super) most: u64,
+    /// Whether the source is first rounded as an FP8 forward pass keeps it (to E4M3, down columns, bf16).
+    pub(super) kept: bool,
 }
 
 /// Rows that a thread block of the row kernels takes: the fewest that make whole warps of threads, some
@@ -260,9 +314,33 @@ fn rows_at_once(blocks: usize) -> usize {
     rows
 }
 
-/// Rows of a tile of the column kernels.
-fn tile_rows(group: usize) -> usize {
-    if group == 256 { 256 } else { 128 }
+/// Rows and columns of a tile of the column kernels.
+fn tile(group: usize, columns: usize) -> (usize, usize) {
+    if group == 256 { (256, columns / 2) } else { (128, columns) }
+}
+
+/// Columns of a tile of the bf16 and FP8 kernels.
+const TILE_COLUMNS: usize = 64;
+
+/// How the column kernels in `mxfp4_fp8.cu` are launched.
+struct Tiles {
+    grid: [usize; 3],
+    block: usize,
+    /// Of shared memory: the source, random bits, signs.
+    bytes: usize,
+}
+
+impl Tiles {
+    fn new(precision: Precision, vectors: usize, depth: usize, group: usize) -> Self {
+        let (rows, columns) = if group == 64 { (64, 64) } else { tile(group, TILE_COLUMNS) };
+        let (lines, tiles) = (rows.min(128), depth.div_ceil(rows));
+        let bytes = |size| lines * (64 * size + 16) + lines / 32 * 32;
+        Self {
+            grid: [vectors.div_ceil(columns), tiles, 1],
+            block: 2 * lines,
+            bytes: bytes(size_of_element(precision)) + bytes(2) + 8 * 256 + 4 * 32,
+        }
+    }
 }
 
 /// Longest reduction along rows that the row kernels take.
@@ -273,6 +351,7 @@ fn kernel_name(
     target: Target,
     precision: Precision,
     rounding: Rounding,
+    group: usize,
 ) -> &'static str {
     /// By precision and rounding.
     macro_rules! names {
@@ -287,9 +366,18 @@ fn kernel_name(
     }
     let names = match (form, target) {
         (Form::Rows, Target::Values { .. }) => names!("rows", "values"),
-        (Form::Rows, Target::E4m3 { .. }) => names!("rows", "fp8"),
+        (Form::Rows, Target::Fp8 { .. }) => names!("rows", "e5m2"),
         (Form::Columns, Target::Values { .. }) => names!("columns", "values"),
-        (Form::Columns, Target::E4m3 { .. }) => names!("columns", "fp8"),
+        (Form::Columns, Target::Fp8 { format: Type::E5m2, .. }) => match group {
+            64 => names!("columns", "e5m2_g64"),
+            _ => names!("columns", "e5m2"),
+        },
+        (Form::Columns, Target::Fp8 { scaling, .. }) => match (scaling.kept, group) {
+            (false, 64) => names!("columns", "e4m3_g64"),
+            (false, _) => names!("columns", "e4m3"),
+            (true, 64) => names!("columns", "e4m3_kept_g64"),
+            (true, _) => names!("columns", "e4m3_kept"),
+        },
         #[cfg(test)]
         (Form::Rows, Target::Codes { .. }) => names!("rows", "codes"),
         #[cfg(test)]
@@ -300,7 +388,8 @@ fn kernel_name(
 }
 
 /// Quantizes a source to `target`. `sums`, where it is not 0 and the reduction runs down columns, gets
-/// the column sums of every tile of rows; their number is returned.
+/// the column sums of every tile of rows; their number is returned. FP8: E5M2 is made from bf16 alone, and
+/// along rows nothing else is made.
 pub(super) fn quantize(
     cuda: &Cuda,
     target: Target,
@@ -313,7 +402,7 @@ pub(super) fn quantize(
 ) -> usize {
     let group = signs.len();
     let (vectors, depth) = shape.vectors_and_depth(group);
-    let name = kernel_name(shape.form, target, source.precision, rounding);
+    let name = kernel_name(shape.form, target, source.precision, rounding, group);
     let (transform, draw) = (TransformArgument::new(signs), DrawArgument::from(draw));
     let [rows, cols, length, group_length] =
         [shape.rows, shape.cols, depth, group].map(|n| n as u32);
@@ -325,9 +414,11 @@ pub(super) fn quantize(
         match target {
             Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
                 out, source.address, rows, cols, length, group_length, each, transform, draw),
-            Target::E4m3 { out, scales, raised, most } => launch!(cuda.gpu, name, grid, block, 0;
-                out, scales, raised, most, source.address, rows, cols, length, group_length, each,
-                transform, draw),
+            Target::Fp8 { out, scaling: Scaling { scale, raised, most, .. }, .. } => {
+                launch!(cuda.gpu, name, grid, block, 0;
+                    out, scale, raised, most, source.address, rows, cols, length, group_length, each,
+                    transform, draw);
+            }
             #[cfg(test)]
             Target::Codes { codes, scales } => launch!(cuda.gpu, name, grid, block, 0;
                 codes, scales, source.address, rows, cols, length, group_length, each, transform,
@@ -336,23 +427,57 @@ pub(super) fn quantize(
         return 0;
     }
     let (columns, block) = match source.precision {
-        Precision::Bf16 => (64, 256),
-        Precision::F32 => (32, 128),
+        Precision::Bf16 => (TILE_COLUMNS, 256),
+        Precision::F32 => (TILE_COLUMNS / 2, 128),
     };
-    let columns = if group == 256 { columns / 2 } else { columns };
-    let tiles = depth.div_ceil(tile_rows(group));
+    let (tile_rows, columns) = tile(group, columns);
+    let tiles = depth.div_ceil(tile_rows);
     let grid = [vectors.div_ceil(columns), tiles, 1];
     match target {
         Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
             out, sums, source.address, rows, cols, length, group_length, transform, draw),
-        Target::E4m3 { out, scales, raised, most } => launch!(cuda.gpu, name, grid, block, 0;
-            out, scales, raised, most, 0u32, sums, source.address, rows, cols, length,
-            group_length, transform, draw),
+        Target::Fp8 { out, scaling: Scaling { scale, raised, most, .. }, .. } => {
+            let tiles = Tiles::new(source.precision, vectors, depth, group);
+            launch!(cuda.gpu, name, tiles.grid, tiles.block, tiles.bytes;
+                out, scale, raised, most, sums, source.address, rows, cols, length, group_length,
+                transform, draw);
+            return tiles.grid[1];
+        }
         #[cfg(test)]
         Target::Codes { codes, scales } => launch!(cuda.gpu, name, grid, block, 0;
             codes, scales, sums, source.address, rows, cols, length, group_length, transform, draw),
     }
     tiles
+}
+
+/// Both forms of a source (rows, cols) of bf16 numbers in E5M2, along rows to `out[0]` and down columns to
+/// `out[1]`, with one group for both, of at most 64, and one scale. `sums` and the result as of [`quantize`].
+pub(super) fn quantize_both(
+    cuda: &Cuda,
+    out: [u64; 2],
+    scaling: Scaling,
+    source: u64,
+    (rows, cols): (usize, usize),
+    sums: u64,
+    signs: [&[f32]; 2],
+    rounding: Rounding,
+    draw: Draw,
+) -> usize {
+    let group = signs[0].len();
+    let [rows_depth, depth] = [cols, rows].map(|n| n.next_multiple_of(group.max(mx::BLOCK)));
+    let name = match (group, rounding) {
+        (64, Rounding::Nearest) => "quantize_both_e5m2_g64_bf16_nearest",
+        (64, Rounding::Unbiased) => "quantize_both_e5m2_g64_bf16_unbiased",
+        (_, Rounding::Nearest) => "quantize_both_e5m2_bf16_nearest",
+        (_, Rounding::Unbiased) => "quantize_both_e5m2_bf16_unbiased",
+    };
+    let tiles = Tiles::new(Precision::Bf16, rows_depth, depth, group);
+    let Scaling { scale, raised, most, .. } = scaling;
+    launch!(cuda.gpu, name, tiles.grid, tiles.block, tiles.bytes;
+        out[0], out[1], scale, raised, most, sums, source, rows as u32, cols as u32,
+        rows_depth as u32, depth as u32, group as u32, TransformArgument::new(signs[0]),
+        TransformArgument::new(signs[1]), DrawArgument::from(draw));
+    tiles.grid[1]
 }
 
 /// The signs of a GEMM's transform; none where there is no transform.
@@ -372,84 +497,188 @@ pub(super) fn fill_signs<'a>(
     signs
 }
 
-/// An operand of an MXFP4 product: what is quantized, whose bits round it, and where the column sums
-/// go, if anywhere.
+/// An operand of an MXFP4 product: what is quantized, whose bits round it, and where it goes.
 #[derive(Clone, Copy)]
 struct MxOperand {
     source: Source,
     shape: Quantize,
     id: OperandId,
-    /// The bits of the source's largest magnitude are there already.
-    most_is_known: bool,
-    sums: u64,
+    out: u64,
+    /// FP8: the format, the factor's address, and that of the bits of the source's largest magnitude.
+    format: Type,
+    scale: u64,
+    most: u64,
+    /// Whether it is what an FP8 forward pass kept of the source.
+    kept: bool,
 }
 
-/// `plain` with its operands in MXFP4, dy being the first. On chips with FP8 tensor cores they are E4M3
-/// numbers with a factor for each vector, else bf16 numbers; both hold MXFP4 values exactly. Returns
-/// the number of partial sums that the first operand left.
-fn mxfp4_product(
-    cuda: &Cuda,
-    workspace: &Workspace,
-    plain: Product,
-    operands: [MxOperand; 2],
-    format: Mxfp4,
-    gemm: GemmId,
-    random: &Random,
-) -> usize {
-    let mut signs = [0.0; mx::MAX_GROUP];
-    let signs = fill_signs(&mut signs, format.transform, gemm, random);
-    let fp8 = cuda.multiplies_fp8(plain.m, plain.n);
-    let [a, b] = [0, 1].map(|i| workspace.operands[i].address);
-    let scales = [0, 1].map(|i| workspace.scales[i].address);
-    let mut parts = 0;
-    for (i, (operand, rounding)) in operands.into_iter().zip([format.dy, format.other]).enumerate()
-    {
-        let MxOperand { source, shape, id, most_is_known, sums } = operand;
-        let out = [a, b][i];
-        let target = if fp8 {
-            let (raised, most) = (workspace.raised.address, workspace.most[i].address);
-            if shape.form == Form::Rows {
-                cuda.clear(most, 4);
-            } else if !most_is_known {
-                max_magnitude(cuda, most, source, shape.rows * shape.cols);
-            }
-            Target::E4m3 { out, scales: scales[i], raised, most }
+/// What the products of one backward pass have in common.
+struct Call<'a> {
+    cuda: &'a Cuda,
+    workspace: &'a Workspace,
+    random: &'a Random,
+    /// On chips with FP8 tensor cores operands are FP8 numbers: dy in E5M2, whose 28 binades blocks need
+    /// most, the other in E4M3, because no product takes E5M2 twice. Else they are bf16 numbers. Both hold
+    /// MXFP4 values exactly.
+    fp8: bool,
+}
+
+impl Call<'_> {
+    /// dy in one of its forms. Where both are made at once, they share the room of one bf16 form.
+    fn dy_operand(&self, source: Source, shape: Quantize, most: u64) -> MxOperand {
+        let room = &self.workspace.operands[0];
+        let out = match shape.form {
+            Form::Columns if self.fp8 => room.address + self.workspace.second_form,
+            _ => room.address,
+        };
+        let scale = self.workspace.scales[0].address;
+        MxOperand {
+            source,
+            shape,
+            id: OperandId::Dy,
+            out,
+            format: Type::E5m2,
+            scale,
+            most,
+            kept: false,
+        }
+    }
+
+    /// The room and format of W or x.
+    fn other_operand(&self) -> MxOperand {
+        let source = Source { address: 0, precision: Precision::Bf16 };
+        let shape = Quantize { form: Form::Columns, rows: 0, cols: 0 };
+        let (out, scale) = (self.workspace.operands[1].address, self.workspace.scales[1].address);
+        MxOperand {
+            source,
+            shape,
+            id: OperandId::X,
+            out,
+            format: Type::E4m3,
+            scale,
+            most: 0,
+            kept: false,
+        }
+    }
+
+    fn scaling(&self, operand: &MxOperand) -> Scaling {
+        let raised = self.workspace.raised.address;
+        let MxOperand { scale, most, kept, .. } = *operand;
+        Scaling { scale, raised, most, kept }
+    }
+
+    /// Quantizes an operand for `gemm`. `sums` and the result as of [`quantize`].
+    fn quantize(
+        &self,
+        operand: &MxOperand,
+        rounding: Rounding,
+        format: Mxfp4,
+        gemm: GemmId,
+        sums: u64,
+    ) -> usize {
+        let gemms: &[GemmId] = match gemm {
+            GemmId::Dgrad => &[GemmId::Dgrad],
+            GemmId::Wgrad => &[GemmId::Wgrad],
+        };
+        let mut signs = [0.0; mx::MAX_GROUP];
+        let signs = fill_signs(&mut signs, format.transform, gemm, self.random);
+        let &MxOperand { source, shape, id, out, .. } = operand;
+        let target = if self.fp8 {
+            Target::Fp8 { out, format: operand.format, scaling: self.scaling(operand) }
         } else {
             Target::Values { out }
         };
-        let draw = random.rounding(id);
-        parts = parts.max(quantize(cuda, target, source, shape, sums, signs, rounding, draw));
-        let drawn = Drawn { random: *random, gemm, operand: id, transform: format.transform };
-        graph::note_drawn(&cuda.gpu, drawn);
+        let draw = self.random.rounding(id);
+        let parts = quantize(self.cuda, target, source, shape, sums, signs, rounding, draw);
+        self.note_drawn(gemms, id, format);
+        parts
     }
-    let (_, depth) = operands[0].shape.vectors_and_depth(signs.len());
-    let product = Product {
-        k: depth,
-        operands: if fp8 { Type::E4m3 } else { Type::Bf16 },
-        a: Operand::rows(a, depth),
-        b: Operand::rows(b, depth),
-        alpha: mx::product_scale(format.dy, format.other),
-        scales: fp8.then_some(scales),
-        ..plain
-    };
-    cuda.product(workspace, &product);
-    parts
+
+    /// Quantizes dy for both products.
+    fn quantize_both(
+        &self,
+        by_rows: &MxOperand,
+        by_columns: &MxOperand,
+        format: Mxfp4,
+        sums: u64,
+    ) -> usize {
+        let mut signs = [[0.0; mx::MAX_GROUP]; 2];
+        let [first, second] = &mut signs;
+        let signs = [(first, GemmId::Dgrad), (second, GemmId::Wgrad)]
+            .map(|(signs, gemm)| fill_signs(signs, format.transform, gemm, self.random));
+        let (out, source) = ([by_rows.out, by_columns.out], by_rows.source.address);
+        let Quantize { rows, cols, .. } = by_rows.shape;
+        let draw = self.random.rounding(OperandId::Dy);
+        let parts = quantize_both(
+            self.cuda,
+            out,
+            self.scaling(by_rows),
+            source,
+            (rows, cols),
+            sums,
+            signs,
+            format.dy,
+            draw,
+        );
+        self.note_drawn(&[GemmId::Dgrad, GemmId::Wgrad], OperandId::Dy, format);
+        parts
+    }
+
+    fn note_drawn(&self, gemms: &'static [GemmId], operand: OperandId, format: Mxfp4) {
+        let drawn = Drawn { random: *self.random, gemms, operand, transform: format.transform };
+        graph::note_drawn(&self.cuda.gpu, drawn);
+    }
+
+    /// `plain` with these quantized operands.
+    fn product(&self, plain: Product, [a, b]: [&MxOperand; 2], format: Mxfp4) {
+        let group = format.transform.map_or(0, |transform| transform.group);
+        let (_, depth) = a.shape.vectors_and_depth(group);
+        let product = Product {
+            k: depth,
+            operands: if self.fp8 { [a.format, b.format] } else { [Type::Bf16; 2] },
+            a: Operand::rows(a.out, depth),
+            b: Operand::rows(b.out, depth),
+            alpha: mx::product_scale(format.dy, format.other),
+            scales: self.fp8.then_some([a.scale, b.scale]),
+            ..plain
+        };
+        self.cuda.product(self.workspace, &product);
+    }
 }
 
-/// The address of x (len) as FP8 keeps it.
-fn keep_as_fp8(cuda: &Cuda, workspace: &Workspace, x: &Tensor, len: usize) -> u64 {
+/// The address of the bits of a tensor's largest magnitude: what the kernel noted that wrote the tensor, or
+/// else word `place` of the workspace, after reading the tensor once more.
+fn largest_magnitude(cuda: &Cuda, workspace: &Workspace, place: usize, tensor: &Tensor) -> u64 {
+    tensor.largest_magnitude().unwrap_or_else(|| {
+        let most = workspace.most[place].address;
+        let source = Source { address: tensor.address(), precision: tensor.precision };
+        max_magnitude(cuda, most, source, tensor.len);
+        most
+    })
+}
+
+/// The addresses of x (len) as FP8 keeps it, and of the bits of the largest magnitude of that.
+fn keep_as_fp8(cuda: &Cuda, workspace: &Workspace, x: &Tensor, len: usize) -> (u64, u64) {
     let source = Source { address: x.address(), precision: x.precision };
-    round_to_fp8(cuda, workspace, workspace.kept.address, source, len);
-    workspace.kept.address
+    let most = largest_magnitude(cuda, workspace, 1, x);
+    let (kept, kept_most) = (workspace.kept.address, workspace.most[2].address);
+    round_to_fp8(cuda, kept, kept_most, source, most, len);
+    (kept, kept_most)
 }
 
-/// `out` (len, bf16) = the source as FP8 holds it with a scale for the whole tensor.
-fn round_to_fp8(cuda: &Cuda, workspace: &Workspace, out: u64, source: Source, len: usize) {
-    let most = workspace.most[1].address;
-    max_magnitude(cuda, most, source, len);
+/// `out` (len, bf16) = the source as FP8 holds it with a scale for the whole tensor, whose largest magnitude
+/// is at `most`; that of the result goes to `kept_most`.
+fn round_to_fp8(cuda: &Cuda, out: u64, kept_most: u64, source: Source, most: u64, len: usize) {
     let grid = [len.div_ceil(8 * BLOCK), 1, 1];
     launch!(cuda.gpu, kernel!(source, "round_to_fp8"), grid, BLOCK, 0;
-        out, source.address, most, len as u64);
+        out, kept_most, source.address, most, len as u64);
+}
+
+/// `out` (len) = the E4M3 bytes of the source with a scale for the whole tensor, which goes to `scale`.
+fn convert_to_e4m3(cuda: &Cuda, out: u64, scale: u64, source: Source, most: u64, len: usize) {
+    let grid = [len.div_ceil(8 * BLOCK), 1, 1];
+    launch!(cuda.gpu, kernel!(source, "convert_to_e4m3"), grid, BLOCK, 0;
+        out, scale, source.address, most, len as u64);
 }
 
 /// *most = the bits of the largest magnitude of a source.
@@ -467,7 +696,7 @@ fn parts(rows: usize) -> usize {
 
 /// Floats of scratch that the bias gradient needs: (parts, outputs), from dy or from quantizing it.
 pub(super) fn partials(rows: usize, outputs: usize) -> usize {
-    parts(rows).max(rows.div_ceil(tile_rows(0)) + 1) * outputs
+    parts(rows).max(rows.div_ceil(64) + 2) * outputs
 }
 
 /// db (outputs) = the column sums of dy (rows, outputs), or with `accumulate` they are added.
@@ -483,20 +712,22 @@ fn bias_gradient(
     let (partials, parts) = (workspace.partials.address, parts(rows));
     launch!(cuda.gpu, kernel!(dy, "bias_gradient"), [outputs.div_ceil(256), parts, 1], BLOCK, 0;
         partials, dy.address(), rows as u32, outputs as u32);
-    add_partials(cuda, db, partials, parts, outputs, outputs, accumulate);
+    add_partials(cuda, db, None, partials, parts, outputs, accumulate);
 }
 
-/// `to` (n) = the sums of the first n columns of partials (parts, stride), or with `accumulate` they are
-/// added.
+/// `to` (n) = the sums of the columns of partials (parts, n), or with `accumulate` they are added. With
+/// `second`, a part has n more columns for that.
 pub(super) fn add_partials(
     cuda: &Cuda,
     to: &mut F32,
+    second: Option<&mut F32>,
     partials: u64,
     parts: usize,
-    stride: usize,
     n: usize,
     accumulate: bool,
 ) {
-    launch!(cuda.gpu, "add_partials", [n.div_ceil(32), 1, 1], BLOCK, 0;
-        to.address(), partials, parts as u32, stride as u32, n as u32, u32::from(accumulate));
+    let columns = if second.is_some() { 2 * n } else { n };
+    let second = second.map_or(0, |second| second.address());
+    launch!(cuda.gpu, "add_partials", [columns.div_ceil(32), 1, 1], 1024, 0;
+        to.address(), second, partials, parts as u32, n as u32, u32::from(accumulate));
 }

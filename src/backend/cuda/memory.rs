@@ -4,6 +4,7 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::sys::{self, CUresult};
 
@@ -20,6 +21,8 @@ pub(crate) struct Arena {
     gpu: Arc<Gpu>,
     block: Option<Arc<Block>>,
     used: usize,
+    /// Of the tensors, once there is one.
+    magnitudes: Option<Arc<Magnitudes>>,
 }
 
 /// The allocation that the buffers of an arena share and keep alive.
@@ -59,12 +62,47 @@ pub(crate) struct Tensor {
     pub(super) piece: Piece,
     pub(super) len: usize,
     pub(super) precision: Precision,
+    magnitudes: Arc<Magnitudes>,
+    /// Number of the word that the kernel which wrote the tensor noted its largest magnitude in.
+    noted: Option<u64>,
 }
 
 /// A parameter: f32 master values and the bf16 copy that GEMMs read.
 pub(crate) struct Param {
     pub(super) master: F32,
     pub(super) copy: Piece,
+    /// One word: the bits of the largest magnitude of the master values.
+    pub(super) most: Piece,
+}
+
+/// Words for the bits of largest magnitudes: every kernel that writes a tensor takes one of its own.
+///
+/// All are zeroed together at the start of a pass, because zeroing one before every kernel would take as
+/// long as many kernels of a small model do. A pass that takes more than there are goes without.
+pub(super) struct Magnitudes {
+    words: Piece,
+    /// How many were ever taken; those that a pass does not take count as taken.
+    taken: AtomicU64,
+}
+
+impl Magnitudes {
+    const COUNT: u64 = 4096;
+
+    /// Where number `number` lies, as long as its pass lasts.
+    fn address(&self, number: u64) -> Option<u64> {
+        let pass = |number| number / Self::COUNT;
+        // The last of a pass marks that there are no more.
+        let last = number % Self::COUNT == Self::COUNT - 1;
+        (!last && pass(number) == pass(self.taken.load(Ordering::Relaxed)))
+            .then(|| self.words.address + 4 * (number % Self::COUNT))
+    }
+
+    fn take(&self) -> Option<u64> {
+        let number = self.taken.load(Ordering::Relaxed);
+        self.address(number)?;
+        self.taken.store(number + 1, Ordering::Relaxed);
+        Some(number)
+    }
 }
 
 impl Param {
@@ -84,6 +122,35 @@ impl Tensor {
 
     pub(super) fn bytes(&self) -> usize {
         self.len * size_of_element(self.precision)
+    }
+
+    /// A zeroed word in which the kernels that now overwrite the tensor note the largest magnitude of all
+    /// that they store; address 0 where none needs to know.
+    pub(super) fn noting(&mut self) -> u64 {
+        let needed = self.precision == Precision::Bf16;
+        self.noted = needed.then(|| self.magnitudes.take()).flatten();
+        self.largest_magnitude().unwrap_or(0)
+    }
+
+    /// Something overwrites the tensor that notes nothing.
+    pub(super) fn not_noting(&mut self) {
+        self.noted = None;
+    }
+
+    /// The address of the bits of the largest magnitude, if they were noted.
+    pub(super) fn largest_magnitude(&self) -> Option<u64> {
+        self.magnitudes.address(self.noted?)
+    }
+
+    /// A pass begins, which overwrites all tensors of the arena before it reads them.
+    pub(super) fn begin_pass(&self, gpu: &Gpu) {
+        let Magnitudes { words, taken } = &*self.magnitudes;
+        let next = (taken.load(Ordering::Relaxed) / Magnitudes::COUNT + 1) * Magnitudes::COUNT;
+        taken.store(next, Ordering::Relaxed);
+        let bytes = 4 * Magnitudes::COUNT as usize;
+        // SAFETY: the words are ours.
+        let result = unsafe { sys::cuMemsetD8Async(words.address, 0, bytes, gpu.stream()) };
+        gpu.note("clearing magnitudes", result);
     }
 
     /// The address of element `index`.
@@ -109,7 +176,7 @@ impl F32 {
 impl Arena {
     /// An arena that only counts.
     pub(super) fn measuring(gpu: &Arc<Gpu>) -> Self {
-        Self { gpu: gpu.clone(), block: None, used: 0 }
+        Self { gpu: gpu.clone(), block: None, used: 0, magnitudes: None }
     }
 
     /// An arena of `bytes` zeroed bytes of device memory.
@@ -144,6 +211,7 @@ impl Arena {
             gpu: gpu.clone(),
             block: Some(Arc::new(Block { gpu: gpu.clone(), base, bytes })),
             used: 0,
+            magnitudes: None,
         };
         gpu.scope(|| {
             // SAFETY: the allocation has `bytes` bytes.
@@ -177,11 +245,17 @@ impl Arena {
     }
 
     pub(super) fn tensor(&mut self, len: usize, precision: Precision) -> Tensor {
-        Tensor { piece: self.bytes(len * size_of_element(precision)), len, precision }
+        let magnitudes = self.magnitudes.take().unwrap_or_else(|| {
+            let words = self.bytes(4 * Magnitudes::COUNT as usize);
+            Arc::new(Magnitudes { words, taken: AtomicU64::new(0) })
+        });
+        self.magnitudes = Some(magnitudes.clone());
+        let piece = self.bytes(len * size_of_element(precision));
+        Tensor { piece, len, precision, magnitudes, noted: None }
     }
 
     pub(super) fn param(&mut self, len: usize) -> Param {
-        Param { master: self.f32(len), copy: self.bytes(len * 2) }
+        Param { master: self.f32(len), copy: self.bytes(len * 2), most: self.bytes(4) }
     }
 
     /// Pinned host memory of `len` words, none where the arena only measures.

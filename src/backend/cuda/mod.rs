@@ -62,9 +62,10 @@ impl Cuda {
         format!("{} (compute capability {major}.{minor}, {memory} MiB)", self.gpu.name)
     }
 
-    /// Whether the chip multiplies FP8 operands of so many vectors.
-    fn multiplies_fp8(&self, m: usize, n: usize) -> bool {
-        self.gpu.capability >= (8, 9) && m.is_multiple_of(16) && n.is_multiple_of(16)
+    /// Whether the chip multiplies FP8 operands of a layer of these sizes.
+    fn multiplies_fp8(&self, LinearShape { rows, inputs, outputs }: LinearShape) -> bool {
+        let fits = [rows, inputs, outputs].iter().all(|n| n.is_multiple_of(16));
+        self.gpu.capability >= (8, 9) && fits
     }
 
     fn product(&self, workspace: &Workspace, product: &Product) {
@@ -244,6 +245,7 @@ impl Backend for Cuda {
     }
 
     fn zero_tensor(&self, buffer: &mut Tensor) {
+        buffer.not_noting();
         self.clear(buffer.address(), buffer.bytes());
     }
 
@@ -437,11 +439,12 @@ impl Backend for Cuda {
 
     fn finish_step(
         &self,
+        workspace: &mut Workspace,
         optimizer: &mut Optimizer,
         parameters: &mut VisitTrained<'_, Self>,
         step: &AdamWStep,
     ) -> Result<StepSums> {
-        adamw::finish_step(self, optimizer, parameters, step)
+        adamw::finish_step(self, workspace, optimizer, parameters, step)
     }
 
     fn sum_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize) -> Result<f64> {

@@ -1,6 +1,7 @@
 //! Every operation against its scalar twin, in both precisions, at sizes that nothing divides. Without
 //! a GPU every test says so and passes.
 
+use super::gemm::Type;
 use super::*;
 use crate::backend::{BackwardWorkspace, Trained, reference};
 use crate::mx::{
@@ -77,7 +78,9 @@ fn f64s(values: &[f32]) -> Vec<f64> {
 }
 
 fn tensor(cuda: &Cuda, values: &[f32], precision: Precision) -> Tensor {
-    let mut arena = Arena::allocated(&cuda.gpu, values.len() * 4 + 256).unwrap();
+    let mut measuring = Arena::measuring(&cuda.gpu);
+    measuring.tensor(values.len(), precision);
+    let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
     let tensor = arena.tensor(values.len(), precision);
     let bytes: Vec<u8> = match precision {
         Precision::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -102,7 +105,7 @@ fn f32_buffer(cuda: &Cuda, values: &[f32]) -> F32 {
 }
 
 fn param(cuda: &Cuda, values: &[f32]) -> Param {
-    let mut arena = Arena::allocated(&cuda.gpu, values.len() * 6 + 512).unwrap();
+    let mut arena = Arena::allocated(&cuda.gpu, values.len() * 6 + 1024).unwrap();
     let mut param = arena.param(values.len());
     cuda.write_param(&mut param, values).unwrap();
     param
@@ -572,6 +575,8 @@ fn optimizer_steps() {
         let scale = 20.0 / norm;
         assert!(scale < 1.0);
 
+        let small = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8, Precision::Bf16);
+        let mut scratch = workspace(&cuda, &small);
         let losses = f32_buffer(&cuda, &[0.5, 1.5, 2.5, f32::NAN]);
         let mut all = |visit: &mut dyn FnMut(Trained<'_, Cuda>)| {
             for (i, (gradient, param, m, v)) in device.iter_mut().enumerate() {
@@ -581,7 +586,7 @@ fn optimizer_steps() {
         assert_eq!(cuda.sum_losses(&mut optimizer, &losses, 2).unwrap(), 2.0);
         cuda.add_losses(&mut optimizer, &losses, 2, false);
         cuda.add_losses(&mut optimizer, &losses, 3, true);
-        let sums = cuda.finish_step(&mut optimizer, &mut all, &step).unwrap();
+        let sums = cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap();
         assert_eq!(sums.losses, 6.5);
         assert!((sums.squares.sqrt() / norm - 1.0).abs() < 1e-9);
         let mut after = Vec::new();
@@ -600,6 +605,9 @@ fn optimizer_steps() {
             let mut ours = vec![0.0; p.len()];
             cuda.read_param(param, &mut ours).unwrap();
             close("weights", &ours, &exact, 1e-6);
+            let most =
+                u32::from_le_bytes(read_bytes(&cuda, param.most.address, 4).try_into().unwrap());
+            assert_eq!(most, ours.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap());
             let copy = read_bytes(&cuda, param.copy.address, 2 * p.len());
             let copy = copy.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b));
             assert!(copy.eq(ours.iter().map(|v| half::bf16::from_f32(*v))));
@@ -614,7 +622,12 @@ fn optimizer_steps() {
                 visit(Trained { param, m, v, gradient, decays: i != 1 });
             }
         };
-        assert!(cuda.finish_step(&mut optimizer, &mut all, &step).unwrap().losses.is_nan());
+        assert!(
+            cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &step)
+                .unwrap()
+                .losses
+                .is_nan()
+        );
         for ((_, param, ..), before) in device.iter().zip(&after) {
             let mut ours = vec![0.0; before.len()];
             cuda.read_param(param, &mut ours).unwrap();
@@ -699,6 +712,352 @@ fn mxfp4_codes_are_those_of_the_definition() {
     });
 }
 
+/// The number that an FP8 byte stands for.
+fn decode_fp8(byte: u8, format: Type) -> f64 {
+    let (exponent_bits, bias) = if format == Type::E5m2 { (5, 15) } else { (4, 7) };
+    let mantissa_bits = 7 - exponent_bits;
+    let exponent = i32::from(byte & 0x7f) >> mantissa_bits;
+    let fraction = f64::from(byte & ((1 << mantissa_bits) - 1)) / f64::from(1 << mantissa_bits);
+    let magnitude = match exponent {
+        0 => fraction * 2f64.powi(1 - bias),
+        _ => (1.0 + fraction) * 2f64.powi(exponent - bias),
+    };
+    if byte >> 7 == 1 { -magnitude } else { magnitude }
+}
+
+/// FP8 operands on the device: bytes of one or two forms, factor, raised blocks, largest magnitude, sums.
+struct Fp8 {
+    out: [super::memory::Piece; 2],
+    words: super::memory::Piece,
+    sums: super::memory::Piece,
+}
+
+impl Fp8 {
+    fn new(cuda: &Cuda, elements: usize, sums: usize, values: &[f32]) -> Self {
+        let bytes = 2 * elements + 4 * sums + 4096;
+        let mut arena = Arena::allocated(&cuda.gpu, bytes).unwrap();
+        let out = [arena.bytes(elements), arena.bytes(elements)];
+        let fp8 = Self { out, words: arena.bytes(12), sums: arena.bytes(4 * sums) };
+        write_bytes(cuda, fp8.out[0].address, &vec![0xaa; elements]);
+        write_bytes(cuda, fp8.out[1].address, &vec![0xaa; elements]);
+        write_bytes(cuda, fp8.sums.address, &vec![0xff; 4 * sums]);
+        let most = values.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
+        let words: Vec<u8> = [0, 0, most].iter().flat_map(|w: &u32| w.to_le_bytes()).collect();
+        write_bytes(cuda, fp8.words.address, &words);
+        fp8
+    }
+
+    fn scaling(&self) -> super::linear::Scaling {
+        let [scale, raised, most] = [0, 4, 8].map(|offset| self.words.address + offset);
+        super::linear::Scaling { scale, raised, most, kept: false }
+    }
+
+    /// The factor and the number of raised blocks.
+    fn factor_and_raised(&self, cuda: &Cuda) -> (f64, u32) {
+        let bytes = read_bytes(cuda, self.words.address, 8);
+        let [factor, raised] =
+            [0, 4].map(|i| u32::from_le_bytes(bytes[i..i + 4].try_into().unwrap()));
+        (f64::from(f32::from_bits(factor)), raised)
+    }
+
+    /// Form `form` as values.
+    fn values(&self, cuda: &Cuda, form: usize, elements: usize, format: Type) -> Vec<f64> {
+        let (factor, _) = self.factor_and_raised(cuda);
+        let bytes = read_bytes(cuda, self.out[form].address, elements);
+        bytes.into_iter().map(|byte| factor * decode_fp8(byte, format)).collect()
+    }
+}
+
+/// Compares FP8 values with the definition's, of which those in blocks too far below `most` are raised. Their
+/// number is returned.
+fn compare_fp8(
+    what: &str,
+    ours: &[f64],
+    exact: &Mxfp4Matrix,
+    format: Type,
+    most: u32,
+    group: usize,
+) -> u32 {
+    let range = if format == Type::E5m2 { 28 } else { 14 };
+    let slack = match group {
+        0 => 0,
+        32 | 64 => 3,
+        _ => 4,
+    };
+    let top = ((most >> 23).saturating_sub(2) + slack).max(16);
+    let mut raised = 0;
+    for (block, (ours, exact_values)) in
+        ours.chunks(BLOCK).zip(exact.dequantize().chunks(BLOCK)).enumerate()
+    {
+        let byte = u32::from(exact.scales[block]);
+        let zero =
+            exact.codes[block * BLOCK / 2..][..BLOCK / 2].iter().all(|codes| codes & 0x77 == 0);
+        if byte + range >= top || byte == 0 && zero {
+            let same = ours.iter().zip(exact_values).all(|(a, b)| *a == f64::from(*b));
+            assert!(
+                same,
+                "{what}: block {block} of scale {byte}: {ours:?} instead of {exact_values:?}"
+            );
+            continue;
+        }
+        raised += 1;
+        // Valid MXFP4 of the lowest scale that fits.
+        let unit = 2f64.powi(top as i32 - range as i32 - 127);
+        let grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+        let valid = ours.iter().all(|v| grid.contains(&(v.abs() / unit)));
+        assert!(valid, "{what}: block {block} raised to {ours:?}");
+    }
+    raised
+}
+
+/// FP8 operands are the definition's numbers, but for raised blocks, which are counted; the sums are those of the
+/// columns; a NaN makes the factor one.
+#[test]
+fn fp8_operands_are_those_of_the_definition() {
+    use super::linear::{Form, Quantize, Source as Operand, Target, quantize, quantize_both};
+    let Some(cuda) = gpu() else { return };
+    let cuda = &cuda;
+    let mut raised_in_all = 0;
+    let cases = [(1, 1), (17, 31), (33, 200), (128, 192), (64, 96), (300, 520)];
+    for (case, (rows, cols)) in cases.into_iter().enumerate() {
+        let mut values = random(rows * cols, 20 + case as u64);
+        for (i, v) in values.iter_mut().enumerate() {
+            match i / 37 % 29 {
+                3 => *v = 0.0,
+                7 => *v *= 2f32.powi(-(i as i32 % 40)),
+                11 => *v *= 1e3,
+                _ => {}
+            }
+        }
+        for precision in PRECISIONS {
+            let values = rounded(&values, precision);
+            let source = tensor(cuda, &values, precision);
+            let operand = Operand { address: source.address(), precision };
+            let most = values.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap();
+            let sums: Vec<f64> = (0..cols)
+                .map(|c| (0..rows).map(|r| f64::from(values[r * cols + c])).sum())
+                .collect();
+            for (group, rounding) in [0, 32, 64, 128, 256]
+                .into_iter()
+                .flat_map(|group| [(group, Rounding::Nearest), (group, Rounding::Unbiased)])
+            {
+                let mut signs = [vec![0.0; group], vec![0.0; group]];
+                RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs[0]);
+                RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs[1]);
+                let draw = RANDOM.rounding(OperandId::Dy);
+                let exact = |form, signs: &[f32]| {
+                    let transposed = form == Form::Columns;
+                    let (vectors, depth) = if transposed { (cols, rows) } else { (rows, cols) };
+                    let source = Source { data: &values, rows: vectors, depth, transposed };
+                    Mxfp4Matrix::quantize(source, signs, rounding, &draw)
+                };
+                let forms = [(Form::Rows, &signs[0]), (Form::Columns, &signs[1])];
+                let exact = forms.map(|(form, signs)| exact(form, signs));
+                let elements = exact.each_ref().map(|exact| exact.rows * exact.depth);
+                let room = elements[0].max(elements[1]);
+                let check_sums = |what: &str, fp8: &Fp8, parts: usize| {
+                    let bytes = read_bytes(cuda, fp8.sums.address, 4 * parts * cols);
+                    let numbers: Vec<f32> =
+                        bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                    let ours: Vec<f32> =
+                        (0..cols).map(|c| numbers.iter().skip(c).step_by(cols).sum()).collect();
+                    close(what, &ours, &sums, 1e-5);
+                };
+                let mut run = |form: Form, format: Type| {
+                    let what = format!(
+                        "{precision:?} ({rows}, {cols}) g {group} {form:?} {rounding:?} {format:?}"
+                    );
+                    let fp8 = Fp8::new(cuda, room, (rows + 256) * cols, &values);
+                    let index = usize::from(form == Form::Columns);
+                    let out = fp8.out[index].address;
+                    let target = Target::Fp8 { out, format, scaling: fp8.scaling() };
+                    let shape = Quantize { form, rows, cols };
+                    let to = if form == Form::Columns { fp8.sums.address } else { 0 };
+                    let signs = forms[index].1;
+                    let parts = quantize(cuda, target, operand, shape, to, signs, rounding, draw);
+                    let ours = fp8.values(cuda, index, elements[index], format);
+                    let raised = compare_fp8(&what, &ours, &exact[index], format, most, group);
+                    assert_eq!(fp8.factor_and_raised(cuda).1, raised, "{what}");
+                    if form == Form::Columns {
+                        check_sums(&what, &fp8, parts);
+                    }
+                    raised_in_all += raised;
+                };
+                run(Form::Columns, Type::E4m3);
+                if precision == Precision::F32 {
+                    continue;
+                }
+                run(Form::Columns, Type::E5m2);
+                run(Form::Rows, Type::E5m2);
+                if group > 64 {
+                    continue;
+                }
+                let what = format!("({rows}, {cols}) g {group} both {rounding:?}");
+                let fp8 = Fp8::new(cuda, room, (rows + 256) * cols, &values);
+                let out = [fp8.out[0].address, fp8.out[1].address];
+                let (scaling, to) = (fp8.scaling(), fp8.sums.address);
+                let both = [&signs[0][..], &signs[1][..]];
+                let shape = (rows, cols);
+                let from = source.address();
+                let parts =
+                    quantize_both(cuda, out, scaling, from, shape, to, both, rounding, draw);
+                let mut raised = 0;
+                for (form, exact) in exact.iter().enumerate() {
+                    let ours = fp8.values(cuda, form, elements[form], Type::E5m2);
+                    raised += compare_fp8(&what, &ours, exact, Type::E5m2, most, group);
+                }
+                assert_eq!(fp8.factor_and_raised(cuda).1, raised, "{what}");
+                check_sums(&what, &fp8, parts);
+                raised_in_all += raised;
+
+                let mut poisoned = values.clone();
+                poisoned[rows * cols / 2] = f32::NAN;
+                let fp8 = Fp8::new(cuda, room, (rows + 256) * cols, &poisoned);
+                let out = [fp8.out[0].address, fp8.out[1].address];
+                let poisoned = tensor(cuda, &poisoned, precision);
+                let (scaling, from) = (fp8.scaling(), poisoned.address());
+                quantize_both(cuda, out, scaling, from, shape, 0, both, rounding, draw);
+                assert!(fp8.factor_and_raised(cuda).0.is_nan(), "{what}");
+            }
+        }
+    }
+    assert!(raised_in_all > 100, "only {raised_in_all} blocks were raised");
+}
+
+/// Products of FP8 operands against the f64 product of the same numbers, on ordinary, heavy-tailed and widely spread
+/// values.
+#[test]
+fn fp8_products_are_exact() {
+    use super::linear::{Form, Quantize, Source as Operand, Target, quantize};
+    let Some(cuda) = gpu() else { return };
+    if cuda.gpu.capability < (8, 9) {
+        return println!("skipped: {} has no FP8 products", cuda.gpu.name);
+    }
+    let (m, n, k) = (96, 64, 512);
+    let normal = |len: usize, seed| {
+        let draw = Draw::of(seed, Purpose::Weights, 81, 0);
+        let value = move |i: usize| {
+            let [a, b, c, d] = draw.bits(i as u32, 0);
+            let radius = (-2.0 * (uniform(a, b) + 1e-300).ln()).sqrt();
+            ((radius * (std::f64::consts::TAU * uniform(c, d)).cos()) as f32, a)
+        };
+        (0..len).map(value)
+    };
+    for kind in ["normal", "heavy-tailed", "spread over 2^20"] {
+        let values = |len, seed| -> Vec<f32> {
+            let shape = |(i, (v, bits)): (usize, (f32, u32))| match kind {
+                "heavy-tailed" if bits % 100 == 0 => 5.0 * v,
+                "spread over 2^20" => v * 2f32.powi(-((i / 64 % 21) as i32)),
+                _ => v,
+            };
+            rounded(
+                &normal(len, seed).enumerate().map(shape).collect::<Vec<f32>>(),
+                Precision::Bf16,
+            )
+        };
+        let (a, b) = (values(m * k, 1), values(n * k, 2));
+        let mut signs = vec![0.0; 64];
+        RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs);
+        let made = |values: &[f32], form, rows, cols, id, format| {
+            let source = tensor(&cuda, values, Precision::Bf16);
+            let fp8 = Fp8::new(&cuda, rows * cols, 0, values);
+            let target = Target::Fp8 { out: fp8.out[0].address, format, scaling: fp8.scaling() };
+            let operand = Operand { address: source.address(), precision: Precision::Bf16 };
+            let shape = Quantize { form, rows, cols };
+            let draw = RANDOM.rounding(id);
+            quantize(&cuda, target, operand, shape, 0, &signs, Rounding::Unbiased, draw);
+            let numbers = fp8.values(&cuda, 0, rows * cols, format);
+            (fp8, numbers)
+        };
+        // B is given as (k, n): its transpose is what the product reads.
+        let (a, a_numbers) = made(&a, Form::Rows, m, k, OperandId::Dy, Type::E5m2);
+        let (b, b_numbers) = made(&b, Form::Columns, k, n, OperandId::W, Type::E4m3);
+        let exact = reference::product(&a_numbers, &b_numbers, m, n, k);
+        let sequences = Sequences { batch: 1, length: 16 };
+        let scratch = workspace(&cuda, &workspace_shape(sequences, 16, 1, 8, Precision::Bf16));
+        let c = f32_buffer(&cuda, &vec![f32::NAN; m * n]);
+        let product = super::gemm::Product {
+            m,
+            n,
+            k,
+            operands: [Type::E5m2, Type::E4m3],
+            a: super::gemm::Operand::rows(a.out[0].address, k),
+            b: super::gemm::Operand::rows(b.out[0].address, k),
+            c: c.address(),
+            c_stride: n,
+            c_type: Type::F32,
+            alpha: 1.0,
+            accumulate: false,
+            bias: None,
+            scales: Some([a.scaling().scale, b.scaling().scale]),
+        };
+        cuda.gpu.scope(|| cuda.product(&scratch, &product));
+        let ours = f32s_of(&cuda, &c);
+        let raised = [&a, &b].map(|fp8| fp8.factor_and_raised(&cuda).1);
+        println!("{kind}: error {:.1e}, raised {raised:?}", relative_error(&f64s(&ours), &exact));
+        close(kind, &ours, &exact, 1e-6);
+    }
+}
+
+/// What kernels note is the largest magnitude of what they stored, NaN being larger than everything.
+#[test]
+fn largest_magnitudes_are_noted() {
+    let Some(cuda) = gpu() else { return };
+    cuda.gpu.scope(|| {
+        let noted = |what: &str, tensor: &Tensor| {
+            let address =
+                tensor.largest_magnitude().unwrap_or_else(|| panic!("{what} was not noted"));
+            let bits = u32::from_le_bytes(read_bytes(&cuda, address, 4).try_into().unwrap());
+            let stored = values_of(&cuda, tensor);
+            let most = stored.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap();
+            assert_eq!(bits, most, "{what}");
+        };
+        for (rows, c) in [(1, 8), (77, 33), (300, 384)] {
+            for poisoned in [false, true] {
+                let mut values = rounded(&random(rows * c, 1), Precision::Bf16);
+                if poisoned {
+                    values[rows * c / 2] = f32::NAN;
+                }
+                let x = tensor(&cuda, &values, Precision::Bf16);
+                let (w, b) = (param(&cuda, &random(c, 2)), param(&cuda, &random(c, 3)));
+                let mut statistics = NormStatistics {
+                    mean: f32_buffer(&cuda, &vec![0.0; rows]),
+                    rstd: f32_buffer(&cuda, &vec![0.0; rows]),
+                };
+                let (mut out, mut sum) = (
+                    poison(&cuda, rows * c, Precision::Bf16),
+                    poison(&cuda, rows * c, Precision::Bf16),
+                );
+                cuda.layernorm_forward(&mut out, statistics.as_mut(), &x, &w, &b, rows, c, 1e-5);
+                noted("a norm", &out);
+                let stats = statistics.as_mut();
+                cuda.add_layernorm_forward(
+                    &mut out, &mut sum, stats, &x, &x, &w, &b, rows, c, 1e-5,
+                );
+                noted("a norm of a sum", &out);
+                cuda.gelu_forward(&mut out, &x, rows * c);
+                noted("GELU", &out);
+                super::gelu::backward(&cuda, &mut out, &x, rows * c);
+                noted("GELU's derivative", &out);
+                cuda.zero_tensor(&mut out);
+                assert!(out.largest_magnitude().is_none());
+                let most =
+                    u32::from_le_bytes(read_bytes(&cuda, w.most.address, 4).try_into().unwrap());
+                assert_eq!(
+                    most,
+                    random(c, 2).iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap()
+                );
+            }
+        }
+        // After the words of a pass are used up, nothing is noted until the next one.
+        let mut out = poison(&cuda, 8, Precision::Bf16);
+        let taken = (0..5000).filter(|_| out.noting() != 0).count();
+        assert_eq!(taken, 4095);
+        out.begin_pass(&cuda.gpu);
+        assert!(out.noting() != 0);
+    });
+}
+
 /// Backward passes in every recipe against the f64 product of what their operands are quantized to.
 #[test]
 fn mxfp4_linear_backward_is_the_product_of_its_operands() {
@@ -768,22 +1127,24 @@ fn mxfp4_linear_backward_is_the_product_of_its_operands() {
 #[test]
 fn fp8_forward() {
     let Some(cuda) = gpu() else { return };
-    let (rows, inputs, outputs) = (130, 48, 72);
-    let shape = LinearShape { rows, inputs, outputs };
-    let x = rounded(&random(rows * inputs, 1), Precision::Bf16);
-    let (w, b) = (random(outputs * inputs, 2), rounded(&random(outputs, 3), Precision::Bf16));
-    let as_fp8 = |v: &[f32]| -> Vec<f64> {
-        let scale = mx::e4m3_scale(v.iter().fold(0.0f32, |most, v| most.max(v.abs())));
-        v.iter().map(|v| f64::from(mx::round_to_e4m3(v / scale) * scale)).collect()
-    };
-    let exact = reference::linear_forward(&as_fp8(&x), &as_fp8(&w), &f64s(&b), shape);
-    let (x_d, w_d, b_d) = (tensor(&cuda, &x, Precision::Bf16), param(&cuda, &w), param(&cuda, &b));
-    cuda.gpu.scope(|| {
-        let sequences = Sequences { batch: 1, length: rows };
-        let all = workspace_shape(sequences, outputs, 1, 8, Precision::Bf16);
-        let mut scratch = workspace(&cuda, &all);
-        let mut y = poison(&cuda, rows * outputs, Precision::Bf16);
-        cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, Forward::Fp8);
-        close("y", &values_of(&cuda, &y), &exact, bound(Precision::Bf16));
-    });
+    for (rows, inputs, outputs) in [(130, 48, 72), (144, 48, 80)] {
+        let shape = LinearShape { rows, inputs, outputs };
+        let x = rounded(&random(rows * inputs, 1), Precision::Bf16);
+        let (w, b) = (random(outputs * inputs, 2), rounded(&random(outputs, 3), Precision::Bf16));
+        let as_fp8 = |v: &[f32]| -> Vec<f64> {
+            let scale = mx::e4m3_scale(v.iter().fold(0.0f32, |most, v| most.max(v.abs())));
+            v.iter().map(|v| f64::from(mx::round_to_e4m3(v / scale) * scale)).collect()
+        };
+        let exact = reference::linear_forward(&as_fp8(&x), &as_fp8(&w), &f64s(&b), shape);
+        let (x_d, w_d, b_d) =
+            (tensor(&cuda, &x, Precision::Bf16), param(&cuda, &w), param(&cuda, &b));
+        cuda.gpu.scope(|| {
+            let sequences = Sequences { batch: 1, length: rows };
+            let all = workspace_shape(sequences, outputs, 1, 8, Precision::Bf16);
+            let mut scratch = workspace(&cuda, &all);
+            let mut y = poison(&cuda, rows * outputs, Precision::Bf16);
+            cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, Forward::Fp8);
+            close("y", &values_of(&cuda, &y), &exact, bound(Precision::Bf16));
+        });
+    }
 }

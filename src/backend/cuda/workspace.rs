@@ -21,13 +21,17 @@ pub(crate) struct Workspace {
     pub(super) partials: Piece,
     /// The two operands of a GEMM whose formats differ from the activations': bf16.
     pub(super) operands: [Piece; 2],
+    /// Bytes from the start of the first operand's room to its second form, where FP8 needs half of it for
+    /// each.
+    pub(super) second_form: u64,
     /// x as FP8 keeps it: bf16.
     pub(super) kept: Piece,
-    /// f32 factors of the vectors of the two operands.
+    /// The f32 factors of the two operands.
     pub(super) scales: [Piece; 2],
-    /// One word each: the bits of the largest magnitude of what an operand is made from.
-    pub(super) most: [Piece; 2],
-    /// One word: blocks that were raised in this step.
+    /// One word each: the bits of the largest magnitude of what an operand is made from, where no kernel
+    /// noted it, and of x as FP8 keeps it.
+    pub(super) most: [Piece; 3],
+    /// One word: blocks that were raised since the last step ended.
     pub(super) raised: Piece,
 }
 
@@ -46,7 +50,6 @@ impl Workspace {
 
         let fp8 = forward == Forward::Fp8;
         let group = backward.and_then(|backward| backward.mxfp4_group);
-        let vectors = rows.max(4 * c);
         let mut operands = [0; 2];
         for (inputs, outputs) in [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)] {
             let mut room = |first: usize, second: usize| {
@@ -68,9 +71,10 @@ impl Workspace {
             delta: arena.bytes(if training { rows * heads * 4 } else { 0 }),
             partials: arena.bytes(partials * 4),
             operands: operands.map(|len| arena.bytes(len * 2)),
+            second_form: operands[0] as u64,
             kept: arena.bytes(if fp8 { rows * 4 * c * 2 } else { 0 }),
-            scales: [0; 2].map(|_| arena.bytes(if group.is_some() { vectors * 4 } else { 0 })),
-            most: [0; 2].map(|_| arena.bytes(4)),
+            scales: [0; 2].map(|_| arena.bytes(4)),
+            most: [0; 3].map(|_| arena.bytes(4)),
             raised: arena.bytes(4),
         }
     }

@@ -43,7 +43,7 @@ impl Log {
 
     /// Adds a step.
     pub(crate) fn step(&self, s: &StepStats) -> Outcome {
-        let &StepStats { step, loss, grad_norm, lr, tokens, seconds } = s;
+        let &StepStats { step, loss, grad_norm, lr, tokens, seconds, .. } = s;
         self.line(&Line::Step { step, loss, grad_norm, lr, tokens, seconds })
     }
 
@@ -73,8 +73,15 @@ mod tests {
     fn lines_are_short_and_a_resumed_log_goes_on() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("logs/run.jsonl");
-        let step =
-            StepStats { step: 1, loss: 5.1, grad_norm: 2.0, lr: 1e-3, tokens: 64, seconds: 0.5 };
+        let step = StepStats {
+            step: 1,
+            loss: 5.1,
+            grad_norm: 2.0,
+            lr: 1e-3,
+            tokens: 64,
+            seconds: 0.5,
+            raised_blocks: 0,
+        };
         Log::open(&path, false).unwrap().step(&step).unwrap();
         let eval = EvalStats { loss: f32::NAN, tokens: 8, seconds: 0.25 };
         Log::open(&path, true).unwrap().eval(1, &eval).unwrap();

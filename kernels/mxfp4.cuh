@@ -1,0 +1,225 @@
+// MXFP4 operands of the backward GEMMs, byte for byte as src/mx defines them: what the files mxfp4*.cu begin with.
+//
+// An operand is a set of vectors along the GEMM's reduction dimension. `rows` kernels take the source's
+// rows as vectors and keep its layout; `columns` kernels take its columns and write the transpose. The
+// depth (the vectors' length) is padded with zeros to a multiple of the group, or of 32 without a
+// transform; rotated padding holds values, so it is rounded and written like the rest.
+//
+// A thread owns one block of 32 in registers: the butterfly's strides 1 to 16 are its own, 32 to 128 are
+// shuffles between the threads of a group. Blocks are rounded in units of their scale without dividing
+// by it: y = 0.75 |v| is compared and rounded against `unit` = 2^exponent, which gives the same bits as
+// the definition's y / unit as long as the block's magnitude is ordinary; blocks near the ends of f32's
+// range are moved by a power of two and back. Where 1/sqrt(g) is a power of two (g = 64, 256) it joins the
+// factor 0.75.
+
+#define BLOCK 32
+
+// Counter words of mx::Draw, and its key as every round adds it. Then 2^16, 2^6 and 0x8000. NOTE: the compiler makes
+// shifts and sums of products with constants that it knows, for the pipe that is the busiest in these kernels, and
+// two instructions of some that take one.
+struct Draw {
+  u32 word1, word2, word3, keys[10][2], shift16, shift6, half;
+};
+
+// The transform: sign i of a group is bit i % 32 of word i / 32, a set bit being -1. Not read without one.
+struct Transform {
+  u32 signs[8];
+  float scale; // the f32 nearest to 1/sqrt(group)
+};
+
+// 128 random bits: of the 8 elements (row, 8 column_group + 0..7), each 16.
+__device__ __forceinline__ uint4 philox(const Draw &draw, u32 row, u32 column_group) {
+  u32 c0 = row, c1 = draw.word1 | column_group, c2 = draw.word2, c3 = draw.word3;
+#pragma unroll
+  for (int i = 0; i < 10; i++) {
+    u64 p0 = (u64)c0 * 0xd2511f53u, p1 = (u64)c2 * 0xcd9e8d57u;
+    c0 = (u32)(p1 >> 32) ^ c1 ^ draw.keys[i][0], c1 = (u32)p1;
+    c2 = (u32)(p0 >> 32) ^ c3 ^ draw.keys[i][1], c3 = (u32)p0;
+  }
+  return make_uint4(c0, c1, c2, c3);
+}
+
+// ---- Loading a block along a row, signs applied -------------------------------------------------
+
+// Bits of even index to the low half, odd ones to the high half.
+__device__ __forceinline__ u32 unshuffle(u32 x) {
+  u32 t = (x ^ x >> 1) & 0x22222222u;
+  x ^= t ^ t << 1;
+  t = (x ^ x >> 2) & 0x0c0c0c0cu;
+  x ^= t ^ t << 2;
+  t = (x ^ x >> 4) & 0x00f000f0u;
+  x ^= t ^ t << 4;
+  t = (x ^ x >> 8) & 0x0000ff00u;
+  return x ^ t ^ t << 8;
+}
+
+// 32 aligned elements, in global or shared memory.
+__device__ __forceinline__ void load_whole(const bf16 *p, u32 signs, float v[BLOCK]) {
+  u32 raw[BLOCK / 2];
+#pragma unroll
+  for (int i = 0; i < 4; i++) *(uint4 *)&raw[4 * i] = *(const uint4 *)(p + 8 * i);
+  signs = unshuffle(signs);
+#pragma unroll
+  for (int i = 0; i < BLOCK / 2; i++) {
+    u32 pair = raw[i] ^ (signs << (15 - i) & 0x80008000u);
+    v[2 * i] = low_f32(pair), v[2 * i + 1] = high_f32(pair);
+  }
+}
+__device__ __forceinline__ void load_whole(const float *p, u32 signs, float v[BLOCK]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) *(float4 *)&v[4 * i] = *(const float4 *)(p + 4 * i);
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++)
+    v[i] = __uint_as_float(__float_as_uint(v[i]) ^ (signs << (31 - i) & 0x80000000u));
+}
+
+// `count` elements at p, zeros after them; vectors where `aligned`.
+template <class T>
+__device__ __forceinline__ void load_block(const T *p, u32 count, bool aligned, u32 signs, float v[BLOCK]) {
+  if (aligned && count >= BLOCK) return load_whole(p, signs, v);
+#pragma unroll
+  for (u32 i = 0; i < BLOCK; i++) {
+    float x = i < count ? to_f32(p[i]) : 0.0f;
+    v[i] = __uint_as_float(__float_as_uint(x) ^ (signs << (31 - i) & 0x80000000u));
+  }
+}
+
+// ---- The transform ------------------------------------------------------------------------------
+
+// The butterfly's stride within a thread.
+__device__ __forceinline__ void add_and_subtract(float v[BLOCK], int stride) {
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++)
+    if ((i & stride) == 0) {
+      float a = v[i], b = v[i + stride];
+      v[i] = __fadd_rn(a, b), v[i + stride] = __fsub_rn(a, b);
+    }
+}
+
+// Its stride between threads whose lanes differ by `mask`.
+__device__ __forceinline__ void exchange(float v[BLOCK], u32 mask) {
+  // The upper thread's values are theirs - mine: one exact product, one rounding.
+  float sign = threadIdx.x & mask ? -1.0f : 1.0f;
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++) v[i] = __fmaf_rn(sign, v[i], __shfl_xor_sync(FULL_WARP, v[i], mask));
+}
+
+// Butterfly over `blocks` threads whose lanes differ by multiples of `distance`; not normalized.
+__device__ __forceinline__ void rotate(float v[BLOCK], u32 blocks, u32 distance) {
+#pragma unroll
+  for (int stride = 1; stride < BLOCK; stride *= 2) add_and_subtract(v, stride);
+#pragma unroll 1
+  for (u32 mask = distance; mask < distance * blocks; mask *= 2) exchange(v, mask);
+}
+
+// ---- Rounding -----------------------------------------------------------------------------------
+
+// To the grid 0, 0.5, 1, 1.5, 2, 3, 4, 6 times `unit`, a power of two. `addend` is the random 16 bits at
+// bit 6 and a one below them.
+__device__ __forceinline__ float round_unbiased(float v, float factor, float unit, u32 addend) {
+  float y = __fmul_rn(fabsf(v), factor), low; // low: 1 below the unit, else 0
+  asm("set.lt.f32.f32 %0, %1, %2;" : "=f"(low) : "f"(y), "f"(unit));
+  y = __fmaf_rn(low, unit, y);
+  float q = __uint_as_float((__float_as_uint(y) + addend) & 0xffc00000u);
+  q = __fmaf_rn(low, -unit, q);
+  return __uint_as_float(__float_as_uint(q) | (__float_as_uint(v) & 0x80000000u));
+}
+__device__ __forceinline__ float round_nearest(float v, float factor, float unit) {
+  float y = __fmul_rn(fabsf(v), factor);
+  // 1.5 * 2^22 times the binade of max(y, unit): its last place is the grid's step there.
+  float magic = __uint_as_float((__float_as_uint(fmaxf(y, unit)) & 0xff800000u) + (22u << 23 | 0x00400000u));
+  float q = fminf(__fsub_rn(__fadd_rn(y, magic), magic), 6.0f * unit);
+  return __uint_as_float(__float_as_uint(q) | (__float_as_uint(v) & 0x80000000u));
+}
+
+// Bits of the largest magnitude of a rotated block, which is normalized first where `norm` is not a power
+// of two (and norm becomes 1).
+__device__ __forceinline__ u32 block_magnitude(float v[BLOCK], float &norm) {
+  if (__float_as_uint(norm) & 0x007fffffu) {
+#pragma unroll
+    for (int i = 0; i < BLOCK; i++) v[i] = __fmul_rn(v[i], norm);
+    norm = 1.0f;
+  }
+  float tree[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    tree[i] = max_nan(max_nan(fabsf(v[i]), fabsf(v[i + 8])), max_nan(fabsf(v[i + 16]), fabsf(v[i + 24])));
+  float most = max_nan(max_nan(max_nan(tree[0], tree[1]), max_nan(tree[2], tree[3])),
+                       max_nan(max_nan(tree[4], tree[5]), max_nan(tree[6], tree[7])));
+  return __float_as_uint(__fmul_rn(most, norm)) & 0x7fffffffu;
+}
+
+// The scale byte of a block with this largest magnitude.
+__device__ __forceinline__ u32 scale_byte(u32 magnitude) {
+  u32 biased = magnitude >> 23;
+  return biased == 255 ? 255 : biased < 2 ? 0 : biased - 2;
+}
+
+__device__ __forceinline__ float power(u32 biased) { return __uint_as_float(biased << 23); }
+
+// What a block is rounded with: results are those in units of 2^127 / `unit`.
+struct Scale {
+  u32 byte;
+  float factor, unit;
+};
+
+// A scale byte outside these needs the block moved: by 2^126 below, by 2^-100 above.
+__device__ __forceinline__ bool extreme(u32 byte) { return byte - 64 > 136; }
+__device__ __forceinline__ void move(float v[BLOCK], u32 byte, float &norm) {
+  float by = power(byte < 64 ? 127 + 126 : 127 - 100);
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++) v[i] = __fmul_rn(__fmul_rn(v[i], norm), by);
+  norm = 1.0f;
+}
+__device__ __forceinline__ u32 moved(u32 byte) { return byte < 64 ? byte + 126 : byte - 100; }
+
+// Random bits of a thread that owns 32 columns of a row. addend(i): those of element i at bit 6, below them a one.
+struct RowBits {
+  const Draw &draw;
+  u32 row, column_group, one;
+  uint4 words;
+  __device__ __forceinline__ RowBits(const Draw &draw, u32 row, u32 column)
+      : draw(draw), row(row), column_group(column / 8) {
+    // NOTE: a constant here costs a move for each element, since PRMT takes only one; the compiler does not know that
+    // there are fewer than 2^31 rows.
+    one = 0x8000 | row >> 31;
+  }
+  __device__ __forceinline__ u32 addend(int i) {
+    if (i % 8 == 0) words = philox(draw, row, column_group + i / 8);
+    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
+    // A multiplication, since the pipe of PRMT is the busier one.
+    return (i % 2 ? __byte_perm(word, one, 0x3254) : word * 0x10000 + one) >> 10;
+  }
+};
+
+// ---- Places along rows  -------------------------------------------------------------------------
+
+// A thread block takes `each` whole rows, a thread one block of them.
+struct Place {
+  u32 local, row, column; // row of the thread block, of the source; first column
+  bool inside;
+};
+__device__ __forceinline__ Place place_in_rows(u32 rows, u32 depth, u32 each) {
+  // threadIdx.x / blocks: exact, as the quotient is no nearer to a whole number than 0.5 / blocks.
+  u32 blocks = depth / BLOCK;
+  float reciprocal;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"((float)blocks));
+  Place place;
+  place.local = (u32)(((float)threadIdx.x + 0.5f) * reciprocal);
+  place.row = blockIdx.x * each + place.local;
+  place.column = (threadIdx.x - place.local * blocks) * BLOCK;
+  place.inside = place.local < each && place.row < rows;
+  return place;
+}
+
+// Loads the block at a place and rotates it; `norm` is the factor that is still missing.
+template <class T>
+__device__ __forceinline__ void load_rotated(float v[BLOCK], float &norm, const T *source, const Place &place,
+                                             u32 cols, u32 group, const Transform &transform) {
+  u32 across = group > BLOCK ? group / BLOCK : 1;
+  u32 signs = group ? transform.signs[place.column / BLOCK & (across - 1)] : 0;
+  u32 count = place.inside && place.column < cols ? cols - place.column : 0;
+  load_block(source + (size_t)place.row * cols + place.column, count, cols % 8 == 0, signs, v);
+  if (group) rotate(v, across, 1);
+  norm = group ? transform.scale : 1.0f;
+}
