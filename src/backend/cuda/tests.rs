@@ -1062,7 +1062,7 @@ fn largest_magnitudes_are_noted() {
 #[test]
 fn mxfp4_linear_backward_is_the_product_of_its_operands() {
     let Some(cuda) = gpu() else { return };
-    for (rows, inputs, outputs) in [(130, 40, 72), (64, 128, 96), (77, 96, 33)] {
+    for (rows, inputs, outputs) in [(130, 40, 72), (64, 128, 96), (77, 96, 33), (320, 144, 208)] {
         for name in Recipe::NAMES.into_iter().skip(2) {
             let shape = LinearShape { rows, inputs, outputs };
             let values = |len, seed| rounded(&random(len, seed), Precision::Bf16);
@@ -1116,7 +1116,10 @@ fn mxfp4_linear_backward_is_the_product_of_its_operands() {
                     s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r, true,
                 );
                 close(name, &values_of(&cuda, &dx), &exact_dx, bound(Precision::Bf16));
-                close(name, &f32s_of(&cuda, &dw), &exact_dw, 1e-6);
+                // FP8 tensor cores align what they add at once to the largest of it, and drop what lies too
+                // far below: with these outliers up to 6e-6 of the result. The definition allows 1e-5.
+                let aligned = cuda.multiplies_fp8(shape) && rows > 64;
+                close(name, &f32s_of(&cuda, &dw), &exact_dw, if aligned { 1e-5 } else { 1e-6 });
                 close(name, &f32s_of(&cuda, &db), &plus_one(exact_db), 1e-5);
             });
         }
