@@ -124,6 +124,16 @@ mod tests {
             }
         }
 
+        /// NOTE: in the order of the stream. `cuMemcpyHtoD` may return before what it copies has
+        /// arrived, and a stream that does not wait for others then finds what was there before.
+        fn write<T>(&self, offset: u64, values: &[T]) {
+            // SAFETY: not more than `BYTES` bytes; the wait ends the copy.
+            unsafe {
+                result::memcpy_htod_async(self.memory + offset, values, self.stream).unwrap();
+                result::stream::synchronize(self.stream).unwrap();
+            }
+        }
+
         fn floats(&self, count: usize) -> Vec<f32> {
             let mut floats = vec![0.0; count];
             // SAFETY: not more than `BYTES` bytes; everything of the stream has run.
@@ -178,7 +188,7 @@ mod tests {
             for x in &mut here {
                 *x *= 2.0;
             }
-            assert_eq!(result::memcpy_htod_sync(host.memory, &here), Ok(()));
+            host.write(0, &here);
             assert_eq!(mxt_model_tensor_write(model, name, on_gpu.cast(), here.len()), 0);
             let mut again = vec![0.0f32; here.len()];
             assert_eq!(mxt_model_tensor_read(model, name, again.as_mut_ptr(), here.len()), 0);
@@ -192,7 +202,7 @@ mod tests {
                 mxt_model_next_logits(model, tokens.as_ptr(), 10, logits.as_mut_ptr(), count),
                 0
             );
-            assert_eq!(result::memcpy_htod_sync(host.memory + 2048, &tokens), Ok(()));
+            host.write(2048, &tokens);
             let tokens_on_gpu = on_gpu.byte_add(2048).cast::<u32>();
             assert_eq!(mxt_model_next_logits(model, tokens_on_gpu, 10, on_gpu.cast(), count), 0);
             assert_eq!(host.floats(count), logits);
@@ -215,7 +225,7 @@ mod tests {
                 let end = on_gpu.byte_add(BYTES - 132).cast();
                 let status = mxt_trainer_step_tokens(trainer, end, 34, &mut stats);
                 assert_eq!(status, MXT_ERROR_INVALID_ARGUMENT as i32);
-                assert_eq!(result::memcpy_htod_sync(host.memory, &[64u32; 34]), Ok(()));
+                host.write(0, &[64u32; 34]);
                 let status = mxt_trainer_step_tokens(trainer, on_gpu.cast(), 34, &mut stats);
                 assert_eq!(status, MXT_ERROR_TOKEN_RANGE as i32);
                 mxt_trainer_free(trainer);
