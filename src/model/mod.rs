@@ -69,12 +69,13 @@ impl Model {
         let model = Self::zeroed(engine, config)?;
         {
             let mut params = model.lock()?;
-            let mut values = model.room_for_a_tensor()?;
+            let mut room = model.room_for_a_tensor()?;
+            room.resize(room.capacity(), 0.0);
             let all = params.iter_mut().zip(model.specs().iter());
             for (index, (param, spec)) in all.enumerate() {
-                values.resize(spec.len(), 0.0);
-                engine.on_workers(|| init::fill(&mut values, spec.init, engine.seed(), index));
-                engine.backend().write_param(param, &values)?;
+                let values = &mut room[..spec.len()];
+                engine.on_workers(|| init::fill(values, spec.init, engine.seed(), index));
+                engine.backend().write_param(param, values)?;
             }
         }
         Ok(model)
