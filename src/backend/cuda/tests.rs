@@ -1117,7 +1117,7 @@ fn mxfp4_linear_backward_is_the_product_of_its_operands() {
                 );
                 close(name, &values_of(&cuda, &dx), &exact_dx, bound(Precision::Bf16));
                 // FP8 tensor cores align what they add at once to the largest of it, and drop what lies too
-                // far below: with these outliers up to 6e-6 of the result. The definition allows 1e-5.
+                // far below: with these outliers up to 8e-6 of the result. The definition allows 1e-5.
                 let aligned = cuda.multiplies_fp8(shape) && rows > 64;
                 close(name, &f32s_of(&cuda, &dw), &exact_dw, if aligned { 1e-5 } else { 1e-6 });
                 close(name, &f32s_of(&cuda, &db), &plus_one(exact_db), 1e-5);
