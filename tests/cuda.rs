@@ -201,6 +201,27 @@ fn every_recipe_takes_two_steps() {
     }
 }
 
+/// Trainers of one engine work at the same time, each as if it were alone: while one records its step,
+/// the other meets products for the first time.
+#[test]
+fn trainers_of_one_engine_do_not_disturb_each_other() {
+    let Some(engine) = gpu() else { return };
+    let losses = |channels: usize| {
+        let config = ModelConfig { channels, ..config() };
+        let model = Model::new(&engine, &config).unwrap();
+        let mut trainer = Trainer::new(&model, options("mxfp4-rht-sr")).unwrap();
+        let data = text();
+        [0; 4].map(|_| trainer.step(&data).unwrap().loss)
+    };
+    let sizes = [128, 192, 256, 320];
+    // Together first: alone, they would meet all products before.
+    let together = std::thread::scope(|scope| {
+        let losses = &losses;
+        sizes.map(|channels| scope.spawn(move || losses(channels))).map(|t| t.join().unwrap())
+    });
+    assert_eq!(together, sizes.map(losses));
+}
+
 /// A run that is saved, loaded and continued is the run that was not; accumulation included.
 #[test]
 fn resuming_changes_no_bit() {

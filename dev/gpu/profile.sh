@@ -14,8 +14,8 @@ MXT_BENCH_STEPS=0 MXT_BENCH_DEVICE=cuda ncu --metrics gpu__time_duration.sum --c
 import collections, csv, re, sys
 lines = [line for line in sys.stdin if line.startswith("\"")]
 kernels = collections.defaultdict(list)
+unit = {"ns": 1e-6, "us": 1e-3, "usecond": 1e-3, "nsecond": 1e-6, "ms": 1.0, "msecond": 1.0}
 for row in csv.DictReader(lines):
-    unit = {"ns": 1e-6, "us": 1e-3, "usecond": 1e-3, "nsecond": 1e-6, "ms": 1.0, "msecond": 1.0}
     ms = float(row["Metric Value"].replace(",", "")) * unit[row["Metric Unit"]]
     name = re.sub(r"\(.*", "", row["Kernel Name"])
     if name == "copy_to_bf16":  # makes the model

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::backend::{Backend, Device};
 use crate::checkpoint::{self, Checkpoint, TensorRead};
 use crate::engine::LogLevel;
-use crate::reserve::reserve;
+use crate::reserve::{reserve, zeros};
 use crate::{Engine, Error, Result};
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them.
@@ -69,8 +69,7 @@ impl Model {
         let model = Self::zeroed(engine, config)?;
         {
             let mut params = model.lock()?;
-            let mut room = model.room_for_a_tensor()?;
-            room.resize(room.capacity(), 0.0);
+            let mut room = zeros("a tensor", model.longest_tensor())?;
             let all = params.iter_mut().zip(model.specs().iter());
             for (index, (param, spec)) in all.enumerate() {
                 let values = &mut room[..spec.len()];
@@ -196,10 +195,13 @@ impl Model {
 
     /// An empty vector with room for the values of any one tensor.
     pub(crate) fn room_for_a_tensor(&self) -> Result<Vec<f32>> {
-        let most = self.specs().iter().map(|spec| spec.len()).max().unwrap_or(0);
         let mut room = Vec::new();
-        reserve(&mut room, "a tensor", most)?;
+        reserve(&mut room, "a tensor", self.longest_tensor())?;
         Ok(room)
+    }
+
+    fn longest_tensor(&self) -> usize {
+        self.specs().iter().map(|spec| spec.len()).max().unwrap_or(0)
     }
 
     fn zeroed(engine: &Engine, config: &ModelConfig) -> Result<Self> {

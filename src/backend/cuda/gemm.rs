@@ -159,8 +159,10 @@ impl Gemm {
         let kind = product.kind();
         let plans = || self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         // The first product of a kind may be the one that loads its kernel. NOTE: a thread that captures
-        // asks for `plans` too, so this lock comes first.
-        let _alone = (!plans().contains_key(&kind)).then(graph::without_captures);
+        // asks for `plans` too, so nobody may hold them who waits for the end of captures. In one
+        // statement with the wait, the guard would live until that is over.
+        let known = plans().contains_key(&kind);
+        let _alone = (!known).then(graph::without_captures);
         let mut plans = plans();
         let plan = match plans.entry(kind) {
             Entry::Occupied(plan) => Ok(plan.into_mut()),

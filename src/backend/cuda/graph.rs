@@ -5,8 +5,8 @@
 //! A capture runs on a stream of its own and concerns only the thread that makes it; other threads go
 //! on using the device, but for what waits for all of it (see [`without_captures`]). The host may do
 //! that too, and break a capture off: then the step is done without it, and the next one tries again.
-//! The first step of a kind is not captured, because in it kernels are loaded and algorithms chosen. Kernels that draw random numbers are noted, and get new arguments before every
-//! launch.
+//! The first step of a kind is not captured, because in it kernels are loaded and algorithms chosen.
+//! Kernels that draw random numbers are noted, and get new arguments before every launch.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::c_void;

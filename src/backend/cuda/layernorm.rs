@@ -56,7 +56,7 @@ pub(super) fn add_forward(
         x.address(), y.address(), w, b, rows as u32, channels as u32, epsilon);
 }
 
-/// Adds to dx, dw and db.
+/// Adds to dx; overwrites dw and db, or with `accumulate` adds to them.
 pub(super) fn backward(
     cuda: &Cuda,
     workspace: &Workspace,
