@@ -55,7 +55,7 @@ fn main() {
         (0..1_000_000u64).map(|i| (i * i % 10_000_019 % vocab_size as u64) as u32).collect();
     let data = Dataset::from_tokens(tokens).unwrap();
     println!(
-        "{size}: {} parameters, {}, {} threads, opened in {:.1} s",
+        "{size}: {} parameters, {}, {} worker threads, opened in {:.1} s",
         config.parameter_count(),
         engine.device(),
         engine.threads(),

@@ -242,8 +242,8 @@ typedef struct mxt_engine_options {
   // for the first GPU where there is one that works, else the CPU. NULL is "cpu". Borrowed for the
   // call.
   const char *device;
-  // Worker threads on the CPU, at most 1,024; an engine of a GPU uses them for the host's part. 0
-  // (default) takes one for each core that the process may use. Results do not depend on it.
+  // Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the process
+  // may use. Results do not depend on it. A GPU takes none.
   size_t threads;
   // Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
   uint64_t seed;
@@ -558,7 +558,7 @@ mxt_status mxt_engine_new(const struct mxt_engine_options *options,
 // The text is valid as long as the engine. Any thread may call it at any time.
 const char *mxt_engine_device(const struct mxt_engine *engine);
 
-// Number of worker threads. 0 if `engine` is NULL. Any thread may call it at any time.
+// Number of worker threads: those of the CPU, 0 for a GPU. 0 if `engine` is NULL. Any thread may call it at any time.
 size_t mxt_engine_threads(const struct mxt_engine *engine);
 
 // The seed that models and trainers of this engine start from. 0 if `engine` is NULL. Any thread

@@ -4,9 +4,9 @@ use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::backend::Device;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::backend::{Backend, Device};
 use crate::{Error, Result};
 
 /// How much a log line matters.
@@ -51,8 +51,7 @@ pub struct EngineOptions {
     /// `"cpu"`, `"cuda"` or `"cuda:0"` for the first GPU, `"cuda:1"` for the second and so on, or
     /// `"auto"` for the first GPU where there is one that works.
     pub device: String,
-    /// Worker threads on the CPU, which a GPU's engine uses for the host's part; 0 takes one for each
-    /// core that the process may use.
+    /// Worker threads on the CPU; 0 takes one for each core that the process may use. A GPU takes none.
     pub threads: usize,
     /// Seed of everything random: initial weights, data order, rounding, transforms.
     pub seed: u64,
@@ -82,8 +81,6 @@ impl Default for EngineOptions {
 pub struct Engine(Arc<Inner>);
 
 struct Inner {
-    /// The device itself, or what works for it on the host.
-    cpu: Arc<Cpu>,
     device: Device,
     /// Such as "cuda:0".
     name: String,
@@ -101,7 +98,8 @@ impl Engine {
     /// that does not exist, for a stream that is not the device's, or for more than 1,024 threads,
     /// [`Error::Device`] for a GPU that fails.
     pub fn new(options: EngineOptions) -> Result<Self> {
-        let cpu = Arc::new(Cpu::new(options.threads)?);
+        let cpu =
+            || -> Result<_> { Ok(("cpu".to_owned(), Device::Cpu(Cpu::new(options.threads)?))) };
         let stream = options.cuda_stream;
         let mut passed_over = None;
         let (name, device) = match options.device.as_str() {
@@ -109,14 +107,14 @@ impl Engine {
                 let message = "expected none for device \"cpu\", which has no streams";
                 return Err(Error::invalid("cuda_stream", message));
             }
-            "cpu" => ("cpu".to_owned(), Device::Cpu(cpu.clone())),
+            "cpu" => cpu()?,
             "auto" => match Cuda::new(0, stream) {
                 Ok(cuda) => ("cuda:0".to_owned(), Device::Cuda(cuda)),
                 // Whoever has a stream expects the work on it.
                 Err(reason) if stream.is_some() => return Err(reason),
                 Err(reason) => {
                     passed_over = Some(reason);
-                    ("cpu".to_owned(), Device::Cpu(cpu.clone()))
+                    cpu()?
                 }
             },
             other => {
@@ -135,7 +133,7 @@ impl Engine {
             }
         };
         let EngineOptions { seed, memory_limit, log, .. } = options;
-        let engine = Self(Arc::new(Inner { cpu, device, name, seed, memory_limit, log }));
+        let engine = Self(Arc::new(Inner { device, name, seed, memory_limit, log }));
         if let Some(reason) = passed_over {
             engine.log(LogLevel::Info, || format!("device auto: the CPU, because {reason}"));
         }
@@ -153,9 +151,12 @@ impl Engine {
         &self.0.name
     }
 
-    /// Worker threads on the CPU.
+    /// Worker threads: those of the CPU, none for a GPU.
     pub fn threads(&self) -> usize {
-        self.0.cpu.threads()
+        match self.backend() {
+            Device::Cpu(cpu) => cpu.threads(),
+            Device::Cuda(_) => 0,
+        }
     }
 
     /// The seed that models and trainers of this engine start from.
@@ -170,11 +171,6 @@ impl Engine {
 
     pub(crate) fn backend(&self) -> &Device {
         &self.0.device
-    }
-
-    /// Runs `f` on a worker thread: parallel iterators in it use this engine's threads, no others.
-    pub(crate) fn on_workers<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        self.0.cpu.scope(f)
     }
 
     /// Bytes from `address` to the end of its allocation, if that is memory of a GPU that this engine

@@ -3,8 +3,6 @@
 //! Buffers are enums with the same arms. A buffer never meets another device than the one that made it,
 //! because models, trainers and decoders hold one engine; [`Side`] states that where it is relied on.
 
-use std::sync::Arc;
-
 use super::cpu::{self, Cpu};
 use super::cuda::{self, Cuda};
 use super::{
@@ -12,13 +10,13 @@ use super::{
     Sequences, StepKind, StepSums, Trained, VisitTrained, WorkspaceShape,
 };
 use crate::Result;
-use crate::mx::Random;
+use crate::mx::{Draw, Random};
 use crate::recipe::{Forward, LinearRecipe};
 
 /// The device that an engine runs on.
 pub(crate) enum Device {
     /// Every processor.
-    Cpu(Arc<Cpu>),
+    Cpu(Cpu),
     /// One NVIDIA GPU.
     Cuda(Cuda),
 }
@@ -186,6 +184,10 @@ impl Backend for Device {
 
     fn write_param(&self, to: &mut Param, from: &[f32]) -> Result<()> {
         on_device!(self, b => b.write_param(to.side_mut(), from))
+    }
+
+    fn draw_param(&self, to: &mut Param, std: f32, draw: &Draw) -> Result<()> {
+        on_device!(self, b => b.draw_param(to.side_mut(), std, draw))
     }
 
     fn read_param(&self, from: &Param, to: &mut [f32]) -> Result<()> {

@@ -21,7 +21,7 @@ pub(crate) mod reference;
 pub(crate) use device::Device;
 
 use crate::Result;
-use crate::mx::Random;
+use crate::mx::{Draw, Random};
 use crate::recipe::{Forward, LinearRecipe};
 
 /// Number format of activations and their gradients, where a backend has a choice.
@@ -257,6 +257,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn read_f32(&self, from: &Self::F32, to: &mut [f32]) -> Result<()>;
     /// Overwrites a parameter; both have the same length.
     fn write_param(&self, to: &mut Self::Param, from: &[f32]) -> Result<()>;
+    /// Overwrites a parameter with normal values of a standard deviation, `mx::fill_normal`'s from row 0
+    /// on, bit for bit.
+    fn draw_param(&self, to: &mut Self::Param, std: f32, draw: &Draw) -> Result<()>;
     /// Copies the master values of a parameter to the host; both have the same length.
     fn read_param(&self, from: &Self::Param, to: &mut [f32]) -> Result<()>;
     /// Sets every element to 0.

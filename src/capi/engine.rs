@@ -42,8 +42,8 @@ pub struct mxt_engine_options {
     /// for the first GPU where there is one that works, else the CPU. NULL is "cpu". Borrowed for the
     /// call.
     pub device: *const c_char,
-    /// Worker threads on the CPU, at most 1,024; an engine of a GPU uses them for the host's part. 0
-    /// (default) takes one for each core that the process may use. Results do not depend on it.
+    /// Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the process
+    /// may use. Results do not depend on it. A GPU takes none.
     pub threads: usize,
     /// Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
     pub seed: u64,
@@ -165,7 +165,7 @@ pub unsafe extern "C" fn mxt_engine_device(engine: *const mxt_engine) -> *const 
     device.unwrap_or(std::ptr::null())
 }
 
-/// Number of worker threads. 0 if `engine` is NULL. Any thread may call it at any time.
+/// Number of worker threads: those of the CPU, 0 for a GPU. 0 if `engine` is NULL. Any thread may call it at any time.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_engine_threads(engine: *const mxt_engine) -> usize {
     // SAFETY: a live handle or NULL, as the header asks.

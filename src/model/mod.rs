@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::backend::{Backend, Device};
 use crate::checkpoint::{self, Checkpoint, TensorRead};
 use crate::engine::LogLevel;
-use crate::reserve::{reserve, zeros};
+use crate::reserve::reserve;
 use crate::{Engine, Error, Result};
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them.
@@ -69,12 +69,9 @@ impl Model {
         let model = Self::zeroed(engine, config)?;
         {
             let mut params = model.lock()?;
-            let mut room = zeros("a tensor", model.longest_tensor())?;
             let all = params.iter_mut().zip(model.specs().iter());
             for (index, (param, spec)) in all.enumerate() {
-                let values = &mut room[..spec.len()];
-                engine.on_workers(|| init::fill(values, spec.init, engine.seed(), index));
-                engine.backend().write_param(param, values)?;
+                init::initialize(engine.backend(), param, spec, engine.seed(), index)?;
             }
         }
         Ok(model)
@@ -196,12 +193,9 @@ impl Model {
     /// An empty vector with room for the values of any one tensor.
     pub(crate) fn room_for_a_tensor(&self) -> Result<Vec<f32>> {
         let mut room = Vec::new();
-        reserve(&mut room, "a tensor", self.longest_tensor())?;
+        let longest = self.specs().iter().map(|spec| spec.len()).max().unwrap_or(0);
+        reserve(&mut room, "a tensor", longest)?;
         Ok(room)
-    }
-
-    fn longest_tensor(&self) -> usize {
-        self.specs().iter().map(|spec| spec.len()).max().unwrap_or(0)
     }
 
     fn zeroed(engine: &Engine, config: &ModelConfig) -> Result<Self> {

@@ -12,6 +12,7 @@ mod e4m3;
 mod e8m0;
 mod hadamard;
 mod matrix;
+mod normal;
 mod philox;
 mod quantize;
 
@@ -20,6 +21,7 @@ pub use e4m3::{E4M3_MAX, e4m3_scale, round_to_e4m3};
 pub use e8m0::{E8M0_BIAS, E8M0_NAN, decode_e8m0};
 pub use hadamard::{group_scale, rotate};
 pub use matrix::{Mxfp4Matrix, Source};
+pub use normal::fill_normal;
 pub use philox::{Draw, GemmId, LinearId, OperandId, Purpose, Random, philox4x32_10, uniform};
 pub(crate) use philox::{M0, M1, W0, W1};
 pub use quantize::{Rounding, quantize_block};

@@ -297,8 +297,8 @@ struct mxt_engine_options
     # for the first GPU where there is one that works, else the CPU. NULL is "cpu". Borrowed for the
     # call.
     device::Cstring
-    # Worker threads on the CPU, at most 1,024; an engine of a GPU uses them for the host's part. 0
-    # (default) takes one for each core that the process may use. Results do not depend on it.
+    # Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the process
+    # may use. Results do not depend on it. A GPU takes none.
     threads::Csize_t
     # Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
     seed::UInt64
@@ -672,7 +672,7 @@ end
 """
     mxt_engine_threads(engine)
 
-Number of worker threads. 0 if `engine` is NULL. Any thread may call it at any time.
+Number of worker threads: those of the CPU, 0 for a GPU. 0 if `engine` is NULL. Any thread may call it at any time.
 """
 function mxt_engine_threads(engine)
     return @ccall libmxfp4train.mxt_engine_threads(engine::Ptr{mxt_engine})::Csize_t

@@ -32,7 +32,7 @@ use super::{
     Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
 use crate::Result;
-use crate::mx::Random;
+use crate::mx::{self, Draw, Random};
 use crate::recipe::{Forward, LinearRecipe};
 use workers::Workers;
 
@@ -152,6 +152,15 @@ impl Backend for Cpu {
 
     fn write_param(&self, to: &mut Buffer<f32>, from: &[f32]) -> Result<()> {
         to.copy_from_slice(from);
+        Ok(())
+    }
+
+    fn draw_param(&self, to: &mut Buffer<f32>, std: f32, draw: &Draw) -> Result<()> {
+        self.install(|| {
+            to.par_chunks_mut(JOB_ELEMENTS).enumerate().for_each(|(job, part)| {
+                mx::fill_normal(part, std, draw, (job * JOB_ELEMENTS / 2) as u32);
+            });
+        });
         Ok(())
     }
 

@@ -22,7 +22,7 @@ const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
 const OPTIONS: [&str; 2] = ["--std=c++17", "--device-as-default-execution-space"];
 
 /// A kernel file by its name, with its text.
-pub(super) const FILES: [(&str, &str); 11] = [
+pub(super) const FILES: [(&str, &str); 12] = [
     ("adamw", include_str!("../../../kernels/adamw.cu")),
     ("attention", include_str!("../../../kernels/attention.cu")),
     ("attention_sm90", include_str!("../../../kernels/attention_sm90.cu")),
@@ -34,9 +34,10 @@ pub(super) const FILES: [(&str, &str); 11] = [
     ("linear", include_str!("../../../kernels/linear.cu")),
     ("mxfp4", MXFP4),
     ("mxfp4_fp8", MXFP4_FP8),
+    ("normal", NORMAL),
 ];
 
-/// The files of MXFP4, which share their beginning.
+/// The files of MXFP4 and of its random bits, which share their beginning.
 const MXFP4: &str = concat!(
     include_str!("../../../kernels/mxfp4.cuh"),
     "#line 1 \"mxfp4.cu\"\n",
@@ -46,6 +47,11 @@ const MXFP4_FP8: &str = concat!(
     include_str!("../../../kernels/mxfp4.cuh"),
     "#line 1 \"mxfp4_fp8.cu\"\n",
     include_str!("../../../kernels/mxfp4_fp8.cu")
+);
+const NORMAL: &str = concat!(
+    include_str!("../../../kernels/mxfp4.cuh"),
+    "#line 1 \"normal.cu\"\n",
+    include_str!("../../../kernels/normal.cu")
 );
 
 /// NVRTC's name for a chip. The "a" gives a kernel the instructions that only this very chip has.

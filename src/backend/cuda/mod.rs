@@ -17,6 +17,7 @@ mod graph;
 mod layernorm;
 mod linear;
 mod memory;
+mod normal;
 #[cfg(test)]
 mod tests;
 mod workspace;
@@ -36,7 +37,7 @@ use super::{
     AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision,
     Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
-use crate::mx::Random;
+use crate::mx::{Draw, Random};
 use crate::recipe::{Forward, LinearRecipe};
 use crate::{CudaStream, Error, Result};
 use gemm::{Gemm, Product};
@@ -221,6 +222,14 @@ impl Backend for Cuda {
     fn write_param(&self, to: &mut Param, from: &[f32]) -> Result<()> {
         self.write(to.master.address(), from)?;
         self.gpu.scope(|| {
+            adamw::copy_to_bf16(self, to);
+            self.gpu.synchronize()
+        })
+    }
+
+    fn draw_param(&self, to: &mut Param, std: f32, draw: &Draw) -> Result<()> {
+        self.gpu.scope(|| {
+            normal::fill(self, to.master.address(), to.master.len, std, draw);
             adamw::copy_to_bf16(self, to);
             self.gpu.synchronize()
         })

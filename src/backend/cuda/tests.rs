@@ -239,6 +239,24 @@ fn embedding() {
 }
 
 #[test]
+fn normal_values_are_those_of_the_definition() {
+    let Some(cuda) = gpu() else { return };
+    for (len, index) in [(1, 0), (511, 1), (513, 2), (1_000_003, 3)] {
+        let draw = Draw::of(99, Purpose::Weights, index, 0);
+        let mut param = param(&cuda, &vec![f32::NAN; len]);
+        cuda.draw_param(&mut param, 0.02, &draw).unwrap();
+        let mut exact = vec![0.0; len];
+        crate::mx::fill_normal(&mut exact, 0.02, &draw, 0);
+        assert_eq!(f32s_of(&cuda, &param.master), exact, "{len}");
+        let most = exact.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        assert_eq!(read_bytes(&cuda, param.most.address, 4), most.to_le_bytes());
+        let copy: Vec<u8> =
+            exact.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+        assert_eq!(read_bytes(&cuda, param.copy.address, 2 * len), copy);
+    }
+}
+
+#[test]
 fn layernorm_and_gelu() {
     each_precision(|cuda, precision| {
         for (rows, c) in [(1, 8), (7, 33), (300, 384), (65, 768), (9, 1600), (5, 4104)] {
