@@ -20,7 +20,7 @@ template <bool UNBIASED> __device__ __forceinline__ Scale scale_block(float v[BL
 template <u32 PITCH> struct ColumnBits {
   const u8 *bits;
   __device__ __forceinline__ ColumnBits(const u8 *bits) : bits(bits) {}
-  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * 64u + 32u; }
+  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * 256u + 128u; }
 };
 
 // ---- Results ------------------------------------------------------------------------------------

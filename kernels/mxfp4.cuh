@@ -14,11 +14,11 @@
 
 #define BLOCK 32
 
-// Counter words of mx::Draw, and its key as every round adds it. Then 2^16, 2^6 and 0x8000. NOTE: the compiler makes
+// Counter words of mx::Draw, and its key as every round adds it. Then 2^16, 2^8 and 0x80. NOTE: the compiler makes
 // shifts and sums of products with constants that it knows, for the pipe that is the busiest in these kernels, and
 // two instructions of some that take one.
 struct Draw {
-  u32 word1, word2, word3, keys[10][2], shift16, shift6, half;
+  u32 word1, word2, word3, keys[10][2], shift16, shift8, half;
 };
 
 // The transform: sign i of a group is bit i % 32 of word i / 32, a set bit being -1. Not read without one.
@@ -114,13 +114,12 @@ __device__ __forceinline__ void rotate(float v[BLOCK], u32 blocks, u32 distance)
 
 // ---- Rounding -----------------------------------------------------------------------------------
 
-// To the grid 0, 0.5, 1, 1.5, 2, 3, 4, 6 times `unit`, a power of two. `addend` is the random 16 bits at
-// bit 6 and a one below them.
+// To the grid 0, 0.5, 1, 1.5, 2, 3, 4, 6 times `unit`, a power of two. `addend`: see RowBits.
 __device__ __forceinline__ float round_unbiased(float v, float factor, float unit, u32 addend) {
   float y = __fmul_rn(fabsf(v), factor), low; // low: 1 below the unit, else 0
   asm("set.lt.f32.f32 %0, %1, %2;" : "=f"(low) : "f"(y), "f"(unit));
   y = __fmaf_rn(low, unit, y);
-  float q = __uint_as_float((__float_as_uint(y) + addend) & 0xffc00000u);
+  float q = __uint_as_float((__float_as_uint(y) + (addend >> 2)) & 0xffc00000u);
   q = __fmaf_rn(low, -unit, q);
   return __uint_as_float(__float_as_uint(q) | (__float_as_uint(v) & 0x80000000u));
 }
@@ -173,22 +172,17 @@ __device__ __forceinline__ void move(float v[BLOCK], u32 byte, float &norm) {
 }
 __device__ __forceinline__ u32 moved(u32 byte) { return byte < 64 ? byte + 126 : byte - 100; }
 
-// Random bits of a thread that owns 32 columns of a row. addend(i): those of element i at bit 6, below them a one.
+// Random bits of a thread that owns 32 columns of a row. addend(i): the 16 of element i from bit 8 on, and a one below them.
 struct RowBits {
   const Draw &draw;
-  u32 row, column_group, one;
+  u32 row, column_group;
   uint4 words;
   __device__ __forceinline__ RowBits(const Draw &draw, u32 row, u32 column)
-      : draw(draw), row(row), column_group(column / 8) {
-    // NOTE: a constant here costs a move for each element, since PRMT takes only one; the compiler does not know that
-    // there are fewer than 2^31 rows.
-    one = 0x8000 | row >> 31;
-  }
+      : draw(draw), row(row), column_group(column / 8) {}
   __device__ __forceinline__ u32 addend(int i) {
     if (i % 8 == 0) words = philox(draw, row, column_group + i / 8);
     u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
-    // A multiplication, since the pipe of PRMT is the busier one.
-    return (i % 2 ? __byte_perm(word, one, 0x3254) : word * 0x10000 + one) >> 10;
+    return __byte_perm(word, draw.half, i % 2 ? 0x5324 : 0x5104);
   }
 };
 

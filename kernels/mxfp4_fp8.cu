@@ -34,10 +34,13 @@ template <int FORMAT> __device__ __forceinline__ Whole whole_scale(u32 most, u32
   return whole;
 }
 
+// Numbers that will be rounded without bias are this many binades lower than their FP8 form, so that `shift` is ordinary.
+#define LOWERED 32
+
 // What numbers are multiplied by to be rounded in units of a tensor's scale. `norm` is what block_magnitude leaves of it.
 template <bool UNBIASED, int FORMAT> __device__ __forceinline__ float factor_in_tensor(float norm, u32 top) {
   float rest = __float_as_uint(norm) & 0x007fffffu ? 1.0f : norm;
-  return __fmul_rn(UNBIASED ? 0.75f * rest : rest, power(127 + Format<FORMAT>::HIGHEST - top));
+  return __fmul_rn(UNBIASED ? 0.75f * rest : rest, power(127 + Format<FORMAT>::HIGHEST - (UNBIASED ? LOWERED : 0) - top));
 }
 
 // The unit that a block with this largest magnitude is rounded to; `factor` is that of the tensor, and changes where the
@@ -70,29 +73,51 @@ template <int FORMAT> __device__ __forceinline__ u32 pack_fp8(float low, float h
   return out;
 }
 
-// As round_unbiased does it, with less for the pipe of integers and comparisons, which is the busier one.
-// `steep`: -2^40 / unit.
-__device__ __forceinline__ float round_one(float v, float factor, float unit, float steep, u32 addend) {
-  float y = __fmul_rn(fabsf(v), factor), low; // low: 1 below the unit, else 0; no difference is too small for it
-  asm("fma.rn.sat.f32 %0, %1, %2, 0f53800000;" : "=f"(low) : "f"(y), "f"(steep));
-  float q = __uint_as_float((__float_as_uint(__fmaf_rn(low, unit, y)) + addend) & 0xffc00000u);
-  q = __fmaf_rn(low, -unit, q);
-  return __uint_as_float(__float_as_uint(q) | (__float_as_uint(v) & 0x80000000u));
+// Four numbers rounded without bias, as FP8. `shift` makes the block's unit 2^-126, where f32's even steps begin: from there
+// down a number's bits count steps of 2^-23 units, so that adding random bits below bit 22 rounds to the grid's steps
+// everywhere, and the bits from 22 on are E2M1's code. No sign needs to be taken off for that. `numbers` holds the FP8 number
+// of each code, for a permutation of bytes to look up four at once.
+template <class Bits>
+__device__ __forceinline__ u32 round_four(const float v[4], float factor, float shift, u64 numbers, Bits &bits, int i) {
+  float y[4];
+  u32 code[4]; // in the top byte
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    // NOTE: two multiplications, since the definition rounds the product with `factor` before it loses what lies deeper.
+    y[j] = __fmul_rn(__fmul_rn(v[j], factor), shift);
+    code[j] = __float_as_uint(y[j]) * 4 + bits.addend(i + j);
+  }
+  u32 even = __byte_perm(code[0], code[2], 0x73), odd = __byte_perm(code[1], code[3], 0x73), out;
+  // NOTE: __byte_perm would clear bits of the selector that are clear. As FP8, y is a zero of its sign.
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"((u32)numbers), "r"((u32)(numbers >> 32)), "r"(odd * 16 + even));
+  u32 signs = pack_fp8<E5M2>(y[0], y[1]) | pack_fp8<E5M2>(y[2], y[3]) << 16;
+  asm("or.b32 %0, %0, %1;" : "+r"(out) : "r"(signs));
+  return out;
 }
 
-// Rounds a block and stores its 32 bytes at `to`.
+// The FP8 numbers of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 units.
+template <int FORMAT> __device__ __forceinline__ u64 fp8_numbers(float unit) {
+  u32 low = pack_fp8<FORMAT>(0.0f, 0.5f * unit) | pack_fp8<FORMAT>(unit, 1.5f * unit) << 16;
+  u32 high = pack_fp8<FORMAT>(2.0f * unit, 3.0f * unit) | pack_fp8<FORMAT>(4.0f * unit, 6.0f * unit) << 16;
+  return (u64)high << 32 | low;
+}
+
+// Rounds a block and stores its 32 bytes at `to`. `unit`: as an FP8 number.
 template <bool UNBIASED, int FORMAT, class Bits>
 __device__ __forceinline__ void round_to(void *to, const float v[BLOCK], float factor, float unit, Bits bits, bool inside) {
   u32 words[4];
-  float steep = -__uint_as_float((294u << 23) - __float_as_uint(unit));
+  u64 numbers = UNBIASED ? fp8_numbers<FORMAT>(unit) : 0;
+  float shift = __uint_as_float((128u + LOWERED << 23) - __float_as_uint(unit));
 #pragma unroll
   for (int i = 0; i < BLOCK; i += 4) {
-    float q[4];
+    if (UNBIASED) {
+      words[i / 4 % 4] = round_four(v + i, factor, shift, numbers, bits, i);
+    } else {
+      float q[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      q[j] = UNBIASED ? round_one(v[i + j], factor, unit, steep, bits.addend(i + j))
-                      : round_nearest(v[i + j], factor, unit);
-    words[i / 4 % 4] = pack_fp8<FORMAT>(q[0], q[1]) | pack_fp8<FORMAT>(q[2], q[3]) << 16;
+      for (int j = 0; j < 4; j++) q[j] = round_nearest(v[i + j], factor, unit);
+      words[i / 4 % 4] = pack_fp8<FORMAT>(q[0], q[1]) | pack_fp8<FORMAT>(q[2], q[3]) << 16;
+    }
     if (i % 16 == 12 && inside) ((uint4 *)to)[i / 16] = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
@@ -105,10 +130,8 @@ struct RowAddends {
   __device__ __forceinline__ RowAddends(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
   __device__ __forceinline__ u32 addend(int i) {
     if (i % 8 == 0) words = *(const uint4 *)(bits + 2 * i);
-    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w, out;
-    if (i % 2) asm("lop3.b32 %0, %1, 0xffff0000, %2, 0xea;" : "=r"(out) : "r"(word), "r"(draw.half));
-    else out = word * draw.shift16 + draw.half;
-    return out >> 10;
+    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
+    return __byte_perm(word, draw.half, i % 2 ? 0x5324 : 0x5104);
   }
 };
 
@@ -117,7 +140,35 @@ template <u32 PITCH> struct ColumnAddends {
   const u8 *bits;
   const Draw &draw;
   __device__ __forceinline__ ColumnAddends(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
-  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * draw.shift6 + 32u; }
+  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * draw.shift8 + draw.half; }
+};
+
+// Eight numbers of 16 bits down a column, two a word: words 2m and 2m + 1 of what lane 8 m + 2 q + e points to, 16 bytes of
+// a line, go to the lanes whose number is q modulo 4, of column lane / 4 of those bytes. So each lane gets numbers of its own
+// block, if lane 8 m + 2 q + e points to line 2 m + e of the block that lanes q have.
+__device__ __forceinline__ uint4 load_columns(const u8 *from) {
+  uint4 words;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"((u32)__cvta_generic_to_shared(from))
+               : "memory");
+  return words;
+}
+
+template <bool FIRST, class A, class B> struct Choose { typedef A Type; };
+template <class A, class B> struct Choose<false, A, B> { typedef B Type; };
+
+// Random bits of a block down a column, loaded so.
+template <u32 PITCH> struct MatrixAddends {
+  const u8 *bits;
+  const Draw &draw;
+  uint4 words;
+  __device__ __forceinline__ MatrixAddends(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
+  __device__ __forceinline__ u32 addend(int i) {
+    if (i % 8 == 0) words = load_columns(bits + i * PITCH);
+    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
+    return __byte_perm(word, draw.half, i % 2 ? 0x5324 : 0x5104);
+  }
 };
 
 // ---- Tiles --------------------------------------------------------------------------------------
@@ -137,12 +188,16 @@ __device__ __forceinline__ void copy_async(u8 *to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
 }
 
-// A number, with its sign changed by a sign bit. For bf16 that takes no more than making an f32 of it.
+// Numbers, with their sign changed by a sign bit. For bf16 that takes no more than making an f32 of it.
 __device__ __forceinline__ float with_sign(float v, u32 sign, const Draw &) {
   return __uint_as_float(__float_as_uint(v) ^ sign);
 }
 __device__ __forceinline__ float with_sign(bf16 v, u32 sign, const Draw &draw) {
   return __uint_as_float(v.bits * draw.shift16 + sign);
+}
+__device__ __forceinline__ void pair_with_signs(u32 pair, u32 low_sign, u32 high_sign, const Draw &draw, float v[2]) {
+  v[0] = __uint_as_float(pair * draw.shift16 + low_sign);
+  v[1] = __uint_as_float(pair & 0xffff0000u ^ high_sign);
 }
 
 // Two numbers as E4M3 holds them with a scale.
@@ -184,7 +239,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   u8 *data = shared, *bits = data + Data::BYTES;
   u32 *row_signs = (u32 *)(bits + Bits::BYTES); // (256): sign bits
   float *row_factors = (float *)(row_signs + 256); // (256): +1 and -1
-  u32 *column_signs = (u32 *)(row_factors + 256);  // (32): of two columns each, in place
+  u32 *column_signs = (u32 *)(row_factors + 256);  // (64)
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 
   // Blocks of a group, as a power of two; columns of a tile, and of those that a warp takes.
@@ -226,9 +281,9 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
     u32 sign = word << (31 - threadIdx.x % 32) & 0x80000000u;
     row_signs[threadIdx.x] = sign, row_factors[threadIdx.x] = __uint_as_float(0x3f800000u | sign);
   }
-  if (BOTH && threadIdx.x < 32) {
-    u32 word = group ? rows_transform.signs[group > BLOCK ? threadIdx.x / 16 : 0] : 0, i = threadIdx.x % 16 * 2;
-    column_signs[threadIdx.x] = (word >> i & 1) << 15 | (word >> i + 1 & 1) << 31;
+  if (BOTH && threadIdx.x < 64) {
+    u32 word = group ? rows_transform.signs[group > BLOCK ? threadIdx.x / 32 : 0] : 0;
+    column_signs[threadIdx.x] = word << (31 - threadIdx.x % 32) & 0x80000000u;
   }
   // NOTE: who loads a piece draws its bits meanwhile.
   if (UNBIASED)
@@ -244,16 +299,14 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
     // A block along a row: columns 32 `side` to 32 `side` + 31 of a line.
     u32 line = threadIdx.x / 2, side = threadIdx.x % 2, row = first_row + line, column = first_column + 32 * side;
     const u8 *from = data + Data::at(line) + 64 * side;
-    const u32 *signs = column_signs + (group > BLOCK ? 16 * side : 0);
+    const u32 *signs = column_signs + 32 * side;
 #pragma unroll
-    for (int i = 0; i < BLOCK / 2; i += 4) {
-      uint4 raw = *(const uint4 *)(from + 4 * i), flip = *(const uint4 *)(signs + i);
-      u32 pairs[4] = {raw.x ^ flip.x, raw.y ^ flip.y, raw.z ^ flip.z, raw.w ^ flip.w};
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        v[2 * (i + j)] = __uint_as_float(pairs[j] * draw.shift16);
-        v[2 * (i + j) + 1] = high_f32(pairs[j]);
-      }
+    for (int i = 0; i < BLOCK; i += 8) {
+      uint4 raw = *(const uint4 *)(from + 2 * i), first = *(const uint4 *)(signs + i), second = *(const uint4 *)(signs + i + 4);
+      pair_with_signs(raw.x, first.x, first.y, draw, v + i);
+      pair_with_signs(raw.y, first.z, first.w, draw, v + i + 2);
+      pair_with_signs(raw.z, second.x, second.y, draw, v + i + 4);
+      pair_with_signs(raw.w, second.z, second.w, draw, v + i + 6);
     }
     float norm = GROUP ? 0.125f : group ? rows_transform.scale : 1.0f;
     float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
@@ -266,22 +319,34 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   }
 
   // A block down the columns: 32 rows from 32 `part`, of column `x` of the tile.
-  u32 x = (warp << width) + (lane & ((1 << width) - 1)), part = lane >> width, place = x + (part / PARTS << columns);
-  const u8 *from = data + part % PARTS * (32 * Data::PITCH + Data::SHIFT) + place * sizeof(T);
+  constexpr bool MATRICES = GROUP && sizeof(T) == 2;
+  u32 x, part, distance = MATRICES ? 1 : 1u << width; // of the lanes that have the parts of a column
+  if (MATRICES) x = 8 * warp + lane / 4 + (lane & 2) * 16, part = lane & 1;
+  else x = (warp << width) + (lane & ((1 << width) - 1)), part = lane >> width;
+  // What the thread reads, or as a lane of load_columns points to, in lines of numbers of `size` bytes.
+  u32 place = MATRICES ? 8 * warp + (lane & 4) * 8 : x + (part / PARTS << columns);
+  u32 from_part = MATRICES ? lane / 2 % 2 : part % PARTS, from_line = MATRICES ? lane / 8 * 2 + lane % 2 : 0;
+  const u8 *from = data + from_part * (32 * Data::PITCH + Data::SHIFT) + from_line * Data::PITCH + place * sizeof(T);
+  const u8 *from_bits = bits + from_part * (32 * Bits::PITCH + Bits::SHIFT) + from_line * Bits::PITCH + place * 2;
 #pragma unroll
-  for (int i = 0; i < BLOCK; i += 4) {
-    uint4 sign = *(const uint4 *)&row_signs[part * BLOCK + i];
-    u32 signs[4] = {sign.x, sign.y, sign.z, sign.w};
-    if (KEPT) {
+  for (int i = 0; i < BLOCK; i += 8) {
+    u32 signs[8], pairs[4];
+    *(uint4 *)signs = *(const uint4 *)&row_signs[part * BLOCK + i];
+    *(uint4 *)&signs[4] = *(const uint4 *)&row_signs[part * BLOCK + i + 4];
+    if (MATRICES) *(uint4 *)pairs = load_columns(from + i * Data::PITCH);
 #pragma unroll
-      for (int j = 0; j < 4; j++) v[i + j] = to_f32(*(const T *)(from + (i + j) * Data::PITCH));
-#pragma unroll
-      for (int j = 0; j < 4; j += 2) keep_as_e4m3(v[i + j], v[i + j + 1], kept_scale, kept_inverse);
-#pragma unroll
-      for (int j = 0; j < 4; j++) v[i + j] = with_sign(v[i + j], signs[j], draw);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; j++) v[i + j] = with_sign(*(const T *)(from + (i + j) * Data::PITCH), signs[j], draw);
+    for (int j = 0; j < 8; j += 2) {
+      float *to = v + i + j;
+      const T *first = (const T *)(from + (i + j) * Data::PITCH), *second = (const T *)(from + (i + j + 1) * Data::PITCH);
+      if (KEPT) {
+        to[0] = MATRICES ? low_f32(pairs[j / 2]) : to_f32(*first), to[1] = MATRICES ? high_f32(pairs[j / 2]) : to_f32(*second);
+        keep_as_e4m3(to[0], to[1], kept_scale, kept_inverse);
+        to[0] = with_sign(to[0], signs[j], draw), to[1] = with_sign(to[1], signs[j + 1], draw);
+      } else if (MATRICES) {
+        pair_with_signs(pairs[j / 2], signs[j], signs[j + 1], draw, to);
+      } else {
+        to[0] = with_sign(*first, signs[j], draw), to[1] = with_sign(*second, signs[j + 1], draw);
+      }
     }
   }
   if (sums) {
@@ -294,17 +359,18 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
       sum[2] = __fmaf_rn(v[i + 2], sign.z, sum[2]), sum[3] = __fmaf_rn(v[i + 3], sign.w, sum[3]);
     }
     float total = sum[0] + sum[1] + (sum[2] + sum[3]);
-    for (u32 mask = 1u << width; mask < WARP; mask *= 2) total += __shfl_xor_sync(FULL_WARP, total, mask);
+    for (u32 mask = distance; mask < distance * (MATRICES ? 2 : WARP >> width); mask *= 2)
+      total += __shfl_xor_sync(FULL_WARP, total, mask);
     if (part == 0 && first_column + x < cols) sums[(size_t)blockIdx.y * cols + first_column + x] = total;
   }
   float norm = GROUP ? 0.125f : group ? transform.scale : 1.0f;
   float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
-  if (group) rotate_in_tile<GROUP>(v, 1u << across, 1u << width);
+  if (group) rotate_in_tile<GROUP>(v, 1u << across, distance);
   u32 first = first_row + part * BLOCK;
   bool inside = first < depth && first_column + x < cols;
   u32 magnitude = block_magnitude(v, norm);
   lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
-  ColumnAddends<Bits::PITCH> addends(bits + part % PARTS * (32 * Bits::PITCH + Bits::SHIFT) + place * 2, draw);
+  typename Choose<MATRICES, MatrixAddends<Bits::PITCH>, ColumnAddends<Bits::PITCH>>::Type addends(from_bits, draw);
   round_to<UNBIASED, FORMAT>(by_columns + (size_t)(first_column + x) * depth + first, v, factor, unit, addends, inside);
   add_raised(raised, lifted);
 }

@@ -146,6 +146,13 @@ impl Engine {
         Ok(engine)
     }
 
+    /// An engine on a device that a test has made.
+    #[cfg(test)]
+    pub(crate) fn on(device: Device) -> Self {
+        let EngineOptions { seed, memory_limit, log, .. } = EngineOptions::default();
+        Self(Arc::new(Inner { device, name: "test".into(), seed, memory_limit, log }))
+    }
+
     /// The device's name: `"cpu"`, or `"cuda:0"` for the first GPU.
     pub fn device(&self) -> &str {
         &self.0.name

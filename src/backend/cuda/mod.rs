@@ -16,6 +16,8 @@ mod gpu;
 mod graph;
 mod layernorm;
 mod linear;
+#[cfg(test)]
+mod measure;
 mod memory;
 mod normal;
 #[cfg(test)]
@@ -40,6 +42,8 @@ use super::{
 use crate::mx::{Draw, Random};
 use crate::recipe::{Forward, LinearRecipe};
 use crate::{CudaStream, Error, Result};
+#[cfg(test)]
+use gemm::Type;
 use gemm::{Gemm, Product};
 use gpu::Gpu;
 

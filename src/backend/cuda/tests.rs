@@ -12,7 +12,7 @@ use crate::recipe::{Backward, Recipe};
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
 /// The GPU, or None after a line that says why there is none.
-fn gpu() -> Option<Cuda> {
+pub(super) fn gpu() -> Option<Cuda> {
     match Cuda::new(0, None) {
         Ok(cuda) => Some(cuda),
         Err(error @ Error::Unsupported { .. }) => {
@@ -65,6 +65,13 @@ fn some_tokens(len: usize, vocab: usize, seed: u64) -> Vec<u32> {
     (0..len).map(|i| draw.bits(i as u32, 0)[0] % vocab as u32).collect()
 }
 
+/// Normal values.
+pub(super) fn normal(len: usize, std: f32, seed: u64) -> Vec<f32> {
+    let mut values = vec![0.0; len];
+    crate::mx::fill_normal(&mut values, std, &Draw::of(seed, Purpose::Weights, 81, 0), 0);
+    values
+}
+
 /// `values` as the precision holds them.
 fn rounded(values: &[f32], precision: Precision) -> Vec<f32> {
     match precision {
@@ -111,7 +118,7 @@ fn param(cuda: &Cuda, values: &[f32]) -> Param {
     param
 }
 
-fn write_bytes(cuda: &Cuda, to: u64, bytes: &[u8]) {
+pub(super) fn write_bytes(cuda: &Cuda, to: u64, bytes: &[u8]) {
     // SAFETY: the callers' buffers have this many bytes.
     let result = unsafe {
         sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), cuda.gpu.stream())
@@ -142,19 +149,19 @@ fn values_of(cuda: &Cuda, tensor: &Tensor) -> Vec<f32> {
     }
 }
 
-fn f32s_of(cuda: &Cuda, buffer: &F32) -> Vec<f32> {
+pub(super) fn f32s_of(cuda: &Cuda, buffer: &F32) -> Vec<f32> {
     let mut values = vec![0.0; buffer.len];
     cuda.read_f32(buffer, &mut values).unwrap();
     values
 }
 
-fn workspace(cuda: &Cuda, shape: &WorkspaceShape) -> Workspace {
+pub(super) fn workspace(cuda: &Cuda, shape: &WorkspaceShape) -> Workspace {
     let mut measuring = Arena::measuring(&cuda.gpu);
     Workspace::new(&mut measuring, shape);
     Workspace::new(&mut Arena::allocated(&cuda.gpu, measuring.used()).unwrap(), shape)
 }
 
-fn workspace_shape(
+pub(super) fn workspace_shape(
     sequences: Sequences,
     channels: usize,
     heads: usize,
@@ -337,7 +344,7 @@ fn layernorm_and_gelu() {
 }
 
 /// The GPU as if it were of an older generation, whose kernels its own then have no part in.
-fn older_gpu() -> Option<Cuda> {
+pub(super) fn older_gpu() -> Option<Cuda> {
     let mut cuda = gpu()?;
     Arc::get_mut(&mut cuda.gpu).expect("nothing else has it yet").capability = (8, 0);
     Some(cuda)
@@ -952,26 +959,24 @@ fn fp8_products_are_exact() {
         return println!("skipped: {} has no FP8 products", cuda.gpu.name);
     }
     let (m, n, k) = (96, 64, 512);
-    let normal = |len: usize, seed| {
-        let draw = Draw::of(seed, Purpose::Weights, 81, 0);
-        let value = move |i: usize| {
-            let [a, b, c, d] = draw.bits(i as u32, 0);
-            let radius = (-2.0 * (uniform(a, b) + 1e-300).ln()).sqrt();
-            ((radius * (std::f64::consts::TAU * uniform(c, d)).cos()) as f32, a)
-        };
-        (0..len).map(value)
-    };
     for kind in ["normal", "heavy-tailed", "spread over 2^20"] {
         let values = |len, seed| -> Vec<f32> {
-            let shape = |(i, (v, bits)): (usize, (f32, u32))| match kind {
-                "heavy-tailed" if bits % 100 == 0 => 5.0 * v,
-                "spread over 2^20" => v * 2f32.powi(-((i / 64 % 21) as i32)),
-                _ => v,
-            };
-            rounded(
-                &normal(len, seed).enumerate().map(shape).collect::<Vec<f32>>(),
-                Precision::Bf16,
-            )
+            let mut values = normal(len, 1.0, seed);
+            for (i, v) in values.iter_mut().enumerate() {
+                match kind {
+                    "heavy-tailed"
+                        if RANDOM
+                            .rounding(OperandId::Dy)
+                            .element(i as u32, 0)
+                            .is_multiple_of(100) =>
+                    {
+                        *v *= 5.0
+                    }
+                    "spread over 2^20" => *v *= 2f32.powi(-((i / 64 % 21) as i32)),
+                    _ => {}
+                }
+            }
+            rounded(&values, Precision::Bf16)
         };
         let (a, b) = (values(m * k, 1), values(n * k, 2));
         let mut signs = vec![0.0; 64];

@@ -1,0 +1,279 @@
+//! Measurements of kernels and of linear layers, ignored by the tests: on a machine with a GPU
+//! `cargo test --release --lib cuda::measure -- --ignored --nocapture --test-threads 1`.
+
+use cudarc::driver::sys;
+
+use super::linear::{Form, Quantize, Scaling, Source, Target, quantize, quantize_both};
+use super::memory::{Arena, F32, Param, Piece, Tensor};
+use super::tests::{f32s_of, gpu, normal, older_gpu, workspace, workspace_shape, write_bytes};
+use super::{Cuda, Type, Workspace};
+use crate::backend::{Backend, Device, LinearShape, Precision, Sequences};
+use crate::mx::{GemmId, LinearId, OperandId, Random, Rounding};
+use crate::recipe::{LinearRecipe, Recipe};
+use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
+
+const RANDOM: Random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: LinearId::Fc1 };
+/// Rounds in which all that is compared takes turns, and calls in a row of each.
+const ROUNDS: usize = 15;
+const CALLS: usize = 4;
+
+/// Medians of the microseconds of a call.
+fn medians<const N: usize>(cuda: &Cuda, mut calls: [&mut dyn FnMut(); N]) -> [f64; N] {
+    let mut events = [std::ptr::null_mut(); 2];
+    let mut times = [const { Vec::new() }; N];
+    for event in &mut events {
+        // SAFETY: writes a handle, which lives until the process ends.
+        let result = unsafe { sys::cuEventCreate(event, 0) };
+        cuda.gpu.note("making an event", result);
+    }
+    for round in 0..=ROUNDS {
+        for (call, times) in calls.iter_mut().zip(&mut times) {
+            let mut milliseconds = 0.0;
+            // SAFETY: events and stream are alive.
+            unsafe {
+                cuda.gpu.note("an event", sys::cuEventRecord(events[0], cuda.gpu.stream()));
+                (0..CALLS).for_each(|_| call());
+                cuda.gpu.note("an event", sys::cuEventRecord(events[1], cuda.gpu.stream()));
+                cuda.gpu.synchronize().unwrap();
+                let result = sys::cuEventElapsedTime_v2(&mut milliseconds, events[0], events[1]);
+                cuda.gpu.note("an event", result);
+            }
+            if round > 0 {
+                times.push(f64::from(milliseconds) * 1e3 / CALLS as f64);
+            }
+        }
+    }
+    times.map(|mut times| {
+        times.sort_by(f64::total_cmp);
+        times[ROUNDS / 2]
+    })
+}
+
+/// A tensor of normal values as a training step leaves it: its largest magnitude is noted.
+fn noted(cuda: &Cuda, rows: usize, cols: usize, std: f32, seed: u64) -> Tensor {
+    let values = normal(rows * cols, std, seed);
+    let mut measuring = Arena::measuring(&cuda.gpu);
+    measuring.tensor(values.len(), Precision::Bf16);
+    let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
+    let mut tensor = arena.tensor(values.len(), Precision::Bf16);
+    let bytes: Vec<u8> =
+        values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+    write_bytes(cuda, tensor.address(), &bytes);
+    let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+    let word = tensor.noting();
+    write_bytes(cuda, word, &half::bf16::from_f32(largest).to_f32().to_le_bytes());
+    tensor
+}
+
+fn param(cuda: &Cuda, len: usize) -> Param {
+    let mut arena = Arena::allocated(&cuda.gpu, len * 6 + 1024).unwrap();
+    let mut param = arena.param(len);
+    cuda.write_param(&mut param, &normal(len, 0.02, 3)).unwrap();
+    param
+}
+
+fn f32s(cuda: &Cuda, len: usize) -> F32 {
+    Arena::allocated(&cuda.gpu, len * 4 + 256).unwrap().f32(len)
+}
+
+fn bytes(cuda: &Cuda, len: usize) -> Piece {
+    Arena::allocated(&cuda.gpu, len + 256).unwrap().bytes(len)
+}
+
+/// Quantization against the rate of a copy by the driver.
+#[test]
+#[ignore = "a measurement"]
+fn quantization() {
+    let Some(cuda) = gpu() else { return };
+    let cuda = &cuda;
+    let mut signs = [vec![0.0; 64], vec![0.0; 64]];
+    RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs[0]);
+    RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs[1]);
+    let draw = RANDOM.rounding(OperandId::Dy);
+    println!("{:>16}  both+sums          rows E5M2          columns E4M3       f32 to E4M3", "");
+    for (rows, cols) in [(16384, 768), (16384, 1024), (16384, 2048), (16384, 4096), (8192, 8192)] {
+        let elements = rows * cols;
+        let source = noted(cuda, rows, cols, 1.0, 1);
+        let weights = f32s(cuda, elements);
+        let values = normal(elements, 1.0, 2);
+        write_bytes(cuda, weights.address(), bytemuck::cast_slice(&values));
+        let out = [bytes(cuda, elements), bytes(cuda, elements)];
+        let (words, sums) = (bytes(cuda, 8), f32s(cuda, (rows / 64 + 2) * cols));
+        let most = source.largest_magnitude().unwrap();
+        let scaling =
+            Scaling { scale: words.address, raised: words.address + 4, most, kept: false };
+        let copy = bytes(cuda, 4 * elements);
+        let one = |form, format, source: Source, signs: &[f32]| {
+            let target = Target::Fp8 { out: out[0].address, format, scaling };
+            let shape = Quantize { form, rows, cols };
+            quantize(cuda, target, source, shape, 0, signs, Rounding::Unbiased, draw);
+        };
+        let bf16 = Source { address: source.address(), precision: Precision::Bf16 };
+        let f32 = Source { address: weights.address(), precision: Precision::F32 };
+        let [copied, both, by_rows, columns, from_f32] = medians(
+            cuda,
+            [
+                &mut || {
+                    // SAFETY: both buffers are that long.
+                    let result = unsafe {
+                        let (to, from) = (copy.address, weights.address());
+                        sys::cuMemcpyDtoDAsync_v2(to, from, 4 * elements, cuda.gpu.stream())
+                    };
+                    cuda.gpu.note("a copy", result);
+                },
+                &mut || {
+                    let out = [out[0].address, out[1].address];
+                    let signs = [&signs[0][..], &signs[1][..]];
+                    let (shape, sums) = ((rows, cols), sums.address());
+                    let rounding = Rounding::Unbiased;
+                    quantize_both(
+                        cuda,
+                        out,
+                        scaling,
+                        bf16.address,
+                        shape,
+                        sums,
+                        signs,
+                        rounding,
+                        draw,
+                    );
+                },
+                &mut || one(Form::Rows, Type::E5m2, bf16, &signs[0]),
+                &mut || one(Form::Columns, Type::E4m3, bf16, &signs[1]),
+                &mut || one(Form::Columns, Type::E4m3, f32, &signs[1]),
+            ],
+        );
+        // Bytes an element: 8 copied; 2 read and 2 written; 2 and 1; 4 and 1.
+        let rate = 8.0 / copied;
+        let share =
+            |bytes: f64, time: f64| format!("{time:7.1} us {:4.1}%", 100.0 * bytes / time / rate);
+        println!(
+            "({rows:5}, {cols:5})  {}    {}    {}    {}    (copy {:.2} TB/s)",
+            share(4.0, both),
+            share(3.0, by_rows),
+            share(3.0, columns),
+            share(5.0, from_f32),
+            rate * elements as f64 * 1e-6
+        );
+    }
+}
+
+/// What one linear layer's backward pass works on.
+struct Layer {
+    shape: LinearShape,
+    dy: Tensor,
+    x: Tensor,
+    w: Param,
+    dx: Tensor,
+    dw: F32,
+    db: F32,
+}
+
+impl Layer {
+    fn new(cuda: &Cuda, rows: usize, inputs: usize, outputs: usize) -> Self {
+        let w = param(cuda, outputs * inputs);
+        Self {
+            shape: LinearShape { rows, inputs, outputs },
+            dy: noted(cuda, rows, outputs, 1e-4, 4),
+            x: noted(cuda, rows, inputs, 1.0, 5),
+            w,
+            dx: noted(cuda, rows, inputs, 1.0, 6),
+            dw: f32s(cuda, outputs * inputs),
+            db: f32s(cuda, outputs),
+        }
+    }
+
+    fn backward(&mut self, cuda: &Cuda, workspace: &mut Workspace, recipe: &LinearRecipe) {
+        let Self { shape, dy, x, w, dx, dw, db } = self;
+        cuda.linear_backward(workspace, dx, dw, db, dy, x, None, w, *shape, recipe, &RANDOM, false);
+    }
+}
+
+/// The backward pass of linear layers, everything included, in bf16 and in MXFP4.
+#[test]
+#[ignore = "a measurement"]
+fn linear_backward() {
+    let Some(cuda) = gpu() else { return };
+    let recipe = |name: &str| name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
+    let (bf16, mxfp4) = (recipe("bf16"), recipe("mxfp4-rht-sr"));
+    let rows = 16384;
+    println!("backward pass, {rows} tokens         bf16 us   mxfp4-rht-sr us   ratio");
+    for width in [768, 1024, 2048, 4096] {
+        let sequences = Sequences { batch: rows / 1024, length: 1024 };
+        let shape = workspace_shape(sequences, width, width / 64, 64, Precision::Bf16);
+        let mut scratch = workspace(&cuda, &shape);
+        let mut totals = [0.0; 2];
+        for (name, inputs, outputs) in [
+            ("qkv", width, 3 * width),
+            ("projection", width, width),
+            ("fc1", width, 4 * width),
+            ("fc2", 4 * width, width),
+        ] {
+            let mut layer = Layer::new(&cuda, rows, inputs, outputs);
+            let shared = std::cell::RefCell::new((&mut layer, &mut scratch));
+            let run = |recipe| {
+                let (layer, scratch) = &mut *shared.borrow_mut();
+                layer.backward(&cuda, scratch, recipe);
+            };
+            let times = medians(&cuda, [&mut || run(&bf16), &mut || run(&mxfp4)]);
+            totals = [totals[0] + times[0], totals[1] + times[1]];
+            print(&format!("{width} {name} ({inputs} to {outputs})"), times);
+            assert!(f32s_of(&cuda, &layer.dw).iter().all(|v| v.is_finite()));
+        }
+        print(&format!("{width} all four"), totals);
+    }
+}
+
+fn print(what: &str, [bf16, mxfp4]: [f64; 2]) {
+    println!("{what:32} {bf16:9.1} {mxfp4:17.1} {:7.3}", bf16 / mxfp4);
+}
+
+/// Losses of 500 steps of a 124M model when MXFP4 operands are multiplied as FP8, and when the same are
+/// multiplied as bf16. On the tokens of the file that `MXT_MEASURE_TOKENS` names, else on this project's prose.
+#[test]
+#[ignore = "a measurement"]
+fn losses_on_both_roads() {
+    let (Some(fast), Some(slow)) = (gpu(), older_gpu()) else { return };
+    let data = match std::env::var("MXT_MEASURE_TOKENS") {
+        Ok(path) => Dataset::open(&path).unwrap(),
+        Err(_) => {
+            let files = ["README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "include/mxfp4train.h"];
+            let bytes = files.iter().flat_map(|file| std::fs::read(file).unwrap());
+            Dataset::from_tokens(bytes.map(u32::from).collect()).unwrap()
+        }
+    };
+    const STEPS: usize = 500;
+    let losses = [fast, slow].map(|cuda| {
+        let engine = Engine::on(Device::Cuda(cuda));
+        let config = ModelConfig {
+            vocab_size: 50304,
+            context_length: 1024,
+            layers: 12,
+            heads: 12,
+            channels: 768,
+            ..ModelConfig::default()
+        };
+        let schedule = Schedule {
+            lr: 6e-4,
+            warmup_steps: 50,
+            total_steps: STEPS as u64,
+            ..Schedule::default()
+        };
+        let options = TrainerOptions { batch_size: 16, schedule, ..TrainerOptions::default() };
+        let mut trainer = Trainer::new(&Model::new(&engine, &config).unwrap(), options).unwrap();
+        let mut losses = Vec::new();
+        for step in 1..=STEPS {
+            trainer.step(&data).unwrap();
+            if step % 50 == 0 {
+                losses.push(trainer.eval(&data, 8).unwrap().loss);
+            }
+        }
+        losses
+    });
+    println!("step   as FP8  as bf16   difference");
+    for (i, (fast, slow)) in losses[0].iter().zip(&losses[1]).enumerate() {
+        let difference = (fast - slow) / slow;
+        println!("{:4}  {fast:.5}  {slow:.5}   {:+.3}%", 50 * (i + 1), 100.0 * difference);
+        assert!(difference.abs() < 2e-3);
+    }
+}
