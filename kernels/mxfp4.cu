@@ -241,21 +241,21 @@ __device__ __forceinline__ void quantize_columns(void *out, u8 *scales, float *s
 #define RANDOM const __grid_constant__ Transform transform, const __grid_constant__ Draw draw
 #define ROWS(T, NAME, MODE, UNBIASED)                                                                               \
   extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_values_##NAME##_##MODE(                       \
-      bf16 *out, const T *source, SHAPE, u32 each, RANDOM) {                                                        \
+      bf16 *out, const T *source, SHAPE, u32 each, RANDOM) { begin();                                                        \
     quantize_rows<T, UNBIASED, OUT_VALUES>(out, nullptr, source, rows, cols, depth, group, each, transform, draw);  \
   }                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_codes_##NAME##_##MODE(                        \
-      u8 *codes, u8 *scales, const T *source, SHAPE, u32 each, RANDOM) {                                            \
+      u8 *codes, u8 *scales, const T *source, SHAPE, u32 each, RANDOM) { begin();                                            \
     quantize_rows<T, UNBIASED, OUT_CODES>(codes, scales, source, rows, cols, depth, group, each, transform, draw);  \
   }
 #define COLUMNS(T, NAME, MODE, UNBIASED)                                                                            \
   extern "C" __global__ void __launch_bounds__(Tile<T>::THREADS, 1024 / Tile<T>::THREADS)                           \
-      quantize_columns_values_##NAME##_##MODE(bf16 *out, float *sums, const T *source, SHAPE, RANDOM) {             \
+      quantize_columns_values_##NAME##_##MODE(bf16 *out, float *sums, const T *source, SHAPE, RANDOM) { begin();             \
     quantize_columns<T, UNBIASED, OUT_VALUES>(out, nullptr, sums, source, rows, cols, depth, group, transform,      \
                                               draw);                                                                \
   }                                                                                                                 \
   extern "C" __global__ void __launch_bounds__(Tile<T>::THREADS) quantize_columns_codes_##NAME##_##MODE(            \
-      u8 *codes, u8 *scales, float *sums, const T *source, SHAPE, RANDOM) {                                         \
+      u8 *codes, u8 *scales, float *sums, const T *source, SHAPE, RANDOM) { begin();                                         \
     quantize_columns<T, UNBIASED, OUT_CODES>(codes, scales, sums, source, rows, cols, depth, group, transform,      \
                                              draw);                                                                 \
   }

@@ -14,11 +14,11 @@
 
 #define BLOCK 32
 
-// Counter words of mx::Draw, and its key as every round adds it. Then 2^16, 2^8 and 0x80. NOTE: the compiler makes
+// Counter words of mx::Draw, and its key as every round adds it. Then 2^16, 2^8, 2^4, 2^2 and 0x80. NOTE: the compiler makes
 // shifts and sums of products with constants that it knows, for the pipe that is the busiest in these kernels, and
 // two instructions of some that take one.
 struct Draw {
-  u32 word1, word2, word3, keys[10][2], shift16, shift8, half;
+  u32 word1, word2, word3, keys[10][2], shift16, shift8, shift4, shift2, half;
 };
 
 // The transform: sign i of a group is bit i % 32 of word i / 32, a set bit being -1. Not read without one.

@@ -79,17 +79,18 @@ template <int FORMAT> __device__ __forceinline__ u32 pack_fp8(float low, float h
 // of each code, for a permutation of bytes to look up four at once.
 template <class Bits>
 __device__ __forceinline__ u32 round_four(const float v[4], float factor, float shift, u64 numbers, Bits &bits, int i) {
+  const Draw &draw = bits.draw;
   float y[4];
   u32 code[4]; // in the top byte
 #pragma unroll
   for (int j = 0; j < 4; j++) {
     // NOTE: two multiplications, since the definition rounds the product with `factor` before it loses what lies deeper.
     y[j] = __fmul_rn(__fmul_rn(v[j], factor), shift);
-    code[j] = __float_as_uint(y[j]) * 4 + bits.addend(i + j);
+    code[j] = __float_as_uint(y[j]) * draw.shift2 + bits.addend(i + j);
   }
   u32 even = __byte_perm(code[0], code[2], 0x73), odd = __byte_perm(code[1], code[3], 0x73), out;
   // NOTE: __byte_perm would clear bits of the selector that are clear. As FP8, y is a zero of its sign.
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"((u32)numbers), "r"((u32)(numbers >> 32)), "r"(odd * 16 + even));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"((u32)numbers), "r"((u32)(numbers >> 32)), "r"(odd * draw.shift4 + even));
   u32 signs = pack_fp8<E5M2>(y[0], y[1]) | pack_fp8<E5M2>(y[2], y[3]) << 16;
   asm("or.b32 %0, %0, %1;" : "+r"(out) : "r"(signs));
   return out;
@@ -141,34 +142,6 @@ template <u32 PITCH> struct ColumnAddends {
   const Draw &draw;
   __device__ __forceinline__ ColumnAddends(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
   __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * draw.shift8 + draw.half; }
-};
-
-// Eight numbers of 16 bits down a column, two a word: words 2m and 2m + 1 of what lane 8 m + 2 q + e points to, 16 bytes of
-// a line, go to the lanes whose number is q modulo 4, of column lane / 4 of those bytes. So each lane gets numbers of its own
-// block, if lane 8 m + 2 q + e points to line 2 m + e of the block that lanes q have.
-__device__ __forceinline__ uint4 load_columns(const u8 *from) {
-  uint4 words;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "r"((u32)__cvta_generic_to_shared(from))
-               : "memory");
-  return words;
-}
-
-template <bool FIRST, class A, class B> struct Choose { typedef A Type; };
-template <class A, class B> struct Choose<false, A, B> { typedef B Type; };
-
-// Random bits of a block down a column, loaded so.
-template <u32 PITCH> struct MatrixAddends {
-  const u8 *bits;
-  const Draw &draw;
-  uint4 words;
-  __device__ __forceinline__ MatrixAddends(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
-  __device__ __forceinline__ u32 addend(int i) {
-    if (i % 8 == 0) words = load_columns(bits + i * PITCH);
-    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
-    return __byte_perm(word, draw.half, i % 2 ? 0x5324 : 0x5104);
-  }
 };
 
 // ---- Tiles --------------------------------------------------------------------------------------
@@ -237,9 +210,10 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   const u32 group = GROUP ? GROUP : any_group;
   extern __shared__ __align__(16) u8 shared[];
   u8 *data = shared, *bits = data + Data::BYTES;
-  u32 *row_signs = (u32 *)(bits + Bits::BYTES); // (256): sign bits
+  u32 *row_signs = (u32 *)(bits + Bits::BYTES);    // (256): sign bits
   float *row_factors = (float *)(row_signs + 256); // (256): +1 and -1
-  u32 *column_signs = (u32 *)(row_factors + 256);  // (64)
+  u32 *column_signs = (u32 *)(row_factors + 256);  // (2, SIGNS), so that threads read both halves from different banks
+  constexpr u32 SIGNS = BLOCK + 4;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 
   // Blocks of a group, as a power of two; columns of a tile, and of those that a warp takes.
@@ -283,7 +257,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   }
   if (BOTH && threadIdx.x < 64) {
     u32 word = group ? rows_transform.signs[group > BLOCK ? threadIdx.x / 32 : 0] : 0;
-    column_signs[threadIdx.x] = word << (31 - threadIdx.x % 32) & 0x80000000u;
+    column_signs[threadIdx.x / 32 * SIGNS + threadIdx.x % 32] = word << (31 - threadIdx.x % 32) & 0x80000000u;
   }
   // NOTE: who loads a piece draws its bits meanwhile.
   if (UNBIASED)
@@ -299,7 +273,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
     // A block along a row: columns 32 `side` to 32 `side` + 31 of a line.
     u32 line = threadIdx.x / 2, side = threadIdx.x % 2, row = first_row + line, column = first_column + 32 * side;
     const u8 *from = data + Data::at(line) + 64 * side;
-    const u32 *signs = column_signs + 32 * side;
+    const u32 *signs = column_signs + SIGNS * side;
 #pragma unroll
     for (int i = 0; i < BLOCK; i += 8) {
       uint4 raw = *(const uint4 *)(from + 2 * i), first = *(const uint4 *)(signs + i), second = *(const uint4 *)(signs + i + 4);
@@ -319,38 +293,28 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   }
 
   // A block down the columns: 32 rows from 32 `part`, of column `x` of the tile.
-  constexpr bool MATRICES = GROUP && sizeof(T) == 2;
-  u32 x, part, distance = MATRICES ? 1 : 1u << width; // of the lanes that have the parts of a column
-  if (MATRICES) x = 8 * warp + lane / 4 + (lane & 2) * 16, part = lane & 1;
-  else x = (warp << width) + (lane & ((1 << width) - 1)), part = lane >> width;
-  // What the thread reads, or as a lane of load_columns points to, in lines of numbers of `size` bytes.
-  u32 place = MATRICES ? 8 * warp + (lane & 4) * 8 : x + (part / PARTS << columns);
-  u32 from_part = MATRICES ? lane / 2 % 2 : part % PARTS, from_line = MATRICES ? lane / 8 * 2 + lane % 2 : 0;
-  const u8 *from = data + from_part * (32 * Data::PITCH + Data::SHIFT) + from_line * Data::PITCH + place * sizeof(T);
-  const u8 *from_bits = bits + from_part * (32 * Bits::PITCH + Bits::SHIFT) + from_line * Bits::PITCH + place * 2;
+  u32 x = (warp << width) + (lane & ((1 << width) - 1)), part = lane >> width, place = x + (part / PARTS << columns);
+  const u8 *from = data + part % PARTS * (32 * Data::PITCH + Data::SHIFT) + place * sizeof(T);
 #pragma unroll
-  for (int i = 0; i < BLOCK; i += 8) {
-    u32 signs[8], pairs[4];
-    *(uint4 *)signs = *(const uint4 *)&row_signs[part * BLOCK + i];
-    *(uint4 *)&signs[4] = *(const uint4 *)&row_signs[part * BLOCK + i + 4];
-    if (MATRICES) *(uint4 *)pairs = load_columns(from + i * Data::PITCH);
+  for (int i = 0; i < BLOCK; i += 4) {
+    uint4 sign = *(const uint4 *)&row_signs[part * BLOCK + i];
+    u32 signs[4] = {sign.x, sign.y, sign.z, sign.w};
+    if (KEPT) {
 #pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      float *to = v + i + j;
-      const T *first = (const T *)(from + (i + j) * Data::PITCH), *second = (const T *)(from + (i + j + 1) * Data::PITCH);
-      if (KEPT) {
-        to[0] = MATRICES ? low_f32(pairs[j / 2]) : to_f32(*first), to[1] = MATRICES ? high_f32(pairs[j / 2]) : to_f32(*second);
-        keep_as_e4m3(to[0], to[1], kept_scale, kept_inverse);
-        to[0] = with_sign(to[0], signs[j], draw), to[1] = with_sign(to[1], signs[j + 1], draw);
-      } else if (MATRICES) {
-        pair_with_signs(pairs[j / 2], signs[j], signs[j + 1], draw, to);
-      } else {
-        to[0] = with_sign(*first, signs[j], draw), to[1] = with_sign(*second, signs[j + 1], draw);
-      }
+      for (int j = 0; j < 4; j++) v[i + j] = to_f32(*(const T *)(from + (i + j) * Data::PITCH));
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) keep_as_e4m3(v[i + j], v[i + j + 1], kept_scale, kept_inverse);
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[i + j] = with_sign(v[i + j], signs[j], draw);
+    } else {
+      // NOTE: fewer instructions would load matrices (ldmatrix, transposed), but taking pairs apart is for the pipe of
+      // integer operations, which is the busier one: 2% slower (H100).
+#pragma unroll
+      for (int j = 0; j < 4; j++) v[i + j] = with_sign(*(const T *)(from + (i + j) * Data::PITCH), signs[j], draw);
     }
   }
   if (sums) {
-    // NOTE: on tensor cores, a product with ones of what ldmatrix loads, sums took 14% of the kernel's time (H100); so 3%.
+    // NOTE: on tensor cores, a product with ones, sums took 14% of the kernel's time (H100); so 3%.
     float sum[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int i = 0; i < BLOCK; i += 4) {
@@ -359,18 +323,17 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
       sum[2] = __fmaf_rn(v[i + 2], sign.z, sum[2]), sum[3] = __fmaf_rn(v[i + 3], sign.w, sum[3]);
     }
     float total = sum[0] + sum[1] + (sum[2] + sum[3]);
-    for (u32 mask = distance; mask < distance * (MATRICES ? 2 : WARP >> width); mask *= 2)
-      total += __shfl_xor_sync(FULL_WARP, total, mask);
+    for (u32 mask = 1u << width; mask < WARP; mask *= 2) total += __shfl_xor_sync(FULL_WARP, total, mask);
     if (part == 0 && first_column + x < cols) sums[(size_t)blockIdx.y * cols + first_column + x] = total;
   }
   float norm = GROUP ? 0.125f : group ? transform.scale : 1.0f;
   float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
-  if (group) rotate_in_tile<GROUP>(v, 1u << across, distance);
+  if (group) rotate_in_tile<GROUP>(v, 1u << across, 1u << width);
   u32 first = first_row + part * BLOCK;
   bool inside = first < depth && first_column + x < cols;
   u32 magnitude = block_magnitude(v, norm);
   lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
-  typename Choose<MATRICES, MatrixAddends<Bits::PITCH>, ColumnAddends<Bits::PITCH>>::Type addends(from_bits, draw);
+  ColumnAddends<Bits::PITCH> addends(bits + part % PARTS * (32 * Bits::PITCH + Bits::SHIFT) + place * 2, draw);
   round_to<UNBIASED, FORMAT>(by_columns + (size_t)(first_column + x) * depth + first, v, factor, unit, addends, inside);
   add_raised(raised, lifted);
 }
@@ -418,7 +381,7 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
 #define BOUNDS(T, GROUP) __launch_bounds__(GROUP ? 128 : 256, (sizeof(T) == 4 ? 3 : 4) * (GROUP ? 2 : 1))
 #define COLUMNS(T, FORMAT, KEPT, NAME, MODE, UNBIASED, GROUP)                                                       \
   extern "C" __global__ void BOUNDS(T, GROUP) quantize_columns_##NAME##_##MODE(                                     \
-      u8 *out, float *factor, u32 *raised, const u32 *most, float *sums, const T *source, SHAPE, RANDOM) {          \
+      u8 *out, float *factor, u32 *raised, const u32 *most, float *sums, const T *source, SHAPE, RANDOM) { begin();          \
     quantize_tile<T, UNBIASED, FORMAT, false, KEPT, GROUP>(nullptr, out, factor, raised, most, sums, source, rows,  \
                                                            cols, 0, depth, group, transform, transform, draw);      \
   }
@@ -426,14 +389,14 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
   extern "C" __global__ void BOUNDS(bf16, GROUP) quantize_both_##NAME##_##MODE(                                     \
       u8 *by_rows, u8 *by_columns, float *factor, u32 *raised, const u32 *most, float *sums, const bf16 *source,    \
       u32 rows, u32 cols, u32 rows_depth, u32 depth, u32 group,                                                     \
-      const __grid_constant__ Transform rows_transform, RANDOM) {                                                   \
+      const __grid_constant__ Transform rows_transform, RANDOM) { begin();                                                   \
     quantize_tile<bf16, UNBIASED, E5M2, true, false, GROUP>(by_rows, by_columns, factor, raised, most, sums,        \
                                                             source, rows, cols, rows_depth, depth, group,           \
                                                             rows_transform, transform, draw);                       \
   }
 #define ALL(MODE, UNBIASED)                                                                                          \
   extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_e5m2_bf16_##MODE(                             \
-      u8 *out, float *factor, u32 *raised, const u32 *most, const bf16 *source, SHAPE, u32 each, RANDOM) {          \
+      u8 *out, float *factor, u32 *raised, const u32 *most, const bf16 *source, SHAPE, u32 each, RANDOM) { begin();          \
     quantize_rows<UNBIASED>(out, factor, raised, most, source, rows, cols, depth, group, each, transform, draw);    \
   }                                                                                                                 \
   COLUMNS(bf16, E4M3, false, e4m3_bf16, MODE, UNBIASED, 0)                                                          \

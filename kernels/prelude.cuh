@@ -24,6 +24,14 @@ struct bf16 {
 __device__ __forceinline__ float to_f32(float v) { return v; }
 __device__ __forceinline__ float to_f32(bf16 v) { return __uint_as_float((u32)v.bits << 16); }
 
+// What every kernel begins with: it is launched while the one before it still ends, and waits here for what that has
+// written; and it lets the next one be launched as soon as all of its own blocks run. Waiting for one waits for all before.
+__device__ __forceinline__ void begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Two floats to two bf16, to nearest even, `low` in the low half.
 __device__ __forceinline__ u32 pack_bf16(float low, float high) {
   u32 out;

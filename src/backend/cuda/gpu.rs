@@ -185,21 +185,29 @@ impl Gpu {
         }
         graph::note_kernel(arguments.len());
         let [x, y, z] = grid.map(|n| n as u32);
+        use sys::CUlaunchAttributeID as Attribute;
+        let mut overlapping = sys::CUlaunchAttribute {
+            id: Attribute::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream(),
+            attrs: &mut overlapping,
+            // Every kernel waits for those before it by itself, on chips that know how.
+            numAttrs: u32::from(self.capability >= (9, 0)),
+        };
         // SAFETY: the caller's arguments are what the kernel declares; the stream is this context's.
         let result = unsafe {
-            sys::cuLaunchKernel(
-                *function,
-                x,
-                y,
-                z,
-                block as u32,
-                1,
-                1,
-                shared as u32,
-                self.stream(),
-                arguments.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+            let arguments = arguments.as_mut_ptr();
+            sys::cuLaunchKernelEx(&config, *function, arguments, std::ptr::null_mut())
         };
         self.note(kernel, result);
     }

@@ -261,7 +261,7 @@ pub(super) struct DrawArgument {
     words: [u32; 3],
     /// As every round of Philox adds it.
     keys: [[u32; 2]; 10],
-    constants: [u32; 3],
+    constants: [u32; 5],
 }
 
 impl From<Draw> for DrawArgument {
@@ -272,7 +272,7 @@ impl From<Draw> for DrawArgument {
         };
         let words = [draw.word1, draw.word2, draw.word3];
         let keys = std::array::from_fn(|round| key(round as u32));
-        Self { words, keys, constants: [1 << 16, 1 << 8, 0x80] }
+        Self { words, keys, constants: [1 << 16, 1 << 8, 1 << 4, 1 << 2, 0x80] }
     }
 }
 
@@ -338,7 +338,7 @@ impl Tiles {
         Self {
             grid: [vectors.div_ceil(columns), tiles, 1],
             block: 2 * lines,
-            bytes: bytes(size_of_element(precision)) + bytes(2) + 8 * 256 + 4 * 64,
+            bytes: bytes(size_of_element(precision)) + bytes(2) + 8 * 256 + 8 * 36,
         }
     }
 }

@@ -5,10 +5,10 @@ use cudarc::driver::sys;
 
 use super::linear::{Form, Quantize, Scaling, Source, Target, quantize, quantize_both};
 use super::memory::{Arena, F32, Param, Piece, Tensor};
-use super::tests::{f32s_of, gpu, normal, older_gpu, workspace, workspace_shape, write_bytes};
+use super::tests::{f32s_of, gpu, older_gpu, workspace, workspace_shape};
 use super::{Cuda, Type, Workspace};
 use crate::backend::{Backend, Device, LinearShape, Precision, Sequences};
-use crate::mx::{GemmId, LinearId, OperandId, Random, Rounding};
+use crate::mx::{Draw, GemmId, LinearId, OperandId, Purpose, Random, Rounding};
 use crate::recipe::{LinearRecipe, Recipe};
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 
@@ -49,27 +49,35 @@ fn medians<const N: usize>(cuda: &Cuda, mut calls: [&mut dyn FnMut(); N]) -> [f6
     })
 }
 
+/// A parameter of normal values.
+fn param(cuda: &Cuda, len: usize, std: f32, seed: u64) -> Param {
+    let mut arena = Arena::allocated(&cuda.gpu, len * 6 + 1024).unwrap();
+    let mut param = arena.param(len);
+    cuda.draw_param(&mut param, std, &Draw::of(seed, Purpose::Weights, 0, 0)).unwrap();
+    param
+}
+
 /// A tensor of normal values as a training step leaves it: its largest magnitude is noted.
 fn noted(cuda: &Cuda, rows: usize, cols: usize, std: f32, seed: u64) -> Tensor {
-    let values = normal(rows * cols, std, seed);
+    let len = rows * cols;
+    let values = param(cuda, len, std, seed);
     let mut measuring = Arena::measuring(&cuda.gpu);
-    measuring.tensor(values.len(), Precision::Bf16);
+    measuring.tensor(len, Precision::Bf16);
     let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
-    let mut tensor = arena.tensor(values.len(), Precision::Bf16);
-    let bytes: Vec<u8> =
-        values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
-    write_bytes(cuda, tensor.address(), &bytes);
-    let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-    let word = tensor.noting();
-    write_bytes(cuda, word, &half::bf16::from_f32(largest).to_f32().to_le_bytes());
+    let mut tensor = arena.tensor(len, Precision::Bf16);
+    copy(cuda, tensor.address(), values.copy.address, 2 * len);
+    let mut most = [0.0];
+    cuda.read(values.most.address, &mut most).unwrap();
+    let most = half::bf16::from_f32(most[0]).to_f32();
+    cuda.write(tensor.noting(), &[most]).unwrap();
     tensor
 }
 
-fn param(cuda: &Cuda, len: usize) -> Param {
-    let mut arena = Arena::allocated(&cuda.gpu, len * 6 + 1024).unwrap();
-    let mut param = arena.param(len);
-    cuda.write_param(&mut param, &normal(len, 0.02, 3)).unwrap();
-    param
+/// Copies on the device, by the driver.
+fn copy(cuda: &Cuda, to: u64, from: u64, bytes: usize) {
+    // SAFETY: both buffers are that long.
+    let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, cuda.gpu.stream()) };
+    cuda.gpu.note("a copy", result);
 }
 
 fn f32s(cuda: &Cuda, len: usize) -> F32 {
@@ -85,7 +93,10 @@ fn bytes(cuda: &Cuda, len: usize) -> Piece {
 #[ignore = "a measurement"]
 fn quantization() {
     let Some(cuda) = gpu() else { return };
-    let cuda = &cuda;
+    cuda.gpu.scope(|| quantization_on(&cuda));
+}
+
+fn quantization_on(cuda: &Cuda) {
     let mut signs = [vec![0.0; 64], vec![0.0; 64]];
     RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs[0]);
     RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs[1]);
@@ -94,15 +105,13 @@ fn quantization() {
     for (rows, cols) in [(16384, 768), (16384, 1024), (16384, 2048), (16384, 4096), (8192, 8192)] {
         let elements = rows * cols;
         let source = noted(cuda, rows, cols, 1.0, 1);
-        let weights = f32s(cuda, elements);
-        let values = normal(elements, 1.0, 2);
-        write_bytes(cuda, weights.address(), bytemuck::cast_slice(&values));
+        let weights = param(cuda, elements, 1.0, 2).master;
         let out = [bytes(cuda, elements), bytes(cuda, elements)];
         let (words, sums) = (bytes(cuda, 8), f32s(cuda, (rows / 64 + 2) * cols));
         let most = source.largest_magnitude().unwrap();
         let scaling =
             Scaling { scale: words.address, raised: words.address + 4, most, kept: false };
-        let copy = bytes(cuda, 4 * elements);
+        let copied = bytes(cuda, 4 * elements);
         let one = |form, format, source: Source, signs: &[f32]| {
             let target = Target::Fp8 { out: out[0].address, format, scaling };
             let shape = Quantize { form, rows, cols };
@@ -110,17 +119,10 @@ fn quantization() {
         };
         let bf16 = Source { address: source.address(), precision: Precision::Bf16 };
         let f32 = Source { address: weights.address(), precision: Precision::F32 };
-        let [copied, both, by_rows, columns, from_f32] = medians(
+        let [copying, both, by_rows, columns, from_f32] = medians(
             cuda,
             [
-                &mut || {
-                    // SAFETY: both buffers are that long.
-                    let result = unsafe {
-                        let (to, from) = (copy.address, weights.address());
-                        sys::cuMemcpyDtoDAsync_v2(to, from, 4 * elements, cuda.gpu.stream())
-                    };
-                    cuda.gpu.note("a copy", result);
-                },
+                &mut || copy(cuda, copied.address, weights.address(), 4 * elements),
                 &mut || {
                     let out = [out[0].address, out[1].address];
                     let signs = [&signs[0][..], &signs[1][..]];
@@ -144,7 +146,7 @@ fn quantization() {
             ],
         );
         // Bytes an element: 8 copied; 2 read and 2 written; 2 and 1; 4 and 1.
-        let rate = 8.0 / copied;
+        let rate = 8.0 / copying;
         let share =
             |bytes: f64, time: f64| format!("{time:7.1} us {:4.1}%", 100.0 * bytes / time / rate);
         println!(
@@ -171,7 +173,7 @@ struct Layer {
 
 impl Layer {
     fn new(cuda: &Cuda, rows: usize, inputs: usize, outputs: usize) -> Self {
-        let w = param(cuda, outputs * inputs);
+        let w = param(cuda, outputs * inputs, 0.02, 3);
         Self {
             shape: LinearShape { rows, inputs, outputs },
             dy: noted(cuda, rows, outputs, 1e-4, 4),
@@ -194,6 +196,10 @@ impl Layer {
 #[ignore = "a measurement"]
 fn linear_backward() {
     let Some(cuda) = gpu() else { return };
+    cuda.gpu.scope(|| linear_backward_on(&cuda));
+}
+
+fn linear_backward_on(cuda: &Cuda) {
     let recipe = |name: &str| name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
     let (bf16, mxfp4) = (recipe("bf16"), recipe("mxfp4-rht-sr"));
     let rows = 16384;
@@ -201,7 +207,7 @@ fn linear_backward() {
     for width in [768, 1024, 2048, 4096] {
         let sequences = Sequences { batch: rows / 1024, length: 1024 };
         let shape = workspace_shape(sequences, width, width / 64, 64, Precision::Bf16);
-        let mut scratch = workspace(&cuda, &shape);
+        let mut scratch = workspace(cuda, &shape);
         let mut totals = [0.0; 2];
         for (name, inputs, outputs) in [
             ("qkv", width, 3 * width),
@@ -209,16 +215,16 @@ fn linear_backward() {
             ("fc1", width, 4 * width),
             ("fc2", 4 * width, width),
         ] {
-            let mut layer = Layer::new(&cuda, rows, inputs, outputs);
+            let mut layer = Layer::new(cuda, rows, inputs, outputs);
             let shared = std::cell::RefCell::new((&mut layer, &mut scratch));
             let run = |recipe| {
                 let (layer, scratch) = &mut *shared.borrow_mut();
-                layer.backward(&cuda, scratch, recipe);
+                layer.backward(cuda, scratch, recipe);
             };
-            let times = medians(&cuda, [&mut || run(&bf16), &mut || run(&mxfp4)]);
+            let times = medians(cuda, [&mut || run(&bf16), &mut || run(&mxfp4)]);
             totals = [totals[0] + times[0], totals[1] + times[1]];
             print(&format!("{width} {name} ({inputs} to {outputs})"), times);
-            assert!(f32s_of(&cuda, &layer.dw).iter().all(|v| v.is_finite()));
+            assert!(f32s_of(cuda, &layer.dw).iter().all(|v| v.is_finite()));
         }
         print(&format!("{width} all four"), totals);
     }
@@ -229,11 +235,12 @@ fn print(what: &str, [bf16, mxfp4]: [f64; 2]) {
 }
 
 /// Losses of 500 steps of a 124M model when MXFP4 operands are multiplied as FP8, and when the same are
-/// multiplied as bf16. On the tokens of the file that `MXT_MEASURE_TOKENS` names, else on this project's prose.
+/// multiplied as bf16, on the tokens of the file that `MXT_MEASURE_TOKENS` names, else on this project's
+/// prose. What chaos alone makes of the smallest difference is shown beside: a run as FP8 in which one weight
+/// begins one last bit off.
 #[test]
 #[ignore = "a measurement"]
 fn losses_on_both_roads() {
-    let (Some(fast), Some(slow)) = (gpu(), older_gpu()) else { return };
     let data = match std::env::var("MXT_MEASURE_TOKENS") {
         Ok(path) => Dataset::open(&path).unwrap(),
         Err(_) => {
@@ -242,9 +249,8 @@ fn losses_on_both_roads() {
             Dataset::from_tokens(bytes.map(u32::from).collect()).unwrap()
         }
     };
-    const STEPS: usize = 500;
-    let losses = [fast, slow].map(|cuda| {
-        let engine = Engine::on(Device::Cuda(cuda));
+    let losses = |cuda: Option<Cuda>, moved: bool| {
+        let engine = Engine::on(Device::Cuda(cuda?));
         let config = ModelConfig {
             vocab_size: 50304,
             context_length: 1024,
@@ -253,27 +259,38 @@ fn losses_on_both_roads() {
             channels: 768,
             ..ModelConfig::default()
         };
-        let schedule = Schedule {
-            lr: 6e-4,
-            warmup_steps: 50,
-            total_steps: STEPS as u64,
-            ..Schedule::default()
-        };
-        let options = TrainerOptions { batch_size: 16, schedule, ..TrainerOptions::default() };
-        let mut trainer = Trainer::new(&Model::new(&engine, &config).unwrap(), options).unwrap();
-        let mut losses = Vec::new();
-        for step in 1..=STEPS {
-            trainer.step(&data).unwrap();
-            if step % 50 == 0 {
-                losses.push(trainer.eval(&data, 8).unwrap().loss);
-            }
+        let model = Model::new(&engine, &config).unwrap();
+        if moved {
+            let name = "transformer.wpe.weight";
+            let mut values = vec![0.0; 1024 * 768];
+            model.read_tensor(name, &mut values).unwrap();
+            values[0] = f32::from_bits(values[0].to_bits() ^ 1);
+            model.write_tensor(name, &values).unwrap();
         }
-        losses
-    });
-    println!("step   as FP8  as bf16   difference");
-    for (i, (fast, slow)) in losses[0].iter().zip(&losses[1]).enumerate() {
-        let difference = (fast - slow) / slow;
-        println!("{:4}  {fast:.5}  {slow:.5}   {:+.3}%", 50 * (i + 1), 100.0 * difference);
-        assert!(difference.abs() < 2e-3);
+        let schedule =
+            Schedule { lr: 3e-4, warmup_steps: 100, total_steps: 500, ..Schedule::default() };
+        let options = TrainerOptions { batch_size: 16, schedule, ..TrainerOptions::default() };
+        let mut trainer = Trainer::new(&model, options).unwrap();
+        let losses = (0..10).map(|_| {
+            for _ in 0..50 {
+                trainer.step(&data).unwrap();
+            }
+            trainer.eval(&data, 24).unwrap().loss
+        });
+        Some(losses.collect::<Vec<_>>())
+    };
+    let (Some(fast), Some(slow), Some(moved)) =
+        (losses(gpu(), false), losses(older_gpu(), false), losses(gpu(), true))
+    else {
+        return;
+    };
+    println!("step   as FP8  as bf16   difference   one weight a bit off");
+    for (i, ((fast, slow), moved)) in fast.iter().zip(&slow).zip(&moved).enumerate() {
+        let percent = |other: &f32| 100.0 * (other - fast) / fast;
+        let (slow_off, moved_off) = (percent(slow), percent(moved));
+        println!("{:4}  {fast:.5}  {slow:.5}   {slow_off:+.3}%   {moved_off:+.3}%", 50 * (i + 1));
+    }
+    for (fast, slow) in fast.iter().zip(&slow) {
+        assert!((fast - slow).abs() < 2e-3 * slow, "{fast} and {slow}");
     }
 }

@@ -66,7 +66,7 @@ fn some_tokens(len: usize, vocab: usize, seed: u64) -> Vec<u32> {
 }
 
 /// Normal values.
-pub(super) fn normal(len: usize, std: f32, seed: u64) -> Vec<f32> {
+fn normal(len: usize, std: f32, seed: u64) -> Vec<f32> {
     let mut values = vec![0.0; len];
     crate::mx::fill_normal(&mut values, std, &Draw::of(seed, Purpose::Weights, 81, 0), 0);
     values
@@ -118,7 +118,7 @@ fn param(cuda: &Cuda, values: &[f32]) -> Param {
     param
 }
 
-pub(super) fn write_bytes(cuda: &Cuda, to: u64, bytes: &[u8]) {
+fn write_bytes(cuda: &Cuda, to: u64, bytes: &[u8]) {
     // SAFETY: the callers' buffers have this many bytes.
     let result = unsafe {
         sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), cuda.gpu.stream())
