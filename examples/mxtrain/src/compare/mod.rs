@@ -1,0 +1,22 @@
+//! `mxtrain compare`: what each recipe costs in loss, measured.
+//!
+//! Every sub-command but `report` writes JSON records that say how they came about; `report` makes
+//! tables and plots from any number of them.
+
+mod cli;
+mod record;
+mod train;
+
+use std::process::ExitCode;
+
+pub(crate) use cli::CompareArgs;
+
+use crate::failure::Outcome;
+use cli::CompareCommand;
+
+/// Runs the command.
+pub(crate) fn run(args: &CompareArgs) -> Outcome<ExitCode> {
+    match &args.command {
+        CompareCommand::Train(args) => train::run(args),
+    }
+}
