@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use mxfp4train::Recipe;
 
-use crate::cli::{BatchArgs, DataArgs, MachineArgs, MeasureArgs, ModelArgs, OptimizerArgs};
+use crate::cli::{
+    BatchArgs, DataArgs, MachineArgs, MeasureArgs, ModelArgs, OptimizerArgs, SeedArgs,
+};
 
 #[derive(Debug, Args)]
 pub(crate) struct CompareArgs {
@@ -17,6 +19,8 @@ pub(crate) struct CompareArgs {
 pub(crate) enum CompareCommand {
     /// Train the same model with several recipes and seeds, one record a run
     Train(Box<CompareTrainArgs>),
+    /// Measure bias and variance that recipes give the gradient of a trained model
+    Gradients(GradientsArgs),
 }
 
 #[derive(Debug, Args)]
@@ -62,6 +66,43 @@ pub(crate) struct CompareTrainArgs {
 
     #[command(flatten)]
     pub(crate) measure: MeasureArgs,
+
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GradientsArgs {
+    /// Checkpoint folders, this program's or Hugging Face's gpt2
+    #[arg(long = "checkpoint", value_name = "DIR", required = true, num_args = 1..)]
+    pub(crate) checkpoints: Vec<PathBuf>,
+
+    /// Folder made by `mxtrain prepare`, whose training text the gradients are of
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: PathBuf,
+
+    /// Recipe to measure; one option for each [default: all with MXFP4]
+    #[arg(long = "recipe", value_name = "NAME")]
+    pub(crate) recipes: Vec<Recipe>,
+
+    /// Gradients of the same text with other random bits, for each recipe
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) draws: usize,
+
+    /// Sequences of the text
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) batch_size: usize,
+
+    /// Tokens of a sequence [default: the checkpoint's context]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) sequence_length: Option<usize>,
+
+    /// File for the record
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) seed: SeedArgs,
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,

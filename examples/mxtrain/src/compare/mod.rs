@@ -4,6 +4,8 @@
 //! tables and plots from any number of them.
 
 mod cli;
+mod gradients;
+mod moments;
 mod record;
 mod train;
 
@@ -18,5 +20,6 @@ use cli::CompareCommand;
 pub(crate) fn run(args: &CompareArgs) -> Outcome<ExitCode> {
     match &args.command {
         CompareCommand::Train(args) => train::run(args),
+        CompareCommand::Gradients(args) => gradients::run(args),
     }
 }
