@@ -21,6 +21,10 @@ pub(crate) enum CompareCommand {
     Train(Box<CompareTrainArgs>),
     /// Measure bias and variance that recipes give the gradient of a trained model
     Gradients(GradientsArgs),
+    /// Measure the variance of the unbiased MXFP4 product by its reduction length
+    Variance(VarianceArgs),
+    /// Make tables and plots from records
+    Report(ReportArgs),
 }
 
 #[derive(Debug, Args)]
@@ -106,6 +110,52 @@ pub(crate) struct GradientsArgs {
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VarianceArgs {
+    /// Reduction lengths
+    #[arg(
+        long,
+        value_name = "N,N..",
+        value_delimiter = ',',
+        default_value = "128,256,512,1024,2048,4096,8192"
+    )]
+    pub(crate) lengths: Vec<usize>,
+
+    /// Groups of the transform, beside the product without one; of those up to a reduction length
+    #[arg(long, value_name = "N,N..", value_delimiter = ',', default_value = "32,64,128,256")]
+    pub(crate) groups: Vec<usize>,
+
+    /// Standard deviation of the outliers, which are 1 percent of the inputs; that of the others is 1
+    #[arg(long, value_name = "X", default_value_t = 5.0)]
+    pub(crate) outliers: f64,
+
+    /// Pairs of matrices
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) inputs: usize,
+
+    /// Products of each pair with other random bits
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) draws: u32,
+
+    /// File for the record
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) seed: SeedArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReportArgs {
+    /// Folders with records, and records
+    #[arg(required = true, value_name = "DIR|FILE")]
+    pub(crate) inputs: Vec<PathBuf>,
+
+    /// Folder for compare.md, compare.json and the plots
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
 }
 
 /// Every `of`-th of a list, from the `number`-th on.

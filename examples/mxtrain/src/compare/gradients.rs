@@ -372,6 +372,33 @@ fn is_random(recipe: &Recipe) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mxfp4train::EngineOptions;
+
+    /// Steps at a learning rate of 0 draw new bits and leave the weights alone, weight decay included.
+    #[test]
+    fn draws_differ_and_weights_stay() {
+        let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();
+        let config = ModelConfig {
+            vocab_size: 50,
+            context_length: 32,
+            layers: 1,
+            heads: 2,
+            channels: 32,
+            ..ModelConfig::default()
+        };
+        let model = Model::new(&engine, &config).unwrap();
+        let tokens = (0..2 * 33).map(|i| i * i % 50).collect();
+        let probe = Probe { model, tokens, batch_size: 2, length: 32 };
+        let before = probe.weights().unwrap();
+        let [mut batch, single] = probe.trainers(&Recipe::default()).unwrap();
+        assert!(batch.options().optimizer.weight_decay > 0.0);
+        let mut draw = || {
+            batch.step_tokens(&probe.tokens).unwrap();
+            probe.gradients(&batch, &single).unwrap()[0].clone()
+        };
+        assert_ne!(draw(), draw());
+        assert_eq!(probe.weights().unwrap(), before);
+    }
 
     #[test]
     fn only_recipes_with_fresh_bits_are_random() {

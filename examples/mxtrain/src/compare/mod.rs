@@ -7,7 +7,9 @@ mod cli;
 mod gradients;
 mod moments;
 mod record;
+mod report;
 mod train;
+mod variance;
 
 use std::process::ExitCode;
 
@@ -21,5 +23,7 @@ pub(crate) fn run(args: &CompareArgs) -> Outcome<ExitCode> {
     match &args.command {
         CompareCommand::Train(args) => train::run(args),
         CompareCommand::Gradients(args) => gradients::run(args),
+        CompareCommand::Variance(args) => variance::run(args),
+        CompareCommand::Report(args) => report::run(args),
     }
 }
