@@ -50,13 +50,14 @@ data() {
 # Runs one command a line of its input, one at a time on each GPU, whose number takes the place of GPU.
 # The output of all GPUs but the first goes to files.
 on_gpus() {
-    local commands worker pid failed=0 pids=()
-    mapfile -t commands
-    for worker in "${!gpus[@]}"; do
-        if ((worker == 0)); then
-            work_on 0 &
+    local gpu pid failed=0 pids=()
+    cat >"$out/queue"
+    exec 3<"$out/queue"
+    for gpu in "${gpus[@]}"; do
+        if [[ $gpu == "${gpus[0]}" ]]; then
+            work_on "$gpu" &
         else
-            work_on "$worker" >"$out/gpu-${gpus[worker]}.log" 2>&1 &
+            work_on "$gpu" >"$out/gpu-$gpu.log" 2>&1 &
         fi
         pids+=($!)
     done
@@ -68,36 +69,40 @@ on_gpus() {
         done
     done
     trap - INT TERM
-    for worker in "${gpus[@]:1}"; do
-        echo "-- GPU $worker"
-        grep -E '^(run |done: |stopped|left |mxtrain: )' "$out/gpu-$worker.log" || true
+    for gpu in "${gpus[@]:1}"; do
+        echo "-- GPU $gpu"
+        grep -E '^(run |done: |stopped|left |mxtrain: )' "$out/gpu-$gpu.log" || true
     done
     return $failed
 }
 
-# Every so many-th of the commands.
+# Takes commands from the queue that all GPUs share.
 work_on() {
-    local i
-    for ((i = $1; i < ${#commands[@]}; i += ${#gpus[@]})); do
+    local command
+    # One lock a worker: workers that shared an open file would share its lock.
+    exec 4>"$out/queue.lock"
+    while flock 4 && read -r -u 3 command && flock -u 4; do
         if ((SECONDS >= limit)); then
-            echo "left for the next time: ${commands[i]}"
+            echo "left for the next time: ${command/ --layers*/}"
         else
             # shellcheck disable=SC2086 # no word of a command holds a space
-            "$mxtrain" ${commands[i]//GPU/cuda:${gpus[$1]}} || return
+            "$mxtrain" ${command//GPU/cuda:$1} </dev/null 3<&- 4>&- || return
         fi
     done
+    flock -u 4
 }
 
 # 124M parameters, as GPT-2 small. runs FOLDER STEPS SEEDS RECIPE..
 runs() {
-    local folder=$1 steps=$2 seeds=$3 recipe seed save every=$(($2 / 16))
+    local folder=$1 steps=$2 seeds=$3 recipe seed save every=$(($2 / 16)) data
+    data=$(data)
     for seed in $seeds; do
         for recipe in "${@:4}"; do
             save=
             # The models that gradients are measured at.
             [[ $folder/$recipe != main/bf16 || -e $out/main/bf16-seed1.json ]] ||
                 save="--save-at 0.05,0.5,1"
-            echo compare train --device GPU --data "$(data)" --out "$out/$folder" \
+            echo compare train --device GPU --data "$data" --out "$out/$folder" \
                 --recipe "$recipe" --seeds "$seed" \
                 --layers 12 --channels 768 --heads 12 --context 1024 --vocab-size 50304 \
                 --batch-size 32 --accumulation 2 --steps "$steps" --warmup $((steps / 100)) \
@@ -122,7 +127,8 @@ groups() {
 long() { runs long $long_steps 1 bf16 mxfp4-rht mxfp4-rht-sr; }
 
 gradients() {
-    local model step
+    local model step data
+    data=$(data)
     if ! compgen -G "$out/main/models/bf16-seed1-step*" >/dev/null; then
         echo "gradients: no models in $out/main/models; part main makes them" >&2
         return 2
@@ -130,7 +136,7 @@ gradients() {
     for model in "$out"/main/models/bf16-seed1-step*; do
         step=${model##*-step}
         [[ -e $out/gradients-$step.json ]] ||
-            echo compare gradients --device GPU --data "$(data)" --checkpoint "$model" \
+            echo compare gradients --device GPU --data "$data" --checkpoint "$model" \
                 --draws $draws --batch-size 8 --out "$out/gradients-$step.json"
     done | on_gpus
 }
