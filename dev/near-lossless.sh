@@ -3,7 +3,7 @@
 #
 # Usage: dev/near-lossless.sh PART..
 #
-#   cpu-toy    a toy model on the CPU, all parts of it, some minutes on two cores
+#   cpu-toy    a toy model on the CPU, all parts of it, about ten minutes on two cores
 #   main       124M parameters, all recipes
 #   seeds      three seeds of bf16, mxfp4 and mxfp4-rht-sr, shorter
 #   groups     groups of the transform, at that length
@@ -47,7 +47,7 @@ data() {
     echo "$DATA"
 }
 
-# Runs one command a line of its input, one at a time on each GPU, whose number takes the place of GPU.
+# Runs one command a line of its input, one at a time on each GPU, which takes the place of "GPU".
 # The output of all GPUs but the first goes to files.
 on_gpus() {
     local gpu pid failed=0 pids=()
@@ -86,7 +86,7 @@ work_on() {
             echo "left for the next time: ${command/ --layers*/}"
         else
             # shellcheck disable=SC2086 # no word of a command holds a space
-            "$mxtrain" ${command//GPU/cuda:$1} </dev/null 3<&- 4>&- || return
+            "$mxtrain" ${command/--device GPU/--device cuda:$1} </dev/null 3<&- 4>&- || return
         fi
     done
     flock -u 4
