@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{Recipe, Recompute, ScheduleKind};
 
+use crate::compare::CompareArgs;
 use crate::tokenizer::Tokenizer;
 
 /// Trains GPT-2 models on text files, with the backward pass in MXFP4.
@@ -44,6 +45,9 @@ pub(crate) enum Command {
     Info(InfoArgs),
     /// Show the memory that a training run would take, without taking it
     Plan(PlanArgs),
+    /// Find out what recipes cost: runs side by side, statistics of gradients, tables and plots
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Compare(CompareArgs),
 }
 
 #[derive(Debug, Args)]
@@ -94,10 +98,16 @@ pub(crate) struct TrainArgs {
     pub(crate) batch: BatchArgs,
 
     #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+
+    #[command(flatten)]
     pub(crate) optimizer: OptimizerArgs,
 
     #[command(flatten)]
     pub(crate) report: ReportArgs,
+
+    #[command(flatten)]
+    pub(crate) seed: SeedArgs,
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
@@ -190,14 +200,19 @@ pub(crate) struct BatchArgs {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) accumulation: usize,
 
+    /// What the backward pass computes again to save memory: nothing, pointwise or block
+    #[arg(long, value_name = "WHAT", default_value_t = Recompute::default())]
+    pub(crate) recompute: Recompute,
+}
+
+/// The number formats of one run.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Step")]
+pub(crate) struct RecipeArgs {
     /// Number formats: fp32, bf16, mxfp4, mxfp4-rht, mxfp4-sr, mxfp4-rht-sr or fp8-mxfp4-rht-sr,
     /// with switches such as mxfp4-rht-sr,g=128
     #[arg(long, value_name = "NAME", default_value_t = Recipe::default())]
     pub(crate) recipe: Recipe,
-
-    /// What the backward pass computes again to save memory: nothing, pointwise or block
-    #[arg(long, value_name = "WHAT", default_value_t = Recompute::default())]
-    pub(crate) recompute: Recompute,
 }
 
 /// AdamW and its learning rate.
@@ -249,13 +264,8 @@ pub(crate) struct OptimizerArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Reports")]
 pub(crate) struct ReportArgs {
-    /// Measure the validation loss every N steps; 0 only at the end [default: a tenth of --steps]
-    #[arg(long, value_name = "N")]
-    pub(crate) eval_every: Option<u64>,
-
-    /// Batches of one measurement; 0 takes all validation data
-    #[arg(long, value_name = "N", default_value_t = 20)]
-    pub(crate) eval_batches: usize,
+    #[command(flatten)]
+    pub(crate) measure: MeasureArgs,
 
     /// Print a sample of the model's text every N steps; 0 never
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -270,14 +280,23 @@ pub(crate) struct ReportArgs {
     pub(crate) log: Option<PathBuf>,
 }
 
+/// When a run measures its validation loss.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Reports")]
+pub(crate) struct MeasureArgs {
+    /// Measure the validation loss every N steps; 0 only at the end [default: a tenth of --steps]
+    #[arg(long, value_name = "N")]
+    pub(crate) eval_every: Option<u64>,
+
+    /// Batches of one measurement; 0 takes all validation data
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(crate) eval_batches: usize,
+}
+
 /// The machine to run on.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Machine")]
 pub(crate) struct MachineArgs {
-    /// Seed of everything random: same seed, same losses, on any number of threads
-    #[arg(long, value_name = "N", default_value_t = 1337)]
-    pub(crate) seed: u64,
-
     /// Worker threads; 0 takes one for each core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) threads: usize,
@@ -285,6 +304,15 @@ pub(crate) struct MachineArgs {
     /// Device: cpu, cuda, cuda:1 for the second GPU, or auto for a GPU where there is one
     #[arg(long, value_name = "NAME", default_value = "auto")]
     pub(crate) device: String,
+}
+
+/// Where random numbers begin.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Machine")]
+pub(crate) struct SeedArgs {
+    /// Seed of everything random: same seed, same losses, on any number of threads
+    #[arg(long, value_name = "N", default_value_t = 1337)]
+    pub(crate) seed: u64,
 }
 
 #[derive(Debug, Args)]
@@ -317,13 +345,8 @@ pub(crate) struct EvalArgs {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Worker threads; 0 takes one for each core
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) threads: usize,
-
-    /// Device: cpu, cuda, cuda:1 for the second GPU, or auto for a GPU where there is one
-    #[arg(long, value_name = "NAME", default_value = "auto")]
-    pub(crate) device: String,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
 }
 
 #[derive(Debug, Args)]
@@ -346,6 +369,9 @@ pub(crate) struct GenerateArgs {
 
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+
+    #[command(flatten)]
+    pub(crate) seed: SeedArgs,
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
@@ -410,6 +436,12 @@ pub(crate) struct PlanArgs {
 
     #[command(flatten)]
     pub(crate) batch: BatchArgs,
+
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+
+    #[command(flatten)]
+    pub(crate) seed: SeedArgs,
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,

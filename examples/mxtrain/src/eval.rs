@@ -7,7 +7,7 @@ use indicatif::HumanCount;
 use mxfp4train::{Dataset, Engine, Model, Recipe, Trainer, TrainerOptions};
 use serde::Serialize;
 
-use crate::cli::{EvalArgs, MachineArgs};
+use crate::cli::EvalArgs;
 use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::machine;
@@ -22,8 +22,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
         Some(tokenizer) => Some(tokenizer),
         None => tokenizer_of(&args.checkpoint)?,
     };
-    let machine = MachineArgs { seed: 0, threads: args.threads, device: args.device.clone() };
-    let (engine, _) = machine::open(&machine)?;
+    let (engine, _) = machine::open(&args.machine, 0)?;
     let mut trainer = load(args, &engine)?;
     let stats = trainer.eval(&data, args.batches)?;
     if !stats.loss.is_finite() {

@@ -13,7 +13,7 @@ use crate::tokenizer::{TextStream, Tokenizer};
 
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
-    let (engine, _) = machine::open(&args.machine)?;
+    let (engine, _) = machine::open(&args.machine, args.seed.seed)?;
     let model = Model::load(&engine, &args.checkpoint)?;
     let vocab_size = model.config().vocab_size;
     let tokenizer = match args.tokenizer {
@@ -36,7 +36,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
         temperature: if args.sampling.greedy { 0.0 } else { args.sampling.temperature },
         top_k: args.sampling.top_k,
         top_p: args.sampling.top_p,
-        seed: args.machine.seed,
+        seed: args.seed.seed,
     };
 
     let mut out = io::stdout().lock();

@@ -10,7 +10,7 @@ use crate::failure::Outcome;
 
 /// Starts an engine. Its warnings go to standard error; the second value is what it says of itself
 /// when it starts, such as its device and kernels.
-pub(crate) fn open(args: &MachineArgs) -> Outcome<(Engine, String)> {
+pub(crate) fn open(args: &MachineArgs, seed: u64) -> Outcome<(Engine, String)> {
     let lines = Arc::new(Mutex::new(Vec::new()));
     let sink = Arc::clone(&lines);
     let log = move |level, line: &str| match level {
@@ -25,7 +25,7 @@ pub(crate) fn open(args: &MachineArgs) -> Outcome<(Engine, String)> {
     let engine = Engine::new(EngineOptions {
         device: args.device.clone(),
         threads: args.threads,
-        seed: args.seed,
+        seed,
         log: Some(Box::new(log)),
         ..EngineOptions::default()
     })?;

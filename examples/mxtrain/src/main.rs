@@ -4,6 +4,7 @@
 //! described in `cli`, failures and exit codes in `failure`.
 
 mod cli;
+mod compare;
 mod config_file;
 mod console;
 mod eval;
@@ -60,6 +61,7 @@ fn run(parsed: &Parsed) -> Outcome<ExitCode> {
         Command::Generate(args) => generate::run(args),
         Command::Info(args) => info::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Compare(args) => compare::run(args),
     }
 }
 
@@ -82,7 +84,7 @@ fn add_files(args: &[OsString], mut parsed: Parsed) -> Outcome<Parsed> {
     {
         if parsed.given("seed")
             && let Some(seed) = run.options.get("seed")
-            && *seed != train.machine.seed.to_string()
+            && *seed != train.seed.seed.to_string()
         {
             return Err(Failure::usage(format!(
                 "--seed: a resumed run keeps what it was started with, {seed}; leave the option out"

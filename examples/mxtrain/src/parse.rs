@@ -47,7 +47,9 @@ pub(crate) fn insert(args: &[OsString], options: &[OsString]) -> Vec<OsString> {
 
 /// The description of the whole command line.
 pub(crate) fn command() -> clap::Command {
-    Cli::command().mut_subcommands(|sub| sub.args_override_self(true))
+    Cli::command().mut_subcommands(|sub| {
+        sub.args_override_self(true).mut_subcommands(|sub| sub.args_override_self(true))
+    })
 }
 
 /// A usage error in one line: what is wrong, and clap's suggestion where it has one.

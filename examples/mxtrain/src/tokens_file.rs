@@ -5,7 +5,7 @@
 //! meets half a file and an interrupted `prepare` leaves an older file whole.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, Outcome};
@@ -79,6 +79,19 @@ impl Drop for TokensFile {
     }
 }
 
+/// Reads `length` tokens from token `first` on of a file that [`TokensFile`] wrote.
+pub(crate) fn read_window(path: &Path, first: u64, length: usize) -> Outcome<Vec<u32>> {
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(HEADER_INTS as u64 * 4 + first * 2))?;
+        let mut bytes = vec![0; length * 2];
+        file.read_exact(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().map_err(Failure::io("read", path))?;
+    Ok(bytes.as_chunks::<2>().0.iter().map(|token| u16::from_le_bytes(*token).into()).collect())
+}
+
 /// Writes a small file under a temporary name, then renames it.
 pub(crate) fn write_whole(path: &Path, contents: &[u8]) -> Outcome {
     let temporary = temporary_name(path);
@@ -127,6 +140,8 @@ mod tests {
         assert!(bytes[12..1024].iter().all(|&b| b == 0));
         assert_eq!(bytes[1024..], [1, 0, 1, 2, 0x50, 0xc4]);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert_eq!(read_window(&path, 1, 2).unwrap(), [513, 50256]);
+        assert!(read_window(&path, 2, 2).is_err());
     }
 
     #[test]

@@ -5,15 +5,13 @@ mod common;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use common::{mxtrain, refuse, run, succeed};
+use common::{interrupt, mxtrain, refuse, run, start, succeed, wait_for};
 
 /// A model that takes a step in about a millisecond.
 const TINY: &str = "--layers 1 --heads 2 --channels 32 --context 32 --batch-size 2 --threads 1";
@@ -290,21 +288,4 @@ fn a_loss_that_is_not_finite_ends_the_run() {
     let last = error.lines().last().unwrap();
     assert!(last.starts_with("mxtrain: ") && last.contains("a lower --lr"), "{error}");
     assert!(info(dir.path(), "model")["training"]["step"].as_u64().unwrap() < 50);
-}
-
-fn start(dir: &Path, command: &mut Command) -> Child {
-    command.current_dir(dir).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-}
-
-fn interrupt(child: &Child) {
-    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
-    kill_process(pid, Signal::INT).unwrap();
-}
-
-fn wait_for(condition: impl Fn() -> bool) {
-    let began = Instant::now();
-    while !condition() {
-        assert!(began.elapsed() < Duration::from_secs(60), "it never came to that");
-        sleep(Duration::from_millis(2));
-    }
 }

@@ -9,9 +9,9 @@ use std::process::{self, ExitCode};
 use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
-use mxfp4train::{Dataset, GenerateOptions, Trainer};
+use mxfp4train::{Dataset, GenerateOptions, StopHandle, Trainer};
 
-pub(crate) use setup::{is_checkpoint, model_config, trainer_options, vocabulary};
+pub(crate) use setup::{Data, Start, is_checkpoint, model_config, trainer_options, vocabulary};
 
 use crate::cli::TrainArgs;
 use crate::console::{self, Progress};
@@ -21,10 +21,9 @@ use crate::parse::Parsed;
 use crate::plan;
 use crate::tokenizer::{TextStream, Tokenizer};
 use log::Log;
-use setup::{Data, Start};
 
 /// What the shell reports for a program that Ctrl-C stopped.
-const INTERRUPTED: u8 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 /// Tokens of a sample on the way.
 const SAMPLE_TOKENS: usize = 200;
 
@@ -35,7 +34,7 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
         return Err(Failure::usage("--sample-every: needs --tokenizer to turn tokens into text"));
     }
     let out = setup::out_folder(args)?;
-    let (engine, about) = machine::open(&args.machine)?;
+    let (engine, about) = machine::open(&args.machine, args.seed.seed)?;
     let start = Start::new(args, parsed, &data, &engine)?;
     let (step, steps) = (start.step(), args.optimizer.steps);
     if step >= steps {
@@ -44,15 +43,16 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
         )));
     }
     let plan = start.plan(&engine)?;
-    console::print(&header(&start, &data, steps, &out.display().to_string(), &about))?;
+    let place = format!("checkpoint  {}\n", out.display());
+    console::print(&(header(&start, &data, steps, &about) + &place))?;
     console::print(&plan::table(&plan))?;
 
     let run_file = setup::run_file(args, &data);
     let mut run = Run {
         log: None,
         steps,
-        eval_every: args.report.eval_every.unwrap_or(steps / 10),
-        eval_batches: args.report.eval_batches,
+        eval_every: args.report.measure.eval_every.unwrap_or(steps / 10),
+        eval_batches: args.report.measure.eval_batches,
         save_every: args.start.save_every.unwrap_or(steps / 10),
         sample_every: args.report.sample_every,
         sample_prompt: args.report.sample_prompt.clone(),
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
     run.log = (args.report.log.as_deref())
         .map(|path| Log::open(path, args.start.resume.is_some()))
         .transpose()?;
-    stop_on_ctrl_c(&run.trainer)?;
+    stop_on_ctrl_c(run.trainer.stop_handle(), "unsaved")?;
     let result = run.train();
     run.progress.finish();
     result
@@ -215,21 +215,23 @@ impl Run {
     }
 }
 
-/// The first Ctrl-C asks the trainer to stop at the next step boundary, the second ends the program.
-fn stop_on_ctrl_c(trainer: &Trainer) -> Outcome {
-    let stop = trainer.stop_handle();
+/// The first Ctrl-C asks for a stop at the next step boundary, the second ends the program, with the
+/// `loss` that the first one tells of.
+pub(crate) fn stop_on_ctrl_c(stop: StopHandle, loss: &'static str) -> Outcome {
     ctrlc::set_handler(move || {
         if stop.is_requested() {
             process::exit(i32::from(INTERRUPTED));
         }
         stop.request_stop();
-        console::note("mxtrain: stopping after this step; Ctrl-C again ends at once, unsaved");
+        console::note(&format!(
+            "mxtrain: stopping after this step; Ctrl-C again ends at once, {loss}"
+        ));
     })
     .map_err(|e| Failure::runtime(format!("cannot listen to Ctrl-C: {e}")))
 }
 
 /// What is about to run.
-fn header(start: &Start, data: &Data, steps: u64, out: &str, about: &str) -> String {
+pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> String {
     let (config, options) = (start.config(), start.options());
     let sequence = match options.sequence_length {
         0 => config.context_length,
@@ -251,8 +253,7 @@ fn header(start: &Start, data: &Data, steps: u64, out: &str, about: &str) -> Str
          data        {}: {} tokens, {} for validation{tokenizer}, vocabulary {}\n\
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
          step        {} x {} x {sequence} = {} tokens, recipe {}\n\
-         run         {} steps, {} tokens, {passes:.2} passes over the data; {} schedule, lr {}\n\
-         checkpoint  {out}\n",
+         run         {} steps, {} tokens, {passes:.2} passes over the data; {} schedule, lr {}\n",
         data.name,
         HumanCount(train_tokens),
         HumanCount(data.val.as_ref().map_or(0, Dataset::token_count)),

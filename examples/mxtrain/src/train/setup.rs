@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mxfp4train::{
-    AdamW, Dataset, Engine, Model, ModelConfig, Plan, Schedule, Trainer, TrainerOptions,
+    AdamW, Dataset, Engine, Model, ModelConfig, Plan, Recipe, Schedule, Trainer, TrainerOptions,
 };
 
 use crate::cli::{BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TrainArgs};
@@ -97,13 +97,14 @@ pub(crate) fn vocabulary(given: Option<usize>, of_data: Option<usize>) -> Outcom
 /// The library's training options for a new run; whatever is not known of it stays at its default.
 pub(crate) fn trainer_options(
     batch: &BatchArgs,
+    recipe: &Recipe,
     optimizer: Option<&OptimizerArgs>,
 ) -> Outcome<TrainerOptions> {
     let mut options = TrainerOptions {
         batch_size: batch.batch_size,
         sequence_length: batch.sequence_length.unwrap_or(0),
         accumulation: batch.accumulation,
-        recipe: batch.recipe.clone(),
+        recipe: recipe.clone(),
         recompute: batch.recompute,
         ..TrainerOptions::default()
     };
@@ -145,6 +146,7 @@ impl Start {
         data: &Data,
         engine: &Engine,
     ) -> Outcome<Self> {
+        let recipe = &args.recipe.recipe;
         let start = match (&args.start.resume, &args.start.init_from) {
             (Some(_), Some(_)) => {
                 return Err(Failure::usage("--resume and --init-from exclude each other"));
@@ -152,10 +154,10 @@ impl Start {
             (None, None) => {
                 let vocab_size = vocabulary(args.data.vocab_size, data.vocab_size)?;
                 let config = model_config(&args.model, vocab_size)?;
-                Self::New(config, trainer_options(&args.batch, Some(&args.optimizer))?)
+                Self::New(config, trainer_options(&args.batch, recipe, Some(&args.optimizer))?)
             }
             (None, Some(dir)) => {
-                let options = trainer_options(&args.batch, Some(&args.optimizer))?;
+                let options = trainer_options(&args.batch, recipe, Some(&args.optimizer))?;
                 let model = Model::load(engine, dir)?;
                 require_shape(args, parsed, model.config(), "--init-from")?;
                 Self::Weights(model, options)
@@ -244,9 +246,9 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     let mut options = BTreeMap::from(
         [
             ("steps", args.optimizer.steps),
-            ("eval-batches", args.report.eval_batches as u64),
+            ("eval-batches", args.report.measure.eval_batches as u64),
             ("sample-every", args.report.sample_every),
-            ("seed", args.machine.seed),
+            ("seed", args.seed.seed),
         ]
         .map(|(name, value)| (name.to_owned(), value.to_string())),
     );
@@ -261,7 +263,7 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     keep("val", args.data.val.as_deref().and_then(|glob| path(Path::new(glob))));
     keep("vocab-size", args.data.vocab_size.map(|n| n.to_string()));
     keep("tokenizer", args.data.tokenizer.map(|t| t.to_string()));
-    keep("eval-every", args.report.eval_every.map(|n| n.to_string()));
+    keep("eval-every", args.report.measure.eval_every.map(|n| n.to_string()));
     keep("save-every", args.start.save_every.map(|n| n.to_string()));
     keep("sample-prompt", Some(args.report.sample_prompt.clone()));
     keep("log", args.report.log.as_deref().and_then(path));
@@ -308,7 +310,7 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("batch-size", differs(&batch.batch_size, &kept.batch_size)),
         ("sequence-length", differs_from(&batch.sequence_length, &kept.sequence_length)),
         ("accumulation", differs(&batch.accumulation, &kept.accumulation)),
-        ("recipe", differs(&batch.recipe, &kept.recipe)),
+        ("recipe", differs(&args.recipe.recipe, &kept.recipe)),
         ("recompute", differs(&batch.recompute, &kept.recompute)),
         ("lr", differs(&opt.lr, &schedule.lr)),
         ("min-lr", differs_from(&opt.min_lr, &schedule.min_lr)),
@@ -348,18 +350,22 @@ mod tests {
     #[test]
     fn defaults_follow_from_what_is_given() {
         let (args, _) = train("--steps 1000 --lr 2e-3");
-        let schedule = trainer_options(&args.batch, Some(&args.optimizer)).unwrap().schedule;
+        let schedule = trainer_options(&args.batch, &args.recipe.recipe, Some(&args.optimizer))
+            .unwrap()
+            .schedule;
         assert_eq!((schedule.min_lr, schedule.warmup_steps), (2e-3 / 10.0, 20));
         assert_eq!((schedule.total_steps, schedule.decay_steps), (1000, 200));
         let (args, _) = train("--steps 10 --warmup 20");
-        let failure = trainer_options(&args.batch, Some(&args.optimizer)).unwrap_err();
+        let failure =
+            trainer_options(&args.batch, &args.recipe.recipe, Some(&args.optimizer)).unwrap_err();
         assert!(failure.message.starts_with("--steps: "), "{}", failure.message);
     }
 
     #[test]
     fn a_resumed_run_refuses_other_settings_and_takes_the_same() {
         let (args, _) = train("--lr 1e-3 --steps 100");
-        let kept = trainer_options(&args.batch, Some(&args.optimizer)).unwrap();
+        let kept =
+            trainer_options(&args.batch, &args.recipe.recipe, Some(&args.optimizer)).unwrap();
         let check = |line| {
             let (args, parsed) = train(line);
             require_settings(&args, &parsed, &kept).map_err(|f| f.message)

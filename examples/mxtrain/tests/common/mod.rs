@@ -4,7 +4,11 @@
 
 use std::ffi::OsStr;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 /// The built program.
 pub fn mxtrain() -> Command {
@@ -55,4 +59,24 @@ pub fn tokens(path: &Path) -> Vec<u16> {
     assert!(bytes[12..1024].iter().all(|&b| b == 0));
     assert_eq!(bytes.len(), 1024 + 2 * tokens.len());
     tokens
+}
+
+/// Starts a command in `dir` without waiting for it.
+pub fn start(dir: &Path, command: &mut Command) -> Child {
+    command.current_dir(dir).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Sends Ctrl-C.
+pub fn interrupt(child: &Child) {
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+    kill_process(pid, Signal::INT).unwrap();
+}
+
+/// Waits for what a started program brings about.
+pub fn wait_for(condition: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !condition() {
+        assert!(began.elapsed() < Duration::from_secs(60), "it never came to that");
+        sleep(Duration::from_millis(2));
+    }
 }

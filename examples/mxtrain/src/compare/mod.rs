@@ -1,0 +1,29 @@
+//! `mxtrain compare`: what each recipe costs in loss, measured.
+//!
+//! Every sub-command but `report` writes JSON records that say how they came about; `report` makes
+//! tables and plots from any number of them.
+
+mod cli;
+mod gradients;
+mod moments;
+mod record;
+mod report;
+mod train;
+mod variance;
+
+use std::process::ExitCode;
+
+pub(crate) use cli::CompareArgs;
+
+use crate::failure::Outcome;
+use cli::CompareCommand;
+
+/// Runs the command.
+pub(crate) fn run(args: &CompareArgs) -> Outcome<ExitCode> {
+    match &args.command {
+        CompareCommand::Train(args) => train::run(args),
+        CompareCommand::Gradients(args) => gradients::run(args),
+        CompareCommand::Variance(args) => variance::run(args),
+        CompareCommand::Report(args) => report::run(args),
+    }
+}

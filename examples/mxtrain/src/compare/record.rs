@@ -1,0 +1,326 @@
+//! The records: JSON files that hold a result and everything needed to get it again.
+//!
+//! Each has a `kind` and a `version`, which change when its layout does.
+
+use std::env;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+use std::time::SystemTime;
+
+use mxfp4train::{Dataset, ModelConfig, TrainerOptions};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::failure::{Failure, Outcome};
+use crate::tokenizer::Tokenizer;
+use crate::tokens_file::write_whole;
+use crate::train::Data;
+
+/// What a record of a kind holds besides `kind`, `version` and `origin`.
+pub(crate) trait Record: Serialize + DeserializeOwned {
+    const KIND: &'static str;
+    const VERSION: u32;
+}
+
+/// A record as its file has it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Recorded<R> {
+    kind: String,
+    version: u32,
+    pub(crate) origin: Origin,
+    #[serde(flatten)]
+    pub(crate) record: R,
+}
+
+/// Where a record comes from.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Origin {
+    /// Version of mxtrain.
+    pub(crate) program: String,
+    /// Commit that it was built from; "unknown" where the build had none.
+    pub(crate) commit: String,
+    /// Device and kernels, as the library describes them.
+    pub(crate) machine: String,
+    /// When the record was written, in UTC.
+    pub(crate) date: String,
+    /// The command; absolute paths are cut to their last part.
+    pub(crate) command: Vec<String>,
+}
+
+impl Origin {
+    /// The present program on a machine that says `about` of itself.
+    pub(crate) fn here(about: &str) -> Self {
+        Self {
+            program: format!("mxtrain {}", env!("CARGO_PKG_VERSION")),
+            commit: option_env!("MXTRAIN_COMMIT").unwrap_or("unknown").into(),
+            // Why "auto" did not take a GPU stands before.
+            machine: about.rsplit("; ").next().unwrap_or_default().into(),
+            date: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+            command: env::args().map(|word| without_folder(&word)).collect(),
+        }
+    }
+}
+
+/// A word of a command without the folders that only this machine has.
+fn without_folder(word: &str) -> String {
+    let (option, value) = match word.split_once('=') {
+        Some((option, value)) if option.starts_with("--") => (format!("{option}="), value),
+        _ => (String::new(), word),
+    };
+    let path = Path::new(value);
+    match path.file_name() {
+        Some(name) if path.is_absolute() => option + &name.to_string_lossy(),
+        _ => word.to_owned(),
+    }
+}
+
+/// Writes a record.
+pub(crate) fn write<R: Record>(path: &Path, origin: Origin, record: R) -> Outcome {
+    let whole = Recorded { kind: R::KIND.into(), version: R::VERSION, origin, record };
+    let mut text = serde_json::to_string_pretty(&whole).expect("plain data becomes JSON");
+    text.push('\n');
+    write_whole(path, text.as_bytes())
+}
+
+/// Reads a record; `None` where there is no file.
+pub(crate) fn read<R: Record>(path: &Path) -> Outcome<Option<Recorded<R>>> {
+    match fs::read_to_string(path) {
+        Ok(text) => parse(path, &text).map(Some),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Failure::io("read", path)(e)),
+    }
+}
+
+/// The record in the text of a file.
+pub(crate) fn parse<R: Record>(path: &Path, text: &str) -> Outcome<Recorded<R>> {
+    let (kind, version) = kind_of(path, text)?;
+    if kind != R::KIND || version != u64::from(R::VERSION) {
+        return Err(Failure::usage(format!(
+            "{}: expected a record of kind {:?}, version {}; got {kind:?}, version {version}; it was \
+             written by another mxtrain: move it away",
+            path.display(),
+            R::KIND,
+            R::VERSION,
+        )));
+    }
+    serde_json::from_str(text).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
+}
+
+/// Kind and version that the text of a file says it has.
+pub(crate) fn kind_of(path: &Path, text: &str) -> Outcome<(String, u64)> {
+    #[derive(Deserialize)]
+    struct Kind {
+        kind: String,
+        version: u64,
+    }
+    let kind: Kind = serde_json::from_str(text).map_err(|e| {
+        Failure::usage(format!("{}: no record of `mxtrain compare`: {e}", path.display()))
+    })?;
+    Ok((kind.kind, kind.version))
+}
+
+/// The data of a run, so that equal data can be told from other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct DataRecord {
+    /// Last part of the folder's or the pattern's name; two names may stand for the same data.
+    pub(crate) name: String,
+    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) train: TokensRecord,
+    pub(crate) validation: Option<TokensRecord>,
+}
+
+/// The files of a dataset.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TokensRecord {
+    pub(crate) tokens: u64,
+    /// CRC-32 of the bytes of its files, one after the other.
+    pub(crate) crc32: String,
+}
+
+impl DataRecord {
+    /// Reads all files.
+    pub(crate) fn of(data: &Data) -> Outcome<Self> {
+        let name = Path::new(&data.name).file_name().unwrap_or_default();
+        Ok(Self {
+            name: name.to_string_lossy().into_owned(),
+            tokenizer: data.tokenizer,
+            train: TokensRecord::of(&data.train)?,
+            validation: data.val.as_ref().map(TokensRecord::of).transpose()?,
+        })
+    }
+}
+
+impl TokensRecord {
+    fn of(data: &Dataset) -> Outcome<Self> {
+        struct Crc(crc32fast::Hasher);
+        impl io::Write for Crc {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.update(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let mut crc = Crc(crc32fast::Hasher::new());
+        for file in data.files() {
+            File::open(&file.path)
+                .and_then(|mut open| io::copy(&mut open, &mut crc))
+                .map_err(Failure::io("read", &file.path))?;
+        }
+        Ok(Self { tokens: data.token_count(), crc32: format!("{:08x}", crc.0.finalize()) })
+    }
+}
+
+/// Everything that the losses of a run depend on, under the names of the options.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    pub(crate) recipe: String,
+    pub(crate) seed: u64,
+    pub(crate) layers: usize,
+    pub(crate) heads: usize,
+    pub(crate) channels: usize,
+    pub(crate) context: usize,
+    pub(crate) vocab_size: usize,
+    pub(crate) batch_size: usize,
+    pub(crate) sequence_length: usize,
+    pub(crate) accumulation: usize,
+    pub(crate) recompute: String,
+    pub(crate) steps: u64,
+    pub(crate) lr: f32,
+    pub(crate) min_lr: f32,
+    pub(crate) warmup: u64,
+    pub(crate) schedule: String,
+    pub(crate) decay_steps: u64,
+    pub(crate) weight_decay: f32,
+    pub(crate) beta1: f32,
+    pub(crate) beta2: f32,
+    pub(crate) epsilon: f32,
+    pub(crate) clip: f32,
+    pub(crate) eval_every: u64,
+    pub(crate) eval_batches: usize,
+    pub(crate) data: DataRecord,
+}
+
+impl Settings {
+    /// The settings of a run; `eval_every` is the number of steps between two measurements.
+    pub(crate) fn new(
+        seed: u64,
+        config: &ModelConfig,
+        options: &TrainerOptions,
+        eval_every: u64,
+        eval_batches: usize,
+        data: &DataRecord,
+    ) -> Self {
+        let (schedule, optimizer) = (&options.schedule, &options.optimizer);
+        Self {
+            recipe: options.recipe.to_string(),
+            seed,
+            layers: config.layers,
+            heads: config.heads,
+            channels: config.channels,
+            context: config.context_length,
+            vocab_size: config.vocab_size,
+            batch_size: options.batch_size,
+            sequence_length: match options.sequence_length {
+                0 => config.context_length,
+                length => length,
+            },
+            accumulation: options.accumulation,
+            recompute: options.recompute.to_string(),
+            steps: schedule.total_steps,
+            lr: schedule.lr,
+            min_lr: schedule.min_lr,
+            warmup: schedule.warmup_steps,
+            schedule: schedule.kind.to_string(),
+            decay_steps: schedule.decay_steps,
+            weight_decay: optimizer.weight_decay,
+            beta1: optimizer.beta1,
+            beta2: optimizer.beta2,
+            epsilon: optimizer.epsilon,
+            clip: optimizer.clip,
+            eval_every,
+            eval_batches,
+            data: data.clone(),
+        }
+    }
+
+    /// Tokens of an optimizer step.
+    pub(crate) fn step_tokens(&self) -> u64 {
+        (self.batch_size * self.sequence_length * self.accumulation) as u64
+    }
+
+    /// What must be equal for two runs to be the same, by name. Not the name of the data, nor what is
+    /// computed again to save memory, which changes no result.
+    pub(crate) fn compared(&self) -> Map<String, Value> {
+        // By way of the text, in which an f32 has the digits that were given for it.
+        let text = serde_json::to_string(self).expect("plain data becomes JSON");
+        let mut all: Map<String, Value> = serde_json::from_str(&text).expect("it was just written");
+        all.remove("recompute");
+        if let Some(data) = all["data"].as_object_mut() {
+            data.remove("name");
+        }
+        all
+    }
+
+    /// The first setting that differs: its option, the value here and the value there.
+    pub(crate) fn difference(&self, other: &Self) -> Option<(String, String, String)> {
+        let (ours, theirs) = (self.compared(), other.compared());
+        ours.iter().find(|(name, value)| theirs[*name] != **value).map(|(name, value)| {
+            (format!("--{}", name.replace('_', "-")), value.to_string(), theirs[name].to_string())
+        })
+    }
+}
+
+/// A point of a run's curves.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Point {
+    pub(crate) step: u64,
+    pub(crate) tokens: u64,
+    /// Mean over the steps since the last point, in nats a token.
+    pub(crate) train_loss: f64,
+    /// In nats a token.
+    pub(crate) validation_loss: f64,
+    /// Mean norm of the gradient, before clipping, over the same steps.
+    pub(crate) grad_norm: f64,
+}
+
+/// One training run.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Run {
+    pub(crate) settings: Settings,
+    pub(crate) curve: Vec<Point>,
+    /// Mean over the last twentieth of the steps; none where the run diverged.
+    pub(crate) train_loss: Option<f64>,
+    /// After the last step.
+    pub(crate) validation_loss: Option<f64>,
+    /// Why the run ended before its last step: a loss or a gradient that is not finite.
+    pub(crate) diverged: Option<String>,
+    /// Blocks of MXFP4 operands whose scale was raised, of all that were quantized.
+    pub(crate) raised_blocks: u64,
+    pub(crate) quantized_blocks: u64,
+    /// Median of the steps.
+    pub(crate) tokens_per_second: f64,
+    /// Wall-clock duration of the run, measurements included.
+    pub(crate) seconds: f64,
+}
+
+impl Record for Run {
+    const KIND: &'static str = "run";
+    const VERSION: u32 = 1;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_this_machine_stay_here() {
+        assert_eq!(without_folder("/home/me/data"), "data");
+        assert_eq!(without_folder("--data=/home/me/data"), "--data=data");
+        assert_eq!(without_folder("mxfp4-rht-sr,g=128"), "mxfp4-rht-sr,g=128");
+        assert_eq!(without_folder("runs/a"), "runs/a");
+    }
+}

@@ -1,0 +1,348 @@
+//! Runs that can be compared, and what they say about each recipe.
+
+use std::collections::BTreeMap;
+
+use mxfp4train::Recipe;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::plot::Line;
+use super::table::Table;
+use crate::compare::record::{Recorded, Run, Settings};
+use crate::console;
+use crate::failure::{Failure, Outcome};
+
+/// What every recipe is compared with.
+pub(crate) const BASE: &str = "bf16";
+/// Curves are drawn from this part of a run on: before it, all losses fall from the same height.
+const SHOWN_FROM: f64 = 0.1;
+
+/// Runs that differ by recipe and seed alone.
+pub(crate) struct Group {
+    runs: Vec<Recorded<Run>>,
+}
+
+/// What the runs of a recipe say.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    pub(crate) recipe: String,
+    /// Seeds of the runs that came to their end.
+    pub(crate) seeds: Vec<u64>,
+    /// Seeds and reasons of the others.
+    pub(crate) diverged: Vec<(u64, String)>,
+    pub(crate) train_loss: Option<Spread>,
+    pub(crate) validation_loss: Option<Spread>,
+    /// Validation loss less that of bf16 with the same seed.
+    pub(crate) difference: Option<Spread>,
+    /// The same in percent of bf16's loss.
+    pub(crate) difference_percent: Option<Spread>,
+    /// Median over the runs.
+    pub(crate) tokens_per_second: f64,
+    pub(crate) raised_blocks: u64,
+    pub(crate) quantized_blocks: u64,
+}
+
+/// Mean and sample standard deviation.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Spread {
+    pub(crate) count: usize,
+    pub(crate) mean: f64,
+    /// None for a single value.
+    pub(crate) deviation: Option<f64>,
+}
+
+impl Spread {
+    /// None where there are no values.
+    pub(crate) fn of(values: &[f64]) -> Option<Self> {
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let squares = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>();
+        let deviation = (values.len() > 1).then(|| (squares / (n - 1.0)).sqrt());
+        (!values.is_empty()).then_some(Self { count: values.len(), mean, deviation })
+    }
+}
+
+/// Sorts runs into groups, the longest runs of the largest models last.
+pub(crate) fn groups(runs: Vec<Recorded<Run>>) -> Outcome<Vec<Group>> {
+    let mut groups: BTreeMap<(u64, u64, String), Vec<Recorded<Run>>> = BTreeMap::new();
+    for run in runs {
+        let s = &run.record.settings;
+        let size = (s.layers * s.channels * s.channels) as u64;
+        let key = Value::Object(without_run(s.compared())).to_string();
+        groups.entry((size, s.steps * s.step_tokens(), key)).or_default().push(run);
+    }
+    for runs in groups.values_mut() {
+        runs.sort_by_key(|run| {
+            let s = &run.record.settings;
+            (order(&s.recipe), s.recipe.clone(), s.seed)
+        });
+        for pair in runs.windows(2) {
+            let [a, b] = [&pair[0], &pair[1]].map(|run| &run.record.settings);
+            if (&a.recipe, a.seed) == (&b.recipe, b.seed) {
+                return Err(Failure::usage(format!(
+                    "{} with seed {} is there twice with the same settings; name each record once",
+                    a.recipe, a.seed
+                )));
+            }
+        }
+    }
+    Ok(groups.into_values().map(|runs| Group { runs }).collect())
+}
+
+fn without_run(mut settings: Map<String, Value>) -> Map<String, Value> {
+    settings.retain(|name, _| !["recipe", "seed"].contains(&name.as_str()));
+    settings
+}
+
+/// The place of a recipe in tables: by name, switches after.
+pub(crate) fn order(recipe: &str) -> usize {
+    let name = recipe.split(',').next().unwrap_or_default();
+    Recipe::NAMES.iter().position(|known| *known == name).unwrap_or(Recipe::NAMES.len())
+}
+
+impl Group {
+    /// Settings of its runs, with the recipe and the seed of one of them.
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.runs[0].record.settings
+    }
+
+    /// Settings without recipe and seed.
+    pub(crate) fn shared_settings(&self) -> Map<String, Value> {
+        without_run(self.settings().compared())
+    }
+
+    /// What distinguishes the group, in a line.
+    pub(crate) fn title(&self) -> String {
+        let s = self.settings();
+        format!(
+            "{} layers x {} channels x {} heads, sequences of {}, {} tokens in {} steps",
+            s.layers,
+            s.channels,
+            s.heads,
+            s.sequence_length,
+            console::scaled(s.steps * s.step_tokens()),
+            s.steps,
+        )
+    }
+
+    /// How the runs were made, in lines.
+    pub(crate) fn about(&self) -> Vec<String> {
+        let s = self.settings();
+        let tokenizer = s.data.tokenizer.map_or_else(String::new, |t| format!(", tokenizer {t}"));
+        let mut lines = vec![
+            format!(
+                "data {}: {} training tokens{tokenizer}, vocabulary {}, CRC-32 {}",
+                s.data.name, s.data.train.tokens, s.vocab_size, s.data.train.crc32
+            ),
+            format!(
+                "step of {} x {} x {} = {} tokens; {} schedule, lr {} to {}, warm-up {} steps",
+                s.accumulation,
+                s.batch_size,
+                s.sequence_length,
+                s.step_tokens(),
+                s.schedule,
+                console::short(s.lr),
+                console::short(s.min_lr),
+                s.warmup
+            ),
+            format!(
+                "AdamW: beta {}, {}, weight decay {}, clip {}; measured every {} steps on {}",
+                s.beta1,
+                s.beta2,
+                s.weight_decay,
+                s.clip,
+                s.eval_every,
+                match s.eval_batches {
+                    0 => "all validation data".into(),
+                    n => format!("{n} batches"),
+                }
+            ),
+        ];
+        let mut each = |what: &str, of: fn(&Recorded<Run>) -> String| {
+            let mut all: Vec<_> = self.runs.iter().map(of).collect();
+            all.sort();
+            all.dedup();
+            lines.push(format!("{what}: {}", all.join("; ")));
+        };
+        each("machine", |run| run.origin.machine.clone());
+        each("program", |run| format!("{}, commit {}", run.origin.program, run.origin.commit));
+        lines
+    }
+
+    /// A row for each recipe.
+    pub(crate) fn rows(&self) -> Vec<Row> {
+        self.recipes().into_iter().map(|recipe| self.row(recipe)).collect()
+    }
+
+    fn recipes(&self) -> Vec<&str> {
+        let mut all: Vec<_> =
+            self.runs.iter().map(|run| run.record.settings.recipe.as_str()).collect();
+        all.dedup();
+        all
+    }
+
+    fn of<'a>(&'a self, recipe: &'a str) -> impl Iterator<Item = &'a Run> {
+        self.runs.iter().map(|run| &run.record).filter(move |run| run.settings.recipe == recipe)
+    }
+
+    fn row(&self, recipe: &str) -> Row {
+        let runs: Vec<&Run> = self.of(recipe).collect();
+        let finished: Vec<&Run> = runs.iter().copied().filter(|r| r.diverged.is_none()).collect();
+        let spread = |of: fn(&Run) -> Option<f64>| {
+            Spread::of(&finished.iter().filter_map(|run| of(run)).collect::<Vec<_>>())
+        };
+        let pairs: Vec<(f64, f64)> = finished
+            .iter()
+            .filter_map(|run| {
+                let base = self.of(BASE).find(|base| base.settings.seed == run.settings.seed)?;
+                Some((run.validation_loss?, base.validation_loss?))
+            })
+            .collect();
+        let difference = |of: fn(&(f64, f64)) -> f64| {
+            Spread::of(&pairs.iter().filter(|_| recipe != BASE).map(of).collect::<Vec<_>>())
+        };
+        let mut speeds: Vec<f64> = runs.iter().map(|run| run.tokens_per_second).collect();
+        speeds.sort_by(f64::total_cmp);
+        Row {
+            recipe: recipe.into(),
+            seeds: finished.iter().map(|run| run.settings.seed).collect(),
+            diverged: (runs.iter())
+                .filter_map(|run| Some((run.settings.seed, run.diverged.clone()?)))
+                .collect(),
+            train_loss: spread(|run| run.train_loss),
+            validation_loss: spread(|run| run.validation_loss),
+            difference: difference(|(loss, base)| loss - base),
+            difference_percent: difference(|(loss, base)| 100.0 * (loss / base - 1.0)),
+            tokens_per_second: speeds[speeds.len() / 2],
+            raised_blocks: runs.iter().map(|run| run.raised_blocks).sum(),
+            quantized_blocks: runs.iter().map(|run| run.quantized_blocks).sum(),
+        }
+    }
+
+    /// The table of its rows.
+    pub(crate) fn table(rows: &[Row]) -> Table {
+        let mut table = Table::new(
+            1,
+            [
+                "recipe",
+                "seeds",
+                "train loss",
+                "validation loss",
+                "less bf16",
+                "in percent",
+                "tokens/s",
+                "raised blocks",
+            ],
+        );
+        for row in rows {
+            let seeds = match row.diverged.len() {
+                0 => row.seeds.len().to_string(),
+                n => format!("{} ({n} diverged)", row.seeds.len()),
+            };
+            let share = 100.0 * row.raised_blocks as f64 / row.quantized_blocks.max(1) as f64;
+            table.row([
+                row.recipe.clone(),
+                seeds,
+                words(row.train_loss, row.seeds.len(), false, 4),
+                words(row.validation_loss, row.seeds.len(), false, 4),
+                words(row.difference, row.seeds.len(), true, 4),
+                words(row.difference_percent, row.seeds.len(), true, 2),
+                indicatif::HumanCount(row.tokens_per_second as u64).to_string(),
+                match (row.quantized_blocks, row.raised_blocks) {
+                    (0, _) => "-".into(),
+                    (_, 0) => "0".into(),
+                    (_, raised) => format!("{raised} ({share:.2e} %)"),
+                },
+            ]);
+        }
+        table
+    }
+
+    /// The validation loss by tokens, a line for each recipe: the mean over its seeds.
+    pub(crate) fn losses(&self) -> Vec<Line> {
+        self.lines(at)
+    }
+
+    /// The difference from bf16 with the same seed by tokens; its spread over seeds as error bars.
+    pub(crate) fn differences(&self) -> Vec<Line> {
+        self.lines(|run, step| {
+            let base = self.of(BASE).find(|base| base.settings.seed == run.settings.seed)?;
+            Some(at(run, step)? - at(base, step)?)
+        })
+    }
+
+    /// Tokens that the axis of tokens counts in, and its name.
+    fn unit(&self) -> (f64, &'static str) {
+        let s = self.settings();
+        match s.steps * s.step_tokens() {
+            10_000_000_000.. => (1e9, "tokens (billions)"),
+            1_000_000.. => (1e6, "tokens (millions)"),
+            _ => (1e3, "tokens (thousands)"),
+        }
+    }
+
+    /// What the plots' axis of tokens is called.
+    pub(crate) fn tokens(&self) -> &'static str {
+        self.unit().1
+    }
+
+    fn lines(&self, value: impl Fn(&Run, u64) -> Option<f64>) -> Vec<Line> {
+        let s = self.settings();
+        let lines = self.recipes().into_iter().enumerate().map(|(look, recipe)| {
+            let mut steps: Vec<u64> =
+                self.of(recipe).flat_map(|run| run.curve.iter().map(|point| point.step)).collect();
+            steps.sort_unstable();
+            steps.dedup();
+            let from = (SHOWN_FROM * s.steps as f64) as u64;
+            let points = steps.into_iter().filter(|step| *step >= from).filter_map(|step| {
+                let values: Vec<f64> = self.of(recipe).filter_map(|run| value(run, step)).collect();
+                let spread = Spread::of(&values)?;
+                let tokens = (step * s.step_tokens()) as f64 / self.unit().0;
+                Some((tokens, spread.mean, spread.deviation.unwrap_or(0.0)))
+            });
+            Line { name: recipe.into(), points: points.collect(), look }
+        });
+        lines.filter(|line| !line.points.is_empty()).collect()
+    }
+}
+
+/// The validation loss of a run after a step.
+fn at(run: &Run, step: u64) -> Option<f64> {
+    run.curve.iter().find(|point| point.step == step).map(|point| point.validation_loss)
+}
+
+/// A mean and its spread, and how many seeds it is of where that is not all `seeds`.
+fn words(spread: Option<Spread>, seeds: usize, signed: bool, digits: usize) -> String {
+    let Some(Spread { count, mean, deviation }) = spread else { return "-".into() };
+    let mut text = if signed { format!("{mean:+.digits$}") } else { format!("{mean:.digits$}") };
+    if let Some(deviation) = deviation {
+        text.push_str(&format!(" +- {deviation:.digits$}"));
+    }
+    if count < seeds {
+        text.push_str(&format!(" ({count} seeds)"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spreads_are_sample_deviations() {
+        assert_eq!(Spread::of(&[]), None);
+        let one = Spread { count: 1, mean: 3.0, deviation: None };
+        assert_eq!(Spread::of(&[3.0]), Some(one));
+        let three = Spread { count: 3, mean: 2.0, deviation: Some(1.0) };
+        assert_eq!(Spread::of(&[1.0, 2.0, 3.0]), Some(three));
+        assert_eq!(words(Some(three), 3, true, 2), "+2.00 +- 1.00");
+        assert_eq!(words(Some(one), 2, false, 1), "3.0 (1 seeds)");
+        assert_eq!(words(None, 2, false, 1), "-");
+    }
+
+    #[test]
+    fn recipes_stand_in_the_order_of_the_library() {
+        assert!(order("bf16") < order("mxfp4") && order("mxfp4") < order("mxfp4-rht-sr,g=128"));
+        assert_eq!(order("mxfp4-rht-sr"), order("mxfp4-rht-sr,g=128"));
+    }
+}

@@ -1,0 +1,336 @@
+//! `mxtrain compare train`: one run for every seed and recipe, each with a record of its own.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use indicatif::HumanCount;
+use mxfp4train::recipe::{Backward, LinearRecipe};
+use mxfp4train::{
+    Error, EvalStats, ModelConfig, Recipe, StepStats, StopHandle, Trainer, TrainerOptions,
+};
+
+use super::cli::CompareTrainArgs;
+use super::record::{self, DataRecord, Origin, Point, Run, Settings};
+use crate::console::{self, Progress};
+use crate::failure::{Failure, Outcome};
+use crate::machine;
+use crate::train::{
+    Data, INTERRUPTED, Start, header, model_config, stop_on_ctrl_c, trainer_options, vocabulary,
+};
+
+/// Runs the command.
+pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
+    let data = Data::open(&args.data)?;
+    if data.val.is_none() {
+        return Err(Failure::usage(format!(
+            "{}: has no validation text, and the validation loss is what is compared; prepare it with \
+             --val-fraction, or name token files with --val",
+            data.name
+        )));
+    }
+    let config = model_config(&args.model, vocabulary(args.data.vocab_size, data.vocab_size)?)?;
+    fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
+    // Every record is looked at before the first run: a mistake should not show after hours.
+    let planned = plan(args, &config, &data)?;
+    let stop = StopHandle::default();
+    stop_on_ctrl_c(stop.clone(), "and the run begins anew the next time")?;
+    let count = planned.len();
+    for (index, planned) in planned.into_iter().enumerate() {
+        let Settings { recipe, seed, .. } = &planned.settings;
+        let name = format!("run {} of {count}: {recipe}, seed {seed}", index + 1);
+        if planned.is_done {
+            console::print(&format!("{name}: is there, {}\n", planned.path.display()))?;
+            continue;
+        }
+        console::print(&format!("{name}\n"))?;
+        if !planned.run(&config, &data, &args.machine, &stop)? {
+            console::print(
+                "stopped; the same command goes on with this run, from its beginning\n",
+            )?;
+            return Ok(ExitCode::from(INTERRUPTED));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A run that is to be.
+struct Planned {
+    path: PathBuf,
+    settings: Settings,
+    options: TrainerOptions,
+    /// Steps after which the model is saved, and where.
+    saves: Vec<(u64, PathBuf)>,
+    is_done: bool,
+}
+
+/// All runs of this part of the comparison, seed by seed. What is there must be what would be made.
+fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<Vec<Planned>> {
+    let recipes = match args.recipes.as_slice() {
+        [] => Recipe::NAMES[1..].iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
+        given => given.to_vec(),
+    };
+    let record = DataRecord::of(data)?;
+    let steps = args.optimizer.steps;
+    let eval_every = match args.measure.eval_every.unwrap_or(steps / 10) {
+        0 => steps,
+        every => every,
+    };
+    let mut planned: Vec<Planned> = Vec::new();
+    for (&seed, recipe) in args.seeds.iter().flat_map(|seed| recipes.iter().map(move |r| (seed, r)))
+    {
+        let options = trainer_options(&args.batch, recipe, Some(&args.optimizer))?;
+        let eval_batches = args.measure.eval_batches;
+        let settings = Settings::new(seed, config, &options, eval_every, eval_batches, &record);
+        let name = format!("{recipe}-seed{seed}");
+        let path = args.out.join(format!("{name}.json"));
+        if planned.iter().any(|other| other.path == path) {
+            return Err(Failure::usage(format!(
+                "{recipe} with seed {seed} comes twice; say each recipe and each seed once"
+            )));
+        }
+        let saves = args.save_at.iter().map(|part| {
+            let step = (part * steps as f64).round() as u64;
+            (step, args.out.join("models").join(format!("{name}-step{step}")))
+        });
+        let saves: Vec<_> = saves.collect();
+        let is_done = match record::read::<Run>(&path)? {
+            None => false,
+            Some(found) => {
+                if let Some((option, here, there)) = settings.difference(&found.record.settings) {
+                    return Err(Failure::usage(format!(
+                        "{option}: {} was made with {there}, got {here}; say the same, name another \
+                         folder with --out, or remove the file",
+                        path.display()
+                    )));
+                }
+                if let Some((_, missing)) = saves.iter().find(|(_, dir)| !dir.exists()) {
+                    return Err(Failure::usage(format!(
+                        "--save-at: {} is there, but not {}; leave the option out, or remove the file \
+                         to run it again",
+                        path.display(),
+                        missing.display()
+                    )));
+                }
+                true
+            }
+        };
+        planned.push(Planned { path, settings, options, saves, is_done });
+    }
+    Ok(planned.into_iter().skip(args.part.number - 1).step_by(args.part.of).collect())
+}
+
+impl Planned {
+    /// Trains and writes the record; false where it was stopped.
+    fn run(
+        self,
+        config: &ModelConfig,
+        data: &Data,
+        machine: &crate::cli::MachineArgs,
+        stop: &StopHandle,
+    ) -> Outcome<bool> {
+        let began = Instant::now();
+        let steps = self.settings.steps;
+        let (engine, about) = machine::open(machine, self.settings.seed)?;
+        let start = Start::New(config.clone(), self.options.clone());
+        console::print(&header(&start, data, steps, &about))?;
+        let mut trainer = start.trainer(&engine)?;
+        let mut progress = Progress::new(0, steps);
+        let mut tally = Tally::default();
+        let finished = self.steps(&mut trainer, data, stop, &mut progress, &mut tally);
+        progress.finish();
+        if !finished? {
+            return Ok(false);
+        }
+        let run = tally.into_run(self.settings, config, &self.options, began);
+        let loss =
+            |loss: Option<f64>| loss.map_or_else(|| "none".into(), |loss| format!("{loss:.4}"));
+        let line = format!(
+            "done: train loss {}, validation loss {}, {} tokens/s{}; {}\n",
+            loss(run.train_loss),
+            loss(run.validation_loss),
+            HumanCount(run.tokens_per_second as u64),
+            run.diverged.as_ref().map_or_else(String::new, |why| format!("; diverged: {why}")),
+            self.path.display(),
+        );
+        record::write(&self.path, Origin::here(&about), run)?;
+        console::print(&line)?;
+        Ok(true)
+    }
+
+    /// All steps, or those until a loss is not finite; false where it was stopped.
+    fn steps(
+        &self,
+        trainer: &mut Trainer,
+        data: &Data,
+        stop: &StopHandle,
+        progress: &mut Progress,
+        tally: &mut Tally,
+    ) -> Outcome<bool> {
+        let Settings { steps, eval_every, eval_batches, .. } = self.settings;
+        self.save(trainer)?;
+        while trainer.steps_done() < steps {
+            if stop.is_requested() {
+                return Ok(false);
+            }
+            let stats = match trainer.step(&data.train) {
+                Ok(stats) => stats,
+                Err(error @ Error::NotFinite { .. }) => {
+                    tally.diverged = Some(error.to_string());
+                    return Ok(true);
+                }
+                Err(error) => return Err(error.into()),
+            };
+            progress.step(&stats);
+            tally.step(&stats);
+            let step = stats.step;
+            if (step.is_multiple_of(eval_every) || step == steps)
+                && let Some(val) = &data.val
+            {
+                let measured = trainer.eval(val, eval_batches)?;
+                let Some(point) = tally.measured(&self.settings, &measured) else {
+                    tally.diverged =
+                        Some(format!("the validation loss of step {step} is not finite"));
+                    return Ok(true);
+                };
+                progress.print(&format!(
+                    "step {step}/{steps}  train loss {:.4}  validation {}\n",
+                    point.train_loss,
+                    console::loss_in_words(measured.loss, data.tokenizer)
+                ))?;
+            }
+            self.save(trainer)?;
+        }
+        Ok(true)
+    }
+
+    /// Saves the model where it is asked for.
+    fn save(&self, trainer: &Trainer) -> Outcome {
+        for (_, dir) in self.saves.iter().filter(|(step, _)| *step == trainer.steps_done()) {
+            if let Some(parent) = dir.parent() {
+                fs::create_dir_all(parent).map_err(Failure::io("create", parent))?;
+            }
+            trainer.model().save(dir)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a run has shown so far.
+#[derive(Default)]
+struct Tally {
+    /// Loss and norm of the gradient of every step.
+    steps: Vec<(f64, f64)>,
+    /// Steps up to the last point of the curve.
+    drawn: usize,
+    curve: Vec<Point>,
+    tokens_per_second: Vec<f64>,
+    raised_blocks: u64,
+    diverged: Option<String>,
+}
+
+impl Tally {
+    fn step(&mut self, stats: &StepStats) {
+        self.steps.push((stats.loss.into(), stats.grad_norm.into()));
+        self.tokens_per_second.push(stats.tokens as f64 / stats.seconds.max(1e-9));
+        self.raised_blocks += stats.raised_blocks;
+    }
+
+    /// Adds a point to the curve, unless its validation loss is not finite.
+    fn measured(&mut self, settings: &Settings, measured: &EvalStats) -> Option<Point> {
+        let step = self.steps.len();
+        let since = &self.steps[self.drawn..];
+        let mean = |of: fn(&(f64, f64)) -> f64| {
+            since.iter().map(of).sum::<f64>() / since.len().max(1) as f64
+        };
+        let point = Point {
+            step: step as u64,
+            tokens: step as u64 * settings.step_tokens(),
+            train_loss: mean(|step| step.0),
+            validation_loss: measured.loss.into(),
+            grad_norm: mean(|step| step.1),
+        };
+        self.drawn = step;
+        point.validation_loss.is_finite().then(|| {
+            self.curve.push(point);
+            point
+        })
+    }
+
+    fn into_run(
+        mut self,
+        settings: Settings,
+        config: &ModelConfig,
+        options: &TrainerOptions,
+        began: Instant,
+    ) -> Run {
+        let done = self.steps.len();
+        let last = &self.steps[done - (done / 20).max(1).min(done)..];
+        let train_loss = last.iter().map(|step| step.0).sum::<f64>() / last.len().max(1) as f64;
+        let is_whole = self.diverged.is_none();
+        self.tokens_per_second.sort_by(f64::total_cmp);
+        Run {
+            quantized_blocks: (0..done as u64)
+                .map(|step| blocks_of_step(config, options, settings.sequence_length, step))
+                .sum(),
+            settings,
+            train_loss: is_whole.then_some(train_loss),
+            validation_loss: self.curve.last().filter(|_| is_whole).map(|p| p.validation_loss),
+            curve: self.curve,
+            diverged: self.diverged,
+            raised_blocks: self.raised_blocks,
+            tokens_per_second: self.tokens_per_second.get(done / 2).copied().unwrap_or(0.0),
+            seconds: began.elapsed().as_secs_f64(),
+        }
+    }
+}
+
+/// Blocks of MXFP4 operands that a step quantizes: both operands of both products of every linear layer.
+fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize, step: u64) -> u64 {
+    let rows = options.batch_size * length;
+    let c = config.channels;
+    let linears = [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)];
+    // A product of (m, depth) and (n, depth).
+    let blocks = |gemm: Backward, m: usize, n: usize, depth: usize| match gemm {
+        Backward::Mxfp4(mxfp4) => {
+            let group = mxfp4.transform.map_or(mxfp4train::mx::BLOCK, |t| t.group);
+            (m + n) * depth.next_multiple_of(group) / mxfp4train::mx::BLOCK
+        }
+        _ => 0,
+    };
+    let of_layer = |layer| {
+        let LinearRecipe { dgrad, wgrad, .. } =
+            options.recipe.for_layer(layer, config.layers, step, options.schedule.total_steps);
+        let of_linear = |&(inputs, outputs): &(usize, usize)| {
+            blocks(dgrad, rows, inputs, outputs) + blocks(wgrad, outputs, inputs, rows)
+        };
+        linears.iter().map(of_linear).sum::<usize>()
+    };
+    ((0..config.layers).map(of_layer).sum::<usize>() * options.accumulation) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_those_of_both_operands_of_both_products() {
+        let config = ModelConfig { layers: 2, channels: 64, ..ModelConfig::default() };
+        let blocks = |recipe: &str| {
+            let recipe = recipe.parse().unwrap();
+            let options =
+                TrainerOptions { recipe, batch_size: 1, accumulation: 3, ..Default::default() };
+            blocks_of_step(&config, &options, 32, 0)
+        };
+        // dgrad: (32 + in) vectors of out / 32 blocks; wgrad: (out + in) vectors of one block.
+        let layer = [(64, 192), (64, 64), (64, 256), (256, 64)]
+            .map(|(i, o)| (32 + i) * o / 32 + (o + i))
+            .iter()
+            .sum::<u64>();
+        assert_eq!(blocks("mxfp4"), 3 * 2 * layer);
+        assert_eq!(blocks("mxfp4,bf16-last-layers=1"), 3 * layer);
+        assert!(blocks("mxfp4-rht") > 3 * 2 * layer, "the reduction is padded to the group");
+        assert_eq!(blocks("bf16"), 0);
+    }
+}

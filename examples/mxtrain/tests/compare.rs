@@ -1,0 +1,242 @@
+//! Comparing recipes with the built program: records, statistics of gradients, and the report.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use common::{interrupt, mxtrain, refuse, start, succeed, wait_for};
+
+/// A model that takes a step in about a millisecond.
+const TINY: &str = "--layers 2 --heads 2 --channels 32 --context 32 --batch-size 4 --threads 1";
+
+/// A folder with prepared text in `data`.
+fn folder() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("text.txt"), include_str!("../src/cli.rs")).unwrap();
+    succeed(dir.path(), "prepare text.txt --out data");
+    dir
+}
+
+fn read(dir: &Path, name: &str) -> Value {
+    let path = dir.join(name);
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap()
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+/// Panics unless every tag of an SVG is closed, in order.
+fn well_formed(svg: &str) {
+    let mut open = Vec::new();
+    for tag in svg.split('<').skip(1) {
+        let (tag, text) = tag.split_once('>').expect("a tag ends");
+        assert!(!text.contains('&') || text.contains(';'), "{text}");
+        let name = tag.trim_start_matches('/').split([' ', '/']).next().unwrap();
+        match (tag.starts_with('/'), tag.ends_with('/')) {
+            (true, _) => assert_eq!(open.pop(), Some(name)),
+            (false, false) => open.push(name),
+            (false, true) => {}
+        }
+    }
+    assert!(svg.starts_with("<svg ") && open.is_empty(), "{open:?} stay open");
+}
+
+#[test]
+fn runs_are_recorded_once_and_reported() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!(
+        "compare train --data data --out runs --recipe bf16 --recipe mxfp4-rht-sr,g=32 --seeds 1,2 \
+         --steps 20 --eval-every 1 --eval-batches 2 {TINY}"
+    );
+    let out = succeed(dir, &line);
+    for part in
+        ["run 4 of 4: mxfp4-rht-sr,g=32, seed 2", "step 20/20  train loss", "done: train loss"]
+    {
+        assert!(out.contains(part), "{part:?} is missing in\n{out}");
+    }
+    let names = ["bf16-seed1", "bf16-seed2", "mxfp4-rht-sr,g=32-seed1", "mxfp4-rht-sr,g=32-seed2"];
+    let files = names.map(|name| format!("runs/{name}.json"));
+    let runs = files.each_ref().map(|file| read(dir, file));
+    for run in &runs {
+        assert_eq!((&run["kind"], &run["version"]), (&json!("run"), &json!(1)));
+        assert!(run["origin"]["machine"].as_str().unwrap().starts_with("device "), "{run}");
+        assert_eq!(run["curve"].as_array().unwrap().len(), 20);
+        assert_eq!(run["curve"][19]["tokens"], 20 * 4 * 32);
+        assert_eq!(run["validation_loss"], run["curve"][19]["validation_loss"]);
+        assert_eq!(run["settings"]["warmup"], 0);
+        assert_eq!(run["settings"]["data"]["name"], "data");
+        assert!(number(&run["tokens_per_second"]) > 0.0);
+    }
+    // One seed: one beginning, then the recipe shows. Another seed: another beginning.
+    let loss = |run: usize, point: usize| number(&runs[run]["curve"][point]["train_loss"]);
+    assert_eq!((loss(0, 0), loss(1, 0)), (loss(2, 0), loss(3, 0)));
+    assert_ne!(loss(0, 0), loss(1, 0));
+    assert_ne!(loss(0, 19), loss(2, 19));
+    assert_eq!(runs[0]["quantized_blocks"], 0);
+    assert!(runs[2]["quantized_blocks"].as_u64().unwrap() > 0);
+
+    // What is there is not run again.
+    let before = files.each_ref().map(|file| fs::read(dir.join(file)).unwrap());
+    let out = succeed(dir, &line);
+    assert_eq!(out.matches("is there").count(), 4, "{out}");
+    assert_eq!(files.each_ref().map(|file| fs::read(dir.join(file)).unwrap()), before);
+    let error = refuse(dir, &format!("{line} --lr 0.01"));
+    assert!(error.starts_with("--lr: runs"), "{error}");
+    assert!(error.contains("was made with 0.001, got 0.01; say the same"), "{error}");
+    let error = refuse(dir, &format!("{line} --save-at 1"));
+    assert!(error.contains("models/bf16-seed1-step20; leave the option out"), "{error}");
+    let error = refuse(dir, &format!("{line} --recipe bf16"));
+    assert!(error.contains("bf16 with seed 1 comes twice"), "{error}");
+
+    // A longer run stands in a table of its own; a file that is not understood is named.
+    let longer = line.replace("--out runs", "--out longer").replace("--steps 20", "--steps 22");
+    let out = succeed(dir, &format!("{longer} --part 2/4"));
+    assert!(out.contains("run 1 of 1: mxfp4-rht-sr,g=32, seed 1"), "{out}");
+    let mut future = runs[0].clone();
+    future["version"] = json!(9);
+    fs::write(dir.join("longer/future.json"), future.to_string()).unwrap();
+    let out = succeed(dir, "compare report runs longer --out report");
+    let markdown = fs::read_to_string(dir.join("report/compare.md")).unwrap();
+    for text in [&out, &markdown] {
+        assert_eq!(text.matches("2 layers x 32 channels x 2 heads").count(), 2, "{text}");
+        assert!(
+            text.contains("future.json: expected a record of kind \"run\", version 1"),
+            "{text}"
+        );
+    }
+    let summary = read(dir, "report/compare.json");
+    let rows = &summary["groups"][0]["rows"];
+    assert_eq!(rows[0]["recipe"], "bf16");
+    assert_eq!(rows[0]["difference"], Value::Null);
+    let of_seed = |run: usize| number(&runs[run]["validation_loss"]);
+    let differences = [of_seed(2) - of_seed(0), of_seed(3) - of_seed(1)];
+    let mean = (differences[0] + differences[1]) / 2.0;
+    let deviation = (differences[0] - differences[1]).abs() / 2f64.sqrt();
+    assert!((number(&rows[1]["difference"]["mean"]) - mean).abs() < 1e-9);
+    assert!((number(&rows[1]["difference"]["deviation"]) - deviation).abs() < 1e-9);
+    // The other group has no bf16 to compare with.
+    assert_eq!(summary["groups"][1]["rows"][0]["difference"], Value::Null);
+    for plot in ["validation-loss", "difference", "validation-loss-2"] {
+        let svg = fs::read_to_string(dir.join(format!("report/{plot}.svg"))).unwrap();
+        well_formed(&svg);
+        assert!(svg.contains("mxfp4-rht-sr,g=32") && svg.contains("tokens (thousands)"));
+        assert!(markdown.contains(&format!("({plot}.svg)")));
+    }
+    assert!(!dir.join("report/difference-2.svg").exists());
+    // The report in its own folder is no record, and no obstacle.
+    succeed(dir, "compare report runs report --out report");
+    assert!(refuse(dir, "compare report data --out report").contains("meta.json: no record"));
+}
+
+#[test]
+fn gradients_show_which_recipes_are_biased() {
+    let dir = folder();
+    let dir = dir.path();
+    succeed(
+        dir,
+        &format!(
+            "compare train --data data --out runs --recipe bf16 --steps 60 --lr 3e-3 --eval-batches 1 \
+             --save-at 0.5,1 {TINY}"
+        ),
+    );
+    let models = "runs/models/bf16-seed1337-step30 runs/models/bf16-seed1337-step60";
+    let recipes = "--recipe bf16 --recipe mxfp4 --recipe mxfp4-rht --recipe mxfp4-rht-sr";
+    let line = format!(
+        "compare gradients --checkpoint {models} --data data --out g.json --draws 24 --threads 1 {recipes}"
+    );
+    succeed(dir, &line);
+    let record = read(dir, "g.json");
+    assert_eq!((&record["kind"], &record["version"]), (&json!("gradients"), &json!(1)));
+    assert_eq!(record["sequence_length"], 32);
+    for checkpoint in record["checkpoints"].as_array().unwrap() {
+        let recipes = checkpoint["recipes"].as_array().unwrap();
+        assert_eq!(
+            recipes.iter().map(|r| number(&r["draws"])).collect::<Vec<_>>(),
+            [2.0, 2.0, 24.0, 24.0]
+        );
+        for (index, recipe) in recipes.iter().enumerate() {
+            let tensors = recipe["tensors"].as_array().unwrap();
+            assert_eq!(tensors.len(), 2 * 6 + 1);
+            for tensor in tensors {
+                let of = |name: &str| number(&tensor[name]);
+                let (bias, error) = (of("bias_squared"), of("bias_squared_error"));
+                let what = format!("{} {tensor}", recipe["recipe"]);
+                match index {
+                    0 => assert_eq!((bias, of("variance")), (0.0, 0.0), "{what}"),
+                    1 => assert!(bias > 1e-3 && of("variance") == 0.0, "{what}"),
+                    // 26 tensors are looked at, so that one lies beyond 3 errors now and then.
+                    3 => assert!(bias.abs() < 4.5 * error && of("variance") > 1e-3, "{what}"),
+                    _ => assert!(of("variance") > 1e-3, "{what}"),
+                }
+            }
+            // The transform with rounding to nearest is random, yet biased.
+            if index == 2 {
+                let all = |name: &'static str| tensors.iter().map(move |t| number(&t[name]));
+                let bias: f64 = all("bias_squared").sum();
+                let error = all("bias_squared_error").map(|e| e * e).sum::<f64>().sqrt();
+                assert!(bias > 6.0 * error, "{bias} +- {error}");
+            }
+        }
+    }
+    // The same seed draws the same.
+    succeed(dir, &line.replace("g.json", "again.json"));
+    assert_eq!(read(dir, "again.json")["checkpoints"], record["checkpoints"]);
+
+    succeed(
+        dir,
+        "compare variance --lengths 32,64 --groups 32,64 --inputs 2 --draws 4 --out v.json",
+    );
+    assert_eq!(read(dir, "v.json")["rows"].as_array().unwrap().len(), 5);
+    let out = succeed(dir, "compare report g.json v.json --out report");
+    assert!(out.contains("Gradients at bf16-seed1337-step30"), "{out}");
+    assert!(out.contains("Variance of the unbiased product"), "{out}");
+    well_formed(&fs::read_to_string(dir.join("report/variance.svg")).unwrap());
+
+    for (line, expected) in [
+        ("compare gradients --checkpoint none --data data --out x.json", "none"),
+        (&format!("{line} --draws 1"), "--draws: expected at least 2"),
+        ("compare variance --groups 48 --out x.json", "expected 32, 64, 128 or 256, got 48"),
+        ("compare report none --out x", "cannot read none"),
+        ("compare train --data data --out x --part 3/2", "expected K/N"),
+        ("compare train --data data --out x --recipe fp4", "expected one of fp32"),
+    ] {
+        let error = refuse(dir, line);
+        assert!(error.contains(expected), "{line}: {error}");
+    }
+}
+
+/// A run that diverges is a result, too; one that is stopped leaves nothing.
+#[test]
+fn diverged_runs_are_recorded_and_stopped_ones_are_not() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = "compare train --data data --out runs --recipe bf16 --recipe mxfp4 --eval-batches 1";
+    let out = succeed(dir, &format!("{line} --steps 50 --warmup 0 --lr 1e30 {TINY}"));
+    assert!(out.contains("; diverged: the loss of step"), "{out}");
+    let run = read(dir, "runs/mxfp4-seed1337.json");
+    assert_eq!(run["validation_loss"], Value::Null);
+    assert!(run["diverged"].as_str().unwrap().contains("is not finite"), "{run}");
+    let out = succeed(dir, "compare report runs --out report");
+    assert!(out.contains("0 (1 diverged)"), "{out}");
+    assert!(out.contains("mxfp4 with seed 1337 diverged: the loss of step"), "{out}");
+
+    let mut child = mxtrain();
+    let line = format!("{line} --steps 1000000 {TINY}").replace("--out runs", "--out stopped");
+    let child = start(dir, child.args(line.split_whitespace()));
+    wait_for(|| dir.join("stopped").exists());
+    // The signal is taken from the first step on.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    let out = String::from_utf8(output.stdout).unwrap();
+    assert!(out.contains("stopped; the same command goes on with this run"), "{out}");
+    assert_eq!(fs::read_dir(dir.join("stopped")).unwrap().count(), 0);
+}
