@@ -16,13 +16,13 @@ use super::gpu::c_string;
 use crate::{Error, Result};
 
 /// Put in front of every file.
-const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
+pub(super) const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
 
 /// NVRTC's options besides the chip. Lambdas are device code like everything else.
 const OPTIONS: [&str; 2] = ["--std=c++17", "--device-as-default-execution-space"];
 
 /// A kernel file by its name, with its text.
-pub(super) const FILES: [(&str, &str); 12] = [
+pub(super) const FILES: [(&str, &str); 13] = [
     ("adamw", include_str!("../../../kernels/adamw.cu")),
     ("attention", include_str!("../../../kernels/attention.cu")),
     ("attention_sm90", include_str!("../../../kernels/attention_sm90.cu")),
@@ -34,6 +34,7 @@ pub(super) const FILES: [(&str, &str); 12] = [
     ("linear", include_str!("../../../kernels/linear.cu")),
     ("mxfp4", MXFP4),
     ("mxfp4_fp8", MXFP4_FP8),
+    ("mxfp4_sm120", include_str!("../../../kernels/mxfp4_sm120.cu")),
     ("normal", NORMAL),
 ];
 
