@@ -79,6 +79,9 @@ void __syncthreads() { whole.wait(blockDim.x); }
 static unsigned lane() { return threadIdx.x % 32; }
 static unsigned warp() { return threadIdx.x / 32; }
 static void wait_for_warp() { warps[warp()].wait(32); }
+// Which of two buffers threads of a warp exchange things in until they have waited for each other: nobody writes to the other
+// one again before everybody has read it.
+static unsigned turn() { return warps[warp()].passed % 2; }
 
 static void run_block(unsigned order) {
   whole = {};
@@ -171,13 +174,12 @@ static unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
   return out;
 }
 
-static unsigned exchanged[32][32];
+static unsigned exchanged[2][32][32];
 template <class T> static T __shfl_xor_sync(unsigned, T v, unsigned mask) {
-  exchanged[warp()][lane()] = bits<unsigned>(v);
+  unsigned *all = exchanged[turn()][warp()];
+  all[lane()] = bits<unsigned>(v);
   wait_for_warp();
-  T theirs = bits<T>(exchanged[warp()][lane() ^ mask]);
-  wait_for_warp();
-  return theirs;
+  return bits<T>(all[lane() ^ mask]);
 }
 static unsigned __reduce_max_sync(unsigned, unsigned v) {
   for (unsigned mask = 1; mask < 32; mask *= 2) v = max(v, __shfl_xor_sync(0, v, mask));
@@ -229,27 +231,28 @@ template <int LEFT> static void wait_for_copies() {
   }
 }
 
-static const unsigned char *rows[32][32];
+static const unsigned char *rows[2][32][32];
 static void load_matrices(unsigned out[4], const unsigned char *row) {
   if ((uintptr_t)row % 16) fail("a row of a matrix is not aligned");
-  rows[warp()][lane()] = row;
+  const unsigned char **all = rows[turn()][warp()];
+  all[lane()] = row;
   wait_for_warp();
-  for (unsigned i = 0; i < 4; i++) memcpy(&out[i], rows[warp()][8 * i + lane() / 4] + 4 * (lane() % 4), 4);
-  wait_for_warp();
+  for (unsigned i = 0; i < 4; i++) memcpy(&out[i], all[8 * i + lane() / 4] + 4 * (lane() % 4), 4);
 }
 
 struct Registers {
   float d[32][4];
   unsigned a[32][4], b[32][2], a_scales[32], b_scales[32];
+  bool multiplied;
 };
-static Registers registers[32];
+static Registers registers[2][32];
 static void multiply(float d[4], const unsigned a[4], const unsigned b[2], unsigned a_scales, unsigned b_scales) {
-  Registers &all = registers[warp()];
+  Registers &all = registers[turn()][warp()];
   memcpy(all.d[lane()], d, 16), memcpy(all.a[lane()], a, 16), memcpy(all.b[lane()], b, 8);
   all.a_scales[lane()] = a_scales, all.b_scales[lane()] = b_scales;
+  all.multiplied = false;
   wait_for_warp();
-  if (lane() == 0) multiply_warp(all.d, all.a, all.b, all.a_scales, all.b_scales);
-  wait_for_warp();
+  if (!all.multiplied) multiply_warp(all.d, all.a, all.b, all.a_scales, all.b_scales);
+  all.multiplied = true;
   memcpy(d, all.d[lane()], 16);
-  wait_for_warp();
 }

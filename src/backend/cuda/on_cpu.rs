@@ -506,7 +506,7 @@ type BothKernel = unsafe extern "C" fn(
 #[test]
 fn quantized_operands_are_those_of_the_definition() {
     let Some(on_cpu) = OnCpu::new("mxfp4") else { return };
-    let cases = [(1, 1), (17, 31), (33, 200), (130, 72), (300, 96)];
+    let cases = [(1, 1), (17, 31), (33, 200), (130, 72)];
     for (case, (rows, cols)) in cases.into_iter().enumerate() {
         for group in [0, 32, 64, 128, 256] {
             for what in [What::Codes, What::Mxfp8] {
