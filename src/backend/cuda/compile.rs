@@ -191,6 +191,10 @@ mod tests {
                 let code = cubin(name, source, architecture).unwrap_or_else(|e| panic!("{e}"));
                 println!("{name}.cu for {architecture}: {} bytes", code.len());
                 assert!(code.starts_with(b"\x7fELF"));
+                let product = b"product_mxfp4_f32";
+                let has_product = code.windows(product.len()).any(|window| window == product);
+                let expected = name == "mxfp4_sm120" && architecture == "sm_120a";
+                assert_eq!(has_product, expected, "{name}.cu for {architecture}");
             }
         }
     }

@@ -245,6 +245,7 @@ impl Gpu {
 
     /// Loads the kernels of one file, in place of those of the same names.
     pub(super) fn load(&mut self, cubin: &[u8]) -> Result<()> {
+        let _current = self.enter();
         let most_shared = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         // SAFETY: the device is valid.
         let most_shared =

@@ -55,7 +55,7 @@ pub(crate) struct Cuda {
     gpu: Arc<Gpu>,
     /// What multiplies MXFP8 operands on chips that do not.
     #[cfg(test)]
-    stand_in: Option<fn(&Cuda, &Product)>,
+    stand_in: Option<fn(&Self, &Product)>,
 }
 
 impl Cuda {

@@ -235,7 +235,7 @@ fn both_sources_know_the_same_fragments() {
 // ---- Products ----
 
 /// Any codes, and scales of ordinary magnitude.
-fn operand(rows: usize, depth: usize, seed: u64) -> Mxfp4Matrix {
+pub(super) fn operand(rows: usize, depth: usize, seed: u64) -> Mxfp4Matrix {
     let draw = Draw::of(seed, Purpose::Weights, 82, 0);
     let byte = |i: usize| draw.bits(i as u32, 0)[0] as u8;
     let scale = |i: usize| 118 + draw.bits(i as u32, 1)[0] as u8 % 18;
@@ -304,21 +304,23 @@ fn fp4_products_are_those_of_their_operands() {
             let c: *mut c_void =
                 if bf16 { narrow.as_mut_ptr().cast() } else { wide.as_mut_ptr().cast() };
             let kernel = product(bf16);
-            // SAFETY: the buffers have the sizes that the kernel's comment asks for.
-            on_cpu.run(schedule, [n.div_ceil(128), m.div_ceil(128)], 256, || unsafe {
-                kernel(
-                    c,
-                    a_codes.as_ptr(),
-                    a_scales.as_ptr(),
-                    b_codes.as_ptr(),
-                    b_scales.as_ptr(),
-                    m as u32,
-                    n as u32,
-                    k as u32,
-                    stride as u32,
-                    alpha,
-                    u32::from(accumulate),
-                );
+            on_cpu.run(schedule, [n.div_ceil(128), m.div_ceil(128)], 256, || {
+                // SAFETY: buffers and grid are what the comment of the kernels asks for.
+                unsafe {
+                    kernel(
+                        c,
+                        a_codes.as_ptr(),
+                        a_scales.as_ptr(),
+                        b_codes.as_ptr(),
+                        b_scales.as_ptr(),
+                        m as u32,
+                        n as u32,
+                        k as u32,
+                        stride as u32,
+                        alpha,
+                        u32::from(accumulate),
+                    );
+                }
             });
             for i in 0..m * stride {
                 let ours = if bf16 { half::bf16::from_bits(narrow[i]).to_f32() } else { wide[i] };
@@ -574,17 +576,22 @@ impl Case<'_> {
         let (out, scales) = form.pointers();
         let kernel: RowsKernel<f32> = on_cpu.kernel(&format!("quantize_rows_{kind}_f32_{mode}"));
         let from = values.as_ptr();
-        // SAFETY: here and below, buffers and grid are what the kernels' comment asks for.
-        on_cpu.run(schedule, grid, block, || unsafe {
-            kernel(out, scales, from, r, c, rows_depth, g, each as u32, first, draw);
+        on_cpu.run(schedule, grid, block, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(out, scales, from, r, c, rows_depth, g, each as u32, first, draw);
+            }
         });
         form.check(what, &exact[0], &label("rows, f32,"));
         let mut form = Form::new(what, rows, depths[0]);
         let (out, scales) = form.pointers();
         let kernel: RowsKernel<u16> = on_cpu.kernel(&format!("quantize_rows_{kind}_bf16_{mode}"));
         let from = narrow.as_ptr();
-        on_cpu.run(schedule, grid, block, || unsafe {
-            kernel(out, scales, from, r, c, rows_depth, g, each as u32, first, draw);
+        on_cpu.run(schedule, grid, block, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(out, scales, from, r, c, rows_depth, g, each as u32, first, draw);
+            }
         });
         form.check(what, &exact[0], &label("rows, bf16,"));
 
@@ -598,8 +605,11 @@ impl Case<'_> {
         let kernel: ColumnsKernel<f32> =
             on_cpu.kernel(&format!("quantize_columns_{kind}_f32_{mode}"));
         let from = values.as_ptr();
-        on_cpu.run(schedule, [covered(cols).div_ceil(32 / halves), tiles], 128, || unsafe {
-            kernel(out, scales, to, from, r, c, depth, g, second, draw);
+        on_cpu.run(schedule, [covered(cols).div_ceil(32 / halves), tiles], 128, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(out, scales, to, from, r, c, depth, g, second, draw);
+            }
         });
         form.check(what, &exact[1], &label("columns, f32,"));
         check_sums(&sums, &label("columns, f32,"));
@@ -610,8 +620,11 @@ impl Case<'_> {
         let kernel: ColumnsKernel<u16> =
             on_cpu.kernel(&format!("quantize_columns_{kind}_bf16_{mode}"));
         let from = narrow.as_ptr();
-        on_cpu.run(schedule, [covered(cols).div_ceil(64 / halves), tiles], 256, || unsafe {
-            kernel(out, scales, to, from, r, c, depth, g, second, draw);
+        on_cpu.run(schedule, [covered(cols).div_ceil(64 / halves), tiles], 256, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(out, scales, to, from, r, c, depth, g, second, draw);
+            }
         });
         form.check(what, &exact[1], &label("columns, bf16,"));
         check_sums(&sums, &label("columns, bf16,"));
@@ -626,11 +639,14 @@ impl Case<'_> {
         let to = sums.as_mut_ptr();
         let kernel: BothKernel = on_cpu.kernel(&format!("quantize_both_{kind}_bf16_{mode}"));
         let columns = covered(cols).max(depths[0]);
-        on_cpu.run(schedule, [columns.div_ceil(64), tiles], 256, || unsafe {
-            kernel(
-                by_rows, row_scales, out, scales, to, from, r, c, rows_depth, depth, g, first,
-                second, draw,
-            );
+        on_cpu.run(schedule, [columns.div_ceil(64), tiles], 256, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(
+                    by_rows, row_scales, out, scales, to, from, r, c, rows_depth, depth, g, first,
+                    second, draw,
+                );
+            }
         });
         for (form, exact) in forms.iter().zip(&exact) {
             form.check(what, exact, &label("both"));
