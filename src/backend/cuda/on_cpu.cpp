@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <ucontext.h>
+#include <utility>
 #include <vector>
 
 #define __CUDA_ARCH__ 1200
@@ -214,8 +215,16 @@ static unsigned ptx_e4m3(float v) {
 }
 static unsigned short ptx_e4m3_pair(float high, float low) { return (unsigned short)(ptx_e4m3(high) << 8 | ptx_e4m3(low)); }
 
+// What may be copied from.
+static std::vector<std::pair<uintptr_t, uintptr_t>> readable;
+extern "C" void may_read(const void *from, size_t bytes) { readable.emplace_back((uintptr_t)from, (uintptr_t)from + bytes); }
+
 static void copy(void *to, const void *from, size_t bytes, bool inside) {
-  if ((uintptr_t)to % bytes || (uintptr_t)from % bytes) fail("a copy is not aligned");
+  uintptr_t start = (uintptr_t)from;
+  if ((uintptr_t)to % bytes || start % bytes) fail("a copy is not aligned");
+  bool found = !inside;
+  for (auto [first, end] : readable) found |= first <= start && start + bytes <= end;
+  if (!found) fail("a copy reads beyond its operand");
   Copy one = {to, from, bytes, inside};
   late ? self().groups.back().push_back(one) : one.make();
 }

@@ -291,6 +291,16 @@ fn fp4_products_are_those_of_their_operands() {
         };
         let [a_codes, b_codes] = [&a.codes, &b.codes].map(|bytes| aligned(bytes));
         let [a_scales, b_scales] = [&a.scales, &b.scales].map(|bytes| aligned(bytes));
+        for (at, bytes) in [
+            (&a_codes, &a.codes),
+            (&b_codes, &b.codes),
+            (&a_scales, &a.scales),
+            (&b_scales, &b.scales),
+        ] {
+            let may_read: unsafe extern "C" fn(*const u128, usize) = on_cpu.kernel("may_read");
+            // SAFETY: only notes the address.
+            unsafe { may_read(at.as_ptr(), bytes.len()) };
+        }
         let stride = n + case % 3;
         for (schedule, accumulate, bf16) in [
             (SCHEDULES[0], false, false),
