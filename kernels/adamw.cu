@@ -41,7 +41,8 @@ __device__ __forceinline__ double block_sum_double(double v, double *scratch) {
 
 // partials (grid) = sums of the squares of the gradients that a block saw. Grid: fixed; block: 256.
 extern "C" __global__ void square_gradients(double *partials, const Entry *table, u32 entries,
-                                            u64 pieces) { begin();
+                                            u64 pieces) {
+  begin();
   __shared__ double scratch[WARP];
   double total = 0.0;
   for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
@@ -60,7 +61,8 @@ extern "C" __global__ void square_gradients(double *partials, const Entry *table
 
 
 // *sum += the sum of losses (rows), or with `overwrite` = it. Grid: 1; block: 1024.
-extern "C" __global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 accumulate) { begin();
+extern "C" __global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 accumulate) {
+  begin();
   __shared__ double scratch[WARP];
   double total = 0.0;
   for (u32 i = threadIdx.x; i < rows; i += blockDim.x) total += losses[i];
@@ -87,7 +89,8 @@ __device__ __forceinline__ bool is_finite(const double *sums, const Step &s, flo
 // sums[1] = the sum of the partials, in order; sums[2] = *raised, which starts again from 0. Makes the largest
 // magnitudes ready for the update, if there will be one. sums: losses, squares, raised blocks. Grid: 1; block: 256.
 extern "C" __global__ void sum_squares(double *sums, u32 *raised, const double *partials, u32 parts,
-                                       const Entry *table, u32 entries, Step s) { begin();
+                                       const Entry *table, u32 entries, Step s) {
+  begin();
   __shared__ double scratch[WARP];
   double total = 0.0;
   for (u32 i = threadIdx.x; i < parts; i += blockDim.x) total += partials[i];
@@ -102,7 +105,8 @@ extern "C" __global__ void sum_squares(double *sums, u32 *raised, const double *
 // One update of every parameter, unless loss or gradient norm is not finite. sums: as above.
 // Grid: any; block: 256.
 extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
-                                 Step s) { begin();
+                                 Step s) {
+  begin();
   float norm;
   if (!is_finite(sums, s, norm)) return;
   // PyTorch's clip_grad_norm_ adds the same 1e-6.
@@ -137,7 +141,8 @@ extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, co
 
 // copy (len) = param (len), to nearest even; *most, which is 0 before, the bits of the largest magnitude of param.
 // Grid: len / 256, rounded up; block: 256.
-extern "C" __global__ void copy_to_bf16(bf16 *copy, u32 *most, const float *param, u64 len) { begin();
+extern "C" __global__ void copy_to_bf16(bf16 *copy, u32 *most, const float *param, u64 len) {
+  begin();
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
   float v = i < len ? param[i] : 0.0f;
   if (i < len) copy[i] = from_f32<bf16>(v);

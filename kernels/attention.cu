@@ -464,17 +464,20 @@ __device__ void flash_dq(bf16 *dqkv, u32 *most, const bf16 *dout, const float *l
 
 #define FLASH(D, WARPS, MT, BN, BACK)                                                               \
   extern "C" __global__ void __launch_bounds__(WARP *WARPS)                                         \
-      flash_forward_d##D(bf16 *out, float *lse, u32 *most, const bf16 *qkv, Heads s) { begin();              \
+      flash_forward_d##D(bf16 *out, float *lse, u32 *most, const bf16 *qkv, Heads s) {              \
+    begin();                                                                                        \
     flash_forward<D, WARPS, MT, BN>(out, lse, most, qkv, s);                                        \
   }                                                                                                 \
   extern "C" __global__ void __launch_bounds__(128)                                                 \
       flash_dkdv_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse,                    \
-                      const float *delta, const bf16 *qkv, Heads s) { begin();                               \
+                      const float *delta, const bf16 *qkv, Heads s) {                               \
+    begin();                                                                                        \
     flash_dkdv<D, 4, BACK>(dqkv, most, dout, lse, delta, qkv, s);                                   \
   }                                                                                                 \
   extern "C" __global__ void __launch_bounds__(128)                                                 \
       flash_dq_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,  \
-                    const bf16 *qkv, Heads s) { begin();                                                     \
+                    const bf16 *qkv, Heads s) {                                                     \
+    begin();                                                                                        \
     flash_dq<D, 4, BACK>(dqkv, most, dout, lse, delta, qkv, s);                                     \
   }
 FLASH(64, 4, 2, 64, 64)
@@ -664,21 +667,25 @@ __device__ void plain_dkdv(T *dqkv, u32 *most, const T *dout, const float *lse, 
 
 #define PLAIN(NAME, T)                                                                              \
   extern "C" __global__ void attention_forward_##NAME(T *out, float *lse, u32 *most, const T *qkv, \
-                                                      Heads s) { begin();                                    \
+                                                      Heads s) {                                   \
+    begin();                                                                                        \
     plain_forward(out, lse, most, qkv, s);                                                          \
   }                                                                                                 \
   extern "C" __global__ void attention_delta_##NAME(float *delta, const T *dout, const T *out,     \
-                                                    u32 rows, Heads s) { begin();                            \
+                                                    u32 rows, Heads s) {                           \
+    begin();                                                                                        \
     row_delta(delta, dout, out, rows, s);                                                           \
   }                                                                                                 \
   extern "C" __global__ void attention_dq_##NAME(T *dqkv, u32 *most, const T *dout,                \
                                                  const float *lse, const float *delta,             \
-                                                 const T *qkv, Heads s) { begin();                           \
+                                                 const T *qkv, Heads s) {                          \
+    begin();                                                                                        \
     plain_dq(dqkv, most, dout, lse, delta, qkv, s);                                                 \
   }                                                                                                 \
   extern "C" __global__ void attention_dkdv_##NAME(T *dqkv, u32 *most, const T *dout,              \
                                                    const float *lse, const float *delta,           \
-                                                   const T *qkv, Heads s) { begin();                         \
+                                                   const T *qkv, Heads s) {                        \
+    begin();                                                                                        \
     plain_dkdv(dqkv, most, dout, lse, delta, qkv, s);                                               \
   }
 PLAIN(bf16, bf16)

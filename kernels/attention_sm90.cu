@@ -561,17 +561,20 @@ __device__ __forceinline__ void backward_dq(bf16 *dqkv, u32 *most, const bf16 *d
 // the forward pass (32 x 1024, 12 heads of 64: 234 us for 167; heads of 128: 133 for 123); in dq they gain nothing.
 #define FLASH(D, GROUPS, BN, AT_ONCE)                                                                \
   extern "C" __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)                           \
-      wgmma_forward_d##D(bf16 *out, float *lse, u32 *most, const bf16 *qkv, Heads s) { begin();               \
+      wgmma_forward_d##D(bf16 *out, float *lse, u32 *most, const bf16 *qkv, Heads s) {               \
+    begin();                                                                                         \
     forward<D, GROUPS, BN>(out, lse, most, qkv, s);                                                  \
   }                                                                                                  \
   extern "C" __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)                                 \
       wgmma_dkdv_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta, \
-                      const bf16 *qkv, Heads s) { begin();                                                    \
+                      const bf16 *qkv, Heads s) {                                                    \
+    begin();                                                                                         \
     backward_dkdv<D, GROUPS>(dqkv, most, dout, lse, delta, qkv, s);                                  \
   }                                                                                                  \
   extern "C" __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)                                 \
       wgmma_dq_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,   \
-                    const bf16 *qkv, Heads s) { begin();                                                      \
+                    const bf16 *qkv, Heads s) {                                                      \
+    begin();                                                                                         \
     backward_dq<D, GROUPS, BN>(dqkv, most, dout, lse, delta, qkv, s);                                \
   }
 FLASH(64, 2, 64, 2)

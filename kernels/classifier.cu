@@ -54,11 +54,13 @@ __device__ void softmax_loss(T *logits, float *losses, const u32 *targets, u32 v
 
 extern "C" __global__ void __launch_bounds__(1024)
     softmax_loss_bf16(bf16 *logits, float *losses, const u32 *targets, u32 vocab, u32 stride,
-                      float scale, u32 gradient) { begin();
+                      float scale, u32 gradient) {
+  begin();
   softmax_loss(logits, losses, targets, vocab, stride, scale, gradient);
 }
 extern "C" __global__ void __launch_bounds__(1024)
     softmax_loss_f32(float *logits, float *losses, const u32 *targets, u32 vocab, u32 stride,
-                     float scale, u32 gradient) { begin();
+                     float scale, u32 gradient) {
+  begin();
   softmax_loss(logits, losses, targets, vocab, stride, scale, gradient);
 }

@@ -24,11 +24,13 @@ __device__ void embedding_forward(T *out, const u32 *tokens, const T *wte, const
 }
 
 extern "C" __global__ void embedding_forward_bf16(bf16 *out, const u32 *tokens, const bf16 *wte,
-                                                  const bf16 *wpe, u32 length, u32 channels) { begin();
+                                                  const bf16 *wpe, u32 length, u32 channels) {
+  begin();
   embedding_forward(out, tokens, wte, wpe, length, channels);
 }
 extern "C" __global__ void embedding_forward_f32(float *out, const u32 *tokens, const float *wte,
-                                                 const float *wpe, u32 length, u32 channels) { begin();
+                                                 const float *wpe, u32 length, u32 channels) {
+  begin();
   embedding_forward(out, tokens, wte, wpe, length, channels);
 }
 
@@ -95,13 +97,15 @@ __device__ void embedding_backward_tokens(float *dwte, const T *dout, const u32 
 extern "C" __global__ void embedding_backward_tokens_bf16(float *dwte, const bf16 *dout,
                                                           const u32 *tokens, const u32 *order,
                                                           const u32 *starts, const u32 *runs,
-                                                          u32 rows, u32 channels) { begin();
+                                                          u32 rows, u32 channels) {
+  begin();
   embedding_backward_tokens(dwte, dout, tokens, order, starts, runs, rows, channels);
 }
 extern "C" __global__ void embedding_backward_tokens_f32(float *dwte, const float *dout,
                                                          const u32 *tokens, const u32 *order,
                                                          const u32 *starts, const u32 *runs,
-                                                         u32 rows, u32 channels) { begin();
+                                                         u32 rows, u32 channels) {
+  begin();
   embedding_backward_tokens(dwte, dout, tokens, order, starts, runs, rows, channels);
 }
 
@@ -120,10 +124,12 @@ __device__ void embedding_backward_positions(float *dwpe, const T *dout, u32 bat
 }
 
 extern "C" __global__ void embedding_backward_positions_bf16(float *dwpe, const bf16 *dout, u32 batch,
-                                                             u32 length, u32 channels) { begin();
+                                                             u32 length, u32 channels) {
+  begin();
   embedding_backward_positions(dwpe, dout, batch, length, channels);
 }
 extern "C" __global__ void embedding_backward_positions_f32(float *dwpe, const float *dout, u32 batch,
-                                                            u32 length, u32 channels) { begin();
+                                                            u32 length, u32 channels) {
+  begin();
   embedding_backward_positions(dwpe, dout, batch, length, channels);
 }

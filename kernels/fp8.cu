@@ -20,10 +20,12 @@ template <class T> __device__ void max_magnitude(u32 *most, const T *v, u64 len)
   if (threadIdx.x % WARP == 0) atomicMax(most, largest);
 }
 
-extern "C" __global__ void max_magnitude_bf16(u32 *most, const bf16 *v, u64 len) { begin();
+extern "C" __global__ void max_magnitude_bf16(u32 *most, const bf16 *v, u64 len) {
+  begin();
   max_magnitude(most, v, len);
 }
-extern "C" __global__ void max_magnitude_f32(u32 *most, const float *v, u64 len) { begin();
+extern "C" __global__ void max_magnitude_f32(u32 *most, const float *v, u64 len) {
+  begin();
   max_magnitude(most, v, len);
 }
 
@@ -56,10 +58,12 @@ template <class T> __device__ void round_to_fp8(bf16 *out, u32 *kept_most, const
   }
 }
 
-extern "C" __global__ void round_to_fp8_bf16(bf16 *out, u32 *kept_most, const bf16 *v, const u32 *most, u64 len) { begin();
+extern "C" __global__ void round_to_fp8_bf16(bf16 *out, u32 *kept_most, const bf16 *v, const u32 *most, u64 len) {
+  begin();
   round_to_fp8(out, kept_most, v, most, len);
 }
-extern "C" __global__ void round_to_fp8_f32(bf16 *out, u32 *kept_most, const float *v, const u32 *most, u64 len) { begin();
+extern "C" __global__ void round_to_fp8_f32(bf16 *out, u32 *kept_most, const float *v, const u32 *most, u64 len) {
+  begin();
   round_to_fp8(out, kept_most, v, most, len);
 }
 
@@ -85,10 +89,12 @@ template <class T> __device__ void convert_to_e4m3(u8 *out, float *scale_out, co
   }
 }
 
-extern "C" __global__ void convert_to_e4m3_bf16(u8 *out, float *scale, const bf16 *v, const u32 *most, u64 len) { begin();
+extern "C" __global__ void convert_to_e4m3_bf16(u8 *out, float *scale, const bf16 *v, const u32 *most, u64 len) {
+  begin();
   convert_to_e4m3(out, scale, v, most, len);
 }
-extern "C" __global__ void convert_to_e4m3_f32(u8 *out, float *scale, const float *v, const u32 *most, u64 len) { begin();
+extern "C" __global__ void convert_to_e4m3_f32(u8 *out, float *scale, const float *v, const u32 *most, u64 len) {
+  begin();
   convert_to_e4m3(out, scale, v, most, len);
 }
 #endif

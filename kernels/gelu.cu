@@ -50,17 +50,21 @@ __device__ void gelu_all(T *out, u32 *most, const T *x, u64 len) {
 }
 
 // out (len) = gelu(x), the largest magnitude to most. Grid: any; block: 256.
-extern "C" __global__ void gelu_forward_bf16(bf16 *out, u32 *most, const bf16 *x, u64 len) { begin();
+extern "C" __global__ void gelu_forward_bf16(bf16 *out, u32 *most, const bf16 *x, u64 len) {
+  begin();
   gelu_all<bf16, false>(out, most, x, len);
 }
-extern "C" __global__ void gelu_forward_f32(float *out, u32 *most, const float *x, u64 len) { begin();
+extern "C" __global__ void gelu_forward_f32(float *out, u32 *most, const float *x, u64 len) {
+  begin();
   gelu_all<float, false>(out, most, x, len);
 }
 
 // d (len) = d gelu'(x), in place. Launch as forward.
-extern "C" __global__ void gelu_backward_bf16(bf16 *d, u32 *most, const bf16 *x, u64 len) { begin();
+extern "C" __global__ void gelu_backward_bf16(bf16 *d, u32 *most, const bf16 *x, u64 len) {
+  begin();
   gelu_all<bf16, true>(d, most, x, len);
 }
-extern "C" __global__ void gelu_backward_f32(float *d, u32 *most, const float *x, u64 len) { begin();
+extern "C" __global__ void gelu_backward_f32(float *d, u32 *most, const float *x, u64 len) {
+  begin();
   gelu_all<float, true>(d, most, x, len);
 }

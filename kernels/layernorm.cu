@@ -85,24 +85,28 @@ __device__ void normalize(T *out, T *sum, u32 *most, float *mean_out, float *rst
 // Grid: rows / 8, rounded up; block: 256.
 extern "C" __global__ void layernorm_forward_bf16(bf16 *out, u32 *most, float *mean, float *rstd, const bf16 *x,
                                                   const bf16 *w, const bf16 *b, u32 rows,
-                                                  u32 channels, float epsilon) { begin();
+                                                  u32 channels, float epsilon) {
+  begin();
   normalize<bf16, false>(out, 0, most, mean, rstd, x, 0, w, b, rows, channels, epsilon);
 }
 extern "C" __global__ void layernorm_forward_f32(float *out, u32 *most, float *mean, float *rstd, const float *x,
                                                  const float *w, const float *b, u32 rows,
-                                                 u32 channels, float epsilon) { begin();
+                                                 u32 channels, float epsilon) {
+  begin();
   normalize<float, false>(out, 0, most, mean, rstd, x, 0, w, b, rows, channels, epsilon);
 }
 extern "C" __global__ void add_layernorm_forward_bf16(bf16 *out, bf16 *sum, u32 *most, float *mean, float *rstd,
                                                       const bf16 *x, const bf16 *y, const bf16 *w,
                                                       const bf16 *b, u32 rows, u32 channels,
-                                                      float epsilon) { begin();
+                                                      float epsilon) {
+  begin();
   normalize<bf16, true>(out, sum, most, mean, rstd, x, y, w, b, rows, channels, epsilon);
 }
 extern "C" __global__ void add_layernorm_forward_f32(float *out, float *sum, u32 *most, float *mean, float *rstd,
                                                      const float *x, const float *y, const float *w,
                                                      const float *b, u32 rows, u32 channels,
-                                                     float epsilon) { begin();
+                                                     float epsilon) {
+  begin();
   normalize<float, true>(out, sum, most, mean, rstd, x, y, w, b, rows, channels, epsilon);
 }
 
@@ -266,11 +270,13 @@ __device__ void layernorm_backward(T *dx, u32 *most, float *partial, const T *dy
 // Grid: as many blocks as there are parts; block: 256; dynamic shared memory: 8 C bytes.
 extern "C" __global__ void __launch_bounds__(256, 3)
     layernorm_backward_bf16(bf16 *dx, u32 *most, float *partial, const bf16 *dy, const bf16 *x, const float *mean,
-                            const float *rstd, const bf16 *w, u32 rows, u32 channels) { begin();
+                            const float *rstd, const bf16 *w, u32 rows, u32 channels) {
+  begin();
   layernorm_backward(dx, most, partial, dy, x, mean, rstd, w, rows, channels);
 }
 extern "C" __global__ void __launch_bounds__(256, 1)
     layernorm_backward_f32(float *dx, u32 *most, float *partial, const float *dy, const float *x, const float *mean,
-                           const float *rstd, const float *w, u32 rows, u32 channels) { begin();
+                           const float *rstd, const float *w, u32 rows, u32 channels) {
+  begin();
   layernorm_backward(dx, most, partial, dy, x, mean, rstd, w, rows, channels);
 }

@@ -36,10 +36,12 @@ __device__ void bias_gradient(float *partial, const T *dy, u32 rows, u32 outputs
   }
 }
 
-extern "C" __global__ void bias_gradient_bf16(float *partial, const bf16 *dy, u32 rows, u32 outputs) { begin();
+extern "C" __global__ void bias_gradient_bf16(float *partial, const bf16 *dy, u32 rows, u32 outputs) {
+  begin();
   bias_gradient(partial, dy, rows, outputs);
 }
-extern "C" __global__ void bias_gradient_f32(float *partial, const float *dy, u32 rows, u32 outputs) { begin();
+extern "C" __global__ void bias_gradient_f32(float *partial, const float *dy, u32 rows, u32 outputs) {
+  begin();
   bias_gradient(partial, dy, rows, outputs);
 }
 
@@ -48,7 +50,8 @@ extern "C" __global__ void bias_gradient_f32(float *partial, const float *dy, u3
 // Grid: n / 32, or 2 n / 32, rounded up; block: 1,024, as 32 columns by 32 parts. NOTE: what takes time is waiting for
 // one load after the other: with 256 threads, 8 parts, a launch took 17 us (H100).
 extern "C" __global__ void __launch_bounds__(1024) add_partials(float *to, float *second, const float *partial, u32 parts,
-                                                                u32 n, u32 accumulate) { begin();
+                                                                u32 n, u32 accumulate) {
+  begin();
   __shared__ float sums[32][33];
   u32 lane = threadIdx.x % 32, part = threadIdx.x / 32, column = blockIdx.x * 32 + lane, columns = second ? 2 * n : n;
   float sum = 0.0f;

@@ -1,7 +1,13 @@
-// MXFP4 operands as bf16 values, for chips without FP8 products, and as the definition's own bytes, for tests.
+// MXFP4 operands whose blocks keep scales of their own: as the definition's own bytes, which the tensor cores of some
+// Blackwell chips multiply; as MXFP8, E4M3 numbers with those scales, which cuBLASLt multiplies on all of them; and as bf16
+// values, for chips without FP8 products and for sizes that theirs do not take.
+//
+// A tile kernel makes the form down the columns, transposed, of a tile in shared memory, and for dy, which both products
+// need, from the same tile and the same random bits the form along the rows.
 
 #define OUT_VALUES 0
 #define OUT_CODES 1
+#define OUT_MXFP8 2
 
 // Makes ready for rounding in units of the block's own scale.
 template <bool UNBIASED> __device__ __forceinline__ Scale scale_block(float v[BLOCK], float norm) {
@@ -16,7 +22,19 @@ template <bool UNBIASED> __device__ __forceinline__ Scale scale_block(float v[BL
   return scale;
 }
 
-// Those of a thread that owns 32 rows of a column: 16 bits each, `PITCH` bytes apart in shared memory.
+// Random bits in shared memory of a block along a row: 16 each, side by side.
+struct SharedRowBits {
+  const u8 *bits;
+  uint4 words;
+  __device__ __forceinline__ SharedRowBits(const u8 *bits) : bits(bits) {}
+  __device__ __forceinline__ u32 addend(int i) {
+    if (i % 8 == 0) words = *(const uint4 *)(bits + 2 * i);
+    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
+    return (i % 2 ? word >> 16 : word & 0xffffu) * 256u + 128u;
+  }
+};
+
+// Of one down a column: `PITCH` bytes apart.
 template <u32 PITCH> struct ColumnBits {
   const u8 *bits;
   __device__ __forceinline__ ColumnBits(const u8 *bits) : bits(bits) {}
@@ -26,12 +44,29 @@ template <u32 PITCH> struct ColumnBits {
 // ---- Results ------------------------------------------------------------------------------------
 
 // Bytes of a block in the result.
-template <int OUT> constexpr u32 BYTES = OUT == OUT_VALUES ? 64 : 16;
+template <int OUT> constexpr u32 BYTES = OUT == OUT_VALUES ? 64 : OUT == OUT_MXFP8 ? 32 : 16;
 
-// Rounds a block and stores it at `to`: bf16 values, or codes, two a byte.
+// Where the scale of a vector's block lies among those of MXFP8, of `blocks` a vector: in tiles of 128 vectors and 4 blocks,
+// which follow each other along the vectors. What a tile has beyond the matrix must be zero, and is written so.
+// ref: cuBLAS documentation, "1D Block Scaling Factors Layout".
+__device__ __forceinline__ size_t tiled(u32 vector, u32 block, u32 blocks) {
+  size_t tile = (size_t)(vector / 128) * ((blocks + 3) / 4) + block / 4;
+  return tile * 512 + vector % 32 * 16 + vector % 128 / 32 * 4 + block % 4;
+}
+
+// Two numbers to E4M3, `low` in the low byte.
+__device__ __forceinline__ u32 pack_e4m3(float low, float high) {
+  u16 out = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
+#endif
+  return out;
+}
+
+// Rounds a block and stores it at `to`: bf16 values, or codes, two a byte, or E4M3 numbers.
 //
 // All values are bf16 numbers: two mantissa bits, from 0.5 * 2^-127 (bf16's subnormals go down to 2^-133) to
-// 6 * 2^125. They are NaN where the scale is.
+// 6 * 2^125. They are NaN where the scale is, and so are E4M3 numbers, whatever becomes of the scale.
 template <bool UNBIASED, int OUT, class Bits>
 __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, Bits bits, void *to, bool inside) {
   float inverse = power(254 - (__float_as_uint(scale.unit) >> 23));
@@ -47,6 +82,9 @@ __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, 
                          : round_nearest(v[i + j], scale.factor, scale.unit);
     if (OUT == OUT_VALUES) {
       words[i / 2 % 4] = pack_bf16(pair[0], pair[1]);
+    } else if (OUT == OUT_MXFP8) {
+      u32 two = scale.byte == 255 ? 0x7f7f : pack_e4m3(__fmul_rn(pair[0], inverse), __fmul_rn(pair[1], inverse));
+      words[i / 4 % 4] = i % 4 ? words[i / 4 % 4] | two << 16 : two;
     } else {
 #pragma unroll
       for (int j = 0; j < 2; j++) {
@@ -56,7 +94,7 @@ __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, 
         words[i / 8] = (i + j) % 8 ? words[i / 8] | code : code;
       }
     }
-    constexpr int EACH = OUT == OUT_VALUES ? 8 : 32; // elements in 16 bytes
+    constexpr int EACH = BLOCK * 16 / BYTES<OUT>; // elements in 16 bytes
     if (i % EACH == EACH - 2) {
       if (OUT == OUT_VALUES && extreme(scale.byte)) {
         float back = __uint_as_float(scale.byte == 255 ? 0x7fc00000u : (scale.byte < 64 ? 127u - 126 : 127u + 100) << 23);
@@ -82,14 +120,21 @@ __device__ __forceinline__ void quantize_rows(void *out, u8 *scales, const T *so
   round_block<UNBIASED, OUT>(v, scale, RowBits(draw, place.row, place.column), (u8 *)out + block * BYTES<OUT>,
                              place.inside);
   if (OUT == OUT_CODES && place.inside) scales[block] = scale.byte;
+  if (OUT == OUT_MXFP8 && place.local < each && place.row < (rows + 127) / 128 * 128) {
+    u32 blocks = depth / BLOCK, i = place.column / BLOCK;
+    scales[tiled(place.row, i, blocks)] = scale.byte;
+    if (i == blocks - 1)
+      while (++i % 4) scales[tiled(place.row, i, blocks)] = 0;
+  }
 }
 
-// ---- Kernels along columns ----------------------------------------------------------------------
+// ---- Kernels along columns, and along both ------------------------------------------------------
 
 // A thread block takes a tile of 128 rows and 128 bytes of columns (64 of bf16, 32 of f32), for groups of 256 one
 // of 256 rows and half the columns, which lies in shared memory as two halves side by side. Loading is by
 // pieces of 8 columns: who loads a piece draws its random bits, both go to shared memory. Then a thread takes 32 rows
-// of one column. The result goes through shared memory again, to be written in whole lines.
+// of one column. The result goes through shared memory again, to be written in whole lines. With BOTH, for which groups have
+// at most 64, the same thread first takes 32 columns of one row, whose result goes straight out.
 template <class T> struct Tile {
   static constexpr u32 COLUMNS = 128 / sizeof(T), PIECES = COLUMNS / 8, THREADS = 4 * COLUMNS;
   static constexpr u32 PITCH = 128 + 16, BITS_PITCH = 2 * COLUMNS + 16;
@@ -123,15 +168,17 @@ __device__ __forceinline__ void add_piece(float sum[8], const u32 raw[8], float)
   for (int i = 0; i < 8; i++) sum[i] += __uint_as_float(raw[i]);
 }
 
-template <class T, bool UNBIASED, int OUT>
-__device__ __forceinline__ void quantize_columns(void *out, u8 *scales, float *sums, const T *source, u32 rows,
-                                                 u32 cols, u32 depth, u32 group, const Transform &transform,
-                                                 const Draw &draw) {
+template <class T, bool UNBIASED, int OUT, bool BOTH>
+__device__ __forceinline__ void quantize_tile(void *by_rows, u8 *row_scales, void *out, u8 *scales, float *sums,
+                                              const T *source, u32 rows, u32 cols, u32 rows_depth, u32 depth, u32 group,
+                                              const Transform &rows_transform, const Transform &transform,
+                                              const Draw &draw) {
   using Tile = ::Tile<T>;
   constexpr u32 COLUMNS = Tile::COLUMNS, PIECES = Tile::PIECES, THREADS = Tile::THREADS, ITEMS = 8 * sizeof(T) / 4;
   __shared__ __align__(16) u8 data[Tile::BYTES];
   __shared__ __align__(16) u8 bits[UNBIASED ? Tile::BITS_BYTES : 16];
   __shared__ float warp_sums[THREADS / WARP][COLUMNS];
+  __shared__ u32 scale_words[OUT == OUT_MXFP8 ? THREADS / 4 : 1]; // a byte for each block: (columns, parts)
 
   // Threads of a group, columns of a warp and of the tile, as powers of two.
   u32 across = group > BLOCK ? __ffs(group) - 6 : 0, width = 5 - across;
@@ -190,12 +237,31 @@ __device__ __forceinline__ void quantize_columns(void *out, u8 *scales, float *s
     sums[(size_t)blockIdx.y * cols + first_column + threadIdx.x] = sum;
   }
 
-  // A block: 32 rows from 32 `part`, of column `x` of the tile.
+  float v[BLOCK];
+  if (BOTH) {
+    // A block along a row: columns 32 `side` to 32 `side` + 31 of a line, from which the signs of its own transform are
+    // taken off again.
+    u32 line = threadIdx.x / 2, side = threadIdx.x % 2, i = line / 32;
+    u32 row = first_row + line, column = first_column + side * BLOCK;
+    u32 flip = group ? 0u - (transform.signs[i & (1 << across) - 1] >> line % 32 & 1) : 0;
+    u32 signs = group ? rows_transform.signs[side & (1 << across) - 1] ^ flip : 0;
+    load_whole((const T *)(data + line * Tile::PITCH + i * shift) + side * BLOCK, signs, v);
+    if (group) rotate(v, 1u << across, 1);
+    float norm = group ? rows_transform.scale : 1.0f;
+    Scale scale = scale_block<UNBIASED>(v, norm);
+    bool inside = row < rows && column < rows_depth;
+    size_t block = ((size_t)row * rows_depth + column) / BLOCK;
+    SharedRowBits drawn(bits + line * Tile::BITS_PITCH + i * bits_shift + side * BLOCK * 2);
+    round_block<UNBIASED, OUT>(v, scale, drawn, (u8 *)by_rows + block * BYTES<OUT>, inside);
+    if (OUT == OUT_MXFP8) row_scales[tiled(row, column / BLOCK, rows_depth / BLOCK)] = scale.byte;
+    else if (inside) row_scales[block] = scale.byte;
+  }
+
+  // A block down the columns: 32 rows from 32 `part`, of column `x` of the tile.
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, sets = columns - width;
   u32 x = ((warp & ((1 << sets) - 1)) << width) + (lane & ((1 << width) - 1));
   u32 part = (warp >> sets << across) + (lane >> width), place = x + (part / 4 << columns);
   const u8 *from = data + part % 4 * (32 * Tile::PITCH + shift) + place * sizeof(T);
-  float v[BLOCK];
 #pragma unroll
   for (int i = 0; i < BLOCK; i++) v[i] = to_f32(*(const T *)(from + i * Tile::PITCH));
   // What was read makes room for the result; a column of the tile is 2^length bytes of it.
@@ -215,7 +281,12 @@ __device__ __forceinline__ void quantize_columns(void *out, u8 *scales, float *s
     return;
   }
   round_block<UNBIASED, OUT>(v, scale, drawn, data + x * pitch + part * BYTES<OUT>, true);
+  if (OUT == OUT_MXFP8) ((u8 *)scale_words)[x * (4 << halves) + part] = scale.byte;
   __syncthreads();
+  if (OUT == OUT_MXFP8 && threadIdx.x < THREADS / 4) {
+    u32 vector = first_column + (threadIdx.x >> halves), block = first_row / BLOCK + 4 * (threadIdx.x & halves);
+    *(u32 *)(scales + tiled(vector, block, depth / BLOCK)) = scale_words[threadIdx.x];
+  }
   u32 at = threadIdx.x * 16, y = at >> length, byte = at & ((1 << length) - 1), step = THREADS * 16 >> length;
   if (first_row * SIZE + byte >= depth * SIZE) return;
   u8 *to = (u8 *)out + ((size_t)(first_column + y) * depth + first_row) * SIZE + byte;
@@ -228,41 +299,69 @@ __device__ __forceinline__ void quantize_columns(void *out, u8 *scales, float *s
 
 // ---- Names --------------------------------------------------------------------------------------
 
-// quantize_rows_{values,codes}_{bf16,f32}_{nearest,unbiased}: vectors are the rows of source (rows, cols); `depth`
-// is cols padded. Overwrites out (rows, depth): bf16 values; or codes (rows, depth / 2) and scales (rows, depth / 32).
-// Grid: rows / each, rounded up; block: each * depth / 32, rounded up to whole warps, at most 1,024.
+// WHAT is `values`, `codes` or `mxfp8`, the latter from compute capability 8.9 on, MODE is nearest or unbiased. A form
+// (vectors, depth) is bf16 values (vectors, depth); or codes (vectors, depth / 2) and scales (vectors, depth / 32); or E4M3
+// numbers (vectors, depth) and scales in tiles, of which there are as many as cover the matrix.
+//
+// quantize_rows_WHAT_{bf16,f32}_MODE: vectors are the rows of source (rows, cols); `depth` is cols padded. Overwrites
+// out (rows, depth). Grid: rows / each, rounded up, for mxfp8 of the rows rounded up to 128; block: each * depth / 32,
+// rounded up to whole warps, at most 1,024.
 // `each` is at most 63; best are the fewest rows that make whole warps, some 96 to 192 threads (H200: 384 cost 17%). rows < 2^31.
 //
-// quantize_columns_...: vectors are the columns; `depth` is rows padded. Overwrites out (cols, depth) and scales,
-// likewise. Where `sums` is not null, overwrites sums (grid y, cols) with the column sums of each tile's rows.
-// Grid: cols / C rounded up, depth / R rounded up; block: 256 for bf16, 128 for f32; no dynamic shared memory.
-// R = 128 and C = 64 for bf16, 32 for f32; with a group of 256, R = 256 and C = 32 and 16.
+// quantize_columns_WHAT_{bf16,f32}_MODE: vectors are the columns; `depth` is rows padded. Overwrites out (cols, depth).
+// Where `sums` is not null, overwrites sums (grid y, cols) with the column sums of each tile's rows.
+// Grid: cols / C rounded up, depth / R rounded up; for mxfp8 of the columns rounded up to 128. Block: 256 for bf16, 128
+// for f32; no dynamic shared memory. R = 128 and C = 64 for bf16, 32 for f32; with a group of 256, R = 256 and C = 32 and 16.
+//
+// quantize_both_{codes,mxfp8}_bf16_MODE: both forms with one reading and one drawing of random bits, for groups of at most
+// 64. Overwrites by_rows (rows, rows_depth) and out (cols, depth), each with its scales. Launch as quantize_columns, for
+// codes with a grid that covers rows_depth.
 #define SHAPE u32 rows, u32 cols, u32 depth, u32 group
 #define RANDOM const __grid_constant__ Transform transform, const __grid_constant__ Draw draw
-#define ROWS(T, NAME, MODE, UNBIASED)                                                                               \
+#define TILE_BOUNDS(T) __launch_bounds__(Tile<T>::THREADS, 1024 / Tile<T>::THREADS)
+#define VALUES(T, NAME, MODE, UNBIASED)                                                                             \
   extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_values_##NAME##_##MODE(                       \
-      bf16 *out, const T *source, SHAPE, u32 each, RANDOM) { begin();                                                        \
+      bf16 *out, const T *source, SHAPE, u32 each, RANDOM) {                                                        \
+    begin();                                                                                                        \
     quantize_rows<T, UNBIASED, OUT_VALUES>(out, nullptr, source, rows, cols, depth, group, each, transform, draw);  \
   }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_codes_##NAME##_##MODE(                        \
-      u8 *codes, u8 *scales, const T *source, SHAPE, u32 each, RANDOM) { begin();                                            \
-    quantize_rows<T, UNBIASED, OUT_CODES>(codes, scales, source, rows, cols, depth, group, each, transform, draw);  \
+  extern "C" __global__ void TILE_BOUNDS(T) quantize_columns_values_##NAME##_##MODE(                                \
+      bf16 *out, float *sums, const T *source, SHAPE, RANDOM) {                                                     \
+    begin();                                                                                                        \
+    quantize_tile<T, UNBIASED, OUT_VALUES, false>(nullptr, nullptr, out, nullptr, sums, source, rows, cols, 0,      \
+                                                  depth, group, transform, transform, draw);                        \
   }
-#define COLUMNS(T, NAME, MODE, UNBIASED)                                                                            \
-  extern "C" __global__ void __launch_bounds__(Tile<T>::THREADS, 1024 / Tile<T>::THREADS)                           \
-      quantize_columns_values_##NAME##_##MODE(bf16 *out, float *sums, const T *source, SHAPE, RANDOM) { begin();             \
-    quantize_columns<T, UNBIASED, OUT_VALUES>(out, nullptr, sums, source, rows, cols, depth, group, transform,      \
-                                              draw);                                                                \
+#define SCALED(T, NAME, WHAT, OUT, MODE, UNBIASED)                                                                  \
+  extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_##WHAT##_##NAME##_##MODE(                     \
+      u8 *out, u8 *scales, const T *source, SHAPE, u32 each, RANDOM) {                                              \
+    begin();                                                                                                        \
+    quantize_rows<T, UNBIASED, OUT>(out, scales, source, rows, cols, depth, group, each, transform, draw);          \
   }                                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(Tile<T>::THREADS) quantize_columns_codes_##NAME##_##MODE(            \
-      u8 *codes, u8 *scales, float *sums, const T *source, SHAPE, RANDOM) { begin();                                         \
-    quantize_columns<T, UNBIASED, OUT_CODES>(codes, scales, sums, source, rows, cols, depth, group, transform,      \
-                                             draw);                                                                 \
+  extern "C" __global__ void TILE_BOUNDS(T) quantize_columns_##WHAT##_##NAME##_##MODE(                              \
+      u8 *out, u8 *scales, float *sums, const T *source, SHAPE, RANDOM) {                                           \
+    begin();                                                                                                        \
+    quantize_tile<T, UNBIASED, OUT, false>(nullptr, nullptr, out, scales, sums, source, rows, cols, 0, depth,       \
+                                           group, transform, transform, draw);                                      \
   }
-#define BOTH(T, NAME)              \
-  ROWS(T, NAME, nearest, false)    \
-  ROWS(T, NAME, unbiased, true)    \
-  COLUMNS(T, NAME, nearest, false) \
-  COLUMNS(T, NAME, unbiased, true)
-BOTH(bf16, bf16)
-BOTH(float, f32)
+#define BOTH_FORMS(WHAT, OUT, MODE, UNBIASED)                                                                       \
+  extern "C" __global__ void TILE_BOUNDS(bf16) quantize_both_##WHAT##_bf16_##MODE(                                  \
+      u8 *by_rows, u8 *row_scales, u8 *out, u8 *scales, float *sums, const bf16 *source, u32 rows, u32 cols,        \
+      u32 rows_depth, u32 depth, u32 group, const __grid_constant__ Transform rows_transform, RANDOM) {             \
+    begin();                                                                                                        \
+    quantize_tile<bf16, UNBIASED, OUT, true>(by_rows, row_scales, out, scales, sums, source, rows, cols,            \
+                                             rows_depth, depth, group, rows_transform, transform, draw);            \
+  }
+#define ALL(WHAT, OUT, MODE, UNBIASED)          \
+  SCALED(bf16, bf16, WHAT, OUT, MODE, UNBIASED) \
+  SCALED(float, f32, WHAT, OUT, MODE, UNBIASED) \
+  BOTH_FORMS(WHAT, OUT, MODE, UNBIASED)
+VALUES(bf16, bf16, nearest, false)
+VALUES(bf16, bf16, unbiased, true)
+VALUES(float, f32, nearest, false)
+VALUES(float, f32, unbiased, true)
+ALL(codes, OUT_CODES, nearest, false)
+ALL(codes, OUT_CODES, unbiased, true)
+#if __CUDA_ARCH__ >= 890
+ALL(mxfp8, OUT_MXFP8, nearest, false)
+ALL(mxfp8, OUT_MXFP8, unbiased, true)
+#endif

@@ -381,7 +381,8 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
 #define BOUNDS(T, GROUP) __launch_bounds__(GROUP ? 128 : 256, (sizeof(T) == 4 ? 3 : 4) * (GROUP ? 2 : 1))
 #define COLUMNS(T, FORMAT, KEPT, NAME, MODE, UNBIASED, GROUP)                                                       \
   extern "C" __global__ void BOUNDS(T, GROUP) quantize_columns_##NAME##_##MODE(                                     \
-      u8 *out, float *factor, u32 *raised, const u32 *most, float *sums, const T *source, SHAPE, RANDOM) { begin();          \
+      u8 *out, float *factor, u32 *raised, const u32 *most, float *sums, const T *source, SHAPE, RANDOM) {          \
+    begin();                                                                                                        \
     quantize_tile<T, UNBIASED, FORMAT, false, KEPT, GROUP>(nullptr, out, factor, raised, most, sums, source, rows,  \
                                                            cols, 0, depth, group, transform, transform, draw);      \
   }
@@ -389,14 +390,16 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
   extern "C" __global__ void BOUNDS(bf16, GROUP) quantize_both_##NAME##_##MODE(                                     \
       u8 *by_rows, u8 *by_columns, float *factor, u32 *raised, const u32 *most, float *sums, const bf16 *source,    \
       u32 rows, u32 cols, u32 rows_depth, u32 depth, u32 group,                                                     \
-      const __grid_constant__ Transform rows_transform, RANDOM) { begin();                                                   \
+      const __grid_constant__ Transform rows_transform, RANDOM) {                                                   \
+    begin();                                                                                                        \
     quantize_tile<bf16, UNBIASED, E5M2, true, false, GROUP>(by_rows, by_columns, factor, raised, most, sums,        \
                                                             source, rows, cols, rows_depth, depth, group,           \
                                                             rows_transform, transform, draw);                       \
   }
 #define ALL(MODE, UNBIASED)                                                                                          \
   extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_e5m2_bf16_##MODE(                             \
-      u8 *out, float *factor, u32 *raised, const u32 *most, const bf16 *source, SHAPE, u32 each, RANDOM) { begin();          \
+      u8 *out, float *factor, u32 *raised, const u32 *most, const bf16 *source, SHAPE, u32 each, RANDOM) {          \
+    begin();                                                                                                        \
     quantize_rows<UNBIASED>(out, factor, raised, most, source, rows, cols, depth, group, each, transform, draw);    \
   }                                                                                                                 \
   COLUMNS(bf16, E4M3, false, e4m3_bf16, MODE, UNBIASED, 0)                                                          \

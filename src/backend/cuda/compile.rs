@@ -16,13 +16,13 @@ use super::gpu::c_string;
 use crate::{Error, Result};
 
 /// Put in front of every file.
-const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
+pub(super) const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
 
 /// NVRTC's options besides the chip. Lambdas are device code like everything else.
 const OPTIONS: [&str; 2] = ["--std=c++17", "--device-as-default-execution-space"];
 
 /// A kernel file by its name, with its text.
-pub(super) const FILES: [(&str, &str); 12] = [
+pub(super) const FILES: [(&str, &str); 13] = [
     ("adamw", include_str!("../../../kernels/adamw.cu")),
     ("attention", include_str!("../../../kernels/attention.cu")),
     ("attention_sm90", include_str!("../../../kernels/attention_sm90.cu")),
@@ -34,6 +34,7 @@ pub(super) const FILES: [(&str, &str); 12] = [
     ("linear", include_str!("../../../kernels/linear.cu")),
     ("mxfp4", MXFP4),
     ("mxfp4_fp8", MXFP4_FP8),
+    ("mxfp4_sm120", include_str!("../../../kernels/mxfp4_sm120.cu")),
     ("normal", NORMAL),
 ];
 
@@ -190,8 +191,27 @@ mod tests {
                 let code = cubin(name, source, architecture).unwrap_or_else(|e| panic!("{e}"));
                 println!("{name}.cu for {architecture}: {} bytes", code.len());
                 assert!(code.starts_with(b"\x7fELF"));
+                let product = b"product_mxfp4_f32";
+                let has_product = code.windows(product.len()).any(|window| window == product);
+                let expected = name == "mxfp4_sm120" && architecture == "sm_120a";
+                assert_eq!(has_product, expected, "{name}.cu for {architecture}");
             }
         }
+    }
+
+    /// A kernel that did not wait would read what the one before it has not written yet.
+    #[test]
+    fn every_kernel_waits_for_those_before_it() {
+        let mut kernels = 0;
+        for (name, source) in FILES {
+            for kernel in source.split("__global__ ").skip(1) {
+                let body = kernel.split_once('{').map_or("", |(_, body)| body);
+                let first = body.trim_start_matches([' ', '\n', '\\']);
+                assert!(first.starts_with("begin();"), "{name}.cu: {kernel:.80}");
+                kernels += 1;
+            }
+        }
+        assert!(kernels > 40, "{kernels}");
     }
 
     #[test]

@@ -30,6 +30,10 @@ pub(super) enum Type {
     E4m3,
     /// FP8 E5M2, likewise; not of both operands.
     E5m2,
+    /// E4M3 with a scale for every 32 elements along the reduction, of both operands (MXFP8).
+    Mxfp8,
+    /// Codes, two a byte, with such scales (MXFP4), of both operands; not for cuBLASLt.
+    E2m1,
 }
 
 impl From<Precision> for Type {
@@ -46,7 +50,8 @@ impl Type {
         match self {
             Self::F32 => sys::cudaDataType_t::CUDA_R_32F,
             Self::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
-            Self::E4m3 => sys::cudaDataType_t::CUDA_R_8F_E4M3,
+            Self::E4m3 | Self::Mxfp8 => sys::cudaDataType_t::CUDA_R_8F_E4M3,
+            Self::E2m1 => sys::cudaDataType_t::CUDA_R_4F_E2M1,
             Self::E5m2 => sys::cudaDataType_t::CUDA_R_8F_E5M2,
         }
     }
@@ -100,7 +105,8 @@ pub(super) struct Product {
     pub(super) accumulate: bool,
     /// (n), of C's format.
     pub(super) bias: Option<u64>,
-    /// f32 factors, on the device, of all of A and of all of B, which FP8 operands have.
+    /// On the device, what FP8 operands have: f32 factors of all of A and of all of B. Of MXFP8 and MXFP4 the
+    /// scale bytes of the blocks, in the tiles that cuBLASLt wants, and row by row.
     pub(super) scales: Option<[u64; 2]>,
 }
 
@@ -245,6 +251,11 @@ impl Plan {
         if kind.bias {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
             set(product, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+        }
+        if operands.contains(&Type::Mxfp8) {
+            let mode = sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0;
+            set(product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
+            set(product, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode)?;
         }
         // NOTE: FP8 without fast accumulation, which is faster by up to a tenth and off by 5e-6 to 8e-5.
         // The heuristic refuses formats whose scales are not there yet.

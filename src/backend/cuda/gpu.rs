@@ -201,7 +201,8 @@ impl Gpu {
             sharedMemBytes: shared as u32,
             hStream: self.stream(),
             attrs: &mut overlapping,
-            // Every kernel waits for those before it by itself, on chips that know how.
+            // NOTE: every kernel waits by itself for those before it (`begin` in the prelude), so it may start
+            // while they end: a microsecond a kernel, 1 to 2% of a step of a small model.
             numAttrs: u32::from(self.capability >= (9, 0)),
         };
         // SAFETY: the caller's arguments are what the kernel declares; the stream is this context's.
@@ -246,48 +247,52 @@ impl Gpu {
     }
 
     fn load_kernels(&mut self, driver_version: c_int) -> Result<()> {
+        let cubins = compile::all(&compile::architecture(self.capability), driver_version)?;
+        let _alone = graph::without_captures();
+        cubins.iter().try_for_each(|cubin| self.load(cubin))
+    }
+
+    /// Loads the kernels of one file, in place of those of the same names.
+    pub(super) fn load(&mut self, cubin: &[u8]) -> Result<()> {
+        let _current = self.enter();
         let most_shared = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         // SAFETY: the device is valid.
         let most_shared =
             unsafe { driver::result::device::get_attribute(self.device, most_shared) };
-        let cubins = compile::all(&compile::architecture(self.capability), driver_version)?;
-        let _alone = graph::without_captures();
-        for cubin in cubins {
-            let failed = |what: &str, result| Error::Device {
-                message: format!("{what} of a kernel file: {}", text(result)),
-            };
-            let mut module = std::ptr::null_mut();
-            // SAFETY: a whole cubin, which the driver copies.
-            let result = unsafe { sys::cuModuleLoadData(&mut module, cubin.as_ptr().cast()) };
+        let failed = |what: &str, result| Error::Device {
+            message: format!("{what} of a kernel file: {}", text(result)),
+        };
+        let mut module = std::ptr::null_mut();
+        // SAFETY: a whole cubin, which the driver copies.
+        let result = unsafe { sys::cuModuleLoadData(&mut module, cubin.as_ptr().cast()) };
+        if result != CUresult::CUDA_SUCCESS {
+            return Err(failed("loading", result));
+        }
+        self.modules.push(module);
+        let mut count = 0;
+        // SAFETY: writes one number.
+        let result = unsafe { sys::cuModuleGetFunctionCount(&mut count, module) };
+        let mut functions = vec![std::ptr::null_mut(); count as usize];
+        if result != CUresult::CUDA_SUCCESS {
+            return Err(failed("counting the functions", result));
+        }
+        // SAFETY: room for `count` functions.
+        let result =
+            unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) };
+        if result != CUresult::CUDA_SUCCESS {
+            return Err(failed("listing the functions", result));
+        }
+        for function in functions {
+            let mut name = std::ptr::null();
+            // SAFETY: the name lives as long as the module.
+            let result = unsafe { sys::cuFuncGetName(&mut name, function) };
             if result != CUresult::CUDA_SUCCESS {
-                return Err(failed("loading", result));
+                return Err(failed("naming a function", result));
             }
-            self.modules.push(module);
-            let mut count = 0;
-            // SAFETY: writes one number.
-            let result = unsafe { sys::cuModuleGetFunctionCount(&mut count, module) };
-            let mut functions = vec![std::ptr::null_mut(); count as usize];
-            if result != CUresult::CUDA_SUCCESS {
-                return Err(failed("counting the functions", result));
-            }
-            // SAFETY: room for `count` functions.
-            let result =
-                unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) };
-            if result != CUresult::CUDA_SUCCESS {
-                return Err(failed("listing the functions", result));
-            }
-            for function in functions {
-                let mut name = std::ptr::null();
-                // SAFETY: the name lives as long as the module.
-                let result = unsafe { sys::cuFuncGetName(&mut name, function) };
-                if result != CUresult::CUDA_SUCCESS {
-                    return Err(failed("naming a function", result));
-                }
-                // SAFETY: a C string of the driver.
-                let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
-                self.allow_shared_memory(function, most_shared.unwrap_or(0));
-                self.kernels.insert(name, function);
-            }
+            // SAFETY: a C string of the driver.
+            let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+            self.allow_shared_memory(function, most_shared.unwrap_or(0));
+            self.kernels.insert(name, function);
         }
         Ok(())
     }

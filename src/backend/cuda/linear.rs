@@ -8,6 +8,7 @@ use super::gemm::{Operand, Type};
 use super::gpu::launch;
 use super::graph::{self, Drawn};
 use super::memory::{F32, Param, Tensor, size_of_element};
+use super::roads::{self, Road};
 use super::{Cuda, Product, Workspace, gelu, kernel};
 use crate::backend::{LinearShape, Precision};
 use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
@@ -111,10 +112,10 @@ pub(super) fn backward(
         bias: None,
         scales: None,
     };
-    let call = Call { cuda, workspace, random, fp8: cuda.multiplies_fp8(shape) };
+    let call = Call { cuda, workspace, random, road: cuda.road(shape) };
     let gradient = Source { address: dy.address(), precision };
     let most = match (recipe.dgrad, recipe.wgrad) {
-        (Backward::Mxfp4(_), _) | (_, Backward::Mxfp4(_)) if call.fp8 => {
+        (Backward::Mxfp4(_), _) | (_, Backward::Mxfp4(_)) if call.road == Road::Fp8 => {
             largest_magnitude(cuda, workspace, 0, dy)
         }
         _ => 0,
@@ -126,7 +127,7 @@ pub(super) fn backward(
     let sums = workspace.partials.address;
     let mut quantized_both = None;
     if let (Backward::Mxfp4(first), Backward::Mxfp4(second)) = (recipe.dgrad, recipe.wgrad)
-        && call.fp8
+        && call.road != Road::Bf16
         && first == second
         && first.transform.is_none_or(|transform| transform.group <= 64)
     {
@@ -159,7 +160,7 @@ pub(super) fn backward(
     // What the forward pass kept of x: in an FP8 recipe its FP8 form.
     let mut kept = Source { address: x.address(), precision };
     let (mut most_of_x, in_fp8) = (0, recipe.forward == Forward::Fp8);
-    if call.fp8 && matches!(recipe.wgrad, Backward::Mxfp4(_)) {
+    if call.road == Road::Fp8 && matches!(recipe.wgrad, Backward::Mxfp4(_)) {
         most_of_x = largest_magnitude(cuda, workspace, 1, x);
     } else if in_fp8 {
         (kept.address, most_of_x) = keep_as_fp8(cuda, workspace, x, rows * inputs);
@@ -283,8 +284,9 @@ pub(super) enum Target {
     Values { out: u64 },
     /// FP8 numbers.
     Fp8 { out: u64, format: Type, scaling: Scaling },
+    /// E4M3 elements, and the scales of their blocks in cuBLASLt's tiles.
+    Mxfp8 { out: u64, scales: u64 },
     /// The definition's own bytes.
-    #[cfg(test)]
     Codes { codes: u64, scales: u64 },
 }
 
@@ -303,7 +305,7 @@ pub(super) struct Scaling {
 
 /// Rows that a thread block of the row kernels takes: the fewest that make whole warps of threads, some
 /// 96 to 192 of them.
-fn rows_at_once(blocks: usize) -> usize {
+pub(super) fn rows_at_once(blocks: usize) -> usize {
     let mut rows = (32 >> blocks.trailing_zeros().min(5)).max(1);
     while rows > 1 && rows * blocks > 256 {
         rows = rows.div_ceil(2);
@@ -320,7 +322,7 @@ fn tile(group: usize, columns: usize) -> (usize, usize) {
 }
 
 /// Columns of a tile of the bf16 and FP8 kernels.
-const TILE_COLUMNS: usize = 64;
+pub(super) const TILE_COLUMNS: usize = 64;
 
 /// How the column kernels in `mxfp4_fp8.cu` are launched.
 struct Tiles {
@@ -378,9 +380,9 @@ fn kernel_name(
             (true, 64) => names!("columns", "e4m3_kept_g64"),
             (true, _) => names!("columns", "e4m3_kept"),
         },
-        #[cfg(test)]
+        (Form::Rows, Target::Mxfp8 { .. }) => names!("rows", "mxfp8"),
+        (Form::Columns, Target::Mxfp8 { .. }) => names!("columns", "mxfp8"),
         (Form::Rows, Target::Codes { .. }) => names!("rows", "codes"),
-        #[cfg(test)]
         (Form::Columns, Target::Codes { .. }) => names!("columns", "codes"),
     };
     let bf16 = usize::from(precision == Precision::Bf16);
@@ -406,10 +408,15 @@ pub(super) fn quantize(
     let (transform, draw) = (TransformArgument::new(signs), DrawArgument::from(draw));
     let [rows, cols, length, group_length] =
         [shape.rows, shape.cols, depth, group].map(|n| n as u32);
+    // Scales in tiles are written for as many vectors as these hold.
+    let covered = match target {
+        Target::Mxfp8 { .. } => vectors.next_multiple_of(roads::TILE_VECTORS),
+        _ => vectors,
+    };
     if shape.form == Form::Rows {
         let blocks = depth / mx::BLOCK;
         let each = rows_at_once(blocks);
-        let (grid, block) = ([vectors.div_ceil(each), 1, 1], (each * blocks).next_multiple_of(32));
+        let (grid, block) = ([covered.div_ceil(each), 1, 1], (each * blocks).next_multiple_of(32));
         let each = each as u32;
         match target {
             Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
@@ -419,10 +426,11 @@ pub(super) fn quantize(
                     out, scale, raised, most, source.address, rows, cols, length, group_length, each,
                     transform, draw);
             }
-            #[cfg(test)]
-            Target::Codes { codes, scales } => launch!(cuda.gpu, name, grid, block, 0;
-                codes, scales, source.address, rows, cols, length, group_length, each, transform,
-                draw),
+            Target::Mxfp8 { out, scales } | Target::Codes { codes: out, scales } => {
+                launch!(cuda.gpu, name, grid, block, 0;
+                    out, scales, source.address, rows, cols, length, group_length, each, transform,
+                    draw);
+            }
         }
         return 0;
     }
@@ -432,7 +440,7 @@ pub(super) fn quantize(
     };
     let (tile_rows, columns) = tile(group, columns);
     let tiles = depth.div_ceil(tile_rows);
-    let grid = [vectors.div_ceil(columns), tiles, 1];
+    let grid = [covered.div_ceil(columns), tiles, 1];
     match target {
         Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
             out, sums, source.address, rows, cols, length, group_length, transform, draw),
@@ -443,9 +451,10 @@ pub(super) fn quantize(
                 transform, draw);
             return tiles.grid[1];
         }
-        #[cfg(test)]
-        Target::Codes { codes, scales } => launch!(cuda.gpu, name, grid, block, 0;
-            codes, scales, sums, source.address, rows, cols, length, group_length, transform, draw),
+        Target::Mxfp8 { out, scales } | Target::Codes { codes: out, scales } => {
+            launch!(cuda.gpu, name, grid, block, 0;
+                out, scales, sums, source.address, rows, cols, length, group_length, transform, draw);
+        }
     }
     tiles
 }
@@ -504,9 +513,10 @@ struct MxOperand {
     shape: Quantize,
     id: OperandId,
     out: u64,
-    /// FP8: the format, the factor's address, and that of the bits of the source's largest magnitude.
-    format: Type,
+    /// The address of FP8's factor, or of the blocks' scales.
     scale: u64,
+    /// FP8: the format, and the address of the bits of the source's largest magnitude.
+    format: Type,
     most: u64,
     /// Whether it is what an FP8 forward pass kept of the source.
     kept: bool,
@@ -517,21 +527,20 @@ struct Call<'a> {
     cuda: &'a Cuda,
     workspace: &'a Workspace,
     random: &'a Random,
-    /// On chips with FP8 tensor cores operands are FP8 numbers: dy in E5M2, whose 28 binades blocks need
-    /// most, the other in E4M3, because no product takes E5M2 twice. Else they are bf16 numbers. Both hold
-    /// MXFP4 values exactly.
-    fp8: bool,
+    road: Road,
 }
 
 impl Call<'_> {
     /// dy in one of its forms. Where both are made at once, they share the room of one bf16 form.
     fn dy_operand(&self, source: Source, shape: Quantize, most: u64) -> MxOperand {
         let room = &self.workspace.operands[0];
-        let out = match shape.form {
-            Form::Columns if self.fp8 => room.address + self.workspace.second_form,
-            _ => room.address,
-        };
-        let scale = self.workspace.scales[0].address;
+        let (mut out, mut scale) = (room.address, self.workspace.scales[0].address);
+        if shape.form == Form::Columns && self.road != Road::Bf16 {
+            out += self.workspace.second_form;
+            if self.road.has_block_scales() {
+                scale += self.workspace.second_scales;
+            }
+        }
         MxOperand {
             source,
             shape,
@@ -561,6 +570,16 @@ impl Call<'_> {
         }
     }
 
+    fn target(&self, operand: &MxOperand) -> Target {
+        let &MxOperand { out, scale: scales, format, .. } = operand;
+        match self.road {
+            Road::Bf16 => Target::Values { out },
+            Road::Fp8 => Target::Fp8 { out, format, scaling: self.scaling(operand) },
+            Road::Mxfp8 => Target::Mxfp8 { out, scales },
+            Road::Fp4 => Target::Codes { codes: out, scales },
+        }
+    }
+
     fn scaling(&self, operand: &MxOperand) -> Scaling {
         let raised = self.workspace.raised.address;
         let MxOperand { scale, most, kept, .. } = *operand;
@@ -582,12 +601,8 @@ impl Call<'_> {
         };
         let mut signs = [0.0; mx::MAX_GROUP];
         let signs = fill_signs(&mut signs, format.transform, gemm, self.random);
-        let &MxOperand { source, shape, id, out, .. } = operand;
-        let target = if self.fp8 {
-            Target::Fp8 { out, format: operand.format, scaling: self.scaling(operand) }
-        } else {
-            Target::Values { out }
-        };
+        let &MxOperand { source, shape, id, .. } = operand;
+        let target = self.target(operand);
         let draw = self.random.rounding(id);
         let parts = quantize(self.cuda, target, source, shape, sums, signs, rounding, draw);
         self.note_drawn(gemms, id, format);
@@ -606,20 +621,17 @@ impl Call<'_> {
         let [first, second] = &mut signs;
         let signs = [(first, GemmId::Dgrad), (second, GemmId::Wgrad)]
             .map(|(signs, gemm)| fill_signs(signs, format.transform, gemm, self.random));
-        let (out, source) = ([by_rows.out, by_columns.out], by_rows.source.address);
+        let (cuda, source) = (self.cuda, by_rows.source.address);
         let Quantize { rows, cols, .. } = by_rows.shape;
+        let (shape, rounding) = ((rows, cols), format.dy);
         let draw = self.random.rounding(OperandId::Dy);
-        let parts = quantize_both(
-            self.cuda,
-            out,
-            self.scaling(by_rows),
-            source,
-            (rows, cols),
-            sums,
-            signs,
-            format.dy,
-            draw,
-        );
+        let parts = if self.road.has_block_scales() {
+            let targets = [by_rows, by_columns].map(|operand| self.target(operand));
+            roads::quantize_both(cuda, targets, source, shape, sums, signs, rounding, draw)
+        } else {
+            let (out, scaling) = ([by_rows.out, by_columns.out], self.scaling(by_rows));
+            quantize_both(cuda, out, scaling, source, shape, sums, signs, rounding, draw)
+        };
         self.note_drawn(&[GemmId::Dgrad, GemmId::Wgrad], OperandId::Dy, format);
         parts
     }
@@ -635,11 +647,16 @@ impl Call<'_> {
         let (_, depth) = a.shape.vectors_and_depth(group);
         let product = Product {
             k: depth,
-            operands: if self.fp8 { [a.format, b.format] } else { [Type::Bf16; 2] },
+            operands: match self.road {
+                Road::Bf16 => [Type::Bf16; 2],
+                Road::Fp8 => [a.format, b.format],
+                Road::Mxfp8 => [Type::Mxfp8; 2],
+                Road::Fp4 => [Type::E2m1; 2],
+            },
             a: Operand::rows(a.out, depth),
             b: Operand::rows(b.out, depth),
             alpha: mx::product_scale(format.dy, format.other),
-            scales: self.fp8.then_some([a.scale, b.scale]),
+            scales: (self.road != Road::Bf16).then_some([a.scale, b.scale]),
             ..plain
         };
         self.cuda.product(self.workspace, &product);

@@ -179,6 +179,11 @@ impl Arena {
         Self { gpu: gpu.clone(), block: None, used: 0, magnitudes: None }
     }
 
+    /// Of the GPU.
+    pub(super) fn capability(&self) -> (i32, i32) {
+        self.gpu.capability
+    }
+
     /// An arena of `bytes` zeroed bytes of device memory.
     pub(super) fn allocated(gpu: &Arc<Gpu>, bytes: usize) -> Result<Self> {
         let (free, total) = gpu.memory().unwrap_or((usize::MAX, usize::MAX));

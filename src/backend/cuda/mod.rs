@@ -21,6 +21,9 @@ mod measure;
 mod memory;
 mod normal;
 #[cfg(test)]
+mod on_cpu;
+mod roads;
+#[cfg(test)]
 mod tests;
 mod workspace;
 
@@ -42,22 +45,29 @@ use super::{
 use crate::mx::{Draw, Random};
 use crate::recipe::{Forward, LinearRecipe};
 use crate::{CudaStream, Error, Result};
-#[cfg(test)]
-use gemm::Type;
-use gemm::{Gemm, Product};
+use gemm::{Gemm, Product, Type};
 use gpu::Gpu;
+use roads::Road;
 
 /// One GPU.
 pub(crate) struct Cuda {
     gemm: Gemm,
     gpu: Arc<Gpu>,
+    /// What multiplies MXFP8 operands on chips that do not.
+    #[cfg(test)]
+    stand_in: Option<fn(&Self, &Product)>,
 }
 
 impl Cuda {
     /// Opens GPU `ordinal`.
     pub(crate) fn new(ordinal: usize, stream: Option<CudaStream>) -> Result<Self> {
         let gpu = Arc::new(Gpu::open(ordinal, stream.map(|stream| stream.as_raw().cast()))?);
-        Ok(Self { gemm: Gemm::new(&gpu)?, gpu })
+        Ok(Self {
+            gemm: Gemm::new(&gpu)?,
+            gpu,
+            #[cfg(test)]
+            stand_in: None,
+        })
     }
 
     /// The chip, for the log.
@@ -67,13 +77,28 @@ impl Cuda {
         format!("{} (compute capability {major}.{minor}, {memory} MiB)", self.gpu.name)
     }
 
-    /// Whether the chip multiplies FP8 operands of a layer of these sizes.
+    /// Whether the chip multiplies FP8 operands of a layer of these sizes, with one scale a tensor; Blackwell
+    /// chips do, too.
     fn multiplies_fp8(&self, LinearShape { rows, inputs, outputs }: LinearShape) -> bool {
         let fits = [rows, inputs, outputs].iter().all(|n| n.is_multiple_of(16));
         self.gpu.capability >= (8, 9) && fits
     }
 
+    /// How MXFP4 operands of a layer of these sizes are multiplied.
+    fn road(&self, shape: LinearShape) -> Road {
+        Road::of(self.gpu.capability).for_layer(shape)
+    }
+
     fn product(&self, workspace: &Workspace, product: &Product) {
+        if product.operands.contains(&Type::E2m1) {
+            return roads::multiply_fp4(self, product);
+        }
+        #[cfg(test)]
+        if let Some(multiply) = self.stand_in
+            && product.operands.contains(&Type::Mxfp8)
+        {
+            return multiply(self, product);
+        }
         self.gemm.run(&self.gpu, product, workspace.gemm.address);
     }
 

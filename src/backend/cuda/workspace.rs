@@ -3,6 +3,7 @@
 use super::layernorm;
 use super::linear;
 use super::memory::{Arena, Piece, size_of_element};
+use super::roads::Road;
 use super::{classifier, gemm};
 use crate::backend::{Precision, WorkspaceShape};
 use crate::recipe::Forward;
@@ -26,8 +27,10 @@ pub(crate) struct Workspace {
     pub(super) second_form: u64,
     /// x as FP8 keeps it: bf16.
     pub(super) kept: Piece,
-    /// The f32 factors of the two operands.
+    /// The f32 factors of the two operands, or the scales of their blocks.
     pub(super) scales: [Piece; 2],
+    /// Bytes from the start of the first operand's to those of its second form.
+    pub(super) second_scales: u64,
     /// One word each: the bits of the largest magnitude of what an operand is made from, where no kernel
     /// noted it, and of x as FP8 keeps it.
     pub(super) most: [Piece; 3],
@@ -50,7 +53,8 @@ impl Workspace {
 
         let fp8 = forward == Forward::Fp8;
         let group = backward.and_then(|backward| backward.mxfp4_group);
-        let mut operands = [0; 2];
+        let road = Road::of(arena.capability());
+        let (mut operands, mut scales) = ([0; 2], [4; 2]);
         for (inputs, outputs) in [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)] {
             let mut room = |first: usize, second: usize| {
                 operands = [operands[0].max(first), operands[1].max(second)];
@@ -62,7 +66,16 @@ impl Workspace {
                 let padded = |n: usize| n.next_multiple_of(group);
                 room(rows * padded(outputs), inputs * padded(outputs));
                 room(outputs * padded(rows), inputs * padded(rows));
+                for (first, second, depth) in [(rows, inputs, outputs), (outputs, inputs, rows)] {
+                    let bytes = [first, second].map(|n| road.scale_bytes(n, padded(depth)));
+                    scales = [scales[0].max(bytes[0]), scales[1].max(bytes[1])];
+                }
             }
+        }
+        // cuBLASLt wants those of blocks aligned to 16 bytes.
+        let second_scales = scales[0].next_multiple_of(16);
+        if road.has_block_scales() {
+            scales[0] += second_scales;
         }
         Self {
             gemm: arena.bytes(gemm::WORKSPACE),
@@ -73,7 +86,8 @@ impl Workspace {
             operands: operands.map(|len| arena.bytes(len * 2)),
             second_form: operands[0] as u64,
             kept: arena.bytes(if fp8 { rows * 4 * c * 2 } else { 0 }),
-            scales: [0; 2].map(|_| arena.bytes(4)),
+            scales: scales.map(|bytes| arena.bytes(bytes)),
+            second_scales: second_scales as u64,
             most: [0; 3].map(|_| arena.bytes(4)),
             raised: arena.bytes(4),
         }

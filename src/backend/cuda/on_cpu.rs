@@ -1,0 +1,666 @@
+//! Kernels on the processor, for chips that are not at hand: `on_cpu.cpp` and a kernel file make a library,
+//! which a test calls block by block. The instruction of the FP4 tensor cores is modelled here, from PTX's
+//! documentation alone.
+
+use std::ffi::c_void;
+use std::path::Path;
+use std::process::Command;
+
+use proptest::prelude::*;
+
+use super::compile::{FILES, PRELUDE};
+use super::linear::{DrawArgument, TransformArgument, rows_at_once};
+use super::roads::{Road, tiled};
+use crate::mx::{
+    BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source,
+    decode_e2m1, decode_e8m0,
+};
+
+/// A kernel file that runs on the processor.
+struct OnCpu {
+    library: libloading::Library,
+    _folder: tempfile::TempDir,
+}
+
+/// What PTX the files hold, and what `on_cpu.cpp` has for it.
+const PTX: [(&str, &str); 5] = [
+    (
+        "asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(out) : \"f\"(high), \"f\"(low));",
+        "out = ptx_bf16_pair(high, low);",
+    ),
+    (
+        "asm(\"max.NaN.f32 %0, %1, %2;\" : \"=f\"(out) : \"f\"(a), \"f\"(b));",
+        "out = ptx_max_nan(a, b);",
+    ),
+    (
+        "asm(\"set.lt.f32.f32 %0, %1, %2;\" : \"=f\"(low) : \"f\"(y), \"f\"(unit));",
+        "low = y < unit ? 1.0f : 0.0f;",
+    ),
+    (
+        "asm(\"rcp.approx.ftz.f32 %0, %1;\" : \"=f\"(reciprocal) : \"f\"((float)blocks));",
+        "reciprocal = 1.0f / (float)blocks;",
+    ),
+    (
+        "asm(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(out) : \"f\"(high), \"f\"(low));",
+        "out = ptx_e4m3_pair(high, low);",
+    ),
+];
+
+/// In which order threads get their turn, and whether copies happen as late as they may.
+const SCHEDULES: [(u32, u32); 3] = [(0, 1), (1, 0), (2, 1)];
+
+impl OnCpu {
+    /// None, after a line that says why, where there is no compiler; in CI there is one.
+    fn new(file: &str) -> Option<Self> {
+        let (_, kernels) = FILES.into_iter().find(|(name, _)| *name == file)?;
+        let mut text = format!("{PRELUDE}\n{kernels}");
+        for (ptx, twin) in PTX {
+            text = text.replace(ptx, twin);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let [source, library] = ["kernels.cpp", "kernels.so"].map(|name| folder.path().join(name));
+        std::fs::write(&source, format!("{}\n{text}", include_str!("on_cpu.cpp"))).unwrap();
+        // No warnings: much of a file's beginning is not used by the rest.
+        let mut compiler = Command::new("c++");
+        compiler.args(["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]);
+        let output = match compiler.arg("-o").arg(&library).arg(&source).output() {
+            Ok(output) => output,
+            Err(error) => {
+                assert!(std::env::var("CI").as_deref() != Ok("true"), "c++: {error}");
+                println!("skipped: c++ cannot be started: {error}");
+                return None;
+            }
+        };
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{file}.cu does not compile for the processor:\n{errors}");
+        Some(Self { library: open(&library), _folder: folder })
+    }
+
+    /// A kernel, as a function of type `F`.
+    fn kernel<F: Copy>(&self, name: &str) -> F {
+        // SAFETY: callers give the type that the file declares.
+        *unsafe { self.library.get::<F>(name.as_bytes()) }.unwrap_or_else(|e| panic!("{name}: {e}"))
+    }
+
+    /// Calls `f` as every thread of a grid.
+    fn run<F: Fn()>(&self, (order, late): (u32, u32), grid: [usize; 2], block: usize, f: F) {
+        extern "C" fn call<F: Fn()>(f: *const c_void) {
+            // SAFETY: `run` hands on its own.
+            unsafe { (*f.cast::<F>())() }
+        }
+        type RunGrid = unsafe extern "C" fn(
+            u32,
+            u32,
+            u32,
+            u32,
+            u32,
+            extern "C" fn(*const c_void),
+            *const c_void,
+            extern "C" fn(
+                &mut [[f32; 4]; 32],
+                &[[u32; 4]; 32],
+                &[[u32; 2]; 32],
+                &[u32; 32],
+                &[u32; 32],
+            ),
+        );
+        let run: RunGrid = self.kernel("run_grid");
+        let [x, y] = grid.map(|n| n as u32);
+        let context = std::ptr::from_ref(&f).cast();
+        // SAFETY: `f` lives until the call returns, and the types are those of `on_cpu.cpp`.
+        unsafe { run(order, late, x, y, block as u32, call::<F>, context, multiply) };
+    }
+}
+
+fn open(library: &Path) -> libloading::Library {
+    // SAFETY: made from the kernels a moment ago; nothing in it runs on being loaded.
+    unsafe { libloading::Library::new(library) }.unwrap()
+}
+
+// ---- The instruction ----
+
+/// Row and column of element `i` of a thread's fragment of A (16, 64), of B (64, 8), and of C (16, 8).
+/// ref: PTX ISA, "Matrix Fragments for mma.m16n8k64".
+fn place_in_a(lane: usize, i: usize) -> (usize, usize) {
+    let (group_id, thread_in_group) = (lane >> 2, lane % 4);
+    let row = if i < 8 || (16..24).contains(&i) { group_id } else { group_id + 8 };
+    let column = thread_in_group * 8 + (i & 7);
+    (row, if i < 16 { column } else { column + 32 })
+}
+
+fn place_in_b(lane: usize, i: usize) -> (usize, usize) {
+    let (group_id, thread_in_group) = (lane >> 2, lane % 4);
+    let row = thread_in_group * 8 + (i & 7);
+    (if i < 8 { row } else { row + 32 }, group_id)
+}
+
+fn place_in_c(lane: usize, i: usize) -> (usize, usize) {
+    let (group_id, thread_in_group) = (lane >> 2, lane % 4);
+    (if i < 2 { group_id } else { group_id + 8 }, thread_in_group * 2 + (i & 1))
+}
+
+/// Selectors of the scales, {byte-id, thread-id}, of A and of B.
+type Selectors = [(usize, usize); 2];
+
+/// Thread and byte that hold the scale of chunk `chunk` of row `row` of A, and of column `column` of B, with
+/// `.scale_vec::2X`: the thread-pair of a quad that thread-id-a selects has the rows of its fragment in order,
+/// the thread of a quad that thread-id-b selects its column, and byte-id selects a pair of bytes.
+/// ref: PTX ISA, "Block Scaling for mma.sync".
+fn scale_of_a(row: usize, chunk: usize, (byte, thread): (usize, usize)) -> (usize, usize) {
+    (4 * (row % 8) + 2 * thread + row / 8, byte + chunk)
+}
+
+fn scale_of_b(column: usize, chunk: usize, (byte, thread): (usize, usize)) -> (usize, usize) {
+    (4 * column + thread, byte + chunk)
+}
+
+/// `mma.sync.aligned.m16n8k64.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0` of a
+/// warp's registers, with the selectors that the kernel has.
+extern "C" fn multiply(
+    d: &mut [[f32; 4]; 32],
+    a: &[[u32; 4]; 32],
+    b: &[[u32; 2]; 32],
+    a_scales: &[u32; 32],
+    b_scales: &[u32; 32],
+) {
+    let [of_a, of_b]: Selectors = [(0, 0); 2];
+    let code = |registers: &[u32], i: usize| (registers[i / 8] >> (4 * (i % 8)) & 15) as u8;
+    let scale = |registers: &[u32; 32], (lane, byte): (usize, usize)| {
+        f64::from(decode_e8m0((registers[lane] >> (8 * byte)) as u8))
+    };
+    let (mut x, mut y) = ([[0.0; 64]; 16], [[0.0; 8]; 64]);
+    for lane in 0..32 {
+        for i in 0..32 {
+            let (row, k) = place_in_a(lane, i);
+            let factor = scale(a_scales, scale_of_a(row, k / 32, of_a));
+            x[row][k] = factor * f64::from(decode_e2m1(code(&a[lane], i)));
+        }
+        for i in 0..16 {
+            let (k, column) = place_in_b(lane, i);
+            let factor = scale(b_scales, scale_of_b(column, k / 32, of_b));
+            y[k][column] = factor * f64::from(decode_e2m1(code(&b[lane], i)));
+        }
+    }
+    for lane in 0..32 {
+        for i in 0..4 {
+            let (row, column) = place_in_c(lane, i);
+            let sum: f64 = (0..64).map(|k| x[row][k] * y[k][column]).sum();
+            d[lane][i] = (f64::from(d[lane][i]) + sum) as f32;
+        }
+    }
+}
+
+/// An index in a layout of CUTLASS: the parts of `i`, lowest first, times their strides.
+fn in_layout(mut i: usize, layout: &[(usize, usize)]) -> usize {
+    let mut index = 0;
+    for (size, stride) in layout {
+        index += i % size * stride;
+        i /= size;
+    }
+    index
+}
+
+/// PTX's documentation and CUTLASS' layouts (`MMA_Traits<SM120_16x8x64_TN_VS>`, column-major) say the same, and
+/// the kernel has the selectors that the model has.
+#[test]
+fn both_sources_know_the_same_fragments() {
+    for lane in 0..32 {
+        for i in 0..32 {
+            let (row, k) = place_in_a(lane, i);
+            let thread = in_layout(lane, &[(4, 128), (8, 1)]);
+            assert_eq!(row + 16 * k, thread + in_layout(i, &[(8, 16), (2, 8), (2, 512)]));
+        }
+        for i in 0..16 {
+            let (k, column) = place_in_b(lane, i);
+            let thread = in_layout(lane, &[(4, 64), (8, 1)]);
+            assert_eq!(column + 8 * k, thread + in_layout(i, &[(8, 8), (2, 256)]));
+        }
+        for i in 0..4 {
+            let (row, column) = place_in_c(lane, i);
+            let thread = in_layout(lane, &[(4, 32), (8, 1)]);
+            assert_eq!(row + 16 * column, thread + in_layout(i, &[(2, 16), (2, 8)]));
+        }
+        let row = in_layout(lane, &[(2, 8), (2, 0), (8, 1)]);
+        if lane % 4 < 2 {
+            assert_eq!(scale_of_a(row, 0, (0, 0)), (lane, 0));
+        }
+        if lane % 4 == 0 {
+            assert_eq!(scale_of_b(in_layout(lane, &[(4, 0), (8, 1)]), 1, (0, 0)), (lane, 1));
+        }
+    }
+    let (_, kernels) = FILES.into_iter().find(|(name, _)| *name == "mxfp4_sm120").unwrap();
+    assert!(kernels.contains("{%10}, {0, 0}, {%11}, {0, 0};"));
+}
+
+// ---- Products ----
+
+/// Any codes, and scales of ordinary magnitude.
+pub(super) fn operand(rows: usize, depth: usize, seed: u64) -> Mxfp4Matrix {
+    let draw = Draw::of(seed, Purpose::Weights, 82, 0);
+    let byte = |i: usize| draw.bits(i as u32, 0)[0] as u8;
+    let scale = |i: usize| 118 + draw.bits(i as u32, 1)[0] as u8 % 18;
+    Mxfp4Matrix {
+        rows,
+        depth,
+        codes: (0..rows * depth / 2).map(byte).collect(),
+        scales: (0..rows * depth / BLOCK).map(scale).collect(),
+    }
+}
+
+/// Bytes that start at a multiple of 16, as those of the kernels do.
+fn aligned(bytes: &[u8]) -> Vec<u128> {
+    let mut out = vec![0u128; bytes.len().div_ceil(16)];
+    bytemuck::cast_slice_mut::<_, u8>(&mut out)[..bytes.len()].copy_from_slice(bytes);
+    out
+}
+
+type ProductKernel = unsafe extern "C" fn(
+    *mut c_void,
+    *const u128,
+    *const u128,
+    *const u128,
+    *const u128,
+    u32,
+    u32,
+    u32,
+    u32,
+    f32,
+    u32,
+);
+
+/// The whole kernel of the FP4 tensor cores, at sizes that nothing divides, against the f64 product.
+#[test]
+fn fp4_products_are_those_of_their_operands() {
+    let Some(on_cpu) = OnCpu::new("mxfp4_sm120") else { return };
+    let product = |bf16| -> ProductKernel {
+        on_cpu.kernel(if bf16 { "product_mxfp4_bf16" } else { "product_mxfp4_f32" })
+    };
+    let cases =
+        [(1, 1, 32), (16, 8, 64), (130, 137, 96), (128, 128, 512), (77, 200, 1056), (257, 40, 640)];
+    for (case, (m, n, k)) in cases.into_iter().enumerate() {
+        let (mut a, b) = (operand(m, k, 1), operand(n, k, 2));
+        if case == 2 {
+            a.scales[5 * k / BLOCK + 1] = 255;
+        }
+        let (x, y) = (a.dequantize(), b.dequantize());
+        let alpha = 16.0 / 9.0f32;
+        let dot = |i: usize, j: usize| -> (f64, f64) {
+            let terms = (0..k).map(|l| f64::from(x[i * k + l]) * f64::from(y[j * k + l]));
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), v| (sum + v, size + v.abs()));
+            (f64::from(alpha) * sum, f64::from(alpha) * size)
+        };
+        let [a_codes, b_codes] = [&a.codes, &b.codes].map(|bytes| aligned(bytes));
+        let [a_scales, b_scales] = [&a.scales, &b.scales].map(|bytes| aligned(bytes));
+        for (at, bytes) in [
+            (&a_codes, &a.codes),
+            (&b_codes, &b.codes),
+            (&a_scales, &a.scales),
+            (&b_scales, &b.scales),
+        ] {
+            let may_read: unsafe extern "C" fn(*const u128, usize) = on_cpu.kernel("may_read");
+            // SAFETY: only notes the address.
+            unsafe { may_read(at.as_ptr(), bytes.len()) };
+        }
+        let stride = n + case % 3;
+        for (schedule, accumulate, bf16) in [
+            (SCHEDULES[0], false, false),
+            (SCHEDULES[1], true, false),
+            (SCHEDULES[2], false, true),
+            (SCHEDULES[0], true, true),
+        ] {
+            let before = if accumulate { 8.0f32 } else { f32::NAN };
+            let mut wide = vec![before; m * stride];
+            let mut narrow = vec![half::bf16::from_f32(before).to_bits(); m * stride];
+            let c: *mut c_void =
+                if bf16 { narrow.as_mut_ptr().cast() } else { wide.as_mut_ptr().cast() };
+            let kernel = product(bf16);
+            on_cpu.run(schedule, [n.div_ceil(128), m.div_ceil(128)], 256, || {
+                // SAFETY: buffers and grid are what the comment of the kernels asks for.
+                unsafe {
+                    kernel(
+                        c,
+                        a_codes.as_ptr(),
+                        a_scales.as_ptr(),
+                        b_codes.as_ptr(),
+                        b_scales.as_ptr(),
+                        m as u32,
+                        n as u32,
+                        k as u32,
+                        stride as u32,
+                        alpha,
+                        u32::from(accumulate),
+                    );
+                }
+            });
+            for i in 0..m * stride {
+                let ours = if bf16 { half::bf16::from_bits(narrow[i]).to_f32() } else { wide[i] };
+                let what = format!("({m}, {n}, {k}) accumulate {accumulate} bf16 {bf16}: {i}");
+                if i % stride >= n {
+                    assert!(ours.to_bits() == before.to_bits(), "{what} is beyond the matrix");
+                    continue;
+                }
+                let (exact, size) = dot(i / stride, i % stride);
+                let exact = if accumulate { exact + 8.0 } else { exact };
+                let bound = 1e-6 * (size + 8.0) + if bf16 { exact.abs() / 256.0 } else { 0.0 };
+                let same =
+                    (f64::from(ours) - exact).abs() <= bound || ours.is_nan() && exact.is_nan();
+                assert!(same, "{what}: {ours} instead of {exact}");
+            }
+        }
+    }
+}
+
+// ---- Scales in tiles ----
+
+proptest! {
+    /// Every scale has a place of its own, and the places fill what is planned for them but for the padding.
+    #[test]
+    fn tiles_hold_every_scale_once(vectors in 1usize..400, blocks in 1usize..40) {
+        let bytes = Road::Mxfp8.scale_bytes(vectors, blocks * BLOCK);
+        prop_assert_eq!(bytes % 512, 0);
+        prop_assert!(bytes < (vectors + 128) * (blocks + 4));
+        let mut seen = vec![false; bytes];
+        for vector in 0..vectors.next_multiple_of(128) {
+            for block in 0..blocks.next_multiple_of(4) {
+                let at = tiled(vector, block, blocks);
+                prop_assert!(!seen[at], "({}, {}) is at {} like another", vector, block, at);
+                seen[at] = true;
+                // Back, as cuBLAS' documentation has it within a tile.
+                let within = at % 512;
+                prop_assert_eq!(vector % 128, within % 16 / 4 * 32 + within / 16);
+                prop_assert_eq!(block % 4, within % 4);
+            }
+        }
+        prop_assert!(seen.into_iter().all(|seen| seen));
+    }
+}
+
+// ---- Quantization ----
+
+const RANDOM: Random = Random { seed: 9, step: 3, micro_step: 1, layer: 2, linear: LinearId::Qkv };
+
+/// A source with what is hard: zeros, both ends of the range, and where `poisoned` NaN and infinity.
+fn source(rows: usize, cols: usize, poisoned: bool) -> Vec<f32> {
+    let draw = Draw::of(5, Purpose::Weights, 83, 0);
+    let value = |i: usize| {
+        let [a, b, c, _] = draw.bits(i as u32, 0);
+        let v = (f64::from(a) + f64::from(b) - f64::from(c) - 2f64.powi(31)) / 2f64.powi(31);
+        let v = match i / 37 % 29 {
+            3 => 0.0,
+            7 => v * 1e-38,
+            11 => v * 1e36,
+            13 => v * 1e-30,
+            _ => v,
+        };
+        half::bf16::from_f64(if a % 97 == 0 { 9.0 * v } else { v }).to_f32()
+    };
+    let mut values: Vec<f32> = (0..rows * cols).map(value).collect();
+    if poisoned {
+        values[rows * cols / 3] = f32::NAN;
+        values[rows * cols - 1] = f32::NEG_INFINITY;
+    }
+    values
+}
+
+/// What a kernel makes of one form.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum What {
+    Codes,
+    Mxfp8,
+}
+
+/// One form of a result: elements and scales.
+struct Form {
+    elements: Vec<u128>,
+    scales: Vec<u128>,
+}
+
+impl Form {
+    fn new(what: What, vectors: usize, depth: usize) -> Self {
+        let (bytes, road) = match what {
+            What::Codes => (vectors * depth / 2, Road::Fp4),
+            What::Mxfp8 => (vectors * depth, Road::Mxfp8),
+        };
+        let poison = |bytes: usize| vec![u128::from_le_bytes([0xaa; 16]); bytes.div_ceil(16)];
+        Self { elements: poison(bytes), scales: poison(road.scale_bytes(vectors, depth)) }
+    }
+
+    fn pointers(&mut self) -> (*mut u8, *mut u8) {
+        (self.elements.as_mut_ptr().cast(), self.scales.as_mut_ptr().cast())
+    }
+
+    fn check(&self, what: What, exact: &Mxfp4Matrix, case: &str) {
+        let (elements, scales): (&[u8], &[u8]) =
+            (bytemuck::cast_slice(&self.elements), bytemuck::cast_slice(&self.scales));
+        match what {
+            What::Codes => {
+                assert!(elements[..exact.codes.len()] == exact.codes, "{case}: codes differ");
+                assert!(scales[..exact.scales.len()] == exact.scales, "{case}: scales differ");
+            }
+            What::Mxfp8 => check_mxfp8(elements, scales, exact, case),
+        }
+    }
+}
+
+/// E4M3's bytes of the values of E2M1.
+const E4M3: [u8; 8] = [0x00, 0x30, 0x38, 0x3c, 0x40, 0x44, 0x48, 0x4c];
+
+/// MXFP8's elements and scales are the definition's, NaN in blocks whose scale is NaN, and what the tiles have
+/// beyond the matrix is zero.
+pub(super) fn check_mxfp8(elements: &[u8], scales: &[u8], exact: &Mxfp4Matrix, case: &str) {
+    let blocks = exact.depth / BLOCK;
+    for vector in 0..exact.rows.next_multiple_of(128) {
+        for block in 0..blocks.next_multiple_of(4) {
+            let inside = vector < exact.rows && block < blocks;
+            let (ours, exact) = (
+                scales[tiled(vector, block, blocks)],
+                if inside { exact.scale(vector, block) } else { 0 },
+            );
+            assert_eq!(ours, exact, "{case}: scale of block {block} of vector {vector}");
+        }
+    }
+    for vector in 0..exact.rows {
+        for k in 0..exact.depth {
+            let code = exact.code(vector, k);
+            let byte = match exact.scale(vector, k / BLOCK) {
+                255 => 0x7f,
+                _ => E4M3[usize::from(code & 7)] | (code & 8) << 4,
+            };
+            let ours = elements[vector * exact.depth + k];
+            assert_eq!(ours, byte, "{case}: element {k} of vector {vector}, of code {code}");
+        }
+    }
+}
+
+type RowsKernel<T> = unsafe extern "C" fn(
+    *mut u8,
+    *mut u8,
+    *const T,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    TransformArgument,
+    DrawArgument,
+);
+type ColumnsKernel<T> = unsafe extern "C" fn(
+    *mut u8,
+    *mut u8,
+    *mut f32,
+    *const T,
+    u32,
+    u32,
+    u32,
+    u32,
+    TransformArgument,
+    DrawArgument,
+);
+type BothKernel = unsafe extern "C" fn(
+    *mut u8,
+    *mut u8,
+    *mut u8,
+    *mut u8,
+    *mut f32,
+    *const u16,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    TransformArgument,
+    TransformArgument,
+    DrawArgument,
+);
+
+/// The kernels that give every block a scale of its own, in all their forms, against the definition, byte for
+/// byte.
+#[test]
+fn quantized_operands_are_those_of_the_definition() {
+    let Some(on_cpu) = OnCpu::new("mxfp4") else { return };
+    let cases = [(1, 1), (17, 31), (33, 200), (130, 72)];
+    for (case, (rows, cols)) in cases.into_iter().enumerate() {
+        for group in [0, 32, 64, 128, 256] {
+            for what in [What::Codes, What::Mxfp8] {
+                for rounding in [Rounding::Nearest, Rounding::Unbiased] {
+                    let schedule = SCHEDULES[(case + group / 32) % 3];
+                    let values = source(rows, cols, case == 3);
+                    let case = Case { on_cpu: &on_cpu, schedule, values: &values, rows, cols };
+                    case.check(what, group, rounding);
+                }
+            }
+        }
+    }
+}
+
+/// A source and how kernels run on it.
+struct Case<'a> {
+    on_cpu: &'a OnCpu,
+    schedule: (u32, u32),
+    values: &'a [f32],
+    rows: usize,
+    cols: usize,
+}
+
+impl Case<'_> {
+    fn check(&self, what: What, group: usize, rounding: Rounding) {
+        let &Case { on_cpu, schedule, values, rows, cols } = self;
+        let narrow: Vec<u16> = values.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect();
+        let mut signs = [vec![0.0; group], vec![0.0; group]];
+        RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs[0]);
+        RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs[1]);
+        let draw = RANDOM.rounding(OperandId::Dy);
+        let exact = |transposed, signs: &[f32]| {
+            let (vectors, depth) = if transposed { (cols, rows) } else { (rows, cols) };
+            let source = Source { data: values, rows: vectors, depth, transposed };
+            Mxfp4Matrix::quantize(source, signs, rounding, &draw)
+        };
+        let exact = [exact(false, &signs[0]), exact(true, &signs[1])];
+        let [first, second] = [0, 1].map(|i| TransformArgument::new(&signs[i]));
+        let draw = DrawArgument::from(draw);
+        let (r, c, g) = (rows as u32, cols as u32, group as u32);
+        let depths = [0, 1].map(|i| exact[i].depth);
+        let [rows_depth, depth] = depths.map(|depth| depth as u32);
+        let covered = |n: usize| if what == What::Mxfp8 { n.next_multiple_of(128) } else { n };
+        let kind = format!("{what:?}").to_lowercase();
+        let mode = format!("{rounding:?}").to_lowercase();
+        let label = |form: &str| format!("({rows}, {cols}) g {group} {form} {kind} {mode}");
+        let sums_of = |tiles: usize| vec![f32::NAN; tiles * cols];
+        let check_sums = |sums: &[f32], label: &str| {
+            for column in 0..cols {
+                let terms = (0..rows).map(|row| f64::from(values[row * cols + column]));
+                let (exact, size) = terms.fold((0.0, 0.0), |(s, z), v| (s + v, z + v.abs()));
+                let ours: f64 = sums.iter().skip(column).step_by(cols).map(|v| f64::from(*v)).sum();
+                let same =
+                    (ours - exact).abs() <= 1e-5 * size || !ours.is_finite() && !exact.is_finite();
+                assert!(same, "{label}: sum {ours} of column {column} instead of {exact}");
+            }
+        };
+
+        // Along rows, from f32 and from bf16.
+        let blocks = depths[0] / BLOCK;
+        let each = rows_at_once(blocks);
+        let (grid, block) =
+            ([covered(rows).div_ceil(each), 1], (each * blocks).next_multiple_of(32));
+        let mut form = Form::new(what, rows, depths[0]);
+        let (out, scales) = form.pointers();
+        let kernel: RowsKernel<f32> = on_cpu.kernel(&format!("quantize_rows_{kind}_f32_{mode}"));
+        let from = values.as_ptr();
+        on_cpu.run(schedule, grid, block, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(out, scales, from, r, c, rows_depth, g, each as u32, first, draw);
+            }
+        });
+        form.check(what, &exact[0], &label("rows, f32,"));
+        let mut form = Form::new(what, rows, depths[0]);
+        let (out, scales) = form.pointers();
+        let kernel: RowsKernel<u16> = on_cpu.kernel(&format!("quantize_rows_{kind}_bf16_{mode}"));
+        let from = narrow.as_ptr();
+        on_cpu.run(schedule, grid, block, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(out, scales, from, r, c, rows_depth, g, each as u32, first, draw);
+            }
+        });
+        form.check(what, &exact[0], &label("rows, bf16,"));
+
+        // Down columns.
+        let halves = if group == 256 { 2 } else { 1 };
+        let tiles = depths[1].div_ceil(128 * halves);
+        let mut form = Form::new(what, cols, depths[1]);
+        let (out, scales) = form.pointers();
+        let mut sums = sums_of(tiles);
+        let to = sums.as_mut_ptr();
+        let kernel: ColumnsKernel<f32> =
+            on_cpu.kernel(&format!("quantize_columns_{kind}_f32_{mode}"));
+        let from = values.as_ptr();
+        on_cpu.run(schedule, [covered(cols).div_ceil(32 / halves), tiles], 128, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(out, scales, to, from, r, c, depth, g, second, draw);
+            }
+        });
+        form.check(what, &exact[1], &label("columns, f32,"));
+        check_sums(&sums, &label("columns, f32,"));
+        let mut form = Form::new(what, cols, depths[1]);
+        let (out, scales) = form.pointers();
+        let mut sums = sums_of(tiles);
+        let to = sums.as_mut_ptr();
+        let kernel: ColumnsKernel<u16> =
+            on_cpu.kernel(&format!("quantize_columns_{kind}_bf16_{mode}"));
+        let from = narrow.as_ptr();
+        on_cpu.run(schedule, [covered(cols).div_ceil(64 / halves), tiles], 256, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(out, scales, to, from, r, c, depth, g, second, draw);
+            }
+        });
+        form.check(what, &exact[1], &label("columns, bf16,"));
+        check_sums(&sums, &label("columns, bf16,"));
+        if group > 64 {
+            return;
+        }
+
+        // Both at once.
+        let mut forms = [0, 1].map(|i| Form::new(what, exact[i].rows, exact[i].depth));
+        let [(by_rows, row_scales), (out, scales)] = forms.each_mut().map(Form::pointers);
+        let mut sums = sums_of(tiles);
+        let to = sums.as_mut_ptr();
+        let kernel: BothKernel = on_cpu.kernel(&format!("quantize_both_{kind}_bf16_{mode}"));
+        let columns = covered(cols).max(depths[0]);
+        on_cpu.run(schedule, [columns.div_ceil(64), tiles], 256, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe {
+                kernel(
+                    by_rows, row_scales, out, scales, to, from, r, c, rows_depth, depth, g, first,
+                    second, draw,
+                );
+            }
+        });
+        for (form, exact) in forms.iter().zip(&exact) {
+            form.check(what, exact, &label("both"));
+        }
+        check_sums(&sums, &label("both"));
+    }
+}
