@@ -57,7 +57,7 @@ static void *argument;
 
 static Thread &self() { return threads[threadIdx.x]; }
 static void yield() { swapcontext(&self().context, &scheduler); }
-static void begin() {
+static void run_thread() {
   body(argument);
   self().done = true, steps++;
   yield();
@@ -97,7 +97,7 @@ static void run_block(unsigned order) {
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size();
     thread.context.uc_link = nullptr;
-    makecontext(&thread.context, begin, 0);
+    makecontext(&thread.context, run_thread, 0);
   }
   for (unsigned left = count; left > 0;) {
     unsigned before = steps;
