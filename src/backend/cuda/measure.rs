@@ -236,8 +236,8 @@ fn print(what: &str, [bf16, mxfp4]: [f64; 2]) {
 
 /// Losses of 500 steps of a 124M model when MXFP4 operands are multiplied as FP8, and when the same are
 /// multiplied as bf16, on the tokens of the file that `MXT_MEASURE_TOKENS` names, else on this project's
-/// prose. What chaos alone makes of the smallest difference is shown beside: a run as FP8 in which one weight
-/// begins one last bit off.
+/// prose. What training makes of a small difference is shown beside: a run as FP8 that begins with every second
+/// value of the embeddings of positions off by a part in a million.
 #[test]
 #[ignore = "a measurement"]
 fn losses_on_both_roads() {
@@ -264,27 +264,30 @@ fn losses_on_both_roads() {
             let name = "transformer.wpe.weight";
             let mut values = vec![0.0; 1024 * 768];
             model.read_tensor(name, &mut values).unwrap();
-            values[0] = f32::from_bits(values[0].to_bits() ^ 1);
+            values.iter_mut().step_by(2).for_each(|v| *v *= 1.0 + 1e-6);
             model.write_tensor(name, &values).unwrap();
         }
         let schedule =
-            Schedule { lr: 3e-4, warmup_steps: 100, total_steps: 500, ..Schedule::default() };
+            Schedule { lr: 1.5e-4, warmup_steps: 50, total_steps: 500, ..Schedule::default() };
         let options = TrainerOptions { batch_size: 16, schedule, ..TrainerOptions::default() };
         let mut trainer = Trainer::new(&model, options).unwrap();
+        let mut raised = 0;
         let losses = (0..10).map(|_| {
             for _ in 0..50 {
-                trainer.step(&data).unwrap();
+                raised += trainer.step(&data).unwrap().raised_blocks;
             }
             trainer.eval(&data, 24).unwrap().loss
         });
-        Some(losses.collect::<Vec<_>>())
+        let losses: Vec<_> = losses.collect();
+        println!("{raised} blocks raised in 500 steps");
+        Some(losses)
     };
     let (Some(fast), Some(slow), Some(moved)) =
         (losses(gpu(), false), losses(older_gpu(), false), losses(gpu(), true))
     else {
         return;
     };
-    println!("step   as FP8  as bf16   difference   one weight a bit off");
+    println!("step   as FP8  as bf16   difference   begun off by 1e-6");
     for (i, ((fast, slow), moved)) in fast.iter().zip(&slow).zip(&moved).enumerate() {
         let percent = |other: &f32| 100.0 * (other - fast) / fast;
         let (slow_off, moved_off) = (percent(slow), percent(moved));

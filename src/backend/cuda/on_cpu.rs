@@ -23,7 +23,7 @@ struct OnCpu {
 }
 
 /// What PTX the files hold, and what `on_cpu.cpp` has for it.
-const PTX: [(&str, &str); 5] = [
+const PTX: [(&str, &str); 6] = [
     (
         "asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(out) : \"f\"(high), \"f\"(low));",
         "out = ptx_bf16_pair(high, low);",
@@ -35,6 +35,11 @@ const PTX: [(&str, &str); 5] = [
     (
         "asm(\"set.lt.f32.f32 %0, %1, %2;\" : \"=f\"(low) : \"f\"(y), \"f\"(unit));",
         "low = y < unit ? 1.0f : 0.0f;",
+    ),
+    // Kernels run one after the other here.
+    (
+        r#"asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");"#,
+        ";",
     ),
     (
         "asm(\"rcp.approx.ftz.f32 %0, %1;\" : \"=f\"(reciprocal) : \"f\"((float)blocks));",
