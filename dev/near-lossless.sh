@@ -24,8 +24,8 @@
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Optimizer steps of 65,536 tokens: 105, 33 and 210 million.
-main_steps=${MAIN_STEPS:-1600}
+# Optimizer steps of 65,536 tokens: 100, 33 and 210 million.
+main_steps=${MAIN_STEPS:-1530}
 short_steps=${SHORT_STEPS:-500}
 long_steps=${LONG_STEPS:-3200}
 draws=16
