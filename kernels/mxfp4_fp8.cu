@@ -307,8 +307,9 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
 #pragma unroll
       for (int j = 0; j < 4; j++) v[i + j] = with_sign(v[i + j], signs[j], draw);
     } else {
-      // NOTE: fewer instructions would load matrices (ldmatrix, transposed), but taking pairs apart is for the pipe of
-      // integer operations, which is the busier one: 2% slower (H100).
+      // NOTE: loading matrices (ldmatrix, transposed) takes fewer instructions, but pairs are taken apart on the pipe of
+      // integer operations, the busier one. Of these numbers it gained nothing for both forms, and 2% for columns alone; of
+      // the random bits it lost 2% (H100).
 #pragma unroll
       for (int j = 0; j < 4; j++) v[i + j] = with_sign(*(const T *)(from + (i + j) * Data::PITCH), signs[j], draw);
     }
