@@ -325,15 +325,15 @@ fn tile(group: usize, columns: usize) -> (usize, usize) {
 pub(super) const TILE_COLUMNS: usize = 64;
 
 /// How the column kernels in `mxfp4_fp8.cu` are launched.
-struct Tiles {
-    grid: [usize; 3],
-    block: usize,
+pub(super) struct Tiles {
+    pub(super) grid: [usize; 3],
+    pub(super) block: usize,
     /// Of shared memory: the source, random bits, signs.
     bytes: usize,
 }
 
 impl Tiles {
-    fn new(precision: Precision, vectors: usize, depth: usize, group: usize) -> Self {
+    pub(super) fn new(precision: Precision, vectors: usize, depth: usize, group: usize) -> Self {
         let (rows, columns) = if group == 64 { (64, 64) } else { tile(group, TILE_COLUMNS) };
         let (lines, tiles) = (rows.min(128), depth.div_ceil(rows));
         let bytes = |size| lines * (64 * size + 16) + lines / 32 * 32;

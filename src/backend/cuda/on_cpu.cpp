@@ -186,6 +186,15 @@ static unsigned __reduce_max_sync(unsigned, unsigned v) {
   for (unsigned mask = 1; mask < 32; mask *= 2) v = max(v, __shfl_xor_sync(0, v, mask));
   return v;
 }
+static unsigned __reduce_add_sync(unsigned, unsigned v) {
+  for (unsigned mask = 1; mask < 32; mask *= 2) v += __shfl_xor_sync(0, v, mask);
+  return v;
+}
+static unsigned atomicAdd(unsigned *at, unsigned v) {
+  unsigned before = *at;
+  *at = before + v;
+  return before;
+}
 static unsigned atomicMax(unsigned *at, unsigned v) {
   unsigned before = *at;
   *at = max(before, v);
@@ -214,6 +223,22 @@ static unsigned ptx_e4m3(float v) {
   return best | (std::signbit(v) ? 0x80 : 0);
 }
 static unsigned short ptx_e4m3_pair(float high, float low) { return (unsigned short)(ptx_e4m3(high) << 8 | ptx_e4m3(low)); }
+
+static float ptx_from_e4m3(unsigned byte) { return (byte & 0x7f) == 0x7f ? NAN : copysignf(e4m3(byte & 0x7f), byte & 0x80 ? -1 : 1); }
+static float e5m2(unsigned byte) {
+  unsigned exponent = byte >> 2, fraction = byte & 3;
+  return exponent ? ldexpf(4 + fraction, (int)exponent - 17) : ldexpf(fraction, -16);
+}
+static unsigned ptx_e5m2(float v) {
+  if (std::isnan(v)) return 0x7f;
+  unsigned best = 0;
+  for (unsigned byte = 1; byte < 0x7c && fabsf(v) > ldexpf(1, -18); byte++) {
+    float distance = fabsf(fabsf(v) - e5m2(byte)), least = fabsf(fabsf(v) - e5m2(best));
+    if (distance < least || (distance == least && byte % 2 == 0)) best = byte;
+  }
+  return best | (std::signbit(v) ? 0x80 : 0);
+}
+static unsigned short ptx_e5m2_pair(float high, float low) { return (unsigned short)(ptx_e5m2(high) << 8 | ptx_e5m2(low)); }
 
 // What may be copied from.
 static std::vector<std::pair<uintptr_t, uintptr_t>> readable;

@@ -1,5 +1,5 @@
-//! Kernels on the processor, for chips that are not at hand: `on_cpu.cpp` and a kernel file make a library,
-//! which a test calls block by block. The instruction of the FP4 tensor cores is modelled here, from PTX's
+//! Kernels on the processor, for chips that are not at hand and for CI, which has none: `on_cpu.cpp` and a
+//! kernel file make a library, which a test calls block by block. The instruction of the FP4 tensor cores is modelled here, from PTX's
 //! documentation alone.
 
 use std::ffi::c_void;
@@ -9,8 +9,11 @@ use std::process::Command;
 use proptest::prelude::*;
 
 use super::compile::{FILES, PRELUDE};
-use super::linear::{DrawArgument, TransformArgument, rows_at_once};
+use super::gemm::Type;
+use super::linear::{DrawArgument, Tiles, TransformArgument, rows_at_once};
 use super::roads::{Road, tiled};
+use super::tests::{compare_fp8, decode_fp8};
+use crate::backend::Precision;
 use crate::mx::{
     BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source,
     decode_e2m1, decode_e8m0,
@@ -23,7 +26,7 @@ struct OnCpu {
 }
 
 /// What PTX the files hold, and what `on_cpu.cpp` has for it.
-const PTX: [(&str, &str); 6] = [
+const PTX: [(&str, &str); 14] = [
     (
         "asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(out) : \"f\"(high), \"f\"(low));",
         "out = ptx_bf16_pair(high, low);",
@@ -49,6 +52,34 @@ const PTX: [(&str, &str); 6] = [
         "asm(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(out) : \"f\"(high), \"f\"(low));",
         "out = ptx_e4m3_pair(high, low);",
     ),
+    (
+        "asm(\"cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;\" : \"=h\"(out) : \"f\"(high), \"f\"(low));",
+        "out = ptx_e5m2_pair(high, low);",
+    ),
+    (
+        "asm(\"prmt.b32 %0, %1, %2, %3;\" : \"=r\"(out) : \"r\"((u32)numbers), \"r\"((u32)(numbers >> 32)), ",
+        "out = __byte_perm((u32)numbers, (u32)(numbers >> 32), (",
+    ),
+    ("\"r\"(odd * draw.shift4 + even));", "odd * draw.shift4 + even));"),
+    ("asm(\"or.b32 %0, %0, %1;\" : \"+r\"(out) : \"r\"(signs));", "out |= signs;"),
+    // Two bytes stand for the two halves that they become.
+    (
+        r#"asm("{.reg .b16 both; cvt.rn.satfinite.e4m3x2.f32 both, %2, %1; cvt.rn.f16x2.e4m3x2 %0, both;}"
+      : "=r"(halves)
+      : "f"(a * inverse), "f"(b * inverse));"#,
+        "halves = ptx_e4m3_pair(b * inverse, a * inverse);",
+    ),
+    (
+        r#"asm("{.reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+      : "=f"(a), "=f"(b)
+      : "r"(halves));"#,
+        "a = ptx_from_e4m3(halves & 0xff), b = ptx_from_e4m3(halves >> 8);",
+    ),
+    (
+        r#"asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));"#,
+        "copy16(to, (const unsigned char *)from, true);",
+    ),
+    (r#"asm volatile("cp.async.wait_all;");"#, "end_copies(), wait_for_copies<0>();"),
 ];
 
 /// In which order threads get their turn, and whether copies happen as late as they may.
@@ -62,6 +93,8 @@ impl OnCpu {
         for (ptx, twin) in PTX {
             text = text.replace(ptx, twin);
         }
+        // It is there already.
+        text = text.replace("extern __shared__ __align__(16) u8 shared[];", "");
         let folder = tempfile::tempdir().unwrap();
         let [source, library] = ["kernels.cpp", "kernels.so"].map(|name| folder.path().join(name));
         std::fs::write(&source, format!("{}\n{text}", include_str!("on_cpu.cpp"))).unwrap();
@@ -668,4 +701,175 @@ impl Case<'_> {
         }
         check_sums(&sums, &label("both"));
     }
+}
+
+type Fp8ColumnsKernel = unsafe extern "C" fn(
+    *mut u8,
+    *mut f32,
+    *mut u32,
+    *const u32,
+    *mut f32,
+    *const c_void,
+    u32,
+    u32,
+    u32,
+    u32,
+    TransformArgument,
+    DrawArgument,
+);
+type Fp8BothKernel = unsafe extern "C" fn(
+    *mut u8,
+    *mut u8,
+    *mut f32,
+    *mut u32,
+    *const u32,
+    *mut f32,
+    *const c_void,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    TransformArgument,
+    TransformArgument,
+    DrawArgument,
+);
+
+/// The tile kernels of FP8 operands, against the definition: numbers, raised blocks, sums of columns.
+#[test]
+fn fp8_operands_are_those_of_the_definition() {
+    let Some(on_cpu) = OnCpu::new("mxfp4_fp8") else { return };
+    let may_read: unsafe extern "C" fn(*const u128, usize) = on_cpu.kernel("may_read");
+    let mut raised_in_all = 0;
+    for (case, (rows, cols)) in [(17, 31), (33, 200), (128, 72)].into_iter().enumerate() {
+        let mut values = vec![0.0; rows * cols];
+        let draw = Draw::of(7, Purpose::Weights, 84, 0);
+        crate::mx::fill_normal(&mut values, 1.0, &draw, 0);
+        for (i, v) in values.iter_mut().enumerate() {
+            match i / 37 % 29 {
+                3 => *v = 0.0,
+                7 => *v *= 2f32.powi(-(i as i32 % 40)),
+                11 => *v *= 1e3,
+                _ => {}
+            }
+            *v = half::bf16::from_f32(*v).to_f32();
+        }
+        let most = values.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap();
+        let bytes: Vec<u8> =
+            values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
+        let (narrow, wide) = (aligned(&bytes), aligned(bytemuck::cast_slice(&values)));
+        for (source, len) in [(&narrow, 2 * rows * cols), (&wide, 4 * rows * cols)] {
+            // SAFETY: only notes the address.
+            unsafe { may_read(source.as_ptr(), len) };
+        }
+        for (group, rounding) in [0, 32, 64, 128, 256]
+            .into_iter()
+            .flat_map(|group| [(group, Rounding::Nearest), (group, Rounding::Unbiased)])
+        {
+            let schedule = SCHEDULES[(case + group / 32) % 3];
+            let mode = format!("{rounding:?}").to_lowercase();
+            let infix = if group == 64 { "_g64" } else { "" };
+            let mut signs = [vec![0.0; group], vec![0.0; group]];
+            RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs[0]);
+            RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs[1]);
+            let draw = RANDOM.rounding(OperandId::Dy);
+            let exact = |transposed, signs: &[f32]| {
+                let (vectors, depth) = if transposed { (cols, rows) } else { (rows, cols) };
+                let source = Source { data: &values, rows: vectors, depth, transposed };
+                Mxfp4Matrix::quantize(source, signs, rounding, &draw)
+            };
+            let exact = [exact(false, &signs[0]), exact(true, &signs[1])];
+            let [first, second] = [0, 1].map(|i| TransformArgument::new(&signs[i]));
+            let draw = DrawArgument::from(draw);
+            let [rows_depth, depth] = [0, 1].map(|i| exact[i].depth);
+            let (r, c, g, d) = (rows as u32, cols as u32, group as u32, depth as u32);
+            let mut check =
+                |label: &str, format, forms: &[(&[u128], &Mxfp4Matrix)], factor: f32, raised| {
+                    let what = format!("({rows}, {cols}) g {group} {label} {mode}");
+                    let mut expected = 0;
+                    for (bytes, exact) in forms {
+                        let bytes: &[u8] = bytemuck::cast_slice(bytes);
+                        let ours: Vec<f64> = bytes[..exact.rows * exact.depth]
+                            .iter()
+                            .map(|byte| f64::from(factor) * decode_fp8(*byte, format))
+                            .collect();
+                        expected += compare_fp8(&what, &ours, exact, format, most, group);
+                    }
+                    assert_eq!(raised, expected, "{what}: raised blocks");
+                    raised_in_all += raised;
+                };
+            let room = |exact: &Mxfp4Matrix| {
+                vec![u128::from_le_bytes([0xaa; 16]); (exact.rows * exact.depth).div_ceil(16)]
+            };
+            for (name, format, precision) in [
+                (format!("e4m3{infix}_bf16"), Type::E4m3, Precision::Bf16),
+                (format!("e4m3{infix}_f32"), Type::E4m3, Precision::F32),
+                (format!("e5m2{infix}_bf16"), Type::E5m2, Precision::Bf16),
+            ] {
+                let tiles = Tiles::new(precision, cols, depth, group);
+                let mut out = room(&exact[1]);
+                let (to, mut factor, mut raised) = (out.as_mut_ptr().cast(), f32::NAN, 0);
+                let mut sums = vec![f32::NAN; tiles.grid[1] * cols];
+                let (at_factor, at_raised, at_sums) =
+                    (&raw mut factor, &raw mut raised, sums.as_mut_ptr());
+                let from = if precision == Precision::F32 { &wide } else { &narrow };
+                let from = from.as_ptr().cast();
+                let kernel: Fp8ColumnsKernel =
+                    on_cpu.kernel(&format!("quantize_columns_{name}_{mode}"));
+                on_cpu.run(schedule, [tiles.grid[0], tiles.grid[1]], tiles.block, || {
+                    // SAFETY: buffers and grid are what the comment of the kernels asks for.
+                    unsafe {
+                        kernel(
+                            to, at_factor, at_raised, &most, at_sums, from, r, c, d, g, second,
+                            draw,
+                        );
+                    }
+                });
+                check(&name, format, &[(&out, &exact[1])], factor, raised);
+                for column in 0..cols {
+                    let terms = (0..rows).map(|row| f64::from(values[row * cols + column]));
+                    let (sum, size) = terms.fold((0.0, 0.0), |(s, z), v| (s + v, z + v.abs()));
+                    let ours: f64 =
+                        sums.iter().skip(column).step_by(cols).map(|v| f64::from(*v)).sum();
+                    assert!((ours - sum).abs() <= 1e-5 * size, "{name}: sum of column {column}");
+                }
+            }
+            if group > 64 {
+                continue;
+            }
+            let tiles = Tiles::new(Precision::Bf16, rows_depth, depth, group);
+            let mut out = exact.each_ref().map(room);
+            let [by_rows, by_columns] = out.each_mut().map(|out| out.as_mut_ptr().cast());
+            let (mut factor, mut raised) = (f32::NAN, 0);
+            let (at_factor, at_raised) = (&raw mut factor, &raw mut raised);
+            let kernel: Fp8BothKernel =
+                on_cpu.kernel(&format!("quantize_both_e5m2{infix}_bf16_{mode}"));
+            let from = narrow.as_ptr().cast();
+            on_cpu.run(schedule, [tiles.grid[0], tiles.grid[1]], tiles.block, || {
+                // SAFETY: buffers and grid are what the comment of the kernels asks for.
+                unsafe {
+                    kernel(
+                        by_rows,
+                        by_columns,
+                        at_factor,
+                        at_raised,
+                        &most,
+                        std::ptr::null_mut(),
+                        from,
+                        r,
+                        c,
+                        rows_depth as u32,
+                        d,
+                        g,
+                        first,
+                        second,
+                        draw,
+                    );
+                }
+            });
+            let forms = [(&out[0][..], &exact[0]), (&out[1][..], &exact[1])];
+            check("both", Type::E5m2, &forms, factor, raised);
+        }
+    }
+    assert!(raised_in_all > 20, "only {raised_in_all} blocks were raised");
 }

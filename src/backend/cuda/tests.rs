@@ -795,7 +795,7 @@ impl Fp8 {
 
 /// Compares FP8 values with the definition's, of which those in blocks too far below `most` are raised. Their
 /// number is returned.
-fn compare_fp8(
+pub(super) fn compare_fp8(
     what: &str,
     ours: &[f64],
     exact: &Mxfp4Matrix,
