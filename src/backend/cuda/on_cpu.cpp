@@ -212,16 +212,18 @@ static float e4m3(unsigned byte) {
   unsigned exponent = byte >> 3, fraction = byte & 7;
   return exponent ? ldexpf(8 + fraction, (int)exponent - 10) : ldexpf(fraction, -9);
 }
-// The nearest E4M3 number, of two the even one, saturated.
-static unsigned ptx_e4m3(float v) {
+// The byte of the nearest number, of two the even one, saturated at the last before `end`.
+static unsigned nearest(float v, float (*decode)(unsigned), unsigned end) {
   if (std::isnan(v)) return 0x7f;
   unsigned best = 0;
-  for (unsigned byte = 1; byte < 0x7f; byte++) {
-    float distance = fabsf(fabsf(v) - e4m3(byte)), least = fabsf(fabsf(v) - e4m3(best));
+  // Most of what is converted for its sign alone is too small for any other number.
+  for (unsigned byte = 1; byte < end && fabsf(v) > ldexpf(1, -18); byte++) {
+    float distance = fabsf(fabsf(v) - decode(byte)), least = fabsf(fabsf(v) - decode(best));
     if (distance < least || (distance == least && byte % 2 == 0)) best = byte;
   }
   return best | (std::signbit(v) ? 0x80 : 0);
 }
+static unsigned ptx_e4m3(float v) { return nearest(v, e4m3, 0x7f); }
 static unsigned short ptx_e4m3_pair(float high, float low) { return (unsigned short)(ptx_e4m3(high) << 8 | ptx_e4m3(low)); }
 
 static float ptx_from_e4m3(unsigned byte) { return (byte & 0x7f) == 0x7f ? NAN : copysignf(e4m3(byte & 0x7f), byte & 0x80 ? -1 : 1); }
@@ -229,15 +231,7 @@ static float e5m2(unsigned byte) {
   unsigned exponent = byte >> 2, fraction = byte & 3;
   return exponent ? ldexpf(4 + fraction, (int)exponent - 17) : ldexpf(fraction, -16);
 }
-static unsigned ptx_e5m2(float v) {
-  if (std::isnan(v)) return 0x7f;
-  unsigned best = 0;
-  for (unsigned byte = 1; byte < 0x7c && fabsf(v) > ldexpf(1, -18); byte++) {
-    float distance = fabsf(fabsf(v) - e5m2(byte)), least = fabsf(fabsf(v) - e5m2(best));
-    if (distance < least || (distance == least && byte % 2 == 0)) best = byte;
-  }
-  return best | (std::signbit(v) ? 0x80 : 0);
-}
+static unsigned ptx_e5m2(float v) { return nearest(v, e5m2, 0x7c); }
 static unsigned short ptx_e5m2_pair(float high, float low) { return (unsigned short)(ptx_e5m2(high) << 8 | ptx_e5m2(low)); }
 
 // What may be copied from.
