@@ -22,25 +22,6 @@ template <bool UNBIASED> __device__ __forceinline__ Scale scale_block(float v[BL
   return scale;
 }
 
-// Random bits in shared memory of a block along a row: 16 each, side by side.
-struct SharedRowBits {
-  const u8 *bits;
-  uint4 words;
-  __device__ __forceinline__ SharedRowBits(const u8 *bits) : bits(bits) {}
-  __device__ __forceinline__ u32 addend(int i) {
-    if (i % 8 == 0) words = *(const uint4 *)(bits + 2 * i);
-    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
-    return (i % 2 ? word >> 16 : word & 0xffffu) * 256u + 128u;
-  }
-};
-
-// Of one down a column: `PITCH` bytes apart.
-template <u32 PITCH> struct ColumnBits {
-  const u8 *bits;
-  __device__ __forceinline__ ColumnBits(const u8 *bits) : bits(bits) {}
-  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * 256u + 128u; }
-};
-
 // ---- Results ------------------------------------------------------------------------------------
 
 // Bytes of a block in the result.
@@ -52,15 +33,6 @@ template <int OUT> constexpr u32 BYTES = OUT == OUT_VALUES ? 64 : OUT == OUT_MXF
 __device__ __forceinline__ size_t tiled(u32 vector, u32 block, u32 blocks) {
   size_t tile = (size_t)(vector / 128) * ((blocks + 3) / 4) + block / 4;
   return tile * 512 + vector % 32 * 16 + vector % 128 / 32 * 4 + block % 4;
-}
-
-// Two numbers to E4M3, `low` in the low byte.
-__device__ __forceinline__ u32 pack_e4m3(float low, float high) {
-  u16 out = 0;
-#if __CUDA_ARCH__ >= 890
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
-#endif
-  return out;
 }
 
 // Rounds a block and stores it at `to`: bf16 values, or codes, two a byte, or E4M3 numbers.
@@ -83,7 +55,7 @@ __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, 
     if (OUT == OUT_VALUES) {
       words[i / 2 % 4] = pack_bf16(pair[0], pair[1]);
     } else if (OUT == OUT_MXFP8) {
-      u32 two = scale.byte == 255 ? 0x7f7f : pack_e4m3(__fmul_rn(pair[0], inverse), __fmul_rn(pair[1], inverse));
+      u32 two = scale.byte == 255 ? 0x7f7f : pack_fp8<E4M3>(__fmul_rn(pair[0], inverse), __fmul_rn(pair[1], inverse));
       words[i / 4 % 4] = i % 4 ? words[i / 4 % 4] | two << 16 : two;
     } else {
 #pragma unroll
@@ -251,7 +223,7 @@ __device__ __forceinline__ void quantize_tile(void *by_rows, u8 *row_scales, voi
     Scale scale = scale_block<UNBIASED>(v, norm);
     bool inside = row < rows && column < rows_depth;
     size_t block = ((size_t)row * rows_depth + column) / BLOCK;
-    SharedRowBits drawn(bits + line * Tile::BITS_PITCH + i * bits_shift + side * BLOCK * 2);
+    SharedRowBits drawn(bits + line * Tile::BITS_PITCH + i * bits_shift + side * BLOCK * 2, draw);
     round_block<UNBIASED, OUT>(v, scale, drawn, (u8 *)by_rows + block * BYTES<OUT>, inside);
     if (OUT == OUT_MXFP8) row_scales[tiled(row, column / BLOCK, rows_depth / BLOCK)] = scale.byte;
     else if (inside) row_scales[block] = scale.byte;
@@ -271,7 +243,7 @@ __device__ __forceinline__ void quantize_tile(void *by_rows, u8 *row_scales, voi
   if (group) rotate(v, 1u << across, 1u << width);
   float norm = group ? transform.scale : 1.0f;
   Scale scale = scale_block<UNBIASED>(v, norm);
-  ColumnBits<Tile::BITS_PITCH> drawn(bits + part % 4 * (32 * Tile::BITS_PITCH + bits_shift) + place * 2);
+  SharedColumnBits<Tile::BITS_PITCH> drawn(bits + part % 4 * (32 * Tile::BITS_PITCH + bits_shift) + place * 2, draw);
   if (OUT == OUT_CODES) {
     u32 row = first_row + part * BLOCK;
     bool inside = row < depth && first_column + x < cols;

@@ -131,6 +131,19 @@ __device__ __forceinline__ float round_nearest(float v, float factor, float unit
   return __uint_as_float(__float_as_uint(q) | (__float_as_uint(v) & 0x80000000u));
 }
 
+#define E4M3 0
+#define E5M2 1
+
+// Two numbers to FP8, `low` in the low byte.
+template <int FORMAT> __device__ __forceinline__ u32 pack_fp8(float low, float high) {
+  u16 out = 0;
+#if __CUDA_ARCH__ >= 890
+  if (FORMAT == E4M3) asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
+  else asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
+#endif
+  return out;
+}
+
 // Bits of the largest magnitude of a rotated block, which is normalized first where `norm` is not a power
 // of two (and norm becomes 1).
 __device__ __forceinline__ u32 block_magnitude(float v[BLOCK], float &norm) {
@@ -184,6 +197,27 @@ struct RowBits {
     u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
     return __byte_perm(word, draw.half, i % 2 ? 0x5324 : 0x5104);
   }
+};
+
+// Random bits in shared memory of a block along a row: 16 each, side by side.
+struct SharedRowBits {
+  const u8 *bits;
+  const Draw &draw;
+  uint4 words;
+  __device__ __forceinline__ SharedRowBits(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
+  __device__ __forceinline__ u32 addend(int i) {
+    if (i % 8 == 0) words = *(const uint4 *)(bits + 2 * i);
+    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
+    return __byte_perm(word, draw.half, i % 2 ? 0x5324 : 0x5104);
+  }
+};
+
+// Of one down a column: `PITCH` bytes apart.
+template <u32 PITCH> struct SharedColumnBits {
+  const u8 *bits;
+  const Draw &draw;
+  __device__ __forceinline__ SharedColumnBits(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
+  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * draw.shift8 + draw.half; }
 };
 
 // ---- Places along rows  -------------------------------------------------------------------------

@@ -10,9 +10,6 @@
 // another warp's.
 #if __CUDA_ARCH__ >= 890
 
-#define E4M3 0
-#define E5M2 1
-
 // `HIGHEST`: biased exponent of a block's scale that lies highest; `RANGE`: how many binades others may lie below it.
 template <int FORMAT> struct Format {
   static constexpr int HIGHEST = FORMAT == E4M3 ? 133 : 140, RANGE = FORMAT == E4M3 ? 14 : 28;
@@ -65,14 +62,6 @@ __device__ __forceinline__ void add_raised(u32 *counter, u32 raised) {
 
 // ---- Rounding -----------------------------------------------------------------------------------
 
-// Two numbers to FP8, `low` in the low byte.
-template <int FORMAT> __device__ __forceinline__ u32 pack_fp8(float low, float high) {
-  u16 out;
-  if (FORMAT == E4M3) asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
-  else asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
-  return out;
-}
-
 // Four numbers rounded without bias, as FP8. `shift` makes the block's unit 2^-126, where f32's even steps begin: from there
 // down a number's bits count steps of 2^-23 units, so that adding random bits below bit 22 rounds to the grid's steps
 // everywhere, and the bits from 22 on are E2M1's code. No sign needs to be taken off for that. `numbers` holds the FP8 number
@@ -122,27 +111,6 @@ __device__ __forceinline__ void round_to(void *to, const float v[BLOCK], float f
     if (i % 16 == 12 && inside) ((uint4 *)to)[i / 16] = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
-
-// Random bits in shared memory of a block along a row: 16 each, side by side.
-struct RowAddends {
-  const u8 *bits;
-  const Draw &draw;
-  uint4 words;
-  __device__ __forceinline__ RowAddends(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
-  __device__ __forceinline__ u32 addend(int i) {
-    if (i % 8 == 0) words = *(const uint4 *)(bits + 2 * i);
-    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
-    return __byte_perm(word, draw.half, i % 2 ? 0x5324 : 0x5104);
-  }
-};
-
-// Of one down a column: `PITCH` bytes apart.
-template <u32 PITCH> struct ColumnAddends {
-  const u8 *bits;
-  const Draw &draw;
-  __device__ __forceinline__ ColumnAddends(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
-  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * draw.shift8 + draw.half; }
-};
 
 // ---- Tiles --------------------------------------------------------------------------------------
 
@@ -288,7 +256,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
     bool inside = row < rows && column < rows_depth;
     u32 magnitude = block_magnitude(v, norm);
     lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
-    RowAddends addends(bits + Bits::at(line) + 64 * side, draw);
+    SharedRowBits addends(bits + Bits::at(line) + 64 * side, draw);
     round_to<UNBIASED, FORMAT>(by_rows + (size_t)row * rows_depth + column, v, factor, unit, addends, inside);
   }
 
@@ -334,7 +302,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   bool inside = first < depth && first_column + x < cols;
   u32 magnitude = block_magnitude(v, norm);
   lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
-  ColumnAddends<Bits::PITCH> addends(bits + part % PARTS * (32 * Bits::PITCH + Bits::SHIFT) + place * 2, draw);
+  SharedColumnBits<Bits::PITCH> addends(bits + part % PARTS * (32 * Bits::PITCH + Bits::SHIFT) + place * 2, draw);
   round_to<UNBIASED, FORMAT>(by_columns + (size_t)(first_column + x) * depth + first, v, factor, unit, addends, inside);
   add_raised(raised, lifted);
 }

@@ -10,7 +10,7 @@ use std::thread;
 
 use mxfp4train::mx::{
     Draw, GemmId, LinearId, MAX_GROUP, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source,
-    product_scale, uniform,
+    fill_normal, product_scale,
 };
 use serde::{Deserialize, Serialize};
 
@@ -195,15 +195,14 @@ fn of_pair(
 
 /// N(0, 1), with one entry in [`OUTLIER_EVERY`] of N(0, `outlier`^2).
 fn normal(draw: &Draw, len: usize, outlier: f64) -> Vec<f32> {
-    (0..len as u32)
-        .map(|i| {
-            let [a, b, c, d] = draw.bits(i, 0);
-            let radius = (-2.0 * (1.0 - uniform(a, b)).ln()).sqrt();
-            let value = radius * (std::f64::consts::TAU * uniform(c, d)).cos();
-            let is_outlier = draw.bits(i, 1)[0].is_multiple_of(OUTLIER_EVERY);
-            (if is_outlier { outlier * value } else { value }) as f32
-        })
-        .collect()
+    let mut values = vec![0.0; len];
+    fill_normal(&mut values, 1.0, draw, 0);
+    for (value, i) in values.iter_mut().zip(0..) {
+        if draw.bits(i, 1)[0].is_multiple_of(OUTLIER_EVERY) {
+            *value *= outlier as f32;
+        }
+    }
+    values
 }
 
 #[cfg(test)]
