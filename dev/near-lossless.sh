@@ -24,10 +24,10 @@
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Optimizer steps of 65,536 tokens: 100, 33 and 210 million.
+# Optimizer steps of 65,536 tokens: 100, 33 and 190 million.
 main_steps=${MAIN_STEPS:-1530}
 short_steps=${SHORT_STEPS:-500}
-long_steps=${LONG_STEPS:-3200}
+long_steps=${LONG_STEPS:-2900}
 draws=16
 
 out=${OUT:-$repository/target/near-lossless}

@@ -75,6 +75,8 @@ fn draw_on(root: &Root<'_>, lines: &[Line], axes: &Axes<'_>) -> Drawn {
     let text = |size: i32| (FONT, size).into_font().color(&BLACK);
     let plain = move |v: &f64, step: f64| match axes.logarithmic {
         true => short(v.exp2()),
+        // Ticks are sums of steps: that of zero may be a little below it, which would read "-0.00".
+        false if v.abs() < 1e-6 * step => "0".into(),
         false => format!("{v:.*}", decimals(step)),
     };
     let (x_step, y_step) = ((x.1 - x.0) / 8.0, (y.1 - y.0) / 8.0);
