@@ -88,7 +88,6 @@ pub(super) fn backward(
     db: &mut F32,
     dy: &Tensor,
     x: &Tensor,
-    pre: Option<&Tensor>,
     w: &Param,
     shape: LinearShape,
     recipe: &LinearRecipe,
@@ -152,9 +151,6 @@ pub(super) fn backward(
             call.quantize(&w, format.other, format, GemmId::Dgrad, 0);
             call.product(dgrad, [&by_rows, &w], format);
         }
-    }
-    if let Some(pre) = pre {
-        gelu::backward(cuda, dx, pre, rows * inputs);
     }
 
     // What the forward pass kept of x: in an FP8 recipe its FP8 form.

@@ -187,7 +187,7 @@ impl Layer {
 
     fn backward(&mut self, cuda: &Cuda, workspace: &mut Workspace, recipe: &LinearRecipe) {
         let Self { shape, dy, x, w, dx, dw, db } = self;
-        cuda.linear_backward(workspace, dx, dw, db, dy, x, None, w, *shape, recipe, &RANDOM, false);
+        cuda.linear_backward(workspace, dx, dw, db, dy, x, w, *shape, recipe, &RANDOM, false);
     }
 }
 

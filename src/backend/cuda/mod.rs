@@ -400,20 +400,21 @@ impl Backend for Cuda {
         db: &mut F32,
         dy: &Tensor,
         x: &Tensor,
-        pre: Option<&Tensor>,
         w: &Param,
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
         accumulate: bool,
     ) {
-        linear::backward(
-            self, workspace, dx, dw, db, dy, x, pre, w, shape, recipe, random, accumulate,
-        );
+        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
     }
 
     fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize) {
         gelu::forward(self, out, x, len);
+    }
+
+    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize) {
+        gelu::backward(self, d, x, len);
     }
 
     fn attention_forward(
