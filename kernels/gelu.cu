@@ -1,24 +1,4 @@
-// GELU in its tanh form (Hendrycks and Gimpel, arXiv 1606.08415), as GPT-2 has it, and its derivative.
-//
-// tanh(u) = 1 - 2 / (exp(2 u) + 1), which neither overflows to NaN nor loses digits that matter: the
-// error is that of f32 relative to 1.
-
-__device__ __forceinline__ float tanh_of(float u) {
-  return 1.0f - __fdividef(2.0f, __expf(2.0f * u) + 1.0f);
-}
-
-#define GELU_A 0.7978845608028654f  // sqrt(2 / pi)
-#define GELU_B 0.044715f
-
-__device__ __forceinline__ float gelu(float x) {
-  return 0.5f * x * (1.0f + tanh_of(GELU_A * (x + GELU_B * x * x * x)));
-}
-
-__device__ __forceinline__ float gelu_derivative(float x) {
-  float t = tanh_of(GELU_A * (x + GELU_B * x * x * x));
-  float du = GELU_A * (1.0f + 3.0f * GELU_B * x * x);
-  return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * du;
-}
+// GELU of whole tensors, and its derivative.
 
 // Eight elements a thread at a time; the last ones one by one.
 template <class T, bool BACKWARD>
@@ -32,14 +12,14 @@ __device__ void gelu_all(T *out, u32 *most, const T *x, u64 len) {
       if (BACKWARD) load8(out + i, d);
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        v[j] = BACKWARD ? d[j] * gelu_derivative(v[j]) : gelu(v[j]);
+        v[j] = BACKWARD ? __fmul_rn(d[j], gelu_derivative(v[j])) : gelu(v[j]);
         largest = max_nan(largest, fabsf(v[j]));
       }
       store8(out + i, v);
     } else {
       for (u64 k = i; k < len; k++) {
         float value = to_f32(x[k]);
-        value = BACKWARD ? to_f32(out[k]) * gelu_derivative(value) : gelu(value);
+        value = BACKWARD ? __fmul_rn(to_f32(out[k]), gelu_derivative(value)) : gelu(value);
         largest = max_nan(largest, fabsf(value));
         out[k] = from_f32<T>(value);
       }

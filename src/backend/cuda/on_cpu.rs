@@ -13,7 +13,7 @@ use super::gemm::Type;
 use super::linear::{DrawArgument, Tiles, TransformArgument, rows_at_once};
 use super::roads::{Road, tiled};
 use super::tests::{compare_fp8, decode_fp8};
-use crate::backend::Precision;
+use crate::backend::{Precision, reference};
 use crate::mx::{
     BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source,
     decode_e2m1, decode_e8m0,
@@ -26,7 +26,7 @@ struct OnCpu {
 }
 
 /// What PTX the files hold, and what `on_cpu.cpp` has for it.
-const PTX: [(&str, &str); 14] = [
+const PTX: [(&str, &str); 16] = [
     (
         "asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(out) : \"f\"(high), \"f\"(low));",
         "out = ptx_bf16_pair(high, low);",
@@ -48,6 +48,8 @@ const PTX: [(&str, &str); 14] = [
         "asm(\"rcp.approx.ftz.f32 %0, %1;\" : \"=f\"(reciprocal) : \"f\"((float)blocks));",
         "reciprocal = 1.0f / (float)blocks;",
     ),
+    ("asm(\"ex2.approx.ftz.f32 %0, %1;\" : \"=f\"(out) : \"f\"(v));", "out = exp2f(v);"),
+    ("asm(\"rcp.approx.ftz.f32 %0, %1;\" : \"=f\"(out) : \"f\"(v));", "out = 1.0f / v;"),
     (
         "asm(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(out) : \"f\"(high), \"f\"(low));",
         "out = ptx_e4m3_pair(high, low);",
@@ -872,4 +874,42 @@ fn fp8_operands_are_those_of_the_definition() {
         }
     }
     assert!(raised_in_all > 20, "only {raised_in_all} blocks were raised");
+}
+
+type GeluKernel<T> = unsafe extern "C" fn(*mut T, *mut u32, *const T, u64);
+
+/// GELU and its derivative to f32's accuracy relative to 1 or x, and no NaN that no NaN made.
+#[test]
+fn gelu_is_that_of_the_definition() {
+    let Some(on_cpu) = OnCpu::new("gelu") else { return };
+    let mut x: Vec<f32> = (-12_000..=12_000).map(|i| i as f32 * 1e-3).collect();
+    x.extend([1e-40, 1e-20, 20.0, 1e4, 1e12, 1e15, 1e18].iter().flat_map(|v| [*v, -*v]));
+    x.extend([0.0, -0.0, f32::NAN]);
+    let apply = |name: &str, out: &mut [f32]| {
+        let kernel: GeluKernel<f32> = on_cpu.kernel(name);
+        let (to, len, mut most) = (out.as_mut_ptr(), x.len(), 0);
+        let at_most = &raw mut most;
+        on_cpu.run(SCHEDULES[0], [len.div_ceil(8 * 256), 1], 256, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe { kernel(to, at_most, x.as_ptr(), len as u64) };
+        });
+    };
+    let (mut out, mut slope) = (vec![f32::NAN; x.len()], vec![1.0f32; x.len()]);
+    apply("gelu_forward_f32", &mut out);
+    apply("gelu_backward_f32", &mut slope);
+    let mut worst = [0.0f64; 2];
+    for (i, x) in x.iter().enumerate() {
+        let wide = f64::from(*x);
+        let pairs = [(out[i], reference::gelu(wide)), (slope[i], reference::gelu_derivative(wide))];
+        for ((ours, exact), worst) in pairs.into_iter().zip(&mut worst) {
+            if x.is_nan() {
+                assert!(ours.is_nan());
+                continue;
+            }
+            *worst = worst.max((f64::from(ours) - exact).abs() / wide.abs().max(1.0));
+            assert!(ours.is_finite(), "{x}: {ours}");
+        }
+    }
+    println!("off by {:.1e} and {:.1e}", worst[0], worst[1]);
+    assert!(worst[0] < 2e-7 && worst[1] < 6e-7, "{worst:?}");
 }
