@@ -48,3 +48,28 @@ extern "C" __global__ void gelu_backward_f32(float *d, u32 *most, const float *x
   begin();
   gelu_all<float, true>(d, most, x, len);
 }
+
+// *most = the larger of itself and the largest magnitude of d gelu'(pre), rounded, in rows 0, 32, 64 and so on of (rows,
+// cols). Grid: cols / 2048, rows / 32, rounded up; block: 256.
+extern "C" __global__ void sample_gelu_gradient_bf16(u32 *most, const bf16 *d, const bf16 *pre, u32 cols) {
+  begin();
+  __shared__ float of_warps[8];
+  u32 column = (blockIdx.x * 256 + threadIdx.x) * 8;
+  size_t at = (size_t)(blockIdx.y * 32) * cols + column;
+  float largest = 0.0f;
+  if (cols % 8 == 0 && column < cols) {
+    float v[8], x[8];
+    load8(d + at, v), load8(pre + at, x);
+#pragma unroll
+    for (int i = 0; i < 8; i++) largest = max_nan(largest, fabsf(__fmul_rn(v[i], gelu_derivative(x[i]))));
+  } else {
+#pragma unroll 1
+    for (u32 i = 0; i < 8 && column + i < cols; i++)
+      largest = max_nan(largest, fabsf(__fmul_rn(to_f32(d[at + i]), gelu_derivative(to_f32(pre[at + i])))));
+  }
+  // One note a thread block: all of them look at the same time, so that looking first would spare few.
+  largest = __uint_as_float(__reduce_max_sync(FULL_WARP, __float_as_uint(to_f32(from_f32<bf16>(largest)))));
+  if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = largest;
+  __syncthreads();
+  if (threadIdx.x < WARP) note_most(most, threadIdx.x < 8 ? of_warps[threadIdx.x] : 0.0f);
+}

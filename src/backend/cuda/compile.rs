@@ -51,6 +51,7 @@ const MXFP4: &str = concat!(
 );
 const MXFP4_FP8: &str = concat!(
     include_str!("../../../kernels/mxfp4.cuh"),
+    include_str!("../../../kernels/gelu.cuh"),
     "#line 1 \"mxfp4_fp8.cu\"\n",
     include_str!("../../../kernels/mxfp4_fp8.cu")
 );

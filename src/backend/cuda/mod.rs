@@ -47,6 +47,7 @@ use crate::recipe::{Forward, LinearRecipe};
 use crate::{CudaStream, Error, Result};
 use gemm::{Gemm, Product, Type};
 use gpu::Gpu;
+use linear::Gradient;
 use roads::Road;
 
 /// One GPU.
@@ -406,6 +407,26 @@ impl Backend for Cuda {
         random: &Random,
         accumulate: bool,
     ) {
+        let dy = Gradient::Whole(dy);
+        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
+    }
+
+    fn linear_gelu_backward(
+        &self,
+        workspace: &mut Workspace,
+        dx: &mut Tensor,
+        dw: &mut F32,
+        db: &mut F32,
+        dy: &mut Tensor,
+        pre: &Tensor,
+        x: &Tensor,
+        w: &Param,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+        accumulate: bool,
+    ) {
+        let dy = Gradient::BehindGelu { d: dy, pre };
         linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
     }
 
