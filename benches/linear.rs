@@ -64,7 +64,6 @@ fn main() {
                         &mut db,
                         &dy,
                         &x,
-                        None,
                         &w,
                         shape,
                         &recipe,

@@ -1,24 +1,4 @@
-// GELU in its tanh form (Hendrycks and Gimpel, arXiv 1606.08415), as GPT-2 has it, and its derivative.
-//
-// tanh(u) = 1 - 2 / (exp(2 u) + 1), which neither overflows to NaN nor loses digits that matter: the
-// error is that of f32 relative to 1.
-
-__device__ __forceinline__ float tanh_of(float u) {
-  return 1.0f - __fdividef(2.0f, __expf(2.0f * u) + 1.0f);
-}
-
-#define GELU_A 0.7978845608028654f  // sqrt(2 / pi)
-#define GELU_B 0.044715f
-
-__device__ __forceinline__ float gelu(float x) {
-  return 0.5f * x * (1.0f + tanh_of(GELU_A * (x + GELU_B * x * x * x)));
-}
-
-__device__ __forceinline__ float gelu_derivative(float x) {
-  float t = tanh_of(GELU_A * (x + GELU_B * x * x * x));
-  float du = GELU_A * (1.0f + 3.0f * GELU_B * x * x);
-  return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * du;
-}
+// GELU of whole tensors, and its derivative.
 
 // Eight elements a thread at a time; the last ones one by one.
 template <class T, bool BACKWARD>
@@ -32,14 +12,14 @@ __device__ void gelu_all(T *out, u32 *most, const T *x, u64 len) {
       if (BACKWARD) load8(out + i, d);
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        v[j] = BACKWARD ? d[j] * gelu_derivative(v[j]) : gelu(v[j]);
+        v[j] = BACKWARD ? __fmul_rn(d[j], gelu_derivative(v[j])) : gelu(v[j]);
         largest = max_nan(largest, fabsf(v[j]));
       }
       store8(out + i, v);
     } else {
       for (u64 k = i; k < len; k++) {
         float value = to_f32(x[k]);
-        value = BACKWARD ? to_f32(out[k]) * gelu_derivative(value) : gelu(value);
+        value = BACKWARD ? __fmul_rn(to_f32(out[k]), gelu_derivative(value)) : gelu(value);
         largest = max_nan(largest, fabsf(value));
         out[k] = from_f32<T>(value);
       }
@@ -67,4 +47,29 @@ extern "C" __global__ void gelu_backward_bf16(bf16 *d, u32 *most, const bf16 *x,
 extern "C" __global__ void gelu_backward_f32(float *d, u32 *most, const float *x, u64 len) {
   begin();
   gelu_all<float, true>(d, most, x, len);
+}
+
+// *most = the larger of itself and the largest magnitude of d gelu'(pre), rounded, in rows 0, 32, 64 and so on of (rows,
+// cols). Grid: cols / 2048, rows / 32, rounded up; block: 256.
+extern "C" __global__ void sample_gelu_gradient_bf16(u32 *most, const bf16 *d, const bf16 *pre, u32 cols) {
+  begin();
+  __shared__ float of_warps[8];
+  u32 column = (blockIdx.x * 256 + threadIdx.x) * 8;
+  size_t at = (size_t)(blockIdx.y * 32) * cols + column;
+  float largest = 0.0f;
+  if (cols % 8 == 0 && column < cols) {
+    float v[8], x[8];
+    load8(d + at, v), load8(pre + at, x);
+#pragma unroll
+    for (int i = 0; i < 8; i++) largest = max_nan(largest, fabsf(__fmul_rn(v[i], gelu_derivative(x[i]))));
+  } else {
+#pragma unroll 1
+    for (u32 i = 0; i < 8 && column + i < cols; i++)
+      largest = max_nan(largest, fabsf(__fmul_rn(to_f32(d[at + i]), gelu_derivative(to_f32(pre[at + i])))));
+  }
+  // One note a thread block: all of them look at the same time, so that looking first would spare few.
+  largest = __uint_as_float(__reduce_max_sync(FULL_WARP, __float_as_uint(to_f32(from_f32<bf16>(largest)))));
+  if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = largest;
+  __syncthreads();
+  if (threadIdx.x < WARP) note_most(most, threadIdx.x < 8 ? of_warps[threadIdx.x] : 0.0f);
 }

@@ -23,12 +23,14 @@ struct Whole {
   u32 top;
   float factor;
 };
-template <int FORMAT> __device__ __forceinline__ Whole whole_scale(u32 most, u32 group) {
-  u32 top = scale_byte(most) + (group == 0 ? 0 : group <= 64 ? 3 : 4);
+template <int FORMAT> __device__ __forceinline__ Whole whole_up_to(u32 top) {
   Whole whole;
   whole.top = top > 252 ? 127 : max(top, 16u);
   whole.factor = top > 252 ? __uint_as_float(0x7fc00000u) : power(whole.top - (Format<FORMAT>::HIGHEST - 127));
   return whole;
+}
+template <int FORMAT> __device__ __forceinline__ Whole whole_scale(u32 most, u32 group) {
+  return whole_up_to<FORMAT>(scale_byte(most) + (group == 0 ? 0 : group <= 64 ? 3 : 4));
 }
 
 // Numbers that will be rounded without bias are this many binades lower than their FP8 form, so that `shift` is ordinary.
@@ -164,14 +166,50 @@ template <u32 GROUP> __device__ __forceinline__ void rotate_in_tile(float v[BLOC
   }
 }
 
+// The numbers of a tile as they lie in memory, with the largest magnitude of the tensor.
+template <class T> struct Stored {
+  using Number = T;
+  static constexpr bool BEHIND_GELU = false;
+  const T *numbers;
+  const u32 *most;
+};
+
+// An attempt to quantize numbers whose largest magnitude is not known: that of a sample, the highest scale byte that
+// does not fit what was made of it (0 where all fit), and how many blocks were raised.
+struct Attempt {
+  u32 most, above, raised;
+};
+
+// The numbers d gelu'(pre), rounded to bf16, which lie nowhere: in an attempt, or `AGAIN` after one that failed.
+template <bool AGAIN> struct BehindGelu {
+  using Number = bf16;
+  static constexpr bool BEHIND_GELU = true;
+  const bf16 *d, *pre;
+  Attempt *attempt;
+  __device__ __forceinline__ Whole whole() const {
+    return AGAIN ? whole_up_to<E5M2>(attempt->above) : whole_scale<E5M2>(attempt->most, 64);
+  }
+  // Notes a block that does not fit, as one that is not finite never does. Then what else was made is of no use.
+  __device__ __forceinline__ void note(u32 magnitude, u32 top) const {
+    u32 byte = max(magnitude >> 23, 2u) - 2;
+    if (!AGAIN && byte > top && byte > *(volatile u32 *)&attempt->above) atomicMax(&attempt->above, byte);
+  }
+};
+
+__device__ __forceinline__ u32 behind_gelu(u32 d, u32 pre) {
+  return pack_bf16(__fmul_rn(low_f32(d), gelu_derivative(low_f32(pre))),
+                   __fmul_rn(high_f32(d), gelu_derivative(high_f32(pre))));
+}
+
 // GROUP: the group of both transforms where it is 64, and then a tile has 64 rows; else 0, and `any_group` tells. KEPT: the
 // source is what an FP8 forward pass made its own form from, with which the columns begin.
-template <class T, bool UNBIASED, int FORMAT, bool BOTH, bool KEPT, u32 GROUP>
-__device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float *whole_factor, u32 *raised,
-                                              const u32 *most, float *sums, const T *source, u32 rows, u32 cols,
+template <bool UNBIASED, int FORMAT, bool BOTH, bool KEPT, u32 GROUP, class Source>
+__device__ __forceinline__ void quantize_tile(u32 tile_x, u32 tile_y, u8 *by_rows, u8 *by_columns, float *whole_factor,
+                                              u32 *raised, float *sums, const Source &source, u32 rows, u32 cols,
                                               u32 rows_depth, u32 depth, u32 any_group,
                                               const Transform &rows_transform, const Transform &transform,
                                               const Draw &draw) {
+  using T = typename Source::Number;
   constexpr u32 PARTS = GROUP ? 2 : 4, LINES = 32 * PARTS;
   using Data = Lines<sizeof(T), PARTS>;
   using Bits = Lines<2, PARTS>;
@@ -187,37 +225,57 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   // Blocks of a group, as a power of two; columns of a tile, and of those that a warp takes.
   u32 across = group > BLOCK ? __ffs(group) - 6 : 0, halves = !GROUP && across == 3 ? 1 : 0, columns = 6 - halves;
   u32 width = PARTS == 2 ? 4 : halves ? 2 : 3, all_rows = LINES << halves;
-  u32 first_row = blockIdx.y * all_rows, first_column = blockIdx.x << columns;
+  u32 first_row = tile_y * all_rows, first_column = tile_x << columns;
 
   // Loading: piece `piece`, of 8 columns, of every `8 PARTS`th line from `line` on.
   u32 piece = threadIdx.x % 8, half = halves ? piece / 4 : 0, line = threadIdx.x / 8;
   u32 row = first_row + half * LINES + line, column = first_column + piece * 8 - (half << columns);
   u8 *piece_data = data + line * Data::PITCH + piece * 8 * sizeof(T), *piece_bits = bits + line * Bits::PITCH + piece * 16;
-  if (first_row + all_rows <= rows && first_column + (1 << columns) <= cols && cols % 8 == 0) {
-    const T *from = source + (size_t)row * cols + column;
+  bool whole_tile = first_row + all_rows <= rows && first_column + (1 << columns) <= cols && cols % 8 == 0;
+  uint4 d[4], pre[4];
+  if (whole_tile) {
+    if constexpr (Source::BEHIND_GELU) {
+      size_t at = (size_t)row * cols + column;
 #pragma unroll
-    for (u32 i = 0; i < 4; i++, from += (size_t)(8 * PARTS) * cols) {
-      u8 *to = piece_data + Data::below(i);
-      copy_async(to, from);
-      if (sizeof(T) == 4) copy_async(to + 16, from + 4);
+      for (u32 i = 0; i < 4; i++, at += (size_t)(8 * PARTS) * cols)
+        d[i] = *(const uint4 *)(source.d + at), pre[i] = *(const uint4 *)(source.pre + at);
+    } else {
+      const T *from = source.numbers + (size_t)row * cols + column;
+#pragma unroll
+      for (u32 i = 0; i < 4; i++, from += (size_t)(8 * PARTS) * cols) {
+        u8 *to = piece_data + Data::below(i);
+        copy_async(to, from);
+        if (sizeof(T) == 4) copy_async(to + 16, from + 4);
+      }
     }
   } else {
 #pragma unroll 1
     for (u32 i = 0; i < 32; i++) {
       u32 r = row + i / 8 * 8 * PARTS, c = column + i % 8;
-      T zero = {};
-      ((T *)(piece_data + Data::below(i / 8)))[i % 8] = r < rows && c < cols ? source[(size_t)r * cols + c] : zero;
+      T number = {};
+      if (r < rows && c < cols) {
+        size_t at = (size_t)r * cols + c;
+        if constexpr (Source::BEHIND_GELU) number.bits = (u16)behind_gelu(source.d[at].bits, source.pre[at].bits);
+        else number = source.numbers[at];
+      }
+      ((T *)(piece_data + Data::below(i / 8)))[i % 8] = number;
     }
   }
-  u32 largest = *most;
-  float kept_scale = KEPT ? e4m3_scale(largest) : 1.0f, kept_inverse = 1.0f / kept_scale;
-  if (KEPT) {
-    float kept = __uint_as_float(largest), also = 0.0f;
-    keep_as_e4m3(kept, also, kept_scale, kept_inverse);
-    largest = __float_as_uint(kept);
+  Whole whole;
+  float kept_scale = 1.0f, kept_inverse = 1.0f;
+  if constexpr (Source::BEHIND_GELU) {
+    whole = source.whole();
+  } else {
+    u32 largest = *source.most;
+    if (KEPT) {
+      kept_scale = e4m3_scale(largest), kept_inverse = 1.0f / kept_scale;
+      float kept = __uint_as_float(largest), also = 0.0f;
+      keep_as_e4m3(kept, also, kept_scale, kept_inverse);
+      largest = __float_as_uint(kept);
+    }
+    whole = whole_scale<FORMAT>(largest, group);
   }
-  Whole whole = whole_scale<FORMAT>(largest, group);
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *whole_factor = whole.factor;
+  if (tile_x == 0 && tile_y == 0 && threadIdx.x == 0) *whole_factor = whole.factor;
   if (threadIdx.x < all_rows) {
     u32 word = group ? transform.signs[threadIdx.x / 32 & (1 << across) - 1] : 0;
     u32 sign = word << (31 - threadIdx.x % 32) & 0x80000000u;
@@ -232,7 +290,16 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
 #pragma unroll
     for (u32 i = 0; i < 4; i++)
       *(uint4 *)(piece_bits + Bits::below(i)) = philox(draw, row + i * 8 * PARTS, column / 8);
-  asm volatile("cp.async.wait_all;");
+  if constexpr (Source::BEHIND_GELU) {
+    if (whole_tile)
+#pragma unroll
+      for (u32 i = 0; i < 4; i++)
+        *(uint4 *)(piece_data + Data::below(i)) =
+            make_uint4(behind_gelu(d[i].x, pre[i].x), behind_gelu(d[i].y, pre[i].y), behind_gelu(d[i].z, pre[i].z),
+                       behind_gelu(d[i].w, pre[i].w));
+  } else {
+    asm volatile("cp.async.wait_all;");
+  }
   __syncthreads();
 
   float v[BLOCK], unit;
@@ -255,6 +322,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
     if (group) rotate_in_tile<GROUP>(v, group > BLOCK ? 2 : 1, 1);
     bool inside = row < rows && column < rows_depth;
     u32 magnitude = block_magnitude(v, norm);
+    if constexpr (Source::BEHIND_GELU) source.note(magnitude, whole.top);
     lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
     SharedRowBits addends(bits + Bits::at(line) + 64 * side, draw);
     round_to<UNBIASED, FORMAT>(by_rows + (size_t)row * rows_depth + column, v, factor, unit, addends, inside);
@@ -293,7 +361,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
     }
     float total = sum[0] + sum[1] + (sum[2] + sum[3]);
     for (u32 mask = 1u << width; mask < WARP; mask *= 2) total += __shfl_xor_sync(FULL_WARP, total, mask);
-    if (part == 0 && first_column + x < cols) sums[(size_t)blockIdx.y * cols + first_column + x] = total;
+    if (part == 0 && first_column + x < cols) sums[(size_t)tile_y * cols + first_column + x] = total;
   }
   float norm = GROUP ? 0.125f : group ? transform.scale : 1.0f;
   float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
@@ -301,6 +369,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   u32 first = first_row + part * BLOCK;
   bool inside = first < depth && first_column + x < cols;
   u32 magnitude = block_magnitude(v, norm);
+  if constexpr (Source::BEHIND_GELU) source.note(magnitude, whole.top);
   lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
   SharedColumnBits<Bits::PITCH> addends(bits + part % PARTS * (32 * Bits::PITCH + Bits::SHIFT) + place * 2, draw);
   round_to<UNBIASED, FORMAT>(by_columns + (size_t)(first_column + x) * depth + first, v, factor, unit, addends, inside);
@@ -345,6 +414,12 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
 // quantize_both_e5m2_bf16_MODE: both forms with one reading and one drawing of random bits, for groups of at most 64.
 // Overwrites by_rows (rows, rows_depth) and by_columns (cols, depth). Launch as quantize_columns, with a grid that covers
 // rows_depth.
+//
+// [re]quantize_both_gelu_e5m2_g64_bf16_MODE: the same of the gradient d gelu'(pre), which is made in the tiles alone.
+// That saves writing and reading it, but its largest magnitude is not known then: *attempt, zeroed, gets that of a sample
+// (sample_gelu_gradient_bf16), and where a rotated block does not fit what that leaves room for, 8 times it, requantize_*
+// does all once more, with the scale that the highest block asks for. It is launched in any case, with a grid of any x
+// and y 1; where there is nothing to do, it only adds to *raised.
 #define SHAPE u32 rows, u32 cols, u32 depth, u32 group
 #define RANDOM const __grid_constant__ Transform transform, const __grid_constant__ Draw draw
 #define BOUNDS(T, GROUP) __launch_bounds__(GROUP ? 128 : 256, (sizeof(T) == 4 ? 3 : 4) * (GROUP ? 2 : 1))
@@ -352,8 +427,9 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
   extern "C" __global__ void BOUNDS(T, GROUP) quantize_columns_##NAME##_##MODE(                                     \
       u8 *out, float *factor, u32 *raised, const u32 *most, float *sums, const T *source, SHAPE, RANDOM) {          \
     begin();                                                                                                        \
-    quantize_tile<T, UNBIASED, FORMAT, false, KEPT, GROUP>(nullptr, out, factor, raised, most, sums, source, rows,  \
-                                                           cols, 0, depth, group, transform, transform, draw);      \
+    quantize_tile<UNBIASED, FORMAT, false, KEPT, GROUP>(blockIdx.x, blockIdx.y, nullptr, out, factor, raised, sums, \
+                                                        Stored<T>{source, most}, rows, cols, 0, depth, group,       \
+                                                        transform, transform, draw);                                \
   }
 #define BOTH_FORMS(NAME, MODE, UNBIASED, GROUP)                                                                     \
   extern "C" __global__ void BOUNDS(bf16, GROUP) quantize_both_##NAME##_##MODE(                                     \
@@ -361,9 +437,39 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
       u32 rows, u32 cols, u32 rows_depth, u32 depth, u32 group,                                                     \
       const __grid_constant__ Transform rows_transform, RANDOM) {                                                   \
     begin();                                                                                                        \
-    quantize_tile<bf16, UNBIASED, E5M2, true, false, GROUP>(by_rows, by_columns, factor, raised, most, sums,        \
-                                                            source, rows, cols, rows_depth, depth, group,           \
-                                                            rows_transform, transform, draw);                       \
+    quantize_tile<UNBIASED, E5M2, true, false, GROUP>(blockIdx.x, blockIdx.y, by_rows, by_columns, factor, raised,  \
+                                                      sums, Stored<bf16>{source, most}, rows, cols, rows_depth,     \
+                                                      depth, group, rows_transform, transform, draw);               \
+  }
+#define GELU_FORMS(MODE, UNBIASED)                                                                                  \
+  extern "C" __global__ void BOUNDS(bf16, 64) quantize_both_gelu_e5m2_g64_bf16_##MODE(                              \
+      u8 *by_rows, u8 *by_columns, float *factor, u32 *raised, Attempt *attempt, float *sums, const bf16 *d,        \
+      const bf16 *pre, u32 rows, u32 cols, u32 rows_depth, u32 depth,                                               \
+      const __grid_constant__ Transform rows_transform, RANDOM) {                                                   \
+    begin();                                                                                                        \
+    quantize_tile<UNBIASED, E5M2, true, false, 64>(blockIdx.x, blockIdx.y, by_rows, by_columns, factor,             \
+                                                   &attempt->raised, sums, BehindGelu<false>{d, pre, attempt},      \
+                                                   rows, cols, rows_depth, depth, 64, rows_transform, transform,    \
+                                                   draw);                                                           \
+  }                                                                                                                 \
+  extern "C" __global__ void __launch_bounds__(128, 4) requantize_both_gelu_e5m2_g64_bf16_##MODE(                   \
+      u8 *by_rows, u8 *by_columns, float *factor, u32 *raised, Attempt *attempt, float *sums, const bf16 *d,        \
+      const bf16 *pre, u32 rows, u32 cols, u32 rows_depth, u32 depth,                                               \
+      const __grid_constant__ Transform rows_transform, RANDOM) {                                                   \
+    begin();                                                                                                        \
+    if (attempt->above == 0) {                                                                                      \
+      if (blockIdx.x == 0 && threadIdx.x == 0) *raised += attempt->raised;                                          \
+      return;                                                                                                       \
+    }                                                                                                               \
+    u32 x = blockIdx.x, y = 0, across = (rows_depth + 63) / 64, down = (depth + 63) / 64;                           \
+    for (;; x += gridDim.x) {                                                                                       \
+      while (x >= across) x -= across, y++;                                                                         \
+      if (y >= down) return;                                                                                        \
+      quantize_tile<UNBIASED, E5M2, true, false, 64>(x, y, by_rows, by_columns, factor, raised, sums,               \
+                                                     BehindGelu<true>{d, pre, attempt}, rows, cols, rows_depth,     \
+                                                     depth, 64, rows_transform, transform, draw);                   \
+      __syncthreads();                                                                                              \
+    }                                                                                                               \
   }
 #define ALL(MODE, UNBIASED)                                                                                          \
   extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_e5m2_bf16_##MODE(                             \
@@ -380,7 +486,8 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
   COLUMNS(bf16, E5M2, false, e5m2_bf16, MODE, UNBIASED, 0)                                                          \
   COLUMNS(bf16, E5M2, false, e5m2_g64_bf16, MODE, UNBIASED, 64)                                                     \
   BOTH_FORMS(e5m2_bf16, MODE, UNBIASED, 0)                                                                           \
-  BOTH_FORMS(e5m2_g64_bf16, MODE, UNBIASED, 64)
+  BOTH_FORMS(e5m2_g64_bf16, MODE, UNBIASED, 64)                                                                     \
+  GELU_FORMS(MODE, UNBIASED)
 ALL(nearest, false)
 ALL(unbiased, true)
 #endif

@@ -342,7 +342,6 @@ impl Backend for Device {
         db: &mut F32,
         dy: &Tensor,
         x: &Tensor,
-        pre: Option<&Tensor>,
         w: &Param,
         shape: LinearShape,
         recipe: &LinearRecipe,
@@ -351,12 +350,37 @@ impl Backend for Device {
     ) {
         on_device!(self, b => b.linear_backward(
             workspace.side_mut(), dx.side_mut(), dw.side_mut(), db.side_mut(), dy.side(), x.side(),
-            pre.map(Side::side), w.side(), shape, recipe, random, accumulate
+            w.side(), shape, recipe, random, accumulate
+        ));
+    }
+
+    fn linear_gelu_backward(
+        &self,
+        workspace: &mut Workspace,
+        dx: &mut Tensor,
+        dw: &mut F32,
+        db: &mut F32,
+        dy: &mut Tensor,
+        pre: &Tensor,
+        x: &Tensor,
+        w: &Param,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+        accumulate: bool,
+    ) {
+        on_device!(self, b => b.linear_gelu_backward(
+            workspace.side_mut(), dx.side_mut(), dw.side_mut(), db.side_mut(), dy.side_mut(),
+            pre.side(), x.side(), w.side(), shape, recipe, random, accumulate
         ));
     }
 
     fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize) {
         on_device!(self, b => b.gelu_forward(out.side_mut(), x.side(), len));
+    }
+
+    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize) {
+        on_device!(self, b => b.gelu_backward(d.side_mut(), x.side(), len));
     }
 
     fn attention_forward(

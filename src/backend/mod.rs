@@ -379,8 +379,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         self.gelu_forward(out, pre, shape.rows * shape.outputs);
     }
     /// dx = dy W, dw = dy^T x and db = the column sums of dy, the latter two added to what is there with
-    /// `accumulate`. Where x was gelu(pre), `pre` is given, and dx is the gradient of it:
-    /// dx = (dy W) gelu'(pre).
+    /// `accumulate`.
     ///
     /// `random` says where in the run this is, for the bits of rounding and transforms; in an FP8
     /// recipe dw sees x as the forward pass kept it.
@@ -392,16 +391,37 @@ pub trait Backend: Send + Sync + Sized + 'static {
         db: &mut Self::F32,
         dy: &Self::Tensor,
         x: &Self::Tensor,
-        pre: Option<&Self::Tensor>,
         w: &Self::Param,
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
         accumulate: bool,
     );
+    /// [`Backend::linear_backward`] where dy is the gradient of gelu(pre), not yet of `pre`, the layer's
+    /// result. What dy holds afterwards is not said.
+    fn linear_gelu_backward(
+        &self,
+        workspace: &mut Self::Workspace,
+        dx: &mut Self::Tensor,
+        dw: &mut Self::F32,
+        db: &mut Self::F32,
+        dy: &mut Self::Tensor,
+        pre: &Self::Tensor,
+        x: &Self::Tensor,
+        w: &Self::Param,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+        accumulate: bool,
+    ) {
+        self.gelu_backward(dy, pre, shape.rows * shape.outputs);
+        self.linear_backward(workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
+    }
 
     /// out = gelu(x) in its tanh form, both of `len` elements.
     fn gelu_forward(&self, out: &mut Self::Tensor, x: &Self::Tensor, len: usize);
+    /// d = d gelu'(x), in place, both of `len` elements.
+    fn gelu_backward(&self, d: &mut Self::Tensor, x: &Self::Tensor, len: usize);
 
     // --- Attention ---
 

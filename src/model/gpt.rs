@@ -167,12 +167,11 @@ impl<B: Backend> Pass<'_, B> {
             let call =
                 LinearCall { inputs: 4 * c, outputs: c, recipe, random: random(LinearId::Fc2) };
             let (dx, dy, x) = (&mut d.wide, &d.residual, &acts.gelu[l]);
-            let pre = Some(&acts.fc1[l]);
-            self.linear_backward(dx, &mut grads.fc2, dy, x, pre, &block.fc2, call);
+            self.linear_backward(dx, &mut grads.fc2, dy, x, &block.fc2, call);
             let call =
                 LinearCall { inputs: c, outputs: 4 * c, recipe, random: random(LinearId::Fc1) };
-            let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_2[l]);
-            self.linear_backward(dx, &mut grads.fc1, dy, x, None, &block.fc1, call);
+            let (dx, dy, pre, x) = (&mut d.narrow, &mut d.wide, &acts.fc1[l], &acts.ln_2[l]);
+            self.linear_gelu_backward(dx, &mut grads.fc1, dy, pre, x, &block.fc1, call);
             let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
             self.norm_backward(d, &mut grads.ln_2, x, statistics, &block.ln_2, accumulate);
 
@@ -180,14 +179,14 @@ impl<B: Backend> Pass<'_, B> {
             let random_projection = random(LinearId::Projection);
             let call = LinearCall { inputs: c, outputs: c, recipe, random: random_projection };
             let (dx, dy, x) = (&mut d.narrow, &d.residual, &acts.attention[l]);
-            self.linear_backward(dx, &mut grads.projection, dy, x, None, &block.projection, call);
+            self.linear_backward(dx, &mut grads.projection, dy, x, &block.projection, call);
             let (dqkv, dout) = (&mut d.wide, &d.narrow);
             let (out, lse, qkv) = (&acts.attention[l], &acts.lse[l], &acts.qkv[l]);
             backend.attention_backward(self.workspace, dqkv, dout, out, lse, qkv, shape);
             let call =
                 LinearCall { inputs: c, outputs: 3 * c, recipe, random: random(LinearId::Qkv) };
             let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_1[l]);
-            self.linear_backward(dx, &mut grads.qkv, dy, x, None, &block.qkv, call);
+            self.linear_backward(dx, &mut grads.qkv, dy, x, &block.qkv, call);
             let (x, statistics) = (&acts.residual[l], &acts.ln_1_statistics[l]);
             self.norm_backward(d, &mut grads.ln_1, x, statistics, &block.ln_1, accumulate);
         }
@@ -273,7 +272,6 @@ impl<B: Backend> Pass<'_, B> {
         grads: &mut Linear<B::F32>,
         dy: &B::Tensor,
         x: &B::Tensor,
-        pre: Option<&B::Tensor>,
         layer: &Linear<B::Param>,
         call: LinearCall,
     ) {
@@ -283,8 +281,29 @@ impl<B: Backend> Pass<'_, B> {
         let (backend, workspace) = (self.backend, &mut *self.workspace);
         let w = &layer.w;
         let accumulate = random.micro_step > 0;
-        backend.linear_backward(
-            workspace, dx, dw, db, dy, x, pre, w, shape, &recipe, &random, accumulate,
+        backend
+            .linear_backward(workspace, dx, dw, db, dy, x, w, shape, &recipe, &random, accumulate);
+    }
+
+    /// The same for a layer whose result `pre` went through GELU, given the gradient of what came out.
+    fn linear_gelu_backward(
+        &mut self,
+        dx: &mut B::Tensor,
+        grads: &mut Linear<B::F32>,
+        dy: &mut B::Tensor,
+        pre: &B::Tensor,
+        x: &B::Tensor,
+        layer: &Linear<B::Param>,
+        call: LinearCall,
+    ) {
+        let LinearCall { inputs, outputs, recipe, random } = call;
+        let shape = LinearShape { rows: self.sequences.rows(), inputs, outputs };
+        let Linear { w: dw, b: db } = grads;
+        let (backend, workspace) = (self.backend, &mut *self.workspace);
+        let w = &layer.w;
+        let accumulate = random.micro_step > 0;
+        backend.linear_gelu_backward(
+            workspace, dx, dw, db, dy, pre, x, w, shape, &recipe, &random, accumulate,
         );
     }
 

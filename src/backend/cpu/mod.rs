@@ -285,7 +285,6 @@ impl Backend for Cpu {
         db: &mut Buffer<f32>,
         dy: &Buffer<f32>,
         x: &Buffer<f32>,
-        pre: Option<&Buffer<f32>>,
         w: &Buffer<f32>,
         shape: LinearShape,
         recipe: &LinearRecipe,
@@ -293,14 +292,14 @@ impl Backend for Cpu {
         accumulate: bool,
     ) {
         linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
-        if let Some(pre) = pre {
-            let len = shape.rows * shape.inputs;
-            gelu::backward(self, &mut dx[..len], &pre[..len]);
-        }
     }
 
     fn gelu_forward(&self, out: &mut Buffer<f32>, x: &Buffer<f32>, len: usize) {
         gelu::forward(self, &mut out[..len], &x[..len]);
+    }
+
+    fn gelu_backward(&self, d: &mut Buffer<f32>, x: &Buffer<f32>, len: usize) {
+        gelu::backward(self, &mut d[..len], &x[..len]);
     }
 
     fn attention_forward(

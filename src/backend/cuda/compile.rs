@@ -29,7 +29,7 @@ pub(super) const FILES: [(&str, &str); 13] = [
     ("classifier", include_str!("../../../kernels/classifier.cu")),
     ("embedding", include_str!("../../../kernels/embedding.cu")),
     ("fp8", include_str!("../../../kernels/fp8.cu")),
-    ("gelu", include_str!("../../../kernels/gelu.cu")),
+    ("gelu", GELU),
     ("layernorm", include_str!("../../../kernels/layernorm.cu")),
     ("linear", include_str!("../../../kernels/linear.cu")),
     ("mxfp4", MXFP4),
@@ -38,7 +38,12 @@ pub(super) const FILES: [(&str, &str); 13] = [
     ("normal", NORMAL),
 ];
 
-/// The files of MXFP4 and of its random bits, which share their beginning.
+/// The files of GELU, of MXFP4 and of its random bits, which share their beginnings.
+const GELU: &str = concat!(
+    include_str!("../../../kernels/gelu.cuh"),
+    "#line 1 \"gelu.cu\"\n",
+    include_str!("../../../kernels/gelu.cu")
+);
 const MXFP4: &str = concat!(
     include_str!("../../../kernels/mxfp4.cuh"),
     "#line 1 \"mxfp4.cu\"\n",
@@ -46,6 +51,7 @@ const MXFP4: &str = concat!(
 );
 const MXFP4_FP8: &str = concat!(
     include_str!("../../../kernels/mxfp4.cuh"),
+    include_str!("../../../kernels/gelu.cuh"),
     "#line 1 \"mxfp4_fp8.cu\"\n",
     include_str!("../../../kernels/mxfp4_fp8.cu")
 );

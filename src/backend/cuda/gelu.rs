@@ -7,6 +7,8 @@ use super::{Cuda, kernel};
 const BLOCK: usize = 256;
 /// Elements of a thread.
 const ELEMENTS: usize = 8;
+/// Rows of which one is sampled.
+const SAMPLED_ROWS: usize = 32;
 
 /// One block for every stretch of elements, but no more than run at once: the fewer blocks, the fewer notes of
 /// the largest magnitude.
@@ -25,4 +27,17 @@ pub(super) fn forward(cuda: &Cuda, out: &mut Tensor, x: &Tensor, len: usize) {
 pub(super) fn backward(cuda: &Cuda, d: &mut Tensor, x: &Tensor, len: usize) {
     launch!(cuda.gpu, kernel!(d, "gelu_backward"), grid(cuda, len), BLOCK, 0;
         d.address(), d.noting(), x.address(), len as u64);
+}
+
+/// Makes the word at `most` the larger of itself and the bits of the largest magnitude of d gelu'(x), both (rows,
+/// cols) of bf16 numbers, in every 32nd row.
+pub(super) fn sample_gradient(
+    cuda: &Cuda,
+    most: u64,
+    d: u64,
+    x: u64,
+    (rows, cols): (usize, usize),
+) {
+    let grid = [cols.div_ceil(BLOCK * ELEMENTS), rows.div_ceil(SAMPLED_ROWS), 1];
+    launch!(cuda.gpu, "sample_gelu_gradient_bf16", grid, BLOCK, 0; most, d, x, cols as u32);
 }

@@ -78,6 +78,16 @@ pub(super) fn forward(
     }
 }
 
+/// The gradient dy (rows, outputs) of a layer's result.
+pub(super) enum Gradient<'a> {
+    Whole(&'a Tensor),
+    /// d gelu'(pre), where d is the gradient of gelu(pre).
+    BehindGelu {
+        d: &'a mut Tensor,
+        pre: &'a Tensor,
+    },
+}
+
 /// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter two
 /// added with `accumulate`.
 pub(super) fn backward(
@@ -86,9 +96,8 @@ pub(super) fn backward(
     dx: &mut Tensor,
     dw: &mut F32,
     db: &mut F32,
-    dy: &Tensor,
+    gradient: Gradient<'_>,
     x: &Tensor,
-    pre: Option<&Tensor>,
     w: &Param,
     shape: LinearShape,
     recipe: &LinearRecipe,
@@ -96,6 +105,29 @@ pub(super) fn backward(
     accumulate: bool,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
+    let call = Call { cuda, workspace, random, road: cuda.road(shape) };
+    // Where dy is quantized for both products at once, and with what.
+    let both = match (recipe.dgrad, recipe.wgrad) {
+        (Backward::Mxfp4(first), Backward::Mxfp4(second))
+            if call.road != Road::Bf16
+                && first == second
+                && first.transform.is_none_or(|transform| transform.group <= 64) =>
+        {
+            Some(first)
+        }
+        _ => None,
+    };
+    let (dy, pre) = match gradient {
+        Gradient::Whole(dy) => (dy, None),
+        Gradient::BehindGelu { d, pre } => {
+            let group = both.and_then(|format| format.transform).map(|transform| transform.group);
+            let fused = call.road == Road::Fp8 && group == Some(BehindGelu::GROUP);
+            if !fused {
+                gelu::backward(cuda, d, pre, rows * outputs);
+            }
+            (&*d, fused.then_some(pre))
+        }
+    };
     let precision = dy.precision;
     let dgrad = Product {
         m: rows,
@@ -112,10 +144,11 @@ pub(super) fn backward(
         bias: None,
         scales: None,
     };
-    let call = Call { cuda, workspace, random, road: cuda.road(shape) };
     let gradient = Source { address: dy.address(), precision };
     let most = match (recipe.dgrad, recipe.wgrad) {
-        (Backward::Mxfp4(_), _) | (_, Backward::Mxfp4(_)) if call.road == Road::Fp8 => {
+        (Backward::Mxfp4(_), _) | (_, Backward::Mxfp4(_))
+            if call.road == Road::Fp8 && pre.is_none() =>
+        {
             largest_magnitude(cuda, workspace, 0, dy)
         }
         _ => 0,
@@ -125,15 +158,11 @@ pub(super) fn backward(
     let by_rows = call.dy_operand(gradient, as_rows, most);
     let by_columns = call.dy_operand(gradient, as_columns, most);
     let sums = workspace.partials.address;
-    let mut quantized_both = None;
-    if let (Backward::Mxfp4(first), Backward::Mxfp4(second)) = (recipe.dgrad, recipe.wgrad)
-        && call.road != Road::Bf16
-        && first == second
-        && first.transform.is_none_or(|transform| transform.group <= 64)
-    {
+    let quantized_both = both.map(|format| match pre {
         // NOTE: on an H100, (16384, 4096) take 124 us; each form by itself takes 84.
-        quantized_both = Some(call.quantize_both(&by_rows, &by_columns, first, sums));
-    }
+        None => call.quantize_both(&by_rows, &by_columns, format, sums),
+        Some(pre) => call.quantize_both_behind_gelu(&by_rows, &by_columns, dy, pre, format, sums),
+    });
 
     dx.not_noting();
     match recipe.dgrad {
@@ -152,9 +181,6 @@ pub(super) fn backward(
             call.quantize(&w, format.other, format, GemmId::Dgrad, 0);
             call.product(dgrad, [&by_rows, &w], format);
         }
-    }
-    if let Some(pre) = pre {
-        gelu::backward(cuda, dx, pre, rows * inputs);
     }
 
     // What the forward pass kept of x: in an FP8 recipe its FP8 form.
@@ -489,6 +515,79 @@ pub(super) fn quantize_both(
     tiles.grid[1]
 }
 
+/// Both forms of the gradient d gelu'(pre) (rows, cols) of bf16 numbers, as of [`quantize_both`], without storing
+/// the gradient itself. Its scale is made from a sample; where that leaves no room for a block, all is done once more.
+pub(super) struct BehindGelu<'a> {
+    pub(super) out: [u64; 2],
+    /// As of [`Scaling`].
+    pub(super) scale: u64,
+    pub(super) raised: u64,
+    /// `Attempt` of the kernels: zeroed words.
+    pub(super) attempt: u64,
+    pub(super) sums: u64,
+    pub(super) d: u64,
+    pub(super) pre: u64,
+    pub(super) shape: (usize, usize),
+    pub(super) signs: [&'a [f32]; 2],
+    pub(super) rounding: Rounding,
+    pub(super) draw: Draw,
+}
+
+impl BehindGelu<'_> {
+    /// Of both transforms.
+    pub(super) const GROUP: usize = 64;
+    /// Of an attempt.
+    pub(super) const WORDS: u64 = 3;
+
+    fn depths(&self) -> [usize; 2] {
+        let (rows, cols) = self.shape;
+        [cols, rows].map(|n| n.next_multiple_of(Self::GROUP))
+    }
+
+    fn tiles(&self) -> Tiles {
+        let [rows_depth, depth] = self.depths();
+        Tiles::new(Precision::Bf16, rows_depth, depth, Self::GROUP)
+    }
+
+    /// First.
+    pub(super) fn sample(&self, cuda: &Cuda) {
+        gelu::sample_gradient(cuda, self.attempt, self.d, self.pre, self.shape);
+    }
+
+    /// Second. The result as of [`quantize`].
+    pub(super) fn quantize(&self, cuda: &Cuda) -> usize {
+        let name = match self.rounding {
+            Rounding::Nearest => "quantize_both_gelu_e5m2_g64_bf16_nearest",
+            Rounding::Unbiased => "quantize_both_gelu_e5m2_g64_bf16_unbiased",
+        };
+        let grid = self.tiles().grid;
+        self.launch(cuda, name, grid);
+        grid[1]
+    }
+
+    /// Last, in any case: the host does not know whether there is anything to do.
+    pub(super) fn requantize(&self, cuda: &Cuda) {
+        let name = match self.rounding {
+            Rounding::Nearest => "requantize_both_gelu_e5m2_g64_bf16_nearest",
+            Rounding::Unbiased => "requantize_both_gelu_e5m2_g64_bf16_unbiased",
+        };
+        // As many as run at once: there is hardly ever anything to do, and every block has to be started.
+        let at_once = 4 * cuda.gpu.multiprocessors as usize;
+        let [x, y, _] = self.tiles().grid;
+        self.launch(cuda, name, [(x * y).min(at_once), 1, 1]);
+    }
+
+    fn launch(&self, cuda: &Cuda, name: &str, grid: [usize; 3]) {
+        let Tiles { block, bytes, .. } = self.tiles();
+        let [rows_depth, depth] = self.depths();
+        let &Self { out, scale, raised, attempt, sums, d, pre, shape: (rows, cols), .. } = self;
+        launch!(cuda.gpu, name, grid, block, bytes;
+            out[0], out[1], scale, raised, attempt, sums, d, pre, rows as u32, cols as u32,
+            rows_depth as u32, depth as u32, TransformArgument::new(self.signs[0]),
+            TransformArgument::new(self.signs[1]), DrawArgument::from(self.draw));
+    }
+}
+
 /// The signs of a GEMM's transform; none where there is no transform.
 pub(super) fn fill_signs<'a>(
     signs: &'a mut [f32; mx::MAX_GROUP],
@@ -618,9 +717,7 @@ impl Call<'_> {
         sums: u64,
     ) -> usize {
         let mut signs = [[0.0; mx::MAX_GROUP]; 2];
-        let [first, second] = &mut signs;
-        let signs = [(first, GemmId::Dgrad), (second, GemmId::Wgrad)]
-            .map(|(signs, gemm)| fill_signs(signs, format.transform, gemm, self.random));
+        let signs = self.both_signs(&mut signs, format);
         let (cuda, source) = (self.cuda, by_rows.source.address);
         let Quantize { rows, cols, .. } = by_rows.shape;
         let (shape, rounding) = ((rows, cols), format.dy);
@@ -634,6 +731,54 @@ impl Call<'_> {
         };
         self.note_drawn(&[GemmId::Dgrad, GemmId::Wgrad], OperandId::Dy, format);
         parts
+    }
+
+    /// The same of dy = d gelu'(pre), which the operands' source does not hold.
+    fn quantize_both_behind_gelu(
+        &self,
+        by_rows: &MxOperand,
+        by_columns: &MxOperand,
+        d: &Tensor,
+        pre: &Tensor,
+        format: Mxfp4,
+        sums: u64,
+    ) -> usize {
+        let (cuda, workspace) = (self.cuda, self.workspace);
+        let mut signs = [[0.0; mx::MAX_GROUP]; 2];
+        let attempt = d.zeroed_words(BehindGelu::WORDS).unwrap_or_else(|| {
+            cuda.clear(workspace.attempt.address, 4 * BehindGelu::WORDS as usize);
+            workspace.attempt.address
+        });
+        let gradient = BehindGelu {
+            out: [by_rows.out, by_columns.out],
+            scale: by_rows.scale,
+            raised: workspace.raised.address,
+            attempt,
+            sums,
+            d: d.address(),
+            pre: pre.address(),
+            shape: (by_rows.shape.rows, by_rows.shape.cols),
+            signs: self.both_signs(&mut signs, format),
+            rounding: format.dy,
+            draw: self.random.rounding(OperandId::Dy),
+        };
+        let gemms = &[GemmId::Dgrad, GemmId::Wgrad];
+        gradient.sample(cuda);
+        let parts = gradient.quantize(cuda);
+        self.note_drawn(gemms, OperandId::Dy, format);
+        gradient.requantize(cuda);
+        self.note_drawn(gemms, OperandId::Dy, format);
+        parts
+    }
+
+    /// The signs of both products' transforms.
+    fn both_signs<'a>(
+        &self,
+        [first, second]: &'a mut [[f32; mx::MAX_GROUP]; 2],
+        format: Mxfp4,
+    ) -> [&'a [f32]; 2] {
+        [(first, GemmId::Dgrad), (second, GemmId::Wgrad)]
+            .map(|(signs, gemm)| fill_signs(signs, format.transform, gemm, self.random))
     }
 
     fn note_drawn(&self, gemms: &'static [GemmId], operand: OperandId, format: Mxfp4) {

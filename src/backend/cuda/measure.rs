@@ -3,7 +3,7 @@
 
 use cudarc::driver::sys;
 
-use super::linear::{Form, Quantize, Scaling, Source, Target, quantize, quantize_both};
+use super::linear::{BehindGelu, Form, Quantize, Scaling, Source, Target, quantize, quantize_both};
 use super::memory::{Arena, F32, Param, Piece, Tensor};
 use super::tests::{f32s_of, gpu, older_gpu, workspace, workspace_shape};
 use super::{Cuda, Type, Workspace};
@@ -160,10 +160,79 @@ fn quantization_on(cuda: &Cuda) {
     }
 }
 
+/// GELU's derivative and the quantization of what it makes, one after the other and in one.
+#[test]
+#[ignore = "a measurement"]
+fn quantization_behind_gelu() {
+    let Some(cuda) = gpu() else { return };
+    cuda.gpu.scope(|| quantization_behind_gelu_on(&cuda));
+}
+
+fn quantization_behind_gelu_on(cuda: &Cuda) {
+    let mut signs = [vec![0.0; 64], vec![0.0; 64]];
+    RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs[0]);
+    RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs[1]);
+    let signs = [&signs[0][..], &signs[1][..]];
+    let (draw, rounding) = (RANDOM.rounding(OperandId::Dy), Rounding::Unbiased);
+    println!("{:>16}  derivative   both   sample   both behind GELU   again: not   done", "us");
+    for shape @ (rows, cols) in [(16384, 4096), (8192, 8192)] {
+        let elements = rows * cols;
+        let mut d = noted(cuda, rows, cols, 1e-4, 1);
+        let (dy, pre) = (noted(cuda, rows, cols, 1e-4, 2), noted(cuda, rows, cols, 1.0, 3));
+        let out = [bytes(cuda, elements), bytes(cuda, elements)];
+        let out = [out[0].address, out[1].address];
+        let (words, sums) = (bytes(cuda, 32), f32s(cuda, (rows / 64 + 2) * cols));
+        let (scale, raised) = (words.address, words.address + 4);
+        let most = dy.largest_magnitude().unwrap();
+        let scaling = Scaling { scale, raised, most, kept: false };
+        let behind = |place| BehindGelu {
+            out,
+            scale,
+            raised,
+            attempt: words.address + place,
+            sums: sums.address(),
+            d: dy.address(),
+            pre: pre.address(),
+            shape,
+            signs,
+            rounding,
+            draw,
+        };
+        // One attempt that the sample is enough for, and one that failed.
+        let (fitting, failed) = (behind(8), behind(20));
+        cuda.write(failed.attempt, &[0u32, 120]).unwrap();
+        fitting.sample(cuda);
+        let times = medians(
+            cuda,
+            [
+                &mut || cuda.gelu_backward(&mut d, &pre, elements),
+                &mut || {
+                    let (from, sums) = (dy.address(), sums.address());
+                    quantize_both(cuda, out, scaling, from, shape, sums, signs, rounding, draw);
+                },
+                &mut || fitting.sample(cuda),
+                &mut || {
+                    fitting.quantize(cuda);
+                },
+                &mut || fitting.requantize(cuda),
+                &mut || failed.requantize(cuda),
+            ],
+        );
+        let mut attempt = [0u32; 2];
+        cuda.read(fitting.attempt, &mut attempt).unwrap();
+        assert_eq!(attempt[1], 0, "the sample is enough");
+        let [derivative, both, sample, fused, not, done] = times;
+        print!("({rows:5}, {cols:5})  {derivative:10.1} {both:6.1} {sample:8.1} ");
+        println!("{fused:18.1} {not:12.1} {done:6.1}");
+    }
+}
+
 /// What one linear layer's backward pass works on.
 struct Layer {
     shape: LinearShape,
     dy: Tensor,
+    /// The layer's result, where GELU follows.
+    pre: Tensor,
     x: Tensor,
     w: Param,
     dx: Tensor,
@@ -174,9 +243,17 @@ struct Layer {
 impl Layer {
     fn new(cuda: &Cuda, rows: usize, inputs: usize, outputs: usize) -> Self {
         let w = param(cuda, outputs * inputs, 0.02, 3);
+        // GELU is straight at 8: dy stays what it is wherever the derivative is applied in place.
+        let pre = noted(cuda, rows, outputs, 1.0, 7);
+        let eight = half::bf16::from_f32(8.0).to_bits();
+        // SAFETY: the tensor has as many elements.
+        let result =
+            unsafe { sys::cuMemsetD16Async(pre.address(), eight, pre.len, cuda.gpu.stream()) };
+        cuda.gpu.note("filling a tensor", result);
         Self {
             shape: LinearShape { rows, inputs, outputs },
             dy: noted(cuda, rows, outputs, 1e-4, 4),
+            pre,
             x: noted(cuda, rows, inputs, 1.0, 5),
             w,
             dx: noted(cuda, rows, inputs, 1.0, 6),
@@ -186,12 +263,21 @@ impl Layer {
     }
 
     fn backward(&mut self, cuda: &Cuda, workspace: &mut Workspace, recipe: &LinearRecipe) {
-        let Self { shape, dy, x, w, dx, dw, db } = self;
-        cuda.linear_backward(workspace, dx, dw, db, dy, x, None, w, *shape, recipe, &RANDOM, false);
+        let Self { shape, dy, x, w, dx, dw, db, .. } = self;
+        cuda.linear_backward(workspace, dx, dw, db, dy, x, w, *shape, recipe, &RANDOM, false);
+    }
+
+    /// With GELU's derivative.
+    fn gelu_backward(&mut self, cuda: &Cuda, workspace: &mut Workspace, recipe: &LinearRecipe) {
+        let Self { shape, dy, pre, x, w, dx, dw, db } = self;
+        cuda.linear_gelu_backward(
+            workspace, dx, dw, db, dy, pre, x, w, *shape, recipe, &RANDOM, false,
+        );
     }
 }
 
-/// The backward pass of linear layers, everything included, in bf16 and in MXFP4.
+/// The backward pass of linear layers, everything included, in bf16 and in MXFP4; of fc1 also with GELU's
+/// derivative before it, as a training step has it.
 #[test]
 #[ignore = "a measurement"]
 fn linear_backward() {
@@ -204,11 +290,12 @@ fn linear_backward_on(cuda: &Cuda) {
     let (bf16, mxfp4) = (recipe("bf16"), recipe("mxfp4-rht-sr"));
     let rows = 16384;
     println!("backward pass, {rows} tokens         bf16 us   mxfp4-rht-sr us   ratio");
+    println!("(\"with GELU\": its derivative is part of fc1's, as in a training step)");
     for width in [768, 1024, 2048, 4096] {
         let sequences = Sequences { batch: rows / 1024, length: 1024 };
         let shape = workspace_shape(sequences, width, width / 64, 64, Precision::Bf16);
         let mut scratch = workspace(cuda, &shape);
-        let mut totals = [0.0; 2];
+        let (mut totals, mut with_gelu) = ([0.0; 2], [0.0; 2]);
         for (name, inputs, outputs) in [
             ("qkv", width, 3 * width),
             ("projection", width, width),
@@ -221,12 +308,24 @@ fn linear_backward_on(cuda: &Cuda) {
                 let (layer, scratch) = &mut *shared.borrow_mut();
                 layer.backward(cuda, scratch, recipe);
             };
-            let times = medians(cuda, [&mut || run(&bf16), &mut || run(&mxfp4)]);
+            let run_with_gelu = |recipe| {
+                let (layer, scratch) = &mut *shared.borrow_mut();
+                layer.gelu_backward(cuda, scratch, recipe);
+            };
+            let mut times = medians(cuda, [&mut || run(&bf16), &mut || run(&mxfp4)]);
             totals = [totals[0] + times[0], totals[1] + times[1]];
             print(&format!("{width} {name} ({inputs} to {outputs})"), times);
+            if name == "fc1" {
+                let both: [&mut dyn FnMut(); 2] =
+                    [&mut || run_with_gelu(&bf16), &mut || run_with_gelu(&mxfp4)];
+                times = medians(cuda, both);
+                print(&format!("{width} {name} with GELU"), times);
+            }
+            with_gelu = [with_gelu[0] + times[0], with_gelu[1] + times[1]];
             assert!(f32s_of(cuda, &layer.dw).iter().all(|v| v.is_finite()));
         }
         print(&format!("{width} all four"), totals);
+        print(&format!("{width} all four with GELU"), with_gelu);
     }
 }
 

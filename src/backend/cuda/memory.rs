@@ -97,10 +97,11 @@ impl Magnitudes {
             .then(|| self.words.address + 4 * (number % Self::COUNT))
     }
 
-    fn take(&self) -> Option<u64> {
+    /// The first of `count` next to each other.
+    fn take(&self, count: u64) -> Option<u64> {
         let number = self.taken.load(Ordering::Relaxed);
-        self.address(number)?;
-        self.taken.store(number + 1, Ordering::Relaxed);
+        self.address(number + count - 1)?;
+        self.taken.store(number + count, Ordering::Relaxed);
         Some(number)
     }
 }
@@ -128,7 +129,7 @@ impl Tensor {
     /// that they store; address 0 where none needs to know.
     pub(super) fn noting(&mut self) -> u64 {
         let needed = self.precision == Precision::Bf16;
-        self.noted = needed.then(|| self.magnitudes.take()).flatten();
+        self.noted = needed.then(|| self.magnitudes.take(1)).flatten();
         self.largest_magnitude().unwrap_or(0)
     }
 
@@ -140,6 +141,13 @@ impl Tensor {
     /// The address of the bits of the largest magnitude, if they were noted.
     pub(super) fn largest_magnitude(&self) -> Option<u64> {
         self.magnitudes.address(self.noted?)
+    }
+
+    /// The address of `count` zeroed words for what else a pass has to find out about the tensor; None where
+    /// there are not as many.
+    pub(super) fn zeroed_words(&self, count: u64) -> Option<u64> {
+        let number = self.magnitudes.take(count)?;
+        self.magnitudes.address(number)
     }
 
     /// A pass begins, which overwrites all tensors of the arena before it reads them.

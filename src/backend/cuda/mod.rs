@@ -47,6 +47,7 @@ use crate::recipe::{Forward, LinearRecipe};
 use crate::{CudaStream, Error, Result};
 use gemm::{Gemm, Product, Type};
 use gpu::Gpu;
+use linear::Gradient;
 use roads::Road;
 
 /// One GPU.
@@ -400,20 +401,41 @@ impl Backend for Cuda {
         db: &mut F32,
         dy: &Tensor,
         x: &Tensor,
-        pre: Option<&Tensor>,
         w: &Param,
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
         accumulate: bool,
     ) {
-        linear::backward(
-            self, workspace, dx, dw, db, dy, x, pre, w, shape, recipe, random, accumulate,
-        );
+        let dy = Gradient::Whole(dy);
+        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
+    }
+
+    fn linear_gelu_backward(
+        &self,
+        workspace: &mut Workspace,
+        dx: &mut Tensor,
+        dw: &mut F32,
+        db: &mut F32,
+        dy: &mut Tensor,
+        pre: &Tensor,
+        x: &Tensor,
+        w: &Param,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+        accumulate: bool,
+    ) {
+        let dy = Gradient::BehindGelu { d: dy, pre };
+        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
     }
 
     fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize) {
         gelu::forward(self, out, x, len);
+    }
+
+    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize) {
+        gelu::backward(self, d, x, len);
     }
 
     fn attention_forward(

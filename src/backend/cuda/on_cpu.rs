@@ -10,10 +10,10 @@ use proptest::prelude::*;
 
 use super::compile::{FILES, PRELUDE};
 use super::gemm::Type;
-use super::linear::{DrawArgument, Tiles, TransformArgument, rows_at_once};
+use super::linear::{BehindGelu, DrawArgument, Tiles, TransformArgument, rows_at_once};
 use super::roads::{Road, tiled};
 use super::tests::{compare_fp8, decode_fp8};
-use crate::backend::Precision;
+use crate::backend::{Precision, reference};
 use crate::mx::{
     BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source,
     decode_e2m1, decode_e8m0,
@@ -26,7 +26,7 @@ struct OnCpu {
 }
 
 /// What PTX the files hold, and what `on_cpu.cpp` has for it.
-const PTX: [(&str, &str); 14] = [
+const PTX: [(&str, &str); 16] = [
     (
         "asm(\"cvt.rn.bf16x2.f32 %0, %1, %2;\" : \"=r\"(out) : \"f\"(high), \"f\"(low));",
         "out = ptx_bf16_pair(high, low);",
@@ -48,6 +48,8 @@ const PTX: [(&str, &str); 14] = [
         "asm(\"rcp.approx.ftz.f32 %0, %1;\" : \"=f\"(reciprocal) : \"f\"((float)blocks));",
         "reciprocal = 1.0f / (float)blocks;",
     ),
+    ("asm(\"ex2.approx.ftz.f32 %0, %1;\" : \"=f\"(out) : \"f\"(v));", "out = exp2f(v);"),
+    ("asm(\"rcp.approx.ftz.f32 %0, %1;\" : \"=f\"(out) : \"f\"(v));", "out = 1.0f / v;"),
     (
         "asm(\"cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;\" : \"=h\"(out) : \"f\"(high), \"f\"(low));",
         "out = ptx_e4m3_pair(high, low);",
@@ -869,6 +871,238 @@ fn fp8_operands_are_those_of_the_definition() {
             });
             let forms = [(&out[0][..], &exact[0]), (&out[1][..], &exact[1])];
             check("both", Type::E5m2, &forms, factor, raised);
+        }
+    }
+    assert!(raised_in_all > 20, "only {raised_in_all} blocks were raised");
+}
+
+type GeluKernel<T> = unsafe extern "C" fn(*mut T, *mut u32, *const T, u64);
+type SampleKernel = unsafe extern "C" fn(*mut u32, *const c_void, *const c_void, u32);
+type BehindGeluKernel = unsafe extern "C" fn(
+    *mut u8,
+    *mut u8,
+    *mut f32,
+    *mut u32,
+    *mut [u32; BehindGelu::WORDS as usize],
+    *mut f32,
+    *const c_void,
+    *const c_void,
+    u32,
+    u32,
+    u32,
+    u32,
+    TransformArgument,
+    TransformArgument,
+    DrawArgument,
+);
+
+/// GELU and its derivative to f32's accuracy relative to 1 or x, and no NaN that no NaN made.
+#[test]
+fn gelu_is_that_of_the_definition() {
+    let Some(on_cpu) = OnCpu::new("gelu") else { return };
+    let mut x: Vec<f32> = (-12_000..=12_000).map(|i| i as f32 * 1e-3).collect();
+    x.extend([1e-40, 1e-20, 20.0, 1e4, 1e12, 1e15, 1e18].iter().flat_map(|v| [*v, -*v]));
+    x.extend([0.0, -0.0, f32::NAN]);
+    let apply = |name: &str, out: &mut [f32]| {
+        let kernel: GeluKernel<f32> = on_cpu.kernel(name);
+        let (to, len, mut most) = (out.as_mut_ptr(), x.len(), 0);
+        let at_most = &raw mut most;
+        on_cpu.run(SCHEDULES[0], [len.div_ceil(8 * 256), 1], 256, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe { kernel(to, at_most, x.as_ptr(), len as u64) };
+        });
+    };
+    let (mut out, mut slope) = (vec![f32::NAN; x.len()], vec![1.0f32; x.len()]);
+    apply("gelu_forward_f32", &mut out);
+    apply("gelu_backward_f32", &mut slope);
+    let mut worst = [0.0f64; 2];
+    for (i, x) in x.iter().enumerate() {
+        let wide = f64::from(*x);
+        let pairs = [(out[i], reference::gelu(wide)), (slope[i], reference::gelu_derivative(wide))];
+        for ((ours, exact), worst) in pairs.into_iter().zip(&mut worst) {
+            if x.is_nan() {
+                assert!(ours.is_nan());
+                continue;
+            }
+            *worst = worst.max((f64::from(ours) - exact).abs() / wide.abs().max(1.0));
+            assert!(ours.is_finite(), "{x}: {ours}");
+        }
+    }
+    println!("off by {:.1e} and {:.1e}", worst[0], worst[1]);
+    assert!(worst[0] < 2e-7 && worst[1] < 6e-7, "{worst:?}");
+}
+
+/// What the gradients are like that are quantized as they are made.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    Ordinary,
+    /// A row that is not sampled lies far above the others.
+    Outlier,
+    /// That row has a number that is not finite.
+    NotFinite,
+    /// The sample has one, too.
+    NanInSample,
+    Zero,
+}
+
+/// Gradients quantized behind GELU are what the derivative's kernel and the one for both forms make one after the
+/// other, given the scale that an attempt finds.
+#[test]
+fn gradients_behind_gelu_are_quantized_as_if_they_were_stored() {
+    let Some(on_cpu) = OnCpu::new("mxfp4_fp8") else { return };
+    let Some(gelu) = OnCpu::new("gelu") else { return };
+    let may_read: unsafe extern "C" fn(*const u128, usize) = on_cpu.kernel("may_read");
+    let mut raised_in_all = 0;
+    let shapes = [(17, 31), (33, 200), (192, 136), (128, 72)];
+    let kinds = [Kind::Ordinary, Kind::Outlier, Kind::NotFinite, Kind::NanInSample, Kind::Zero];
+    let cases = shapes.into_iter().flat_map(|shape| kinds.map(|kind| (shape, kind)));
+    for (case, ((rows, cols), kind)) in cases.enumerate() {
+        let normal = |std, index| {
+            let mut values = vec![0.0; rows * cols];
+            let draw = Draw::of(9, Purpose::Weights, index, 0);
+            crate::mx::fill_normal(&mut values, std, &draw, 0);
+            values
+        };
+        let (mut d, mut pre) = (normal(1e-3, 85), normal(2.0, 86));
+        for (i, (d, pre)) in d.iter_mut().zip(&mut pre).enumerate() {
+            // Whole groups far below the others, and results where GELU is straight.
+            if i / cols >= 64 && i % cols >= 64 {
+                *d *= 2f32.powi(-30);
+            }
+            if i % 211 == 5 {
+                *pre *= 1e17;
+            }
+            match kind {
+                Kind::Outlier if i / cols == 13 => *d *= 1e4,
+                Kind::NotFinite | Kind::NanInSample if i == 13 * cols + 7 => *d = f32::INFINITY,
+                Kind::NanInSample if i == 3 => *d = f32::NAN,
+                Kind::Zero => *d = 0.0,
+                _ => {}
+            }
+        }
+        let [d, pre] = [d, pre].map(|values| {
+            let narrow = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes());
+            aligned(&narrow.collect::<Vec<_>>())
+        });
+        let [from, from_pre] = [&d, &pre].map(|values| values.as_ptr().cast::<c_void>());
+        let schedule = SCHEDULES[case % 3];
+
+        // The gradient itself.
+        let mut dy = d.clone();
+        let (to, len, mut most) = (dy.as_mut_ptr().cast(), (rows * cols) as u64, 0);
+        let at_most = &raw mut most;
+        let kernel: GeluKernel<u16> = gelu.kernel("gelu_backward_bf16");
+        gelu.run(schedule, [2, 1], 256, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe { kernel(to, at_most, from_pre.cast(), len) };
+        });
+        // SAFETY: only notes the address.
+        unsafe { may_read(dy.as_ptr(), 2 * rows * cols) };
+        let from_dy = dy.as_ptr().cast::<c_void>();
+        let narrow: &[u16] = &bytemuck::cast_slice(&dy)[..rows * cols];
+        let values: Vec<f32> = narrow.iter().map(|v| half::bf16::from_bits(*v).to_f32()).collect();
+        let magnitude = |v: &f32| v.to_bits() & 0x7fff_ffff;
+        assert_eq!(most, values.iter().map(magnitude).max().unwrap());
+
+        let mut sampled = 0;
+        let at_sampled = &raw mut sampled;
+        let kernel: SampleKernel = gelu.kernel("sample_gelu_gradient_bf16");
+        gelu.run(schedule, [cols.div_ceil(2048), rows.div_ceil(32)], 256, || {
+            // SAFETY: buffers and grid are what the comment of the kernels asks for.
+            unsafe { kernel(at_sampled, from, from_pre, cols as u32) };
+        });
+        let exact = values.chunks(cols).step_by(32).flatten().map(magnitude).max();
+        assert_eq!(sampled, exact.unwrap(), "({rows}, {cols}) {kind:?}");
+
+        for rounding in [Rounding::Nearest, Rounding::Unbiased] {
+            let what = format!("({rows}, {cols}) {kind:?} {rounding:?}");
+            let mode = format!("{rounding:?}").to_lowercase();
+            let mut signs = [vec![0.0; 64], vec![0.0; 64]];
+            RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs[0]);
+            RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs[1]);
+            let draw = RANDOM.rounding(OperandId::Dy);
+            let exact = |transposed, signs: &[f32]| {
+                let (vectors, depth) = if transposed { (cols, rows) } else { (rows, cols) };
+                let source = Source { data: &values, rows: vectors, depth, transposed };
+                Mxfp4Matrix::quantize(source, signs, rounding, &draw)
+            };
+            let exact = [exact(false, &signs[0]), exact(true, &signs[1])];
+            let [first, second] = [0, 1].map(|i| TransformArgument::new(&signs[i]));
+            let draw = DrawArgument::from(draw);
+            let [rows_depth, depth] = [0, 1].map(|i| exact[i].depth);
+            let [r, c, rd, dp] = [rows, cols, rows_depth, depth].map(|n| n as u32);
+            let tiles = Tiles::new(Precision::Bf16, rows_depth, depth, 64);
+            let grid = [tiles.grid[0], tiles.grid[1]];
+            let room = || {
+                let bytes = |exact: &Mxfp4Matrix| (exact.rows * exact.depth).div_ceil(16);
+                let out = exact.each_ref().map(|exact| vec![u128::MAX / 3; bytes(exact)]);
+                (out, f32::NAN, 5u32, vec![f32::NAN; tiles.grid[1] * cols])
+            };
+
+            let (mut out, mut factor, mut raised, mut sums) = room();
+            let mut attempt = [sampled, 0, 0];
+            let [by_rows, by_columns] = out.each_mut().map(|out| out.as_mut_ptr().cast());
+            let (at_factor, at_raised, at_sums) =
+                (&raw mut factor, &raw mut raised, sums.as_mut_ptr());
+            let at_attempt = &raw mut attempt;
+            for (name, grid) in [("quantize", grid), ("requantize", [3, 1])] {
+                let kernel: BehindGeluKernel =
+                    on_cpu.kernel(&format!("{name}_both_gelu_e5m2_g64_bf16_{mode}"));
+                on_cpu.run(schedule, grid, tiles.block, || {
+                    // SAFETY: buffers and grid are what the comment of the kernels asks for.
+                    unsafe {
+                        kernel(
+                            by_rows, by_columns, at_factor, at_raised, at_attempt, at_sums, from,
+                            from_pre, r, c, rd, dp, first, second, draw,
+                        );
+                    }
+                });
+            }
+
+            // What fits is 8 times the sample; else the highest block says the scale.
+            let top = ((sampled >> 23).saturating_sub(2) + 3).max(16);
+            let highest = exact.iter().flat_map(|exact| &exact.scales).max().copied().unwrap();
+            let above = match kind {
+                Kind::NotFinite | Kind::NanInSample => 253,
+                _ => Some(u32::from(highest)).filter(|highest| *highest > top).unwrap_or(0),
+            };
+            assert_eq!(attempt[..2], [sampled, above], "{what}");
+            assert_eq!(above > 0, !matches!(kind, Kind::Ordinary | Kind::Zero), "{what}");
+            let most = if above == 0 { sampled } else { (above - 1) << 23 };
+
+            let (mut expected, mut its_factor, mut its_raised, mut its_sums) = room();
+            let [by_rows, by_columns] = expected.each_mut().map(|out| out.as_mut_ptr().cast());
+            let (at_factor, at_raised, at_sums) =
+                (&raw mut its_factor, &raw mut its_raised, its_sums.as_mut_ptr());
+            let kernel: Fp8BothKernel =
+                on_cpu.kernel(&format!("quantize_both_e5m2_g64_bf16_{mode}"));
+            on_cpu.run(schedule, grid, tiles.block, || {
+                // SAFETY: buffers and grid are what the comment of the kernels asks for.
+                unsafe {
+                    kernel(
+                        by_rows, by_columns, at_factor, at_raised, &most, at_sums, from_dy, r, c,
+                        rd, dp, 64, first, second, draw,
+                    );
+                }
+            });
+            assert!(out == expected, "{what}: numbers");
+            let bits = |sums: &[f32]| sums.iter().map(|sum| sum.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&sums), bits(&its_sums), "{what}: sums");
+            assert_eq!(factor.to_bits(), its_factor.to_bits(), "{what}: factor");
+            assert_eq!(raised, its_raised, "{what}: raised blocks");
+            assert_eq!(factor.is_nan(), above == 253, "{what}");
+            if above == 253 {
+                continue;
+            }
+            let mut expected = 5;
+            for (bytes, exact) in out.iter().zip(&exact) {
+                let bytes: &[u8] = &bytemuck::cast_slice(bytes)[..exact.rows * exact.depth];
+                let value = |byte: &u8| f64::from(factor) * decode_fp8(*byte, Type::E5m2);
+                let ours: Vec<f64> = bytes.iter().map(value).collect();
+                expected += compare_fp8(&what, &ours, exact, Type::E5m2, most, 64);
+            }
+            assert_eq!(raised, expected, "{what}: raised blocks");
+            raised_in_all += raised - 5;
         }
     }
     assert!(raised_in_all > 20, "only {raised_in_all} blocks were raised");

@@ -334,7 +334,7 @@ fn layernorm_and_gelu() {
             let exact: Vec<f64> = x.iter().map(|v| reference::gelu(f64::from(*v))).collect();
             close("gelu", &values_of(cuda, &out), &exact, bound(precision));
             let mut d = tensor(cuda, &dy, precision);
-            super::gelu::backward(cuda, &mut d, &x_d, rows * c);
+            cuda.gelu_backward(&mut d, &x_d, rows * c);
             let slope =
                 |(x, dy): (&f32, &f32)| f64::from(*dy) * reference::gelu_derivative(f64::from(*x));
             let exact: Vec<f64> = x.iter().zip(&dy).map(slope).collect();
@@ -513,7 +513,7 @@ fn linear_layers_in_plain_formats() {
             let recipe = recipe.for_layer(0, 1, 0, 0);
             let (s, r) = (&mut scratch, &RANDOM);
             cuda.linear_backward(
-                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r, true,
+                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r, true,
             );
             let (exact_dx, exact_dw, exact_db) =
                 reference::linear_backward(&f64s(&dy), &f64s(&x), &f64s(&w), shape);
@@ -521,8 +521,8 @@ fn linear_layers_in_plain_formats() {
             close("dw", &f32s_of(cuda, &dw), &plus_one(exact_dw.clone()), 1e-5);
             close("db", &f32s_of(cuda, &db), &plus_one(exact_db.clone()), 1e-5);
 
-            // The same with GELU after the forward product and before the backward one, and gradients that
-            // are overwritten.
+            // The same with gradients that are overwritten, and with GELU after the forward product and
+            // before the backward ones.
             cuda.write_f32(&mut dw, &vec![f32::NAN; outputs * inputs]).unwrap();
             cuda.write_f32(&mut db, &vec![f32::NAN; outputs]).unwrap();
             let (mut pre, mut out) =
@@ -532,31 +532,26 @@ fn linear_layers_in_plain_formats() {
             close("pre", &values_of(cuda, &pre), &exact, bound(precision));
             let gelu: Vec<f64> = exact.iter().map(|v| reference::gelu(*v)).collect();
             close("gelu", &values_of(cuda, &out), &gelu, 2.0 * bound(precision));
-            let before = random(rows * inputs, 5);
-            let before_d = tensor(cuda, &before, precision);
-            let before = rounded(&before, precision);
             cuda.linear_backward(
-                s,
-                &mut dx,
-                &mut dw,
-                &mut db,
-                &dy_d,
-                &x_d,
-                Some(&before_d),
-                &w_d,
-                shape,
-                &recipe,
-                r,
-                false,
+                s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r, false,
             );
             close("dw alone", &f32s_of(cuda, &dw), &exact_dw, 1e-5);
             close("db alone", &f32s_of(cuda, &db), &exact_db, 1e-5);
-            let exact: Vec<f64> = exact_dx
-                .iter()
-                .zip(&before)
-                .map(|(d, x)| d * reference::gelu_derivative(f64::from(*x)))
-                .collect();
-            close("dgelu", &values_of(cuda, &dx), &exact, 2.0 * bound(precision));
+            let pre = rounded(&random(rows * outputs, 5), precision);
+            let (pre_d, mut d) = (tensor(cuda, &pre, precision), tensor(cuda, &dy, precision));
+            cuda.linear_gelu_backward(
+                s, &mut dx, &mut dw, &mut db, &mut d, &pre_d, &x_d, &w_d, shape, &recipe, r, false,
+            );
+            let slope =
+                |(d, x): (&f32, &f32)| f64::from(*d) * reference::gelu_derivative(f64::from(*x));
+            let d: Vec<f64> = dy.iter().zip(&pre).map(slope).collect();
+            let (exact_dx, exact_dw, exact_db) =
+                reference::linear_backward(&d, &f64s(&x), &f64s(&w), shape);
+            // d is rounded to the precision before it is multiplied.
+            let loose = 2.0 * bound(precision);
+            close("dx behind GELU", &values_of(cuda, &dx), &exact_dx, loose);
+            close("dw behind GELU", &f32s_of(cuda, &dw), &exact_dw, loose.max(1e-5));
+            close("db behind GELU", &f32s_of(cuda, &db), &exact_db, loose.max(1e-5));
         }
     });
 }
@@ -1060,7 +1055,7 @@ fn largest_magnitudes_are_noted() {
                 noted("a norm of a sum", &out);
                 cuda.gelu_forward(&mut out, &x, rows * c);
                 noted("GELU", &out);
-                super::gelu::backward(&cuda, &mut out, &x, rows * c);
+                cuda.gelu_backward(&mut out, &x, rows * c);
                 noted("GELU's derivative", &out);
                 cuda.zero_tensor(&mut out);
                 assert!(out.largest_magnitude().is_none());
@@ -1076,8 +1071,10 @@ fn largest_magnitudes_are_noted() {
         let mut out = poison(&cuda, 8, Precision::Bf16);
         let taken = (0..5000).filter(|_| out.noting() != 0).count();
         assert_eq!(taken, 4095);
+        assert!(out.zeroed_words(3).is_none());
         out.begin_pass(&cuda.gpu);
         assert!(out.noting() != 0);
+        assert!(out.zeroed_words(3).is_some());
     });
 }
 
@@ -1140,7 +1137,7 @@ pub(super) fn check_mxfp4_backward(cuda: &Cuda) {
                 let mut db = f32_buffer(cuda, &vec![1.0; outputs]);
                 let (s, r) = (&mut scratch, &RANDOM);
                 cuda.linear_backward(
-                    s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, None, &w_d, shape, &recipe, r, true,
+                    s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r, true,
                 );
                 close(name, &values_of(cuda, &dx), &exact_dx, bound(Precision::Bf16));
                 // FP8 tensor cores align what they add at once to the largest of it, and drop what lies too
@@ -1149,6 +1146,101 @@ pub(super) fn check_mxfp4_backward(cuda: &Cuda) {
                 close(name, &f32s_of(cuda, &dw), &exact_dw, if aligned { 1e-5 } else { 1e-6 });
                 close(name, &f32s_of(cuda, &db), &plus_one(exact_db), 1e-5);
             });
+        }
+    }
+}
+
+/// Behind GELU a gradient that is quantized as it is made is the one that is made first, whether or not the sample
+/// says enough of it; also as part of a recorded step, with the random numbers of every step.
+#[test]
+fn gradients_behind_gelu_give_the_results_of_those_that_are_stored() {
+    let Some(cuda) = gpu() else { return };
+    cuda.gpu.scope(|| check_gradients_behind_gelu(&cuda));
+    cuda.gpu.synchronize().unwrap();
+}
+
+fn check_gradients_behind_gelu(cuda: &Cuda) {
+    for (rows, inputs, outputs) in [(128, 64, 96), (320, 144, 208), (1024, 256, 1040)] {
+        let shape = LinearShape { rows, inputs, outputs };
+        let x = tensor(cuda, &random(rows * inputs, 1), Precision::Bf16);
+        let w = param(cuda, &random(outputs * inputs, 2));
+        let pre: Vec<f32> = random(rows * outputs, 3).iter().map(|v| 0.5 * v).collect();
+        let sequences = Sequences { batch: 1, length: rows };
+        let all = workspace_shape(sequences, inputs.max(outputs), 1, 8, Precision::Bf16);
+        let mut scratch = workspace(cuda, &all);
+        for (name, kind) in Recipe::NAMES
+            .into_iter()
+            .flat_map(|name| ["sampled", "above the sample", "not finite"].map(|kind| (name, kind)))
+            .filter(|(name, _)| *name != "fp32")
+        {
+            let what = format!("({rows}, {inputs}, {outputs}) {name}, {kind}");
+            let recipe = name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
+            let (mut pre, mut d) = (pre.clone(), random(rows * outputs, 4));
+            // The largest one, in the first row, and its derivative is 1; or else there are larger ones.
+            (d[0], pre[0]) = (40.0, 10.0);
+            match kind {
+                "above the sample" => {
+                    d[13 * outputs..14 * outputs].iter_mut().for_each(|v| *v *= 1e4)
+                }
+                "not finite" => d[13 * outputs + 5] = f32::INFINITY,
+                _ => {}
+            }
+            let pre = tensor(cuda, &pre, Precision::Bf16);
+            let mut dx = poison(cuda, rows * inputs, Precision::Bf16);
+            let mut dw = f32_buffer(cuda, &vec![f32::NAN; outputs * inputs]);
+            let mut db = f32_buffer(cuda, &vec![f32::NAN; outputs]);
+            let results = |dx: &Tensor, dw: &F32, db: &F32| {
+                let all = [values_of(cuda, dx), f32s_of(cuda, dw), f32s_of(cuda, db)];
+                all.concat().iter().map(|v| if v.is_nan() { 0 } else { v.to_bits() }).collect()
+            };
+            let random = Random { step: 9, micro_step: 0, ..RANDOM };
+
+            let mut dy = tensor(cuda, &d, Precision::Bf16);
+            cuda.gelu_backward(&mut dy, &pre, rows * outputs);
+            let (s, r) = (&mut scratch, &random);
+            cuda.linear_backward(
+                s, &mut dx, &mut dw, &mut db, &dy, &x, &w, shape, &recipe, r, false,
+            );
+            let expected: Vec<u32> = results(&dx, &dw, &db);
+            assert_eq!(kind == "not finite", !f32s_of(cuda, &dw)[5 * inputs].is_finite(), "{what}");
+
+            // Twice, the second time where no zeroed words are left; then as the third of three steps, which
+            // is the second one recorded.
+            let mut dy = tensor(cuda, &d, Precision::Bf16);
+            let before = values_of(cuda, &dy);
+            for words_left in [true, false] {
+                let mut dy = tensor(cuda, &d, Precision::Bf16);
+                while !words_left && dy.noting() != 0 {}
+                cuda.linear_gelu_backward(
+                    s, &mut dx, &mut dw, &mut db, &mut dy, &pre, &x, &w, shape, &recipe, r, false,
+                );
+                assert!(results(&dx, &dw, &db) == expected, "{what}");
+                let Backward::Mxfp4(format) = recipe.dgrad else { continue };
+                let group = format.transform.map(|transform| transform.group);
+                let fused = cuda.road(shape) == Road::Fp8 && group == Some(64);
+                let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&values_of(cuda, &dy)) == bits(&before), fused, "{what}");
+            }
+            let mut recordings = cuda.recordings();
+            let copy = tensor(cuda, &d, Precision::Bf16);
+            for step in 7..10 {
+                let kind = StepKind { accumulate: false, in_last_steps: false };
+                cuda.recorded(&mut recordings, kind, [step, 0], || {
+                    dy.begin_pass(&cuda.gpu);
+                    // SAFETY: both have as many bytes.
+                    let copied = unsafe {
+                        let (to, from) = (dy.address(), copy.address());
+                        sys::cuMemcpyDtoDAsync_v2(to, from, dy.bytes(), cuda.gpu.stream())
+                    };
+                    cuda.gpu.note("a copy", copied);
+                    let r = &Random { step, ..random };
+                    cuda.linear_gelu_backward(
+                        s, &mut dx, &mut dw, &mut db, &mut dy, &pre, &x, &w, shape, &recipe, r,
+                        false,
+                    );
+                });
+            }
+            assert!(results(&dx, &dw, &db) == expected, "{what}, recorded");
         }
     }
 }

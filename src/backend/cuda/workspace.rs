@@ -34,6 +34,8 @@ pub(crate) struct Workspace {
     /// One word each: the bits of the largest magnitude of what an operand is made from, where no kernel
     /// noted it, and of x as FP8 keeps it.
     pub(super) most: [Piece; 3],
+    /// [`linear::BehindGelu::attempt`], where no zeroed words are left.
+    pub(super) attempt: Piece,
     /// One word: blocks that were raised since the last step ended.
     pub(super) raised: Piece,
 }
@@ -89,6 +91,7 @@ impl Workspace {
             scales: scales.map(|bytes| arena.bytes(bytes)),
             second_scales: second_scales as u64,
             most: [0; 3].map(|_| arena.bytes(4)),
+            attempt: arena.bytes(4 * linear::BehindGelu::WORDS as usize),
             raised: arena.bytes(4),
         }
     }

@@ -1,0 +1,38 @@
+// GELU in its tanh form (Hendrycks and Gimpel, arXiv 1606.08415), as GPT-2 has it, and its derivative: what the files
+// that compute them begin with.
+//
+// With u = sqrt(2 / pi) (x + 0.044715 x^3) and s = 1 / (1 + exp(-2 u)), gelu = x s and gelu' = s + x s (1 - s) 2 u'.
+// Errors are those of f32 relative to 1 or x, and no finite number gives a NaN up to 1e19, where x^2 overflows. Every
+// operation is named, so that all who compute them get the same bits.
+
+#define GELU_A 0.7978845608028654 // sqrt(2 / pi)
+#define GELU_B 0.044715
+#define LOG2_E 1.4426950408889634
+
+__device__ __forceinline__ float exp2_of(float v) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+__device__ __forceinline__ float reciprocal_of(float v) {
+  float out;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+
+// s, given x^2. exp(-2 u) may be infinite.
+__device__ __forceinline__ float gelu_sigmoid(float x, float x2) {
+  constexpr float c0 = -2 * LOG2_E * GELU_A, c1 = c0 * GELU_B;
+  float e = exp2_of(__fmul_rn(x, __fmaf_rn(x2, c1, c0)));
+  return reciprocal_of(__fadd_rn(1.0f, e));
+}
+
+__device__ __forceinline__ float gelu(float x) { return __fmul_rn(x, gelu_sigmoid(x, __fmul_rn(x, x))); }
+
+__device__ __forceinline__ float gelu_derivative(float x) {
+  constexpr float d0 = 2 * GELU_A, d1 = 3 * d0 * GELU_B; // of 2 u'
+  float x2 = __fmul_rn(x, x), s = gelu_sigmoid(x, x2);
+  // NOTE: x last: x^3 overflows where s (1 - s) has long been 0.
+  float slope = __fmul_rn(__fmaf_rn(x2, d1, d0), __fmaf_rn(-s, s, s));
+  return __fmaf_rn(x, slope, s);
+}
