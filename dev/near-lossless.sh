@@ -134,7 +134,7 @@ gradients() {
         return 2
     fi
     for model in "$out"/main/models/bf16-seed1-step*; do
-        step=${model##*-step}
+        step=$(printf %05d "${model##*-step}") # so that reports go by the step
         [[ -e $out/gradients-$step.json ]] ||
             echo compare gradients --device GPU --data "$data" --checkpoint "$model" \
                 --draws $draws --batch-size 8 --out "$out/gradients-$step.json"

@@ -196,6 +196,11 @@ fn gradients_show_which_recipes_are_biased() {
     assert_eq!(read(dir, "v.json")["rows"].as_array().unwrap().len(), 5);
     let out = succeed(dir, "compare report g.json v.json --out report");
     assert!(out.contains("Gradients at bf16-seed1337-step30"), "{out}");
+    // Of each block, of recipes with random bits.
+    let mut by_block = out.lines().skip_while(|line| !line.ends_with("block 0  block 1"));
+    let rows: Vec<_> = by_block.by_ref().skip(1).take_while(|line| !line.is_empty()).collect();
+    assert_eq!(rows.len(), 6 * 2, "{out}");
+    assert!(rows.iter().all(|row| row.contains("mxfp4-rht")), "{rows:?}");
     assert!(out.contains("Variance of the unbiased product"), "{out}");
     well_formed(&fs::read_to_string(dir.join("report/variance.svg")).unwrap());
 

@@ -218,6 +218,8 @@ impl Report<'_> {
                  Variance is E |g - E g|^2. Both are relative to the reference's norm or its square.",
                 record.reference, record.batch_size, record.sequence_length, checkpoint.layers
             ));
+            self.table(&tables::signal_to_noise(checkpoint));
+            self.note("The signal to noise of each block, in dB; recipes without random bits have no noise.");
             let rows = Quantity::ALL.into_iter().flat_map(|quantity| {
                 checkpoint.recipes.iter().map(move |recipe| QuantitySummary {
                     quantity,

@@ -32,11 +32,33 @@ pub(crate) fn gradients(checkpoint: &CheckpointGradients) -> Table {
                 Some(mean) => cells.extend([
                     bias(&mean),
                     format!("{:.2e}", mean.variance),
-                    decibels(mean.variance),
+                    signal_to_noise_of(mean.variance),
                     format!("{:.4}", mean.cosine),
                 ]),
             }
             table.row(cells);
+        }
+    }
+    table
+}
+
+/// A row for each quantity and recipe that has noise: how far the gradient of each block stands above it, in dB.
+pub(crate) fn signal_to_noise(checkpoint: &CheckpointGradients) -> Table {
+    let blocks = (0..checkpoint.layers).map(|block| format!("block {block}"));
+    let header = ["gradient", "recipe"].map(String::from);
+    let mut table = Table::new(2, header.into_iter().chain(blocks));
+    for quantity in Quantity::ALL {
+        for recipe in &checkpoint.recipes {
+            let of_block = |block| {
+                let mut tensors = recipe.tensors.iter().filter(|t| t.quantity == quantity);
+                tensors.find(|t| t.block == Some(block)).map(|t| t.statistics.variance)
+            };
+            let variances: Vec<_> = (0..checkpoint.layers).map(of_block).collect();
+            if variances.iter().any(|v| v.is_some_and(|v| v > 0.0)) {
+                let cells = variances.iter().map(|v| v.map_or_else(|| "-".into(), decibels));
+                let names = [quantity.name().to_owned(), recipe.recipe.clone()];
+                table.row(names.into_iter().chain(cells));
+            }
         }
     }
     table
@@ -54,8 +76,12 @@ fn bias(s: &Statistics) -> String {
 }
 
 /// How far the gradient stands above the noise of its rounding.
+fn signal_to_noise_of(variance: f64) -> String {
+    if variance > 0.0 { format!("{} dB", decibels(variance)) } else { "no noise".into() }
+}
+
 fn decibels(variance: f64) -> String {
-    if variance > 0.0 { format!("{:.1} dB", -10.0 * variance.log10()) } else { "no noise".into() }
+    format!("{:.1}", -10.0 * variance.log10())
 }
 
 /// A row for each reduction length.
@@ -128,7 +154,7 @@ mod tests {
         assert_eq!(bias(&s(0.0001, 0.0001)), "< 2.00 %");
         assert_eq!(bias(&s(-0.0001, 0.0003)), "< 3.00 %");
         assert_eq!(bias(&s(0.0, 0.0)), "0.00 %");
-        assert_eq!(decibels(0.01), "20.0 dB");
-        assert_eq!(decibels(0.0), "no noise");
+        assert_eq!(signal_to_noise_of(0.01), "20.0 dB");
+        assert_eq!(signal_to_noise_of(0.0), "no noise");
     }
 }
