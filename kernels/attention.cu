@@ -20,12 +20,6 @@ struct Heads {
 
 #define LOG2E 1.4426950408889634f
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // c (16, 8) += a (16, 16) b (16, 8). A thread's share, with g = lane / 4 and t = lane % 4: of c rows g
 // and g + 8, columns 2 t and 2 t + 1.
 __device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {

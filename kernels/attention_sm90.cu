@@ -27,12 +27,6 @@ struct Heads {
 #define WARPGROUP 128
 #define STAGES 3
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // ---- Tiles ------------------------------------------------------------------------------------
 
 // ROWS rows of D bf16 numbers in shared memory, by their address there, a multiple of 1,024.

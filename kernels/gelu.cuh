@@ -9,11 +9,6 @@
 #define GELU_B 0.044715
 #define LOG2_E 1.4426950408889634
 
-__device__ __forceinline__ float exp2_of(float v) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
-  return out;
-}
 __device__ __forceinline__ float reciprocal_of(float v) {
   float out;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
@@ -23,7 +18,7 @@ __device__ __forceinline__ float reciprocal_of(float v) {
 // s, given x^2. exp(-2 u) may be infinite.
 __device__ __forceinline__ float gelu_sigmoid(float x, float x2) {
   constexpr float c0 = -2 * LOG2_E * GELU_A, c1 = c0 * GELU_B;
-  float e = exp2_of(__fmul_rn(x, __fmaf_rn(x2, c1, c0)));
+  float e = exp2_fast(__fmul_rn(x, __fmaf_rn(x2, c1, c0)));
   return reciprocal_of(__fadd_rn(1.0f, e));
 }
 

@@ -83,6 +83,13 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
+// 2^v to a relative 2^-22; a result below f32's ordinary range is 0.
+__device__ __forceinline__ float exp2_fast(float v) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+
 // Larger of two, NaN larger than everything.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float out;

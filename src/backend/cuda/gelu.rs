@@ -7,7 +7,7 @@ use super::{Cuda, kernel};
 const BLOCK: usize = 256;
 /// Elements of a thread.
 const ELEMENTS: usize = 8;
-/// Rows of which one is sampled.
+/// Rows of which the first is sampled, as the kernel has it.
 const SAMPLED_ROWS: usize = 32;
 
 /// One block for every stretch of elements, but no more than run at once: the fewer blocks, the fewer notes of
