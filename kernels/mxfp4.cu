@@ -172,8 +172,8 @@ __device__ __forceinline__ void quantize_tile(void *by_rows, u8 *row_scales, voi
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
       u32 line = i * 32 + threadIdx.x / PIECES;
-      *(uint4 *)(bits + line * Tile::BITS_PITCH + i * bits_shift + piece * 16) =
-          philox(draw, first_row + half * 128 + line, column / 8);
+      store_bits(bits + line * Tile::BITS_PITCH + i * bits_shift + piece * 16,
+                 philox(draw, first_row + half * 128 + line, column / 8));
     }
   }
   if (sums) {
@@ -243,7 +243,7 @@ __device__ __forceinline__ void quantize_tile(void *by_rows, u8 *row_scales, voi
   if (group) rotate(v, 1u << across, 1u << width);
   float norm = group ? transform.scale : 1.0f;
   Scale scale = scale_block<UNBIASED>(v, norm);
-  SharedColumnBits<Tile::BITS_PITCH> drawn(bits + part % 4 * (32 * Tile::BITS_PITCH + bits_shift) + place * 2, draw);
+  SharedColumnBits<Tile::BITS_PITCH> drawn(bits + part % 4 * (32 * Tile::BITS_PITCH + bits_shift), place, draw);
   if (OUT == OUT_CODES) {
     u32 row = first_row + part * BLOCK;
     bool inside = row < depth && first_column + x < cols;

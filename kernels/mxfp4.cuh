@@ -199,7 +199,11 @@ struct RowBits {
   }
 };
 
-// Random bits in shared memory of a block along a row: 16 each, side by side.
+// Random bits in shared memory, 16 for each element of a line, as Philox leaves them in registers, which are pairs of a
+// product's low and high half: in each eight those of the elements 2, 3, 0, 1, 6, 7, 4 and 5.
+__device__ __forceinline__ void store_bits(u8 *to, uint4 words) { *(uint4 *)to = make_uint4(words.y, words.x, words.w, words.z); }
+
+// Of a block along a row, whose first element's eight begins at `bits`.
 struct SharedRowBits {
   const u8 *bits;
   const Draw &draw;
@@ -207,16 +211,17 @@ struct SharedRowBits {
   __device__ __forceinline__ SharedRowBits(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
   __device__ __forceinline__ u32 addend(int i) {
     if (i % 8 == 0) words = *(const uint4 *)(bits + 2 * i);
-    u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
+    u32 word = i % 8 < 2 ? words.y : i % 8 < 4 ? words.x : i % 8 < 6 ? words.w : words.z;
     return __byte_perm(word, draw.half, i % 2 ? 0x5324 : 0x5104);
   }
 };
 
-// Of one down a column: `PITCH` bytes apart.
+// Of one down column `place` of lines from `line` on, `PITCH` bytes apart.
 template <u32 PITCH> struct SharedColumnBits {
   const u8 *bits;
   const Draw &draw;
-  __device__ __forceinline__ SharedColumnBits(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
+  __device__ __forceinline__ SharedColumnBits(const u8 *line, u32 place, const Draw &draw)
+      : bits(line + 2 * (place ^ 2)), draw(draw) {}
   __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * draw.shift8 + draw.half; }
 };
 

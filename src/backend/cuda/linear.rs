@@ -159,7 +159,7 @@ pub(super) fn backward(
     let by_columns = call.dy_operand(gradient, as_columns, most);
     let sums = workspace.partials.address;
     let quantized_both = both.map(|format| match pre {
-        // NOTE: on an H100, (16384, 4096) take 124 us; each form by itself takes 84.
+        // NOTE: on an H100, (16384, 4096) take 119 us; the forms by themselves take 74 and 77.
         None => call.quantize_both(&by_rows, &by_columns, format, sums),
         Some(pre) => call.quantize_both_behind_gelu(&by_rows, &by_columns, dy, pre, format, sums),
     });
@@ -350,7 +350,7 @@ fn tile(group: usize, columns: usize) -> (usize, usize) {
 /// Columns of a tile of the bf16 and FP8 kernels.
 pub(super) const TILE_COLUMNS: usize = 64;
 
-/// How the column kernels in `mxfp4_fp8.cu` are launched.
+/// How the tile kernels in `mxfp4_fp8.cu` are launched.
 pub(super) struct Tiles {
     pub(super) grid: [usize; 3],
     pub(super) block: usize,
@@ -359,14 +359,27 @@ pub(super) struct Tiles {
 }
 
 impl Tiles {
-    pub(super) fn new(precision: Precision, vectors: usize, depth: usize, group: usize) -> Self {
-        let (rows, columns) = if group == 64 { (64, 64) } else { tile(group, TILE_COLUMNS) };
-        let (lines, tiles) = (rows.min(128), depth.div_ceil(rows));
-        let bytes = |size| lines * (64 * size + 16) + lines / 32 * 32;
+    /// The group that has kernels of its own.
+    pub(super) const GROUP: usize = 64;
+
+    /// For a source of this precision that tiles cover in `cols` columns and `rows` rows.
+    pub(super) fn new(precision: Precision, cols: usize, rows: usize, group: usize) -> Self {
+        // Lines of 64 numbers, each 32 of them shifted.
+        let bytes = |size, lines| lines * (64 * size + 16) + lines / 32 * 64;
+        let size = size_of_element(precision);
+        if group == Self::GROUP {
+            return Self {
+                grid: [cols.div_ceil(group), rows.div_ceil(group), 1],
+                block: 2 * group,
+                bytes: bytes(size, group) + bytes(2, group) + 3 * 8 * 36,
+            };
+        }
+        let (tile_rows, tile_cols) = tile(group, TILE_COLUMNS);
+        let lines = 128;
         Self {
-            grid: [vectors.div_ceil(columns), tiles, 1],
+            grid: [cols.div_ceil(tile_cols), rows.div_ceil(tile_rows), 1],
             block: 2 * lines,
-            bytes: bytes(size_of_element(precision)) + bytes(2) + 8 * 256 + 8 * 36,
+            bytes: bytes(size, lines) + bytes(2, lines) + 8 * 256 + 8 * 36,
         }
     }
 }
@@ -394,16 +407,19 @@ fn kernel_name(
     }
     let names = match (form, target) {
         (Form::Rows, Target::Values { .. }) => names!("rows", "values"),
-        (Form::Rows, Target::Fp8 { .. }) => names!("rows", "e5m2"),
+        (Form::Rows, Target::Fp8 { .. }) => match group {
+            Tiles::GROUP => names!("rows", "e5m2_g64"),
+            _ => names!("rows", "e5m2"),
+        },
         (Form::Columns, Target::Values { .. }) => names!("columns", "values"),
         (Form::Columns, Target::Fp8 { format: Type::E5m2, .. }) => match group {
-            64 => names!("columns", "e5m2_g64"),
+            Tiles::GROUP => names!("columns", "e5m2_g64"),
             _ => names!("columns", "e5m2"),
         },
         (Form::Columns, Target::Fp8 { scaling, .. }) => match (scaling.kept, group) {
-            (false, 64) => names!("columns", "e4m3_g64"),
+            (false, Tiles::GROUP) => names!("columns", "e4m3_g64"),
             (false, _) => names!("columns", "e4m3"),
-            (true, 64) => names!("columns", "e4m3_kept_g64"),
+            (true, Tiles::GROUP) => names!("columns", "e4m3_kept_g64"),
             (true, _) => names!("columns", "e4m3_kept"),
         },
         (Form::Rows, Target::Mxfp8 { .. }) => names!("rows", "mxfp8"),
@@ -447,6 +463,14 @@ pub(super) fn quantize(
         match target {
             Target::Values { out } => launch!(cuda.gpu, name, grid, block, 0;
                 out, source.address, rows, cols, length, group_length, each, transform, draw),
+            Target::Fp8 { out, scaling: Scaling { scale, raised, most, .. }, .. }
+                if group == Tiles::GROUP =>
+            {
+                let tiles = Tiles::new(Precision::Bf16, depth, vectors, group);
+                launch!(cuda.gpu, name, tiles.grid, tiles.block, tiles.bytes;
+                    out, scale, raised, most, source.address, rows, cols, length, group_length,
+                    transform, draw);
+            }
             Target::Fp8 { out, scaling: Scaling { scale, raised, most, .. }, .. } => {
                 launch!(cuda.gpu, name, grid, block, 0;
                     out, scale, raised, most, source.address, rows, cols, length, group_length, each,
@@ -501,8 +525,8 @@ pub(super) fn quantize_both(
     let group = signs[0].len();
     let [rows_depth, depth] = [cols, rows].map(|n| n.next_multiple_of(group.max(mx::BLOCK)));
     let name = match (group, rounding) {
-        (64, Rounding::Nearest) => "quantize_both_e5m2_g64_bf16_nearest",
-        (64, Rounding::Unbiased) => "quantize_both_e5m2_g64_bf16_unbiased",
+        (Tiles::GROUP, Rounding::Nearest) => "quantize_both_e5m2_g64_bf16_nearest",
+        (Tiles::GROUP, Rounding::Unbiased) => "quantize_both_e5m2_g64_bf16_unbiased",
         (_, Rounding::Nearest) => "quantize_both_e5m2_bf16_nearest",
         (_, Rounding::Unbiased) => "quantize_both_e5m2_bf16_unbiased",
     };
@@ -535,7 +559,7 @@ pub(super) struct BehindGelu<'a> {
 
 impl BehindGelu<'_> {
     /// Of both transforms.
-    pub(super) const GROUP: usize = 64;
+    pub(super) const GROUP: usize = Tiles::GROUP;
     /// Of an attempt.
     pub(super) const WORDS: u64 = 3;
 

@@ -705,6 +705,19 @@ impl Case<'_> {
     }
 }
 
+type Fp8RowsKernel = unsafe extern "C" fn(
+    *mut u8,
+    *mut f32,
+    *mut u32,
+    *const u32,
+    *const c_void,
+    u32,
+    u32,
+    u32,
+    u32,
+    TransformArgument,
+    DrawArgument,
+);
 type Fp8ColumnsKernel = unsafe extern "C" fn(
     *mut u8,
     *mut f32,
@@ -871,6 +884,23 @@ fn fp8_operands_are_those_of_the_definition() {
             });
             let forms = [(&out[0][..], &exact[0]), (&out[1][..], &exact[1])];
             check("both", Type::E5m2, &forms, factor, raised);
+            if group != Tiles::GROUP {
+                continue;
+            }
+            let tiles = Tiles::new(Precision::Bf16, rows_depth, rows, group);
+            let mut out = room(&exact[0]);
+            let (to, mut factor, mut raised) = (out.as_mut_ptr().cast(), f32::NAN, 0);
+            let (at_factor, at_raised) = (&raw mut factor, &raw mut raised);
+            let kernel: Fp8RowsKernel =
+                on_cpu.kernel(&format!("quantize_rows_e5m2_g64_bf16_{mode}"));
+            let rd = rows_depth as u32;
+            on_cpu.run(schedule, [tiles.grid[0], tiles.grid[1]], tiles.block, || {
+                // SAFETY: buffers and grid are what the comment of the kernels asks for.
+                unsafe {
+                    kernel(to, at_factor, at_raised, &most, from, r, c, rd, g, first, draw);
+                }
+            });
+            check("rows", Type::E5m2, &[(&out, &exact[0])], factor, raised);
         }
     }
     assert!(raised_in_all > 20, "only {raised_in_all} blocks were raised");
