@@ -570,10 +570,6 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
                                                           sums, Stored<T>{source, most}, rows, cols, 0, depth,      \
                                                           transform, transform, draw);                              \
   }
-#define GROUPS_BEHIND_GELU(NAME, MODE, BLOCKS)                                                                      \
-  extern "C" __global__ void __launch_bounds__(128, BLOCKS) NAME##_both_gelu_e5m2_g64_bf16_##MODE(                  \
-      u8 *by_rows, u8 *by_columns, float *factor, u32 *raised, Attempt *attempt, float *sums, const bf16 *d,        \
-      const bf16 *pre, GELU_SHAPE, RANDOM)
 #define ALL(MODE, UNBIASED)                                                                                         \
   extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_e5m2_bf16_##MODE(                             \
       u8 *out, float *factor, u32 *raised, const u32 *most, const bf16 *source, SHAPE, u32 each, RANDOM) {          \
@@ -611,13 +607,17 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
                                                  Stored<bf16>{source, most}, rows, cols, rows_depth, depth,         \
                                                  rows_transform, transform, draw);                                  \
   }                                                                                                                 \
-  GROUPS_BEHIND_GELU(quantize, MODE, 8) {                                                                           \
+  extern "C" __global__ void __launch_bounds__(128, 8) quantize_both_gelu_e5m2_g64_bf16_##MODE(                     \
+      u8 *by_rows, u8 *by_columns, float *factor, u32 *raised, Attempt *attempt, float *sums, const bf16 *d,        \
+      const bf16 *pre, GELU_SHAPE, RANDOM) {                                                                        \
     begin();                                                                                                        \
     quantize_groups<UNBIASED, E5M2, BOTH, false>(blockIdx.x, blockIdx.y, by_rows, by_columns, factor,               \
                                                  &attempt->raised, sums, BehindGelu<false>{d, pre, attempt}, rows,  \
                                                  cols, rows_depth, depth, rows_transform, transform, draw);         \
   }                                                                                                                 \
-  GROUPS_BEHIND_GELU(requantize, MODE, 4) {                                                                         \
+  extern "C" __global__ void __launch_bounds__(128, 4) requantize_both_gelu_e5m2_g64_bf16_##MODE(                   \
+      u8 *by_rows, u8 *by_columns, float *factor, u32 *raised, Attempt *attempt, float *sums, const bf16 *d,        \
+      const bf16 *pre, GELU_SHAPE, RANDOM) {                                                                        \
     begin();                                                                                                        \
     if (attempt->above == 0) {                                                                                      \
       if (blockIdx.x == 0 && threadIdx.x == 0) *raised += attempt->raised;                                          \

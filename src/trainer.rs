@@ -425,6 +425,13 @@ impl Trainer {
         self.model.export(read).read(index, out)
     }
 
+    /// What the last step left of the first block's qkv layer: the gradient of its result (rows, 3 C), and its
+    /// input (rows, C).
+    #[cfg(test)]
+    pub(crate) fn qkv_gradient_and_input(&self) -> [&<Device as Backend>::Tensor; 2] {
+        [self.buffers.d.of_first_qkv(), self.buffers.activations.first_qkv_input()]
+    }
+
     fn with_state(model: &Model, mut state: TrainerState) -> Result<Self> {
         let engine = model.engine();
         state.options = state.options.resolved(model.config())?;

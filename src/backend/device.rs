@@ -22,7 +22,7 @@ pub(crate) enum Device {
 }
 
 /// Something of a device's own type `T`, inside an enum over the devices.
-trait Side<T> {
+pub(crate) trait Side<T> {
     fn side(&self) -> &T;
     fn side_mut(&mut self) -> &mut T;
 }

@@ -124,6 +124,12 @@ impl<B: Backend> Activations<B> {
             losses: backend.f32(arena, rows),
         }
     }
+
+    /// The input of the first block's qkv layer (rows, C).
+    #[cfg(test)]
+    pub(crate) fn first_qkv_input(&self) -> &B::Tensor {
+        &self.ln_1[0]
+    }
 }
 
 impl<B: Backend> ActivationGradients<B> {
@@ -140,5 +146,11 @@ impl<B: Backend> ActivationGradients<B> {
             narrow: backend.tensor(arena, rows * c, precision),
             wide: backend.tensor(arena, rows * 4 * c, precision),
         }
+    }
+
+    /// After a backward pass, the gradient of the first block's qkv (rows, 3 C).
+    #[cfg(test)]
+    pub(crate) fn of_first_qkv(&self) -> &B::Tensor {
+        &self.wide
     }
 }

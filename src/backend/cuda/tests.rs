@@ -3,11 +3,13 @@
 
 use super::gemm::Type;
 use super::*;
-use crate::backend::{BackwardWorkspace, Trained, reference};
+use crate::backend::device::Side;
+use crate::backend::{BackwardWorkspace, Device, Trained, reference};
 use crate::mx::{
     self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source, uniform,
 };
 use crate::recipe::{Backward, Recipe};
+use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
@@ -944,16 +946,69 @@ fn fp8_operands_are_those_of_the_definition() {
     assert!(raised_in_all > 100, "only {raised_in_all} blocks were raised");
 }
 
+/// A matrix (rows, cols) and how a product reads it.
+struct Factor {
+    values: Vec<f32>,
+    form: super::linear::Form,
+    rows: usize,
+    cols: usize,
+}
+
+/// How far the FP8 product of these, quantized, is from the f64 product of the same numbers. `a` is dy.
+fn error_of_fp8_product(cuda: &Cuda, what: &str, [a, b]: &[Factor; 2]) -> f64 {
+    use super::linear::{Form, Quantize, Source as Operand, Target, quantize};
+    let mut signs = vec![0.0; 64];
+    RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs);
+    let made = |factor: &Factor, id, format| {
+        let &Factor { ref values, form, rows, cols } = factor;
+        let source = tensor(cuda, values, Precision::Bf16);
+        let fp8 = Fp8::new(cuda, rows * cols, 0, values);
+        let target = Target::Fp8 { out: fp8.out[0].address, format, scaling: fp8.scaling() };
+        let operand = Operand { address: source.address(), precision: Precision::Bf16 };
+        let shape = Quantize { form, rows, cols };
+        let draw = RANDOM.rounding(id);
+        quantize(cuda, target, operand, shape, 0, &signs, Rounding::Unbiased, draw);
+        let numbers = fp8.values(cuda, 0, rows * cols, format);
+        let [vectors, depth] = if form == Form::Rows { [rows, cols] } else { [cols, rows] };
+        (fp8, numbers, vectors, depth)
+    };
+    let (a, a_numbers, m, k) = made(a, OperandId::Dy, Type::E5m2);
+    let (b, b_numbers, n, _) = made(b, OperandId::W, Type::E4m3);
+    let exact = reference::product(&a_numbers, &b_numbers, m, n, k);
+    let sequences = Sequences { batch: 1, length: 16 };
+    let scratch = workspace(cuda, &workspace_shape(sequences, 16, 1, 8, Precision::Bf16));
+    let c = f32_buffer(cuda, &vec![f32::NAN; m * n]);
+    let product = super::gemm::Product {
+        m,
+        n,
+        k,
+        operands: [Type::E5m2, Type::E4m3],
+        a: super::gemm::Operand::rows(a.out[0].address, k),
+        b: super::gemm::Operand::rows(b.out[0].address, k),
+        c: c.address(),
+        c_stride: n,
+        c_type: Type::F32,
+        alpha: 1.0,
+        accumulate: false,
+        bias: None,
+        scales: Some([a.scaling().scale, b.scaling().scale]),
+    };
+    cuda.product(&scratch, &product);
+    let error = relative_error(&f64s(&f32s_of(cuda, &c)), &exact);
+    let raised = [&a, &b].map(|fp8| fp8.factor_and_raised(cuda).1);
+    println!("{what} ({m}, {n}, {k}): error {error:.1e}, raised {raised:?}");
+    error
+}
+
 /// Products of FP8 operands against the f64 product of the same numbers, on ordinary, heavy-tailed and widely spread
-/// values.
+/// values, and on a gradient, weights and inputs of a model in training.
 #[test]
 fn fp8_products_are_exact() {
-    use super::linear::{Form, Quantize, Source as Operand, Target, quantize};
+    use super::linear::Form;
     let Some(cuda) = gpu() else { return };
     if cuda.gpu.capability < (8, 9) {
         return println!("skipped: {} has no FP8 products", cuda.gpu.name);
     }
-    let (m, n, k) = (96, 64, 512);
     for kind in ["normal", "heavy-tailed", "spread over 2^20"] {
         let values = |len, seed| -> Vec<f32> {
             let mut values = normal(len, 1.0, seed);
@@ -973,48 +1028,67 @@ fn fp8_products_are_exact() {
             }
             rounded(&values, Precision::Bf16)
         };
-        let (a, b) = (values(m * k, 1), values(n * k, 2));
-        let mut signs = vec![0.0; 64];
-        RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs);
-        let made = |values: &[f32], form, rows, cols, id, format| {
-            let source = tensor(&cuda, values, Precision::Bf16);
-            let fp8 = Fp8::new(&cuda, rows * cols, 0, values);
-            let target = Target::Fp8 { out: fp8.out[0].address, format, scaling: fp8.scaling() };
-            let operand = Operand { address: source.address(), precision: Precision::Bf16 };
-            let shape = Quantize { form, rows, cols };
-            let draw = RANDOM.rounding(id);
-            quantize(&cuda, target, operand, shape, 0, &signs, Rounding::Unbiased, draw);
-            let numbers = fp8.values(&cuda, 0, rows * cols, format);
-            (fp8, numbers)
-        };
-        // B is given as (k, n): its transpose is what the product reads.
-        let (a, a_numbers) = made(&a, Form::Rows, m, k, OperandId::Dy, Type::E5m2);
-        let (b, b_numbers) = made(&b, Form::Columns, k, n, OperandId::W, Type::E4m3);
-        let exact = reference::product(&a_numbers, &b_numbers, m, n, k);
-        let sequences = Sequences { batch: 1, length: 16 };
-        let scratch = workspace(&cuda, &workspace_shape(sequences, 16, 1, 8, Precision::Bf16));
-        let c = f32_buffer(&cuda, &vec![f32::NAN; m * n]);
-        let product = super::gemm::Product {
-            m,
-            n,
-            k,
-            operands: [Type::E5m2, Type::E4m3],
-            a: super::gemm::Operand::rows(a.out[0].address, k),
-            b: super::gemm::Operand::rows(b.out[0].address, k),
-            c: c.address(),
-            c_stride: n,
-            c_type: Type::F32,
-            alpha: 1.0,
-            accumulate: false,
-            bias: None,
-            scales: Some([a.scaling().scale, b.scaling().scale]),
-        };
-        cuda.gpu.scope(|| cuda.product(&scratch, &product));
-        let ours = f32s_of(&cuda, &c);
-        let raised = [&a, &b].map(|fp8| fp8.factor_and_raised(&cuda).1);
-        println!("{kind}: error {:.1e}, raised {raised:?}", relative_error(&f64s(&ours), &exact));
-        close(kind, &ours, &exact, 1e-6);
+        let (m, n, k) = (96, 64, 512);
+        let a = Factor { values: values(m * k, 1), form: Form::Rows, rows: m, cols: k };
+        let b = Factor { values: values(n * k, 2), form: Form::Columns, rows: k, cols: n };
+        let error = cuda.gpu.scope(|| error_of_fp8_product(&cuda, kind, &[a, b]));
+        assert!(error <= 1e-6, "{kind}: {error:e}");
     }
+
+    // A model that has been trained on this project's prose for a while.
+    let text = include_bytes!("../../../ARCHITECTURE.md");
+    let data = Dataset::from_tokens(text.iter().map(|byte| u32::from(*byte)).collect()).unwrap();
+    let config = ModelConfig {
+        vocab_size: 256,
+        context_length: 128,
+        layers: 2,
+        heads: 4,
+        channels: 256,
+        ..ModelConfig::default()
+    };
+    let engine = Engine::on(Device::Cuda(cuda));
+    let model = Model::new(&engine, &config).unwrap();
+    let schedule = Schedule { lr: 1e-3, warmup_steps: 10, total_steps: 100, ..Schedule::default() };
+    let options = TrainerOptions { batch_size: 8, schedule, ..TrainerOptions::default() };
+    let mut trainer = Trainer::new(&model, options).unwrap();
+    let losses: Vec<_> = (0..60).map(|_| trainer.step(&data).unwrap().loss).collect();
+    assert!(losses[59] < 0.7 * losses[0], "{losses:?}");
+    for error in errors_of_fp8_products(&trainer, 1024, 64) {
+        assert!(error <= 1e-5, "{error:e}");
+    }
+}
+
+/// The errors of the FP8 products, dgrad and wgrad, of the first qkv layer after a training step: of its first `rows` rows,
+/// and of its first `width` results and inputs.
+pub(super) fn errors_of_fp8_products(trainer: &Trainer, rows: usize, width: usize) -> [f64; 2] {
+    use super::linear::Form;
+    let model = trainer.model();
+    let Device::Cuda(cuda) = model.engine().backend() else { unreachable!("trained on one") };
+    let inputs = model.config().channels;
+    let outputs = 3 * inputs;
+    let [dy, x] = trainer
+        .qkv_gradient_and_input()
+        .map(|tensor| cuda.gpu.scope(|| values_of(cuda, Side::<Tensor>::side(tensor))));
+    let mut w = vec![0.0; inputs * outputs];
+    model.read_tensor("transformer.h.0.attn.c_attn.weight", &mut w).unwrap();
+    // Of a matrix with rows this long.
+    let corner = |values: &[f32], length: usize, form, rows: usize, cols: usize| {
+        let rows_of = values.chunks(length).take(rows);
+        let values = rows_of.flat_map(|row| row[..cols].iter().copied()).collect();
+        Factor { values, form, rows, cols }
+    };
+    let w: Vec<_> = (0..outputs * inputs).map(|i| w[i % inputs * outputs + i / inputs]).collect();
+    let w = rounded(&w, Precision::Bf16);
+    let dgrad = [
+        corner(&dy, outputs, Form::Rows, rows.min(256), outputs),
+        corner(&w, inputs, Form::Columns, outputs, width),
+    ];
+    let wgrad = [
+        corner(&dy, outputs, Form::Columns, rows, width),
+        corner(&x, inputs, Form::Columns, rows, width),
+    ];
+    [("dgrad of a model", dgrad), ("wgrad of a model", wgrad)]
+        .map(|(what, factors)| cuda.gpu.scope(|| error_of_fp8_product(cuda, what, &factors)))
 }
 
 /// What kernels note is the largest magnitude of what they stored, NaN being larger than everything.
