@@ -384,7 +384,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
 // NOTE: on an H100 both forms keep the issue slots 79% busy and the pipe to shared and global memory 70%, so that both
 // count. Of the latter's time a store takes as much as the lines that eight threads beside each other write to: four here,
 // eight if the two threads of a column were half a warp apart. A thread that took a whole group would need no exchange, and
-// 16% fewer instructions, but with its 128 registers only half as many warps run at once: 179 us for (16384, 4096),
+// 15% fewer instructions, but with its 128 registers only half as many warps run at once: 179 us for (16384, 4096),
 // where this takes 119.
 #define GROUP 64
 

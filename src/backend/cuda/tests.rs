@@ -1053,6 +1053,8 @@ fn fp8_products_are_exact() {
     let mut trainer = Trainer::new(&model, options).unwrap();
     let losses: Vec<_> = (0..60).map(|_| trainer.step(&data).unwrap().loss).collect();
     assert!(losses[59] < 0.7 * losses[0], "{losses:?}");
+    // NOTE: what the definition allows every backend. Where scales of neighbouring blocks lie far apart, as those of the
+    // gradients of different heads do, tensor cores lose bits of the lower one: up to 2.8e-6 was seen.
     for error in errors_of_fp8_products(&trainer, 1024, 64) {
         assert!(error <= 1e-5, "{error:e}");
     }
