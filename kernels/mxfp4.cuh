@@ -201,7 +201,9 @@ struct RowBits {
 
 // Random bits in shared memory, 16 for each element of a line, as Philox leaves them in registers, which are pairs of a
 // product's low and high half: in each eight those of the elements 2, 3, 0, 1, 6, 7, 4 and 5.
-__device__ __forceinline__ void store_bits(u8 *to, uint4 words) { *(uint4 *)to = make_uint4(words.y, words.x, words.w, words.z); }
+__device__ __forceinline__ void store_bits(u8 *to, uint4 words) {
+  *(uint4 *)to = make_uint4(words.y, words.x, words.w, words.z);
+}
 
 // Of a block along a row, whose first element's eight begins at `bits`.
 struct SharedRowBits {

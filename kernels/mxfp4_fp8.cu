@@ -201,6 +201,18 @@ template <bool AGAIN> struct BehindGelu {
   }
 };
 
+// Rounds a rotated block, which still lacks the factor `norm`, and stores its 32 bytes at `to`. Whether it was raised.
+template <bool UNBIASED, int FORMAT, class Bits, class Source>
+__device__ __forceinline__ bool round_rotated(void *to, float v[BLOCK], float norm, const Whole &whole, const Bits &bits,
+                                              bool inside, const Source &source) {
+  float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top), unit;
+  u32 magnitude = block_magnitude(v, norm);
+  source.note(magnitude, whole.top);
+  bool raised = scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
+  round_to<UNBIASED, FORMAT>(to, v, factor, unit, bits, inside);
+  return raised;
+}
+
 // Starts copying pieces of 8 numbers, each APART rows below the one before: to `to` and as many lines below it. `column` is a
 // multiple of 8. Where the tile is not whole, zeros stand for what lies outside.
 template <u32 PIECES, u32 APART, class Data, class Source>
@@ -335,7 +347,7 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
   asm volatile("cp.async.wait_all;");
   __syncthreads();
 
-  float v[BLOCK], unit;
+  float v[BLOCK];
   u32 lifted = 0;
   if (ROWS_TOO) {
     // A block along a row: columns 32 `side` to 32 `side` + 31 of a line.
@@ -343,14 +355,11 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
 #pragma unroll
     for (int i = 0; i < BLOCK; i += 8)
       load_along(data + Data::at(line) + 64 * side + 2 * i, column_signs + SIGNS * side + i, draw, v + i);
-    float norm = group ? rows_transform.scale : 1.0f;
-    float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
     if (group) rotate(v, group > BLOCK ? 2 : 1, 1);
     bool inside = row < rows && column < rows_depth;
-    u32 magnitude = block_magnitude(v, norm);
-    lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
+    u8 *to = by_rows + (size_t)row * rows_depth + column;
     SharedRowBits addends(bits + Bits::at(line) + 64 * side, draw);
-    round_to<UNBIASED, FORMAT>(by_rows + (size_t)row * rows_depth + column, v, factor, unit, addends, inside);
+    lifted += round_rotated<UNBIASED, FORMAT>(to, v, group ? rows_transform.scale : 1.0f, whole, addends, inside, source);
   }
 
   // A block down the columns: 32 rows from 32 `part`, of column `x` of the tile.
@@ -364,15 +373,12 @@ __device__ __forceinline__ void quantize_tile(u8 *by_rows, u8 *by_columns, float
     for (u32 mask = 1u << width; mask < WARP; mask *= 2) total += __shfl_xor_sync(FULL_WARP, total, mask);
     if (part == 0 && first_column + x < cols) sums[(size_t)blockIdx.y * cols + first_column + x] = total;
   }
-  float norm = group ? transform.scale : 1.0f;
-  float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top);
   if (group) rotate(v, 1u << across, 1u << width);
   u32 first = first_row + part * BLOCK;
   bool inside = first < depth && first_column + x < cols;
-  u32 magnitude = block_magnitude(v, norm);
-  lifted += scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
+  u8 *to = by_columns + (size_t)(first_column + x) * depth + first;
   SharedColumnBits<Bits::PITCH> addends(bits + Bits::at(part % PARTS * BLOCK), place, draw);
-  round_to<UNBIASED, FORMAT>(by_columns + (size_t)(first_column + x) * depth + first, v, factor, unit, addends, inside);
+  lifted += round_rotated<UNBIASED, FORMAT>(to, v, group ? transform.scale : 1.0f, whole, addends, inside, source);
   add_raised(raised, lifted);
 }
 
@@ -400,14 +406,10 @@ __device__ __forceinline__ bool quantize_block(u8 *to, float v[BLOCK], const Who
 #pragma unroll
   for (int stride = 1; stride < BLOCK; stride *= 2) add_and_subtract(v, stride);
   exchange(v, 1);
-  float norm = 0.125f, factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top), unit;
-  u32 magnitude = block_magnitude(v, norm);
-  source.note(magnitude, whole.top);
-  bool lifted = scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
-  round_to<UNBIASED, FORMAT>(to, v, factor, unit, bits, inside);
-  return lifted;
+  return round_rotated<UNBIASED, FORMAT>(to, v, 0.125f, whole, bits, inside, source);
 }
 
+// FORMS and KEPT: see above. `sums`, where it is not null, gets a line of column sums for every line of tiles.
 template <bool UNBIASED, int FORMAT, int FORMS, bool KEPT, class Source>
 __device__ __forceinline__ void quantize_groups(u32 tile_x, u32 tile_y, u8 *by_rows, u8 *by_columns, float *whole_factor,
                                                 u32 *raised, float *sums, const Source &source, u32 rows, u32 cols,
@@ -514,12 +516,9 @@ __device__ __forceinline__ void quantize_rows(u8 *out, float *factor, u32 *raise
   load_rotated(v, norm, source, place, cols, group, transform);
   Whole whole = whole_scale<E5M2>(*most, group);
   if (blockIdx.x == 0 && threadIdx.x == 0) *factor = whole.factor;
-  float row_factor = factor_in_tensor<UNBIASED, E5M2>(norm, whole.top), unit;
-  u32 magnitude = block_magnitude(v, norm);
-  bool lifted = scale_in_tensor<UNBIASED, E5M2>(v, norm, magnitude, whole.top, row_factor, unit);
-  add_raised(raised, lifted && place.inside);
-  round_to<UNBIASED, E5M2>(out + (size_t)place.row * depth + place.column, v, row_factor, unit,
-                           RowBits(draw, place.row, place.column), place.inside);
+  u8 *to = out + (size_t)place.row * depth + place.column;
+  RowBits addends(draw, place.row, place.column);
+  add_raised(raised, round_rotated<UNBIASED, E5M2>(to, v, norm, whole, addends, place.inside, Stored<bf16>{source, most}));
 }
 
 // ---- Names --------------------------------------------------------------------------------------

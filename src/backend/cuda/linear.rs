@@ -364,7 +364,7 @@ impl Tiles {
 
     /// For a source of this precision that tiles cover in `cols` columns and `rows` rows.
     pub(super) fn new(precision: Precision, cols: usize, rows: usize, group: usize) -> Self {
-        // Lines of 64 numbers, each 32 of them shifted.
+        // Lines of 64 numbers, each 32 of them shifted by at most 64 bytes.
         let bytes = |size, lines| lines * (64 * size + 16) + lines / 32 * 64;
         let size = size_of_element(precision);
         if group == Self::GROUP {
