@@ -66,8 +66,8 @@
 //
 // 6. Callbacks are a function and a user_data pointer, run only on the thread that is inside the
 //    call, and return 0 to go on or another number to stop. See each for what it may do: mxt_step_fn
-//    may do everything; mxt_token_fn and mxt_log_fn must not let a C++ exception out, which would end
-//    the process.
+//    may do everything; mxt_token_fn, mxt_log_fn and mxt_user_data_free_fn must not let a C++
+//    exception out, which would end the process.
 //
 // 7. A guest in your process: no output, no signal handlers, no exit, no changes of the environment,
 //    the locale or the signal mask. A call computes in the default floating-point mode, whatever the
@@ -78,8 +78,12 @@
 //    MXT_ERROR_POISONED.
 //
 // 8. Randomness and reproducibility. Everything random comes from the engine's seed. The same seed,
-//    data and build give the same losses bit for bit, on any number of threads, and whether or not a
-//    run was saved and loaded on the way.
+//    data, build and instruction set give the same losses bit for bit, on any number of threads, and
+//    whether or not a run was saved and loaded on the way. Instruction sets (portable, AVX2, AVX-512,
+//    AMX) and kinds of GPU differ in the last bits of sums, and so do the runs that follow from them.
+//    mxt_build_info names the set that this processor gets; the environment variable MXT_CPU_ISA
+//    (portable, avx2, avx512 or amx) names another for engines that are made afterwards, so that
+//    machines of different kinds give the same bits.
 //
 // 9. Versions. MXT_VERSION_NUMBER is the version of this header, mxt_version_number() that of the
 //    library that is running; MXT_ABI_VERSION and mxt_abi_version() must be equal. While the major
@@ -234,6 +238,9 @@ typedef int32_t mxt_status;
 // return MXT_ERROR_BUSY.
 typedef void (*mxt_log_fn)(void *user_data, int32_t level, const char *message);
 
+// Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
+typedef void (*mxt_user_data_free_fn)(void *user_data);
+
 // What an engine is made from. Fill it with mxt_engine_options_init.
 typedef struct mxt_engine_options {
   // Set by mxt_engine_options_init.
@@ -251,7 +258,8 @@ typedef struct mxt_engine_options {
   uint64_t memory_limit;
   // Receives log lines. NULL (default): the library is silent.
   mxt_log_fn log;
-  // Passed to `log`. It must stay valid until the engine and everything made from it is freed.
+  // Passed to `log`. It must stay valid until the engine and everything made from it is freed, or
+  // until `log_user_data_free` is called with it.
   void *log_user_data;
   // A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device, where
   // cudaStreamCreate makes them. All work of the engine is queued there, in the order of the calls,
@@ -259,6 +267,14 @@ typedef struct mxt_engine_options {
   // engine and everything made from it is freed. NULL (default): the engine makes its own. With
   // device "auto" there must be a GPU then.
   void *cuda_stream;
+  // Called with `log_user_data`, whatever it is, exactly once for each call of mxt_engine_new that
+  // succeeds, when the library will never call `log` again: at the end of the call that gives up
+  // the last of the engine and all that was made from it, on the thread of that call, after the
+  // worker threads have ended. Where `log` is NULL, that is the end of mxt_engine_new itself. An
+  // mxt_engine_new that fails never calls it: log_user_data is the caller's still. A child made by
+  // fork() that frees the handles calls it as well, for its own copy of memory. NULL (default):
+  // nothing is called.
+  mxt_user_data_free_fn log_user_data_free;
 } mxt_engine_options;
 
 // The shape of a model. Fill it with mxt_model_config_init, which makes it GPT-2 small (124M).

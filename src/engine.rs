@@ -86,6 +86,7 @@ struct Inner {
     name: String,
     seed: u64,
     memory_limit: u64,
+    // NOTE: the last field, so that it is dropped when the device's threads have ended.
     log: Option<LogFn>,
 }
 

@@ -289,6 +289,8 @@ inline void on_log(void *user_data, std::int32_t level, const char *line) {
   });
 }
 
+inline void on_log_free(void *user_data) { delete static_cast<LogFunction *>(user_data); }
+
 // A C struct with the library's defaults. Should the library refuse the struct, as one of another
 // major version may, struct_size stays 0 and the call that takes the struct says so.
 template <class C, mxt_status (*init)(C *, std::size_t)>
@@ -324,17 +326,20 @@ class Engine {
       : Engine(create(options, std::move(log))) {}
 #endif
 
-  // `log` takes the place of options.log, and lives as long as all that is made from the engine.
+  // `log` takes the place of options.log, and lives as long as all that is made from the engine: it is
+  // destroyed by the call that gives up the last of that, on the thread of that call.
   static outcome<Engine> create(EngineOptions options = {}, LogFunction log = {}) {
-    std::shared_ptr<LogFunction> shared;
+    std::unique_ptr<LogFunction> owned;
     if (log) {
-      shared = std::make_shared<LogFunction>(std::move(log));
+      owned = std::make_unique<LogFunction>(std::move(log));
       options.log = detail::on_log;
-      options.log_user_data = shared.get();
+      options.log_user_data = owned.get();
+      options.log_user_data_free = detail::on_log_free;
     }
     mxt_engine *engine = nullptr;
     const mxt_status status = mxt_engine_new(&options, &engine);
-    return detail::finish(status, Engine(engine, std::move(shared)));
+    if (status == MXT_OK) (void)owned.release();
+    return detail::finish(status, Engine(engine));
   }
 
   std::string device() const {
@@ -348,13 +353,8 @@ class Engine {
   mxt_engine *get() const noexcept { return handle_.get(); }
 
  private:
-  friend class Model;
-  friend class Trainer;
-  Engine(mxt_engine *engine, std::shared_ptr<LogFunction> log)
-      : log_(std::move(log)), handle_(engine) {}
+  explicit Engine(mxt_engine *engine) : handle_(engine) {}
 
-  // Before the handle, so that it is destroyed after it.
-  std::shared_ptr<LogFunction> log_;
   detail::handle<mxt_engine> handle_;
 };
 
@@ -369,14 +369,14 @@ class Model {
   static outcome<Model> create(const Engine &engine, const ModelConfig &config) {
     mxt_model *model = nullptr;
     const mxt_status status = mxt_model_new(engine.get(), &config, &model);
-    return detail::finish(status, Model(model, engine.log_));
+    return detail::finish(status, Model(model));
   }
 
   // The model of a checkpoint folder, this library's or Hugging Face's.
   static outcome<Model> load(const Engine &engine, const std::string &dir) {
     mxt_model *model = nullptr;
     const mxt_status status = mxt_model_load(engine.get(), dir.c_str(), &model);
-    return detail::finish(status, Model(model, engine.log_));
+    return detail::finish(status, Model(model));
   }
 
   outcome<void> save(const std::string &dir) const {
@@ -447,7 +447,6 @@ class Model {
   // A continuation of `prompt`, without the prompt.
   outcome<std::vector<std::uint32_t>> generate(view<const std::uint32_t> prompt,
                                                const GenerateOptions &options = {}) {
-    const auto log = log_;  // A callback may destroy this object; the call still logs.
     std::vector<std::uint32_t> tokens(options.max_tokens);
     std::size_t written = 0;
     const mxt_status status = mxt_model_generate(get(), &options, prompt.data(), prompt.size(),
@@ -470,10 +469,8 @@ class Model {
 
  private:
   friend class Trainer;
-  Model(mxt_model *model, std::shared_ptr<LogFunction> log)
-      : log_(std::move(log)), handle_(model) {}
+  explicit Model(mxt_model *model) : handle_(model) {}
 
-  std::shared_ptr<LogFunction> log_;
   detail::handle<mxt_model> handle_;
 };
 
@@ -534,14 +531,14 @@ class Trainer {
   static outcome<Trainer> create(Model &model, const TrainerOptions &options = {}) {
     mxt_trainer *trainer = nullptr;
     const mxt_status status = mxt_trainer_new(model.get(), &options, &trainer);
-    return detail::finish(status, Trainer(trainer, model.log_));
+    return detail::finish(status, Trainer(trainer));
   }
 
   // What save wrote, to go on from there as if the run had never stopped.
   static outcome<Trainer> load(const Engine &engine, const std::string &dir) {
     mxt_trainer *trainer = nullptr;
     const mxt_status status = mxt_trainer_load(engine.get(), dir.c_str(), &trainer);
-    return detail::finish(status, Trainer(trainer, engine.log_));
+    return detail::finish(status, Trainer(trainer));
   }
 
   outcome<void> save(const std::string &dir) {
@@ -572,7 +569,6 @@ class Trainer {
 
   // Many steps with evaluations and checkpoints.
   outcome<RunResult> run(const Dataset &dataset, const RunOptions &options) {
-    const auto log = log_;  // A callback may destroy this object; the call still logs.
     auto result = detail::sized<RunResult>();
     const mxt_status status = mxt_trainer_run(get(), dataset.get(), &options, &result);
     return detail::finish(status, result);
@@ -599,7 +595,7 @@ class Trainer {
   outcome<Model> model() const {
     mxt_model *model = nullptr;
     const mxt_status status = mxt_trainer_model(get(), &model);
-    return detail::finish(status, Model(model, log_));
+    return detail::finish(status, Model(model));
   }
 
   // What the trainer was made from. The text of `recipe` lives as long as the trainer.
@@ -613,10 +609,8 @@ class Trainer {
   mxt_trainer *get() const noexcept { return handle_.get(); }
 
  private:
-  Trainer(mxt_trainer *trainer, std::shared_ptr<LogFunction> log)
-      : log_(std::move(log)), handle_(trainer) {}
+  explicit Trainer(mxt_trainer *trainer) : handle_(trainer) {}
 
-  std::shared_ptr<LogFunction> log_;
   detail::handle<mxt_trainer> handle_;
 };
 

@@ -1,6 +1,8 @@
 //! `mxt_engine`: a device, its threads, the seed, and where log lines go.
 
 use std::ffi::{CString, c_char, c_void};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::float_mode;
 use super::guard;
@@ -32,6 +34,9 @@ pub enum mxt_log_level {
 pub type mxt_log_fn =
     Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, level: i32, message: *const c_char)>;
 
+/// Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
+pub type mxt_user_data_free_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void)>;
+
 /// What an engine is made from. Fill it with mxt_engine_options_init.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -51,7 +56,8 @@ pub struct mxt_engine_options {
     pub memory_limit: u64,
     /// Receives log lines. NULL (default): the library is silent.
     pub log: mxt_log_fn,
-    /// Passed to `log`. It must stay valid until the engine and everything made from it is freed.
+    /// Passed to `log`. It must stay valid until the engine and everything made from it is freed, or
+    /// until `log_user_data_free` is called with it.
     pub log_user_data: *mut c_void,
     /// A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device, where
     /// cudaStreamCreate makes them. All work of the engine is queued there, in the order of the calls,
@@ -59,6 +65,14 @@ pub struct mxt_engine_options {
     /// engine and everything made from it is freed. NULL (default): the engine makes its own. With
     /// device "auto" there must be a GPU then.
     pub cuda_stream: *mut c_void,
+    /// Called with `log_user_data`, whatever it is, exactly once for each call of mxt_engine_new that
+    /// succeeds, when the library will never call `log` again: at the end of the call that gives up
+    /// the last of the engine and all that was made from it, on the thread of that call, after the
+    /// worker threads have ended. Where `log` is NULL, that is the end of mxt_engine_new itself. An
+    /// mxt_engine_new that fails never calls it: log_user_data is the caller's still. A child made by
+    /// fork() that frees the handles calls it as well, for its own copy of memory. NULL (default):
+    /// nothing is called.
+    pub log_user_data_free: mxt_user_data_free_fn,
 }
 versioned!(mxt_engine_options, last = log_user_data: *mut c_void);
 
@@ -74,6 +88,7 @@ impl Options for mxt_engine_options {
             log: None,
             log_user_data: std::ptr::null_mut(),
             cuda_stream: std::ptr::null_mut(),
+            log_user_data_free: None,
         }
     }
 }
@@ -132,6 +147,11 @@ pub unsafe extern "C" fn mxt_engine_new(
     guard::function("mxt_engine_new", || unsafe {
         let out = arguments::place("engine", engine)?;
         let options = read_or_default("options", options)?;
+        let host = Arc::new(HostLog {
+            user_data: options.log_user_data,
+            free: options.log_user_data_free,
+            owned: AtomicBool::new(false),
+        });
         let engine = Engine::new(EngineOptions {
             device: if options.device.is_null() {
                 EngineOptions::default().device
@@ -141,7 +161,7 @@ pub unsafe extern "C" fn mxt_engine_new(
             threads: options.threads,
             seed: options.seed,
             memory_limit: options.memory_limit,
-            log: host_log(&options),
+            log: options.log.map(|function| log_to(host.clone(), function)),
             cuda_stream: (!options.cuda_stream.is_null())
                 .then(|| CudaStream::from_raw(options.cuda_stream)),
         })?;
@@ -149,6 +169,7 @@ pub unsafe extern "C" fn mxt_engine_new(
             Failure::invalid("device", format!("expected a name without zero bytes: {error}"))
         })?;
         out.put(mxt_engine { state: State::new(), engine, device }.into_raw());
+        host.owned.store(true, Ordering::Relaxed);
         Ok(())
     })
 }
@@ -199,27 +220,39 @@ pub unsafe extern "C" fn mxt_engine_free(engine: *mut mxt_engine) {
     unsafe { guard::free("mxt_engine_free", engine) }
 }
 
-/// The host's log callback as the crate wants it.
-fn host_log(options: &mxt_engine_options) -> Option<LogFn> {
-    struct HostLog(*mut c_void);
-    // SAFETY: the header asks for a callback that may run on any thread that uses the engine; the
-    // pointer is only handed back to it.
-    unsafe impl Send for HostLog {}
-    // SAFETY: as above.
-    unsafe impl Sync for HostLog {}
-    impl HostLog {
-        fn user_data(&self) -> *mut c_void {
-            self.0
+/// The host's side of the log. It is shared by mxt_engine_new, which may still fail, and the engine.
+struct HostLog {
+    user_data: *mut c_void,
+    free: mxt_user_data_free_fn,
+    /// Whether mxt_engine_new succeeded, and with it passed the user data to the library.
+    owned: AtomicBool,
+}
+
+// SAFETY: the header asks for callbacks that may run on any thread that uses the engine; the pointer is
+// only handed back to them.
+unsafe impl Send for HostLog {}
+// SAFETY: as above.
+unsafe impl Sync for HostLog {}
+
+impl Drop for HostLog {
+    fn drop(&mut self) {
+        if let Some(free) = self.free.filter(|_| *self.owned.get_mut()) {
+            // SAFETY: the header asks for a function that takes this pointer, once.
+            float_mode::in_hosts(|| unsafe { free(self.user_data) });
         }
     }
+}
 
-    let function = options.log?;
-    let host = HostLog(options.log_user_data);
-    Some(Box::new(move |level, line| {
+/// The host's log callback as the crate wants it.
+fn log_to(
+    host: Arc<HostLog>,
+    function: unsafe extern "C-unwind" fn(*mut c_void, i32, *const c_char),
+) -> LogFn {
+    Box::new(move |level, line| {
         let line = CString::new(line.replace('\0', " ")).unwrap_or_default();
         // SAFETY: the header asks for a function and user data that live as long as the engine.
         float_mode::in_hosts(|| unsafe {
-            function(host.user_data(), level as i32, line.as_ptr());
+            function(host.user_data, level as i32, line.as_ptr());
         });
-    }))
+    })
 }

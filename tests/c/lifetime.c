@@ -16,12 +16,101 @@ static int32_t free_all(void *user_data, const mxt_step_stats *seen, const mxt_e
   return 0;
 }
 
+struct log {
+  int lines, freed, lines_when_freed;
+};
+
+static void on_log(void *user_data, int32_t level, const char *message) {
+  struct log *it = user_data;
+  CHECK(level != 0 && message[0] != 0 && it->freed == 0);
+  it->lines++;
+}
+
+static void free_log(void *user_data) {
+  struct log *it = user_data;
+  it->lines_when_freed = it->lines;
+  it->freed++;
+}
+
+struct last {
+  mxt_trainer *trainer;
+  struct log *log;
+};
+
+static int32_t free_the_last(void *user_data, const mxt_step_stats *seen,
+                             const mxt_eval_stats *eval) {
+  struct last *it = user_data;
+  CHECK(seen != NULL && eval == NULL);
+  mxt_trainer_free(it->trainer);
+  CHECK(it->log->freed == 0);
+  return 0;
+}
+
+/* The log's user data is given back once, with the last that could log, and never on a failure. */
+static void log_user_data(const mxt_dataset *dataset) {
+  struct log log = {0, 0, 0};
+  mxt_engine *engine = NULL;
+  mxt_engine_options options;
+  OK(mxt_engine_options_init(&options, sizeof options));
+  CHECK(options.log_user_data_free == NULL);
+  options.threads = 2;
+  options.log = on_log;
+  options.log_user_data = &log;
+  options.log_user_data_free = free_log;
+
+  options.device = "abacus";
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "abacus", mxt_engine_new(&options, &engine));
+  options.device = NULL;
+  RETURNS(MXT_ERROR_NULL, mxt_engine_new(&options, NULL));
+  CHECK(log.freed == 0);
+
+  OK(mxt_engine_new(&options, &engine));
+  mxt_model *model = new_model(engine);
+  mxt_engine_free(engine);
+  mxt_trainer *trainer = new_trainer(model);
+  mxt_model_free(model);
+  CHECK(log.freed == 0 && log.lines > 0);
+  mxt_trainer_free(trainer);
+  CHECK(log.freed == 1 && log.lines == log.lines_when_freed);
+
+  /* The last handle is freed by a callback of its own call, which goes on and may log. */
+  log.freed = 0;
+  OK(mxt_engine_new(&options, &engine));
+  model = new_model(engine);
+  trainer = new_trainer(model);
+  mxt_engine_free(engine);
+  mxt_model_free(model);
+  struct last last = {trainer, &log};
+  mxt_run_options run;
+  mxt_run_result result;
+  OK(mxt_run_options_init(&run, sizeof run));
+  run.steps = 5;
+  run.on_step = free_the_last;
+  run.user_data = &last;
+  result.struct_size = sizeof result;
+  OK(mxt_trainer_run(trainer, dataset, &run, &result));
+  CHECK(log.freed == 1);
+
+  /* Nothing will ever log without a function; a program of before the field has nothing freed. */
+  log.freed = 0;
+  options.log = NULL;
+  OK(mxt_engine_new(&options, &engine));
+  CHECK(log.freed == 1);
+  mxt_engine_free(engine);
+  CHECK(log.freed == 1);
+  options.struct_size = offsetof(mxt_engine_options, log_user_data_free);
+  OK(mxt_engine_new(&options, &engine));
+  mxt_engine_free(engine);
+  CHECK(log.freed == 1);
+}
+
 int main(int argc, char **argv) {
   CHECK(argc == 2);
   const char *folder = argv[1];
   mxt_engine *engine = new_engine();
   mxt_model *model = new_model(engine);
   mxt_dataset *dataset = new_dataset();
+  log_user_data(dataset);
   mxt_trainer *trainer = new_trainer(model);
 
   /* The trainer outlives engine and model. */

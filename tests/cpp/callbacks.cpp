@@ -174,6 +174,39 @@ void log_lines() {
   CHECK(model.config().layers == 1);
 }
 
+void log_is_destroyed_once() {
+  const auto owned = std::make_shared<int>(0);
+  const auto log = [owned](std::int32_t, std::string_view) {};
+  CHECK(owned.use_count() == 2);
+  {
+    auto trainer = [&] {
+      mxt::Engine engine(one_thread(), log);
+      mxt::Engine moved(std::move(engine));
+      mxt::Model model(moved, small_config());
+      return mxt::Trainer(model, small_options());
+    }();
+    CHECK(owned.use_count() == 3);
+    // From within a call: the trainer goes with the run that it is in.
+    auto last = std::make_unique<mxt::Trainer>(std::move(trainer));
+    Fixture it;
+    last->run(it.dataset, 5, [&](const mxt::StepStats &) {
+      last.reset();
+      CHECK(owned.use_count() == 3);
+    });
+    CHECK(owned.use_count() == 2);
+  }
+  // An engine that cannot be made leaves nothing behind.
+  mxt::EngineOptions options = one_thread();
+  options.device = "abacus";
+  bool threw = false;
+  try {
+    mxt::Engine none(options, log);
+  } catch (const mxt::error &error) {
+    threw = error.status() == MXT_ERROR_INVALID_ARGUMENT;
+  }
+  CHECK(threw && owned.use_count() == 2);
+}
+
 void freed_and_stopped_from_elsewhere() {
   Fixture it;
   auto trainer = std::make_unique<mxt::Trainer>(it.model, small_options());
@@ -200,6 +233,7 @@ int main(int argc, char **argv) {
   exceptions_from_within(it);
   tokens(it);
   log_lines();
+  log_is_destroyed_once();
   freed_and_stopped_from_elsewhere();
   return 0;
 }

@@ -240,6 +240,11 @@ return MXT_ERROR_BUSY.
 const mxt_log_fn = Ptr{Cvoid}
 
 """
+Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
+"""
+const mxt_user_data_free_fn = Ptr{Cvoid}
+
+"""
 Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
 this token.
 
@@ -306,7 +311,8 @@ struct mxt_engine_options
     memory_limit::UInt64
     # Receives log lines. NULL (default): the library is silent.
     log::mxt_log_fn
-    # Passed to `log`. It must stay valid until the engine and everything made from it is freed.
+    # Passed to `log`. It must stay valid until the engine and everything made from it is freed, or
+    # until `log_user_data_free` is called with it.
     log_user_data::Ptr{Cvoid}
     # A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device, where
     # cudaStreamCreate makes them. All work of the engine is queued there, in the order of the calls,
@@ -314,6 +320,14 @@ struct mxt_engine_options
     # engine and everything made from it is freed. NULL (default): the engine makes its own. With
     # device "auto" there must be a GPU then.
     cuda_stream::Ptr{Cvoid}
+    # Called with `log_user_data`, whatever it is, exactly once for each call of mxt_engine_new that
+    # succeeds, when the library will never call `log` again: at the end of the call that gives up
+    # the last of the engine and all that was made from it, on the thread of that call, after the
+    # worker threads have ended. Where `log` is NULL, that is the end of mxt_engine_new itself. An
+    # mxt_engine_new that fails never calls it: log_user_data is the caller's still. A child made by
+    # fork() that frees the handles calls it as well, for its own copy of memory. NULL (default):
+    # nothing is called.
+    log_user_data_free::mxt_user_data_free_fn
 end
 
 """
