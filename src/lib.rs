@@ -44,7 +44,24 @@
 //! # Determinism
 //!
 //! One seed gives one run, bit for bit, on any number of threads; a run that is saved and resumed
-//! goes on bit for bit as if it had not stopped. Other processors may differ in the last bits.
+//! goes on bit for bit as if it had not stopped. Instruction sets (portable, AVX2, AVX-512, AMX) and
+//! kinds of GPU differ in the last bits of sums; the environment variable `MXT_CPU_ISA` names a set that
+//! machines of different kinds have in common ([`backend::cpu::Isa`]).
+//!
+//! # Platforms
+//!
+//! Linux on x86-64 is what this is made for, tested on, and where it is fast. Other 64-bit,
+//! little-endian Unix systems get the portable kernels, on which nothing has run yet. Windows is refused
+//! by the compiler.
+
+// Locks, atomic renames and signal masks are those of Unix, addresses in the C API have 64 bits, and
+// token files and checkpoints are mapped as they lie on disk.
+#[cfg(not(unix))]
+compile_error!(
+    "mxfp4train needs a Unix system: it is made for Linux. On Windows, build it in WSL 2"
+);
+#[cfg(not(all(target_pointer_width = "64", target_endian = "little")))]
+compile_error!("mxfp4train needs a 64-bit little-endian target, such as x86_64-unknown-linux-gnu");
 
 pub mod backend;
 pub mod capi;
