@@ -1,6 +1,6 @@
 //! Facts of the build for `mxt_build_info`, and how the shared library is linked.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The number in the SONAME. `capi::version` asserts that `MXT_ABI_VERSION` is the same.
@@ -22,6 +22,27 @@ fn main() {
         println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libmxfp4train.so.{ABI}");
         // Worker threads may be running our code while a host calls dlclose.
         println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
+        link_by_soname();
+    }
+}
+
+/// Puts `libmxfp4train.so.0` beside `libmxfp4train.so`, for that is the name that the loader asks for:
+/// without it, a program linked with cargo's own output does not start.
+///
+/// NOTE: this is outside of OUT_DIR, where a build script is to stay, but inside of the folder that cargo
+/// fills and cleans. Where the layout is another, nothing is made, and only `make install` has the name.
+fn link_by_soname() {
+    let Some(out) = std::env::var_os("OUT_DIR").map(PathBuf::from) else { return };
+    // PROFILE/build/mxfp4train-HASH/out
+    let Some(folder) = out.ancestors().nth(3).filter(|folder| folder.join("deps").is_dir()) else {
+        return;
+    };
+    let link = folder.join(format!("libmxfp4train.so.{ABI}"));
+    #[cfg(unix)]
+    if let Err(error) = std::os::unix::fs::symlink("libmxfp4train.so", &link)
+        && error.kind() != std::io::ErrorKind::AlreadyExists
+    {
+        println!("cargo:warning={} cannot be made: {error}", link.display());
     }
 }
 

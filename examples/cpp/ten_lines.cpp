@@ -3,7 +3,7 @@
 #include <mxfp4train.hpp>
 
 int main() {
-  mxt::Dataset data = mxt::Dataset::open("train.bin");
+  mxt::Dataset data = mxt::Dataset::open("data/train.bin");
   mxt::ModelConfig shape;  // GPT-2 small (124M), made smaller:
   shape.vocab_size = 256, shape.context_length = 64, shape.layers = 2, shape.channels = 96;
   mxt::Engine engine;
