@@ -39,8 +39,7 @@ train() {
     local place mxtrain="$folder/mxtrain"
     place=$(mktemp -d)
     heading "mxtrain"
-    "$mxtrain" prepare ARCHITECTURE.md README.md BENCHMARKS.md include/mxfp4train.h \
-        --out "$place/data"
+    "$mxtrain" prepare tests/text/prose.txt --out "$place/data"
     "$mxtrain" train --device cuda --data "$place/data" --out "$place/model" --layers 6 --heads 6 \
         --channels 384 --steps 300 --batch-size 16 --log "$place/log" | tail -n 3
     "$mxtrain" eval --device cuda --checkpoint "$place/model" --data "$place/data"

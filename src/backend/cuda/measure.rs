@@ -334,8 +334,8 @@ fn print(what: &str, [bf16, mxfp4]: [f64; 2]) {
 }
 
 /// Losses of 500 steps of a 124M model when MXFP4 operands are multiplied as FP8, and when the same are
-/// multiplied as bf16, on the tokens of the file that `MXT_MEASURE_TOKENS` names, else on this project's
-/// prose. What training makes of a small difference is shown beside: a run as FP8 that begins with every second
+/// multiplied as bf16, on the tokens of the file that `MXT_MEASURE_TOKENS` names, else on
+/// `tests/text/prose.txt`. What training makes of a small difference is shown beside: a run as FP8 that begins with every second
 /// value of the embeddings of positions off by a part in a million. `MXT_MEASURE_SCHEDULE`: learning rate and steps of
 /// warm-up. After a run, the errors of FP8 products of its operands.
 #[test]
@@ -344,9 +344,8 @@ fn losses_on_both_roads() {
     let data = match std::env::var("MXT_MEASURE_TOKENS") {
         Ok(path) => Dataset::open(&path).unwrap(),
         Err(_) => {
-            let files = ["README.md", "ARCHITECTURE.md", "BENCHMARKS.md", "include/mxfp4train.h"];
-            let bytes = files.iter().flat_map(|file| std::fs::read(file).unwrap());
-            Dataset::from_tokens(bytes.map(u32::from).collect()).unwrap()
+            let bytes = std::fs::read("tests/text/prose.txt").unwrap();
+            Dataset::from_tokens(bytes.into_iter().map(u32::from).collect()).unwrap()
         }
     };
     let chosen = std::env::var("MXT_MEASURE_SCHEDULE").unwrap_or_else(|_| "1.5e-4 50".into());
