@@ -195,7 +195,6 @@ impl Drop for Threads {
 
 /// Runs `start` with signals blocked on this thread, which threads that it starts inherit: handlers
 /// of the host then run on the host's threads, never on a worker's stack.
-#[cfg(unix)]
 fn signals_blocked<R>(start: impl FnOnce() -> R) -> R {
     use std::mem::MaybeUninit;
 
@@ -229,11 +228,6 @@ fn signals_blocked<R>(start: impl FnOnce() -> R) -> R {
         libc::pthread_sigmask(libc::SIG_BLOCK, blocked.as_ptr(), before.as_mut_ptr());
         Restore(before.assume_init())
     };
-    start()
-}
-
-#[cfg(not(unix))]
-fn signals_blocked<R>(start: impl FnOnce() -> R) -> R {
     start()
 }
 
