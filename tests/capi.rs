@@ -10,7 +10,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use common::{Link, compile, finish, functions, library, pack, root, run, run_with, succeed};
+use common::{
+    Link, compile, finish, functions, has_tool, library, pack, root, run, run_with, succeed,
+};
 
 #[test]
 fn null_everywhere() {
@@ -69,6 +71,69 @@ fn runs_callbacks_and_signals() {
 #[test]
 fn threads() {
     run("threads.c", Link::Shared);
+}
+
+/// A host that runs under ThreadSanitizer with the suppressions that are installed hears nothing of the
+/// library, and still of its own races.
+#[test]
+fn thread_sanitizer_finds_the_hosts_races_only() {
+    const RACE: &str = r#"
+#include "mxfp4train.h"
+#include <pthread.h>
+#include <stdio.h>
+
+static int lines;
+
+static void on_log(void *user_data, int32_t level, const char *line) {
+  (void)user_data, (void)level, (void)line;
+#ifdef RACE
+  lines++;
+#else
+  __atomic_fetch_add(&lines, 1, __ATOMIC_RELAXED);
+#endif
+}
+
+static void *start(void *unused) {
+  mxt_engine_options options;
+  mxt_engine *engine = NULL;
+  mxt_engine_options_init(&options, sizeof options);
+  options.threads = 2;
+  options.log = on_log;
+  if (mxt_engine_new(&options, &engine) != MXT_OK) puts(mxt_last_error());
+  mxt_engine_free(engine);
+  return unused;
+}
+
+int main(void) {
+  pthread_t threads[2];
+  for (int i = 0; i < 2; i++) pthread_create(&threads[i], NULL, start, NULL);
+  for (int i = 0; i < 2; i++) pthread_join(threads[i], NULL);
+  return lines > 0 ? 0 : 1;
+}
+"#;
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let suppressions = root().join("packaging/tsan.supp");
+    let run = |source: &Path, flags: &[&str]| {
+        let flags = [&["-fsanitize=thread"], flags].concat();
+        let program = compile(source, Link::Shared, &flags, dir.path());
+        let options = format!("suppressions={}", suppressions.display());
+        let output = finish(Command::new(program).env("TSAN_OPTIONS", options));
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let empty = dir.path().join("empty.c");
+    fs::write(&empty, "int main(void) { return 0; }\n").expect("the file can be written");
+    // Older ones cannot place their shadow memory under some kernels.
+    if !has_tool("a ThreadSanitizer that starts", run(&empty, &[]).0) {
+        return;
+    }
+    let race = dir.path().join("race.c");
+    fs::write(&race, RACE).expect("the file can be written");
+    for source in [&root().join("tests/c/threads.c"), &race] {
+        let (success, text) = run(source, &[]);
+        assert!(success && text.is_empty(), "{}:\n{text}", source.display());
+    }
+    let (success, text) = run(&race, &["-DRACE"]);
+    assert!(!success && text.contains("data race") && text.contains("on_log"), "{text}");
 }
 
 #[test]

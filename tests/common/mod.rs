@@ -169,7 +169,7 @@ pub(crate) fn finish(command: &mut Command) -> Output {
 /// valgrind, to be followed by a program: no finding and, with `leaks`, no leak. It knows no AVX-512,
 /// which the library sees and does without.
 pub(crate) fn valgrind(leaks: bool) -> Vec<String> {
-    let suppressions = root().join("tests/c/valgrind.supp");
+    let suppressions = root().join("packaging/valgrind.supp");
     let leaks = if leaks { "full" } else { "no" };
     [
         "valgrind",
@@ -182,14 +182,6 @@ pub(crate) fn valgrind(leaks: bool) -> Vec<String> {
     ]
     .map(str::to_owned)
     .into()
-}
-
-/// Writes a token file of a sentence, over and over, for a program to train on.
-pub(crate) fn write_tokens(path: &Path) {
-    let text = b"Humpty Dumpty sat on a wall, Humpty Dumpty had a great fall; ";
-    let tokens = text.iter().cycle().take(6000);
-    let bytes: Vec<u8> = tokens.flat_map(|&byte| u16::from(byte).to_le_bytes()).collect();
-    fs::write(path, bytes).expect("the file can be written");
 }
 
 /// Whether a tool is there. Without it the test that asks is skipped with a line that says so, except
