@@ -17,30 +17,43 @@ fn an_installed_tree_serves_every_kind_of_program() {
         return;
     }
     let dir = tempfile::tempdir().expect("a temporary folder");
-    let prefix = dir.path().join("prefix");
-    succeed(make("install").arg(format!("PREFIX={}", prefix.display())));
+    // Installed with a blank in its name, then moved: from here on nothing is where make put it.
+    let first = dir.path().join("first prefix");
+    succeed(make("install").arg(format!("PREFIX={}", first.display())));
+    let prefix = dir.path().join("second prefix");
+    fs::rename(&first, &prefix).expect("the tree can be moved");
     let work = Workplace { prefix, dir: dir.path().to_owned() };
 
     the_tree_is_what_a_packager_expects(&work);
+    nothing_names_the_place(&work, &first);
     the_shared_library_needs_and_exports_little(&work);
     with_pkg_config(&work);
     with_cmake(&work);
+    under_valgrind(&work);
     loaded_by_threads(&work);
     beside_another_rust_library(&work);
     mxtrain_runs(&work);
 
-    // A packager's way: the tree is staged, and the files name the place where it will be.
-    let stage = dir.path().join("stage");
+    // A packager's way: the tree is staged, and the files find each other where it will be.
+    let stage = dir.path().join("a stage");
     let destdir = format!("DESTDIR={}", stage.display());
     let place = ["PREFIX=/usr", "LIBDIR=/usr/lib/x86_64-linux-gnu"];
     succeed(make("install").args(place).arg(&destdir));
     let lib = stage.join("usr/lib/x86_64-linux-gnu");
-    let pc = fs::read_to_string(lib.join("pkgconfig/mxfp4train.pc")).expect("the file");
-    assert!(pc.starts_with("prefix=/usr\nlibdir=/usr/lib/x86_64-linux-gnu\n"), "{pc}");
+    let ask = |flag: &str| {
+        let mut ask = Command::new("pkg-config");
+        ask.env("PKG_CONFIG_PATH", lib.join("pkgconfig"));
+        succeed(ask.args([flag, "mxfp4train"])).trim().to_owned()
+    };
+    let pc = lib.join("pkgconfig").display().to_string().replace(' ', "\\ ");
+    assert_eq!(ask("--variable=includedir"), format!("{pc}/../../../include"));
+    assert_eq!(ask("--variable=libdir"), format!("{pc}/.."));
+    assert_eq!(ask("--variable=prefix"), format!("{pc}/../../.."));
     let cmake = fs::read_to_string(lib.join("cmake/mxfp4train/mxfp4train-config.cmake"));
     assert!(cmake.expect("the file").contains("{_mxfp4train_lib}/../../include\""));
     succeed(make("uninstall").args(place).arg(&destdir));
     assert_eq!(files(&stage), Vec::<PathBuf>::new(), "uninstall leaves files");
+    assert!(!stage.join("usr/share/mxfp4train").exists() && !lib.join("cmake/mxfp4train").exists());
 }
 
 struct Workplace {
@@ -84,18 +97,28 @@ fn the_tree_is_what_a_packager_expects(work: &Workplace) {
         "lib/libmxfp4train.so",
         "lib/libmxfp4train.so.0",
         "lib/pkgconfig/mxfp4train.pc",
+        "include/mxfp4train.hpp",
+        "share/mxfp4train/tsan.supp",
+        "share/mxfp4train/valgrind.supp",
     ]
     .map(PathBuf::from)
     .into();
     expected.push(format!("lib/libmxfp4train.so.{version}").into());
-    if root().join("bindings/cpp/mxfp4train.hpp").exists() {
-        expected.push("include/mxfp4train.hpp".into());
-    }
     expected.sort();
     assert_eq!(files(&work.prefix), expected);
     let link = |name: &str| fs::read_link(work.lib().join(name)).expect("a link");
     assert_eq!(link("libmxfp4train.so"), Path::new("libmxfp4train.so.0"));
     assert_eq!(link("libmxfp4train.so.0"), Path::new(&format!("libmxfp4train.so.{version}")));
+}
+
+/// So that it can be moved. What was compiled names no folder of its user either.
+fn nothing_names_the_place(work: &Workplace, first: &Path) {
+    let place = first.to_str().expect("UTF-8").as_bytes();
+    for file in files(&work.prefix) {
+        let bytes = fs::read(work.prefix.join(&file)).expect("the file can be read");
+        let found = bytes.windows(place.len()).any(|window| window == place);
+        assert!(!found, "{} names {}", file.display(), first.display());
+    }
 }
 
 fn the_shared_library_needs_and_exports_little(work: &Workplace) {
@@ -127,7 +150,7 @@ fn the_shared_library_needs_and_exports_little(work: &Workplace) {
 fn with_pkg_config(work: &Workplace) {
     let dir = work.copy("pkg-config");
     for (arguments, needed) in
-        [(&[][..], Some(true)), (&["STATIC=1"], Some(false)), (&["STATIC=full"], None)]
+        [(&["STATIC=full"][..], None), (&["STATIC=1"], Some(false)), (&[], Some(true))]
     {
         let mut build = Command::new("make");
         build.args(["-B", "-C"]).arg(&dir).args(arguments);
@@ -151,19 +174,48 @@ fn with_pkg_config(work: &Workplace) {
 
 fn with_cmake(work: &Workplace) {
     let dir = work.copy("cmake");
-    // Moved as a whole, the tree must still be found.
-    let moved = work.dir.join("moved");
-    succeed(Command::new("cp").arg("-a").arg(&work.prefix).arg(&moved));
-    let build = dir.join("build");
-    let mut configure = Command::new("cmake");
-    configure.arg("-S").arg(&dir).arg("-B").arg(&build);
-    succeed(configure.arg(format!("-DCMAKE_PREFIX_PATH={}", moved.display())));
-    succeed(Command::new("cmake").arg("--build").arg(&build));
-    for kind in ["shared", "static"] {
+    let build = |name: &str, options: &[&str]| {
+        let build = dir.join(name);
+        let mut configure = Command::new("cmake");
+        configure.arg("-S").arg(&dir).arg("-B").arg(&build).args(options);
+        succeed(configure.arg(format!("-DCMAKE_PREFIX_PATH={}", work.prefix.display())));
+        succeed(Command::new("cmake").arg("--build").arg(&build));
+        build
+    };
+    let needs_library = |program: &Path| {
+        succeed(Command::new("readelf").arg("-d").arg(program)).contains("[libmxfp4train.so.0]")
+    };
+    let both = build("both", &["-DKINDS=mxfp4train;shared;static"]);
+    for (kind, needed) in [("mxfp4train", true), ("shared", true), ("static", false)] {
+        let program = both.join(kind);
         // CMake writes the folder of the shared library into the program.
-        println!("{kind}: {}", succeed(&mut Command::new(build.join(kind))).trim());
+        println!("{kind}: {}", succeed(&mut Command::new(&program)).trim());
+        assert_eq!(needs_library(&program), needed, "{kind}");
     }
-    fs::remove_dir_all(&moved).expect("the copy can be removed");
+    let chosen = build("chosen", &["-DKINDS=mxfp4train", "-Dmxfp4train_USE_STATIC_LIBS=ON"]);
+    assert!(!needs_library(&chosen.join("mxfp4train")));
+
+    // A packager may leave one kind out.
+    let version = env!("CARGO_PKG_VERSION");
+    let shared = work.lib().join(format!("libmxfp4train.so.{version}"));
+    let aside = work.dir.join("aside");
+    fs::rename(&shared, &aside).expect("the library can be moved");
+    let left = build("left", &["-DKINDS=mxfp4train"]);
+    assert!(!needs_library(&left.join("mxfp4train")));
+    fs::rename(&aside, &shared).expect("the library can be moved back");
+}
+
+/// The suppressions that are installed fit the library that is installed.
+fn under_valgrind(work: &Workplace) {
+    if !has_program("valgrind") {
+        return;
+    }
+    let program = work.dir.join("pkg-config/program");
+    let suppressions = work.prefix.join("share/mxfp4train/valgrind.supp");
+    let mut command = work.program("valgrind".into());
+    command.args(["--quiet", "--error-exitcode=99", "--leak-check=full", "--fair-sched=yes"]);
+    command.arg(format!("--suppressions={}", suppressions.display()));
+    succeed(command.arg(program));
 }
 
 fn loaded_by_threads(work: &Workplace) {
