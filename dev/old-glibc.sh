@@ -14,8 +14,9 @@ if [[ ! -x $root/lib/x86_64-linux-gnu/ld-2.31.so ]]; then
     apt=$(mktemp -d)
     trap 'rm -rf "$apt"' EXIT
     mkdir -p "$apt"/lists/partial "$apt"/archives/partial
-    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep '/debian' \
-        | grep -v security | head -n 1)
+    mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' | grep -v security \
+        | sed -n 1p)
+    [[ -n $mirror ]] || { echo "expected a mirror of Debian in apt's sources, found none" >&2; exit 1; }
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror bullseye main" \
         > "$apt/sources.list"
     : > "$apt/status"

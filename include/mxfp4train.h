@@ -80,7 +80,8 @@
 // 8. Randomness and reproducibility. Everything random comes from the engine's seed. The same seed,
 //    data, build and instruction set give the same losses bit for bit, on any number of threads, and
 //    whether or not a run was saved and loaded on the way. Instruction sets (portable, AVX2, AVX-512,
-//    AMX) and kinds of GPU differ in the last bits of sums, and so do the runs that follow from them.
+//    AMX) and kinds of GPU differ in the last bits of sums, the system's libm may in those of logarithms
+//    and powers, and so do the runs that follow from them.
 //    mxt_build_info names the set that this processor gets; the environment variable MXT_CPU_ISA
 //    (portable, avx2, avx512 or amx) names another for engines that are made afterwards, so that
 //    machines of different kinds give the same bits.

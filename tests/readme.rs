@@ -46,6 +46,7 @@ fn commands_for_c_and_cpp_train() {
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARGO_")) {
         shell.env_remove(name);
     }
+    shell.env("CARGO_TARGET_DIR", root().join("target"));
     let text = succeed(&mut shell);
     let place = Path::new(text.lines().next_back().expect("the folder"));
     assert!(place.starts_with(dir.path()), "{text}");
