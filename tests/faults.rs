@@ -1,11 +1,8 @@
 //! A panic behind every function of the C API: an error for the host, never its end.
 //!
-//! Needs a library that can be told to panic, in a folder of its own because cargo would take it
-//! for the real one afterwards:
-//!
-//! ```text
-//! cargo test --features fault-injection --target-dir target/faults --test faults
-//! ```
+//! Debug builds of the library can be told to panic, and release builds cannot.
+
+#![cfg(debug_assertions)]
 
 mod common;
 

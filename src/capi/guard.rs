@@ -199,16 +199,13 @@ fn catch<R>(function: &str, body: impl FnOnce() -> R) -> Result<R, Failure> {
     })
 }
 
-/// Panics where a test asks for it: `MXT_FAULT` names the function.
-#[cfg(feature = "fault-injection")]
+/// Panics where a test asks for it: `MXT_FAULT` names the function. In debug builds only.
 fn inject_fault(function: &str) {
-    if std::env::var_os("MXT_FAULT").is_some_and(|name| name == function) {
+    if cfg!(debug_assertions) && std::env::var_os("MXT_FAULT").is_some_and(|name| name == function)
+    {
         panic!("injected fault");
     }
 }
-
-#[cfg(not(feature = "fault-injection"))]
-fn inject_fault(_function: &str) {}
 
 fn describe(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<&str>().copied();

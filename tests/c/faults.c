@@ -1,6 +1,6 @@
 /* A defect behind every function: the call says MXT_ERROR_PANIC, the handle is unusable and can be
- * freed, other handles and the host go on. The library is built with the feature fault-injection:
- * the function that MXT_FAULT names panics. */
+ * freed, other handles and the host go on. In a debug build of the library, the function
+ * that MXT_FAULT names panics. */
 #define _GNU_SOURCE
 #include "check.h"
 
