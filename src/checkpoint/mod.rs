@@ -214,6 +214,11 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Whether there is a training state.
+    pub(crate) fn has_state(&self) -> bool {
+        self.files[2].is_some()
+    }
+
     /// The training state, after a check that the tensor files beside it are those of its save.
     ///
     /// # Errors
