@@ -471,7 +471,7 @@ impl Trainer {
         state.options = state.options.resolved(model.config())?;
         let plan = plan(engine, model.config(), &state.options)?;
         let bytes = plan.total() - plan.weights;
-        engine.check_memory("the model and its trainer", plan.total())?;
+        engine.check_memory("the model and its trainer", plan.total(), bytes)?;
         let backend = engine.backend();
         let mut allocated = Plan { weights: plan.weights, ..Plan::default() };
         let buffers =

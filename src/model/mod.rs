@@ -208,7 +208,7 @@ impl Model {
     fn zeroed(engine: &Engine, config: &ModelConfig) -> Result<Self> {
         config.validate()?;
         let bytes = Self::plan(engine, config)?;
-        engine.check_memory("the weights", bytes)?;
+        engine.check_memory("the weights", bytes, bytes)?;
         let backend = engine.backend();
         let mut arena = backend.arena(Some(bytes as usize))?;
         let specs = specs(config);
