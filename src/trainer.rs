@@ -446,6 +446,11 @@ impl Trainer {
         self.stop.clone()
     }
 
+    /// Listens to `stop` in place of its own handle, so that one request can stop several trainers.
+    pub fn set_stop_handle(&mut self, stop: StopHandle) {
+        self.stop = stop;
+    }
+
     /// Copies the gradient that the last step computed (before clipping) for a parameter into `out`,
     /// in the shape that [`Model::tensors`] gives. Gradients stay until the next step.
     ///
