@@ -159,6 +159,9 @@ typedef enum mxt_status_code {
   MXT_ERROR_FORKED = -17,
   // A GPU failed. The handle is poisoned: free it and what was made on the same device.
   MXT_ERROR_DEVICE = -18,
+  // A stop was asked for (mxt_trainer_request_stop) while the call was at work. It has changed
+  // nothing; no harm was done.
+  MXT_STOPPED = -19,
 } mxt_status_code;
 
 // How much a log line matters.
@@ -202,7 +205,7 @@ typedef enum mxt_run_end {
   MXT_RUN_END_FINISHED = 0,
   // The callback returned a number other than 0.
   MXT_RUN_END_CALLBACK = 1,
-  // mxt_trainer_request_stop was called.
+  // mxt_trainer_request_stop was called, maybe during a step or an evaluation, which was given up.
   MXT_RUN_END_REQUEST = 2,
 } mxt_run_end;
 
@@ -447,7 +450,8 @@ typedef struct mxt_memory_plan {
   uint64_t total;
 } mxt_memory_plan;
 
-// Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation.
+// Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation,
+// and where that failed or was stopped.
 // Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
 //
 // Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
@@ -493,12 +497,16 @@ typedef struct mxt_run_result {
   double seconds;
   // Loss of the last step, NaN if there was none.
   float last_loss;
-  // Loss of the last evaluation, NaN if there was none.
+  // Loss of the last evaluation that did not fail, NaN if there was none.
   float last_eval_loss;
   // One of mxt_run_end.
   int32_t end;
   // 1 if save_dir holds the trainer as it is now, else 0.
   int32_t saved;
+  // Evaluations of this call that failed. The log has their messages.
+  uint64_t eval_errors;
+  // Checkpoints of this call that could not be saved. The log has their messages.
+  uint64_t save_errors;
 } mxt_run_result;
 
 #ifdef __cplusplus
@@ -619,11 +627,13 @@ mxt_status mxt_model_load(const struct mxt_engine *engine,
                           struct mxt_model **model);
 
 // Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-// folder is made if it is not there. A failure leaves what was there before.
+// folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
+// there, the one before or the new one. Whatever else is in the folder stays.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-// MXT_ERROR_BUSY.
-mxt_status mxt_model_save(const struct mxt_model *model, const char *dir);
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
+// (a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+mxt_status mxt_model_save(const struct mxt_model *model,
+                          const char *dir);
 
 // Stores the model's shape in `*config`, whose struct_size the caller has set.
 //
@@ -788,11 +798,11 @@ mxt_status mxt_trainer_load(const struct mxt_engine *engine,
                             struct mxt_trainer **trainer);
 
 // Saves model, moments, options and position to the folder `dir`, which is made if it is not there.
-// A failure, or a kill at any instant, leaves what was there before. Hugging Face transformers opens
-// the folder as gpt2.
+// A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or the new one.
+// Whatever else is in the folder stays. Hugging Face transformers opens the folder as gpt2.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-// MXT_ERROR_BUSY.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
+// (a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 mxt_status mxt_trainer_save(struct mxt_trainer *trainer,
                             const char *dir);
 
@@ -826,8 +836,11 @@ mxt_status mxt_trainer_step_tokens(struct mxt_trainer *trainer,
 // dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
 // not an error.
 //
+// A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called back
+// the caller.
+//
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY.
+// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY, MXT_STOPPED.
 mxt_status mxt_trainer_eval(struct mxt_trainer *trainer,
                             const struct mxt_dataset *dataset,
                             size_t max_batches,
@@ -861,12 +874,19 @@ mxt_status mxt_trainer_model(const struct mxt_trainer *trainer, struct mxt_model
 mxt_status mxt_trainer_get_options(const struct mxt_trainer *trainer,
                                    struct mxt_trainer_options *options);
 
-// Asks mxt_trainer_run to stop before its next step; a run that is not started yet stops at once.
-// The request is used up by the run that it stops. NULL does nothing.
+// Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of several
+// batches or of an evaluation, which then count as not done. A run that is not started yet stops at
+// once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up or
+// mxt_trainer_clear_stop takes it back. NULL does nothing.
 //
 // Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
 // not be freed meanwhile.
 void mxt_trainer_request_stop(const struct mxt_trainer *trainer);
+
+// Takes a stop request back that no run has used up. NULL does nothing.
+//
+// Any thread and any signal handler may call it at any time, as mxt_trainer_request_stop.
+void mxt_trainer_clear_stop(const struct mxt_trainer *trainer);
 
 // The message of the last call with this trainer that failed, on whichever thread; the empty string
 // when there is none.
@@ -900,10 +920,17 @@ mxt_status mxt_run_options_init(struct mxt_run_options *options, size_t struct_s
 // (struct_size set by the caller; NULL if not wanted).
 //
 // The trainer is in use only inside each step, evaluation and checkpoint, not while the callback
-// runs. An error ends the run: the steps before it are done (mxt_trainer_steps_done) and can be
-// saved, `*result` is not written.
+// runs.
 //
-// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save.
+// An evaluation or a checkpoint that fails does not end the run: the log gets a warning, the result
+// counts it, and the next one is tried when it is due. Where the last evaluation of the run failed, or
+// its last checkpoint, the call returns that error, at its end: all steps that were to be done are, and
+// after a failed evaluation they are also saved. Only an error of a step, a device that fails and a
+// panic end the run; the steps before are then saved, if save_dir is given and the trainer usable. After
+// any error mxt_trainer_steps_done counts the steps done, which can be saved (again), and `*result` is
+// not written.
+//
+// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
 mxt_status mxt_trainer_run(struct mxt_trainer *trainer,
                            const struct mxt_dataset *dataset,
                            const struct mxt_run_options *options,

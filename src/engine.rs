@@ -2,12 +2,13 @@
 
 use std::ffi::c_void;
 use std::fmt;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::backend::Device;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::{Error, Result};
+use crate::{Error, MemoryRoom, Result};
 
 /// How much a log line matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -212,16 +213,50 @@ impl Engine {
         }
     }
 
-    /// An error if `bytes` are more than the memory limit.
-    pub(crate) fn check_memory(&self, what: &'static str, bytes: u64) -> Result<()> {
-        match self.memory_limit() {
-            limit if limit > 0 && bytes > limit => Err(Error::OutOfMemory {
-                what,
-                needed: bytes,
-                limit: format!("the limit is {limit}; use a smaller batch or model"),
-            }),
-            _ => Ok(()),
+    /// The memory of the device, which for the CPU is what the machine and the process's control
+    /// groups give; [`EngineOptions::memory_limit`] narrows it. `None` where the system does not say.
+    pub fn memory_room(&self) -> Option<MemoryRoom> {
+        let mut room = match self.backend() {
+            Device::Cpu(_) => MemoryRoom::of_host(Path::new("/"))?,
+            Device::Cuda(cuda) => {
+                let (available, limit) = cuda.memory()?;
+                MemoryRoom {
+                    limit,
+                    limited_by: format!("the memory of {}", self.device()),
+                    available,
+                }
+            }
+        };
+        let own = self.memory_limit();
+        if own > 0 && own < room.limit {
+            room.limit = own;
+            room.limited_by = "the engine's memory_limit".into();
+            room.available = room.available.min(own);
         }
+        Some(room)
+    }
+
+    /// An error if `bytes` in all, of which `fresh` are still to be allocated, can never be had, above
+    /// all because of the memory limit; a warning to the log if they cannot be had now.
+    pub(crate) fn check_memory(&self, what: &'static str, bytes: u64, fresh: u64) -> Result<()> {
+        match self.memory_limit() {
+            limit if limit > 0 && bytes > limit => {
+                return Err(Error::OutOfMemory {
+                    what,
+                    needed: bytes,
+                    limit: format!("the limit is {limit}; use a smaller batch or model"),
+                });
+            }
+            _ => {}
+        }
+        // A GPU's free memory is looked at by its arena.
+        if let Device::Cpu(_) = self.backend()
+            && let Some(room) = MemoryRoom::of_host(Path::new("/"))
+            && let Some(warning) = room.check(what, bytes, fresh)?
+        {
+            self.log(LogLevel::Warning, || warning);
+        }
+        Ok(())
     }
 
     /// Sends a line to the log callback; `line` is not called where there is none.

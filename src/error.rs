@@ -111,6 +111,10 @@ pub enum Error {
         message: String,
     },
 
+    /// A stop was asked for while the call was at work. Nothing is changed.
+    #[error("stopped, as asked")]
+    Stopped,
+
     /// An earlier call panicked while it changed this object, which can only be freed now.
     #[error("a panic in an earlier call left this object unusable; free it")]
     Poisoned,

@@ -127,7 +127,8 @@ impl Decoder<Device> {
             Self::cut(backend, &mut arena, model.config(), longest);
             backend.arena_used(&arena)
         };
-        model.engine().check_memory("generating", measured as u64)?;
+        let bytes = measured as u64;
+        model.engine().check_memory("generating", bytes, bytes)?;
         let mut arena = backend.arena(Some(measured))?;
         Ok(Self::cut(backend, &mut arena, model.config(), longest))
     }

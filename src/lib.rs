@@ -75,6 +75,7 @@ pub mod mx;
 mod optim;
 pub mod recipe;
 mod reserve;
+mod room;
 mod trainer;
 
 pub use data::{Dataset, DatasetFile, TokenFormat};
@@ -84,4 +85,5 @@ pub use generate::GenerateOptions;
 pub use model::{Model, ModelConfig, Recompute, TensorInfo};
 pub use optim::{AdamW, Schedule, ScheduleKind};
 pub use recipe::Recipe;
+pub use room::MemoryRoom;
 pub use trainer::{EvalStats, Plan, StepStats, StopHandle, Trainer, TrainerOptions, plan};

@@ -116,8 +116,10 @@ pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> 
     Ok(plan)
 }
 
-/// Asks a trainer to stop at the next step boundary, from any thread or from a signal handler: one
-/// atomic store. [`Trainer::step`] does not look at it; loops over steps do.
+/// Asks a trainer to stop, from any thread or from a signal handler: one atomic store. The request
+/// stands until [`StopHandle::clear`]. [`Trainer::eval`] sees it before each batch, and
+/// [`Trainer::step_unless_stopped`] before each micro-step; [`Trainer::step`] does not look at it, loops
+/// over steps do.
 #[derive(Clone, Debug, Default)]
 pub struct StopHandle(Arc<AtomicBool>);
 
@@ -182,11 +184,18 @@ impl Trainer {
         Ok(trainer)
     }
 
+    /// Whether `dir` holds a checkpoint with the training state that [`Trainer::load`] wants; it may be
+    /// damaged even so.
+    pub fn is_saved_in(dir: &Path) -> bool {
+        Checkpoint::open(dir).is_ok_and(|checkpoint| checkpoint.has_state())
+    }
+
     /// Saves weights, moments and position to a checkpoint folder, atomically: a kill at any instant
-    /// leaves the previous checkpoint whole.
+    /// leaves the previous checkpoint whole, or the new one. Whatever else is in the folder stays.
     ///
     /// # Errors
-    /// [`Error::Io`]; what was in the folder before is then untouched.
+    /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its flushing
+    /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&mut self, dir: &Path) -> Result<()> {
         let params = self.model.lock()?;
         let backend = self.model.engine().backend();
@@ -205,10 +214,24 @@ impl Trainer {
     /// [`Error::NotFinite`] if the loss or the gradient is NaN or infinite. Weights, moments and
     /// position are then those before the step.
     pub fn step(&mut self, data: &Dataset) -> Result<StepStats> {
+        self.step_on(data, false)
+    }
+
+    /// [`Trainer::step`], given up where a stop is asked for: a step of many micro-steps can take
+    /// minutes.
+    ///
+    /// # Errors
+    /// As [`Trainer::step`], and [`Error::Stopped`] if a stop was pending before a micro-step. The next
+    /// step does the same from its beginning.
+    pub fn step_unless_stopped(&mut self, data: &Dataset) -> Result<StepStats> {
+        self.step_on(data, true)
+    }
+
+    fn step_on(&mut self, data: &Dataset, stops: bool) -> Result<StepStats> {
         let TrainerState { seed, step, ref options, .. } = self.state;
         let (batch, accumulation) = (options.batch_size as u64, options.accumulation as u64);
         let vocab_size = self.model.config().vocab_size;
-        self.optimizer_step(&mut |micro_step, row, window| {
+        self.optimizer_step(stops, &mut |micro_step, row, window| {
             let sample = (step * accumulation + micro_step as u64) * batch + row as u64;
             data.training_window(seed, sample, vocab_size, window)
         })
@@ -240,15 +263,15 @@ impl Trainer {
                 vocab_size,
             });
         }
-        self.optimizer_step(&mut |micro_step, row, window| {
+        self.optimizer_step(false, &mut |micro_step, row, window| {
             let from = (micro_step * batch_size + row) * window_len;
             window.copy_from_slice(&tokens[from..from + window_len]);
             Ok(())
         })
     }
 
-    /// Forward, backward, clip, update.
-    fn optimizer_step(&mut self, fill: &mut FillWindow<'_>) -> Result<StepStats> {
+    /// Forward, backward, clip, update; given up at a stop request if it `stops`.
+    fn optimizer_step(&mut self, stops: bool, fill: &mut FillWindow<'_>) -> Result<StepStats> {
         let started = Instant::now();
         let TrainerOptions { batch_size, sequence_length, accumulation, ref optimizer, .. } =
             self.state.options;
@@ -259,7 +282,14 @@ impl Trainer {
         let t = self.state.step + 1;
         let step = AdamWStep { lr, beta1, beta2, epsilon, weight_decay, t, clip, loss_scale };
 
-        let sums = self.gradients_and_update(sequences, &step, fill)?;
+        let stop = self.stop_handle();
+        let sums =
+            self.gradients_and_update(sequences, &step, &mut |micro_step, row, window| {
+                if row == 0 && stops && stop.is_requested() {
+                    return Err(Error::Stopped);
+                }
+                fill(micro_step, row, window)
+            })?;
         let (loss, grad_norm) = sums.loss_and_norm(&step);
         for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
             if !value.is_finite() {
@@ -329,7 +359,8 @@ impl Trainer {
     /// every call; 0 takes all windows. Nothing of the run changes.
     ///
     /// # Errors
-    /// As [`Trainer::step`]; a loss that is not finite is returned, not an error.
+    /// As [`Trainer::step`]; a loss that is not finite is returned, not an error. [`Error::Stopped`] if
+    /// a stop is pending before a batch.
     pub fn eval(&mut self, data: &Dataset, max_batches: usize) -> Result<EvalStats> {
         let started = Instant::now();
         let TrainerOptions { batch_size, sequence_length, ref recipe, .. } = self.state.options;
@@ -346,6 +377,9 @@ impl Trainer {
             &mut self.buffers;
         let mut sum = 0.0;
         for first in (0..count).step_by(batch_size) {
+            if self.stop.is_requested() {
+                return Err(Error::Stopped);
+            }
             let batch = (count - first).min(batch_size as u64) as usize;
             let sequences = Sequences { batch, length: sequence_length };
             data_batch.fill(sequences, |row, window| {
@@ -412,6 +446,11 @@ impl Trainer {
         self.stop.clone()
     }
 
+    /// Listens to `stop` in place of its own handle, so that one request can stop several trainers.
+    pub fn set_stop_handle(&mut self, stop: StopHandle) {
+        self.stop = stop;
+    }
+
     /// Copies the gradient that the last step computed (before clipping) for a parameter into `out`,
     /// in the shape that [`Model::tensors`] gives. Gradients stay until the next step.
     ///
@@ -436,8 +475,8 @@ impl Trainer {
         let engine = model.engine();
         state.options = state.options.resolved(model.config())?;
         let plan = plan(engine, model.config(), &state.options)?;
-        engine.check_memory("the model and its trainer", plan.total())?;
         let bytes = plan.total() - plan.weights;
+        engine.check_memory("the model and its trainer", plan.total(), bytes)?;
         let backend = engine.backend();
         let mut allocated = Plan { weights: plan.weights, ..Plan::default() };
         let buffers =

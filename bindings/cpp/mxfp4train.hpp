@@ -583,9 +583,10 @@ class Trainer {
     return run(dataset, options);
   }
 
-  // Stops a run before its next step. From any thread or signal handler, while this object lives
-  // and is not moved from.
+  // Stops a run before its next step, and eval before its next batch, with MXT_STOPPED. From any
+  // thread or signal handler, while this object lives and is not moved from.
   void request_stop() const noexcept { mxt_trainer_request_stop(get()); }
+  void clear_stop() const noexcept { mxt_trainer_clear_stop(get()); }
 
   outcome<void> set_lr(float lr) { return detail::finish(mxt_trainer_set_lr(get(), lr)); }
   outcome<void> use_schedule() { return detail::finish(mxt_trainer_use_schedule(get())); }

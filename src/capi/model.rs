@@ -214,10 +214,11 @@ pub unsafe extern "C" fn mxt_model_load(
 }
 
 /// Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-/// folder is made if it is not there. A failure leaves what was there before.
+/// folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
+/// there, the one before or the new one. Whatever else is in the folder stays.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-/// MXT_ERROR_BUSY.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
+/// (a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_save(model: *const mxt_model, dir: *const c_char) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.

@@ -3,6 +3,9 @@
 //! NOTE: the callback runs outside of the guard and without any lock. So it may call the library on
 //! the very trainer that called it, and an exception that a C++ host throws from it passes through
 //! this file's frames to the host's handler with the trainer whole, at a step boundary.
+//!
+//! A side job never costs the run: an evaluation or a checkpoint that fails is logged and counted, and
+//! the steps go on. What its last try says is what the host is told at the end.
 
 use std::ffi::{c_char, c_void};
 use std::path::PathBuf;
@@ -12,6 +15,9 @@ use super::arguments;
 use super::dataset::mxt_dataset;
 use super::guard;
 use super::handle::keep;
+use super::status::mxt_status_code::{
+    MXT_ERROR_DEVICE, MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_STOPPED,
+};
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::trainer::mxt_trainer;
@@ -25,11 +31,12 @@ pub enum mxt_run_end {
     Finished = 0,
     /// The callback returned a number other than 0.
     Callback = 1,
-    /// mxt_trainer_request_stop was called.
+    /// mxt_trainer_request_stop was called, maybe during a step or an evaluation, which was given up.
     Request = 2,
 }
 
-/// Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation.
+/// Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation,
+/// and where that failed or was stopped.
 /// Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
 ///
 /// Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
@@ -100,12 +107,16 @@ pub struct mxt_run_result {
     pub seconds: f64,
     /// Loss of the last step, NaN if there was none.
     pub last_loss: f32,
-    /// Loss of the last evaluation, NaN if there was none.
+    /// Loss of the last evaluation that did not fail, NaN if there was none.
     pub last_eval_loss: f32,
     /// One of mxt_run_end.
     pub end: i32,
     /// 1 if save_dir holds the trainer as it is now, else 0.
     pub saved: i32,
+    /// Evaluations of this call that failed. The log has their messages.
+    pub eval_errors: u64,
+    /// Checkpoints of this call that could not be saved. The log has their messages.
+    pub save_errors: u64,
 }
 versioned!(mxt_run_result, last = saved: i32);
 
@@ -127,10 +138,17 @@ pub unsafe extern "C" fn mxt_run_options_init(
 /// (struct_size set by the caller; NULL if not wanted).
 ///
 /// The trainer is in use only inside each step, evaluation and checkpoint, not while the callback
-/// runs. An error ends the run: the steps before it are done (mxt_trainer_steps_done) and can be
-/// saved, `*result` is not written.
+/// runs.
 ///
-/// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save.
+/// An evaluation or a checkpoint that fails does not end the run: the log gets a warning, the result
+/// counts it, and the next one is tried when it is due. Where the last evaluation of the run failed, or
+/// its last checkpoint, the call returns that error, at its end: all steps that were to be done are, and
+/// after a failed evaluation they are also saved. Only an error of a step, a device that fails and a
+/// panic end the run; the steps before are then saved, if save_dir is given and the trainer usable. After
+/// any error mxt_trainer_steps_done counts the steps done, which can be saved (again), and `*result` is
+/// not written.
+///
+/// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C-unwind" fn mxt_trainer_run(
     trainer: *mut mxt_trainer,
@@ -175,6 +193,8 @@ struct Run {
     end: Option<mxt_run_end>,
     /// The number of steps done at the last checkpoint of this run.
     saved_at: Option<u64>,
+    /// Why the last evaluation failed, if it did.
+    eval_failure: Option<Failure>,
 }
 
 impl Run {
@@ -209,9 +229,12 @@ impl Run {
                     last_eval_loss: f32::NAN,
                     end: mxt_run_end::Finished as i32,
                     saved: 0,
+                    eval_errors: 0,
+                    save_errors: 0,
                 },
                 end: None,
                 saved_at: None,
+                eval_failure: None,
             })
         }
     }
@@ -222,10 +245,10 @@ impl Run {
         while self.is_due() {
             let mut seen = None;
             let status = guard::method_of(NAME, &*trainer, |_| {
-                seen = Some(self.step()?);
+                seen = Some(self.step().map_err(|failure| self.save_before(failure))?);
                 Ok(())
             });
-            let (step, eval) = seen.ok_or(status)?;
+            let Some((step, eval)) = seen.ok_or(status)? else { continue };
             if let Some(on_step) = self.options.on_step {
                 let eval = eval.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
                 // SAFETY: the header asks for a function that can be called until the run ends.
@@ -246,10 +269,15 @@ impl Run {
         self.end.is_none() && self.result.steps < self.options.steps
     }
 
-    /// One step with the evaluation and the checkpoint that are due after it.
-    fn step(&mut self) -> Result<(mxt_step_stats, Option<mxt_eval_stats>), Failure> {
+    /// One step with the evaluation and the checkpoint that are due after it; `None` if it was given up
+    /// because of a stop request, which stays.
+    fn step(&mut self) -> Result<Option<(mxt_step_stats, Option<mxt_eval_stats>)>, Failure> {
         let data = &self.dataset.data;
-        let stats = self.trainer.exclusive(|trainer| Ok(trainer.step(data)?))?;
+        let stepped = self.trainer.exclusive(|trainer| Ok(trainer.step_unless_stopped(data)?));
+        let stats = match stepped {
+            Err(failure) if failure.status == MXT_STOPPED => return Ok(None),
+            other => other?,
+        };
         self.result.steps += 1;
         self.result.tokens += stats.tokens;
         self.result.seconds += stats.seconds;
@@ -257,11 +285,15 @@ impl Run {
 
         let last = self.result.steps == self.options.steps;
         let due = |every: u64| last || (every > 0 && stats.step.is_multiple_of(every));
-        let eval = if due(self.options.eval_every) { self.eval()? } else { None };
+        let eval = if due(self.options.eval_every) { self.eval(stats.step)? } else { None };
         if due(self.options.save_every) {
-            self.save(stats.step)?;
+            match self.save(stats.step) {
+                Err(failure) if is_fatal(&failure) => return Err(failure),
+                // The last one is tried once more, in `finish`.
+                _ => {}
+            }
         }
-        Ok((stats.into(), eval))
+        Ok(Some((stats.into(), eval)))
     }
 
     /// Saves what a stop has left behind.
@@ -271,24 +303,71 @@ impl Run {
         if self.saved_at != Some(step) {
             self.save(step)?;
         }
+        if let Some(mut failure) = self.eval_failure.take() {
+            let saved = if self.saved_at == Some(step) { "done and saved" } else { "done" };
+            failure.message.push_str(&format!(
+                "; this was the run's last evaluation, and its {} steps are {saved}",
+                self.result.steps
+            ));
+            return Err(failure);
+        }
         self.result.end = self.end.unwrap_or(mxt_run_end::Finished) as i32;
         self.result.saved = i32::from(self.saved_at == Some(step));
         Ok(self.result)
     }
 
-    fn eval(&mut self) -> Result<Option<mxt_eval_stats>, Failure> {
+    /// Saves the steps before the one that failed, and adds to its failure if that fails as well.
+    fn save_before(&mut self, mut failure: Failure) -> Failure {
+        let step = self.trainer.steps_done();
+        if !is_fatal(&failure)
+            && self.saved_at != Some(step)
+            && let Err(second) = self.save(step)
+        {
+            let steps = format!("; nor could the {step} steps before it be saved: ");
+            failure.message.push_str(&(steps + &second.message));
+        }
+        failure
+    }
+
+    fn eval(&mut self, step: u64) -> Result<Option<mxt_eval_stats>, Failure> {
         let Some(data) = &self.eval_dataset else { return Ok(None) };
         let batches = self.options.eval_batches;
-        let stats = self.trainer.exclusive(|trainer| Ok(trainer.eval(&data.data, batches)?))?;
-        self.result.last_eval_loss = stats.loss;
-        Ok(Some(stats.into()))
+        match self.trainer.exclusive(|trainer| Ok(trainer.eval(&data.data, batches)?)) {
+            Ok(stats) => {
+                self.eval_failure = None;
+                self.result.last_eval_loss = stats.loss;
+                Ok(Some(stats.into()))
+            }
+            Err(failure) if failure.status == MXT_STOPPED => Ok(None),
+            Err(failure) if is_fatal(&failure) => Err(failure),
+            Err(failure) => {
+                self.result.eval_errors += 1;
+                let why = &failure.message;
+                self.trainer.warn(|| format!("the evaluation after step {step} failed: {why}"));
+                self.eval_failure = Some(failure);
+                Ok(None)
+            }
+        }
     }
 
     fn save(&mut self, step: u64) -> Result<(), Failure> {
-        if let Some(dir) = &self.save_dir {
-            self.trainer.exclusive(|trainer| Ok(trainer.save(dir)?))?;
-            self.saved_at = Some(step);
+        let Some(dir) = &self.save_dir else { return Ok(()) };
+        match self.trainer.exclusive(|trainer| Ok(trainer.save(dir)?)) {
+            Ok(()) => {
+                self.saved_at = Some(step);
+                Ok(())
+            }
+            Err(failure) => {
+                self.result.save_errors += 1;
+                let why = &failure.message;
+                self.trainer.warn(|| format!("step {step} could not be saved: {why}"));
+                Err(failure)
+            }
         }
-        Ok(())
     }
+}
+
+/// Whether the trainer is of no use any more.
+fn is_fatal(failure: &Failure) -> bool {
+    matches!(failure.status, MXT_ERROR_DEVICE | MXT_ERROR_POISONED | MXT_ERROR_PANIC)
 }

@@ -50,6 +50,9 @@ pub enum mxt_status_code {
     MXT_ERROR_FORKED = -17,
     /// A GPU failed. The handle is poisoned: free it and what was made on the same device.
     MXT_ERROR_DEVICE = -18,
+    /// A stop was asked for (mxt_trainer_request_stop) while the call was at work. It has changed
+    /// nothing; no harm was done.
+    MXT_STOPPED = -19,
 }
 use mxt_status_code::*;
 
@@ -67,7 +70,7 @@ pub extern "C" fn mxt_status_string(status: mxt_status) -> *const c_char {
     known.map_or(c"unknown status", |(_, text)| text).as_ptr()
 }
 
-const TEXTS: [(mxt_status_code, &CStr); 19] = [
+const TEXTS: [(mxt_status_code, &CStr); 20] = [
     (MXT_OK, c"ok"),
     (MXT_ERROR_NULL, c"argument is NULL"),
     (MXT_ERROR_INVALID_ARGUMENT, c"invalid argument"),
@@ -87,6 +90,7 @@ const TEXTS: [(mxt_status_code, &CStr); 19] = [
     (MXT_ERROR_BUFFER_TOO_SMALL, c"buffer too small"),
     (MXT_ERROR_FORKED, c"made before fork"),
     (MXT_ERROR_DEVICE, c"the device failed"),
+    (MXT_STOPPED, c"stopped, as asked"),
 ];
 
 /// Why a call fails: what it returns, and the text for its message.
@@ -124,6 +128,7 @@ impl From<Error> for Failure {
             Error::NotFinite { .. } => MXT_ERROR_NOT_FINITE,
             Error::NoSuchTensor { .. } => MXT_ERROR_NO_SUCH_TENSOR,
             Error::Device { .. } => MXT_ERROR_DEVICE,
+            Error::Stopped => MXT_STOPPED,
             Error::Poisoned => MXT_ERROR_POISONED,
         };
         Self::new(status, error.to_string())
@@ -145,7 +150,7 @@ mod tests {
             assert_eq!(TEXTS.iter().filter(|(_, other)| other == text).count(), 1);
             assert_eq!(mxt_status_string(*code as mxt_status), text.as_ptr());
         }
-        for unknown in [1, -19, mxt_status::MAX, mxt_status::MIN] {
+        for unknown in [1, -20, mxt_status::MAX, mxt_status::MIN] {
             // SAFETY: the function returns a static string.
             let text = unsafe { CStr::from_ptr(mxt_status_string(unknown)) };
             assert_eq!(text, c"unknown status");

@@ -16,7 +16,7 @@ use super::trainer_structs::{
     mxt_eval_stats, mxt_memory_plan, mxt_step_stats, mxt_trainer_options,
 };
 use super::{arguments, buffers, guard, handle};
-use crate::{StopHandle, Trainer, TrainerOptions, plan};
+use crate::{LogLevel, StopHandle, Trainer, TrainerOptions, plan};
 
 /// A model in training: weights, moments, schedule, and the number of steps done. It needs its model
 /// for itself while a call is inside: then calls on the model, on the trainer and on other trainers
@@ -66,6 +66,11 @@ impl mxt_trainer {
         let result = body(&mut trainer);
         self.steps.store(trainer.steps_done(), Ordering::Release);
         result
+    }
+
+    /// Sends a warning to the engine's log.
+    pub(super) fn warn(&self, line: impl FnOnce() -> String) {
+        self.model.model.engine().log(LogLevel::Warning, line);
     }
 
     pub(super) fn stop(&self) -> &StopHandle {
@@ -142,11 +147,11 @@ pub unsafe extern "C" fn mxt_trainer_load(
 }
 
 /// Saves model, moments, options and position to the folder `dir`, which is made if it is not there.
-/// A failure, or a kill at any instant, leaves what was there before. Hugging Face transformers opens
-/// the folder as gpt2.
+/// A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or the new one.
+/// Whatever else is in the folder stays. Hugging Face transformers opens the folder as gpt2.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-/// MXT_ERROR_BUSY.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
+/// (a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_save(
     trainer: *mut mxt_trainer,
@@ -220,8 +225,11 @@ pub unsafe extern "C" fn mxt_trainer_step_tokens(
 /// dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
 /// not an error.
 ///
+/// A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called back
+/// the caller.
+///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-/// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY.
+/// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY, MXT_STOPPED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_eval(
     trainer: *mut mxt_trainer,
@@ -314,8 +322,10 @@ pub unsafe extern "C" fn mxt_trainer_get_options(
     }
 }
 
-/// Asks mxt_trainer_run to stop before its next step; a run that is not started yet stops at once.
-/// The request is used up by the run that it stops. NULL does nothing.
+/// Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of several
+/// batches or of an evaluation, which then count as not done. A run that is not started yet stops at
+/// once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up or
+/// mxt_trainer_clear_stop takes it back. NULL does nothing.
 ///
 /// Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
 /// not be freed meanwhile.
@@ -325,6 +335,17 @@ pub unsafe extern "C" fn mxt_trainer_request_stop(trainer: *const mxt_trainer) {
     // SAFETY: a live handle or NULL, as the header asks.
     if let Some(trainer) = unsafe { trainer.as_ref() } {
         trainer.stop.request_stop();
+    }
+}
+
+/// Takes a stop request back that no run has used up. NULL does nothing.
+///
+/// Any thread and any signal handler may call it at any time, as mxt_trainer_request_stop.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_clear_stop(trainer: *const mxt_trainer) {
+    // SAFETY: a live handle or NULL, as the header asks.
+    if let Some(trainer) = unsafe { trainer.as_ref() } {
+        trainer.stop.clear();
     }
 }
 

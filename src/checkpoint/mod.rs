@@ -13,6 +13,7 @@
 
 mod config;
 mod folder;
+mod in_place;
 mod state;
 mod tensors;
 
@@ -20,8 +21,10 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
 use crate::model::{ModelConfig, TensorInfo};
@@ -64,14 +67,13 @@ pub(crate) struct TrainerPart<'a> {
 
 /// Writes a whole checkpoint folder, or leaves the one that is there untouched.
 ///
-/// `dir` and missing parents are created. Other files of an existing checkpoint folder, such as a
-/// tokenizer, stay; a training state is replaced by `trainer` or removed, as it would not fit the
+/// `dir` and missing parents are created. Whatever else is in an existing checkpoint folder, such as
+/// a tokenizer, stays; a training state is replaced by `trainer` or removed, as it would not fit the
 /// new weights. Needs disk space for both checkpoints and memory for the largest tensor.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Format`] for a `dir` that must not be replaced (a file, a folder with
-/// other content, a mount point, the current folder); [`Error::NotFinite`] for a NaN or infinite
-/// weight or moment.
+/// [`Error::Io`]; [`Error::Format`] for a `dir` that must not be written to (a file, a folder with
+/// other content and no checkpoint); [`Error::NotFinite`] for a NaN or infinite weight or moment.
 pub(crate) fn save(
     dir: &Path,
     config: &ModelConfig,
@@ -84,11 +86,11 @@ pub(crate) fn save(
         let named = name_all(weights, |name| name.to_owned());
         let model = tensors::write(&new.join(MODEL), &named, &extra)?;
 
-        let Some(TrainerPart { state, moments }) = trainer else { return Ok(()) };
+        let Some(TrainerPart { state, moments }) = &trainer else { return Ok(()) };
         let named: Vec<_> = PREFIXES
             .iter()
             .zip(moments)
-            .flat_map(|(prefix, moment)| name_all(moment, move |name| format!("{prefix}.{name}")))
+            .flat_map(|(prefix, moment)| name_all(*moment, move |name| format!("{prefix}.{name}")))
             .collect();
         let moments = tensors::write(&new.join(MOMENTS), &named, &[])?;
         let path = new.join(STATE);
@@ -118,21 +120,16 @@ impl Checkpoint {
             let io = |e: rustix::io::Errno| Error::io("open", &dir)(e.into());
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let folder = openat(CWD, &dir, flags, Mode::empty()).map_err(io)?;
-            let mut files = [const { None }; 4];
-            for (file, name) in files.iter_mut().zip(FILES) {
-                // Without NONBLOCK a pipe of this name would wait for its writer.
-                let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-                *file = match openat(&folder, name, flags, Mode::empty()) {
-                    Ok(file) => Some(File::from(file)),
-                    Err(rustix::io::Errno::NOENT) => None,
-                    Err(e) => return Err(Error::io("open", &dir.join(name))(e.into())),
-                };
-            }
-            // A save may have removed files of the folder that it replaced while we opened them.
+            let files = open_files(&folder, &dir)?;
+            // A save may have replaced some of them, or the whole folder, while we opened them.
             let stat = |s: rustix::fs::Stat| (s.st_dev, s.st_ino);
             let opened = rustix::fs::fstat(&folder).map(stat).map_err(io)?;
             let current = rustix::fs::stat(&dir).map(stat).ok();
-            if current != Some(opened) && attempt < TRIES {
+            let is_whole = current == Some(opened) && {
+                let again = open_files(&folder, &dir)?;
+                identities(&files) == identities(&again)
+            };
+            if !is_whole && attempt < TRIES {
                 continue;
             }
             for (file, name) in files.iter().zip([CONFIG, MODEL]) {
@@ -215,6 +212,11 @@ impl Checkpoint {
             write(index, &values)?;
         }
         Ok(())
+    }
+
+    /// Whether there is a training state.
+    pub(crate) fn has_state(&self) -> bool {
+        self.files[2].is_some()
     }
 
     /// The training state, after a check that the tensor files beside it are those of its save.
@@ -311,6 +313,27 @@ impl Checkpoint {
         }
         Ok((path, file))
     }
+}
+
+/// Opens the [`FILES`] of the checkpoint in `folder`, which messages call `dir`.
+fn open_files(folder: &OwnedFd, dir: &Path) -> Result<[Option<File>; 4]> {
+    let committed = in_place::Committed::open(folder)
+        .map_err(|e| Error::io("open", &dir.join(in_place::COMMIT))(e.into()))?;
+    let mut files = [const { None }; 4];
+    for (file, name) in files.iter_mut().zip(FILES) {
+        let opened = match &committed {
+            Some(committed) => committed.file(folder, name),
+            None => in_place::open_file(folder, name),
+        };
+        *file = opened.map_err(|e| Error::io("open", &dir.join(name))(e.into()))?;
+    }
+    Ok(files)
+}
+
+/// Device and inode of each file, as long as it is open no other's.
+fn identities(files: &[Option<File>; 4]) -> [Option<(u64, u64)>; 4] {
+    let identity = |file: &File| file.metadata().ok().map(|m| (m.dev(), m.ino()));
+    files.each_ref().map(|file| file.as_ref().and_then(identity))
 }
 
 /// Reads a shared file without moving its position.

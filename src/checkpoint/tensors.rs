@@ -15,6 +15,7 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::TensorRead;
+use super::folder::attempt;
 use crate::reserve::reserve;
 use crate::{Error, Result};
 
@@ -58,11 +59,11 @@ pub(super) fn write(
     extra: &[(&str, String)],
 ) -> Result<Fingerprint> {
     let io = |e| Error::io("write", path)(e);
-    let file = File::create_new(path).map_err(Error::io("create", path))?;
+    let file = attempt(|| File::create_new(path)).map_err(Error::io("create", path))?;
     let mut out = BufWriter::with_capacity(1 << 20, &file);
     let mut sums = vec![0; tensors.len()];
     let blank = header(path, tensors, &sums, extra)?;
-    out.write_all(&blank).map_err(io)?;
+    attempt(|| out.write_all(&blank)).map_err(io)?;
     let (mut values, mut bytes) = (Vec::new(), Vec::new());
     for (tensor, sum) in tensors.iter().zip(&mut sums) {
         let count = tensor.shape().iter().product();
@@ -75,18 +76,18 @@ pub(super) fn write(
             bytes.clear();
             bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
             crc.update(&bytes);
-            out.write_all(&bytes).map_err(io)?;
+            attempt(|| out.write_all(&bytes)).map_err(io)?;
         }
         *sum = crc.finalize();
     }
     // The checksums have a fixed width, so the header with the true ones fits over the blank one.
     let header = header(path, tensors, &sums, extra)?;
     debug_assert_eq!(header.len(), blank.len());
-    out.seek(SeekFrom::Start(0)).map_err(io)?;
-    out.write_all(&header).map_err(io)?;
-    out.flush().map_err(io)?;
+    attempt(|| out.seek(SeekFrom::Start(0))).map_err(io)?;
+    attempt(|| out.write_all(&header)).map_err(io)?;
+    attempt(|| out.flush()).map_err(io)?;
     drop(out);
-    file.sync_all().map_err(Error::io("flush", path))?;
+    attempt(|| file.sync_all()).map_err(Error::io("flush", path))?;
     let bytes = file.metadata().map_err(Error::io("read the size of", path))?.len();
     Ok(Fingerprint { bytes, header_crc32: hex(crc32fast::hash(&header)) })
 }
@@ -148,7 +149,7 @@ impl TensorFile {
         }
         // SAFETY: the map is only read, byte by byte, so any content is valid, and content is
         // checked after it was copied out. Our own saves never write into a file that may be
-        // mapped: they replace the folder that holds it.
+        // mapped: they put another one in its place.
         let map = unsafe { Mmap::map(file) }.map_err(Error::io("map", path))?;
         let (size, header) =
             SafeTensors::read_metadata(&map).map_err(|e| describe(path, &map, &e))?;

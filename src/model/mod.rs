@@ -101,10 +101,17 @@ impl Model {
         Ok(model)
     }
 
-    /// Saves weights and configuration as a Hugging Face `gpt2` folder, atomically.
+    /// Whether `dir` holds a checkpoint that [`Model::load`] could read; it may be damaged even so.
+    pub fn is_saved_in(dir: &Path) -> bool {
+        Checkpoint::open(dir).is_ok()
+    }
+
+    /// Saves weights and configuration as a Hugging Face `gpt2` folder, atomically. Whatever else is in
+    /// the folder stays.
     ///
     /// # Errors
-    /// [`Error::Io`]; what was in the folder before is then untouched.
+    /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its flushing
+    /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let params = self.lock()?;
         checkpoint::save(dir, self.config(), &self.exported(&params), None)
@@ -201,7 +208,7 @@ impl Model {
     fn zeroed(engine: &Engine, config: &ModelConfig) -> Result<Self> {
         config.validate()?;
         let bytes = Self::plan(engine, config)?;
-        engine.check_memory("the weights", bytes)?;
+        engine.check_memory("the weights", bytes, bytes)?;
         let backend = engine.backend();
         let mut arena = backend.arena(Some(bytes as usize))?;
         let specs = specs(config);

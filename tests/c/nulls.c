@@ -104,6 +104,7 @@ int main(void) {
   IS_NULL("options", mxt_trainer_run(trainer, dataset, NULL, NULL));
   CHECK(strstr(mxt_trainer_last_error(trainer), "options is NULL") != NULL);
   mxt_trainer_request_stop(NULL);
+  mxt_trainer_clear_stop(NULL);
 
   IS_NULL("engine", mxt_plan(NULL, &config, NULL, &plan));
   IS_NULL("config", mxt_plan(engine, NULL, NULL, &plan));

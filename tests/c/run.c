@@ -1,8 +1,10 @@
 /* mxt_trainer_run: callbacks that stop, that call back into the library; signals. */
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700
 #include "check.h"
 
 #include <signal.h>
+#include <sys/time.h>
+#include <unistd.h>
 
 struct seen {
   mxt_trainer *trainer;
@@ -70,6 +72,165 @@ static int32_t raise_at_two(void *user_data, const mxt_step_stats *stats, const 
   if (++*(int *)user_data == 2) raise(SIGINT);
   CHECK(stats->step > 0);
   return 0;
+}
+
+/* The log's warnings. */
+static char warnings[4096];
+
+static void keep_warnings(void *user_data, int32_t level, const char *line) {
+  (void)user_data;
+  if (level != MXT_LOG_LEVEL_WARNING) return;
+  strncat(warnings, line, sizeof warnings - strlen(warnings) - 2);
+  strcat(warnings, "\n");
+}
+
+/* Makes the folder of the checkpoint possible after two steps. */
+static int32_t clear_the_way(void *user_data, const mxt_step_stats *stats, const mxt_eval_stats *e) {
+  CHECK(e == NULL);
+  if (stats->step == 2) CHECK(unlink(user_data) == 0);
+  return 0;
+}
+
+/* Evaluations and checkpoints that fail do not cost the run; a step that fails costs none before it. */
+static void side_jobs(const char *root) {
+  char folder[4096], blocked[4096];
+  snprintf(folder, sizeof folder, "%s/side", root);
+  snprintf(blocked, sizeof blocked, "%s/blocked", root);
+  mxt_engine_options engine_options;
+  mxt_engine *engine = NULL;
+  OK(mxt_engine_options_init(&engine_options, sizeof engine_options));
+  engine_options.threads = 1;
+  engine_options.log = keep_warnings;
+  OK(mxt_engine_new(&engine_options, &engine));
+  mxt_model *model = new_model(engine);
+  mxt_dataset *dataset = new_dataset(), *outside = NULL;
+  mxt_trainer *trainer = new_trainer(model), *saved = NULL;
+  uint32_t tokens[CONTEXT + 1] = {VOCABULARY};
+  OK(mxt_dataset_from_tokens(tokens, CONTEXT + 1, &outside));
+  mxt_run_options run;
+  mxt_run_result result;
+  OK(mxt_run_options_init(&run, sizeof run));
+  memset(&result, 0x5a, sizeof result);
+  result.struct_size = sizeof result;
+
+  /* No evaluation succeeds: all steps are done and saved, and then the last one's error comes. */
+  run.steps = 6;
+  run.eval_dataset = outside;
+  run.eval_every = 2;
+  run.save_dir = folder;
+  FAILS(MXT_ERROR_TOKEN_RANGE, "its 6 steps are done and saved",
+        mxt_trainer_run(trainer, dataset, &run, &result));
+  CHECK(result.steps == 0x5a5a5a5a5a5a5a5a && mxt_trainer_steps_done(trainer) == 6);
+  CHECK(strstr(warnings, "the evaluation after step 2 failed: ") != NULL);
+  CHECK(strstr(warnings, "the evaluation after step 6 failed: ") != NULL);
+  OK(mxt_trainer_load(engine, folder, &saved));
+  CHECK(mxt_trainer_steps_done(saved) == 6);
+  mxt_trainer_free(saved);
+
+  /* Checkpoints fail until their folder can be made. */
+  mxt_trainer_free(trainer);
+  trainer = new_trainer(model);
+  FILE *file = fopen(blocked, "w");
+  CHECK(file != NULL && fclose(file) == 0);
+  *warnings = 0;
+  run.eval_dataset = NULL;
+  run.save_dir = blocked;
+  run.save_every = 1;
+  run.on_step = clear_the_way;
+  run.user_data = blocked;
+  run.steps = 4;
+  OK(mxt_trainer_run(trainer, dataset, &run, &result));
+  CHECK(result.steps == 4 && result.saved == 1 && result.save_errors == 2 && result.eval_errors == 0);
+  CHECK(strstr(warnings, "step 1 could not be saved: ") != NULL);
+  CHECK(strstr(warnings, "step 3 could not be saved: ") == NULL);
+
+  /* A step that blows up: those before it are saved. */
+  mxt_trainer_free(trainer);
+  mxt_trainer_options options = small_options();
+  options.lr = 1e30f;
+  OK(mxt_trainer_new(model, &options, &trainer));
+  run.save_every = 0;
+  run.on_step = NULL;
+  run.steps = 50;
+  FAILS(MXT_ERROR_NOT_FINITE, "not finite", mxt_trainer_run(trainer, dataset, &run, &result));
+  OK(mxt_trainer_load(engine, blocked, &saved));
+  CHECK(mxt_trainer_steps_done(saved) >= 1);
+  CHECK(mxt_trainer_steps_done(saved) == mxt_trainer_steps_done(trainer));
+  mxt_trainer_free(saved);
+  run.save_dir = "/dev/null/x";
+  FAILS(MXT_ERROR_NOT_FINITE, "nor could the", mxt_trainer_run(trainer, dataset, &run, &result));
+
+  mxt_trainer_free(trainer);
+  mxt_dataset_free(outside);
+  mxt_dataset_free(dataset);
+  mxt_model_free(model);
+  mxt_engine_free(engine);
+}
+
+static int32_t no_evaluation(void *user_data, const mxt_step_stats *stats, const mxt_eval_stats *e) {
+  CHECK(stats->step > 0 && e == NULL);
+  ++*(int *)user_data;
+  return 0;
+}
+
+/* A stop request is seen inside an evaluation and inside a step of many batches. */
+static void stops_on_the_way(mxt_engine *engine, mxt_model *model, mxt_dataset *dataset,
+                             const char *folder) {
+  enum { MANY = 2000000 };
+  uint32_t *tokens = calloc(MANY, sizeof *tokens);
+  mxt_dataset *many = NULL;
+  mxt_trainer *trainer = new_trainer(model), *saved = NULL;
+  mxt_eval_stats stats;
+  mxt_run_options run;
+  mxt_run_result result;
+  int steps = 0;
+  const struct itimerval soon = {{0, 0}, {0, 100000}};
+  struct sigaction action;
+  CHECK(tokens != NULL);
+  OK(mxt_dataset_from_tokens(tokens, MANY, &many));
+  free(tokens);
+  memset(&action, 0, sizeof action);
+  action.sa_handler = on_signal;
+  CHECK(sigaction(SIGALRM, &action, NULL) == 0);
+  OK(mxt_run_options_init(&run, sizeof run));
+  result.struct_size = sizeof result;
+  stats.struct_size = sizeof stats;
+
+  in_training = trainer;
+  run.steps = 5;
+  run.eval_dataset = many;
+  run.eval_every = 1;
+  run.eval_batches = 0;
+  run.save_dir = folder;
+  run.on_step = no_evaluation;
+  run.user_data = &steps;
+  CHECK(setitimer(ITIMER_REAL, &soon, NULL) == 0);
+  OK(mxt_trainer_run(trainer, dataset, &run, &result));
+  CHECK(result.steps == 1 && steps == 1 && result.end == MXT_RUN_END_REQUEST && result.saved == 1);
+  CHECK(result.eval_errors == 0 && result.last_eval_loss != result.last_eval_loss);
+
+  /* Outside of a run the request stays until it is taken back. */
+  CHECK(setitimer(ITIMER_REAL, &soon, NULL) == 0);
+  FAILS(MXT_STOPPED, "stopped", mxt_trainer_eval(trainer, many, 0, &stats));
+  RETURNS(MXT_STOPPED, mxt_trainer_eval(trainer, many, 1, &stats));
+  mxt_trainer_clear_stop(trainer);
+  OK(mxt_trainer_eval(trainer, many, 1, &stats));
+  mxt_trainer_free(trainer);
+
+  /* The step that was given up is done again, by whoever goes on. */
+  mxt_trainer_options options = small_options();
+  options.accumulation = 1 << 14;
+  OK(mxt_trainer_new(model, &options, &trainer));
+  in_training = trainer;
+  run.eval_dataset = NULL;
+  CHECK(setitimer(ITIMER_REAL, &soon, NULL) == 0);
+  OK(mxt_trainer_run(trainer, dataset, &run, &result));
+  CHECK(result.steps == 0 && result.end == MXT_RUN_END_REQUEST && result.saved == 1);
+  OK(mxt_trainer_load(engine, folder, &saved));
+  CHECK(mxt_trainer_steps_done(saved) == 0);
+  mxt_trainer_free(saved);
+  mxt_trainer_free(trainer);
+  mxt_dataset_free(many);
 }
 
 int main(int argc, char **argv) {
@@ -164,6 +325,9 @@ int main(int argc, char **argv) {
   run.save_dir = "/dev/null/x";
   RETURNS(MXT_ERROR_IO, mxt_trainer_run(trainer, dataset, &run, &result));
   CHECK(result.steps == 0x5a5a5a5a5a5a5a5a && mxt_trainer_steps_done(trainer) == done + 1);
+
+  side_jobs(argv[1]);
+  stops_on_the_way(engine, model, dataset, in_folder(argv[1], "stopped"));
 
   mxt_trainer_free(trainer);
   mxt_dataset_free(dataset);

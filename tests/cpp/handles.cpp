@@ -81,6 +81,7 @@ static void moves_and_lifetimes() {
   CHECK(second.step(*dataset).step == 2);
   CHECK(first.get() == nullptr && first.steps_done() == 0);
   first.request_stop();
+  first.clear_stop();
   fails(MXT_ERROR_NULL, "trainer", [&] { first.step(*dataset); });
   fails(MXT_ERROR_NULL, "trainer", [&] { first.run(*dataset, 3); });
   fails(MXT_ERROR_NULL, "", [&] { first.model(); });

@@ -158,6 +158,12 @@ A GPU failed. The handle is poisoned: free it and what was made on the same devi
 """
 const MXT_ERROR_DEVICE = Int32(-18)
 
+"""
+A stop was asked for (mxt_trainer_request_stop) while the call was at work. It has changed
+nothing; no harm was done.
+"""
+const MXT_STOPPED = Int32(-19)
+
 # mxt_log_level: How much a log line matters.
 
 """
@@ -225,7 +231,7 @@ The callback returned a number other than 0.
 const MXT_RUN_END_CALLBACK = Int32(1)
 
 """
-mxt_trainer_request_stop was called.
+mxt_trainer_request_stop was called, maybe during a step or an evaluation, which was given up.
 """
 const MXT_RUN_END_REQUEST = Int32(2)
 
@@ -254,7 +260,8 @@ the model or its trainer return MXT_ERROR_BUSY.
 const mxt_token_fn = Ptr{Cvoid}
 
 """
-Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation.
+Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation,
+and where that failed or was stopped.
 Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
 
 Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
@@ -546,12 +553,16 @@ struct mxt_run_result
     seconds::Cdouble
     # Loss of the last step, NaN if there was none.
     last_loss::Cfloat
-    # Loss of the last evaluation, NaN if there was none.
+    # Loss of the last evaluation that did not fail, NaN if there was none.
     last_eval_loss::Cfloat
     # One of mxt_run_end.
     end_::Int32
     # 1 if save_dir holds the trainer as it is now, else 0.
     saved::Int32
+    # Evaluations of this call that failed. The log has their messages.
+    eval_errors::UInt64
+    # Checkpoints of this call that could not be saved. The log has their messages.
+    save_errors::UInt64
 end
 
 """
@@ -779,10 +790,11 @@ end
     mxt_model_save(model, dir)
 
 Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-folder is made if it is not there. A failure leaves what was there before.
+folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
+there, the one before or the new one. Whatever else is in the folder stays.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-MXT_ERROR_BUSY.
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
+(a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 """
 function mxt_model_save(model, dir)
     return @ccall libmxfp4train.mxt_model_save(
@@ -1116,11 +1128,11 @@ end
     mxt_trainer_save(trainer, dir)
 
 Saves model, moments, options and position to the folder `dir`, which is made if it is not there.
-A failure, or a kill at any instant, leaves what was there before. Hugging Face transformers opens
-the folder as gpt2.
+A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or the new one.
+Whatever else is in the folder stays. Hugging Face transformers opens the folder as gpt2.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-MXT_ERROR_BUSY.
+Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
+(a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 """
 function mxt_trainer_save(trainer, dir)
     return @ccall libmxfp4train.mxt_trainer_save(
@@ -1178,8 +1190,11 @@ ones in every call, and stores it in `*stats` (struct_size set by the caller). 0
 dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
 not an error.
 
+A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called back
+the caller.
+
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY.
+a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY, MXT_STOPPED.
 """
 function mxt_trainer_eval(trainer, dataset, max_batches, stats)
     return @ccall libmxfp4train.mxt_trainer_eval(
@@ -1261,14 +1276,27 @@ end
 """
     mxt_trainer_request_stop(trainer)
 
-Asks mxt_trainer_run to stop before its next step; a run that is not started yet stops at once.
-The request is used up by the run that it stops. NULL does nothing.
+Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of several
+batches or of an evaluation, which then count as not done. A run that is not started yet stops at
+once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up or
+mxt_trainer_clear_stop takes it back. NULL does nothing.
 
 Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
 not be freed meanwhile.
 """
 function mxt_trainer_request_stop(trainer)
     return @ccall libmxfp4train.mxt_trainer_request_stop(trainer::Ptr{mxt_trainer})::Cvoid
+end
+
+"""
+    mxt_trainer_clear_stop(trainer)
+
+Takes a stop request back that no run has used up. NULL does nothing.
+
+Any thread and any signal handler may call it at any time, as mxt_trainer_request_stop.
+"""
+function mxt_trainer_clear_stop(trainer)
+    return @ccall libmxfp4train.mxt_trainer_clear_stop(trainer::Ptr{mxt_trainer})::Cvoid
 end
 
 """
@@ -1335,10 +1363,17 @@ are done, the callback ends it or a stop is requested; stores what it did in `*r
 (struct_size set by the caller; NULL if not wanted).
 
 The trainer is in use only inside each step, evaluation and checkpoint, not while the callback
-runs. An error ends the run: the steps before it are done (mxt_trainer_steps_done) and can be
-saved, `*result` is not written.
+runs.
 
-Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save.
+An evaluation or a checkpoint that fails does not end the run: the log gets a warning, the result
+counts it, and the next one is tried when it is due. Where the last evaluation of the run failed, or
+its last checkpoint, the call returns that error, at its end: all steps that were to be done are, and
+after a failed evaluation they are also saved. Only an error of a step, a device that fails and a
+panic end the run; the steps before are then saved, if save_dir is given and the trainer usable. After
+any error mxt_trainer_steps_done counts the steps done, which can be saved (again), and `*result` is
+not written.
+
+Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
 """
 function mxt_trainer_run(trainer, dataset, options, result)
     return @ccall libmxfp4train.mxt_trainer_run(

@@ -18,11 +18,15 @@ It may use the trainer: evaluate, save, generate, even close it. With the `do` s
 
 With `eval_dataset` the run evaluates whenever the number of steps done is a multiple of
 `eval_every`, and after the last step; with `save_dir` it saves likewise by `save_every`, and at its
-end, however it ends, except by an error of the library.
+end, however it ends.
+
+An evaluation or a save that fails does not end the run: the log gets a warning, and the next one is
+tried when it is due. Where the last one of its kind fails, `run!` throws that error at its end.
 
 Returns a named tuple: `steps`, `tokens` and `seconds` of this call, `last_loss` and
-`last_eval_loss` (NaN if there was none), `ended` (`:finished`, `:callback` or `:request`), and
-`saved`, whether `save_dir` holds the trainer as it is now.
+`last_eval_loss` (NaN if there was none), `ended` (`:finished`, `:callback` or `:request`), `saved`,
+whether `save_dir` holds the trainer as it is now, and `eval_errors` and `save_errors`, how many of
+them failed.
 """
 run!(trainer::Trainer, dataset::Dataset; fields...) =
     run!(Returns(nothing), trainer, dataset; fields...)
@@ -61,17 +65,30 @@ function run!(
         last_eval_loss = run.last_eval_loss,
         ended = RUN_ENDS[run.end_ + 1],
         saved = run.saved != 0,
+        eval_errors = Int(run.eval_errors),
+        save_errors = Int(run.save_errors),
     )
 end
 
 """
     request_stop(trainer)
 
-Asks a run to stop before its next step; one that is not started yet stops at once. For other tasks
-and threads than the one in which the run is.
+Asks a run to stop before its next step or, during an evaluation, its next batch; one that is not
+started yet stops at once. `evaluate!` throws an error with status `MXT_STOPPED`. The request stands
+until a run uses it up, or `clear_stop`. For other tasks and threads than the one in which the run is.
 """
 function request_stop(trainer::Trainer)
     Lib.mxt_trainer_request_stop(trainer)
+    return nothing
+end
+
+"""
+    clear_stop(trainer)
+
+Takes a stop request back that no run has used up.
+"""
+function clear_stop(trainer::Trainer)
+    Lib.mxt_trainer_clear_stop(trainer)
     return nothing
 end
 

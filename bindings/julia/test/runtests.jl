@@ -62,6 +62,7 @@ end
     @test !isopen(trainer) && steps_done(trainer) == 0
     @test status_of(() -> step!(trainer, dataset)) == Lib.MXT_ERROR_NULL
     @test request_stop(trainer) === nothing
+    @test clear_stop(trainer) === nothing
     closed = new_dataset()
     close(closed)
     other = new_trainer()
@@ -150,6 +151,7 @@ end
     end
     @test seen == 1:6 && evaluations == 3
     @test result.steps == 6 && result.ended === :finished && !result.saved
+    @test result.eval_errors == 0 && result.save_errors == 0
     @test run!(trainer, dataset; steps = 2).steps == 2
     result = run!((step, _) -> step.step == 10 ? :stop : nothing, trainer, dataset; steps = 9)
     @test result.steps == 2 && result.ended === :callback

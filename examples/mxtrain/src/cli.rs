@@ -24,7 +24,9 @@ Example:
   mxtrain train --data data --out model --steps 2000
   mxtrain generate --checkpoint model --prompt 'Once upon'
 
-Exit codes: 0 success, 1 failed while running, 2 wrong option or file, 130 stopped by Ctrl-C."
+Exit codes: 0 success, 1 failed while running, 2 wrong option or file, 3 trained and saved, but an
+evaluation, a sample, or lines of the log or output were lost, 130 stopped by Ctrl-C or another signal
+(SIGTERM, SIGUSR1, SIGHUP); training has saved what it had done."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -161,6 +163,10 @@ pub(crate) struct StartArgs {
     /// Save every N steps; 0 saves only at the end [default: a tenth of --steps]
     #[arg(long, value_name = "N")]
     pub(crate) save_every: Option<u64>,
+
+    /// Folder for checkpoints while neither --out nor its parent folder can be written
+    #[arg(long, value_name = "DIR")]
+    pub(crate) save_fallback: Option<PathBuf>,
 }
 
 /// The shape of a new model.

@@ -13,10 +13,13 @@ use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::prepared::Meta;
 use crate::run_file::tokenizer_of;
+use crate::signals::Signals;
 use crate::tokenizer::Tokenizer;
 
 /// Runs the command.
 pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
+    // There is nothing to save: whichever signal comes ends the command at once.
+    let _signals = Signals::listen()?;
     let (data, of_data) = open(&args.data)?;
     let tokenizer = match of_data {
         Some(tokenizer) => Some(tokenizer),
@@ -74,8 +77,7 @@ fn open(data: &str) -> Outcome<(Dataset, Option<Tokenizer>)> {
 
 /// Loads the checkpoint with the shape of batches that it was trained with, or the one asked for.
 fn load(args: &EvalArgs, engine: &Engine) -> Outcome<Trainer> {
-    let with_training_state = args.checkpoint.join("trainer.json").exists();
-    let (model, options) = if with_training_state {
+    let (model, options) = if Trainer::is_saved_in(&args.checkpoint) {
         let trainer = Trainer::load(engine, &args.checkpoint)?;
         let given = args.batch_size.is_some() || args.sequence_length.is_some();
         if !given && args.recipe.is_none() {

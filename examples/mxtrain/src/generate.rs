@@ -9,10 +9,13 @@ use crate::cli::GenerateArgs;
 use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::run_file::tokenizer_of;
+use crate::signals::Signals;
 use crate::tokenizer::{TextStream, Tokenizer};
 
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
+    // There is nothing to save: whichever signal comes ends the command at once.
+    let _signals = Signals::listen()?;
     let (engine, _) = machine::open(&args.machine, args.seed.seed)?;
     let model = Model::load(&engine, &args.checkpoint)?;
     let vocab_size = model.config().vocab_size;

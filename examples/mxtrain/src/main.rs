@@ -17,6 +17,7 @@ mod plan;
 mod prepare;
 mod prepared;
 mod run_file;
+mod signals;
 mod tokenizer;
 mod tokens_file;
 mod train;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use indicatif::HumanBytes;
-use mxfp4train::Plan;
+use mxfp4train::{MemoryRoom, Plan};
 use serde::Serialize;
 
 use crate::cli::PlanArgs;
@@ -21,6 +21,7 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let options = trainer_options(&args.batch, &args.recipe.recipe, None)?;
     let (engine, _) = machine::open(&args.machine, args.seed.seed)?;
     let plan = mxfp4train::plan(&engine, &config, &options)?;
+    let room = engine.memory_room();
     if args.json {
         let bytes = Bytes {
             parameters: config.parameter_count(),
@@ -30,12 +31,15 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
             activations: plan.activations,
             workspace: plan.workspace,
             total: plan.total(),
+            limit: room.as_ref().map(|room| room.limit),
+            available: room.as_ref().map(|room| room.available),
         };
         let json = serde_json::to_string_pretty(&bytes).expect("plain data becomes JSON");
         console::print(&(json + "\n"))?;
     } else {
         let parameters = console::scaled(config.parameter_count());
-        console::print(&format!("parameters  {parameters}\n{}", table(&plan)))?;
+        let limit = room.map_or_else(String::new, |room| limit(&plan, &room));
+        console::print(&format!("parameters  {parameters}\n{}{limit}", table(&plan)))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -53,6 +57,21 @@ pub(crate) fn table(plan: &Plan) -> String {
     )
 }
 
+/// What there is, for people.
+fn limit(plan: &Plan, room: &MemoryRoom) -> String {
+    let verdict = match plan.total() {
+        total if total > room.limit => "; the plan does not fit",
+        total if total > room.available => "; the plan does not fit at the moment",
+        _ => "",
+    };
+    format!(
+        "limit       {}, {}; {} available{verdict}\n",
+        HumanBytes(room.limit),
+        room.limited_by,
+        HumanBytes(room.available),
+    )
+}
+
 /// The plan for programs, in bytes.
 #[derive(Serialize)]
 struct Bytes {
@@ -63,4 +82,10 @@ struct Bytes {
     activations: u64,
     workspace: u64,
     total: u64,
+    /// Most that the device can ever give.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limit: Option<u64>,
+    /// What it can give at the moment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    available: Option<u64>,
 }

@@ -16,7 +16,8 @@ use crate::failure::{Failure, Outcome};
 use crate::tokenizer::Tokenizer;
 use crate::tokens_file::write_whole;
 
-const FILE: &str = "mxtrain.json";
+/// Its name in the checkpoint folder.
+pub(crate) const FILE: &str = "mxtrain.json";
 const VERSION: u32 = 1;
 
 /// The contents of `mxtrain.json`.

@@ -127,6 +127,9 @@ fn the_plan_is_what_training_says() {
     let memory = plan.lines().find(|line| line.starts_with("memory")).unwrap();
     let train = succeed(dir.path(), &format!("train --data data --steps 1 {TINY}"));
     assert!(train.contains(memory), "{memory}\n{train}");
+    assert!(
+        plan.lines().any(|line| line.starts_with("limit       ") && line.contains("available"))
+    );
 
     let json = succeed(
         dir.path(),
@@ -139,6 +142,17 @@ fn the_plan_is_what_training_says() {
     let parts = ["weights", "gradients", "optimizer", "activations", "workspace"].map(part);
     assert_eq!(parts.iter().sum::<u64>(), part("total"));
     assert!(parts[0] >= 4 * part("parameters"));
+    assert!(part("limit") >= part("available"));
+
+    // More than any machine of today has.
+    let huge = "--layers 200 --channels 16384 --heads 128 --batch-size 64";
+    assert!(succeed(dir.path(), &format!("plan {huge}")).contains("; the plan does not fit"));
+    let error = refuse(dir.path(), &format!("train --data data --out huge {huge}"));
+    assert!(
+        error.contains("bytes are needed for") && error.contains("and the limit is"),
+        "{error}"
+    );
+    assert!(!dir.path().join("huge").exists());
 }
 
 /// Ctrl-C stops at a step boundary and saves; the resumed run gives the losses of one that was never
@@ -160,7 +174,7 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     let (out, error) = (out.unwrap(), error.unwrap());
     assert_eq!(output.status.code(), Some(130), "{out}{error}");
     assert!(out.contains("of 400; go on with: mxtrain train --resume parts\n"), "{out}");
-    assert!(error.contains("mxtrain: stopping after this step"), "{error}");
+    assert!(error.contains("mxtrain: stopping; Ctrl-C again ends at once"), "{error}");
     let stopped_at = info(dir, "parts")["training"]["step"].as_u64().unwrap();
     assert!((3..400).contains(&stopped_at));
     assert_eq!(losses(dir, "parts.jsonl").len() as u64, stopped_at);
@@ -176,19 +190,19 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     assert!(weights("parts") == weights("whole"));
 }
 
-/// A second Ctrl-C does not wait for the step.
+/// A second Ctrl-C does not wait for the batch.
 #[test]
 fn the_second_interrupt_ends_at_once() {
     let dir = folder();
-    let line = "train --data data --out model --log log.jsonl --steps 9 --accumulation 16384 \
-        --batch-size 64 --threads 1";
+    let line = "train --data data --out model --log log.jsonl --steps 9 --layers 16 --channels 256 \
+        --batch-size 64 --recompute block --threads 1";
     let mut child = start(dir.path(), mxtrain().args(line.split(' ')));
     wait_for(|| dir.path().join("log.jsonl").exists());
     sleep(Duration::from_millis(300));
     let began = Instant::now();
     interrupt(&child);
     sleep(Duration::from_millis(300));
-    assert!(child.try_wait().unwrap().is_none(), "the first one waits for the step");
+    assert!(child.try_wait().unwrap().is_none(), "the first one waits for the batch");
     interrupt(&child);
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert!(began.elapsed() < Duration::from_secs(20));
@@ -281,11 +295,17 @@ fn token_files_of_others_can_be_trained_on() {
 #[test]
 fn a_loss_that_is_not_finite_ends_the_run() {
     let dir = folder();
-    let line = format!("train --data data --out model --steps 50 --warmup 0 --lr 1e30 {TINY}");
+    let line = format!(
+        "train --data data --out model --log log.jsonl --steps 50 --warmup 0 --lr 1e30 {TINY}"
+    );
     let output = run(dir.path(), &line);
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{error}");
     let last = error.lines().last().unwrap();
     assert!(last.starts_with("mxtrain: ") && last.contains("a lower --lr"), "{error}");
-    assert!(info(dir.path(), "model")["training"]["step"].as_u64().unwrap() < 50);
+    // The steps before it are saved, whatever was due.
+    let saved = info(dir.path(), "model")["training"]["step"].as_u64().unwrap();
+    assert!(last.contains(&format!("model holds step {saved};")), "{error}");
+    assert!((1..50).contains(&saved), "{error}");
+    assert_eq!(losses(dir.path(), "log.jsonl").len() as u64, saved);
 }

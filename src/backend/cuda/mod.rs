@@ -103,6 +103,11 @@ impl Cuda {
         self.gemm.run(&self.gpu, product, workspace.gemm.address);
     }
 
+    /// Bytes of the GPU's memory that are free, and those that it has.
+    pub(crate) fn memory(&self) -> Option<(u64, u64)> {
+        self.gpu.memory().map(|(free, total)| (free as u64, total as u64))
+    }
+
     /// Bytes from `address` to the end of its allocation, if a GPU has it.
     pub(crate) fn room_at(&self, address: u64) -> Option<usize> {
         use sys::CUpointer_attribute as Attribute;

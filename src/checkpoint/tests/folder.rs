@@ -8,6 +8,12 @@ use super::*;
 /// Set for a child process: the folder that it saves to until it is killed.
 const SAVE_TO: &str = "MXT_TEST_SAVE_TO";
 
+/// Set for a child process: the way of the folder.
+const WAY: &str = "MXT_TEST_WAY";
+
+/// Set for a child process: the operation before which it is killed.
+const KILL_AT: &str = "MXT_TEST_KILL_AT";
+
 #[test]
 fn files_of_others_survive_and_folders_are_not_lost() {
     let (root, dir) = temp();
@@ -26,11 +32,77 @@ fn files_of_others_survive_and_folders_are_not_lost() {
     assert_eq!(fs::read_to_string(dir.join("log")).unwrap(), "line\nline\nline\n");
     assert!(fs::symlink_metadata(dir.join("dangling")).unwrap().is_symlink());
 
+    // Of folders, pipes and sockets none is moved, or waited for.
     fs::create_dir(dir.join("samples")).unwrap();
-    let message = save_full(&dir, 9).unwrap_err().to_string();
-    assert!(message.contains("found the folder \"samples\""), "{message}");
-    assert_eq!(load(&dir).unwrap().state.step, 4);
+    let inside = File::open(dir.join("samples")).unwrap();
+    fs::write(dir.join("samples/1.txt"), "once").unwrap();
+    make_pipe(&dir.join("pipe"));
+    let _socket = std::os::unix::net::UnixListener::bind(dir.join("socket")).unwrap();
+    for step in 5..7 {
+        save_full(&dir, step).unwrap();
+        io::Write::write_all(&mut log, b"line\n").unwrap();
+    }
+    assert_eq!(load(&dir).unwrap().state.step, 6);
+    assert_eq!(fs::read_to_string(dir.join("samples/1.txt")).unwrap(), "once");
+    let inode = |m: fs::Metadata| std::os::unix::fs::MetadataExt::ino(&m);
+    assert_eq!(
+        inode(inside.metadata().unwrap()),
+        inode(fs::metadata(dir.join("samples")).unwrap())
+    );
+    assert_eq!(fs::read_to_string(dir.join("log")).unwrap().lines().count(), 5);
+    assert_eq!(
+        names(&dir),
+        [
+            CONFIG,
+            "dangling",
+            "link",
+            "log",
+            MODEL,
+            "pipe",
+            "samples",
+            "socket",
+            "tokenizer.json",
+            STATE,
+            MOMENTS
+        ]
+    );
     assert_eq!(names(root.path()), ["run", "shared"]);
+}
+
+fn make_pipe(path: &Path) {
+    rustix::fs::mknodat(CWD, path, rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
+}
+
+/// What others have put beside a checkpoint under names that look like ours is not touched or
+/// waited for.
+#[test]
+fn names_like_ours_do_not_confuse() {
+    let (root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    make_pipe(&root.path().join(".run.mxt-tmp-9-9"));
+    for name in [".run.mxt-old", ".run.mxt-tmp-mine"] {
+        fs::create_dir(root.path().join(name)).unwrap();
+        fs::write(root.path().join(name).join("thesis.tex"), "x").unwrap();
+    }
+    fs::write(dir.join(".mxt-new"), "").unwrap();
+    fs::create_dir(dir.join(".mxt-tmp-1-0")).unwrap();
+    fs::write(dir.join(".mxt-tmp-1-0").join(MODEL), "half").unwrap();
+    for (step, no_exchange) in [(2, false), (3, true)] {
+        let _without = no_exchange.then(faults::without_exchange);
+        save_full(&dir, step).unwrap();
+        assert_eq!(load(&dir).unwrap().state.step, step);
+        assert_eq!(names(&dir), [CONFIG, MODEL, STATE, MOMENTS]);
+    }
+    for name in [".run.mxt-old", ".run.mxt-tmp-mine"] {
+        assert_eq!(names(&root.path().join(name)), ["thesis.tex"]);
+    }
+
+    // A checkpoint in the top folder of a volume, which a host has locked.
+    let volume = root.path().join("volume");
+    fs::create_dir_all(volume.join("lost+found")).unwrap();
+    fs::write(volume.join(".mxt-lock"), "").unwrap();
+    save_full(&volume, 1).unwrap();
+    assert_eq!(names(&volume)[..2], [".mxt-lock", CONFIG]);
 }
 
 #[test]
@@ -46,9 +118,9 @@ fn what_must_not_be_replaced_is_refused() {
     for (target, part) in [
         (home.as_path(), "found \"thesis.tex\" and no model.safetensors"),
         (&file, "found a file"),
-        (Path::new("."), "this is the current folder"),
-        (Path::new("/proc"), "this is a mount point"),
-        (Path::new("/"), "this is a mount point"),
+        (Path::new("."), "and no model.safetensors"),
+        (Path::new("/proc"), "and no model.safetensors"),
+        (Path::new("/"), "and no model.safetensors"),
         (&file.join("below"), "Not a directory"),
         (&file.join("far/below"), "Not a directory"),
         (Path::new("/proc/checkpoint"), "cannot create"),
@@ -77,6 +149,13 @@ fn links_are_followed_and_parents_created() {
     let dangling = root.path().join("dangling");
     std::os::unix::fs::symlink("nowhere", &dangling).unwrap();
     assert!(matches!(save_full(&dangling, 1), Err(Error::Io { action: "follow", .. })));
+
+    // A link to what a save without exchange has left.
+    fs::rename(&deep, dir.join("a/.b.mxt-old")).unwrap();
+    assert_eq!(load(&link).unwrap().state.step, 2);
+    save_full(&link, 3).unwrap();
+    assert_eq!(load(&deep).unwrap().state.step, 3);
+    assert_eq!(names(&dir.join("a")), ["b"]);
 }
 
 #[test]
@@ -150,6 +229,7 @@ fn save_uniform(dir: &Path, step: u64) -> Result<()> {
 fn saves_until_killed() {
     let Some(dir) = std::env::var_os(SAVE_TO) else { return };
     let dir = PathBuf::from(dir);
+    let _without = (std::env::var_os(WAY).unwrap() == "NoExchange").then(faults::without_exchange);
     for step in load(&dir).unwrap().state.step + 1.. {
         save_uniform(&dir, step).unwrap();
     }
@@ -157,24 +237,21 @@ fn saves_until_killed() {
 
 #[test]
 fn a_kill_at_any_instant_leaves_a_whole_checkpoint() {
-    for exchange in [true, false] {
-        let (root, dir) = temp();
+    for way in Way::ALL {
+        let (root, dir) = way.checkpoint();
         save_uniform(&dir, 0).unwrap();
-        fs::write(dir.join("tokenizer.json"), "{}").unwrap();
         let mut last = 0;
-        for round in 0..30u64 {
+        for round in 0..20u64 {
             let mut child = Command::new(std::env::current_exe().unwrap());
             child
                 .args(["--exact", "checkpoint::tests::folder::saves_until_killed"])
-                .env(SAVE_TO, &dir);
-            if !exchange {
-                child.env(NO_EXCHANGE, "1");
-            }
+                .env(SAVE_TO, &dir)
+                .env(WAY, format!("{way:?}"));
             let mut child = child.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
             // Readers see whole checkpoints all the while.
             let end = Instant::now() + Duration::from_micros(10_000 + round * 7919 % 50_000);
             while Instant::now() < end {
-                if exchange {
+                if way != Way::NoExchange {
                     load(&dir).unwrap();
                 }
                 std::thread::sleep(Duration::from_millis(1));
@@ -194,8 +271,167 @@ fn a_kill_at_any_instant_leaves_a_whole_checkpoint() {
         assert!(last > 0, "no save came to its end");
         save_uniform(&dir, last + 1).unwrap();
         assert_eq!(load(&dir).unwrap().state.step, last + 1);
+        way.check_all_is_there(root.path(), &dir);
+        println!("{way:?}: {last} saves and 20 kills");
+    }
+}
+
+/// The ways in which a folder is replaced.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    Exchange,
+    NoExchange,
+    /// A folder of others is in it.
+    InPlace,
+}
+
+impl Way {
+    const ALL: [Self; 3] = [Self::Exchange, Self::NoExchange, Self::InPlace];
+
+    /// A checkpoint of step 1 in a folder with files of others.
+    fn checkpoint(self) -> (TempDir, PathBuf) {
+        // Hundreds of saves wait for a disk for minutes.
+        let in_memory = Path::new("/dev/shm");
+        let root = if in_memory.is_dir() { TempDir::new_in(in_memory) } else { TempDir::new() };
+        let root = root.unwrap();
+        let dir = root.path().join("run");
+        save_full(&dir, 1).unwrap();
+        fs::write(dir.join("tokenizer.json"), "{}").unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.join("link")).unwrap();
+        if self == Self::InPlace {
+            fs::create_dir(dir.join("samples")).unwrap();
+            fs::write(dir.join("samples/1.txt"), "once").unwrap();
+        }
+        (root, dir)
+    }
+
+    /// The checkpoint and what others had in it, and nothing of ours besides.
+    fn check_all_is_there(self, root: &Path, dir: &Path) {
+        assert_eq!(names(root), ["run"]);
+        let mut all = vec![CONFIG, "link", MODEL, "tokenizer.json", STATE, MOMENTS];
+        if self == Self::InPlace {
+            all.insert(3, "samples");
+            assert_eq!(fs::read_to_string(dir.join("samples/1.txt")).unwrap(), "once");
+        }
+        assert_eq!(names(dir), all);
         assert_eq!(fs::read_to_string(dir.join("tokenizer.json")).unwrap(), "{}");
-        assert_eq!(names(root.path()), ["run"]);
-        println!("exchange {exchange}: {last} saves and 30 kills");
+        assert_eq!(fs::read_link(dir.join("link")).unwrap(), Path::new("nowhere"));
+    }
+}
+
+/// Whichever file operation of a save fails: the checkpoint is whole, old or new; a save that says it
+/// was done was; and the next one puts everything right.
+#[test]
+fn a_failure_of_any_operation_leaves_a_whole_checkpoint() {
+    for way in Way::ALL {
+        for kind in [io::ErrorKind::StorageFull, io::ErrorKind::PermissionDenied] {
+            let _without = (way == Way::NoExchange).then(faults::without_exchange);
+            let (mut failed, mut operations) = (0, 1);
+            loop {
+                let (root, dir) = way.checkpoint();
+                let fault = faults::at(operations, move || Err(kind.into()));
+                let result = save_full(&dir, 2);
+                let was_reached = fault.end();
+                let step = load(&dir).unwrap().state.step;
+                assert!(step == 2 || step == 1 && result.is_err(), "{way:?} {operations}");
+                failed += u32::from(result.is_err());
+                save_full(&dir, 3).unwrap();
+                assert_eq!(load(&dir).unwrap().state.step, 3);
+                way.check_all_is_there(root.path(), &dir);
+                if !was_reached {
+                    break;
+                }
+                operations += 1;
+            }
+            assert!(failed > 20, "{way:?}: {failed} of {operations} operations failed");
+        }
+    }
+}
+
+/// As above, for a process that ends there; and a folder of others that comes at any moment of such
+/// a save is not lost either.
+#[test]
+fn an_end_at_any_operation_leaves_a_whole_checkpoint() {
+    for way in Way::ALL {
+        let _without = (way == Way::NoExchange).then(faults::without_exchange);
+        let mut operations = 1u64;
+        'all: loop {
+            for late in [0].into_iter().chain(operations.saturating_sub(6).max(1)..=operations) {
+                let (root, dir) = way.checkpoint();
+                let latecomer = dir.join("late");
+                let come = {
+                    let latecomer = latecomer.clone();
+                    move || {
+                        // Between two renames there is no folder.
+                        let _ = fs::create_dir(&latecomer);
+                        let _ = fs::write(latecomer.join("note"), "late");
+                        Ok(())
+                    }
+                };
+                let coming = (late > 0).then(|| faults::at(late, come));
+                let fault = faults::ending_at(operations);
+                let _ = save_full(&dir, 2);
+                let was_reached = fault.end();
+                drop(coming);
+                let step = load(&dir).unwrap().state.step;
+                assert!(step == 1 || step == 2, "{way:?} {operations}");
+                save_full(&dir, 3).unwrap();
+                assert_eq!(load(&dir).unwrap().state.step, 3);
+                if late > 0 && latecomer.exists() {
+                    let note = fs::read_to_string(latecomer.join("note")).unwrap();
+                    assert_eq!(note, "late", "{way:?} {late} {operations}");
+                    fs::remove_dir_all(&latecomer).unwrap();
+                } else {
+                    assert!(late == 0 || way == Way::NoExchange, "{way:?} {late} {operations}");
+                }
+                way.check_all_is_there(root.path(), &dir);
+                if !was_reached {
+                    break 'all;
+                }
+            }
+            operations += 1;
+        }
+        assert!(operations > 20, "{operations}");
+    }
+}
+
+/// No test of its own: the child process of the next one.
+#[test]
+fn saves_once_and_is_killed_on_the_way() {
+    let (Some(dir), Some(at)) = (std::env::var_os(SAVE_TO), std::env::var(KILL_AT).ok()) else {
+        return;
+    };
+    let _without = (std::env::var_os(WAY).unwrap() == "NoExchange").then(faults::without_exchange);
+    let _fault = faults::at(at.parse().unwrap(), || {
+        // SAFETY: nothing of the process is left afterwards.
+        unsafe { libc::raise(libc::SIGKILL) };
+        Ok(())
+    });
+    save_full(Path::new(&dir), 2).unwrap();
+}
+
+#[test]
+fn a_kill_at_any_operation_leaves_a_whole_checkpoint() {
+    for way in Way::ALL {
+        for operation in 1.. {
+            let (root, dir) = way.checkpoint();
+            let status = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "checkpoint::tests::folder::saves_once_and_is_killed_on_the_way"])
+                .env(SAVE_TO, &dir)
+                .env(WAY, format!("{way:?}"))
+                .env(KILL_AT, operation.to_string())
+                .stdout(Stdio::null())
+                .status()
+                .unwrap();
+            let step = load(&dir).unwrap().state.step;
+            assert!(step == 2 || step == 1 && !status.success(), "{way:?} {operation}");
+            save_full(&dir, 3).unwrap();
+            assert_eq!(load(&dir).unwrap().state.step, 3);
+            way.check_all_is_there(root.path(), &dir);
+            if status.success() {
+                assert!(operation > 20, "{operation} operations");
+                break;
+            }
+        }
     }
 }

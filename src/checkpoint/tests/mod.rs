@@ -1,4 +1,5 @@
 mod damage;
+pub(super) mod faults;
 mod folder;
 
 use std::collections::HashMap;
@@ -9,9 +10,6 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::trainer::TrainerOptions;
-
-/// Set for a child process: exchange acts as on a file system that does not have it.
-pub(super) const NO_EXCHANGE: &str = "MXT_TEST_NO_EXCHANGE";
 
 fn load_config(dir: &Path) -> Result<ModelConfig> {
     Checkpoint::open(dir)?.config()

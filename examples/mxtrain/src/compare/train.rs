@@ -16,9 +16,8 @@ use super::record::{self, DataRecord, Origin, Point, Run, Settings};
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::machine;
-use crate::train::{
-    Data, INTERRUPTED, Start, header, model_config, stop_on_ctrl_c, trainer_options, vocabulary,
-};
+use crate::signals::{INTERRUPTED, Signals};
+use crate::train::{Data, Start, header, model_config, trainer_options, vocabulary};
 
 /// Runs the command.
 pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
@@ -35,7 +34,7 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
     // Every record is looked at before the first run: a mistake should not show after hours.
     let planned = plan(args, &config, &data)?;
     let stop = StopHandle::default();
-    stop_on_ctrl_c(stop.clone(), "and the run begins anew the next time")?;
+    Signals::listen()?.ask(stop.clone(), "and the run begins anew the next time");
     let count = planned.len();
     for (index, planned) in planned.into_iter().enumerate() {
         let Settings { recipe, seed, .. } = &planned.settings;
@@ -136,6 +135,7 @@ impl Planned {
         let start = Start::New(config.clone(), self.options.clone());
         console::print(&header(&start, data, steps, &about))?;
         let mut trainer = start.trainer(&engine)?;
+        trainer.set_stop_handle(stop.clone());
         let mut progress = Progress::new(0, steps);
         let mut tally = Tally::default();
         let finished = self.steps(&mut trainer, data, stop, &mut progress, &mut tally);
@@ -174,8 +174,9 @@ impl Planned {
             if stop.is_requested() {
                 return Ok(false);
             }
-            let stats = match trainer.step(&data.train) {
+            let stats = match trainer.step_unless_stopped(&data.train) {
                 Ok(stats) => stats,
+                Err(Error::Stopped) => return Ok(false),
                 Err(error @ Error::NotFinite { .. }) => {
                     tally.diverged = Some(error.to_string());
                     return Ok(true);
@@ -188,7 +189,10 @@ impl Planned {
             if (step.is_multiple_of(eval_every) || step == steps)
                 && let Some(val) = &data.val
             {
-                let measured = trainer.eval(val, eval_batches)?;
+                let measured = match trainer.eval(val, eval_batches) {
+                    Err(Error::Stopped) => return Ok(false),
+                    measured => measured?,
+                };
                 let Some(point) = tally.measured(&self.settings, &measured) else {
                     tally.diverged =
                         Some(format!("the validation loss of step {step} is not finite"));

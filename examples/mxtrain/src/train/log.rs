@@ -1,10 +1,12 @@
 //! The log of a run: one JSON object a line, for every step and every evaluation.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use mxfp4train::{EvalStats, StepStats};
+use rustix::fs::OFlags;
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome};
@@ -15,6 +17,8 @@ use crate::failure::{Failure, Outcome};
 /// copy in its place; some 10 microseconds a step are the price.
 pub(crate) struct Log {
     path: PathBuf,
+    /// The last line may have been written in part.
+    is_torn: bool,
 }
 
 #[derive(Serialize)]
@@ -31,38 +35,40 @@ impl Log {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(Failure::io("create", parent))?;
         }
-        OpenOptions::new()
-            .create(true)
-            .write(true)
-            .append(append)
-            .truncate(!append)
-            .open(path)
+        let mut options = File::options();
+        open(path, options.create(true).write(true).append(append).truncate(!append))
             .map_err(Failure::io("open", path))?;
-        Ok(Self { path: path.to_owned() })
+        Ok(Self { path: path.to_owned(), is_torn: false })
     }
 
     /// Adds a step.
-    pub(crate) fn step(&self, s: &StepStats) -> Outcome {
+    pub(crate) fn step(&mut self, s: &StepStats) -> Outcome {
         let &StepStats { step, loss, grad_norm, lr, tokens, seconds, .. } = s;
         self.line(&Line::Step { step, loss, grad_norm, lr, tokens, seconds })
     }
 
     /// Adds an evaluation after `step` steps.
-    pub(crate) fn eval(&self, step: u64, stats: &EvalStats) -> Outcome {
+    pub(crate) fn eval(&mut self, step: u64, stats: &EvalStats) -> Outcome {
         let &EvalStats { loss, tokens, seconds } = stats;
         self.line(&Line::Eval { step, loss, tokens, seconds })
     }
 
-    fn line(&self, line: &Line) -> Outcome {
+    fn line(&mut self, line: &Line) -> Outcome {
         let mut text = serde_json::to_string(line).expect("plain data becomes JSON");
         text.push('\n');
-        File::options()
-            .append(true)
-            .create(true)
-            .open(&self.path)
-            .and_then(|mut file| file.write_all(text.as_bytes()))
-            .map_err(Failure::io("write", &self.path))
+        if self.is_torn {
+            text.insert(0, '\n');
+        }
+        let written = open(&self.path, File::options().append(true).create(true))
+            .and_then(|mut file| file.write_all(text.as_bytes()));
+        self.is_torn = written.is_err();
+        written.map_err(Failure::io("write", &self.path))
     }
+}
+
+/// Opens the log without waiting for the reader of a pipe, who may have gone away.
+fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    options.custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)
 }
 
 #[cfg(test)]

@@ -1,15 +1,17 @@
 //! `mxtrain train`: the loop around the library's trainer, with its evaluations, samples, saves and
 //! reports.
 
+mod lock;
 mod log;
+mod saves;
 mod setup;
+mod side;
 
-use std::path::PathBuf;
-use std::process::{self, ExitCode};
+use std::process::ExitCode;
 use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
-use mxfp4train::{Dataset, GenerateOptions, StopHandle, Trainer};
+use mxfp4train::{Dataset, Error, GenerateOptions, StopHandle, Trainer};
 
 pub(crate) use setup::{Data, Start, is_checkpoint, model_config, trainer_options, vocabulary};
 
@@ -19,20 +21,29 @@ use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
+use crate::signals::{INTERRUPTED, Signals};
 use crate::tokenizer::{TextStream, Tokenizer};
+use lock::RunLock;
 use log::Log;
+use saves::Saves;
+use side::{Failures, Side};
 
-/// What the shell reports for a program that Ctrl-C stopped.
-pub(crate) const INTERRUPTED: u8 = 130;
+/// Exit code of a run that is done and saved, but lost something on its side.
+const LOST_ON_THE_SIDE: u8 = 3;
 /// Tokens of a sample on the way.
 const SAMPLE_TOKENS: usize = 200;
 
 /// Runs the command.
 pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
+    let signals = Signals::listen()?;
     let data = Data::open(&args.data)?;
     if args.report.sample_every > 0 && data.tokenizer.is_none() {
         return Err(Failure::usage("--sample-every: needs --tokenizer to turn tokens into text"));
     }
+    setup::out_folder(args)?;
+    let lock = RunLock::take(setup::out(args))?;
+    signals.remove_at_end(lock.traces());
+    // Asked again: a run that has ended since may have saved there.
     let out = setup::out_folder(args)?;
     let (engine, about) = machine::open(&args.machine, args.seed.seed)?;
     let start = Start::new(args, parsed, &data, &engine)?;
@@ -43,11 +54,13 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
         )));
     }
     let plan = start.plan(&engine)?;
+    let mut failures = Failures::default();
     let place = format!("checkpoint  {}\n", out.display());
-    console::print(&(header(&start, &data, steps, &about) + &place))?;
-    console::print(&plan::table(&plan))?;
+    let about = header(&start, &data, steps, &about) + &place + &plan::table(&plan);
+    failures.unless(Side::Output, console::print(&about));
 
     let run_file = setup::run_file(args, &data);
+    let fallback = args.start.save_fallback.clone();
     let mut run = Run {
         log: None,
         steps,
@@ -56,23 +69,24 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
         save_every: args.start.save_every.unwrap_or(steps / 10),
         sample_every: args.report.sample_every,
         sample_prompt: args.report.sample_prompt.clone(),
-        saved: None,
+        saves: Saves::new(out, fallback, run_file, lock),
         evaluated: None,
         losses: Default::default(),
+        failures,
         progress: Progress::new(step, steps),
         trainer: start.trainer(&engine)?,
+        stop: StopHandle::default(),
         train: data.train,
         val: data.val,
         tokenizer: data.tokenizer,
-        out,
     };
+    run.stop = run.trainer.stop_handle();
+    signals.ask(run.stop.clone(), "and what is not saved is lost");
     // Saved before the first step too: a folder that cannot be written should not show after hours.
-    run.save()?;
-    run_file.write(&run.out)?;
+    run.saves.first(&mut run.trainer)?;
     run.log = (args.report.log.as_deref())
         .map(|path| Log::open(path, args.start.resume.is_some()))
         .transpose()?;
-    stop_on_ctrl_c(run.trainer.stop_handle(), "unsaved")?;
     let result = run.train();
     run.progress.finish();
     result
@@ -81,10 +95,11 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
 /// A run in progress.
 struct Run {
     trainer: Trainer,
+    stop: StopHandle,
     train: Dataset,
     val: Option<Dataset>,
     tokenizer: Option<Tokenizer>,
-    out: PathBuf,
+    saves: Saves,
     log: Option<Log>,
     steps: u64,
     eval_every: u64,
@@ -92,91 +107,116 @@ struct Run {
     save_every: u64,
     sample_every: u64,
     sample_prompt: String,
-    /// Step of the last save.
-    saved: Option<u64>,
     /// Step of the last evaluation.
     evaluated: Option<u64>,
     /// Sum and number of the training losses since the last report.
     losses: (f64, u32),
+    failures: Failures,
     progress: Progress,
 }
 
 impl Run {
     fn train(&mut self) -> Outcome<ExitCode> {
         let began = Instant::now();
-        let stop = self.trainer.stop_handle();
         let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
-        while self.trainer.steps_done() < self.steps && !stop.is_requested() {
-            let step = self.step()?;
-            if due(step, self.eval_every) && !stop.is_requested() {
-                self.eval()?;
+        while self.trainer.steps_done() < self.steps && !self.stop.is_requested() {
+            let Some(step) = self.step()? else { break };
+            if due(step, self.eval_every) {
+                self.eval();
             }
-            if due(step, self.sample_every) && !stop.is_requested() {
-                self.sample()?;
+            if due(step, self.sample_every) {
+                self.sample();
             }
-            if due(step, self.save_every) {
-                self.save()?;
+            if due(step, self.save_every)
+                && let Err(failure) = self.saves.save(&mut self.trainer)
+            {
+                let held = self.saves.held();
+                console::note(&format!("mxtrain: warning: {}; {held}", failure.message));
             }
         }
         let step = self.trainer.steps_done();
-        if step < self.steps {
-            self.save()?;
-            self.progress.print(&format!(
+        let is_done = step >= self.steps;
+        if is_done && self.evaluated != Some(step) {
+            self.eval();
+        }
+        self.saves.save(&mut self.trainer).map_err(|failure| {
+            Failure::runtime(format!("{}; {}", failure.message, self.saves.held()))
+        })?;
+        let out = self.saves.out.display().to_string();
+        if !self.saves.is_in_out(step) {
+            let what = if is_done { "the run is done" } else { "stopped" };
+            let held = self.saves.held();
+            return Err(Failure::runtime(format!(
+                "{what}, but {out} could not be written; {held}"
+            )));
+        }
+        if !is_done {
+            self.print(&format!(
                 "stopped at step {step} of {}; go on with: mxtrain train --resume {}\n",
                 self.steps,
-                shell_word(&self.out.display().to_string())
-            ))?;
+                shell_word(&out)
+            ));
             return Ok(ExitCode::from(INTERRUPTED));
         }
-        if self.evaluated != Some(step) {
-            self.eval()?;
-        }
-        self.save()?;
-        self.progress.print(&format!(
-            "done: {} steps in {:#}; checkpoint in {}\n",
+        self.print(&format!(
+            "done: {} steps in {:#}; checkpoint in {out}\n",
             HumanCount(step),
             HumanDuration(began.elapsed()),
-            self.out.display()
-        ))?;
+        ));
+        if let Some(lost) = self.failures.summary() {
+            console::note(&format!("mxtrain: the run is done and saved in {out}, but: {lost}"));
+            return Ok(ExitCode::from(LOST_ON_THE_SIDE));
+        }
         Ok(ExitCode::SUCCESS)
     }
 
-    /// One optimizer step; gives the number of steps done.
-    fn step(&mut self) -> Outcome<u64> {
-        let stats = self.trainer.step(&self.train).map_err(|e| self.explain(e.into()))?;
-        if let Some(log) = &self.log {
-            log.step(&stats)?;
+    /// One optimizer step; gives the number of steps done, or `None` if a stop request cut it off. If
+    /// it fails, the steps before are saved.
+    fn step(&mut self) -> Outcome<Option<u64>> {
+        let stats = match self.trainer.step_unless_stopped(&self.train) {
+            Err(Error::Stopped) => return Ok(None),
+            Err(error) => return Err(self.end(error.into())),
+            Ok(stats) => stats,
+        };
+        if let Some(log) = &mut self.log {
+            self.failures.unless(Side::Log, log.step(&stats));
         }
         self.losses = (self.losses.0 + f64::from(stats.loss), self.losses.1 + 1);
         self.progress.step(&stats);
-        Ok(stats.step)
+        Ok(Some(stats.step))
     }
 
-    /// Adds what the user can do to the failure of a step.
-    fn explain(&self, mut failure: Failure) -> Failure {
+    /// Saves the steps before one that failed, and adds to its failure what the user can do.
+    fn end(&mut self, mut failure: Failure) -> Failure {
+        if let Err(second) = self.saves.save(&mut self.trainer) {
+            failure.message.push_str(&format!("; {}", second.message));
+        }
+        failure.message.push_str(&format!("; {}", self.saves.held()));
         if failure.code == 1 {
-            let saved = self.saved.unwrap_or_default();
-            failure.message.push_str(&format!(
-                "; {} holds step {saved}; a lower --lr or another --recipe may help",
-                self.out.display()
-            ));
+            failure.message.push_str("; a lower --lr or another --recipe may help");
         }
         failure
     }
 
     /// Measures the validation loss, where there is validation data, and reports it beside the mean
-    /// training loss since the last report.
-    fn eval(&mut self) -> Outcome {
+    /// training loss since the last report. Nothing, if a stop is asked for.
+    fn eval(&mut self) {
         let step = self.trainer.steps_done();
+        let measured = match &self.val {
+            None => None,
+            Some(val) => match self.trainer.eval(val, self.eval_batches) {
+                Err(Error::Stopped) => return,
+                measured => self.failures.unless(Side::Evaluation, measured.map_err(Into::into)),
+            },
+        };
         let (sum, count) = std::mem::take(&mut self.losses);
         let mut line = format!("step {step}/{}", self.steps);
         if count > 0 {
             line.push_str(&format!("  train loss {:.4}", sum / f64::from(count)));
         }
-        if let Some(val) = &self.val {
-            let stats = self.trainer.eval(val, self.eval_batches)?;
-            if let Some(log) = &self.log {
-                log.eval(step, &stats)?;
+        if let Some(stats) = measured {
+            if let Some(log) = &mut self.log {
+                self.failures.unless(Side::Log, log.eval(step, &stats));
             }
             line.push_str(&format!(
                 "  validation {}",
@@ -184,50 +224,33 @@ impl Run {
             ));
         }
         self.evaluated = Some(step);
-        self.progress.print(&(line + "\n"))
+        self.print(&(line + "\n"));
     }
 
     /// Prints a sample of the model's text. The same seed every time, so that samples show what
     /// training changes.
-    fn sample(&mut self) -> Outcome {
-        let Some(tokenizer) = self.tokenizer else { return Ok(()) };
+    fn sample(&mut self) {
+        let Some(tokenizer) = self.tokenizer else { return };
         let options = GenerateOptions { max_tokens: SAMPLE_TOKENS, ..GenerateOptions::default() };
         let mut text = format!("--- sample at step {} ---\n", self.trainer.steps_done());
         text.push_str(&self.sample_prompt);
         let mut stream = TextStream::new(tokenizer);
         let prompt = tokenizer.encode_prompt(&self.sample_prompt);
-        self.trainer.model().generate(&prompt, &options, &mut |token| {
+        let sampled = self.trainer.model().generate(&prompt, &options, &mut |token| {
             text.push_str(&stream.push(token));
-            true
-        })?;
+            !self.stop.is_requested()
+        });
         text.push_str(&stream.finish());
         text.push_str("\n---\n");
-        self.progress.print(&text)
+        let sampled = self.failures.unless(Side::Sample, sampled.map_err(Into::into));
+        if sampled.is_some() && !self.stop.is_requested() {
+            self.print(&text);
+        }
     }
 
-    fn save(&mut self) -> Outcome {
-        let step = self.trainer.steps_done();
-        if self.saved != Some(step) {
-            self.trainer.save(&self.out)?;
-            self.saved = Some(step);
-        }
-        Ok(())
+    fn print(&mut self, text: &str) {
+        self.failures.unless(Side::Output, self.progress.print(text));
     }
-}
-
-/// The first Ctrl-C asks for a stop at the next step boundary, the second ends the program, with the
-/// `loss` that the first one tells of.
-pub(crate) fn stop_on_ctrl_c(stop: StopHandle, loss: &'static str) -> Outcome {
-    ctrlc::set_handler(move || {
-        if stop.is_requested() {
-            process::exit(i32::from(INTERRUPTED));
-        }
-        stop.request_stop();
-        console::note(&format!(
-            "mxtrain: stopping after this step; Ctrl-C again ends at once, {loss}"
-        ));
-    })
-    .map_err(|e| Failure::runtime(format!("cannot listen to Ctrl-C: {e}")))
 }
 
 /// What is about to run.

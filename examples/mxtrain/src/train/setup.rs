@@ -217,15 +217,21 @@ impl Start {
 
 /// Whether a folder holds a checkpoint.
 pub(crate) fn is_checkpoint(dir: &Path) -> bool {
+    // The library also knows one that a killed save has left half in its place.
     ["model.safetensors", "config.json"].iter().any(|file| dir.join(file).exists())
+        || Model::is_saved_in(dir)
 }
 
-/// The folder that the run saves to. A checkpoint that is there and is not the one that the run goes
-/// on with is kept, unless the user says otherwise.
+/// The folder that the run saves to.
+pub(crate) fn out(args: &TrainArgs) -> &Path {
+    let given = [&args.start.out, &args.start.resume].into_iter().find_map(|dir| dir.as_deref());
+    given.unwrap_or_else(|| Path::new("checkpoint"))
+}
+
+/// [`out`]. A checkpoint that is there and is not the one that the run goes on with is kept, unless
+/// the user says otherwise.
 pub(crate) fn out_folder(args: &TrainArgs) -> Outcome<PathBuf> {
-    let start = &args.start;
-    let out = [&start.out, &start.resume].into_iter().find_map(|dir| dir.as_deref());
-    let out = out.unwrap_or_else(|| Path::new("checkpoint"));
+    let (start, out) = (&args.start, out(args));
     let same = |a: &Path, b: &Path| match (a.canonicalize(), b.canonicalize()) {
         (Ok(a), Ok(b)) => a == b,
         _ => a == b,
@@ -265,6 +271,7 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     keep("tokenizer", args.data.tokenizer.map(|t| t.to_string()));
     keep("eval-every", args.report.measure.eval_every.map(|n| n.to_string()));
     keep("save-every", args.start.save_every.map(|n| n.to_string()));
+    keep("save-fallback", args.start.save_fallback.as_deref().and_then(path));
     keep("sample-prompt", Some(args.report.sample_prompt.clone()));
     keep("log", args.report.log.as_deref().and_then(path));
     RunFile::new(data.tokenizer, options)

@@ -68,8 +68,19 @@ pub fn start(dir: &Path, command: &mut Command) -> Child {
 
 /// Sends Ctrl-C.
 pub fn interrupt(child: &Child) {
+    signal(child, Signal::INT);
+}
+
+pub fn signal(child: &Child, signal: Signal) {
     let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
-    kill_process(pid, Signal::INT).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+/// The end of a started program: its exit code, standard output and standard error.
+pub fn end(child: Child) -> (Option<i32>, String, String) {
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
 }
 
 /// Waits for what a started program brings about.

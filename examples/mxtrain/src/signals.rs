@@ -1,0 +1,106 @@
+//! Signals that ask the program to stop: Ctrl-C, those of a scheduler (SIGTERM, SIGUSR1), and that
+//! of a terminal that goes away.
+//!
+//! As long as there is nothing to save, the first one ends the program. A command that has something
+//! hands in a stop handle ([`Signals::ask`]); then the first one asks, and only another Ctrl-C ends
+//! the program at once: a scheduler sends several signals, a person who repeats means it.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mxfp4train::StopHandle;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+
+use crate::console;
+use crate::failure::{Failure, Outcome};
+
+/// What the shell reports for a program that Ctrl-C stopped; here whichever signal it was.
+pub(crate) const INTERRUPTED: u8 = 130;
+
+/// A Ctrl-C can arrive twice, from the terminal and from a program that passes it on.
+const ONE_CTRL_C: Duration = Duration::from_millis(100);
+
+/// What a signal does.
+pub(crate) struct Signals(Arc<Mutex<State>>);
+
+enum State {
+    /// Ends the program, after these files and then folders are removed, as far as they can be.
+    Ends(Vec<PathBuf>),
+    Asks {
+        stop: StopHandle,
+        /// What Ctrl-C again would lose.
+        loss: &'static str,
+        asked: Option<Instant>,
+    },
+}
+
+impl Signals {
+    /// Listens from now on; every signal ends the program.
+    pub(crate) fn listen() -> Outcome<Self> {
+        let mut numbers = vec![SIGINT, SIGTERM, SIGUSR1];
+        // nohup has it ignored.
+        if !is_ignored(SIGHUP) {
+            numbers.push(SIGHUP);
+        }
+        let cannot = |e| Failure::runtime(format!("cannot listen to signals: {e}"));
+        let mut signals = signal_hook::iterator::Signals::new(numbers).map_err(cannot)?;
+        let state = Arc::new(Mutex::new(State::Ends(Vec::new())));
+        let shared = Arc::clone(&state);
+        let listener = thread::Builder::new().name("signals".into());
+        let listen = move || {
+            for number in signals.forever() {
+                receive(number, &mut shared.lock().unwrap_or_else(PoisonError::into_inner));
+            }
+        };
+        listener.spawn(listen).map_err(cannot)?;
+        Ok(Self(state))
+    }
+
+    /// What a signal that ends the program removes before: files, and folders that are empty then.
+    pub(crate) fn remove_at_end(&self, paths: Vec<PathBuf>) {
+        self.set(State::Ends(paths));
+    }
+
+    /// From now on a signal asks `stop`; a second Ctrl-C ends the program, which loses what `loss`
+    /// says.
+    pub(crate) fn ask(&self, stop: StopHandle, loss: &'static str) {
+        self.set(State::Asks { stop, loss, asked: None });
+    }
+
+    fn set(&self, state: State) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
+    }
+}
+
+fn receive(number: i32, state: &mut State) {
+    match state {
+        State::Ends(paths) => {
+            for path in paths {
+                let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir(&path));
+            }
+            process::exit(i32::from(INTERRUPTED));
+        }
+        State::Asks { stop, loss, asked: asked @ None } => {
+            *asked = Some(Instant::now());
+            stop.request_stop();
+            console::note(&format!("mxtrain: stopping; Ctrl-C again ends at once, {loss}"));
+        }
+        State::Asks { asked: Some(asked), .. } => {
+            if number == SIGINT && asked.elapsed() > ONE_CTRL_C {
+                process::exit(i32::from(INTERRUPTED));
+            }
+        }
+    }
+}
+
+/// Whether the program was started with the signal ignored, as far as Linux tells.
+fn is_ignored(number: i32) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (number - 1) & 1 == 1)
+}

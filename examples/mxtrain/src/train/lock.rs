@@ -1,0 +1,158 @@
+//! The lock that a run has on its checkpoint folder, so that no second run saves there.
+//!
+//! It is the system's lock (flock) on the small file `.mxt-lock` in the folder, which is gone with the
+//! process. The library takes the file along when it replaces the folder, as the same inode, so the
+//! lock holds. What the file says is for people only.
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::time::SystemTime;
+
+use crate::console;
+use crate::failure::{Failure, Outcome};
+
+/// The library knows the name.
+const FILE: &str = ".mxt-lock";
+
+/// A folder that is this run's, as long as it lives.
+pub(crate) struct RunLock {
+    path: PathBuf,
+    /// Locked; `None` where that could not be, which other checks then have to do without.
+    file: Option<File>,
+    /// Folders that were made for it, the innermost first.
+    made: Vec<PathBuf>,
+}
+
+impl RunLock {
+    /// Locks the folder, which is made if it is not there.
+    ///
+    /// A folder that cannot be made or written is no failure here: the first save will say why. Nor is
+    /// a file system without locks, after a warning.
+    pub(crate) fn take(folder: &Path) -> Outcome<Self> {
+        let is_missing = |folder: &&Path| folder.symlink_metadata().is_err();
+        let missing = folder.ancestors().filter(|f| !f.as_os_str().is_empty());
+        let made: Vec<_> = missing.take_while(is_missing).map(Path::to_owned).collect();
+        let mut lock = Self { path: folder.join(FILE), file: None, made };
+        if fs::create_dir_all(folder).is_ok() {
+            lock.file = lock.open()?;
+        }
+        Ok(lock)
+    }
+
+    /// What to remove for a run that never began.
+    pub(crate) fn traces(&self) -> Vec<PathBuf> {
+        self.file.iter().map(|_| self.path.clone()).chain(self.made.clone()).collect()
+    }
+
+    /// Locks the folder anew if it was removed and made again, or if the file was copied because the
+    /// file system has no links.
+    pub(crate) fn renew(&mut self) {
+        if let Some(file) = &self.file
+            && !is_at(file, &self.path)
+            && let Ok(Some(file)) = self.open()
+        {
+            self.file = Some(file);
+        }
+    }
+
+    fn open(&self) -> Outcome<Option<File>> {
+        loop {
+            let options =
+                File::options().read(true).write(true).create(true).truncate(false).clone();
+            let Ok(mut file) = options.open(&self.path) else { return Ok(None) };
+            match file.try_lock() {
+                Err(TryLockError::WouldBlock) => {
+                    let mut holder = String::new();
+                    let _ = (&file).take(1 << 10).read_to_string(&mut holder);
+                    return Err(Failure::usage(format!(
+                        "--out: another run ({}) is using {}; wait for it, stop it, or name another \
+                         folder",
+                        holder.trim(),
+                        self.path.parent().unwrap_or(&self.path).display()
+                    )));
+                }
+                Err(TryLockError::Error(error)) => {
+                    console::note(&format!(
+                        "mxtrain: warning: cannot lock {}: {error}; see to it yourself that no second \
+                         run saves to that folder",
+                        self.path.display()
+                    ));
+                    return Ok(None);
+                }
+                Ok(()) => {}
+            }
+            // The run that had it may have removed it meanwhile.
+            if is_at(&file, &self.path) {
+                let _ = describe(&mut file);
+                return Ok(Some(file));
+            }
+        }
+    }
+}
+
+impl Drop for RunLock {
+    fn drop(&mut self) {
+        if let Some(file) = &self.file
+            && is_at(file, &self.path)
+        {
+            let _ = fs::remove_file(&self.path);
+            // Those that are empty.
+            self.made.iter().all(|folder| fs::remove_dir(folder).is_ok());
+        }
+    }
+}
+
+/// Whether `path` is the name of the open file.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |m: fs::Metadata| (m.dev(), m.ino());
+    let (open, named) = (file.metadata().map(identity), fs::metadata(path).map(identity));
+    matches!((open, named), (Ok(open), Ok(named)) if open == named)
+}
+
+/// Writes who has the lock.
+fn describe(file: &mut File) -> io::Result<()> {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let since = humantime::format_rfc3339_seconds(SystemTime::now());
+    file.set_len(0)?;
+    file.rewind()?;
+    writeln!(file, "process {} on {} since {since}", process::id(), host.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_has_one_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("a/out");
+        let lock = RunLock::take(&out).unwrap();
+        let failure = RunLock::take(&out).err().unwrap();
+        assert_eq!(failure.code, 2);
+        let holder = format!("another run (process {} on ", process::id());
+        assert!(failure.message.contains(&holder), "{}", failure.message);
+        drop(lock);
+        assert!(!dir.path().join("a").exists());
+        // What a killed run has left is no lock.
+        fs::create_dir_all(&out).unwrap();
+        fs::write(out.join(FILE), "process 1 on nowhere").unwrap();
+        let lock = RunLock::take(&out).unwrap();
+        assert!(fs::read_to_string(out.join(FILE)).unwrap().contains(&process::id().to_string()));
+        drop(lock);
+        assert_eq!(fs::read_dir(&out).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_folder_that_was_made_again_is_locked_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut lock = RunLock::take(&out).unwrap();
+        fs::remove_dir_all(&out).unwrap();
+        fs::create_dir(&out).unwrap();
+        lock.renew();
+        assert!(RunLock::take(&out).is_err());
+    }
+}

@@ -1,0 +1,174 @@
+//! Where a run is saved: in its folder or, while that is not possible, beside it.
+//!
+//! NOTE: a save that fails must cost no step. So the checkpoint goes to another name, `OUT.step-N`,
+//! which --resume takes as well, and the next save tries OUT again. Not to the temporary folder, which
+//! may be memory and is gone after a restart; a user who wants a third place names it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mxfp4train::Trainer;
+
+use super::lock::RunLock;
+use super::shell_word;
+use crate::console;
+use crate::failure::{Failure, Outcome};
+use crate::run_file::{self, RunFile};
+
+/// The files of a checkpoint of this program.
+const FILES: [&str; 5] =
+    ["config.json", "model.safetensors", "trainer.json", "trainer.safetensors", run_file::FILE];
+
+/// The saves of a run.
+pub(crate) struct Saves {
+    /// The run's folder.
+    pub(crate) out: PathBuf,
+    /// Where to save if neither `out` nor its parent can be written.
+    pub(crate) fallback: Option<PathBuf>,
+    pub(crate) run_file: RunFile,
+    pub(crate) lock: RunLock,
+    /// Step and place of the last save.
+    last: Option<(u64, PathBuf)>,
+    /// A folder beside `out` that this run has made.
+    beside: Option<PathBuf>,
+}
+
+impl Saves {
+    pub(crate) fn new(
+        out: PathBuf,
+        fallback: Option<PathBuf>,
+        run_file: RunFile,
+        lock: RunLock,
+    ) -> Self {
+        Self { out, fallback, run_file, lock, last: None, beside: None }
+    }
+
+    /// The first save: a folder that cannot be written should not show after hours.
+    pub(crate) fn first(&mut self, trainer: &mut Trainer) -> Outcome {
+        trainer.save(&self.out)?;
+        self.run_file.write(&self.out)?;
+        self.lock.renew();
+        self.last = Some((trainer.steps_done(), self.out.clone()));
+        Ok(())
+    }
+
+    /// Saves what is not saved, in `out` or elsewhere, and says where.
+    ///
+    /// # Errors
+    /// Where no place is left, with the reasons.
+    pub(crate) fn save(&mut self, trainer: &mut Trainer) -> Outcome {
+        let step = trainer.steps_done();
+        if self.is_in_out(step) {
+            return Ok(());
+        }
+        let Err(failure) = self.save_to(&self.out, trainer) else {
+            self.lock.renew();
+            self.last = Some((step, self.out.clone()));
+            if let Some(beside) = self.beside.take() {
+                remove(&beside);
+                console::note(&format!(
+                    "mxtrain: step {step} is saved in {} again; {} is removed",
+                    self.out.display(),
+                    beside.display()
+                ));
+            }
+            return Ok(());
+        };
+        if self.last.as_ref().is_some_and(|(saved, _)| *saved == step) {
+            // Beside it, by an earlier try.
+            return Ok(());
+        }
+        let mut reasons = failure.message;
+        let name = self.out.file_name().map(|name| name.to_string_lossy().into_owned());
+        let name = format!("{}.step-{step}", name.unwrap_or_else(|| "checkpoint".into()));
+        let parent = std::path::absolute(&self.out).ok();
+        let parent = parent.as_deref().and_then(Path::parent).map(Path::to_owned);
+        for folder in parent.iter().chain(&self.fallback) {
+            let place = free_name(&folder.join(&name));
+            match self.save_to(&place, trainer) {
+                Err(failure) => reasons.push_str(&format!("; {}", failure.message)),
+                Ok(()) => {
+                    console::note(&format!(
+                        "mxtrain: warning: {reasons}; step {step} is saved in {0} instead; go on from \
+                         it with: mxtrain train --resume {1}",
+                        place.display(),
+                        shell_word(&place.display().to_string())
+                    ));
+                    self.last = Some((step, place.clone()));
+                    if let Some(older) = self.beside.replace(place) {
+                        remove(&older);
+                    }
+                    return Ok(());
+                }
+            }
+        }
+        Err(Failure::runtime(format!("step {step} could not be saved: {reasons}")))
+    }
+
+    /// Whether the run's own folder holds `step`.
+    pub(crate) fn is_in_out(&self, step: u64) -> bool {
+        self.last.as_ref().is_some_and(|(saved, place)| *saved == step && *place == self.out)
+    }
+
+    /// What is saved and where, for a message.
+    pub(crate) fn held(&self) -> String {
+        match &self.last {
+            Some((step, place)) => format!("{} holds step {step}", place.display()),
+            None => "nothing is saved".into(),
+        }
+    }
+
+    fn save_to(&self, folder: &Path, trainer: &mut Trainer) -> Outcome {
+        trainer.save(folder)?;
+        // In `out` it is carried along, unless the folder was made anew.
+        if !folder.join(run_file::FILE).exists() {
+            self.run_file.write(folder)?;
+        }
+        Ok(())
+    }
+}
+
+/// The path, or with a number behind it if it is taken.
+fn free_name(path: &Path) -> PathBuf {
+    let numbered = |n: u64| PathBuf::from(format!("{}-{n}", path.display()));
+    let is_free = |path: &PathBuf| path.symlink_metadata().is_err();
+    let names = std::iter::once(path.to_owned()).chain((2..1000).map(numbered));
+    names.into_iter().find(is_free).unwrap_or_else(|| numbered(1000))
+}
+
+/// Removes a checkpoint that this run has made, except what others have put into its folder.
+fn remove(folder: &Path) {
+    for name in FILES {
+        let _ = fs::remove_file(folder.join(name));
+    }
+    let _ = fs::remove_dir(folder);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_is_taken_gets_a_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.step-3");
+        assert_eq!(free_name(&path), path);
+        fs::create_dir(&path).unwrap();
+        assert_eq!(free_name(&path), dir.path().join("out.step-3-2"));
+    }
+
+    #[test]
+    fn what_others_have_put_into_a_folder_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("out.step-3");
+        fs::create_dir(&folder).unwrap();
+        for name in FILES.iter().chain(&["notes"]) {
+            fs::write(folder.join(name), "").unwrap();
+        }
+        remove(&folder);
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
+        fs::remove_file(folder.join("notes")).unwrap();
+        remove(&folder);
+        assert!(!folder.exists());
+    }
+}

@@ -1,0 +1,338 @@
+//! What happens beside the training of a tiny model costs the run nothing: signals at any moment,
+//! full disks, readers that go away, folders that cannot be written, a second run.
+
+mod common;
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use common::{end, interrupt, mxtrain, refuse, run, signal, start, succeed, wait_for};
+
+/// A model that takes a step in about a millisecond.
+const TINY: &str = "--layers 1 --heads 2 --channels 32 --context 32 --batch-size 2 --threads 1";
+
+/// How long after a signal a run may take: two seconds and a batch, on a machine that is busy.
+const SOON: Duration = Duration::from_secs(8);
+
+/// A folder with prepared text in `data`, and raw tokens below 50 in `raw.bin`, below 60 in
+/// `outside.bin` and as many in `many.bin` that an evaluation on all of them takes minutes.
+fn folder() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("text.txt"), include_str!("../src/cli.rs")).unwrap();
+    succeed(dir.path(), "prepare text.txt --out data");
+    let raw = |name: &str, count: u32, below: u32| {
+        let tokens = (0..count).flat_map(|i| ((i * 7 % below) as u16).to_le_bytes());
+        fs::write(dir.path().join(name), tokens.collect::<Vec<u8>>()).unwrap();
+    };
+    raw("raw.bin", 1000, 50);
+    raw("outside.bin", 1000, 60);
+    raw("many.bin", 10_000_000, 50);
+    dir
+}
+
+fn begin(dir: &Path, line: &str) -> Child {
+    start(dir, mxtrain().args(line.split_whitespace()))
+}
+
+/// Steps in the log.
+fn steps(dir: &Path) -> u64 {
+    let text = fs::read_to_string(dir.join("log.jsonl")).unwrap_or_default();
+    text.lines().filter(|line| line.contains("\"type\":\"step\"")).count() as u64
+}
+
+/// The step that a checkpoint holds.
+fn saved(dir: &Path, checkpoint: &str) -> u64 {
+    let about: Value =
+        serde_json::from_str(&succeed(dir, &format!("info {checkpoint} --json"))).unwrap();
+    about["training"]["step"].as_u64().unwrap()
+}
+
+/// The folder beside `model` that a run has saved to.
+fn beside(dir: &Path) -> Option<String> {
+    let names = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    names.filter(|name| name.starts_with("model.step-")).max()
+}
+
+#[test]
+fn a_signal_at_any_moment_stops_and_saves() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!(
+        "train --data data --out model --log log.jsonl --steps 100000 --eval-every 3 --sample-every 5 \
+         --save-every 7 --accumulation 3 {TINY}"
+    );
+    let mut stopped_before = 0;
+    let signals = [Signal::INT, Signal::TERM, Signal::USR1, Signal::HUP];
+    for (round, number) in signals.iter().cycle().take(28).enumerate() {
+        let _ = fs::remove_dir_all(dir.join("model"));
+        let _ = fs::remove_file(dir.join("log.jsonl"));
+        let child = begin(dir, &line);
+        // The first ones come while the program loads.
+        wait_for(|| fs::read_to_string(format!("/proc/{}/cmdline", child.id())).is_ok());
+        wait_for(|| {
+            let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+            u64::from_str_radix(caught.trim(), 16).unwrap() >> 14 & 1 == 1
+        });
+        sleep(Duration::from_millis(round as u64 * 17));
+        let began = Instant::now();
+        signal(&child, *number);
+        let (code, out, error) = end(child);
+        assert!(began.elapsed() < SOON, "{number:?} {round}: {:?}", began.elapsed());
+        assert_eq!(code, Some(130), "{number:?} {round}: {out}{error}");
+        if dir.join("model").exists() {
+            assert_eq!(saved(dir, "model"), steps(dir), "{number:?} {round}: {error}");
+            assert!(out.contains("go on with: mxtrain train --resume model\n"), "{out}");
+        } else {
+            stopped_before += 1;
+            assert_eq!(steps(dir), 0);
+        }
+        let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
+        assert!(names.into_iter().all(|name| !name.to_string_lossy().starts_with(".model")));
+        assert!(!dir.join("model/.mxt-lock").exists());
+    }
+    assert!(stopped_before < 28, "no run came to its first save");
+}
+
+/// Each of these takes minutes, and a signal does not wait for it.
+#[test]
+fn a_signal_does_not_wait_for_the_rest_of_an_evaluation_a_sample_or_a_step() {
+    let dir = folder();
+    let dir = dir.path();
+    for (what, options) in [
+        ("an evaluation", "--val many.bin --eval-every 1 --eval-batches 0 --batch-size 2"),
+        (
+            "a sample",
+            "--tokenizer bytes --vocab-size 256 --sample-every 1 --layers 12 --batch-size 2",
+        ),
+        ("a step", "--accumulation 16384 --batch-size 2"),
+    ] {
+        let _ = fs::remove_dir_all(dir.join("model"));
+        let _ = fs::remove_file(dir.join("log.jsonl"));
+        let child = begin(
+            dir,
+            &format!(
+                "train --train raw.bin --vocab-size 50 --out model --log log.jsonl --steps 9 \
+                 --context 32 --channels 64 --layers 1 --threads 1 {options}"
+            ),
+        );
+        match what {
+            "a step" => wait_for(|| dir.join("log.jsonl").exists()),
+            _ => wait_for(|| steps(dir) == 1),
+        }
+        sleep(Duration::from_millis(200));
+        let began = Instant::now();
+        signal(&child, Signal::TERM);
+        let (code, out, error) = end(child);
+        assert!(began.elapsed() < SOON, "{what}: {:?}", began.elapsed());
+        assert_eq!(code, Some(130), "{what}: {out}{error}");
+        assert_eq!(saved(dir, "model"), steps(dir), "{what}");
+        let evaluated = fs::read_to_string(dir.join("log.jsonl")).unwrap().contains("\"eval\"");
+        assert!(!evaluated && !error.contains("warning"), "{what}: {error}");
+    }
+
+    for line in [
+        "eval --checkpoint model --data many.bin --threads 1",
+        "generate --checkpoint model --tokenizer bytes --tokens 100000000 --threads 1",
+    ] {
+        succeed(dir, &format!("train --data data --out model --overwrite --steps 1 {TINY}"));
+        for number in [Signal::TERM, Signal::INT] {
+            let mut child = mxtrain();
+            child.args(line.split_whitespace()).current_dir(dir).stdout(Stdio::null());
+            let child = child.stderr(Stdio::piped()).spawn().unwrap();
+            sleep(Duration::from_millis(500));
+            let began = Instant::now();
+            signal(&child, number);
+            assert_eq!(end(child).0, Some(130), "{line}");
+            assert!(began.elapsed() < SOON, "{line}");
+        }
+    }
+}
+
+/// nohup starts programs with the signal ignored.
+#[test]
+fn a_hangup_that_is_ignored_stays_ignored() {
+    let dir = folder();
+    let dir = dir.path();
+    let program = env!("CARGO_BIN_EXE_mxtrain");
+    let line = format!(
+        "trap '' HUP; exec {program} train --data data --out model --log log.jsonl --steps 100000 {TINY}"
+    );
+    let child = start(dir, std::process::Command::new("sh").args(["-c", &line]));
+    wait_for(|| steps(dir) > 2);
+    signal(&child, Signal::HUP);
+    let before = steps(dir);
+    wait_for(|| steps(dir) > before + 200);
+    interrupt(&child);
+    assert_eq!(end(child).0, Some(130));
+}
+
+#[test]
+fn what_fails_on_the_side_is_said_and_counted_and_does_not_end_the_run() {
+    let dir = folder();
+    let dir = dir.path();
+    let raw = format!("train --train raw.bin --vocab-size 50 --out model --steps 40 {TINY}");
+    for (options, first, summary) in [
+        (
+            "--log /dev/full",
+            "a line of the log is lost: cannot write /dev/full",
+            "40 log lines lost",
+        ),
+        (
+            "--val outside.bin --eval-every 10",
+            "an evaluation failed: outside.bin: token 5",
+            "4 evaluations failed",
+        ),
+    ] {
+        let output = run(dir, &format!("{raw} {options} --overwrite"));
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{options}: {error}");
+        assert!(error.contains(&format!("mxtrain: warning: {first}")), "{options}: {error}");
+        assert!(error.lines().last().unwrap().ends_with(summary), "{options}: {error}");
+        assert!(error.matches("warning").count() <= 2, "{options}: {error}");
+        assert_eq!(saved(dir, "model"), 40, "{options}");
+        assert!(String::from_utf8(output.stdout).unwrap().contains("done: 40 steps"));
+    }
+
+    let mut full = mxtrain();
+    full.args(format!("{raw} --overwrite").split_whitespace()).current_dir(dir);
+    let full = full.stdout(File::create("/dev/full").unwrap()).output().unwrap();
+    let error = String::from_utf8(full.stderr).unwrap();
+    assert_eq!(full.status.code(), Some(3), "{error}");
+    assert!(error.contains("a line of the output is lost: cannot write to standard"), "{error}");
+    assert_eq!(saved(dir, "model"), 40);
+
+    // Who has closed the other end of a pipe, of either stream, wants to see no more.
+    let mut child = begin(dir, &format!("{raw} --overwrite"));
+    drop((child.stdout.take(), child.stderr.take()));
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert_eq!(saved(dir, "model"), 40);
+}
+
+/// A log whose disk was full for a while has no half lines but the first.
+#[test]
+fn a_checkpoint_that_cannot_be_saved_goes_beside_until_it_can() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!(
+        "train --data data --out model --log log.jsonl --steps 1000000 --save-every 20 {TINY}"
+    );
+    let child = begin(dir, &line);
+    wait_for(|| steps(dir) >= 3);
+    fs::rename(dir.join("model"), dir.join("away")).unwrap();
+    fs::write(dir.join("model"), "in the way").unwrap();
+    wait_for(|| beside(dir).is_some_and(|name| dir.join(name).join("mxtrain.json").exists()));
+    // One that it made before is not kept, one by another is.
+    let first = beside(dir).unwrap();
+    fs::create_dir(dir.join("model.step-0")).unwrap();
+    wait_for(|| !dir.join(&first).exists());
+    assert!(beside(dir).is_some());
+    fs::remove_file(dir.join("model")).unwrap();
+    wait_for(|| beside(dir).unwrap() == "model.step-0");
+    interrupt(&child);
+    let (code, out, error) = end(child);
+    assert_eq!(code, Some(130), "{out}{error}");
+    assert!(
+        error.contains("mxtrain: warning: model: expected a folder or a new name, found a file")
+    );
+    let resume = "go on from it with: mxtrain train --resume ";
+    assert!(error.contains(resume) && error.contains("is saved in model again"), "{error}");
+    assert_eq!(saved(dir, "model"), steps(dir));
+    // The folder was made anew, with all that a resumed run needs.
+    let until = steps(dir) + 2;
+    succeed(dir, &format!("train --resume model --steps {until}"));
+
+    // It cannot be saved at the end, either.
+    let child = begin(dir, &format!("{line} --overwrite"));
+    wait_for(|| (3..until).contains(&steps(dir)));
+    fs::remove_dir_all(dir.join("model")).unwrap();
+    fs::write(dir.join("model"), "in the way").unwrap();
+    interrupt(&child);
+    let (code, out, error) = end(child);
+    assert_eq!(code, Some(1), "{out}{error}");
+    let last = beside(dir).unwrap();
+    let held = format!("{last} holds step {}", steps(dir));
+    assert!(error.lines().last().unwrap().ends_with(&held), "{error}");
+    assert_eq!(saved(dir, &last), steps(dir));
+    succeed(dir, &format!("train --resume {last} --steps {}", steps(dir) + 2));
+}
+
+#[test]
+fn a_third_place_can_be_named() {
+    let dir = folder();
+    let dir = dir.path();
+    let child = begin(
+        dir,
+        &format!(
+            "train --data data --out a/model --log log.jsonl --steps 1000000 --save-every 20 \
+             --save-fallback third {TINY}"
+        ),
+    );
+    wait_for(|| steps(dir) >= 3);
+    fs::rename(dir.join("a"), dir.join("away")).unwrap();
+    fs::write(dir.join("a"), "in the way").unwrap();
+    wait_for(|| dir.join("third").exists());
+    interrupt(&child);
+    let (code, _, error) = end(child);
+    assert_eq!(code, Some(1), "{error}");
+    let name = fs::read_dir(dir.join("third")).unwrap().next().unwrap().unwrap().file_name();
+    let place = format!("third/{}", name.to_string_lossy());
+    assert_eq!(saved(dir, &place), steps(dir), "{error}");
+}
+
+#[test]
+fn a_second_run_is_refused_and_a_killed_one_is_none() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("train --data data --out model --steps 1000000 --save-every 5 {TINY}");
+    let mut child = begin(dir, &format!("{line} --log log.jsonl"));
+    wait_for(|| steps(dir) >= 12);
+    let holder = format!("another run (process {} on ", child.id());
+    // Again and again, as the folder is replaced meanwhile.
+    for _ in 0..5 {
+        for second in ["train --resume model", &format!("{line} --overwrite")] {
+            let error = refuse(dir, second);
+            assert!(error.contains(&holder) && error.contains("is using model"), "{error}");
+        }
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let until = saved(dir, "model") + 2;
+    succeed(dir, &format!("train --resume model --steps {until}"));
+    assert_eq!(saved(dir, "model"), until);
+    assert!(!dir.join("model/.mxt-lock").exists());
+}
+
+#[test]
+fn the_current_folder_and_one_with_folders_in_it_can_be_saved_to() {
+    let dir = folder();
+    let here = dir.path().join("here");
+    fs::create_dir(&here).unwrap();
+    succeed(&here, &format!("train --data ../data --out . --steps 3 --save-every 1 {TINY}"));
+    fs::create_dir(here.join("samples")).unwrap();
+    succeed(&here, "train --resume . --steps 5");
+    assert_eq!(saved(&here, "."), 5);
+    succeed(dir.path(), "train --resume here --steps 7");
+    assert_eq!(saved(dir.path(), "here"), 7);
+    let mut names: Vec<_> = fs::read_dir(&here)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    let files = [
+        "config.json",
+        "model.safetensors",
+        "mxtrain.json",
+        "samples",
+        "trainer.json",
+        "trainer.safetensors",
+    ];
+    assert_eq!(names, files);
+}
