@@ -58,6 +58,7 @@ pub mod mx;
 mod optim;
 pub mod recipe;
 mod reserve;
+mod signals;
 mod trainer;
 
 pub use data::{Dataset, DatasetFile, TokenFormat};
