@@ -61,7 +61,7 @@ mod reserve;
 mod signals;
 mod trainer;
 
-pub use data::{Dataset, DatasetFile, TokenFormat};
+pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};
 pub use engine::{CudaStream, Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use generate::GenerateOptions;

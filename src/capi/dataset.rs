@@ -119,7 +119,7 @@ pub unsafe extern "C" fn mxt_dataset_max_token(
     unsafe {
         guard::method("mxt_dataset_max_token", dataset, |dataset| {
             let out = arguments::place("token", token)?;
-            out.put(dataset.data.max_token());
+            out.put(dataset.data.max_token()?);
             Ok(())
         })
     }
