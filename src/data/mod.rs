@@ -147,6 +147,20 @@ impl Dataset {
         self.0.scan.largest(&self.0.files)
     }
 
+    /// The largest token of each file, in their order. Reads everything.
+    ///
+    /// # Errors
+    /// As [`Dataset::max_token`].
+    pub fn max_tokens(&self) -> Result<Vec<u32>> {
+        // Read in the same order, so that the first stray is named either way.
+        self.max_token()?;
+        Ok(self
+            .sources()
+            .iter()
+            .map(|file| file.extent(0, file.info.tokens as usize).largest)
+            .collect())
+    }
+
     /// Checks all tokens against a vocabulary. More than 256 MiB of them are read by a thread that this
     /// call starts, and the answer is then what is known by now; ask again for more. Training and
     /// evaluation do that by themselves: the call is for knowing early.
@@ -180,7 +194,7 @@ impl Dataset {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] where no file is long enough for one.
-    pub(crate) fn windows(&self, sequence_length: usize) -> Result<u64> {
+    pub fn windows(&self, sequence_length: usize) -> Result<u64> {
         let t = sequence_length as u64;
         if t == 0 {
             return Err(Error::invalid("sequence_length", "expected at least 1, got 0"));
