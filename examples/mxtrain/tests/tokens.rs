@@ -4,6 +4,7 @@ mod common;
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -198,4 +199,30 @@ fn a_run_keeps_the_type_and_the_name_of_its_tokens() {
     let output = run_args(dir, line);
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("2,000, raw u32, the largest is 69,"), "{text}");
+}
+
+/// Data that are too large to look at first: a thread finds the token while the run goes on, and the run
+/// ends with what it has done.
+#[test]
+fn a_token_far_inside_large_data_ends_the_run_with_everything_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    // Zeros that take no room on the disk, a length that no call looks at by itself, and one token.
+    let mut file = fs::File::create(dir.join("large.bin")).unwrap();
+    let place = (300 << 20) - 2;
+    file.seek(SeekFrom::Start(place)).unwrap();
+    file.write_all(&60_000u16.to_le_bytes()).unwrap();
+    drop(file);
+    let line = format!(
+        "train --train large.bin --vocab-size 100 --context 8 --steps 10000000 --save-every 0 \
+         --eval-every 0 --out m {TINY}"
+    );
+    let output = run(dir, &line);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    let last = error.lines().last().unwrap();
+    let expected = format!("large.bin: token 60000 at offset {}", place / 2);
+    assert!(last.contains(&expected), "{error}");
+    let step = &info(dir, "m")["training"]["step"];
+    assert!(last.ends_with(&format!("; m holds step {step}")), "{last}");
 }
