@@ -34,7 +34,7 @@ pub(crate) fn megatron(data: &[u8]) {
         let tokens: Vec<u8> = (0..48).map(|i| if i % 8 == 0 { i / 8 } else { 0 }).collect();
         fs::write(&path, &tokens).expect("a temporary file can be written");
         fs::write(path.with_extension("idx"), data).expect("a temporary file can be written");
-        let named = [path.clone(), path.with_extension("idx")].map(|path| Dataset::open(path));
+        let named = [path.clone(), path.with_extension("idx")].map(Dataset::open);
         // Other bytes than Megatron's are nobody's index, and the tokens stand alone.
         let is_megatron = data.starts_with(b"MMIDIDX\0\0");
         if let [Ok(one), Ok(other)] = &named {

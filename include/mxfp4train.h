@@ -822,7 +822,8 @@ mxt_status mxt_dataset_max_token(const struct mxt_dataset *dataset,
 
 // Counts what training with sequences of `sequence_length` tokens reads of the dataset, and stores it in
 // `*coverage` (struct_size set by the caller). Files without a whole window, of a sequence and one more
-// token, are never read; a trainer's first step with such a dataset says so in the engine's log.
+// token, are never read; a trainer's first step with such a dataset says so in the engine's log, unless
+// this function was called with the trainer's length before.
 //
 // Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 mxt_status mxt_dataset_coverage(const struct mxt_dataset *dataset,

@@ -150,6 +150,7 @@ fn every_format_is_read_as_it_was_written() {
     assert_eq!(two("uint32.bin"), (Raw, TokenType::U32, 4000, 49_579));
     assert_eq!(two("megatron16.bin"), (Megatron, TokenType::U16, 4000, 49_579));
     assert_eq!(two("megatron16.idx"), (Megatron, TokenType::U16, 4000, 49_579));
+    assert_eq!(two("megatron16"), (Megatron, TokenType::U16, 4000, 49_579));
     let pair = open(&token_file("megatron16.*")).unwrap();
     assert_eq!((pair.token_count(), pair.files().len()), (4000, 1));
     assert_eq!(pair.files()[0].documents, Some(20));

@@ -131,7 +131,7 @@ const HIGH: u32 = 15;
 fn guess(path: &Path, bytes: &[u8]) -> Result<TokenType> {
     let length = bytes.len();
     let middle = (length / 2).next_multiple_of(8);
-    let last = (length.saturating_sub(LOOK) / 8 * 8).max(0);
+    let last = length.saturating_sub(LOOK) / 8 * 8;
     let starts: &[usize] = if length <= 3 * LOOK { &[0] } else { &[0, middle, last] };
     let look = if length <= 3 * LOOK { length } else { LOOK };
     let parts = || starts.iter().map(|&start| &bytes[start..][..look.min(length - start)]);

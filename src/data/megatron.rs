@@ -42,7 +42,7 @@ pub(super) struct Pair {
 /// The pair that a file is one half of; `None` where it stands alone.
 ///
 /// # Errors
-/// [`Error::Io`] for an index without its tokens.
+/// [`Error::Format`] for an index without its tokens.
 pub(super) fn pair(path: &Path) -> Result<Option<Pair>> {
     let Some(tokens) = tokens_of(path) else { return Ok(None) };
     if tokens != path && !tokens.exists() {
@@ -58,13 +58,19 @@ pub(super) fn pair(path: &Path) -> Result<Option<Pair>> {
     Ok(Some(Pair { index: tokens.with_extension("idx"), tokens }))
 }
 
-/// The `.bin` of the pair that a path names one file of.
+/// The `.bin` of the pair that a path names one file of, or both, as Megatron does, by what their names
+/// begin with.
 pub(super) fn tokens_of(path: &Path) -> Option<PathBuf> {
-    let extension = path.extension()?;
-    if extension != "bin" && extension != "idx" {
-        return None;
-    }
-    is_index(&path.with_extension("idx")).then(|| path.with_extension("bin"))
+    let index = match path.extension() {
+        Some(extension) if extension == "bin" || extension == "idx" => path.with_extension("idx"),
+        _ if path.exists() => return None,
+        _ => {
+            let mut name = path.as_os_str().to_owned();
+            name.push(".idx");
+            name.into()
+        }
+    };
+    is_index(&index).then(|| index.with_extension("bin"))
 }
 
 fn is_index(path: &Path) -> bool {

@@ -43,8 +43,8 @@ pub struct Dataset(Arc<Inner>);
 struct Inner {
     files: Arc<[TokenFile]>,
     scan: Scan,
-    /// The sequence length whose windows leave files out, once that has been said; 0 before.
-    warned_of: AtomicU64,
+    /// The sequence length whose windows the host knows to leave files out or not; 0 before.
+    told_of: AtomicU64,
 }
 
 /// How a dataset is opened. `Default` is right for nearly all files.
@@ -61,7 +61,7 @@ impl Dataset {
     /// An existing path is taken as it is, even where it holds `*`, `?` or `[`; `**` in a pattern stands
     /// for any number of folders. Paths and patterns need not be UTF-8. Each file may have any
     /// [`TokenFormat`]; raw tokens are u16, or u32 or i64 where they cannot be u16. Of Megatron's pair
-    /// either file can be named, and the pair counts once where both are. Files are mapped, not read,
+    /// either file can be named, or what both names begin with, and the pair counts once where both are. Files are mapped, not read,
     /// and stay open until the last clone is gone; no process may make one shorter in that time (the
     /// system would end this process with SIGBUS). Replacing a file by renaming another over it is
     /// safe.
@@ -126,7 +126,7 @@ impl Dataset {
     }
 
     fn of(files: Arc<[TokenFile]>) -> Self {
-        Self(Arc::new(Inner { files, scan: Scan::new(), warned_of: AtomicU64::new(0) }))
+        Self(Arc::new(Inner { files, scan: Scan::new(), told_of: AtomicU64::new(0) }))
     }
 
     /// Tokens of all files.
@@ -171,18 +171,19 @@ impl Dataset {
         self.0.scan.check(&self.0.files, vocab_size)
     }
 
-    /// What windows of `sequence_length` tokens, and one more for the last target, read of the files.
+    /// What windows of `sequence_length` tokens, and one more for the last target, read of the files. A
+    /// trainer's first step warns in the engine's log of files that are never read, unless this was
+    /// asked before for its length: whoever asks knows.
     pub fn coverage(&self, sequence_length: usize) -> Coverage {
+        self.0.told_of.store(sequence_length as u64, Ordering::Relaxed);
         Coverage::of(self.sources().iter().map(|file| file.info.tokens), sequence_length)
     }
 
     /// What a user should be told of files that training with this length leaves out, once.
     pub(crate) fn warning(&self, sequence_length: usize) -> Option<String> {
-        let length = sequence_length as u64;
-        if self.0.warned_of.load(Ordering::Relaxed) == length {
+        if self.0.told_of.load(Ordering::Relaxed) == sequence_length as u64 {
             return None;
         }
-        self.0.warned_of.store(length, Ordering::Relaxed);
         self.coverage(sequence_length).warning("sequence_length")
     }
 

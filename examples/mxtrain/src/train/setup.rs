@@ -144,7 +144,7 @@ pub(crate) fn vocabulary(given: Option<usize>, of_data: Option<usize>) -> Outcom
         (Some(vocab_size), _) | (None, Some(vocab_size)) => Ok(vocab_size),
         (None, None) => Err(Failure::usage(
             "--vocab-size N is missing: token files do not say how many different tokens there are \
-             (--tokenizer would tell too)",
+             (--tokenizer would tell too, and `mxtrain info` shows the largest)",
         )),
     }
 }
