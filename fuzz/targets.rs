@@ -8,26 +8,57 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use mxfp4train::{
-    Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions,
+    Dataset, DatasetOptions, Engine, EngineOptions, Model, ModelConfig, Recipe, TokenType, Trainer,
+    TrainerOptions,
 };
 
-/// A token file: raw, or llm.c's.
+/// A token file: raw, llm.c's or NumPy's, or none at all.
 pub(crate) fn tokens(data: &[u8]) {
     with_bench(|bench| {
         let path = bench.folder.path().join("tokens.bin");
         fs::write(&path, data).expect("a temporary file can be written");
-        let Ok(dataset) = Dataset::open_files(&[&path]) else { return };
-        let count = dataset.token_count();
-        assert!(count >= 1 && count <= data.len() as u64 / 2);
-        assert_eq!(dataset.files()[0].tokens, count);
-        let most = dataset.max_token();
-        let fits = (most as usize) < bench.trainer.model().config().vocab_size;
-        if let Ok(stats) = bench.trainer.eval(&dataset, 2) {
-            assert!(stats.loss.is_finite() && stats.tokens < count);
-        } else {
-            assert!(!fits || count <= 8, "{count} tokens up to {most} must be read");
+        // Whatever it is, it can be read as bytes, unless a header or a magic says what it is.
+        let bytes = DatasetOptions { token_type: Some(TokenType::U8) };
+        for options in [DatasetOptions::default(), bytes] {
+            if let Ok(dataset) = Dataset::open_files_with(&[&path], &options) {
+                check_tokens(&mut bench.trainer, &dataset, data.len());
+            }
         }
     });
+}
+
+/// Megatron's index beside 48 bytes of tokens.
+pub(crate) fn megatron(data: &[u8]) {
+    with_bench(|bench| {
+        let path = bench.folder.path().join("pair.bin");
+        let tokens: Vec<u8> = (0..48).map(|i| if i % 8 == 0 { i / 8 } else { 0 }).collect();
+        fs::write(&path, &tokens).expect("a temporary file can be written");
+        fs::write(path.with_extension("idx"), data).expect("a temporary file can be written");
+        let named = [path.clone(), path.with_extension("idx")].map(Dataset::open);
+        // Other bytes than Megatron's are nobody's index, and the tokens stand alone.
+        let is_megatron = data.starts_with(b"MMIDIDX\0\0");
+        if let [Ok(one), Ok(other)] = &named {
+            assert!(!is_megatron || one.files() == other.files());
+        }
+        for dataset in named.into_iter().flatten() {
+            check_tokens(&mut bench.trainer, &dataset, tokens.len().max(data.len()));
+        }
+    });
+}
+
+/// A dataset that opens can be counted, looked through and measured with, and what is no token of the
+/// model is an error of all of that.
+fn check_tokens(trainer: &mut Trainer, dataset: &Dataset, bytes: usize) {
+    let count = dataset.token_count();
+    assert!(count >= 1 && count <= bytes as u64);
+    assert_eq!(dataset.files()[0].tokens, count);
+    let vocab_size = trainer.model().config().vocab_size;
+    let fits = dataset.max_token().is_ok_and(|most| (most as usize) < vocab_size);
+    assert_eq!(dataset.check_tokens(vocab_size).is_ok(), fits);
+    match trainer.eval(dataset, 2) {
+        Ok(stats) => assert!(fits && stats.loss.is_finite() && stats.tokens < count),
+        Err(error) => assert!(!fits || count < 2, "{count} sound tokens: {error}"),
+    }
 }
 
 /// `model.safetensors` in a checkpoint that is otherwise sound.

@@ -44,8 +44,9 @@
 //    MXT_ERROR_FORKED; the lists of errors below leave them out.
 //
 // 3. Outputs are written only when a call succeeds. Pointers must not be NULL unless the function
-//    says what NULL means. Strings that go in are UTF-8, end with a zero byte and are borrowed for
-//    the call; each function says how long a string that comes out is valid.
+//    says what NULL means. Strings that go in end with a zero byte and are borrowed for the call; they
+//    are UTF-8, except that paths are the system's own bytes, whatever their encoding. Each function
+//    says how long a string that comes out is valid.
 //
 // 4. Structs begin with struct_size and grow only at the end, so that a program compiled with an
 //    older header works with a newer library. Structs that the caller fills have a function
@@ -60,7 +61,8 @@
 //    this rule gets MXT_ERROR_BUSY, and nothing is corrupted or waited for; only freeing a handle
 //    while another thread is about to use it is beyond what the library can see.
 //    The library's worker threads belong to an engine, block all signals but faults, and have ended
-//    when the engine and all that was made from it is freed. After fork() the child has none of them:
+//    when the engine and all that was made from it is freed; a dataset of more than 256 MiB has one too
+//    for a while. After fork() the child has none of them:
 //    there, calls on handles of the parent return MXT_ERROR_FORKED, except those that return a fixed
 //    number or text and _free. A child that wants to train makes an engine of its own.
 //
@@ -187,6 +189,23 @@ typedef enum mxt_dtype {
   MXT_DTYPE_F32 = 0,
 } mxt_dtype;
 
+// What a token is in a file without a header to say it.
+typedef enum mxt_token_type {
+  // Found out by a look at the tokens: 16 bits, unless they must be 32 or 64. A file in which they
+  // may be either is refused.
+  MXT_TOKEN_TYPE_AUTO = 0,
+  // Two unsigned bytes.
+  MXT_TOKEN_TYPE_U16 = 1,
+  // Four unsigned bytes.
+  MXT_TOKEN_TYPE_U32 = 2,
+  // Eight signed bytes.
+  MXT_TOKEN_TYPE_I64 = 3,
+  // One unsigned byte.
+  MXT_TOKEN_TYPE_U8 = 4,
+  // Four signed bytes.
+  MXT_TOKEN_TYPE_I32 = 5,
+} mxt_token_type;
+
 // The curve of the learning rate after the warm-up.
 typedef enum mxt_schedule {
   // lr for ever.
@@ -212,6 +231,11 @@ typedef enum mxt_run_end {
 // Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
 // changed, so any number of threads and trainers may use it at once. Make with one of the
 // mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
+//
+// All its tokens are checked against a model's vocabulary before the first step or evaluation of a
+// trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while the
+// training goes on, and what it finds is the error of the next step. The thread blocks all signals but
+// faults, and has ended when mxt_dataset_free returns and no other call uses the dataset.
 typedef struct mxt_dataset mxt_dataset;
 
 // A device with its worker threads. Everything else is made from one. It is never changed, so any
@@ -346,6 +370,38 @@ typedef struct mxt_generate_options {
   // Passed to on_token.
   void *user_data;
 } mxt_generate_options;
+
+// How a dataset is opened. Fill it with mxt_dataset_options_init.
+typedef struct mxt_dataset_options {
+  // Set by mxt_dataset_options_init.
+  size_t struct_size;
+  // One of mxt_token_type. Default MXT_TOKEN_TYPE_AUTO. For files without a header; a header is
+  // believed. With another value than AUTO files are not refused for looking like text.
+  int32_t token_type;
+  // Not used; must be 0.
+  int32_t reserved;
+} mxt_dataset_options;
+
+// What sequences of some length read of a dataset. Set struct_size to sizeof(mxt_coverage) before the
+// call that fills it.
+typedef struct mxt_coverage {
+  // sizeof(mxt_coverage), set by the caller.
+  size_t struct_size;
+  // Windows of an epoch, of a sequence and one more token each; 0 where no file is long enough.
+  uint64_t windows;
+  // Files of the dataset.
+  uint64_t files;
+  // Files shorter than a window, which training never reads.
+  uint64_t short_files;
+  // Tokens of all files.
+  uint64_t tokens;
+  // Tokens of the files that training never reads.
+  uint64_t short_tokens;
+  // Tokens of the shortest file. Sequences of one less read every file.
+  uint64_t shortest;
+  // Tokens of the longest file.
+  uint64_t longest;
+} mxt_coverage;
 
 // What a trainer is made from. Fill it with mxt_trainer_options_init.
 typedef struct mxt_trainer_options {
@@ -619,7 +675,7 @@ mxt_status mxt_model_new(const struct mxt_engine *engine,
 // Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
 // (gpt2), and stores it in `*model` for the caller to free.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 // MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
 // MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
 mxt_status mxt_model_load(const struct mxt_engine *engine,
@@ -630,10 +686,9 @@ mxt_status mxt_model_load(const struct mxt_engine *engine,
 // folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
 // there, the one before or the new one. Whatever else is in the folder stays.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
-// (a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
-mxt_status mxt_model_save(const struct mxt_model *model,
-                          const char *dir);
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
+// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+mxt_status mxt_model_save(const struct mxt_model *model, const char *dir);
 
 // Stores the model's shape in `*config`, whose struct_size the caller has set.
 //
@@ -722,24 +777,54 @@ mxt_status mxt_model_next_logits(const struct mxt_model *model,
                                  float *logits,
                                  size_t count);
 
+// Fills `options` with the defaults. `struct_size` is sizeof(mxt_dataset_options) as the caller's
+// compiler sees it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_dataset_options_init(struct mxt_dataset_options *options, size_t struct_size);
+
 // Opens a token file, or all files that a pattern such as "data/train_*.bin" matches, in the
-// order of their names, and stores the dataset in `*dataset` for the caller to free.
+// order of their names, and stores the dataset in `*dataset` for the caller to free. `*` and `?` match
+// within a name, `**` any number of folders; a path that exists is taken as it is.
 //
-// Files are raw little-endian 16-bit tokens, or llm.c's format with its header. They are mapped,
-// not read, and must not be changed or truncated while the dataset is in use.
+// Each file may be raw little-endian tokens of 16 bits, or of 32 or 64 where that is beyond doubt;
+// llm.c's format with its header; NumPy's .npy of uint8, uint16, uint32, int32 or int64, of one
+// dimension, or of two, read row by row; or Megatron's pair of .bin and .idx, of which either file can
+// be named, and which counts once where both match. Documents are not told apart, and windows do not
+// cross files. Files are mapped, not read, and must not be changed or truncated while the dataset is
+// in use.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches
-// nothing), MXT_ERROR_IO, MXT_ERROR_FORMAT. The message is in mxt_last_error.
-mxt_status mxt_dataset_open(const char *pattern, struct mxt_dataset **dataset);
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches nothing), MXT_ERROR_IO,
+// MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names with the remedy).
+// The message is in mxt_last_error.
+mxt_status mxt_dataset_open(const char *pattern,
+                            struct mxt_dataset **dataset);
+
+// Does what mxt_dataset_open does, with options. `options` may be NULL for the defaults.
+//
+// Errors: those of mxt_dataset_open, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT for an
+// option, which the message names.
+mxt_status mxt_dataset_open_with(const char *pattern,
+                                 const struct mxt_dataset_options *options,
+                                 struct mxt_dataset **dataset);
 
 // Opens `count` token files as one dataset, in the order given, and stores it in `*dataset` for
 // the caller to free. `paths` and its strings are borrowed for the call.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO,
-// MXT_ERROR_FORMAT. The message is in mxt_last_error.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO, MXT_ERROR_FORMAT. The
+// message is in mxt_last_error.
 mxt_status mxt_dataset_open_files(const char *const *paths,
                                   size_t count,
                                   struct mxt_dataset **dataset);
+
+// Does what mxt_dataset_open_files does, with options. `options` may be NULL for the defaults.
+//
+// Errors: those of mxt_dataset_open_files, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT for
+// an option, which the message names.
+mxt_status mxt_dataset_open_files_with(const char *const *paths,
+                                       size_t count,
+                                       const struct mxt_dataset_options *options,
+                                       struct mxt_dataset **dataset);
 
 // Makes a dataset from `count` tokens in memory, which are copied, and stores it in `*dataset` for
 // the caller to free.
@@ -753,10 +838,23 @@ mxt_status mxt_dataset_from_tokens(const uint32_t *tokens,
 // Number of tokens in all files. 0 if `dataset` is NULL. Any thread may call it at any time.
 uint64_t mxt_dataset_token_count(const struct mxt_dataset *dataset);
 
-// Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files.
+// Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files, unless
+// that has been done.
 //
-// Any thread may call it at any time. Errors: MXT_ERROR_NULL.
-mxt_status mxt_dataset_max_token(const struct mxt_dataset *dataset, uint32_t *token);
+// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_TOKEN_RANGE (a number below 0
+// or above 32 bits, which is no token).
+mxt_status mxt_dataset_max_token(const struct mxt_dataset *dataset,
+                                 uint32_t *token);
+
+// Counts what training with sequences of `sequence_length` tokens reads of the dataset, and stores it in
+// `*coverage` (struct_size set by the caller). Files without a whole window, of a sequence and one more
+// token, are never read; a trainer's first step with such a dataset says so in the engine's log, unless
+// this function was called with the trainer's length before.
+//
+// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_dataset_coverage(const struct mxt_dataset *dataset,
+                                size_t sequence_length,
+                                struct mxt_coverage *coverage);
 
 // The message of the last call with this dataset as its first argument that failed; the empty
 // string when there is none. What goes wrong while a trainer reads it is on the trainer.
@@ -790,7 +888,7 @@ mxt_status mxt_trainer_new(struct mxt_model *model,
 // in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run had
 // never stopped. The number of threads may differ; the seed is the checkpoint's.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 // MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
 // MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
 mxt_status mxt_trainer_load(const struct mxt_engine *engine,
@@ -801,8 +899,8 @@ mxt_status mxt_trainer_load(const struct mxt_engine *engine,
 // A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or the new one.
 // Whatever else is in the folder stays. Hugging Face transformers opens the folder as gpt2.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
-// (a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
+// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 mxt_status mxt_trainer_save(struct mxt_trainer *trainer,
                             const char *dir);
 
@@ -810,8 +908,9 @@ mxt_status mxt_trainer_save(struct mxt_trainer *trainer,
 // (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
-// MXT_ERROR_BUSY.
+// a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
+// where this step does not read it), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the
+// weights are as before the step.
 mxt_status mxt_trainer_step(struct mxt_trainer *trainer,
                             const struct mxt_dataset *dataset,
                             struct mxt_step_stats *stats);
@@ -836,11 +935,14 @@ mxt_status mxt_trainer_step_tokens(struct mxt_trainer *trainer,
 // dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
 // not an error.
 //
+// Where no file has the tokens of a sequence and one more, each file of two tokens or more is one
+// shorter sequence of all its tokens; stats->tokens tells how many were predicted.
+//
 // A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called back
 // the caller.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY, MXT_STOPPED.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no file of two tokens),
+// MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_BUSY, MXT_STOPPED.
 mxt_status mxt_trainer_eval(struct mxt_trainer *trainer,
                             const struct mxt_dataset *dataset,
                             size_t max_batches,

@@ -50,19 +50,20 @@ pub enum Error {
         message: String,
     },
 
-    /// A token is not below the model's vocabulary size.
+    /// A token is not below the model's vocabulary size, or is a number that no token can be.
     #[error(
         "{source_name}: token {token} at offset {offset} is outside the vocabulary of {vocab_size} \
-         (was the data made with another tokenizer?)"
+         ({cause})",
+        cause = token_cause(*token)
     )]
     TokenRange {
         /// The file, or a name for tokens that came from memory.
         source_name: String,
         /// Index of the token, counted in tokens from the start of the data.
         offset: u64,
-        /// The token found.
-        token: u32,
-        /// The model's vocabulary size.
+        /// The number found; below 0 or above u32 where it is no token at all.
+        token: i64,
+        /// The model's vocabulary size; 2^32 where no model is asked.
         vocab_size: usize,
     },
 
@@ -118,6 +119,15 @@ pub enum Error {
     /// An earlier call panicked while it changed this object, which can only be freed now.
     #[error("a panic in an earlier call left this object unusable; free it")]
     Poisoned,
+}
+
+/// What a token outside a vocabulary is likely to come from.
+fn token_cause(token: i64) -> &'static str {
+    match token {
+        ..0 => "a mark for padding or masking? take such marks out of the data",
+        _ if token > u32::MAX.into() => "is the file damaged, or of another token_type?",
+        _ => "was the data made with another tokenizer?",
+    }
 }
 
 impl Error {

@@ -101,7 +101,7 @@ impl Model {
             Some(offset) => Err(Error::TokenRange {
                 source_name: "the prompt".into(),
                 offset: offset as u64,
-                token: prompt[offset],
+                token: prompt[offset].into(),
                 vocab_size,
             }),
             None => Ok(()),

@@ -76,9 +76,10 @@ mod optim;
 pub mod recipe;
 mod reserve;
 mod room;
+mod signals;
 mod trainer;
 
-pub use data::{Dataset, DatasetFile, TokenFormat};
+pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};
 pub use engine::{CudaStream, Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use generate::GenerateOptions;

@@ -207,10 +207,12 @@ impl Trainer {
         checkpoint::save(dir, self.model.config(), &self.model.exported(&params), Some(part))
     }
 
-    /// One optimizer step on the dataset's next samples.
+    /// One optimizer step on the dataset's next samples. Files shorter than a sequence and one token
+    /// are never read; the engine's log warns of them once, and [`Dataset::coverage`] counts them.
     ///
     /// # Errors
-    /// [`Error::TokenRange`], or [`Error::InvalidArgument`] for a dataset that is too short;
+    /// [`Error::TokenRange`] for a token outside the vocabulary anywhere in the dataset, see
+    /// [`Dataset::check_tokens`]; [`Error::InvalidArgument`] for a dataset that is too short;
     /// [`Error::NotFinite`] if the loss or the gradient is NaN or infinite. Weights, moments and
     /// position are then those before the step.
     pub fn step(&mut self, data: &Dataset) -> Result<StepStats> {
@@ -231,6 +233,10 @@ impl Trainer {
         let TrainerState { seed, step, ref options, .. } = self.state;
         let (batch, accumulation) = (options.batch_size as u64, options.accumulation as u64);
         let vocab_size = self.model.config().vocab_size;
+        data.check_tokens(vocab_size)?;
+        if let Some(warning) = data.warning(options.sequence_length) {
+            self.model.engine().log(LogLevel::Warning, || warning);
+        }
         self.optimizer_step(stops, &mut |micro_step, row, window| {
             let sample = (step * accumulation + micro_step as u64) * batch + row as u64;
             data.training_window(seed, sample, vocab_size, window)
@@ -259,7 +265,7 @@ impl Trainer {
             return Err(Error::TokenRange {
                 source_name: "the tokens of this step".into(),
                 offset: offset as u64,
-                token: tokens[offset],
+                token: tokens[offset].into(),
                 vocab_size,
             });
         }
@@ -358,16 +364,21 @@ impl Trainer {
     /// Mean loss over `max_batches` batches of windows spread evenly over `data`, the same windows at
     /// every call; 0 takes all windows. Nothing of the run changes.
     ///
+    /// Where no file has the tokens of a sequence and one more, each file with two tokens or more is one
+    /// shorter window of all its tokens; the number of tokens in the result tells.
+    ///
     /// # Errors
-    /// As [`Trainer::step`]; a loss that is not finite is returned, not an error. [`Error::Stopped`] if
-    /// a stop is pending before a batch.
+    /// As [`Trainer::step`], but [`Error::InvalidArgument`] only where no file has two tokens; a loss
+    /// that is not finite is returned, not an error. [`Error::Stopped`] if a stop is pending before a
+    /// batch.
     pub fn eval(&mut self, data: &Dataset, max_batches: usize) -> Result<EvalStats> {
         let started = Instant::now();
         let TrainerOptions { batch_size, sequence_length, ref recipe, .. } = self.state.options;
-        let windows = data.windows(sequence_length)?;
+        data.check_tokens(self.model.config().vocab_size)?;
+        let windows = data.eval_windows(sequence_length)?;
         let count = match max_batches {
-            0 => windows,
-            n => windows.min((n as u64).saturating_mul(batch_size as u64)),
+            0 => windows.total(),
+            n => windows.total().min((n as u64).saturating_mul(batch_size as u64)),
         };
         let engine = self.model.engine().clone();
         let backend = engine.backend();
@@ -375,16 +386,19 @@ impl Trainer {
         let (config, params) = (self.model.config(), &*params);
         let Buffers { activations, batch: data_batch, workspace, optimizer, .. } =
             &mut self.buffers;
-        let mut sum = 0.0;
-        for first in (0..count).step_by(batch_size) {
+        // Short windows have lengths of their own, so each is a batch.
+        let at_once = if windows.are_short { 1 } else { batch_size };
+        let (mut sum, mut tokens) = (0.0, 0);
+        for first in (0..count).step_by(at_once) {
             if self.stop.is_requested() {
                 return Err(Error::Stopped);
             }
-            let batch = (count - first).min(batch_size as u64) as usize;
-            let sequences = Sequences { batch, length: sequence_length };
+            let batch = (count - first).min(at_once as u64) as usize;
+            let sequences = Sequences { batch, length: windows.length(first, count)? };
             data_batch.fill(sequences, |row, window| {
-                data.eval_window(first + row as u64, count, config.vocab_size, window)
+                windows.read(first + row as u64, count, config.vocab_size, window)
             })?;
+            tokens += sequences.rows() as u64;
             sum += backend.scope(|| {
                 data_batch.upload(backend);
                 let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
@@ -393,7 +407,6 @@ impl Trainer {
                 backend.sum_losses(optimizer, &activations.losses, sequences.rows())
             })?;
         }
-        let tokens = count * sequence_length as u64;
         let loss = (sum / tokens as f64) as f32;
         Ok(EvalStats { loss, tokens, seconds: started.elapsed().as_secs_f64() })
     }
@@ -685,9 +698,9 @@ impl<B: Backend> Batch<B> {
         let (inputs, targets) = self.host[..2 * self.rows].split_at_mut(self.rows);
         let rows = inputs.chunks_exact_mut(t).zip(targets.chunks_exact_mut(t));
         for (row, (inputs, targets)) in rows.enumerate() {
-            window(row, &mut self.window)?;
+            window(row, &mut self.window[..=t])?;
             inputs.copy_from_slice(&self.window[..t]);
-            targets.copy_from_slice(&self.window[1..]);
+            targets.copy_from_slice(&self.window[1..=t]);
         }
         Ok(())
     }

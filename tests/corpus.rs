@@ -13,6 +13,11 @@ fn tokens() {
 }
 
 #[test]
+fn megatron() {
+    replay("megatron", targets::megatron);
+}
+
+#[test]
 fn safetensors() {
     replay("safetensors", targets::safetensors);
 }

@@ -3,7 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use mxfp4train::{Dataset, Error, TokenFormat};
+use mxfp4train::{
+    Dataset, DatasetOptions, Engine, EngineOptions, Model, ModelConfig, TokenFormat, TokenType,
+    Trainer, TrainerOptions,
+};
+use mxfp4train::{Error, LogLevel};
+use proptest::prelude::*;
 use tempfile::TempDir;
 
 fn raw(tokens: &[u16]) -> Vec<u8> {
@@ -24,7 +29,19 @@ fn write(dir: &TempDir, name: &str, bytes: &[u8]) -> PathBuf {
 }
 
 fn open(path: &Path) -> Result<Dataset, Error> {
-    Dataset::open(path.to_str().unwrap())
+    Dataset::open(path)
+}
+
+/// A committed file.
+fn token_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tokens").join(name)
+}
+
+/// What a file is refused with.
+fn refusal(path: &Path) -> String {
+    let error = open(path).expect_err(&path.display().to_string());
+    assert!(matches!(error, Error::Format { .. }), "{error}");
+    error.to_string()
 }
 
 #[test]
@@ -32,14 +49,14 @@ fn every_format_is_told_by_its_header() {
     let dir = TempDir::new().unwrap();
     let wide: Vec<u8> = [1u32, 70_000, 3].iter().flat_map(|t| t.to_le_bytes()).collect();
     for (name, bytes, format, tokens, max) in [
-        ("raw.bin", raw(&[1, 2, 65_535]), TokenFormat::RawU16, 3, 65_535),
+        ("raw.bin", raw(&[1, 2, 65_535]), TokenFormat::Raw, 3, 65_535),
         ("gpt2.bin", llmc(20240520, 1, 2, &raw(&[9, 8])), TokenFormat::LlmC, 2, 9),
         ("llama.bin", llmc(20240801, 7, 3, &wide), TokenFormat::LlmC, 3, 70_000),
     ] {
         let path = write(&dir, name, &bytes);
         let data = open(&path).unwrap();
         assert_eq!(data.token_count(), tokens, "{name}");
-        assert_eq!(data.max_token(), max, "{name}");
+        assert_eq!(data.max_token().unwrap(), max, "{name}");
         let files = data.files();
         assert_eq!((files[0].format, files[0].path.as_path()), (format, path.as_path()));
     }
@@ -119,4 +136,516 @@ fn globs_sort_by_name_and_plain_paths_come_first() {
     let data = Dataset::open_files(&listed).unwrap();
     assert_eq!(data.files().iter().map(|f| f.tokens).collect::<Vec<_>>(), [3, 1]);
     assert_eq!(data.token_count(), 4);
+}
+
+#[test]
+fn every_format_is_read_as_it_was_written() {
+    let two = |name: &str| {
+        let data = open(&token_file(name)).unwrap_or_else(|e| panic!("{e}"));
+        let file = data.files().remove(0);
+        (file.format, file.token_type, file.tokens, data.max_token().unwrap())
+    };
+    use TokenFormat::{Megatron, Npy, Raw};
+    assert_eq!(two("uint16.npy"), (Npy, TokenType::U16, 4000, 49_579));
+    assert_eq!(two("uint32.bin"), (Raw, TokenType::U32, 4000, 49_579));
+    assert_eq!(two("megatron16.bin"), (Megatron, TokenType::U16, 4000, 49_579));
+    assert_eq!(two("megatron16.idx"), (Megatron, TokenType::U16, 4000, 49_579));
+    assert_eq!(two("megatron16"), (Megatron, TokenType::U16, 4000, 49_579));
+    let pair = open(&token_file("megatron16.*")).unwrap();
+    assert_eq!((pair.token_count(), pair.files().len()), (4000, 1));
+    assert_eq!(pair.files()[0].documents, Some(20));
+    assert_eq!(pair.files()[0].path, token_file("megatron16.bin"));
+
+    for (name, token_type) in [
+        ("u1", TokenType::U8),
+        ("u2", TokenType::U16),
+        ("u4", TokenType::U32),
+        ("i4", TokenType::I32),
+        ("i8", TokenType::I64),
+        ("version-2", TokenType::U16),
+        ("version-3", TokenType::U16),
+        ("two-dimensions", TokenType::U16),
+    ] {
+        assert_eq!(two(&format!("npy/{name}.npy")), (Npy, token_type, 6, 250), "{name}");
+    }
+    assert_eq!(two("npy/wide.npy"), (Npy, TokenType::I64, 3, u32::MAX));
+}
+
+#[test]
+fn the_same_tokens_train_alike_in_every_format() {
+    let dir = TempDir::new().unwrap();
+    let bytes = fs::read(token_file("megatron16.bin")).unwrap();
+    let tokens: Vec<u16> = bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b)).collect();
+    let wide: Vec<u8> = tokens.iter().flat_map(|&t| u32::from(t).to_le_bytes()).collect();
+    let wider: Vec<u8> = tokens.iter().flat_map(|&t| i64::from(t).to_le_bytes()).collect();
+    let raw = write(&dir, "raw.bin", &bytes);
+    let llm_c = write(&dir, "llmc.bin", &llmc(20240520, 1, 4000, &bytes));
+    let llm_c_wide = write(&dir, "llmc-32.bin", &llmc(20240801, 7, 4000, &wide));
+    let raw_i64 = write(&dir, "i64.bin", &wider);
+
+    let engine = Engine::new(EngineOptions { threads: 1, ..EngineOptions::default() }).unwrap();
+    let config = ModelConfig {
+        vocab_size: 50_257,
+        context_length: 16,
+        layers: 1,
+        heads: 1,
+        channels: 16,
+        ..ModelConfig::default()
+    };
+    let losses = |path: &Path| {
+        let data = open(path).unwrap();
+        let options = TrainerOptions { batch_size: 2, ..TrainerOptions::default() };
+        let mut trainer = Trainer::new(&Model::new(&engine, &config).unwrap(), options).unwrap();
+        let mut losses: Vec<u32> =
+            (0..2).map(|_| trainer.step(&data).unwrap().loss.to_bits()).collect();
+        losses.push(trainer.eval(&data, 1).unwrap().loss.to_bits());
+        losses
+    };
+    let expected = losses(&raw);
+    for path in
+        [&token_file("uint16.npy"), &token_file("uint32.bin"), &token_file("megatron16.bin")]
+    {
+        assert_eq!(losses(path), expected, "{}", path.display());
+    }
+    for path in [&llm_c, &llm_c_wide, &raw_i64] {
+        assert_eq!(losses(path), expected, "{}", path.display());
+    }
+    assert_eq!(open(&raw_i64).unwrap().files()[0].token_type, TokenType::I64);
+}
+
+#[test]
+fn arrays_that_are_no_tokens_are_refused_with_the_remedy() {
+    for (name, parts) in [
+        ("fortran", ["Fortran order", "ascontiguousarray"]),
+        ("big-endian", ["\">u2\"", "newbyteorder('<')"]),
+        ("three-dimensions", ["[1, 2, 3]", "reshape(-1)"]),
+        ("no-dimension", ["shape []", "reshape(-1)"]),
+        ("empty", ["shape [0]", "expected tokens"]),
+        ("i2", ["\"<i2\"", "dtype=numpy.uint16"]),
+        ("u8", ["\"<u8\"", "numpy.uint32"]),
+        ("float", ["floating-point numbers", "\"<f4\""]),
+        ("text", ["texts", "\"<U2\""]),
+        ("objects", ["Python objects", "\"|O\""]),
+        ("records", ["records", "('b', '<i8')"]),
+    ] {
+        let message = refusal(&token_file(&format!("npy/{name}.npy")));
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+    }
+    let dir = TempDir::new().unwrap();
+    let whole = fs::read(token_file("uint16.npy")).unwrap();
+    for (cut, parts) in [
+        (7, "header is cut off at 7 bytes"),
+        (9, "cut off"),
+        (100, "cut off at 100 bytes"),
+        (128, "expected 8128 bytes for the u16 tokens of shape [4000]"),
+        (8127, "found 8127 (a truncated copy"),
+    ] {
+        let message = refusal(&write(&dir, "cut.npy", &whole[..cut]));
+        assert!(message.contains(parts), "{message}");
+    }
+    let longer = refusal(&write(&dir, "long.npy", &[&whole[..], &[0]].concat()));
+    assert!(longer.contains("found 8129 (two files joined"), "{longer}");
+    let mut other = whole.clone();
+    other[6] = 4;
+    let message = refusal(&write(&dir, "new.npy", &other));
+    assert!(message.contains("expected version 1, 2 or 3, found 4.0"), "{message}");
+}
+
+#[test]
+fn numbers_that_are_no_tokens_are_named_and_never_wrap() {
+    for (name, at, number) in
+        [("negative", 2, -100), ("negative-32", 2, -1), ("above-u32", 1, 1 << 32)]
+    {
+        let data = open(&token_file(&format!("npy/{name}.npy"))).unwrap();
+        for error in [data.max_token().unwrap_err(), data.check_tokens(usize::MAX).unwrap_err()] {
+            assert!(
+                matches!(error, Error::TokenRange { offset, token, .. } if (offset, token) == (at, number)),
+                "{error}"
+            );
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
+    let marks = open(&token_file("npy/negative.npy")).unwrap().max_token().unwrap_err();
+    assert!(marks.to_string().contains("token -100 at offset 2"), "{marks}");
+    assert!(marks.to_string().contains("padding or masking"), "{marks}");
+}
+
+/// An index of Megatron's for sequences of these lengths.
+fn index(version: u64, code: u8, width: i64, lengths: &[i32]) -> Vec<u8> {
+    let mut bytes = b"MMIDIDX\0\0".to_vec();
+    bytes.extend(version.to_le_bytes());
+    bytes.push(code);
+    bytes.extend((lengths.len() as u64).to_le_bytes());
+    bytes.extend((lengths.len() as u64 + 1).to_le_bytes());
+    bytes.extend(lengths.iter().flat_map(|n| n.to_le_bytes()));
+    let starts = lengths.iter().scan(0, |at, &n| {
+        let start: i64 = *at;
+        *at += i64::from(n) * width;
+        Some(start)
+    });
+    bytes.extend(starts.flat_map(|start| start.to_le_bytes()));
+    bytes.extend((0..=lengths.len() as i64).flat_map(|n| n.to_le_bytes()));
+    bytes
+}
+
+#[test]
+fn megatrons_pairs_are_checked() {
+    let dir = TempDir::new().unwrap();
+    let tokens = write(&dir, "t.bin", &[1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0]);
+    let indexed = |index: Vec<u8>| open(&write(&dir, "t.idx", &index));
+    for (code, width, lengths, count) in
+        [(1, 1, [10, 6], 16), (8, 2, [5, 3], 8), (4, 4, [1, 3], 4), (5, 8, [1, 1], 2)]
+    {
+        let data = indexed(index(1, code, width, &lengths)).unwrap();
+        assert_eq!((data.token_count(), data.files()[0].documents), (count, Some(2)));
+        assert_eq!(open(&tokens).unwrap().files(), data.files());
+        let pattern = Dataset::open(dir.path().join("*")).unwrap();
+        assert_eq!(pattern.files(), data.files(), "a pair counts once");
+        let listed = Dataset::open_files(&[&tokens, &tokens]).unwrap();
+        assert_eq!(listed.token_count(), 2 * count, "a file named twice is read twice");
+    }
+    let sound = index(1, 8, 2, &[5, 3]);
+    let mut with_modes = sound.clone();
+    with_modes.extend([0, 0]);
+    assert_eq!(indexed(with_modes).unwrap().token_count(), 8);
+    let mut negative = sound.clone();
+    negative[38..42].copy_from_slice(&(-3i32).to_le_bytes());
+    let mut huge = sound.clone();
+    huge[18..26].fill(0xff);
+    for (index, part) in [
+        (index(2, 8, 2, &[5, 3]), "expected version 1 of Megatron's index, found version 2"),
+        (index(1, 6, 2, &[5, 3]), "found numbers float64 (code 6)"),
+        (index(1, 9, 2, &[5, 3]), "unknown type (code 9)"),
+        (index(1, 8, 2, &[5, 4]), "expected 18 bytes for the u16 tokens that"),
+        (index(1, 8, 2, &[]), "expected 0 bytes"),
+        (sound[..30].to_vec(), "Megatron's header of 34 bytes, found 30"),
+        (sound[..50].to_vec(), "the 2 sequences and 3 document boundaries"),
+        (negative, "the index is damaged"),
+        (huge, "document boundaries that this Megatron index announces"),
+    ] {
+        let error = indexed(index).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+    fs::remove_file(&tokens).unwrap();
+    let lonely = refusal(&dir.path().join("t.idx"));
+    assert!(lonely.contains("t.bin beside it, found no such file"), "{lonely}");
+    // Another program's index is none of Megatron's.
+    fs::write(&tokens, [1, 0, 2, 0]).unwrap();
+    fs::write(dir.path().join("t.idx"), "something else").unwrap();
+    assert_eq!(open(&tokens).unwrap().files()[0].format, TokenFormat::Raw);
+}
+
+#[test]
+fn raw_tokens_of_other_types_are_told_or_known() {
+    let dir = TempDir::new().unwrap();
+    let wide =
+        |tokens: &[u32]| -> Vec<u8> { tokens.iter().flat_map(|t| t.to_le_bytes()).collect() };
+    let declared = |path: &Path, token_type| {
+        let options = DatasetOptions { token_type: Some(token_type) };
+        Dataset::open_with(path, &options).map(|data| data.files()[0].tokens)
+    };
+    // Few tokens may be either.
+    let few = write(&dir, "few.bin", &wide(&[500, 20, 31, 7, 5, 77, 1030, 2, 9]));
+    let message = refusal(&few);
+    assert!(message.contains("token_type") && message.contains("--token-type"), "{message}");
+    assert_eq!(declared(&few, TokenType::U32).unwrap(), 9);
+    assert_eq!(declared(&few, TokenType::U16).unwrap(), 18);
+    assert_eq!(declared(&few, TokenType::U8).unwrap(), 36);
+    let odd = declared(&few, TokenType::I64).unwrap_err().to_string();
+    assert!(odd.contains("expected i64 tokens, so a multiple of 8 bytes, found 36"), "{odd}");
+    // A vocabulary above 65,536 leaves traces, which are not enough.
+    let large: Vec<u32> = (0..1000).map(|i| i * 7919 % 128_256).collect();
+    let large = write(&dir, "llama.bin", &wide(&large));
+    assert!(refusal(&large).contains("token_type"));
+    assert_eq!(declared(&large, TokenType::U32).unwrap(), 1000);
+    // Zeros are what they have always been.
+    assert_eq!(open(&write(&dir, "zeros.bin", &[0; 4096])).unwrap().token_count(), 2048);
+    // Numbers of 64 bits, also those that mark padding, which then are named.
+    let long: Vec<u8> = (0..500i64)
+        .flat_map(|i| (if i == 400 { -100 } else { i * i % 50_000 }).to_le_bytes())
+        .collect();
+    let long = open(&write(&dir, "i64.bin", &long)).unwrap();
+    assert_eq!((long.files()[0].token_type, long.token_count()), (TokenType::I64, 500));
+    assert!(long.check_tokens(60_000).unwrap_err().to_string().contains("-100 at offset 400"));
+    // A header is believed, whatever is declared.
+    assert_eq!(declared(&token_file("uint16.npy"), TokenType::I64).unwrap(), 4000);
+    // Text is not looked for in what is said to be tokens.
+    assert_eq!(declared(&token_file("plain-text.txt"), TokenType::U8).unwrap(), 4020);
+}
+
+#[test]
+fn files_of_other_kinds_are_named_with_the_remedy() {
+    let dir = TempDir::new().unwrap();
+    let zip = |name: &str| {
+        let mut bytes = b"PK\x03\x04\x14\0\0\0\x08\0aabbccccddddeeee".to_vec();
+        bytes.extend((name.len() as u16).to_le_bytes());
+        bytes.extend([0, 0]);
+        [&bytes[..], name.as_bytes(), &[0x80; 64]].concat()
+    };
+    let mut tar = vec![0; 1024];
+    tar[..8].copy_from_slice(b"tokens/a");
+    tar[257..263].copy_from_slice(b"ustar\0");
+    let mut safetensors = 40u64.to_le_bytes().to_vec();
+    safetensors.extend(format!("{:40}", "{\"a\":{\"dtype\":\"F32\"}}").bytes());
+    safetensors.extend([0; 16]);
+    let mut lmdb = vec![0; 64];
+    lmdb[16..24].copy_from_slice(&[0xde, 0xc0, 0xef, 0xbe, 1, 0, 0, 0]);
+    let utf_16: Vec<u8> = "\u{feff}A grey heron stands in the reeds"
+        .encode_utf16()
+        .flat_map(u16::to_le_bytes)
+        .collect();
+    let utf_16_be: Vec<u8> = "\u{feff}A grey heron stands in the reeds"
+        .encode_utf16()
+        .flat_map(u16::to_be_bytes)
+        .collect();
+    let latin_1 = b"Die V\xf6gel singen; der Reiher wartet am Fl\xfcsschen.\n".repeat(8);
+    let prose = fs::read(token_file("plain-text.txt")).unwrap();
+    let json_lines = b"{\"text\": \"A grey heron stands.\"}\n".repeat(3);
+    let pickled = [&b"\x80\x04\x95\x0b\0\0\0\0\0\0\0]\x94(K\x01K\x02K\x03e."[..]].concat();
+    for (name, bytes, parts) in [
+        ("text", prose, ["found text", "mxtrain prepare"]),
+        ("bom", [&b"\xef\xbb\xbf"[..], &[b'a'; 40]].concat(), ["found text", "mxtrain prepare"]),
+        ("greek", "Ἐν ἀρχῇ ἦν ὁ λόγος, καὶ ὁ λόγος ἦν πρὸς τὸν θεόν".into(), ["found text", ""]),
+        ("jsonl", json_lines, ["text (JSON or JSON lines)", "mxtrain prepare"]),
+        ("json", b"[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]".to_vec(), ["text (JSON)", ""]),
+        ("utf-16", utf_16, ["text in UTF-16", "mxtrain prepare"]),
+        ("utf-16-be", utf_16_be, ["text in UTF-16", "mxtrain prepare"]),
+        ("latin-1", latin_1, ["text that is not UTF-8", "mxtrain prepare"]),
+        (
+            "lfs",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n".to_vec(),
+            ["Git LFS pointer", "git lfs pull"],
+        ),
+        ("html", b"\n<!DOCTYPE HTML><html>404</html>".to_vec(), ["HTML page", "fetch"]),
+        (
+            "gzip",
+            b"\x1f\x8b\x08\x08\x00\x00\x00\x00\x00\x03tokens.bin\x00\xab".to_vec(),
+            ["gzip", "gunzip"],
+        ),
+        ("zstd", b"\x28\xb5\x2f\xfd\x04\x00\x29\x00\x00abcde".to_vec(), ["zstd", "zstd -d"]),
+        ("xz", b"\xfd7zXZ\0\x00\x04\xe6\xd6\xb4\x46".to_vec(), ["xz", "xz -d"]),
+        ("bzip2", b"BZh91AY&SY\xd1\x2b".to_vec(), ["bzip2", "bunzip2"]),
+        ("lz4", b"\x04\x22\x4d\x18\x64\x40\xa7\x00".to_vec(), ["lz4", "lz4 -d"]),
+        ("zip", zip("tokens.bin"), ["zip archive", "unpack"]),
+        ("npz", zip("arr_0.npy"), ["npz", "numpy.save"]),
+        ("torch", zip("archive/data.pkl"), ["torch.save", "numpy.save"]),
+        ("tar", tar, ["tar archive", "tar -xf"]),
+        ("parquet", b"PAR1\x15\x04\x15\x10PAR1".to_vec(), ["Parquet", "mxtrain prepare"]),
+        ("arrow", b"ARROW1\0\0\xff\xff\xff\xff".to_vec(), ["Arrow", "numpy.save"]),
+        (
+            "arrow-stream",
+            b"\xff\xff\xff\xff\xf8\0\0\0\x10\0\0\0\0\0\x0a\0".to_vec(),
+            ["Arrow table (a stream)", "mxtrain prepare"],
+        ),
+        ("pickle", pickled, ["pickle", "numpy.save"]),
+        ("pickle-3", b"\x80\x03]q\0(K\x01K\x02e.".to_vec(), ["pickle", "numpy.save"]),
+        (
+            "torch-old",
+            b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80".to_vec(),
+            ["torch.save", "numpy.save"],
+        ),
+        ("safetensors", safetensors, ["safetensors", "from its folder"]),
+        ("gguf", b"GGUF\x03\0\0\0\x01\0\0\0".to_vec(), ["GGUF", "from its folder"]),
+        ("hdf5", b"\x89HDF\r\n\x1a\n\0\0".to_vec(), ["HDF5", "h5py"]),
+        (
+            "sentencepiece",
+            b"\x0a\x0e\x0a\x05<unk>\x15\0\0\0\0\x18\x02\x0a".to_vec(),
+            ["SentencePiece", "alone"],
+        ),
+        ("sqlite", b"SQLite format 3\0\x10\0".to_vec(), ["SQLite", "alone"]),
+        ("pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3".to_vec(), ["PDF", "text of it"]),
+        ("elf", b"\x7fELF\x02\x01\x01\0\0\0".to_vec(), ["ELF", "alone"]),
+        ("png", b"\x89PNG\r\n\x1a\n\0\0".to_vec(), ["PNG", "alone"]),
+        ("jpeg", b"\xff\xd8\xff\xe0\0\x10JFIF\0\x01".to_vec(), ["JPEG", "alone"]),
+        ("gif", b"GIF89a\x01\0\x01\0".to_vec(), ["GIF", "alone"]),
+        ("lmdb", lmdb, ["LMDB", "alone"]),
+        ("index", index(1, 8, 2, &[1]), ["Megatron index under another name", "*.idx"]),
+    ] {
+        let message = refusal(&write(&dir, name, &bytes));
+        assert!(message.contains(name) && message.contains("expected a token file, found"));
+        assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+    }
+}
+
+proptest! {
+    /// GPT-2's tokens as random as can be, of any number: never refused, never taken for others.
+    #[test]
+    fn random_tokens_are_what_they_are(tokens in prop::collection::vec(0u16..50_257, 1..3000)) {
+        raw_u16(&tokens)?;
+    }
+
+    /// The same with the frequencies of a text: the most frequent ones are the lowest.
+    #[test]
+    fn frequent_tokens_are_what_they_are(draws in prop::collection::vec(0f64..1.0, 1..3000)) {
+        raw_u16(&draws.iter().map(|x| (50_257f64.powf(*x) - 1.0) as u16).collect::<Vec<_>>())?;
+    }
+
+    /// Bytes as tokens, in which every second byte of the file is 0.
+    #[test]
+    fn bytes_are_what_they_are(tokens in prop::collection::vec(0u16..256, 1..3000)) {
+        raw_u16(&tokens)?;
+    }
+
+    #[test]
+    fn texts_as_bytes_are_what_they_are(text in "[ -~\n]{1,600}") {
+        raw_u16(&text.bytes().map(u16::from).collect::<Vec<_>>())?;
+    }
+
+    /// Small vocabularies hold many zeros; a file of a few tokens may be suspected.
+    #[test]
+    fn small_vocabularies_are_what_they_are(tokens in prop::collection::vec(0u16..4, 60..600)) {
+        raw_u16(&tokens)?;
+    }
+
+    #[test]
+    fn wide_tokens_are_known(
+        tokens in prop::collection::vec(1u32..50_257, 64..600),
+        twice: bool,
+    ) {
+        let bytes: Vec<u8> = tokens
+            .iter()
+            .flat_map(|&t| if twice { u64::from(t).to_le_bytes().to_vec() } else { t.to_le_bytes().to_vec() })
+            .collect();
+        let dir = TempDir::new().unwrap();
+        let data = open(&write(&dir, "wide.bin", &bytes)).unwrap();
+        let token_type = if twice { TokenType::I64 } else { TokenType::U32 };
+        prop_assert_eq!(data.files()[0].token_type, token_type);
+        prop_assert_eq!(data.max_token().unwrap(), *tokens.iter().max().unwrap());
+    }
+}
+
+fn raw_u16(tokens: &[u16]) -> Result<(), TestCaseError> {
+    let dir = TempDir::new().unwrap();
+    let data = open(&write(&dir, "raw.bin", &raw(tokens)));
+    let data = data.map_err(|e| TestCaseError::fail(e.to_string()))?;
+    let file = data.files().remove(0);
+    prop_assert_eq!((file.format, file.token_type), (TokenFormat::Raw, TokenType::U16));
+    prop_assert_eq!(file.tokens, tokens.len() as u64);
+    prop_assert_eq!(data.max_token().unwrap(), u32::from(*tokens.iter().max().unwrap()));
+    Ok(())
+}
+
+/// A trainer of sequences of 512 tokens with a vocabulary of 100, and what its engine has logged.
+fn trainer(length: usize) -> (Trainer, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
+    let lines = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let kept = lines.clone();
+    let log = move |level, line: &str| {
+        if level == LogLevel::Warning {
+            kept.lock().unwrap().push(line.to_owned());
+        }
+    };
+    let options =
+        EngineOptions { threads: 1, log: Some(Box::new(log)), ..EngineOptions::default() };
+    let engine = Engine::new(options).unwrap();
+    let config = ModelConfig {
+        vocab_size: 100,
+        context_length: length,
+        layers: 1,
+        heads: 1,
+        channels: 16,
+        ..ModelConfig::default()
+    };
+    let options = TrainerOptions { batch_size: 2, ..TrainerOptions::default() };
+    (Trainer::new(&Model::new(&engine, &config).unwrap(), options).unwrap(), lines)
+}
+
+#[test]
+fn a_token_outside_the_vocabulary_is_known_before_the_first_step() {
+    let dir = TempDir::new().unwrap();
+    let mut tokens: Vec<u16> = (0..40_000u32).map(|i| (i * i % 99) as u16).collect();
+    tokens[39_999] = 60_000;
+    let path = write(&dir, "one-bad-token.bin", &raw(&tokens));
+    let good = write(&dir, "good.bin", &raw(&tokens[..20_000]));
+    let data = Dataset::open_files(&[&good, &path]).unwrap();
+    let (mut trainer, _) = trainer(16);
+    for error in [trainer.step(&data).unwrap_err(), trainer.eval(&data, 1).unwrap_err()] {
+        let text = error.to_string();
+        assert!(matches!(error, Error::TokenRange { offset: 39_999, token: 60_000, .. }), "{text}");
+        assert!(text.contains("one-bad-token.bin"), "{text}");
+    }
+    assert_eq!(trainer.steps_done(), 0);
+    assert_eq!(trainer.step(&open(&good).unwrap()).unwrap().step, 1);
+}
+
+#[test]
+fn files_shorter_than_a_window_are_said_and_measured() {
+    let dir = TempDir::new().unwrap();
+    let piece = |n: u16| raw(&(0..n).map(|i| i * 7 % 100).collect::<Vec<_>>());
+    write(&dir, "a_long.bin", &piece(1200));
+    for i in 0..10 {
+        write(&dir, &format!("doc_{i}.bin"), &piece(450));
+    }
+    let data = open(&dir.path().join("*.bin")).unwrap();
+    let (mut trainer, lines) = trainer(512);
+    for _ in 0..3 {
+        trainer.step(&data).unwrap();
+    }
+    assert_eq!(
+        *lines.lock().unwrap(),
+        [
+            "10 of 11 files are shorter than a window of 513 tokens and will never be read: 4,500 of \
+          5,700 tokens (79%); use sequence_length 449 or join them"
+        ]
+    );
+    let coverage = data.coverage(512);
+    assert_eq!((coverage.files, coverage.short_files, coverage.short_tokens), (11, 10, 4500));
+
+    // Where one file is long enough, only whole windows are measured.
+    assert_eq!(trainer.eval(&data, 0).unwrap().tokens, 512);
+    // Where none is, each is a window of its own length.
+    let short = open(&dir.path().join("doc_*.bin")).unwrap();
+    assert_eq!(trainer.eval(&short, 0).unwrap().tokens, 10 * 449);
+    assert_eq!(trainer.eval(&short, 1).unwrap().tokens, 2 * 449);
+    let error = trainer.step(&short).unwrap_err().to_string();
+    assert!(
+        error.contains("the longest of the 10 in the dataset has 450 (4500 in all)"),
+        "{error}"
+    );
+    assert!(error.contains("at most 449 tokens"), "{error}");
+
+    // A window has the loss that it has for a trainer of its length.
+    let one = open(&dir.path().join("doc_0.bin")).unwrap();
+    let stats = trainer.eval(&one, 0).unwrap();
+    let options = TrainerOptions { sequence_length: 449, ..trainer.options().clone() };
+    let mut exact = Trainer::new(trainer.model(), options).unwrap();
+    assert_eq!(exact.eval(&one, 0).unwrap().loss.to_bits(), stats.loss.to_bits());
+    assert_eq!(stats.tokens, 449);
+    // A single token predicts nothing.
+    let mixed = write(&dir, "mixed-0.bin", &piece(1));
+    let pair = write(&dir, "mixed-1.bin", &piece(2));
+    let mixed = Dataset::open_files(&[&mixed, &pair]).unwrap();
+    assert_eq!(trainer.eval(&mixed, 0).unwrap().tokens, 1);
+    let single = Dataset::from_tokens(vec![5]).unwrap();
+    assert!(trainer.eval(&single, 0).unwrap_err().to_string().contains("use more data"));
+}
+
+#[cfg(unix)]
+#[test]
+fn names_need_not_be_utf_8() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let dir = TempDir::new().unwrap();
+    let name = |bytes: &[u8]| dir.path().join(OsStr::from_bytes(bytes));
+    fs::create_dir_all(name(b"stra\xdfe/sub")).unwrap();
+    for (file, n) in [
+        (&b"stra\xdfe/f\xfcr.bin"[..], 1),
+        (b"stra\xdfe/sub/b.bin", 2),
+        (b"stra\xdfe/c\xc3\xa9.bin", 3),
+    ] {
+        fs::write(name(file), raw(&vec![7; n])).unwrap();
+    }
+    let counts = |pattern: &[u8]| {
+        let data = open(&name(pattern)).unwrap_or_else(|e| panic!("{e}"));
+        data.files().iter().map(|file| file.tokens).collect::<Vec<_>>()
+    };
+    assert_eq!(counts(b"stra\xdfe/f\xfcr.bin"), [1]);
+    assert_eq!(counts(b"stra\xdfe/f?r.bin"), [1]);
+    assert_eq!(counts(b"stra\xdfe/f\xfc*"), [1]);
+    assert_eq!(counts(b"stra?e/*.bin"), [3, 1]);
+    assert_eq!(counts(b"stra?e/c?.bin"), [3], "a character of two bytes is one");
+    assert_eq!(counts(b"*/c\xc3\xa9.*"), [3]);
+    assert_eq!(counts(b"**/*.bin"), [3, 1, 2]);
+    assert_eq!(counts(b"stra\xdfe/**/b.bin"), [2]);
+    assert_eq!(counts(b"s*/*/../f*.bin"), [1]);
+    assert!(Dataset::open(name(b"stra\xde*/x")).is_err());
 }

@@ -78,6 +78,7 @@ class error : public std::runtime_error {
 
 using StepStats = mxt_step_stats;
 using EvalStats = mxt_eval_stats;
+using Coverage = mxt_coverage;
 using RunResult = mxt_run_result;
 using MemoryPlan = mxt_memory_plan;
 
@@ -304,6 +305,7 @@ using EngineOptions = detail::defaults<mxt_engine_options, mxt_engine_options_in
 using ModelConfig = detail::defaults<mxt_model_config, mxt_model_config_init>;
 using GenerateOptions = detail::defaults<mxt_generate_options, mxt_generate_options_init>;
 using TrainerOptions = detail::defaults<mxt_trainer_options, mxt_trainer_options_init>;
+using DatasetOptions = detail::defaults<mxt_dataset_options, mxt_dataset_options_init>;
 
 struct RunOptions : detail::defaults<mxt_run_options, mxt_run_options_init> {
   // So that a number of steps can be given where no more is wanted.
@@ -478,19 +480,21 @@ class Model {
 class Dataset {
  public:
   // A token file, or all files that a pattern such as "data/train_*.bin" matches.
-  static outcome<Dataset> open(const std::string &pattern) {
+  static outcome<Dataset> open(const std::string &pattern, const DatasetOptions &options = {}) {
     mxt_dataset *dataset = nullptr;
-    const mxt_status status = mxt_dataset_open(pattern.c_str(), &dataset);
+    const mxt_status status = mxt_dataset_open_with(pattern.c_str(), &options, &dataset);
     return detail::finish(status, Dataset(dataset));
   }
 
   // Several token files, in the order given.
-  static outcome<Dataset> open_files(view<const std::string> paths) {
+  static outcome<Dataset> open_files(view<const std::string> paths,
+                                     const DatasetOptions &options = {}) {
     std::vector<const char *> pointers;
     pointers.reserve(paths.size());
     for (const std::string &path : paths) pointers.push_back(path.c_str());
     mxt_dataset *dataset = nullptr;
-    const mxt_status status = mxt_dataset_open_files(pointers.data(), pointers.size(), &dataset);
+    const mxt_status status =
+        mxt_dataset_open_files_with(pointers.data(), pointers.size(), &options, &dataset);
     return detail::finish(status, Dataset(dataset));
   }
 
@@ -508,6 +512,13 @@ class Dataset {
     std::uint32_t token = 0;
     const mxt_status status = mxt_dataset_max_token(get(), &token);
     return detail::finish(status, token);
+  }
+
+  // What training with sequences of `sequence_length` tokens reads of the files.
+  outcome<Coverage> coverage(std::size_t sequence_length) const {
+    auto coverage = detail::sized<mxt_coverage>();
+    const mxt_status status = mxt_dataset_coverage(get(), sequence_length, &coverage);
+    return detail::finish(status, coverage);
   }
 
   // The C handle, which stays this object's.

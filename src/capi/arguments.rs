@@ -1,6 +1,6 @@
 //! Strings and arrays that the host passes in, checked before Rust may look at them.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, OsStr, c_char};
 use std::path::Path;
 
 use super::status::Failure;
@@ -26,16 +26,42 @@ pub(super) unsafe fn text<'a>(what: &str, text: *const c_char) -> Result<&'a str
     })
 }
 
-/// A path that must be there and not empty.
+/// A path that must be there and not empty: the system's bytes, of no certain encoding.
 ///
 /// # Safety
 /// As for [`text`].
 pub(super) unsafe fn path<'a>(what: &str, path: *const c_char) -> Result<&'a Path, Failure> {
     // SAFETY: as promised by the caller.
-    match unsafe { text(what, path) }? {
-        "" => Err(Failure::invalid(what, "expected a path, got an empty string")),
-        path => Ok(Path::new(path)),
+    let path = unsafe { os_text(what, path) }?;
+    if path.is_empty() {
+        return Err(Failure::invalid(what, "expected a path, got an empty string"));
     }
+    Ok(Path::new(path))
+}
+
+/// A path or pattern that must be there.
+///
+/// # Safety
+/// As for [`text`].
+#[cfg(unix)]
+pub(super) unsafe fn os_text<'a>(what: &str, text: *const c_char) -> Result<&'a OsStr, Failure> {
+    use std::os::unix::ffi::OsStrExt;
+
+    if text.is_null() {
+        return Err(Failure::null(what));
+    }
+    // SAFETY: as promised by the caller.
+    Ok(OsStr::from_bytes(unsafe { CStr::from_ptr(text) }.to_bytes()))
+}
+
+/// A path or pattern that must be there. Paths of this system are not bytes.
+///
+/// # Safety
+/// As for [`text`].
+#[cfg(not(unix))]
+pub(super) unsafe fn os_text<'a>(what: &str, path: *const c_char) -> Result<&'a OsStr, Failure> {
+    // SAFETY: as promised by the caller.
+    unsafe { text(what, path) }.map(OsStr::new)
 }
 
 /// An array to read; NULL is allowed where `count` is 0.
@@ -142,6 +168,10 @@ mod tests {
             assert_eq!(failure, Some((MXT_ERROR_UTF8, message.into())));
             let failure = path("dir", c"".as_ptr()).map_err(|f| f.status);
             assert_eq!(failure, Err(MXT_ERROR_INVALID_ARGUMENT));
+            let failure = path("dir", null()).map_err(|f| f.status);
+            assert_eq!(failure, Err(MXT_ERROR_NULL));
+            #[cfg(unix)]
+            assert_eq!(path("dir", c"ab\xff".as_ptr()).unwrap().as_os_str().len(), 3);
         }
     }
 }

@@ -7,11 +7,17 @@ use super::guard;
 use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
-use crate::{Dataset, Error};
+use super::structs::{self, Options, Out, read_or_default, versioned};
+use crate::{Coverage, Dataset, DatasetOptions, Error, TokenType};
 
 /// Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
 /// changed, so any number of threads and trainers may use it at once. Make with one of the
 /// mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
+///
+/// All its tokens are checked against a model's vocabulary before the first step or evaluation of a
+/// trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while the
+/// training goes on, and what it finds is the error of the next step. The thread blocks all signals but
+/// faults, and has ended when mxt_dataset_free returns and no other call uses the dataset.
 pub struct mxt_dataset {
     state: State,
     pub(super) data: Dataset,
@@ -32,33 +38,182 @@ impl Handle for mxt_dataset {
     }
 }
 
+/// What a token is in a file without a header to say it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_token_type {
+    /// Found out by a look at the tokens: 16 bits, unless they must be 32 or 64. A file in which they
+    /// may be either is refused.
+    Auto = 0,
+    /// Two unsigned bytes.
+    U16 = 1,
+    /// Four unsigned bytes.
+    U32 = 2,
+    /// Eight signed bytes.
+    I64 = 3,
+    /// One unsigned byte.
+    U8 = 4,
+    /// Four signed bytes.
+    I32 = 5,
+}
+
+/// How a dataset is opened. Fill it with mxt_dataset_options_init.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_dataset_options {
+    /// Set by mxt_dataset_options_init.
+    pub struct_size: usize,
+    /// One of mxt_token_type. Default MXT_TOKEN_TYPE_AUTO. For files without a header; a header is
+    /// believed. With another value than AUTO files are not refused for looking like text.
+    pub token_type: i32,
+    /// Not used; must be 0.
+    pub reserved: i32,
+}
+versioned!(mxt_dataset_options, last = reserved: i32);
+
+impl Options for mxt_dataset_options {
+    fn defaults() -> Self {
+        let token_type = mxt_token_type::Auto as i32;
+        Self { struct_size: size_of::<Self>(), token_type, reserved: 0 }
+    }
+}
+
+impl mxt_dataset_options {
+    fn parse(self) -> Result<DatasetOptions, Failure> {
+        const TYPES: [(mxt_token_type, Option<TokenType>); 6] = [
+            (mxt_token_type::Auto, None),
+            (mxt_token_type::U16, Some(TokenType::U16)),
+            (mxt_token_type::U32, Some(TokenType::U32)),
+            (mxt_token_type::I64, Some(TokenType::I64)),
+            (mxt_token_type::U8, Some(TokenType::U8)),
+            (mxt_token_type::I32, Some(TokenType::I32)),
+        ];
+        if self.reserved != 0 {
+            let message = format!("expected 0, got {}", self.reserved);
+            return Err(Failure::invalid("reserved", message));
+        }
+        let found = TYPES.into_iter().find(|(number, _)| *number as i32 == self.token_type);
+        let Some((_, token_type)) = found else {
+            let message =
+                format!("expected one of mxt_token_type, 0 to 5; got {}", self.token_type);
+            return Err(Failure::invalid("token_type", message));
+        };
+        Ok(DatasetOptions { token_type })
+    }
+}
+
+/// What sequences of some length read of a dataset. Set struct_size to sizeof(mxt_coverage) before the
+/// call that fills it.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct mxt_coverage {
+    /// sizeof(mxt_coverage), set by the caller.
+    pub struct_size: usize,
+    /// Windows of an epoch, of a sequence and one more token each; 0 where no file is long enough.
+    pub windows: u64,
+    /// Files of the dataset.
+    pub files: u64,
+    /// Files shorter than a window, which training never reads.
+    pub short_files: u64,
+    /// Tokens of all files.
+    pub tokens: u64,
+    /// Tokens of the files that training never reads.
+    pub short_tokens: u64,
+    /// Tokens of the shortest file. Sequences of one less read every file.
+    pub shortest: u64,
+    /// Tokens of the longest file.
+    pub longest: u64,
+}
+versioned!(mxt_coverage, last = longest: u64);
+
+impl From<Coverage> for mxt_coverage {
+    fn from(coverage: Coverage) -> Self {
+        let Coverage { windows, files, short_files, tokens, short_tokens, .. } = coverage;
+        Self {
+            struct_size: size_of::<Self>(),
+            windows,
+            files,
+            short_files,
+            tokens,
+            short_tokens,
+            shortest: coverage.shortest,
+            longest: coverage.longest,
+        }
+    }
+}
+
+/// Fills `options` with the defaults. `struct_size` is sizeof(mxt_dataset_options) as the caller's
+/// compiler sees it.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_dataset_options_init(
+    options: *mut mxt_dataset_options,
+    struct_size: usize,
+) -> mxt_status {
+    // SAFETY: the caller's struct has `struct_size` bytes.
+    guard::function("mxt_dataset_options_init", || unsafe { structs::init(options, struct_size) })
+}
+
 /// Opens a token file, or all files that a pattern such as "data/train_*.bin" matches, in the
-/// order of their names, and stores the dataset in `*dataset` for the caller to free.
+/// order of their names, and stores the dataset in `*dataset` for the caller to free. `*` and `?` match
+/// within a name, `**` any number of folders; a path that exists is taken as it is.
 ///
-/// Files are raw little-endian 16-bit tokens, or llm.c's format with its header. They are mapped,
-/// not read, and must not be changed or truncated while the dataset is in use.
+/// Each file may be raw little-endian tokens of 16 bits, or of 32 or 64 where that is beyond doubt;
+/// llm.c's format with its header; NumPy's .npy of uint8, uint16, uint32, int32 or int64, of one
+/// dimension, or of two, read row by row; or Megatron's pair of .bin and .idx, of which either file can
+/// be named, and which counts once where both match. Documents are not told apart, and windows do not
+/// cross files. Files are mapped, not read, and must not be changed or truncated while the dataset is
+/// in use.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches
-/// nothing), MXT_ERROR_IO, MXT_ERROR_FORMAT. The message is in mxt_last_error.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches nothing), MXT_ERROR_IO,
+/// MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names with the remedy).
+/// The message is in mxt_last_error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_open(
     pattern: *const c_char,
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_open", || unsafe {
+    guard::function("mxt_dataset_open", || unsafe { open(pattern, std::ptr::null(), dataset) })
+}
+
+/// Does what mxt_dataset_open does, with options. `options` may be NULL for the defaults.
+///
+/// Errors: those of mxt_dataset_open, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT for an
+/// option, which the message names.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_dataset_open_with(
+    pattern: *const c_char,
+    options: *const mxt_dataset_options,
+    dataset: *mut *mut mxt_dataset,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    guard::function("mxt_dataset_open_with", || unsafe { open(pattern, options, dataset) })
+}
+
+/// # Safety
+/// Pointers are NULL or valid.
+unsafe fn open(
+    pattern: *const c_char,
+    options: *const mxt_dataset_options,
+    dataset: *mut *mut mxt_dataset,
+) -> Result<(), Failure> {
+    // SAFETY: as promised by the caller.
+    unsafe {
         let out = arguments::place("dataset", dataset)?;
-        let data = Dataset::open(arguments::text("pattern", pattern)?)?;
+        let options = read_or_default("options", options)?.parse()?;
+        let data = Dataset::open_with(arguments::os_text("pattern", pattern)?, &options)?;
         out.put(mxt_dataset::new(data));
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
 /// Opens `count` token files as one dataset, in the order given, and stores it in `*dataset` for
 /// the caller to free. `paths` and its strings are borrowed for the call.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO,
-/// MXT_ERROR_FORMAT. The message is in mxt_last_error.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO, MXT_ERROR_FORMAT. The
+/// message is in mxt_last_error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_open_files(
     paths: *const *const c_char,
@@ -67,14 +222,46 @@ pub unsafe extern "C" fn mxt_dataset_open_files(
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
     guard::function("mxt_dataset_open_files", || unsafe {
+        open_files(paths, count, std::ptr::null(), dataset)
+    })
+}
+
+/// Does what mxt_dataset_open_files does, with options. `options` may be NULL for the defaults.
+///
+/// Errors: those of mxt_dataset_open_files, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT for
+/// an option, which the message names.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_dataset_open_files_with(
+    paths: *const *const c_char,
+    count: usize,
+    options: *const mxt_dataset_options,
+    dataset: *mut *mut mxt_dataset,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    guard::function("mxt_dataset_open_files_with", || unsafe {
+        open_files(paths, count, options, dataset)
+    })
+}
+
+/// # Safety
+/// Pointers are NULL or valid.
+unsafe fn open_files(
+    paths: *const *const c_char,
+    count: usize,
+    options: *const mxt_dataset_options,
+    dataset: *mut *mut mxt_dataset,
+) -> Result<(), Failure> {
+    // SAFETY: as promised by the caller.
+    unsafe {
         let out = arguments::place("dataset", dataset)?;
+        let options = read_or_default("options", options)?.parse()?;
         let paths = arguments::slice("paths", paths, count)?;
         let paths = paths.iter().enumerate();
         let paths = paths.map(|(i, path)| arguments::path(&format!("paths[{i}]"), *path));
-        let data = Dataset::open_files(&paths.collect::<Result<Vec<_>, _>>()?)?;
+        let data = Dataset::open_files_with(&paths.collect::<Result<Vec<_>, _>>()?, &options)?;
         out.put(mxt_dataset::new(data));
-        Ok(())
-    })
+    }
+    Ok(())
 }
 
 /// Makes a dataset from `count` tokens in memory, which are copied, and stores it in `*dataset` for
@@ -107,9 +294,11 @@ pub unsafe extern "C" fn mxt_dataset_token_count(dataset: *const mxt_dataset) ->
     unsafe { guard::getter("mxt_dataset_token_count", dataset, |d| d.data.token_count()) }
 }
 
-/// Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files.
+/// Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files, unless
+/// that has been done.
 ///
-/// Any thread may call it at any time. Errors: MXT_ERROR_NULL.
+/// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_TOKEN_RANGE (a number below 0
+/// or above 32 bits, which is no token).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_max_token(
     dataset: *const mxt_dataset,
@@ -119,7 +308,29 @@ pub unsafe extern "C" fn mxt_dataset_max_token(
     unsafe {
         guard::method("mxt_dataset_max_token", dataset, |dataset| {
             let out = arguments::place("token", token)?;
-            out.put(dataset.data.max_token());
+            out.put(dataset.data.max_token()?);
+            Ok(())
+        })
+    }
+}
+
+/// Counts what training with sequences of `sequence_length` tokens reads of the dataset, and stores it in
+/// `*coverage` (struct_size set by the caller). Files without a whole window, of a sequence and one more
+/// token, are never read; a trainer's first step with such a dataset says so in the engine's log, unless
+/// this function was called with the trainer's length before.
+///
+/// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_dataset_coverage(
+    dataset: *const mxt_dataset,
+    sequence_length: usize,
+    coverage: *mut mxt_coverage,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_dataset_coverage", dataset, |dataset| {
+            let out = Out::required("coverage", coverage)?;
+            out.put(dataset.data.coverage(sequence_length).into());
             Ok(())
         })
     }

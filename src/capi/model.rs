@@ -193,7 +193,7 @@ pub unsafe extern "C" fn mxt_model_new(
 /// Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
 /// (gpt2), and stores it in `*model` for the caller to free.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 /// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
 /// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
 #[unsafe(no_mangle)]
@@ -217,8 +217,8 @@ pub unsafe extern "C" fn mxt_model_load(
 /// folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
 /// there, the one before or the new one. Whatever else is in the folder stays.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
-/// (a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
+/// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_save(model: *const mxt_model, dir: *const c_char) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.

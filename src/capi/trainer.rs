@@ -124,7 +124,7 @@ pub unsafe extern "C" fn mxt_trainer_new(
 /// in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run had
 /// never stopped. The number of threads may differ; the seed is the checkpoint's.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 /// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
 /// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
 #[unsafe(no_mangle)]
@@ -150,8 +150,8 @@ pub unsafe extern "C" fn mxt_trainer_load(
 /// A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or the new one.
 /// Whatever else is in the folder stays. Hugging Face transformers opens the folder as gpt2.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
-/// (a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
+/// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_save(
     trainer: *mut mxt_trainer,
@@ -170,8 +170,9 @@ pub unsafe extern "C" fn mxt_trainer_save(
 /// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-/// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
-/// MXT_ERROR_BUSY.
+/// a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
+/// where this step does not read it), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the
+/// weights are as before the step.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_step(
     trainer: *mut mxt_trainer,
@@ -225,11 +226,14 @@ pub unsafe extern "C" fn mxt_trainer_step_tokens(
 /// dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
 /// not an error.
 ///
+/// Where no file has the tokens of a sequence and one more, each file of two tokens or more is one
+/// shorter sequence of all its tokens; stats->tokens tells how many were predicted.
+///
 /// A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called back
 /// the caller.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-/// a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY, MXT_STOPPED.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no file of two tokens),
+/// MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_BUSY, MXT_STOPPED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_eval(
     trainer: *mut mxt_trainer,

@@ -5,55 +5,93 @@
 //! files once in a random order, so that over the epochs every token is seen in every place of a
 //! window.
 
+mod coverage;
 mod file;
+mod layout;
+mod magic;
+mod megatron;
+mod npy;
 mod order;
+mod pattern;
+mod scan;
 
-use std::path::Path;
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-pub use file::{DatasetFile, TokenFormat};
+pub use coverage::Coverage;
+pub use file::{DatasetFile, TokenFormat, TokenType};
 
 use file::TokenFile;
 use order::Permutation;
+use scan::Scan;
 
 use crate::{Error, Result};
 
 /// Tokens to train on: one or several files, mapped into memory, or a host's own tokens. Cheap to
 /// clone: clones share the maps.
+///
+/// All tokens are checked against a model's vocabulary before its first step or evaluation. Where they
+/// are more than 256 MiB, a thread of the dataset does that beside the training, and what it finds is
+/// the error of the next step. It ends when the last clone is gone.
 #[derive(Clone, Debug)]
-pub struct Dataset(Arc<[TokenFile]>);
+pub struct Dataset(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    files: Arc<[TokenFile]>,
+    scan: Scan,
+    /// The sequence length whose windows the host knows to leave files out or not; 0 before.
+    told_of: AtomicU64,
+}
+
+/// How a dataset is opened. `Default` is right for nearly all files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DatasetOptions {
+    /// What a token is in files without a header to say it; `None` finds out. A file may be refused
+    /// without it, where its tokens can be read in two ways, or look like text.
+    pub token_type: Option<TokenType>,
+}
 
 impl Dataset {
     /// Opens a file, or all files that a glob pattern matches, in the order of their names.
     ///
-    /// An existing path is taken as it is, even where it holds `*`, `?` or `[`. Each file may have
-    /// any [`TokenFormat`]. Files are mapped, not read, and stay open until the last clone is gone;
-    /// no process may make one shorter in that time (the system would end this process with
-    /// SIGBUS). Replacing a file by renaming another over it is safe.
+    /// An existing path is taken as it is, even where it holds `*`, `?` or `[`; `**` in a pattern stands
+    /// for any number of folders. Paths and patterns need not be UTF-8. Each file may have any
+    /// [`TokenFormat`]; raw tokens are u16, or u32 or i64 where they cannot be u16. Of Megatron's pair
+    /// either file can be named, or what both names begin with, and the pair counts once where both are. Files are mapped, not read,
+    /// and stay open until the last clone is gone; no process may make one shorter in that time (the
+    /// system would end this process with SIGBUS). Replacing a file by renaming another over it is
+    /// safe.
+    ///
+    /// Windows do not cross files. Documents within a file are not told apart.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a pattern that is malformed or matches nothing, [`Error::Io`]
     /// for a file that cannot be opened, [`Error::Format`] for one that is empty, truncated, too
-    /// long for its header, or no token file at all.
-    pub fn open(pattern: &str) -> Result<Self> {
-        if Path::new(pattern).exists() || !pattern.contains(['*', '?', '[']) {
-            return Self::open_files(&[pattern]);
+    /// long for its header, or no token file at all: it says what kind of file it is, where that is
+    /// known, and what to do.
+    pub fn open(pattern: impl AsRef<OsStr>) -> Result<Self> {
+        Self::open_with(pattern, &DatasetOptions::default())
+    }
+
+    /// [`Dataset::open`] with options.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub fn open_with(pattern: impl AsRef<OsStr>, options: &DatasetOptions) -> Result<Self> {
+        let pattern = pattern.as_ref();
+        if Path::new(pattern).exists() || !pattern::is_pattern(pattern) {
+            return Self::open_files_with(&[pattern], options);
         }
-        let paths = glob::glob(pattern)
-            .map_err(|e| Error::invalid("dataset", format!("bad pattern {pattern:?}: {e}")))?
-            .map(|path| {
-                path.map_err(|e| Error::Io {
-                    action: "search",
-                    path: e.path().to_owned(),
-                    source: e.into(),
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let paths = pattern::search(pattern)?;
         if paths.is_empty() {
             let message = format!("expected files that match {pattern:?}, found none");
             return Err(Error::invalid("dataset", message));
         }
-        Self::open_files(&paths)
+        Self::open_files_with(&paths, options)
     }
 
     /// Opens a list of files, in the order given. See [`Dataset::open`].
@@ -61,10 +99,22 @@ impl Dataset {
     /// # Errors
     /// As [`Dataset::open`]; [`Error::InvalidArgument`] for an empty list.
     pub fn open_files<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
+        Self::open_files_with(paths, &DatasetOptions::default())
+    }
+
+    /// [`Dataset::open_files`] with options.
+    ///
+    /// # Errors
+    /// As [`Dataset::open_files`].
+    pub fn open_files_with<P: AsRef<Path>>(paths: &[P], options: &DatasetOptions) -> Result<Self> {
         if paths.is_empty() {
             return Err(Error::invalid("dataset", "expected at least one file, got none"));
         }
-        paths.iter().map(|path| TokenFile::open(path.as_ref())).collect::<Result<_>>().map(Self)
+        let paths: Vec<&Path> = paths.iter().map(AsRef::as_ref).collect();
+        let files = without_second_halves(&paths)
+            .map(|path| TokenFile::open(path, options.token_type))
+            .collect::<Result<_>>()?;
+        Ok(Self::of(files))
     }
 
     /// A dataset of tokens in memory, which act like one file.
@@ -72,41 +122,99 @@ impl Dataset {
     /// # Errors
     /// [`Error::InvalidArgument`] where there are none.
     pub fn from_tokens(tokens: Vec<u32>) -> Result<Self> {
-        Ok(Self(Arc::new([TokenFile::from_tokens(tokens)?])))
+        Ok(Self::of(Arc::new([TokenFile::from_tokens(tokens)?])))
+    }
+
+    fn of(files: Arc<[TokenFile]>) -> Self {
+        Self(Arc::new(Inner { files, scan: Scan::new(), told_of: AtomicU64::new(0) }))
     }
 
     /// Tokens of all files.
     pub fn token_count(&self) -> u64 {
-        self.0.iter().map(|file| file.info.tokens).sum()
+        self.sources().iter().map(|file| file.info.tokens).sum()
     }
 
     /// The files, in order.
     pub fn files(&self) -> Vec<DatasetFile> {
-        self.0.iter().map(|file| file.info.clone()).collect()
+        self.sources().iter().map(|file| file.info.clone()).collect()
     }
 
-    /// The largest token; reads everything.
-    pub fn max_token(&self) -> u32 {
-        self.0.iter().map(TokenFile::max_token).max().unwrap_or(0)
+    /// The largest token. Reads everything, unless that has been done.
+    ///
+    /// # Errors
+    /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token.
+    pub fn max_token(&self) -> Result<u32> {
+        self.0.scan.largest(&self.0.files)
+    }
+
+    /// The largest token of each file, in their order. Reads everything.
+    ///
+    /// # Errors
+    /// As [`Dataset::max_token`].
+    pub fn max_tokens(&self) -> Result<Vec<u32>> {
+        // Read in the same order, so that the first stray is named either way.
+        self.max_token()?;
+        Ok(self
+            .sources()
+            .iter()
+            .map(|file| file.extent(0, file.info.tokens as usize).largest)
+            .collect())
+    }
+
+    /// Checks all tokens against a vocabulary. More than 256 MiB of them are read by a thread that this
+    /// call starts, and the answer is then what is known by now; ask again for more. Training and
+    /// evaluation do that by themselves: the call is for knowing early.
+    ///
+    /// # Errors
+    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`.
+    pub fn check_tokens(&self, vocab_size: usize) -> Result<()> {
+        self.0.scan.check(&self.0.files, vocab_size)
+    }
+
+    /// What windows of `sequence_length` tokens, and one more for the last target, read of the files. A
+    /// trainer's first step warns in the engine's log of files that are never read, unless this was
+    /// asked before for its length: whoever asks knows.
+    pub fn coverage(&self, sequence_length: usize) -> Coverage {
+        self.0.told_of.store(sequence_length as u64, Ordering::Relaxed);
+        Coverage::of(self.sources().iter().map(|file| file.info.tokens), sequence_length)
+    }
+
+    /// What a user should be told of files that training with this length leaves out, once.
+    pub(crate) fn warning(&self, sequence_length: usize) -> Option<String> {
+        if self.0.told_of.load(Ordering::Relaxed) == sequence_length as u64 {
+            return None;
+        }
+        self.coverage(sequence_length).warning("sequence_length")
+    }
+
+    fn sources(&self) -> &[TokenFile] {
+        &self.0.files
     }
 
     /// Training windows of `sequence_length` + 1 tokens in one epoch, at least 1.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] where no file is long enough for one.
-    pub(crate) fn windows(&self, sequence_length: usize) -> Result<u64> {
+    pub fn windows(&self, sequence_length: usize) -> Result<u64> {
         let t = sequence_length as u64;
         if t == 0 {
             return Err(Error::invalid("sequence_length", "expected at least 1, got 0"));
         }
-        let windows = self.0.iter().map(|file| windows_of(file.info.tokens, t)).sum();
+        let windows = self.sources().iter().map(|file| windows_of(file.info.tokens, t)).sum();
         if windows == 0 {
-            let longest = self.0.iter().map(|file| file.info.tokens).max().unwrap_or(0);
+            let Coverage { files, tokens, longest, .. } = self.coverage(sequence_length);
+            let remedy = match longest {
+                0 | 1 => "use more data".to_owned(),
+                n => format!(
+                    "use a sequence of at most {} tokens, join files, or use more data",
+                    n - 1
+                ),
+            };
             return Err(Error::invalid(
                 "sequence_length",
                 format!(
                     "a window of {t} tokens and the one after them needs a file of {} tokens; the \
-                     longest file of the dataset has {longest}; use a shorter sequence or more data",
+                     longest of the {files} in the dataset has {longest} ({tokens} in all); {remedy}",
                     u128::from(t) + 1
                 ),
             ));
@@ -131,38 +239,29 @@ impl Dataset {
         let (epoch, position) = (sample / windows, sample % windows);
         let window = Permutation::new(seed, epoch, windows).apply(position);
         let (index, window) = self.locate(window, t);
-        let file = &self.0[index];
+        let file = &self.sources()[index];
         let phase = order::phase(seed, epoch, index, last_phase(file.info.tokens, t));
         file.copy(phase + window * t, vocab_size, out)
     }
 
-    /// Fills `out` (T + 1 tokens) with evaluation window `index` of `count` windows that are spread
-    /// evenly over the data, the same for every call. `count` is at most [`Dataset::windows`].
+    /// The windows of an evaluation with this sequence length.
     ///
     /// # Errors
-    /// As [`Dataset::training_window`]; [`Error::InvalidArgument`] for a `count` or `index` out of
-    /// range.
-    pub(crate) fn eval_window(
-        &self,
-        index: u64,
-        count: u64,
-        vocab_size: usize,
-        out: &mut [u32],
-    ) -> Result<()> {
-        let t = out.len().saturating_sub(1) as u64;
-        let windows = self.windows(t as usize)?;
-        if count > windows || index >= count {
-            let message = format!("window {index} of {count} is beyond the {windows} of the data");
-            return Err(Error::invalid("evaluation window", message));
+    /// [`Error::InvalidArgument`] for a length of 0, or where no file has two tokens.
+    pub(crate) fn eval_windows(&self, sequence_length: usize) -> Result<EvalWindows<'_>> {
+        let t = sequence_length as u64;
+        let is_long = self.sources().iter().any(|file| file.info.tokens > t);
+        let pairs = self.sources().iter().filter(|file| file.info.tokens > 1).count() as u64;
+        if is_long || pairs == 0 || t == 0 {
+            let total = self.windows(sequence_length)?;
+            return Ok(EvalWindows { data: self, length: t, total, are_short: false });
         }
-        let window = (u128::from(index) * u128::from(windows) / u128::from(count)) as u64;
-        let (file, window) = self.locate(window, t);
-        self.0[file].copy(window * t, vocab_size, out)
+        Ok(EvalWindows { data: self, length: t, total: pairs, are_short: true })
     }
 
     /// File of a window of the whole dataset, and the window's index in it.
     fn locate(&self, mut window: u64, t: u64) -> (usize, u64) {
-        for (index, file) in self.0.iter().enumerate() {
+        for (index, file) in self.sources().iter().enumerate() {
             let windows = windows_of(file.info.tokens, t);
             if window < windows {
                 return (index, window);
@@ -171,6 +270,82 @@ impl Dataset {
         }
         unreachable!("callers pass a window below the sum of all files")
     }
+}
+
+/// Windows to measure with: those of T + 1 tokens, or where no file is that long one for each file, of
+/// all its tokens.
+pub(crate) struct EvalWindows<'a> {
+    data: &'a Dataset,
+    /// T.
+    length: u64,
+    total: u64,
+    /// Whether a window is a file, and so has a length of its own.
+    pub(crate) are_short: bool,
+}
+
+impl EvalWindows<'_> {
+    /// How many there are.
+    pub(crate) fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Inputs of window `index` of `count` windows that are spread evenly over all of them; one token
+    /// more is read. The same for every call. `count` is at most [`EvalWindows::total`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a `count` or `index` out of range.
+    pub(crate) fn length(&self, index: u64, count: u64) -> Result<usize> {
+        let (file, _) = self.place(index, count)?;
+        let whole = self.data.sources()[file].info.tokens - 1;
+        Ok(if self.are_short { whole } else { self.length } as usize)
+    }
+
+    /// Fills `out`, which has room for one token more than [`EvalWindows::length`] says.
+    ///
+    /// # Errors
+    /// As [`EvalWindows::length`]; [`Error::TokenRange`] for a token that is not below `vocab_size`.
+    pub(crate) fn read(
+        &self,
+        index: u64,
+        count: u64,
+        vocab_size: usize,
+        out: &mut [u32],
+    ) -> Result<()> {
+        let (file, first) = self.place(index, count)?;
+        self.data.sources()[file].copy(first, vocab_size, out)
+    }
+
+    /// File of a window, and its first token.
+    fn place(&self, index: u64, count: u64) -> Result<(usize, u64)> {
+        if count > self.total || index >= count {
+            let message =
+                format!("window {index} of {count} is beyond the {} of the data", self.total);
+            return Err(Error::invalid("evaluation window", message));
+        }
+        let window = (u128::from(index) * u128::from(self.total) / u128::from(count)) as u64;
+        if !self.are_short {
+            let (file, window) = self.data.locate(window, self.length);
+            return Ok((file, window * self.length));
+        }
+        let files = self.data.sources().iter().enumerate();
+        let mut pairs = files.filter(|(_, file)| file.info.tokens > 1);
+        let (file, _) = pairs.nth(window as usize).expect("the total counts these files");
+        Ok((file, 0))
+    }
+}
+
+/// The paths, without either half of a Megatron pair whose other half came before.
+fn without_second_halves<'a>(paths: &'a [&Path]) -> impl Iterator<Item = &'a Path> {
+    let mut halves: HashSet<PathBuf> = HashSet::new();
+    paths.iter().copied().filter(move |path| {
+        let Some(tokens) = megatron::tokens_of(path) else { return true };
+        let is_index = tokens != *path;
+        // NOTE: a file named twice is read twice, as one without an index is.
+        let other = if is_index { tokens } else { path.with_extension("idx") };
+        let is_second = halves.contains(&other);
+        halves.insert(path.to_path_buf());
+        !is_second
+    })
 }
 
 /// Windows of T inputs that a file of `tokens` tokens has in one epoch. One fewer than would fit,

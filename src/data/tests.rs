@@ -9,7 +9,7 @@ fn dataset(lengths: &[u64]) -> Dataset {
     let file = |(f, &n): (usize, &u64)| {
         TokenFile::from_tokens((0..n as u32).map(|i| f as u32 * 100_000 + i).collect()).unwrap()
     };
-    Dataset(lengths.iter().enumerate().map(file).collect())
+    Dataset::of(lengths.iter().enumerate().map(file).collect())
 }
 
 fn window(data: &Dataset, seed: u64, sample: u64, t: usize) -> Vec<u32> {
@@ -61,11 +61,14 @@ proptest! {
     ) {
         let data = dataset(&lengths);
         let Ok(windows) = data.windows(t) else { return Ok(()) };
+        let evaluated = data.eval_windows(t).unwrap();
+        prop_assert_eq!((evaluated.total(), evaluated.are_short), (windows, false));
         let count = 1 + ((windows - 1) as f64 * part) as u64;
         let mut out = vec![0; t + 1];
         let mut last = None;
         for index in 0..count {
-            data.eval_window(index, count, usize::MAX, &mut out).unwrap();
+            prop_assert_eq!(evaluated.length(index, count).unwrap(), t);
+            evaluated.read(index, count, usize::MAX, &mut out).unwrap();
             prop_assert!(out.windows(2).all(|pair| pair[0] + 1 == pair[1]));
             prop_assert!(last < Some(out[0]));
             last = Some(out[0]);
@@ -108,7 +111,7 @@ fn a_short_dataset_says_how_many_tokens_are_missing() {
     let data = dataset(&[3, 16, 9]);
     let message = data.windows(16).unwrap_err().to_string();
     assert!(message.starts_with("sequence_length: "), "{message}");
-    assert!(message.contains("17 tokens") && message.contains("has 16"), "{message}");
+    assert!(message.contains("17 tokens") && message.contains("has 16 (28 in all)"), "{message}");
     assert!(data.windows(0).is_err() && data.windows(usize::MAX).is_err());
     assert!(data.training_window(0, 0, 1, &mut []).is_err());
     assert_eq!(data.windows(15).unwrap(), 1);
@@ -119,9 +122,9 @@ fn a_token_outside_the_vocabulary_is_named() {
     let mut tokens = vec![7; 64];
     tokens[40] = 300;
     let data = Dataset::from_tokens(tokens).unwrap();
-    assert_eq!(data.max_token(), 300);
+    assert_eq!(data.max_token().unwrap(), 300);
     let mut out = [0; 64];
-    let error = data.eval_window(0, 1, 256, &mut out).unwrap_err();
+    let error = data.eval_windows(63).unwrap().read(0, 1, 256, &mut out).unwrap_err();
     assert!(matches!(
         &error,
         Error::TokenRange { source_name, offset: 40, token: 300, vocab_size: 256 }
@@ -135,9 +138,10 @@ fn a_token_outside_the_vocabulary_is_named() {
 fn evaluation_asks_for_no_more_than_there_is() {
     let data = dataset(&[100]);
     let mut out = [0; 11];
-    let windows = data.windows(10).unwrap();
+    let evaluated = data.eval_windows(10).unwrap();
+    let windows = evaluated.total();
     for (index, count) in [(0, 0), (windows, windows), (0, windows + 1)] {
-        let error = data.eval_window(index, count, usize::MAX, &mut out).unwrap_err();
+        let error = evaluated.read(index, count, usize::MAX, &mut out).unwrap_err();
         assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
     }
 }

@@ -119,6 +119,7 @@ static void making(const char *tokens) {
   mxt_trainer_options trainer_options;
   mxt_generate_options generate;
   mxt_run_options run;
+  mxt_dataset_options dataset_options;
   mxt_memory_plan plan;
   mxt_model *other_model;
   mxt_trainer *other;
@@ -130,6 +131,7 @@ static void making(const char *tokens) {
   PANICS(mxt_trainer_options_init(&trainer_options, sizeof trainer_options));
   PANICS(mxt_generate_options_init(&generate, sizeof generate));
   PANICS(mxt_run_options_init(&run, sizeof run));
+  PANICS(mxt_dataset_options_init(&dataset_options, sizeof dataset_options));
 
   OK(mxt_engine_options_init(&engine_options, sizeof engine_options));
   MAKING_PANICS(mxt_engine_new(&engine_options, &engine), engine);
@@ -147,6 +149,10 @@ static void making(const char *tokens) {
   PANICS(mxt_plan(engine, &config, &trainer_options, &plan));
   OK(mxt_plan(engine, &config, &trainer_options, &plan));
   MAKING_PANICS(mxt_dataset_open(tokens, &dataset), dataset);
+  mxt_dataset_free(dataset);
+  MAKING_PANICS(mxt_dataset_open_with(tokens, NULL, &dataset), dataset);
+  mxt_dataset_free(dataset);
+  MAKING_PANICS(mxt_dataset_open_files_with(&tokens, 1, NULL, &dataset), dataset);
   mxt_dataset_free(dataset);
   MAKING_PANICS(mxt_dataset_open_files(&tokens, 1, &dataset), dataset);
   MAKING_PANICS(mxt_dataset_from_tokens(some, 3, &other_dataset), other_dataset);
@@ -244,6 +250,15 @@ int main(int argc, char **argv) {
   PANICS(mxt_dataset_max_token(dataset, &token));
   RETURNS(MXT_ERROR_POISONED, mxt_dataset_max_token(dataset, &token));
   CHECK(token == 1);
+  end();
+
+  mxt_coverage coverage;
+  coverage.struct_size = sizeof coverage;
+  coverage.files = 77;
+  start();
+  PANICS(mxt_dataset_coverage(dataset, 8, &coverage));
+  RETURNS(MXT_ERROR_POISONED, mxt_dataset_coverage(dataset, 8, &coverage));
+  CHECK(coverage.files == 77);
   end();
 
   start();

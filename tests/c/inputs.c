@@ -39,7 +39,7 @@ int main(int argc, char **argv) {
   config = small_config();
   config.vocab_size = 0;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "vocab_size", mxt_model_new(engine, &config, &other));
-  FAILS(MXT_ERROR_UTF8, "dir", mxt_model_load(engine, "\xff", &other));
+  FAILS(MXT_ERROR_IO, "cannot open", mxt_model_load(engine, "\xff", &other)); /* no UTF-8, but a path */
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "empty", mxt_model_load(engine, "", &other));
   FAILS(MXT_ERROR_IO, "nowhere", mxt_model_load(engine, in_folder(folder, "nowhere"), &other));
   CHECK(other == NULL);
@@ -87,6 +87,42 @@ int main(int argc, char **argv) {
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "memory",
         mxt_dataset_from_tokens(tokens, (size_t)-1, &other_data));
   CHECK(other_data == NULL);
+  mxt_dataset_options data_options;
+  OK(mxt_dataset_options_init(&data_options, sizeof data_options));
+  CHECK(data_options.token_type == MXT_TOKEN_TYPE_AUTO);
+  data_options.token_type = 6;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "token_type", mxt_dataset_open_with("x", &data_options, &other_data));
+  data_options.token_type = MXT_TOKEN_TYPE_U32;
+  data_options.reserved = 1;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "reserved", mxt_dataset_open_with("x", &data_options, &other_data));
+  data_options.reserved = 0;
+  data_options.struct_size = 8;
+  FAILS(MXT_ERROR_STRUCT_SIZE, "options", mxt_dataset_open_with("x", &data_options, &other_data));
+  data_options.struct_size = sizeof data_options;
+  CHECK(other_data == NULL);
+
+  /* Three tokens of 32 bits, in a file whose name is not UTF-8. */
+  const uint32_t wide[3] = {1, 70000, 3};
+  const char *wide_path = in_folder(folder, "wide-\xfc.bin");
+  const char *const wide_paths[] = {wide_path};
+  FILE *wide_file = fopen(wide_path, "wb");
+  CHECK(wide_file != NULL && fwrite(wide, 4, 3, wide_file) == 3 && fclose(wide_file) == 0);
+  OK(mxt_dataset_open(wide_path, &other_data));
+  CHECK(mxt_dataset_token_count(other_data) == 6); /* so few may be anything */
+  mxt_dataset_free(other_data);
+  OK(mxt_dataset_open_with(wide_path, &data_options, &other_data));
+  CHECK(mxt_dataset_token_count(other_data) == 3);
+  mxt_dataset_free(other_data);
+  OK(mxt_dataset_open_files_with(wide_paths, 1, &data_options, &other_data));
+  mxt_coverage coverage;
+  coverage.struct_size = sizeof coverage;
+  OK(mxt_dataset_coverage(other_data, 8, &coverage));
+  CHECK(coverage.files == 1 && coverage.short_files == 1 && coverage.short_tokens == 3);
+  CHECK(coverage.windows == 0 && coverage.longest == 3);
+  FAILS(MXT_ERROR_TOKEN_RANGE, "token 70000 at offset 1", mxt_trainer_step(trainer, other_data, NULL));
+  mxt_dataset_free(other_data);
+  other_data = NULL;
+
   uint32_t largest = 0;
   OK(mxt_dataset_max_token(dataset, &largest));
   CHECK(largest == 28 && mxt_dataset_token_count(dataset) == DATA);

@@ -32,6 +32,7 @@ int main(void) {
   IS_NULL("options", mxt_generate_options_init(NULL, sizeof(mxt_generate_options)));
   IS_NULL("options", mxt_trainer_options_init(NULL, sizeof(mxt_trainer_options)));
   IS_NULL("options", mxt_run_options_init(NULL, sizeof(mxt_run_options)));
+  IS_NULL("options", mxt_dataset_options_init(NULL, sizeof(mxt_dataset_options)));
 
   IS_NULL("engine", mxt_engine_new(NULL, NULL));
   CHECK(mxt_engine_device(NULL) == NULL && mxt_engine_threads(NULL) == 0);
@@ -68,6 +69,10 @@ int main(void) {
 
   IS_NULL("pattern", mxt_dataset_open(NULL, &no_dataset));
   IS_NULL("dataset", mxt_dataset_open("x", NULL));
+  IS_NULL("pattern", mxt_dataset_open_with(NULL, NULL, &no_dataset));
+  IS_NULL("dataset", mxt_dataset_open_with("x", NULL, NULL));
+  IS_NULL("paths[0]", mxt_dataset_open_files_with(no_paths, 1, NULL, &no_dataset));
+  IS_NULL("dataset", mxt_dataset_open_files_with(no_paths, 1, NULL, NULL));
   IS_NULL("paths", mxt_dataset_open_files(NULL, 1, &no_dataset));
   IS_NULL("paths[0]", mxt_dataset_open_files(no_paths, 1, &no_dataset));
   IS_NULL("dataset", mxt_dataset_open_files(no_paths, 1, NULL));
@@ -77,6 +82,10 @@ int main(void) {
   IS_NULL("dataset", mxt_dataset_max_token(NULL, tokens));
   IS_NULL("token", mxt_dataset_max_token(dataset, NULL));
   CHECK(strstr(mxt_dataset_last_error(dataset), "token is NULL") != NULL);
+  mxt_coverage coverage;
+  coverage.struct_size = sizeof coverage;
+  IS_NULL("dataset", mxt_dataset_coverage(NULL, 8, &coverage));
+  IS_NULL("coverage", mxt_dataset_coverage(dataset, 8, NULL));
 
   IS_NULL("model", mxt_trainer_new(NULL, NULL, &no_trainer));
   IS_NULL("trainer", mxt_trainer_new(model, NULL, NULL));

@@ -50,6 +50,9 @@ static void errors() {
   fails(MXT_ERROR_INVALID_ARGUMENT, "", [] { mxt::Dataset::open("/nowhere/*.bin"); });
   const std::vector<std::string> files = {"/nowhere/a.bin", "/nowhere/b.bin"};
   fails(MXT_ERROR_IO, "/nowhere/a.bin", [&] { mxt::Dataset::open_files(files); });
+  mxt::DatasetOptions data_options;
+  data_options.token_type = 9;
+  fails(MXT_ERROR_INVALID_ARGUMENT, "token_type", [&] { mxt::Dataset::open("x", data_options); });
 
   mxt::Model model(engine, small_config());
   fails(MXT_ERROR_NO_SUCH_TENSOR, "no.such", [&] { model.read("no.such"); });
@@ -76,6 +79,7 @@ static void moves_and_lifetimes() {
   mxt::Trainer first(*model, small_options());
   engine.reset();
   model.reset();
+  CHECK(dataset->coverage(8).files == 1);
   CHECK(first.step(*dataset).step == 1);
   mxt::Trainer second = std::move(first);
   CHECK(second.step(*dataset).step == 2);

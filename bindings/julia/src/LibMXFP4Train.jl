@@ -196,6 +196,39 @@ const MXT_ARCHITECTURE_GPT2 = Int32(0)
 """
 const MXT_DTYPE_F32 = Int32(0)
 
+# mxt_token_type: What a token is in a file without a header to say it.
+
+"""
+Found out by a look at the tokens: 16 bits, unless they must be 32 or 64. A file in which they
+may be either is refused.
+"""
+const MXT_TOKEN_TYPE_AUTO = Int32(0)
+
+"""
+Two unsigned bytes.
+"""
+const MXT_TOKEN_TYPE_U16 = Int32(1)
+
+"""
+Four unsigned bytes.
+"""
+const MXT_TOKEN_TYPE_U32 = Int32(2)
+
+"""
+Eight signed bytes.
+"""
+const MXT_TOKEN_TYPE_I64 = Int32(3)
+
+"""
+One unsigned byte.
+"""
+const MXT_TOKEN_TYPE_U8 = Int32(4)
+
+"""
+Four signed bytes.
+"""
+const MXT_TOKEN_TYPE_I32 = Int32(5)
+
 # mxt_schedule: The curve of the learning rate after the warm-up.
 
 """
@@ -274,6 +307,11 @@ const mxt_step_fn = Ptr{Cvoid}
 Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
 changed, so any number of threads and trainers may use it at once. Make with one of the
 mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
+
+All its tokens are checked against a model's vocabulary before the first step or evaluation of a
+trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while the
+training goes on, and what it finds is the error of the next step. The thread blocks all signals but
+faults, and has ended when mxt_dataset_free returns and no other call uses the dataset.
 """
 mutable struct mxt_dataset end
 
@@ -400,6 +438,42 @@ struct mxt_generate_options
     on_token::mxt_token_fn
     # Passed to on_token.
     user_data::Ptr{Cvoid}
+end
+
+"""
+How a dataset is opened. Fill it with mxt_dataset_options_init.
+"""
+struct mxt_dataset_options
+    # Set by mxt_dataset_options_init.
+    struct_size::Csize_t
+    # One of mxt_token_type. Default MXT_TOKEN_TYPE_AUTO. For files without a header; a header is
+    # believed. With another value than AUTO files are not refused for looking like text.
+    token_type::Int32
+    # Not used; must be 0.
+    reserved::Int32
+end
+
+"""
+What sequences of some length read of a dataset. Set struct_size to sizeof(mxt_coverage) before the
+call that fills it.
+"""
+struct mxt_coverage
+    # sizeof(mxt_coverage), set by the caller.
+    struct_size::Csize_t
+    # Windows of an epoch, of a sequence and one more token each; 0 where no file is long enough.
+    windows::UInt64
+    # Files of the dataset.
+    files::UInt64
+    # Files shorter than a window, which training never reads.
+    short_files::UInt64
+    # Tokens of all files.
+    tokens::UInt64
+    # Tokens of the files that training never reads.
+    short_tokens::UInt64
+    # Tokens of the shortest file. Sequences of one less read every file.
+    shortest::UInt64
+    # Tokens of the longest file.
+    longest::UInt64
 end
 
 """
@@ -774,7 +848,7 @@ end
 Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
 (gpt2), and stores it in `*model` for the caller to free.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
 MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
 """
@@ -793,8 +867,8 @@ Saves weights and configuration as a folder that Hugging Face transformers opens
 folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
 there, the one before or the new one. Whatever else is in the folder stays.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
-(a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
+folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 """
 function mxt_model_save(model, dir)
     return @ccall libmxfp4train.mxt_model_save(
@@ -973,20 +1047,57 @@ function mxt_model_next_logits(model, tokens, token_count, logits, count)
 end
 
 """
+    mxt_dataset_options_init(options, struct_size)
+
+Fills `options` with the defaults. `struct_size` is sizeof(mxt_dataset_options) as the caller's
+compiler sees it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_dataset_options_init(options, struct_size)
+    return @ccall libmxfp4train.mxt_dataset_options_init(
+        options::Ptr{mxt_dataset_options},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
     mxt_dataset_open(pattern, dataset)
 
 Opens a token file, or all files that a pattern such as \"data/train_*.bin\" matches, in the
-order of their names, and stores the dataset in `*dataset` for the caller to free.
+order of their names, and stores the dataset in `*dataset` for the caller to free. `*` and `?` match
+within a name, `**` any number of folders; a path that exists is taken as it is.
 
-Files are raw little-endian 16-bit tokens, or llm.c's format with its header. They are mapped,
-not read, and must not be changed or truncated while the dataset is in use.
+Each file may be raw little-endian tokens of 16 bits, or of 32 or 64 where that is beyond doubt;
+llm.c's format with its header; NumPy's .npy of uint8, uint16, uint32, int32 or int64, of one
+dimension, or of two, read row by row; or Megatron's pair of .bin and .idx, of which either file can
+be named, and which counts once where both match. Documents are not told apart, and windows do not
+cross files. Files are mapped, not read, and must not be changed or truncated while the dataset is
+in use.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches
-nothing), MXT_ERROR_IO, MXT_ERROR_FORMAT. The message is in mxt_last_error.
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches nothing), MXT_ERROR_IO,
+MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names with the remedy).
+The message is in mxt_last_error.
 """
 function mxt_dataset_open(pattern, dataset)
     return @ccall libmxfp4train.mxt_dataset_open(
         pattern::Cstring,
+        dataset::Ptr{Ptr{mxt_dataset}}
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_open_with(pattern, options, dataset)
+
+Does what mxt_dataset_open does, with options. `options` may be NULL for the defaults.
+
+Errors: those of mxt_dataset_open, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT for an
+option, which the message names.
+"""
+function mxt_dataset_open_with(pattern, options, dataset)
+    return @ccall libmxfp4train.mxt_dataset_open_with(
+        pattern::Cstring,
+        options::Ptr{mxt_dataset_options},
         dataset::Ptr{Ptr{mxt_dataset}}
     )::mxt_status
 end
@@ -997,13 +1108,30 @@ end
 Opens `count` token files as one dataset, in the order given, and stores it in `*dataset` for
 the caller to free. `paths` and its strings are borrowed for the call.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO,
-MXT_ERROR_FORMAT. The message is in mxt_last_error.
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO, MXT_ERROR_FORMAT. The
+message is in mxt_last_error.
 """
 function mxt_dataset_open_files(paths, count, dataset)
     return @ccall libmxfp4train.mxt_dataset_open_files(
         paths::Ptr{Cstring},
         count::Csize_t,
+        dataset::Ptr{Ptr{mxt_dataset}}
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_open_files_with(paths, count, options, dataset)
+
+Does what mxt_dataset_open_files does, with options. `options` may be NULL for the defaults.
+
+Errors: those of mxt_dataset_open_files, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT for
+an option, which the message names.
+"""
+function mxt_dataset_open_files_with(paths, count, options, dataset)
+    return @ccall libmxfp4train.mxt_dataset_open_files_with(
+        paths::Ptr{Cstring},
+        count::Csize_t,
+        options::Ptr{mxt_dataset_options},
         dataset::Ptr{Ptr{mxt_dataset}}
     )::mxt_status
 end
@@ -1037,14 +1165,34 @@ end
 """
     mxt_dataset_max_token(dataset, token)
 
-Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files.
+Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files, unless
+that has been done.
 
-Any thread may call it at any time. Errors: MXT_ERROR_NULL.
+Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_TOKEN_RANGE (a number below 0
+or above 32 bits, which is no token).
 """
 function mxt_dataset_max_token(dataset, token)
     return @ccall libmxfp4train.mxt_dataset_max_token(
         dataset::Ptr{mxt_dataset},
         token::Ptr{UInt32}
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_coverage(dataset, sequence_length, coverage)
+
+Counts what training with sequences of `sequence_length` tokens reads of the dataset, and stores it in
+`*coverage` (struct_size set by the caller). Files without a whole window, of a sequence and one more
+token, are never read; a trainer's first step with such a dataset says so in the engine's log, unless
+this function was called with the trainer's length before.
+
+Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_dataset_coverage(dataset, sequence_length, coverage)
+    return @ccall libmxfp4train.mxt_dataset_coverage(
+        dataset::Ptr{mxt_dataset},
+        sequence_length::Csize_t,
+        coverage::Ptr{mxt_coverage}
     )::mxt_status
 end
 
@@ -1112,7 +1260,7 @@ Loads what mxt_trainer_save wrote, model, moments, options and position, and sto
 in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run had
 never stopped. The number of threads may differ; the seed is the checkpoint's.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
 MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
 """
@@ -1131,8 +1279,8 @@ Saves model, moments, options and position to the folder `dir`, which is made if
 A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or the new one.
 Whatever else is in the folder stays. Hugging Face transformers opens the folder as gpt2.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT
-(a file, or a folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
+folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
 """
 function mxt_trainer_save(trainer, dir)
     return @ccall libmxfp4train.mxt_trainer_save(
@@ -1148,8 +1296,9 @@ Does one optimizer step on the next samples of `dataset` and stores what it did 
 (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
-MXT_ERROR_BUSY.
+a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
+where this step does not read it), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the
+weights are as before the step.
 """
 function mxt_trainer_step(trainer, dataset, stats)
     return @ccall libmxfp4train.mxt_trainer_step(
@@ -1190,11 +1339,14 @@ ones in every call, and stores it in `*stats` (struct_size set by the caller). 0
 dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
 not an error.
 
+Where no file has the tokens of a sequence and one more, each file of two tokens or more is one
+shorter sequence of all its tokens; stats->tokens tells how many were predicted.
+
 A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called back
 the caller.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-a sequence), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY, MXT_STOPPED.
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no file of two tokens),
+MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_BUSY, MXT_STOPPED.
 """
 function mxt_trainer_eval(trainer, dataset, max_batches, stats)
     return @ccall libmxfp4train.mxt_trainer_eval(

@@ -39,7 +39,7 @@ using Libdl: dlopen
 using Preferences: @load_preference, @set_preferences!
 
 export Dataset, Engine, MXFP4Error, Model, Tensors, Trainer
-export clear_stop, config, evaluate!, generate, load, max_token, next_logits, options,
+export clear_stop, config, coverage, evaluate!, generate, load, max_token, next_logits, options,
     parameter_count, plan, request_stop, run!, save, set_library!, set_lr!, step!, steps, steps_done, tensors, use_schedule!
 
 include("LibMXFP4Train.jl")

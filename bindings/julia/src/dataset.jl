@@ -1,12 +1,13 @@
 # Tokens to train on.
 
 """
-    Dataset(pattern)
+    Dataset(pattern; token_type = :auto)
 
 Opens a token file, or all that a pattern such as `"data/train_*.bin"` matches. Files are mapped, not
-read, and must not change while the dataset is in use.
+read, and must not change while the dataset is in use. `token_type` is what a token is in a file
+without a header: `:u16`, `:u32`, `:i64`, `:u8` or `:i32`; `:auto` finds out.
 
-    Dataset(paths)
+    Dataset(paths; token_type = :auto)
 
 Opens a vector of token files as one dataset, in the order given.
 
@@ -23,15 +24,17 @@ mutable struct Dataset <: Handle
     Dataset(handle::Ptr{Lib.mxt_dataset}) = finalizer(close, new(handle))
 end
 
-function Dataset(pattern::AbstractString)
-    return made_dataset(handle -> Lib.mxt_dataset_open(pattern, handle))
+function Dataset(pattern::AbstractString; token_type::Symbol = :auto)
+    how = dataset_options(token_type)
+    return made_dataset(handle -> Lib.mxt_dataset_open_with(pattern, how, handle))
 end
 
-function Dataset(paths::AbstractVector{<:AbstractString})
+function Dataset(paths::AbstractVector{<:AbstractString}; token_type::Symbol = :auto)
+    how = dataset_options(token_type)
     # As an array of strings, `ccall` makes C's array of pointers of it and keeps both alive.
     strings = convert(Vector{String}, paths)
     return made_dataset() do handle
-        Lib.mxt_dataset_open_files(strings, length(strings), handle)
+        Lib.mxt_dataset_open_files_with(strings, length(strings), how, handle)
     end
 end
 
@@ -53,6 +56,31 @@ function max_token(dataset::Dataset)
     token = Ref{UInt32}(0)
     check(Lib.mxt_dataset_max_token(dataset, token))
     return Int(token[])
+end
+
+"""
+    coverage(dataset, sequence_length)
+
+What training with sequences of that length reads of the files, as a named tuple: `windows` of an
+epoch, `files`, `short_files` (shorter than a sequence and one token, never read), `tokens`,
+`short_tokens` (of those files), and the tokens of the `shortest` and the `longest` file.
+"""
+function coverage(dataset::Dataset, sequence_length::Integer)
+    counts = sized(Lib.mxt_coverage)
+    check(Lib.mxt_dataset_coverage(dataset, sequence_length, counts))
+    return named(counts[])
+end
+
+# In the order of `mxt_token_type`.
+const TOKEN_TYPES = (:auto, :u16, :u32, :i64, :u8, :i32)
+
+function dataset_options(token_type::Symbol)
+    number = findfirst(==(token_type), TOKEN_TYPES)
+    if number === nothing
+        throw(ArgumentError("token_type: expected one of $TOKEN_TYPES, got $(repr(token_type))"))
+    end
+    managed = (token_type = number - 1,)
+    return Ref(filled(Lib.mxt_dataset_options, Lib.mxt_dataset_options_init, (;), managed))
 end
 
 release(handle::Ptr{Lib.mxt_dataset}) = Lib.mxt_dataset_free(handle)

@@ -48,6 +48,7 @@ end
     @test_throws ArgumentError Trainer(new_model(); schedule = :sometimes)
     @test_throws ArgumentError Dataset("zero\0byte")
     @test_throws InexactError Dataset([-1, 2])
+    @test_throws ArgumentError Dataset("x"; token_type = :u64)
     @test_throws InexactError Model(new_engine(); layers = -1)
 end
 
@@ -107,6 +108,9 @@ end
         paths = [joinpath(folder, "$part.bin") for part in ("a", "b")]
         foreach(path -> write(path, UInt16[1, 2, 3, 4]), paths)
         @test length(Dataset(paths)) == 8
+        @test length(Dataset(paths; token_type = :u8)) == 16
+        @test length(Dataset(first(paths); token_type = :u32)) == 2
+        @test coverage(Dataset(paths), 8).short_files == 2
         @test length(Dataset(joinpath(folder, "*.bin"))) == 8
     end
 end

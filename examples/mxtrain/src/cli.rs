@@ -1,9 +1,12 @@
 //! The command line: every option with its help.
 
+use std::ffi::OsString;
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
-use mxfp4train::{Recipe, Recompute, ScheduleKind};
+use mxfp4train::{DatasetOptions, Recipe, Recompute, ScheduleKind};
 
 use crate::compare::CompareArgs;
 use crate::tokenizer::Tokenizer;
@@ -43,7 +46,7 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Continue a text
     Generate(GenerateArgs),
-    /// Show what a checkpoint, a token file or a prepared folder contains
+    /// Show what a checkpoint, token files or a prepared folder contain
     Info(InfoArgs),
     /// Show the memory that a training run would take, without taking it
     Plan(PlanArgs),
@@ -123,13 +126,17 @@ pub(crate) struct DataArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,
 
-    /// Token files to train on instead of --data (llm.c .bin or raw u16), as a glob pattern
+    /// Token files to train on instead of --data, as a glob pattern: raw, llm.c .bin, NumPy .npy or
+    /// Megatron .bin with .idx
     #[arg(long, value_name = "GLOB")]
-    pub(crate) train: Option<String>,
+    pub(crate) train: Option<OsString>,
 
     /// Token files for validation, with --train
     #[arg(long, value_name = "GLOB")]
-    pub(crate) val: Option<String>,
+    pub(crate) val: Option<OsString>,
+
+    #[command(flatten)]
+    pub(crate) tokens: TokenArgs,
 
     /// Number of different tokens [default: what the data or its tokenizer says]
     #[arg(long, value_name = "N")]
@@ -138,6 +145,42 @@ pub(crate) struct DataArgs {
     /// Tokenizer that made the files of --train, bytes or gpt2; needed only to print samples
     #[arg(long, value_name = "NAME", hide_possible_values = true)]
     pub(crate) tokenizer: Option<Tokenizer>,
+}
+
+/// How token files are read.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct TokenArgs {
+    /// What a token is in files without a header: u16, u32, i64, u8 or i32; auto finds out
+    #[arg(long, value_name = "TYPE", default_value_t = TokenType(None))]
+    pub(crate) token_type: TokenType,
+}
+
+impl TokenArgs {
+    /// The library's options.
+    pub(crate) fn options(&self) -> DatasetOptions {
+        DatasetOptions { token_type: self.token_type.0 }
+    }
+}
+
+/// A type of tokens, or `auto`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct TokenType(pub(crate) Option<mxfp4train::TokenType>);
+
+impl fmt::Display for TokenType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(token_type) => token_type.fmt(f),
+            None => f.write_str("auto"),
+        }
+    }
+}
+
+impl FromStr for TokenType {
+    type Err = mxfp4train::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "auto" { Ok(Self(None)) } else { text.parse().map(|t| Self(Some(t))) }
+    }
 }
 
 /// Where a run starts and where it is saved.
@@ -329,7 +372,10 @@ pub(crate) struct EvalArgs {
 
     /// Prepared folder, of which val.bin is read, or token files as a glob pattern
     #[arg(long, value_name = "DIR|GLOB")]
-    pub(crate) data: String,
+    pub(crate) data: OsString,
+
+    #[command(flatten)]
+    pub(crate) tokens: TokenArgs,
 
     /// Batches to measure, spread evenly over the data; 0 takes all of it
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -406,9 +452,12 @@ pub(crate) struct SamplingArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct InfoArgs {
-    /// Checkpoint folder, token file, or folder made by `mxtrain prepare`
-    #[arg(value_name = "PATH")]
+    /// Checkpoint folder, folder made by `mxtrain prepare`, or token files as a glob pattern
+    #[arg(value_name = "PATH|GLOB")]
     pub(crate) path: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) tokens: TokenArgs,
 
     /// List a checkpoint's tensors
     #[arg(long)]

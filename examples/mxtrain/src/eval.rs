@@ -1,10 +1,11 @@
 //! `mxtrain eval`: a checkpoint's loss on token files.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::process::ExitCode;
 
 use indicatif::HumanCount;
-use mxfp4train::{Dataset, Engine, Model, Recipe, Trainer, TrainerOptions};
+use mxfp4train::{Dataset, DatasetOptions, Engine, Model, Recipe, Trainer, TrainerOptions};
 use serde::Serialize;
 
 use crate::cli::EvalArgs;
@@ -15,18 +16,22 @@ use crate::prepared::Meta;
 use crate::run_file::tokenizer_of;
 use crate::signals::Signals;
 use crate::tokenizer::Tokenizer;
+use crate::train::short_windows;
 
 /// Runs the command.
 pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
     // There is nothing to save: whichever signal comes ends the command at once.
     let _signals = Signals::listen()?;
-    let (data, of_data) = open(&args.data)?;
+    let (data, of_data) = open(&args.data, &args.tokens.options())?;
     let tokenizer = match of_data {
         Some(tokenizer) => Some(tokenizer),
         None => tokenizer_of(&args.checkpoint)?,
     };
     let (engine, _) = machine::open(&args.machine, 0)?;
     let mut trainer = load(args, &engine)?;
+    if let Some(note) = short_windows(&data, trainer.options().sequence_length) {
+        console::note(&format!("mxtrain: {}: {note}", args.data.display()));
+    }
     let stats = trainer.eval(&data, args.batches)?;
     if !stats.loss.is_finite() {
         return Err(Failure::runtime(format!(
@@ -60,16 +65,16 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
 }
 
 /// Opens a prepared folder's validation tokens or the files of a pattern.
-fn open(data: &str) -> Outcome<(Dataset, Option<Tokenizer>)> {
+fn open(data: &OsStr, options: &DatasetOptions) -> Outcome<(Dataset, Option<Tokenizer>)> {
     let dir = Path::new(data);
     if !dir.is_dir() {
-        return Ok((Dataset::open(data)?, None));
+        return Ok((Dataset::open_with(data, options)?, None));
     }
     let meta = Meta::read(dir)?;
     let val = meta.open_val(dir)?.ok_or_else(|| {
         Failure::usage(format!(
-            "{data}: was prepared without validation text; name a token file, such as \
-             {data}/train.bin"
+            "{0}: was prepared without validation text; name a token file, such as {0}/train.bin",
+            dir.display()
         ))
     })?;
     Ok((val, Some(meta.tokenizer)))

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use indicatif::{HumanBytes, HumanCount};
@@ -37,7 +37,7 @@ pub(crate) fn run(args: &InfoArgs) -> Outcome<ExitCode> {
             path.display()
         )));
     } else {
-        let files = token_files(&Dataset::open_files(&[path])?);
+        let files = token_files(&Dataset::open_with(path, &args.tokens.options())?)?;
         About::Data(Prepared { tokenizer: None, vocab_size: None, files, sources: Vec::new() })
     };
     if args.json {
@@ -110,10 +110,14 @@ struct Prepared {
 
 #[derive(Serialize)]
 struct TokenFile {
-    path: PathBuf,
+    /// As text; bytes that are not UTF-8 are replaced.
+    path: String,
     format: String,
+    token_type: String,
     tokens: u64,
     largest_token: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    documents: Option<u64>,
 }
 
 fn checkpoint(dir: &Path) -> Outcome<Checkpoint> {
@@ -177,9 +181,9 @@ fn tensors(path: &Path) -> Outcome<Vec<Tensor>> {
 
 fn prepared(dir: &Path) -> Outcome<Prepared> {
     let meta = Meta::read(dir)?;
-    let mut files = token_files(&meta.open_train(dir)?);
+    let mut files = token_files(&meta.open_train(dir)?)?;
     if let Some(val) = meta.open_val(dir)? {
-        files.extend(token_files(&val));
+        files.extend(token_files(&val)?);
     }
     Ok(Prepared {
         tokenizer: Some(meta.tokenizer),
@@ -189,17 +193,17 @@ fn prepared(dir: &Path) -> Outcome<Prepared> {
     })
 }
 
-fn token_files(data: &Dataset) -> Vec<TokenFile> {
-    let largest_token = data.max_token();
-    data.files()
-        .into_iter()
-        .map(|file| TokenFile {
-            path: file.path,
-            format: format!("{:?}", file.format),
-            tokens: file.tokens,
-            largest_token,
-        })
-        .collect()
+fn token_files(data: &Dataset) -> Outcome<Vec<TokenFile>> {
+    let largest = data.max_tokens()?;
+    let described = data.files().into_iter().zip(largest).map(|(file, largest_token)| TokenFile {
+        path: file.path.to_string_lossy().into_owned(),
+        format: file.format.to_string(),
+        token_type: file.token_type.to_string(),
+        tokens: file.tokens,
+        largest_token,
+        documents: file.documents,
+    });
+    Ok(described.collect())
 }
 
 impl Checkpoint {
@@ -239,12 +243,26 @@ impl Prepared {
             text.push_str(&format!("tokenizer  {tokenizer}, vocabulary {vocab_size}\n"));
         }
         for file in &self.files {
+            let documents = file.documents.map_or_else(String::new, |documents| {
+                format!(" in {} documents", HumanCount(documents))
+            });
             text.push_str(&format!(
-                "tokens     {}: {} of format {}, the largest is {}\n",
-                file.path.display(),
+                "tokens     {}: {}{documents}, {} {}, the largest is {}\n",
+                file.path,
                 HumanCount(file.tokens),
                 file.format,
-                file.largest_token,
+                file.token_type,
+                HumanCount(file.largest_token.into()),
+            ));
+        }
+        if self.vocab_size.is_none()
+            && let Some(largest) = self.files.iter().map(|file| file.largest_token).max()
+        {
+            let tokens = self.files.iter().map(|file| file.tokens).sum();
+            text.push_str(&format!(
+                "total      {} tokens; a vocabulary of {} would do\n",
+                HumanCount(tokens),
+                HumanCount(u64::from(largest) + 1),
             ));
         }
         for source in &self.sources {

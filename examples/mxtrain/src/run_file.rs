@@ -3,13 +3,18 @@
 //! The library's checkpoint holds the model, the optimizer and the position; this file adds the
 //! tokenizer and where the data is, so that `train --resume DIR` needs no other option. The library
 //! carries the file from one save to the next.
+//!
+//! A path that is not UTF-8 cannot stand in JSON. It stands under `encoded`, with every byte but
+//! letters, digits and `/-._` as `%XX`.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{Failure, Outcome};
@@ -19,6 +24,7 @@ use crate::tokens_file::write_whole;
 /// Its name in the checkpoint folder.
 pub(crate) const FILE: &str = "mxtrain.json";
 const VERSION: u32 = 1;
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'.').remove(b'_');
 
 /// The contents of `mxtrain.json`.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -29,12 +35,25 @@ pub(crate) struct RunFile {
     pub(crate) tokenizer: Option<Tokenizer>,
     /// Options of `mxtrain train` that the library's own files do not hold, by name.
     pub(crate) options: BTreeMap<String, String>,
+    /// Those among them whose values are not UTF-8, encoded.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    encoded: BTreeMap<String, String>,
 }
 
 impl RunFile {
     /// A description of the present version.
-    pub(crate) fn new(tokenizer: Option<Tokenizer>, options: BTreeMap<String, String>) -> Self {
-        Self { version: VERSION, tokenizer, options }
+    pub(crate) fn new(tokenizer: Option<Tokenizer>, options: BTreeMap<String, OsString>) -> Self {
+        let (mut plain, mut encoded) = (BTreeMap::new(), BTreeMap::new());
+        for (name, value) in options {
+            match value.into_string() {
+                Ok(value) => drop(plain.insert(name, value)),
+                Err(value) => {
+                    let value = percent_encode(value.as_bytes(), ENCODED).to_string();
+                    encoded.insert(name, value);
+                }
+            }
+        }
+        Self { version: VERSION, tokenizer, options: plain, encoded }
     }
 
     /// Reads the file of a checkpoint folder; `None` where another program made the checkpoint.
@@ -66,11 +85,21 @@ impl RunFile {
 
     /// The options as command-line arguments; data options are left out where others replace them.
     pub(crate) fn to_args(&self, other_data: bool) -> Vec<OsString> {
-        let is_data =
-            |key: &str| ["data", "train", "val", "vocab-size", "tokenizer"].contains(&key);
-        (self.options.iter())
+        let is_data = |key: &str| {
+            ["data", "train", "val", "token-type", "vocab-size", "tokenizer"].contains(&key)
+        };
+        let plain = self.options.iter().map(|(key, value)| (key, OsString::from(value)));
+        let encoded = self.encoded.iter().map(|(key, value)| {
+            (key, OsString::from_vec(percent_decode_str(value).collect::<Vec<u8>>()))
+        });
+        plain
+            .chain(encoded)
             .filter(|(key, _)| !(other_data && is_data(key)))
-            .map(|(key, value)| format!("--{key}={value}").into())
+            .map(|(key, value)| {
+                let mut argument = OsString::from(format!("--{key}="));
+                argument.push(value);
+                argument
+            })
             .collect()
     }
 }
@@ -88,13 +117,19 @@ mod tests {
     fn what_is_written_is_read_again() {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(RunFile::read(dir.path()).unwrap(), None);
-        let options =
-            BTreeMap::from([("data".into(), "/a b".into()), ("steps".into(), "9".into())]);
+        let latin_1 = OsString::from_vec(b"/f\xfcr %41/*.bin".to_vec());
+        let options = BTreeMap::from([
+            ("data".into(), "/a b".into()),
+            ("steps".into(), "9".into()),
+            ("val".into(), latin_1.clone()),
+        ]);
         let file = RunFile::new(Some(Tokenizer::Gpt2), options);
         file.write(dir.path()).unwrap();
         let read = RunFile::read(dir.path()).unwrap().unwrap();
         assert_eq!(read, file);
-        assert_eq!(read.to_args(false), ["--data=/a b", "--steps=9"]);
+        let mut val = OsString::from("--val=");
+        val.push(latin_1);
+        assert_eq!(read.to_args(false), ["--data=/a b".into(), "--steps=9".into(), val]);
         assert_eq!(read.to_args(true), ["--steps=9"]);
     }
 

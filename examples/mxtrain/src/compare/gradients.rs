@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::cli::GradientsArgs;
 use super::moments::{Moments, Statistics};
 use super::record::{self, DataRecord, Origin, Record};
-use crate::cli::DataArgs;
+use crate::cli::{DataArgs, TokenArgs, TokenType};
 use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::machine;
@@ -155,6 +155,7 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
         data: Some(args.data.clone()),
         train: None,
         val: None,
+        tokens: TokenArgs { token_type: TokenType(None) },
         vocab_size: None,
         tokenizer: None,
     })?;

@@ -30,6 +30,7 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
         )));
     }
     let config = model_config(&args.model, vocabulary(args.data.vocab_size, data.vocab_size)?)?;
+    data.check(config.vocab_size, args.batch.sequence_length.unwrap_or(config.context_length))?;
     fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
     // Every record is looked at before the first run: a mistake should not show after hours.
     let planned = plan(args, &config, &data)?;

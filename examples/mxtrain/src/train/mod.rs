@@ -7,13 +7,17 @@ mod saves;
 mod setup;
 mod side;
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
 use mxfp4train::{Dataset, Error, GenerateOptions, StopHandle, Trainer};
 
-pub(crate) use setup::{Data, Start, is_checkpoint, model_config, trainer_options, vocabulary};
+pub(crate) use setup::{
+    Data, Start, is_checkpoint, model_config, short_windows, trainer_options, vocabulary,
+};
 
 use crate::cli::TrainArgs;
 use crate::console::{self, Progress};
@@ -53,6 +57,7 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
             "--steps: the run has done {step} steps, expected more than that; got {steps}"
         )));
     }
+    data.check(start.config().vocab_size, start.sequence_length())?;
     let plan = start.plan(&engine)?;
     let mut failures = Failures::default();
     let place = format!("checkpoint  {}\n", out.display());
@@ -154,7 +159,7 @@ impl Run {
             self.print(&format!(
                 "stopped at step {step} of {}; go on with: mxtrain train --resume {}\n",
                 self.steps,
-                shell_word(&out)
+                shell_word(self.saves.out.as_os_str())
             ));
             return Ok(ExitCode::from(INTERRUPTED));
         }
@@ -256,10 +261,7 @@ impl Run {
 /// What is about to run.
 pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> String {
     let (config, options) = (start.config(), start.options());
-    let sequence = match options.sequence_length {
-        0 => config.context_length,
-        length => length,
-    };
+    let sequence = start.sequence_length();
     let step_tokens = (options.batch_size * options.accumulation * sequence) as u64;
     let run_tokens = steps.saturating_mul(step_tokens);
     let train_tokens = data.train.token_count();
@@ -271,9 +273,11 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         Start::Resumed(_) => format!("resumed at step {}", start.step()),
     };
     let schedule = &options.schedule;
+    let notes: String =
+        data.notes(sequence).iter().map(|note| format!("            {note}\n")).collect();
     format!(
         "machine     {about}\n\
-         data        {}: {} tokens, {} for validation{tokenizer}, vocabulary {}\n\
+         data        {}: {} tokens, {} for validation{tokenizer}, vocabulary {}\n{notes}\
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
          step        {} x {} x {sequence} = {} tokens, recipe {}\n\
          run         {} steps, {} tokens, {passes:.2} passes over the data; {} schedule, lr {}\n",
@@ -298,7 +302,17 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
 }
 
 /// A word that a shell reads as it is.
-fn shell_word(word: &str) -> String {
+fn shell_word(word: &OsStr) -> String {
+    let Some(word) = word.to_str() else {
+        // Bytes that are no text.
+        let escaped =
+            |chunk: &[u8]| chunk.iter().map(|b| format!("\\x{b:02x}")).collect::<String>();
+        let quoted = word.as_bytes().utf8_chunks().map(|chunk| {
+            let valid = chunk.valid().replace('\\', r"\\").replace('\'', r"\'");
+            valid + &escaped(chunk.invalid())
+        });
+        return format!("$'{}'", quoted.collect::<String>());
+    };
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();
@@ -312,7 +326,9 @@ mod tests {
 
     #[test]
     fn a_folder_with_a_space_can_be_pasted() {
-        assert_eq!(shell_word("out/a-1"), "out/a-1");
-        assert_eq!(shell_word("it's mine"), r"'it'\''s mine'");
+        let word = |bytes: &[u8]| shell_word(OsStr::from_bytes(bytes));
+        assert_eq!(word(b"out/a-1"), "out/a-1");
+        assert_eq!(word(b"it's mine"), r"'it'\''s mine'");
+        assert_eq!(word(b"f\xfcr 'm"), r"$'f\xfcr \'m'");
     }
 }

@@ -92,7 +92,7 @@ impl Saves {
                         "mxtrain: warning: {reasons}; step {step} is saved in {0} instead; go on from \
                          it with: mxtrain train --resume {1}",
                         place.display(),
-                        shell_word(&place.display().to_string())
+                        shell_word(place.as_os_str())
                     ));
                     self.last = Some((step, place.clone()));
                     if let Some(older) = self.beside.replace(place) {

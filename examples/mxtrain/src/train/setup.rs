@@ -1,13 +1,15 @@
 //! From options to a trainer and its data, with every check before anything is allocated or written.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use indicatif::HumanCount;
 use mxfp4train::{
     AdamW, Dataset, Engine, Model, ModelConfig, Plan, Recipe, Schedule, Trainer, TrainerOptions,
 };
 
-use crate::cli::{BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TrainArgs};
+use crate::cli::{BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TokenArgs, TrainArgs};
 use crate::failure::{Failure, Outcome};
 use crate::parse::Parsed;
 use crate::prepared::Meta;
@@ -56,14 +58,67 @@ impl Data {
                 })
             }
             (None, Some(pattern)) => Ok(Self {
-                train: Dataset::open(pattern)?,
-                val: args.val.as_deref().map(Dataset::open).transpose()?,
-                name: pattern.clone(),
+                train: open("--train", pattern, &args.tokens)?,
+                val: args.val.as_deref().map(|val| open("--val", val, &args.tokens)).transpose()?,
+                name: pattern.display().to_string(),
                 tokenizer: args.tokenizer,
                 vocab_size: args.tokenizer.map(Tokenizer::vocab_size),
             }),
         }
     }
+}
+
+impl Data {
+    /// Finds out before anything is allocated or written whether the data can be used with this
+    /// vocabulary and sequence length. Large data are looked at in the background, and tell later.
+    pub(crate) fn check(&self, vocab_size: usize, sequence_length: usize) -> Outcome {
+        self.train.check_tokens(vocab_size)?;
+        self.train.windows(sequence_length)?;
+        let Some(val) = &self.val else { return Ok(()) };
+        val.check_tokens(vocab_size)?;
+        if val.coverage(sequence_length).longest < 2 {
+            return Err(Failure::usage(format!(
+                "{}: its validation data has no file of two tokens, so there is nothing to predict",
+                self.name
+            )));
+        }
+        Ok(())
+    }
+
+    /// What should be known of data that these windows do not fit, one line each.
+    pub(crate) fn notes(&self, sequence_length: usize) -> Vec<String> {
+        let train = self.train.coverage(sequence_length).warning("--sequence-length");
+        let val = self.val.as_ref().and_then(|val| short_windows(val, sequence_length));
+        train.into_iter().chain(val.map(|note| format!("validation: {note}"))).collect()
+    }
+}
+
+/// What to know of an evaluation in which no file has a whole window, or some are left out.
+pub(crate) fn short_windows(data: &Dataset, sequence_length: usize) -> Option<String> {
+    let coverage = data.coverage(sequence_length);
+    let window = HumanCount(sequence_length as u64 + 1);
+    match (coverage.windows, coverage.files) {
+        (0, 1) => Some(format!(
+            "{} tokens are less than a window of {window}, and are measured as one shorter window",
+            HumanCount(coverage.tokens)
+        )),
+        (0, files) => Some(format!(
+            "none of {} files has a window of {window} tokens; each is measured as one shorter window",
+            HumanCount(files)
+        )),
+        _ => coverage.warning("--sequence-length"),
+    }
+}
+
+/// Opens the token files of an option.
+fn open(option: &str, pattern: &OsStr, tokens: &TokenArgs) -> Outcome<Dataset> {
+    if Meta::is_in(Path::new(pattern)) {
+        return Err(Failure::usage(format!(
+            "{option}: {} is a folder made by `mxtrain prepare`; name it with --data",
+            pattern.display()
+        )));
+    }
+    Ok(Dataset::open_with(pattern, &tokens.options())?)
 }
 
 /// The shape of a new model.
@@ -89,7 +144,7 @@ pub(crate) fn vocabulary(given: Option<usize>, of_data: Option<usize>) -> Outcom
         (Some(vocab_size), _) | (None, Some(vocab_size)) => Ok(vocab_size),
         (None, None) => Err(Failure::usage(
             "--vocab-size N is missing: token files do not say how many different tokens there are \
-             (--tokenizer would tell too)",
+             (--tokenizer would tell too, and `mxtrain info` shows the largest)",
         )),
     }
 }
@@ -194,6 +249,14 @@ impl Start {
         }
     }
 
+    /// Tokens of a sequence.
+    pub(crate) fn sequence_length(&self) -> usize {
+        match self.options().sequence_length {
+            0 => self.config().context_length,
+            length => length,
+        }
+    }
+
     pub(crate) fn step(&self) -> u64 {
         match self {
             Self::New(..) | Self::Weights(..) => 0,
@@ -256,23 +319,26 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
             ("sample-every", args.report.sample_every),
             ("seed", args.seed.seed),
         ]
-        .map(|(name, value)| (name.to_owned(), value.to_string())),
+        .map(|(name, value)| (name.to_owned(), value.to_string().into())),
     );
-    let mut keep = |name: &str, value: Option<String>| {
+    let mut keep = |name: &str, value: Option<OsString>| {
         options.extend(value.map(|value| (name.to_owned(), value)));
     };
-    // Absolute, so that the run can be resumed from any folder. A path that is not UTF-8 cannot
-    // stand in JSON; its option must then be given again.
-    let path = |path: &Path| std::path::absolute(path).ok()?.to_str().map(str::to_owned);
+    fn text(value: impl ToString) -> OsString {
+        value.to_string().into()
+    }
+    // Absolute, so that the run can be resumed from any folder.
+    let path = |path: &Path| std::path::absolute(path).ok().map(PathBuf::into_os_string);
     keep("data", args.data.data.as_deref().and_then(path));
     keep("train", args.data.train.as_deref().and_then(|glob| path(Path::new(glob))));
     keep("val", args.data.val.as_deref().and_then(|glob| path(Path::new(glob))));
-    keep("vocab-size", args.data.vocab_size.map(|n| n.to_string()));
-    keep("tokenizer", args.data.tokenizer.map(|t| t.to_string()));
-    keep("eval-every", args.report.measure.eval_every.map(|n| n.to_string()));
-    keep("save-every", args.start.save_every.map(|n| n.to_string()));
+    keep("token-type", args.data.tokens.token_type.0.map(text));
+    keep("vocab-size", args.data.vocab_size.map(text));
+    keep("tokenizer", args.data.tokenizer.map(text));
+    keep("eval-every", args.report.measure.eval_every.map(text));
+    keep("save-every", args.start.save_every.map(text));
     keep("save-fallback", args.start.save_fallback.as_deref().and_then(path));
-    keep("sample-prompt", Some(args.report.sample_prompt.clone()));
+    keep("sample-prompt", Some(text(&args.report.sample_prompt)));
     keep("log", args.report.log.as_deref().and_then(path));
     RunFile::new(data.tokenizer, options)
 }

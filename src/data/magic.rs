@@ -1,0 +1,407 @@
+//! Files that are no token files, told by how they begin, each with what to do about it.
+//!
+//! Everything here is checked on raw files, which have no header of their own, so it must never hit
+//! sound tokens. Two rules see to that.
+//!
+//! 1. A magic counts only with as much around it as makes it one in a billion of random u16 tokens or
+//!    rarer: five fixed bytes or more, or fewer with a check of the structure behind them. Two fixed
+//!    bytes are one token: one in 50,257 of GPT-2's, or a common one.
+//! 2. Text is at least 32 bytes without a single control byte. A token below 2,048, as nearly all of
+//!    a text's most frequent ones are, has a high byte that is a control byte; so has every byte-level
+//!    token. Of random GPT-2 tokens one in four passes, so 16 of them do so once in four billion
+//!    times, and a real file holds many more. Where tokens do look like text, the host says what they
+//!    are with `token_type`, and text is not looked for.
+
+use std::fmt;
+
+use super::megatron;
+
+/// A kind of file, and the remedy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kind {
+    name: &'static str,
+    remedy: &'static str,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "expected a token file, found {}; {}", self.name, self.remedy)
+    }
+}
+
+/// A way in which a kind of file begins.
+struct Magic {
+    at: usize,
+    bytes: &'static [u8],
+    /// What must hold besides.
+    also: fn(&[u8]) -> bool,
+    kind: Kind,
+}
+
+const fn magic(
+    at: usize,
+    bytes: &'static [u8],
+    also: fn(&[u8]) -> bool,
+    name: &'static str,
+    remedy: &'static str,
+) -> Magic {
+    Magic { at, bytes, also, kind: Kind { name, remedy } }
+}
+
+const NOT_TOKENS: &str = "name the token files alone";
+const NUMPY: &str = "save the tokens with numpy.save, as numpy.uint16 or numpy.uint32";
+const COLUMN: &str = "turn a column of text into tokens with `mxtrain prepare`, or save a column of \
+                      tokens with numpy.save";
+const MODEL: &str = "name files of tokens; a model is loaded from its folder";
+
+/// The first that fits counts.
+const MAGICS: &[Magic] = &[
+    magic(
+        0,
+        b"version https://git-lfs.github.com/spec/",
+        any,
+        "a Git LFS pointer in place of the file",
+        "run `git lfs pull`",
+    ),
+    magic(
+        0,
+        b"version https://hawser.github.com/spec/",
+        any,
+        "a Git LFS pointer in place of the file",
+        "run `git lfs pull`",
+    ),
+    magic(0, b"", is_html, "an HTML page (a download that failed?)", "fetch the file again"),
+    magic(0, &[0x1f, 0x8b, 8], is_gzip, "data compressed with gzip", "unpack it with `gunzip`"),
+    magic(
+        0,
+        &[0x28, 0xb5, 0x2f, 0xfd],
+        is_zstd,
+        "data compressed with zstd",
+        "unpack it with `zstd -d`",
+    ),
+    magic(0, b"\xfd7zXZ\0", any, "data compressed with xz", "unpack it with `xz -d`"),
+    magic(0, b"BZh", is_bzip2, "data compressed with bzip2", "unpack it with `bunzip2`"),
+    magic(0, &[4, 0x22, 0x4d, 0x18], is_lz4, "data compressed with lz4", "unpack it with `lz4 -d`"),
+    magic(0, b"7z\xbc\xaf\x27\x1c", any, "a 7-Zip archive", "unpack it"),
+    magic(0, b"Rar!\x1a\x07", any, "a RAR archive", "unpack it"),
+    magic(0, b"PK\x03\x04", is_npz, "NumPy's archive of several arrays (npz)", NUMPY),
+    magic(0, b"PK\x03\x04", is_torch_zip, "a file of torch.save", NUMPY),
+    magic(0, b"PK\x03\x04", is_zip, "a zip archive", "unpack it"),
+    magic(0, b"PK\x05\x06", is_empty_zip, "an empty zip archive", "unpack it"),
+    magic(257, b"ustar", any, "a tar archive", "unpack it with `tar -xf`"),
+    magic(0, b"PAR1", is_parquet, "a Parquet table", COLUMN),
+    magic(0, b"ARROW1\0\0", any, "an Arrow table (Feather)", COLUMN),
+    magic(0, b"FEA1", is_feather, "a Feather table", COLUMN),
+    magic(0, &[0xff; 4], is_arrow_stream, "an Arrow table (a stream)", COLUMN),
+    magic(0, b"ORC", is_orc, "an ORC table", COLUMN),
+    magic(0, b"Obj\x01", is_avro, "an Avro table", COLUMN),
+    // The pickle of torch.save before 1.6 begins with a number of its own.
+    magic(
+        0,
+        b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19",
+        any,
+        "a file of torch.save",
+        NUMPY,
+    ),
+    magic(0, &[0x80], is_pickle, "a Python pickle", NUMPY),
+    magic(8, b"{", is_safetensors, "tensors in safetensors' format", MODEL),
+    magic(0, b"GGUF", is_gguf, "a GGUF model", MODEL),
+    magic(0, &[0xd6, 0xd8, 0x34, 1], is_llmc_model, "a model of llm.c", MODEL),
+    magic(0, &[0xd7, 0xd8, 0x34, 1], is_llmc_model, "a debugging state of llm.c", NOT_TOKENS),
+    magic(
+        0,
+        b"\x89HDF\r\n\x1a\n",
+        any,
+        "an HDF5 file",
+        "read the tokens with h5py and save them with numpy.save, as numpy.uint16 or numpy.uint32",
+    ),
+    magic(0, &[0x0a], is_sentencepiece, "a SentencePiece tokenizer", NOT_TOKENS),
+    magic(
+        0,
+        megatron::MAGIC,
+        any,
+        "a Megatron index under another name than *.idx",
+        "name the .bin, and keep its .idx beside it",
+    ),
+    magic(
+        0,
+        b"TNTIDX\0\0",
+        any,
+        "an index of an old Megatron",
+        "make the pair again with a newer Megatron, or name the .bin with the option token_type",
+    ),
+    magic(0, b"SQLite format 3\0", any, "an SQLite database", NOT_TOKENS),
+    magic(
+        0,
+        b"%PDF-",
+        is_pdf,
+        "a PDF document",
+        "make text of it, then tokens with `mxtrain prepare`",
+    ),
+    magic(0, b"\x7fELF", is_elf, "a program or library (ELF)", NOT_TOKENS),
+    magic(0, b"\x89PNG\r\n\x1a\n", any, "a PNG image", NOT_TOKENS),
+    magic(0, &[0xff, 0xd8, 0xff], is_jpeg, "a JPEG image", NOT_TOKENS),
+    magic(0, b"GIF87a", any, "a GIF image", NOT_TOKENS),
+    magic(0, b"GIF89a", any, "a GIF image", NOT_TOKENS),
+    magic(8, b"WEBP", is_riff, "a WebP image", NOT_TOKENS),
+    magic(8, b"WAVE", is_riff, "sound (WAV)", NOT_TOKENS),
+    magic(4, b"ftyp", is_iso_media, "a film, a sound or an image (MP4)", NOT_TOKENS),
+    magic(16, b"\xde\xc0\xef\xbe\x01\0\0\0", any, "an LMDB database", NOT_TOKENS),
+];
+
+const PREPARE: &str = "turn it into tokens with `mxtrain prepare`; if these are tokens all the same, say \
+                       what they are with the option token_type (--token-type of mxtrain)";
+
+/// The kind of a file that begins like no token file, whatever its tokens.
+pub(super) fn known(bytes: &[u8]) -> Option<Kind> {
+    let fits = |magic: &&Magic| {
+        bytes.get(magic.at..).is_some_and(|rest| rest.starts_with(magic.bytes))
+            && (magic.also)(bytes)
+    };
+    MAGICS.iter().find(fits).map(|magic| magic.kind)
+}
+
+/// Bytes that are looked at for text.
+const LOOK: usize = 1 << 14;
+/// Shorter files are not told from tokens.
+const LEAST: usize = 32;
+/// Text in an old encoding of one byte a character needs more to be sure of.
+const LEAST_8_BIT: usize = 256;
+
+/// The kind of a file that is text.
+pub(super) fn text(bytes: &[u8]) -> Option<Kind> {
+    let kind = |name| Some(Kind { name, remedy: PREPARE });
+    let head = &bytes[..bytes.len().min(LOOK)];
+    if is_utf_16(head) {
+        return kind("text in UTF-16");
+    }
+    let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head);
+    if head.len() < LEAST || head.iter().any(|&b| is_control(b)) {
+        return None;
+    }
+    match std::str::from_utf8(head) {
+        // A character may be cut in two where we stop looking.
+        Err(e) if e.error_len().is_some() || e.valid_up_to() + 4 <= head.len() => {}
+        _ => {
+            return match head.trim_ascii_start().first() {
+                Some(b'{') => kind("text (JSON or JSON lines)"),
+                Some(b'[') if is_json_array(head) => kind("text (JSON)"),
+                _ => kind("text"),
+            };
+        }
+    }
+    let ascii = head.iter().filter(|b| b.is_ascii()).count();
+    (head.len() >= LEAST_8_BIT && 8 * ascii >= 7 * head.len())
+        .then_some(())
+        .and_then(|()| kind("text that is not UTF-8"))
+}
+
+/// A byte that text does not hold: blanks, line ends and escapes are none.
+fn is_control(b: u8) -> bool {
+    (b < 0x20 && !matches!(b, b'\t'..=b'\r' | 0x1b)) || b == 0x7f
+}
+
+/// A mark of the byte order, and text behind it.
+fn is_utf_16(head: &[u8]) -> bool {
+    let little = match head {
+        [0xff, 0xfe, ..] => true,
+        [0xfe, 0xff, ..] => false,
+        _ => return false,
+    };
+    let (units, _) = head[2..].as_chunks::<2>();
+    let units =
+        units.iter().map(|&u| if little { u16::from_le_bytes(u) } else { u16::from_be_bytes(u) });
+    // Without the last unit, which may be the first half of a pair that is cut.
+    let units = units.take((head.len() / 2).saturating_sub(2));
+    let (mut count, mut ascii) = (0, 0);
+    let is_text = char::decode_utf16(units).all(|c| {
+        let c = c.unwrap_or('\0');
+        count += 1;
+        ascii += usize::from(c.is_ascii());
+        !c.is_control() || c.is_whitespace()
+    });
+    is_text && (count >= LEAST_8_BIT || count >= LEAST / 2 && 2 * ascii >= count)
+}
+
+/// Prose may begin with a bracket too.
+fn is_json_array(head: &[u8]) -> bool {
+    let inside = head.trim_ascii_start()[1..].trim_ascii_start();
+    matches!(inside.first(), Some(b'{' | b'[' | b'"' | b'0'..=b'9' | b']'))
+}
+
+fn any(_: &[u8]) -> bool {
+    true
+}
+
+fn byte(b: &[u8], at: usize) -> Option<u8> {
+    b.get(at).copied()
+}
+
+fn u16_at(b: &[u8], at: usize) -> Option<u16> {
+    b.get(at..)?.first_chunk().map(|c| u16::from_le_bytes(*c))
+}
+
+fn u32_at(b: &[u8], at: usize) -> Option<u32> {
+    b.get(at..)?.first_chunk().map(|c| u32::from_le_bytes(*c))
+}
+
+fn u64_at(b: &[u8], at: usize) -> Option<u64> {
+    b.get(at..)?.first_chunk().map(|c| u64::from_le_bytes(*c))
+}
+
+fn is_html(b: &[u8]) -> bool {
+    let start = b[..b.len().min(256)].trim_ascii_start();
+    [&b"<!doctype html"[..], b"<html>", b"<html ", b"<head>"]
+        .iter()
+        .any(|tag| start.get(..tag.len()).is_some_and(|s| s.eq_ignore_ascii_case(tag)))
+}
+
+/// No reserved flag, a known level and a known system.
+fn is_gzip(b: &[u8]) -> bool {
+    byte(b, 3).is_some_and(|flags| flags < 0x20)
+        && matches!(byte(b, 8), Some(0 | 2 | 4))
+        && matches!(byte(b, 9), Some(0..=13 | 255))
+}
+
+/// The reserved bit of the frame's descriptor.
+fn is_zstd(b: &[u8]) -> bool {
+    byte(b, 4).is_some_and(|descriptor| descriptor & 8 == 0) && b.len() >= 9
+}
+
+/// A level, and the first six digits of pi or, for an empty file, of its root.
+fn is_bzip2(b: &[u8]) -> bool {
+    matches!(byte(b, 3), Some(b'1'..=b'9'))
+        && [&b"\x31\x41\x59\x26\x53\x59"[..], b"\x17\x72\x45\x38\x50\x90"]
+            .iter()
+            .any(|digits| b[4..].starts_with(digits))
+}
+
+/// Version 1 without the reserved bit, and a block size.
+fn is_lz4(b: &[u8]) -> bool {
+    byte(b, 4).is_some_and(|flags| flags & 0xc2 == 0x40)
+        && byte(b, 5).is_some_and(|block| block & 0x8f == 0 && block >= 0x40)
+}
+
+/// The name of a zip archive's first file.
+fn zip_name(b: &[u8]) -> Option<&[u8]> {
+    let (version, method) = (u16_at(b, 4)?, u16_at(b, 8)?);
+    let length = u16_at(b, 26)? as usize;
+    let name = b.get(30..30 + length)?;
+    let is_sound = version <= 63
+        && matches!(method, 0 | 8 | 9 | 12 | 14 | 93 | 95)
+        && (1..=1024).contains(&length)
+        && !name.iter().any(|&c| is_control(c));
+    is_sound.then_some(name)
+}
+
+fn is_zip(b: &[u8]) -> bool {
+    zip_name(b).is_some()
+}
+
+fn is_npz(b: &[u8]) -> bool {
+    zip_name(b).is_some_and(|name| name.ends_with(b".npy"))
+}
+
+fn is_torch_zip(b: &[u8]) -> bool {
+    zip_name(b)
+        .is_some_and(|name| name.ends_with(b"/data.pkl") || name.ends_with(b"/.format_version"))
+}
+
+fn is_empty_zip(b: &[u8]) -> bool {
+    b.len() >= 22 && b[4..20].iter().all(|&c| c == 0)
+}
+
+fn is_parquet(b: &[u8]) -> bool {
+    b.len() >= 12 && b.ends_with(b"PAR1")
+}
+
+fn is_feather(b: &[u8]) -> bool {
+    b.len() >= 12 && b.ends_with(b"FEA1")
+}
+
+/// Metadata of a plausible length, whose first word points near.
+fn is_arrow_stream(b: &[u8]) -> bool {
+    let length = u32_at(b, 4).unwrap_or(0);
+    (8..1 << 24).contains(&length)
+        && length.is_multiple_of(8)
+        && u32_at(b, 8).is_some_and(|root| (4..=64).contains(&root) && root.is_multiple_of(4))
+}
+
+fn is_orc(b: &[u8]) -> bool {
+    b.len() >= 8 && b[..b.len() - 1].ends_with(b"ORC")
+}
+
+/// A map of metadata, which names the schema.
+fn is_avro(b: &[u8]) -> bool {
+    b[..b.len().min(4096)]
+        .windows(11)
+        .any(|word| word == b"avro.schema" || word.starts_with(b"avro.codec"))
+}
+
+/// Protocols from 2 on: a frame that ends with the file's last opcode, or a list, a dictionary or a
+/// global name, as what people save begin.
+fn is_pickle(b: &[u8]) -> bool {
+    if b.last() != Some(&b'.') {
+        return false;
+    }
+    match b {
+        [_, 4 | 5, 0x95, ..] => {
+            u64_at(b, 3).is_some_and(|frame| frame >= 1 && frame <= b.len() as u64 - 11)
+        }
+        [_, 2 | 3, b']' | b'}', b'q', 0, ..] => true,
+        [_, 2 | 3, b'c', name @ ..] => {
+            let length =
+                name.iter().take_while(|c| c.is_ascii_alphanumeric() || b"._".contains(c)).count();
+            length >= 4 && name.get(length) == Some(&b'\n')
+        }
+        _ => false,
+    }
+}
+
+/// A header of JSON with the length that the first word says.
+fn is_safetensors(b: &[u8]) -> bool {
+    let room = b.len() as u64 - 8;
+    let Some(length) = u64_at(b, 0).filter(|&n| n >= 2 && n <= room) else { return false };
+    let header = &b[8..][..length as usize];
+    matches!(header[1], b'"' | b'}') && matches!(header.trim_ascii_end().last(), Some(b'}'))
+}
+
+fn is_gguf(b: &[u8]) -> bool {
+    u32_at(b, 4).is_some_and(|version| (1..=99).contains(&version))
+}
+
+fn is_llmc_model(b: &[u8]) -> bool {
+    u32_at(b, 4).is_some_and(|version| (1..=99).contains(&version)) && b.len() >= 1024
+}
+
+/// The first piece: a name in angle brackets, and its score.
+fn is_sentencepiece(b: &[u8]) -> bool {
+    let [_, _, 0x0a, length, name @ ..] = b else { return false };
+    let length = usize::from(*length);
+    let Some((name, rest)) = name.split_at_checked(length) else { return false };
+    length >= 3 && name.starts_with(b"<") && name.ends_with(b">") && rest.first() == Some(&0x15)
+}
+
+fn is_pdf(b: &[u8]) -> bool {
+    matches!((byte(b, 5), byte(b, 6)), (Some(b'0'..=b'9'), Some(b'.')))
+}
+
+/// 32 or 64 bits, a byte order, version 1.
+fn is_elf(b: &[u8]) -> bool {
+    matches!((byte(b, 4), byte(b, 5), byte(b, 6)), (Some(1 | 2), Some(1 | 2), Some(1)))
+}
+
+fn is_jpeg(b: &[u8]) -> bool {
+    matches!(byte(b, 3), Some(0xdb | 0xe0..=0xef))
+        && (b.get(6..10).is_some_and(|name| [b"JFIF", b"Exif"].iter().any(|n| name == *n))
+            || b.ends_with(&[0xff, 0xd9]))
+}
+
+fn is_riff(b: &[u8]) -> bool {
+    b.starts_with(b"RIFF")
+}
+
+fn is_iso_media(b: &[u8]) -> bool {
+    let is_brand = |brand: &[u8]| brand.iter().all(|&c| c == b' ' || c.is_ascii_graphic());
+    b[..3] == [0, 0, 0] && b.get(8..12).is_some_and(is_brand)
+}

@@ -1,0 +1,292 @@
+//! Finds the largest token of all files, so that one outside the vocabulary is known before the first
+//! step and not when a step meets it.
+//!
+//! Small data are looked at on the spot, which takes some 0.1 s for [`ON_THE_SPOT`] bytes. For larger
+//! ones a thread begins at the first use and goes through the files while training goes on; what it
+//! has found so far is one atomic number, which every step reads.
+//!
+//! NOTE: nobody ever waits for the thread but the last owner of the dataset, who ends it. So a forked
+//! child, in which the thread does not exist, cannot hang: its first step starts a thread of its own,
+//! and it leaves the parent's alone.
+
+use std::mem;
+use std::process;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use super::file::{Extent, TokenFile};
+use crate::Result;
+use crate::signals::signals_blocked;
+
+/// Most bytes of tokens that a call looks at itself.
+const ON_THE_SPOT: u64 = 256 << 20;
+/// Tokens that are looked at before the thread asks whether it is still wanted: some 0.1 ms.
+const BLOCK: usize = 1 << 18;
+/// In place of the largest token: a number that is no token at all. No vocabulary is larger.
+const STRAY: u64 = 1 << 32;
+
+/// The search for the largest token of a dataset.
+#[derive(Debug)]
+pub(super) struct Scan {
+    progress: Arc<Progress>,
+    /// Most bytes that are looked at on the spot.
+    on_the_spot: u64,
+    /// The process whose thread goes through the files; 0 for none.
+    process: AtomicU32,
+    thread: Mutex<Option<Thread>>,
+}
+
+#[derive(Debug, Default)]
+struct Progress {
+    /// The largest token so far, or [`STRAY`].
+    largest: AtomicU64,
+    /// Whether all files have been looked at.
+    is_done: AtomicBool,
+    is_cancelled: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Thread {
+    handle: JoinHandle<()>,
+    process: u32,
+}
+
+impl Scan {
+    pub(super) fn new() -> Self {
+        Self::with_limit(ON_THE_SPOT)
+    }
+
+    fn with_limit(on_the_spot: u64) -> Self {
+        Self {
+            progress: Arc::default(),
+            on_the_spot,
+            process: AtomicU32::new(0),
+            thread: Mutex::new(None),
+        }
+    }
+
+    /// Says whether what is known of the files fits a vocabulary, and sees to it that all will be
+    /// known: now, or in a while.
+    ///
+    /// # Errors
+    /// [`crate::Error::TokenRange`] for the first token that is not below `vocab_size`.
+    pub(super) fn check(&self, files: &Arc<[TokenFile]>, vocab_size: usize) -> Result<()> {
+        if !self.progress.is_done.load(Ordering::Acquire) {
+            self.begin(files);
+        }
+        if self.progress.largest.load(Ordering::Relaxed) < STRAY.min(vocab_size as u64) {
+            return Ok(());
+        }
+        first_outside(files, vocab_size)
+    }
+
+    /// The largest token of all files, which are looked at unless they have been.
+    ///
+    /// # Errors
+    /// [`crate::Error::TokenRange`] for a number that is no token, below 0 or above u32.
+    pub(super) fn largest(&self, files: &Arc<[TokenFile]>) -> Result<u32> {
+        if !self.progress.is_done.load(Ordering::Acquire) {
+            self.progress.run(files);
+        }
+        let largest = self.progress.largest.load(Ordering::Relaxed);
+        match u32::try_from(largest) {
+            Ok(largest) => Ok(largest),
+            Err(_) => first_outside(files, STRAY as usize).map(|()| u32::MAX),
+        }
+    }
+
+    fn begin(&self, files: &Arc<[TokenFile]>) {
+        let bytes: u64 =
+            files.iter().map(|f| f.info.tokens * f.info.token_type.bytes() as u64).sum();
+        if bytes <= self.on_the_spot {
+            return self.progress.run(files);
+        }
+        let process = process::id();
+        if self.process.load(Ordering::Relaxed) == process {
+            return;
+        }
+        // Whoever holds the lock starts the thread; in a forked child it may be held for ever.
+        let Ok(mut thread) = self.thread.try_lock() else { return };
+        if self.process.swap(process, Ordering::Relaxed) == process {
+            return;
+        }
+        let (progress, its_files) = (self.progress.clone(), files.clone());
+        let builder = thread::Builder::new().name("mxt-tokens".into());
+        match signals_blocked(|| builder.spawn(move || progress.run(&its_files))) {
+            Ok(handle) => {
+                // What a child has inherited is no thread of its own.
+                mem::forget(thread.replace(Thread { handle, process }));
+            }
+            // Without threads it takes a while, once.
+            Err(_) => self.progress.run(files),
+        }
+    }
+}
+
+impl Drop for Scan {
+    fn drop(&mut self) {
+        self.progress.is_cancelled.store(true, Ordering::Relaxed);
+        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(thread) = thread.take() {
+            if thread.process == process::id() {
+                let _ = thread.handle.join();
+            } else {
+                mem::forget(thread);
+            }
+        }
+    }
+}
+
+impl Progress {
+    /// Looks at all files, block by block.
+    fn run(&self, files: &[TokenFile]) {
+        for (file, first, count) in blocks(files) {
+            if self.is_cancelled.load(Ordering::Relaxed) {
+                return;
+            }
+            let Extent { largest, has_strays } = file.extent(first, count);
+            let found = if has_strays { STRAY } else { largest.into() };
+            self.largest.fetch_max(found, Ordering::Relaxed);
+        }
+        self.is_done.store(true, Ordering::Release);
+    }
+}
+
+/// All tokens in blocks: file, first token, number of tokens.
+fn blocks(files: &[TokenFile]) -> impl Iterator<Item = (&TokenFile, usize, usize)> {
+    files.iter().flat_map(|file| {
+        // As many as lie in memory.
+        let tokens = file.info.tokens as usize;
+        (0..tokens).step_by(BLOCK).map(move |first| (file, first, BLOCK.min(tokens - first)))
+    })
+}
+
+/// # Errors
+/// [`crate::Error::TokenRange`] for the first token that is not below `vocab_size`; `Ok` where there
+/// is none any more, because another process has changed the file.
+fn first_outside(files: &[TokenFile], vocab_size: usize) -> Result<()> {
+    for (file, first, count) in blocks(files) {
+        let Extent { largest, has_strays } = file.extent(first, count);
+        if has_strays || largest as usize >= vocab_size {
+            file.check(first, count, vocab_size)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+    use crate::Error;
+
+    fn files(tokens: Vec<u32>) -> Arc<[TokenFile]> {
+        let some = TokenFile::from_tokens((0..10).collect()).unwrap();
+        Arc::new([some, TokenFile::from_tokens(tokens).unwrap()])
+    }
+
+    /// A scan that looks at nothing on the spot.
+    fn in_the_background() -> Scan {
+        Scan::with_limit(0)
+    }
+
+    fn wait(scan: &Scan) {
+        let began = Instant::now();
+        while !scan.progress.is_done.load(Ordering::Acquire) {
+            assert!(began.elapsed() < Duration::from_secs(60));
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn the_first_token_outside_is_named_wherever_it_lies() {
+        for place in [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 5] {
+            let mut tokens = vec![7; 2 * BLOCK + 9];
+            tokens[place..].fill(300);
+            tokens[2 * BLOCK + 7] = 400;
+            let files = files(tokens);
+            for scan in [Scan::new(), in_the_background()] {
+                let _ = scan.check(&files, 300);
+                wait(&scan);
+                let error = scan.check(&files, 300).unwrap_err();
+                assert!(
+                    matches!(error, Error::TokenRange { offset, token: 300, .. } if offset == place as u64),
+                    "{error}"
+                );
+                scan.check(&files, 401).unwrap();
+                assert_eq!(scan.largest(&files).unwrap(), 400);
+            }
+        }
+    }
+
+    #[test]
+    fn a_thread_starts_once_and_ends_with_its_owner() {
+        let files = files(vec![3; 40 * BLOCK]);
+        let scan = in_the_background();
+        for _ in 0..100 {
+            scan.check(&files, 100).unwrap();
+        }
+        let progress = scan.progress.clone();
+        assert_eq!(scan.process.load(Ordering::Relaxed), process::id());
+        drop(scan);
+        assert_eq!((Arc::strong_count(&progress), Arc::strong_count(&files)), (1, 1));
+    }
+
+    /// In a child, the thread of the parent does not run: the child starts its own, and leaves the
+    /// parent's alone when it drops the dataset.
+    #[cfg(unix)]
+    #[test]
+    fn a_forked_child_looks_for_itself() {
+        let mut tokens = vec![3; 20 * BLOCK];
+        tokens[19 * BLOCK] = 1000;
+        let files = files(tokens);
+        let scan = in_the_background();
+        let _ = scan.check(&files, 100);
+        // SAFETY: the child uses no lock that another thread of the parent may hold, and ends by _exit.
+        match unsafe { libc::fork() } {
+            0 => {
+                let found = loop {
+                    match scan.check(&files, 100) {
+                        Err(Error::TokenRange { token: 1000, .. }) => break true,
+                        Ok(()) if !scan.progress.is_done.load(Ordering::Relaxed) => {}
+                        _ => break false,
+                    }
+                    thread::sleep(Duration::from_millis(1));
+                };
+                let is_its_own = scan.process.load(Ordering::Relaxed) == process::id()
+                    || scan.progress.is_done.load(Ordering::Relaxed);
+                drop(scan);
+                // SAFETY: ends the child at once.
+                unsafe { libc::_exit(if found && is_its_own { 0 } else { 1 }) }
+            }
+            child => {
+                let (mut status, mut ended) = (0, 0);
+                for _ in 0..3000 {
+                    // SAFETY: the child is this process's own.
+                    ended = unsafe { libc::waitpid(child, &mut status, libc::WNOHANG) };
+                    if ended != 0 {
+                        break;
+                    }
+                    thread::sleep(Duration::from_millis(10));
+                }
+                assert_eq!((ended, status), (child, 0), "the child hangs or fails");
+                wait(&scan);
+                assert!(scan.check(&files, 100).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn whoever_asks_for_the_largest_does_not_wait() {
+        let files = files(vec![12; 10]);
+        let scan = in_the_background();
+        // As in a forked child, where the thread of this process number does not run.
+        scan.process.store(process::id(), Ordering::Relaxed);
+        scan.check(&files, 100).unwrap();
+        assert!(!scan.progress.is_done.load(Ordering::Relaxed));
+        assert_eq!(scan.largest(&files).unwrap(), 12);
+        assert!(scan.check(&files, 12).is_err());
+    }
+}
