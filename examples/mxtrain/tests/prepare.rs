@@ -3,40 +3,63 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 
 use common::{refuse, run_args, succeed, tokens};
 
 #[test]
-fn bytes_are_tokens_and_the_end_of_each_file_is_for_validation() {
+fn documents_stay_whole_and_meta_tells_where_they_went() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     fs::write(path("a.txt"), "one\ntwo\nthree\nfour\n").unwrap();
     fs::write(path("b.txt"), "é\nü\n").unwrap();
-    let out = succeed(dir.path(), "prepare a.txt b.txt --out data/set --val-fraction 0.5");
-    assert!(out.contains("train.bin: 17 tokens"), "{out}");
+    fs::write(path("c.txt"), "five\n").unwrap();
+    let out = succeed(dir.path(), "prepare a.txt b.txt c.txt --out data/set --val-fraction 0.3");
+    assert!(out.contains("train.bin: 24 tokens, 2 documents"), "{out}");
+    assert!(out.contains("val.bin: 6 tokens, 1 document, 20.0% of the text"), "{out}");
 
-    let text = |name| -> Vec<u8> {
-        tokens(&path("data/set").join(name)).iter().map(|&t| u8::try_from(t).unwrap()).collect()
-    };
-    assert_eq!(text("train.bin"), "one\ntwo\nthree\né\n".as_bytes());
-    assert_eq!(text("val.bin"), "four\nü\n".as_bytes());
+    assert_eq!(text(&path("data/set/train.bin")), "one\ntwo\nthree\nfour\nfive\n");
+    assert_eq!(text(&path("data/set/val.bin")), "é\nü\n");
 
     let meta = fs::read(path("data/set/meta.json")).unwrap();
     let meta: serde_json::Value = serde_json::from_slice(&meta).unwrap();
+    let source = |path, documents: [u64; 2], bytes: [u64; 2]| {
+        serde_json::json!({
+            "path": path,
+            "files": 1,
+            "train_documents": documents[0],
+            "val_documents": documents[1],
+            "train_bytes": bytes[0],
+            "val_bytes": bytes[1],
+        })
+    };
     let expected = serde_json::json!({
         "version": 1,
         "tokenizer": "bytes",
         "vocab_size": 256,
-        "train_tokens": 17,
-        "val_tokens": 8,
+        "train_tokens": 24,
+        "val_tokens": 6,
+        "documents": {"train": 2, "val": 1, "cut": false},
         "sources": [
-            {"path": "a.txt", "train_bytes": 14, "val_bytes": 5},
-            {"path": "b.txt", "train_bytes": 3, "val_bytes": 3},
+            source("a.txt", [1, 0], [19, 0]),
+            source("b.txt", [0, 1], [0, 6]),
+            source("c.txt", [1, 0], [5, 0]),
         ],
     });
     assert_eq!(meta, expected);
     // Nothing temporary is left.
     assert_eq!(fs::read_dir(path("data/set")).unwrap().count(), 3);
+}
+
+#[test]
+fn a_single_document_is_cut_at_a_line() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.txt"), "one\ntwo\nthree\nfour\n").unwrap();
+    let out = succeed(dir.path(), "prepare a.txt --out data --val-fraction 0.5");
+    assert!(out.contains("train.bin: 14 tokens, the beginning of the only document"), "{out}");
+    assert!(out.contains("val.bin: 5 tokens, its end from a line on, 26.3%"), "{out}");
+    assert_eq!(text(&dir.path().join("data/train.bin")), "one\ntwo\nthree\n");
+    assert_eq!(text(&dir.path().join("data/val.bin")), "four\n");
 }
 
 #[test]
@@ -81,7 +104,8 @@ fn gpt2_tokens_in_a_stream_are_those_of_the_whole_text() {
     succeed(dir.path(), "prepare a.txt b.txt --out data --tokenizer gpt2 --val-fraction 0");
 
     let bpe = tiktoken_rs::r50k_base_singleton();
-    let mut expected = bpe.encode_ordinary(&text);
+    let mut expected = bpe.encode_with_special_tokens(&text);
+    assert!(expected.contains(&50256)); // the sources speak of it
     expected.push(50256);
     expected.extend(bpe.encode_ordinary("The end"));
     let found = tokens(&dir.path().join("data/train.bin"));
@@ -110,9 +134,10 @@ fn wrong_inputs_are_refused_and_leave_nothing() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("latin1.txt"), b"caf\xe9 noir\n").unwrap();
     fs::write(dir.path().join("empty.txt"), "").unwrap();
+    fs::create_dir(dir.path().join("empty")).unwrap();
     for (line, expected) in [
         ("prepare none.txt --out data", "cannot read none.txt: No such file"),
-        ("prepare . --out data", "cannot read .: not a regular file"),
+        ("prepare empty --out data", "empty: expected files named .txt"),
         ("prepare empty.txt --out data", "no training text"),
         ("prepare latin1.txt --out latin1.txt/data", "cannot create latin1.txt/data"),
         ("prepare latin1.txt --out data --tokenizer gpt2", "byte 0xe9 at offset 3"),
@@ -128,6 +153,12 @@ fn wrong_inputs_are_refused_and_leave_nothing() {
     // Bytes need not be UTF-8.
     succeed(dir.path(), "prepare latin1.txt --out data --val-fraction 0");
     assert_eq!(tokens(&dir.path().join("data/train.bin"))[3], 0xe9);
+}
+
+/// The text of a file of byte tokens.
+fn text(path: &Path) -> String {
+    let bytes = tokens(path).into_iter().map(|token| u8::try_from(token).unwrap()).collect();
+    String::from_utf8(bytes).unwrap()
 }
 
 #[test]
