@@ -337,13 +337,16 @@ impl Sets {
         let cut = offset + inside as u64;
         // Tokens before `left` and from `right` on are the same whether the text is cut or not.
         let is_bound = |at: &usize| bounds.binary_search(at).is_ok();
+        // Where there is no such place in the window, its ends will do, or the token's nearest.
+        let near = |at: &usize| is_character(&window, *at);
         let left = safe_before(&window, inside).filter(is_bound).unwrap_or_else(|| {
-            let bound = bounds.iter().rev().find(|&&b| b <= inside && is_character(&window, b));
-            *bound.unwrap_or(&0)
+            let bound = bounds.iter().rev().copied().find(|at| *at <= inside && near(at));
+            bound.filter(|_| offset > 0).unwrap_or(0)
         });
         let right = safe_behind(&window, inside).filter(is_bound).unwrap_or_else(|| {
-            let bound = bounds.iter().find(|&&b| b >= inside && is_character(&window, b));
-            *bound.unwrap_or(&window.len())
+            let bound = bounds.iter().copied().find(|at| *at >= inside && near(at));
+            let is_whole = offset + window.len() as u64 == length;
+            bound.filter(|_| !is_whole).unwrap_or(window.len())
         });
         let place = |at: usize| first + bounds.binary_search(&at).unwrap_or(0) as u64;
         let (keep, tail) = (place(left), place(right));
