@@ -156,6 +156,9 @@ impl Reader {
             if self.stopped {
                 return Ok(());
             }
+            if input.length.is_none() {
+                self.send(); // what came before does not wait for a pipe
+            }
             let name = Arc::new(input.name());
             let (source, chunk) = (input.source, self.options.chunk);
             let mut position = 0;
