@@ -111,7 +111,7 @@ pub(crate) struct PrepareArgs {
     pub(crate) no_special: bool,
 
     /// Threads that encode; 0 takes one for each core
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = threads)]
     pub(crate) threads: usize,
 }
 
@@ -493,5 +493,12 @@ fn fraction(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if (0.0..1.0).contains(&value) => Ok(value),
         _ => Err("expected a number from 0 to below 1".into()),
+    }
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(value @ 0..=1024) => Ok(value),
+        _ => Err("expected a number from 0 to 1024".into()),
     }
 }

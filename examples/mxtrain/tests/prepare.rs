@@ -26,6 +26,8 @@ fn documents_stay_whole_and_meta_tells_where_they_went() {
     let out = succeed(dir.path(), "prepare a.txt b.txt c.txt --out data/set --val-fraction 0.3");
     assert!(out.contains("train.bin: 24 tokens, 2 documents"), "{out}");
     assert!(out.contains("val.bin: 6 tokens, 1 document, 20.0% of the text"), "{out}");
+    let info = succeed(dir.path(), "info data/set");
+    assert!(info.contains("documents  2 for training, 1 for validation\n"), "{info}");
 
     assert_eq!(text(&path("data/set/train.bin")), "one\ntwo\nthree\nfour\nfive\n");
     assert_eq!(text(&path("data/set/val.bin")), "é\nü\n");

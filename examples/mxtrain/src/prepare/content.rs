@@ -31,6 +31,8 @@ pub(super) struct Content {
     pub(super) head: Vec<u8>,
     rest: Box<dyn Read + Send>,
     compression: Compression,
+    /// Its length as it lies there, and how much of that was read.
+    length: Option<u64>,
     position: Arc<AtomicU64>,
 }
 
@@ -96,6 +98,7 @@ impl Content {
             head,
             rest,
             compression,
+            length: input.length,
             position,
         };
         content.check()?;
@@ -104,10 +107,18 @@ impl Content {
 
     /// Appends up to `count` bytes to a buffer; fewer mean the end.
     pub(super) fn read(&mut self, buffer: &mut Vec<u8>, count: usize) -> Outcome<usize> {
-        (&mut self.rest)
+        let read = (&mut self.rest)
             .take(count as u64)
             .read_to_end(buffer)
-            .map_err(|e| damaged(&self.name, self.compression, e))
+            .map_err(|e| damaged(&self.name, self.compression, e))?;
+        let is_short = self.length.is_some_and(|length| self.position() < length);
+        if read < count && is_short && self.compression == Compression::None {
+            return Err(Failure::runtime(format!(
+                "{} became shorter while it was read",
+                self.name.display()
+            )));
+        }
+        Ok(read)
     }
 
     /// Makes `bytes` the next that are read.

@@ -40,7 +40,7 @@ pub(super) struct Encoded {
     pub(super) tokens: Vec<u16>,
     /// What the tokens are, in their order.
     pub(super) parts: Vec<Part>,
-    /// Rows without a text.
+    /// Rows without a text, or with nothing but whitespace.
     pub(super) empty: u64,
     /// Bytes of input that are done with it, as they lie in the files.
     pub(super) input: u64,
@@ -322,7 +322,7 @@ impl Job {
 
 impl Options {
     fn encode_row(&self, text: Option<&str>, part: Part, out: &mut Encoded) {
-        match text.filter(|text| !text.is_empty()) {
+        match text.filter(|text| !text.trim_ascii().is_empty()) {
             Some(text) => {
                 let part = Part { text: Some(text.len() as u64), ..part };
                 self.encode(text.as_bytes(), part, out);

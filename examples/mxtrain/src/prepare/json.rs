@@ -20,8 +20,13 @@ const FIRST_LINE: usize = 64 << 10;
 /// Objects that were read and not yet parsed.
 pub(super) struct Rows {
     bytes: Vec<u8>,
-    /// Where each object lies, and the line on which it begins, from 1.
-    rows: Vec<(Range<usize>, u64)>,
+    rows: Vec<Row>,
+}
+
+/// Where an object lies, and the line on which it begins, from 1.
+struct Row {
+    bytes: Range<usize>,
+    line: u64,
 }
 
 /// Whether a stream begins with a JSON object that has a text, on its first line.
@@ -136,7 +141,7 @@ impl RowReader {
     }
 
     /// Whole lines, and the bytes that they take.
-    fn lines(&self) -> (Vec<(Range<usize>, u64)>, usize) {
+    fn lines(&self) -> (Vec<Row>, usize) {
         let end = match memchr::memrchr(b'\n', &self.pending) {
             _ if self.at_end => self.pending.len(),
             Some(last) => last + 1,
@@ -147,7 +152,7 @@ impl RowReader {
         let ends = memchr::memchr_iter(b'\n', &self.pending[..end]).chain([end]);
         for at in ends {
             if !self.pending[begin..at].trim_ascii().is_empty() {
-                rows.push((begin..at, line));
+                rows.push(Row { bytes: begin..at, line });
             }
             begin = (at + 1).min(end);
             line += 1;
@@ -156,7 +161,7 @@ impl RowReader {
     }
 
     /// Whole objects wherever their lines end, and the bytes that they take.
-    fn objects(&self, array: bool) -> Outcome<(Vec<(Range<usize>, u64)>, usize)> {
+    fn objects(&self, array: bool) -> Outcome<(Vec<Row>, usize)> {
         let mut rows = Vec::new();
         let (mut line, mut used, mut at) = (self.line, 0, 0);
         let bytes = &self.pending;
@@ -176,7 +181,7 @@ impl RowReader {
                         }
                         break;
                     };
-                    rows.push((at..at + length, line));
+                    rows.push(Row { bytes: at..at + length, line });
                     line += memchr::memchr_iter(b'\n', &bytes[at..at + length]).count() as u64;
                     at += length;
                     used = at;
@@ -242,8 +247,8 @@ impl Rows {
         field: &str,
         mut give: impl FnMut(Option<&str>) -> Outcome,
     ) -> Outcome {
-        for (range, line) in &self.rows {
-            let text = text_of(&self.bytes[range.clone()], field).map_err(|error| {
+        for Row { bytes, line } in &self.rows {
+            let text = text_of(&self.bytes[bytes.clone()], field).map_err(|error| {
                 let line = line + (error.line() as u64).saturating_sub(1);
                 let message = error.to_string();
                 // serde_json counts lines in this object alone.

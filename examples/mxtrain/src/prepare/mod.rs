@@ -379,6 +379,17 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_becomes_shorter_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.txt");
+        fs::write(&path, "some text\n").unwrap();
+        let inputs = Inputs::find(std::slice::from_ref(&path), None, false, dir.path()).unwrap();
+        fs::write(&path, "some").unwrap();
+        let outcome = encode::encode(inputs.list, &options(Tokenizer::Bytes), |_| Ok(()));
+        assert!(outcome.unwrap_err().message.contains("became shorter while it was read"));
+    }
+
+    #[test]
     fn a_stream_without_a_known_length_is_read_in_constant_memory() {
         use std::sync::atomic::{AtomicU64, Ordering};
         // A pipe of 200 MB; the writer counts how far it is ahead of the tokens.
@@ -388,7 +399,7 @@ mod tests {
         let (written, done) = (AtomicU64::new(0), AtomicU64::new(0));
         let ahead = AtomicU64::new(0);
         let options = options(Tokenizer::Bytes);
-        let inputs = Inputs::find(&[pipe.clone()], None, false, dir.path()).unwrap();
+        let inputs = Inputs::find(std::slice::from_ref(&pipe), None, false, dir.path()).unwrap();
         let mut count = 0;
         thread::scope(|scope| {
             scope.spawn(|| {
