@@ -260,9 +260,11 @@ fn kind_of(head: &[u8]) -> Option<(&'static str, &'static str)> {
         (b"\xfe\xff", "UTF-16 text", "use `iconv -f UTF-16 -t UTF-8 FILE`"),
     ];
     let found = KINDS.iter().find(|(magic, ..)| head.starts_with(magic));
-    // "BZh" may begin a text; bzip2 goes on with a digit and the digits of pi.
-    let found = found.filter(|(magic, ..)| {
-        *magic != b"BZh" || head.get(4..10) == Some(b"\x31\x41\x59\x26\x53\x59")
+    // Letters may begin a text: bzip2 goes on with a digit and those of pi, tables have NULs.
+    let found = found.filter(|(magic, ..)| match *magic {
+        b"BZh" => head.get(4..10) == Some(b"\x31\x41\x59\x26\x53\x59"),
+        b"PAR1" | b"ARROW1" | b"GIF8" => head.contains(&0),
+        _ => true,
     });
     if let Some((_, kind, remedy)) = found {
         return Some((kind, remedy));
@@ -325,8 +327,15 @@ mod tests {
 
     #[test]
     fn text_is_let_through() {
-        for head in [&b""[..], b"BZh is a name", b"PK", b"caf\xe9", "語".as_bytes(), b"{\"a\": 1}"]
-        {
+        for head in [
+            &b""[..],
+            b"BZh is a name",
+            b"PK",
+            b"PAR1 is short",
+            b"caf\xe9",
+            "語".as_bytes(),
+            b"{\"a\": 1}",
+        ] {
             assert!(kind_of(head).is_none(), "{head:?}");
         }
     }
