@@ -20,5 +20,6 @@ for target in "$@"; do
   echo "== $target"
   mkdir -p "fuzz/target/corpus/$target"
   cargo fuzz run "$target" "fuzz/target/corpus/$target" "fuzz/corpus/$target" -- \
-    -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1
+    -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 \
+    -close_fd_mask=1
 done

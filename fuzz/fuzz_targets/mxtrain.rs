@@ -1,4 +1,5 @@
-//! What `mxtrain` reads: its options file (TOML), `meta.json`, `mxtrain.json`, text, and tokens.
+//! What `mxtrain` reads: its options file (TOML), `meta.json`, `mxtrain.json`, text, tokens, and what
+//! `prepare` takes: JSON, Parquet, gzip, zstd.
 //!
 //! The program is no library, so its sources are compiled in here. The first byte picks the reader.
 #![no_main]
@@ -6,12 +7,28 @@
 
 #[path = "../../examples/mxtrain/src/cli.rs"]
 mod cli;
+#[path = "../../examples/mxtrain/src/compare/mod.rs"]
+mod compare;
 #[path = "../../examples/mxtrain/src/config_file.rs"]
 mod config_file;
+#[path = "../../examples/mxtrain/src/console.rs"]
+mod console;
+#[path = "../../examples/mxtrain/src/eval.rs"]
+mod eval;
 #[path = "../../examples/mxtrain/src/failure.rs"]
 mod failure;
+#[path = "../../examples/mxtrain/src/generate.rs"]
+mod generate;
+#[path = "../../examples/mxtrain/src/info.rs"]
+mod info;
+#[path = "../../examples/mxtrain/src/machine.rs"]
+mod machine;
 #[path = "../../examples/mxtrain/src/parse.rs"]
 mod parse;
+#[path = "../../examples/mxtrain/src/plan.rs"]
+mod plan;
+#[path = "../../examples/mxtrain/src/prepare/mod.rs"]
+mod prepare;
 #[path = "../../examples/mxtrain/src/prepared.rs"]
 mod prepared;
 #[path = "../../examples/mxtrain/src/run_file.rs"]
@@ -20,6 +37,8 @@ mod run_file;
 mod tokenizer;
 #[path = "../../examples/mxtrain/src/tokens_file.rs"]
 mod tokens_file;
+#[path = "../../examples/mxtrain/src/train/mod.rs"]
+mod train;
 
 use std::ffi::OsString;
 use std::fs;
@@ -35,6 +54,7 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         b'r' => run(data),
         b't' => text(data),
         b'k' => tokens(data),
+        b'p' => prepare_input(data),
         _ => {}
     }
 });
@@ -58,7 +78,8 @@ fn options(data: &[u8]) {
 fn meta(data: &[u8]) {
     fs::write(folder().join("meta.json"), data).expect("a temporary file can be written");
     let Ok(meta) = prepared::Meta::read(folder()) else { return };
-    meta.write(folder()).expect("what was read can be written");
+    let json = serde_json::to_vec(&meta).expect("what was read can be written");
+    fs::write(folder().join("meta.json"), json).expect("a temporary file can be written");
     assert_eq!(prepared::Meta::read(folder()).expect("what was written can be read"), meta);
 }
 
@@ -95,6 +116,29 @@ fn tokens(data: &[u8]) {
             let _ = stream.push(u32::from_le_bytes(*token) & 0x1_ffff);
         }
         let _ = stream.finish();
+    }
+}
+
+/// An input of `prepare`, whose first byte picks its name: tokens, or a failure in one line.
+fn prepare_input(data: &[u8]) {
+    let Some((&kind, data)) = data.split_first() else { return };
+    let name = match kind {
+        b'l' => "input.jsonl",
+        b'a' => "input.json",
+        b'q' => "input.parquet",
+        b'g' => "input.txt.gz",
+        b'z' => "input.jsonl.zst",
+        _ => "input.txt",
+    };
+    let (input, out) = (folder().join(name), folder().join("out"));
+    fs::write(&input, data).expect("a temporary file can be written");
+    let line = ["mxtrain", "prepare", "--threads=1", "--out"].map(OsString::from);
+    let line = [&line[..], &[out.clone().into(), input.into()]].concat();
+    let parsed = parse::parse_or_fail(&line).expect("the options are right");
+    let cli::Command::Prepare(args) = &parsed.cli.command else { unreachable!() };
+    match prepare::run(args) {
+        Ok(_) => assert!(prepared::Meta::read(&out).expect("it was written").train_tokens > 0),
+        Err(failure) => assert_eq!(failure.code, 2, "{}", failure.message),
     }
 }
 

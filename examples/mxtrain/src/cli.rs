@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use mxfp4train::{DatasetOptions, Recipe, Recompute, ScheduleKind};
 
 use crate::compare::CompareArgs;
+use crate::prepare::Format;
 use crate::tokenizer::Tokenizer;
 
 /// Trains GPT-2 models on text files, with the backward pass in MXFP4.
@@ -38,7 +39,7 @@ pub(crate) struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Turn text files into token files
+    /// Turn text into token files
     Prepare(PrepareArgs),
     /// Train a model, or go on with a run
     Train(Box<TrainArgs>),
@@ -56,8 +57,33 @@ pub(crate) enum Command {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Inputs:
+  .txt .text .md         one document, or several with <|endoftext|> between them
+  .json .jsonl .ndjson   a document in a field of each object, one a line or in one array
+  .parquet               a document in each row of a column of strings
+  .gz .zst               any of the first two, compressed
+  a folder               all such files below it, in the order of their paths; the rest is counted
+  -                      standard input: text, or JSON lines if the first line is one
+A file that is named is read whatever its name; without one of these ends it is text. Text is UTF-8.
+
+Documents:
+  With gpt2, token 50256 stands between documents, and a <|endoftext|> in a text is that token.
+  With bytes nothing stands between files, and <|endoftext|> stays as its 13 bytes. Both tokenizers
+  take it for the end of a document; with --no-special it is text like any other.
+
+Validation:
+  A document is kept for validation if it brings that part nearer to --val-fraction, so the same
+  inputs always give the same documents, from all over the inputs. Of two or more documents at least
+  one is for validation and one for training. A single one is cut at the beginning of a line.
+
+Examples:
+  mxtrain prepare notes/ --out data
+  mxtrain prepare corpus/*.jsonl.zst --text-field content --tokenizer gpt2 --out data
+  mxtrain prepare train.parquet test.parquet --val-last --tokenizer gpt2 --out data
+  xz -dc dump.jsonl.xz | mxtrain prepare - --tokenizer gpt2 --out data")]
 pub(crate) struct PrepareArgs {
-    /// UTF-8 text files; each is one document
+    /// Text files, JSON lines, Parquet files, folders of them, or - for standard input
     #[arg(required = true, value_name = "INPUT")]
     pub(crate) inputs: Vec<PathBuf>,
 
@@ -69,13 +95,29 @@ pub(crate) struct PrepareArgs {
     #[arg(long, value_name = "NAME", default_value_t = Tokenizer::Bytes, hide_possible_values = true)]
     pub(crate) tokenizer: Tokenizer,
 
-    /// Part of each file, at its end, that is kept for validation (0 to below 1)
+    /// Part of the text that is kept for validation, in whole documents (0 to below 1)
     #[arg(long, value_name = "FRACTION", default_value_t = 0.05, value_parser = fraction)]
     pub(crate) val_fraction: f64,
 
     /// Keep the whole last INPUT for validation, and nothing of the others
     #[arg(long, conflicts_with = "val_fraction")]
     pub(crate) val_last: bool,
+
+    /// Field of a JSON object, or column of a Parquet file, that holds the document
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    pub(crate) text_field: String,
+
+    /// What all inputs hold, text, json or parquet, whatever their names say
+    #[arg(long, value_name = "FORMAT", hide_possible_values = true)]
+    pub(crate) format: Option<Format>,
+
+    /// Take <|endoftext|> for text like any other
+    #[arg(long)]
+    pub(crate) no_special: bool,
+
+    /// Threads that encode; 0 takes one for each core
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = threads)]
+    pub(crate) threads: usize,
 }
 
 #[derive(Debug, Args)]
@@ -506,5 +548,12 @@ fn fraction(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if (0.0..1.0).contains(&value) => Ok(value),
         _ => Err("expected a number from 0 to below 1".into()),
+    }
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(value @ 0..=1024) => Ok(value),
+        _ => Err("expected a number from 0 to 1024".into()),
     }
 }

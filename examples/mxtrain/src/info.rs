@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::InfoArgs;
 use crate::console;
 use crate::failure::{Failure, Outcome};
-use crate::prepared::{Meta, Source};
+use crate::prepared::{Documents, Meta, Source};
 use crate::run_file::tokenizer_of;
 use crate::tokenizer::Tokenizer;
 use crate::train::is_checkpoint;
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &InfoArgs) -> Outcome<ExitCode> {
         )));
     } else {
         let files = token_files(&Dataset::open_with(path, &args.tokens.options())?)?;
-        About::Data(Prepared { tokenizer: None, vocab_size: None, files, sources: Vec::new() })
+        About::Data(Prepared { files, ..Prepared::default() })
     };
     if args.json {
         let json = serde_json::to_string_pretty(&about).expect("plain data becomes JSON");
@@ -97,13 +97,15 @@ struct Tensor {
 }
 
 /// A prepared folder, or a token file alone.
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct Prepared {
     #[serde(skip_serializing_if = "Option::is_none")]
     tokenizer: Option<Tokenizer>,
     #[serde(skip_serializing_if = "Option::is_none")]
     vocab_size: Option<usize>,
     files: Vec<TokenFile>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    documents: Option<Documents>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     sources: Vec<Source>,
 }
@@ -189,6 +191,7 @@ fn prepared(dir: &Path) -> Outcome<Prepared> {
         tokenizer: Some(meta.tokenizer),
         vocab_size: Some(meta.vocab_size),
         files,
+        documents: meta.documents,
         sources: meta.sources,
     })
 }
@@ -264,6 +267,17 @@ impl Prepared {
                 HumanCount(tokens),
                 HumanCount(u64::from(largest) + 1),
             ));
+        }
+        match self.documents {
+            Some(Documents { cut: true, .. }) => {
+                text.push_str("documents  one, its end for validation\n");
+            }
+            Some(Documents { train, val, .. }) => text.push_str(&format!(
+                "documents  {} for training, {} for validation\n",
+                HumanCount(train),
+                HumanCount(val),
+            )),
+            None => {}
         }
         for source in &self.sources {
             text.push_str(&format!(

@@ -1,19 +1,29 @@
 //! A prepared folder: `train.bin`, `val.bin` and `meta.json`, which says how they were made.
+//!
+//! The three are replaced one after the other. Before the first of them `meta.json.new` is there, and
+//! it becomes `meta.json` behind the last, so a folder where that was interrupted is never taken for
+//! a whole one.
 
-use std::fs;
+use std::ffi::OsString;
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use mxfp4train::Dataset;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::tokenizer::Tokenizer;
-use crate::tokens_file::write_whole;
+use crate::tokens_file::{SealedFile, write_whole};
 
 /// File names inside a prepared folder.
 pub(crate) const TRAIN_FILE: &str = "train.bin";
 pub(crate) const VAL_FILE: &str = "val.bin";
 const META_FILE: &str = "meta.json";
+/// What the description is called while the token files are being replaced.
+const PENDING_FILE: &str = "meta.json.new";
 const VERSION: u32 = 1;
 
 /// The contents of `meta.json`.
@@ -29,19 +39,48 @@ pub(crate) struct Meta {
     pub(crate) train_tokens: u64,
     /// Tokens in `val.bin`; 0 where there is no such file.
     pub(crate) val_tokens: u64,
-    /// The input files, in their order.
+    /// Documents in the two files; none in descriptions by older programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) documents: Option<Documents>,
+    /// The inputs, in their order.
     pub(crate) sources: Vec<Source>,
 }
 
-/// One input file.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Documents in `train.bin` and `val.bin`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Documents {
+    pub(crate) train: u64,
+    pub(crate) val: u64,
+    /// Whether there is a single document, whose end is the validation text.
+    pub(crate) cut: bool,
+}
+
+/// One input of the command line: a file, a folder, or `-`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Source {
-    /// Its path as it was given.
+    /// Its path as it was given: a string, or `{"unix_bytes": [..]}` if it is not UTF-8.
+    #[serde(serialize_with = "write_path", deserialize_with = "read_path")]
     pub(crate) path: PathBuf,
-    /// Bytes at its beginning that became training tokens.
+    /// Files that were read; 0 in descriptions by older programs.
+    #[serde(default)]
+    pub(crate) files: u64,
+    /// Documents that became training tokens.
+    #[serde(default)]
+    pub(crate) train_documents: u64,
+    /// Documents that became validation tokens.
+    #[serde(default)]
+    pub(crate) val_documents: u64,
+    /// Bytes of text that became training tokens.
     pub(crate) train_bytes: u64,
-    /// Bytes at its end that became validation tokens.
+    /// Bytes of text that became validation tokens.
     pub(crate) val_bytes: u64,
+}
+
+impl Source {
+    /// The count of its documents in one of the two files.
+    pub(crate) fn documents_mut(&mut self, val: bool) -> &mut u64 {
+        if val { &mut self.val_documents } else { &mut self.train_documents }
+    }
 }
 
 impl Meta {
@@ -53,17 +92,25 @@ impl Meta {
             vocab_size: tokenizer.vocab_size(),
             train_tokens: 0,
             val_tokens: 0,
+            documents: None,
             sources,
         }
     }
 
     /// Whether `dir` is a prepared folder.
     pub(crate) fn is_in(dir: &Path) -> bool {
-        dir.join(META_FILE).is_file()
+        [META_FILE, PENDING_FILE].iter().any(|name| dir.join(name).is_file())
     }
 
     /// Reads a prepared folder's description.
     pub(crate) fn read(dir: &Path) -> Outcome<Self> {
+        if dir.join(PENDING_FILE).exists() {
+            return Err(Failure::usage(format!(
+                "{}: its files are being replaced, or `mxtrain prepare` was stopped while it did \
+                 that; wait for it, or prepare the data again",
+                dir.display()
+            )));
+        }
         let path = dir.join(META_FILE);
         let text = fs::read_to_string(&path).map_err(|error| {
             let mut failure = Failure::io("read", &path)(error);
@@ -84,11 +131,32 @@ impl Meta {
         Ok(meta)
     }
 
-    /// Writes the description, which makes the folder a prepared one.
-    pub(crate) fn write(&self, dir: &Path) -> Outcome {
+    /// Gives the token files their names and writes the description, which makes the folder a
+    /// prepared one. What was there before is whole until then.
+    pub(crate) fn publish(
+        &self,
+        dir: &Path,
+        train: SealedFile,
+        val: Option<SealedFile>,
+    ) -> Outcome {
         let mut text = serde_json::to_string_pretty(self).expect("plain data becomes JSON");
         text.push('\n');
-        write_whole(&dir.join(META_FILE), text.as_bytes())
+        let pending = dir.join(PENDING_FILE);
+        write_whole(&pending, text.as_bytes())?;
+        sync(dir);
+        train.publish().inspect_err(|_| {
+            let _ = fs::remove_file(&pending);
+        })?;
+        match val {
+            Some(val) => val.publish()?,
+            // An older run's validation text does not belong to this data.
+            None => remove_if_there(&dir.join(VAL_FILE))?,
+        }
+        sync(dir);
+        let path = dir.join(META_FILE);
+        fs::rename(&pending, &path).map_err(Failure::io("create", &path))?;
+        sync(dir);
+        Ok(())
     }
 
     /// Opens `train.bin`.
@@ -115,4 +183,123 @@ fn open(path: &Path, expected: u64) -> Outcome<Dataset> {
         )));
     }
     Ok(data)
+}
+
+/// Keeps other `mxtrain prepare` out of a folder as long as it lives, also by a crash.
+pub(crate) struct Lock {
+    _dir: Option<File>,
+}
+
+impl Lock {
+    /// Locks a folder that exists.
+    pub(crate) fn take(dir: &Path) -> Outcome<Self> {
+        let file = File::open(dir).map_err(Failure::io("open", dir))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _dir: Some(file) }),
+            Err(TryLockError::WouldBlock) => Err(Failure::usage(format!(
+                "{}: another `mxtrain prepare` is writing into this folder; wait for it, or name \
+                 another with --out",
+                dir.display()
+            ))),
+            Err(TryLockError::Error(error)) => {
+                console::note(&format!(
+                    "note: {} cannot be locked ({error}); let no other `mxtrain prepare` write \
+                     into it",
+                    dir.display()
+                ));
+                Ok(Self { _dir: None })
+            }
+        }
+    }
+}
+
+/// Makes renames lasting, as far as the file system can.
+fn sync(dir: &Path) {
+    let _ = File::open(dir).and_then(|dir| dir.sync_all());
+}
+
+fn remove_if_there(path: &Path) -> Outcome {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Failure::io("remove", path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// A path in JSON.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum JsonPath {
+    Text(String),
+    Bytes { unix_bytes: Vec<u8> },
+}
+
+fn write_path<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    let path = match path.to_str() {
+        Some(text) => JsonPath::Text(text.to_owned()),
+        None => JsonPath::Bytes { unix_bytes: path.as_os_str().as_bytes().to_vec() },
+    };
+    path.serialize(serializer)
+}
+
+fn read_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    Ok(match JsonPath::deserialize(deserializer)? {
+        JsonPath::Text(text) => text.into(),
+        JsonPath::Bytes { unix_bytes } => OsString::from_vec(unix_bytes).into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokens_file::TokensFile;
+
+    fn write(dir: &Path, token: u16, with_val: bool) -> Outcome {
+        let sealed = |name| {
+            let mut file = TokensFile::create(dir.join(name)).unwrap();
+            file.push(&[token]).unwrap();
+            file.seal().unwrap()
+        };
+        let mut meta = Meta::new(Tokenizer::Bytes, Vec::new());
+        (meta.train_tokens, meta.val_tokens) = (1, u64::from(with_val));
+        meta.publish(dir, sealed(TRAIN_FILE), with_val.then(|| sealed(VAL_FILE)))
+    }
+
+    #[test]
+    fn a_folder_that_is_half_replaced_is_not_taken_for_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        write(dir, 1, true).unwrap();
+        assert!(Meta::read(dir).unwrap().open_val(dir).unwrap().is_some());
+        // What a kill between two renames leaves.
+        fs::copy(dir.join(META_FILE), dir.join(PENDING_FILE)).unwrap();
+        let failure = Meta::read(dir).unwrap_err();
+        assert!(failure.message.contains("prepare the data again"), "{}", failure.message);
+        // The next run puts it right.
+        write(dir, 2, false).unwrap();
+        assert!(Meta::read(dir).unwrap().open_val(dir).unwrap().is_none());
+        assert_eq!(fs::read_dir(dir).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn where_nothing_can_be_replaced_the_older_result_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        fs::create_dir_all(dir.join(TRAIN_FILE).join("in the way")).unwrap();
+        fs::write(dir.join(META_FILE), "old").unwrap();
+        assert!(write(dir, 1, false).unwrap_err().message.contains("cannot create"));
+        assert!(!dir.join(PENDING_FILE).exists());
+        assert_eq!(fs::read(dir.join(META_FILE)).unwrap(), b"old");
+    }
+
+    #[test]
+    fn any_path_survives_json() {
+        for bytes in [&b"a/b.txt"[..], b"caf\xe9", "語".as_bytes(), b"{\"unix_bytes\": []}"] {
+            let path = PathBuf::from(OsString::from_vec(bytes.to_vec()));
+            let source = Source { path, ..Source::default() };
+            let json = serde_json::to_string(&source).unwrap();
+            assert_eq!(serde_json::from_str::<Source>(&json).unwrap(), source, "{json}");
+        }
+        let old = r#"{"path": "a", "train_bytes": 1, "val_bytes": 2}"#;
+        assert_eq!(serde_json::from_str::<Source>(old).unwrap().val_bytes, 2);
+    }
 }

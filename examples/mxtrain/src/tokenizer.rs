@@ -17,7 +17,9 @@ pub(crate) enum Tokenizer {
 }
 
 /// GPT-2's `<|endoftext|>`, which stands between documents.
-const END_OF_TEXT: u16 = 50256;
+pub(crate) const END_OF_TEXT: u16 = 50256;
+/// How that token is written in a text.
+pub(crate) const END_OF_TEXT_MARK: &str = "<|endoftext|>";
 
 impl Tokenizer {
     /// Number of different tokens.
@@ -53,9 +55,20 @@ impl Tokenizer {
         self.encode(text).into_iter().map(u32::from).collect()
     }
 
+    /// The bytes of text that each token stands for.
+    pub(crate) fn token_lengths(self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let length = |token| {
+            bytes.clear();
+            self.decode(token, &mut bytes);
+            u8::try_from(bytes.len()).expect("the longest token has 128 bytes")
+        };
+        (0..self.vocab_size() as u32).map(length).collect()
+    }
+
     /// Appends the bytes of a token. One that the tokenizer does not have (a vocabulary padded to
     /// a round size) stands for nothing.
-    fn decode(self, token: u32, out: &mut Vec<u8>) {
+    pub(crate) fn decode(self, token: u32, out: &mut Vec<u8>) {
         match self {
             Self::Bytes => out.extend(u8::try_from(token)),
             Self::Gpt2 => out.extend(bpe().decode_bytes(&[token]).unwrap_or_default()),

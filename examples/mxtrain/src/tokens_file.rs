@@ -6,6 +6,8 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, Outcome};
@@ -15,6 +17,8 @@ const VERSION: i32 = 1;
 const HEADER_INTS: usize = 256;
 /// The header counts tokens in an i32.
 const MAX_TOKENS: u64 = i32::MAX as u64;
+/// Tokens that are turned into bytes at a time.
+const BLOCK: usize = 1 << 12;
 
 /// A token file that is being written.
 pub(crate) struct TokensFile {
@@ -22,34 +26,45 @@ pub(crate) struct TokensFile {
     temporary: PathBuf,
     file: BufWriter<File>,
     tokens: u64,
+    last: Option<u16>,
 }
 
 impl TokensFile {
     /// Begins a file that will be called `path` in the end.
     pub(crate) fn create(path: PathBuf) -> Outcome<Self> {
         let temporary = temporary_name(&path);
-        let mut file = File::create(&temporary)
+        let mut file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&temporary)
             .map(|file| BufWriter::with_capacity(1 << 18, file))
             .map_err(Failure::io("create", &temporary))?;
         file.write_all(&header(0)).map_err(Failure::io("write", &temporary))?;
-        Ok(Self { path, temporary, file, tokens: 0 })
+        Ok(Self { path, temporary, file, tokens: 0, last: None })
     }
 
     /// Appends tokens.
-    pub(crate) fn push(&mut self, tokens: impl IntoIterator<Item = u16>) -> Outcome {
-        for token in tokens {
-            self.file
-                .write_all(&token.to_le_bytes())
-                .map_err(Failure::io("write", &self.temporary))?;
-            self.tokens += 1;
-        }
-        if self.tokens > MAX_TOKENS {
+    pub(crate) fn push(&mut self, tokens: &[u16]) -> Outcome {
+        if self.tokens + tokens.len() as u64 > MAX_TOKENS {
             return Err(Failure::usage(format!(
                 "{}: a token file holds at most {MAX_TOKENS} tokens; prepare the inputs in parts, \
                  each into a folder of its own, and train with --train 'parts/*/train.bin'",
                 self.path.display()
             )));
         }
+        let mut bytes = [0; 2 * BLOCK];
+        for block in tokens.chunks(BLOCK) {
+            for (to, token) in bytes.as_chunks_mut::<2>().0.iter_mut().zip(block) {
+                *to = token.to_le_bytes();
+            }
+            self.file
+                .write_all(&bytes[..2 * block.len()])
+                .map_err(Failure::io("write", &self.temporary))?;
+        }
+        self.tokens += tokens.len() as u64;
+        self.last = tokens.last().copied().or(self.last);
         Ok(())
     }
 
@@ -58,8 +73,73 @@ impl TokensFile {
         self.tokens
     }
 
-    /// Writes the header and gives the file its name.
-    pub(crate) fn finish(mut self) -> Outcome<u64> {
+    /// The last token written.
+    pub(crate) fn last(&self) -> Option<u16> {
+        self.last
+    }
+
+    /// Reads tokens from `first` on.
+    pub(crate) fn read(&mut self, first: u64, tokens: &mut [u16]) -> Outcome {
+        let mut bytes = vec![0; 2 * tokens.len()];
+        self.file
+            .flush()
+            .and_then(|()| self.file.get_ref().read_exact_at(&mut bytes, place(first)))
+            .map_err(Failure::io("read", &self.temporary))?;
+        for (token, bytes) in tokens.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *token = u16::from_le_bytes(*bytes);
+        }
+        Ok(())
+    }
+
+    /// Appends some of the tokens to another file.
+    pub(crate) fn copy(&mut self, range: Range<u64>, to: &mut Self) -> Outcome {
+        self.blocks(range, |_, block| to.push(block))
+    }
+
+    /// Takes some of the tokens out.
+    pub(crate) fn remove(&mut self, range: Range<u64>) -> Outcome {
+        let (gap, temporary) = (range.end - range.start, self.temporary.clone());
+        let file = self.file.get_ref().try_clone().map_err(Failure::io("write", &temporary))?;
+        let mut bytes = Vec::new();
+        self.blocks(range.end..self.tokens, |first, block| {
+            bytes.clear();
+            bytes.extend(block.iter().flat_map(|token| token.to_le_bytes()));
+            file.write_all_at(&bytes, place(first - gap)).map_err(Failure::io("write", &temporary))
+        })?;
+        self.tokens -= gap;
+        let end = place(self.tokens);
+        self.file
+            .flush()
+            .and_then(|()| file.set_len(end))
+            .and_then(|()| self.file.seek(SeekFrom::Start(end)))
+            .map_err(Failure::io("write", &temporary))?;
+        let mut last = [0];
+        if self.tokens > 0 {
+            self.read(self.tokens - 1, &mut last)?;
+        }
+        self.last = (self.tokens > 0).then_some(last[0]);
+        Ok(())
+    }
+
+    /// Gives tokens in blocks, each with its place.
+    fn blocks(
+        &mut self,
+        range: Range<u64>,
+        mut give: impl FnMut(u64, &[u16]) -> Outcome,
+    ) -> Outcome {
+        let mut block = vec![0; 1 << 16];
+        let mut first = range.start;
+        while first < range.end {
+            let count = (range.end - first).min(block.len() as u64) as usize;
+            self.read(first, &mut block[..count])?;
+            give(first, &block[..count])?;
+            first += count as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes the header, so that the file is complete, though under its temporary name.
+    pub(crate) fn seal(mut self) -> Outcome<SealedFile> {
         let write = |file: &mut BufWriter<File>| -> io::Result<()> {
             file.seek(SeekFrom::Start(0))?;
             file.write_all(&header(self.tokens as i32))?;
@@ -67,9 +147,31 @@ impl TokensFile {
             file.get_ref().sync_all()
         };
         write(&mut self.file).map_err(Failure::io("write", &self.temporary))?;
-        fs::rename(&self.temporary, &self.path).map_err(Failure::io("create", &self.path))?;
-        Ok(self.tokens)
+        Ok(SealedFile { file: self })
     }
+}
+
+/// A complete token file that does not have its name yet.
+pub(crate) struct SealedFile {
+    file: TokensFile,
+}
+
+impl SealedFile {
+    /// Tokens in it.
+    pub(crate) fn tokens(&self) -> u64 {
+        self.file.tokens
+    }
+
+    /// Gives the file its name, in place of an older one.
+    pub(crate) fn publish(self) -> Outcome {
+        let TokensFile { temporary, path, .. } = &self.file;
+        fs::rename(temporary, path).map_err(Failure::io("create", path))
+    }
+}
+
+/// Where a token lies in a file.
+fn place(token: u64) -> u64 {
+    HEADER_INTS as u64 * 4 + token * 2
 }
 
 impl Drop for TokensFile {
@@ -83,7 +185,7 @@ impl Drop for TokensFile {
 pub(crate) fn read_window(path: &Path, first: u64, length: usize) -> Outcome<Vec<u32>> {
     let read = || -> io::Result<Vec<u8>> {
         let mut file = File::open(path)?;
-        file.seek(SeekFrom::Start(HEADER_INTS as u64 * 4 + first * 2))?;
+        file.seek(SeekFrom::Start(place(first)))?;
         let mut bytes = vec![0; length * 2];
         file.read_exact(&mut bytes)?;
         Ok(bytes)
@@ -129,10 +231,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t.bin");
         let mut file = TokensFile::create(path.clone()).unwrap();
-        file.push([1, 513]).unwrap();
-        file.push([50256]).unwrap();
+        file.push(&[1, 513]).unwrap();
+        file.push(&[50256]).unwrap();
+        let sealed = file.seal().unwrap();
         assert!(!path.exists());
-        assert_eq!(file.finish().unwrap(), 3);
+        assert_eq!(sealed.tokens(), 3);
+        sealed.publish().unwrap();
 
         let bytes = fs::read(&path).unwrap();
         assert_eq!(bytes.len(), 1024 + 6);
@@ -142,6 +246,27 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         assert_eq!(read_window(&path, 1, 2).unwrap(), [513, 50256]);
         assert!(read_window(&path, 2, 2).is_err());
+    }
+
+    #[test]
+    fn tokens_can_be_moved_to_another_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let create = |name| TokensFile::create(dir.path().join(name)).unwrap();
+        let (mut from, mut to) = (create("a"), create("b"));
+        let tokens: Vec<u16> = (0..200_000_u32).map(|t| (t % 50_000) as u16).collect();
+        from.push(&tokens).unwrap();
+        from.copy(5..70_005, &mut to).unwrap();
+        from.remove(5..70_005).unwrap();
+        assert_eq!((from.tokens(), from.last()), (130_000, Some(49_999)));
+        from.push(&[7]).unwrap();
+        let mut found = vec![0; 130_001];
+        from.read(0, &mut found).unwrap();
+        assert_eq!(found, [&tokens[..5], &tokens[70_005..], &[7]].concat());
+        let mut moved = vec![0; 70_000];
+        to.read(0, &mut moved).unwrap();
+        assert_eq!(moved, tokens[5..70_005]);
+        from.remove(0..130_001).unwrap();
+        assert_eq!((from.tokens(), from.last()), (0, None));
     }
 
     #[test]

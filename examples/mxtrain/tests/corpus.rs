@@ -38,6 +38,19 @@ fn options_files_and_descriptions() {
                     check(dir.path(), &line, &input);
                 }
             }
+            b'p' => {
+                let (kind, data) = data.split_first().unwrap();
+                let name = match kind {
+                    b'l' => "input.jsonl",
+                    b'a' => "input.json",
+                    b'q' => "input.parquet",
+                    b'g' => "input.txt.gz",
+                    b'z' => "input.jsonl.zst",
+                    _ => panic!("{}: no input", input.display()),
+                };
+                fs::write(file(name), data).unwrap();
+                check(dir.path(), &format!("prepare {name} --out out"), &input);
+            }
             b'k' => {}
             _ => panic!("{}: no reader", input.display()),
         }
