@@ -28,12 +28,15 @@ pub(crate) struct RunFile {
     pub(crate) tokenizer: Option<Tokenizer>,
     /// Options of `mxtrain train` that the library's own files do not hold, by name.
     pub(crate) options: BTreeMap<String, String>,
+    /// Files of `hugging_face` in the folder that this program put there, with their checksums.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) files: BTreeMap<String, String>,
 }
 
 impl RunFile {
     /// A description of the present version.
     pub(crate) fn new(tokenizer: Option<Tokenizer>, options: BTreeMap<String, String>) -> Self {
-        Self { version: VERSION, tokenizer, options }
+        Self { version: VERSION, tokenizer, options, files: BTreeMap::new() }
     }
 
     /// Reads the file of a checkpoint folder; `None` where another program made the checkpoint.
@@ -72,11 +75,6 @@ impl RunFile {
             .map(|(key, value)| format!("--{key}={value}").into())
             .collect()
     }
-}
-
-/// The tokenizer that a checkpoint was trained with, as far as its folder tells.
-pub(crate) fn tokenizer_of(checkpoint: &Path) -> Outcome<Option<Tokenizer>> {
-    Ok(RunFile::read(checkpoint)?.and_then(|file| file.tokenizer))
 }
 
 #[cfg(test)]

@@ -53,6 +53,13 @@ impl Tokenizer {
         self.encode(text).into_iter().map(u32::from).collect()
     }
 
+    /// The bytes of a token; none for one that the tokenizer does not have.
+    pub(crate) fn bytes(self, token: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.decode(token, &mut bytes);
+        bytes
+    }
+
     /// Appends the bytes of a token. One that the tokenizer does not have (a vocabulary padded to
     /// a round size) stands for nothing.
     fn decode(self, token: u32, out: &mut Vec<u8>) {

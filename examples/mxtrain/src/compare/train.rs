@@ -17,7 +17,8 @@ use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::train::{
-    Data, INTERRUPTED, Start, header, model_config, stop_on_ctrl_c, trainer_options, vocabulary,
+    Data, INTERRUPTED, Start, Weights, header, model_config, stop_on_ctrl_c, trainer_options,
+    vocabulary,
 };
 
 /// Runs the command.
@@ -80,7 +81,7 @@ fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<V
     let mut planned: Vec<Planned> = Vec::new();
     for (&seed, recipe) in args.seeds.iter().flat_map(|seed| recipes.iter().map(move |r| (seed, r)))
     {
-        let options = trainer_options(&args.batch, recipe, Some(&args.optimizer))?;
+        let options = trainer_options(&args.batch, recipe, Some(&args.optimizer), Weights::New)?;
         let eval_batches = args.measure.eval_batches;
         let settings = Settings::new(seed, config, &options, eval_every, eval_batches, &record);
         let name = format!("{recipe}-seed{seed}");

@@ -9,16 +9,20 @@ use std::process::{self, ExitCode};
 use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
-use mxfp4train::{Dataset, GenerateOptions, StopHandle, Trainer};
+use mxfp4train::{Dataset, GenerateOptions, Schedule, ScheduleKind, StopHandle, Trainer};
 
-pub(crate) use setup::{Data, Start, is_checkpoint, model_config, trainer_options, vocabulary};
+pub(crate) use setup::{
+    Data, Start, Weights, is_checkpoint, model_config, trainer_options, vocabulary,
+};
 
 use crate::cli::TrainArgs;
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
+use crate::hugging_face::{Furniture, end_tokens};
 use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
+use crate::run_file::RunFile;
 use crate::tokenizer::{TextStream, Tokenizer};
 use log::Log;
 
@@ -37,17 +41,22 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
     let (engine, about) = machine::open(&args.machine, args.seed.seed)?;
     let start = Start::new(args, parsed, &data, &engine)?;
     let (step, steps) = (start.step(), args.optimizer.steps);
-    if step >= steps {
-        return Err(Failure::usage(format!(
-            "--steps: the run has done {step} steps, expected more than that; got {steps}"
-        )));
+    if steps == 0 {
+        return Err(Failure::usage("--steps: expected at least 1, got 0"));
     }
+    let origin = [&args.start.resume, &args.start.init_from].into_iter().find_map(Option::as_deref);
+    let mut furniture = Furniture::new(origin, data.tokenizer, start.config().context_length)?;
     let plan = start.plan(&engine)?;
     let place = format!("checkpoint  {}\n", out.display());
     console::print(&(header(&start, &data, steps, &about) + &place))?;
     console::print(&plan::table(&plan))?;
+    if let Start::Resumed(trainer) = &start
+        && let Some(line) = setup::rates_ahead(trainer, steps)
+    {
+        console::print(&format!("schedule    {line}\n"))?;
+    }
 
-    let run_file = setup::run_file(args, &data);
+    let mut run_file = setup::run_file(args, &data);
     let mut run = Run {
         log: None,
         steps,
@@ -64,11 +73,20 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
         train: data.train,
         val: data.val,
         tokenizer: data.tokenizer,
+        end_tokens: Vec::new(),
         out,
     };
+    // One that cannot be read lists nothing: what is in the folder is then taken for the user's.
+    let before = RunFile::read(&run.out).ok().flatten().map(|file| file.files);
     // Saved before the first step too: a folder that cannot be written should not show after hours.
     run.save()?;
+    run_file.files = furniture.put(&run.out, &before.unwrap_or_default(), run.tokenizer)?;
     run_file.write(&run.out)?;
+    for note in &furniture.notes {
+        console::note(&format!("mxtrain: note: {note}"));
+    }
+    let vocab_size = run.trainer.model().config().vocab_size;
+    run.end_tokens = end_tokens(&run.out, run.tokenizer, vocab_size)?;
     run.log = (args.report.log.as_deref())
         .map(|path| Log::open(path, args.start.resume.is_some()))
         .transpose()?;
@@ -84,6 +102,8 @@ struct Run {
     train: Dataset,
     val: Option<Dataset>,
     tokenizer: Option<Tokenizer>,
+    /// Tokens that end a sample.
+    end_tokens: Vec<u32>,
     out: PathBuf,
     log: Option<Log>,
     steps: u64,
@@ -191,13 +211,19 @@ impl Run {
     /// training changes.
     fn sample(&mut self) -> Outcome {
         let Some(tokenizer) = self.tokenizer else { return Ok(()) };
-        let options = GenerateOptions { max_tokens: SAMPLE_TOKENS, ..GenerateOptions::default() };
+        let options = GenerateOptions {
+            max_tokens: SAMPLE_TOKENS,
+            stop_tokens: self.end_tokens.clone(),
+            ..GenerateOptions::default()
+        };
         let mut text = format!("--- sample at step {} ---\n", self.trainer.steps_done());
         text.push_str(&self.sample_prompt);
         let mut stream = TextStream::new(tokenizer);
         let prompt = tokenizer.encode_prompt(&self.sample_prompt);
         self.trainer.model().generate(&prompt, &options, &mut |token| {
-            text.push_str(&stream.push(token));
+            if !options.stop_tokens.contains(&token) {
+                text.push_str(&stream.push(token));
+            }
             true
         })?;
         text.push_str(&stream.finish());
@@ -253,7 +279,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
          data        {}: {} tokens, {} for validation{tokenizer}, vocabulary {}\n\
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
          step        {} x {} x {sequence} = {} tokens, recipe {}\n\
-         run         {} steps, {} tokens, {passes:.2} passes over the data; {} schedule, lr {}\n",
+         run         {} steps, {} tokens, {passes:.2} passes over the data; {}\n",
         data.name,
         HumanCount(train_tokens),
         HumanCount(data.val.as_ref().map_or(0, Dataset::token_count)),
@@ -269,9 +295,21 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         options.recipe,
         HumanCount(steps),
         console::scaled(run_tokens),
-        schedule.kind,
-        console::short(schedule.lr),
+        schedule_in_words(schedule, start.schedule_start()),
     )
+}
+
+/// "cosine schedule from step 500 on, lr 1.00e-3 to 1.00e-4, warm-up 40 steps"
+fn schedule_in_words(schedule: &Schedule, start: u64) -> String {
+    let from = if start > 0 { format!(" from step {start} on") } else { String::new() };
+    let mut words = format!("{} schedule{from}, lr {}", schedule.kind, console::short(schedule.lr));
+    if schedule.kind != ScheduleKind::Constant {
+        words.push_str(&format!(" to {}", console::short(schedule.min_lr)));
+    }
+    if schedule.warmup_steps > 0 {
+        words.push_str(&format!(", warm-up {} steps", HumanCount(schedule.warmup_steps)));
+    }
+    words
 }
 
 /// A word that a shell reads as it is.
