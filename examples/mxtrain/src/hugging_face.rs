@@ -5,7 +5,7 @@
 //! tokenizer is one of ours, it writes them, so that `AutoTokenizer.from_pretrained` gives the tokens that
 //! the model was trained on. What a user put into the folder stays: `mxtrain.json` lists the files that
 //! came from here with their checksums, and a file that is not on the list, or was changed since, is
-//! the user's.
+//! the user's. docs/hugging-face.md says all that to users.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;

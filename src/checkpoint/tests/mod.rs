@@ -105,7 +105,7 @@ fn state(step: u64) -> TrainerState {
         ..TrainerOptions::default()
     };
     let lr_override = Some(0.1 + 1e-7);
-    TrainerState { options, seed: u64::MAX - 1, step, schedule_start: step / 2, lr_override }
+    TrainerState { options, seed: u64::MAX - 1, step, schedule_start: step.min(1), lr_override }
 }
 
 /// Weights that no two elements of which are equal.
