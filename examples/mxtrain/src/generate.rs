@@ -27,7 +27,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
     let tokenizer = tokenizer(args, vocab_size)?;
     let stop_tokens = match args.ignore_eos {
         true => Vec::new(),
-        false => end_tokens(&args.checkpoint, Some(tokenizer), vocab_size)?,
+        false => end_tokens(Some(&args.checkpoint), Some(tokenizer), vocab_size)?,
     };
     for number in 0..args.samples {
         let seed = args.seed.seed.wrapping_add(number);

@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::ser::{Serialize, Serializer};
 use serde_json::{Value, json};
@@ -41,14 +41,18 @@ const VOCABULARIES: [&str; 4] = [TOKENIZER, VOCABULARY, "vocab.txt", "tokenizer.
 const CHAT_TEMPLATE: &str = "chat_template.";
 
 /// What is put beside a checkpoint's weights.
-pub(crate) struct Furniture {
-    /// Contents by name.
-    files: BTreeMap<String, Vec<u8>>,
+pub(crate) struct Files {
+    /// By name.
+    contents: BTreeMap<String, Vec<u8>>,
     /// What the user should know, a line each.
     pub(crate) notes: Vec<String>,
+    /// The checkpoint that they come from, if they do.
+    origin: Option<PathBuf>,
+    /// How the run's data became tokens, where that is known.
+    tokenizer: Option<Tokenizer>,
 }
 
-impl Furniture {
+impl Files {
     /// Collects the files for a run on data made by `tokenizer` (where that is known), of a model with
     /// `context` positions: those of the checkpoint `origin` that it begins with, or new ones.
     pub(crate) fn new(
@@ -56,27 +60,31 @@ impl Furniture {
         tokenizer: Option<Tokenizer>,
         context: usize,
     ) -> Outcome<Self> {
-        let mut furniture = Self { files: BTreeMap::new(), notes: Vec::new() };
+        let mut files =
+            Self { contents: BTreeMap::new(), notes: Vec::new(), origin: None, tokenizer };
         if let Some(origin) = origin {
             let of_origin = tokenizer_of(origin)?;
             match (&of_origin, tokenizer) {
                 (Some(found), Some(of_data)) if *found != Found::Ours(of_data) => {
-                    furniture.notes.push(format!(
+                    files.notes.push(format!(
                         "the text that {} was trained on became tokens by {found}, this run's data \
                          by {of_data}; its tokenizer files are not taken over",
                         origin.display()
                     ));
                 }
-                _ => furniture.files = read_all(origin)?,
+                _ => {
+                    files.contents = read_all(origin)?;
+                    files.origin = Some(origin.to_owned());
+                }
             }
         }
-        let has_tokenizer = furniture.files.keys().any(|name| name != GENERATION);
+        let has_tokenizer = files.contents.keys().any(|name| name != GENERATION);
         if let Some(tokenizer) = tokenizer.filter(|_| !has_tokenizer) {
-            furniture.files.insert(TOKENIZER.to_owned(), tokenizer_json(tokenizer).into_bytes());
+            files.contents.insert(TOKENIZER.to_owned(), tokenizer_json(tokenizer).into_bytes());
             let config = tokenizer_config_json(tokenizer, context).into_bytes();
-            furniture.files.insert(TOKENIZER_CONFIG.to_owned(), config);
+            files.contents.insert(TOKENIZER_CONFIG.to_owned(), config);
         }
-        Ok(furniture)
+        Ok(files)
     }
 
     /// Puts the files into a checkpoint folder, of which `before` lists the files that an earlier run
@@ -85,39 +93,43 @@ impl Furniture {
         &mut self,
         dir: &Path,
         before: &BTreeMap<String, String>,
-        tokenizer: Option<Tokenizer>,
     ) -> Outcome<BTreeMap<String, String>> {
         let there = read_all(dir)?;
         let is_ours = |name: &str| {
             there.get(name).is_none_or(|bytes| before.get(name) == Some(&checksum(bytes)))
         };
-        // Ours of a run before, which this one replaces: another tokenizer's would be left otherwise.
-        for name in there.keys().filter(|name| is_ours(name) && !self.files.contains_key(*name)) {
-            let path = dir.join(name);
-            fs::remove_file(&path).map_err(Failure::io("remove", &path))?;
-        }
         // Half of the user's tokenizer and half of another would be neither.
         let theirs =
             VOCABULARIES.into_iter().find(|name| there.contains_key(*name) && !is_ours(name));
-        if let (Some(theirs), Some(tokenizer)) = (theirs, tokenizer)
-            && let Some(found) = in_folder(dir)?
-            && found != Found::Ours(tokenizer)
+        if let (Some(theirs), Some(tokenizer)) = (theirs, self.tokenizer)
+            && in_file(&dir.join(theirs))? != Some(Found::Ours(tokenizer))
         {
             self.notes.push(format!(
-                "{} was there before this run and stays; it belongs to {found}, and this run's text \
-                 became tokens by {tokenizer}",
+                "{} was there before this run and stays, but is not {tokenizer}, the tokenizer of \
+                 this run's data",
                 dir.join(theirs).display()
             ));
-            self.files.clear();
+            self.contents.clear();
+        }
+        // Ours of a run before, which this one replaces: another tokenizer's would be left otherwise.
+        for name in there.keys().filter(|name| is_ours(name) && !self.contents.contains_key(*name))
+        {
+            let path = dir.join(name);
+            fs::remove_file(&path).map_err(Failure::io("remove", &path))?;
         }
         let mut ours = BTreeMap::new();
-        for (name, bytes) in self.files.iter().filter(|(name, _)| is_ours(name)) {
+        for (name, bytes) in self.contents.iter().filter(|(name, _)| is_ours(name)) {
             if there.get(name) != Some(bytes) {
                 write_whole(&dir.join(name), bytes)?;
             }
             ours.insert(name.clone(), checksum(bytes));
         }
         Ok(ours)
+    }
+
+    /// The tokens that end a text of the run, as [`end_tokens`] of a checkpoint.
+    pub(crate) fn end_tokens(&self, vocab_size: usize) -> Outcome<Vec<u32>> {
+        end_tokens(self.origin.as_deref(), self.tokenizer, vocab_size)
     }
 }
 
@@ -161,15 +173,14 @@ pub(crate) fn known_tokenizer(checkpoint: &Path) -> Outcome<Option<Tokenizer>> {
 /// The tokens that end a text of a checkpoint whose vocabulary has `vocab_size` tokens: what its
 /// `generation_config.json`, else its `config.json` says, and what `tokenizer` puts between documents.
 pub(crate) fn end_tokens(
-    checkpoint: &Path,
+    checkpoint: Option<&Path>,
     tokenizer: Option<Tokenizer>,
     vocab_size: usize,
 ) -> Outcome<Vec<u32>> {
     let mut tokens = Vec::new();
-    for name in [GENERATION, "config.json"] {
-        let ids = match read_json(&checkpoint.join(name))?
-            .map(|mut config| config["eos_token_id"].take())
-        {
+    let files = checkpoint.map(|dir| [GENERATION, "config.json"].map(|name| dir.join(name)));
+    for path in files.iter().flatten() {
+        let ids = match read_json(path)?.map(|mut config| config["eos_token_id"].take()) {
             Some(Value::Array(ids)) => ids,
             Some(Value::Null) | None => continue,
             Some(id) => vec![id],
@@ -177,7 +188,7 @@ pub(crate) fn end_tokens(
         for id in ids {
             let token = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
                 let message = format!("eos_token_id: expected tokens, numbers from 0, found {id}");
-                Failure::usage(message).within(checkpoint.join(name).display())
+                Failure::usage(message).within(path.display())
             })?;
             tokens.push(token);
         }
@@ -193,20 +204,29 @@ pub(crate) fn end_tokens(
 
 /// What the tokenizer files of a folder turn out to be.
 fn in_folder(dir: &Path) -> Outcome<Option<Found>> {
-    let path = dir.join(TOKENIZER);
-    if let Some(tokenizer) = read_json(&path)? {
-        let (model, pre) = (&tokenizer["model"], &tokenizer["pre_tokenizer"]);
-        let is_byte_level = model["type"] == "BPE" && pre["type"] == "ByteLevel";
-        let found = is_byte_level.then(|| with_vocabulary(&model["vocab"])).flatten();
-        return Ok(Some(found.map_or_else(|| Found::Other(words(&path)), Found::Ours)));
+    let path = VOCABULARIES.into_iter().map(|name| dir.join(name)).find(|path| path.is_file());
+    path.map_or(Ok(None), |path| in_file(&path))
+}
+
+/// What one of [`VOCABULARIES`] turns out to be.
+fn in_file(path: &Path) -> Outcome<Option<Found>> {
+    let is = |name: &str| path.file_name().is_some_and(|file| file == name);
+    if !is(TOKENIZER) && !is(VOCABULARY) {
+        return Ok(Some(Found::Other(words(path))));
     }
-    let path = dir.join(VOCABULARY);
-    if let Some(vocabulary) = read_json(&path)? {
-        let found = with_vocabulary(&vocabulary);
-        return Ok(Some(found.map_or_else(|| Found::Other(words(&path)), Found::Ours)));
-    }
-    let others = VOCABULARIES.map(|name| dir.join(name));
-    Ok(others.iter().find(|path| path.is_file()).map(|path| Found::Other(words(path))))
+    let Some(file) = read_json(path)? else { return Ok(None) };
+    let vocabulary = if is(VOCABULARY) { Some(&file) } else { byte_level_vocabulary(&file) };
+    let found = vocabulary.and_then(with_vocabulary);
+    Ok(Some(found.map_or_else(|| Found::Other(words(path)), Found::Ours)))
+}
+
+/// The vocabulary of a `tokenizer.json`, where that is byte-level BPE as GPT-2's is.
+fn byte_level_vocabulary(file: &Value) -> Option<&Value> {
+    let model = &file["model"];
+    // Old files do not say the type of a model that is BPE.
+    let is_bpe = model["type"].is_null() || model["type"] == "BPE";
+    let is_byte_level = file["pre_tokenizer"]["type"] == "ByteLevel";
+    (is_bpe && is_byte_level).then(|| &model["vocab"])
 }
 
 fn words(path: &Path) -> String {
@@ -512,7 +532,7 @@ mod tests {
     fn what_ends_a_text_is_what_the_folder_says_and_the_separator() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
-        let end = |tokenizer| end_tokens(dir.path(), tokenizer, 50_257).unwrap();
+        let end = |tokenizer| end_tokens(Some(dir.path()), tokenizer, 50_257).unwrap();
         assert!(end(None).is_empty());
         write("config.json", r#"{"eos_token_id": 7}"#);
         assert_eq!(end(None), [7]);
@@ -522,7 +542,7 @@ mod tests {
         write(GENERATION, r#"{"eos_token_id": [3, 50257, 3, 2]}"#);
         assert_eq!(end(None), [2, 3]);
         write(GENERATION, r#"{"eos_token_id": "x"}"#);
-        let message = end_tokens(dir.path(), None, 9).unwrap_err().message;
+        let message = end_tokens(Some(dir.path()), None, 9).unwrap_err().message;
         assert!(message.contains("generation_config.json: eos_token_id: expected"), "{message}");
     }
 
@@ -532,9 +552,9 @@ mod tests {
         let dir = dir.path();
         let names = || read_all(dir).unwrap().into_keys().collect::<Vec<_>>();
         let run = |tokenizer, before: &BTreeMap<_, _>| {
-            let mut furniture = Furniture::new(None, Some(tokenizer), 8).unwrap();
-            let ours = furniture.put(dir, before, Some(tokenizer)).unwrap();
-            (ours, furniture.notes)
+            let mut files = Files::new(None, Some(tokenizer), 8).unwrap();
+            let ours = files.put(dir, before).unwrap();
+            (ours, files.notes)
         };
         let is = |tokenizer| in_folder(dir).unwrap() == Some(Found::Ours(tokenizer));
         let (first, notes) = run(Tokenizer::Gpt2, &BTreeMap::new());

@@ -309,7 +309,7 @@ fn a_resumed_run_can_have_a_new_schedule() {
     assert!(error.contains("leave the option out, add --new-schedule, or start"), "{error}");
 
     let out = succeed(dir, "train --resume model --steps 12");
-    let told = "schedule    the schedule ended at step 10: steps beyond use lr 1.00e-3 (its lowest); \
+    let told = "schedule    ended at step 10: steps beyond use lr 1.00e-3 (its lowest); \
         --new-schedule starts a new one\n";
     assert!(out.contains(told), "{out}");
     let near = |rate: f64, expected: f64| (rate - expected).abs() < 1e-9;
@@ -343,7 +343,7 @@ fn a_resumed_run_can_have_a_new_schedule() {
     assert_eq!(losses(dir, "parts.jsonl"), losses(dir, "whole.jsonl"));
     assert_eq!(rates(dir, "parts.jsonl"), rates(dir, "whole.jsonl"));
     let out = succeed(dir, "train --resume parts --steps 301");
-    assert!(out.contains("the schedule ended at step 300: steps beyond use lr 4.00e-4"), "{out}");
+    assert!(out.contains("schedule    ended at step 300: steps beyond use lr 4.00e-4"), "{out}");
 }
 
 #[test]

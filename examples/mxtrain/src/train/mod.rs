@@ -18,7 +18,7 @@ pub(crate) use setup::{
 use crate::cli::TrainArgs;
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
-use crate::hugging_face::{Furniture, end_tokens};
+use crate::hugging_face;
 use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
@@ -45,7 +45,9 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
         return Err(Failure::usage("--steps: expected at least 1, got 0"));
     }
     let origin = [&args.start.resume, &args.start.init_from].into_iter().find_map(Option::as_deref);
-    let mut furniture = Furniture::new(origin, data.tokenizer, start.config().context_length)?;
+    let mut files =
+        hugging_face::Files::new(origin, data.tokenizer, start.config().context_length)?;
+    let end_tokens = files.end_tokens(start.config().vocab_size)?;
     let plan = start.plan(&engine)?;
     let place = format!("checkpoint  {}\n", out.display());
     console::print(&(header(&start, &data, steps, &about) + &place))?;
@@ -73,20 +75,18 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
         train: data.train,
         val: data.val,
         tokenizer: data.tokenizer,
-        end_tokens: Vec::new(),
+        end_tokens,
         out,
     };
     // One that cannot be read lists nothing: what is in the folder is then taken for the user's.
     let before = RunFile::read(&run.out).ok().flatten().map(|file| file.files);
     // Saved before the first step too: a folder that cannot be written should not show after hours.
     run.save()?;
-    run_file.files = furniture.put(&run.out, &before.unwrap_or_default(), run.tokenizer)?;
+    run_file.files = files.put(&run.out, &before.unwrap_or_default())?;
     run_file.write(&run.out)?;
-    for note in &furniture.notes {
+    for note in &files.notes {
         console::note(&format!("mxtrain: note: {note}"));
     }
-    let vocab_size = run.trainer.model().config().vocab_size;
-    run.end_tokens = end_tokens(&run.out, run.tokenizer, vocab_size)?;
     run.log = (args.report.log.as_deref())
         .map(|path| Log::open(path, args.start.resume.is_some()))
         .transpose()?;

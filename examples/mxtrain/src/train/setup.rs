@@ -283,7 +283,7 @@ pub(crate) fn rates_ahead(trainer: &Trainer, steps: u64) -> Option<String> {
     let (schedule, start) = (&trainer.options().schedule, trainer.schedule_start());
     if let Some(lr) = trainer.lr_override() {
         let lr = console::short(lr);
-        return Some(format!("lr {lr} was set in place of the schedule and stays"));
+        return Some(format!("not followed: lr {lr} was set in its place and stays"));
     }
     let end = start.saturating_add(schedule.total_steps);
     if schedule.kind == ScheduleKind::Constant || steps <= end {
@@ -291,7 +291,7 @@ pub(crate) fn rates_ahead(trainer: &Trainer, steps: u64) -> Option<String> {
     }
     let ends = if trainer.steps_done() >= end { "ended" } else { "ends" };
     Some(format!(
-        "the schedule {ends} at step {end}: steps beyond use lr {} (its lowest); --new-schedule \
+        "{ends} at step {end}: steps beyond use lr {} (its lowest); --new-schedule \
          starts a new one",
         console::short(schedule.at(schedule.total_steps))
     ))
