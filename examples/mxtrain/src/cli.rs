@@ -238,7 +238,8 @@ pub(crate) struct OptimizerArgs {
     #[arg(long, value_name = "RATE")]
     pub(crate) min_lr: Option<f32>,
 
-    /// Steps over which the learning rate rises [default: 2 percent of --steps; 5 with --init-from]
+    /// Steps over which the learning rate rises [default: 2 percent of --steps, or 5 with
+    /// --init-from]
     #[arg(long, value_name = "STEPS")]
     pub(crate) warmup: Option<u64>,
 
