@@ -82,7 +82,9 @@ compare() {
 }
 
 train() {
-    "$mxtrain" prepare "$repository"/*.md "$repository"/docs/*.md --out "tokens-$1" --tokenizer "$1"
+    # Without the blanks of tables, which a small model would write all the time.
+    cat "$repository"/*.md "$repository"/docs/*.md | tr -s ' -' > text.txt
+    "$mxtrain" prepare text.txt --out "tokens-$1" --tokenizer "$1"
     "$mxtrain" train --device cpu --data "tokens-$1" --out "$1" --overwrite --layers 2 --channels 64 --context 128 \
         --lr 3e-3 --steps "$2" "${@:3}" > "train-$1.log" 2>&1
 }
