@@ -56,7 +56,7 @@ BASE = set(
     abspath all allequal argmax close codeunits collect convert current_task dlopen error exp
     fieldnames fieldtype filter finalizer findfirst first foreach get get! getfield haskey include
     isapprox isempty isfile isopen join joinpath keys length map max merge mktempdir new ntuple
-    occursin ones pointer_from_objref pop! print println push! rand repr resize! reverse setindex!
+    occursin ones pointer pointer_from_objref pop! print println push! rand repr resize! reverse setindex!
     size sizeof something sprint sqrt startswith sum task_local_storage throw unsafe_load
     unsafe_pointer_to_objref unsafe_store! unsafe_string vec write yield zeros
     """.split()

@@ -1,22 +1,30 @@
 #!/usr/bin/env python3
-"""Shows that transformers opens our checkpoints and computes the same logits.
+"""Shows that transformers opens our checkpoints, computes the same logits and has the same tokens.
 
 Usage: python3 dev/check_transformers.py [MODEL_DIR]   (needs torch, transformers, numpy)
 
 Builds the library, makes a model of awkward sizes (or takes MODEL_DIR), saves it through the C API,
 loads it with GPT2LMHeadModel.from_pretrained, and compares the logits after random tokens.
+
+Of a MODEL_DIR that mxtrain made it also compares tokens, AutoTokenizer's with those of `mxtrain prepare`, and
+greedy texts. MXTRAIN names a built program; cargo builds one otherwise.
 """
 import ctypes
+import json
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 
+import numpy
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 BOUND = 1e-4
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+TEXTS = ["The kernel", "A step allocates", "I've  na\u00efve \u8a9e \U0001f980\n\n\n x , . !", "\t 3.14 'tis"]
+HEADER = 1024  # bytes of a token file before its tokens
 
 
 class ModelConfig(ctypes.Structure):
@@ -73,6 +81,48 @@ def main():
     if not worst <= BOUND:
         sys.exit(f"logits differ by {worst:.1e}, more than {BOUND:.0e}")
     print("transformers computes the same logits")
+    if len(sys.argv) > 1 and (pathlib.Path(sys.argv[1]) / "mxtrain.json").exists():
+        check_texts(pathlib.Path(sys.argv[1]).resolve())
+
+
+def check_texts(folder):
+    """Compares tokens and greedy texts with mxtrain's."""
+    program = os.environ.get("MXTRAIN")
+    if program is None:
+        subprocess.run(["cargo", "build", "--release", "-p", "mxtrain"], cwd=ROOT, check=True)
+        program = ROOT / "target/release/mxtrain"
+
+    def mxtrain(*arguments):
+        return subprocess.run([program, *arguments], check=True, capture_output=True).stdout.decode()
+
+    kind = json.loads((folder / "mxtrain.json").read_text())["tokenizer"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    texts = TEXTS + [(ROOT / name).read_text() for name in ("README.md", "dev/check_transformers.py")]
+    with tempfile.TemporaryDirectory() as scratch:
+        for text in texts:
+            file = pathlib.Path(scratch) / "text.txt"
+            file.write_text(text)
+            tokens = pathlib.Path(scratch) / "tokens"
+            mxtrain("prepare", file, "--out", tokens, "--tokenizer", kind, "--val-fraction", "0")
+            # Behind a document stands the separator, where there is one.
+            ours = numpy.fromfile(tokens / "train.bin", numpy.uint16, offset=HEADER).tolist()
+            theirs = tokenizer(text, verbose=False)["input_ids"]
+            if theirs != ours[: len(theirs)] or len(ours) - len(theirs) > 1:
+                sys.exit(f"AutoTokenizer has other tokens of {text[:40]!r}")
+            if tokenizer.decode(theirs) != text:
+                sys.exit(f"AutoTokenizer decodes another text than {text[:40]!r}")
+    print("AutoTokenizer has the same tokens")
+    for prompt in TEXTS[:2]:
+        ids = tokenizer(prompt, return_tensors="pt")
+        length = min(40, model.config.n_positions - ids["input_ids"].shape[1])
+        out = model.generate(**ids, do_sample=False, max_new_tokens=length, pad_token_id=0)[0]
+        theirs = tokenizer.decode(out, skip_special_tokens=True)
+        ours = mxtrain("generate", "--device", "cpu", "--checkpoint", folder, "--greedy", "--tokens", str(length),
+                       "--prompt", prompt)
+        if ours != theirs + "\n":
+            sys.exit(f"other greedy texts: {ours!r}, transformers {theirs!r}")
+        print(f"the same greedy text: {ours!r}")
 
 
 if __name__ == "__main__":

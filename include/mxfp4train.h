@@ -369,6 +369,12 @@ typedef struct mxt_generate_options {
   mxt_token_fn on_token;
   // Passed to on_token.
   void *user_data;
+  // Tokens that end the text, such as the one that stands between documents. The one that was
+  // sampled is the last of the new tokens, and on_token receives it. NULL (default) is none.
+  // Borrowed for the call.
+  const uint32_t *stop_tokens;
+  // Number of stop_tokens. Default 0.
+  size_t stop_token_count;
 } mxt_generate_options;
 
 // How a dataset is opened. Fill it with mxt_dataset_options_init.
@@ -436,8 +442,9 @@ typedef struct mxt_trainer_options {
   float min_lr;
   // Steps over which the rate rises linearly to lr. Default 0.
   uint64_t warmup_steps;
-  // Step at which the curve ends; later steps keep min_lr. Must be above warmup_steps, except
-  // for MXT_SCHEDULE_CONSTANT. Default 0.
+  // Step at which the curve ends, counted from the trainer's first step or from where
+  // mxt_trainer_set_schedule set the schedule; later steps keep min_lr. Must be above warmup_steps,
+  // except for MXT_SCHEDULE_CONSTANT. Default 0.
   uint64_t total_steps;
   // Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
   uint64_t decay_steps;
@@ -755,7 +762,8 @@ mxt_status mxt_generate_options_init(struct mxt_generate_options *options, size_
 // on_token only.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
-// MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature and the like),
+// MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature, a stop token outside the
+// vocabulary and the like),
 // MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 mxt_status mxt_model_generate(struct mxt_model *model,
                               const struct mxt_generate_options *options,
@@ -954,10 +962,25 @@ mxt_status mxt_trainer_eval(struct mxt_trainer *trainer,
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (negative or not finite), MXT_ERROR_BUSY.
 mxt_status mxt_trainer_set_lr(struct mxt_trainer *trainer, float lr);
 
+// Takes a new schedule from the next step on: `schedule`, `lr`, `min_lr`, `warmup_steps`,
+// `total_steps` and `decay_steps` of `options`; nothing else of it is read. Its steps are counted from
+// here: it begins with its warm-up and ends total_steps steps later. A rate that mxt_trainer_set_lr set
+// is dropped. The schedule, and where it began, are saved with the run.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field; the
+// present schedule stays), MXT_ERROR_BUSY.
+mxt_status mxt_trainer_set_schedule(struct mxt_trainer *trainer,
+                                    const struct mxt_trainer_options *options);
+
 // Returns to the schedule's learning rate after mxt_trainer_set_lr.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_BUSY.
 mxt_status mxt_trainer_use_schedule(struct mxt_trainer *trainer);
+
+// The step that the schedule counts from: 0, or the number of steps that were done when
+// mxt_trainer_set_schedule set it. 0 if `trainer` is NULL. Any thread may call it at any time, also
+// while a step is running.
+uint64_t mxt_trainer_schedule_start(const struct mxt_trainer *trainer);
 
 // Number of optimizer steps done since step 0, those before a save and load included. 0 if `trainer`
 // is NULL. Any thread may call it at any time, also while a step is running.
@@ -969,8 +992,8 @@ uint64_t mxt_trainer_steps_done(const struct mxt_trainer *trainer);
 // Any thread may call it at any time. Errors: MXT_ERROR_NULL.
 mxt_status mxt_trainer_model(const struct mxt_trainer *trainer, struct mxt_model **model);
 
-// Stores the options that the trainer was made from, or loaded with, in `*options` (struct_size set
-// by the caller). The recipe's name is valid as long as the trainer.
+// Stores the options that the trainer was made from, or loaded with, and the schedule last set, in
+// `*options` (struct_size set by the caller). The recipe's name is valid as long as the trainer.
 //
 // Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 mxt_status mxt_trainer_get_options(const struct mxt_trainer *trainer,

@@ -20,16 +20,26 @@ pub struct GenerateOptions {
     pub top_p: f32,
     /// Seed of the draws: the same seed and model give the same tokens.
     pub seed: u64,
+    /// Tokens that end the text, such as the one that stands between documents. The one that was
+    /// drawn is the last of the result, so that a text that ended differs from one cut off.
+    pub stop_tokens: Vec<u32>,
 }
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { max_tokens: 256, temperature: 0.8, top_k: 0, top_p: 1.0, seed: 1337 }
+        Self {
+            max_tokens: 256,
+            temperature: 0.8,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 1337,
+            stop_tokens: Vec::new(),
+        }
     }
 }
 
 impl GenerateOptions {
-    fn validate(&self) -> Result<()> {
+    fn validate(&self, vocab_size: usize) -> Result<()> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             let message = format!("expected a number of at least 0, got {}", self.temperature);
             return Err(Error::invalid("temperature", message));
@@ -38,13 +48,19 @@ impl GenerateOptions {
             let message = format!("expected a number above 0 and up to 1, got {}", self.top_p);
             return Err(Error::invalid("top_p", message));
         }
+        if let Some(token) = self.stop_tokens.iter().find(|token| **token as usize >= vocab_size) {
+            let message = format!(
+                "token {token} is outside the vocabulary of {vocab_size} and would never come"
+            );
+            return Err(Error::invalid("stop_tokens", message));
+        }
         Ok(())
     }
 }
 
 impl Model {
     /// Samples a continuation of `prompt`. `on_token` sees each token as it is drawn, and returns
-    /// whether to go on. Once prompt and continuation exceed the context, the oldest tokens fall out.
+    /// whether to go on; a token of `stop_tokens` is the last. Once prompt and continuation exceed the context, the oldest tokens fall out.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for an empty prompt or an option out of range,
@@ -55,8 +71,8 @@ impl Model {
         options: &GenerateOptions,
         on_token: &mut dyn FnMut(u32) -> bool,
     ) -> Result<Vec<u32>> {
-        options.validate()?;
         let config = self.config();
+        options.validate(config.vocab_size)?;
         self.check_prompt(prompt)?;
         let total = prompt.len().saturating_add(options.max_tokens);
         let longest = total.min(config.context_length);
@@ -68,7 +84,7 @@ impl Model {
             decoder.next_logits(self, context, &mut sampler.logits)?;
             let token = sampler.draw(drawn as u32)?;
             tokens.push(token);
-            if !on_token(token) {
+            if !on_token(token) || options.stop_tokens.contains(&token) {
                 break;
             }
         }

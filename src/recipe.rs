@@ -25,7 +25,7 @@
 //! | `dgrad`, `wgrad` | `bf16` | that GEMM in bf16, the other stays in MXFP4 |
 //! | `sr` | `both`, `dy`, `other` | which operand is rounded stochastically |
 //! | `bf16-last-layers` | a count | the last N blocks run their backward pass in bf16 |
-//! | `bf16-last-steps` | a fraction | the last part of all steps runs backward in bf16 |
+//! | `bf16-last-steps` | a fraction | the last part of the schedule's steps runs backward in bf16 |
 
 use std::fmt;
 use std::str::FromStr;
@@ -96,7 +96,7 @@ pub struct Recipe {
     pub wgrad: Backward,
     /// The last N blocks run their backward GEMMs in bf16.
     pub bf16_last_layers: usize,
-    /// The last part of all steps, 0 to 1, runs its backward GEMMs in bf16.
+    /// The last part of the schedule's steps, 0 to 1, runs its backward GEMMs in bf16.
     pub bf16_last_steps: f64,
 }
 

@@ -47,8 +47,17 @@ pub(crate) struct TrainerState {
     pub(crate) seed: u64,
     /// Optimizer steps done.
     pub(crate) step: u64,
+    /// The step that the schedule counts from: 0, or where a new one was set.
+    pub(crate) schedule_start: u64,
     /// Learning rate set by the host, which overrides the schedule.
     pub(crate) lr_override: Option<f32>,
+}
+
+impl TrainerState {
+    /// Steps done of the schedule.
+    fn schedule_step(&self) -> u64 {
+        self.step.saturating_sub(self.schedule_start)
+    }
 }
 
 /// What one optimizer step did.
@@ -160,7 +169,8 @@ impl Trainer {
     /// engine's limit or what the system gives.
     pub fn new(model: &Model, options: TrainerOptions) -> Result<Self> {
         let seed = model.engine().seed();
-        Self::with_state(model, TrainerState { options, seed, step: 0, lr_override: None })
+        let state = TrainerState { options, seed, step: 0, schedule_start: 0, lr_override: None };
+        Self::with_state(model, state)
     }
 
     /// Loads a checkpoint that [`Trainer::save`] wrote, model included. The run goes on bit for bit as
@@ -330,6 +340,7 @@ impl Trainer {
                 seed: self.state.seed,
                 step: self.state.step,
                 micro_step,
+                schedule_step: self.state.schedule_step(),
                 total_steps: schedule.total_steps,
             };
             backend.scope(|| {
@@ -338,7 +349,7 @@ impl Trainer {
                 let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
                 let Batch { tokens, targets, .. } = &*batch;
                 let accumulate = micro_step > 0;
-                let in_last_steps = recipe.is_in_last_steps(place.step, place.total_steps);
+                let in_last_steps = recipe.is_in_last_steps(place.schedule_step, place.total_steps);
                 let kind = StepKind { accumulate, in_last_steps };
                 backend.recorded(recordings, kind, [place.step as u32, micro_step as u32], || {
                     pass.forward(activations, tokens);
@@ -424,9 +435,34 @@ impl Trainer {
         Ok(())
     }
 
+    /// Takes a new schedule in place of the present one, from the next step on. Its steps are counted
+    /// from here: it begins with its warm-up and ends `schedule.total_steps` steps later. A rate that
+    /// [`Trainer::set_lr`] set is dropped. The schedule and where it began are saved with the run.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] naming the field; the present schedule then stays.
+    pub fn set_schedule(&mut self, schedule: Schedule) -> Result<()> {
+        let options = TrainerOptions { schedule, ..self.state.options.clone() };
+        self.state.options = options.resolved(self.model.config())?;
+        self.state.schedule_start = self.state.step;
+        self.state.lr_override = None;
+        Ok(())
+    }
+
+    /// The step that the schedule counts from: 0, or where [`Trainer::set_schedule`] set it.
+    pub fn schedule_start(&self) -> u64 {
+        self.state.schedule_start
+    }
+
+    /// The rate of [`Trainer::set_lr`], where one overrides the schedule.
+    pub fn lr_override(&self) -> Option<f32> {
+        self.state.lr_override
+    }
+
     /// Learning rate of the next step.
     pub fn next_lr(&self) -> f32 {
-        self.state.lr_override.unwrap_or_else(|| self.state.options.schedule.at(self.state.step))
+        let state = &self.state;
+        state.lr_override.unwrap_or_else(|| state.options.schedule.at(state.schedule_step()))
     }
 
     /// Optimizer steps done.
@@ -439,7 +475,7 @@ impl Trainer {
         &self.model
     }
 
-    /// The options it was made from, with the sequence length filled in.
+    /// The options it was made from, with the sequence length filled in and the schedule last set.
     pub fn options(&self) -> &TrainerOptions {
         &self.state.options
     }

@@ -58,6 +58,28 @@ fn options(recipe: &str) -> TrainerOptions {
     }
 }
 
+fn new_schedule() -> Schedule {
+    let kind = ScheduleKind::Linear;
+    Schedule { kind, lr: 2e-3, warmup_steps: 3, total_steps: 5, ..Schedule::default() }
+}
+
+/// A schedule that cannot be leaves the present one, and a new one ends a rate of the host's.
+#[test]
+fn a_new_schedule_counts_from_where_it_is_set() {
+    let mut trainer = trainer(&engine(1), "bf16");
+    run(&mut trainer, 2);
+    trainer.set_lr(Some(0.5)).unwrap();
+    let endless = Schedule { kind: ScheduleKind::Cosine, ..Schedule::default() };
+    let error = trainer.set_schedule(endless).unwrap_err().to_string();
+    assert!(error.starts_with("total_steps: "), "{error}");
+    assert_eq!((trainer.next_lr(), trainer.schedule_start()), (0.5, 0));
+    trainer.set_schedule(new_schedule()).unwrap();
+    assert_eq!((trainer.lr_override(), trainer.schedule_start()), (None, 2));
+    let rates: Vec<_> = (0..6).map(|_| trainer.step(&data()).unwrap().lr).collect();
+    let expected: Vec<_> = (0..6).map(|step| new_schedule().at(step)).collect();
+    assert_eq!(rates, expected);
+}
+
 /// Bits of the losses and norms of `steps` steps.
 fn run(trainer: &mut Trainer, steps: u64) -> Vec<(u32, u32)> {
     let data = data();
@@ -117,7 +139,10 @@ fn another_process_resumes_bit_for_bit() {
         let folder = tempfile::tempdir().unwrap();
         let checkpoint = folder.path().join("checkpoint");
         let mut uninterrupted = trainer(&engine(2), recipe);
-        run(&mut uninterrupted, STEPS_BEFORE);
+        run(&mut uninterrupted, STEPS_BEFORE - 1);
+        // One set on the way is a part of what is resumed.
+        uninterrupted.set_schedule(new_schedule()).unwrap();
+        run(&mut uninterrupted, 1);
         uninterrupted.save(&checkpoint).unwrap();
         let expected = run(&mut uninterrupted, STEPS_AFTER);
 
@@ -149,6 +174,9 @@ fn resume_in_a_child() {
     let mut trainer =
         Trainer::load(&Engine::new(options).unwrap(), Path::new(&checkpoint)).unwrap();
     assert_eq!(trainer.steps_done(), STEPS_BEFORE);
+    assert_eq!(trainer.schedule_start(), STEPS_BEFORE - 1);
+    assert_eq!(trainer.options().schedule, new_schedule());
+    assert_eq!(trainer.next_lr(), new_schedule().at(1));
     println!();
     for (loss, norm) in run(&mut trainer, STEPS_AFTER) {
         println!("bits {loss} {norm}");

@@ -303,9 +303,17 @@ struct defaults : C {
 
 using EngineOptions = detail::defaults<mxt_engine_options, mxt_engine_options_init>;
 using ModelConfig = detail::defaults<mxt_model_config, mxt_model_config_init>;
-using GenerateOptions = detail::defaults<mxt_generate_options, mxt_generate_options_init>;
 using TrainerOptions = detail::defaults<mxt_trainer_options, mxt_trainer_options_init>;
 using DatasetOptions = detail::defaults<mxt_dataset_options, mxt_dataset_options_init>;
+
+struct GenerateOptions : detail::defaults<mxt_generate_options, mxt_generate_options_init> {
+  // The tokens that end a text. They are not copied: they must live until the text is made.
+  void stop_at(view<const std::uint32_t> tokens) noexcept {
+    stop_tokens = tokens.data();
+    stop_token_count = tokens.size();
+  }
+  void stop_at(std::initializer_list<std::uint32_t> tokens) = delete;  // It would not live.
+};
 
 struct RunOptions : detail::defaults<mxt_run_options, mxt_run_options_init> {
   // So that a number of steps can be given where no more is wanted.
@@ -600,6 +608,13 @@ class Trainer {
   void clear_stop() const noexcept { mxt_trainer_clear_stop(get()); }
 
   outcome<void> set_lr(float lr) { return detail::finish(mxt_trainer_set_lr(get(), lr)); }
+  // Takes the schedule of `options` (kind, rates, warmup_steps, total_steps, decay_steps) from the next
+  // step on, its steps counted from here.
+  outcome<void> set_schedule(const TrainerOptions &options) {
+    return detail::finish(mxt_trainer_set_schedule(get(), &options));
+  }
+  // The step that the schedule counts from.
+  std::uint64_t schedule_start() const noexcept { return mxt_trainer_schedule_start(get()); }
   outcome<void> use_schedule() { return detail::finish(mxt_trainer_use_schedule(get())); }
   std::uint64_t steps_done() const noexcept { return mxt_trainer_steps_done(get()); }
 

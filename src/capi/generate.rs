@@ -9,6 +9,7 @@ use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
 use super::{arguments, buffers, float_mode, guard};
 use crate::GenerateOptions;
+use crate::reserve::zeros;
 
 /// Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
 /// this token.
@@ -39,6 +40,12 @@ pub struct mxt_generate_options {
     pub on_token: mxt_token_fn,
     /// Passed to on_token.
     pub user_data: *mut c_void,
+    /// Tokens that end the text, such as the one that stands between documents. The one that was
+    /// sampled is the last of the new tokens, and on_token receives it. NULL (default) is none.
+    /// Borrowed for the call.
+    pub stop_tokens: *const u32,
+    /// Number of stop_tokens. Default 0.
+    pub stop_token_count: usize,
 }
 versioned!(mxt_generate_options, last = user_data: *mut c_void);
 
@@ -54,6 +61,8 @@ impl Options for mxt_generate_options {
             top_p: options.top_p,
             on_token: None,
             user_data: std::ptr::null_mut(),
+            stop_tokens: std::ptr::null(),
+            stop_token_count: 0,
         }
     }
 }
@@ -79,7 +88,8 @@ pub unsafe extern "C" fn mxt_generate_options_init(
 /// on_token only.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
-/// MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature and the like),
+/// MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature, a stop token outside the
+/// vocabulary and the like),
 /// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_generate(
@@ -97,6 +107,10 @@ pub unsafe extern "C" fn mxt_model_generate(
             let out = arguments::place("written", written)?;
             let options = read_or_default("options", options)?;
             let prompt = arguments::slice("prompt", prompt, prompt_count)?;
+            let stops =
+                arguments::slice("stop_tokens", options.stop_tokens, options.stop_token_count)?;
+            let mut stop_tokens = zeros("the stop tokens", stops.len())?;
+            stop_tokens.copy_from_slice(stops);
             let stream_only = tokens.is_null() && capacity == 0;
             if !stream_only && capacity < options.max_tokens {
                 let message = format!(
@@ -117,6 +131,7 @@ pub unsafe extern "C" fn mxt_model_generate(
                     top_k: options.top_k,
                     top_p: options.top_p,
                     seed: options.seed,
+                    stop_tokens,
                 },
                 &mut |token| {
                     options.on_token.is_none_or(|on_token| {

@@ -2,7 +2,7 @@
 
 use std::ffi::{CString, c_char};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, TryLockError};
+use std::sync::{Mutex, PoisonError, TryLockError};
 
 use super::dataset::mxt_dataset;
 use super::engine::mxt_engine;
@@ -30,7 +30,10 @@ pub struct mxt_trainer {
     stop: StopHandle,
     /// Steps done, to be read while a step is running.
     steps: AtomicU64,
-    options: TrainerOptions,
+    /// As `steps`.
+    schedule_start: AtomicU64,
+    /// A copy, to be read while a step is running.
+    options: Mutex<TrainerOptions>,
     /// The name of the recipe, which `mxt_trainer_options` borrows.
     recipe: CString,
 }
@@ -45,9 +48,10 @@ impl mxt_trainer {
             state: State::sharing(model.state().access()),
             stop: trainer.stop_handle(),
             steps: AtomicU64::new(trainer.steps_done()),
+            schedule_start: AtomicU64::new(trainer.schedule_start()),
             trainer: Mutex::new(trainer),
             model,
-            options,
+            options: Mutex::new(options),
             recipe,
         };
         Ok(handle.into_raw())
@@ -65,6 +69,7 @@ impl mxt_trainer {
         })?;
         let result = body(&mut trainer);
         self.steps.store(trainer.steps_done(), Ordering::Release);
+        self.schedule_start.store(trainer.schedule_start(), Ordering::Release);
         result
     }
 
@@ -79,6 +84,10 @@ impl mxt_trainer {
 
     pub(super) fn steps_done(&self) -> u64 {
         self.steps.load(Ordering::Acquire)
+    }
+
+    fn schedule_start(&self) -> u64 {
+        self.schedule_start.load(Ordering::Acquire)
     }
 }
 
@@ -267,6 +276,31 @@ pub unsafe extern "C" fn mxt_trainer_set_lr(trainer: *mut mxt_trainer, lr: f32) 
     }
 }
 
+/// Takes a new schedule from the next step on: `schedule`, `lr`, `min_lr`, `warmup_steps`,
+/// `total_steps` and `decay_steps` of `options`; nothing else of it is read. Its steps are counted from
+/// here: it begins with its warm-up and ends total_steps steps later. A rate that mxt_trainer_set_lr set
+/// is dropped. The schedule, and where it began, are saved with the run.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field; the
+/// present schedule stays), MXT_ERROR_BUSY.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_set_schedule(
+    trainer: *mut mxt_trainer,
+    options: *const mxt_trainer_options,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_trainer_set_schedule", trainer, |handle| {
+            let schedule = read("options", options)?.schedule()?;
+            handle.exclusive(|trainer| {
+                trainer.set_schedule(schedule.clone())?;
+                handle.options.lock().unwrap_or_else(PoisonError::into_inner).schedule = schedule;
+                Ok(())
+            })
+        })
+    }
+}
+
 /// Returns to the schedule's learning rate after mxt_trainer_set_lr.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_BUSY.
@@ -278,6 +312,15 @@ pub unsafe extern "C" fn mxt_trainer_use_schedule(trainer: *mut mxt_trainer) -> 
             trainer.exclusive(|trainer| Ok(trainer.set_lr(None)?))
         })
     }
+}
+
+/// The step that the schedule counts from: 0, or the number of steps that were done when
+/// mxt_trainer_set_schedule set it. 0 if `trainer` is NULL. Any thread may call it at any time, also
+/// while a step is running.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_schedule_start(trainer: *const mxt_trainer) -> u64 {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::getter("mxt_trainer_schedule_start", trainer, mxt_trainer::schedule_start) }
 }
 
 /// Number of optimizer steps done since step 0, those before a save and load included. 0 if `trainer`
@@ -307,8 +350,8 @@ pub unsafe extern "C" fn mxt_trainer_model(
     }
 }
 
-/// Stores the options that the trainer was made from, or loaded with, in `*options` (struct_size set
-/// by the caller). The recipe's name is valid as long as the trainer.
+/// Stores the options that the trainer was made from, or loaded with, and the schedule last set, in
+/// `*options` (struct_size set by the caller). The recipe's name is valid as long as the trainer.
 ///
 /// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 #[unsafe(no_mangle)]
@@ -320,7 +363,8 @@ pub unsafe extern "C" fn mxt_trainer_get_options(
     unsafe {
         guard::method("mxt_trainer_get_options", trainer, |trainer| {
             let out = Out::required("options", options)?;
-            out.put(mxt_trainer_options::new(&trainer.options, trainer.recipe.as_ptr()));
+            let options = trainer.options.lock().unwrap_or_else(PoisonError::into_inner);
+            out.put(mxt_trainer_options::new(&options, trainer.recipe.as_ptr()));
             Ok(())
         })
     }

@@ -57,8 +57,9 @@ pub struct mxt_trainer_options {
     pub min_lr: f32,
     /// Steps over which the rate rises linearly to lr. Default 0.
     pub warmup_steps: u64,
-    /// Step at which the curve ends; later steps keep min_lr. Must be above warmup_steps, except
-    /// for MXT_SCHEDULE_CONSTANT. Default 0.
+    /// Step at which the curve ends, counted from the trainer's first step or from where
+    /// mxt_trainer_set_schedule set the schedule; later steps keep min_lr. Must be above warmup_steps,
+    /// except for MXT_SCHEDULE_CONSTANT. Default 0.
     pub total_steps: u64,
     /// Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
     pub decay_steps: u64,
@@ -115,11 +116,8 @@ impl mxt_trainer_options {
         }
     }
 
-    /// The crate's form.
-    ///
-    /// # Safety
-    /// `recipe` and `recompute` are NULL or end with a zero byte.
-    pub(super) unsafe fn parse(self) -> Result<TrainerOptions, Failure> {
+    /// The schedule alone, in the crate's form.
+    pub(super) fn schedule(&self) -> Result<Schedule, Failure> {
         const SCHEDULES: [(mxt_schedule, ScheduleKind); 4] = [
             (mxt_schedule::Constant, ScheduleKind::Constant),
             (mxt_schedule::Cosine, ScheduleKind::Cosine),
@@ -131,6 +129,21 @@ impl mxt_trainer_options {
             let message = format!("expected one of mxt_schedule, 0 to 3; got {}", self.schedule);
             return Err(Failure::invalid("schedule", message));
         };
+        Ok(Schedule {
+            kind,
+            lr: self.lr,
+            min_lr: self.min_lr,
+            warmup_steps: self.warmup_steps,
+            total_steps: self.total_steps,
+            decay_steps: self.decay_steps,
+        })
+    }
+
+    /// The crate's form.
+    ///
+    /// # Safety
+    /// `recipe` and `recompute` are NULL or end with a zero byte.
+    pub(super) unsafe fn parse(self) -> Result<TrainerOptions, Failure> {
         let mut options = TrainerOptions {
             batch_size: self.batch_size,
             sequence_length: self.sequence_length,
@@ -142,14 +155,7 @@ impl mxt_trainer_options {
                 weight_decay: self.weight_decay,
                 clip: self.clip,
             },
-            schedule: Schedule {
-                kind,
-                lr: self.lr,
-                min_lr: self.min_lr,
-                warmup_steps: self.warmup_steps,
-                total_steps: self.total_steps,
-                decay_steps: self.decay_steps,
-            },
+            schedule: self.schedule()?,
             ..TrainerOptions::default()
         };
         if !self.recipe.is_null() {

@@ -93,6 +93,11 @@ fn check(state: &TrainerState) -> Result<()> {
         let message = format!("expected a number that a run can reach, got {}", state.step);
         return Err(Error::invalid("step", message));
     }
+    if state.schedule_start > state.step {
+        let message =
+            format!("expected at most the step, {}, got {}", state.step, state.schedule_start);
+        return Err(Error::invalid("schedule_start", message));
+    }
     match state.lr_override {
         Some(lr) if !(lr.is_finite() && lr >= 0.0) => {
             Err(Error::invalid("lr_override", format!("expected at least 0, got {lr}")))
@@ -112,6 +117,9 @@ struct Document {
     version: u32,
     step: u64,
     seed: u64,
+    /// Not written where it is 0, as files of earlier versions have it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    schedule_start: u64,
     lr_override: Option<f32>,
     recipe: String,
     /// Not written where nothing is, as files of earlier versions have it.
@@ -151,7 +159,7 @@ struct Curve {
 impl Document {
     fn new(state: &TrainerState, files: Sisters) -> Self {
         // Taken apart by name, so that a new field cannot be forgotten here.
-        let TrainerState { options, seed, step, lr_override } = state;
+        let TrainerState { options, seed, step, schedule_start, lr_override } = state;
         let TrainerOptions {
             batch_size,
             sequence_length,
@@ -167,6 +175,7 @@ impl Document {
             version: VERSION,
             step: *step,
             seed: *seed,
+            schedule_start: *schedule_start,
             lr_override: *lr_override,
             recipe: recipe.to_string(),
             recompute: (*recompute != Recompute::Nothing).then(|| recompute.to_string()),
@@ -206,8 +215,8 @@ impl Document {
                 decay_steps,
             },
         };
-        let (seed, step, lr_override) = (self.seed, self.step, self.lr_override);
-        Ok((TrainerState { options, seed, step, lr_override }, self.files))
+        let Self { seed, step, schedule_start, lr_override, files, .. } = self;
+        Ok((TrainerState { options, seed, step, schedule_start, lr_override }, files))
     }
 
     /// CRC-32 of the values: white space and the order of the keys do not count. `crc32` is None.
@@ -215,4 +224,8 @@ impl Document {
         debug_assert!(self.crc32.is_none());
         Ok(format!("{:08x}", crc32fast::hash(&serde_json::to_vec(self)?)))
     }
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }

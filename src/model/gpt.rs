@@ -28,7 +28,9 @@ pub(crate) struct Place {
     pub(crate) seed: u64,
     pub(crate) step: u64,
     pub(crate) micro_step: usize,
-    /// Steps of the whole run, 0 where not known; recipes may change towards the end.
+    /// Steps of the schedule that are done.
+    pub(crate) schedule_step: u64,
+    /// Steps of the whole schedule, 0 where not known; recipes may change towards the end.
     pub(crate) total_steps: u64,
 }
 
@@ -154,7 +156,7 @@ impl<B: Backend> Pass<'_, B> {
             self.recompute(acts, l);
             let grads = &mut grads.blocks[l];
             let layers = self.config.layers;
-            let recipe = self.recipe.for_layer(l, layers, place.step, place.total_steps);
+            let recipe = self.recipe.for_layer(l, layers, place.schedule_step, place.total_steps);
             let random = |linear| Random {
                 seed: place.seed,
                 step: place.step as u32,

@@ -1,4 +1,7 @@
 //! Learning-rate schedules: a pure function of the step, so that a resumed run needs no state.
+//!
+//! Steps count from where the schedule was set: the run's first step, or the one at which
+//! `Trainer::set_schedule` took a new one.
 
 use std::fmt;
 use std::str::FromStr;

@@ -165,6 +165,7 @@ static void making(const char *tokens) {
   IS_NOTHING(mxt_model_tensor_count(model));
   IS_NOTHING(mxt_dataset_token_count(dataset));
   IS_NOTHING(mxt_trainer_steps_done(trainer));
+  IS_NOTHING(mxt_trainer_schedule_start(trainer));
   TEXT_PANICS(mxt_engine_last_error(engine));
   TEXT_PANICS(mxt_model_last_error(model));
   TEXT_PANICS(mxt_dataset_last_error(dataset));
@@ -232,6 +233,7 @@ int main(int argc, char **argv) {
   TRAINER_PANICS(mxt_trainer_save(trainer, folder));
   TRAINER_PANICS(mxt_trainer_set_lr(trainer, 1e-3f));
   TRAINER_PANICS(mxt_trainer_use_schedule(trainer));
+  TRAINER_PANICS(mxt_trainer_set_schedule(trainer, &options));
   TRAINER_PANICS(mxt_trainer_model(trainer, &other));
   TRAINER_PANICS(mxt_trainer_get_options(trainer, &options));
   TRAINER_PANICS(mxt_trainer_run(trainer, dataset, &run, NULL));

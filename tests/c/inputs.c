@@ -73,6 +73,11 @@ int main(int argc, char **argv) {
           mxt_model_generate(model, &generate, NULL, 0, tokens, 8, &written));
   FAILS(MXT_ERROR_TOKEN_RANGE, "32",
         mxt_model_generate(model, &generate, outside, 2, tokens, 8, &written));
+  generate.stop_tokens = outside;
+  generate.stop_token_count = 2;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "stop_tokens",
+        mxt_model_generate(model, &generate, prompt, 2, tokens, 8, &written));
+  generate.stop_token_count = 0;
   set_float(&generate.temperature, -1);
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "temperature",
         mxt_model_generate(model, &generate, prompt, 2, tokens, 8, &written));
@@ -173,6 +178,14 @@ int main(int argc, char **argv) {
   RETURNS(MXT_ERROR_INVALID_ARGUMENT, mxt_trainer_set_lr(trainer, -1));
   RETURNS(MXT_ERROR_INVALID_ARGUMENT, mxt_trainer_set_lr(trainer, nan));
   CHECK(strstr(mxt_trainer_last_error(trainer), "lr") != NULL);
+  mxt_trainer_options schedule;
+  OK(mxt_trainer_options_init(&schedule, sizeof schedule));
+  schedule.schedule = 4;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "schedule", mxt_trainer_set_schedule(trainer, &schedule));
+  schedule.schedule = MXT_SCHEDULE_COSINE; /* total_steps is 0 */
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "total_steps", mxt_trainer_set_schedule(trainer, &schedule));
+  OK(mxt_trainer_get_options(trainer, &schedule));
+  CHECK(schedule.schedule == MXT_SCHEDULE_CONSTANT);
 
   /* A file where a folder should be. */
   FILE *file = fopen(in_folder(folder, "file"), "w");

@@ -65,6 +65,10 @@ int main(void) {
   IS_NULL("model", mxt_model_generate(NULL, NULL, &token, 1, NULL, 0, &written));
   IS_NULL("prompt", mxt_model_generate(model, NULL, NULL, 1, NULL, 0, &written));
   IS_NULL("tokens", mxt_model_generate(model, NULL, &token, 1, NULL, 256, &written));
+  mxt_generate_options generate;
+  OK(mxt_generate_options_init(&generate, sizeof generate));
+  generate.stop_token_count = 1;
+  IS_NULL("stop_tokens", mxt_model_generate(model, &generate, &token, 1, NULL, 0, &written));
   IS_NULL("written", mxt_model_generate(model, NULL, &token, 1, tokens, 8, NULL));
 
   IS_NULL("pattern", mxt_dataset_open(NULL, &no_dataset));
@@ -103,6 +107,9 @@ int main(void) {
   IS_NULL("stats", mxt_trainer_eval(trainer, dataset, 1, NULL));
   IS_NULL("trainer", mxt_trainer_set_lr(NULL, 1));
   IS_NULL("trainer", mxt_trainer_use_schedule(NULL));
+  IS_NULL("trainer", mxt_trainer_set_schedule(NULL, NULL));
+  IS_NULL("options", mxt_trainer_set_schedule(trainer, NULL));
+  CHECK(mxt_trainer_schedule_start(NULL) == 0);
   CHECK(mxt_trainer_steps_done(NULL) == 0);
   IS_NULL("trainer", mxt_trainer_model(NULL, &no_model));
   IS_NULL("model", mxt_trainer_model(trainer, NULL));

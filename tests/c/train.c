@@ -98,6 +98,29 @@ int main(int argc, char **argv) {
   CHECK(step(trainer, dataset).lr == options.lr);
   OK(mxt_trainer_step(trainer, dataset, NULL));
 
+  /* A new schedule counts its steps from where it was set, also after a save and a load. */
+  OK(mxt_trainer_set_lr(trainer, 5e-3f));
+  kept.schedule = MXT_SCHEDULE_LINEAR;
+  kept.lr = 4e-3f;
+  kept.min_lr = 0;
+  kept.warmup_steps = 2;
+  kept.total_steps = 6;
+  OK(mxt_trainer_set_schedule(trainer, &kept));
+  const uint64_t start = mxt_trainer_steps_done(trainer);
+  CHECK(mxt_trainer_schedule_start(trainer) == start);
+  CHECK(step(trainer, dataset).lr == 2e-3f);
+  OK(mxt_trainer_save(trainer, checkpoint));
+  mxt_trainer_free(trainer);
+  OK(mxt_trainer_load(engine, checkpoint, &trainer));
+  CHECK(mxt_trainer_schedule_start(trainer) == start);
+  OK(mxt_trainer_get_options(trainer, &kept));
+  CHECK(kept.schedule == MXT_SCHEDULE_LINEAR && kept.total_steps == 6);
+  const float rates[] = {4e-3f, 4e-3f, 3e-3f, 2e-3f, 1e-3f, 0};
+  for (int i = 0; i < 6; i++) {
+    const float difference = step(trainer, dataset).lr - rates[i];
+    CHECK(difference < 1e-9f && difference > -1e-9f);
+  }
+
   mxt_model *trained = NULL;
   OK(mxt_trainer_model(trainer, &trained));
   mxt_model_free(trained);
@@ -114,6 +137,12 @@ int main(int argc, char **argv) {
   CHECK(written == 30);
   OK(mxt_model_generate(trained, &generate, text, 2, again, 30, &written));
   CHECK(written == 30 && memcmp(text + 2, again, sizeof again) == 0);
+  /* A stop token ends the text and is its last token. */
+  generate.stop_tokens = &again[0];
+  generate.stop_token_count = 1;
+  OK(mxt_model_generate(trained, &generate, text, 2, text + 2, 30, &written));
+  CHECK(written == 1 && text[2] == again[0]);
+  generate.stop_token_count = 0;
   int count = 0;
   generate.on_token = stop_after_three;
   generate.user_data = &count;

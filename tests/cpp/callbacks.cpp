@@ -119,6 +119,13 @@ void tokens(Fixture &it) {
     return seen.size() == 5 ? mxt::Flow::stop : mxt::Flow::go_on;
   });
   CHECK(text == seen && text.size() == 5);
+  // The first token of a greedy text, as a stop token, is all of the text.
+  mxt::GenerateOptions greedy;
+  greedy.temperature = 0;
+  const auto whole = it.model.generate({1, 2}, greedy);
+  greedy.stop_at({whole.data(), 1});
+  CHECK(it.model.generate({1, 2}, greedy) == std::vector<std::uint32_t>{whole[0]});
+
   int caught = 0;
   std::size_t count = 0;
   try {

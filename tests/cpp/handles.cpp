@@ -83,6 +83,10 @@ static void moves_and_lifetimes() {
   CHECK(first.step(*dataset).step == 1);
   mxt::Trainer second = std::move(first);
   CHECK(second.step(*dataset).step == 2);
+  mxt::TrainerOptions schedule;
+  schedule.lr = 2e-3f;
+  second.set_schedule(schedule);
+  CHECK(second.schedule_start() == 2 && second.options().lr == 2e-3f);
   CHECK(first.get() == nullptr && first.steps_done() == 0);
   first.request_stop();
   first.clear_stop();

@@ -438,6 +438,12 @@ struct mxt_generate_options
     on_token::mxt_token_fn
     # Passed to on_token.
     user_data::Ptr{Cvoid}
+    # Tokens that end the text, such as the one that stands between documents. The one that was
+    # sampled is the last of the new tokens, and on_token receives it. NULL (default) is none.
+    # Borrowed for the call.
+    stop_tokens::Ptr{UInt32}
+    # Number of stop_tokens. Default 0.
+    stop_token_count::Csize_t
 end
 
 """
@@ -511,8 +517,9 @@ struct mxt_trainer_options
     min_lr::Cfloat
     # Steps over which the rate rises linearly to lr. Default 0.
     warmup_steps::UInt64
-    # Step at which the curve ends; later steps keep min_lr. Must be above warmup_steps, except
-    # for MXT_SCHEDULE_CONSTANT. Default 0.
+    # Step at which the curve ends, counted from the trainer's first step or from where
+    # mxt_trainer_set_schedule set the schedule; later steps keep min_lr. Must be above warmup_steps,
+    # except for MXT_SCHEDULE_CONSTANT. Default 0.
     total_steps::UInt64
     # Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
     decay_steps::UInt64
@@ -1011,7 +1018,8 @@ for, at least max_tokens of the options; with `tokens` NULL and `capacity` 0 the
 on_token only.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
-MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature and the like),
+MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature, a stop token outside the
+vocabulary and the like),
 MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 """
 function mxt_model_generate(model, options, prompt, prompt_count, tokens, capacity, written)
@@ -1373,6 +1381,24 @@ function mxt_trainer_set_lr(trainer, lr)
 end
 
 """
+    mxt_trainer_set_schedule(trainer, options)
+
+Takes a new schedule from the next step on: `schedule`, `lr`, `min_lr`, `warmup_steps`,
+`total_steps` and `decay_steps` of `options`; nothing else of it is read. Its steps are counted from
+here: it begins with its warm-up and ends total_steps steps later. A rate that mxt_trainer_set_lr set
+is dropped. The schedule, and where it began, are saved with the run.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field; the
+present schedule stays), MXT_ERROR_BUSY.
+"""
+function mxt_trainer_set_schedule(trainer, options)
+    return @ccall libmxfp4train.mxt_trainer_set_schedule(
+        trainer::Ptr{mxt_trainer},
+        options::Ptr{mxt_trainer_options}
+    )::mxt_status
+end
+
+"""
     mxt_trainer_use_schedule(trainer)
 
 Returns to the schedule's learning rate after mxt_trainer_set_lr.
@@ -1383,6 +1409,19 @@ function mxt_trainer_use_schedule(trainer)
     return @ccall libmxfp4train.mxt_trainer_use_schedule(
         trainer::Ptr{mxt_trainer}
     )::mxt_status
+end
+
+"""
+    mxt_trainer_schedule_start(trainer)
+
+The step that the schedule counts from: 0, or the number of steps that were done when
+mxt_trainer_set_schedule set it. 0 if `trainer` is NULL. Any thread may call it at any time, also
+while a step is running.
+"""
+function mxt_trainer_schedule_start(trainer)
+    return @ccall libmxfp4train.mxt_trainer_schedule_start(
+        trainer::Ptr{mxt_trainer}
+    )::UInt64
 end
 
 """
@@ -1413,8 +1452,8 @@ end
 """
     mxt_trainer_get_options(trainer, options)
 
-Stores the options that the trainer was made from, or loaded with, in `*options` (struct_size set
-by the caller). The recipe's name is valid as long as the trainer.
+Stores the options that the trainer was made from, or loaded with, and the schedule last set, in
+`*options` (struct_size set by the caller). The recipe's name is valid as long as the trainer.
 
 Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 """

@@ -40,7 +40,8 @@ using Preferences: @load_preference, @set_preferences!
 
 export Dataset, Engine, MXFP4Error, Model, Tensors, Trainer
 export clear_stop, config, coverage, evaluate!, generate, load, max_token, next_logits, options,
-    parameter_count, plan, request_stop, run!, save, set_library!, set_lr!, step!, steps, steps_done, tensors, use_schedule!
+    parameter_count, plan, request_stop, run!, save, schedule_start, set_library!, set_lr!, set_schedule!, step!,
+    steps, steps_done, tensors, use_schedule!
 
 include("LibMXFP4Train.jl")
 import .LibMXFP4Train as Lib

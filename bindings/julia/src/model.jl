@@ -75,12 +75,13 @@ function next_logits(model::Model, tokens::AbstractVector{<:Integer})
 end
 
 """
-    generate(model, prompt; max_tokens = 256, temperature = 0.8, top_k = 0, top_p = 1, seed = 1337)
+    generate(model, prompt; max_tokens = 256, temperature = 0.8, top_k = 0, top_p = 1, seed = 1337,
+             stop_tokens = [])
     generate(f, model, prompt; ...)
 
 A continuation of the tokens of `prompt`, without the prompt, as a `Vector{UInt32}`.
 
-`f(token)` is called for each token as it is sampled; the text ends when it returns `:stop`. With
+A token of `stop_tokens` ends the text and is its last token. `f(token)` is called for each token as it is sampled; the text ends when it returns `:stop`. With
 the `do` syntax:
 
     generate(model, prompt) do token
@@ -90,14 +91,26 @@ the `do` syntax:
 generate(model::Model, prompt::AbstractVector{<:Integer}; fields...) =
     generate(Returns(nothing), model, prompt; fields...)
 
-function generate(f, model::Model, prompt::AbstractVector{<:Integer}; fields...)
+function generate(
+    f,
+    model::Model,
+    prompt::AbstractVector{<:Integer};
+    stop_tokens::AbstractVector{<:Integer} = UInt32[],
+    fields...,
+)
     callback = Callback(f)
     prompt_tokens = c_tokens(prompt)
+    stops = c_tokens(stop_tokens)
     written = Ref{Csize_t}(0)
-    managed = (on_token = token_function(), user_data = pointer_from_objref(callback))
+    managed = (
+        on_token = token_function(),
+        user_data = pointer_from_objref(callback),
+        stop_tokens = pointer(stops),
+        stop_token_count = length(stops),
+    )
     how = Ref(filled(Lib.mxt_generate_options, Lib.mxt_generate_options_init, fields, managed))
     tokens = Vector{UInt32}(undef, Int(how[].max_tokens))
-    status = GC.@preserve callback begin
+    status = GC.@preserve callback stops begin
         calling_back() do
             Lib.mxt_model_generate(
                 model,

@@ -122,6 +122,34 @@ Takes `lr` as the learning rate from the next step on, in place of the schedule'
 set_lr!(trainer::Trainer, lr::Real) = check(Lib.mxt_trainer_set_lr(trainer, lr))
 
 """
+    set_schedule!(trainer; schedule = :constant, lr = 3e-4, min_lr = 0, warmup_steps = 0,
+                  total_steps = 0, decay_steps = 0)
+
+Takes a new schedule from the next step on. Its steps are counted from here: it ends `total_steps`
+steps later. `schedule` is one of [`Trainer`](@ref)'s. A rate of [`set_lr!`](@ref) is dropped.
+"""
+function set_schedule!(trainer::Trainer; fields...)
+    for name in keys(fields)
+        name in SCHEDULE_FIELDS && continue
+        known = join(SCHEDULE_FIELDS, ", ")
+        throw(ArgumentError("expected options among $known, got $name"))
+    end
+    status = with_trainer_options(; fields...) do how
+        Lib.mxt_trainer_set_schedule(trainer, how)
+    end
+    return check(status)
+end
+
+const SCHEDULE_FIELDS = (:schedule, :lr, :min_lr, :warmup_steps, :total_steps, :decay_steps)
+
+"""
+    schedule_start(trainer)
+
+The step that the schedule counts from: 0, or where [`set_schedule!`](@ref) set it.
+"""
+schedule_start(trainer::Trainer) = Int(Lib.mxt_trainer_schedule_start(trainer))
+
+"""
     use_schedule!(trainer)
 
 Returns to the schedule's learning rate.

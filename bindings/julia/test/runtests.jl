@@ -131,6 +131,11 @@ end
     @test step!(trainer, dataset).lr == 1.0f-3
     use_schedule!(trainer)
     @test step!(trainer, dataset).lr == 1.0f-2
+    set_schedule!(trainer; schedule = :linear, lr = 4e-3, total_steps = 4)
+    @test schedule_start(trainer) == steps_done(trainer)
+    @test step!(trainer, dataset).lr == 4.0f-3 && step!(trainer, dataset).lr == 3.0f-3
+    @test thrown(() -> set_schedule!(trainer; clip = 1)) isa ArgumentError
+    set_schedule!(trainer; lr = 1e-2)
     made_from = options(trainer)
     @test made_from.recipe == "mxfp4-rht-sr" && made_from.schedule === :constant
     mktempdir() do folder
@@ -196,6 +201,8 @@ end
     logits = next_logits(model, [1, 2])
     @test length(logits) == 32
     @test generate(model, [1, 2]; max_tokens = 1, temperature = 0) == [argmax(logits) - 1]
+    stopped = generate(model, [1, 2]; temperature = 0, stop_tokens = [argmax(logits) - 1])
+    @test stopped == [argmax(logits) - 1]
     seen = UInt32[]
     tokens = generate(model, [1, 2]; max_tokens = 8) do token
         push!(seen, token)

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{DatasetOptions, Recipe, Recompute, ScheduleKind};
 
@@ -245,6 +246,12 @@ pub(crate) struct StartArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
 
+    /// With --resume: a new learning-rate schedule from this step to --steps, whose warm-up and curve
+    /// begin now; --lr, --min-lr, --schedule, --warmup and --decay-steps may be given anew, the rates
+    /// and the curve stay otherwise
+    #[arg(long)]
+    pub(crate) new_schedule: bool,
+
     /// Save every N steps; 0 saves only at the end [default: a tenth of --steps]
     #[arg(long, value_name = "N")]
     pub(crate) save_every: Option<u64>,
@@ -310,19 +317,20 @@ pub(crate) struct RecipeArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Optimizer")]
 pub(crate) struct OptimizerArgs {
-    /// Steps after which the run ends
+    /// Steps after which the run ends, those of a resumed run included
     #[arg(long, value_name = "N", default_value_t = 2000)]
     pub(crate) steps: u64,
 
-    /// Highest learning rate
-    #[arg(long, value_name = "RATE", default_value_t = 1e-3)]
-    pub(crate) lr: f32,
+    /// Highest learning rate [default: 1e-3; 5e-5 with --init-from]
+    #[arg(long, value_name = "RATE")]
+    pub(crate) lr: Option<f32>,
 
     /// Learning rate at the end [default: a tenth of --lr]
     #[arg(long, value_name = "RATE")]
     pub(crate) min_lr: Option<f32>,
 
-    /// Steps over which the learning rate rises [default: 2 percent of --steps]
+    /// Steps over which the learning rate rises [default: 2 percent of --steps, or 5 with
+    /// --init-from]
     #[arg(long, value_name = "STEPS")]
     pub(crate) warmup: Option<u64>,
 
@@ -453,13 +461,35 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) prompt: String,
 
-    /// Tokens to generate
+    /// Most tokens to generate; a text that ends before is shorter
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) tokens: usize,
 
     /// Tokenizer, bytes or gpt2 [default: the one that the checkpoint was trained with]
     #[arg(long, value_name = "NAME", hide_possible_values = true)]
     pub(crate) tokenizer: Option<Tokenizer>,
+
+    /// End the text before this one; may be given several times
+    #[arg(
+        long,
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        value_parser = NonEmptyStringValueParser::new(),
+    )]
+    pub(crate) stop: Vec<String>,
+
+    /// Go on behind the token that ends a text (GPT-2's <|endoftext|>, or what the checkpoint names)
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+
+    /// Texts to generate, with seeds --seed, --seed + 1 and so on
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u64).range(1..),
+    )]
+    pub(crate) samples: u64,
 
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,

@@ -11,9 +11,9 @@ use serde::Serialize;
 use crate::cli::EvalArgs;
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::hugging_face::known_tokenizer;
 use crate::machine;
 use crate::prepared::Meta;
-use crate::run_file::tokenizer_of;
 use crate::signals::Signals;
 use crate::tokenizer::Tokenizer;
 use crate::train::short_windows;
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
     let (data, of_data) = open(&args.data, &args.tokens.options())?;
     let tokenizer = match of_data {
         Some(tokenizer) => Some(tokenizer),
-        None => tokenizer_of(&args.checkpoint)?,
+        None => known_tokenizer(&args.checkpoint)?,
     };
     let (engine, _) = machine::open(&args.machine, 0)?;
     let mut trainer = load(args, &engine)?;

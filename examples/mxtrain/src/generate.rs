@@ -7,26 +7,106 @@ use mxfp4train::{GenerateOptions, Model};
 
 use crate::cli::GenerateArgs;
 use crate::failure::{Failure, Outcome};
+use crate::hugging_face::{Found, end_tokens, tokenizer_of};
 use crate::machine;
-use crate::run_file::tokenizer_of;
 use crate::signals::Signals;
+use crate::stop::Stops;
 use crate::tokenizer::{TextStream, Tokenizer};
 
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
     // There is nothing to save: whichever signal comes ends the command at once.
     let _signals = Signals::listen()?;
+    let temperature = if args.sampling.greedy { 0.0 } else { args.sampling.temperature };
+    if args.samples > 1 && temperature == 0.0 {
+        return Err(Failure::usage(
+            "--samples: without chance (--greedy, --temperature 0) all would be the same; leave one \
+             of the options out",
+        ));
+    }
     let (engine, _) = machine::open(&args.machine, args.seed.seed)?;
     let model = Model::load(&engine, &args.checkpoint)?;
     let vocab_size = model.config().vocab_size;
+    let tokenizer = tokenizer(args, vocab_size)?;
+    let stop_tokens = match args.ignore_eos {
+        true => Vec::new(),
+        false => end_tokens(Some(&args.checkpoint), Some(tokenizer), vocab_size)?,
+    };
+    for number in 0..args.samples {
+        let seed = args.seed.seed.wrapping_add(number);
+        let options = GenerateOptions {
+            max_tokens: args.tokens,
+            temperature,
+            top_k: args.sampling.top_k,
+            top_p: args.sampling.top_p,
+            seed,
+            stop_tokens: stop_tokens.clone(),
+        };
+        let title = match args.samples {
+            1 => String::new(),
+            samples => format!("--- sample {} of {samples}, seed {seed} ---\n", number + 1),
+        };
+        match sample(args, &model, tokenizer, &options, title)? {
+            Ok(()) => {}
+            // The reader has what it wanted (`mxtrain generate | head`).
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => break,
+            Err(e) => {
+                return Err(Failure::runtime(format!("cannot write to standard output: {e}")));
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints `title`, the prompt and a continuation, each token as it comes.
+fn sample(
+    args: &GenerateArgs,
+    model: &Model,
+    tokenizer: Tokenizer,
+    options: &GenerateOptions,
+    title: String,
+) -> Outcome<io::Result<()>> {
+    let mut out = io::stdout().lock();
+    let mut written = Ok(());
+    let mut stream = TextStream::new(tokenizer);
+    let mut stops = Stops::new(&args.stop);
+    // Printed with the first token: a wrong option should not come after half an answer.
+    let mut text = title + &args.prompt;
+    let prompt = tokenizer.encode_prompt(&args.prompt);
+    model.generate(&prompt, options, &mut |token| {
+        if !options.stop_tokens.contains(&token) {
+            text.push_str(&stops.push(&stream.push(token)));
+        }
+        written = write(&mut out, &text);
+        text.clear();
+        written.is_ok() && !stops.found()
+    })?;
+    text.push_str(&stops.push(&stream.finish()));
+    text.push_str(&stops.finish());
+    text.push('\n');
+    Ok(written.and_then(|()| write(&mut out, &text)))
+}
+
+/// The tokenizer that the user names, else the checkpoint's.
+fn tokenizer(args: &GenerateArgs, vocab_size: usize) -> Outcome<Tokenizer> {
+    let dir = &args.checkpoint;
     let tokenizer = match args.tokenizer {
         Some(tokenizer) => tokenizer,
-        None => tokenizer_of(&args.checkpoint)?.or_else(|| guess(vocab_size)).ok_or_else(|| {
-            Failure::usage(format!(
-                "--tokenizer is missing: {} does not say how its text became tokens",
-                args.checkpoint.display()
-            ))
-        })?,
+        None => match tokenizer_of(dir)? {
+            Some(Found::Ours(tokenizer)) => tokenizer,
+            Some(Found::Other(words)) => {
+                return Err(Failure::usage(format!(
+                    "{words} is neither GPT-2's nor that of bytes, and others are not read; say \
+                     --tokenizer gpt2 or --tokenizer bytes where the model was trained on such tokens"
+                )));
+            }
+            None => guess(vocab_size).ok_or_else(|| {
+                Failure::usage(format!(
+                    "--tokenizer is missing: {} does not say how its text became tokens",
+                    dir.display()
+                ))
+            })?,
+        },
     };
     if tokenizer.vocab_size() > vocab_size {
         return Err(Failure::usage(format!(
@@ -34,34 +114,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
             tokenizer.vocab_size()
         )));
     }
-    let options = GenerateOptions {
-        max_tokens: args.tokens,
-        temperature: if args.sampling.greedy { 0.0 } else { args.sampling.temperature },
-        top_k: args.sampling.top_k,
-        top_p: args.sampling.top_p,
-        seed: args.seed.seed,
-    };
-
-    let mut out = io::stdout().lock();
-    let mut written = Ok(());
-    let mut stream = TextStream::new(tokenizer);
-    // Printed with the first token: a wrong option should not come after half an answer.
-    let mut text = args.prompt.clone();
-    let prompt = tokenizer.encode_prompt(&args.prompt);
-    model.generate(&prompt, &options, &mut |token| {
-        text.push_str(&stream.push(token));
-        written = write(&mut out, &text);
-        text.clear();
-        written.is_ok()
-    })?;
-    text.push_str(&stream.finish());
-    text.push('\n');
-    match written.and_then(|()| write(&mut out, &text)) {
-        // The reader has what it wanted (`mxtrain generate | head`).
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
-        Err(e) => Err(Failure::runtime(format!("cannot write to standard output: {e}"))),
-        Ok(()) => Ok(ExitCode::SUCCESS),
-    }
+    Ok(tokenizer)
 }
 
 fn write(out: &mut impl Write, text: &str) -> io::Result<()> {

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::cli::InfoArgs;
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::hugging_face::known_tokenizer;
 use crate::prepared::{Documents, Meta, Source};
-use crate::run_file::tokenizer_of;
 use crate::tokenizer::Tokenizer;
 use crate::train::is_checkpoint;
 
@@ -138,7 +138,7 @@ fn checkpoint(dir: &Path) -> Outcome<Checkpoint> {
         config,
         parameters: shape.parameter_count(),
         training: trainer.exists().then(|| json(&trainer)).transpose()?,
-        tokenizer: tokenizer_of(dir)?,
+        tokenizer: known_tokenizer(dir)?,
         tensors: tensors(&dir.join("model.safetensors"))?,
     })
 }

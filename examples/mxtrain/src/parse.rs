@@ -90,7 +90,10 @@ mod tests {
         let parsed = parse(&args("mxtrain train --lr=1 --steps=5 --lr 2")).unwrap();
         assert!(parsed.given("lr") && parsed.given("steps") && !parsed.given("layers"));
         let Command::Train(train) = parsed.cli.command else { panic!() };
-        assert_eq!((train.optimizer.lr, train.optimizer.steps, train.model.layers), (2.0, 5, 4));
+        assert_eq!(
+            (train.optimizer.lr, train.optimizer.steps, train.model.layers),
+            (Some(2.0), 5, 4)
+        );
     }
 
     #[test]

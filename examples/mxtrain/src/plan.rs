@@ -11,14 +11,14 @@ use crate::console;
 use crate::failure::Outcome;
 use crate::machine;
 use crate::prepared::Meta;
-use crate::train::{model_config, trainer_options, vocabulary};
+use crate::train::{Weights, model_config, trainer_options, vocabulary};
 
 /// Runs the command.
 pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let of_data = args.data.as_deref().map(Meta::read).transpose()?.map(|meta| meta.vocab_size);
     let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
     let config = model_config(&args.model, vocabulary(given, of_data)?)?;
-    let options = trainer_options(&args.batch, &args.recipe.recipe, None)?;
+    let options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New)?;
     let (engine, _) = machine::open(&args.machine, args.seed.seed)?;
     let plan = mxfp4train::plan(&engine, &config, &options)?;
     let room = engine.memory_room();

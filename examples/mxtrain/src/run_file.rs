@@ -38,6 +38,9 @@ pub(crate) struct RunFile {
     /// Those among them whose values are not UTF-8, encoded.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     encoded: BTreeMap<String, String>,
+    /// Files of `hugging_face` in the folder that this program put there, with their checksums.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) files: BTreeMap<String, String>,
 }
 
 impl RunFile {
@@ -53,7 +56,7 @@ impl RunFile {
                 }
             }
         }
-        Self { version: VERSION, tokenizer, options: plain, encoded }
+        Self { version: VERSION, tokenizer, options: plain, encoded, files: BTreeMap::new() }
     }
 
     /// Reads the file of a checkpoint folder; `None` where another program made the checkpoint.
@@ -102,11 +105,6 @@ impl RunFile {
             })
             .collect()
     }
-}
-
-/// The tokenizer that a checkpoint was trained with, as far as its folder tells.
-pub(crate) fn tokenizer_of(checkpoint: &Path) -> Outcome<Option<Tokenizer>> {
-    Ok(RunFile::read(checkpoint)?.and_then(|file| file.tokenizer))
 }
 
 #[cfg(test)]

@@ -57,13 +57,16 @@ impl Tokenizer {
 
     /// The bytes of text that each token stands for.
     pub(crate) fn token_lengths(self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let length = |token| {
-            bytes.clear();
-            self.decode(token, &mut bytes);
-            u8::try_from(bytes.len()).expect("the longest token has 128 bytes")
-        };
+        let length =
+            |token| u8::try_from(self.bytes(token).len()).expect("the longest token has 128 bytes");
         (0..self.vocab_size() as u32).map(length).collect()
+    }
+
+    /// The bytes of a token; none for one that the tokenizer does not have.
+    pub(crate) fn bytes(self, token: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.decode(token, &mut bytes);
+        bytes
     }
 
     /// Appends the bytes of a token. One that the tokenizer does not have (a vocabulary padded to

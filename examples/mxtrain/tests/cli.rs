@@ -13,7 +13,13 @@ fn help_and_version_succeed() {
         assert!(succeed(dir.path(), &format!("{sub} --help")).contains("Usage: mxtrain"));
     }
     let help = succeed(dir.path(), "train --help");
-    for part in ["Model:", "Optimizer:", "Machine:", "[default: 0.001]", "[default: cosine]"] {
+    for part in [
+        "Model:",
+        "Optimizer:",
+        "Machine:",
+        "[default: 1e-3; 5e-5 with --init-from]",
+        "[default: cosine]",
+    ] {
         assert!(help.contains(part), "{part} is missing in {help}");
     }
     let version = format!("mxtrain {}\n", env!("CARGO_PKG_VERSION"));

@@ -309,3 +309,72 @@ fn a_loss_that_is_not_finite_ends_the_run() {
     assert!((1..50).contains(&saved), "{error}");
     assert_eq!(losses(dir.path(), "log.jsonl").len() as u64, saved);
 }
+
+fn rates(dir: &Path, name: &str) -> Vec<f64> {
+    let steps = log(dir, name, "step");
+    steps.values().map(|step| step["lr"].as_f64().unwrap()).collect()
+}
+
+/// Steps beyond the schedule are told, and a new schedule is taken on purpose only. A run with one goes
+/// on bit for bit, too.
+#[test]
+fn a_resumed_run_can_have_a_new_schedule() {
+    let dir = folder();
+    let dir = dir.path();
+    let first =
+        format!("train --data data --out model --steps 10 --lr 1e-2 {TINY} --log log.jsonl");
+    succeed(dir, &first);
+    assert!(refuse(dir, "train --data data --out b --new-schedule").contains("goes with --resume"));
+    let error = refuse(dir, "train --resume model --steps 20 --lr 2e-3");
+    assert!(error.contains("leave the option out, add --new-schedule, or start"), "{error}");
+
+    let out = succeed(dir, "train --resume model --steps 12");
+    let told = "schedule    ended at step 10: steps beyond use lr 1.00e-3 (its lowest); \
+        --new-schedule starts a new one\n";
+    assert!(out.contains(told), "{out}");
+    let near = |rate: f64, expected: f64| (rate - expected).abs() < 1e-9;
+    assert!(rates(dir, "log.jsonl")[10..].iter().all(|rate| near(*rate, 1e-3)));
+
+    // Eight steps from step 12 on: up in two, then down in a line.
+    let new = "train --resume model --out new --new-schedule --steps 20 --lr 4e-3 --min-lr 1e-3 \
+        --warmup 2 --schedule linear --log new.jsonl";
+    let out = succeed(dir, new);
+    assert!(
+        out.contains("linear schedule from step 12 on, lr 4.00e-3 to 1.00e-3, warm-up 2"),
+        "{out}"
+    );
+    assert!(!out.contains("steps beyond"), "{out}");
+    let expected = [2e-3, 4e-3, 4e-3, 3.5e-3, 3e-3, 2.5e-3, 2e-3, 1.5e-3];
+    for (rate, expected) in rates(dir, "new.jsonl").into_iter().zip(expected) {
+        assert!(near(rate, expected), "{rate}, expected {expected}");
+    }
+
+    // The same in two parts, the second of which knows the schedule from the checkpoint.
+    let mut child = mxtrain();
+    let long =
+        "train --resume model --out NAME --new-schedule --steps 300 --lr 4e-3 --log NAME.jsonl";
+    succeed(dir, &long.replace("NAME", "whole"));
+    child.args(long.replace("NAME", "parts").split(' '));
+    let child = start(dir, &mut child);
+    wait_for(|| losses(dir, "parts.jsonl").len() >= 3);
+    interrupt(&child);
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
+    succeed(dir, "train --resume parts");
+    assert_eq!(losses(dir, "parts.jsonl"), losses(dir, "whole.jsonl"));
+    assert_eq!(rates(dir, "parts.jsonl"), rates(dir, "whole.jsonl"));
+    let out = succeed(dir, "train --resume parts --steps 301");
+    assert!(out.contains("schedule    ended at step 300: steps beyond use lr 4.00e-4"), "{out}");
+}
+
+#[test]
+fn loaded_weights_are_trained_at_a_lower_rate() {
+    let dir = folder();
+    let dir = dir.path();
+    let out = succeed(dir, &format!("train --data data --out model --steps 100 {TINY}"));
+    assert!(out.contains("cosine schedule, lr 1.00e-3 to 1.00e-4, warm-up 2 steps"), "{out}");
+    let tuned =
+        "train --data data --out tuned --init-from model --steps 100 --batch-size 2 --threads 1";
+    let out = succeed(dir, tuned);
+    assert!(out.contains("cosine schedule, lr 5.00e-5 to 5.00e-6, warm-up 5 steps"), "{out}");
+    assert!(succeed(dir, "train --help").contains("[default: 1e-3; 5e-5 with --init-from]"));
+}

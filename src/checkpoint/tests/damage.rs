@@ -167,6 +167,9 @@ fn an_edit_that_was_meant_is_accepted_once_the_checksum_is_removed() {
     assert_eq!(load(&dir).unwrap().state, state(40));
     fs::write(dir.join(STATE), text.replace("\"batch_size\": 3", "\"batch_size\": 0")).unwrap();
     assert!(failure(&dir, STATE).contains("batch_size: expected a number from 1"));
+    let ahead = text.replace("\"schedule_start\": 1", "\"schedule_start\": 41");
+    fs::write(dir.join(STATE), ahead).unwrap();
+    assert!(failure(&dir, STATE).contains("schedule_start: expected at most the step, 40"));
     // A step after which the arithmetic of the next one would overflow.
     for step in [u64::MAX, 1 << 61] {
         fs::write(dir.join(STATE), text.replace("\"step\": 40", &format!("\"step\": {step}")))

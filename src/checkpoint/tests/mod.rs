@@ -102,7 +102,8 @@ fn state(step: u64) -> TrainerState {
         recipe: "mxfp4-rht-sr,g=128,bf16-last-steps=0.1".parse().unwrap(),
         ..TrainerOptions::default()
     };
-    TrainerState { options, seed: u64::MAX - 1, step, lr_override: Some(0.1 + 1e-7) }
+    let lr_override = Some(0.1 + 1e-7);
+    TrainerState { options, seed: u64::MAX - 1, step, schedule_start: step.min(1), lr_override }
 }
 
 /// Weights that no two elements of which are equal.

@@ -17,7 +17,7 @@ use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::signals::{INTERRUPTED, Signals};
-use crate::train::{Data, Start, header, model_config, trainer_options, vocabulary};
+use crate::train::{Data, Start, Weights, header, model_config, trainer_options, vocabulary};
 
 /// Runs the command.
 pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
@@ -80,7 +80,7 @@ fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<V
     let mut planned: Vec<Planned> = Vec::new();
     for (&seed, recipe) in args.seeds.iter().flat_map(|seed| recipes.iter().map(move |r| (seed, r)))
     {
-        let options = trainer_options(&args.batch, recipe, Some(&args.optimizer))?;
+        let options = trainer_options(&args.batch, recipe, Some(&args.optimizer), Weights::New)?;
         let eval_batches = args.measure.eval_batches;
         let settings = Settings::new(seed, config, &options, eval_every, eval_batches, &record);
         let name = format!("{recipe}-seed{seed}");

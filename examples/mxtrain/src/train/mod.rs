@@ -13,15 +13,16 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
-use mxfp4train::{Dataset, Error, GenerateOptions, StopHandle, Trainer};
+use mxfp4train::{Dataset, Error, GenerateOptions, Schedule, ScheduleKind, StopHandle, Trainer};
 
 pub(crate) use setup::{
-    Data, Start, is_checkpoint, model_config, short_windows, trainer_options, vocabulary,
+    Data, Start, Weights, is_checkpoint, model_config, short_windows, trainer_options, vocabulary,
 };
 
 use crate::cli::TrainArgs;
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
+use crate::hugging_face;
 use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
@@ -52,16 +53,22 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
     let (engine, about) = machine::open(&args.machine, args.seed.seed)?;
     let start = Start::new(args, parsed, &data, &engine)?;
     let (step, steps) = (start.step(), args.optimizer.steps);
-    if step >= steps {
-        return Err(Failure::usage(format!(
-            "--steps: the run has done {step} steps, expected more than that; got {steps}"
-        )));
+    if steps == 0 {
+        return Err(Failure::usage("--steps: expected at least 1, got 0"));
     }
     data.check(start.config().vocab_size, start.sequence_length())?;
+    let origin = [&args.start.resume, &args.start.init_from].into_iter().find_map(Option::as_deref);
+    let files = hugging_face::Files::new(origin, data.tokenizer, start.config().context_length)?;
+    let end_tokens = files.end_tokens(start.config().vocab_size)?;
     let plan = start.plan(&engine)?;
     let mut failures = Failures::default();
     let place = format!("checkpoint  {}\n", out.display());
-    let about = header(&start, &data, steps, &about) + &place + &plan::table(&plan);
+    let mut about = header(&start, &data, steps, &about) + &place + &plan::table(&plan);
+    if let Start::Resumed(trainer) = &start
+        && let Some(line) = setup::rates_ahead(trainer, steps)
+    {
+        about.push_str(&format!("schedule    {line}\n"));
+    }
     failures.unless(Side::Output, console::print(&about));
 
     let run_file = setup::run_file(args, &data);
@@ -74,7 +81,7 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
         save_every: args.start.save_every.unwrap_or(steps / 10),
         sample_every: args.report.sample_every,
         sample_prompt: args.report.sample_prompt.clone(),
-        saves: Saves::new(out, fallback, run_file, lock),
+        saves: Saves::new(out, fallback, run_file, files, lock),
         evaluated: None,
         losses: Default::default(),
         failures,
@@ -84,6 +91,7 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
         train: data.train,
         val: data.val,
         tokenizer: data.tokenizer,
+        end_tokens,
     };
     run.stop = run.trainer.stop_handle();
     signals.ask(run.stop.clone(), "and what is not saved is lost");
@@ -105,6 +113,8 @@ struct Run {
     val: Option<Dataset>,
     tokenizer: Option<Tokenizer>,
     saves: Saves,
+    /// Tokens that end a sample.
+    end_tokens: Vec<u32>,
     log: Option<Log>,
     steps: u64,
     eval_every: u64,
@@ -236,13 +246,19 @@ impl Run {
     /// training changes.
     fn sample(&mut self) {
         let Some(tokenizer) = self.tokenizer else { return };
-        let options = GenerateOptions { max_tokens: SAMPLE_TOKENS, ..GenerateOptions::default() };
+        let options = GenerateOptions {
+            max_tokens: SAMPLE_TOKENS,
+            stop_tokens: self.end_tokens.clone(),
+            ..GenerateOptions::default()
+        };
         let mut text = format!("--- sample at step {} ---\n", self.trainer.steps_done());
         text.push_str(&self.sample_prompt);
         let mut stream = TextStream::new(tokenizer);
         let prompt = tokenizer.encode_prompt(&self.sample_prompt);
         let sampled = self.trainer.model().generate(&prompt, &options, &mut |token| {
-            text.push_str(&stream.push(token));
+            if !options.stop_tokens.contains(&token) {
+                text.push_str(&stream.push(token));
+            }
             !self.stop.is_requested()
         });
         text.push_str(&stream.finish());
@@ -280,7 +296,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
          data        {}: {} tokens, {} for validation{tokenizer}, vocabulary {}\n{notes}\
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
          step        {} x {} x {sequence} = {} tokens, recipe {}\n\
-         run         {} steps, {} tokens, {passes:.2} passes over the data; {} schedule, lr {}\n",
+         run         {} steps, {} tokens, {passes:.2} passes over the data; {}\n",
         data.name,
         HumanCount(train_tokens),
         HumanCount(data.val.as_ref().map_or(0, Dataset::token_count)),
@@ -296,9 +312,21 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         options.recipe,
         HumanCount(steps),
         console::scaled(run_tokens),
-        schedule.kind,
-        console::short(schedule.lr),
+        schedule_in_words(schedule, start.schedule_start()),
     )
+}
+
+/// "cosine schedule from step 500 on, lr 1.00e-3 to 1.00e-4, warm-up 40 steps"
+fn schedule_in_words(schedule: &Schedule, start: u64) -> String {
+    let from = if start > 0 { format!(" from step {start} on") } else { String::new() };
+    let mut words = format!("{} schedule{from}, lr {}", schedule.kind, console::short(schedule.lr));
+    if schedule.kind != ScheduleKind::Constant {
+        words.push_str(&format!(" to {}", console::short(schedule.min_lr)));
+    }
+    if schedule.warmup_steps > 0 {
+        words.push_str(&format!(", warm-up {} steps", HumanCount(schedule.warmup_steps)));
+    }
+    words
 }
 
 /// A word that a shell reads as it is.

@@ -4,6 +4,7 @@
 //! which --resume takes as well, and the next save tries OUT again. Not to the temporary folder, which
 //! may be memory and is gone after a restart; a user who wants a third place names it.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +14,7 @@ use super::lock::RunLock;
 use super::shell_word;
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::hugging_face;
 use crate::run_file::{self, RunFile};
 
 /// The files of a checkpoint of this program.
@@ -26,6 +28,8 @@ pub(crate) struct Saves {
     /// Where to save if neither `out` nor its parent can be written.
     pub(crate) fallback: Option<PathBuf>,
     pub(crate) run_file: RunFile,
+    /// Put beside the checkpoint's own files, with `run_file`.
+    files: hugging_face::Files,
     pub(crate) lock: RunLock,
     /// Step and place of the last save.
     last: Option<(u64, PathBuf)>,
@@ -38,15 +42,16 @@ impl Saves {
         out: PathBuf,
         fallback: Option<PathBuf>,
         run_file: RunFile,
+        files: hugging_face::Files,
         lock: RunLock,
     ) -> Self {
-        Self { out, fallback, run_file, lock, last: None, beside: None }
+        Self { out, fallback, run_file, files, lock, last: None, beside: None }
     }
 
     /// The first save: a folder that cannot be written should not show after hours.
     pub(crate) fn first(&mut self, trainer: &mut Trainer) -> Outcome {
         trainer.save(&self.out)?;
-        self.run_file.write(&self.out)?;
+        self.put_files(&self.out.clone())?;
         self.lock.renew();
         self.last = Some((trainer.steps_done(), self.out.clone()));
         Ok(())
@@ -61,11 +66,11 @@ impl Saves {
         if self.is_in_out(step) {
             return Ok(());
         }
-        let Err(failure) = self.save_to(&self.out, trainer) else {
+        let Err(failure) = self.save_to(&self.out.clone(), trainer) else {
             self.lock.renew();
             self.last = Some((step, self.out.clone()));
             if let Some(beside) = self.beside.take() {
-                remove(&beside);
+                remove(&beside, &self.run_file.files);
                 console::note(&format!(
                     "mxtrain: step {step} is saved in {} again; {} is removed",
                     self.out.display(),
@@ -83,7 +88,7 @@ impl Saves {
         let name = format!("{}.step-{step}", name.unwrap_or_else(|| "checkpoint".into()));
         let parent = std::path::absolute(&self.out).ok();
         let parent = parent.as_deref().and_then(Path::parent).map(Path::to_owned);
-        for folder in parent.iter().chain(&self.fallback) {
+        for folder in parent.into_iter().chain(self.fallback.clone()) {
             let place = free_name(&folder.join(&name));
             match self.save_to(&place, trainer) {
                 Err(failure) => reasons.push_str(&format!("; {}", failure.message)),
@@ -96,7 +101,7 @@ impl Saves {
                     ));
                     self.last = Some((step, place.clone()));
                     if let Some(older) = self.beside.replace(place) {
-                        remove(&older);
+                        remove(&older, &self.run_file.files);
                     }
                     return Ok(());
                 }
@@ -118,13 +123,24 @@ impl Saves {
         }
     }
 
-    fn save_to(&self, folder: &Path, trainer: &mut Trainer) -> Outcome {
+    fn save_to(&mut self, folder: &Path, trainer: &mut Trainer) -> Outcome {
         trainer.save(folder)?;
-        // In `out` it is carried along, unless the folder was made anew.
+        // In `out` they are carried along, unless the folder was made anew.
         if !folder.join(run_file::FILE).exists() {
-            self.run_file.write(folder)?;
+            self.put_files(folder)?;
         }
         Ok(())
+    }
+
+    /// Puts the files that are not the library's into a checkpoint folder.
+    fn put_files(&mut self, folder: &Path) -> Outcome {
+        // One that cannot be read lists nothing: what is in the folder is then taken for the user's.
+        let before = RunFile::read(folder).ok().flatten().map(|file| file.files);
+        self.run_file.files = self.files.put(folder, &before.unwrap_or_default())?;
+        for note in self.files.notes.drain(..) {
+            console::note(&format!("mxtrain: note: {note}"));
+        }
+        self.run_file.write(folder)
     }
 }
 
@@ -136,9 +152,9 @@ fn free_name(path: &Path) -> PathBuf {
     names.into_iter().find(is_free).unwrap_or_else(|| numbered(1000))
 }
 
-/// Removes a checkpoint that this run has made, except what others have put into its folder.
-fn remove(folder: &Path) {
-    for name in FILES {
+/// Removes a checkpoint that this run has made, with its `files`, but not what others have put there.
+fn remove(folder: &Path, files: &BTreeMap<String, String>) {
+    for name in files.keys().map(String::as_str).chain(FILES) {
         let _ = fs::remove_file(folder.join(name));
     }
     let _ = fs::remove_dir(folder);
@@ -162,13 +178,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("out.step-3");
         fs::create_dir(&folder).unwrap();
-        for name in FILES.iter().chain(&["notes"]) {
+        let files = BTreeMap::from([("tokenizer.json".to_owned(), String::new())]);
+        for name in FILES.iter().chain(&["notes", "tokenizer.json"]) {
             fs::write(folder.join(name), "").unwrap();
         }
-        remove(&folder);
+        remove(&folder, &files);
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
         fs::remove_file(folder.join("notes")).unwrap();
-        remove(&folder);
+        remove(&folder, &files);
         assert!(!folder.exists());
     }
 }

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 
 use indicatif::HumanCount;
 use mxfp4train::{
-    AdamW, Dataset, Engine, Model, ModelConfig, Plan, Recipe, Schedule, Trainer, TrainerOptions,
+    AdamW, Dataset, Engine, Model, ModelConfig, Plan, Recipe, Schedule, ScheduleKind, Trainer,
+    TrainerOptions,
 };
 
 use crate::cli::{BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TokenArgs, TrainArgs};
+use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::parse::Parsed;
 use crate::prepared::Meta;
@@ -149,11 +151,25 @@ pub(crate) fn vocabulary(given: Option<usize>, of_data: Option<usize>) -> Outcom
     }
 }
 
+/// Highest learning rate of a new model.
+const NEW_LR: f32 = 1e-3;
+/// Highest learning rate of a model that was trained before. It is what Hugging Face's finetuning
+/// scripts take; the rates that such models are trained with undo in a few steps what they know.
+const FINETUNING_LR: f32 = 5e-5;
+
+/// What the weights of a run begin as, which its default schedule depends on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Weights {
+    New,
+    Trained,
+}
+
 /// The library's training options for a new run; whatever is not known of it stays at its default.
 pub(crate) fn trainer_options(
     batch: &BatchArgs,
     recipe: &Recipe,
     optimizer: Option<&OptimizerArgs>,
+    weights: Weights,
 ) -> Outcome<TrainerOptions> {
     let mut options = TrainerOptions {
         batch_size: batch.batch_size,
@@ -171,11 +187,18 @@ pub(crate) fn trainer_options(
             clip: args.clip,
             ..AdamW::default()
         };
+        let (lr, warmup) = match weights {
+            Weights::New => (NEW_LR, args.steps / 50),
+            // AdamW's moments begin at zero, so its first steps are as long as the rate allows,
+            // whatever the gradient. What the model knows is at stake: they stay short for longer.
+            Weights::Trained => (FINETUNING_LR, args.steps / 20),
+        };
+        let lr = args.lr.unwrap_or(lr);
         options.schedule = Schedule {
             kind: args.schedule,
-            lr: args.lr,
-            min_lr: args.min_lr.unwrap_or(args.lr / 10.0),
-            warmup_steps: args.warmup.unwrap_or(args.steps / 50),
+            lr,
+            min_lr: args.min_lr.unwrap_or(lr / 10.0),
+            warmup_steps: args.warmup.unwrap_or(warmup),
             total_steps: args.steps,
             decay_steps: args.decay_steps.unwrap_or(args.steps / 5),
         };
@@ -202,6 +225,11 @@ impl Start {
         engine: &Engine,
     ) -> Outcome<Self> {
         let recipe = &args.recipe.recipe;
+        if args.start.new_schedule && args.start.resume.is_none() {
+            return Err(Failure::usage(
+                "--new-schedule: goes with --resume; a new run has a schedule of its own anyway",
+            ));
+        }
         let start = match (&args.start.resume, &args.start.init_from) {
             (Some(_), Some(_)) => {
                 return Err(Failure::usage("--resume and --init-from exclude each other"));
@@ -209,18 +237,30 @@ impl Start {
             (None, None) => {
                 let vocab_size = vocabulary(args.data.vocab_size, data.vocab_size)?;
                 let config = model_config(&args.model, vocab_size)?;
-                Self::New(config, trainer_options(&args.batch, recipe, Some(&args.optimizer))?)
+                let optimizer = Some(&args.optimizer);
+                Self::New(config, trainer_options(&args.batch, recipe, optimizer, Weights::New)?)
             }
             (None, Some(dir)) => {
-                let options = trainer_options(&args.batch, recipe, Some(&args.optimizer))?;
+                let optimizer = Some(&args.optimizer);
+                let options = trainer_options(&args.batch, recipe, optimizer, Weights::Trained)?;
                 let model = Model::load(engine, dir)?;
                 require_shape(args, parsed, model.config(), "--init-from")?;
                 Self::Weights(model, options)
             }
             (Some(dir), None) => {
-                let trainer = Trainer::load(engine, dir)?;
+                let mut trainer = Trainer::load(engine, dir)?;
                 require_shape(args, parsed, trainer.model().config(), "--resume")?;
                 require_settings(args, parsed, trainer.options())?;
+                let (done, steps) = (trainer.steps_done(), args.optimizer.steps);
+                if steps <= done {
+                    return Err(Failure::usage(format!(
+                        "--steps: the run has done {done} steps, expected more than that; got {steps}"
+                    )));
+                }
+                if args.start.new_schedule {
+                    let kept = &trainer.options().schedule;
+                    trainer.set_schedule(new_schedule(args, parsed, kept, steps - done))?;
+                }
                 Self::Resumed(Box::new(trainer))
             }
         };
@@ -264,6 +304,14 @@ impl Start {
         }
     }
 
+    /// The step that the schedule counts from.
+    pub(crate) fn schedule_start(&self) -> u64 {
+        match self {
+            Self::New(..) | Self::Weights(..) => 0,
+            Self::Resumed(trainer) => trainer.schedule_start(),
+        }
+    }
+
     pub(crate) fn plan(&self, engine: &Engine) -> Outcome<Plan> {
         Ok(mxfp4train::plan(engine, self.config(), self.options())?)
     }
@@ -276,6 +324,40 @@ impl Start {
             Self::Resumed(trainer) => *trainer,
         })
     }
+}
+
+/// The schedule that a resumed run takes for the `steps` that it has to go. What is not given stays
+/// as it was, but lengths, which belonged to another number of steps, and the last rate where a new
+/// highest one is given.
+fn new_schedule(args: &TrainArgs, parsed: &Parsed, kept: &Schedule, steps: u64) -> Schedule {
+    let given = &args.optimizer;
+    Schedule {
+        kind: if parsed.given("schedule") { given.schedule } else { kept.kind },
+        lr: given.lr.unwrap_or(kept.lr),
+        min_lr: given.min_lr.unwrap_or_else(|| given.lr.map_or(kept.min_lr, |lr| lr / 10.0)),
+        warmup_steps: given.warmup.unwrap_or(steps / 50),
+        total_steps: steps,
+        decay_steps: given.decay_steps.unwrap_or(steps / 5),
+    }
+}
+
+/// What the user of a resumed run should know of the rate of its steps up to `steps`, in a line.
+pub(crate) fn rates_ahead(trainer: &Trainer, steps: u64) -> Option<String> {
+    let (schedule, start) = (&trainer.options().schedule, trainer.schedule_start());
+    if let Some(lr) = trainer.lr_override() {
+        let lr = console::short(lr);
+        return Some(format!("not followed: lr {lr} was set in its place and stays"));
+    }
+    let end = start.saturating_add(schedule.total_steps);
+    if schedule.kind == ScheduleKind::Constant || steps <= end {
+        return None;
+    }
+    let ends = if trainer.steps_done() >= end { "ended" } else { "ends" };
+    Some(format!(
+        "{ends} at step {end}: steps beyond use lr {} (its lowest); --new-schedule \
+         starts a new one",
+        console::short(schedule.at(schedule.total_steps))
+    ))
 }
 
 /// Whether a folder holds a checkpoint.
@@ -379,13 +461,14 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
     fn differs_from<T: PartialEq + ToString>(given: &Option<T>, kept: &T) -> Option<[String; 2]> {
         given.as_ref().and_then(|given| differs(given, kept))
     }
+    let of_schedule = ["lr", "min-lr", "warmup", "schedule", "decay-steps"];
     for (option, difference) in [
         ("batch-size", differs(&batch.batch_size, &kept.batch_size)),
         ("sequence-length", differs_from(&batch.sequence_length, &kept.sequence_length)),
         ("accumulation", differs(&batch.accumulation, &kept.accumulation)),
         ("recipe", differs(&args.recipe.recipe, &kept.recipe)),
         ("recompute", differs(&batch.recompute, &kept.recompute)),
-        ("lr", differs(&opt.lr, &schedule.lr)),
+        ("lr", differs_from(&opt.lr, &schedule.lr)),
         ("min-lr", differs_from(&opt.min_lr, &schedule.min_lr)),
         ("warmup", differs_from(&opt.warmup, &schedule.warmup_steps)),
         ("schedule", differs(&opt.schedule, &schedule.kind)),
@@ -395,12 +478,15 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("beta2", differs(&opt.beta2, &adamw.beta2)),
         ("clip", differs(&opt.clip, &adamw.clip)),
     ] {
+        let is_of_schedule = of_schedule.contains(&option);
         if let Some([given, kept]) = difference
             && parsed.given(option)
+            && !(is_of_schedule && args.start.new_schedule)
         {
+            let otherwise = if is_of_schedule { ", add --new-schedule" } else { "" };
             return Err(Failure::usage(format!(
                 "--{option}: a resumed run keeps what it was started with, {kept}; got {given}; \
-                 leave the option out, or start a new run with --init-from"
+                 leave the option out{otherwise}, or start a new run with --init-from"
             )));
         }
     }
@@ -414,31 +500,36 @@ mod tests {
     use crate::parse;
 
     fn train(line: &str) -> (Box<TrainArgs>, Parsed) {
-        let line: Vec<_> = format!("mxtrain train {line}").split(' ').map(Into::into).collect();
+        let line: Vec<_> =
+            format!("mxtrain train {line}").split_whitespace().map(Into::into).collect();
         let parse = || parse::parse(&line).unwrap();
         let Command::Train(args) = parse().cli.command else { panic!("expected train") };
         (args, parse())
     }
 
+    fn options(args: &TrainArgs, weights: Weights) -> Outcome<TrainerOptions> {
+        trainer_options(&args.batch, &args.recipe.recipe, Some(&args.optimizer), weights)
+    }
+
     #[test]
     fn defaults_follow_from_what_is_given() {
         let (args, _) = train("--steps 1000 --lr 2e-3");
-        let schedule = trainer_options(&args.batch, &args.recipe.recipe, Some(&args.optimizer))
-            .unwrap()
-            .schedule;
+        let schedule = options(&args, Weights::New).unwrap().schedule;
         assert_eq!((schedule.min_lr, schedule.warmup_steps), (2e-3 / 10.0, 20));
         assert_eq!((schedule.total_steps, schedule.decay_steps), (1000, 200));
+        let (args, _) = train("--steps 1000");
+        assert_eq!(options(&args, Weights::New).unwrap().schedule.lr, 1e-3);
+        let finetuning = options(&args, Weights::Trained).unwrap().schedule;
+        assert_eq!((finetuning.lr, finetuning.warmup_steps), (5e-5, 50));
         let (args, _) = train("--steps 10 --warmup 20");
-        let failure =
-            trainer_options(&args.batch, &args.recipe.recipe, Some(&args.optimizer)).unwrap_err();
+        let failure = options(&args, Weights::New).unwrap_err();
         assert!(failure.message.starts_with("--steps: "), "{}", failure.message);
     }
 
     #[test]
     fn a_resumed_run_refuses_other_settings_and_takes_the_same() {
         let (args, _) = train("--lr 1e-3 --steps 100");
-        let kept =
-            trainer_options(&args.batch, &args.recipe.recipe, Some(&args.optimizer)).unwrap();
+        let kept = options(&args, Weights::New).unwrap();
         let check = |line| {
             let (args, parsed) = train(line);
             require_settings(&args, &parsed, &kept).map_err(|f| f.message)
@@ -447,6 +538,26 @@ mod tests {
         assert!(check("--lr 2e-3").unwrap_err().contains("started with, 0.001; got 0.002"));
         assert!(check("--recipe bf16").unwrap_err().starts_with("--recipe: "));
         assert!(check("--warmup 3").unwrap_err().starts_with("--warmup: "));
+        assert!(check("--lr 2e-3").unwrap_err().contains("add --new-schedule"));
+        assert_eq!(check("--new-schedule --lr 2e-3 --warmup 3 --schedule linear"), Ok(()));
+        assert!(check("--new-schedule --clip 2").unwrap_err().starts_with("--clip: "));
+    }
+
+    #[test]
+    fn a_new_schedule_keeps_what_is_not_given() {
+        let (args, _) = train("--lr 1e-3 --min-lr 5e-4 --steps 100 --schedule linear");
+        let kept = options(&args, Weights::New).unwrap().schedule;
+        let new = |line: &str| {
+            let (args, parsed) = train(&format!("--resume x --new-schedule --steps 600 {line}"));
+            new_schedule(&args, &parsed, &kept, 500)
+        };
+        let plain = new("");
+        assert_eq!((plain.kind, plain.lr, plain.min_lr), (kept.kind, 1e-3, 5e-4));
+        assert_eq!((plain.warmup_steps, plain.total_steps, plain.decay_steps), (10, 500, 100));
+        let changed = new("--lr 2e-4 --schedule trapezoid --decay-steps 50 --warmup 0");
+        assert_eq!((changed.lr, changed.min_lr), (2e-4, 2e-4 / 10.0));
+        assert_eq!(changed.kind, ScheduleKind::Trapezoid);
+        assert_eq!((changed.warmup_steps, changed.decay_steps), (0, 50));
     }
 
     #[test]

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Shows that llama.cpp runs our models: trains a small one on GPT-2's tokens, converts its folder to GGUF and compares
+# the texts that both programs write.
+#
+# Usage: dev/llama-cpp.sh [FOLDER]    (target/llama-cpp; ten minutes on two cores and 2 GB, once)
+#
+# Needs Linux on x86-64, pip, a C++ compiler, and MXTRAIN or cargo. llama.cpp comes from the source distribution of
+# llama-cpp-python. PYTHON may name a Python that has torch, transformers, sentencepiece, protobuf, cmake and ninja.
+set -euo pipefail
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+folder=$(realpath -m "${1:-$repository/target/llama-cpp}")
+steps=${STEPS:-300}
+prompts=('The kernel' 'MXFP4 products run' 'A step allocates' 'Weights are')
+mkdir -p "$folder"
+cd "$folder"
+
+mxtrain=${MXTRAIN:-}
+if [[ -z $mxtrain ]]; then
+    cargo build --release --manifest-path "$repository/Cargo.toml" -p mxtrain
+    mxtrain=${CARGO_TARGET_DIR:-$repository/target}/release/mxtrain
+fi
+
+python=${PYTHON:-}
+if [[ -z $python ]]; then
+    python=$folder/venv/bin/python
+    if [[ ! -x $python ]]; then
+        python3 -m venv venv
+        "$python" -m pip install -q cmake ninja 'transformers<5' 'numpy<2.3' sentencepiece 'protobuf<7' jinja2 networkx sympy
+        "$python" -m pip install -q --no-deps torch==2.11.0
+    fi
+fi
+# PyTorch's own build wants 2 GB of CUDA libraries, none of which the converter uses. Stand-ins do whose every function
+# says that there is no device (100).
+stubs=
+if ! "$python" -c 'import torch' 2> /dev/null; then
+    stubs=$folder/stubs
+    mkdir -p "$stubs"
+    torch=$("$python" -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])')
+    nm -D --undefined-only "$torch"/lib/*.so 2> /dev/null | sed -n 's/^ *U \(_*\(cu\|nccl\|nv\)[A-Za-z0-9_]*\).*/\1/p' |
+        sort -u | sed 's/.*/int &(void) { return 100; }/' > "$stubs/functions.c"
+    for library in "$torch"/lib/*.so*; do
+        readelf -d "$library" 2> /dev/null | sed -n 's/.*(NEEDED).*\[\(lib\(cu\|nccl\|nv\)[^]]*\)\].*/\1/p'
+    done | sort -u | while read -r name; do
+        version=$(readelf -V "$torch"/lib/*.so 2> /dev/null |
+            awk -v name="$name" '/File:/ { on = $5 == name } on && /Name:/ { found = $3 } END { print found }')
+        echo "${version:-$name} { *; };" > "$stubs/versions"
+        cc -w -shared -fPIC -fno-builtin -o "$stubs/$name" -Wl,-soname,"$name" -Wl,--version-script="$stubs/versions" \
+            "$stubs/functions.c"
+    done
+fi
+
+if [[ ! -d source ]]; then
+    "$python" -m pip download -q --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36
+    tar xzf llama_cpp_python-*.tar.gz && mv llama_cpp_python-*/ source
+fi
+llama=$folder/source/vendor/llama.cpp
+PATH=$(dirname "$python"):$PATH
+[[ -x build/bin/llama-simple ]] || {
+    cmake -S "$llama" -B build -G Ninja -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF \
+        -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=ON -DLLAMA_OPENSSL=OFF > cmake.log 2>&1
+    cmake --build build --target llama-simple > build.log 2>&1 || { tail -n 30 build.log; exit 1; }
+}
+
+# convert FOLDER TYPE: FOLDER-TYPE.gguf
+convert() {
+    LD_LIBRARY_PATH=$stubs "$python" "$llama/convert_hf_to_gguf.py" "$1" --outtype "$2" --outfile "$1-$2.gguf" \
+        > "convert-$1-$2.log" 2>&1
+}
+
+# compare FOLDER TYPE: both texts for every prompt
+compare() {
+    local prompt ours theirs
+    for prompt in "${prompts[@]}"; do
+        ours=$("$mxtrain" generate --device cpu --checkpoint "$1" --greedy --tokens 64 --prompt "$prompt")
+        theirs=$(OMP_THREAD_LIMIT=2 build/bin/llama-simple -m "$1-$2.gguf" -n 64 "$prompt" 2> llama.log)
+        if [[ $ours != "$theirs" ]]; then
+            printf '%s\n' "$1 as $2: other texts" "--- mxtrain" "$ours" "--- llama.cpp" "$theirs"
+            exit 1
+        fi
+        echo "$1 as $2: the same text: ${ours//$'\n'/ / }"
+    done
+}
+
+train() {
+    # Without the blanks of tables, which a small model would write all the time.
+    cat "$repository"/*.md "$repository"/docs/*.md | tr -s ' -' > text.txt
+    "$mxtrain" prepare text.txt --out "tokens-$1" --tokenizer "$1"
+    "$mxtrain" train --device cpu --data "tokens-$1" --out "$1" --overwrite --layers 2 --channels 64 --context 128 \
+        --lr 3e-3 --steps "$2" "${@:3}" > "train-$1.log" 2>&1
+}
+
+train gpt2 "$steps" --vocab-size 50304
+for type in f32 f16; do
+    convert gpt2 $type || { tail -n 5 convert-gpt2-$type.log; exit 1; }
+    compare gpt2 $type
+done
+
+# Its converter knows tokenizers by their tokens of one text, and that of bytes is not on its list.
+train bytes 20
+if convert bytes f32; then
+    compare bytes f32
+elif grep -q 'pre-tokenizer was not recognized' convert-bytes-f32.log; then
+    echo "bytes: llama.cpp's converter does not know this tokenizer"
+else
+    tail -n 5 convert-bytes-f32.log
+    exit 1
+fi

@@ -1,0 +1,578 @@
+//! The files beside a checkpoint's weights that Hugging Face's and llama.cpp's programs look for:
+//! the tokenizer and the settings of generation.
+//!
+//! A run carries those of the checkpoint that it begins with. Where there are none, and the data's
+//! tokenizer is one of ours, it writes them, so that `AutoTokenizer.from_pretrained` gives the tokens that
+//! the model was trained on. What a user put into the folder stays: `mxtrain.json` lists the files that
+//! came from here with their checksums, and a file that is not on the list, or was changed since, is
+//! the user's. docs/hugging-face.md says all that to users.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::ser::{Serialize, Serializer};
+use serde_json::{Value, json};
+
+use crate::failure::{Failure, Outcome};
+use crate::run_file::RunFile;
+use crate::tokenizer::Tokenizer;
+use crate::tokens_file::write_whole;
+
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const GENERATION: &str = "generation_config.json";
+const VOCABULARY: &str = "vocab.json";
+/// Files that only mean something together with the vocabulary.
+const OF_TOKENIZER: [&str; 9] = [
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    VOCABULARY,
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    GENERATION,
+];
+/// Those of them that say which text a token is.
+const VOCABULARIES: [&str; 4] = [TOKENIZER, VOCABULARY, "vocab.txt", "tokenizer.model"];
+/// Prefix of chat templates, `chat_template.jinja` or `chat_template.json`.
+const CHAT_TEMPLATE: &str = "chat_template.";
+
+/// What is put beside a checkpoint's weights.
+pub(crate) struct Files {
+    /// By name.
+    contents: BTreeMap<String, Vec<u8>>,
+    /// What the user should know, a line each.
+    pub(crate) notes: Vec<String>,
+    /// The checkpoint that they come from, if they do.
+    origin: Option<PathBuf>,
+    /// How the run's data became tokens, where that is known.
+    tokenizer: Option<Tokenizer>,
+}
+
+impl Files {
+    /// Collects the files for a run on data made by `tokenizer` (where that is known), of a model with
+    /// `context` positions: those of the checkpoint `origin` that it begins with, or new ones.
+    pub(crate) fn new(
+        origin: Option<&Path>,
+        tokenizer: Option<Tokenizer>,
+        context: usize,
+    ) -> Outcome<Self> {
+        let mut files =
+            Self { contents: BTreeMap::new(), notes: Vec::new(), origin: None, tokenizer };
+        if let Some(origin) = origin {
+            let of_origin = tokenizer_of(origin)?;
+            match (&of_origin, tokenizer) {
+                (Some(found), Some(of_data)) if *found != Found::Ours(of_data) => {
+                    files.notes.push(format!(
+                        "the text that {} was trained on became tokens by {found}, this run's data \
+                         by {of_data}; its tokenizer files are not taken over",
+                        origin.display()
+                    ));
+                }
+                _ => {
+                    files.contents = read_all(origin)?;
+                    files.origin = Some(origin.to_owned());
+                }
+            }
+        }
+        let has_tokenizer = files.contents.keys().any(|name| name != GENERATION);
+        if let Some(tokenizer) = tokenizer.filter(|_| !has_tokenizer) {
+            files.contents.insert(TOKENIZER.to_owned(), tokenizer_json(tokenizer).into_bytes());
+            let config = tokenizer_config_json(tokenizer, context).into_bytes();
+            files.contents.insert(TOKENIZER_CONFIG.to_owned(), config);
+        }
+        Ok(files)
+    }
+
+    /// Puts the files into a checkpoint folder, of which `before` lists the files that an earlier run
+    /// put there. Gives the list of those that are this run's.
+    pub(crate) fn put(
+        &mut self,
+        dir: &Path,
+        before: &BTreeMap<String, String>,
+    ) -> Outcome<BTreeMap<String, String>> {
+        let there = read_all(dir)?;
+        let is_ours = |name: &str| {
+            there.get(name).is_none_or(|bytes| before.get(name) == Some(&checksum(bytes)))
+        };
+        // Half of the user's tokenizer and half of another would be neither.
+        let theirs =
+            VOCABULARIES.into_iter().find(|name| there.contains_key(*name) && !is_ours(name));
+        if let (Some(theirs), Some(tokenizer)) = (theirs, self.tokenizer)
+            && in_file(&dir.join(theirs))? != Some(Found::Ours(tokenizer))
+        {
+            self.notes.push(format!(
+                "{} was there before this run and stays, but is not {tokenizer}, the tokenizer of \
+                 this run's data",
+                dir.join(theirs).display()
+            ));
+            self.contents.clear();
+        }
+        // Ours of a run before, which this one replaces: another tokenizer's would be left otherwise.
+        for name in there.keys().filter(|name| is_ours(name) && !self.contents.contains_key(*name))
+        {
+            let path = dir.join(name);
+            fs::remove_file(&path).map_err(Failure::io("remove", &path))?;
+        }
+        let mut ours = BTreeMap::new();
+        for (name, bytes) in self.contents.iter().filter(|(name, _)| is_ours(name)) {
+            if there.get(name) != Some(bytes) {
+                write_whole(&dir.join(name), bytes)?;
+            }
+            ours.insert(name.clone(), checksum(bytes));
+        }
+        Ok(ours)
+    }
+
+    /// The tokens that end a text of the run, as [`end_tokens`] of a checkpoint.
+    pub(crate) fn end_tokens(&self, vocab_size: usize) -> Outcome<Vec<u32>> {
+        end_tokens(self.origin.as_deref(), self.tokenizer, vocab_size)
+    }
+}
+
+/// How the text of a checkpoint became tokens, as far as its folder tells.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Found {
+    /// A tokenizer that this program has.
+    Ours(Tokenizer),
+    /// One that it cannot read, in words.
+    Other(String),
+}
+
+impl std::fmt::Display for Found {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Ours(tokenizer) => tokenizer.fmt(f),
+            Self::Other(words) => f.write_str(words),
+        }
+    }
+}
+
+/// The tokenizer of a checkpoint: what `mxtrain.json` says, else what its tokenizer files turn out to
+/// be; `None` where there is neither.
+pub(crate) fn tokenizer_of(checkpoint: &Path) -> Outcome<Option<Found>> {
+    match RunFile::read(checkpoint)?.and_then(|file| file.tokenizer) {
+        Some(tokenizer) => Ok(Some(Found::Ours(tokenizer))),
+        None => in_folder(checkpoint),
+    }
+}
+
+/// The tokenizer of a checkpoint where it is one of ours, for reports: no matter if its tokenizer files
+/// cannot be read.
+pub(crate) fn known_tokenizer(checkpoint: &Path) -> Outcome<Option<Tokenizer>> {
+    let of_run = RunFile::read(checkpoint)?.and_then(|file| file.tokenizer);
+    Ok(of_run.or_else(|| match in_folder(checkpoint) {
+        Ok(Some(Found::Ours(tokenizer))) => Some(tokenizer),
+        _ => None,
+    }))
+}
+
+/// The tokens that end a text of a checkpoint whose vocabulary has `vocab_size` tokens: what its
+/// `generation_config.json`, else its `config.json` says, and what `tokenizer` puts between documents.
+pub(crate) fn end_tokens(
+    checkpoint: Option<&Path>,
+    tokenizer: Option<Tokenizer>,
+    vocab_size: usize,
+) -> Outcome<Vec<u32>> {
+    let mut tokens = Vec::new();
+    let files = checkpoint.map(|dir| [GENERATION, "config.json"].map(|name| dir.join(name)));
+    for path in files.iter().flatten() {
+        let ids = match read_json(path)?.map(|mut config| config["eos_token_id"].take()) {
+            Some(Value::Array(ids)) => ids,
+            Some(Value::Null) | None => continue,
+            Some(id) => vec![id],
+        };
+        for id in ids {
+            let token = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
+                let message = format!("eos_token_id: expected tokens, numbers from 0, found {id}");
+                Failure::usage(message).within(path.display())
+            })?;
+            tokens.push(token);
+        }
+        break;
+    }
+    tokens.extend(tokenizer.and_then(Tokenizer::separator).map(u32::from));
+    tokens.sort_unstable();
+    tokens.dedup();
+    // A padded or edited configuration may name one that the model cannot draw.
+    tokens.retain(|token| (*token as usize) < vocab_size);
+    Ok(tokens)
+}
+
+/// What the tokenizer files of a folder turn out to be.
+fn in_folder(dir: &Path) -> Outcome<Option<Found>> {
+    let path = VOCABULARIES.into_iter().map(|name| dir.join(name)).find(|path| path.is_file());
+    path.map_or(Ok(None), |path| in_file(&path))
+}
+
+/// What one of [`VOCABULARIES`] turns out to be.
+fn in_file(path: &Path) -> Outcome<Option<Found>> {
+    let is = |name: &str| path.file_name().is_some_and(|file| file == name);
+    if !is(TOKENIZER) && !is(VOCABULARY) {
+        return Ok(Some(Found::Other(words(path))));
+    }
+    let Some(file) = read_json(path)? else { return Ok(None) };
+    let vocabulary = if is(VOCABULARY) { Some(&file) } else { byte_level_vocabulary(&file) };
+    let found = vocabulary.and_then(with_vocabulary);
+    Ok(Some(found.map_or_else(|| Found::Other(words(path)), Found::Ours)))
+}
+
+/// The vocabulary of a `tokenizer.json`, where that is byte-level BPE as GPT-2's is.
+fn byte_level_vocabulary(file: &Value) -> Option<&Value> {
+    let model = &file["model"];
+    // Old files do not say the type of a model that is BPE.
+    let is_bpe = model["type"].is_null() || model["type"] == "BPE";
+    let is_byte_level = file["pre_tokenizer"]["type"] == "ByteLevel";
+    (is_bpe && is_byte_level).then(|| &model["vocab"])
+}
+
+fn words(path: &Path) -> String {
+    format!("the tokenizer in {}", path.display())
+}
+
+/// The tokenizer that gives every token the number that it has in `vocabulary`, which may have more.
+fn with_vocabulary(vocabulary: &Value) -> Option<Tokenizer> {
+    let vocabulary = vocabulary.as_object()?;
+    let has = |(token, id): (String, u32)| {
+        vocabulary.get(&token).and_then(Value::as_u64) == Some(id.into())
+    };
+    [Tokenizer::Gpt2, Tokenizer::Bytes]
+        .into_iter()
+        .filter(|tokenizer| match tokenizer {
+            Tokenizer::Gpt2 => vocabulary.len() >= tokenizer.vocab_size(),
+            // A larger one has merges, which make other tokens of most texts.
+            Tokenizer::Bytes => vocabulary.len() == tokenizer.vocab_size(),
+        })
+        .find(|tokenizer| Vocabulary(*tokenizer).entries().all(has))
+}
+
+/// A JSON file, or `None` where there is none.
+fn read_json(path: &Path) -> Outcome<Option<Value>> {
+    if !path.is_file() {
+        return Ok(None);
+    }
+    let text = fs::read(path).map_err(Failure::io("read", path))?;
+    let value = serde_json::from_slice(&text);
+    value.map(Some).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
+}
+
+/// The files of [`OF_TOKENIZER`] and chat templates that a folder has.
+fn read_all(dir: &Path) -> Outcome<BTreeMap<String, Vec<u8>>> {
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(dir).map_err(Failure::io("read", dir))? {
+        let entry = entry.map_err(Failure::io("read", dir))?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let path = entry.path();
+        let wanted = OF_TOKENIZER.contains(&name.as_str()) || name.starts_with(CHAT_TEMPLATE);
+        if wanted && path.is_file() {
+            files.insert(name, fs::read(&path).map_err(Failure::io("read", &path))?);
+        }
+    }
+    Ok(files)
+}
+
+fn checksum(bytes: &[u8]) -> String {
+    format!("{:08x}", crc32fast::hash(bytes))
+}
+
+/// `tokenizer.json`: byte-level BPE. That of bytes has no merges, so a token is a byte.
+fn tokenizer_json(tokenizer: Tokenizer) -> String {
+    let added: Vec<_> = (tokenizer.separator().into_iter())
+        .map(|id| {
+            json!({
+                "id": id,
+                "content": END_OF_TEXT,
+                "single_word": false,
+                "lstrip": false,
+                "rstrip": false,
+                "normalized": true,
+                "special": true,
+            })
+        })
+        .collect();
+    let byte_level = |trim_offsets: bool| {
+        json!({
+            "type": "ByteLevel",
+            "add_prefix_space": false,
+            "trim_offsets": trim_offsets,
+            "use_regex": true,
+        })
+    };
+    let file = TokenizerFile {
+        version: "1.0",
+        truncation: (),
+        padding: (),
+        added_tokens: added,
+        normalizer: (),
+        pre_tokenizer: byte_level(true),
+        post_processor: byte_level(false),
+        decoder: byte_level(true),
+        model: ModelPart {
+            kind: "BPE",
+            dropout: (),
+            unk_token: (),
+            continuing_subword_prefix: "",
+            end_of_word_suffix: "",
+            fuse_unk: false,
+            byte_fallback: false,
+            vocab: Vocabulary(tokenizer),
+            merges: merges(tokenizer),
+        },
+    };
+    serde_json::to_string_pretty(&file).expect("plain data becomes JSON") + "\n"
+}
+
+/// `tokenizer_config.json`, what `AutoTokenizer` makes of the file above.
+fn tokenizer_config_json(tokenizer: Tokenizer, context: usize) -> String {
+    let mut config = json!({
+        "add_bos_token": false,
+        "add_prefix_space": false,
+        // Decoded text is the text that was encoded, blanks before punctuation included.
+        "clean_up_tokenization_spaces": false,
+        // Without token types, which GPT-2 would add to its embeddings.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": context,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    });
+    if tokenizer == Tokenizer::Gpt2 {
+        config["tokenizer_class"] = "GPT2Tokenizer".into();
+        for token in ["bos_token", "eos_token", "unk_token"] {
+            config[token] = END_OF_TEXT.into();
+        }
+    }
+    format!("{config:#}\n")
+}
+
+/// How GPT-2's separator is written.
+const END_OF_TEXT: &str = "<|endoftext|>";
+
+#[derive(serde::Serialize)]
+struct TokenizerFile {
+    version: &'static str,
+    truncation: (),
+    padding: (),
+    added_tokens: Vec<Value>,
+    normalizer: (),
+    pre_tokenizer: Value,
+    post_processor: Value,
+    decoder: Value,
+    model: ModelPart,
+}
+
+#[derive(serde::Serialize)]
+struct ModelPart {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    dropout: (),
+    unk_token: (),
+    continuing_subword_prefix: &'static str,
+    end_of_word_suffix: &'static str,
+    fuse_unk: bool,
+    byte_fallback: bool,
+    vocab: Vocabulary,
+    /// Two parts with a space between them, which readers of every age take.
+    merges: Vec<String>,
+}
+
+/// The tokens of a tokenizer in the byte-level alphabet, in the order of their numbers.
+struct Vocabulary(Tokenizer);
+
+impl Vocabulary {
+    fn entries(&self) -> impl Iterator<Item = (String, u32)> {
+        let Self(tokenizer) = *self;
+        let separator = tokenizer.separator().map(u32::from);
+        (0..tokenizer.vocab_size() as u32).map(move |id| match separator {
+            Some(separator) if id == separator => (END_OF_TEXT.to_owned(), id),
+            _ => (spelled(&tokenizer.bytes(id)), id),
+        })
+    }
+}
+
+impl Serialize for Vocabulary {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.entries())
+    }
+}
+
+/// The merges of a byte-pair encoding, in their order.
+///
+/// The vocabulary is in the order in which training made the tokens, so the merge that made a token is
+/// what is left to do once its bytes are merged by all earlier ones.
+fn merges(tokenizer: Tokenizer) -> Vec<String> {
+    let tokens: Vec<_> = (0..tokenizer.vocab_size() as u32)
+        .filter(|id| tokenizer.separator().is_none_or(|separator| *id != u32::from(separator)))
+        .map(|id| tokenizer.bytes(id))
+        .collect();
+    let ranks: HashMap<&[u8], usize> =
+        tokens.iter().enumerate().map(|(rank, token)| (token.as_slice(), rank)).collect();
+    let mut merges = Vec::new();
+    for (rank, token) in tokens.iter().enumerate().filter(|(_, token)| token.len() > 1) {
+        // Where the parts begin, and the end.
+        let mut cuts: Vec<usize> = (0..=token.len()).collect();
+        let next = |cuts: &[usize]| {
+            (0..cuts.len().saturating_sub(2))
+                .filter_map(|i| Some((*ranks.get(&token[cuts[i]..cuts[i + 2]])?, i)))
+                .filter(|(merged, _)| *merged < rank)
+                .min()
+        };
+        while let Some((_, i)) = next(&cuts) {
+            cuts.remove(i + 1);
+        }
+        let parts: Vec<_> = cuts.windows(2).map(|cut| spelled(&token[cut[0]..cut[1]])).collect();
+        merges.push(parts.join(" "));
+    }
+    merges
+}
+
+/// Bytes in the byte-level alphabet of GPT-2's files: a byte that is a visible Latin-1 character is
+/// that, the others are the characters from U+0100 on, in their order.
+fn spelled(bytes: &[u8]) -> String {
+    let visible = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let spell = |byte: &u8| match visible(byte) {
+        true => char::from(*byte),
+        false => {
+            let before = (0..*byte).filter(|byte| !visible(byte)).count() as u32;
+            char::from_u32(0x100 + before).expect("there are 68 of them, far below the surrogates")
+        }
+    };
+    bytes.iter().map(spell).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::LazyLock;
+
+    static GPT2: LazyLock<tokenizers::Tokenizer> = LazyLock::new(|| read(Tokenizer::Gpt2));
+    static BYTES: LazyLock<tokenizers::Tokenizer> = LazyLock::new(|| read(Tokenizer::Bytes));
+
+    fn read(tokenizer: Tokenizer) -> tokenizers::Tokenizer {
+        tokenizer_json(tokenizer).parse().unwrap()
+    }
+
+    /// Their tokens of a text are ours, and their text of these tokens is the text.
+    fn agree(text: &str) {
+        for (ours, theirs) in [(Tokenizer::Gpt2, &*GPT2), (Tokenizer::Bytes, &*BYTES)] {
+            let encoded = theirs.encode(text, true).unwrap();
+            let expected: Vec<_> = ours.encode(text).into_iter().map(u32::from).collect();
+            assert!(encoded.get_ids() == expected, "{ours}: other tokens of {text:?}");
+            assert!(theirs.decode(&expected, false).unwrap() == text, "{ours}: not {text:?}");
+        }
+    }
+
+    #[test]
+    fn every_token_but_bytes_has_one_merge_of_two_parts() {
+        let merges = merges(Tokenizer::Gpt2);
+        assert_eq!(merges.len(), 50_000);
+        assert!(merges.iter().all(|merge| merge.split(' ').count() == 2));
+        assert_eq!(merges[..4], ["Ġ t", "Ġ a", "h e", "i n"]);
+        assert!(super::merges(Tokenizer::Bytes).is_empty());
+    }
+
+    #[test]
+    fn hugging_faces_tokenizer_gives_our_tokens_of_real_text() {
+        for text in [
+            &include_str!("hugging_face.rs").replace(END_OF_TEXT, ""),
+            include_str!("../../../README.md"),
+            "",
+            " ",
+            "\n\n \n\t \r\n x",
+            "I've we'LL 'tis '' ’s 3.14159 1e-5 ２３ Ⅷ",
+            "naïve façade — “quotes” … 語彙は重要です 한국어 العربية हिन्दी ไทย",
+            "🦀🇩🇪👩‍👩‍👧‍👦 \u{200d}\u{feff}\u{0}\u{7f}\u{a0}\u{2003}\u{3000}x",
+        ] {
+            agree(text);
+        }
+        assert_eq!(GPT2.token_to_id(END_OF_TEXT), Some(50256));
+        assert_eq!(GPT2.get_vocab_size(true), 50257);
+        assert_eq!(BYTES.get_vocab_size(true), 256);
+    }
+
+    proptest! {
+        #[test]
+        fn hugging_faces_tokenizer_gives_our_tokens(text in "\\PC{0,60}|(\\s|\\w|[!-/]|'(s|ll|t))*") {
+            // Theirs reads the separator's name as the separator, ours as text.
+            prop_assume!(!text.contains(END_OF_TEXT));
+            agree(&text);
+        }
+
+        #[test]
+        fn of_any_characters(text in proptest::collection::vec(any::<char>(), 0..60)) {
+            agree(&text.into_iter().collect::<String>());
+        }
+    }
+
+    #[test]
+    fn tokenizers_are_told_by_their_vocabulary() {
+        let dir = tempfile::tempdir().unwrap();
+        let found = || tokenizer_of(dir.path()).unwrap();
+        assert_eq!(found(), None);
+        for tokenizer in [Tokenizer::Bytes, Tokenizer::Gpt2] {
+            fs::write(dir.path().join(TOKENIZER), tokenizer_json(tokenizer)).unwrap();
+            assert_eq!(found(), Some(Found::Ours(tokenizer)));
+        }
+        let mut changed: Value = serde_json::from_str(&tokenizer_json(Tokenizer::Gpt2)).unwrap();
+        changed["model"]["vocab"]["Ġthe"] = 5.into();
+        fs::write(dir.path().join(TOKENIZER), changed.to_string()).unwrap();
+        let Some(Found::Other(words)) = found() else { panic!("expected another tokenizer") };
+        assert!(words.ends_with("tokenizer.json"), "{words}");
+        fs::remove_file(dir.path().join(TOKENIZER)).unwrap();
+        let vocabulary = serde_json::to_string(&Vocabulary(Tokenizer::Gpt2)).unwrap();
+        fs::write(dir.path().join(VOCABULARY), vocabulary).unwrap();
+        assert_eq!(found(), Some(Found::Ours(Tokenizer::Gpt2)));
+        fs::write(dir.path().join(VOCABULARY), "{").unwrap();
+        assert!(tokenizer_of(dir.path()).unwrap_err().message.contains("vocab.json: EOF"));
+    }
+
+    #[test]
+    fn what_ends_a_text_is_what_the_folder_says_and_the_separator() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        let end = |tokenizer| end_tokens(Some(dir.path()), tokenizer, 50_257).unwrap();
+        assert!(end(None).is_empty());
+        write("config.json", r#"{"eos_token_id": 7}"#);
+        assert_eq!(end(None), [7]);
+        assert_eq!(end(Some(Tokenizer::Gpt2)), [7, 50_256]);
+        write(GENERATION, r#"{"eos_token_id": null}"#);
+        assert_eq!(end(Some(Tokenizer::Bytes)), [7]);
+        write(GENERATION, r#"{"eos_token_id": [3, 50257, 3, 2]}"#);
+        assert_eq!(end(None), [2, 3]);
+        write(GENERATION, r#"{"eos_token_id": "x"}"#);
+        let message = end_tokens(Some(dir.path()), None, 9).unwrap_err().message;
+        assert!(message.contains("generation_config.json: eos_token_id: expected"), "{message}");
+    }
+
+    #[test]
+    fn a_users_files_stay_and_those_of_an_earlier_run_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let names = || read_all(dir).unwrap().into_keys().collect::<Vec<_>>();
+        let run = |tokenizer, before: &BTreeMap<_, _>| {
+            let mut files = Files::new(None, Some(tokenizer), 8).unwrap();
+            let ours = files.put(dir, before).unwrap();
+            (ours, files.notes)
+        };
+        let is = |tokenizer| in_folder(dir).unwrap() == Some(Found::Ours(tokenizer));
+        let (first, notes) = run(Tokenizer::Gpt2, &BTreeMap::new());
+        assert_eq!(names(), [TOKENIZER, TOKENIZER_CONFIG]);
+        assert!(is(Tokenizer::Gpt2) && notes.is_empty());
+        // Another run into the folder, which an earlier one made.
+        let (second, notes) = run(Tokenizer::Bytes, &first);
+        assert!(is(Tokenizer::Bytes) && notes.is_empty());
+        // A changed file is the user's; the rest of the tokenizer is still ours.
+        fs::write(dir.join(TOKENIZER_CONFIG), "{}").unwrap();
+        let (third, notes) = run(Tokenizer::Bytes, &second);
+        assert_eq!(third.keys().collect::<Vec<_>>(), [TOKENIZER]);
+        assert_eq!(fs::read(dir.join(TOKENIZER_CONFIG)).unwrap(), b"{}");
+        assert!(notes.is_empty());
+        // A tokenizer of the user's is not mixed with another.
+        fs::write(dir.join(TOKENIZER), tokenizer_json(Tokenizer::Gpt2)).unwrap();
+        let (fourth, notes) = run(Tokenizer::Bytes, &third);
+        assert!(fourth.is_empty() && is(Tokenizer::Gpt2));
+        assert!(notes[0].contains("was there before this run and stays"), "{notes:?}");
+    }
+}
