@@ -152,6 +152,11 @@ fn exchange_whole(
     write: &impl Fn(&Path) -> Result<()>,
 ) -> Result<(), Refusal> {
     let staging = Staging::create(target, |name| sibling(target, name)).map_err(Refusal::of)?;
+    let owner = |path: &Path| fs::metadata(path).map(|m| (m.uid(), m.gid())).ok();
+    if owner(target) != owner(&staging.path) {
+        // The folder is another's, who wants to keep it.
+        return Err(Refusal::Place);
+    }
     write_file(&staging.path.join(NEW), b"")?;
     write(&staging.path)?;
     carry_over(target, &staging.path, owned)?;
@@ -276,7 +281,7 @@ fn follow(path: &Path) -> PathBuf {
     for _ in 0..MOST {
         let Ok(link) = fs::read_link(&path) else { break };
         // An absolute link replaces the whole path.
-        path = path.parent().unwrap_or(Path::new("")).join(link);
+        path = path.parent().unwrap_or_else(|| Path::new("")).join(link);
     }
     path
 }

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mxfp4train::StopHandle;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 
 use crate::console;
 use crate::failure::{Failure, Outcome};
@@ -48,6 +48,8 @@ impl Signals {
         }
         let cannot = |e| Failure::runtime(format!("cannot listen to signals: {e}"));
         let mut signals = signal_hook::iterator::Signals::new(numbers).map_err(cannot)?;
+        // A file that has reached its largest size is an error of the write, and not our end.
+        signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(cannot)?;
         let state = Arc::new(Mutex::new(State::Ends(Vec::new())));
         let shared = Arc::clone(&state);
         let listener = thread::Builder::new().name("signals".into());

@@ -4,12 +4,13 @@
 mod common;
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -106,12 +107,14 @@ fn a_signal_at_any_moment_stops_and_saves() {
 fn a_signal_does_not_wait_for_the_rest_of_an_evaluation_a_sample_or_a_step() {
     let dir = folder();
     let dir = dir.path();
+    let sample = format!(
+        "--tokenizer bytes --vocab-size 256 --sample-every 1 --batch-size 2 --context 1024 \
+         --sequence-length 32 --layers 8 --channels 128 --sample-prompt {}",
+        "x".repeat(1000)
+    );
     for (what, options) in [
         ("an evaluation", "--val many.bin --eval-every 1 --eval-batches 0 --batch-size 2"),
-        (
-            "a sample",
-            "--tokenizer bytes --vocab-size 256 --sample-every 1 --layers 12 --batch-size 2",
-        ),
+        ("a sample", &sample),
         ("a step", "--accumulation 16384 --batch-size 2"),
     ] {
         let _ = fs::remove_dir_all(dir.join("model"));
@@ -216,7 +219,6 @@ fn what_fails_on_the_side_is_said_and_counted_and_does_not_end_the_run() {
     assert_eq!(saved(dir, "model"), 40);
 }
 
-/// A log whose disk was full for a while has no half lines but the first.
 #[test]
 fn a_checkpoint_that_cannot_be_saved_goes_beside_until_it_can() {
     let dir = folder();
@@ -262,6 +264,46 @@ fn a_checkpoint_that_cannot_be_saved_goes_beside_until_it_can() {
     assert!(error.lines().last().unwrap().ends_with(&held), "{error}");
     assert_eq!(saved(dir, &last), steps(dir));
     succeed(dir, &format!("train --resume {last} --steps {}", steps(dir) + 2));
+}
+
+/// The disk is full for a while: neither the log nor a checkpoint can be written anywhere.
+#[test]
+fn a_full_disk_is_waited_out() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!(
+        "train --data data --out model --log log.jsonl --steps 1000000 --save-every 20 {TINY}"
+    );
+    let mut child = begin(dir, &line);
+    let errors = BufReader::new(child.stderr.take().unwrap());
+    let (send, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || errors.lines().for_each(|line| send.send(line.unwrap()).unwrap()));
+    let wait_for_line = |part: &str| {
+        let mut line = String::new();
+        while !line.contains(part) {
+            line = lines.recv_timeout(Duration::from_secs(60)).expect("the line comes");
+        }
+    };
+    wait_for(|| steps(dir) >= 30);
+    let limit = |bytes| {
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        let limit = Rlimit { current: bytes, maximum: None };
+        prlimit(pid, Resource::Fsize, limit).unwrap();
+    };
+    limit(Some(1000));
+    wait_for_line("a line of the log is lost");
+    wait_for_line("could not be saved: cannot write");
+    let last = saved(dir, "model");
+    limit(None);
+    wait_for(|| saved(dir, "model") > last);
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    // Only the line that the full disk tore is none.
+    let text = fs::read_to_string(dir.join("log.jsonl")).unwrap();
+    let torn = text.lines().filter(|line| serde_json::from_str::<Value>(line).is_err()).count();
+    assert!(torn <= 1, "{torn} lines");
+    assert!(steps(dir) < saved(dir, "model"));
+    assert_eq!(beside(dir), None);
 }
 
 #[test]

@@ -435,3 +435,20 @@ fn a_kill_at_any_operation_leaves_a_whole_checkpoint() {
         }
     }
 }
+
+/// A folder of another owner stays that owner's, as it does in place. Only root can try.
+#[test]
+fn the_owner_of_a_folder_keeps_it() {
+    use std::os::unix::fs::MetadataExt;
+    let (root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    if std::os::unix::fs::chown(&dir, Some(12345), Some(54321)).is_err() {
+        println!("skipped: not root");
+        return;
+    }
+    save_full(&dir, 2).unwrap();
+    let metadata = fs::metadata(&dir).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid()), (12345, 54321));
+    assert_eq!(load(&dir).unwrap().state.step, 2);
+    assert_eq!(names(root.path()), ["run"]);
+}

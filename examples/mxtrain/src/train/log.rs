@@ -100,4 +100,20 @@ mod tests {
         Log::open(&path, false).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
     }
+
+    #[test]
+    fn a_line_after_a_lost_one_begins_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.jsonl");
+        let eval = EvalStats { loss: 1.0, tokens: 8, seconds: 0.25 };
+        let mut log = Log::open(&path, false).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(log.eval(1, &eval).is_err());
+        fs::remove_dir(&path).unwrap();
+        log.eval(2, &eval).unwrap();
+        log.eval(3, &eval).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("\n{") && text.lines().count() == 3, "{text}");
+    }
 }

@@ -84,10 +84,11 @@ impl Saves {
             return Ok(());
         }
         let mut reasons = failure.message;
-        let name = self.out.file_name().map(|name| name.to_string_lossy().into_owned());
+        // Also of ".", the current folder.
+        let out = std::path::absolute(&self.out).unwrap_or_else(|_| self.out.clone());
+        let name = out.file_name().map(|name| name.to_string_lossy().into_owned());
         let name = format!("{}.step-{step}", name.unwrap_or_else(|| "checkpoint".into()));
-        let parent = std::path::absolute(&self.out).ok();
-        let parent = parent.as_deref().and_then(Path::parent).map(Path::to_owned);
+        let parent = out.parent().map(Path::to_owned);
         for folder in parent.into_iter().chain(self.fallback.clone()) {
             let place = free_name(&folder.join(&name));
             match self.save_to(&place, trainer) {
