@@ -200,7 +200,8 @@ impl Sets {
     fn place(&mut self, set: Set) -> Outcome {
         let tokens = std::mem::take(&mut self.document.tokens);
         let separator = self.tokenizer.separator();
-        let continues = self.document.blank && self.previous.is_some();
+        let document = &self.document;
+        let continues = document.blank && document.bytes <= LONG && self.previous.is_some();
         let file = self.file(set);
         let needs_none = file.last().is_none()
             || continues
