@@ -9,7 +9,7 @@
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 folder=$(realpath -m "${1:-$repository/target/llama-cpp}")
-steps=${STEPS:-300}
+steps=${STEPS:-600}
 prompts=('The kernel' 'MXFP4 products run' 'A step allocates' 'Weights are')
 mkdir -p "$folder"
 cd "$folder"
@@ -69,23 +69,23 @@ convert() {
 
 # compare FOLDER TYPE: both texts for every prompt
 compare() {
-    local prompt ours theirs
+    local prompt
     for prompt in "${prompts[@]}"; do
-        ours=$("$mxtrain" generate --device cpu --checkpoint "$1" --greedy --tokens 64 --prompt "$prompt")
-        theirs=$(OMP_THREAD_LIMIT=2 build/bin/llama-simple -m "$1-$2.gguf" -n 64 "$prompt" 2> llama.log)
-        if [[ $ours != "$theirs" ]]; then
-            printf '%s\n' "$1 as $2: other texts" "--- mxtrain" "$ours" "--- llama.cpp" "$theirs"
+        "$mxtrain" generate --device cpu --checkpoint "$1" --greedy --tokens 64 --prompt "$prompt" > ours.txt
+        OMP_THREAD_LIMIT=2 build/bin/llama-simple -m "$1-$2.gguf" -n 64 "$prompt" > theirs.txt 2> llama.log
+        if ! cmp ours.txt theirs.txt; then
+            tail -n +1 ours.txt theirs.txt
             exit 1
         fi
-        echo "$1 as $2: the same text: ${ours//$'\n'/ / }"
+        echo "$1 as $2: the same text: $(tr '\n' '/' < ours.txt)"
     done
 }
 
 train() {
-    # Without the blanks of tables, which a small model would write all the time.
-    cat "$repository"/*.md "$repository"/docs/*.md | tr -s ' -' > text.txt
+    # Without runs of blanks, which a small model would write all the time.
+    cat "$repository"/*.md "$repository"/docs/*.md | tr -s ' \n-' > text.txt
     "$mxtrain" prepare text.txt --out "tokens-$1" --tokenizer "$1"
-    "$mxtrain" train --device cpu --data "tokens-$1" --out "$1" --overwrite --layers 2 --channels 64 --context 128 \
+    "$mxtrain" train --device cpu --data "tokens-$1" --out "$1" --overwrite --layers 2 --channels 64 --context 128 --batch-size 2 \
         --lr 3e-3 --steps "$2" "${@:3}" > "train-$1.log" 2>&1
 }
 
