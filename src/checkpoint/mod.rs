@@ -2,7 +2,7 @@
 //!
 //! | file | content |
 //! | --- | --- |
-//! | `config.json` | the model's shape, for this library and for `transformers` |
+//! | `config.json` | the model's shape, for this library and for `transformers`, and what else was in the one it was loaded with |
 //! | `model.safetensors` | the weights in f32, under Hugging Face's names |
 //! | `trainer.json` | step, seed, options; only of a trainer |
 //! | `trainer.safetensors` | AdamW's moments, `m.NAME` and `v.NAME`; only of a trainer |
@@ -13,8 +13,10 @@
 
 mod config;
 mod folder;
+mod found;
 mod state;
 mod tensors;
+mod weights;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -27,13 +29,19 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use crate::model::{ModelConfig, TensorInfo};
 use crate::trainer::TrainerState;
 use crate::{Error, Result};
+pub(crate) use config::FoundConfig;
 use tensors::{Named, TensorFile};
+use weights::{Index, Weights};
 
 const CONFIG: &str = "config.json";
 const MODEL: &str = "model.safetensors";
 const STATE: &str = "trainer.json";
 const MOMENTS: &str = "trainer.safetensors";
 const FILES: [&str; 4] = [CONFIG, MODEL, STATE, MOMENTS];
+
+/// Where the weights lie in several files, which transformers makes of large models: which file has which tensor.
+/// Read, never written.
+const INDEX: &str = "model.safetensors.index.json";
 
 /// Prefixes of the moments' names.
 const PREFIXES: [&str; 2] = ["m", "v"];
@@ -55,6 +63,14 @@ pub(crate) trait TensorRead {
 /// Takes the values of (moment, tensor).
 type WriteMoment<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
 
+/// The model of a checkpoint.
+pub(crate) struct ModelPart<'a> {
+    pub(crate) config: &'a ModelConfig,
+    /// `config.json` as it was found, of a model that was loaded.
+    pub(crate) found: Option<&'a FoundConfig>,
+    pub(crate) weights: &'a dyn TensorRead,
+}
+
 /// The training part of a checkpoint.
 pub(crate) struct TrainerPart<'a> {
     pub(crate) state: &'a TrainerState,
@@ -74,12 +90,11 @@ pub(crate) struct TrainerPart<'a> {
 /// weight or moment.
 pub(crate) fn save(
     dir: &Path,
-    config: &ModelConfig,
-    weights: &dyn TensorRead,
+    ModelPart { config, found, weights }: ModelPart<'_>,
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
     folder::replace(dir, &FILES, MODEL, |new| {
-        folder::write_file(&new.join(CONFIG), config::to_json(config).as_bytes())?;
+        folder::write_file(&new.join(CONFIG), config::to_json(config, found).as_bytes())?;
         let extra = [(SHAPE, config::summary(config))];
         let named = name_all(weights, |name| name.to_owned());
         let model = tensors::write(&new.join(MODEL), &named, &extra)?;
@@ -104,13 +119,15 @@ pub(crate) struct Checkpoint {
     dir: PathBuf,
     /// As [`FILES`]; None where there is no such file.
     files: [Option<File>; 4],
+    /// In place of [`MODEL`]: the index, and the files that it names.
+    shards: Option<(Index, Vec<File>)>,
 }
 
 impl Checkpoint {
     /// Opens the folder and the files that are there.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] for a folder without `config.json` or `model.safetensors`.
+    /// [`Error::Io`]; [`Error::Format`] for a folder without `config.json` or weights, or with a damaged index.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
         const TRIES: usize = 16;
         for attempt in 1.. {
@@ -118,16 +135,20 @@ impl Checkpoint {
             let io = |e: rustix::io::Errno| Error::io("open", &dir)(e.into());
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let folder = openat(CWD, &dir, flags, Mode::empty()).map_err(io)?;
-            let mut files = [const { None }; 4];
-            for (file, name) in files.iter_mut().zip(FILES) {
+            let open = |name: &str| {
                 // Without NONBLOCK a pipe of this name would wait for its writer.
                 let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-                *file = match openat(&folder, name, flags, Mode::empty()) {
-                    Ok(file) => Some(File::from(file)),
-                    Err(rustix::io::Errno::NOENT) => None,
-                    Err(e) => return Err(Error::io("open", &dir.join(name))(e.into())),
-                };
+                match openat(&folder, name, flags, Mode::empty()) {
+                    Ok(file) => Ok(Some(File::from(file))),
+                    Err(rustix::io::Errno::NOENT) => Ok(None),
+                    Err(e) => Err(Error::io("open", &dir.join(name))(e.into())),
+                }
+            };
+            let mut files = [const { None }; 4];
+            for (file, name) in files.iter_mut().zip(FILES) {
+                *file = open(name)?;
             }
+            let shards = if files[1].is_none() { open_shards(&dir, &open)? } else { None };
             // A save may have removed files of the folder that it replaced while we opened them.
             let stat = |s: rustix::fs::Stat| (s.st_dev, s.st_ino);
             let opened = rustix::fs::fstat(&folder).map(stat).map_err(io)?;
@@ -135,33 +156,25 @@ impl Checkpoint {
             if current != Some(opened) && attempt < TRIES {
                 continue;
             }
-            for (file, name) in files.iter().zip([CONFIG, MODEL]) {
-                if file.is_none() {
-                    return Err(Error::format(
-                        &dir,
-                        format!(
-                            "expected a checkpoint folder, found no {name} in it (other formats, \
-                             such as pytorch_model.bin or weights in several files, are not read)"
-                        ),
-                    ));
-                }
-            }
-            return Ok(Self { dir, files });
+            let checkpoint = Self { dir, files, shards };
+            checkpoint.check_complete()?;
+            return Ok(checkpoint);
         }
         unreachable!("the last attempt returns")
     }
 
-    /// The model's shape.
+    /// The model's shape, and the file that it was read from.
     ///
     /// # Errors
     /// [`Error::Format`] for a damaged `config.json` or one of a model that is not supported,
-    /// naming the key; [`Error::Mismatch`] where `model.safetensors` was saved with another shape
-    /// or is too small for this one.
-    pub(crate) fn config(&self) -> Result<ModelConfig> {
+    /// naming the key; [`Error::Mismatch`] where the weights were saved with another shape or are too
+    /// small for this one.
+    pub(crate) fn config(&self) -> Result<(ModelConfig, FoundConfig)> {
         let path = self.dir.join(CONFIG);
-        let config = config::from_json(&path, &self.json(0)?)?;
-        let model = self.tensors(1)?;
-        if let Some(saved) = model.metadata(SHAPE)
+        let (mut config, found) = config::from_json(&path, &self.json(0)?)?;
+        let weights = self.weight_files()?;
+        config.tied_head = weights.is_tied(config.tied_head)?;
+        if let Some(saved) = weights.metadata(SHAPE)
             && saved != config::summary(&config)
         {
             let found = config::summary(&config);
@@ -172,20 +185,21 @@ impl Checkpoint {
             return Err(Error::mismatch(&path, message));
         }
         // Before anyone allocates memory for what a damaged file announces. 2 bytes: F16, BF16.
-        let (count, bytes) = (config.parameter_count(), model.bytes());
+        let (count, bytes) = (config.parameter_count(), weights.bytes());
         if count.saturating_mul(2) > bytes {
+            let name = if self.shards.is_some() { "its weights" } else { MODEL };
             let message = format!(
-                "a model of this shape has {count} parameters, and {MODEL} has only {bytes} bytes"
+                "a model of this shape has {count} parameters, and {name} has only {bytes} bytes"
             );
             return Err(Error::mismatch(&path, message));
         }
-        Ok(config)
+        Ok((config, found))
     }
 
     /// The weights: calls `write(index, values)` once for every entry of `tensors`, in order.
     ///
-    /// Names may lack the prefix `transformer.`. A head of its own (`lm_head.weight`) and buffers
-    /// (`attn.bias`, `attn.masked_bias`) are passed over.
+    /// Names may lack the prefix `transformer.`. Buffers (`attn.bias`, `attn.masked_bias`) are passed over, and
+    /// so is a head where the model has none of its own; but one that stands in place of the embedding is read.
     ///
     /// # Errors
     /// [`Error::Format`] for a missing or damaged tensor, [`Error::Mismatch`] for one of another
@@ -195,26 +209,7 @@ impl Checkpoint {
         tensors: &[TensorInfo],
         write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
-        let file = self.tensors(1)?;
-        let names: Vec<_> = tensors
-            .iter()
-            .map(|tensor| match tensor.name.strip_prefix("transformer.") {
-                Some(short) if !file.contains(&tensor.name) && file.contains(short) => short,
-                _ => tensor.name.as_str(),
-            })
-            .collect();
-        let ignored = |name: &str| {
-            let buffer = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
-            buffer || name == "lm_head.weight"
-        };
-        let known: HashSet<_> = names.iter().copied().collect();
-        self.check_surplus(1, &file, |name| ignored(name) || known.contains(name))?;
-        let mut values = Vec::new();
-        for (index, (name, tensor)) in names.iter().zip(tensors).enumerate() {
-            file.read(name, &tensor.shape, &mut values)?;
-            write(index, &values)?;
-        }
-        Ok(())
+        self.weight_files()?.read(tensors, write)
     }
 
     /// The training state, after a check that the tensor files beside it are those of its save.
@@ -250,7 +245,7 @@ impl Checkpoint {
     ) -> Result<()> {
         let file = self.tensors(3)?;
         let known: HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-        self.check_surplus(3, &file, |name| {
+        file.check_surplus(|name| {
             let parts = name.split_once('.');
             parts.is_some_and(|(prefix, name)| PREFIXES.contains(&prefix) && known.contains(name))
         })?;
@@ -265,20 +260,32 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A tensor that the model has no place for is a sign of a wrong `config.json`.
-    fn check_surplus(
-        &self,
-        index: usize,
-        file: &TensorFile,
-        known: impl Fn(&str) -> bool,
-    ) -> Result<()> {
-        match file.names().into_iter().find(|name| !known(name)) {
-            None => Ok(()),
-            Some(name) => {
-                let message = format!("holds the tensor {name}, which the model does not have");
-                Err(Error::mismatch(&self.dir.join(FILES[index]), message))
-            }
+    /// An error for a folder that has no model in it, with the best reason that can be found.
+    fn check_complete(&self) -> Result<()> {
+        let has_config = self.files[0].is_some();
+        if has_config && (self.files[1].is_some() || self.shards.is_some()) {
+            return Ok(());
         }
+        if has_config {
+            // Whoever has a model of another kind need not convert it first to be told.
+            config::from_json(&self.dir.join(CONFIG), &self.json(0)?)?;
+        }
+        Err(found::no_checkpoint(&self.dir, has_config))
+    }
+
+    fn weight_files(&self) -> Result<Weights<'_>> {
+        let Some((index, files)) = &self.shards else {
+            let file = self.tensors(1)?;
+            let path = file.path().to_owned();
+            return Ok(Weights { path, files: vec![file], index: None });
+        };
+        let files = index.files.iter().zip(files).map(|(name, file)| {
+            let path = self.dir.join(name);
+            check_is_file(&path, file)?;
+            TensorFile::open(&path, file)
+        });
+        let (path, files) = (self.dir.join(INDEX), files.collect::<Result<_>>()?);
+        Ok(Weights { path, files, index: Some(index) })
     }
 
     fn tensors(&self, index: usize) -> Result<TensorFile> {
@@ -288,15 +295,7 @@ impl Checkpoint {
 
     fn json(&self, index: usize) -> Result<Vec<u8>> {
         let (path, file) = self.file(index)?;
-        let mut text = Vec::new();
-        let mut from_start = PositionedRead { file, offset: 0 };
-        let read = (&mut from_start).take(MAX_JSON + 1).read_to_end(&mut text);
-        read.map_err(Error::io("read", &path))?;
-        if text.len() as u64 > MAX_JSON {
-            let message = format!("expected JSON of at most {MAX_JSON} bytes, found more");
-            return Err(Error::format(&path, message));
-        }
-        Ok(text)
+        read_json(&path, file)
     }
 
     fn file(&self, index: usize) -> Result<(PathBuf, &File)> {
@@ -306,11 +305,53 @@ impl Checkpoint {
                            which a new trainer can start from but not resume";
             return Err(Error::format(&path, message));
         };
-        if !file.metadata().map_err(Error::io("open", &path))?.is_file() {
-            return Err(Error::format(&path, "expected a file, found a folder, pipe or device"));
-        }
+        check_is_file(&path, file)?;
         Ok((path, file))
     }
+}
+
+/// The index of a folder and the files that it names, where there is one; `open` opens a file of the folder.
+fn open_shards(
+    dir: &Path,
+    open: &impl Fn(&str) -> Result<Option<File>>,
+) -> Result<Option<(Index, Vec<File>)>> {
+    let Some(file) = open(INDEX)? else { return Ok(None) };
+    let path = dir.join(INDEX);
+    check_is_file(&path, &file)?;
+    let index = Index::from_json(&path, &read_json(&path, &file)?)?;
+    let files = index.files.iter().map(|name| {
+        open(name)?.ok_or_else(|| {
+            let message = format!(
+                "names the file {name}, which the folder does not have; get all {} files of the \
+                 weights",
+                index.files.len()
+            );
+            Error::format(&path, message)
+        })
+    });
+    let files = files.collect::<Result<_>>()?;
+    Ok(Some((index, files)))
+}
+
+fn check_is_file(path: &Path, file: &File) -> Result<()> {
+    if file.metadata().map_err(Error::io("open", path))?.is_file() {
+        return Ok(());
+    }
+    Err(Error::format(path, "expected a file, found a folder, pipe or device"))
+}
+
+/// The text of a small file that should be JSON.
+fn read_json(path: &Path, file: &File) -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    let mut from_start = PositionedRead { file, offset: 0 };
+    let read = (&mut from_start).take(MAX_JSON + 1).read_to_end(&mut text);
+    read.map_err(Error::io("read", path))?;
+    found::check_fetched(path, &text)?;
+    if text.len() as u64 > MAX_JSON {
+        let message = format!("expected JSON of at most {MAX_JSON} bytes, found more");
+        return Err(Error::format(path, message));
+    }
+    Ok(text)
 }
 
 /// Reads a shared file without moving its position.
