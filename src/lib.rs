@@ -64,7 +64,7 @@ pub use data::{Dataset, DatasetFile, TokenFormat};
 pub use engine::{CudaStream, Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use generate::GenerateOptions;
-pub use model::{Activation, Model, ModelConfig, Recompute, TensorInfo};
+pub use model::{Activation, Model, ModelConfig, ModelFiles, Recompute, StoredTensor, TensorInfo};
 pub use optim::{AdamW, Schedule, ScheduleKind};
 pub use recipe::Recipe;
 pub use trainer::{EvalStats, Plan, StepStats, StopHandle, Trainer, TrainerOptions, plan};

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
-use crate::model::{ModelConfig, TensorInfo};
+use crate::model::{ModelConfig, StoredTensor, TensorInfo};
 use crate::trainer::TrainerState;
 use crate::{Error, Result};
 pub(crate) use config::FoundConfig;
@@ -210,6 +210,14 @@ impl Checkpoint {
         write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
         self.weight_files()?.read(tensors, write)
+    }
+
+    /// All tensors of the files with the weights, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for a damaged header.
+    pub(crate) fn stored_tensors(&self) -> Result<Vec<StoredTensor>> {
+        Ok(self.weight_files()?.files.iter().flat_map(TensorFile::stored).collect())
     }
 
     /// The training state, after a check that the tensor files beside it are those of its save.

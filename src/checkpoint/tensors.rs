@@ -15,6 +15,7 @@ use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::{TensorRead, found};
+use crate::model::StoredTensor;
 use crate::reserve::reserve;
 use crate::{Error, Result};
 
@@ -186,6 +187,16 @@ impl TensorFile {
     /// The file, for messages.
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// All tensors, in file order.
+    pub(super) fn stored(&self) -> Vec<StoredTensor> {
+        let stored = |name: String| {
+            let info = self.header.info(&name)?;
+            let (dtype, shape) = (info.dtype.to_string(), info.shape.clone());
+            Some(StoredTensor { name, dtype, shape })
+        };
+        self.names().into_iter().filter_map(stored).collect()
     }
 
     /// Whether there is a tensor of this name.

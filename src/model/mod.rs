@@ -47,6 +47,26 @@ impl TensorInfo {
     }
 }
 
+/// What a checkpoint folder has of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelFiles {
+    /// The model's shape.
+    pub config: ModelConfig,
+    /// The tensors of all files, as they are stored.
+    pub tensors: Vec<StoredTensor>,
+}
+
+/// A tensor in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// Its name there.
+    pub name: String,
+    /// Its number format, as safetensors calls it: `F32`, `BF16`...
+    pub dtype: String,
+    /// Its shape there.
+    pub shape: Vec<usize>,
+}
+
 /// A GPT on an engine's device. Cheap to clone: clones are the same model.
 ///
 /// Calls from several threads wait for each other; a trainer holds the model for one step at a time.
@@ -89,6 +109,17 @@ impl Model {
     /// [`Error::OutOfMemory`].
     pub fn load(engine: &Engine, dir: &Path) -> Result<Self> {
         Self::from_checkpoint(engine, &Checkpoint::open(dir)?)
+    }
+
+    /// What a checkpoint folder holds, from its configuration and the headers of its files; weights are not
+    /// loaded.
+    ///
+    /// # Errors
+    /// As [`Model::load`], but for what only the weights themselves show.
+    pub fn inspect(dir: &Path) -> Result<ModelFiles> {
+        let checkpoint = Checkpoint::open(dir)?;
+        let (config, _) = checkpoint.config()?;
+        Ok(ModelFiles { config, tensors: checkpoint.stored_tensors()? })
     }
 
     pub(crate) fn from_checkpoint(engine: &Engine, checkpoint: &Checkpoint) -> Result<Self> {
