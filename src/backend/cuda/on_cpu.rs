@@ -981,7 +981,7 @@ fn gelu_is_that_of_the_definition() {
     };
     for (form, forward, backward, bounds) in [
         (Activation::GeluTanh, "gelu_forward_f32", "gelu_backward_f32", [2e-7, 6e-7]),
-        (Activation::Gelu, "exact_gelu_forward_f32", "exact_gelu_backward_f32", [4e-7, 6e-7]),
+        (Activation::Gelu, "exact_gelu_forward_f32", "exact_gelu_backward_f32", [2e-7, 6e-7]),
     ] {
         let (mut out, mut slope) = (vec![f32::NAN; x.len()], vec![1.0f32; x.len()]);
         apply(forward, &mut out);
