@@ -613,7 +613,9 @@ mxt_status mxt_model_new(const struct mxt_engine *engine,
                          struct mxt_model **model);
 
 // Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-// (gpt2), and stores it in `*model` for the caller to free.
+// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or 64
+// bits, in one file or in several with an index; a head that differs from the embedding stays one
+// of its own.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 // MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
@@ -623,7 +625,8 @@ mxt_status mxt_model_load(const struct mxt_engine *engine,
                           struct mxt_model **model);
 
 // Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-// folder is made if it is not there. A failure leaves what was there before.
+// folder is made if it is not there. A failure leaves what was there before. Keys of the
+// configuration that a loaded model came with, such as special tokens, are written again.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 // MXT_ERROR_BUSY.

@@ -251,7 +251,9 @@ pub unsafe extern "C" fn mxt_model_new(
 }
 
 /// Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-/// (gpt2), and stores it in `*model` for the caller to free.
+/// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or 64
+/// bits, in one file or in several with an index; a head that differs from the embedding stays one
+/// of its own.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 /// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
@@ -274,7 +276,8 @@ pub unsafe extern "C" fn mxt_model_load(
 }
 
 /// Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-/// folder is made if it is not there. A failure leaves what was there before.
+/// folder is made if it is not there. A failure leaves what was there before. Keys of the
+/// configuration that a loaded model came with, such as special tokens, are written again.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 /// MXT_ERROR_BUSY.
