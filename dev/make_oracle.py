@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Makes an oracle of any size, of the form of tests/oracle/gpt2-tiny, with PyTorch and transformers.
 
-Usage: python3 dev/make_oracle.py OUT VOCAB SEQUENCE CHANNELS HEADS LAYERS BATCH CONTEXT [KEY=VALUE..]
-with keys of GPT2Config and values in JSON, such as n_inner=37 or tie_word_embeddings=false. Then:  MXT_ORACLE=OUT cargo test --test oracle
+Usage: python3 dev/make_oracle.py OUT VOCAB SEQUENCE CHANNELS HEADS LAYERS BATCH CONTEXT [KEY=JSON..]
+       with keys of GPT2Config, such as n_inner=37 or tie_word_embeddings=false
+Then:  MXT_ORACLE=OUT cargo test --test oracle
 """
 import json
 import sys

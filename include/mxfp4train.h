@@ -168,8 +168,8 @@ typedef enum mxt_log_level {
 
 // The kind of model.
 typedef enum mxt_architecture {
-  // GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one matrix
-  // for the embedding and the head unless tied_head is 0.
+  // GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one
+  // matrix for the embedding and the head unless tied_head is 0.
   MXT_ARCHITECTURE_GPT2 = 0,
 } mxt_architecture;
 
@@ -287,8 +287,8 @@ typedef struct mxt_model_config {
   float layer_norm_epsilon;
   // One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
   int32_t architecture;
-  // Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a model
-  // of that width reports.
+  // Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a
+  // model of that width reports.
   size_t mlp_channels;
   // One of mxt_activation. Default MXT_ACTIVATION_GELU_TANH.
   int32_t activation;
@@ -298,7 +298,8 @@ typedef struct mxt_model_config {
   // 1 where attention divides its scores by the square root of a head's width, 0 where it does
   // not. Default 1.
   int32_t scale_attention;
-  // 1 where attention divides its scores by the number of its block, from 1 on, as well. Default 0.
+  // 1 where attention divides its scores by the number of its block, from 1 on, as well. Default
+  // 0.
   int32_t scale_attention_by_layer;
 } mxt_model_config;
 
@@ -613,9 +614,9 @@ mxt_status mxt_model_new(const struct mxt_engine *engine,
                          struct mxt_model **model);
 
 // Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or 64
-// bits, in one file or in several with an index; a head that differs from the embedding stays one
-// of its own.
+// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or
+// 64 bits, in one file or in several with an index; a head that differs from the embedding stays
+// one of its own.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 // MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,

@@ -252,8 +252,8 @@ fn resuming_changes_no_bit() {
     }
 }
 
-/// What a model can differ in from GPT-2, at sizes that nothing divides and at sizes that tensor cores like: every
-/// recipe trains it, as the processor does, repeats and resumes.
+/// What a model can differ in from GPT-2, at sizes that nothing divides and at sizes that tensor
+/// cores like: every recipe trains it, as the processor does, repeats and resumes.
 #[test]
 fn variants_train_as_on_the_processor_and_resume() {
     let Some(gpu) = gpu() else { return };

@@ -1,5 +1,5 @@
-//! Folders as transformers and its users leave them (tests/huggingface): losses, what survives loading and
-//! saving, and training of models that differ from GPT-2.
+//! Folders as transformers and its users leave them (tests/huggingface): losses, what survives
+//! loading and saving, and training of models that differ from GPT-2.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -92,7 +92,8 @@ fn loading_and_saving_changes_no_bit() {
     }
 }
 
-/// Special tokens, dropout and whatever else a configuration says come out of a run that was stopped and resumed.
+/// Special tokens, dropout and whatever else a configuration says come out of a run that was
+/// stopped and resumed.
 #[test]
 fn what_is_not_understood_survives_a_resumed_run() {
     let folder = tempfile::tempdir().unwrap();
@@ -160,8 +161,8 @@ fn losses(trainer: &mut Trainer, steps: usize) -> Vec<u32> {
     (0..steps).map(|_| trainer.step(&data()).unwrap().loss.to_bits()).collect()
 }
 
-/// Every recipe trains every variant, with gradients that accumulate; the run repeats bit for bit, with every way
-/// to save memory, and after a stop.
+/// Every recipe trains every variant, with gradients that accumulate; the run repeats bit for bit,
+/// with every way to save memory, and after a stop.
 #[test]
 fn every_recipe_trains_every_variant_and_resumes() {
     let folder = tempfile::tempdir().unwrap();
@@ -235,8 +236,8 @@ fn gradients_are_slopes() {
     }
 }
 
-/// A head of its own is what logits are made with, has a gradient and moments of its own, decays as the embedding
-/// does, and counts.
+/// A head of its own is what logits are made with, has a gradient and moments of its own, decays as
+/// the embedding does, and counts.
 #[test]
 fn a_head_of_its_own_is_a_parameter_like_others() {
     let model = Model::load(&engine(), &root().join("untied-head")).unwrap();

@@ -80,7 +80,8 @@ fn oracle_losses_gradients_and_three_steps() {
     check_model(oracle("MXT_ORACLE", "tests/oracle/gpt2-tiny"));
 }
 
-/// A head of its own, exact GELU in an MLP of odd width, attention divided by the number of its layer.
+/// A head of its own, exact GELU in an MLP of odd width, attention divided by the number of its
+/// layer.
 #[test]
 fn oracle_of_a_variant() {
     check_model(oracle("MXT_ORACLE", "tests/oracle/gpt2-variant"));

@@ -1,9 +1,9 @@
 //! The operations that training a GPT needs, over opaque buffers.
 //!
 //! Shapes: B sequences, T tokens each, `rows` = B T, C channels, M inside an MLP, H heads of C / H
-//! channels, V tokens in the vocabulary. Everything is dense and row-major. Unless an operation says "adds to", it
-//! overwrites its outputs. Gradients of parameters are added to with `accumulate`, which a step's first
-//! micro-step is without.
+//! channels, V tokens in the vocabulary. Everything is dense and row-major. Unless an operation
+//! says "adds to", it overwrites its outputs. Gradients of parameters are added to with
+//! `accumulate`, which a step's first micro-step is without.
 //!
 //! Model code is written once over [`Backend`]; an implementation keeps its buffers in the precision
 //! that suits the device. Every operation has a plain scalar twin, which the tests of each backend
@@ -443,8 +443,9 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     // --- Attention ---
 
-    /// out (B, T, C) = softmax(factor q k^T / sqrt(head size), causal) v from qkv (B, T, 3 C): q, k and v of
-    /// C channels each, heads side by side. `lse` (B, H, T) keeps the logarithm of each row's sum.
+    /// out (B, T, C) = softmax(factor q k^T / sqrt(head size), causal) v from qkv (B, T, 3 C): q, k
+    /// and v of C channels each, heads side by side. `lse` (B, H, T) keeps the logarithm of each
+    /// row's sum.
     fn attention_forward(
         &self,
         workspace: &mut Self::Workspace,

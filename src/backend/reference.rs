@@ -135,7 +135,8 @@ pub(crate) fn gelu_derivative_of(form: Activation, x: f64) -> f64 {
     }
 }
 
-/// The probability that a normal number is less than x: 1/2 + density (x + x^3 / 3 + x^5 / (3 5) + ..).
+/// The probability that a normal number is less than x: 1/2 + density (x + x^3 / 3 + x^5 / (3 5) +
+/// ..).
 fn normal_below(x: f64) -> f64 {
     if x.abs() > 9.0 {
         return if x > 0.0 { 1.0 } else { 0.0 };

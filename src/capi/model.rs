@@ -19,8 +19,8 @@ pub const MXT_MAX_RANK: usize = 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub enum mxt_architecture {
-    /// GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one matrix
-    /// for the embedding and the head unless tied_head is 0.
+    /// GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one
+    /// matrix for the embedding and the head unless tied_head is 0.
     Gpt2 = 0,
 }
 
@@ -62,8 +62,8 @@ pub struct mxt_model_config {
     pub layer_norm_epsilon: f32,
     /// One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
     pub architecture: i32,
-    /// Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a model
-    /// of that width reports.
+    /// Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a
+    /// model of that width reports.
     pub mlp_channels: usize,
     /// One of mxt_activation. Default MXT_ACTIVATION_GELU_TANH.
     pub activation: i32,
@@ -73,7 +73,8 @@ pub struct mxt_model_config {
     /// 1 where attention divides its scores by the square root of a head's width, 0 where it does
     /// not. Default 1.
     pub scale_attention: i32,
-    /// 1 where attention divides its scores by the number of its block, from 1 on, as well. Default 0.
+    /// 1 where attention divides its scores by the number of its block, from 1 on, as well. Default
+    /// 0.
     pub scale_attention_by_layer: i32,
 }
 versioned!(mxt_model_config, last = architecture: i32);
@@ -251,9 +252,9 @@ pub unsafe extern "C" fn mxt_model_new(
 }
 
 /// Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-/// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or 64
-/// bits, in one file or in several with an index; a head that differs from the embedding stays one
-/// of its own.
+/// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or
+/// 64 bits, in one file or in several with an index; a head that differs from the embedding stays
+/// one of its own.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 /// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,

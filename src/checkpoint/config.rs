@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 use crate::model::{Activation, ModelConfig};
 use crate::{Error, Result};
 
-/// `config.json` as a model was loaded with it. What this library does not look at (special tokens, dropout,
-/// anything new) goes into the files of later saves.
+/// `config.json` as a model was loaded with it. What this library does not look at (special tokens,
+/// dropout, anything new) goes into the files of later saves.
 #[derive(Clone)]
 pub(crate) struct FoundConfig(Map<String, Value>);
 
@@ -70,8 +70,9 @@ fn object_of(value: Value) -> Map<String, Value> {
 
 /// Reads the file's text; messages call it `path`.
 ///
-/// Keys that do not change what the model computes are kept, but not looked at. Dropout is one of them: this
-/// library trains without. `reorder_and_upcast_attn` is another: scores are f32 sums here in any case.
+/// Keys that do not change what the model computes are kept, but not looked at. Dropout is one of
+/// them: this library trains without. `reorder_and_upcast_attn` is another: scores are f32 sums
+/// here in any case.
 ///
 /// # Errors
 /// [`Error::Format`] naming the key, or line and column where it is no JSON.
@@ -110,9 +111,9 @@ fn parse(path: &Path, object: &Map<String, Value>) -> Result<ModelConfig> {
     Ok(config.canonical())
 }
 
-/// The shape in one line. Weights carry it, so that a `config.json` that was damaged or swapped in a
-/// way that no tensor's shape betrays (heads, epsilon) is found out. What GPT-2 has not is named only where it
-/// is, so that files of earlier versions say the same.
+/// The shape in one line. Weights carry it, so that a `config.json` that was damaged or swapped in
+/// a way that no tensor's shape betrays (heads, epsilon) is found out. What GPT-2 has not is named
+/// only where it is, so that files of earlier versions say the same.
 pub(super) fn summary(config: &ModelConfig) -> String {
     let mut text = format!(
         "vocab_size={} n_positions={} n_layer={} n_head={} n_embd={} layer_norm_epsilon={:e}",

@@ -1,5 +1,6 @@
-//! What else lies in folders that people have: pointers of Git LFS, other libraries' files, other models. None
-//! of it is read; each is an error that says what it is and, where there is one, the command that helps.
+//! What else lies in folders that people have: pointers of Git LFS, other libraries' files, other
+//! models. None of it is read; each is an error that says what it is and, where there is one, the
+//! command that helps.
 
 use std::path::Path;
 
@@ -70,7 +71,8 @@ fn base_of_adapter(path: &Path) -> String {
     }
 }
 
-/// How much it is to be doubted that a file has the weights, and what to do with it; None where it has not.
+/// How much it is to be doubted that a file has the weights, and what to do with it; None where it
+/// has not.
 fn conversion_of(name: &str) -> Option<(u8, String)> {
     let transformers = |options: &str, version: &str| {
         let command = python(&format!(

@@ -39,8 +39,8 @@ const STATE: &str = "trainer.json";
 const MOMENTS: &str = "trainer.safetensors";
 const FILES: [&str; 4] = [CONFIG, MODEL, STATE, MOMENTS];
 
-/// Where the weights lie in several files, which transformers makes of large models: which file has which tensor.
-/// Read, never written.
+/// Where the weights lie in several files, which transformers makes of large models: which file has
+/// which tensor. Read, never written.
 const INDEX: &str = "model.safetensors.index.json";
 
 /// Prefixes of the moments' names.
@@ -127,7 +127,8 @@ impl Checkpoint {
     /// Opens the folder and the files that are there.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] for a folder without `config.json` or weights, or with a damaged index.
+    /// [`Error::Io`]; [`Error::Format`] for a folder without `config.json` or weights, or with a
+    /// damaged index.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
         const TRIES: usize = 16;
         for attempt in 1.. {
@@ -167,8 +168,8 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Format`] for a damaged `config.json` or one of a model that is not supported,
-    /// naming the key; [`Error::Mismatch`] where the weights were saved with another shape or are too
-    /// small for this one.
+    /// naming the key; [`Error::Mismatch`] where the weights were saved with another shape or are
+    /// too small for this one.
     pub(crate) fn config(&self) -> Result<(ModelConfig, FoundConfig)> {
         let path = self.dir.join(CONFIG);
         let (mut config, found) = config::from_json(&path, &self.json(0)?)?;
@@ -198,8 +199,9 @@ impl Checkpoint {
 
     /// The weights: calls `write(index, values)` once for every entry of `tensors`, in order.
     ///
-    /// Names may lack the prefix `transformer.`. Buffers (`attn.bias`, `attn.masked_bias`) are passed over, and
-    /// so is a head where the model has none of its own; but one that stands in place of the embedding is read.
+    /// Names may lack the prefix `transformer.`. Buffers (`attn.bias`, `attn.masked_bias`) are
+    /// passed over, and so is a head where the model has none of its own; but one that stands in
+    /// place of the embedding is read.
     ///
     /// # Errors
     /// [`Error::Format`] for a missing or damaged tensor, [`Error::Mismatch`] for one of another
@@ -318,7 +320,8 @@ impl Checkpoint {
     }
 }
 
-/// The index of a folder and the files that it names, where there is one; `open` opens a file of the folder.
+/// The index of a folder and the files that it names, where there is one; `open` opens a file of
+/// the folder.
 fn open_shards(
     dir: &Path,
     open: &impl Fn(&str) -> Result<Option<File>>,

@@ -221,9 +221,9 @@ impl TensorFile {
     /// Reads tensor `name`, which must have shape `shape`, into `out` as f32.
     ///
     /// # Errors
-    /// [`Error::Format`] for a missing or damaged tensor or one that holds no floating-point numbers of
-    /// 16, 32 or 64 bits, [`Error::Mismatch`] for another shape, [`Error::NotFinite`] for an element that is
-    /// NaN, infinite or beyond f32.
+    /// [`Error::Format`] for a missing or damaged tensor or one that holds no floating-point
+    /// numbers of 16, 32 or 64 bits, [`Error::Mismatch`] for another shape, [`Error::NotFinite`]
+    /// for an element that is NaN, infinite or beyond f32.
     pub(super) fn read(&self, name: &str, shape: &[usize], out: &mut Vec<f32>) -> Result<()> {
         let format = |message| Error::format(&self.path, format!("tensor {name}: {message}"));
         let info = self.header.info(name).ok_or_else(|| format("missing".into()))?;
@@ -252,8 +252,8 @@ impl TensorFile {
         check_finite(&self.path, name, out)
     }
 
-    /// Whether tensor `name` of this file and `other_name` of `other` have one shape and, as f32, the same bits.
-    /// A tensor that cannot be read is the same as no other.
+    /// Whether tensor `name` of this file and `other_name` of `other` have one shape and, as f32,
+    /// the same bits. A tensor that cannot be read is the same as no other.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -285,8 +285,8 @@ impl TensorFile {
     }
 }
 
-/// Appends the numbers of a tensor as f32, for which there is room; false for a type that is not read.
-/// Numbers beyond f32 become infinite.
+/// Appends the numbers of a tensor as f32, for which there is room; false for a type that is not
+/// read. Numbers beyond f32 become infinite.
 fn decode(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) -> bool {
     match dtype {
         Dtype::F32 => out.extend(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),

@@ -1,7 +1,7 @@
 //! The weights of a model as they lie in a folder: in one tensor file, or in several and an index.
 //!
-//! Writers differ in names, too. The prefix `transformer.` may be missing; and of the two names that tied weights
-//! have, the embedding's and the head's, either may be the one that was kept.
+//! Writers differ in names, too. The prefix `transformer.` may be missing; and of the two names
+//! that tied weights have, the embedding's and the head's, either may be the one that was kept.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -78,8 +78,8 @@ impl Weights<'_> {
         self.files.iter().find_map(|file| file.metadata(key))
     }
 
-    /// Whether head and embedding are one tensor, given what `config.json` says. A head of its own that is
-    /// there counts for more, unless it is the embedding once more.
+    /// Whether head and embedding are one tensor, given what `config.json` says. A head of its own
+    /// that is there counts for more, unless it is the embedding once more.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].

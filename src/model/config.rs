@@ -21,12 +21,13 @@ pub struct ModelConfig {
     pub channels: usize,
     /// Added to the variance in LayerNorm.
     pub layer_norm_epsilon: f32,
-    /// M: width of the MLP inside a block; 0 stands for 4 C, GPT-2's, and is what a model of that width has.
+    /// M: width of the MLP inside a block; 0 stands for 4 C, GPT-2's, and is what a model of that
+    /// width has.
     pub mlp_channels: usize,
     /// What the MLP applies between its two layers.
     pub activation: Activation,
-    /// Whether the head shares its weights with the token embedding, as in GPT-2. Otherwise it has a tensor
-    /// `lm_head.weight` (V, C) of its own.
+    /// Whether the head shares its weights with the token embedding, as in GPT-2. Otherwise it has
+    /// a tensor `lm_head.weight` (V, C) of its own.
     pub tied_head: bool,
     /// Whether attention divides its scores by the root of the head size, as in GPT-2.
     pub scale_attention: bool,
@@ -71,7 +72,8 @@ impl ModelConfig {
         self
     }
 
-    /// Factor of the scores of layer `layer`, which are divided by the root of the head size in any case.
+    /// Factor of the scores of layer `layer`, which are divided by the root of the head size in any
+    /// case.
     pub(crate) fn score_factor(&self, layer: usize) -> f32 {
         let unscaled = if self.scale_attention { 1.0 } else { (self.head_size() as f32).sqrt() };
         let number = if self.scale_attention_by_layer { layer + 1 } else { 1 };
@@ -84,7 +86,8 @@ impl ModelConfig {
             [self.vocab_size, self.context_length, self.layers, self.channels, self.mlp_width()]
                 .map(|n| n as u64);
         let tables = if self.tied_head { v + t } else { 2 * v + t };
-        // Per block: weights of attention and MLP, 5 C and M of their biases, 4 C of two LayerNorms.
+        // Per block: weights of attention and MLP, 5 C and M of their biases, 4 C of two
+        // LayerNorms.
         let block = 4 * c * c + 2 * c * m + 9 * c + m;
         tables * c + l * block + 2 * c
     }

@@ -1,7 +1,8 @@
 //! The GPT itself: forward and backward, written once over `Backend`.
 //!
 //! Pre-LayerNorm blocks; attention and MLP each add to the residual stream; the head shares its
-//! weights with the token embedding (Radford et al. 2019, "GPT-2"), unless the model has others for it.
+//! weights with the token embedding (Radford et al. 2019, "GPT-2"), unless the model has others for
+//! it.
 
 use super::ModelConfig;
 use super::activations::{ActivationGradients, Activations};

@@ -25,8 +25,8 @@ use crate::engine::LogLevel;
 use crate::reserve::reserve;
 use crate::{Engine, Error, Result};
 
-/// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the tensor
-/// `lm_head.weight`; a head that is the token embedding is not listed twice.
+/// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
+/// tensor `lm_head.weight`; a head that is the token embedding is not listed twice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Hugging Face's name, such as `transformer.h.0.attn.c_attn.weight`.
@@ -100,9 +100,10 @@ impl Model {
         Ok(model)
     }
 
-    /// Loads the model of a checkpoint folder, ours or Hugging Face's `gpt2`: safetensors in f32, f16, bf16 or
-    /// f64, in one file or several with an index, with or without the prefix `transformer.` in names. Weights of
-    /// the head that differ from the embedding's are kept as such ([`ModelConfig::tied_head`] is then false).
+    /// Loads the model of a checkpoint folder, ours or Hugging Face's `gpt2`: safetensors in f32,
+    /// f16, bf16 or f64, in one file or several with an index, with or without the prefix
+    /// `transformer.` in names. Weights of the head that differ from the embedding's are kept as
+    /// such ([`ModelConfig::tied_head`] is then false).
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Format`] and [`Error::Mismatch`] name the file and the tensor;
@@ -111,8 +112,8 @@ impl Model {
         Self::from_checkpoint(engine, &Checkpoint::open(dir)?)
     }
 
-    /// What a checkpoint folder holds, from its configuration and the headers of its files; weights are not
-    /// loaded.
+    /// What a checkpoint folder holds, from its configuration and the headers of its files; weights
+    /// are not loaded.
     ///
     /// # Errors
     /// As [`Model::load`], but for what only the weights themselves show.
@@ -138,9 +139,9 @@ impl Model {
         Ok(model)
     }
 
-    /// Saves weights and configuration as a Hugging Face `gpt2` folder, atomically. The configuration of a
-    /// model that was loaded is the one that it was loaded with: keys that this library does not use, such as
-    /// special tokens, stay.
+    /// Saves weights and configuration as a Hugging Face `gpt2` folder, atomically. The
+    /// configuration of a model that was loaded is the one that it was loaded with: keys that this
+    /// library does not use, such as special tokens, stay.
     ///
     /// # Errors
     /// [`Error::Io`]; what was in the folder before is then untouched.

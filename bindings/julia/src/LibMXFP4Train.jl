@@ -178,8 +178,8 @@ const MXT_LOG_LEVEL_DEBUG = Int32(3)
 # mxt_architecture: The kind of model.
 
 """
-GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one matrix
-for the embedding and the head unless tied_head is 0.
+GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one
+matrix for the embedding and the head unless tied_head is 0.
 """
 const MXT_ARCHITECTURE_GPT2 = Int32(0)
 
@@ -348,8 +348,8 @@ struct mxt_model_config
     layer_norm_epsilon::Cfloat
     # One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
     architecture::Int32
-    # Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a model
-    # of that width reports.
+    # Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a
+    # model of that width reports.
     mlp_channels::Csize_t
     # One of mxt_activation. Default MXT_ACTIVATION_GELU_TANH.
     activation::Int32
@@ -359,7 +359,8 @@ struct mxt_model_config
     # 1 where attention divides its scores by the square root of a head's width, 0 where it does
     # not. Default 1.
     scale_attention::Int32
-    # 1 where attention divides its scores by the number of its block, from 1 on, as well. Default 0.
+    # 1 where attention divides its scores by the number of its block, from 1 on, as well. Default
+    # 0.
     scale_attention_by_layer::Int32
 end
 
@@ -772,9 +773,9 @@ end
     mxt_model_load(engine, dir, model)
 
 Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-(gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or 64
-bits, in one file or in several with an index; a head that differs from the embedding stays one
-of its own.
+(gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or
+64 bits, in one file or in several with an index; a head that differs from the embedding stays
+one of its own.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,

@@ -67,7 +67,8 @@ struct Checkpoint {
     tensors: Vec<Tensor>,
 }
 
-/// The keys of Hugging Face's `config.json` that give the shape; the last ones where they are not GPT-2's.
+/// The keys of Hugging Face's `config.json` that give the shape; the last ones where they are not
+/// GPT-2's.
 #[derive(Serialize)]
 struct Config {
     vocab_size: usize,

@@ -1,4 +1,5 @@
-//! GELU (Hendrycks and Gimpel, arXiv 1606.08415) in its tanh form and itself, and their derivatives.
+//! GELU (Hendrycks and Gimpel, arXiv 1606.08415) in its tanh form and itself, and their
+//! derivatives.
 
 use rayon::prelude::*;
 

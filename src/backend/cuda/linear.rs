@@ -17,7 +17,8 @@ use crate::recipe::{Backward, Forward, LinearRecipe, Mxfp4, Signs, Transform};
 /// Threads of a block.
 const BLOCK: usize = 256;
 
-/// y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b, and with `gelu` that form of it of y.
+/// y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b, and with `gelu` that form of it
+/// of y.
 pub(super) fn forward(
     cuda: &Cuda,
     workspace: &Workspace,

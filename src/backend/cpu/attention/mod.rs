@@ -4,9 +4,10 @@
 //! the softmax over keys is then lane-by-lane arithmetic, and the block is already packed as an
 //! operand of the next product. A thread holds the scores of 48 queries, never (T, T).
 //!
-//! Backward (with P the softmax, D = rowsum(dO o O), s the scale of the scores, 1 / sqrt(d) in GPT-2):
-//! dV = P^T dO; dP = dO V^T; dS = P o (dP - D); dQ = s dS K; dK = s dS^T Q. P is recomputed from the scores and `lse`, the log of
-//! each row's sum, as in flash attention (Dao et al., arXiv 2205.14135).
+//! Backward (with P the softmax, D = rowsum(dO o O), s the scale of the scores, 1 / sqrt(d) in
+//! GPT-2): dV = P^T dO; dP = dO V^T; dS = P o (dP - D); dQ = s dS K; dK = s dS^T Q. P is recomputed
+//! from the scores and `lse`, the log of each row's sum, as in flash attention (Dao et al., arXiv
+//! 2205.14135).
 //!
 //! Products are in f32. With AVX-512, those of recipes whose forward pass is not f32 are in bf16, and on
 //! tiles where there are such.
