@@ -35,6 +35,7 @@ fn main() {
         let workspace_shape = WorkspaceShape {
             sequences: Sequences { batch: 1, length: rows },
             channels: c,
+            mlp_channels: 4 * c,
             heads: c / 64,
             vocab_size: 64,
             forward: Forward::F32,

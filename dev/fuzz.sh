@@ -12,7 +12,7 @@ set -eu
 cd "$(dirname "$0")/.."
 seconds=$1
 shift
-[ $# -gt 0 ] || set -- tokens megatron safetensors config trainer_state recipe mxtrain
+[ $# -gt 0 ] || set -- tokens megatron safetensors config index trainer_state recipe mxtrain
 
 # The instrumentation is a feature of unstable compilers, which the stable one has behind this.
 export RUSTC_BOOTSTRAP=1

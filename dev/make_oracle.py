@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Makes an oracle of any size, of the form of tests/oracle/gpt2-tiny, with PyTorch and transformers.
 
-Usage: python3 dev/make_oracle.py OUT VOCAB SEQUENCE CHANNELS HEADS LAYERS BATCH CONTEXT
+Usage: python3 dev/make_oracle.py OUT VOCAB SEQUENCE CHANNELS HEADS LAYERS BATCH CONTEXT [KEY=JSON..]
+       with keys of GPT2Config, such as n_inner=37 or tie_word_embeddings=false
 Then:  MXT_ORACLE=OUT cargo test --test oracle
 """
+import json
 import sys
 
 import torch
@@ -18,15 +20,18 @@ SETTINGS = (
 
 
 def main():
-    if len(sys.argv) != 9:
+    if len(sys.argv) < 9:
         sys.exit(__doc__)
     out = sys.argv[1]
-    vocab, length, channels, heads, layers, batch, context = map(int, sys.argv[2:])
+    vocab, length, channels, heads, layers, batch, context = map(int, sys.argv[2:9])
+    keys = dict(pair.split("=", 1) for pair in sys.argv[9:])
+    keys = {key: json.loads(value) for key, value in keys.items()}
     torch.manual_seed(vocab)
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocab, n_positions=context, n_embd=channels, n_head=heads, n_layer=layers,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+            **keys,
         )
     )
     with torch.no_grad():  # so that no bias is 0 and no norm's weight 1

@@ -80,6 +80,21 @@ pub(crate) fn config(data: &[u8]) {
     });
 }
 
+/// `model.safetensors.index.json` beside sound weights in a file of another name.
+pub(crate) fn index(data: &[u8]) {
+    with_bench(|bench| {
+        let dir = bench.folder.path().join("indexed");
+        if !dir.exists() {
+            let sound = bench.folder.path().join("checkpoint").join("config.json");
+            fs::create_dir(&dir).expect("a temporary folder can be made");
+            fs::copy(sound, dir.join("config.json")).expect("a temporary file can be copied");
+            fs::write(dir.join("a.safetensors"), &bench.model_file).expect("a temporary file");
+        }
+        fs::write(dir.join("model.safetensors.index.json"), data).expect("a temporary file");
+        check_model(&bench.engine, &dir);
+    });
+}
+
 /// `trainer.json` in a checkpoint that is otherwise sound.
 pub(crate) fn trainer_state(data: &[u8]) {
     with_bench(|bench| {

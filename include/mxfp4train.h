@@ -178,10 +178,18 @@ typedef enum mxt_log_level {
 
 // The kind of model.
 typedef enum mxt_architecture {
-  // GPT-2: LayerNorm before each half of a block, learned positions, tanh GELU, biases, and one
-  // matrix for the embedding and the head.
+  // GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one
+  // matrix for the embedding and the head unless tied_head is 0.
   MXT_ARCHITECTURE_GPT2 = 0,
 } mxt_architecture;
+
+// What the MLP of a block applies between its two layers.
+typedef enum mxt_activation {
+  // GELU in its tanh form, as GPT-2 has it ("gelu_new").
+  MXT_ACTIVATION_GELU_TANH = 0,
+  // GELU itself, by the error function ("gelu").
+  MXT_ACTIVATION_GELU = 1,
+} mxt_activation;
 
 // The number format of a tensor's values as they cross this interface.
 typedef enum mxt_dtype {
@@ -323,6 +331,20 @@ typedef struct mxt_model_config {
   float layer_norm_epsilon;
   // One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
   int32_t architecture;
+  // Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a
+  // model of that width reports.
+  size_t mlp_channels;
+  // One of mxt_activation. Default MXT_ACTIVATION_GELU_TANH.
+  int32_t activation;
+  // 1 where the head shares its weights with the token embedding; 0 where it has a tensor
+  // "lm_head.weight" (vocab_size, channels) of its own. Default 1.
+  int32_t tied_head;
+  // 1 where attention divides its scores by the square root of a head's width, 0 where it does
+  // not. Default 1.
+  int32_t scale_attention;
+  // 1 where attention divides its scores by the number of its block, from 1 on, as well. Default
+  // 0.
+  int32_t scale_attention_by_layer;
 } mxt_model_config;
 
 // What there is to know about a tensor. Set struct_size to sizeof(mxt_tensor_info) before the
@@ -680,7 +702,9 @@ mxt_status mxt_model_new(const struct mxt_engine *engine,
                          struct mxt_model **model);
 
 // Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-// (gpt2), and stores it in `*model` for the caller to free.
+// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or
+// 64 bits, in one file or in several with an index; a head that differs from the embedding stays
+// one of its own.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 // MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
@@ -691,7 +715,8 @@ mxt_status mxt_model_load(const struct mxt_engine *engine,
 
 // Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
 // folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
-// there, the one before or the new one. Whatever else is in the folder stays.
+// there, the one before or the new one. Whatever else is in the folder stays, and so do keys of the
+// configuration that a loaded model came with, such as special tokens.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
 // folder that holds other things and no checkpoint), MXT_ERROR_BUSY.

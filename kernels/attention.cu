@@ -15,7 +15,10 @@
 
 struct Heads {
   u32 length, heads, head_size;
+  float score_factor;
   __device__ __forceinline__ u32 channels() const { return heads * head_size; }
+  // What scores are multiplied by: 1 / sqrt(head size) in GPT-2, where the factor is 1 and changes no bit.
+  __device__ __forceinline__ float scale() const { return __fmul_rn(rsqrtf((float)head_size), score_factor); }
 };
 
 #define LOG2E 1.4426950408889634f
@@ -129,7 +132,7 @@ __device__ void flash_forward(bf16 *out, float *lse, u32 *most_stored, const bf1
     copy_tile<D, BN, THREADS>(tile(step, 1), v + first * stride, stride, length - first, s.head_size);
   };
   const float infinity = __int_as_float(0x7f800000);
-  float scale = rsqrtf((float)s.head_size) * LOG2E;
+  float scale = s.scale() * LOG2E;
   float o[MT][D / 8][4] = {}, most[MT][2], sum[MT][2] = {};
 #pragma unroll
   for (int m = 0; m < MT; m++) most[m][0] = most[m][1] = -infinity;
@@ -353,7 +356,7 @@ __device__ void flash_dkdv(bf16 *dqkv, u32 *most, const bf16 *dout, const float 
   wait<0>();
   __syncthreads();
   LeftRows<D, (D <= 64)> keys(k_tile, warp * 16), values(v_tile, warp * 16);
-  float scale = rsqrtf((float)d), dk[D / 8][4] = {}, dv[D / 8][4] = {};
+  float scale = s.scale(), dk[D / 8][4] = {}, dv[D / 8][4] = {};
   for (u32 step = first_step; step < steps; step++) {
     if (step + 1 < steps) load(step + 1);
     commit();
@@ -428,7 +431,7 @@ __device__ void flash_dq(bf16 *dqkv, u32 *most, const bf16 *dout, const float *l
     mean[r] = row < length ? delta[places + row] : 0.0f;
   }
   u32 steps = (min(q0 + BM, length) + BN - 1) / BN;
-  float scale = rsqrtf((float)d), dq[D / 8][4] = {};
+  float scale = s.scale(), dq[D / 8][4] = {};
   for (u32 step = 0; step < steps; step++) {
     if (step + 1 < steps) load(step + 1);
     commit();
@@ -505,7 +508,7 @@ __device__ void plain_forward(T *out, float *lse, u32 *most_stored, const T *qkv
   u32 query = blockIdx.x * 4 + warp, h = blockIdx.y;
   if (query >= s.length) return;
   const T *base = qkv + (size_t)blockIdx.z * s.length * 3 * c + h * d;
-  float *q = rows + warp * d, scale = rsqrtf((float)d);
+  float *q = rows + warp * d, scale = s.scale();
   for (u32 i = lane; i < d; i += WARP) q[i] = to_f32(base[(size_t)query * 3 * c + i]) * scale;
   __syncwarp();
   float most = -__int_as_float(0x7f800000), sum = 0.0f, acc[MOST_PER_LANE] = {};
@@ -582,7 +585,7 @@ __device__ void plain_dq(T *dqkv, u32 *most, const T *dout, const float *lse, co
   if (query >= s.length) return;
   size_t row = (size_t)blockIdx.z * s.length + query;
   const T *base = qkv + (size_t)blockIdx.z * s.length * 3 * c + h * d;
-  float *q = rows + warp * 2 * d, *g = q + d, scale = rsqrtf((float)d);
+  float *q = rows + warp * 2 * d, *g = q + d, scale = s.scale();
   for (u32 i = lane; i < d; i += WARP) {
     q[i] = to_f32(base[(size_t)query * 3 * c + i]) * scale;
     g[i] = to_f32(dout[row * c + h * d + i]);
@@ -623,7 +626,7 @@ __device__ void plain_dkdv(T *dqkv, u32 *most, const T *dout, const float *lse, 
   const T *base = qkv + (size_t)blockIdx.z * s.length * 3 * c + h * d;
   const T *gradient = dout + (size_t)blockIdx.z * s.length * c + h * d;
   size_t places = ((size_t)blockIdx.z * s.heads + h) * s.length;
-  float *k = rows + warp * 2 * d, *v = k + d, scale = rsqrtf((float)d);
+  float *k = rows + warp * 2 * d, *v = k + d, scale = s.scale();
   for (u32 i = lane; i < d; i += WARP) {
     k[i] = to_f32(base[(size_t)key * 3 * c + c + i]) * scale;
     v[i] = to_f32(base[(size_t)key * 3 * c + 2 * c + i]);

@@ -20,7 +20,10 @@
 
 struct Heads {
   u32 length, heads, head_size;
+  float score_factor;
   __device__ __forceinline__ u32 channels() const { return heads * head_size; }
+  // What scores are multiplied by: 1 / sqrt(head size) in GPT-2, where the factor is 1 and changes no bit.
+  __device__ __forceinline__ float scale() const { return __fmul_rn(rsqrtf((float)head_size), score_factor); }
 };
 
 #define LOG2E 1.4426950408889634f
@@ -238,7 +241,7 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, u32 *most_stored,
     copy_tile<D, BN, THREADS>(tile(step, 1), v + first * stride, stride, length - first, s.head_size);
   };
   const float infinity = __int_as_float(0x7f800000);
-  float scale = rsqrtf((float)s.head_size) * LOG2E, most[2] = {-infinity, -infinity}, sum[2] = {};
+  float scale = s.scale() * LOG2E, most[2] = {-infinity, -infinity}, sum[2] = {};
   u32 steps = (min(q0 + BM, length) + BN - 1) / BN;
   // Steps of this warpgroup; the others only help to load.
   u32 own = min(steps, (group_q0 + 64 + BN - 1) / BN);
@@ -385,7 +388,7 @@ __device__ __forceinline__ void backward_dkdv(bf16 *dqkv, u32 *most, const bf16 
   u32 first_step = k0 / BQ, steps = (length + BQ - 1) / BQ;
   load(first_step);
 
-  float scale = rsqrtf((float)d);
+  float scale = s.scale();
   Sums<D> dk, dv;
   dk.clear(), dv.clear();
   Sums<BQ> p, ds;
@@ -495,7 +498,7 @@ __device__ __forceinline__ void backward_dq(bf16 *dqkv, u32 *most, const bf16 *d
     mean[r] = inside ? delta[places + query + r * 8] : 0.0f;
   }
   u32 steps = (min(q0 + BM, length) + BN - 1) / BN;
-  float scale = rsqrtf((float)d);
+  float scale = s.scale();
   Sums<D> dq;
   dq.clear();
   Sums<BN> p, ds;

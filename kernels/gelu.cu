@@ -1,8 +1,10 @@
 // GELU of whole tensors, and its derivative.
 
 // Eight elements a thread at a time; the last ones one by one.
-template <class T, bool BACKWARD>
+template <class T, bool BACKWARD, bool EXACT = false>
 __device__ void gelu_all(T *out, u32 *most, const T *x, u64 len) {
+  auto value_of = [](float x) { return EXACT ? exact_gelu(x) : gelu(x); };
+  auto slope = [](float x) { return EXACT ? exact_gelu_derivative(x) : gelu_derivative(x); };
   float largest = 0.0f;
   u64 step = (u64)gridDim.x * blockDim.x * 8;
   for (u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 8; i < len; i += step) {
@@ -12,14 +14,14 @@ __device__ void gelu_all(T *out, u32 *most, const T *x, u64 len) {
       if (BACKWARD) load8(out + i, d);
 #pragma unroll
       for (int j = 0; j < 8; j++) {
-        v[j] = BACKWARD ? __fmul_rn(d[j], gelu_derivative(v[j])) : gelu(v[j]);
+        v[j] = BACKWARD ? __fmul_rn(d[j], slope(v[j])) : value_of(v[j]);
         largest = max_nan(largest, fabsf(v[j]));
       }
       store8(out + i, v);
     } else {
       for (u64 k = i; k < len; k++) {
         float value = to_f32(x[k]);
-        value = BACKWARD ? __fmul_rn(to_f32(out[k]), gelu_derivative(value)) : gelu(value);
+        value = BACKWARD ? __fmul_rn(to_f32(out[k]), slope(value)) : value_of(value);
         largest = max_nan(largest, fabsf(value));
         out[k] = from_f32<T>(value);
       }
@@ -47,6 +49,24 @@ extern "C" __global__ void gelu_backward_bf16(bf16 *d, u32 *most, const bf16 *x,
 extern "C" __global__ void gelu_backward_f32(float *d, u32 *most, const float *x, u64 len) {
   begin();
   gelu_all<float, true>(d, most, x, len);
+}
+
+// The same of GELU itself.
+extern "C" __global__ void exact_gelu_forward_bf16(bf16 *out, u32 *most, const bf16 *x, u64 len) {
+  begin();
+  gelu_all<bf16, false, true>(out, most, x, len);
+}
+extern "C" __global__ void exact_gelu_forward_f32(float *out, u32 *most, const float *x, u64 len) {
+  begin();
+  gelu_all<float, false, true>(out, most, x, len);
+}
+extern "C" __global__ void exact_gelu_backward_bf16(bf16 *d, u32 *most, const bf16 *x, u64 len) {
+  begin();
+  gelu_all<bf16, true, true>(d, most, x, len);
+}
+extern "C" __global__ void exact_gelu_backward_f32(float *d, u32 *most, const float *x, u64 len) {
+  begin();
+  gelu_all<float, true, true>(d, most, x, len);
 }
 
 // *most = the larger of itself and the largest magnitude of d gelu'(pre), rounded, in rows 0, 32, 64 and so on of (rows,

@@ -171,6 +171,7 @@ impl<B: Backend> Decoder<B> {
         WorkspaceShape {
             sequences: Sequences { batch: 1, length: longest },
             channels: config.channels,
+            mlp_channels: config.mlp_width(),
             heads: config.heads,
             vocab_size: config.vocab_size,
             forward: Forward::F32,

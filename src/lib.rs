@@ -83,7 +83,7 @@ pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, Toke
 pub use engine::{CudaStream, Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use generate::GenerateOptions;
-pub use model::{Model, ModelConfig, Recompute, TensorInfo};
+pub use model::{Activation, Model, ModelConfig, ModelFiles, Recompute, StoredTensor, TensorInfo};
 pub use optim::{AdamW, Schedule, ScheduleKind};
 pub use recipe::Recipe;
 pub use room::MemoryRoom;

@@ -214,7 +214,7 @@ impl Trainer {
         let m = self.model.export(|index, out: &mut [f32]| backend.read_f32(m[index], out));
         let v = self.model.export(|index, out: &mut [f32]| backend.read_f32(v[index], out));
         let part = TrainerPart { state: &self.state, moments: [&m, &v] };
-        checkpoint::save(dir, self.model.config(), &self.model.exported(&params), Some(part))
+        checkpoint::save(dir, self.model.part(&self.model.exported(&params)), Some(part))
     }
 
     /// One optimizer step on the dataset's next samples. Files shorter than a sequence and one token
@@ -574,7 +574,8 @@ impl TrainerOptions {
         }
         // Sizes below are computed in 64 bits. A row takes less than 256 bytes a channel and layer.
         let rows = options.batch_size as u128 * options.sequence_length as u128;
-        let most = rows * config.channels as u128 * (config.layers as u128 + 1) * 256;
+        let channels = config.channels.max(config.mlp_width().div_ceil(4)) as u128;
+        let most = rows * channels * (config.layers as u128 + 1) * 256;
         if most >= 1 << 62 {
             return Err(Error::OutOfMemory {
                 what: "the activations",
@@ -676,6 +677,7 @@ impl<B: Backend> Buffers<B> {
         let shape = WorkspaceShape {
             sequences,
             channels: config.channels,
+            mlp_channels: config.mlp_width(),
             heads: config.heads,
             vocab_size: config.vocab_size,
             forward: options.recipe.forward,

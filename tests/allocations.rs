@@ -5,7 +5,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mxfp4train::{
-    Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions,
+    Activation, Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions,
 };
 
 struct Counting;
@@ -39,18 +39,26 @@ fn a_step_allocates_nothing() {
         channels: 64,
         ..ModelConfig::default()
     };
+    let unlike_gpt2 = ModelConfig {
+        mlp_channels: 37,
+        activation: Activation::Gelu,
+        tied_head: false,
+        ..config.clone()
+    };
     let data = Dataset::from_tokens((0..5000u32).map(|i| i * i % 299).collect()).unwrap();
     for threads in [1, 3] {
         let engine = Engine::new(EngineOptions { threads, ..EngineOptions::default() }).unwrap();
         let model = Model::new(&engine, &config).unwrap();
-        for name in Recipe::NAMES {
+        let unlike_gpt2 = Model::new(&engine, &unlike_gpt2).unwrap();
+        let all = Recipe::NAMES.into_iter().map(|name| (&model, name));
+        for (model, name) in all.chain([(&unlike_gpt2, "mxfp4-rht-sr")]) {
             let options = TrainerOptions {
                 batch_size: 4,
                 accumulation: 2,
                 recipe: name.parse().unwrap(),
                 ..TrainerOptions::default()
             };
-            let mut trainer = Trainer::new(&model, options).unwrap();
+            let mut trainer = Trainer::new(model, options).unwrap();
             trainer.step(&data).unwrap();
             trainer.eval(&data, 2).unwrap();
             let before = CALLS.load(Ordering::Relaxed);

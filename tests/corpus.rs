@@ -28,6 +28,11 @@ fn config() {
 }
 
 #[test]
+fn index() {
+    replay("index", targets::index);
+}
+
+#[test]
 fn trainer_state() {
     replay("trainer_state", targets::trainer_state);
 }

@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use mxfp4train::{
-    Dataset, Engine, EngineOptions, Error, Model, ModelConfig, Recipe, Schedule, Trainer,
-    TrainerOptions,
+    Activation, Dataset, Engine, EngineOptions, Error, Model, ModelConfig, Recipe, Schedule,
+    Trainer, TrainerOptions,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -70,8 +70,15 @@ fn train(engine: &Engine, recipe: &str, steps: usize) -> Vec<(f32, f32)> {
 #[test]
 fn fp32_is_pytorchs_oracle() {
     let Some(engine) = gpu() else { return };
-    let folder = std::env::var("MXT_ORACLE").unwrap_or_else(|_| "tests/oracle/gpt2-tiny".into());
-    let folder = Path::new(&folder);
+    if let Ok(folder) = std::env::var("MXT_ORACLE") {
+        return check_oracle(&engine, Path::new(&folder));
+    }
+    for name in ["gpt2-tiny", "gpt2-variant", "gpt2-unscaled"] {
+        check_oracle(&engine, &Path::new("tests/oracle").join(name));
+    }
+}
+
+fn check_oracle(engine: &Engine, folder: &Path) {
     let bytes = std::fs::read(folder.join("expected.safetensors")).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
     let metadata = header.metadata().clone().unwrap();
@@ -92,7 +99,7 @@ fn fp32_is_pytorchs_oracle() {
     let (shape, tokens) = &expected["tokens"];
     let tokens: Vec<u32> = tokens.iter().map(|t| *t as u32).collect();
 
-    let model = Model::load(&engine, folder).unwrap();
+    let model = Model::load(engine, folder).unwrap();
     let mut options = TrainerOptions {
         batch_size: shape[0],
         sequence_length: shape[1] - 1,
@@ -241,6 +248,53 @@ fn resuming_changes_no_bit() {
         for _ in 0..3 {
             let (a, b) = (trainer.step(&data).unwrap(), resumed.step(&data).unwrap());
             assert_eq!((a.loss, a.grad_norm), (b.loss, b.grad_norm), "{recipe}");
+        }
+    }
+}
+
+/// What a model can differ in from GPT-2, at sizes that nothing divides and at sizes that tensor
+/// cores like: every recipe trains it, as the processor does, repeats and resumes.
+#[test]
+fn variants_train_as_on_the_processor_and_resume() {
+    let Some(gpu) = gpu() else { return };
+    let cpu = engine("cpu").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run");
+    let data = text();
+    let all = ModelConfig {
+        context_length: 32,
+        mlp_channels: 37,
+        activation: Activation::Gelu,
+        tied_head: false,
+        scale_attention_by_layer: true,
+        ..config()
+    };
+    let even = ModelConfig { mlp_channels: 640, ..all.clone() };
+    let odd = ModelConfig { channels: 60, heads: 3, scale_attention: false, ..all.clone() };
+    let narrow = ModelConfig { mlp_channels: 5, tied_head: true, ..all.clone() };
+    for config in [all, even, odd, narrow] {
+        for recipe in Recipe::NAMES {
+            let what = format!("{recipe}, {config:?}");
+            let start = |engine: &Engine| {
+                let options = TrainerOptions { accumulation: 2, ..options(recipe) };
+                Trainer::new(&Model::new(engine, &config).unwrap(), options).unwrap()
+            };
+            let steps = |trainer: &mut Trainer, n: usize| -> Vec<f32> {
+                (0..n).map(|_| trainer.step(&data).unwrap().loss).collect()
+            };
+            let mut trainer = start(&gpu);
+            let first = steps(&mut trainer, 4);
+            trainer.save(&path).unwrap();
+            let rest = steps(&mut trainer, 3);
+            assert_eq!(steps(&mut Trainer::load(&gpu, &path).unwrap(), 3), rest, "{what}");
+            let all: Vec<_> = first.into_iter().chain(rest).collect();
+            assert_eq!(steps(&mut start(&gpu), 7), all, "{what}: repeated");
+            let bound = if recipe == "fp32" { 1e-4 } else { 2e-2 };
+            for (ours, theirs) in all.iter().zip(steps(&mut start(&cpu), 7)) {
+                assert!((ours - theirs).abs() < bound, "{what}: {ours} and {theirs}");
+            }
+            let loaded = Trainer::load(&cpu, &path).unwrap();
+            assert_eq!(loaded.model().config(), &config, "{what}");
         }
     }
 }

@@ -77,7 +77,24 @@ fn relative_error(a: &[f32], b: &[f64]) -> f64 {
 
 #[test]
 fn oracle_losses_gradients_and_three_steps() {
-    let folder = oracle("MXT_ORACLE", "tests/oracle/gpt2-tiny");
+    check_model(oracle("MXT_ORACLE", "tests/oracle/gpt2-tiny"));
+}
+
+/// A head of its own, exact GELU in an MLP of odd width, attention divided by the number of its
+/// layer.
+#[test]
+fn oracle_of_a_variant() {
+    check_model(oracle("MXT_ORACLE", "tests/oracle/gpt2-variant"));
+}
+
+/// Attention that does not divide its scores, upcast and reordered, which changes nothing.
+#[test]
+fn oracle_of_unscaled_attention() {
+    check_model(oracle("MXT_ORACLE", "tests/oracle/gpt2-unscaled"));
+}
+
+/// Every loss, every gradient, and the weights after three steps.
+fn check_model(folder: PathBuf) {
     let expected = Expected::read(folder.join("expected.safetensors"));
     let tokens: Vec<u32> = expected.values("tokens").iter().map(|t| *t as u32).collect();
     let [batch, window] = expected.shape("tokens") else { panic!("tokens are (batch, seq + 1)") };

@@ -6,8 +6,9 @@
 use super::cpu::{self, Cpu};
 use super::cuda::{self, Cuda};
 use super::{
-    AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision,
-    Sequences, StepKind, StepSums, Trained, VisitTrained, WorkspaceShape,
+    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape,
+    NormStatistics, Precision, Sequences, StepKind, StepSums, Trained, VisitTrained,
+    WorkspaceShape,
 };
 use crate::Result;
 use crate::mx::{Draw, Random};
@@ -212,6 +213,10 @@ impl Backend for Device {
         on_device!(self, b => b.zero_tensor(buffer.side_mut()));
     }
 
+    fn zero_f32(&self, buffer: &mut F32) {
+        on_device!(self, b => b.zero_f32(buffer.side_mut()));
+    }
+
     fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         on_device!(self, b => b.scope(f))
     }
@@ -327,10 +332,11 @@ impl Backend for Device {
         b: &Param,
         shape: LinearShape,
         format: Forward,
+        form: Activation,
     ) {
         on_device!(self, d => d.linear_gelu_forward(
             workspace.side_mut(), out.side_mut(), pre.side_mut(), x.side(), w.side(), b.side(),
-            shape, format
+            shape, format, form
         ));
     }
 
@@ -368,19 +374,20 @@ impl Backend for Device {
         recipe: &LinearRecipe,
         random: &Random,
         accumulate: bool,
+        form: Activation,
     ) {
         on_device!(self, b => b.linear_gelu_backward(
             workspace.side_mut(), dx.side_mut(), dw.side_mut(), db.side_mut(), dy.side_mut(),
-            pre.side(), x.side(), w.side(), shape, recipe, random, accumulate
+            pre.side(), x.side(), w.side(), shape, recipe, random, accumulate, form
         ));
     }
 
-    fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize) {
-        on_device!(self, b => b.gelu_forward(out.side_mut(), x.side(), len));
+    fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
+        on_device!(self, b => b.gelu_forward(out.side_mut(), x.side(), len, form));
     }
 
-    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize) {
-        on_device!(self, b => b.gelu_backward(d.side_mut(), x.side(), len));
+    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
+        on_device!(self, b => b.gelu_backward(d.side_mut(), x.side(), len, form));
     }
 
     fn attention_forward(

@@ -1,9 +1,9 @@
 //! The operations that training a GPT needs, over opaque buffers.
 //!
-//! Shapes: B sequences, T tokens each, `rows` = B T, C channels, H heads of C / H channels, V
-//! tokens in the vocabulary. Everything is dense and row-major. Unless an operation says "adds to", it
-//! overwrites its outputs. Gradients of parameters are added to with `accumulate`, which a step's first
-//! micro-step is without.
+//! Shapes: B sequences, T tokens each, `rows` = B T, C channels, M inside an MLP, H heads of C / H
+//! channels, V tokens in the vocabulary. Everything is dense and row-major. Unless an operation
+//! says "adds to", it overwrites its outputs. Gradients of parameters are added to with
+//! `accumulate`, which a step's first micro-step is without.
 //!
 //! Model code is written once over [`Backend`]; an implementation keeps its buffers in the precision
 //! that suits the device. Every operation has a plain scalar twin, which the tests of each backend
@@ -43,6 +43,16 @@ impl Precision {
     }
 }
 
+/// What an MLP applies between its two layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// GELU in its tanh form, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as GPT-2 has it.
+    #[default]
+    GeluTanh,
+    /// GELU itself, x times the normal distribution's probability of less than x.
+    Gelu,
+}
+
 /// Sizes of a batch of sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sequences {
@@ -60,7 +70,7 @@ impl Sequences {
 }
 
 /// Sizes of an attention operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
     /// B and T.
     pub sequences: Sequences,
@@ -68,6 +78,8 @@ pub struct AttentionShape {
     pub heads: usize,
     /// C / H.
     pub head_size: usize,
+    /// Of the scores, which are divided by sqrt(head size) besides: 1 in GPT-2.
+    pub score_factor: f32,
     /// Of the layers around it: its products may be in bf16 unless this is F32.
     pub format: Forward,
 }
@@ -90,6 +102,8 @@ pub struct WorkspaceShape {
     pub sequences: Sequences,
     /// C.
     pub channels: usize,
+    /// M.
+    pub mlp_channels: usize,
     /// H.
     pub heads: usize,
     /// V.
@@ -264,6 +278,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn read_param(&self, from: &Self::Param, to: &mut [f32]) -> Result<()>;
     /// Sets every element to 0.
     fn zero_tensor(&self, buffer: &mut Self::Tensor);
+    /// Sets every element to 0.
+    fn zero_f32(&self, buffer: &mut Self::F32);
 
     /// Runs `f` where the backend's operations are cheapest to start (on a worker thread, say).
     fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R;
@@ -363,7 +379,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         shape: LinearShape,
         format: Forward,
     );
-    /// pre = x W^T + b and out = gelu(pre) in its tanh form, both (rows, outputs).
+    /// pre = x W^T + b and out = gelu(pre), both (rows, outputs), in one of GELU's forms.
     fn linear_gelu_forward(
         &self,
         workspace: &mut Self::Workspace,
@@ -374,9 +390,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
         b: &Self::Param,
         shape: LinearShape,
         format: Forward,
+        form: Activation,
     ) {
         self.linear_forward(workspace, pre, x, w, b, shape, format);
-        self.gelu_forward(out, pre, shape.rows * shape.outputs);
+        self.gelu_forward(out, pre, shape.rows * shape.outputs, form);
     }
     /// dx = dy W, dw = dy^T x and db = the column sums of dy, the latter two added to what is there with
     /// `accumulate`.
@@ -413,20 +430,22 @@ pub trait Backend: Send + Sync + Sized + 'static {
         recipe: &LinearRecipe,
         random: &Random,
         accumulate: bool,
+        form: Activation,
     ) {
-        self.gelu_backward(dy, pre, shape.rows * shape.outputs);
+        self.gelu_backward(dy, pre, shape.rows * shape.outputs, form);
         self.linear_backward(workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
     }
 
-    /// out = gelu(x) in its tanh form, both of `len` elements.
-    fn gelu_forward(&self, out: &mut Self::Tensor, x: &Self::Tensor, len: usize);
+    /// out = gelu(x), both of `len` elements.
+    fn gelu_forward(&self, out: &mut Self::Tensor, x: &Self::Tensor, len: usize, form: Activation);
     /// d = d gelu'(x), in place, both of `len` elements.
-    fn gelu_backward(&self, d: &mut Self::Tensor, x: &Self::Tensor, len: usize);
+    fn gelu_backward(&self, d: &mut Self::Tensor, x: &Self::Tensor, len: usize, form: Activation);
 
     // --- Attention ---
 
-    /// out (B, T, C) = softmax(q k^T / sqrt(head size), causal) v from qkv (B, T, 3 C): q, k and v of
-    /// C channels each, heads side by side. `lse` (B, H, T) keeps the logarithm of each row's sum.
+    /// out (B, T, C) = softmax(factor q k^T / sqrt(head size), causal) v from qkv (B, T, 3 C): q, k
+    /// and v of C channels each, heads side by side. `lse` (B, H, T) keeps the logarithm of each
+    /// row's sum.
     fn attention_forward(
         &self,
         workspace: &mut Self::Workspace,
@@ -448,6 +467,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     );
 
     // --- Language-model head and loss ---
+    //
+    // `wte` are the head's weights (V, C): the token embedding's, unless the model has others.
 
     /// Cross-entropy of softmax(x wte^T) against `targets`, one loss a row, without ever holding the
     /// logits of more than a chunk of rows.

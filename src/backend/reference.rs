@@ -1,7 +1,7 @@
 //! Scalar twins: every operation of [`super::Backend`] in plain f64 loops, for tests. They are the
 //! definition in words of one line each; nothing here is fast.
 
-use super::{AttentionShape, LinearShape, Sequences};
+use super::{Activation, AttentionShape, LinearShape, Sequences};
 
 /// Row-major (rows, depth) times (cols, depth)^T.
 pub(crate) fn product(a: &[f64], b: &[f64], rows: usize, cols: usize, depth: usize) -> Vec<f64> {
@@ -118,6 +118,37 @@ pub(crate) fn gelu_derivative(x: f64) -> f64 {
     0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * a * (1.0 + 3.0 * 0.044715 * x * x)
 }
 
+/// GELU in one of its forms.
+pub(crate) fn gelu_of(form: Activation, x: f64) -> f64 {
+    match form {
+        Activation::GeluTanh => gelu(x),
+        Activation::Gelu => x * normal_below(x),
+    }
+}
+
+pub(crate) fn gelu_derivative_of(form: Activation, x: f64) -> f64 {
+    let density = (-x * x / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    match form {
+        Activation::GeluTanh => gelu_derivative(x),
+        Activation::Gelu if density == 0.0 => normal_below(x),
+        Activation::Gelu => normal_below(x) + x * density,
+    }
+}
+
+/// The probability that a normal number is less than x: 1/2 + density (x + x^3 / 3 + x^5 / (3 5) +
+/// ..).
+fn normal_below(x: f64) -> f64 {
+    if x.abs() > 9.0 {
+        return if x > 0.0 { 1.0 } else { 0.0 };
+    }
+    let (mut sum, mut term) = (x, x);
+    for k in 1..400 {
+        term *= x * x / f64::from(2 * k + 1);
+        sum += term;
+    }
+    0.5 + sum * (-x * x / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt()
+}
+
 /// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
 pub(crate) fn attention_forward(qkv: &[f64], shape: AttentionShape) -> (Vec<f64>, Vec<f64>) {
     let c = shape.heads * shape.head_size;
@@ -138,6 +169,7 @@ pub(crate) fn attention_forward(qkv: &[f64], shape: AttentionShape) -> (Vec<f64>
 pub(crate) fn attention_backward(dout: &[f64], qkv: &[f64], shape: AttentionShape) -> Vec<f64> {
     let (c, d) = (shape.heads * shape.head_size, shape.head_size);
     let mut dqkv = vec![0.0; qkv.len()];
+    let scale = f64::from(shape.score_factor) / (d as f64).sqrt();
     each_query(qkv, shape, |query, keys, p, _| {
         let dp: Vec<f64> = keys
             .iter()
@@ -145,7 +177,7 @@ pub(crate) fn attention_backward(dout: &[f64], qkv: &[f64], shape: AttentionShap
             .collect();
         let mean: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
         for (n, key) in keys.iter().enumerate() {
-            let ds = p[n] * (dp[n] - mean) / (d as f64).sqrt();
+            let ds = p[n] * (dp[n] - mean) * scale;
             for i in 0..d {
                 dqkv[query.q + i] += ds * qkv[key + c + i];
                 dqkv[key + c + i] += ds * qkv[query.q + i];
@@ -174,7 +206,7 @@ fn each_query(qkv: &[f64], shape: AttentionShape, mut f: impl FnMut(Query, &[usi
                 let keys: Vec<usize> = (0..=i).map(start).collect();
                 let score = |key: &usize| {
                     let dot: f64 = (0..d).map(|x| qkv[start(i) + x] * qkv[key + c + x]).sum();
-                    dot / (d as f64).sqrt()
+                    dot * f64::from(shape.score_factor) / (d as f64).sqrt()
                 };
                 let scores: Vec<f64> = keys.iter().map(score).collect();
                 let max = scores.iter().copied().fold(f64::MIN, f64::max);

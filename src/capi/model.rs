@@ -10,7 +10,7 @@ use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::{arguments, buffers};
-use crate::{Model, ModelConfig};
+use crate::{Activation, Model, ModelConfig};
 
 /// Most dimensions that a tensor can have.
 pub const MXT_MAX_RANK: usize = 4;
@@ -19,9 +19,19 @@ pub const MXT_MAX_RANK: usize = 4;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub enum mxt_architecture {
-    /// GPT-2: LayerNorm before each half of a block, learned positions, tanh GELU, biases, and one
-    /// matrix for the embedding and the head.
+    /// GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one
+    /// matrix for the embedding and the head unless tied_head is 0.
     Gpt2 = 0,
+}
+
+/// What the MLP of a block applies between its two layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_activation {
+    /// GELU in its tanh form, as GPT-2 has it ("gelu_new").
+    GeluTanh = 0,
+    /// GELU itself, by the error function ("gelu").
+    Gelu = 1,
 }
 
 /// The number format of a tensor's values as they cross this interface.
@@ -52,6 +62,20 @@ pub struct mxt_model_config {
     pub layer_norm_epsilon: f32,
     /// One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
     pub architecture: i32,
+    /// Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a
+    /// model of that width reports.
+    pub mlp_channels: usize,
+    /// One of mxt_activation. Default MXT_ACTIVATION_GELU_TANH.
+    pub activation: i32,
+    /// 1 where the head shares its weights with the token embedding; 0 where it has a tensor
+    /// "lm_head.weight" (vocab_size, channels) of its own. Default 1.
+    pub tied_head: i32,
+    /// 1 where attention divides its scores by the square root of a head's width, 0 where it does
+    /// not. Default 1.
+    pub scale_attention: i32,
+    /// 1 where attention divides its scores by the number of its block, from 1 on, as well. Default
+    /// 0.
+    pub scale_attention_by_layer: i32,
 }
 versioned!(mxt_model_config, last = architecture: i32);
 
@@ -72,6 +96,14 @@ impl From<&ModelConfig> for mxt_model_config {
             channels: config.channels,
             layer_norm_epsilon: config.layer_norm_epsilon,
             architecture: mxt_architecture::Gpt2 as i32,
+            mlp_channels: config.mlp_channels,
+            activation: match config.activation {
+                Activation::GeluTanh => mxt_activation::GeluTanh,
+                Activation::Gelu => mxt_activation::Gelu,
+            } as i32,
+            tied_head: config.tied_head.into(),
+            scale_attention: config.scale_attention.into(),
+            scale_attention_by_layer: config.scale_attention_by_layer.into(),
         }
     }
 }
@@ -83,6 +115,18 @@ impl mxt_model_config {
             let message = format!("expected MXT_ARCHITECTURE_GPT2 (0), got {}", self.architecture);
             return Err(Failure::invalid("architecture", message));
         }
+        const GELU_TANH: i32 = mxt_activation::GeluTanh as i32;
+        const GELU: i32 = mxt_activation::Gelu as i32;
+        let activation = match self.activation {
+            GELU_TANH => Activation::GeluTanh,
+            GELU => Activation::Gelu,
+            other => {
+                let message = format!(
+                    "expected MXT_ACTIVATION_GELU_TANH (0) or MXT_ACTIVATION_GELU (1), got {other}"
+                );
+                return Err(Failure::invalid("activation", message));
+            }
+        };
         Ok(ModelConfig {
             vocab_size: self.vocab_size,
             context_length: self.context_length,
@@ -90,7 +134,24 @@ impl mxt_model_config {
             heads: self.heads,
             channels: self.channels,
             layer_norm_epsilon: self.layer_norm_epsilon,
+            mlp_channels: self.mlp_channels,
+            activation,
+            tied_head: flag("tied_head", self.tied_head)?,
+            scale_attention: flag("scale_attention", self.scale_attention)?,
+            scale_attention_by_layer: flag(
+                "scale_attention_by_layer",
+                self.scale_attention_by_layer,
+            )?,
         })
+    }
+}
+
+/// A yes or no.
+fn flag(name: &'static str, value: i32) -> Result<bool, Failure> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(Failure::invalid(name, format!("expected 0 or 1, got {other}"))),
     }
 }
 
@@ -191,7 +252,9 @@ pub unsafe extern "C" fn mxt_model_new(
 }
 
 /// Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-/// (gpt2), and stores it in `*model` for the caller to free.
+/// (gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or
+/// 64 bits, in one file or in several with an index; a head that differs from the embedding stays
+/// one of its own.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 /// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
@@ -215,7 +278,8 @@ pub unsafe extern "C" fn mxt_model_load(
 
 /// Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
 /// folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
-/// there, the one before or the new one. Whatever else is in the folder stays.
+/// there, the one before or the new one. Whatever else is in the folder stays, and so do keys of the
+/// configuration that a loaded model came with, such as special tokens.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
 /// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.

@@ -4,64 +4,89 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::model::ModelConfig;
+use crate::model::{Activation, ModelConfig};
 use crate::{Error, Result};
 
-/// The file's text.
-pub(super) fn to_json(config: &ModelConfig) -> String {
-    // The shortest decimal that gives this f32, so 1e-5 and not 9.999999747378752e-6.
-    let epsilon: Option<f64> = config.layer_norm_epsilon.to_string().parse().ok();
+/// `config.json` as a model was loaded with it. What this library does not look at (special tokens,
+/// dropout, anything new) goes into the files of later saves.
+#[derive(Clone)]
+pub(crate) struct FoundConfig(Map<String, Value>);
+
+/// The file's text, of a new model or, with `found`, of one that was loaded.
+///
+/// What was found stays as it is, in its own words, wherever it says what `config` does.
+pub(super) fn to_json(config: &ModelConfig, found: Option<&FoundConfig>) -> String {
     // GPT-2's end-of-text token, where the vocabulary has it.
     let end_of_text = (config.vocab_size > 50256).then_some(50256);
-    let object = json!({
-        "activation_function": "gelu_new",
-        "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": 0.0,
-        "bos_token_id": end_of_text,
-        "dtype": "float32",
-        "embd_pdrop": 0.0,
-        "eos_token_id": end_of_text,
-        "initializer_range": 0.02,
+    let mut object = match found {
+        Some(FoundConfig(object)) => object.clone(),
+        None => object_of(json!({
+            "attn_pdrop": 0.0,
+            "bos_token_id": end_of_text,
+            "dtype": "float32",
+            "embd_pdrop": 0.0,
+            "eos_token_id": end_of_text,
+            "initializer_range": 0.02,
+            "n_ctx": config.context_length,
+            "reorder_and_upcast_attn": false,
+            "resid_pdrop": 0.0,
+            "use_cache": true,
+        })),
+    };
+    // The names of our tensors are those of this class.
+    object.insert("architectures".into(), json!(["GPT2LMHeadModel"]));
+    if parse(Path::new(""), &object).ok().as_ref() != Some(config) {
+        object.extend(keys_of(config));
+    }
+    format!("{:#}\n", Value::Object(object))
+}
+
+/// The keys that say what the model computes.
+fn keys_of(config: &ModelConfig) -> Map<String, Value> {
+    // The shortest decimal that gives this f32, so 1e-5 and not 9.999999747378752e-6.
+    let epsilon: Option<f64> = config.layer_norm_epsilon.to_string().parse().ok();
+    object_of(json!({
+        "activation_function": config.activation.to_string(),
         "layer_norm_epsilon": epsilon,
         "model_type": "gpt2",
-        "n_ctx": config.context_length,
         "n_embd": config.channels,
         "n_head": config.heads,
-        "n_inner": null,
+        "n_inner": (config.mlp_channels > 0).then_some(config.mlp_channels),
         "n_layer": config.layers,
         "n_positions": config.context_length,
-        "reorder_and_upcast_attn": false,
-        "resid_pdrop": 0.0,
-        "scale_attn_by_inverse_layer_idx": false,
-        "scale_attn_weights": true,
-        "tie_word_embeddings": true,
-        "use_cache": true,
+        "scale_attn_by_inverse_layer_idx": config.scale_attention_by_layer,
+        "scale_attn_weights": config.scale_attention,
+        "tie_word_embeddings": config.tied_head,
         "vocab_size": config.vocab_size,
-    });
-    format!("{object:#}\n")
+    }))
+}
+
+fn object_of(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(object) => object,
+        _ => Map::new(),
+    }
 }
 
 /// Reads the file's text; messages call it `path`.
 ///
-/// Keys that do not change what the model computes are not looked at. Dropout is one of them: this
-/// library trains without.
+/// Keys that do not change what the model computes are kept, but not looked at. Dropout is one of
+/// them: this library trains without. `reorder_and_upcast_attn` is another: scores are f32 sums
+/// here in any case.
 ///
 /// # Errors
 /// [`Error::Format`] naming the key, or line and column where it is no JSON.
-pub(super) fn from_json(path: &Path, text: &[u8]) -> Result<ModelConfig> {
+pub(super) fn from_json(path: &Path, text: &[u8]) -> Result<(ModelConfig, FoundConfig)> {
     let object: Map<String, Value> = serde_json::from_slice(text)
         .map_err(|e| Error::format(path, format!("expected a JSON object: {e}")))?;
-    let keys = Keys { path, object: &object };
-    keys.one_of("model_type", None, &[json!("gpt2")])?;
-    let gelu = [json!("gelu_new"), json!("gelu_pytorch_tanh")];
-    keys.one_of("activation_function", Some(&gelu[0]), &gelu)?;
-    for (key, value) in [
-        ("scale_attn_weights", true),
-        ("scale_attn_by_inverse_layer_idx", false),
-        ("tie_word_embeddings", true),
-        ("add_cross_attention", false),
-    ] {
-        keys.one_of(key, Some(&json!(value)), &[json!(value)])?;
+    Ok((parse(path, &object)?, FoundConfig(object)))
+}
+
+fn parse(path: &Path, object: &Map<String, Value>) -> Result<ModelConfig> {
+    let keys = Keys { path, object };
+    keys.check_model()?;
+    if keys.flag("add_cross_attention", false)? {
+        return Err(keys.error("add_cross_attention", "false"));
     }
     let config = ModelConfig {
         vocab_size: keys.count("vocab_size")?,
@@ -70,16 +95,27 @@ pub(super) fn from_json(path: &Path, text: &[u8]) -> Result<ModelConfig> {
         heads: keys.count("n_head")?,
         channels: keys.count("n_embd")?,
         layer_norm_epsilon: keys.float("layer_norm_epsilon", 1e-5)?,
+        mlp_channels: match object.get("n_inner") {
+            None | Some(Value::Null) => 0,
+            Some(_) => keys.count("n_inner")?,
+        },
+        activation: keys.activation()?,
+        tied_head: keys.flag("tie_word_embeddings", true)?,
+        scale_attention: keys.flag("scale_attn_weights", true)?,
+        scale_attention_by_layer: keys.flag("scale_attn_by_inverse_layer_idx", false)?,
     };
+    if object.get("n_inner").and_then(Value::as_u64) == Some(0) {
+        return Err(keys.error("n_inner", "null or a number from 1 on"));
+    }
     config.validate().map_err(|e| Error::format(path, e.to_string()))?;
-    keys.one_of("n_inner", Some(&Value::Null), &[Value::Null, json!(4 * config.channels)])?;
-    Ok(config)
+    Ok(config.canonical())
 }
 
-/// The shape in one line. Weights carry it, so that a `config.json` that was damaged or swapped in a
-/// way that no tensor's shape betrays (heads, epsilon) is found out.
+/// The shape in one line. Weights carry it, so that a `config.json` that was damaged or swapped in
+/// a way that no tensor's shape betrays (heads, epsilon) is found out. What GPT-2 has not is named
+/// only where it is, so that files of earlier versions say the same.
 pub(super) fn summary(config: &ModelConfig) -> String {
-    format!(
+    let mut text = format!(
         "vocab_size={} n_positions={} n_layer={} n_head={} n_embd={} layer_norm_epsilon={:e}",
         config.vocab_size,
         config.context_length,
@@ -87,7 +123,21 @@ pub(super) fn summary(config: &ModelConfig) -> String {
         config.heads,
         config.channels,
         config.layer_norm_epsilon
-    )
+    );
+    let keys = keys_of(config);
+    for (key, value) in keys_of(&ModelConfig::default()) {
+        const OPTIONAL: [&str; 5] = [
+            "activation_function",
+            "n_inner",
+            "scale_attn_by_inverse_layer_idx",
+            "scale_attn_weights",
+            "tie_word_embeddings",
+        ];
+        if OPTIONAL.contains(&key.as_str()) && keys[&key] != value {
+            text.push_str(&format!(" {key}={}", keys[&key]));
+        }
+    }
+    text
 }
 
 struct Keys<'a> {
@@ -104,13 +154,40 @@ impl Keys<'_> {
         Error::format(self.path, message)
     }
 
-    /// Checks a key that has only some supported values; `default` stands for a missing one.
-    fn one_of(&self, key: &str, default: Option<&Value>, supported: &[Value]) -> Result<()> {
-        if self.object.get(key).or(default).is_some_and(|value| supported.contains(value)) {
+    /// An error for a model of another kind.
+    fn check_model(&self) -> Result<()> {
+        let kind = self.object.get("model_type");
+        if kind.is_some_and(|kind| kind == "gpt2") {
             return Ok(());
         }
-        let supported: Vec<_> = supported.iter().map(Value::to_string).collect();
-        Err(self.error(key, &supported.join(" or ")))
+        let class = match self.object.get("architectures").and_then(|classes| classes.get(0)) {
+            Some(Value::String(class)) => format!(" ({class})"),
+            _ => String::new(),
+        };
+        let found = kind.map_or_else(|| "no such key".into(), Value::to_string);
+        let message = format!(
+            "model_type: expected \"gpt2\", found {found}{class}; models of other architectures are \
+             not read"
+        );
+        Err(Error::format(self.path, message))
+    }
+
+    fn activation(&self) -> Result<Activation> {
+        const KEY: &str = "activation_function";
+        let name = match self.object.get(KEY) {
+            None => return Ok(Activation::GeluTanh),
+            Some(name) => name.as_str(),
+        };
+        name.and_then(|name| name.parse().ok())
+            .ok_or_else(|| self.error(KEY, "\"gelu_new\" (GELU's tanh form) or \"gelu\" (exact)"))
+    }
+
+    fn flag(&self, key: &str, default: bool) -> Result<bool> {
+        match self.object.get(key) {
+            None => Ok(default),
+            Some(Value::Bool(value)) => Ok(*value),
+            Some(_) => Err(self.error(key, "true or false")),
+        }
     }
 
     fn count(&self, key: &str) -> Result<usize> {
@@ -137,12 +214,12 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<ModelConfig> {
-        from_json(Path::new("x/config.json"), text.as_bytes())
+        Ok(from_json(Path::new("x/config.json"), text.as_bytes())?.0)
     }
 
     fn changed(key: &str, value: Option<Value>) -> String {
         let mut object: Map<_, _> =
-            serde_json::from_str(&to_json(&ModelConfig::default())).unwrap();
+            serde_json::from_str(&to_json(&ModelConfig::default(), None)).unwrap();
         match value {
             Some(value) => object.insert(key.into(), value),
             None => object.remove(key),
@@ -155,13 +232,13 @@ mod tests {
         for (heads, epsilon) in [(12, 1e-5), (6, 1.234_567_9e-6), (1, f32::MIN_POSITIVE)] {
             let config =
                 ModelConfig { heads, layer_norm_epsilon: epsilon, ..ModelConfig::default() };
-            let text = to_json(&config);
+            let text = to_json(&config, None);
             assert_eq!(read(&text).unwrap(), config);
         }
-        let text = to_json(&ModelConfig::default());
+        let text = to_json(&ModelConfig::default(), None);
         assert!(text.contains("\"layer_norm_epsilon\": 0.00001,"), "{text}");
         assert!(text.contains("\"eos_token_id\": 50256,"), "{text}");
-        let bytes = to_json(&ModelConfig { vocab_size: 256, ..ModelConfig::default() });
+        let bytes = to_json(&ModelConfig { vocab_size: 256, ..ModelConfig::default() }, None);
         assert!(bytes.contains("\"eos_token_id\": null,"), "{bytes}");
     }
 
@@ -170,11 +247,15 @@ mod tests {
         for (key, value, parts) in [
             ("model_type", Some(json!("llama")), ["expected \"gpt2\"", "found \"llama\""]),
             ("model_type", None, ["expected \"gpt2\"", "no such key"]),
-            ("activation_function", Some(json!("relu")), ["\"gelu_new\" or", "found \"relu\""]),
-            ("n_inner", Some(json!(100)), ["null or 3072", "found 100"]),
-            ("scale_attn_weights", Some(json!(false)), ["expected true", "found false"]),
-            ("scale_attn_by_inverse_layer_idx", Some(json!(true)), ["expected false", "true"]),
-            ("tie_word_embeddings", Some(json!(false)), ["expected true", "found false"]),
+            ("activation_function", Some(json!("relu")), ["\"gelu_new\" (", "found \"relu\""]),
+            ("activation_function", Some(json!("silu")), ["or \"gelu\"", "found \"silu\""]),
+            ("activation_function", Some(json!(1)), ["or \"gelu\"", "found 1"]),
+            ("n_inner", Some(json!(0)), ["null or a number from 1", "found 0"]),
+            ("n_inner", Some(json!(1.5)), ["a whole number", "found 1.5"]),
+            ("n_inner", Some(json!(1 << 23)), ["mlp_channels: expected a number up to", "8388608"]),
+            ("scale_attn_weights", Some(json!(1)), ["true or false", "found 1"]),
+            ("scale_attn_by_inverse_layer_idx", Some(json!("no")), ["true or false", "\"no\""]),
+            ("tie_word_embeddings", Some(json!(null)), ["true or false", "found null"]),
             ("add_cross_attention", Some(json!(true)), ["expected false", "found true"]),
             ("n_head", Some(json!("x")), ["a whole number", "found \"x\""]),
             ("n_head", Some(json!(-1)), ["a whole number", "found -1"]),
@@ -187,8 +268,7 @@ mod tests {
             let error = read(&changed(key, value)).unwrap_err();
             let message = error.to_string();
             assert!(matches!(error, Error::Format { .. }), "{message}");
-            let prefix = if message.contains("divide") { "heads" } else { "" };
-            assert!(message.starts_with(&format!("x/config.json: {prefix}")), "{message}");
+            assert!(message.starts_with("x/config.json: "), "{message}");
             assert!(parts.iter().all(|part| message.contains(part)), "{key}: {message}");
         }
         let broken = read("{\"n_head\": 1,\n  nope}").unwrap_err().to_string();
@@ -206,9 +286,94 @@ mod tests {
             ("tie_word_embeddings", None),
             ("layer_norm_epsilon", None),
             ("resid_pdrop", Some(json!(0.1))),
+            ("reorder_and_upcast_attn", Some(json!(true))),
             ("something_new", Some(json!({"a": [1]}))),
         ] {
             assert_eq!(read(&changed(key, value)).unwrap(), ModelConfig::default(), "{key}");
         }
+    }
+
+    #[test]
+    fn what_differs_from_gpt2_is_read_and_written() {
+        for (key, value, config) in [
+            ("n_inner", json!(37), ModelConfig { mlp_channels: 37, ..ModelConfig::default() }),
+            (
+                "activation_function",
+                json!("gelu"),
+                ModelConfig { activation: Activation::Gelu, ..ModelConfig::default() },
+            ),
+            (
+                "tie_word_embeddings",
+                json!(false),
+                ModelConfig { tied_head: false, ..ModelConfig::default() },
+            ),
+            (
+                "scale_attn_weights",
+                json!(false),
+                ModelConfig { scale_attention: false, ..ModelConfig::default() },
+            ),
+            (
+                "scale_attn_by_inverse_layer_idx",
+                json!(true),
+                ModelConfig { scale_attention_by_layer: true, ..ModelConfig::default() },
+            ),
+        ] {
+            assert_eq!(read(&changed(key, Some(value.clone()))).unwrap(), config, "{key}");
+            let written = to_json(&config, None);
+            assert_eq!(read(&written).unwrap(), config, "{key}");
+            let object: Map<_, _> = serde_json::from_str(&written).unwrap();
+            assert_eq!(object[key], value);
+            let expected = format!("{} {key}={value}", summary(&ModelConfig::default()));
+            assert_eq!(summary(&config), expected);
+        }
+    }
+
+    #[test]
+    fn what_was_found_is_written_again() {
+        let mut found: Map<_, _> =
+            serde_json::from_str(&to_json(&ModelConfig::default(), None)).unwrap();
+        for key in ["n_ctx", "scale_attn_weights", "use_cache"] {
+            found.remove(key);
+        }
+        for (key, value) in [
+            ("activation_function", json!("gelu_fast")),
+            ("n_inner", json!(3072)),
+            ("bos_token_id", json!(3)),
+            ("eos_token_id", json!([4, 5])),
+            ("pad_token_id", json!(6)),
+            ("attn_pdrop", json!(0.1)),
+            ("dtype", json!("float16")),
+            ("transformers_version", json!("5.24.0")),
+            ("layer_norm_epsilon", json!(1e-5)),
+            ("task_specific_params", json!({"text-generation": {"do_sample": true}})),
+        ] {
+            found.insert(key.into(), value);
+        }
+        let text = serde_json::to_string(&found).unwrap();
+        let (config, kept) = from_json(Path::new("x/config.json"), text.as_bytes()).unwrap();
+        assert_eq!(config, ModelConfig::default());
+        let written: Map<_, _> = serde_json::from_str(&to_json(&config, Some(&kept))).unwrap();
+        assert_eq!(written, found);
+
+        // What the weights say otherwise, and the class of what is written, are ours to say.
+        found.insert("architectures".into(), json!(["GPT2Model"]));
+        let text = serde_json::to_string(&found).unwrap();
+        let (config, kept) = from_json(Path::new("x/config.json"), text.as_bytes()).unwrap();
+        let config = ModelConfig { tied_head: false, ..config };
+        let text = to_json(&config, Some(&kept));
+        assert_eq!(read(&text).unwrap(), config);
+        let written: Map<_, _> = serde_json::from_str(&text).unwrap();
+        assert_eq!(written["architectures"], json!(["GPT2LMHeadModel"]));
+        assert_eq!(written["tie_word_embeddings"], json!(false));
+        assert_eq!(written["eos_token_id"], json!([4, 5]));
+    }
+
+    #[test]
+    fn a_model_of_another_kind_is_named() {
+        let text = r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}"#;
+        let message = read(text).unwrap_err().to_string();
+        assert!(message.contains("found \"llama\" (LlamaForCausalLM)"), "{message}");
+        let message = read("{}").unwrap_err().to_string();
+        assert!(message.contains("expected \"gpt2\", found no such key"), "{message}");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! | file | content |
 //! | --- | --- |
-//! | `config.json` | the model's shape, for this library and for `transformers` |
+//! | `config.json` | the model's shape, for this library and for `transformers`, and what else was in the one it was loaded with |
 //! | `model.safetensors` | the weights in f32, under Hugging Face's names |
 //! | `trainer.json` | step, seed, options; only of a trainer |
 //! | `trainer.safetensors` | AdamW's moments, `m.NAME` and `v.NAME`; only of a trainer |
@@ -13,9 +13,11 @@
 
 mod config;
 mod folder;
+mod found;
 mod in_place;
 mod state;
 mod tensors;
+mod weights;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -27,16 +29,22 @@ use std::path::{Path, PathBuf};
 use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
-use crate::model::{ModelConfig, TensorInfo};
+use crate::model::{ModelConfig, StoredTensor, TensorInfo};
 use crate::trainer::TrainerState;
 use crate::{Error, Result};
+pub(crate) use config::FoundConfig;
 use tensors::{Named, TensorFile};
+use weights::{Index, Weights};
 
 const CONFIG: &str = "config.json";
 const MODEL: &str = "model.safetensors";
 const STATE: &str = "trainer.json";
 const MOMENTS: &str = "trainer.safetensors";
 const FILES: [&str; 4] = [CONFIG, MODEL, STATE, MOMENTS];
+
+/// Where the weights lie in several files, which transformers makes of large models: which file has
+/// which tensor. Read, never written.
+const INDEX: &str = "model.safetensors.index.json";
 
 /// Prefixes of the moments' names.
 const PREFIXES: [&str; 2] = ["m", "v"];
@@ -58,6 +66,14 @@ pub(crate) trait TensorRead {
 /// Takes the values of (moment, tensor).
 type WriteMoment<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
 
+/// The model of a checkpoint.
+pub(crate) struct ModelPart<'a> {
+    pub(crate) config: &'a ModelConfig,
+    /// `config.json` as it was found, of a model that was loaded.
+    pub(crate) found: Option<&'a FoundConfig>,
+    pub(crate) weights: &'a dyn TensorRead,
+}
+
 /// The training part of a checkpoint.
 pub(crate) struct TrainerPart<'a> {
     pub(crate) state: &'a TrainerState,
@@ -76,12 +92,11 @@ pub(crate) struct TrainerPart<'a> {
 /// other content and no checkpoint); [`Error::NotFinite`] for a NaN or infinite weight or moment.
 pub(crate) fn save(
     dir: &Path,
-    config: &ModelConfig,
-    weights: &dyn TensorRead,
+    ModelPart { config, found, weights }: ModelPart<'_>,
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
     folder::replace(dir, &FILES, MODEL, |new| {
-        folder::write_file(&new.join(CONFIG), config::to_json(config).as_bytes())?;
+        folder::write_file(&new.join(CONFIG), config::to_json(config, found).as_bytes())?;
         let extra = [(SHAPE, config::summary(config))];
         let named = name_all(weights, |name| name.to_owned());
         let model = tensors::write(&new.join(MODEL), &named, &extra)?;
@@ -106,13 +121,16 @@ pub(crate) struct Checkpoint {
     dir: PathBuf,
     /// As [`FILES`]; None where there is no such file.
     files: [Option<File>; 4],
+    /// In place of [`MODEL`]: the index, and the files that it names.
+    shards: Option<(Index, Vec<File>)>,
 }
 
 impl Checkpoint {
     /// Opens the folder and the files that are there.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] for a folder without `config.json` or `model.safetensors`.
+    /// [`Error::Io`]; [`Error::Format`] for a folder without `config.json` or weights, or with a
+    /// damaged index.
     pub(crate) fn open(dir: &Path) -> Result<Self> {
         const TRIES: usize = 16;
         for attempt in 1.. {
@@ -121,6 +139,11 @@ impl Checkpoint {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let folder = openat(CWD, &dir, flags, Mode::empty()).map_err(io)?;
             let files = open_files(&folder, &dir)?;
+            let open = |name: &str| {
+                in_place::open_file(&folder, name)
+                    .map_err(|e| Error::io("open", &dir.join(name))(e.into()))
+            };
+            let shards = if files[1].is_none() { open_shards(&dir, &open)? } else { None };
             // A save may have replaced some of them, or the whole folder, while we opened them.
             let stat = |s: rustix::fs::Stat| (s.st_dev, s.st_ino);
             let opened = rustix::fs::fstat(&folder).map(stat).map_err(io)?;
@@ -132,33 +155,25 @@ impl Checkpoint {
             if !is_whole && attempt < TRIES {
                 continue;
             }
-            for (file, name) in files.iter().zip([CONFIG, MODEL]) {
-                if file.is_none() {
-                    return Err(Error::format(
-                        &dir,
-                        format!(
-                            "expected a checkpoint folder, found no {name} in it (other formats, \
-                             such as pytorch_model.bin or weights in several files, are not read)"
-                        ),
-                    ));
-                }
-            }
-            return Ok(Self { dir, files });
+            let checkpoint = Self { dir, files, shards };
+            checkpoint.check_complete()?;
+            return Ok(checkpoint);
         }
         unreachable!("the last attempt returns")
     }
 
-    /// The model's shape.
+    /// The model's shape, and the file that it was read from.
     ///
     /// # Errors
     /// [`Error::Format`] for a damaged `config.json` or one of a model that is not supported,
-    /// naming the key; [`Error::Mismatch`] where `model.safetensors` was saved with another shape
-    /// or is too small for this one.
-    pub(crate) fn config(&self) -> Result<ModelConfig> {
+    /// naming the key; [`Error::Mismatch`] where the weights were saved with another shape or are
+    /// too small for this one.
+    pub(crate) fn config(&self) -> Result<(ModelConfig, FoundConfig)> {
         let path = self.dir.join(CONFIG);
-        let config = config::from_json(&path, &self.json(0)?)?;
-        let model = self.tensors(1)?;
-        if let Some(saved) = model.metadata(SHAPE)
+        let (mut config, found) = config::from_json(&path, &self.json(0)?)?;
+        let weights = self.weight_files()?;
+        config.tied_head = weights.is_tied(config.tied_head)?;
+        if let Some(saved) = weights.metadata(SHAPE)
             && saved != config::summary(&config)
         {
             let found = config::summary(&config);
@@ -169,20 +184,22 @@ impl Checkpoint {
             return Err(Error::mismatch(&path, message));
         }
         // Before anyone allocates memory for what a damaged file announces. 2 bytes: F16, BF16.
-        let (count, bytes) = (config.parameter_count(), model.bytes());
+        let (count, bytes) = (config.parameter_count(), weights.bytes());
         if count.saturating_mul(2) > bytes {
+            let name = if self.shards.is_some() { "its weights" } else { MODEL };
             let message = format!(
-                "a model of this shape has {count} parameters, and {MODEL} has only {bytes} bytes"
+                "a model of this shape has {count} parameters, and {name} has only {bytes} bytes"
             );
             return Err(Error::mismatch(&path, message));
         }
-        Ok(config)
+        Ok((config, found))
     }
 
     /// The weights: calls `write(index, values)` once for every entry of `tensors`, in order.
     ///
-    /// Names may lack the prefix `transformer.`. A head of its own (`lm_head.weight`) and buffers
-    /// (`attn.bias`, `attn.masked_bias`) are passed over.
+    /// Names may lack the prefix `transformer.`. Buffers (`attn.bias`, `attn.masked_bias`) are
+    /// passed over, and so is a head where the model has none of its own; but one that stands in
+    /// place of the embedding is read.
     ///
     /// # Errors
     /// [`Error::Format`] for a missing or damaged tensor, [`Error::Mismatch`] for one of another
@@ -192,26 +209,15 @@ impl Checkpoint {
         tensors: &[TensorInfo],
         write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
-        let file = self.tensors(1)?;
-        let names: Vec<_> = tensors
-            .iter()
-            .map(|tensor| match tensor.name.strip_prefix("transformer.") {
-                Some(short) if !file.contains(&tensor.name) && file.contains(short) => short,
-                _ => tensor.name.as_str(),
-            })
-            .collect();
-        let ignored = |name: &str| {
-            let buffer = name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias");
-            buffer || name == "lm_head.weight"
-        };
-        let known: HashSet<_> = names.iter().copied().collect();
-        self.check_surplus(1, &file, |name| ignored(name) || known.contains(name))?;
-        let mut values = Vec::new();
-        for (index, (name, tensor)) in names.iter().zip(tensors).enumerate() {
-            file.read(name, &tensor.shape, &mut values)?;
-            write(index, &values)?;
-        }
-        Ok(())
+        self.weight_files()?.read(tensors, write)
+    }
+
+    /// All tensors of the files with the weights, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for a damaged header.
+    pub(crate) fn stored_tensors(&self) -> Result<Vec<StoredTensor>> {
+        Ok(self.weight_files()?.files.iter().flat_map(TensorFile::stored).collect())
     }
 
     /// Whether there is a training state.
@@ -252,7 +258,7 @@ impl Checkpoint {
     ) -> Result<()> {
         let file = self.tensors(3)?;
         let known: HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-        self.check_surplus(3, &file, |name| {
+        file.check_surplus(|name| {
             let parts = name.split_once('.');
             parts.is_some_and(|(prefix, name)| PREFIXES.contains(&prefix) && known.contains(name))
         })?;
@@ -267,20 +273,32 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// A tensor that the model has no place for is a sign of a wrong `config.json`.
-    fn check_surplus(
-        &self,
-        index: usize,
-        file: &TensorFile,
-        known: impl Fn(&str) -> bool,
-    ) -> Result<()> {
-        match file.names().into_iter().find(|name| !known(name)) {
-            None => Ok(()),
-            Some(name) => {
-                let message = format!("holds the tensor {name}, which the model does not have");
-                Err(Error::mismatch(&self.dir.join(FILES[index]), message))
-            }
+    /// An error for a folder that has no model in it, with the best reason that can be found.
+    fn check_complete(&self) -> Result<()> {
+        let has_config = self.files[0].is_some();
+        if has_config && (self.files[1].is_some() || self.shards.is_some()) {
+            return Ok(());
         }
+        if has_config {
+            // Whoever has a model of another kind need not convert it first to be told.
+            config::from_json(&self.dir.join(CONFIG), &self.json(0)?)?;
+        }
+        Err(found::no_checkpoint(&self.dir, has_config))
+    }
+
+    fn weight_files(&self) -> Result<Weights<'_>> {
+        let Some((index, files)) = &self.shards else {
+            let file = self.tensors(1)?;
+            let path = file.path().to_owned();
+            return Ok(Weights { path, files: vec![file], index: None });
+        };
+        let files = index.files.iter().zip(files).map(|(name, file)| {
+            let path = self.dir.join(name);
+            check_is_file(&path, file)?;
+            TensorFile::open(&path, file)
+        });
+        let (path, files) = (self.dir.join(INDEX), files.collect::<Result<_>>()?);
+        Ok(Weights { path, files, index: Some(index) })
     }
 
     fn tensors(&self, index: usize) -> Result<TensorFile> {
@@ -290,15 +308,7 @@ impl Checkpoint {
 
     fn json(&self, index: usize) -> Result<Vec<u8>> {
         let (path, file) = self.file(index)?;
-        let mut text = Vec::new();
-        let mut from_start = PositionedRead { file, offset: 0 };
-        let read = (&mut from_start).take(MAX_JSON + 1).read_to_end(&mut text);
-        read.map_err(Error::io("read", &path))?;
-        if text.len() as u64 > MAX_JSON {
-            let message = format!("expected JSON of at most {MAX_JSON} bytes, found more");
-            return Err(Error::format(&path, message));
-        }
-        Ok(text)
+        read_json(&path, file)
     }
 
     fn file(&self, index: usize) -> Result<(PathBuf, &File)> {
@@ -308,9 +318,7 @@ impl Checkpoint {
                            which a new trainer can start from but not resume";
             return Err(Error::format(&path, message));
         };
-        if !file.metadata().map_err(Error::io("open", &path))?.is_file() {
-            return Err(Error::format(&path, "expected a file, found a folder, pipe or device"));
-        }
+        check_is_file(&path, file)?;
         Ok((path, file))
     }
 }
@@ -334,6 +342,51 @@ fn open_files(folder: &OwnedFd, dir: &Path) -> Result<[Option<File>; 4]> {
 fn identities(files: &[Option<File>; 4]) -> [Option<(u64, u64)>; 4] {
     let identity = |file: &File| file.metadata().ok().map(|m| (m.dev(), m.ino()));
     files.each_ref().map(|file| file.as_ref().and_then(identity))
+}
+
+/// The index of a folder and the files that it names, where there is one; `open` opens a file of
+/// the folder.
+fn open_shards(
+    dir: &Path,
+    open: &impl Fn(&str) -> Result<Option<File>>,
+) -> Result<Option<(Index, Vec<File>)>> {
+    let Some(file) = open(INDEX)? else { return Ok(None) };
+    let path = dir.join(INDEX);
+    check_is_file(&path, &file)?;
+    let index = Index::from_json(&path, &read_json(&path, &file)?)?;
+    let files = index.files.iter().map(|name| {
+        open(name)?.ok_or_else(|| {
+            let message = format!(
+                "names the file {name}, which the folder does not have; get all {} files of the \
+                 weights",
+                index.files.len()
+            );
+            Error::format(&path, message)
+        })
+    });
+    let files = files.collect::<Result<_>>()?;
+    Ok(Some((index, files)))
+}
+
+fn check_is_file(path: &Path, file: &File) -> Result<()> {
+    if file.metadata().map_err(Error::io("open", path))?.is_file() {
+        return Ok(());
+    }
+    Err(Error::format(path, "expected a file, found a folder, pipe or device"))
+}
+
+/// The text of a small file that should be JSON.
+fn read_json(path: &Path, file: &File) -> Result<Vec<u8>> {
+    let mut text = Vec::new();
+    let mut from_start = PositionedRead { file, offset: 0 };
+    let read = (&mut from_start).take(MAX_JSON + 1).read_to_end(&mut text);
+    read.map_err(Error::io("read", path))?;
+    found::check_fetched(path, &text)?;
+    if text.len() as u64 > MAX_JSON {
+        let message = format!("expected JSON of at most {MAX_JSON} bytes, found more");
+        return Err(Error::format(path, message));
+    }
+    Ok(text)
 }
 
 /// Reads a shared file without moving its position.

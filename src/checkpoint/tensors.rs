@@ -14,8 +14,9 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo};
 use serde::{Deserialize, Serialize};
 
-use super::TensorRead;
 use super::folder::attempt;
+use super::{TensorRead, found};
+use crate::model::StoredTensor;
 use crate::reserve::reserve;
 use crate::{Error, Result};
 
@@ -151,6 +152,7 @@ impl TensorFile {
         // checked after it was copied out. Our own saves never write into a file that may be
         // mapped: they put another one in its place.
         let map = unsafe { Mmap::map(file) }.map_err(Error::io("map", path))?;
+        found::check_fetched(path, &map)?;
         let (size, header) =
             SafeTensors::read_metadata(&map).map_err(|e| describe(path, &map, &e))?;
         let sums = match header.metadata().as_ref().and_then(|m| m.get(CRC32)) {
@@ -183,16 +185,46 @@ impl TensorFile {
         self.header.offset_keys()
     }
 
+    /// The file, for messages.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All tensors, in file order.
+    pub(super) fn stored(&self) -> Vec<StoredTensor> {
+        let stored = |name: String| {
+            let info = self.header.info(&name)?;
+            let (dtype, shape) = (info.dtype.to_string(), info.shape.clone());
+            Some(StoredTensor { name, dtype, shape })
+        };
+        self.names().into_iter().filter_map(stored).collect()
+    }
+
     /// Whether there is a tensor of this name.
     pub(super) fn contains(&self, name: &str) -> bool {
         self.header.info(name).is_some()
     }
 
+    /// A tensor that the model has no place for is a sign of a wrong `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] for the first tensor whose name is not `known`.
+    pub(super) fn check_surplus(&self, known: impl Fn(&str) -> bool) -> Result<()> {
+        match self.names().into_iter().find(|name| !known(name)) {
+            None => Ok(()),
+            Some(name) => {
+                let message = format!("holds the tensor {name}, which the model does not have");
+                Err(Error::mismatch(&self.path, message))
+            }
+        }
+    }
+
     /// Reads tensor `name`, which must have shape `shape`, into `out` as f32.
     ///
     /// # Errors
-    /// [`Error::Format`] for a missing or damaged tensor or one that is not F32, F16 or BF16,
-    /// [`Error::Mismatch`] for another shape, [`Error::NotFinite`] for a NaN or infinite element.
+    /// [`Error::Format`] for a missing or damaged tensor or one that holds no floating-point
+    /// numbers of 16, 32 or 64 bits, [`Error::Mismatch`] for another shape, [`Error::NotFinite`]
+    /// for an element that is NaN, infinite or beyond f32.
     pub(super) fn read(&self, name: &str, shape: &[usize], out: &mut Vec<f32>) -> Result<()> {
         let format = |message| Error::format(&self.path, format!("tensor {name}: {message}"));
         let info = self.header.info(name).ok_or_else(|| format("missing".into()))?;
@@ -201,19 +233,12 @@ impl TensorFile {
                 format!("tensor {name}: expected shape {shape:?}, found {:?}", info.shape);
             return Err(Error::mismatch(&self.path, message));
         }
-        let (from, to) = info.data_offsets;
-        let bytes = &self.map[self.start..][from..to];
+        let bytes = self.bytes_of(info);
         out.clear();
         reserve(out, "a tensor", shape.iter().product())?;
-        match info.dtype {
-            Dtype::F32 => out.extend(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
-            Dtype::F16 => {
-                out.extend(bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()));
-            }
-            Dtype::BF16 => {
-                out.extend(bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()));
-            }
-            other => return Err(format(format!("expected F32, F16 or BF16, found {other}"))),
+        if !decode(info.dtype, bytes, out) {
+            let found = info.dtype;
+            return Err(format(format!("expected F32, F16, BF16 or F64, found {found}")));
         }
         if let Some(sums) = &self.sums {
             let expected = sums.get(name).ok_or_else(|| format("no checksum in header".into()))?;
@@ -227,6 +252,57 @@ impl TensorFile {
         }
         check_finite(&self.path, name, out)
     }
+
+    /// Whether tensor `name` of this file and `other_name` of `other` have one shape and, as f32,
+    /// the same bits. A tensor that cannot be read is the same as no other.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(super) fn holds_same(&self, name: &str, other: &Self, other_name: &str) -> Result<bool> {
+        let (Some(a), Some(b)) = (self.header.info(name), other.header.info(other_name)) else {
+            return Ok(false);
+        };
+        if a.shape != b.shape {
+            return Ok(false);
+        }
+        let (bytes, other_bytes) = (self.bytes_of(a), other.bytes_of(b));
+        if a.dtype == b.dtype {
+            return Ok(bytes == other_bytes);
+        }
+        let mut values = [(); 2].map(|()| Vec::new());
+        for (values, (info, bytes)) in values.iter_mut().zip([(a, bytes), (b, other_bytes)]) {
+            reserve(values, "a tensor", info.shape.iter().product())?;
+            if !decode(info.dtype, bytes, values) {
+                return Ok(false);
+            }
+        }
+        let [a, b] = &values;
+        Ok(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()))
+    }
+
+    fn bytes_of(&self, info: &TensorInfo) -> &[u8] {
+        let (from, to) = info.data_offsets;
+        &self.map[self.start..][from..to]
+    }
+}
+
+/// Appends the numbers of a tensor as f32, for which there is room; false for a type that is not
+/// read. Numbers beyond f32 become infinite.
+fn decode(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) -> bool {
+    match dtype {
+        Dtype::F32 => out.extend(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
+        Dtype::F64 => {
+            out.extend(bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b) as f32));
+        }
+        Dtype::F16 => {
+            out.extend(bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()));
+        }
+        Dtype::BF16 => {
+            out.extend(bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()));
+        }
+        _ => return false,
+    }
+    true
 }
 
 /// [`Error::NotFinite`] for the first element that is NaN or infinite.

@@ -52,9 +52,9 @@ pub(crate) struct Activations<B: Backend> {
     /// (rows, C)
     pub(super) ln_2: Layers<B::Tensor>,
     pub(super) ln_2_statistics: Layers<NormStatistics<B::F32>>,
-    /// (rows, 4 C)
+    /// (rows, M)
     pub(super) fc1: Layers<B::Tensor>,
-    /// (rows, 4 C)
+    /// (rows, M)
     pub(super) gelu: Layers<B::Tensor>,
     /// What a block adds to the residual stream: (rows, C).
     pub(super) branch: B::Tensor,
@@ -71,7 +71,7 @@ pub(crate) struct ActivationGradients<B: Backend> {
     pub(super) residual: B::Tensor,
     /// Of whatever a layer of C channels put out or took in: (rows, C).
     pub(super) narrow: B::Tensor,
-    /// The same for 3 C or 4 C channels: (rows, 4 C).
+    /// The same for 3 C or M channels: (rows, the larger).
     pub(super) wide: B::Tensor,
 }
 
@@ -87,7 +87,7 @@ impl<B: Backend> Activations<B> {
         kept: Option<Recompute>,
     ) -> Self {
         let ModelConfig { layers, channels: c, heads, .. } = *config;
-        let rows = sequences.rows();
+        let (rows, m) = (sequences.rows(), config.mlp_width());
         // Inputs of blocks; what GEMMs and attention put out; what norms and GELU put out; numbers of
         // a row, which are small.
         let (inputs, products, pointwise, numbers) = match kept {
@@ -116,8 +116,8 @@ impl<B: Backend> Activations<B> {
             middle: tensors(arena, products, c),
             ln_2: tensors(arena, pointwise, c),
             ln_2_statistics: all_statistics(arena),
-            fc1: tensors(arena, products, 4 * c),
-            gelu: tensors(arena, pointwise, 4 * c),
+            fc1: tensors(arena, products, m),
+            gelu: tensors(arena, pointwise, m),
             branch: backend.tensor(arena, rows * c, precision),
             ln_f: backend.tensor(arena, rows * c, precision),
             ln_f_statistics: statistics(arena),
@@ -141,10 +141,11 @@ impl<B: Backend> ActivationGradients<B> {
         precision: Precision,
     ) -> Self {
         let (rows, c) = (sequences.rows(), config.channels);
+        let wide = config.mlp_width().max(3 * c);
         Self {
             residual: backend.tensor(arena, rows * c, precision),
             narrow: backend.tensor(arena, rows * c, precision),
-            wide: backend.tensor(arena, rows * 4 * c, precision),
+            wide: backend.tensor(arena, rows * wide, precision),
         }
     }
 

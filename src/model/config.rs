@@ -1,5 +1,9 @@
 //! The shape of a GPT.
 
+use std::fmt;
+use std::str::FromStr;
+
+pub use crate::backend::Activation;
 use crate::{Error, Result};
 
 /// The shape of a GPT-2 model. `Default` is GPT-2 small (124M).
@@ -17,6 +21,18 @@ pub struct ModelConfig {
     pub channels: usize,
     /// Added to the variance in LayerNorm.
     pub layer_norm_epsilon: f32,
+    /// M: width of the MLP inside a block; 0 stands for 4 C, GPT-2's, and is what a model of that
+    /// width has.
+    pub mlp_channels: usize,
+    /// What the MLP applies between its two layers.
+    pub activation: Activation,
+    /// Whether the head shares its weights with the token embedding, as in GPT-2. Otherwise it has
+    /// a tensor `lm_head.weight` (V, C) of its own.
+    pub tied_head: bool,
+    /// Whether attention divides its scores by the root of the head size, as in GPT-2.
+    pub scale_attention: bool,
+    /// Whether attention divides its scores by the number of its layer, from 1 on, as well.
+    pub scale_attention_by_layer: bool,
 }
 
 impl Default for ModelConfig {
@@ -28,6 +44,11 @@ impl Default for ModelConfig {
             heads: 12,
             channels: 768,
             layer_norm_epsilon: 1e-5,
+            mlp_channels: 0,
+            activation: Activation::GeluTanh,
+            tied_head: true,
+            scale_attention: true,
+            scale_attention_by_layer: false,
         }
     }
 }
@@ -38,16 +59,37 @@ impl ModelConfig {
         self.channels / self.heads
     }
 
+    /// Width of the MLP: `mlp_channels`, or what 0 stands for.
+    pub fn mlp_width(&self) -> usize {
+        if self.mlp_channels == 0 { 4 * self.channels } else { self.mlp_channels }
+    }
+
+    /// With 0 for the width that 0 stands for, so that equal models have equal configurations.
+    pub(crate) fn canonical(mut self) -> Self {
+        if self.mlp_channels == 4 * self.channels {
+            self.mlp_channels = 0;
+        }
+        self
+    }
+
+    /// Factor of the scores of layer `layer`, which are divided by the root of the head size in any
+    /// case.
+    pub(crate) fn score_factor(&self, layer: usize) -> f32 {
+        let unscaled = if self.scale_attention { 1.0 } else { (self.head_size() as f32).sqrt() };
+        let number = if self.scale_attention_by_layer { layer + 1 } else { 1 };
+        unscaled / number as f32
+    }
+
     /// Number of trained scalars.
     pub fn parameter_count(&self) -> u64 {
-        let (v, t, l, c) = (
-            self.vocab_size as u64,
-            self.context_length as u64,
-            self.layers as u64,
-            self.channels as u64,
-        );
-        // Per block: 12 C^2 of weights, 9 C of their biases, 4 C of two LayerNorms.
-        (v + t) * c + l * (12 * c * c + 13 * c) + 2 * c
+        let [v, t, l, c, m] =
+            [self.vocab_size, self.context_length, self.layers, self.channels, self.mlp_width()]
+                .map(|n| n as u64);
+        let tables = if self.tied_head { v + t } else { 2 * v + t };
+        // Per block: weights of attention and MLP, 5 C and M of their biases, 4 C of two
+        // LayerNorms.
+        let block = 4 * c * c + 2 * c * m + 9 * c + m;
+        tables * c + l * block + 2 * c
     }
 
     /// Checks every field.
@@ -68,6 +110,10 @@ impl ModelConfig {
                 return Err(Error::invalid(what, message));
             }
         }
+        if self.mlp_channels > 1 << 22 {
+            let message = format!("expected a number up to {}, got {}", 1 << 22, self.mlp_channels);
+            return Err(Error::invalid("mlp_channels", message));
+        }
         if !self.channels.is_multiple_of(self.heads) {
             return Err(Error::invalid(
                 "heads",
@@ -81,5 +127,34 @@ impl ModelConfig {
             ));
         }
         Ok(())
+    }
+}
+
+/// As `config.json` names it.
+impl fmt::Display for Activation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::GeluTanh => "gelu_new",
+            Self::Gelu => "gelu",
+        })
+    }
+}
+
+/// All names of transformers for the same functions.
+impl FromStr for Activation {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast"
+            | "gelu_accurate" => Ok(Self::GeluTanh),
+            "gelu" | "gelu_python" => Ok(Self::Gelu),
+            _ => {
+                let message = format!(
+                    "expected gelu_new (the tanh form) or gelu (the exact one), got {name}"
+                );
+                Err(Error::invalid("activation", message))
+            }
+        }
     }
 }

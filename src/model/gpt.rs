@@ -1,7 +1,8 @@
 //! The GPT itself: forward and backward, written once over `Backend`.
 //!
 //! Pre-LayerNorm blocks; attention and MLP each add to the residual stream; the head shares its
-//! weights with the token embedding (Radford et al. 2019, "GPT-2").
+//! weights with the token embedding (Radford et al. 2019, "GPT-2"), unless the model has others for
+//! it.
 
 use super::ModelConfig;
 use super::activations::{ActivationGradients, Activations};
@@ -39,7 +40,7 @@ impl<B: Backend> Pass<'_, B> {
     pub(crate) fn forward(&mut self, acts: &mut Activations<B>, tokens: &B::Tokens) {
         let (backend, params) = (self.backend, self.params);
         let (rows, c) = (self.sequences.rows(), self.config.channels);
-        let epsilon = self.config.layer_norm_epsilon;
+        let (m, epsilon) = (self.config.mlp_width(), self.config.layer_norm_epsilon);
 
         let (wte, wpe) = (&params.wte, &params.wpe);
         backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, self.sequences, c);
@@ -47,7 +48,7 @@ impl<B: Backend> Pass<'_, B> {
         for (l, block) in params.blocks.iter().enumerate() {
             self.attention(acts, l);
             self.mlp(acts, l);
-            self.linear(&mut acts.branch, &acts.gelu[l], &block.fc2, 4 * c, c);
+            self.linear(&mut acts.branch, &acts.gelu[l], &block.fc2, m, c);
 
             // The sum that ends this block, and the norm that begins what follows it.
             let (Norm { w, b }, out, statistics) = match params.blocks.get(l + 1) {
@@ -73,7 +74,7 @@ impl<B: Backend> Pass<'_, B> {
         let (backend, block) = (self.backend, &self.params.blocks[l]);
         let (rows, c) = (self.sequences.rows(), self.config.channels);
         let epsilon = self.config.layer_norm_epsilon;
-        let shape = self.attention_shape();
+        let shape = self.attention_shape(l);
         self.linear(&mut acts.qkv[l], &acts.ln_1[l], &block.qkv, c, 3 * c);
         let (out, lse) = (&mut acts.attention[l], &mut acts.lse[l]);
         backend.attention_forward(self.workspace, out, lse, &acts.qkv[l], shape);
@@ -92,8 +93,9 @@ impl<B: Backend> Pass<'_, B> {
         let (Linear { w, b }, format) = (&self.params.blocks[l].fc1, self.recipe.forward);
         let (out, pre, x) = (&mut acts.gelu[l], &mut acts.fc1[l], &acts.ln_2[l]);
         let (backend, workspace) = (self.backend, &mut *self.workspace);
-        let shape = LinearShape { rows, inputs: c, outputs: 4 * c };
-        backend.linear_gelu_forward(workspace, out, pre, x, w, b, shape, format);
+        let shape = LinearShape { rows, inputs: c, outputs: self.config.mlp_width() };
+        let form = self.config.activation;
+        backend.linear_gelu_forward(workspace, out, pre, x, w, b, shape, format, form);
     }
 
     /// Computes again what the forward pass did not keep of layer `l`.
@@ -107,12 +109,13 @@ impl<B: Backend> Pass<'_, B> {
             self.attention(acts, l);
             self.mlp(acts, l);
         } else if acts.gelu.is_shared() {
-            let (rows, c) = (self.sequences.rows(), self.config.channels);
+            let elements = self.sequences.rows() * self.config.mlp_width();
             self.ln_1(acts, l);
             let Norm { w, b } = &self.params.blocks[l].ln_2;
             let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
             self.norm(out, statistics, &acts.middle[l], w, b);
-            self.backend.gelu_forward(&mut acts.gelu[l], &acts.fc1[l], rows * 4 * c);
+            let form = self.config.activation;
+            self.backend.gelu_forward(&mut acts.gelu[l], &acts.fc1[l], elements, form);
         }
     }
 
@@ -133,13 +136,12 @@ impl<B: Backend> Pass<'_, B> {
         place: Place,
     ) {
         let (backend, params) = (self.backend, self.params);
-        let c = self.config.channels;
-        let shape = self.attention_shape();
+        let (c, m) = (self.config.channels, self.config.mlp_width());
         // The first micro-step of a step overwrites the last step's gradients.
         let accumulate = place.micro_step > 0;
 
         let gradient =
-            ClassifierGradient { dx: &mut d.narrow, dwte: &mut grads.wte, scale, accumulate };
+            ClassifierGradient { dx: &mut d.narrow, dwte: grads.head_mut(), scale, accumulate };
         self.classify(acts, targets, Some(gradient));
         backend.zero_tensor(&mut d.residual);
         let last = &acts.residual[self.config.layers];
@@ -166,12 +168,10 @@ impl<B: Backend> Pass<'_, B> {
             };
 
             // MLP: d.residual is the gradient of the block's output, and passes to its input.
-            let call =
-                LinearCall { inputs: 4 * c, outputs: c, recipe, random: random(LinearId::Fc2) };
+            let call = LinearCall { inputs: m, outputs: c, recipe, random: random(LinearId::Fc2) };
             let (dx, dy, x) = (&mut d.wide, &d.residual, &acts.gelu[l]);
             self.linear_backward(dx, &mut grads.fc2, dy, x, &block.fc2, call);
-            let call =
-                LinearCall { inputs: c, outputs: 4 * c, recipe, random: random(LinearId::Fc1) };
+            let call = LinearCall { inputs: c, outputs: m, recipe, random: random(LinearId::Fc1) };
             let (dx, dy, pre, x) = (&mut d.narrow, &mut d.wide, &acts.fc1[l], &acts.ln_2[l]);
             self.linear_gelu_backward(dx, &mut grads.fc1, dy, pre, x, &block.fc1, call);
             let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
@@ -184,6 +184,7 @@ impl<B: Backend> Pass<'_, B> {
             self.linear_backward(dx, &mut grads.projection, dy, x, &block.projection, call);
             let (dqkv, dout) = (&mut d.wide, &d.narrow);
             let (out, lse, qkv) = (&acts.attention[l], &acts.lse[l], &acts.qkv[l]);
+            let shape = self.attention_shape(l);
             backend.attention_backward(self.workspace, dqkv, dout, out, lse, qkv, shape);
             let call =
                 LinearCall { inputs: c, outputs: 3 * c, recipe, random: random(LinearId::Qkv) };
@@ -203,16 +204,21 @@ impl<B: Backend> Pass<'_, B> {
         place: Place,
     ) {
         let (backend, sequences, c) = (self.backend, self.sequences, self.config.channels);
-        let (dwte, dwpe, accumulate) = (&mut grads.wte, &mut grads.wpe, place.micro_step > 0);
+        let accumulate = place.micro_step > 0;
+        // Only a head that shares them has overwritten the last step's gradients.
+        if grads.head.is_some() && !accumulate {
+            backend.zero_f32(&mut grads.wte);
+        }
+        let (dwte, dwpe) = (&mut grads.wte, &mut grads.wpe);
         backend.embedding_backward(dwte, dwpe, &d.residual, tokens, sequences, c, accumulate);
     }
 
     /// Logits (V) of row `row` after [`Pass::forward`].
     pub(crate) fn logits(&mut self, acts: &Activations<B>, row: usize, out: &mut B::F32) {
         let ModelConfig { channels, vocab_size, .. } = *self.config;
-        let (wte, format) = (&self.params.wte, self.recipe.head());
+        let (head, format) = (self.params.head(), self.recipe.head());
         let backend = self.backend;
-        backend.logits(self.workspace, out, &acts.ln_f, row, wte, channels, vocab_size, format);
+        backend.logits(self.workspace, out, &acts.ln_f, row, head, channels, vocab_size, format);
     }
 
     fn norm(
@@ -228,10 +234,10 @@ impl<B: Backend> Pass<'_, B> {
         self.backend.layernorm_forward(out, statistics, x, w, b, rows, c, epsilon);
     }
 
-    fn attention_shape(&self) -> AttentionShape {
+    fn attention_shape(&self, layer: usize) -> AttentionShape {
         let (heads, head_size) = (self.config.heads, self.config.head_size());
-        let format = self.recipe.forward;
-        AttentionShape { sequences: self.sequences, heads, head_size, format }
+        let (score_factor, format) = (self.config.score_factor(layer), self.recipe.forward);
+        AttentionShape { sequences: self.sequences, heads, head_size, score_factor, format }
     }
 
     fn classify(
@@ -246,7 +252,7 @@ impl<B: Backend> Pass<'_, B> {
             &mut acts.losses,
             gradient,
             &acts.ln_f,
-            &self.params.wte,
+            self.params.head(),
             targets,
             self.sequences.rows(),
             channels,
@@ -302,10 +308,10 @@ impl<B: Backend> Pass<'_, B> {
         let shape = LinearShape { rows: self.sequences.rows(), inputs, outputs };
         let Linear { w: dw, b: db } = grads;
         let (backend, workspace) = (self.backend, &mut *self.workspace);
-        let w = &layer.w;
+        let (w, form) = (&layer.w, self.config.activation);
         let accumulate = random.micro_step > 0;
         backend.linear_gelu_backward(
-            workspace, dx, dw, db, dy, pre, x, w, shape, &recipe, &random, accumulate,
+            workspace, dx, dw, db, dy, pre, x, w, shape, &recipe, &random, accumulate, form,
         );
     }
 

@@ -11,21 +11,22 @@ mod params;
 mod recompute;
 
 pub(crate) use activations::{ActivationGradients, Activations};
-pub use config::ModelConfig;
+pub use config::{Activation, ModelConfig};
 pub(crate) use gpt::{Pass, Place};
-pub(crate) use params::{ParamSpec, Params, specs};
+pub(crate) use params::{HEAD, ParamSpec, Params, WTE, specs};
 pub use recompute::Recompute;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::backend::{Backend, Device};
-use crate::checkpoint::{self, Checkpoint, TensorRead};
+use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, TensorRead};
 use crate::engine::LogLevel;
 use crate::reserve::reserve;
 use crate::{Engine, Error, Result};
 
-/// Name and shape of a parameter, as Hugging Face's `gpt2` has them.
+/// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
+/// tensor `lm_head.weight`; a head that is the token embedding is not listed twice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Hugging Face's name, such as `transformer.h.0.attn.c_attn.weight`.
@@ -46,6 +47,26 @@ impl TensorInfo {
     }
 }
 
+/// What a checkpoint folder has of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelFiles {
+    /// The model's shape.
+    pub config: ModelConfig,
+    /// The tensors of all files, as they are stored.
+    pub tensors: Vec<StoredTensor>,
+}
+
+/// A tensor in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// Its name there.
+    pub name: String,
+    /// Its number format, as safetensors calls it: `F32`, `BF16`...
+    pub dtype: String,
+    /// Its shape there.
+    pub shape: Vec<usize>,
+}
+
 /// A GPT on an engine's device. Cheap to clone: clones are the same model.
 ///
 /// Calls from several threads wait for each other; a trainer holds the model for one step at a time.
@@ -55,6 +76,8 @@ pub struct Model(Arc<Inner>);
 struct Inner {
     engine: Engine,
     config: ModelConfig,
+    /// The configuration file that it was loaded with.
+    found: Option<FoundConfig>,
     specs: Params<ParamSpec>,
     tensors: Vec<TensorInfo>,
     params: Mutex<Params<<Device as Backend>::Param>>,
@@ -66,7 +89,7 @@ impl Model {
     /// # Errors
     /// [`Error::InvalidArgument`] for a configuration that makes no model, [`Error::OutOfMemory`].
     pub fn new(engine: &Engine, config: &ModelConfig) -> Result<Self> {
-        let model = Self::zeroed(engine, config)?;
+        let model = Self::zeroed(engine, config, None)?;
         {
             let mut params = model.lock()?;
             let all = params.iter_mut().zip(model.specs().iter());
@@ -77,7 +100,10 @@ impl Model {
         Ok(model)
     }
 
-    /// Loads the model of a checkpoint folder, ours or Hugging Face's `gpt2`.
+    /// Loads the model of a checkpoint folder, ours or Hugging Face's `gpt2`: safetensors in f32,
+    /// f16, bf16 or f64, in one file or several with an index, with or without the prefix
+    /// `transformer.` in names. Weights of the head that differ from the embedding's are kept as
+    /// such ([`ModelConfig::tied_head`] is then false).
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Format`] and [`Error::Mismatch`] name the file and the tensor;
@@ -86,8 +112,20 @@ impl Model {
         Self::from_checkpoint(engine, &Checkpoint::open(dir)?)
     }
 
+    /// What a checkpoint folder holds, from its configuration and the headers of its files; weights
+    /// are not loaded.
+    ///
+    /// # Errors
+    /// As [`Model::load`], but for what only the weights themselves show.
+    pub fn inspect(dir: &Path) -> Result<ModelFiles> {
+        let checkpoint = Checkpoint::open(dir)?;
+        let (config, _) = checkpoint.config()?;
+        Ok(ModelFiles { config, tensors: checkpoint.stored_tensors()? })
+    }
+
     pub(crate) fn from_checkpoint(engine: &Engine, checkpoint: &Checkpoint) -> Result<Self> {
-        let model = Self::zeroed(engine, &checkpoint.config()?)?;
+        let (config, found) = checkpoint.config()?;
+        let model = Self::zeroed(engine, &config, Some(found))?;
         {
             let mut guard = model.lock()?;
             let mut params: Vec<_> = guard.iter_mut().collect();
@@ -107,14 +145,15 @@ impl Model {
     }
 
     /// Saves weights and configuration as a Hugging Face `gpt2` folder, atomically. Whatever else is in
-    /// the folder stays.
+    /// the folder stays. The configuration of a model that was loaded is the one that it was loaded
+    /// with: keys that this library does not use, such as special tokens, stay.
     ///
     /// # Errors
     /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its flushing
     /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let params = self.lock()?;
-        checkpoint::save(dir, self.config(), &self.exported(&params), None)
+        checkpoint::save(dir, self.part(&self.exported(&params)), None)
     }
 
     /// The engine it lives on.
@@ -188,6 +227,11 @@ impl Model {
         self.export(move |index, out: &mut [f32]| backend.read_param(params[index], out))
     }
 
+    /// The model as a checkpoint takes it, with these [`Model::exported`] weights.
+    pub(crate) fn part<'a>(&'a self, weights: &'a dyn TensorRead) -> ModelPart<'a> {
+        ModelPart { config: self.config(), found: self.0.found.as_ref(), weights }
+    }
+
     /// Values that belong to the parameters, as a checkpoint holds them; `read` gets them in our
     /// order.
     pub(crate) fn export<F: Fn(usize, &mut [f32]) -> Result<()>>(
@@ -205,8 +249,9 @@ impl Model {
         Ok(room)
     }
 
-    fn zeroed(engine: &Engine, config: &ModelConfig) -> Result<Self> {
+    fn zeroed(engine: &Engine, config: &ModelConfig, found: Option<FoundConfig>) -> Result<Self> {
         config.validate()?;
+        let config = &config.clone().canonical();
         let bytes = Self::plan(engine, config)?;
         engine.check_memory("the weights", bytes, bytes)?;
         let backend = engine.backend();
@@ -225,6 +270,7 @@ impl Model {
         Ok(Self(Arc::new(Inner {
             engine: engine.clone(),
             config: config.clone(),
+            found,
             specs,
             tensors,
             params: Mutex::new(params),

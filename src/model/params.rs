@@ -5,15 +5,23 @@ use std::iter::once;
 
 use super::{ModelConfig, TensorInfo};
 
+/// Name of the token embedding, which is the head as well unless there is a [`HEAD`].
+pub(crate) const WTE: &str = "transformer.wte.weight";
+
+/// Name of a head of its own.
+pub(crate) const HEAD: &str = "lm_head.weight";
+
 /// One value of type T for every parameter.
 pub(crate) struct Params<T> {
-    /// Token embedding and language-model head, (V, C).
+    /// Token embedding and, where `head` is None, language-model head, (V, C).
     pub(crate) wte: T,
     /// Position embedding, (context, C).
     pub(crate) wpe: T,
     pub(crate) blocks: Vec<Block<T>>,
     /// The norm before the head.
     pub(crate) ln_f: Norm<T>,
+    /// A head that is not the token embedding, (V, C). Last, so that all else has one order.
+    pub(crate) head: Option<T>,
 }
 
 /// The parameters of a transformer block.
@@ -26,9 +34,9 @@ pub(crate) struct Block<T> {
     pub(crate) projection: Linear<T>,
     /// Before the MLP.
     pub(crate) ln_2: Norm<T>,
-    /// C -> 4 C.
+    /// C -> M.
     pub(crate) fc1: Linear<T>,
-    /// 4 C -> C.
+    /// M -> C.
     pub(crate) fc2: Linear<T>,
 }
 
@@ -63,7 +71,18 @@ impl<T> Params<T> {
                 &b.fc2.b,
             ]
         });
-        [&self.wte, &self.wpe].into_iter().chain(blocks).chain([&self.ln_f.w, &self.ln_f.b])
+        let ends = [&self.ln_f.w, &self.ln_f.b].into_iter().chain(&self.head);
+        [&self.wte, &self.wpe].into_iter().chain(blocks).chain(ends)
+    }
+
+    /// The head's value.
+    pub(crate) fn head(&self) -> &T {
+        self.head.as_ref().unwrap_or(&self.wte)
+    }
+
+    /// The head's value.
+    pub(crate) fn head_mut(&mut self) -> &mut T {
+        self.head.as_mut().unwrap_or(&mut self.wte)
     }
 
     /// All values, in the same order.
@@ -84,7 +103,7 @@ impl<T> Params<T> {
                 &mut b.fc2.b,
             ]
         });
-        let ends = [&mut self.ln_f.w, &mut self.ln_f.b];
+        let ends = [&mut self.ln_f.w, &mut self.ln_f.b].into_iter().chain(&mut self.head);
         once(&mut self.wte).chain(once(&mut self.wpe)).chain(blocks).chain(ends)
     }
 
@@ -104,7 +123,7 @@ impl<T> Params<T> {
             })
             .collect();
         let ln_f = Norm { w: f(&self.ln_f.w), b: f(&self.ln_f.b) };
-        Params { wte, wpe, blocks, ln_f }
+        Params { wte, wpe, blocks, ln_f, head: self.head.as_ref().map(f) }
     }
 }
 
@@ -173,7 +192,7 @@ impl ParamSpec {
 /// Name, shape and initial values of every parameter: GPT-2's initialization, in which the layers
 /// that add to the residual stream start smaller by the root of their number (Radford et al. 2019).
 pub(crate) fn specs(config: &ModelConfig) -> Params<ParamSpec> {
-    let c = config.channels;
+    let (c, m) = (config.channels, config.mlp_width());
     let std = 0.02;
     let residual_std = std / (2.0 * config.layers as f32).sqrt();
     let spec = |name: String, shape: Vec<usize>, transposed, init| ParamSpec {
@@ -201,11 +220,16 @@ pub(crate) fn specs(config: &ModelConfig) -> Params<ParamSpec> {
                 qkv: linear(format!("h.{l}.attn.c_attn"), c, 3 * c, std),
                 projection: linear(format!("h.{l}.attn.c_proj"), c, c, residual_std),
                 ln_2: norm(format!("h.{l}.ln_2")),
-                fc1: linear(format!("h.{l}.mlp.c_fc"), c, 4 * c, std),
-                fc2: linear(format!("h.{l}.mlp.c_proj"), 4 * c, c, residual_std),
+                fc1: linear(format!("h.{l}.mlp.c_fc"), c, m, std),
+                fc2: linear(format!("h.{l}.mlp.c_proj"), m, c, residual_std),
             })
             .collect(),
         ln_f: norm("ln_f".into()),
+        head: (!config.tied_head).then(|| ParamSpec {
+            info: TensorInfo { name: HEAD.into(), shape: vec![config.vocab_size, c] },
+            transposed: false,
+            init: Init::Normal { std },
+        }),
     }
 }
 
@@ -224,20 +248,41 @@ mod tests {
         }
     }
 
+    fn unlike_gpt2() -> ModelConfig {
+        ModelConfig { mlp_channels: 9, tied_head: false, ..config() }
+    }
+
     #[test]
     fn specs_add_up_to_the_parameter_count() {
-        let total: usize = specs(&config()).iter().map(ParamSpec::len).sum();
-        assert_eq!(total as u64, config().parameter_count());
+        for config in [config(), unlike_gpt2()] {
+            let total: usize = specs(&config).iter().map(ParamSpec::len).sum();
+            assert_eq!(total as u64, config.parameter_count());
+        }
+        assert_eq!(ModelConfig::default().parameter_count(), 124_439_808);
+    }
+
+    #[test]
+    fn a_head_of_its_own_comes_last_and_decays() {
+        let [tied, untied] = [config(), unlike_gpt2()].map(|config| specs(&config));
+        let names = |specs: &Params<ParamSpec>| -> Vec<String> {
+            specs.iter().map(|spec| spec.info.name.clone()).collect()
+        };
+        let mut all = names(&tied);
+        all.push(HEAD.into());
+        assert_eq!(names(&untied), all);
+        assert!(untied.head().decays() && untied.head().info.name == HEAD);
+        assert_eq!(untied.head().info.shape, [7, 4]);
+        assert_eq!(tied.head().info.name, WTE);
     }
 
     #[test]
     fn iterators_and_map_agree_on_the_order() {
-        let mut specs = specs(&config());
+        let mut specs = specs(&unlike_gpt2());
         let names: Vec<_> = specs.iter().map(|s| s.info.name.clone()).collect();
         let mapped = specs.map(|s| s.info.name.clone());
         assert!(mapped.iter().eq(&names));
         assert!(specs.iter_mut().map(|s| &s.info.name).eq(&names));
-        assert_eq!(names.len(), 2 + 2 * 12 + 2);
+        assert_eq!(names.len(), 2 + 2 * 12 + 2 + 1);
         let unique: std::collections::HashSet<_> = names.iter().collect();
         assert_eq!(unique.len(), names.len());
     }

@@ -34,6 +34,18 @@ int main(int argc, char **argv) {
   config.architecture = 7;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "architecture", mxt_model_new(engine, &config, &other));
   config = small_config();
+  config.activation = 2;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "activation", mxt_model_new(engine, &config, &other));
+  config = small_config();
+  config.tied_head = 2;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "tied_head", mxt_model_new(engine, &config, &other));
+  config = small_config();
+  config.scale_attention = -1;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "scale_attention", mxt_model_new(engine, &config, &other));
+  config = small_config();
+  config.mlp_channels = (size_t)-1;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "mlp_channels", mxt_model_new(engine, &config, &other));
+  config = small_config();
   config.heads = 3;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "heads", mxt_model_new(engine, &config, &other));
   config = small_config();

@@ -1,6 +1,9 @@
 /* struct_size: uninitialized, of an older program, of a newer one. */
 #include "check.h"
 
+/* The size of mxt_model_config in the first header, before models could differ from GPT-2. */
+#define FIRST_CONFIG offsetof(mxt_model_config, mlp_channels)
+
 /* A program compiled with a later header, whose config has two more fields. */
 typedef struct later_config {
   mxt_model_config known;
@@ -15,7 +18,7 @@ typedef struct later_stats {
 int main(void) {
   mxt_engine *engine = new_engine();
   mxt_model *model = NULL;
-  const size_t wrong[] = {0, 1, sizeof(mxt_model_config) - 1, 1025, (size_t)-1};
+  const size_t wrong[] = {0, 1, FIRST_CONFIG - 1, 1025, (size_t)-1};
 
   for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
     char number[40];
@@ -30,6 +33,23 @@ int main(void) {
     CHECK(strstr(mxt_engine_last_error(engine), number) != NULL);
     CHECK(model == NULL);
   }
+
+  /* What a program of the first header does not know is GPT-2's, whatever lies behind its struct. */
+  mxt_model_config first;
+  memset(&first, 0x5a, sizeof first);
+  OK(mxt_model_config_init(&first, FIRST_CONFIG));
+  CHECK(first.struct_size == FIRST_CONFIG && first.tied_head == 0x5a5a5a5a);
+  first = small_config();
+  first.struct_size = FIRST_CONFIG;
+  first.mlp_channels = 7, first.activation = 99, first.tied_head = 0;
+  OK(mxt_model_new(engine, &first, &model));
+  mxt_model_config seen;
+  seen.struct_size = sizeof seen;
+  OK(mxt_model_get_config(model, &seen));
+  CHECK(seen.mlp_channels == 0 && seen.activation == MXT_ACTIVATION_GELU_TANH);
+  CHECK(seen.tied_head == 1 && seen.scale_attention == 1 && seen.scale_attention_by_layer == 0);
+  mxt_model_free(model);
+  model = NULL;
 
   later_config config;
   memset(&config, 0x5a, sizeof config);

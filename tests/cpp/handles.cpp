@@ -105,6 +105,11 @@ static void tensors() {
   mxt::Model model(engine, small_config());
   CHECK(engine.device() == "cpu" && engine.threads() == 1 && engine.seed() == 1337);
   CHECK(model.config().channels == 16 && model.config().layer_norm_epsilon > 0);
+  mxt::ModelConfig other = small_config();
+  other.mlp_channels = 37, other.activation = MXT_ACTIVATION_GELU, other.tied_head = 0;
+  mxt::Model unlike(engine, other);
+  CHECK(unlike.config().mlp_channels == 37 && unlike.config().activation == MXT_ACTIVATION_GELU);
+  CHECK(unlike.read("lm_head.weight").size() == unlike.read("transformer.wte.weight").size());
   std::uint64_t sum = 0;
   for (std::size_t i = 0; i < model.tensor_count(); i++) {
     const mxt::TensorInfo info = model.tensor(i);

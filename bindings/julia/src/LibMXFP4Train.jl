@@ -184,10 +184,22 @@ const MXT_LOG_LEVEL_DEBUG = Int32(3)
 # mxt_architecture: The kind of model.
 
 """
-GPT-2: LayerNorm before each half of a block, learned positions, tanh GELU, biases, and one
-matrix for the embedding and the head.
+GPT-2: LayerNorm before each half of a block, learned positions, GELU, biases, and one
+matrix for the embedding and the head unless tied_head is 0.
 """
 const MXT_ARCHITECTURE_GPT2 = Int32(0)
+
+# mxt_activation: What the MLP of a block applies between its two layers.
+
+"""
+GELU in its tanh form, as GPT-2 has it (\"gelu_new\").
+"""
+const MXT_ACTIVATION_GELU_TANH = Int32(0)
+
+"""
+GELU itself, by the error function (\"gelu\").
+"""
+const MXT_ACTIVATION_GELU = Int32(1)
 
 # mxt_dtype: The number format of a tensor's values as they cross this interface.
 
@@ -395,6 +407,20 @@ struct mxt_model_config
     layer_norm_epsilon::Cfloat
     # One of mxt_architecture. Default MXT_ARCHITECTURE_GPT2.
     architecture::Int32
+    # Width of the MLP inside a block. Default 0, which stands for 4 x channels and is what a
+    # model of that width reports.
+    mlp_channels::Csize_t
+    # One of mxt_activation. Default MXT_ACTIVATION_GELU_TANH.
+    activation::Int32
+    # 1 where the head shares its weights with the token embedding; 0 where it has a tensor
+    # "lm_head.weight" (vocab_size, channels) of its own. Default 1.
+    tied_head::Int32
+    # 1 where attention divides its scores by the square root of a head's width, 0 where it does
+    # not. Default 1.
+    scale_attention::Int32
+    # 1 where attention divides its scores by the number of its block, from 1 on, as well. Default
+    # 0.
+    scale_attention_by_layer::Int32
 end
 
 """
@@ -853,7 +879,9 @@ end
     mxt_model_load(engine, dir, model)
 
 Loads the model of a checkpoint folder, written by this library or by Hugging Face transformers
-(gpt2), and stores it in `*model` for the caller to free.
+(gpt2), and stores it in `*model` for the caller to free. Weights are safetensors in 16, 32 or
+64 bits, in one file or in several with an index; a head that differs from the embedding stays
+one of its own.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
@@ -872,7 +900,8 @@ end
 
 Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
 folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
-there, the one before or the new one. Whatever else is in the folder stays.
+there, the one before or the new one. Whatever else is in the folder stays, and so do keys of the
+configuration that a loaded model came with, such as special tokens.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
 folder that holds other things and no checkpoint), MXT_ERROR_BUSY.

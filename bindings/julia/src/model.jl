@@ -1,9 +1,12 @@
 # A model: making, loading, saving, sampling.
 
 """
-    Model(engine; vocab_size = 50257, context_length = 1024, layers = 12, heads = 12, channels = 768)
+    Model(engine; vocab_size = 50257, context_length = 1024, layers = 12, heads = 12, channels = 768,
+        mlp_channels = 4channels, activation = :gelu_tanh, tied_head = true, scale_attention = true,
+        scale_attention_by_layer = false)
 
 A model with random initial weights, drawn from the engine's seed. The defaults are GPT-2 small.
+`activation` is `:gelu_tanh` or `:gelu`. With `tied_head = false` there is a tensor `lm_head.weight`.
 
     Model(trainer)
 
@@ -18,7 +21,7 @@ mutable struct Model <: Handle
 end
 
 function Model(engine::Engine; fields...)
-    config = Ref(filled(Lib.mxt_model_config, Lib.mxt_model_config_init, fields))
+    config = Ref(model_config(; fields...))
     return made_model(engine) do handle
         Lib.mxt_model_new(engine, config, handle)
     end
@@ -46,12 +49,18 @@ save(model::Model, folder::AbstractString) = check(Lib.mxt_model_save(model, fol
 """
     config(model)
 
-The shape of the model, as a named tuple.
+The shape of the model, as a named tuple. `mlp_channels` of 0 stands for four times `channels`.
 """
 function config(model::Model)
     shape = sized(Lib.mxt_model_config)
     check(Lib.mxt_model_get_config(model, shape))
-    return named(shape[])
+    shape = named(shape[])
+    return merge(shape, (
+        activation = ACTIVATIONS[shape.activation + 1],
+        tied_head = shape.tied_head != 0,
+        scale_attention = shape.scale_attention != 0,
+        scale_attention_by_layer = shape.scale_attention_by_layer != 0,
+    ))
 end
 
 """
@@ -134,7 +143,7 @@ The bytes that a model with its trainer will take, by purpose, before anything i
 options are those of [`Model`](@ref) and [`Trainer`](@ref), as named tuples.
 """
 function plan(engine::Engine; model = (;), trainer = (;))
-    shape = Ref(filled(Lib.mxt_model_config, Lib.mxt_model_config_init, model))
+    shape = Ref(model_config(; model...))
     result = sized(Lib.mxt_memory_plan)
     status = with_trainer_options(; trainer...) do how
         Lib.mxt_plan(engine, shape, how, result)
@@ -158,4 +167,28 @@ function made_model(make, engine::Engine)
     model = Model(handle[], engine)
     check(status)
     return model
+end
+
+# In the order of C's numbers, from 0.
+const ACTIVATIONS = (:gelu_tanh, :gelu)
+
+# The library's defaults with `fields` in place of some.
+function model_config(;
+    activation::Symbol = :gelu_tanh,
+    tied_head::Bool = true,
+    scale_attention::Bool = true,
+    scale_attention_by_layer::Bool = false,
+    fields...,
+)
+    number = findfirst(==(activation), ACTIVATIONS)
+    if number === nothing
+        throw(ArgumentError("activation: expected one of $ACTIVATIONS, got $(repr(activation))"))
+    end
+    managed = (
+        activation = number - 1,
+        tied_head = tied_head,
+        scale_attention = scale_attention,
+        scale_attention_by_layer = scale_attention_by_layer,
+    )
+    return filled(Lib.mxt_model_config, Lib.mxt_model_config_init, fields, managed)
 end

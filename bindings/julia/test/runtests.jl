@@ -76,6 +76,7 @@ end
 @testset "model and tensors" begin
     model = new_model()
     @test config(model).channels == 16 && config(model).layers == 1
+    @test config(model).tied_head && config(model).activation === :gelu_tanh
     weights = tensors(model)
     @test sum(length(weights[name]) for name in keys(weights)) == parameter_count(model)
     # C's (vocabulary, channels) is Julia's channels × vocabulary.

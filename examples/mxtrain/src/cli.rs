@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
-use mxfp4train::{DatasetOptions, Recipe, Recompute, ScheduleKind};
+use mxfp4train::{Activation, DatasetOptions, Recipe, Recompute, ScheduleKind};
 
 use crate::compare::CompareArgs;
 use crate::prepare::Format;
@@ -141,6 +141,9 @@ pub(crate) struct TrainArgs {
 
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(crate) variant: VariantArgs,
 
     #[command(flatten)]
     pub(crate) batch: BatchArgs,
@@ -280,6 +283,23 @@ pub(crate) struct ModelArgs {
     /// Longest sequence that the model can see, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 256)]
     pub(crate) context: usize,
+}
+
+/// What a new model may differ in from GPT-2.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct VariantArgs {
+    /// Width of the MLP in a block [default: 4 x --channels]
+    #[arg(long, value_name = "N")]
+    pub(crate) mlp_channels: Option<usize>,
+
+    /// gelu_new (GPT-2's tanh form) or gelu (the exact one)
+    #[arg(long, value_name = "NAME", default_value_t)]
+    pub(crate) activation: Activation,
+
+    /// Give the head weights of its own
+    #[arg(long)]
+    pub(crate) untied_head: bool,
 }
 
 /// What one optimizer step computes.
@@ -560,6 +580,9 @@ pub(crate) struct PlanArgs {
 
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+
+    #[command(flatten)]
+    pub(crate) variant: VariantArgs,
 
     #[command(flatten)]
     pub(crate) batch: BatchArgs,

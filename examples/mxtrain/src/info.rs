@@ -3,14 +3,12 @@
 //! A checkpoint is described from its small files and the header of its weights, so that a large one
 //! takes no longer than a small one.
 
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
 use indicatif::{HumanBytes, HumanCount};
-use mxfp4train::{Dataset, ModelConfig};
-use safetensors::tensor::Metadata;
+use mxfp4train::{Dataset, Model, ModelConfig, ModelFiles, StoredTensor};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::InfoArgs;
@@ -20,9 +18,6 @@ use crate::hugging_face::known_tokenizer;
 use crate::prepared::{Documents, Meta, Source};
 use crate::tokenizer::Tokenizer;
 use crate::train::is_checkpoint;
-
-/// The format's own limit.
-const MAX_HEADER: u64 = 100_000_000;
 
 /// Runs the command.
 pub(crate) fn run(args: &InfoArgs) -> Outcome<ExitCode> {
@@ -72,14 +67,61 @@ struct Checkpoint {
     tensors: Vec<Tensor>,
 }
 
-/// The keys of Hugging Face's `config.json` that give the shape.
-#[derive(Serialize, Deserialize)]
+/// The keys of Hugging Face's `config.json` that give the shape; the last ones where they are not
+/// GPT-2's.
+#[derive(Serialize)]
 struct Config {
     vocab_size: usize,
     n_positions: usize,
     n_layer: usize,
     n_head: usize,
     n_embd: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    n_inner: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    activation_function: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tie_word_embeddings: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scale_attn_weights: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scale_attn_by_inverse_layer_idx: Option<bool>,
+}
+
+impl From<&ModelConfig> for Config {
+    fn from(config: &ModelConfig) -> Self {
+        let gpt2 = ModelConfig::default();
+        Self {
+            vocab_size: config.vocab_size,
+            n_positions: config.context_length,
+            n_layer: config.layers,
+            n_head: config.heads,
+            n_embd: config.channels,
+            n_inner: (config.mlp_channels != 0).then_some(config.mlp_channels),
+            activation_function: (config.activation != gpt2.activation)
+                .then(|| config.activation.to_string()),
+            tie_word_embeddings: (!config.tied_head).then_some(false),
+            scale_attn_weights: (!config.scale_attention).then_some(false),
+            scale_attn_by_inverse_layer_idx: config.scale_attention_by_layer.then_some(true),
+        }
+    }
+}
+
+impl Config {
+    /// What is not GPT-2's, for people: each with a comma before it.
+    fn differences(&self) -> String {
+        let inner = self.n_inner.map(|width| format!("{width} channels in the MLP"));
+        let form = self.activation_function.as_ref().map(|name| format!("activation {name}"));
+        let head = self.tie_word_embeddings.map(|_| "a head of its own".to_owned());
+        let plain = self.scale_attn_weights.map(|_| "unscaled attention".to_owned());
+        let layer = self.scale_attn_by_inverse_layer_idx;
+        let layer = layer.map(|_| "attention scaled by layer".to_owned());
+        [inner, form, head, plain, layer]
+            .into_iter()
+            .flatten()
+            .map(|text| format!(", {text}"))
+            .collect()
+    }
 }
 
 /// The keys of `trainer.json` that a reader wants to know.
@@ -123,62 +165,23 @@ struct TokenFile {
 }
 
 fn checkpoint(dir: &Path) -> Outcome<Checkpoint> {
-    let config: Config = json(&dir.join("config.json"))?;
-    let shape = ModelConfig {
-        vocab_size: config.vocab_size,
-        context_length: config.n_positions,
-        layers: config.n_layer,
-        heads: config.n_head,
-        channels: config.n_embd,
-        ..ModelConfig::default()
-    };
-    shape.validate().map_err(|e| Failure::from(e).within(dir.join("config.json").display()))?;
+    let ModelFiles { config, tensors } = Model::inspect(dir)?;
     let trainer = dir.join("trainer.json");
     Ok(Checkpoint {
-        config,
-        parameters: shape.parameter_count(),
+        config: Config::from(&config),
+        parameters: config.parameter_count(),
         training: trainer.exists().then(|| json(&trainer)).transpose()?,
         tokenizer: known_tokenizer(dir)?,
-        tensors: tensors(&dir.join("model.safetensors"))?,
+        tensors: tensors
+            .into_iter()
+            .map(|StoredTensor { name, dtype, shape }| Tensor { name, dtype, shape })
+            .collect(),
     })
 }
 
 fn json<T: for<'a> Deserialize<'a>>(path: &Path) -> Outcome<T> {
     let text = fs::read_to_string(path).map_err(Failure::io("read", path))?;
     serde_json::from_str(&text).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
-}
-
-/// Reads the names and shapes in a safetensors file, without the values.
-fn tensors(path: &Path) -> Outcome<Vec<Tensor>> {
-    let damaged = |what: String| Failure::usage(format!("{}: {what}", path.display()));
-    let mut file = File::open(path).map_err(Failure::io("open", path))?;
-    let file_length = file.metadata().map_err(Failure::io("read", path))?.len();
-    let mut length = [0; 8];
-    file.read_exact(&mut length)
-        .map_err(|_| damaged("too short for a safetensors file".to_owned()))?;
-    let length = u64::from_le_bytes(length);
-    if length > MAX_HEADER {
-        return Err(damaged(format!("a header of {length} bytes: not a sound safetensors file")));
-    }
-    let mut header = Vec::new();
-    file.take(length).read_to_end(&mut header).map_err(Failure::io("read", path))?;
-    let header: Metadata = serde_json::from_slice(&header)
-        .map_err(|e| damaged(format!("not a sound safetensors file: {e}")))?;
-
-    let expected = (header.data_len() as u64).checked_add(8 + length);
-    if expected != Some(file_length) {
-        return Err(damaged(format!(
-            "its header tells of {} bytes of tensors, the file holds {}; it is damaged or truncated",
-            header.data_len(),
-            file_length.saturating_sub(8 + length)
-        )));
-    }
-    Ok((header.offset_keys().into_iter())
-        .filter_map(|name| {
-            let info = header.info(&name)?;
-            Some(Tensor { dtype: format!("{:?}", info.dtype), shape: info.shape.clone(), name })
-        })
-        .collect())
 }
 
 fn prepared(dir: &Path) -> Outcome<Prepared> {
@@ -213,13 +216,14 @@ impl Checkpoint {
     fn text(&self, with_tensors: bool) -> String {
         let c = &self.config;
         let mut text = format!(
-            "model       GPT-2, {} layers x {} channels x {} heads, context {}, vocabulary {}\n\
+            "model       GPT-2, {} layers x {} channels x {} heads, context {}, vocabulary {}{}\n\
              parameters  {}\n",
             c.n_layer,
             c.n_embd,
             c.n_head,
             HumanCount(c.n_positions as u64),
             HumanCount(c.vocab_size as u64),
+            c.differences(),
             HumanCount(self.parameters),
         );
         if let Some(training) = &self.training {
@@ -288,27 +292,5 @@ impl Prepared {
             ));
         }
         text
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_damaged_header_is_an_error_that_names_the_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("model.safetensors");
-        for (contents, expected) in [
-            (&b"1234"[..], "too short"),
-            (&[0xff; 16], "not a sound safetensors file"),
-            (b"\x10\0\0\0\0\0\0\0{\"a\"", "not a sound safetensors file"),
-            (b"\x02\0\0\0\0\0\0\0{}more", "0 bytes of tensors, the file holds 4"),
-        ] {
-            fs::write(&path, contents).unwrap();
-            let message = tensors(&path).err().unwrap().message;
-            assert!(message.contains(expected), "{message}");
-            assert!(message.contains("model.safetensors"), "{message}");
-        }
     }
 }

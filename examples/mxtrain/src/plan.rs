@@ -17,7 +17,7 @@ use crate::train::{Weights, model_config, trainer_options, vocabulary};
 pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let of_data = args.data.as_deref().map(Meta::read).transpose()?.map(|meta| meta.vocab_size);
     let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
-    let config = model_config(&args.model, vocabulary(given, of_data)?)?;
+    let config = model_config(&args.model, &args.variant, vocabulary(given, of_data)?)?;
     let options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New)?;
     let (engine, _) = machine::open(&args.machine, args.seed.seed)?;
     let plan = mxfp4train::plan(&engine, &config, &options)?;

@@ -107,6 +107,63 @@ fn a_model_is_trained_measured_shown_and_sampled() {
 }
 
 #[test]
+fn a_model_that_differs_from_gpt2_is_trained_resumed_and_shown() {
+    let dir = folder();
+    let dir = dir.path();
+    let variant = "--mlp-channels 37 --activation gelu --untied-head";
+    succeed(dir, &format!("train --data data --out model --steps 4 {TINY} {variant}"));
+    let about = info(dir, "model");
+    let config = &about["config"];
+    assert_eq!(config["n_inner"], 37);
+    assert_eq!(config["activation_function"], "gelu");
+    assert_eq!(config["tie_word_embeddings"], false);
+    let text = succeed(dir, "info model --tensors");
+    assert!(text.contains("37 channels in the MLP, activation gelu, a head of its own"), "{text}");
+    assert!(text.contains("lm_head.weight"), "{text}");
+    // 256 x 32 more for the head, and (128 - 37) x 65 fewer in the MLP.
+    assert_eq!(about["parameters"], 21984 + 256 * 32 - 91 * 65);
+    let plan = succeed(dir, &format!("plan --data data --json {TINY} {variant}"));
+    let plan: Value = serde_json::from_str(&plan).unwrap();
+    assert_eq!(plan["parameters"], about["parameters"]);
+
+    // A loaded model is what it is; options that say the same do no harm.
+    succeed(dir, "train --resume model --steps 6 --activation gelu --untied-head");
+    for options in ["--mlp-channels 38", "--activation gelu_new"] {
+        let error = refuse(dir, &format!("train --resume model {options}"));
+        assert!(error.contains("leave the option out"), "{error}");
+    }
+    let error = refuse(dir, "train --data data --out other --mlp-channels 0");
+    assert!(error.contains("--mlp-channels: expected a number from 1 on"), "{error}");
+    let error = refuse(dir, "train --data data --out other --activation relu");
+    assert!(error.contains("expected gelu_new"), "{error}");
+    succeed(dir, &format!("train --data data --out tied --steps 1 {TINY}"));
+    let error = refuse(dir, "train --resume tied --untied-head");
+    assert!(error.contains("--untied-head"), "{error}");
+}
+
+/// Folders that others wrote, of weights in several files and under the head's name.
+#[test]
+fn folders_of_others_are_shown_and_measured() {
+    let dir = folder();
+    let others = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/huggingface");
+    for (name, tensors) in [("sharded", 28), ("head-instead-of-wte", 28), ("untied-head", 29)] {
+        let folder = others.join(name).canonicalize().unwrap();
+        let about = info(dir.path(), folder.to_str().unwrap());
+        assert_eq!(about["tensors"].as_array().unwrap().len(), tensors, "{name}");
+        let tokens = others.join("eval.bin").canonicalize().unwrap();
+        let eval = format!(
+            "eval --checkpoint {} --data {} --recipe fp32 --batches 0 --json",
+            folder.display(),
+            tokens.display()
+        );
+        let eval: Value = serde_json::from_str(&succeed(dir.path(), &eval)).unwrap();
+        let expected = if name == "untied-head" { 5.85357 } else { 4.37211 };
+        let loss = eval["loss"].as_f64().unwrap();
+        assert!((loss - expected).abs() < 3e-4, "{name}: {eval}");
+    }
+}
+
+#[test]
 fn info_describes_data() {
     let dir = folder();
     let about = info(dir.path(), "data");

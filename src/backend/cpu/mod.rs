@@ -28,8 +28,8 @@ pub use workspace::Workspace;
 use rayon::prelude::*;
 
 use super::{
-    AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision,
-    Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
+    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape,
+    NormStatistics, Precision, Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
 use crate::Result;
 use crate::mx::{self, Draw, Random};
@@ -181,6 +181,10 @@ impl Backend for Cpu {
         self.zero(buffer);
     }
 
+    fn zero_f32(&self, buffer: &mut Buffer<f32>) {
+        self.zero(buffer);
+    }
+
     fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.install(f)
     }
@@ -294,12 +298,12 @@ impl Backend for Cpu {
         linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
     }
 
-    fn gelu_forward(&self, out: &mut Buffer<f32>, x: &Buffer<f32>, len: usize) {
-        gelu::forward(self, &mut out[..len], &x[..len]);
+    fn gelu_forward(&self, out: &mut Buffer<f32>, x: &Buffer<f32>, len: usize, form: Activation) {
+        gelu::forward(self, &mut out[..len], &x[..len], form);
     }
 
-    fn gelu_backward(&self, d: &mut Buffer<f32>, x: &Buffer<f32>, len: usize) {
-        gelu::backward(self, &mut d[..len], &x[..len]);
+    fn gelu_backward(&self, d: &mut Buffer<f32>, x: &Buffer<f32>, len: usize, form: Activation) {
+        gelu::backward(self, &mut d[..len], &x[..len], form);
     }
 
     fn attention_forward(

@@ -93,15 +93,22 @@ impl PackMemory {
 
 impl Workspace {
     pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape, threads: usize, isa: Isa) -> Self {
-        let WorkspaceShape { sequences, channels: c, heads, vocab_size, forward, backward } =
-            *shape;
+        let WorkspaceShape {
+            sequences,
+            channels: c,
+            mlp_channels: m,
+            heads,
+            vocab_size,
+            forward,
+            backward,
+        } = *shape;
         let rows = sequences.rows();
         let plain = match forward {
             Forward::F32 => Format::F32,
             Forward::Bf16 | Forward::Fp8 => Format::Bf16,
         };
         let (mut a, mut b) = (PackSize::new(isa), PackSize::new(isa));
-        for (inputs, outputs) in [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)] {
+        for (inputs, outputs) in [(c, 3 * c), (c, c), (c, m), (m, c)] {
             a.add(rows, inputs, plain, 1);
             b.add(outputs, inputs, plain, 1);
             let Some(backward) = backward else { continue };

@@ -12,13 +12,14 @@ struct Heads {
     length: u32,
     heads: u32,
     head_size: u32,
+    score_factor: f32,
 }
 
 impl From<AttentionShape> for Heads {
     fn from(shape: AttentionShape) -> Self {
         let [length, heads, head_size] =
             [shape.sequences.length, shape.heads, shape.head_size].map(|n| n as u32);
-        Self { length, heads, head_size }
+        Self { length, heads, head_size, score_factor: shape.score_factor }
     }
 }
 

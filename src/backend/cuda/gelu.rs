@@ -1,8 +1,9 @@
-//! GELU in its tanh form, as GPT-2 has it.
+//! GELU in its tanh form, as GPT-2 has it, and itself.
 
 use super::gpu::launch;
 use super::memory::Tensor;
 use super::{Cuda, kernel};
+use crate::backend::Activation;
 
 const BLOCK: usize = 256;
 /// Elements of a thread.
@@ -18,14 +19,22 @@ fn grid(cuda: &Cuda, len: usize) -> [usize; 3] {
 }
 
 /// out = gelu(x), both of `len` elements.
-pub(super) fn forward(cuda: &Cuda, out: &mut Tensor, x: &Tensor, len: usize) {
-    launch!(cuda.gpu, kernel!(out, "gelu_forward"), grid(cuda, len), BLOCK, 0;
+pub(super) fn forward(cuda: &Cuda, out: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
+    let name = match form {
+        Activation::GeluTanh => kernel!(out, "gelu_forward"),
+        Activation::Gelu => kernel!(out, "exact_gelu_forward"),
+    };
+    launch!(cuda.gpu, name, grid(cuda, len), BLOCK, 0;
         out.address(), out.noting(), x.address(), len as u64);
 }
 
 /// d = d * gelu'(x), in place.
-pub(super) fn backward(cuda: &Cuda, d: &mut Tensor, x: &Tensor, len: usize) {
-    launch!(cuda.gpu, kernel!(d, "gelu_backward"), grid(cuda, len), BLOCK, 0;
+pub(super) fn backward(cuda: &Cuda, d: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
+    let name = match form {
+        Activation::GeluTanh => kernel!(d, "gelu_backward"),
+        Activation::Gelu => kernel!(d, "exact_gelu_backward"),
+    };
+    launch!(cuda.gpu, name, grid(cuda, len), BLOCK, 0;
         d.address(), d.noting(), x.address(), len as u64);
 }
 

@@ -7,7 +7,7 @@ use super::linear::{BehindGelu, Form, Quantize, Scaling, Source, Target, quantiz
 use super::memory::{Arena, F32, Param, Piece, Tensor};
 use super::tests::{errors_of_fp8_products, f32s_of, gpu, older_gpu, workspace, workspace_shape};
 use super::{Cuda, Type, Workspace};
-use crate::backend::{Backend, Device, LinearShape, Precision, Sequences};
+use crate::backend::{Activation, Backend, Device, LinearShape, Precision, Sequences};
 use crate::mx::{Draw, GemmId, LinearId, OperandId, Purpose, Random, Rounding};
 use crate::recipe::{LinearRecipe, Recipe};
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
@@ -205,7 +205,7 @@ fn quantization_behind_gelu_on(cuda: &Cuda) {
         let times = medians(
             cuda,
             [
-                &mut || cuda.gelu_backward(&mut d, &pre, elements),
+                &mut || cuda.gelu_backward(&mut d, &pre, elements, Activation::GeluTanh),
                 &mut || {
                     let (from, sums) = (dy.address(), sums.address());
                     quantize_both(cuda, out, scaling, from, shape, sums, signs, rounding, draw);
@@ -271,7 +271,19 @@ impl Layer {
     fn gelu_backward(&mut self, cuda: &Cuda, workspace: &mut Workspace, recipe: &LinearRecipe) {
         let Self { shape, dy, pre, x, w, dx, dw, db } = self;
         cuda.linear_gelu_backward(
-            workspace, dx, dw, db, dy, pre, x, w, *shape, recipe, &RANDOM, false,
+            workspace,
+            dx,
+            dw,
+            db,
+            dy,
+            pre,
+            x,
+            w,
+            *shape,
+            recipe,
+            &RANDOM,
+            false,
+            Activation::GeluTanh,
         );
     }
 }

@@ -39,8 +39,8 @@ pub(crate) use memory::{Arena, F32, Param, Tensor};
 pub(crate) use workspace::Workspace;
 
 use super::{
-    AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision,
-    Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
+    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape,
+    NormStatistics, Precision, Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
 use crate::mx::{Draw, Random};
 use crate::recipe::{Forward, LinearRecipe};
@@ -198,10 +198,15 @@ impl Backend for Cuda {
             });
         }
         let mxfp4 = shape.backward.is_some_and(|backward| backward.mxfp4_group.is_some());
-        if mxfp4 && 4 * shape.channels > linear::MAX_DEPTH {
+        let widest = shape.mlp_channels.max(3 * shape.channels);
+        if mxfp4 && widest > linear::MAX_DEPTH {
             return Err(Error::Unsupported {
-                what: format!("MXFP4 with {} channels on a GPU", shape.channels),
-                remedy: format!("use recipe bf16, or at most {} channels", linear::MAX_DEPTH / 4),
+                what: format!("MXFP4 with layers of {widest} channels on a GPU"),
+                remedy: format!(
+                    "use recipe bf16, or at most {} channels in an MLP and {} outside",
+                    linear::MAX_DEPTH,
+                    linear::MAX_DEPTH / 4
+                ),
             });
         }
         Ok(())
@@ -291,6 +296,10 @@ impl Backend for Cuda {
     fn zero_tensor(&self, buffer: &mut Tensor) {
         buffer.not_noting();
         self.clear(buffer.address(), buffer.bytes());
+    }
+
+    fn zero_f32(&self, buffer: &mut F32) {
+        self.clear(buffer.address(), 4 * buffer.len);
     }
 
     fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
@@ -394,8 +403,9 @@ impl Backend for Cuda {
         b: &Param,
         shape: LinearShape,
         format: Forward,
+        form: Activation,
     ) {
-        linear::forward(self, workspace, pre, Some(out), x, w, b, shape, format);
+        linear::forward(self, workspace, pre, Some((out, form)), x, w, b, shape, format);
     }
 
     fn linear_backward(
@@ -430,17 +440,18 @@ impl Backend for Cuda {
         recipe: &LinearRecipe,
         random: &Random,
         accumulate: bool,
+        form: Activation,
     ) {
-        let dy = Gradient::BehindGelu { d: dy, pre };
+        let dy = Gradient::BehindGelu { d: dy, pre, form };
         linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
     }
 
-    fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize) {
-        gelu::forward(self, out, x, len);
+    fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
+        gelu::forward(self, out, x, len, form);
     }
 
-    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize) {
-        gelu::backward(self, d, x, len);
+    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
+        gelu::backward(self, d, x, len, form);
     }
 
     fn attention_forward(

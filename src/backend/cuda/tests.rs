@@ -4,7 +4,7 @@
 use super::gemm::Type;
 use super::*;
 use crate::backend::device::Side;
-use crate::backend::{BackwardWorkspace, Device, Trained, reference};
+use crate::backend::{Activation, BackwardWorkspace, Device, Trained, reference};
 use crate::mx::{
     self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source, uniform,
 };
@@ -173,6 +173,7 @@ pub(super) fn workspace_shape(
     WorkspaceShape {
         sequences,
         channels,
+        mlp_channels: 4 * channels,
         heads,
         vocab_size,
         forward: if precision == Precision::F32 { Forward::F32 } else { Forward::Fp8 },
@@ -332,15 +333,19 @@ fn layernorm_and_gelu() {
             close("dw alone", &f32s_of(cuda, &dw), &exact_dw, 1e-5);
             close("db alone", &f32s_of(cuda, &db), &exact_db, 1e-5);
 
-            cuda.gelu_forward(&mut out, &x_d, rows * c);
-            let exact: Vec<f64> = x.iter().map(|v| reference::gelu(f64::from(*v))).collect();
-            close("gelu", &values_of(cuda, &out), &exact, bound(precision));
-            let mut d = tensor(cuda, &dy, precision);
-            cuda.gelu_backward(&mut d, &x_d, rows * c);
-            let slope =
-                |(x, dy): (&f32, &f32)| f64::from(*dy) * reference::gelu_derivative(f64::from(*x));
-            let exact: Vec<f64> = x.iter().zip(&dy).map(slope).collect();
-            close("dgelu", &values_of(cuda, &d), &exact, bound(precision));
+            for form in [Activation::GeluTanh, Activation::Gelu] {
+                cuda.gelu_forward(&mut out, &x_d, rows * c, form);
+                let exact: Vec<f64> =
+                    x.iter().map(|v| reference::gelu_of(form, f64::from(*v))).collect();
+                close("gelu", &values_of(cuda, &out), &exact, bound(precision));
+                let mut d = tensor(cuda, &dy, precision);
+                cuda.gelu_backward(&mut d, &x_d, rows * c, form);
+                let slope = |(x, dy): (&f32, &f32)| {
+                    f64::from(*dy) * reference::gelu_derivative_of(form, f64::from(*x))
+                };
+                let exact: Vec<f64> = x.iter().zip(&dy).map(slope).collect();
+                close("dgelu", &values_of(cuda, &d), &exact, bound(precision));
+            }
         }
     });
 }
@@ -361,21 +366,26 @@ fn attention() {
 }
 
 fn check_attention(cuda: &Cuda, precision: Precision) {
-    for (batch, length, heads, head_size) in [
-        (1, 1, 1, 8),
-        (2, 7, 3, 16),
-        (1, 65, 2, 20),
-        (2, 130, 3, 64),
-        (1, 300, 2, 128),
-        (1, 257, 2, 96),
-        (2, 128, 1, 48),
-        (1, 33, 1, 160),
-        (1, 1000, 1, 64),
-        (2, 450, 1, 128),
+    for (batch, length, heads, head_size, score_factor) in [
+        (1, 1, 1, 8, 1.0),
+        (2, 7, 3, 16, 1.0),
+        (1, 65, 2, 20, 1.0),
+        (2, 130, 3, 64, 1.0),
+        (1, 300, 2, 128, 1.0),
+        (1, 257, 2, 96, 1.0),
+        (2, 128, 1, 48, 1.0),
+        (1, 33, 1, 160, 1.0),
+        (1, 1000, 1, 64, 1.0),
+        (2, 450, 1, 128, 1.0),
+        // Without the root of the head size, and divided by a layer's number.
+        (1, 150, 2, 16, 4.0),
+        (1, 70, 2, 20, 0.5),
+        (1, 200, 1, 64, 1.0 / 3.0),
+        (2, 140, 1, 128, 0.25),
     ] {
         let sequences = Sequences { batch, length };
         let format = Forward::Bf16;
-        let shape = AttentionShape { sequences, heads, head_size, format };
+        let shape = AttentionShape { sequences, heads, head_size, score_factor, format };
         let c = heads * head_size;
         let rows = sequences.rows();
         let qkv = rounded(&random(rows * 3 * c, 1), precision);
@@ -390,6 +400,8 @@ fn check_attention(cuda: &Cuda, precision: Precision) {
             Precision::F32 => 1e-5,
             Precision::Bf16 => 1e-2,
         };
+        // An error of a score is relative to the score, and the softmax sees it as it is.
+        let loose = loose * f64::from(score_factor.max(1.0));
         close("attention", &values_of(cuda, &out), &exact, loose);
         close("lse", &f32s_of(cuda, &lse), &exact_lse, 1e-5);
         let mut dqkv = poison(cuda, rows * 3 * c, precision);
@@ -529,31 +541,40 @@ fn linear_layers_in_plain_formats() {
             cuda.write_f32(&mut db, &vec![f32::NAN; outputs]).unwrap();
             let (mut pre, mut out) =
                 (poison(cuda, rows * outputs, precision), poison(cuda, rows * outputs, precision));
-            let s = &mut scratch;
-            cuda.linear_gelu_forward(s, &mut out, &mut pre, &x_d, &w_d, &b_d, shape, format);
-            close("pre", &values_of(cuda, &pre), &exact, bound(precision));
-            let gelu: Vec<f64> = exact.iter().map(|v| reference::gelu(*v)).collect();
-            close("gelu", &values_of(cuda, &out), &gelu, 2.0 * bound(precision));
+            let (s, forms) = (&mut scratch, [Activation::Gelu, Activation::GeluTanh]);
+            for form in forms {
+                cuda.linear_gelu_forward(
+                    s, &mut out, &mut pre, &x_d, &w_d, &b_d, shape, format, form,
+                );
+                close("pre", &values_of(cuda, &pre), &exact, bound(precision));
+                let gelu: Vec<f64> = exact.iter().map(|v| reference::gelu_of(form, *v)).collect();
+                close("gelu", &values_of(cuda, &out), &gelu, 2.0 * bound(precision));
+            }
             cuda.linear_backward(
                 s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r, false,
             );
             close("dw alone", &f32s_of(cuda, &dw), &exact_dw, 1e-5);
             close("db alone", &f32s_of(cuda, &db), &exact_db, 1e-5);
             let pre = rounded(&random(rows * outputs, 5), precision);
-            let (pre_d, mut d) = (tensor(cuda, &pre, precision), tensor(cuda, &dy, precision));
-            cuda.linear_gelu_backward(
-                s, &mut dx, &mut dw, &mut db, &mut d, &pre_d, &x_d, &w_d, shape, &recipe, r, false,
-            );
-            let slope =
-                |(d, x): (&f32, &f32)| f64::from(*d) * reference::gelu_derivative(f64::from(*x));
-            let d: Vec<f64> = dy.iter().zip(&pre).map(slope).collect();
-            let (exact_dx, exact_dw, exact_db) =
-                reference::linear_backward(&d, &f64s(&x), &f64s(&w), shape);
-            // d is rounded to the precision before it is multiplied.
-            let loose = 2.0 * bound(precision);
-            close("dx behind GELU", &values_of(cuda, &dx), &exact_dx, loose);
-            close("dw behind GELU", &f32s_of(cuda, &dw), &exact_dw, loose.max(1e-5));
-            close("db behind GELU", &f32s_of(cuda, &db), &exact_db, loose.max(1e-5));
+            let pre_d = tensor(cuda, &pre, precision);
+            for form in forms {
+                let mut d = tensor(cuda, &dy, precision);
+                cuda.linear_gelu_backward(
+                    s, &mut dx, &mut dw, &mut db, &mut d, &pre_d, &x_d, &w_d, shape, &recipe, r,
+                    false, form,
+                );
+                let slope = |(d, x): (&f32, &f32)| {
+                    f64::from(*d) * reference::gelu_derivative_of(form, f64::from(*x))
+                };
+                let d: Vec<f64> = dy.iter().zip(&pre).map(slope).collect();
+                let (exact_dx, exact_dw, exact_db) =
+                    reference::linear_backward(&d, &f64s(&x), &f64s(&w), shape);
+                // d is rounded to the precision before it is multiplied.
+                let loose = 2.0 * bound(precision);
+                close("dx behind GELU", &values_of(cuda, &dx), &exact_dx, loose);
+                close("dw behind GELU", &f32s_of(cuda, &dw), &exact_dw, loose.max(1e-5));
+                close("db behind GELU", &f32s_of(cuda, &db), &exact_db, loose.max(1e-5));
+            }
         }
     });
 }
@@ -1129,10 +1150,12 @@ fn largest_magnitudes_are_noted() {
                     &mut out, &mut sum, stats, &x, &x, &w, &b, rows, c, 1e-5,
                 );
                 noted("a norm of a sum", &out);
-                cuda.gelu_forward(&mut out, &x, rows * c);
-                noted("GELU", &out);
-                cuda.gelu_backward(&mut out, &x, rows * c);
-                noted("GELU's derivative", &out);
+                for form in [Activation::GeluTanh, Activation::Gelu] {
+                    cuda.gelu_forward(&mut out, &x, rows * c, form);
+                    noted("GELU", &out);
+                    cuda.gelu_backward(&mut out, &x, rows * c, form);
+                    noted("GELU's derivative", &out);
+                }
                 cuda.zero_tensor(&mut out);
                 assert!(out.largest_magnitude().is_none());
                 let most =
@@ -1244,12 +1267,15 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
         let sequences = Sequences { batch: 1, length: rows };
         let all = workspace_shape(sequences, inputs.max(outputs), 1, 8, Precision::Bf16);
         let mut scratch = workspace(cuda, &all);
-        for (name, kind) in Recipe::NAMES
+        for (name, kind, form) in Recipe::NAMES
             .into_iter()
             .flat_map(|name| ["sampled", "above the sample", "not finite"].map(|kind| (name, kind)))
             .filter(|(name, _)| *name != "fp32")
+            .flat_map(|(name, kind)| {
+                [Activation::GeluTanh, Activation::Gelu].map(|form| (name, kind, form))
+            })
         {
-            let what = format!("({rows}, {inputs}, {outputs}) {name}, {kind}");
+            let what = format!("({rows}, {inputs}, {outputs}) {name}, {kind}, {form}");
             let recipe = name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
             let (mut pre, mut d) = (pre.clone(), random(rows * outputs, 4));
             // The largest one, in the first row, and its derivative is 1; or else there are larger ones.
@@ -1272,7 +1298,7 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             let random = Random { step: 9, micro_step: 0, ..RANDOM };
 
             let mut dy = tensor(cuda, &d, Precision::Bf16);
-            cuda.gelu_backward(&mut dy, &pre, rows * outputs);
+            cuda.gelu_backward(&mut dy, &pre, rows * outputs, form);
             let (s, r) = (&mut scratch, &random);
             cuda.linear_backward(
                 s, &mut dx, &mut dw, &mut db, &dy, &x, &w, shape, &recipe, r, false,
@@ -1289,11 +1315,14 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
                 while !words_left && dy.noting() != 0 {}
                 cuda.linear_gelu_backward(
                     s, &mut dx, &mut dw, &mut db, &mut dy, &pre, &x, &w, shape, &recipe, r, false,
+                    form,
                 );
                 assert!(results(&dx, &dw, &db) == expected, "{what}");
                 let Backward::Mxfp4(format) = recipe.dgrad else { continue };
                 let group = format.transform.map(|transform| transform.group);
-                let fused = cuda.road(shape) == Road::Fp8 && group == Some(64);
+                let fused = form == Activation::GeluTanh
+                    && cuda.road(shape) == Road::Fp8
+                    && group == Some(64);
                 let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&values_of(cuda, &dy)) == bits(&before), fused, "{what}");
             }
@@ -1312,7 +1341,7 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
                     let r = &Random { step, ..random };
                     cuda.linear_gelu_backward(
                         s, &mut dx, &mut dw, &mut db, &mut dy, &pre, &x, &w, shape, &recipe, r,
-                        false,
+                        false, form,
                     );
                 });
             }

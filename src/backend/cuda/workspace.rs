@@ -42,22 +42,29 @@ pub(crate) struct Workspace {
 
 impl Workspace {
     pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape) -> Self {
-        let WorkspaceShape { sequences, channels: c, heads, vocab_size, forward, backward } =
-            *shape;
+        let WorkspaceShape {
+            sequences,
+            channels: c,
+            mlp_channels: m,
+            heads,
+            vocab_size,
+            forward,
+            backward,
+        } = *shape;
         let rows = sequences.rows();
         let precision = Precision::of(forward);
         let chunk = classifier::chunk_rows(rows, vocab_size);
         // A row of x may be copied there.
         let logits = (chunk * classifier::stride(vocab_size)).max(c) * size_of_element(precision);
         let training = backward.is_some();
-        let partials =
-            layernorm::partials(c).max(linear::partials(rows, 4 * c)) * usize::from(training);
+        let partials = layernorm::partials(c).max(linear::partials(rows, m.max(3 * c)))
+            * usize::from(training);
 
         let fp8 = forward == Forward::Fp8;
         let group = backward.and_then(|backward| backward.mxfp4_group);
         let road = Road::of(arena.capability());
         let (mut operands, mut scales) = ([0; 2], [4; 2]);
-        for (inputs, outputs) in [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)] {
+        for (inputs, outputs) in [(c, 3 * c), (c, c), (c, m), (m, c)] {
             let mut room = |first: usize, second: usize| {
                 operands = [operands[0].max(first), operands[1].max(second)];
             };
@@ -87,7 +94,7 @@ impl Workspace {
             partials: arena.bytes(partials * 4),
             operands: operands.map(|len| arena.bytes(len * 2)),
             second_form: operands[0] as u64,
-            kept: arena.bytes(if fp8 { rows * 4 * c * 2 } else { 0 }),
+            kept: arena.bytes(if fp8 { rows * m.max(c) * 2 } else { 0 }),
             scales: scales.map(|bytes| arena.bytes(bytes)),
             second_scales: second_scales as u64,
             most: [0; 3].map(|_| arena.bytes(4)),

@@ -1,6 +1,7 @@
 mod damage;
 pub(super) mod faults;
 mod folder;
+mod found;
 
 use std::collections::HashMap;
 use std::fs;
@@ -9,10 +10,21 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 use tempfile::TempDir;
 
 use super::*;
+use crate::model::HEAD;
 use crate::trainer::TrainerOptions;
 
 fn load_config(dir: &Path) -> Result<ModelConfig> {
-    Checkpoint::open(dir)?.config()
+    Ok(Checkpoint::open(dir)?.config()?.0)
+}
+
+/// Saves a model of a configuration of its own.
+fn save(
+    dir: &Path,
+    config: &ModelConfig,
+    weights: &dyn TensorRead,
+    trainer: Option<TrainerPart<'_>>,
+) -> Result<()> {
+    super::save(dir, ModelPart { config, found: None, weights }, trainer)
 }
 
 fn load_weights(
@@ -82,7 +94,8 @@ fn infos(config: &ModelConfig) -> Vec<TensorInfo> {
     }
     infos.extend([("ln_f.weight".into(), vec![c]), ("ln_f.bias".into(), vec![c])]);
     let named = |(name, shape)| TensorInfo { name: format!("transformer.{name}"), shape };
-    infos.into_iter().map(named).collect()
+    let head = (!config.tied_head).then(|| TensorInfo { name: HEAD.into(), shape: vec![v, c] });
+    infos.into_iter().map(named).chain(head).collect()
 }
 
 fn config() -> ModelConfig {
@@ -131,7 +144,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 fn load_model(checkpoint: &Checkpoint) -> Result<(ModelConfig, Vec<Vec<u32>>)> {
-    let config = checkpoint.config()?;
+    let (config, _) = checkpoint.config()?;
     let mut weights = Vec::new();
     checkpoint.weights(&infos(&config), &mut |index, values| {
         assert_eq!(index, weights.len());
@@ -206,7 +219,7 @@ fn a_saved_model_drops_the_training_state_that_it_does_not_fit() {
     assert!(failure(&dir, STATE).contains("without its training state"));
 }
 
-/// Writes the weights of a Hugging Face file without prefix, with buffers and a head of its own;
+/// Writes the weights of a Hugging Face file without prefix, with buffers;
 /// the elements of tensor i, in the order of their names, are `value(i)`.
 fn foreign(dir: &Path, dtype: Dtype, value: impl Fn(usize) -> f32) {
     let mut tensors = HashMap::new();
@@ -223,7 +236,7 @@ fn foreign(dir: &Path, dtype: Dtype, value: impl Fn(usize) -> f32) {
         let name = info.name.strip_prefix("transformer.").unwrap().to_owned();
         tensors.insert(name, (dtype, info.shape, bytes));
     }
-    for name in ["lm_head.weight", "h.0.attn.bias", "h.1.attn.masked_bias"] {
+    for name in ["h.0.attn.bias", "h.1.attn.masked_bias"] {
         tensors.insert(name.to_owned(), (Dtype::U8, vec![3], vec![1, 2, 3]));
     }
     let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
@@ -231,28 +244,27 @@ fn foreign(dir: &Path, dtype: Dtype, value: impl Fn(usize) -> f32) {
     });
     fs::create_dir_all(dir).unwrap();
     fs::write(dir.join(MODEL), serialize(views, None).unwrap()).unwrap();
-    fs::write(dir.join(CONFIG), config::to_json(&config())).unwrap();
+    fs::write(dir.join(CONFIG), config::to_json(&config(), None)).unwrap();
 }
 
 #[test]
-fn weights_of_others_load_in_three_precisions() {
+fn weights_of_others_load_in_four_precisions() {
     let (_root, dir) = temp();
     // 1638 / 2^14 and 205 / 2^11 are 0.1 rounded to 11 and to 8 bits.
-    for (dtype, value) in
-        [(Dtype::F32, 0.1), (Dtype::F16, 1638.0 / 16384.0), (Dtype::BF16, 205.0 / 2048.0)]
-    {
+    for (dtype, value) in [
+        (Dtype::F32, 0.1),
+        (Dtype::F64, 0.1),
+        (Dtype::F16, 1638.0 / 16384.0),
+        (Dtype::BF16, 205.0 / 2048.0),
+    ] {
         foreign(&dir, dtype, |_| 0.1);
         let (config, weights) = load_model(&Checkpoint::open(&dir).unwrap()).unwrap();
         assert!(weights.iter().flatten().all(|&w| w == f32::to_bits(value)));
         assert_eq!(weights.len(), infos(&config).len());
     }
-    foreign(&dir, Dtype::F64, |_| 0.1);
-    let error = load_weights(&dir, &infos(&config()), &mut |_, _| Ok(())).unwrap_err();
-    assert!(error.to_string().contains("tensor wte.weight: expected F32, F16 or BF16, found F64"));
-
     // A shape that would take terabytes is refused before anyone allocates them.
     let huge = ModelConfig { vocab_size: 1 << 24, channels: 1 << 18, ..config() };
-    fs::write(dir.join(CONFIG), config::to_json(&huge)).unwrap();
+    fs::write(dir.join(CONFIG), config::to_json(&huge, None)).unwrap();
     let message = load_config(&dir).unwrap_err().to_string();
     assert!(message.contains("parameters, and model.safetensors has only"), "{message}");
 }

@@ -13,6 +13,7 @@ use mxfp4train::{
 
 use super::cli::CompareTrainArgs;
 use super::record::{self, DataRecord, Origin, Point, Run, Settings};
+use crate::cli::VariantArgs;
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::machine;
@@ -29,7 +30,8 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
             data.name
         )));
     }
-    let config = model_config(&args.model, vocabulary(args.data.vocab_size, data.vocab_size)?)?;
+    let vocab_size = vocabulary(args.data.vocab_size, data.vocab_size)?;
+    let config = model_config(&args.model, &VariantArgs::default(), vocab_size)?;
     data.check(config.vocab_size, args.batch.sequence_length.unwrap_or(config.context_length))?;
     fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
     // Every record is looked at before the first run: a mistake should not show after hours.
@@ -294,8 +296,8 @@ impl Tally {
 /// Blocks of MXFP4 operands that a step quantizes: both operands of both products of every linear layer.
 fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize, step: u64) -> u64 {
     let rows = options.batch_size * length;
-    let c = config.channels;
-    let linears = [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)];
+    let (c, m) = (config.channels, config.mlp_width());
+    let linears = [(c, 3 * c), (c, c), (c, m), (m, c)];
     // A product of (m, depth) and (n, depth).
     let blocks = |gemm: Backward, m: usize, n: usize, depth: usize| match gemm {
         Backward::Mxfp4(mxfp4) => {

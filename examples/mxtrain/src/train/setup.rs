@@ -10,7 +10,9 @@ use mxfp4train::{
     TrainerOptions,
 };
 
-use crate::cli::{BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TokenArgs, TrainArgs};
+use crate::cli::{
+    BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TokenArgs, TrainArgs, VariantArgs,
+};
 use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::parse::Parsed;
@@ -124,13 +126,23 @@ fn open(option: &str, pattern: &OsStr, tokens: &TokenArgs) -> Outcome<Dataset> {
 }
 
 /// The shape of a new model.
-pub(crate) fn model_config(args: &ModelArgs, vocab_size: usize) -> Outcome<ModelConfig> {
+pub(crate) fn model_config(
+    args: &ModelArgs,
+    variant: &VariantArgs,
+    vocab_size: usize,
+) -> Outcome<ModelConfig> {
+    if variant.mlp_channels == Some(0) {
+        return Err(Failure::usage("--mlp-channels: expected a number from 1 on, got 0"));
+    }
     let config = ModelConfig {
         vocab_size,
         context_length: args.context,
         layers: args.layers,
         heads: args.heads,
         channels: args.channels,
+        mlp_channels: variant.mlp_channels.unwrap_or(0),
+        activation: variant.activation,
+        tied_head: !variant.untied_head,
         ..ModelConfig::default()
     };
     config.validate()?;
@@ -236,7 +248,7 @@ impl Start {
             }
             (None, None) => {
                 let vocab_size = vocabulary(args.data.vocab_size, data.vocab_size)?;
-                let config = model_config(&args.model, vocab_size)?;
+                let config = model_config(&args.model, &args.variant, vocab_size)?;
                 let optimizer = Some(&args.optimizer);
                 Self::New(config, trainer_options(&args.batch, recipe, optimizer, Weights::New)?)
             }
@@ -432,6 +444,7 @@ fn require_shape(args: &TrainArgs, parsed: &Parsed, config: &ModelConfig, origin
         ("heads", args.model.heads, config.heads),
         ("channels", args.model.channels, config.channels),
         ("context", args.model.context, config.context_length),
+        ("mlp-channels", args.variant.mlp_channels.unwrap_or(0), config.mlp_width()),
     ] {
         if parsed.given(option) && wanted != found {
             return Err(Failure::usage(format!(
@@ -439,6 +452,17 @@ fn require_shape(args: &TrainArgs, parsed: &Parsed, config: &ModelConfig, origin
                  out"
             )));
         }
+    }
+    if parsed.given("activation") && args.variant.activation != config.activation {
+        return Err(Failure::usage(format!(
+            "--activation: the checkpoint of {origin} has {}, got {}; leave the option out",
+            config.activation, args.variant.activation
+        )));
+    }
+    if args.variant.untied_head && config.tied_head {
+        return Err(Failure::usage(format!(
+            "--untied-head: the head of {origin} is its embedding; leave the option out"
+        )));
     }
     if let Some(wanted) = args.data.vocab_size.filter(|&wanted| wanted != config.vocab_size) {
         return Err(Failure::usage(format!(

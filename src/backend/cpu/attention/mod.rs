@@ -4,9 +4,10 @@
 //! the softmax over keys is then lane-by-lane arithmetic, and the block is already packed as an
 //! operand of the next product. A thread holds the scores of 48 queries, never (T, T).
 //!
-//! Backward (with P the softmax, D = rowsum(dO o O)): dV = P^T dO; dP = dO V^T; dS = P o (dP - D);
-//! dQ = dS K / sqrt(d); dK = dS^T Q / sqrt(d). P is recomputed from the scores and `lse`, the log of
-//! each row's sum, as in flash attention (Dao et al., arXiv 2205.14135).
+//! Backward (with P the softmax, D = rowsum(dO o O), s the scale of the scores, 1 / sqrt(d) in
+//! GPT-2): dV = P^T dO; dP = dO V^T; dS = P o (dP - D); dQ = s dS K; dK = s dS^T Q. P is recomputed
+//! from the scores and `lse`, the log of each row's sum, as in flash attention (Dao et al., arXiv
+//! 2205.14135).
 //!
 //! Products are in f32. With AVX-512, those of recipes whose forward pass is not f32 are in bf16, and on
 //! tiles where there are such.
@@ -54,6 +55,11 @@ pub(super) fn scratch_len(
     let channels = head_size.next_multiple_of(PANEL) * length; // (panels of channels, T, 16)
     let scores = BLOCK * length; // (3 panels of queries, T, 16)
     if backward { 2 * queries + 3 * channels + 2 * scores } else { queries + channels + scores }
+}
+
+/// What the scores are multiplied by.
+fn scale_of(shape: AttentionShape) -> f32 {
+    1.0 / (shape.head_size as f32).sqrt() * shape.score_factor
 }
 
 /// Whether products are in bf16, on tiles.
@@ -106,7 +112,7 @@ pub(super) fn forward(
                 if first >= q1 {
                     break;
                 }
-                let scale = 1.0 / (d as f32).sqrt();
+                let scale = scale_of(shape);
                 let sums = softmax_panel(isa, scores, first, q1, scale);
                 let lanes = (q1 - first).min(PANEL);
                 // SAFETY: a job owns the lse of its head; first + lanes <= T.
@@ -140,7 +146,7 @@ pub(super) fn backward(
     for_each_head(cpu, workspace, shape, |scratch, head| {
         let isa = cpu.isa();
         let head_qkv = HeadQkv::new(qkv, shape, head);
-        let first_row = head.row(shape, 0);
+        let (first_row, scale) = (head.row(shape, 0), scale_of(shape));
         let head_dout = &dout[first_row * c + head.head * d..];
         let head_out = &out[first_row * c + head.head * d..];
         let head_lse = &lse[head.index * t..][..t];
@@ -150,12 +156,12 @@ pub(super) fn backward(
         #[cfg(target_arch = "x86_64")]
         if in_tiles(isa, shape.format) {
             let (out, dout) = (head_out, head_dout);
-            tiles::backward_head(isa, scratch, &head_qkv, out, dout, head_lse, gradient);
+            tiles::backward_head(isa, scratch, &head_qkv, scale, out, dout, head_lse, gradient);
             return;
         }
         if in_bf16(isa, shape.format) {
             let (out, dout) = (head_out, head_dout);
-            panels::backward_head(isa, scratch, &head_qkv, out, dout, head_lse, gradient);
+            panels::backward_head(isa, scratch, &head_qkv, scale, out, dout, head_lse, gradient);
             return;
         }
         let by_rows = t.next_multiple_of(PANEL) * d;
@@ -201,7 +207,6 @@ pub(super) fn backward(
                     row_d[l] = dot(isa, o, d_o);
                     row_lse[l] = head_lse[first + l];
                 }
-                let scale = 1.0 / (d as f32).sqrt();
                 gradient_panel(isa, scores, dscores, first, q1, scale, &row_lse, &row_d);
 
                 // dQ = dS K, overwritten: every query belongs to one panel.
@@ -521,7 +526,7 @@ unsafe fn scale_lanes<L: lanes::Lanes>(rows: &mut [f32], factors: &[f32; PANEL])
 }
 
 simd_fn! {
-    /// scores -> P and dscores -> dS scaled by 1/sqrt(d), both in place, for queries first .. over
+    /// scores -> P and dscores -> dS times `scale`, both in place, for queries first .. over
     /// keys 0 .. `keys`.
     fn gradient_panel(
         scores: &mut [f32],

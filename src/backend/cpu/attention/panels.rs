@@ -6,7 +6,8 @@
 //! are summed where they lie, block after block.
 
 use super::{
-    BLOCK, Head, HeadQkv, Lanes, Part, Scratch, SharedOut, dot, gradient_panel, softmax_panel,
+    BLOCK, Head, HeadQkv, Lanes, Part, Scratch, SharedOut, dot, gradient_panel, scale_of,
+    softmax_panel,
 };
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::{
@@ -110,7 +111,7 @@ pub(super) fn forward_head(
             if first >= q1 {
                 break;
             }
-            let sums = softmax_panel(isa, scores, first, q1, 1.0 / (d as f32).sqrt());
+            let sums = softmax_panel(isa, scores, first, q1, scale_of(shape));
             let lanes = (q1 - first).min(PANEL);
             // SAFETY: a job owns the lse of its head; first + lanes <= T.
             unsafe { lse.write(head.index * t + first, &sums[..lanes]) };
@@ -129,6 +130,7 @@ pub(super) fn backward_head(
     isa: Isa,
     scratch: &mut [f32],
     qkv: &HeadQkv<'_>,
+    scale: f32,
     head_out: &[f32],
     head_dout: &[f32],
     head_lse: &[f32],
@@ -168,7 +170,6 @@ pub(super) fn backward_head(
                 row_d[l] = dot(isa, &head_out[at..at + d], &head_dout[at..at + d]);
                 row_lse[l] = head_lse[first + l];
             }
-            let scale = 1.0 / (d as f32).sqrt();
             gradient_panel(isa, scores, dscores, first, q1, scale, &row_lse, &row_d);
             turn(isa, scores, q1, p, p_turned);
             turn(isa, dscores, q1, p, ds_turned);

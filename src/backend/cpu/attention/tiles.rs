@@ -5,7 +5,9 @@
 //! O^T = V^T P^T and dQ^T = K^T dS^T; and their rows, of 32 queries, are the rows of operand A of
 //! dV = P^T dO and dK = dS^T Q, which sum over the blocks in scratch memory.
 
-use super::{Head, HeadQkv, Lanes, Part, Scratch, SharedOut, gradient_panel, softmax_panel};
+use super::{
+    Head, HeadQkv, Lanes, Part, Scratch, SharedOut, gradient_panel, scale_of, softmax_panel,
+};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::tiles::{Quad, SIDE, SQUARE, Tiles};
 use crate::backend::cpu::gemm::{Matrix, PANEL, Side, pack_tiles};
@@ -116,7 +118,7 @@ pub(super) fn forward_head(
         scores_of_block(&tiles, sizes, keys, queries, t, q0, scores);
         for (p, scores) in scores.chunks_exact_mut(sizes.length * PANEL).enumerate() {
             let first = q0 + p * PANEL;
-            let sums = softmax_panel(isa, scores, first, q1, 1.0 / (d as f32).sqrt());
+            let sums = softmax_panel(isa, scores, first, q1, scale_of(shape));
             let lanes = q1.saturating_sub(first).min(PANEL);
             // SAFETY: a job owns the lse of its head; first + lanes <= T.
             unsafe { lse.write(head.index * t + first.min(t), &sums[..lanes]) };
@@ -136,6 +138,7 @@ pub(super) fn backward_head(
     isa: Isa,
     scratch: &mut [f32],
     qkv: &HeadQkv<'_>,
+    scale: f32,
     head_out: &[f32],
     head_dout: &[f32],
     head_lse: &[f32],
@@ -178,7 +181,6 @@ pub(super) fn backward_head(
                 row_d[l] = super::dot(isa, &head_out[at..at + d], &head_dout[at..at + d]);
                 row_lse[l] = head_lse[first + l];
             }
-            let scale = 1.0 / (d as f32).sqrt();
             gradient_panel(isa, scores, dscores, first, q1, scale, &row_lse, &row_d);
         }
         pack_pairs(isa, dscores, sizes.length, q1, packed);

@@ -1,0 +1,119 @@
+//! What else lies in folders that people have: pointers of Git LFS, other libraries' files, other
+//! models. None of it is read; each is an error that says what it is and, where there is one, the
+//! command that helps.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::{CONFIG, FILES, INDEX, MODEL};
+use crate::{Error, Result};
+
+/// How the pointer begins that Git LFS leaves in a file's place.
+const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
+/// An error if a file is a Git LFS pointer in place of its content.
+pub(super) fn check_fetched(path: &Path, bytes: &[u8]) -> Result<()> {
+    if !bytes.starts_with(POINTER) {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(1024)]);
+    let size = text.lines().find_map(|line| line.strip_prefix("size ")?.parse::<u64>().ok());
+    let size = size.map_or_else(String::new, |size| format!(" of {size} bytes"));
+    let message = format!(
+        "a Git LFS pointer, not the file{size} that it stands for; fetch it: run `git lfs pull` in \
+         this folder"
+    );
+    Err(Error::format(path, message))
+}
+
+/// The error for a folder without `config.json`, or without weights that are read.
+pub(super) fn no_checkpoint(dir: &Path, has_config: bool) -> Error {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
+    names.sort_unstable();
+    let message = if let Some(adapter) = names.iter().find(|name| *name == ADAPTER) {
+        let base = base_of_adapter(&dir.join(adapter));
+        format!(
+            "a PEFT adapter{base}, which holds changes to a model and not the model; merge both and \
+             load the result: run in this folder {}",
+            python(
+                "from peft import AutoPeftModelForCausalLM as M; \
+                 M.from_pretrained('.').merge_and_unload().save_pretrained('merged')"
+            )
+        )
+    } else if !has_config {
+        format!("expected a checkpoint folder, found no {CONFIG} in it")
+    } else {
+        let names = names.iter().filter_map(|name| name.to_str());
+        let found = names.filter_map(|name| Some((conversion_of(name)?, name)));
+        // The surest first.
+        let found = found.min_by_key(|((doubt, _), _)| *doubt);
+        let missing =
+            format!("expected a checkpoint folder, found no {MODEL} in it, and no {INDEX}");
+        match found {
+            Some(((_, conversion), name)) => format!("{missing}; it has {name}: {conversion}"),
+            None => format!("{missing}: get the files of the weights, too"),
+        }
+    };
+    Error::format(dir, message)
+}
+
+const ADAPTER: &str = "adapter_config.json";
+
+/// ` of "gpt2"`, as the adapter's configuration has it.
+fn base_of_adapter(path: &Path) -> String {
+    let text = std::fs::read(path).unwrap_or_default();
+    let config: Map<String, Value> = serde_json::from_slice(&text).unwrap_or_default();
+    match config.get("base_model_name_or_path") {
+        Some(base @ Value::String(_)) => format!(" for {base}"),
+        _ => String::new(),
+    }
+}
+
+/// How much it is to be doubted that a file has the weights, and what to do with it; None where it
+/// has not.
+fn conversion_of(name: &str) -> Option<(u8, String)> {
+    let transformers = |options: &str, version: &str| {
+        let command = python(&format!(
+            "from transformers import GPT2LMHeadModel as M; \
+             M.from_pretrained('.'{options}).save_pretrained('.')"
+        ));
+        Some((0, format!("convert it{version}: run in this folder {command}")))
+    };
+    const OLD: &str = " with a version of transformers below 5";
+    match name {
+        "pytorch_model.bin" | "pytorch_model.bin.index.json" => return transformers("", ""),
+        "tf_model.h5" => return transformers(", from_tf=True", OLD),
+        "flax_model.msgpack" => return transformers(", from_flax=True", OLD),
+        // What transformers' trainer leaves beside the weights.
+        "optimizer.pt" | "scheduler.pt" | "training_args.bin" => return None,
+        _ if name.starts_with("rng_state") || FILES.contains(&name) => return None,
+        _ => {}
+    }
+    let (_, extension) = name.rsplit_once('.')?;
+    // What a shell and Python take as it is.
+    let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-+".contains(&b));
+    match extension {
+        "safetensors" => Some((1, format!("if these are the weights, rename it to {MODEL}"))),
+        "pt" | "pth" | "bin" => {
+            let command = python(&format!(
+                "import torch; from safetensors.torch import save_file; \
+                 w = torch.load('{}', map_location='cpu'); \
+                 save_file({{k: v.clone().contiguous() for k, v in w.items()}}, '{MODEL}', \
+                 {{'format': 'pt'}})",
+                if plain { name } else { "FILE" },
+            ));
+            let text = "if it is a state dict of PyTorch, convert it: run in this folder";
+            Some((2, format!("{text} {command}")))
+        }
+        "gguf" | "onnx" | "h5" | "msgpack" | "ot" | "ckpt" => {
+            Some((3, "this format is not read; get the model as safetensors".into()))
+        }
+        _ => None,
+    }
+}
+
+fn python(program: &str) -> String {
+    format!("`python3 -c \"{program}\"`")
+}

@@ -1,0 +1,170 @@
+//! The weights of a model as they lie in a folder: in one tensor file, or in several and an index.
+//!
+//! Writers differ in names, too. The prefix `transformer.` may be missing; and of the two names
+//! that tied weights have, the embedding's and the head's, either may be the one that was kept.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::tensors::TensorFile;
+use crate::model::{HEAD, TensorInfo, WTE};
+use crate::{Error, Result};
+
+/// More files than any model comes in: each is kept open.
+const MAX_FILES: usize = 512;
+
+/// `model.safetensors.index.json`: which file has which tensor.
+pub(super) struct Index {
+    /// Names of files in the same folder.
+    pub(super) files: Vec<String>,
+    /// The number of each tensor's file.
+    places: BTreeMap<String, usize>,
+}
+
+impl Index {
+    /// Reads the index's text; messages call it `path`.
+    ///
+    /// # Errors
+    /// [`Error::Format`], also for a name that leads out of the folder.
+    pub(super) fn from_json(path: &Path, text: &[u8]) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Document {
+            weight_map: BTreeMap<String, String>,
+        }
+        let Document { weight_map } = serde_json::from_slice(text).map_err(|e| {
+            Error::format(path, format!("expected an index of tensors in JSON: {e}"))
+        })?;
+        let mut files: Vec<_> = weight_map.values().cloned().collect();
+        files.sort_unstable();
+        files.dedup();
+        if files.is_empty() || files.len() > MAX_FILES {
+            let message = format!("expected 1 to {MAX_FILES} files, found {}", files.len());
+            return Err(Error::format(path, message));
+        }
+        if let Some(name) = files.iter().find(|name| !is_plain(name)) {
+            let message = format!("expected names of files in its own folder, found {name:?}");
+            return Err(Error::format(path, message));
+        }
+        let place = |file: &String| files.binary_search(file).expect("every file is listed");
+        let places = weight_map.iter().map(|(name, file)| (name.clone(), place(file))).collect();
+        Ok(Self { files, places })
+    }
+}
+
+/// Whether it is one component of a path.
+fn is_plain(name: &str) -> bool {
+    !matches!(name, "" | "." | "..") && !name.contains(['/', '\\', '\0'])
+}
+
+/// The open files of a model's weights.
+pub(super) struct Weights<'a> {
+    /// What names the files, for messages: the index, or the only one itself.
+    pub(super) path: PathBuf,
+    pub(super) files: Vec<TensorFile>,
+    /// None where there is only one.
+    pub(super) index: Option<&'a Index>,
+}
+
+impl Weights<'_> {
+    /// Size of all files in bytes.
+    pub(super) fn bytes(&self) -> u64 {
+        self.files.iter().map(TensorFile::bytes).sum()
+    }
+
+    /// An entry of the metadata. Files that were split have none of ours.
+    pub(super) fn metadata(&self, key: &str) -> Option<&str> {
+        self.files.iter().find_map(|file| file.metadata(key))
+    }
+
+    /// Whether head and embedding are one tensor, given what `config.json` says. A head of its own
+    /// that is there counts for more, unless it is the embedding once more.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(super) fn is_tied(&self, configured: bool) -> Result<bool> {
+        let name = self.own_name(WTE);
+        let (Some(wte), Some(head)) = (self.file_of(name), self.file_of(HEAD)) else {
+            return Ok(configured);
+        };
+        Ok(configured && head.holds_same(HEAD, wte, name)?)
+    }
+
+    /// Calls `write(index, values)` once for every entry of `tensors`, in order.
+    ///
+    /// # Errors
+    /// As of `Checkpoint::weights`.
+    pub(super) fn read(
+        &self,
+        tensors: &[TensorInfo],
+        write: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let tied = !tensors.iter().any(|tensor| tensor.name == HEAD);
+        let names: Vec<_> = tensors
+            .iter()
+            .map(|tensor| match self.own_name(&tensor.name) {
+                // The same weights by their other name.
+                name if tensor.name == WTE && tied && self.file_of(name).is_none() => {
+                    self.file_of(HEAD).map_or(name, |_| HEAD)
+                }
+                name => name,
+            })
+            .collect();
+        let known: HashSet<_> = names.iter().copied().collect();
+        self.check_surplus(|name| {
+            // Masks, which older versions saved; and a head that is tied.
+            let buffer = name.ends_with("attn.bias") || name.ends_with("attn.masked_bias");
+            buffer || known.contains(name) || (tied && name == HEAD)
+        })?;
+        let mut values = Vec::new();
+        for (index, (name, tensor)) in names.iter().zip(tensors).enumerate() {
+            let file = self.file_of(name).ok_or_else(|| self.missing(name))?;
+            file.read(name, &tensor.shape, &mut values)?;
+            write(index, &values)?;
+        }
+        Ok(())
+    }
+
+    /// The name that the files have for one of our tensors.
+    fn own_name<'n>(&self, name: &'n str) -> &'n str {
+        match name.strip_prefix("transformer.") {
+            Some(short) if self.file_of(name).is_none() && self.file_of(short).is_some() => short,
+            _ => name,
+        }
+    }
+
+    /// The file that should have a tensor; None where none should.
+    fn file_of(&self, name: &str) -> Option<&TensorFile> {
+        match self.index {
+            Some(index) => index.places.get(name).map(|place| &self.files[*place]),
+            None => self.files.first().filter(|file| file.contains(name)),
+        }
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        let why = match name {
+            HEAD => {
+                "; config.json says tie_word_embeddings: false, so the head has weights of its own: \
+                 if it has not, say true there"
+            }
+            _ => "",
+        };
+        Error::format(&self.path, format!("tensor {name}: missing{why}"))
+    }
+
+    /// A tensor that the model has no place for is a sign of a wrong `config.json`.
+    fn check_surplus(&self, known: impl Fn(&str) -> bool) -> Result<()> {
+        for (place, file) in self.files.iter().enumerate() {
+            file.check_surplus(&known)?;
+            let Some(index) = self.index else { continue };
+            let listed = |name: &String| index.places.get(name) == Some(&place);
+            if let Some(name) = file.names().iter().find(|name| !listed(name)) {
+                let message =
+                    format!("holds the tensor {name}, which the index does not have there");
+                return Err(Error::mismatch(file.path(), message));
+            }
+        }
+        Ok(())
+    }
+}
