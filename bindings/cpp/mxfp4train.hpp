@@ -513,6 +513,11 @@ class Dataset {
     return detail::finish(status, token);
   }
 
+  // Copies tokens, from number `first` on, into `tokens` until it is full. Numbers start from 0.
+  outcome<void> read(std::uint64_t first, view<std::uint32_t> tokens) const {
+    return detail::finish(mxt_dataset_read(get(), first, tokens.size(), tokens.data()));
+  }
+
   // The C handle, which stays this object's.
   mxt_dataset *get() const noexcept { return handle_.get(); }
 

@@ -77,6 +77,8 @@ int main(void) {
   IS_NULL("dataset", mxt_dataset_max_token(NULL, tokens));
   IS_NULL("token", mxt_dataset_max_token(dataset, NULL));
   CHECK(strstr(mxt_dataset_last_error(dataset), "token is NULL") != NULL);
+  IS_NULL("dataset", mxt_dataset_read(NULL, 0, 1, tokens));
+  IS_NULL("tokens", mxt_dataset_read(dataset, 0, 1, NULL));
 
   IS_NULL("model", mxt_trainer_new(NULL, NULL, &no_trainer));
   IS_NULL("trainer", mxt_trainer_new(model, NULL, NULL));

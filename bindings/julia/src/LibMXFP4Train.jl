@@ -1023,6 +1023,24 @@ function mxt_dataset_max_token(dataset, token)
 end
 
 """
+    mxt_dataset_read(dataset, first, count, tokens)
+
+Copies `count` tokens, from number `first` on, to `tokens`, which has room for so many. Tokens are
+counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
+
+Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
+dataset ends before `first` + `count`).
+"""
+function mxt_dataset_read(dataset, first, count, tokens)
+    return @ccall libmxfp4train.mxt_dataset_read(
+        dataset::Ptr{mxt_dataset},
+        first::UInt64,
+        count::Csize_t,
+        tokens::Ptr{UInt32}
+    )::mxt_status
+end
+
+"""
     mxt_dataset_last_error(dataset)
 
 The message of the last call with this dataset as its first argument that failed; the empty
