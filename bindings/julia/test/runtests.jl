@@ -1,6 +1,6 @@
 # Needs the library: see MXFP4TRAIN_LIBRARY in the package's documentation.
 using MXFP4Train
-using MXFP4Train: Lib
+using MXFP4Train: Lib, load, save
 using Test
 
 const SMALL = (vocab_size = 32, context_length = 16, layers = 1, heads = 2, channels = 16)
@@ -47,8 +47,8 @@ end
     @test_throws ArgumentError Model(new_engine(); struct_size = 2)
     @test_throws ArgumentError Trainer(new_model(); schedule = :sometimes)
     @test_throws ArgumentError Dataset("zero\0byte")
-    @test_throws InexactError Dataset([-1, 2])
-    @test_throws InexactError Model(new_engine(); layers = -1)
+    @test_throws ArgumentError Dataset([-1, 2])
+    @test_throws ArgumentError Model(new_engine(); layers = -1)
 end
 
 @testset "lifetimes" begin
@@ -65,7 +65,7 @@ end
     closed = new_dataset()
     close(closed)
     other = new_trainer()
-    @test_throws ArgumentError run!(other, dataset; steps = 1, eval_dataset = closed)
+    @test status_of(() -> run!(other, dataset; steps = 1, eval_dataset = closed)) == Lib.MXT_ERROR_NULL
     for object in (trainer, dataset, new_model(), new_engine())
         @test sprint(show, object) isa String
     end
@@ -121,7 +121,7 @@ end
     @test isapprox(evaluation.perplexity, exp(evaluation.loss); rtol = 1e-4)
     tokens = rand(0:31, 17, 2)
     @test step!(trainer, tokens).tokens == 32
-    @test status_of(() -> step!(trainer, tokens[:, 1:1])) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    @test_throws DimensionMismatch step!(trainer, tokens[:, 1:1])
     set_lr!(trainer, 1e-3)
     @test step!(trainer, dataset).lr == 1.0f-3
     use_schedule!(trainer)
@@ -172,7 +172,7 @@ end
     outer = thrown() do
         run!(trainer, dataset; steps = 3) do _, _
             inner = thrown(() -> run!((_, _) -> throw(Enough(1)), trainer, dataset; steps = 3))
-            step!(trainer, zeros(Int, 1, 1))
+            step!(trainer, fill(99, 17, 2))
         end
     end
     @test inner === Enough(1) && outer isa MXFP4Error
@@ -230,5 +230,5 @@ end
             run!((_, _) -> (yield(); nothing), trainer, new_dataset(); steps = 5).last_loss
         end
     end
-    @test allequal(fetch.(losses))
+    @test length(unique(fetch.(losses))) == 1
 end
