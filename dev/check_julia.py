@@ -5,7 +5,7 @@ Every .jl file must parse. The low-level file must be the one that the header ma
 of the header must have its @ccall there, with the header's arguments and result; every struct must
 have the sizes and offsets that the C compiler gives it. What the other files use of the low-level
 one must be there, calls with as many arguments as it takes, callbacks with the types that C calls.
-What the package calls by a bare name must be a function of its own, an argument or one of BASE below.
+What the package calls by a bare name must be one of its functions, an argument or of BASE below.
 The library in MXFP4TRAIN_LIBRARY, if that is set, must export the functions. It finds what a run
 passes by: calls that no test makes. tests/julia.rs runs the package.
 
@@ -47,8 +47,8 @@ JULIA_OF_C = {
     "uint32_t *": "Ptr{UInt32}", "size_t *": "Ptr{Csize_t}",
 }  # fmt: skip
 
-# What the package calls of Julia's own: a name that is not here and nowhere defined is a typing error,
-# or is to be looked up in the manual of the oldest Julia that Project.toml allows, and added.
+# What the package calls of Julia's own: a name that is not here and nowhere defined is a typing
+# error, or is to be looked up in the manual of the oldest Julia of Project.toml, and added.
 BASE = set(
     """
     ArgumentError BoundsError Cstring DimensionMismatch Int Int128 Int32 KeyError ReentrantLock

@@ -21,7 +21,8 @@ made=$folder.part
 rm -rf "$made"
 apt=$made/apt
 mkdir -p "$made/root" "$apt/lists/partial" "$apt/cache/archives/partial" "$apt/etc/preferences.d"
-mirror=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources 2>/dev/null | head -n 1 || true)
+sources=/etc/apt/sources.list.d/debian.sources
+mirror=$(sed -n 's/^URIs: *//p' "$sources" 2>/dev/null | head -n 1 || true)
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 echo "deb [signed-by=$keys] ${mirror:-http://deb.debian.org/debian} bullseye main" \
     >"$apt/etc/sources.list"

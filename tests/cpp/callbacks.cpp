@@ -141,8 +141,10 @@ void tokens(Fixture &it) {
   // Memory is for what is written, not for what may be.
   options.max_tokens = SIZE_MAX;
   count = 0;
-  const auto stop = [&](std::uint32_t) { return ++count == 4 ? mxt::Flow::stop : mxt::Flow::go_on; };
-  CHECK(it.model.generate({1}, options, stop).size() == 4);
+  const auto short_text = it.model.generate({1}, options, [&](std::uint32_t) {
+    return ++count == 4 ? mxt::Flow::stop : mxt::Flow::go_on;
+  });
+  CHECK(short_text.size() == 4);
 }
 
 // The log callback outlives the engine, and what it throws arrives at the call that logged.

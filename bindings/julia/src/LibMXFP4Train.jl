@@ -1015,8 +1015,8 @@ end
 """
     mxt_dataset_read(dataset, first, count, tokens)
 
-Copies `count` tokens, from number `first` on, to `tokens`, which has room for so many. Tokens are
-counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
+Copies `count` tokens, from number `first` on, to `tokens`, which has room for so many. Tokens
+are counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
 
 Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
 dataset ends before `first` + `count`).

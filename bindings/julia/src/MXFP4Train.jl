@@ -22,9 +22,9 @@ What holds everywhere:
   checkpoint, is an `out × in` matrix in Julia, so that `weight * x .+ bias` is the layer.
 - Options are keyword arguments with the names and the defaults of the C structs.
 - Numbers that come back are `Int`, `Float32` and `Float64`; tokens are `Int`.
-- A call that fails throws an [`MXFP4Error`](@ref), or an `ArgumentError` that names the option. What a
-  callback throws ends the run or the text in order (a run still saves) and is thrown by the call that
-  called back. So does Ctrl-C: it takes effect after a step.
+- A call that fails throws an [`MXFP4Error`](@ref), or an `ArgumentError` that names the option. What
+  a callback throws ends the run or the text in order (a run still saves) and is thrown by the call
+  that called back. So does Ctrl-C: it takes effect after a step.
 - `close` frees an object at once; else the garbage collector does. Objects may be closed in any
   order and by any thread; one that is inside a call is freed when the call returns. A closed one
   answers with errors, and with 0 where there is nothing to fail, as `steps_done`.
@@ -36,8 +36,8 @@ What holds everywhere:
 
 The library is looked for at the path in the environment variable `MXFP4TRAIN_LIBRARY`, else, from
 Julia 1.6 on, at the one that the preference `library` of this package names, else where the system
-looks for libraries. The preference is two lines in `LocalPreferences.toml` beside the `Project.toml`
-that has MXFP4Train among its dependencies:
+looks for libraries. The preference is two lines in `LocalPreferences.toml`, beside the
+`Project.toml` that has MXFP4Train among its dependencies:
 
     [MXFP4Train]
     library = "/usr/local/lib/libmxfp4train.so.0"

@@ -1,10 +1,10 @@
 # The way of a callback through C: functions without closures, whose user data is a `Slot`.
 
-# What C's user data points to: a place with a Julia function. Whoever passes it keeps it alive for as
-# long as C may call.
+# What C's user data points to: a place with a Julia function. Whoever passes it keeps it alive for
+# as long as C may call.
 #
-# NOTE: C gets the address of the place, not of an object. The optimizer may keep the place itself on
-# the stack, without the tag in front of it that says its type; the function in it is always whole.
+# NOTE: C gets the address of the place, not of an object. The optimizer may keep the place itself
+# on the stack, without the tag in front that says its type; the function in it is always whole.
 const Slot = Base.RefValue{Any}
 
 slot_pointer(slot::Slot) = Ptr{Cvoid}(Base.unsafe_convert(Ptr{Any}, slot))
@@ -34,8 +34,8 @@ end
 # What a callback has thrown in this task, in `Some`, or `nothing`.
 take_thrown!() = pop!(task_local_storage(), THROWN, nothing)
 
-# NOTE: `false` goes on, too. A callback often ends with `step.step % 10 == 0 && println(step)`, which
-# is `false` nine times of ten and asks for nothing; nor is `true` clear, by which other packages stop.
+# NOTE: `false` goes on, too. A callback often ends with `step.step % 10 == 0 && println(step)`,
+# which is `false` nine times of ten and asks for nothing; and elsewhere it is `true` that stops.
 flow(_) = GO_ON
 
 function flow(answer::Symbol)

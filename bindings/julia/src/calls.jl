@@ -20,11 +20,11 @@ function Base.showerror(io::IO, error::MXFP4Error)
 end
 
 """
-An object of the library. A subtype has the fields `handle`, which is never changed, and `uses`: 2 for
-every call that is inside, and 1 until the object is closed.
+An object of the library. A subtype has the fields `handle`, which is never changed, and `uses`: 2
+for every call that is inside, and 1 until the object is closed.
 
-NOTE: the library's object is freed when nothing is left of `uses`, not when `close` is called: another
-task may be about to hand the pointer to the library.
+NOTE: the library's object is freed when nothing is left of `uses`, not when `close` is called:
+another task may be about to hand the pointer to the library.
 """
 abstract type Handle end
 
@@ -137,8 +137,8 @@ function not_copied(object::Handle)
            "copied; a checkpoint can: MXFP4Train.save and MXFP4Train.load"
 end
 
-# The library's defaults with `fields` of the user in place of some, and with `managed`: pointers and
-# others that the package fills in.
+# The library's defaults with `fields` of the user in place of some, and with `managed`: pointers
+# and others that the package fills in.
 function filled(::Type{T}, init, fields, managed = (;)) where {T}
     reference = Ref{T}()
     call(() -> init(reference, sizeof(T)))

@@ -101,7 +101,7 @@ generate(model::Model, prompt::AbstractVector{<:Integer}; fields...) =
 
 function generate(f, model::Model, prompt::AbstractVector{<:Integer}; fields...)
     prompt_tokens = c_tokens("prompt", prompt)
-    # Tokens are kept as they come, so memory is as much as there is text, whatever `max_tokens` says.
+    # Tokens are kept as they come, so memory is for what is written and not for `max_tokens`.
     tokens = Int[]
     slot = Slot(token -> f(push!(tokens, token)[end]))
     written = Ref{Csize_t}(0)

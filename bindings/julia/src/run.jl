@@ -8,26 +8,27 @@
 Does `steps` steps with evaluations and checkpoints.
 
 `f(step, evaluation)` is called after each step with what `step!` gives, and with what `evaluate!`
-gives or `nothing` if the step was followed by no evaluation. It may use the trainer: evaluate, save,
-generate, even close it. With the `do` syntax:
+gives or `nothing` if the step was followed by no evaluation. It may use the trainer: evaluate,
+save, generate, even close it. With the `do` syntax:
 
     run!(trainer, dataset; steps = 1000, save_dir = "out") do step, evaluation
         step.step % 100 == 0 && println(step.loss)
         step.loss < 1 && return :stop
     end
 
-The run ends when `f` returns `:stop`. Anything else goes on, `false` too, which is what the last line
-above is as long as the loss is high; but another symbol than `:stop` and `:go_on` is taken for a
-mistake and is an error.
+The run ends when `f` returns `:stop`. Anything else goes on, `false` too, which is what the last
+line above is as long as the loss is high. But another symbol than `:stop` and `:go_on` is taken for
+a mistake and is an error.
 
 With `eval_dataset` the run evaluates whenever the number of steps done is a multiple of
 `eval_every`, and after the last step; with `save_dir` it saves likewise by `save_every`, and at its
 end, however it ends, except by an error of the library.
 
-Ctrl-C ends the run after the step that it is in: the run saves, then throws an `InterruptException`.
-It does so in a script, too, which Julia otherwise ends at once at Ctrl-C; a script that has called
-`Base.exit_on_sigint` itself calls it again after a run. Julia hands Ctrl-C to its first thread, so
-where the run is on another, catch the exception and call [`request_stop`](@ref).
+Ctrl-C ends the run after the step that it is in: the run saves, then throws an
+`InterruptException`. It does so in a script, too, which Julia otherwise ends at once at Ctrl-C; a
+script that has called `Base.exit_on_sigint` itself calls it again after a run. Julia hands Ctrl-C to
+whatever task its first thread is at: where that is not the run's, catch the exception there and call
+[`request_stop`](@ref).
 
 Returns a named tuple: `steps`, `tokens` and `seconds` of this call, `last_loss` and
 `last_eval_loss` (NaN if there was none), `ended` (`:finished`, `:callback` or `:request`), and
@@ -61,7 +62,9 @@ function run!(
         )
         how = Ref(filled(Lib.mxt_run_options, Lib.mxt_run_options_init, fields, managed))
         catching_ctrl_c() do
-            call(() -> Lib.mxt_trainer_run(trainer, dataset, how, result), trainer, dataset, others...)
+            call(trainer, dataset, others...) do
+                Lib.mxt_trainer_run(trainer, dataset, how, result)
+            end
         end
     end
     run = result[]
@@ -78,8 +81,8 @@ end
 
 # Runs `body` with Ctrl-C as an exception. In a script, and nowhere else, Julia ends the process.
 #
-# NOTE: the switch is one for the process, so the first run turns it and the last turns it back. Julia
-# does not tell how it stands.
+# NOTE: the switch is one for the process, so the first run turns it and the last turns it back.
+# Julia does not tell how it stands.
 function catching_ctrl_c(body)
     (isinteractive() || isempty(PROGRAM_FILE)) && return body()
     lock(CATCHING) do

@@ -193,7 +193,8 @@ release(handle::Ptr{Lib.mxt_trainer}) = Lib.mxt_trainer_free(handle)
 Base.unsafe_convert(::Type{Ptr{Lib.mxt_trainer}}, trainer::Trainer) = trainer.handle
 
 function Base.show(io::IO, trainer::Trainer)
-    text = ask(trainer -> "$(Int(Lib.mxt_trainer_steps_done(trainer))) steps done", trainer, "closed")
+    describe(trainer) = "$(Int(Lib.mxt_trainer_steps_done(trainer))) steps done"
+    text = ask(describe, trainer, "closed")
     return print(io, "Trainer(", text, ")")
 end
 

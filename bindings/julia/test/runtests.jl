@@ -322,16 +322,21 @@ end
     result = run!((_, _) -> request_stop(trainer), trainer, dataset; steps = 9)
     @test result.steps == 1 && result.ended === :request
 
-    @test refuses(() -> run!(trainer, dataset), ArgumentError, "steps: expected")
-    @test refuses(() -> run!(trainer, dataset; steps = -1), ArgumentError, "steps: expected")
-    @test refuses(() -> run!(trainer, dataset; steps = 1, eval_every = -1), ArgumentError, "eval_every")
-    @test refuses(() -> run!(trainer, dataset; steps = 1, save_dir = "\0"), ArgumentError, "save_dir")
+    for (fields, name) in (
+        ((;), "steps: "),
+        ((steps = -1,), "steps: "),
+        ((steps = 1, eval_every = -1), "eval_every: "),
+        ((steps = 1, save_dir = "\0"), "save_dir: "),
+    )
+        @test refuses(() -> run!(trainer, dataset; fields...), ArgumentError, name)
+    end
     @test run!(trainer, dataset; steps = 0).steps == 0
     # `false` is what the last line of many a callback is, and asks for nothing.
     for answer in (false, true, nothing, 0, 1, :go_on, "stop")
         @test run!((_, _) -> answer, new_trainer(), dataset; steps = 2).ended === :finished
     end
-    @test refuses(() -> run!((_, _) -> :halt, new_trainer(), dataset; steps = 2), ArgumentError, ":halt")
+    halting() = run!((_, _) -> :halt, trainer, dataset; steps = 2)
+    @test refuses(halting, ArgumentError, ":halt")
     # What a callback captures may be changed by it, while the collector is at work.
     counts, losses, text = Dict{Int,Vector{Float64}}(), Float32[], ""
     run!(new_trainer(), dataset; steps = 20) do step, _
@@ -346,7 +351,8 @@ end
     struct_of_calls = Recorder(Int[])
     run!(struct_of_calls, new_trainer(), dataset; steps = 3)
     @test struct_of_calls.steps == 1:3
-    run!(Core.eval(@__MODULE__, :((step, _) -> push!($losses, step.loss))), new_trainer(), dataset; steps = 3)
+    late = Core.eval(@__MODULE__, :((step, _) -> push!($losses, step.loss)))
+    run!(late, new_trainer(), dataset; steps = 3)
     @test length(losses) == 23
     trainer = new_trainer()
     run!(trainer, dataset; steps = 10)
