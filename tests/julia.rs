@@ -9,8 +9,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
+use std::time::Duration;
 
-use common::{finish, has_tool, library, root, write_tokens};
+use common::{finish_within, has_tool, library, root, write_tokens};
 
 /// NOTE: both levels, because what the optimizer does with callbacks differs.
 #[test]
@@ -39,7 +40,8 @@ fn runs(level: &str) {
     command.env("MXFP4TRAIN_LIBRARY", library("so")).env("JULIA_NUM_THREADS", "2");
     // What Julia compiles ahead it keeps in a depot.
     command.env("JULIA_DEPOT_PATH", dir.path().join("depot"));
-    let output = finish(&mut command);
+    // Half a minute's work, in which tests that run beside take their share.
+    let output = finish_within(Duration::from_secs(900), &mut command);
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{level}: {}\n{text}{errors}", output.status);
