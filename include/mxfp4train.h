@@ -889,6 +889,16 @@ mxt_status mxt_dataset_coverage(const struct mxt_dataset *dataset,
                                 size_t sequence_length,
                                 struct mxt_coverage *coverage);
 
+// Copies `count` tokens, from number `first` on, to `tokens`, which has room for so many. Tokens
+// are counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
+//
+// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
+// dataset ends before `first` + `count`).
+mxt_status mxt_dataset_read(const struct mxt_dataset *dataset,
+                            uint64_t first,
+                            size_t count,
+                            uint32_t *tokens);
+
 // The message of the last call with this dataset as its first argument that failed; the empty
 // string when there is none. What goes wrong while a trainer reads it is on the trainer.
 //

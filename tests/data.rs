@@ -649,3 +649,30 @@ fn names_need_not_be_utf_8() {
     assert_eq!(counts(b"s*/*/../f*.bin"), [1]);
     assert!(Dataset::open(name(b"stra\xde*/x")).is_err());
 }
+
+#[test]
+fn tokens_are_read_across_files_and_not_beyond_their_end() {
+    let dir = TempDir::new().unwrap();
+    let wide: Vec<u8> = [70_000u32, 4, 5].iter().flat_map(|t| t.to_le_bytes()).collect();
+    let files = [
+        write(&dir, "a.bin", &raw(&[1, 2])),
+        write(&dir, "b.bin", &llmc(20240801, 7, 3, &wide)),
+        write(&dir, "c.bin", &raw(&[65_535])),
+    ];
+    let data = Dataset::open_files(&files).unwrap();
+    let all = [1, 2, 70_000, 4, 5, 65_535];
+    for first in 0..=all.len() {
+        for end in first..=all.len() {
+            let mut tokens = vec![7; end - first];
+            data.read(first as u64, &mut tokens).unwrap();
+            assert_eq!(tokens, all[first..end], "{first}..{end}");
+        }
+    }
+    for (first, count) in [(0, 7), (6, 1), (7, 0), (u64::MAX, 1), (u64::MAX, 0)] {
+        let mut tokens = vec![7; count];
+        let error = data.read(first, &mut tokens).unwrap_err();
+        assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
+        assert!(error.to_string().contains("the dataset has 6"), "{error}");
+        assert!(tokens.iter().all(|&token| token == 7), "{first}: written on an error");
+    }
+}

@@ -1,5 +1,7 @@
-//! The Julia package against the header and the library, by `dev/check_julia.py`: it parses, binds
-//! every function with its types, has every struct's layout, and is the one that the header makes.
+//! The Julia package, run and checked. Its tests and the programs of `examples/julia` run on Julia
+//! with the library that cargo built; `dev/julia.sh` gets one where there is none. And it is compared
+//! with the header by `dev/check_julia.py`: it parses, binds every function with its types, has every
+//! struct's layout, and is the one that the header makes.
 
 mod common;
 
@@ -7,8 +9,65 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
+use std::time::Duration;
 
-use common::{library, root};
+use common::{finish_within, has_tool, library, root, write_tokens};
+
+/// NOTE: both levels, because what the optimizer does with callbacks differs.
+#[test]
+fn the_package_runs_optimized() {
+    runs("-O2");
+}
+
+#[test]
+fn the_package_runs_optimized_most() {
+    runs("-O3");
+}
+
+/// Runs all of it at a level of the optimizer, in one process: most of the time is Julia's compiler's.
+fn runs(level: &str) {
+    let Some(julia) = julia() else { return };
+    let programs = ["bindings/julia/test/runtests.jl", TEN_LINES, "examples/julia/train.jl"];
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    write_tokens(&dir.path().join("train.bin"));
+    // Each in a module of its own, as if it were alone.
+    let script = programs.map(|program| {
+        format!("println(\"== {program}\"); Base.include(Module(), {:?})\n", root().join(program))
+    });
+    let mut command = Command::new(julia);
+    command.args([level, "--startup-file=no", "-e", &script.concat()]).current_dir(dir.path());
+    command.arg(format!("--project={}", root().join("bindings/julia").display()));
+    command.env("MXFP4TRAIN_LIBRARY", library("so")).env("JULIA_NUM_THREADS", "2");
+    // What Julia compiles ahead it keeps in a depot.
+    command.env("JULIA_DEPOT_PATH", dir.path().join("depot"));
+    // Half a minute's work, in which tests that run beside take their share.
+    let output = finish_within(Duration::from_secs(900), &mut command);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{level}: {}\n{text}{errors}", output.status);
+    let (_, text) = text.split_once(TEN_LINES).expect("the program ran");
+    let losses = text.lines().filter_map(|line| line.strip_prefix("loss ")?.parse().ok());
+    let losses: Vec<f32> = losses.collect();
+    assert_eq!(losses.len(), 100, "{text}");
+    assert!(losses[99] < 0.5 * losses[0], "it did not learn:\n{text}");
+    assert!(text.contains("resumed at step 100"), "{text}");
+    for saved in ["out", "checkpoint"] {
+        assert!(dir.path().join(saved).join("model.safetensors").exists(), "{saved} was not saved");
+    }
+}
+
+const TEN_LINES: &str = "examples/julia/ten_lines.jl";
+
+/// Julia: the one on PATH, or the one that `dev/julia.sh` has put into the target folder.
+fn julia() -> Option<PathBuf> {
+    let works = |julia: &PathBuf| {
+        Command::new(julia).arg("--version").output().is_ok_and(|o| o.status.success())
+    };
+    let own = root().join("target/julia/julia");
+    let found = ["julia".into(), own].into_iter().find(works);
+    has_tool("julia (dev/julia.sh unpacks one)", found.is_some());
+    found
+}
 
 #[test]
 fn the_package_is_what_the_header_says() {

@@ -1,5 +1,6 @@
-//! The C and C++ programs that README.md shows are files of `examples`, word for word, and the
-//! commands that it shows for them, run one after the other as they stand, end with trained models.
+//! The programs that README.md shows are files of `examples`, word for word, and the commands that it
+//! shows for C and C++, run one after the other as they stand, end with trained models.
+//! `tests/julia.rs` runs the program of Julia.
 //!
 //! A block belongs to a file when its first line is a comment with nothing but the file's path, such
 //! as `// examples/cpp/ten_lines.cpp`. Commands are the indented blocks of a section.
@@ -22,7 +23,9 @@ fn blocks_are_the_files() {
         });
         assert_eq!(block, &file, "README.md and {path} differ: paste the file into the block");
     }
-    for path in ["examples/c/ten_lines.c", "examples/cpp/ten_lines.cpp"] {
+    for path in
+        ["examples/c/ten_lines.c", "examples/cpp/ten_lines.cpp", "examples/julia/ten_lines.jl"]
+    {
         if !shown.iter().any(|(shown, _)| *shown == path) {
             eprintln!("skipped: README.md does not show {path}");
         }
@@ -92,7 +95,7 @@ fn commands(markdown: &str, heading: &str) -> String {
     text
 }
 
-/// The fenced blocks whose first line names a file of C or C++: path and text.
+/// The fenced blocks whose first line names a file of C, C++ or Julia: path and text.
 fn blocks(markdown: &str) -> Vec<(&str, String)> {
     let mut found = Vec::new();
     let mut lines = markdown.lines();
@@ -101,10 +104,12 @@ fn blocks(markdown: &str) -> Vec<(&str, String)> {
             continue;
         }
         let block: Vec<&str> = lines.by_ref().take_while(|line| *line != "```").collect();
-        let path = block.first().and_then(|first| first.strip_prefix("// "));
+        let path = block
+            .first()
+            .and_then(|first| first.strip_prefix("// ").or_else(|| first.strip_prefix("# ")));
         let is_file = |path: &&str| {
             let extension = Path::new(path).extension().and_then(|extension| extension.to_str());
-            matches!(extension, Some("c" | "cpp" | "h" | "hpp")) && !path.contains(' ')
+            matches!(extension, Some("c" | "cpp" | "h" | "hpp" | "jl")) && !path.contains(' ')
         };
         if let Some(path) = path.filter(is_file) {
             found.push((path, block.join("\n") + "\n"));
@@ -115,6 +120,8 @@ fn blocks(markdown: &str) -> Vec<(&str, String)> {
 
 #[test]
 fn blocks_are_found_by_their_first_line() {
-    let markdown = "text\n```c\n// a/b.c\nint x;\n```\n```sh\n// no file\n```\n```\nplain\n```\n";
-    assert_eq!(blocks(markdown), [("a/b.c", "// a/b.c\nint x;\n".to_owned())]);
+    let markdown = "text\n```c\n// a/b.c\nint x;\n```\n```sh\n// no file\n```\n```\nplain\n```\n\
+                    ```julia\n# b.jl\nx = 1\n```\n```julia\n# No file.\n```\n";
+    let expected = [("a/b.c", "// a/b.c\nint x;\n"), ("b.jl", "# b.jl\nx = 1\n")];
+    assert_eq!(blocks(markdown), expected.map(|(path, text)| (path, text.to_owned())));
 }

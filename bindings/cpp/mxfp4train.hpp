@@ -283,6 +283,24 @@ std::int32_t on_token(void *user_data, std::uint32_t token) {
   return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
 }
 
+// A text as it comes, so that it takes memory for what is written and not for max_tokens; with the
+// callback of the host's options behind.
+struct Text {
+  std::vector<std::uint32_t> tokens;
+  mxt_token_fn on_token;
+  void *user_data;
+};
+
+inline std::int32_t keep_token(void *user_data, std::uint32_t token) {
+  const Flow flow = guarded([&]() -> Flow {
+    Text &text = *static_cast<Text *>(user_data);
+    text.tokens.push_back(token);
+    if (text.on_token == nullptr) return Flow::go_on;
+    return text.on_token(text.user_data, token) == 0 ? Flow::go_on : Flow::stop;
+  });
+  return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
+}
+
 inline void on_log(void *user_data, std::int32_t level, const char *line) {
   guarded([&]() -> Flow {
     (*static_cast<LogFunction *>(user_data))(level, line);
@@ -457,12 +475,15 @@ class Model {
   // A continuation of `prompt`, without the prompt.
   outcome<std::vector<std::uint32_t>> generate(view<const std::uint32_t> prompt,
                                                const GenerateOptions &options = {}) {
-    std::vector<std::uint32_t> tokens(options.max_tokens);
+    const auto log = log_;  // A callback may destroy this object; the call still logs.
+    detail::Text text{{}, options.on_token, options.user_data};
+    GenerateOptions keeping = options;
+    keeping.on_token = detail::keep_token;
+    keeping.user_data = &text;
     std::size_t written = 0;
-    const mxt_status status = mxt_model_generate(get(), &options, prompt.data(), prompt.size(),
-                                                 tokens.data(), tokens.size(), &written);
-    tokens.resize(written);
-    return detail::finish(status, std::move(tokens));
+    const mxt_status status = mxt_model_generate(get(), &keeping, prompt.data(), prompt.size(),
+                                                 nullptr, 0, &written);
+    return detail::finish(status, std::move(text.tokens));
   }
 
   // The same, with `on_token(std::uint32_t)` called for each token, in place of options.on_token.
@@ -527,6 +548,11 @@ class Dataset {
     auto coverage = detail::sized<mxt_coverage>();
     const mxt_status status = mxt_dataset_coverage(get(), sequence_length, &coverage);
     return detail::finish(status, coverage);
+  }
+
+  // Copies tokens, from number `first` on, into `tokens` until it is full. Numbers start from 0.
+  outcome<void> read(std::uint64_t first, view<std::uint32_t> tokens) const {
+    return detail::finish(mxt_dataset_read(get(), first, tokens.size(), tokens.data()));
   }
 
   // The C handle, which stays this object's.

@@ -1,7 +1,6 @@
 # Trains a small GPT from Julia: steps in a loop, a run with a callback, a checkpoint, some text.
 #
 #   cargo build --release
-#   julia --project=bindings/julia -e 'using Pkg; Pkg.instantiate()'
 #   MXFP4TRAIN_LIBRARY=target/release/libmxfp4train.so \
 #     julia --project=bindings/julia examples/julia/train.jl [TOKENS.bin]
 #
@@ -46,7 +45,7 @@ function main(arguments)
     end
 
     # As another process would: everything comes back from the checkpoint.
-    resumed = load(Trainer, engine, "checkpoint")
+    resumed = MXFP4Train.load(Trainer, engine, "checkpoint")
     println("resumed at step ", steps_done(resumed))
     run!(resumed, dataset; steps = 200 - steps_done(resumed))
 

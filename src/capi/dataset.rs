@@ -336,6 +336,27 @@ pub unsafe extern "C" fn mxt_dataset_coverage(
     }
 }
 
+/// Copies `count` tokens, from number `first` on, to `tokens`, which has room for so many. Tokens
+/// are counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
+///
+/// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
+/// dataset ends before `first` + `count`).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_dataset_read(
+    dataset: *const mxt_dataset,
+    first: u64,
+    count: usize,
+    tokens: *mut u32,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_dataset_read", dataset, |dataset| {
+            let tokens = arguments::slice_mut("tokens", tokens, count)?;
+            Ok(dataset.data.read(first, tokens)?)
+        })
+    }
+}
+
 /// The message of the last call with this dataset as its first argument that failed; the empty
 /// string when there is none. What goes wrong while a trainer reads it is on the trainer.
 ///

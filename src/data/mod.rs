@@ -191,6 +191,35 @@ impl Dataset {
         &self.0.files
     }
 
+    /// Copies the tokens from number `first` on, counted from 0 over all files in their order, until
+    /// `tokens` is full. Unlike a training window, what is read may cross from file to file.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] where the dataset ends before; `tokens` is then unchanged.
+    pub fn read(&self, first: u64, tokens: &mut [u32]) -> Result<()> {
+        let (count, total) = (tokens.len(), self.token_count());
+        if first.checked_add(count as u64).is_none_or(|end| end > total) {
+            let message = format!(
+                "expected {count} tokens from number {first} on, but the dataset has {total}; read \
+                 within numbers 0 to {}",
+                total - 1
+            );
+            return Err(Error::invalid("first", message));
+        }
+        let (mut skip, mut rest) = (first, tokens);
+        for file in self.sources() {
+            let here = file.info.tokens.saturating_sub(skip).min(rest.len() as u64);
+            if here > 0 {
+                let part;
+                (part, rest) = rest.split_at_mut(here as usize);
+                // No token is out of the range of a vocabulary that is as large as can be.
+                file.copy(skip, usize::MAX, part)?;
+            }
+            skip = skip.saturating_sub(file.info.tokens);
+        }
+        Ok(())
+    }
+
     /// Training windows of `sequence_length` + 1 tokens in one epoch, at least 1.
     ///
     /// # Errors

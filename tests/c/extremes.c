@@ -119,6 +119,8 @@ int main(void) {
   is_refused(mxt_trainer_step_tokens(trainer, prompt, most, NULL));
   is_refused(mxt_dataset_open_files((const char *const *)&run.save_dir, most, &no_dataset));
   CHECK(no_dataset == NULL);
+  is_refused(mxt_dataset_read(dataset, 0, most, &token));
+  is_refused(mxt_dataset_read(dataset, UINT64_MAX, 1, &token));
   float value = 0;
   const char *name = "transformer.ln_f.weight";
   is_refused(mxt_model_tensor_read(model, name, &value, most));

@@ -264,6 +264,12 @@ int main(int argc, char **argv) {
   end();
 
   start();
+  PANICS(mxt_dataset_read(dataset, 0, 1, &token));
+  RETURNS(MXT_ERROR_POISONED, mxt_dataset_read(dataset, 0, 1, &token));
+  CHECK(token == 1);
+  end();
+
+  start();
   run.on_step = arm_run;
   const mxt_status status = mxt_trainer_run(trainer, dataset, &run, NULL);
   disarm();

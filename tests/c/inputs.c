@@ -143,6 +143,10 @@ int main(int argc, char **argv) {
   uint32_t largest = 0;
   OK(mxt_dataset_max_token(dataset, &largest));
   CHECK(largest == 28 && mxt_dataset_token_count(dataset) == DATA);
+  uint32_t read[3] = {77, 77, 77};
+  OK(mxt_dataset_read(dataset, DATA, 0, NULL));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "the dataset has", mxt_dataset_read(dataset, DATA - 2, 3, read));
+  CHECK(read[0] == 77 && read[2] == 77);
 
   /* trainer */
   mxt_trainer *no_trainer = NULL;

@@ -90,6 +90,8 @@ int main(void) {
   coverage.struct_size = sizeof coverage;
   IS_NULL("dataset", mxt_dataset_coverage(NULL, 8, &coverage));
   IS_NULL("coverage", mxt_dataset_coverage(dataset, 8, NULL));
+  IS_NULL("dataset", mxt_dataset_read(NULL, 0, 1, tokens));
+  IS_NULL("tokens", mxt_dataset_read(dataset, 0, 1, NULL));
 
   IS_NULL("model", mxt_trainer_new(NULL, NULL, &no_trainer));
   IS_NULL("trainer", mxt_trainer_new(model, NULL, NULL));

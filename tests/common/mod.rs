@@ -143,7 +143,11 @@ pub(crate) fn succeed_quietly(command: &mut Command) -> String {
 
 /// Runs a program to its end, which a deadlock must not keep from coming.
 pub(crate) fn finish(command: &mut Command) -> Output {
-    const LIMIT: Duration = Duration::from_secs(240);
+    finish_within(Duration::from_secs(240), command)
+}
+
+/// [`finish`] for a program that may take longer, or must not take as long.
+pub(crate) fn finish_within(limit: Duration, command: &mut Command) -> Output {
     // NOTE: to files, not to pipes, which a program that writes a lot would fill and wait for.
     let dir = tempfile::tempdir().expect("a temporary folder");
     let [stdout, stderr] = ["stdout", "stderr"].map(|name| dir.path().join(name));
@@ -155,10 +159,10 @@ pub(crate) fn finish(command: &mut Command) -> Output {
         if let Some(status) = child.try_wait().expect("a child can be waited for") {
             break status;
         }
-        if start.elapsed() > LIMIT {
+        if start.elapsed() > limit {
             let _ = child.kill();
             let text = fs::read_to_string(&stderr).unwrap_or_default();
-            panic!("{command:?} did not end in {LIMIT:?}\n{text}");
+            panic!("{command:?} did not end in {limit:?}\n{text}");
         }
         std::thread::sleep(Duration::from_millis(5));
     };

@@ -145,6 +145,13 @@ void tokens(Fixture &it) {
   }
   CHECK(status == MXT_ERROR_BUSY);
   CHECK(it.model.generate({1}, options).size() == 8);
+  // Memory is for what is written, not for what may be.
+  options.max_tokens = SIZE_MAX;
+  count = 0;
+  const auto short_text = it.model.generate({1}, options, [&](std::uint32_t) {
+    return ++count == 4 ? mxt::Flow::stop : mxt::Flow::go_on;
+  });
+  CHECK(short_text.size() == 4);
 }
 
 // The log callback outlives the engine, and what it throws arrives at the call that logged.

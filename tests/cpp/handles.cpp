@@ -98,6 +98,10 @@ static void moves_and_lifetimes() {
   const mxt::Dataset moved = std::move(*dataset);
   fails(MXT_ERROR_NULL, "dataset", [&] { first.step(*dataset); });
   CHECK(dataset->token_count() == 0 && moved.token_count() == 4000);
+  std::vector<std::uint32_t> read(4000);
+  moved.read(0, read);
+  CHECK(read == some_tokens());
+  fails(MXT_ERROR_INVALID_ARGUMENT, "the dataset has 4000", [&] { moved.read(1, read); });
 }
 
 static void tensors() {

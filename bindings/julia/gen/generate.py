@@ -49,18 +49,8 @@ or `C_NULL`, and keep what they are given alive for the call.
 """
 module LibMXFP4Train
 
-# What the functions call. The package sets it when it is loaded, so it is not constant.
-libmxfp4train = "libmxfp4train.so.{abi}"
-
-"""
-    use(path)
-
-Makes all functions call the library at `path`.
-"""
-function use(path)
-    global libmxfp4train = path
-    return nothing
-end
+# What the functions call: the SONAME, by which the system finds the library that is loaded already.
+const libmxfp4train = "libmxfp4train.so.{abi}"
 '''
 
 

@@ -9,18 +9,8 @@ or `C_NULL`, and keep what they are given alive for the call.
 """
 module LibMXFP4Train
 
-# What the functions call. The package sets it when it is loaded, so it is not constant.
-libmxfp4train = "libmxfp4train.so.0"
-
-"""
-    use(path)
-
-Makes all functions call the library at `path`.
-"""
-function use(path)
-    global libmxfp4train = path
-    return nothing
-end
+# What the functions call: the SONAME, by which the system finds the library that is loaded already.
+const libmxfp4train = "libmxfp4train.so.0"
 
 """
 Version of this header, major part. It grows when programs have to be changed.
@@ -1230,6 +1220,24 @@ function mxt_dataset_coverage(dataset, sequence_length, coverage)
         dataset::Ptr{mxt_dataset},
         sequence_length::Csize_t,
         coverage::Ptr{mxt_coverage}
+    )::mxt_status
+end
+
+"""
+    mxt_dataset_read(dataset, first, count, tokens)
+
+Copies `count` tokens, from number `first` on, to `tokens`, which has room for so many. Tokens
+are counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
+
+Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
+dataset ends before `first` + `count`).
+"""
+function mxt_dataset_read(dataset, first, count, tokens)
+    return @ccall libmxfp4train.mxt_dataset_read(
+        dataset::Ptr{mxt_dataset},
+        first::UInt64,
+        count::Csize_t,
+        tokens::Ptr{UInt32}
     )::mxt_status
 end
 

@@ -11,7 +11,7 @@ trainer = Trainer(model; recipe = "mxfp4-rht-sr", lr = 1e-3)
 for stats in steps(trainer, dataset, 1000)
     println(stats.step, " ", stats.loss)
 end
-save(trainer, "out")    # load(Trainer, engine, "out") goes on from there
+MXFP4Train.save(trainer, "out")    # MXFP4Train.load(Trainer, engine, "out") goes on from there
 ```
 
 What holds everywhere:
@@ -21,30 +21,39 @@ What holds everywhere:
   here has C's dimensions in reverse order. A linear layer's weight, which is (in, out) in the
   checkpoint, is an `out × in` matrix in Julia, so that `weight * x .+ bias` is the layer.
 - Options are keyword arguments with the names and the defaults of the C structs.
-- A call that fails throws an [`MXFP4Error`](@ref). What a callback throws ends the run or the text
-  in order (a run still saves) and is thrown by the call that called back. So does Ctrl-C: it takes
-  effect after a step.
+- Numbers that come back are `Int`, `Float32` and `Float64`; tokens are `Int`.
+- A call that fails throws an [`MXFP4Error`](@ref), or an `ArgumentError` that names the option. What
+  a callback throws ends the run or the text in order (a run still saves) and is thrown by the call
+  that called back. So does Ctrl-C: it takes effect after a step.
 - `close` frees an object at once; else the garbage collector does. Objects may be closed in any
-  order, and a closed one can still be asked and answers with errors.
+  order and by any thread; one that is inside a call is freed when the call returns. A closed one
+  answers with errors, and with 0 where there is nothing to fail, as `steps_done`.
 - An object that is inside a call refuses others from other tasks with a busy error. Different
   objects can be used from different threads. While a step runs, Julia's garbage collector waits for
   it, and other threads may have to wait for the collector.
+- `load` and `save` are not exported, because so many packages have functions of these names: write
+  `MXFP4Train.save`, or `using MXFP4Train: load, save`.
 
-The library is looked for at the path in the environment variable `MXFP4TRAIN_LIBRARY`, else at the
-one that [`set_library!`](@ref) has stored, else where the system looks for libraries.
+The library is looked for at the path in the environment variable `MXFP4TRAIN_LIBRARY`, else, from
+Julia 1.6 on, at the one that the preference `library` of this package names, else where the system
+looks for libraries. The preference is two lines in `LocalPreferences.toml`, beside the
+`Project.toml` that has MXFP4Train among its dependencies:
+
+    [MXFP4Train]
+    library = "/usr/local/lib/libmxfp4train.so.0"
 """
 module MXFP4Train
 
-using Libdl: dlopen
-using Preferences: @load_preference, @set_preferences!
+using Libdl: dlopen, dlsym
+using Serialization: Serialization
 
 export Dataset, Engine, MXFP4Error, Model, Tensors, Trainer
-export clear_stop, config, coverage, evaluate!, generate, load, max_token, next_logits, options,
-    parameter_count, plan, request_stop, run!, save, schedule_start, set_library!, set_lr!, set_schedule!, step!,
-    steps, steps_done, tensors, use_schedule!
+export clear_stop, config, coverage, evaluate!, generate, max_token, next_logits, options,
+    parameter_count, plan, request_stop, run!, schedule_start, set_lr!, set_schedule!, step!, steps,
+    steps_done, tensors, use_schedule!
 
 include("LibMXFP4Train.jl")
-import .LibMXFP4Train as Lib
+const Lib = LibMXFP4Train
 
 include("calls.jl")
 include("callbacks.jl")
@@ -54,17 +63,6 @@ include("tensors.jl")
 include("dataset.jl")
 include("trainer.jl")
 include("run.jl")
-
-"""
-    set_library!(path)
-
-Stores where the library `libmxfp4train.so` is, as a preference of the active project. It is used
-when the package is loaded the next time: start Julia anew.
-"""
-function set_library!(path::AbstractString)
-    @set_preferences!("library" => String(path))
-    return nothing
-end
 
 """
     version()
@@ -82,29 +80,41 @@ build_info() = unsafe_string(Lib.mxt_build_info())
 
 function library_path()
     path = get(ENV, "MXFP4TRAIN_LIBRARY", "")
-    if isempty(path)
-        # Where there is no preference, the name that the system knows the library by.
-        path = @load_preference("library", Lib.libmxfp4train)
-    end
+    isempty(path) && (path = preferred_library())
     # A path must mean the same file when the working folder changes; a name must stay one.
     return isfile(path) ? abspath(path) : path
 end
 
+# What the preference says; where there is none, the name that the system knows the library by.
+function preferred_library()
+    # Julia reads preferences by itself from 1.6 on.
+    isdefined(Base, :get_preferences) || return Lib.libmxfp4train
+    preferences = Base.get_preferences(Base.PkgId(@__MODULE__).uuid)
+    return String(get(preferences, "library", Lib.libmxfp4train))
+end
+
 function __init__()
     path = library_path()
-    try
+    library = try
         dlopen(path)
     catch exception
         error(
             "expected the mxfp4train library at $(repr(path)): $(sprint(showerror, exception)); " *
-            "set MXFP4TRAIN_LIBRARY to the path of libmxfp4train.so, or call set_library!",
+            "set MXFP4TRAIN_LIBRARY to the path of libmxfp4train.so before MXFP4Train is loaded",
         )
     end
-    Lib.use(path)
-    if Lib.mxt_abi_version() != Lib.MXT_ABI_VERSION
+    abi = Int(ccall(dlsym(library, :mxt_abi_version), UInt32, ()))
+    if abi != Lib.MXT_ABI_VERSION
         error(
-            "expected a library with ABI version $(Lib.MXT_ABI_VERSION), got " *
-            "$(Lib.mxt_abi_version()) at $(repr(path)); install the library of this package's version",
+            "expected a library with ABI version $(Lib.MXT_ABI_VERSION), got $abi at " *
+            "$(repr(path)); install the library of this package's version",
+        )
+    end
+    # NOTE: calls name the library by its SONAME, by which the system finds the one that is loaded.
+    if dlopen(Lib.libmxfp4train; throw_error = false) != library
+        error(
+            "expected $(repr(path)) to be known to the system as $(Lib.libmxfp4train), but it is " *
+            "not; build it as its project does, with this SONAME",
         )
     end
     return nothing

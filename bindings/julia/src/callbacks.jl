@@ -1,48 +1,48 @@
-# The way of a callback through C: functions without closures, whose user data is a `Callback`.
+# The way of a callback through C: functions without closures, whose user data is a `Slot`.
 
-# A Julia function. The address of this object is the user data, so whoever passes it keeps it alive
-# for as long as C may call.
+# What C's user data points to: a place with a Julia function. Whoever passes it keeps it alive for
+# as long as C may call.
 #
-# NOTE: runs and texts always have one, be it of a function that does nothing: Ctrl-C comes in here.
-mutable struct Callback
-    f::Any
-end
+# NOTE: C gets the address of the place, not of an object. The optimizer may keep the place itself
+# on the stack, without the tag in front that says its type; the function in it is always whole.
+const Slot = Base.RefValue{Any}
+
+slot_pointer(slot::Slot) = Ptr{Cvoid}(Base.unsafe_convert(Ptr{Any}, slot))
+slot_function(user_data::Ptr{Cvoid}) = unsafe_load(Ptr{Any}(user_data))
 
 const GO_ON = Int32(0)
 const STOP = Int32(1)
 
+# What a callback of no interest is. NOTE: runs and texts always have one: Ctrl-C comes in there.
+do_nothing(_...) = nothing
+
 # The key under which a task keeps what its callback has thrown.
 const THROWN = :MXFP4Train_thrown
 
-# Makes a call of the library that may call back.
-#
-# NOTE: Ctrl-C must not throw through the library's frames, so it waits outside of callbacks. And the
-# library remembers things by thread, so a callback that waits must go on on the same thread.
-function calling_back(call)
-    task = current_task()
-    sticky = task.sticky
-    task.sticky = true
-    try
-        return Base.disable_sigint(call)
-    finally
-        task.sticky = sticky
-    end
-end
-
-# Runs a callback. Whatever it throws is kept for `check`, and says stop.
+# Runs a callback. Whatever it throws is kept for `call`, and says stop.
 function guarded(callback)
+    # What a log callback has thrown in between is on its way: nothing more is called.
+    haskey(task_local_storage(), THROWN) && return STOP
     try
-        answer = Base.reenable_sigint(callback)
-        # What a log callback has thrown in between is on its way, too.
-        return answer === :stop || haskey(task_local_storage(), THROWN) ? STOP : GO_ON
+        return flow(Base.reenable_sigint(callback))
     catch exception
-        get!(task_local_storage(), THROWN, Some{Any}(exception))
+        task_local_storage(THROWN, Some{Any}(exception))
         return STOP
     end
 end
 
-# What a callback of this task has thrown, in `Some`, or `nothing`.
+# What a callback has thrown in this task, in `Some`, or `nothing`.
 take_thrown!() = pop!(task_local_storage(), THROWN, nothing)
+
+# NOTE: `false` goes on, too. A callback often ends with `step.step % 10 == 0 && println(step)`,
+# which is `false` nine times of ten and asks for nothing; and elsewhere it is `true` that stops.
+flow(_) = GO_ON
+
+function flow(answer::Symbol)
+    answer === :stop && return STOP
+    answer === :go_on && return GO_ON
+    throw(ArgumentError("callback: expected :stop, or anything else but a symbol, got :$answer"))
+end
 
 function on_step(
     user_data::Ptr{Cvoid},
@@ -50,23 +50,18 @@ function on_step(
     evaluation::Ptr{Lib.mxt_eval_stats},
 )::Int32
     return guarded() do
-        callback = unsafe_pointer_to_objref(user_data)::Callback
         seen = evaluation == C_NULL ? nothing : named(unsafe_load(evaluation))
-        callback.f(named(unsafe_load(step)), seen)
+        slot_function(user_data)(named(unsafe_load(step)), seen)
     end
 end
 
 function on_token(user_data::Ptr{Cvoid}, token::UInt32)::Int32
-    return guarded() do
-        callback = unsafe_pointer_to_objref(user_data)::Callback
-        callback.f(token)
-    end
+    return guarded(() -> slot_function(user_data)(Int(token)))
 end
 
 function on_log(user_data::Ptr{Cvoid}, level::Int32, line::Cstring)::Cvoid
     guarded() do
-        callback = unsafe_pointer_to_objref(user_data)::Callback
-        callback.f(log_level(level), unsafe_string(line))
+        slot_function(user_data)(log_level(level), unsafe_string(line))
         return nothing
     end
     return nothing

@@ -15,37 +15,78 @@ Opens a vector of token files as one dataset, in the order given.
 
 Copies a vector of tokens, which are numbers from 0.
 
-`length(dataset)` is the number of tokens.
+A dataset is read like a vector: `dataset[1]`, `dataset[end]`, `dataset[11:20]`, `length(dataset)`,
+`for token in dataset`. Places count from 1, as everywhere in Julia; the tokens themselves are
+numbers from 0. Several files are read one after the other.
 """
 mutable struct Dataset <: Handle
     handle::Ptr{Lib.mxt_dataset}
+    uses::Threads.Atomic{Int}
 
     # Owns `handle` from now on.
-    Dataset(handle::Ptr{Lib.mxt_dataset}) = finalizer(close, new(handle))
+    Dataset(handle::Ptr{Lib.mxt_dataset}) = finalizer(close, new(handle, new_uses()))
 end
 
 function Dataset(pattern::AbstractString; token_type::Symbol = :auto)
-    how = dataset_options(token_type)
-    return made_dataset(handle -> Lib.mxt_dataset_open_with(pattern, how, handle))
+    text, how = text_or_nothing("pattern", pattern), dataset_options(token_type)
+    return made(Dataset, Lib.mxt_dataset) do handle
+        Lib.mxt_dataset_open_with(text, how, handle)
+    end
 end
 
 function Dataset(paths::AbstractVector{<:AbstractString}; token_type::Symbol = :auto)
     how = dataset_options(token_type)
     # As an array of strings, `ccall` makes C's array of pointers of it and keeps both alive.
-    strings = convert(Vector{String}, paths)
-    return made_dataset() do handle
+    strings = String[text_or_nothing("paths", path) for path in paths]
+    return made(Dataset, Lib.mxt_dataset) do handle
         Lib.mxt_dataset_open_files_with(strings, length(strings), how, handle)
     end
 end
 
 function Dataset(tokens::AbstractVector{<:Integer})
-    copied = c_tokens(tokens)
-    return made_dataset() do handle
+    copied = c_tokens("tokens", tokens)
+    return made(Dataset, Lib.mxt_dataset) do handle
         Lib.mxt_dataset_from_tokens(copied, length(copied), handle)
     end
 end
 
-Base.length(dataset::Dataset) = Int(Lib.mxt_dataset_token_count(dataset))
+Base.length(dataset::Dataset) = Int(ask(Lib.mxt_dataset_token_count, dataset, 0))
+Base.eltype(::Type{Dataset}) = Int
+Base.firstindex(::Dataset) = 1
+Base.lastindex(dataset::Dataset) = length(dataset)
+Base.eachindex(dataset::Dataset) = Base.OneTo(length(dataset))
+Base.keys(dataset::Dataset) = eachindex(dataset)
+
+Base.getindex(dataset::Dataset, place::Integer) = dataset[place:place][1]
+Base.getindex(dataset::Dataset, ::Colon) = dataset[eachindex(dataset)]
+
+function Base.getindex(dataset::Dataset, places::AbstractUnitRange{<:Integer})
+    isempty(places) && return Int[]
+    if first(places) < 1 || last(places) > length(dataset)
+        throw(BoundsError(dataset, places))
+    end
+    tokens = Vector{UInt32}(undef, length(places))
+    call(dataset) do
+        Lib.mxt_dataset_read(dataset, first(places) - 1, length(tokens), tokens)
+    end
+    return convert(Vector{Int}, tokens)
+end
+
+function Base.getindex(dataset::Dataset, places::AbstractVector{<:Integer})
+    return Int[dataset[place] for place in places]
+end
+
+# The tokens that one call reads, of which the next is at `place` of `chunk`.
+const CHUNK = 1 << 14
+
+function Base.iterate(dataset::Dataset, (chunk, place, after) = (Int[], 1, 1))
+    if place > length(chunk)
+        chunk = dataset[after:min(after + CHUNK - 1, length(dataset))]
+        isempty(chunk) && return nothing
+        place, after = 1, after + length(chunk)
+    end
+    return chunk[place], (chunk, place + 1, after)
+end
 
 """
     max_token(dataset)
@@ -54,7 +95,7 @@ The largest token: a model needs a `vocab_size` above it. Reads all files.
 """
 function max_token(dataset::Dataset)
     token = Ref{UInt32}(0)
-    check(Lib.mxt_dataset_max_token(dataset, token))
+    call(() -> Lib.mxt_dataset_max_token(dataset, token), dataset)
     return Int(token[])
 end
 
@@ -66,8 +107,9 @@ epoch, `files`, `short_files` (shorter than a sequence and one token, never read
 `short_tokens` (of those files), and the tokens of the `shortest` and the `longest` file.
 """
 function coverage(dataset::Dataset, sequence_length::Integer)
+    length = c_number(Csize_t, "sequence_length", sequence_length)
     counts = sized(Lib.mxt_coverage)
-    check(Lib.mxt_dataset_coverage(dataset, sequence_length, counts))
+    call(() -> Lib.mxt_dataset_coverage(dataset, length, counts), dataset)
     return named(counts[])
 end
 
@@ -87,15 +129,6 @@ release(handle::Ptr{Lib.mxt_dataset}) = Lib.mxt_dataset_free(handle)
 Base.unsafe_convert(::Type{Ptr{Lib.mxt_dataset}}, dataset::Dataset) = dataset.handle
 
 function Base.show(io::IO, dataset::Dataset)
-    isopen(dataset) || return print(io, "Dataset(closed)")
-    return print(io, "Dataset(", length(dataset), " tokens)")
-end
-
-# The dataset that `make(handle)` stores in the reference `handle`.
-function made_dataset(make)
-    handle = Ref{Ptr{Lib.mxt_dataset}}(C_NULL)
-    status = make(handle)
-    dataset = Dataset(handle[])
-    check(status)
-    return dataset
+    text = ask(dataset -> "$(Int(Lib.mxt_dataset_token_count(dataset))) tokens", dataset, "closed")
+    return print(io, "Dataset(", text, ")")
 end

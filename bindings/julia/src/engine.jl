@@ -15,30 +15,30 @@ without it the engine makes its own.
 """
 mutable struct Engine <: Handle
     handle::Ptr{Lib.mxt_engine}
+    uses::Threads.Atomic{Int}
     # The library may log until the last object that was made from this engine is gone. These have
     # the engine, so they keep this alive.
-    log::Callback
+    log::Slot
 
     function Engine(;
         device::Union{Nothing,AbstractString} = nothing,
         log = nothing,
+        cuda_stream::Ptr = C_NULL,
         fields...,
     )
-        callback = Callback(log)
-        text = text_or_nothing(device)
-        handle = Ref{Ptr{Lib.mxt_engine}}(C_NULL)
-        status = GC.@preserve callback text begin
+        slot = Slot(log)
+        text = text_or_nothing("device", device)
+        GC.@preserve slot text begin
             managed = (
                 device = c_string(text),
                 log = log === nothing ? C_NULL : log_function(),
-                log_user_data = pointer_from_objref(callback),
+                log_user_data = slot_pointer(slot),
+                cuda_stream = Ptr{Cvoid}(cuda_stream),
             )
             how = Ref(filled(Lib.mxt_engine_options, Lib.mxt_engine_options_init, fields, managed))
-            calling_back(() -> Lib.mxt_engine_new(how, handle))
+            wrap = handle -> finalizer(close, new(handle, new_uses(), slot))
+            return made(handle -> Lib.mxt_engine_new(how, handle), wrap, Lib.mxt_engine)
         end
-        engine = finalizer(close, new(handle[], callback))
-        check(status)
-        return engine
     end
 end
 
@@ -46,9 +46,10 @@ release(handle::Ptr{Lib.mxt_engine}) = Lib.mxt_engine_free(handle)
 Base.unsafe_convert(::Type{Ptr{Lib.mxt_engine}}, engine::Engine) = engine.handle
 
 function Base.show(io::IO, engine::Engine)
-    isopen(engine) || return print(io, "Engine(closed)")
-    device = unsafe_string(Lib.mxt_engine_device(engine))
-    threads = Int(Lib.mxt_engine_threads(engine))
-    seed = Lib.mxt_engine_seed(engine)
-    return print(io, "Engine(", device, ", threads = ", threads, ", seed = ", seed, ")")
+    text = ask(engine, "closed") do engine
+        device = unsafe_string(Lib.mxt_engine_device(engine))
+        threads = Int(Lib.mxt_engine_threads(engine))
+        return "$device, threads = $threads, seed = $(Lib.mxt_engine_seed(engine))"
+    end
+    return print(io, "Engine(", text, ")")
 end

@@ -14,37 +14,44 @@ The model of a trainer: not a copy, so the next step changes what it reads.
 """
 mutable struct Model <: Handle
     handle::Ptr{Lib.mxt_model}
+    uses::Threads.Atomic{Int}
     engine::Engine
 
     # Owns `handle` from now on.
-    Model(handle::Ptr{Lib.mxt_model}, engine::Engine) = finalizer(close, new(handle, engine))
+    function Model(handle::Ptr{Lib.mxt_model}, engine::Engine)
+        return finalizer(close, new(handle, new_uses(), engine))
+    end
 end
 
 function Model(engine::Engine; fields...)
     config = Ref(model_config(; fields...))
-    return made_model(engine) do handle
+    return made(handle -> Model(handle, engine), Lib.mxt_model, engine) do handle
         Lib.mxt_model_new(engine, config, handle)
     end
 end
 
 """
-    load(Model, engine, folder)
+    MXFP4Train.load(Model, engine, folder)
 
 The model of a checkpoint folder, written by this library or by Hugging Face transformers (`gpt2`).
 """
 function load(::Type{Model}, engine::Engine, folder::AbstractString)
-    return made_model(engine) do handle
-        Lib.mxt_model_load(engine, folder, handle)
+    text = text_or_nothing("folder", folder)
+    return made(handle -> Model(handle, engine), Lib.mxt_model, engine) do handle
+        Lib.mxt_model_load(engine, text, handle)
     end
 end
 
 """
-    save(model, folder)
+    MXFP4Train.save(model, folder)
 
 Saves weights and configuration so that Hugging Face transformers opens the folder as `gpt2`. A
 failure leaves what was there before.
 """
-save(model::Model, folder::AbstractString) = check(Lib.mxt_model_save(model, folder))
+function save(model::Model, folder::AbstractString)
+    text = text_or_nothing("folder", folder)
+    return call(() -> Lib.mxt_model_save(model, text), model)
+end
 
 """
     config(model)
@@ -53,13 +60,13 @@ The shape of the model, as a named tuple. `mlp_channels` of 0 stands for four ti
 """
 function config(model::Model)
     shape = sized(Lib.mxt_model_config)
-    check(Lib.mxt_model_get_config(model, shape))
-    shape = named(shape[])
-    return merge(shape, (
-        activation = ACTIVATIONS[shape.activation + 1],
-        tied_head = shape.tied_head != 0,
-        scale_attention = shape.scale_attention != 0,
-        scale_attention_by_layer = shape.scale_attention_by_layer != 0,
+    call(() -> Lib.mxt_model_get_config(model, shape), model)
+    found = named(shape[])
+    return merge(found, (
+        activation = ACTIVATIONS[found.activation + 1],
+        tied_head = found.tied_head != 0,
+        scale_attention = found.scale_attention != 0,
+        scale_attention_by_layer = found.scale_attention_by_layer != 0,
     ))
 end
 
@@ -68,7 +75,7 @@ end
 
 The number of trained numbers.
 """
-parameter_count(model::Model) = Int(Lib.mxt_model_parameter_count(model))
+parameter_count(model::Model) = Int(ask(Lib.mxt_model_parameter_count, model, 0))
 
 """
     next_logits(model, tokens)
@@ -77,9 +84,11 @@ The logits of the token after `tokens`, as a vector with one for each token of t
 of token `t` has the index `t + 1`.
 """
 function next_logits(model::Model, tokens::AbstractVector{<:Integer})
-    before = c_tokens(tokens)
-    logits = Vector{Float32}(undef, Int(config(model).vocab_size))
-    check(Lib.mxt_model_next_logits(model, before, length(before), logits, length(logits)))
+    before = c_tokens("tokens", tokens)
+    logits = Vector{Float32}(undef, config(model).vocab_size)
+    call(model) do
+        Lib.mxt_model_next_logits(model, before, length(before), logits, length(logits))
+    end
     return logits
 end
 
@@ -88,52 +97,46 @@ end
              stop_tokens = [])
     generate(f, model, prompt; ...)
 
-A continuation of the tokens of `prompt`, without the prompt, as a `Vector{UInt32}`.
+A continuation of the tokens of `prompt`, without the prompt, as a `Vector{Int}`.
 
-A token of `stop_tokens` ends the text and is its last token. `f(token)` is called for each token as it is sampled; the text ends when it returns `:stop`. With
-the `do` syntax:
+A token of `stop_tokens` ends the text and is its last token. `f(token)` is called for each token as
+it is sampled; the text ends when it returns `:stop` (see [`run!`](@ref) for what it may return).
+With the `do` syntax:
 
     generate(model, prompt) do token
         print(Char(token))
     end
 """
 generate(model::Model, prompt::AbstractVector{<:Integer}; fields...) =
-    generate(Returns(nothing), model, prompt; fields...)
+    generate(do_nothing, model, prompt; fields...)
 
 function generate(
     f,
     model::Model,
     prompt::AbstractVector{<:Integer};
-    stop_tokens::AbstractVector{<:Integer} = UInt32[],
+    stop_tokens::AbstractVector{<:Integer} = Int[],
     fields...,
 )
-    callback = Callback(f)
-    prompt_tokens = c_tokens(prompt)
-    stops = c_tokens(stop_tokens)
+    prompt_tokens = c_tokens("prompt", prompt)
+    stops = c_tokens("stop_tokens", stop_tokens)
+    # Tokens are kept as they come, so memory is for what is written and not for `max_tokens`.
+    tokens = Int[]
+    slot = Slot(token -> f(push!(tokens, token)[end]))
     written = Ref{Csize_t}(0)
-    managed = (
-        on_token = token_function(),
-        user_data = pointer_from_objref(callback),
-        stop_tokens = pointer(stops),
-        stop_token_count = length(stops),
-    )
-    how = Ref(filled(Lib.mxt_generate_options, Lib.mxt_generate_options_init, fields, managed))
-    tokens = Vector{UInt32}(undef, Int(how[].max_tokens))
-    status = GC.@preserve callback stops begin
-        calling_back() do
-            Lib.mxt_model_generate(
-                model,
-                how,
-                prompt_tokens,
-                length(prompt_tokens),
-                tokens,
-                length(tokens),
-                written,
-            )
+    GC.@preserve slot stops begin
+        managed = (
+            on_token = token_function(),
+            user_data = slot_pointer(slot),
+            stop_tokens = pointer(stops),
+            stop_token_count = length(stops),
+        )
+        how = Ref(filled(Lib.mxt_generate_options, Lib.mxt_generate_options_init, fields, managed))
+        call(model) do
+            count = length(prompt_tokens)
+            Lib.mxt_model_generate(model, how, prompt_tokens, count, C_NULL, 0, written)
         end
     end
-    check(status)
-    return resize!(tokens, Int(written[]))
+    return tokens
 end
 
 """
@@ -145,10 +148,9 @@ options are those of [`Model`](@ref) and [`Trainer`](@ref), as named tuples.
 function plan(engine::Engine; model = (;), trainer = (;))
     shape = Ref(model_config(; model...))
     result = sized(Lib.mxt_memory_plan)
-    status = with_trainer_options(; trainer...) do how
-        Lib.mxt_plan(engine, shape, how, result)
+    with_trainer_options(; trainer...) do how
+        call(() -> Lib.mxt_plan(engine, shape, how, result), engine)
     end
-    check(status)
     return named(result[])
 end
 
@@ -156,17 +158,8 @@ release(handle::Ptr{Lib.mxt_model}) = Lib.mxt_model_free(handle)
 Base.unsafe_convert(::Type{Ptr{Lib.mxt_model}}, model::Model) = model.handle
 
 function Base.show(io::IO, model::Model)
-    isopen(model) || return print(io, "Model(closed)")
-    return print(io, "Model(", parameter_count(model), " parameters)")
-end
-
-# The model that `make(handle)` stores in the reference `handle`.
-function made_model(make, engine::Engine)
-    handle = Ref{Ptr{Lib.mxt_model}}(C_NULL)
-    status = calling_back(() -> make(handle))
-    model = Model(handle[], engine)
-    check(status)
-    return model
+    text = ask(model -> "$(Int(Lib.mxt_model_parameter_count(model))) parameters", model, "closed")
+    return print(io, "Model(", text, ")")
 end
 
 # In the order of C's numbers, from 0.

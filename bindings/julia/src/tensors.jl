@@ -8,6 +8,14 @@ The weights of a model as a dictionary from Hugging Face's names to arrays:
     weights = tensors(model)
     weights["transformer.wte.weight"]                # a copy, channels × vocabulary
     weights["transformer.ln_f.bias"] = zeros(768)    # overwrites the model's
+    weights["transformer.ln_f.weight"] .*= 2         # so does this
+
+What is read is an array of its own, so changing a number of it changes the array and not the model.
+Change it as often as you like and assign it once:
+
+    values = weights["transformer.wpe.weight"]
+    values[:, 1] .= 0
+    weights["transformer.wpe.weight"] = values
 
 An array has C's dimensions in reverse order: a weight that is (in, out) in the checkpoint is an
 `out × in` matrix here, with no number moved.
@@ -25,16 +33,18 @@ struct Tensors <: AbstractDict{String,Array{Float32}}
     function Tensors(model::Model)
         names = String[]
         sizes = Dict{String,Tuple{Vararg{Int}}}()
-        for index in 0:(Int(Lib.mxt_model_tensor_count(model)) - 1)
-            reference = sized(Lib.mxt_tensor_info)
-            # The name is valid as long as the model.
-            GC.@preserve model begin
-                check(Lib.mxt_model_tensor_info(model, index, reference))
-                info = reference[]
-                name = unsafe_string(info.name)
-                push!(names, name)
-                sizes[name] = reverse(ntuple(i -> Int(info.shape[i]), Int(info.rank)))
+        for index in 0:(Int(ask(Lib.mxt_model_tensor_count, model, 0)) - 1)
+            info = sized(Lib.mxt_tensor_info)
+            name = Ref("")
+            call(model) do
+                status = Lib.mxt_model_tensor_info(model, index, info)
+                # The text is valid as long as the model, so it is copied while that is held.
+                status == Lib.MXT_OK && (name[] = unsafe_string(info[].name))
+                return status
             end
+            shape = info[].shape
+            push!(names, name[])
+            sizes[name[]] = reverse(ntuple(i -> Int(shape[i]), Int(info[].rank)))
         end
         return new(model, names, sizes)
     end
@@ -43,7 +53,9 @@ end
 function Base.getindex(weights::Tensors, name::AbstractString)
     haskey(weights, name) || throw(KeyError(name))
     values = Array{Float32}(undef, weights.sizes[name])
-    check(Lib.mxt_model_tensor_read(weights.model, name, values, length(values)))
+    call(weights.model) do
+        Lib.mxt_model_tensor_read(weights.model, name, values, length(values))
+    end
     return values
 end
 
@@ -54,8 +66,40 @@ function Base.setindex!(weights::Tensors, values::AbstractArray{<:Real}, name::A
         throw(DimensionMismatch("$name: expected size $expected, got $(size(values))"))
     end
     copied = Array{Float32}(values)
-    check(Lib.mxt_model_tensor_write(weights.model, name, copied, length(copied)))
+    call(weights.model) do
+        Lib.mxt_model_tensor_write(weights.model, name, copied, length(copied))
+    end
     return weights
+end
+
+function Base.setindex!(::Tensors, value, name::AbstractString)
+    throw(
+        ArgumentError(
+            "$name: expected an array of real numbers, got $(typeof(value)); " *
+            "weights[name] .= value writes it to all places",
+        ),
+    )
+end
+
+# What is on the left of `weights[name] .= values`.
+struct Entry
+    weights::Tensors
+    name::String
+end
+
+function Base.dotview(weights::Tensors, name::AbstractString)
+    haskey(weights, name) || throw(KeyError(name))
+    return Entry(weights, name)
+end
+
+Base.materialize!(entry::Entry, values::Base.Broadcast.Broadcasted) = write_entry(entry, values)
+Base.materialize!(entry::Entry, values) = write_entry(entry, values)
+
+function write_entry(entry::Entry, values)
+    # NOTE: not what the model has, so that nothing is read: all of it is overwritten.
+    filled = Array{Float32}(undef, entry.weights.sizes[entry.name])
+    entry.weights[entry.name] = Base.materialize!(filled, values)
+    return values
 end
 
 function Base.get(weights::Tensors, name, default)

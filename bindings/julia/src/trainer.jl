@@ -14,41 +14,52 @@ A trainer at step 0 that changes the weights of `model`. All memory of training 
 """
 mutable struct Trainer <: Handle
     handle::Ptr{Lib.mxt_trainer}
+    uses::Threads.Atomic{Int}
     engine::Engine
 
     # Owns `handle` from now on.
-    Trainer(handle::Ptr{Lib.mxt_trainer}, engine::Engine) = finalizer(close, new(handle, engine))
+    function Trainer(handle::Ptr{Lib.mxt_trainer}, engine::Engine)
+        return finalizer(close, new(handle, new_uses(), engine))
+    end
 end
 
 function Trainer(model::Model; fields...)
-    return made_trainer(model.engine) do handle
-        with_trainer_options(; fields...) do how
+    return with_trainer_options(; fields...) do how
+        made(handle -> Trainer(handle, model.engine), Lib.mxt_trainer, model) do handle
             Lib.mxt_trainer_new(model, how, handle)
         end
     end
 end
 
 function Model(trainer::Trainer)
-    return made_model(handle -> Lib.mxt_trainer_model(trainer, handle), trainer.engine)
+    return made(handle -> Model(handle, trainer.engine), Lib.mxt_model, trainer) do handle
+        Lib.mxt_trainer_model(trainer, handle)
+    end
 end
 
 """
-    load(Trainer, engine, folder)
+    MXFP4Train.load(Trainer, engine, folder)
 
-Loads what `save(trainer, folder)` wrote. The next steps are the same, bit for bit, as if the run had
-never stopped.
+Loads what `MXFP4Train.save(trainer, folder)` wrote. The next steps are the same, bit for bit, as if
+the run had never stopped.
 """
 function load(::Type{Trainer}, engine::Engine, folder::AbstractString)
-    return made_trainer(handle -> Lib.mxt_trainer_load(engine, folder, handle), engine)
+    text = text_or_nothing("folder", folder)
+    return made(handle -> Trainer(handle, engine), Lib.mxt_trainer, engine) do handle
+        Lib.mxt_trainer_load(engine, text, handle)
+    end
 end
 
 """
-    save(trainer, folder)
+    MXFP4Train.save(trainer, folder)
 
 Saves model, moments, options and position. A failure, or a kill at any instant, leaves what was
 there before.
 """
-save(trainer::Trainer, folder::AbstractString) = check(Lib.mxt_trainer_save(trainer, folder))
+function save(trainer::Trainer, folder::AbstractString)
+    text = text_or_nothing("folder", folder)
+    return call(() -> Lib.mxt_trainer_save(trainer, text), trainer)
+end
 
 """
     step!(trainer, dataset)
@@ -59,19 +70,34 @@ Does one optimizer step on the next samples of a dataset. Returns what it did as
 
     step!(trainer, tokens)
 
-Does the step on a matrix of tokens. Each of its `accumulation * batch_size` columns is a sequence
-of `sequence_length + 1` tokens, numbers from 0.
+Does the step on a matrix of tokens, numbers from 0: `sequence_length + 1` rows, and a column for
+each of the `accumulation * batch_size` sequences. A matrix of another size is a
+`DimensionMismatch`.
 """
 function step!(trainer::Trainer, dataset::Dataset)
     stats = sized(Lib.mxt_step_stats)
-    check(Lib.mxt_trainer_step(trainer, dataset, stats))
+    call(() -> Lib.mxt_trainer_step(trainer, dataset, stats), trainer, dataset)
     return named(stats[])
 end
 
 function step!(trainer::Trainer, tokens::AbstractMatrix{<:Integer})
-    columns = c_tokens(tokens)
+    how = options(trainer)
+    expected = (how.sequence_length + 1, how.accumulation * how.batch_size)
+    if size(tokens) != expected
+        # NOTE: C sees numbers in a row, and would train on a transposed matrix as on any other.
+        fix = reverse(size(tokens)) == expected ? "; permutedims(tokens) has it" : ""
+        throw(
+            DimensionMismatch(
+                "tokens: expected a matrix of $(join(expected, '×')) (sequence_length + 1 by " *
+                "accumulation * batch_size), got $(join(size(tokens), '×'))$fix",
+            ),
+        )
+    end
+    columns = c_tokens("tokens", tokens)
     stats = sized(Lib.mxt_step_stats)
-    check(Lib.mxt_trainer_step_tokens(trainer, columns, length(columns), stats))
+    call(trainer) do
+        Lib.mxt_trainer_step_tokens(trainer, columns, length(columns), stats)
+    end
     return named(stats[])
 end
 
@@ -84,7 +110,9 @@ Iterates over `count` steps: every turn of the loop does one and gives what it d
         println(stats.loss)
     end
 """
-steps(trainer::Trainer, dataset::Dataset, count::Integer) = Steps(trainer, dataset, count)
+function steps(trainer::Trainer, dataset::Dataset, count::Integer)
+    return Steps(trainer, dataset, c_number(UInt32, "count", count))
+end
 
 # What `steps` makes.
 struct Steps
@@ -98,7 +126,7 @@ function Base.iterate(steps::Steps, done = 0)
     return (step!(steps.trainer, steps.dataset), done + 1)
 end
 
-Base.length(steps::Steps) = max(steps.count, 0)
+Base.length(steps::Steps) = steps.count
 Base.IteratorEltype(::Type{Steps}) = Base.EltypeUnknown()
 
 """
@@ -109,8 +137,9 @@ a named tuple: `tokens`, `seconds`, `loss` (nats a token) and `perplexity`. It c
 run, but needs the trainer for itself.
 """
 function evaluate!(trainer::Trainer, dataset::Dataset; max_batches::Integer = 0)
+    most = c_number(Csize_t, "max_batches", max_batches)
     stats = sized(Lib.mxt_eval_stats)
-    check(Lib.mxt_trainer_eval(trainer, dataset, max_batches, stats))
+    call(() -> Lib.mxt_trainer_eval(trainer, dataset, most, stats), trainer, dataset)
     return named(stats[])
 end
 
@@ -119,7 +148,7 @@ end
 
 Takes `lr` as the learning rate from the next step on, in place of the schedule's.
 """
-set_lr!(trainer::Trainer, lr::Real) = check(Lib.mxt_trainer_set_lr(trainer, lr))
+set_lr!(trainer::Trainer, lr::Real) = call(() -> Lib.mxt_trainer_set_lr(trainer, lr), trainer)
 
 """
     set_schedule!(trainer; schedule = :constant, lr = 3e-4, min_lr = 0, warmup_steps = 0,
@@ -134,10 +163,9 @@ function set_schedule!(trainer::Trainer; fields...)
         known = join(SCHEDULE_FIELDS, ", ")
         throw(ArgumentError("expected options among $known, got $name"))
     end
-    status = with_trainer_options(; fields...) do how
-        Lib.mxt_trainer_set_schedule(trainer, how)
+    return with_trainer_options(; fields...) do how
+        call(() -> Lib.mxt_trainer_set_schedule(trainer, how), trainer)
     end
-    return check(status)
 end
 
 const SCHEDULE_FIELDS = (:schedule, :lr, :min_lr, :warmup_steps, :total_steps, :decay_steps)
@@ -147,21 +175,21 @@ const SCHEDULE_FIELDS = (:schedule, :lr, :min_lr, :warmup_steps, :total_steps, :
 
 The step that the schedule counts from: 0, or where [`set_schedule!`](@ref) set it.
 """
-schedule_start(trainer::Trainer) = Int(Lib.mxt_trainer_schedule_start(trainer))
+schedule_start(trainer::Trainer) = Int(ask(Lib.mxt_trainer_schedule_start, trainer, 0))
 
 """
     use_schedule!(trainer)
 
 Returns to the schedule's learning rate.
 """
-use_schedule!(trainer::Trainer) = check(Lib.mxt_trainer_use_schedule(trainer))
+use_schedule!(trainer::Trainer) = call(() -> Lib.mxt_trainer_use_schedule(trainer), trainer)
 
 """
     steps_done(trainer)
 
 The number of optimizer steps since step 0, those before a save and load included.
 """
-steps_done(trainer::Trainer) = Int(Lib.mxt_trainer_steps_done(trainer))
+steps_done(trainer::Trainer) = Int(ask(Lib.mxt_trainer_steps_done, trainer, 0))
 
 """
     options(trainer)
@@ -170,52 +198,52 @@ What the trainer was made from, as a named tuple.
 """
 function options(trainer::Trainer)
     filled_in = sized(Lib.mxt_trainer_options)
-    check(Lib.mxt_trainer_get_options(trainer, filled_in))
+    texts = Ref(("", ""))
+    call(trainer) do
+        status = Lib.mxt_trainer_get_options(trainer, filled_in)
+        if status == Lib.MXT_OK
+            # The texts are valid as long as the trainer, so they are copied while that is held.
+            how = filled_in[]
+            texts[] = (unsafe_string(how.recipe), unsafe_string(how.recompute))
+        end
+        return status
+    end
     how = filled_in[]
-    # The texts are valid as long as the trainer.
-    recipe = GC.@preserve trainer unsafe_string(how.recipe)
-    recompute = GC.@preserve trainer unsafe_string(how.recompute)
+    recipe, recompute = texts[]
     schedule = SCHEDULES[how.schedule + 1]
     return merge(named(how), (recipe = recipe, recompute = recompute, schedule = schedule))
 end
 
+# A run whose trainer is closed stops before its next step.
+closing(trainer::Trainer) = Lib.mxt_trainer_request_stop(trainer)
 release(handle::Ptr{Lib.mxt_trainer}) = Lib.mxt_trainer_free(handle)
 Base.unsafe_convert(::Type{Ptr{Lib.mxt_trainer}}, trainer::Trainer) = trainer.handle
 
 function Base.show(io::IO, trainer::Trainer)
-    isopen(trainer) || return print(io, "Trainer(closed)")
-    return print(io, "Trainer(", steps_done(trainer), " steps done)")
+    describe(trainer) = "$(Int(Lib.mxt_trainer_steps_done(trainer))) steps done"
+    text = ask(describe, trainer, "closed")
+    return print(io, "Trainer(", text, ")")
 end
 
 # In the order of C's numbers, from 0.
 const SCHEDULES = (:constant, :cosine, :linear, :trapezoid)
 
-# Calls `use` with a reference to the options, whose text lives until it returns.
+# What `use` makes of a reference to the options, whose text lives until it returns.
 function with_trainer_options(
     use;
     recipe::Union{Nothing,AbstractString} = nothing,
     recompute::Union{Nothing,AbstractString} = nothing,
-    schedule::Symbol = :constant,
+    schedule = :constant,
     fields...,
 )
     number = findfirst(==(schedule), SCHEDULES)
     if number === nothing
         throw(ArgumentError("schedule: expected one of $SCHEDULES, got $(repr(schedule))"))
     end
-    text, again = text_or_nothing(recipe), text_or_nothing(recompute)
-    status = GC.@preserve text again begin
+    text, again = text_or_nothing("recipe", recipe), text_or_nothing("recompute", recompute)
+    GC.@preserve text again begin
         managed = (recipe = c_string(text), recompute = c_string(again), schedule = number - 1)
         how = filled(Lib.mxt_trainer_options, Lib.mxt_trainer_options_init, fields, managed)
-        use(Ref(how))
+        return use(Ref(how))
     end
-    return status
-end
-
-# The trainer that `make(handle)` stores in the reference `handle`.
-function made_trainer(make, engine::Engine)
-    handle = Ref{Ptr{Lib.mxt_trainer}}(C_NULL)
-    status = calling_back(() -> make(handle))
-    trainer = Trainer(handle[], engine)
-    check(status)
-    return trainer
 end

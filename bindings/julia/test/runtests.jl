@@ -1,6 +1,7 @@
 # Needs the library: see MXFP4TRAIN_LIBRARY in the package's documentation.
 using MXFP4Train
-using MXFP4Train: Lib
+using MXFP4Train: Lib, load, save
+using Serialization: serialize
 using Test
 
 const SMALL = (vocab_size = 32, context_length = 16, layers = 1, heads = 2, channels = 16)
@@ -22,9 +23,24 @@ end
 
 status_of(f) = (thrown(f)::MXFP4Error).status
 
+# Whether `f` throws a `T` whose message has `text`.
+function refuses(f, ::Type{T}, text) where {T}
+    exception = thrown(f)
+    return exception isa T && occursin(text, sprint(showerror, exception))
+end
+
+const WTE = "transformer.wte.weight"
+const LN = "transformer.ln_f.weight"
+
 struct Enough <: Exception
     step::Int
 end
+
+struct Recorder
+    steps::Vector{Int}
+end
+
+(recorder::Recorder)(step, _) = push!(recorder.steps, step.step)
 
 @testset "library" begin
     @test MXFP4Train.version() isa VersionNumber
@@ -43,13 +59,46 @@ end
     @test status_of(() -> load(Model, new_engine(), "/nowhere")) == Lib.MXT_ERROR_IO
     narrow = new_engine(memory_limit = 1000)
     @test status_of(() -> Model(narrow; SMALL...)) == Lib.MXT_ERROR_OUT_OF_MEMORY
-    @test_throws ArgumentError Model(new_engine(); leyers = 2)
-    @test_throws ArgumentError Model(new_engine(); struct_size = 2)
-    @test_throws ArgumentError Trainer(new_model(); schedule = :sometimes)
-    @test_throws ArgumentError Dataset("zero\0byte")
-    @test_throws InexactError Dataset([-1, 2])
-    @test_throws ArgumentError Dataset("x"; token_type = :u64)
-    @test_throws InexactError Model(new_engine(); layers = -1)
+    engine, model = new_engine(), new_model()
+    @test refuses(() -> Model(engine; leyers = 2), ArgumentError, "leyers")
+    @test refuses(() -> Model(engine; struct_size = 2), ArgumentError, "struct_size")
+    @test refuses(() -> Trainer(model; schedule = :sometimes), ArgumentError, "sometimes")
+    @test refuses(() -> Trainer(model; schedule = "cosine"), ArgumentError, "schedule")
+    # What does not fit into C's number names the option.
+    for wrong in (-1, 2.5, big(2)^64, NaN, "2", nothing)
+        @test refuses(() -> Model(engine; layers = wrong), ArgumentError, "layers: expected")
+        @test refuses(() -> Trainer(model; warmup_steps = wrong), ArgumentError, "warmup_steps: ")
+        @test refuses(() -> generate(model, [1]; max_tokens = wrong), ArgumentError, "max_tokens: ")
+    end
+    @test refuses(() -> Trainer(model; lr = "1e-3"), ArgumentError, "lr: expected a number")
+    @test refuses(() -> new_engine(seed = -1), ArgumentError, "seed: ")
+    @test refuses(() -> plan(engine; model = (heads = -3,)), ArgumentError, "heads: ")
+    @test config(Model(engine; SMALL..., layers = 1.0)).layers == 1
+    @test isopen(new_engine(seed = typemax(UInt64)))
+    # Text: a zero character is refused, all others arrive.
+    @test refuses(() -> Dataset("x"; token_type = :u64), ArgumentError, "token_type: ")
+    @test refuses(() -> Dataset("zero\0byte"), ArgumentError, "pattern: ")
+    @test refuses(() -> Dataset(["a", "zero\0byte"]), ArgumentError, "paths: ")
+    @test refuses(() -> new_engine(device = "c\0pu"), ArgumentError, "device: ")
+    @test refuses(() -> Trainer(model; recipe = "b\0f16"), ArgumentError, "recipe: ")
+    @test refuses(() -> save(model, "a\0b"), ArgumentError, "folder: ")
+    @test refuses(() -> load(Model, engine, "a\0b"), ArgumentError, "folder: ")
+    @test refuses(() -> Model(engine, "out"), MethodError, "Model")
+    @test status_of(() -> new_engine(device = "\xff")) == Lib.MXT_ERROR_UTF8
+    mktempdir() do folder
+        # A part of a string is not a `String`.
+        path = chop("<" * joinpath(folder, "Größe 数") * ">"; head = 1, tail = 1)
+        save(model, path)
+        @test tensors(load(Model, engine, path))[LN] == ones(16)
+    end
+    # No stream on a CPU.
+    @test status_of(() -> new_engine(cuda_stream = Ptr{Int}(8))) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    @test isopen(new_engine(cuda_stream = C_NULL))
+end
+
+@testset "names" begin
+    # Too many packages export these two.
+    @test isempty(intersect(names(MXFP4Train), (:load, :save)))
 end
 
 @testset "lifetimes" begin
@@ -64,12 +113,68 @@ end
     @test status_of(() -> step!(trainer, dataset)) == Lib.MXT_ERROR_NULL
     @test request_stop(trainer) === nothing
     @test clear_stop(trainer) === nothing
-    closed = new_dataset()
-    close(closed)
+    @test request_stop(trainer) === nothing
     other = new_trainer()
-    @test_throws ArgumentError run!(other, dataset; steps = 1, eval_dataset = closed)
-    for object in (trainer, dataset, new_model(), new_engine())
-        @test sprint(show, object) isa String
+    objects = (new_engine(), new_model(), new_dataset(), new_trainer())
+    for object in objects
+        kind = string(nameof(typeof(object)))
+        @test startswith(sprint(show, object), kind * "(")
+        # Two objects with one handle would free it twice.
+        @test refuses(() -> deepcopy(object), ArgumentError, kind)
+        @test refuses(() -> deepcopy(Dict(1 => [object])), ArgumentError, "checkpoint")
+        @test refuses(() -> serialize(IOBuffer(), object), ArgumentError, kind)
+        @test_throws MethodError copy(object)
+        close(object)
+        @test sprint(show, object) == kind * "(closed)"
+    end
+    engine, model, dataset, trainer = objects
+    for use in (
+        () -> Model(engine; SMALL...),
+        () -> load(Model, engine, "x"),
+        () -> load(Trainer, engine, "x"),
+        () -> plan(engine),
+        () -> Trainer(model),
+        () -> config(model),
+        () -> save(model, "x"),
+        () -> generate(model, [1]),
+        () -> next_logits(model, [1]),
+        () -> max_token(dataset),
+        () -> step!(other, dataset),
+        () -> evaluate!(other, dataset),
+        () -> run!(other, dataset; steps = 1),
+        () -> run!(other, new_dataset(); steps = 1, eval_dataset = dataset),
+        () -> step!(trainer, new_dataset()),
+        () -> step!(trainer, zeros(Int, 17, 2)),
+        () -> evaluate!(trainer, new_dataset()),
+        () -> run!(trainer, new_dataset(); steps = 1),
+        () -> options(trainer),
+        () -> save(trainer, "x"),
+        () -> set_lr!(trainer, 1),
+        () -> use_schedule!(trainer),
+        () -> Model(trainer),
+    )
+        @test status_of(use) == Lib.MXT_ERROR_NULL
+    end
+    @test length(dataset) == steps_done(trainer) == parameter_count(model) == 0
+    @test isempty(dataset) && isempty(collect(dataset)) && isempty(tensors(model))
+    @test_throws BoundsError dataset[1]
+    @test steps_done(other) == 0
+end
+
+@testset "closed by one thread, used by another" begin
+    bytes = UInt16[i % 29 for i in 1:4000]
+    mktempdir() do folder
+        path = joinpath(folder, "tokens.bin")
+        write(path, bytes)
+        for round in 1:200
+            dataset = Dataset(path)
+            read() = thrown(() -> max_token(dataset)) isa Union{Nothing,MXFP4Error}
+            user = Threads.@spawn all(_ -> read(), 1:400)
+            # Sooner or later while the other thread reads.
+            foreach(_ -> read(), 1:round)
+            close(dataset)
+            @test fetch(user) && !isopen(dataset)
+        end
     end
 end
 
@@ -93,6 +198,27 @@ end
     @test_throws KeyError weights["no.such"]
     @test_throws DimensionMismatch setindex!(weights, zeros(3), name)
     @test length(collect(weights)) == length(weights)
+    # What is assigned by broadcasting arrives in the model, too.
+    weights[name] .= 3
+    @test weights[name] == fill(3, 16)
+    weights[name] .+= 1:16
+    @test tensors(model)[name] == 4:19
+    weights[WTE] .= weights[WTE] .* 0 .+ (1:16)
+    @test all(column == 1:16 for column in eachcol(weights[WTE]))
+    @test_throws DimensionMismatch weights[name] .= zeros(3)
+    @test_throws KeyError weights["no.such"] .= 0
+    @test refuses(() -> weights[name] = 0, ArgumentError, name)
+    # Other memory and other numbers than a `Matrix{Float32}`.
+    matrix = reshape(collect(1.0:512.0), 32, 16)
+    weights[WTE] = transpose(matrix)
+    @test weights[WTE] == matrix'
+    weights[WTE] = view([matrix matrix]', 1:16, 1:32)
+    @test weights[WTE] == matrix'
+    weights[WTE] = trunc.(Int, matrix')
+    @test weights[WTE] == matrix'
+    @test_throws DimensionMismatch weights[WTE] = matrix
+    @test status_of(() -> weights[name] .= NaN) == Lib.MXT_ERROR_NOT_FINITE
+    weights[name] = values
     @test occursin("16×32", sprint(show, MIME"text/plain"(), weights))
     needed = plan(new_engine(); model = SMALL, trainer = (batch_size = 2, recipe = "bf16"))
     @test needed.total > needed.weights > 0
@@ -103,8 +229,17 @@ end
 end
 
 @testset "dataset" begin
+    tokens = [(i * i + i ÷ 7) % 29 for i in 0:3999]
     dataset = new_dataset()
     @test length(dataset) == 4000 && max_token(dataset) == 28
+    @test dataset[1] == tokens[1] && dataset[end] == tokens[end] && dataset[4000] isa Int
+    @test dataset[11:20] == tokens[11:20] && dataset[[3, 1, 2]] == tokens[[3, 1, 2]]
+    @test dataset[:] == tokens && dataset[2:7:end] == tokens[2:7:end] && dataset[5:4] == Int[]
+    for place in (0, 4001, -1, typemin(Int), typemax(Int), 0:3, 3999:4001)
+        @test_throws BoundsError dataset[place]
+    end
+    @test collect(dataset) == tokens && eltype(dataset) == Int && sum(dataset) == sum(tokens)
+    @test [place for place in eachindex(dataset)] == 1:4000
     mktempdir() do folder
         paths = [joinpath(folder, "$part.bin") for part in ("a", "b")]
         foreach(path -> write(path, UInt16[1, 2, 3, 4]), paths)
@@ -113,7 +248,18 @@ end
         @test length(Dataset(first(paths); token_type = :u32)) == 2
         @test coverage(Dataset(paths), 8).short_files == 2
         @test length(Dataset(joinpath(folder, "*.bin"))) == 8
+        @test Dataset(paths)[3:6] == [3, 4, 1, 2]
+        # More than what one call reads.
+        write(paths[1], UInt16[i % 50_000 for i in 1:100_000])
+        @test collect(Dataset(paths[1])) == [i % 50_000 for i in 1:100_000]
     end
+    # Other memory and other numbers.
+    @test Dataset(view(tokens, 1:2:9))[:] == tokens[1:2:9]
+    @test Dataset(UInt8[1, 255])[:] == [1, 255] && Dataset(3:5)[:] == 3:5
+    @test Dataset([typemax(UInt32)])[1] == 2^32 - 1
+    @test refuses(() -> Dataset([1, -1]), ArgumentError, "got -1 at place 2")
+    @test refuses(() -> Dataset([2^32]), ArgumentError, "4294967296")
+    @test status_of(() -> Dataset(Int[])) == Lib.MXT_ERROR_INVALID_ARGUMENT
 end
 
 @testset "steps, save and load" begin
@@ -127,7 +273,27 @@ end
     @test isapprox(evaluation.perplexity, exp(evaluation.loss); rtol = 1e-4)
     tokens = rand(0:31, 17, 2)
     @test step!(trainer, tokens).tokens == 32
-    @test status_of(() -> step!(trainer, tokens[:, 1:1])) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    # A transposed matrix has as many numbers, and would train on something else.
+    @test refuses(() -> step!(trainer, tokens'), DimensionMismatch, "17×2")
+    @test refuses(() -> step!(trainer, tokens'), DimensionMismatch, "permutedims")
+    @test refuses(() -> step!(trainer, tokens[:, 1:1]), DimensionMismatch, "got 17×1")
+    @test refuses(() -> step!(trainer, -tokens .- 1), ArgumentError, "tokens: ")
+    @test refuses(() -> steps(trainer, dataset, -1), ArgumentError, "count: ")
+    @test refuses(() -> evaluate!(trainer, dataset; max_batches = -1), ArgumentError, "max_batches")
+    # Numbers are signed: they print as decimals and do not wrap.
+    stats = step!(trainer, view(hcat(tokens, tokens), :, 1:2))
+    @test stats.step isa Int && stats.tokens isa Int && stats.raised_blocks isa Int
+    @test stats.step - 100 < 0 && occursin("tokens = 32,", string(stats))
+    @test evaluate!(trainer, dataset; max_batches = 1).tokens isa Int
+    @test all(value isa Int for value in values(plan(new_engine(); model = SMALL)))
+    many = Trainer(new_model(); schedule = :cosine, total_steps = typemax(UInt64))
+    @test options(many).total_steps == typemax(Int)
+    @test all(isa(config(new_model())[name], Int) for name in (:layers, :heads, :channels))
+    # Views and transposes have the tokens of their own order.
+    twins = map((copy(tokens), view([tokens; tokens], 18:34, :), permutedims(tokens)')) do matrix
+        step!(new_trainer(), matrix).loss
+    end
+    @test length(unique(twins)) == 1
     set_lr!(trainer, 1e-3)
     @test step!(trainer, dataset).lr == 1.0f-3
     use_schedule!(trainer)
@@ -168,6 +334,41 @@ end
     result = run!((_, _) -> request_stop(trainer), trainer, dataset; steps = 9)
     @test result.steps == 1 && result.ended === :request
 
+    for (fields, name) in (
+        ((;), "steps: "),
+        ((steps = -1,), "steps: "),
+        ((steps = 1, eval_every = -1), "eval_every: "),
+        ((steps = 1, save_dir = "\0"), "save_dir: "),
+    )
+        @test refuses(() -> run!(trainer, dataset; fields...), ArgumentError, name)
+    end
+    @test run!(trainer, dataset; steps = 0).steps == 0
+    # `false` is what the last line of many a callback is, and asks for nothing.
+    for answer in (false, true, nothing, 0, 1, :go_on, "stop")
+        @test run!((_, _) -> answer, new_trainer(), dataset; steps = 2).ended === :finished
+    end
+    halting() = run!((_, _) -> :halt, trainer, dataset; steps = 2)
+    @test refuses(halting, ArgumentError, ":halt")
+    # What a callback captures may be changed by it, while the collector is at work.
+    counts, losses, text = Dict{Int,Vector{Float64}}(), Float32[], ""
+    run!(new_trainer(), dataset; steps = 20) do step, _
+        counts[step.step] = rand(1000)
+        push!(losses, step.loss)
+        text *= string(step.step, ' ')
+        GC.gc(step.step % 5 == 0)
+    end
+    @test sort(collect(keys(counts))) == 1:20 && length(losses) == 20
+    @test text == join(1:20, ' ') * " "
+    # A callable object, and a function that is only known when it is called.
+    struct_of_calls = Recorder(Int[])
+    run!(struct_of_calls, new_trainer(), dataset; steps = 3)
+    @test struct_of_calls.steps == 1:3
+    late = Core.eval(@__MODULE__, :((step, _) -> push!($losses, step.loss)))
+    run!(late, new_trainer(), dataset; steps = 3)
+    @test length(losses) == 23
+    trainer = new_trainer()
+    run!(trainer, dataset; steps = 10)
+
     # What a callback throws ends the run in order, saves, and arrives here.
     mktempdir() do folder
         error = thrown() do
@@ -184,10 +385,21 @@ end
     outer = thrown() do
         run!(trainer, dataset; steps = 3) do _, _
             inner = thrown(() -> run!((_, _) -> throw(Enough(1)), trainer, dataset; steps = 3))
-            step!(trainer, zeros(Int, 1, 1))
+            step!(trainer, fill(99, 17, 2))
         end
     end
     @test inner === Enough(1) && outer isa MXFP4Error
+    # Of two errors the outer one arrives, and nothing of the inner one stays behind.
+    outer = thrown() do
+        run!(trainer, dataset; steps = 3) do _, _
+            try
+                run!((_, _) -> throw(Enough(1)), trainer, dataset; steps = 3)
+            finally
+                throw(Enough(2))
+            end
+        end
+    end
+    @test outer === Enough(2) && step!(trainer, dataset).step == steps_done(trainer)
     # Closed by its own callback, while the collector is at work.
     result = run!(trainer, dataset; steps = 5) do _, _
         close(trainer)
@@ -204,12 +416,34 @@ end
     @test generate(model, [1, 2]; max_tokens = 1, temperature = 0) == [argmax(logits) - 1]
     stopped = generate(model, [1, 2]; temperature = 0, stop_tokens = [argmax(logits) - 1])
     @test stopped == [argmax(logits) - 1]
-    seen = UInt32[]
+    seen = Int[]
     tokens = generate(model, [1, 2]; max_tokens = 8) do token
         push!(seen, token)
         length(seen) == 3 ? :stop : nothing
     end
-    @test tokens == seen && length(seen) == 3
+    @test tokens == seen && length(seen) == 3 && tokens isa Vector{Int}
+    @test tokens == generate(model, [1, 2]; max_tokens = 3)
+    # Memory is for what is written, not for what may be.
+    for most in (10^12, typemax(Int), typemax(UInt64))
+        counted = 0
+        text = generate(model, UInt8[1, 2]; max_tokens = most) do _
+            counted += 1
+            counted < 5 ? counted == 3 : :stop
+        end
+        @test length(text) == 5
+    end
+    text = generate(model, [1, 2]; max_tokens = 20, seed = 3) do token
+        GC.gc(false)
+        token isa Int || throw(Enough(1))
+    end
+    @test text == generate(model, view([1, 0, 2], 1:2:3); max_tokens = 20, seed = 3)
+    @test refuses(() -> generate(model, [-1]), ArgumentError, "prompt: ")
+    @test refuses(() -> next_logits(model, [-1]), ArgumentError, "tokens: ")
+    @test refuses(() -> generate(_ -> :halt, model, [1]), ArgumentError, ":halt")
+    # A callback may close the model that calls it.
+    closing = new_model()
+    @test length(generate(_ -> close(closing), closing, [1]; max_tokens = 4)) == 4
+    @test !isopen(closing)
     @test thrown(() -> generate(_ -> throw(Enough(2)), model, [1])) === Enough(2)
     # While tokens are sampled, the model is in use.
     busy = status_of(() -> generate(_ -> tensors(model)["transformer.ln_f.bias"], model, [1]))
@@ -232,17 +466,90 @@ end
     @test length(lines) >= 3 && all(level === :info for (level, _) in lines)
     armed = true
     @test thrown(() -> new_trainer(model)) === Enough(9)
+    # One that was thrown in a callback of a run, and caught there, does not come back.
+    run!(trainer, new_dataset(); steps = 2) do _, _
+        thrown(() -> new_trainer(model)) === Enough(9) || throw(Enough(10))
+    end
     armed = false
-    @test steps_done(trainer) == 0
+    @test steps_done(trainer) == 2
 end
 
 @testset "tasks" begin
-    losses = map(1:2) do _
+    losses = map(1:4) do _
         Threads.@spawn begin
             trainer = new_trainer()
-            # A callback may wait.
-            run!((_, _) -> (yield(); nothing), trainer, new_dataset(); steps = 5).last_loss
+            # A callback may wait, and collect.
+            run!(trainer, new_dataset(); steps = 5) do step, _
+                yield()
+                GC.gc(step.step == 3)
+            end.last_loss
         end
     end
-    @test allequal(fetch.(losses))
+    @test length(unique(fetch.(losses))) == 1
+    # A trainer is for one task at a time.
+    trainer = new_trainer()
+    inside, go_on = Channel{Nothing}(1), Channel{Nothing}(1)
+    model = Model(trainer)
+    task = @async generate(model, [1]; max_tokens = 1) do _
+        put!(inside, nothing)
+        take!(go_on)
+    end
+    take!(inside)
+    @test status_of(() -> step!(trainer, new_dataset())) == Lib.MXT_ERROR_BUSY
+    put!(go_on, nothing)
+    @test length(fetch(task)) == 1
+    # Stopped from another task.
+    task = @async run!((_, _) -> yield(), trainer, new_dataset(); steps = typemax(Int))
+    while steps_done(trainer) < 3
+        yield()
+    end
+    request_stop(trainer)
+    @test fetch(task).ended === :request
+    # Closed by another task.
+    task = @async run!((_, _) -> yield(), trainer, new_dataset(); steps = typemax(Int))
+    yield()
+    close(trainer)
+    @test fetch(task).ended === :request
+end
+
+@testset "objects that the collector frees" begin
+    for round in 1:3
+        run!(new_trainer(), new_dataset(); steps = 10) do step, _
+            # Garbage with finalizers, collected inside of a call.
+            foreach(_ -> (new_model(); new_dataset()), 1:5)
+            GC.gc(step.step % 5 == 0)
+        end
+    end
+    @test steps_done(new_trainer()) == 0
+end
+
+# Starts a Julia with a program of this folder, and gives the process and what it prints.
+function start(program, arguments...)
+    path, project = joinpath(@__DIR__, program), Base.active_project()
+    command = `$(Base.julia_cmd()) --project=$project $path $arguments`
+    return open(pipeline(command; stderr = stderr), "r")
+end
+
+@testset "Ctrl-C in a script" begin
+    mktempdir() do folder
+        process = start("interrupted.jl", folder)
+        @test readline(process) == "running"
+        kill(process, Base.SIGINT)
+        done = parse(Int, readline(process))
+        @test done >= 3
+        @test steps_done(load(Trainer, new_engine(), joinpath(folder, "callback"))) == done
+        # So does a run that says nothing, once it runs, ...
+        while !isfile(joinpath(folder, "silent", "trainer.json")) && process_running(process)
+            sleep(0.01)
+        end
+        kill(process, Base.SIGINT)
+        done = parse(Int, readline(process))
+        @test steps_done(load(Trainer, new_engine(), joinpath(folder, "silent"))) == done
+        # ... and afterwards the script ends at once, as scripts do.
+        @test readline(process) == "waiting"
+        kill(process, Base.SIGINT)
+        @test readline(process) == ""
+        wait(process)
+        @test process.exitcode == 130 && process.termsignal == 0
+    end
 end

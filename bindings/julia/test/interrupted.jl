@@ -1,0 +1,46 @@
+# What runtests.jl starts and interrupts: is sent SIGINT three times.
+using MXFP4Train
+
+const FOLDER = first(ARGS)
+
+function tell(line)
+    println(line)
+    flush(stdout)
+end
+
+# The steps that a run had done when Ctrl-C ended it.
+function interrupted(f, name, trainer)
+    data = Dataset([(i * i + i ÷ 7) % 29 for i in 0:3999])
+    save_dir = joinpath(FOLDER, name)
+    try
+        run!(f, trainer, data; steps = typemax(Int), save_dir = save_dir, save_every = 100)
+    catch exception
+        exception isa InterruptException || rethrow()
+        return steps_done(trainer)
+    end
+    error("expected an interrupted run")
+end
+
+function main()
+    engine = Engine(threads = 1)
+    model = Model(
+        engine;
+        vocab_size = 32,
+        context_length = 16,
+        layers = 1,
+        heads = 2,
+        channels = 16,
+    )
+    trainer = Trainer(model; batch_size = 2)
+    steps = interrupted("callback", trainer) do step, _
+        step.step == 3 && tell("running")
+    end
+    tell(steps)
+    tell(interrupted((_, _) -> nothing, "silent", trainer))
+    # What Julia prints when a signal ends it is expected.
+    redirect_stderr(open("/dev/null", "w"))
+    tell("waiting")
+    sleep(60)
+end
+
+main()
