@@ -35,6 +35,12 @@ pub(super) fn to_json(config: &ModelConfig, found: Option<&FoundConfig>) -> Stri
     };
     // The names of our tensors are those of this class.
     object.insert("architectures".into(), json!(["GPT2LMHeadModel"]));
+    // Weights are written in f32, and transformers makes of them what these say.
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(dtype) = object.get_mut(key) {
+            *dtype = json!("float32");
+        }
+    }
     if parse(Path::new(""), &object).ok().as_ref() != Some(config) {
         object.extend(keys_of(config));
     }
