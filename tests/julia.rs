@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use common::{finish_within, has_tool, library, root, write_tokens};
+use common::{finish_within, has_tool, library, root};
 
 /// NOTE: both levels, because what the optimizer does with callbacks differs.
 #[test]
@@ -29,7 +29,9 @@ fn runs(level: &str) {
     let Some(julia) = julia() else { return };
     let programs = ["bindings/julia/test/runtests.jl", TEN_LINES, "examples/julia/train.jl"];
     let dir = tempfile::tempdir().expect("a temporary folder");
-    write_tokens(&dir.path().join("train.bin"));
+    let data = dir.path().join("data");
+    fs::create_dir(&data).expect("a folder can be made");
+    fs::write(data.join("train.bin"), tokens()).expect("the file can be written");
     // Each in a module of its own, as if it were alone.
     let script = programs.map(|program| {
         format!("println(\"== {program}\"); Base.include(Module(), {:?})\n", root().join(program))
@@ -54,6 +56,12 @@ fn runs(level: &str) {
     for saved in ["out", "checkpoint"] {
         assert!(dir.path().join(saved).join("model.safetensors").exists(), "{saved} was not saved");
     }
+}
+
+/// A file of tokens that say a sentence, over and over.
+fn tokens() -> Vec<u8> {
+    let text = b"Humpty Dumpty sat on a wall, Humpty Dumpty had a great fall; ";
+    text.iter().cycle().take(6000).flat_map(|&byte| u16::from(byte).to_le_bytes()).collect()
 }
 
 const TEN_LINES: &str = "examples/julia/ten_lines.jl";

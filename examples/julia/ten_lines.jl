@@ -1,7 +1,7 @@
 # examples/julia/ten_lines.jl
 using MXFP4Train
 
-dataset = Dataset("train.bin")
+dataset = Dataset("data/train.bin")
 engine = Engine()
 model = Model(engine; vocab_size = 256, context_length = 64, layers = 2, channels = 96)
 trainer = Trainer(model)
