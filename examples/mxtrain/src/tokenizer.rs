@@ -47,12 +47,17 @@ impl Tokenizer {
         }
     }
 
-    /// Encodes a prompt; an empty one becomes the token after which a new text begins.
+    /// Encodes a prompt, in which `<|endoftext|>` is the token, as in prepared text; an empty one
+    /// becomes the token after which a new text begins.
     pub(crate) fn encode_prompt(self, text: &str) -> Vec<u32> {
         if text.is_empty() {
             return vec![self.separator().map_or_else(|| b'\n'.into(), u32::from)];
         }
-        self.encode(text).into_iter().map(u32::from).collect()
+        let Some(separator) = self.separator() else {
+            return self.encode(text).into_iter().map(u32::from).collect();
+        };
+        let parts: Vec<_> = text.split(END_OF_TEXT_MARK).map(|part| self.encode(part)).collect();
+        parts.join(&separator).into_iter().map(u32::from).collect()
     }
 
     /// The bytes of text that each token stands for.
@@ -165,6 +170,8 @@ mod tests {
     fn gpt2_tokens_are_the_known_ones() {
         assert_eq!(Tokenizer::Gpt2.encode("Hello, world!"), [15496, 11, 995, 0]);
         assert_eq!(Tokenizer::Gpt2.encode_prompt(""), [50256]);
+        assert_eq!(Tokenizer::Gpt2.encode_prompt("<|endoftext|>Hello,"), [50256, 15496, 11]);
+        assert_eq!(Tokenizer::Bytes.encode_prompt("<|endoftext|>").len(), 13);
         let literal = Tokenizer::Gpt2.encode("<|endoftext|>");
         assert!(literal.len() > 1 && !literal.contains(&END_OF_TEXT));
     }
