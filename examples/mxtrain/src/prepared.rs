@@ -115,7 +115,8 @@ impl Meta {
         let text = fs::read_to_string(&path).map_err(|error| {
             let mut failure = Failure::io("read", &path)(error);
             failure.message.push_str(
-                "; make the folder with `mxtrain prepare`, or name other token files with --train",
+                "; make the folder with `mxtrain prepare`, or name token files themselves (--train \
+                 'FILES' of train, --data 'FILES' of eval)",
             );
             failure
         })?;
