@@ -264,6 +264,8 @@ fn numbers_that_are_no_tokens_are_named_and_never_wrap() {
             );
             assert!(error.to_string().contains(name), "{error}");
         }
+        let read = data.read(0, &mut vec![0; data.token_count() as usize]).unwrap_err();
+        assert!(matches!(read, Error::TokenRange { vocab_size: 0x1_0000_0000, .. }), "{read}");
     }
     let marks = open(&token_file("npy/negative.npy")).unwrap().max_token().unwrap_err();
     assert!(marks.to_string().contains("token -100 at offset 2"), "{marks}");

@@ -154,9 +154,9 @@ fn guess(path: &Path, bytes: &[u8]) -> Result<TokenType> {
     if is_shifted || wide.is_swapped() || words.is_swapped() {
         return Err(Error::format(
             path,
-            "expected little-endian tokens, found numbers with their high byte first (big-endian \
-             tokens, or text in UTF-16); save tokens with numpy.save, text goes through `mxtrain \
-             prepare`; if these are tokens all the same, say what they are with the option \
+            "expected little-endian tokens, found numbers whose low bytes are 0 (big-endian tokens, \
+             floating-point numbers, or text in UTF-16); save tokens with numpy.save, as \
+             numpy.uint16 or numpy.uint32, text goes through `mxtrain prepare`; if these are tokens all the same, say what they are with the option \
              token_type (--token-type of mxtrain)",
         ));
     }
