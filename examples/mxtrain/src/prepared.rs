@@ -120,8 +120,9 @@ impl Meta {
             );
             failure
         })?;
-        let meta: Self = serde_json::from_str(&text)
-            .map_err(|e| Failure::usage(format!("{}: {e}", path.display())))?;
+        let meta: Self = serde_json::from_str(&text).map_err(|e| {
+            Failure::usage(format!("{}: {e}; prepare the data again", path.display()))
+        })?;
         if meta.version != VERSION {
             return Err(Failure::usage(format!(
                 "{}: expected version {VERSION}, got {}; prepare the data again",

@@ -143,6 +143,8 @@ impl Content {
         let file = if self.length.is_some() { &name } else { "FILE" };
         let (kind, remedy) = match self.compression {
             Compression::None => (kind.to_owned(), remedy.replace("FILE", file)),
+            // tar takes it as it is.
+            _ if kind.contains("tar archive") => (format!("{kind}, compressed"), remedy.to_owned()),
             Compression::Gzip => (
                 format!("{kind} within its gzip data"),
                 format!("unpack it with `gzip -dc {file}` and give what comes out"),
@@ -294,7 +296,7 @@ fn kind_of(head: &[u8]) -> Option<(&'static str, &'static str)> {
         return Some((kind, remedy));
     }
     if head.get(257..262) == Some(b"ustar") {
-        return Some(("a tar archive", "unpack it and give the folder"));
+        return Some(("a tar archive", "unpack it with `tar -xf` and give the folder"));
     }
     if !head.contains(&0) {
         return None;
