@@ -446,6 +446,9 @@ fn what_is_no_text_is_named_with_its_remedy() {
         let error = refuse(dir, &format!("prepare {name} --out data"));
         assert!(error.contains(expected), "{name}: {error}");
     }
+    write("empty.txt", b"");
+    let error = refuse(dir, "prepare latin1.txt empty.txt --val-last --out data");
+    assert!(error.contains("the last input holds no text for validation"), "{error}");
     // A mark of byte order before UTF-8 is no text.
     write("utf8.txt", b"\xef\xbb\xbftext\n");
     succeed(dir, "prepare utf8.txt --out data --val-fraction 0");

@@ -63,7 +63,7 @@ impl Content {
         if let Some((packing, what)) = promised
             && Packing::of(&head) != Some(packing)
         {
-            let kind = kind_of(&head).map_or(something(&head), |(kind, _)| kind);
+            let kind = kind_of(&head).map_or_else(|| something(&head), |(kind, _)| kind);
             return Err(Failure::usage(format!(
                 "{}: expected data of {what} as its name says, found {kind}; rename the file, or \
                  fetch it again",
@@ -169,7 +169,7 @@ pub(super) fn check_parquet(mut file: &File, path: &Path) -> Outcome {
         return Ok(());
     }
     let name = path.display().to_string();
-    let (kind, remedy) = kind_of(&head).unwrap_or(match head.is_empty() {
+    let (kind, remedy) = kind_of(&head).unwrap_or_else(|| match head.is_empty() {
         true => (something(&head), "fetch or make it again"),
         false => (something(&head), "rename it if it is text"),
     });

@@ -106,6 +106,14 @@ impl Inputs {
                 continue;
             }
             let metadata = fs::metadata(path).map_err(Failure::io("read", path))?;
+            if out == Some(identity(&metadata)) {
+                return Err(Failure::usage(format!(
+                    "{}: the folder is that of --out too, which is not read; name another with --out, \
+                     such as {}",
+                    path.display(),
+                    path.join("prepared").display()
+                )));
+            }
             let found = match metadata.is_dir() {
                 true => inputs.walk(path, out)?,
                 false => vec![(path.clone(), metadata)],
@@ -402,6 +410,16 @@ mod tests {
         assert!(words.contains("4 files that are no text by name (3 .png, 1 without"), "{words}");
         assert!(words.contains("1 file in a compression that is not read"), "{words}");
         assert!(words.contains("1 hidden entry; 2 prepared folders"), "{words}");
+    }
+
+    #[test]
+    fn the_folder_of_the_output_is_no_input() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a.txt"), "text").unwrap();
+        let input = [dir.path().to_owned()];
+        let failure = Inputs::find(&input, None, false, dir.path()).unwrap_err();
+        assert!(failure.message.contains("is that of --out too"), "{}", failure.message);
+        assert_eq!(Inputs::find(&input, None, false, &input[0].join("out")).unwrap().list.len(), 1);
     }
 
     #[test]
