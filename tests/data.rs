@@ -412,6 +412,12 @@ fn big_endian_tokens_are_refused_where_they_can_be_told() {
 }
 
 #[test]
+fn zeros_that_take_turns_with_a_token_are_u16() {
+    let tokens: Vec<u16> = (0..600).map(|i| if i % 2 == 1 { 7 } else { 0 }).collect();
+    raw_u16(&tokens).unwrap();
+}
+
+#[test]
 fn files_of_other_kinds_are_named_with_the_remedy() {
     let dir = TempDir::new().unwrap();
     let zip = |name: &str| {

@@ -213,9 +213,10 @@ impl Halves {
         self.low_above += usize::from(low > HIGH);
     }
 
-    /// Whether the halves that should be the high ones hold everything: see [`Halves::verdict`].
+    /// Whether the halves that should be the high ones hold everything: see [`Halves::verdict`]. Their
+    /// own high byte then is a token's low one. Without it they are a few tokens that take turns.
     fn is_swapped(&self) -> bool {
-        self.low == 0 && self.high >= 32
+        self.low == 0 && self.high >= 32 && self.highest > 0xff
     }
 
     /// Whether the numbers are as wide as they were read, or pairs of half the width.
