@@ -893,7 +893,8 @@ mxt_status mxt_dataset_coverage(const struct mxt_dataset *dataset,
 // are counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
 //
 // Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
-// dataset ends before `first` + `count`).
+// dataset ends before `first` + `count`), MXT_ERROR_TOKEN_RANGE (a number below 0 or above 32 bits,
+// which is no token).
 mxt_status mxt_dataset_read(const struct mxt_dataset *dataset,
                             uint64_t first,
                             size_t count,

@@ -264,6 +264,8 @@ fn numbers_that_are_no_tokens_are_named_and_never_wrap() {
             );
             assert!(error.to_string().contains(name), "{error}");
         }
+        let read = data.read(0, &mut vec![0; data.token_count() as usize]).unwrap_err();
+        assert!(matches!(read, Error::TokenRange { vocab_size: 0x1_0000_0000, .. }), "{read}");
     }
     let marks = open(&token_file("npy/negative.npy")).unwrap().max_token().unwrap_err();
     assert!(marks.to_string().contains("token -100 at offset 2"), "{marks}");
@@ -367,10 +369,52 @@ fn raw_tokens_of_other_types_are_told_or_known() {
     let long = open(&write(&dir, "i64.bin", &long)).unwrap();
     assert_eq!((long.files()[0].token_type, long.token_count()), (TokenType::I64, 500));
     assert!(long.check_tokens(60_000).unwrap_err().to_string().contains("-100 at offset 400"));
+    // So are those of 32 bits, which are then signed.
+    let signed: Vec<u8> = (0..500i32)
+        .flat_map(|i| (if i == 400 { -100 } else { i * i % 50_000 }).to_le_bytes())
+        .collect();
+    let signed = open(&write(&dir, "i32.bin", &signed)).unwrap();
+    assert_eq!((signed.files()[0].token_type, signed.token_count()), (TokenType::I32, 500));
+    assert!(signed.check_tokens(60_000).unwrap_err().to_string().contains("-100 at offset 400"));
     // A header is believed, whatever is declared.
     assert_eq!(declared(&token_file("uint16.npy"), TokenType::I64).unwrap(), 4000);
     // Text is not looked for in what is said to be tokens.
     assert_eq!(declared(&token_file("plain-text.txt"), TokenType::U8).unwrap(), 4020);
+}
+
+#[test]
+fn truncated_wide_tokens_are_not_taken_for_narrow_ones() {
+    let dir = TempDir::new().unwrap();
+    let tokens = (1..1000u32).map(|i| i * 7919 % 50_257);
+    let u32s: Vec<u8> = tokens.clone().flat_map(u32::to_le_bytes).collect();
+    let i64s: Vec<u8> = tokens.flat_map(|t| u64::from(t).to_le_bytes()).collect();
+    for (bytes, token_type, width) in [(u32s, "u32", 4), (i64s, "i64", 8)] {
+        for cut in 1..width {
+            let message = refusal(&write(&dir, "cut.bin", &bytes[..bytes.len() - cut]));
+            let expected = format!("expected {token_type} tokens, so a multiple of {width} bytes");
+            assert!(message.contains(&expected), "{cut}: {message}");
+        }
+    }
+}
+
+#[test]
+fn big_endian_tokens_are_refused_where_they_can_be_told() {
+    let dir = TempDir::new().unwrap();
+    let tokens = (1..1000u32).map(|i| i * 7919 % 50_257);
+    let u32s: Vec<u8> = tokens.clone().flat_map(u32::to_be_bytes).collect();
+    let i64s: Vec<u8> = tokens.flat_map(|t| u64::from(t).to_be_bytes()).collect();
+    let bytes: Vec<u8> =
+        fs::read(token_file("plain-text.txt")).unwrap().iter().flat_map(|&b| [0, b]).collect();
+    for (name, bytes) in [("u32", u32s), ("i64", i64s), ("bytes", bytes)] {
+        let message = refusal(&write(&dir, name, &bytes));
+        assert!(message.contains("big-endian") && message.contains("numpy.save"), "{message}");
+    }
+}
+
+#[test]
+fn zeros_that_take_turns_with_a_token_are_u16() {
+    let tokens: Vec<u16> = (0..600).map(|i| if i % 2 == 1 { 7 } else { 0 }).collect();
+    raw_u16(&tokens).unwrap();
 }
 
 #[test]
@@ -398,6 +442,17 @@ fn files_of_other_kinds_are_named_with_the_remedy() {
         .encode_utf16()
         .flat_map(u16::to_be_bytes)
         .collect();
+    let utf_32 = |bytes: fn(u32) -> [u8; 4]| -> Vec<u8> {
+        "\u{feff}A grey heron stands in the reeds".chars().flat_map(|c| bytes(c.into())).collect()
+    };
+    let mut tiff = b"II*\0\x08\0\0\0\x04\0".to_vec();
+    for tag in 0..4 {
+        tiff.extend([tag, 1, 3, 0, 1, 0, 0, 0, 1, 0, 0, 0]);
+    }
+    let mut windows = vec![0; 0x84];
+    windows[..2].copy_from_slice(b"MZ");
+    windows[0x3c] = 0x80;
+    windows[0x80..].copy_from_slice(b"PE\0\0");
     let latin_1 = b"Die V\xf6gel singen; der Reiher wartet am Fl\xfcsschen.\n".repeat(8);
     let prose = fs::read(token_file("plain-text.txt")).unwrap();
     let json_lines = b"{\"text\": \"A grey heron stands.\"}\n".repeat(3);
@@ -459,6 +514,53 @@ fn files_of_other_kinds_are_named_with_the_remedy() {
         ("jpeg", b"\xff\xd8\xff\xe0\0\x10JFIF\0\x01".to_vec(), ["JPEG", "alone"]),
         ("gif", b"GIF89a\x01\0\x01\0".to_vec(), ["GIF", "alone"]),
         ("lmdb", lmdb, ["LMDB", "alone"]),
+        ("llmc-model", llmc(20240326, 3, 1024, &[0; 64]), ["a model of llm.c", "from its folder"]),
+        ("llmc-eval", llmc(20240522, 1, 10, &[0; 64]), ["HellaSwag", "alone"]),
+        (
+            "dos",
+            [&b"A grey heron stands.\r\n".repeat(9)[..], b"\x1a\n"].concat(),
+            ["text", "prepare"],
+        ),
+        ("utf-32", utf_32(u32::to_le_bytes), ["text in UTF-32", "mxtrain prepare"]),
+        ("utf-32-be", utf_32(u32::to_be_bytes), ["text in UTF-32", "mxtrain prepare"]),
+        ("parquet-cut", b"PAR1\x15\x04\x15\x80\x7d\x15\xf2\x3e".to_vec(), ["Parquet", ""]),
+        ("pickle-cut", b"\x80\x04\x95\xb0\x60\0\0\0\0\0\0]\x94(".to_vec(), ["pickle", ""]),
+        ("pickle-bytes", b"\x80\x03B\x02\0\0\0abq\0.".to_vec(), ["pickle", "numpy.save"]),
+        (
+            "zstd-skip",
+            b"\x50\x2a\x4d\x18\x02\0\0\0ab\x28\xb5\x2f\xfd\x04\0".to_vec(),
+            ["zstd", "zstd -d"],
+        ),
+        ("snappy", b"\xff\x06\0\0sNaPpY\0\0".to_vec(), ["Snappy", "snzip"]),
+        ("flac", b"fLaC\0\0\0\x22\x10\0".to_vec(), ["FLAC", "alone"]),
+        ("ogg", b"OggS\0\x02\0\0".to_vec(), ["Ogg", "alone"]),
+        ("mp3", b"ID3\x04\0\0\0\0\x0f\x76TSSE".to_vec(), ["MP3", "alone"]),
+        (
+            "matroska",
+            b"\x1a\x45\xdf\xa3\xa3\x42\x86\x81\x01\x42\x82\x88matroska".to_vec(),
+            ["Matroska", "alone"],
+        ),
+        (
+            "bmp",
+            b"BM\x1c\0\0\0\0\0\0\0\x36\0\0\0\x28\0\0\0\0\0\0\0\0\0\0\0\0\0".to_vec(),
+            ["BMP", "alone"],
+        ),
+        ("tiff", tiff, ["TIFF", "alone"]),
+        ("office", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0\0".to_vec(), ["office", "text of it"]),
+        (
+            "matlab",
+            b"MATLAB 5.0 MAT-file, Platform: GLNXA64\0\x01IM".to_vec(),
+            ["MATLAB", "loadmat"],
+        ),
+        ("windows", windows, ["Windows", "alone"]),
+        ("ar", b"!<arch>\n".to_vec(), ["an archive (ar)", "unpack"]),
+        // The checksum of the length, by the format.
+        (
+            "tfrecord",
+            b"\x0e\0\0\0\0\0\0\0\xc5\xe5\x69\x3f\x0a\x0c\x0a\x0a\x0a\x04".to_vec(),
+            ["TensorFlow", "numpy.save"],
+        ),
+        ("idx", b"\0\0\x08\x02\0\0\0\x02\0\0\0\x03abcdef".to_vec(), ["IDX", "numpy.save"]),
         ("index", index(1, 8, 2, &[1]), ["Megatron index under another name", "*.idx"]),
     ] {
         let message = refusal(&write(&dir, name, &bytes));

@@ -340,7 +340,8 @@ pub unsafe extern "C" fn mxt_dataset_coverage(
 /// are counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
 ///
 /// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
-/// dataset ends before `first` + `count`).
+/// dataset ends before `first` + `count`), MXT_ERROR_TOKEN_RANGE (a number below 0 or above 32 bits,
+/// which is no token).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_read(
     dataset: *const mxt_dataset,

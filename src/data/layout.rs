@@ -137,25 +137,33 @@ fn guess(path: &Path, bytes: &[u8]) -> Result<TokenType> {
     let parts = || starts.iter().map(|&start| &bytes[start..][..look.min(length - start)]);
 
     let (mut wide, mut words) = (Halves::default(), Halves::default());
+    // Whether all 16-bit words have a low byte of 0, as big-endian bytes do.
+    let mut is_shifted = true;
     for part in parts() {
         for number in part.as_chunks().0 {
             let number = u64::from_le_bytes(*number);
-            let (low, high) = (number as u32, (number >> 32) as u32);
-            // A small negative number marks padding or masking, and is no token, but is an i64.
-            let is_mark = high == u32::MAX && low >= u32::MAX - 0xffff;
-            wide.add(low, if is_mark { 0 } else { high });
+            wide.add(number as u32, (number >> 32) as u32, u32::MAX);
         }
         for number in part.as_chunks().0 {
             let number = u32::from_le_bytes(*number);
-            words.add(number & 0xffff, number >> 16);
+            words.add(number & 0xffff, number >> 16, 0xffff);
+            is_shifted &= number & 0x00ff_00ff == 0;
         }
     }
-    let (is_i64, is_u32) = (
-        if length.is_multiple_of(8) { wide.verdict() } else { Verdict::No },
-        if length.is_multiple_of(4) { words.verdict() } else { Verdict::No },
-    );
-    match (is_i64, is_u32) {
+    let is_shifted = is_shifted && words.low + words.high >= 32;
+    if is_shifted || wide.is_swapped() || words.is_swapped() {
+        return Err(Error::format(
+            path,
+            "expected little-endian tokens, found numbers whose low bytes are 0 (big-endian tokens, \
+             floating-point numbers, or text in UTF-16); save tokens with numpy.save, as \
+             numpy.uint16 or numpy.uint32, text goes through `mxtrain prepare`; if these are tokens all the same, say what they are with the option \
+             token_type (--token-type of mxtrain)",
+        ));
+    }
+    // Of the length nothing is concluded here: a truncated file is told by it later.
+    match (wide.verdict(), words.verdict()) {
         (Verdict::Yes, _) => Ok(TokenType::I64),
+        (Verdict::No, Verdict::Yes) if words.marks > 0 => Ok(TokenType::I32),
         (Verdict::No, Verdict::Yes) => Ok(TokenType::U32),
         (Verdict::No, Verdict::No) => Ok(TokenType::U16),
         _ => Err(Error::format(
@@ -178,6 +186,8 @@ struct Halves {
     low: usize,
     /// Numbers whose low half is above [`HIGH`].
     low_above: usize,
+    /// Small negative numbers.
+    marks: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -190,12 +200,23 @@ enum Verdict {
 }
 
 impl Halves {
-    fn add(&mut self, low: u32, high: u32) {
+    /// Adds a number whose halves go up to `most`.
+    fn add(&mut self, low: u32, high: u32, most: u32) {
         self.count += 1;
+        // A small negative number marks padding or masking, and is no token, but is a signed number.
+        let is_mark = high == most && low >= most - 0xff;
+        self.marks += usize::from(is_mark);
+        let high = if is_mark { 0 } else { high };
         self.high += usize::from(high != 0);
         self.highest = self.highest.max(high);
         self.low += usize::from(low != 0);
         self.low_above += usize::from(low > HIGH);
+    }
+
+    /// Whether the halves that should be the high ones hold everything: see [`Halves::verdict`]. Their
+    /// own high byte then is a token's low one. Without it they are a few tokens that take turns.
+    fn is_swapped(&self) -> bool {
+        self.low == 0 && self.high >= 32 && self.highest > 0xff
     }
 
     /// Whether the numbers are as wide as they were read, or pairs of half the width.

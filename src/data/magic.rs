@@ -6,7 +6,7 @@
 //! 1. A magic counts only with as much around it as makes it one in a billion of random u16 tokens or
 //!    rarer: five fixed bytes or more, or fewer with a check of the structure behind them. Two fixed
 //!    bytes are one token: one in 50,257 of GPT-2's, or a common one.
-//! 2. Text is at least 32 bytes without a single control byte. A token below 2,048, as nearly all of
+//! 2. Text is at least 32 bytes without a control byte, or with one in 128 bytes at most. A token below 2,048, as nearly all of
 //!    a text's most frequent ones are, has a high byte that is a control byte; so has every byte-level
 //!    token. Of random GPT-2 tokens one in four passes, so 16 of them do so once in four billion
 //!    times, and a real file holds many more. Where tokens do look like text, the host says what they
@@ -79,6 +79,20 @@ const MAGICS: &[Magic] = &[
         "data compressed with zstd",
         "unpack it with `zstd -d`",
     ),
+    magic(
+        0,
+        b"",
+        is_zstd_behind_skippable,
+        "data compressed with zstd",
+        "unpack it with `zstd -d`",
+    ),
+    magic(
+        0,
+        b"\xff\x06\0\0sNaPpY",
+        any,
+        "data compressed with Snappy",
+        "unpack it with `snzip -d`",
+    ),
     magic(0, b"\xfd7zXZ\0", any, "data compressed with xz", "unpack it with `xz -d`"),
     magic(0, b"BZh", is_bzip2, "data compressed with bzip2", "unpack it with `bunzip2`"),
     magic(0, &[4, 0x22, 0x4d, 0x18], is_lz4, "data compressed with lz4", "unpack it with `lz4 -d`"),
@@ -106,8 +120,12 @@ const MAGICS: &[Magic] = &[
     magic(0, &[0x80], is_pickle, "a Python pickle", NUMPY),
     magic(8, b"{", is_safetensors, "tensors in safetensors' format", MODEL),
     magic(0, b"GGUF", is_gguf, "a GGUF model", MODEL),
-    magic(0, &[0xd6, 0xd8, 0x34, 1], is_llmc_model, "a model of llm.c", MODEL),
-    magic(0, &[0xd7, 0xd8, 0x34, 1], is_llmc_model, "a debugging state of llm.c", NOT_TOKENS),
+    // llm.c writes a day's date and counts up from it.
+    magic(0, &20240326u32.to_le_bytes(), is_llmc, "a model of llm.c", MODEL),
+    magic(0, &20240327u32.to_le_bytes(), is_llmc, "a debugging state of llm.c", NOT_TOKENS),
+    magic(0, &20240328u32.to_le_bytes(), is_llmc, "a tokenizer of llm.c", NOT_TOKENS),
+    magic(0, &20240522u32.to_le_bytes(), is_llmc, "questions of llm.c (HellaSwag)", NOT_TOKENS),
+    magic(0, &20240527u32.to_le_bytes(), is_llmc, "an optimizer's state of llm.c", NOT_TOKENS),
     magic(
         0,
         b"\x89HDF\r\n\x1a\n",
@@ -146,6 +164,44 @@ const MAGICS: &[Magic] = &[
     magic(8, b"WEBP", is_riff, "a WebP image", NOT_TOKENS),
     magic(8, b"WAVE", is_riff, "sound (WAV)", NOT_TOKENS),
     magic(4, b"ftyp", is_iso_media, "a film, a sound or an image (MP4)", NOT_TOKENS),
+    magic(0, b"fLaC\0\0\0\x22", any, "sound (FLAC)", NOT_TOKENS),
+    magic(0, b"OggS\0\x02", any, "sound (Ogg)", NOT_TOKENS),
+    magic(0, b"ID3", is_id3, "sound (MP3)", NOT_TOKENS),
+    magic(0, b"\x1a\x45\xdf\xa3", is_matroska, "a film or sound (Matroska)", NOT_TOKENS),
+    magic(0, b"BM", is_bmp, "a BMP image", NOT_TOKENS),
+    magic(0, b"II*\0", is_tiff, "a TIFF image", NOT_TOKENS),
+    magic(
+        0,
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+        any,
+        "a document of an office program",
+        "make text of it, then tokens with `mxtrain prepare`",
+    ),
+    magic(
+        0,
+        b"MATLAB 5.0 MAT-file",
+        any,
+        "a file of MATLAB",
+        "read the tokens with scipy.io.loadmat and save them with numpy.save, as numpy.uint16 or \
+         numpy.uint32",
+    ),
+    magic(0, b"MZ", is_windows_program, "a program or library (Windows)", NOT_TOKENS),
+    magic(0, b"!<arch>\n", any, "an archive (ar)", "unpack it"),
+    magic(
+        0,
+        b"",
+        is_tfrecord,
+        "TensorFlow's records",
+        "read the tokens with TensorFlow and save them with numpy.save, as numpy.uint16 or \
+         numpy.uint32",
+    ),
+    magic(
+        0,
+        &[0, 0],
+        is_idx,
+        "an array of MNIST's kind (IDX)",
+        "save the tokens with numpy.save, as numpy.uint16 or numpy.uint32",
+    ),
     magic(16, b"\xde\xc0\xef\xbe\x01\0\0\0", any, "an LMDB database", NOT_TOKENS),
 ];
 
@@ -165,6 +221,8 @@ pub(super) fn known(bytes: &[u8]) -> Option<Kind> {
 const LOOK: usize = 1 << 14;
 /// Shorter files are not told from tokens.
 const LEAST: usize = 32;
+/// Text has at most one control byte in as many bytes.
+const BYTES_A_CONTROL: usize = 128;
 /// Text in an old encoding of one byte a character needs more to be sure of.
 const LEAST_8_BIT: usize = 256;
 
@@ -175,8 +233,13 @@ pub(super) fn text(bytes: &[u8]) -> Option<Kind> {
     if is_utf_16(head) {
         return kind("text in UTF-16");
     }
+    if is_utf_32(head) {
+        return kind("text in UTF-32");
+    }
     let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head);
-    if head.len() < LEAST || head.iter().any(|&b| is_control(b)) {
+    // The end of a file of DOS, a page break with its backspace: a few in a long text are no matter.
+    let controls = head.iter().filter(|&&b| is_control(b)).count();
+    if head.len() < LEAST || controls > head.len() / BYTES_A_CONTROL {
         return None;
     }
     match std::str::from_utf8(head) {
@@ -221,6 +284,21 @@ fn is_utf_16(head: &[u8]) -> bool {
         !c.is_control() || c.is_whitespace()
     });
     is_text && (count >= LEAST_8_BIT || count >= LEAST / 2 && 2 * ascii >= count)
+}
+
+/// A mark of the byte order, and characters behind it.
+fn is_utf_32(head: &[u8]) -> bool {
+    let little = match head {
+        [0xff, 0xfe, 0, 0, ..] => true,
+        [0, 0, 0xfe, 0xff, ..] => false,
+        _ => return false,
+    };
+    let (units, _) = head[4..].as_chunks::<4>();
+    let is_text = |&u: &[u8; 4]| {
+        let code = if little { u32::from_le_bytes(u) } else { u32::from_be_bytes(u) };
+        char::from_u32(code).is_some_and(|c| !c.is_control() || c.is_whitespace())
+    };
+    units.len() >= LEAST / 2 && units.iter().all(is_text)
 }
 
 /// Prose may begin with a bracket too.
@@ -268,6 +346,17 @@ fn is_zstd(b: &[u8]) -> bool {
     byte(b, 4).is_some_and(|descriptor| descriptor & 8 == 0) && b.len() >= 9
 }
 
+/// Frames that are skipped, as parallel programs write them, and an ordinary one.
+fn is_zstd_behind_skippable(b: &[u8]) -> bool {
+    let length = match b {
+        [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => u32_at(b, 4).map(|n| n as usize),
+        _ => None,
+    };
+    length
+        .and_then(|length| b[8..].get(length..))
+        .is_some_and(|rest| rest.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]))
+}
+
 /// A level, and the first six digits of pi or, for an empty file, of its root.
 fn is_bzip2(b: &[u8]) -> bool {
     matches!(byte(b, 3), Some(b'1'..=b'9'))
@@ -311,8 +400,10 @@ fn is_empty_zip(b: &[u8]) -> bool {
     b.len() >= 22 && b[4..20].iter().all(|&c| c == 0)
 }
 
+/// The same at the end, or in a truncated file the header of a page.
 fn is_parquet(b: &[u8]) -> bool {
-    b.len() >= 12 && b.ends_with(b"PAR1")
+    let is_page = matches!(b, [_, _, _, _, 0x15, 0 | 2 | 4 | 6, 0x15, ..]);
+    b.len() >= 12 && (b.ends_with(b"PAR1") || is_page)
 }
 
 fn is_feather(b: &[u8]) -> bool {
@@ -338,21 +429,21 @@ fn is_avro(b: &[u8]) -> bool {
         .any(|word| word == b"avro.schema" || word.starts_with(b"avro.codec"))
 }
 
-/// Protocols from 2 on: a frame that ends with the file's last opcode, or a list, a dictionary or a
-/// global name, as what people save begin.
+/// Protocols from 2 on: a frame of a length below a TiB, or up to the file's last opcode a list, a
+/// dictionary, bytes or a global name, as what people save begin.
 fn is_pickle(b: &[u8]) -> bool {
-    if b.last() != Some(&b'.') {
-        return false;
-    }
+    let is_whole = b.last() == Some(&b'.');
     match b {
-        [_, 4 | 5, 0x95, ..] => {
-            u64_at(b, 3).is_some_and(|frame| frame >= 1 && frame <= b.len() as u64 - 11)
+        // Also of a file that is truncated.
+        [_, 4 | 5, 0x95, _, _, _, _, _, 0, 0, 0, ..] => true,
+        [_, 2 | 3, b']' | b'}', b'q', 0, ..] => is_whole,
+        [_, 3, b'B', ..] => {
+            is_whole && u32_at(b, 3).is_some_and(|n| u64::from(n) + 10 == b.len() as u64)
         }
-        [_, 2 | 3, b']' | b'}', b'q', 0, ..] => true,
         [_, 2 | 3, b'c', name @ ..] => {
             let length =
                 name.iter().take_while(|c| c.is_ascii_alphanumeric() || b"._".contains(c)).count();
-            length >= 4 && name.get(length) == Some(&b'\n')
+            is_whole && length >= 4 && name.get(length) == Some(&b'\n')
         }
         _ => false,
     }
@@ -370,7 +461,7 @@ fn is_gguf(b: &[u8]) -> bool {
     u32_at(b, 4).is_some_and(|version| (1..=99).contains(&version))
 }
 
-fn is_llmc_model(b: &[u8]) -> bool {
+fn is_llmc(b: &[u8]) -> bool {
     u32_at(b, 4).is_some_and(|version| (1..=99).contains(&version)) && b.len() >= 1024
 }
 
@@ -404,4 +495,70 @@ fn is_riff(b: &[u8]) -> bool {
 fn is_iso_media(b: &[u8]) -> bool {
     let is_brand = |brand: &[u8]| brand.iter().all(|&c| c == b' ' || c.is_ascii_graphic());
     b[..3] == [0, 0, 0] && b.get(8..12).is_some_and(is_brand)
+}
+
+/// A known version without the reserved flags, and a length of 7 bits a byte.
+fn is_id3(b: &[u8]) -> bool {
+    matches!(b, [_, _, _, 2..=4, 0, flags, sizes @ ..]
+        if flags & 0x0f == 0 && sizes.len() > 4 && sizes[..4].iter().all(|&n| n < 0x80))
+        && b[10..].iter().take(4).all(|&c| c == 0 || c.is_ascii_alphanumeric())
+}
+
+/// The name of the kind follows within the header.
+fn is_matroska(b: &[u8]) -> bool {
+    b[..b.len().min(64)].windows(4).any(|word| word == b"matr" || word == b"webm")
+}
+
+/// The file's length, two reserved words and the length of a known header.
+fn is_bmp(b: &[u8]) -> bool {
+    u32_at(b, 2) == u32::try_from(b.len()).ok()
+        && u32_at(b, 6) == Some(0)
+        && matches!(u32_at(b, 14), Some(12 | 40 | 108 | 124))
+}
+
+/// The first directory: tags in their order, of known types.
+fn is_tiff(b: &[u8]) -> bool {
+    let at = u32_at(b, 4).unwrap_or(0) as usize;
+    let Some(count) = u16_at(b, at).filter(|&n| at >= 8 && n >= 4) else { return false };
+    (0..usize::from(count)).all(|i| {
+        let entry = at + 2 + 12 * i;
+        u16_at(b, entry + 2).is_some_and(|kind| (1..=13).contains(&kind))
+    })
+}
+
+/// The place of the new header, and its magic.
+fn is_windows_program(b: &[u8]) -> bool {
+    let at = u32_at(b, 0x3c).unwrap_or(0) as usize;
+    at >= 0x40 && b.get(at..).is_some_and(|header| header.starts_with(b"PE\0\0"))
+}
+
+/// The length of the first record, and the checksum of this length.
+fn is_tfrecord(b: &[u8]) -> bool {
+    let (Some(length), Some(sum)) = (u64_at(b, 0), u32_at(b, 8)) else { return false };
+    // CRC-32C, rotated and moved, as the format wants it.
+    let mut crc = u32::MAX;
+    for byte in length.to_le_bytes() {
+        crc ^= u32::from(byte);
+        for _ in 0..8 {
+            crc = (crc >> 1) ^ (0x82f6_3b78 & (crc & 1).wrapping_neg());
+        }
+    }
+    length < 1 << 40 && (!crc).rotate_right(15).wrapping_add(0xa282_ead8) == sum
+}
+
+/// A type, dimensions, and the length that they give.
+fn is_idx(b: &[u8]) -> bool {
+    let [_, _, kind, dimensions @ 1..=8, ..] = *b else { return false };
+    let width = match kind {
+        0x08 | 0x09 => 1,
+        0x0b => 2,
+        0x0c | 0x0d => 4,
+        0x0e => 8,
+        _ => return false,
+    };
+    let header = 4 + 4 * usize::from(dimensions);
+    let Some(sizes) = b.get(4..header) else { return false };
+    let numbers = sizes.as_chunks().0.iter().map(|&size| u64::from(u32::from_be_bytes(size)));
+    let bytes = numbers.fold(width, u64::saturating_mul);
+    bytes.saturating_add(header as u64) == b.len() as u64
 }

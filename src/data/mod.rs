@@ -196,6 +196,7 @@ impl Dataset {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] where the dataset ends before; `tokens` is then unchanged.
+    /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token.
     pub fn read(&self, first: u64, tokens: &mut [u32]) -> Result<()> {
         let (count, total) = (tokens.len(), self.token_count());
         if first.checked_add(count as u64).is_none_or(|end| end > total) {
@@ -213,7 +214,7 @@ impl Dataset {
                 let part;
                 (part, rest) = rest.split_at_mut(here as usize);
                 // No token is out of the range of a vocabulary that is as large as can be.
-                file.copy(skip, usize::MAX, part)?;
+                file.copy(skip, 1 << 32, part)?;
             }
             skip = skip.saturating_sub(file.info.tokens);
         }

@@ -66,7 +66,8 @@ Inputs:
   .gz .zst               any of the first two, compressed
   a folder               all such files below it, in the order of their paths; the rest is counted
   -                      standard input: text, or JSON lines if the first line is one
-A file that is named is read whatever its name; without one of these ends it is text. Text is UTF-8.
+A file that is named is read whatever its name; without one of these ends it is text. Text is UTF-8;
+with bytes, what is not passes as it is.
 
 Documents:
   With gpt2, token 50256 stands between documents, and a <|endoftext|> in a text is that token.

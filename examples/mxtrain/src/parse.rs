@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 
-use clap::error::{ContextKind, ErrorKind};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches};
 
@@ -67,6 +67,12 @@ pub(crate) fn one_line(error: &clap::Error) -> String {
         && let Some(name) = suggested
     {
         line.push_str(&format!("; did you mean '{name}'?"));
+    } else if error.kind() == ErrorKind::UnknownArgument
+        && let Some(ContextValue::String(argument)) = error.get(ContextKind::InvalidArg)
+        && !argument.starts_with('-')
+    {
+        // What a shell makes of a pattern, or of a prompt of several words.
+        line.push_str("; a pattern, or a value with blanks, goes in quotes");
     }
     line
 }
@@ -106,6 +112,10 @@ mod tests {
             (
                 "mxtrain train --steps many",
                 "invalid value 'many' for '--steps <N>': invalid digit found in string",
+            ),
+            (
+                "mxtrain train --train a.bin b.bin",
+                "unexpected argument 'b.bin' found; a pattern, or a value with blanks, goes in quotes",
             ),
             ("mxtrain trian", "unrecognized subcommand 'trian'; did you mean 'train'?"),
             (

@@ -115,12 +115,14 @@ impl Meta {
         let text = fs::read_to_string(&path).map_err(|error| {
             let mut failure = Failure::io("read", &path)(error);
             failure.message.push_str(
-                "; make the folder with `mxtrain prepare`, or name other token files with --train",
+                "; make the folder with `mxtrain prepare`, or name token files themselves (--train \
+                 'FILES' of train, --data 'FILES' of eval)",
             );
             failure
         })?;
-        let meta: Self = serde_json::from_str(&text)
-            .map_err(|e| Failure::usage(format!("{}: {e}", path.display())))?;
+        let meta: Self = serde_json::from_str(&text).map_err(|e| {
+            Failure::usage(format!("{}: {e}; prepare the data again", path.display()))
+        })?;
         if meta.version != VERSION {
             return Err(Failure::usage(format!(
                 "{}: expected version {VERSION}, got {}; prepare the data again",

@@ -38,6 +38,9 @@ pub(crate) struct RunFile {
     /// Those among them whose values are not UTF-8, encoded.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     encoded: BTreeMap<String, String>,
+    /// Tokens of the training data, by which a resumed run knows whether they are still the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) train_tokens: Option<u64>,
     /// Files of `hugging_face` in the folder that this program put there, with their checksums.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) files: BTreeMap<String, String>,
@@ -56,7 +59,14 @@ impl RunFile {
                 }
             }
         }
-        Self { version: VERSION, tokenizer, options: plain, encoded, files: BTreeMap::new() }
+        Self {
+            version: VERSION,
+            tokenizer,
+            options: plain,
+            encoded,
+            train_tokens: None,
+            files: BTreeMap::new(),
+        }
     }
 
     /// Reads the file of a checkpoint folder; `None` where another program made the checkpoint.

@@ -341,7 +341,7 @@ fn parquet_tables_of_other_programs() {
 
     let line = format!("prepare {TEXTS}/parquet/snappy.parquet --out data");
     let error = refuse(dir, &format!("{line} --text-field body"));
-    let names = r#"found "id", "text", "tags.list.element"; name another with --text-field"#;
+    let names = r#"found "id", "text", "tags"; name another with --text-field"#;
     assert!(error.contains(names), "{error}");
     let error = refuse(dir, &format!("{line} --text-field id"));
     assert!(error.contains("expected strings in column \"id\", found INT64"), "{error}");
@@ -394,6 +394,14 @@ fn what_is_no_text_is_named_with_its_remedy() {
     write("a.txt.xz", b"\xfd7zXZ\0\0\0");
     write("rows.jsonl", b"{\"text\": \"a\"}\n{\"body\": \"b\"}\n");
     write("rows.json", b"{\"body\": \"b\"}\n");
+    write("array.json", b"[{\"text\": \"a\"},\n {\"text\": \"b\"}");
+    write("half.jsonl", b"{\"text\": \"\\ud83d\"}\n");
+    write("twice.txt.zst", &zstd::encode_all(&packed[..], 1).unwrap());
+    let tar = [&[b'a'; 257][..], b"ustar\0", &[0; 249]].concat();
+    write("tar.txt.zst", &zstd::encode_all(&tar[..], 1).unwrap());
+    // A frame that names dictionary 7, and a block that is not packed.
+    write("dictionary.txt.zst", b"\x28\xb5\x2f\xfd\x21\x07\x04\x21\0\0text");
+    write("empty.parquet", b"");
     for (name, expected) in [
         ("binary.txt", "expected text, found a program; give its text as a UTF-8 file"),
         ("nul.txt", "found binary data (NUL bytes)"),
@@ -424,15 +432,34 @@ fn what_is_no_text_is_named_with_its_remedy() {
             "rows.jsonl:2: expected the field \"text\" with a document, found body; name another with --text-field",
         ),
         ("rows.json", "rows.json:1: expected the field \"text\""),
+        ("array.json", "array.json:2: expected ] at the end of the array"),
+        ("half.jsonl", "half of a surrogate pair"),
+        (
+            "twice.txt.zst",
+            "found data compressed with zstd within its zstd data; unpack it with `zstd -dc twice.txt.zst`",
+        ),
+        ("tar.txt.zst", "found a tar archive, compressed; unpack it with `tar -xf`"),
+        ("dictionary.txt.zst", "was made with a dictionary, which is not in it; unpack it with"),
+        ("empty.parquet", "found an empty file; fetch or make it again"),
         ("- -", "standard input (-) can be read only once"),
     ] {
         let error = refuse(dir, &format!("prepare {name} --out data"));
         assert!(error.contains(expected), "{name}: {error}");
     }
+    write("empty.txt", b"");
+    let error = refuse(dir, "prepare latin1.txt empty.txt --val-last --out data");
+    assert!(error.contains("the last input holds no text for validation"), "{error}");
     // A mark of byte order before UTF-8 is no text.
     write("utf8.txt", b"\xef\xbb\xbftext\n");
     succeed(dir, "prepare utf8.txt --out data --val-fraction 0");
     assert_eq!(text(&dir.join("data/train.bin")), "text\n");
+    // Nor does it hide JSON lines on standard input.
+    write("rows.jsonl", b"\xef\xbb\xbf{\"text\": \"a\"}\n{\"text\": \"b\"}\n");
+    let mut command = mxtrain();
+    command.args(["prepare", "-", "--out", "data", "--val-fraction", "0"]);
+    command.stdin(File::open(dir.join("rows.jsonl")).unwrap());
+    assert!(start(dir, &mut command).wait_with_output().unwrap().status.success());
+    assert_eq!(text(&dir.join("data/train.bin")), "ab");
 }
 
 #[test]

@@ -229,3 +229,22 @@ fn a_token_far_inside_large_data_ends_the_run_with_everything_saved() {
     let step = &info(dir, "m")["training"]["step"];
     assert!(last.ends_with(&format!("; m holds step {step}")), "{last}");
 }
+
+#[test]
+fn a_resumed_run_finds_its_pattern_and_says_that_its_tokens_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("run [1]*");
+    fs::create_dir(&folder).unwrap();
+    let tokens = || (0..2000).map(|i| i % 100);
+    fs::write(folder.join("a.bin"), raw(tokens())).unwrap();
+    let line =
+        format!("train --train *.bin --vocab-size 100 --steps 1 --context 32 --out m {TINY}");
+    succeed(&folder, &line);
+    let out = succeed(&folder, "train --resume m --steps 2 --threads 1 --device cpu");
+    assert!(!out.contains("the run was saved with"), "{out}");
+    fs::write(folder.join("b.bin"), raw(tokens())).unwrap();
+    let out = succeed(&folder, "train --resume m --steps 3 --threads 1 --device cpu");
+    assert!(out.contains("data        the run was saved with 2,000 training tokens"), "{out}");
+    let out = succeed(&folder, "train --resume m --steps 4 --threads 1 --device cpu");
+    assert!(!out.contains("the run was saved with"), "{out}");
+}

@@ -63,7 +63,7 @@ impl Content {
         if let Some((packing, what)) = promised
             && Packing::of(&head) != Some(packing)
         {
-            let kind = kind_of(&head).map_or("something else", |(kind, _)| kind);
+            let kind = kind_of(&head).map_or_else(|| something(&head), |(kind, _)| kind);
             return Err(Failure::usage(format!(
                 "{}: expected data of {what} as its name says, found {kind}; rename the file, or \
                  fetch it again",
@@ -82,17 +82,19 @@ impl Content {
                 Box::new(decoder.map_err(Failure::io("read", &name))?)
             }
         };
-        let head = read_head(&mut rest).map_err(|e| damaged(&name, compression, e))?;
+        let mut head = read_head(&mut rest).map_err(|e| damaged(&name, compression, e))?;
+        let mark = if head.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
+        head.drain(..mark);
         let format = input.format.unwrap_or_else(|| match json::begins_rows(&head, text_field) {
             true => Format::Json,
             false => Format::Text,
         });
-        let mut content = Self {
+        let content = Self {
             name,
             format,
             // Text shrinks to a third or so.
             expected: input.length.map(|length| match compression {
-                Compression::None => length,
+                Compression::None => length.saturating_sub(mark as u64),
                 _ => length.saturating_mul(3),
             }),
             head,
@@ -133,22 +135,30 @@ impl Content {
         self.position.load(Ordering::Relaxed)
     }
 
-    /// Refuses what is no text, and takes UTF-8's byte order mark away.
-    fn check(&mut self) -> Outcome {
-        if let Some((kind, remedy)) = kind_of(&self.head) {
-            let name = self.name.display().to_string();
-            let remedy = remedy.replace("FILE", &name);
-            let text = match self.format {
-                Format::Json => "JSON",
-                _ => "text",
-            };
-            return Err(Failure::usage(format!("{name}: expected {text}, found {kind}; {remedy}")));
-        }
-        if self.head.starts_with(b"\xef\xbb\xbf") {
-            self.head.drain(..3);
-            self.expected = self.expected.map(|expected| expected.saturating_sub(3));
-        }
-        Ok(())
+    /// Refuses what is no text.
+    fn check(&self) -> Outcome {
+        let Some((kind, remedy)) = kind_of(&self.head) else { return Ok(()) };
+        let name = self.name.display().to_string();
+        // A pipe has no name that a command could take, and what is in it may be unpacked there.
+        let file = if self.length.is_some() { &name } else { "FILE" };
+        let (kind, remedy) = match self.compression {
+            Compression::None => (kind.to_owned(), remedy.replace("FILE", file)),
+            // tar takes it as it is.
+            _ if kind.contains("tar archive") => (format!("{kind}, compressed"), remedy.to_owned()),
+            Compression::Gzip => (
+                format!("{kind} within its gzip data"),
+                format!("unpack it with `gzip -dc {file}` and give what comes out"),
+            ),
+            Compression::Zstd => (
+                format!("{kind} within its zstd data"),
+                format!("unpack it with `zstd -dc {file}` and give what comes out"),
+            ),
+        };
+        let text = match self.format {
+            Format::Json => "JSON",
+            _ => "text",
+        };
+        Err(Failure::usage(format!("{name}: expected {text}, found {kind}; {remedy}")))
     }
 }
 
@@ -159,9 +169,17 @@ pub(super) fn check_parquet(mut file: &File, path: &Path) -> Outcome {
         return Ok(());
     }
     let name = path.display().to_string();
-    let (kind, remedy) = kind_of(&head).unwrap_or(("something else", "rename it if it is text"));
+    let (kind, remedy) = kind_of(&head).unwrap_or_else(|| match head.is_empty() {
+        true => (something(&head), "fetch or make it again"),
+        false => (something(&head), "rename it if it is text"),
+    });
     let remedy = remedy.replace("FILE", &name);
     Err(Failure::usage(format!("{name}: expected a Parquet file, found {kind}; {remedy}")))
+}
+
+/// What a file holds that is of no known kind.
+fn something(head: &[u8]) -> &'static str {
+    if head.is_empty() { "an empty file" } else { "something else" }
 }
 
 /// The beginning of a stream.
@@ -178,6 +196,14 @@ fn damaged(name: &Path, compression: Compression, error: io::Error) -> Failure {
         Compression::Gzip => "gzip",
         Compression::Zstd => "zstd",
     };
+    // An archive may name a dictionary that is not in it.
+    if error.to_string().contains("ictionary") {
+        return Failure::usage(format!(
+            "{}: its zstd data was made with a dictionary, which is not in it; unpack it with \
+             `zstd -d -D DICTIONARY`",
+            name.display()
+        ));
+    }
     use io::ErrorKind as K;
     let what = match error.kind() {
         K::UnexpectedEof => "cut off",
@@ -270,7 +296,7 @@ fn kind_of(head: &[u8]) -> Option<(&'static str, &'static str)> {
         return Some((kind, remedy));
     }
     if head.get(257..262) == Some(b"ustar") {
-        return Some(("a tar archive", "unpack it and give the folder"));
+        return Some(("a tar archive", "unpack it with `tar -xf` and give the folder"));
     }
     if !head.contains(&0) {
         return None;

@@ -106,6 +106,14 @@ impl Inputs {
                 continue;
             }
             let metadata = fs::metadata(path).map_err(Failure::io("read", path))?;
+            if out == Some(identity(&metadata)) {
+                return Err(Failure::usage(format!(
+                    "{}: the folder is that of --out too, which is not read; name another with --out, \
+                     such as {}",
+                    path.display(),
+                    path.join("prepared").display()
+                )));
+            }
             let found = match metadata.is_dir() {
                 true => inputs.walk(path, out)?,
                 false => vec![(path.clone(), metadata)],
@@ -163,6 +171,13 @@ impl Inputs {
                 Err(error) if error.loop_ancestor().is_some() => continue,
                 Err(error) => {
                     let path = error.path().unwrap_or(dir).to_owned();
+                    let kind = Kind::of(&path);
+                    // A link to nothing is missed where its name promises text.
+                    if path.is_symlink() && !matches!(kind, Kind::Text { by_name: true, .. }) {
+                        others += 1;
+                        passed.push((path.extension().map(OsStr::to_owned), kind));
+                        continue;
+                    }
                     let error = error.into_io_error().expect("it is no loop");
                     return Err(Failure::io("read", &path)(error));
                 }
@@ -382,6 +397,7 @@ mod tests {
             fs::write(dir.join(name), name).unwrap();
         }
         std::os::unix::fs::symlink("..", dir.join("in/a/loop")).unwrap();
+        std::os::unix::fs::symlink("nowhere", dir.join("in/a/dangling.png")).unwrap();
         let inputs = Inputs::find(&[dir.join("in")], None, false, &dir.join("in/out")).unwrap();
         assert_eq!(
             names(&inputs, dir),
@@ -391,9 +407,19 @@ mod tests {
         assert_eq!(gz.format, Some(Format::Json));
         assert_eq!(gz.compression, Some(Compression::Gzip));
         let words = inputs.skipped.in_words().unwrap();
-        assert!(words.contains("3 files that are no text by name (2 .png, 1 without"), "{words}");
+        assert!(words.contains("4 files that are no text by name (3 .png, 1 without"), "{words}");
         assert!(words.contains("1 file in a compression that is not read"), "{words}");
         assert!(words.contains("1 hidden entry; 2 prepared folders"), "{words}");
+    }
+
+    #[test]
+    fn the_folder_of_the_output_is_no_input() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("a.txt"), "text").unwrap();
+        let input = [dir.path().to_owned()];
+        let failure = Inputs::find(&input, None, false, dir.path()).unwrap_err();
+        assert!(failure.message.contains("is that of --out too"), "{}", failure.message);
+        assert_eq!(Inputs::find(&input, None, false, &input[0].join("out")).unwrap().list.len(), 1);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::fmt;
 use std::ops::Range;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
+use serde_json::error::Category;
 
 use super::content::Content;
 use crate::failure::{Failure, Outcome};
@@ -46,6 +47,8 @@ pub(super) struct RowReader {
     chunk: usize,
     max_row: usize,
     at_end: bool,
+    /// Whether an array's closing bracket is what came last.
+    is_closed: bool,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -62,7 +65,16 @@ impl RowReader {
     /// Reads groups of about `chunk` bytes.
     pub(super) fn new(mut content: Content, chunk: usize) -> Self {
         let pending = std::mem::take(&mut content.head);
-        Self { content, pending, line: 1, layout: None, chunk, max_row: MAX_ROW, at_end: false }
+        Self {
+            content,
+            pending,
+            line: 1,
+            layout: None,
+            chunk,
+            max_row: MAX_ROW,
+            at_end: false,
+            is_closed: false,
+        }
     }
 
     /// Bytes of the file that have been read.
@@ -111,6 +123,13 @@ impl RowReader {
             let bytes = std::mem::replace(&mut self.pending, rest);
             self.line += memchr::memchr_iter(b'\n', &bytes).count() as u64;
             if rows.is_empty() {
+                if self.at_end && layout == Layout::Array && !self.is_closed {
+                    return Err(Failure::usage(format!(
+                        "{}: expected ] at the end of the array, found the end of the file, which \
+                         is cut off or damaged",
+                        self.place(self.line)
+                    )));
+                }
                 if self.at_end {
                     return Ok(None);
                 }
@@ -161,15 +180,17 @@ impl RowReader {
     }
 
     /// Whole objects wherever their lines end, and the bytes that they take.
-    fn objects(&self, array: bool) -> Outcome<(Vec<Row>, usize)> {
+    fn objects(&mut self, array: bool) -> Outcome<(Vec<Row>, usize)> {
         let mut rows = Vec::new();
         let (mut line, mut used, mut at) = (self.line, 0, 0);
+        let mut is_closed = self.is_closed;
         let bytes = &self.pending;
         while let Some(&byte) = bytes.get(at) {
             match byte {
                 b'\n' => line += 1,
                 b' ' | b'\t' | b'\r' => {}
-                b',' | b']' if array => {}
+                b',' if array => is_closed = false,
+                b']' if array => is_closed = true,
                 b'{' => {
                     let Some(length) = object_length(&bytes[at..]) else {
                         if self.at_end {
@@ -181,6 +202,7 @@ impl RowReader {
                         }
                         break;
                     };
+                    is_closed = false;
                     rows.push(Row { bytes: at..at + length, line });
                     line += memchr::memchr_iter(b'\n', &bytes[at..at + length]).count() as u64;
                     at += length;
@@ -198,6 +220,7 @@ impl RowReader {
             at += 1;
             used = at;
         }
+        self.is_closed = is_closed;
         Ok((rows, used))
     }
 
@@ -253,11 +276,28 @@ impl Rows {
                 let message = error.to_string();
                 // serde_json counts lines in this object alone.
                 let message = message.split(" at line ").next().unwrap_or_default();
-                Failure::usage(format!("{}:{line}: {message}", file.display()))
+                let remedy = remedy(&error, message);
+                Failure::usage(format!("{}:{line}: {message}{remedy}", file.display()))
             })?;
             give(text.as_deref())?;
         }
         Ok(())
+    }
+}
+
+/// What to say behind a parser's message about JSON that is none.
+fn remedy(error: &serde_json::Error, message: &str) -> &'static str {
+    match error.classify() {
+        Category::Eof => "; the object is cut off",
+        Category::Syntax if message.contains("hex escape") => {
+            "; a character of two \\u escapes lacks one of them (half of a surrogate pair), correct \
+             it or leave the line out"
+        }
+        Category::Syntax if message.contains("unicode code point") => {
+            "; JSON is UTF-8, convert the file with iconv"
+        }
+        Category::Syntax => "; expected JSON objects, one a line or in an array",
+        Category::Data | Category::Io => "",
     }
 }
 
@@ -413,7 +453,10 @@ mod tests {
                 "{\"text\": \"a\"}\n\n{\"text\": 5}\n",
                 "in.json:3: invalid type: integer `5`, expected a string",
             ),
-            ("{\"text\": \"a\"}\n{\"text\": \"b\n", "in.json:2: EOF while parsing a string"),
+            (
+                "{\"text\": \"a\"}\n{\"text\": \"b\n",
+                "in.json:2: EOF while parsing a string; the object",
+            ),
             ("{\"text\": \"a\"} x\n", "in.json:1: trailing characters"),
             ("\"text\"\n", "in.json:1: invalid type: string \"text\", expected a JSON object"),
             ("[\n{\"text\": \"a\"},\n7]", "in.json:3: expected a JSON object, found '7'"),
@@ -422,7 +465,14 @@ mod tests {
                 "in.json:2: expected a JSON object, found one that does not end",
             ),
             ("{\n \"text\": \"a\",\n \"b\": x\n}", "in.json:3: expected value"),
-            ("no json\n", "in.json:1: expected ident"),
+            ("no json\n", "in.json:1: expected ident; expected JSON objects, one a line"),
+            ("[{\"text\": \"a\"},\n{\"text\": \"b\"}\n", "in.json:3: expected ] at the end"),
+            ("[\n{\"text\": \"a\"},", "in.json:2: expected ] at the end"),
+            ("[", "in.json:1: expected ] at the end"),
+            (
+                "{\"text\": \"\\ud83d b\"}\n",
+                "in.json:1: unexpected end of hex escape; a character of",
+            ),
         ] {
             for chunk in [7, 1 << 20] {
                 let message = texts(json, chunk).unwrap_err().message;

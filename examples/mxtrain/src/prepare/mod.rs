@@ -76,6 +76,10 @@ pub(crate) fn run(args: &PrepareArgs) -> Outcome<ExitCode> {
         ));
     }
 
+    if args.val_last && sets.val.tokens() == 0 {
+        return Err(Failure::usage("--val-last: the last input holds no text for validation"));
+    }
+
     let (bytes, documents) = (sets.bytes(), sets.documents());
     let mut meta = Meta::new(args.tokenizer, sets.sources);
     meta.documents = Some(documents);
@@ -164,9 +168,13 @@ fn short_validation(meta: &Meta) -> Option<String> {
         wanted if wanted <= 0.5 => format!("prepare it with --val-fraction {wanted}"),
         _ => "give more text".to_owned(),
     };
+    let shorter = match val {
+        1 | 2 => String::new(),
+        _ => format!(", or train with a --context below {val}"),
+    };
     Some(format!(
         "{VAL_FILE} has {} tokens: shorter than a window of {} tokens and the one behind it; \
-         {remedy}, or train with a --context below {val}",
+         {remedy}{shorter}",
         HumanCount(val),
         HumanCount(USUAL_WINDOW),
     ))

@@ -106,8 +106,10 @@ pub(super) fn read(
 fn column(schema: &SchemaDescriptor, field: &str) -> Result<usize, String> {
     let columns = schema.columns();
     let Some(place) = columns.iter().position(|column| column.path().parts()[0] == field) else {
-        let names: Vec<String> =
-            columns.iter().map(|c| format!("{:?}", c.path().string())).collect();
+        // Columns within a column cannot be named, so only the outer one is.
+        let mut names: Vec<String> =
+            columns.iter().map(|c| format!("{:?}", c.path().parts()[0])).collect();
+        names.dedup();
         return Err(format!(
             "expected a column {field:?} with documents, found {}; name another with --text-field",
             names.join(", ")
@@ -119,9 +121,13 @@ fn column(schema: &SchemaDescriptor, field: &str) -> Result<usize, String> {
         || found.path().parts().len() > 1
     {
         return Err(format!(
-            "expected strings in column {field:?}, found {}{}; name another with --text-field",
-            if found.max_rep_level() > 0 { "lists of " } else { "" },
-            found.physical_type(),
+            "expected strings in column {field:?}, found {}; name another with --text-field, or \
+             write its texts to a column of their own",
+            match found.path().parts().len() {
+                _ if found.max_rep_level() > 0 => format!("lists of {}", found.physical_type()),
+                1 => found.physical_type().to_string(),
+                _ => "records of several columns".to_owned(),
+            },
         ));
     }
     Ok(place)

@@ -64,6 +64,9 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
     let mut failures = Failures::default();
     let place = format!("checkpoint  {}\n", out.display());
     let mut about = header(&start, &data, steps, &about) + &place + &plan::table(&plan);
+    if let Some(line) = setup::other_tokens(args, &data)? {
+        about.push_str(&format!("data        {line}\n"));
+    }
     if let Start::Resumed(trainer) = &start
         && let Some(line) = setup::rates_ahead(trainer, steps)
     {

@@ -1,7 +1,9 @@
 //! From options to a trainer and its data, with every check before anything is allocated or written.
 
 use std::collections::BTreeMap;
+use std::env;
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use indicatif::HumanCount;
@@ -424,8 +426,8 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     // Absolute, so that the run can be resumed from any folder.
     let path = |path: &Path| std::path::absolute(path).ok().map(PathBuf::into_os_string);
     keep("data", args.data.data.as_deref().and_then(path));
-    keep("train", args.data.train.as_deref().and_then(|glob| path(Path::new(glob))));
-    keep("val", args.data.val.as_deref().and_then(|glob| path(Path::new(glob))));
+    keep("train", args.data.train.as_deref().and_then(absolute_pattern));
+    keep("val", args.data.val.as_deref().and_then(absolute_pattern));
     keep("token-type", args.data.tokens.token_type.0.map(text));
     keep("vocab-size", args.data.vocab_size.map(text));
     keep("tokenizer", args.data.tokenizer.map(text));
@@ -434,7 +436,40 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     keep("save-fallback", args.start.save_fallback.as_deref().and_then(path));
     keep("sample-prompt", Some(text(&args.report.sample_prompt)));
     keep("log", args.report.log.as_deref().and_then(path));
-    RunFile::new(data.tokenizer, options)
+    let mut file = RunFile::new(data.tokenizer, options);
+    file.train_tokens = Some(data.train.token_count());
+    file
+}
+
+/// A file or pattern as it is named from any folder.
+fn absolute_pattern(pattern: &OsStr) -> Option<OsString> {
+    let path = Path::new(pattern);
+    if path.is_absolute() || path.exists() || !pattern.as_bytes().iter().any(|b| b"*?[".contains(b))
+    {
+        return std::path::absolute(path).ok().map(PathBuf::into_os_string);
+    }
+    // What is a name in the folder's path must not become a pattern.
+    let mut found = Vec::new();
+    for &byte in env::current_dir().ok()?.as_os_str().as_bytes() {
+        match byte {
+            b'*' | b'?' | b'[' => found.extend([b'[', byte, b']']),
+            _ => found.push(byte),
+        }
+    }
+    Some(PathBuf::from(OsString::from_vec(found)).join(path).into_os_string())
+}
+
+/// What a resumed run should say of training data that are not those it was saved with.
+pub(crate) fn other_tokens(args: &TrainArgs, data: &Data) -> Outcome<Option<String>> {
+    let Some(dir) = &args.start.resume else { return Ok(None) };
+    let before = RunFile::read(dir)?.and_then(|file| file.train_tokens);
+    let now = data.train.token_count();
+    Ok(before.filter(|&before| before != now).map(|before| {
+        format!(
+            "the run was saved with {} training tokens: from here on it sees others than it would have",
+            HumanCount(before)
+        )
+    }))
 }
 
 /// The shape of a loaded model cannot change; an option that agrees with it does no harm.
