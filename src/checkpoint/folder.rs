@@ -401,6 +401,11 @@ fn foreign(dir: &Path, owned: &[&str]) -> Result<Vec<DirEntry>> {
 }
 
 fn check_replaceable(target: &Path, owned: &[&str], mark: &str) -> Result<()> {
+    // Only files are replaced: a folder would stay, with what is in it, where nobody looks for it.
+    let is_folder = |path: &PathBuf| path.symlink_metadata().is_ok_and(|m| m.is_dir());
+    if let Some(folder) = owned.iter().map(|name| target.join(name)).find(is_folder) {
+        return Err(Error::format(&folder, "expected a file or nothing, found a folder; move it"));
+    }
     let foreign = foreign(target, owned)?;
     let stranger = foreign.iter().map(DirEntry::file_name).find(|n| n != LOCK && n != OF_VOLUME);
     match stranger {
