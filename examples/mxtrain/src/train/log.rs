@@ -1,7 +1,7 @@
 //! The log of a run: one JSON object a line, for every step and every evaluation.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,7 @@ impl Log {
         let mut options = File::options();
         open(path, options.create(true).write(true).append(append).truncate(!append))
             .map_err(Failure::io("open", path))?;
-        Ok(Self { path: path.to_owned(), is_torn: false })
+        Ok(Self { path: path.to_owned(), is_torn: append && is_torn(path) })
     }
 
     /// Adds a step.
@@ -64,6 +64,20 @@ impl Log {
         self.is_torn = written.is_err();
         written.map_err(Failure::io("write", &self.path))
     }
+}
+
+/// Whether the log does not end with a whole line: the run before met a full disk, or died.
+fn is_torn(path: &Path) -> bool {
+    let last = || -> io::Result<[u8; 1]> {
+        let mut file = open(path, File::options().read(true))?;
+        let mut last = [b'\n'];
+        if file.metadata()?.is_file() && file.seek(SeekFrom::End(0))? > 0 {
+            file.seek(SeekFrom::End(-1))?;
+            file.read_exact(&mut last)?;
+        }
+        Ok(last)
+    };
+    last().is_ok_and(|last| last != [b'\n'])
 }
 
 /// Opens the log without waiting for the reader of a pipe, who may have gone away.
@@ -99,6 +113,19 @@ mod tests {
         );
         Log::open(&path, false).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn a_resumed_log_goes_on_after_half_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.jsonl");
+        fs::write(&path, "{}\n{\"ty").unwrap();
+        let eval = EvalStats { loss: 1.0, tokens: 8, seconds: 0.25 };
+        Log::open(&path, true).unwrap().eval(1, &eval).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("{}\n{\"ty\n{\"type\":\"eval\""), "{text}");
+        Log::open(&path, true).unwrap().eval(2, &eval).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 4);
     }
 
     #[test]
