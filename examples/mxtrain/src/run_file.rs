@@ -15,6 +15,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use mxfp4train::Model;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
@@ -63,7 +64,7 @@ impl RunFile {
 
     /// Reads the file of a checkpoint folder; `None` where another program made the checkpoint.
     pub(crate) fn read(checkpoint: &Path) -> Outcome<Option<Self>> {
-        let path = checkpoint.join(FILE);
+        let path = Model::folder_of(checkpoint).join(FILE);
         let text = match read_file(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -154,6 +155,16 @@ mod tests {
         let failure = RunFile::read(dir.path()).unwrap_err();
         assert!(failure.message.contains("mxtrain.json: EOF"), "{}", failure.message);
         assert_eq!(failure.code, 2);
+    }
+
+    #[test]
+    fn it_is_found_where_a_killed_save_has_left_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = dir.path().join(".run.mxt-old");
+        fs::create_dir(&left).unwrap();
+        let file = RunFile::new(None, BTreeMap::new());
+        file.write(&left).unwrap();
+        assert_eq!(RunFile::read(&dir.path().join("run")).unwrap(), Some(file));
     }
 
     #[test]

@@ -160,6 +160,72 @@ fn a_signal_does_not_wait_for_the_rest_of_an_evaluation_a_sample_or_a_step() {
 }
 
 /// nohup starts programs with the signal ignored.
+/// The reader of its output has stopped reading (a pager, a stopped terminal).
+#[test]
+fn a_signal_does_not_wait_for_a_reader() {
+    use std::io::Write;
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!(
+        "train --data data --out model --log log.jsonl --steps 100000 --eval-every 1 \
+         --eval-batches 1 {TINY}"
+    );
+    for both in [false, true] {
+        let _ = fs::remove_dir_all(dir.join("model"));
+        let _ = fs::remove_file(dir.join("log.jsonl"));
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut full = writer.try_clone().unwrap();
+        let mut command = mxtrain();
+        command.current_dir(dir).args(line.split_whitespace());
+        if both {
+            command.stderr(writer.try_clone().unwrap());
+        } else {
+            command.stderr(Stdio::null());
+        }
+        let mut child = command.stdout(writer).spawn().unwrap();
+        wait_for(|| steps(dir) > 0);
+        rustix::io::ioctl_fionbio(&full, true).unwrap();
+        while full.write(&[b'x'; 512]).is_ok() {}
+        rustix::io::ioctl_fionbio(&full, false).unwrap();
+        sleep(Duration::from_millis(100));
+        let began = Instant::now();
+        signal(&child, Signal::TERM);
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+        assert_eq!(saved(dir, "model"), steps(dir));
+        drop(reader);
+    }
+}
+
+/// As it is after a kill on a file system that cannot exchange folders.
+#[test]
+fn a_checkpoint_that_was_renamed_away_is_resumed() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("train --data data --out model --steps 4 {TINY}");
+    succeed(dir, &line);
+    let rename_away = || fs::rename(dir.join("model"), dir.join(".model.mxt-old")).unwrap();
+    rename_away();
+    assert!(refuse(dir, &line).contains("already holds a checkpoint"));
+    succeed(dir, "generate --checkpoint model --prompt x --tokens 1");
+    succeed(dir, "train --resume model --steps 6");
+    assert_eq!(saved(dir, "model"), 6);
+    assert!(!dir.join(".model.mxt-old").exists());
+    assert!(refuse(dir, "train --resume nowhere").contains("nowhere: no such folder"));
+    assert!(refuse(dir, "train --resume data").contains("data: no checkpoint in it"));
+}
+
+#[test]
+fn a_log_that_cannot_be_is_refused_without_a_trace() {
+    let dir = folder();
+    let dir = dir.path();
+    for log in ["data", "text.txt/log.jsonl"] {
+        let line = format!("train --data data --out model --log {log} --steps 4 {TINY}");
+        assert!(refuse(dir, &line).contains("cannot open"));
+        assert!(!dir.join("model").exists());
+    }
+}
+
 #[test]
 fn a_hangup_that_is_ignored_stays_ignored() {
     let dir = folder();

@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use mxfp4train::{EvalStats, StepStats};
-use rustix::fs::OFlags;
+use rustix::fs::{Access, AtFlags, CWD, OFlags};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome};
@@ -41,6 +41,29 @@ impl Log {
         Ok(Self { path: path.to_owned(), is_torn: append && is_torn(path) })
     }
 
+    /// Finds out whether a log can be opened, without a trace of it. A run that cannot have its log
+    /// should not find out when it has already saved; and in the checkpoint folder the log may only
+    /// come after the first save.
+    pub(crate) fn check(path: &Path) -> Outcome {
+        let failure = |e: io::Error| Failure::io("open", path)(e);
+        match path.metadata() {
+            Ok(metadata) if metadata.is_dir() => Err(failure(io::ErrorKind::IsADirectory.into())),
+            Ok(_) => may_write(path).map_err(failure),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let folder = path.ancestors().skip(1).find(|folder| folder.exists());
+                match folder {
+                    Some(folder) if !folder.is_dir() => {
+                        Err(failure(io::ErrorKind::NotADirectory.into()))
+                    }
+                    Some(folder) => may_write(folder).map_err(failure),
+                    // The current folder.
+                    None => may_write(Path::new(".")).map_err(failure),
+                }
+            }
+            Err(e) => Err(failure(e)),
+        }
+    }
+
     /// Adds a step.
     pub(crate) fn step(&mut self, s: &StepStats) -> Outcome {
         let &StepStats { step, loss, grad_norm, lr, tokens, seconds, .. } = s;
@@ -64,6 +87,11 @@ impl Log {
         self.is_torn = written.is_err();
         written.map_err(Failure::io("write", &self.path))
     }
+}
+
+/// Whether the process may write to a file or into a folder.
+fn may_write(path: &Path) -> io::Result<()> {
+    Ok(rustix::fs::accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS)?)
 }
 
 /// Whether the log does not end with a whole line: the run before met a full disk, or died.
@@ -126,6 +154,19 @@ mod tests {
         assert!(text.starts_with("{}\n{\"ty\n{\"type\":\"eval\""), "{text}");
         Log::open(&path, true).unwrap().eval(2, &eval).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 4);
+    }
+
+    #[test]
+    fn what_cannot_be_a_log_is_known_before_the_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let check = |name: &str| Log::check(&dir.path().join(name)).map_err(|f| f.message);
+        assert_eq!(check("a/b/run.jsonl"), Ok(()));
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert_eq!(check("file"), Ok(()));
+        assert!(check("file/run.jsonl").unwrap_err().contains("cannot open"));
+        fs::create_dir(dir.path().join("folder")).unwrap();
+        assert!(check("folder").unwrap_err().contains("directory"));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]
