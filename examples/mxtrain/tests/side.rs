@@ -448,6 +448,8 @@ fn the_current_folder_and_one_with_folders_in_it_can_be_saved_to() {
         "model.safetensors",
         "mxtrain.json",
         "samples",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "trainer.json",
         "trainer.safetensors",
     ];
