@@ -85,15 +85,26 @@ pub(super) fn replace(
 }
 
 /// `dir`, or the folder that a save without exchange left in its place when it was killed.
-pub(super) fn existing(dir: &Path) -> PathBuf {
-    if !dir.exists()
-        && let Ok(target) = resolve_missing(&follow(dir))
-        && !target.exists()
-        && sibling(&target, "old").is_dir()
-    {
-        return sibling(&target, "old");
+pub(crate) fn existing(dir: &Path) -> PathBuf {
+    left_behind(dir).map_or_else(|| dir.to_owned(), |(old, _)| old)
+}
+
+/// Gives [`existing`] its name back.
+pub(crate) fn put_back(dir: &Path) -> Result<()> {
+    match left_behind(dir) {
+        Some((old, target)) if is_old(&old, &super::FILES) => rename(&old, &target),
+        _ => Ok(()),
     }
-    dir.to_owned()
+}
+
+/// The folder that a killed save has renamed away, and what it was before.
+fn left_behind(dir: &Path) -> Option<(PathBuf, PathBuf)> {
+    if dir.exists() {
+        return None;
+    }
+    let target = resolve_missing(&follow(dir)).ok()?;
+    let old = sibling(&target, "old");
+    (!target.exists() && old.is_dir()).then_some((old, target))
 }
 
 /// Writes a new file and flushes it to the disk.
@@ -401,6 +412,11 @@ fn foreign(dir: &Path, owned: &[&str]) -> Result<Vec<DirEntry>> {
 }
 
 fn check_replaceable(target: &Path, owned: &[&str], mark: &str) -> Result<()> {
+    // Only files are replaced: a folder would stay, with what is in it, where nobody looks for it.
+    let is_folder = |path: &PathBuf| path.symlink_metadata().is_ok_and(|m| m.is_dir());
+    if let Some(folder) = owned.iter().map(|name| target.join(name)).find(is_folder) {
+        return Err(Error::format(&folder, "expected a file or nothing, found a folder; move it"));
+    }
     let foreign = foreign(target, owned)?;
     let stranger = foreign.iter().map(DirEntry::file_name).find(|n| n != LOCK && n != OF_VOLUME);
     match stranger {

@@ -33,6 +33,7 @@ use crate::model::{ModelConfig, StoredTensor, TensorInfo};
 use crate::trainer::TrainerState;
 use crate::{Error, Result};
 pub(crate) use config::FoundConfig;
+pub(crate) use folder::{existing, put_back};
 use tensors::{Named, TensorFile};
 use weights::{Index, Weights};
 

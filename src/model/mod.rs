@@ -16,7 +16,7 @@ pub(crate) use gpt::{Pass, Place};
 pub(crate) use params::{HEAD, ParamSpec, Params, WTE, specs};
 pub use recompute::Recompute;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::backend::{Backend, Device};
@@ -142,6 +142,21 @@ impl Model {
     /// Whether `dir` holds a checkpoint that [`Model::load`] could read; it may be damaged even so.
     pub fn is_saved_in(dir: &Path) -> bool {
         Checkpoint::open(dir).is_ok()
+    }
+
+    /// The folder that the checkpoint `dir` is in: `dir`, or the one beside it that a killed save has
+    /// left there, on a file system that cannot exchange two folders. Loading and saving look there of
+    /// themselves; this is for a program that has files of its own in the folder.
+    pub fn folder_of(dir: &Path) -> PathBuf {
+        checkpoint::existing(dir)
+    }
+
+    /// Renames [`Model::folder_of`] to `dir` where these differ, as the next save would.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; the checkpoint is then where it was.
+    pub fn put_back(dir: &Path) -> Result<()> {
+        checkpoint::put_back(dir)
     }
 
     /// Saves weights and configuration as a Hugging Face `gpt2` folder, atomically. Whatever else is in

@@ -30,7 +30,7 @@ Example:
   mxtrain generate --checkpoint model --prompt 'Once upon'
 
 Exit codes: 0 success, 1 failed while running, 2 wrong option or file, 3 trained and saved, but an
-evaluation, a sample, or lines of the log or output were lost, 130 stopped by Ctrl-C or another signal
+evaluation, a sample, a model of --save-at or lines of the log or output were lost, 130 stopped by Ctrl-C or another signal
 (SIGTERM, SIGUSR1, SIGHUP); training has saved what it had done."
 )]
 pub(crate) struct Cli {

@@ -2,28 +2,73 @@
 //! error.
 
 use std::collections::VecDeque;
-use std::io::{self, IsTerminal, Write};
-use std::time::Duration;
+use std::io::{self, IsTerminal};
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::stdio::{stderr, stdout};
 
 use crate::failure::{Failure, Outcome};
 use crate::tokenizer::Tokenizer;
 
+/// Whether the program is to end soon.
+static HURRIES: AtomicBool = AtomicBool::new(false);
+/// How long output may then wait for its reader.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// From now on, what the reader of a pipe or a stopped terminal does not take is given up: the program
+/// is to end, and does not wait for it.
+pub(crate) fn hurry() {
+    HURRIES.store(true, Ordering::Relaxed);
+}
+
 /// Writes to standard output. A reader that has gone away (`mxtrain info | head`) is no failure.
 pub(crate) fn print(text: &str) -> Outcome {
-    let mut out = io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Failure::runtime(format!("cannot write to standard output: {e}")))
-        }
-        _ => Ok(()),
+    // Held, so that a text stays whole.
+    let _lock = io::stdout().lock();
+    match write(stdout(), text.as_bytes()) {
+        Err(Errno::PIPE | Errno::BADF) | Ok(()) => Ok(()),
+        Err(e) => Err(Failure::runtime(format!("cannot write to standard output: {e}"))),
     }
 }
 
 /// Writes a line to standard error. Where even that fails there is no one left to tell.
 pub(crate) fn note(line: &str) {
-    let _ = writeln!(io::stderr().lock(), "{line}");
+    let _lock = io::stderr().lock();
+    let _ = write(stderr(), format!("{line}\n").as_bytes());
+}
+
+fn write(to: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {
+    /// A pipe that has room has room for as much (PIPE_BUF), and a write of more may wait.
+    const PIECE: usize = 4096;
+    let mut waits_since = None;
+    while !bytes.is_empty() {
+        let mut polled = [PollFd::from_borrowed_fd(to, PollFlags::OUT)];
+        let slice = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
+        match poll(&mut polled, Some(&slice)) {
+            // Not yet, or a signal came.
+            Ok(0) | Err(Errno::INTR) => {
+                if HURRIES.load(Ordering::Relaxed)
+                    && waits_since.get_or_insert_with(Instant::now).elapsed() >= PATIENCE
+                {
+                    return Err(Errno::TIMEDOUT);
+                }
+                continue;
+            }
+            // Where that cannot be told, the write will.
+            _ => {}
+        }
+        match rustix::io::write(to, &bytes[..bytes.len().min(PIECE)]) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 /// A learning rate or a gradient norm in a few characters.

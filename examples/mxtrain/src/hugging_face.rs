@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use mxfp4train::Model;
 use serde::ser::{Serialize, Serializer};
 use serde_json::{Value, json};
 
@@ -204,6 +205,7 @@ pub(crate) fn end_tokens(
 
 /// What the tokenizer files of a folder turn out to be.
 fn in_folder(dir: &Path) -> Outcome<Option<Found>> {
+    let dir = Model::folder_of(dir);
     let path = VOCABULARIES.into_iter().map(|name| dir.join(name)).find(|path| path.is_file());
     path.map_or(Ok(None), |path| in_file(&path))
 }

@@ -83,8 +83,16 @@ fn add_files(args: &[OsString], mut parsed: Parsed) -> Outcome<Parsed> {
     }
     if let Command::Train(train) = &parsed.cli.command
         && let Some(dir) = &train.start.resume
-        && let Some(run) = RunFile::read(dir)?
     {
+        let other_data = train.data.data.is_some() || train.data.train.is_some();
+        let Some(run) = RunFile::read(dir)? else {
+            // Data that are not named should not be the first complaint.
+            if !other_data && !train::is_checkpoint(dir) {
+                let what = if dir.exists() { "no checkpoint in it" } else { "no such folder" };
+                return Err(Failure::usage(format!("--resume: {}: {what}", dir.display())));
+            }
+            return Ok(parsed);
+        };
         if parsed.given("seed")
             && let Some(seed) = run.options.get("seed")
             && *seed != train.seed.seed.to_string()
@@ -93,7 +101,6 @@ fn add_files(args: &[OsString], mut parsed: Parsed) -> Outcome<Parsed> {
                 "--seed: a resumed run keeps what it was started with, {seed}; leave the option out"
             )));
         }
-        let other_data = train.data.data.is_some() || train.data.train.is_some();
         let options = [run.to_args(other_data), options].concat();
         parsed = parse::parse_or_fail(&parse::insert(args, &options))
             .map_err(|failure| failure.within(dir.join("mxtrain.json").display()))?;

@@ -9,12 +9,15 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use mxfp4train::Model;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{Failure, Outcome};
@@ -71,8 +74,8 @@ impl RunFile {
 
     /// Reads the file of a checkpoint folder; `None` where another program made the checkpoint.
     pub(crate) fn read(checkpoint: &Path) -> Outcome<Option<Self>> {
-        let path = checkpoint.join(FILE);
-        let text = match fs::read_to_string(&path) {
+        let path = Model::folder_of(checkpoint).join(FILE);
+        let text = match read_file(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Failure::io("read", &path)(e)),
@@ -117,9 +120,23 @@ impl RunFile {
     }
 }
 
+/// Reads a file, and nothing else: a pipe of this name would wait for its writer.
+fn read_file(path: &Path) -> io::Result<String> {
+    let nonblocking = OFlags::NONBLOCK.bits() as i32;
+    let mut file = File::options().read(true).custom_flags(nonblocking).open(path)?;
+    if !file.metadata()?.is_file() {
+        let message = "expected a file, found a folder, pipe or device";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    let mut text = String::new();
+    file.read_to_string(&mut text)?;
+    Ok(text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn what_is_written_is_read_again() {
@@ -148,5 +165,24 @@ mod tests {
         let failure = RunFile::read(dir.path()).unwrap_err();
         assert!(failure.message.contains("mxtrain.json: EOF"), "{}", failure.message);
         assert_eq!(failure.code, 2);
+    }
+
+    #[test]
+    fn it_is_found_where_a_killed_save_has_left_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = dir.path().join(".run.mxt-old");
+        fs::create_dir(&left).unwrap();
+        let file = RunFile::new(None, BTreeMap::new());
+        file.write(&left).unwrap();
+        assert_eq!(RunFile::read(&dir.path().join("run")).unwrap(), Some(file));
+    }
+
+    #[test]
+    fn a_pipe_is_not_waited_for() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let dir = tempfile::tempdir().unwrap();
+        mknodat(CWD, dir.path().join(FILE), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let failure = RunFile::read(dir.path()).unwrap_err();
+        assert!(failure.message.contains("found a folder, pipe"), "{}", failure.message);
     }
 }

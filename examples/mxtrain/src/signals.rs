@@ -89,6 +89,8 @@ fn receive(number: i32, state: &mut State) {
         State::Asks { stop, loss, asked: asked @ None } => {
             *asked = Some(Instant::now());
             stop.request_stop();
+            // The run may be waiting for the reader of its output, who may never come.
+            console::hurry();
             console::note(&format!("mxtrain: stopping; Ctrl-C again ends at once, {loss}"));
         }
         State::Asks { asked: Some(asked), .. } => {

@@ -198,7 +198,13 @@ pub(crate) fn read_window(path: &Path, first: u64, length: usize) -> Outcome<Vec
 pub(crate) fn write_whole(path: &Path, contents: &[u8]) -> Outcome {
     let temporary = temporary_name(path);
     let write = || -> io::Result<()> {
-        let mut file = File::create(&temporary)?;
+        // What a killed process has left. Anything else of the name must not be written to: a pipe
+        // would wait for its reader, a link leads elsewhere.
+        match fs::remove_file(&temporary) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let mut file = File::create_new(&temporary)?;
         file.write_all(contents)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
@@ -225,6 +231,17 @@ fn header(tokens: i32) -> [u8; HEADER_INTS * 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_in_the_place_of_the_temporary_file_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let [path, precious] = ["a.json", "precious"].map(|name| dir.path().join(name));
+        fs::write(&precious, "words").unwrap();
+        std::os::unix::fs::symlink(&precious, temporary_name(&path)).unwrap();
+        write_whole(&path, b"new").unwrap();
+        assert_eq!(fs::read_to_string(&precious).unwrap(), "words");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "new");
+    }
 
     #[test]
     fn the_bytes_are_llm_cs() {

@@ -245,3 +245,22 @@ fn diverged_runs_are_recorded_and_stopped_ones_are_not() {
     assert!(out.contains("stopped; the same command goes on with this run"), "{out}");
     assert_eq!(fs::read_dir(dir.join("stopped")).unwrap().count(), 0);
 }
+
+/// A run takes hours; a line that is lost and a model that cannot be saved cost none.
+#[test]
+fn what_fails_beside_a_run_costs_no_record() {
+    let dir = folder();
+    let dir = dir.path();
+    fs::create_dir(dir.join("runs")).unwrap();
+    fs::write(dir.join("runs/models"), "a file").unwrap();
+    let line = format!(
+        "compare train --data data --out runs --recipe bf16 --steps 4 --save-at 0.5 {TINY}"
+    );
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let output =
+        mxtrain().current_dir(dir).args(line.split_whitespace()).stdout(full).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(error.contains("output lines lost, 1 models not saved"), "{error}");
+    assert!(number(&read(dir, "runs/bf16-seed1337.json")["validation_loss"]) > 0.0);
+}

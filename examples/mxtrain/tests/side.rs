@@ -4,7 +4,7 @@
 mod common;
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::thread::sleep;
@@ -22,19 +22,18 @@ const TINY: &str = "--layers 1 --heads 2 --channels 32 --context 32 --batch-size
 /// How long after a signal a run may take: two seconds and a batch, on a machine that is busy.
 const SOON: Duration = Duration::from_secs(8);
 
-/// A folder with prepared text in `data`, and raw tokens below 50 in `raw.bin`, below 60 in
-/// `outside.bin` and as many in `many.bin` that an evaluation on all of them takes minutes.
+/// A folder with prepared text in `data`, and raw tokens below 50 in `raw.bin`, and as many in
+/// `many.bin` that an evaluation on all of them takes minutes.
 fn folder() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("text.txt"), include_str!("../src/cli.rs")).unwrap();
     succeed(dir.path(), "prepare text.txt --out data");
-    let raw = |name: &str, count: u32, below: u32| {
-        let tokens = (0..count).flat_map(|i| ((i * 7 % below) as u16).to_le_bytes());
+    let raw = |name: &str, count: u32| {
+        let tokens = (0..count).flat_map(|i| ((i * 7 % 50) as u16).to_le_bytes());
         fs::write(dir.path().join(name), tokens.collect::<Vec<u8>>()).unwrap();
     };
-    raw("raw.bin", 1000, 50);
-    raw("outside.bin", 1000, 60);
-    raw("many.bin", 10_000_000, 50);
+    raw("raw.bin", 1000);
+    raw("many.bin", 10_000_000);
     dir
 }
 
@@ -160,6 +159,71 @@ fn a_signal_does_not_wait_for_the_rest_of_an_evaluation_a_sample_or_a_step() {
 }
 
 /// nohup starts programs with the signal ignored.
+/// The reader of its output has stopped reading (a pager, a stopped terminal).
+#[test]
+fn a_signal_does_not_wait_for_a_reader() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!(
+        "train --data data --out model --log log.jsonl --steps 100000 --eval-every 1 \
+         --eval-batches 1 {TINY}"
+    );
+    for both in [false, true] {
+        let _ = fs::remove_dir_all(dir.join("model"));
+        let _ = fs::remove_file(dir.join("log.jsonl"));
+        let (reader, writer) = std::io::pipe().unwrap();
+        let mut full = writer.try_clone().unwrap();
+        let mut command = mxtrain();
+        command.current_dir(dir).args(line.split_whitespace());
+        if both {
+            command.stderr(writer.try_clone().unwrap());
+        } else {
+            command.stderr(Stdio::null());
+        }
+        let mut child = command.stdout(writer).spawn().unwrap();
+        wait_for(|| steps(dir) > 0);
+        rustix::io::ioctl_fionbio(&full, true).unwrap();
+        while full.write(&[b'x'; 512]).is_ok() {}
+        rustix::io::ioctl_fionbio(&full, false).unwrap();
+        sleep(Duration::from_millis(100));
+        let began = Instant::now();
+        signal(&child, Signal::TERM);
+        assert_eq!(child.wait().unwrap().code(), Some(130));
+        assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+        assert_eq!(saved(dir, "model"), steps(dir));
+        drop(reader);
+    }
+}
+
+/// As it is after a kill on a file system that cannot exchange folders.
+#[test]
+fn a_checkpoint_that_was_renamed_away_is_resumed() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("train --data data --out model --steps 4 {TINY}");
+    succeed(dir, &line);
+    let rename_away = || fs::rename(dir.join("model"), dir.join(".model.mxt-old")).unwrap();
+    rename_away();
+    assert!(refuse(dir, &line).contains("already holds a checkpoint"));
+    succeed(dir, "generate --checkpoint model --prompt x --tokens 1");
+    succeed(dir, "train --resume model --steps 6");
+    assert_eq!(saved(dir, "model"), 6);
+    assert!(!dir.join(".model.mxt-old").exists());
+    assert!(refuse(dir, "train --resume nowhere").contains("nowhere: no such folder"));
+    assert!(refuse(dir, "train --resume data").contains("data: no checkpoint in it"));
+}
+
+#[test]
+fn a_log_that_cannot_be_is_refused_without_a_trace() {
+    let dir = folder();
+    let dir = dir.path();
+    for log in ["data", "text.txt/log.jsonl"] {
+        let line = format!("train --data data --out model --log {log} --steps 4 {TINY}");
+        assert!(refuse(dir, &line).contains("cannot open"));
+        assert!(!dir.join("model").exists());
+    }
+}
+
 #[test]
 fn a_hangup_that_is_ignored_stays_ignored() {
     let dir = folder();
@@ -182,27 +246,38 @@ fn what_fails_on_the_side_is_said_and_counted_and_does_not_end_the_run() {
     let dir = folder();
     let dir = dir.path();
     let raw = format!("train --train raw.bin --vocab-size 50 --out model --steps 40 {TINY}");
-    for (options, first, summary) in [
-        (
-            "--log /dev/full",
-            "a line of the log is lost: cannot write /dev/full",
-            "40 log lines lost",
+    let output = run(dir, &format!("{raw} --log /dev/full"));
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    let lost = "mxtrain: warning: a line of the log is lost: cannot write /dev/full";
+    assert!(error.contains(lost), "{error}");
+    assert!(error.lines().last().unwrap().ends_with("40 log lines lost"), "{error}");
+    assert!(error.matches("warning").count() <= 2, "{error}");
+    assert_eq!(saved(dir, "model"), 40);
+    assert!(String::from_utf8(output.stdout).unwrap().contains("done: 40 steps"));
+
+    // Data of this size are checked beside the training, so that a token outside of the vocabulary
+    // shows in one of the evaluations.
+    let mut large = File::create(dir.join("large.bin")).unwrap();
+    large.set_len(300 << 20).unwrap();
+    large.seek(SeekFrom::End(0)).unwrap();
+    large.write_all(&60u16.to_le_bytes()).unwrap();
+    let mut child = begin(
+        dir,
+        &format!(
+            "train --train raw.bin --val large.bin --token-type u16 --vocab-size 50 --out model \
+             --steps 1000000 --eval-every 10 --eval-batches 1 --log log.jsonl --overwrite {TINY}"
         ),
-        (
-            "--val outside.bin --eval-every 10",
-            "an evaluation failed: outside.bin: token 5",
-            "4 evaluations failed",
-        ),
-    ] {
-        let output = run(dir, &format!("{raw} {options} --overwrite"));
-        let error = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(3), "{options}: {error}");
-        assert!(error.contains(&format!("mxtrain: warning: {first}")), "{options}: {error}");
-        assert!(error.lines().last().unwrap().ends_with(summary), "{options}: {error}");
-        assert!(error.matches("warning").count() <= 2, "{options}: {error}");
-        assert_eq!(saved(dir, "model"), 40, "{options}");
-        assert!(String::from_utf8(output.stdout).unwrap().contains("done: 40 steps"));
-    }
+    );
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let failed = "mxtrain: warning: an evaluation failed: large.bin: token 60";
+    assert!(lines.any(|line| line.starts_with(failed)));
+    let before = steps(dir);
+    wait_for(|| steps(dir) > before + 20);
+    interrupt(&child);
+    assert!(!lines.any(|line| line.starts_with(failed)), "it is said sparingly");
+    assert_eq!(end(child).0, Some(130));
+    assert_eq!(saved(dir, "model"), steps(dir));
 
     let mut full = mxtrain();
     full.args(format!("{raw} --overwrite").split_whitespace()).current_dir(dir);
@@ -373,6 +448,8 @@ fn the_current_folder_and_one_with_folders_in_it_can_be_saved_to() {
         "model.safetensors",
         "mxtrain.json",
         "samples",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "trainer.json",
         "trainer.safetensors",
     ];

@@ -186,6 +186,10 @@ fn a_folder_left_between_two_renames_is_found_and_put_back() {
     let old = root.path().join(".run.mxt-old");
     fs::rename(&dir, &old).unwrap();
     assert_eq!(load(&dir).unwrap().state.step, 1);
+    assert_eq!(folder::existing(&dir), old);
+    folder::put_back(&dir).unwrap();
+    assert!(folder::existing(&dir) == dir && dir.join("tokenizer.json").exists());
+    fs::rename(&dir, &old).unwrap();
     save_full(&dir, 2).unwrap();
     assert_eq!(load(&dir).unwrap().state.step, 2);
     assert!(dir.join("tokenizer.json").exists());

@@ -18,7 +18,10 @@ use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::signals::{INTERRUPTED, Signals};
-use crate::train::{Data, Start, Weights, header, model_config, trainer_options, vocabulary};
+use crate::train::{
+    Data, Failures, LOST_ON_THE_SIDE, Side, Start, Weights, header, model_config, trainer_options,
+    vocabulary,
+};
 
 /// Runs the command.
 pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
@@ -38,21 +41,27 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
     let planned = plan(args, &config, &data)?;
     let stop = StopHandle::default();
     Signals::listen()?.ask(stop.clone(), "and the run begins anew the next time");
+    // What cannot be printed or saved on the way costs no run.
+    let mut failures = Failures::default();
     let count = planned.len();
     for (index, planned) in planned.into_iter().enumerate() {
         let Settings { recipe, seed, .. } = &planned.settings;
         let name = format!("run {} of {count}: {recipe}, seed {seed}", index + 1);
         if planned.is_done {
-            console::print(&format!("{name}: is there, {}\n", planned.path.display()))?;
+            let line = format!("{name}: is there, {}\n", planned.path.display());
+            failures.unless(Side::Output, console::print(&line));
             continue;
         }
-        console::print(&format!("{name}\n"))?;
-        if !planned.run(&config, &data, &args.machine, &stop)? {
-            console::print(
-                "stopped; the same command goes on with this run, from its beginning\n",
-            )?;
+        failures.unless(Side::Output, console::print(&format!("{name}\n")));
+        if !planned.run(&config, &data, &args.machine, &stop, &mut failures)? {
+            let line = "stopped; the same command goes on with this run, from its beginning\n";
+            failures.unless(Side::Output, console::print(line));
             return Ok(ExitCode::from(INTERRUPTED));
         }
+    }
+    if let Some(lost) = failures.summary() {
+        console::note(&format!("mxtrain: all runs are recorded, but: {lost}"));
+        return Ok(ExitCode::from(LOST_ON_THE_SIDE));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -131,17 +140,18 @@ impl Planned {
         data: &Data,
         machine: &crate::cli::MachineArgs,
         stop: &StopHandle,
+        failures: &mut Failures,
     ) -> Outcome<bool> {
         let began = Instant::now();
         let steps = self.settings.steps;
         let (engine, about) = machine::open(machine, self.settings.seed)?;
         let start = Start::New(config.clone(), self.options.clone());
-        console::print(&header(&start, data, steps, &about))?;
+        failures.unless(Side::Output, console::print(&header(&start, data, steps, &about)));
         let mut trainer = start.trainer(&engine)?;
         trainer.set_stop_handle(stop.clone());
         let mut progress = Progress::new(0, steps);
         let mut tally = Tally::default();
-        let finished = self.steps(&mut trainer, data, stop, &mut progress, &mut tally);
+        let finished = self.steps(&mut trainer, data, stop, &mut progress, &mut tally, failures);
         progress.finish();
         if !finished? {
             return Ok(false);
@@ -158,7 +168,7 @@ impl Planned {
             self.path.display(),
         );
         record::write(&self.path, Origin::here(&about), run)?;
-        console::print(&line)?;
+        failures.unless(Side::Output, console::print(&line));
         Ok(true)
     }
 
@@ -170,9 +180,10 @@ impl Planned {
         stop: &StopHandle,
         progress: &mut Progress,
         tally: &mut Tally,
+        failures: &mut Failures,
     ) -> Outcome<bool> {
         let Settings { steps, eval_every, eval_batches, .. } = self.settings;
-        self.save(trainer)?;
+        failures.unless(Side::Save, self.save(trainer));
         while trainer.steps_done() < steps {
             if stop.is_requested() {
                 return Ok(false);
@@ -201,13 +212,14 @@ impl Planned {
                         Some(format!("the validation loss of step {step} is not finite"));
                     return Ok(true);
                 };
-                progress.print(&format!(
+                let line = format!(
                     "step {step}/{steps}  train loss {:.4}  validation {}\n",
                     point.train_loss,
                     console::loss_in_words(measured.loss, data.tokenizer)
-                ))?;
+                );
+                failures.unless(Side::Output, progress.print(&line));
             }
-            self.save(trainer)?;
+            failures.unless(Side::Save, self.save(trainer));
         }
         Ok(true)
     }

@@ -6,10 +6,12 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::time::SystemTime;
+
+use rustix::fs::OFlags;
 
 use crate::console;
 use crate::failure::{Failure, Outcome};
@@ -60,9 +62,15 @@ impl RunLock {
 
     fn open(&self) -> Outcome<Option<File>> {
         loop {
-            let options =
-                File::options().read(true).write(true).create(true).truncate(false).clone();
-            let Ok(mut file) = options.open(&self.path) else { return Ok(None) };
+            let mut file = match open(&self.path) {
+                Ok(file) => file,
+                Err(error) if self.path.symlink_metadata().is_ok() => {
+                    self.warn(&error);
+                    return Ok(None);
+                }
+                // A folder that may not be written: the first save will say so.
+                Err(_) => return Ok(None),
+            };
             match file.try_lock() {
                 Err(TryLockError::WouldBlock) => {
                     let mut holder = String::new();
@@ -75,11 +83,7 @@ impl RunLock {
                     )));
                 }
                 Err(TryLockError::Error(error)) => {
-                    console::note(&format!(
-                        "mxtrain: warning: cannot lock {}: {error}; see to it yourself that no second \
-                         run saves to that folder",
-                        self.path.display()
-                    ));
+                    self.warn(&error);
                     return Ok(None);
                 }
                 Ok(()) => {}
@@ -90,6 +94,14 @@ impl RunLock {
                 return Ok(Some(file));
             }
         }
+    }
+
+    fn warn(&self, error: &io::Error) {
+        console::note(&format!(
+            "mxtrain: warning: cannot lock {}: {error}; see to it yourself that no second run saves \
+             to that folder",
+            self.path.display()
+        ));
     }
 }
 
@@ -102,6 +114,19 @@ impl Drop for RunLock {
             // Those that are empty.
             self.made.iter().all(|folder| fs::remove_dir(folder).is_ok());
         }
+    }
+}
+
+/// Opens the lock's file, and nothing else that has its name: what a link leads to would be written
+/// over.
+fn open(path: &Path) -> io::Result<File> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    let file = options.custom_flags(flags.bits() as i32).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file")),
     }
 }
 
@@ -143,6 +168,24 @@ mod tests {
         assert!(fs::read_to_string(out.join(FILE)).unwrap().contains(&process::id().to_string()));
         drop(lock);
         assert_eq!(fs::read_dir(&out).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_no_file_of_a_lock_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let precious = dir.path().join("precious");
+        fs::write(&precious, "words").unwrap();
+        std::os::unix::fs::symlink(&precious, dir.path().join(FILE)).unwrap();
+        drop(RunLock::take(dir.path()).unwrap());
+        assert_eq!(fs::read_to_string(&precious).unwrap(), "words");
+        fs::remove_file(dir.path().join(FILE)).unwrap();
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, dir.path().join(FILE), fifo, mode, 0).unwrap();
+        let lock = RunLock::take(dir.path()).unwrap();
+        assert!(lock.file.is_none());
+        drop(lock);
+        assert!(dir.path().join(FILE).symlink_metadata().is_ok());
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! The log of a run: one JSON object a line, for every step and every evaluation.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use mxfp4train::{EvalStats, StepStats};
-use rustix::fs::OFlags;
+use rustix::fs::{Access, AtFlags, CWD, OFlags};
 use serde::Serialize;
 
 use crate::failure::{Failure, Outcome};
@@ -38,7 +38,30 @@ impl Log {
         let mut options = File::options();
         open(path, options.create(true).write(true).append(append).truncate(!append))
             .map_err(Failure::io("open", path))?;
-        Ok(Self { path: path.to_owned(), is_torn: false })
+        Ok(Self { path: path.to_owned(), is_torn: append && is_torn(path) })
+    }
+
+    /// Finds out whether a log can be opened, without a trace of it. A run that cannot have its log
+    /// should not find out when it has already saved; and in the checkpoint folder the log may only
+    /// come after the first save.
+    pub(crate) fn check(path: &Path) -> Outcome {
+        let failure = |e: io::Error| Failure::io("open", path)(e);
+        match path.metadata() {
+            Ok(metadata) if metadata.is_dir() => Err(failure(io::ErrorKind::IsADirectory.into())),
+            Ok(_) => may_write(path).map_err(failure),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let folder = path.ancestors().skip(1).find(|folder| folder.exists());
+                match folder {
+                    Some(folder) if !folder.is_dir() => {
+                        Err(failure(io::ErrorKind::NotADirectory.into()))
+                    }
+                    Some(folder) => may_write(folder).map_err(failure),
+                    // The current folder.
+                    None => may_write(Path::new(".")).map_err(failure),
+                }
+            }
+            Err(e) => Err(failure(e)),
+        }
     }
 
     /// Adds a step.
@@ -64,6 +87,25 @@ impl Log {
         self.is_torn = written.is_err();
         written.map_err(Failure::io("write", &self.path))
     }
+}
+
+/// Whether the process may write to a file or into a folder.
+fn may_write(path: &Path) -> io::Result<()> {
+    Ok(rustix::fs::accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS)?)
+}
+
+/// Whether the log does not end with a whole line: the run before met a full disk, or died.
+fn is_torn(path: &Path) -> bool {
+    let last = || -> io::Result<[u8; 1]> {
+        let mut file = open(path, File::options().read(true))?;
+        let mut last = [b'\n'];
+        if file.metadata()?.is_file() && file.seek(SeekFrom::End(0))? > 0 {
+            file.seek(SeekFrom::End(-1))?;
+            file.read_exact(&mut last)?;
+        }
+        Ok(last)
+    };
+    last().is_ok_and(|last| last != [b'\n'])
 }
 
 /// Opens the log without waiting for the reader of a pipe, who may have gone away.
@@ -99,6 +141,32 @@ mod tests {
         );
         Log::open(&path, false).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn a_resumed_log_goes_on_after_half_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.jsonl");
+        fs::write(&path, "{}\n{\"ty").unwrap();
+        let eval = EvalStats { loss: 1.0, tokens: 8, seconds: 0.25 };
+        Log::open(&path, true).unwrap().eval(1, &eval).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("{}\n{\"ty\n{\"type\":\"eval\""), "{text}");
+        Log::open(&path, true).unwrap().eval(2, &eval).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 4);
+    }
+
+    #[test]
+    fn what_cannot_be_a_log_is_known_before_the_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let check = |name: &str| Log::check(&dir.path().join(name)).map_err(|f| f.message);
+        assert_eq!(check("a/b/run.jsonl"), Ok(()));
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert_eq!(check("file"), Ok(()));
+        assert!(check("file/run.jsonl").unwrap_err().contains("cannot open"));
+        fs::create_dir(dir.path().join("folder")).unwrap();
+        assert!(check("folder").unwrap_err().contains("directory"));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]

@@ -13,7 +13,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
-use mxfp4train::{Dataset, Error, GenerateOptions, Schedule, ScheduleKind, StopHandle, Trainer};
+use mxfp4train::{
+    Dataset, Error, GenerateOptions, Model, Schedule, ScheduleKind, StopHandle, Trainer,
+};
 
 pub(crate) use setup::{
     Data, Start, Weights, is_checkpoint, model_config, short_windows, trainer_options, vocabulary,
@@ -31,10 +33,10 @@ use crate::tokenizer::{TextStream, Tokenizer};
 use lock::RunLock;
 use log::Log;
 use saves::Saves;
-use side::{Failures, Side};
+pub(crate) use side::{Failures, Side};
 
 /// Exit code of a run that is done and saved, but lost something on its side.
-const LOST_ON_THE_SIDE: u8 = 3;
+pub(crate) const LOST_ON_THE_SIDE: u8 = 3;
 /// Tokens of a sample on the way.
 const SAMPLE_TOKENS: usize = 200;
 
@@ -45,7 +47,14 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
     if args.report.sample_every > 0 && data.tokenizer.is_none() {
         return Err(Failure::usage("--sample-every: needs --tokenizer to turn tokens into text"));
     }
+    if let Some(log) = &args.report.log {
+        Log::check(log)?;
+    }
     setup::out_folder(args)?;
+    // The lock lies in the folder, so that has to have its name.
+    for dir in [setup::out(args)].into_iter().chain(args.start.init_from.as_deref()) {
+        Model::put_back(dir)?;
+    }
     let lock = RunLock::take(setup::out(args))?;
     signals.remove_at_end(lock.traces());
     // Asked again: a run that has ended since may have saved there.

@@ -10,6 +10,7 @@ pub(crate) enum Side {
     Sample,
     Log,
     Output,
+    Save,
 }
 
 impl Side {
@@ -19,6 +20,7 @@ impl Side {
             Self::Sample => "a sample failed",
             Self::Log => "a line of the log is lost",
             Self::Output => "a line of the output is lost",
+            Self::Save => "a model could not be saved",
         }
     }
 }
@@ -26,7 +28,7 @@ impl Side {
 /// The failures of a run's side jobs.
 #[derive(Default)]
 pub(crate) struct Failures {
-    counts: [u64; 4],
+    counts: [u64; 5],
 }
 
 impl Failures {
@@ -52,8 +54,14 @@ impl Failures {
 
     /// How much was lost, in words; `None` if nothing was.
     pub(crate) fn summary(&self) -> Option<String> {
-        let sides = [Side::Evaluation, Side::Sample, Side::Log, Side::Output];
-        let names = ["evaluations failed", "samples failed", "log lines lost", "output lines lost"];
+        let sides = [Side::Evaluation, Side::Sample, Side::Log, Side::Output, Side::Save];
+        let names = [
+            "evaluations failed",
+            "samples failed",
+            "log lines lost",
+            "output lines lost",
+            "models not saved",
+        ];
         let parts = sides.iter().zip(names).map(|(&side, name)| (self.counts[side as usize], name));
         let parts: Vec<_> = parts
             .filter(|(count, _)| *count > 0)
