@@ -475,7 +475,6 @@ class Model {
   // A continuation of `prompt`, without the prompt.
   outcome<std::vector<std::uint32_t>> generate(view<const std::uint32_t> prompt,
                                                const GenerateOptions &options = {}) {
-    const auto log = log_;  // A callback may destroy this object; the call still logs.
     detail::Text text{{}, options.on_token, options.user_data};
     GenerateOptions keeping = options;
     keeping.on_token = detail::keep_token;
