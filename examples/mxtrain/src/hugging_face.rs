@@ -185,7 +185,8 @@ pub(crate) fn end_tokens(
             Some(Value::Null) | None => continue,
             Some(id) => vec![id],
         };
-        for id in ids {
+        // Some write -1 for none.
+        for id in ids.iter().filter(|id| id.as_i64().is_none_or(|id| id >= 0)) {
             let token = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
                 let message = format!("eos_token_id: expected tokens, numbers from 0, found {id}");
                 Failure::usage(message).within(path.display())
@@ -254,9 +255,20 @@ fn read_json(path: &Path) -> Outcome<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let text = fs::read(path).map_err(Failure::io("read", path))?;
+    let text = read(path)?;
     let value = serde_json::from_slice(&text);
     value.map(Some).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
+}
+
+/// A file's content. What Git LFS left in its place is nobody's tokenizer, and would be copied on.
+fn read(path: &Path) -> Outcome<Vec<u8>> {
+    let bytes = fs::read(path).map_err(Failure::io("read", path))?;
+    if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
+        let message = "a Git LFS pointer, not the file that it stands for; fetch it: run `git lfs \
+                       pull` in this folder";
+        return Err(Failure::usage(message).within(path.display()));
+    }
+    Ok(bytes)
 }
 
 /// The files of [`OF_TOKENIZER`] and chat templates that a folder has.
@@ -268,7 +280,7 @@ fn read_all(dir: &Path) -> Outcome<BTreeMap<String, Vec<u8>>> {
         let path = entry.path();
         let wanted = OF_TOKENIZER.contains(&name.as_str()) || name.starts_with(CHAT_TEMPLATE);
         if wanted && path.is_file() {
-            files.insert(name, fs::read(&path).map_err(Failure::io("read", &path))?);
+            files.insert(name, read(&path)?);
         }
     }
     Ok(files)
@@ -445,10 +457,12 @@ mod tests {
     use proptest::prelude::*;
     use std::sync::LazyLock;
 
-    static GPT2: LazyLock<tokenizers::Tokenizer> = LazyLock::new(|| read(Tokenizer::Gpt2));
-    static BYTES: LazyLock<tokenizers::Tokenizer> = LazyLock::new(|| read(Tokenizer::Bytes));
+    static GPT2: LazyLock<tokenizers::Tokenizer> =
+        LazyLock::new(|| tokenizers_own(Tokenizer::Gpt2));
+    static BYTES: LazyLock<tokenizers::Tokenizer> =
+        LazyLock::new(|| tokenizers_own(Tokenizer::Bytes));
 
-    fn read(tokenizer: Tokenizer) -> tokenizers::Tokenizer {
+    fn tokenizers_own(tokenizer: Tokenizer) -> tokenizers::Tokenizer {
         tokenizer_json(tokenizer).parse().unwrap()
     }
 
@@ -527,6 +541,20 @@ mod tests {
     }
 
     #[test]
+    fn a_pointer_of_git_lfs_is_no_tokenizer() {
+        let dir = tempfile::tempdir().unwrap();
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
+        for name in OF_TOKENIZER {
+            let path = dir.path().join(name);
+            fs::write(&path, pointer).unwrap();
+            let message = Files::new(Some(dir.path()), None, 8).map(|_| ()).unwrap_err().message;
+            assert!(message.contains(&format!("{name}: a Git LFS pointer")), "{message}");
+            assert!(message.contains("`git lfs pull`"), "{message}");
+            fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
     fn what_ends_a_text_is_what_the_folder_says_and_the_separator() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
@@ -539,6 +567,8 @@ mod tests {
         assert_eq!(end(Some(Tokenizer::Bytes)), [7]);
         write(GENERATION, r#"{"eos_token_id": [3, 50257, 3, 2]}"#);
         assert_eq!(end(None), [2, 3]);
+        write(GENERATION, r#"{"eos_token_id": -1}"#);
+        assert!(end(None).is_empty());
         write(GENERATION, r#"{"eos_token_id": "x"}"#);
         let message = end_tokens(Some(dir.path()), None, 9).unwrap_err().message;
         assert!(message.contains("generation_config.json: eos_token_id: expected"), "{message}");
