@@ -9,8 +9,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
+use mxfp4train::{Engine, Model};
 use serde::ser::{Serialize, Serializer};
 use serde_json::{Value, json};
 
@@ -131,6 +132,36 @@ impl Files {
     pub(crate) fn end_tokens(&self, vocab_size: usize) -> Outcome<Vec<u32>> {
         end_tokens(self.origin.as_deref(), self.tokenizer, vocab_size)
     }
+}
+
+/// Loads a model for a command that takes its folder. Whoever gives the name of a model on the hub, or
+/// a file of the folder, is told what to give.
+pub(crate) fn load(engine: &Engine, dir: &Path) -> Outcome<Model> {
+    Model::load(engine, dir).map_err(|error| {
+        let mut failure = Failure::from(error);
+        if dir.is_file() {
+            failure.message.push_str("; name the folder that it lies in");
+        } else if !dir.exists() && is_name_on_hub(dir) {
+            let name = dir.display();
+            failure.message.push_str(&format!(
+                "; a model of Hugging Face's hub has to be fetched first: `hf download {name} \
+                 --local-dir FOLDER`"
+            ));
+        }
+        failure
+    })
+}
+
+/// Whether it may be a name such as `gpt2` or `openai-community/gpt2`.
+fn is_name_on_hub(path: &Path) -> bool {
+    let parts: Vec<_> = path.components().collect();
+    let is_name = |part: &Component| match part {
+        Component::Normal(name) => name.to_str().is_some_and(|name| {
+            name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        }),
+        _ => false,
+    };
+    (1..=2).contains(&parts.len()) && parts.iter().all(is_name)
 }
 
 /// How the text of a checkpoint became tokens, as far as its folder tells.
