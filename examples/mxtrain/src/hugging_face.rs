@@ -75,6 +75,9 @@ impl Files {
                 }
                 _ => {
                     files.contents = read_all(origin)?;
+                    for (name, bytes) in &files.contents {
+                        check_fetched(&origin.join(name), bytes)?;
+                    }
                     files.origin = Some(origin.to_owned());
                 }
             }
@@ -286,20 +289,20 @@ fn read_json(path: &Path) -> Outcome<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let text = read(path)?;
+    let text = fs::read(path).map_err(Failure::io("read", path))?;
+    check_fetched(path, &text)?;
     let value = serde_json::from_slice(&text);
     value.map(Some).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
 }
 
-/// A file's content. What Git LFS left in its place is nobody's tokenizer, and would be copied on.
-fn read(path: &Path) -> Outcome<Vec<u8>> {
-    let bytes = fs::read(path).map_err(Failure::io("read", path))?;
+/// What Git LFS left in a file's place is nobody's tokenizer, and would be copied on.
+fn check_fetched(path: &Path, bytes: &[u8]) -> Outcome {
     if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
         let message = "a Git LFS pointer, not the file that it stands for; fetch it: run `git lfs \
                        pull` in this folder";
         return Err(Failure::usage(message).within(path.display()));
     }
-    Ok(bytes)
+    Ok(())
 }
 
 /// The files of [`OF_TOKENIZER`] and chat templates that a folder has.
@@ -311,7 +314,7 @@ fn read_all(dir: &Path) -> Outcome<BTreeMap<String, Vec<u8>>> {
         let path = entry.path();
         let wanted = OF_TOKENIZER.contains(&name.as_str()) || name.starts_with(CHAT_TEMPLATE);
         if wanted && path.is_file() {
-            files.insert(name, read(&path)?);
+            files.insert(name, fs::read(&path).map_err(Failure::io("read", &path))?);
         }
     }
     Ok(files)
