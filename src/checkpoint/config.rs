@@ -170,11 +170,12 @@ impl Keys<'_> {
             Some(Value::String(class)) => format!(" ({class})"),
             _ => String::new(),
         };
-        let found = kind.map_or_else(|| "no such key".into(), Value::to_string);
-        let message = format!(
-            "model_type: expected \"gpt2\", found {found}{class}; models of other architectures are \
-             not read"
-        );
+        let (found, why) = match kind {
+            Some(kind) => (kind.to_string(), "models of other architectures are not read"),
+            // As the first versions of transformers wrote it.
+            None => ("no such key".into(), "if it is a GPT-2, add \"model_type\": \"gpt2\""),
+        };
+        let message = format!("model_type: expected \"gpt2\", found {found}{class}; {why}");
         Err(Error::format(self.path, message))
     }
 
@@ -382,6 +383,6 @@ mod tests {
         let message = read(text).unwrap_err().to_string();
         assert!(message.contains("found \"llama\" (LlamaForCausalLM)"), "{message}");
         let message = read("{}").unwrap_err().to_string();
-        assert!(message.contains("expected \"gpt2\", found no such key"), "{message}");
+        assert!(message.contains("expected \"gpt2\", found no such key; if it is"), "{message}");
     }
 }

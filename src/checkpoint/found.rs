@@ -1,7 +1,9 @@
-//! What else lies in folders that people have: pointers of Git LFS, other libraries' files, other
-//! models. None of it is read; each is an error that says what it is and, where there is one, the
+//! What else lies in folders that people have: pointers of Git LFS, links that lead nowhere, other
+//! libraries' files, other models. None of it is read; each is an error that says what it is and, where there is one, the
 //! command that helps.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -27,8 +29,28 @@ pub(super) fn check_fetched(path: &Path, bytes: &[u8]) -> Result<()> {
     Err(Error::format(path, message))
 }
 
+/// An error if a file is a link to one that is not there. Hugging Face's cache is made of links, and
+/// half a copy of it has nothing else.
+pub(super) fn check_link(path: &Path) -> Result<()> {
+    match std::fs::read_link(path) {
+        Ok(target) if !path.exists() => {
+            let target = target.display();
+            let message = format!(
+                "a link to {target}, which is not there; copy the folder with the files in place of \
+                 its links (cp -L), or get it again"
+            );
+            Err(Error::format(path, message))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The error for a folder without `config.json`, or without weights that are read.
 pub(super) fn no_checkpoint(dir: &Path, has_config: bool) -> Error {
+    let wanted = if has_config { &[MODEL, INDEX][..] } else { &[CONFIG] };
+    if let Some(error) = wanted.iter().find_map(|name| check_link(&dir.join(name)).err()) {
+        return error;
+    }
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let mut names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
     names.sort_unstable();
@@ -51,6 +73,13 @@ pub(super) fn no_checkpoint(dir: &Path, has_config: bool) -> Error {
         let found = found.min_by_key(|((doubt, _), _)| *doubt);
         let missing =
             format!("expected a checkpoint folder, found no {MODEL} in it, and no {INDEX}");
+        let pointer = found.as_ref().and_then(|(_, name)| {
+            let path = dir.join(name);
+            check_fetched(&path, &beginning(&path)).err()
+        });
+        if let Some(pointer) = pointer {
+            return pointer;
+        }
         match found {
             Some(((_, conversion), name)) => format!("{missing}; it has {name}: {conversion}"),
             None => format!("{missing}: get the files of the weights, too"),
@@ -92,6 +121,17 @@ fn conversion_of(name: &str) -> Option<(u8, String)> {
         _ => {}
     }
     let (_, extension) = name.rsplit_once('.')?;
+    if let Some(files) = files_of_part(name) {
+        let get = |index| {
+            let text = format!("one of {files} files; get {index}, which lists them, too");
+            Some((1, text))
+        };
+        return match extension {
+            "safetensors" => get(INDEX),
+            "bin" => get("pytorch_model.bin.index.json"),
+            _ => None,
+        };
+    }
     // What a shell and Python take as it is.
     let plain = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-+".contains(&b));
     match extension {
@@ -112,6 +152,27 @@ fn conversion_of(name: &str) -> Option<(u8, String)> {
         }
         _ => None,
     }
+}
+
+/// How many files there are, as the name of one of them says: `model-00001-of-00003.safetensors`.
+fn files_of_part(name: &str) -> Option<u32> {
+    let (stem, _) = name.rsplit_once('.')?;
+    let (first, files) = stem.rsplit_once("-of-")?;
+    let (_, number) = first.rsplit_once('-')?;
+    number.parse::<u32>().ok()?;
+    files.parse().ok()
+}
+
+/// As much of a file as tells a pointer from content.
+fn beginning(path: &Path) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // A pipe would keep us waiting.
+    if path.is_file()
+        && let Ok(file) = File::open(path)
+    {
+        let _ = file.take(1024).read_to_end(&mut bytes);
+    }
+    bytes
 }
 
 fn python(program: &str) -> String {

@@ -356,14 +356,15 @@ fn open_shards(
     check_is_file(&path, &file)?;
     let index = Index::from_json(&path, &read_json(&path, &file)?)?;
     let files = index.files.iter().map(|name| {
-        open(name)?.ok_or_else(|| {
-            let message = format!(
-                "names the file {name}, which the folder does not have; get all {} files of the \
-                 weights",
-                index.files.len()
-            );
-            Error::format(&path, message)
-        })
+        if let Some(file) = open(name)? {
+            return Ok(file);
+        }
+        found::check_link(&dir.join(name))?;
+        let message = format!(
+            "names the file {name}, which the folder does not have; get all {} files of the weights",
+            index.files.len()
+        );
+        Err(Error::format(&path, message))
     });
     let files = files.collect::<Result<_>>()?;
     Ok(Some((index, files)))

@@ -73,6 +73,9 @@ function Base.getindex(dataset::Dataset, places::AbstractUnitRange{<:Integer})
 end
 
 function Base.getindex(dataset::Dataset, places::AbstractVector{<:Integer})
+    if eltype(places) === Bool
+        throw(ArgumentError("places: expected numbers, got a mask; findall(mask) has its numbers"))
+    end
     return Int[dataset[place] for place in places]
 end
 

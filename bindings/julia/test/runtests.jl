@@ -234,6 +234,7 @@ end
     @test length(dataset) == 4000 && max_token(dataset) == 28
     @test dataset[1] == tokens[1] && dataset[end] == tokens[end] && dataset[4000] isa Int
     @test dataset[11:20] == tokens[11:20] && dataset[[3, 1, 2]] == tokens[[3, 1, 2]]
+    @test_throws ArgumentError dataset[trues(3)]
     @test dataset[:] == tokens && dataset[2:7:end] == tokens[2:7:end] && dataset[5:4] == Int[]
     for place in (0, 4001, -1, typemin(Int), typemax(Int), 0:3, 3999:4001)
         @test_throws BoundsError dataset[place]

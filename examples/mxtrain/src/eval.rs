@@ -5,13 +5,13 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use indicatif::HumanCount;
-use mxfp4train::{Dataset, DatasetOptions, Engine, Model, Recipe, Trainer, TrainerOptions};
+use mxfp4train::{Dataset, DatasetOptions, Engine, Recipe, Trainer, TrainerOptions};
 use serde::Serialize;
 
 use crate::cli::EvalArgs;
 use crate::console;
 use crate::failure::{Failure, Outcome};
-use crate::hugging_face::known_tokenizer;
+use crate::hugging_face::{self, known_tokenizer};
 use crate::machine;
 use crate::prepared::Meta;
 use crate::signals::Signals;
@@ -92,7 +92,7 @@ fn load(args: &EvalArgs, engine: &Engine) -> Outcome<Trainer> {
     } else {
         let bf16: Recipe = "bf16".parse()?;
         let options = TrainerOptions { recipe: bf16, ..TrainerOptions::default() };
-        (Model::load(engine, &args.checkpoint)?, options)
+        (hugging_face::load(engine, &args.checkpoint)?, options)
     };
     let options = TrainerOptions {
         batch_size: args.batch_size.unwrap_or(options.batch_size),

@@ -7,7 +7,7 @@ use mxfp4train::{GenerateOptions, Model};
 
 use crate::cli::GenerateArgs;
 use crate::failure::{Failure, Outcome};
-use crate::hugging_face::{Found, end_tokens, tokenizer_of};
+use crate::hugging_face::{Found, end_tokens, load, tokenizer_of};
 use crate::machine;
 use crate::signals::Signals;
 use crate::stop::Stops;
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
         ));
     }
     let (engine, _) = machine::open(&args.machine, args.seed.seed)?;
-    let model = Model::load(&engine, &args.checkpoint)?;
+    let model = load(&engine, &args.checkpoint)?;
     let vocab_size = model.config().vocab_size;
     let tokenizer = tokenizer(args, vocab_size)?;
     let stop_tokens = match args.ignore_eos {

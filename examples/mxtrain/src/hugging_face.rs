@@ -9,9 +9,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use mxfp4train::Model;
+use mxfp4train::{Engine, Model};
 use serde::ser::{Serialize, Serializer};
 use serde_json::{Value, json};
 
@@ -75,6 +75,9 @@ impl Files {
                 }
                 _ => {
                     files.contents = read_all(origin)?;
+                    for (name, bytes) in &files.contents {
+                        check_fetched(&origin.join(name), bytes)?;
+                    }
                     files.origin = Some(origin.to_owned());
                 }
             }
@@ -134,6 +137,36 @@ impl Files {
     }
 }
 
+/// Loads a model for a command that takes its folder. Whoever gives the name of a model on the hub, or
+/// a file of the folder, is told what to give.
+pub(crate) fn load(engine: &Engine, dir: &Path) -> Outcome<Model> {
+    Model::load(engine, dir).map_err(|error| {
+        let mut failure = Failure::from(error);
+        if dir.is_file() {
+            failure.message.push_str("; name the folder that it lies in");
+        } else if !dir.exists() && is_name_on_hub(dir) {
+            let name = dir.display();
+            failure.message.push_str(&format!(
+                "; a model of Hugging Face's hub has to be fetched first: `hf download {name} \
+                 --local-dir FOLDER`"
+            ));
+        }
+        failure
+    })
+}
+
+/// Whether it may be a name such as `gpt2` or `openai-community/gpt2`.
+fn is_name_on_hub(path: &Path) -> bool {
+    let parts: Vec<_> = path.components().collect();
+    let is_name = |part: &Component| match part {
+        Component::Normal(name) => name.to_str().is_some_and(|name| {
+            name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        }),
+        _ => false,
+    };
+    (1..=2).contains(&parts.len()) && parts.iter().all(is_name)
+}
+
 /// How the text of a checkpoint became tokens, as far as its folder tells.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Found {
@@ -186,7 +219,8 @@ pub(crate) fn end_tokens(
             Some(Value::Null) | None => continue,
             Some(id) => vec![id],
         };
-        for id in ids {
+        // Some write -1 for none.
+        for id in ids.iter().filter(|id| id.as_i64().is_none_or(|id| id >= 0)) {
             let token = id.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| {
                 let message = format!("eos_token_id: expected tokens, numbers from 0, found {id}");
                 Failure::usage(message).within(path.display())
@@ -257,8 +291,19 @@ fn read_json(path: &Path) -> Outcome<Option<Value>> {
         return Ok(None);
     }
     let text = fs::read(path).map_err(Failure::io("read", path))?;
+    check_fetched(path, &text)?;
     let value = serde_json::from_slice(&text);
     value.map(Some).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
+}
+
+/// What Git LFS left in a file's place is nobody's tokenizer, and would be copied on.
+fn check_fetched(path: &Path, bytes: &[u8]) -> Outcome {
+    if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
+        let message = "a Git LFS pointer, not the file that it stands for; fetch it: run `git lfs \
+                       pull` in this folder";
+        return Err(Failure::usage(message).within(path.display()));
+    }
+    Ok(())
 }
 
 /// The files of [`OF_TOKENIZER`] and chat templates that a folder has.
@@ -447,10 +492,12 @@ mod tests {
     use proptest::prelude::*;
     use std::sync::LazyLock;
 
-    static GPT2: LazyLock<tokenizers::Tokenizer> = LazyLock::new(|| read(Tokenizer::Gpt2));
-    static BYTES: LazyLock<tokenizers::Tokenizer> = LazyLock::new(|| read(Tokenizer::Bytes));
+    static GPT2: LazyLock<tokenizers::Tokenizer> =
+        LazyLock::new(|| tokenizers_own(Tokenizer::Gpt2));
+    static BYTES: LazyLock<tokenizers::Tokenizer> =
+        LazyLock::new(|| tokenizers_own(Tokenizer::Bytes));
 
-    fn read(tokenizer: Tokenizer) -> tokenizers::Tokenizer {
+    fn tokenizers_own(tokenizer: Tokenizer) -> tokenizers::Tokenizer {
         tokenizer_json(tokenizer).parse().unwrap()
     }
 
@@ -529,6 +576,20 @@ mod tests {
     }
 
     #[test]
+    fn a_pointer_of_git_lfs_is_no_tokenizer() {
+        let dir = tempfile::tempdir().unwrap();
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n";
+        for name in OF_TOKENIZER {
+            let path = dir.path().join(name);
+            fs::write(&path, pointer).unwrap();
+            let message = Files::new(Some(dir.path()), None, 8).map(|_| ()).unwrap_err().message;
+            assert!(message.contains(&format!("{name}: a Git LFS pointer")), "{message}");
+            assert!(message.contains("`git lfs pull`"), "{message}");
+            fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
     fn what_ends_a_text_is_what_the_folder_says_and_the_separator() {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
@@ -541,6 +602,8 @@ mod tests {
         assert_eq!(end(Some(Tokenizer::Bytes)), [7]);
         write(GENERATION, r#"{"eos_token_id": [3, 50257, 3, 2]}"#);
         assert_eq!(end(None), [2, 3]);
+        write(GENERATION, r#"{"eos_token_id": -1}"#);
+        assert!(end(None).is_empty());
         write(GENERATION, r#"{"eos_token_id": "x"}"#);
         let message = end_tokens(Some(dir.path()), None, 9).unwrap_err().message;
         assert!(message.contains("generation_config.json: eos_token_id: expected"), "{message}");

@@ -173,7 +173,10 @@ fn a_text_ends_at_the_models_end_or_at_the_users() {
     fs::write(dir.join("model/generation_config.json"), config).unwrap();
     assert_eq!(succeed(dir, greedy), format!("th{before}\n"));
     assert_eq!(succeed(dir, &format!("{greedy} --ignore-eos")), whole);
+    // Some write -1 for none.
     fs::write(dir.join("model/generation_config.json"), "{\"eos_token_id\": -1}").unwrap();
+    assert_eq!(succeed(dir, greedy), whole);
+    fs::write(dir.join("model/generation_config.json"), "{\"eos_token_id\": 1.5}").unwrap();
     assert!(refuse(dir, greedy).contains("eos_token_id: expected tokens"));
     assert!(refuse(dir, &format!("{greedy} --stop=")).contains("a value is required"));
 }
@@ -219,4 +222,24 @@ fn several_samples_have_seeds_in_a_row() {
     assert_ne!(one(7), one(8));
     assert!(refuse(dir, &format!("{line} --samples 2 --greedy")).starts_with("--samples: "));
     assert!(refuse(dir, &format!("{line} --samples 0")).contains("0 is not in 1.."));
+}
+
+#[test]
+fn a_name_on_the_hub_or_a_file_is_no_folder() {
+    let dir = folder();
+    let dir = dir.path();
+    let (model, _) = foreign();
+    let train = format!("train --data data --out model --steps 2 {TINY} --init-from");
+    let fetch = "; a model of Hugging Face's hub has to be fetched first: `hf download";
+    for command in [&train, "generate --checkpoint", "eval --data data --checkpoint"] {
+        for name in ["gpt2", "openai-community/gpt2"] {
+            let message = refuse(dir, &format!("{command} {name}"));
+            assert!(message.contains(&format!("{fetch} {name} ")), "{command}: {message}");
+        }
+        let message = refuse(dir, &format!("{command} ./runs/a/b"));
+        assert!(!message.contains("hub"), "{command}: {message}");
+        let file = model.join("model.safetensors");
+        let message = refuse(dir, &format!("{command} {}", file.display()));
+        assert!(message.contains("name the folder that it lies in"), "{command}: {message}");
+    }
 }

@@ -214,6 +214,30 @@ fn a_pointer_of_git_lfs_is_named() {
     fs::remove_file(dir.join(MODEL)).unwrap();
     fs::write(dir.join(INDEX), pointer).unwrap();
     assert!(failure(&dir, INDEX).contains("`git lfs pull`"));
+    // Converting it would be the second thing to do.
+    fs::remove_file(dir.join(INDEX)).unwrap();
+    fs::write(dir.join("pytorch_model.bin"), pointer).unwrap();
+    let message = error_of(&dir);
+    assert!(message.contains("pytorch_model.bin: a Git LFS pointer"), "{message}");
+}
+
+/// As in a copy of Hugging Face's cache without the files that its links stand for.
+#[test]
+fn a_link_that_leads_nowhere_is_named() {
+    let (_root, dir) = temp();
+    let link = |name: &str| {
+        let _ = fs::remove_file(dir.join(name));
+        std::os::unix::fs::symlink("../../blobs/0af3", dir.join(name)).unwrap();
+        let message = error_of(&dir);
+        let expected = format!("{name}: a link to ../../blobs/0af3, which is not there");
+        assert!(message.contains(&expected) && message.contains("cp -L"), "{message}");
+    };
+    write_folder(&dir, &all(), &config());
+    link(MODEL);
+    shard(&dir, &all(), |_| {});
+    link("model-00002-of-00003.safetensors");
+    link(INDEX);
+    link(CONFIG);
 }
 
 #[test]
@@ -226,7 +250,7 @@ fn weights_in_other_formats_come_with_the_command_that_converts_them() {
         ),
         (
             &["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"],
-            ["convert it", "M"],
+            ["convert it: run", "it has pytorch_model.bin.index.json"],
         ),
         (&["tf_model.h5"], ["from_tf=True", "below 5"]),
         (&["flax_model.msgpack"], ["from_flax=True", "below 5"]),
@@ -234,6 +258,14 @@ fn weights_in_other_formats_come_with_the_command_that_converts_them() {
         (&["it's $(x).pt"], ["it has it's $(x).pt", "torch.load('FILE'"]),
         (&["gpt2.safetensors"], ["it has gpt2.safetensors", "rename it to model.safetensors"]),
         (&["gpt2.gguf", "README.md"], ["it has gpt2.gguf", "as safetensors"]),
+        (
+            &["model-00001-of-00003.safetensors"],
+            ["one of 3 files", "get model.safetensors.index.json, which"],
+        ),
+        (
+            &["pytorch_model-00001-of-00002.bin"],
+            ["one of 2 files", "get pytorch_model.bin.index.json, which"],
+        ),
         (&["training_args.bin", "README.md"], ["found no model.safetensors", "get the files"]),
         (&[], ["found no model.safetensors", "get the files of the weights"]),
     ] {

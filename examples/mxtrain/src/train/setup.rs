@@ -17,6 +17,7 @@ use crate::cli::{
 };
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::hugging_face;
 use crate::parse::Parsed;
 use crate::prepared::Meta;
 use crate::run_file::RunFile;
@@ -257,7 +258,7 @@ impl Start {
             (None, Some(dir)) => {
                 let optimizer = Some(&args.optimizer);
                 let options = trainer_options(&args.batch, recipe, optimizer, Weights::Trained)?;
-                let model = Model::load(engine, dir)?;
+                let model = hugging_face::load(engine, dir)?;
                 require_shape(args, parsed, model.config(), "--init-from")?;
                 Self::Weights(model, options)
             }
