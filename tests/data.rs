@@ -369,6 +369,12 @@ fn raw_tokens_of_other_types_are_told_or_known() {
     let long = open(&write(&dir, "i64.bin", &long)).unwrap();
     assert_eq!((long.files()[0].token_type, long.token_count()), (TokenType::I64, 500));
     assert!(long.check_tokens(60_000).unwrap_err().to_string().contains("-100 at offset 400"));
+    // Also where the mark is far below 0.
+    let far: Vec<u8> = (0..500i64)
+        .flat_map(|i| (if i == 400 { -60_000 } else { i * i % 50_000 }).to_le_bytes())
+        .collect();
+    let far = open(&write(&dir, "far.bin", &far)).unwrap();
+    assert_eq!((far.files()[0].token_type, far.token_count()), (TokenType::I64, 500));
     // So are those of 32 bits, which are then signed.
     let signed: Vec<u8> = (0..500i32)
         .flat_map(|i| (if i == 400 { -100 } else { i * i % 50_000 }).to_le_bytes())

@@ -142,11 +142,11 @@ fn guess(path: &Path, bytes: &[u8]) -> Result<TokenType> {
     for part in parts() {
         for number in part.as_chunks().0 {
             let number = u64::from_le_bytes(*number);
-            wide.add(number as u32, (number >> 32) as u32, u32::MAX);
+            wide.add(number as u32, (number >> 32) as u32, u32::MAX, 0xffff);
         }
         for number in part.as_chunks().0 {
             let number = u32::from_le_bytes(*number);
-            words.add(number & 0xffff, number >> 16, 0xffff);
+            words.add(number & 0xffff, number >> 16, 0xffff, 0xff);
             is_shifted &= number & 0x00ff_00ff == 0;
         }
     }
@@ -200,11 +200,11 @@ enum Verdict {
 }
 
 impl Halves {
-    /// Adds a number whose halves go up to `most`.
-    fn add(&mut self, low: u32, high: u32, most: u32) {
+    /// Adds a number whose halves go up to `most`, and which marks something from -1 - `marks` on.
+    fn add(&mut self, low: u32, high: u32, most: u32, marks: u32) {
         self.count += 1;
         // A small negative number marks padding or masking, and is no token, but is a signed number.
-        let is_mark = high == most && low >= most - 0xff;
+        let is_mark = high == most && low >= most - marks;
         self.marks += usize::from(is_mark);
         let high = if is_mark { 0 } else { high };
         self.high += usize::from(high != 0);

@@ -1230,7 +1230,8 @@ Copies `count` tokens, from number `first` on, to `tokens`, which has room for s
 are counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
 
 Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
-dataset ends before `first` + `count`).
+dataset ends before `first` + `count`), MXT_ERROR_TOKEN_RANGE (a number below 0 or above 32 bits,
+which is no token).
 """
 function mxt_dataset_read(dataset, first, count, tokens)
     return @ccall libmxfp4train.mxt_dataset_read(
