@@ -1,6 +1,7 @@
 //! Saving replaces the folder whole: what stays, what is refused, and what a kill leaves behind.
 
 use std::process::{Command, Stdio};
+use std::sync::RwLock;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -202,8 +203,13 @@ fn a_folder_left_between_two_renames_is_found_and_put_back() {
     assert_eq!(names(root.path()), ["run"]);
 }
 
+/// A process that is being started has our open files and their locks until it is another program. A
+/// test that asks for locks of its own thread to be gone keeps others from starting one meanwhile.
+static STARTS: RwLock<()> = RwLock::new(());
+
 #[test]
 fn leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not() {
+    let _starts = STARTS.read();
     let (root, dir) = temp();
     let dead = root.path().join(".run.mxt-tmp-1-0");
     let living = root.path().join(".run.mxt-tmp-1-1");
@@ -251,7 +257,10 @@ fn a_kill_at_any_instant_leaves_a_whole_checkpoint() {
                 .args(["--exact", "checkpoint::tests::folder::saves_until_killed"])
                 .env(SAVE_TO, &dir)
                 .env(WAY, format!("{way:?}"));
-            let mut child = child.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+            child.stdout(Stdio::null()).stderr(Stdio::null());
+            let starting = STARTS.write();
+            let mut child = child.spawn().unwrap();
+            drop(starting);
             // Readers see whole checkpoints all the while.
             let end = Instant::now() + Duration::from_micros(10_000 + round * 7919 % 50_000);
             while Instant::now() < end {
@@ -356,6 +365,7 @@ fn a_failure_of_any_operation_leaves_a_whole_checkpoint() {
 /// a save is not lost either.
 #[test]
 fn an_end_at_any_operation_leaves_a_whole_checkpoint() {
+    let _starts = STARTS.read();
     for way in Way::ALL {
         let _without = (way == Way::NoExchange).then(faults::without_exchange);
         let mut operations = 1u64;
@@ -419,14 +429,17 @@ fn a_kill_at_any_operation_leaves_a_whole_checkpoint() {
     for way in Way::ALL {
         for operation in 1.. {
             let (root, dir) = way.checkpoint();
-            let status = Command::new(std::env::current_exe().unwrap())
+            let starting = STARTS.write();
+            let mut child = Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", "checkpoint::tests::folder::saves_once_and_is_killed_on_the_way"])
                 .env(SAVE_TO, &dir)
                 .env(WAY, format!("{way:?}"))
                 .env(KILL_AT, operation.to_string())
                 .stdout(Stdio::null())
-                .status()
+                .spawn()
                 .unwrap();
+            drop(starting);
+            let status = child.wait().unwrap();
             let step = load(&dir).unwrap().state.step;
             assert!(step == 2 || step == 1 && !status.success(), "{way:?} {operation}");
             save_full(&dir, 3).unwrap();
