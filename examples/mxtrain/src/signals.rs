@@ -62,9 +62,17 @@ impl Signals {
         Ok(Self(state))
     }
 
-    /// What a signal that ends the program removes before: files, and folders that are empty then.
-    pub(crate) fn remove_at_end(&self, paths: Vec<PathBuf>) {
-        self.set(State::Ends(paths));
+    /// Makes something, in the midst of which no signal ends the program; one that comes later removes
+    /// its `traces` before: files, and folders that are empty then.
+    pub(crate) fn making<T>(
+        &self,
+        make: impl FnOnce() -> Outcome<T>,
+        traces: impl FnOnce(&T) -> Vec<PathBuf>,
+    ) -> Outcome<T> {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = make()?;
+        *state = State::Ends(traces(&made));
+        Ok(made)
     }
 
     /// From now on a signal asks `stop`; a second Ctrl-C ends the program, which loses what `loss`

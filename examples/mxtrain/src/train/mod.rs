@@ -55,8 +55,7 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
     for dir in [setup::out(args)].into_iter().chain(args.start.init_from.as_deref()) {
         Model::put_back(dir)?;
     }
-    let lock = RunLock::take(setup::out(args))?;
-    signals.remove_at_end(lock.traces());
+    let lock = signals.making(|| RunLock::take(setup::out(args)), RunLock::traces)?;
     // Asked again: a run that has ended since may have saved there.
     let out = setup::out_folder(args)?;
     let (engine, about) = machine::open(&args.machine, args.seed.seed)?;
