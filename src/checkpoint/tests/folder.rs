@@ -1,7 +1,6 @@
 //! Saving replaces the folder whole: what stays, what is refused, and what a kill leaves behind.
 
 use std::process::{Command, Stdio};
-use std::sync::RwLock;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -203,13 +202,29 @@ fn a_folder_left_between_two_renames_is_found_and_put_back() {
     assert_eq!(names(root.path()), ["run"]);
 }
 
-/// A process that is being started has our open files and their locks until it is another program. A
-/// test that asks for locks of its own thread to be gone keeps others from starting one meanwhile.
-static STARTS: RwLock<()> = RwLock::new(());
+/// Runs a test that asks for locks of its own thread to be gone in a process of its own, and says whether
+/// this is that process: one that another test starts or forks meanwhile has our open files and their
+/// locks until it is another program or ends.
+fn is_alone(test: &str) -> bool {
+    const ALONE: &str = "MXT_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("checkpoint::tests::folder::{test}")])
+        .env(ALONE, "")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    false
+}
 
 #[test]
 fn leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not() {
-    let _starts = STARTS.read();
+    if !is_alone("leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not") {
+        return;
+    }
     let (root, dir) = temp();
     let dead = root.path().join(".run.mxt-tmp-1-0");
     let living = root.path().join(".run.mxt-tmp-1-1");
@@ -258,9 +273,7 @@ fn a_kill_at_any_instant_leaves_a_whole_checkpoint() {
                 .env(SAVE_TO, &dir)
                 .env(WAY, format!("{way:?}"));
             child.stdout(Stdio::null()).stderr(Stdio::null());
-            let starting = STARTS.write();
             let mut child = child.spawn().unwrap();
-            drop(starting);
             // Readers see whole checkpoints all the while.
             let end = Instant::now() + Duration::from_micros(10_000 + round * 7919 % 50_000);
             while Instant::now() < end {
@@ -336,6 +349,9 @@ impl Way {
 /// was done was; and the next one puts everything right.
 #[test]
 fn a_failure_of_any_operation_leaves_a_whole_checkpoint() {
+    if !is_alone("a_failure_of_any_operation_leaves_a_whole_checkpoint") {
+        return;
+    }
     for way in Way::ALL {
         for kind in [io::ErrorKind::StorageFull, io::ErrorKind::PermissionDenied] {
             let _without = (way == Way::NoExchange).then(faults::without_exchange);
@@ -365,7 +381,9 @@ fn a_failure_of_any_operation_leaves_a_whole_checkpoint() {
 /// a save is not lost either.
 #[test]
 fn an_end_at_any_operation_leaves_a_whole_checkpoint() {
-    let _starts = STARTS.read();
+    if !is_alone("an_end_at_any_operation_leaves_a_whole_checkpoint") {
+        return;
+    }
     for way in Way::ALL {
         let _without = (way == Way::NoExchange).then(faults::without_exchange);
         let mut operations = 1u64;
@@ -429,7 +447,6 @@ fn a_kill_at_any_operation_leaves_a_whole_checkpoint() {
     for way in Way::ALL {
         for operation in 1.. {
             let (root, dir) = way.checkpoint();
-            let starting = STARTS.write();
             let mut child = Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", "checkpoint::tests::folder::saves_once_and_is_killed_on_the_way"])
                 .env(SAVE_TO, &dir)
@@ -438,7 +455,6 @@ fn a_kill_at_any_operation_leaves_a_whole_checkpoint() {
                 .stdout(Stdio::null())
                 .spawn()
                 .unwrap();
-            drop(starting);
             let status = child.wait().unwrap();
             let step = load(&dir).unwrap().state.step;
             assert!(step == 2 || step == 1 && !status.success(), "{way:?} {operation}");
