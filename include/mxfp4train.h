@@ -74,9 +74,10 @@
 // 7. A guest in your process: no output, no signal handlers, no exit, no changes of the environment,
 //    the locale or the signal mask. A call computes in the default floating-point mode, whatever the
 //    host's is (flushed denormals, directed rounding), and restores the host's, also for callbacks.
-//    Log lines go to the engine's callback, or nowhere. Should a defect make the library panic, the
-//    call returns MXT_ERROR_PANIC with a message that says where, and the handle is poisoned: from
-//    then on it can be asked for its last error and freed, and everything else returns
+//    Log lines go to the engine's callback, or nowhere. A file of a save that would outgrow the
+//    process's limit (ulimit -f) is MXT_ERROR_IO, and no SIGXFSZ comes. Should a defect make the
+//    library panic, the call returns MXT_ERROR_PANIC with a message that says where, and the handle is
+//    poisoned: from then on it can be asked for its last error and freed, and everything else returns
 //    MXT_ERROR_POISONED.
 //
 // 8. Randomness and reproducibility. Everything random comes from the engine's seed. The same seed,
