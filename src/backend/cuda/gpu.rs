@@ -169,8 +169,9 @@ impl Gpu {
 
     fn enter(&self) -> Current {
         // SAFETY: the context is retained as long as `self` lives.
-        self.note("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(self.context) });
-        Current
+        let result = unsafe { sys::cuCtxPushCurrent_v2(self.context) };
+        self.note("cuCtxPushCurrent", result);
+        Current { pushed: result == CUresult::CUDA_SUCCESS }
     }
 
     /// Where work is queued: the stream, or what this thread captures.
@@ -348,13 +349,18 @@ impl Drop for Gpu {
 }
 
 /// Takes the context off the thread again.
-struct Current;
+struct Current {
+    /// Where the driver refused to make it current, what is current is the host's.
+    pushed: bool,
+}
 
 impl Drop for Current {
     fn drop(&mut self) {
-        let mut context = std::ptr::null_mut();
-        // SAFETY: pushed by `Gpu::enter`.
-        let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
+        if self.pushed {
+            let mut context = std::ptr::null_mut();
+            // SAFETY: writes a handle.
+            let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
+        }
     }
 }
 
