@@ -1,4 +1,5 @@
-# Builds and installs the library, its headers, and mxtrain; cargo does the work.
+# Builds and installs the library, its headers, and mxtrain; cargo does the work, and Python 3 collects
+# the licences of what is linked in.
 #
 #   make
 #   make install PREFIX=/usr/local DESTDIR=
@@ -24,6 +25,7 @@ RELEASE := target/release
 HEADERS := include/mxfp4train.h bindings/cpp/mxfp4train.hpp
 TEMPLATES := mxfp4train.pc mxfp4train-config.cmake mxfp4train-config-version.cmake
 SUPPRESSIONS := packaging/tsan.supp packaging/valgrind.supp
+NOTICES := target/release/THIRD-PARTY.txt
 
 BIN := $(DESTDIR)$(BINDIR)
 INCLUDE := $(DESTDIR)$(INCLUDEDIR)
@@ -34,7 +36,8 @@ CMAKE := $(LIB)/cmake/mxfp4train
 # NOTE: where there is no cargo, as under sudo, what an earlier `make` built is taken.
 all:
 	if command -v "$(CARGO)" >/dev/null || ! [ -e $(RELEASE)/mxtrain ]; then \
-	  "$(CARGO)" build --release --locked --target-dir target -p mxfp4train -p mxtrain; \
+	  "$(CARGO)" build --release --locked --target-dir target -p mxfp4train -p mxtrain && \
+	  CARGO="$(CARGO)" python3 dev/third-party.py $(NOTICES); \
 	fi
 	dev/static-library.sh target/release/libmxfp4train.a target/release/libmxfp4train-packed.a
 
@@ -50,7 +53,7 @@ tree:
 	$(INSTALL) -m 755 $(RELEASE)/libmxfp4train.so "$(LIB)/libmxfp4train.so.$(VERSION)"
 	ln -sf libmxfp4train.so.$(VERSION) "$(LIB)/libmxfp4train.so.$(ABI)"
 	ln -sf libmxfp4train.so.$(ABI) "$(LIB)/libmxfp4train.so"
-	$(INSTALL) -m 644 $(SUPPRESSIONS) "$(DATA)"
+	$(INSTALL) -m 644 $(SUPPRESSIONS) $(NOTICES) "$(DATA)"
 	include=$$(realpath -ms --relative-to="$(LIBDIR)" "$(INCLUDEDIR)") && \
 	prefix=$$(realpath -ms --relative-to="$(LIBDIR)" "$(PREFIX)") && \
 	for file in $(TEMPLATES); do \

@@ -74,9 +74,10 @@
 // 7. A guest in your process: no output, no signal handlers, no exit, no changes of the environment,
 //    the locale or the signal mask. A call computes in the default floating-point mode, whatever the
 //    host's is (flushed denormals, directed rounding), and restores the host's, also for callbacks.
-//    Log lines go to the engine's callback, or nowhere. Should a defect make the library panic, the
-//    call returns MXT_ERROR_PANIC with a message that says where, and the handle is poisoned: from
-//    then on it can be asked for its last error and freed, and everything else returns
+//    Log lines go to the engine's callback, or nowhere. A file of a save that would outgrow the
+//    process's limit (ulimit -f) is MXT_ERROR_IO, and no SIGXFSZ comes. Should a defect make the
+//    library panic, the call returns MXT_ERROR_PANIC with a message that says where, and the handle is
+//    poisoned: from then on it can be asked for its last error and freed, and everything else returns
 //    MXT_ERROR_POISONED.
 //
 // 8. Randomness and reproducibility. Everything random comes from the engine's seed. The same seed,
@@ -655,11 +656,14 @@ mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t st
 // install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
 //
 // A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
-// the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache. In the
-// second step of a trainer on a GPU the library captures a CUDA graph, for some milliseconds. A call
-// that waits for the whole device then, as cudaDeviceSynchronize does, may get an error from CUDA: a
-// host with CUDA code on other threads waits for its streams instead. Should a capture be broken off,
-// the step is done without, and the next one tries again.
+// the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache. Only
+// absolute names count. A folder that belongs to another user, or that others may write, is not used:
+// kernels are compiled every time then, and the log warns.
+//
+// In the second step of a trainer on a GPU the library captures a CUDA graph, for some milliseconds.
+// A call that waits for the whole device then, as cudaDeviceSynchronize does, may get an error from
+// CUDA: a host with CUDA code on other threads waits for its streams instead. Should a capture be broken
+// off, the step is done without, and the next one tries again.
 mxt_status mxt_engine_new(const struct mxt_engine_options *options,
                           struct mxt_engine **engine);
 

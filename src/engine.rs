@@ -103,6 +103,12 @@ impl Engine {
         let cpu =
             || -> Result<_> { Ok(("cpu".to_owned(), Device::Cpu(Cpu::new(options.threads)?))) };
         let stream = options.cuda_stream;
+        let warn = |line: String| {
+            if let Some(log) = &options.log {
+                log(LogLevel::Warning, &line);
+            }
+        };
+        let cuda = |ordinal| Ok(Device::Cuda(Cuda::new(ordinal, stream, &warn)?));
         let mut passed_over = None;
         let (name, device) = match options.device.as_str() {
             "cpu" if stream.is_some() => {
@@ -110,8 +116,8 @@ impl Engine {
                 return Err(Error::invalid("cuda_stream", message));
             }
             "cpu" => cpu()?,
-            "auto" => match Cuda::new(0, stream) {
-                Ok(cuda) => ("cuda:0".to_owned(), Device::Cuda(cuda)),
+            "auto" => match cuda(0) {
+                Ok(device) => ("cuda:0".to_owned(), device),
                 // Whoever has a stream expects the work on it.
                 Err(reason) if stream.is_some() => return Err(reason),
                 Err(reason) => {
@@ -131,7 +137,7 @@ impl Engine {
                     );
                     return Err(Error::invalid("device", message));
                 };
-                (format!("cuda:{number}"), Device::Cuda(Cuda::new(number, stream)?))
+                (format!("cuda:{number}"), cuda(number)?)
             }
         };
         let EngineOptions { seed, memory_limit, log, .. } = options;

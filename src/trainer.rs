@@ -18,6 +18,7 @@ use crate::model::{
 use crate::optim::{AdamW, Schedule};
 use crate::recipe::Recipe;
 use crate::reserve::zeros;
+use crate::signals::file_limit_is_an_error;
 use crate::{Dataset, Engine, Error, Result};
 
 /// What a [`Trainer`] is made from.
@@ -214,7 +215,8 @@ impl Trainer {
         let m = self.model.export(|index, out: &mut [f32]| backend.read_f32(m[index], out));
         let v = self.model.export(|index, out: &mut [f32]| backend.read_f32(v[index], out));
         let part = TrainerPart { state: &self.state, moments: [&m, &v] };
-        checkpoint::save(dir, self.model.part(&self.model.exported(&params)), Some(part))
+        let model = self.model.exported(&params);
+        file_limit_is_an_error(|| checkpoint::save(dir, self.model.part(&model), Some(part)))
     }
 
     /// One optimizer step on the dataset's next samples. Files shorter than a sequence and one token

@@ -12,7 +12,7 @@ use common::{functions, has_program, root, succeed};
 /// One test, because all of it needs the same release build.
 #[test]
 fn an_installed_tree_serves_every_kind_of_program() {
-    let tools = ["make", "pkg-config", "cmake", "cc", "c++"];
+    let tools = ["make", "pkg-config", "cmake", "cc", "c++", "python3"];
     if !tools.iter().all(|tool| has_program(tool)) {
         return;
     }
@@ -25,6 +25,7 @@ fn an_installed_tree_serves_every_kind_of_program() {
     let work = Workplace { prefix, dir: dir.path().to_owned() };
 
     the_tree_is_what_a_packager_expects(&work);
+    the_licences_of_what_is_linked_in_are_there(&work);
     nothing_names_the_place(&work, &first);
     the_shared_library_needs_and_exports_little(&work);
     with_pkg_config(&work);
@@ -98,6 +99,7 @@ fn the_tree_is_what_a_packager_expects(work: &Workplace) {
         "lib/libmxfp4train.so.0",
         "lib/pkgconfig/mxfp4train.pc",
         "include/mxfp4train.hpp",
+        "share/mxfp4train/THIRD-PARTY.txt",
         "share/mxfp4train/tsan.supp",
         "share/mxfp4train/valgrind.supp",
     ]
@@ -109,6 +111,23 @@ fn the_tree_is_what_a_packager_expects(work: &Workplace) {
     let link = |name: &str| fs::read_link(work.lib().join(name)).expect("a link");
     assert_eq!(link("libmxfp4train.so"), Path::new("libmxfp4train.so.0"));
     assert_eq!(link("libmxfp4train.so.0"), Path::new(&format!("libmxfp4train.so.{version}")));
+}
+
+fn the_licences_of_what_is_linked_in_are_there(work: &Workplace) {
+    let file = work.prefix.join("share/mxfp4train/THIRD-PARTY.txt");
+    let text = fs::read_to_string(file).expect("the file");
+    let lists = |name: &str| text.lines().any(|line| line.starts_with(&format!("{name} ")));
+    // Of the library, of mxtrain, and what a crate has from others.
+    for name in ["rayon", "safetensors", "sha2", "clap", "parquet", "zstd-sys"] {
+        assert!(lists(name), "{name} is missing");
+    }
+    // Only tests and the compiler use these.
+    for name in ["proptest", "cbindgen", "gemm", "serde_derive", "cc", "mxtrain"] {
+        assert!(!lists(name), "{name} is linked into nothing");
+    }
+    for terms in ["Apache License", "Permission is hereby granted", "Meta Platforms, Inc."] {
+        assert!(text.contains(terms), "{terms}");
+    }
 }
 
 /// So that it can be moved. What was compiled names no folder of its user either.

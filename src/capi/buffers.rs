@@ -14,7 +14,7 @@ use crate::reserve::zeros;
 /// Calls `body` with an array to read; NULL is allowed where `count` is 0.
 ///
 /// # Safety
-/// `data` is NULL or points to `count` elements, of the host's memory or of a GPU's, that do not
+/// `data` is NULL or points to `count` elements, of the host's memory or of the engine's GPU's, that do not
 /// change during the call.
 pub(super) unsafe fn read<T: Pod + Default, R>(
     engine: &Engine,
@@ -37,7 +37,7 @@ pub(super) unsafe fn read<T: Pod + Default, R>(
 /// a GPU as it was.
 ///
 /// # Safety
-/// `data` is NULL or points to `count` elements, of the host's memory or of a GPU's, that nothing else
+/// `data` is NULL or points to `count` elements, of the host's memory or of the engine's GPU's, that nothing else
 /// reads or writes during the call.
 pub(super) unsafe fn fill<T: Pod + Default, R>(
     engine: &Engine,

@@ -133,11 +133,14 @@ pub unsafe extern "C" fn mxt_engine_options_init(
 /// install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
 ///
 /// A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
-/// the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache. In the
-/// second step of a trainer on a GPU the library captures a CUDA graph, for some milliseconds. A call
-/// that waits for the whole device then, as cudaDeviceSynchronize does, may get an error from CUDA: a
-/// host with CUDA code on other threads waits for its streams instead. Should a capture be broken off,
-/// the step is done without, and the next one tries again.
+/// the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache. Only
+/// absolute names count. A folder that belongs to another user, or that others may write, is not used:
+/// kernels are compiled every time then, and the log warns.
+///
+/// In the second step of a trainer on a GPU the library captures a CUDA graph, for some milliseconds.
+/// A call that waits for the whole device then, as cudaDeviceSynchronize does, may get an error from
+/// CUDA: a host with CUDA code on other threads waits for its streams instead. Should a capture be broken
+/// off, the step is done without, and the next one tries again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_engine_new(
     options: *const mxt_engine_options,

@@ -1,6 +1,7 @@
 //! Status codes: their values, their texts, and which error becomes which code.
 
 use std::ffi::{CStr, c_char};
+use std::io::ErrorKind;
 
 use crate::Error;
 
@@ -119,6 +120,9 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let status = match &error {
             Error::InvalidArgument { .. } => MXT_ERROR_INVALID_ARGUMENT,
+            Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => {
+                MXT_ERROR_OUT_OF_MEMORY
+            }
             Error::Io { .. } => MXT_ERROR_IO,
             Error::Format { .. } => MXT_ERROR_FORMAT,
             Error::Mismatch { .. } => MXT_ERROR_MISMATCH,
@@ -138,6 +142,16 @@ impl From<Error> for Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_operation_without_memory_is_out_of_memory() {
+        let status = |number| {
+            let source = std::io::Error::from_raw_os_error(number);
+            Failure::from(Error::Io { action: "read", path: "x".into(), source }).status
+        };
+        assert_eq!(status(libc::ENOMEM), MXT_ERROR_OUT_OF_MEMORY);
+        assert_eq!(status(libc::EIO), MXT_ERROR_IO);
+    }
 
     #[test]
     fn values_are_fixed_and_texts_differ() {

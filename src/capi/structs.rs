@@ -33,7 +33,8 @@ pub(super) trait Options: Versioned {
 macro_rules! versioned {
     ($name:ident, last = $last:ident: $type:ty) => {
         // SAFETY: the structs of this API are `repr(C)` and hold numbers, pointers and optional
-        // function pointers; that nothing is padded is asserted.
+        // function pointers. That the first version has no padding at its end is asserted here; that there
+        // is none between fields or behind the last, tests/abi.rs asks a C compiler.
         unsafe impl $crate::capi::structs::Versioned for $name {
             const NAME: &'static str = stringify!($name);
             const FIRST_SIZE: usize = {

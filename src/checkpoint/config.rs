@@ -113,8 +113,25 @@ fn parse(path: &Path, object: &Map<String, Value>) -> Result<ModelConfig> {
     if object.get("n_inner").and_then(Value::as_u64) == Some(0) {
         return Err(keys.error("n_inner", "null or a number from 1 on"));
     }
-    config.validate().map_err(|e| Error::format(path, e.to_string()))?;
+    if config.heads > 0 && !config.channels.is_multiple_of(config.heads) {
+        return Err(keys.error("n_head", &format!("a divisor of n_embd ({})", config.channels)));
+    }
+    config.validate().map_err(|e| Error::format(path, in_words_of_file(e)))?;
     Ok(config.canonical())
+}
+
+/// The message of an error about a field of [`ModelConfig`], with the field's key in the file.
+fn in_words_of_file(error: Error) -> String {
+    let Error::InvalidArgument { what, message } = error else { return error.to_string() };
+    let key = match what {
+        "channels" => "n_embd",
+        "context_length" => "n_positions",
+        "heads" => "n_head",
+        "layers" => "n_layer",
+        "mlp_channels" => "n_inner",
+        same => same,
+    };
+    format!("{key}: {message}")
 }
 
 /// The shape in one line. Weights carry it, so that a `config.json` that was damaged or swapped in
@@ -259,14 +276,18 @@ mod tests {
             ("activation_function", Some(json!(1)), ["or \"gelu\"", "found 1"]),
             ("n_inner", Some(json!(0)), ["null or a number from 1", "found 0"]),
             ("n_inner", Some(json!(1.5)), ["a whole number", "found 1.5"]),
-            ("n_inner", Some(json!(1 << 23)), ["mlp_channels: expected a number up to", "8388608"]),
+            ("n_inner", Some(json!(1 << 23)), ["n_inner: expected a number up to", "8388608"]),
             ("scale_attn_weights", Some(json!(1)), ["true or false", "found 1"]),
             ("scale_attn_by_inverse_layer_idx", Some(json!("no")), ["true or false", "\"no\""]),
             ("tie_word_embeddings", Some(json!(null)), ["true or false", "found null"]),
             ("add_cross_attention", Some(json!(true)), ["expected false", "found true"]),
             ("n_head", Some(json!("x")), ["a whole number", "found \"x\""]),
             ("n_head", Some(json!(-1)), ["a whole number", "found -1"]),
-            ("n_head", Some(json!(7)), ["7 heads do not divide 768", ""]),
+            ("n_head", Some(json!(7)), ["n_head: expected a divisor of n_embd (768)", "found 7"]),
+            ("n_head", Some(json!(0)), ["n_head: expected a number from 1", "got 0"]),
+            ("n_layer", Some(json!(4096)), ["n_layer: expected a number from 1", "got 4096"]),
+            ("n_embd", Some(json!(0)), ["n_embd: expected a number from 1", "got 0"]),
+            ("n_positions", Some(json!(0)), ["n_positions: expected a number from 1", "got 0"]),
             ("vocab_size", None, ["a whole number", "no such key"]),
             ("vocab_size", Some(json!(u64::MAX)), ["from 1 to 16777216", "18446744073709551615"]),
             ("layer_norm_epsilon", Some(json!(true)), ["a number", "found true"]),

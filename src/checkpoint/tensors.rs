@@ -151,7 +151,7 @@ impl TensorFile {
         // SAFETY: the map is only read, byte by byte, so any content is valid, and content is
         // checked after it was copied out. Our own saves never write into a file that may be
         // mapped: they put another one in its place.
-        let map = unsafe { Mmap::map(file) }.map_err(Error::io("map", path))?;
+        let map = unsafe { Mmap::map(file) }.map_err(Error::map(path, length))?;
         found::check_fetched(path, &map)?;
         let (size, header) =
             SafeTensors::read_metadata(&map).map_err(|e| describe(path, &map, &e))?;
@@ -329,15 +329,34 @@ fn describe(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
              the file has {found}"
         ),
         SafeTensorError::MetadataIncompleteBuffer => return cut(path, bytes, length as usize),
-        SafeTensorError::InvalidHeader(_) | SafeTensorError::InvalidHeaderDeserialization(_) => {
-            format!("damaged header: {error}")
-        }
         SafeTensorError::InvalidOffset(name) => {
             format!("damaged header: the offsets of tensor {name} leave a gap or overlap")
         }
-        other => format!("damaged header: {other}"),
+        other => {
+            let entry = bytes.get(PREFIX..).and_then(|bytes| bad_entry(bytes, length));
+            format!("damaged header: {}", entry.unwrap_or_else(|| other.to_string()))
+        }
     };
     Error::format(path, message)
+}
+
+/// The first entry of a header that describes no tensor, and why.
+fn bad_entry(bytes: &[u8], length: u64) -> Option<String> {
+    let header = bytes.get(..usize::try_from(length).ok()?)?;
+    let entries: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
+    entries.into_iter().filter(|(name, _)| name != "__metadata__").find_map(|(name, entry)| {
+        let info: TensorInfo = match serde_json::from_value(entry) {
+            Ok(info) => info,
+            Err(error) => return Some(format!("tensor {name}: {error}")),
+        };
+        let (from, to) = info.data_offsets;
+        let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |n, &m| n.checked_mul(m));
+        let found = to.checked_sub(from).and_then(|bytes| bytes.checked_mul(8));
+        (bits.is_none() || bits != found).then(|| {
+            let TensorInfo { dtype, shape, .. } = info;
+            format!("tensor {name}: {dtype} of shape {shape:?} do not fill bytes {from} to {to}")
+        })
+    })
 }
 
 /// The file is shorter or longer than its header says: names the first tensor that is cut.

@@ -280,7 +280,7 @@ fn map(path: &Path) -> Result<Mmap> {
     // SAFETY: the map is only read, byte by byte, so any content is valid. Another process that
     // changes the file changes tokens, which are checked on every copy; one that truncates it
     // while it is open is ruled out in the documentation of `Dataset::open`.
-    unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
+    unsafe { Mmap::map(&file) }.map_err(Error::map(path, length))
 }
 
 /// Decodes as many tokens as `out` holds. Gives whether one of them is below 0 or above u32, which

@@ -23,6 +23,7 @@ use crate::backend::{Backend, Device};
 use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, TensorRead};
 use crate::engine::LogLevel;
 use crate::reserve::reserve;
+use crate::signals::file_limit_is_an_error;
 use crate::{Engine, Error, Result};
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
@@ -168,7 +169,7 @@ impl Model {
     /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let params = self.lock()?;
-        checkpoint::save(dir, self.part(&self.exported(&params)), None)
+        file_limit_is_an_error(|| checkpoint::save(dir, self.part(&self.exported(&params)), None))
     }
 
     /// The engine it lives on.

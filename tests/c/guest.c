@@ -7,6 +7,7 @@
 #include <locale.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -257,6 +258,29 @@ static void signals(int know_proc) {
 #endif
 }
 
+/* A file that may not grow is an error of the call and no signal, and what was saved before stays. */
+static void file_limit(const char *dir) {
+  mxt_engine *engine = new_engine();
+  mxt_model *model = NULL;
+  const mxt_model_config config = small_config();
+  struct rlimit limit, small;
+  sigset_t pending;
+  OK(mxt_model_new(engine, &config, &model));
+  OK(mxt_model_save(model, dir));
+  CHECK(getrlimit(RLIMIT_FSIZE, &limit) == 0);
+  small = limit;
+  small.rlim_cur = 2048;
+  CHECK(setrlimit(RLIMIT_FSIZE, &small) == 0);
+  FAILS(MXT_ERROR_IO, "(os error 27)", mxt_model_save(model, dir));
+  CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+  CHECK(sigpending(&pending) == 0 && sigismember(&pending, SIGXFSZ) == 0);
+  mxt_model_free(model);
+  OK(mxt_model_load(engine, dir, &model));
+  OK(mxt_model_save(model, dir));
+  mxt_model_free(model);
+  mxt_engine_free(engine);
+}
+
 int main(int argc, char **argv) {
   char *locale, folder[4096], folder_after[4096];
   CHECK(argc == 2);
@@ -271,6 +295,7 @@ int main(int argc, char **argv) {
 
   floating_point(in_folder(argv[1], "checkpoint"));
   signals(getenv("UNDER_VALGRIND") == NULL);
+  file_limit(in_folder(argv[1], "limited"));
 
   CHECK(strcmp(setlocale(LC_ALL, NULL), locale) == 0 && *localeconv()->decimal_point == comma);
   CHECK(umask(umask_before) == 027);

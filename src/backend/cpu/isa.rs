@@ -4,6 +4,8 @@
 //! compiler turns their arrays of 16 lanes into registers. They never fuse a multiplication with an
 //! addition, so their results are the same on every set. GEMM inner loops are written per set.
 
+use std::ffi::OsStr;
+
 use crate::{Error, Result};
 
 /// An instruction set that kernels are compiled for.
@@ -31,7 +33,14 @@ impl Isa {
     /// The set that the environment variable `MXT_CPU_ISA` names, else the best one. For tests and
     /// comparisons.
     pub fn from_environment() -> Result<Self> {
-        let Ok(name) = std::env::var("MXT_CPU_ISA") else { return Ok(Self::best()) };
+        match std::env::var_os("MXT_CPU_ISA") {
+            None => Ok(Self::best()),
+            Some(name) => Self::named(&name),
+        }
+    }
+
+    /// The set of this name, if this processor has it.
+    fn named(name: &OsStr) -> Result<Self> {
         let isa = Self::ALL.into_iter().find(|isa| isa.name() == name).ok_or_else(|| {
             let message = format!("expected amx, avx512, avx2 or portable, got {name:?}");
             Error::invalid("MXT_CPU_ISA", message)
@@ -40,7 +49,7 @@ impl Isa {
             return Ok(isa);
         }
         Err(Error::Unsupported {
-            what: format!("MXT_CPU_ISA={name}"),
+            what: format!("MXT_CPU_ISA={}", isa.name()),
             remedy: format!("this processor has {}", Self::best().name()),
         })
     }
@@ -159,3 +168,22 @@ macro_rules! simd_fn {
     };
 }
 pub(super) use simd_fn;
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStrExt;
+
+    use super::*;
+
+    #[test]
+    fn a_name_that_no_set_has_is_an_error() {
+        assert_eq!(Isa::named(OsStr::new("portable")).unwrap(), Isa::Portable);
+        for (name, shown) in
+            [(&b"avx9"[..], "\"avx9\""), (b"", "\"\""), (b"avx\xff", "\"avx\\xFF\"")]
+        {
+            let error = Isa::named(OsStr::from_bytes(name)).unwrap_err();
+            assert!(matches!(error, Error::InvalidArgument { what: "MXT_CPU_ISA", .. }), "{error}");
+            assert!(error.to_string().ends_with(&format!("got {shown}")), "{error}");
+        }
+    }
+}

@@ -2,16 +2,13 @@
 //!
 //! Sources are part of the library. A file is compiled for the chip that is present when an engine
 //! first needs it, all files at once on as many threads, and the result is kept in the user's cache
-//! folder under a hash of everything that it depends on.
+//! folder under a hash of everything that it depends on ([`super::cache`]).
 
 use std::ffi::c_int;
-use std::fs;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::Write;
-use std::path::{Path, PathBuf};
 
 use cudarc::nvrtc::{result, sys};
 
+use super::cache::{Cache, Key};
 use super::gpu::c_string;
 use crate::{Error, Result};
 
@@ -66,16 +63,122 @@ pub(super) fn architecture((major, minor): (i32, i32)) -> String {
     format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" })
 }
 
+/// Compiled machine code of one file.
+pub(super) struct Code {
+    place: Place,
+    bytes: Vec<u8>,
+    /// Whether it comes from the cache, which may hold what was never tried.
+    cached: bool,
+}
+
+/// Which file for which chip, and where the cache has it.
+struct Place {
+    name: &'static str,
+    source: &'static str,
+    architecture: String,
+    key: Key,
+}
+
 /// Machine code of every file, from the cache where it holds it.
-pub(super) fn all(architecture: &str, driver_version: c_int) -> Result<Vec<Vec<u8>>> {
-    let folder = cache_folder();
+pub(super) fn all(
+    cache: Option<&Cache>,
+    architecture: &str,
+    driver_version: c_int,
+) -> Result<Vec<Code>> {
     std::thread::scope(|scope| {
         let compiling = FILES.map(|(name, source)| {
-            let folder = folder.as_deref();
-            scope.spawn(move || cached(folder, name, source, architecture, driver_version))
+            scope.spawn(move || {
+                let [major, minor] = compiler_version();
+                let versions = [driver_version, major, minor];
+                Code::get(Place::new(name, source, architecture, versions), cache, &compile)
+            })
         });
         compiling.into_iter().map(|thread| thread.join().map_err(panicked)?).collect()
     })
+}
+
+impl Place {
+    /// `versions` are those of driver and compiler.
+    fn new(
+        name: &'static str,
+        source: &'static str,
+        architecture: &str,
+        versions: [c_int; 3],
+    ) -> Self {
+        let versions = versions.map(c_int::to_le_bytes);
+        let texts = [name, PRELUDE, source, architecture].into_iter().chain(OPTIONS);
+        let parts = texts.map(str::as_bytes).chain(versions.iter().map(|bytes| &bytes[..]));
+        Self { name, source, architecture: architecture.to_owned(), key: Key::of(parts) }
+    }
+
+    /// The name of its file in the cache.
+    fn file(&self) -> String {
+        format!("{}-{}-{}", self.name, self.architecture, self.key)
+    }
+}
+
+/// NVRTC's, major and minor.
+fn compiler_version() -> [c_int; 2] {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: writes two numbers.
+    let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    [major, minor]
+}
+
+fn compile(place: &Place) -> Result<Vec<u8>> {
+    cubin(place.name, place.source, &place.architecture)
+}
+
+impl Code {
+    /// From the cache, or else from `compile`.
+    fn get(
+        place: Place,
+        cache: Option<&Cache>,
+        compile: &dyn Fn(&Place) -> Result<Vec<u8>>,
+    ) -> Result<Self> {
+        let found = cache.and_then(|cache| cache.read(&place.file(), &place.key));
+        let cached = found.is_some();
+        let bytes = found.map_or_else(|| compile(&place), Ok)?;
+        let code = Self { place, bytes, cached };
+        if !cached {
+            code.keep(cache);
+        }
+        Ok(code)
+    }
+
+    /// A cache that cannot be written costs the next start some seconds, nothing else.
+    fn keep(&self, cache: Option<&Cache>) {
+        if let Some(cache) = cache {
+            let _ = cache.write(&self.place.file(), &self.place.key, &self.bytes);
+        }
+    }
+
+    /// Gives the code to `load`, the driver. What the cache had and the driver refuses is compiled anew,
+    /// once, and kept in its place if the driver takes that.
+    pub(super) fn load(
+        self,
+        cache: Option<&Cache>,
+        load: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.load_with(cache, &compile, load)
+    }
+
+    fn load_with(
+        mut self,
+        cache: Option<&Cache>,
+        compile: &dyn Fn(&Place) -> Result<Vec<u8>>,
+        mut load: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        match load(&self.bytes) {
+            Err(_) if self.cached => {
+                self.bytes = compile(&self.place)?;
+                load(&self.bytes)?;
+                self.keep(cache);
+                Ok(())
+            }
+            result => result,
+        }
+    }
 }
 
 fn panicked(_: Box<dyn std::any::Any + Send>) -> Error {
@@ -114,94 +217,36 @@ pub(super) fn cubin(name: &str, source: &str, architecture: &str) -> Result<Vec<
     Ok(code)
 }
 
-fn cached(
-    folder: Option<&Path>,
-    name: &str,
-    source: &str,
-    architecture: &str,
-    driver_version: c_int,
-) -> Result<Vec<u8>> {
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: writes two numbers.
-    let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
-    let key = (PRELUDE, source, OPTIONS, architecture, driver_version, major, minor);
-    let path = folder.map(|folder| folder.join(format!("{name}-{architecture}-{}", hash(&key))));
-    if let Some(code) = path.as_deref().and_then(read) {
-        return Ok(code);
-    }
-    let code = cubin(name, source, architecture)?;
-    if let Some(path) = path {
-        // A cache that cannot be written costs the next start some seconds, nothing else.
-        let _ = write(&path, &code);
-    }
-    Ok(code)
-}
-
-/// What the cache holds under `path`: its length and checksum, then the code. Nothing if damaged.
-fn read(path: &Path) -> Option<Vec<u8>> {
-    let mut bytes = fs::read(path).ok()?;
-    let code = bytes.split_off(bytes.len().min(HEADER));
-    (bytes == header(&code)).then_some(code)
-}
-
-/// Writes to a name of this process, then renames, so that no reader sees half a file.
-fn write(path: &Path, code: &[u8]) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or_else(|| Path::new("."));
-    fs::create_dir_all(folder)?;
-    let temporary = path.with_extension(format!("{}.part", std::process::id()));
-    let mut file = fs::File::create(&temporary)?;
-    file.write_all(&header(code)).and_then(|()| file.write_all(code))?;
-    fs::rename(&temporary, path)
-}
-
-const HEADER: usize = 12;
-
-fn header(code: &[u8]) -> [u8; HEADER] {
-    let mut header = [0; HEADER];
-    header[..8].copy_from_slice(&(code.len() as u64).to_le_bytes());
-    header[8..].copy_from_slice(&crc32fast::hash(code).to_le_bytes());
-    header
-}
-
-/// 64 bits that name a version of a file.
-fn hash(key: &impl Hash) -> String {
-    let mut hasher = DefaultHasher::new();
-    key.hash(&mut hasher);
-    format!("{:016x}", hasher.finish())
-}
-
-/// `MXT_CACHE_DIR`, or `mxfp4train` in the user's cache folder; None where neither is known.
-fn cache_folder() -> Option<PathBuf> {
-    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
-    if let Some(folder) = variable("MXT_CACHE_DIR") {
-        return Some(folder.into());
-    }
-    let cache = variable("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")))?;
-    Some(cache.join("mxfp4train"))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::collections::HashSet;
+
+    use super::super::folders::Folders;
     use super::*;
 
     /// Every kernel compiles for every chip that the library knows, with the compiler that users have.
     #[test]
     fn kernels_compile_for_every_chip() {
-        if let Err(error) = super::super::gpu::open_nvrtc() {
+        if let Err(error) = super::super::gpu::open_nvrtc(&Folders::from_environment(&|_| ())) {
             println!("skipped: {error}");
             return;
         }
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path()).unwrap();
         for architecture in ["sm_80", "sm_90a", "sm_100a", "sm_120a"] {
-            for (name, source) in FILES {
-                let code = cubin(name, source, architecture).unwrap_or_else(|e| panic!("{e}"));
-                println!("{name}.cu for {architecture}: {} bytes", code.len());
-                assert!(code.starts_with(b"\x7fELF"));
+            let get = || all(Some(&cache), architecture, 13_000).unwrap_or_else(|e| panic!("{e}"));
+            let codes = get();
+            for ((name, _), Code { bytes, cached, .. }) in FILES.iter().zip(&codes) {
+                println!("{name}.cu for {architecture}: {} bytes", bytes.len());
+                assert!(bytes.starts_with(b"\x7fELF") && !cached);
                 let product = b"product_mxfp4_f32";
-                let has_product = code.windows(product.len()).any(|window| window == product);
-                let expected = name == "mxfp4_sm120" && architecture == "sm_120a";
+                let has_product = bytes.windows(product.len()).any(|window| window == product);
+                let expected = *name == "mxfp4_sm120" && architecture == "sm_120a";
                 assert_eq!(has_product, expected, "{name}.cu for {architecture}");
             }
+            let same = |(a, b): (&Code, &Code)| a.cached && a.bytes == b.bytes;
+            assert!(get().iter().zip(&codes).all(same), "the cache has other code");
         }
     }
 
@@ -221,17 +266,68 @@ mod tests {
     }
 
     #[test]
-    fn the_cache_gives_back_what_was_written_and_nothing_damaged() {
+    fn whatever_code_depends_on_changes_its_place() {
+        let files = [
+            Place::new("a", "source", "sm_80", [13000, 13, 0]),
+            Place::new("b", "source", "sm_80", [13000, 13, 0]),
+            Place::new("a", "sources", "sm_80", [13000, 13, 0]),
+            Place::new("a", "source", "sm_90a", [13000, 13, 0]),
+            Place::new("a", "source", "sm_80", [13010, 13, 0]),
+            Place::new("a", "source", "sm_80", [13000, 14, 0]),
+            Place::new("a", "source", "sm_80", [13000, 13, 1]),
+        ]
+        .map(|place| place.file());
+        let different: HashSet<_> = files.iter().collect();
+        assert_eq!(different.len(), files.len(), "{files:?}");
+    }
+
+    /// What a chip that takes no code but "good" loads.
+    fn load(code: &[u8]) -> Result<()> {
+        match code {
+            b"good" => Ok(()),
+            _ => Err(Error::Device { message: "an invalid image".into() }),
+        }
+    }
+
+    /// Gets a file and loads it; gives how often it was compiled.
+    fn get_and_load(cache: &Cache, made: &[u8]) -> (usize, Result<()>) {
+        let compiled = Cell::new(0);
+        let compile = |_: &Place| {
+            compiled.set(compiled.get() + 1);
+            Ok(made.to_vec())
+        };
+        let code = Code::get(place(), Some(cache), &compile).unwrap();
+        let loaded = code.load_with(Some(cache), &compile, load);
+        (compiled.get(), loaded)
+    }
+
+    fn place() -> Place {
+        Place::new("file", "source", "sm_80", [13000, 13, 0])
+    }
+
+    #[test]
+    fn what_the_driver_refuses_is_compiled_anew_once() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a/b");
-        assert!(read(&path).is_none());
-        write(&path, b"code").unwrap();
-        assert_eq!(read(&path).unwrap(), b"code");
-        let mut bytes = fs::read(&path).unwrap();
-        *bytes.last_mut().unwrap() ^= 1;
-        fs::write(&path, &bytes).unwrap();
-        assert!(read(&path).is_none());
-        fs::write(&path, b"short").unwrap();
-        assert!(read(&path).is_none());
+        let cache = Cache::open(folder.path()).unwrap();
+        let (compiled, loaded) = get_and_load(&cache, b"good");
+        assert_eq!((compiled, loaded.is_ok()), (1, true));
+        let (compiled, loaded) = get_and_load(&cache, b"bad");
+        assert_eq!((compiled, loaded.is_ok()), (0, true), "the cache had it");
+
+        let held = || cache.read(&place().file(), &place().key).unwrap();
+        cache.write(&place().file(), &place().key, b"stale").unwrap();
+        let (compiled, loaded) = get_and_load(&cache, b"good");
+        assert_eq!((compiled, loaded.is_ok()), (1, true));
+        assert_eq!(held(), b"good", "the entry is replaced");
+
+        // What is refused when it is new is an error at once, and never replaces anything.
+        cache.write(&place().file(), &place().key, b"stale").unwrap();
+        let (compiled, loaded) = get_and_load(&cache, b"bad");
+        assert!(loaded.unwrap_err().to_string().contains("an invalid image"));
+        assert_eq!((compiled, held()), (1, b"stale".to_vec()));
+        let compile = |_: &Place| Ok(b"bad".to_vec());
+        let code = Code::get(place(), None, &compile).unwrap();
+        let never = |_: &Place| panic!("compiled a second time");
+        assert!(code.load_with(None, &never, load).is_err());
     }
 }

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::{result, sys};
@@ -142,22 +142,24 @@ impl Product {
 
 /// cuBLASLt with the plans of all products seen so far.
 pub(super) struct Gemm {
+    gpu: Arc<Gpu>,
     handle: sys::cublasLtHandle_t,
     plans: Mutex<HashMap<Kind, Plan>>,
 }
 
-// SAFETY: a handle may be used from any thread, and plans are only used under the lock.
+// SAFETY: a handle may be used from any thread whose current context is that of the GPU, which
+// `Gpu::scope` sees to, and plans are only used under the lock.
 unsafe impl Send for Gemm {}
 // SAFETY: as above.
 unsafe impl Sync for Gemm {}
 
 impl Gemm {
-    pub(super) fn new(gpu: &Gpu) -> Result<Self> {
+    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self> {
         let _alone = graph::without_captures();
         let handle = gpu.scope(result::create_handle).map_err(|error| Error::Device {
             message: format!("{}: cuBLASLt does not start ({error})", gpu.name),
         })?;
-        Ok(Self { handle, plans: Mutex::default() })
+        Ok(Self { gpu: gpu.clone(), handle, plans: Mutex::default() })
     }
 
     /// Starts a product; `workspace` has [`WORKSPACE`] bytes.
@@ -187,8 +189,8 @@ impl Drop for Gemm {
     fn drop(&mut self) {
         self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
         let _alone = graph::without_captures();
-        // SAFETY: ours, and nothing uses it any more.
-        let _ = unsafe { result::destroy_handle(self.handle) };
+        // SAFETY: ours, and nothing uses it any more. It waits for the device, so that has to be current.
+        let _ = self.gpu.scope(|| unsafe { result::destroy_handle(self.handle) });
     }
 }
 

@@ -4,12 +4,13 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_int, c_void};
-use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 use cudarc::{cublaslt, driver, nvrtc};
 
+use super::cache::Cache;
+use super::folders::Folders;
 use super::{compile, graph};
 use crate::{Error, Result};
 
@@ -43,8 +44,12 @@ unsafe impl Sync for Gpu {}
 
 impl Gpu {
     /// Opens GPU `ordinal` and loads all kernels, compiling those that are not cached. With `stream`,
-    /// the host's own, everything runs on that one.
-    pub(super) fn open(ordinal: usize, stream: Option<sys::CUstream>) -> Result<Self> {
+    /// the host's own, everything runs on that one. `warn` receives what a user should put right.
+    pub(super) fn open(
+        ordinal: usize,
+        stream: Option<sys::CUstream>,
+        warn: &dyn Fn(String),
+    ) -> Result<Self> {
         let unsupported = |what: String, remedy: &str| {
             Err(Error::Unsupported { what, remedy: remedy.to_owned() })
         };
@@ -78,7 +83,8 @@ impl Gpu {
                 &format!("this machine has {count} GPUs, numbered from 0"),
             );
         }
-        open_libraries()?;
+        let folders = Folders::from_environment(warn);
+        open_libraries(&folders)?;
 
         let opened = |result: Result<_, driver::DriverError>| {
             result.map_err(|error| Error::Device {
@@ -103,6 +109,11 @@ impl Gpu {
                 "the kernels need 8.0 (Ampere) or newer; use device \"cpu\"",
             );
         }
+        // NOTE: before a context is current, for `warn` calls the host.
+        let cache = folders.cache.map(|folder| Cache::open(&folder));
+        let cache = cache.and_then(|opened| {
+            opened.map_err(|why| warn(format!("the cache of GPU kernels at {why}"))).ok()
+        });
         // SAFETY: released in `drop`.
         let context = match unsafe { driver::result::primary_ctx::retain(device) } {
             Ok(context) => context,
@@ -146,7 +157,7 @@ impl Gpu {
                 }
             }
         }
-        gpu.load_kernels(version)?;
+        gpu.load_kernels(cache.as_ref(), version)?;
         Ok(gpu)
     }
 
@@ -158,8 +169,9 @@ impl Gpu {
 
     fn enter(&self) -> Current {
         // SAFETY: the context is retained as long as `self` lives.
-        self.note("cuCtxPushCurrent", unsafe { sys::cuCtxPushCurrent_v2(self.context) });
-        Current
+        let result = unsafe { sys::cuCtxPushCurrent_v2(self.context) };
+        self.note("cuCtxPushCurrent", result);
+        Current { pushed: result == CUresult::CUDA_SUCCESS }
     }
 
     /// Where work is queued: the stream, or what this thread captures.
@@ -246,10 +258,11 @@ impl Gpu {
         self.scope(|| driver::result::mem_get_info().ok())
     }
 
-    fn load_kernels(&mut self, driver_version: c_int) -> Result<()> {
-        let cubins = compile::all(&compile::architecture(self.capability), driver_version)?;
+    fn load_kernels(&mut self, cache: Option<&Cache>, driver_version: c_int) -> Result<()> {
+        let architecture = compile::architecture(self.capability);
+        let all = compile::all(cache, &architecture, driver_version)?;
         let _alone = graph::without_captures();
-        cubins.iter().try_for_each(|cubin| self.load(cubin))
+        all.into_iter().try_for_each(|code| code.load(cache, |cubin| self.load(cubin)))
     }
 
     /// Loads the kernels of one file, in place of those of the same names.
@@ -336,13 +349,18 @@ impl Drop for Gpu {
 }
 
 /// Takes the context off the thread again.
-struct Current;
+struct Current {
+    /// Where the driver refused to make it current, what is current is the host's.
+    pushed: bool,
+}
 
 impl Drop for Current {
     fn drop(&mut self) {
-        let mut context = std::ptr::null_mut();
-        // SAFETY: pushed by `Gpu::enter`.
-        let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
+        if self.pushed {
+            let mut context = std::ptr::null_mut();
+            // SAFETY: writes a handle.
+            let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
+        }
     }
 }
 
@@ -360,21 +378,22 @@ pub(super) fn text(result: CUresult) -> String {
 }
 
 /// Opens NVRTC and cuBLASLt.
-fn open_libraries() -> Result<()> {
-    open_nvrtc()?;
+fn open_libraries(folders: &Folders) -> Result<()> {
+    open_nvrtc(folders)?;
     // SAFETY: looks for a library by name.
     require(unsafe { cublaslt::sys::is_culib_present() }, "libcublasLt.so.13", "nvidia-cublas")
 }
 
 /// Opens NVRTC, also where it lies outside the loader's own folders.
-pub(super) fn open_nvrtc() -> Result<()> {
+pub(super) fn open_nvrtc(folders: &Folders) -> Result<()> {
     static OPENED: OnceLock<Vec<libloading::Library>> = OnceLock::new();
     OPENED.get_or_init(|| {
         let mut opened = Vec::new();
-        for folder in library_folders() {
+        for folder in &folders.libraries {
             for name in ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13", "libcublasLt.so.13"] {
                 // A library that is open under its SONAME is found by that name from then on.
-                // SAFETY: NVIDIA's libraries do nothing on being loaded that a host could notice.
+                // SAFETY: the folder is absolute, and the user or the system's administrator names it as
+                // that of a toolkit: who puts files there is trusted with running code here.
                 opened.extend(unsafe { libloading::Library::new(folder.join(name)) });
             }
         }
@@ -396,13 +415,6 @@ fn require(present: bool, library: &str, package: &str) -> Result<()> {
             CUDA / 1000
         ),
     })
-}
-
-/// Where a toolkit keeps its libraries, if the loader does not know it.
-fn library_folders() -> Vec<PathBuf> {
-    let named = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os);
-    let roots = named.map(PathBuf::from).chain(["/usr/local/cuda".into(), "/opt/cuda".into()]);
-    roots.map(|root| root.join("lib64")).collect()
 }
 
 /// A C string of text without zero bytes.

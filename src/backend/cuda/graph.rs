@@ -116,7 +116,8 @@ pub(super) fn note_drawn(gpu: &Gpu, drawn: Drawn) {
     let (mut graph, mut last, mut count) = (null_mut(), std::ptr::null(), 0);
     // SAFETY: numbers and pointers, for which zero is a value.
     let mut captured: sys::CUDA_KERNEL_NODE_PARAMS = unsafe { std::mem::zeroed() };
-    // SAFETY: writes to these variables; the nodes that it points to live as long as the capture.
+    // SAFETY: writes to these variables. `last` points to CUDA's own array of `count` nodes, which is
+    // valid until the next call with the stream, so it is read before any.
     let node = unsafe {
         let result = sys::cuStreamGetCaptureInfo_v3(
             stream,

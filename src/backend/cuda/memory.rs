@@ -3,6 +3,7 @@
 //! As on the CPU, the same code runs twice, counting first, so the plan is what is allocated.
 
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -280,6 +281,7 @@ impl Arena {
 /// Pinned host memory from which words go to the device while the host does something else.
 pub(in crate::backend) struct Upload {
     gpu: Arc<Gpu>,
+    /// Written from the start on: `new` fills it.
     words: *mut u32,
     len: usize,
     /// When the last copy has been read.
@@ -303,16 +305,21 @@ impl Upload {
         gpu.scope(|| {
             let _alone = graph::without_captures();
             let mut memory: *mut c_void = std::ptr::null_mut();
-            // SAFETY: writes a pointer and a handle, both given back in `drop`.
-            unsafe {
-                let result = sys::cuMemHostAlloc(&mut memory, len * 4, 0);
-                gpu.note("allocating pinned memory", result);
-                if result == CUresult::CUDA_SUCCESS {
-                    (upload.words, upload.len) = (memory.cast(), len);
-                }
-                let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
-                gpu.note("making an event", sys::cuEventCreate(&mut upload.sent, flags));
+            // SAFETY: writes a pointer, which is given back in `drop`.
+            let result = unsafe { sys::cuMemHostAlloc(&mut memory, len * 4, 0) };
+            gpu.note("allocating pinned memory", result);
+            if result == CUresult::CUDA_SUCCESS {
+                // SAFETY: room for `len` words, aligned to a page, of ours alone. CUDA does not say what is
+                // in them, so they are written before anything takes them for numbers.
+                let words = unsafe {
+                    std::slice::from_raw_parts_mut(memory.cast::<MaybeUninit<u32>>(), len)
+                };
+                words.fill(MaybeUninit::zeroed());
+                (upload.words, upload.len) = (memory.cast(), len);
             }
+            let flags = sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32;
+            // SAFETY: writes a handle, which is given back in `drop`.
+            gpu.note("making an event", unsafe { sys::cuEventCreate(&mut upload.sent, flags) });
         });
         upload
     }
@@ -324,10 +331,16 @@ impl Upload {
             self.gpu.fail(format!("{len} words do not fit an upload of {}", self.len));
             return;
         }
-        // SAFETY: the event is ours; the memory has `len` words, which were written (pinned memory
-        // comes zeroed from the system) and which no copy reads any more after the wait.
+        // SAFETY: the event is ours.
+        let waited = unsafe { sys::cuEventSynchronize(self.sent) };
+        self.gpu.note("an upload", waited);
+        if waited != CUresult::CUDA_SUCCESS {
+            // The copy before may still be read.
+            return;
+        }
+        // SAFETY: the memory has `len` words, which `new` has written and which no copy reads any more
+        // after the wait; the buffer at `to` is as long.
         unsafe {
-            self.gpu.note("an upload", sys::cuEventSynchronize(self.sent));
             fill(std::slice::from_raw_parts_mut(self.words, len));
             let from = self.words.cast();
             let result = sys::cuMemcpyHtoDAsync_v2(to, from, len * 4, self.gpu.stream());
@@ -339,16 +352,20 @@ impl Upload {
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        if self.words.is_null() {
+        if self.words.is_null() && self.sent.is_null() {
             return;
         }
         self.gpu.scope(|| {
             let _alone = graph::without_captures();
-            // SAFETY: ours; the wait ends the last copy.
+            // SAFETY: ours, where they could be made; the wait ends the last copy.
             unsafe {
                 let _ = sys::cuStreamSynchronize(self.gpu.stream());
-                let _ = sys::cuEventDestroy_v2(self.sent);
-                let _ = sys::cuMemFreeHost(self.words.cast());
+                if !self.sent.is_null() {
+                    let _ = sys::cuEventDestroy_v2(self.sent);
+                }
+                if !self.words.is_null() {
+                    let _ = sys::cuMemFreeHost(self.words.cast());
+                }
             }
         });
     }

@@ -7,9 +7,11 @@
 
 mod adamw;
 mod attention;
+mod cache;
 mod classifier;
 mod compile;
 mod embedding;
+mod folders;
 mod gelu;
 mod gemm;
 mod gpu;
@@ -60,9 +62,14 @@ pub(crate) struct Cuda {
 }
 
 impl Cuda {
-    /// Opens GPU `ordinal`.
-    pub(crate) fn new(ordinal: usize, stream: Option<CudaStream>) -> Result<Self> {
-        let gpu = Arc::new(Gpu::open(ordinal, stream.map(|stream| stream.as_raw().cast()))?);
+    /// Opens GPU `ordinal`. `warn` receives what a user should put right.
+    pub(crate) fn new(
+        ordinal: usize,
+        stream: Option<CudaStream>,
+        warn: &dyn Fn(String),
+    ) -> Result<Self> {
+        let stream = stream.map(|stream| stream.as_raw().cast());
+        let gpu = Arc::new(Gpu::open(ordinal, stream, warn)?);
         Ok(Self {
             gemm: Gemm::new(&gpu)?,
             gpu,

@@ -15,7 +15,7 @@ const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
 /// The GPU, or None after a line that says why there is none.
 pub(super) fn gpu() -> Option<Cuda> {
-    match Cuda::new(0, None) {
+    match Cuda::new(0, None, &|_| ()) {
         Ok(cuda) => Some(cuda),
         Err(error @ Error::Unsupported { .. }) => {
             println!("skipped: {error}");

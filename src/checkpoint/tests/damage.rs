@@ -154,6 +154,33 @@ fn every_region_of_damage_has_its_message() {
 }
 
 #[test]
+fn a_header_entry_that_describes_no_tensor_is_named() {
+    let (_root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    let sound = fs::read(dir.join(MODEL)).unwrap();
+    let (length, rest) = sound.split_first_chunk().unwrap();
+    let (header, data) = rest.split_at(u64::from_le_bytes(*length) as usize);
+    let header = std::str::from_utf8(header).unwrap();
+    let entry = header.find("\"transformer.wpe.weight\":").unwrap();
+    for (from, to, part) in [
+        ("\"F32\"", "\"F64\"", "F64 of shape ["),
+        ("\"F32\"", "\"F4\"", "F4 of shape ["),
+        ("\"F32\"", "\"G32\"", "unknown variant `G32`"),
+        ("\"shape\":[", "\"shape\":[3,", "of shape [3, "),
+        ("\"shape\":[", "\"shape\":[18446744073709551615,", "of shape [18446744073709551615, "),
+        ("\"shape\":[", "\"shape\":[-1,", "invalid value: integer `-1`"),
+        ("\"shape\"", "\"shade\"", "missing field `shape`"),
+    ] {
+        let text = header[..entry].to_owned() + &header[entry..].replacen(from, to, 1);
+        let bytes = [&(text.len() as u64).to_le_bytes(), text.as_bytes(), data].concat();
+        fs::write(dir.join(MODEL), bytes).unwrap();
+        let message = failure(&dir, MODEL);
+        assert!(message.contains("damaged header: tensor transformer.wpe.weight: "), "{message}");
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
 fn an_edit_that_was_meant_is_accepted_once_the_checksum_is_removed() {
     let (_root, dir) = temp();
     save_full(&dir, 1).unwrap();
