@@ -17,10 +17,16 @@ mod console;
 mod eval;
 #[path = "../../examples/mxtrain/src/failure.rs"]
 mod failure;
+#[path = "../../examples/mxtrain/src/files.rs"]
+mod files;
 #[path = "../../examples/mxtrain/src/generate.rs"]
 mod generate;
+#[path = "../../examples/mxtrain/src/hugging_face.rs"]
+mod hugging_face;
 #[path = "../../examples/mxtrain/src/info.rs"]
 mod info;
+#[path = "../../examples/mxtrain/src/lock.rs"]
+mod lock;
 #[path = "../../examples/mxtrain/src/machine.rs"]
 mod machine;
 #[path = "../../examples/mxtrain/src/parse.rs"]
@@ -33,6 +39,10 @@ mod prepare;
 mod prepared;
 #[path = "../../examples/mxtrain/src/run_file.rs"]
 mod run_file;
+#[path = "../../examples/mxtrain/src/signals.rs"]
+mod signals;
+#[path = "../../examples/mxtrain/src/stop.rs"]
+mod stop;
 #[path = "../../examples/mxtrain/src/tokenizer.rs"]
 mod tokenizer;
 #[path = "../../examples/mxtrain/src/tokens_file.rs"]
@@ -43,7 +53,9 @@ mod train;
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
+use std::sync::LazyLock;
 
+use signals::Signals;
 use tokenizer::{TextStream, Tokenizer, cut_point};
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
@@ -88,7 +100,8 @@ fn run(data: &[u8]) {
     let Ok(Some(run)) = run_file::RunFile::read(folder()) else { return };
     for other_data in [false, true] {
         let args: Vec<OsString> = vec!["mxtrain".into(), "train".into()];
-        let _ = parse::parse_or_fail(&parse::insert(&args, &run.to_args(other_data)));
+        let Ok(options) = run.to_args(other_data) else { return };
+        let _ = parse::parse_or_fail(&parse::insert(&args, &options));
     }
 }
 
@@ -136,7 +149,9 @@ fn prepare_input(data: &[u8]) {
     let line = [&line[..], &[out.clone().into(), input.into()]].concat();
     let parsed = parse::parse_or_fail(&line).expect("the options are right");
     let cli::Command::Prepare(args) = &parsed.cli.command else { unreachable!() };
-    match prepare::run(args) {
+    static SIGNALS: LazyLock<Signals> =
+        LazyLock::new(|| Signals::listen().expect("signals can be listened to"));
+    match prepare::run_with(args, &SIGNALS) {
         Ok(_) => assert!(prepared::Meta::read(&out).expect("it was written").train_tokens > 0),
         Err(failure) => assert_eq!(failure.code, 2, "{}", failure.message),
     }

@@ -30,8 +30,10 @@ Example:
   mxtrain generate --checkpoint model --prompt 'Once upon'
 
 Exit codes: 0 success, 1 failed while running, 2 wrong option or file, 3 trained and saved, but an
-evaluation, a sample, a model of --save-at or lines of the log or output were lost, 130 stopped by Ctrl-C or another signal
-(SIGTERM, SIGUSR1, SIGHUP); training has saved what it had done."
+evaluation, a sample, a model of --save-at, a record of compare or lines of the log or output were
+lost, 101 ended by a mistake in mxtrain, 130 stopped by Ctrl-C or another signal (SIGTERM, SIGHUP,
+SIGUSR1, SIGUSR2, SIGXCPU). Whatever ends a run of train, it has saved what it had done, unless it was
+killed (SIGKILL, SIGQUIT) or says otherwise."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -246,7 +248,8 @@ pub(crate) struct StartArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) init_from: Option<PathBuf>,
 
-    /// Go on with the run saved in a checkpoint folder, with the options that it was started with
+    /// Go on with the run saved in a checkpoint folder, with the options that it was started with, but
+    /// for --log and --save-fallback: where to write is not for a checkpoint to say
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
 
@@ -346,7 +349,7 @@ pub(crate) struct OptimizerArgs {
     #[arg(long, value_name = "RATE")]
     pub(crate) lr: Option<f32>,
 
-    /// Learning rate at the end [default: a tenth of --lr]
+    /// Learning rate at the end, at most --lr [default: a tenth of --lr]
     #[arg(long, value_name = "RATE")]
     pub(crate) min_lr: Option<f32>,
 
@@ -395,7 +398,8 @@ pub(crate) struct ReportArgs {
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) sample_prompt: String,
 
-    /// Write a JSON object for every step and every measurement to a file, one a line
+    /// Write a JSON object for every step and every measurement to a file, one a line; a resumed run
+    /// goes on at the end of the file
     #[arg(long, value_name = "FILE")]
     pub(crate) log: Option<PathBuf>,
 }

@@ -3,19 +3,19 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs;
 use std::path::Path;
 
 use clap::ArgAction;
 use toml::Value;
 
 use crate::failure::{Failure, Outcome};
+use crate::files;
 use crate::parse;
 
 /// Reads the options of a file that sub-command `sub` has, as arguments. Those that only `train` has
 /// are left out for another sub-command, so that `plan` takes a run's file as it is.
 pub(crate) fn read(file: &Path, sub: &str) -> Outcome<Vec<OsString>> {
-    let text = fs::read_to_string(file).map_err(Failure::io("read", file))?;
+    let text = files::read_text(file).map_err(Failure::io("read", file))?;
     let table: BTreeMap<String, Value> = toml::from_str(&text).map_err(|e| {
         let line = e.span().map_or(1, |span| 1 + text[..span.start].matches('\n').count());
         let message = e.message().replace('\n', ", ");
@@ -88,6 +88,8 @@ fn unknown<'a>(file: &Path, key: &str, known: impl Iterator<Item = &'a String>) 
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::cli::{Command, TrainArgs};
 

@@ -1,9 +1,19 @@
 //! What the user sees: text on standard output, and a progress bar, notes and errors on standard
 //! error.
+//!
+//! NOTE: names of files, and what stands in them, come from anywhere. A terminal would obey the escape
+//! sequences in them, and a line could pass for another, so nothing leaves here but through [`plain`].
+//! A name that stands in a text of several lines has to go through [`shown`] before.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::io::{self, IsTerminal};
+use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -11,6 +21,7 @@ use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::stdio::{stderr, stdout};
+use serde::Serialize;
 
 use crate::failure::{Failure, Outcome};
 use crate::tokenizer::Tokenizer;
@@ -26,8 +37,93 @@ pub(crate) fn hurry() {
     HURRIES.store(true, Ordering::Relaxed);
 }
 
-/// Writes to standard output. A reader that has gone away (`mxtrain info | head`) is no failure.
+/// A text in which what a terminal would obey is visible as an escape.
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    escaped(text, is_obeyed, |c| c.escape_default().to_string())
+}
+
+/// Control characters, and those that change the direction or the line of what follows.
+pub(crate) fn is_obeyed(c: char) -> bool {
+    const DIRECTIONS: [RangeInclusive<char>; 4] = [
+        '\u{61c}'..='\u{61c}',
+        '\u{200e}'..='\u{200f}',
+        '\u{2028}'..='\u{202e}',
+        '\u{2066}'..='\u{2069}',
+    ];
+    c.is_control() || DIRECTIONS.iter().any(|range| range.contains(&c))
+}
+
+/// A path as part of a text for the user.
+pub(crate) fn shown(path: &Path) -> String {
+    plain(&path.to_string_lossy()).into_owned()
+}
+
+/// A word that a shell reads as it is.
+pub(crate) fn shell_word(word: &OsStr) -> String {
+    let Some(word) = word.to_str().filter(|word| !word.contains(is_obeyed)) else {
+        // Bytes that are no text, or none to look at.
+        let bytes = |bytes: &[u8]| bytes.iter().map(|b| format!("\\x{b:02x}")).collect::<String>();
+        let quoted = word.as_bytes().utf8_chunks().map(|chunk| {
+            let valid = chunk.valid().chars().map(|c| match c {
+                '\\' | '\'' => format!("\\{c}"),
+                c if is_obeyed(c) => bytes(c.encode_utf8(&mut [0; 4]).as_bytes()),
+                c => c.into(),
+            });
+            valid.collect::<String>() + &bytes(chunk.invalid())
+        });
+        return format!("$'{}'", quoted.collect::<String>());
+    };
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+fn escaped(
+    text: &str,
+    is_odd: impl Fn(char) -> bool,
+    escape: impl Fn(char) -> String,
+) -> Cow<'_, str> {
+    if !text.contains(&is_odd) {
+        return text.into();
+    }
+    text.chars().map(|c| if is_odd(c) { escape(c) } else { c.into() }).collect()
+}
+
+/// Writes lines to standard output. A reader that has gone away (`mxtrain info | head`) is no failure.
 pub(crate) fn print(text: &str) -> Outcome {
+    let lines: Vec<_> = text.split('\n').map(plain).collect();
+    print_as_it_is(&lines.join("\n"))
+}
+
+/// Writes a value as a JSON object to standard output.
+pub(crate) fn print_json(value: &impl Serialize) -> Outcome {
+    let json = serde_json::to_string_pretty(value).expect("plain data becomes JSON");
+    // JSON itself escapes some control characters only. Outside of strings there are none.
+    let escape = |c| format!("\\u{:04x}", u32::from(c));
+    let lines = json.split('\n').map(|line| escaped(line, is_obeyed, escape));
+    print_as_it_is(&(lines.collect::<Vec<_>>().join("\n") + "\n"))
+}
+
+/// What a model has written, for standard output: as it is in a file or a pipe, but a terminal need not
+/// obey it.
+pub(crate) fn content(text: &str) -> Cow<'_, str> {
+    static IS_TERMINAL: LazyLock<bool> = LazyLock::new(|| io::stdout().is_terminal());
+    match *IS_TERMINAL {
+        true => visible(text),
+        false => text.into(),
+    }
+}
+
+/// A text whose lines, tabs and languages stay as they are, without further control characters.
+fn visible(text: &str) -> Cow<'_, str> {
+    let is_odd = |c: char| c.is_control() && !['\n', '\t'].contains(&c);
+    escaped(text, is_odd, |c| c.escape_default().to_string())
+}
+
+/// Writes to standard output what is fit for it.
+pub(crate) fn print_as_it_is(text: &str) -> Outcome {
     // Held, so that a text stays whole.
     let _lock = io::stdout().lock();
     match write(stdout(), text.as_bytes()) {
@@ -39,7 +135,7 @@ pub(crate) fn print(text: &str) -> Outcome {
 /// Writes a line to standard error. Where even that fails there is no one left to tell.
 pub(crate) fn note(line: &str) {
     let _lock = io::stderr().lock();
-    let _ = write(stderr(), format!("{line}\n").as_bytes());
+    let _ = write(stderr(), format!("{}\n", plain(line)).as_bytes());
 }
 
 fn write(to: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), Errno> {
@@ -156,16 +252,23 @@ impl Progress {
                 let done = stats.step - self.first_step;
                 if done == 1 || done.is_multiple_of(every) {
                     let left = self.seconds / done as f64 * (self.steps - stats.step) as f64;
-                    let left = HumanDuration(Duration::from_secs_f64(left));
+                    // Of a run that has no end there may be more than can be counted.
+                    let left = Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX);
+                    let left = HumanDuration(left);
                     note(&format!("step {}/{}  {message}  {left:#} left", stats.step, self.steps));
                 }
             }
         }
     }
 
-    /// Writes a line to standard output without disturbing the bar.
+    /// Writes lines to standard output without disturbing the bar.
     pub(crate) fn print(&self, text: &str) -> Outcome {
         self.bar.suspend(|| print(text))
+    }
+
+    /// The same with what a model has written.
+    pub(crate) fn print_content(&self, text: &str) -> Outcome {
+        self.bar.suspend(|| print_as_it_is(&content(text)))
     }
 
     /// Takes the bar away.
@@ -184,6 +287,42 @@ mod tests {
         assert_eq!(short(1.25), "1.250");
         assert_eq!(scaled(124_439_808), "124.44 M");
         assert_eq!(scaled(999), "999");
+    }
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown() {
+        let odd = "a\u{1b}[31m\n\r\u{7}\u{7f}\u{9b}\u{202e}\u{2066}b";
+        let shown = r"a\u{1b}[31m\n\r\u{7}\u{7f}\u{9b}\u{202e}\u{2066}b";
+        assert_eq!(plain(odd), shown);
+        assert_eq!(super::shown(Path::new(odd)), shown);
+        for text in ["", "naïve/語/🦀 \\ 'x'", "שלום", "e\u{301}"] {
+            assert!(matches!(plain(text), Cow::Borrowed(same) if same == text), "{text}");
+        }
+        assert_eq!(visible("a\n\tb\r\u{1b}\u{200f}"), "a\n\tb\\r\\u{1b}\u{200f}");
+    }
+
+    #[test]
+    fn a_folder_with_a_space_can_be_pasted() {
+        let word = |bytes: &[u8]| shell_word(OsStr::from_bytes(bytes));
+        assert_eq!(word(b"out/a-1"), "out/a-1");
+        assert_eq!(word(b"it's mine"), r"'it'\''s mine'");
+        assert_eq!(word(b"f\xfcr 'm"), r"$'f\xfcr \'m'");
+        assert_eq!(word("a\u{1b}\n\\ü\u{9b}".as_bytes()), r"$'a\x1b\x0a\\ü\xc2\x9b'");
+    }
+
+    #[test]
+    fn a_run_without_end_has_a_time_left() {
+        let mut progress = Progress::new(0, u64::MAX);
+        progress.line_every = Some(1);
+        progress.step(&mxfp4train::StepStats {
+            step: 1,
+            loss: 1.0,
+            grad_norm: 1.0,
+            lr: 1.0,
+            tokens: 1,
+            seconds: 1e3,
+            raised_blocks: 0,
+        });
     }
 
     #[test]

@@ -50,8 +50,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
             tokens: stats.tokens,
             seconds: stats.seconds,
         };
-        let json = serde_json::to_string_pretty(&result).expect("plain data becomes JSON");
-        console::print(&(json + "\n"))?;
+        console::print_json(&result)?;
     } else {
         console::print(&format!(
             "{}, perplexity {:.3}; {} tokens, {} tokens/s\n",
@@ -70,8 +69,8 @@ fn open(data: &OsStr, options: &DatasetOptions) -> Outcome<(Dataset, Option<Toke
     if !dir.is_dir() {
         return Ok((Dataset::open_with(data, options)?, None));
     }
-    let meta = Meta::read(dir)?;
-    let val = meta.open_val(dir)?.ok_or_else(|| {
+    let (meta, val) = Meta::read_with(dir, |meta| meta.open_val(dir))?;
+    let val = val.ok_or_else(|| {
         Failure::usage(format!(
             "{0}: was prepared without validation text; name a token file, such as {0}/train.bin",
             dir.display()

@@ -15,7 +15,7 @@ pub(crate) type Outcome<T = ()> = Result<T, Failure>;
 pub(crate) struct Failure {
     /// The process's exit code: 1 or 2.
     pub(crate) code: u8,
-    /// One line without a newline, without the program's name.
+    /// One line, without the program's name. A newline in it is one of a name, and shown as an escape.
     pub(crate) message: String,
 }
 

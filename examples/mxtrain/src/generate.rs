@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use mxfp4train::{GenerateOptions, Model};
 
 use crate::cli::GenerateArgs;
+use crate::console::content;
 use crate::failure::{Failure, Outcome};
 use crate::hugging_face::{Found, end_tokens, load, tokenizer_of};
 use crate::machine;
@@ -118,7 +119,7 @@ fn tokenizer(args: &GenerateArgs, vocab_size: usize) -> Outcome<Tokenizer> {
 }
 
 fn write(out: &mut impl Write, text: &str) -> io::Result<()> {
-    out.write_all(text.as_bytes())?;
+    out.write_all(content(text).as_bytes())?;
     out.flush()
 }
 

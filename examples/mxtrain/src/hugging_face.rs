@@ -16,6 +16,7 @@ use serde::ser::{Serialize, Serializer};
 use serde_json::{Value, json};
 
 use crate::failure::{Failure, Outcome};
+use crate::files;
 use crate::run_file::RunFile;
 use crate::tokenizer::{END_OF_TEXT_MARK, Tokenizer};
 use crate::tokens_file::write_whole;
@@ -290,7 +291,7 @@ fn read_json(path: &Path) -> Outcome<Option<Value>> {
     if !path.is_file() {
         return Ok(None);
     }
-    let text = fs::read(path).map_err(Failure::io("read", path))?;
+    let text = files::read(path).map_err(Failure::io("read", path))?;
     check_fetched(path, &text)?;
     let value = serde_json::from_slice(&text);
     value.map(Some).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
@@ -315,10 +316,17 @@ fn read_all(dir: &Path) -> Outcome<BTreeMap<String, Vec<u8>>> {
         let path = entry.path();
         let wanted = OF_TOKENIZER.contains(&name.as_str()) || name.starts_with(CHAT_TEMPLATE);
         if wanted && path.is_file() {
-            files.insert(name, fs::read(&path).map_err(Failure::io("read", &path))?);
+            files.insert(name, files::read(&path).map_err(Failure::io("read", &path))?);
         }
     }
     Ok(files)
+}
+
+/// The files of [`read_all`] that are as a list of names and checksums has them.
+pub(crate) fn unchanged(dir: &Path, listed: &BTreeMap<String, String>) -> Vec<String> {
+    let found = read_all(dir).unwrap_or_default().into_iter();
+    let same = found.filter(|(name, bytes)| listed.get(name) == Some(&checksum(bytes)));
+    same.map(|(name, _)| name).collect()
 }
 
 fn checksum(bytes: &[u8]) -> String {

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::cli::InfoArgs;
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::files;
 use crate::hugging_face::known_tokenizer;
 use crate::prepared::{Documents, Meta, Source};
 use crate::tokenizer::Tokenizer;
@@ -27,17 +28,13 @@ pub(crate) fn run(args: &InfoArgs) -> Outcome<ExitCode> {
     } else if is_checkpoint(path) {
         About::Checkpoint(checkpoint(path)?)
     } else if path.is_dir() {
-        return Err(Failure::usage(format!(
-            "{}: expected a checkpoint (config.json) or a prepared folder (meta.json), found neither",
-            path.display()
-        )));
+        return Err(neither(path));
     } else {
         let files = token_files(&Dataset::open_with(path, &args.tokens.options())?)?;
         About::Data(Prepared { files, ..Prepared::default() })
     };
     if args.json {
-        let json = serde_json::to_string_pretty(&about).expect("plain data becomes JSON");
-        console::print(&(json + "\n"))?;
+        console::print_json(&about)?;
     } else {
         console::print(&match &about {
             About::Checkpoint(checkpoint) => checkpoint.text(args.tensors),
@@ -45,6 +42,22 @@ pub(crate) fn run(args: &InfoArgs) -> Outcome<ExitCode> {
         })?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Of a folder that is nothing of ours, though there may be token files in it.
+fn neither(dir: &Path) -> Failure {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let files = entries.map(|entry| entry.path()).filter(|path| path.is_file());
+    let mut ends = files.filter_map(|path| Some(path.extension()?.to_owned()));
+    let end = ends.find(|end| end == "bin" || end == "npy");
+    let hint = end.map(|end| dir.join("*").with_extension(end));
+    let hint = hint.map_or_else(String::new, |pattern| {
+        format!("; for the token files in it name {}", console::shell_word(pattern.as_os_str()))
+    });
+    Failure::usage(format!(
+        "{}: expected a checkpoint (config.json) or a prepared folder (meta.json), found neither{hint}",
+        dir.display()
+    ))
 }
 
 #[derive(Serialize)]
@@ -180,14 +193,14 @@ fn checkpoint(dir: &Path) -> Outcome<Checkpoint> {
 }
 
 fn json<T: for<'a> Deserialize<'a>>(path: &Path) -> Outcome<T> {
-    let text = fs::read_to_string(path).map_err(Failure::io("read", path))?;
-    serde_json::from_str(&text).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
+    files::parse_json(path, &files::read(path).map_err(Failure::io("read", path))?)
 }
 
 fn prepared(dir: &Path) -> Outcome<Prepared> {
-    let meta = Meta::read(dir)?;
-    let mut files = token_files(&meta.open_train(dir)?)?;
-    if let Some(val) = meta.open_val(dir)? {
+    let open = |meta: &Meta| Ok((meta.open_train(dir)?, meta.open_val(dir)?));
+    let (meta, (train, val)) = Meta::read_with(dir, open)?;
+    let mut files = token_files(&train)?;
+    if let Some(val) = val {
         files.extend(token_files(&val)?);
     }
     Ok(Prepared {
@@ -228,6 +241,7 @@ impl Checkpoint {
         );
         if let Some(training) = &self.training {
             let Training { step, recipe } = training;
+            let recipe = console::plain(recipe);
             text.push_str(&format!("training    step {step}, recipe {recipe}\n"));
         }
         if let Some(tokenizer) = self.tokenizer {
@@ -236,7 +250,8 @@ impl Checkpoint {
         text.push_str(&format!("tensors     {}\n", self.tensors.len()));
         let width = self.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
         for t in self.tensors.iter().filter(|_| with_tensors) {
-            text.push_str(&format!("  {:width$}  {}  {:?}\n", t.name, t.dtype, t.shape));
+            let name = console::plain(&t.name);
+            text.push_str(&format!("  {name:width$}  {}  {:?}\n", t.dtype, t.shape));
         }
         text
     }
@@ -255,7 +270,7 @@ impl Prepared {
             });
             text.push_str(&format!(
                 "tokens     {}: {}{documents}, {} {}, the largest is {}\n",
-                file.path,
+                console::plain(&file.path),
                 HumanCount(file.tokens),
                 file.format,
                 file.token_type,
@@ -286,7 +301,7 @@ impl Prepared {
         for source in &self.sources {
             text.push_str(&format!(
                 "source     {}: {} for training, {} for validation\n",
-                source.path.display(),
+                console::shown(&source.path),
                 HumanBytes(source.train_bytes),
                 HumanBytes(source.val_bytes),
             ));

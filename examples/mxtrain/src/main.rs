@@ -9,9 +9,11 @@ mod config_file;
 mod console;
 mod eval;
 mod failure;
+mod files;
 mod generate;
 mod hugging_face;
 mod info;
+mod lock;
 mod machine;
 mod parse;
 mod plan;
@@ -38,7 +40,9 @@ use run_file::RunFile;
 fn main() -> ExitCode {
     let args: Vec<OsString> = env::args_os().collect();
     let result = match parse::parse(&args) {
-        Ok(parsed) => add_files(&args, parsed).and_then(|parsed| run(&parsed)),
+        Ok(parsed) => signals::outlive_file_limits()
+            .and_then(|()| add_files(&args, parsed))
+            .and_then(|parsed| run(&parsed)),
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp
             | ErrorKind::DisplayVersion
@@ -51,7 +55,7 @@ fn main() -> ExitCode {
         },
     };
     result.unwrap_or_else(|failure| {
-        console::note(&format!("mxtrain: {}", failure.message.replace('\n', " ")));
+        console::note(&format!("mxtrain: {}", failure.message));
         ExitCode::from(failure.code)
     })
 }
@@ -101,9 +105,10 @@ fn add_files(args: &[OsString], mut parsed: Parsed) -> Outcome<Parsed> {
                 "--seed: a resumed run keeps what it was started with, {seed}; leave the option out"
             )));
         }
-        let options = [run.to_args(other_data), options].concat();
-        parsed = parse::parse_or_fail(&parse::insert(args, &options))
-            .map_err(|failure| failure.within(dir.join("mxtrain.json").display()))?;
+        let of_run = run
+            .to_args(other_data)
+            .map_err(|failure| failure.within(dir.join(run_file::FILE).display()))?;
+        parsed = parse::parse_or_fail(&parse::insert(args, &[of_run, options].concat()))?;
     }
     Ok(parsed)
 }

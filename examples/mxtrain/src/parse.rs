@@ -47,9 +47,21 @@ pub(crate) fn insert(args: &[OsString], options: &[OsString]) -> Vec<OsString> {
 
 /// The description of the whole command line.
 pub(crate) fn command() -> clap::Command {
-    Cli::command().mut_subcommands(|sub| {
+    let command = Cli::command().mut_subcommands(|sub| {
         sub.args_override_self(true).mut_subcommands(|sub| sub.args_override_self(true))
-    })
+    });
+    // Those of `train`, which has another default for trained weights; here all models are new.
+    let of_new_models = |compared: clap::Command| {
+        compared.mut_arg("lr", |lr| lr.help("Highest learning rate [default: 1e-3]")).mut_arg(
+            "warmup",
+            |warmup| {
+                warmup.help(
+                    "Steps over which the learning rate rises [default: 2 percent of --steps]",
+                )
+            },
+        )
+    };
+    command.mut_subcommand("compare", |compare| compare.mut_subcommand("train", of_new_models))
 }
 
 /// A usage error in one line: what is wrong, and clap's suggestion where it has one.

@@ -34,8 +34,7 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
             limit: room.as_ref().map(|room| room.limit),
             available: room.as_ref().map(|room| room.available),
         };
-        let json = serde_json::to_string_pretty(&bytes).expect("plain data becomes JSON");
-        console::print(&(json + "\n"))?;
+        console::print_json(&bytes)?;
     } else {
         let parameters = console::scaled(config.parameter_count());
         let limit = room.map_or_else(String::new, |room| limit(&plan, &room));

@@ -5,7 +5,7 @@
 //! a whole one.
 
 use std::ffi::OsString;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use mxfp4train::Dataset;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::files;
 use crate::tokenizer::Tokenizer;
 use crate::tokens_file::{SealedFile, write_whole};
 
@@ -104,24 +104,49 @@ impl Meta {
 
     /// Reads a prepared folder's description.
     pub(crate) fn read(dir: &Path) -> Outcome<Self> {
-        if dir.join(PENDING_FILE).exists() {
-            return Err(Failure::usage(format!(
+        Self::read_with(dir, |_| Ok(())).map(|(meta, ())| meta)
+    }
+
+    /// Reads a prepared folder's description, and what `read` opens or reads of the token files, which
+    /// are those that it describes.
+    pub(crate) fn read_with<T>(
+        dir: &Path,
+        read: impl FnOnce(&Self) -> Outcome<T>,
+    ) -> Outcome<(Self, T)> {
+        let replaced = || {
+            Failure::usage(format!(
                 "{}: its files are being replaced, or `mxtrain prepare` was stopped while it did \
                  that; wait for it, or prepare the data again",
                 dir.display()
-            )));
+            ))
+        };
+        let is_pending = || dir.join(PENDING_FILE).symlink_metadata().is_ok();
+        if is_pending() {
+            return Err(replaced());
         }
         let path = dir.join(META_FILE);
-        let text = fs::read_to_string(&path).map_err(|error| {
-            let mut failure = Failure::io("read", &path)(error);
+        let (file, meta) = Self::parse(&path)?;
+        let result = read(&meta);
+        // As long as it is open, no other file can be taken for it.
+        if is_pending() || !files::is_at(&file, &path) {
+            return Err(replaced());
+        }
+        Ok((meta, result?))
+    }
+
+    fn parse(path: &Path) -> Outcome<(File, Self)> {
+        let read = || files::open(path).and_then(|file| Ok((files::contents(&file)?, file)));
+        let (text, file) = read().map_err(|error| {
+            let mut failure = Failure::io("read", path)(error);
             failure.message.push_str(
                 "; make the folder with `mxtrain prepare`, or name token files themselves (--train \
                  'FILES' of train, --data 'FILES' of eval)",
             );
             failure
         })?;
-        let meta: Self = serde_json::from_str(&text).map_err(|e| {
-            Failure::usage(format!("{}: {e}; prepare the data again", path.display()))
+        let meta: Self = files::parse_json(path, &text).map_err(|mut failure| {
+            failure.message.push_str("; prepare the data again");
+            failure
         })?;
         if meta.version != VERSION {
             return Err(Failure::usage(format!(
@@ -130,7 +155,7 @@ impl Meta {
                 meta.version
             )));
         }
-        Ok(meta)
+        Ok((file, meta))
     }
 
     /// Gives the token files their names and writes the description, which makes the folder a
@@ -161,7 +186,7 @@ impl Meta {
         Ok(())
     }
 
-    /// Opens `train.bin`.
+    /// Opens `train.bin`, within [`Meta::read_with`].
     pub(crate) fn open_train(&self, dir: &Path) -> Outcome<Dataset> {
         open(&dir.join(TRAIN_FILE), self.train_tokens)
     }
@@ -185,34 +210,6 @@ fn open(path: &Path, expected: u64) -> Outcome<Dataset> {
         )));
     }
     Ok(data)
-}
-
-/// Keeps other `mxtrain prepare` out of a folder as long as it lives, also by a crash.
-pub(crate) struct Lock {
-    _dir: Option<File>,
-}
-
-impl Lock {
-    /// Locks a folder that exists.
-    pub(crate) fn take(dir: &Path) -> Outcome<Self> {
-        let file = File::open(dir).map_err(Failure::io("open", dir))?;
-        match file.try_lock() {
-            Ok(()) => Ok(Self { _dir: Some(file) }),
-            Err(TryLockError::WouldBlock) => Err(Failure::usage(format!(
-                "{}: another `mxtrain prepare` is writing into this folder; wait for it, or name \
-                 another with --out",
-                dir.display()
-            ))),
-            Err(TryLockError::Error(error)) => {
-                console::note(&format!(
-                    "note: {} cannot be locked ({error}); let no other `mxtrain prepare` write \
-                     into it",
-                    dir.display()
-                ));
-                Ok(Self { _dir: None })
-            }
-        }
-    }
 }
 
 /// Makes renames lasting, as far as the file system can.
@@ -280,6 +277,19 @@ mod tests {
         write(dir, 2, false).unwrap();
         assert!(Meta::read(dir).unwrap().open_val(dir).unwrap().is_none());
         assert_eq!(fs::read_dir(dir).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_folder_that_is_replaced_while_it_is_read_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        write(dir, 1, true).unwrap();
+        // The same description, word for word.
+        let again = |_: &Meta| write(dir, 2, true);
+        let failure = Meta::read_with(dir, again).unwrap_err();
+        assert!(failure.message.contains("its files are being replaced"), "{}", failure.message);
+        let (_, tokens) = Meta::read_with(dir, |meta| meta.open_train(dir)).unwrap();
+        assert_eq!(tokens.token_count(), 1);
     }
 
     #[test]

@@ -4,23 +4,26 @@
 //! tokenizer and where the data is, so that `train --resume DIR` needs no other option. The library
 //! carries the file from one save to the next.
 //!
+//! A checkpoint may come from anyone. So the file says what a resumed run computes and which data it
+//! reads, and never where anything is written: what else stands in it is shown and left out
+//! ([`RunFile::left_out`]). `log` and `save-fallback` are kept for that line alone.
+//!
 //! A path that is not UTF-8 cannot stand in JSON. It stands under `encoded`, with every byte but
 //! letters, digits and `/-._` as `%XX`.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use mxfp4train::Model;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
-use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{Failure, Outcome};
+use crate::files;
+use crate::parse;
 use crate::tokenizer::Tokenizer;
 use crate::tokens_file::write_whole;
 
@@ -28,6 +31,12 @@ use crate::tokens_file::write_whole;
 pub(crate) const FILE: &str = "mxtrain.json";
 const VERSION: u32 = 1;
 const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'.').remove(b'_');
+
+/// The options that it may set: those that name data,
+const DATA_OPTIONS: [&str; 6] = ["data", "train", "val", "token-type", "vocab-size", "tokenizer"];
+/// and those that say what a run does.
+const RUN_OPTIONS: [&str; 7] =
+    ["steps", "eval-every", "eval-batches", "save-every", "sample-every", "sample-prompt", "seed"];
 
 /// The contents of `mxtrain.json`.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -75,13 +84,12 @@ impl RunFile {
     /// Reads the file of a checkpoint folder; `None` where another program made the checkpoint.
     pub(crate) fn read(checkpoint: &Path) -> Outcome<Option<Self>> {
         let path = Model::folder_of(checkpoint).join(FILE);
-        let text = match read_file(&path) {
+        let text = match files::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Failure::io("read", &path)(e)),
         };
-        let file: Self = serde_json::from_str(&text)
-            .map_err(|e| Failure::usage(format!("{}: {e}", path.display())))?;
+        let file: Self = files::parse_json(&path, &text)?;
         if file.version != VERSION {
             return Err(Failure::usage(format!(
                 "{}: expected version {VERSION}, got {}; it was written by another mxtrain",
@@ -99,38 +107,35 @@ impl RunFile {
         write_whole(&checkpoint.join(FILE), text.as_bytes())
     }
 
-    /// The options as command-line arguments; data options are left out where others replace them.
-    pub(crate) fn to_args(&self, other_data: bool) -> Vec<OsString> {
-        let is_data = |key: &str| {
-            ["data", "train", "val", "token-type", "vocab-size", "tokenizer"].contains(&key)
-        };
-        let plain = self.options.iter().map(|(key, value)| (key, OsString::from(value)));
-        let encoded = self.encoded.iter().map(|(key, value)| {
-            (key, OsString::from_vec(percent_decode_str(value).collect::<Vec<u8>>()))
-        });
-        plain
-            .chain(encoded)
-            .filter(|(key, _)| !(other_data && is_data(key)))
-            .map(|(key, value)| {
-                let mut argument = OsString::from(format!("--{key}="));
-                argument.push(value);
-                argument
-            })
-            .collect()
+    /// The options that it may set, as command-line arguments; those of data are left out where others
+    /// replace them.
+    pub(crate) fn to_args(&self, other_data: bool) -> Outcome<Vec<OsString>> {
+        let data = DATA_OPTIONS.iter().filter(|_| !other_data);
+        let mut args = Vec::new();
+        for name in data.chain(&RUN_OPTIONS) {
+            let Some(value) = self.option(name) else { continue };
+            let mut argument = OsString::from(format!("--{name}="));
+            argument.push(value);
+            // Alone first, so that a wrong value is reported as what it is: one of this file.
+            parse::parse_or_fail(&["mxtrain".into(), "train".into(), argument.clone()])?;
+            args.push(argument);
+        }
+        Ok(args)
     }
-}
 
-/// Reads a file, and nothing else: a pipe of this name would wait for its writer.
-fn read_file(path: &Path) -> io::Result<String> {
-    let nonblocking = OFlags::NONBLOCK.bits() as i32;
-    let mut file = File::options().read(true).custom_flags(nonblocking).open(path)?;
-    if !file.metadata()?.is_file() {
-        let message = "expected a file, found a folder, pipe or device";
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    /// Options that it has and may not set.
+    pub(crate) fn left_out(&self) -> impl Iterator<Item = (&str, OsString)> {
+        let names = self.options.keys().chain(self.encoded.keys()).map(String::as_str);
+        let others =
+            names.filter(|name| !DATA_OPTIONS.contains(name) && !RUN_OPTIONS.contains(name));
+        others.filter_map(|name| Some((name, self.option(name)?)))
     }
-    let mut text = String::new();
-    file.read_to_string(&mut text)?;
-    Ok(text)
+
+    fn option(&self, name: &str) -> Option<OsString> {
+        let decode = |value| OsString::from_vec(percent_decode_str(value).collect());
+        let encoded = || self.encoded.get(name).map(|value| decode(value));
+        self.options.get(name).map(OsString::from).or_else(encoded)
+    }
 }
 
 #[cfg(test)]
@@ -154,8 +159,41 @@ mod tests {
         assert_eq!(read, file);
         let mut val = OsString::from("--val=");
         val.push(latin_1);
-        assert_eq!(read.to_args(false), ["--data=/a b".into(), "--steps=9".into(), val]);
-        assert_eq!(read.to_args(true), ["--steps=9"]);
+        let args = read.to_args(false).unwrap();
+        assert_eq!(args, ["--data=/a b".into(), val, OsString::from("--steps=9")]);
+        assert_eq!(read.to_args(true).unwrap(), ["--steps=9"]);
+    }
+
+    #[test]
+    fn where_a_run_writes_is_left_out() {
+        let options = ["log", "out", "save-fallback", "config", "overwrite", "steps", "resume"];
+        let options = options.map(|name| (name.to_owned(), OsString::from("7")));
+        let file = RunFile::new(None, options.into());
+        assert_eq!(file.to_args(false).unwrap(), ["--steps=7"]);
+        let left: Vec<_> = file.left_out().map(|(name, _)| name).collect();
+        assert_eq!(left, ["config", "log", "out", "overwrite", "resume", "save-fallback"]);
+        // A value is no further option.
+        let options = BTreeMap::from([("sample-prompt".into(), "x --log=y".into())]);
+        let args = RunFile::new(None, options).to_args(false).unwrap();
+        assert_eq!(args, ["--sample-prompt=x --log=y"]);
+    }
+
+    #[test]
+    fn a_wrong_value_is_named_with_its_field() {
+        let dir = tempfile::tempdir().unwrap();
+        for (options, expected) in [
+            (r#"{"steps": 9}"#, "mxtrain.json: options.steps: invalid type: integer"),
+            (r#"{"steps": "-1"}"#, "invalid value '-1' for '--steps <N>'"),
+            (r#"{"seed": "x"}"#, "invalid value 'x' for '--seed <N>'"),
+            (r#"{"token-type": "u7"}"#, "--token-type <TYPE>"),
+            ("[]", "mxtrain.json: options: invalid type: sequence"),
+        ] {
+            let text = format!(r#"{{"version": 1, "tokenizer": null, "options": {options}}}"#);
+            fs::write(dir.path().join(FILE), text).unwrap();
+            let read = RunFile::read(dir.path()).and_then(|file| file.unwrap().to_args(false));
+            let message = read.unwrap_err().message;
+            assert!(message.contains(expected), "{message}");
+        }
     }
 
     #[test]

@@ -1,11 +1,13 @@
-//! Signals that ask the program to stop: Ctrl-C, those of a scheduler (SIGTERM, SIGUSR1), and that
-//! of a terminal that goes away.
+//! Signals that ask the program to stop: Ctrl-C, those of a scheduler (SIGTERM, SIGUSR1, SIGUSR2, and
+//! SIGXCPU, which comes before a limit of processor time), and that of a terminal that goes away. SIGQUIT
+//! keeps its meaning: the end at once, for whoever wants a core.
 //!
 //! As long as there is nothing to save, the first one ends the program. A command that has something
 //! hands in a stop handle ([`Signals::ask`]); then the first one asks, and only another Ctrl-C ends
 //! the program at once: a scheduler sends several signals, a person who repeats means it.
 
 use std::fs;
+use std::io;
 use std::path::PathBuf;
 use std::process;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mxfp4train::StopHandle;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGXFSZ};
 
 use crate::console;
 use crate::failure::{Failure, Outcome};
@@ -41,15 +43,12 @@ enum State {
 impl Signals {
     /// Listens from now on; every signal ends the program.
     pub(crate) fn listen() -> Outcome<Self> {
-        let mut numbers = vec![SIGINT, SIGTERM, SIGUSR1];
+        let mut numbers = vec![SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU];
         // nohup has it ignored.
         if !is_ignored(SIGHUP) {
             numbers.push(SIGHUP);
         }
-        let cannot = |e| Failure::runtime(format!("cannot listen to signals: {e}"));
         let mut signals = signal_hook::iterator::Signals::new(numbers).map_err(cannot)?;
-        // A file that has reached its largest size is an error of the write, and not our end.
-        signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(cannot)?;
         let state = Arc::new(Mutex::new(State::Ends(Vec::new())));
         let shared = Arc::clone(&state);
         let listener = thread::Builder::new().name("signals".into());
@@ -84,6 +83,15 @@ impl Signals {
     fn set(&self, state: State) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
+}
+
+/// A file that has reached its largest size is from now on an error of the write, and not our end.
+pub(crate) fn outlive_file_limits() -> Outcome {
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).map(drop).map_err(cannot)
+}
+
+fn cannot(e: io::Error) -> Failure {
+    Failure::runtime(format!("cannot listen to signals: {e}"))
 }
 
 fn receive(number: i32, state: &mut State) {

@@ -33,12 +33,7 @@ impl TokensFile {
     /// Begins a file that will be called `path` in the end.
     pub(crate) fn create(path: PathBuf) -> Outcome<Self> {
         let temporary = temporary_name(&path);
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&temporary)
+        let mut file = create_anew(&temporary)
             .map(|file| BufWriter::with_capacity(1 << 18, file))
             .map_err(Failure::io("create", &temporary))?;
         file.write_all(&header(0)).map_err(Failure::io("write", &temporary))?;
@@ -198,13 +193,7 @@ pub(crate) fn read_window(path: &Path, first: u64, length: usize) -> Outcome<Vec
 pub(crate) fn write_whole(path: &Path, contents: &[u8]) -> Outcome {
     let temporary = temporary_name(path);
     let write = || -> io::Result<()> {
-        // What a killed process has left. Anything else of the name must not be written to: a pipe
-        // would wait for its reader, a link leads elsewhere.
-        match fs::remove_file(&temporary) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-        let mut file = File::create_new(&temporary)?;
+        let mut file = create_anew(&temporary)?;
         file.write_all(contents)?;
         file.sync_all()?;
         fs::rename(&temporary, path)
@@ -214,7 +203,17 @@ pub(crate) fn write_whole(path: &Path, contents: &[u8]) -> Outcome {
     })
 }
 
-fn temporary_name(path: &Path) -> PathBuf {
+/// Creates a file in the place of what a killed process has left. Anything else of the name must not be
+/// written to: a pipe would wait for its reader, a link leads elsewhere.
+fn create_anew(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => File::options().read(true).write(true).create_new(true).open(path),
+    }
+}
+
+/// What a file is called until it is complete.
+pub(crate) fn temporary_name(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".tmp");
     name.into()

@@ -4,7 +4,7 @@ mod common;
 
 use std::fs;
 
-use common::{mxtrain, refuse, run, succeed};
+use common::{mxtrain, refuse, run, run_args, succeed};
 
 #[test]
 fn help_and_version_succeed() {
@@ -22,6 +22,8 @@ fn help_and_version_succeed() {
     ] {
         assert!(help.contains(part), "{part} is missing in {help}");
     }
+    let help = succeed(dir.path(), "compare train --help");
+    assert!(help.contains("[default: 1e-3]") && !help.contains("init-from"), "{help}");
     let version = format!("mxtrain {}\n", env!("CARGO_PKG_VERSION"));
     assert_eq!(succeed(dir.path(), "--version"), version);
     assert_eq!(run(dir.path(), "").status.code(), Some(2));
@@ -44,6 +46,8 @@ fn a_reader_that_goes_away_is_no_failure() {
 #[test]
 fn wrong_options_get_one_line_and_exit_code_2() {
     let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("tokens")).unwrap();
+    fs::write(dir.path().join("tokens/a.bin"), "").unwrap();
     for (line, expected) in [
         ("trian", "unrecognized subcommand 'trian'; did you mean 'train'?"),
         ("train --stepz 3", "unexpected argument '--stepz' found; did you mean '--steps'?"),
@@ -58,6 +62,7 @@ fn wrong_options_get_one_line_and_exit_code_2() {
         ("eval --checkpoint x --data .", "cannot read ./meta.json"),
         ("generate --checkpoint x --greedy --top-k 3", "cannot be used with"),
         ("info .", "expected a checkpoint (config.json) or a prepared folder"),
+        ("info tokens", "found neither; for the token files in it name 'tokens/*.bin'"),
         ("plan --heads 3", "--heads: 3 heads do not divide 128 channels"),
         ("plan --layers 0", "--layers: expected a number from 1"),
     ] {
@@ -99,4 +104,108 @@ fn damaged_metadata_is_named() {
     )
     .unwrap();
     assert!(refuse(dir.path(), "train --data .").contains("expected version 1, got 9"));
+}
+
+/// Whoever waits for a pipe's writer, or reads a device to its end, never answers.
+#[test]
+fn what_is_no_file_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    fs::write(dir.join("a.txt"), "text\n".repeat(100)).unwrap();
+    succeed(dir, "prepare a.txt --out data");
+    let train = "train --data data --layers 1 --channels 32 --context 16 --steps 1 --threads 1";
+    succeed(dir, &format!("{train} --out model"));
+    for (name, lines) in [
+        ("run.toml", &["train --config run.toml", "plan --config run.toml"][..]),
+        (
+            "model/mxtrain.json",
+            &["info model", "generate --checkpoint model", "train --resume model"],
+        ),
+        ("model/trainer.json", &["info model"]),
+        (
+            "data/meta.json",
+            &["train --data data", "eval --checkpoint model --data data", "plan --data data"],
+        ),
+    ] {
+        let path = dir.join(name);
+        let kept = fs::read(&path).ok();
+        let _ = fs::remove_file(&path);
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        let fifo = rustix::fs::FileType::Fifo;
+        for device in [false, true] {
+            match device {
+                false => rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, mode, 0).unwrap(),
+                true => std::os::unix::fs::symlink("/dev/zero", &path).unwrap(),
+            }
+            for line in lines {
+                let error = refuse(dir, line);
+                let expected = "expected a file, found a folder, pipe or device";
+                assert!(error.contains(name) && error.contains(expected), "{line}: {error}");
+            }
+            fs::remove_file(&path).unwrap();
+        }
+        if let Some(bytes) = kept {
+            fs::write(&path, bytes).unwrap();
+        }
+    }
+    // A tokenizer that is none is not looked at.
+    fs::remove_file(dir.join("model/mxtrain.json")).unwrap();
+    fs::remove_file(dir.join("model/tokenizer.json")).unwrap();
+    let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+    let path = dir.join("model/tokenizer.json");
+    rustix::fs::mknodat(rustix::fs::CWD, path, fifo, mode, 0).unwrap();
+    succeed(dir, "info model");
+    refuse(dir, "generate --checkpoint model");
+}
+
+/// A name may hold anything but a slash and NUL, and a terminal must not obey it.
+#[test]
+fn names_do_not_reach_the_terminal_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = "a\u{1b}[31m\n\r\u{7}\u{7f}\u{9b}2J\u{202e}\u{2066}b";
+    let shown = r"a\u{1b}[31m\n\r\u{7}\u{7f}\u{9b}2J\u{202e}\u{2066}b";
+    fs::create_dir(dir.path().join(name)).unwrap();
+    let dir = dir.path().join(name);
+    fs::write(dir.join(name), "text\n".repeat(100)).unwrap();
+    let [data, model] = ["data", "model"].map(|what| format!("{name}-{what}"));
+    let tiny = ["--layers=1", "--channels=32", "--context=16", "--steps=2", "--threads=1"];
+    let train = ["train", "--data", &data, "--out", &model, "--eval-every", "1"];
+    let train = [&train[..], &tiny].concat();
+    for (args, code) in [
+        (&["prepare", name, "--out", &data][..], 0),
+        (&["prepare", "missing\u{1b}", name, "--out", &data], 2),
+        (&["prepare", ".", "--out", "."], 2),
+        (&train, 0),
+        (&train, 2),
+        (&["train", "--resume", &model], 2),
+        (&["train", "--data", name], 2),
+        (&["train", name], 2),
+        (&["train", "--steps", name], 2),
+        (&["eval", "--checkpoint", &model, "--data", &data], 0),
+        (&["eval", "--checkpoint", name, "--data", &data], 2),
+        (&["eval", "--checkpoint", &model, "--data", name], 2),
+        (&["generate", "--checkpoint", &model, "--tokens", "1"], 0),
+        (&["generate", "--checkpoint", name], 2),
+        (&["info", &data], 0),
+        (&["info", &data, "--json"], 0),
+        (&["info", &model], 0),
+        (&["info", name], 2),
+        (&["info", "."], 2),
+        (&["compare", "report", name, "--out", "report"], 2),
+    ] {
+        let output = run_args(&dir, args);
+        let all = [output.stdout.clone(), output.stderr].concat();
+        let all = String::from_utf8(all).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {all}");
+        let is_odd = |c: &char| *c != '\n' && (c.is_control() || "\u{202e}\u{2066}".contains(*c));
+        assert_eq!(all.chars().find(is_odd), None, "{args:?}: {all:?}");
+        // A name is in one line.
+        if all.contains("[31m") && !args.contains(&"--json") {
+            assert!(all.contains(shown) || all.contains(r"[31m\x0a"), "{args:?}: {all}");
+        }
+        if args.contains(&"--json") {
+            let about: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert_eq!(about["sources"][0]["path"], name);
+        }
+    }
 }

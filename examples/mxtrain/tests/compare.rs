@@ -3,12 +3,13 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use common::{interrupt, mxtrain, refuse, start, succeed, wait_for};
+use common::{interrupt, mxtrain, refuse, run, start, succeed, wait_for};
 
 /// A model that takes a step in about a millisecond.
 const TINY: &str = "--layers 2 --heads 2 --channels 32 --context 32 --batch-size 4 --threads 1";
@@ -263,4 +264,44 @@ fn what_fails_beside_a_run_costs_no_record() {
     assert_eq!(output.status.code(), Some(3), "{error}");
     assert!(error.contains("output lines lost, 1 models not saved"), "{error}");
     assert!(number(&read(dir, "runs/bf16-seed1337.json")["validation_loss"]) > 0.0);
+}
+
+/// Neither does an evaluation that fails, nor a record that cannot be written.
+#[test]
+fn a_failed_evaluation_and_a_full_disk_cost_no_run() {
+    let dir = folder();
+    let dir = dir.path();
+    fs::write(dir.join("raw.bin"), [1, 0, 2, 0].repeat(500)).unwrap();
+    // Large data are checked beside the training, so that a token outside of the vocabulary shows in one
+    // of the evaluations.
+    let large = fs::File::create(dir.join("large.bin")).unwrap();
+    large.set_len(257 << 20).unwrap();
+    large.write_all_at(&60u16.to_le_bytes(), 257 << 20).unwrap();
+    let line = format!(
+        "compare train --train raw.bin --val large.bin --token-type u16 --vocab-size 50 --out runs \
+         --recipe bf16 --steps 2500 --eval-every 100 --eval-batches 1 {TINY}"
+    );
+    let output = run(dir, &line);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(error.contains("an evaluation failed: large.bin: token 60"), "{error}");
+    assert!(error.contains(" evaluations failed\n"), "{error}");
+    let record = read(dir, "runs/bf16-seed1337.json");
+    assert!(number(&record["train_loss"]) > 0.0);
+    assert_eq!((&record["validation_loss"], &record["diverged"]), (&Value::Null, &Value::Null));
+    assert!(succeed(dir, "compare report runs --out report").contains("bf16"));
+
+    fs::create_dir_all(dir.join("full/bf16-seed1337.json.tmp/in the way")).unwrap();
+    let line = "compare train --data data --out full --recipe bf16 --recipe mxfp4 --steps 3";
+    let output = run(dir, &format!("{line} {TINY}"));
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(error.contains("the record is in standard output instead"), "{error}");
+    assert!(error.ends_with(": 1 records not written\n"), "{error}");
+    let out = String::from_utf8(output.stdout).unwrap();
+    let json = &out[out.find("{\n").unwrap()..]
+        [..out.find("\n}\n").unwrap() + 2 - out.find("{\n").unwrap()];
+    let record: Value = serde_json::from_str(json).unwrap();
+    assert_eq!(record["settings"]["recipe"], "bf16");
+    assert_eq!(read(dir, "full/mxfp4-seed1337.json")["settings"]["recipe"], "mxfp4");
 }

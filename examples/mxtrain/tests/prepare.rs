@@ -159,8 +159,7 @@ fn wrong_inputs_are_refused_and_leave_nothing() {
         let error = refuse(dir.path(), line);
         assert!(error.contains(expected), "{line}: {error}");
     }
-    let left = fs::read_dir(dir.path().join("data")).unwrap();
-    assert_eq!(left.count(), 0);
+    assert!(!dir.path().join("data").exists());
     // Bytes need not be UTF-8.
     succeed(dir.path(), "prepare latin1.txt --out data --val-fraction 0");
     assert_eq!(tokens(&dir.path().join("data/train.bin"))[3], 0xe9);
@@ -533,7 +532,8 @@ fn of_two_runs_into_one_folder_the_second_is_refused() {
     let mut first = start_waiting(dir);
     first.stdin.as_mut().unwrap().write_all(b"aa").unwrap();
     let error = refuse(dir, "prepare b.txt --out data");
-    assert!(error.contains("another `mxtrain prepare` is writing into this folder"), "{error}");
+    let holder = format!("--out: another run (process {} on ", first.id());
+    assert!(error.starts_with(&holder) && error.contains("is using data"), "{error}");
     drop(first.stdin.take());
     assert!(first.wait().unwrap().success());
     assert_eq!(text(&dir.join("data/train.bin")), "aa");
@@ -550,12 +550,74 @@ fn a_run_that_is_stopped_leaves_the_older_result() {
     let mut stopped = start_waiting(dir);
     stopped.stdin.as_mut().unwrap().write_all(b"aa").unwrap();
     interrupt(&stopped);
-    assert!(!stopped.wait().unwrap().success());
+    assert_eq!(stopped.wait().unwrap().code(), Some(130));
     assert_eq!(text(&dir.join("data/train.bin")), "bbb");
+    assert_eq!(fs::read_dir(dir.join("data")).unwrap().count(), 2);
     succeed(dir, "info data");
     // The lock went with it, and so does what it left.
     succeed(dir, "prepare b.txt --out data --val-fraction 0");
     assert_eq!(fs::read_dir(dir.join("data")).unwrap().count(), 2);
+}
+
+/// The texts are as long as each other, so only their tokens tell whose they are.
+#[test]
+fn a_result_is_whole_or_refused_whoever_else_writes_it_and_whatever_kills_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    for name in ["a", "b"] {
+        fs::write(dir.join(name), name.repeat(300_000)).unwrap();
+    }
+    let begin = |name: &str| {
+        let line = format!("prepare {name} --out data --threads 1");
+        start(dir, mxtrain().args(line.split_whitespace()))
+    };
+    let (mut killed, mut refused) = (0, 0);
+    for round in 0..24 {
+        let mut runs = [begin("a"), begin("b")];
+        if round % 2 == 0 {
+            std::thread::sleep(std::time::Duration::from_millis(round));
+            runs[0].kill().unwrap();
+        }
+        for run in runs {
+            let output = run.wait_with_output().unwrap();
+            match output.status.code() {
+                Some(0) => {}
+                Some(2) => refused += 1,
+                None => killed += 1,
+                code => panic!("{code:?}"),
+            }
+        }
+        let info = run(dir, "info data --json");
+        if !info.status.success() {
+            continue;
+        }
+        let about: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
+        let whose = about["sources"][0]["path"].as_str().unwrap();
+        for name in ["train.bin", "val.bin"] {
+            let text = text(&dir.join("data").join(name));
+            assert!(text.bytes().all(|byte| byte == whose.as_bytes()[0]), "{round}: {whose}");
+        }
+    }
+    assert!(killed > 0 && refused > 0, "{killed} killed, {refused} refused");
+    succeed(dir, "prepare a --out data");
+    let names = fs::read_dir(dir.join("data")).unwrap().count();
+    assert_eq!(names, 3, "what killed runs have left is gone");
+}
+
+/// The largest size of a file ends no command by a signal.
+#[test]
+fn a_file_that_may_not_grow_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    fs::write(dir.join("a.txt"), "text\n".repeat(10_000)).unwrap();
+    let program = env!("CARGO_BIN_EXE_mxtrain");
+    let line = format!("ulimit -f 4; exec {program} prepare a.txt --out data");
+    let child = start(dir, std::process::Command::new("sh").args(["-c", &line]));
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("data/train.bin.tmp: File too large"), "{error}");
+    assert!(!dir.join("data").exists());
 }
 
 /// A failure does not wait for a pipe that nobody writes to.

@@ -69,7 +69,8 @@ fn a_signal_at_any_moment_stops_and_saves() {
          --save-every 7 --accumulation 3 {TINY}"
     );
     let mut stopped_before = 0;
-    let signals = [Signal::INT, Signal::TERM, Signal::USR1, Signal::HUP];
+    let signals =
+        [Signal::INT, Signal::TERM, Signal::USR1, Signal::HUP, Signal::USR2, Signal::XCPU];
     for (round, number) in signals.iter().cycle().take(28).enumerate() {
         let _ = fs::remove_dir_all(dir.join("model"));
         let _ = fs::remove_file(dir.join("log.jsonl"));
@@ -89,7 +90,10 @@ fn a_signal_at_any_moment_stops_and_saves() {
         assert_eq!(code, Some(130), "{number:?} {round}: {out}{error}");
         if dir.join("model").exists() {
             assert_eq!(saved(dir, "model"), steps(dir), "{number:?} {round}: {error}");
-            assert!(out.contains("go on with: mxtrain train --resume model\n"), "{out}");
+            assert!(
+                out.contains("go on with: mxtrain train --resume model --log log.jsonl\n"),
+                "{out}"
+            );
         } else {
             stopped_before += 1;
             assert_eq!(steps(dir), 0);
@@ -294,6 +298,112 @@ fn what_fails_on_the_side_is_said_and_counted_and_does_not_end_the_run() {
     assert_eq!(saved(dir, "model"), 40);
 }
 
+/// Whatever a run opens must not get a number below 3: what is printed would go there.
+#[test]
+fn a_run_without_standard_streams_is_a_run() {
+    let dir = folder();
+    let dir = dir.path();
+    let program = env!("CARGO_BIN_EXE_mxtrain");
+    let line = format!("train --data data --out model --log log.jsonl --steps 9 {TINY}");
+    for closed in ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"] {
+        let line = format!("exec {program} {line} --overwrite {closed}");
+        let child = start(dir, std::process::Command::new("sh").args(["-c", &line]));
+        let (code, out, error) = end(child);
+        assert_eq!(code, Some(0), "{closed}: {out}{error}");
+        assert_eq!((saved(dir, "model"), steps(dir)), (9, 9), "{closed}");
+        succeed(dir, "generate --checkpoint model --tokens 1");
+    }
+}
+
+/// Data are checked beside the training where they are large, so that their last token fails a step.
+#[test]
+fn steps_before_one_that_fails_are_saved() {
+    let dir = folder();
+    let dir = dir.path();
+    let mut large = File::create(dir.join("large.bin")).unwrap();
+    large.set_len(257 << 20).unwrap();
+    large.seek(SeekFrom::End(0)).unwrap();
+    large.write_all(&60u16.to_le_bytes()).unwrap();
+    let options = "--train large.bin --token-type u16 --vocab-size 50 --log log.jsonl";
+    let output = run(dir, &format!("train {options} --out model --steps 100000000 {TINY}"));
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    let last = error.lines().last().unwrap();
+    assert!(last.starts_with("mxtrain: large.bin: token 60"), "{error}");
+    // Another rate would not help.
+    assert!(last.ends_with(&format!("; model holds step {}", steps(dir))), "{error}");
+    assert_eq!(saved(dir, "model"), steps(dir));
+}
+
+/// A checkpoint can come from anyone.
+#[test]
+fn a_checkpoint_does_not_say_where_to_write() {
+    let dir = folder();
+    let dir = dir.path();
+    succeed(dir, &format!("train --data data --out model --steps 3 --log log.jsonl {TINY}"));
+    let out = succeed(dir, "train --resume model --steps 4");
+    assert!(out.contains("left out    --log /") && out.contains("give it again"), "{out}");
+    assert!(out.contains(&format!("data        {}", dir.join("data").display())), "{out}");
+    assert_eq!(steps(dir), 3);
+    // It is said once: from here on the run has none.
+    assert!(!succeed(dir, "train --resume model --steps 5").contains("left out"));
+
+    let path = dir.join("model/mxtrain.json");
+    let mut file: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    fs::write(dir.join("victim"), "precious").unwrap();
+    for (name, value) in [
+        ("log", "victim"),
+        ("out", "elsewhere"),
+        ("save-fallback", "elsewhere"),
+        ("config", "victim"),
+        ("\u{1b}[2J\nx", "1\n2"),
+    ] {
+        file["options"][name] = value.into();
+    }
+    fs::write(&path, file.to_string()).unwrap();
+    let out = succeed(dir, "train --resume model --steps 6");
+    assert_eq!(out.matches("left out ").count(), 5, "{out}");
+    let shown = r"left out    --\u{1b}[2J\nx $'1\x0a2': a checkpoint";
+    assert!(out.contains(shown) && !out.contains('\u{1b}'), "{out}");
+    assert_eq!(fs::read_to_string(dir.join("victim")).unwrap(), "precious");
+    assert!(!dir.join("elsewhere").exists());
+    assert_eq!(saved(dir, "model"), 6);
+
+    file["options"]["eval-every"] = "often".into();
+    fs::write(&path, file.to_string()).unwrap();
+    let error = refuse(dir, "train --resume model --steps 7");
+    let expected = "model/mxtrain.json: invalid value 'often' for '--eval-every <N>'";
+    assert!(error.starts_with(expected), "{error}");
+}
+
+/// As after a kill between the first save and what comes behind it.
+#[test]
+fn a_run_that_replaces_another_never_has_its_description() {
+    let dir = folder();
+    let dir = dir.path();
+    succeed(dir, &format!("train --data data --out model --steps 3 {TINY}"));
+    let names = ["mxtrain.json", "tokenizer.json", "tokenizer_config.json"];
+    let before = names.map(|name| fs::read(dir.join("model").join(name)).unwrap());
+    let raw = format!("--train raw.bin --vocab-size 50 --out model --overwrite --steps 2 {TINY}");
+
+    // Nothing is replaced, so nothing is lost.
+    let line = format!("ulimit -f 4; exec {} train {raw}", env!("CARGO_BIN_EXE_mxtrain"));
+    let child = start(dir, std::process::Command::new("sh").args(["-c", &line]));
+    let (code, _, error) = end(child);
+    assert_eq!(code, Some(1), "{error}");
+    assert!(error.contains("File too large"), "{error}");
+    assert_eq!(names.map(|name| fs::read(dir.join("model").join(name)).unwrap()), before);
+    assert_eq!(saved(dir, "model"), 3);
+
+    // The weights are, and then comes the end.
+    fs::create_dir_all(dir.join("model/mxtrain.json.tmp/in the way")).unwrap();
+    let error = run(dir, &format!("train {raw}")).stderr;
+    let error = String::from_utf8(error).unwrap();
+    assert!(error.contains("cannot write model/mxtrain.json"), "{error}");
+    assert_eq!(saved(dir, "model"), 0);
+    assert!(names.iter().all(|name| !dir.join("model").join(name).exists()));
+}
+
 #[test]
 fn a_checkpoint_that_cannot_be_saved_goes_beside_until_it_can() {
     let dir = folder();
@@ -327,10 +437,14 @@ fn a_checkpoint_that_cannot_be_saved_goes_beside_until_it_can() {
     succeed(dir, &format!("train --resume model --steps {until}"));
 
     // It cannot be saved at the end, either.
+    fs::remove_file(dir.join("log.jsonl")).unwrap();
     let child = begin(dir, &format!("{line} --overwrite"));
-    wait_for(|| (3..until).contains(&steps(dir)));
-    fs::remove_dir_all(dir.join("model")).unwrap();
-    fs::write(dir.join("model"), "in the way").unwrap();
+    wait_for(|| steps(dir) >= 3);
+    // At once, as a save may come in between.
+    fs::write(dir.join("block"), "in the way").unwrap();
+    let exchange = rustix::fs::RenameFlags::EXCHANGE;
+    let [block, model] = ["block", "model"].map(|name| dir.join(name));
+    rustix::fs::renameat_with(rustix::fs::CWD, block, rustix::fs::CWD, model, exchange).unwrap();
     interrupt(&child);
     let (code, out, error) = end(child);
     assert_eq!(code, Some(1), "{out}{error}");
@@ -368,6 +482,7 @@ fn a_full_disk_is_waited_out() {
     limit(Some(1000));
     wait_for_line("a line of the log is lost");
     wait_for_line("could not be saved: cannot write");
+    wait_for_line("warning: no save is possible, 2 in a row have failed; model holds step ");
     let last = saved(dir, "model");
     limit(None);
     wait_for(|| saved(dir, "model") > last);

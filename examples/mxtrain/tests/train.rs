@@ -213,7 +213,7 @@ fn the_plan_is_what_training_says() {
 }
 
 /// Ctrl-C stops at a step boundary and saves; the resumed run gives the losses of one that was never
-/// stopped, bit for bit, and needs no option but --resume.
+/// stopped, bit for bit, and needs no option but --resume and --log.
 #[test]
 fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     let dir = folder();
@@ -230,7 +230,10 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     let (out, error) = (String::from_utf8(output.stdout), String::from_utf8(output.stderr));
     let (out, error) = (out.unwrap(), error.unwrap());
     assert_eq!(output.status.code(), Some(130), "{out}{error}");
-    assert!(out.contains("of 400; go on with: mxtrain train --resume parts\n"), "{out}");
+    assert!(
+        out.contains("of 400; go on with: mxtrain train --resume parts --log parts.jsonl\n"),
+        "{out}"
+    );
     assert!(error.contains("mxtrain: stopping; Ctrl-C again ends at once"), "{error}");
     let stopped_at = info(dir, "parts")["training"]["step"].as_u64().unwrap();
     assert!((3..400).contains(&stopped_at));
@@ -238,7 +241,8 @@ fn a_stopped_run_goes_on_as_if_it_had_not_been() {
 
     // From another folder, on another number of threads.
     fs::create_dir(dir.join("elsewhere")).unwrap();
-    let out = succeed(&dir.join("elsewhere"), "train --resume ../parts --threads 2");
+    let resume = "train --resume ../parts --threads 2 --log ../parts.jsonl";
+    let out = succeed(&dir.join("elsewhere"), resume);
     assert!(out.contains(&format!("resumed at step {stopped_at}")), "{out}");
     assert_eq!(losses(dir, "parts.jsonl"), losses(dir, "whole.jsonl"));
     let evals = |name| log(dir, name, "eval").into_iter().map(|(s, o)| (s, o["loss"].clone()));
@@ -385,7 +389,7 @@ fn a_resumed_run_can_have_a_new_schedule() {
     let error = refuse(dir, "train --resume model --steps 20 --lr 2e-3");
     assert!(error.contains("leave the option out, add --new-schedule, or start"), "{error}");
 
-    let out = succeed(dir, "train --resume model --steps 12");
+    let out = succeed(dir, "train --resume model --steps 12 --log log.jsonl");
     let told = "schedule    ended at step 10: steps beyond use lr 1.00e-3 (its lowest); \
         --new-schedule starts a new one\n";
     assert!(out.contains(told), "{out}");
@@ -416,7 +420,7 @@ fn a_resumed_run_can_have_a_new_schedule() {
     wait_for(|| losses(dir, "parts.jsonl").len() >= 3);
     interrupt(&child);
     assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
-    succeed(dir, "train --resume parts");
+    succeed(dir, "train --resume parts --log parts.jsonl");
     assert_eq!(losses(dir, "parts.jsonl"), losses(dir, "whole.jsonl"));
     assert_eq!(rates(dir, "parts.jsonl"), rates(dir, "whole.jsonl"));
     let out = succeed(dir, "train --resume parts --steps 301");

@@ -190,14 +190,18 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
         record.checkpoints.push(probe.checkpoint(&engine, name, &recipes, args.draws)?);
     }
     record::write(&args.out, Origin::here(&about), record)?;
-    console::print(&format!("{}\n", args.out.display()))?;
+    console::print(&format!("{}\n", console::shown(&args.out)))?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Sequences of training text, spread evenly: (count, length + 1).
 fn windows(dir: &Path, count: usize, length: usize) -> Outcome<Vec<u32>> {
     let file = dir.join(TRAIN_FILE);
-    let tokens = Meta::read(dir)?.train_tokens;
+    let read = |meta: &Meta| windows_of(&file, meta.train_tokens, count, length);
+    Ok(Meta::read_with(dir, read)?.1)
+}
+
+fn windows_of(file: &Path, tokens: u64, count: usize, length: usize) -> Outcome<Vec<u32>> {
     let room = tokens.checked_sub(length as u64 + 1).ok_or_else(|| {
         Failure::usage(format!(
             "{}: expected at least {} tokens, got {tokens}; use a shorter --sequence-length",
@@ -207,7 +211,7 @@ fn windows(dir: &Path, count: usize, length: usize) -> Outcome<Vec<u32>> {
     })?;
     let mut all = Vec::with_capacity(count * (length + 1));
     for i in 0..count as u64 {
-        all.extend(read_window(&file, i * (room / count as u64), length + 1)?);
+        all.extend(read_window(file, i * (room / count as u64), length + 1)?);
     }
     Ok(all)
 }
@@ -229,7 +233,8 @@ impl Probe {
         draws: usize,
     ) -> Outcome<CheckpointGradients> {
         let &ModelConfig { layers, channels, .. } = self.model.config();
-        console::print(&format!("{name}: {layers} layers x {channels}, {}\n", engine.device()))?;
+        let shown = console::plain(&name);
+        console::print(&format!("{shown}: {layers} layers x {channels}, {}\n", engine.device()))?;
         let before = self.weights()?;
         let (loss, reference) = {
             let [mut batch, mut single] = self.trainers(&REFERENCE.parse()?)?;

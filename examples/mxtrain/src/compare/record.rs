@@ -3,7 +3,7 @@
 //! Each has a `kind` and a `version`, which change when its layout does.
 
 use std::env;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::time::SystemTime;
@@ -13,7 +13,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::files;
 use crate::tokenizer::Tokenizer;
 use crate::tokens_file::write_whole;
 use crate::train::Data;
@@ -76,17 +78,22 @@ fn without_folder(word: &str) -> String {
     }
 }
 
-/// Writes a record.
+/// Writes a record, or prints it where that fails: it may have taken hours.
 pub(crate) fn write<R: Record>(path: &Path, origin: Origin, record: R) -> Outcome {
     let whole = Recorded { kind: R::KIND.into(), version: R::VERSION, origin, record };
     let mut text = serde_json::to_string_pretty(&whole).expect("plain data becomes JSON");
     text.push('\n');
-    write_whole(path, text.as_bytes())
+    write_whole(path, text.as_bytes()).map_err(|mut failure| {
+        if console::print_json(&whole).is_ok() {
+            failure.message.push_str("; the record is in standard output instead");
+        }
+        failure
+    })
 }
 
 /// Reads a record; `None` where there is no file.
 pub(crate) fn read<R: Record>(path: &Path) -> Outcome<Option<Recorded<R>>> {
-    match fs::read_to_string(path) {
+    match files::read_text(path) {
         Ok(text) => parse(path, &text).map(Some),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Failure::io("read", path)(e)),
@@ -105,7 +112,7 @@ pub(crate) fn parse<R: Record>(path: &Path, text: &str) -> Outcome<Recorded<R>> 
             R::VERSION,
         )));
     }
-    serde_json::from_str(text).map_err(|e| Failure::usage(format!("{}: {e}", path.display())))
+    files::parse_json(path, text.as_bytes())
 }
 
 /// Kind and version that the text of a file says it has.

@@ -48,7 +48,7 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
         let Settings { recipe, seed, .. } = &planned.settings;
         let name = format!("run {} of {count}: {recipe}, seed {seed}", index + 1);
         if planned.is_done {
-            let line = format!("{name}: is there, {}\n", planned.path.display());
+            let line = format!("{name}: is there, {}\n", console::shown(&planned.path));
             failures.unless(Side::Output, console::print(&line));
             continue;
         }
@@ -60,7 +60,7 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
         }
     }
     if let Some(lost) = failures.summary() {
-        console::note(&format!("mxtrain: all runs are recorded, but: {lost}"));
+        console::note(&format!("mxtrain: all runs are done, but: {lost}"));
         return Ok(ExitCode::from(LOST_ON_THE_SIDE));
     }
     Ok(ExitCode::SUCCESS)
@@ -165,9 +165,9 @@ impl Planned {
             loss(run.validation_loss),
             HumanCount(run.tokens_per_second as u64),
             run.diverged.as_ref().map_or_else(String::new, |why| format!("; diverged: {why}")),
-            self.path.display(),
+            console::shown(&self.path),
         );
-        record::write(&self.path, Origin::here(&about), run)?;
+        failures.unless(Side::Record, record::write(&self.path, Origin::here(&about), run));
         failures.unless(Side::Output, console::print(&line));
         Ok(true)
     }
@@ -205,19 +205,21 @@ impl Planned {
             {
                 let measured = match trainer.eval(val, eval_batches) {
                     Err(Error::Stopped) => return Ok(false),
-                    measured => measured?,
+                    measured => failures.unless(Side::Evaluation, measured.map_err(Into::into)),
                 };
-                let Some(point) = tally.measured(&self.settings, &measured) else {
-                    tally.diverged =
-                        Some(format!("the validation loss of step {step} is not finite"));
-                    return Ok(true);
-                };
-                let line = format!(
-                    "step {step}/{steps}  train loss {:.4}  validation {}\n",
-                    point.train_loss,
-                    console::loss_in_words(measured.loss, data.tokenizer)
-                );
-                failures.unless(Side::Output, progress.print(&line));
+                if let Some(measured) = measured {
+                    let Some(point) = tally.measured(&self.settings, &measured) else {
+                        tally.diverged =
+                            Some(format!("the validation loss of step {step} is not finite"));
+                        return Ok(true);
+                    };
+                    let line = format!(
+                        "step {step}/{steps}  train loss {:.4}  validation {}\n",
+                        point.train_loss,
+                        console::loss_in_words(measured.loss, data.tokenizer)
+                    );
+                    failures.unless(Side::Output, progress.print(&line));
+                }
             }
             failures.unless(Side::Save, self.save(trainer));
         }
@@ -288,6 +290,7 @@ impl Tally {
         let last = &self.steps[done - (done / 20).max(1).min(done)..];
         let train_loss = last.iter().map(|step| step.0).sum::<f64>() / last.len().max(1) as f64;
         let is_whole = self.diverged.is_none();
+        let of_last_step = self.curve.last().copied().filter(|p| p.step == settings.steps);
         self.tokens_per_second.sort_by(f64::total_cmp);
         Run {
             quantized_blocks: (0..done as u64)
@@ -295,7 +298,7 @@ impl Tally {
                 .sum(),
             settings,
             train_loss: is_whole.then_some(train_loss),
-            validation_loss: self.curve.last().filter(|_| is_whole).map(|p| p.validation_loss),
+            validation_loss: of_last_step.filter(|_| is_whole).map(|p| p.validation_loss),
             curve: self.curve,
             diverged: self.diverged,
             raised_blocks: self.raised_blocks,

@@ -105,7 +105,7 @@ pub(crate) fn run(args: &VarianceArgs) -> Outcome<ExitCode> {
     }
     let record = Variances { settings, rows };
     record::write(&args.out, Origin::here("scalar definition on the CPU"), record)?;
-    console::print(&format!("{}\n", args.out.display()))?;
+    console::print(&format!("{}\n", console::shown(&args.out)))?;
     Ok(ExitCode::SUCCESS)
 }
 

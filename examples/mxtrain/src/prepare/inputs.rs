@@ -6,13 +6,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsStr;
 use std::fs::{self, Metadata};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use walkdir::{DirEntry, WalkDir};
 
 use crate::failure::{Failure, Outcome};
+use crate::files::identity;
 use crate::prepared::{Meta, TRAIN_FILE};
 
 /// The name that stands for standard input.
@@ -353,10 +353,6 @@ impl Kind {
             by_name: format.is_some(),
         }
     }
-}
-
-fn identity(metadata: &Metadata) -> (u64, u64) {
-    (metadata.dev(), metadata.ino())
 }
 
 #[cfg(test)]

@@ -21,8 +21,10 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use crate::cli::PrepareArgs;
 use crate::console;
 use crate::failure::{Failure, Outcome};
-use crate::prepared::{Documents, Lock, Meta, Source, TRAIN_FILE, VAL_FILE};
-use crate::tokens_file::TokensFile;
+use crate::lock::RunLock;
+use crate::prepared::{Documents, Meta, Source, TRAIN_FILE, VAL_FILE};
+use crate::signals::Signals;
+use crate::tokens_file::{TokensFile, temporary_name};
 use encode::Options;
 pub(crate) use inputs::Format;
 use inputs::{Input, Inputs, counted};
@@ -33,6 +35,11 @@ const USUAL_WINDOW: u64 = 1024;
 
 /// Runs the command.
 pub(crate) fn run(args: &PrepareArgs) -> Outcome<ExitCode> {
+    run_with(args, &Signals::listen()?)
+}
+
+/// Runs the command in a process that listens to signals.
+pub(crate) fn run_with(args: &PrepareArgs, signals: &Signals) -> Outcome<ExitCode> {
     let last = args.inputs.len() - 1;
     if args.val_last && last == 0 {
         return Err(Failure::usage(
@@ -46,8 +53,13 @@ pub(crate) fn run(args: &PrepareArgs) -> Outcome<ExitCode> {
     for input in &inputs.list {
         sources[input.source].files += 1;
     }
+    // A signal ends the command, and leaves neither half a file nor the lock.
+    let paths = [TRAIN_FILE, VAL_FILE].map(|name| args.out.join(name));
+    let traces = |lock: &RunLock| {
+        paths.iter().map(|path| temporary_name(path)).chain(lock.traces()).collect()
+    };
+    let _lock = signals.making(|| RunLock::take(&args.out), traces)?;
     fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
-    let _lock = Lock::take(&args.out)?;
 
     let options = Options {
         tokenizer: args.tokenizer,
@@ -63,8 +75,8 @@ pub(crate) fn run(args: &PrepareArgs) -> Outcome<ExitCode> {
         true => Rule::Source(last),
         false => Rule::Fraction(args.val_fraction),
     };
-    let writer = |name| TokensFile::create(args.out.join(name));
-    let files = [writer(TRAIN_FILE)?, writer(VAL_FILE)?];
+    let [train, val] = paths.map(TokensFile::create);
+    let files = [train?, val?];
     let sets = Sets::new(rule, args.tokenizer, options.special, files, sources);
     let skipped = inputs.skipped.in_words();
     let bar = progress_bar(&inputs);
@@ -87,7 +99,8 @@ pub(crate) fn run(args: &PrepareArgs) -> Outcome<ExitCode> {
     let val = (sets.val.tokens() > 0).then(|| sets.val.seal()).transpose()?;
     meta.train_tokens = train.tokens();
     meta.val_tokens = val.as_ref().map_or(0, |val| val.tokens());
-    meta.publish(&args.out, train, val)?;
+    // Nor does one come between the files.
+    signals.making(|| meta.publish(&args.out, train, val), |()| Vec::new())?;
 
     console::print(&summary(args, &meta, documents, bytes))?;
     let empty = (empty > 0).then(|| format!("skipped {} without text", counted(empty, "row")));
@@ -145,7 +158,7 @@ fn summary(args: &PrepareArgs, meta: &Meta, documents: Documents, bytes: [u64; 2
     format!(
         "{}: {} of text in {}, tokenizer {}, vocabulary {}\n  {TRAIN_FILE}: {} tokens, {train}\n  \
          {VAL_FILE}: {} tokens{}\n",
-        args.out.display(),
+        console::shown(&args.out),
         HumanBytes(all),
         counted(files, "file"),
         meta.tokenizer,

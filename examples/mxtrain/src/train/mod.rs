@@ -1,14 +1,12 @@
 //! `mxtrain train`: the loop around the library's trainer, with its evaluations, samples, saves and
 //! reports.
 
-mod lock;
 mod log;
 mod saves;
 mod setup;
 mod side;
 
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -25,93 +23,27 @@ use crate::cli::TrainArgs;
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::hugging_face;
+use crate::lock::RunLock;
 use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
 use crate::signals::{INTERRUPTED, Signals};
 use crate::tokenizer::{TextStream, Tokenizer};
-use lock::RunLock;
 use log::Log;
 use saves::Saves;
 pub(crate) use side::{Failures, Side};
 
 /// Exit code of a run that is done and saved, but lost something on its side.
 pub(crate) const LOST_ON_THE_SIDE: u8 = 3;
+/// Exit code of a run that a panic ended, as Rust's own.
+const PANICKED: u8 = 101;
 /// Tokens of a sample on the way.
 const SAMPLE_TOKENS: usize = 200;
 
 /// Runs the command.
 pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
-    let signals = Signals::listen()?;
-    let data = Data::open(&args.data)?;
-    if args.report.sample_every > 0 && data.tokenizer.is_none() {
-        return Err(Failure::usage("--sample-every: needs --tokenizer to turn tokens into text"));
-    }
-    if let Some(log) = &args.report.log {
-        Log::check(log)?;
-    }
-    setup::out_folder(args)?;
-    // The lock lies in the folder, so that has to have its name.
-    for dir in [setup::out(args)].into_iter().chain(args.start.init_from.as_deref()) {
-        Model::put_back(dir)?;
-    }
-    let lock = signals.making(|| RunLock::take(setup::out(args)), RunLock::traces)?;
-    // Asked again: a run that has ended since may have saved there.
-    let out = setup::out_folder(args)?;
-    let (engine, about) = machine::open(&args.machine, args.seed.seed)?;
-    let start = Start::new(args, parsed, &data, &engine)?;
-    let (step, steps) = (start.step(), args.optimizer.steps);
-    if steps == 0 {
-        return Err(Failure::usage("--steps: expected at least 1, got 0"));
-    }
-    data.check(start.config().vocab_size, start.sequence_length())?;
-    let origin = [&args.start.resume, &args.start.init_from].into_iter().find_map(Option::as_deref);
-    let files = hugging_face::Files::new(origin, data.tokenizer, start.config().context_length)?;
-    let end_tokens = files.end_tokens(start.config().vocab_size)?;
-    let plan = start.plan(&engine)?;
-    let mut failures = Failures::default();
-    let place = format!("checkpoint  {}\n", out.display());
-    let mut about = header(&start, &data, steps, &about) + &place + &plan::table(&plan);
-    if let Some(line) = setup::other_tokens(args, &data)? {
-        about.push_str(&format!("data        {line}\n"));
-    }
-    if let Start::Resumed(trainer) = &start
-        && let Some(line) = setup::rates_ahead(trainer, steps)
-    {
-        about.push_str(&format!("schedule    {line}\n"));
-    }
-    failures.unless(Side::Output, console::print(&about));
-
-    let run_file = setup::run_file(args, &data);
-    let fallback = args.start.save_fallback.clone();
-    let mut run = Run {
-        log: None,
-        steps,
-        eval_every: args.report.measure.eval_every.unwrap_or(steps / 10),
-        eval_batches: args.report.measure.eval_batches,
-        save_every: args.start.save_every.unwrap_or(steps / 10),
-        sample_every: args.report.sample_every,
-        sample_prompt: args.report.sample_prompt.clone(),
-        saves: Saves::new(out, fallback, run_file, files, lock),
-        evaluated: None,
-        losses: Default::default(),
-        failures,
-        progress: Progress::new(step, steps),
-        trainer: start.trainer(&engine)?,
-        stop: StopHandle::default(),
-        train: data.train,
-        val: data.val,
-        tokenizer: data.tokenizer,
-        end_tokens,
-    };
-    run.stop = run.trainer.stop_handle();
-    signals.ask(run.stop.clone(), "and what is not saved is lost");
-    // Saved before the first step too: a folder that cannot be written should not show after hours.
-    run.saves.first(&mut run.trainer)?;
-    run.log = (args.report.log.as_deref())
-        .map(|path| Log::open(path, args.start.resume.is_some()))
-        .transpose()?;
-    let result = run.train();
+    let mut run = Run::begin(args, parsed, &Signals::listen()?)?;
+    let result = run.guarded(Run::train);
     run.progress.finish();
     result
 }
@@ -142,6 +74,91 @@ struct Run {
 }
 
 impl Run {
+    /// Checks everything, takes the memory, and saves for the first time.
+    fn begin(args: &TrainArgs, parsed: &Parsed, signals: &Signals) -> Outcome<Self> {
+        let data = Data::open(&args.data)?;
+        if args.report.sample_every > 0 && data.tokenizer.is_none() {
+            return Err(Failure::usage(
+                "--sample-every: needs --tokenizer to turn tokens into text",
+            ));
+        }
+        if let Some(log) = &args.report.log {
+            Log::check(log)?;
+        }
+        setup::out_folder(args)?;
+        // The lock lies in the folder, so that has to have its name.
+        for dir in [setup::out(args)].into_iter().chain(args.start.init_from.as_deref()) {
+            Model::put_back(dir)?;
+        }
+        let lock = signals.making(|| RunLock::take(setup::out(args)), RunLock::traces)?;
+        // Asked again: a run that has ended since may have saved there.
+        let out = setup::out_folder(args)?;
+        let (engine, about) = machine::open(&args.machine, args.seed.seed)?;
+        let start = Start::new(args, parsed, &data, &engine)?;
+        let (step, steps) = (start.step(), args.optimizer.steps);
+        if steps == 0 {
+            return Err(Failure::usage("--steps: expected at least 1, got 0"));
+        }
+        data.check(start.config().vocab_size, start.sequence_length())?;
+        let origin =
+            [&args.start.resume, &args.start.init_from].into_iter().find_map(Option::as_deref);
+        let files =
+            hugging_face::Files::new(origin, data.tokenizer, start.config().context_length)?;
+        let end_tokens = files.end_tokens(start.config().vocab_size)?;
+        let plan = start.plan(&engine)?;
+        let mut failures = Failures::default();
+        let place = format!("checkpoint  {}\n", console::shown(&out));
+        let mut about = header(&start, &data, steps, &about) + &place + &plan::table(&plan);
+        if let Some(line) = setup::other_tokens(args, &data)? {
+            about.push_str(&format!("data        {line}\n"));
+        }
+        if let Start::Resumed(trainer) = &start
+            && let Some(line) = setup::rates_ahead(trainer, steps)
+        {
+            about.push_str(&format!("schedule    {line}\n"));
+        }
+        for (name, value) in setup::left_out(args, parsed)? {
+            about.push_str(&format!(
+                "left out    --{} {}: a checkpoint may not say where to write; give it again to \
+                 have it\n",
+                console::plain(&name),
+                console::shell_word(&value)
+            ));
+        }
+        failures.unless(Side::Output, console::print(&about));
+
+        let run_file = setup::run_file(args, &data);
+        let places = setup::Places::new(args);
+        let mut run = Self {
+            log: None,
+            steps,
+            eval_every: args.report.measure.eval_every.unwrap_or(steps / 10),
+            eval_batches: args.report.measure.eval_batches,
+            save_every: args.start.save_every.unwrap_or(steps / 10),
+            sample_every: args.report.sample_every,
+            sample_prompt: args.report.sample_prompt.clone(),
+            saves: Saves::new(out, places, run_file, files, lock),
+            evaluated: None,
+            losses: Default::default(),
+            failures,
+            progress: Progress::new(step, steps),
+            trainer: start.trainer(&engine)?,
+            stop: StopHandle::default(),
+            train: data.train,
+            val: data.val,
+            tokenizer: data.tokenizer,
+            end_tokens,
+        };
+        run.stop = run.trainer.stop_handle();
+        signals.ask(run.stop.clone(), "and what is not saved is lost");
+        // Saved before the first step too: a folder that cannot be written should not show after hours.
+        run.saves.first(&mut run.trainer, args.start.resume.is_some())?;
+        run.log = (args.report.log.as_deref())
+            .map(|path| Log::open(path, args.start.resume.is_some()))
+            .transpose()?;
+        Ok(run)
+    }
+
     fn train(&mut self) -> Outcome<ExitCode> {
         let began = Instant::now();
         let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
@@ -156,8 +173,7 @@ impl Run {
             if due(step, self.save_every)
                 && let Err(failure) = self.saves.save(&mut self.trainer)
             {
-                let held = self.saves.held();
-                console::note(&format!("mxtrain: warning: {}; {held}", failure.message));
+                self.saves.warn(&failure);
             }
         }
         let step = self.trainer.steps_done();
@@ -168,7 +184,7 @@ impl Run {
         self.saves.save(&mut self.trainer).map_err(|failure| {
             Failure::runtime(format!("{}; {}", failure.message, self.saves.held()))
         })?;
-        let out = self.saves.out.display().to_string();
+        let out = console::shown(&self.saves.out);
         if !self.saves.is_in_out(step) {
             let what = if is_done { "the run is done" } else { "stopped" };
             let held = self.saves.held();
@@ -178,9 +194,9 @@ impl Run {
         }
         if !is_done {
             self.print(&format!(
-                "stopped at step {step} of {}; go on with: mxtrain train --resume {}\n",
+                "stopped at step {step} of {}; go on with: {}\n",
                 self.steps,
-                shell_word(self.saves.out.as_os_str())
+                self.saves.resume(&self.saves.out)
             ));
             return Ok(ExitCode::from(INTERRUPTED));
         }
@@ -201,6 +217,11 @@ impl Run {
     fn step(&mut self) -> Outcome<Option<u64>> {
         let stats = match self.trainer.step_unless_stopped(&self.train) {
             Err(Error::Stopped) => return Ok(None),
+            Err(error @ Error::NotFinite { .. }) => {
+                let mut failure = self.end(error.into());
+                failure.message.push_str("; a lower --lr or another --recipe may help");
+                return Err(failure);
+            }
             Err(error) => return Err(self.end(error.into())),
             Ok(stats) => stats,
         };
@@ -212,15 +233,28 @@ impl Run {
         Ok(Some(stats.step))
     }
 
-    /// Saves the steps before one that failed, and adds to its failure what the user can do.
+    /// Does a part of the run. A panic in it is a mistake of ours or of a library, and costs no step: those
+    /// before are saved. The exit code is that of any Rust program.
+    fn guarded(&mut self, part: impl FnOnce(&mut Self) -> Outcome<ExitCode>) -> Outcome<ExitCode> {
+        let panicked = || Failure {
+            code: PANICKED,
+            message: "a mistake in mxtrain ended the run, please report the lines above".into(),
+        };
+        // Sound although it was broken off: nothing is used any more but what saves, and the trainer
+        // knows whether its state is whole.
+        if let Ok(result) = catch_unwind(AssertUnwindSafe(|| part(self))) {
+            return result;
+        }
+        let ended = catch_unwind(AssertUnwindSafe(|| self.end(panicked())));
+        Err(ended.unwrap_or_else(|_| panicked()))
+    }
+
+    /// Saves the steps before one that failed, and adds to its failure what is saved.
     fn end(&mut self, mut failure: Failure) -> Failure {
         if let Err(second) = self.saves.save(&mut self.trainer) {
             failure.message.push_str(&format!("; {}", second.message));
         }
         failure.message.push_str(&format!("; {}", self.saves.held()));
-        if failure.code == 1 {
-            failure.message.push_str("; a lower --lr or another --recipe may help");
-        }
         failure
     }
 
@@ -276,7 +310,7 @@ impl Run {
         text.push_str("\n---\n");
         let sampled = self.failures.unless(Side::Sample, sampled.map_err(Into::into));
         if sampled.is_some() && !self.stop.is_requested() {
-            self.print(&text);
+            self.failures.unless(Side::Output, self.progress.print_content(&text));
         }
     }
 
@@ -308,7 +342,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
          step        {} x {} x {sequence} = {} tokens, recipe {}\n\
          run         {} steps, {} tokens, {passes:.2} passes over the data; {}\n",
-        data.name,
+        console::plain(&data.name),
         HumanCount(train_tokens),
         HumanCount(data.val.as_ref().map_or(0, Dataset::token_count)),
         HumanCount(config.vocab_size as u64),
@@ -340,34 +374,34 @@ fn schedule_in_words(schedule: &Schedule, start: u64) -> String {
     words
 }
 
-/// A word that a shell reads as it is.
-fn shell_word(word: &OsStr) -> String {
-    let Some(word) = word.to_str() else {
-        // Bytes that are no text.
-        let escaped =
-            |chunk: &[u8]| chunk.iter().map(|b| format!("\\x{b:02x}")).collect::<String>();
-        let quoted = word.as_bytes().utf8_chunks().map(|chunk| {
-            let valid = chunk.valid().replace('\\', r"\\").replace('\'', r"\'");
-            valid + &escaped(chunk.invalid())
-        });
-        return format!("$'{}'", quoted.collect::<String>());
-    };
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        return word.to_owned();
-    }
-    format!("'{}'", word.replace('\'', r"'\''"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cli::Command;
+    use crate::parse;
 
     #[test]
-    fn a_folder_with_a_space_can_be_pasted() {
-        let word = |bytes: &[u8]| shell_word(OsStr::from_bytes(bytes));
-        assert_eq!(word(b"out/a-1"), "out/a-1");
-        assert_eq!(word(b"it's mine"), r"'it'\''s mine'");
-        assert_eq!(word(b"f\xfcr 'm"), r"$'f\xfcr \'m'");
+    fn a_panic_ends_a_run_and_loses_no_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().display();
+        std::fs::write(format!("{dir}/raw.bin"), [1, 0, 2, 0].repeat(100)).unwrap();
+        let line = format!(
+            "mxtrain train --train {dir}/raw.bin --vocab-size 9 --out {dir}/out --steps 9 --layers 1 \
+             --heads 1 --channels 16 --context 16 --batch-size 2 --threads 2 --device cpu"
+        );
+        let line: Vec<_> = line.split_whitespace().map(Into::into).collect();
+        let parsed = parse::parse_or_fail(&line).unwrap();
+        let Command::Train(args) = &parsed.cli.command else { panic!("expected train") };
+        let mut run = Run::begin(args, &parsed, &Signals::listen().unwrap()).unwrap();
+        let two_steps = |run: &mut Run| {
+            run.step()?;
+            run.step()?;
+            panic!("of a test");
+        };
+        let failure = run.guarded(two_steps).unwrap_err();
+        assert_eq!(failure.code, 101);
+        let held = format!("please report the lines above; {dir}/out holds step 2");
+        assert!(failure.message.ends_with(&held), "{}", failure.message);
+        assert!(run.saves.is_in_out(2) && run.trainer.steps_done() == 2);
     }
 }

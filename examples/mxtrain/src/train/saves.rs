@@ -6,15 +6,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use mxfp4train::Trainer;
 
-use super::lock::RunLock;
-use super::shell_word;
-use crate::console;
+use super::setup::Places;
+use crate::console::{self, shell_word};
 use crate::failure::{Failure, Outcome};
 use crate::hugging_face;
+use crate::lock::RunLock;
 use crate::run_file::{self, RunFile};
 
 /// The files of a checkpoint of this program.
@@ -25,8 +26,7 @@ const FILES: [&str; 5] =
 pub(crate) struct Saves {
     /// The run's folder.
     pub(crate) out: PathBuf,
-    /// Where to save if neither `out` nor its parent can be written.
-    pub(crate) fallback: Option<PathBuf>,
+    places: Places,
     pub(crate) run_file: RunFile,
     /// Put beside the checkpoint's own files, with `run_file`.
     files: hugging_face::Files,
@@ -35,22 +35,34 @@ pub(crate) struct Saves {
     last: Option<(u64, PathBuf)>,
     /// A folder beside `out` that this run has made.
     beside: Option<PathBuf>,
+    /// Saves in a row that failed.
+    failed: u64,
 }
 
 impl Saves {
     pub(crate) fn new(
         out: PathBuf,
-        fallback: Option<PathBuf>,
+        places: Places,
         run_file: RunFile,
         files: hugging_face::Files,
         lock: RunLock,
     ) -> Self {
-        Self { out, fallback, run_file, files, lock, last: None, beside: None }
+        Self { out, places, run_file, files, lock, last: None, beside: None, failed: 0 }
     }
 
-    /// The first save: a folder that cannot be written should not show after hours.
-    pub(crate) fn first(&mut self, trainer: &mut Trainer) -> Outcome {
-        trainer.save(&self.out)?;
+    /// The first save: a folder that cannot be written should not show after hours. A run that does not
+    /// go on with one before sets its files aside: a kill on the way may leave weights alone, but not
+    /// beside a description of others.
+    pub(crate) fn first(&mut self, trainer: &mut Trainer, goes_on: bool) -> Outcome {
+        let before = if goes_on { Vec::new() } else { set_aside(&self.out)? };
+        trainer.save(&self.out).inspect_err(|_| {
+            for path in &before {
+                let _ = fs::rename(aside(path), path);
+            }
+        })?;
+        for path in &before {
+            let _ = fs::remove_file(aside(path));
+        }
         self.put_files(&self.out.clone())?;
         self.lock.renew();
         self.last = Some((trainer.steps_done(), self.out.clone()));
@@ -67,6 +79,7 @@ impl Saves {
             return Ok(());
         }
         let Err(failure) = self.save_to(&self.out.clone(), trainer) else {
+            self.failed = 0;
             self.lock.renew();
             self.last = Some((step, self.out.clone()));
             if let Some(beside) = self.beside.take() {
@@ -83,23 +96,27 @@ impl Saves {
             // Beside it, by an earlier try.
             return Ok(());
         }
-        let mut reasons = failure.message;
+        let mut reasons = match self.beside {
+            Some(_) => format!("{} still cannot be written", self.out.display()),
+            None => failure.message,
+        };
         // Also of ".", the current folder.
         let out = std::path::absolute(&self.out).unwrap_or_else(|_| self.out.clone());
         let name = out.file_name().map(|name| name.to_string_lossy().into_owned());
         let name = format!("{}.step-{step}", name.unwrap_or_else(|| "checkpoint".into()));
         let parent = out.parent().map(Path::to_owned);
-        for folder in parent.into_iter().chain(self.fallback.clone()) {
+        for folder in parent.into_iter().chain(self.places.fallback.clone()) {
             let place = free_name(&folder.join(&name));
             match self.save_to(&place, trainer) {
                 Err(failure) => reasons.push_str(&format!("; {}", failure.message)),
                 Ok(()) => {
                     console::note(&format!(
                         "mxtrain: warning: {reasons}; step {step} is saved in {0} instead; go on from \
-                         it with: mxtrain train --resume {1}",
+                         it with: {1}",
                         place.display(),
-                        shell_word(place.as_os_str())
+                        self.resume(&place)
                     ));
+                    self.failed = 0;
                     self.last = Some((step, place.clone()));
                     if let Some(older) = self.beside.replace(place) {
                         remove(&older, &self.run_file.files);
@@ -109,6 +126,25 @@ impl Saves {
             }
         }
         Err(Failure::runtime(format!("step {step} could not be saved: {reasons}")))
+    }
+
+    /// Says that a save on the way failed; in short where the one before did, too.
+    pub(crate) fn warn(&mut self, failure: &Failure) {
+        self.failed += 1;
+        let what = match self.failed {
+            1 => failure.message.clone(),
+            failed => format!("no save is possible, {failed} in a row have failed"),
+        };
+        console::note(&format!("mxtrain: warning: {what}; {}", self.held()));
+    }
+
+    /// The command that goes on with a checkpoint of the run.
+    pub(crate) fn resume(&self, folder: &Path) -> String {
+        let mut command = format!("mxtrain train --resume {}", shell_word(folder.as_os_str()));
+        for (name, place) in self.places.by_name() {
+            command.push_str(&format!(" --{name} {}", shell_word(place.as_os_str())));
+        }
+        command
     }
 
     /// Whether the run's own folder holds `step`.
@@ -145,6 +181,32 @@ impl Saves {
     }
 }
 
+/// Gives the files that an earlier run put into a folder beside the weights another name, [`aside`].
+fn set_aside(folder: &Path) -> Outcome<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    // One that cannot be read lists nothing: what is in the folder is then taken for the user's.
+    let listed = RunFile::read(folder).ok().flatten().map(|file| file.files).unwrap_or_default();
+    // The list goes last: as long as a file of the run is there, it says whose that is.
+    for name in hugging_face::unchanged(folder, &listed).into_iter().chain([run_file::FILE.into()])
+    {
+        let path = folder.join(name);
+        match fs::rename(&path, aside(&path)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            renamed => {
+                renamed.map_err(Failure::io("rename", &path))?;
+                paths.push(path);
+            }
+        }
+    }
+    Ok(paths)
+}
+
+fn aside(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".replaced");
+    name.into()
+}
+
 /// The path, or with a number behind it if it is taken.
 fn free_name(path: &Path) -> PathBuf {
     let numbered = |n: u64| PathBuf::from(format!("{}-{n}", path.display()));
@@ -172,6 +234,28 @@ mod tests {
         assert_eq!(free_name(&path), path);
         fs::create_dir(&path).unwrap();
         assert_eq!(free_name(&path), dir.path().join("out.step-3-2"));
+    }
+
+    #[test]
+    fn files_of_an_earlier_run_are_set_aside_and_those_of_the_user_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path();
+        assert!(set_aside(&folder.join("none")).unwrap().is_empty());
+        fs::write(folder.join("outside"), "x").unwrap();
+        let mut file = RunFile::new(None, BTreeMap::new());
+        for name in ["tokenizer.json", "tokenizer_config.json", "outside"] {
+            fs::write(folder.join(name), "x").unwrap();
+            file.files.insert(name.into(), format!("{:08x}", crc32fast::hash(b"x")));
+        }
+        fs::write(folder.join("tokenizer_config.json"), "changed").unwrap();
+        file.write(folder).unwrap();
+        let paths = set_aside(folder).unwrap();
+        assert_eq!(paths, ["tokenizer.json", run_file::FILE].map(|name| folder.join(name)));
+        paths.iter().for_each(|path| fs::remove_file(aside(path)).unwrap());
+        let mut left: Vec<_> =
+            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["outside", "tokenizer_config.json"]);
     }
 
     #[test]

@@ -48,7 +48,8 @@ impl Data {
                 Err(Failure::usage("--val goes with --train; the folder of --data has its own"))
             }
             (Some(dir), None) => {
-                let meta = Meta::read(dir)?;
+                let open = |meta: &Meta| Ok((meta.open_train(dir)?, meta.open_val(dir)?));
+                let (meta, (train, val)) = Meta::read_with(dir, open)?;
                 if args.tokenizer.is_some_and(|tokenizer| tokenizer != meta.tokenizer) {
                     return Err(Failure::usage(format!(
                         "--tokenizer: {} was prepared with {}; leave the option out",
@@ -57,8 +58,8 @@ impl Data {
                     )));
                 }
                 Ok(Self {
-                    train: meta.open_train(dir)?,
-                    val: meta.open_val(dir)?,
+                    train,
+                    val,
                     name: dir.display().to_string(),
                     tokenizer: Some(meta.tokenizer),
                     vocab_size: Some(meta.vocab_size),
@@ -219,6 +220,7 @@ pub(crate) fn trainer_options(
         };
         options.optimizer.validate()?;
         options.schedule.validate()?;
+        require_descent(&options.schedule)?;
     }
     Ok(options)
 }
@@ -274,7 +276,9 @@ impl Start {
                 }
                 if args.start.new_schedule {
                     let kept = &trainer.options().schedule;
-                    trainer.set_schedule(new_schedule(args, parsed, kept, steps - done))?;
+                    let schedule = new_schedule(args, parsed, kept, steps - done);
+                    require_descent(&schedule)?;
+                    trainer.set_schedule(schedule)?;
                 }
                 Self::Resumed(Box::new(trainer))
             }
@@ -339,6 +343,17 @@ impl Start {
             Self::Resumed(trainer) => *trainer,
         })
     }
+}
+
+/// A rate that rises to its "lowest" is a slip of the keyboard.
+fn require_descent(schedule: &Schedule) -> Outcome {
+    let &Schedule { kind, lr, min_lr, .. } = schedule;
+    if kind != ScheduleKind::Constant && min_lr > lr {
+        return Err(Failure::usage(format!(
+            "--min-lr: expected at most the highest learning rate (--lr), {lr}; got {min_lr}"
+        )));
+    }
+    Ok(())
 }
 
 /// The schedule that a resumed run takes for the `steps` that it has to go. What is not given stays
@@ -407,6 +422,35 @@ pub(crate) fn out_folder(args: &TrainArgs) -> Outcome<PathBuf> {
     Ok(out.to_owned())
 }
 
+/// Where a run writes besides its folder, which no checkpoint may say: the user names them again for a
+/// resumed run.
+pub(crate) struct Places {
+    log: Option<PathBuf>,
+    /// Where to save if neither the run's folder nor its parent can be written.
+    pub(crate) fallback: Option<PathBuf>,
+}
+
+impl Places {
+    pub(crate) fn new(args: &TrainArgs) -> Self {
+        Self { log: args.report.log.clone(), fallback: args.start.save_fallback.clone() }
+    }
+
+    /// Those that there are, by their options.
+    pub(crate) fn by_name(&self) -> impl Iterator<Item = (&'static str, &Path)> {
+        let all = [("log", self.log.as_deref()), ("save-fallback", self.fallback.as_deref())];
+        all.into_iter().filter_map(|(name, place)| Some((name, place?)))
+    }
+}
+
+/// Options that the checkpoint of --resume has and may not set, unless the user has given them.
+pub(crate) fn left_out(args: &TrainArgs, parsed: &Parsed) -> Outcome<Vec<(String, OsString)>> {
+    let Some(dir) = &args.start.resume else { return Ok(Vec::new()) };
+    let given = |name: &str| ["log", "save-fallback"].contains(&name) && parsed.given(name);
+    let file = RunFile::read(dir)?;
+    let left = file.iter().flat_map(RunFile::left_out).filter(|(name, _)| !given(name));
+    Ok(left.map(|(name, value)| (name.to_owned(), value)).collect())
+}
+
 /// What `mxtrain.json` keeps, so that --resume needs no other option.
 pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     let mut options = BTreeMap::from(
@@ -434,9 +478,10 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     keep("tokenizer", args.data.tokenizer.map(text));
     keep("eval-every", args.report.measure.eval_every.map(text));
     keep("save-every", args.start.save_every.map(text));
-    keep("save-fallback", args.start.save_fallback.as_deref().and_then(path));
     keep("sample-prompt", Some(text(&args.report.sample_prompt)));
-    keep("log", args.report.log.as_deref().and_then(path));
+    for (name, place) in Places::new(args).by_name() {
+        keep(name, path(place));
+    }
     let mut file = RunFile::new(data.tokenizer, options);
     file.train_tokens = Some(data.train.token_count());
     file
@@ -581,6 +626,11 @@ mod tests {
         assert_eq!(options(&args, Weights::New).unwrap().schedule.lr, 1e-3);
         let finetuning = options(&args, Weights::Trained).unwrap().schedule;
         assert_eq!((finetuning.lr, finetuning.warmup_steps), (5e-5, 50));
+        for line in ["--lr 1e-4 --min-lr 1e-3", "--min-lr 2e-3", "--schedule linear --min-lr 1"] {
+            let failure = options(&train(line).0, Weights::New).unwrap_err();
+            assert!(failure.message.starts_with("--min-lr: expected at most"), "{line}");
+        }
+        assert!(options(&train("--schedule constant --min-lr 1").0, Weights::New).is_ok());
         let (args, _) = train("--steps 10 --warmup 20");
         let failure = options(&args, Weights::New).unwrap_err();
         assert!(failure.message.starts_with("--steps: "), "{}", failure.message);

@@ -11,6 +11,7 @@ pub(crate) enum Side {
     Log,
     Output,
     Save,
+    Record,
 }
 
 impl Side {
@@ -21,6 +22,7 @@ impl Side {
             Self::Log => "a line of the log is lost",
             Self::Output => "a line of the output is lost",
             Self::Save => "a model could not be saved",
+            Self::Record => "a record could not be written",
         }
     }
 }
@@ -28,7 +30,7 @@ impl Side {
 /// The failures of a run's side jobs.
 #[derive(Default)]
 pub(crate) struct Failures {
-    counts: [u64; 5],
+    counts: [u64; 6],
 }
 
 impl Failures {
@@ -54,13 +56,15 @@ impl Failures {
 
     /// How much was lost, in words; `None` if nothing was.
     pub(crate) fn summary(&self) -> Option<String> {
-        let sides = [Side::Evaluation, Side::Sample, Side::Log, Side::Output, Side::Save];
+        let sides =
+            [Side::Evaluation, Side::Sample, Side::Log, Side::Output, Side::Save, Side::Record];
         let names = [
             "evaluations failed",
             "samples failed",
             "log lines lost",
             "output lines lost",
             "models not saved",
+            "records not written",
         ];
         let parts = sides.iter().zip(names).map(|(&side, name)| (self.counts[side as usize], name));
         let parts: Vec<_> = parts

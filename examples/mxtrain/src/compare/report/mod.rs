@@ -22,6 +22,7 @@ use super::record::{self, Record, Recorded, Run};
 use super::variance::Variances;
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::files;
 use crate::tokens_file::write_whole;
 use plot::Axes;
 use runs::{BASE, Group, Row};
@@ -82,7 +83,7 @@ impl Records {
     }
 
     fn add(&mut self, path: &Path) -> Outcome {
-        let text = fs::read_to_string(path).map_err(Failure::io("read", path))?;
+        let text = files::read_text(path).map_err(Failure::io("read", path))?;
         let mut left_out = |why: Failure| self.left_out.push(why.message);
         match record::kind_of(path, &text) {
             Err(why) => left_out(why),

@@ -1,4 +1,4 @@
-//! The lock that a run has on its checkpoint folder, so that no second run saves there.
+//! The lock that a run has on the folder that it writes, so that no second run writes there.
 //!
 //! It is the system's lock (flock) on the small file `.mxt-lock` in the folder, which is gone with the
 //! process. The library takes the file along when it replaces the folder, as the same inode, so the
@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::time::SystemTime;
@@ -15,6 +15,7 @@ use rustix::fs::OFlags;
 
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::files::is_at;
 
 /// The library knows the name.
 const FILE: &str = ".mxt-lock";
@@ -98,8 +99,8 @@ impl RunLock {
 
     fn warn(&self, error: &io::Error) {
         console::note(&format!(
-            "mxtrain: warning: cannot lock {}: {error}; see to it yourself that no second run saves \
-             to that folder",
+            "mxtrain: warning: cannot lock {}: {error}; see to it yourself that no second run \
+             writes to that folder",
             self.path.display()
         ));
     }
@@ -128,13 +129,6 @@ fn open(path: &Path) -> io::Result<File> {
         true => Ok(file),
         false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no file")),
     }
-}
-
-/// Whether `path` is the name of the open file.
-fn is_at(file: &File, path: &Path) -> bool {
-    let identity = |m: fs::Metadata| (m.dev(), m.ino());
-    let (open, named) = (file.metadata().map(identity), fs::metadata(path).map(identity));
-    matches!((open, named), (Ok(open), Ok(named)) if open == named)
 }
 
 /// Writes who has the lock.
