@@ -312,6 +312,37 @@ mod tests {
     }
 
     #[test]
+    fn what_the_thread_cannot_read_is_the_error_of_the_next_check() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let path = dir.path().join("t.bin");
+        let mut tokens = vec![3; 4 * BLOCK];
+        tokens[4 * BLOCK - 1] = 200;
+        std::fs::write(&path, &tokens).unwrap();
+        let mut buffer = vec![0; crate::data::look::WHOLE];
+        let file = TokenFile::open(&path, Some(crate::TokenType::U8), &mut buffer).unwrap();
+        let files = Arc::new(vec![TokenFile::from_tokens(vec![7]).unwrap(), file]);
+        let scan = in_the_background();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(BLOCK as u64).unwrap();
+        let until = |is_it: &dyn Fn(Result<()>) -> bool| {
+            let began = Instant::now();
+            while !is_it(scan.check(&files, 100)) {
+                assert!(began.elapsed() < Duration::from_secs(60));
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        for _ in 0..3 {
+            until(&|result| matches!(result, Err(Error::Io { .. })));
+        }
+        assert!(matches!(scan.largest(&files), Err(Error::Io { .. })));
+        assert!(!scan.progress.is_done.load(Ordering::Relaxed));
+        // It goes on where the file can be read again.
+        std::fs::write(&path, &tokens).unwrap();
+        until(&|result| matches!(result, Err(Error::TokenRange { token: 200, .. })));
+        wait(&scan);
+        assert_eq!(scan.largest(&files).unwrap(), 200);
+    }
+
+    #[test]
     fn whoever_asks_for_the_largest_does_not_wait() {
         let files = files(vec![12; 10]);
         let scan = in_the_background();

@@ -274,3 +274,82 @@ fn copy_through_pipe(from: *const u8, out: &mut [u8]) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGES: usize = 64 << 10;
+
+    fn file(dir: &tempfile::TempDir) -> (PathBuf, File, Vec<u8>) {
+        let bytes: Vec<u8> = (0..2 * PAGES as u32 + 100).map(|i| 1 + (i % 251) as u8).collect();
+        let path = dir.path().join("f");
+        std::fs::write(&path, &bytes).unwrap();
+        let file = File::options().read(true).write(true).open(&path).unwrap();
+        (path, file, bytes)
+    }
+
+    #[test]
+    fn every_way_out_of_a_map_ends_without_a_signal() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let (_, file, bytes) = file(&dir);
+        let map = Map::new(&file, bytes.len() as u64, usize::MAX).unwrap();
+        type Way = fn(*const u8, &mut [u8]) -> io::Result<()>;
+        let mut ways: Vec<Way> = vec![copy_through_pipe];
+        // A sandbox may do without the other one.
+        let pointer = map.0.as_ptr();
+        if copy_in_process(pointer, &mut [0]).is_some() {
+            ways.push(|from, out| copy_in_process(from, out).unwrap());
+        }
+        for way in &ways {
+            for (at, length) in [(0, 0), (5, 1), (0, 4096), (4095, 4098), (77, 2 * PAGES)] {
+                let mut out = vec![0; length];
+                way(pointer.wrapping_add(at), &mut out).unwrap();
+                assert_eq!(out, bytes[at..at + length]);
+            }
+        }
+        assert!(map.copy(2 * PAGES as u64, &mut [0; 101]).is_err(), "beyond the map");
+        file.set_len(PAGES as u64).unwrap();
+        for way in ways {
+            for at in [PAGES, PAGES - 1, 0] {
+                let mut out = vec![0; PAGES + 1];
+                let error = way(pointer.wrapping_add(at), &mut out).unwrap_err();
+                assert_eq!(error.raw_os_error(), Some(libc::EFAULT), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_without_a_map_is_read_by_its_name() {
+        for most in [0, usize::MAX] {
+            let dir = tempfile::TempDir::new().unwrap();
+            let (path, file, bytes) = file(&dir);
+            let metadata = file.metadata().unwrap();
+            let source = Source::with_limit(&path, &file, &metadata, most);
+            assert_eq!(source.map.is_some(), most > 0);
+            let mut out = [0; 5000];
+            source.read(&path, 3000, &mut out).unwrap();
+            assert_eq!(out, bytes[3000..8000]);
+            // Zeros at the end of what is read are no sign of an end.
+            file.write_all_at(&[0; 100], 7900).unwrap();
+            source.read(&path, 3000, &mut out).unwrap();
+            assert_eq!(out[4900..], [0; 100]);
+            for keep in [7999, 3001, 0] {
+                file.set_len(keep).unwrap();
+                let error = source.read(&path, 3000, &mut out).unwrap_err().to_string();
+                let expected = format!("become shorter: {keep} bytes where 8000 are needed");
+                assert!(error.contains(&expected), "{error}");
+            }
+            // A file of that name is not the one that is mapped.
+            let other = dir.path().join("other");
+            std::fs::write(&other, &bytes).unwrap();
+            std::fs::rename(&other, &path).unwrap();
+            match source.read(&path, 3000, &mut out) {
+                Ok(()) => assert!(most == 0 && out == bytes[3000..8000]),
+                Err(e) => assert!(most > 0 && e.to_string().contains("its disk fails"), "{e}"),
+            }
+            std::fs::remove_file(&path).unwrap();
+            assert!(source.read(&path, 3000, &mut out).is_err());
+        }
+    }
+}
