@@ -826,68 +826,101 @@ fn tokens_are_read_across_files_and_not_beyond_their_end() {
 
 #[test]
 fn a_file_that_is_cut_is_an_error_of_every_call() {
-    in_a_child("a_file_that_is_cut_is_an_error_of_every_call", || {
-        let dir = TempDir::new().unwrap();
-        // The second file ends within a page, and all its tokens have bytes that are 0.
-        let tokens: Vec<u16> = (0..50_000).map(|i| 1 + i % 99).collect();
-        write(&dir, "a.bin", &raw(&tokens[..100]));
-        let path = write(&dir, "b.bin", &raw(&tokens));
-        // At the beginning, within a page, between pages, and within the last one.
-        for keep in [0, 1000, 4096, 99_999] {
-            for is_known in [false, true] {
-                let data = open(&dir.path().join("*.bin")).unwrap();
-                let (mut trainer, _) = trainer(16);
-                if is_known {
-                    assert_eq!(data.max_token().unwrap(), 99);
-                }
-                cut(&path, keep);
-                let check = |result: Result<(), Error>| {
-                    let error = result.expect_err("the file is cut");
-                    let text = error.to_string();
-                    assert!(matches!(error, Error::Io { .. }), "{text}");
-                    let expected =
-                        format!("b.bin: the file has become shorter: {keep} bytes where");
-                    assert!(text.contains(&expected), "{keep}: {text}");
-                };
-                let first = 100 + keep / 2;
-                check(data.read(first.saturating_sub(50), &mut [0; 51]));
-                check(data.read(0, &mut vec![0; data.token_count() as usize]));
-                check(data.max_tokens().map(drop));
-                // Windows need not reach the last token, but all are looked at first.
-                if keep < 99_999 || !is_known {
-                    check(trainer.eval(&data, 0).map(drop));
-                }
-                if is_known {
-                    assert_eq!(
-                        (data.max_token().unwrap(), data.check_tokens(100).is_ok()),
-                        (99, true)
-                    );
-                    data.read(0, &mut [0; 100]).unwrap();
-                } else {
-                    check(data.max_token().map(drop));
-                    check(data.check_tokens(100));
-                }
-                // A step needs the end of the file sooner or later.
-                let mut fresh = self::trainer(16).0;
-                let same = Dataset::from_tokens(vec![1; 100]).unwrap();
-                if keep < 4096 || !is_known {
-                    let steps = (0..200).map(|_| trainer.step(&data).map(drop));
-                    check(steps.into_iter().find(Result::is_err).expect("a step that fails"));
-                }
-                // The trainer is as if it had not been asked, and the file may come back.
-                fs::write(&path, raw(&tokens)).unwrap();
-                let again = open(&dir.path().join("*.bin")).unwrap();
-                while fresh.steps_done() < trainer.steps_done() {
-                    fresh.step(&again).unwrap();
-                }
-                let losses = [&mut trainer, &mut fresh].map(|trainer| {
-                    let data = if is_known { &data } else { &again };
-                    [trainer.step(data).unwrap().loss, trainer.step(&same).unwrap().loss]
-                });
-                assert_eq!(losses[0].map(f32::to_bits), losses[1].map(f32::to_bits));
-            }
-        }
+    in_a_child("a_file_that_is_cut_is_an_error_of_every_call", cut_under_every_call);
+}
+
+/// Sandboxes may forbid to read a process' memory, also one's own.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_that_is_cut_is_an_error_in_a_sandbox() {
+    in_a_child("a_file_that_is_cut_is_an_error_in_a_sandbox", || {
+        let (mut byte, from) = ([0u8], [7u8]);
+        let to = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+        let from = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: 1 };
+        forbid(libc::SYS_process_vm_readv);
+        // SAFETY: both are a byte of this function's.
+        let count = unsafe { libc::process_vm_readv(libc::getpid(), &to, 1, &from, 1, 0) };
+        assert_eq!((count, byte), (-1, [0]), "it is forbidden");
+        cut_under_every_call();
     });
+}
+
+/// Makes a system call fail in this thread, and in those that it starts.
+#[cfg(target_os = "linux")]
+fn forbid(call: libc::c_long) {
+    let instruction = |code: u32, jf, k| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let mut filter = [
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, call as u32),
+        instruction(libc::BPF_RET, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        instruction(libc::BPF_RET, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+    // SAFETY: the program is copied by the call.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program)
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+fn cut_under_every_call() {
+    let dir = TempDir::new().unwrap();
+    // The second file ends within a page, and all its tokens have bytes that are 0.
+    let tokens: Vec<u16> = (0..50_000).map(|i| 1 + i % 99).collect();
+    write(&dir, "a.bin", &raw(&tokens[..100]));
+    let path = write(&dir, "b.bin", &raw(&tokens));
+    // At the beginning, within a page, between pages, and within the last one.
+    for keep in [0, 1000, 4096, 99_999] {
+        for is_known in [false, true] {
+            let data = open(&dir.path().join("*.bin")).unwrap();
+            let (mut trainer, _) = trainer(16);
+            if is_known {
+                assert_eq!(data.max_token().unwrap(), 99);
+            }
+            cut(&path, keep);
+            let check = |result: Result<(), Error>| {
+                let error = result.expect_err("the file is cut");
+                let text = error.to_string();
+                assert!(matches!(error, Error::Io { .. }), "{text}");
+                let expected = format!("b.bin: the file has become shorter: {keep} bytes where");
+                assert!(text.contains(&expected), "{keep}: {text}");
+            };
+            let first = 100 + keep / 2;
+            check(data.read(first.saturating_sub(50), &mut [0; 51]));
+            check(data.read(0, &mut vec![0; data.token_count() as usize]));
+            check(data.max_tokens().map(drop));
+            // Windows need not reach the last token, but all are looked at first.
+            if keep < 99_999 || !is_known {
+                check(trainer.eval(&data, 0).map(drop));
+            }
+            if is_known {
+                assert_eq!((data.max_token().unwrap(), data.check_tokens(100).is_ok()), (99, true));
+                data.read(0, &mut [0; 100]).unwrap();
+            } else {
+                check(data.max_token().map(drop));
+                check(data.check_tokens(100));
+            }
+            // A step needs the end of the file sooner or later.
+            let mut fresh = self::trainer(16).0;
+            let same = Dataset::from_tokens(vec![1; 100]).unwrap();
+            if keep < 4096 || !is_known {
+                let steps = (0..200).map(|_| trainer.step(&data).map(drop));
+                check(steps.into_iter().find(Result::is_err).expect("a step that fails"));
+            }
+            // The trainer is as if it had not been asked, and the file may come back.
+            fs::write(&path, raw(&tokens)).unwrap();
+            let again = open(&dir.path().join("*.bin")).unwrap();
+            while fresh.steps_done() < trainer.steps_done() {
+                fresh.step(&again).unwrap();
+            }
+            let losses = [&mut trainer, &mut fresh].map(|trainer| {
+                let data = if is_known { &data } else { &again };
+                [trainer.step(data).unwrap().loss, trainer.step(&same).unwrap().loss]
+            });
+            assert_eq!(losses[0].map(f32::to_bits), losses[1].map(f32::to_bits));
+        }
+    }
 }
 
 #[test]
@@ -1025,28 +1058,51 @@ fn what_links_lead_to_counts_once() {
 
 #[test]
 fn folders_may_be_deep() {
-    let dir = TempDir::new().unwrap();
-    let mut deep = dir.path().to_owned();
-    deep.extend(["d"; 500]);
-    fs::create_dir_all(&deep).unwrap();
-    fs::write(deep.join("t.bin"), raw(&[1, 2])).unwrap();
-    let search = || Dataset::open(dir.path().join("**/t.bin")).map(|data| data.token_count());
-    // A host's thread may have a small stack.
-    let small = std::thread::Builder::new().stack_size(128 << 10);
-    let found = std::thread::scope(|scope| {
-        small.spawn_scoped(scope, search).unwrap().join().unwrap().unwrap()
-    });
-    assert_eq!(found, 2);
+    in_a_child("folders_may_be_deep", || {
+        let dir = TempDir::new().unwrap();
+        let mut deep = dir.path().to_owned();
+        deep.extend(["d"; 500]);
+        fs::create_dir_all(&deep).unwrap();
+        fs::write(deep.join("t.bin"), raw(&[1, 2])).unwrap();
+        let search = || Dataset::open(dir.path().join("**/t.bin")).map(|data| data.token_count());
+        // A host's thread may have a small stack.
+        let small = std::thread::Builder::new().stack_size(128 << 10);
+        let found = std::thread::scope(|scope| {
+            small.spawn_scoped(scope, search).unwrap().join().unwrap().unwrap()
+        });
+        assert_eq!(found, 2);
 
-    // Deeper than a path can be long.
-    let name = "n".repeat(250);
-    let mut folder = File::open(dir.path()).unwrap();
-    for _ in 0..20 {
-        rustix::fs::mkdirat(&folder, &name, rustix::fs::Mode::RWXU).unwrap();
-        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
-        folder =
-            rustix::fs::openat(&folder, &name, flags, rustix::fs::Mode::empty()).unwrap().into();
-    }
-    let error = search().unwrap_err();
-    assert!(matches!(error, Error::Io { action: "search", .. }), "{error}");
+        // Deeper than a path can be long.
+        let name = "n".repeat(250);
+        let mut folder = File::open(dir.path()).unwrap();
+        for _ in 0..20 {
+            rustix::fs::mkdirat(&folder, &name, rustix::fs::Mode::RWXU).unwrap();
+            let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
+            folder = rustix::fs::openat(&folder, &name, flags, rustix::fs::Mode::empty())
+                .unwrap()
+                .into();
+        }
+        let error = search().unwrap_err();
+        assert!(matches!(error, Error::Io { action: "search", .. }), "{error}");
+    });
+}
+
+#[test]
+fn a_list_that_memory_does_not_hold_is_an_error() {
+    in_a_child("a_list_that_memory_does_not_hold_is_an_error", || {
+        let dir = TempDir::new().unwrap();
+        let path = write(&dir, "t.bin", &raw(&[1, 2]));
+        let list = vec![path.as_path(); 4_000_000];
+        // SAFETY: a struct of numbers; the limit is this process's own.
+        let done = unsafe {
+            let mut limit = std::mem::zeroed();
+            libc::getrlimit(libc::RLIMIT_AS, &mut limit);
+            // Above what any test program takes, and far below what the files would.
+            limit.rlim_cur = 320 << 20;
+            libc::setrlimit(libc::RLIMIT_AS, &limit)
+        };
+        assert_eq!(done, 0);
+        let error = Dataset::open_files(&list).unwrap_err();
+        assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    });
 }
