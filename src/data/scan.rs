@@ -111,10 +111,10 @@ impl Scan {
             return run_here();
         }
         let unread = self.progress.unread.load(Ordering::Acquire);
-        if unread > 0 {
-            if let Some((file, first, count)) = blocks(files).nth(unread as usize - 1) {
-                file.extent(first, count)?;
-            }
+        if unread > 0
+            && let Some((file, first, count)) = blocks(files).nth(unread as usize - 1)
+        {
+            file.extent(first, count)?;
         }
         let process = process::id();
         if self.process.load(Ordering::Relaxed) == process && unread == 0 {
