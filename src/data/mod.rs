@@ -72,8 +72,8 @@ impl Dataset {
     /// its disk fails, the call that needs them gives [`Error::Io`]. Tokens that another process writes
     /// are checked like all others. Replacing a file by renaming another over it changes nothing.
     ///
-    /// There may be any number of files; none keeps a descriptor open. Those beyond 16,384 are not mapped
-    /// but opened for every read, and so must keep their names.
+    /// There may be any number of files: one takes some 250 bytes of memory and no descriptor. Those beyond
+    /// 16,384 are not mapped but opened for every read, and so must keep their names.
     ///
     /// Windows do not cross files. Documents within a file are not told apart.
     ///

@@ -59,46 +59,39 @@ impl Source {
         Self { id: id(metadata), map, absolute }
     }
 
-    /// Fills `out` with bytes `at`.. of the file at `path`. Allocates nothing.
+    /// Fills `out` with bytes `at`.. of the file at `path`. A step does it, so it allocates nothing.
     ///
     /// # Errors
     /// [`Error::Io`] where they are not there any more.
     pub(super) fn read(&self, path: &Path, at: u64, out: &mut [u8]) -> Result<()> {
-        let failure = match &self.map {
-            Some(map) => match map.copy(at, out) {
-                Ok(()) => return self.check_end(path, at, out),
-                Err(failure) => Some(failure),
-            },
+        let failure = match self.map.as_ref().map(|map| map.copy(at, out)) {
+            Some(Ok(())) => return self.check_end(path, at, out),
+            Some(Err(failure)) => Some(failure),
             None => None,
         };
-        match self.reopen(path) {
-            Ok(Some(file)) => read_at(&file, path, at, out),
-            // The map's own answer counts for the file that it holds.
-            other => {
-                let failure = failure.map(|failure| match failure.raw_os_error() {
-                    Some(libc::EFAULT) => io::Error::other(
-                        "a part of the file can not be read any more: it has become shorter, or \
-                         its disk fails",
-                    ),
-                    _ => failure,
-                });
-                Err(match (failure, other) {
-                    (Some(failure), _) => Error::io("read", path)(failure),
-                    (None, Err(e)) => e,
-                    (None, Ok(_)) => unreachable!("without a map there is a file or an error"),
-                })
-            }
+        if let Some(file) = self.reopen(path)? {
+            return read_at(&file, path, at, out);
         }
+        Err(Error::io("read", path)(match failure {
+            Some(failure) if failure.raw_os_error() != Some(libc::EFAULT) => failure,
+            _ => io::Error::other(
+                "a part of the file cannot be read any more: it has become shorter, or its disk fails",
+            ),
+        }))
     }
 
-    /// The file opened anew, where its path still leads to it; without a map, whatever file it leads
-    /// to.
+    /// The file opened anew: with a map where its path still leads to it, else `None`; without one
+    /// whatever file the path leads to.
     pub(super) fn reopen(&self, path: &Path) -> Result<Option<File>> {
-        match (open_file(self.absolute.as_deref().unwrap_or(path)), &self.map) {
-            (Ok((file, metadata)), Some(_)) => Ok((id(&metadata) == self.id).then_some(file)),
-            (Err(_), Some(_)) => Ok(None),
-            (opened, None) => opened.map(|(file, _)| Some(file)),
+        let opened = open_file(self.path(path));
+        if self.map.is_none() {
+            return opened.map(|(file, _)| Some(file));
         }
+        Ok(opened.ok().filter(|(_, metadata)| id(metadata) == self.id).map(|(file, _)| file))
+    }
+
+    fn path<'a>(&'a self, given: &'a Path) -> &'a Path {
+        self.absolute.as_deref().unwrap_or(given)
     }
 
     /// NOTE: the page in which a file ends goes on with zeros, and a file that ends earlier now gives
@@ -108,7 +101,7 @@ impl Source {
             return Ok(());
         }
         let end = at + out.len() as u64;
-        match std::fs::metadata(self.absolute.as_deref().unwrap_or(path)) {
+        match std::fs::metadata(self.path(path)) {
             Ok(metadata) if id(&metadata) == self.id && metadata.len() < end => {
                 Err(shorter(path, metadata.len(), end))
             }
@@ -119,15 +112,16 @@ impl Source {
 }
 
 /// Opens a file that holds bytes, and waits for nothing: not for a pipe's writer, a device or a
-/// terminal.
+/// terminal. A step does it, so a path is copied for an error alone.
 pub(super) fn open_file(path: &Path) -> Result<(File, Metadata)> {
+    let fail = |e| Error::io("open", path)(e);
     // First by its name, because opening some devices does something.
-    check_kind(path, &std::fs::metadata(path).map_err(Error::io("open", path))?)?;
+    check_kind(path, &std::fs::metadata(path).map_err(fail)?)?;
     let mut options = File::options();
     options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-    let file = options.open(path).map_err(Error::io("open", path))?;
+    let file = options.open(path).map_err(fail)?;
     // The name may be another file's by now.
-    let metadata = file.metadata().map_err(Error::io("open", path))?;
+    let metadata = file.metadata().map_err(fail)?;
     check_kind(path, &metadata)?;
     Ok((file, metadata))
 }
@@ -149,12 +143,13 @@ fn check_kind(path: &Path, metadata: &Metadata) -> Result<()> {
 
 /// Fills `out` with bytes `at`.. of an open file.
 pub(super) fn read_at(file: &File, path: &Path, at: u64, out: &mut [u8]) -> Result<()> {
+    let fail = |e| Error::io("read", path)(e);
     match file.read_exact_at(out, at) {
         Err(e) if e.kind() == ErrorKind::UnexpectedEof => {
-            let found = file.metadata().map_err(Error::io("read", path))?.len();
+            let found = file.metadata().map_err(fail)?.len();
             Err(shorter(path, found, at + out.len() as u64))
         }
-        result => result.map_err(Error::io("read", path)),
+        result => result.map_err(fail),
     }
 }
 
