@@ -245,6 +245,10 @@ typedef enum mxt_run_end {
 // trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while the
 // training goes on, and what it finds is the error of the next step. The thread blocks all signals but
 // faults, and has ended when mxt_dataset_free returns and no other call uses the dataset.
+//
+// Nothing that happens to a file ends the process. Where its tokens are not there any more, because it
+// has become shorter or its disk fails, the call that needs them returns MXT_ERROR_IO; a trainer is
+// then as before the call.
 typedef struct mxt_dataset mxt_dataset;
 
 // A device with its worker threads. Everything else is made from one. It is never changed, so any
@@ -828,12 +832,16 @@ mxt_status mxt_dataset_options_init(struct mxt_dataset_options *options, size_t 
 // llm.c's format with its header; NumPy's .npy of uint8, uint16, uint32, int32 or int64, of one
 // dimension, or of two, read row by row; or Megatron's pair of .bin and .idx, of which either file can
 // be named, and which counts once where both match. Documents are not told apart, and windows do not
-// cross files. Files are mapped, not read, and must not be changed or truncated while the dataset is
-// in use.
+// cross files. Links are followed, and a file that is found again through one counts once.
+//
+// Files are mapped, not read, and none keeps a descriptor open. A file may be replaced by renaming
+// another over it, which changes nothing for the dataset; tokens that are written to it are checked
+// like all others. There may be any number of files; those beyond 16,384 are opened for every read, and
+// so must keep their names.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches nothing), MXT_ERROR_IO,
-// MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names with the remedy).
-// The message is in mxt_last_error.
+// MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names with the remedy),
+// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error.
 mxt_status mxt_dataset_open(const char *pattern,
                             struct mxt_dataset **dataset);
 
@@ -848,8 +856,8 @@ mxt_status mxt_dataset_open_with(const char *pattern,
 // Opens `count` token files as one dataset, in the order given, and stores it in `*dataset` for
 // the caller to free. `paths` and its strings are borrowed for the call.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO, MXT_ERROR_FORMAT. The
-// message is in mxt_last_error.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO, MXT_ERROR_FORMAT,
+// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error.
 mxt_status mxt_dataset_open_files(const char *const *paths,
                                   size_t count,
                                   struct mxt_dataset **dataset);
@@ -878,8 +886,8 @@ uint64_t mxt_dataset_token_count(const struct mxt_dataset *dataset);
 // Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files, unless
 // that has been done.
 //
-// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_TOKEN_RANGE (a number below 0
-// or above 32 bits, which is no token).
+// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_IO, MXT_ERROR_TOKEN_RANGE (a
+// number below 0 or above 32 bits, which is no token).
 mxt_status mxt_dataset_max_token(const struct mxt_dataset *dataset,
                                  uint32_t *token);
 
@@ -897,8 +905,8 @@ mxt_status mxt_dataset_coverage(const struct mxt_dataset *dataset,
 // are counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
 //
 // Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
-// dataset ends before `first` + `count`), MXT_ERROR_TOKEN_RANGE (a number below 0 or above 32 bits,
-// which is no token).
+// dataset ends before `first` + `count`), MXT_ERROR_IO, MXT_ERROR_TOKEN_RANGE (a number below 0 or
+// above 32 bits, which is no token).
 mxt_status mxt_dataset_read(const struct mxt_dataset *dataset,
                             uint64_t first,
                             size_t count,
@@ -957,8 +965,9 @@ mxt_status mxt_trainer_save(struct mxt_trainer *trainer,
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
 // a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
-// where this step does not read it), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the
-// weights are as before the step.
+// where this step does not read it), MXT_ERROR_IO (a file of the dataset has become shorter, or its
+// disk fails), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the weights are as before the
+// step.
 mxt_status mxt_trainer_step(struct mxt_trainer *trainer,
                             const struct mxt_dataset *dataset,
                             struct mxt_step_stats *stats);
@@ -990,7 +999,7 @@ mxt_status mxt_trainer_step_tokens(struct mxt_trainer *trainer,
 // the caller.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no file of two tokens),
-// MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_BUSY, MXT_STOPPED.
+// MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_IO, MXT_ERROR_BUSY, MXT_STOPPED.
 mxt_status mxt_trainer_eval(struct mxt_trainer *trainer,
                             const struct mxt_dataset *dataset,
                             size_t max_batches,

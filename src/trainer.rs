@@ -224,8 +224,8 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::TokenRange`] for a token outside the vocabulary anywhere in the dataset, see
-    /// [`Dataset::check_tokens`]; [`Error::InvalidArgument`] for a dataset that is too short;
-    /// [`Error::NotFinite`] if the loss or the gradient is NaN or infinite. Weights, moments and
+    /// [`Dataset::check_tokens`]; [`Error::Io`] where a file of it has become shorter or its disk fails;
+    /// [`Error::InvalidArgument`] for a dataset that is too short; [`Error::NotFinite`] if the loss or the gradient is NaN or infinite. Weights, moments and
     /// position are then those before the step.
     pub fn step(&mut self, data: &Dataset) -> Result<StepStats> {
         self.step_on(data, false)

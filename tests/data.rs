@@ -1,7 +1,11 @@
 //! Datasets as a host sees them: every format, every kind of damage.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mxfp4train::{
     Dataset, DatasetOptions, Engine, EngineOptions, Model, ModelConfig, TokenFormat, TokenType,
@@ -30,6 +34,28 @@ fn write(dir: &TempDir, name: &str, bytes: &[u8]) -> PathBuf {
 
 fn open(path: &Path) -> Result<Dataset, Error> {
     Dataset::open(path)
+}
+
+fn pipe_at(path: &Path) {
+    assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
+}
+
+/// Makes a file shorter, as another process may at any time.
+fn cut(path: &Path, bytes: u64) {
+    File::options().write(true).open(path).unwrap().set_len(bytes).unwrap();
+}
+
+/// Does a test's work in a process of its own, which a signal would end.
+fn in_a_child(test: &str, work: impl FnOnce()) {
+    const IS_CHILD: &str = "MXT_TEST_CHILD";
+    if std::env::var_os(IS_CHILD).is_some() {
+        return work();
+    }
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    let output = child.args(["--exact", test]).env(IS_CHILD, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}: {text}", output.status);
+    assert!(text.contains("1 passed"), "no such test: {text}");
 }
 
 /// A committed file.
@@ -104,8 +130,21 @@ fn paths_that_are_no_token_file_are_refused() {
     let folder = open(dir.path()).unwrap_err();
     assert!(matches!(folder, Error::Format { .. }), "{folder}");
     assert!(folder.to_string().contains("found a folder"), "{folder}");
-    let device = Dataset::open("/dev/null").unwrap_err();
-    assert!(device.to_string().contains("pipe or device"), "{device}");
+    let (pipe, socket) = (dir.path().join("pipe"), dir.path().join("socket"));
+    pipe_at(&pipe);
+    let _listener = UnixListener::bind(&socket).unwrap();
+    for device in ["/dev/null".as_ref(), pipe.as_path(), &socket] {
+        let device = Dataset::open(device).unwrap_err();
+        assert!(device.to_string().contains("pipe or device"), "{device}");
+    }
+    #[cfg(target_os = "linux")]
+    assert!(refusal("/proc/self/status".as_ref()).contains("as in /proc?"));
+    // Nobody waits for a pipe in the place of an index either.
+    let pair = TempDir::new().unwrap();
+    pipe_at(&pair.path().join("tokens.idx"));
+    assert_eq!(open(&write(&pair, "tokens.bin", &raw(&[1, 2]))).unwrap().token_count(), 2);
+    let long = Dataset::open("x".repeat(70_000)).unwrap_err().to_string();
+    assert!(long.contains("at most 65536 bytes, got one of 70000"), "{long}");
     for missing in ["no/such/file.bin", ""] {
         let error = Dataset::open(missing).unwrap_err();
         assert!(matches!(error, Error::Io { action: "open", .. }), "{error}");
@@ -783,4 +822,288 @@ fn tokens_are_read_across_files_and_not_beyond_their_end() {
         assert!(error.to_string().contains("the dataset has 6"), "{error}");
         assert!(tokens.iter().all(|&token| token == 7), "{first}: written on an error");
     }
+}
+
+#[test]
+fn a_file_that_is_cut_is_an_error_of_every_call() {
+    in_a_child("a_file_that_is_cut_is_an_error_of_every_call", cut_under_every_call);
+}
+
+/// Sandboxes may forbid to read a process' memory, also one's own.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_that_is_cut_is_an_error_in_a_sandbox() {
+    in_a_child("a_file_that_is_cut_is_an_error_in_a_sandbox", || {
+        let (mut byte, from) = ([0u8], [7u8]);
+        let to = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
+        let from = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: 1 };
+        forbid(libc::SYS_process_vm_readv);
+        // SAFETY: both are a byte of this function's.
+        let count = unsafe { libc::process_vm_readv(libc::getpid(), &to, 1, &from, 1, 0) };
+        assert_eq!((count, byte), (-1, [0]), "it is forbidden");
+        cut_under_every_call();
+    });
+}
+
+/// Makes a system call fail in this thread, and in those that it starts.
+#[cfg(target_os = "linux")]
+fn forbid(call: libc::c_long) {
+    let instruction = |code: u32, jf, k| libc::sock_filter { code: code as u16, jt: 0, jf, k };
+    let mut filter = [
+        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0),
+        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 1, call as u32),
+        instruction(libc::BPF_RET, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        instruction(libc::BPF_RET, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+    // SAFETY: the program is copied by the call.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program)
+    };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+fn cut_under_every_call() {
+    let dir = TempDir::new().unwrap();
+    // The second file ends within a page, and all its tokens have bytes that are 0.
+    let tokens: Vec<u16> = (0..50_000).map(|i| 1 + i % 99).collect();
+    write(&dir, "a.bin", &raw(&tokens[..100]));
+    let path = write(&dir, "b.bin", &raw(&tokens));
+    // At the beginning, within a page, between pages, and within the last one.
+    for keep in [0, 1000, 4096, 99_999] {
+        for is_known in [false, true] {
+            let data = open(&dir.path().join("*.bin")).unwrap();
+            let (mut trainer, _) = trainer(16);
+            if is_known {
+                assert_eq!(data.max_token().unwrap(), 99);
+            }
+            cut(&path, keep);
+            let check = |result: Result<(), Error>| {
+                let error = result.expect_err("the file is cut");
+                let text = error.to_string();
+                assert!(matches!(error, Error::Io { .. }), "{text}");
+                let expected = format!("b.bin: the file has become shorter: {keep} bytes where");
+                assert!(text.contains(&expected), "{keep}: {text}");
+            };
+            let first = 100 + keep / 2;
+            check(data.read(first.saturating_sub(50), &mut [0; 51]));
+            check(data.read(0, &mut vec![0; data.token_count() as usize]));
+            check(data.max_tokens().map(drop));
+            // Windows need not reach the last token, but all are looked at first.
+            if keep < 99_999 || !is_known {
+                check(trainer.eval(&data, 0).map(drop));
+            }
+            if is_known {
+                assert_eq!((data.max_token().unwrap(), data.check_tokens(100).is_ok()), (99, true));
+                data.read(0, &mut [0; 100]).unwrap();
+            } else {
+                check(data.max_token().map(drop));
+                check(data.check_tokens(100));
+            }
+            // A step needs the end of the file sooner or later.
+            let mut fresh = self::trainer(16).0;
+            let same = Dataset::from_tokens(vec![1; 100]).unwrap();
+            if keep < 4096 || !is_known {
+                let steps = (0..200).map(|_| trainer.step(&data).map(drop));
+                check(steps.into_iter().find(Result::is_err).expect("a step that fails"));
+            }
+            // The trainer is as if it had not been asked, and the file may come back.
+            fs::write(&path, raw(&tokens)).unwrap();
+            let again = open(&dir.path().join("*.bin")).unwrap();
+            while fresh.steps_done() < trainer.steps_done() {
+                fresh.step(&again).unwrap();
+            }
+            let losses = [&mut trainer, &mut fresh].map(|trainer| {
+                let data = if is_known { &data } else { &again };
+                [trainer.step(data).unwrap().loss, trainer.step(&same).unwrap().loss]
+            });
+            assert_eq!(losses[0].map(f32::to_bits), losses[1].map(f32::to_bits));
+        }
+    }
+}
+
+#[test]
+fn files_may_change_at_any_moment() {
+    in_a_child("files_may_change_at_any_moment", || {
+        let dir = TempDir::new().unwrap();
+        let tokens = raw(&(0..200_000u32).map(|i| (i % 99) as u16).collect::<Vec<_>>());
+        let path = write(&dir, "t.bin", &tokens);
+        let data = open(&path).unwrap();
+        let (mut trainer, _) = trainer(16);
+        let is_over = AtomicBool::new(false);
+        let (mut sound, mut failed) = (0, 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut keep = 0;
+                while !is_over.load(Ordering::Relaxed) {
+                    cut(&path, keep);
+                    keep = (keep + 12_345) % tokens.len() as u64;
+                    fs::write(&path, &tokens).unwrap();
+                }
+            });
+            let mut count = |result: Result<(), Error>| match result {
+                Ok(()) => sound += 1,
+                Err(Error::Io { .. }) => failed += 1,
+                Err(e) => panic!("{e}"),
+            };
+            let mut all = vec![0; data.token_count() as usize];
+            for _ in 0..100 {
+                count(trainer.step(&data).map(drop));
+                count(trainer.eval(&data, 4).map(drop));
+                count(data.max_tokens().map(drop));
+                count(data.read(0, &mut all));
+            }
+            is_over.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(sound + failed, 400);
+        trainer.step(&data).unwrap();
+    });
+}
+
+#[test]
+fn a_file_is_held_without_its_name() {
+    let dir = TempDir::new().unwrap();
+    let tokens: Vec<u16> = (0..3000).map(|i| i % 99).collect();
+    let path = write(&dir, "t.bin", &raw(&tokens));
+    let data = open(&path).unwrap();
+    let expected: Vec<u32> = tokens.iter().map(|&t| t.into()).collect();
+    let is_whole = || {
+        let mut all = vec![0; 3000];
+        data.read(0, &mut all).unwrap();
+        assert_eq!((all, data.max_tokens().unwrap()), (expected.clone(), vec![98]));
+    };
+    fs::rename(write(&dir, "other.bin", &raw(&[500; 10])), &path).unwrap();
+    is_whole();
+    fs::remove_file(&path).unwrap();
+    is_whole();
+    pipe_at(&path);
+    is_whole();
+}
+
+#[test]
+fn there_may_be_any_number_of_files() {
+    // In a process of its own, because it takes all maps.
+    in_a_child("there_may_be_any_number_of_files", || {
+        let dir = TempDir::new().unwrap();
+        let path = write(&dir, "t.bin", &raw(&[1, 2, 3, 4, 99, 6]));
+        let descriptors = || fs::read_dir("/dev/fd").unwrap().count();
+        let before = descriptors();
+        // More than Linux gives a process maps; a file that is named again is a file more.
+        let data = Dataset::open_files(&vec![&path; 66_000]).unwrap();
+        assert_eq!((data.token_count(), descriptors()), (6 * 66_000, before));
+        assert_eq!(data.max_token().unwrap(), 99);
+        let mut ends = [[0; 6]; 2];
+        data.read(0, &mut ends[0]).unwrap();
+        data.read(6 * 65_999, &mut ends[1]).unwrap();
+        assert_eq!(ends, [[1, 2, 3, 4, 99, 6]; 2]);
+        let (mut trainer, _) = trainer(5);
+        for _ in 0..3 {
+            trainer.step(&data).unwrap();
+        }
+        cut(&path, 10);
+        for first in [0, 6 * 65_999] {
+            let error = data.read(first, &mut ends[0]).unwrap_err().to_string();
+            assert!(
+                error.contains("t.bin: the file has become shorter: 10 bytes where 12"),
+                "{error}"
+            );
+        }
+    });
+}
+
+#[test]
+fn what_links_lead_to_counts_once() {
+    let dir = TempDir::new().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    for folder in ["real/sub", "elsewhere/deep"] {
+        fs::create_dir_all(at(folder)).unwrap();
+    }
+    for (name, n) in [("real/a.bin", 1), ("real/sub/b.bin", 2), ("elsewhere/deep/c.bin", 3)] {
+        write(&dir, name, &raw(&vec![0; n]));
+    }
+    fs::create_dir(at("data")).unwrap();
+    fs::rename(at("real"), at("data/real")).unwrap();
+    // Two ways to the same files before and behind them, circles, and a folder beside the data.
+    symlink("real", at("data/again")).unwrap();
+    symlink("real/sub", at("data/zsub")).unwrap();
+    symlink("real/a.bin", at("data/link.bin")).unwrap();
+    symlink("..", at("data/real/sub/up")).unwrap();
+    symlink(".", at("data/real/here")).unwrap();
+    symlink("itself", at("data/itself")).unwrap();
+    symlink("../elsewhere", at("data/beside")).unwrap();
+    symlink("../../elsewhere", at("data/real/beside")).unwrap();
+    // Another name of a file is another file, as always.
+    fs::hard_link(at("data/real/a.bin"), at("data/real/hard.bin")).unwrap();
+    let names = |pattern: &str| {
+        let data = open(&at(pattern)).unwrap_or_else(|e| panic!("{e}"));
+        let name = |path: &Path| path.strip_prefix(dir.path()).unwrap().display().to_string();
+        data.files().iter().map(|file| name(&file.path)).collect::<Vec<_>>()
+    };
+    let (a, b, hard) = ("data/real/a.bin", "data/real/sub/b.bin", "data/real/hard.bin");
+    assert_eq!(names("data/**/*.bin"), ["data/beside/deep/c.bin", a, hard, b]);
+    assert_eq!(names("data/**/**/*.bin"), names("data/**/*.bin"));
+    assert_eq!(names("data/**/b.bin"), [b]);
+    assert_eq!(names("data/*/*.bin"), [a, hard, b.replace("real/sub", "zsub").as_str()]);
+    assert_eq!(names("data/*/sub/*.bin"), [b]);
+    assert_eq!(names("data/*.bin"), ["data/link.bin"]);
+    assert_eq!(names("data/again/*.bin"), ["data/again/a.bin", "data/again/hard.bin"]);
+    assert_eq!(names("data/beside/**/*.bin"), ["data/beside/deep/c.bin"]);
+    let twice = Dataset::open_files(&[at(a), at("data/link.bin"), at(a)]).unwrap();
+    assert_eq!(twice.token_count(), 3, "a list is taken as it is");
+    symlink("nowhere", at("data/real/lost.bin")).unwrap();
+    let lost = open(&at("data/**/*.bin")).unwrap_err();
+    assert!(matches!(lost, Error::Io { action: "open", .. }), "{lost}");
+}
+
+#[test]
+fn folders_may_be_deep() {
+    in_a_child("folders_may_be_deep", || {
+        let dir = TempDir::new().unwrap();
+        let mut deep = dir.path().to_owned();
+        deep.extend(["d"; 500]);
+        fs::create_dir_all(&deep).unwrap();
+        fs::write(deep.join("t.bin"), raw(&[1, 2])).unwrap();
+        let search = || Dataset::open(dir.path().join("**/t.bin")).map(|data| data.token_count());
+        // A host's thread may have a small stack.
+        let small = std::thread::Builder::new().stack_size(128 << 10);
+        let found = std::thread::scope(|scope| {
+            small.spawn_scoped(scope, search).unwrap().join().unwrap().unwrap()
+        });
+        assert_eq!(found, 2);
+
+        // Deeper than a path can be long.
+        let name = "n".repeat(250);
+        let mut folder = File::open(dir.path()).unwrap();
+        for _ in 0..20 {
+            rustix::fs::mkdirat(&folder, &name, rustix::fs::Mode::RWXU).unwrap();
+            let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
+            folder = rustix::fs::openat(&folder, &name, flags, rustix::fs::Mode::empty())
+                .unwrap()
+                .into();
+        }
+        let error = search().unwrap_err();
+        assert!(matches!(error, Error::Io { action: "search", .. }), "{error}");
+    });
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_list_that_memory_does_not_hold_is_an_error() {
+    in_a_child("a_list_that_memory_does_not_hold_is_an_error", || {
+        let dir = TempDir::new().unwrap();
+        let path = write(&dir, "t.bin", &raw(&[1, 2]));
+        let list = vec![path.as_path(); 4_000_000];
+        // SAFETY: a struct of numbers; the limit is this process's own.
+        let done = unsafe {
+            let mut limit = std::mem::zeroed();
+            libc::getrlimit(libc::RLIMIT_AS, &mut limit);
+            // Above what any test program takes, and far below what the files would.
+            limit.rlim_cur = 512 << 20;
+            libc::setrlimit(libc::RLIMIT_AS, &limit)
+        };
+        assert_eq!(done, 0);
+        let error = Dataset::open_files(&list).unwrap_err();
+        assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    });
 }

@@ -8,6 +8,7 @@ use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read_or_default, versioned};
+use crate::reserve::reserve;
 use crate::{Coverage, Dataset, DatasetOptions, Error, TokenType};
 
 /// Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
@@ -18,6 +19,10 @@ use crate::{Coverage, Dataset, DatasetOptions, Error, TokenType};
 /// trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while the
 /// training goes on, and what it finds is the error of the next step. The thread blocks all signals but
 /// faults, and has ended when mxt_dataset_free returns and no other call uses the dataset.
+///
+/// Nothing that happens to a file ends the process. Where its tokens are not there any more, because it
+/// has become shorter or its disk fails, the call that needs them returns MXT_ERROR_IO; a trainer is
+/// then as before the call.
 pub struct mxt_dataset {
     state: State,
     pub(super) data: Dataset,
@@ -163,12 +168,16 @@ pub unsafe extern "C" fn mxt_dataset_options_init(
 /// llm.c's format with its header; NumPy's .npy of uint8, uint16, uint32, int32 or int64, of one
 /// dimension, or of two, read row by row; or Megatron's pair of .bin and .idx, of which either file can
 /// be named, and which counts once where both match. Documents are not told apart, and windows do not
-/// cross files. Files are mapped, not read, and must not be changed or truncated while the dataset is
-/// in use.
+/// cross files. Links are followed, and a file that is found again through one counts once.
+///
+/// Files are mapped, not read, and none keeps a descriptor open. A file may be replaced by renaming
+/// another over it, which changes nothing for the dataset; tokens that are written to it are checked
+/// like all others. There may be any number of files; those beyond 16,384 are opened for every read, and
+/// so must keep their names.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches nothing), MXT_ERROR_IO,
-/// MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names with the remedy).
-/// The message is in mxt_last_error.
+/// MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names with the remedy),
+/// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_open(
     pattern: *const c_char,
@@ -212,8 +221,8 @@ unsafe fn open(
 /// Opens `count` token files as one dataset, in the order given, and stores it in `*dataset` for
 /// the caller to free. `paths` and its strings are borrowed for the call.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO, MXT_ERROR_FORMAT. The
-/// message is in mxt_last_error.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no files), MXT_ERROR_IO, MXT_ERROR_FORMAT,
+/// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_open_files(
     paths: *const *const c_char,
@@ -255,10 +264,13 @@ unsafe fn open_files(
     unsafe {
         let out = arguments::place("dataset", dataset)?;
         let options = read_or_default("options", options)?.parse()?;
-        let paths = arguments::slice("paths", paths, count)?;
-        let paths = paths.iter().enumerate();
-        let paths = paths.map(|(i, path)| arguments::path(&format!("paths[{i}]"), *path));
-        let data = Dataset::open_files_with(&paths.collect::<Result<Vec<_>, _>>()?, &options)?;
+        let given = arguments::slice("paths", paths, count)?;
+        let mut paths = Vec::new();
+        reserve(&mut paths, "the paths of a dataset", given.len())?;
+        for (i, path) in given.iter().enumerate() {
+            paths.push(arguments::path(&format!("paths[{i}]"), *path)?);
+        }
+        let data = Dataset::open_files_with(&paths, &options)?;
         out.put(mxt_dataset::new(data));
     }
     Ok(())
@@ -297,8 +309,8 @@ pub unsafe extern "C" fn mxt_dataset_token_count(dataset: *const mxt_dataset) ->
 /// Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files, unless
 /// that has been done.
 ///
-/// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_TOKEN_RANGE (a number below 0
-/// or above 32 bits, which is no token).
+/// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_IO, MXT_ERROR_TOKEN_RANGE (a
+/// number below 0 or above 32 bits, which is no token).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_max_token(
     dataset: *const mxt_dataset,
@@ -340,8 +352,8 @@ pub unsafe extern "C" fn mxt_dataset_coverage(
 /// are counted from 0 over all files in their order. `tokens` may be NULL where `count` is 0.
 ///
 /// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (the
-/// dataset ends before `first` + `count`), MXT_ERROR_TOKEN_RANGE (a number below 0 or above 32 bits,
-/// which is no token).
+/// dataset ends before `first` + `count`), MXT_ERROR_IO, MXT_ERROR_TOKEN_RANGE (a number below 0 or
+/// above 32 bits, which is no token).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_read(
     dataset: *const mxt_dataset,

@@ -180,8 +180,9 @@ pub unsafe extern "C" fn mxt_trainer_save(
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
 /// a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
-/// where this step does not read it), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the
-/// weights are as before the step.
+/// where this step does not read it), MXT_ERROR_IO (a file of the dataset has become shorter, or its
+/// disk fails), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the weights are as before the
+/// step.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_step(
     trainer: *mut mxt_trainer,
@@ -242,7 +243,7 @@ pub unsafe extern "C" fn mxt_trainer_step_tokens(
 /// the caller.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no file of two tokens),
-/// MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_BUSY, MXT_STOPPED.
+/// MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_IO, MXT_ERROR_BUSY, MXT_STOPPED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_eval(
     trainer: *mut mxt_trainer,

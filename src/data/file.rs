@@ -1,17 +1,18 @@
 //! One source of tokens: a mapped file in one of the known layouts, or a host's own tokens.
 //!
 //! A file is mapped, never read whole: opening it costs nothing and the page cache is shared with
-//! every other process that trains on it. Which bytes are tokens is decided in `layout`.
+//! every other process that trains on it. How bytes leave a map is told in `source`, which of them are
+//! tokens is decided in `layout`.
 
+use std::ffi::OsStr;
 use std::fmt;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use memmap2::Mmap;
-
 use super::layout::{Layout, layout};
+use super::look::Look;
 use super::megatron;
+use super::source::{Source, open_file, read_at};
 use crate::{Error, Result};
 
 /// How a token file is laid out. All numbers are little-endian.
@@ -121,14 +122,18 @@ pub(super) struct TokenFile {
 
 #[derive(Debug)]
 enum Storage {
-    /// Tokens from byte `start` to byte `end`.
-    Map {
-        map: Mmap,
-        start: usize,
-        end: usize,
+    /// Tokens from byte `start` on.
+    File {
+        source: Source,
+        start: u64,
     },
     Memory(Vec<u32>),
 }
+
+/// Bytes that are read at once, on the stack: a step allocates nothing.
+const WINDOW: usize = 1 << 13;
+/// The same where all tokens are read: as fast as larger ones, and small enough for any stack.
+const BLOCK: usize = 1 << 15;
 
 /// What a pass over tokens has found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -141,21 +146,34 @@ pub(super) struct Extent {
 
 impl TokenFile {
     /// Maps a file and finds out its layout. `declared` is what tokens are in a file that has no
-    /// header to say it.
-    pub(super) fn open(path: &Path, declared: Option<TokenType>) -> Result<Self> {
+    /// header to say it; `buffer` has room for a [`Look`].
+    pub(super) fn open(
+        path: &Path,
+        declared: Option<TokenType>,
+        buffer: &mut [u8],
+    ) -> Result<Self> {
         // Megatron's pair goes by the name of the file that holds the tokens.
         let pair = megatron::pair(path)?;
         let path = pair.as_ref().map_or(path, |pair| pair.tokens.as_path());
-        let map = map(path)?;
-        let index = pair.as_ref().map(|pair| pair.read(map.len())).transpose()?;
+        let (file, metadata) = open_file(path)?;
+        let Ok(length @ 1..) = usize::try_from(metadata.len()) else {
+            return Err(Error::format(
+                path,
+                "expected tokens, found an empty file (did the program that wrote it fail? one of the \
+                 kernel's, as in /proc?)",
+            ));
+        };
+        let index = pair.as_ref().map(|pair| pair.read(length)).transpose()?;
         let Layout { format, token_type, start, end, documents } = match index {
             Some(layout) => layout,
-            None => layout(path, &map, declared)?,
+            None => layout(&Look::new(path, &file, length, buffer)?, declared)?,
         };
         let tokens = ((end - start) / token_type.bytes()) as u64;
+        let source = Source::new(path, &file, &metadata);
+        let path = owned(path)?;
         Ok(Self {
-            info: DatasetFile { path: path.to_owned(), format, token_type, tokens, documents },
-            storage: Storage::Map { map, start, end },
+            info: DatasetFile { path, format, token_type, tokens, documents },
+            storage: Storage::File { source, start: start as u64 },
         })
     }
 
@@ -177,110 +195,149 @@ impl TokenFile {
     /// Copies tokens `offset`.. into `out`; the caller stays within the file.
     ///
     /// # Errors
-    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`.
+    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`; [`Error::Io`] where
+    /// the file does not hold them any more.
     pub(super) fn copy(&self, offset: u64, vocab_size: usize, out: &mut [u32]) -> Result<()> {
-        // Within the file, so within memory.
-        let first = offset as usize;
-        let strays = match self.bytes(first, out.len()) {
-            Bytes::Of(bytes, token_type) => decode(bytes, token_type, out),
-            Bytes::Memory(tokens) => {
+        let is_in_range = |out: &[u32]| out.iter().all(|&token| (token as usize) < vocab_size);
+        let (source, start) = match &self.storage {
+            Storage::File { source, start } => (source, start),
+            Storage::Memory(tokens) => {
+                let tokens = &tokens[offset as usize..][..out.len()];
                 out.copy_from_slice(tokens);
-                false
+                if is_in_range(out) {
+                    return Ok(());
+                }
+                let numbers = tokens.iter().map(|&token| token.into());
+                return self.check(offset, numbers, vocab_size);
             }
         };
-        if !strays && out.iter().all(|&token| (token as usize) < vocab_size) {
-            return Ok(());
+        let token_type = self.info.token_type;
+        let (mut buffer, width) = ([0; WINDOW], token_type.bytes());
+        let firsts = (offset..).step_by(WINDOW / width);
+        for (out, first) in out.chunks_mut(WINDOW / width).zip(firsts) {
+            let bytes = &mut buffer[..out.len() * width];
+            source.read(&self.info.path, start + first * width as u64, bytes)?;
+            let has_strays = decode(bytes, token_type, out);
+            if has_strays || !is_in_range(out) {
+                // NOTE: looked for in what was read: another process may change the file.
+                self.check(first, numbers(bytes, token_type), vocab_size)?;
+            }
         }
-        self.check(first, out.len(), vocab_size)
+        Ok(())
     }
 
     /// The extent of tokens `first`.. of `count`, which are in the file.
-    pub(super) fn extent(&self, first: usize, count: usize) -> Extent {
-        match self.bytes(first, count) {
-            Bytes::Of(bytes, token_type) => extent(bytes, token_type),
-            Bytes::Memory(tokens) => {
-                Extent { largest: tokens.iter().fold(0, |a, &b| a.max(b)), has_strays: false }
-            }
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub(super) fn extent(&self, first: u64, count: u64) -> Result<Extent> {
+        let mut sum = Extent::default();
+        let mut add = |part: Extent| {
+            sum.largest = sum.largest.max(part.largest);
+            sum.has_strays |= part.has_strays;
+        };
+        if let Storage::Memory(tokens) = &self.storage {
+            let tokens = &tokens[first as usize..][..count as usize];
+            add(Extent { largest: tokens.iter().fold(0, |a, &b| a.max(b)), has_strays: false });
         }
+        self.each_block(first, count, |_, bytes| {
+            add(extent(bytes, self.info.token_type));
+            Ok(())
+        })?;
+        Ok(sum)
     }
 
     /// # Errors
     /// [`Error::TokenRange`] for the first of tokens `first`.. of `count` that is not below
+    /// `vocab_size`; [`Error::Io`].
+    pub(super) fn find_outside(&self, first: u64, count: u64, vocab_size: usize) -> Result<()> {
+        if let Storage::Memory(tokens) = &self.storage {
+            let tokens = &tokens[first as usize..][..count as usize];
+            self.check(first, tokens.iter().map(|&token| token.into()), vocab_size)?;
+        }
+        self.each_block(first, count, |first, bytes| {
+            self.check(first, numbers(bytes, self.info.token_type), vocab_size)
+        })
+    }
+
+    /// Reads tokens `first`.. of `count` of a file in blocks, and gives the number of a block's first
+    /// token and its bytes.
+    fn each_block(
+        &self,
+        first: u64,
+        count: u64,
+        mut add: impl FnMut(u64, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let Storage::File { source, start } = &self.storage else { return Ok(()) };
+        let (path, width) = (&self.info.path, self.info.token_type.bytes() as u64);
+        let mut buffer = [0; BLOCK];
+        let file = source.reopen(path)?;
+        for first_of_block in (first..first + count).step_by(BLOCK / width as usize) {
+            let length = BLOCK as u64 / width * width;
+            let length = length.min((first + count - first_of_block) * width);
+            let (bytes, at) = (&mut buffer[..length as usize], start + first_of_block * width);
+            match &file {
+                Some(file) => read_at(file, path, at, bytes)?,
+                None => source.read(path, at, bytes)?,
+            }
+            add(first_of_block, bytes)?;
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// [`Error::TokenRange`] for the first number, from token `first` on, that is none below
     /// `vocab_size`.
-    pub(super) fn check(&self, first: usize, count: usize, vocab_size: usize) -> Result<()> {
+    fn check(
+        &self,
+        first: u64,
+        numbers: impl Iterator<Item = i64>,
+        vocab_size: usize,
+    ) -> Result<()> {
         let is_token = |n: i64| u32::try_from(n).is_ok_and(|n| (n as usize) < vocab_size);
-        let mut numbers = (first..first + count).map(|i| (i, self.number(i)));
-        match numbers.find(|(_, n)| !is_token(*n)) {
+        match (first..).zip(numbers).find(|(_, n)| !is_token(*n)) {
             None => Ok(()),
             Some((offset, token)) => Err(Error::TokenRange {
                 source_name: self.info.path.display().to_string(),
-                offset: offset as u64,
+                offset,
                 token,
                 vocab_size,
             }),
         }
     }
-
-    /// The number at the place of token `index`.
-    fn number(&self, index: usize) -> i64 {
-        match self.bytes(index, 1) {
-            Bytes::Memory(tokens) => tokens[0].into(),
-            Bytes::Of(bytes, token_type) => match (token_type, bytes) {
-                (TokenType::U8, &[a]) => a.into(),
-                (TokenType::U16, &[a, b]) => u16::from_le_bytes([a, b]).into(),
-                (TokenType::U32, &[a, b, c, d]) => u32::from_le_bytes([a, b, c, d]).into(),
-                (TokenType::I32, &[a, b, c, d]) => i32::from_le_bytes([a, b, c, d]).into(),
-                (TokenType::I64, &[a, b, c, d, e, f, g, h]) => {
-                    i64::from_le_bytes([a, b, c, d, e, f, g, h])
-                }
-                _ => unreachable!("a token has the bytes of its type"),
-            },
-        }
-    }
-
-    fn bytes(&self, first: usize, count: usize) -> Bytes<'_> {
-        match &self.storage {
-            Storage::Map { map, start, end } => {
-                let width = self.info.token_type.bytes();
-                let bytes = &map[*start..*end][first * width..][..count * width];
-                Bytes::Of(bytes, self.info.token_type)
-            }
-            Storage::Memory(tokens) => Bytes::Memory(&tokens[first..][..count]),
-        }
-    }
 }
 
-/// Some tokens as they are stored.
-enum Bytes<'a> {
-    Of(&'a [u8], TokenType),
-    Memory(&'a [u32]),
+/// A path of one's own, or an error where a plain copy would end the process.
+pub(super) fn owned(path: &Path) -> Result<PathBuf> {
+    joined(path, OsStr::new(""))
 }
 
-/// Maps a whole file, which must be one and not be empty.
-fn map(path: &Path) -> Result<Mmap> {
-    let metadata = std::fs::metadata(path).map_err(Error::io("open", path))?;
-    if metadata.is_dir() {
-        return Err(Error::format(
-            path,
-            "expected a token file, found a folder; name a file in it or a pattern such as \
-             FOLDER/*.bin",
-        ));
+/// [`owned`] with a name behind it.
+pub(super) fn joined(folder: &Path, name: &OsStr) -> Result<PathBuf> {
+    let mut path = PathBuf::new();
+    let needed = folder.as_os_str().len() + name.len() + 1;
+    path.try_reserve_exact(needed).map_err(|_| Error::OutOfMemory {
+        what: "the path of a file",
+        needed: needed as u64,
+        limit: "which the system refuses; use fewer files".into(),
+    })?;
+    path.push(folder);
+    if !name.is_empty() {
+        path.push(name);
     }
-    if !metadata.is_file() {
-        return Err(Error::format(path, "expected a token file, found a pipe or device"));
-    }
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let length = file.metadata().map_err(Error::io("open", path))?.len();
-    if length == 0 {
-        return Err(Error::format(
-            path,
-            "expected tokens, found an empty file (did the program that wrote it fail?)",
-        ));
-    }
-    // SAFETY: the map is only read, byte by byte, so any content is valid. Another process that
-    // changes the file changes tokens, which are checked on every copy; one that truncates it
-    // while it is open is ruled out in the documentation of `Dataset::open`.
-    unsafe { Mmap::map(&file) }.map_err(Error::map(path, length))
+    Ok(path)
+}
+
+/// The numbers that bytes hold.
+fn numbers(bytes: &[u8], token_type: TokenType) -> impl Iterator<Item = i64> {
+    bytes.chunks_exact(token_type.bytes()).map(move |bytes| {
+        // The bytes of the sign, or zeros.
+        let is_signed = matches!(token_type, TokenType::I32 | TokenType::I64);
+        let is_negative = is_signed && bytes.last().is_some_and(|b| b >> 7 == 1);
+        let mut wide = [if is_negative { 0xff } else { 0 }; 8];
+        wide[..bytes.len()].copy_from_slice(bytes);
+        i64::from_le_bytes(wide)
+    })
 }
 
 /// Decodes as many tokens as `out` holds. Gives whether one of them is below 0 or above u32, which

@@ -9,8 +9,9 @@
 use std::path::Path;
 
 use super::file::{TokenFormat, TokenType};
+use super::look::{Look, PART, WHOLE};
 use super::{magic, npy};
-use crate::{Error, Result};
+use crate::{Error, Result, reserve};
 
 /// Where the tokens of a file are.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,27 +27,28 @@ pub(super) struct Layout {
 }
 
 /// Layout of a non-empty file. A header is believed; `declared` is for files without one.
-pub(super) fn layout(path: &Path, bytes: &[u8], declared: Option<TokenType>) -> Result<Layout> {
-    if let Some(layout) = llm_c(path, bytes)? {
+pub(super) fn layout(look: &Look<'_>, declared: Option<TokenType>) -> Result<Layout> {
+    let path = look.path;
+    if let Some(layout) = llm_c(look)? {
         return Ok(layout);
     }
-    if let Some(layout) = npy::layout(path, bytes)? {
+    if let Some(layout) = npy::layout(look)? {
         return Ok(layout);
     }
-    if let Some(kind) = magic::known(bytes) {
+    if let Some(kind) = magic::known(look) {
         return Err(Error::format(path, kind.to_string()));
     }
     let token_type = match declared {
         Some(token_type) => token_type,
         None => {
-            if let Some(kind) = magic::text(bytes) {
+            if let Some(kind) = magic::text(look.head()) {
                 return Err(Error::format(path, kind.to_string()));
             }
-            guess(path, bytes)?
+            guess(look)?
         }
     };
     let width = token_type.bytes();
-    if !bytes.len().is_multiple_of(width) {
+    if !look.len().is_multiple_of(width) {
         let expected = match width {
             2 => "an even number of bytes".to_owned(),
             n => format!("a multiple of {n} bytes"),
@@ -56,11 +58,11 @@ pub(super) fn layout(path: &Path, bytes: &[u8], declared: Option<TokenType>) -> 
             format!(
                 "expected {token_type} tokens, so {expected}, found {} (a truncated copy, or not a \
                  token file?)",
-                bytes.len()
+                look.len()
             ),
         ));
     }
-    let (start, end) = (0, bytes.len());
+    let (start, end) = (0, look.len());
     Ok(Layout { format: TokenFormat::Raw, token_type, start, end, documents: None })
 }
 
@@ -71,14 +73,11 @@ const LLMC_HEADER: usize = 256 * 4;
 const LLMC_KINDS: [(u32, u32, TokenType); 2] =
     [(20240520, 1, TokenType::U16), (20240801, 7, TokenType::U32)];
 
-fn llm_c(path: &Path, bytes: &[u8]) -> Result<Option<Layout>> {
-    let word = |i: usize| {
-        let bytes = bytes.get(i * 4..)?.first_chunk()?;
-        Some(u32::from_le_bytes(*bytes))
-    };
+fn llm_c(look: &Look<'_>) -> Result<Option<Layout>> {
+    let word = |i: usize| look.at(i * 4).map(u32::from_le_bytes);
     let magic = LLMC_KINDS.iter().find(|kind| word(0) == Some(kind.0));
     let Some(&(magic, version, token_type)) = magic else { return Ok(None) };
-    let found = bytes.len();
+    let (path, found) = (look.path, look.len());
     // NOTE: the magic with another version is refused, not taken for raw tokens: reading a header
     // as text would go unnoticed, and both magics hold a u16 beyond GPT-2's vocabulary.
     if let Some(other) = word(1).filter(|&v| v != version) {
@@ -122,24 +121,22 @@ pub(super) fn check_length(path: &Path, found: u64, expected: u64, what: &str) -
     ))
 }
 
-/// Bytes that are looked at, at the beginning, in the middle and at the end.
-const LOOK: usize = 1 << 16;
 /// High halves up to this would be those of a vocabulary up to a million.
 const HIGH: u32 = 15;
 
-/// The type of raw tokens.
-fn guess(path: &Path, bytes: &[u8]) -> Result<TokenType> {
-    let length = bytes.len();
+/// The type of raw tokens, by the beginning, the middle and the end of the file.
+fn guess(look: &Look<'_>) -> Result<TokenType> {
+    let length = look.len();
     let middle = (length / 2).next_multiple_of(8);
-    let last = length.saturating_sub(LOOK) / 8 * 8;
-    let starts: &[usize] = if length <= 3 * LOOK { &[0] } else { &[0, middle, last] };
-    let look = if length <= 3 * LOOK { length } else { LOOK };
-    let parts = || starts.iter().map(|&start| &bytes[start..][..look.min(length - start)]);
+    let last = length.saturating_sub(PART) / 8 * 8;
+    let starts: &[usize] = if length <= WHOLE { &[] } else { &[middle, last] };
+    let mut buffer =
+        reserve::zeros("a look at the tokens", if length <= WHOLE { 0 } else { PART })?;
 
     let (mut wide, mut words) = (Halves::default(), Halves::default());
     // Whether all 16-bit words have a low byte of 0, as big-endian bytes do.
     let mut is_shifted = true;
-    for part in parts() {
+    let mut add = |part: &[u8]| {
         for number in part.as_chunks().0 {
             let number = u64::from_le_bytes(*number);
             wide.add(number as u32, (number >> 32) as u32, u32::MAX, 0xffff);
@@ -149,11 +146,17 @@ fn guess(path: &Path, bytes: &[u8]) -> Result<TokenType> {
             words.add(number & 0xffff, number >> 16, 0xffff, 0xff);
             is_shifted &= number & 0x00ff_00ff == 0;
         }
+    };
+    add(look.head());
+    for &start in starts {
+        let part = &mut buffer[..PART.min(length - start)];
+        look.read(start, part)?;
+        add(part);
     }
     let is_shifted = is_shifted && words.low + words.high >= 32;
     if is_shifted || wide.is_swapped() || words.is_swapped() {
         return Err(Error::format(
-            path,
+            look.path,
             "expected little-endian tokens, found numbers whose low bytes are 0 (big-endian tokens, \
              floating-point numbers, or text in UTF-16); save tokens with numpy.save, as \
              numpy.uint16 or numpy.uint32, text goes through `mxtrain prepare`; if these are tokens all the same, say what they are with the option \
@@ -167,7 +170,7 @@ fn guess(path: &Path, bytes: &[u8]) -> Result<TokenType> {
         (Verdict::No, Verdict::Yes) => Ok(TokenType::U32),
         (Verdict::No, Verdict::No) => Ok(TokenType::U16),
         _ => Err(Error::format(
-            path,
+            look.path,
             "expected u16 tokens, found every second 16-bit word small as if they were u32 or i64; \
              say which it is with the option token_type (--token-type of mxtrain): u16, u32 or i64",
         )),

@@ -14,6 +14,7 @@
 
 use std::fmt;
 
+use super::look::Look;
 use super::megatron;
 
 /// A kind of file, and the remedy.
@@ -34,14 +35,14 @@ struct Magic {
     at: usize,
     bytes: &'static [u8],
     /// What must hold besides.
-    also: fn(&[u8]) -> bool,
+    also: fn(&Look<'_>) -> bool,
     kind: Kind,
 }
 
 const fn magic(
     at: usize,
     bytes: &'static [u8],
-    also: fn(&[u8]) -> bool,
+    also: fn(&Look<'_>) -> bool,
     name: &'static str,
     remedy: &'static str,
 ) -> Magic {
@@ -209,10 +210,10 @@ const PREPARE: &str = "turn it into tokens with `mxtrain prepare`; if these are 
                        what they are with the option token_type (--token-type of mxtrain)";
 
 /// The kind of a file that begins like no token file, whatever its tokens.
-pub(super) fn known(bytes: &[u8]) -> Option<Kind> {
+pub(super) fn known(look: &Look<'_>) -> Option<Kind> {
     let fits = |magic: &&Magic| {
-        bytes.get(magic.at..).is_some_and(|rest| rest.starts_with(magic.bytes))
-            && (magic.also)(bytes)
+        look.head().get(magic.at..).is_some_and(|rest| rest.starts_with(magic.bytes))
+            && (magic.also)(look)
     };
     MAGICS.iter().find(fits).map(|magic| magic.kind)
 }
@@ -226,7 +227,7 @@ const BYTES_A_CONTROL: usize = 128;
 /// Text in an old encoding of one byte a character needs more to be sure of.
 const LEAST_8_BIT: usize = 256;
 
-/// The kind of a file that is text.
+/// The kind of a file that begins as text.
 pub(super) fn text(bytes: &[u8]) -> Option<Kind> {
     let kind = |name| Some(Kind { name, remedy: PREPARE });
     let head = &bytes[..bytes.len().min(LOOK)];
@@ -307,27 +308,28 @@ fn is_json_array(head: &[u8]) -> bool {
     matches!(inside.first(), Some(b'{' | b'[' | b'"' | b'0'..=b'9' | b']'))
 }
 
-fn any(_: &[u8]) -> bool {
+fn any(_: &Look<'_>) -> bool {
     true
 }
 
-fn byte(b: &[u8], at: usize) -> Option<u8> {
-    b.get(at).copied()
+fn byte(b: &Look<'_>, at: usize) -> Option<u8> {
+    b.at(at).map(u8::from_le_bytes)
 }
 
-fn u16_at(b: &[u8], at: usize) -> Option<u16> {
-    b.get(at..)?.first_chunk().map(|c| u16::from_le_bytes(*c))
+fn u16_at(b: &Look<'_>, at: usize) -> Option<u16> {
+    b.at(at).map(u16::from_le_bytes)
 }
 
-fn u32_at(b: &[u8], at: usize) -> Option<u32> {
-    b.get(at..)?.first_chunk().map(|c| u32::from_le_bytes(*c))
+fn u32_at(b: &Look<'_>, at: usize) -> Option<u32> {
+    b.at(at).map(u32::from_le_bytes)
 }
 
-fn u64_at(b: &[u8], at: usize) -> Option<u64> {
-    b.get(at..)?.first_chunk().map(|c| u64::from_le_bytes(*c))
+fn u64_at(b: &Look<'_>, at: usize) -> Option<u64> {
+    b.at(at).map(u64::from_le_bytes)
 }
 
-fn is_html(b: &[u8]) -> bool {
+fn is_html(b: &Look<'_>) -> bool {
+    let b = b.head();
     let start = b[..b.len().min(256)].trim_ascii_start();
     [&b"<!doctype html"[..], b"<html>", b"<html ", b"<head>"]
         .iter()
@@ -335,47 +337,45 @@ fn is_html(b: &[u8]) -> bool {
 }
 
 /// No reserved flag, a known level and a known system.
-fn is_gzip(b: &[u8]) -> bool {
+fn is_gzip(b: &Look<'_>) -> bool {
     byte(b, 3).is_some_and(|flags| flags < 0x20)
         && matches!(byte(b, 8), Some(0 | 2 | 4))
         && matches!(byte(b, 9), Some(0..=13 | 255))
 }
 
 /// The reserved bit of the frame's descriptor.
-fn is_zstd(b: &[u8]) -> bool {
+fn is_zstd(b: &Look<'_>) -> bool {
     byte(b, 4).is_some_and(|descriptor| descriptor & 8 == 0) && b.len() >= 9
 }
 
 /// Frames that are skipped, as parallel programs write them, and an ordinary one.
-fn is_zstd_behind_skippable(b: &[u8]) -> bool {
-    let length = match b {
+fn is_zstd_behind_skippable(b: &Look<'_>) -> bool {
+    let length = match b.head() {
         [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..] => u32_at(b, 4).map(|n| n as usize),
         _ => None,
     };
-    length
-        .and_then(|length| b[8..].get(length..))
-        .is_some_and(|rest| rest.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]))
+    length.and_then(|length| b.at(8 + length)) == Some([0x28, 0xb5, 0x2f, 0xfd])
 }
 
 /// A level, and the first six digits of pi or, for an empty file, of its root.
-fn is_bzip2(b: &[u8]) -> bool {
+fn is_bzip2(b: &Look<'_>) -> bool {
     matches!(byte(b, 3), Some(b'1'..=b'9'))
         && [&b"\x31\x41\x59\x26\x53\x59"[..], b"\x17\x72\x45\x38\x50\x90"]
             .iter()
-            .any(|digits| b[4..].starts_with(digits))
+            .any(|digits| b.head()[4..].starts_with(digits))
 }
 
 /// Version 1 without the reserved bit, and a block size.
-fn is_lz4(b: &[u8]) -> bool {
+fn is_lz4(b: &Look<'_>) -> bool {
     byte(b, 4).is_some_and(|flags| flags & 0xc2 == 0x40)
         && byte(b, 5).is_some_and(|block| block & 0x8f == 0 && block >= 0x40)
 }
 
 /// The name of a zip archive's first file.
-fn zip_name(b: &[u8]) -> Option<&[u8]> {
+fn zip_name<'a>(b: &Look<'a>) -> Option<&'a [u8]> {
     let (version, method) = (u16_at(b, 4)?, u16_at(b, 8)?);
     let length = u16_at(b, 26)? as usize;
-    let name = b.get(30..30 + length)?;
+    let name = b.head().get(30..30 + length)?;
     let is_sound = version <= 63
         && matches!(method, 0 | 8 | 9 | 12 | 14 | 93 | 95)
         && (1..=1024).contains(&length)
@@ -383,47 +383,48 @@ fn zip_name(b: &[u8]) -> Option<&[u8]> {
     is_sound.then_some(name)
 }
 
-fn is_zip(b: &[u8]) -> bool {
+fn is_zip(b: &Look<'_>) -> bool {
     zip_name(b).is_some()
 }
 
-fn is_npz(b: &[u8]) -> bool {
+fn is_npz(b: &Look<'_>) -> bool {
     zip_name(b).is_some_and(|name| name.ends_with(b".npy"))
 }
 
-fn is_torch_zip(b: &[u8]) -> bool {
+fn is_torch_zip(b: &Look<'_>) -> bool {
     zip_name(b)
         .is_some_and(|name| name.ends_with(b"/data.pkl") || name.ends_with(b"/.format_version"))
 }
 
-fn is_empty_zip(b: &[u8]) -> bool {
-    b.len() >= 22 && b[4..20].iter().all(|&c| c == 0)
+fn is_empty_zip(b: &Look<'_>) -> bool {
+    b.len() >= 22 && b.head()[4..20].iter().all(|&c| c == 0)
 }
 
 /// The same at the end, or in a truncated file the header of a page.
-fn is_parquet(b: &[u8]) -> bool {
-    let is_page = matches!(b, [_, _, _, _, 0x15, 0 | 2 | 4 | 6, 0x15, ..]);
-    b.len() >= 12 && (b.ends_with(b"PAR1") || is_page)
+fn is_parquet(b: &Look<'_>) -> bool {
+    let is_page = matches!(b.head(), [_, _, _, _, 0x15, 0 | 2 | 4 | 6, 0x15, ..]);
+    b.len() >= 12 && (is_page || b.ends_with(b"PAR1"))
 }
 
-fn is_feather(b: &[u8]) -> bool {
+fn is_feather(b: &Look<'_>) -> bool {
     b.len() >= 12 && b.ends_with(b"FEA1")
 }
 
 /// Metadata of a plausible length, whose first word points near.
-fn is_arrow_stream(b: &[u8]) -> bool {
+fn is_arrow_stream(b: &Look<'_>) -> bool {
     let length = u32_at(b, 4).unwrap_or(0);
     (8..1 << 24).contains(&length)
         && length.is_multiple_of(8)
         && u32_at(b, 8).is_some_and(|root| (4..=64).contains(&root) && root.is_multiple_of(4))
 }
 
-fn is_orc(b: &[u8]) -> bool {
-    b.len() >= 8 && b[..b.len() - 1].ends_with(b"ORC")
+fn is_orc(b: &Look<'_>) -> bool {
+    b.len() >= 8 && b.at(b.len() - 4) == Some(*b"ORC")
 }
 
 /// A map of metadata, which names the schema.
-fn is_avro(b: &[u8]) -> bool {
+fn is_avro(b: &Look<'_>) -> bool {
+    let b = b.head();
     b[..b.len().min(4096)]
         .windows(11)
         .any(|word| word == b"avro.schema" || word.starts_with(b"avro.codec"))
@@ -431,9 +432,9 @@ fn is_avro(b: &[u8]) -> bool {
 
 /// Protocols from 2 on: a frame of a length below a TiB, or up to the file's last opcode a list, a
 /// dictionary, bytes or a global name, as what people save begin.
-fn is_pickle(b: &[u8]) -> bool {
-    let is_whole = b.last() == Some(&b'.');
-    match b {
+fn is_pickle(b: &Look<'_>) -> bool {
+    let is_whole = b.ends_with(b".");
+    match b.head() {
         // Also of a file that is truncated.
         [_, 4 | 5, 0x95, _, _, _, _, _, 0, 0, 0, ..] => true,
         [_, 2 | 3, b']' | b'}', b'q', 0, ..] => is_whole,
@@ -450,74 +451,81 @@ fn is_pickle(b: &[u8]) -> bool {
 }
 
 /// A header of JSON with the length that the first word says.
-fn is_safetensors(b: &[u8]) -> bool {
+fn is_safetensors(b: &Look<'_>) -> bool {
     let room = b.len() as u64 - 8;
     let Some(length) = u64_at(b, 0).filter(|&n| n >= 2 && n <= room) else { return false };
-    let header = &b[8..][..length as usize];
-    matches!(header[1], b'"' | b'}') && matches!(header.trim_ascii_end().last(), Some(b'}'))
+    if !matches!(byte(b, 9), Some(b'"' | b'}')) {
+        return false;
+    }
+    // Blanks at the end are padding: a few, where it is safetensors.
+    let end = 8 + length as usize;
+    let mut last = (8..end).rev().take(4096).map_while(|at| byte(b, at));
+    last.find(|c| !c.is_ascii_whitespace()) == Some(b'}')
 }
 
-fn is_gguf(b: &[u8]) -> bool {
+fn is_gguf(b: &Look<'_>) -> bool {
     u32_at(b, 4).is_some_and(|version| (1..=99).contains(&version))
 }
 
-fn is_llmc(b: &[u8]) -> bool {
+fn is_llmc(b: &Look<'_>) -> bool {
     u32_at(b, 4).is_some_and(|version| (1..=99).contains(&version)) && b.len() >= 1024
 }
 
 /// The first piece: a name in angle brackets, and its score.
-fn is_sentencepiece(b: &[u8]) -> bool {
-    let [_, _, 0x0a, length, name @ ..] = b else { return false };
+fn is_sentencepiece(b: &Look<'_>) -> bool {
+    let [_, _, 0x0a, length, name @ ..] = b.head() else { return false };
     let length = usize::from(*length);
     let Some((name, rest)) = name.split_at_checked(length) else { return false };
     length >= 3 && name.starts_with(b"<") && name.ends_with(b">") && rest.first() == Some(&0x15)
 }
 
-fn is_pdf(b: &[u8]) -> bool {
+fn is_pdf(b: &Look<'_>) -> bool {
     matches!((byte(b, 5), byte(b, 6)), (Some(b'0'..=b'9'), Some(b'.')))
 }
 
 /// 32 or 64 bits, a byte order, version 1.
-fn is_elf(b: &[u8]) -> bool {
+fn is_elf(b: &Look<'_>) -> bool {
     matches!((byte(b, 4), byte(b, 5), byte(b, 6)), (Some(1 | 2), Some(1 | 2), Some(1)))
 }
 
-fn is_jpeg(b: &[u8]) -> bool {
+fn is_jpeg(b: &Look<'_>) -> bool {
     matches!(byte(b, 3), Some(0xdb | 0xe0..=0xef))
-        && (b.get(6..10).is_some_and(|name| [b"JFIF", b"Exif"].iter().any(|n| name == *n))
+        && (b.at(6).is_some_and(|name| [b"JFIF", b"Exif"].contains(&&name))
             || b.ends_with(&[0xff, 0xd9]))
 }
 
-fn is_riff(b: &[u8]) -> bool {
-    b.starts_with(b"RIFF")
+fn is_riff(b: &Look<'_>) -> bool {
+    b.head().starts_with(b"RIFF")
 }
 
-fn is_iso_media(b: &[u8]) -> bool {
-    let is_brand = |brand: &[u8]| brand.iter().all(|&c| c == b' ' || c.is_ascii_graphic());
-    b[..3] == [0, 0, 0] && b.get(8..12).is_some_and(is_brand)
+fn is_iso_media(b: &Look<'_>) -> bool {
+    let is_brand = |brand: [u8; 4]| brand.iter().all(|&c| c == b' ' || c.is_ascii_graphic());
+    b.at(0) == Some([0, 0, 0]) && b.at(8).is_some_and(is_brand)
 }
 
 /// A known version without the reserved flags, and a length of 7 bits a byte.
-fn is_id3(b: &[u8]) -> bool {
+fn is_id3(b: &Look<'_>) -> bool {
+    let b = b.head();
     matches!(b, [_, _, _, 2..=4, 0, flags, sizes @ ..]
         if flags & 0x0f == 0 && sizes.len() > 4 && sizes[..4].iter().all(|&n| n < 0x80))
         && b[10..].iter().take(4).all(|&c| c == 0 || c.is_ascii_alphanumeric())
 }
 
 /// The name of the kind follows within the header.
-fn is_matroska(b: &[u8]) -> bool {
+fn is_matroska(b: &Look<'_>) -> bool {
+    let b = b.head();
     b[..b.len().min(64)].windows(4).any(|word| word == b"matr" || word == b"webm")
 }
 
 /// The file's length, two reserved words and the length of a known header.
-fn is_bmp(b: &[u8]) -> bool {
+fn is_bmp(b: &Look<'_>) -> bool {
     u32_at(b, 2) == u32::try_from(b.len()).ok()
         && u32_at(b, 6) == Some(0)
         && matches!(u32_at(b, 14), Some(12 | 40 | 108 | 124))
 }
 
 /// The first directory: tags in their order, of known types.
-fn is_tiff(b: &[u8]) -> bool {
+fn is_tiff(b: &Look<'_>) -> bool {
     let at = u32_at(b, 4).unwrap_or(0) as usize;
     let Some(count) = u16_at(b, at).filter(|&n| at >= 8 && n >= 4) else { return false };
     (0..usize::from(count)).all(|i| {
@@ -527,13 +535,13 @@ fn is_tiff(b: &[u8]) -> bool {
 }
 
 /// The place of the new header, and its magic.
-fn is_windows_program(b: &[u8]) -> bool {
+fn is_windows_program(b: &Look<'_>) -> bool {
     let at = u32_at(b, 0x3c).unwrap_or(0) as usize;
-    at >= 0x40 && b.get(at..).is_some_and(|header| header.starts_with(b"PE\0\0"))
+    at >= 0x40 && b.at(at) == Some(*b"PE\0\0")
 }
 
 /// The length of the first record, and the checksum of this length.
-fn is_tfrecord(b: &[u8]) -> bool {
+fn is_tfrecord(b: &Look<'_>) -> bool {
     let (Some(length), Some(sum)) = (u64_at(b, 0), u32_at(b, 8)) else { return false };
     // CRC-32C, rotated and moved, as the format wants it.
     let mut crc = u32::MAX;
@@ -547,8 +555,8 @@ fn is_tfrecord(b: &[u8]) -> bool {
 }
 
 /// A type, dimensions, and the length that they give.
-fn is_idx(b: &[u8]) -> bool {
-    let [_, _, kind, dimensions @ 1..=8, ..] = *b else { return false };
+fn is_idx(b: &Look<'_>) -> bool {
+    let [_, _, kind, dimensions @ 1..=8, ..] = *b.head() else { return false };
     let width = match kind {
         0x08 | 0x09 => 1,
         0x0b => 2,
@@ -557,7 +565,7 @@ fn is_idx(b: &[u8]) -> bool {
         _ => return false,
     };
     let header = 4 + 4 * usize::from(dimensions);
-    let Some(sizes) = b.get(4..header) else { return false };
+    let Some(sizes) = b.head().get(4..header) else { return false };
     let numbers = sizes.as_chunks().0.iter().map(|&size| u64::from(u32::from_be_bytes(size)));
     let bytes = numbers.fold(width, u64::saturating_mul);
     bytes.saturating_add(header as u64) == b.len() as u64

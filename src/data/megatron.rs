@@ -9,11 +9,11 @@
 //! a pair are read as one text, in the order of the file.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::file::{TokenFormat, TokenType};
 use super::layout::{Layout, check_length};
+use super::source::{open_file, read_at};
 use crate::{Error, Result};
 
 pub(super) const MAGIC: &[u8] = b"MMIDIDX\0\0";
@@ -74,11 +74,8 @@ pub(super) fn tokens_of(path: &Path) -> Option<PathBuf> {
 }
 
 fn is_index(path: &Path) -> bool {
-    // Nothing is opened that may wait for ever, such as a pipe.
-    let is_file = path.metadata().is_ok_and(|metadata| metadata.is_file());
     let mut start = [0; MAGIC.len()];
-    is_file
-        && File::open(path).and_then(|mut file| file.read_exact(&mut start)).is_ok()
+    open_file(path).and_then(|(file, _)| read_at(&file, path, 0, &mut start)).is_ok()
         && start == MAGIC
 }
 
@@ -86,9 +83,8 @@ impl Pair {
     /// Reads the index of a file of `length` bytes.
     pub(super) fn read(&self, length: usize) -> Result<Layout> {
         let path = &self.index;
-        let io = |action| Error::io(action, path);
-        let mut file = File::open(path).map_err(io("open"))?;
-        let found = file.metadata().map_err(io("read"))?.len();
+        let (file, metadata) = open_file(path)?;
+        let found = metadata.len();
         if found < HEADER as u64 {
             return Err(Error::format(
                 path,
@@ -97,8 +93,7 @@ impl Pair {
                 ),
             ));
         }
-        let mut header = [0; HEADER];
-        file.read_exact(&mut header).map_err(io("read"))?;
+        let header: [u8; HEADER] = bytes_at(&file, path, 0)?;
         let word = |at: usize| {
             let mut bytes = [0; 8];
             bytes.copy_from_slice(&header[at..at + 8]);
@@ -136,10 +131,10 @@ impl Pair {
         let end = if sequences == 0 {
             0
         } else {
-            let last_length = read_at::<4>(&mut file, HEADER as u64 + (sequences - 1) * 4);
-            let last_start = read_at::<8>(&mut file, HEADER as u64 + sequences * 12 - 8);
-            let last_length = i32::from_le_bytes(last_length.map_err(io("read"))?);
-            let last_start = i64::from_le_bytes(last_start.map_err(io("read"))?);
+            let last_length = bytes_at(&file, path, HEADER as u64 + (sequences - 1) * 4)?;
+            let last_start = bytes_at(&file, path, HEADER as u64 + sequences * 12 - 8)?;
+            let last_length = i32::from_le_bytes(last_length);
+            let last_start = i64::from_le_bytes(last_start);
             let last_bytes = i64::from(last_length) * token_type.bytes() as i64;
             let end = last_start.checked_add(last_bytes);
             end.filter(|_| last_length >= 0 && last_start >= 0).ok_or_else(|| {
@@ -163,9 +158,8 @@ impl Pair {
     }
 }
 
-fn read_at<const N: usize>(file: &mut File, offset: u64) -> io::Result<[u8; N]> {
+fn bytes_at<const N: usize>(file: &File, path: &Path, at: u64) -> Result<[u8; N]> {
     let mut bytes = [0; N];
-    file.seek(SeekFrom::Start(offset))?;
-    file.read_exact(&mut bytes)?;
+    read_at(file, path, at, &mut bytes)?;
     Ok(bytes)
 }

@@ -8,12 +8,14 @@
 mod coverage;
 mod file;
 mod layout;
+mod look;
 mod magic;
 mod megatron;
 mod npy;
 mod order;
 mod pattern;
 mod scan;
+mod source;
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -24,11 +26,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub use coverage::Coverage;
 pub use file::{DatasetFile, TokenFormat, TokenType};
 
-use file::TokenFile;
+use file::{TokenFile, owned};
+use look::WHOLE;
 use order::Permutation;
 use scan::Scan;
 
-use crate::{Error, Result};
+use crate::{Error, Result, reserve};
 
 /// Tokens to train on: one or several files, mapped into memory, or a host's own tokens. Cheap to
 /// clone: clones share the maps.
@@ -41,7 +44,7 @@ pub struct Dataset(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    files: Arc<[TokenFile]>,
+    files: Arc<Vec<TokenFile>>,
     scan: Scan,
     /// The sequence length whose windows the host knows to leave files out or not; 0 before.
     told_of: AtomicU64,
@@ -59,12 +62,18 @@ impl Dataset {
     /// Opens a file, or all files that a glob pattern matches, in the order of their names.
     ///
     /// An existing path is taken as it is, even where it holds `*`, `?` or `[`; `**` in a pattern stands
-    /// for any number of folders. Paths and patterns need not be UTF-8. Each file may have any
+    /// for any number of folders, also behind links, each of which is entered once. A file that a pattern
+    /// finds again through a link counts once. Paths and patterns need not be UTF-8. Each file may have any
     /// [`TokenFormat`]; raw tokens are u16, or u32 or i64 where they cannot be u16. Of Megatron's pair
-    /// either file can be named, or what both names begin with, and the pair counts once where both are. Files are mapped, not read,
-    /// and stay open until the last clone is gone; no process may make one shorter in that time (the
-    /// system would end this process with SIGBUS). Replacing a file by renaming another over it is
-    /// safe.
+    /// either file can be named, or what both names begin with, and the pair counts once where both are.
+    ///
+    /// Files are mapped, not read, until the last clone is gone. Nothing that happens to one
+    /// ends the process: where tokens are not there any more, because the file has become shorter or
+    /// its disk fails, the call that needs them gives [`Error::Io`]. Tokens that another process writes
+    /// are checked like all others. Replacing a file by renaming another over it changes nothing.
+    ///
+    /// There may be any number of files: one takes some 250 bytes of memory and no descriptor. Those beyond
+    /// 16,384 are not mapped but opened for every read, and so must keep their names.
     ///
     /// Windows do not cross files. Documents within a file are not told apart.
     ///
@@ -72,7 +81,7 @@ impl Dataset {
     /// [`Error::InvalidArgument`] for a pattern that is malformed or matches nothing, [`Error::Io`]
     /// for a file that cannot be opened, [`Error::Format`] for one that is empty, truncated, too
     /// long for its header, or no token file at all: it says what kind of file it is, where that is
-    /// known, and what to do.
+    /// known, and what to do. [`Error::OutOfMemory`].
     pub fn open(pattern: impl AsRef<OsStr>) -> Result<Self> {
         Self::open_with(pattern, &DatasetOptions::default())
     }
@@ -83,6 +92,7 @@ impl Dataset {
     /// As [`Dataset::open`].
     pub fn open_with(pattern: impl AsRef<OsStr>, options: &DatasetOptions) -> Result<Self> {
         let pattern = pattern.as_ref();
+        check_length(pattern)?;
         if Path::new(pattern).exists() || !pattern::is_pattern(pattern) {
             return Self::open_files_with(&[pattern], options);
         }
@@ -110,10 +120,17 @@ impl Dataset {
         if paths.is_empty() {
             return Err(Error::invalid("dataset", "expected at least one file, got none"));
         }
-        let paths: Vec<&Path> = paths.iter().map(AsRef::as_ref).collect();
-        let files = without_second_halves(&paths)
-            .map(|path| TokenFile::open(path, options.token_type))
-            .collect::<Result<_>>()?;
+        let mut files = Vec::new();
+        reserve::reserve(&mut files, "the files of a dataset", paths.len())?;
+        let mut buffer = reserve::zeros("a look at the tokens", WHOLE)?;
+        let mut halves = Halves::default();
+        for path in paths {
+            let path = path.as_ref();
+            check_length(path.as_os_str())?;
+            if !halves.is_second(path)? {
+                files.push(TokenFile::open(path, options.token_type, &mut buffer)?);
+            }
+        }
         Ok(Self::of(files))
     }
 
@@ -122,11 +139,15 @@ impl Dataset {
     /// # Errors
     /// [`Error::InvalidArgument`] where there are none.
     pub fn from_tokens(tokens: Vec<u32>) -> Result<Self> {
-        Ok(Self::of(Arc::new([TokenFile::from_tokens(tokens)?])))
+        Ok(Self::of(vec![TokenFile::from_tokens(tokens)?]))
     }
 
-    fn of(files: Arc<[TokenFile]>) -> Self {
-        Self(Arc::new(Inner { files, scan: Scan::new(), told_of: AtomicU64::new(0) }))
+    fn of(files: Vec<TokenFile>) -> Self {
+        Self(Arc::new(Inner {
+            files: Arc::new(files),
+            scan: Scan::new(),
+            told_of: AtomicU64::new(0),
+        }))
     }
 
     /// Tokens of all files.
@@ -142,7 +163,8 @@ impl Dataset {
     /// The largest token. Reads everything, unless that has been done.
     ///
     /// # Errors
-    /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token.
+    /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token; [`Error::Io`] where a
+    /// file has become shorter or its disk fails.
     pub fn max_token(&self) -> Result<u32> {
         self.0.scan.largest(&self.0.files)
     }
@@ -154,11 +176,12 @@ impl Dataset {
     pub fn max_tokens(&self) -> Result<Vec<u32>> {
         // Read in the same order, so that the first stray is named either way.
         self.max_token()?;
-        Ok(self
-            .sources()
-            .iter()
-            .map(|file| file.extent(0, file.info.tokens as usize).largest)
-            .collect())
+        let mut largest = Vec::new();
+        reserve::reserve(&mut largest, "the largest token of each file", self.sources().len())?;
+        for file in self.sources() {
+            largest.push(file.extent(0, file.info.tokens)?.largest);
+        }
+        Ok(largest)
     }
 
     /// Checks all tokens against a vocabulary. More than 256 MiB of them are read by a thread that this
@@ -166,7 +189,8 @@ impl Dataset {
     /// evaluation do that by themselves: the call is for knowing early.
     ///
     /// # Errors
-    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`.
+    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`; [`Error::Io`] where a
+    /// file has become shorter or its disk fails.
     pub fn check_tokens(&self, vocab_size: usize) -> Result<()> {
         self.0.scan.check(&self.0.files, vocab_size)
     }
@@ -196,7 +220,7 @@ impl Dataset {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] where the dataset ends before; `tokens` is then unchanged.
-    /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token.
+    /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token; [`Error::Io`].
     pub fn read(&self, first: u64, tokens: &mut [u32]) -> Result<()> {
         let (count, total) = (tokens.len(), self.token_count());
         if first.checked_add(count as u64).is_none_or(|end| end > total) {
@@ -256,7 +280,8 @@ impl Dataset {
     /// epochs follow each other. The same arguments give the same tokens, always.
     ///
     /// # Errors
-    /// As [`Dataset::windows`]; [`Error::TokenRange`] for a token that is not below `vocab_size`.
+    /// As [`Dataset::windows`]; [`Error::TokenRange`] for a token that is not below `vocab_size`;
+    /// [`Error::Io`].
     pub(crate) fn training_window(
         &self,
         seed: u64,
@@ -333,7 +358,8 @@ impl EvalWindows<'_> {
     /// Fills `out`, which has room for one token more than [`EvalWindows::length`] says.
     ///
     /// # Errors
-    /// As [`EvalWindows::length`]; [`Error::TokenRange`] for a token that is not below `vocab_size`.
+    /// As [`EvalWindows::length`]; [`Error::TokenRange`] for a token that is not below `vocab_size`;
+    /// [`Error::Io`].
     pub(crate) fn read(
         &self,
         index: u64,
@@ -364,18 +390,41 @@ impl EvalWindows<'_> {
     }
 }
 
-/// The paths, without either half of a Megatron pair whose other half came before.
-fn without_second_halves<'a>(paths: &'a [&Path]) -> impl Iterator<Item = &'a Path> {
-    let mut halves: HashSet<PathBuf> = HashSet::new();
-    paths.iter().copied().filter(move |path| {
-        let Some(tokens) = megatron::tokens_of(path) else { return true };
-        let is_index = tokens != *path;
+/// Bytes of the longest path or pattern. No system takes a path as long, and what the standard
+/// library makes of one is memory that is not asked for.
+const LONGEST_PATH: usize = 1 << 16;
+
+fn check_length(path: &OsStr) -> Result<()> {
+    if path.len() <= LONGEST_PATH {
+        return Ok(());
+    }
+    let message = format!(
+        "expected a path or pattern of at most {LONGEST_PATH} bytes, got one of {}; name a list of files",
+        path.len()
+    );
+    Err(Error::invalid("dataset", message))
+}
+
+/// The halves of Megatron pairs that were named so far.
+#[derive(Default)]
+struct Halves(HashSet<PathBuf>);
+
+impl Halves {
+    /// Whether the other half of this one was named before.
+    fn is_second(&mut self, path: &Path) -> Result<bool> {
+        let Some(tokens) = megatron::tokens_of(path) else { return Ok(false) };
+        let is_index = tokens != path;
         // NOTE: a file named twice is read twice, as one without an index is.
         let other = if is_index { tokens } else { path.with_extension("idx") };
-        let is_second = halves.contains(&other);
-        halves.insert(path.to_path_buf());
-        !is_second
-    })
+        let is_second = self.0.contains(&other);
+        self.0.try_reserve(1).map_err(|_| Error::OutOfMemory {
+            what: "the files of a dataset",
+            needed: (2 * self.0.len() * size_of::<PathBuf>()) as u64,
+            limit: "which the system refuses; use fewer files".into(),
+        })?;
+        self.0.insert(owned(path)?);
+        Ok(is_second)
+    }
 }
 
 /// Windows of T inputs that a file of `tokens` tokens has in one epoch. One fewer than would fit,

@@ -5,10 +5,9 @@
 //! any order and with any blanks, and nothing of it is executed. Two dimensions are read row by row,
 //! as they are stored.
 
-use std::path::Path;
-
 use super::file::{TokenFormat, TokenType};
 use super::layout::{Layout, check_length};
+use super::look::Look;
 use crate::{Error, Result};
 
 const MAGIC: &[u8] = b"\x93NUMPY";
@@ -25,7 +24,9 @@ const TYPES: [(&str, TokenType); 5] = [
 ];
 
 /// The layout of a `.npy` file; `None` for another kind of file.
-pub(super) fn layout(path: &Path, bytes: &[u8]) -> Result<Option<Layout>> {
+pub(super) fn layout(look: &Look<'_>) -> Result<Option<Layout>> {
+    // No header that is read reaches beyond.
+    let (path, bytes) = (look.path, look.head());
     let Some(rest) = bytes.strip_prefix(MAGIC) else { return Ok(None) };
     let fail = |message: String| Err(Error::format(path, message));
     let cut =
@@ -75,11 +76,11 @@ pub(super) fn layout(path: &Path, bytes: &[u8]) -> Result<Option<Layout>> {
         return fail(format!("npy: no file holds the shape {shape:?} that its header announces"));
     };
     let what = format!("the {token_type} tokens of shape {shape:?} that its npy header announces");
-    check_length(path, bytes.len() as u64, expected, &what)?;
+    check_length(path, look.len() as u64, expected, &what)?;
     if tokens == Some(0) {
         return fail(format!("expected tokens, found an npy array of shape {shape:?}"));
     }
-    let end = bytes.len();
+    let end = look.len();
     Ok(Some(Layout { format: TokenFormat::Npy, token_type, start, end, documents: None }))
 }
 

@@ -5,6 +5,9 @@
 //! ones a thread begins at the first use and goes through the files while training goes on; what it
 //! has found so far is one atomic number, which every step reads.
 //!
+//! Where the thread meets a file that has become shorter, or whose disk fails, it ends and leaves
+//! the place, which the next check reads again for the error, or begins anew if it can be read now.
+//!
 //! NOTE: nobody ever waits for the thread but the last owner of the dataset, who ends it. So a forked
 //! child, in which the thread does not exist, cannot hang: its first step starts a thread of its own,
 //! and it leaves the parent's alone.
@@ -16,13 +19,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use super::file::{Extent, TokenFile};
-use crate::Result;
 use crate::signals::signals_blocked;
+use crate::{Error, Result};
 
 /// Most bytes of tokens that a call looks at itself.
 const ON_THE_SPOT: u64 = 256 << 20;
 /// Tokens that are looked at before the thread asks whether it is still wanted: some 0.1 ms.
-const BLOCK: usize = 1 << 18;
+const BLOCK: u64 = 1 << 18;
 /// In place of the largest token: a number that is no token at all. No vocabulary is larger.
 const STRAY: u64 = 1 << 32;
 
@@ -44,6 +47,8 @@ struct Progress {
     /// Whether all files have been looked at.
     is_done: AtomicBool,
     is_cancelled: AtomicBool,
+    /// The number of the block that the thread could not read, plus 1; 0 for none.
+    unread: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -70,10 +75,11 @@ impl Scan {
     /// known: now, or in a while.
     ///
     /// # Errors
-    /// [`crate::Error::TokenRange`] for the first token that is not below `vocab_size`.
-    pub(super) fn check(&self, files: &Arc<[TokenFile]>, vocab_size: usize) -> Result<()> {
+    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`;
+    /// [`Error::Io`].
+    pub(super) fn check(&self, files: &Arc<Vec<TokenFile>>, vocab_size: usize) -> Result<()> {
         if !self.progress.is_done.load(Ordering::Acquire) {
-            self.begin(files);
+            self.begin(files)?;
         }
         if self.progress.largest.load(Ordering::Relaxed) < STRAY.min(vocab_size as u64) {
             return Ok(());
@@ -84,10 +90,11 @@ impl Scan {
     /// The largest token of all files, which are looked at unless they have been.
     ///
     /// # Errors
-    /// [`crate::Error::TokenRange`] for a number that is no token, below 0 or above u32.
-    pub(super) fn largest(&self, files: &Arc<[TokenFile]>) -> Result<u32> {
+    /// [`Error::TokenRange`] for a number that is no token, below 0 or above u32;
+    /// [`Error::Io`].
+    pub(super) fn largest(&self, files: &Arc<Vec<TokenFile>>) -> Result<u32> {
         if !self.progress.is_done.load(Ordering::Acquire) {
-            self.progress.run(files);
+            self.progress.run(files).map_err(|(_, error)| error)?;
         }
         let largest = self.progress.largest.load(Ordering::Relaxed);
         match u32::try_from(largest) {
@@ -96,30 +103,45 @@ impl Scan {
         }
     }
 
-    fn begin(&self, files: &Arc<[TokenFile]>) {
+    fn begin(&self, files: &Arc<Vec<TokenFile>>) -> Result<()> {
         let bytes: u64 =
             files.iter().map(|f| f.info.tokens * f.info.token_type.bytes() as u64).sum();
+        let run_here = || self.progress.run(files).map_err(|(_, error)| error);
         if bytes <= self.on_the_spot {
-            return self.progress.run(files);
+            return run_here();
+        }
+        let unread = self.progress.unread.load(Ordering::Acquire);
+        if unread > 0
+            && let Some((file, first, count)) = blocks(files).nth(unread as usize - 1)
+        {
+            file.extent(first, count)?;
         }
         let process = process::id();
-        if self.process.load(Ordering::Relaxed) == process {
-            return;
+        if self.process.load(Ordering::Relaxed) == process && unread == 0 {
+            return Ok(());
         }
         // Whoever holds the lock starts the thread; in a forked child it may be held for ever.
-        let Ok(mut thread) = self.thread.try_lock() else { return };
-        if self.process.swap(process, Ordering::Relaxed) == process {
-            return;
+        let Ok(mut thread) = self.thread.try_lock() else { return Ok(()) };
+        let has_ended = self.progress.unread.swap(0, Ordering::Relaxed) > 0;
+        if self.process.swap(process, Ordering::Relaxed) == process && !has_ended {
+            return Ok(());
         }
         let (progress, its_files) = (self.progress.clone(), files.clone());
         let builder = thread::Builder::new().name("mxt-tokens".into());
-        match signals_blocked(|| builder.spawn(move || progress.run(&its_files))) {
+        let run = move || {
+            if let Err((block, _)) = progress.run(&its_files) {
+                progress.unread.store(block + 1, Ordering::Release);
+            }
+        };
+        match signals_blocked(|| builder.spawn(run)) {
             Ok(handle) => {
-                // What a child has inherited is no thread of its own.
-                mem::forget(thread.replace(Thread { handle, process }));
+                if let Some(before) = thread.replace(Thread { handle, process }) {
+                    before.end();
+                }
+                Ok(())
             }
             // Without threads it takes a while, once.
-            Err(_) => self.progress.run(files),
+            Err(_) => run_here(),
         }
     }
 }
@@ -129,47 +151,57 @@ impl Drop for Scan {
         self.progress.is_cancelled.store(true, Ordering::Relaxed);
         let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let Some(thread) = thread.take() {
-            if thread.process == process::id() {
-                let _ = thread.handle.join();
-            } else {
-                mem::forget(thread);
-            }
+            thread.end();
+        }
+    }
+}
+
+impl Thread {
+    /// Waits for the end of a thread that ends. What a child has inherited is no thread of its own.
+    fn end(self) {
+        if self.process == process::id() {
+            let _ = self.handle.join();
+        } else {
+            mem::forget(self);
         }
     }
 }
 
 impl Progress {
-    /// Looks at all files, block by block.
-    fn run(&self, files: &[TokenFile]) {
-        for (file, first, count) in blocks(files) {
+    /// Looks at all files, block by block; an error comes with the number of its block.
+    fn run(&self, files: &[TokenFile]) -> Result<(), (u64, Error)> {
+        for (block, (file, first, count)) in (0..).zip(blocks(files)) {
             if self.is_cancelled.load(Ordering::Relaxed) {
-                return;
+                return Ok(());
             }
-            let Extent { largest, has_strays } = file.extent(first, count);
+            let Extent { largest, has_strays } =
+                file.extent(first, count).map_err(|error| (block, error))?;
             let found = if has_strays { STRAY } else { largest.into() };
             self.largest.fetch_max(found, Ordering::Relaxed);
         }
         self.is_done.store(true, Ordering::Release);
+        Ok(())
     }
 }
 
 /// All tokens in blocks: file, first token, number of tokens.
-fn blocks(files: &[TokenFile]) -> impl Iterator<Item = (&TokenFile, usize, usize)> {
+fn blocks(files: &[TokenFile]) -> impl Iterator<Item = (&TokenFile, u64, u64)> {
     files.iter().flat_map(|file| {
-        // As many as lie in memory.
-        let tokens = file.info.tokens as usize;
-        (0..tokens).step_by(BLOCK).map(move |first| (file, first, BLOCK.min(tokens - first)))
+        let tokens = file.info.tokens;
+        (0..tokens)
+            .step_by(BLOCK as usize)
+            .map(move |first| (file, first, BLOCK.min(tokens - first)))
     })
 }
 
 /// # Errors
-/// [`crate::Error::TokenRange`] for the first token that is not below `vocab_size`; `Ok` where there
-/// is none any more, because another process has changed the file.
+/// [`Error::TokenRange`] for the first token that is not below `vocab_size`; `Ok` where there
+/// is none any more, because another process has changed the file; [`Error::Io`].
 fn first_outside(files: &[TokenFile], vocab_size: usize) -> Result<()> {
     for (file, first, count) in blocks(files) {
-        let Extent { largest, has_strays } = file.extent(first, count);
+        let Extent { largest, has_strays } = file.extent(first, count)?;
         if has_strays || largest as usize >= vocab_size {
-            file.check(first, count, vocab_size)?;
+            file.find_outside(first, count, vocab_size)?;
         }
     }
     Ok(())
@@ -180,11 +212,12 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::Error;
 
-    fn files(tokens: Vec<u32>) -> Arc<[TokenFile]> {
+    const BLOCK: usize = super::BLOCK as usize;
+
+    fn files(tokens: Vec<u32>) -> Arc<Vec<TokenFile>> {
         let some = TokenFile::from_tokens((0..10).collect()).unwrap();
-        Arc::new([some, TokenFile::from_tokens(tokens).unwrap()])
+        Arc::new(vec![some, TokenFile::from_tokens(tokens).unwrap()])
     }
 
     /// A scan that looks at nothing on the spot.
@@ -276,6 +309,37 @@ mod tests {
                 assert!(scan.check(&files, 100).is_err());
             }
         }
+    }
+
+    #[test]
+    fn what_the_thread_cannot_read_is_the_error_of_the_next_check() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let path = dir.path().join("t.bin");
+        let mut tokens = vec![3; 4 * BLOCK];
+        tokens[4 * BLOCK - 1] = 200;
+        std::fs::write(&path, &tokens).unwrap();
+        let mut buffer = vec![0; crate::data::look::WHOLE];
+        let file = TokenFile::open(&path, Some(crate::TokenType::U8), &mut buffer).unwrap();
+        let files = Arc::new(vec![TokenFile::from_tokens(vec![7]).unwrap(), file]);
+        let scan = in_the_background();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(BLOCK as u64).unwrap();
+        let until = |is_it: &dyn Fn(Result<()>) -> bool| {
+            let began = Instant::now();
+            while !is_it(scan.check(&files, 100)) {
+                assert!(began.elapsed() < Duration::from_secs(60));
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        for _ in 0..3 {
+            until(&|result| matches!(result, Err(Error::Io { .. })));
+        }
+        assert!(matches!(scan.largest(&files), Err(Error::Io { .. })));
+        assert!(!scan.progress.is_done.load(Ordering::Relaxed));
+        // It goes on where the file can be read again.
+        std::fs::write(&path, &tokens).unwrap();
+        until(&|result| matches!(result, Err(Error::TokenRange { token: 200, .. })));
+        wait(&scan);
+        assert_eq!(scan.largest(&files).unwrap(), 200);
     }
 
     #[test]

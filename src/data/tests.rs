@@ -9,7 +9,7 @@ fn dataset(lengths: &[u64]) -> Dataset {
     let file = |(f, &n): (usize, &u64)| {
         TokenFile::from_tokens((0..n as u32).map(|i| f as u32 * 100_000 + i).collect()).unwrap()
     };
-    Dataset::of(lengths.iter().enumerate().map(file).collect())
+    Dataset::of(lengths.iter().enumerate().map(file).collect::<Vec<_>>())
 }
 
 fn window(data: &Dataset, seed: u64, sample: u64, t: usize) -> Vec<u32> {

@@ -4,8 +4,8 @@
     Dataset(pattern; token_type = :auto)
 
 Opens a token file, or all that a pattern such as `"data/train_*.bin"` matches. Files are mapped, not
-read, and must not change while the dataset is in use. `token_type` is what a token is in a file
-without a header: `:u16`, `:u32`, `:i64`, `:u8` or `:i32`; `:auto` finds out.
+read. `token_type` is what a token is in a file without a header: `:u16`, `:u32`, `:i64`, `:u8` or
+`:i32`; `:auto` finds out.
 
     Dataset(paths; token_type = :auto)
 
