@@ -371,18 +371,23 @@ pub(super) fn keep_access(target: &Path, staging: &Path, owned: &[&str]) -> Resu
     take_after(&folder, staging, 0o7777)
 }
 
-/// Gives `path` those bits of the mode of `old` that are in `mask`, and its owner.
+/// Gives `path` those bits of the mode of `old` that are in `mask`, and its owner, where it has others.
 fn take_after(old: &Metadata, path: &Path, mask: u32) -> Result<()> {
     use io::ErrorKind as K;
-    // The mode first: whoever may give a file away may not change it then in any case.
-    match attempt(|| fs::set_permissions(path, Permissions::from_mode(old.mode() & mask))) {
-        // Some file systems have no modes.
-        Err(e) if !matches!(e.kind(), K::PermissionDenied | K::Unsupported | K::InvalidInput) => {
-            return Err(Error::io("set the permissions of", path)(e));
-        }
-        _ => {}
-    }
     let new = fs::metadata(path).map_err(Error::io("open", path))?;
+    let mode = old.mode() & mask;
+    if new.mode() & 0o7777 != mode {
+        // The mode first: whoever may give a file away may not change it then in any case.
+        match attempt(|| fs::set_permissions(path, Permissions::from_mode(mode))) {
+            // Some file systems have no modes.
+            Err(e)
+                if !matches!(e.kind(), K::PermissionDenied | K::Unsupported | K::InvalidInput) =>
+            {
+                return Err(Error::io("set the permissions of", path)(e));
+            }
+            _ => {}
+        }
+    }
     let (uid, gid) = (Some(old.uid()), Some(old.gid()));
     // Only root gives files away, and others give them to groups of theirs.
     if (new.uid(), new.gid()) != (old.uid(), old.gid())

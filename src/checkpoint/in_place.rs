@@ -116,8 +116,9 @@ fn move_out(target: &Path, owned: &[&str]) -> Result<()> {
     let Ok(folder) = folder::open_folder(&commit) else { return folder::sync(target) };
     let list = commit.join(NAMES);
     let Some(names) = read_names(&folder).map_err(|e| Error::io("read", &list)(e.into()))? else {
-        // Cut off between the removal of the list and that of the folder.
-        folder::discard(&commit, &[]);
+        // Cut off between the removal of the list and that of the folder. All files have been in their
+        // place by then; a power cut may have kept their former names as well.
+        folder::discard(&commit, owned);
         if fs::read_dir(&commit).is_ok_and(|mut entries| entries.next().is_some()) {
             let message = "expected the folder of a save or nothing, found one without a list of \
                            its files; move it";
@@ -137,7 +138,6 @@ fn move_out(target: &Path, owned: &[&str]) -> Result<()> {
             other => other.map_err(Error::io("move to", &to))?,
         }
     }
-    folder::sync(&commit)?;
     folder::sync(target)?;
     folder::remove_file(&list)?;
     folder::discard(&commit, &[]);
