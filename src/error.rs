@@ -148,43 +148,6 @@ impl Error {
 
     /// Turns an I/O error into an [`Error::Io`], for `map_err`.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::Io { action, path, source }
-    }
-
-    /// The error of a map of `bytes` bytes of a file, for `map_err`: where the process may have no more
-    /// memory or maps, it is an [`Error::OutOfMemory`].
-    pub(crate) fn map(path: &Path, bytes: u64) -> impl FnOnce(std::io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| match source.kind() {
-            std::io::ErrorKind::OutOfMemory => Self::OutOfMemory {
-                what: "the map of a file",
-                needed: bytes,
-                limit: format!(
-                    "which the system refuses for {}; raise the limit of address space (ulimit -v) or \
-                     that of maps (vm.max_map_count)",
-                    path.display()
-                ),
-            },
-            _ => Self::Io { action: "map", path, source },
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_map_without_memory_is_no_io_error() {
-        let error = |number| {
-            let source = std::io::Error::from_raw_os_error(number);
-            Error::map(Path::new("x.bin"), 123)(source)
-        };
-        let full = error(libc::ENOMEM);
-        assert!(matches!(full, Error::OutOfMemory { needed: 123, .. }), "{full:?}");
-        assert!(full.to_string().contains("x.bin"), "{full}");
-        let denied = error(libc::EACCES);
-        assert!(matches!(denied, Error::Io { action: "map", .. }), "{denied:?}");
+        move |source| Self::Io { action, path: path.to_owned(), source }
     }
 }

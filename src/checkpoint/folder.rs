@@ -1,24 +1,27 @@
 //! Replaces the files of a checkpoint as a whole, in one step that a kill or a power cut cannot split.
 //!
-//! Two ways. Mostly the new content is written into a temporary folder beside the target, flushed,
-//! and exchanged with the target by one system call. Where the file system cannot exchange, the
-//! target is renamed away first; [`existing`] finds it there if the process dies before the second
-//! rename. Where the folder itself has to stay, the files change inside it (`in_place.rs`).
+//! The new content is written into a temporary folder beside the target and flushed. Where the target
+//! holds a checkpoint and nothing else, one system call exchanges both. Where it holds anything of
+//! others, who may be at work on it, or cannot be exchanged, the new folder moves into the target and
+//! the files change inside it (`in_place.rs`): what is not ours is then never copied, moved or linked.
 //!
-//! Names beside the target NAME: `.NAME.mxt-tmp-PID-COUNTER` (being written, or a replaced folder
-//! about to be removed) and `.NAME.mxt-old` (only without exchange). A lock on the folder itself,
-//! which the system drops when a process dies, tells a folder in use from a leftover; a process id
-//! could not, as it is used again and means nothing to another container or host.
+//! Temporary folders beside the target NAME are called `.NAME.mxt-tmp-PID-COUNTER` (being written, or a
+//! replaced folder about to be removed). A lock on the folder itself, which the system drops when a
+//! process dies, tells a folder in use from a leftover; a process id could not, as it is used again and
+//! means nothing to another container or host. `.NAME.mxt-old` is what earlier versions left where the
+//! file system cannot exchange: they renamed the target away first. [`existing`] finds it there.
 //!
-//! NOTE: a leftover may be a replaced folder whose process died before it moved a stranger's entries
-//! on. So no folder is ever removed with what is in it: entries that are not ours are moved back
-//! first, and a folder that is not empty then stays. Only a folder that says (by [`NEW`]) that it
-//! was never exchanged holds nothing but copies.
+//! NOTE: a leftover may be a replaced folder whose process died before it moved on what had come into
+//! it just before the exchange. So no folder is ever removed with what is in it: entries that are not
+//! ours are moved back first, and a folder that is not empty then stays.
+//!
+//! NOTE: anybody may make folders of such names where the folder beside is open to all. Nothing is read
+//! from, moved from or removed in one whose owner could not have saved here ([`is_trusted`]).
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, DirEntry, File};
+use std::fs::{self, DirEntry, File, Metadata, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -31,9 +34,6 @@ use crate::{Error, Result};
 /// A host's lock on the folder, which moves on with it and makes no stranger's folder of it.
 const LOCK: &str = ".mxt-lock";
 
-/// Lies in a folder that was written to take the target's place, and is removed once it has.
-const NEW: &str = ".mxt-new";
-
 /// Temporary folders in the target have this name and PID-COUNTER.
 const INSIDE: &str = ".mxt-tmp-";
 
@@ -43,8 +43,8 @@ const OF_VOLUME: &str = "lost+found";
 /// Replaces the files of `dir` by those that `write` writes; `dir` and missing parents are created.
 ///
 /// Whatever else is in `dir` than `owned` stays. If anything fails before the commit, `dir` is
-/// untouched. `write` is called again, for another folder, where the first way turns out to be
-/// closed.
+/// untouched; if something fails after it, the error says so. `write` is called again, for another
+/// folder, where the first one turns out to be of no use.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Format`] for a `dir` that is no folder, or that is a stranger's: one with
@@ -57,31 +57,92 @@ pub(super) fn replace(
 ) -> Result<()> {
     let target = resolve(dir, owned)?;
     recover(&target, owned)?;
-    if !target.exists() {
-        remove_leftovers(&target, owned);
-        let staging = Staging::create(&target, |name| sibling(&target, name))?;
-        write(&staging.path)?;
-        sync(&staging.path)?;
-        rename(&staging.path, &target)?;
-        return sync(parent(&target));
+    if !target.exists() && is_made(&target, owned, &write)? {
+        return Ok(());
     }
     in_place::finish(&target, owned)?;
     check_replaceable(&target, owned, mark)?;
     remove_leftovers(&target, owned);
-    // One that a killed save left in the target would make a copy of it, once it is replaced.
-    let stale = target.join(NEW);
-    if stale.symlink_metadata().is_ok() {
-        remove_file(&stale)?;
-        sync(&target)?;
+    // Its parent may not be ours to change.
+    let beside = if has_to_stay(&target, owned)? {
+        None
+    } else {
+        Staging::create(&target, |name| sibling(&target, name)).ok()
+    };
+    let Some(staging) = beside else { return in_place::replace(&target, owned, write) };
+    write(&staging.path)?;
+    keep_access(&target, &staging.path, owned)?;
+    sync(&staging.path)?;
+    // Asked again: writing has taken its time. What comes between this and the exchange is moved.
+    if !has_to_stay(&target, owned)? && is_exchanged(&staging, &target) {
+        return after_commit(end_exchange(staging, &target, owned));
     }
-    if has_to_stay(&target, owned)? {
-        return in_place::replace(&target, owned, write);
+    match staging.moved_to(|name| in_place::temporary(&target, name)) {
+        Ok(staging) => in_place::commit(&staging, &target, owned),
+        // What lies beside a mount point, say, does not move into it.
+        Err(_) => in_place::replace(&target, owned, write),
     }
-    match exchange_whole(&target, owned, &write) {
-        Err(Refusal::Place) => in_place::replace(&target, owned, write),
-        Err(Refusal::Error(error)) => Err(error),
-        Ok(()) => Ok(()),
+}
+
+/// Makes `target`, which is not there; false if another save was first.
+fn is_made(target: &Path, owned: &[&str], write: &impl Fn(&Path) -> Result<()>) -> Result<bool> {
+    remove_leftovers(target, owned);
+    let staging = Staging::create(target, |name| sibling(target, name))?;
+    write(&staging.path)?;
+    sync(&staging.path)?;
+    match rename(&staging.path, target) {
+        Err(_) if target.is_dir() => return Ok(false),
+        other => other?,
     }
+    staging.keep();
+    after_commit(sync(parent(target)))?;
+    Ok(true)
+}
+
+/// Whether a new folder took the place of `target`, which then is where the new one was.
+fn is_exchanged(staging: &Staging, target: &Path) -> bool {
+    let (Ok(new), Ok(old)) = (staging.lock.metadata(), fs::metadata(target)) else { return false };
+    // The folder of another stays that other's.
+    if (new.uid(), new.gid()) != (old.uid(), old.gid()) {
+        return false;
+    }
+    // Servers have been known to say that they failed where they did not.
+    exchange(&staging.path, target).is_ok()
+        || fs::metadata(target).is_ok_and(|m| (m.dev(), m.ino()) == (new.dev(), new.ino()))
+}
+
+/// What remains to be done once the checkpoint is replaced.
+fn end_exchange(staging: Staging, target: &Path, owned: &[&str]) -> Result<()> {
+    let old = staging.path.clone();
+    // Its path names the replaced folder now, and that may hold entries of others.
+    staging.keep();
+    // Keeps another save from taking the replaced folder for a leftover before its entries are moved.
+    // Where there are no locks, nothing is taken for a leftover.
+    let replaced = open_folder(&old);
+    let _locked = replaced.as_ref().map(File::try_lock);
+    let moved = move_back(&old, target, &|name| is_ours(name, owned));
+    sync(target)?;
+    sync(parent(target))?;
+    // The save is done. What cannot be moved or removed now is a leftover for the next save.
+    if moved.is_ok() {
+        discard(&old, owned);
+    }
+    Ok(())
+}
+
+/// Lets a failure after the commit say which checkpoint is there.
+pub(super) fn after_commit(result: Result<()>) -> Result<()> {
+    result.map_err(|error| match error {
+        Error::Io { action, path, source } => {
+            let message = format!(
+                "{source}; the new checkpoint is in its place and whole, but might not outlast a \
+                 power cut"
+            );
+            let source = io::Error::new(source.kind(), message);
+            Error::Io { action, path, source }
+        }
+        other => other,
+    })
 }
 
 /// `dir`, or the folder that a save without exchange left in its place when it was killed.
@@ -92,7 +153,7 @@ pub(crate) fn existing(dir: &Path) -> PathBuf {
 /// Gives [`existing`] its name back.
 pub(crate) fn put_back(dir: &Path) -> Result<()> {
     match left_behind(dir) {
-        Some((old, target)) if is_old(&old, &super::FILES) => rename(&old, &target),
+        Some((old, target)) if is_old(&old, &target, &super::FILES) => rename(&old, &target),
         _ => Ok(()),
     }
 }
@@ -104,7 +165,9 @@ fn left_behind(dir: &Path) -> Option<(PathBuf, PathBuf)> {
     }
     let target = resolve_missing(&follow(dir)).ok()?;
     let old = sibling(&target, "old");
-    (!target.exists() && old.is_dir()).then_some((old, target))
+    let found = old.symlink_metadata().ok()?;
+    let is_left = !target.exists() && found.is_dir() && is_trusted(&found, &target);
+    is_left.then_some((old, target))
 }
 
 /// Writes a new file and flushes it to the disk.
@@ -115,98 +178,42 @@ pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Every file operation of a save that changes something goes through here, so that tests can make
-/// each of them fail, or the last one before a kill.
-pub(super) fn attempt<T>(operation: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    #[cfg(test)]
-    super::tests::faults::before_operation()?;
-    operation()
-}
-
-/// Why a folder was not replaced.
-enum Refusal {
-    /// Its parent may not be changed, or the folder not be moved.
-    Place,
-    Error(Error),
-}
-
-impl Refusal {
-    /// The refusal of an operation on folders in the target's parent.
-    fn of(error: Error) -> Self {
-        use io::ErrorKind as K;
-        match &error {
-            Error::Io { source, .. } => match source.kind() {
-                K::PermissionDenied
-                | K::ReadOnlyFilesystem
-                | K::ResourceBusy
-                | K::CrossesDevices
-                | K::InvalidFilename
-                | K::NotADirectory
-                | K::DirectoryNotEmpty
-                | K::AlreadyExists => Self::Place,
-                _ => Self::Error(error),
-            },
-            _ => Self::Error(error),
+/// each of them fail, or the last one before a kill. A signal that interrupts one, as a host's may on
+/// network file systems, is no failure.
+pub(super) fn attempt<T>(mut operation: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match attempt_once(&mut operation) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
         }
     }
 }
 
-impl From<Error> for Refusal {
-    fn from(error: Error) -> Self {
-        Self::Error(error)
-    }
-}
-
-/// Puts a new folder in the place of `target`.
-fn exchange_whole(
-    target: &Path,
-    owned: &[&str],
-    write: &impl Fn(&Path) -> Result<()>,
-) -> Result<(), Refusal> {
-    let staging = Staging::create(target, |name| sibling(target, name)).map_err(Refusal::of)?;
-    let owner = |path: &Path| fs::metadata(path).map(|m| (m.uid(), m.gid())).ok();
-    if owner(target) != owner(&staging.path) {
-        // The folder is another's, who wants to keep it.
-        return Err(Refusal::Place);
-    }
-    write_file(&staging.path.join(NEW), b"")?;
-    write(&staging.path)?;
-    carry_over(target, &staging.path, owned)?;
-    sync(&staging.path)?;
-    // Keeps another save from taking the replaced folder for a leftover before its entries are moved.
-    // Where there are no locks, nothing is taken for a leftover.
-    let replaced = open_folder(target).map_err(Error::io("open", target))?;
-    let _ = replaced.try_lock();
-    let old = swap(&staging.path, target, owned).map_err(Refusal::of)?;
-    // Its path names the replaced folder now, and that may hold entries of others.
-    staging.keep();
-    remove_file(&target.join(NEW))?;
-    // What came into the old folder after `carry_over` looked would be lost.
-    let moved = move_back(&old, target, &|name| is_ours(name, owned));
-    sync(target)?;
-    sync(parent(target))?;
-    // The save is done. What cannot be moved or removed now is a leftover for the next save.
-    if moved.is_ok() {
-        discard(&old, owned);
-    }
-    Ok(())
+/// As [`attempt`], for what must not be done twice.
+fn attempt_once<T>(operation: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    #[cfg(test)]
+    super::tests::faults::before_operation()?;
+    operation()
 }
 
 /// A temporary folder, removed unless it became the target.
 pub(super) struct Staging {
     pub(super) path: PathBuf,
     /// Locked, where the file system can.
-    _lock: File,
+    lock: File,
     is_ours: bool,
 }
 
 impl Staging {
-    /// Makes the folder at `place("tmp-PID-COUNTER")`, with the mode of `target` if that exists.
+    /// Makes the folder at `place("tmp-PID-COUNTER")`, closed to others until [`keep_access`] if there
+    /// is a `target` to take after.
     pub(super) fn create(target: &Path, place: impl Fn(&str) -> PathBuf) -> Result<Self> {
-        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let model = fs::metadata(target).ok();
         loop {
-            let n = COUNTER.fetch_add(1, Ordering::Relaxed);
-            let path = place(&format!("tmp-{}-{n}", std::process::id()));
-            match attempt(|| fs::create_dir(&path)) {
+            let path = place(&Self::name());
+            let mut builder = fs::DirBuilder::new();
+            builder.mode(if model.is_some() { 0o700 } else { 0o777 });
+            match attempt(|| builder.create(&path)) {
                 // Another container may have this process id, too.
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.map_err(Error::io("create", &path))?,
@@ -219,17 +226,32 @@ impl Staging {
             if matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock)) || !path.exists() {
                 continue;
             }
-            let staging = Self { path, _lock: lock, is_ours: true };
-            if let Ok(metadata) = fs::metadata(target) {
-                attempt(|| fs::set_permissions(&staging.path, metadata.permissions()))
-                    .map_err(Error::io("set the permissions of", &staging.path))?;
+            let staging = Self { path, lock, is_ours: true };
+            if let Some(model) = &model {
+                // The group's bit now, for the files in it.
+                take_after(model, &staging.path, 0o7700)?;
             }
             return Ok(staging);
         }
     }
 
+    /// Renames it to `place("tmp-PID-COUNTER")`.
+    fn moved_to(mut self, place: impl Fn(&str) -> PathBuf) -> Result<Self> {
+        let to = place(&Self::name());
+        rename(&self.path, &to)?;
+        self.path = to;
+        Ok(self)
+    }
+
+    /// One that no other folder of this process has.
+    fn name() -> String {
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let n = COUNTER.fetch_add(1, Ordering::Relaxed);
+        format!("tmp-{}-{n}", std::process::id())
+    }
+
     /// Leaves what is at the path alone.
-    pub(super) fn keep(mut self) {
+    fn keep(mut self) {
         self.is_ours = false;
     }
 }
@@ -237,7 +259,7 @@ impl Staging {
 impl Drop for Staging {
     fn drop(&mut self) {
         if self.is_ours {
-            // Never exchanged: everything in it was put there by this save.
+            // Everything in it was put there by this save.
             let _ = attempt(|| fs::remove_dir_all(&self.path));
         }
     }
@@ -258,7 +280,7 @@ fn resolve(dir: &Path, owned: &[&str]) -> Result<PathBuf> {
         Err(e) => {
             // A link to a folder that a killed save has renamed away.
             return match resolve_missing(&follow(dir)) {
-                Ok(target) if is_old(&sibling(&target, "old"), owned) => Ok(target),
+                Ok(target) if is_old(&sibling(&target, "old"), &target, owned) => Ok(target),
                 _ => Err(Error::io("follow", dir)(e)),
             };
         }
@@ -302,18 +324,25 @@ fn parent(target: &Path) -> &Path {
     target.parent().unwrap_or(target)
 }
 
-/// `.NAME.mxt-SUFFIX` beside the target NAME.
-fn sibling(target: &Path, suffix: &str) -> PathBuf {
+/// `.NAME.mxt-SUFFIX` beside the target NAME, of which a long one is replaced by its checksum.
+pub(super) fn sibling(target: &Path, suffix: &str) -> PathBuf {
+    /// With what is added it is still below 143 bytes, the least that file systems of today take.
+    const LONGEST: usize = 100;
+    let own = target.file_name().unwrap_or_default();
     let mut name = OsString::from(".");
-    name.push(target.file_name().unwrap_or_default());
+    if own.len() > LONGEST {
+        name.push(format!("{:08x}", crc32fast::hash(own.as_encoded_bytes())));
+    } else {
+        name.push(own);
+    }
     name.push(".mxt-");
     name.push(suffix);
     target.with_file_name(name)
 }
 
 /// Whether the folder cannot be replaced by another one: whoever has it as the current folder would
-/// be left in the old one, a mount point does not move, nor does one that lies in it, and other
-/// programs may be at work in the folders inside.
+/// be left in the old one, a mount point does not move, and other programs may be at work on what
+/// they have in it, or in the temporary folder of a save of theirs.
 fn has_to_stay(target: &Path, owned: &[&str]) -> Result<bool> {
     let here = fs::metadata(target).map_err(Error::io("open", target))?;
     let above = fs::metadata(parent(target)).map_err(Error::io("open", parent(target)))?;
@@ -322,19 +351,66 @@ fn has_to_stay(target: &Path, owned: &[&str]) -> Result<bool> {
     if is_current || above.dev() != here.dev() || target.parent().is_none() {
         return Ok(true);
     }
-    // Folders of ours too: of another process that saves here.
-    let entries = fs::read_dir(target).and_then(Iterator::collect::<io::Result<Vec<_>>>);
-    let stays = |entry: &DirEntry| {
-        !owned.iter().any(|name| entry.file_name() == *name)
-            && !entry.file_type().is_ok_and(|kind| kind.is_file() || kind.is_symlink())
-    };
-    Ok(entries.map_err(Error::io("list", target))?.iter().any(stays))
+    let mut entries = fs::read_dir(target).map_err(Error::io("list", target))?;
+    let is_owned = |entry: DirEntry| owned.iter().any(|name| entry.file_name() == *name);
+    Ok(!entries.all(|entry| entry.is_ok_and(is_owned)))
+}
+
+/// Gives the new files in `staging`, and then that folder, the modes and owners of those that they
+/// replace, as far as the system allows.
+pub(super) fn keep_access(target: &Path, staging: &Path, owned: &[&str]) -> Result<()> {
+    for name in owned {
+        let new = staging.join(name);
+        // A link has no mode of its own.
+        match target.join(name).symlink_metadata() {
+            Ok(old) if old.is_file() && new.exists() => take_after(&old, &new, 0o7777)?,
+            _ => {}
+        }
+    }
+    let folder = fs::metadata(target).map_err(Error::io("open", target))?;
+    take_after(&folder, staging, 0o7777)
+}
+
+/// Gives `path` those bits of the mode of `old` that are in `mask`, and its owner, where it has others.
+fn take_after(old: &Metadata, path: &Path, mask: u32) -> Result<()> {
+    use io::ErrorKind as K;
+    let new = fs::metadata(path).map_err(Error::io("open", path))?;
+    let mode = old.mode() & mask;
+    if new.mode() & 0o7777 != mode {
+        // The mode first: whoever may give a file away may not change it then in any case.
+        match attempt(|| fs::set_permissions(path, Permissions::from_mode(mode))) {
+            // Some file systems have no modes.
+            Err(e)
+                if !matches!(e.kind(), K::PermissionDenied | K::Unsupported | K::InvalidInput) =>
+            {
+                return Err(Error::io("set the permissions of", path)(e));
+            }
+            _ => {}
+        }
+    }
+    let (uid, gid) = (Some(old.uid()), Some(old.gid()));
+    // Only root gives files away, and others give them to groups of theirs.
+    if (new.uid(), new.gid()) != (old.uid(), old.gid())
+        && attempt(|| chown(path, uid, gid)).is_err()
+    {
+        let _ = attempt(|| chown(path, None, gid));
+    }
+    Ok(())
+}
+
+/// Whether what is beside or in `target` may be of a save of ours: made by this user, or by one who
+/// may change everything here in any case.
+fn is_trusted(found: &Metadata, target: &Path) -> bool {
+    let is_owner = |of: &Path| fs::metadata(of).is_ok_and(|m| m.uid() == found.uid());
+    // SAFETY: it has no arguments and cannot fail.
+    let user = unsafe { libc::geteuid() };
+    found.uid() == user || is_owner(target) || is_owner(parent(target))
 }
 
 /// Ends what a save without exchange left undone when it was killed.
 fn recover(target: &Path, owned: &[&str]) -> Result<()> {
     let old = sibling(target, "old");
-    if !is_old(&old, owned) {
+    if !is_old(&old, target, owned) {
         return Ok(());
     }
     if !target.exists() {
@@ -346,8 +422,8 @@ fn recover(target: &Path, owned: &[&str]) -> Result<()> {
 }
 
 /// Whether it is a replaced folder, and not a stranger's that happens to have the name.
-fn is_old(old: &Path, owned: &[&str]) -> bool {
-    old.symlink_metadata().is_ok_and(|m| m.is_dir())
+fn is_old(old: &Path, target: &Path, owned: &[&str]) -> bool {
+    old.symlink_metadata().is_ok_and(|m| m.is_dir() && is_trusted(&m, target))
         && (owned.iter().any(|name| old.join(name).exists())
             || fs::read_dir(old).is_ok_and(|mut entries| entries.next().is_none()))
 }
@@ -363,29 +439,23 @@ fn remove_leftovers(target: &Path, owned: &[&str]) {
         for entry in entries.flatten() {
             let (name, path) = (entry.file_name(), entry.path());
             let suffix = name.as_encoded_bytes().strip_prefix(prefix.as_encoded_bytes());
-            // One in use is locked.
-            let Ok(leftover) = open_folder(&path) else { continue };
-            if !suffix.is_some_and(is_pid_and_counter) || leftover.try_lock().is_err() {
+            if !suffix.is_some_and(is_pid_and_counter) {
                 continue;
             }
-            if prefix == inside || is_emptied(&path, target, owned) {
+            // One in use is locked.
+            let Ok(leftover) = open_folder(&path) else { continue };
+            let is_trusted = leftover.metadata().is_ok_and(|m| is_trusted(&m, target));
+            if !is_trusted || leftover.try_lock().is_err() {
+                continue;
+            }
+            if prefix == inside
+                || !target.exists()
+                || move_back(&path, target, &|name| is_ours(name, owned)).is_ok()
+            {
                 discard(&path, owned);
             }
         }
     }
-}
-
-/// Rids a leftover beside the target of everything that is not part of a save.
-fn is_emptied(leftover: &Path, target: &Path, owned: &[&str]) -> bool {
-    if leftover.join(NEW).exists() {
-        // Never exchanged: what is not ours are copies, files and links.
-        let copies = fs::read_dir(leftover).into_iter().flatten().flatten();
-        for copy in copies.filter(|entry| entry.file_name() != NEW) {
-            let _ = attempt(|| fs::remove_file(copy.path()));
-        }
-        return true;
-    }
-    !target.exists() || move_back(leftover, target, &|name| is_ours(name, owned)).is_ok()
 }
 
 fn is_pid_and_counter(suffix: &[u8]) -> bool {
@@ -397,7 +467,6 @@ fn is_pid_and_counter(suffix: &[u8]) -> bool {
 /// Whether an entry of a checkpoint folder is part of a save.
 fn is_ours(name: &OsStr, owned: &[&str]) -> bool {
     owned.iter().any(|owned| name == *owned)
-        || name == NEW
         || name == in_place::COMMIT
         || name.as_encoded_bytes().strip_prefix(INSIDE.as_bytes()).is_some_and(is_pid_and_counter)
 }
@@ -431,34 +500,8 @@ fn check_replaceable(target: &Path, owned: &[&str], mark: &str) -> Result<()> {
     }
 }
 
-/// Puts the foreign files of `from` into `to` as well: linked, or copied where that is not allowed.
-/// Folders and the like that have come since they were looked for are moved after the exchange.
-fn carry_over(from: &Path, to: &Path, owned: &[&str]) -> Result<()> {
-    for entry in foreign(from, owned)? {
-        let (source, copy) = (entry.path(), to.join(entry.file_name()));
-        let kind = entry.file_type().map_err(Error::io("open", &source))?;
-        if kind.is_symlink() {
-            let link = fs::read_link(&source).map_err(Error::io("read the link", &source))?;
-            attempt(|| std::os::unix::fs::symlink(&link, &copy))
-                .map_err(Error::io("link", &copy))?;
-        } else if kind.is_file() && attempt(|| fs::hard_link(&source, &copy)).is_err() {
-            attempt(|| copy_file(&source, &copy)).map_err(Error::io("copy", &source))?;
-        }
-    }
-    Ok(())
-}
-
-/// A copy as old as its source, so that `move_back` can tell whether anyone has written to it since.
-fn copy_file(source: &Path, copy: &Path) -> io::Result<()> {
-    fs::copy(source, copy)?;
-    let file = File::options().write(true).open(copy)?;
-    file.set_modified(fs::metadata(source)?.modified()?)?;
-    file.sync_all()
-}
-
-/// Moves the entries of the replaced folder `from` that are not `ours` into `to`. Of two files of one
-/// name the one written later stays, which for links to one file is either; folders are merged. What
-/// cannot be merged keeps a name beside the other's.
+/// Moves the entries of the replaced folder `from` that are not `ours` into `to`. What has one of the
+/// same name there, made since, keeps another beside it; folders are merged.
 fn move_back(from: &Path, to: &Path, ours: &dyn Fn(&OsStr) -> bool) -> io::Result<()> {
     for entry in fs::read_dir(from)? {
         let name = entry?.file_name();
@@ -466,84 +509,70 @@ fn move_back(from: &Path, to: &Path, ours: &dyn Fn(&OsStr) -> bool) -> io::Resul
             continue;
         }
         let (source, place) = (from.join(&name), to.join(&name));
-        let here = source.symlink_metadata()?;
-        let there = match place.symlink_metadata() {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                attempt(|| fs::rename(&source, &place))?;
-                continue;
+        let is_folder = |path: &Path| path.symlink_metadata().is_ok_and(|m| m.is_dir());
+        match attempt(|| rename_new(&source, &place)) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            Err(_) if is_folder(&source) && is_folder(&place) => {
+                move_back(&source, &place, &|_| false)?;
+                attempt(|| fs::remove_dir(&source))?;
             }
-            other => other?,
-        };
-        if here.is_dir() && there.is_dir() {
-            move_back(&source, &place, &|_| false)?;
-            attempt(|| fs::remove_dir(&source))?;
-        } else if here.is_dir() || there.is_dir() {
-            attempt(|| fs::rename(&source, free_name(&place)))?;
-        } else if (here.dev(), here.ino()) == (there.dev(), there.ino())
-            || here.modified()? < there.modified()?
-        {
-            attempt(|| fs::remove_file(&source))?;
-        } else {
-            attempt(|| fs::rename(&source, &place))?;
+            Err(_) => attempt(|| rename_beside(&source, &place))?,
+            Ok(()) => {}
         }
     }
     Ok(())
 }
 
-/// `PATH.kept-N` with the first N that is free.
-fn free_name(path: &Path) -> PathBuf {
-    let named = |n: u64| {
+/// Renames to `PATH.kept-N` with the first N that is free.
+fn rename_beside(source: &Path, path: &Path) -> io::Result<()> {
+    let mut n = 1u64;
+    loop {
         let mut name = path.as_os_str().to_owned();
         name.push(format!(".kept-{n}"));
-        PathBuf::from(name)
-    };
-    (1..).map(named).find(|path| path.symlink_metadata().is_err()).unwrap_or_else(|| named(0))
+        match rename_new(source, Path::new(&name)) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => n += 1,
+            other => return other,
+        }
+    }
 }
 
 /// Removes the files of a save and then the folder, if nothing else is in it.
 pub(super) fn discard(folder: &Path, owned: &[&str]) {
-    // The mark last: without it, the files of others would be no copies.
-    for name in owned.iter().chain([&in_place::NAMES, &NEW]) {
+    for name in owned.iter().chain([&in_place::NAMES]) {
         let _ = attempt(|| fs::remove_file(folder.join(name)));
     }
     let _ = attempt(|| fs::remove_dir(folder));
 }
 
-/// Makes `new` the target and returns where the former target is now.
-fn swap(new: &Path, target: &Path, owned: &[&str]) -> Result<PathBuf> {
-    match exchange(new, target) {
-        Ok(()) => return Ok(new.to_owned()),
-        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
-        Err(e) => return Err(Error::io("exchange", target)(e.into())),
-    }
-    let old = sibling(target, "old");
-    // What is there is a stranger's, or was emptied by `recover`.
-    if old.symlink_metadata().is_ok() && !is_old(&old, owned) {
-        let taken = io::Error::from(io::ErrorKind::AlreadyExists);
-        return Err(Error::io("rename a folder to", &old)(taken));
-    }
-    rename(target, &old)?;
-    if let Err(e) = rename(new, target) {
-        rename(&old, target)?;
-        return Err(e);
-    }
-    Ok(old)
-}
-
 #[cfg(any(target_os = "linux", target_os = "android", target_os = "macos"))]
-fn exchange(a: &Path, b: &Path) -> Result<(), Errno> {
+fn exchange(a: &Path, b: &Path) -> io::Result<()> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     #[cfg(test)]
     if super::tests::faults::has_no_exchange() {
-        return Err(Errno::NOSYS);
+        return Err(io::ErrorKind::Unsupported.into());
     }
-    attempt(|| Ok(renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)?))
-        .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))
+    attempt_once(|| Ok(renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)?))
 }
 
 #[cfg(not(any(target_os = "linux", target_os = "android", target_os = "macos")))]
-fn exchange(_: &Path, _: &Path) -> Result<(), Errno> {
-    Err(Errno::NOSYS)
+fn exchange(_: &Path, _: &Path) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// Renames where the new name is free, in one step if the file system can.
+fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    #[cfg(any(target_os = "linux", target_os = "android", target_os = "macos"))]
+    {
+        use rustix::fs::{CWD, RenameFlags, renameat_with};
+        match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+            Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+            other => return Ok(other?),
+        }
+    }
+    match to.symlink_metadata() {
+        Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+        Err(_) => fs::rename(from, to),
+    }
 }
 
 pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
@@ -560,15 +589,17 @@ pub(super) fn remove_file(path: &Path) -> Result<()> {
 
 /// Opens a folder, and nothing else: a pipe of this name would wait for its writer.
 pub(super) fn open_folder(path: &Path) -> io::Result<File> {
-    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NONBLOCK;
     File::options().read(true).custom_flags(flags.bits() as i32).open(path)
 }
 
 /// Flushes the names in a folder to the disk.
 pub(super) fn sync(folder: &Path) -> Result<()> {
-    match attempt(|| File::open(folder)?.sync_all()) {
+    match attempt(|| open_folder(folder)?.sync_all()) {
         // Some network file systems have no such thing for a folder.
-        Err(e) if e.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
+            Ok(())
+        }
         other => other.map_err(Error::io("flush", folder)),
     }
 }

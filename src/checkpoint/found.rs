@@ -4,11 +4,13 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use rustix::fs::OFlags;
 use serde_json::{Map, Value};
 
-use super::{CONFIG, FILES, INDEX, MODEL};
+use super::{CONFIG, FILES, INDEX, MAX_JSON, MODEL};
 use crate::{Error, Result};
 
 /// How the pointer begins that Git LFS leaves in a file's place.
@@ -75,7 +77,7 @@ pub(super) fn no_checkpoint(dir: &Path, has_config: bool) -> Error {
             format!("expected a checkpoint folder, found no {MODEL} in it, and no {INDEX}");
         let pointer = found.as_ref().and_then(|(_, name)| {
             let path = dir.join(name);
-            check_fetched(&path, &beginning(&path)).err()
+            check_fetched(&path, &beginning(&path, 1024)).err()
         });
         if let Some(pointer) = pointer {
             return pointer;
@@ -92,7 +94,7 @@ const ADAPTER: &str = "adapter_config.json";
 
 /// ` of "gpt2"`, as the adapter's configuration has it.
 fn base_of_adapter(path: &Path) -> String {
-    let text = std::fs::read(path).unwrap_or_default();
+    let text = beginning(path, MAX_JSON);
     let config: Map<String, Value> = serde_json::from_slice(&text).unwrap_or_default();
     match config.get("base_model_name_or_path") {
         Some(base @ Value::String(_)) => format!(" for {base}"),
@@ -163,14 +165,15 @@ fn files_of_part(name: &str) -> Option<u32> {
     files.parse().ok()
 }
 
-/// As much of a file as tells a pointer from content.
-fn beginning(path: &Path) -> Vec<u8> {
+/// The first bytes of a file, at most `most`; nothing where they cannot be read.
+fn beginning(path: &Path, most: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
-    // A pipe would keep us waiting.
-    if path.is_file()
-        && let Ok(file) = File::open(path)
-    {
-        let _ = file.take(1024).read_to_end(&mut bytes);
+    // Without NONBLOCK a pipe would keep us waiting.
+    let flags = OFlags::NONBLOCK.bits() as i32;
+    let file = File::options().read(true).custom_flags(flags).open(path).ok();
+    if let Some(file) = file.filter(|file| file.metadata().is_ok_and(|m| m.is_file())) {
+        // It asks for memory as it goes and gives an error where there is none.
+        let _ = file.take(most).read_to_end(&mut bytes);
     }
     bytes
 }

@@ -1,16 +1,18 @@
-//! Replaces the files of a checkpoint inside a folder that stays: the current folder, a mount point,
-//! one whose parent may not be changed, one with folders of others in it.
+//! Replaces the files of a checkpoint inside a folder that stays: one that holds anything of others,
+//! the current folder, a mount point, one whose parent may not be changed, one on a file system that
+//! cannot exchange two folders.
 //!
-//! The new files are written into a temporary folder inside, `.mxt-tmp-PID-COUNTER`, with a list of
-//! their names. Renaming it to [`COMMIT`] is the commit; then the files move out, one by one.
+//! The new files lie in a temporary folder inside, `.mxt-tmp-PID-COUNTER`, written there or moved in
+//! from beside the target, with a list of their names. Renaming it to [`COMMIT`] in the target is the
+//! commit; then the files move out, one by one.
 //!
 //! NOTE: as long as the list is there, the checkpoint is what it names: each file in [`COMMIT`] or,
 //! if it is not there any more, in the folder itself. A file of the folder that is not on the list is
 //! the old checkpoint's. [`Committed`] reads by this rule, and [`finish`] ends what a kill cut off.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::path::Path;
+use std::io::{self, ErrorKind as K, Read};
+use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -36,49 +38,93 @@ pub(super) fn replace(
     owned: &[&str],
     write: impl Fn(&Path) -> Result<()>,
 ) -> Result<()> {
-    let place = |name: &str| target.join(format!(".mxt-{name}"));
-    let staging = Staging::create(target, place)?;
+    let staging = Staging::create(target, |name| temporary(target, name))?;
     write(&staging.path)?;
+    folder::keep_access(target, &staging.path, owned)?;
+    commit(&staging, target, owned)
+}
+
+/// The path of a temporary folder inside.
+pub(super) fn temporary(target: &Path, name: &str) -> PathBuf {
+    target.join(format!(".mxt-{name}"))
+}
+
+/// Makes the files in `staging`, which lies in `target`, its checkpoint and moves them to their places.
+///
+/// # Errors
+/// [`Error::Io`], which says so where the new checkpoint is there.
+pub(super) fn commit(staging: &Staging, target: &Path, owned: &[&str]) -> Result<()> {
+    /// Other saves to this folder that may be done meanwhile.
+    const MOST: usize = 100;
     let is_there = |name: &&&str| staging.path.join(name).exists();
     let names: String = owned.iter().filter(is_there).flat_map(|name| [name, "\n"]).collect();
     folder::write_file(&staging.path.join(NAMES), names.as_bytes())?;
     folder::sync(&staging.path)?;
-    // An earlier one was finished; if its folder is still there, it is empty.
-    folder::rename(&staging.path, &target.join(COMMIT))?;
-    folder::sync(target)?;
-    move_out(target, owned)
-    // `staging` has kept its lock until here, so that no other save did the same.
+    let place = target.join(COMMIT);
+    for _ in 0..MOST {
+        match attempt(|| fs::rename(&staging.path, &place)) {
+            // Another save's, which comes to its end first.
+            Err(e) if matches!(e.kind(), K::DirectoryNotEmpty | K::AlreadyExists) => {
+                finish(target, owned)?;
+                continue;
+            }
+            other => other.map_err(Error::io("rename a folder to", &place))?,
+        }
+        let moved = folder::sync(target).and_then(|()| move_out(target, owned));
+        return folder::after_commit(moved);
+        // `staging` has kept its lock until here, so that no other save did the same.
+    }
+    Err(under_way(&place))
 }
 
 /// Ends a save that was killed after its commit.
 ///
 /// # Errors
-/// [`Error::Io`], also where another process saves here and does not come to its end.
+/// [`Error::Io`], also where another process saves here and does not come to its end;
+/// [`Error::Format`] for what has the folder's name and is something else.
 pub(super) fn finish(target: &Path, owned: &[&str]) -> Result<()> {
-    const TRIES: u32 = 50;
+    const TRIES: u32 = 500;
     let commit = target.join(COMMIT);
     for _ in 0..TRIES {
-        let Ok(folder) = folder::open_folder(&commit) else { return Ok(()) };
+        let folder = match folder::open_folder(&commit) {
+            Err(e) if e.kind() == K::NotFound => return Ok(()),
+            Err(_) if commit.symlink_metadata().is_ok_and(|m| !m.is_dir()) => {
+                let message = "expected the folder of a save or nothing, found something else; \
+                               move it";
+                return Err(Error::format(&commit, message));
+            }
+            other => other.map_err(Error::io("open", &commit))?,
+        };
         match folder.try_lock() {
-            Err(fs::TryLockError::WouldBlock) => sleep(Duration::from_millis(100)),
+            Err(fs::TryLockError::WouldBlock) => sleep(Duration::from_millis(10)),
             // Without locks it cannot be told whether someone is at it. Either of us may move a file.
             _ => return move_out(target, owned),
         }
     }
-    let message = "another save to this folder is under way; try again when it is done";
-    Err(Error::io("finish", &commit)(io::Error::new(io::ErrorKind::WouldBlock, message)))
+    Err(under_way(&commit))
 }
 
+fn under_way(commit: &Path) -> Error {
+    let message = "another save to this folder is under way; try again when it is done";
+    Error::io("finish", commit)(io::Error::new(K::WouldBlock, message))
+}
+
+/// Moves the files of a committed save to their places.
 fn move_out(target: &Path, owned: &[&str]) -> Result<()> {
     let commit = target.join(COMMIT);
-    let names = match fs::read_to_string(commit.join(NAMES)) {
-        Ok(names) => names,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            // Cut off between the removal of the list and that of the folder.
-            folder::discard(&commit, &[]);
-            return Ok(());
+    // A save's that has come to its end meanwhile.
+    let Ok(folder) = folder::open_folder(&commit) else { return folder::sync(target) };
+    let list = commit.join(NAMES);
+    let Some(names) = read_names(&folder).map_err(|e| Error::io("read", &list)(e.into()))? else {
+        // Cut off between the removal of the list and that of the folder. All files have been in their
+        // place by then; a power cut may have kept their former names as well.
+        folder::discard(&commit, owned);
+        if fs::read_dir(&commit).is_ok_and(|mut entries| entries.next().is_some()) {
+            let message = "expected the folder of a save or nothing, found one without a list of \
+                           its files; move it";
+            return Err(Error::format(&commit, message));
         }
-        Err(e) => return Err(Error::io("read", &commit.join(NAMES))(e)),
+        return Ok(());
     };
     for name in owned {
         let (from, to) = (commit.join(name), target.join(name));
@@ -88,13 +134,12 @@ fn move_out(target: &Path, owned: &[&str]) -> Result<()> {
         }
         match attempt(|| fs::rename(&from, &to)) {
             // It has moved before.
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) if e.kind() == K::NotFound => {}
             other => other.map_err(Error::io("move to", &to))?,
         }
     }
-    folder::sync(&commit)?;
     folder::sync(target)?;
-    folder::remove_file(&commit.join(NAMES))?;
+    folder::remove_file(&list)?;
     folder::discard(&commit, &[]);
     Ok(())
 }
@@ -114,14 +159,7 @@ impl Committed {
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
             Err(e) => return Err(e),
         };
-        let Some(file) = open_file(&folder, NAMES)? else { return Ok(None) };
-        /// No list comes near this size.
-        const MOST: u64 = 1 << 16;
-        let mut names = String::new();
-        match file.take(MOST).read_to_string(&mut names) {
-            Ok(_) => Ok(Some(Self { folder, names })),
-            Err(e) => Err(Errno::from_io_error(&e).unwrap_or(Errno::IO)),
-        }
+        Ok(read_names(&folder)?.map(|names| Self { folder, names }))
     }
 
     /// Opens a file of the save, whose folder is `folder`.
@@ -133,6 +171,18 @@ impl Committed {
             Some(file) => Ok(Some(file)),
             None => open_file(folder, name),
         }
+    }
+}
+
+/// The list of names in a folder, if there is one.
+fn read_names(folder: impl AsFd) -> Result<Option<String>, Errno> {
+    /// No list comes near this size.
+    const MOST: u64 = 1 << 16;
+    let Some(file) = open_file(folder, NAMES)? else { return Ok(None) };
+    let mut names = String::new();
+    match file.take(MOST).read_to_string(&mut names) {
+        Ok(_) => Ok(Some(names)),
+        Err(e) => Err(Errno::from_io_error(&e).unwrap_or(Errno::IO)),
     }
 }
 

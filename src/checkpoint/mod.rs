@@ -20,18 +20,18 @@ mod tensors;
 mod weights;
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io;
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::io::Errno;
 
 use crate::model::{ModelConfig, StoredTensor, TensorInfo};
 use crate::trainer::TrainerState;
-use crate::{Error, Result};
+use crate::{Error, Result, reserve};
 pub(crate) use config::FoundConfig;
 pub(crate) use folder::{existing, put_back};
 use tensors::{Named, TensorFile};
@@ -53,7 +53,7 @@ const PREFIXES: [&str; 2] = ["m", "v"];
 /// Metadata key of `model.safetensors`: the shape that the weights were saved with.
 const SHAPE: &str = "mxfp4train.config";
 
-/// No `config.json` or `trainer.json` comes near this size.
+/// No `config.json` or `trainer.json`, and no header of a tensor file, comes near this size.
 const MAX_JSON: u64 = 1 << 24;
 
 /// Tensors that can be saved: f32, in the shape and order of Hugging Face's `gpt2`.
@@ -136,13 +136,12 @@ impl Checkpoint {
         const TRIES: usize = 16;
         for attempt in 1.. {
             let dir = folder::existing(dir);
-            let io = |e: rustix::io::Errno| Error::io("open", &dir)(e.into());
+            let io = |e: Errno| Error::io("open", &dir)(e.into());
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let folder = openat(CWD, &dir, flags, Mode::empty()).map_err(io)?;
             let files = open_files(&folder, &dir)?;
             let open = |name: &str| {
-                in_place::open_file(&folder, name)
-                    .map_err(|e| Error::io("open", &dir.join(name))(e.into()))
+                in_place::open_file(&folder, name).map_err(|e| cannot_open(&dir.join(name), e))
             };
             let shards = if files[1].is_none() { open_shards(&dir, &open)? } else { None };
             // A save may have replaced some of them, or the whole folder, while we opened them.
@@ -302,7 +301,7 @@ impl Checkpoint {
         Ok(Weights { path, files, index: Some(index) })
     }
 
-    fn tensors(&self, index: usize) -> Result<TensorFile> {
+    fn tensors(&self, index: usize) -> Result<TensorFile<'_>> {
         let (path, file) = self.file(index)?;
         TensorFile::open(&path, file)
     }
@@ -334,7 +333,7 @@ fn open_files(folder: &OwnedFd, dir: &Path) -> Result<[Option<File>; 4]> {
             Some(committed) => committed.file(folder, name),
             None => in_place::open_file(folder, name),
         };
-        *file = opened.map_err(|e| Error::io("open", &dir.join(name))(e.into()))?;
+        *file = opened.map_err(|e| cannot_open(&dir.join(name), e))?;
     }
     Ok(files)
 }
@@ -371,38 +370,65 @@ fn open_shards(
 }
 
 fn check_is_file(path: &Path, file: &File) -> Result<()> {
-    if file.metadata().map_err(Error::io("open", path))?.is_file() {
-        return Ok(());
+    let kind = file.metadata().map_err(Error::io("open", path))?.file_type();
+    if kind.is_file() { Ok(()) } else { Err(Error::format(path, not_a_file(kind))) }
+}
+
+/// The error for what the system does not open, of which sockets are a part.
+fn cannot_open(path: &Path, error: Errno) -> Error {
+    match path.metadata().map(|metadata| metadata.file_type()) {
+        Ok(kind) if error == Errno::NXIO && !kind.is_file() => {
+            Error::format(path, not_a_file(kind))
+        }
+        _ => Error::io("open", path)(error.into()),
     }
-    Err(Error::format(path, "expected a file, found a folder, pipe or device"))
+}
+
+/// Why nothing is read from what is no file.
+fn not_a_file(kind: FileType) -> String {
+    let kind = match kind {
+        kind if kind.is_dir() => "folder",
+        kind if kind.is_fifo() => "pipe",
+        kind if kind.is_socket() => "socket",
+        _ => "device",
+    };
+    format!("expected a file, found a {kind}")
 }
 
 /// The text of a small file that should be JSON.
 fn read_json(path: &Path, file: &File) -> Result<Vec<u8>> {
-    let mut text = Vec::new();
-    let mut from_start = PositionedRead { file, offset: 0 };
-    let read = (&mut from_start).take(MAX_JSON + 1).read_to_end(&mut text);
-    read.map_err(Error::io("read", path))?;
-    found::check_fetched(path, &text)?;
-    if text.len() as u64 > MAX_JSON {
-        let message = format!("expected JSON of at most {MAX_JSON} bytes, found more");
+    let length = file.metadata().map_err(Error::io("open", path))?.len();
+    if length > MAX_JSON {
+        let message = format!("expected JSON of at most {MAX_JSON} bytes, found {length}");
         return Err(Error::format(path, message));
     }
+    let mut text = reserve::zeros("a file of JSON", length as usize)?;
+    read_exact_at(path, file, &mut text, 0)?;
+    found::check_fetched(path, &text)?;
+    room_for_json(text.len())?;
     Ok(text)
 }
 
-/// Reads a shared file without moving its position.
-struct PositionedRead<'a> {
-    file: &'a File,
-    offset: u64,
+/// Asks for the memory that the values of a JSON text of `len` bytes take at most, and gives it back:
+/// serde_json ends the process where there is none.
+fn room_for_json(len: usize) -> Result<()> {
+    /// An array of objects with one entry each: a node of a map for 8 bytes.
+    const FOR_ONE: usize = 100;
+    reserve::reserve(&mut Vec::<u8>::new(), "the values of a JSON text", len * FOR_ONE)
 }
 
-impl Read for PositionedRead<'_> {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let n = std::os::unix::fs::FileExt::read_at(self.file, out, self.offset)?;
-        self.offset += n as u64;
-        Ok(n)
-    }
+/// Fills `out` with the bytes of a shared file from `offset` on; the file's position stays.
+fn read_exact_at(path: &Path, file: &File, out: &mut [u8], offset: u64) -> Result<()> {
+    file.read_exact_at(out, offset).map_err(|e| {
+        let what = match e.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                "it ends before, and was longer when it was opened".into()
+            }
+            _ => e.to_string(),
+        };
+        let message = format!("expected {} bytes from byte {offset} on: {what}", out.len());
+        Error::io("read", path)(io::Error::new(e.kind(), message))
+    })
 }
 
 fn name_all<'a>(source: &'a dyn TensorRead, name: impl Fn(&str) -> String) -> Vec<Named<'a>> {

@@ -1,4 +1,4 @@
-//! Tensor files: safetensors with a CRC-32 of every tensor, written in one pass, read by a map.
+//! Tensor files: safetensors with a CRC-32 of every tensor, written in one pass, read in pieces.
 //!
 //! The checksums stand in the file's own metadata (`mxfp4train.crc32`, a JSON object of tensor name
 //! to hexadecimal), where other readers ignore them; files without them are read unchecked.
@@ -9,13 +9,12 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use memmap2::Mmap;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::folder::attempt;
-use super::{TensorRead, found};
+use super::{MAX_JSON, TensorRead, found, read_exact_at, room_for_json};
 use crate::model::StoredTensor;
 use crate::reserve::reserve;
 use crate::{Error, Result};
@@ -131,48 +130,83 @@ fn header(
     Ok(header)
 }
 
-/// A mapped tensor file whose header is sound.
-pub(super) struct TensorFile {
+/// Bytes that are read at once: they are summed and decoded while they are in a core's cache.
+const PIECE: usize = 1 << 18;
+
+/// An open tensor file whose header is sound.
+///
+/// NOTE: no map. Where a file is cut short, or a disk or server fails, reading a map ends the process
+/// and reading a file is an error. And what a piece's sum says is true of what is decoded, whatever
+/// happens to the file meanwhile.
+pub(super) struct TensorFile<'a> {
     path: PathBuf,
-    map: Mmap,
+    file: &'a File,
+    length: u64,
     header: Metadata,
+    /// CRC-32 of the header and its length.
+    header_sum: u32,
     /// First byte of the tensors.
-    start: usize,
+    start: u64,
     sums: Option<BTreeMap<String, String>>,
 }
 
-impl TensorFile {
-    /// Maps `file`, which messages call `path`, and checks its header.
-    pub(super) fn open(path: &Path, file: &File) -> Result<Self> {
+impl<'a> TensorFile<'a> {
+    /// Reads the header of `file`, which messages call `path`, and checks it.
+    pub(super) fn open(path: &Path, file: &'a File) -> Result<Self> {
+        /// As much as tells what kind of file it is.
+        const BEGINNING: usize = 1 << 10;
         let length = file.metadata().map_err(Error::io("open", path))?.len();
         if length == 0 {
             return Err(Error::format(path, "expected a safetensors file, found an empty one"));
         }
-        // SAFETY: the map is only read, byte by byte, so any content is valid, and content is
-        // checked after it was copied out. Our own saves never write into a file that may be
-        // mapped: they put another one in its place.
-        let map = unsafe { Mmap::map(file) }.map_err(Error::map(path, length))?;
-        found::check_fetched(path, &map)?;
-        let (size, header) =
-            SafeTensors::read_metadata(&map).map_err(|e| describe(path, &map, &e))?;
+        let mut text = vec![0; length.min(BEGINNING as u64) as usize];
+        read_exact_at(path, file, &mut text, 0)?;
+        found::check_fetched(path, &text)?;
+        let Some(size) = text.first_chunk().map(|b| u64::from_le_bytes(*b)) else {
+            let message = format!(
+                "expected a safetensors file, found only {length} bytes (a truncated copy?)"
+            );
+            return Err(Error::format(path, message));
+        };
+        if size > MAX_JSON || size > length - PREFIX as u64 {
+            let message = format!(
+                "damaged, truncated or no safetensors file: a header of {size} bytes is announced, \
+                 the file has {length}"
+            );
+            return Err(Error::format(path, message));
+        }
+        let read = text.len();
+        let start = PREFIX + size as usize;
+        reserve(&mut text, "the header of a tensor file", start)?;
+        text.resize(start, 0);
+        if let Some(rest) = text.get_mut(read..) {
+            read_exact_at(path, file, rest, read as u64)?;
+        }
+        room_for_json(start)?;
+        let header = match serde_json::from_slice::<Metadata>(&text[PREFIX..]) {
+            Ok(header) => header,
+            Err(e) => return Err(describe(path, &text, &e)),
+        };
+        let start = start as u64;
+        check_length(path, &header, start, length)?;
         let sums = match header.metadata().as_ref().and_then(|m| m.get(CRC32)) {
             None => None,
             Some(text) => Some(serde_json::from_str(text).map_err(|e| {
                 Error::format(path, format!("damaged header: {CRC32} is no table of sums: {e}"))
             })?),
         };
-        Ok(Self { path: path.to_owned(), map, header, start: PREFIX + size, sums })
+        let header_sum = crc32fast::hash(&text);
+        Ok(Self { path: path.to_owned(), file, length, header, header_sum, start, sums })
     }
 
     /// Size of the file in bytes.
     pub(super) fn bytes(&self) -> u64 {
-        self.map.len() as u64
+        self.length
     }
 
     /// What `trainer.json` should say of this file.
     pub(super) fn fingerprint(&self) -> Fingerprint {
-        let header_crc32 = hex(crc32fast::hash(&self.map[..self.start]));
-        Fingerprint { bytes: self.bytes(), header_crc32 }
+        Fingerprint { bytes: self.length, header_crc32: hex(self.header_sum) }
     }
 
     /// An entry of the metadata.
@@ -224,7 +258,7 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Format`] for a missing or damaged tensor or one that holds no floating-point
     /// numbers of 16, 32 or 64 bits, [`Error::Mismatch`] for another shape, [`Error::NotFinite`]
-    /// for an element that is NaN, infinite or beyond f32.
+    /// for an element that is NaN, infinite or beyond f32; [`Error::Io`].
     pub(super) fn read(&self, name: &str, shape: &[usize], out: &mut Vec<f32>) -> Result<()> {
         let format = |message| Error::format(&self.path, format!("tensor {name}: {message}"));
         let info = self.header.info(name).ok_or_else(|| format("missing".into()))?;
@@ -233,16 +267,45 @@ impl TensorFile {
                 format!("tensor {name}: expected shape {shape:?}, found {:?}", info.shape);
             return Err(Error::mismatch(&self.path, message));
         }
-        let bytes = self.bytes_of(info);
-        out.clear();
-        reserve(out, "a tensor", shape.iter().product())?;
-        if !decode(info.dtype, bytes, out) {
-            let found = info.dtype;
-            return Err(format(format!("expected F32, F16, BF16 or F64, found {found}")));
+        let dtype = info.dtype;
+        if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) {
+            return Err(format(format!("expected F32, F16, BF16 or F64, found {dtype}")));
         }
-        if let Some(sums) = &self.sums {
-            let expected = sums.get(name).ok_or_else(|| format("no checksum in header".into()))?;
-            let found = hex(crc32fast::hash(bytes));
+        let expected = match &self.sums {
+            None => None,
+            Some(sums) => {
+                Some(sums.get(name).ok_or_else(|| format("no checksum in header".into()))?)
+            }
+        };
+        let count = shape.iter().product();
+        reserve(out, "a tensor", count)?;
+        out.resize(count, 0.0);
+        let mut buffer = Vec::new();
+        let mut crc = crc32fast::Hasher::new();
+        let mut is_finite = true;
+        let mut at = self.start + info.data_offsets.0 as u64;
+        let size = dtype.bitsize() / 8;
+        for values in out.chunks_mut(PIECE / size) {
+            let is_as_stored = dtype == Dtype::F32 && cfg!(target_endian = "little");
+            if !is_as_stored {
+                reserve(&mut buffer, "a piece of a tensor", values.len() * size)?;
+                buffer.resize(values.len() * size, 0);
+            }
+            let bytes =
+                if is_as_stored { bytemuck::cast_slice_mut(values) } else { &mut buffer[..] };
+            read_exact_at(&self.path, self.file, bytes, at)?;
+            at += bytes.len() as u64;
+            if expected.is_some() {
+                crc.update(bytes);
+            }
+            if !is_as_stored {
+                decode(dtype, &buffer, values);
+            }
+            // All of them: a loop without a way out runs on vectors.
+            is_finite &= values.iter().fold(true, |all, v| all & v.is_finite());
+        }
+        if let Some(expected) = expected {
+            let found = hex(crc.finalize());
             if *expected != found {
                 return Err(format(format!(
                     "damaged: expected CRC-32 {expected}, found {found}; restore the file from a \
@@ -250,56 +313,74 @@ impl TensorFile {
                 )));
             }
         }
-        check_finite(&self.path, name, out)
+        if is_finite { Ok(()) } else { check_finite(&self.path, name, out) }
     }
 
     /// Whether tensor `name` of this file and `other_name` of `other` have one shape and, as f32,
-    /// the same bits. A tensor that cannot be read is the same as no other.
+    /// the same bits. A tensor of a type that is not read is the same as no other.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
-    pub(super) fn holds_same(&self, name: &str, other: &Self, other_name: &str) -> Result<bool> {
+    /// [`Error::Io`], [`Error::OutOfMemory`].
+    pub(super) fn holds_same(
+        &self,
+        name: &str,
+        other: &TensorFile<'_>,
+        other_name: &str,
+    ) -> Result<bool> {
+        /// In the longest type that is read, a piece.
+        const ELEMENTS: usize = PIECE / size_of::<f64>();
         let (Some(a), Some(b)) = (self.header.info(name), other.header.info(other_name)) else {
             return Ok(false);
         };
         if a.shape != b.shape {
             return Ok(false);
         }
-        let (bytes, other_bytes) = (self.bytes_of(a), other.bytes_of(b));
-        if a.dtype == b.dtype {
-            return Ok(bytes == other_bytes);
-        }
-        let mut values = [(); 2].map(|()| Vec::new());
-        for (values, (info, bytes)) in values.iter_mut().zip([(a, bytes), (b, other_bytes)]) {
-            reserve(values, "a tensor", info.shape.iter().product())?;
-            if !decode(info.dtype, bytes, values) {
+        let mut bytes = [const { Vec::new() }; 2];
+        let mut values = [const { Vec::new() }; 2];
+        let count: usize = a.shape.iter().product();
+        for first in (0..count).step_by(ELEMENTS) {
+            let elements = ELEMENTS.min(count - first);
+            for (bytes, (file, info)) in bytes.iter_mut().zip([(self, a), (other, b)]) {
+                let bits = info.dtype.bitsize();
+                let len = (elements * bits).div_ceil(8);
+                reserve(bytes, "a piece of a tensor", len)?;
+                bytes.resize(len, 0);
+                let at = info.data_offsets.0 + first * bits / 8;
+                read_exact_at(&file.path, file.file, bytes, file.start + at as u64)?;
+            }
+            if a.dtype == b.dtype {
+                if bytes[0] != bytes[1] {
+                    return Ok(false);
+                }
+                continue;
+            }
+            for (values, (bytes, info)) in values.iter_mut().zip(bytes.iter().zip([a, b])) {
+                reserve(values, "a piece of a tensor", elements)?;
+                values.resize(elements, 0.0);
+                if !decode(info.dtype, bytes, values) {
+                    return Ok(false);
+                }
+            }
+            let [a, b] = &values;
+            if a.iter().zip(b).any(|(a, b): (&f32, &f32)| a.to_bits() != b.to_bits()) {
                 return Ok(false);
             }
         }
-        let [a, b] = &values;
-        Ok(a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits()))
-    }
-
-    fn bytes_of(&self, info: &TensorInfo) -> &[u8] {
-        let (from, to) = info.data_offsets;
-        &self.map[self.start..][from..to]
+        Ok(true)
     }
 }
 
-/// Appends the numbers of a tensor as f32, for which there is room; false for a type that is not
-/// read. Numbers beyond f32 become infinite.
-fn decode(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) -> bool {
+/// Stores the numbers of a tensor as f32; false for a type that is not read. Numbers beyond f32
+/// become infinite.
+fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
+    fn each<const N: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; N]) -> f32) {
+        out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &bytes)| *out = number(bytes));
+    }
     match dtype {
-        Dtype::F32 => out.extend(bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b))),
-        Dtype::F64 => {
-            out.extend(bytes.as_chunks().0.iter().map(|&b| f64::from_le_bytes(b) as f32));
-        }
-        Dtype::F16 => {
-            out.extend(bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()));
-        }
-        Dtype::BF16 => {
-            out.extend(bytes.as_chunks().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()));
-        }
+        Dtype::F32 => each(bytes, out, f32::from_le_bytes),
+        Dtype::F64 => each(bytes, out, |b| f64::from_le_bytes(b) as f32),
+        Dtype::F16 => each(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => each(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
         _ => return false,
     }
     true
@@ -316,33 +397,23 @@ fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
     }
 }
 
-/// What is wrong with the header of a file, in words that name numbers and tensors.
-fn describe(path: &Path, bytes: &[u8], error: &SafeTensorError) -> Error {
-    let found = bytes.len();
-    let length = bytes.first_chunk().map_or(0, |b| u64::from_le_bytes(*b));
-    let message = match error {
-        SafeTensorError::HeaderTooSmall => {
-            format!("expected a safetensors file, found only {found} bytes (a truncated copy?)")
-        }
-        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeaderLength => format!(
-            "damaged, truncated or no safetensors file: a header of {length} bytes is announced, \
-             the file has {found}"
-        ),
-        SafeTensorError::MetadataIncompleteBuffer => return cut(path, bytes, length as usize),
-        SafeTensorError::InvalidOffset(name) => {
+/// What is wrong with a header that cannot be read, in words that name numbers and tensors.
+fn describe(path: &Path, text: &[u8], error: &serde_json::Error) -> Error {
+    let message = match SafeTensors::read_metadata(text) {
+        Err(SafeTensorError::InvalidOffset(name)) => {
             format!("damaged header: the offsets of tensor {name} leave a gap or overlap")
         }
-        other => {
-            let entry = bytes.get(PREFIX..).and_then(|bytes| bad_entry(bytes, length));
-            format!("damaged header: {}", entry.unwrap_or_else(|| other.to_string()))
+        read => {
+            let entry = text.get(PREFIX..).and_then(bad_entry);
+            let error = || read.err().map_or_else(|| error.to_string(), |e| e.to_string());
+            format!("damaged header: {}", entry.unwrap_or_else(error))
         }
     };
     Error::format(path, message)
 }
 
 /// The first entry of a header that describes no tensor, and why.
-fn bad_entry(bytes: &[u8], length: u64) -> Option<String> {
-    let header = bytes.get(..usize::try_from(length).ok()?)?;
+fn bad_entry(header: &[u8]) -> Option<String> {
     let entries: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
     entries.into_iter().filter(|(name, _)| name != "__metadata__").find_map(|(name, entry)| {
         let info: TensorInfo = match serde_json::from_value(entry) {
@@ -359,27 +430,25 @@ fn bad_entry(bytes: &[u8], length: u64) -> Option<String> {
     })
 }
 
-/// The file is shorter or longer than its header says: names the first tensor that is cut.
-fn cut(path: &Path, bytes: &[u8], length: usize) -> Error {
-    let found = bytes.len();
-    let header = bytes.get(PREFIX..PREFIX + length).map(serde_json::from_slice::<Metadata>);
-    let Some(Ok(header)) = header else {
-        return Error::format(path, "damaged header: it does not cover the file");
-    };
-    let expected = PREFIX + length + header.data_len();
+/// An error for a file that is shorter or longer than its header says: names the first tensor that is cut.
+fn check_length(path: &Path, header: &Metadata, start: u64, found: u64) -> Result<()> {
+    let end = |bytes: usize| start.saturating_add(bytes as u64);
+    let expected = end(header.data_len());
+    if found == expected {
+        return Ok(());
+    }
     if found > expected {
-        return Error::format(path, format!("expected {expected} bytes, found {found}"));
+        return Err(Error::format(path, format!("expected {expected} bytes, found {found}")));
     }
     let names = header.offset_keys();
-    let is_cut = |name: &&String| {
-        header.info(name).is_some_and(|i| PREFIX + length + i.data_offsets.1 > found)
-    };
+    let is_cut =
+        |name: &&String| header.info(name).is_some_and(|info| end(info.data_offsets.1) > found);
     let first = names.iter().find(is_cut).map_or("", |name| name.as_str());
     let message = format!(
         "truncated: expected {expected} bytes, found {found}; tensor {first} is the first that is \
          cut"
     );
-    Error::format(path, message)
+    Err(Error::format(path, message))
 }
 
 fn hex(sum: u32) -> String {

@@ -62,7 +62,7 @@ fn is_plain(name: &str) -> bool {
 pub(super) struct Weights<'a> {
     /// What names the files, for messages: the index, or the only one itself.
     pub(super) path: PathBuf,
-    pub(super) files: Vec<TensorFile>,
+    pub(super) files: Vec<TensorFile<'a>>,
     /// None where there is only one.
     pub(super) index: Option<&'a Index>,
 }
@@ -82,7 +82,7 @@ impl Weights<'_> {
     /// that is there counts for more, unless it is the embedding once more.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`].
+    /// [`Error::Io`], [`Error::OutOfMemory`].
     pub(super) fn is_tied(&self, configured: bool) -> Result<bool> {
         let name = self.own_name(WTE);
         let (Some(wte), Some(head)) = (self.file_of(name), self.file_of(HEAD)) else {
@@ -135,7 +135,7 @@ impl Weights<'_> {
     }
 
     /// The file that should have a tensor; None where none should.
-    fn file_of(&self, name: &str) -> Option<&TensorFile> {
+    fn file_of(&self, name: &str) -> Option<&TensorFile<'_>> {
         match self.index {
             Some(index) => index.places.get(name).map(|place| &self.files[*place]),
             None => self.files.first().filter(|file| file.contains(name)),

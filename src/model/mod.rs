@@ -145,9 +145,9 @@ impl Model {
         Checkpoint::open(dir).is_ok()
     }
 
-    /// The folder that the checkpoint `dir` is in: `dir`, or the one beside it that a killed save has
-    /// left there, on a file system that cannot exchange two folders. Loading and saving look there of
-    /// themselves; this is for a program that has files of its own in the folder.
+    /// The folder that the checkpoint `dir` is in: `dir`, or the one beside it that a killed save of an
+    /// earlier version has left there, on a file system that cannot exchange two folders. Loading and
+    /// saving look there of themselves; this is for a program that has files of its own in the folder.
     pub fn folder_of(dir: &Path) -> PathBuf {
         checkpoint::existing(dir)
     }

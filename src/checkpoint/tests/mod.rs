@@ -2,6 +2,7 @@ mod damage;
 pub(super) mod faults;
 mod folder;
 mod found;
+mod reading;
 
 use std::collections::HashMap;
 use std::fs;
@@ -179,6 +180,10 @@ fn temp() -> (TempDir, PathBuf) {
     let root = TempDir::new().unwrap();
     let dir = root.path().join("run");
     (root, dir)
+}
+
+fn make_pipe(path: &Path) {
+    rustix::fs::mknodat(CWD, path, rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
 }
 
 fn names(dir: &Path) -> Vec<String> {
