@@ -77,13 +77,16 @@ struct Step {
   float root;        // 1 / sqrt(1 - beta2^t)
   float clip;        // largest global norm; 0 does not clip
   float loss_scale;  // makes the sum of losses the step's loss
+  float largest_gradient; // no update with a clipped gradient of a larger norm
 };
 
-// Loss and gradient norm of a step, and whether both are finite, so that the update is to be made.
-__device__ __forceinline__ bool is_finite(const double *sums, const Step &s, float &norm) {
+// The gradient norm of a step, and whether it and the loss are finite and it is within the limit, so that the update is to
+// be made.
+__device__ __forceinline__ bool is_allowed(const double *sums, const Step &s, float &norm) {
   float loss = (float)(sums[0] * (double)s.loss_scale);
   norm = (float)sqrt(sums[1]);
-  return isfinite(loss) && isfinite(norm);
+  float clipped = s.clip > 0.0f ? fminf(norm, s.clip) : norm;
+  return isfinite(loss) && isfinite(norm) && clipped <= s.largest_gradient;
 }
 
 // sums[1] = the sum of the partials, in order; sums[2] = *raised, which starts again from 0. Makes the largest
@@ -98,22 +101,25 @@ extern "C" __global__ void sum_squares(double *sums, u32 *raised, const double *
   if (threadIdx.x == 0) sums[1] = total, sums[2] = (double)*raised, *raised = 0;
   __syncthreads();
   float norm;
-  if (is_finite(sums, s, norm))
+  if (is_allowed(sums, s, norm))
     for (u32 i = threadIdx.x; i < entries; i += blockDim.x) *table[i].most = 0;
 }
 
-// One update of every parameter, unless loss or gradient norm is not finite. sums: as above.
+// One update of every parameter, unless loss or gradient norm is not finite or the norm above the limit. sums: as above.
+// With `trial` (entries, 3), zeros before, nothing is stored but the bits of the largest magnitudes that the update would
+// leave of each parameter: weights, first and second moments. It is the same code, so that both see the same numbers.
 // Grid: any; block: 256.
 extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
-                                 Step s) {
+                                 u32 *trial, Step s) {
   begin();
   float norm;
-  if (!is_finite(sums, s, norm)) return;
+  if (!is_allowed(sums, s, norm)) return;
   // PyTorch's clip_grad_norm_ adds the same 1e-6.
   float scale = s.clip > 0.0f ? fminf(s.clip / (norm + 1e-6f), 1.0f) : 1.0f;
   for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
-    float keep = e->decays ? 1.0f - s.lr * s.weight_decay : 1.0f, largest = 0.0f;
+    float keep = e->decays ? 1.0f - s.lr * s.weight_decay : 1.0f;
+    float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     auto update = [&](float &p, float &m, float &v, float g) {
       g *= scale;
@@ -121,6 +127,7 @@ extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, co
       v = s.beta2 * v + (1.0f - s.beta2) * (g * g);
       p = p * keep - s.size * (m / (sqrtf(v) * s.root + s.epsilon));
       largest = max_nan(largest, fabsf(p));
+      if (trial) largest_m = max_nan(largest_m, fabsf(m)), largest_v = max_nan(largest_v, fabsf(v));
     };
     u64 i = start + threadIdx.x * 4;
     for (; i + 4 <= end; i += blockDim.x * 4) {
@@ -128,14 +135,20 @@ extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, co
       float4 m = *(float4 *)(e->m + i), v = *(float4 *)(e->v + i);
       update(p.x, m.x, v.x, g.x), update(p.y, m.y, v.y, g.y);
       update(p.z, m.z, v.z, g.z), update(p.w, m.w, v.w, g.w);
+      if (trial) continue;
       *(float4 *)(e->param + i) = p, *(float4 *)(e->m + i) = m, *(float4 *)(e->v + i) = v;
       *(uint2 *)(e->copy + i) = make_uint2(pack_bf16(p.x, p.y), pack_bf16(p.z, p.w));
     }
     for (; i < end; i++) {
-      update(e->param[i], e->m[i], e->v[i], e->gradient[i]);
-      e->copy[i] = from_f32<bf16>(e->param[i]);
+      float p = e->param[i], m = e->m[i], v = e->v[i];
+      update(p, m, v, e->gradient[i]);
+      if (trial) continue;
+      e->param[i] = p, e->m[i] = m, e->v[i] = v;
+      e->copy[i] = from_f32<bf16>(p);
     }
-    note_most(e->most, largest);
+    u32 *of_one = trial + 3 * (e - table);
+    note_most(trial ? of_one : e->most, largest);
+    if (trial) note_most(of_one + 1, largest_m), note_most(of_one + 2, largest_v);
   }
 }
 

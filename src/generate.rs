@@ -152,8 +152,8 @@ impl Decoder<Device> {
     /// Logits of the token after `context`.
     fn next_logits(&mut self, model: &Model, context: &[u32], out: &mut [f32]) -> Result<()> {
         let backend = model.engine().backend();
-        let params = model.lock()?;
-        let (config, params) = (model.config(), &*params);
+        let weights = model.read()?;
+        let (config, params) = (model.config(), &weights.params);
         let sequences = Sequences { batch: 1, length: context.len() };
         let Self { activations, workspace, tokens, logits, recipe } = self;
         backend.scope(|| {

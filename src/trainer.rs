@@ -6,16 +6,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::backend::{
-    AdamWStep, Backend, BackwardWorkspace, Device, Precision, Sequences, StepKind, StepSums,
-    Trained, WorkspaceShape,
+    AdamWStep, Backend, BackwardWorkspace, Device, Largest, Precision, Sequences, StepKind,
+    StepSums, Trained, WorkspaceShape,
 };
 use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::model::{
     ActivationGradients, Activations, Model, ModelConfig, ParamSpec, Params, Pass, Place,
-    Recompute, specs,
+    Recompute, Weights, specs,
 };
-use crate::optim::{AdamW, Schedule};
+use crate::optim::{AdamW, Bounds, Schedule};
 use crate::recipe::Recipe;
 use crate::reserve::zeros;
 use crate::signals::file_limit_is_an_error;
@@ -159,6 +159,8 @@ pub struct Trainer {
     state: TrainerState,
     plan: Plan,
     buffers: Buffers<Device>,
+    /// Of the moments; the bound of the weights is with them.
+    bounds: Bounds,
     stop: StopHandle,
 }
 
@@ -184,6 +186,7 @@ impl Trainer {
         let state = checkpoint.state()?;
         let model = Model::from_checkpoint(engine, &checkpoint)?;
         let mut trainer = Self::with_state(&model, state)?;
+        trainer.bounds = Bounds::UNKNOWN;
         let Buffers { m, v, .. } = &mut trainer.buffers;
         let mut moments: [Vec<_>; 2] = [m.iter_mut().collect(), v.iter_mut().collect()];
         let specs: Vec<_> = model.specs().iter().collect();
@@ -208,14 +211,14 @@ impl Trainer {
     /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its flushing
     /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&mut self, dir: &Path) -> Result<()> {
-        let params = self.model.lock()?;
+        let weights = self.model.read()?;
         let backend = self.model.engine().backend();
         let m: Vec<_> = self.buffers.m.iter().collect();
         let v: Vec<_> = self.buffers.v.iter().collect();
         let m = self.model.export(|index, out: &mut [f32]| backend.read_f32(m[index], out));
         let v = self.model.export(|index, out: &mut [f32]| backend.read_f32(v[index], out));
         let part = TrainerPart { state: &self.state, moments: [&m, &v] };
-        let model = self.model.exported(&params);
+        let model = self.model.exported(&weights.params);
         file_limit_is_an_error(|| checkpoint::save(dir, self.model.part(&model), Some(part)))
     }
 
@@ -225,7 +228,8 @@ impl Trainer {
     /// # Errors
     /// [`Error::TokenRange`] for a token outside the vocabulary anywhere in the dataset, see
     /// [`Dataset::check_tokens`]; [`Error::Io`] where a file of it has become shorter or its disk fails;
-    /// [`Error::InvalidArgument`] for a dataset that is too short; [`Error::NotFinite`] if the loss or the gradient is NaN or infinite. Weights, moments and
+    /// [`Error::InvalidArgument`] for a dataset that is too short; [`Error::NotFinite`] if the loss or
+    /// the gradient is NaN or infinite, or a weight or moment would become so. Weights, moments and
     /// position are then those before the step.
     pub fn step(&mut self, data: &Dataset) -> Result<StepStats> {
         self.step_on(data, false)
@@ -261,30 +265,45 @@ impl Trainer {
     /// # Errors
     /// As [`Trainer::step`], and [`Error::InvalidArgument`] for another number of tokens.
     pub fn step_tokens(&mut self, tokens: &[u32]) -> Result<StepStats> {
+        self.step_copied_tokens(tokens.len(), &|from, to| {
+            to.copy_from_slice(&tokens[from..][..to.len()]);
+        })
+    }
+
+    /// [`Trainer::step_tokens`] on `count` tokens that `copy(from, to)` reads. They are checked before the
+    /// step begins, and once more as they are used: a host's other threads may have changed them.
+    pub(crate) fn step_copied_tokens(
+        &mut self,
+        count: usize,
+        copy: &dyn Fn(usize, &mut [u32]),
+    ) -> Result<StepStats> {
         let TrainerOptions { batch_size, sequence_length, accumulation, .. } = self.state.options;
         let window_len = sequence_length + 1;
         let expected = accumulation * batch_size * window_len;
-        if tokens.len() != expected {
+        if count != expected {
             let message = format!(
                 "expected {accumulation} x {batch_size} rows of {window_len}, which is {expected}; \
-                 got {}",
-                tokens.len()
+                 got {count}"
             );
             return Err(Error::invalid("tokens", message));
         }
         let vocab_size = self.model.config().vocab_size;
-        if let Some(offset) = tokens.iter().position(|t| *t as usize >= vocab_size) {
-            return Err(Error::TokenRange {
-                source_name: "the tokens of this step".into(),
-                offset: offset as u64,
-                token: tokens[offset].into(),
-                vocab_size,
-            });
-        }
+        let read = |row: usize, window: &mut [u32]| {
+            copy(row * window_len, window);
+            match window.iter().position(|token| *token as usize >= vocab_size) {
+                None => Ok(()),
+                Some(at) => Err(Error::TokenRange {
+                    source_name: "the tokens of this step".into(),
+                    offset: (row * window_len + at) as u64,
+                    token: window[at].into(),
+                    vocab_size,
+                }),
+            }
+        };
+        let window = &mut self.buffers.batch.window[..window_len];
+        (0..accumulation * batch_size).try_for_each(|row| read(row, window))?;
         self.optimizer_step(false, &mut |micro_step, row, window| {
-            let from = (micro_step * batch_size + row) * window_len;
-            window.copy_from_slice(&tokens[from..from + window_len]);
-            Ok(())
+            read(micro_step * batch_size + row, window)
         })
     }
 
@@ -298,7 +317,17 @@ impl Trainer {
         let (lr, loss_scale) = (self.next_lr(), 1.0 / tokens as f32);
         let AdamW { beta1, beta2, epsilon, weight_decay, clip } = *optimizer;
         let t = self.state.step + 1;
-        let step = AdamWStep { lr, beta1, beta2, epsilon, weight_decay, t, clip, loss_scale };
+        let step = AdamWStep {
+            lr,
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            t,
+            clip,
+            loss_scale,
+            largest_gradient: f32::INFINITY,
+        };
 
         let stop = self.stop_handle();
         let sums =
@@ -330,8 +359,8 @@ impl Trainer {
     ) -> Result<StepSums> {
         let engine = self.model.engine().clone();
         let backend = engine.backend();
-        let mut params = self.model.lock()?;
-        let params = &mut *params;
+        let mut weights = self.model.lock()?;
+        let Weights { params, largest } = &mut *weights;
         let (config, specs) = (self.model.config(), self.model.specs());
         let TrainerOptions { accumulation, ref recipe, ref schedule, .. } = self.state.options;
         let Buffers { gradients, m, v, activations, d, batch, workspace, optimizer, recordings } =
@@ -366,12 +395,39 @@ impl Trainer {
                 pass.embedding_backward(d, gradients, tokens, place);
             });
         }
-        backend.scope(|| {
+        let bounds = Bounds { weight: *largest, ..self.bounds };
+        // Whatever goes wrong: nothing is known then.
+        (*largest, self.bounds) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
+        let (sums, bounds) = backend.scope(|| {
             let mut all = |visit: &mut dyn FnMut(Trained<'_, Device>)| {
                 trained(params, m, v, gradients, specs, visit);
             };
-            backend.finish_step(workspace, optimizer, &mut all, step)
-        })
+            let within = AdamWStep { largest_gradient: bounds.largest_gradient(step), ..*step };
+            let sums = backend.finish_step(workspace, optimizer, &mut all, &within)?;
+            if sums.gradient_scale(&within).is_some() {
+                return Ok((sums, bounds.after(step, sums.clipped_norm(step))));
+            }
+            if sums.gradient_scale(step).is_none() {
+                return Ok((sums, bounds));
+            }
+            // The bounds cannot vouch for the update, so it is tried first.
+            let (mut found, mut parameters) = (Ok(Largest::default()), specs.iter());
+            backend.try_step(optimizer, &mut all, step, &sums, &mut |of_one| {
+                let spec = parameters.next();
+                if let (Ok(largest), Some(spec)) = (&mut found, spec) {
+                    match not_finite(&of_one, &spec.info.name, step, &sums) {
+                        None => largest.include(of_one),
+                        Some(error) => found = Err(error),
+                    }
+                }
+            })?;
+            let found = found?;
+            let StepSums { raised_blocks, .. } = sums;
+            let sums = backend.finish_step(workspace, optimizer, &mut all, step)?;
+            Ok((StepSums { raised_blocks, ..sums }, found.into()))
+        })?;
+        (*largest, self.bounds) = (bounds.weight, bounds);
+        Ok(sums)
     }
 
     /// Mean loss over `max_batches` batches of windows spread evenly over `data`, the same windows at
@@ -395,8 +451,8 @@ impl Trainer {
         };
         let engine = self.model.engine().clone();
         let backend = engine.backend();
-        let params = self.model.lock()?;
-        let (config, params) = (self.model.config(), &*params);
+        let weights = self.model.read()?;
+        let (config, params) = (self.model.config(), &weights.params);
         let Buffers { activations, batch: data_batch, workspace, optimizer, .. } =
             &mut self.buffers;
         // Short windows have lengths of their own, so each is a batch.
@@ -536,7 +592,8 @@ impl Trainer {
         engine.log(LogLevel::Info, || {
             format!("trainer: recipe {}, {} bytes planned", state.options.recipe, plan.total())
         });
-        Ok(Self { model: model.clone(), state, plan, buffers, stop: StopHandle::default() })
+        let (model, stop) = (model.clone(), StopHandle::default());
+        Ok(Self { model, state, plan, buffers, bounds: Bounds::NEW, stop })
     }
 }
 
@@ -638,6 +695,19 @@ fn trained<B: Backend>(
     for (((param, (m, v)), gradient), spec) in all {
         visit(Trained { param, m, v, gradient, decays: spec.decays() });
     }
+}
+
+/// Why an update must not be made that would leave these magnitudes of a parameter.
+fn not_finite(of_one: &Largest, name: &str, step: &AdamWStep, sums: &StepSums) -> Option<Error> {
+    let AdamWStep { t, lr, epsilon, .. } = step;
+    let (_, norm) = sums.loss_and_norm(step);
+    let lower = format_args!("lower the learning rate of {lr:?} or raise epsilon, {epsilon:?}");
+    let clip = format_args!("clip gradients, whose norm is {norm:?}");
+    let [weight, m, v] = ["a weight", "a first moment", "a second moment"];
+    let all = [(of_one.weight, weight, lower), (of_one.m, m, clip), (of_one.v, v, clip)];
+    let (value, what, remedy) = all.into_iter().find(|(value, ..)| !value.is_finite())?;
+    let what = format!("step {t} is not done ({remedy}): after it {what} of {name}");
+    Some(Error::NotFinite { what, value })
 }
 
 impl<B: Backend> Buffers<B> {
@@ -749,5 +819,58 @@ impl<B: Backend> Batch<B> {
         let (inputs, targets) = self.host[..2 * self.rows].split_at(self.rows);
         backend.write_tokens(&mut self.tokens, inputs);
         backend.write_tokens(&mut self.targets, targets);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::EngineOptions;
+
+    /// The first step is tried before it is done, later ones are not; nor are they after the host has
+    /// written a tensor or another trainer has trained, but after loading one is.
+    #[test]
+    fn bounds_are_found_once() {
+        let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();
+        let config = ModelConfig {
+            vocab_size: 32,
+            context_length: 16,
+            layers: 1,
+            heads: 2,
+            channels: 16,
+            ..ModelConfig::default()
+        };
+        let data = Dataset::from_tokens((0..400).map(|i| i * i % 29).collect()).unwrap();
+        let model = Model::new(&engine, &config).unwrap();
+        let options = TrainerOptions { batch_size: 2, ..TrainerOptions::default() };
+        let mut first = Trainer::new(&model, options.clone()).unwrap();
+        let mut second = Trainer::new(&model, options).unwrap();
+        // A trial replaces bounds by what is there, which is less than any bound computed.
+        let weights = |trainer: &Trainer| {
+            let mut largest = 0.0f32;
+            for info in trainer.model().tensors() {
+                let mut values = vec![0.0; info.len()];
+                trainer.model().read_tensor(&info.name, &mut values).unwrap();
+                largest = values.iter().fold(largest, |most, v| most.max(v.abs()));
+            }
+            f64::from(largest)
+        };
+        let bound = || model.read().unwrap().largest;
+        assert_eq!(bound(), f64::INFINITY);
+        first.step(&data).unwrap();
+        assert_eq!(bound(), weights(&first), "tried");
+        first.step(&data).unwrap();
+        second.step(&data).unwrap();
+        assert!(bound() > weights(&first) && bound() < 1e9, "not tried");
+        model.write_tensor("transformer.wte.weight", &[1e10; 512]).unwrap();
+        assert_eq!(bound(), 1e10);
+        assert!(first.step(&data).is_ok() && bound() > 1e10);
+        let folder = tempfile::tempdir().unwrap();
+        first.save(folder.path()).unwrap();
+        let mut loaded = Trainer::load(&engine, folder.path()).unwrap();
+        assert_eq!(loaded.bounds, Bounds::UNKNOWN);
+        loaded.step(&data).unwrap();
+        assert_eq!(loaded.bounds.weight, weights(&loaded));
+        assert!(loaded.bounds.m < 1.0 && loaded.bounds.v < 1.0);
     }
 }

@@ -73,6 +73,16 @@ fn threads() {
     run("threads.c", Link::Shared);
 }
 
+#[test]
+fn cancelled_threads() {
+    run("cancel.c", Link::Shared);
+}
+
+#[test]
+fn arguments_that_change() {
+    run("races.c", Link::Shared);
+}
+
 /// A host that runs under ThreadSanitizer with the suppressions that are installed hears nothing of the
 /// library, and still of its own races.
 #[test]

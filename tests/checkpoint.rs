@@ -165,17 +165,11 @@ fn a_failed_save_leaves_the_last_one_whole() {
     let below_a_file = dir.join("config.json/below");
     assert!(matches!(trainer.save(&below_a_file), Err(Error::Io { .. })));
 
-    // NaN weights cannot be written by name, so a run that overflows has to make them.
+    // A rate that overflows leaves weights that can be saved.
     trainer.set_lr(Some(f32::MAX)).unwrap();
-    let error = loop {
-        match trainer.step(&data()) {
-            Ok(_) => (),
-            Err(error) => break error,
-        }
-    };
+    let error = trainer.step(&data()).unwrap_err();
     assert!(matches!(error, Error::NotFinite { .. }), "{error}");
-    let error = trainer.save(&dir).unwrap_err();
-    assert!(matches!(error, Error::NotFinite { .. }), "{error}");
+    trainer.save(&dir).unwrap();
     assert_eq!(Trainer::load(&engine(), &dir).unwrap().steps_done(), 0);
 }
 

@@ -6,7 +6,7 @@
 use super::cpu::{self, Cpu};
 use super::cuda::{self, Cuda};
 use super::{
-    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape,
+    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, Largest, LinearShape,
     NormStatistics, Precision, Sequences, StepKind, StepSums, Trained, VisitTrained,
     WorkspaceShape,
 };
@@ -469,6 +469,20 @@ impl Backend for Device {
         on_device!(self, b => {
             let (workspace, optimizer) = (workspace.side_mut(), optimizer.side_mut());
             b.finish_step(workspace, optimizer, &mut |f| visit(parameters, f), step)
+        })
+    }
+
+    fn try_step(
+        &self,
+        optimizer: &mut Optimizer,
+        parameters: &mut VisitTrained<'_, Self>,
+        step: &AdamWStep,
+        sums: &StepSums,
+        largest: &mut (dyn FnMut(Largest) + Send),
+    ) -> Result<()> {
+        on_device!(self, b => {
+            let optimizer = optimizer.side_mut();
+            b.try_step(optimizer, &mut |f| visit(parameters, f), step, sums, largest)
         })
     }
 

@@ -162,6 +162,51 @@ pub struct AdamWStep {
     pub clip: f32,
     /// Factor of the sum of losses that makes it the step's loss.
     pub loss_scale: f32,
+    /// Largest norm of the clipped gradient with which the update is made; with a larger one nothing
+    /// changes.
+    pub largest_gradient: f32,
+}
+
+impl AdamWStep {
+    /// The learning rate with the correction for first moments that start at 0. Corrections are
+    /// computed in f64: beta^t is close to 1 for long.
+    pub fn size(&self) -> f32 {
+        (f64::from(self.lr) / self.correction(self.beta1)) as f32
+    }
+
+    /// Factor of the root of second moments, which start at 0, too.
+    pub fn root(&self) -> f32 {
+        (1.0 / self.correction(self.beta2).sqrt()) as f32
+    }
+
+    /// What weight decay leaves of a weight.
+    pub fn keep(&self) -> f32 {
+        1.0 - self.lr * self.weight_decay
+    }
+
+    fn correction(&self, beta: f32) -> f64 {
+        1.0 - f64::from(beta).powf(self.t as f64)
+    }
+}
+
+/// Largest magnitudes of weights and of their moments; NaN where one of them is.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Largest {
+    /// Of weights.
+    pub weight: f32,
+    /// Of first moments.
+    pub m: f32,
+    /// Of second moments.
+    pub v: f32,
+}
+
+impl Largest {
+    /// Takes in another's, whose numbers are finite.
+    pub fn include(&mut self, other: Self) {
+        self.weight = self.weight.max(other.weight);
+        self.m = self.m.max(other.m);
+        self.v = self.v.max(other.v);
+    }
 }
 
 /// All that the operations of a micro-step depend on, besides random numbers, for one trainer.
@@ -191,13 +236,21 @@ impl StepSums {
         ((self.losses * f64::from(step.loss_scale)) as f32, self.squares.sqrt() as f32)
     }
 
-    /// Factor of the gradient that clipping asks for; None where the loss or the norm is not finite,
-    /// and nothing may be updated. PyTorch's clip_grad_norm_ adds the same 1e-6.
+    /// Norm of the clipped gradient.
+    pub fn clipped_norm(&self, step: &AdamWStep) -> f32 {
+        let (_, norm) = self.loss_and_norm(step);
+        if step.clip > 0.0 { norm.min(step.clip) } else { norm }
+    }
+
+    /// Factor of the gradient that clipping asks for; None where the loss or the norm is not finite or
+    /// the clipped norm above its limit, and nothing may be updated. PyTorch's clip_grad_norm_ adds the
+    /// same 1e-6.
     pub fn gradient_scale(&self, step: &AdamWStep) -> Option<f32> {
         let (loss, norm) = self.loss_and_norm(step);
         let excess = step.clip / (norm + 1e-6);
         let scale = if step.clip > 0.0 { excess.min(1.0) } else { 1.0 };
-        (loss.is_finite() && norm.is_finite()).then_some(scale)
+        let is_within = self.clipped_norm(step) <= step.largest_gradient;
+        (loss.is_finite() && norm.is_finite() && is_within).then_some(scale)
     }
 }
 
@@ -511,8 +564,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         accumulate: bool,
     );
     /// The global norm of the gradients, clipping, and one AdamW update of every parameter, unless
-    /// loss or norm is not finite: then nothing changes. `workspace` is that of the step's operations, which
-    /// count raised blocks in it. Waits for the device.
+    /// loss or norm is not finite or the norm above `step`'s limit: then nothing changes. `workspace` is
+    /// that of the step's operations, which count raised blocks in it. Waits for the device.
     fn finish_step(
         &self,
         workspace: &mut Self::Workspace,
@@ -520,6 +573,17 @@ pub trait Backend: Send + Sync + Sized + 'static {
         parameters: &mut VisitTrained<'_, Self>,
         step: &AdamWStep,
     ) -> Result<StepSums>;
+    /// Computes the update of [`Backend::finish_step`], which found `sums`, for every parameter without
+    /// storing it, and calls `largest` with what it would leave of each, in their order. Waits for the
+    /// device.
+    fn try_step(
+        &self,
+        optimizer: &mut Self::Optimizer,
+        parameters: &mut VisitTrained<'_, Self>,
+        step: &AdamWStep,
+        sums: &StepSums,
+        largest: &mut (dyn FnMut(Largest) + Send),
+    ) -> Result<()>;
     /// The sum of the first `rows` losses, of an evaluation. Waits for the device.
     fn sum_losses(
         &self,

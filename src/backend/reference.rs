@@ -1,7 +1,7 @@
 //! Scalar twins: every operation of [`super::Backend`] in plain f64 loops, for tests. They are the
 //! definition in words of one line each; nothing here is fast.
 
-use super::{Activation, AttentionShape, LinearShape, Sequences};
+use super::{Activation, AdamWStep, AttentionShape, LinearShape, Sequences};
 
 /// Row-major (rows, depth) times (cols, depth)^T.
 pub(crate) fn product(a: &[f64], b: &[f64], rows: usize, cols: usize, depth: usize) -> Vec<f64> {
@@ -246,4 +246,16 @@ pub(crate) fn classifier(
     }
     let (dx, dwte, _) = linear_backward(&logits, x, wte, shape);
     (losses, dx, dwte)
+}
+
+/// A weight and its moments after an update with the gradient `g`, clipped already.
+pub(crate) fn adamw([p, m, v]: [f64; 3], g: f64, decays: bool, step: &AdamWStep) -> [f64; 3] {
+    let [lr, beta1, beta2, epsilon, weight_decay] =
+        [step.lr, step.beta1, step.beta2, step.epsilon, step.weight_decay].map(f64::from);
+    let t = step.t as f64;
+    let m = beta1 * m + (1.0 - beta1) * g;
+    let v = beta2 * v + (1.0 - beta2) * g * g;
+    let (mean, root) = (m / (1.0 - beta1.powf(t)), (v / (1.0 - beta2.powf(t))).sqrt());
+    let kept = if decays { p * (1.0 - lr * weight_decay) } else { p };
+    [kept - lr * mean / (root + epsilon), m, v]
 }

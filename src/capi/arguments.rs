@@ -1,26 +1,28 @@
 //! Strings and arrays that the host passes in, checked before Rust may look at them.
+//!
+//! NOTE: what the host passes in is copied, and the copy is checked and used. Another thread of the host
+//! may write there, which it should not, but what was checked must be what is used: a string that is
+//! UTF-8, tokens of the vocabulary.
 
-use std::ffi::{CStr, OsStr, c_char};
-use std::path::Path;
+use std::ffi::{OsString, c_char};
+use std::path::PathBuf;
 
 use super::status::Failure;
 use super::status::mxt_status_code::MXT_ERROR_UTF8;
+use crate::reserve::reserve;
 
 /// A string that must be there.
 ///
 /// # Safety
-/// `text` is NULL or ends with a zero byte, and does not change for `'a`.
-pub(super) unsafe fn text<'a>(what: &str, text: *const c_char) -> Result<&'a str, Failure> {
-    if text.is_null() {
-        return Err(Failure::null(what));
-    }
+/// `text` is NULL or ends with a zero byte.
+pub(super) unsafe fn text(what: &str, text: *const c_char) -> Result<String, Failure> {
     // SAFETY: as promised by the caller.
-    let bytes = unsafe { CStr::from_ptr(text) };
-    bytes.to_str().map_err(|error| {
+    String::from_utf8(unsafe { bytes(what, text) }?).map_err(|error| {
+        let (at, bytes) = (error.utf8_error().valid_up_to(), error.as_bytes());
         let message = format!(
-            "{what}: expected UTF-8, got byte 0x{:02x} at offset {} of {bytes:?}",
-            bytes.to_bytes()[error.valid_up_to()],
-            error.valid_up_to(),
+            "{what}: expected UTF-8, got byte 0x{:02x} at offset {at} of \"{}\"",
+            bytes[at],
+            bytes.escape_ascii(),
         );
         Failure::new(MXT_ERROR_UTF8, message)
     })
@@ -30,13 +32,13 @@ pub(super) unsafe fn text<'a>(what: &str, text: *const c_char) -> Result<&'a str
 ///
 /// # Safety
 /// As for [`text`].
-pub(super) unsafe fn path<'a>(what: &str, path: *const c_char) -> Result<&'a Path, Failure> {
+pub(super) unsafe fn path(what: &str, path: *const c_char) -> Result<PathBuf, Failure> {
     // SAFETY: as promised by the caller.
     let path = unsafe { os_text(what, path) }?;
     if path.is_empty() {
         return Err(Failure::invalid(what, "expected a path, got an empty string"));
     }
-    Ok(Path::new(path))
+    Ok(path.into())
 }
 
 /// A path or pattern that must be there.
@@ -44,14 +46,11 @@ pub(super) unsafe fn path<'a>(what: &str, path: *const c_char) -> Result<&'a Pat
 /// # Safety
 /// As for [`text`].
 #[cfg(unix)]
-pub(super) unsafe fn os_text<'a>(what: &str, text: *const c_char) -> Result<&'a OsStr, Failure> {
-    use std::os::unix::ffi::OsStrExt;
+pub(super) unsafe fn os_text(what: &str, text: *const c_char) -> Result<OsString, Failure> {
+    use std::os::unix::ffi::OsStringExt;
 
-    if text.is_null() {
-        return Err(Failure::null(what));
-    }
     // SAFETY: as promised by the caller.
-    Ok(OsStr::from_bytes(unsafe { CStr::from_ptr(text) }.to_bytes()))
+    Ok(OsString::from_vec(unsafe { bytes(what, text) }?))
 }
 
 /// A path or pattern that must be there. Paths of this system are not bytes.
@@ -59,26 +58,44 @@ pub(super) unsafe fn os_text<'a>(what: &str, text: *const c_char) -> Result<&'a 
 /// # Safety
 /// As for [`text`].
 #[cfg(not(unix))]
-pub(super) unsafe fn os_text<'a>(what: &str, path: *const c_char) -> Result<&'a OsStr, Failure> {
+pub(super) unsafe fn os_text(what: &str, path: *const c_char) -> Result<OsString, Failure> {
     // SAFETY: as promised by the caller.
-    unsafe { text(what, path) }.map(OsStr::new)
+    unsafe { text(what, path) }.map(OsString::from)
 }
 
-/// An array to read; NULL is allowed where `count` is 0.
+/// A string without its zero byte.
 ///
 /// # Safety
-/// `data` is NULL or points to `count` elements that do not change for `'a`.
-pub(super) unsafe fn slice<'a, T>(
-    what: &str,
+/// As for [`text`].
+unsafe fn bytes(what: &str, text: *const c_char) -> Result<Vec<u8>, Failure> {
+    if text.is_null() {
+        return Err(Failure::null(what));
+    }
+    // SAFETY: as promised by the caller, and no byte behind the zero is read.
+    let byte = |at| unsafe { text.add(at).cast::<u8>().read_volatile() };
+    let mut bytes = Vec::new();
+    reserve(&mut bytes, "a string", (0..).take_while(|at| byte(*at) != 0).count())?;
+    bytes.extend((0..bytes.capacity()).map(byte).take_while(|byte| *byte != 0));
+    Ok(bytes)
+}
+
+/// A copy of an array; NULL is allowed where `count` is 0.
+///
+/// # Safety
+/// `data` is NULL or points to `count` elements that may be read.
+pub(super) unsafe fn copied<T: Copy>(
+    what: &'static str,
     data: *const T,
     count: usize,
-) -> Result<&'a [T], Failure> {
-    if count == 0 {
-        return Ok(&[]);
+) -> Result<Vec<T>, Failure> {
+    let mut copy = Vec::new();
+    if count > 0 {
+        check(what, data, count)?;
+        reserve(&mut copy, what, count)?;
+        // SAFETY: as promised by the caller; alignment and size were checked.
+        copy.extend((0..count).map(|i| unsafe { data.add(i).read_volatile() }));
     }
-    check(what, data, count)?;
-    // SAFETY: as promised by the caller; alignment and size were checked.
-    Ok(unsafe { std::slice::from_raw_parts(data, count) })
+    Ok(copy)
 }
 
 /// An array to fill; NULL is allowed where `count` is 0.
@@ -146,10 +163,10 @@ mod tests {
         let numbers = [1_u32, 2, 3];
         // SAFETY: valid, or rejected before use.
         unsafe {
-            assert_eq!(slice("x", numbers.as_ptr(), 3).ok(), Some(&numbers[..]));
-            assert_eq!(slice::<u32>("x", null(), 0).ok(), Some(&[][..]));
+            assert_eq!(copied("x", numbers.as_ptr(), 3).ok(), Some(numbers.to_vec()));
+            assert_eq!(copied::<u32>("x", null(), 0).ok(), Some(Vec::new()));
             assert_eq!(slice_mut::<u32>("x", null_mut(), 0).ok().map(|s| s.len()), Some(0));
-            let status = |data, count| slice::<u32>("x", data, count).map_err(|f| f.status);
+            let status = |data, count| copied::<u32>("x", data, count).map_err(|f| f.status);
             assert_eq!(status(null(), 1), Err(MXT_ERROR_NULL));
             let odd = numbers.as_ptr().byte_add(1);
             assert_eq!(status(odd, 1), Err(MXT_ERROR_INVALID_ARGUMENT));
@@ -161,7 +178,7 @@ mod tests {
     fn strings_are_checked() {
         // SAFETY: literals end with a zero byte.
         unsafe {
-            assert_eq!(text("x", c"día".as_ptr()).ok(), Some("día"));
+            assert_eq!(text("x", c"día".as_ptr()).ok(), Some("día".into()));
             assert_eq!(text("x", null()).map_err(|f| f.status), Err(MXT_ERROR_NULL));
             let failure = text("x", c"ab\xff".as_ptr()).err().map(|f| (f.status, f.message));
             let message = r#"x: expected UTF-8, got byte 0xff at offset 2 of "ab\xff""#;

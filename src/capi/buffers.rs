@@ -11,11 +11,11 @@ use super::status::Failure;
 use crate::Engine;
 use crate::reserve::zeros;
 
-/// Calls `body` with an array to read; NULL is allowed where `count` is 0.
+/// Calls `body` with a copy of an array; NULL is allowed where `count` is 0.
 ///
 /// # Safety
-/// `data` is NULL or points to `count` elements, of the host's memory or of the engine's GPU's, that do not
-/// change during the call.
+/// `data` is NULL or points to `count` elements, of the host's memory or of the engine's GPU's, that may
+/// be read.
 pub(super) unsafe fn read<T: Pod + Default, R>(
     engine: &Engine,
     what: &'static str,
@@ -25,12 +25,41 @@ pub(super) unsafe fn read<T: Pod + Default, R>(
 ) -> Result<R, Failure> {
     if !on_gpu(engine, what, data, count)? {
         // SAFETY: as promised by the caller, and it is the host's memory.
-        return body(unsafe { arguments::slice(what, data, count) }?);
+        return body(&unsafe { arguments::copied(what, data, count) }?);
     }
     let mut here = zeros(what, count)?;
     // SAFETY: `count` elements lie there, in one allocation of the GPU.
     unsafe { engine.copy_from_gpu(bytemuck::cast_slice_mut(&mut here), data.cast()) }?;
     body(&here)
+}
+
+/// Calls `body` with a function that copies a part of an array, from some element on, which lies in the
+/// array; NULL is allowed where `count` is 0. Nothing is allocated for an array of the host's memory.
+///
+/// # Safety
+/// As for [`read`].
+pub(super) unsafe fn read_in_parts<T: Pod + Default, R>(
+    engine: &Engine,
+    what: &'static str,
+    data: *const T,
+    count: usize,
+    body: impl FnOnce(&dyn Fn(usize, &mut [T])) -> Result<R, Failure>,
+) -> Result<R, Failure> {
+    if on_gpu(engine, what, data, count)? {
+        // SAFETY: as promised by the caller.
+        return unsafe {
+            read(engine, what, data, count, |here| {
+                body(&|from, to| to.copy_from_slice(&here[from..][..to.len()]))
+            })
+        };
+    }
+    body(&|from, to: &mut [T]| {
+        assert!(from <= count && to.len() <= count - from, "parts lie in the array");
+        for (i, to) in to.iter_mut().enumerate() {
+            // SAFETY: in the array, as asserted, which is the host's memory and was checked.
+            *to = unsafe { data.add(from + i).read_volatile() };
+        }
+    })
 }
 
 /// Calls `body` with an array to fill; NULL is allowed where `count` is 0. An error leaves an array on

@@ -9,7 +9,7 @@ use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read_or_default, versioned};
 use crate::reserve::reserve;
-use crate::{Coverage, Dataset, DatasetOptions, Error, TokenType};
+use crate::{Coverage, Dataset, DatasetOptions, TokenType};
 
 /// Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
 /// changed, so any number of threads and trainers may use it at once. Make with one of the
@@ -264,7 +264,7 @@ unsafe fn open_files(
     unsafe {
         let out = arguments::place("dataset", dataset)?;
         let options = read_or_default("options", options)?.parse()?;
-        let given = arguments::slice("paths", paths, count)?;
+        let given = arguments::copied("paths", paths, count)?;
         let mut paths = Vec::new();
         reserve(&mut paths, "the paths of a dataset", given.len())?;
         for (i, path) in given.iter().enumerate() {
@@ -290,11 +290,8 @@ pub unsafe extern "C" fn mxt_dataset_from_tokens(
     // SAFETY: pointers are NULL or valid, as the header asks.
     guard::function("mxt_dataset_from_tokens", || unsafe {
         let out = arguments::place("dataset", dataset)?;
-        let tokens = arguments::slice("tokens", tokens, count)?;
-        let mut copy = Vec::new();
-        copy.try_reserve_exact(tokens.len()).map_err(|_| out_of_memory(tokens.len()))?;
-        copy.extend_from_slice(tokens);
-        out.put(mxt_dataset::new(Dataset::from_tokens(copy)?));
+        let tokens = arguments::copied("a copy of the tokens", tokens, count)?;
+        out.put(mxt_dataset::new(Dataset::from_tokens(tokens)?));
         Ok(())
     })
 }
@@ -386,13 +383,4 @@ pub unsafe extern "C" fn mxt_dataset_last_error(dataset: *const mxt_dataset) -> 
 pub unsafe extern "C" fn mxt_dataset_free(dataset: *mut mxt_dataset) {
     // SAFETY: a live handle or NULL, as the header asks.
     unsafe { guard::free("mxt_dataset_free", dataset) }
-}
-
-fn out_of_memory(tokens: usize) -> Failure {
-    let error = Error::OutOfMemory {
-        what: "a copy of the tokens",
-        needed: (tokens * size_of::<u32>()) as u64,
-        limit: "the system has less; write them to a file and open that".into(),
-    };
-    error.into()
 }

@@ -159,7 +159,7 @@ pub unsafe extern "C" fn mxt_engine_new(
             device: if options.device.is_null() {
                 EngineOptions::default().device
             } else {
-                arguments::text("device", options.device)?.to_owned()
+                arguments::text("device", options.device)?
             },
             threads: options.threads,
             seed: options.seed,

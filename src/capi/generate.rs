@@ -9,7 +9,6 @@ use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
 use super::{arguments, buffers, float_mode, guard};
 use crate::GenerateOptions;
-use crate::reserve::zeros;
 
 /// Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
 /// this token.
@@ -106,11 +105,9 @@ pub unsafe extern "C" fn mxt_model_generate(
         guard::method("mxt_model_generate", model, |model| {
             let out = arguments::place("written", written)?;
             let options = read_or_default("options", options)?;
-            let prompt = arguments::slice("prompt", prompt, prompt_count)?;
-            let stops =
-                arguments::slice("stop_tokens", options.stop_tokens, options.stop_token_count)?;
-            let mut stop_tokens = zeros("the stop tokens", stops.len())?;
-            stop_tokens.copy_from_slice(stops);
+            let prompt = arguments::copied("prompt", prompt, prompt_count)?;
+            let stop_tokens =
+                arguments::copied("stop_tokens", options.stop_tokens, options.stop_token_count)?;
             let stream_only = tokens.is_null() && capacity == 0;
             if !stream_only && capacity < options.max_tokens {
                 let message = format!(
@@ -124,7 +121,7 @@ pub unsafe extern "C" fn mxt_model_generate(
             }
             let _exclusive = model.state().access().write()?;
             let generated = model.model.generate(
-                prompt,
+                &prompt,
                 &GenerateOptions {
                     max_tokens: options.max_tokens,
                     temperature: options.temperature,

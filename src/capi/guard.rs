@@ -1,5 +1,5 @@
-//! The boundary that every entry point goes through: NULL, poisoned and forked handles, the
-//! floating-point mode, panics, errors.
+//! The boundary that every entry point goes through: cancellation, NULL, poisoned and forked handles,
+//! the floating-point mode, panics, errors.
 //!
 //! NOTE: the panic hook. A library writes nothing to stderr, but the standard hook does before a
 //! panic can be caught. The first call therefore puts a hook in front that stays silent for
@@ -14,13 +14,13 @@ use std::ffi::c_char;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 
-use super::float_mode;
 use super::handle::{Handle, State, keep};
 use super::message::{Message, Slot, set_text, text_of};
 use super::status::mxt_status_code::{
     MXT_ERROR_DEVICE, MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_OK,
 };
 use super::status::{Failure, mxt_status};
+use super::{cancel, float_mode};
 
 /// Runs a method of `handle`.
 ///
@@ -33,6 +33,7 @@ pub(super) unsafe fn method<H: Handle>(
     handle: *const H,
     body: impl FnOnce(&H) -> Result<(), Failure>,
 ) -> mxt_status {
+    let _held = cancel::hold();
     // SAFETY: as promised by the caller.
     let Some(handle) = (unsafe { keep(handle) }) else {
         return fail(function, None, Failure::null(H::NAME));
@@ -70,6 +71,7 @@ pub(super) fn method_of<H: Handle>(
 
 /// Runs a function that has no handle yet.
 pub(super) fn function(function: &str, body: impl FnOnce() -> Result<(), Failure>) -> mxt_status {
+    let _held = cancel::hold();
     match catch(function, body).and_then(|result| result) {
         Ok(()) => MXT_OK as mxt_status,
         Err(failure) => fail(function, None, failure),
@@ -86,6 +88,7 @@ pub(super) unsafe fn child<H: Handle>(
     parent: *const H,
     body: impl FnOnce(&H) -> Result<(), Failure>,
 ) -> mxt_status {
+    let _held = cancel::hold();
     // SAFETY: as promised by the caller.
     let Some(parent) = (unsafe { keep(parent) }) else {
         return fail(function, None, Failure::null(H::NAME));
@@ -112,6 +115,7 @@ pub(super) unsafe fn getter<H: Handle, R: Default>(
     handle: *const H,
     body: impl FnOnce(&H) -> R,
 ) -> R {
+    let _held = cancel::hold();
     // SAFETY: as promised by the caller.
     let Some(handle) = (unsafe { keep(handle) }) else {
         fail(function, None, Failure::null(H::NAME));
@@ -131,6 +135,7 @@ pub(super) unsafe fn getter<H: Handle, R: Default>(
 /// `handle` is NULL or a live handle of the C API.
 pub(super) unsafe fn last_error<H: Handle>(function: &str, handle: *const H) -> *const c_char {
     const NULL: &str = "the handle is NULL; mxt_last_error says why it could not be made";
+    let _held = cancel::hold();
     // SAFETY: as promised by the caller.
     let handle = unsafe { keep(handle) };
     let message = catch(function, || match &handle {
@@ -147,6 +152,7 @@ pub(super) unsafe fn last_error<H: Handle>(function: &str, handle: *const H) -> 
 /// # Safety
 /// `handle` is NULL or a live handle of the C API that the host does not use afterwards.
 pub(super) unsafe fn free<H: Handle>(function: &str, handle: *mut H) {
+    let _held = cancel::hold();
     if !handle.is_null() {
         // SAFETY: the host gives back the count that `into_raw` gave it.
         release(function, unsafe { Arc::from_raw(handle.cast_const()) });

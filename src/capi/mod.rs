@@ -1,8 +1,8 @@
 //! The C ABI and nothing else: handles, status codes, option structs, and the boundary that no
 //! panic crosses. `include/mxfp4train.h` is made from the doc comments of this folder.
 //!
-//! Every entry point goes through `guard`: it finds the handle, sets the floating-point mode, catches
-//! panics, and turns an error into a status code with a message. What an entry point does itself is to check its
+//! Every entry point goes through `guard`: it holds off cancellation of the thread, finds the handle, sets the
+//! floating-point mode, catches panics, and turns an error into a status code with a message. What an entry point does itself is to check its
 //! arguments, call the crate, and write its outputs, last and only on success. The exceptions are
 //! `mxt_trainer_request_stop`, which a signal handler may call and which is therefore one atomic
 //! store, and functions that return a constant.
@@ -12,6 +12,7 @@
 //! | `status` | the status codes, their texts, and the mapping from [`crate::Error`] |
 //! | `message` | error texts in fixed buffers, one a thread and one a handle |
 //! | `guard` | the boundary: panics, NULL, poisoned and busy handles |
+//! | `cancel` | no cancellation of threads inside calls |
 //! | `float_mode` | the floating-point mode inside calls and inside the host's callbacks |
 //! | `handle` | what every handle has: reference count, lock, poison flag, error text |
 //! | `structs` | option and result structs that grow: `struct_size` |
@@ -27,6 +28,7 @@
 
 mod arguments;
 mod buffers;
+mod cancel;
 mod dataset;
 mod engine;
 mod float_mode;

@@ -270,7 +270,7 @@ pub unsafe extern "C" fn mxt_model_load(
         guard::child("mxt_model_load", engine, |engine| {
             let out = arguments::place("model", model)?;
             let dir = arguments::path("dir", dir)?;
-            out.put(mxt_model::new(Model::load(&engine.engine, dir)?)?.into_raw());
+            out.put(mxt_model::new(Model::load(&engine.engine, &dir)?)?.into_raw());
             Ok(())
         })
     }
@@ -290,7 +290,7 @@ pub unsafe extern "C" fn mxt_model_save(model: *const mxt_model, dir: *const c_c
         guard::method("mxt_model_save", model, |model| {
             let dir = arguments::path("dir", dir)?;
             let _reading = model.state.access().read()?;
-            Ok(model.model.save(dir)?)
+            Ok(model.model.save(&dir)?)
         })
     }
 }
@@ -383,7 +383,7 @@ pub unsafe extern "C" fn mxt_model_tensor_read(
             let name = arguments::text("name", name)?;
             let _reading = model.state.access().read()?;
             buffers::fill(model.model.engine(), "values", values, count, |values| {
-                Ok(model.model.read_tensor(name, values)?)
+                Ok(model.model.read_tensor(&name, values)?)
             })
         })
     }
@@ -408,7 +408,7 @@ pub unsafe extern "C" fn mxt_model_tensor_write(
             let name = arguments::text("name", name)?;
             let _writing = model.state.access().write()?;
             buffers::read(model.model.engine(), "values", values, count, |values| {
-                Ok(model.model.write_tensor(name, values)?)
+                Ok(model.model.write_tensor(&name, values)?)
             })
         })
     }

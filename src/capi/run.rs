@@ -11,9 +11,7 @@ use std::ffi::{c_char, c_void};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::arguments;
 use super::dataset::mxt_dataset;
-use super::guard;
 use super::handle::keep;
 use super::status::mxt_status_code::{
     MXT_ERROR_DEVICE, MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_STOPPED,
@@ -22,6 +20,7 @@ use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::trainer::mxt_trainer;
 use super::trainer_structs::{mxt_eval_stats, mxt_step_stats};
+use super::{arguments, cancel, guard};
 
 /// Why a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +155,8 @@ pub unsafe extern "C-unwind" fn mxt_trainer_run(
     options: *const mxt_run_options,
     result: *mut mxt_run_result,
 ) -> mxt_status {
+    // The callbacks are outside of the guard, and nothing may unwind through this function from them.
+    let _held = cancel::hold();
     let mut started = None;
     // SAFETY: pointers are NULL or valid, as the header asks.
     let status = unsafe {
@@ -175,6 +176,10 @@ pub unsafe extern "C-unwind" fn mxt_trainer_run(
         }),
         Err(status) => status,
     };
+    // Who asks again while the run ends means this run, not the next.
+    if run.end == Some(mxt_run_end::Request) {
+        run.trainer.stop().clear();
+    }
     guard::release(NAME, run);
     status
 }
@@ -212,7 +217,7 @@ impl Run {
             let options = read("options", options)?;
             let save_dir = match options.save_dir.is_null() {
                 true => None,
-                false => Some(arguments::path("save_dir", options.save_dir)?.to_owned()),
+                false => Some(arguments::path("save_dir", options.save_dir)?),
             };
             Ok(Self {
                 trainer: keep(trainer).ok_or_else(|| Failure::null("trainer"))?,

@@ -147,7 +147,7 @@ pub unsafe extern "C" fn mxt_trainer_load(
         guard::child("mxt_trainer_load", engine, |engine| {
             let out = arguments::place("trainer", trainer)?;
             let dir = arguments::path("dir", dir)?;
-            let loaded = Trainer::load(&engine.engine, dir)?;
+            let loaded = Trainer::load(&engine.engine, &dir)?;
             let model = mxt_model::new(loaded.model().clone())?;
             out.put(mxt_trainer::new(loaded, model)?);
             Ok(())
@@ -170,7 +170,7 @@ pub unsafe extern "C" fn mxt_trainer_save(
     unsafe {
         guard::method("mxt_trainer_save", trainer, |trainer| {
             let dir = arguments::path("dir", dir)?;
-            trainer.exclusive(|trainer| Ok(trainer.save(dir)?))
+            trainer.exclusive(|trainer| Ok(trainer.save(&dir)?))
         })
     }
 }
@@ -181,8 +181,8 @@ pub unsafe extern "C" fn mxt_trainer_save(
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
 /// a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
 /// where this step does not read it), MXT_ERROR_IO (a file of the dataset has become shorter, or its
-/// disk fails), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the weights are as before the
-/// step.
+/// disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or moment would not be),
+/// MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the step.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_step(
     trainer: *mut mxt_trainer,
@@ -222,8 +222,8 @@ pub unsafe extern "C" fn mxt_trainer_step_tokens(
         guard::method("mxt_trainer_step_tokens", trainer, |trainer| {
             let out = Out::optional("stats", stats)?;
             let engine = trainer.model.model.engine();
-            let stats = buffers::read(engine, "tokens", tokens, count, |tokens| {
-                trainer.exclusive(|trainer| Ok(trainer.step_tokens(tokens)?))
+            let stats = buffers::read_in_parts(engine, "tokens", tokens, count, |copy| {
+                trainer.exclusive(|trainer| Ok(trainer.step_copied_tokens(count, copy)?))
             })?;
             out.put(stats.into());
             Ok(())
@@ -373,8 +373,9 @@ pub unsafe extern "C" fn mxt_trainer_get_options(
 
 /// Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of several
 /// batches or of an evaluation, which then count as not done. A run that is not started yet stops at
-/// once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up or
-/// mxt_trainer_clear_stop takes it back. NULL does nothing.
+/// once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up, and with it
+/// all that come before that run has returned, or mxt_trainer_clear_stop takes it back. NULL does
+/// nothing.
 ///
 /// Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
 /// not be freed meanwhile.

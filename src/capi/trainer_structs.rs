@@ -42,7 +42,7 @@ pub struct mxt_trainer_options {
     pub beta1: f32,
     /// AdamW's decay of the second moment. Default 0.95.
     pub beta2: f32,
-    /// Added to the square root of the second moment. Default 1e-8.
+    /// Added to the square root of the second moment; above 0. Default 1e-8.
     pub epsilon: f32,
     /// Decoupled weight decay of tensors of two or more dimensions. Default 0.1.
     pub weight_decay: f32,

@@ -17,7 +17,7 @@ pub(crate) use params::{HEAD, ParamSpec, Params, WTE, specs};
 pub use recompute::Recompute;
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::backend::{Backend, Device};
 use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, TensorRead};
@@ -70,7 +70,8 @@ pub struct StoredTensor {
 
 /// A GPT on an engine's device. Cheap to clone: clones are the same model.
 ///
-/// Calls from several threads wait for each other; a trainer holds the model for one step at a time.
+/// Calls that only read may run at once on several threads; those that write wait for them and for each
+/// other. A trainer holds the model for one step at a time.
 #[derive(Clone)]
 pub struct Model(Arc<Inner>);
 
@@ -81,7 +82,15 @@ struct Inner {
     found: Option<FoundConfig>,
     specs: Params<ParamSpec>,
     tensors: Vec<TensorInfo>,
-    params: Mutex<Params<<Device as Backend>::Param>>,
+    weights: RwLock<Weights>,
+}
+
+/// What training changes of a model.
+pub(crate) struct Weights {
+    pub(crate) params: Params<<Device as Backend>::Param>,
+    /// An upper bound of their magnitudes, infinite where none is known: several trainers and the host
+    /// may write them in turn.
+    pub(crate) largest: f64,
 }
 
 impl Model {
@@ -92,8 +101,8 @@ impl Model {
     pub fn new(engine: &Engine, config: &ModelConfig) -> Result<Self> {
         let model = Self::zeroed(engine, config, None)?;
         {
-            let mut params = model.lock()?;
-            let all = params.iter_mut().zip(model.specs().iter());
+            let mut weights = model.lock()?;
+            let all = weights.params.iter_mut().zip(model.specs().iter());
             for (index, (param, spec)) in all.enumerate() {
                 init::initialize(engine.backend(), param, spec, engine.seed(), index)?;
             }
@@ -128,8 +137,8 @@ impl Model {
         let (config, found) = checkpoint.config()?;
         let model = Self::zeroed(engine, &config, Some(found))?;
         {
-            let mut guard = model.lock()?;
-            let mut params: Vec<_> = guard.iter_mut().collect();
+            let mut weights = model.lock()?;
+            let mut params: Vec<_> = weights.params.iter_mut().collect();
             let specs: Vec<_> = model.specs().iter().collect();
             let mut ours = model.room_for_a_tensor()?;
             checkpoint.weights(model.tensors(), &mut |index, values| {
@@ -168,8 +177,9 @@ impl Model {
     /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its flushing
     /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        let params = self.lock()?;
-        file_limit_is_an_error(|| checkpoint::save(dir, self.part(&self.exported(&params)), None))
+        let weights = self.read()?;
+        let model = self.exported(&weights.params);
+        file_limit_is_an_error(|| checkpoint::save(dir, self.part(&model), None))
     }
 
     /// The engine it lives on.
@@ -193,8 +203,8 @@ impl Model {
     /// [`Error::NoSuchTensor`]; [`Error::InvalidArgument`] if `out` has another length.
     pub fn read_tensor(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.index_of(name, out.len())?;
-        let params = self.lock()?;
-        self.exported(&params).read(index, out)
+        let weights = self.read()?;
+        self.exported(&weights.params).read(index, out)
     }
 
     /// Overwrites a parameter, in the shape that [`Model::tensors`] gives.
@@ -206,9 +216,13 @@ impl Model {
         if let Some((i, value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
             return Err(Error::NotFinite { what: format!("element {i} of {name}"), value: *value });
         }
-        let mut params = self.lock()?;
+        let mut weights = self.lock()?;
+        let weights = &mut *weights;
         let spec = self.specs().iter().nth(index).expect("tensors and parameters have one order");
-        let param = params.iter_mut().nth(index).expect("tensors and parameters have one order");
+        let param =
+            weights.params.iter_mut().nth(index).expect("tensors and parameters have one order");
+        let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        weights.largest = weights.largest.max(largest.into());
         let mut ours = Vec::new();
         spec.import(values, &mut ours);
         self.engine().backend().write_param(param, &ours)
@@ -229,8 +243,13 @@ impl Model {
     }
 
     /// The weights, for as long as the guard lives.
-    pub(crate) fn lock(&self) -> Result<MutexGuard<'_, Params<<Device as Backend>::Param>>> {
-        self.0.params.lock().map_err(|_| Error::Poisoned)
+    pub(crate) fn lock(&self) -> Result<RwLockWriteGuard<'_, Weights>> {
+        self.0.weights.write().map_err(|_| Error::Poisoned)
+    }
+
+    /// The weights, for as long as the guard lives, which others may read as well.
+    pub(crate) fn read(&self) -> Result<RwLockReadGuard<'_, Weights>> {
+        self.0.weights.read().map_err(|_| Error::Poisoned)
     }
 
     /// The weights as a checkpoint holds them.
@@ -289,7 +308,7 @@ impl Model {
             found,
             specs,
             tensors,
-            params: Mutex::new(params),
+            weights: RwLock::new(Weights { params, largest: f64::INFINITY }),
         })))
     }
 
@@ -336,5 +355,41 @@ impl<F: Fn(usize, &mut [f32]) -> Result<()>> TensorRead for Exported<'_, F> {
         (self.read)(index, out)?;
         self.specs[index].export(out, &mut Vec::new());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::EngineOptions;
+
+    /// Whoever reads weights does not wait for a save or a generation, which read them for long.
+    #[test]
+    fn readers_do_not_wait_for_each_other() {
+        let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();
+        let config = ModelConfig {
+            vocab_size: 32,
+            context_length: 16,
+            layers: 1,
+            heads: 2,
+            channels: 16,
+            ..ModelConfig::default()
+        };
+        let model = Model::new(&engine, &config).unwrap();
+        let reading = model.read().unwrap();
+        let (done, all_done) = channel();
+        let other = model.clone();
+        let thread = std::thread::spawn(move || {
+            other.read_tensor("transformer.ln_f.weight", &mut [0.0; 16]).unwrap();
+            other.next_logits(&[1, 2], &mut [0.0; 32]).unwrap();
+            done.send(()).unwrap();
+        });
+        let in_time = all_done.recv_timeout(Duration::from_secs(60));
+        drop(reading);
+        thread.join().unwrap();
+        assert_eq!(in_time, Ok(()));
     }
 }

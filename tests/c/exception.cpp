@@ -2,6 +2,7 @@
 // goes on where it was.
 #include "check.h"
 
+#include <pthread.h>
 #include <stdexcept>
 
 int main() {
@@ -23,6 +24,10 @@ int main() {
     caught = strcmp(error.what(), "enough") == 0;
   }
   CHECK(caught);
+  // The host's thread can be cancelled again.
+  int state = -1;
+  CHECK(pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, &state) == 0);
+  CHECK(state == PTHREAD_CANCEL_ENABLE);
   CHECK(mxt_trainer_steps_done(trainer) == 2);
   CHECK(step(trainer, dataset).step == 3);
   run.on_step = nullptr;

@@ -169,6 +169,50 @@ static void side_jobs(const char *root) {
   mxt_engine_free(engine);
 }
 
+/* Asks a second time while the run that the first request ended saves. */
+static void ask_in_log(void *user_data, int32_t level, const char *line) {
+  (void)user_data;
+  if (level == MXT_LOG_LEVEL_WARNING && strstr(line, "could not be saved") != NULL)
+    mxt_trainer_request_stop(in_training);
+}
+
+static int32_t ask(void *user_data, const mxt_step_stats *stats, const mxt_eval_stats *e) {
+  (void)user_data, (void)e;
+  CHECK(stats->step > 0);
+  mxt_trainer_request_stop(in_training);
+  return 0;
+}
+
+static void asks_twice(void) {
+  mxt_engine_options options;
+  mxt_engine *engine = NULL;
+  OK(mxt_engine_options_init(&options, sizeof options));
+  options.threads = 1;
+  options.log = ask_in_log;
+  OK(mxt_engine_new(&options, &engine));
+  mxt_model *model = new_model(engine);
+  mxt_dataset *dataset = new_dataset();
+  mxt_trainer *trainer = new_trainer(model);
+  mxt_run_options run;
+  mxt_run_result result;
+  OK(mxt_run_options_init(&run, sizeof run));
+  result.struct_size = sizeof result;
+  in_training = trainer;
+  run.steps = 3;
+  run.save_dir = "/dev/null/x";
+  run.on_step = ask;
+  RETURNS(MXT_ERROR_IO, mxt_trainer_run(trainer, dataset, &run, &result));
+  CHECK(mxt_trainer_steps_done(trainer) == 1);
+  run.save_dir = NULL;
+  run.on_step = NULL;
+  OK(mxt_trainer_run(trainer, dataset, &run, &result));
+  CHECK(result.steps == 3 && result.end == MXT_RUN_END_FINISHED);
+  mxt_trainer_free(trainer);
+  mxt_dataset_free(dataset);
+  mxt_model_free(model);
+  mxt_engine_free(engine);
+}
+
 static int32_t no_evaluation(void *user_data, const mxt_step_stats *stats, const mxt_eval_stats *e) {
   CHECK(stats->step > 0 && e == NULL);
   ++*(int *)user_data;
@@ -340,6 +384,7 @@ int main(int argc, char **argv) {
   CHECK(result.steps == 0x5a5a5a5a5a5a5a5a && mxt_trainer_steps_done(trainer) == done + 1);
 
   side_jobs(argv[1]);
+  asks_twice();
   stops_on_the_way(engine, model, dataset, in_folder(argv[1], "stopped"));
 
   mxt_trainer_free(trainer);

@@ -371,6 +371,21 @@ fn a_loss_that_is_not_finite_ends_the_run() {
     assert_eq!(losses(dir.path(), "log.jsonl").len() as u64, saved);
 }
 
+/// Weights may be finite and too large to evaluate: the run is done and saved, and says that.
+#[test]
+fn a_validation_loss_that_is_not_finite_is_lost_on_the_side() {
+    let dir = folder();
+    let line = format!(
+        "train --data data --out model --log log.jsonl --steps 1 --warmup 0 --lr 1e30 {TINY}"
+    );
+    let output = run(dir.path(), &line);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{error}");
+    assert!(error.contains("an evaluation failed: the validation loss is not finite"), "{error}");
+    assert!(error.contains("the run is done and saved in model, but: "), "{error}");
+    assert_eq!(info(dir.path(), "model")["training"]["step"], 1);
+}
+
 fn rates(dir: &Path, name: &str) -> Vec<f64> {
     let steps = log(dir, name, "step");
     steps.values().map(|step| step["lr"].as_f64().unwrap()).collect()

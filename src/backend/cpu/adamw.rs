@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, prefetch_after};
 use super::{Cpu, JOB_ELEMENTS};
-use crate::backend::{AdamWStep, Trained};
+use crate::backend::{AdamWStep, Largest, Trained};
 
 /// Sum of squares in f64: by chunks of fixed size, then halves of halves, whatever the threads.
 pub(super) fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
@@ -23,9 +23,8 @@ pub(super) fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
 
 /// One update of a parameter and its moments, by `gradient_scale` times its gradient.
 pub(super) fn update(cpu: &Cpu, all: Trained<'_, Cpu>, step: &AdamWStep, gradient_scale: f32) {
-    let Trained { param, m, v, gradient, decays } = all;
-    let weight_decay = if decays { step.weight_decay } else { 0.0 };
-    let step = AdamWStep { weight_decay, ..*step };
+    let step = for_parameter(step, all.decays);
+    let Trained { param, m, v, gradient, .. } = all;
     cpu.install(|| {
         param
             .par_chunks_mut(JOB_ELEMENTS)
@@ -36,6 +35,33 @@ pub(super) fn update(cpu: &Cpu, all: Trained<'_, Cpu>, step: &AdamWStep, gradien
                 update_chunk(cpu.isa(), p, m, v, g, &step, gradient_scale);
             });
     });
+}
+
+/// The largest magnitudes that [`update`] would leave.
+pub(super) fn try_update(
+    cpu: &Cpu,
+    all: &Trained<'_, Cpu>,
+    step: &AdamWStep,
+    gradient_scale: f32,
+) -> Largest {
+    let step = for_parameter(step, all.decays);
+    let Trained { param, m, v, gradient, .. } = all;
+    let bits = cpu.install(|| {
+        param
+            .par_chunks(JOB_ELEMENTS)
+            .zip(m.par_chunks(JOB_ELEMENTS))
+            .zip(v.par_chunks(JOB_ELEMENTS))
+            .zip(gradient.par_chunks(JOB_ELEMENTS))
+            .map(|(((p, m), v), g)| try_chunk(cpu.isa(), p, m, v, g, &step, gradient_scale))
+            // By their bits NaN is larger than everything.
+            .reduce(|| [0; 3], |a, b| [a[0].max(b[0]), a[1].max(b[1]), a[2].max(b[2])])
+    });
+    let [weight, m, v] = bits.map(f32::from_bits);
+    Largest { weight, m, v }
+}
+
+fn for_parameter(step: &AdamWStep, decays: bool) -> AdamWStep {
+    AdamWStep { weight_decay: if decays { step.weight_decay } else { 0.0 }, ..*step }
 }
 
 simd_fn! {
@@ -63,11 +89,7 @@ simd_fn! {
         step: &AdamWStep,
         gradient_scale: f32,
     ) {
-        // The corrections for moments that start at 0, in f64: beta^t is close to 1 for long.
-        let correction = |beta: f32| 1.0 - f64::from(beta).powf(step.t as f64);
-        let size = (f64::from(step.lr) / correction(step.beta1)) as f32;
-        let root = (1.0 / correction(step.beta2).sqrt()) as f32;
-        let keep = 1.0 - step.lr * step.weight_decay;
+        let update = Update::new(step, gradient_scale);
         let moments = m.chunks_mut(AHEAD).zip(v.chunks_mut(AHEAD));
         for ((p, (m, v)), g) in p.chunks_mut(AHEAD).zip(moments).zip(g.chunks(AHEAD)) {
             prefetch_after(p);
@@ -77,11 +99,155 @@ simd_fn! {
             let n = p.len();
             let (m, v, g) = (&mut m[..n], &mut v[..n], &g[..n]);
             for i in 0..n {
-                let gradient = g[i] * gradient_scale;
-                m[i] = step.beta1 * m[i] + (1.0 - step.beta1) * gradient;
-                v[i] = step.beta2 * v[i] + (1.0 - step.beta2) * (gradient * gradient);
-                p[i] = p[i] * keep - size * (m[i] / (v[i].sqrt() * root + step.epsilon));
+                (p[i], m[i], v[i]) = update.of(p[i], m[i], v[i], g[i]);
             }
         }
+    }
+}
+
+simd_fn! {
+    /// The bits of the largest magnitudes that [`update_chunk`] would leave: weight, moments.
+    fn try_chunk(
+        p: &[f32],
+        m: &[f32],
+        v: &[f32],
+        g: &[f32],
+        step: &AdamWStep,
+        gradient_scale: f32,
+    ) -> [u32; 3] {
+        let update = Update::new(step, gradient_scale);
+        let mut largest = [0; 3];
+        let (m, v, g) = (&m[..p.len()], &v[..p.len()], &g[..p.len()]);
+        for i in 0..p.len() {
+            let (p, m, v) = update.of(p[i], m[i], v[i], g[i]);
+            for (largest, x) in largest.iter_mut().zip([p, m, v]) {
+                *largest = x.abs().to_bits().max(*largest);
+            }
+        }
+        largest
+    }
+}
+
+/// The arithmetic of an update, which is the same whether it is stored or tried.
+struct Update {
+    beta1: f32,
+    beta2: f32,
+    epsilon: f32,
+    size: f32,
+    root: f32,
+    keep: f32,
+    gradient_scale: f32,
+}
+
+impl Update {
+    fn new(step: &AdamWStep, gradient_scale: f32) -> Self {
+        let AdamWStep { beta1, beta2, epsilon, .. } = *step;
+        let (size, root, keep) = (step.size(), step.root(), step.keep());
+        Self { beta1, beta2, epsilon, size, root, keep, gradient_scale }
+    }
+
+    /// A weight and its moments after the update.
+    #[inline(always)]
+    fn of(&self, p: f32, m: f32, v: f32, g: f32) -> (f32, f32, f32) {
+        let gradient = g * self.gradient_scale;
+        let m = self.beta1 * m + (1.0 - self.beta1) * gradient;
+        let v = self.beta2 * v + (1.0 - self.beta2) * (gradient * gradient);
+        let p = p * self.keep - self.size * (m / (v.sqrt() * self.root + self.epsilon));
+        (p, m, v)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::optim::Bounds;
+
+    /// A power of ten.
+    fn scale(exponents: std::ops::Range<f64>) -> impl Strategy<Value = f32> {
+        exponents.prop_map(|exponent| 10f64.powf(exponent) as f32)
+    }
+
+    fn steps() -> impl Strategy<Value = AdamWStep> {
+        let beta = || prop_oneof![Just(0.0f32), Just(1.0f32.next_down()), 0.0f32..0.9999];
+        let rates = (scale(-8.0..38.5), prop_oneof![Just(0.0), scale(-3.0..38.5)]);
+        let t = prop_oneof![1u64..5, 1u64..1_000_000];
+        (rates, beta(), beta(), scale(-44.8..-0.1), t).prop_map(
+            |((lr, weight_decay), beta1, beta2, epsilon, t)| AdamWStep {
+                lr,
+                beta1,
+                beta2,
+                epsilon,
+                weight_decay,
+                t,
+                clip: 0.0,
+                loss_scale: 1.0,
+                largest_gradient: f32::INFINITY,
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+        /// Within the limit that bounds give, all stays finite and within the next bounds.
+        #[test]
+        fn bounds_vouch_for_updates(
+            step in steps(),
+            bounds in (scale(-45.0..37.5), scale(-45.0..37.5), scale(-45.0..37.5)),
+            parts in [-1.0f32..=1.0, -1.0f32..=1.0, 0.0f32..=1.0],
+            gradients in prop::collection::vec(prop_oneof![Just(1.0f32), Just(-1.0), -1.0f32..1.0], 8),
+        ) {
+            let (weight, m, v) = bounds;
+            let [mut p, mut first, mut second] = [weight * parts[0], m * parts[1], v * parts[2]];
+            let mut bounds = Bounds { weight: weight.into(), m: m.into(), v: v.into() };
+            for (t, part) in (step.t..).zip(gradients) {
+                let step = AdamWStep { t, ..step };
+                let limit = bounds.largest_gradient(&step);
+                if limit < 0.0 {
+                    break;
+                }
+                let gradient = limit * part;
+                let next = bounds.after(&step, gradient.abs());
+                let [fixed, decayed] = [false, true].map(|decays| {
+                    let update = Update::new(&for_parameter(&step, decays), 1.0);
+                    update.of(p, first, second, gradient)
+                });
+                for (p, first, second) in [fixed, decayed] {
+                    prop_assert!(f64::from(p.abs()) <= next.weight, "{p} {next:?} {step:?}");
+                    prop_assert!(f64::from(first.abs()) <= next.m, "{first} {next:?} {step:?}");
+                    prop_assert!(f64::from(second.abs()) <= next.v, "{second} {next:?} {step:?}");
+                    prop_assert!(p.is_finite() && first.is_finite() && second.is_finite());
+                }
+                (p, first, second) = decayed;
+                bounds = next;
+            }
+        }
+    }
+
+    /// Ordinary settings never need more than a first look, and nothing is vouched for that is unknown.
+    #[test]
+    fn bounds_are_wide_enough_for_training() {
+        let mut step = AdamWStep {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            t: 1,
+            clip: 0.0,
+            loss_scale: 1.0,
+            largest_gradient: f32::INFINITY,
+        };
+        let mut bounds = Bounds { weight: 1.0, ..Bounds::NEW };
+        while step.t < 100_000 {
+            assert!(bounds.largest_gradient(&step) > 1e9, "{bounds:?} {step:?}");
+            bounds = bounds.after(&step, 10.0);
+            step.t += 1;
+        }
+        assert!(Bounds::NEW.largest_gradient(&step) < 0.0);
+        assert!(Bounds::UNKNOWN.largest_gradient(&step) < 0.0);
+        assert!(bounds.largest_gradient(&AdamWStep { lr: 3e38, ..step }) < 0.0);
     }
 }

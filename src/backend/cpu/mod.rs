@@ -28,7 +28,7 @@ pub use workspace::Workspace;
 use rayon::prelude::*;
 
 use super::{
-    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape,
+    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, Largest, LinearShape,
     NormStatistics, Precision, Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
 use crate::Result;
@@ -384,6 +384,24 @@ impl Backend for Cpu {
             }
             Ok(sums)
         })
+    }
+
+    fn try_step(
+        &self,
+        _: &mut f64,
+        parameters: &mut VisitTrained<'_, Self>,
+        step: &AdamWStep,
+        sums: &StepSums,
+        largest: &mut (dyn FnMut(Largest) + Send),
+    ) -> Result<()> {
+        self.install(|| {
+            if let Some(gradient_scale) = sums.gradient_scale(step) {
+                parameters(&mut |parameter| {
+                    largest(adamw::try_update(self, &parameter, step, gradient_scale));
+                });
+            }
+        });
+        Ok(())
     }
 
     fn sum_losses(&self, _: &mut f64, losses: &Buffer<f32>, rows: usize) -> Result<f64> {

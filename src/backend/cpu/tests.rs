@@ -627,6 +627,7 @@ fn optimizer_steps() {
         t: 3,
         clip: (0.5 * norm) as f32,
         loss_scale: 0.25,
+        largest_gradient: f32::INFINITY,
     };
     each_isa(|cpu| {
         let (mut p, mut m, mut v) =
@@ -648,12 +649,8 @@ fn optimizer_steps() {
         assert!((f64::from(found) / norm - 1.0).abs() < 1e-6);
         let exact: Vec<f64> = (0..n)
             .map(|i| {
-                let g = 0.5 * f64::from(g[i]);
-                let m = 0.9 * m0[i] + 0.1 * g;
-                let v = 0.95 * v0[i] + 0.05 * g * g;
-                let (mean, root) =
-                    (m / (1.0 - 0.9f64.powi(3)), (v / (1.0 - 0.95f64.powi(3))).sqrt());
-                f64::from(p0[i]) * (1.0 - 0.01 * 0.1) - 0.01 * mean / (root + 1e-8)
+                let before = [f64::from(p0[i]), m0[i], v0[i]];
+                reference::adamw(before, 0.5 * f64::from(g[i]), true, &step)[0]
             })
             .collect();
         close(&p, &exact, 1e-6);
@@ -667,5 +664,71 @@ fn optimizer_steps() {
         };
         cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap();
         assert_eq!(p[..], before[..]);
+    });
+}
+
+/// What a trial says an update would leave is what it leaves, to the bit, NaN and infinity included; a
+/// norm above the limit changes nothing.
+#[test]
+fn a_tried_update_is_the_update() {
+    let n = 40_003;
+    let step = AdamWStep {
+        lr: 0.01,
+        beta1: 0.9,
+        beta2: 0.95,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        t: 3,
+        clip: 0.0,
+        loss_scale: 1.0,
+        largest_gradient: f32::INFINITY,
+    };
+    let fast = AdamWStep { lr: 3e38, ..step };
+    // Extreme values at a place that no vector and no job begins with.
+    let cases: [(&str, AdamWStep, [f32; 4], [bool; 3]); 6] = [
+        ("ordinary", step, [1.0, 1.0, 1.0, 1.0], [true; 3]),
+        ("a large weight", step, [3e38, 1.0, 1.0, 1.0], [true; 3]),
+        ("a large moment", step, [1.0, 3e37, 1.0, 1.0], [true; 3]),
+        ("a tiny second moment", step, [1.0, 3e37, 0.0, 0.0], [false, true, true]),
+        ("a large gradient", step, [1.0, 1.0, 1.0, 1e20], [true, true, false]),
+        ("a large rate", fast, [1.0, 1.0, 1.0, 1.0], [false, true, true]),
+    ];
+    let shape = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8);
+    each_isa(|cpu| {
+        for (what, step, [p1, m1, v1, g1], finite) in cases {
+            let with = |mut x: Buffer<f32>, extreme| {
+                x[33_333] = extreme;
+                x
+            };
+            let (mut p, mut m) = (with(random(n, 2), p1), with(random(n, 3), m1));
+            let mut v = with(buffer(n, |i| i as f32 * 1e-5), v1);
+            let mut gradient = with(random(n, 1), g1);
+            let before = [p.to_vec(), m.to_vec(), v.to_vec()];
+            let mut scratch = workspace(&cpu, &shape);
+            let (mut optimizer, mut tried) = (1.0, Vec::new());
+            let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
+                let (param, m, v, gradient) = (&mut p, &mut m, &mut v, &mut gradient);
+                visit(Trained { param, m, v, gradient, decays: true });
+            };
+            let within = AdamWStep { largest_gradient: 1.0, ..step };
+            let sums = cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &within).unwrap();
+            assert_eq!(sums.gradient_scale(&within), None, "{what}");
+            cpu.try_step(&mut optimizer, &mut all, &step, &sums, &mut |largest| {
+                tried.push(largest);
+            })
+            .unwrap();
+            assert_eq!([p.to_vec(), m.to_vec(), v.to_vec()], before, "{what}");
+
+            let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
+                let (param, m, v, gradient) = (&mut p, &mut m, &mut v, &mut gradient);
+                visit(Trained { param, m, v, gradient, decays: true });
+            };
+            cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap();
+            let most = |x: &[f32]| x.iter().map(|x| x.abs().to_bits()).max().unwrap();
+            let [found] = tried[..] else { panic!("{tried:?}") };
+            let found = [found.weight, found.m, found.v];
+            assert_eq!(found.map(f32::to_bits), [most(&p), most(&m), most(&v)], "{what}");
+            assert_eq!(found.map(f32::is_finite), finite, "{what}");
+        }
     });
 }

@@ -11,7 +11,7 @@ use super::gpu::launch;
 use super::memory::{Arena, F32, Param, Piece, Upload};
 use super::{Cuda, Workspace};
 use crate::Result;
-use crate::backend::{AdamWStep, StepSums, Trained, VisitTrained};
+use crate::backend::{AdamWStep, Largest, StepSums, Trained, VisitTrained};
 
 /// Elements of a piece of work, as in the kernels.
 const PIECE: usize = 4096;
@@ -22,22 +22,22 @@ const BLOCK: usize = 256;
 /// Where a parameter and what belongs to it lies: `Entry` of the kernels.
 #[derive(Clone, Copy, PartialEq, Pod, Zeroable)]
 #[repr(C)]
-struct Entry {
-    param: u64,
-    copy: u64,
-    m: u64,
-    v: u64,
-    gradient: u64,
-    len: u64,
-    first_piece: u64,
-    decays: u64,
-    most: u64,
+pub(super) struct Entry {
+    pub(super) param: u64,
+    pub(super) copy: u64,
+    pub(super) m: u64,
+    pub(super) v: u64,
+    pub(super) gradient: u64,
+    pub(super) len: u64,
+    pub(super) first_piece: u64,
+    pub(super) decays: u64,
+    pub(super) most: u64,
 }
 
 /// `Step` of the kernels.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Step {
+pub(super) struct Step {
     lr: f32,
     beta1: f32,
     beta2: f32,
@@ -47,6 +47,24 @@ struct Step {
     root: f32,
     clip: f32,
     loss_scale: f32,
+    largest_gradient: f32,
+}
+
+impl Step {
+    pub(super) fn new(step: &AdamWStep) -> Self {
+        Self {
+            lr: step.lr,
+            beta1: step.beta1,
+            beta2: step.beta2,
+            epsilon: step.epsilon,
+            weight_decay: step.weight_decay,
+            size: step.size(),
+            root: step.root(),
+            clip: step.clip,
+            loss_scale: step.loss_scale,
+            largest_gradient: step.largest_gradient,
+        }
+    }
 }
 
 /// What the steps of a trainer need besides the moments.
@@ -64,6 +82,10 @@ pub(crate) struct Optimizer {
     partials: Piece,
     /// Four f64: losses, squares, raised blocks, and the losses of an evaluation.
     sums: Piece,
+    /// (parameters, 3) words: what a trial of an update found.
+    trial: Piece,
+    /// The same on the host.
+    found: Vec<u32>,
 }
 
 impl Optimizer {
@@ -77,6 +99,8 @@ impl Optimizer {
             pieces: 0,
             partials: arena.bytes(PARTS * 8),
             sums: arena.bytes(4 * 8),
+            trial: arena.bytes(3 * 4 * parameters),
+            found: vec![0; 3 * parameters],
         }
     }
 
@@ -141,24 +165,38 @@ pub(super) fn finish_step(
     let (partials, sums) = (optimizer.partials.address, optimizer.sum(0));
     launch!(cuda.gpu, "square_gradients", [PARTS, 1, 1], BLOCK, 0;
         partials, table, entries, optimizer.pieces);
-    let correction = |beta: f32| 1.0 - f64::from(beta).powf(step.t as f64);
-    let factors = Step {
-        lr: step.lr,
-        beta1: step.beta1,
-        beta2: step.beta2,
-        epsilon: step.epsilon,
-        weight_decay: step.weight_decay,
-        size: (f64::from(step.lr) / correction(step.beta1)) as f32,
-        root: (1.0 / correction(step.beta2).sqrt()) as f32,
-        clip: step.clip,
-        loss_scale: step.loss_scale,
-    };
+    let factors = Step::new(step);
     launch!(cuda.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
         sums, workspace.raised.address, partials, PARTS as u32, table, entries, factors);
     launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
-        table, entries, optimizer.pieces, sums, factors);
-    let [losses, squares, raised] = read(cuda, sums)?;
+        table, entries, optimizer.pieces, sums, 0u64, factors);
+    let mut found = [0.0; 3];
+    read(cuda, &mut found, sums)?;
+    let [losses, squares, raised] = found;
     Ok(StepSums { losses, squares, raised_blocks: raised as u64 })
+}
+
+/// What the update of the last [`finish_step`] would leave.
+pub(super) fn try_step(
+    cuda: &Cuda,
+    optimizer: &mut Optimizer,
+    parameters: &mut VisitTrained<'_, Cuda>,
+    step: &AdamWStep,
+    largest: &mut (dyn FnMut(Largest) + Send),
+) -> Result<()> {
+    optimizer.update_table(parameters);
+    let (table, entries) = (optimizer.table.address, optimizer.entries.len());
+    let trial = optimizer.trial.address;
+    cuda.clear(trial, 3 * 4 * entries);
+    launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
+        table, entries as u32, optimizer.pieces, optimizer.sum(0), trial, Step::new(step));
+    let found = &mut optimizer.found[..3 * entries];
+    read(cuda, found, trial)?;
+    for bits in found.as_chunks::<3>().0 {
+        let [weight, m, v] = bits.map(f32::from_bits);
+        largest(Largest { weight, m, v });
+    }
+    Ok(())
 }
 
 pub(super) fn sum_losses(
@@ -169,8 +207,9 @@ pub(super) fn sum_losses(
 ) -> Result<f64> {
     launch!(cuda.gpu, "sum_losses", [1, 1, 1], 1024, 0;
         optimizer.sum(3), losses.address(), rows as u32, 0u32);
-    let [sum] = read(cuda, optimizer.sum(3))?;
-    Ok(sum)
+    let mut sum = [0.0];
+    read(cuda, &mut sum, optimizer.sum(3))?;
+    Ok(sum[0])
 }
 
 /// Makes the bf16 copy of a parameter that was written.
@@ -181,14 +220,13 @@ pub(super) fn copy_to_bf16(cuda: &Cuda, param: &Param) {
         param.copy.address, param.most.address, param.master.address(), len as u64);
 }
 
-/// Waits for the device and reads N numbers.
-fn read<const N: usize>(cuda: &Cuda, from: u64) -> Result<[f64; N]> {
-    let mut numbers = [0.0; N];
-    // SAFETY: the sums are that long, and `numbers` outlives the wait.
+/// Waits for the device and reads numbers.
+fn read<T: Pod>(cuda: &Cuda, to: &mut [T], from: u64) -> Result<()> {
+    // SAFETY: what is read is that long, and `to` outlives the wait.
     let result = unsafe {
-        sys::cuMemcpyDtoHAsync_v2(numbers.as_mut_ptr().cast(), from, 8 * N, cuda.gpu.stream())
+        let bytes = size_of_val(to);
+        sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, bytes, cuda.gpu.stream())
     };
     cuda.gpu.note("reading sums", result);
-    cuda.gpu.synchronize()?;
-    Ok(numbers)
+    cuda.gpu.synchronize()
 }

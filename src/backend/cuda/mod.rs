@@ -41,7 +41,7 @@ pub(crate) use memory::{Arena, F32, Param, Tensor};
 pub(crate) use workspace::Workspace;
 
 use super::{
-    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, LinearShape,
+    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, Largest, LinearShape,
     NormStatistics, Precision, Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
 use crate::mx::{Draw, Random};
@@ -528,6 +528,17 @@ impl Backend for Cuda {
         step: &AdamWStep,
     ) -> Result<StepSums> {
         adamw::finish_step(self, workspace, optimizer, parameters, step)
+    }
+
+    fn try_step(
+        &self,
+        optimizer: &mut Optimizer,
+        parameters: &mut VisitTrained<'_, Self>,
+        step: &AdamWStep,
+        _sums: &StepSums,
+        largest: &mut (dyn FnMut(Largest) + Send),
+    ) -> Result<()> {
+        adamw::try_step(self, optimizer, parameters, step, largest)
     }
 
     fn sum_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize) -> Result<f64> {

@@ -159,12 +159,14 @@ static unsigned __float_as_uint(float v) { return bits<unsigned>(v); }
 static float __uint_as_float(unsigned v) { return bits<float>(v); }
 static float __int_as_float(int v) { return bits<float>(v); }
 
+using std::isfinite;
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+static unsigned long long min(unsigned long long a, unsigned long long b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 static int min(int a, int b) { return a < b ? a : b; }
 static int __ffs(unsigned v) { return __builtin_ffs((int)v); }
@@ -181,6 +183,11 @@ template <class T> static T __shfl_xor_sync(unsigned, T v, unsigned mask) {
   all[lane()] = bits<unsigned>(v);
   wait_for_warp();
   return bits<T>(all[lane() ^ mask]);
+}
+static double __shfl_xor_sync(unsigned, double v, unsigned mask) {
+  unsigned long long all = bits<unsigned long long>(v);
+  unsigned long long low = __shfl_xor_sync(0, (unsigned)all, mask), high = __shfl_xor_sync(0, (unsigned)(all >> 32), mask);
+  return bits<double>(high << 32 | low);
 }
 static unsigned __reduce_max_sync(unsigned, unsigned v) {
   for (unsigned mask = 1; mask < 32; mask *= 2) v = max(v, __shfl_xor_sync(0, v, mask));

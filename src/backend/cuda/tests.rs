@@ -4,7 +4,7 @@
 use super::gemm::Type;
 use super::*;
 use crate::backend::device::Side;
-use crate::backend::{Activation, BackwardWorkspace, Device, Trained, reference};
+use crate::backend::{Activation, BackwardWorkspace, Device, Largest, Trained, reference};
 use crate::mx::{
     self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source, uniform,
 };
@@ -595,6 +595,7 @@ fn optimizer_steps() {
             t: 3,
             clip: 20.0,
             loss_scale: 0.25,
+            largest_gradient: f32::INFINITY,
         };
         let host: Vec<[Vec<f32>; 4]> = lengths
             .iter()
@@ -629,20 +630,22 @@ fn optimizer_steps() {
         assert_eq!(cuda.sum_losses(&mut optimizer, &losses, 2).unwrap(), 2.0);
         cuda.add_losses(&mut optimizer, &losses, 2, false);
         cuda.add_losses(&mut optimizer, &losses, 3, true);
+        // Above the limit nothing is done, and what would be done can be asked.
+        let within = AdamWStep { largest_gradient: 19.0, ..step };
+        let sums = cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &within).unwrap();
+        assert_eq!(sums.gradient_scale(&within), None);
+        let mut tried = Vec::new();
+        cuda.try_step(&mut optimizer, &mut all, &step, &sums, &mut |largest| tried.push(largest))
+            .unwrap();
         let sums = cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap();
         assert_eq!(sums.losses, 6.5);
         assert!((sums.squares.sqrt() / norm - 1.0).abs() < 1e-9);
         let mut after = Vec::new();
-        for (i, ([g, p, m, v], (_, param, ..))) in host.iter().zip(&device).enumerate() {
-            let decay = if i == 1 { 1.0 } else { 1.0 - 0.01 * 0.1 };
+        for (i, ([g, p, m, v], (_, param, first, second))) in host.iter().zip(&device).enumerate() {
             let exact: Vec<f64> = (0..g.len())
-                .map(|i| {
-                    let g = scale * f64::from(g[i]);
-                    let m = 0.9 * f64::from(m[i]) + 0.1 * g;
-                    let v = 0.95 * f64::from(v[i]) + 0.05 * g * g;
-                    let (mean, root) =
-                        (m / (1.0 - 0.9f64.powi(3)), (v / (1.0 - 0.95f64.powi(3))).sqrt());
-                    f64::from(p[i]) * decay - 0.01 * mean / (root + 1e-8)
+                .map(|k| {
+                    let before = [p[k], m[k], v[k]].map(f64::from);
+                    reference::adamw(before, scale * f64::from(g[k]), i != 1, &step)[0]
                 })
                 .collect();
             let mut ours = vec![0.0; p.len()];
@@ -651,6 +654,12 @@ fn optimizer_steps() {
             let most =
                 u32::from_le_bytes(read_bytes(&cuda, param.most.address, 4).try_into().unwrap());
             assert_eq!(most, ours.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap());
+            let [mut m, mut v] = [vec![0.0; p.len()], vec![0.0; p.len()]];
+            cuda.read_f32(first, &mut m).unwrap();
+            cuda.read_f32(second, &mut v).unwrap();
+            let most = |x: &[f32]| x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            let largest = Largest { weight: most(&ours), m: most(&m), v: most(&v) };
+            assert_eq!(tried[i], largest);
             let copy = read_bytes(&cuda, param.copy.address, 2 * p.len());
             let copy = copy.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b));
             assert!(copy.eq(ours.iter().map(|v| half::bf16::from_f32(*v))));

@@ -282,6 +282,10 @@ impl Run {
                 "  validation {}",
                 console::loss_in_words(stats.loss, self.tokenizer)
             ));
+            if !stats.loss.is_finite() {
+                let failure = format!("the validation loss is not finite ({})", stats.loss);
+                self.failures.note(Side::Evaluation, &Failure::runtime(failure));
+            }
         }
         self.evaluated = Some(step);
         self.print(&(line + "\n"));
