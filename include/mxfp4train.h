@@ -46,7 +46,8 @@
 // 3. Outputs are written only when a call succeeds. Pointers must not be NULL unless the function
 //    says what NULL means. Strings that go in end with a zero byte and are borrowed for the call; they
 //    are UTF-8, except that paths are the system's own bytes, whatever their encoding. Each function
-//    says how long a string that comes out is valid.
+//    says how long a string that comes out is valid. What goes in must not change during the call;
+//    where another thread changes an array or a string even so, the call fails or uses either value.
 //
 // 4. Structs begin with struct_size and grow only at the end, so that a program compiled with an
 //    older header works with a newer library. Structs that the caller fills have a function
@@ -60,6 +61,8 @@
 //    themselves. A model and its trainers share the weights and count as one in this. What breaks
 //    this rule gets MXT_ERROR_BUSY, and nothing is corrupted or waited for; only freeing a handle
 //    while another thread is about to use it is beyond what the library can see.
+//    A thread that is cancelled (pthread_cancel) ends after the call that it is in: cancellation is off
+//    in calls, and in the callbacks that they make.
 //    The library's worker threads belong to an engine, block all signals but faults, and have ended
 //    when the engine and all that was made from it is freed; a dataset of more than 256 MiB has one too
 //    for a while. After fork() the child has none of them:
@@ -454,7 +457,7 @@ typedef struct mxt_trainer_options {
   float beta1;
   // AdamW's decay of the second moment. Default 0.95.
   float beta2;
-  // Added to the square root of the second moment. Default 1e-8.
+  // Added to the square root of the second moment; above 0. Default 1e-8.
   float epsilon;
   // Decoupled weight decay of tensors of two or more dimensions. Default 0.1.
   float weight_decay;
@@ -966,8 +969,8 @@ mxt_status mxt_trainer_save(struct mxt_trainer *trainer,
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
 // a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
 // where this step does not read it), MXT_ERROR_IO (a file of the dataset has become shorter, or its
-// disk fails), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the weights are as before the
-// step.
+// disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or moment would not be),
+// MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the step.
 mxt_status mxt_trainer_step(struct mxt_trainer *trainer,
                             const struct mxt_dataset *dataset,
                             struct mxt_step_stats *stats);
@@ -1050,8 +1053,9 @@ mxt_status mxt_trainer_get_options(const struct mxt_trainer *trainer,
 
 // Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of several
 // batches or of an evaluation, which then count as not done. A run that is not started yet stops at
-// once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up or
-// mxt_trainer_clear_stop takes it back. NULL does nothing.
+// once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up, and with it
+// all that come before that run has returned, or mxt_trainer_clear_stop takes it back. NULL does
+// nothing.
 //
 // Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
 // not be freed meanwhile.
