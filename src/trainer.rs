@@ -13,11 +13,11 @@ use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::model::{
     ActivationGradients, Activations, Model, ModelConfig, ParamSpec, Params, Pass, Place,
-    Recompute, specs,
+    Recompute, for_all_layers, parameter_tensors, specs,
 };
 use crate::optim::{AdamW, Schedule};
 use crate::recipe::Recipe;
-use crate::reserve::zeros;
+use crate::reserve::{collect, zeros};
 use crate::{Dataset, Engine, Error, Result};
 
 /// What a [`Trainer`] is made from.
@@ -120,9 +120,20 @@ impl Plan {
 pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> Result<Plan> {
     config.validate()?;
     let options = options.resolved(config)?;
-    let mut plan = Plan { weights: Model::plan(engine, config)?, ..Plan::default() };
-    Buffers::new(engine.backend(), None, config, &options, &mut plan)?;
-    Ok(plan)
+    let backend = engine.backend();
+    // What the optimizer keeps for all parameters together is rounded up as a whole.
+    let table = |config: &ModelConfig| -> Result<u64> {
+        let mut arena = backend.arena(None)?;
+        backend.optimizer(&mut arena, parameter_tensors(config))?;
+        Ok(backend.arena_used(&arena) as u64)
+    };
+    let [gradients, moments, activations, workspace] = for_all_layers(config, |config| {
+        let mut plan = Plan::default();
+        Buffers::new(backend, None, config, &options, &mut plan)?;
+        Ok([plan.gradients, plan.optimizer - table(config)?, plan.activations, plan.workspace])
+    })?;
+    let weights = Model::plan(engine, config)?;
+    Ok(Plan { weights, gradients, optimizer: moments + table(config)?, activations, workspace })
 }
 
 /// Asks a trainer to stop, from any thread or from a signal handler: one atomic store. The request
@@ -148,6 +159,9 @@ impl StopHandle {
         self.0.store(false, Ordering::Relaxed);
     }
 }
+
+/// What the moments are called where there is no memory to list them.
+const MOMENTS: &str = "a list of the moments";
 
 /// Writes the T + 1 tokens of (micro-step, row).
 type FillWindow<'a> = dyn FnMut(usize, usize, &mut [u32]) -> Result<()> + 'a;
@@ -184,11 +198,12 @@ impl Trainer {
         let model = Model::from_checkpoint(engine, &checkpoint)?;
         let mut trainer = Self::with_state(&model, state)?;
         let Buffers { m, v, .. } = &mut trainer.buffers;
-        let mut moments: [Vec<_>; 2] = [m.iter_mut().collect(), v.iter_mut().collect()];
-        let specs: Vec<_> = model.specs().iter().collect();
+        let mut moments =
+            [collect(MOMENTS, m.iter_mut().map(Ok))?, collect(MOMENTS, v.iter_mut().map(Ok))?];
+        let specs = model.spec_list()?;
         let mut ours = model.room_for_a_tensor()?;
         checkpoint.moments(model.tensors(), &mut |moment, index, values| {
-            specs[index].import(values, &mut ours);
+            specs[index].import(values, &mut ours)?;
             engine.backend().write_f32(moments[moment][index], &ours)
         })?;
         Ok(trainer)
@@ -209,12 +224,12 @@ impl Trainer {
     pub fn save(&mut self, dir: &Path) -> Result<()> {
         let params = self.model.lock()?;
         let backend = self.model.engine().backend();
-        let m: Vec<_> = self.buffers.m.iter().collect();
-        let v: Vec<_> = self.buffers.v.iter().collect();
-        let m = self.model.export(|index, out: &mut [f32]| backend.read_f32(m[index], out));
-        let v = self.model.export(|index, out: &mut [f32]| backend.read_f32(v[index], out));
+        let m = collect(MOMENTS, self.buffers.m.iter().map(Ok))?;
+        let v = collect(MOMENTS, self.buffers.v.iter().map(Ok))?;
+        let m = self.model.export(|index, out: &mut [f32]| backend.read_f32(m[index], out))?;
+        let v = self.model.export(|index, out: &mut [f32]| backend.read_f32(v[index], out))?;
         let part = TrainerPart { state: &self.state, moments: [&m, &v] };
-        checkpoint::save(dir, self.model.part(&self.model.exported(&params)), Some(part))
+        checkpoint::save(dir, self.model.part(&self.model.exported(&params)?), Some(part))
     }
 
     /// One optimizer step on the dataset's next samples. Files shorter than a sequence and one token
@@ -508,9 +523,9 @@ impl Trainer {
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.model.index_of(name, out.len())?;
         let backend = self.model.engine().backend();
-        let gradients: Vec<_> = self.buffers.gradients.iter().collect();
-        let read = |index: usize, out: &mut [f32]| backend.read_f32(gradients[index], out);
-        self.model.export(read).read(index, out)
+        let gradient = self.buffers.gradients.iter().nth(index);
+        let gradient = gradient.expect("tensors and parameters have one order");
+        self.model.export(|_, out: &mut [f32]| backend.read_f32(gradient, out))?.read(index, out)
     }
 
     /// What the last step left of the first block's qkv layer: the gradient of its result (rows, 3 C), and its
@@ -653,14 +668,14 @@ impl<B: Backend> Buffers<B> {
             let used = backend.arena_used(arena) as u64;
             used - std::mem::replace(&mut measured, used)
         };
-        let specs = specs(config);
+        let specs = specs(config)?;
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
         let params = |arena: &mut B::Arena| specs.map(|spec| backend.f32(arena, spec.len()));
 
-        let gradients = params(&mut arena);
+        let gradients = params(&mut arena)?;
         plan.gradients = since_last(&arena);
-        let (m, v) = (params(&mut arena), params(&mut arena));
-        let optimizer = backend.optimizer(&mut arena, specs.iter().count());
+        let (m, v) = (params(&mut arena)?, params(&mut arena)?);
+        let optimizer = backend.optimizer(&mut arena, parameter_tensors(config))?;
         plan.optimizer = since_last(&arena);
         let precision = Precision::of(options.recipe.forward);
         let activations = Activations::new(
@@ -670,7 +685,7 @@ impl<B: Backend> Buffers<B> {
             sequences,
             precision,
             Some(options.recompute),
-        );
+        )?;
         let d = ActivationGradients::new(backend, &mut arena, config, sequences, precision);
         let batch = Batch::new(backend, &mut arena, sequences, bytes.is_some())?;
         plan.activations = since_last(&arena);
@@ -717,8 +732,8 @@ impl<B: Backend> Batch<B> {
         let rows = sequences.rows();
         let on_host = |len| if allocate { len } else { 0 };
         Ok(Self {
-            tokens: backend.tokens(arena, rows),
-            targets: backend.tokens(arena, rows),
+            tokens: backend.tokens(arena, rows)?,
+            targets: backend.tokens(arena, rows)?,
             host: zeros("the tokens of a batch", on_host(2 * rows))?,
             window: zeros("the tokens of a sequence", on_host(sequences.length + 1))?,
             rows: 0,

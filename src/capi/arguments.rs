@@ -16,6 +16,7 @@ pub(super) unsafe fn text<'a>(what: &str, text: *const c_char) -> Result<&'a str
     }
     // SAFETY: as promised by the caller.
     let bytes = unsafe { CStr::from_ptr(text) };
+    check_length(what, bytes)?;
     bytes.to_str().map_err(|error| {
         let message = format!(
             "{what}: expected UTF-8, got byte 0x{:02x} at offset {} of {bytes:?}",
@@ -51,7 +52,20 @@ pub(super) unsafe fn os_text<'a>(what: &str, text: *const c_char) -> Result<&'a 
         return Err(Failure::null(what));
     }
     // SAFETY: as promised by the caller.
-    Ok(OsStr::from_bytes(unsafe { CStr::from_ptr(text) }.to_bytes()))
+    let text = unsafe { CStr::from_ptr(text) };
+    check_length(what, text)?;
+    Ok(OsStr::from_bytes(text.to_bytes()))
+}
+
+/// Refuses strings that are no name and no path, before a message quotes them.
+fn check_length(what: &str, text: &CStr) -> Result<(), Failure> {
+    const MOST: usize = 4095;
+    let length = text.count_bytes();
+    if length <= MOST {
+        return Ok(());
+    }
+    let message = format!("expected at most {MOST} bytes, got a string of {length}");
+    Err(Failure::invalid(what, message))
 }
 
 /// A path or pattern that must be there. Paths of this system are not bytes.

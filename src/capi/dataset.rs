@@ -8,7 +8,8 @@ use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read_or_default, versioned};
-use crate::{Coverage, Dataset, DatasetOptions, Error, TokenType};
+use crate::reserve::reserve;
+use crate::{Coverage, Dataset, DatasetOptions, TokenType};
 
 /// Tokens to train on: files that are mapped into memory, or a copy of the host's own. It is never
 /// changed, so any number of threads and trainers may use it at once. Make with one of the
@@ -175,7 +176,7 @@ pub unsafe extern "C" fn mxt_dataset_open(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_open", || unsafe { open(pattern, std::ptr::null(), dataset) })
+    guard::maker("mxt_dataset_open", || unsafe { open(pattern, std::ptr::null(), dataset) })
 }
 
 /// Does what mxt_dataset_open does, with options. `options` may be NULL for the defaults.
@@ -189,7 +190,7 @@ pub unsafe extern "C" fn mxt_dataset_open_with(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_open_with", || unsafe { open(pattern, options, dataset) })
+    guard::maker("mxt_dataset_open_with", || unsafe { open(pattern, options, dataset) })
 }
 
 /// # Safety
@@ -221,7 +222,7 @@ pub unsafe extern "C" fn mxt_dataset_open_files(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_open_files", || unsafe {
+    guard::maker("mxt_dataset_open_files", || unsafe {
         open_files(paths, count, std::ptr::null(), dataset)
     })
 }
@@ -238,7 +239,7 @@ pub unsafe extern "C" fn mxt_dataset_open_files_with(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_open_files_with", || unsafe {
+    guard::maker("mxt_dataset_open_files_with", || unsafe {
         open_files(paths, count, options, dataset)
     })
 }
@@ -256,9 +257,12 @@ unsafe fn open_files(
         let out = arguments::place("dataset", dataset)?;
         let options = read_or_default("options", options)?.parse()?;
         let paths = arguments::slice("paths", paths, count)?;
-        let paths = paths.iter().enumerate();
-        let paths = paths.map(|(i, path)| arguments::path(&format!("paths[{i}]"), *path));
-        let data = Dataset::open_files_with(&paths.collect::<Result<Vec<_>, _>>()?, &options)?;
+        let mut checked = Vec::new();
+        reserve(&mut checked, "the list of paths", paths.len())?;
+        for (i, path) in paths.iter().enumerate() {
+            checked.push(arguments::path(&format!("paths[{i}]"), *path)?);
+        }
+        let data = Dataset::open_files_with(&checked, &options)?;
         out.put(mxt_dataset::new(data));
     }
     Ok(())
@@ -276,11 +280,11 @@ pub unsafe extern "C" fn mxt_dataset_from_tokens(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_from_tokens", || unsafe {
+    guard::maker("mxt_dataset_from_tokens", || unsafe {
         let out = arguments::place("dataset", dataset)?;
         let tokens = arguments::slice("tokens", tokens, count)?;
         let mut copy = Vec::new();
-        copy.try_reserve_exact(tokens.len()).map_err(|_| out_of_memory(tokens.len()))?;
+        reserve(&mut copy, "a copy of the tokens", tokens.len())?;
         copy.extend_from_slice(tokens);
         out.put(mxt_dataset::new(Dataset::from_tokens(copy)?));
         Ok(())
@@ -374,13 +378,4 @@ pub unsafe extern "C" fn mxt_dataset_last_error(dataset: *const mxt_dataset) -> 
 pub unsafe extern "C" fn mxt_dataset_free(dataset: *mut mxt_dataset) {
     // SAFETY: a live handle or NULL, as the header asks.
     unsafe { guard::free("mxt_dataset_free", dataset) }
-}
-
-fn out_of_memory(tokens: usize) -> Failure {
-    let error = Error::OutOfMemory {
-        what: "a copy of the tokens",
-        needed: (tokens * size_of::<u32>()) as u64,
-        limit: "the system has less; write them to a file and open that".into(),
-    };
-    error.into()
 }

@@ -1,6 +1,8 @@
 //! Status codes: their values, their texts, and which error becomes which code.
 
+use std::borrow::Cow;
 use std::ffi::{CStr, c_char};
+use std::io::ErrorKind;
 
 use crate::Error;
 
@@ -97,11 +99,11 @@ const TEXTS: [(mxt_status_code, &CStr); 20] = [
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) status: mxt_status_code,
-    pub(super) message: String,
+    pub(super) message: Cow<'static, str>,
 }
 
 impl Failure {
-    pub(super) fn new(status: mxt_status_code, message: impl Into<String>) -> Self {
+    pub(super) fn new(status: mxt_status_code, message: impl Into<Cow<'static, str>>) -> Self {
         Self { status, message: message.into() }
     }
 
@@ -119,6 +121,9 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let status = match &error {
             Error::InvalidArgument { .. } => MXT_ERROR_INVALID_ARGUMENT,
+            Error::Io { source, .. } if source.kind() == ErrorKind::OutOfMemory => {
+                MXT_ERROR_OUT_OF_MEMORY
+            }
             Error::Io { .. } => MXT_ERROR_IO,
             Error::Format { .. } => MXT_ERROR_FORMAT,
             Error::Mismatch { .. } => MXT_ERROR_MISMATCH,

@@ -67,17 +67,18 @@ pub(crate) struct Optimizer {
 }
 
 impl Optimizer {
-    pub(super) fn new(arena: &mut Arena, parameters: usize) -> Self {
+    pub(super) fn new(arena: &mut Arena, parameters: usize) -> Result<Self> {
         let bytes = parameters * size_of::<Entry>();
-        Self {
+        let what = "a table of the parameters";
+        Ok(Self {
             table: arena.bytes(bytes),
             upload: arena.upload(bytes / 4),
-            entries: Vec::with_capacity(parameters),
-            wanted: Vec::with_capacity(parameters),
+            entries: arena.on_host(what, parameters)?,
+            wanted: arena.on_host(what, parameters)?,
             pieces: 0,
             partials: arena.bytes(PARTS * 8),
             sums: arena.bytes(4 * 8),
-        }
+        })
     }
 
     /// Uploads the table, if it changed since the last step.

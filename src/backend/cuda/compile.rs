@@ -66,15 +66,29 @@ pub(super) fn architecture((major, minor): (i32, i32)) -> String {
     format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" })
 }
 
+/// Bytes of the stack of a thread that compiles: what a process's first thread has, for nothing is known
+/// of a compiler's needs.
+const STACK: usize = 8 << 20;
+
 /// Machine code of every file, from the cache where it holds it.
 pub(super) fn all(architecture: &str, driver_version: c_int) -> Result<Vec<Vec<u8>>> {
     let folder = cache_folder();
     std::thread::scope(|scope| {
         let compiling = FILES.map(|(name, source)| {
             let folder = folder.as_deref();
-            scope.spawn(move || cached(folder, name, source, architecture, driver_version))
+            let builder = std::thread::Builder::new().stack_size(STACK);
+            builder.spawn_scoped(scope, move || {
+                cached(folder, name, source, architecture, driver_version)
+            })
         });
-        compiling.into_iter().map(|thread| thread.join().map_err(panicked)?).collect()
+        let refused = |e| Error::Unsupported {
+            what: "compiling kernels".into(),
+            remedy: format!("the system refuses to start a thread ({e}); end others"),
+        };
+        let join = |thread: std::io::Result<std::thread::ScopedJoinHandle<'_, _>>| {
+            thread.map_err(refused)?.join().map_err(panicked)?
+        };
+        compiling.into_iter().map(join).collect()
     })
 }
 
