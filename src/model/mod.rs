@@ -244,7 +244,7 @@ impl Model {
     pub(crate) fn exported<'a>(
         &'a self,
         params: &'a Params<<Device as Backend>::Param>,
-    ) -> Result<Exported<'a, impl Fn(usize, &mut [f32]) -> Result<()>>> {
+    ) -> Result<impl TensorRead> {
         let params = collect("the weights", params.iter().map(Ok))?;
         let backend = self.engine().backend();
         self.export(move |index, out: &mut [f32]| backend.read_param(params[index], out))
