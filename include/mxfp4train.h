@@ -40,7 +40,12 @@
 //    mxt_last_error of the calling thread and, for calls with a handle, on the handle that is the
 //    first argument (mxt_trainer_last_error and the like). Functions that return a number or a text
 //    of a handle return 0 or NULL for a NULL handle.
-//    Any call can return MXT_ERROR_PANIC, and calls with a handle MXT_ERROR_POISONED and
+//    Where memory runs out, a call returns MXT_ERROR_OUT_OF_MEMORY. Small pieces come from a reserve of
+//    1.5 MiB inside the library then. Once a quarter of it is in use, calls that make or change something
+//    are refused at once, until handles are freed; freeing and asking for errors always works. What may
+//    still end the process then is code of others: the C library, for a few bytes, where a thread
+//    starts, ends or first uses a library that dlopen loaded, and on a GPU the driver.
+//    Any call can return MXT_ERROR_PANIC and MXT_ERROR_OUT_OF_MEMORY, and calls with a handle MXT_ERROR_POISONED and
 //    MXT_ERROR_FORKED; the lists of errors below leave them out.
 //
 // 3. Outputs are written only when a call succeeds. Pointers must not be NULL unless the function
@@ -63,6 +68,8 @@
 //    while another thread is about to use it is beyond what the library can see.
 //    A thread that is cancelled (pthread_cancel) ends after the call that it is in: cancellation is off
 //    in calls, and in the callbacks that they make.
+//    A thread that calls needs 128 KiB of stack, with a GPU what the driver takes besides. Worker threads
+//    have stacks of 2 MiB, whatever RUST_MIN_STACK says.
 //    The library's worker threads belong to an engine, block all signals but faults, and have ended
 //    when the engine and all that was made from it is freed; a dataset of more than 256 MiB has one too
 //    for a while. After fork() the child has none of them:
@@ -658,7 +665,8 @@ mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t st
 // `options` may be NULL for the defaults, and is not read after the call.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
-// unknown device, too many threads, a stream of another device), MXT_ERROR_UNSUPPORTED (a device
+// unknown device, too many threads, a stream of another device), MXT_ERROR_OUT_OF_MEMORY (for the
+// threads; use fewer), MXT_ERROR_UNSUPPORTED (threads that the system does not start, a device
 // that is not there, or whose driver, NVRTC or cuBLASLt is missing; the message says what to
 // install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
 //

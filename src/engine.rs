@@ -96,6 +96,7 @@ impl Engine {
     /// met for the first time (some seconds).
     ///
     /// # Errors
+    /// [`Error::OutOfMemory`] and [`Error::Unsupported`] for threads that the system does not start;
     /// [`Error::Unsupported`] for a device that is not there, [`Error::InvalidArgument`] for one
     /// that does not exist, for a stream that is not the device's, or for more than 1,024 threads,
     /// [`Error::Device`] for a GPU that fails.

@@ -4,7 +4,7 @@ use crate::backend::{Backend, Device, Precision, Sequences, WorkspaceShape};
 use crate::model::{Activations, Model, ModelConfig, Pass};
 use crate::mx::{Draw, Purpose, uniform};
 use crate::recipe::{Forward, Recipe};
-use crate::reserve::{reserve, zeros};
+use crate::reserve::{push, reserve, zeros};
 use crate::{Error, Result};
 
 /// How the next token is chosen.
@@ -58,6 +58,8 @@ impl GenerateOptions {
     }
 }
 
+const TOKENS: &str = "the tokens of a text";
+
 impl Model {
     /// Samples a continuation of `prompt`. `on_token` sees each token as it is drawn, and returns
     /// whether to go on; a token of `stop_tokens` is the last. Once prompt and continuation exceed the context, the oldest tokens fall out.
@@ -78,17 +80,22 @@ impl Model {
         let longest = total.min(config.context_length);
         let mut decoder = Decoder::new(self, longest)?;
         let mut sampler = Sampler::new(options, config.vocab_size)?;
-        let mut tokens = prompt.to_vec();
+        // What is further back than the context is never looked at.
+        let prompt = &prompt[prompt.len().saturating_sub(longest)..];
+        let mut tokens = Vec::new();
+        reserve(&mut tokens, TOKENS, prompt.len())?;
+        tokens.extend_from_slice(prompt);
         for drawn in 0..options.max_tokens {
             let context = &tokens[tokens.len().saturating_sub(longest)..];
             decoder.next_logits(self, context, &mut sampler.logits)?;
             let token = sampler.draw(drawn as u32)?;
-            tokens.push(token);
+            push(&mut tokens, TOKENS, token)?;
             if !on_token(token) || options.stop_tokens.contains(&token) {
                 break;
             }
         }
-        Ok(tokens.split_off(prompt.len()))
+        tokens.drain(..prompt.len());
+        Ok(tokens)
     }
 
     /// Writes the logits (V) of the token after `tokens`, in f32. Only the last tokens that fit the
@@ -140,13 +147,13 @@ impl Decoder<Device> {
         let measured = {
             let mut arena = backend.arena(None)?;
             backend.supports(&Self::shape(model.config(), longest))?;
-            Self::cut(backend, &mut arena, model.config(), longest);
+            Self::cut(backend, &mut arena, model.config(), longest)?;
             backend.arena_used(&arena)
         };
         let bytes = measured as u64;
         model.engine().check_memory("generating", bytes, bytes)?;
         let mut arena = backend.arena(Some(measured))?;
-        Ok(Self::cut(backend, &mut arena, model.config(), longest))
+        Self::cut(backend, &mut arena, model.config(), longest)
     }
 
     /// Logits of the token after `context`.
@@ -179,16 +186,21 @@ impl<B: Backend> Decoder<B> {
         }
     }
 
-    fn cut(backend: &B, arena: &mut B::Arena, config: &ModelConfig, longest: usize) -> Self {
+    fn cut(
+        backend: &B,
+        arena: &mut B::Arena,
+        config: &ModelConfig,
+        longest: usize,
+    ) -> Result<Self> {
         let shape = Self::shape(config, longest);
         let sequences = shape.sequences;
-        Self {
-            activations: Activations::new(backend, arena, config, sequences, Precision::F32, None),
+        Ok(Self {
+            activations: Activations::new(backend, arena, config, sequences, Precision::F32, None)?,
             workspace: backend.workspace(arena, &shape),
-            tokens: backend.tokens(arena, longest),
+            tokens: backend.tokens(arena, longest)?,
             logits: backend.f32(arena, config.vocab_size),
             recipe: Recipe::FP32,
-        }
+        })
     }
 }
 
@@ -230,7 +242,8 @@ impl<'a> Sampler<'a> {
         self.ranked.extend(self.logits.iter().enumerate().map(|(token, logit)| {
             (token as u32, ((f64::from(*logit) - f64::from(max)) / temperature).exp())
         }));
-        self.ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        // No two are equal, so the order is that of a stable sort, which would allocate.
+        self.ranked.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if self.options.top_k > 0 {
             self.ranked.truncate(self.options.top_k);
         }

@@ -67,6 +67,8 @@ pub mod backend;
 pub mod capi;
 mod checkpoint;
 mod data;
+#[cfg(feature = "c-library")]
+mod emergency;
 mod engine;
 mod error;
 mod generate;

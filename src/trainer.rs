@@ -13,11 +13,11 @@ use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::model::{
     ActivationGradients, Activations, Model, ModelConfig, ParamSpec, Params, Pass, Place,
-    Recompute, Weights, specs,
+    Recompute, Weights, for_all_layers, parameter_tensors, specs,
 };
 use crate::optim::{AdamW, Bounds, Schedule};
 use crate::recipe::Recipe;
-use crate::reserve::zeros;
+use crate::reserve::{collect, zeros};
 use crate::signals::file_limit_is_an_error;
 use crate::{Dataset, Engine, Error, Result};
 
@@ -121,9 +121,20 @@ impl Plan {
 pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> Result<Plan> {
     config.validate()?;
     let options = options.resolved(config)?;
-    let mut plan = Plan { weights: Model::plan(engine, config)?, ..Plan::default() };
-    Buffers::new(engine.backend(), None, config, &options, &mut plan)?;
-    Ok(plan)
+    let backend = engine.backend();
+    // What the optimizer keeps for all parameters together is rounded up as a whole.
+    let table = |config: &ModelConfig| -> Result<u64> {
+        let mut arena = backend.arena(None)?;
+        backend.optimizer(&mut arena, parameter_tensors(config))?;
+        Ok(backend.arena_used(&arena) as u64)
+    };
+    let [gradients, moments, activations, workspace] = for_all_layers(config, |config| {
+        let mut plan = Plan::default();
+        Buffers::new(backend, None, config, &options, &mut plan)?;
+        Ok([plan.gradients, plan.optimizer - table(config)?, plan.activations, plan.workspace])
+    })?;
+    let weights = Model::plan(engine, config)?;
+    Ok(Plan { weights, gradients, optimizer: moments + table(config)?, activations, workspace })
 }
 
 /// Asks a trainer to stop, from any thread or from a signal handler: one atomic store. The request
@@ -149,6 +160,9 @@ impl StopHandle {
         self.0.store(false, Ordering::Relaxed);
     }
 }
+
+/// What the moments are called where there is no memory to list them.
+const MOMENTS: &str = "a list of the moments";
 
 /// Writes the T + 1 tokens of (micro-step, row).
 type FillWindow<'a> = dyn FnMut(usize, usize, &mut [u32]) -> Result<()> + 'a;
@@ -188,11 +202,12 @@ impl Trainer {
         let mut trainer = Self::with_state(&model, state)?;
         trainer.bounds = Bounds::UNKNOWN;
         let Buffers { m, v, .. } = &mut trainer.buffers;
-        let mut moments: [Vec<_>; 2] = [m.iter_mut().collect(), v.iter_mut().collect()];
-        let specs: Vec<_> = model.specs().iter().collect();
+        let mut moments =
+            [collect(MOMENTS, m.iter_mut().map(Ok))?, collect(MOMENTS, v.iter_mut().map(Ok))?];
+        let specs = model.spec_list()?;
         let mut ours = model.room_for_a_tensor()?;
         checkpoint.moments(model.tensors(), &mut |moment, index, values| {
-            specs[index].import(values, &mut ours);
+            specs[index].import(values, &mut ours)?;
             engine.backend().write_f32(moments[moment][index], &ours)
         })?;
         Ok(trainer)
@@ -213,12 +228,12 @@ impl Trainer {
     pub fn save(&mut self, dir: &Path) -> Result<()> {
         let weights = self.model.read()?;
         let backend = self.model.engine().backend();
-        let m: Vec<_> = self.buffers.m.iter().collect();
-        let v: Vec<_> = self.buffers.v.iter().collect();
-        let m = self.model.export(|index, out: &mut [f32]| backend.read_f32(m[index], out));
-        let v = self.model.export(|index, out: &mut [f32]| backend.read_f32(v[index], out));
+        let m = collect(MOMENTS, self.buffers.m.iter().map(Ok))?;
+        let v = collect(MOMENTS, self.buffers.v.iter().map(Ok))?;
+        let m = self.model.export(|index, out: &mut [f32]| backend.read_f32(m[index], out))?;
+        let v = self.model.export(|index, out: &mut [f32]| backend.read_f32(v[index], out))?;
         let part = TrainerPart { state: &self.state, moments: [&m, &v] };
-        let model = self.model.exported(&weights.params);
+        let model = self.model.exported(&weights.params)?;
         file_limit_is_an_error(|| checkpoint::save(dir, self.model.part(&model), Some(part)))
     }
 
@@ -411,11 +426,11 @@ impl Trainer {
                 return Ok((sums, bounds));
             }
             // The bounds cannot vouch for the update, so it is tried first.
-            let (mut found, mut parameters) = (Ok(Largest::default()), specs.iter());
+            let (mut found, mut tensors) = (Ok(Largest::default()), self.model.tensors().iter());
             backend.try_step(optimizer, &mut all, step, &sums, &mut |of_one| {
-                let spec = parameters.next();
-                if let (Ok(largest), Some(spec)) = (&mut found, spec) {
-                    match not_finite(&of_one, &spec.info.name, step, &sums) {
+                let tensor = tensors.next();
+                if let (Ok(largest), Some(tensor)) = (&mut found, tensor) {
+                    match not_finite(&of_one, &tensor.name, step, &sums) {
                         None => largest.include(of_one),
                         Some(error) => found = Err(error),
                     }
@@ -566,9 +581,9 @@ impl Trainer {
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.model.index_of(name, out.len())?;
         let backend = self.model.engine().backend();
-        let gradients: Vec<_> = self.buffers.gradients.iter().collect();
-        let read = |index: usize, out: &mut [f32]| backend.read_f32(gradients[index], out);
-        self.model.export(read).read(index, out)
+        let gradient = self.buffers.gradients.iter().nth(index);
+        let gradient = gradient.expect("tensors and parameters have one order");
+        self.model.export(|_, out: &mut [f32]| backend.read_f32(gradient, out))?.read(index, out)
     }
 
     /// What the last step left of the first block's qkv layer: the gradient of its result (rows, 3 C), and its
@@ -725,14 +740,14 @@ impl<B: Backend> Buffers<B> {
             let used = backend.arena_used(arena) as u64;
             used - std::mem::replace(&mut measured, used)
         };
-        let specs = specs(config);
+        let specs = specs(config)?;
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
         let params = |arena: &mut B::Arena| specs.map(|spec| backend.f32(arena, spec.len()));
 
-        let gradients = params(&mut arena);
+        let gradients = params(&mut arena)?;
         plan.gradients = since_last(&arena);
-        let (m, v) = (params(&mut arena), params(&mut arena));
-        let optimizer = backend.optimizer(&mut arena, specs.iter().count());
+        let (m, v) = (params(&mut arena)?, params(&mut arena)?);
+        let optimizer = backend.optimizer(&mut arena, parameter_tensors(config))?;
         plan.optimizer = since_last(&arena);
         let precision = Precision::of(options.recipe.forward);
         let activations = Activations::new(
@@ -742,7 +757,7 @@ impl<B: Backend> Buffers<B> {
             sequences,
             precision,
             Some(options.recompute),
-        );
+        )?;
         let d = ActivationGradients::new(backend, &mut arena, config, sequences, precision);
         let batch = Batch::new(backend, &mut arena, sequences, bytes.is_some())?;
         plan.activations = since_last(&arena);
@@ -789,8 +804,8 @@ impl<B: Backend> Batch<B> {
         let rows = sequences.rows();
         let on_host = |len| if allocate { len } else { 0 };
         Ok(Self {
-            tokens: backend.tokens(arena, rows),
-            targets: backend.tokens(arena, rows),
+            tokens: backend.tokens(arena, rows)?,
+            targets: backend.tokens(arena, rows)?,
             host: zeros("the tokens of a batch", on_host(2 * rows))?,
             window: zeros("the tokens of a sequence", on_host(sequences.length + 1))?,
             rows: 0,

@@ -8,11 +8,12 @@ use std::path::Path;
 use std::process::Command;
 
 use common::{
-    Link, SANITIZE, compile, has_program, has_tool, root, run, run_with, succeed, valgrind,
+    Link, SANITIZE, compile, has_program, has_tool, library, root, run, run_with, succeed, valgrind,
 };
 
-/// Programs that load the library by themselves, or need a library that is built with faults.
-const SPECIAL: [&str; 2] = ["load.c", "faults.c"];
+/// Programs that load the library by themselves, need a library that is built with faults, or leave no
+/// room for a tool's own memory.
+const SPECIAL: [&str; 5] = ["load.c", "faults.c", "exhausted.c", "address_space.c", "stack.c"];
 
 #[test]
 fn the_process_is_left_as_it_was() {
@@ -41,6 +42,32 @@ fn fork_is_noticed() {
 #[test]
 fn memory_that_is_not_there() {
     run("memory.c", Link::Shared);
+}
+
+/// Every allocation and every mapping of every call fails; only some of them here, for there are thousands.
+#[test]
+fn memory_that_runs_out_inside_a_call() {
+    run_with("exhausted.c", Link::Shared, &["-DSTRIDE=17"], &[]);
+}
+
+#[test]
+fn address_space_that_runs_out() {
+    run("address_space.c", Link::Shared);
+}
+
+#[test]
+fn callers_with_small_stacks() {
+    run_with("stack.c", Link::Shared, &["-pthread"], &[]);
+}
+
+/// The allocator with a reserve is in the C library that users get, but not in the crate as others use
+/// it: there, no package but mxtrain asks for it.
+#[test]
+fn only_the_c_library_has_an_allocator() {
+    let symbols = succeed(Command::new("nm").args(["-C"]).arg(library("so")));
+    assert!(symbols.contains("mxfp4train::emergency::"), "the C library has no reserve");
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("the manifest");
+    assert!(manifest.contains("\nc-library = []\n") && !manifest.contains("\ndefault = ["));
 }
 
 /// gcc's address sanitizer, which also finds what is not freed, and its check of undefined

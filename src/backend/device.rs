@@ -159,16 +159,16 @@ impl Backend for Device {
         made_by_device!(self, Param, b => b.param(arena.side_mut(), len))
     }
 
-    fn tokens(&self, arena: &mut Arena, len: usize) -> Tokens {
-        made_by_device!(self, Tokens, b => b.tokens(arena.side_mut(), len))
+    fn tokens(&self, arena: &mut Arena, len: usize) -> Result<Tokens> {
+        Ok(made_by_device!(self, Tokens, b => b.tokens(arena.side_mut(), len)?))
     }
 
     fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
         made_by_device!(self, Workspace, b => b.workspace(arena.side_mut(), shape))
     }
 
-    fn optimizer(&self, arena: &mut Arena, parameters: usize) -> Optimizer {
-        made_by_device!(self, Optimizer, b => b.optimizer(arena.side_mut(), parameters))
+    fn optimizer(&self, arena: &mut Arena, parameters: usize) -> Result<Optimizer> {
+        Ok(made_by_device!(self, Optimizer, b => b.optimizer(arena.side_mut(), parameters)?))
     }
 
     fn write_tokens(&self, to: &mut Tokens, from: &[u32]) {

@@ -308,13 +308,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn f32(&self, arena: &mut Self::Arena, len: usize) -> Self::F32;
     /// A zeroed parameter of `len` elements.
     fn param(&self, arena: &mut Self::Arena, len: usize) -> Self::Param;
-    /// A buffer of `len` tokens.
-    fn tokens(&self, arena: &mut Self::Arena, len: usize) -> Self::Tokens;
+    /// A buffer of `len` tokens; an error where the host lacks memory for it.
+    fn tokens(&self, arena: &mut Self::Arena, len: usize) -> Result<Self::Tokens>;
     /// Scratch memory for models of a shape.
     fn workspace(&self, arena: &mut Self::Arena, shape: &WorkspaceShape) -> Self::Workspace;
 
-    /// What steps over `parameters` parameters need.
-    fn optimizer(&self, arena: &mut Self::Arena, parameters: usize) -> Self::Optimizer;
+    /// What steps over `parameters` parameters need; an error where the host lacks memory for it.
+    fn optimizer(&self, arena: &mut Self::Arena, parameters: usize) -> Result<Self::Optimizer>;
 
     /// Copies tokens to the start of a buffer that is at least as long.
     fn write_tokens(&self, to: &mut Self::Tokens, from: &[u32]);

@@ -68,13 +68,20 @@ pub(super) unsafe fn os_text(what: &str, path: *const c_char) -> Result<OsString
 /// # Safety
 /// As for [`text`].
 unsafe fn bytes(what: &str, text: *const c_char) -> Result<Vec<u8>, Failure> {
+    const MOST: usize = 4095;
     if text.is_null() {
         return Err(Failure::null(what));
     }
     // SAFETY: as promised by the caller, and no byte behind the zero is read.
     let byte = |at| unsafe { text.add(at).cast::<u8>().read_volatile() };
     let mut bytes = Vec::new();
-    reserve(&mut bytes, "a string", (0..).take_while(|at| byte(*at) != 0).count())?;
+    let length = (0..).take_while(|at| byte(*at) != 0).count();
+    // No name and no path. Messages quote what is shorter.
+    if length > MOST {
+        let message = format!("expected at most {MOST} bytes, got a string of {length}");
+        return Err(Failure::invalid(what, message));
+    }
+    reserve(&mut bytes, "a string", length)?;
     bytes.extend((0..bytes.capacity()).map(byte).take_while(|byte| *byte != 0));
     Ok(bytes)
 }

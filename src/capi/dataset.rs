@@ -184,7 +184,7 @@ pub unsafe extern "C" fn mxt_dataset_open(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_open", || unsafe { open(pattern, std::ptr::null(), dataset) })
+    guard::maker("mxt_dataset_open", || unsafe { open(pattern, std::ptr::null(), dataset) })
 }
 
 /// Does what mxt_dataset_open does, with options. `options` may be NULL for the defaults.
@@ -198,7 +198,7 @@ pub unsafe extern "C" fn mxt_dataset_open_with(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_open_with", || unsafe { open(pattern, options, dataset) })
+    guard::maker("mxt_dataset_open_with", || unsafe { open(pattern, options, dataset) })
 }
 
 /// # Safety
@@ -230,7 +230,7 @@ pub unsafe extern "C" fn mxt_dataset_open_files(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_open_files", || unsafe {
+    guard::maker("mxt_dataset_open_files", || unsafe {
         open_files(paths, count, std::ptr::null(), dataset)
     })
 }
@@ -247,7 +247,7 @@ pub unsafe extern "C" fn mxt_dataset_open_files_with(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_open_files_with", || unsafe {
+    guard::maker("mxt_dataset_open_files_with", || unsafe {
         open_files(paths, count, options, dataset)
     })
 }
@@ -288,7 +288,7 @@ pub unsafe extern "C" fn mxt_dataset_from_tokens(
     dataset: *mut *mut mxt_dataset,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_dataset_from_tokens", || unsafe {
+    guard::maker("mxt_dataset_from_tokens", || unsafe {
         let out = arguments::place("dataset", dataset)?;
         let tokens = arguments::copied("a copy of the tokens", tokens, count)?;
         out.put(mxt_dataset::new(Dataset::from_tokens(tokens)?));

@@ -128,7 +128,8 @@ pub unsafe extern "C" fn mxt_engine_options_init(
 /// `options` may be NULL for the defaults, and is not read after the call.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
-/// unknown device, too many threads, a stream of another device), MXT_ERROR_UNSUPPORTED (a device
+/// unknown device, too many threads, a stream of another device), MXT_ERROR_OUT_OF_MEMORY (for the
+/// threads; use fewer), MXT_ERROR_UNSUPPORTED (threads that the system does not start, a device
 /// that is not there, or whose driver, NVRTC or cuBLASLt is missing; the message says what to
 /// install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
 ///
@@ -147,7 +148,7 @@ pub unsafe extern "C" fn mxt_engine_new(
     engine: *mut *mut mxt_engine,
 ) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.
-    guard::function("mxt_engine_new", || unsafe {
+    guard::maker("mxt_engine_new", || unsafe {
         let out = arguments::place("engine", engine)?;
         let options = read_or_default("options", options)?;
         let host = Arc::new(HostLog {

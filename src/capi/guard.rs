@@ -1,5 +1,5 @@
 //! The boundary that every entry point goes through: cancellation, NULL, poisoned and forked handles,
-//! the floating-point mode, panics, errors.
+//! memory that is short, the floating-point mode, panics, errors.
 //!
 //! NOTE: the panic hook. A library writes nothing to stderr, but the standard hook does before a
 //! panic can be caught. The first call therefore puts a hook in front that stays silent for
@@ -17,10 +17,11 @@ use std::sync::{Arc, Mutex, Once, PoisonError};
 use super::handle::{Handle, State, keep};
 use super::message::{Message, Slot, set_text, text_of};
 use super::status::mxt_status_code::{
-    MXT_ERROR_DEVICE, MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_OK,
+    MXT_ERROR_DEVICE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_OK,
 };
 use super::status::{Failure, mxt_status};
 use super::{cancel, float_mode};
+use crate::reserve::is_short;
 
 /// Runs a method of `handle`.
 ///
@@ -38,7 +39,10 @@ pub(super) unsafe fn method<H: Handle>(
     let Some(handle) = (unsafe { keep(handle) }) else {
         return fail(function, None, Failure::null(H::NAME));
     };
-    let status = method_of(function, &*handle, body);
+    let status = match shortage() {
+        Some(shortage) => fail(function, Some(handle.state()), shortage),
+        None => method_of(function, &*handle, body),
+    };
     release(function, handle);
     status
 }
@@ -69,7 +73,24 @@ pub(super) fn method_of<H: Handle>(
     }
 }
 
-/// Runs a function that has no handle yet.
+/// Makes a handle from nothing.
+pub(super) fn maker(function: &str, body: impl FnOnce() -> Result<(), Failure>) -> mxt_status {
+    match shortage() {
+        Some(shortage) => fail(function, None, shortage),
+        None => self::function(function, body),
+    }
+}
+
+/// Why nothing that allocates may begin, if so. What gives memory back or says why something failed,
+/// and functions that read or fill a few numbers, work even so.
+fn shortage() -> Option<Failure> {
+    is_short().then(|| Failure::new(MXT_ERROR_OUT_OF_MEMORY, SHORTAGE))
+}
+
+const SHORTAGE: &str = "the system gives no memory, and what the library keeps for that case is in \
+     use; free handles that were made since, or other memory";
+
+/// Runs a function that has no handle and makes none.
 pub(super) fn function(function: &str, body: impl FnOnce() -> Result<(), Failure>) -> mxt_status {
     let _held = cancel::hold();
     match catch(function, body).and_then(|result| result) {
@@ -94,7 +115,7 @@ pub(super) unsafe fn child<H: Handle>(
         return fail(function, None, Failure::null(H::NAME));
     };
     let state = parent.state();
-    let result = match state.refusal() {
+    let result = match state.refusal().or_else(shortage) {
         Some(refusal) => Err(refusal),
         None => catch(function, || body(&parent)).and_then(|result| result),
     };
@@ -169,7 +190,7 @@ pub(super) fn release<T>(function: &str, counted: T) {
 
 /// Leaves the message with the thread and the handle.
 fn fail(function: &str, state: Option<&State>, failure: Failure) -> mxt_status {
-    let message = Message::new(&format!("{function}: {}", failure.message));
+    let message = Message::of(format_args!("{function}: {}", failure.message));
     set_text(Slot::Thread, &message);
     if let Some(state) = state {
         // The text of the panic itself says more than that there was one.
@@ -218,8 +239,17 @@ fn describe(payload: &(dyn Any + Send)) -> &str {
     text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
 }
 
-/// Worker threads have names that start with this; rayon carries their panics to the caller.
-const WORKER_PREFIX: &str = "mxt-";
+/// Threads of ours that are no workers have names that start with this.
+const THREAD_PREFIX: &str = "mxt-";
+
+/// Whether this is a thread of ours, whose panics are carried to a caller.
+///
+/// NOTE: workers are asked about first: the standard library allocates a name for threads that it did
+/// not start.
+fn is_ours() -> bool {
+    let is_named = || std::thread::current().name().is_some_and(|n| n.starts_with(THREAD_PREFIX));
+    rayon::current_thread_index().is_some() || is_named()
+}
 
 thread_local! {
     /// Guards on this thread's stack.
@@ -244,7 +274,7 @@ fn install_hook() {
             // `try_with`: a panic may come while the thread's variables are being destroyed.
             if DEPTH.try_with(|depth| depth.get() > 0).unwrap_or(false) {
                 let _ = PLACE.try_with(|cell| cell.replace(place));
-            } else if std::thread::current().name().is_some_and(|n| n.starts_with(WORKER_PREFIX)) {
+            } else if is_ours() {
                 *worker_place() = place;
             } else {
                 previous(info);
@@ -308,7 +338,7 @@ mod tests {
         // SAFETY: the handle is freed last.
         unsafe {
             let status = method("f", thing, |_| {
-                let worker = std::thread::Builder::new().name(format!("{WORKER_PREFIX}cpu-0"));
+                let worker = std::thread::Builder::new().name(format!("{THREAD_PREFIX}cpu-0"));
                 let worker = worker.spawn(|| panic!("in a worker")).map_err(|_| {
                     Failure::invalid("threads", "expected the system to start a thread")
                 })?;

@@ -5,6 +5,7 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::c_char;
+use std::fmt::{self, Write};
 
 /// The message of the last call of this thread that failed: what was expected, what came, and the
 /// fix where one is known, with the name of the function in front. Every failing call leaves its
@@ -62,13 +63,31 @@ impl Message {
 
     /// Keeps as many whole characters of `text` as fit.
     pub(super) fn new(text: &str) -> Self {
-        let mut message = Self::EMPTY;
-        let length = text.floor_char_boundary(CAPACITY - 1);
-        for (to, from) in message.0.iter_mut().zip(text[..length].bytes()) {
-            // A zero byte would end the text for a C reader.
-            *to = if from == 0 { b' ' } else { from };
+        Self::of(format_args!("{text}"))
+    }
+
+    /// [`Message::new`] of a text that is nowhere in one piece. Allocates nothing.
+    pub(super) fn of(text: fmt::Arguments<'_>) -> Self {
+        struct Writer {
+            message: Message,
+            length: usize,
         }
-        message
+        impl Write for Writer {
+            fn write_str(&mut self, part: &str) -> fmt::Result {
+                let kept = part.floor_char_boundary(CAPACITY - 1 - self.length);
+                let room = &mut self.message.0[self.length..][..kept];
+                for (to, from) in room.iter_mut().zip(part.bytes()) {
+                    // A zero byte would end the text for a C reader.
+                    *to = if from == 0 { b' ' } else { from };
+                }
+                self.length += kept;
+                // What follows a piece that is cut off has no place, even if it were short enough.
+                if kept == part.len() { Ok(()) } else { Err(fmt::Error) }
+            }
+        }
+        let mut writer = Writer { message: Self::EMPTY, length: 0 };
+        let _ = writer.write_fmt(text);
+        writer.message
     }
 
     pub(super) fn as_str(&self) -> &str {
@@ -89,6 +108,8 @@ mod tests {
         assert_eq!(Message::new("a\0b").as_str(), "a b");
         let long = "é".repeat(1000);
         assert_eq!(Message::new(&long).as_str(), "é".repeat(511));
+        let pieces = Message::of(format_args!("{}:{long}!", 7));
+        assert_eq!(pieces.as_str(), format!("7:{}", "é".repeat(510)));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::{arguments, buffers};
+use crate::reserve::{collect, reserve};
 use crate::{Activation, Model, ModelConfig};
 
 /// Most dimensions that a tensor can have.
@@ -184,16 +185,23 @@ pub struct mxt_model {
     state: State,
     pub(super) model: Model,
     /// The tensors' names as C strings, which `mxt_tensor_info` borrows.
-    names: Arc<[CString]>,
+    names: Arc<Vec<CString>>,
 }
+
+const NAMES: &str = "the names of the tensors";
 
 impl mxt_model {
     /// A handle on a model that no other handle reaches.
     pub(super) fn new(model: Model) -> Result<Self, Failure> {
-        let names = model.tensors().iter().map(|tensor| CString::new(tensor.name.as_str()));
-        let names = names.collect::<Result<_, _>>().map_err(|error| {
-            Failure::invalid("tensors", format!("expected names without zero bytes: {error}"))
-        })?;
+        let names = model.tensors().iter().map(|tensor| {
+            let mut name = Vec::new();
+            reserve(&mut name, NAMES, tensor.name.len() + 1)?;
+            name.extend_from_slice(tensor.name.as_bytes());
+            CString::new(name).map_err(|error| {
+                crate::Error::invalid("tensors", format!("expected no zero bytes: {error}"))
+            })
+        });
+        let names = Arc::new(collect(NAMES, names)?);
         Ok(Self { state: State::new(), model, names })
     }
 

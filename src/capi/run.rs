@@ -310,7 +310,7 @@ impl Run {
         }
         if let Some(mut failure) = self.eval_failure.take() {
             let saved = if self.saved_at == Some(step) { "done and saved" } else { "done" };
-            failure.message.push_str(&format!(
+            failure.message.to_mut().push_str(&format!(
                 "; this was the run's last evaluation, and its {} steps are {saved}",
                 self.result.steps
             ));
@@ -329,7 +329,7 @@ impl Run {
             && let Err(second) = self.save(step)
         {
             let steps = format!("; nor could the {step} steps before it be saved: ");
-            failure.message.push_str(&(steps + &second.message));
+            failure.message.to_mut().push_str(&(steps + &second.message));
         }
         failure
     }

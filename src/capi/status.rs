@@ -1,5 +1,6 @@
 //! Status codes: their values, their texts, and which error becomes which code.
 
+use std::borrow::Cow;
 use std::ffi::{CStr, c_char};
 use std::io::ErrorKind;
 
@@ -98,11 +99,11 @@ const TEXTS: [(mxt_status_code, &CStr); 20] = [
 #[derive(Debug)]
 pub(super) struct Failure {
     pub(super) status: mxt_status_code,
-    pub(super) message: String,
+    pub(super) message: Cow<'static, str>,
 }
 
 impl Failure {
-    pub(super) fn new(status: mxt_status_code, message: impl Into<String>) -> Self {
+    pub(super) fn new(status: mxt_status_code, message: impl Into<Cow<'static, str>>) -> Self {
         Self { status, message: message.into() }
     }
 

@@ -160,7 +160,7 @@ unsafe fn size_of_struct<T: Versioned>(what: &str, options: *const T) -> Result<
     // SAFETY: not NULL and aligned; the first field of every version is its size.
     let size = unsafe { options.cast::<usize>().read() };
     check_size::<T>(size).map_err(|failure| Failure {
-        message: format!("{what}: {}", failure.message),
+        message: format!("{what}: {}", failure.message).into(),
         ..failure
     })?;
     Ok(size)

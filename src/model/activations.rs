@@ -7,12 +7,18 @@ use std::ops::{Index, IndexMut};
 
 use super::ModelConfig;
 use super::recompute::Recompute;
+use crate::Result;
 use crate::backend::{Backend, NormStatistics, Precision, Sequences};
+use crate::reserve::collect;
 
 /// A tensor for each layer, or fewer that layers take in turn.
 pub(super) struct Layers<T>(Vec<T>);
 
 impl<T> Layers<T> {
+    fn new(count: usize, mut tensor: impl FnMut() -> T) -> Result<Self> {
+        collect("the tensors of all layers", (0..count).map(|_| Ok(tensor()))).map(Self)
+    }
+
     /// Whether layer `l` has a tensor that other layers use too.
     pub(super) fn is_shared(&self) -> bool {
         self.0.len() == 1
@@ -85,7 +91,7 @@ impl<B: Backend> Activations<B> {
         sequences: Sequences,
         precision: Precision,
         kept: Option<Recompute>,
-    ) -> Self {
+    ) -> Result<Self> {
         let ModelConfig { layers, channels: c, heads, .. } = *config;
         let (rows, m) = (sequences.rows(), config.mlp_width());
         // Inputs of blocks; what GEMMs and attention put out; what norms and GELU put out; numbers of
@@ -97,32 +103,30 @@ impl<B: Backend> Activations<B> {
             Some(Recompute::Block) => (layers + 1, 1, 1, layers),
         };
         let tensors = |arena: &mut B::Arena, count: usize, width: usize| {
-            let tensors = (0..count).map(|_| backend.tensor(arena, rows * width, precision));
-            Layers(tensors.collect())
+            Layers::new(count, || backend.tensor(arena, rows * width, precision))
         };
         let statistics = |arena: &mut B::Arena| NormStatistics {
             mean: backend.f32(arena, rows),
             rstd: backend.f32(arena, rows),
         };
-        let all_statistics =
-            |arena: &mut B::Arena| Layers((0..numbers).map(|_| statistics(arena)).collect());
-        Self {
-            residual: tensors(arena, inputs, c),
-            ln_1: tensors(arena, pointwise, c),
-            ln_1_statistics: all_statistics(arena),
-            qkv: tensors(arena, products, 3 * c),
-            attention: tensors(arena, products, c),
-            lse: Layers((0..numbers).map(|_| backend.f32(arena, rows * heads)).collect()),
-            middle: tensors(arena, products, c),
-            ln_2: tensors(arena, pointwise, c),
-            ln_2_statistics: all_statistics(arena),
-            fc1: tensors(arena, products, m),
-            gelu: tensors(arena, pointwise, m),
+        let all_statistics = |arena: &mut B::Arena| Layers::new(numbers, || statistics(arena));
+        Ok(Self {
+            residual: tensors(arena, inputs, c)?,
+            ln_1: tensors(arena, pointwise, c)?,
+            ln_1_statistics: all_statistics(arena)?,
+            qkv: tensors(arena, products, 3 * c)?,
+            attention: tensors(arena, products, c)?,
+            lse: Layers::new(numbers, || backend.f32(arena, rows * heads))?,
+            middle: tensors(arena, products, c)?,
+            ln_2: tensors(arena, pointwise, c)?,
+            ln_2_statistics: all_statistics(arena)?,
+            fc1: tensors(arena, products, m)?,
+            gelu: tensors(arena, pointwise, m)?,
             branch: backend.tensor(arena, rows * c, precision),
             ln_f: backend.tensor(arena, rows * c, precision),
             ln_f_statistics: statistics(arena),
             losses: backend.f32(arena, rows),
-        }
+        })
     }
 
     /// The input of the first block's qkv layer (rows, C).

@@ -13,7 +13,7 @@ mod recompute;
 pub(crate) use activations::{ActivationGradients, Activations};
 pub use config::{Activation, ModelConfig};
 pub(crate) use gpt::{Pass, Place};
-pub(crate) use params::{HEAD, ParamSpec, Params, WTE, specs};
+pub(crate) use params::{HEAD, ParamSpec, Params, WTE, parameter_tensors, specs};
 pub use recompute::Recompute;
 
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::backend::{Backend, Device};
 use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, TensorRead};
 use crate::engine::LogLevel;
-use crate::reserve::reserve;
+use crate::reserve::{collect, reserve};
 use crate::signals::file_limit_is_an_error;
 use crate::{Engine, Error, Result};
 
@@ -138,11 +138,11 @@ impl Model {
         let model = Self::zeroed(engine, &config, Some(found))?;
         {
             let mut weights = model.lock()?;
-            let mut params: Vec<_> = weights.params.iter_mut().collect();
-            let specs: Vec<_> = model.specs().iter().collect();
+            let mut params = collect("the weights", weights.params.iter_mut().map(Ok))?;
+            let specs = model.spec_list()?;
             let mut ours = model.room_for_a_tensor()?;
             checkpoint.weights(model.tensors(), &mut |index, values| {
-                specs[index].import(values, &mut ours);
+                specs[index].import(values, &mut ours)?;
                 engine.backend().write_param(params[index], &ours)
             })?;
         }
@@ -178,7 +178,7 @@ impl Model {
     /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&self, dir: &Path) -> Result<()> {
         let weights = self.read()?;
-        let model = self.exported(&weights.params);
+        let model = self.exported(&weights.params)?;
         file_limit_is_an_error(|| checkpoint::save(dir, self.part(&model), None))
     }
 
@@ -204,7 +204,7 @@ impl Model {
     pub fn read_tensor(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.index_of(name, out.len())?;
         let weights = self.read()?;
-        self.exported(&weights.params).read(index, out)
+        self.exported(&weights.params)?.read(index, out)
     }
 
     /// Overwrites a parameter, in the shape that [`Model::tensors`] gives.
@@ -224,22 +224,30 @@ impl Model {
         let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
         weights.largest = weights.largest.max(largest.into());
         let mut ours = Vec::new();
-        spec.import(values, &mut ours);
+        spec.import(values, &mut ours)?;
         self.engine().backend().write_param(param, &ours)
     }
 
     /// Bytes that the weights of a model take.
     pub(crate) fn plan(engine: &Engine, config: &ModelConfig) -> Result<u64> {
         let backend = engine.backend();
-        let mut arena = backend.arena(None)?;
-        for spec in specs(config).iter() {
-            backend.param(&mut arena, spec.len());
-        }
-        Ok(backend.arena_used(&arena) as u64)
+        let [bytes] = for_all_layers(config, |config| {
+            let mut arena = backend.arena(None)?;
+            for spec in specs(config)?.iter() {
+                backend.param(&mut arena, spec.len());
+            }
+            Ok([backend.arena_used(&arena) as u64])
+        })?;
+        Ok(bytes)
     }
 
     pub(crate) fn specs(&self) -> &Params<ParamSpec> {
         &self.0.specs
+    }
+
+    /// [`Model::specs`] by number.
+    pub(crate) fn spec_list(&self) -> Result<Vec<&ParamSpec>> {
+        collect("the tensors", self.specs().iter().map(Ok))
     }
 
     /// The weights, for as long as the guard lives.
@@ -256,8 +264,8 @@ impl Model {
     pub(crate) fn exported<'a>(
         &'a self,
         params: &'a Params<<Device as Backend>::Param>,
-    ) -> Exported<'a, impl Fn(usize, &mut [f32]) -> Result<()>> {
-        let params: Vec<_> = params.iter().collect();
+    ) -> Result<impl TensorRead> {
+        let params = collect("the weights", params.iter().map(Ok))?;
         let backend = self.engine().backend();
         self.export(move |index, out: &mut [f32]| backend.read_param(params[index], out))
     }
@@ -272,8 +280,8 @@ impl Model {
     pub(crate) fn export<F: Fn(usize, &mut [f32]) -> Result<()>>(
         &self,
         read: F,
-    ) -> Exported<'_, F> {
-        Exported { specs: self.specs().iter().collect(), tensors: self.tensors(), read }
+    ) -> Result<Exported<'_, F>> {
+        Ok(Exported { specs: self.spec_list()?, tensors: self.tensors(), read })
     }
 
     /// An empty vector with room for the values of any one tensor.
@@ -291,9 +299,9 @@ impl Model {
         engine.check_memory("the weights", bytes, bytes)?;
         let backend = engine.backend();
         let mut arena = backend.arena(Some(bytes as usize))?;
-        let specs = specs(config);
-        let params = specs.map(|spec| backend.param(&mut arena, spec.len()));
-        let tensors = specs.iter().map(|spec| spec.info.clone()).collect();
+        let specs = specs(config)?;
+        let params = specs.map(|spec| backend.param(&mut arena, spec.len()))?;
+        let tensors = collect("the names of the tensors", specs.iter().map(ParamSpec::info))?;
         engine.log(LogLevel::Info, || {
             let ModelConfig { layers, heads, channels, context_length, vocab_size, .. } = config;
             format!(
@@ -339,6 +347,17 @@ impl std::fmt::Debug for Model {
     }
 }
 
+/// What `measure` finds for the model of `config`, by a look at models of one block and of two: every
+/// further block takes as much as the second.
+pub(crate) fn for_all_layers<const N: usize>(
+    config: &ModelConfig,
+    measure: impl Fn(&ModelConfig) -> Result<[u64; N]>,
+) -> Result<[u64; N]> {
+    let of = |layers| measure(&ModelConfig { layers, ..config.clone() });
+    let (one, two) = (of(1)?, of(2)?);
+    Ok(std::array::from_fn(|i| one[i] + (two[i] - one[i]) * (config.layers as u64 - 1)))
+}
+
 /// Values of all parameters in Hugging Face's order and shape.
 pub(crate) struct Exported<'a, F> {
     specs: Vec<&'a ParamSpec>,
@@ -353,8 +372,7 @@ impl<F: Fn(usize, &mut [f32]) -> Result<()>> TensorRead for Exported<'_, F> {
 
     fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
         (self.read)(index, out)?;
-        self.specs[index].export(out, &mut Vec::new());
-        Ok(())
+        self.specs[index].export(out, &mut Vec::new())
     }
 }
 

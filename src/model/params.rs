@@ -4,6 +4,8 @@
 use std::iter::once;
 
 use super::{ModelConfig, TensorInfo};
+use crate::Result;
+use crate::reserve::{collect, reserve, text};
 
 /// Name of the token embedding, which is the head as well unless there is a [`HEAD`].
 pub(crate) const WTE: &str = "transformer.wte.weight";
@@ -108,12 +110,13 @@ impl<T> Params<T> {
     }
 
     /// The same structure with `f` of every value, called in the order of `iter`.
-    pub(crate) fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> Params<U> {
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> Result<Params<U>> {
         let (wte, wpe) = (f(&self.wte), f(&self.wpe));
-        let blocks = self
-            .blocks
-            .iter()
-            .map(|b| Block {
+        let blocks = self.blocks.iter().map(|b| {
+            Ok(Block {
                 ln_1: Norm { w: f(&b.ln_1.w), b: f(&b.ln_1.b) },
                 qkv: Linear { w: f(&b.qkv.w), b: f(&b.qkv.b) },
                 projection: Linear { w: f(&b.projection.w), b: f(&b.projection.b) },
@@ -121,17 +124,24 @@ impl<T> Params<T> {
                 fc1: Linear { w: f(&b.fc1.w), b: f(&b.fc1.b) },
                 fc2: Linear { w: f(&b.fc2.w), b: f(&b.fc2.b) },
             })
-            .collect();
+        });
+        let blocks = collect("the blocks", blocks)?;
         let ln_f = Norm { w: f(&self.ln_f.w), b: f(&self.ln_f.b) };
-        Params { wte, wpe, blocks, ln_f, head: self.head.as_ref().map(f) }
+        Ok(Params { wte, wpe, blocks, ln_f, head: self.head.as_ref().map(f) })
     }
 }
 
 /// What is known of a parameter before it exists.
+///
+/// NOTE: it owns no memory, so that a plan for thousands of blocks takes one vector.
 #[derive(Clone, Debug)]
 pub(crate) struct ParamSpec {
-    /// Hugging Face's name and shape.
-    pub(crate) info: TensorInfo,
+    /// The block that it is in.
+    layer: Option<usize>,
+    /// Hugging Face's name, or what is behind the block's.
+    name: &'static str,
+    /// Hugging Face's shape, with 0 behind a vector's length.
+    shape: [usize; 2],
     /// A linear weight: Hugging Face has (inputs, outputs), we hold (outputs, inputs).
     pub(crate) transposed: bool,
     pub(crate) init: Init,
@@ -151,12 +161,28 @@ pub(crate) enum Init {
 impl ParamSpec {
     /// Scalars in the parameter.
     pub(crate) fn len(&self) -> usize {
-        self.info.shape.iter().product()
+        self.shape().iter().product()
+    }
+
+    /// Hugging Face's shape.
+    pub(crate) fn shape(&self) -> &[usize] {
+        &self.shape[..if self.shape[1] == 0 { 1 } else { 2 }]
+    }
+
+    /// Hugging Face's name and shape.
+    pub(crate) fn info(&self) -> Result<TensorInfo> {
+        const WHAT: &str = "the names of the tensors";
+        let name = match self.layer {
+            Some(layer) => text(WHAT, format_args!("transformer.h.{layer}.{}", self.name))?,
+            None => text(WHAT, format_args!("{}", self.name))?,
+        };
+        let shape = collect(WHAT, self.shape().iter().map(|size| Ok(*size)))?;
+        Ok(TensorInfo { name, shape })
     }
 
     /// Whether weight decay applies: to tensors of two or more dimensions.
     pub(crate) fn decays(&self) -> bool {
-        self.info.shape.len() >= 2
+        self.shape().len() >= 2
     }
 
     /// Converts values between Hugging Face's order and ours.
@@ -171,66 +197,87 @@ impl ParamSpec {
     }
 
     /// Puts values that are in our order into Hugging Face's.
-    pub(crate) fn export(&self, values: &mut [f32], scratch: &mut Vec<f32>) {
+    pub(crate) fn export(&self, values: &mut [f32], scratch: &mut Vec<f32>) -> Result<()> {
         if self.transposed {
             scratch.clear();
+            reserve(scratch, "a copy of a tensor", values.len())?;
             scratch.extend_from_slice(values);
-            Self::transpose(scratch, values, self.info.shape[1], self.info.shape[0]);
+            Self::transpose(scratch, values, self.shape[1], self.shape[0]);
         }
+        Ok(())
     }
 
     /// Puts values that are in Hugging Face's order into ours.
-    pub(crate) fn import(&self, values: &[f32], scratch: &mut Vec<f32>) {
+    pub(crate) fn import(&self, values: &[f32], scratch: &mut Vec<f32>) -> Result<()> {
         scratch.clear();
+        reserve(scratch, "a copy of a tensor", values.len())?;
         scratch.extend_from_slice(values);
         if self.transposed {
-            Self::transpose(values, scratch, self.info.shape[0], self.info.shape[1]);
+            Self::transpose(values, scratch, self.shape[0], self.shape[1]);
         }
+        Ok(())
     }
 }
 
 /// Name, shape and initial values of every parameter: GPT-2's initialization, in which the layers
 /// that add to the residual stream start smaller by the root of their number (Radford et al. 2019).
-pub(crate) fn specs(config: &ModelConfig) -> Params<ParamSpec> {
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+pub(crate) fn specs(config: &ModelConfig) -> Result<Params<ParamSpec>> {
     let (c, m) = (config.channels, config.mlp_width());
     let std = 0.02;
     let residual_std = std / (2.0 * config.layers as f32).sqrt();
-    let spec = |name: String, shape: Vec<usize>, transposed, init| ParamSpec {
-        info: TensorInfo { name: format!("transformer.{name}"), shape },
-        transposed,
+    let vector = |layer, name, len, init| ParamSpec {
+        layer,
+        name,
+        shape: [len, 0],
+        transposed: false,
         init,
     };
-    let norm = |name: String| Norm {
-        w: spec(format!("{name}.weight"), vec![c], false, Init::Ones),
-        b: spec(format!("{name}.bias"), vec![c], false, Init::Zeros),
+    let norm = |layer, [w, b]: [&'static str; 2]| Norm {
+        w: vector(layer, w, c, Init::Ones),
+        b: vector(layer, b, c, Init::Zeros),
     };
-    let linear = |name: String, inputs, outputs, std| Linear {
-        w: spec(format!("{name}.weight"), vec![inputs, outputs], true, Init::Normal { std }),
-        b: spec(format!("{name}.bias"), vec![outputs], false, Init::Zeros),
-    };
-    let table = |name: &str, rows| {
-        spec(format!("{name}.weight"), vec![rows, c], false, Init::Normal { std })
-    };
-    Params {
-        wte: table("wte", config.vocab_size),
-        wpe: table("wpe", config.context_length),
-        blocks: (0..config.layers)
-            .map(|l| Block {
-                ln_1: norm(format!("h.{l}.ln_1")),
-                qkv: linear(format!("h.{l}.attn.c_attn"), c, 3 * c, std),
-                projection: linear(format!("h.{l}.attn.c_proj"), c, c, residual_std),
-                ln_2: norm(format!("h.{l}.ln_2")),
-                fc1: linear(format!("h.{l}.mlp.c_fc"), c, m, std),
-                fc2: linear(format!("h.{l}.mlp.c_proj"), m, c, residual_std),
-            })
-            .collect(),
-        ln_f: norm("ln_f".into()),
-        head: (!config.tied_head).then(|| ParamSpec {
-            info: TensorInfo { name: HEAD.into(), shape: vec![config.vocab_size, c] },
-            transposed: false,
+    let linear = |layer, [w, b]: [&'static str; 2], inputs, outputs, std| Linear {
+        w: ParamSpec {
+            layer: Some(layer),
+            name: w,
+            shape: [inputs, outputs],
+            transposed: true,
             init: Init::Normal { std },
-        }),
-    }
+        },
+        b: vector(Some(layer), b, outputs, Init::Zeros),
+    };
+    let table = |name, rows| ParamSpec {
+        layer: None,
+        name,
+        shape: [rows, c],
+        transposed: false,
+        init: Init::Normal { std },
+    };
+    let blocks = (0..config.layers).map(|l| {
+        Ok(Block {
+            ln_1: norm(Some(l), ["ln_1.weight", "ln_1.bias"]),
+            qkv: linear(l, ["attn.c_attn.weight", "attn.c_attn.bias"], c, 3 * c, std),
+            projection: linear(l, ["attn.c_proj.weight", "attn.c_proj.bias"], c, c, residual_std),
+            ln_2: norm(Some(l), ["ln_2.weight", "ln_2.bias"]),
+            fc1: linear(l, ["mlp.c_fc.weight", "mlp.c_fc.bias"], c, m, std),
+            fc2: linear(l, ["mlp.c_proj.weight", "mlp.c_proj.bias"], m, c, residual_std),
+        })
+    });
+    Ok(Params {
+        wte: table(WTE, config.vocab_size),
+        wpe: table("transformer.wpe.weight", config.context_length),
+        blocks: collect("the blocks", blocks)?,
+        ln_f: norm(None, ["transformer.ln_f.weight", "transformer.ln_f.bias"]),
+        head: (!config.tied_head).then(|| table(HEAD, config.vocab_size)),
+    })
+}
+
+/// How many tensors a model has.
+pub(crate) fn parameter_tensors(config: &ModelConfig) -> usize {
+    4 + 12 * config.layers + usize::from(!config.tied_head)
 }
 
 #[cfg(test)]
@@ -255,33 +302,34 @@ mod tests {
     #[test]
     fn specs_add_up_to_the_parameter_count() {
         for config in [config(), unlike_gpt2()] {
-            let total: usize = specs(&config).iter().map(ParamSpec::len).sum();
+            let total: usize = specs(&config).unwrap().iter().map(ParamSpec::len).sum();
             assert_eq!(total as u64, config.parameter_count());
+            assert_eq!(specs(&config).unwrap().iter().count(), parameter_tensors(&config));
         }
         assert_eq!(ModelConfig::default().parameter_count(), 124_439_808);
     }
 
     #[test]
     fn a_head_of_its_own_comes_last_and_decays() {
-        let [tied, untied] = [config(), unlike_gpt2()].map(|config| specs(&config));
+        let [tied, untied] = [config(), unlike_gpt2()].map(|config| specs(&config).unwrap());
         let names = |specs: &Params<ParamSpec>| -> Vec<String> {
-            specs.iter().map(|spec| spec.info.name.clone()).collect()
+            specs.iter().map(|spec| spec.info().unwrap().name).collect()
         };
         let mut all = names(&tied);
         all.push(HEAD.into());
         assert_eq!(names(&untied), all);
-        assert!(untied.head().decays() && untied.head().info.name == HEAD);
-        assert_eq!(untied.head().info.shape, [7, 4]);
-        assert_eq!(tied.head().info.name, WTE);
+        assert!(untied.head().decays() && untied.head().name == HEAD);
+        assert_eq!(untied.head().shape(), [7, 4]);
+        assert_eq!(tied.head().name, WTE);
     }
 
     #[test]
     fn iterators_and_map_agree_on_the_order() {
-        let mut specs = specs(&unlike_gpt2());
-        let names: Vec<_> = specs.iter().map(|s| s.info.name.clone()).collect();
-        let mapped = specs.map(|s| s.info.name.clone());
+        let mut specs = specs(&unlike_gpt2()).unwrap();
+        let names: Vec<_> = specs.iter().map(|s| s.info().unwrap().name).collect();
+        let mapped = specs.map(|s| s.info().unwrap().name).unwrap();
         assert!(mapped.iter().eq(&names));
-        assert!(specs.iter_mut().map(|s| &s.info.name).eq(&names));
+        assert!(specs.iter_mut().map(|s| s.info().unwrap().name).eq(names.clone()));
         assert_eq!(names.len(), 2 + 2 * 12 + 2 + 1);
         let unique: std::collections::HashSet<_> = names.iter().collect();
         assert_eq!(unique.len(), names.len());
@@ -289,13 +337,13 @@ mod tests {
 
     #[test]
     fn export_undoes_import() {
-        let specs = specs(&config());
+        let specs = specs(&config()).unwrap();
         let spec = &specs.blocks[0].qkv.w; // (4, 12) there, (12, 4) here
         let theirs: Vec<f32> = (0..spec.len()).map(|i| i as f32).collect();
         let (mut ours, mut scratch) = (Vec::new(), Vec::new());
-        spec.import(&theirs, &mut ours);
+        spec.import(&theirs, &mut ours).unwrap();
         assert_eq!(ours[4 + 2], theirs[2 * 12 + 1]);
-        spec.export(&mut ours, &mut scratch);
+        spec.export(&mut ours, &mut scratch).unwrap();
         assert_eq!(ours, theirs);
     }
 }

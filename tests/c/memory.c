@@ -53,7 +53,7 @@ static void the_systems_limit(const mxt_engine *engine, mxt_model *model, mxt_tr
   limit_address_space(in_use() + (64 << 20));
   FAILS(MXT_ERROR_OUT_OF_MEMORY, "smaller", mxt_model_new(engine, &config, &large));
   FAILS(MXT_ERROR_OUT_OF_MEMORY, "smaller", mxt_trainer_new(model, &options, &other));
-  FAILS(MXT_ERROR_UNSUPPORTED, "threads", mxt_engine_new(&engine_options, &crowd));
+  FAILS(MXT_ERROR_OUT_OF_MEMORY, "threads", mxt_engine_new(&engine_options, &crowd));
   CHECK(large == NULL && other == NULL && crowd == NULL);
   step(trainer, dataset);
   limit_address_space(RLIM_INFINITY);

@@ -522,7 +522,7 @@ struct mxt_trainer_options
     beta1::Cfloat
     # AdamW's decay of the second moment. Default 0.95.
     beta2::Cfloat
-    # Added to the square root of the second moment. Default 1e-8.
+    # Added to the square root of the second moment; above 0. Default 1e-8.
     epsilon::Cfloat
     # Decoupled weight decay of tensors of two or more dimensions. Default 0.1.
     weight_decay::Cfloat
@@ -766,7 +766,8 @@ Starts an engine and stores it in `*engine`, for the caller to free with mxt_eng
 `options` may be NULL for the defaults, and is not read after the call.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT (an
-unknown device, too many threads, a stream of another device), MXT_ERROR_UNSUPPORTED (a device
+unknown device, too many threads, a stream of another device), MXT_ERROR_OUT_OF_MEMORY (for the
+threads; use fewer), MXT_ERROR_UNSUPPORTED (threads that the system does not start, a device
 that is not there, or whose driver, NVRTC or cuBLASLt is missing; the message says what to
 install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
 
@@ -1355,8 +1356,8 @@ Does one optimizer step on the next samples of `dataset` and stores what it did 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
 a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
 where this step does not read it), MXT_ERROR_IO (a file of the dataset has become shorter, or its
-disk fails), MXT_ERROR_NOT_FINITE, MXT_ERROR_BUSY. Whatever the error, the weights are as before the
-step.
+disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or moment would not be),
+MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the step.
 """
 function mxt_trainer_step(trainer, dataset, stats)
     return @ccall libmxfp4train.mxt_trainer_step(
@@ -1519,8 +1520,9 @@ end
 
 Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of several
 batches or of an evaluation, which then count as not done. A run that is not started yet stops at
-once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up or
-mxt_trainer_clear_stop takes it back. NULL does nothing.
+once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up, and with it
+all that come before that run has returned, or mxt_trainer_clear_stop takes it back. NULL does
+nothing.
 
 Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
 not be freed meanwhile.

@@ -18,6 +18,7 @@ mod memory;
 mod shared;
 #[cfg(test)]
 mod tests;
+mod thread;
 mod workers;
 mod workspace;
 
@@ -124,16 +125,16 @@ impl Backend for Cpu {
         arena.alloc(len)
     }
 
-    fn tokens(&self, arena: &mut Arena, len: usize) -> Buffer<u32> {
-        arena.alloc(len)
+    fn tokens(&self, arena: &mut Arena, len: usize) -> Result<Buffer<u32>> {
+        Ok(arena.alloc(len))
     }
 
     fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
         Workspace::new(arena, shape, self.threads(), self.isa)
     }
 
-    fn optimizer(&self, _: &mut Arena, _: usize) -> f64 {
-        0.0
+    fn optimizer(&self, _: &mut Arena, _: usize) -> Result<f64> {
+        Ok(0.0)
     }
 
     fn write_tokens(&self, to: &mut Buffer<u32>, from: &[u32]) {

@@ -5,19 +5,28 @@
 //! right after, and a leak checker sees their memory returned.
 
 use std::any::Any;
+use std::ffi::CString;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use super::memory::Arena;
+use super::thread::Thread;
+use crate::reserve::{is_short, reserve};
 use crate::signals::signals_blocked;
 use crate::{Error, Result};
 
 /// Most worker threads of an engine.
 const MAX_THREADS: usize = 1024;
+
+/// Bytes of a worker's stack, whatever the environment says (`RUST_MIN_STACK`).
+const STACK: usize = 2 << 20;
+
+/// More than what rayon and the standard library allocate for a thread in many small pieces.
+const BYTES_OF_A_THREAD: usize = 16 << 10;
 
 /// A pool of threads with which every parallel operation of an engine runs.
 pub(super) struct Workers {
@@ -39,18 +48,39 @@ impl Workers {
                 return Err(Error::invalid("threads", message));
             }
         };
-        let mut threads = Threads(Vec::with_capacity(count));
+        // Nobody asks before those pieces are allocated, so they are asked for together, here.
+        const WHAT: &str = "worker threads";
+        reserve(&mut Vec::<u8>::new(), WHAT, count * BYTES_OF_A_THREAD)?;
+        let mut threads = Threads(Vec::new());
+        reserve(&mut threads.0, WHAT, count)?;
+        let mut memory_fails = false;
         let mut spawn = |worker: rayon::ThreadBuilder| -> io::Result<()> {
-            let name = format!("mxt-{}", worker.index());
-            threads.0.push(std::thread::Builder::new().name(name).spawn(|| worker.run())?);
+            if is_short() {
+                memory_fails = true;
+                return Err(io::ErrorKind::OutOfMemory.into());
+            }
+            let name = CString::new(format!("mxt-{}", worker.index())).unwrap_or_default();
+            let thread = Thread::start(name, STACK, || worker.run()).inspect_err(|e| {
+                // The system may give one answer for too many threads and for too little memory.
+                memory_fails =
+                    e.kind() == io::ErrorKind::OutOfMemory || Arena::mapped(STACK).is_err();
+            });
+            threads.0.push(thread?);
             Ok(())
         };
         let pool = signals_blocked(|| {
             ThreadPoolBuilder::new().num_threads(count).spawn_handler(&mut spawn).build()
         });
-        let pool = pool.map_err(|e| Error::Unsupported {
-            what: format!("an engine of {count} threads"),
-            remedy: format!("the system refuses to start them ({e}); use fewer"),
+        let pool = pool.map_err(|e| match memory_fails {
+            true => Error::OutOfMemory {
+                what: WHAT,
+                needed: (count * (STACK + BYTES_OF_A_THREAD)) as u64,
+                limit: format!("for {count} of them, which the system refuses; use fewer threads"),
+            },
+            false => Error::Unsupported {
+                what: format!("an engine of {count} threads"),
+                remedy: format!("the system refuses to start them ({e}); use fewer"),
+            },
         })?;
         // All of them have started before the host goes on. If it forks while one still does, the child
         // inherits the locks of that moment; those of a sanitizer's allocator stay locked for ever.
@@ -168,13 +198,13 @@ impl Drop for Workers {
         if self.process != std::process::id() {
             // NOTE: in a forked child the pool is left alone. Its locks may be held, for ever, by
             // threads that exist in the parent only.
-            self.threads.0.drain(..).for_each(std::mem::forget);
+            self.threads.0.clear();
             return;
         }
         self.desk.close();
         // A worker that drops the last handle of its own pool must not wait for itself.
         if self.pool.current_thread_index().is_some() {
-            self.threads.0.clear();
+            self.threads.0.drain(..).for_each(Thread::detach);
         }
         // SAFETY: dropped here, once, and not used afterwards.
         unsafe { ManuallyDrop::drop(&mut self.pool) };
@@ -183,14 +213,12 @@ impl Drop for Workers {
 }
 
 /// Threads that are joined when this is dropped, also where not all of them could be started.
-struct Threads(Vec<JoinHandle<()>>);
+struct Threads(Vec<Thread>);
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        for thread in self.0.drain(..) {
-            // A panic of a worker has been carried to the caller by rayon.
-            let _ = thread.join();
-        }
+        // A panic of a worker has been carried to the caller by rayon.
+        self.0.drain(..).for_each(Thread::join);
     }
 }
 

@@ -89,19 +89,22 @@ pub(crate) struct Optimizer {
 }
 
 impl Optimizer {
-    pub(super) fn new(arena: &mut Arena, parameters: usize) -> Self {
+    pub(super) fn new(arena: &mut Arena, parameters: usize) -> Result<Self> {
         let bytes = parameters * size_of::<Entry>();
-        Self {
+        let what = "a table of the parameters";
+        let mut found: Vec<u32> = arena.on_host(what, 3 * parameters)?;
+        found.resize(found.capacity(), 0);
+        Ok(Self {
             table: arena.bytes(bytes),
             upload: arena.upload(bytes / 4),
-            entries: Vec::with_capacity(parameters),
-            wanted: Vec::with_capacity(parameters),
+            entries: arena.on_host(what, parameters)?,
+            wanted: arena.on_host(what, parameters)?,
             pieces: 0,
             partials: arena.bytes(PARTS * 8),
             sums: arena.bytes(4 * 8),
             trial: arena.bytes(3 * 4 * parameters),
-            found: vec![0; 3 * parameters],
-        }
+            found,
+        })
     }
 
     /// Uploads the table, if it changed since the last step.

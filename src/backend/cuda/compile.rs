@@ -78,6 +78,9 @@ struct Place {
     architecture: String,
     key: Key,
 }
+/// Bytes of the stack of a thread that compiles: what a process's first thread has, for nothing is known
+/// of a compiler's needs.
+const STACK: usize = 8 << 20;
 
 /// Machine code of every file, from the cache where it holds it.
 pub(super) fn all(
@@ -87,13 +90,21 @@ pub(super) fn all(
 ) -> Result<Vec<Code>> {
     std::thread::scope(|scope| {
         let compiling = FILES.map(|(name, source)| {
-            scope.spawn(move || {
+            let builder = std::thread::Builder::new().stack_size(STACK);
+            builder.spawn_scoped(scope, move || {
                 let [major, minor] = compiler_version();
                 let versions = [driver_version, major, minor];
                 Code::get(Place::new(name, source, architecture, versions), cache, &compile)
             })
         });
-        compiling.into_iter().map(|thread| thread.join().map_err(panicked)?).collect()
+        let refused = |e| Error::Unsupported {
+            what: "compiling kernels".into(),
+            remedy: format!("the system refuses to start a thread ({e}); end others"),
+        };
+        let join = |thread: std::io::Result<std::thread::ScopedJoinHandle<'_, _>>| {
+            thread.map_err(refused)?.join().map_err(panicked)?
+        };
+        compiling.into_iter().map(join).collect()
     })
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use super::gpu::launch;
 use super::memory::{Arena, F32, Param, Piece, Tensor, Upload};
 use super::{Cuda, kernel};
+use crate::Result;
 use crate::backend::Sequences;
 
 /// Token numbers on the device, and on the host for sorting.
@@ -31,19 +32,19 @@ struct Sorting {
 }
 
 impl Tokens {
-    pub(super) fn new(arena: &mut Arena, len: usize) -> Self {
+    pub(super) fn new(arena: &mut Arena, len: usize) -> Result<Self> {
         let runs = 2 * len + 1;
         let sorting = Sorting {
             upload: arena.upload(runs),
-            tokens: Vec::with_capacity(len),
-            keys: Vec::with_capacity(len),
+            tokens: arena.on_host("the tokens of a batch", len)?,
+            keys: arena.on_host("the sorted tokens of a batch", len)?,
         };
-        Self {
+        Ok(Self {
             ids: arena.bytes(len * 4),
             runs: arena.bytes(runs * 4),
             ids_upload: arena.upload(len),
             sorting: Mutex::new(sorting),
-        }
+        })
     }
 
     /// The address of the token numbers.

@@ -12,6 +12,7 @@ use cudarc::driver::sys::{self, CUresult};
 use super::gpu::{Gpu, text};
 use super::graph;
 use crate::backend::Precision;
+use crate::reserve::reserve;
 use crate::{Error, Result};
 
 /// Buffers start at multiples of this many bytes, as those of cudaMalloc do.
@@ -275,6 +276,13 @@ impl Arena {
     /// Pinned host memory of `len` words, none where the arena only measures.
     pub(super) fn upload(&self, len: usize) -> Upload {
         Upload::new(&self.gpu, if self.block.is_some() { len } else { 0 })
+    }
+
+    /// An empty vector with room for `len` elements, for none where the arena only measures.
+    pub(super) fn on_host<T>(&self, what: &'static str, len: usize) -> Result<Vec<T>> {
+        let mut vec = Vec::new();
+        reserve(&mut vec, what, if self.block.is_some() { len } else { 0 })?;
+        Ok(vec)
     }
 }
 

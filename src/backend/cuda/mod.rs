@@ -242,7 +242,7 @@ impl Backend for Cuda {
         arena.param(len)
     }
 
-    fn tokens(&self, arena: &mut Arena, len: usize) -> Tokens {
+    fn tokens(&self, arena: &mut Arena, len: usize) -> Result<Tokens> {
         Tokens::new(arena, len)
     }
 
@@ -250,7 +250,7 @@ impl Backend for Cuda {
         Workspace::new(arena, shape)
     }
 
-    fn optimizer(&self, arena: &mut Arena, parameters: usize) -> Optimizer {
+    fn optimizer(&self, arena: &mut Arena, parameters: usize) -> Result<Optimizer> {
         Optimizer::new(arena, parameters)
     }
 

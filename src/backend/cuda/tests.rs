@@ -55,9 +55,9 @@ pub(super) fn random(len: usize, seed: u64) -> Vec<f32> {
 
 fn tokens(cuda: &Cuda, values: &[u32]) -> Tokens {
     let mut measuring = Arena::measuring(&cuda.gpu);
-    Tokens::new(&mut measuring, values.len());
+    Tokens::new(&mut measuring, values.len()).unwrap();
     let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
-    let mut tokens = Tokens::new(&mut arena, values.len());
+    let mut tokens = Tokens::new(&mut arena, values.len()).unwrap();
     tokens.write(values);
     tokens
 }
@@ -612,9 +612,9 @@ fn optimizer_steps() {
             })
             .collect();
         let mut measuring = Arena::measuring(&cuda.gpu);
-        Optimizer::new(&mut measuring, lengths.len());
+        Optimizer::new(&mut measuring, lengths.len()).unwrap();
         let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
-        let mut optimizer = Optimizer::new(&mut arena, lengths.len());
+        let mut optimizer = Optimizer::new(&mut arena, lengths.len()).unwrap();
         let norm: f64 = host.iter().flat_map(|[g, ..]| f64s(g)).map(|g| g * g).sum::<f64>().sqrt();
         let scale = 20.0 / norm;
         assert!(scale < 1.0);
