@@ -79,6 +79,7 @@ pub mod recipe;
 mod reserve;
 mod room;
 mod signals;
+mod thread;
 mod trainer;
 
 pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};

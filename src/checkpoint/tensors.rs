@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::folder::attempt;
 use super::{MAX_JSON, TensorRead, found, read_exact_at, room_for_json};
 use crate::model::StoredTensor;
-use crate::reserve::reserve;
+use crate::reserve::{reserve, zeros};
 use crate::{Error, Result};
 
 /// Metadata key of the checksums.
@@ -60,11 +60,12 @@ pub(super) fn write(
 ) -> Result<Fingerprint> {
     let io = |e| Error::io("write", path)(e);
     let file = attempt(|| File::create_new(path)).map_err(Error::io("create", path))?;
-    let mut out = BufWriter::with_capacity(1 << 20, &file);
-    let mut sums = vec![0; tensors.len()];
+    let mut out = BufWriter::with_capacity(1 << 16, &file);
+    let mut sums = zeros("the sums of a tensor file", tensors.len())?;
     let blank = header(path, tensors, &sums, extra)?;
     attempt(|| out.write_all(&blank)).map_err(io)?;
     let (mut values, mut bytes) = (Vec::new(), Vec::new());
+    reserve(&mut bytes, "a piece of a tensor", PIECE)?;
     for (tensor, sum) in tensors.iter().zip(&mut sums) {
         let count = tensor.shape().iter().product();
         reserve(&mut values, "a tensor", count)?;
@@ -72,7 +73,7 @@ pub(super) fn write(
         tensor.source.read(tensor.index, &mut values)?;
         check_finite(path, &tensor.name, &values)?;
         let mut crc = crc32fast::Hasher::new();
-        for part in values.chunks(1 << 16) {
+        for part in values.chunks(PIECE / size_of::<f32>()) {
             bytes.clear();
             bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
             crc.update(&bytes);

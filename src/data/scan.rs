@@ -12,20 +12,21 @@
 //! child, in which the thread does not exist, cannot hang: its first step starts a thread of its own,
 //! and it leaves the parent's alone.
 
-use std::mem;
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
 
 use super::file::{Extent, TokenFile};
 use crate::signals::signals_blocked;
+use crate::thread::Thread;
 use crate::{Error, Result};
 
 /// Most bytes of tokens that a call looks at itself.
 const ON_THE_SPOT: u64 = 256 << 20;
 /// Tokens that are looked at before the thread asks whether it is still wanted: some 0.1 ms.
 const BLOCK: u64 = 1 << 18;
+/// Bytes of the thread's stack, of which a block of a file takes most.
+const STACK: usize = 256 << 10;
 /// In place of the largest token: a number that is no token at all. No vocabulary is larger.
 const STRAY: u64 = 1 << 32;
 
@@ -37,7 +38,7 @@ pub(super) struct Scan {
     on_the_spot: u64,
     /// The process whose thread goes through the files; 0 for none.
     process: AtomicU32,
-    thread: Mutex<Option<Thread>>,
+    thread: Mutex<Option<Searcher>>,
 }
 
 #[derive(Debug, Default)]
@@ -52,8 +53,8 @@ struct Progress {
 }
 
 #[derive(Debug)]
-struct Thread {
-    handle: JoinHandle<()>,
+struct Searcher {
+    thread: Thread,
     process: u32,
 }
 
@@ -127,15 +128,14 @@ impl Scan {
             return Ok(());
         }
         let (progress, its_files) = (self.progress.clone(), files.clone());
-        let builder = thread::Builder::new().name("mxt-tokens".into());
         let run = move || {
             if let Err((block, _)) = progress.run(&its_files) {
                 progress.unread.store(block + 1, Ordering::Release);
             }
         };
-        match signals_blocked(|| builder.spawn(run)) {
-            Ok(handle) => {
-                if let Some(before) = thread.replace(Thread { handle, process }) {
+        match signals_blocked(|| Thread::start(c"mxt-tokens".into(), STACK, run)) {
+            Ok(started) => {
+                if let Some(before) = thread.replace(Searcher { thread: started, process }) {
                     before.end();
                 }
                 Ok(())
@@ -156,13 +156,11 @@ impl Drop for Scan {
     }
 }
 
-impl Thread {
+impl Searcher {
     /// Waits for the end of a thread that ends. What a child has inherited is no thread of its own.
     fn end(self) {
         if self.process == process::id() {
-            let _ = self.handle.join();
-        } else {
-            mem::forget(self);
+            self.thread.join();
         }
     }
 }
@@ -209,6 +207,7 @@ fn first_outside(files: &[TokenFile], vocab_size: usize) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
     use std::time::{Duration, Instant};
 
     use super::*;

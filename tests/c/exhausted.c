@@ -78,9 +78,7 @@ static uint32_t tokens[DATA];
 
 /* How many failures of a kind may end the process where all of them are tried. These numbers only fall.
  * An engine: glibc's own memory for the end of a thread, once for each of the two. */
-static const int ENDS_ALLOWED[CALLS] = {
-  [ENGINE_NEW] = 2, [SAVE] = 412, [SAVE_AGAIN] = 412, [RUN] = 412
-};
+static const int ENDS_ALLOWED[CALLS] = {[ENGINE_NEW] = 2};
 
 #define WEIGHT "transformer.h.0.attn.c_attn.weight"
 

@@ -18,7 +18,6 @@ mod memory;
 mod shared;
 #[cfg(test)]
 mod tests;
-mod thread;
 mod workers;
 mod workspace;
 

@@ -14,9 +14,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::memory::Arena;
-use super::thread::Thread;
 use crate::reserve::{is_short, reserve};
 use crate::signals::signals_blocked;
+use crate::thread::Thread;
 use crate::{Error, Result};
 
 /// Most worker threads of an engine.

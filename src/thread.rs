@@ -9,10 +9,12 @@
 use std::ffi::{CString, c_void};
 use std::io;
 use std::mem::MaybeUninit;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// A thread, to be joined or detached.
-pub(super) struct Thread(libc::pthread_t);
+#[derive(Debug)]
+pub(crate) struct Thread(libc::pthread_t);
 
 // SAFETY: the name of a thread is a number that any thread may use.
 unsafe impl Send for Thread {}
@@ -20,8 +22,8 @@ unsafe impl Send for Thread {}
 unsafe impl Sync for Thread {}
 
 impl Thread {
-    /// Starts a thread that runs `main`, which must not panic, on a stack of `stack` bytes.
-    pub(super) fn start(
+    /// Starts a thread that runs `main` on a stack of `stack` bytes. A panic ends the thread alone.
+    pub(crate) fn start(
         name: CString,
         stack: usize,
         main: impl FnOnce() + Send + 'static,
@@ -47,7 +49,7 @@ impl Thread {
             told.give(has_memory);
             drop(told);
             if has_memory {
-                main();
+                let _ = catch_unwind(AssertUnwindSafe(main));
             }
         });
         let main = Box::into_raw(Box::new(main)).cast::<c_void>();
@@ -80,13 +82,13 @@ impl Thread {
     }
 
     /// Waits for its end.
-    pub(super) fn join(self) {
+    pub(crate) fn join(self) {
         // SAFETY: it was neither joined nor detached, as `self` is used up by both.
         unsafe { libc::pthread_join(self.0, std::ptr::null_mut()) };
     }
 
     /// Lets it go on by itself.
-    pub(super) fn detach(self) {
+    pub(crate) fn detach(self) {
         // SAFETY: as in `join`.
         unsafe { libc::pthread_detach(self.0) };
     }
