@@ -69,7 +69,11 @@ impl Cuda {
         warn: &dyn Fn(String),
     ) -> Result<Self> {
         let stream = stream.map(|stream| stream.as_raw().cast());
-        let gpu = Arc::new(Gpu::open(ordinal, stream, warn)?);
+        Self::of(Gpu::open(ordinal, stream, warn)?)
+    }
+
+    fn of(gpu: Gpu) -> Result<Self> {
+        let gpu = Arc::new(gpu);
         Ok(Self {
             gemm: Gemm::new(&gpu)?,
             gpu,

@@ -141,7 +141,6 @@ pub(super) fn multiply_fp4(cuda: &Cuda, product: &Product) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
 
     use super::super::compile::{self, FILES};
     use super::super::gemm::Operand;
@@ -149,7 +148,7 @@ mod tests {
     use super::super::memory::Arena;
     use super::super::on_cpu::{check_mxfp8, operand};
     use super::super::tests::{
-        check_mxfp4_backward, close, decode_fp8, f32_buffer, f32s_of, f64s, gpu, random,
+        check_mxfp4_backward, close, decode_fp8, f32_buffer, f32s_of, f64s, open, random,
         read_bytes, tensor, write_bytes,
     };
     use super::*;
@@ -200,17 +199,16 @@ mod tests {
     /// The GPU as if it had this capability: what it lacks is spelled out, or done on the host. None, after a line
     /// that says why, where it has not even the kernels.
     fn gpu_as(capability: (i32, i32)) -> Option<Cuda> {
-        let mut cuda = gpu()?;
-        let own = cuda.gpu.capability;
+        let mut gpu = open()?;
+        let own = gpu.capability;
         let road = Road::of(capability);
         if Road::of(own) == road {
-            return Some(cuda);
+            return Some(Cuda::of(gpu).unwrap());
         }
         if road == Road::Mxfp8 && own < (8, 9) {
-            println!("skipped: {} has no FP8 numbers", cuda.gpu.name);
+            println!("skipped: {} has no FP8 numbers", gpu.name);
             return None;
         }
-        let gpu = Arc::get_mut(&mut cuda.gpu).expect("nothing else has it yet");
         if road == Road::Fp4 {
             let (name, source) =
                 FILES.into_iter().find(|(name, _)| *name == "mxfp4_sm120").unwrap();
@@ -218,6 +216,7 @@ mod tests {
             gpu.load(&compile::cubin(name, &source, &compile::architecture(own)).unwrap()).unwrap();
         }
         gpu.capability = capability;
+        let mut cuda = Cuda::of(gpu).unwrap();
         cuda.stand_in = Some(multiply_on_host);
         Some(cuda)
     }

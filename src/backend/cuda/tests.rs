@@ -15,8 +15,13 @@ const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
 /// The GPU, or None after a line that says why there is none.
 pub(super) fn gpu() -> Option<Cuda> {
-    match Cuda::new(0, None, &|_| ()) {
-        Ok(cuda) => Some(cuda),
+    open().map(|gpu| Cuda::of(gpu).unwrap())
+}
+
+/// The GPU, before anything else has it.
+pub(super) fn open() -> Option<Gpu> {
+    match Gpu::open(0, None, &|_| ()) {
+        Ok(gpu) => Some(gpu),
         Err(error @ Error::Unsupported { .. }) => {
             println!("skipped: {error}");
             None
@@ -352,9 +357,9 @@ fn layernorm_and_gelu() {
 
 /// The GPU as if it were of an older generation, whose kernels its own then have no part in.
 pub(super) fn older_gpu() -> Option<Cuda> {
-    let mut cuda = gpu()?;
-    Arc::get_mut(&mut cuda.gpu).expect("nothing else has it yet").capability = (8, 0);
-    Some(cuda)
+    let mut gpu = open()?;
+    gpu.capability = (8, 0);
+    Some(Cuda::of(gpu).unwrap())
 }
 
 #[test]
