@@ -10,6 +10,7 @@ use cudarc::nvrtc::{result, sys};
 
 use super::cache::{Cache, Key};
 use super::gpu::c_string;
+use crate::thread::mark_as_ours;
 use crate::{Error, Result};
 
 /// Put in front of every file.
@@ -92,6 +93,8 @@ pub(super) fn all(
         let compiling = FILES.map(|(name, source)| {
             let builder = std::thread::Builder::new().stack_size(STACK);
             builder.spawn_scoped(scope, move || {
+                // What NVRTC lacks is a panic here, and an error of the caller's.
+                mark_as_ours();
                 let [major, minor] = compiler_version();
                 let versions = [driver_version, major, minor];
                 Code::get(Place::new(name, source, architecture, versions), cache, &compile)
