@@ -840,7 +840,53 @@ impl<B: Backend> Batch<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::EngineOptions;
+    use crate::{Activation, EngineOptions};
+
+    /// A plan looks at one block and at two, whatever the model has.
+    #[test]
+    fn the_plan_is_what_is_allocated() {
+        let engine = Engine::new(EngineOptions { threads: 2, ..Default::default() }).unwrap();
+        let plain = ModelConfig {
+            vocab_size: 33,
+            context_length: 7,
+            heads: 1,
+            channels: 32,
+            ..ModelConfig::default()
+        };
+        let odd = ModelConfig {
+            vocab_size: 31,
+            context_length: 9,
+            heads: 3,
+            channels: 51,
+            mlp_channels: 77,
+            activation: Activation::Gelu,
+            tied_head: false,
+            ..ModelConfig::default()
+        };
+        let (recipes, mut made) = (Recipe::NAMES.map(|name| name.parse().unwrap()), 0);
+        let all = [Recompute::Nothing, Recompute::Pointwise, Recompute::Block];
+        for (config, layers) in [plain, odd].iter().flat_map(|c| (1..=5).map(move |l| (c, l))) {
+            let config = ModelConfig { layers, ..config.clone() };
+            let model = Model::new(&engine, &config).unwrap();
+            for (recipe, recompute) in recipes.iter().flat_map(|r| all.map(|c| (r, c))) {
+                let options = TrainerOptions {
+                    batch_size: layers,
+                    recipe: Recipe::clone(recipe),
+                    recompute,
+                    ..TrainerOptions::default()
+                };
+                let Ok(plan) = plan(&engine, &config, &options) else { continue };
+                let options = options.resolved(&config).unwrap();
+                let mut taken = Plan { weights: plan.weights, ..Plan::default() };
+                let bytes = Some(plan.total() - plan.weights);
+                Buffers::new(engine.backend(), bytes, &config, &options, &mut taken).unwrap();
+                assert_eq!(plan, taken, "{config:?} {options:?}");
+                Trainer::new(&model, options).unwrap();
+                made += 1;
+            }
+        }
+        assert!(made > 100, "{made}");
+    }
 
     /// The first step is tried before it is done, later ones are not; nor are they after the host has
     /// written a tensor or another trainer has trained, but after loading one is.
