@@ -6,6 +6,7 @@
 //! So does glibc where a thread's variable has a destructor. A new thread therefore sees to that first,
 //! and says whether there is memory for it.
 
+use std::cell::Cell;
 use std::ffi::{CString, c_void};
 use std::io;
 use std::mem::MaybeUninit;
@@ -49,6 +50,7 @@ impl Thread {
             told.give(has_memory);
             drop(told);
             if has_memory {
+                mark_as_ours();
                 let _ = catch_unwind(AssertUnwindSafe(main));
             }
         });
@@ -92,6 +94,22 @@ impl Thread {
         // SAFETY: as in `join`.
         unsafe { libc::pthread_detach(self.0) };
     }
+}
+
+thread_local! {
+    static IS_OURS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread was started by the library, and not by its host. Nothing is allocated, so a
+/// panic hook may ask.
+pub(crate) fn is_ours() -> bool {
+    // A panic may come while the thread's variables are being destroyed.
+    IS_OURS.try_with(Cell::get).unwrap_or(false)
+}
+
+/// Makes [`is_ours`] true on this thread, for those that [`Thread::start`] did not start.
+pub(crate) fn mark_as_ours() {
+    IS_OURS.set(true);
 }
 
 /// What a new thread says once.

@@ -207,6 +207,16 @@ impl Trainer {
         let specs = model.spec_list()?;
         let mut ours = model.room_for_a_tensor()?;
         checkpoint.moments(model.tensors(), &mut |moment, index, values| {
+            // Its root would be NaN, and no step done, for a reason that no setting can put right.
+            let least = values.iter().fold(0.0f32, |least, value| least.min(*value));
+            if moment == 1 && least < 0.0 {
+                let name = &model.tensors()[index].name;
+                let message = format!(
+                    "damaged or edited: expected second moments of {name} from 0 on, found {least}; \
+                     restore the folder from a copy"
+                );
+                return Err(Error::format(dir, message));
+            }
             specs[index].import(values, &mut ours)?;
             engine.backend().write_f32(moments[moment][index], &ours)
         })?;
@@ -840,7 +850,84 @@ impl<B: Backend> Batch<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::EngineOptions;
+    use crate::{Activation, EngineOptions};
+
+    /// A plan looks at one block and at two, whatever the model has.
+    #[test]
+    fn the_plan_is_what_is_allocated() {
+        let engine = Engine::new(EngineOptions { threads: 2, ..Default::default() }).unwrap();
+        let plain = ModelConfig {
+            vocab_size: 33,
+            context_length: 7,
+            heads: 1,
+            channels: 32,
+            ..ModelConfig::default()
+        };
+        let odd = ModelConfig {
+            vocab_size: 31,
+            context_length: 9,
+            heads: 3,
+            channels: 51,
+            mlp_channels: 77,
+            activation: Activation::Gelu,
+            tied_head: false,
+            ..ModelConfig::default()
+        };
+        let (recipes, mut made) = (Recipe::NAMES.map(|name| name.parse().unwrap()), 0);
+        let all = [Recompute::Nothing, Recompute::Pointwise, Recompute::Block];
+        for (config, layers) in [plain, odd].iter().flat_map(|c| (1..=5).map(move |l| (c, l))) {
+            let config = ModelConfig { layers, ..config.clone() };
+            let model = Model::new(&engine, &config).unwrap();
+            for (recipe, recompute) in recipes.iter().flat_map(|r| all.map(|c| (r, c))) {
+                let options = TrainerOptions {
+                    batch_size: layers,
+                    recipe: Recipe::clone(recipe),
+                    recompute,
+                    ..TrainerOptions::default()
+                };
+                let Ok(plan) = plan(&engine, &config, &options) else { continue };
+                let options = options.resolved(&config).unwrap();
+                let mut taken = Plan { weights: plan.weights, ..Plan::default() };
+                let bytes = Some(plan.total() - plan.weights);
+                Buffers::new(engine.backend(), bytes, &config, &options, &mut taken).unwrap();
+                assert_eq!(plan, taken, "{config:?} {options:?}");
+                Trainer::new(&model, options).unwrap();
+                made += 1;
+            }
+        }
+        assert!(made > 100, "{made}");
+    }
+
+    #[test]
+    fn a_second_moment_below_zero_is_not_loaded() {
+        let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();
+        let config = ModelConfig {
+            vocab_size: 32,
+            context_length: 16,
+            layers: 1,
+            heads: 2,
+            channels: 16,
+            ..ModelConfig::default()
+        };
+        let model = Model::new(&engine, &config).unwrap();
+        let mut trainer = Trainer::new(&model, TrainerOptions::default()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let mut moments = vec![0.0; 16 * 16];
+        for (value, is_loaded) in [(-0.0, true), (1e30, true), (-1e-45, false), (-1.0, false)] {
+            moments[100] = value;
+            let wpe = trainer.buffers.v.iter_mut().nth(1).unwrap();
+            engine.backend().write_f32(wpe, &moments).unwrap();
+            trainer.save(folder.path()).unwrap();
+            let loaded = Trainer::load(&engine, folder.path());
+            assert_eq!(loaded.is_ok(), is_loaded, "{value}");
+            if let Err(error) = loaded {
+                assert!(matches!(error, Error::Format { .. }), "{error}");
+                let message = error.to_string();
+                let expected = format!("transformer.wpe.weight from 0 on, found {value}");
+                assert!(message.contains(&expected), "{message}");
+            }
+        }
+    }
 
     /// The first step is tried before it is done, later ones are not; nor are they after the host has
     /// written a tensor or another trainer has trained, but after loading one is.

@@ -82,7 +82,7 @@ unsafe fn bytes(what: &str, text: *const c_char) -> Result<Vec<u8>, Failure> {
         return Err(Failure::invalid(what, message));
     }
     reserve(&mut bytes, "a string", length)?;
-    bytes.extend((0..bytes.capacity()).map(byte).take_while(|byte| *byte != 0));
+    bytes.extend((0..length).map(byte).take_while(|byte| *byte != 0));
     Ok(bytes)
 }
 

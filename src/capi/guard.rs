@@ -22,6 +22,7 @@ use super::status::mxt_status_code::{
 use super::status::{Failure, mxt_status};
 use super::{cancel, float_mode};
 use crate::reserve::is_short;
+use crate::thread::is_ours;
 
 /// Runs a method of `handle`.
 ///
@@ -239,18 +240,6 @@ fn describe(payload: &(dyn Any + Send)) -> &str {
     text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no text")
 }
 
-/// Threads of ours that are no workers have names that start with this.
-const THREAD_PREFIX: &str = "mxt-";
-
-/// Whether this is a thread of ours, whose panics are carried to a caller.
-///
-/// NOTE: workers are asked about first: the standard library allocates a name for threads that it did
-/// not start.
-fn is_ours() -> bool {
-    let is_named = || std::thread::current().name().is_some_and(|n| n.starts_with(THREAD_PREFIX));
-    rayon::current_thread_index().is_some() || is_named()
-}
-
 thread_local! {
     /// Guards on this thread's stack.
     static DEPTH: Cell<usize> = const { Cell::new(0) };
@@ -338,10 +327,10 @@ mod tests {
         // SAFETY: the handle is freed last.
         unsafe {
             let status = method("f", thing, |_| {
-                let worker = std::thread::Builder::new().name(format!("{THREAD_PREFIX}cpu-0"));
-                let worker = worker.spawn(|| panic!("in a worker")).map_err(|_| {
-                    Failure::invalid("threads", "expected the system to start a thread")
-                })?;
+                let worker = std::thread::spawn(|| {
+                    crate::thread::mark_as_ours();
+                    panic!("in a worker")
+                });
                 let Err(payload) = worker.join();
                 std::panic::resume_unwind(payload)
             });
@@ -350,6 +339,22 @@ mod tests {
             assert!(text.contains("guard.rs") && text.contains("in a worker"), "{text}");
             free("f", thing);
         }
+    }
+
+    /// Else the hook before ours would print where a host's output goes.
+    #[test]
+    fn every_thread_of_ours_is_known_as_one() {
+        install_hook();
+        let known = Arc::new(Mutex::new(false));
+        let seen = known.clone();
+        let thread = crate::thread::Thread::start(c"mxt-test".into(), 256 << 10, move || {
+            *seen.lock().unwrap() = is_ours();
+        });
+        thread.unwrap().join();
+        assert!(*known.lock().unwrap());
+        assert!(!std::thread::spawn(is_ours).join().unwrap());
+        // Nor is a worker of a host that uses rayon itself.
+        assert!(!rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(is_ours));
     }
 
     #[test]

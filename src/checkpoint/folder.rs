@@ -78,7 +78,7 @@ pub(super) fn replace(
         return after_commit(end_exchange(staging, &target, owned));
     }
     match staging.moved_to(|name| in_place::temporary(&target, name)) {
-        Ok(staging) => in_place::commit(&staging, &target, owned),
+        Ok(staging) => in_place::commit(staging, &target, owned),
         // What lies beside a mount point, say, does not move into it.
         Err(_) => in_place::replace(&target, owned, write),
     }
@@ -250,8 +250,13 @@ impl Staging {
         format!("tmp-{}-{n}", std::process::id())
     }
 
-    /// Leaves what is at the path alone.
+    /// Leaves what is at the path alone, and unlocks the folder.
     fn keep(mut self) {
+        self.let_go();
+    }
+
+    /// Leaves alone what is at the path, or comes to be there; the folder, wherever it is, stays locked.
+    pub(super) fn let_go(&mut self) {
         self.is_ours = false;
     }
 }

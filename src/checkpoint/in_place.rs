@@ -41,7 +41,7 @@ pub(super) fn replace(
     let staging = Staging::create(target, |name| temporary(target, name))?;
     write(&staging.path)?;
     folder::keep_access(target, &staging.path, owned)?;
-    commit(&staging, target, owned)
+    commit(staging, target, owned)
 }
 
 /// The path of a temporary folder inside.
@@ -53,7 +53,7 @@ pub(super) fn temporary(target: &Path, name: &str) -> PathBuf {
 ///
 /// # Errors
 /// [`Error::Io`], which says so where the new checkpoint is there.
-pub(super) fn commit(staging: &Staging, target: &Path, owned: &[&str]) -> Result<()> {
+pub(super) fn commit(mut staging: Staging, target: &Path, owned: &[&str]) -> Result<()> {
     /// Other saves to this folder that may be done meanwhile.
     const MOST: usize = 100;
     let is_there = |name: &&&str| staging.path.join(name).exists();
@@ -70,6 +70,8 @@ pub(super) fn commit(staging: &Staging, target: &Path, owned: &[&str]) -> Result
             }
             other => other.map_err(Error::io("rename a folder to", &place))?,
         }
+        // A process of another container may have the same number, and takes the name anew.
+        staging.let_go();
         let moved = folder::sync(target).and_then(|()| move_out(target, owned));
         return folder::after_commit(moved);
         // `staging` has kept its lock until here, so that no other save did the same.

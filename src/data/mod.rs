@@ -20,8 +20,8 @@ mod source;
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 pub use coverage::Coverage;
 pub use file::{DatasetFile, TokenFormat, TokenType};
@@ -48,6 +48,16 @@ struct Inner {
     scan: Scan,
     /// The sequence length whose windows the host knows to leave files out or not; 0 before.
     told_of: AtomicU64,
+    ends: OnceLock<Ends>,
+}
+
+/// Windows of one sequence length in all files up to the end of each. With them, a step does not add up
+/// those of all files for each of its rows.
+#[derive(Debug)]
+struct Ends {
+    /// T.
+    length: u64,
+    windows: Vec<u64>,
 }
 
 /// How a dataset is opened. `Default` is right for nearly all files.
@@ -147,6 +157,7 @@ impl Dataset {
             files: Arc::new(files),
             scan: Scan::new(),
             told_of: AtomicU64::new(0),
+            ends: OnceLock::new(),
         }))
     }
 
@@ -254,7 +265,10 @@ impl Dataset {
         if t == 0 {
             return Err(Error::invalid("sequence_length", "expected at least 1, got 0"));
         }
-        let windows = self.sources().iter().map(|file| windows_of(file.info.tokens, t)).sum();
+        let windows = match self.0.ends.get() {
+            Some(ends) if ends.length == t => ends.windows.last().copied().unwrap_or(0),
+            _ => self.sources().iter().map(|file| windows_of(file.info.tokens, t)).sum(),
+        };
         if windows == 0 {
             let Coverage { files, tokens, longest, .. } = self.coverage(sequence_length);
             let remedy = match longest {
@@ -314,8 +328,29 @@ impl Dataset {
         Ok(EvalWindows { data: self, length: t, total: pairs, are_short: true })
     }
 
+    /// The windows up to the end of each file, for the length that is read first; `None` for others, and
+    /// where there is no memory for them.
+    fn ends(&self, t: u64) -> Option<&[u64]> {
+        if self.0.ends.get().is_none() {
+            let mut windows = Vec::new();
+            reserve::reserve(&mut windows, "the windows of each file", self.sources().len())
+                .ok()?;
+            windows.extend(self.sources().iter().scan(0, |end, file| {
+                *end += windows_of(file.info.tokens, t);
+                Some(*end)
+            }));
+            // Made before, so that nobody waits: a child of a fork would for ever.
+            let _ = self.0.ends.set(Ends { length: t, windows });
+        }
+        self.0.ends.get().filter(|ends| ends.length == t).map(|ends| &ends.windows[..])
+    }
+
     /// File of a window of the whole dataset, and the window's index in it.
     fn locate(&self, mut window: u64, t: u64) -> (usize, u64) {
+        if let Some(ends) = self.ends(t) {
+            let index = ends.partition_point(|&end| end <= window);
+            return (index, window - index.checked_sub(1).map_or(0, |before| ends[before]));
+        }
         for (index, file) in self.sources().iter().enumerate() {
             let windows = windows_of(file.info.tokens, t);
             if window < windows {

@@ -140,8 +140,8 @@ impl Scan {
                 }
                 Ok(())
             }
-            // Without threads it takes a while, once.
-            Err(_) => run_here(),
+            // Without threads it takes a while, once; a file that cannot be read is met again.
+            Err(_) => run_here().inspect_err(|_| self.process.store(0, Ordering::Relaxed)),
         }
     }
 }
@@ -308,6 +308,46 @@ mod tests {
                 assert!(scan.check(&files, 100).is_err());
             }
         }
+    }
+
+    /// In a process of its own, whose memory is limited.
+    #[test]
+    fn without_a_thread_each_check_finds_what_cannot_be_read() {
+        use rustix::process::{Resource, getrlimit, setrlimit};
+        const ALONE: &str = "MXT_TEST_NO_THREAD";
+        const NAME: &str =
+            "data::scan::tests::without_a_thread_each_check_finds_what_cannot_be_read";
+        if std::env::var_os(ALONE).is_none() {
+            let mut alone = process::Command::new(std::env::current_exe().unwrap());
+            let output =
+                alone.args(["--exact", NAME, "--nocapture"]).env(ALONE, "1").output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.contains("alone"), "{output:?}");
+            return;
+        }
+        println!("alone");
+        let dir = tempfile::TempDir::new().unwrap();
+        let path = dir.path().join("t.bin");
+        std::fs::write(&path, vec![3; 2 * BLOCK]).unwrap();
+        let mut buffer = vec![0; crate::data::look::WHOLE];
+        let file = TokenFile::open(&path, Some(crate::TokenType::U8), &mut buffer).unwrap();
+        let files = Arc::new(vec![file]);
+        let scan = in_the_background();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(BLOCK as u64).unwrap();
+
+        let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: u64 = pages.split(' ').next().unwrap().parse().unwrap();
+        let mut limit = getrlimit(Resource::As);
+        limit.current = Some(pages * 4096 + STACK as u64 / 2);
+        setrlimit(Resource::As, limit).unwrap();
+        assert!(Thread::start(c"x".into(), STACK, || ()).is_err());
+        for _ in 0..3 {
+            let error = scan.check(&files, 100).unwrap_err();
+            assert!(matches!(error, Error::Io { .. }), "{error}");
+        }
+        std::fs::write(&path, vec![200; 2 * BLOCK]).unwrap();
+        let error = scan.check(&files, 100).unwrap_err();
+        assert!(matches!(error, Error::TokenRange { token: 200, .. }), "{error}");
     }
 
     #[test]

@@ -145,3 +145,17 @@ fn evaluation_asks_for_no_more_than_there_is() {
         assert!(matches!(error, Error::InvalidArgument { .. }), "{error}");
     }
 }
+
+/// The length that is read first has a table of its windows, others have none.
+#[test]
+fn windows_are_the_same_with_a_table_and_without() {
+    let lengths = [5, 1, 64, 2, 2, 100, 17, 1, 33, 8, 3];
+    for t in 1..40 {
+        let (with, without) = (dataset(&lengths), dataset(&lengths));
+        assert!(without.ends(99).is_some() && without.ends(t).is_none());
+        let windows = without.windows(t as usize).unwrap();
+        let places = |data: &Dataset| (0..windows).map(|w| data.locate(w, t)).collect::<Vec<_>>();
+        assert_eq!(places(&with), places(&without), "{t}");
+        assert!(with.ends(t).is_some() && with.windows(t as usize).unwrap() == windows);
+    }
+}

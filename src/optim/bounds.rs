@@ -47,8 +47,11 @@ impl Bounds {
 
     /// Those after an update with a clipped gradient of norm `gradient`. No element of a gradient is
     /// larger than its norm, and a moment is a mean of what was there and what came.
+    ///
+    /// NOTE: but for clipping. Its factor may be so small that what is below f32's numbers rounds up to the
+    /// smallest of them, which is less than twice as much.
     pub(crate) fn after(&self, step: &AdamWStep, gradient: f32) -> Self {
-        let gradient = f64::from(gradient);
+        let gradient = 2.0 * f64::from(gradient);
         let m = (self.m.max(gradient) * SLACK).max(FLOOR);
         let v = (self.v.max(gradient * gradient) * SLACK).max(FLOOR);
         let moved = m * f64::from(step.size()) / f64::from(step.epsilon);

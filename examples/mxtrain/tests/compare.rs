@@ -2,7 +2,9 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -46,6 +48,18 @@ fn well_formed(svg: &str) {
         }
     }
     assert!(svg.starts_with("<svg ") && open.is_empty(), "{open:?} stay open");
+}
+
+#[test]
+fn a_name_that_is_no_text_loses_no_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = OsStr::from_bytes(b"f\xfcr.json");
+    let mut command = mxtrain();
+    command.args("compare variance --lengths 32 --groups 32 --inputs 2 --draws 2".split(' '));
+    let output = command.arg("--out").arg(out).current_dir(dir.path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let record: Value = serde_json::from_slice(&fs::read(dir.path().join(out)).unwrap()).unwrap();
+    assert_eq!(record["origin"]["command"].as_array().unwrap().last().unwrap(), "f\u{fffd}r.json");
 }
 
 #[test]

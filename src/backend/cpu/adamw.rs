@@ -162,6 +162,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::backend::StepSums;
     use crate::optim::Bounds;
 
     /// A power of ten.
@@ -223,6 +224,31 @@ mod tests {
                 (p, first, second) = decayed;
                 bounds = next;
             }
+        }
+    }
+
+    /// The factor of clipping may lie below f32's ordinary numbers, where it is rounded by up to its half.
+    #[test]
+    fn bounds_vouch_for_gradients_that_are_clipped_to_almost_nothing() {
+        for clip in [1e-3f32, 8e-8, 1e-7, 1.1e-7, 3e-7, 1e-6, 1e-30] {
+            let step = AdamWStep {
+                lr: 1.0,
+                beta1: 0.0,
+                beta2: 0.0,
+                epsilon: 1e-8,
+                weight_decay: 0.0,
+                t: 1,
+                clip,
+                loss_scale: 1.0,
+                largest_gradient: f32::INFINITY,
+            };
+            let squares = 1e38f32 as f64 * 1e38f32 as f64;
+            let sums = StepSums { losses: 0.0, squares, raised_blocks: 0 };
+            let update = Update::new(&step, sums.gradient_scale(&step).unwrap());
+            let (p, m, v) = update.of(0.0, 0.0, 0.0, 1e38);
+            let next = Bounds { weight: 0.0, ..Bounds::NEW }.after(&step, sums.clipped_norm(&step));
+            let all = [(p, next.weight), (m, next.m), (v, next.v)];
+            assert!(all.iter().all(|(x, most)| f64::from(x.abs()) <= *most), "{clip}: {all:?}");
         }
     }
 

@@ -87,8 +87,13 @@ impl Cache {
         let mut bytes = Vec::new();
         bytes.try_reserve_exact(size).ok()?;
         File::from(file).take(size as u64).read_to_end(&mut bytes).ok()?;
-        let code = bytes.split_off(bytes.len().min(HEADER));
-        (bytes == header(key, &code)).then_some(code)
+        let (found, code) = bytes.split_at_checked(HEADER)?;
+        if found != header(key, code) {
+            return None;
+        }
+        // In place: what is as large as that asks for memory first.
+        bytes.drain(..HEADER);
+        Some(bytes)
     }
 
     /// Keeps `code` under `name`. It is written under another name first, so that no reader sees half a

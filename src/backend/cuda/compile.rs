@@ -10,6 +10,8 @@ use cudarc::nvrtc::{result, sys};
 
 use super::cache::{Cache, Key};
 use super::gpu::c_string;
+use crate::signals::signals_blocked;
+use crate::thread::mark_as_ours;
 use crate::{Error, Result};
 
 /// Put in front of every file.
@@ -78,6 +80,7 @@ struct Place {
     architecture: String,
     key: Key,
 }
+
 /// Bytes of the stack of a thread that compiles: what a process's first thread has, for nothing is known
 /// of a compiler's needs.
 const STACK: usize = 8 << 20;
@@ -88,15 +91,27 @@ pub(super) fn all(
     architecture: &str,
     driver_version: c_int,
 ) -> Result<Vec<Code>> {
+    each_file(|name, source| {
+        let [major, minor] = compiler_version();
+        let versions = [driver_version, major, minor];
+        Code::get(Place::new(name, source, architecture, versions), cache, &compile)
+    })
+}
+
+/// What `get` makes of each file, all at once on as many threads.
+fn each_file<R: Send>(
+    get: impl Fn(&'static str, &'static str) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
     std::thread::scope(|scope| {
-        let compiling = FILES.map(|(name, source)| {
-            let builder = std::thread::Builder::new().stack_size(STACK);
-            builder.spawn_scoped(scope, move || {
-                let [major, minor] = compiler_version();
-                let versions = [driver_version, major, minor];
-                Code::get(Place::new(name, source, architecture, versions), cache, &compile)
+        let start = |(name, source)| {
+            let get = &get;
+            std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, move || {
+                // What NVRTC lacks is a panic here, and an error of the caller's.
+                mark_as_ours();
+                get(name, source)
             })
-        });
+        };
+        let compiling = signals_blocked(|| FILES.map(start));
         let refused = |e| Error::Unsupported {
             what: "compiling kernels".into(),
             remedy: format!("the system refuses to start a thread ({e}); end others"),
@@ -104,7 +119,8 @@ pub(super) fn all(
         let join = |thread: std::io::Result<std::thread::ScopedJoinHandle<'_, _>>| {
             thread.map_err(refused)?.join().map_err(panicked)?
         };
-        compiling.into_iter().map(join).collect()
+        // All of them, before any error: a panic that nobody has joined is one of the scope.
+        compiling.map(join).into_iter().collect()
     })
 }
 
@@ -259,6 +275,25 @@ mod tests {
             let same = |(a, b): (&Code, &Code)| a.cached && a.bytes == b.bytes;
             assert!(get().iter().zip(&codes).all(same), "the cache has other code");
         }
+    }
+
+    /// The host's signal handlers run on none of them, and no panic prints anything.
+    #[test]
+    fn threads_that_compile_are_guests() {
+        let is_guest = |_, _| {
+            let mut blocked = std::mem::MaybeUninit::uninit();
+            // SAFETY: the mask is the calling thread's own; it is filled, then asked.
+            let is_blocked = unsafe {
+                libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), blocked.as_mut_ptr());
+                libc::sigismember(blocked.as_ptr(), libc::SIGUSR1) == 1
+            };
+            Ok(is_blocked && crate::thread::is_ours())
+        };
+        assert_eq!(each_file(is_guest).unwrap(), [true; FILES.len()]);
+        let panics =
+            |_, _| -> Result<()> { std::panic::resume_unwind(Box::new("no such function")) };
+        let error = each_file(panics).unwrap_err().to_string();
+        assert!(error.contains("NVRTC lacks a function"), "{error}");
     }
 
     /// A kernel that did not wait would read what the one before it has not written yet.

@@ -16,6 +16,34 @@ const WAY: &str = "MXT_TEST_WAY";
 /// Set for a child process: the operation before which it is killed.
 const KILL_AT: &str = "MXT_TEST_KILL_AT";
 
+/// Processes of two containers may have one number, and so one name for their folders.
+#[test]
+fn a_folder_that_has_the_name_of_one_that_was_moved_stays() {
+    let (_root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    fs::write(dir.join("of others"), "").unwrap();
+    let name = std::rc::Rc::new(std::cell::RefCell::new(None));
+    let at_each = |operation| {
+        let (dir, name) = (dir.clone(), name.clone());
+        faults::at(operation, move || {
+            let is_temporary = |name: &String| name.starts_with(".mxt-tmp-");
+            match (names(&dir).into_iter().find(is_temporary), &mut *name.borrow_mut()) {
+                (None, Some(name)) => fs::create_dir_all(dir.join(name).join("theirs")),
+                (Some(found), name) => {
+                    *name = Some(found);
+                    Ok(())
+                }
+                _ => Ok(()),
+            }
+        })
+    };
+    let _faults: Vec<_> = (1..400).map(at_each).collect();
+    save_full(&dir, 2).unwrap();
+    assert_eq!(load(&dir).unwrap().state.step, 2);
+    let name = name.borrow().clone().expect("a temporary folder was there");
+    assert!(dir.join(name).join("theirs").is_dir());
+}
+
 #[test]
 fn files_of_others_survive_and_folders_are_not_lost() {
     let (root, dir) = temp();

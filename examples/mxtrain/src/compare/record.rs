@@ -60,7 +60,8 @@ impl Origin {
             // Why "auto" did not take a GPU stands before.
             machine: about.rsplit("; ").next().unwrap_or_default().into(),
             date: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
-            command: env::args().map(|word| without_folder(&word)).collect(),
+            // Names of files need not be text.
+            command: env::args_os().map(|word| without_folder(&word.to_string_lossy())).collect(),
         }
     }
 }

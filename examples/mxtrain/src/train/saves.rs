@@ -55,11 +55,7 @@ impl Saves {
     /// beside a description of others.
     pub(crate) fn first(&mut self, trainer: &mut Trainer, goes_on: bool) -> Outcome {
         let before = if goes_on { Vec::new() } else { set_aside(&self.out)? };
-        trainer.save(&self.out).inspect_err(|_| {
-            for path in &before {
-                let _ = fs::rename(aside(path), path);
-            }
-        })?;
+        trainer.save(&self.out).inspect_err(|_| put_back(&before))?;
         for path in &before {
             let _ = fs::remove_file(aside(path));
         }
@@ -192,13 +188,21 @@ fn set_aside(folder: &Path) -> Outcome<Vec<PathBuf>> {
         let path = folder.join(name);
         match fs::rename(&path, aside(&path)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            renamed => {
-                renamed.map_err(Failure::io("rename", &path))?;
-                paths.push(path);
+            Err(e) => {
+                put_back(&paths);
+                return Err(Failure::io("rename", &path)(e));
             }
+            Ok(()) => paths.push(path),
         }
     }
     Ok(paths)
+}
+
+/// Gives files that were set aside their names back.
+fn put_back(paths: &[PathBuf]) {
+    for path in paths {
+        let _ = fs::rename(aside(path), path);
+    }
 }
 
 fn aside(path: &Path) -> PathBuf {
@@ -249,6 +253,12 @@ mod tests {
         }
         fs::write(folder.join("tokenizer_config.json"), "changed").unwrap();
         file.write(folder).unwrap();
+        // Where one of them cannot be, none is.
+        let in_the_way = aside(&folder.join(run_file::FILE));
+        fs::create_dir(&in_the_way).unwrap();
+        assert!(set_aside(folder).is_err());
+        assert!(folder.join("tokenizer.json").is_file() && folder.join(run_file::FILE).is_file());
+        fs::remove_dir(in_the_way).unwrap();
         let paths = set_aside(folder).unwrap();
         assert_eq!(paths, ["tokenizer.json", run_file::FILE].map(|name| folder.join(name)));
         paths.iter().for_each(|path| fs::remove_file(aside(path)).unwrap());
