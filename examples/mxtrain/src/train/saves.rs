@@ -162,8 +162,9 @@ impl Saves {
 
     fn save_to(&mut self, folder: &Path, trainer: &mut Trainer) -> Outcome {
         trainer.save(folder)?;
-        // In `out` they are carried along, unless the folder was made anew.
-        if !folder.join(run_file::FILE).exists() {
+        // In `out` they are carried along, unless the folder was made anew, or its description damaged:
+        // without it the checkpoint could not be resumed.
+        if !matches!(RunFile::read(folder), Ok(Some(_))) {
             self.put_files(folder)?;
         }
         Ok(())
@@ -171,9 +172,11 @@ impl Saves {
 
     /// Puts the files that are not the library's into a checkpoint folder.
     fn put_files(&mut self, folder: &Path) -> Outcome {
-        // One that cannot be read lists nothing: what is in the folder is then taken for the user's.
+        // One that cannot be read lists nothing but what this run has put: what else is in the folder is
+        // then taken for the user's.
         let before = RunFile::read(folder).ok().flatten().map(|file| file.files);
-        self.run_file.files = self.files.put(folder, &before.unwrap_or_default())?;
+        let before = before.unwrap_or_else(|| self.run_file.files.clone());
+        self.run_file.files = self.files.put(folder, &before)?;
         for note in self.files.notes.drain(..) {
             console::note(&format!("mxtrain: note: {note}"));
         }
