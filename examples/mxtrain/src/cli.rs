@@ -249,7 +249,8 @@ pub(crate) struct StartArgs {
     pub(crate) init_from: Option<PathBuf>,
 
     /// Go on with the run saved in a checkpoint folder, with the options that it was started with, but
-    /// for --log and --save-fallback: where to write is not for a checkpoint to say
+    /// for --save-fallback, and --log unless it is a file in that folder: where else to write is not for a
+    /// checkpoint to say
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
 

@@ -361,7 +361,7 @@ fn a_checkpoint_does_not_say_where_to_write() {
     let mut file: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     fs::write(dir.join("victim"), "precious").unwrap();
     for (name, value) in [
-        ("log", "victim"),
+        ("log", "../victim"),
         ("out", "elsewhere"),
         ("save-fallback", "elsewhere"),
         ("config", "victim"),
@@ -401,6 +401,35 @@ fn a_description_that_is_damaged_under_a_run_is_written_again() {
         serde_json::from_str(&fs::read_to_string(dir.join("model/mxtrain.json")).unwrap()).unwrap();
     assert!(file["files"]["tokenizer.json"].is_string(), "{file}");
     succeed(dir, &format!("train --resume model --steps {}", saved(dir, "model") + 1));
+}
+
+/// A log in the run's own folder leads nowhere else, so it goes on without a word.
+#[test]
+fn a_log_in_the_folder_goes_on_by_itself() {
+    let dir = folder();
+    let dir = dir.path();
+    let lines = || fs::read_to_string(dir.join("model/log.jsonl")).unwrap().lines().count();
+    succeed(dir, &format!("train --data data --out model --steps 3 --log model/log.jsonl {TINY}"));
+    let before = lines();
+    let error = refuse(dir, "train --resume model --log ./model/trainer.json --steps 5");
+    assert!(
+        error.starts_with("--log: ./model/trainer.json is a file of the checkpoint"),
+        "{error}"
+    );
+    let out = succeed(dir, "train --resume model --steps 5");
+    assert!(!out.contains("left out") && lines() > before + 1, "{out}");
+    let before = lines();
+    // One that is saved elsewhere does not touch the folder.
+    let out = succeed(dir, "train --resume model --out other --steps 7");
+    assert!(out.contains("left out    --log log.jsonl: ") && lines() == before, "{out}");
+
+    fs::write(dir.join("victim"), "{\"type\":").unwrap();
+    fs::remove_file(dir.join("model/log.jsonl")).unwrap();
+    std::os::unix::fs::symlink("../victim", dir.join("model/log.jsonl")).unwrap();
+    assert!(
+        succeed(dir, "train --resume model --steps 7").contains("left out    --log log.jsonl: ")
+    );
+    assert_eq!(fs::read_to_string(dir.join("victim")).unwrap(), "{\"type\":");
 }
 
 /// As after a kill between the first save and what comes behind it.

@@ -19,7 +19,7 @@ use crate::lock::RunLock;
 use crate::run_file::{self, RunFile};
 
 /// The files of a checkpoint of this program.
-const FILES: [&str; 5] =
+pub(super) const FILES: [&str; 5] =
     ["config.json", "model.safetensors", "trainer.json", "trainer.safetensors", run_file::FILE];
 
 /// The saves of a run.
