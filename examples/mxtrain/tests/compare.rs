@@ -96,6 +96,21 @@ fn runs_are_recorded_once_and_reported() {
     let error = refuse(dir, &format!("{line} --recipe bf16"));
     assert!(error.contains("bf16 with seed 1 comes twice"), "{error}");
 
+    // Numbers that no run has are no reason to fall over.
+    let mut large = runs[0].clone();
+    for name in ["layers", "channels", "batch_size", "sequence_length", "accumulation", "steps"] {
+        large["settings"][name] = json!(u64::MAX);
+    }
+    large["curve"][19]["step"] = json!(u64::MAX);
+    large["raised_blocks"] = json!(u64::MAX);
+    large["quantized_blocks"] = json!(u64::MAX);
+    fs::create_dir(dir.join("large")).unwrap();
+    for seed in [1, 2] {
+        large["settings"]["seed"] = json!(seed);
+        fs::write(dir.join(format!("large/{seed}.json")), large.to_string()).unwrap();
+    }
+    succeed(dir, "compare report large --out large");
+
     // A longer run stands in a table of its own; a file that is not understood is named.
     let longer = line.replace("--out runs", "--out longer").replace("--steps 20", "--steps 22");
     let out = succeed(dir, &format!("{longer} --part 2/4"));
@@ -204,6 +219,11 @@ fn gradients_show_which_recipes_are_biased() {
     assert!(rows.iter().all(|row| row.contains("mxfp4-rht")), "{rows:?}");
     assert!(out.contains("Variance of the unbiased product"), "{out}");
     well_formed(&fs::read_to_string(dir.join("report/variance.svg")).unwrap());
+
+    let mut large = read(dir, "g.json");
+    large["checkpoints"][0]["layers"] = json!(u64::MAX);
+    fs::write(dir.join("large.json"), large.to_string()).unwrap();
+    succeed(dir, "compare report large.json --out report");
 
     for (line, expected) in [
         ("compare gradients --checkpoint none --data data --out x.json", "none"),
