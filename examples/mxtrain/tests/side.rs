@@ -411,6 +411,8 @@ fn a_log_in_the_folder_goes_on_by_itself() {
     let lines = || fs::read_to_string(dir.join("model/log.jsonl")).unwrap().lines().count();
     succeed(dir, &format!("train --data data --out model --steps 3 --log model/log.jsonl {TINY}"));
     let before = lines();
+    let error = refuse(dir, "train --resume model --save-fallback raw.bin --steps 5");
+    assert!(error.starts_with("--save-fallback: expected a folder"), "{error}");
     let error = refuse(dir, "train --resume model --log ./model/trainer.json --steps 5");
     assert!(
         error.starts_with("--log: ./model/trainer.json is a file of the checkpoint"),

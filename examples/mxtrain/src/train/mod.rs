@@ -83,7 +83,7 @@ impl Run {
                 "--sample-every: needs --tokenizer to turn tokens into text",
             ));
         }
-        setup::check_log(args)?;
+        setup::check_places(args)?;
         setup::out_folder(args)?;
         // The lock lies in the folder, so that has to have its name.
         for dir in [setup::out(args)].into_iter().chain(args.start.init_from.as_deref()) {

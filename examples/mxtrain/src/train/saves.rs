@@ -194,7 +194,9 @@ fn set_aside(folder: &Path) -> Outcome<Vec<PathBuf>> {
     {
         let path = folder.join(name);
         match fs::rename(&path, aside(&path)) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            // Of what is no folder, the save says more.
+            Err(e)
+                if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&e.kind()) => {}
             renamed => {
                 renamed.map_err(Failure::io("rename", &path))?;
                 paths.push(path);
@@ -245,6 +247,7 @@ mod tests {
         let folder = dir.path();
         assert!(set_aside(&folder.join("none")).unwrap().is_empty());
         fs::write(folder.join("outside"), "x").unwrap();
+        assert!(set_aside(&folder.join("outside")).unwrap().is_empty());
         let mut file = RunFile::new(None, BTreeMap::new());
         for name in ["tokenizer.json", "tokenizer_config.json", "outside"] {
             fs::write(folder.join(name), "x").unwrap();

@@ -424,8 +424,16 @@ pub(crate) fn out_folder(args: &TrainArgs) -> Outcome<PathBuf> {
     Ok(out.to_owned())
 }
 
-/// Checks the place of the log; a line in a file of the checkpoint would be the end of that.
-pub(crate) fn check_log(args: &TrainArgs) -> Outcome {
+/// Checks where else the run writes; a line of the log in a file of the checkpoint would be the end of that.
+pub(crate) fn check_places(args: &TrainArgs) -> Outcome {
+    if let Some(fallback) = &args.start.save_fallback
+        && fallback.metadata().is_ok_and(|found| !found.is_dir())
+    {
+        return Err(Failure::usage(format!(
+            "--save-fallback: expected a folder or a new name, found that {} is neither; name another",
+            fallback.display()
+        )));
+    }
     let Some(log) = &args.report.log else { return Ok(()) };
     let folder = |path: &Path| path.canonicalize().or_else(|_| std::path::absolute(path)).ok();
     let parent = std::path::absolute(log).ok().and_then(|log| folder(log.parent()?));
