@@ -32,8 +32,8 @@ Example:
 Exit codes: 0 success, 1 failed while running, 2 wrong option or file, 3 trained and saved, but an
 evaluation, a sample, a model of --save-at, a record of compare or lines of the log or output were
 lost, 101 ended by a mistake in mxtrain, 130 stopped by Ctrl-C or another signal (SIGTERM, SIGHUP,
-SIGUSR1, SIGUSR2, SIGXCPU). Whatever ends a run of train, it has saved what it had done, unless it was
-killed (SIGKILL, SIGQUIT) or says otherwise."
+SIGUSR1, SIGUSR2, SIGXCPU, SIGALRM, SIGVTALRM, SIGPROF). Whatever ends a run of train, it has saved
+what it had done, unless it was killed (SIGKILL, SIGQUIT and signals not named here) or says otherwise."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -249,7 +249,8 @@ pub(crate) struct StartArgs {
     pub(crate) init_from: Option<PathBuf>,
 
     /// Go on with the run saved in a checkpoint folder, with the options that it was started with, but
-    /// for --log and --save-fallback: where to write is not for a checkpoint to say
+    /// for --save-fallback, and --log unless it is a file in that folder: where else to write is not for a
+    /// checkpoint to say
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
 

@@ -85,9 +85,9 @@ fn option_name(what: &str) -> String {
         "total_steps" => "steps",
         "max_tokens" => "tokens",
         "accumulation" | "batch_size" | "beta1" | "beta2" | "channels" | "clip" | "decay_steps"
-        | "device" | "heads" | "layers" | "lr" | "min_lr" | "prompt" | "recipe" | "schedule"
-        | "sequence_length" | "temperature" | "threads" | "token_type" | "top_k" | "top_p"
-        | "vocab_size" | "weight_decay" => what,
+        | "device" | "heads" | "layers" | "lr" | "min_lr" | "mlp_channels" | "prompt"
+        | "recipe" | "schedule" | "sequence_length" | "temperature" | "threads" | "token_type"
+        | "top_k" | "top_p" | "vocab_size" | "weight_decay" => what,
         other => return other.to_owned(),
     };
     format!("--{}", option.replace('_', "-"))
@@ -102,6 +102,9 @@ mod tests {
         let wrong = mxfp4train::ModelConfig { heads: 5, ..Default::default() }.validate();
         let failure = Failure::from(wrong.unwrap_err());
         assert_eq!(failure.message, "--heads: 5 heads do not divide 768 channels");
+        let wrong = mxfp4train::ModelConfig { mlp_channels: usize::MAX, ..Default::default() };
+        let message = Failure::from(wrong.validate().unwrap_err()).message;
+        assert!(message.starts_with("--mlp-channels: expected"), "{message}");
         assert_eq!(failure.code, 2);
     }
 

@@ -215,7 +215,15 @@ pub(crate) fn end_tokens(
     let mut tokens = Vec::new();
     let files = checkpoint.map(|dir| [GENERATION, "config.json"].map(|name| dir.join(name)));
     for path in files.iter().flatten() {
-        let ids = match read_json(path)?.map(|mut config| config["eos_token_id"].take()) {
+        let ids = match read_json(path)? {
+            Some(Value::Object(mut config)) => config.remove("eos_token_id"),
+            Some(_) => {
+                let message = "expected a JSON object, found another value; fetch the file again";
+                return Err(Failure::usage(message).within(path.display()));
+            }
+            None => None,
+        };
+        let ids = match ids {
             Some(Value::Array(ids)) => ids,
             Some(Value::Null) | None => continue,
             Some(id) => vec![id],
@@ -615,6 +623,14 @@ mod tests {
         write(GENERATION, r#"{"eos_token_id": "x"}"#);
         let message = end_tokens(Some(dir.path()), None, 9).unwrap_err().message;
         assert!(message.contains("generation_config.json: eos_token_id: expected"), "{message}");
+        for text in ["[]", "7", "\"x\"", "null"] {
+            write(GENERATION, text);
+            let message = end_tokens(Some(dir.path()), None, 9).unwrap_err().message;
+            assert!(
+                message.contains("generation_config.json: expected a JSON object"),
+                "{message}"
+            );
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
 use std::time::SystemTime;
@@ -131,8 +131,19 @@ fn open(path: &Path) -> io::Result<File> {
     }
 }
 
-/// Writes who has the lock.
+/// Writes who has the lock. Not into a file that has another name too and holds something else: a
+/// checkpoint that was unpacked can have made this name one for any file of its user. What is left of a
+/// killed save has two names as well, but holds our line.
 fn describe(file: &mut File) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    if metadata.nlink() > 1 {
+        let mut line = String::new();
+        file.take(1 << 10).read_to_string(&mut line)?;
+        let is_ours = line.is_empty() || line.starts_with("process ") && line.lines().count() == 1;
+        if !is_ours || metadata.len() != line.len() as u64 {
+            return Ok(());
+        }
+    }
     let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let since = humantime::format_rfc3339_seconds(SystemTime::now());
     file.set_len(0)?;
@@ -180,6 +191,27 @@ mod tests {
         assert!(lock.file.is_none());
         drop(lock);
         assert!(dir.path().join(FILE).symlink_metadata().is_ok());
+    }
+
+    #[test]
+    fn another_name_of_a_file_is_no_place_to_write_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let [lock, other] = [FILE, "other"].map(|name| dir.path().join(name));
+        for words in ["words", "process of law\nwords\n"] {
+            fs::write(&other, words).unwrap();
+            fs::hard_link(&other, &lock).unwrap();
+            let taken = RunLock::take(dir.path()).unwrap();
+            assert!(RunLock::take(dir.path()).is_err());
+            drop(taken);
+            assert_eq!(fs::read_to_string(&other).unwrap(), words);
+        }
+        // A save gives the lock a second name, and a killed one leaves it.
+        fs::write(&other, "process 1 on nowhere since long\n").unwrap();
+        fs::hard_link(&other, &lock).unwrap();
+        let taken = RunLock::take(dir.path()).unwrap();
+        let text = fs::read_to_string(&lock).unwrap();
+        assert!(text.starts_with(&format!("process {} on ", process::id())), "{text}");
+        drop(taken);
     }
 
     #[test]

@@ -105,9 +105,13 @@ fn add_files(args: &[OsString], mut parsed: Parsed) -> Outcome<Parsed> {
                 "--seed: a resumed run keeps what it was started with, {seed}; leave the option out"
             )));
         }
-        let of_run = run
+        let mut of_run = run
             .to_args(other_data)
             .map_err(|failure| failure.within(dir.join(run_file::FILE).display()))?;
+        // A run that is saved elsewhere leaves the folder as it is.
+        if train.start.out.is_none() {
+            of_run.extend(run.log_in(dir));
+        }
         parsed = parse::parse_or_fail(&parse::insert(args, &[of_run, options].concat()))?;
     }
     Ok(parsed)

@@ -6,7 +6,8 @@
 //!
 //! A checkpoint may come from anyone. So the file says what a resumed run computes and which data it
 //! reads, and never where anything is written: what else stands in it is shown and left out
-//! ([`RunFile::left_out`]). `log` and `save-fallback` are kept for that line alone.
+//! ([`RunFile::left_out`]). `save-fallback` is kept for that line alone, and so is `log`, unless the log
+//! lies in the folder itself and is named without a path ([`RunFile::log_in`]).
 //!
 //! A path that is not UTF-8 cannot stand in JSON. It stands under `encoded`, with every byte but
 //! letters, digits and `/-._` as `%XX`.
@@ -15,7 +16,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
+use std::path::{Component, Path};
 
 use mxfp4train::Model;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
@@ -26,6 +27,7 @@ use crate::files;
 use crate::parse;
 use crate::tokenizer::Tokenizer;
 use crate::tokens_file::write_whole;
+use crate::train;
 
 /// Its name in the checkpoint folder.
 pub(crate) const FILE: &str = "mxtrain.json";
@@ -123,6 +125,21 @@ impl RunFile {
         Ok(args)
     }
 
+    /// The option of a log that lies in the checkpoint folder, as an argument. There may be no other file
+    /// of that name, and no link: it could lead anywhere, and a folder may hold more than its checkpoint.
+    pub(crate) fn log_in(&self, checkpoint: &Path) -> Option<OsString> {
+        let name = self.option("log")?;
+        let mut parts = Path::new(&name).components();
+        let is_name = parts.next() == Some(Component::Normal(&name)) && parts.next().is_none();
+        // Looked at where a killed save has left it.
+        let is_log = is_name && train::is_log(&Model::folder_of(checkpoint).join(&name));
+        is_log.then(|| {
+            let mut argument = OsString::from("--log=");
+            argument.push(checkpoint.join(name));
+            argument
+        })
+    }
+
     /// Options that it has and may not set.
     pub(crate) fn left_out(&self) -> impl Iterator<Item = (&str, OsString)> {
         let names = self.options.keys().chain(self.encoded.keys()).map(String::as_str);
@@ -176,6 +193,35 @@ mod tests {
         let options = BTreeMap::from([("sample-prompt".into(), "x --log=y".into())]);
         let args = RunFile::new(None, options).to_args(false).unwrap();
         assert_eq!(args, ["--sample-prompt=x --log=y"]);
+    }
+
+    #[test]
+    fn only_a_log_in_the_folder_goes_on_by_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let [dir, outside] = ["model", "outside"].map(|name| dir.path().join(name));
+        fs::create_dir(&dir).unwrap();
+        let log = |name: &str| {
+            let options = BTreeMap::from([("log".to_owned(), name.into())]);
+            RunFile::new(None, options).log_in(&dir).map(|arg| arg.into_string().unwrap())
+        };
+        let there = format!("--log={}/log", dir.display());
+        assert_eq!(log("log"), Some(there.clone()));
+        let path = dir.join("log");
+        let line = "{\"type\":\"step\"}\n";
+        for (text, is_log) in [("", true), (line, true), ("export PATH", false), ("{}", false)] {
+            fs::write(&path, text).unwrap();
+            assert_eq!(log("log").is_some(), is_log, "{text}");
+        }
+        fs::write(&outside, line).unwrap();
+        for name in ["../outside", "./log", "log/", "log/.", "/log", "", ".", ".."] {
+            assert_eq!(log(name), None, "{name}");
+        }
+        fs::remove_file(&path).unwrap();
+        fs::hard_link(&outside, &path).unwrap();
+        assert_eq!(log("log"), None);
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&outside, &path).unwrap();
+        assert_eq!(log("log"), None);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Signals that ask the program to stop: Ctrl-C, those of a scheduler (SIGTERM, SIGUSR1, SIGUSR2, and
-//! SIGXCPU, which comes before a limit of processor time), and that of a terminal that goes away. SIGQUIT
+//! SIGXCPU, which comes before a limit of processor time), those of timers (SIGALRM, SIGVTALRM, SIGPROF),
+//! which whoever starts the program can set and leave to it, and that of a terminal that goes away. SIGQUIT
 //! keeps its meaning: the end at once, for whoever wants a core.
 //!
 //! As long as there is nothing to save, the first one ends the program. A command that has something
@@ -15,7 +16,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mxfp4train::StopHandle;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGXFSZ};
+use signal_hook::consts::{
+    SIGALRM, SIGHUP, SIGINT, SIGPROF, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU, SIGXFSZ,
+};
 
 use crate::console;
 use crate::failure::{Failure, Outcome};
@@ -43,7 +46,8 @@ enum State {
 impl Signals {
     /// Listens from now on; every signal ends the program.
     pub(crate) fn listen() -> Outcome<Self> {
-        let mut numbers = vec![SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU];
+        let mut numbers =
+            vec![SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGALRM, SIGVTALRM, SIGPROF];
         // nohup has it ignored.
         if !is_ignored(SIGHUP) {
             numbers.push(SIGHUP);

@@ -76,9 +76,8 @@ impl TokensFile {
     /// Reads tokens from `first` on.
     pub(crate) fn read(&mut self, first: u64, tokens: &mut [u16]) -> Outcome {
         let mut bytes = vec![0; 2 * tokens.len()];
-        self.file
-            .flush()
-            .and_then(|()| self.file.get_ref().read_exact_at(&mut bytes, place(first)))
+        self.file.flush().map_err(Failure::io("write", &self.temporary))?;
+        (self.file.get_ref().read_exact_at(&mut bytes, place(first)))
             .map_err(Failure::io("read", &self.temporary))?;
         for (token, bytes) in tokens.iter_mut().zip(bytes.as_chunks::<2>().0) {
             *token = u16::from_le_bytes(*bytes);

@@ -11,7 +11,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use common::{interrupt, mxtrain, refuse, run, start, succeed, wait_for};
+use common::{end, interrupt, mxtrain, refuse, run, start, succeed, wait_for};
 
 /// A model that takes a step in about a millisecond.
 const TINY: &str = "--layers 2 --heads 2 --channels 32 --context 32 --batch-size 4 --threads 1";
@@ -109,6 +109,21 @@ fn runs_are_recorded_once_and_reported() {
     assert!(error.contains("models/bf16-seed1-step20; leave the option out"), "{error}");
     let error = refuse(dir, &format!("{line} --recipe bf16"));
     assert!(error.contains("bf16 with seed 1 comes twice"), "{error}");
+
+    // Numbers that no run has are no reason to fall over.
+    let mut large = runs[0].clone();
+    for name in ["layers", "channels", "batch_size", "sequence_length", "accumulation", "steps"] {
+        large["settings"][name] = json!(u64::MAX);
+    }
+    large["curve"][19]["step"] = json!(u64::MAX);
+    large["raised_blocks"] = json!(u64::MAX);
+    large["quantized_blocks"] = json!(u64::MAX);
+    fs::create_dir(dir.join("large")).unwrap();
+    for seed in [1, 2] {
+        large["settings"]["seed"] = json!(seed);
+        fs::write(dir.join(format!("large/{seed}.json")), large.to_string()).unwrap();
+    }
+    succeed(dir, "compare report large --out large");
 
     // A longer run stands in a table of its own; a file that is not understood is named.
     let longer = line.replace("--out runs", "--out longer").replace("--steps 20", "--steps 22");
@@ -219,6 +234,11 @@ fn gradients_show_which_recipes_are_biased() {
     assert!(out.contains("Variance of the unbiased product"), "{out}");
     well_formed(&fs::read_to_string(dir.join("report/variance.svg")).unwrap());
 
+    let mut large = read(dir, "g.json");
+    large["checkpoints"][0]["layers"] = json!(u64::MAX);
+    fs::write(dir.join("large.json"), large.to_string()).unwrap();
+    succeed(dir, "compare report large.json --out report");
+
     for (line, expected) in [
         ("compare gradients --checkpoint none --data data --out x.json", "none"),
         (&format!("{line} --draws 1"), "--draws: expected at least 2"),
@@ -318,4 +338,27 @@ fn a_failed_evaluation_and_a_full_disk_cost_no_run() {
     let record: Value = serde_json::from_str(json).unwrap();
     assert_eq!(record["settings"]["recipe"], "bf16");
     assert_eq!(read(dir, "full/mxfp4-seed1337.json")["settings"]["recipe"], "mxfp4");
+}
+
+/// Records that cannot be written show before the first run, and one whose last evaluation failed is made
+/// again when it is asked for again.
+#[test]
+fn a_comparison_is_made_of_records_with_a_loss() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("compare train --data data --out runs --recipe bf16 --steps 3 {TINY}");
+    let limited = format!("ulimit -f 0; exec {} {line}", env!("CARGO_BIN_EXE_mxtrain"));
+    let child = start(dir, std::process::Command::new("sh").args(["-c", &limited]));
+    let (code, out, error) = end(child);
+    assert_eq!(code, Some(1), "{out}{error}");
+    assert!(error.contains("mxtrain: cannot write runs/") && !out.contains("run 1 of"), "{error}");
+    assert_eq!(fs::read_dir(dir.join("runs")).unwrap().count(), 0);
+
+    succeed(dir, &line);
+    let mut record = read(dir, "runs/bf16-seed1337.json");
+    let loss = record["validation_loss"].take();
+    fs::write(dir.join("runs/bf16-seed1337.json"), record.to_string()).unwrap();
+    assert!(!succeed(dir, &line).contains("is there"));
+    assert_eq!(read(dir, "runs/bf16-seed1337.json")["validation_loss"], loss);
+    assert!(succeed(dir, &line).contains("is there"));
 }

@@ -616,7 +616,7 @@ fn a_file_that_may_not_grow_is_an_error() {
     let output = child.wait_with_output().unwrap();
     let error = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(error.contains("data/train.bin.tmp: File too large"), "{error}");
+    assert!(error.contains("cannot write data/train.bin.tmp: File too large"), "{error}");
     assert!(!dir.join("data").exists());
 }
 

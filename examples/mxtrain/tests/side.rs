@@ -69,8 +69,17 @@ fn a_signal_at_any_moment_stops_and_saves() {
          --save-every 7 --accumulation 3 {TINY}"
     );
     let mut stopped_before = 0;
-    let signals =
-        [Signal::INT, Signal::TERM, Signal::USR1, Signal::HUP, Signal::USR2, Signal::XCPU];
+    let signals = [
+        Signal::INT,
+        Signal::TERM,
+        Signal::USR1,
+        Signal::HUP,
+        Signal::USR2,
+        Signal::XCPU,
+        Signal::ALARM,
+        Signal::VTALARM,
+        Signal::PROF,
+    ];
     for (round, number) in signals.iter().cycle().take(28).enumerate() {
         let _ = fs::remove_dir_all(dir.join("model"));
         let _ = fs::remove_file(dir.join("log.jsonl"));
@@ -352,7 +361,7 @@ fn a_checkpoint_does_not_say_where_to_write() {
     let mut file: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     fs::write(dir.join("victim"), "precious").unwrap();
     for (name, value) in [
-        ("log", "victim"),
+        ("log", "../victim"),
         ("out", "elsewhere"),
         ("save-fallback", "elsewhere"),
         ("config", "victim"),
@@ -374,6 +383,55 @@ fn a_checkpoint_does_not_say_where_to_write() {
     let error = refuse(dir, "train --resume model --steps 7");
     let expected = "model/mxtrain.json: invalid value 'often' for '--eval-every <N>'";
     assert!(error.starts_with(expected), "{error}");
+}
+
+/// A checkpoint that a run says it holds can be resumed.
+#[test]
+fn a_description_that_is_damaged_under_a_run_is_written_again() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("train --data data --out model --log log.jsonl --steps 100000000 {TINY}");
+    let child = begin(dir, &line);
+    wait_for(|| steps(dir) >= 3);
+    fs::write(dir.join("model/mxtrain.json"), "").unwrap();
+    interrupt(&child);
+    let (code, out, error) = end(child);
+    assert_eq!(code, Some(130), "{out}{error}");
+    let file: Value =
+        serde_json::from_str(&fs::read_to_string(dir.join("model/mxtrain.json")).unwrap()).unwrap();
+    assert!(file["files"]["tokenizer.json"].is_string(), "{file}");
+    succeed(dir, &format!("train --resume model --steps {}", saved(dir, "model") + 1));
+}
+
+/// A log in the run's own folder leads nowhere else, so it goes on without a word.
+#[test]
+fn a_log_in_the_folder_goes_on_by_itself() {
+    let dir = folder();
+    let dir = dir.path();
+    let lines = || fs::read_to_string(dir.join("model/log.jsonl")).unwrap().lines().count();
+    succeed(dir, &format!("train --data data --out model --steps 3 --log model/log.jsonl {TINY}"));
+    let before = lines();
+    let error = refuse(dir, "train --resume model --save-fallback raw.bin --steps 5");
+    assert!(error.starts_with("--save-fallback: expected a folder"), "{error}");
+    let error = refuse(dir, "train --resume model --log ./model/trainer.json --steps 5");
+    assert!(
+        error.starts_with("--log: ./model/trainer.json is a file of the checkpoint"),
+        "{error}"
+    );
+    let out = succeed(dir, "train --resume model --steps 5");
+    assert!(!out.contains("left out") && lines() > before + 1, "{out}");
+    let before = lines();
+    // One that is saved elsewhere does not touch the folder.
+    let out = succeed(dir, "train --resume model --out other --steps 7");
+    assert!(out.contains("left out    --log log.jsonl: ") && lines() == before, "{out}");
+
+    fs::write(dir.join("victim"), "{\"type\":").unwrap();
+    fs::remove_file(dir.join("model/log.jsonl")).unwrap();
+    std::os::unix::fs::symlink("../victim", dir.join("model/log.jsonl")).unwrap();
+    assert!(
+        succeed(dir, "train --resume model --steps 7").contains("left out    --log log.jsonl: ")
+    );
+    assert_eq!(fs::read_to_string(dir.join("victim")).unwrap(), "{\"type\":");
 }
 
 /// As after a kill between the first save and what comes behind it.

@@ -257,7 +257,8 @@ impl Settings {
 
     /// Tokens of an optimizer step.
     pub(crate) fn step_tokens(&self) -> u64 {
-        (self.batch_size * self.sequence_length * self.accumulation) as u64
+        let tokens = self.batch_size.saturating_mul(self.sequence_length);
+        tokens.saturating_mul(self.accumulation) as u64
     }
 
     /// What must be equal for two runs to be the same, by name. Not the name of the data, nor what is

@@ -1,8 +1,8 @@
 //! `mxtrain compare train`: one run for every seed and recipe, each with a record of its own.
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::path::{Path, PathBuf};
+use std::process::{self, ExitCode};
 use std::time::Instant;
 
 use indicatif::HumanCount;
@@ -18,6 +18,7 @@ use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::signals::{INTERRUPTED, Signals};
+use crate::tokens_file::write_whole;
 use crate::train::{
     Data, Failures, LOST_ON_THE_SIDE, Side, Start, Weights, header, model_config, trainer_options,
     vocabulary,
@@ -37,8 +38,10 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
     let config = model_config(&args.model, &VariantArgs::default(), vocab_size)?;
     data.check(config.vocab_size, args.batch.sequence_length.unwrap_or(config.context_length))?;
     fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
-    // Every record is looked at before the first run: a mistake should not show after hours.
+    // Every record is looked at before the first run, and its place: a mistake should not show after
+    // hours.
     let planned = plan(args, &config, &data)?;
+    try_to_write(&args.out)?;
     let stop = StopHandle::default();
     Signals::listen()?.ask(stop.clone(), "and the run begins anew the next time");
     // What cannot be printed or saved on the way costs no run.
@@ -64,6 +67,14 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
         return Ok(ExitCode::from(LOST_ON_THE_SIDE));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Finds out whether records can be written. The name is that of one process, as others may run their
+/// parts of the comparison.
+fn try_to_write(folder: &Path) -> Outcome {
+    let path = folder.join(format!(".mxt-try-{}", process::id()));
+    write_whole(&path, b"\n")?;
+    fs::remove_file(&path).map_err(Failure::io("remove", &path))
 }
 
 /// A run that is to be.
@@ -124,7 +135,8 @@ fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<V
                         missing.display()
                     )));
                 }
-                true
+                // What is compared is missing where the last evaluation failed.
+                found.record.validation_loss.is_some() || found.record.diverged.is_some()
             }
         };
         planned.push(Planned { path, settings, options, saves, is_done });

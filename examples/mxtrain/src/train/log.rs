@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use mxfp4train::{EvalStats, StepStats};
@@ -86,6 +86,21 @@ impl Log {
             .and_then(|mut file| file.write_all(text.as_bytes()));
         self.is_torn = written.is_err();
         written.map_err(Failure::io("write", &self.path))
+    }
+}
+
+/// Whether a path is that of a log or of nothing, and no other name of a file elsewhere.
+pub(crate) fn is_log(path: &Path) -> bool {
+    let begins = || -> io::Result<bool> {
+        let mut text = Vec::new();
+        open(path, File::options().read(true))?.take(8).read_to_end(&mut text)?;
+        Ok(text.is_empty() || text == b"{\"type\":")
+    };
+    match path.symlink_metadata() {
+        Ok(metadata) => {
+            metadata.is_file() && metadata.nlink() == 1 && begins().is_ok_and(|begins| begins)
+        }
+        Err(e) => e.kind() == io::ErrorKind::NotFound,
     }
 }
 

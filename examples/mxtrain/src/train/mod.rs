@@ -30,6 +30,7 @@ use crate::plan;
 use crate::signals::{INTERRUPTED, Signals};
 use crate::tokenizer::{TextStream, Tokenizer};
 use log::Log;
+pub(crate) use log::is_log;
 use saves::Saves;
 pub(crate) use side::{Failures, Side};
 
@@ -82,9 +83,7 @@ impl Run {
                 "--sample-every: needs --tokenizer to turn tokens into text",
             ));
         }
-        if let Some(log) = &args.report.log {
-            Log::check(log)?;
-        }
+        setup::check_places(args)?;
         setup::out_folder(args)?;
         // The lock lies in the folder, so that has to have its name.
         for dir in [setup::out(args)].into_iter().chain(args.start.init_from.as_deref()) {

@@ -19,7 +19,7 @@ use crate::lock::RunLock;
 use crate::run_file::{self, RunFile};
 
 /// The files of a checkpoint of this program.
-const FILES: [&str; 5] =
+pub(super) const FILES: [&str; 5] =
     ["config.json", "model.safetensors", "trainer.json", "trainer.safetensors", run_file::FILE];
 
 /// The saves of a run.
@@ -158,8 +158,9 @@ impl Saves {
 
     fn save_to(&mut self, folder: &Path, trainer: &mut Trainer) -> Outcome {
         trainer.save(folder)?;
-        // In `out` they are carried along, unless the folder was made anew.
-        if !folder.join(run_file::FILE).exists() {
+        // In `out` they are carried along, unless the folder was made anew, or its description damaged:
+        // without it the checkpoint could not be resumed.
+        if !matches!(RunFile::read(folder), Ok(Some(_))) {
             self.put_files(folder)?;
         }
         Ok(())
@@ -167,9 +168,11 @@ impl Saves {
 
     /// Puts the files that are not the library's into a checkpoint folder.
     fn put_files(&mut self, folder: &Path) -> Outcome {
-        // One that cannot be read lists nothing: what is in the folder is then taken for the user's.
+        // One that cannot be read lists nothing but what this run has put: what else is in the folder is
+        // then taken for the user's.
         let before = RunFile::read(folder).ok().flatten().map(|file| file.files);
-        self.run_file.files = self.files.put(folder, &before.unwrap_or_default())?;
+        let before = before.unwrap_or_else(|| self.run_file.files.clone());
+        self.run_file.files = self.files.put(folder, &before)?;
         for note in self.files.notes.drain(..) {
             console::note(&format!("mxtrain: note: {note}"));
         }
@@ -187,7 +190,9 @@ fn set_aside(folder: &Path) -> Outcome<Vec<PathBuf>> {
     {
         let path = folder.join(name);
         match fs::rename(&path, aside(&path)) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            // Of what is no folder, the save says more.
+            Err(e)
+                if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&e.kind()) => {}
             Err(e) => {
                 put_back(&paths);
                 return Err(Failure::io("rename", &path)(e));
@@ -246,6 +251,7 @@ mod tests {
         let folder = dir.path();
         assert!(set_aside(&folder.join("none")).unwrap().is_empty());
         fs::write(folder.join("outside"), "x").unwrap();
+        assert!(set_aside(&folder.join("outside")).unwrap().is_empty());
         let mut file = RunFile::new(None, BTreeMap::new());
         for name in ["tokenizer.json", "tokenizer_config.json", "outside"] {
             fs::write(folder.join(name), "x").unwrap();

@@ -12,6 +12,8 @@ use mxfp4train::{
     TrainerOptions,
 };
 
+use super::log::Log;
+use super::saves::FILES;
 use crate::cli::{
     BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TokenArgs, TrainArgs, VariantArgs,
 };
@@ -422,8 +424,31 @@ pub(crate) fn out_folder(args: &TrainArgs) -> Outcome<PathBuf> {
     Ok(out.to_owned())
 }
 
-/// Where a run writes besides its folder, which no checkpoint may say: the user names them again for a
-/// resumed run.
+/// Checks where else the run writes; a line of the log in a file of the checkpoint would be the end of that.
+pub(crate) fn check_places(args: &TrainArgs) -> Outcome {
+    if let Some(fallback) = &args.start.save_fallback
+        && fallback.metadata().is_ok_and(|found| !found.is_dir())
+    {
+        return Err(Failure::usage(format!(
+            "--save-fallback: expected a folder or a new name, found that {} is neither; name another",
+            fallback.display()
+        )));
+    }
+    let Some(log) = &args.report.log else { return Ok(()) };
+    let folder = |path: &Path| path.canonicalize().or_else(|_| std::path::absolute(path)).ok();
+    let parent = std::path::absolute(log).ok().and_then(|log| folder(log.parent()?));
+    let is_file = |name: &OsStr| FILES.iter().any(|file| name == *file);
+    if parent == folder(out(args)) && log.file_name().is_some_and(is_file) {
+        return Err(Failure::usage(format!(
+            "--log: {} is a file of the checkpoint; name another",
+            log.display()
+        )));
+    }
+    Log::check(log)
+}
+
+/// Where a run writes besides its checkpoint, which no checkpoint may say: the user names them again for a
+/// resumed run, but for a log in the folder itself.
 pub(crate) struct Places {
     log: Option<PathBuf>,
     /// Where to save if neither the run's folder nor its parent can be written.
@@ -480,7 +505,13 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     keep("save-every", args.start.save_every.map(text));
     keep("sample-prompt", Some(text(&args.report.sample_prompt)));
     for (name, place) in Places::new(args).by_name() {
-        keep(name, path(place));
+        // A log in the run's own folder by its name alone: --resume then goes on with it.
+        let is_inside = |place: &PathBuf| {
+            name == "log" && place.parent() == std::path::absolute(out(args)).ok().as_deref()
+        };
+        let place = std::path::absolute(place).ok();
+        let inside = place.as_ref().filter(|place| is_inside(place)).and_then(|p| p.file_name());
+        keep(name, inside.map(OsStr::to_owned).or_else(|| place.map(PathBuf::into_os_string)));
     }
     let mut file = RunFile::new(data.tokenizer, options);
     file.train_tokens = Some(data.train.token_count());

@@ -67,9 +67,10 @@ pub(crate) fn groups(runs: Vec<Recorded<Run>>) -> Outcome<Vec<Group>> {
     let mut groups: BTreeMap<(u64, u64, String), Vec<Recorded<Run>>> = BTreeMap::new();
     for run in runs {
         let s = &run.record.settings;
-        let size = (s.layers * s.channels * s.channels) as u64;
+        // A record can come from anyone.
+        let size = s.channels.saturating_mul(s.channels).saturating_mul(s.layers) as u64;
         let key = Value::Object(without_run(s.compared())).to_string();
-        groups.entry((size, s.steps * s.step_tokens(), key)).or_default().push(run);
+        groups.entry((size, s.steps.saturating_mul(s.step_tokens()), key)).or_default().push(run);
     }
     for runs in groups.values_mut() {
         runs.sort_by_key(|run| {
@@ -120,7 +121,7 @@ impl Group {
             s.channels,
             s.heads,
             s.sequence_length,
-            console::scaled(s.steps * s.step_tokens()),
+            console::scaled(s.steps.saturating_mul(s.step_tokens())),
             s.steps,
         )
     }
@@ -201,6 +202,8 @@ impl Group {
         let difference = |of: fn(&(f64, f64)) -> f64| {
             Spread::of(&pairs.iter().filter(|_| recipe != BASE).map(of).collect::<Vec<_>>())
         };
+        let total =
+            |of: fn(&Run) -> u64| runs.iter().fold(0u64, |sum, run| sum.saturating_add(of(run)));
         let mut speeds: Vec<f64> = runs.iter().map(|run| run.tokens_per_second).collect();
         speeds.sort_by(f64::total_cmp);
         Row {
@@ -214,8 +217,8 @@ impl Group {
             difference: difference(|(loss, base)| loss - base),
             difference_percent: difference(|(loss, base)| 100.0 * (loss / base - 1.0)),
             tokens_per_second: speeds[speeds.len() / 2],
-            raised_blocks: runs.iter().map(|run| run.raised_blocks).sum(),
-            quantized_blocks: runs.iter().map(|run| run.quantized_blocks).sum(),
+            raised_blocks: total(|run| run.raised_blocks),
+            quantized_blocks: total(|run| run.quantized_blocks),
         }
     }
 
@@ -274,7 +277,7 @@ impl Group {
     /// Tokens that the axis of tokens counts in, and its name.
     fn unit(&self) -> (f64, &'static str) {
         let s = self.settings();
-        match s.steps * s.step_tokens() {
+        match s.steps.saturating_mul(s.step_tokens()) {
             10_000_000_000.. => (1e9, "tokens (billions)"),
             1_000_000.. => (1e6, "tokens (millions)"),
             _ => (1e3, "tokens (thousands)"),
@@ -297,7 +300,7 @@ impl Group {
             let points = steps.into_iter().filter(|step| *step >= from).filter_map(|step| {
                 let values: Vec<f64> = self.of(recipe).filter_map(|run| value(run, step)).collect();
                 let spread = Spread::of(&values)?;
-                let tokens = (step * s.step_tokens()) as f64 / self.unit().0;
+                let tokens = step.saturating_mul(s.step_tokens()) as f64 / self.unit().0;
                 Some((tokens, spread.mean, spread.deviation.unwrap_or(0.0)))
             });
             Line { name: recipe.into(), points: points.collect(), look }

@@ -1,5 +1,7 @@
 //! Tables of gradient statistics and of variances.
 
+use std::collections::BTreeSet;
+
 use super::plot::Line;
 use super::table::Table;
 use crate::compare::gradients::{CheckpointGradients, Quantity};
@@ -44,16 +46,19 @@ pub(crate) fn gradients(checkpoint: &CheckpointGradients) -> Table {
 
 /// A row for each quantity and recipe that has noise: how far the gradient of each block stands above it, in dB.
 pub(crate) fn signal_to_noise(checkpoint: &CheckpointGradients) -> Table {
-    let blocks = (0..checkpoint.layers).map(|block| format!("block {block}"));
+    // Those that there are: a record can come from anyone and say that there are any number of layers.
+    let tensors = checkpoint.recipes.iter().flat_map(|recipe| &recipe.tensors);
+    let blocks: BTreeSet<usize> = tensors.filter_map(|tensor| tensor.block).collect();
     let header = ["gradient", "recipe"].map(String::from);
-    let mut table = Table::new(2, header.into_iter().chain(blocks));
+    let names = blocks.iter().map(|block| format!("block {block}"));
+    let mut table = Table::new(2, header.into_iter().chain(names));
     for quantity in Quantity::ALL {
         for recipe in &checkpoint.recipes {
-            let of_block = |block| {
+            let of_block = |&block| {
                 let mut tensors = recipe.tensors.iter().filter(|t| t.quantity == quantity);
                 tensors.find(|t| t.block == Some(block)).map(|t| t.statistics.variance)
             };
-            let variances: Vec<_> = (0..checkpoint.layers).map(of_block).collect();
+            let variances: Vec<_> = blocks.iter().map(of_block).collect();
             if variances.iter().any(|v| v.is_some_and(|v| v > 0.0)) {
                 let cells = variances.iter().map(|v| v.map_or_else(|| "-".into(), decibels));
                 let names = [quantity.name().to_owned(), recipe.recipe.clone()];
