@@ -116,7 +116,7 @@ pub(crate) struct Spare(*mut Block);
 
 /// How a block begins: they are a list.
 struct Block {
-    next: *mut Block,
+    next: *mut Self,
     layout: Layout,
 }
 

