@@ -67,7 +67,8 @@
 //    this rule gets MXT_ERROR_BUSY, and nothing is corrupted or waited for; only freeing a handle
 //    while another thread is about to use it is beyond what the library can see.
 //    A thread that is cancelled (pthread_cancel) ends after the call that it is in: cancellation is off
-//    in calls, and in the callbacks that they make.
+//    in calls, and in the callbacks that they make. Where it may act at any instruction
+//    (PTHREAD_CANCEL_ASYNCHRONOUS), one that comes as a call just begins or ends may end the process.
 //    A thread that calls needs 128 KiB of stack, with a GPU what the driver takes besides. Worker threads
 //    have stacks of 2 MiB, whatever RUST_MIN_STACK says.
 //    The library's worker threads belong to an engine, block all signals but faults, and have ended

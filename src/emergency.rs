@@ -9,6 +9,10 @@
 //! memory by size is refused, and so is every call of the C API that comes in (`capi/guard.rs`), except
 //! those that give something back or allocate nothing. What is freed goes back to the reserve.
 //!
+//! What others' code allocates in large pieces without asking, a parser for example, does not fit into it.
+//! Whoever calls such code asks for as much first, and keeps it as a [`Spare`], which is given up where the
+//! system refuses anything on that thread.
+//!
 //! It is a set of pools, each of slots of one size, with a bit for every slot. There is no lock, so no
 //! child of a fork inherits one that is held, and every thread is served.
 //!
@@ -16,7 +20,7 @@
 //! has its own allocator.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -106,18 +110,133 @@ fn give_back(offset: usize) {
     USED.fetch_sub(slot_size(pool), Ordering::Relaxed);
 }
 
+/// A block of the system's that this thread gives up where the system refuses it another one.
+#[derive(Debug)]
+pub(crate) struct Spare(*mut Block);
+
+/// How a block begins: they are a list.
+struct Block {
+    next: *mut Self,
+    layout: Layout,
+}
+
+thread_local! {
+    // Const-made and without destructor, so that an allocator may use it.
+    static BLOCKS: Cell<*mut Block> = const { Cell::new(null_mut()) };
+}
+
+/// Blocks of all threads. A thread that has none does not look at its variables, which it might not have
+/// yet.
+static BLOCK_COUNT: AtomicUsize = AtomicUsize::new(0);
+
+impl Spare {
+    /// `None` where the system refuses it, or has refused so much that nothing new may begin.
+    pub(crate) fn new(bytes: usize) -> Option<Self> {
+        let bytes = bytes.checked_add(size_of::<Block>())?;
+        let layout = Layout::from_size_align(bytes, align_of::<Block>()).ok()?;
+        if is_low() {
+            return None;
+        }
+        // SAFETY: the size is not 0; what is written fits, and the layout says how it is aligned.
+        unsafe {
+            let block = System.alloc(layout).cast::<Block>();
+            if block.is_null() {
+                return None;
+            }
+            block.write(Block { next: BLOCKS.get(), layout });
+            BLOCKS.set(block);
+            BLOCK_COUNT.fetch_add(1, Ordering::Relaxed);
+            Some(Self(block))
+        }
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        // SAFETY: blocks of this thread's list live, and only this thread, which a `Spare` does not leave,
+        // reads and changes it.
+        unsafe {
+            let mut before: *mut Block = null_mut();
+            let mut block = BLOCKS.get();
+            while !block.is_null() && block != self.0 {
+                (before, block) = (block, (*block).next);
+            }
+            // It may be given up already.
+            if block.is_null() {
+                return;
+            }
+            match before.is_null() {
+                true => BLOCKS.set((*block).next),
+                false => (*before).next = (*block).next,
+            }
+            free_block(block);
+        }
+    }
+}
+
+/// # Safety
+/// `block` is in no list any more.
+unsafe fn free_block(block: *mut Block) {
+    BLOCK_COUNT.fetch_sub(1, Ordering::Relaxed);
+    // SAFETY: it came from there with this layout.
+    unsafe { System.dealloc(block.cast(), (*block).layout) };
+}
+
+/// Gives one of this thread's blocks back to the system; false if there is none.
+fn give_up_spare() -> bool {
+    if BLOCK_COUNT.load(Ordering::Relaxed) == 0 {
+        return false;
+    }
+    let block = BLOCKS.get();
+    if block.is_null() {
+        return false;
+    }
+    // SAFETY: the first of the list, which goes on behind it.
+    unsafe {
+        BLOCKS.set((*block).next);
+        free_block(block);
+    }
+    true
+}
+
+/// Runs `ask`, whose requests give up no [`Spare`]: a refusal is an error to it.
+pub(crate) fn keeping_spares<R>(ask: impl FnOnce() -> R) -> R {
+    /// Puts the list back.
+    struct Restore(*mut Block);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            BLOCKS.set(self.0);
+        }
+    }
+    if BLOCK_COUNT.load(Ordering::Relaxed) == 0 {
+        return ask();
+    }
+    let _restore = Restore(BLOCKS.replace(null_mut()));
+    ask()
+}
+
+/// Asks the system, and asks again for each [`Spare`] that is given up.
+fn from_system(ask: impl Fn() -> *mut u8) -> *mut u8 {
+    loop {
+        let pointer = ask();
+        if !pointer.is_null() || !give_up_spare() {
+            return pointer;
+        }
+    }
+}
+
 // SAFETY: memory is the system's or a slot that nobody else has; slots are as large as asked for, and
 // aligned, for pools begin at a page and a slot's size is a power of two.
 unsafe impl GlobalAlloc for Emergency {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: passed on.
-        let pointer = unsafe { System.alloc(layout) };
+        let pointer = from_system(|| unsafe { System.alloc(layout) });
         if pointer.is_null() { take(layout) } else { pointer }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         // SAFETY: passed on.
-        let pointer = unsafe { System.alloc_zeroed(layout) };
+        let pointer = from_system(|| unsafe { System.alloc_zeroed(layout) });
         if !pointer.is_null() {
             return pointer;
         }
@@ -140,7 +259,7 @@ unsafe impl GlobalAlloc for Emergency {
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         if offset_of(pointer).is_none() {
             // SAFETY: passed on; it came from there.
-            let moved = unsafe { System.realloc(pointer, layout, size) };
+            let moved = from_system(|| unsafe { System.realloc(pointer, layout, size) });
             if !moved.is_null() {
                 return moved;
             }
@@ -242,6 +361,26 @@ mod tests {
             ALLOCATOR.dealloc(moved, large);
         }
         assert_eq!(USED.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn spares_are_given_up_one_by_one() {
+        let [a, b, c] = [10, 1 << 20, 3].map(|bytes| Spare::new(bytes).expect("memory"));
+        drop(b);
+        assert!(keeping_spares(|| !give_up_spare()));
+        let asked = Cell::new(0);
+        let refused = from_system(|| {
+            asked.set(asked.get() + 1);
+            null_mut()
+        });
+        assert_eq!((refused, asked.get()), (null_mut(), 3), "at first, and for each of the two");
+        drop((a, c));
+        let _d = Spare::new(1).expect("memory");
+        std::thread::scope(|scope| {
+            assert!(!scope.spawn(give_up_spare).join().unwrap(), "another thread's");
+        });
+        assert!(give_up_spare() && !give_up_spare());
+        assert!(Spare::new(usize::MAX).is_none() && Spare::new(1 << 62).is_none());
     }
 
     #[test]

@@ -17,6 +17,30 @@ pub(crate) fn is_short() -> bool {
     false
 }
 
+/// Memory that is kept for code of others which allocates without asking, and ends the process where there is
+/// none. In Rust programs, which have an allocator of their own, it is asked for and given back.
+#[derive(Debug)]
+pub(crate) struct Spare {
+    #[cfg(feature = "c-library")]
+    _kept: crate::emergency::Spare,
+}
+
+impl Spare {
+    /// Keeps `bytes` until it is dropped; messages call them `what`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(crate) fn new(what: &'static str, bytes: usize) -> Result<Self> {
+        #[cfg(feature = "c-library")]
+        match crate::emergency::Spare::new(bytes) {
+            Some(kept) => Ok(Self { _kept: kept }),
+            None => Err(refused(what, bytes as u64)),
+        }
+        #[cfg(not(feature = "c-library"))]
+        reserve(&mut Vec::<u8>::new(), what, bytes).map(|()| Self {})
+    }
+}
+
 /// Room for `more` elements in all that `vec` will have; messages call them `what`.
 fn room<T>(
     vec: &mut Vec<T>,
@@ -27,14 +51,21 @@ fn room<T>(
     if vec.capacity() - vec.len() >= more {
         return Ok(());
     }
+    #[cfg(feature = "c-library")]
+    let try_reserve = |vec: &mut _| crate::emergency::keeping_spares(|| try_reserve(vec));
     if !is_short() && try_reserve(vec).is_ok() {
         return Ok(());
     }
-    Err(Error::OutOfMemory {
+    let needed = (vec.len() as u64 + more as u64).saturating_mul(size_of::<T>() as u64);
+    Err(refused(what, needed))
+}
+
+fn refused(what: &'static str, needed: u64) -> Error {
+    Error::OutOfMemory {
         what,
-        needed: (vec.len() as u64 + more as u64).saturating_mul(size_of::<T>() as u64),
+        needed,
         limit: "which the system refuses; use a smaller batch or model".into(),
-    })
+    }
 }
 
 /// Makes room in `vec` for `len` elements in all; messages call them `what`.

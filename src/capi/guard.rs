@@ -76,6 +76,7 @@ pub(super) fn method_of<H: Handle>(
 
 /// Makes a handle from nothing.
 pub(super) fn maker(function: &str, body: impl FnOnce() -> Result<(), Failure>) -> mxt_status {
+    let _held = cancel::hold();
     match shortage() {
         Some(shortage) => fail(function, None, shortage),
         None => self::function(function, body),

@@ -15,7 +15,7 @@
 //! it just before the exchange. So no folder is ever removed with what is in it: entries that are not
 //! ours are moved back first, and a folder that is not empty then stays.
 //!
-//! NOTE: anybody may make folders of such names where the folder beside is open to all. Nothing is read
+//! NOTE: anybody may make folders of such names where the folder that they lie in is open to all. Nothing is read
 //! from, moved from or removed in one whose owner could not have saved here ([`is_trusted`]).
 
 use std::ffi::{OsStr, OsString};
@@ -410,6 +410,16 @@ fn is_trusted(found: &Metadata, target: &Path) -> bool {
     // SAFETY: it has no arguments and cannot fail.
     let user = unsafe { libc::geteuid() };
     found.uid() == user || is_owner(target) || is_owner(parent(target))
+}
+
+/// Whether the `owner` of a folder in a checkpoint's folder, of which mode and owner are given, may have
+/// saved there. Who may write in it may, except where names belong to whoever made them, as in /tmp.
+pub(super) fn may_have_saved(owner: u32, mode: u32, folder_owner: u32) -> bool {
+    const STICKY: u32 = 0o1000;
+    const ROOT: u32 = 0;
+    // SAFETY: it has no arguments and cannot fail.
+    let user = unsafe { libc::geteuid() };
+    mode & STICKY == 0 || [user, folder_owner, ROOT].contains(&owner)
 }
 
 /// Ends what a save without exchange left undone when it was killed.

@@ -12,12 +12,13 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind as K, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
 
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{Mode, OFlags, fstat, openat};
 use rustix::io::Errno;
 
 use super::folder::{self, Staging, attempt};
@@ -97,6 +98,15 @@ pub(super) fn finish(target: &Path, owned: &[&str]) -> Result<()> {
             }
             other => other.map_err(Error::io("open", &commit))?,
         };
+        let owner = folder.metadata().map_err(Error::io("open", &commit))?.uid();
+        let here = fs::metadata(target).map_err(Error::io("open", target))?;
+        if !folder::may_have_saved(owner, here.mode(), here.uid()) {
+            let message = format!(
+                "expected the folder of a save or nothing, found one of user {owner}, who may not \
+                 replace what is here; move it"
+            );
+            return Err(Error::format(&commit, message));
+        }
         match folder.try_lock() {
             Err(fs::TryLockError::WouldBlock) => sleep(Duration::from_millis(10)),
             // Without locks it cannot be told whether someone is at it. Either of us may move a file.
@@ -156,11 +166,16 @@ impl Committed {
     /// Looks for one in an open checkpoint folder.
     pub(super) fn open(folder: impl AsFd) -> Result<Option<Self>, Errno> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let here = fstat(&folder)?;
         let folder = match openat(folder, COMMIT, flags, Mode::empty()) {
             Ok(folder) => folder,
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
             Err(e) => return Err(e),
         };
+        // What anybody may have put there says nothing of the files beside it.
+        if !folder::may_have_saved(fstat(&folder)?.st_uid, here.st_mode as u32, here.st_uid) {
+            return Ok(None);
+        }
         Ok(read_names(&folder)?.map(|names| Self { folder, names }))
     }
 

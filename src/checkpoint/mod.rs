@@ -22,6 +22,7 @@ mod weights;
 use std::collections::HashSet;
 use std::fs::{File, FileType};
 use std::io;
+use std::ops::Deref;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -30,8 +31,9 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 
 use crate::model::{ModelConfig, StoredTensor, TensorInfo};
+use crate::reserve::{self, Spare};
 use crate::trainer::TrainerState;
-use crate::{Error, Result, reserve};
+use crate::{Error, Result};
 pub(crate) use config::FoundConfig;
 pub(crate) use folder::{existing, put_back};
 use tensors::{Named, TensorFile};
@@ -96,6 +98,9 @@ pub(crate) fn save(
     ModelPart { config, found, weights }: ModelPart<'_>,
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
+    let moments = trainer.iter().flat_map(|trainer| trainer.moments);
+    let tensors = moments.chain([weights]).flat_map(TensorRead::tensors);
+    let _spare = room_for_headers(tensors)?;
     folder::replace(dir, &FILES, MODEL, |new| {
         folder::write_file(&new.join(CONFIG), config::to_json(config, found).as_bytes())?;
         let extra = [(SHAPE, config::summary(config))];
@@ -306,7 +311,7 @@ impl Checkpoint {
         TensorFile::open(&path, file)
     }
 
-    fn json(&self, index: usize) -> Result<Vec<u8>> {
+    fn json(&self, index: usize) -> Result<JsonText> {
         let (path, file) = self.file(index)?;
         read_json(&path, file)
     }
@@ -395,8 +400,21 @@ fn not_a_file(kind: FileType) -> String {
     format!("expected a file, found a {kind}")
 }
 
-/// The text of a small file that should be JSON.
-fn read_json(path: &Path, file: &File) -> Result<Vec<u8>> {
+/// The text of a small file that should be JSON, and memory for its values.
+struct JsonText {
+    text: Vec<u8>,
+    _spare: Spare,
+}
+
+impl Deref for JsonText {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.text
+    }
+}
+
+fn read_json(path: &Path, file: &File) -> Result<JsonText> {
     let length = file.metadata().map_err(Error::io("open", path))?.len();
     if length > MAX_JSON {
         let message = format!("expected JSON of at most {MAX_JSON} bytes, found {length}");
@@ -405,16 +423,26 @@ fn read_json(path: &Path, file: &File) -> Result<Vec<u8>> {
     let mut text = reserve::zeros("a file of JSON", length as usize)?;
     read_exact_at(path, file, &mut text, 0)?;
     found::check_fetched(path, &text)?;
-    room_for_json(text.len())?;
-    Ok(text)
+    let spare = room_for_json(text.len())?;
+    Ok(JsonText { text, _spare: spare })
 }
 
-/// Asks for the memory that the values of a JSON text of `len` bytes take at most, and gives it back:
-/// serde_json ends the process where there is none.
-fn room_for_json(len: usize) -> Result<()> {
+/// The memory that the values of a JSON text of `len` bytes take at most: serde_json, and the maps and
+/// lists that are made of them, end the process where there is none.
+fn room_for_json(len: usize) -> Result<Spare> {
     /// An array of objects with one entry each: a node of a map for 8 bytes.
     const FOR_ONE: usize = 100;
-    reserve::reserve(&mut Vec::<u8>::new(), "the values of a JSON text", len * FOR_ONE)
+    Spare::new("the values of a JSON text", len * FOR_ONE)
+}
+
+/// The memory that the names of `tensors` and the headers of their files take at most while they are saved.
+fn room_for_headers<'a>(tensors: impl Iterator<Item = &'a TensorInfo>) -> Result<Spare> {
+    /// The entries of four lists and maps, while they grow, and what stands beside a name in the texts.
+    const A_TENSOR: usize = 2048;
+    /// In two lists, two maps and three texts, while they grow.
+    const A_LETTER: usize = 20;
+    let size = |tensor: &TensorInfo| A_TENSOR + A_LETTER * tensor.name.len();
+    Spare::new("the headers of tensor files", tensors.map(size).sum())
 }
 
 /// Fills `out` with the bytes of a shared file from `offset` on; the file's position stays.

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::folder::attempt;
 use super::{MAX_JSON, TensorRead, found, read_exact_at, room_for_json};
 use crate::model::StoredTensor;
-use crate::reserve::{reserve, zeros};
+use crate::reserve::{Spare, reserve, zeros};
 use crate::{Error, Result};
 
 /// Metadata key of the checksums.
@@ -149,6 +149,8 @@ pub(super) struct TensorFile<'a> {
     /// First byte of the tensors.
     start: u64,
     sums: Option<BTreeMap<String, String>>,
+    /// For the header, and for lists of what is in it.
+    _spare: Spare,
 }
 
 impl<'a> TensorFile<'a> {
@@ -183,7 +185,7 @@ impl<'a> TensorFile<'a> {
         if let Some(rest) = text.get_mut(read..) {
             read_exact_at(path, file, rest, read as u64)?;
         }
-        room_for_json(start)?;
+        let spare = room_for_json(start)?;
         let header = match serde_json::from_slice::<Metadata>(&text[PREFIX..]) {
             Ok(header) => header,
             Err(e) => return Err(describe(path, &text, &e)),
@@ -197,7 +199,8 @@ impl<'a> TensorFile<'a> {
             })?),
         };
         let header_sum = crc32fast::hash(&text);
-        Ok(Self { path: path.to_owned(), file, length, header, header_sum, start, sums })
+        let path = path.to_owned();
+        Ok(Self { path, file, length, header, header_sum, start, sums, _spare: spare })
     }
 
     /// Size of the file in bytes.

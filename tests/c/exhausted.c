@@ -20,16 +20,20 @@
 extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
 extern void *__libc_memalign(size_t, size_t);
 
-enum kind { ALLOCATION_ONCE, ALLOCATIONS_FROM, MAPPING_ONCE, KINDS };
-static const char *const KIND[KINDS] = {"a failed allocation", "failed allocations", "a failed mapping"};
+enum kind { ALLOCATION_ONCE, ALLOCATIONS_FROM, MAPPING_ONCE, LARGE_ONCE, KINDS };
+static const char *const KIND[KINDS] = {"a failed allocation", "failed allocations", "a failed mapping",
+                                        "a failed large allocation"};
+
+/* Larger than any piece of the library's reserve, with a model whose names fill such pieces. */
+enum { LARGE = (64 << 10) + 1, MANY_LAYERS = 64 };
 
 static atomic_int armed, failed;
 static atomic_long count;
 static enum kind kind;
 static long index_of_failure;
 
-static int fails(int mapping) {
-  if (!armed || mapping != (kind == MAPPING_ONCE)) return 0;
+static int fails(int mapping, size_t size) {
+  if (!armed || mapping != (kind == MAPPING_ONCE) || (kind == LARGE_ONCE && size < LARGE)) return 0;
   const long now = atomic_fetch_add(&count, 1);
   if (now != index_of_failure && !(kind == ALLOCATIONS_FROM && now > index_of_failure)) return 0;
   failed = 1;
@@ -38,23 +42,23 @@ static int fails(int mapping) {
 }
 
 /* In place of libc's, for the library as well. */
-void *malloc(size_t size) { return fails(0) ? NULL : __libc_malloc(size); }
-void *calloc(size_t n, size_t size) { return fails(0) ? NULL : __libc_calloc(n, size); }
-void *realloc(void *block, size_t size) { return fails(0) ? NULL : __libc_realloc(block, size); }
+void *malloc(size_t size) { return fails(0, size) ? NULL : __libc_malloc(size); }
+void *calloc(size_t n, size_t size) { return fails(0, n * size) ? NULL : __libc_calloc(n, size); }
+void *realloc(void *block, size_t size) { return fails(0, size) ? NULL : __libc_realloc(block, size); }
 int posix_memalign(void **out, size_t align, size_t size) {
-  if (fails(0)) return ENOMEM;
+  if (fails(0, size)) return ENOMEM;
   *out = __libc_memalign(align, size);
   return *out == NULL ? ENOMEM : 0;
 }
 void *mmap(void *address, size_t size, int protection, int flags, int file, off_t offset) {
-  if (fails(1)) return MAP_FAILED;
+  if (fails(1, size)) return MAP_FAILED;
   return (void *)syscall(SYS_mmap, address, size, protection, flags, file, offset);
 }
 void *mmap64(void *address, size_t size, int protection, int flags, int file, off_t offset) {
   return mmap(address, size, protection, flags, file, offset);
 }
 int madvise(void *address, size_t size, int advice) {
-  return fails(1) ? -1 : (int)syscall(SYS_madvise, address, size, advice);
+  return fails(1, size) ? -1 : (int)syscall(SYS_madvise, address, size, advice);
 }
 
 enum call {
@@ -88,7 +92,9 @@ static const int ENDS_ALLOWED[KINDS][CALLS] = {
 static void prepare(enum call call) {
   engine = new_engine();
   if (call == ENGINE_NEW || call == BUILD_INFO) return;
-  model = new_model(engine);
+  mxt_model_config config = small_config();
+  if (kind == LARGE_ONCE) config.layers = MANY_LAYERS;
+  OK(mxt_model_new(engine, &config, &model));
   dataset = new_dataset();
   trainer = new_trainer(model);
   step(trainer, dataset);
@@ -211,7 +217,8 @@ int main(int argc, char **argv) {
   for (int k = 0; k < KINDS; k++) {
     for (int call = 0; call < CALLS; call++) {
       int ends_here = 0, over = 0;
-      for (long i = 0; !over; i += i < 12 ? 1 : STRIDE) {
+      if (k == LARGE_ONCE && (call < SAVE || call > MODEL_LOAD)) continue;
+      for (long i = 0; !over; i += i < 12 || k == LARGE_ONCE ? 1 : STRIDE) {
         kind = (enum kind)k;
         index_of_failure = i;
         const pid_t child = fork();

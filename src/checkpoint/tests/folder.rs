@@ -163,6 +163,33 @@ fn names_like_ours_do_not_confuse() {
     assert_eq!(names(&volume)[..2], [".mxt-lock", CONFIG]);
 }
 
+/// Where anybody may put files, a save that another user has committed in the folder is none. Only root can
+/// try.
+#[test]
+fn a_commit_of_another_user_is_not_believed() {
+    let (_root, dir) = temp();
+    let commit = dir.join(in_place::COMMIT);
+    save_full(&dir, 1).unwrap();
+    save_full(&commit, 66).unwrap();
+    fs::write(commit.join(in_place::NAMES), format!("{}\n", super::super::FILES.join("\n")))
+        .unwrap();
+    if chown(&commit, Some(12345), None).is_err() {
+        println!("skipped: not root");
+        return;
+    }
+    // As in /tmp.
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o1777)).unwrap();
+    assert_eq!(load(&dir).unwrap().state.step, 1);
+    let message = save_full(&dir, 2).unwrap_err().to_string();
+    assert!(message.contains("of user 12345, who may not replace"), "{message}");
+    assert_eq!(names(&commit).len(), 5);
+    // Who may replace the files themselves may save.
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+    assert_eq!(load(&dir).unwrap().state.step, 66);
+    save_full(&dir, 67).unwrap();
+    assert_eq!(names(&dir), [CONFIG, MODEL, STATE, MOMENTS]);
+}
+
 /// Folders that another user made where both may are neither loaded nor emptied. Only root can try.
 #[test]
 fn leftovers_of_another_user_are_left_alone() {
