@@ -193,7 +193,16 @@ impl<'a> TensorFile<'a> {
         let start = start as u64;
         check_length(path, &header, start, length)?;
         let sums = match header.metadata().as_ref().and_then(|m| m.get(CRC32)) {
-            None => None,
+            None => match lost_sums(&header) {
+                None => None,
+                Some(key) => {
+                    let message = format!(
+                        "damaged header: the checksums of its tensors stand under {key:?} and not \
+                         under {CRC32}; restore the file from a copy"
+                    );
+                    return Err(Error::format(path, message));
+                }
+            },
             Some(text) => Some(serde_json::from_str(text).map_err(|e| {
                 Error::format(path, format!("damaged header: {CRC32} is no table of sums: {e}"))
             })?),
@@ -399,6 +408,17 @@ fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
             value: values[i],
         }),
     }
+}
+
+/// Where a file without checksums has some: under a name that damage made of ours.
+fn lost_sums(header: &Metadata) -> Option<&str> {
+    let is_sums = |text: &str| {
+        serde_json::from_str::<BTreeMap<String, String>>(text).is_ok_and(|sums| {
+            sums.iter().any(|(name, sum)| header.info(name).is_some() && sum.len() == hex(0).len())
+        })
+    };
+    let (key, _) = header.metadata().as_ref()?.iter().find(|(_, text)| is_sums(text))?;
+    Some(key)
 }
 
 /// What is wrong with a header that cannot be read, in words that name numbers and tensors.

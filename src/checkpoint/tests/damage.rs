@@ -205,6 +205,24 @@ fn an_edit_that_was_meant_is_accepted_once_the_checksum_is_removed() {
     }
 }
 
+/// Without its checksums a file is that of another program, and is not checked.
+#[test]
+fn checksums_do_not_get_lost() {
+    let (_root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    let mut bytes = fs::read(dir.join(MODEL)).unwrap();
+    let key = b"mxfp4train.crc32";
+    let at = bytes.windows(key.len()).position(|part| part == key).unwrap();
+    for i in 0..key.len() {
+        bytes[at + i] ^= 1;
+        fs::write(dir.join(MODEL), &bytes).unwrap();
+        let result = Checkpoint::open(&dir).and_then(|c| load_model(&c));
+        let message = result.map(drop).unwrap_err().to_string();
+        assert!(message.contains("the checksums of its tensors stand under"), "{message}");
+        bytes[at + i] ^= 1;
+    }
+}
+
 /// What a load of damaged files may give: an error, or exactly what was saved.
 fn check_damage(dir: &Path, sound: &Loaded) {
     if let Ok(loaded) = load(dir) {
