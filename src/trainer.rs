@@ -852,6 +852,17 @@ mod tests {
     use super::*;
     use crate::{Activation, EngineOptions};
 
+    fn small() -> ModelConfig {
+        ModelConfig {
+            vocab_size: 32,
+            context_length: 16,
+            layers: 1,
+            heads: 2,
+            channels: 16,
+            ..ModelConfig::default()
+        }
+    }
+
     /// A plan looks at one block and at two, whatever the model has.
     #[test]
     fn the_plan_is_what_is_allocated() {
@@ -901,14 +912,7 @@ mod tests {
     #[test]
     fn a_second_moment_below_zero_is_not_loaded() {
         let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();
-        let config = ModelConfig {
-            vocab_size: 32,
-            context_length: 16,
-            layers: 1,
-            heads: 2,
-            channels: 16,
-            ..ModelConfig::default()
-        };
+        let config = small();
         let model = Model::new(&engine, &config).unwrap();
         let mut trainer = Trainer::new(&model, TrainerOptions::default()).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -934,14 +938,7 @@ mod tests {
     #[test]
     fn bounds_are_found_once() {
         let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();
-        let config = ModelConfig {
-            vocab_size: 32,
-            context_length: 16,
-            layers: 1,
-            heads: 2,
-            channels: 16,
-            ..ModelConfig::default()
-        };
+        let config = small();
         let data = Dataset::from_tokens((0..400).map(|i| i * i % 29).collect()).unwrap();
         let model = Model::new(&engine, &config).unwrap();
         let options = TrainerOptions { batch_size: 2, ..TrainerOptions::default() };

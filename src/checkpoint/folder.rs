@@ -31,7 +31,7 @@ use rustix::io::Errno;
 use super::in_place;
 use crate::{Error, Result};
 
-/// A host's lock on the folder, which moves on with it and makes no stranger's folder of it.
+/// A host's lock on the folder, which stays where it is and makes no stranger's folder of it.
 const LOCK: &str = ".mxt-lock";
 
 /// Temporary folders in the target have this name and PID-COUNTER.
