@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::model::{Activation, ModelConfig};
+use crate::gpt::{Activation, ModelConfig};
 use crate::{Error, Result};
 
 /// `config.json` as a model was loaded with it. What this library does not look at (special tokens,

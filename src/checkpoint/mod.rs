@@ -30,9 +30,9 @@ use rustix::fd::OwnedFd;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 
-use crate::model::{ModelConfig, StoredTensor, TensorInfo};
+use crate::gpt::{ModelConfig, TensorInfo};
 use crate::reserve::{self, Spare};
-use crate::trainer::TrainerState;
+use crate::run::TrainerState;
 use crate::{Error, Result};
 pub(crate) use config::FoundConfig;
 pub(crate) use folder::{existing, put_back};
@@ -57,6 +57,17 @@ const SHAPE: &str = "mxfp4train.config";
 
 /// No `config.json` or `trainer.json`, and no header of a tensor file, comes near this size.
 const MAX_JSON: u64 = 1 << 24;
+
+/// A tensor in a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// Its name there.
+    pub name: String,
+    /// Its number format, as safetensors calls it: `F32`, `BF16`...
+    pub dtype: String,
+    /// Its shape there.
+    pub shape: Vec<usize>,
+}
 
 /// Tensors that can be saved: f32, in the shape and order of Hugging Face's `gpt2`.
 pub(crate) trait TensorRead {

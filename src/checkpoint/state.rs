@@ -8,9 +8,9 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::tensors::Fingerprint;
-use crate::model::Recompute;
+use crate::gpt::Recompute;
 use crate::optim::{AdamW, Schedule};
-use crate::trainer::{TrainerOptions, TrainerState};
+use crate::run::{TrainerOptions, TrainerState};
 use crate::{Error, Result};
 
 /// Version of the layout. Every change of keys or meaning counts it up.

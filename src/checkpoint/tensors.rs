@@ -13,9 +13,9 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, SafeTensorError, TensorInfo};
 use serde::{Deserialize, Serialize};
 
+use super::StoredTensor;
 use super::folder::attempt;
 use super::{MAX_JSON, TensorRead, found, read_exact_at, room_for_json};
-use crate::model::StoredTensor;
 use crate::reserve::{Spare, reserve, zeros};
 use crate::{Error, Result};
 

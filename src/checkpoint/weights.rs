@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::tensors::TensorFile;
-use crate::model::{HEAD, TensorInfo, WTE};
+use crate::gpt::{HEAD, TensorInfo, WTE};
 use crate::{Error, Result};
 
 /// More files than any model comes in: each is kept open.

@@ -1,7 +1,7 @@
 //! Folders as other programs leave them: which are read as what, and what is said of the others.
 
 use super::*;
-use crate::model::WTE;
+use crate::gpt::WTE;
 
 /// A tensor of a file: its name, type, shape and bytes.
 type Tensor = (String, Dtype, Vec<usize>, Vec<u8>);

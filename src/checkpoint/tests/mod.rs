@@ -11,8 +11,8 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 use tempfile::TempDir;
 
 use super::*;
-use crate::model::HEAD;
-use crate::trainer::TrainerOptions;
+use crate::gpt::HEAD;
+use crate::run::TrainerOptions;
 
 fn load_config(dir: &Path) -> Result<ModelConfig> {
     Ok(Checkpoint::open(dir)?.config()?.0)

@@ -7,7 +7,7 @@ use crate::mx::{Draw, Purpose};
 use crate::reserve::zeros;
 
 /// Gives parameter number `index` its initial values.
-pub(super) fn initialize<B: Backend>(
+pub(crate) fn initialize<B: Backend>(
     backend: &B,
     param: &mut B::Param,
     spec: &ParamSpec,

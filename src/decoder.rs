@@ -1,7 +1,8 @@
 //! Sampling from a model, one token after the other.
 
 use crate::backend::{Backend, Device, Precision, Sequences, WorkspaceShape};
-use crate::model::{Activations, Model, ModelConfig, Pass};
+use crate::gpt::{Activations, ModelConfig, Pass};
+use crate::model::Model;
 use crate::mx::{Draw, Purpose, uniform};
 use crate::recipe::{Forward, Recipe};
 use crate::reserve::{push, reserve, zeros};

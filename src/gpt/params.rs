@@ -3,9 +3,31 @@
 
 use std::iter::once;
 
-use super::{ModelConfig, TensorInfo};
+use super::ModelConfig;
 use crate::Result;
 use crate::reserve::{collect, reserve, text};
+
+/// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
+/// tensor `lm_head.weight`; a head that is the token embedding is not listed twice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Hugging Face's name, such as `transformer.h.0.attn.c_attn.weight`.
+    pub name: String,
+    /// Its shape; linear weights are (inputs, outputs).
+    pub shape: Vec<usize>,
+}
+
+impl TensorInfo {
+    /// Scalars in the tensor.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no element (no parameter has none).
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
 
 /// Name of the token embedding, which is the head as well unless there is a [`HEAD`].
 pub(crate) const WTE: &str = "transformer.wte.weight";

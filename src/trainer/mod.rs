@@ -1,65 +1,26 @@
 //! One optimizer step, readable top to bottom ([`Trainer::step`]); evaluation; stop requests.
 
+mod batch;
+mod memory;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::backend::{
-    AdamWStep, Backend, BackwardWorkspace, Device, Largest, Precision, Sequences, StepKind,
-    StepSums, Trained, WorkspaceShape,
-};
+use crate::backend::{AdamWStep, Backend, Device, Largest, Sequences, StepKind, StepSums, Trained};
 use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
-use crate::model::{
-    ActivationGradients, Activations, Model, ModelConfig, ParamSpec, Params, Pass, Place,
-    Recompute, Weights, for_all_layers, parameter_tensors, specs,
-};
+use crate::gpt::{Pass, Place};
+use crate::model::{Model, Weights};
 use crate::optim::{AdamW, Bounds, Schedule};
-use crate::recipe::Recipe;
-use crate::reserve::{collect, zeros};
+use crate::reserve::collect;
+use crate::run::{TrainerOptions, TrainerState};
 use crate::signals::file_limit_is_an_error;
 use crate::{Dataset, Engine, Error, Result};
-
-/// What a [`Trainer`] is made from.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TrainerOptions {
-    /// B: sequences of one micro-step.
-    pub batch_size: usize,
-    /// T: tokens of one sequence; 0 takes the model's context length.
-    pub sequence_length: usize,
-    /// Micro-steps whose gradients are averaged into one optimizer step.
-    pub accumulation: usize,
-    /// Number formats of the linear layers.
-    pub recipe: Recipe,
-    /// What is computed again in the backward pass to save memory; results do not depend on it.
-    pub recompute: Recompute,
-    /// AdamW and clipping.
-    pub optimizer: AdamW,
-    /// Learning rate.
-    pub schedule: Schedule,
-}
-
-/// What a run is besides its weights and moments: enough to go on bit for bit.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct TrainerState {
-    pub(crate) options: TrainerOptions,
-    /// Seed of data order, rounding and transforms.
-    pub(crate) seed: u64,
-    /// Optimizer steps done.
-    pub(crate) step: u64,
-    /// The step that the schedule counts from: 0, or where a new one was set.
-    pub(crate) schedule_start: u64,
-    /// Learning rate set by the host, which overrides the schedule.
-    pub(crate) lr_override: Option<f32>,
-}
-
-impl TrainerState {
-    /// Steps done of the schedule.
-    fn schedule_step(&self) -> u64 {
-        self.step.saturating_sub(self.schedule_start)
-    }
-}
+use batch::Batch;
+use memory::{Buffers, trained};
+pub use memory::{Plan, plan};
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -89,52 +50,6 @@ pub struct EvalStats {
     pub tokens: u64,
     /// Wall-clock duration.
     pub seconds: f64,
-}
-
-/// Bytes that a model and its trainer take, by purpose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Plan {
-    /// Weights.
-    pub weights: u64,
-    /// Gradients of the weights.
-    pub gradients: u64,
-    /// Moments of AdamW.
-    pub optimizer: u64,
-    /// What the forward pass keeps for the backward pass, and the gradients that flow back.
-    pub activations: u64,
-    /// Packed operands and other scratch of the kernels.
-    pub workspace: u64,
-}
-
-impl Plan {
-    /// Sum of all purposes.
-    pub fn total(&self) -> u64 {
-        self.weights + self.gradients + self.optimizer + self.activations + self.workspace
-    }
-}
-
-/// Computes what a model and its trainer will take, before anything is allocated. It is exact: the
-/// trainer allocates by the same code.
-///
-/// # Errors
-/// [`Error::InvalidArgument`] for options that make no trainer.
-pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> Result<Plan> {
-    config.validate()?;
-    let options = options.resolved(config)?;
-    let backend = engine.backend();
-    // What the optimizer keeps for all parameters together is rounded up as a whole.
-    let table = |config: &ModelConfig| -> Result<u64> {
-        let mut arena = backend.arena(None)?;
-        backend.optimizer(&mut arena, parameter_tensors(config))?;
-        Ok(backend.arena_used(&arena) as u64)
-    };
-    let [gradients, moments, activations, workspace] = for_all_layers(config, |config| {
-        let mut plan = Plan::default();
-        Buffers::new(backend, None, config, &options, &mut plan)?;
-        Ok([plan.gradients, plan.optimizer - table(config)?, plan.activations, plan.workspace])
-    })?;
-    let weights = Model::plan(engine, config)?;
-    Ok(Plan { weights, gradients, optimizer: moments + table(config)?, activations, workspace })
 }
 
 /// Asks a trainer to stop, from any thread or from a signal handler: one atomic store. The request
@@ -631,97 +546,6 @@ impl std::fmt::Debug for Trainer {
     }
 }
 
-impl TrainerOptions {
-    /// Checks every option against the model and fills in what 0 stands for.
-    fn resolved(&self, config: &ModelConfig) -> Result<Self> {
-        let mut options = self.clone();
-        if options.sequence_length == 0 {
-            options.sequence_length = config.context_length;
-        }
-        if options.sequence_length > config.context_length {
-            let message = format!(
-                "{} is longer than the model's context of {}",
-                options.sequence_length, config.context_length
-            );
-            return Err(Error::invalid("sequence_length", message));
-        }
-        // Micro-steps have 14 bits in the counter of the random numbers.
-        let limits = [
-            ("batch_size", options.batch_size, 1 << 20),
-            ("accumulation", options.accumulation, 1 << 14),
-        ];
-        for (what, value, limit) in limits {
-            if value == 0 || value > limit {
-                let message = format!("expected a number from 1 to {limit}, got {value}");
-                return Err(Error::invalid(what, message));
-            }
-        }
-        // Sizes below are computed in 64 bits. A row takes less than 256 bytes a channel and layer.
-        let rows = options.batch_size as u128 * options.sequence_length as u128;
-        let channels = config.channels.max(config.mlp_width().div_ceil(4)) as u128;
-        let most = rows * channels * (config.layers as u128 + 1) * 256;
-        if most >= 1 << 62 {
-            return Err(Error::OutOfMemory {
-                what: "the activations",
-                needed: most.min(u128::from(u64::MAX)) as u64,
-                limit: "which no machine has; use a smaller batch_size or sequence_length".into(),
-            });
-        }
-        options.optimizer.validate()?;
-        options.schedule.validate()?;
-        if options.recipe.bf16_last_steps > 0.0 && options.schedule.total_steps == 0 {
-            let message = "bf16-last-steps is a part of total_steps, which is not set";
-            return Err(Error::invalid("recipe", message));
-        }
-        Ok(options)
-    }
-}
-
-impl Default for TrainerOptions {
-    fn default() -> Self {
-        Self {
-            batch_size: 8,
-            sequence_length: 0,
-            accumulation: 1,
-            recipe: Recipe::default(),
-            recompute: Recompute::default(),
-            optimizer: AdamW::default(),
-            schedule: Schedule::default(),
-        }
-    }
-}
-
-/// All memory of a trainer.
-struct Buffers<B: Backend> {
-    gradients: Params<B::F32>,
-    /// First moments.
-    m: Params<B::F32>,
-    /// Second moments.
-    v: Params<B::F32>,
-    activations: Activations<B>,
-    d: ActivationGradients<B>,
-    batch: Batch<B>,
-    workspace: B::Workspace,
-    optimizer: B::Optimizer,
-    recordings: B::Recordings,
-}
-
-/// Calls `visit` with every parameter and what training keeps for it.
-fn trained<B: Backend>(
-    params: &mut Params<B::Param>,
-    m: &mut Params<B::F32>,
-    v: &mut Params<B::F32>,
-    gradients: &mut Params<B::F32>,
-    specs: &Params<ParamSpec>,
-    visit: &mut dyn FnMut(Trained<'_, B>),
-) {
-    let moments = m.iter_mut().zip(v.iter_mut());
-    let all = params.iter_mut().zip(moments).zip(gradients.iter_mut()).zip(specs.iter());
-    for (((param, (m, v)), gradient), spec) in all {
-        visit(Trained { param, m, v, gradient, decays: spec.decays() });
-    }
-}
-
 /// Why an update must not be made that would leave these magnitudes of a parameter.
 fn not_finite(of_one: &Largest, name: &str, step: &AdamWStep, sums: &StepSums) -> Option<Error> {
     let AdamWStep { t, lr, epsilon, .. } = step;
@@ -735,122 +559,10 @@ fn not_finite(of_one: &Largest, name: &str, step: &AdamWStep, sums: &StepSums) -
     Some(Error::NotFinite { what, value })
 }
 
-impl<B: Backend> Buffers<B> {
-    /// Cuts everything from one arena of `bytes`, or measures for `None`; fills in the plan.
-    fn new(
-        backend: &B,
-        bytes: Option<u64>,
-        config: &ModelConfig,
-        options: &TrainerOptions,
-        plan: &mut Plan,
-    ) -> Result<Self> {
-        let mut arena = backend.arena(bytes.map(|bytes| bytes as usize))?;
-        let mut measured = 0;
-        let mut since_last = |arena: &B::Arena| {
-            let used = backend.arena_used(arena) as u64;
-            used - std::mem::replace(&mut measured, used)
-        };
-        let specs = specs(config)?;
-        let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
-        let params = |arena: &mut B::Arena| specs.map(|spec| backend.f32(arena, spec.len()));
-
-        let gradients = params(&mut arena)?;
-        plan.gradients = since_last(&arena);
-        let (m, v) = (params(&mut arena)?, params(&mut arena)?);
-        let optimizer = backend.optimizer(&mut arena, parameter_tensors(config))?;
-        plan.optimizer = since_last(&arena);
-        let precision = Precision::of(options.recipe.forward);
-        let activations = Activations::new(
-            backend,
-            &mut arena,
-            config,
-            sequences,
-            precision,
-            Some(options.recompute),
-        )?;
-        let d = ActivationGradients::new(backend, &mut arena, config, sequences, precision);
-        let batch = Batch::new(backend, &mut arena, sequences, bytes.is_some())?;
-        plan.activations = since_last(&arena);
-        let shape = WorkspaceShape {
-            sequences,
-            channels: config.channels,
-            mlp_channels: config.mlp_width(),
-            heads: config.heads,
-            vocab_size: config.vocab_size,
-            forward: options.recipe.forward,
-            backward: Some(BackwardWorkspace {
-                f32: options.recipe.uses_f32_backward(),
-                mxfp4_group: options.recipe.mxfp4_group(),
-            }),
-        };
-        backend.supports(&shape)?;
-        let workspace = backend.workspace(&mut arena, &shape);
-        plan.workspace = since_last(&arena);
-        let recordings = backend.recordings();
-        Ok(Self { gradients, m, v, activations, d, batch, workspace, optimizer, recordings })
-    }
-}
-
-/// One micro-step's tokens, on the host and on the device.
-struct Batch<B: Backend> {
-    tokens: B::Tokens,
-    targets: B::Tokens,
-    /// (B, T), then as many targets.
-    host: Vec<u32>,
-    /// T + 1 tokens of one sequence.
-    window: Vec<u32>,
-    /// Rows of the batch last filled.
-    rows: usize,
-}
-
-impl<B: Backend> Batch<B> {
-    /// `allocate` is false where the arena only measures.
-    fn new(
-        backend: &B,
-        arena: &mut B::Arena,
-        sequences: Sequences,
-        allocate: bool,
-    ) -> Result<Self> {
-        let rows = sequences.rows();
-        let on_host = |len| if allocate { len } else { 0 };
-        Ok(Self {
-            tokens: backend.tokens(arena, rows)?,
-            targets: backend.tokens(arena, rows)?,
-            host: zeros("the tokens of a batch", on_host(2 * rows))?,
-            window: zeros("the tokens of a sequence", on_host(sequences.length + 1))?,
-            rows: 0,
-        })
-    }
-
-    /// Takes the windows that `window(row, out)` writes apart into inputs and targets.
-    fn fill(
-        &mut self,
-        sequences: Sequences,
-        mut window: impl FnMut(usize, &mut [u32]) -> Result<()>,
-    ) -> Result<()> {
-        let t = sequences.length;
-        self.rows = sequences.rows();
-        let (inputs, targets) = self.host[..2 * self.rows].split_at_mut(self.rows);
-        let rows = inputs.chunks_exact_mut(t).zip(targets.chunks_exact_mut(t));
-        for (row, (inputs, targets)) in rows.enumerate() {
-            window(row, &mut self.window[..=t])?;
-            inputs.copy_from_slice(&self.window[..t]);
-            targets.copy_from_slice(&self.window[1..=t]);
-        }
-        Ok(())
-    }
-
-    fn upload(&mut self, backend: &B) {
-        let (inputs, targets) = self.host[..2 * self.rows].split_at(self.rows);
-        backend.write_tokens(&mut self.tokens, inputs);
-        backend.write_tokens(&mut self.targets, targets);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Activation, EngineOptions};
+    use crate::{Activation, EngineOptions, ModelConfig, Recipe, Recompute};
 
     fn small() -> ModelConfig {
         ModelConfig {

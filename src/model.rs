@@ -1,52 +1,15 @@
-//! The GPT: its shape, its named parameters, its forward and backward pass.
-//!
-//! [`Model`] is the handle that users hold. The passes in `gpt` are written over `Backend` and name
-//! none.
-
-mod activations;
-mod config;
-mod gpt;
-mod init;
-mod params;
-mod recompute;
-
-pub(crate) use activations::{ActivationGradients, Activations};
-pub use config::{Activation, ModelConfig};
-pub(crate) use gpt::{Pass, Place};
-pub(crate) use params::{HEAD, ParamSpec, Params, WTE, parameter_tensors, specs};
-pub use recompute::Recompute;
+//! The handle that users hold of a model: its tensors by name, loading, saving.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::backend::{Backend, Device};
-use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, TensorRead};
+use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, StoredTensor, TensorRead};
 use crate::engine::LogLevel;
+use crate::gpt::{ModelConfig, ParamSpec, Params, TensorInfo, for_all_layers, initialize, specs};
 use crate::reserve::{collect, reserve};
 use crate::signals::file_limit_is_an_error;
 use crate::{Engine, Error, Result};
-
-/// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
-/// tensor `lm_head.weight`; a head that is the token embedding is not listed twice.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// Hugging Face's name, such as `transformer.h.0.attn.c_attn.weight`.
-    pub name: String,
-    /// Its shape; linear weights are (inputs, outputs).
-    pub shape: Vec<usize>,
-}
-
-impl TensorInfo {
-    /// Scalars in the tensor.
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Whether it has no element (no parameter has none).
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
 
 /// What a checkpoint folder has of a model.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,17 +18,6 @@ pub struct ModelFiles {
     pub config: ModelConfig,
     /// The tensors of all files, as they are stored.
     pub tensors: Vec<StoredTensor>,
-}
-
-/// A tensor in a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoredTensor {
-    /// Its name there.
-    pub name: String,
-    /// Its number format, as safetensors calls it: `F32`, `BF16`...
-    pub dtype: String,
-    /// Its shape there.
-    pub shape: Vec<usize>,
 }
 
 /// A GPT on an engine's device. Cheap to clone: clones are the same model.
@@ -104,7 +56,7 @@ impl Model {
             let mut weights = model.lock()?;
             let all = weights.params.iter_mut().zip(model.specs().iter());
             for (index, (param, spec)) in all.enumerate() {
-                init::initialize(engine.backend(), param, spec, engine.seed(), index)?;
+                initialize(engine.backend(), param, spec, engine.seed(), index)?;
             }
         }
         Ok(model)
@@ -345,17 +297,6 @@ impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Model").field("config", self.config()).finish_non_exhaustive()
     }
-}
-
-/// What `measure` finds for the model of `config`, by a look at models of one block and of two: every
-/// further block takes as much as the second.
-pub(crate) fn for_all_layers<const N: usize>(
-    config: &ModelConfig,
-    measure: impl Fn(&ModelConfig) -> Result<[u64; N]>,
-) -> Result<[u64; N]> {
-    let of = |layers| measure(&ModelConfig { layers, ..config.clone() });
-    let (one, two) = (of(1)?, of(2)?);
-    Ok(std::array::from_fn(|i| one[i] + (two[i] - one[i]) * (config.layers as u64 - 1)))
 }
 
 /// Values of all parameters in Hugging Face's order and shape.

@@ -1,0 +1,107 @@
+//! A run as data: the options that it was made with, and its place. What a checkpoint holds of a trainer
+//! besides tensors.
+
+use crate::gpt::{ModelConfig, Recompute};
+use crate::optim::{AdamW, Schedule};
+use crate::recipe::Recipe;
+use crate::{Error, Result};
+
+/// What a [`crate::Trainer`] is made from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainerOptions {
+    /// B: sequences of one micro-step.
+    pub batch_size: usize,
+    /// T: tokens of one sequence; 0 takes the model's context length.
+    pub sequence_length: usize,
+    /// Micro-steps whose gradients are averaged into one optimizer step.
+    pub accumulation: usize,
+    /// Number formats of the linear layers.
+    pub recipe: Recipe,
+    /// What is computed again in the backward pass to save memory; results do not depend on it.
+    pub recompute: Recompute,
+    /// AdamW and clipping.
+    pub optimizer: AdamW,
+    /// Learning rate.
+    pub schedule: Schedule,
+}
+
+/// What a run is besides its weights and moments: enough to go on bit for bit.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct TrainerState {
+    pub(crate) options: TrainerOptions,
+    /// Seed of data order, rounding and transforms.
+    pub(crate) seed: u64,
+    /// Optimizer steps done.
+    pub(crate) step: u64,
+    /// The step that the schedule counts from: 0, or where a new one was set.
+    pub(crate) schedule_start: u64,
+    /// Learning rate set by the host, which overrides the schedule.
+    pub(crate) lr_override: Option<f32>,
+}
+
+impl TrainerState {
+    /// Steps done of the schedule.
+    pub(crate) fn schedule_step(&self) -> u64 {
+        self.step.saturating_sub(self.schedule_start)
+    }
+}
+
+impl TrainerOptions {
+    /// Checks every option against the model and fills in what 0 stands for.
+    pub(crate) fn resolved(&self, config: &ModelConfig) -> Result<Self> {
+        let mut options = self.clone();
+        if options.sequence_length == 0 {
+            options.sequence_length = config.context_length;
+        }
+        if options.sequence_length > config.context_length {
+            let message = format!(
+                "{} is longer than the model's context of {}",
+                options.sequence_length, config.context_length
+            );
+            return Err(Error::invalid("sequence_length", message));
+        }
+        // Micro-steps have 14 bits in the counter of the random numbers.
+        let limits = [
+            ("batch_size", options.batch_size, 1 << 20),
+            ("accumulation", options.accumulation, 1 << 14),
+        ];
+        for (what, value, limit) in limits {
+            if value == 0 || value > limit {
+                let message = format!("expected a number from 1 to {limit}, got {value}");
+                return Err(Error::invalid(what, message));
+            }
+        }
+        // Sizes below are computed in 64 bits. A row takes less than 256 bytes a channel and layer.
+        let rows = options.batch_size as u128 * options.sequence_length as u128;
+        let channels = config.channels.max(config.mlp_width().div_ceil(4)) as u128;
+        let most = rows * channels * (config.layers as u128 + 1) * 256;
+        if most >= 1 << 62 {
+            return Err(Error::OutOfMemory {
+                what: "the activations",
+                needed: most.min(u128::from(u64::MAX)) as u64,
+                limit: "which no machine has; use a smaller batch_size or sequence_length".into(),
+            });
+        }
+        options.optimizer.validate()?;
+        options.schedule.validate()?;
+        if options.recipe.bf16_last_steps > 0.0 && options.schedule.total_steps == 0 {
+            let message = "bf16-last-steps is a part of total_steps, which is not set";
+            return Err(Error::invalid("recipe", message));
+        }
+        Ok(options)
+    }
+}
+
+impl Default for TrainerOptions {
+    fn default() -> Self {
+        Self {
+            batch_size: 8,
+            sequence_length: 0,
+            accumulation: 1,
+            recipe: Recipe::default(),
+            recompute: Recompute::default(),
+            optimizer: AdamW::default(),
+            schedule: Schedule::default(),
+        }
+    }
+}
