@@ -7,7 +7,10 @@ use std::time::Instant;
 
 use mxfp4train::Recipe;
 use mxfp4train::backend::cpu::{Buffer, Cpu};
-use mxfp4train::backend::{Backend, BackwardWorkspace, LinearShape, Sequences, WorkspaceShape};
+use mxfp4train::backend::{
+    BackwardWorkspace, Linear, LinearBackward, LinearShape, Memory, OutputGradient, Sequences,
+    WorkspaceShape,
+};
 use mxfp4train::mx::{LinearId, Random};
 use mxfp4train::recipe::Forward;
 
@@ -58,19 +61,16 @@ fn main() {
                 for (recipe, seconds) in RECIPES.iter().zip(&mut seconds) {
                     let recipe = recipe.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
                     let start = Instant::now();
-                    cpu.linear_backward(
-                        &mut workspace,
-                        &mut dx,
-                        &mut dw,
-                        &mut db,
-                        &dy,
-                        &x,
-                        &w,
-                        shape,
-                        &recipe,
-                        &random,
-                        false,
-                    );
+                    let operands = LinearBackward {
+                        dx: &mut dx,
+                        dw: &mut dw[..],
+                        db: &mut db[..],
+                        dy: OutputGradient::Whole(&dy),
+                        x: &x,
+                        w: &w[..],
+                        accumulate: false,
+                    };
+                    cpu.linear_backward(&mut workspace, operands, shape, &recipe, &random);
                     if round > 0 {
                         seconds.push(start.elapsed().as_secs_f64());
                     }

@@ -1,8 +1,12 @@
 //! Sampling from a model, one token after the other.
 
-use crate::backend::{Backend, Device, Precision, Sequences, WorkspaceShape};
+use std::sync::Arc;
+
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::Cuda;
+use crate::backend::{Backend, Device, Precision, Sequences, StepPlan, WorkspaceShape, on_device};
 use crate::gpt::{Activations, ModelConfig, Pass};
-use crate::model::Model;
+use crate::model::{Model, OnDevice};
 use crate::mx::{Draw, Purpose, uniform};
 use crate::recipe::{Forward, Recipe};
 use crate::reserve::{push, reserve, zeros};
@@ -133,48 +137,68 @@ impl Model {
     }
 }
 
-/// Memory for forward passes over one sequence.
-struct Decoder<B: Backend> {
+/// Computes logits, where the model is.
+struct Decoder(Device<DecoderOn<Cpu>, DecoderOn<Cuda>>);
+
+/// A model and memory for forward passes over one sequence.
+struct DecoderOn<B: Backend> {
+    model: Arc<OnDevice<B>>,
     activations: Activations<B>,
     workspace: B::Workspace,
     tokens: B::Tokens,
     logits: B::F32,
-    recipe: Recipe,
+    plan: StepPlan,
 }
 
-impl Decoder<Device> {
+impl Decoder {
     fn new(model: &Model, longest: usize) -> Result<Self> {
-        let backend = model.engine().backend();
+        Ok(Self(match model.on_device() {
+            Device::Cpu(on) => Device::Cpu(DecoderOn::new(model, on, longest)?),
+            Device::Cuda(on) => Device::Cuda(DecoderOn::new(model, on, longest)?),
+        }))
+    }
+
+    /// Logits of the token after `context`.
+    fn next_logits(&mut self, model: &Model, context: &[u32], out: &mut [f32]) -> Result<()> {
+        on_device!(&mut self.0, on => on.next_logits(model.config(), context, out))
+    }
+}
+
+impl<B: Backend> DecoderOn<B> {
+    fn new(model: &Model, on: &Arc<OnDevice<B>>, longest: usize) -> Result<Self> {
+        let (backend, config) = (&*on.backend, model.config());
         let measured = {
             let mut arena = backend.arena(None)?;
-            backend.supports(&Self::shape(model.config(), longest))?;
-            Self::cut(backend, &mut arena, model.config(), longest)?;
+            backend.supports(&Self::shape(config, longest))?;
+            Self::cut(on, &mut arena, config, longest)?;
             backend.arena_used(&arena)
         };
         let bytes = measured as u64;
         model.engine().check_memory("generating", bytes, bytes)?;
         let mut arena = backend.arena(Some(measured))?;
-        Self::cut(backend, &mut arena, model.config(), longest)
+        Self::cut(on, &mut arena, config, longest)
     }
 
-    /// Logits of the token after `context`.
-    fn next_logits(&mut self, model: &Model, context: &[u32], out: &mut [f32]) -> Result<()> {
-        let backend = model.engine().backend();
-        let weights = model.read()?;
-        let (config, params) = (model.config(), &weights.params);
+    fn next_logits(
+        &mut self,
+        config: &ModelConfig,
+        context: &[u32],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let OnDevice { backend, table, .. } = &*self.model;
+        let weights = &self.model.read()?.all;
         let sequences = Sequences { batch: 1, length: context.len() };
-        let Self { activations, workspace, tokens, logits, recipe } = self;
+        let Self { activations, workspace, tokens, logits, plan, .. } = self;
         backend.scope(|| {
             backend.write_tokens(tokens, context);
-            let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
+            let mut pass =
+                Pass { backend: &**backend, config, table, weights, workspace, sequences, plan };
             pass.forward(activations, tokens);
             pass.logits(activations, context.len() - 1, logits);
         });
-        backend.read_f32(logits, out)
+        backend.read_f32(logits, 0, out)
     }
-}
 
-impl<B: Backend> Decoder<B> {
     fn shape(config: &ModelConfig, longest: usize) -> WorkspaceShape {
         WorkspaceShape {
             sequences: Sequences { batch: 1, length: longest },
@@ -188,19 +212,20 @@ impl<B: Backend> Decoder<B> {
     }
 
     fn cut(
-        backend: &B,
+        model: &Arc<OnDevice<B>>,
         arena: &mut B::Arena,
         config: &ModelConfig,
         longest: usize,
     ) -> Result<Self> {
-        let shape = Self::shape(config, longest);
+        let (shape, backend) = (Self::shape(config, longest), &*model.backend);
         let sequences = shape.sequences;
         Ok(Self {
+            model: model.clone(),
             activations: Activations::new(backend, arena, config, sequences, Precision::F32, None)?,
             workspace: backend.workspace(arena, &shape),
             tokens: backend.tokens(arena, longest)?,
             logits: backend.f32(arena, config.vocab_size),
-            recipe: Recipe::FP32,
+            plan: Recipe::FP32.step_plan(config.layers)?,
         })
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::backend::Device;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::{Error, MemoryRoom, Result};
+use crate::{CudaStream, Error, MemoryRoom, Result};
 
 /// How much a log line matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,28 +24,6 @@ pub enum LogLevel {
 
 /// Receives log lines, on the thread that is inside the call that logs.
 pub type LogFn = Box<dyn Fn(LogLevel, &str) + Send + Sync>;
-
-/// A CUDA stream of the host program: a `CUstream`, which the runtime calls `cudaStream_t`.
-#[derive(Clone, Copy, Debug)]
-pub struct CudaStream(*mut c_void);
-
-// SAFETY: streams may be used from any thread.
-unsafe impl Send for CudaStream {}
-// SAFETY: as above.
-unsafe impl Sync for CudaStream {}
-
-impl CudaStream {
-    /// # Safety
-    /// `stream` is a stream, and stays one until the engine that gets it and everything made from that
-    /// engine is gone.
-    pub unsafe fn from_raw(stream: *mut c_void) -> Self {
-        Self(stream)
-    }
-
-    pub(crate) fn as_raw(self) -> *mut c_void {
-        self.0
-    }
-}
 
 /// What an [`Engine`] is made from. `Default` is the CPU, all its cores, seed 1337.
 pub struct EngineOptions {
@@ -82,7 +60,7 @@ impl Default for EngineOptions {
 pub struct Engine(Arc<Inner>);
 
 struct Inner {
-    device: Device,
+    device: Device<Arc<Cpu>, Arc<Cuda>>,
     /// Such as "cuda:0".
     name: String,
     seed: u64,
@@ -101,15 +79,16 @@ impl Engine {
     /// that does not exist, for a stream that is not the device's, or for more than 1,024 threads,
     /// [`Error::Device`] for a GPU that fails.
     pub fn new(options: EngineOptions) -> Result<Self> {
-        let cpu =
-            || -> Result<_> { Ok(("cpu".to_owned(), Device::Cpu(Cpu::new(options.threads)?))) };
+        let cpu = || -> Result<_> {
+            Ok(("cpu".to_owned(), Device::Cpu(Arc::new(Cpu::new(options.threads)?))))
+        };
         let stream = options.cuda_stream;
         let warn = |line: String| {
             if let Some(log) = &options.log {
                 log(LogLevel::Warning, &line);
             }
         };
-        let cuda = |ordinal| Ok(Device::Cuda(Cuda::new(ordinal, stream, &warn)?));
+        let cuda = |ordinal| Ok(Device::Cuda(Arc::new(Cuda::new(ordinal, stream, &warn)?)));
         let mut passed_over = None;
         let (name, device) = match options.device.as_str() {
             "cpu" if stream.is_some() => {
@@ -157,7 +136,7 @@ impl Engine {
 
     /// An engine on a device that a test has made.
     #[cfg(test)]
-    pub(crate) fn on(device: Device) -> Self {
+    pub(crate) fn on(device: Device<Arc<Cpu>, Arc<Cuda>>) -> Self {
         let EngineOptions { seed, memory_limit, log, .. } = EngineOptions::default();
         Self(Arc::new(Inner { device, name: "test".into(), seed, memory_limit, log }))
     }
@@ -185,7 +164,7 @@ impl Engine {
         self.0.memory_limit
     }
 
-    pub(crate) fn backend(&self) -> &Device {
+    pub(crate) fn backend(&self) -> &Device<Arc<Cpu>, Arc<Cuda>> {
         &self.0.device
     }
 

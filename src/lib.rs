@@ -84,10 +84,11 @@ mod signals;
 mod thread;
 mod trainer;
 
+pub use backend::CudaStream;
 pub use checkpoint::StoredTensor;
 pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};
 pub use decoder::GenerateOptions;
-pub use engine::{CudaStream, Engine, EngineOptions, LogFn, LogLevel};
+pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use gpt::{Activation, ModelConfig, Recompute, TensorInfo};
 pub use model::{Model, ModelFiles};

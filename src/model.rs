@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::backend::{Backend, Device};
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::Cuda;
+use crate::backend::{Backend, Device, Memory, Slot, on_device};
 use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, StoredTensor, TensorRead};
 use crate::engine::LogLevel;
-use crate::gpt::{ModelConfig, ParamSpec, Params, TensorInfo, for_all_layers, initialize, specs};
-use crate::reserve::{collect, reserve};
+use crate::gpt::{ModelConfig, ParamSpec, ParamTable, TensorInfo, initialize};
+use crate::reserve::collect;
 use crate::signals::file_limit_is_an_error;
 use crate::{Engine, Error, Result};
 
@@ -28,18 +30,25 @@ pub struct ModelFiles {
 pub struct Model(Arc<Inner>);
 
 struct Inner {
+    // NOTE: before the engine, which ends its device before what that may still log to.
+    on_device: Device<Arc<OnDevice<Cpu>>, Arc<OnDevice<Cuda>>>,
     engine: Engine,
     config: ModelConfig,
     /// The configuration file that it was loaded with.
     found: Option<FoundConfig>,
-    specs: Params<ParamSpec>,
     tensors: Vec<TensorInfo>,
-    weights: RwLock<Weights>,
+}
+
+/// A model's weights, where they are.
+pub(crate) struct OnDevice<B: Backend> {
+    pub(crate) backend: Arc<B>,
+    pub(crate) table: ParamTable,
+    weights: RwLock<Weights<B>>,
 }
 
 /// What training changes of a model.
-pub(crate) struct Weights {
-    pub(crate) params: Params<<Device as Backend>::Param>,
+pub(crate) struct Weights<B: Backend> {
+    pub(crate) all: B::Weights,
     /// An upper bound of their magnitudes, infinite where none is known: several trainers and the host
     /// may write them in turn.
     pub(crate) largest: f64,
@@ -52,13 +61,9 @@ impl Model {
     /// [`Error::InvalidArgument`] for a configuration that makes no model, [`Error::OutOfMemory`].
     pub fn new(engine: &Engine, config: &ModelConfig) -> Result<Self> {
         let model = Self::zeroed(engine, config, None)?;
-        {
-            let mut weights = model.lock()?;
-            let all = weights.params.iter_mut().zip(model.specs().iter());
-            for (index, (param, spec)) in all.enumerate() {
-                initialize(engine.backend(), param, spec, engine.seed(), index)?;
-            }
-        }
+        on_device!(model.on_device(), on => {
+            initialize(&*on.backend, &mut on.lock()?.all, &on.table, engine.seed())?;
+        });
         Ok(model)
     }
 
@@ -88,16 +93,13 @@ impl Model {
     pub(crate) fn from_checkpoint(engine: &Engine, checkpoint: &Checkpoint) -> Result<Self> {
         let (config, found) = checkpoint.config()?;
         let model = Self::zeroed(engine, &config, Some(found))?;
-        {
-            let mut weights = model.lock()?;
-            let mut params = collect("the weights", weights.params.iter_mut().map(Ok))?;
-            let specs = model.spec_list()?;
-            let mut ours = model.room_for_a_tensor()?;
+        on_device!(model.on_device(), on => {
+            let (mut weights, mut ours) = (on.lock()?, on.table.room_for_a_tensor()?);
             checkpoint.weights(model.tensors(), &mut |index, values| {
-                specs[index].import(values, &mut ours)?;
-                engine.backend().write_param(params[index], &ours)
+                on.table.specs()[index].import(values, &mut ours)?;
+                on.backend.write_param(&mut weights.all, on.table.slots()[index], &ours)
             })?;
-        }
+        });
         Ok(model)
     }
 
@@ -129,9 +131,11 @@ impl Model {
     /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its flushing
     /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        let weights = self.read()?;
-        let model = self.exported(&weights.params)?;
-        file_limit_is_an_error(|| checkpoint::save(dir, self.part(&model), None))
+        on_device!(self.on_device(), on => {
+            let weights = on.read()?;
+            let model = on.exported(self.tensors(), &weights);
+            file_limit_is_an_error(|| checkpoint::save(dir, self.part(&model), None))
+        })
     }
 
     /// The engine it lives on.
@@ -155,8 +159,10 @@ impl Model {
     /// [`Error::NoSuchTensor`]; [`Error::InvalidArgument`] if `out` has another length.
     pub fn read_tensor(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.index_of(name, out.len())?;
-        let weights = self.read()?;
-        self.exported(&weights.params)?.read(index, out)
+        on_device!(self.on_device(), on => {
+            let weights = on.read()?;
+            on.exported(self.tensors(), &weights).read(index, out)
+        })
     }
 
     /// Overwrites a parameter, in the shape that [`Model::tensors`] gives.
@@ -168,58 +174,26 @@ impl Model {
         if let Some((i, value)) = values.iter().enumerate().find(|(_, v)| !v.is_finite()) {
             return Err(Error::NotFinite { what: format!("element {i} of {name}"), value: *value });
         }
-        let mut weights = self.lock()?;
-        let weights = &mut *weights;
-        let spec = self.specs().iter().nth(index).expect("tensors and parameters have one order");
-        let param =
-            weights.params.iter_mut().nth(index).expect("tensors and parameters have one order");
         let largest = values.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-        weights.largest = weights.largest.max(largest.into());
-        let mut ours = Vec::new();
-        spec.import(values, &mut ours)?;
-        self.engine().backend().write_param(param, &ours)
+        on_device!(self.on_device(), on => {
+            let (mut weights, mut ours) = (on.lock()?, Vec::new());
+            weights.largest = weights.largest.max(largest.into());
+            on.table.specs()[index].import(values, &mut ours)?;
+            on.backend.write_param(&mut weights.all, on.table.slots()[index], &ours)
+        })
     }
 
     /// Bytes that the weights of a model take.
     pub(crate) fn plan(engine: &Engine, config: &ModelConfig) -> Result<u64> {
-        let backend = engine.backend();
-        let [bytes] = for_all_layers(config, |config| {
+        on_device!(engine.backend(), backend => {
             let mut arena = backend.arena(None)?;
-            for spec in specs(config)?.iter() {
-                backend.param(&mut arena, spec.len());
-            }
-            Ok([backend.arena_used(&arena) as u64])
-        })?;
-        Ok(bytes)
+            cut(&**backend, &mut arena, &table_for(&**backend, config)?);
+            Ok(backend.arena_used(&arena) as u64)
+        })
     }
 
-    pub(crate) fn specs(&self) -> &Params<ParamSpec> {
-        &self.0.specs
-    }
-
-    /// [`Model::specs`] by number.
-    pub(crate) fn spec_list(&self) -> Result<Vec<&ParamSpec>> {
-        collect("the tensors", self.specs().iter().map(Ok))
-    }
-
-    /// The weights, for as long as the guard lives.
-    pub(crate) fn lock(&self) -> Result<RwLockWriteGuard<'_, Weights>> {
-        self.0.weights.write().map_err(|_| Error::Poisoned)
-    }
-
-    /// The weights, for as long as the guard lives, which others may read as well.
-    pub(crate) fn read(&self) -> Result<RwLockReadGuard<'_, Weights>> {
-        self.0.weights.read().map_err(|_| Error::Poisoned)
-    }
-
-    /// The weights as a checkpoint holds them.
-    pub(crate) fn exported<'a>(
-        &'a self,
-        params: &'a Params<<Device as Backend>::Param>,
-    ) -> Result<impl TensorRead> {
-        let params = collect("the weights", params.iter().map(Ok))?;
-        let backend = self.engine().backend();
-        self.export(move |index, out: &mut [f32]| backend.read_param(params[index], out))
+    pub(crate) fn on_device(&self) -> &Device<Arc<OnDevice<Cpu>>, Arc<OnDevice<Cuda>>> {
+        &self.0.on_device
     }
 
     /// The model as a checkpoint takes it, with these [`Model::exported`] weights.
@@ -227,32 +201,16 @@ impl Model {
         ModelPart { config: self.config(), found: self.0.found.as_ref(), weights }
     }
 
-    /// Values that belong to the parameters, as a checkpoint holds them; `read` gets them in our
-    /// order.
-    pub(crate) fn export<F: Fn(usize, &mut [f32]) -> Result<()>>(
-        &self,
-        read: F,
-    ) -> Result<Exported<'_, F>> {
-        Ok(Exported { specs: self.spec_list()?, tensors: self.tensors(), read })
-    }
-
-    /// An empty vector with room for the values of any one tensor.
-    pub(crate) fn room_for_a_tensor(&self) -> Result<Vec<f32>> {
-        let mut room = Vec::new();
-        let longest = self.specs().iter().map(|spec| spec.len()).max().unwrap_or(0);
-        reserve(&mut room, "a tensor", longest)?;
-        Ok(room)
-    }
-
     fn zeroed(engine: &Engine, config: &ModelConfig, found: Option<FoundConfig>) -> Result<Self> {
         config.validate()?;
         let config = &config.clone().canonical();
         let bytes = Self::plan(engine, config)?;
         engine.check_memory("the weights", bytes, bytes)?;
-        let backend = engine.backend();
-        let mut arena = backend.arena(Some(bytes as usize))?;
-        let specs = specs(config)?;
-        let params = specs.map(|spec| backend.param(&mut arena, spec.len()))?;
+        let on_device = match engine.backend() {
+            Device::Cpu(cpu) => Device::Cpu(OnDevice::new(cpu, config, bytes)?),
+            Device::Cuda(cuda) => Device::Cuda(OnDevice::new(cuda, config, bytes)?),
+        };
+        let specs = on_device!(&on_device, on => on.table.specs());
         let tensors = collect("the names of the tensors", specs.iter().map(ParamSpec::info))?;
         engine.log(LogLevel::Info, || {
             let ModelConfig { layers, heads, channels, context_length, vocab_size, .. } = config;
@@ -262,14 +220,8 @@ impl Model {
                 config.parameter_count(),
             )
         });
-        Ok(Self(Arc::new(Inner {
-            engine: engine.clone(),
-            config: config.clone(),
-            found,
-            specs,
-            tensors,
-            weights: RwLock::new(Weights { params, largest: f64::INFINITY }),
-        })))
+        let (engine, config) = (engine.clone(), config.clone());
+        Ok(Self(Arc::new(Inner { on_device, engine, config, found, tensors })))
     }
 
     pub(crate) fn index_of(&self, name: &str, len: usize) -> Result<usize> {
@@ -299,21 +251,79 @@ impl std::fmt::Debug for Model {
     }
 }
 
+/// The table of a model's parameters on a device.
+pub(crate) fn table_for<B: Memory>(_: &B, config: &ModelConfig) -> Result<ParamTable> {
+    ParamTable::new(config, B::ALIGN)
+}
+
+fn cut<B: Memory>(backend: &B, arena: &mut B::Arena, table: &ParamTable) -> B::Weights {
+    backend.weights(arena, table.len(), table.slots().len())
+}
+
+impl<B: Backend> OnDevice<B> {
+    /// Weights of 0, for which `bytes` were planned.
+    fn new(backend: &Arc<B>, config: &ModelConfig, bytes: u64) -> Result<Arc<Self>> {
+        let table = table_for(&**backend, config)?;
+        let all = cut(&**backend, &mut backend.arena(Some(bytes as usize))?, &table);
+        let weights = RwLock::new(Weights { all, largest: f64::INFINITY });
+        Ok(Arc::new(Self { backend: backend.clone(), table, weights }))
+    }
+
+    /// The weights, for as long as the guard lives.
+    pub(crate) fn lock(&self) -> Result<RwLockWriteGuard<'_, Weights<B>>> {
+        self.weights.write().map_err(|_| Error::Poisoned)
+    }
+
+    /// The weights, for as long as the guard lives, which others may read as well.
+    pub(crate) fn read(&self) -> Result<RwLockReadGuard<'_, Weights<B>>> {
+        self.weights.read().map_err(|_| Error::Poisoned)
+    }
+
+    /// The weights as a checkpoint holds them.
+    pub(crate) fn exported<'a>(
+        &'a self,
+        tensors: &'a [TensorInfo],
+        weights: &'a Weights<B>,
+    ) -> impl TensorRead {
+        self.export(tensors, |slot, out: &mut [f32]| {
+            self.backend.read_param(&weights.all, slot, out)
+        })
+    }
+
+    /// A flat buffer as a checkpoint holds it.
+    pub(crate) fn exported_f32<'a>(
+        &'a self,
+        tensors: &'a [TensorInfo],
+        flat: &'a B::F32,
+    ) -> impl TensorRead {
+        self.export(tensors, |slot, out: &mut [f32]| self.backend.read_f32(flat, slot.start, out))
+    }
+
+    /// Values that belong to the parameters, as a checkpoint holds them; `read` gets them in our order.
+    fn export<'a, F: Fn(Slot, &mut [f32]) -> Result<()>>(
+        &'a self,
+        tensors: &'a [TensorInfo],
+        read: F,
+    ) -> Exported<'a, F> {
+        Exported { table: &self.table, tensors, read }
+    }
+}
+
 /// Values of all parameters in Hugging Face's order and shape.
-pub(crate) struct Exported<'a, F> {
-    specs: Vec<&'a ParamSpec>,
+struct Exported<'a, F> {
+    table: &'a ParamTable,
     tensors: &'a [TensorInfo],
     read: F,
 }
 
-impl<F: Fn(usize, &mut [f32]) -> Result<()>> TensorRead for Exported<'_, F> {
+impl<F: Fn(Slot, &mut [f32]) -> Result<()>> TensorRead for Exported<'_, F> {
     fn tensors(&self) -> &[TensorInfo] {
         self.tensors
     }
 
     fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
-        (self.read)(index, out)?;
-        self.specs[index].export(out, &mut Vec::new())
+        (self.read)(self.table.slots()[index], out)?;
+        self.table.specs()[index].export(out, &mut Vec::new())
     }
 }
 
@@ -338,7 +348,8 @@ mod tests {
             ..ModelConfig::default()
         };
         let model = Model::new(&engine, &config).unwrap();
-        let reading = model.read().unwrap();
+        let Device::Cpu(on) = model.on_device() else { panic!("made on the CPU") };
+        let reading = on.read().unwrap();
         let (done, all_done) = channel();
         let other = model.clone();
         let thread = std::thread::spawn(move || {

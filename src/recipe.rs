@@ -30,7 +30,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::backend::{Precision, StepPlan};
 use crate::mx::Rounding;
+use crate::reserve::collect;
 use crate::{Error, Result};
 
 /// Number format of the forward GEMMs.
@@ -149,6 +151,32 @@ impl Recipe {
             gemm => gemm,
         };
         LinearRecipe { forward: self.forward, dgrad: pick(self.dgrad), wgrad: pick(self.wgrad) }
+    }
+
+    /// What passes over `layers` blocks depend on; [`Recipe::set_step`] moves it on.
+    pub(crate) fn step_plan(&self, layers: usize) -> Result<StepPlan> {
+        let formats = (0..layers).map(|layer| Ok(self.for_layer(layer, layers, 0, 0)));
+        Ok(StepPlan {
+            accumulate: false,
+            precision: Precision::of(self.forward),
+            head: Precision::of(self.head()),
+            layers: collect("the formats of the blocks", formats)?,
+        })
+    }
+
+    /// Makes `plan` that of a micro-step in step `step` (of `total_steps`).
+    pub(crate) fn set_step(
+        &self,
+        plan: &mut StepPlan,
+        micro_step: usize,
+        step: u64,
+        total_steps: u64,
+    ) {
+        plan.accumulate = micro_step > 0;
+        let layers = plan.layers.len();
+        for (layer, formats) in plan.layers.iter_mut().enumerate() {
+            *formats = self.for_layer(layer, layers, step, total_steps);
+        }
     }
 
     /// The format of the language-model head in both passes: the plain one that the forward pass

@@ -1,10 +1,10 @@
-//! The parameters of a GPT, as one structure for whatever belongs to each of them: weights,
-//! gradients, moments, names.
-
-use std::iter::once;
+//! The parameters of a GPT: one table that weights, gradients, optimizer states and checkpoints are laid
+//! out by.
 
 use super::ModelConfig;
 use crate::Result;
+use crate::backend::Slot;
+use crate::mx::LinearId;
 use crate::reserve::{collect, reserve, text};
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
@@ -35,123 +35,156 @@ pub(crate) const WTE: &str = "transformer.wte.weight";
 /// Name of a head of its own.
 pub(crate) const HEAD: &str = "lm_head.weight";
 
-/// One value of type T for every parameter.
-pub(crate) struct Params<T> {
+/// Every parameter of a model: what is known of it, and its place in flat buffers, in the order of Hugging
+/// Face's `gpt2`.
+pub(crate) struct ParamTable {
+    specs: Vec<ParamSpec>,
+    slots: Vec<Slot>,
+    /// Elements of a flat buffer.
+    len: usize,
     /// Token embedding and, where `head` is None, language-model head, (V, C).
-    pub(crate) wte: T,
+    pub(super) wte: Slot,
     /// Position embedding, (context, C).
-    pub(crate) wpe: T,
-    pub(crate) blocks: Vec<Block<T>>,
+    pub(super) wpe: Slot,
+    pub(super) blocks: Vec<Block>,
     /// The norm before the head.
-    pub(crate) ln_f: Norm<T>,
+    pub(super) ln_f: Norm,
     /// A head that is not the token embedding, (V, C). Last, so that all else has one order.
-    pub(crate) head: Option<T>,
+    head: Option<Slot>,
 }
 
 /// The parameters of a transformer block.
-pub(crate) struct Block<T> {
+#[derive(Clone, Copy)]
+pub(super) struct Block {
     /// Before attention.
-    pub(crate) ln_1: Norm<T>,
+    pub(super) ln_1: Norm,
     /// C -> 3 C.
-    pub(crate) qkv: Linear<T>,
+    pub(super) qkv: Linear,
     /// C -> C.
-    pub(crate) projection: Linear<T>,
+    pub(super) projection: Linear,
     /// Before the MLP.
-    pub(crate) ln_2: Norm<T>,
+    pub(super) ln_2: Norm,
     /// C -> M.
-    pub(crate) fc1: Linear<T>,
+    pub(super) fc1: Linear,
     /// M -> C.
-    pub(crate) fc2: Linear<T>,
+    pub(super) fc2: Linear,
 }
 
 /// LayerNorm: (C) each.
-pub(crate) struct Norm<T> {
-    pub(crate) w: T,
-    pub(crate) b: T,
+#[derive(Clone, Copy)]
+pub(super) struct Norm {
+    pub(super) w: Slot,
+    pub(super) b: Slot,
 }
 
 /// A linear layer: w (outputs, inputs), b (outputs).
-pub(crate) struct Linear<T> {
-    pub(crate) w: T,
-    pub(crate) b: T,
+#[derive(Clone, Copy)]
+pub(super) struct Linear {
+    pub(super) w: Slot,
+    pub(super) b: Slot,
+    pub(super) inputs: usize,
+    pub(super) outputs: usize,
+    /// Which one of its block, for random numbers.
+    pub(super) id: LinearId,
 }
 
-impl<T> Params<T> {
-    /// All values, in the order of Hugging Face's `gpt2`.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
-        let blocks = self.blocks.iter().flat_map(|b| {
-            [
-                &b.ln_1.w,
-                &b.ln_1.b,
-                &b.qkv.w,
-                &b.qkv.b,
-                &b.projection.w,
-                &b.projection.b,
-                &b.ln_2.w,
-                &b.ln_2.b,
-                &b.fc1.w,
-                &b.fc1.b,
-                &b.fc2.w,
-                &b.fc2.b,
-            ]
-        });
-        let ends = [&self.ln_f.w, &self.ln_f.b].into_iter().chain(&self.head);
-        [&self.wte, &self.wpe].into_iter().chain(blocks).chain(ends)
-    }
-
-    /// The head's value.
-    pub(crate) fn head(&self) -> &T {
-        self.head.as_ref().unwrap_or(&self.wte)
-    }
-
-    /// The head's value.
-    pub(crate) fn head_mut(&mut self) -> &mut T {
-        self.head.as_mut().unwrap_or(&mut self.wte)
-    }
-
-    /// All values, in the same order.
-    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        let blocks = self.blocks.iter_mut().flat_map(|b| {
-            [
-                &mut b.ln_1.w,
-                &mut b.ln_1.b,
-                &mut b.qkv.w,
-                &mut b.qkv.b,
-                &mut b.projection.w,
-                &mut b.projection.b,
-                &mut b.ln_2.w,
-                &mut b.ln_2.b,
-                &mut b.fc1.w,
-                &mut b.fc1.b,
-                &mut b.fc2.w,
-                &mut b.fc2.b,
-            ]
-        });
-        let ends = [&mut self.ln_f.w, &mut self.ln_f.b].into_iter().chain(&mut self.head);
-        once(&mut self.wte).chain(once(&mut self.wpe)).chain(blocks).chain(ends)
-    }
-
-    /// The same structure with `f` of every value, called in the order of `iter`.
+impl ParamTable {
+    /// GPT-2's parameters, with its initialization, in which the layers that add to the residual stream
+    /// start smaller by the root of their number (Radford et al. 2019). Slots start at multiples of `align`.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub(crate) fn map<U>(&self, mut f: impl FnMut(&T) -> U) -> Result<Params<U>> {
-        let (wte, wpe) = (f(&self.wte), f(&self.wpe));
-        let blocks = self.blocks.iter().map(|b| {
-            Ok(Block {
-                ln_1: Norm { w: f(&b.ln_1.w), b: f(&b.ln_1.b) },
-                qkv: Linear { w: f(&b.qkv.w), b: f(&b.qkv.b) },
-                projection: Linear { w: f(&b.projection.w), b: f(&b.projection.b) },
-                ln_2: Norm { w: f(&b.ln_2.w), b: f(&b.ln_2.b) },
-                fc1: Linear { w: f(&b.fc1.w), b: f(&b.fc1.b) },
-                fc2: Linear { w: f(&b.fc2.w), b: f(&b.fc2.b) },
-            })
-        });
-        let blocks = collect("the blocks", blocks)?;
-        let ln_f = Norm { w: f(&self.ln_f.w), b: f(&self.ln_f.b) };
-        Ok(Params { wte, wpe, blocks, ln_f, head: self.head.as_ref().map(f) })
+    pub(crate) fn new(config: &ModelConfig, align: usize) -> Result<Self> {
+        const WHAT: &str = "a table of the parameters";
+        let (c, m) = (config.channels, config.mlp_width());
+        let std = 0.02;
+        let residual_std = std / (2.0 * config.layers as f32).sqrt();
+        let (mut specs, mut slots, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
+        let count = 4 + 12 * config.layers + usize::from(!config.tied_head);
+        reserve(&mut specs, WHAT, count)?;
+        reserve(&mut slots, WHAT, count)?;
+        reserve(&mut blocks, WHAT, config.layers)?;
+        let mut next = 0;
+        let mut add = |layer, name, shape, transposed, init| {
+            let spec = ParamSpec { layer, name, shape, transposed, init };
+            let (len, decays) = (spec.len(), spec.decays());
+            let slot = Slot { index: specs.len(), start: next, len, decays };
+            next = (next + len).next_multiple_of(align);
+            specs.push(spec);
+            slots.push(slot);
+            slot
+        };
+        let table =
+            |add: &mut Add<'_>, name, rows| add(None, name, [rows, c], false, Init::Normal { std });
+        let norm = |add: &mut Add<'_>, layer, [w, b]: [&'static str; 2]| Norm {
+            w: add(layer, w, [c, 0], false, Init::Ones),
+            b: add(layer, b, [c, 0], false, Init::Zeros),
+        };
+        let linear = |add: &mut Add<'_>, layer, id, [w, b]: [&'static str; 2], shape, std| {
+            let [inputs, outputs] = shape;
+            let w = add(Some(layer), w, shape, true, Init::Normal { std });
+            let b = add(Some(layer), b, [outputs, 0], false, Init::Zeros);
+            Linear { w, b, inputs, outputs, id }
+        };
+        let add = &mut add;
+        let wte = table(add, WTE, config.vocab_size);
+        let wpe = table(add, "transformer.wpe.weight", config.context_length);
+        for l in 0..config.layers {
+            let qkv = ["attn.c_attn.weight", "attn.c_attn.bias"];
+            let projection = ["attn.c_proj.weight", "attn.c_proj.bias"];
+            let (fc1, fc2) =
+                (["mlp.c_fc.weight", "mlp.c_fc.bias"], ["mlp.c_proj.weight", "mlp.c_proj.bias"]);
+            blocks.push(Block {
+                ln_1: norm(add, Some(l), ["ln_1.weight", "ln_1.bias"]),
+                qkv: linear(add, l, LinearId::Qkv, qkv, [c, 3 * c], std),
+                projection: linear(add, l, LinearId::Projection, projection, [c, c], residual_std),
+                ln_2: norm(add, Some(l), ["ln_2.weight", "ln_2.bias"]),
+                fc1: linear(add, l, LinearId::Fc1, fc1, [c, m], std),
+                fc2: linear(add, l, LinearId::Fc2, fc2, [m, c], residual_std),
+            });
+        }
+        let ln_f = norm(add, None, ["transformer.ln_f.weight", "transformer.ln_f.bias"]);
+        let head = (!config.tied_head).then(|| table(add, HEAD, config.vocab_size));
+        Ok(Self { specs, slots, len: next, wte, wpe, blocks, ln_f, head })
+    }
+
+    /// What is known of each.
+    pub(crate) fn specs(&self) -> &[ParamSpec] {
+        &self.specs
+    }
+
+    /// Where each lies.
+    pub(crate) fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    /// Elements of a flat buffer that holds one for each parameter's.
+    #[allow(clippy::len_without_is_empty, reason = "no model is without parameters")]
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// An empty vector with room for the values of any one tensor.
+    pub(crate) fn room_for_a_tensor(&self) -> Result<Vec<f32>> {
+        let mut room = Vec::new();
+        let longest = self.slots.iter().map(|slot| slot.len).max().unwrap_or(0);
+        reserve(&mut room, "a tensor", longest)?;
+        Ok(room)
+    }
+
+    /// The head's weights.
+    pub(super) fn head(&self) -> Slot {
+        self.head.unwrap_or(self.wte)
+    }
+
+    /// Whether the head is not the token embedding.
+    pub(super) fn has_own_head(&self) -> bool {
+        self.head.is_some()
     }
 }
+
+/// Adds a parameter: block, name, shape, whether it is transposed, initial values.
+type Add<'a> = dyn FnMut(Option<usize>, &'static str, [usize; 2], bool, Init) -> Slot + 'a;
 
 /// What is known of a parameter before it exists.
 ///
@@ -241,67 +274,6 @@ impl ParamSpec {
     }
 }
 
-/// Name, shape and initial values of every parameter: GPT-2's initialization, in which the layers
-/// that add to the residual stream start smaller by the root of their number (Radford et al. 2019).
-///
-/// # Errors
-/// [`crate::Error::OutOfMemory`].
-pub(crate) fn specs(config: &ModelConfig) -> Result<Params<ParamSpec>> {
-    let (c, m) = (config.channels, config.mlp_width());
-    let std = 0.02;
-    let residual_std = std / (2.0 * config.layers as f32).sqrt();
-    let vector = |layer, name, len, init| ParamSpec {
-        layer,
-        name,
-        shape: [len, 0],
-        transposed: false,
-        init,
-    };
-    let norm = |layer, [w, b]: [&'static str; 2]| Norm {
-        w: vector(layer, w, c, Init::Ones),
-        b: vector(layer, b, c, Init::Zeros),
-    };
-    let linear = |layer, [w, b]: [&'static str; 2], inputs, outputs, std| Linear {
-        w: ParamSpec {
-            layer: Some(layer),
-            name: w,
-            shape: [inputs, outputs],
-            transposed: true,
-            init: Init::Normal { std },
-        },
-        b: vector(Some(layer), b, outputs, Init::Zeros),
-    };
-    let table = |name, rows| ParamSpec {
-        layer: None,
-        name,
-        shape: [rows, c],
-        transposed: false,
-        init: Init::Normal { std },
-    };
-    let blocks = (0..config.layers).map(|l| {
-        Ok(Block {
-            ln_1: norm(Some(l), ["ln_1.weight", "ln_1.bias"]),
-            qkv: linear(l, ["attn.c_attn.weight", "attn.c_attn.bias"], c, 3 * c, std),
-            projection: linear(l, ["attn.c_proj.weight", "attn.c_proj.bias"], c, c, residual_std),
-            ln_2: norm(Some(l), ["ln_2.weight", "ln_2.bias"]),
-            fc1: linear(l, ["mlp.c_fc.weight", "mlp.c_fc.bias"], c, m, std),
-            fc2: linear(l, ["mlp.c_proj.weight", "mlp.c_proj.bias"], m, c, residual_std),
-        })
-    });
-    Ok(Params {
-        wte: table(WTE, config.vocab_size),
-        wpe: table("transformer.wpe.weight", config.context_length),
-        blocks: collect("the blocks", blocks)?,
-        ln_f: norm(None, ["transformer.ln_f.weight", "transformer.ln_f.bias"]),
-        head: (!config.tied_head).then(|| table(HEAD, config.vocab_size)),
-    })
-}
-
-/// How many tensors a model has.
-pub(crate) fn parameter_tensors(config: &ModelConfig) -> usize {
-    4 + 12 * config.layers + usize::from(!config.tied_head)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -321,37 +293,45 @@ mod tests {
         ModelConfig { mlp_channels: 9, tied_head: false, ..config() }
     }
 
+    fn table(config: &ModelConfig) -> ParamTable {
+        ParamTable::new(config, 16).unwrap()
+    }
+
+    fn names(table: &ParamTable) -> Vec<String> {
+        table.specs().iter().map(|spec| spec.info().unwrap().name).collect()
+    }
+
     #[test]
-    fn specs_add_up_to_the_parameter_count() {
+    fn parameters_add_up_to_their_count_and_lie_apart() {
         for config in [config(), unlike_gpt2()] {
-            let total: usize = specs(&config).unwrap().iter().map(ParamSpec::len).sum();
+            let table = table(&config);
+            let total: usize = table.specs().iter().map(ParamSpec::len).sum();
             assert_eq!(total as u64, config.parameter_count());
-            assert_eq!(specs(&config).unwrap().iter().count(), parameter_tensors(&config));
+            let mut end = 0;
+            for (index, (slot, spec)) in table.slots().iter().zip(table.specs()).enumerate() {
+                assert_eq!((slot.index, slot.len), (index, spec.len()));
+                assert!(slot.start >= end && slot.start < end + 16 && slot.start % 16 == 0);
+                end = slot.range().end;
+            }
+            assert_eq!(table.len(), end.next_multiple_of(16));
         }
         assert_eq!(ModelConfig::default().parameter_count(), 124_439_808);
     }
 
     #[test]
     fn a_head_of_its_own_comes_last_and_decays() {
-        let [tied, untied] = [config(), unlike_gpt2()].map(|config| specs(&config).unwrap());
-        let names = |specs: &Params<ParamSpec>| -> Vec<String> {
-            specs.iter().map(|spec| spec.info().unwrap().name).collect()
-        };
+        let [tied, untied] = [table(&config()), table(&unlike_gpt2())];
         let mut all = names(&tied);
         all.push(HEAD.into());
         assert_eq!(names(&untied), all);
-        assert!(untied.head().decays() && untied.head().name == HEAD);
-        assert_eq!(untied.head().shape(), [7, 4]);
-        assert_eq!(tied.head().name, WTE);
+        let head = untied.head();
+        assert!(head.decays && untied.specs()[head.index].shape() == [7, 4]);
+        assert_eq!(tied.head(), tied.wte);
     }
 
     #[test]
-    fn iterators_and_map_agree_on_the_order() {
-        let mut specs = specs(&unlike_gpt2()).unwrap();
-        let names: Vec<_> = specs.iter().map(|s| s.info().unwrap().name).collect();
-        let mapped = specs.map(|s| s.info().unwrap().name).unwrap();
-        assert!(mapped.iter().eq(&names));
-        assert!(specs.iter_mut().map(|s| s.info().unwrap().name).eq(names.clone()));
+    fn names_are_of_one_parameter_each() {
+        let names = names(&table(&unlike_gpt2()));
         assert_eq!(names.len(), 2 + 2 * 12 + 2 + 1);
         let unique: std::collections::HashSet<_> = names.iter().collect();
         assert_eq!(unique.len(), names.len());
@@ -359,8 +339,8 @@ mod tests {
 
     #[test]
     fn export_undoes_import() {
-        let specs = specs(&config()).unwrap();
-        let spec = &specs.blocks[0].qkv.w; // (4, 12) there, (12, 4) here
+        let table = table(&config());
+        let spec = &table.specs()[table.blocks[0].qkv.w.index]; // (4, 12) there, (12, 4) here
         let theirs: Vec<f32> = (0..spec.len()).map(|i| i as f32).collect();
         let (mut ours, mut scratch) = (Vec::new(), Vec::new());
         spec.import(&theirs, &mut ours).unwrap();

@@ -6,96 +6,83 @@
 
 use super::ModelConfig;
 use super::activations::{ActivationGradients, Activations};
-use super::params::{Linear, Norm, Params};
+use super::params::{Linear, Norm, ParamTable};
 use crate::backend::{
-    AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Sequences,
+    AttentionBackward, AttentionShape, Backend, Classifier, ClassifierGradient, EmbeddingGradients,
+    EmbeddingShape, Epilogue, HeadShape, LinearBackward, LinearForward, LinearShape, NormBackward,
+    NormParams, NormShape, NormStatistics, OutputGradient, ResidualSum, Sequences, Slot, StepPlan,
 };
-use crate::mx::{LinearId, Random};
-use crate::recipe::{LinearRecipe, Recipe};
+use crate::mx::Random;
 
 /// What one pass over a batch works with.
 pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) backend: &'a B,
     pub(crate) config: &'a ModelConfig,
-    pub(crate) params: &'a Params<B::Param>,
+    pub(crate) table: &'a ParamTable,
+    pub(crate) weights: &'a B::Weights,
     pub(crate) workspace: &'a mut B::Workspace,
     pub(crate) sequences: Sequences,
-    pub(crate) recipe: &'a Recipe,
+    /// All that the pass depends on besides random numbers.
+    pub(crate) plan: &'a StepPlan,
 }
 
-/// Where in a run a backward pass is.
+/// Where in a run a backward pass is, for its random numbers.
 #[derive(Clone, Copy)]
 pub(crate) struct Place {
     pub(crate) seed: u64,
     pub(crate) step: u64,
     pub(crate) micro_step: usize,
-    /// Steps of the schedule that are done.
-    pub(crate) schedule_step: u64,
-    /// Steps of the whole schedule, 0 where not known; recipes may change towards the end.
-    pub(crate) total_steps: u64,
 }
 
-impl<B: Backend> Pass<'_, B> {
+impl<'a, B: Backend> Pass<'a, B> {
     /// Tokens (rows) to the normalized output of the last block, `acts.ln_f`.
     pub(crate) fn forward(&mut self, acts: &mut Activations<B>, tokens: &B::Tokens) {
-        let (backend, params) = (self.backend, self.params);
-        let (rows, c) = (self.sequences.rows(), self.config.channels);
-        let (m, epsilon) = (self.config.mlp_width(), self.config.layer_norm_epsilon);
-
-        let (wte, wpe) = (&params.wte, &params.wpe);
-        backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, self.sequences, c);
+        let (backend, table) = (self.backend, self.table);
+        let (wte, wpe) = (self.param(table.wte), self.param(table.wpe));
+        let shape = self.embedding_shape();
+        backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, shape);
         self.ln_1(acts, 0);
-        for (l, block) in params.blocks.iter().enumerate() {
+        for (l, block) in table.blocks.iter().enumerate() {
             self.attention(acts, l);
             self.mlp(acts, l);
-            self.linear(&mut acts.branch, &acts.gelu[l], &block.fc2, m, c);
+            self.linear(&mut acts.branch, &acts.gelu[l], block.fc2, l, Epilogue::None);
 
             // The sum that ends this block, and the norm that begins what follows it.
-            let (Norm { w, b }, out, statistics) = match params.blocks.get(l + 1) {
+            let (norm, out, statistics) = match table.blocks.get(l + 1) {
                 Some(block) => {
-                    (&block.ln_1, &mut acts.ln_1[l + 1], acts.ln_1_statistics[l + 1].as_mut())
+                    (block.ln_1, &mut acts.ln_1[l + 1], acts.ln_1_statistics[l + 1].as_mut())
                 }
-                None => (&params.ln_f, &mut acts.ln_f, acts.ln_f_statistics.as_mut()),
+                None => (table.ln_f, &mut acts.ln_f, acts.ln_f_statistics.as_mut()),
             };
             let (x, y, sum) = (&acts.middle[l], &acts.branch, &mut acts.residual[l + 1]);
-            backend.add_layernorm_forward(out, sum, statistics, x, y, w, b, rows, c, epsilon);
+            self.add_norm(out, statistics, ResidualSum { sum, x, y }, norm);
         }
     }
 
     /// The norm of a block's input, from `acts.residual`.
     fn ln_1(&mut self, acts: &mut Activations<B>, l: usize) {
-        let Norm { w, b } = &self.params.blocks[l].ln_1;
         let (out, statistics) = (&mut acts.ln_1[l], acts.ln_1_statistics[l].as_mut());
-        self.norm(out, statistics, &acts.residual[l], w, b);
+        self.norm(out, statistics, &acts.residual[l], self.table.blocks[l].ln_1);
     }
 
     /// Attention and what it adds to the residual stream, from `acts.ln_1` to `acts.ln_2`.
     fn attention(&mut self, acts: &mut Activations<B>, l: usize) {
-        let (backend, block) = (self.backend, &self.params.blocks[l]);
-        let (rows, c) = (self.sequences.rows(), self.config.channels);
-        let epsilon = self.config.layer_norm_epsilon;
+        let block = &self.table.blocks[l];
         let shape = self.attention_shape(l);
-        self.linear(&mut acts.qkv[l], &acts.ln_1[l], &block.qkv, c, 3 * c);
+        self.linear(&mut acts.qkv[l], &acts.ln_1[l], block.qkv, l, Epilogue::None);
         let (out, lse) = (&mut acts.attention[l], &mut acts.lse[l]);
-        backend.attention_forward(self.workspace, out, lse, &acts.qkv[l], shape);
-        self.linear(&mut acts.branch, &acts.attention[l], &block.projection, c, c);
+        self.backend.attention_forward(self.workspace, out, lse, &acts.qkv[l], shape);
+        self.linear(&mut acts.branch, &acts.attention[l], block.projection, l, Epilogue::None);
 
-        let Norm { w, b } = &block.ln_2;
-        let (out, sum, statistics) =
-            (&mut acts.ln_2[l], &mut acts.middle[l], acts.ln_2_statistics[l].as_mut());
-        let (x, y) = (&acts.residual[l], &acts.branch);
-        backend.add_layernorm_forward(out, sum, statistics, x, y, w, b, rows, c, epsilon);
+        let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
+        let (x, y, sum) = (&acts.residual[l], &acts.branch, &mut acts.middle[l]);
+        self.add_norm(out, statistics, ResidualSum { sum, x, y }, block.ln_2);
     }
 
     /// The MLP's first layer and GELU, from `acts.ln_2` to `acts.gelu`.
     fn mlp(&mut self, acts: &mut Activations<B>, l: usize) {
-        let (rows, c) = (self.sequences.rows(), self.config.channels);
-        let (Linear { w, b }, format) = (&self.params.blocks[l].fc1, self.recipe.forward);
-        let (out, pre, x) = (&mut acts.gelu[l], &mut acts.fc1[l], &acts.ln_2[l]);
-        let (backend, workspace) = (self.backend, &mut *self.workspace);
-        let shape = LinearShape { rows, inputs: c, outputs: self.config.mlp_width() };
-        let form = self.config.activation;
-        backend.linear_gelu_forward(workspace, out, pre, x, w, b, shape, format, form);
+        let gelu = Epilogue::Gelu { out: &mut acts.gelu[l], form: self.config.activation };
+        self.linear(&mut acts.fc1[l], &acts.ln_2[l], self.table.blocks[l].fc1, l, gelu);
     }
 
     /// Computes again what the forward pass did not keep of layer `l`.
@@ -111,9 +98,8 @@ impl<B: Backend> Pass<'_, B> {
         } else if acts.gelu.is_shared() {
             let elements = self.sequences.rows() * self.config.mlp_width();
             self.ln_1(acts, l);
-            let Norm { w, b } = &self.params.blocks[l].ln_2;
             let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
-            self.norm(out, statistics, &acts.middle[l], w, b);
+            self.norm(out, statistics, &acts.middle[l], self.table.blocks[l].ln_2);
             let form = self.config.activation;
             self.backend.gelu_forward(&mut acts.gelu[l], &acts.fc1[l], elements, form);
         }
@@ -126,99 +112,107 @@ impl<B: Backend> Pass<'_, B> {
 
     /// Losses of all rows, and the gradients of `scale` times their sum, but for what the embeddings get
     /// as such: those of the step's first micro-step overwrite `grads`, others are added.
-    pub(crate) fn backward(
+    pub(crate) fn loss_and_backward(
         &mut self,
         acts: &mut Activations<B>,
         d: &mut ActivationGradients<B>,
-        grads: &mut Params<B::F32>,
+        grads: &mut B::F32,
         targets: &B::Tokens,
         scale: f32,
         place: Place,
     ) {
-        let (backend, params) = (self.backend, self.params);
-        let (c, m) = (self.config.channels, self.config.mlp_width());
-        // The first micro-step of a step overwrites the last step's gradients.
-        let accumulate = place.micro_step > 0;
-
-        let gradient =
-            ClassifierGradient { dx: &mut d.narrow, dwte: grads.head_mut(), scale, accumulate };
+        let (backend, table, accumulate) = (self.backend, self.table, self.plan.accumulate);
+        let [dw] = backend.gradients(grads, [table.head()]);
+        let gradient = ClassifierGradient { dx: &mut d.narrow, dw, scale, accumulate };
         self.classify(acts, targets, Some(gradient));
         backend.zero_tensor(&mut d.residual);
         let last = &acts.residual[self.config.layers];
-        self.norm_backward(
-            d,
-            &mut grads.ln_f,
-            last,
-            &acts.ln_f_statistics,
-            &params.ln_f,
-            accumulate,
-        );
+        self.norm_backward(d, grads, last, &acts.ln_f_statistics, table.ln_f);
 
-        for (l, block) in params.blocks.iter().enumerate().rev() {
+        for (l, block) in table.blocks.iter().enumerate().rev() {
             self.recompute(acts, l);
-            let grads = &mut grads.blocks[l];
-            let layers = self.config.layers;
-            let recipe = self.recipe.for_layer(l, layers, place.schedule_step, place.total_steps);
-            let random = |linear| Random {
-                seed: place.seed,
-                step: place.step as u32,
-                micro_step: place.micro_step as u32,
-                layer: l as u32,
-                linear,
-            };
+            let at = (place, l);
 
             // MLP: d.residual is the gradient of the block's output, and passes to its input.
-            let call = LinearCall { inputs: m, outputs: c, recipe, random: random(LinearId::Fc2) };
-            let (dx, dy, x) = (&mut d.wide, &d.residual, &acts.gelu[l]);
-            self.linear_backward(dx, &mut grads.fc2, dy, x, &block.fc2, call);
-            let call = LinearCall { inputs: c, outputs: m, recipe, random: random(LinearId::Fc1) };
-            let (dx, dy, pre, x) = (&mut d.narrow, &mut d.wide, &acts.fc1[l], &acts.ln_2[l]);
-            self.linear_gelu_backward(dx, &mut grads.fc1, dy, pre, x, &block.fc1, call);
+            let dy = OutputGradient::Whole(&d.residual);
+            self.linear_backward(&mut d.wide, grads, dy, &acts.gelu[l], block.fc2, at);
+            let (y, form) = (&acts.fc1[l], self.config.activation);
+            let dy = OutputGradient::BehindGelu { d: &mut d.wide, y, form };
+            self.linear_backward(&mut d.narrow, grads, dy, &acts.ln_2[l], block.fc1, at);
             let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
-            self.norm_backward(d, &mut grads.ln_2, x, statistics, &block.ln_2, accumulate);
+            self.norm_backward(d, grads, x, statistics, block.ln_2);
 
             // Attention.
-            let random_projection = random(LinearId::Projection);
-            let call = LinearCall { inputs: c, outputs: c, recipe, random: random_projection };
-            let (dx, dy, x) = (&mut d.narrow, &d.residual, &acts.attention[l]);
-            self.linear_backward(dx, &mut grads.projection, dy, x, &block.projection, call);
-            let (dqkv, dout) = (&mut d.wide, &d.narrow);
-            let (out, lse, qkv) = (&acts.attention[l], &acts.lse[l], &acts.qkv[l]);
+            let dy = OutputGradient::Whole(&d.residual);
+            let x = &acts.attention[l];
+            self.linear_backward(&mut d.narrow, grads, dy, x, block.projection, at);
+            let operands = AttentionBackward {
+                dqkv: &mut d.wide,
+                dout: &d.narrow,
+                out: &acts.attention[l],
+                lse: &acts.lse[l],
+                qkv: &acts.qkv[l],
+            };
             let shape = self.attention_shape(l);
-            backend.attention_backward(self.workspace, dqkv, dout, out, lse, qkv, shape);
-            let call =
-                LinearCall { inputs: c, outputs: 3 * c, recipe, random: random(LinearId::Qkv) };
-            let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_1[l]);
-            self.linear_backward(dx, &mut grads.qkv, dy, x, &block.qkv, call);
+            backend.attention_backward(self.workspace, operands, shape);
+            let dy = OutputGradient::Whole(&d.wide);
+            self.linear_backward(&mut d.narrow, grads, dy, &acts.ln_1[l], block.qkv, at);
             let (x, statistics) = (&acts.residual[l], &acts.ln_1_statistics[l]);
-            self.norm_backward(d, &mut grads.ln_1, x, statistics, &block.ln_1, accumulate);
+            self.norm_backward(d, grads, x, statistics, block.ln_1);
         }
     }
 
-    /// The gradients of the embeddings, after [`Pass::backward`].
+    /// The gradients of the embeddings, after [`Pass::loss_and_backward`].
     pub(crate) fn embedding_backward(
         &mut self,
         d: &ActivationGradients<B>,
-        grads: &mut Params<B::F32>,
+        grads: &mut B::F32,
         tokens: &B::Tokens,
-        place: Place,
     ) {
-        let (backend, sequences, c) = (self.backend, self.sequences, self.config.channels);
-        let accumulate = place.micro_step > 0;
+        let (backend, table, accumulate) = (self.backend, self.table, self.plan.accumulate);
         // Only a head that shares them has overwritten the last step's gradients.
-        if grads.head.is_some() && !accumulate {
-            backend.zero_f32(&mut grads.wte);
+        if table.has_own_head() && !accumulate {
+            let [dwte] = backend.gradients(grads, [table.wte]);
+            backend.zero_gradient(dwte);
         }
-        let (dwte, dwpe) = (&mut grads.wte, &mut grads.wpe);
-        backend.embedding_backward(dwte, dwpe, &d.residual, tokens, sequences, c, accumulate);
+        let [dwte, dwpe] = backend.gradients(grads, [table.wte, table.wpe]);
+        let gradients = EmbeddingGradients { dwte, dwpe, accumulate };
+        backend.embedding_backward(gradients, &d.residual, tokens, self.embedding_shape());
     }
 
     /// Logits (V) of row `row` after [`Pass::forward`].
     pub(crate) fn logits(&mut self, acts: &Activations<B>, row: usize, out: &mut B::F32) {
+        let (head, shape) = (self.param(self.table.head()), self.head_shape());
+        self.backend.logits(self.workspace, out, &acts.ln_f, row, head, shape);
+    }
+
+    fn param(&self, slot: Slot) -> B::Param<'a> {
+        self.backend.param(self.weights, slot)
+    }
+
+    fn norm_params(&self, norm: Norm) -> NormParams<'a, B> {
+        NormParams { w: self.param(norm.w), b: self.param(norm.b) }
+    }
+
+    fn norm_shape(&self) -> NormShape {
+        let ModelConfig { channels, layer_norm_epsilon: epsilon, .. } = *self.config;
+        NormShape { rows: self.sequences.rows(), channels, epsilon }
+    }
+
+    fn embedding_shape(&self) -> EmbeddingShape {
+        EmbeddingShape { sequences: self.sequences, channels: self.config.channels }
+    }
+
+    fn head_shape(&self) -> HeadShape {
         let ModelConfig { channels, vocab_size, .. } = *self.config;
-        let (head, format) = (self.params.head(), self.recipe.head());
-        let backend = self.backend;
-        backend.logits(self.workspace, out, &acts.ln_f, row, head, channels, vocab_size, format);
+        let rows = self.sequences.rows();
+        HeadShape { rows, channels, vocab_size, precision: self.plan.head }
+    }
+
+    fn attention_shape(&self, layer: usize) -> AttentionShape {
+        let (heads, head_size) = (self.config.heads, self.config.head_size());
+        let (score_factor, precision) = (self.config.score_factor(layer), self.plan.precision);
+        AttentionShape { sequences: self.sequences, heads, head_size, score_factor, precision }
     }
 
     fn norm(
@@ -226,120 +220,92 @@ impl<B: Backend> Pass<'_, B> {
         out: &mut B::Tensor,
         statistics: NormStatistics<&mut B::F32>,
         x: &B::Tensor,
-        w: &B::Param,
-        b: &B::Param,
+        norm: Norm,
     ) {
-        let (rows, c) = (self.sequences.rows(), self.config.channels);
-        let epsilon = self.config.layer_norm_epsilon;
-        self.backend.layernorm_forward(out, statistics, x, w, b, rows, c, epsilon);
+        let (params, shape) = (self.norm_params(norm), self.norm_shape());
+        self.backend.layernorm_forward(out, statistics, x, params, shape);
     }
 
-    fn attention_shape(&self, layer: usize) -> AttentionShape {
-        let (heads, head_size) = (self.config.heads, self.config.head_size());
-        let (score_factor, format) = (self.config.score_factor(layer), self.recipe.forward);
-        AttentionShape { sequences: self.sequences, heads, head_size, score_factor, format }
+    fn add_norm(
+        &self,
+        out: &mut B::Tensor,
+        statistics: NormStatistics<&mut B::F32>,
+        sum: ResidualSum<'_, B>,
+        norm: Norm,
+    ) {
+        let (params, shape) = (self.norm_params(norm), self.norm_shape());
+        self.backend.add_layernorm_forward(out, statistics, sum, params, shape);
     }
 
-    fn classify(
+    fn classify<'o>(
         &mut self,
-        acts: &mut Activations<B>,
-        targets: &B::Tokens,
-        gradient: Option<ClassifierGradient<'_, B>>,
-    ) {
-        let ModelConfig { channels, vocab_size, .. } = *self.config;
-        self.backend.classifier(
-            self.workspace,
-            &mut acts.losses,
-            gradient,
-            &acts.ln_f,
-            self.params.head(),
-            targets,
-            self.sequences.rows(),
-            channels,
-            vocab_size,
-            self.recipe.head(),
-        );
+        acts: &'o mut Activations<B>,
+        targets: &'o B::Tokens,
+        gradient: Option<ClassifierGradient<'o, B>>,
+    ) where
+        'a: 'o,
+    {
+        let (w, shape) = (self.backend.param(self.weights, self.table.head()), self.head_shape());
+        let Activations { losses, ln_f: x, .. } = acts;
+        let operands = Classifier { losses, gradient, x, w, targets };
+        self.backend.classifier(self.workspace, operands, shape);
     }
 
     fn linear(
         &mut self,
         y: &mut B::Tensor,
         x: &B::Tensor,
-        layer: &Linear<B::Param>,
-        inputs: usize,
-        outputs: usize,
+        layer: Linear,
+        block: usize,
+        epilogue: Epilogue<'_, B>,
     ) {
-        let shape = LinearShape { rows: self.sequences.rows(), inputs, outputs };
-        let Linear { w, b } = layer;
-        self.backend.linear_forward(self.workspace, y, x, w, b, shape, self.recipe.forward);
+        let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
+        let operands = LinearForward { y, x, w, b, epilogue };
+        let (shape, format) = (self.linear_shape(layer), self.plan.layers[block].forward);
+        self.backend.linear_forward(self.workspace, operands, shape, format);
     }
 
     fn linear_backward(
         &mut self,
         dx: &mut B::Tensor,
-        grads: &mut Linear<B::F32>,
-        dy: &B::Tensor,
+        grads: &mut B::F32,
+        dy: OutputGradient<'_, B>,
         x: &B::Tensor,
-        layer: &Linear<B::Param>,
-        call: LinearCall,
+        layer: Linear,
+        (place, block): (Place, usize),
     ) {
-        let LinearCall { inputs, outputs, recipe, random } = call;
-        let shape = LinearShape { rows: self.sequences.rows(), inputs, outputs };
-        let Linear { w: dw, b: db } = grads;
-        let (backend, workspace) = (self.backend, &mut *self.workspace);
-        let w = &layer.w;
-        let accumulate = random.micro_step > 0;
-        backend
-            .linear_backward(workspace, dx, dw, db, dy, x, w, shape, &recipe, &random, accumulate);
+        let [dw, db] = self.backend.gradients(grads, [layer.w, layer.b]);
+        let w = self.backend.param(self.weights, layer.w);
+        let operands = LinearBackward { dx, dw, db, dy, x, w, accumulate: self.plan.accumulate };
+        let random = Random {
+            seed: place.seed,
+            step: place.step as u32,
+            micro_step: place.micro_step as u32,
+            layer: block as u32,
+            linear: layer.id,
+        };
+        let (shape, recipe) = (self.linear_shape(layer), &self.plan.layers[block]);
+        self.backend.linear_backward(self.workspace, operands, shape, recipe, &random);
     }
 
-    /// The same for a layer whose result `pre` went through GELU, given the gradient of what came out.
-    fn linear_gelu_backward(
-        &mut self,
-        dx: &mut B::Tensor,
-        grads: &mut Linear<B::F32>,
-        dy: &mut B::Tensor,
-        pre: &B::Tensor,
-        x: &B::Tensor,
-        layer: &Linear<B::Param>,
-        call: LinearCall,
-    ) {
-        let LinearCall { inputs, outputs, recipe, random } = call;
-        let shape = LinearShape { rows: self.sequences.rows(), inputs, outputs };
-        let Linear { w: dw, b: db } = grads;
-        let (backend, workspace) = (self.backend, &mut *self.workspace);
-        let (w, form) = (&layer.w, self.config.activation);
-        let accumulate = random.micro_step > 0;
-        backend.linear_gelu_backward(
-            workspace, dx, dw, db, dy, pre, x, w, shape, &recipe, &random, accumulate, form,
-        );
+    fn linear_shape(&self, Linear { inputs, outputs, .. }: Linear) -> LinearShape {
+        LinearShape { rows: self.sequences.rows(), inputs, outputs }
     }
 
     /// Adds the norm's part to d.residual, given the gradient of its output in d.narrow.
     fn norm_backward(
         &mut self,
         d: &mut ActivationGradients<B>,
-        grads: &mut Norm<B::F32>,
+        grads: &mut B::F32,
         x: &B::Tensor,
         statistics: &NormStatistics<B::F32>,
-        norm: &Norm<B::Param>,
-        accumulate: bool,
+        norm: Norm,
     ) {
-        let (rows, c) = (self.sequences.rows(), self.config.channels);
-        let (dx, dy) = (&mut d.residual, &d.narrow);
-        let Norm { w: dw, b: db } = grads;
-        let (backend, workspace, statistics) =
-            (self.backend, &mut *self.workspace, statistics.as_ref());
-        backend.layernorm_backward(
-            workspace, dx, dw, db, dy, x, statistics, &norm.w, rows, c, accumulate,
-        );
+        let [dw, db] = self.backend.gradients(grads, [norm.w, norm.b]);
+        let w = self.backend.param(self.weights, norm.w);
+        let (dx, dy, statistics) = (&mut d.residual, &d.narrow, statistics.as_ref());
+        let accumulate = self.plan.accumulate;
+        let operands = NormBackward { dx, dw, db, dy, x, statistics, w, accumulate };
+        self.backend.layernorm_backward(self.workspace, operands, self.norm_shape());
     }
-}
-
-/// Sizes and formats of one linear layer's backward pass.
-struct LinearCall {
-    inputs: usize,
-    outputs: usize,
-    recipe: LinearRecipe,
-    random: Random,
 }

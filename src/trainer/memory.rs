@@ -1,12 +1,9 @@
 //! What a trainer needs of memory: planned, then allocated by the same code.
 
 use super::batch::Batch;
-use crate::backend::{Backend, BackwardWorkspace, Precision, Sequences, Trained, WorkspaceShape};
-use crate::gpt::{
-    ActivationGradients, Activations, ModelConfig, ParamSpec, Params, for_all_layers,
-    parameter_tensors, specs,
-};
-use crate::model::Model;
+use crate::backend::{Backend, BackwardWorkspace, Precision, Sequences, WorkspaceShape, on_device};
+use crate::gpt::{ActivationGradients, Activations, ModelConfig};
+use crate::model::{Model, table_for};
 use crate::run::TrainerOptions;
 use crate::{Engine, Result};
 
@@ -40,50 +37,80 @@ impl Plan {
 pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> Result<Plan> {
     config.validate()?;
     let options = options.resolved(config)?;
-    let backend = engine.backend();
-    // What the optimizer keeps for all parameters together is rounded up as a whole.
-    let table = |config: &ModelConfig| -> Result<u64> {
-        let mut arena = backend.arena(None)?;
-        backend.optimizer(&mut arena, parameter_tensors(config))?;
-        Ok(backend.arena_used(&arena) as u64)
-    };
-    let [gradients, moments, activations, workspace] = for_all_layers(config, |config| {
-        let mut plan = Plan::default();
-        Buffers::new(backend, None, config, &options, &mut plan)?;
-        Ok([plan.gradients, plan.optimizer - table(config)?, plan.activations, plan.workspace])
-    })?;
-    let weights = Model::plan(engine, config)?;
-    Ok(Plan { weights, gradients, optimizer: moments + table(config)?, activations, workspace })
+    let mut plan = on_device!(engine.backend(), backend => {
+        let (backend, mut plan) = (&**backend, Plan::default());
+        Flat::new(backend, &mut Measured::new(backend, None)?, config, &mut plan)?;
+        // Every further block takes as much as the second.
+        let of = |layers| -> Result<[u64; 2]> {
+            let (config, mut plan) = (ModelConfig { layers, ..config.clone() }, Plan::default());
+            Buffers::new(backend, None, &config, &options, &mut plan)?;
+            Ok([plan.activations, plan.workspace])
+        };
+        let (one, two) = (of(1)?, of(2)?);
+        let further = config.layers as u64 - 1;
+        [plan.activations, plan.workspace] =
+            std::array::from_fn(|i| one[i] + (two[i] - one[i]) * further);
+        plan
+    });
+    plan.weights = Model::plan(engine, config)?;
+    Ok(plan)
 }
 
 /// All memory of a trainer.
 pub(super) struct Buffers<B: Backend> {
-    pub(super) gradients: Params<B::F32>,
-    /// First moments.
-    pub(super) m: Params<B::F32>,
-    /// Second moments.
-    pub(super) v: Params<B::F32>,
+    pub(super) flat: Flat<B>,
     pub(super) activations: Activations<B>,
     pub(super) d: ActivationGradients<B>,
     pub(super) batch: Batch<B>,
     pub(super) workspace: B::Workspace,
-    pub(super) optimizer: B::Optimizer,
     pub(super) recordings: B::Recordings,
 }
 
-/// Calls `visit` with every parameter and what training keeps for it.
-pub(super) fn trained<B: Backend>(
-    params: &mut Params<B::Param>,
-    m: &mut Params<B::F32>,
-    v: &mut Params<B::F32>,
-    gradients: &mut Params<B::F32>,
-    specs: &Params<ParamSpec>,
-    visit: &mut dyn FnMut(Trained<'_, B>),
-) {
-    let moments = m.iter_mut().zip(v.iter_mut());
-    let all = params.iter_mut().zip(moments).zip(gradients.iter_mut()).zip(specs.iter());
-    for (((param, (m, v)), gradient), spec) in all {
-        visit(Trained { param, m, v, gradient, decays: spec.decays() });
+/// What there is for each parameter, and for all of them together.
+pub(super) struct Flat<B: Backend> {
+    pub(super) gradients: B::F32,
+    /// First moments.
+    pub(super) m: B::F32,
+    /// Second moments.
+    pub(super) v: B::F32,
+    pub(super) optimizer: B::Optimizer,
+}
+
+/// An arena that tells what was cut from it since it was last asked.
+struct Measured<'a, B: Backend> {
+    backend: &'a B,
+    arena: B::Arena,
+    told: u64,
+}
+
+impl<'a, B: Backend> Measured<'a, B> {
+    fn new(backend: &'a B, bytes: Option<u64>) -> Result<Self> {
+        let arena = backend.arena(bytes.map(|bytes| bytes as usize))?;
+        Ok(Self { backend, arena, told: 0 })
+    }
+
+    fn since_last(&mut self) -> u64 {
+        let used = self.backend.arena_used(&self.arena) as u64;
+        used - std::mem::replace(&mut self.told, used)
+    }
+}
+
+impl<B: Backend> Flat<B> {
+    fn new(
+        backend: &B,
+        cut: &mut Measured<'_, B>,
+        config: &ModelConfig,
+        plan: &mut Plan,
+    ) -> Result<Self> {
+        let table = table_for(backend, config)?;
+        let len = table.len();
+        let gradients = backend.f32(&mut cut.arena, len);
+        plan.gradients = cut.since_last();
+        let m = backend.f32(&mut cut.arena, len);
+        let v = backend.f32(&mut cut.arena, len);
+        let optimizer = backend.optimizer(&mut cut.arena, table.slots().len())?;
+        plan.optimizer = cut.since_last();
+        Ok(Self { gradients, m, v, optimizer })
     }
 }
 
@@ -96,33 +123,15 @@ impl<B: Backend> Buffers<B> {
         options: &TrainerOptions,
         plan: &mut Plan,
     ) -> Result<Self> {
-        let mut arena = backend.arena(bytes.map(|bytes| bytes as usize))?;
-        let mut measured = 0;
-        let mut since_last = |arena: &B::Arena| {
-            let used = backend.arena_used(arena) as u64;
-            used - std::mem::replace(&mut measured, used)
-        };
-        let specs = specs(config)?;
+        let mut cut = Measured::new(backend, bytes)?;
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
-        let params = |arena: &mut B::Arena| specs.map(|spec| backend.f32(arena, spec.len()));
-
-        let gradients = params(&mut arena)?;
-        plan.gradients = since_last(&arena);
-        let (m, v) = (params(&mut arena)?, params(&mut arena)?);
-        let optimizer = backend.optimizer(&mut arena, parameter_tensors(config))?;
-        plan.optimizer = since_last(&arena);
         let precision = Precision::of(options.recipe.forward);
-        let activations = Activations::new(
-            backend,
-            &mut arena,
-            config,
-            sequences,
-            precision,
-            Some(options.recompute),
-        )?;
-        let d = ActivationGradients::new(backend, &mut arena, config, sequences, precision);
-        let batch = Batch::new(backend, &mut arena, sequences, bytes.is_some())?;
-        plan.activations = since_last(&arena);
+        let flat = Flat::new(backend, &mut cut, config, plan)?;
+        let (arena, kept) = (&mut cut.arena, Some(options.recompute));
+        let activations = Activations::new(backend, arena, config, sequences, precision, kept)?;
+        let d = ActivationGradients::new(backend, arena, config, sequences, precision);
+        let batch = Batch::new(backend, arena, sequences, bytes.is_some())?;
+        plan.activations = cut.since_last();
         let shape = WorkspaceShape {
             sequences,
             channels: config.channels,
@@ -136,9 +145,9 @@ impl<B: Backend> Buffers<B> {
             }),
         };
         backend.supports(&shape)?;
-        let workspace = backend.workspace(&mut arena, &shape);
-        plan.workspace = since_last(&arena);
+        let workspace = backend.workspace(&mut cut.arena, &shape);
+        plan.workspace = cut.since_last();
         let recordings = backend.recordings();
-        Ok(Self { gradients, m, v, activations, d, batch, workspace, optimizer, recordings })
+        Ok(Self { flat, activations, d, batch, workspace, recordings })
     }
 }

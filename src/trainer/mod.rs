@@ -8,18 +8,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use crate::backend::{AdamWStep, Backend, Device, Largest, Sequences, StepKind, StepSums, Trained};
+use crate::backend::cpu::Cpu;
+use crate::backend::cuda::Cuda;
+use crate::backend::{
+    AdamWStep, Backend, Device, Largest, Sequences, StepPlan, StepSums, Trained, on_device,
+};
 use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place};
-use crate::model::{Model, Weights};
+use crate::model::{Model, OnDevice};
 use crate::optim::{AdamW, Bounds, Schedule};
-use crate::reserve::collect;
 use crate::run::{TrainerOptions, TrainerState};
 use crate::signals::file_limit_is_an_error;
 use crate::{Dataset, Engine, Error, Result};
 use batch::Batch;
-use memory::{Buffers, trained};
+use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
 
 /// What one optimizer step did.
@@ -76,21 +79,27 @@ impl StopHandle {
     }
 }
 
-/// What the moments are called where there is no memory to list them.
-const MOMENTS: &str = "a list of the moments";
-
 /// Writes the T + 1 tokens of (micro-step, row).
 type FillWindow<'a> = dyn FnMut(usize, usize, &mut [u32]) -> Result<()> + 'a;
 
 /// Trains a model: its gradients, its moments, and its place in the run.
 pub struct Trainer {
+    // NOTE: before the model, whose engine ends its device before what that may still log to.
+    run: Device<Run<Cpu>, Run<Cuda>>,
     model: Model,
     state: TrainerState,
     plan: Plan,
-    buffers: Buffers<Device>,
     /// Of the moments; the bound of the weights is with them.
     bounds: Bounds,
     stop: StopHandle,
+}
+
+/// What a trainer has on its device.
+struct Run<B: Backend> {
+    model: Arc<OnDevice<B>>,
+    buffers: Buffers<B>,
+    /// Of the micro-step that is computed or was last.
+    step_plan: StepPlan,
 }
 
 impl Trainer {
@@ -116,25 +125,7 @@ impl Trainer {
         let model = Model::from_checkpoint(engine, &checkpoint)?;
         let mut trainer = Self::with_state(&model, state)?;
         trainer.bounds = Bounds::UNKNOWN;
-        let Buffers { m, v, .. } = &mut trainer.buffers;
-        let mut moments =
-            [collect(MOMENTS, m.iter_mut().map(Ok))?, collect(MOMENTS, v.iter_mut().map(Ok))?];
-        let specs = model.spec_list()?;
-        let mut ours = model.room_for_a_tensor()?;
-        checkpoint.moments(model.tensors(), &mut |moment, index, values| {
-            // Its root would be NaN, and no step done, for a reason that no setting can put right.
-            let least = values.iter().fold(0.0f32, |least, value| least.min(*value));
-            if moment == 1 && least < 0.0 {
-                let name = &model.tensors()[index].name;
-                let message = format!(
-                    "damaged or edited: expected second moments of {name} from 0 on, found {least}; \
-                     restore the folder from a copy"
-                );
-                return Err(Error::format(dir, message));
-            }
-            specs[index].import(values, &mut ours)?;
-            engine.backend().write_f32(moments[moment][index], &ours)
-        })?;
+        on_device!(&mut trainer.run, run => run.load_moments(&checkpoint, &model, dir)?);
         Ok(trainer)
     }
 
@@ -151,15 +142,16 @@ impl Trainer {
     /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its flushing
     /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&mut self, dir: &Path) -> Result<()> {
-        let weights = self.model.read()?;
-        let backend = self.model.engine().backend();
-        let m = collect(MOMENTS, self.buffers.m.iter().map(Ok))?;
-        let v = collect(MOMENTS, self.buffers.v.iter().map(Ok))?;
-        let m = self.model.export(|index, out: &mut [f32]| backend.read_f32(m[index], out))?;
-        let v = self.model.export(|index, out: &mut [f32]| backend.read_f32(v[index], out))?;
-        let part = TrainerPart { state: &self.state, moments: [&m, &v] };
-        let model = self.model.exported(&weights.params)?;
-        file_limit_is_an_error(|| checkpoint::save(dir, self.model.part(&model), Some(part)))
+        on_device!(&self.run, run => {
+            let Run { model, buffers, .. } = run;
+            let (tensors, weights) = (self.model.tensors(), model.read()?);
+            let m = model.exported_f32(tensors, &buffers.flat.m);
+            let v = model.exported_f32(tensors, &buffers.flat.v);
+            let part = TrainerPart { state: &self.state, moments: [&m, &v] };
+            let weights = model.exported(tensors, &weights);
+            let whole = self.model.part(&weights);
+            file_limit_is_an_error(|| checkpoint::save(dir, whole, Some(part)))
+        })
     }
 
     /// One optimizer step on the dataset's next samples. Files shorter than a sequence and one token
@@ -240,7 +232,7 @@ impl Trainer {
                 }),
             }
         };
-        let window = &mut self.buffers.batch.window[..window_len];
+        let window = on_device!(&mut self.run, run => &mut run.buffers.batch.window[..window_len]);
         (0..accumulation * batch_size).try_for_each(|row| read(row, window))?;
         self.optimizer_step(false, &mut |micro_step, row, window| {
             read(micro_step * batch_size + row, window)
@@ -269,14 +261,16 @@ impl Trainer {
             largest_gradient: f32::INFINITY,
         };
 
-        let stop = self.stop_handle();
-        let sums =
-            self.gradients_and_update(sequences, &step, &mut |micro_step, row, window| {
-                if row == 0 && stops && stop.is_requested() {
-                    return Err(Error::Stopped);
-                }
-                fill(micro_step, row, window)
-            })?;
+        let Self { run, model, state, bounds, stop, .. } = self;
+        let mut fill = |micro_step, row, window: &mut [u32]| {
+            if row == 0 && stops && stop.is_requested() {
+                return Err(Error::Stopped);
+            }
+            fill(micro_step, row, window)
+        };
+        let sums = on_device!(run, run => {
+            run.gradients_and_update(model, state, bounds, &step, &mut fill)?
+        });
         let (loss, grad_norm) = sums.loss_and_norm(&step);
         for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
             if !value.is_finite() {
@@ -288,86 +282,6 @@ impl Trainer {
         let seconds = started.elapsed().as_secs_f64();
         let raised_blocks = sums.raised_blocks;
         Ok(StepStats { step: t, loss, grad_norm, lr, tokens, seconds, raised_blocks })
-    }
-
-    /// Gradients of the mean loss over all micro-steps, then the update.
-    fn gradients_and_update(
-        &mut self,
-        sequences: Sequences,
-        step: &AdamWStep,
-        fill: &mut FillWindow<'_>,
-    ) -> Result<StepSums> {
-        let engine = self.model.engine().clone();
-        let backend = engine.backend();
-        let mut weights = self.model.lock()?;
-        let Weights { params, largest } = &mut *weights;
-        let (config, specs) = (self.model.config(), self.model.specs());
-        let TrainerOptions { accumulation, ref recipe, ref schedule, .. } = self.state.options;
-        let Buffers { gradients, m, v, activations, d, batch, workspace, optimizer, recordings } =
-            &mut self.buffers;
-        for micro_step in 0..accumulation {
-            batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
-            let place = Place {
-                seed: self.state.seed,
-                step: self.state.step,
-                micro_step,
-                schedule_step: self.state.schedule_step(),
-                total_steps: schedule.total_steps,
-            };
-            backend.scope(|| {
-                batch.upload(backend);
-                let params = &*params;
-                let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
-                let Batch { tokens, targets, .. } = &*batch;
-                let accumulate = micro_step > 0;
-                let in_last_steps = recipe.is_in_last_steps(place.schedule_step, place.total_steps);
-                let kind = StepKind { accumulate, in_last_steps };
-                backend.recorded(recordings, kind, [place.step as u32, micro_step as u32], || {
-                    pass.forward(activations, tokens);
-                    pass.backward(activations, d, gradients, targets, step.loss_scale, place);
-                    backend.add_losses(
-                        optimizer,
-                        &activations.losses,
-                        sequences.rows(),
-                        accumulate,
-                    );
-                });
-                pass.embedding_backward(d, gradients, tokens, place);
-            });
-        }
-        let bounds = Bounds { weight: *largest, ..self.bounds };
-        // Whatever goes wrong: nothing is known then.
-        (*largest, self.bounds) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
-        let (sums, bounds) = backend.scope(|| {
-            let mut all = |visit: &mut dyn FnMut(Trained<'_, Device>)| {
-                trained(params, m, v, gradients, specs, visit);
-            };
-            let within = AdamWStep { largest_gradient: bounds.largest_gradient(step), ..*step };
-            let sums = backend.finish_step(workspace, optimizer, &mut all, &within)?;
-            if sums.gradient_scale(&within).is_some() {
-                return Ok((sums, bounds.after(step, sums.clipped_norm(step))));
-            }
-            if sums.gradient_scale(step).is_none() {
-                return Ok((sums, bounds));
-            }
-            // The bounds cannot vouch for the update, so it is tried first.
-            let (mut found, mut tensors) = (Ok(Largest::default()), self.model.tensors().iter());
-            backend.try_step(optimizer, &mut all, step, &sums, &mut |of_one| {
-                let tensor = tensors.next();
-                if let (Ok(largest), Some(tensor)) = (&mut found, tensor) {
-                    match not_finite(&of_one, &tensor.name, step, &sums) {
-                        None => largest.include(of_one),
-                        Some(error) => found = Err(error),
-                    }
-                }
-            })?;
-            let found = found?;
-            let StepSums { raised_blocks, .. } = sums;
-            let sums = backend.finish_step(workspace, optimizer, &mut all, step)?;
-            Ok((StepSums { raised_blocks, ..sums }, found.into()))
-        })?;
-        (*largest, self.bounds) = (bounds.weight, bounds);
-        Ok(sums)
     }
 
     /// Mean loss over `max_batches` batches of windows spread evenly over `data`, the same windows at
@@ -389,32 +303,23 @@ impl Trainer {
             0 => windows.total(),
             n => windows.total().min((n as u64).saturating_mul(batch_size as u64)),
         };
-        let engine = self.model.engine().clone();
-        let backend = engine.backend();
-        let weights = self.model.read()?;
-        let (config, params) = (self.model.config(), &weights.params);
-        let Buffers { activations, batch: data_batch, workspace, optimizer, .. } =
-            &mut self.buffers;
         // Short windows have lengths of their own, so each is a batch.
         let at_once = if windows.are_short { 1 } else { batch_size };
+        let Self { run, model, stop, .. } = self;
+        let vocab_size = model.config().vocab_size;
+        on_device!(run, run => recipe.set_step(&mut run.step_plan, 0, 0, 0));
         let (mut sum, mut tokens) = (0.0, 0);
         for first in (0..count).step_by(at_once) {
-            if self.stop.is_requested() {
+            if stop.is_requested() {
                 return Err(Error::Stopped);
             }
             let batch = (count - first).min(at_once as u64) as usize;
             let sequences = Sequences { batch, length: windows.length(first, count)? };
-            data_batch.fill(sequences, |row, window| {
-                windows.read(first + row as u64, count, config.vocab_size, window)
-            })?;
+            let mut fill = |row, window: &mut [u32]| {
+                windows.read(first + row as u64, count, vocab_size, window)
+            };
             tokens += sequences.rows() as u64;
-            sum += backend.scope(|| {
-                data_batch.upload(backend);
-                let mut pass = Pass { backend, config, params, workspace, sequences, recipe };
-                pass.forward(activations, &data_batch.tokens);
-                pass.loss(activations, &data_batch.targets);
-                backend.sum_losses(optimizer, &activations.losses, sequences.rows())
-            })?;
+            sum += on_device!(&mut *run, run => run.sum_of_losses(model, sequences, &mut fill)?);
         }
         let loss = (sum / tokens as f64) as f32;
         Ok(EvalStats { loss, tokens, seconds: started.elapsed().as_secs_f64() })
@@ -505,17 +410,17 @@ impl Trainer {
     /// As [`Model::read_tensor`].
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.model.index_of(name, out.len())?;
-        let backend = self.model.engine().backend();
-        let gradient = self.buffers.gradients.iter().nth(index);
-        let gradient = gradient.expect("tensors and parameters have one order");
-        self.model.export(|_, out: &mut [f32]| backend.read_f32(gradient, out))?.read(index, out)
+        on_device!(&self.run, run => {
+            run.model.exported_f32(self.model.tensors(), &run.buffers.flat.gradients).read(index, out)
+        })
     }
 
-    /// What the last step left of the first block's qkv layer: the gradient of its result (rows, 3 C), and its
-    /// input (rows, C).
+    /// What the last step on a GPU left of the first block's qkv layer: the gradient of its result
+    /// (rows, 3 C), and its input (rows, C).
     #[cfg(test)]
-    pub(crate) fn qkv_gradient_and_input(&self) -> [&<Device as Backend>::Tensor; 2] {
-        [self.buffers.d.of_first_qkv(), self.buffers.activations.first_qkv_input()]
+    pub(crate) fn qkv_gradient_and_input(&self) -> [&<Cuda as crate::backend::Memory>::Tensor; 2] {
+        let Device::Cuda(Run { buffers, .. }) = &self.run else { panic!("not on a GPU") };
+        [buffers.d.of_first_qkv(), buffers.activations.first_qkv_input()]
     }
 
     fn with_state(model: &Model, mut state: TrainerState) -> Result<Self> {
@@ -524,16 +429,152 @@ impl Trainer {
         let plan = plan(engine, model.config(), &state.options)?;
         let bytes = plan.total() - plan.weights;
         engine.check_memory("the model and its trainer", plan.total(), bytes)?;
-        let backend = engine.backend();
-        let mut allocated = Plan { weights: plan.weights, ..Plan::default() };
-        let buffers =
-            Buffers::new(backend, Some(bytes), model.config(), &state.options, &mut allocated)?;
+        let (mut allocated, options) =
+            (Plan { weights: plan.weights, ..Plan::default() }, &state.options);
+        let run = match model.on_device() {
+            Device::Cpu(on) => Device::Cpu(Run::new(model, on, options, bytes, &mut allocated)?),
+            Device::Cuda(on) => Device::Cuda(Run::new(model, on, options, bytes, &mut allocated)?),
+        };
         debug_assert_eq!(plan, allocated, "the plan is what is allocated");
         engine.log(LogLevel::Info, || {
             format!("trainer: recipe {}, {} bytes planned", state.options.recipe, plan.total())
         });
         let (model, stop) = (model.clone(), StopHandle::default());
-        Ok(Self { model, state, plan, buffers, bounds: Bounds::NEW, stop })
+        Ok(Self { run, model, state, plan, bounds: Bounds::NEW, stop })
+    }
+}
+
+impl<B: Backend> Run<B> {
+    fn new(
+        model: &Model,
+        on: &Arc<OnDevice<B>>,
+        options: &TrainerOptions,
+        bytes: u64,
+        allocated: &mut Plan,
+    ) -> Result<Self> {
+        let (backend, config) = (&*on.backend, model.config());
+        Ok(Self {
+            model: on.clone(),
+            buffers: Buffers::new(backend, Some(bytes), config, options, allocated)?,
+            step_plan: options.recipe.step_plan(config.layers)?,
+        })
+    }
+
+    fn load_moments(&mut self, checkpoint: &Checkpoint, model: &Model, dir: &Path) -> Result<()> {
+        let Self { model: on, buffers, .. } = self;
+        let mut ours = on.table.room_for_a_tensor()?;
+        checkpoint.moments(model.tensors(), &mut |moment, index, values| {
+            // Its root would be NaN, and no step done, for a reason that no setting can put right.
+            let least = values.iter().fold(0.0f32, |least, value| least.min(*value));
+            if moment == 1 && least < 0.0 {
+                let name = &model.tensors()[index].name;
+                let message = format!(
+                    "damaged or edited: expected second moments of {name} from 0 on, found {least}; \
+                     restore the folder from a copy"
+                );
+                return Err(Error::format(dir, message));
+            }
+            on.table.specs()[index].import(values, &mut ours)?;
+            let buffer = if moment == 0 { &mut buffers.flat.m } else { &mut buffers.flat.v };
+            on.backend.write_f32(buffer, on.table.slots()[index].start, &ours)
+        })
+    }
+
+    /// Gradients of the mean loss over all micro-steps, then the update.
+    fn gradients_and_update(
+        &mut self,
+        model: &Model,
+        state: &TrainerState,
+        known: &mut Bounds,
+        step: &AdamWStep,
+        fill: &mut FillWindow<'_>,
+    ) -> Result<StepSums> {
+        let Self { model: on, buffers, step_plan } = self;
+        let OnDevice { backend, table, .. } = &**on;
+        let (backend, config) = (&**backend, model.config());
+        let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
+            state.options;
+        let sequences = Sequences { batch: batch_size, length: sequence_length };
+        let total_steps = state.options.schedule.total_steps;
+        let mut weights = on.lock()?;
+        let Buffers { flat, activations, d, batch, workspace, recordings } = buffers;
+        let Flat { gradients, m, v, optimizer } = flat;
+        for micro_step in 0..accumulation {
+            batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
+            recipe.set_step(step_plan, micro_step, state.schedule_step(), total_steps);
+            let place = Place { seed: state.seed, step: state.step, micro_step };
+            backend.scope(|| {
+                batch.upload(backend);
+                let (plan, weights) = (&*step_plan, &weights.all);
+                let mut pass = Pass { backend, config, table, weights, workspace, sequences, plan };
+                let Batch { tokens, targets, .. } = &*batch;
+                let random = [place.step as u32, micro_step as u32];
+                backend.recorded(recordings, plan, random, || {
+                    pass.forward(activations, tokens);
+                    let scale = step.loss_scale;
+                    pass.loss_and_backward(activations, d, gradients, targets, scale, place);
+                    let (losses, rows) = (&activations.losses, sequences.rows());
+                    backend.add_losses(optimizer, losses, rows, plan.accumulate);
+                });
+                pass.embedding_backward(d, gradients, tokens);
+            });
+        }
+        let bounds = Bounds { weight: weights.largest, ..*known };
+        // Whatever goes wrong: nothing is known then.
+        (weights.largest, *known) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
+        let mut trained =
+            Trained { slots: table.slots(), weights: &mut weights.all, m, v, gradients };
+        let (sums, bounds) = backend.scope(|| {
+            let within = AdamWStep { largest_gradient: bounds.largest_gradient(step), ..*step };
+            backend.reduce(workspace, optimizer, &mut trained, &within);
+            let sums = backend.update(optimizer, &mut trained, &within)?;
+            if sums.gradient_scale(&within).is_some() {
+                return Ok((sums, bounds.after(step, sums.clipped_norm(step))));
+            }
+            if sums.gradient_scale(step).is_none() {
+                return Ok((sums, bounds));
+            }
+            // The bounds cannot vouch for the update, so it is tried first.
+            let (mut found, mut tensors) = (Ok(Largest::default()), model.tensors().iter());
+            backend.try_update(optimizer, &mut trained, step, &sums, &mut |of_one| {
+                let tensor = tensors.next();
+                if let (Ok(largest), Some(tensor)) = (&mut found, tensor) {
+                    match not_finite(&of_one, &tensor.name, step, &sums) {
+                        None => largest.include(of_one),
+                        Some(error) => found = Err(error),
+                    }
+                }
+            })?;
+            let found = found?;
+            let StepSums { raised_blocks, .. } = sums;
+            backend.reduce(workspace, optimizer, &mut trained, step);
+            let sums = backend.update(optimizer, &mut trained, step)?;
+            Ok((StepSums { raised_blocks, ..sums }, found.into()))
+        })?;
+        (weights.largest, *known) = (bounds.weight, bounds);
+        Ok(sums)
+    }
+
+    /// The sum of the losses of a batch that `fill(row, window)` writes.
+    fn sum_of_losses(
+        &mut self,
+        model: &Model,
+        sequences: Sequences,
+        fill: &mut dyn FnMut(usize, &mut [u32]) -> Result<()>,
+    ) -> Result<f64> {
+        let Self { model: on, buffers, step_plan: plan } = self;
+        let OnDevice { backend, table, .. } = &**on;
+        let (backend, config) = (&**backend, model.config());
+        let Buffers { flat, activations, batch, workspace, .. } = buffers;
+        let weights = &on.read()?.all;
+        batch.fill(sequences, fill)?;
+        backend.scope(|| {
+            batch.upload(backend);
+            let mut pass = Pass { backend, config, table, weights, workspace, sequences, plan };
+            pass.forward(activations, &batch.tokens);
+            pass.loss(activations, &batch.targets);
+            backend.sum_losses(&mut flat.optimizer, &activations.losses, sequences.rows())
+        })
     }
 }
 
@@ -612,7 +653,10 @@ mod tests {
                 let options = options.resolved(&config).unwrap();
                 let mut taken = Plan { weights: plan.weights, ..Plan::default() };
                 let bytes = Some(plan.total() - plan.weights);
-                Buffers::new(engine.backend(), bytes, &config, &options, &mut taken).unwrap();
+                on_device!(engine.backend(), backend => {
+                    Buffers::new(&**backend, bytes, &config, &options, &mut taken).map(drop)
+                })
+                .unwrap();
                 assert_eq!(plan, taken, "{config:?} {options:?}");
                 Trainer::new(&model, options).unwrap();
                 made += 1;
@@ -631,8 +675,9 @@ mod tests {
         let mut moments = vec![0.0; 16 * 16];
         for (value, is_loaded) in [(-0.0, true), (1e30, true), (-1e-45, false), (-1.0, false)] {
             moments[100] = value;
-            let wpe = trainer.buffers.v.iter_mut().nth(1).unwrap();
-            engine.backend().write_f32(wpe, &moments).unwrap();
+            let Device::Cpu(run) = &mut trainer.run else { panic!("made on the CPU") };
+            let wpe = run.model.table.slots()[1].range();
+            run.buffers.flat.v[wpe].copy_from_slice(&moments);
             trainer.save(folder.path()).unwrap();
             let loaded = Trainer::load(&engine, folder.path());
             assert_eq!(loaded.is_ok(), is_loaded, "{value}");
@@ -666,7 +711,8 @@ mod tests {
             }
             f64::from(largest)
         };
-        let bound = || model.read().unwrap().largest;
+        let Device::Cpu(on) = model.on_device() else { panic!("made on the CPU") };
+        let bound = || on.read().unwrap().largest;
         assert_eq!(bound(), f64::INFINITY);
         first.step(&data).unwrap();
         assert_eq!(bound(), weights(&first), "tried");

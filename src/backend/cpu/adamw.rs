@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, prefetch_after};
 use super::{Cpu, JOB_ELEMENTS};
-use crate::backend::{AdamWStep, Largest, Trained};
+use crate::backend::{AdamWStep, Largest};
 
 /// Sum of squares in f64: by chunks of fixed size, then halves of halves, whatever the threads.
 pub(super) fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
@@ -21,10 +21,24 @@ pub(super) fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
     cpu.install(|| halves(cpu.isa(), x))
 }
 
+/// The elements of a parameter and of what training keeps for it; all four have one length.
+pub(super) struct Elements<'a, T> {
+    pub(super) param: T,
+    /// First moments.
+    pub(super) m: T,
+    /// Second moments.
+    pub(super) v: T,
+    pub(super) gradient: &'a [f32],
+}
+
 /// One update of a parameter and its moments, by `gradient_scale` times its gradient.
-pub(super) fn update(cpu: &Cpu, all: Trained<'_, Cpu>, step: &AdamWStep, gradient_scale: f32) {
-    let step = for_parameter(step, all.decays);
-    let Trained { param, m, v, gradient, .. } = all;
+pub(super) fn update(
+    cpu: &Cpu,
+    all: Elements<'_, &mut [f32]>,
+    step: &AdamWStep,
+    gradient_scale: f32,
+) {
+    let Elements { param, m, v, gradient } = all;
     cpu.install(|| {
         param
             .par_chunks_mut(JOB_ELEMENTS)
@@ -32,7 +46,7 @@ pub(super) fn update(cpu: &Cpu, all: Trained<'_, Cpu>, step: &AdamWStep, gradien
             .zip(v.par_chunks_mut(JOB_ELEMENTS))
             .zip(gradient.par_chunks(JOB_ELEMENTS))
             .for_each(|(((p, m), v), g)| {
-                update_chunk(cpu.isa(), p, m, v, g, &step, gradient_scale);
+                update_chunk(cpu.isa(), p, m, v, g, step, gradient_scale);
             });
     });
 }
@@ -40,19 +54,18 @@ pub(super) fn update(cpu: &Cpu, all: Trained<'_, Cpu>, step: &AdamWStep, gradien
 /// The largest magnitudes that [`update`] would leave.
 pub(super) fn try_update(
     cpu: &Cpu,
-    all: &Trained<'_, Cpu>,
+    all: Elements<'_, &[f32]>,
     step: &AdamWStep,
     gradient_scale: f32,
 ) -> Largest {
-    let step = for_parameter(step, all.decays);
-    let Trained { param, m, v, gradient, .. } = all;
+    let Elements { param, m, v, gradient } = all;
     let bits = cpu.install(|| {
         param
             .par_chunks(JOB_ELEMENTS)
             .zip(m.par_chunks(JOB_ELEMENTS))
             .zip(v.par_chunks(JOB_ELEMENTS))
             .zip(gradient.par_chunks(JOB_ELEMENTS))
-            .map(|(((p, m), v), g)| try_chunk(cpu.isa(), p, m, v, g, &step, gradient_scale))
+            .map(|(((p, m), v), g)| try_chunk(cpu.isa(), p, m, v, g, step, gradient_scale))
             // By their bits NaN is larger than everything.
             .reduce(|| [0; 3], |a, b| [a[0].max(b[0]), a[1].max(b[1]), a[2].max(b[2])])
     });
@@ -60,7 +73,8 @@ pub(super) fn try_update(
     Largest { weight, m, v }
 }
 
-fn for_parameter(step: &AdamWStep, decays: bool) -> AdamWStep {
+/// The settings for a parameter that `decays` or does not.
+pub(super) fn for_parameter(step: &AdamWStep, decays: bool) -> AdamWStep {
     AdamWStep { weight_decay: if decays { step.weight_decay } else { 0.0 }, ..*step }
 }
 

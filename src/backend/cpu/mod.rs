@@ -28,8 +28,11 @@ pub use workspace::Workspace;
 use rayon::prelude::*;
 
 use super::{
-    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, Largest, LinearShape,
-    NormStatistics, Precision, Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
+    Activation, AdamWStep, Attend, AttentionBackward, AttentionShape, Backend, Classifier, Embed,
+    EmbeddingGradients, EmbeddingShape, Epilogue, Head, HeadShape, Largest, Linear, LinearBackward,
+    LinearForward, LinearShape, Memory, Norm, NormBackward, NormParams, NormShape, NormStatistics,
+    Optimize, OutputGradient, Precision, ResidualSum, Slot, StepPlan, StepSums, Trained,
+    WorkspaceShape,
 };
 use crate::Result;
 use crate::mx::{self, Draw, Random};
@@ -92,16 +95,18 @@ fn rows_per_job(channels: usize) -> usize {
 /// Starting an operation costs nothing here, so nothing is recorded.
 pub struct Recordings;
 
-impl Backend for Cpu {
+impl Memory for Cpu {
     type Arena = Arena;
     type Tensor = Buffer<f32>;
     type F32 = Buffer<f32>;
-    type Param = Buffer<f32>;
+    type Weights = Buffer<f32>;
+    type Param<'a> = &'a [f32];
+    type Gradient<'a> = &'a mut [f32];
     type Tokens = Buffer<u32>;
     type Workspace = Workspace;
-    /// The sum of the losses of a step.
-    type Optimizer = f64;
-    type Recordings = Recordings;
+
+    /// A cache line.
+    const ALIGN: usize = 16;
 
     fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
         bytes.map_or_else(|| Ok(Arena::measuring()), Arena::mapped)
@@ -120,7 +125,7 @@ impl Backend for Cpu {
         arena.alloc(len)
     }
 
-    fn param(&self, arena: &mut Arena, len: usize) -> Buffer<f32> {
+    fn weights(&self, arena: &mut Arena, len: usize, _: usize) -> Buffer<f32> {
         arena.alloc(len)
     }
 
@@ -132,101 +137,117 @@ impl Backend for Cpu {
         Workspace::new(arena, shape, self.threads(), self.isa)
     }
 
-    fn optimizer(&self, _: &mut Arena, _: usize) -> Result<f64> {
-        Ok(0.0)
+    fn param<'a>(&self, weights: &'a Buffer<f32>, slot: Slot) -> &'a [f32] {
+        &weights[slot.range()]
+    }
+
+    fn gradients<'a, const N: usize>(
+        &self,
+        flat: &'a mut Buffer<f32>,
+        slots: [Slot; N],
+    ) -> [&'a mut [f32]; N] {
+        flat.get_disjoint_mut(slots.map(Slot::range)).expect("slots are apart and in the buffer")
     }
 
     fn write_tokens(&self, to: &mut Buffer<u32>, from: &[u32]) {
         to[..from.len()].copy_from_slice(from);
     }
 
-    fn write_f32(&self, to: &mut Buffer<f32>, from: &[f32]) -> Result<()> {
-        to.copy_from_slice(from);
+    fn write_f32(&self, to: &mut Buffer<f32>, at: usize, from: &[f32]) -> Result<()> {
+        to[at..][..from.len()].copy_from_slice(from);
         Ok(())
     }
 
-    fn read_f32(&self, from: &Buffer<f32>, to: &mut [f32]) -> Result<()> {
-        to.copy_from_slice(&from[..to.len()]);
+    fn read_f32(&self, from: &Buffer<f32>, at: usize, to: &mut [f32]) -> Result<()> {
+        to.copy_from_slice(&from[at..][..to.len()]);
         Ok(())
     }
 
-    fn write_param(&self, to: &mut Buffer<f32>, from: &[f32]) -> Result<()> {
-        to.copy_from_slice(from);
+    fn write_param(&self, to: &mut Buffer<f32>, slot: Slot, from: &[f32]) -> Result<()> {
+        to[slot.range()].copy_from_slice(from);
         Ok(())
     }
 
-    fn draw_param(&self, to: &mut Buffer<f32>, std: f32, draw: &Draw) -> Result<()> {
+    fn draw_param(&self, to: &mut Buffer<f32>, slot: Slot, std: f32, draw: &Draw) -> Result<()> {
         self.install(|| {
-            to.par_chunks_mut(JOB_ELEMENTS).enumerate().for_each(|(job, part)| {
+            to[slot.range()].par_chunks_mut(JOB_ELEMENTS).enumerate().for_each(|(job, part)| {
                 mx::fill_normal(part, std, draw, (job * JOB_ELEMENTS / 2) as u32);
             });
         });
         Ok(())
     }
 
-    fn read_param(&self, from: &Buffer<f32>, to: &mut [f32]) -> Result<()> {
-        to.copy_from_slice(from);
+    fn read_param(&self, from: &Buffer<f32>, slot: Slot, to: &mut [f32]) -> Result<()> {
+        to.copy_from_slice(&from[slot.range()]);
         Ok(())
-    }
-
-    fn recordings(&self) -> Recordings {
-        Recordings
-    }
-
-    fn recorded(&self, _: &mut Recordings, _: StepKind, _: [u32; 2], mut operations: impl FnMut()) {
-        operations();
     }
 
     fn zero_tensor(&self, buffer: &mut Buffer<f32>) {
         self.zero(buffer);
     }
 
-    fn zero_f32(&self, buffer: &mut Buffer<f32>) {
-        self.zero(buffer);
+    fn zero_gradient(&self, gradient: &mut [f32]) {
+        self.zero(gradient);
     }
+}
+
+impl Backend for Cpu {
+    type Recordings = Recordings;
 
     fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         self.install(f)
     }
 
+    fn recordings(&self) -> Recordings {
+        Recordings
+    }
+
+    fn recorded(
+        &self,
+        _: &mut Recordings,
+        _: &StepPlan,
+        _: [u32; 2],
+        mut operations: impl FnMut(),
+    ) {
+        operations();
+    }
+}
+
+impl Embed for Cpu {
     fn embedding_forward(
         &self,
         out: &mut Buffer<f32>,
         tokens: &Buffer<u32>,
-        wte: &Buffer<f32>,
-        wpe: &Buffer<f32>,
-        sequences: Sequences,
-        channels: usize,
+        wte: &[f32],
+        wpe: &[f32],
+        shape: EmbeddingShape,
     ) {
-        embedding::forward(self, out, tokens, wte, wpe, sequences, channels);
+        embedding::forward(self, out, tokens, wte, wpe, shape.sequences, shape.channels);
     }
 
     fn embedding_backward(
         &self,
-        dwte: &mut Buffer<f32>,
-        dwpe: &mut Buffer<f32>,
+        gradients: EmbeddingGradients<'_, Self>,
         dout: &Buffer<f32>,
         tokens: &Buffer<u32>,
-        sequences: Sequences,
-        channels: usize,
-        accumulate: bool,
+        shape: EmbeddingShape,
     ) {
+        let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
         if !accumulate {
             self.zero(dwpe);
         }
-        embedding::backward(self, dwte, dwpe, dout, tokens, sequences, channels);
+        embedding::backward(self, dwte, dwpe, dout, tokens, shape.sequences, shape.channels);
     }
+}
 
+impl Norm for Cpu {
     fn layernorm_forward(
         &self,
         out: &mut Buffer<f32>,
         statistics: NormStatistics<&mut Buffer<f32>>,
         x: &Buffer<f32>,
-        w: &Buffer<f32>,
-        b: &Buffer<f32>,
-        rows: usize,
-        channels: usize,
-        epsilon: f32,
+        NormParams { w, b }: NormParams<'_, Self>,
+        NormShape { rows, channels, epsilon }: NormShape,
     ) {
         layernorm::forward(self, out, statistics, x, w, b, rows, channels, epsilon);
     }
@@ -234,15 +255,10 @@ impl Backend for Cpu {
     fn add_layernorm_forward(
         &self,
         out: &mut Buffer<f32>,
-        sum: &mut Buffer<f32>,
         statistics: NormStatistics<&mut Buffer<f32>>,
-        x: &Buffer<f32>,
-        y: &Buffer<f32>,
-        w: &Buffer<f32>,
-        b: &Buffer<f32>,
-        rows: usize,
-        channels: usize,
-        epsilon: f32,
+        ResidualSum { sum, x, y }: ResidualSum<'_, Self>,
+        NormParams { w, b }: NormParams<'_, Self>,
+        NormShape { rows, channels, epsilon }: NormShape,
     ) {
         layernorm::add_forward(self, out, sum, statistics, x, y, w, b, rows, channels, epsilon);
     }
@@ -250,51 +266,49 @@ impl Backend for Cpu {
     fn layernorm_backward(
         &self,
         _workspace: &mut Workspace,
-        dx: &mut Buffer<f32>,
-        dw: &mut Buffer<f32>,
-        db: &mut Buffer<f32>,
-        dy: &Buffer<f32>,
-        x: &Buffer<f32>,
-        statistics: NormStatistics<&Buffer<f32>>,
-        w: &Buffer<f32>,
-        rows: usize,
-        channels: usize,
-        accumulate: bool,
+        operands: NormBackward<'_, Self>,
+        NormShape { rows, channels, .. }: NormShape,
     ) {
+        let NormBackward { dx, dw, db, dy, x, statistics, w, accumulate } = operands;
         if !accumulate {
             self.zero(dw);
             self.zero(db);
         }
         layernorm::backward(self, dx, dw, db, dy, x, statistics, w, rows, channels);
     }
+}
 
+impl Linear for Cpu {
     fn linear_forward(
         &self,
         workspace: &mut Workspace,
-        y: &mut Buffer<f32>,
-        x: &Buffer<f32>,
-        w: &Buffer<f32>,
-        b: &Buffer<f32>,
+        operands: LinearForward<'_, Self>,
         shape: LinearShape,
         format: Forward,
     ) {
+        let LinearForward { y, x, w, b, epilogue } = operands;
         linear::forward(self, workspace, y, x, w, b, shape, format);
+        if let Epilogue::Gelu { out, form } = epilogue {
+            self.gelu_forward(out, y, shape.rows * shape.outputs, form);
+        }
     }
 
     fn linear_backward(
         &self,
         workspace: &mut Workspace,
-        dx: &mut Buffer<f32>,
-        dw: &mut Buffer<f32>,
-        db: &mut Buffer<f32>,
-        dy: &Buffer<f32>,
-        x: &Buffer<f32>,
-        w: &Buffer<f32>,
+        operands: LinearBackward<'_, Self>,
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
-        accumulate: bool,
     ) {
+        let LinearBackward { dx, dw, db, dy, x, w, accumulate } = operands;
+        let dy = match dy {
+            OutputGradient::Whole(dy) => dy,
+            OutputGradient::BehindGelu { d, y, form } => {
+                self.gelu_backward(d, y, shape.rows * shape.outputs, form);
+                &*d
+            }
+        };
         linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
     }
 
@@ -305,7 +319,9 @@ impl Backend for Cpu {
     fn gelu_backward(&self, d: &mut Buffer<f32>, x: &Buffer<f32>, len: usize, form: Activation) {
         gelu::backward(self, &mut d[..len], &x[..len], form);
     }
+}
 
+impl Attend for Cpu {
     fn attention_forward(
         &self,
         workspace: &mut Workspace,
@@ -320,31 +336,24 @@ impl Backend for Cpu {
     fn attention_backward(
         &self,
         workspace: &mut Workspace,
-        dqkv: &mut Buffer<f32>,
-        dout: &Buffer<f32>,
-        out: &Buffer<f32>,
-        lse: &Buffer<f32>,
-        qkv: &Buffer<f32>,
+        operands: AttentionBackward<'_, Self>,
         shape: AttentionShape,
     ) {
+        let AttentionBackward { dqkv, dout, out, lse, qkv } = operands;
         attention::backward(self, workspace, dqkv, dout, out, lse, qkv, shape);
     }
+}
 
+impl Head for Cpu {
     fn classifier(
         &self,
         workspace: &mut Workspace,
-        losses: &mut Buffer<f32>,
-        gradient: Option<ClassifierGradient<'_, Self>>,
-        x: &Buffer<f32>,
-        wte: &Buffer<f32>,
-        targets: &Buffer<u32>,
-        rows: usize,
-        channels: usize,
-        vocab_size: usize,
-        format: Forward,
+        operands: Classifier<'_, Self>,
+        HeadShape { rows, channels, vocab_size, precision }: HeadShape,
     ) {
+        let Classifier { losses, gradient, x, w, targets } = operands;
         let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
-        classifier::run(self, workspace, losses, gradient, x, wte, targets, shape, format);
+        classifier::run(self, workspace, losses, gradient, x, w, targets, shape, precision);
     }
 
     fn logits(
@@ -353,58 +362,120 @@ impl Backend for Cpu {
         logits: &mut Buffer<f32>,
         x: &Buffer<f32>,
         row: usize,
-        wte: &Buffer<f32>,
-        channels: usize,
-        vocab_size: usize,
-        format: Forward,
+        w: &[f32],
+        HeadShape { channels, vocab_size, precision, .. }: HeadShape,
     ) {
         let x = &x[row * channels..][..channels];
-        classifier::logits(self, &mut logits[..vocab_size], x, wte, format);
+        classifier::logits(self, &mut logits[..vocab_size], x, w, precision);
+    }
+}
+
+/// What steps keep besides the states.
+#[derive(Default)]
+pub struct Optimizer {
+    losses: f64,
+    squares: f64,
+}
+
+impl Optimizer {
+    fn sums(&self) -> StepSums {
+        StepSums { losses: self.losses, squares: self.squares, raised_blocks: 0 }
+    }
+}
+
+impl Optimize for Cpu {
+    type Optimizer = Optimizer;
+
+    fn optimizer(&self, _: &mut Arena, _: usize) -> Result<Optimizer> {
+        Ok(Optimizer::default())
     }
 
-    fn add_losses(&self, sum: &mut f64, losses: &Buffer<f32>, rows: usize, accumulate: bool) {
-        *sum = if accumulate { *sum } else { 0.0 } + sum_of(&losses[..rows]);
+    fn add_losses(
+        &self,
+        optimizer: &mut Optimizer,
+        losses: &Buffer<f32>,
+        rows: usize,
+        accumulate: bool,
+    ) {
+        let before = if accumulate { optimizer.losses } else { 0.0 };
+        optimizer.losses = before + sum_of(&losses[..rows]);
     }
 
-    fn finish_step(
+    fn reduce(
         &self,
         _workspace: &mut Workspace,
-        losses: &mut f64,
-        parameters: &mut VisitTrained<'_, Self>,
-        step: &AdamWStep,
-    ) -> Result<StepSums> {
-        self.install(|| {
-            let mut squares = 0.0;
-            parameters(&mut |parameter| {
-                squares += adamw::sum_of_squares(self, parameter.gradient);
-            });
-            let sums = StepSums { losses: *losses, squares, raised_blocks: 0 };
-            if let Some(gradient_scale) = sums.gradient_scale(step) {
-                parameters(&mut |parameter| adamw::update(self, parameter, step, gradient_scale));
-            }
-            Ok(sums)
-        })
+        optimizer: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
+        _step: &AdamWStep,
+    ) {
+        let gradient = |slot: &Slot| &trained.gradients[slot.range()];
+        let squares =
+            || trained.slots.iter().map(|slot| adamw::sum_of_squares(self, gradient(slot))).sum();
+        optimizer.squares = self.install(squares);
     }
 
-    fn try_step(
+    fn update(
         &self,
-        _: &mut f64,
-        parameters: &mut VisitTrained<'_, Self>,
+        optimizer: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
+        step: &AdamWStep,
+    ) -> Result<StepSums> {
+        let sums = optimizer.sums();
+        if let Some(gradient_scale) = sums.gradient_scale(step) {
+            let Trained { slots, weights, m, v, gradients } = trained;
+            self.install(|| {
+                for slot in *slots {
+                    let range = slot.range();
+                    let all = adamw::Elements {
+                        param: &mut weights[range.clone()],
+                        m: &mut m[range.clone()],
+                        v: &mut v[range.clone()],
+                        gradient: &gradients[range],
+                    };
+                    adamw::update(
+                        self,
+                        all,
+                        &adamw::for_parameter(step, slot.decays),
+                        gradient_scale,
+                    );
+                }
+            });
+        }
+        Ok(sums)
+    }
+
+    fn try_update(
+        &self,
+        _: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
         step: &AdamWStep,
         sums: &StepSums,
         largest: &mut (dyn FnMut(Largest) + Send),
     ) -> Result<()> {
-        self.install(|| {
-            if let Some(gradient_scale) = sums.gradient_scale(step) {
-                parameters(&mut |parameter| {
-                    largest(adamw::try_update(self, &parameter, step, gradient_scale));
-                });
-            }
-        });
+        if let Some(gradient_scale) = sums.gradient_scale(step) {
+            let Trained { slots, weights, m, v, gradients } = trained;
+            self.install(|| {
+                for slot in *slots {
+                    let range = slot.range();
+                    let all = adamw::Elements {
+                        param: &weights[range.clone()],
+                        m: &m[range.clone()],
+                        v: &v[range.clone()],
+                        gradient: &gradients[range],
+                    };
+                    largest(adamw::try_update(
+                        self,
+                        all,
+                        &adamw::for_parameter(step, slot.decays),
+                        gradient_scale,
+                    ));
+                }
+            });
+        }
         Ok(())
     }
 
-    fn sum_losses(&self, _: &mut f64, losses: &Buffer<f32>, rows: usize) -> Result<f64> {
+    fn sum_losses(&self, _: &mut Optimizer, losses: &Buffer<f32>, rows: usize) -> Result<f64> {
         Ok(sum_of(&losses[..rows]))
     }
 }

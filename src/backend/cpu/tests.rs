@@ -5,7 +5,10 @@ use super::gemm::{
     Format, Layout, Matrix, Output, Rotation, Side, pack, unpack_mxfp4, unpack_tiles,
 };
 use super::*;
-use crate::backend::{Activation, BackwardWorkspace, Trained, reference};
+use crate::backend::test_calls::alone;
+use crate::backend::{
+    Activation, BackwardWorkspace, ClassifierGradient, Sequences, Trained, reference,
+};
 use crate::mx::{
     self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source,
     decode_e2m1, decode_e8m0, product_scale, uniform,
@@ -521,19 +524,21 @@ fn attention() {
         let sequences = Sequences { batch, length };
         let (rows, c) = (sequences.rows(), heads * head_size);
         let (qkv, dout) = (random(rows * 3 * c, 1), random(rows * c, 2));
-        for format in [Forward::F32, Forward::Bf16] {
-            let shape = AttentionShape { sequences, heads, head_size, score_factor, format };
+        for precision in [Precision::F32, Precision::Bf16] {
+            let shape = AttentionShape { sequences, heads, head_size, score_factor, precision };
             let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
             let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
             each_isa(|cpu| {
                 // bf16 operands are off by up to 2^-9, relative, and five roundings add up.
                 let has_bf16 = matches!(cpu.isa(), Isa::Amx | Isa::Avx512);
-                let in_bf16 = format == Forward::Bf16 && has_bf16;
+                let in_bf16 = precision == Precision::Bf16 && has_bf16;
                 let bound = if in_bf16 { 6e-3 } else { 1e-6 };
                 // An error of a score is relative to the score, and the softmax sees it as it is.
                 let bound = bound * f64::from(score_factor.max(1.0));
-                let shape_of_workspace =
-                    WorkspaceShape { forward: format, ..workspace_shape(sequences, c, heads, 8) };
+                let shape_of_workspace = WorkspaceShape {
+                    forward: forward_of(precision),
+                    ..workspace_shape(sequences, c, heads, 8)
+                };
                 let mut memory = workspace(&cpu, &shape_of_workspace);
                 let (mut out, mut lse) = (poison(rows * c), poison(rows * heads));
                 cpu.attention_forward(&mut memory, &mut out, &mut lse, &qkv, shape);
@@ -547,6 +552,11 @@ fn attention() {
             });
         }
     }
+}
+
+/// A forward format that is computed in a precision.
+fn forward_of(precision: Precision) -> Forward {
+    if precision == Precision::F32 { Forward::F32 } else { Forward::Bf16 }
 }
 
 #[test]
@@ -568,11 +578,11 @@ fn classifier_and_logits() {
             let mut our_dwte = poison(vocab * channels);
             let gradient = ClassifierGradient {
                 dx: &mut our_dx,
-                dwte: &mut our_dwte,
+                dw: &mut our_dwte[..],
                 scale,
                 accumulate: false,
             };
-            let format = Forward::F32;
+            let format = Precision::F32;
             cpu.classifier(
                 &mut memory,
                 &mut our_losses,
@@ -633,16 +643,14 @@ fn optimizer_steps() {
         let (mut p, mut m, mut v) =
             (buffer(n, |i| p0[i]), random(n, 3), buffer(n, |i| i as f32 * 1e-5));
         let (m0, v0) = (f64s(&m), f64s(&v));
-        let mut optimizer = 0.0;
+        let mut optimizer = Optimizer::default();
         let shape = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8);
         let mut scratch = workspace(&cpu, &shape);
         cpu.add_losses(&mut optimizer, &buffer(3, |i| i as f32 + 0.5), 3, true);
         let sums = {
-            let (p, m, v, gradient) = (&mut p, &mut m, &mut v, &mut g);
-            let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
-                visit(Trained { param: p, m, v, gradient, decays: true });
-            };
-            cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap()
+            let (weights, m, v, gradients) = (&mut p, &mut m, &mut v, &mut g);
+            let mut all = Trained { slots: &[alone(n)], weights, m, v, gradients };
+            cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step)
         };
         let (loss, found) = sums.loss_and_norm(&step);
         assert_eq!(loss, 4.5 * 0.25);
@@ -657,12 +665,10 @@ fn optimizer_steps() {
 
         // Without a finite loss nothing moves.
         let before = p.to_vec();
-        optimizer = f64::NAN;
-        let (p, m, v, gradient) = (&mut p, &mut m, &mut v, &mut g);
-        let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
-            visit(Trained { param: p, m, v, gradient, decays: true });
-        };
-        cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap();
+        cpu.add_losses(&mut optimizer, &buffer(1, |_| f32::NAN), 1, false);
+        let (weights, m, v, gradients) = (&mut p, &mut m, &mut v, &mut g);
+        let mut all = Trained { slots: &[alone(n)], weights, m, v, gradients };
+        cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step);
         assert_eq!(p[..], before[..]);
     });
 }
@@ -705,25 +711,31 @@ fn a_tried_update_is_the_update() {
             let mut gradient = with(random(n, 1), g1);
             let before = [p.to_vec(), m.to_vec(), v.to_vec()];
             let mut scratch = workspace(&cpu, &shape);
-            let (mut optimizer, mut tried) = (1.0, Vec::new());
-            let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
-                let (param, m, v, gradient) = (&mut p, &mut m, &mut v, &mut gradient);
-                visit(Trained { param, m, v, gradient, decays: true });
+            let (mut optimizer, mut tried) = (Optimizer::default(), Vec::new());
+            let mut all = Trained {
+                slots: &[alone(n)],
+                weights: &mut p,
+                m: &mut m,
+                v: &mut v,
+                gradients: &mut gradient,
             };
             let within = AdamWStep { largest_gradient: 1.0, ..step };
-            let sums = cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &within).unwrap();
+            let sums = cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &within);
             assert_eq!(sums.gradient_scale(&within), None, "{what}");
-            cpu.try_step(&mut optimizer, &mut all, &step, &sums, &mut |largest| {
+            cpu.try_update(&mut optimizer, &mut all, &step, &sums, &mut |largest| {
                 tried.push(largest);
             })
             .unwrap();
             assert_eq!([p.to_vec(), m.to_vec(), v.to_vec()], before, "{what}");
 
-            let mut all = |visit: &mut dyn FnMut(Trained<'_, Cpu>)| {
-                let (param, m, v, gradient) = (&mut p, &mut m, &mut v, &mut gradient);
-                visit(Trained { param, m, v, gradient, decays: true });
+            let mut all = Trained {
+                slots: &[alone(n)],
+                weights: &mut p,
+                m: &mut m,
+                v: &mut v,
+                gradients: &mut gradient,
             };
-            cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap();
+            cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step);
             let most = |x: &[f32]| x.iter().map(|x| x.abs().to_bits()).max().unwrap();
             let [found] = tried[..] else { panic!("{tried:?}") };
             let found = [found.weight, found.m, found.v];

@@ -3,7 +3,7 @@
 use super::gemm::{BLOCK_STEPS, Format, Layout, PANEL, PackedMut};
 use super::memory::{Arena, Buffer};
 use super::{Isa, attention, classifier};
-use crate::backend::WorkspaceShape;
+use crate::backend::{Precision, WorkspaceShape};
 use crate::recipe::Forward;
 
 /// Scratch memory for models of one shape.
@@ -133,8 +133,13 @@ impl Workspace {
             head_input.add(c, chunk, plain, 1);
         }
         let (length, head_size) = (sequences.length, c / heads);
-        let attention_len =
-            attention::scratch_len(isa, forward, length, head_size, backward.is_some());
+        let attention_len = attention::scratch_len(
+            isa,
+            Precision::of(forward),
+            length,
+            head_size,
+            backward.is_some(),
+        );
         Self {
             a: PackMemory::new(arena, a),
             b: PackMemory::new(arena, b),

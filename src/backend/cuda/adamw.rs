@@ -11,7 +11,7 @@ use super::gpu::launch;
 use super::memory::{Arena, F32, Param, Piece, Upload};
 use super::{Cuda, Workspace};
 use crate::Result;
-use crate::backend::{AdamWStep, Largest, StepSums, Trained, VisitTrained};
+use crate::backend::{AdamWStep, Largest, StepSums, Trained};
 
 /// Elements of a piece of work, as in the kernels.
 const PIECE: usize = 4096;
@@ -108,25 +108,25 @@ impl Optimizer {
     }
 
     /// Uploads the table, if it changed since the last step.
-    fn update_table(&mut self, parameters: &mut VisitTrained<'_, Cuda>) {
+    fn update_table(&mut self, trained: &Trained<'_, Cuda>) {
         self.wanted.clear();
+        let Trained { slots, weights, m, v, gradients } = trained;
         let mut pieces = 0;
-        parameters(&mut |parameter| {
-            let Trained { param, m, v, gradient, decays } = parameter;
-            let len = param.master.len;
+        for slot in *slots {
+            let param = weights.param(*slot);
             self.wanted.push(Entry {
                 param: param.master.address(),
                 copy: param.copy.address,
-                m: m.address(),
-                v: v.address(),
-                gradient: gradient.address(),
-                len: len as u64,
+                m: m.at(slot.start),
+                v: v.at(slot.start),
+                gradient: gradients.at(slot.start),
+                len: slot.len as u64,
                 first_piece: pieces,
-                decays: u64::from(decays),
+                decays: u64::from(slot.decays),
                 most: param.most.address,
             });
-            pieces += len.div_ceil(PIECE) as u64;
-        });
+            pieces += slot.len.div_ceil(PIECE) as u64;
+        }
         self.pieces = pieces;
         if self.wanted != self.entries {
             let words: &[u32] = bytemuck::cast_slice(&self.wanted);
@@ -156,38 +156,48 @@ pub(super) fn add_losses(
         optimizer.sum(0), losses.address(), rows as u32, u32::from(accumulate));
 }
 
-pub(super) fn finish_step(
+pub(super) fn reduce(
     cuda: &Cuda,
     workspace: &Workspace,
     optimizer: &mut Optimizer,
-    parameters: &mut VisitTrained<'_, Cuda>,
+    trained: &Trained<'_, Cuda>,
     step: &AdamWStep,
-) -> Result<StepSums> {
-    optimizer.update_table(parameters);
+) {
+    optimizer.update_table(trained);
     let (table, entries) = (optimizer.table.address, optimizer.entries.len() as u32);
     let (partials, sums) = (optimizer.partials.address, optimizer.sum(0));
     launch!(cuda.gpu, "square_gradients", [PARTS, 1, 1], BLOCK, 0;
         partials, table, entries, optimizer.pieces);
-    let factors = Step::new(step);
     launch!(cuda.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
-        sums, workspace.raised.address, partials, PARTS as u32, table, entries, factors);
+        sums, workspace.raised.address, partials, PARTS as u32, table, entries, Step::new(step));
+}
+
+pub(super) fn update(
+    cuda: &Cuda,
+    optimizer: &mut Optimizer,
+    trained: &Trained<'_, Cuda>,
+    step: &AdamWStep,
+) -> Result<StepSums> {
+    optimizer.update_table(trained);
+    let (table, entries) = (optimizer.table.address, optimizer.entries.len() as u32);
+    let sums = optimizer.sum(0);
     launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
-        table, entries, optimizer.pieces, sums, 0u64, factors);
+        table, entries, optimizer.pieces, sums, 0u64, Step::new(step));
     let mut found = [0.0; 3];
     read(cuda, &mut found, sums)?;
     let [losses, squares, raised] = found;
     Ok(StepSums { losses, squares, raised_blocks: raised as u64 })
 }
 
-/// What the update of the last [`finish_step`] would leave.
-pub(super) fn try_step(
+/// What the last [`update`] would leave.
+pub(super) fn try_update(
     cuda: &Cuda,
     optimizer: &mut Optimizer,
-    parameters: &mut VisitTrained<'_, Cuda>,
+    trained: &Trained<'_, Cuda>,
     step: &AdamWStep,
     largest: &mut (dyn FnMut(Largest) + Send),
 ) -> Result<()> {
-    optimizer.update_table(parameters);
+    optimizer.update_table(trained);
     let (table, entries) = (optimizer.table.address, optimizer.entries.len());
     let trial = optimizer.trial.address;
     cuda.clear(trial, 3 * 4 * entries);
@@ -216,7 +226,7 @@ pub(super) fn sum_losses(
 }
 
 /// Makes the bf16 copy of a parameter that was written.
-pub(super) fn copy_to_bf16(cuda: &Cuda, param: &Param) {
+pub(super) fn copy_to_bf16(cuda: &Cuda, param: &Param<'_>) {
     let len = param.master.len;
     cuda.clear(param.most.address, 4);
     launch!(cuda.gpu, "copy_to_bf16", [len.div_ceil(BLOCK), 1, 1], BLOCK, 0;

@@ -31,7 +31,7 @@ pub(super) fn run(
     losses: &mut F32,
     mut gradient: Option<ClassifierGradient<'_, Cuda>>,
     x: &Tensor,
-    wte: &Param,
+    wte: &Param<'_>,
     targets: &Tokens,
     shape: LinearShape,
 ) {
@@ -81,7 +81,7 @@ pub(super) fn run(
             k: n,
             a: Operand::columns(logits, stride),
             b: Operand::columns(chunk, channels),
-            c: gradient.dwte.address(),
+            c: gradient.dw.address(),
             c_stride: channels,
             c_type: Type::F32,
             accumulate: gradient.accumulate || first > 0,
@@ -98,7 +98,7 @@ pub(super) fn logits(
     logits: &mut F32,
     x: &Tensor,
     row: usize,
-    wte: &Param,
+    wte: &Param<'_>,
     channels: usize,
     vocab_size: usize,
 ) {

@@ -93,8 +93,8 @@ pub(super) fn forward(
     cuda: &Cuda,
     out: &mut Tensor,
     tokens: &Tokens,
-    wte: &Param,
-    wpe: &Param,
+    wte: &Param<'_>,
+    wpe: &Param<'_>,
     sequences: Sequences,
     channels: usize,
 ) {

@@ -17,7 +17,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::gpu::Gpu;
 use super::linear::{DrawArgument, TransformArgument};
-use crate::backend::StepKind;
+use crate::backend::StepPlan;
 use crate::mx::{GemmId, OperandId, Random};
 use crate::recipe::Transform;
 
@@ -148,7 +148,7 @@ pub(super) fn note_drawn(gpu: &Gpu, drawn: Drawn) {
 /// The recordings of a trainer, one for each kind of step that it does.
 pub(crate) struct Recordings {
     gpu: Arc<Gpu>,
-    kinds: Vec<(StepKind, State)>,
+    kinds: Vec<(StepPlan, State)>,
 }
 
 enum State {
@@ -174,10 +174,10 @@ impl Recordings {
     }
 
     /// Does `operations`: as they come, or recorded.
-    pub(super) fn run(&mut self, kind: StepKind, random: [u32; 2], mut operations: impl FnMut()) {
+    pub(super) fn run(&mut self, plan: &StepPlan, random: [u32; 2], mut operations: impl FnMut()) {
         let gpu = &self.gpu;
-        let Some((_, state)) = self.kinds.iter_mut().find(|(known, _)| *known == kind) else {
-            self.kinds.push((kind, State::Seen { failures: 0 }));
+        let Some((_, state)) = self.kinds.iter_mut().find(|(known, _)| known == plan) else {
+            self.kinds.push((plan.clone(), State::Seen { failures: 0 }));
             return operations();
         };
         if let State::Seen { failures } = state

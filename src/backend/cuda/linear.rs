@@ -10,7 +10,7 @@ use super::graph::{self, Drawn};
 use super::memory::{F32, Param, Tensor, size_of_element};
 use super::roads::{self, Road};
 use super::{Cuda, Product, Workspace, gelu, kernel};
-use crate::backend::{Activation, LinearShape, Precision};
+use crate::backend::{Activation, LinearShape, OutputGradient, Precision};
 use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
 use crate::recipe::{Backward, Forward, LinearRecipe, Mxfp4, Signs, Transform};
 
@@ -25,8 +25,8 @@ pub(super) fn forward(
     y: &mut Tensor,
     gelu: Option<(&mut Tensor, Activation)>,
     x: &Tensor,
-    w: &Param,
-    b: &Param,
+    w: &Param<'_>,
+    b: &Param<'_>,
     shape: LinearShape,
     format: Forward,
 ) {
@@ -79,17 +79,6 @@ pub(super) fn forward(
     }
 }
 
-/// The gradient dy (rows, outputs) of a layer's result.
-pub(super) enum Gradient<'a> {
-    Whole(&'a Tensor),
-    /// d gelu'(pre), where d is the gradient of gelu(pre).
-    BehindGelu {
-        d: &'a mut Tensor,
-        pre: &'a Tensor,
-        form: Activation,
-    },
-}
-
 /// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter two
 /// added with `accumulate`.
 pub(super) fn backward(
@@ -98,9 +87,9 @@ pub(super) fn backward(
     dx: &mut Tensor,
     dw: &mut F32,
     db: &mut F32,
-    gradient: Gradient<'_>,
+    gradient: OutputGradient<'_, Cuda>,
     x: &Tensor,
-    w: &Param,
+    w: &Param<'_>,
     shape: LinearShape,
     recipe: &LinearRecipe,
     random: &Random,
@@ -120,8 +109,8 @@ pub(super) fn backward(
         _ => None,
     };
     let (dy, pre) = match gradient {
-        Gradient::Whole(dy) => (dy, None),
-        Gradient::BehindGelu { d, pre, form } => {
+        OutputGradient::Whole(dy) => (dy, None),
+        OutputGradient::BehindGelu { d, y: pre, form } => {
             let group = both.and_then(|format| format.transform).map(|transform| transform.group);
             // The kernels that quantize know the tanh form alone.
             let fused = form == Activation::GeluTanh

@@ -4,10 +4,12 @@
 use cudarc::driver::sys;
 
 use super::linear::{BehindGelu, Form, Quantize, Scaling, Source, Target, quantize, quantize_both};
-use super::memory::{Arena, F32, Param, Piece, Tensor};
+use super::memory::{Arena, F32, Piece, Tensor, Weights};
 use super::tests::{errors_of_fp8_products, f32s_of, gpu, older_gpu, workspace, workspace_shape};
 use super::{Cuda, Type, Workspace};
-use crate::backend::{Activation, Backend, Device, LinearShape, Precision, Sequences};
+use crate::backend::test_calls::alone;
+use crate::backend::{Activation, Device, LinearShape, Precision, Sequences};
+use crate::backend::{Linear as _, Memory as _};
 use crate::mx::{Draw, GemmId, LinearId, OperandId, Purpose, Random, Rounding};
 use crate::recipe::{LinearRecipe, Recipe};
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
@@ -50,10 +52,10 @@ fn medians<const N: usize>(cuda: &Cuda, mut calls: [&mut dyn FnMut(); N]) -> [f6
 }
 
 /// A parameter of normal values.
-fn param(cuda: &Cuda, len: usize, std: f32, seed: u64) -> Param {
+fn param(cuda: &Cuda, len: usize, std: f32, seed: u64) -> Weights {
     let mut arena = Arena::allocated(&cuda.gpu, len * 6 + 1024).unwrap();
-    let mut param = arena.param(len);
-    cuda.draw_param(&mut param, std, &Draw::of(seed, Purpose::Weights, 0, 0)).unwrap();
+    let mut param = arena.weights(len, 1);
+    cuda.draw_param(&mut param, alone(len), std, &Draw::of(seed, Purpose::Weights, 0, 0)).unwrap();
     param
 }
 
@@ -234,7 +236,7 @@ struct Layer {
     /// The layer's result, where GELU follows.
     pre: Tensor,
     x: Tensor,
-    w: Param,
+    w: Weights,
     dx: Tensor,
     dw: F32,
     db: F32,
@@ -365,7 +367,7 @@ fn losses_on_both_roads() {
     let (lr, warmup_steps) = (lr.parse().unwrap(), warmup_steps.parse().unwrap());
     println!("learning rate {lr:e}, reached after {warmup_steps} steps");
     let losses = |cuda: Option<Cuda>, moved: bool| {
-        let engine = Engine::on(Device::Cuda(cuda?));
+        let engine = Engine::on(Device::Cuda(cuda?.into()));
         let config = ModelConfig {
             vocab_size: 50304,
             context_length: 1024,

@@ -3,7 +3,9 @@
 //! As on the CPU, the same code runs twice, counting first, so the plan is what is allocated.
 
 use std::ffi::c_void;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,7 +13,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::gpu::{Gpu, text};
 use super::graph;
-use crate::backend::Precision;
+use crate::backend::{Precision, Slot};
 use crate::reserve::reserve;
 use crate::{Error, Result};
 
@@ -69,12 +71,56 @@ pub(crate) struct Tensor {
     noted: Option<u64>,
 }
 
-/// A parameter: f32 master values and the bf16 copy that GEMMs read.
-pub(crate) struct Param {
+/// All parameters of a model: f32 master values, the bf16 copies that GEMMs read, and a word each for the
+/// bits of the largest magnitude of the master values.
+pub(crate) struct Weights {
     pub(super) master: F32,
     pub(super) copy: Piece,
-    /// One word: the bits of the largest magnitude of the master values.
     pub(super) most: Piece,
+}
+
+impl Weights {
+    #[cfg(test)]
+    pub(in crate::backend) fn len(&self) -> usize {
+        self.master.len
+    }
+
+    pub(super) fn param(&self, slot: Slot) -> Param<'_> {
+        Param {
+            master: F32 { piece: self.master.piece.at(4 * slot.start), len: slot.len },
+            copy: self.copy.at(2 * slot.start),
+            most: self.most.at(4 * slot.index),
+            _weights: PhantomData,
+        }
+    }
+}
+
+/// One of them.
+pub(crate) struct Param<'a> {
+    pub(super) master: F32,
+    pub(super) copy: Piece,
+    pub(super) most: Piece,
+    _weights: PhantomData<&'a Weights>,
+}
+
+/// A parameter's piece of a flat buffer.
+pub(crate) struct Gradient<'a> {
+    piece: F32,
+    _flat: PhantomData<&'a mut F32>,
+}
+
+impl Deref for Gradient<'_> {
+    type Target = F32;
+
+    fn deref(&self) -> &F32 {
+        &self.piece
+    }
+}
+
+impl DerefMut for Gradient<'_> {
+    fn deref_mut(&mut self) -> &mut F32 {
+        &mut self.piece
+    }
 }
 
 /// Words for the bits of largest magnitudes: every kernel that writes a tensor takes one of its own.
@@ -108,7 +154,7 @@ impl Magnitudes {
     }
 }
 
-impl Param {
+impl Param<'_> {
     /// The address of the values that kernels of a precision read.
     pub(super) fn as_read_in(&self, precision: Precision) -> u64 {
         match precision {
@@ -177,9 +223,34 @@ pub(super) fn size_of_element(precision: Precision) -> usize {
     }
 }
 
+impl Piece {
+    /// What begins `bytes` further on, for as long as this one is kept.
+    fn at(&self, bytes: usize) -> Self {
+        Self { address: self.address + bytes as u64, _keep: None }
+    }
+}
+
 impl F32 {
+    #[cfg(test)]
+    pub(in crate::backend) fn len(&self) -> usize {
+        self.len
+    }
+
     pub(super) fn address(&self) -> u64 {
         self.piece.address
+    }
+
+    /// The address of element `index`.
+    pub(super) fn at(&self, index: usize) -> u64 {
+        self.address() + 4 * index as u64
+    }
+
+    pub(super) fn gradient(&self, slot: Slot) -> Gradient<'_> {
+        assert!(slot.range().end <= self.len, "slots are in the buffer");
+        Gradient {
+            piece: Self { piece: self.piece.at(4 * slot.start), len: slot.len },
+            _flat: PhantomData,
+        }
     }
 }
 
@@ -269,8 +340,8 @@ impl Arena {
         Tensor { piece, len, precision, magnitudes, noted: None }
     }
 
-    pub(super) fn param(&mut self, len: usize) -> Param {
-        Param { master: self.f32(len), copy: self.bytes(len * 2), most: self.bytes(4) }
+    pub(super) fn weights(&mut self, len: usize, count: usize) -> Weights {
+        Weights { master: self.f32(len), copy: self.bytes(len * 2), most: self.bytes(count * 4) }
     }
 
     /// Pinned host memory of `len` words, none where the arena only measures.

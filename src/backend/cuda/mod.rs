@@ -37,19 +37,20 @@ use cudarc::driver::sys;
 pub(crate) use adamw::Optimizer;
 pub(crate) use embedding::Tokens;
 pub(crate) use graph::Recordings;
-pub(crate) use memory::{Arena, F32, Param, Tensor};
+pub(crate) use memory::{Arena, F32, Gradient, Param, Tensor, Weights};
 pub(crate) use workspace::Workspace;
 
 use super::{
-    Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, Largest, LinearShape,
-    NormStatistics, Precision, Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
+    Activation, AdamWStep, Attend, AttentionBackward, AttentionShape, Backend, Classifier, Embed,
+    EmbeddingGradients, EmbeddingShape, Epilogue, Head, HeadShape, Largest, Linear, LinearBackward,
+    LinearForward, LinearShape, Memory, Norm, NormBackward, NormParams, NormShape, NormStatistics,
+    Optimize, Precision, ResidualSum, Slot, StepPlan, StepSums, Trained, WorkspaceShape,
 };
 use crate::mx::{Draw, Random};
 use crate::recipe::{Forward, LinearRecipe};
 use crate::{CudaStream, Error, Result};
 use gemm::{Gemm, Product, Type};
 use gpu::Gpu;
-use linear::Gradient;
 use roads::Road;
 
 /// One GPU.
@@ -190,14 +191,107 @@ macro_rules! kernel {
 }
 use kernel;
 
-impl Backend for Cuda {
+impl Memory for Cuda {
     type Arena = Arena;
     type Tensor = Tensor;
     type F32 = F32;
-    type Param = Param;
+    type Weights = Weights;
+    type Param<'a> = Param<'a>;
+    type Gradient<'a> = Gradient<'a>;
     type Tokens = Tokens;
     type Workspace = Workspace;
-    type Optimizer = Optimizer;
+
+    /// What cuBLASLt likes best of the bf16 copies: 256 bytes.
+    const ALIGN: usize = 128;
+
+    fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
+        match bytes {
+            None => Ok(Arena::measuring(&self.gpu)),
+            Some(bytes) => Arena::allocated(&self.gpu, bytes),
+        }
+    }
+
+    fn arena_used(&self, arena: &Arena) -> usize {
+        arena.used()
+    }
+
+    fn tensor(&self, arena: &mut Arena, len: usize, precision: Precision) -> Tensor {
+        arena.tensor(len, precision)
+    }
+
+    fn f32(&self, arena: &mut Arena, len: usize) -> F32 {
+        arena.f32(len)
+    }
+
+    fn weights(&self, arena: &mut Arena, len: usize, count: usize) -> Weights {
+        arena.weights(len, count)
+    }
+
+    fn tokens(&self, arena: &mut Arena, len: usize) -> Result<Tokens> {
+        Tokens::new(arena, len)
+    }
+
+    fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
+        Workspace::new(arena, shape)
+    }
+
+    fn param<'a>(&self, weights: &'a Weights, slot: Slot) -> Param<'a> {
+        weights.param(slot)
+    }
+
+    fn gradients<'a, const N: usize>(
+        &self,
+        flat: &'a mut F32,
+        slots: [Slot; N],
+    ) -> [Gradient<'a>; N] {
+        slots.map(|slot| flat.gradient(slot))
+    }
+
+    fn write_tokens(&self, to: &mut Tokens, from: &[u32]) {
+        to.write(from);
+    }
+
+    fn write_f32(&self, to: &mut F32, at: usize, from: &[f32]) -> Result<()> {
+        self.write(to.at(at), from)
+    }
+
+    fn read_f32(&self, from: &F32, at: usize, to: &mut [f32]) -> Result<()> {
+        self.read(from.at(at), to)
+    }
+
+    fn write_param(&self, to: &mut Weights, slot: Slot, from: &[f32]) -> Result<()> {
+        let param = to.param(slot);
+        self.write(param.master.address(), from)?;
+        self.gpu.scope(|| {
+            adamw::copy_to_bf16(self, &param);
+            self.gpu.synchronize()
+        })
+    }
+
+    fn draw_param(&self, to: &mut Weights, slot: Slot, std: f32, draw: &Draw) -> Result<()> {
+        let param = to.param(slot);
+        self.gpu.scope(|| {
+            normal::fill(self, param.master.address(), param.master.len, std, draw);
+            adamw::copy_to_bf16(self, &param);
+            self.gpu.synchronize()
+        })
+    }
+
+    fn read_param(&self, from: &Weights, slot: Slot, to: &mut [f32]) -> Result<()> {
+        self.read(from.param(slot).master.address(), to)
+    }
+
+    fn zero_tensor(&self, buffer: &mut Tensor) {
+        buffer.not_noting();
+        self.clear(buffer.address(), buffer.bytes());
+    }
+
+    fn zero_gradient(&self, gradient: Gradient<'_>) {
+        self.clear(gradient.address(), 4 * gradient.len);
+    }
+}
+
+impl Backend for Cuda {
     type Recordings = Recordings;
 
     fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
@@ -223,71 +317,8 @@ impl Backend for Cuda {
         Ok(())
     }
 
-    fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
-        match bytes {
-            None => Ok(Arena::measuring(&self.gpu)),
-            Some(bytes) => Arena::allocated(&self.gpu, bytes),
-        }
-    }
-
-    fn arena_used(&self, arena: &Arena) -> usize {
-        arena.used()
-    }
-
-    fn tensor(&self, arena: &mut Arena, len: usize, precision: Precision) -> Tensor {
-        arena.tensor(len, precision)
-    }
-
-    fn f32(&self, arena: &mut Arena, len: usize) -> F32 {
-        arena.f32(len)
-    }
-
-    fn param(&self, arena: &mut Arena, len: usize) -> Param {
-        arena.param(len)
-    }
-
-    fn tokens(&self, arena: &mut Arena, len: usize) -> Result<Tokens> {
-        Tokens::new(arena, len)
-    }
-
-    fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
-        Workspace::new(arena, shape)
-    }
-
-    fn optimizer(&self, arena: &mut Arena, parameters: usize) -> Result<Optimizer> {
-        Optimizer::new(arena, parameters)
-    }
-
-    fn write_tokens(&self, to: &mut Tokens, from: &[u32]) {
-        to.write(from);
-    }
-
-    fn write_f32(&self, to: &mut F32, from: &[f32]) -> Result<()> {
-        self.write(to.address(), from)
-    }
-
-    fn read_f32(&self, from: &F32, to: &mut [f32]) -> Result<()> {
-        self.read(from.address(), to)
-    }
-
-    fn write_param(&self, to: &mut Param, from: &[f32]) -> Result<()> {
-        self.write(to.master.address(), from)?;
-        self.gpu.scope(|| {
-            adamw::copy_to_bf16(self, to);
-            self.gpu.synchronize()
-        })
-    }
-
-    fn draw_param(&self, to: &mut Param, std: f32, draw: &Draw) -> Result<()> {
-        self.gpu.scope(|| {
-            normal::fill(self, to.master.address(), to.master.len, std, draw);
-            adamw::copy_to_bf16(self, to);
-            self.gpu.synchronize()
-        })
-    }
-
-    fn read_param(&self, from: &Param, to: &mut [f32]) -> Result<()> {
-        self.read(from.master.address(), to)
+    fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.gpu.scope(f)
     }
 
     fn recordings(&self) -> Recordings {
@@ -297,164 +328,103 @@ impl Backend for Cuda {
     fn recorded(
         &self,
         recordings: &mut Recordings,
-        kind: StepKind,
-        [step, micro_step]: [u32; 2],
+        plan: &StepPlan,
+        place: [u32; 2],
         operations: impl FnMut(),
     ) {
-        recordings.run(kind, [step, micro_step], operations);
+        recordings.run(plan, place, operations);
     }
+}
 
-    fn zero_tensor(&self, buffer: &mut Tensor) {
-        buffer.not_noting();
-        self.clear(buffer.address(), buffer.bytes());
-    }
-
-    fn zero_f32(&self, buffer: &mut F32) {
-        self.clear(buffer.address(), 4 * buffer.len);
-    }
-
-    fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        self.gpu.scope(f)
-    }
-
+impl Embed for Cuda {
     fn embedding_forward(
         &self,
         out: &mut Tensor,
         tokens: &Tokens,
-        wte: &Param,
-        wpe: &Param,
-        sequences: Sequences,
-        channels: usize,
+        wte: Param<'_>,
+        wpe: Param<'_>,
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
-        embedding::forward(self, out, tokens, wte, wpe, sequences, channels);
+        embedding::forward(self, out, tokens, &wte, &wpe, sequences, channels);
     }
 
     fn embedding_backward(
         &self,
-        dwte: &mut F32,
-        dwpe: &mut F32,
+        gradients: EmbeddingGradients<'_, Self>,
         dout: &Tensor,
         tokens: &Tokens,
-        sequences: Sequences,
-        channels: usize,
-        accumulate: bool,
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
+        let EmbeddingGradients { mut dwte, mut dwpe, accumulate } = gradients;
+        let (dwte, dwpe) = (&mut dwte, &mut dwpe);
         embedding::backward(self, dwte, dwpe, dout, tokens, sequences, channels, accumulate);
     }
+}
 
+impl Norm for Cuda {
     fn layernorm_forward(
         &self,
         out: &mut Tensor,
         statistics: NormStatistics<&mut F32>,
         x: &Tensor,
-        w: &Param,
-        b: &Param,
-        rows: usize,
-        channels: usize,
-        epsilon: f32,
+        NormParams { w, b }: NormParams<'_, Self>,
+        NormShape { rows, channels, epsilon }: NormShape,
     ) {
-        layernorm::forward(self, out, statistics, x, w, b, rows, channels, epsilon);
+        layernorm::forward(self, out, statistics, x, &w, &b, rows, channels, epsilon);
     }
 
     fn add_layernorm_forward(
         &self,
         out: &mut Tensor,
-        sum: &mut Tensor,
         statistics: NormStatistics<&mut F32>,
-        x: &Tensor,
-        y: &Tensor,
-        w: &Param,
-        b: &Param,
-        rows: usize,
-        channels: usize,
-        epsilon: f32,
+        ResidualSum { sum, x, y }: ResidualSum<'_, Self>,
+        NormParams { w, b }: NormParams<'_, Self>,
+        NormShape { rows, channels, epsilon }: NormShape,
     ) {
-        layernorm::add_forward(self, out, sum, statistics, x, y, w, b, rows, channels, epsilon);
+        layernorm::add_forward(self, out, sum, statistics, x, y, &w, &b, rows, channels, epsilon);
     }
 
     fn layernorm_backward(
         &self,
         workspace: &mut Workspace,
-        dx: &mut Tensor,
-        dw: &mut F32,
-        db: &mut F32,
-        dy: &Tensor,
-        x: &Tensor,
-        statistics: NormStatistics<&F32>,
-        w: &Param,
-        rows: usize,
-        channels: usize,
-        accumulate: bool,
+        operands: NormBackward<'_, Self>,
+        NormShape { rows, channels, .. }: NormShape,
     ) {
+        let NormBackward { dx, mut dw, mut db, dy, x, statistics, w, accumulate } = operands;
+        let (dw, db) = (&mut dw, &mut db);
         layernorm::backward(
-            self, workspace, dx, dw, db, dy, x, statistics, w, rows, channels, accumulate,
+            self, workspace, dx, dw, db, dy, x, statistics, &w, rows, channels, accumulate,
         );
     }
+}
 
+impl Linear for Cuda {
     fn linear_forward(
         &self,
         workspace: &mut Workspace,
-        y: &mut Tensor,
-        x: &Tensor,
-        w: &Param,
-        b: &Param,
+        operands: LinearForward<'_, Self>,
         shape: LinearShape,
         format: Forward,
     ) {
-        linear::forward(self, workspace, y, None, x, w, b, shape, format);
-    }
-
-    fn linear_gelu_forward(
-        &self,
-        workspace: &mut Workspace,
-        out: &mut Tensor,
-        pre: &mut Tensor,
-        x: &Tensor,
-        w: &Param,
-        b: &Param,
-        shape: LinearShape,
-        format: Forward,
-        form: Activation,
-    ) {
-        linear::forward(self, workspace, pre, Some((out, form)), x, w, b, shape, format);
+        let LinearForward { y, x, w, b, epilogue } = operands;
+        let gelu = match epilogue {
+            Epilogue::None => None,
+            Epilogue::Gelu { out, form } => Some((out, form)),
+        };
+        linear::forward(self, workspace, y, gelu, x, &w, &b, shape, format);
     }
 
     fn linear_backward(
         &self,
         workspace: &mut Workspace,
-        dx: &mut Tensor,
-        dw: &mut F32,
-        db: &mut F32,
-        dy: &Tensor,
-        x: &Tensor,
-        w: &Param,
+        operands: LinearBackward<'_, Self>,
         shape: LinearShape,
         recipe: &LinearRecipe,
         random: &Random,
-        accumulate: bool,
     ) {
-        let dy = Gradient::Whole(dy);
-        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
-    }
-
-    fn linear_gelu_backward(
-        &self,
-        workspace: &mut Workspace,
-        dx: &mut Tensor,
-        dw: &mut F32,
-        db: &mut F32,
-        dy: &mut Tensor,
-        pre: &Tensor,
-        x: &Tensor,
-        w: &Param,
-        shape: LinearShape,
-        recipe: &LinearRecipe,
-        random: &Random,
-        accumulate: bool,
-        form: Activation,
-    ) {
-        let dy = Gradient::BehindGelu { d: dy, pre, form };
-        linear::backward(self, workspace, dx, dw, db, dy, x, w, shape, recipe, random, accumulate);
+        let LinearBackward { dx, mut dw, mut db, dy, x, w, accumulate } = operands;
+        let (dw, db) = (&mut dw, &mut db);
+        linear::backward(self, workspace, dx, dw, db, dy, x, &w, shape, recipe, random, accumulate);
     }
 
     fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
@@ -464,7 +434,9 @@ impl Backend for Cuda {
     fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
         gelu::backward(self, d, x, len, form);
     }
+}
 
+impl Attend for Cuda {
     fn attention_forward(
         &self,
         _workspace: &mut Workspace,
@@ -479,31 +451,24 @@ impl Backend for Cuda {
     fn attention_backward(
         &self,
         workspace: &mut Workspace,
-        dqkv: &mut Tensor,
-        dout: &Tensor,
-        out: &Tensor,
-        lse: &F32,
-        qkv: &Tensor,
+        operands: AttentionBackward<'_, Self>,
         shape: AttentionShape,
     ) {
+        let AttentionBackward { dqkv, dout, out, lse, qkv } = operands;
         attention::backward(self, workspace, dqkv, dout, out, lse, qkv, shape);
     }
+}
 
+impl Head for Cuda {
     fn classifier(
         &self,
         workspace: &mut Workspace,
-        losses: &mut F32,
-        gradient: Option<ClassifierGradient<'_, Self>>,
-        x: &Tensor,
-        wte: &Param,
-        targets: &Tokens,
-        rows: usize,
-        channels: usize,
-        vocab_size: usize,
-        _format: Forward,
+        operands: Classifier<'_, Self>,
+        HeadShape { rows, channels, vocab_size, .. }: HeadShape,
     ) {
+        let Classifier { losses, gradient, x, w, targets } = operands;
         let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
-        classifier::run(self, workspace, losses, gradient, x, wte, targets, shape);
+        classifier::run(self, workspace, losses, gradient, x, &w, targets, shape);
     }
 
     fn logits(
@@ -512,37 +477,52 @@ impl Backend for Cuda {
         logits: &mut F32,
         x: &Tensor,
         row: usize,
-        wte: &Param,
-        channels: usize,
-        vocab_size: usize,
-        _format: Forward,
+        w: Param<'_>,
+        HeadShape { channels, vocab_size, .. }: HeadShape,
     ) {
-        classifier::logits(self, workspace, logits, x, row, wte, channels, vocab_size);
+        classifier::logits(self, workspace, logits, x, row, &w, channels, vocab_size);
+    }
+}
+
+impl Optimize for Cuda {
+    type Optimizer = Optimizer;
+
+    fn optimizer(&self, arena: &mut Arena, parameters: usize) -> Result<Optimizer> {
+        Optimizer::new(arena, parameters)
     }
 
     fn add_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize, accumulate: bool) {
         adamw::add_losses(self, optimizer, losses, rows, accumulate);
     }
 
-    fn finish_step(
+    fn reduce(
         &self,
         workspace: &mut Workspace,
         optimizer: &mut Optimizer,
-        parameters: &mut VisitTrained<'_, Self>,
+        trained: &mut Trained<'_, Self>,
         step: &AdamWStep,
-    ) -> Result<StepSums> {
-        adamw::finish_step(self, workspace, optimizer, parameters, step)
+    ) {
+        adamw::reduce(self, workspace, optimizer, trained, step);
     }
 
-    fn try_step(
+    fn update(
         &self,
         optimizer: &mut Optimizer,
-        parameters: &mut VisitTrained<'_, Self>,
+        trained: &mut Trained<'_, Self>,
+        step: &AdamWStep,
+    ) -> Result<StepSums> {
+        adamw::update(self, optimizer, trained, step)
+    }
+
+    fn try_update(
+        &self,
+        optimizer: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
         step: &AdamWStep,
         _sums: &StepSums,
         largest: &mut (dyn FnMut(Largest) + Send),
     ) -> Result<()> {
-        adamw::try_step(self, optimizer, parameters, step, largest)
+        adamw::try_update(self, optimizer, trained, step, largest)
     }
 
     fn sum_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize) -> Result<f64> {

@@ -3,8 +3,11 @@
 
 use super::gemm::Type;
 use super::*;
-use crate::backend::device::Side;
-use crate::backend::{Activation, BackwardWorkspace, Device, Largest, Trained, reference};
+use crate::backend::test_calls::alone;
+use crate::backend::{
+    Activation, BackwardWorkspace, ClassifierGradient, Device, Largest, Sequences, StepPlan,
+    Trained, reference,
+};
 use crate::mx::{
     self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source, uniform,
 };
@@ -114,14 +117,14 @@ fn poison(cuda: &Cuda, len: usize, precision: Precision) -> Tensor {
 pub(super) fn f32_buffer(cuda: &Cuda, values: &[f32]) -> F32 {
     let mut arena = Arena::allocated(&cuda.gpu, values.len() * 4 + 256).unwrap();
     let mut buffer = arena.f32(values.len());
-    cuda.write_f32(&mut buffer, values).unwrap();
+    cuda.write_f32(&mut buffer, 0, values).unwrap();
     buffer
 }
 
-fn param(cuda: &Cuda, values: &[f32]) -> Param {
+fn param(cuda: &Cuda, values: &[f32]) -> Weights {
     let mut arena = Arena::allocated(&cuda.gpu, values.len() * 6 + 1024).unwrap();
-    let mut param = arena.param(values.len());
-    cuda.write_param(&mut param, values).unwrap();
+    let mut param = arena.weights(values.len(), 1);
+    cuda.write_param(&mut param, alone(values.len()), values).unwrap();
     param
 }
 
@@ -158,7 +161,7 @@ fn values_of(cuda: &Cuda, tensor: &Tensor) -> Vec<f32> {
 
 pub(super) fn f32s_of(cuda: &Cuda, buffer: &F32) -> Vec<f32> {
     let mut values = vec![0.0; buffer.len];
-    cuda.read_f32(buffer, &mut values).unwrap();
+    cuda.read_f32(buffer, 0, &mut values).unwrap();
     values
 }
 
@@ -259,7 +262,7 @@ fn normal_values_are_those_of_the_definition() {
     for (len, index) in [(1, 0), (511, 1), (513, 2), (1_000_003, 3)] {
         let draw = Draw::of(99, Purpose::Weights, index, 0);
         let mut param = param(&cuda, &vec![f32::NAN; len]);
-        cuda.draw_param(&mut param, 0.02, &draw).unwrap();
+        cuda.draw_param(&mut param, alone(len), 0.02, &draw).unwrap();
         let mut exact = vec![0.0; len];
         crate::mx::fill_normal(&mut exact, 0.02, &draw, 0);
         assert_eq!(f32s_of(&cuda, &param.master), exact, "{len}");
@@ -389,8 +392,7 @@ fn check_attention(cuda: &Cuda, precision: Precision) {
         (2, 140, 1, 128, 0.25),
     ] {
         let sequences = Sequences { batch, length };
-        let format = Forward::Bf16;
-        let shape = AttentionShape { sequences, heads, head_size, score_factor, format };
+        let shape = AttentionShape { sequences, heads, head_size, score_factor, precision };
         let c = heads * head_size;
         let rows = sequences.rows();
         let qkv = rounded(&random(rows * 3 * c, 1), precision);
@@ -432,9 +434,9 @@ fn classifier_and_logits() {
             let mut losses = f32_buffer(cuda, &vec![f32::NAN; rows]);
             let mut dx = poison(cuda, rows * c, precision);
             let mut dwte = f32_buffer(cuda, &vec![1.0; vocab * c]);
-            let gradient =
-                ClassifierGradient { dx: &mut dx, dwte: &mut dwte, scale: 0.5, accumulate: true };
-            let format = Forward::Bf16;
+            let dw = cuda.whole(&mut dwte);
+            let gradient = ClassifierGradient { dx: &mut dx, dw, scale: 0.5, accumulate: true };
+            let format = Precision::Bf16;
             let s = &mut scratch;
             cuda.classifier(
                 s,
@@ -469,7 +471,7 @@ fn classifier_and_logits() {
             let mut logits = f32_buffer(cuda, &vec![f32::NAN; vocab]);
             let last = rows - 1;
             let s = &mut scratch;
-            cuda.logits(s, &mut logits, &x_d, last, &wte_d, c, vocab, Forward::Bf16);
+            cuda.logits(s, &mut logits, &x_d, last, &wte_d, c, vocab, Precision::Bf16);
             let one = LinearShape { rows: 1, ..shape };
             let row = f64s(&x[last * c..]);
             let exact = reference::linear_forward(&row, &f64s(&wte), &vec![0.0; vocab], one);
@@ -542,8 +544,8 @@ fn linear_layers_in_plain_formats() {
 
             // The same with gradients that are overwritten, and with GELU after the forward product and
             // before the backward ones.
-            cuda.write_f32(&mut dw, &vec![f32::NAN; outputs * inputs]).unwrap();
-            cuda.write_f32(&mut db, &vec![f32::NAN; outputs]).unwrap();
+            cuda.write_f32(&mut dw, 0, &vec![f32::NAN; outputs * inputs]).unwrap();
+            cuda.write_f32(&mut db, 0, &vec![f32::NAN; outputs]).unwrap();
             let (mut pre, mut out) =
                 (poison(cuda, rows * outputs, precision), poison(cuda, rows * outputs, precision));
             let (s, forms) = (&mut scratch, [Activation::Gelu, Activation::GeluTanh]);
@@ -610,12 +612,27 @@ fn optimizer_steps() {
                 [random(*n, 10 * s), random(*n, 10 * s + 1), random(*n, 10 * s + 2), v]
             })
             .collect();
-        let mut device: Vec<_> = host
-            .iter()
-            .map(|[g, p, m, v]| {
-                (f32_buffer(&cuda, g), param(&cuda, p), f32_buffer(&cuda, m), f32_buffer(&cuda, v))
-            })
-            .collect();
+        // Flat buffers, with what lies between slots as it comes.
+        let (mut slots, mut len) = (Vec::new(), 0usize);
+        for (index, n) in lengths.into_iter().enumerate() {
+            slots.push(Slot { index, start: len, len: n, decays: index != 1 });
+            len = (len + n).next_multiple_of(Cuda::ALIGN);
+        }
+        let flat = |which: usize| {
+            let mut values = vec![0.0; len];
+            for (slot, host) in slots.iter().zip(&host) {
+                values[slot.range()].copy_from_slice(&host[which]);
+            }
+            f32_buffer(&cuda, &values)
+        };
+        let [mut gradients, mut m, mut v] = [flat(0), flat(2), flat(3)];
+        let mut measuring = Arena::measuring(&cuda.gpu);
+        measuring.weights(len, lengths.len());
+        let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
+        let mut weights = arena.weights(len, lengths.len());
+        for (slot, [_, p, ..]) in slots.iter().zip(&host) {
+            cuda.write_param(&mut weights, *slot, p).unwrap();
+        }
         let mut measuring = Arena::measuring(&cuda.gpu);
         Optimizer::new(&mut measuring, lengths.len()).unwrap();
         let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
@@ -627,26 +644,29 @@ fn optimizer_steps() {
         let small = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8, Precision::Bf16);
         let mut scratch = workspace(&cuda, &small);
         let losses = f32_buffer(&cuda, &[0.5, 1.5, 2.5, f32::NAN]);
-        let mut all = |visit: &mut dyn FnMut(Trained<'_, Cuda>)| {
-            for (i, (gradient, param, m, v)) in device.iter_mut().enumerate() {
-                visit(Trained { param, m, v, gradient, decays: i != 1 });
-            }
+        let mut all = Trained {
+            slots: &slots,
+            weights: &mut weights,
+            m: &mut m,
+            v: &mut v,
+            gradients: &mut gradients,
         };
         assert_eq!(cuda.sum_losses(&mut optimizer, &losses, 2).unwrap(), 2.0);
         cuda.add_losses(&mut optimizer, &losses, 2, false);
         cuda.add_losses(&mut optimizer, &losses, 3, true);
         // Above the limit nothing is done, and what would be done can be asked.
         let within = AdamWStep { largest_gradient: 19.0, ..step };
-        let sums = cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &within).unwrap();
+        let sums = cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &within);
         assert_eq!(sums.gradient_scale(&within), None);
         let mut tried = Vec::new();
-        cuda.try_step(&mut optimizer, &mut all, &step, &sums, &mut |largest| tried.push(largest))
+        cuda.try_update(&mut optimizer, &mut all, &step, &sums, &mut |largest| tried.push(largest))
             .unwrap();
-        let sums = cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &step).unwrap();
+        let sums = cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &step);
         assert_eq!(sums.losses, 6.5);
         assert!((sums.squares.sqrt() / norm - 1.0).abs() < 1e-9);
         let mut after = Vec::new();
-        for (i, ([g, p, m, v], (_, param, first, second))) in host.iter().zip(&device).enumerate() {
+        for (i, ([g, p, m, v], slot)) in host.iter().zip(&slots).enumerate() {
+            let param = cuda.param(all.weights, *slot);
             let exact: Vec<f64> = (0..g.len())
                 .map(|k| {
                     let before = [p[k], m[k], v[k]].map(f64::from);
@@ -654,14 +674,14 @@ fn optimizer_steps() {
                 })
                 .collect();
             let mut ours = vec![0.0; p.len()];
-            cuda.read_param(param, &mut ours).unwrap();
+            cuda.read_param(all.weights, *slot, &mut ours).unwrap();
             close("weights", &ours, &exact, 1e-6);
             let most =
                 u32::from_le_bytes(read_bytes(&cuda, param.most.address, 4).try_into().unwrap());
             assert_eq!(most, ours.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap());
             let [mut m, mut v] = [vec![0.0; p.len()], vec![0.0; p.len()]];
-            cuda.read_f32(first, &mut m).unwrap();
-            cuda.read_f32(second, &mut v).unwrap();
+            cuda.read_f32(all.m, slot.start, &mut m).unwrap();
+            cuda.read_f32(all.v, slot.start, &mut v).unwrap();
             let most = |x: &[f32]| x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
             let largest = Largest { weight: most(&ours), m: most(&m), v: most(&v) };
             assert_eq!(tried[i], largest);
@@ -674,20 +694,10 @@ fn optimizer_steps() {
         // Without a finite loss nothing moves.
         let nan = f32_buffer(&cuda, &[f32::NAN]);
         cuda.add_losses(&mut optimizer, &nan, 1, true);
-        let mut all = |visit: &mut dyn FnMut(Trained<'_, Cuda>)| {
-            for (i, (gradient, param, m, v)) in device.iter_mut().enumerate() {
-                visit(Trained { param, m, v, gradient, decays: i != 1 });
-            }
-        };
-        assert!(
-            cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &step)
-                .unwrap()
-                .losses
-                .is_nan()
-        );
-        for ((_, param, ..), before) in device.iter().zip(&after) {
+        assert!(cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &step).losses.is_nan());
+        for (slot, before) in slots.iter().zip(&after) {
             let mut ours = vec![0.0; before.len()];
-            cuda.read_param(param, &mut ours).unwrap();
+            cuda.read_param(all.weights, *slot, &mut ours).unwrap();
             assert!(ours == *before);
         }
     });
@@ -1081,7 +1091,7 @@ fn fp8_products_are_exact() {
         channels: 256,
         ..ModelConfig::default()
     };
-    let engine = Engine::on(Device::Cuda(cuda));
+    let engine = Engine::on(Device::Cuda(cuda.into()));
     let model = Model::new(&engine, &config).unwrap();
     let schedule = Schedule { lr: 1e-3, warmup_steps: 10, total_steps: 100, ..Schedule::default() };
     let options = TrainerOptions { batch_size: 8, schedule, ..TrainerOptions::default() };
@@ -1103,9 +1113,8 @@ pub(super) fn errors_of_fp8_products(trainer: &Trainer, rows: usize, width: usiz
     let Device::Cuda(cuda) = model.engine().backend() else { unreachable!("trained on one") };
     let inputs = model.config().channels;
     let outputs = 3 * inputs;
-    let [dy, x] = trainer
-        .qkv_gradient_and_input()
-        .map(|tensor| cuda.gpu.scope(|| values_of(cuda, Side::<Tensor>::side(tensor))));
+    let [dy, x] =
+        trainer.qkv_gradient_and_input().map(|tensor| cuda.gpu.scope(|| values_of(cuda, tensor)));
     let mut w = vec![0.0; inputs * outputs];
     model.read_tensor("transformer.h.0.attn.c_attn.weight", &mut w).unwrap();
     // Of a matrix with rows this long.
@@ -1343,8 +1352,13 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             let mut recordings = cuda.recordings();
             let copy = tensor(cuda, &d, Precision::Bf16);
             for step in 7..10 {
-                let kind = StepKind { accumulate: false, in_last_steps: false };
-                cuda.recorded(&mut recordings, kind, [step, 0], || {
+                let plan = StepPlan {
+                    accumulate: false,
+                    precision: Precision::Bf16,
+                    head: Precision::Bf16,
+                    layers: vec![recipe],
+                };
+                cuda.recorded(&mut recordings, &plan, [step, 0], || {
                     dy.begin_pass(&cuda.gpu);
                     // SAFETY: both have as many bytes.
                     let copied = unsafe {

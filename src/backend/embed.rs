@@ -1,0 +1,44 @@
+//! Embeddings of tokens and positions.
+
+use super::{Memory, Sequences};
+
+/// Sizes of an embedding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EmbeddingShape {
+    /// B and T.
+    pub sequences: Sequences,
+    /// C.
+    pub channels: usize,
+}
+
+/// Where gradients of embeddings go.
+pub struct EmbeddingGradients<'a, B: Memory> {
+    /// (V, C), added to.
+    pub dwte: B::Gradient<'a>,
+    /// (context, C), added to.
+    pub dwpe: B::Gradient<'a>,
+    /// Whether what dwpe held counts.
+    pub accumulate: bool,
+}
+
+/// The embedding.
+pub trait Embed: Memory {
+    /// out (B T, C): row `token` of wte (V, C) plus row `position` of wpe (context, C).
+    fn embedding_forward(
+        &self,
+        out: &mut Self::Tensor,
+        tokens: &Self::Tokens,
+        wte: Self::Param<'_>,
+        wpe: Self::Param<'_>,
+        shape: EmbeddingShape,
+    );
+    /// Adds dout (B T, C) to the rows of dwte and dwpe that the forward pass read. `tokens` are those of
+    /// the last [`Memory::write_tokens`].
+    fn embedding_backward(
+        &self,
+        gradients: EmbeddingGradients<'_, Self>,
+        dout: &Self::Tensor,
+        tokens: &Self::Tokens,
+        shape: EmbeddingShape,
+    );
+}

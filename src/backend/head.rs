@@ -1,0 +1,63 @@
+//! The language-model head and its loss. The logits of more than a chunk of rows are never held.
+
+use super::{Memory, Precision};
+
+/// Sizes of a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadShape {
+    /// B T.
+    pub rows: usize,
+    /// C.
+    pub channels: usize,
+    /// V.
+    pub vocab_size: usize,
+    /// Of its products.
+    pub precision: Precision,
+}
+
+/// What [`Head::classifier`] works on.
+pub struct Classifier<'a, B: Memory> {
+    /// (rows), overwritten.
+    pub losses: &'a mut B::F32,
+    /// Where gradients go, if they are wanted.
+    pub gradient: Option<ClassifierGradient<'a, B>>,
+    /// (rows, C)
+    pub x: &'a B::Tensor,
+    /// The head's weights (V, C): the token embedding's, unless the model has others.
+    pub w: B::Param<'a>,
+    /// (rows)
+    pub targets: &'a B::Tokens,
+}
+
+/// Where [`Head::classifier`] puts the gradients of `scale` times the sum of the losses.
+pub struct ClassifierGradient<'a, B: Memory> {
+    /// (rows, C), overwritten.
+    pub dx: &'a mut B::Tensor,
+    /// (V, C), overwritten, or with `accumulate` added to.
+    pub dw: B::Gradient<'a>,
+    /// Factor of each loss.
+    pub scale: f32,
+    /// Whether what dw held counts.
+    pub accumulate: bool,
+}
+
+/// The head.
+pub trait Head: Memory {
+    /// Cross-entropy of softmax(x w^T) against `targets`, one loss a row, and its gradients.
+    fn classifier(
+        &self,
+        workspace: &mut Self::Workspace,
+        operands: Classifier<'_, Self>,
+        shape: HeadShape,
+    );
+    /// Logits (V) of row `row` of x (rows, C).
+    fn logits(
+        &self,
+        workspace: &mut Self::Workspace,
+        logits: &mut Self::F32,
+        x: &Self::Tensor,
+        row: usize,
+        w: Self::Param<'_>,
+        shape: HeadShape,
+    );
+}

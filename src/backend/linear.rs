@@ -1,0 +1,114 @@
+//! Linear layers, with what is fused to their ends.
+
+use super::Memory;
+use crate::mx::Random;
+use crate::recipe::{Forward, LinearRecipe};
+
+/// What an MLP applies between its two layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// GELU in its tanh form, x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), as GPT-2 has it.
+    #[default]
+    GeluTanh,
+    /// GELU itself, x times the normal distribution's probability of less than x.
+    Gelu,
+}
+
+/// Sizes of a linear layer: y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Tokens.
+    pub rows: usize,
+    /// Channels that come in.
+    pub inputs: usize,
+    /// Channels that go out.
+    pub outputs: usize,
+}
+
+/// What happens to a layer's result as it leaves.
+pub enum Epilogue<'a, B: Memory> {
+    /// Nothing.
+    None,
+    /// out (rows, outputs) = gelu(y), in one of GELU's forms.
+    Gelu {
+        /// Overwritten.
+        out: &'a mut B::Tensor,
+        /// Which GELU.
+        form: Activation,
+    },
+}
+
+/// What the forward pass of a layer works on.
+pub struct LinearForward<'a, B: Memory> {
+    /// (rows, outputs), overwritten.
+    pub y: &'a mut B::Tensor,
+    /// (rows, inputs)
+    pub x: &'a B::Tensor,
+    /// (outputs, inputs)
+    pub w: B::Param<'a>,
+    /// (outputs)
+    pub b: B::Param<'a>,
+    /// What y passes through besides.
+    pub epilogue: Epilogue<'a, B>,
+}
+
+/// The gradient dy (rows, outputs) of a layer's result.
+pub enum OutputGradient<'a, B: Memory> {
+    /// As such.
+    Whole(&'a B::Tensor),
+    /// dy = d gelu'(y), where d is the gradient of gelu(y).
+    BehindGelu {
+        /// (rows, outputs). What it holds afterwards is not said.
+        d: &'a mut B::Tensor,
+        /// The layer's result.
+        y: &'a B::Tensor,
+        /// Which GELU.
+        form: Activation,
+    },
+}
+
+/// What the backward pass of a layer works on.
+pub struct LinearBackward<'a, B: Memory> {
+    /// (rows, inputs) = dy W, overwritten.
+    pub dx: &'a mut B::Tensor,
+    /// (outputs, inputs) = dy^T x, overwritten, or with `accumulate` added to.
+    pub dw: B::Gradient<'a>,
+    /// (outputs) = the column sums of dy, the same.
+    pub db: B::Gradient<'a>,
+    /// dy (rows, outputs)
+    pub dy: OutputGradient<'a, B>,
+    /// (rows, inputs)
+    pub x: &'a B::Tensor,
+    /// (outputs, inputs)
+    pub w: B::Param<'a>,
+    /// Whether what dw and db held counts.
+    pub accumulate: bool,
+}
+
+/// Linear layers, and the activation between them.
+pub trait Linear: Memory {
+    /// y = x W^T + b.
+    fn linear_forward(
+        &self,
+        workspace: &mut Self::Workspace,
+        operands: LinearForward<'_, Self>,
+        shape: LinearShape,
+        format: Forward,
+    );
+    /// Gradients of x, W and b.
+    ///
+    /// `random` says where in the run this is, for the bits of rounding and transforms; in an FP8
+    /// recipe dw sees x as the forward pass kept it.
+    fn linear_backward(
+        &self,
+        workspace: &mut Self::Workspace,
+        operands: LinearBackward<'_, Self>,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+    );
+    /// out = gelu(x), both of `len` elements.
+    fn gelu_forward(&self, out: &mut Self::Tensor, x: &Self::Tensor, len: usize, form: Activation);
+    /// d = d gelu'(x), in place, both of `len` elements.
+    fn gelu_backward(&self, d: &mut Self::Tensor, x: &Self::Tensor, len: usize, form: Activation);
+}

@@ -1,0 +1,96 @@
+//! Memory of a device: an arena, buffers that are cut from it, copies to and from the host.
+//!
+//! All parameters of a model lie in one flat buffer, and so do their gradients and whatever an optimizer
+//! keeps of each element: a [`Slot`] says where in all of them one parameter is. So a step can look at
+//! everything at once, and ranks can exchange ranges that end where no tensor does.
+
+use super::{Precision, WorkspaceShape};
+use crate::Result;
+use crate::mx::Draw;
+
+/// A parameter's place in flat buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Its number.
+    pub index: usize,
+    /// Its first element, a multiple of [`Memory::ALIGN`].
+    pub start: usize,
+    /// Elements.
+    pub len: usize,
+    /// Whether weight decay applies.
+    pub decays: bool,
+}
+
+impl Slot {
+    /// Its elements.
+    pub fn range(self) -> std::ops::Range<usize> {
+        self.start..self.start + self.len
+    }
+}
+
+/// A device's memory.
+pub trait Memory: Send + Sync + Sized + 'static {
+    /// Memory that buffers are cut from; see [`Memory::arena`].
+    type Arena;
+    /// Activations and their gradients, in the backend's compute precision.
+    type Tensor: Send;
+    /// f32 on the device: statistics, losses, and flat buffers of gradients and optimizer states.
+    type F32: Send;
+    /// All parameters of a model: f32 master values, and whatever copy the kernels read.
+    type Weights: Send + Sync;
+    /// One of them, to be read.
+    type Param<'a>: Send + Sync;
+    /// A parameter's piece of a flat buffer of gradients, to be written.
+    type Gradient<'a>: Send;
+    /// Token numbers.
+    type Tokens: Send;
+    /// Scratch memory of the kernels.
+    type Workspace: Send;
+
+    /// What slots start at multiples of, in elements.
+    const ALIGN: usize;
+
+    /// An arena of `bytes` bytes, or for `None` one that only measures: it hands out buffers that must
+    /// not be used and counts their bytes.
+    fn arena(&self, bytes: Option<usize>) -> Result<Self::Arena>;
+    /// Bytes that an arena has handed out.
+    fn arena_used(&self, arena: &Self::Arena) -> usize;
+    /// A zeroed activation buffer of `len` elements.
+    fn tensor(&self, arena: &mut Self::Arena, len: usize, precision: Precision) -> Self::Tensor;
+    /// A zeroed f32 buffer of `len` elements.
+    fn f32(&self, arena: &mut Self::Arena, len: usize) -> Self::F32;
+    /// `count` zeroed parameters of `len` elements in all, between slots included.
+    fn weights(&self, arena: &mut Self::Arena, len: usize, count: usize) -> Self::Weights;
+    /// A buffer of `len` tokens; an error where the host lacks memory for it.
+    fn tokens(&self, arena: &mut Self::Arena, len: usize) -> Result<Self::Tokens>;
+    /// Scratch memory for models of a shape.
+    fn workspace(&self, arena: &mut Self::Arena, shape: &WorkspaceShape) -> Self::Workspace;
+
+    /// The parameter of a slot.
+    fn param<'a>(&self, weights: &'a Self::Weights, slot: Slot) -> Self::Param<'a>;
+    /// The pieces of several slots, no two of them the same, of a flat buffer.
+    fn gradients<'a, const N: usize>(
+        &self,
+        flat: &'a mut Self::F32,
+        slots: [Slot; N],
+    ) -> [Self::Gradient<'a>; N];
+
+    /// Copies tokens to the start of a buffer that is at least as long.
+    fn write_tokens(&self, to: &mut Self::Tokens, from: &[u32]);
+    /// Copies f32 values to the device, from element `at` of the buffer on.
+    fn write_f32(&self, to: &mut Self::F32, at: usize, from: &[f32]) -> Result<()>;
+    /// Copies f32 values to the host, from element `at` of the buffer on, after all that was asked for
+    /// before.
+    fn read_f32(&self, from: &Self::F32, at: usize, to: &mut [f32]) -> Result<()>;
+    /// Overwrites a parameter with as many values.
+    fn write_param(&self, to: &mut Self::Weights, slot: Slot, from: &[f32]) -> Result<()>;
+    /// Overwrites a parameter with normal values of a standard deviation, `mx::fill_normal`'s from row 0
+    /// on, bit for bit.
+    fn draw_param(&self, to: &mut Self::Weights, slot: Slot, std: f32, draw: &Draw) -> Result<()>;
+    /// Copies the master values of a parameter to the host.
+    fn read_param(&self, from: &Self::Weights, slot: Slot, to: &mut [f32]) -> Result<()>;
+    /// Sets every element to 0.
+    fn zero_tensor(&self, buffer: &mut Self::Tensor);
+    /// Sets every element to 0.
+    fn zero_gradient(&self, gradient: Self::Gradient<'_>);
+}

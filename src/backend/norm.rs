@@ -1,0 +1,101 @@
+//! LayerNorm, alone and behind a residual sum.
+
+use super::Memory;
+
+/// Sizes of a norm.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormShape {
+    /// B T.
+    pub rows: usize,
+    /// C.
+    pub channels: usize,
+    /// Added to the variance.
+    pub epsilon: f32,
+}
+
+/// Mean and reciprocal standard deviation of every row that a LayerNorm saw, (rows) each.
+pub struct NormStatistics<T> {
+    /// Mean.
+    pub mean: T,
+    /// 1 / sqrt(variance + epsilon).
+    pub rstd: T,
+}
+
+impl<T> NormStatistics<T> {
+    /// Borrows both.
+    pub fn as_ref(&self) -> NormStatistics<&T> {
+        NormStatistics { mean: &self.mean, rstd: &self.rstd }
+    }
+
+    /// Borrows both, to be overwritten.
+    pub fn as_mut(&mut self) -> NormStatistics<&mut T> {
+        NormStatistics { mean: &mut self.mean, rstd: &mut self.rstd }
+    }
+}
+
+/// Weights of a norm.
+pub struct NormParams<'a, B: Memory> {
+    /// (C)
+    pub w: B::Param<'a>,
+    /// (C)
+    pub b: B::Param<'a>,
+}
+
+/// A sum of the residual stream.
+pub struct ResidualSum<'a, B: Memory> {
+    /// (rows, C) = x + y, overwritten.
+    pub sum: &'a mut B::Tensor,
+    /// (rows, C)
+    pub x: &'a B::Tensor,
+    /// (rows, C)
+    pub y: &'a B::Tensor,
+}
+
+/// What the backward pass of a norm works on.
+pub struct NormBackward<'a, B: Memory> {
+    /// (rows, C), added to.
+    pub dx: &'a mut B::Tensor,
+    /// (C), overwritten, or with `accumulate` added to.
+    pub dw: B::Gradient<'a>,
+    /// The same.
+    pub db: B::Gradient<'a>,
+    /// (rows, C)
+    pub dy: &'a B::Tensor,
+    /// (rows, C)
+    pub x: &'a B::Tensor,
+    /// Of the forward pass.
+    pub statistics: NormStatistics<&'a B::F32>,
+    /// (C)
+    pub w: B::Param<'a>,
+    /// Whether what dw and db held counts.
+    pub accumulate: bool,
+}
+
+/// LayerNorm.
+pub trait Norm: Memory {
+    /// out (rows, C) = (x - mean) rstd w + b, and the statistics for the backward pass.
+    fn layernorm_forward(
+        &self,
+        out: &mut Self::Tensor,
+        statistics: NormStatistics<&mut Self::F32>,
+        x: &Self::Tensor,
+        params: NormParams<'_, Self>,
+        shape: NormShape,
+    );
+    /// A sum, then the LayerNorm of that sum.
+    fn add_layernorm_forward(
+        &self,
+        out: &mut Self::Tensor,
+        statistics: NormStatistics<&mut Self::F32>,
+        sum: ResidualSum<'_, Self>,
+        params: NormParams<'_, Self>,
+        shape: NormShape,
+    );
+    /// Gradients of x, w and b.
+    fn layernorm_backward(
+        &self,
+        workspace: &mut Self::Workspace,
+        operands: NormBackward<'_, Self>,
+        shape: NormShape,
+    );
+}
