@@ -12,7 +12,7 @@ build() {
     cargo "$@" --release --message-format=json-render-diagnostics
 }
 {
-    build test --no-run --lib --test cuda
+    build test --no-run --lib --test cuda --test bits
     build build --bench train_step
     build build -p mxtrain
 } | python3 -c '

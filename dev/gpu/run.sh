@@ -3,7 +3,7 @@
 #
 # Usage: dev/gpu/run.sh [FOLDER [PART..]]    (default: target/gpu, all parts)
 #
-#   tests      operations against their scalar twins, training against oracle and CPU
+#   tests      operations against their scalar twins, training against oracle, CPU and recorded bits
 #   sanitizer  a small model under compute-sanitizer's memcheck and racecheck
 #   train      mxtrain from text to a sample, resumed, and moved to the CPU and back
 #   bench      training steps of every model
@@ -21,6 +21,8 @@ tests() {
     "$folder/lib" backend::cuda capi::buffers --skip compile --nocapture 2>&1 | quiet
     heading "training"
     "$folder/cuda" --nocapture --test-threads 4 2>&1 | quiet
+    heading "bits"
+    "$folder/bits" --nocapture 2>&1 | quiet
 }
 
 # Without the lines of tests that pass and say nothing.
