@@ -12,9 +12,9 @@
 #   variance   variance of a product by its length
 #   report     tables and plots of all that is there
 #
-# Every part is made of runs that leave a file each; a run whose file is there is left out, so a part
-# can be cut into pieces and gone on with. `report` joins them to a file of all records of a part, as
-# docs/near-lossless has them. Settings are environment variables:
+# Every part is made of runs that leave a file each; a run whose file is there is left out, so a
+# part can be cut into pieces and gone on with. `report` joins them to a file of all records of a
+# part, as docs/near-lossless has them. Settings are environment variables:
 #
 #   MXTRAIN  the program [default: built here]
 #   DATA     folder of `mxtrain prepare --tokenizer gpt2`; for cpu-toy of `mxtrain prepare`
