@@ -25,6 +25,7 @@ RELEASE := target/release
 HEADERS := include/mxfp4train.h bindings/cpp/mxfp4train.hpp
 TEMPLATES := mxfp4train.pc mxfp4train-config.cmake mxfp4train-config-version.cmake
 SUPPRESSIONS := packaging/tsan.supp packaging/valgrind.supp
+LICENCES := LICENSE-MIT LICENSE-APACHE
 NOTICES := target/release/THIRD-PARTY.txt
 
 BIN := $(DESTDIR)$(BINDIR)
@@ -53,7 +54,7 @@ tree:
 	$(INSTALL) -m 755 $(RELEASE)/libmxfp4train.so "$(LIB)/libmxfp4train.so.$(VERSION)"
 	ln -sf libmxfp4train.so.$(VERSION) "$(LIB)/libmxfp4train.so.$(ABI)"
 	ln -sf libmxfp4train.so.$(ABI) "$(LIB)/libmxfp4train.so"
-	$(INSTALL) -m 644 $(SUPPRESSIONS) $(NOTICES) "$(DATA)"
+	$(INSTALL) -m 644 $(SUPPRESSIONS) $(LICENCES) $(NOTICES) "$(DATA)"
 	include=$$(realpath -ms --relative-to="$(LIBDIR)" "$(INCLUDEDIR)") && \
 	prefix=$$(realpath -ms --relative-to="$(LIBDIR)" "$(PREFIX)") && \
 	for file in $(TEMPLATES); do \

@@ -12,8 +12,9 @@
 #   variance   variance of a product by its length
 #   report     tables and plots of all that is there
 #
-# Every part is made of runs that leave a file each; a run whose file is there is left out, so a part can
-# be cut into pieces and gone on with. Settings are environment variables:
+# Every part is made of runs that leave a file each; a run whose file is there is left out, so a
+# part can be cut into pieces and gone on with. `report` joins them to a file of all records of a
+# part, as docs/near-lossless has them. Settings are environment variables:
 #
 #   MXTRAIN  the program [default: built here]
 #   DATA     folder of `mxtrain prepare --tokenizer gpt2`; for cpu-toy of `mxtrain prepare`
@@ -22,6 +23,8 @@
 #   LIMIT    seconds after which no run is begun any more [default: none]
 #   MAIN_STEPS, SHORT_STEPS, LONG_STEPS  see below
 set -euo pipefail
+# Records are joined in the order of their bytes.
+export LC_ALL=C
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # Optimizer steps of 65,536 tokens: 100, 33 and 190 million.
@@ -133,23 +136,36 @@ gradients() {
         echo "gradients: no models in $out/main/models; part main makes them" >&2
         return 2
     fi
+    mkdir -p "$out/gradients"
     for model in "$out"/main/models/bf16-seed1-step*; do
         step=$(printf %05d "${model##*-step}") # so that reports go by the step
-        [[ -e $out/gradients-$step.json ]] ||
+        [[ -e $out/gradients/$step.json ]] ||
             echo compare gradients --device GPU --data "$data" --checkpoint "$model" \
-                --draws $draws --batch-size 8 --out "$out/gradients-$step.json"
+                --draws $draws --batch-size 8 --out "$out/gradients/$step.json"
     done | on_gpus
 }
 
-variance() { "$mxtrain" compare variance --inputs 64 --out "$out/variance.json"; }
-
-report() {
-    local folder folders=()
-    for folder in "$out" "$out"/{main,short,long}; do
-        [[ ! -d $folder ]] || folders+=("$folder")
+variance() {
+    local deviation
+    mkdir -p "$out/variance"
+    for deviation in 25 5; do
+        "$mxtrain" compare variance --inputs 64 --outliers $deviation \
+            --out "$out/variance/outliers-$deviation.json"
     done
-    "$mxtrain" compare report "${folders[@]}" --out "$out/report"
 }
+
+# report_of REPORT PART..
+report_of() {
+    local part files=()
+    for part in "${@:2}"; do
+        compgen -G "$out/$part/*.json" >/dev/null || continue
+        cat "$out/$part"/*.json >"$out/$part.jsonl"
+        files+=("$out/$part.jsonl")
+    done
+    "$mxtrain" compare report "${files[@]}" --out "$out/$1"
+}
+
+report() { report_of report gradients variance main short long; }
 
 cpu-toy() {
     local data toy=$out/cpu-toy
@@ -168,7 +184,7 @@ cpu-toy() {
     "$mxtrain" compare gradients --device cpu --data "$data" --draws 24 \
         --checkpoint "$toy"/models/* --out "$toy/gradients.json"
     "$mxtrain" compare variance --inputs 16 --out "$toy/variance.json"
-    "$mxtrain" compare report "$toy" --out "$toy/report"
+    report_of cpu-toy-report cpu-toy
 }
 
 [[ $# -gt 0 ]] || { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" && exit 2; }

@@ -99,6 +99,8 @@ fn the_tree_is_what_a_packager_expects(work: &Workplace) {
         "lib/libmxfp4train.so.0",
         "lib/pkgconfig/mxfp4train.pc",
         "include/mxfp4train.hpp",
+        "share/mxfp4train/LICENSE-APACHE",
+        "share/mxfp4train/LICENSE-MIT",
         "share/mxfp4train/THIRD-PARTY.txt",
         "share/mxfp4train/tsan.supp",
         "share/mxfp4train/valgrind.supp",

@@ -77,6 +77,15 @@ fn julia() -> Option<PathBuf> {
     found
 }
 
+/// Julia installs the package's folder alone, so it holds the terms itself.
+#[test]
+fn the_package_has_the_terms() {
+    for name in ["LICENSE-APACHE", "LICENSE-MIT"] {
+        let text = |folder: &str| fs::read(root().join(folder).join(name)).expect(name);
+        assert!(text("bindings/julia") == text(""), "bindings/julia/{name}: copy ../../{name}");
+    }
+}
+
 #[test]
 fn the_package_is_what_the_header_says() {
     let Some(python) = python() else { return };

@@ -16,17 +16,18 @@
 //
 // 2. A call that fails throws mxt::error, with the status and the library's message.
 //    With MXT_NO_EXCEPTIONS defined before the include, or exceptions off in the compiler, the same
-//    functions return an mxt::result, and there are no throwing constructors: use create, which both
-//    modes have. Parts of one program may use different modes.
+//    functions return an mxt::result, and there are no throwing constructors: use create, which
+//    both modes have. Parts of one program may use different modes.
 //
-// 3. Callbacks are anything that can be called: lambdas, functions, objects, which are taken by value
-//    (std::ref passes one by reference). They return nothing, or mxt::Flow to say whether to go on. An exception that leaves a callback does not pass through
-//    the library: it ends the run or the text in order (a run still writes its checkpoint), and is
-//    thrown again, the same object, once the C function has returned. An exception of a log callback
-//    is thrown again by the call that logged. Without exceptions a callback must not throw.
+// 3. Callbacks are anything that can be called: lambdas, functions, objects, which are taken by
+//    value (std::ref passes one by reference). They return nothing, or mxt::Flow to say whether to
+//    go on. An exception that leaves a callback does not pass through the library: it ends the run
+//    or the text in order (a run still writes its checkpoint), and is thrown again, the same
+//    object, once the C function has returned. An exception of a log callback is thrown again by
+//    the call that logged. Without exceptions a callback must not throw.
 //
-// 4. Option structs are the C structs with their defaults filled in. Their `const char *` fields are
-//    borrowed for the call that takes the struct: the string must live until then.
+// 4. Option structs are the C structs with their defaults filled in. Their `const char *` fields
+//    are borrowed for the call that takes the struct: the string must live until then.
 //
 // Memory that the classes themselves cannot get (for a vector of tokens, say) is std::bad_alloc, as
 // everywhere in C++.
@@ -101,9 +102,10 @@ class view {
   constexpr view(std::initializer_list<std::remove_const_t<T>> list) noexcept
       : data_(std::data(list)), size_(list.size()) {}
   // The arrays are compared, not the elements: a derived class has another size than its base.
-  template <class C, class = std::enable_if_t<std::is_convertible_v<
-                         std::remove_pointer_t<data_of<C>> (*)[], T (*)[]>>>
-  constexpr view(C &&container) noexcept : data_(std::data(container)), size_(std::size(container)) {}
+  template <class C, class = std::enable_if_t<
+                         std::is_convertible_v<std::remove_pointer_t<data_of<C>> (*)[], T (*)[]>>>
+  constexpr view(C &&container) noexcept
+      : data_(std::data(container)), size_(std::size(container)) {}
 
   constexpr T *data() const noexcept { return data_; }
   constexpr std::size_t size() const noexcept { return size_; }
@@ -277,9 +279,8 @@ std::int32_t on_step(void *user_data, const mxt_step_stats *step, const mxt_eval
 
 template <class Callback>
 std::int32_t on_token(void *user_data, std::uint32_t token) {
-  const Flow flow = guarded([&]() -> Flow {
-    return invoke(*static_cast<Callback *>(user_data), token);
-  });
+  const Flow flow =
+      guarded([&]() -> Flow { return invoke(*static_cast<Callback *>(user_data), token); });
   return static_cast<std::int32_t>(callback_threw() ? Flow::stop : flow);
 }
 
@@ -354,8 +355,8 @@ class Engine {
       : Engine(create(options, std::move(log))) {}
 #endif
 
-  // `log` takes the place of options.log, and lives as long as all that is made from the engine: it is
-  // destroyed by the call that gives up the last of that, on the thread of that call.
+  // `log` takes the place of options.log, and lives as long as all that is made from the engine: it
+  // is destroyed by the call that gives up the last of that, on the thread of that call.
   static outcome<Engine> create(EngineOptions options = {}, LogFunction log = {}) {
     std::unique_ptr<LogFunction> owned;
     if (log) {
@@ -435,8 +436,7 @@ class Model {
 
   // Copies a tensor into `values`, row-major, which must have room for exactly its elements.
   outcome<void> read(const std::string &name, view<float> values) const {
-    return detail::finish(
-        mxt_model_tensor_read(get(), name.c_str(), values.data(), values.size()));
+    return detail::finish(mxt_model_tensor_read(get(), name.c_str(), values.data(), values.size()));
   }
 
   // A copy of a tensor, row-major.
@@ -466,8 +466,8 @@ class Model {
     mxt_status status = mxt_model_get_config(get(), &config);
     std::vector<float> logits(config.vocab_size);
     if (status == MXT_OK) {
-      status = mxt_model_next_logits(get(), tokens.data(), tokens.size(), logits.data(),
-                                     logits.size());
+      status =
+          mxt_model_next_logits(get(), tokens.data(), tokens.size(), logits.data(), logits.size());
     }
     return detail::finish(status, std::move(logits));
   }
@@ -480,8 +480,8 @@ class Model {
     keeping.on_token = detail::keep_token;
     keeping.user_data = &text;
     std::size_t written = 0;
-    const mxt_status status = mxt_model_generate(get(), &keeping, prompt.data(), prompt.size(),
-                                                 nullptr, 0, &written);
+    const mxt_status status =
+        mxt_model_generate(get(), &keeping, prompt.data(), prompt.size(), nullptr, 0, &written);
     return detail::finish(status, std::move(text.tokens));
   }
 
@@ -599,8 +599,7 @@ class Trainer {
   // One optimizer step on accumulation * batch_size rows of sequence_length + 1 tokens.
   outcome<StepStats> step_tokens(view<const std::uint32_t> tokens) {
     auto stats = detail::sized<StepStats>();
-    const mxt_status status =
-        mxt_trainer_step_tokens(get(), tokens.data(), tokens.size(), &stats);
+    const mxt_status status = mxt_trainer_step_tokens(get(), tokens.data(), tokens.size(), &stats);
     return detail::finish(status, stats);
   }
 
@@ -633,8 +632,8 @@ class Trainer {
   void clear_stop() const noexcept { mxt_trainer_clear_stop(get()); }
 
   outcome<void> set_lr(float lr) { return detail::finish(mxt_trainer_set_lr(get(), lr)); }
-  // Takes the schedule of `options` (kind, rates, warmup_steps, total_steps, decay_steps) from the next
-  // step on, its steps counted from here.
+  // Takes the schedule of `options` (kind, rates, warmup_steps, total_steps, decay_steps) from the
+  // next step on, its steps counted from here.
   outcome<void> set_schedule(const TrainerOptions &options) {
     return detail::finish(mxt_trainer_set_schedule(get(), &options));
   }

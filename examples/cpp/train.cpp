@@ -101,8 +101,7 @@ int run(const char *path) {
   {
     mxt::Trainer trainer = new_trainer(engine, dataset);
     const mxt::RunResult result = train(trainer, dataset, total_steps / 4);
-    std::printf("%s after %llu steps\n",
-                result.end == MXT_RUN_END_REQUEST ? "stopped" : "finished",
+    std::printf("%s after %llu steps\n", result.end == MXT_RUN_END_REQUEST ? "stopped" : "finished",
                 static_cast<unsigned long long>(result.steps));
   }
   // As another process would: everything comes back from the checkpoint.

@@ -62,8 +62,8 @@ int main(void) {
       mxt_last_error();
       limit_to(kib);
       const mxt_status status = live();
-      _exit(status == MXT_OK ? 0 : status == MXT_ERROR_OUT_OF_MEMORY ||
-                                           status == MXT_ERROR_UNSUPPORTED ? 2 : 3);
+      const int refused = status == MXT_ERROR_OUT_OF_MEMORY || status == MXT_ERROR_UNSUPPORTED;
+      _exit(status == MXT_OK ? 0 : refused ? 2 : 3);
     }
     int status = 0;
     CHECK(waitpid(child, &status, 0) == child);

@@ -1,4 +1,4 @@
-/* What the test programs share: checks that say where and why, and a model that trains in no time. */
+/* What the test programs share: checks that say where and why, and a model that trains fast. */
 #ifndef CHECK_H
 #define CHECK_H
 

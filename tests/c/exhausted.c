@@ -1,5 +1,5 @@
-/* Every allocation of every call fails in turn, once or from there on, and so does every mapping. No
- * process may end by it: a call succeeds or says what is the matter, and works once memory is back. */
+/* Every allocation of every call fails in turn, once or from there on, and so does every mapping.
+ * No process ends by it: a call succeeds or says what is wrong, and works once memory is back. */
 #define _GNU_SOURCE
 #include "check.h"
 
@@ -11,7 +11,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-
 /* Every STRIDE-th failure is tried, and all of the first 12. */
 #ifndef STRIDE
 #define STRIDE 1
@@ -21,8 +20,8 @@ extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_real
 extern void *__libc_memalign(size_t, size_t);
 
 enum kind { ALLOCATION_ONCE, ALLOCATIONS_FROM, MAPPING_ONCE, LARGE_ONCE, KINDS };
-static const char *const KIND[KINDS] = {"a failed allocation", "failed allocations", "a failed mapping",
-                                        "a failed large allocation"};
+static const char *const KIND[KINDS] = {"a failed allocation", "failed allocations",
+                                        "a failed mapping", "a failed large allocation"};
 
 /* Larger than any piece of the library's reserve, with a model whose names fill such pieces. */
 enum { LARGE = (64 << 10) + 1, MANY_LAYERS = 64 };
@@ -44,7 +43,9 @@ static int fails(int mapping, size_t size) {
 /* In place of libc's, for the library as well. */
 void *malloc(size_t size) { return fails(0, size) ? NULL : __libc_malloc(size); }
 void *calloc(size_t n, size_t size) { return fails(0, n * size) ? NULL : __libc_calloc(n, size); }
-void *realloc(void *block, size_t size) { return fails(0, size) ? NULL : __libc_realloc(block, size); }
+void *realloc(void *block, size_t size) {
+  return fails(0, size) ? NULL : __libc_realloc(block, size);
+}
 int posix_memalign(void **out, size_t align, size_t size) {
   if (fails(0, size)) return ENOMEM;
   *out = __libc_memalign(align, size);
@@ -61,10 +62,11 @@ int madvise(void *address, size_t size, int advice) {
   return fails(1, size) ? -1 : (int)syscall(SYS_madvise, address, size, advice);
 }
 
+/* clang-format off */
 enum call {
-  ENGINE_NEW, MODEL_NEW, TRAINER_NEW, STEP, EVAL, SAVE, SAVE_AGAIN, TRAINER_LOAD, MODEL_LOAD, GENERATE,
-  NEXT_LOGITS, TENSOR_READ, TENSOR_WRITE, TENSOR_UNKNOWN, DATASET_TOKENS, DATASET_OPEN, DATASET_GLOB,
-  PLAN, GET_OPTIONS, TRAINER_MODEL, RUN, SET_LR, FREES, BUILD_INFO, CALLS
+  ENGINE_NEW, MODEL_NEW, TRAINER_NEW, STEP, EVAL, SAVE, SAVE_AGAIN, TRAINER_LOAD, MODEL_LOAD,
+  GENERATE, NEXT_LOGITS, TENSOR_READ, TENSOR_WRITE, TENSOR_UNKNOWN, DATASET_TOKENS, DATASET_OPEN,
+  DATASET_GLOB, PLAN, GET_OPTIONS, TRAINER_MODEL, RUN, SET_LR, FREES, BUILD_INFO, CALLS
 };
 static const char *const CALL[CALLS] = {
   "engine_new", "model_new", "trainer_new", "step", "eval", "save", "save again", "trainer_load",
@@ -72,6 +74,7 @@ static const char *const CALL[CALLS] = {
   "dataset_from_tokens", "dataset_open", "dataset_open of a pattern", "plan", "get_options",
   "trainer_model", "run", "set_lr", "frees", "build_info"
 };
+/* clang-format on */
 
 static mxt_engine *engine, *new_engine_;
 static mxt_model *model, *new_model_;
@@ -80,15 +83,14 @@ static mxt_dataset *dataset, *new_dataset_;
 static char checkpoint[4096], tokens_file[4096], pattern[4096];
 static uint32_t tokens[DATA];
 
-/* How many failures of a kind may end the process where all of them are tried. These numbers only fall.
- * An engine: glibc's own memory for the end of a thread, for each of the two. */
-static const int ENDS_ALLOWED[KINDS][CALLS] = {
-  [ALLOCATION_ONCE] = {[ENGINE_NEW] = 2}, [ALLOCATIONS_FROM] = {[ENGINE_NEW] = 4}
-};
+/* How many failures of a kind may end the process where all of them are tried. These numbers only
+ * fall. An engine: glibc's own memory for the end of a thread, for each of the two. */
+static const int ENDS_ALLOWED[KINDS][CALLS] = {[ALLOCATION_ONCE] = {[ENGINE_NEW] = 2},
+                                               [ALLOCATIONS_FROM] = {[ENGINE_NEW] = 4}};
 
 #define WEIGHT "transformer.h.0.attn.c_attn.weight"
 
-/* What `call` needs, made before memory fails. Nothing of another process is of use after a fork. */
+/* What `call` needs, made before memory fails. Nothing of another process is of use once forked. */
 static void prepare(enum call call) {
   engine = new_engine();
   if (call == ENGINE_NEW || call == BUILD_INFO) return;
@@ -124,9 +126,7 @@ static mxt_status run(enum call call) {
     case MODEL_NEW: return mxt_model_new(engine, &config, &new_model_);
     case TRAINER_NEW: return mxt_trainer_new(model, &options, &new_trainer_);
     case STEP: return mxt_trainer_step(trainer, dataset, NULL);
-    case EVAL:
-      eval.struct_size = sizeof eval;
-      return mxt_trainer_eval(trainer, dataset, 2, &eval);
+    case EVAL: eval.struct_size = sizeof eval; return mxt_trainer_eval(trainer, dataset, 2, &eval);
     case SAVE:
     case SAVE_AGAIN: return mxt_trainer_save(trainer, checkpoint);
     case TRAINER_LOAD: return mxt_trainer_load(engine, checkpoint, &new_trainer_);
@@ -144,9 +144,7 @@ static mxt_status run(enum call call) {
     case DATASET_TOKENS: return mxt_dataset_from_tokens(tokens, DATA, &new_dataset_);
     case DATASET_OPEN: return mxt_dataset_open(tokens_file, &new_dataset_);
     case DATASET_GLOB: return mxt_dataset_open(pattern, &new_dataset_);
-    case PLAN:
-      plan.struct_size = sizeof plan;
-      return mxt_plan(engine, &config, &options, &plan);
+    case PLAN: plan.struct_size = sizeof plan; return mxt_plan(engine, &config, &options, &plan);
     case GET_OPTIONS:
       options.struct_size = sizeof options;
       return mxt_trainer_get_options(trainer, &options);

@@ -62,7 +62,7 @@ static void end(void) {
   mxt_engine_free(engine);
 }
 
-/* A call on the trainer: afterwards the trainer and its model, which may be half changed, refuse. */
+/* A call on the trainer: afterwards the trainer and its model, maybe half changed, refuse. */
 #define TRAINER_PANICS(call) \
   do { \
     uint64_t before_; \

@@ -1,5 +1,5 @@
-/* A guest leaves the host's process as it found it: floating-point mode, locale, signal mask, folder.
- * And what the host has set changes no result. */
+/* A guest leaves the host's process as it found it: floating-point mode, locale, signal mask,
+ * folder. And what the host has set changes no result. */
 #define _GNU_SOURCE
 #include "check.h"
 
@@ -258,7 +258,7 @@ static void signals(int know_proc) {
 #endif
 }
 
-/* A file that may not grow is an error of the call and no signal, and what was saved before stays. */
+/* A file that may not grow is an error of the call, no signal, and what was saved before stays. */
 static void file_limit(const char *dir) {
   mxt_engine *engine = new_engine();
   mxt_model *model = NULL;

@@ -51,7 +51,8 @@ int main(int argc, char **argv) {
   config = small_config();
   config.vocab_size = 0;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "vocab_size", mxt_model_new(engine, &config, &other));
-  FAILS(MXT_ERROR_IO, "cannot open", mxt_model_load(engine, "\xff", &other)); /* no UTF-8, but a path */
+  FAILS(MXT_ERROR_IO, "cannot open",
+        mxt_model_load(engine, "\xff", &other)); /* no UTF-8, but a path */
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "empty", mxt_model_load(engine, "", &other));
   FAILS(MXT_ERROR_IO, "nowhere", mxt_model_load(engine, in_folder(folder, "nowhere"), &other));
   CHECK(other == NULL);
@@ -108,10 +109,12 @@ int main(int argc, char **argv) {
   OK(mxt_dataset_options_init(&data_options, sizeof data_options));
   CHECK(data_options.token_type == MXT_TOKEN_TYPE_AUTO);
   data_options.token_type = 6;
-  FAILS(MXT_ERROR_INVALID_ARGUMENT, "token_type", mxt_dataset_open_with("x", &data_options, &other_data));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "token_type",
+        mxt_dataset_open_with("x", &data_options, &other_data));
   data_options.token_type = MXT_TOKEN_TYPE_U32;
   data_options.reserved = 1;
-  FAILS(MXT_ERROR_INVALID_ARGUMENT, "reserved", mxt_dataset_open_with("x", &data_options, &other_data));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "reserved",
+        mxt_dataset_open_with("x", &data_options, &other_data));
   data_options.reserved = 0;
   data_options.struct_size = 8;
   FAILS(MXT_ERROR_STRUCT_SIZE, "options", mxt_dataset_open_with("x", &data_options, &other_data));
@@ -136,7 +139,8 @@ int main(int argc, char **argv) {
   OK(mxt_dataset_coverage(other_data, 8, &coverage));
   CHECK(coverage.files == 1 && coverage.short_files == 1 && coverage.short_tokens == 3);
   CHECK(coverage.windows == 0 && coverage.longest == 3);
-  FAILS(MXT_ERROR_TOKEN_RANGE, "token 70000 at offset 1", mxt_trainer_step(trainer, other_data, NULL));
+  FAILS(MXT_ERROR_TOKEN_RANGE, "token 70000 at offset 1",
+        mxt_trainer_step(trainer, other_data, NULL));
   mxt_dataset_free(other_data);
   other_data = NULL;
 
@@ -145,7 +149,8 @@ int main(int argc, char **argv) {
   CHECK(largest == 28 && mxt_dataset_token_count(dataset) == DATA);
   uint32_t read[3] = {77, 77, 77};
   OK(mxt_dataset_read(dataset, DATA, 0, NULL));
-  FAILS(MXT_ERROR_INVALID_ARGUMENT, "the dataset has", mxt_dataset_read(dataset, DATA - 2, 3, read));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "the dataset has",
+        mxt_dataset_read(dataset, DATA - 2, 3, read));
   CHECK(read[0] == 77 && read[2] == 77);
 
   /* trainer */

@@ -6,8 +6,8 @@
 #include <stdio.h>
 #include <sys/resource.h>
 
-/* AddressSanitizer and valgrind take address space of their own for every thread, and end the program
- * where there is none: the system's limit is tried without them. */
+/* AddressSanitizer and valgrind take address space of their own for every thread, and end the
+ * program where there is none: the system's limit is tried without them. */
 #if defined(__SANITIZE_ADDRESS__)
 #define SANITIZED 1
 #elif defined(__has_feature)

@@ -1,4 +1,4 @@
-/* NULL for every pointer of every function: an error that names the argument, and nothing written. */
+/* NULL for every pointer of every function: an error that names the argument, nothing written. */
 #include "check.h"
 
 #define IS_NULL(what, call) FAILS(MXT_ERROR_NULL, what, call)

@@ -1,4 +1,4 @@
-/* Arrays and strings that another thread changes during a call: an error or a result, never a panic. */
+/* Arrays and strings that another thread changes during a call: an error or a result, no panic. */
 #define _POSIX_C_SOURCE 200809L
 #include "check.h"
 

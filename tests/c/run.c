@@ -87,13 +87,14 @@ static void keep_warnings(void *user_data, int32_t level, const char *line) {
 }
 
 /* Makes the folder of the checkpoint possible after two steps. */
-static int32_t clear_the_way(void *user_data, const mxt_step_stats *stats, const mxt_eval_stats *e) {
+static int32_t clear_the_way(void *user_data, const mxt_step_stats *stats,
+                             const mxt_eval_stats *e) {
   CHECK(e == NULL);
   if (stats->step == 2) CHECK(unlink(user_data) == 0);
   return 0;
 }
 
-/* Evaluations and checkpoints that fail do not cost the run; a step that fails costs none before it. */
+/* Evaluations and checkpoints that fail do not cost the run; a failed step costs none before it. */
 static void side_jobs(const char *root) {
   char folder[4096], blocked[4096];
   snprintf(folder, sizeof folder, "%s/side", root);
@@ -142,7 +143,8 @@ static void side_jobs(const char *root) {
   run.user_data = blocked;
   run.steps = 4;
   OK(mxt_trainer_run(trainer, dataset, &run, &result));
-  CHECK(result.steps == 4 && result.saved == 1 && result.save_errors == 2 && result.eval_errors == 0);
+  CHECK(result.steps == 4 && result.saved == 1 && result.save_errors == 2 &&
+        result.eval_errors == 0);
   CHECK(strstr(warnings, "step 1 could not be saved: ") != NULL);
   CHECK(strstr(warnings, "step 3 could not be saved: ") == NULL);
 
@@ -213,7 +215,8 @@ static void asks_twice(void) {
   mxt_engine_free(engine);
 }
 
-static int32_t no_evaluation(void *user_data, const mxt_step_stats *stats, const mxt_eval_stats *e) {
+static int32_t no_evaluation(void *user_data, const mxt_step_stats *stats,
+                             const mxt_eval_stats *e) {
   CHECK(stats->step > 0 && e == NULL);
   ++*(int *)user_data;
   return 0;

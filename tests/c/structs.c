@@ -34,7 +34,7 @@ int main(void) {
     CHECK(model == NULL);
   }
 
-  /* What a program of the first header does not know is GPT-2's, whatever lies behind its struct. */
+  /* What a program of the first header does not know is GPT-2's, whatever lies behind it. */
   mxt_model_config first;
   memset(&first, 0x5a, sizeof first);
   OK(mxt_model_config_init(&first, FIRST_CONFIG));

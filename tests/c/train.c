@@ -36,8 +36,8 @@ int main(int argc, char **argv) {
   const mxt_trainer_options options = small_options();
   OK(mxt_plan(engine, &config, &options, &plan));
   CHECK(plan.weights > 0 && plan.optimizer > 0 && plan.total > plan.activations);
-  CHECK(plan.total == plan.weights + plan.gradients + plan.optimizer + plan.activations
-                          + plan.workspace);
+  CHECK(plan.total ==
+        plan.weights + plan.gradients + plan.optimizer + plan.activations + plan.workspace);
 
   mxt_model *model = new_model(engine);
   mxt_dataset *dataset = new_dataset();

@@ -224,9 +224,8 @@ void log_is_destroyed_once() {
 void freed_and_stopped_from_elsewhere() {
   Fixture it;
   auto trainer = std::make_unique<mxt::Trainer>(it.model, small_options());
-  const mxt::RunResult result = trainer->run(it.dataset, 5, [&](const mxt::StepStats &) {
-    trainer.reset();
-  });
+  const mxt::RunResult result =
+      trainer->run(it.dataset, 5, [&](const mxt::StepStats &) { trainer.reset(); });
   CHECK(result.steps == 1 && trainer == nullptr);
 
   std::thread stopper;

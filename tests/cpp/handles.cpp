@@ -8,7 +8,8 @@
 #include <span>
 #endif
 
-static_assert(!std::is_copy_constructible_v<mxt::Engine> && !std::is_copy_assignable_v<mxt::Engine>);
+static_assert(!std::is_copy_constructible_v<mxt::Engine> &&
+              !std::is_copy_assignable_v<mxt::Engine>);
 static_assert(!std::is_copy_constructible_v<mxt::Model>);
 static_assert(!std::is_copy_constructible_v<mxt::Dataset>);
 static_assert(!std::is_copy_constructible_v<mxt::Trainer>);
@@ -21,8 +22,8 @@ static_assert(std::is_base_of_v<std::runtime_error, mxt::error>);
 // A view is of the very elements: not of bytes, not of a derived class, not of const ones.
 static_assert(!std::is_constructible_v<mxt::view<const std::uint32_t>, std::string &>);
 static_assert(!std::is_constructible_v<mxt::view<float>, const std::vector<float> &>);
-static_assert(!std::is_constructible_v<mxt::view<const std::runtime_error>,
-                                       std::vector<mxt::error> &>);
+static_assert(
+    !std::is_constructible_v<mxt::view<const std::runtime_error>, std::vector<mxt::error> &>);
 
 template <class Body>
 static void fails(mxt_status status, std::string_view text, Body body) {

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -137,7 +138,7 @@ fn runs_are_recorded_once_and_reported() {
     for text in [&out, &markdown] {
         assert_eq!(text.matches("2 layers x 32 channels x 2 heads").count(), 2, "{text}");
         assert!(
-            text.contains("future.json: expected a record of kind \"run\", version 1"),
+            text.contains("future.json:1: expected a record of kind \"run\", version 1"),
             "{text}"
         );
     }
@@ -162,7 +163,40 @@ fn runs_are_recorded_once_and_reported() {
     assert!(!dir.join("report/difference-2.svg").exists());
     // The report in its own folder is no record, and no obstacle.
     succeed(dir, "compare report runs report --out report");
-    assert!(refuse(dir, "compare report data --out report").contains("meta.json: no record"));
+    assert!(refuse(dir, "compare report data --out report").contains("meta.json:1: no record"));
+}
+
+/// What docs/near-lossless.md shows. `MXT_BLESS=1` writes it anew.
+#[test]
+fn the_committed_records_give_the_committed_reports() {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/near-lossless");
+    for (parts, name) in [
+        ("gradients.jsonl variance.jsonl main.jsonl short.jsonl long.jsonl", "report"),
+        ("cpu-toy.jsonl", "cpu-toy-report"),
+    ] {
+        let made = tempfile::tempdir().unwrap();
+        succeed(&docs, &format!("compare report {parts} --out {}", made.path().display()));
+        let files = |folder: &Path| {
+            let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+            entries.collect::<BTreeSet<_>>()
+        };
+        if std::env::var_os("MXT_BLESS").is_some() {
+            fs::remove_dir_all(docs.join(name)).unwrap();
+            fs::create_dir(docs.join(name)).unwrap();
+            for file in files(made.path()) {
+                fs::copy(made.path().join(&file), docs.join(name).join(&file)).unwrap();
+            }
+        }
+        assert_eq!(files(made.path()), files(&docs.join(name)), "docs/near-lossless/{name}");
+        for file in files(made.path()) {
+            let [new, old] = [made.path(), &docs.join(name)].map(|dir| fs::read(dir.join(&file)));
+            assert!(
+                new.unwrap() == old.unwrap(),
+                "docs/near-lossless/{name}/{}: MXT_BLESS=1 writes it anew",
+                file.display()
+            );
+        }
+    }
 }
 
 #[test]

@@ -1,5 +1,5 @@
-/* A program whose plug-in threads load the library, train an engine's worth of threads, and close it
- * again, several at once. Its argument is the library's path. */
+/* A program whose plug-in threads load the library, train an engine's worth of threads, and close
+ * it again, several at once. Its argument is the library's path. */
 #define _POSIX_C_SOURCE 200809L
 #include <mxfp4train.h>
 

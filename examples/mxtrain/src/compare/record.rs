@@ -1,17 +1,18 @@
-//! The records: JSON files that hold a result and everything needed to get it again.
+//! The records: lines of JSON that hold a result and everything needed to get it again.
 //!
-//! Each has a `kind` and a `version`, which change when its layout does.
+//! Each has a `kind` and a `version`, which change when its layout does. A file is any number of
+//! them, one behind the other, so files that are joined are a file of all their records.
 
 use std::env;
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use mxfp4train::{Dataset, ModelConfig, TrainerOptions};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Deserializer, Map, Value};
 
 use crate::console;
 use crate::failure::{Failure, Outcome};
@@ -24,6 +25,13 @@ use crate::train::Data;
 pub(crate) trait Record: Serialize + DeserializeOwned {
     const KIND: &'static str;
     const VERSION: u32;
+}
+
+/// What every record says of itself.
+#[derive(Deserialize)]
+struct Kind {
+    kind: String,
+    version: u64,
 }
 
 /// A record as its file has it.
@@ -82,7 +90,7 @@ fn without_folder(word: &str) -> String {
 /// Writes a record, or prints it where that fails: it may have taken hours.
 pub(crate) fn write<R: Record>(path: &Path, origin: Origin, record: R) -> Outcome {
     let whole = Recorded { kind: R::KIND.into(), version: R::VERSION, origin, record };
-    let mut text = serde_json::to_string_pretty(&whole).expect("plain data becomes JSON");
+    let mut text = serde_json::to_string(&whole).expect("plain data becomes JSON");
     text.push('\n');
     write_whole(path, text.as_bytes()).map_err(|mut failure| {
         if console::print_json(&whole).is_ok() {
@@ -92,13 +100,33 @@ pub(crate) fn write<R: Record>(path: &Path, origin: Origin, record: R) -> Outcom
     })
 }
 
-/// Reads a record; `None` where there is no file.
+/// Reads a file of one record; `None` where there is no file.
 pub(crate) fn read<R: Record>(path: &Path) -> Outcome<Option<Recorded<R>>> {
     match files::read_text(path) {
         Ok(text) => parse(path, &text).map(Some),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Failure::io("read", path)(e)),
     }
+}
+
+/// The texts of the records in that of a file, each with its place: the file and the line where it
+/// begins. What is no record is the last of them, with all that follows it.
+pub(crate) fn each<'a>(path: &Path, text: &'a str) -> Vec<(PathBuf, &'a str)> {
+    let mut values = Deserializer::from_str(text).into_iter::<Kind>();
+    let (mut found, mut start, mut line) = (Vec::new(), 0, 1);
+    while start < text.len() || found.is_empty() {
+        let end = match values.next() {
+            Some(Ok(_)) => values.byte_offset(),
+            None if !found.is_empty() => break,
+            Some(Err(_)) | None => text.len(),
+        };
+        let record = text[start..end].trim_start();
+        line += text[start..end - record.len()].matches('\n').count();
+        found.push((format!("{}:{line}", path.display()).into(), record));
+        line += record.matches('\n').count();
+        start = end;
+    }
+    found
 }
 
 /// The record in the text of a file.
@@ -118,11 +146,6 @@ pub(crate) fn parse<R: Record>(path: &Path, text: &str) -> Outcome<Recorded<R>> 
 
 /// Kind and version that the text of a file says it has.
 pub(crate) fn kind_of(path: &Path, text: &str) -> Outcome<(String, u64)> {
-    #[derive(Deserialize)]
-    struct Kind {
-        kind: String,
-        version: u64,
-    }
     let kind: Kind = serde_json::from_str(text).map_err(|e| {
         Failure::usage(format!("{}: no record of `mxtrain compare`: {e}", path.display()))
     })?;
@@ -324,6 +347,27 @@ impl Record for Run {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn records_follow_each_other() {
+        let at = |text: &str| {
+            let found = each(Path::new("f"), text);
+            let found = found.into_iter().map(|(place, text)| (place.display().to_string(), text));
+            found.map(|(place, text)| format!("{place} {text}")).collect::<Vec<_>>()
+        };
+        let record = r#"{"kind": "run", "version": 1}"#;
+        let first = format!("f:1 {record}");
+        assert_eq!(at(&format!("{record}\n")), std::slice::from_ref(&first));
+        let spread = record.replace(", ", ",\n");
+        let expected = [format!("f:1 {spread}"), format!("f:4 {record}"), format!("f:4 {record}")];
+        assert_eq!(at(&format!("{spread}\n\n{record}{record}")), expected);
+        for wrong in ["no record", "{}"] {
+            let expected = [first.clone(), format!("f:2 {wrong}\n{record}\n")];
+            assert_eq!(at(&format!("{record}\n{wrong}\n{record}\n")), expected);
+        }
+        assert_eq!(at(""), ["f:1 "]);
+        assert_eq!(at("\n"), ["f:2 "]);
+    }
 
     #[test]
     fn folders_of_this_machine_stay_here() {

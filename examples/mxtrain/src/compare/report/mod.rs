@@ -43,7 +43,7 @@ pub(crate) fn run(args: &ReportArgs) -> Outcome<ExitCode> {
     fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
     let mut report = Report { out: &args.out, text: String::new(), markdown: String::new() };
     let summary = report.all(records)?;
-    let mut json = serde_json::to_string_pretty(&summary).expect("plain data becomes JSON");
+    let mut json = serde_json::to_string(&summary).expect("plain data becomes JSON");
     json.push('\n');
     write_whole(&args.out.join("compare.json"), json.as_bytes())?;
     write_whole(&args.out.join("compare.md"), report.markdown.as_bytes())?;
@@ -57,12 +57,12 @@ struct Records {
     runs: Vec<Recorded<Run>>,
     gradients: Vec<Recorded<Gradients>>,
     variances: Vec<Recorded<Variances>>,
-    /// Files that are no records, or of a version that is not known, and why.
+    /// What is no record, or of a version that is not known, and why.
     left_out: Vec<String>,
 }
 
 impl Records {
-    /// Reads files, and those in folders that end in .json.
+    /// Reads files, and those in folders that end in .json or .jsonl.
     fn read(inputs: &[PathBuf]) -> Outcome<Self> {
         let mut all = Self::default();
         for input in inputs {
@@ -75,7 +75,9 @@ impl Records {
                 .map(|entry| entry.map(|entry| entry.path()))
                 .collect::<std::io::Result<Vec<_>>>()
                 .map_err(Failure::io("read", input))?;
-            files.retain(|path| path.extension().is_some_and(|e| e == "json") && path.is_file());
+            let is_json =
+                |path: &Path| path.extension().is_some_and(|e| e == "json" || e == "jsonl");
+            files.retain(|path| is_json(path) && path.is_file());
             files.sort();
             files.iter().try_for_each(|file| all.add(file))?;
         }
@@ -84,25 +86,26 @@ impl Records {
 
     fn add(&mut self, path: &Path) -> Outcome {
         let text = files::read_text(path).map_err(Failure::io("read", path))?;
-        let mut left_out = |why: Failure| self.left_out.push(why.message);
-        match record::kind_of(path, &text) {
-            Err(why) => left_out(why),
-            Ok((kind, _)) => match kind.as_str() {
-                Run::KIND => {
-                    record::parse(path, &text).map_or_else(left_out, |r| self.runs.push(r))
-                }
-                Gradients::KIND => {
-                    record::parse(path, &text).map_or_else(left_out, |r| self.gradients.push(r));
-                }
-                Variances::KIND => {
-                    record::parse(path, &text).map_or_else(left_out, |r| self.variances.push(r));
-                }
-                KIND => {}
-                _ => left_out(Failure::usage(format!(
+        for (place, text) in record::each(path, &text) {
+            if let Err(why) = self.add_record(&place, text) {
+                self.left_out.push(why.message);
+            }
+        }
+        Ok(())
+    }
+
+    fn add_record(&mut self, place: &Path, text: &str) -> Outcome {
+        match record::kind_of(place, text)?.0.as_str() {
+            Run::KIND => self.runs.push(record::parse(place, text)?),
+            Gradients::KIND => self.gradients.push(record::parse(place, text)?),
+            Variances::KIND => self.variances.push(record::parse(place, text)?),
+            KIND => {}
+            kind => {
+                return Err(Failure::usage(format!(
                     "{}: a record of kind {kind:?}, which is not known",
-                    path.display()
-                ))),
-            },
+                    place.display()
+                )));
+            }
         }
         Ok(())
     }
