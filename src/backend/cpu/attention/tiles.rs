@@ -118,10 +118,13 @@ pub(super) fn forward_head(
         scores_of_block(&tiles, sizes, keys, queries, t, q0, scores);
         for (p, scores) in scores.chunks_exact_mut(sizes.length * PANEL).enumerate() {
             let first = q0 + p * PANEL;
+            if first >= q1 {
+                break;
+            }
             let sums = softmax_panel(isa, scores, first, q1, scale_of(shape));
-            let lanes = q1.saturating_sub(first).min(PANEL);
+            let lanes = (q1 - first).min(PANEL);
             // SAFETY: a job owns the lse of its head; first + lanes <= T.
-            unsafe { lse.write(head.index * t + first.min(t), &sums[..lanes]) };
+            unsafe { lse.write(head.index * t + first, &sums[..lanes]) };
         }
         pack_pairs(isa, scores, sizes.length, q1, packed);
         let at = head.row(shape, q0) * c + head.head * d;
@@ -175,8 +178,11 @@ pub(super) fn backward_head(
         let panels = scores.chunks_exact_mut(in_panel).zip(dscores.chunks_exact_mut(in_panel));
         for (p, (scores, dscores)) in panels.enumerate() {
             let first = q0 + p * PANEL;
+            if first >= q1 {
+                break;
+            }
             let (mut row_lse, mut row_d): (Lanes, Lanes) = ([0.0; PANEL], [0.0; PANEL]);
-            for l in 0..q1.saturating_sub(first).min(PANEL) {
+            for l in 0..(q1 - first).min(PANEL) {
                 let at = (first + l) * c;
                 row_d[l] = super::dot(isa, &head_out[at..at + d], &head_dout[at..at + d]);
                 row_lse[l] = head_lse[first + l];
