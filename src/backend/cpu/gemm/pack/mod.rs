@@ -1,0 +1,265 @@
+//! Packing: one pass over an operand converts it to its format and lays it out in panels.
+//!
+//! It works on 16 vectors at a time, the reduction dimension running down an array of 16-lane rows, so
+//! that all of it is plain lane-by-lane arithmetic for either layout of the source.
+
+mod mxfp4;
+mod plain;
+#[cfg(test)]
+mod unpack;
+
+use super::{BLOCK_STEPS, Format, Layout, PANEL, Packed, Side};
+use crate::backend::cpu::Cpu;
+use crate::backend::cpu::lanes::Lanes;
+use crate::backend::cpu::shared::SharedSlice;
+use crate::mx::round_to_e4m3;
+pub(super) use mxfp4::ONE;
+pub use mxfp4::Rotation;
+use mxfp4::{Mxfp4Strip, ScaleRange, mxfp4_strip};
+#[cfg(target_arch = "x86_64")]
+pub(in crate::backend::cpu) use plain::pack_tiles;
+use plain::{bf16_strip, f32_strip};
+pub(in crate::backend::cpu) use plain::{pack_bf16_panel, pack_f32_panel};
+#[cfg(test)]
+pub(in crate::backend::cpu) use unpack::{unpack_mxfp4, unpack_tiles};
+
+/// An operand where it lies. Element k of vector r is `data[r * stride + k]`, or, where it is
+/// transposed, `data[k * stride + r]`.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    /// The values.
+    pub data: &'a [f32],
+    /// Vectors.
+    pub rows: usize,
+    /// Elements of a vector, along the reduction dimension.
+    pub depth: usize,
+    /// Elements between rows in memory.
+    pub stride: usize,
+    /// Whether a row in memory runs across the vectors.
+    pub transposed: bool,
+    /// The values are seen as FP8 E4M3 with this scale keeps them.
+    pub fp8_scale: Option<f32>,
+}
+
+impl<'a> Matrix<'a> {
+    /// `data` is (rows, depth).
+    pub fn rows_by_depth(data: &'a [f32], rows: usize, depth: usize) -> Self {
+        Self { data, rows, depth, stride: depth, transposed: false, fp8_scale: None }
+    }
+
+    /// `data` is (depth, rows).
+    pub fn depth_by_rows(data: &'a [f32], rows: usize, depth: usize) -> Self {
+        Self { data, rows, depth, stride: rows, transposed: true, fp8_scale: None }
+    }
+
+    /// The same, seen as FP8 keeps it.
+    pub fn as_fp8(self, scale: Option<f32>) -> Self {
+        Self { fp8_scale: scale, ..self }
+    }
+
+    /// Elements k0 .. k0 + 16 of vectors r0 .. r0 + 16, zero beyond the edges: row k of the result
+    /// holds element k0 + k of the 16 vectors.
+    ///
+    /// # Safety
+    /// The instruction set of `L`.
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(&self, r0: usize, k0: usize) -> [L::F; PANEL] {
+        // SAFETY: passed on.
+        unsafe {
+            let square = self.load_square::<L>(r0, k0);
+            if self.transposed { square } else { L::transpose(square) }
+        }
+    }
+
+    /// The same elements, as they lie in memory: where the source is not transposed, row r holds 16
+    /// elements of vector r0 + r.
+    ///
+    /// # Safety
+    /// The instruction set of `L`.
+    #[inline(always)]
+    unsafe fn load_square<L: Lanes>(&self, r0: usize, k0: usize) -> [L::F; PANEL] {
+        let inside = r0 + PANEL <= self.rows && k0 + PANEL <= self.depth;
+        let (row, column) = if self.transposed { (k0, r0) } else { (r0, k0) };
+        let edge;
+        let (from, stride) = if inside && self.fp8_scale.is_none() {
+            let from = &self.data[row * self.stride + column..];
+            assert!(from.len() >= (PANEL - 1) * self.stride + PANEL);
+            (from.as_ptr(), self.stride)
+        } else {
+            edge = self.load_edge(r0, k0);
+            (edge.as_flattened().as_ptr(), PANEL)
+        };
+        // SAFETY: 16 rows of 16 elements, `stride` apart, are readable (checked above).
+        unsafe {
+            let mut square = [L::splat(0.0); PANEL];
+            for i in 0..PANEL {
+                square[i] = L::load(from.add(i * stride));
+            }
+            square
+        }
+    }
+
+    /// Asks for the memory that [`Matrix::load`] will read; past the end of a vector, for that of the
+    /// panel `panels` further on.
+    ///
+    /// NOTE: 16 rows far apart are more streams than a processor follows by itself.
+    ///
+    /// # Safety
+    /// The instruction set of `L`.
+    #[inline(always)]
+    unsafe fn prefetch<L: Lanes>(&self, r0: usize, k0: usize, panels: usize) {
+        let next = k0 >= self.depth;
+        let (r0, k0) = if next { (r0 + panels * PANEL, k0 - self.depth) } else { (r0, k0) };
+        let (row, column) = if self.transposed { (k0, r0) } else { (r0, k0) };
+        let from = self.data.as_ptr().wrapping_add(row * self.stride + column);
+        for i in 0..PANEL {
+            // SAFETY: passed on.
+            unsafe { L::prefetch(from.wrapping_add(i * self.stride)) };
+        }
+    }
+
+    /// The square of memory that [`Matrix::load`] reads, where not all of it exists, or FP8 sees it.
+    #[inline(never)]
+    fn load_edge(&self, r0: usize, k0: usize) -> [[f32; PANEL]; PANEL] {
+        let mut square = [[0.0; PANEL]; PANEL];
+        let (rows, depth) = (self.rows - r0, self.depth.saturating_sub(k0));
+        let (down, across) = if self.transposed { (depth, rows) } else { (rows, depth) };
+        let (row, column) = if self.transposed { (k0, r0) } else { (r0, k0) };
+        let across = across.min(PANEL);
+        if across > 0 {
+            for (i, square) in square.iter_mut().enumerate().take(down) {
+                let from = &self.data[(row + i) * self.stride + column..][..across];
+                square[..across].copy_from_slice(from);
+            }
+        }
+        if let Some(scale) = self.fp8_scale {
+            let inverse = 1.0 / scale; // exact: a power of two
+            for v in square.as_flattened_mut() {
+                *v = round_to_e4m3(*v * inverse) * scale;
+            }
+        }
+        square
+    }
+}
+
+/// Memory that an operand is packed into; slices may be longer than needed.
+pub struct PackedMut<'a> {
+    /// See [`Packed::words`].
+    pub words: &'a mut [u32],
+    /// See [`Packed::scales`].
+    pub scales: &'a mut [f32],
+    /// See [`Packed::sums`].
+    pub sums: &'a mut [i32],
+    /// The sum of each vector, for a transposed source: (panels, 16), or empty if nobody asks. They
+    /// come for free where the values pass through registers anyway.
+    pub vector_sums: &'a mut [f32],
+}
+
+impl PackedMut<'_> {
+    /// The same memory, for a while.
+    pub fn reborrow(&mut self) -> PackedMut<'_> {
+        PackedMut {
+            words: self.words,
+            scales: self.scales,
+            sums: self.sums,
+            vector_sums: self.vector_sums,
+        }
+    }
+}
+
+/// Panels of a transposed source that are packed together, for they share pages and cache lines.
+const STRIP: usize = 4;
+
+/// Packs an operand. `rotation` is given for MXFP4 and only then.
+pub fn pack<'a>(
+    cpu: &Cpu,
+    source: &Matrix<'_>,
+    format: Format,
+    layout: Layout,
+    rotation: Option<&Rotation<'_>>,
+    side: Side,
+    memory: PackedMut<'a>,
+) -> Packed<'a> {
+    let isa = cpu.isa();
+    let panels = source.rows.div_ceil(PANEL);
+    let depth = source.depth.next_multiple_of(rotation.map_or(1, Rotation::group));
+    let steps = layout.steps(format, depth);
+    let scaled = (format, layout) == (Format::Mxfp4, Layout::Panels);
+    let blocks = if scaled { steps / BLOCK_STEPS } else { 0 };
+    let words = &mut memory.words[..panels * steps * PANEL];
+    let scales = &mut memory.scales[..panels * blocks * PANEL];
+    let sums = &mut memory.sums[..panels * blocks * PANEL];
+    let wants_sums = !memory.vector_sums.is_empty();
+    assert!(source.transposed || !wants_sums, "vectors are summed where they are transposed");
+    let vector_sums = &mut memory.vector_sums[..if wants_sums { panels * PANEL } else { 0 }];
+    let range = ScaleRange::new();
+
+    let strip = if source.transposed { STRIP } else { 1 };
+    let per_panel = [steps * PANEL, blocks * PANEL, if wants_sums { PANEL } else { 0 }];
+    let shared = (
+        SharedSlice::new(words),
+        SharedSlice::new(scales),
+        SharedSlice::new(sums),
+        SharedSlice::new(vector_sums),
+    );
+    cpu.parallel(panels.div_ceil(strip), |job| {
+        let first = job * strip;
+        let count = strip.min(panels - first);
+        let r0 = first * PANEL;
+        let [in_words, in_blocks, in_sums] = per_panel;
+        // SAFETY: jobs own disjoint panels.
+        let (words, scales, sums, vector_sums) = unsafe {
+            (
+                shared.0.part(first * in_words, count * in_words),
+                shared.1.part(first * in_blocks, count * in_blocks),
+                shared.2.part(first * in_blocks, count * in_blocks),
+                shared.3.part(first * in_sums, count * in_sums),
+            )
+        };
+        match (format, rotation) {
+            (Format::Mxfp4, Some(rotation)) => {
+                let out = Mxfp4Strip { words, scales, sums, vector_sums, range: &range };
+                mxfp4_strip(isa, source, r0, rotation, layout, side, count, out);
+            }
+            (Format::Bf16, None) => {
+                bf16_strip(isa, source, r0, layout, side, count, words, vector_sums);
+            }
+            (Format::F32, None) => {
+                let words = bytemuck::cast_slice_mut(words);
+                f32_strip(isa, source, r0, count, words, vector_sums);
+            }
+            _ => unreachable!("a rotation goes with MXFP4"),
+        }
+    });
+    let scale_bytes = (range.min.into_inner(), range.max.into_inner());
+    Packed { format, layout, rows: source.rows, steps, words, scales, sums, scale_bytes }
+}
+
+/// Adds 16 elements of each of 16 vectors to their sums, in order.
+#[inline(always)]
+unsafe fn add_to_sums<L: Lanes>(values: &[L::F; PANEL], sums: &mut [f32]) {
+    // SAFETY: passed on; `sums` has 16 elements.
+    unsafe {
+        let mut sum = L::load(sums.as_ptr());
+        for i in 0..PANEL {
+            sum = L::add(sum, values[i]);
+        }
+        L::store(sums.as_mut_ptr(), sum);
+    }
+}
+
+/// Rows to columns, of a square of words.
+#[inline(always)]
+unsafe fn turn_square<L: Lanes>(square: &mut [[u32; PANEL]]) {
+    // SAFETY: passed on; 16 rows of 16 words.
+    unsafe {
+        let mut rows = [L::splat(0.0); PANEL];
+        for (row, from) in rows.iter_mut().zip(square.iter()) {
+            *row = L::from_bits(L::load_u(from.as_ptr()));
+        }
+        rows = L::transpose(rows);
+        for (row, to) in rows.iter().zip(square) {
+            L::store_u(to.as_mut_ptr(), L::bits(*row));
+        }
+    }
+}
