@@ -5,16 +5,14 @@
 //! of O = P V and dQ = dS K; turned, two queries a word, operand A of dV = P^T dO and dK = dS^T Q, which
 //! are summed where they lie, block after block.
 
-use super::{
-    BLOCK, Head, HeadQkv, Lanes, Part, Scratch, SharedOut, dot, gradient_panel, scale_of,
-    softmax_panel,
-};
+use super::rows::{PerQuery, dot, gradient_panel, softmax_panel};
+use super::{BLOCK, Head, HeadQkv, Part, Scratch, SharedOut, scale_of};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::{
     Matrix, PANEL, Panels, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, pack_bf16_panel,
 };
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::lanes::{self, lanes_fn};
+use crate::backend::cpu::lanes::{Lanes, lanes_fn};
 
 /// Steps of a block's queries.
 const BLOCK_STEPS: usize = BLOCK / 2;
@@ -164,7 +162,7 @@ pub(super) fn backward_head(
                 break;
             }
             let lanes = (q1 - first).min(PANEL);
-            let (mut row_lse, mut row_d): (Lanes, Lanes) = ([0.0; PANEL], [0.0; PANEL]);
+            let (mut row_lse, mut row_d): (PerQuery, PerQuery) = ([0.0; PANEL], [0.0; PANEL]);
             for l in 0..lanes {
                 let at = (first + l) * c;
                 row_d[l] = dot(isa, &head_out[at..at + d], &head_dout[at..at + d]);
@@ -308,7 +306,7 @@ lanes_fn! {
 }
 
 #[inline(always)]
-unsafe fn pairs_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, out: &mut [u32]) {
+unsafe fn pairs_lanes<L: Lanes>(scores: &[f32], keys: usize, out: &mut [u32]) {
     let rows = &scores.as_chunks::<PANEL>().0[..keys];
     for (rows, to) in rows.chunks(2).zip(out.as_chunks_mut::<PANEL>().0) {
         // SAFETY: passed on; rows of 16 elements.
@@ -321,7 +319,7 @@ unsafe fn pairs_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, out: &mut [u
 }
 
 #[inline(always)]
-unsafe fn turn_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) {
+unsafe fn turn_lanes<L: Lanes>(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) {
     let squares = scores.as_chunks::<PANEL>().0.as_chunks::<PANEL>().0;
     let out = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(BLOCK_STEPS);
     for (square, to) in squares.iter().zip(out).take(keys.div_ceil(PANEL)) {

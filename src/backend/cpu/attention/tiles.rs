@@ -5,14 +5,13 @@
 //! O^T = V^T P^T and dQ^T = K^T dS^T; and their rows, of 32 queries, are the rows of operand A of
 //! dV = P^T dO and dK = dS^T Q, which sum over the blocks in scratch memory.
 
-use super::{
-    Head, HeadQkv, Lanes, Part, Scratch, SharedOut, gradient_panel, scale_of, softmax_panel,
-};
+use super::rows::{PerQuery, dot, gradient_panel, softmax_panel};
+use super::{Head, HeadQkv, Part, Scratch, SharedOut, scale_of};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::tiles::{Quad, SIDE, SQUARE, Tiles};
 use crate::backend::cpu::gemm::{Matrix, PANEL, Side, pack_tiles};
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::lanes::{self, lanes_fn, round_to_bf16};
+use crate::backend::cpu::lanes::{Lanes, lanes_fn, round_to_bf16};
 
 /// Sizes of scratch memory, all of them padded to whole squares.
 #[derive(Clone, Copy)]
@@ -181,10 +180,10 @@ pub(super) fn backward_head(
             if first >= q1 {
                 break;
             }
-            let (mut row_lse, mut row_d): (Lanes, Lanes) = ([0.0; PANEL], [0.0; PANEL]);
+            let (mut row_lse, mut row_d): (PerQuery, PerQuery) = ([0.0; PANEL], [0.0; PANEL]);
             for l in 0..(q1 - first).min(PANEL) {
                 let at = (first + l) * c;
-                row_d[l] = super::dot(isa, &head_out[at..at + d], &head_dout[at..at + d]);
+                row_d[l] = dot(isa, &head_out[at..at + d], &head_dout[at..at + d]);
                 row_lse[l] = head_lse[first + l];
             }
             gradient_panel(isa, scores, dscores, first, q1, scale, &row_lse, &row_d);
@@ -299,12 +298,7 @@ lanes_fn! {
 }
 
 #[inline(always)]
-unsafe fn pairs_lanes<L: lanes::Lanes>(
-    scores: &[f32],
-    length: usize,
-    keys: usize,
-    out: &mut [u32],
-) {
+unsafe fn pairs_lanes<L: Lanes>(scores: &[f32], length: usize, keys: usize, out: &mut [u32]) {
     for panel in 0..2 {
         let rows = &scores.as_chunks::<PANEL>().0[panel * length..][..length];
         let out = &mut out.as_chunks_mut::<PANEL>().0[panel * length / 2..][..length / 2];
@@ -324,7 +318,7 @@ unsafe fn pairs_lanes<L: lanes::Lanes>(
 }
 
 #[inline(always)]
-unsafe fn rows_lanes<L: lanes::Lanes>(scores: &[f32], length: usize, keys: usize, out: &mut [u32]) {
+unsafe fn rows_lanes<L: Lanes>(scores: &[f32], length: usize, keys: usize, out: &mut [u32]) {
     let rows = &scores.as_chunks::<PANEL>().0[..2 * length];
     let out = &mut out.as_chunks_mut::<PANEL>().0[..keys.next_multiple_of(SIDE)];
     for (key, to) in out.iter_mut().enumerate() {
@@ -342,7 +336,7 @@ unsafe fn rows_lanes<L: lanes::Lanes>(scores: &[f32], length: usize, keys: usize
 }
 
 #[inline(always)]
-unsafe fn turned_lanes<L: lanes::Lanes>(
+unsafe fn turned_lanes<L: Lanes>(
     sums: &[f32],
     queries: usize,
     d: usize,
