@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Format, Layout, Matrix, Output, Packed, PackedMut, Side, pack};
+use super::gemm::{Conversion, Matrix, Output, Side, pack};
 use super::isa::simd_fn;
 use super::math::{exp, lane_max, lane_sum};
 use super::workspace::Workspace;
@@ -35,21 +35,13 @@ pub(super) fn run(
     format: Forward,
 ) {
     let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
-    let format = match format {
-        Forward::F32 => Format::F32,
-        Forward::Bf16 | Forward::Fp8 => Format::Bf16,
-    };
+    let conversion = Conversion::of(format);
     let Workspace { a, b, transposed_head, head_input, logits, .. } = workspace;
-    let head = pack_plain(
-        cpu,
-        Matrix::rows_by_depth(wte, vocab_size, channels),
-        format,
-        Side::B,
-        b.as_mut(),
-    );
+    let head = Matrix::rows_by_depth(wte, vocab_size, channels);
+    let head = pack(cpu, &head, conversion, Side::B, b.as_mut());
     let transposed = gradient.as_ref().map(|_| {
         let wte = Matrix::depth_by_rows(wte, channels, vocab_size);
-        pack_plain(cpu, wte, format, Side::B, transposed_head.as_mut())
+        pack(cpu, &wte, conversion, Side::B, transposed_head.as_mut())
     });
     let chunk = chunk_rows(rows, vocab_size);
     for r0 in (0..rows).step_by(chunk) {
@@ -57,7 +49,7 @@ pub(super) fn run(
         let x = &x[r0 * channels..][..n * channels];
         let logits = &mut logits[..n * vocab_size];
         let packed = Matrix::rows_by_depth(x, n, channels);
-        let packed = pack_plain(cpu, packed, format, Side::A, a.as_mut());
+        let packed = pack(cpu, &packed, conversion, Side::A, a.as_mut());
         cpu.gemm(packed, head, overwrite(logits, vocab_size));
 
         let scale = gradient.as_ref().map(|g| g.scale);
@@ -67,27 +59,17 @@ pub(super) fn run(
         let (Some(gradient), Some(transposed)) = (&mut gradient, transposed) else { continue };
         let dlogits: &[f32] = logits;
         let by_vocab = Matrix::rows_by_depth(dlogits, n, vocab_size);
-        let by_vocab = pack_plain(cpu, by_vocab, format, Side::A, a.as_mut());
+        let by_vocab = pack(cpu, &by_vocab, conversion, Side::A, a.as_mut());
         let dx = &mut gradient.dx[r0 * channels..][..n * channels];
         cpu.gemm(by_vocab, transposed, overwrite(dx, channels));
 
         let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
-        let by_row = pack_plain(cpu, by_row, format, Side::A, a.as_mut());
+        let by_row = pack(cpu, &by_row, conversion, Side::A, a.as_mut());
         let x = Matrix::depth_by_rows(x, channels, n);
-        let x = pack_plain(cpu, x, format, Side::B, head_input.as_mut());
+        let x = pack(cpu, &x, conversion, Side::B, head_input.as_mut());
         let accumulate = gradient.accumulate || r0 > 0;
         cpu.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dwte, channels) });
     }
-}
-
-fn pack_plain<'a>(
-    cpu: &Cpu,
-    source: Matrix<'_>,
-    format: Format,
-    side: Side,
-    memory: PackedMut<'a>,
-) -> Packed<'a> {
-    pack(cpu, &source, format, Layout::best(cpu.isa(), format), None, side, memory)
 }
 
 fn overwrite(c: &mut [f32], stride: usize) -> Output<'_> {

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Format, Layout, Matrix, Output, PackedMut, Rotation, Side, pack};
+use super::gemm::{Conversion, Matrix, Output, PackedMut, Rotation};
 use super::isa::simd_fn;
 use super::workspace::Workspace;
 use super::{Cpu, JOB_ELEMENTS};
@@ -31,16 +31,10 @@ pub(super) fn forward(
         x = x.as_fp8(Some(fp8_scale(cpu, x.data)));
         w = w.as_fp8(Some(fp8_scale(cpu, w.data)));
     }
-    let format = match format {
-        Forward::F32 => Format::F32,
-        // E4M3 values are bf16 values too, so FP8 products are exact in the bf16 kernel.
-        Forward::Bf16 | Forward::Fp8 => Format::Bf16,
-    };
-    let layout = Layout::best(cpu.isa(), format);
-    let a = pack(cpu, &x, format, layout, None, Side::A, workspace.a.as_mut());
-    let b_packed = pack(cpu, &w, format, layout, None, Side::B, workspace.b.as_mut());
+    let conversion = Conversion::of(format);
+    let memory = (workspace.a.as_mut(), workspace.b.as_mut());
     let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
-    cpu.gemm(a, b_packed, out);
+    cpu.product([(&x, conversion), (&w, conversion)], memory, out);
 }
 
 /// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter two
@@ -87,43 +81,33 @@ pub(super) fn backward(
 /// One backward GEMM, its first operand being dy.
 fn product(
     cpu: &Cpu,
-    (a_memory, b_memory): (PackedMut<'_>, PackedMut<'_>),
+    memory: (PackedMut<'_>, PackedMut<'_>),
     [(a, a_id), (b, b_id)]: [(Matrix<'_>, OperandId); 2],
     format: Backward,
     gemm: GemmId,
     random: &Random,
     out: Output<'_>,
 ) {
-    match format {
-        Backward::F32 | Backward::Bf16 => {
-            let format = if format == Backward::F32 { Format::F32 } else { Format::Bf16 };
-            let layout = Layout::best(cpu.isa(), format);
-            let a = pack(cpu, &a, format, layout, None, Side::A, a_memory);
-            let b = pack(cpu, &b, format, layout, None, Side::B, b_memory);
-            cpu.gemm(a, b, out);
-        }
-        Backward::Mxfp4(mxfp4) => {
-            let mut signs = [0.0; mx::MAX_GROUP];
-            let signs = &mut signs[..mxfp4.transform.map_or(0, |t| t.group)];
-            if let Some(transform) = mxfp4.transform {
-                let draw = match transform.signs {
-                    Signs::Random => random.signs(gemm),
-                    Signs::Fixed => Draw::fixed_signs(random.seed),
-                };
-                draw.fill_signs(signs);
-            }
-            let rotation = |rounding: Rounding, operand| Rotation {
-                signs,
-                rounding,
-                draw: random.rounding(operand),
-            };
-            let a_rotation = rotation(mxfp4.dy, a_id);
-            let b_rotation = rotation(mxfp4.other, b_id);
-            let alpha = mx::product_scale(mxfp4.dy, mxfp4.other);
-            let operands = [(&a, &a_rotation), (&b, &b_rotation)];
-            cpu.mxfp4_gemm(operands, (a_memory, b_memory), Output { alpha, ..out });
-        }
+    let mxfp4 = match format {
+        Backward::F32 => return cpu.product([&a, &b].map(|m| (m, Conversion::F32)), memory, out),
+        Backward::Bf16 => return cpu.product([&a, &b].map(|m| (m, Conversion::Bf16)), memory, out),
+        Backward::Mxfp4(mxfp4) => mxfp4,
+    };
+    let mut signs = [0.0; mx::MAX_GROUP];
+    let signs = &mut signs[..mxfp4.transform.map_or(0, |t| t.group)];
+    if let Some(transform) = mxfp4.transform {
+        let draw = match transform.signs {
+            Signs::Random => random.signs(gemm),
+            Signs::Fixed => Draw::fixed_signs(random.seed),
+        };
+        draw.fill_signs(signs);
     }
+    let rotated = |rounding: Rounding, operand| {
+        Conversion::Mxfp4(Rotation { signs, rounding, draw: random.rounding(operand) })
+    };
+    let operands = [(&a, rotated(mxfp4.dy, a_id)), (&b, rotated(mxfp4.other, b_id))];
+    let alpha = mx::product_scale(mxfp4.dy, mxfp4.other);
+    cpu.product(operands, memory, Output { alpha, ..out });
 }
 
 /// The scale that FP8 gives to a tensor.

@@ -1,10 +1,9 @@
 //! Scratch memory: packed GEMM operands, a chunk of logits, and what each attention thread needs.
 
-use super::gemm::{BLOCK_STEPS, Format, Layout, PANEL, PackedMut};
+use super::gemm::{BLOCK_STEPS, Conversion, Format, Layout, PANEL, PackedMut};
 use super::memory::{Arena, Buffer};
 use super::{Isa, attention, classifier};
 use crate::backend::WorkspaceShape;
-use crate::recipe::Forward;
 
 /// Scratch memory for models of one shape.
 pub struct Workspace {
@@ -103,10 +102,7 @@ impl Workspace {
             backward,
         } = *shape;
         let rows = sequences.rows();
-        let plain = match forward {
-            Forward::F32 => Format::F32,
-            Forward::Bf16 | Forward::Fp8 => Format::Bf16,
-        };
+        let plain = Conversion::of(forward).format();
         let (mut a, mut b) = (PackSize::new(isa), PackSize::new(isa));
         for (inputs, outputs) in [(c, 3 * c), (c, c), (c, m), (m, c)] {
             a.add(rows, inputs, plain, 1);

@@ -25,8 +25,8 @@ pub(super) use kernels::{
 };
 #[cfg(target_arch = "x86_64")]
 pub(super) use pack::pack_tiles;
-pub use pack::{Matrix, PackedMut, Rotation, pack};
-pub(super) use pack::{pack_bf16_panel, pack_f32_panel};
+pub use pack::{Conversion, Matrix, PackedMut, Rotation, pack};
+pub(super) use pack::{pack_bf16_panel, pack_f32_panel, pack_in};
 
 #[cfg(test)]
 pub(super) use pack::{unpack_mxfp4, unpack_tiles};
@@ -136,11 +136,12 @@ impl Packed<'_> {
         normal && min_a + min_b >= 130 && max_a + max_b <= 383
     }
 
-    /// Whether products of these operands, MXFP4 in tiles, are exact: every element times its scale
-    /// is a normal bf16 number, as tiles take others for zero; so is every product of two; and no sum
-    /// on the way, of up to 2^20 products below 2^102, overflows where the whole one does not.
+    /// Whether tiles multiply these operands as they are. MXFP4 operands need that every element times
+    /// its scale is a normal bf16 number, as tiles take others for zero; so is every product of two; and
+    /// no sum on the way, of up to 2^20 products below 2^102, overflows where the whole one does not.
     fn exact_in_tiles(&self, other: &Self) -> bool {
-        self.multiply_by_adding(other) && self.scale_bytes.1 + other.scale_bytes.1 <= 350
+        let in_range = || self.scale_bytes.1 + other.scale_bytes.1 <= 350;
+        self.format != Format::Mxfp4 || (self.multiply_by_adding(other) && in_range())
     }
 }
 
@@ -199,26 +200,21 @@ impl Cpu {
         });
     }
 
-    /// [`Cpu::gemm`] of two operands that are packed as MXFP4 here: in tiles where there are such,
-    /// and their products are exact.
-    pub fn mxfp4_gemm(
+    /// [`Cpu::gemm`] of two operands that are packed here: in the faster layout, unless MXFP4 products are
+    /// not exact in it.
+    pub fn product(
         &self,
-        [a, b]: [(&Matrix<'_>, &Rotation<'_>); 2],
+        [a, b]: [(&Matrix<'_>, Conversion<'_>); 2],
         (mut a_memory, mut b_memory): (PackedMut<'_>, PackedMut<'_>),
         out: Output<'_>,
     ) {
-        let format = Format::Mxfp4;
-        if Layout::best(self.isa(), format) == Layout::Tiles {
-            let layout = Layout::Tiles;
-            let a = pack(self, a.0, format, layout, Some(a.1), Side::A, a_memory.reborrow());
-            let b = pack(self, b.0, format, layout, Some(b.1), Side::B, b_memory.reborrow());
-            if a.exact_in_tiles(&b) {
-                return self.gemm(a, b, out);
-            }
+        let packed_a = pack(self, a.0, a.1, Side::A, a_memory.reborrow());
+        let packed_b = pack(self, b.0, b.1, Side::B, b_memory.reborrow());
+        if packed_a.layout == Layout::Panels || packed_a.exact_in_tiles(&packed_b) {
+            return self.gemm(packed_a, packed_b, out);
         }
-        let layout = Layout::Panels;
-        let a = pack(self, a.0, format, layout, Some(a.1), Side::A, a_memory);
-        let b = pack(self, b.0, format, layout, Some(b.1), Side::B, b_memory);
+        let a = pack_in(Layout::Panels, self, a.0, a.1, Side::A, a_memory);
+        let b = pack_in(Layout::Panels, self, b.0, b.1, Side::B, b_memory);
         self.gemm(a, b, out);
     }
 }

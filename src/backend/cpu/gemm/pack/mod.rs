@@ -13,6 +13,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cpu::lanes::Lanes;
 use crate::backend::cpu::shared::SharedSlice;
 use crate::mx::round_to_e4m3;
+use crate::recipe::Forward;
 pub(super) use mxfp4::ONE;
 pub use mxfp4::Rotation;
 use mxfp4::{Mxfp4Strip, ScaleRange, mxfp4_strip};
@@ -142,6 +143,42 @@ impl<'a> Matrix<'a> {
     }
 }
 
+/// What packing makes of an operand's elements.
+#[derive(Clone, Copy)]
+pub enum Conversion<'a> {
+    /// See [`Format::F32`].
+    F32,
+    /// See [`Format::Bf16`].
+    Bf16,
+    /// See [`Format::Mxfp4`].
+    Mxfp4(Rotation<'a>),
+}
+
+impl Conversion<'_> {
+    /// That of a recipe's forward GEMMs.
+    pub(in crate::backend::cpu) fn of(forward: Forward) -> Self {
+        match forward {
+            Forward::F32 => Self::F32,
+            // E4M3 values are bf16 values too, so FP8 products are exact in the bf16 kernel.
+            Forward::Bf16 | Forward::Fp8 => Self::Bf16,
+        }
+    }
+
+    /// The format that comes of it.
+    pub fn format(&self) -> Format {
+        match self {
+            Self::F32 => Format::F32,
+            Self::Bf16 => Format::Bf16,
+            Self::Mxfp4(_) => Format::Mxfp4,
+        }
+    }
+
+    /// What the reduction dimension is padded to a multiple of.
+    fn group(&self) -> usize {
+        if let Self::Mxfp4(rotation) = self { rotation.group() } else { 1 }
+    }
+}
+
 /// Memory that an operand is packed into; slices may be longer than needed.
 pub struct PackedMut<'a> {
     /// See [`Packed::words`].
@@ -170,19 +207,30 @@ impl PackedMut<'_> {
 /// Panels of a transposed source that are packed together, for they share pages and cache lines.
 const STRIP: usize = 4;
 
-/// Packs an operand. `rotation` is given for MXFP4 and only then.
+/// Packs an operand as this instruction set multiplies it fastest.
 pub fn pack<'a>(
     cpu: &Cpu,
     source: &Matrix<'_>,
-    format: Format,
-    layout: Layout,
-    rotation: Option<&Rotation<'_>>,
+    conversion: Conversion<'_>,
     side: Side,
     memory: PackedMut<'a>,
 ) -> Packed<'a> {
-    let isa = cpu.isa();
+    let layout = Layout::best(cpu.isa(), conversion.format());
+    pack_in(layout, cpu, source, conversion, side, memory)
+}
+
+/// The same in a given layout. Any set packs tiles, of all but f32; only multiplying them takes AMX.
+pub(in crate::backend::cpu) fn pack_in<'a>(
+    layout: Layout,
+    cpu: &Cpu,
+    source: &Matrix<'_>,
+    conversion: Conversion<'_>,
+    side: Side,
+    memory: PackedMut<'a>,
+) -> Packed<'a> {
+    let (isa, format) = (cpu.isa(), conversion.format());
     let panels = source.rows.div_ceil(PANEL);
-    let depth = source.depth.next_multiple_of(rotation.map_or(1, Rotation::group));
+    let depth = source.depth.next_multiple_of(conversion.group());
     let steps = layout.steps(format, depth);
     let scaled = (format, layout) == (Format::Mxfp4, Layout::Panels);
     let blocks = if scaled { steps / BLOCK_STEPS } else { 0 };
@@ -216,19 +264,18 @@ pub fn pack<'a>(
                 shared.3.part(first * in_sums, count * in_sums),
             )
         };
-        match (format, rotation) {
-            (Format::Mxfp4, Some(rotation)) => {
+        match conversion {
+            Conversion::Mxfp4(rotation) => {
                 let out = Mxfp4Strip { words, scales, sums, vector_sums, range: &range };
-                mxfp4_strip(isa, source, r0, rotation, layout, side, count, out);
+                mxfp4_strip(isa, source, r0, &rotation, layout, side, count, out);
             }
-            (Format::Bf16, None) => {
+            Conversion::Bf16 => {
                 bf16_strip(isa, source, r0, layout, side, count, words, vector_sums);
             }
-            (Format::F32, None) => {
+            Conversion::F32 => {
                 let words = bytemuck::cast_slice_mut(words);
                 f32_strip(isa, source, r0, count, words, vector_sums);
             }
-            _ => unreachable!("a rotation goes with MXFP4"),
         }
     });
     let scale_bytes = (range.min.into_inner(), range.max.into_inner());
