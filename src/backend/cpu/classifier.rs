@@ -7,9 +7,9 @@
 use rayon::prelude::*;
 
 use super::gemm::{Conversion, Matrix, Output, Side, pack};
-use super::isa::simd_fn;
+use super::isa::{Isa, simd_fn};
 use super::math::{exp, lane_max, lane_sum};
-use super::workspace::Workspace;
+use super::workspace::{ScratchSize, Workspace};
 use super::{Cpu, rows_per_job};
 use crate::backend::{ClassifierGradient, LinearShape};
 use crate::recipe::Forward;
@@ -18,8 +18,26 @@ use crate::recipe::Forward;
 const CHUNK_LOGITS: usize = 8 << 20;
 
 /// Rows of one chunk.
-pub(super) fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
+fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
     (CHUNK_LOGITS / vocab_size).max(64).min(rows)
+}
+
+/// What [`run`] needs of a workspace; with `trains`, for gradients too.
+pub(super) fn scratch(isa: Isa, shape: LinearShape, format: Forward, trains: bool) -> ScratchSize {
+    let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
+    let format = Conversion::of(format).format();
+    let chunk = chunk_rows(rows, vocab_size);
+    let mut size = ScratchSize { elements: chunk * vocab_size, ..ScratchSize::default() };
+    let (a, [head, transposed_head, input]) = (&mut size.a, &mut size.b);
+    a.add(isa, [chunk, channels], format, 1);
+    head.add(isa, [vocab_size, channels], format, 1);
+    if trains {
+        a.add(isa, [chunk, vocab_size], format, 1); // dlogits
+        a.add(isa, [vocab_size, chunk], format, 1); // dlogits^T
+        transposed_head.add(isa, [channels, vocab_size], format, 1);
+        input.add(isa, [channels, chunk], format, 1);
+    }
+    size
 }
 
 /// See `Backend::classifier`; `shape` is rows, channels, vocabulary.
@@ -36,9 +54,9 @@ pub(super) fn run(
 ) {
     let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
     let conversion = Conversion::of(format);
-    let Workspace { a, b, transposed_head, head_input, logits, .. } = workspace;
+    let Workspace { a, b: [head_memory, transposed_head, input], elements: logits, .. } = workspace;
     let head = Matrix::rows_by_depth(wte, vocab_size, channels);
-    let head = pack(cpu, &head, conversion, Side::B, b.as_mut());
+    let head = pack(cpu, &head, conversion, Side::B, head_memory.as_mut());
     let transposed = gradient.as_ref().map(|_| {
         let wte = Matrix::depth_by_rows(wte, channels, vocab_size);
         pack(cpu, &wte, conversion, Side::B, transposed_head.as_mut())
@@ -66,7 +84,7 @@ pub(super) fn run(
         let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
         let by_row = pack(cpu, &by_row, conversion, Side::A, a.as_mut());
         let x = Matrix::depth_by_rows(x, channels, n);
-        let x = pack(cpu, &x, conversion, Side::B, head_input.as_mut());
+        let x = pack(cpu, &x, conversion, Side::B, input.as_mut());
         let accumulate = gradient.accumulate || r0 > 0;
         cpu.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dwte, channels) });
     }

@@ -5,13 +5,40 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Conversion, Matrix, Output, PackedMut, Rotation};
-use super::isa::simd_fn;
-use super::workspace::Workspace;
+use super::gemm::{Conversion, Format, Matrix, Output, PackedMut, Rotation};
+use super::isa::{Isa, simd_fn};
+use super::workspace::{ScratchSize, Workspace};
 use super::{Cpu, JOB_ELEMENTS};
-use crate::backend::LinearShape;
+use crate::backend::{BackwardWorkspace, LinearShape};
 use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
 use crate::recipe::{Backward, Forward, LinearRecipe, Signs};
+
+/// What these layers need of a workspace; with `backward`, their backward passes too.
+pub(super) fn scratch(
+    isa: Isa,
+    layers: &[LinearShape],
+    forward: Forward,
+    backward: Option<BackwardWorkspace>,
+) -> ScratchSize {
+    let mut size = ScratchSize::default();
+    let (a, [b, ..]) = (&mut size.a, &mut size.b);
+    let plain = Conversion::of(forward).format();
+    for LinearShape { rows, inputs, outputs } in layers.iter().copied() {
+        a.add(isa, [rows, inputs], plain, 1);
+        b.add(isa, [outputs, inputs], plain, 1);
+        let Some(backward) = backward else { continue };
+        // bf16 always: a recipe may run some layers or steps in it.
+        let f32 = backward.f32.then_some((Format::F32, 1));
+        let mxfp4 = backward.mxfp4_group.map(|group| (Format::Mxfp4, group));
+        for (format, group) in [(Format::Bf16, 1)].into_iter().chain(f32).chain(mxfp4) {
+            a.add(isa, [rows, outputs], format, group); // dgrad: dy
+            b.add(isa, [inputs, outputs], format, group); // dgrad: W
+            a.add(isa, [outputs, rows], format, group); // wgrad: dy
+            b.add(isa, [inputs, rows], format, group); // wgrad: x
+        }
+    }
+    size
+}
 
 /// y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b
 pub(super) fn forward(
@@ -32,7 +59,7 @@ pub(super) fn forward(
         w = w.as_fp8(Some(fp8_scale(cpu, w.data)));
     }
     let conversion = Conversion::of(format);
-    let memory = (workspace.a.as_mut(), workspace.b.as_mut());
+    let memory = (workspace.a.as_mut(), workspace.b[0].as_mut());
     let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
     cpu.product([(&x, conversion), (&w, conversion)], memory, out);
 }
@@ -55,7 +82,7 @@ pub(super) fn backward(
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     let (dy, x) = (&dy[..rows * outputs], &x[..rows * inputs]);
-    let memory = (workspace.a.as_mut(), workspace.b.as_mut());
+    let memory = (workspace.a.as_mut(), workspace.b[0].as_mut());
     let operands = [
         (Matrix::rows_by_depth(dy, rows, outputs), OperandId::Dy),
         (Matrix::depth_by_rows(w, inputs, outputs), OperandId::W),
@@ -65,7 +92,7 @@ pub(super) fn backward(
 
     // What the forward pass kept of x: in an FP8 recipe its FP8 form.
     let kept = (recipe.forward == Forward::Fp8).then(|| fp8_scale(cpu, x));
-    let memory = (workspace.a.with_vector_sums(), workspace.b.as_mut());
+    let memory = (workspace.a.with_vector_sums(), workspace.b[0].as_mut());
     let operands = [
         (Matrix::depth_by_rows(dy, outputs, rows), OperandId::Dy),
         (Matrix::depth_by_rows(x, inputs, rows).as_fp8(kept), OperandId::X),

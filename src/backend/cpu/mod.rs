@@ -89,6 +89,30 @@ fn rows_per_job(channels: usize) -> usize {
     (JOB_ELEMENTS / channels).max(1)
 }
 
+impl Workspace {
+    /// Scratch memory for all operations of models of one shape.
+    fn new(arena: &mut Arena, shape: &WorkspaceShape, threads: usize, isa: Isa) -> Self {
+        let WorkspaceShape { sequences, channels, heads, vocab_size, forward, backward, .. } =
+            *shape;
+        let head = LinearShape { rows: sequences.rows(), inputs: channels, outputs: vocab_size };
+        let (head_size, trains) = (channels / heads, backward.is_some());
+        let size = linear::scratch(isa, &linear_layers(shape), forward, backward)
+            .max(classifier::scratch(isa, head, forward, trains))
+            .max(attention::scratch(isa, forward, sequences.length, head_size, trains));
+        Self::of_size(arena, size, threads)
+    }
+}
+
+/// The linear layers of a block.
+fn linear_layers(shape: &WorkspaceShape) -> [LinearShape; 4] {
+    let (rows, c, m) = (shape.sequences.rows(), shape.channels, shape.mlp_channels);
+    [(c, 3 * c), (c, c), (c, m), (m, c)].map(|(inputs, outputs)| LinearShape {
+        rows,
+        inputs,
+        outputs,
+    })
+}
+
 /// Starting an operation costs nothing here, so nothing is recorded.
 pub struct Recordings;
 

@@ -162,7 +162,7 @@ fn gemms_are_the_products_of_their_operands() {
             for conversion in [Conversion::F32, Conversion::Bf16, Conversion::Mxfp4(nearest)] {
                 let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
                 let pa = pack(&cpu, &ma, conversion, Side::A, memory.a.as_mut());
-                let pb = pack(&cpu, &mb, conversion, Side::B, memory.b.as_mut());
+                let pb = pack(&cpu, &mb, conversion, Side::B, memory.b[0].as_mut());
                 let rounded = |x: &[f32], rows| match conversion {
                     Conversion::F32 => f64s(x),
                     Conversion::Bf16 => {
@@ -224,7 +224,7 @@ fn extreme_scales_multiply_like_any_other() {
             let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
             let mut c = poison(m * n);
             let out = Output { c: &mut c, stride: n, alpha: 1.0, bias: None, accumulate: false };
-            let memory = (memory.a.as_mut(), memory.b.as_mut());
+            let memory = (memory.a.as_mut(), memory.b[0].as_mut());
             cpu.product([&ma, &mb].map(|m| (m, Conversion::Mxfp4(unbiased))), memory, out);
             assert_eq!(c[..], exact[..], "{small:e} by {large:e}");
         });

@@ -25,29 +25,26 @@ use rayon::prelude::*;
 use super::Cpu;
 use super::gemm::TILE_COLS;
 use super::isa::Isa;
-use super::workspace::Workspace;
+use super::workspace::{ScratchSize, Workspace};
 use crate::backend::AttentionShape;
 use crate::recipe::Forward;
 
 /// Queries of one block: the columns of a tile.
 const BLOCK: usize = TILE_COLS;
 
-/// f32 elements that one thread needs.
-pub(super) fn scratch_len(
+/// What attention needs of a workspace; with `trains`, for gradients too.
+pub(super) fn scratch(
     isa: Isa,
     format: Forward,
     length: usize,
     head_size: usize,
-    backward: bool,
-) -> usize {
+    trains: bool,
+) -> ScratchSize {
+    let scratch_len = if in_bf16(isa, format) { panels::scratch_len } else { f32::scratch_len };
     #[cfg(target_arch = "x86_64")]
-    if in_tiles(isa, format) {
-        return tiles::scratch_len(length, head_size, backward);
-    }
-    if in_bf16(isa, format) {
-        return panels::scratch_len(length, head_size, backward);
-    }
-    f32::scratch_len(length, head_size, backward)
+    let scratch_len = if in_tiles(isa, format) { tiles::scratch_len } else { scratch_len };
+    let of_thread = scratch_len(length, head_size, trains);
+    ScratchSize { of_thread, ..ScratchSize::default() }
 }
 
 /// What the scores are multiplied by.
@@ -177,8 +174,7 @@ fn for_each_head(
     let heads = shape.sequences.batch * shape.heads;
     let next = AtomicUsize::new(0);
     cpu.install(|| {
-        let scratch = workspace.attention.par_chunks_exact_mut(workspace.attention_len);
-        scratch.with_max_len(1).for_each(|scratch| {
+        workspace.of_threads().with_max_len(1).for_each(|scratch| {
             loop {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 if index >= heads {

@@ -3,6 +3,7 @@
 //! It works on 16 vectors at a time, the reduction dimension running down an array of 16-lane rows, so
 //! that all of it is plain lane-by-lane arithmetic for either layout of the source.
 
+mod memory;
 mod mxfp4;
 mod plain;
 #[cfg(test)]
@@ -14,6 +15,8 @@ use crate::backend::cpu::lanes::Lanes;
 use crate::backend::cpu::shared::SharedSlice;
 use crate::mx::round_to_e4m3;
 use crate::recipe::Forward;
+pub use memory::PackedMut;
+pub(in crate::backend::cpu) use memory::{PackMemory, PackSize};
 pub(super) use mxfp4::ONE;
 pub use mxfp4::Rotation;
 use mxfp4::{Mxfp4Strip, ScaleRange, mxfp4_strip};
@@ -176,31 +179,6 @@ impl Conversion<'_> {
     /// What the reduction dimension is padded to a multiple of.
     fn group(&self) -> usize {
         if let Self::Mxfp4(rotation) = self { rotation.group() } else { 1 }
-    }
-}
-
-/// Memory that an operand is packed into; slices may be longer than needed.
-pub struct PackedMut<'a> {
-    /// See [`Packed::words`].
-    pub words: &'a mut [u32],
-    /// See [`Packed::scales`].
-    pub scales: &'a mut [f32],
-    /// See [`Packed::sums`].
-    pub sums: &'a mut [i32],
-    /// The sum of each vector, for a transposed source: (panels, 16), or empty if nobody asks. They
-    /// come for free where the values pass through registers anyway.
-    pub vector_sums: &'a mut [f32],
-}
-
-impl PackedMut<'_> {
-    /// The same memory, for a while.
-    pub fn reborrow(&mut self) -> PackedMut<'_> {
-        PackedMut {
-            words: self.words,
-            scales: self.scales,
-            sums: self.sums,
-            vector_sums: self.vector_sums,
-        }
     }
 }
 
