@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use mxfp4train::backend::cpu::gemm::{
-    BLOCK_STEPS, Conversion, Matrix, Output, PANEL, PackedMut, Rotation, Side, pack,
+    BLOCK_STEPS, Conversion, Matrix, Output, PANEL, PackedMut, Role, Rotation, pack,
 };
 use mxfp4train::backend::cpu::{Arena, Buffer, Cpu};
 use mxfp4train::mx::{GemmId, LinearId, OperandId, Random, Rounding};
@@ -92,7 +92,7 @@ fn main() {
         let rate = |memory: &mut Memory, matrix: Matrix<'_>| {
             let run = |_| {
                 time(|| {
-                    pack(&cpu, &matrix, conversion, Side::A, memory.as_mut());
+                    pack(&cpu, &matrix, conversion, Role::A, memory.as_mut());
                 })
             };
             (rows * depth * 4) as f64 / median((0..ROUNDS).map(run).collect()) / 1e9
@@ -128,8 +128,8 @@ fn main() {
                 .iter_mut()
                 .zip(conversions)
                 .map(|((ma, mb), (_, conversion))| {
-                    let a = pack(&cpu, &a, conversion, Side::A, ma.as_mut());
-                    (a, pack(&cpu, &b, conversion, Side::B, mb.as_mut()))
+                    let a = pack(&cpu, &a, conversion, Role::A, ma.as_mut());
+                    (a, pack(&cpu, &b, conversion, Role::B, mb.as_mut()))
                 })
                 .collect();
             let mut result = values(m * n);

@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Conversion, Matrix, Output, Side, pack};
+use super::gemm::{Conversion, Matrix, Output, Role, pack};
 use super::isa::{Isa, simd_fn};
 use super::math::{exp, lane_max, lane_sum};
 use super::workspace::{ScratchSize, Workspace};
@@ -56,10 +56,10 @@ pub(super) fn run(
     let conversion = Conversion::of(format);
     let Workspace { a, b: [head_memory, transposed_head, input], elements: logits, .. } = workspace;
     let head = Matrix::rows_by_depth(wte, vocab_size, channels);
-    let head = pack(cpu, &head, conversion, Side::B, head_memory.as_mut());
+    let head = pack(cpu, &head, conversion, Role::B, head_memory.as_mut());
     let transposed = gradient.as_ref().map(|_| {
         let wte = Matrix::depth_by_rows(wte, channels, vocab_size);
-        pack(cpu, &wte, conversion, Side::B, transposed_head.as_mut())
+        pack(cpu, &wte, conversion, Role::B, transposed_head.as_mut())
     });
     let chunk = chunk_rows(rows, vocab_size);
     for r0 in (0..rows).step_by(chunk) {
@@ -67,7 +67,7 @@ pub(super) fn run(
         let x = &x[r0 * channels..][..n * channels];
         let logits = &mut logits[..n * vocab_size];
         let packed = Matrix::rows_by_depth(x, n, channels);
-        let packed = pack(cpu, &packed, conversion, Side::A, a.as_mut());
+        let packed = pack(cpu, &packed, conversion, Role::A, a.as_mut());
         cpu.gemm(packed, head, overwrite(logits, vocab_size));
 
         let scale = gradient.as_ref().map(|g| g.scale);
@@ -77,14 +77,14 @@ pub(super) fn run(
         let (Some(gradient), Some(transposed)) = (&mut gradient, transposed) else { continue };
         let dlogits: &[f32] = logits;
         let by_vocab = Matrix::rows_by_depth(dlogits, n, vocab_size);
-        let by_vocab = pack(cpu, &by_vocab, conversion, Side::A, a.as_mut());
+        let by_vocab = pack(cpu, &by_vocab, conversion, Role::A, a.as_mut());
         let dx = &mut gradient.dx[r0 * channels..][..n * channels];
         cpu.gemm(by_vocab, transposed, overwrite(dx, channels));
 
         let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
-        let by_row = pack(cpu, &by_row, conversion, Side::A, a.as_mut());
+        let by_row = pack(cpu, &by_row, conversion, Role::A, a.as_mut());
         let x = Matrix::depth_by_rows(x, channels, n);
-        let x = pack(cpu, &x, conversion, Side::B, input.as_mut());
+        let x = pack(cpu, &x, conversion, Role::B, input.as_mut());
         let accumulate = gradient.accumulate || r0 > 0;
         cpu.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dwte, channels) });
     }

@@ -6,6 +6,7 @@
 mod adamw;
 mod attention;
 mod classifier;
+mod disjoint;
 mod embedding;
 mod gelu;
 pub mod gemm;
@@ -15,7 +16,7 @@ mod layernorm;
 mod linear;
 mod math;
 mod memory;
-mod shared;
+
 #[cfg(test)]
 mod tests;
 mod workers;

@@ -2,7 +2,7 @@
 //! nothing divides; and independence of the number of threads.
 
 use super::gemm::{
-    Conversion, Layout, Matrix, Output, Rotation, Side, pack, pack_in, unpack_mxfp4, unpack_tiles,
+    Conversion, Matrix, Output, Packing, Role, Rotation, pack, pack_in, unpack_mxfp4, unpack_tiles,
 };
 use super::*;
 use crate::backend::{Activation, BackwardWorkspace, Trained, reference};
@@ -118,13 +118,13 @@ fn mxfp4_codes_are_those_of_the_definition() {
                 } else {
                     Matrix::rows_by_depth(&data, rows, depth)
                 };
-                for (side, offset) in [(Side::A, 0), (Side::B, 12)] {
+                for (role, offset) in [(Role::A, 0), (Role::B, 12)] {
                     let mxfp4 = Conversion::Mxfp4(Rotation { signs: &signs, rounding, draw });
                     let to = memory.a.as_mut();
-                    let in_panels = pack_in(Layout::Panels, &cpu, &matrix, mxfp4, side, to);
+                    let in_panels = pack_in(Packing::Panels, &cpu, &matrix, mxfp4, role, to);
                     for r in 0..rows {
                         for k in 0..exact.depth {
-                            let (byte, scale) = unpack_mxfp4(&in_panels, r, k, side);
+                            let (byte, scale) = unpack_mxfp4(&in_panels, r, k, role);
                             let element = decode_e2m1(exact.code(r, k));
                             assert_eq!(f32::from(byte - offset), 2.0 * element, "({r}, {k})");
                             // A block of zeroes has no scale to speak of.
@@ -134,11 +134,11 @@ fn mxfp4_codes_are_those_of_the_definition() {
                         }
                     }
                     let to = memory.a.as_mut();
-                    let in_tiles = pack_in(Layout::Tiles, &cpu, &matrix, mxfp4, side, to);
+                    let in_tiles = pack_in(Packing::Tiles, &cpu, &matrix, mxfp4, role, to);
                     let values = exact.dequantize();
                     for (at, value) in values.iter().enumerate() {
                         let (r, k) = (at / exact.depth, at % exact.depth);
-                        assert_eq!(unpack_tiles(&in_tiles, r, k, side), *value, "({r}, {k})");
+                        assert_eq!(unpack_tiles(&in_tiles, r, k, role), *value, "({r}, {k})");
                     }
                 }
             }
@@ -161,8 +161,8 @@ fn gemms_are_the_products_of_their_operands() {
             let nearest = Rotation { signs: &[], rounding: Rounding::Nearest, draw };
             for conversion in [Conversion::F32, Conversion::Bf16, Conversion::Mxfp4(nearest)] {
                 let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
-                let pa = pack(&cpu, &ma, conversion, Side::A, memory.a.as_mut());
-                let pb = pack(&cpu, &mb, conversion, Side::B, memory.b[0].as_mut());
+                let pa = pack(&cpu, &ma, conversion, Role::A, memory.a.as_mut());
+                let pb = pack(&cpu, &mb, conversion, Role::B, memory.b[0].as_mut());
                 let rounded = |x: &[f32], rows| match conversion {
                     Conversion::F32 => f64s(x),
                     Conversion::Bf16 => {

@@ -2,7 +2,7 @@
 //! not multiply bf16.
 
 use super::rows::{PerQuery, dot, gradient_panel, softmax_panel};
-use super::{BLOCK, Head, HeadQkv, Part, SharedOut, scale_of};
+use super::{Head, HeadQkv, Part, QUERIES, SharedOut, scale_of};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::{
     Matrix, PANEL, Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, pack_f32_panel, strided_tile,
@@ -13,7 +13,7 @@ use crate::backend::cpu::isa::Isa;
 pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> usize {
     let queries = length.next_multiple_of(PANEL) * head_size; // (panels of queries, d, 16)
     let channels = head_size.next_multiple_of(PANEL) * length; // (panels of channels, T, 16)
-    let scores = BLOCK * length; // (3 panels of queries, T, 16)
+    let scores = QUERIES * length; // (3 panels of queries, T, 16)
     if backward { 2 * queries + 3 * channels + 2 * scores } else { queries + channels + scores }
 }
 
@@ -32,11 +32,11 @@ pub(super) fn forward_head(
     let (values, scores) = rest.split_at_mut(d.next_multiple_of(PANEL) * t);
     qkv.pack_rows(isa, Part::Q, queries);
     qkv.pack_channels(isa, Part::V, values);
-    for q0 in (0..t).step_by(BLOCK) {
-        let q1 = (q0 + BLOCK).min(t);
+    for q0 in (0..t).step_by(QUERIES) {
+        let q1 = (q0 + QUERIES).min(t);
         let block = QueryBlock { q0, q1, length: t };
         // S^T, then P^T in place.
-        let keys = Rows { data: qkv.part(Part::K), rows: q1, stride: 3 * c, step: 1 };
+        let keys = Unpacked { data: qkv.part(Part::K), rows: q1, stride: 3 * c, step: 1 };
         block.product(isa, &keys, &block.panels(queries, d), d, scores);
         for (p, scores) in scores.chunks_exact_mut(t * PANEL).enumerate() {
             let first = q0 + p * PANEL;
@@ -49,7 +49,7 @@ pub(super) fn forward_head(
             // SAFETY: a job owns the lse of its head; first + lanes <= T.
             unsafe { lse.write(head.index * t + first, &sums[..lanes]) };
             // O = P V: the panel is A, (keys, 16 queries); V is B.
-            let a = Rows { data: scores, rows: lanes, stride: 1, step: PANEL };
+            let a = Unpacked { data: scores, rows: lanes, stride: 1, step: PANEL };
             let at = head.row(shape, first) * c + head.head * d;
             // SAFETY: a job owns the columns of its head in the rows of its sequence.
             unsafe { a.times(isa, values, t, 0..q1, d, out.offset(at), c, false) };
@@ -76,7 +76,7 @@ pub(super) fn backward_head(
     let (query_channels, rest) = rest.split_at_mut(by_channels);
     let (key_channels, rest) = rest.split_at_mut(by_channels);
     let (dout_channels, rest) = rest.split_at_mut(by_channels);
-    let (scores, dscores) = rest.split_at_mut(BLOCK * t);
+    let (scores, dscores) = rest.split_at_mut(QUERIES * t);
 
     qkv.pack_rows(isa, Part::Q, queries);
     pack_rows(isa, head_dout, c, t, d, douts);
@@ -90,11 +90,11 @@ pub(super) fn backward_head(
             unsafe { gradient(part, row).fill_zero(d) };
         }
     }
-    for q0 in (0..t).step_by(BLOCK) {
-        let q1 = (q0 + BLOCK).min(t);
+    for q0 in (0..t).step_by(QUERIES) {
+        let q1 = (q0 + QUERIES).min(t);
         let block = QueryBlock { q0, q1, length: t };
-        let keys = Rows { data: qkv.part(Part::K), rows: q1, stride: 3 * c, step: 1 };
-        let values = Rows { data: qkv.part(Part::V), rows: q1, stride: 3 * c, step: 1 };
+        let keys = Unpacked { data: qkv.part(Part::K), rows: q1, stride: 3 * c, step: 1 };
+        let values = Unpacked { data: qkv.part(Part::V), rows: q1, stride: 3 * c, step: 1 };
         block.product(isa, &keys, &block.panels(queries, d), d, scores);
         block.product(isa, &values, &block.panels(douts, d), d, dscores);
         let panels = scores.chunks_exact_mut(t * PANEL).zip(dscores.chunks_exact_mut(t * PANEL));
@@ -114,13 +114,13 @@ pub(super) fn backward_head(
             gradient_panel(isa, scores, dscores, first, q1, scale, &row_lse, &row_d);
 
             // dQ = dS K, overwritten: every query belongs to one panel.
-            let ds = Rows { data: dscores, rows: lanes, stride: 1, step: PANEL };
+            let ds = Unpacked { data: dscores, rows: lanes, stride: 1, step: PANEL };
             let dq = gradient(Part::Q, first);
             // SAFETY: as above; the same holds for the two products below.
             unsafe { ds.times(isa, key_channels, t, 0..q1, d, dq, 3 * c, false) };
             // dV += P^T dO and dK += dS^T Q, over this panel's queries.
-            let p_t = Rows { data: scores, rows: q1, stride: PANEL, step: 1 };
-            let ds_t = Rows { data: dscores, rows: q1, stride: PANEL, step: 1 };
+            let p_t = Unpacked { data: scores, rows: q1, stride: PANEL, step: 1 };
+            let ds_t = Unpacked { data: dscores, rows: q1, stride: PANEL, step: 1 };
             let range = first..first + lanes;
             let (dv, dk) = (gradient(Part::V, 0), gradient(Part::K, 0));
             // SAFETY: see above.
@@ -173,7 +173,14 @@ impl QueryBlock {
     }
 
     /// out (3 panels, T, 16) = rows 0 .. q1 of A times the block's panels, over `depth`.
-    fn product(&self, isa: Isa, a: &Rows<'_>, b: &Panels<'_, f32>, depth: usize, out: &mut [f32]) {
+    fn product(
+        &self,
+        isa: Isa,
+        a: &Unpacked<'_>,
+        b: &Panels<'_, f32>,
+        depth: usize,
+        out: &mut [f32],
+    ) {
         let panels = (self.q1 - self.q0).div_ceil(PANEL);
         for i in (0..self.q1).step_by(TILE_ROWS) {
             let rows = TILE_ROWS.min(self.q1 - i);
@@ -196,14 +203,14 @@ impl QueryBlock {
 }
 
 /// An operand A read where it lies: element (i, k) is `data[i * stride + k * step]`.
-struct Rows<'a> {
+struct Unpacked<'a> {
     data: &'a [f32],
     rows: usize,
     stride: usize,
     step: usize,
 }
 
-impl<'a> Rows<'a> {
+impl<'a> Unpacked<'a> {
     /// From row i on.
     fn tile(&self, i: usize) -> Strided<'a> {
         Strided { data: &self.data[i * self.stride..], stride: self.stride, step: self.step }

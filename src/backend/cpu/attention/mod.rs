@@ -30,7 +30,7 @@ use crate::backend::AttentionShape;
 use crate::recipe::Forward;
 
 /// Queries of one block: the columns of a tile.
-const BLOCK: usize = TILE_COLS;
+const QUERIES: usize = TILE_COLS;
 
 /// What attention needs of a workspace; with `trains`, for gradients too.
 pub(super) fn scratch(

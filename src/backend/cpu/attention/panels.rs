@@ -6,7 +6,7 @@
 //! are summed where they lie, block after block.
 
 use super::rows::{PerQuery, dot, gradient_panel, softmax_panel};
-use super::{BLOCK, Head, HeadQkv, Part, Scratch, SharedOut, scale_of};
+use super::{Head, HeadQkv, Part, QUERIES, Scratch, SharedOut, scale_of};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::{
     Matrix, PANEL, Panels, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, pack_bf16_panel,
@@ -15,7 +15,7 @@ use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn};
 
 /// Steps of a block's queries.
-const BLOCK_STEPS: usize = BLOCK / 2;
+const QUERY_STEPS: usize = QUERIES / 2;
 
 /// Sizes of scratch memory.
 #[derive(Clone, Copy)]
@@ -40,7 +40,7 @@ impl Sizes {
 
     /// Elements of the scores of a block, (3 panels, T, 16).
     fn scores(self) -> usize {
-        BLOCK * self.length
+        QUERIES * self.length
     }
 
     /// Words of 16 queries' scores, (T / 2, 16).
@@ -50,7 +50,7 @@ impl Sizes {
 
     /// Words of a block's scores, turned: (panels of T, 24 steps, 16).
     fn turned(self) -> usize {
-        self.length * BLOCK_STEPS
+        self.length * QUERY_STEPS
     }
 }
 
@@ -101,8 +101,8 @@ pub(super) fn forward_head(
     pack_positions(isa, qkv.part(Part::K), 3 * c, t, d, keys);
     pack_positions(isa, qkv.part(Part::Q), 3 * c, t, d, queries);
     pack_channels(isa, qkv.part(Part::V), 3 * c, t, d, values);
-    for q0 in (0..t).step_by(BLOCK) {
-        let q1 = (q0 + BLOCK).min(t);
+    for q0 in (0..t).step_by(QUERIES) {
+        let q1 = (q0 + QUERIES).min(t);
         scores_of_block(isa, sizes, keys, queries, q0, q1, scores);
         for (p, scores) in scores.chunks_exact_mut(sizes.length * PANEL).enumerate() {
             let first = q0 + p * PANEL;
@@ -150,8 +150,8 @@ pub(super) fn backward_head(
     pack_channels(isa, qkv.part(Part::K), 3 * c, t, d, key_channels);
     pack_channels(isa, qkv.part(Part::Q), 3 * c, t, d, query_channels);
     pack_channels(isa, head_dout, c, t, d, dout_channels);
-    for q0 in (0..t).step_by(BLOCK) {
-        let q1 = (q0 + BLOCK).min(t);
+    for q0 in (0..t).step_by(QUERIES) {
+        let q1 = (q0 + QUERIES).min(t);
         scores_of_block(isa, sizes, keys, queries, q0, q1, scores);
         scores_of_block(isa, sizes, values, douts, q0, q1, dscores);
         let in_panel = sizes.length * PANEL;
@@ -288,7 +288,7 @@ unsafe fn keys_by_channels(
                 add: key < q0,
                 stream: false,
             };
-            let a = &turned[key / PANEL * BLOCK_STEPS * PANEL + key % PANEL..];
+            let a = &turned[key / PANEL * QUERY_STEPS * PANEL + key % PANEL..];
             // SAFETY: passed on.
             unsafe { bf16_tile(isa, a, &b, (q1 - q0).div_ceil(2), &to) };
         }
@@ -321,7 +321,7 @@ unsafe fn pairs_lanes<L: Lanes>(scores: &[f32], keys: usize, out: &mut [u32]) {
 #[inline(always)]
 unsafe fn turn_lanes<L: Lanes>(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) {
     let squares = scores.as_chunks::<PANEL>().0.as_chunks::<PANEL>().0;
-    let out = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(BLOCK_STEPS);
+    let out = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(QUERY_STEPS);
     for (square, to) in squares.iter().zip(out).take(keys.div_ceil(PANEL)) {
         let to = &mut to[panel * PANEL / 2..][..PANEL / 2];
         // SAFETY: passed on; rows of 16 elements. Those of keys beyond the last are never stored.

@@ -9,7 +9,7 @@ use super::rows::{PerQuery, dot, gradient_panel, softmax_panel};
 use super::{Head, HeadQkv, Part, Scratch, SharedOut, scale_of};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::gemm::tiles::{Quad, SIDE, SQUARE, Tiles};
-use crate::backend::cpu::gemm::{Matrix, PANEL, Side, pack_tiles};
+use crate::backend::cpu::gemm::{Matrix, PANEL, Role, pack_tiles};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn, round_to_bf16};
 
@@ -52,28 +52,28 @@ pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> us
 
 /// One head's rows of q, k, v or dout.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
+struct HeadRows<'a> {
     data: &'a [f32],
     length: usize,
     head_size: usize,
     stride: usize,
 }
 
-impl Rows<'_> {
+impl HeadRows<'_> {
     /// As vectors along d, one a position.
-    fn by_position(self, isa: Isa, side: Side, out: &mut [u32]) {
+    fn by_position(self, isa: Isa, role: Role, out: &mut [u32]) {
         let Self { data, length, head_size, stride } = self;
         let (rows, depth) = (length, head_size);
         let matrix = Matrix { data, rows, depth, stride, transposed: false, fp8_scale: None };
-        pack_tiles(isa, &matrix, side, out);
+        pack_tiles(isa, &matrix, role, out);
     }
 
     /// As vectors along T, one a channel.
-    fn by_channel(self, isa: Isa, side: Side, out: &mut [u32]) {
+    fn by_channel(self, isa: Isa, role: Role, out: &mut [u32]) {
         let Self { data, length, head_size, stride } = self;
         let (rows, depth) = (head_size, length);
         let matrix = Matrix { data, rows, depth, stride, transposed: true, fp8_scale: None };
-        pack_tiles(isa, &matrix, side, out);
+        pack_tiles(isa, &matrix, role, out);
     }
 }
 
@@ -107,9 +107,9 @@ pub(super) fn forward_head(
     let values = scratch.words(sizes.operand);
     let (scores, packed) = (scratch.f32(sizes.scores), scratch.words(sizes.scores / 2));
     let block_out = scratch.f32(sizes.depth * SIDE);
-    qkv.rows(Part::K).by_position(isa, Side::A, keys);
-    qkv.rows(Part::Q).by_position(isa, Side::B, queries);
-    qkv.rows(Part::V).by_channel(isa, Side::A, values);
+    qkv.rows(Part::K).by_position(isa, Role::A, keys);
+    qkv.rows(Part::Q).by_position(isa, Role::B, queries);
+    qkv.rows(Part::V).by_channel(isa, Role::A, values);
     // SAFETY: this module is for processors with AMX.
     let tiles = unsafe { Tiles::configure() };
     for q0 in (0..t).step_by(SIDE) {
@@ -157,14 +157,14 @@ pub(super) fn backward_head(
     let [packed, p_rows, ds_rows] = [(); 3].map(|()| scratch.words(sizes.scores / 2));
     let [dk, dv] = [(); 2].map(|()| scratch.f32(sizes.length * sizes.depth));
     let dq = scratch.f32(sizes.depth * SIDE);
-    let dout = Rows { data: head_dout, length: t, head_size: d, stride: c };
-    qkv.rows(Part::K).by_position(isa, Side::A, keys);
-    qkv.rows(Part::V).by_position(isa, Side::A, values);
-    qkv.rows(Part::Q).by_position(isa, Side::B, queries);
-    dout.by_position(isa, Side::B, douts);
-    qkv.rows(Part::K).by_channel(isa, Side::A, key_channels);
-    qkv.rows(Part::Q).by_channel(isa, Side::B, query_channels);
-    dout.by_channel(isa, Side::B, dout_channels);
+    let dout = HeadRows { data: head_dout, length: t, head_size: d, stride: c };
+    qkv.rows(Part::K).by_position(isa, Role::A, keys);
+    qkv.rows(Part::V).by_position(isa, Role::A, values);
+    qkv.rows(Part::Q).by_position(isa, Role::B, queries);
+    dout.by_position(isa, Role::B, douts);
+    qkv.rows(Part::K).by_channel(isa, Role::A, key_channels);
+    qkv.rows(Part::Q).by_channel(isa, Role::B, query_channels);
+    dout.by_channel(isa, Role::B, dout_channels);
     dk.fill(0.0);
     dv.fill(0.0);
     // SAFETY: this module is for processors with AMX.
@@ -368,8 +368,8 @@ unsafe fn turned_lanes<L: Lanes>(
 }
 
 impl<'a> HeadQkv<'a> {
-    fn rows(&self, part: Part) -> Rows<'a> {
+    fn rows(&self, part: Part) -> HeadRows<'a> {
         let Self { length, head_size, channels, .. } = *self;
-        Rows { data: self.part(part), length, head_size, stride: 3 * channels }
+        HeadRows { data: self.part(part), length, head_size, stride: 3 * channels }
     }
 }

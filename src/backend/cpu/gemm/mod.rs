@@ -71,14 +71,14 @@ pub enum Format {
 
 /// How packed operands lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
+pub enum Packing {
     /// Words of each format's own kind.
     Panels,
     /// Squares of pairs of bf16, for AMX: bf16 and MXFP4.
     Tiles,
 }
 
-impl Layout {
+impl Packing {
     /// The faster one of an instruction set.
     pub fn best(isa: Isa, format: Format) -> Self {
         if isa == Isa::Amx && format != Format::F32 { Self::Tiles } else { Self::Panels }
@@ -97,7 +97,7 @@ impl Layout {
 
 /// Which operand of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
+pub enum Role {
     /// The first, whose vectors are rows of C.
     A,
     /// The second, whose vectors are columns of C.
@@ -110,7 +110,7 @@ pub struct Packed<'a> {
     /// Of all elements.
     pub format: Format,
     /// Of the words.
-    pub layout: Layout,
+    pub packing: Packing,
     /// Vectors that hold data; the rest of the last panel is zero.
     pub rows: usize,
     /// Steps of the (padded) reduction dimension.
@@ -162,16 +162,16 @@ pub struct Output<'a> {
 impl Cpu {
     /// C (a.rows, b.rows) = alpha A B^T + bias, parallel over tiles of C.
     pub fn gemm(&self, a: Packed<'_>, b: Packed<'_>, out: Output<'_>) {
-        let kind = |p: &Packed<'_>| (p.format, p.layout, p.steps);
+        let kind = |p: &Packed<'_>| (p.format, p.packing, p.steps);
         assert_eq!(kind(&a), kind(&b), "operands are packed alike");
         let (m, n) = (a.rows, b.rows);
         assert!(out.stride >= n && out.c.len() >= (m - 1) * out.stride + n, "C holds the result");
-        let (job_rows, job_cols) = match a.layout {
-            Layout::Panels => (JOB_ROWS, JOB_COLS),
+        let (job_rows, job_cols) = match a.packing {
+            Packing::Panels => (JOB_ROWS, JOB_COLS),
             #[cfg(target_arch = "x86_64")]
-            Layout::Tiles => tiles::job_shape(n, a.steps),
+            Packing::Tiles => tiles::job_shape(n, a.steps),
             #[cfg(not(target_arch = "x86_64"))]
-            Layout::Tiles => unreachable!("no other processor has AMX"),
+            Packing::Tiles => unreachable!("no other processor has AMX"),
         };
         let (down, across) = (m.div_ceil(job_rows), n.div_ceil(job_cols));
         let c = SharedOutput {
@@ -189,18 +189,18 @@ impl Cpu {
             // SAFETY: jobs cover disjoint rectangles of C, each within its bounds (asserted above).
             // Tiles are packed for AMX alone.
             unsafe {
-                match a.layout {
-                    Layout::Panels => rectangle(self.isa(), &a, &b, (i0, i1), (j0, j1), &c),
+                match a.packing {
+                    Packing::Panels => rectangle(self.isa(), &a, &b, (i0, i1), (j0, j1), &c),
                     #[cfg(target_arch = "x86_64")]
-                    Layout::Tiles => tiles::rectangle(&a, &b, i0..i1, j0..j1, &c),
+                    Packing::Tiles => tiles::rectangle(&a, &b, i0..i1, j0..j1, &c),
                     #[cfg(not(target_arch = "x86_64"))]
-                    Layout::Tiles => unreachable!("no other processor has AMX"),
+                    Packing::Tiles => unreachable!("no other processor has AMX"),
                 }
             }
         });
     }
 
-    /// [`Cpu::gemm`] of two operands that are packed here: in the faster layout, unless MXFP4 products are
+    /// [`Cpu::gemm`] of two operands that are packed here: in the faster way, unless MXFP4 products are
     /// not exact in it.
     pub fn product(
         &self,
@@ -208,13 +208,13 @@ impl Cpu {
         (mut a_memory, mut b_memory): (PackedMut<'_>, PackedMut<'_>),
         out: Output<'_>,
     ) {
-        let packed_a = pack(self, a.0, a.1, Side::A, a_memory.reborrow());
-        let packed_b = pack(self, b.0, b.1, Side::B, b_memory.reborrow());
-        if packed_a.layout == Layout::Panels || packed_a.exact_in_tiles(&packed_b) {
+        let packed_a = pack(self, a.0, a.1, Role::A, a_memory.reborrow());
+        let packed_b = pack(self, b.0, b.1, Role::B, b_memory.reborrow());
+        if packed_a.packing == Packing::Panels || packed_a.exact_in_tiles(&packed_b) {
             return self.gemm(packed_a, packed_b, out);
         }
-        let a = pack_in(Layout::Panels, self, a.0, a.1, Side::A, a_memory);
-        let b = pack_in(Layout::Panels, self, b.0, b.1, Side::B, b_memory);
+        let a = pack_in(Packing::Panels, self, a.0, a.1, Role::A, a_memory);
+        let b = pack_in(Packing::Panels, self, b.0, b.1, Role::B, b_memory);
         self.gemm(a, b, out);
     }
 }

@@ -1,6 +1,6 @@
 //! Memory that operands are packed into, and how much of it they take.
 
-use crate::backend::cpu::gemm::{BLOCK_STEPS, Format, Layout, PANEL};
+use crate::backend::cpu::gemm::{BLOCK_STEPS, Format, PANEL, Packing};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::memory::{Arena, Buffer};
 
@@ -86,9 +86,9 @@ impl PackSize {
         group: usize,
     ) {
         let (depth, lanes) = (depth.next_multiple_of(group), rows.next_multiple_of(PANEL));
-        let words = lanes * Layout::best(isa, format).steps(format, depth);
+        let words = lanes * Packing::best(isa, format).steps(format, depth);
         // Operands that are not exact in tiles lie in panels, which take fewer words.
-        let blocks = lanes * Layout::Panels.steps(format, depth) / BLOCK_STEPS;
+        let blocks = lanes * Packing::Panels.steps(format, depth) / BLOCK_STEPS;
         let blocks = if format == Format::Mxfp4 { blocks } else { 0 };
         *self = self.max(Self { words, blocks, lanes });
     }

@@ -9,10 +9,10 @@ mod plain;
 #[cfg(test)]
 mod unpack;
 
-use super::{BLOCK_STEPS, Format, Layout, PANEL, Packed, Side};
+use super::{BLOCK_STEPS, Format, PANEL, Packed, Packing, Role};
 use crate::backend::cpu::Cpu;
+use crate::backend::cpu::disjoint::DisjointSlice;
 use crate::backend::cpu::lanes::Lanes;
-use crate::backend::cpu::shared::SharedSlice;
 use crate::mx::round_to_e4m3;
 use crate::recipe::Forward;
 pub use memory::PackedMut;
@@ -190,27 +190,27 @@ pub fn pack<'a>(
     cpu: &Cpu,
     source: &Matrix<'_>,
     conversion: Conversion<'_>,
-    side: Side,
+    role: Role,
     memory: PackedMut<'a>,
 ) -> Packed<'a> {
-    let layout = Layout::best(cpu.isa(), conversion.format());
-    pack_in(layout, cpu, source, conversion, side, memory)
+    let packing = Packing::best(cpu.isa(), conversion.format());
+    pack_in(packing, cpu, source, conversion, role, memory)
 }
 
-/// The same in a given layout. Any set packs tiles, of all but f32; only multiplying them takes AMX.
+/// The same in a given packing. Any set packs tiles, of all but f32; only multiplying them takes AMX.
 pub(in crate::backend::cpu) fn pack_in<'a>(
-    layout: Layout,
+    packing: Packing,
     cpu: &Cpu,
     source: &Matrix<'_>,
     conversion: Conversion<'_>,
-    side: Side,
+    role: Role,
     memory: PackedMut<'a>,
 ) -> Packed<'a> {
     let (isa, format) = (cpu.isa(), conversion.format());
     let panels = source.rows.div_ceil(PANEL);
     let depth = source.depth.next_multiple_of(conversion.group());
-    let steps = layout.steps(format, depth);
-    let scaled = (format, layout) == (Format::Mxfp4, Layout::Panels);
+    let steps = packing.steps(format, depth);
+    let scaled = (format, packing) == (Format::Mxfp4, Packing::Panels);
     let blocks = if scaled { steps / BLOCK_STEPS } else { 0 };
     let words = &mut memory.words[..panels * steps * PANEL];
     let scales = &mut memory.scales[..panels * blocks * PANEL];
@@ -223,10 +223,10 @@ pub(in crate::backend::cpu) fn pack_in<'a>(
     let strip = if source.transposed { STRIP } else { 1 };
     let per_panel = [steps * PANEL, blocks * PANEL, if wants_sums { PANEL } else { 0 }];
     let shared = (
-        SharedSlice::new(words),
-        SharedSlice::new(scales),
-        SharedSlice::new(sums),
-        SharedSlice::new(vector_sums),
+        DisjointSlice::new(words),
+        DisjointSlice::new(scales),
+        DisjointSlice::new(sums),
+        DisjointSlice::new(vector_sums),
     );
     cpu.parallel(panels.div_ceil(strip), |job| {
         let first = job * strip;
@@ -245,10 +245,10 @@ pub(in crate::backend::cpu) fn pack_in<'a>(
         match conversion {
             Conversion::Mxfp4(rotation) => {
                 let out = Mxfp4Strip { words, scales, sums, vector_sums, range: &range };
-                mxfp4_strip(isa, source, r0, &rotation, layout, side, count, out);
+                mxfp4_strip(isa, source, r0, &rotation, packing, role, count, out);
             }
             Conversion::Bf16 => {
-                bf16_strip(isa, source, r0, layout, side, count, words, vector_sums);
+                bf16_strip(isa, source, r0, packing, role, count, words, vector_sums);
             }
             Conversion::F32 => {
                 let words = bytemuck::cast_slice_mut(words);
@@ -257,7 +257,7 @@ pub(in crate::backend::cpu) fn pack_in<'a>(
         }
     });
     let scale_bytes = (range.min.into_inner(), range.max.into_inner());
-    Packed { format, layout, rows: source.rows, steps, words, scales, sums, scale_bytes }
+    Packed { format, packing, rows: source.rows, steps, words, scales, sums, scale_bytes }
 }
 
 /// Adds 16 elements of each of 16 vectors to their sums, in order.

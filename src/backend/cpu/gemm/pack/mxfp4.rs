@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{Matrix, add_to_sums, turn_square};
-use crate::backend::cpu::gemm::{BLOCK_STEPS, Layout, PANEL, Side};
+use crate::backend::cpu::gemm::{BLOCK_STEPS, PANEL, Packing, Role};
 use crate::backend::cpu::lanes::{Lanes, lanes_fn, place, round_keys};
 use crate::mx::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Rounding, group_scale};
 
@@ -57,8 +57,8 @@ lanes_fn! {
         source: &Matrix<'_>,
         r0: usize,
         rotation: &Rotation<'_>,
-        layout: Layout,
-        side: Side,
+        packing: Packing,
+        role: Role,
         panels: usize,
         out: Mxfp4Strip<'_>,
     ) = mxfp4_lanes;
@@ -66,7 +66,7 @@ lanes_fn! {
 
 /// A group of elements of 16 vectors, where registers do not straddle cache lines.
 #[repr(C, align(64))]
-struct Group([[f32; PANEL]; MAX_GROUP]);
+struct GroupBuffer([[f32; PANEL]; MAX_GROUP]);
 
 /// Transforms and quantizes the vectors of some panels, group by group.
 #[inline(always)]
@@ -74,16 +74,16 @@ unsafe fn mxfp4_lanes<L: Lanes>(
     source: &Matrix<'_>,
     r0: usize,
     rotation: &Rotation<'_>,
-    layout: Layout,
-    side: Side,
+    packing: Packing,
+    role: Role,
     panels: usize,
     out: Mxfp4Strip<'_>,
 ) {
     // SAFETY: passed on.
     unsafe {
-        match layout {
-            Layout::Panels => mxfp4_panels::<L, false>(source, r0, rotation, side, panels, out),
-            Layout::Tiles => mxfp4_panels::<L, true>(source, r0, rotation, side, panels, out),
+        match packing {
+            Packing::Panels => mxfp4_panels::<L, false>(source, r0, rotation, role, panels, out),
+            Packing::Tiles => mxfp4_panels::<L, true>(source, r0, rotation, role, panels, out),
         }
     }
 }
@@ -93,14 +93,14 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
     source: &Matrix<'_>,
     r0: usize,
     rotation: &Rotation<'_>,
-    side: Side,
+    role: Role,
     panels: usize,
     out: Mxfp4Strip<'_>,
 ) {
     let group = rotation.group();
-    let mut buffer = Group([[0.0f32; PANEL]; MAX_GROUP]);
+    let mut buffer = GroupBuffer([[0.0f32; PANEL]; MAX_GROUP]);
     let buffer = &mut buffer.0[..group];
-    let table = if TILES { element_values() } else { element_bytes(side) };
+    let table = if TILES { element_values() } else { element_bytes(role) };
     let keys = round_keys(rotation.draw.key);
     let block_words = if TILES { PANEL } else { BLOCK_STEPS };
     let words = out.words.as_chunks_mut::<PANEL>().0;
@@ -141,15 +141,15 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
                     L::store_u(max.as_mut_ptr(), L::max_u(L::load_u(max.as_ptr()), byte));
                     let below = L::max_u(L::load_u(max_below.as_ptr()), below);
                     L::store_u(max_below.as_mut_ptr(), below);
-                    match (TILES, side) {
-                        (true, Side::A) => turn_square::<L>(words),
-                        (true, Side::B) => {}
-                        (false, Side::A) => {
+                    match (TILES, role) {
+                        (true, Role::A) => turn_square::<L>(words),
+                        (true, Role::B) => {}
+                        (false, Role::A) => {
                             let word = L::sub_u(L::bits(scale), L::splat_u(ONE));
                             L::store(scales[at].as_mut_ptr(), L::from_bits(word));
                             store_sum::<L>(words, &mut sums[at]);
                         }
-                        (false, Side::B) => L::store(scales[at].as_mut_ptr(), scale),
+                        (false, Role::B) => L::store(scales[at].as_mut_ptr(), scale),
                     }
                 }
             }
@@ -165,8 +165,8 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
 pub(in crate::backend::cpu::gemm) const ONE: u32 = 127 << 23;
 
 /// Bytes of the doubled elements by code, plus 12 for operand B, where they are unsigned.
-fn element_bytes(side: Side) -> [u32; 16] {
-    let offset = if side == Side::B { 12.0 } else { 0.0 };
+fn element_bytes(role: Role) -> [u32; 16] {
+    let offset = if role == Role::B { 12.0 } else { 0.0 };
     element_values().map(|value| (2.0 * f32::from_bits(value) + offset) as i32 as u32 & 255)
 }
 
@@ -281,12 +281,12 @@ unsafe fn draw_bits<L: Lanes>(
     unsafe {
         let last_words = [draw.word2, draw.word3];
         if transposed {
-            // Lanes are columns of the source, two groups of 8. Lane 4 b + j computes row
-            // 2 j + b / 2 and group b % 2, so that interleaving the four words gives whole rows.
+            // Lanes are columns of the source, two eights of them. Lane 4 b + j computes row
+            // 2 j + b / 2 and eight b % 2, so that interleaving the four words gives whole rows.
             const ROW: [u32; PANEL] = [0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7, 1, 3, 5, 7];
-            const GROUP: [u32; PANEL] = [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1];
+            const EIGHT: [u32; PANEL] = [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1];
             let row = L::add_u(L::load_u(ROW.as_ptr()), L::splat_u(k0));
-            let column = L::add_u(L::load_u(GROUP.as_ptr()), L::splat_u(draw.word1 | (r0 / 8)));
+            let column = L::add_u(L::load_u(EIGHT.as_ptr()), L::splat_u(draw.word1 | (r0 / 8)));
             let [a, b, c, d] = L::interleave(L::philox(keys, row, column, last_words));
             [L::zip(a), L::zip(b), L::zip(c), L::zip(d)]
         } else {

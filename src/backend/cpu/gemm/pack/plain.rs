@@ -1,7 +1,7 @@
 //! Packing of f32 and bf16: the elements as they are, or rounded to nearest even, in pairs.
 
 use super::{Matrix, add_to_sums, turn_square};
-use crate::backend::cpu::gemm::{Format, Layout, PANEL, Side};
+use crate::backend::cpu::gemm::{Format, PANEL, Packing, Role};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn, round_to_bf16};
 
@@ -25,7 +25,7 @@ pub(in crate::backend::cpu) fn pack_bf16_panel(
     r0: usize,
     out: &mut [u32],
 ) {
-    bf16_strip(isa, source, r0, Layout::Panels, Side::A, 1, out, &mut []);
+    bf16_strip(isa, source, r0, Packing::Panels, Role::A, 1, out, &mut []);
 }
 
 /// Packs all vectors as bf16 in tiles: `out` is (panels, steps, 16), see [`Packed::words`].
@@ -33,13 +33,13 @@ pub(in crate::backend::cpu) fn pack_bf16_panel(
 pub(in crate::backend::cpu) fn pack_tiles(
     isa: Isa,
     source: &Matrix<'_>,
-    side: Side,
+    role: Role,
     out: &mut [u32],
 ) {
-    let in_panel = Layout::Tiles.steps(Format::Bf16, source.depth) * PANEL;
+    let in_panel = Packing::Tiles.steps(Format::Bf16, source.depth) * PANEL;
     for (panel, out) in out.chunks_exact_mut(in_panel).take(source.rows.div_ceil(PANEL)).enumerate()
     {
-        bf16_strip(isa, source, panel * PANEL, Layout::Tiles, side, 1, out, &mut []);
+        bf16_strip(isa, source, panel * PANEL, Packing::Tiles, role, 1, out, &mut []);
     }
 }
 
@@ -57,8 +57,8 @@ lanes_fn! {
     pub(super) fn bf16_strip(
         source: &Matrix<'_>,
         r0: usize,
-        layout: Layout,
-        side: Side,
+        packing: Packing,
+        role: Role,
         panels: usize,
         out: &mut [u32],
         vector_sums: &mut [f32],
@@ -98,16 +98,16 @@ unsafe fn f32_lanes<L: Lanes>(
 unsafe fn bf16_lanes<L: Lanes>(
     source: &Matrix<'_>,
     r0: usize,
-    layout: Layout,
-    side: Side,
+    packing: Packing,
+    role: Role,
     panels: usize,
     out: &mut [u32],
     vector_sums: &mut [f32],
 ) {
-    let steps = layout.steps(Format::Bf16, source.depth);
+    let steps = packing.steps(Format::Bf16, source.depth);
     let rows = out.as_chunks_mut::<PANEL>().0;
     vector_sums.fill(0.0);
-    let by_lanes = (layout, side) == (Layout::Tiles, Side::A);
+    let by_lanes = (packing, role) == (Packing::Tiles, Role::A);
     if by_lanes && !source.transposed {
         // SAFETY: passed on.
         unsafe { bf16_rows::<L>(source, r0, panels, steps, rows) };

@@ -1,12 +1,12 @@
 //! A slice that jobs share out, where the parts do not follow each other and `chunks_mut` cannot cut it.
 
 /// A slice of which every job takes parts of its own.
-pub(super) struct SharedSlice<T>(*mut T, usize);
+pub(super) struct DisjointSlice<T>(*mut T, usize);
 
 // SAFETY: `part`'s callers keep parts disjoint.
-unsafe impl<T: Send> Sync for SharedSlice<T> {}
+unsafe impl<T: Send> Sync for DisjointSlice<T> {}
 
-impl<T> SharedSlice<T> {
+impl<T> DisjointSlice<T> {
     /// The slice must not be used otherwise for as long as parts are.
     pub(super) fn new(slice: &mut [T]) -> Self {
         Self(slice.as_mut_ptr(), slice.len())
