@@ -227,33 +227,20 @@ macro_rules! lanes_fn {
         $(#[$meta:meta])*
         $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $kernel:ident;
     ) => {
-        $(#[$meta])*
-        $vis fn $name(isa: $crate::backend::cpu::isa::Isa, $($arg: $ty),*) {
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2($($arg: $ty),*) {
-                // SAFETY: compiled for the set.
-                unsafe { $kernel::<$crate::backend::cpu::lanes::Avx2>($($arg),*) }
-            }
-
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")]
-            fn avx512($($arg: $ty),*) {
+        $crate::backend::cpu::isa::isa_fn! {
+            $(#[$meta])*
+            $vis fn $name($($arg: $ty),*);
+            "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16" => {
                 // SAFETY: compiled for the set.
                 unsafe { $kernel::<$crate::backend::cpu::lanes::Avx512>($($arg),*) }
             }
-
-            match isa {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: an engine only holds a set that `is_available` confirmed.
-                $crate::backend::cpu::isa::Isa::Amx | $crate::backend::cpu::isa::Isa::Avx512 => unsafe {
-                    avx512($($arg),*)
-                },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: as above.
-                $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+            avx2 => {
+                // SAFETY: compiled for the set.
+                unsafe { $kernel::<$crate::backend::cpu::lanes::Avx2>($($arg),*) }
+            }
+            portable => {
                 // SAFETY: arrays need no set.
-                _ => unsafe { $kernel::<$crate::backend::cpu::lanes::Portable>($($arg),*) },
+                unsafe { $kernel::<$crate::backend::cpu::lanes::Portable>($($arg),*) }
             }
         }
     };
