@@ -12,6 +12,12 @@ impl<T> DisjointSlice<T> {
         Self(slice.as_mut_ptr(), slice.len())
     }
 
+    /// Where element `start` lies, for those who own elements that do not follow each other.
+    pub(super) fn pointer(&self, start: usize) -> *mut T {
+        assert!(start <= self.1, "element {start} of {}", self.1);
+        self.0.wrapping_add(start)
+    }
+
     /// Elements start .. start + len.
     ///
     /// # Safety

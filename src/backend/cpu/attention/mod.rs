@@ -18,16 +18,19 @@ mod rows;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
 use super::Cpu;
-use super::gemm::TILE_COLS;
+use super::disjoint::DisjointSlice;
+use super::gemm::{Matrix, PANEL, TILE_COLS};
 use super::isa::Isa;
 use super::workspace::{ScratchSize, Workspace};
 use crate::backend::AttentionShape;
 use crate::recipe::Forward;
+use rows::{QuerySums, dot, gradient_panel};
 
 /// Queries of one block: the columns of a tile.
 const QUERIES: usize = TILE_COLS;
@@ -45,11 +48,6 @@ pub(super) fn scratch(
     let scratch_len = if in_tiles(isa, format) { tiles::scratch_len } else { scratch_len };
     let of_thread = scratch_len(length, head_size, trains);
     ScratchSize { of_thread, ..ScratchSize::default() }
-}
-
-/// What the scores are multiplied by.
-fn scale_of(shape: AttentionShape) -> f32 {
-    1.0 / (shape.head_size as f32).sqrt() * shape.score_factor
 }
 
 /// Whether products are in bf16, on tiles.
@@ -72,22 +70,23 @@ pub(super) fn forward(
     qkv: &[f32],
     shape: AttentionShape,
 ) {
-    let (t, d) = (shape.sequences.length, shape.head_size);
-    let c = shape.heads * d;
-    assert!(out.len() >= shape.sequences.rows() * c && qkv.len() >= shape.sequences.rows() * 3 * c);
-    let out = SharedOut(out.as_mut_ptr());
-    let lse = SharedOut(lse[..shape.sequences.batch * shape.heads * t].as_mut_ptr());
+    let (t, isa) = (shape.sequences.length, cpu.isa());
+    let elements = shape.sequences.rows() * shape.heads * shape.head_size;
+    assert!(out.len() >= elements && qkv.len() >= 3 * elements, "tensors hold the sequences");
+    let (out, lse) = (DisjointSlice::new(out), DisjointSlice::new(lse));
     for_each_head(cpu, workspace, shape, |scratch, head| {
-        let isa = cpu.isa();
-        let head_qkv = HeadQkv::new(qkv, shape, head);
+        let [q, k, v] = head.qkv(qkv);
+        // SAFETY: a job owns the lse of its head.
+        let lse = unsafe { lse.part(head.index * t, t) };
+        let head = HeadForward { q, k, v, scale: head.scale(), out: head.output(&out, 1, 0), lse };
         #[cfg(target_arch = "x86_64")]
         if in_tiles(isa, shape.format) {
-            return tiles::forward_head(isa, scratch, &head_qkv, head, shape, out, lse);
+            return tiles::forward_head(isa, scratch, head);
         }
         if in_bf16(isa, shape.format) {
-            return panels::forward_head(isa, scratch, &head_qkv, head, shape, out, lse);
+            return panels::forward_head(isa, scratch, head);
         }
-        f32::forward_head(isa, scratch, &head_qkv, head, shape, out, lse);
+        f32::forward_head(isa, scratch, head);
     });
 }
 
@@ -102,35 +101,73 @@ pub(super) fn backward(
     qkv: &[f32],
     shape: AttentionShape,
 ) {
-    let (t, d) = (shape.sequences.length, shape.head_size);
-    let c = shape.heads * d;
-    let rows = shape.sequences.rows();
-    assert!(dqkv.len() >= rows * 3 * c && qkv.len() >= rows * 3 * c && out.len() >= rows * c);
-    let dqkv = SharedOut(dqkv.as_mut_ptr());
+    let (t, isa) = (shape.sequences.length, cpu.isa());
+    let elements = shape.sequences.rows() * shape.heads * shape.head_size;
+    assert!(dqkv.len() >= 3 * elements && qkv.len() >= 3 * elements && out.len() >= elements);
+    let dqkv = DisjointSlice::new(dqkv);
     for_each_head(cpu, workspace, shape, |scratch, head| {
-        let isa = cpu.isa();
-        let head_qkv = HeadQkv::new(qkv, shape, head);
-        let (first_row, scale) = (head.row(shape, 0), scale_of(shape));
-        let head_dout = &dout[first_row * c + head.head * d..];
-        let head_out = &out[first_row * c + head.head * d..];
-        let head_lse = &lse[head.index * t..][..t];
-        let gradient = |part: Part, row: usize| {
-            dqkv.offset((first_row + row) * 3 * c + part as usize * c + head.head * d)
-        };
+        let [q, k, v] = head.qkv(qkv);
+        let [dq, dk, dv] = [0, 1, 2].map(|part| head.output(&dqkv, 3, part));
+        let (out, dout) = (head.rows(out, 1, 0), head.rows(dout, 1, 0));
+        let (scale, lse) = (head.scale(), &lse[head.index * t..][..t]);
+        let head = HeadBackward { q, k, v, scale, out, dout, lse, dq, dk, dv };
         #[cfg(target_arch = "x86_64")]
         if in_tiles(isa, shape.format) {
-            let (out, dout) = (head_out, head_dout);
-            tiles::backward_head(isa, scratch, &head_qkv, scale, out, dout, head_lse, gradient);
-            return;
+            return tiles::backward_head(isa, scratch, head);
         }
         if in_bf16(isa, shape.format) {
-            let (out, dout) = (head_out, head_dout);
-            panels::backward_head(isa, scratch, &head_qkv, scale, out, dout, head_lse, gradient);
-            return;
+            return panels::backward_head(isa, scratch, head);
         }
-        let (out, dout) = (head_out, head_dout);
-        f32::backward_head(isa, scratch, &head_qkv, scale, out, dout, head_lse, gradient);
+        f32::backward_head(isa, scratch, head);
     });
+}
+
+/// The operands of one head's forward pass; `out` and `lse` (T) are written.
+struct HeadForward<'a> {
+    q: HeadRows<'a>,
+    k: HeadRows<'a>,
+    v: HeadRows<'a>,
+    /// What the scores are multiplied by.
+    scale: f32,
+    out: HeadOutput,
+    lse: &'a mut [f32],
+}
+
+/// The operands of one head's backward pass; `dq`, `dk` and `dv` are written.
+struct HeadBackward<'a> {
+    q: HeadRows<'a>,
+    k: HeadRows<'a>,
+    v: HeadRows<'a>,
+    /// What the scores are multiplied by.
+    scale: f32,
+    out: HeadRows<'a>,
+    dout: HeadRows<'a>,
+    /// (T)
+    lse: &'a [f32],
+    dq: HeadOutput,
+    dk: HeadOutput,
+    dv: HeadOutput,
+}
+
+impl HeadBackward<'_> {
+    /// scores -> P and dscores -> dS times the scale, both (keys, 16 queries), in place, for `queries` over
+    /// keys 0 .. `keys`.
+    fn gradient_panel(
+        &self,
+        isa: Isa,
+        scores: &mut [f32],
+        dscores: &mut [f32],
+        queries: Range<usize>,
+        keys: usize,
+    ) {
+        let first = queries.start;
+        let (mut lse, mut d) = ([0.0; PANEL], [0.0; PANEL]);
+        for (l, query) in queries.enumerate() {
+            d[l] = dot(isa, self.out.row(query), self.dout.row(query));
+            lse[l] = self.lse[query];
+        }
+        gradient_panel(isa, scores, dscores, first, keys, self.scale, &QuerySums { lse, d });
+    }
 }
 
 /// Cuts scratch memory.
@@ -151,6 +188,7 @@ impl<'a> Scratch<'a> {
 /// One (sequence, head) pair.
 #[derive(Clone, Copy)]
 struct Head {
+    shape: AttentionShape,
     batch: usize,
     head: usize,
     /// batch * H + head
@@ -158,9 +196,34 @@ struct Head {
 }
 
 impl Head {
-    /// Row of (B T) that holds position `position` of this sequence.
-    fn row(self, shape: AttentionShape, position: usize) -> usize {
-        self.batch * shape.sequences.length + position
+    /// q, k and v of this head from qkv (B, T, 3 C).
+    fn qkv(self, qkv: &[f32]) -> [HeadRows<'_>; 3] {
+        [0, 1, 2].map(|part| self.rows(qkv, 3, part))
+    }
+
+    /// Its columns of part `part` of (B, T, parts C).
+    fn rows(self, data: &[f32], parts: usize, part: usize) -> HeadRows<'_> {
+        let (start, stride) = self.place(parts, part);
+        let AttentionShape { sequences, head_size, .. } = self.shape;
+        HeadRows { data: &data[start..], length: sequences.length, head_size, stride }
+    }
+
+    /// The same of an output.
+    fn output(self, to: &DisjointSlice<f32>, parts: usize, part: usize) -> HeadOutput {
+        let (start, stride) = self.place(parts, part);
+        HeadOutput { first: to.pointer(start), stride, head_size: self.shape.head_size }
+    }
+
+    /// Its first element there, and the elements from row to row.
+    fn place(self, parts: usize, part: usize) -> (usize, usize) {
+        let AttentionShape { sequences, heads, head_size, .. } = self.shape;
+        let (row, channels) = (self.batch * sequences.length, heads * head_size);
+        ((row * parts + part) * channels + self.head * head_size, parts * channels)
+    }
+
+    /// What its scores are multiplied by.
+    fn scale(self) -> f32 {
+        1.0 / (self.shape.head_size as f32).sqrt() * self.shape.score_factor
     }
 }
 
@@ -181,68 +244,71 @@ fn for_each_head(
                     break;
                 }
                 let (batch, head) = (index / shape.heads, index % shape.heads);
-                f(scratch, Head { batch, head, index });
+                f(scratch, Head { shape, batch, head, index });
             }
         });
     });
 }
 
-/// Which third of qkv.
+/// One head's rows of a tensor: (T, d), rows `stride` apart.
 #[derive(Clone, Copy)]
-enum Part {
-    Q = 0,
-    K = 1,
-    V = 2,
-}
-
-/// qkv from the first row of a sequence on, seen by one head.
-struct HeadQkv<'a> {
+struct HeadRows<'a> {
     data: &'a [f32],
     length: usize,
     head_size: usize,
-    channels: usize,
+    stride: usize,
 }
 
-impl<'a> HeadQkv<'a> {
-    fn new(qkv: &'a [f32], shape: AttentionShape, head: Head) -> Self {
-        let channels = shape.heads * shape.head_size;
-        let start = head.row(shape, 0) * 3 * channels + head.head * shape.head_size;
-        let (length, head_size) = (shape.sequences.length, shape.head_size);
-        Self { data: &qkv[start..], length, head_size, channels }
+impl<'a> HeadRows<'a> {
+    fn row(self, row: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..self.head_size]
     }
 
-    /// From this head's first element of q, k or v on; rows lie 3 C apart.
-    fn part(&self, part: Part) -> &'a [f32] {
-        &self.data[part as usize * self.channels..]
+    /// As vectors along d, one a position.
+    fn by_position(self) -> Matrix<'a> {
+        let Self { data, length: rows, head_size: depth, stride } = self;
+        Matrix { data, rows, depth, stride, transposed: false, fp8_scale: None }
+    }
+
+    /// As vectors along T, one a channel.
+    fn by_channel(self) -> Matrix<'a> {
+        let Self { data, length: depth, head_size: rows, stride } = self;
+        Matrix { data, rows, depth, stride, transposed: true, fp8_scale: None }
     }
 }
 
-/// An output that jobs share; each writes the columns of its own head.
+/// One head's rows of an output: (T, d), rows `stride` apart. The job of the head owns them.
 #[derive(Clone, Copy)]
-struct SharedOut(*mut f32);
+struct HeadOutput {
+    first: *mut f32,
+    stride: usize,
+    head_size: usize,
+}
 
-// SAFETY: see `SharedOut`; every use says which part it owns.
-unsafe impl Sync for SharedOut {}
-// SAFETY: as above.
-unsafe impl Send for SharedOut {}
+impl HeadOutput {
+    /// From row `row` on.
+    fn from(self, row: usize) -> Self {
+        Self { first: self.at(row, 0), ..self }
+    }
 
-impl SharedOut {
-    fn offset(self, elements: usize) -> Self {
-        Self(self.0.wrapping_add(elements))
+    fn at(self, row: usize, column: usize) -> *mut f32 {
+        self.first.wrapping_add(row * self.stride + column)
     }
 
     /// # Safety
-    /// Elements at .. at + values.len() are in bounds and owned by the caller.
-    unsafe fn write(self, at: usize, values: &[f32]) {
+    /// The elements are in bounds and owned by the caller.
+    unsafe fn write(self, row: usize, column: usize, values: &[f32]) {
         // SAFETY: passed on.
-        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), values.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.at(row, column), values.len()) }
             .copy_from_slice(values);
     }
 
     /// # Safety
-    /// `len` elements are in bounds and owned by the caller.
-    unsafe fn fill_zero(self, len: usize) {
-        // SAFETY: passed on.
-        unsafe { std::slice::from_raw_parts_mut(self.0, len) }.fill(0.0);
+    /// The first `rows` rows are in bounds and owned by the caller.
+    unsafe fn fill_zero(self, rows: usize) {
+        for row in 0..rows {
+            // SAFETY: passed on.
+            unsafe { std::slice::from_raw_parts_mut(self.at(row, 0), self.head_size) }.fill(0.0);
+        }
     }
 }

@@ -6,7 +6,13 @@ use crate::backend::cpu::lanes::{Lanes, lanes_fn};
 use crate::backend::cpu::math::{exp, lane_sum};
 
 /// A number for each of 16 queries.
-pub(super) type PerQuery = [f32; PANEL];
+type PerQuery = [f32; PANEL];
+
+/// What the backward pass knows of 16 queries: the log of the sum of their scores' exponentials, and D.
+pub(super) struct QuerySums {
+    pub(super) lse: PerQuery,
+    pub(super) d: PerQuery,
+}
 
 simd_fn! {
     pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -90,9 +96,9 @@ simd_fn! {
         first: usize,
         keys: usize,
         scale: f32,
-        lse: &PerQuery,
-        d: &PerQuery,
+        queries: &QuerySums,
     ) {
+        let QuerySums { lse, d } = queries;
         let rows = &mut scores.as_chunks_mut::<PANEL>().0[..keys];
         let drows = &mut dscores.as_chunks_mut::<PANEL>().0[..keys];
         for (key, (row, drow)) in rows.iter_mut().zip(drows).enumerate() {

@@ -26,7 +26,7 @@ pub(super) use kernels::{
 #[cfg(target_arch = "x86_64")]
 pub(super) use pack::pack_tiles;
 pub use pack::{Conversion, Matrix, PackedMut, Rotation, pack};
-pub(super) use pack::{PackMemory, PackSize, pack_bf16_panel, pack_f32_panel, pack_in};
+pub(super) use pack::{PackMemory, PackSize, pack_bf16_panels, pack_f32_panels, pack_in};
 
 #[cfg(test)]
 pub(super) use pack::{unpack_mxfp4, unpack_tiles};

@@ -38,6 +38,19 @@ pub(in crate::backend::cpu) struct TileOutput<'a> {
     pub(in crate::backend::cpu) stream: bool,
 }
 
+impl TileOutput<'_> {
+    /// The sums as they are, overwritten, `stride` elements from row to row.
+    pub(in crate::backend::cpu) fn sums(
+        c: *mut f32,
+        stride: usize,
+        rows: usize,
+        columns: usize,
+    ) -> Self {
+        let (panel_stride, alpha, bias) = (PANEL, 1.0, None);
+        Self { c, stride, panel_stride, rows, columns, alpha, bias, add: false, stream: false }
+    }
+}
+
 /// Orders streamed stores before whatever tells other threads of them.
 pub(super) fn fence() {
     #[cfg(target_arch = "x86_64")]

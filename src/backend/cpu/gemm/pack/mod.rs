@@ -23,7 +23,7 @@ use mxfp4::{Mxfp4Strip, ScaleRange, mxfp4_strip};
 #[cfg(target_arch = "x86_64")]
 pub(in crate::backend::cpu) use plain::pack_tiles;
 use plain::{bf16_strip, f32_strip};
-pub(in crate::backend::cpu) use plain::{pack_bf16_panel, pack_f32_panel};
+pub(in crate::backend::cpu) use plain::{pack_bf16_panels, pack_f32_panels};
 #[cfg(test)]
 pub(in crate::backend::cpu) use unpack::{unpack_mxfp4, unpack_tiles};
 

@@ -8,24 +8,18 @@ use crate::backend::cpu::lanes::{Lanes, lanes_fn, round_to_bf16};
 /// Elements along the reduction dimension that plain packing fetches ahead.
 const AHEAD: usize = 2 * PANEL;
 
-/// Packs vectors r0 .. r0 + 16 as f32: `out` is (depth, 16).
-pub(in crate::backend::cpu) fn pack_f32_panel(
-    isa: Isa,
-    source: &Matrix<'_>,
-    r0: usize,
-    out: &mut [f32],
-) {
-    f32_strip(isa, source, r0, 1, out, &mut []);
+/// Packs all vectors as f32: `out` is (panels, depth, 16).
+pub(in crate::backend::cpu) fn pack_f32_panels(isa: Isa, source: &Matrix<'_>, out: &mut [f32]) {
+    for (panel, out) in out.chunks_exact_mut(source.depth * PANEL).enumerate() {
+        f32_strip(isa, source, panel * PANEL, 1, out, &mut []);
+    }
 }
 
-/// Packs vectors r0 .. r0 + 16 as bf16: `out` is (depth / 2, 16).
-pub(in crate::backend::cpu) fn pack_bf16_panel(
-    isa: Isa,
-    source: &Matrix<'_>,
-    r0: usize,
-    out: &mut [u32],
-) {
-    bf16_strip(isa, source, r0, Packing::Panels, Role::A, 1, out, &mut []);
+/// Packs all vectors as bf16 in panels: `out` is (panels, depth / 2, 16).
+pub(in crate::backend::cpu) fn pack_bf16_panels(isa: Isa, source: &Matrix<'_>, out: &mut [u32]) {
+    for (panel, out) in out.chunks_exact_mut(source.depth.div_ceil(2) * PANEL).enumerate() {
+        bf16_strip(isa, source, panel * PANEL, Packing::Panels, Role::A, 1, out, &mut []);
+    }
 }
 
 /// Packs all vectors as bf16 in tiles: `out` is (panels, steps, 16), see [`Packed::words`].
