@@ -19,7 +19,7 @@ pub use memory::PackedMut;
 pub(in crate::backend::cpu) use memory::{PackMemory, PackSize};
 pub(super) use mxfp4::ONE;
 pub use mxfp4::Rotation;
-use mxfp4::{Mxfp4Strip, ScaleRange, mxfp4_strip};
+use mxfp4::{ScaleRange, mxfp4_strip};
 #[cfg(target_arch = "x86_64")]
 pub(in crate::backend::cpu) use plain::pack_tiles;
 use plain::{bf16_strip, f32_strip};
@@ -182,8 +182,19 @@ impl Conversion<'_> {
     }
 }
 
+/// Panels of an operand that one job packs.
+#[derive(Clone, Copy)]
+struct Strip<'a> {
+    source: &'a Matrix<'a>,
+    /// Its first vector.
+    r0: usize,
+    panels: usize,
+    packing: Packing,
+    role: Role,
+}
+
 /// Panels of a transposed source that are packed together, for they share pages and cache lines.
-const STRIP: usize = 4;
+const STRIP_PANELS: usize = 4;
 
 /// Packs an operand as this instruction set multiplies it fastest.
 pub fn pack<'a>(
@@ -220,7 +231,7 @@ pub(in crate::backend::cpu) fn pack_in<'a>(
     let vector_sums = &mut memory.vector_sums[..if wants_sums { panels * PANEL } else { 0 }];
     let range = ScaleRange::new();
 
-    let strip = if source.transposed { STRIP } else { 1 };
+    let in_strip = if source.transposed { STRIP_PANELS } else { 1 };
     let per_panel = [steps * PANEL, blocks * PANEL, if wants_sums { PANEL } else { 0 }];
     let shared = (
         DisjointSlice::new(words),
@@ -228,31 +239,26 @@ pub(in crate::backend::cpu) fn pack_in<'a>(
         DisjointSlice::new(sums),
         DisjointSlice::new(vector_sums),
     );
-    cpu.parallel(panels.div_ceil(strip), |job| {
-        let first = job * strip;
-        let count = strip.min(panels - first);
-        let r0 = first * PANEL;
+    cpu.parallel(panels.div_ceil(in_strip), |job| {
+        let first = job * in_strip;
+        let count = in_strip.min(panels - first);
         let [in_words, in_blocks, in_sums] = per_panel;
         // SAFETY: jobs own disjoint panels.
-        let (words, scales, sums, vector_sums) = unsafe {
-            (
-                shared.0.part(first * in_words, count * in_words),
-                shared.1.part(first * in_blocks, count * in_blocks),
-                shared.2.part(first * in_blocks, count * in_blocks),
-                shared.3.part(first * in_sums, count * in_sums),
-            )
+        let out = unsafe {
+            PackedMut {
+                words: shared.0.part(first * in_words, count * in_words),
+                scales: shared.1.part(first * in_blocks, count * in_blocks),
+                sums: shared.2.part(first * in_blocks, count * in_blocks),
+                vector_sums: shared.3.part(first * in_sums, count * in_sums),
+            }
         };
+        let strip = Strip { source, r0: first * PANEL, panels: count, packing, role };
         match conversion {
-            Conversion::Mxfp4(rotation) => {
-                let out = Mxfp4Strip { words, scales, sums, vector_sums, range: &range };
-                mxfp4_strip(isa, source, r0, &rotation, packing, role, count, out);
-            }
-            Conversion::Bf16 => {
-                bf16_strip(isa, source, r0, packing, role, count, words, vector_sums);
-            }
+            Conversion::Mxfp4(rotation) => mxfp4_strip(isa, strip, &rotation, &range, out),
+            Conversion::Bf16 => bf16_strip(isa, strip, out.words, out.vector_sums),
             Conversion::F32 => {
-                let words = bytemuck::cast_slice_mut(words);
-                f32_strip(isa, source, r0, count, words, vector_sums);
+                let words = bytemuck::cast_slice_mut(out.words);
+                f32_strip(isa, strip, words, out.vector_sums);
             }
         }
     });

@@ -5,7 +5,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::{Matrix, add_to_sums, turn_square};
+use super::{Matrix, PackedMut, Strip, add_to_sums, turn_square};
 use crate::backend::cpu::gemm::{BLOCK_STEPS, PANEL, Packing, Role};
 use crate::backend::cpu::lanes::{Lanes, lanes_fn, place, round_keys};
 use crate::mx::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Rounding, group_scale};
@@ -28,18 +28,6 @@ impl Rotation<'_> {
     }
 }
 
-/// Where a strip of MXFP4 panels goes.
-pub(super) struct Mxfp4Strip<'a> {
-    /// (panels, steps, 16)
-    pub(super) words: &'a mut [u32],
-    /// (panels, blocks, 16)
-    pub(super) scales: &'a mut [f32],
-    pub(super) sums: &'a mut [i32],
-    /// (panels, 16), or empty.
-    pub(super) vector_sums: &'a mut [f32],
-    pub(super) range: &'a ScaleRange,
-}
-
 /// The smallest and the largest scale byte of an operand, all panels taken together.
 pub(super) struct ScaleRange {
     pub(super) min: AtomicU32,
@@ -53,14 +41,12 @@ impl ScaleRange {
 }
 
 lanes_fn! {
+    /// `out` is the memory of these panels; their scale bytes go to `range`.
     pub(super) fn mxfp4_strip(
-        source: &Matrix<'_>,
-        r0: usize,
+        strip: Strip<'_>,
         rotation: &Rotation<'_>,
-        packing: Packing,
-        role: Role,
-        panels: usize,
-        out: Mxfp4Strip<'_>,
+        range: &ScaleRange,
+        out: PackedMut<'_>,
     ) = mxfp4_lanes;
 }
 
@@ -71,32 +57,28 @@ struct GroupBuffer([[f32; PANEL]; MAX_GROUP]);
 /// Transforms and quantizes the vectors of some panels, group by group.
 #[inline(always)]
 unsafe fn mxfp4_lanes<L: Lanes>(
-    source: &Matrix<'_>,
-    r0: usize,
+    strip: Strip<'_>,
     rotation: &Rotation<'_>,
-    packing: Packing,
-    role: Role,
-    panels: usize,
-    out: Mxfp4Strip<'_>,
+    range: &ScaleRange,
+    out: PackedMut<'_>,
 ) {
     // SAFETY: passed on.
     unsafe {
-        match packing {
-            Packing::Panels => mxfp4_panels::<L, false>(source, r0, rotation, role, panels, out),
-            Packing::Tiles => mxfp4_panels::<L, true>(source, r0, rotation, role, panels, out),
+        match strip.packing {
+            Packing::Panels => mxfp4_panels::<L, false>(strip, rotation, range, out),
+            Packing::Tiles => mxfp4_panels::<L, true>(strip, rotation, range, out),
         }
     }
 }
 
 #[inline(always)]
 unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
-    source: &Matrix<'_>,
-    r0: usize,
+    strip: Strip<'_>,
     rotation: &Rotation<'_>,
-    role: Role,
-    panels: usize,
-    out: Mxfp4Strip<'_>,
+    range: &ScaleRange,
+    out: PackedMut<'_>,
 ) {
+    let Strip { source, r0, panels, role, .. } = strip;
     let group = rotation.group();
     let mut buffer = GroupBuffer([[0.0f32; PANEL]; MAX_GROUP]);
     let buffer = &mut buffer.0[..group];
@@ -156,8 +138,8 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
         }
     }
     for l in 0..PANEL {
-        out.range.max.fetch_max(max[l], Ordering::Relaxed);
-        out.range.min.fetch_min(255 - max_below[l], Ordering::Relaxed);
+        range.max.fetch_max(max[l], Ordering::Relaxed);
+        range.min.fetch_min(255 - max_below[l], Ordering::Relaxed);
     }
 }
 

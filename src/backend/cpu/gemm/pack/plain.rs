@@ -1,6 +1,6 @@
 //! Packing of f32 and bf16: the elements as they are, or rounded to nearest even, in pairs.
 
-use super::{Matrix, add_to_sums, turn_square};
+use super::{Matrix, Strip, add_to_sums, turn_square};
 use crate::backend::cpu::gemm::{Format, PANEL, Packing, Role};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn, round_to_bf16};
@@ -11,14 +11,14 @@ const AHEAD: usize = 2 * PANEL;
 /// Packs all vectors as f32: `out` is (panels, depth, 16).
 pub(in crate::backend::cpu) fn pack_f32_panels(isa: Isa, source: &Matrix<'_>, out: &mut [f32]) {
     for (panel, out) in out.chunks_exact_mut(source.depth * PANEL).enumerate() {
-        f32_strip(isa, source, panel * PANEL, 1, out, &mut []);
+        f32_strip(isa, panel_of(source, panel, Packing::Panels, Role::A), out, &mut []);
     }
 }
 
 /// Packs all vectors as bf16 in panels: `out` is (panels, depth / 2, 16).
 pub(in crate::backend::cpu) fn pack_bf16_panels(isa: Isa, source: &Matrix<'_>, out: &mut [u32]) {
     for (panel, out) in out.chunks_exact_mut(source.depth.div_ceil(2) * PANEL).enumerate() {
-        bf16_strip(isa, source, panel * PANEL, Packing::Panels, Role::A, 1, out, &mut []);
+        bf16_strip(isa, panel_of(source, panel, Packing::Panels, Role::A), out, &mut []);
     }
 }
 
@@ -33,40 +33,36 @@ pub(in crate::backend::cpu) fn pack_tiles(
     let in_panel = Packing::Tiles.steps(Format::Bf16, source.depth) * PANEL;
     for (panel, out) in out.chunks_exact_mut(in_panel).take(source.rows.div_ceil(PANEL)).enumerate()
     {
-        bf16_strip(isa, source, panel * PANEL, Packing::Tiles, role, 1, out, &mut []);
+        bf16_strip(isa, panel_of(source, panel, Packing::Tiles, role), out, &mut []);
     }
 }
 
+/// A strip of one panel.
+fn panel_of<'a>(source: &'a Matrix<'a>, panel: usize, packing: Packing, role: Role) -> Strip<'a> {
+    Strip { source, r0: panel * PANEL, panels: 1, packing, role }
+}
+
 lanes_fn! {
+    /// `out` is (panels, depth, 16), `vector_sums` (panels, 16) or empty.
     pub(super) fn f32_strip(
-        source: &Matrix<'_>,
-        r0: usize,
-        panels: usize,
+        strip: Strip<'_>,
         out: &mut [f32],
         vector_sums: &mut [f32],
     ) = f32_lanes;
 }
 
 lanes_fn! {
+    /// `out` is (panels, steps, 16), `vector_sums` (panels, 16) or empty.
     pub(super) fn bf16_strip(
-        source: &Matrix<'_>,
-        r0: usize,
-        packing: Packing,
-        role: Role,
-        panels: usize,
+        strip: Strip<'_>,
         out: &mut [u32],
         vector_sums: &mut [f32],
     ) = bf16_lanes;
 }
 
 #[inline(always)]
-unsafe fn f32_lanes<L: Lanes>(
-    source: &Matrix<'_>,
-    r0: usize,
-    panels: usize,
-    out: &mut [f32],
-    vector_sums: &mut [f32],
-) {
+unsafe fn f32_lanes<L: Lanes>(strip: Strip<'_>, out: &mut [f32], vector_sums: &mut [f32]) {
+    let Strip { source, r0, panels, .. } = strip;
     let (depth, rows) = (source.depth, out.as_chunks_mut::<PANEL>().0);
     vector_sums.fill(0.0);
     for k0 in (0..depth).step_by(PANEL) {
@@ -89,22 +85,15 @@ unsafe fn f32_lanes<L: Lanes>(
 
 /// Pairs of bf16, the lower index in the low half.
 #[inline(always)]
-unsafe fn bf16_lanes<L: Lanes>(
-    source: &Matrix<'_>,
-    r0: usize,
-    packing: Packing,
-    role: Role,
-    panels: usize,
-    out: &mut [u32],
-    vector_sums: &mut [f32],
-) {
+unsafe fn bf16_lanes<L: Lanes>(strip: Strip<'_>, out: &mut [u32], vector_sums: &mut [f32]) {
+    let Strip { source, r0, panels, packing, role } = strip;
     let steps = packing.steps(Format::Bf16, source.depth);
     let rows = out.as_chunks_mut::<PANEL>().0;
     vector_sums.fill(0.0);
     let by_lanes = (packing, role) == (Packing::Tiles, Role::A);
     if by_lanes && !source.transposed {
         // SAFETY: passed on.
-        unsafe { bf16_rows::<L>(source, r0, panels, steps, rows) };
+        unsafe { bf16_rows::<L>(strip, steps, rows) };
         return;
     }
     for step in (0..steps).step_by(PANEL / 2) {
@@ -131,13 +120,8 @@ unsafe fn bf16_lanes<L: Lanes>(
 
 /// The squares of tiles of operand A from a source that has them as rows already.
 #[inline(always)]
-unsafe fn bf16_rows<L: Lanes>(
-    source: &Matrix<'_>,
-    r0: usize,
-    panels: usize,
-    steps: usize,
-    out: &mut [[u32; PANEL]],
-) {
+unsafe fn bf16_rows<L: Lanes>(strip: Strip<'_>, steps: usize, out: &mut [[u32; PANEL]]) {
+    let Strip { source, r0, panels, .. } = strip;
     for panel in 0..panels {
         for step in (0..steps).step_by(PANEL) {
             // SAFETY: passed on; rows of 16 words.
