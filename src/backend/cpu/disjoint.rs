@@ -1,4 +1,5 @@
-//! A slice that jobs share out, where the parts do not follow each other and `chunks_mut` cannot cut it.
+//! A slice that jobs share out, where the parts do not follow each other and `chunks_mut` cannot
+//! cut it.
 
 /// A slice of which every job takes parts of its own.
 pub(super) struct DisjointSlice<T>(*mut T, usize);

@@ -130,8 +130,8 @@ mod amx {
     }
 }
 
-/// A function that is compiled for every instruction set; its first argument picks. `items` are what the
-/// bodies share.
+/// A function that is compiled for every instruction set; its first argument picks. `items` are
+/// what the bodies share.
 macro_rules! isa_fn {
     (
         $(#[$meta:meta])*

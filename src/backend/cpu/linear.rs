@@ -1,7 +1,7 @@
 //! The linear layers of a block: y = x W^T + b and its backward pass, in the formats of a recipe.
 //!
-//! Reduction dimensions: `inputs` forward, `outputs` in dgrad, `rows` (tokens) in wgrad. Operands are
-//! packed where they lie, transposed or not; no transposed copy is made.
+//! Reduction dimensions: `inputs` forward, `outputs` in dgrad, `rows` (tokens) in wgrad. Operands
+//! are packed where they lie, transposed or not; no transposed copy is made.
 
 use rayon::prelude::*;
 
@@ -64,8 +64,8 @@ pub(super) fn forward(
     cpu.product([(&x, conversion), (&w, conversion)], memory, out);
 }
 
-/// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter two
-/// added with `accumulate`.
+/// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter
+/// two added with `accumulate`.
 pub(super) fn backward(
     cpu: &Cpu,
     workspace: &mut Workspace,

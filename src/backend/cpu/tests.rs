@@ -1,5 +1,5 @@
-//! Every operation against its scalar twin, on every instruction set of this processor, at sizes that
-//! nothing divides; and independence of the number of threads.
+//! Every operation against its scalar twin, on every instruction set of this processor, at sizes
+//! that nothing divides; and independence of the number of threads.
 
 use super::gemm::{
     Conversion, Matrix, Output, Packing, Role, Rotation, pack, pack_in, unpack_mxfp4, unpack_tiles,
@@ -198,8 +198,8 @@ fn gemms_are_the_products_of_their_operands() {
     });
 }
 
-/// Scales so small, so large or so far apart that their product is no normal f32 number, with blocks
-/// of zeroes between: the same result on every set, and the one of the definition.
+/// Scales so small, so large or so far apart that their product is no normal f32 number, with
+/// blocks of zeroes between: the same result on every set, and the one of the definition.
 #[test]
 fn extreme_scales_multiply_like_any_other() {
     let (m, n, k) = (9, 17, 96);
@@ -663,8 +663,8 @@ fn optimizer_steps() {
     });
 }
 
-/// What a trial says an update would leave is what it leaves, to the bit, NaN and infinity included; a
-/// norm above the limit changes nothing.
+/// What a trial says an update would leave is what it leaves, to the bit, NaN and infinity
+/// included; a norm above the limit changes nothing.
 #[test]
 fn a_tried_update_is_the_update() {
     let n = 40_003;

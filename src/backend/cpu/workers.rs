@@ -82,8 +82,9 @@ impl Workers {
                 remedy: format!("the system refuses to start them ({e}); use fewer"),
             },
         })?;
-        // All of them have started before the host goes on. If it forks while one still does, the child
-        // inherits the locks of that moment; those of a sanitizer's allocator stay locked for ever.
+        // All of them have started before the host goes on. If it forks while one still does, the
+        // child inherits the locks of that moment; those of a sanitizer's allocator stay locked for
+        // ever.
         pool.broadcast(|_| ());
         let handoff = Arc::new(Handoff::default());
         let conductor = handoff.clone();
@@ -224,6 +225,7 @@ impl Drop for Threads {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -238,7 +240,7 @@ mod tests {
             }
         }
         thread_local! {
-            static ENDED: std::cell::RefCell<Option<Count>> = const { std::cell::RefCell::new(None) };
+            static ENDED: RefCell<Option<Count>> = const { RefCell::new(None) };
         }
         let ended = Arc::new(AtomicUsize::new(0));
         let workers = Workers::start(3).unwrap();

@@ -1,7 +1,8 @@
-//! Scratch memory of operations: packed operands, and elements as an operation or each thread needs them.
+//! Scratch memory of operations: packed operands, and elements as an operation or each thread needs
+//! them.
 //!
-//! An operation says what it needs, in its function `scratch`, and takes it from here. A workspace knows no
-//! operation: it has room for the most that any asks for, because no two run at once.
+//! An operation says what it needs, in its function `scratch`, and takes it from here. A workspace
+//! knows no operation: it has room for the most that any asks for, because no two run at once.
 
 use rayon::prelude::*;
 

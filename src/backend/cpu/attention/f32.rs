@@ -1,5 +1,5 @@
-//! Attention with products in f32: for recipes whose forward pass is in f32, and where the processor does
-//! not multiply bf16.
+//! Attention with products in f32: for recipes whose forward pass is in f32, and where the
+//! processor does not multiply bf16.
 
 use std::ops::Range;
 

@@ -9,8 +9,8 @@
 //! from the scores and `lse`, the log of each row's sum, as in flash attention (Dao et al., arXiv
 //! 2205.14135).
 //!
-//! Products are in f32. With AVX-512, those of recipes whose forward pass is not f32 are in bf16, and on
-//! tiles where there are such.
+//! Products are in f32. With AVX-512, those of recipes whose forward pass is not f32 are in bf16,
+//! and on tiles where there are such.
 
 mod f32;
 mod panels;
@@ -150,8 +150,8 @@ struct HeadBackward<'a> {
 }
 
 impl HeadBackward<'_> {
-    /// scores -> P and dscores -> dS times the scale, both (keys, 16 queries), in place, for `queries` over
-    /// keys 0 .. `keys`.
+    /// scores -> P and dscores -> dS times the scale, both (keys, 16 queries), in place, for
+    /// `queries` over keys 0 .. `keys`.
     fn gradient_panel(
         &self,
         isa: Isa,

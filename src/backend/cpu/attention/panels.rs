@@ -1,9 +1,9 @@
-//! Attention with the operands of all products in bf16, in panels: for recipes whose forward pass is,
-//! where the processor multiplies bf16 (AVX-512).
+//! Attention with the operands of all products in bf16, in panels: for recipes whose forward pass
+//! is, where the processor multiplies bf16 (AVX-512).
 //!
-//! Blocks of 48 queries, as in f32. Scores come as (key, 16 queries): two keys a word, that is operand A
-//! of O = P V and dQ = dS K; turned, two queries a word, operand A of dV = P^T dO and dK = dS^T Q, which
-//! are summed where they lie, block after block.
+//! Blocks of 48 queries, as in f32. Scores come as (key, 16 queries): two keys a word, that is
+//! operand A of O = P V and dQ = dS K; turned, two queries a word, operand A of dV = P^T dO and dK
+//! = dS^T Q, which are summed where they lie, block after block.
 
 use std::ops::Range;
 
@@ -26,7 +26,8 @@ struct Sizes {
     /// Steps along d and along T.
     depth_steps: usize,
     length_steps: usize,
-    /// Words of (T, d) as vectors along d, (panels of T, d / 2, 16), and along T, (panels of d, T / 2, 16).
+    /// Words of (T, d) as vectors along d, (panels of T, d / 2, 16), and along T, (panels of d, T /
+    /// 2, 16).
     by_position: usize,
     by_channel: usize,
 }
@@ -195,8 +196,8 @@ unsafe fn queries_by_channels(
     }
 }
 
-/// to (keys, d) = turned scores of `queries` times B (d, T), for keys up to the last query; added for
-/// those that a block before has seen.
+/// to (keys, d) = turned scores of `queries` times B (d, T), for keys up to the last query; added
+/// for those that a block before has seen.
 ///
 /// # Safety
 /// The caller owns the rows of these keys.
@@ -230,7 +231,8 @@ lanes_fn! {
 }
 
 lanes_fn! {
-    /// The same scores, two queries a word, as steps 8 `panel` .. of (panels of T, 24 steps, 16 keys).
+    /// The same scores, two queries a word, as steps 8 `panel` .. of (panels of T, 24 steps, 16
+    /// keys).
     fn turn(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) = turn_lanes;
 }
 

@@ -8,7 +8,8 @@ use crate::backend::cpu::math::{exp, lane_sum};
 /// A number for each of 16 queries.
 type PerQuery = [f32; PANEL];
 
-/// What the backward pass knows of 16 queries: the log of the sum of their scores' exponentials, and D.
+/// What the backward pass knows of 16 queries: the log of the sum of their scores' exponentials,
+/// and D.
 pub(super) struct QuerySums {
     pub(super) lse: PerQuery,
     pub(super) d: PerQuery,
@@ -20,8 +21,8 @@ simd_fn! {
     }
 }
 
-/// Turns scores (keys, 16 queries) of queries first .. into probabilities in place, 0 for keys that a
-/// query does not see, over keys 0 .. `keys`. Returns log sum exp of each query.
+/// Turns scores (keys, 16 queries) of queries first .. into probabilities in place, 0 for keys that
+/// a query does not see, over keys 0 .. `keys`. Returns log sum exp of each query.
 pub(super) fn softmax_panel(
     isa: Isa,
     scores: &mut [f32],
@@ -35,10 +36,11 @@ pub(super) fn softmax_panel(
 }
 
 simd_fn! {
-    /// Turns scores into e^(scale (score - max)), and returns the largest score and the sum of each query.
+    /// Turns scores into e^(scale (score - max)), and returns the largest score and the sum of each
+    /// query.
     ///
-    /// NOTE: keys that all queries see are a loop of their own; comparing positions for each took longer
-    /// than the exponentials.
+    /// NOTE: keys that all queries see are a loop of their own; comparing positions for each took
+    /// longer than the exponentials.
     fn exp_panel(
         scores: &mut [f32],
         first: usize,

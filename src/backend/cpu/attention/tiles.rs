@@ -1,7 +1,8 @@
-//! Attention on AMX tiles, with the operands of all products in bf16: for recipes whose forward pass is.
+//! Attention on AMX tiles, with the operands of all products in bf16: for recipes whose forward
+//! pass is.
 //!
-//! Blocks have 32 queries, the square of a tile. Products are transposed where that spares operands a
-//! transposition: P^T and dS^T come as (keys, 16 queries) from the softmax, which is operand B of
+//! Blocks have 32 queries, the square of a tile. Products are transposed where that spares operands
+//! a transposition: P^T and dS^T come as (keys, 16 queries) from the softmax, which is operand B of
 //! O^T = V^T P^T and dQ^T = K^T dS^T; and their rows, of 32 queries, are the rows of operand A of
 //! dV = P^T dO and dK = dS^T Q, which sum over the blocks in scratch memory.
 
@@ -51,8 +52,8 @@ pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> us
     }
 }
 
-/// Two panels from panel `first` of `count` on, `in_panel` words each, from word `start` of a panel on;
-/// the last panel twice where it is alone.
+/// Two panels from panel `first` of `count` on, `in_panel` words each, from word `start` of a panel
+/// on; the last panel twice where it is alone.
 fn pair(
     words: &[u32],
     first: usize,
@@ -221,8 +222,8 @@ unsafe fn keys_by_channels(
 }
 
 lanes_fn! {
-    /// Scores (2 panels, T, 16 queries) as operand B, pairs of keys: (2 panels, T / 2, 16). Keys from
-    /// `keys` on become 0 up to a whole square.
+    /// Scores (2 panels, T, 16 queries) as operand B, pairs of keys: (2 panels, T / 2, 16). Keys
+    /// from `keys` on become 0 up to a whole square.
     fn pack_pairs(scores: &[f32], length: usize, keys: usize, out: &mut [u32]) = pairs_lanes;
 }
 

@@ -7,13 +7,13 @@
 //! | --- | --- | --- |
 //! | f32 | one element | 1 of the reduction dimension |
 //! | bf16 | two elements | 2 |
-//! | MXFP4 | four doubled elements, -12 .. 12, as bytes in the order 0 2 1 3 | 4; a scale for 8 steps lies beside |
+//! | MXFP4 | four doubled elements, -12 .. 12, bytes in the order 0 2 1 3 | 4; scales lie beside |
 //!
-//! The inner kernel computes 8 x 48 elements of C: it broadcasts words of A and multiplies them with
-//! one to three panels of B. With AMX, bf16 and MXFP4 lie in tiles instead (see `tiles`): squares of 16
-//! words by 16 lanes, two bf16 numbers a word, which MXFP4 elements times their scales are. Every element
-//! of C is summed in the order of its steps, whatever the tiling, so results do not depend on the number
-//! of threads.
+//! The inner kernel computes 8 x 48 elements of C: it broadcasts words of A and multiplies them
+//! with one to three panels of B. With AMX, bf16 and MXFP4 lie in tiles instead (see `tiles`):
+//! squares of 16 words by 16 lanes, two bf16 numbers a word, which MXFP4 elements times their
+//! scales are. Every element of C is summed in the order of its steps, whatever the tiling, so
+//! results do not depend on the number of threads.
 
 mod kernels;
 mod pack;
@@ -43,8 +43,8 @@ pub const BLOCK_STEPS: usize = 8;
 /// Steps that one pass over the tiles takes. The operands of a job are then 640 KiB, which a
 /// second-level cache of 1 MiB holds. A multiple of [`BLOCK_STEPS`].
 ///
-/// NOTE: 192, which keeps three panels of B in a first-level cache of 48 KiB, was a tenth slower for
-/// all formats: C is read and written more often. Measured on Zen 5, 2026-11-24.
+/// NOTE: 192, which keeps three panels of B in a first-level cache of 48 KiB, was a tenth slower
+/// for all formats: C is read and written more often. Measured on Zen 5, 2026-11-24.
 const STEPS_PER_PASS: usize = 512;
 
 /// Rows and columns of C that one job computes, operands in panels.
@@ -54,8 +54,8 @@ const JOB_COLS: usize = 4 * TILE_COLS;
 /// Elements of C from which on it is stored past the caches, 1 MiB. Memory is then written without
 /// being read first, and caches keep the operands.
 ///
-/// NOTE: storing as usual, bf16 ran at 78% to 88% of its peak and MXFP4 at 65% to 73%, for 85% to 95% and
-/// 71% to 82%; a training step took 4% to 10% longer. Measured on Zen 4, 2026-11-24.
+/// NOTE: storing as usual, bf16 ran at 78% to 88% of its peak and MXFP4 at 65% to 73%, for 85% to
+/// 95% and 71% to 82%; a training step took 4% to 10% longer. Measured on Zen 4, 2026-11-24.
 const STREAM_FROM: usize = 1 << 18;
 
 /// Number format of a GEMM's operands.
@@ -117,8 +117,9 @@ pub struct Packed<'a> {
     pub steps: usize,
     /// (panels, steps, 16); operand A in tiles: (panels, steps / 16, 16 lanes, 16 steps)
     pub words: &'a [u32],
-    /// MXFP4 in panels: half of each block's scale, (panels, steps / 8, 16). For operand A the bits of 1.0
-    /// are subtracted from the bits, so that adding the bits of one scale of each operand multiplies.
+    /// MXFP4 in panels: half of each block's scale, (panels, steps / 8, 16). For operand A the bits
+    /// of 1.0 are subtracted from the bits, so that adding the bits of one scale of each operand
+    /// multiplies.
     pub scales: &'a [f32],
     /// MXFP4 in panels, operand A: -12 times the sum of each block's doubled elements,
     /// (panels, steps / 8, 16).
@@ -128,17 +129,18 @@ pub struct Packed<'a> {
 }
 
 impl Packed<'_> {
-    /// Whether half of every scale, and every product of two of them, is a normal f32, so that adding
-    /// exponents multiplies them. With bytes a and b the product is 2^(a + b - 256).
+    /// Whether half of every scale, and every product of two of them, is a normal f32, so that
+    /// adding exponents multiplies them. With bytes a and b the product is 2^(a + b - 256).
     fn multiply_by_adding(&self, other: &Self) -> bool {
         let ((min_a, max_a), (min_b, max_b)) = (self.scale_bytes, other.scale_bytes);
         let normal = min_a >= 2 && min_b >= 2 && max_a < 255 && max_b < 255;
         normal && min_a + min_b >= 130 && max_a + max_b <= 383
     }
 
-    /// Whether tiles multiply these operands as they are. MXFP4 operands need that every element times
-    /// its scale is a normal bf16 number, as tiles take others for zero; so is every product of two; and
-    /// no sum on the way, of up to 2^20 products below 2^102, overflows where the whole one does not.
+    /// Whether tiles multiply these operands as they are. MXFP4 operands need that every element
+    /// times its scale is a normal bf16 number, as tiles take others for zero; so is every product
+    /// of two; and no sum on the way, of up to 2^20 products below 2^102, overflows where the whole
+    /// one does not.
     fn exact_in_tiles(&self, other: &Self) -> bool {
         let in_range = || self.scale_bytes.1 + other.scale_bytes.1 <= 350;
         self.format != Format::Mxfp4 || (self.multiply_by_adding(other) && in_range())
@@ -200,8 +202,8 @@ impl Cpu {
         });
     }
 
-    /// [`Cpu::gemm`] of two operands that are packed here: in the faster way, unless MXFP4 products are
-    /// not exact in it.
+    /// [`Cpu::gemm`] of two operands that are packed here: in the faster way, unless MXFP4 products
+    /// are not exact in it.
     pub fn product(
         &self,
         [a, b]: [(&Matrix<'_>, Conversion<'_>); 2],

@@ -1,8 +1,8 @@
-//! Sixteen lanes of 32 bits, as the packing kernels need them: one register of AVX-512, two of AVX2,
-//! or an array.
+//! Sixteen lanes of 32 bits, as the packing kernels need them: one register of AVX-512, two of
+//! AVX2, or an array.
 //!
-//! Kernels are generic over [`Lanes`] and compiled once for every instruction set. All operations are
-//! exact or correctly rounded IEEE operations, so that every set computes the same bits.
+//! Kernels are generic over [`Lanes`] and compiled once for every instruction set. All operations
+//! are exact or correctly rounded IEEE operations, so that every set computes the same bits.
 //!
 //! NOTE: plain Rust over `[f32; 16]` was tried first. The compiler turned the element-wise loops of
 //! GELU or LayerNorm into full registers, but the butterfly and the rounding into a mix of partial
@@ -23,8 +23,9 @@ pub(super) use portable::Portable;
 
 /// Sixteen lanes.
 ///
-/// NOTE: no closures and no iterator over lanes in implementations and kernels. They would be functions
-/// of their own, compiled without the instruction set, and every operation in them a call.
+/// NOTE: no closures and no iterator over lanes in implementations and kernels. They would be
+/// functions of their own, compiled without the instruction set, and every operation in them a
+/// call.
 ///
 /// # Safety
 /// All methods need the instruction set of the implementation. They are `unsafe fn` where they also
@@ -44,10 +45,12 @@ pub(super) trait Lanes {
     /// Writes 16 words.
     unsafe fn store_u(to: *mut u32, v: Self::U);
 
-    /// Asks for the cache line of an address, which need not be anybody's, to be in the second-level cache.
+    /// Asks for the cache line of an address, which need not be anybody's, to be in the
+    /// second-level cache.
     ///
-    /// NOTE: not in the first: rows a power of two apart share few of its sets and throw each other out.
-    /// Quantizing took 0.85 ns an element for 0.80 at a width of 384, the same for wider ones (Zen 4).
+    /// NOTE: not in the first: rows a power of two apart share few of its sets and throw each other
+    /// out. Quantizing took 0.85 ns an element for 0.80 at a width of 384, the same for wider ones
+    /// (Zen 4).
     unsafe fn prefetch(from: *const f32);
 
     unsafe fn splat(v: f32) -> Self::F;
@@ -132,11 +135,12 @@ pub(super) trait Lanes {
         }
     }
 
-    /// Eight elements x of each lane, times `factor`, stochastically rounded as in `mx::quantize` and
-    /// looked up by code: bytes 0 2 1 3, then 4 6 5 7, of two words. `random` has 16 bits an element,
-    /// those of elements 2 i and 2 i + 1 in word i.
+    /// Eight elements x of each lane, times `factor`, stochastically rounded as in `mx::quantize`
+    /// and looked up by code: bytes 0 2 1 3, then 4 6 5 7, of two words. `random` has 16 bits an
+    /// element, those of elements 2 i and 2 i + 1 in word i.
     ///
-    /// The grid below 1 is even and that above has a mantissa bit: max(y, (y + 1) / 2) makes one of both.
+    /// The grid below 1 is even and that above has a mantissa bit: max(y, (y + 1) / 2) makes one of
+    /// both.
     #[inline(always)]
     unsafe fn stochastic_bytes(
         x: [Self::F; 8],
@@ -169,8 +173,8 @@ pub(super) trait Lanes {
         }
     }
 
-    /// Pairs of bf16, `low` in the low halves, rounded to nearest even; NaN stays NaN. Subnormal numbers may
-    /// become 0, which is what products of bf16 take them for.
+    /// Pairs of bf16, `low` in the low halves, rounded to nearest even; NaN stays NaN. Subnormal
+    /// numbers may become 0, which is what products of bf16 take them for.
     #[inline(always)]
     unsafe fn bf16_pairs(low: Self::F, high: Self::F) -> Self::U {
         // SAFETY: passed on.
@@ -182,7 +186,8 @@ pub(super) trait Lanes {
 
     /// Rows to columns.
     unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16];
-    /// Of four vectors w, vector j of the result holds w0 w1 w2 w3 of lanes j, 4 + j, 8 + j, 12 + j.
+    /// Of four vectors w, vector j of the result holds w0 w1 w2 w3 of lanes j, 4 + j, 8 + j, 12 +
+    /// j.
     unsafe fn interleave(w: [Self::U; 4]) -> [Self::U; 4];
     /// The 16-bit halves of words 0 to 7 as low halves, those of words 8 to 15 as high ones.
     unsafe fn zip(v: Self::U) -> Self::U;
@@ -220,8 +225,8 @@ pub(super) fn round_keys([k0, k1]: [u32; 2]) -> [[u32; 2]; 10] {
     })
 }
 
-/// Compiles a kernel that is generic over [`Lanes`] for every instruction set; the first argument of
-/// the result picks.
+/// Compiles a kernel that is generic over [`Lanes`] for every instruction set; the first argument
+/// of the result picks.
 macro_rules! lanes_fn {
     (
         $(#[$meta:meta])*

@@ -137,8 +137,9 @@ impl Lanes for Portable {
         let half = |at: usize| v[at / 2] >> (16 * (at % 2)) & 0xffff;
         std::array::from_fn(|i| half(i) | half(16 + i) << 16)
     }
-    // NOTE: lane by lane, with the definition itself. Inlined as operations on arrays, rustc 1.95 made
-    // wrong bits of it for plain x86-64 in the release profile, which the tests of that profile show.
+    // NOTE: lane by lane, with the definition itself. Inlined as operations on arrays, rustc 1.95
+    // made wrong bits of it for plain x86-64 in the release profile, which the tests of that
+    // profile show.
     #[inline(always)]
     unsafe fn philox(
         keys: &[[u32; 2]; 10],

@@ -1,7 +1,7 @@
 //! Packing: one pass over an operand converts it to its format and lays it out in panels.
 //!
-//! It works on 16 vectors at a time, the reduction dimension running down an array of 16-lane rows, so
-//! that all of it is plain lane-by-lane arithmetic for either layout of the source.
+//! It works on 16 vectors at a time, the reduction dimension running down an array of 16-lane rows,
+//! so that all of it is plain lane-by-lane arithmetic for either layout of the source.
 
 mod memory;
 mod mxfp4;
@@ -103,8 +103,8 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Asks for the memory that [`Matrix::load`] will read; past the end of a vector, for that of the
-    /// panel `panels` further on.
+    /// Asks for the memory that [`Matrix::load`] will read; past the end of a vector, for that of
+    /// the panel `panels` further on.
     ///
     /// NOTE: 16 rows far apart are more streams than a processor follows by itself.
     ///
@@ -122,7 +122,8 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// The square of memory that [`Matrix::load`] reads, where not all of it exists, or FP8 sees it.
+    /// The square of memory that [`Matrix::load`] reads, where not all of it exists, or FP8 sees
+    /// it.
     #[inline(never)]
     fn load_edge(&self, r0: usize, k0: usize) -> [[f32; PANEL]; PANEL] {
         let mut square = [[0.0; PANEL]; PANEL];
@@ -208,7 +209,8 @@ pub fn pack<'a>(
     pack_in(packing, cpu, source, conversion, role, memory)
 }
 
-/// The same in a given packing. Any set packs tiles, of all but f32; only multiplying them takes AMX.
+/// The same in a given packing. Any set packs tiles, of all but f32; only multiplying them takes
+/// AMX.
 pub(in crate::backend::cpu) fn pack_in<'a>(
     packing: Packing,
     cpu: &Cpu,

@@ -1,7 +1,7 @@
 //! Packing of MXFP4: one pass transforms, scales, rounds and packs.
 //!
-//! Butterfly, block maxima and rounding are lane-by-lane arithmetic over 16 vectors. `mx::Mxfp4Matrix` is
-//! the definition; the codes are the same bit for bit.
+//! Butterfly, block maxima and rounding are lane-by-lane arithmetic over 16 vectors.
+//! `mx::Mxfp4Matrix` is the definition; the codes are the same bit for bit.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -160,8 +160,8 @@ fn element_values() -> [u32; 16] {
     })
 }
 
-/// Loads a group of elements of 16 vectors and rotates it as `mx::rotate` does: strides 1 to 8 while
-/// 16 elements are in registers, the others on the way back through the first-level cache.
+/// Loads a group of elements of 16 vectors and rotates it as `mx::rotate` does: strides 1 to 8
+/// while 16 elements are in registers, the others on the way back through the first-level cache.
 #[inline(always)]
 unsafe fn load_group<L: Lanes>(
     source: &Matrix<'_>,
@@ -222,8 +222,9 @@ unsafe fn across_parts<L: Lanes, const N: usize>(buffer: &mut [[f32; PANEL]]) {
 
 /// Sums and differences at strides 1, 2 .. N / 2.
 ///
-/// NOTE: strides are constants. A loop over them was not unrolled, and every sum of 16 elements passed
-/// through memory: half of the time that a transposed operand took. Measured on Zen 4, 2026-11-24.
+/// NOTE: strides are constants. A loop over them was not unrolled, and every sum of 16 elements
+/// passed through memory: half of the time that a transposed operand took. Measured on Zen 4,
+/// 2026-11-24.
 #[inline(always)]
 unsafe fn butterfly<L: Lanes, const N: usize>(mut v: [L::F; N]) -> [L::F; N] {
     // SAFETY: passed on.
@@ -249,8 +250,8 @@ unsafe fn stage<L: Lanes, const N: usize, const STRIDE: usize>(v: &mut [L::F; N]
     }
 }
 
-/// Draws the rounding bits of elements k0 .. k0 + 8 of 16 vectors from r0 on: 16 bits each, those of
-/// elements 2 i and 2 i + 1 in word i.
+/// Draws the rounding bits of elements k0 .. k0 + 8 of 16 vectors from r0 on: 16 bits each, those
+/// of elements 2 i and 2 i + 1 in word i.
 #[inline(always)]
 unsafe fn draw_bits<L: Lanes>(
     draw: &Draw,
@@ -280,12 +281,12 @@ unsafe fn draw_bits<L: Lanes>(
     }
 }
 
-/// `mx::quantize_block` of 16 blocks at a time. Words hold four bytes of doubled elements instead of
-/// codes; or, in `TILES`, pairs of bf16, the elements times their scale, where these are normal numbers.
-/// Returns half of each scale, and the scale's byte (255 for NaN).
+/// `mx::quantize_block` of 16 blocks at a time. Words hold four bytes of doubled elements instead
+/// of codes; or, in `TILES`, pairs of bf16, the elements times their scale, where these are normal
+/// numbers. Returns half of each scale, and the scale's byte (255 for NaN).
 ///
-/// NOTE: a block of zeroes has the byte 0, 2^-127. Its scale multiplies zeroes, so that of 1.0, which
-/// no range check trips over, stands here instead.
+/// NOTE: a block of zeroes has the byte 0, 2^-127. Its scale multiplies zeroes, so that of 1.0,
+/// which no range check trips over, stands here instead.
 #[inline(always)]
 unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool, const TILES: bool>(
     values: &[[f32; PANEL]; BLOCK],
