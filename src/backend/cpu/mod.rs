@@ -107,11 +107,8 @@ impl Workspace {
 /// The linear layers of a block.
 fn linear_layers(shape: &WorkspaceShape) -> [LinearShape; 4] {
     let (rows, c, m) = (shape.sequences.rows(), shape.channels, shape.mlp_channels);
-    [(c, 3 * c), (c, c), (c, m), (m, c)].map(|(inputs, outputs)| LinearShape {
-        rows,
-        inputs,
-        outputs,
-    })
+    let layer = |inputs, outputs| LinearShape { rows, inputs, outputs };
+    [layer(c, 3 * c), layer(c, c), layer(c, m), layer(m, c)]
 }
 
 /// Starting an operation costs nothing here, so nothing is recorded.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::rows::softmax_panel;
 use super::{HeadBackward, HeadForward, HeadOutput, HeadRows, QUERIES, Scratch};
 use crate::backend::cpu::gemm::{
-    PANEL, Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, pack_f32_panels, strided_tile,
+    PANEL, Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, pack_f32, strided_tile,
 };
 use crate::backend::cpu::isa::Isa;
 
@@ -25,8 +25,8 @@ pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>)
     let queries = scratch.f32(t.next_multiple_of(PANEL) * d);
     let values = scratch.f32(d.next_multiple_of(PANEL) * t);
     let scores = scratch.f32(QUERIES * t);
-    pack_f32_panels(isa, &head.q.by_position(), queries);
-    pack_f32_panels(isa, &head.v.by_channel(), values);
+    pack_f32(isa, &head.q.by_position(), queries);
+    pack_f32(isa, &head.v.by_channel(), values);
     for q0 in (0..t).step_by(QUERIES) {
         let q1 = (q0 + QUERIES).min(t);
         let block = QueryBlock { q0, q1, length: t };
@@ -43,7 +43,7 @@ pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>)
             // O = P V: the panel is A, (keys, 16 queries); V is B.
             let a = Unpacked { data: scores, rows: lanes, stride: 1, step: PANEL };
             // SAFETY: the job owns the output; first + lanes <= T.
-            unsafe { a.times(isa, values, t, 0..q1, head.out.from(first), false) };
+            unsafe { a.times(isa, values, t, 0..q1, head.out.skip(first), false) };
         }
     }
 }
@@ -56,11 +56,11 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
     let [query_channels, key_channels, dout_channels] =
         [(); 3].map(|()| scratch.f32(d.next_multiple_of(PANEL) * t));
     let [scores, dscores] = [(); 2].map(|()| scratch.f32(QUERIES * t));
-    pack_f32_panels(isa, &head.q.by_position(), queries);
-    pack_f32_panels(isa, &head.dout.by_position(), douts);
-    pack_f32_panels(isa, &head.q.by_channel(), query_channels);
-    pack_f32_panels(isa, &head.k.by_channel(), key_channels);
-    pack_f32_panels(isa, &head.dout.by_channel(), dout_channels);
+    pack_f32(isa, &head.q.by_position(), queries);
+    pack_f32(isa, &head.dout.by_position(), douts);
+    pack_f32(isa, &head.q.by_channel(), query_channels);
+    pack_f32(isa, &head.k.by_channel(), key_channels);
+    pack_f32(isa, &head.dout.by_channel(), dout_channels);
     // SAFETY: the job owns all T rows of the outputs.
     unsafe {
         head.dk.fill_zero(t);
@@ -86,7 +86,7 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
             // SAFETY: the job owns the outputs; first + lanes and q1 are at most T.
             unsafe {
                 // dQ = dS K, overwritten: every query belongs to one panel.
-                ds.times(isa, key_channels, t, 0..q1, head.dq.from(first), false);
+                ds.times(isa, key_channels, t, 0..q1, head.dq.skip(first), false);
                 // dV += P^T dO and dK += dS^T Q, over this panel's queries.
                 p_t.times(isa, dout_channels, t, range.clone(), head.dv, true);
                 ds_t.times(isa, query_channels, t, range, head.dk, true);

@@ -75,7 +75,7 @@ pub(super) fn forward(
     assert!(out.len() >= elements && qkv.len() >= 3 * elements, "tensors hold the sequences");
     let (out, lse) = (DisjointSlice::new(out), DisjointSlice::new(lse));
     for_each_head(cpu, workspace, shape, |scratch, head| {
-        let [q, k, v] = head.qkv(qkv);
+        let [q, k, v] = [0, 1, 2].map(|part| head.rows(qkv, 3, part));
         // SAFETY: a job owns the lse of its head.
         let lse = unsafe { lse.part(head.index * t, t) };
         let head = HeadForward { q, k, v, scale: head.scale(), out: head.output(&out, 1, 0), lse };
@@ -106,7 +106,7 @@ pub(super) fn backward(
     assert!(dqkv.len() >= 3 * elements && qkv.len() >= 3 * elements && out.len() >= elements);
     let dqkv = DisjointSlice::new(dqkv);
     for_each_head(cpu, workspace, shape, |scratch, head| {
-        let [q, k, v] = head.qkv(qkv);
+        let [q, k, v] = [0, 1, 2].map(|part| head.rows(qkv, 3, part));
         let [dq, dk, dv] = [0, 1, 2].map(|part| head.output(&dqkv, 3, part));
         let (out, dout) = (head.rows(out, 1, 0), head.rows(dout, 1, 0));
         let (scale, lse) = (head.scale(), &lse[head.index * t..][..t]);
@@ -196,11 +196,6 @@ struct Head {
 }
 
 impl Head {
-    /// q, k and v of this head from qkv (B, T, 3 C).
-    fn qkv(self, qkv: &[f32]) -> [HeadRows<'_>; 3] {
-        [0, 1, 2].map(|part| self.rows(qkv, 3, part))
-    }
-
     /// Its columns of part `part` of (B, T, parts C).
     fn rows(self, data: &[f32], parts: usize, part: usize) -> HeadRows<'_> {
         let (start, stride) = self.place(parts, part);
@@ -286,9 +281,9 @@ struct HeadOutput {
 }
 
 impl HeadOutput {
-    /// From row `row` on.
-    fn from(self, row: usize) -> Self {
-        Self { first: self.at(row, 0), ..self }
+    /// The rows behind the first `rows`.
+    fn skip(self, rows: usize) -> Self {
+        Self { first: self.at(rows, 0), ..self }
     }
 
     fn at(self, row: usize, column: usize) -> *mut f32 {

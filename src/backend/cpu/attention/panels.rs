@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::rows::softmax_panel;
 use super::{HeadBackward, HeadForward, HeadOutput, QUERIES, Scratch};
 use crate::backend::cpu::gemm::{
-    PANEL, Panels, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, pack_bf16_panels,
+    Matrix, PANEL, Packing, Panels, Role, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, pack_bf16,
 };
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn};
@@ -76,9 +76,12 @@ pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>)
     let [keys, queries] = [(); 2].map(|()| scratch.words(sizes.by_position));
     let values = scratch.words(sizes.by_channel);
     let (scores, pairs) = (scratch.f32(sizes.scores()), scratch.words(sizes.pairs()));
-    pack_bf16_panels(isa, &head.k.by_position(), keys);
-    pack_bf16_panels(isa, &head.q.by_position(), queries);
-    pack_bf16_panels(isa, &head.v.by_channel(), values);
+    let pack = |from: &Matrix<'_>, to: &mut [u32]| {
+        pack_bf16(isa, from, Packing::Panels, Role::A, to);
+    };
+    pack(&head.k.by_position(), keys);
+    pack(&head.q.by_position(), queries);
+    pack(&head.v.by_channel(), values);
     for q0 in (0..t).step_by(QUERIES) {
         let q1 = (q0 + QUERIES).min(t);
         scores_of_block(isa, sizes, keys, queries, q0, q1, scores);
@@ -93,7 +96,7 @@ pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>)
             pack_pairs(isa, scores, q1, pairs);
             // SAFETY: the job owns the output; first + lanes <= T.
             unsafe {
-                queries_by_channels(isa, sizes, pairs, values, lanes, q1, head.out.from(first));
+                queries_by_channels(isa, sizes, pairs, values, lanes, q1, head.out.skip(first));
             }
         }
     }
@@ -110,13 +113,16 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
     let [scores, dscores] = [(); 2].map(|()| scratch.f32(sizes.scores()));
     let pairs = scratch.words(sizes.pairs());
     let [p_turned, ds_turned] = [(); 2].map(|()| scratch.words(sizes.turned()));
-    pack_bf16_panels(isa, &head.k.by_position(), keys);
-    pack_bf16_panels(isa, &head.v.by_position(), values);
-    pack_bf16_panels(isa, &head.q.by_position(), queries);
-    pack_bf16_panels(isa, &head.dout.by_position(), douts);
-    pack_bf16_panels(isa, &head.k.by_channel(), key_channels);
-    pack_bf16_panels(isa, &head.q.by_channel(), query_channels);
-    pack_bf16_panels(isa, &head.dout.by_channel(), dout_channels);
+    let pack = |from: &Matrix<'_>, to: &mut [u32]| {
+        pack_bf16(isa, from, Packing::Panels, Role::A, to);
+    };
+    pack(&head.k.by_position(), keys);
+    pack(&head.v.by_position(), values);
+    pack(&head.q.by_position(), queries);
+    pack(&head.dout.by_position(), douts);
+    pack(&head.k.by_channel(), key_channels);
+    pack(&head.q.by_channel(), query_channels);
+    pack(&head.dout.by_channel(), dout_channels);
     for q0 in (0..t).step_by(QUERIES) {
         let q1 = (q0 + QUERIES).min(t);
         scores_of_block(isa, sizes, keys, queries, q0, q1, scores);
@@ -133,7 +139,7 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
             turn(isa, scores, q1, p, p_turned);
             turn(isa, dscores, q1, p, ds_turned);
             pack_pairs(isa, dscores, q1, pairs);
-            let dq = head.dq.from(first);
+            let dq = head.dq.skip(first);
             // SAFETY: the job owns the output; first + lanes <= T.
             unsafe { queries_by_channels(isa, sizes, pairs, key_channels, lanes, q1, dq) };
         }

@@ -11,7 +11,7 @@ use std::ops::Range;
 use super::rows::softmax_panel;
 use super::{HeadBackward, HeadForward, HeadOutput, Scratch};
 use crate::backend::cpu::gemm::tiles::{Quad, SIDE, SQUARE, Tiles};
-use crate::backend::cpu::gemm::{PANEL, Role, pack_tiles};
+use crate::backend::cpu::gemm::{Matrix, PANEL, Packing, Role, pack_bf16};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::lanes::{Lanes, lanes_fn, round_to_bf16};
 
@@ -72,9 +72,12 @@ pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>)
     let [keys, queries, values] = [(); 3].map(|()| scratch.words(sizes.operand));
     let (scores, packed) = (scratch.f32(sizes.scores), scratch.words(sizes.scores / 2));
     let block_out = scratch.f32(sizes.depth * SIDE);
-    pack_tiles(isa, &head.k.by_position(), Role::A, keys);
-    pack_tiles(isa, &head.q.by_position(), Role::B, queries);
-    pack_tiles(isa, &head.v.by_channel(), Role::A, values);
+    let pack = |from: &Matrix<'_>, role, to: &mut [u32]| {
+        pack_bf16(isa, from, Packing::Tiles, role, to);
+    };
+    pack(&head.k.by_position(), Role::A, keys);
+    pack(&head.q.by_position(), Role::B, queries);
+    pack(&head.v.by_channel(), Role::A, values);
     // SAFETY: this module is for processors with AMX.
     let tiles = unsafe { Tiles::configure() };
     for q0 in (0..t).step_by(SIDE) {
@@ -92,7 +95,7 @@ pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>)
         pack_pairs(isa, scores, sizes.length, q1, packed);
         // SAFETY: scratch memory has room for whole squares.
         unsafe { channels_by_queries(&tiles, sizes, values, packed, d, q1, block_out) };
-        store_turned(isa, block_out, q1 - q0, head.out.from(q0));
+        store_turned(isa, block_out, q1 - q0, head.out.skip(q0));
     }
 }
 
@@ -108,13 +111,16 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
     let [packed, p_rows, ds_rows] = [(); 3].map(|()| scratch.words(sizes.scores / 2));
     let [dk, dv] = [(); 2].map(|()| scratch.f32(sizes.length * sizes.depth));
     let dq = scratch.f32(sizes.depth * SIDE);
-    pack_tiles(isa, &head.k.by_position(), Role::A, keys);
-    pack_tiles(isa, &head.v.by_position(), Role::A, values);
-    pack_tiles(isa, &head.q.by_position(), Role::B, queries);
-    pack_tiles(isa, &head.dout.by_position(), Role::B, douts);
-    pack_tiles(isa, &head.k.by_channel(), Role::A, key_channels);
-    pack_tiles(isa, &head.q.by_channel(), Role::B, query_channels);
-    pack_tiles(isa, &head.dout.by_channel(), Role::B, dout_channels);
+    let pack = |from: &Matrix<'_>, role, to: &mut [u32]| {
+        pack_bf16(isa, from, Packing::Tiles, role, to);
+    };
+    pack(&head.k.by_position(), Role::A, keys);
+    pack(&head.v.by_position(), Role::A, values);
+    pack(&head.q.by_position(), Role::B, queries);
+    pack(&head.dout.by_position(), Role::B, douts);
+    pack(&head.k.by_channel(), Role::A, key_channels);
+    pack(&head.q.by_channel(), Role::B, query_channels);
+    pack(&head.dout.by_channel(), Role::B, dout_channels);
     dk.fill(0.0);
     dv.fill(0.0);
     // SAFETY: this module is for processors with AMX.
@@ -141,7 +147,7 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
             keys_by_channels(&tiles, sizes, p_rows, dout_channels, d, q0..q1, dv);
             keys_by_channels(&tiles, sizes, ds_rows, query_channels, d, q0..q1, dk);
         }
-        store_turned(isa, dq, q1 - q0, head.dq.from(q0));
+        store_turned(isa, dq, q1 - q0, head.dq.skip(q0));
     }
     for (to, sums) in [(head.dk, dk), (head.dv, dv)] {
         for (row, sums) in sums.chunks_exact(sizes.depth).take(t).enumerate() {

@@ -23,10 +23,8 @@ pub(super) mod tiles;
 pub(super) use kernels::{
     Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, strided_tile,
 };
-#[cfg(target_arch = "x86_64")]
-pub(super) use pack::pack_tiles;
 pub use pack::{Conversion, Matrix, PackedMut, Rotation, pack};
-pub(super) use pack::{PackMemory, PackSize, pack_bf16_panels, pack_f32_panels, pack_in};
+pub(super) use pack::{PackMemory, PackSize, pack_bf16, pack_f32, pack_in};
 
 #[cfg(test)]
 pub(super) use pack::{unpack_mxfp4, unpack_tiles};
@@ -253,17 +251,14 @@ unsafe fn rectangle(
         for j in (j0..j1).step_by(TILE_COLS) {
             let columns = (j1 - j).min(TILE_COLS);
             for i in (i0..i1).step_by(TILE_ROWS) {
+                let c = out.c.wrapping_add(i * out.stride + j);
                 let to = TileOutput {
-                    c: out.c.wrapping_add(i * out.stride + j),
-                    stride: out.stride,
-                    panel_stride: PANEL,
-                    rows: (i1 - i).min(TILE_ROWS),
-                    columns,
                     alpha: out.alpha,
                     bias: bias.map(|bias| &bias[j..j + columns]),
                     add: out.accumulate || s0 > 0,
                     // What a later pass reads again had better stay.
                     stream: out.stream && s1 == a.steps,
+                    ..TileOutput::sums(c, out.stride, (i1 - i).min(TILE_ROWS), columns)
                 };
                 // SAFETY: these rows and columns lie in the rectangle.
                 unsafe { kernels::tile(isa, a, b, i, j, s0..s1, &to) };

@@ -242,18 +242,8 @@ pub(super) unsafe fn rectangle(
                     tiles.multiply(a_panels, b_panels, steps / SQUARE, Quad::of(to, SIDE));
                     let c = out.c.add(i * out.stride + j);
                     let bias = bias.map(|bias| &bias[j..j + across]);
-                    let to = TileOutput {
-                        c,
-                        stride: out.stride,
-                        panel_stride: PANEL,
-                        rows: down,
-                        columns: across,
-                        alpha: out.alpha,
-                        bias,
-                        add,
-                        stream: false,
-                    };
-                    store(&sums, &to);
+                    let to = TileOutput::sums(c, out.stride, down, across);
+                    store(&sums, &TileOutput { alpha: out.alpha, bias, add, ..to });
                 }
             }
         }

@@ -20,10 +20,8 @@ pub(in crate::backend::cpu) use memory::{PackMemory, PackSize};
 pub(super) use mxfp4::ONE;
 pub use mxfp4::Rotation;
 use mxfp4::{ScaleRange, mxfp4_strip};
-#[cfg(target_arch = "x86_64")]
-pub(in crate::backend::cpu) use plain::pack_tiles;
 use plain::{bf16_strip, f32_strip};
-pub(in crate::backend::cpu) use plain::{pack_bf16_panels, pack_f32_panels};
+pub(in crate::backend::cpu) use plain::{pack_bf16, pack_f32};
 #[cfg(test)]
 pub(in crate::backend::cpu) use unpack::{unpack_mxfp4, unpack_tiles};
 
@@ -231,8 +229,7 @@ pub(in crate::backend::cpu) fn pack_in<'a>(
     let wants_sums = !memory.vector_sums.is_empty();
     assert!(source.transposed || !wants_sums, "vectors are summed where they are transposed");
     let vector_sums = &mut memory.vector_sums[..if wants_sums { panels * PANEL } else { 0 }];
-    let range = ScaleRange::new();
-
+    let range = ScaleRange::default();
     let in_strip = if source.transposed { STRIP_PANELS } else { 1 };
     let per_panel = [steps * PANEL, blocks * PANEL, if wants_sums { PANEL } else { 0 }];
     let shared = (
@@ -264,13 +261,17 @@ pub(in crate::backend::cpu) fn pack_in<'a>(
             }
         }
     });
-    let scale_bytes = (range.min.into_inner(), range.max.into_inner());
+    let scale_bytes = (255 - range.below.into_inner(), range.max.into_inner());
     Packed { format, packing, rows: source.rows, steps, words, scales, sums, scale_bytes }
 }
 
-/// Adds 16 elements of each of 16 vectors to their sums, in order.
+/// Adds 16 elements of each vector of a panel to their sums, (panels, 16), in order; none if empty.
 #[inline(always)]
-unsafe fn add_to_sums<L: Lanes>(values: &[L::F; PANEL], sums: &mut [f32]) {
+unsafe fn add_to_sums<L: Lanes>(values: &[L::F; PANEL], sums: &mut [f32], panel: usize) {
+    if sums.is_empty() {
+        return;
+    }
+    let sums = &mut sums[panel * PANEL..][..PANEL];
     // SAFETY: passed on; `sums` has 16 elements.
     unsafe {
         let mut sum = L::load(sums.as_ptr());

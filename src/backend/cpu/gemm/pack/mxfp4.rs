@@ -28,16 +28,12 @@ impl Rotation<'_> {
     }
 }
 
-/// The smallest and the largest scale byte of an operand, all panels taken together.
+/// The range of the scale bytes of an operand, all panels taken together.
+#[derive(Default)]
 pub(super) struct ScaleRange {
-    pub(super) min: AtomicU32,
+    /// 255 less the smallest.
+    pub(super) below: AtomicU32,
     pub(super) max: AtomicU32,
-}
-
-impl ScaleRange {
-    pub(super) fn new() -> Self {
-        Self { min: AtomicU32::new(u32::MAX), max: AtomicU32::new(0) }
-    }
 }
 
 lanes_fn! {
@@ -139,7 +135,7 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
     }
     for l in 0..PANEL {
         range.max.fetch_max(max[l], Ordering::Relaxed);
-        range.min.fetch_min(255 - max_below[l], Ordering::Relaxed);
+        range.below.fetch_max(max_below[l], Ordering::Relaxed);
     }
 }
 
@@ -178,9 +174,7 @@ unsafe fn load_group<L: Lanes>(
         for (part, rows) in buffer.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
             let mut v = source.load::<L>(r0, k0 + part * PANEL);
             source.prefetch::<L>(r0, k0 + group + part * PANEL, panels);
-            if !vector_sums.is_empty() {
-                add_to_sums::<L>(&v, vector_sums);
-            }
+            add_to_sums::<L>(&v, vector_sums, 0);
             if let Some(signs) = signs.get(part * PANEL..(part + 1) * PANEL) {
                 for i in 0..PANEL {
                     v[i] = L::mul(v[i], L::splat(signs[i]));

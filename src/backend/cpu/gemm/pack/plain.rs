@@ -8,38 +8,28 @@ use crate::backend::cpu::lanes::{Lanes, lanes_fn, round_to_bf16};
 /// Elements along the reduction dimension that plain packing fetches ahead.
 const AHEAD: usize = 2 * PANEL;
 
-/// Packs all vectors as f32: `out` is (panels, depth, 16).
-pub(in crate::backend::cpu) fn pack_f32_panels(isa: Isa, source: &Matrix<'_>, out: &mut [f32]) {
+/// Packs all vectors as f32, in this thread: `out` is (panels, depth, 16).
+pub(in crate::backend::cpu) fn pack_f32(isa: Isa, source: &Matrix<'_>, out: &mut [f32]) {
+    let strip = Strip { source, r0: 0, panels: 1, packing: Packing::Panels, role: Role::A };
     for (panel, out) in out.chunks_exact_mut(source.depth * PANEL).enumerate() {
-        f32_strip(isa, panel_of(source, panel, Packing::Panels, Role::A), out, &mut []);
+        f32_strip(isa, Strip { r0: panel * PANEL, ..strip }, out, &mut []);
     }
 }
 
-/// Packs all vectors as bf16 in panels: `out` is (panels, depth / 2, 16).
-pub(in crate::backend::cpu) fn pack_bf16_panels(isa: Isa, source: &Matrix<'_>, out: &mut [u32]) {
-    for (panel, out) in out.chunks_exact_mut(source.depth.div_ceil(2) * PANEL).enumerate() {
-        bf16_strip(isa, panel_of(source, panel, Packing::Panels, Role::A), out, &mut []);
-    }
-}
-
-/// Packs all vectors as bf16 in tiles: `out` is (panels, steps, 16), see [`Packed::words`].
-#[cfg(target_arch = "x86_64")]
-pub(in crate::backend::cpu) fn pack_tiles(
+/// The same as bf16: `out` is (panels, steps, 16), see [`Packed::words`].
+pub(in crate::backend::cpu) fn pack_bf16(
     isa: Isa,
     source: &Matrix<'_>,
+    packing: Packing,
     role: Role,
     out: &mut [u32],
 ) {
-    let in_panel = Packing::Tiles.steps(Format::Bf16, source.depth) * PANEL;
-    for (panel, out) in out.chunks_exact_mut(in_panel).take(source.rows.div_ceil(PANEL)).enumerate()
-    {
-        bf16_strip(isa, panel_of(source, panel, Packing::Tiles, role), out, &mut []);
+    let strip = Strip { source, r0: 0, panels: 1, packing, role };
+    let in_panel = packing.steps(Format::Bf16, source.depth) * PANEL;
+    let panels = out.chunks_exact_mut(in_panel).take(source.rows.div_ceil(PANEL));
+    for (panel, out) in panels.enumerate() {
+        bf16_strip(isa, Strip { r0: panel * PANEL, ..strip }, out, &mut []);
     }
-}
-
-/// A strip of one panel.
-fn panel_of<'a>(source: &'a Matrix<'a>, panel: usize, packing: Packing, role: Role) -> Strip<'a> {
-    Strip { source, r0: panel * PANEL, panels: 1, packing, role }
 }
 
 lanes_fn! {
@@ -75,9 +65,7 @@ unsafe fn f32_lanes<L: Lanes>(strip: Strip<'_>, out: &mut [f32], vector_sums: &m
                 for (i, to) in rows.iter_mut().enumerate() {
                     L::store(to.as_mut_ptr(), values[i]);
                 }
-                if !vector_sums.is_empty() {
-                    add_to_sums::<L>(&values, &mut vector_sums[panel * PANEL..][..PANEL]);
-                }
+                add_to_sums::<L>(&values, vector_sums, panel);
             }
         }
     }
@@ -107,9 +95,7 @@ unsafe fn bf16_lanes<L: Lanes>(strip: Strip<'_>, out: &mut [u32], vector_sums: &
                 for (i, to) in rows[at..][..count].iter_mut().enumerate() {
                     L::store_u(to.as_mut_ptr(), L::bf16_pairs(values[2 * i], values[2 * i + 1]));
                 }
-                if !vector_sums.is_empty() {
-                    add_to_sums::<L>(&values, &mut vector_sums[panel * PANEL..][..PANEL]);
-                }
+                add_to_sums::<L>(&values, vector_sums, panel);
                 if by_lanes && step % PANEL > 0 {
                     turn_square::<L>(&mut rows[at - PANEL / 2..][..PANEL]);
                 }
