@@ -155,9 +155,10 @@ macro_rules! isa_fn {
 
             match isa {
                 #[cfg(target_arch = "x86_64")]
-                // SAFETY: an engine only holds a set that `is_available` confirmed.
-                $crate::backend::cpu::isa::Isa::Amx
-                | $crate::backend::cpu::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::backend::cpu::isa::Isa::Amx | $crate::backend::cpu::isa::Isa::Avx512 => {
+                    // SAFETY: an engine only holds a set that `is_available` confirmed.
+                    unsafe { avx512($($arg),*) }
+                }
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
