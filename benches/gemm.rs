@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use mxfp4train::backend::cpu::gemm::{
-    BLOCK_STEPS, Format, Layout, Matrix, Output, PANEL, PackedMut, Rotation, Side, pack,
+    BLOCK_STEPS, Conversion, Matrix, Output, PANEL, PackedMut, Role, Rotation, pack,
 };
 use mxfp4train::backend::cpu::{Arena, Buffer, Cpu};
 use mxfp4train::mx::{GemmId, LinearId, OperandId, Random, Rounding};
@@ -72,28 +72,27 @@ fn main() {
     let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: LinearId::Fc1 };
     let mut signs = vec![0.0; 64];
     random.signs(GemmId::Dgrad).fill_signs(&mut signs);
-    let rotation =
-        |signs, rounding| Some(Rotation { signs, rounding, draw: random.rounding(OperandId::Dy) });
-    let formats: [(&str, Format, Option<Rotation<'_>>); 6] = [
-        ("f32", Format::F32, None),
-        ("bf16", Format::Bf16, None),
-        ("mxfp4", Format::Mxfp4, rotation(&[], Rounding::Nearest)),
-        ("mxfp4-rht", Format::Mxfp4, rotation(&signs, Rounding::Nearest)),
-        ("mxfp4-sr", Format::Mxfp4, rotation(&[], Rounding::Unbiased)),
-        ("mxfp4-rht-sr", Format::Mxfp4, rotation(&signs, Rounding::Unbiased)),
+    let mxfp4 = |signs, rounding| {
+        Conversion::Mxfp4(Rotation { signs, rounding, draw: random.rounding(OperandId::Dy) })
+    };
+    let conversions = [
+        ("f32", Conversion::F32),
+        ("bf16", Conversion::Bf16),
+        ("mxfp4", mxfp4(&[], Rounding::Nearest)),
+        ("mxfp4-rht", mxfp4(&signs, Rounding::Nearest)),
+        ("mxfp4-sr", mxfp4(&[], Rounding::Unbiased)),
+        ("mxfp4-rht-sr", mxfp4(&signs, Rounding::Unbiased)),
     ];
 
     let (rows, depth) = (TOKENS, 1536);
     let data = values(rows * depth);
     let mut memory = Memory::new(rows, depth);
     println!("\npacking {rows} x {depth}        rows GB/s   transposed GB/s");
-    for (name, format, rotation) in &formats {
+    for (name, conversion) in conversions {
         let rate = |memory: &mut Memory, matrix: Matrix<'_>| {
             let run = |_| {
                 time(|| {
-                    let layout = Layout::best(cpu.isa(), *format);
-                    let rotation = rotation.as_ref();
-                    pack(&cpu, &matrix, *format, layout, rotation, Side::A, memory.as_mut());
+                    pack(&cpu, &matrix, conversion, Role::A, memory.as_mut());
                 })
             };
             (rows * depth * 4) as f64 / median((0..ROUNDS).map(run).collect()) / 1e9
@@ -127,12 +126,10 @@ fn main() {
                 (0..3).map(|_| (Memory::new(m, k), Memory::new(n, k))).collect();
             let packed: Vec<_> = memories
                 .iter_mut()
-                .zip(&formats)
-                .map(|((ma, mb), (_, format, rotation))| {
-                    let rotation = rotation.as_ref();
-                    let layout = Layout::best(cpu.isa(), *format);
-                    let a = pack(&cpu, &a, *format, layout, rotation, Side::A, ma.as_mut());
-                    (a, pack(&cpu, &b, *format, layout, rotation, Side::B, mb.as_mut()))
+                .zip(conversions)
+                .map(|((ma, mb), (_, conversion))| {
+                    let a = pack(&cpu, &a, conversion, Role::A, ma.as_mut());
+                    (a, pack(&cpu, &b, conversion, Role::B, mb.as_mut()))
                 })
                 .collect();
             let mut result = values(m * n);

@@ -212,7 +212,10 @@ mod tests {
             step in steps(),
             bounds in (scale(-45.0..37.5), scale(-45.0..37.5), scale(-45.0..37.5)),
             parts in [-1.0f32..=1.0, -1.0f32..=1.0, 0.0f32..=1.0],
-            gradients in prop::collection::vec(prop_oneof![Just(1.0f32), Just(-1.0), -1.0f32..1.0], 8),
+            gradients in prop::collection::vec(
+                prop_oneof![Just(1.0f32), Just(-1.0), -1.0f32..1.0],
+                8,
+            ),
         ) {
             let (weight, m, v) = bounds;
             let [mut p, mut first, mut second] = [weight * parts[0], m * parts[1], v * parts[2]];
@@ -241,7 +244,8 @@ mod tests {
         }
     }
 
-    /// The factor of clipping may lie below f32's ordinary numbers, where it is rounded by up to its half.
+    /// The factor of clipping may lie below f32's ordinary numbers, where it is rounded by up to
+    /// its half.
     #[test]
     fn bounds_vouch_for_gradients_that_are_clipped_to_almost_nothing() {
         for clip in [1e-3f32, 8e-8, 1e-7, 1.1e-7, 3e-7, 1e-6, 1e-30] {
@@ -266,7 +270,8 @@ mod tests {
         }
     }
 
-    /// Ordinary settings never need more than a first look, and nothing is vouched for that is unknown.
+    /// Ordinary settings never need more than a first look, and nothing is vouched for that is
+    /// unknown.
     #[test]
     fn bounds_are_wide_enough_for_training() {
         let mut step = AdamWStep {

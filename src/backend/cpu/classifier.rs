@@ -6,10 +6,10 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Format, Layout, Matrix, Output, Packed, PackedMut, Side, pack};
-use super::isa::simd_fn;
+use super::gemm::{Conversion, Matrix, Output, Role, pack};
+use super::isa::{Isa, simd_fn};
 use super::math::{exp, lane_max, lane_sum};
-use super::workspace::Workspace;
+use super::workspace::{ScratchSize, Workspace};
 use super::{Cpu, rows_per_job};
 use crate::backend::{ClassifierGradient, LinearShape, Precision};
 
@@ -17,8 +17,31 @@ use crate::backend::{ClassifierGradient, LinearShape, Precision};
 const CHUNK_LOGITS: usize = 8 << 20;
 
 /// Rows of one chunk.
-pub(super) fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
+fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
     (CHUNK_LOGITS / vocab_size).max(64).min(rows)
+}
+
+/// What [`run`] needs of a workspace; with `trains`, for gradients too.
+pub(super) fn scratch(
+    isa: Isa,
+    shape: LinearShape,
+    precision: Precision,
+    trains: bool,
+) -> ScratchSize {
+    let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
+    let format = Conversion::of(precision).format();
+    let chunk = chunk_rows(rows, vocab_size);
+    let mut size = ScratchSize { elements: chunk * vocab_size, ..ScratchSize::default() };
+    let (a, [head, transposed_head, input]) = (&mut size.a, &mut size.b);
+    a.add(isa, [chunk, channels], format, 1);
+    head.add(isa, [vocab_size, channels], format, 1);
+    if trains {
+        a.add(isa, [chunk, vocab_size], format, 1); // dlogits
+        a.add(isa, [vocab_size, chunk], format, 1); // dlogits^T
+        transposed_head.add(isa, [channels, vocab_size], format, 1);
+        input.add(isa, [channels, chunk], format, 1);
+    }
+    size
 }
 
 /// See `Head::classifier`; `shape` is rows, channels, vocabulary.
@@ -34,21 +57,13 @@ pub(super) fn run(
     precision: Precision,
 ) {
     let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
-    let format = match precision {
-        Precision::F32 => Format::F32,
-        Precision::Bf16 => Format::Bf16,
-    };
-    let Workspace { a, b, transposed_head, head_input, logits, .. } = workspace;
-    let head = pack_plain(
-        cpu,
-        Matrix::rows_by_depth(wte, vocab_size, channels),
-        format,
-        Side::B,
-        b.as_mut(),
-    );
+    let conversion = Conversion::of(precision);
+    let Workspace { a, b: [head_memory, transposed_head, input], elements: logits, .. } = workspace;
+    let head = Matrix::rows_by_depth(wte, vocab_size, channels);
+    let head = pack(cpu, &head, conversion, Role::B, head_memory.as_mut());
     let transposed = gradient.as_ref().map(|_| {
         let wte = Matrix::depth_by_rows(wte, channels, vocab_size);
-        pack_plain(cpu, wte, format, Side::B, transposed_head.as_mut())
+        pack(cpu, &wte, conversion, Role::B, transposed_head.as_mut())
     });
     let chunk = chunk_rows(rows, vocab_size);
     for r0 in (0..rows).step_by(chunk) {
@@ -56,7 +71,7 @@ pub(super) fn run(
         let x = &x[r0 * channels..][..n * channels];
         let logits = &mut logits[..n * vocab_size];
         let packed = Matrix::rows_by_depth(x, n, channels);
-        let packed = pack_plain(cpu, packed, format, Side::A, a.as_mut());
+        let packed = pack(cpu, &packed, conversion, Role::A, a.as_mut());
         cpu.gemm(packed, head, overwrite(logits, vocab_size));
 
         let scale = gradient.as_ref().map(|g| g.scale);
@@ -66,27 +81,17 @@ pub(super) fn run(
         let (Some(gradient), Some(transposed)) = (&mut gradient, transposed) else { continue };
         let dlogits: &[f32] = logits;
         let by_vocab = Matrix::rows_by_depth(dlogits, n, vocab_size);
-        let by_vocab = pack_plain(cpu, by_vocab, format, Side::A, a.as_mut());
+        let by_vocab = pack(cpu, &by_vocab, conversion, Role::A, a.as_mut());
         let dx = &mut gradient.dx[r0 * channels..][..n * channels];
         cpu.gemm(by_vocab, transposed, overwrite(dx, channels));
 
         let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
-        let by_row = pack_plain(cpu, by_row, format, Side::A, a.as_mut());
+        let by_row = pack(cpu, &by_row, conversion, Role::A, a.as_mut());
         let x = Matrix::depth_by_rows(x, channels, n);
-        let x = pack_plain(cpu, x, format, Side::B, head_input.as_mut());
+        let x = pack(cpu, &x, conversion, Role::B, input.as_mut());
         let accumulate = gradient.accumulate || r0 > 0;
         cpu.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dw, channels) });
     }
-}
-
-fn pack_plain<'a>(
-    cpu: &Cpu,
-    source: Matrix<'_>,
-    format: Format,
-    side: Side,
-    memory: PackedMut<'a>,
-) -> Packed<'a> {
-    pack(cpu, &source, format, Layout::best(cpu.isa(), format), None, side, memory)
 }
 
 fn overwrite(c: &mut [f32], stride: usize) -> Output<'_> {

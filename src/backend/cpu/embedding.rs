@@ -3,8 +3,8 @@
 
 use rayon::prelude::*;
 
+use super::disjoint::DisjointSlice;
 use super::isa::simd_fn;
-use super::shared::SharedSlice;
 use super::{Cpu, rows_per_job};
 use crate::backend::Sequences;
 
@@ -52,7 +52,7 @@ pub(super) fn backward(
     });
     // NOTE: tokens repeat, so rows of dwte cannot be given out; columns can.
     const COLUMNS: usize = 64;
-    let table = SharedSlice::new(dwte);
+    let table = DisjointSlice::new(dwte);
     cpu.parallel(channels.div_ceil(COLUMNS), |job| {
         let columns = job * COLUMNS..((job + 1) * COLUMNS).min(channels);
         for (row, token) in tokens[..sequences.rows()].iter().enumerate() {

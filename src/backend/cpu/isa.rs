@@ -130,40 +130,60 @@ mod amx {
     }
 }
 
+/// A function that is compiled for every instruction set; its first argument picks. `items` are
+/// what the bodies share.
+macro_rules! isa_fn {
+    (
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;
+        $avx512_features:tt => $avx512:block
+        avx2 => $avx2:block
+        portable => $portable:block
+        $($item:item)*
+    ) => {
+        $(#[$meta])*
+        $vis fn $name(isa: $crate::backend::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+            $($item)*
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = $avx512_features)]
+            fn avx512($($arg: $ty),*) $(-> $ret)? $avx512
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? $avx2
+
+            match isa {
+                #[cfg(target_arch = "x86_64")]
+                $crate::backend::cpu::isa::Isa::Amx | $crate::backend::cpu::isa::Isa::Avx512 => {
+                    // SAFETY: an engine only holds a set that `is_available` confirmed.
+                    unsafe { avx512($($arg),*) }
+                }
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                _ => $portable,
+            }
+        }
+    };
+}
+pub(super) use isa_fn;
+
 /// Compiles one loop for every instruction set; the first argument of the result picks.
 macro_rules! simd_fn {
     (
         $(#[$meta:meta])*
         $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block
     ) => {
-        $(#[$meta])*
-        $vis fn $name(isa: $crate::backend::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+        $crate::backend::cpu::isa::isa_fn! {
+            $(#[$meta])*
+            $vis fn $name($($arg: $ty),*) $(-> $ret)?;
+            "avx512f,avx512bw,avx512vl,avx512dq" => { body($($arg),*) }
+            avx2 => { body($($arg),*) }
+            portable => { body($($arg),*) }
+
             #[inline(always)]
-            fn portable($($arg: $ty),*) $(-> $ret)? $body
-
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2($($arg: $ty),*) $(-> $ret)? {
-                portable($($arg),*)
-            }
-
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-            fn avx512($($arg: $ty),*) $(-> $ret)? {
-                portable($($arg),*)
-            }
-
-            match isa {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: an engine only holds a set that `is_available` confirmed.
-                $crate::backend::cpu::isa::Isa::Amx | $crate::backend::cpu::isa::Isa::Avx512 => unsafe {
-                    avx512($($arg),*)
-                },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: as above.
-                $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
-                _ => portable($($arg),*),
-            }
+            fn body($($arg: $ty),*) $(-> $ret)? $body
         }
     };
 }

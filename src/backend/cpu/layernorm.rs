@@ -31,7 +31,7 @@ pub(super) fn forward(
             .zip(statistics.mean[..rows].par_chunks_mut(per_job))
             .zip(statistics.rstd[..rows].par_chunks_mut(per_job))
             .for_each(|(((out, x), mean), rstd)| {
-                forward_rows(cpu.isa(), out, mean, rstd, x, w, b, epsilon);
+                forward_rows(cpu.isa(), out, NormStatistics { mean, rstd }, x, w, b, epsilon);
             });
     });
 }
@@ -62,7 +62,7 @@ pub(super) fn add_forward(
             .zip(statistics.rstd[..rows].par_chunks_mut(per_job))
             .for_each(|(((((out, sum), x), y), mean), rstd)| {
                 add(cpu.isa(), sum, x, y);
-                forward_rows(cpu.isa(), out, mean, rstd, sum, w, b, epsilon);
+                forward_rows(cpu.isa(), out, NormStatistics { mean, rstd }, sum, w, b, epsilon);
             });
     });
 }
@@ -96,7 +96,9 @@ pub(super) fn backward(
         const COLUMNS: usize = 64;
         dw.par_chunks_mut(COLUMNS).zip(db.par_chunks_mut(COLUMNS)).enumerate().for_each(
             |(job, (dw, db))| {
-                backward_columns(cpu.isa(), dw, db, dy, x, mean, rstd, channels, job * COLUMNS);
+                let (dy, x) = (&dy[job * COLUMNS..], &x[job * COLUMNS..]);
+                let statistics = NormStatistics { mean, rstd };
+                backward_columns(cpu.isa(), dw, db, dy, x, statistics, channels);
             },
         );
     });
@@ -118,8 +120,7 @@ simd_fn! {
 simd_fn! {
     fn forward_rows(
         out: &mut [f32],
-        mean: &mut [f32],
-        rstd: &mut [f32],
+        statistics: NormStatistics<&mut [f32]>,
         x: &[f32],
         w: &[f32],
         b: &[f32],
@@ -128,7 +129,8 @@ simd_fn! {
         let c = w.len();
         let (w, b) = (&w[..c], &b[..c]);
         let rows = out.chunks_exact_mut(c).zip(x.chunks_exact(c));
-        for ((out, x), (mean, rstd)) in rows.zip(mean.iter_mut().zip(rstd)) {
+        let statistics = statistics.mean.iter_mut().zip(statistics.rstd);
+        for ((out, x), (mean, rstd)) in rows.zip(statistics) {
             let (out, x) = (&mut out[..c], &x[..c]);
             prefetch_after(x);
             let m = lane_sum([x], |[x]| x) / c as f32;
@@ -171,19 +173,17 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// Adds to columns `first ..` of dw and db.
+    /// Adds to some columns, with which dy and x begin; their rows lie `channels` apart.
     fn backward_columns(
         dw: &mut [f32],
         db: &mut [f32],
         dy: &[f32],
         x: &[f32],
-        mean: &[f32],
-        rstd: &[f32],
+        statistics: NormStatistics<&[f32]>,
         channels: usize,
-        first: usize,
     ) {
-        for (row, (m, s)) in mean.iter().zip(rstd).enumerate() {
-            let at = row * channels + first;
+        for (row, (m, s)) in statistics.mean.iter().zip(statistics.rstd).enumerate() {
+            let at = row * channels;
             let n = dw.len();
             let (dy, x, db) = (&dy[at..][..n], &x[at..][..n], &mut db[..n]);
             for i in 0..n {

@@ -72,8 +72,9 @@ pub(super) fn exact_gelu_derivative(x: f32) -> f32 {
 
 /// The probability that a normal number is less than x, to 2e-7, and e^(-x^2 / 2).
 ///
-/// That of less than -|x| is e^(-x^2 / 2) t Q(t) with t = 1 / (1 + 0.35 |x|), where Q is smooth: the
-/// polynomial of degree 8 that is nearest in relative error (3e-8) up to |x| = 14, where the exponential is 0.
+/// That of less than -|x| is e^(-x^2 / 2) t Q(t) with t = 1 / (1 + 0.35 |x|), where Q is smooth:
+/// the polynomial of degree 8 that is nearest in relative error (3e-8) up to |x| = 14, where the
+/// exponential is 0.
 #[inline(always)]
 fn normal(x: f32) -> (f32, f32) {
     const Q: [f32; 9] = [

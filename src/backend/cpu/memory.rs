@@ -95,8 +95,8 @@ impl<T> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: the piece is alive (`_keep`), aligned, `len` long, and only borrowed through self.
-        // It holds zeroes or values written as T, which is Pod.
+        // SAFETY: the piece is alive (`_keep`), aligned, `len` long, and only borrowed through
+        // self. It holds zeroes or values written as T, which is Pod.
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
     }
 }

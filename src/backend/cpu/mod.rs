@@ -6,6 +6,7 @@
 mod adamw;
 mod attention;
 mod classifier;
+mod disjoint;
 mod embedding;
 mod gelu;
 pub mod gemm;
@@ -15,7 +16,7 @@ mod layernorm;
 mod linear;
 mod math;
 mod memory;
-mod shared;
+
 #[cfg(test)]
 mod tests;
 mod workers;
@@ -90,6 +91,33 @@ const JOB_ELEMENTS: usize = 1 << 14;
 /// Rows of `channels` elements in one job.
 fn rows_per_job(channels: usize) -> usize {
     (JOB_ELEMENTS / channels).max(1)
+}
+
+impl Workspace {
+    /// Scratch memory for all operations of models of one shape.
+    fn new(arena: &mut Arena, shape: &WorkspaceShape, threads: usize, isa: Isa) -> Self {
+        let WorkspaceShape { sequences, channels, heads, vocab_size, forward, backward, .. } =
+            *shape;
+        let head = LinearShape { rows: sequences.rows(), inputs: channels, outputs: vocab_size };
+        let (head_size, trains) = (channels / heads, backward.is_some());
+        let size = linear::scratch(isa, &linear_layers(shape), forward, backward)
+            .max(classifier::scratch(isa, head, Precision::of(forward), trains))
+            .max(attention::scratch(
+                isa,
+                Precision::of(forward),
+                sequences.length,
+                head_size,
+                trains,
+            ));
+        Self::of_size(arena, size, threads)
+    }
+}
+
+/// The linear layers of a block.
+fn linear_layers(shape: &WorkspaceShape) -> [LinearShape; 4] {
+    let (rows, c, m) = (shape.sequences.rows(), shape.channels, shape.mlp_channels);
+    let layer = |inputs, outputs| LinearShape { rows, inputs, outputs };
+    [layer(c, 3 * c), layer(c, c), layer(c, m), layer(m, c)]
 }
 
 /// Starting an operation costs nothing here, so nothing is recorded.

@@ -1,8 +1,8 @@
-//! Every operation against its scalar twin, on every instruction set of this processor, at sizes that
-//! nothing divides; and independence of the number of threads.
+//! Every operation against its scalar twin, on every instruction set of this processor, at sizes
+//! that nothing divides; and independence of the number of threads.
 
 use super::gemm::{
-    Format, Layout, Matrix, Output, Rotation, Side, pack, unpack_mxfp4, unpack_tiles,
+    Conversion, Matrix, Output, Packing, Role, Rotation, pack, pack_in, unpack_mxfp4, unpack_tiles,
 };
 use super::*;
 use crate::backend::test_calls::alone;
@@ -121,15 +121,13 @@ fn mxfp4_codes_are_those_of_the_definition() {
                 } else {
                     Matrix::rows_by_depth(&data, rows, depth)
                 };
-                for (side, offset) in [(Side::A, 0), (Side::B, 12)] {
-                    let rotation = Rotation { signs: &signs, rounding, draw };
-                    let (format, rotation) = (Format::Mxfp4, Some(&rotation));
-                    let layout = Layout::Panels;
+                for (role, offset) in [(Role::A, 0), (Role::B, 12)] {
+                    let mxfp4 = Conversion::Mxfp4(Rotation { signs: &signs, rounding, draw });
                     let to = memory.a.as_mut();
-                    let in_panels = pack(&cpu, &matrix, format, layout, rotation, side, to);
+                    let in_panels = pack_in(Packing::Panels, &cpu, &matrix, mxfp4, role, to);
                     for r in 0..rows {
                         for k in 0..exact.depth {
-                            let (byte, scale) = unpack_mxfp4(&in_panels, r, k, side);
+                            let (byte, scale) = unpack_mxfp4(&in_panels, r, k, role);
                             let element = decode_e2m1(exact.code(r, k));
                             assert_eq!(f32::from(byte - offset), 2.0 * element, "({r}, {k})");
                             // A block of zeroes has no scale to speak of.
@@ -138,14 +136,12 @@ fn mxfp4_codes_are_those_of_the_definition() {
                             assert!(scale == decode_e8m0(exact_scale) || zeroes, "({r}, {k})");
                         }
                     }
-                    // Any set packs tiles; only multiplying them takes AMX.
-                    let layout = Layout::Tiles;
                     let to = memory.a.as_mut();
-                    let in_tiles = pack(&cpu, &matrix, format, layout, rotation, side, to);
+                    let in_tiles = pack_in(Packing::Tiles, &cpu, &matrix, mxfp4, role, to);
                     let values = exact.dequantize();
                     for (at, value) in values.iter().enumerate() {
                         let (r, k) = (at / exact.depth, at % exact.depth);
-                        assert_eq!(unpack_tiles(&in_tiles, r, k, side), *value, "({r}, {k})");
+                        assert_eq!(unpack_tiles(&in_tiles, r, k, role), *value, "({r}, {k})");
                     }
                 }
             }
@@ -164,18 +160,18 @@ fn gemms_are_the_products_of_their_operands() {
             [(1, 1, 1), (7, 50, 33), (130, 97, 1000), (16, 48, 64), (9, 200, 31), (603, 448, 40)];
         for (m, n, k) in shapes {
             let (a, b) = (random(m * k, 1), random(n * k, 2));
-            for format in [Format::F32, Format::Bf16, Format::Mxfp4] {
-                let draw = RANDOM.rounding(OperandId::Dy);
-                let rotation = Rotation { signs: &[], rounding: Rounding::Nearest, draw };
-                let rotation = (format == Format::Mxfp4).then_some(&rotation);
+            let draw = RANDOM.rounding(OperandId::Dy);
+            let nearest = Rotation { signs: &[], rounding: Rounding::Nearest, draw };
+            for conversion in [Conversion::F32, Conversion::Bf16, Conversion::Mxfp4(nearest)] {
                 let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
-                let layout = Layout::best(cpu.isa(), format);
-                let pa = pack(&cpu, &ma, format, layout, rotation, Side::A, memory.a.as_mut());
-                let pb = pack(&cpu, &mb, format, layout, rotation, Side::B, memory.b.as_mut());
-                let rounded = |x: &[f32], rows| match format {
-                    Format::F32 => f64s(x),
-                    Format::Bf16 => x.iter().map(|v| half::bf16::from_f32(*v).to_f64()).collect(),
-                    Format::Mxfp4 => {
+                let pa = pack(&cpu, &ma, conversion, Role::A, memory.a.as_mut());
+                let pb = pack(&cpu, &mb, conversion, Role::B, memory.b[0].as_mut());
+                let rounded = |x: &[f32], rows| match conversion {
+                    Conversion::F32 => f64s(x),
+                    Conversion::Bf16 => {
+                        x.iter().map(|v| half::bf16::from_f32(*v).to_f64()).collect()
+                    }
+                    Conversion::Mxfp4(_) => {
                         let source = Source { data: x, rows, depth: k, transposed: false };
                         let q = Mxfp4Matrix::quantize(source, &[], Rounding::Nearest, &draw);
                         let depth = q.depth;
@@ -205,8 +201,8 @@ fn gemms_are_the_products_of_their_operands() {
     });
 }
 
-/// Scales so small, so large or so far apart that their product is no normal f32 number, with blocks
-/// of zeroes between: the same result on every set, and the one of the definition.
+/// Scales so small, so large or so far apart that their product is no normal f32 number, with
+/// blocks of zeroes between: the same result on every set, and the one of the definition.
 #[test]
 fn extreme_scales_multiply_like_any_other() {
     let (m, n, k) = (9, 17, 96);
@@ -227,12 +223,12 @@ fn extreme_scales_multiply_like_any_other() {
         each_isa(|cpu| {
             let shape = workspace_shape(Sequences { batch: 1, length: 128 }, 32, 1, 8);
             let mut memory = workspace(&cpu, &shape);
-            let rotation = Rotation { signs: &[], rounding: Rounding::Unbiased, draw };
+            let unbiased = Rotation { signs: &[], rounding: Rounding::Unbiased, draw };
             let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
             let mut c = poison(m * n);
             let out = Output { c: &mut c, stride: n, alpha: 1.0, bias: None, accumulate: false };
-            let memory = (memory.a.as_mut(), memory.b.as_mut());
-            cpu.mxfp4_gemm([(&ma, &rotation), (&mb, &rotation)], memory, out);
+            let memory = (memory.a.as_mut(), memory.b[0].as_mut());
+            cpu.product([&ma, &mb].map(|m| (m, Conversion::Mxfp4(unbiased))), memory, out);
             assert_eq!(c[..], exact[..], "{small:e} by {large:e}");
         });
     }
@@ -673,8 +669,8 @@ fn optimizer_steps() {
     });
 }
 
-/// What a trial says an update would leave is what it leaves, to the bit, NaN and infinity included; a
-/// norm above the limit changes nothing.
+/// What a trial says an update would leave is what it leaves, to the bit, NaN and infinity
+/// included; a norm above the limit changes nothing.
 #[test]
 fn a_tried_update_is_the_update() {
     let n = 40_003;

@@ -31,7 +31,7 @@ const BYTES_OF_A_THREAD: usize = 16 << 10;
 /// A pool of threads with which every parallel operation of an engine runs.
 pub(super) struct Workers {
     pool: ManuallyDrop<ThreadPool>,
-    desk: Arc<Desk>,
+    handoff: Arc<Handoff>,
     threads: Threads,
     /// The process that the threads live in. A forked child has none of them.
     process: u32,
@@ -82,13 +82,14 @@ impl Workers {
                 remedy: format!("the system refuses to start them ({e}); use fewer"),
             },
         })?;
-        // All of them have started before the host goes on. If it forks while one still does, the child
-        // inherits the locks of that moment; those of a sanitizer's allocator stay locked for ever.
+        // All of them have started before the host goes on. If it forks while one still does, the
+        // child inherits the locks of that moment; those of a sanitizer's allocator stay locked for
+        // ever.
         pool.broadcast(|_| ());
-        let desk = Arc::new(Desk::default());
-        let conductor = desk.clone();
+        let handoff = Arc::new(Handoff::default());
+        let conductor = handoff.clone();
         pool.spawn(move || conductor.conduct());
-        Ok(Self { pool: ManuallyDrop::new(pool), desk, threads, process: std::process::id() })
+        Ok(Self { pool: ManuallyDrop::new(pool), handoff, threads, process: std::process::id() })
     }
 
     /// How many there are.
@@ -103,7 +104,7 @@ impl Workers {
             return f();
         }
         let (mut f, mut result) = (Some(f), None);
-        self.desk.run(&mut || result = f.take().map(|f| f()));
+        self.handoff.run(&mut || result = f.take().map(|f| f()));
         result.expect("the conductor ran the task")
     }
 }
@@ -112,8 +113,8 @@ impl Workers {
 ///
 /// NOTE: not `ThreadPool::install`. Its queue allocates now and then, and a step allocates nothing.
 #[derive(Default)]
-struct Desk {
-    state: Mutex<DeskState>,
+struct Handoff {
+    state: Mutex<HandoffState>,
     /// The conductor waits for a task, or for the end.
     posted: Condvar,
     /// The host's thread waits for its outcome.
@@ -123,7 +124,7 @@ struct Desk {
 }
 
 #[derive(Default)]
-struct DeskState {
+struct HandoffState {
     taken: bool,
     closed: bool,
     task: Option<Task>,
@@ -133,10 +134,10 @@ struct DeskState {
 /// A task on the stack of the thread that waits for it.
 struct Task(*mut (dyn FnMut() + Send));
 
-// SAFETY: the task is Send, and `Desk::run` does not return before it has been run.
+// SAFETY: the task is Send, and `Handoff::run` does not return before it has been run.
 unsafe impl Send for Task {}
 
-impl Desk {
+impl Handoff {
     /// Has the conductor run `task`, and waits for it.
     fn run(&self, task: &mut (dyn FnMut() + Send)) {
         let mut state = self.lock();
@@ -165,7 +166,7 @@ impl Desk {
         }
     }
 
-    /// Runs tasks until the desk closes.
+    /// Runs tasks until the handoff closes.
     fn conduct(&self) {
         let mut state = self.lock();
         while !state.closed {
@@ -187,7 +188,7 @@ impl Desk {
         self.posted.notify_one();
     }
 
-    fn lock(&self) -> MutexGuard<'_, DeskState> {
+    fn lock(&self) -> MutexGuard<'_, HandoffState> {
         // Nothing panics while it holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -201,7 +202,7 @@ impl Drop for Workers {
             self.threads.0.clear();
             return;
         }
-        self.desk.close();
+        self.handoff.close();
         // A worker that drops the last handle of its own pool must not wait for itself.
         if self.pool.current_thread_index().is_some() {
             self.threads.0.drain(..).for_each(Thread::detach);
@@ -224,6 +225,7 @@ impl Drop for Threads {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -238,7 +240,7 @@ mod tests {
             }
         }
         thread_local! {
-            static ENDED: std::cell::RefCell<Option<Count>> = const { std::cell::RefCell::new(None) };
+            static ENDED: RefCell<Option<Count>> = const { RefCell::new(None) };
         }
         let ended = Arc::new(AtomicUsize::new(0));
         let workers = Workers::start(3).unwrap();

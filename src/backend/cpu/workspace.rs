@@ -1,153 +1,63 @@
-//! Scratch memory: packed GEMM operands, a chunk of logits, and what each attention thread needs.
+//! Scratch memory of operations: packed operands, and elements as an operation or each thread needs
+//! them.
+//!
+//! An operation says what it needs, in its function `scratch`, and takes it from here. A workspace
+//! knows no operation: it has room for the most that any asks for, because no two run at once.
 
-use super::gemm::{BLOCK_STEPS, Format, Layout, PANEL, PackedMut};
+use rayon::prelude::*;
+
+use super::gemm::{PackMemory, PackSize};
 use super::memory::{Arena, Buffer};
-use super::{Isa, attention, classifier};
-use crate::backend::{Precision, WorkspaceShape};
-use crate::recipe::Forward;
 
 /// Scratch memory for models of one shape.
 pub struct Workspace {
-    /// Operand A of a GEMM.
+    /// Operand A of a product.
     pub(super) a: PackMemory,
-    /// Operand B of a GEMM.
-    pub(super) b: PackMemory,
-    /// wte^T of the classifier, which keeps two forms of wte over all chunks.
-    pub(super) transposed_head: PackMemory,
-    /// x^T of one chunk in the classifier's weight gradient.
-    pub(super) head_input: PackMemory,
-    /// Logits of one chunk of rows, then their gradients.
-    pub(super) logits: Buffer<f32>,
-    /// (threads, attention::scratch_len)
-    pub(super) attention: Buffer<f32>,
-    pub(super) attention_len: usize,
+    /// Operands B: one for each that is kept at a time.
+    pub(super) b: [PackMemory; 3],
+    pub(super) elements: Buffer<f32>,
+    /// (threads, elements of a thread)
+    of_threads: Buffer<f32>,
+    thread_len: usize,
 }
 
-/// Memory for one packed operand.
-pub(super) struct PackMemory {
-    words: Buffer<u32>,
-    scales: Buffer<f32>,
-    sums: Buffer<i32>,
-    vector_sums: Buffer<f32>,
+/// What an operation needs of a [`Workspace`], field by field.
+#[derive(Clone, Copy, Default)]
+pub(super) struct ScratchSize {
+    pub(super) a: PackSize,
+    pub(super) b: [PackSize; 3],
+    pub(super) elements: usize,
+    /// Elements of each thread.
+    pub(super) of_thread: usize,
 }
 
-/// Sizes of a [`PackMemory`], grown to the largest operand asked for.
-#[derive(Clone, Copy)]
-struct PackSize {
-    isa: Isa,
-    words: usize,
-    blocks: usize,
-    lanes: usize,
-}
-
-impl PackSize {
-    fn new(isa: Isa) -> Self {
-        Self { isa, words: 0, blocks: 0, lanes: 0 }
-    }
-
-    /// Makes room for `rows` vectors of length `depth`.
-    fn add(&mut self, rows: usize, depth: usize, format: Format, group: usize) {
-        let depth = depth.next_multiple_of(group);
-        let lanes = rows.next_multiple_of(PANEL);
-        self.lanes = self.lanes.max(lanes);
-        let layout = Layout::best(self.isa, format);
-        self.words = self.words.max(lanes * layout.steps(format, depth));
-        if format == Format::Mxfp4 {
-            // Operands that are not exact in tiles lie in panels, which take fewer words.
-            let blocks = lanes * Layout::Panels.steps(format, depth) / BLOCK_STEPS;
-            self.blocks = self.blocks.max(blocks);
-        }
-    }
-}
-
-impl PackMemory {
-    fn new(arena: &mut Arena, size: PackSize) -> Self {
+impl ScratchSize {
+    /// Room for either of two operations.
+    pub(super) fn max(self, other: Self) -> Self {
+        let mut b = self.b;
+        b.iter_mut().zip(other.b).for_each(|(b, other)| *b = b.max(other));
         Self {
-            words: arena.alloc(size.words),
-            scales: arena.alloc(size.blocks),
-            sums: arena.alloc(size.blocks),
-            vector_sums: arena.alloc(size.lanes),
+            a: self.a.max(other.a),
+            b,
+            elements: self.elements.max(other.elements),
+            of_thread: self.of_thread.max(other.of_thread),
         }
-    }
-
-    /// For an operand alone.
-    pub(super) fn as_mut(&mut self) -> PackedMut<'_> {
-        PackedMut { vector_sums: &mut [], ..self.with_vector_sums() }
-    }
-
-    /// For an operand and the sums of its vectors.
-    pub(super) fn with_vector_sums(&mut self) -> PackedMut<'_> {
-        PackedMut {
-            words: &mut self.words,
-            scales: &mut self.scales,
-            sums: &mut self.sums,
-            vector_sums: &mut self.vector_sums,
-        }
-    }
-
-    /// The sums that packing with [`PackMemory::with_vector_sums`] left.
-    pub(super) fn vector_sums(&self) -> &[f32] {
-        &self.vector_sums
     }
 }
 
 impl Workspace {
-    pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape, threads: usize, isa: Isa) -> Self {
-        let WorkspaceShape {
-            sequences,
-            channels: c,
-            mlp_channels: m,
-            heads,
-            vocab_size,
-            forward,
-            backward,
-        } = *shape;
-        let rows = sequences.rows();
-        let plain = match forward {
-            Forward::F32 => Format::F32,
-            Forward::Bf16 | Forward::Fp8 => Format::Bf16,
-        };
-        let (mut a, mut b) = (PackSize::new(isa), PackSize::new(isa));
-        for (inputs, outputs) in [(c, 3 * c), (c, c), (c, m), (m, c)] {
-            a.add(rows, inputs, plain, 1);
-            b.add(outputs, inputs, plain, 1);
-            let Some(backward) = backward else { continue };
-            // bf16 always: a recipe may run some layers or steps in it.
-            let f32 = backward.f32.then_some((Format::F32, 1));
-            let mxfp4 = backward.mxfp4_group.map(|group| (Format::Mxfp4, group));
-            for (format, group) in [(Format::Bf16, 1)].into_iter().chain(f32).chain(mxfp4) {
-                a.add(rows, outputs, format, group); // dgrad: dy
-                b.add(inputs, outputs, format, group); // dgrad: W
-                a.add(outputs, rows, format, group); // wgrad: dy
-                b.add(inputs, rows, format, group); // wgrad: x
-            }
-        }
-        let (mut transposed_head, mut head_input) = (PackSize::new(isa), PackSize::new(isa));
-        let chunk = classifier::chunk_rows(rows, vocab_size);
-        a.add(chunk, c, plain, 1);
-        b.add(vocab_size, c, plain, 1);
-        if backward.is_some() {
-            a.add(chunk, vocab_size, plain, 1);
-            a.add(vocab_size, chunk, plain, 1);
-            transposed_head.add(c, vocab_size, plain, 1);
-            head_input.add(c, chunk, plain, 1);
-        }
-        let (length, head_size) = (sequences.length, c / heads);
-        let attention_len = attention::scratch_len(
-            isa,
-            Precision::of(forward),
-            length,
-            head_size,
-            backward.is_some(),
-        );
+    pub(super) fn of_size(arena: &mut Arena, size: ScratchSize, threads: usize) -> Self {
         Self {
-            a: PackMemory::new(arena, a),
-            b: PackMemory::new(arena, b),
-            transposed_head: PackMemory::new(arena, transposed_head),
-            head_input: PackMemory::new(arena, head_input),
-            logits: arena.alloc(chunk * vocab_size),
-            attention: arena.alloc(threads * attention_len),
-            attention_len,
+            a: PackMemory::new(arena, size.a),
+            b: size.b.map(|size| PackMemory::new(arena, size)),
+            elements: arena.alloc(size.elements),
+            of_threads: arena.alloc(threads * size.of_thread),
+            thread_len: size.of_thread,
         }
+    }
+
+    /// The elements of each thread.
+    pub(super) fn of_threads(&mut self) -> impl IndexedParallelIterator<Item = &mut [f32]> {
+        self.of_threads.par_chunks_exact_mut(self.thread_len)
     }
 }

@@ -1,23 +1,22 @@
-//! Attention with the operands of all products in bf16, in panels: for recipes whose forward pass is,
-//! where the processor multiplies bf16 (AVX-512).
+//! Attention with the operands of all products in bf16, in panels: for recipes whose forward pass
+//! is, where the processor multiplies bf16 (AVX-512).
 //!
-//! Blocks of 48 queries, as in f32. Scores come as (key, 16 queries): two keys a word, that is operand A
-//! of O = P V and dQ = dS K; turned, two queries a word, operand A of dV = P^T dO and dK = dS^T Q, which
-//! are summed where they lie, block after block.
+//! Blocks of 48 queries, as in f32. Scores come as (key, 16 queries): two keys a word, that is
+//! operand A of O = P V and dQ = dS K; turned, two queries a word, operand A of dV = P^T dO and dK
+//! = dS^T Q, which are summed where they lie, block after block.
 
-use super::{
-    BLOCK, Head, HeadQkv, Lanes, Part, Scratch, SharedOut, dot, gradient_panel, scale_of,
-    softmax_panel,
-};
-use crate::backend::AttentionShape;
+use std::ops::Range;
+
+use super::rows::softmax_panel;
+use super::{HeadBackward, HeadForward, HeadOutput, QUERIES, Scratch};
 use crate::backend::cpu::gemm::{
-    Matrix, PANEL, Panels, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, pack_bf16_panel,
+    Matrix, PANEL, Packing, Panels, Role, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, pack_bf16,
 };
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::lanes::{self, lanes_fn};
+use crate::backend::cpu::lanes::{Lanes, lanes_fn};
 
 /// Steps of a block's queries.
-const BLOCK_STEPS: usize = BLOCK / 2;
+const QUERY_STEPS: usize = QUERIES / 2;
 
 /// Sizes of scratch memory.
 #[derive(Clone, Copy)]
@@ -27,7 +26,8 @@ struct Sizes {
     /// Steps along d and along T.
     depth_steps: usize,
     length_steps: usize,
-    /// Words of (T, d) as vectors along d, (panels of T, d / 2, 16), and along T, (panels of d, T / 2, 16).
+    /// Words of (T, d) as vectors along d, (panels of T, d / 2, 16), and along T, (panels of d, T /
+    /// 2, 16).
     by_position: usize,
     by_channel: usize,
 }
@@ -42,7 +42,7 @@ impl Sizes {
 
     /// Elements of the scores of a block, (3 panels, T, 16).
     fn scores(self) -> usize {
-        BLOCK * self.length
+        QUERIES * self.length
     }
 
     /// Words of 16 queries' scores, (T / 2, 16).
@@ -52,7 +52,7 @@ impl Sizes {
 
     /// Words of a block's scores, turned: (panels of T, 24 steps, 16).
     fn turned(self) -> usize {
-        self.length * BLOCK_STEPS
+        self.length * QUERY_STEPS
     }
 }
 
@@ -68,76 +68,44 @@ pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> us
     }
 }
 
-/// (T, d) with rows `stride` apart, as vectors along d.
-fn pack_positions(isa: Isa, data: &[f32], stride: usize, t: usize, d: usize, out: &mut [u32]) {
-    let matrix = Matrix { data, rows: t, depth: d, stride, transposed: false, fp8_scale: None };
-    for (panel, out) in out.chunks_exact_mut(d.div_ceil(2) * PANEL).enumerate() {
-        pack_bf16_panel(isa, &matrix, panel * PANEL, out);
-    }
-}
-
-/// The same as vectors along T.
-fn pack_channels(isa: Isa, data: &[f32], stride: usize, t: usize, d: usize, out: &mut [u32]) {
-    let matrix = Matrix { data, rows: d, depth: t, stride, transposed: true, fp8_scale: None };
-    for (panel, out) in out.chunks_exact_mut(t.div_ceil(2) * PANEL).enumerate() {
-        pack_bf16_panel(isa, &matrix, panel * PANEL, out);
-    }
-}
-
 /// The forward pass of one head.
-pub(super) fn forward_head(
-    isa: Isa,
-    scratch: &mut [f32],
-    qkv: &HeadQkv<'_>,
-    head: Head,
-    shape: AttentionShape,
-    out: SharedOut,
-    lse: SharedOut,
-) {
-    let (t, d, c) = (qkv.length, qkv.head_size, qkv.channels);
-    let sizes = Sizes::new(t, d);
+pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>) {
+    let t = head.q.length;
+    let sizes = Sizes::new(t, head.q.head_size);
     let mut scratch = Scratch(scratch);
     let [keys, queries] = [(); 2].map(|()| scratch.words(sizes.by_position));
     let values = scratch.words(sizes.by_channel);
     let (scores, pairs) = (scratch.f32(sizes.scores()), scratch.words(sizes.pairs()));
-    pack_positions(isa, qkv.part(Part::K), 3 * c, t, d, keys);
-    pack_positions(isa, qkv.part(Part::Q), 3 * c, t, d, queries);
-    pack_channels(isa, qkv.part(Part::V), 3 * c, t, d, values);
-    for q0 in (0..t).step_by(BLOCK) {
-        let q1 = (q0 + BLOCK).min(t);
+    let pack = |from: &Matrix<'_>, to: &mut [u32]| {
+        pack_bf16(isa, from, Packing::Panels, Role::A, to);
+    };
+    pack(&head.k.by_position(), keys);
+    pack(&head.q.by_position(), queries);
+    pack(&head.v.by_channel(), values);
+    for q0 in (0..t).step_by(QUERIES) {
+        let q1 = (q0 + QUERIES).min(t);
         scores_of_block(isa, sizes, keys, queries, q0, q1, scores);
         for (p, scores) in scores.chunks_exact_mut(sizes.length * PANEL).enumerate() {
             let first = q0 + p * PANEL;
             if first >= q1 {
                 break;
             }
-            let sums = softmax_panel(isa, scores, first, q1, scale_of(shape));
+            let lse = softmax_panel(isa, scores, first, q1, head.scale);
             let lanes = (q1 - first).min(PANEL);
-            // SAFETY: a job owns the lse of its head; first + lanes <= T.
-            unsafe { lse.write(head.index * t + first, &sums[..lanes]) };
+            head.lse[first..][..lanes].copy_from_slice(&lse[..lanes]);
             pack_pairs(isa, scores, q1, pairs);
-            let at = head.row(shape, first) * c + head.head * d;
-            // SAFETY: a job owns the columns of its head in the rows of its sequence.
+            // SAFETY: the job owns the output; first + lanes <= T.
             unsafe {
-                queries_by_channels(isa, sizes, pairs, values, lanes, d, q1, out.offset(at), c)
-            };
+                queries_by_channels(isa, sizes, pairs, values, lanes, q1, head.out.skip(first));
+            }
         }
     }
 }
 
 /// The backward pass of one head.
-pub(super) fn backward_head(
-    isa: Isa,
-    scratch: &mut [f32],
-    qkv: &HeadQkv<'_>,
-    scale: f32,
-    head_out: &[f32],
-    head_dout: &[f32],
-    head_lse: &[f32],
-    gradient: impl Fn(Part, usize) -> SharedOut,
-) {
-    let (t, d, c) = (qkv.length, qkv.head_size, qkv.channels);
-    let sizes = Sizes::new(t, d);
+pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_>) {
+    let t = head.q.length;
+    let sizes = Sizes::new(t, head.q.head_size);
     let mut scratch = Scratch(scratch);
     let [keys, values, queries, douts] = [(); 4].map(|()| scratch.words(sizes.by_position));
     let [key_channels, query_channels, dout_channels] =
@@ -145,15 +113,18 @@ pub(super) fn backward_head(
     let [scores, dscores] = [(); 2].map(|()| scratch.f32(sizes.scores()));
     let pairs = scratch.words(sizes.pairs());
     let [p_turned, ds_turned] = [(); 2].map(|()| scratch.words(sizes.turned()));
-    for (part, out) in [(Part::K, keys as &mut [u32]), (Part::V, values), (Part::Q, queries)] {
-        pack_positions(isa, qkv.part(part), 3 * c, t, d, out);
-    }
-    pack_positions(isa, head_dout, c, t, d, douts);
-    pack_channels(isa, qkv.part(Part::K), 3 * c, t, d, key_channels);
-    pack_channels(isa, qkv.part(Part::Q), 3 * c, t, d, query_channels);
-    pack_channels(isa, head_dout, c, t, d, dout_channels);
-    for q0 in (0..t).step_by(BLOCK) {
-        let q1 = (q0 + BLOCK).min(t);
+    let pack = |from: &Matrix<'_>, to: &mut [u32]| {
+        pack_bf16(isa, from, Packing::Panels, Role::A, to);
+    };
+    pack(&head.k.by_position(), keys);
+    pack(&head.v.by_position(), values);
+    pack(&head.q.by_position(), queries);
+    pack(&head.dout.by_position(), douts);
+    pack(&head.k.by_channel(), key_channels);
+    pack(&head.q.by_channel(), query_channels);
+    pack(&head.dout.by_channel(), dout_channels);
+    for q0 in (0..t).step_by(QUERIES) {
+        let q1 = (q0 + QUERIES).min(t);
         scores_of_block(isa, sizes, keys, queries, q0, q1, scores);
         scores_of_block(isa, sizes, values, douts, q0, q1, dscores);
         let in_panel = sizes.length * PANEL;
@@ -164,27 +135,18 @@ pub(super) fn backward_head(
                 break;
             }
             let lanes = (q1 - first).min(PANEL);
-            let (mut row_lse, mut row_d): (Lanes, Lanes) = ([0.0; PANEL], [0.0; PANEL]);
-            for l in 0..lanes {
-                let at = (first + l) * c;
-                row_d[l] = dot(isa, &head_out[at..at + d], &head_dout[at..at + d]);
-                row_lse[l] = head_lse[first + l];
-            }
-            gradient_panel(isa, scores, dscores, first, q1, scale, &row_lse, &row_d);
+            head.gradient_panel(isa, scores, dscores, first..first + lanes, q1);
             turn(isa, scores, q1, p, p_turned);
             turn(isa, dscores, q1, p, ds_turned);
             pack_pairs(isa, dscores, q1, pairs);
-            let dq = gradient(Part::Q, first);
-            // SAFETY: a job owns the columns of its head in the rows of its sequence.
-            unsafe {
-                queries_by_channels(isa, sizes, pairs, key_channels, lanes, d, q1, dq, 3 * c)
-            };
+            let dq = head.dq.skip(first);
+            // SAFETY: the job owns the output; first + lanes <= T.
+            unsafe { queries_by_channels(isa, sizes, pairs, key_channels, lanes, q1, dq) };
         }
-        let (dv, dk) = (gradient(Part::V, 0), gradient(Part::K, 0));
-        // SAFETY: as above.
+        // SAFETY: the job owns the outputs; q1 <= T.
         unsafe {
-            keys_by_channels(isa, sizes, p_turned, dout_channels, q0, q1, d, dv, 3 * c);
-            keys_by_channels(isa, sizes, ds_turned, query_channels, q0, q1, d, dk, 3 * c);
+            keys_by_channels(isa, sizes, p_turned, dout_channels, q0..q1, head.dv);
+            keys_by_channels(isa, sizes, ds_turned, query_channels, q0..q1, head.dk);
         }
     }
 }
@@ -205,17 +167,8 @@ fn scores_of_block(
     for key in (0..q1).step_by(TILE_ROWS) {
         let rows = TILE_ROWS.min(q1 - key);
         let out = &mut out[key * PANEL..][..((panels - 1) * sizes.length + rows) * PANEL];
-        let to = TileOutput {
-            c: out.as_mut_ptr(),
-            stride: PANEL,
-            panel_stride: sizes.length * PANEL,
-            rows,
-            columns: panels * PANEL,
-            alpha: 1.0,
-            bias: None,
-            add: false,
-            stream: false,
-        };
+        let to = TileOutput::sums(out.as_mut_ptr(), PANEL, rows, panels * PANEL);
+        let to = TileOutput { panel_stride: sizes.length * PANEL, ..to };
         // SAFETY: the last row of the last panel is within the slice taken above.
         unsafe {
             bf16_tile(isa, &a[key / PANEL * in_panel + key % PANEL..], &b, sizes.depth_steps, &to)
@@ -223,76 +176,57 @@ fn scores_of_block(
     }
 }
 
-/// c (lanes, d) = scores of 16 queries by pairs of keys, over keys 0 .. q1, times B (d, T).
+/// to (lanes, d) = scores of 16 queries by pairs of keys, over keys 0 .. q1, times B (d, T).
 ///
 /// # Safety
-/// The caller owns `lanes` rows of d elements of `c`, `stride` apart.
+/// The caller owns the first `lanes` rows of `to`.
 unsafe fn queries_by_channels(
     isa: Isa,
     sizes: Sizes,
     pairs: &[u32],
     b: &[u32],
     lanes: usize,
-    d: usize,
     q1: usize,
-    c: SharedOut,
-    stride: usize,
+    to: HeadOutput,
 ) {
     let in_panel = sizes.length_steps * PANEL;
-    for j in (0..d).step_by(TILE_COLS) {
+    for j in (0..to.head_size).step_by(TILE_COLS) {
+        let columns = TILE_COLS.min(to.head_size - j);
         let b = Panels { data: &b[j / PANEL * in_panel..], stride: in_panel };
         for i in (0..lanes).step_by(TILE_ROWS) {
-            let to = TileOutput {
-                c: c.offset(i * stride + j).0,
-                stride,
-                panel_stride: PANEL,
-                rows: TILE_ROWS.min(lanes - i),
-                columns: TILE_COLS.min(d - j),
-                alpha: 1.0,
-                bias: None,
-                add: false,
-                stream: false,
-            };
+            let rows = TILE_ROWS.min(lanes - i);
+            let to = TileOutput::sums(to.at(i, j), to.stride, rows, columns);
             // SAFETY: passed on.
             unsafe { bf16_tile(isa, &pairs[i..], &b, q1.div_ceil(2), &to) };
         }
     }
 }
 
-/// c (q1, d) = turned scores of queries q0 .. q1 times B (d, T), added for keys that a block before has
-/// seen.
+/// to (keys, d) = turned scores of `queries` times B (d, T), for keys up to the last query; added
+/// for those that a block before has seen.
 ///
 /// # Safety
-/// The caller owns q1 rows of d elements of `c`, `stride` apart.
+/// The caller owns the rows of these keys.
 unsafe fn keys_by_channels(
     isa: Isa,
     sizes: Sizes,
     turned: &[u32],
     b: &[u32],
-    q0: usize,
-    q1: usize,
-    d: usize,
-    c: SharedOut,
-    stride: usize,
+    queries: Range<usize>,
+    to: HeadOutput,
 ) {
     let in_panel = sizes.length_steps * PANEL;
-    for j in (0..d).step_by(TILE_COLS) {
-        let b = Panels { data: &b[j / PANEL * in_panel + q0 / 2 * PANEL..], stride: in_panel };
-        for key in (0..q1).step_by(TILE_ROWS) {
-            let to = TileOutput {
-                c: c.offset(key * stride + j).0,
-                stride,
-                panel_stride: PANEL,
-                rows: TILE_ROWS.min(q1 - key),
-                columns: TILE_COLS.min(d - j),
-                alpha: 1.0,
-                bias: None,
-                add: key < q0,
-                stream: false,
-            };
-            let a = &turned[key / PANEL * BLOCK_STEPS * PANEL + key % PANEL..];
+    for j in (0..to.head_size).step_by(TILE_COLS) {
+        let columns = TILE_COLS.min(to.head_size - j);
+        let first = j / PANEL * in_panel + queries.start / 2 * PANEL;
+        let b = Panels { data: &b[first..], stride: in_panel };
+        for key in (0..queries.end).step_by(TILE_ROWS) {
+            let rows = TILE_ROWS.min(queries.end - key);
+            let to = TileOutput::sums(to.at(key, j), to.stride, rows, columns);
+            let to = TileOutput { add: key < queries.start, ..to };
+            let a = &turned[key / PANEL * QUERY_STEPS * PANEL + key % PANEL..];
             // SAFETY: passed on.
-            unsafe { bf16_tile(isa, a, &b, (q1 - q0).div_ceil(2), &to) };
+            unsafe { bf16_tile(isa, a, &b, queries.len().div_ceil(2), &to) };
         }
     }
 }
@@ -303,12 +237,13 @@ lanes_fn! {
 }
 
 lanes_fn! {
-    /// The same scores, two queries a word, as steps 8 `panel` .. of (panels of T, 24 steps, 16 keys).
+    /// The same scores, two queries a word, as steps 8 `panel` .. of (panels of T, 24 steps, 16
+    /// keys).
     fn turn(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) = turn_lanes;
 }
 
 #[inline(always)]
-unsafe fn pairs_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, out: &mut [u32]) {
+unsafe fn pairs_lanes<L: Lanes>(scores: &[f32], keys: usize, out: &mut [u32]) {
     let rows = &scores.as_chunks::<PANEL>().0[..keys];
     for (rows, to) in rows.chunks(2).zip(out.as_chunks_mut::<PANEL>().0) {
         // SAFETY: passed on; rows of 16 elements.
@@ -321,9 +256,9 @@ unsafe fn pairs_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, out: &mut [u
 }
 
 #[inline(always)]
-unsafe fn turn_lanes<L: lanes::Lanes>(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) {
+unsafe fn turn_lanes<L: Lanes>(scores: &[f32], keys: usize, panel: usize, out: &mut [u32]) {
     let squares = scores.as_chunks::<PANEL>().0.as_chunks::<PANEL>().0;
-    let out = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(BLOCK_STEPS);
+    let out = out.as_chunks_mut::<PANEL>().0.chunks_exact_mut(QUERY_STEPS);
     for (square, to) in squares.iter().zip(out).take(keys.div_ceil(PANEL)) {
         let to = &mut to[panel * PANEL / 2..][..PANEL / 2];
         // SAFETY: passed on; rows of 16 elements. Those of keys beyond the last are never stored.

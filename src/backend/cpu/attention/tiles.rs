@@ -1,18 +1,19 @@
-//! Attention on AMX tiles, with the operands of all products in bf16: for recipes whose forward pass is.
+//! Attention on AMX tiles, with the operands of all products in bf16: for recipes whose forward
+//! pass is.
 //!
-//! Blocks have 32 queries, the square of a tile. Products are transposed where that spares operands a
-//! transposition: P^T and dS^T come as (keys, 16 queries) from the softmax, which is operand B of
+//! Blocks have 32 queries, the square of a tile. Products are transposed where that spares operands
+//! a transposition: P^T and dS^T come as (keys, 16 queries) from the softmax, which is operand B of
 //! O^T = V^T P^T and dQ^T = K^T dS^T; and their rows, of 32 queries, are the rows of operand A of
 //! dV = P^T dO and dK = dS^T Q, which sum over the blocks in scratch memory.
 
-use super::{
-    Head, HeadQkv, Lanes, Part, Scratch, SharedOut, gradient_panel, scale_of, softmax_panel,
-};
-use crate::backend::AttentionShape;
+use std::ops::Range;
+
+use super::rows::softmax_panel;
+use super::{HeadBackward, HeadForward, HeadOutput, Scratch};
 use crate::backend::cpu::gemm::tiles::{Quad, SIDE, SQUARE, Tiles};
-use crate::backend::cpu::gemm::{Matrix, PANEL, Side, pack_tiles};
+use crate::backend::cpu::gemm::{Matrix, PANEL, Packing, Role, pack_bf16};
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::lanes::{self, lanes_fn, round_to_bf16};
+use crate::backend::cpu::lanes::{Lanes, lanes_fn, round_to_bf16};
 
 /// Sizes of scratch memory, all of them padded to whole squares.
 #[derive(Clone, Copy)]
@@ -51,35 +52,8 @@ pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> us
     }
 }
 
-/// One head's rows of q, k, v or dout.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    data: &'a [f32],
-    length: usize,
-    head_size: usize,
-    stride: usize,
-}
-
-impl Rows<'_> {
-    /// As vectors along d, one a position.
-    fn by_position(self, isa: Isa, side: Side, out: &mut [u32]) {
-        let Self { data, length, head_size, stride } = self;
-        let (rows, depth) = (length, head_size);
-        let matrix = Matrix { data, rows, depth, stride, transposed: false, fp8_scale: None };
-        pack_tiles(isa, &matrix, side, out);
-    }
-
-    /// As vectors along T, one a channel.
-    fn by_channel(self, isa: Isa, side: Side, out: &mut [u32]) {
-        let Self { data, length, head_size, stride } = self;
-        let (rows, depth) = (head_size, length);
-        let matrix = Matrix { data, rows, depth, stride, transposed: true, fp8_scale: None };
-        pack_tiles(isa, &matrix, side, out);
-    }
-}
-
-/// Two panels from panel `first` of `count` on, `in_panel` words each, from word `start` of a panel on;
-/// the last panel twice where it is alone.
+/// Two panels from panel `first` of `count` on, `in_panel` words each, from word `start` of a panel
+/// on; the last panel twice where it is alone.
 fn pair(
     words: &[u32],
     first: usize,
@@ -91,26 +65,19 @@ fn pair(
 }
 
 /// The forward pass of one head.
-pub(super) fn forward_head(
-    isa: Isa,
-    scratch: &mut [f32],
-    qkv: &HeadQkv<'_>,
-    head: Head,
-    shape: AttentionShape,
-    out: SharedOut,
-    lse: SharedOut,
-) {
-    let (t, d) = (qkv.length, qkv.head_size);
-    let c = qkv.channels;
+pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>) {
+    let (t, d) = (head.q.length, head.q.head_size);
     let sizes = Sizes::new(t, d);
     let mut scratch = Scratch(scratch);
-    let (keys, queries) = (scratch.words(sizes.operand), scratch.words(sizes.operand));
-    let values = scratch.words(sizes.operand);
+    let [keys, queries, values] = [(); 3].map(|()| scratch.words(sizes.operand));
     let (scores, packed) = (scratch.f32(sizes.scores), scratch.words(sizes.scores / 2));
     let block_out = scratch.f32(sizes.depth * SIDE);
-    qkv.rows(Part::K).by_position(isa, Side::A, keys);
-    qkv.rows(Part::Q).by_position(isa, Side::B, queries);
-    qkv.rows(Part::V).by_channel(isa, Side::A, values);
+    let pack = |from: &Matrix<'_>, role, to: &mut [u32]| {
+        pack_bf16(isa, from, Packing::Tiles, role, to);
+    };
+    pack(&head.k.by_position(), Role::A, keys);
+    pack(&head.q.by_position(), Role::B, queries);
+    pack(&head.v.by_channel(), Role::A, values);
     // SAFETY: this module is for processors with AMX.
     let tiles = unsafe { Tiles::configure() };
     for q0 in (0..t).step_by(SIDE) {
@@ -118,34 +85,23 @@ pub(super) fn forward_head(
         scores_of_block(&tiles, sizes, keys, queries, t, q0, scores);
         for (p, scores) in scores.chunks_exact_mut(sizes.length * PANEL).enumerate() {
             let first = q0 + p * PANEL;
-            let sums = softmax_panel(isa, scores, first, q1, scale_of(shape));
-            let lanes = q1.saturating_sub(first).min(PANEL);
-            // SAFETY: a job owns the lse of its head; first + lanes <= T.
-            unsafe { lse.write(head.index * t + first.min(t), &sums[..lanes]) };
+            if first >= q1 {
+                break;
+            }
+            let lse = softmax_panel(isa, scores, first, q1, head.scale);
+            let lanes = (q1 - first).min(PANEL);
+            head.lse[first..][..lanes].copy_from_slice(&lse[..lanes]);
         }
         pack_pairs(isa, scores, sizes.length, q1, packed);
-        let at = head.row(shape, q0) * c + head.head * d;
-        // SAFETY: a job owns the columns of its head in the rows of its sequence.
-        unsafe {
-            channels_by_queries(&tiles, sizes, values, packed, d, q1, block_out);
-            store_turned(isa, block_out, q1 - q0, d, out.offset(at), c);
-        }
+        // SAFETY: scratch memory has room for whole squares.
+        unsafe { channels_by_queries(&tiles, sizes, values, packed, d, q1, block_out) };
+        store_turned(isa, block_out, q1 - q0, head.out.skip(q0));
     }
 }
 
 /// The backward pass of one head.
-pub(super) fn backward_head(
-    isa: Isa,
-    scratch: &mut [f32],
-    qkv: &HeadQkv<'_>,
-    scale: f32,
-    head_out: &[f32],
-    head_dout: &[f32],
-    head_lse: &[f32],
-    gradient: impl Fn(Part, usize) -> SharedOut,
-) {
-    let (t, d) = (qkv.length, qkv.head_size);
-    let c = qkv.channels;
+pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_>) {
+    let (t, d) = (head.q.length, head.q.head_size);
     let sizes = Sizes::new(t, d);
     let mut scratch = Scratch(scratch);
     let [keys, values, queries, douts] = [(); 4].map(|()| scratch.words(sizes.operand));
@@ -155,14 +111,16 @@ pub(super) fn backward_head(
     let [packed, p_rows, ds_rows] = [(); 3].map(|()| scratch.words(sizes.scores / 2));
     let [dk, dv] = [(); 2].map(|()| scratch.f32(sizes.length * sizes.depth));
     let dq = scratch.f32(sizes.depth * SIDE);
-    let dout = Rows { data: head_dout, length: t, head_size: d, stride: c };
-    qkv.rows(Part::K).by_position(isa, Side::A, keys);
-    qkv.rows(Part::V).by_position(isa, Side::A, values);
-    qkv.rows(Part::Q).by_position(isa, Side::B, queries);
-    dout.by_position(isa, Side::B, douts);
-    qkv.rows(Part::K).by_channel(isa, Side::A, key_channels);
-    qkv.rows(Part::Q).by_channel(isa, Side::B, query_channels);
-    dout.by_channel(isa, Side::B, dout_channels);
+    let pack = |from: &Matrix<'_>, role, to: &mut [u32]| {
+        pack_bf16(isa, from, Packing::Tiles, role, to);
+    };
+    pack(&head.k.by_position(), Role::A, keys);
+    pack(&head.v.by_position(), Role::A, values);
+    pack(&head.q.by_position(), Role::B, queries);
+    pack(&head.dout.by_position(), Role::B, douts);
+    pack(&head.k.by_channel(), Role::A, key_channels);
+    pack(&head.q.by_channel(), Role::B, query_channels);
+    pack(&head.dout.by_channel(), Role::B, dout_channels);
     dk.fill(0.0);
     dv.fill(0.0);
     // SAFETY: this module is for processors with AMX.
@@ -175,30 +133,26 @@ pub(super) fn backward_head(
         let panels = scores.chunks_exact_mut(in_panel).zip(dscores.chunks_exact_mut(in_panel));
         for (p, (scores, dscores)) in panels.enumerate() {
             let first = q0 + p * PANEL;
-            let (mut row_lse, mut row_d): (Lanes, Lanes) = ([0.0; PANEL], [0.0; PANEL]);
-            for l in 0..q1.saturating_sub(first).min(PANEL) {
-                let at = (first + l) * c;
-                row_d[l] = super::dot(isa, &head_out[at..at + d], &head_dout[at..at + d]);
-                row_lse[l] = head_lse[first + l];
+            if first >= q1 {
+                break;
             }
-            gradient_panel(isa, scores, dscores, first, q1, scale, &row_lse, &row_d);
+            head.gradient_panel(isa, scores, dscores, first..(first + PANEL).min(q1), q1);
         }
         pack_pairs(isa, dscores, sizes.length, q1, packed);
         pack_rows(isa, scores, sizes.length, q1, p_rows);
         pack_rows(isa, dscores, sizes.length, q1, ds_rows);
-        // SAFETY: a job owns the columns of its head in the rows of its sequence; scratch memory has
-        // room for whole squares.
+        // SAFETY: scratch memory has room for whole squares.
         unsafe {
             channels_by_queries(&tiles, sizes, key_channels, packed, d, q1, dq);
-            store_turned(isa, dq, q1 - q0, d, gradient(Part::Q, q0), 3 * c);
-            keys_by_channels(&tiles, sizes, p_rows, dout_channels, d, q0, q1, dv);
-            keys_by_channels(&tiles, sizes, ds_rows, query_channels, d, q0, q1, dk);
+            keys_by_channels(&tiles, sizes, p_rows, dout_channels, d, q0..q1, dv);
+            keys_by_channels(&tiles, sizes, ds_rows, query_channels, d, q0..q1, dk);
         }
+        store_turned(isa, dq, q1 - q0, head.dq.skip(q0));
     }
-    for (part, sums) in [(Part::K, dk), (Part::V, dv)] {
+    for (to, sums) in [(head.dk, dk), (head.dv, dv)] {
         for (row, sums) in sums.chunks_exact(sizes.depth).take(t).enumerate() {
-            // SAFETY: as above.
-            unsafe { gradient(part, row).write(0, &sums[..d]) };
+            // SAFETY: the job owns all T rows of the outputs.
+            unsafe { to.write(row, 0, &sums[..d]) };
         }
     }
 }
@@ -247,7 +201,7 @@ unsafe fn channels_by_queries(
     }
 }
 
-/// out (T, d) += scores by rows, of keys 0 .. q1, times B (d, T) over queries q0 .. q0 + 32.
+/// out (T, d) += scores by rows, of keys up to the last of `queries`, times B (d, T) over these.
 ///
 /// # Safety
 /// As above.
@@ -257,15 +211,14 @@ unsafe fn keys_by_channels(
     rows: &[u32],
     b: &[u32],
     d: usize,
-    q0: usize,
-    q1: usize,
+    queries: Range<usize>,
     out: &mut [f32],
 ) {
     for channel in (0..d).step_by(SIDE) {
         let first = channel / PANEL;
-        let start = q0 / 2 * PANEL;
+        let start = queries.start / 2 * PANEL;
         let b = pair(b, first, d.div_ceil(PANEL), sizes.along_length(), start);
-        for key in (0..q1).step_by(SIDE) {
+        for key in (0..queries.end).step_by(SIDE) {
             let a = pair(rows, key / PANEL, sizes.length / PANEL, SQUARE * PANEL, 0);
             let to = Quad::of(out[key * sizes.depth + channel..].as_mut_ptr(), sizes.depth);
             // SAFETY: passed on.
@@ -275,8 +228,8 @@ unsafe fn keys_by_channels(
 }
 
 lanes_fn! {
-    /// Scores (2 panels, T, 16 queries) as operand B, pairs of keys: (2 panels, T / 2, 16). Keys from
-    /// `keys` on become 0 up to a whole square.
+    /// Scores (2 panels, T, 16 queries) as operand B, pairs of keys: (2 panels, T / 2, 16). Keys
+    /// from `keys` on become 0 up to a whole square.
     fn pack_pairs(scores: &[f32], length: usize, keys: usize, out: &mut [u32]) = pairs_lanes;
 }
 
@@ -286,19 +239,12 @@ lanes_fn! {
 }
 
 lanes_fn! {
-    /// Writes (d, 32 queries) as rows of d elements, `stride` apart, of the first `queries`.
-    ///
-    /// The caller owns these rows.
-    fn store_turned(sums: &[f32], queries: usize, d: usize, to: SharedOut, stride: usize) = turned_lanes;
+    /// Writes (d, 32 queries) as rows, of the first `queries`, which the caller owns.
+    fn store_turned(sums: &[f32], queries: usize, to: HeadOutput) = turned_lanes;
 }
 
 #[inline(always)]
-unsafe fn pairs_lanes<L: lanes::Lanes>(
-    scores: &[f32],
-    length: usize,
-    keys: usize,
-    out: &mut [u32],
-) {
+unsafe fn pairs_lanes<L: Lanes>(scores: &[f32], length: usize, keys: usize, out: &mut [u32]) {
     for panel in 0..2 {
         let rows = &scores.as_chunks::<PANEL>().0[panel * length..][..length];
         let out = &mut out.as_chunks_mut::<PANEL>().0[panel * length / 2..][..length / 2];
@@ -318,7 +264,7 @@ unsafe fn pairs_lanes<L: lanes::Lanes>(
 }
 
 #[inline(always)]
-unsafe fn rows_lanes<L: lanes::Lanes>(scores: &[f32], length: usize, keys: usize, out: &mut [u32]) {
+unsafe fn rows_lanes<L: Lanes>(scores: &[f32], length: usize, keys: usize, out: &mut [u32]) {
     let rows = &scores.as_chunks::<PANEL>().0[..2 * length];
     let out = &mut out.as_chunks_mut::<PANEL>().0[..keys.next_multiple_of(SIDE)];
     for (key, to) in out.iter_mut().enumerate() {
@@ -336,15 +282,9 @@ unsafe fn rows_lanes<L: lanes::Lanes>(scores: &[f32], length: usize, keys: usize
 }
 
 #[inline(always)]
-unsafe fn turned_lanes<L: lanes::Lanes>(
-    sums: &[f32],
-    queries: usize,
-    d: usize,
-    to: SharedOut,
-    stride: usize,
-) {
+unsafe fn turned_lanes<L: Lanes>(sums: &[f32], queries: usize, to: HeadOutput) {
     let rows = sums.as_chunks::<SIDE>().0;
-    for channel in (0..d).step_by(PANEL) {
+    for channel in (0..to.head_size).step_by(PANEL) {
         let rows = &rows[channel..][..PANEL];
         for first in (0..queries).step_by(PANEL) {
             let mut turned = [[0.0f32; PANEL]; PANEL];
@@ -359,17 +299,10 @@ unsafe fn turned_lanes<L: lanes::Lanes>(
                     L::store(row.as_mut_ptr(), *v);
                 }
                 for (i, row) in turned.iter().enumerate().take(queries - first) {
-                    let row = &row[..PANEL.min(d - channel)];
-                    to.offset((first + i) * stride + channel).write(0, row);
+                    let row = &row[..PANEL.min(to.head_size - channel)];
+                    to.write(first + i, channel, row);
                 }
             }
         }
-    }
-}
-
-impl<'a> HeadQkv<'a> {
-    fn rows(&self, part: Part) -> Rows<'a> {
-        let Self { length, head_size, channels, .. } = *self;
-        Rows { data: self.part(part), length, head_size, stride: 3 * channels }
     }
 }

@@ -1,8 +1,8 @@
 //! AMX: products of tiles, 16 x 16 sums of 32 bf16 products each in one instruction.
 //!
 //! Operands lie as the instruction reads them, a square of 16 x 16 words after the other: B as in a
-//! panel, 16 steps of 16 lanes; A with its 16 lanes as rows. MXFP4 is multiplied as bf16 too: an element
-//! times its scale is a bf16 number, and the product of two is exact in f32.
+//! panel, 16 steps of 16 lanes; A with its 16 lanes as rows. MXFP4 is multiplied as bf16 too: an
+//! element times its scale is a bf16 number, and the product of two is exact in f32.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -16,15 +16,15 @@ pub(in crate::backend::cpu) const SQUARE: usize = 16;
 /// Rows and columns of C that the inner kernel computes: 2 x 2 tiles.
 pub(in crate::backend::cpu) const SIDE: usize = 2 * SQUARE;
 
-/// Steps that one pass over C takes. Panels of A then leave the first-level cache, which costs less than
-/// another pass: 512 was 8% to 14% slower where there are as many. Measured as below.
+/// Steps that one pass over C takes. Panels of A then leave the first-level cache, which costs less
+/// than another pass: 512 was 8% to 14% slower where there are as many. Measured as below.
 const STEPS_PER_PASS: usize = 1024;
 
-/// Words of B that a job reads in one pass, at most: 1.25 MiB, which stay in a second-level cache of
-/// 2 MiB while all rows of the job pass by.
+/// Words of B that a job reads in one pass, at most: 1.25 MiB, which stay in a second-level cache
+/// of 2 MiB while all rows of the job pass by.
 ///
-/// NOTE: tiles outrun the third-level cache by far. Jobs of 192 columns, which read A twice to eight
-/// times as often, made steps 5% longer. Measured on a Xeon with AMX, 2026-11-24.
+/// NOTE: tiles outrun the third-level cache by far. Jobs of 192 columns, which read A twice to
+/// eight times as often, made steps 5% longer. Measured on a Xeon with AMX, 2026-11-24.
 const WORDS_OF_B: usize = 320 << 10;
 
 /// Rows and columns of C of one job, where C has `columns` and operands have `steps`.
@@ -58,8 +58,8 @@ impl Quad {
     }
 }
 
-/// `Tiles::multiply` and its like, which begin in different ways. B, which streams by, is asked for two
-/// squares ahead; that gains 7%.
+/// `Tiles::multiply` and its like, which begin in different ways. B, which streams by, is asked for
+/// two squares ahead; that gains 7%.
 macro_rules! products {
     (($a:expr, $b:expr, $squares:expr, $to:expr), $($begin:literal,)*) => {
         asm!(
@@ -242,18 +242,8 @@ pub(super) unsafe fn rectangle(
                     tiles.multiply(a_panels, b_panels, steps / SQUARE, Quad::of(to, SIDE));
                     let c = out.c.add(i * out.stride + j);
                     let bias = bias.map(|bias| &bias[j..j + across]);
-                    let to = TileOutput {
-                        c,
-                        stride: out.stride,
-                        panel_stride: PANEL,
-                        rows: down,
-                        columns: across,
-                        alpha: out.alpha,
-                        bias,
-                        add,
-                        stream: false,
-                    };
-                    store(&sums, &to);
+                    let to = TileOutput::sums(c, out.stride, down, across);
+                    store(&sums, &TileOutput { alpha: out.alpha, bias, add, ..to });
                 }
             }
         }

@@ -2,7 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{Avx2, Lanes};
+use super::Lanes;
+
+/// Two registers.
+pub(in crate::backend::cpu) struct Avx2;
 
 type F = [__m256; 2];
 type U = [__m256i; 2];

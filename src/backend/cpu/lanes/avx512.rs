@@ -2,7 +2,10 @@
 
 use std::arch::x86_64::*;
 
-use super::{Avx512, Lanes, M0, M1};
+use super::{Lanes, M0, M1};
+
+/// One register.
+pub(in crate::backend::cpu) struct Avx512;
 
 // SAFETY of every block below: the caller vouches for the instruction set (and for the memory).
 #[allow(clippy::undocumented_unsafe_blocks)]

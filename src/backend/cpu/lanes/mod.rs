@@ -1,8 +1,8 @@
-//! Sixteen lanes of 32 bits, as the packing kernels need them: one register of AVX-512, two of AVX2,
-//! or an array.
+//! Sixteen lanes of 32 bits, as the packing kernels need them: one register of AVX-512, two of
+//! AVX2, or an array.
 //!
-//! Kernels are generic over [`Lanes`] and compiled once for every instruction set. All operations are
-//! exact or correctly rounded IEEE operations, so that every set computes the same bits.
+//! Kernels are generic over [`Lanes`] and compiled once for every instruction set. All operations
+//! are exact or correctly rounded IEEE operations, so that every set computes the same bits.
 //!
 //! NOTE: plain Rust over `[f32; 16]` was tried first. The compiler turned the element-wise loops of
 //! GELU or LayerNorm into full registers, but the butterfly and the rounding into a mix of partial
@@ -12,13 +12,20 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod portable;
 
-use crate::mx::{M0, M1, W0, W1, philox4x32_10};
+use crate::mx::{M0, M1, W0, W1};
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::Avx512;
+pub(super) use portable::Portable;
 
 /// Sixteen lanes.
 ///
-/// NOTE: no closures and no iterator over lanes in implementations and kernels. They would be functions
-/// of their own, compiled without the instruction set, and every operation in them a call.
+/// NOTE: no closures and no iterator over lanes in implementations and kernels. They would be
+/// functions of their own, compiled without the instruction set, and every operation in them a
+/// call.
 ///
 /// # Safety
 /// All methods need the instruction set of the implementation. They are `unsafe fn` where they also
@@ -38,10 +45,12 @@ pub(super) trait Lanes {
     /// Writes 16 words.
     unsafe fn store_u(to: *mut u32, v: Self::U);
 
-    /// Asks for the cache line of an address, which need not be anybody's, to be in the second-level cache.
+    /// Asks for the cache line of an address, which need not be anybody's, to be in the
+    /// second-level cache.
     ///
-    /// NOTE: not in the first: rows a power of two apart share few of its sets and throw each other out.
-    /// Quantizing took 0.85 ns an element for 0.80 at a width of 384, the same for wider ones (Zen 4).
+    /// NOTE: not in the first: rows a power of two apart share few of its sets and throw each other
+    /// out. Quantizing took 0.85 ns an element for 0.80 at a width of 384, the same for wider ones
+    /// (Zen 4).
     unsafe fn prefetch(from: *const f32);
 
     unsafe fn splat(v: f32) -> Self::F;
@@ -126,11 +135,12 @@ pub(super) trait Lanes {
         }
     }
 
-    /// Eight elements x of each lane, times `factor`, stochastically rounded as in `mx::quantize` and
-    /// looked up by code: bytes 0 2 1 3, then 4 6 5 7, of two words. `random` has 16 bits an element,
-    /// those of elements 2 i and 2 i + 1 in word i.
+    /// Eight elements x of each lane, times `factor`, stochastically rounded as in `mx::quantize`
+    /// and looked up by code: bytes 0 2 1 3, then 4 6 5 7, of two words. `random` has 16 bits an
+    /// element, those of elements 2 i and 2 i + 1 in word i.
     ///
-    /// The grid below 1 is even and that above has a mantissa bit: max(y, (y + 1) / 2) makes one of both.
+    /// The grid below 1 is even and that above has a mantissa bit: max(y, (y + 1) / 2) makes one of
+    /// both.
     #[inline(always)]
     unsafe fn stochastic_bytes(
         x: [Self::F; 8],
@@ -163,8 +173,8 @@ pub(super) trait Lanes {
         }
     }
 
-    /// Pairs of bf16, `low` in the low halves, rounded to nearest even; NaN stays NaN. Subnormal numbers may
-    /// become 0, which is what products of bf16 take them for.
+    /// Pairs of bf16, `low` in the low halves, rounded to nearest even; NaN stays NaN. Subnormal
+    /// numbers may become 0, which is what products of bf16 take them for.
     #[inline(always)]
     unsafe fn bf16_pairs(low: Self::F, high: Self::F) -> Self::U {
         // SAFETY: passed on.
@@ -176,7 +186,8 @@ pub(super) trait Lanes {
 
     /// Rows to columns.
     unsafe fn transpose(rows: [Self::F; 16]) -> [Self::F; 16];
-    /// Of four vectors w, vector j of the result holds w0 w1 w2 w3 of lanes j, 4 + j, 8 + j, 12 + j.
+    /// Of four vectors w, vector j of the result holds w0 w1 w2 w3 of lanes j, 4 + j, 8 + j, 12 +
+    /// j.
     unsafe fn interleave(w: [Self::U; 4]) -> [Self::U; 4];
     /// The 16-bit halves of words 0 to 7 as low halves, those of words 8 to 15 as high ones.
     unsafe fn zip(v: Self::U) -> Self::U;
@@ -214,207 +225,27 @@ pub(super) fn round_keys([k0, k1]: [u32; 2]) -> [[u32; 2]; 10] {
     })
 }
 
-/// Arrays.
-pub(super) struct Portable;
-
-impl Lanes for Portable {
-    type F = [f32; 16];
-    type U = [u32; 16];
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> [f32; 16] {
-        // SAFETY: 16 values are readable, as the caller promises.
-        unsafe { from.cast::<[f32; 16]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn store(to: *mut f32, v: [f32; 16]) {
-        // SAFETY: 16 values are writable, as the caller promises.
-        unsafe { to.cast::<[f32; 16]>().write_unaligned(v) }
-    }
-    #[inline(always)]
-    unsafe fn load_u(from: *const u32) -> [u32; 16] {
-        // SAFETY: as in `load`.
-        unsafe { from.cast::<[u32; 16]>().read_unaligned() }
-    }
-    #[inline(always)]
-    unsafe fn store_u(to: *mut u32, v: [u32; 16]) {
-        // SAFETY: as in `store`.
-        unsafe { to.cast::<[u32; 16]>().write_unaligned(v) }
-    }
-    #[inline(always)]
-    unsafe fn prefetch(_: *const f32) {}
-    #[inline(always)]
-    unsafe fn splat(v: f32) -> [f32; 16] {
-        [v; 16]
-    }
-    #[inline(always)]
-    unsafe fn splat_u(v: u32) -> [u32; 16] {
-        [v; 16]
-    }
-    #[inline(always)]
-    unsafe fn bits(v: [f32; 16]) -> [u32; 16] {
-        v.map(f32::to_bits)
-    }
-    #[inline(always)]
-    unsafe fn from_bits(v: [u32; 16]) -> [f32; 16] {
-        v.map(f32::from_bits)
-    }
-    #[inline(always)]
-    unsafe fn add(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|l| a[l] + b[l])
-    }
-    #[inline(always)]
-    unsafe fn sub(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|l| a[l] - b[l])
-    }
-    #[inline(always)]
-    unsafe fn mul(a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|l| a[l] * b[l])
-    }
-    #[inline(always)]
-    unsafe fn less(a: [f32; 16], b: [f32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| if a[l] < b[l] { u32::MAX } else { 0 })
-    }
-    #[inline(always)]
-    unsafe fn less_equal(a: [f32; 16], b: [f32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| if a[l] <= b[l] { u32::MAX } else { 0 })
-    }
-    #[inline(always)]
-    unsafe fn and(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| a[l] & b[l])
-    }
-    #[inline(always)]
-    unsafe fn or(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| a[l] | b[l])
-    }
-    #[inline(always)]
-    unsafe fn xor(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| a[l] ^ b[l])
-    }
-    #[inline(always)]
-    unsafe fn add_u(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| a[l].wrapping_add(b[l]))
-    }
-    #[inline(always)]
-    unsafe fn sub_u(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| a[l].wrapping_sub(b[l]))
-    }
-    #[inline(always)]
-    unsafe fn max_u(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| a[l].max(b[l]))
-    }
-    #[inline(always)]
-    unsafe fn equal(a: [u32; 16], b: [u32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| if a[l] == b[l] { u32::MAX } else { 0 })
-    }
-    #[inline(always)]
-    unsafe fn shift_left<const N: u32>(v: [u32; 16]) -> [u32; 16] {
-        v.map(|v| v << N)
-    }
-    #[inline(always)]
-    unsafe fn shift_right<const N: u32>(v: [u32; 16]) -> [u32; 16] {
-        v.map(|v| v >> N)
-    }
-    #[inline(always)]
-    unsafe fn multiply_wide(v: [u32; 16], m: u32) -> ([u32; 16], [u32; 16]) {
-        let products = v.map(|v| u64::from(v) * u64::from(m));
-        (products.map(|p| (p >> 32) as u32), products.map(|p| p as u32))
-    }
-    #[inline(always)]
-    unsafe fn look_up(v: [u32; 16], table: &[u32; 16]) -> [u32; 16] {
-        v.map(|v| table[(v & 15) as usize])
-    }
-    #[inline(always)]
-    unsafe fn add_bytes(sum: [u32; 16], words: [u32; 16]) -> [u32; 16] {
-        std::array::from_fn(|l| {
-            let bytes = words[l].to_le_bytes().map(|b| i32::from(b as i8));
-            sum[l].wrapping_add(bytes.iter().sum::<i32>() as u32)
-        })
-    }
-    #[inline(always)]
-    unsafe fn any(v: [u32; 16]) -> bool {
-        v != [0; 16]
-    }
-    #[inline(always)]
-    unsafe fn transpose(rows: [[f32; 16]; 16]) -> [[f32; 16]; 16] {
-        std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]))
-    }
-    #[inline(always)]
-    unsafe fn interleave(w: [[u32; 16]; 4]) -> [[u32; 16]; 4] {
-        std::array::from_fn(|j| std::array::from_fn(|i| w[i % 4][i / 4 * 4 + j]))
-    }
-    #[inline(always)]
-    unsafe fn zip(v: [u32; 16]) -> [u32; 16] {
-        let half = |at: usize| v[at / 2] >> (16 * (at % 2)) & 0xffff;
-        std::array::from_fn(|i| half(i) | half(16 + i) << 16)
-    }
-    // NOTE: lane by lane, with the definition itself. Inlined as operations on arrays, rustc 1.95 made
-    // wrong bits of it for plain x86-64 in the release profile, which the tests of that profile show.
-    #[inline(always)]
-    unsafe fn philox(
-        keys: &[[u32; 2]; 10],
-        c0: [u32; 16],
-        c1: [u32; 16],
-        [c2, c3]: [u32; 2],
-    ) -> [[u32; 16]; 4] {
-        let mut out = [c0; 4];
-        for l in 0..16 {
-            let words = philox4x32_10([c0[l], c1[l], c2, c3], keys[0]);
-            for w in 0..4 {
-                out[w][l] = words[w];
-            }
-        }
-        out
-    }
-    #[inline(always)]
-    unsafe fn narrow(v: [[u32; 16]; 2]) -> [u32; 16] {
-        let v = v.as_flattened();
-        std::array::from_fn(|i| v[2 * i] >> 16 | v[2 * i + 1] & 0xffff_0000)
-    }
-}
-
-/// One register.
-#[cfg(target_arch = "x86_64")]
-pub(super) struct Avx512;
-
-/// Two registers.
-#[cfg(target_arch = "x86_64")]
-pub(super) struct Avx2;
-
-/// Compiles a kernel that is generic over [`Lanes`] for every instruction set; the first argument of
-/// the result picks.
+/// Compiles a kernel that is generic over [`Lanes`] for every instruction set; the first argument
+/// of the result picks.
 macro_rules! lanes_fn {
     (
         $(#[$meta:meta])*
         $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) = $kernel:ident;
     ) => {
-        $(#[$meta])*
-        $vis fn $name(isa: $crate::backend::cpu::isa::Isa, $($arg: $ty),*) {
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
-            fn avx2($($arg: $ty),*) {
-                // SAFETY: compiled for the set.
-                unsafe { $kernel::<$crate::backend::cpu::lanes::Avx2>($($arg),*) }
-            }
-
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16")]
-            fn avx512($($arg: $ty),*) {
+        $crate::backend::cpu::isa::isa_fn! {
+            $(#[$meta])*
+            $vis fn $name($($arg: $ty),*);
+            "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16" => {
                 // SAFETY: compiled for the set.
                 unsafe { $kernel::<$crate::backend::cpu::lanes::Avx512>($($arg),*) }
             }
-
-            match isa {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: an engine only holds a set that `is_available` confirmed.
-                $crate::backend::cpu::isa::Isa::Amx | $crate::backend::cpu::isa::Isa::Avx512 => unsafe {
-                    avx512($($arg),*)
-                },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: as above.
-                $crate::backend::cpu::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+            avx2 => {
+                // SAFETY: compiled for the set.
+                unsafe { $kernel::<$crate::backend::cpu::lanes::Avx2>($($arg),*) }
+            }
+            portable => {
                 // SAFETY: arrays need no set.
-                _ => unsafe { $kernel::<$crate::backend::cpu::lanes::Portable>($($arg),*) },
+                unsafe { $kernel::<$crate::backend::cpu::lanes::Portable>($($arg),*) }
             }
         }
     };

@@ -1,5 +1,5 @@
-//! The inner kernels: 8 rows by up to 48 columns of C over a range of steps, with what becomes of the
-//! sums: they are scaled, get their bias and go to C.
+//! The inner kernels: 8 rows by up to 48 columns of C over a range of steps, with what becomes of
+//! the sums: they are scaled, get their bias and go to C.
 //!
 //! For each format there is one kernel for AVX-512, one for AVX2 and one in plain Rust.
 
@@ -38,6 +38,19 @@ pub(in crate::backend::cpu) struct TileOutput<'a> {
     pub(in crate::backend::cpu) stream: bool,
 }
 
+impl TileOutput<'_> {
+    /// The sums as they are, overwritten, `stride` elements from row to row.
+    pub(in crate::backend::cpu) fn sums(
+        c: *mut f32,
+        stride: usize,
+        rows: usize,
+        columns: usize,
+    ) -> Self {
+        let (panel_stride, alpha, bias) = (PANEL, 1.0, None);
+        Self { c, stride, panel_stride, rows, columns, alpha, bias, add: false, stream: false }
+    }
+}
+
 /// Orders streamed stores before whatever tells other threads of them.
 pub(super) fn fence() {
     #[cfg(target_arch = "x86_64")]
@@ -51,8 +64,8 @@ pub(super) fn fence() {
 #[repr(C, align(64))]
 struct Tile([[f32; TILE_COLS]; TILE_ROWS]);
 
-/// An f32 operand A that is read where it lies: element (i, k) is `data[i * stride + k * step]`. Rows
-/// beyond those of the output repeat the last one.
+/// An f32 operand A that is read where it lies: element (i, k) is `data[i * stride + k * step]`.
+/// Rows beyond those of the output repeat the last one.
 pub(in crate::backend::cpu) struct Strided<'a> {
     pub(in crate::backend::cpu) data: &'a [f32],
     pub(in crate::backend::cpu) stride: usize,
@@ -62,8 +75,8 @@ pub(in crate::backend::cpu) struct Strided<'a> {
 /// Panels of B, `stride` elements from one to the next.
 ///
 /// NOTE: not an array of slices. The compiler copies such arrays 16 bytes at a time right after it
-/// wrote them in eights, which waits for all stores before, those to C included: a tenth of an MXFP4
-/// product of 12 blocks. Measured on Zen 4, 2026-11-24.
+/// wrote them in eights, which waits for all stores before, those to C included: a tenth of an
+/// MXFP4 product of 12 blocks. Measured on Zen 4, 2026-11-24.
 pub(in crate::backend::cpu) struct Panels<'a, T> {
     pub(in crate::backend::cpu) data: &'a [T],
     pub(in crate::backend::cpu) stride: usize,
@@ -81,8 +94,8 @@ impl<T> Panels<'_, T> {
     }
 }
 
-/// Stores the sums of rows i .. of A (i a multiple of 8) with columns from j (a multiple of 16) on of
-/// B, over `steps`.
+/// Stores the sums of rows i .. of A (i a multiple of 8) with columns from j (a multiple of 16) on
+/// of B, over `steps`.
 ///
 /// # Safety
 /// The caller owns the elements that `to` names.
@@ -157,8 +170,8 @@ pub(super) unsafe fn tile(
 /// (steps, 16) each.
 ///
 /// # Safety
-/// The instruction set; A has `steps` steps 16 apart, as have the panels; the caller owns the elements
-/// that `to` names.
+/// The instruction set; A has `steps` steps 16 apart, as have the panels; the caller owns the
+/// elements that `to` names.
 pub(in crate::backend::cpu) unsafe fn bf16_tile(
     isa: Isa,
     a: &[u32],

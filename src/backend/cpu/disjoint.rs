@@ -1,15 +1,22 @@
-//! A slice that jobs share out, where the parts do not follow each other and `chunks_mut` cannot cut it.
+//! A slice that jobs share out, where the parts do not follow each other and `chunks_mut` cannot
+//! cut it.
 
 /// A slice of which every job takes parts of its own.
-pub(super) struct SharedSlice<T>(*mut T, usize);
+pub(super) struct DisjointSlice<T>(*mut T, usize);
 
 // SAFETY: `part`'s callers keep parts disjoint.
-unsafe impl<T: Send> Sync for SharedSlice<T> {}
+unsafe impl<T: Send> Sync for DisjointSlice<T> {}
 
-impl<T> SharedSlice<T> {
+impl<T> DisjointSlice<T> {
     /// The slice must not be used otherwise for as long as parts are.
     pub(super) fn new(slice: &mut [T]) -> Self {
         Self(slice.as_mut_ptr(), slice.len())
+    }
+
+    /// Where element `start` lies, for those who own elements that do not follow each other.
+    pub(super) fn pointer(&self, start: usize) -> *mut T {
+        assert!(start <= self.1, "element {start} of {}", self.1);
+        self.0.wrapping_add(start)
     }
 
     /// Elements start .. start + len.
