@@ -10,7 +10,7 @@ use mxfp4train::backend::cpu::gemm::{
     BLOCK_STEPS, Format, Layout, Matrix, Output, PANEL, PackedMut, Rotation, Side, pack,
 };
 use mxfp4train::backend::cpu::{Arena, Buffer, Cpu};
-use mxfp4train::mx::{GemmId, LinearId, OperandId, Random, Rounding};
+use mxfp4train::mx::{GemmId, OperandId, Random, Rounding};
 
 const ROUNDS: usize = 9;
 const TOKENS: usize = 2048;
@@ -69,7 +69,7 @@ fn main() {
     let threads = std::env::var("MXT_BENCH_THREADS").map_or(0, |n| n.parse().unwrap());
     let cpu = Cpu::new(threads).unwrap();
     println!("{} threads, {}", cpu.threads(), cpu.isa().name());
-    let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: LinearId::Fc1 };
+    let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: 2 };
     let mut signs = vec![0.0; 64];
     random.signs(GemmId::Dgrad).fill_signs(&mut signs);
     let rotation =

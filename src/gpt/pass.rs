@@ -10,8 +10,14 @@ use super::params::{Linear, Norm, Params};
 use crate::backend::{
     AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Sequences,
 };
-use crate::mx::{LinearId, Random};
+use crate::mx::Random;
 use crate::recipe::{LinearRecipe, Recipe};
+
+/// Numbers of a block's linear layers in the counter of random bits.
+const QKV: u32 = 0;
+const PROJECTION: u32 = 1;
+const FC1: u32 = 2;
+const FC2: u32 = 3;
 
 /// What one pass over a batch works with.
 pub(crate) struct Pass<'a, B: Backend> {
@@ -168,17 +174,17 @@ impl<B: Backend> Pass<'_, B> {
             };
 
             // MLP: d.residual is the gradient of the block's output, and passes to its input.
-            let call = LinearCall { inputs: m, outputs: c, recipe, random: random(LinearId::Fc2) };
+            let call = LinearCall { inputs: m, outputs: c, recipe, random: random(FC2) };
             let (dx, dy, x) = (&mut d.wide, &d.residual, &acts.gelu[l]);
             self.linear_backward(dx, &mut grads.fc2, dy, x, &block.fc2, call);
-            let call = LinearCall { inputs: c, outputs: m, recipe, random: random(LinearId::Fc1) };
+            let call = LinearCall { inputs: c, outputs: m, recipe, random: random(FC1) };
             let (dx, dy, pre, x) = (&mut d.narrow, &mut d.wide, &acts.fc1[l], &acts.ln_2[l]);
             self.linear_gelu_backward(dx, &mut grads.fc1, dy, pre, x, &block.fc1, call);
             let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
             self.norm_backward(d, &mut grads.ln_2, x, statistics, &block.ln_2, accumulate);
 
             // Attention.
-            let random_projection = random(LinearId::Projection);
+            let random_projection = random(PROJECTION);
             let call = LinearCall { inputs: c, outputs: c, recipe, random: random_projection };
             let (dx, dy, x) = (&mut d.narrow, &d.residual, &acts.attention[l]);
             self.linear_backward(dx, &mut grads.projection, dy, x, &block.projection, call);
@@ -186,8 +192,7 @@ impl<B: Backend> Pass<'_, B> {
             let (out, lse, qkv) = (&acts.attention[l], &acts.lse[l], &acts.qkv[l]);
             let shape = self.attention_shape(l);
             backend.attention_backward(self.workspace, dqkv, dout, out, lse, qkv, shape);
-            let call =
-                LinearCall { inputs: c, outputs: 3 * c, recipe, random: random(LinearId::Qkv) };
+            let call = LinearCall { inputs: c, outputs: 3 * c, recipe, random: random(QKV) };
             let (dx, dy, x) = (&mut d.narrow, &d.wide, &acts.ln_1[l]);
             self.linear_backward(dx, &mut grads.qkv, dy, x, &block.qkv, call);
             let (x, statistics) = (&acts.residual[l], &acts.ln_1_statistics[l]);

@@ -28,7 +28,7 @@ pub use normal::fill_normal;
 pub use operand::{
     Gemm, LinearRecipe, Operand, OperandSource, Signs, Transform, fill_signs, product_scale,
 };
-pub use philox::{Draw, GemmId, LinearId, OperandId, Purpose, Random, philox4x32_10, uniform};
+pub use philox::{Draw, GemmId, OperandId, Purpose, Random, philox4x32_10, uniform};
 pub(crate) use philox::{M0, M1, W0, W1};
 pub use quantize::{Range, Rounding, quantize_block};
 
