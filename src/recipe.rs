@@ -151,15 +151,6 @@ impl Recipe {
         LinearRecipe { forward: self.forward, dgrad: pick(self.dgrad), wgrad: pick(self.wgrad) }
     }
 
-    /// The format of the language-model head in both passes: the plain one that the forward pass
-    /// of the recipe stands on (the paper keeps the head out of MXFP4 and FP8).
-    pub fn head(&self) -> Forward {
-        match self.forward {
-            Forward::F32 => Forward::F32,
-            Forward::Bf16 | Forward::Fp8 => Forward::Bf16,
-        }
-    }
-
     /// Whether any GEMM is in MXFP4.
     pub fn uses_mxfp4(&self) -> bool {
         [self.dgrad, self.wgrad].iter().any(|g| matches!(g, Backward::Mxfp4(_)))

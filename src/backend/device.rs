@@ -430,11 +430,11 @@ impl Backend for Device {
         rows: usize,
         channels: usize,
         vocab_size: usize,
-        format: Forward,
+        precision: Precision,
     ) {
         on_device!(self, b => b.classifier(
             workspace.side_mut(), losses.side_mut(), gradient.map(gradient_of), x.side(),
-            wte.side(), targets.side(), rows, channels, vocab_size, format
+            wte.side(), targets.side(), rows, channels, vocab_size, precision
         ));
     }
 
@@ -447,11 +447,11 @@ impl Backend for Device {
         wte: &Param,
         channels: usize,
         vocab_size: usize,
-        format: Forward,
+        precision: Precision,
     ) {
         on_device!(self, b => b.logits(
             workspace.side_mut(), logits.side_mut(), x.side(), row, wte.side(), channels, vocab_size,
-            format
+            precision
         ));
     }
 

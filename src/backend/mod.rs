@@ -80,8 +80,8 @@ pub struct AttentionShape {
     pub head_size: usize,
     /// Of the scores, which are divided by sqrt(head size) besides: 1 in GPT-2.
     pub score_factor: f32,
-    /// Of the layers around it: its products may be in bf16 unless this is F32.
-    pub format: Forward,
+    /// Of its products, where a backend has a choice.
+    pub precision: Precision,
 }
 
 /// Sizes of a linear layer: y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b.
@@ -538,7 +538,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         rows: usize,
         channels: usize,
         vocab_size: usize,
-        format: Forward,
+        precision: Precision,
     );
     /// Logits (V) of row `row` of x (rows, C).
     fn logits(
@@ -550,7 +550,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         wte: &Self::Param,
         channels: usize,
         vocab_size: usize,
-        format: Forward,
+        precision: Precision,
     );
 
     // --- Optimizer ---

@@ -8,7 +8,7 @@ use super::ModelConfig;
 use super::activations::{ActivationGradients, Activations};
 use super::params::{Linear, Norm, Params};
 use crate::backend::{
-    AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Sequences,
+    AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision, Sequences,
 };
 use crate::mx::Random;
 use crate::recipe::{LinearRecipe, Recipe};
@@ -221,9 +221,10 @@ impl<B: Backend> Pass<'_, B> {
     /// Logits (V) of row `row` after [`Pass::forward`].
     pub(crate) fn logits(&mut self, acts: &Activations<B>, row: usize, out: &mut B::F32) {
         let ModelConfig { channels, vocab_size, .. } = *self.config;
-        let (head, format) = (self.params.head(), self.recipe.head());
+        let head = self.params.head();
+        let precision = Precision::of(self.recipe.forward);
         let backend = self.backend;
-        backend.logits(self.workspace, out, &acts.ln_f, row, head, channels, vocab_size, format);
+        backend.logits(self.workspace, out, &acts.ln_f, row, head, channels, vocab_size, precision);
     }
 
     fn norm(
@@ -241,8 +242,9 @@ impl<B: Backend> Pass<'_, B> {
 
     fn attention_shape(&self, layer: usize) -> AttentionShape {
         let (heads, head_size) = (self.config.heads, self.config.head_size());
-        let (score_factor, format) = (self.config.score_factor(layer), self.recipe.forward);
-        AttentionShape { sequences: self.sequences, heads, head_size, score_factor, format }
+        let score_factor = self.config.score_factor(layer);
+        let precision = Precision::of(self.recipe.forward);
+        AttentionShape { sequences: self.sequences, heads, head_size, score_factor, precision }
     }
 
     fn classify(
@@ -262,7 +264,7 @@ impl<B: Backend> Pass<'_, B> {
             self.sequences.rows(),
             channels,
             vocab_size,
-            self.recipe.head(),
+            Precision::of(self.recipe.forward),
         );
     }
 

@@ -11,8 +11,7 @@ use super::isa::simd_fn;
 use super::math::{exp, lane_max, lane_sum};
 use super::workspace::Workspace;
 use super::{Cpu, rows_per_job};
-use crate::backend::{ClassifierGradient, LinearShape};
-use crate::recipe::Forward;
+use crate::backend::{ClassifierGradient, LinearShape, Precision};
 
 /// Logits held at a time, about: 32 MiB.
 const CHUNK_LOGITS: usize = 8 << 20;
@@ -32,13 +31,10 @@ pub(super) fn run(
     wte: &[f32],
     targets: &[u32],
     shape: LinearShape,
-    format: Forward,
+    precision: Precision,
 ) {
     let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
-    let format = match format {
-        Forward::F32 => Format::F32,
-        Forward::Bf16 | Forward::Fp8 => Format::Bf16,
-    };
+    let format = Format::from(precision);
     let Workspace { a, b, transposed_head, head_input, logits, .. } = workspace;
     let head = pack_plain(
         cpu,
@@ -141,13 +137,13 @@ simd_fn! {
 }
 
 /// Logits (V) of one row x (C), as the packed GEMM would round its operands.
-pub(super) fn logits(cpu: &Cpu, logits: &mut [f32], x: &[f32], wte: &[f32], format: Forward) {
+pub(super) fn logits(cpu: &Cpu, logits: &mut [f32], x: &[f32], wte: &[f32], precision: Precision) {
     let channels = x.len();
     let per_job = rows_per_job(channels);
     cpu.install(|| {
         logits.par_chunks_mut(per_job).enumerate().for_each(|(job, logits)| {
             let wte = &wte[job * per_job * channels..][..logits.len() * channels];
-            dot_rows(cpu.isa(), logits, x, wte, format != Forward::F32);
+            dot_rows(cpu.isa(), logits, x, wte, precision == Precision::Bf16);
         });
     });
 }

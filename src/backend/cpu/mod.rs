@@ -341,10 +341,10 @@ impl Backend for Cpu {
         rows: usize,
         channels: usize,
         vocab_size: usize,
-        format: Forward,
+        precision: Precision,
     ) {
         let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
-        classifier::run(self, workspace, losses, gradient, x, wte, targets, shape, format);
+        classifier::run(self, workspace, losses, gradient, x, wte, targets, shape, precision);
     }
 
     fn logits(
@@ -356,10 +356,10 @@ impl Backend for Cpu {
         wte: &Buffer<f32>,
         channels: usize,
         vocab_size: usize,
-        format: Forward,
+        precision: Precision,
     ) {
         let x = &x[row * channels..][..channels];
-        classifier::logits(self, &mut logits[..vocab_size], x, wte, format);
+        classifier::logits(self, &mut logits[..vocab_size], x, wte, precision);
     }
 
     fn add_losses(&self, sum: &mut f64, losses: &Buffer<f32>, rows: usize, accumulate: bool) {

@@ -521,19 +521,21 @@ fn attention() {
         let sequences = Sequences { batch, length };
         let (rows, c) = (sequences.rows(), heads * head_size);
         let (qkv, dout) = (random(rows * 3 * c, 1), random(rows * c, 2));
-        for format in [Forward::F32, Forward::Bf16] {
-            let shape = AttentionShape { sequences, heads, head_size, score_factor, format };
+        for precision in [Precision::F32, Precision::Bf16] {
+            let shape = AttentionShape { sequences, heads, head_size, score_factor, precision };
             let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
             let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
             each_isa(|cpu| {
                 // bf16 operands are off by up to 2^-9, relative, and five roundings add up.
                 let has_bf16 = matches!(cpu.isa(), Isa::Amx | Isa::Avx512);
-                let in_bf16 = format == Forward::Bf16 && has_bf16;
+                let in_bf16 = precision == Precision::Bf16 && has_bf16;
                 let bound = if in_bf16 { 6e-3 } else { 1e-6 };
                 // An error of a score is relative to the score, and the softmax sees it as it is.
                 let bound = bound * f64::from(score_factor.max(1.0));
+                let forward =
+                    if precision == Precision::F32 { Forward::F32 } else { Forward::Bf16 };
                 let shape_of_workspace =
-                    WorkspaceShape { forward: format, ..workspace_shape(sequences, c, heads, 8) };
+                    WorkspaceShape { forward, ..workspace_shape(sequences, c, heads, 8) };
                 let mut memory = workspace(&cpu, &shape_of_workspace);
                 let (mut out, mut lse) = (poison(rows * c), poison(rows * heads));
                 cpu.attention_forward(&mut memory, &mut out, &mut lse, &qkv, shape);
@@ -572,7 +574,7 @@ fn classifier_and_logits() {
                 scale,
                 accumulate: false,
             };
-            let format = Forward::F32;
+            let precision = Precision::F32;
             cpu.classifier(
                 &mut memory,
                 &mut our_losses,
@@ -583,7 +585,7 @@ fn classifier_and_logits() {
                 rows,
                 channels,
                 vocab,
-                format,
+                precision,
             );
             close(&our_losses, &losses, 2e-6);
             close(&our_dx, &dx, 2e-6);
@@ -599,12 +601,12 @@ fn classifier_and_logits() {
                 rows,
                 channels,
                 vocab,
-                format,
+                precision,
             );
             close(&our_losses, &losses, 2e-6);
 
             let mut logits = poison(vocab);
-            cpu.logits(&mut memory, &mut logits, &x, rows - 1, &wte, channels, vocab, format);
+            cpu.logits(&mut memory, &mut logits, &x, rows - 1, &wte, channels, vocab, precision);
             let last = LinearShape { rows: 1, ..shape };
             let row = f64s(&x[(rows - 1) * channels..]);
             let exact = reference::linear_forward(&row, &f64s(&wte), &vec![0.0; vocab], last);

@@ -3,8 +3,7 @@
 use super::gemm::{BLOCK_STEPS, Format, Layout, PANEL, PackedMut};
 use super::memory::{Arena, Buffer};
 use super::{Isa, attention, classifier};
-use crate::backend::WorkspaceShape;
-use crate::recipe::Forward;
+use crate::backend::{Precision, WorkspaceShape};
 
 /// Scratch memory for models of one shape.
 pub struct Workspace {
@@ -103,10 +102,8 @@ impl Workspace {
             backward,
         } = *shape;
         let rows = sequences.rows();
-        let plain = match forward {
-            Forward::F32 => Format::F32,
-            Forward::Bf16 | Forward::Fp8 => Format::Bf16,
-        };
+        let precision = Precision::of(forward);
+        let plain = Format::from(precision);
         let (mut a, mut b) = (PackSize::new(isa), PackSize::new(isa));
         for (inputs, outputs) in [(c, 3 * c), (c, c), (c, m), (m, c)] {
             a.add(rows, inputs, plain, 1);
@@ -134,7 +131,7 @@ impl Workspace {
         }
         let (length, head_size) = (sequences.length, c / heads);
         let attention_len =
-            attention::scratch_len(isa, forward, length, head_size, backward.is_some());
+            attention::scratch_len(isa, precision, length, head_size, backward.is_some());
         Self {
             a: PackMemory::new(arena, a),
             b: PackMemory::new(arena, b),

@@ -500,7 +500,7 @@ impl Backend for Cuda {
         rows: usize,
         channels: usize,
         vocab_size: usize,
-        _format: Forward,
+        _precision: Precision,
     ) {
         let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
         classifier::run(self, workspace, losses, gradient, x, wte, targets, shape);
@@ -515,7 +515,7 @@ impl Backend for Cuda {
         wte: &Param,
         channels: usize,
         vocab_size: usize,
-        _format: Forward,
+        _precision: Precision,
     ) {
         classifier::logits(self, workspace, logits, x, row, wte, channels, vocab_size);
     }

@@ -389,8 +389,7 @@ fn check_attention(cuda: &Cuda, precision: Precision) {
         (2, 140, 1, 128, 0.25),
     ] {
         let sequences = Sequences { batch, length };
-        let format = Forward::Bf16;
-        let shape = AttentionShape { sequences, heads, head_size, score_factor, format };
+        let shape = AttentionShape { sequences, heads, head_size, score_factor, precision };
         let c = heads * head_size;
         let rows = sequences.rows();
         let qkv = rounded(&random(rows * 3 * c, 1), precision);
@@ -434,7 +433,6 @@ fn classifier_and_logits() {
             let mut dwte = f32_buffer(cuda, &vec![1.0; vocab * c]);
             let gradient =
                 ClassifierGradient { dx: &mut dx, dwte: &mut dwte, scale: 0.5, accumulate: true };
-            let format = Forward::Bf16;
             let s = &mut scratch;
             cuda.classifier(
                 s,
@@ -446,7 +444,7 @@ fn classifier_and_logits() {
                 rows,
                 c,
                 vocab,
-                format,
+                precision,
             );
             let (exact, exact_dx, exact_dwte) =
                 reference::classifier(&f64s(&x), &f64s(&wte), &ids, shape, 0.5);
@@ -469,7 +467,7 @@ fn classifier_and_logits() {
             let mut logits = f32_buffer(cuda, &vec![f32::NAN; vocab]);
             let last = rows - 1;
             let s = &mut scratch;
-            cuda.logits(s, &mut logits, &x_d, last, &wte_d, c, vocab, Forward::Bf16);
+            cuda.logits(s, &mut logits, &x_d, last, &wte_d, c, vocab, precision);
             let one = LinearShape { rows: 1, ..shape };
             let row = f64s(&x[last * c..]);
             let exact = reference::linear_forward(&row, &f64s(&wte), &vec![0.0; vocab], one);

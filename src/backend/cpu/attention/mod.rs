@@ -9,8 +9,7 @@
 //! from the scores and `lse`, the log of each row's sum, as in flash attention (Dao et al., arXiv
 //! 2205.14135).
 //!
-//! Products are in f32. With AVX-512, those of recipes whose forward pass is not f32 are in bf16, and on
-//! tiles where there are such.
+//! Products are in f32. With AVX-512, those whose precision is bf16 are, and on tiles where there are such.
 
 mod panels;
 #[cfg(target_arch = "x86_64")]
@@ -28,8 +27,7 @@ use super::isa::{Isa, simd_fn};
 use super::lanes::{self, lanes_fn};
 use super::math::{exp, lane_sum};
 use super::workspace::Workspace;
-use crate::backend::AttentionShape;
-use crate::recipe::Forward;
+use crate::backend::{AttentionShape, Precision};
 
 /// Queries of one block: the columns of a tile.
 const BLOCK: usize = TILE_COLS;
@@ -39,16 +37,16 @@ type Lanes = [f32; PANEL];
 /// f32 elements that one thread needs.
 pub(super) fn scratch_len(
     isa: Isa,
-    format: Forward,
+    precision: Precision,
     length: usize,
     head_size: usize,
     backward: bool,
 ) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if in_tiles(isa, format) {
+    if in_tiles(isa, precision) {
         return tiles::scratch_len(length, head_size, backward);
     }
-    if in_bf16(isa, format) {
+    if in_bf16(isa, precision) {
         return panels::scratch_len(length, head_size, backward);
     }
     let queries = length.next_multiple_of(PANEL) * head_size; // (panels of queries, d, 16)
@@ -64,13 +62,13 @@ fn scale_of(shape: AttentionShape) -> f32 {
 
 /// Whether products are in bf16, on tiles.
 #[cfg(target_arch = "x86_64")]
-fn in_tiles(isa: Isa, format: Forward) -> bool {
-    isa == Isa::Amx && format != Forward::F32
+fn in_tiles(isa: Isa, precision: Precision) -> bool {
+    isa == Isa::Amx && precision == Precision::Bf16
 }
 
 /// Whether they are in bf16, in panels. Without an instruction that multiplies bf16, f32 is faster.
-fn in_bf16(isa: Isa, format: Forward) -> bool {
-    isa == Isa::Avx512 && format != Forward::F32
+fn in_bf16(isa: Isa, precision: Precision) -> bool {
+    isa == Isa::Avx512 && precision == Precision::Bf16
 }
 
 /// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
@@ -91,10 +89,10 @@ pub(super) fn forward(
         let isa = cpu.isa();
         let head_qkv = HeadQkv::new(qkv, shape, head);
         #[cfg(target_arch = "x86_64")]
-        if in_tiles(isa, shape.format) {
+        if in_tiles(isa, shape.precision) {
             return tiles::forward_head(isa, scratch, &head_qkv, head, shape, out, lse);
         }
-        if in_bf16(isa, shape.format) {
+        if in_bf16(isa, shape.precision) {
             return panels::forward_head(isa, scratch, &head_qkv, head, shape, out, lse);
         }
         let (queries, rest) = scratch.split_at_mut(t.next_multiple_of(PANEL) * d);
@@ -154,12 +152,12 @@ pub(super) fn backward(
             dqkv.offset((first_row + row) * 3 * c + part as usize * c + head.head * d)
         };
         #[cfg(target_arch = "x86_64")]
-        if in_tiles(isa, shape.format) {
+        if in_tiles(isa, shape.precision) {
             let (out, dout) = (head_out, head_dout);
             tiles::backward_head(isa, scratch, &head_qkv, scale, out, dout, head_lse, gradient);
             return;
         }
-        if in_bf16(isa, shape.format) {
+        if in_bf16(isa, shape.precision) {
             let (out, dout) = (head_out, head_dout);
             panels::backward_head(isa, scratch, &head_qkv, scale, out, dout, head_lse, gradient);
             return;

@@ -33,6 +33,7 @@ pub(super) use pack::{unpack_mxfp4, unpack_tiles};
 
 use super::Cpu;
 use super::isa::Isa;
+use crate::backend::Precision;
 
 /// Vectors in a panel: the lanes of an AVX-512 register.
 pub const PANEL: usize = 16;
@@ -67,6 +68,15 @@ pub enum Format {
     Bf16,
     /// MXFP4.
     Mxfp4,
+}
+
+impl From<Precision> for Format {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// How packed operands lie in memory.
