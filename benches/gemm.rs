@@ -10,7 +10,7 @@ use mxfp4train::backend::cpu::gemm::{
     BLOCK_STEPS, Format, Layout, Matrix, Output, PANEL, PackedMut, Rotation, Side, pack,
 };
 use mxfp4train::backend::cpu::{Arena, Buffer, Cpu};
-use mxfp4train::mx::{GemmId, OperandId, Random, Rounding};
+use mxfp4train::mx::{GemmId, Operand, OperandId, Random, Rounding};
 
 const ROUNDS: usize = 9;
 const TOKENS: usize = 2048;
@@ -72,8 +72,11 @@ fn main() {
     let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: 2 };
     let mut signs = vec![0.0; 64];
     random.signs(GemmId::Dgrad).fill_signs(&mut signs);
-    let rotation =
-        |signs, rounding| Some(Rotation { signs, rounding, draw: random.rounding(OperandId::Dy) });
+    let draw = random.rounding(OperandId::Dy);
+    let rotation = |signs, rounding| {
+        let range = Operand::from(rounding).range();
+        Some(Rotation { signs, rounding, range, draw })
+    };
     let formats: [(&str, Format, Option<Rotation<'_>>); 6] = [
         ("f32", Format::F32, None),
         ("bf16", Format::Bf16, None),

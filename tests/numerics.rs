@@ -4,7 +4,6 @@
 use mxfp4train::mx::{
     Draw, GemmId, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source, product_scale, uniform,
 };
-use mxfp4train::recipe::{Backward, Forward};
 use mxfp4train::{Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions};
 
 /// N(0, 1), with 1% of entries of N(0, `outlier`^2).
@@ -170,12 +169,7 @@ fn whole_model_gradients_converge() {
         }
         all
     };
-    let exact = gradient(&mut trainer(Recipe {
-        forward: Forward::Bf16,
-        dgrad: Backward::F32,
-        wgrad: Backward::F32,
-        ..Recipe::default()
-    }));
+    let exact = gradient(&mut trainer("bf16".parse().unwrap()));
     let norm = exact.iter().map(|v| v * v).sum::<f64>().sqrt();
     let mut mxfp4 = trainer(Recipe::default());
     let mut sum = vec![0.0; exact.len()];

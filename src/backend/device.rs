@@ -11,8 +11,7 @@ use super::{
     WorkspaceShape,
 };
 use crate::Result;
-use crate::mx::{Draw, Random};
-use crate::recipe::{Forward, LinearRecipe};
+use crate::mx::{Draw, LinearRecipe, Random};
 
 /// The device that an engine runs on.
 pub(crate) enum Device {
@@ -315,10 +314,10 @@ impl Backend for Device {
         w: &Param,
         b: &Param,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
     ) {
         on_device!(self, d => d.linear_forward(
-            workspace.side_mut(), y.side_mut(), x.side(), w.side(), b.side(), shape, format
+            workspace.side_mut(), y.side_mut(), x.side(), w.side(), b.side(), shape, recipe
         ));
     }
 
@@ -331,12 +330,12 @@ impl Backend for Device {
         w: &Param,
         b: &Param,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
         form: Activation,
     ) {
         on_device!(self, d => d.linear_gelu_forward(
             workspace.side_mut(), out.side_mut(), pre.side_mut(), x.side(), w.side(), b.side(),
-            shape, format, form
+            shape, recipe, form
         ));
     }
 

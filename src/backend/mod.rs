@@ -21,8 +21,7 @@ pub(crate) mod reference;
 pub(crate) use device::Device;
 
 use crate::Result;
-use crate::mx::{Draw, Random};
-use crate::recipe::{Forward, LinearRecipe};
+use crate::mx::{Draw, Element, Gemm, LinearRecipe, Random};
 
 /// Number format of activations and their gradients, where a backend has a choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -34,11 +33,12 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// What a recipe's forward format is computed with.
-    pub fn of(forward: Forward) -> Self {
-        match forward {
-            Forward::F32 => Self::F32,
-            Forward::Bf16 | Forward::Fp8 => Self::Bf16,
+    /// Of what lies around a recipe's forward GEMM: activations, attention, the head (which the paper
+    /// keeps out of MXFP4 and FP8).
+    pub fn of(forward: &Gemm) -> Self {
+        match forward.format().element() {
+            Element::F32 => Self::F32,
+            Element::Bf16 | Element::E4m3 | Element::E2m1 => Self::Bf16,
         }
     }
 }
@@ -97,7 +97,7 @@ pub struct LinearShape {
 
 /// What the scratch memory of a backend is sized by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WorkspaceShape {
+pub struct WorkspaceShape<'a> {
     /// B and T of the largest batch.
     pub sequences: Sequences,
     /// C.
@@ -108,19 +108,24 @@ pub struct WorkspaceShape {
     pub heads: usize,
     /// V.
     pub vocab_size: usize,
-    /// Format of the forward GEMMs.
-    pub forward: Forward,
-    /// Whether backward operations will run, and if so, whether any of their GEMMs is in MXFP4.
-    pub backward: Option<BackwardWorkspace>,
+    /// What linear layers may use.
+    pub recipes: &'a [LinearRecipe],
+    /// Whether backward operations will run.
+    pub backward: bool,
 }
 
-/// What the backward operations of a recipe need.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BackwardWorkspace {
-    /// Whether any GEMM is in f32.
-    pub f32: bool,
-    /// Group that MXFP4 GEMMs pad the reduction dimension to; None where there are none.
-    pub mxfp4_group: Option<usize>,
+impl WorkspaceShape<'_> {
+    /// Of activations: f32 where any recipe has them so.
+    pub fn precision(&self) -> Precision {
+        let mut all = self.recipes.iter().map(|recipe| Precision::of(recipe.forward()));
+        if all.any(|p| p == Precision::F32) { Precision::F32 } else { Precision::Bf16 }
+    }
+
+    /// All backward GEMMs that will run.
+    pub fn backward_gemms(&self) -> impl Iterator<Item = &Gemm> {
+        let recipes = if self.backward { self.recipes } else { &[] };
+        recipes.iter().flat_map(LinearRecipe::backward)
+    }
 }
 
 /// Mean and reciprocal standard deviation of every row that a LayerNorm saw, (rows) each.
@@ -430,7 +435,7 @@ pub trait Backend: Send + Sync + Sized + 'static {
         w: &Self::Param,
         b: &Self::Param,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
     );
     /// pre = x W^T + b and out = gelu(pre), both (rows, outputs), in one of GELU's forms.
     fn linear_gelu_forward(
@@ -442,17 +447,16 @@ pub trait Backend: Send + Sync + Sized + 'static {
         w: &Self::Param,
         b: &Self::Param,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
         form: Activation,
     ) {
-        self.linear_forward(workspace, pre, x, w, b, shape, format);
+        self.linear_forward(workspace, pre, x, w, b, shape, recipe);
         self.gelu_forward(out, pre, shape.rows * shape.outputs, form);
     }
     /// dx = dy W, dw = dy^T x and db = the column sums of dy, the latter two added to what is there with
     /// `accumulate`.
     ///
-    /// `random` says where in the run this is, for the bits of rounding and transforms; in an FP8
-    /// recipe dw sees x as the forward pass kept it.
+    /// `random` says where in the run this is, for the bits of rounding and transforms.
     fn linear_backward(
         &self,
         workspace: &mut Self::Workspace,

@@ -10,8 +10,8 @@ use super::params::{Linear, Norm, Params};
 use crate::backend::{
     AttentionShape, Backend, ClassifierGradient, LinearShape, NormStatistics, Precision, Sequences,
 };
-use crate::mx::Random;
-use crate::recipe::{LinearRecipe, Recipe};
+use crate::mx::{LinearRecipe, Random};
+use crate::recipe::Recipe;
 
 /// Numbers of a block's linear layers in the counter of random bits.
 const QKV: u32 = 0;
@@ -96,12 +96,12 @@ impl<B: Backend> Pass<'_, B> {
     /// The MLP's first layer and GELU, from `acts.ln_2` to `acts.gelu`.
     fn mlp(&mut self, acts: &mut Activations<B>, l: usize) {
         let (rows, c) = (self.sequences.rows(), self.config.channels);
-        let (Linear { w, b }, format) = (&self.params.blocks[l].fc1, self.recipe.forward);
+        let (Linear { w, b }, recipe) = (&self.params.blocks[l].fc1, self.recipe.linear());
         let (out, pre, x) = (&mut acts.gelu[l], &mut acts.fc1[l], &acts.ln_2[l]);
         let (backend, workspace) = (self.backend, &mut *self.workspace);
         let shape = LinearShape { rows, inputs: c, outputs: self.config.mlp_width() };
         let form = self.config.activation;
-        backend.linear_gelu_forward(workspace, out, pre, x, w, b, shape, format, form);
+        backend.linear_gelu_forward(workspace, out, pre, x, w, b, shape, recipe, form);
     }
 
     /// Computes again what the forward pass did not keep of layer `l`.
@@ -222,7 +222,7 @@ impl<B: Backend> Pass<'_, B> {
     pub(crate) fn logits(&mut self, acts: &Activations<B>, row: usize, out: &mut B::F32) {
         let ModelConfig { channels, vocab_size, .. } = *self.config;
         let head = self.params.head();
-        let precision = Precision::of(self.recipe.forward);
+        let precision = Precision::of(self.recipe.linear().forward());
         let backend = self.backend;
         backend.logits(self.workspace, out, &acts.ln_f, row, head, channels, vocab_size, precision);
     }
@@ -243,7 +243,7 @@ impl<B: Backend> Pass<'_, B> {
     fn attention_shape(&self, layer: usize) -> AttentionShape {
         let (heads, head_size) = (self.config.heads, self.config.head_size());
         let score_factor = self.config.score_factor(layer);
-        let precision = Precision::of(self.recipe.forward);
+        let precision = Precision::of(self.recipe.linear().forward());
         AttentionShape { sequences: self.sequences, heads, head_size, score_factor, precision }
     }
 
@@ -264,7 +264,7 @@ impl<B: Backend> Pass<'_, B> {
             self.sequences.rows(),
             channels,
             vocab_size,
-            Precision::of(self.recipe.forward),
+            Precision::of(self.recipe.linear().forward()),
         );
     }
 
@@ -278,7 +278,7 @@ impl<B: Backend> Pass<'_, B> {
     ) {
         let shape = LinearShape { rows: self.sequences.rows(), inputs, outputs };
         let Linear { w, b } = layer;
-        self.backend.linear_forward(self.workspace, y, x, w, b, shape, self.recipe.forward);
+        self.backend.linear_forward(self.workspace, y, x, w, b, shape, self.recipe.linear());
     }
 
     fn linear_backward(

@@ -1,7 +1,7 @@
 //! What a trainer needs of memory: planned, then allocated by the same code.
 
 use super::batch::Batch;
-use crate::backend::{Backend, BackwardWorkspace, Precision, Sequences, Trained, WorkspaceShape};
+use crate::backend::{Backend, Precision, Sequences, Trained, WorkspaceShape};
 use crate::gpt::{
     ActivationGradients, Activations, ModelConfig, ParamSpec, Params, for_all_layers,
     parameter_tensors, specs,
@@ -111,7 +111,7 @@ impl<B: Backend> Buffers<B> {
         let (m, v) = (params(&mut arena)?, params(&mut arena)?);
         let optimizer = backend.optimizer(&mut arena, parameter_tensors(config))?;
         plan.optimizer = since_last(&arena);
-        let precision = Precision::of(options.recipe.forward);
+        let precision = Precision::of(options.recipe.linear().forward());
         let activations = Activations::new(
             backend,
             &mut arena,
@@ -129,11 +129,8 @@ impl<B: Backend> Buffers<B> {
             mlp_channels: config.mlp_width(),
             heads: config.heads,
             vocab_size: config.vocab_size,
-            forward: options.recipe.forward,
-            backward: Some(BackwardWorkspace {
-                f32: options.recipe.uses_f32_backward(),
-                mxfp4_group: options.recipe.mxfp4_group(),
-            }),
+            recipes: options.recipe.all(),
+            backward: true,
         };
         backend.supports(&shape)?;
         let workspace = backend.workspace(&mut arena, &shape);

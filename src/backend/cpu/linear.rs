@@ -10,8 +10,7 @@ use super::isa::simd_fn;
 use super::workspace::Workspace;
 use super::{Cpu, JOB_ELEMENTS};
 use crate::backend::LinearShape;
-use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
-use crate::recipe::{Backward, Forward, LinearRecipe, Signs};
+use crate::mx::{self, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random};
 
 /// y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b
 pub(super) fn forward(
@@ -22,25 +21,16 @@ pub(super) fn forward(
     w: &[f32],
     b: &[f32],
     shape: LinearShape,
-    format: Forward,
+    recipe: &LinearRecipe,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
-    let mut x = Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs);
-    let mut w = Matrix::rows_by_depth(w, outputs, inputs);
-    if format == Forward::Fp8 {
-        x = x.as_fp8(Some(fp8_scale(cpu, x.data)));
-        w = w.as_fp8(Some(fp8_scale(cpu, w.data)));
-    }
-    let format = match format {
-        Forward::F32 => Format::F32,
-        // E4M3 values are bf16 values too, so FP8 products are exact in the bf16 kernel.
-        Forward::Bf16 | Forward::Fp8 => Format::Bf16,
-    };
-    let layout = Layout::best(cpu.isa(), format);
-    let a = pack(cpu, &x, format, layout, None, Side::A, workspace.a.as_mut());
-    let b_packed = pack(cpu, &w, format, layout, None, Side::B, workspace.b.as_mut());
+    let format = recipe.forward().format();
+    let x = Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs);
+    let w = Matrix::rows_by_depth(w, outputs, inputs);
+    let operands = [x, w].map(|matrix| dequantized(cpu, matrix, format));
+    let memory = (workspace.a.as_mut(), workspace.b.as_mut());
     let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
-    cpu.gemm(a, b_packed, out);
+    plain_product(cpu, memory, operands, format, out);
 }
 
 /// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter two
@@ -67,63 +57,68 @@ pub(super) fn backward(
         (Matrix::depth_by_rows(w, inputs, outputs), OperandId::W),
     ];
     let out = Output { c: dx, stride: inputs, alpha: 1.0, bias: None, accumulate: false };
-    product(cpu, memory, operands, recipe.dgrad, GemmId::Dgrad, random, out);
+    product(cpu, memory, operands, recipe.dgrad(), GemmId::Dgrad, random, out);
 
-    // What the forward pass kept of x: in an FP8 recipe its FP8 form.
-    let kept = (recipe.forward == Forward::Fp8).then(|| fp8_scale(cpu, x));
+    let mut x = Matrix::depth_by_rows(x, inputs, rows);
+    if recipe.wgrad().b().source() == OperandSource::Forward {
+        x = dequantized(cpu, x, recipe.forward().format());
+    }
     let memory = (workspace.a.with_vector_sums(), workspace.b.as_mut());
-    let operands = [
-        (Matrix::depth_by_rows(dy, outputs, rows), OperandId::Dy),
-        (Matrix::depth_by_rows(x, inputs, rows).as_fp8(kept), OperandId::X),
-    ];
+    let dy = Matrix::depth_by_rows(dy, outputs, rows);
+    let operands = [(dy, OperandId::Dy), (x, OperandId::X)];
     let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate };
-    product(cpu, memory, operands, recipe.wgrad, GemmId::Wgrad, random, out);
+    product(cpu, memory, operands, recipe.wgrad(), GemmId::Wgrad, random, out);
     // dy^T passed through packing row by row; its row sums are the bias gradient.
     for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
         *db = if accumulate { *db + sum } else { *sum };
     }
 }
 
-/// One backward GEMM, its first operand being dy.
+/// One backward GEMM.
 fn product(
     cpu: &Cpu,
-    (a_memory, b_memory): (PackedMut<'_>, PackedMut<'_>),
+    memory: (PackedMut<'_>, PackedMut<'_>),
     [(a, a_id), (b, b_id)]: [(Matrix<'_>, OperandId); 2],
-    format: Backward,
-    gemm: GemmId,
+    gemm: &Gemm,
+    id: GemmId,
     random: &Random,
     out: Output<'_>,
 ) {
-    match format {
-        Backward::F32 | Backward::Bf16 => {
-            let format = if format == Backward::F32 { Format::F32 } else { Format::Bf16 };
-            let layout = Layout::best(cpu.isa(), format);
-            let a = pack(cpu, &a, format, layout, None, Side::A, a_memory);
-            let b = pack(cpu, &b, format, layout, None, Side::B, b_memory);
-            cpu.gemm(a, b, out);
-        }
-        Backward::Mxfp4(mxfp4) => {
-            let mut signs = [0.0; mx::MAX_GROUP];
-            let signs = &mut signs[..mxfp4.transform.map_or(0, |t| t.group)];
-            if let Some(transform) = mxfp4.transform {
-                let draw = match transform.signs {
-                    Signs::Random => random.signs(gemm),
-                    Signs::Fixed => Draw::fixed_signs(random.seed),
-                };
-                draw.fill_signs(signs);
-            }
-            let rotation = |rounding: Rounding, operand| Rotation {
-                signs,
-                rounding,
-                draw: random.rounding(operand),
-            };
-            let a_rotation = rotation(mxfp4.dy, a_id);
-            let b_rotation = rotation(mxfp4.other, b_id);
-            let alpha = mx::product_scale(mxfp4.dy, mxfp4.other);
-            let operands = [(&a, &a_rotation), (&b, &b_rotation)];
-            cpu.mxfp4_gemm(operands, (a_memory, b_memory), Output { alpha, ..out });
-        }
+    if gemm.format() != mx::Format::MXFP4 {
+        return plain_product(cpu, memory, [a, b], gemm.format(), out);
     }
+    let mut signs = [0.0; mx::MAX_GROUP];
+    let signs = mx::fill_signs(&mut signs, gemm.transform(), id, random);
+    let rotation = |operand: &Operand, id| Rotation {
+        signs,
+        rounding: operand.rounding(),
+        range: operand.range(),
+        draw: random.rounding(id),
+    };
+    let (a_rotation, b_rotation) = (rotation(gemm.a(), a_id), rotation(gemm.b(), b_id));
+    let operands = [(&a, &a_rotation), (&b, &b_rotation)];
+    cpu.mxfp4_gemm(operands, memory, Output { alpha: gemm.alpha(), ..out });
+}
+
+/// A GEMM whose operands are values of `format` once they are rounded to what carries it.
+fn plain_product(
+    cpu: &Cpu,
+    (a_memory, b_memory): (PackedMut<'_>, PackedMut<'_>),
+    [a, b]: [Matrix<'_>; 2],
+    format: mx::Format,
+    out: Output<'_>,
+) {
+    let format = Format::carrying(format);
+    let layout = Layout::best(cpu.isa(), format);
+    let a = pack(cpu, &a, format, layout, None, Side::A, a_memory);
+    let b = pack(cpu, &b, format, layout, None, Side::B, b_memory);
+    cpu.gemm(a, b, out);
+}
+
+/// A matrix seen as `format` holds it, where what carries that would not round it so.
+fn dequantized<'a>(cpu: &Cpu, matrix: Matrix<'a>, format: mx::Format) -> Matrix<'a> {
+    let scale = (format == mx::Format::E4M3).then(|| fp8_scale(cpu, matrix.data));
+    matrix.as_fp8(scale)
 }
 
 /// The scale that FP8 gives to a tensor.

@@ -32,8 +32,7 @@ use super::{
     NormStatistics, Precision, Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
 use crate::Result;
-use crate::mx::{self, Draw, Random};
-use crate::recipe::{Forward, LinearRecipe};
+use crate::mx::{self, Draw, LinearRecipe, Random};
 use workers::Workers;
 
 /// The CPU.
@@ -276,9 +275,9 @@ impl Backend for Cpu {
         w: &Buffer<f32>,
         b: &Buffer<f32>,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
     ) {
-        linear::forward(self, workspace, y, x, w, b, shape, format);
+        linear::forward(self, workspace, y, x, w, b, shape, recipe);
     }
 
     fn linear_backward(

@@ -3,7 +3,8 @@
 use super::gemm::{BLOCK_STEPS, Format, Layout, PANEL, PackedMut};
 use super::memory::{Arena, Buffer};
 use super::{Isa, attention, classifier};
-use crate::backend::{Precision, WorkspaceShape};
+use crate::backend::WorkspaceShape;
+use crate::mx::{Gemm, LinearRecipe};
 
 /// Scratch memory for models of one shape.
 pub struct Workspace {
@@ -98,21 +99,23 @@ impl Workspace {
             mlp_channels: m,
             heads,
             vocab_size,
-            forward,
+            recipes,
             backward,
         } = *shape;
-        let rows = sequences.rows();
-        let precision = Precision::of(forward);
+        let (rows, precision) = (sequences.rows(), shape.precision());
         let plain = Format::from(precision);
         let (mut a, mut b) = (PackSize::new(isa), PackSize::new(isa));
         for (inputs, outputs) in [(c, 3 * c), (c, c), (c, m), (m, c)] {
-            a.add(rows, inputs, plain, 1);
-            b.add(outputs, inputs, plain, 1);
-            let Some(backward) = backward else { continue };
-            // bf16 always: a recipe may run some layers or steps in it.
-            let f32 = backward.f32.then_some((Format::F32, 1));
-            let mxfp4 = backward.mxfp4_group.map(|group| (Format::Mxfp4, group));
-            for (format, group) in [(Format::Bf16, 1)].into_iter().chain(f32).chain(mxfp4) {
+            for gemm in recipes.iter().map(LinearRecipe::forward) {
+                let (format, group) = (Format::carrying(gemm.format()), gemm.group());
+                a.add(rows, inputs, format, group);
+                b.add(outputs, inputs, format, group);
+            }
+            // As if both products were as each is, which costs next to nothing; and bf16 in any case, which
+            // recipes fall back to.
+            let fallback = backward.then_some(&Gemm::BF16);
+            for gemm in shape.backward_gemms().chain(fallback) {
+                let (format, group) = (Format::carrying(gemm.format()), gemm.group());
                 a.add(rows, outputs, format, group); // dgrad: dy
                 b.add(inputs, outputs, format, group); // dgrad: W
                 a.add(outputs, rows, format, group); // wgrad: dy
@@ -123,15 +126,14 @@ impl Workspace {
         let chunk = classifier::chunk_rows(rows, vocab_size);
         a.add(chunk, c, plain, 1);
         b.add(vocab_size, c, plain, 1);
-        if backward.is_some() {
+        if backward {
             a.add(chunk, vocab_size, plain, 1);
             a.add(vocab_size, chunk, plain, 1);
             transposed_head.add(c, vocab_size, plain, 1);
             head_input.add(c, chunk, plain, 1);
         }
         let (length, head_size) = (sequences.length, c / heads);
-        let attention_len =
-            attention::scratch_len(isa, precision, length, head_size, backward.is_some());
+        let attention_len = attention::scratch_len(isa, precision, length, head_size, backward);
         Self {
             a: PackMemory::new(arena, a),
             b: PackMemory::new(arena, b),

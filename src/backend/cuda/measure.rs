@@ -8,8 +8,8 @@ use super::memory::{Arena, F32, Param, Piece, Tensor};
 use super::tests::{errors_of_fp8_products, f32s_of, gpu, older_gpu, workspace, workspace_shape};
 use super::{Cuda, Type, Workspace};
 use crate::backend::{Activation, Backend, Device, LinearShape, Precision, Sequences};
-use crate::mx::{Draw, GemmId, OperandId, Purpose, Random, Rounding};
-use crate::recipe::{LinearRecipe, Recipe};
+use crate::mx::{Draw, GemmId, LinearRecipe, OperandId, Purpose, Random, Rounding};
+use crate::recipe::Recipe;
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 
 const RANDOM: Random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: 2 };
@@ -298,7 +298,7 @@ fn linear_backward() {
 }
 
 fn linear_backward_on(cuda: &Cuda) {
-    let recipe = |name: &str| name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
+    let recipe = |name: &str| *name.parse::<Recipe>().unwrap().linear();
     let (bf16, mxfp4) = (recipe("bf16"), recipe("mxfp4-rht-sr"));
     let rows = 16384;
     println!("backward pass, {rows} tokens         bf16 us   mxfp4-rht-sr us   ratio");

@@ -44,8 +44,7 @@ use super::{
     Activation, AdamWStep, AttentionShape, Backend, ClassifierGradient, Largest, LinearShape,
     NormStatistics, Precision, Sequences, StepKind, StepSums, VisitTrained, WorkspaceShape,
 };
-use crate::mx::{Draw, Random};
-use crate::recipe::{Forward, LinearRecipe};
+use crate::mx::{Draw, Format, LinearRecipe, Random};
 use crate::{CudaStream, Error, Result};
 use gemm::{Gemm, Product, Type};
 use gpu::Gpu;
@@ -208,7 +207,7 @@ impl Backend for Cuda {
                 remedy: format!("use more heads, so that each has at most {most} channels"),
             });
         }
-        let mxfp4 = shape.backward.is_some_and(|backward| backward.mxfp4_group.is_some());
+        let mxfp4 = shape.backward_gemms().any(|gemm| gemm.format() == Format::MXFP4);
         let widest = shape.mlp_channels.max(3 * shape.channels);
         if mxfp4 && widest > linear::MAX_DEPTH {
             return Err(Error::Unsupported {
@@ -399,9 +398,9 @@ impl Backend for Cuda {
         w: &Param,
         b: &Param,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
     ) {
-        linear::forward(self, workspace, y, None, x, w, b, shape, format);
+        linear::forward(self, workspace, y, None, x, w, b, shape, recipe);
     }
 
     fn linear_gelu_forward(
@@ -413,10 +412,10 @@ impl Backend for Cuda {
         w: &Param,
         b: &Param,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
         form: Activation,
     ) {
-        linear::forward(self, workspace, pre, Some((out, form)), x, w, b, shape, format);
+        linear::forward(self, workspace, pre, Some((out, form)), x, w, b, shape, recipe);
     }
 
     fn linear_backward(
