@@ -248,7 +248,17 @@ fn extreme_scales_multiply_like_any_other() {
     }
 }
 
-/// Forward and backward of a linear layer in every recipe, against the definition of its numbers.
+/// A recipe whose backward GEMMs have groups of their own.
+fn groups_of_their_own(dgrad: usize, wgrad: usize) -> LinearRecipe {
+    let gemm = |group| {
+        let transform = mx::Transform::new(group, mx::Signs::Random).unwrap();
+        Gemm::of(Operand::mxfp4(Rounding::Unbiased, Some(transform)))
+    };
+    LinearRecipe::new(Gemm::BF16, gemm(dgrad), gemm(wgrad)).unwrap()
+}
+
+/// Forward and backward of a linear layer in every recipe, against the definition of its numbers. Each runs
+/// in a workspace for itself alone, of which this layer is the largest.
 #[test]
 fn linear_layers_follow_their_recipes() {
     let shape = LinearShape { rows: 70, inputs: 40, outputs: 120 };
@@ -257,10 +267,13 @@ fn linear_layers_follow_their_recipes() {
     let dy = random(rows * outputs, 4);
     let sequences = Sequences { batch: 2, length: 35 };
     each_isa(|cpu| {
-        let mut memory = workspace(&cpu, &workspace_shape(sequences, inputs, 1, 8));
         let switched = ["mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16", "mxfp4-sr,sr=other,dgrad=bf16"];
-        for name in Recipe::NAMES.into_iter().chain(switched) {
-            let recipe = linear_recipe(name);
+        let built = [(32, 256), (256, 32)].map(|(dgrad, wgrad)| groups_of_their_own(dgrad, wgrad));
+        let named = Recipe::NAMES.into_iter().chain(switched).map(linear_recipe);
+        for recipe in named.chain(built) {
+            let all = workspace_shape(sequences, inputs, 1, 8);
+            let all = WorkspaceShape { recipes: &[recipe], mlp_channels: inputs, ..all };
+            let mut memory = workspace(&cpu, &all);
             let as_bf16 = |x: &[f32]| -> Vec<f64> {
                 x.iter().map(|v| half::bf16::from_f32(*v).to_f64()).collect()
             };
