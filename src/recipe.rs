@@ -23,6 +23,7 @@
 //! | --- | --- | --- |
 //! | `g` | 32, 64, 128, 256 | group length of the transform (default 64) |
 //! | `signs` | `random`, `fixed` | fresh signs for each GEMM call, or the same for all |
+//! | `range` | `1`, `3/4` | how much of MXFP4's range nearest rounding uses: in all of it the largest elements may saturate, in 3/4 none does |
 //! | `dgrad`, `wgrad` | `bf16` | that GEMM in bf16, the other stays in MXFP4 |
 //! | `sr` | `both`, `dy`, `other` | which operand is rounded stochastically |
 //! | `bf16-last-layers` | a count | the last N blocks run their backward pass in bf16 |
@@ -32,7 +33,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::mx::{
-    Format, Gemm, GemmId, LinearRecipe, Operand, OperandId, Rounding, Signs, Transform,
+    Format, Gemm, GemmId, LinearRecipe, Operand, OperandId, Range, Rounding, Signs, Transform,
 };
 use crate::{Error, Result};
 
@@ -217,7 +218,7 @@ impl From<Error> for Refused {
 }
 
 /// All switches, in the order in which they are written.
-const SWITCHES: [Switch; 7] = [
+const SWITCHES: [Switch; 8] = [
     Switch {
         key: "g",
         apply: |recipe, value| {
@@ -278,6 +279,29 @@ const SWITCHES: [Switch; 7] = [
                 (Rounding::Nearest, Rounding::Unbiased) => Some("other".into()),
                 _ => None,
             }
+        },
+    },
+    Switch {
+        key: "range",
+        apply: |recipe, value| {
+            let gemm = recipe.mxfp4()?;
+            if [gemm.a(), gemm.b()].iter().all(|o| o.rounding() == Rounding::Unbiased) {
+                return Err(Refused::HasNo("rounding to nearest"));
+            }
+            let range = match value {
+                "1" => Range::Full,
+                "3/4" => Range::ThreeQuarters,
+                _ => return Err(Refused::Expected("1 or 3/4")),
+            };
+            recipe.change(|_, _, operand| match operand.rounding() {
+                Rounding::Nearest => operand.with_range(range),
+                Rounding::Unbiased => Ok(operand),
+            })
+        },
+        show: |recipe| {
+            let gemm = recipe.mxfp4().ok()?;
+            let differs = |o: &&Operand| o.range() != Operand::from(o.rounding()).range();
+            [gemm.a(), gemm.b()].iter().any(differs).then(|| "3/4".into())
         },
     },
     Switch {
@@ -372,11 +396,23 @@ mod tests {
             "mxfp4-rht-sr,g=128,signs=fixed,sr=dy,wgrad=bf16",
             "mxfp4-sr,sr=other,bf16-last-layers=2,bf16-last-steps=0.1",
             "fp8-mxfp4-rht-sr,g=32,dgrad=bf16",
+            "mxfp4,range=3/4",
+            "mxfp4-rht,g=32,range=3/4,wgrad=bf16",
+            "mxfp4-rht-sr,sr=dy,range=3/4",
         ];
         for s in Recipe::NAMES.into_iter().chain(switched) {
             assert_eq!(s.parse::<Recipe>().unwrap().to_string(), s);
         }
         assert_eq!(Recipe::default().to_string(), "mxfp4-rht-sr");
+        for (long, short) in [
+            ("mxfp4-rht,g=64,signs=random,range=1", "mxfp4-rht"),
+            ("mxfp4-rht , range=3/4 ,g=32", "mxfp4-rht,g=32,range=3/4"),
+            ("mxfp4,range=3/4,range=1", "mxfp4"),
+            ("mxfp4-sr,sr=other,range=3/4,sr=both", "mxfp4-sr"),
+        ] {
+            let recipe = long.parse::<Recipe>().unwrap();
+            assert_eq!((recipe.to_string().as_str(), &recipe), (short, &short.parse().unwrap()));
+        }
     }
 
     #[test]
@@ -387,9 +423,12 @@ mod tests {
             ("mxfp4,g=64", "no transform"),
             ("bf16,sr=dy", "no MXFP4 GEMM"),
             ("mxfp4-rht,sr=dy", "no stochastic rounding"),
+            ("mxfp4-rht-sr,range=3/4", "range: mxfp4-rht-sr has no rounding to nearest"),
+            ("bf16,range=3/4", "range: bf16 has no MXFP4 GEMM"),
+            ("mxfp4,range=0.75", "range: expected 1 or 3/4, got \"0.75\""),
             ("mxfp4,dgrad=bf16,wgrad=bf16", "nothing in MXFP4"),
             ("mxfp4,bf16-last-steps=2", "from 0 to 1"),
-            ("mxfp4,colour=red", "unknown switch"),
+            ("mxfp4,colour=red", "known are g, signs, sr, range, dgrad, wgrad, bf16-last-layers"),
         ] {
             let error = s.parse::<Recipe>().unwrap_err().to_string();
             assert!(error.contains(part), "{s}: {error}");

@@ -110,7 +110,10 @@ fn mxfp4_codes_are_those_of_the_definition() {
         let mut memory = workspace(&cpu, &shape);
         for (case, (rows, depth)) in cases.into_iter().enumerate() {
             let data = random(rows * depth, case as u64);
+            let part = Operand::from(Rounding::Nearest).with_range(Range::ThreeQuarters).unwrap();
             for (group, transposed, operand) in [
+                (0, true, part),
+                (64, false, part),
                 (0, false, Operand::from(Rounding::Nearest)),
                 (0, true, Operand::from(Rounding::Unbiased)),
                 (32, false, Operand::from(Rounding::Unbiased)),
@@ -267,7 +270,13 @@ fn linear_layers_follow_their_recipes() {
     let dy = random(rows * outputs, 4);
     let sequences = Sequences { batch: 2, length: 35 };
     each_isa(|cpu| {
-        let switched = ["mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16", "mxfp4-sr,sr=other,dgrad=bf16"];
+        let switched = [
+            "mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16",
+            "mxfp4-sr,sr=other,dgrad=bf16",
+            "mxfp4,range=3/4",
+            "mxfp4-rht,range=3/4",
+            "mxfp4-rht-sr,sr=dy,range=3/4",
+        ];
         let built = [(32, 256), (256, 32)].map(|(dgrad, wgrad)| groups_of_their_own(dgrad, wgrad));
         let named = Recipe::NAMES.into_iter().chain(switched).map(linear_recipe);
         for recipe in named.chain(built) {

@@ -1370,6 +1370,21 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
     }
 }
 
+#[test]
+fn what_no_kernel_makes_is_refused_by_name() {
+    for name in Recipe::NAMES {
+        holds(&linear_recipe(name)).unwrap();
+    }
+    for (recipe, operand) in [
+        ("mxfp4-rht,range=3/4", "dy in dgrad"),
+        ("mxfp4,range=3/4,dgrad=bf16", "dy in wgrad"),
+        ("mxfp4-sr,sr=dy,range=3/4", "W in dgrad"),
+    ] {
+        let message = holds(&linear_recipe(recipe)).unwrap_err().to_string();
+        assert!(message.starts_with(operand) && message.contains("without range=3/4"), "{message}");
+    }
+}
+
 /// The FP8 forward pass: operands rounded as the definition says, products exact.
 #[test]
 fn fp8_forward() {
