@@ -10,7 +10,7 @@ use mxfp4train::backend::cpu::gemm::{
     BLOCK_STEPS, Conversion, Matrix, Output, PANEL, PackedMut, Role, Rotation, pack,
 };
 use mxfp4train::backend::cpu::{Arena, Buffer, Cpu};
-use mxfp4train::mx::{GemmId, LinearId, OperandId, Random, Rounding};
+use mxfp4train::mx::{GemmId, Operand, OperandId, Random, Rounding};
 
 const ROUNDS: usize = 9;
 const TOKENS: usize = 2048;
@@ -69,11 +69,12 @@ fn main() {
     let threads = std::env::var("MXT_BENCH_THREADS").map_or(0, |n| n.parse().unwrap());
     let cpu = Cpu::new(threads).unwrap();
     println!("{} threads, {}", cpu.threads(), cpu.isa().name());
-    let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: LinearId::Fc1 };
+    let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: 2 };
     let mut signs = vec![0.0; 64];
     random.signs(GemmId::Dgrad).fill_signs(&mut signs);
     let mxfp4 = |signs, rounding| {
-        Conversion::Mxfp4(Rotation { signs, rounding, draw: random.rounding(OperandId::Dy) })
+        let (range, draw) = (Operand::from(rounding).range(), random.rounding(OperandId::Dy));
+        Conversion::Mxfp4(Rotation { signs, rounding, range, draw })
     };
     let conversions = [
         ("f32", Conversion::F32),

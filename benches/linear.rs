@@ -8,11 +8,9 @@ use std::time::Instant;
 use mxfp4train::Recipe;
 use mxfp4train::backend::cpu::{Buffer, Cpu};
 use mxfp4train::backend::{
-    BackwardWorkspace, Linear, LinearBackward, LinearShape, Memory, OutputGradient, Sequences,
-    WorkspaceShape,
+    Linear, LinearBackward, LinearShape, Memory, OutputGradient, Sequences, WorkspaceShape,
 };
-use mxfp4train::mx::{LinearId, Random};
-use mxfp4train::recipe::Forward;
+use mxfp4train::mx::Random;
 
 const ROUNDS: usize = 15;
 const RECIPES: [&str; 3] = ["fp32", "bf16", "mxfp4-rht-sr"];
@@ -33,7 +31,8 @@ fn main() {
     let cpu = Cpu::new(threads).unwrap();
     println!("{} threads, {}", cpu.threads(), cpu.isa().name());
     println!("backward pass            fp32 ms  bf16 ms  mxfp4-rht-sr ms   over bf16  over fp32");
-    let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: LinearId::Fc1 };
+    let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: 2 };
+    let recipes = RECIPES.map(|recipe| *recipe.parse::<Recipe>().unwrap().linear());
     for (c, rows) in [(384, 2048), (768, 1024), (768, 2048)] {
         let workspace_shape = WorkspaceShape {
             sequences: Sequences { batch: 1, length: rows },
@@ -41,8 +40,8 @@ fn main() {
             mlp_channels: 4 * c,
             heads: c / 64,
             vocab_size: 64,
-            forward: Forward::F32,
-            backward: Some(BackwardWorkspace { f32: true, mxfp4_group: Some(64) }),
+            recipes: &recipes,
+            backward: true,
         };
         let mut measuring = cpu.arena(None).unwrap();
         cpu.workspace(&mut measuring, &workspace_shape);
@@ -58,8 +57,7 @@ fn main() {
             let (mut dw, mut db) = (buffer(&cpu, outputs * inputs), buffer(&cpu, outputs));
             let mut seconds = [const { Vec::new() }; 3];
             for round in 0..=ROUNDS {
-                for (recipe, seconds) in RECIPES.iter().zip(&mut seconds) {
-                    let recipe = recipe.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
+                for (recipe, seconds) in recipes.iter().zip(&mut seconds) {
                     let start = Instant::now();
                     let operands = LinearBackward {
                         dx: &mut dx,
@@ -70,7 +68,7 @@ fn main() {
                         w: &w[..],
                         accumulate: false,
                     };
-                    cpu.linear_backward(&mut workspace, operands, shape, &recipe, &random);
+                    cpu.linear_backward(&mut workspace, operands, shape, recipe, &random);
                     if round > 0 {
                         seconds.push(start.elapsed().as_secs_f64());
                     }

@@ -130,7 +130,7 @@ pub(crate) fn recipe(data: &[u8]) {
         if recipe.for_layer(layer, 3, 0, 0) == recipe.for_layer(2, 3, 0, 0) {
             continue;
         }
-        assert!(recipe.bf16_last_layers < 3 - layer);
+        assert!(recipe.bf16_last_layers() < 3 - layer);
     }
 }
 

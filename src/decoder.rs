@@ -7,8 +7,8 @@ use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Precision, Sequences, StepPlan, WorkspaceShape, on_device};
 use crate::gpt::{Activations, ModelConfig, Pass};
 use crate::model::{Model, OnDevice};
-use crate::mx::{Draw, Purpose, uniform};
-use crate::recipe::{Forward, Recipe};
+use crate::mx::{Draw, LinearRecipe, Purpose, uniform};
+use crate::recipe::Recipe;
 use crate::reserve::{push, reserve, zeros};
 use crate::{Error, Result};
 
@@ -199,15 +199,15 @@ impl<B: Backend> DecoderOn<B> {
         backend.read_f32(logits, 0, out)
     }
 
-    fn shape(config: &ModelConfig, longest: usize) -> WorkspaceShape {
+    fn shape(config: &ModelConfig, longest: usize) -> WorkspaceShape<'static> {
         WorkspaceShape {
             sequences: Sequences { batch: 1, length: longest },
             channels: config.channels,
             mlp_channels: config.mlp_width(),
             heads: config.heads,
             vocab_size: config.vocab_size,
-            forward: Forward::F32,
-            backward: None,
+            recipes: &[LinearRecipe::F32],
+            backward: false,
         }
     }
 

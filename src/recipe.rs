@@ -1,7 +1,8 @@
 //! Recipes: which number format each GEMM of a block's four linear layers uses.
 //!
-//! A recipe is data. It has a name (the table below) and switches for comparing what published
-//! work disagrees on; both are written in one string, which is also what a checkpoint stores:
+//! A recipe is data: a name stands for a row of a table, which expands to GEMMs of two operands
+//! ([`LinearRecipe`]), and a switch is a function on these, for comparing what published work
+//! disagrees on. Both are written in one string, which is also what a checkpoint stores:
 //!
 //! ```text
 //! mxfp4-rht-sr                       the default
@@ -22,6 +23,7 @@
 //! | --- | --- | --- |
 //! | `g` | 32, 64, 128, 256 | group length of the transform (default 64) |
 //! | `signs` | `random`, `fixed` | fresh signs for each GEMM call, or the same for all |
+//! | `range` | `1`, `3/4` | how much of MXFP4's range nearest rounding uses: in all of it the largest elements may saturate, in 3/4 none does |
 //! | `dgrad`, `wgrad` | `bf16` | that GEMM in bf16, the other stays in MXFP4 |
 //! | `sr` | `both`, `dy`, `other` | which operand is rounded stochastically |
 //! | `bf16-last-layers` | a count | the last N blocks run their backward pass in bf16 |
@@ -31,101 +33,91 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::backend::{Precision, StepPlan};
-use crate::mx::Rounding;
+use crate::mx::{
+    Format, Gemm, GemmId, LinearRecipe, Operand, OperandId, Range, Rounding, Signs, Transform,
+};
 use crate::reserve::collect;
 use crate::{Error, Result};
-
-/// Number format of the forward GEMMs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Forward {
-    /// f32 operands.
-    F32,
-    /// Operands rounded to bf16, f32 accumulation.
-    Bf16,
-    /// Operands in FP8 E4M3 with one power-of-two scale a tensor ("current scaling"), f32
-    /// accumulation. The weight gradient then sees the activations as FP8 kept them.
-    Fp8,
-}
-
-/// Number format of one backward GEMM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backward {
-    /// f32 operands.
-    F32,
-    /// Operands rounded to bf16, f32 accumulation.
-    Bf16,
-    /// Both operands in MXFP4.
-    Mxfp4(Mxfp4),
-}
-
-/// How the operands of an MXFP4 GEMM are quantized.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mxfp4 {
-    /// Rounding of the output gradient dy.
-    pub dy: Rounding,
-    /// Rounding of the other operand: W in dgrad, x in wgrad.
-    pub other: Rounding,
-    /// The random Hadamard transform along the reduction dimension, if any.
-    pub transform: Option<Transform>,
-}
-
-/// The random Hadamard transform of a GEMM's operands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Transform {
-    /// Group length: 32, 64, 128 or 256.
-    pub group: usize,
-    /// Whether every GEMM call draws fresh signs.
-    pub signs: Signs,
-}
-
-/// Where the signs of the transform come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Signs {
-    /// Fresh signs for every (step, micro-step, layer, GEMM).
-    Random,
-    /// One sign vector for the whole run.
-    Fixed,
-}
 
 /// Which number format every GEMM of a linear layer uses. `Default` is `mxfp4-rht-sr`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
-    /// y = x W^T + b.
-    pub forward: Forward,
-    /// dx = dy W.
-    pub dgrad: Backward,
-    /// dW = dy^T x.
-    pub wgrad: Backward,
-    /// The last N blocks run their backward GEMMs in bf16.
-    pub bf16_last_layers: usize,
-    /// The last part of the schedule's steps, 0 to 1, runs its backward GEMMs in bf16.
-    pub bf16_last_steps: f64,
+    name: &'static str,
+    /// What layers and steps use, and what those use that fall back to bf16.
+    linear: [LinearRecipe; 2],
+    bf16_last_layers: usize,
+    bf16_last_steps: f64,
 }
 
-/// The recipe of the linear layers of one block in one step: what a backend sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LinearRecipe {
-    /// y = x W^T + b.
-    pub forward: Forward,
-    /// dx = dy W.
-    pub dgrad: Backward,
-    /// dW = dy^T x.
-    pub wgrad: Backward,
+/// What a name stands for.
+struct Row {
+    name: &'static str,
+    /// x and W forward.
+    forward: Operand,
+    /// dy and W backward.
+    backward: Operand,
+    /// x backward.
+    x: Operand,
+}
+
+const NEAREST: Operand = Operand::mxfp4(Rounding::Nearest, None);
+const RHT: Operand = Operand::mxfp4(Rounding::Nearest, Some(Transform::DEFAULT));
+const SR: Operand = Operand::mxfp4(Rounding::Unbiased, None);
+const RHT_SR: Operand = Operand::mxfp4(Rounding::Unbiased, Some(Transform::DEFAULT));
+
+/// All recipes, plainest first.
+const TABLE: [Row; 7] = [
+    row("fp32", Operand::F32, Operand::F32),
+    row("bf16", Operand::BF16, Operand::BF16),
+    row("mxfp4", Operand::BF16, NEAREST),
+    row("mxfp4-rht", Operand::BF16, RHT),
+    row("mxfp4-sr", Operand::BF16, SR),
+    row("mxfp4-rht-sr", Operand::BF16, RHT_SR),
+    Row { x: RHT_SR.from_forward(), ..row("fp8-mxfp4-rht-sr", Operand::E4M3, RHT_SR) },
+];
+
+const fn row(name: &'static str, forward: Operand, backward: Operand) -> Row {
+    Row { name, forward, backward, x: backward }
 }
 
 impl Recipe {
-    /// Names of the seven recipes, plainest first.
-    pub const NAMES: [&str; 7] =
-        ["fp32", "bf16", "mxfp4", "mxfp4-rht", "mxfp4-sr", "mxfp4-rht-sr", "fp8-mxfp4-rht-sr"];
+    /// Names of all recipes, plainest first.
+    pub const NAMES: [&str; TABLE.len()] = {
+        let (mut names, mut i) = ([""; TABLE.len()], 0);
+        while i < names.len() {
+            names[i] = TABLE[i].name;
+            i += 1;
+        }
+        names
+    };
 
     /// Everything in f32.
     pub(crate) const FP32: Self = Self {
-        forward: Forward::F32,
-        dgrad: Backward::F32,
-        wgrad: Backward::F32,
+        name: TABLE[0].name,
+        linear: [LinearRecipe::F32; 2],
         bf16_last_layers: 0,
         bf16_last_steps: 0.0,
     };
+
+    /// The formats of all layers and steps that no exception takes.
+    pub fn linear(&self) -> &LinearRecipe {
+        &self.linear[0]
+    }
+
+    /// All that layers may use in some step, and what they could fall back to.
+    pub fn all(&self) -> &[LinearRecipe] {
+        &self.linear
+    }
+
+    /// The last N blocks run their backward GEMMs in bf16.
+    pub fn bf16_last_layers(&self) -> usize {
+        self.bf16_last_layers
+    }
+
+    /// The last part of the schedule's steps, 0 to 1, runs its backward GEMMs in bf16.
+    pub fn bf16_last_steps(&self) -> f64 {
+        self.bf16_last_steps
+    }
 
     /// Whether step `step` (of `total_steps`, 0 where not known) is one of those that
     /// `bf16_last_steps` concerns.
@@ -144,13 +136,9 @@ impl Recipe {
         step: u64,
         total_steps: u64,
     ) -> LinearRecipe {
-        let last_layers = layer.saturating_add(self.bf16_last_layers) >= layers;
-        let last_steps = self.is_in_last_steps(step, total_steps);
-        let pick = |gemm| match gemm {
-            Backward::Mxfp4(_) if last_layers || last_steps => Backward::Bf16,
-            gemm => gemm,
-        };
-        LinearRecipe { forward: self.forward, dgrad: pick(self.dgrad), wgrad: pick(self.wgrad) }
+        let in_last_layers = layer.saturating_add(self.bf16_last_layers) >= layers;
+        let falls_back = in_last_layers || self.is_in_last_steps(step, total_steps);
+        self.linear[usize::from(falls_back)]
     }
 
     /// What passes over `layers` blocks depend on; [`Recipe::set_step`] moves it on.
@@ -158,8 +146,7 @@ impl Recipe {
         let formats = (0..layers).map(|layer| Ok(self.for_layer(layer, layers, 0, 0)));
         Ok(StepPlan {
             accumulate: false,
-            precision: Precision::of(self.forward),
-            head: Precision::of(self.head()),
+            precision: Precision::of(self.linear().forward()),
             layers: collect("the formats of the blocks", formats)?,
         })
     }
@@ -179,158 +166,205 @@ impl Recipe {
         }
     }
 
-    /// The format of the language-model head in both passes: the plain one that the forward pass
-    /// of the recipe stands on (the paper keeps the head out of MXFP4 and FP8).
-    pub fn head(&self) -> Forward {
-        match self.forward {
-            Forward::F32 => Forward::F32,
-            Forward::Bf16 | Forward::Fp8 => Forward::Bf16,
-        }
-    }
-
-    /// Whether any GEMM is in MXFP4.
-    pub fn uses_mxfp4(&self) -> bool {
-        [self.dgrad, self.wgrad].iter().any(|g| matches!(g, Backward::Mxfp4(_)))
-    }
-
-    /// The length that MXFP4 GEMMs pad their reduction dimension to a multiple of; None where no GEMM
-    /// is in MXFP4.
-    pub(crate) fn mxfp4_group(&self) -> Option<usize> {
-        self.mxfp4().map(|m| m.transform.map_or(crate::mx::BLOCK, |t| t.group))
-    }
-
-    /// Whether any backward GEMM is in f32.
-    pub(crate) fn uses_f32_backward(&self) -> bool {
-        [self.dgrad, self.wgrad].contains(&Backward::F32)
-    }
-
-    fn named(name: &str) -> Option<Self> {
-        let transform = Some(Transform { group: 64, signs: Signs::Random });
-        let mx = |rounding, transform| {
-            Backward::Mxfp4(Mxfp4 { dy: rounding, other: rounding, transform })
+    fn named(name: &str) -> Result<Self> {
+        let Some(row) = TABLE.iter().find(|row| row.name == name) else {
+            let names = Self::NAMES.join(", ");
+            return Err(Error::invalid("recipe", format!("expected one of {names}; got {name:?}")));
         };
-        let (forward, backward) = match name {
-            "fp32" => (Forward::F32, Backward::F32),
-            "bf16" => (Forward::Bf16, Backward::Bf16),
-            "mxfp4" => (Forward::Bf16, mx(Rounding::Nearest, None)),
-            "mxfp4-rht" => (Forward::Bf16, mx(Rounding::Nearest, transform)),
-            "mxfp4-sr" => (Forward::Bf16, mx(Rounding::Unbiased, None)),
-            "mxfp4-rht-sr" => (Forward::Bf16, mx(Rounding::Unbiased, transform)),
-            "fp8-mxfp4-rht-sr" => (Forward::Fp8, mx(Rounding::Unbiased, transform)),
-            _ => return None,
-        };
-        Some(Self {
-            forward,
-            dgrad: backward,
-            wgrad: backward,
-            bf16_last_layers: 0,
-            bf16_last_steps: 0.0,
-        })
+        let [forward, dgrad] = [row.forward, row.backward].map(Gemm::of);
+        let linear = LinearRecipe::new(forward, dgrad, Gemm::new(row.backward, row.x)?)?;
+        Self { name: row.name, ..Self::FP32 }.with_linear(linear)
     }
 
-    /// The MXFP4 settings, which both backward GEMMs share.
-    fn mxfp4(&self) -> Option<Mxfp4> {
-        [self.dgrad, self.wgrad].into_iter().find_map(|gemm| match gemm {
-            Backward::Mxfp4(m) => Some(m),
-            _ => None,
-        })
+    fn with_linear(&self, linear: LinearRecipe) -> Result<Self> {
+        let in_bf16 = linear.change_mxfp4(|_, _, operand| Ok(operand.in_bf16()))?;
+        Ok(Self { linear: [linear, in_bf16], ..self.clone() })
     }
 
-    /// The name in [`Recipe::NAMES`] whose switches give this recipe.
-    fn base_name(&self) -> &'static str {
-        match (self.forward, self.mxfp4()) {
-            (Forward::F32, _) => "fp32",
-            (Forward::Fp8, _) => "fp8-mxfp4-rht-sr",
-            (Forward::Bf16, None) => "bf16",
-            (Forward::Bf16, Some(m)) => {
-                let unbiased = m.dy == Rounding::Unbiased || m.other == Rounding::Unbiased;
-                match (m.transform.is_some(), unbiased) {
-                    (false, false) => "mxfp4",
-                    (true, false) => "mxfp4-rht",
-                    (false, true) => "mxfp4-sr",
-                    (true, true) => "mxfp4-rht-sr",
-                }
-            }
+    /// The same with other operands for those in MXFP4.
+    fn change(
+        &self,
+        change: impl Fn(GemmId, OperandId, Operand) -> Result<Operand>,
+    ) -> Result<Self, Refused> {
+        Ok(self.with_linear(self.linear().change_mxfp4(change)?)?)
+    }
+
+    /// The same with `gemm` in bf16, if that leaves another in MXFP4.
+    fn with_bf16_in(&self, gemm: GemmId, value: &str) -> Result<Self, Refused> {
+        self.mxfp4()?;
+        if value != "bf16" {
+            return Err(Refused::Expected("bf16"));
         }
+        let recipe = self.change(|id, _, o| Ok(if id == gemm { o.in_bf16() } else { o }))?;
+        recipe.mxfp4().map(|_| ()).map_err(|_| {
+            let message = "dgrad=bf16,wgrad=bf16 leaves nothing in MXFP4; use bf16";
+            Error::invalid("recipe", message)
+        })?;
+        Ok(recipe)
     }
 
-    fn apply(&mut self, key: &str, value: &str) -> Result<()> {
-        let bad = |expected: &str| {
-            Error::invalid("recipe", format!("{key}: expected {expected}, got {value:?}"))
-        };
-        let needs = |wanted: &str| {
-            let name = self.base_name();
-            Error::invalid("recipe", format!("{key}: {name} has no {wanted}"))
-        };
-        match key {
-            "g" | "signs" => {
-                let mut transform =
-                    self.mxfp4().and_then(|m| m.transform).ok_or_else(|| needs("transform"))?;
-                match (key, value) {
-                    ("g", "32" | "64" | "128" | "256") => {
-                        transform.group = value.parse().map_err(|_| bad("a number"))?;
-                    }
-                    ("g", _) => return Err(bad("32, 64, 128 or 256")),
-                    (_, "random") => transform.signs = Signs::Random,
-                    (_, "fixed") => transform.signs = Signs::Fixed,
-                    _ => return Err(bad("random or fixed")),
-                }
-                self.change_mxfp4(|m| m.transform = Some(transform));
-            }
-            "sr" => {
-                let m = self.mxfp4().ok_or_else(|| needs("MXFP4 GEMM"))?;
-                if m.dy != Rounding::Unbiased && m.other != Rounding::Unbiased {
-                    return Err(needs("stochastic rounding"));
-                }
-                let (dy, other) = match value {
-                    "both" => (Rounding::Unbiased, Rounding::Unbiased),
-                    "dy" => (Rounding::Unbiased, Rounding::Nearest),
-                    "other" => (Rounding::Nearest, Rounding::Unbiased),
-                    _ => return Err(bad("both, dy or other")),
-                };
-                self.change_mxfp4(|m| (m.dy, m.other) = (dy, other));
-            }
-            "dgrad" | "wgrad" => {
-                if self.mxfp4().is_none() {
-                    return Err(needs("MXFP4 GEMM"));
-                }
-                if value != "bf16" {
-                    return Err(bad("bf16"));
-                }
-                let gemm = if key == "dgrad" { &mut self.dgrad } else { &mut self.wgrad };
-                *gemm = Backward::Bf16;
-                if !self.uses_mxfp4() {
-                    let message = "dgrad=bf16,wgrad=bf16 leaves nothing in MXFP4; use bf16";
-                    return Err(Error::invalid("recipe", message));
-                }
-            }
-            "bf16-last-layers" => {
-                self.bf16_last_layers = value.parse().map_err(|_| bad("a count"))?;
-            }
-            "bf16-last-steps" => {
-                let fraction: f64 = value.parse().map_err(|_| bad("a fraction"))?;
-                if !(0.0..=1.0).contains(&fraction) {
-                    return Err(bad("a fraction from 0 to 1"));
-                }
-                self.bf16_last_steps = fraction;
-            }
-            _ => {
-                let known = "g, signs, sr, dgrad, wgrad, bf16-last-layers, bf16-last-steps";
-                let message = format!("unknown switch {key:?}; known are {known}");
-                return Err(Error::invalid("recipe", message));
-            }
-        }
-        Ok(())
+    /// A GEMM in MXFP4.
+    fn mxfp4(&self) -> Result<&Gemm, Refused> {
+        let gemm = self.linear().backward().into_iter().find(|g| g.format() == Format::MXFP4);
+        gemm.ok_or(Refused::HasNo("MXFP4 GEMM"))
     }
 
-    fn change_mxfp4(&mut self, change: impl Fn(&mut Mxfp4)) {
-        for gemm in [&mut self.dgrad, &mut self.wgrad] {
-            if let Backward::Mxfp4(m) = gemm {
-                change(m);
-            }
-        }
+    /// The transform of all GEMMs in MXFP4.
+    fn transform(&self) -> Result<Transform, Refused> {
+        let transform = self.mxfp4().ok().and_then(Gemm::transform);
+        transform.ok_or(Refused::HasNo("transform"))
+    }
+
+    /// Of a switch that turns a GEMM of the name's to bf16.
+    fn shown_as_bf16(&self, gemm: &Gemm) -> Option<String> {
+        (self.mxfp4().is_ok() && gemm.format() == Format::BF16).then(|| "bf16".into())
     }
 }
+
+/// A function on recipes, with a value.
+struct Switch {
+    key: &'static str,
+    apply: fn(&Recipe, &str) -> Result<Recipe, Refused>,
+    /// The value that it was given, unless that changes nothing.
+    show: fn(&Recipe) -> Option<String>,
+}
+
+/// Why a switch was not applied.
+enum Refused {
+    /// It takes other values.
+    Expected(&'static str),
+    /// The recipe lacks what it changes.
+    HasNo(&'static str),
+    Error(Error),
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// All switches, in the order in which they are written.
+const SWITCHES: [Switch; 8] = [
+    Switch {
+        key: "g",
+        apply: |recipe, value| {
+            let signs = recipe.transform()?.signs();
+            let group = match value {
+                "32" => 32,
+                "64" => 64,
+                "128" => 128,
+                "256" => 256,
+                _ => return Err(Refused::Expected("32, 64, 128 or 256")),
+            };
+            let transform = Transform::new(group, signs)?;
+            recipe.change(|_, _, operand| operand.with_transform(transform))
+        },
+        show: |recipe| {
+            let group = recipe.transform().ok()?.group();
+            (group != Transform::DEFAULT.group()).then(|| group.to_string())
+        },
+    },
+    Switch {
+        key: "signs",
+        apply: |recipe, value| {
+            let group = recipe.transform()?.group();
+            let signs = match value {
+                "random" => Signs::Random,
+                "fixed" => Signs::Fixed,
+                _ => return Err(Refused::Expected("random or fixed")),
+            };
+            let transform = Transform::new(group, signs)?;
+            recipe.change(|_, _, operand| operand.with_transform(transform))
+        },
+        show: |recipe| {
+            let signs = recipe.transform().ok()?.signs();
+            (signs == Signs::Fixed).then(|| "fixed".into())
+        },
+    },
+    Switch {
+        key: "sr",
+        apply: |recipe, value| {
+            let gemm = recipe.mxfp4()?;
+            if [gemm.a(), gemm.b()].iter().all(|o| o.rounding() == Rounding::Nearest) {
+                return Err(Refused::HasNo("stochastic rounding"));
+            }
+            let (dy, other) = match value {
+                "both" => (Rounding::Unbiased, Rounding::Unbiased),
+                "dy" => (Rounding::Unbiased, Rounding::Nearest),
+                "other" => (Rounding::Nearest, Rounding::Unbiased),
+                _ => return Err(Refused::Expected("both, dy or other")),
+            };
+            recipe.change(|_, id, operand| {
+                operand.with_rounding(if id == OperandId::Dy { dy } else { other })
+            })
+        },
+        show: |recipe| {
+            let gemm = recipe.mxfp4().ok()?;
+            match (gemm.a().rounding(), gemm.b().rounding()) {
+                (Rounding::Unbiased, Rounding::Nearest) => Some("dy".into()),
+                (Rounding::Nearest, Rounding::Unbiased) => Some("other".into()),
+                _ => None,
+            }
+        },
+    },
+    Switch {
+        key: "range",
+        apply: |recipe, value| {
+            let gemm = recipe.mxfp4()?;
+            if [gemm.a(), gemm.b()].iter().all(|o| o.rounding() == Rounding::Unbiased) {
+                return Err(Refused::HasNo("rounding to nearest"));
+            }
+            let range = match value {
+                "1" => Range::Full,
+                "3/4" => Range::ThreeQuarters,
+                _ => return Err(Refused::Expected("1 or 3/4")),
+            };
+            recipe.change(|_, _, operand| match operand.rounding() {
+                Rounding::Nearest => operand.with_range(range),
+                Rounding::Unbiased => Ok(operand),
+            })
+        },
+        show: |recipe| {
+            let gemm = recipe.mxfp4().ok()?;
+            let differs = |o: &&Operand| o.range() != Operand::from(o.rounding()).range();
+            [gemm.a(), gemm.b()].iter().any(differs).then(|| "3/4".into())
+        },
+    },
+    Switch {
+        key: "dgrad",
+        apply: |recipe, value| recipe.with_bf16_in(GemmId::Dgrad, value),
+        show: |recipe| recipe.shown_as_bf16(recipe.linear().dgrad()),
+    },
+    Switch {
+        key: "wgrad",
+        apply: |recipe, value| recipe.with_bf16_in(GemmId::Wgrad, value),
+        show: |recipe| recipe.shown_as_bf16(recipe.linear().wgrad()),
+    },
+    Switch {
+        key: "bf16-last-layers",
+        apply: |recipe, value| {
+            let bf16_last_layers = value.parse().map_err(|_| Refused::Expected("a count"))?;
+            Ok(Recipe { bf16_last_layers, ..recipe.clone() })
+        },
+        show: |recipe| {
+            Some(recipe.bf16_last_layers.to_string()).filter(|_| recipe.bf16_last_layers > 0)
+        },
+    },
+    Switch {
+        key: "bf16-last-steps",
+        apply: |recipe, value| {
+            let fraction = value.parse().map_err(|_| Refused::Expected("a fraction"))?;
+            if !(0.0..=1.0).contains(&fraction) {
+                return Err(Refused::Expected("a fraction from 0 to 1"));
+            }
+            Ok(Recipe { bf16_last_steps: fraction, ..recipe.clone() })
+        },
+        show: |recipe| {
+            Some(recipe.bf16_last_steps.to_string()).filter(|_| recipe.bf16_last_steps > 0.0)
+        },
+    },
+];
 
 impl Default for Recipe {
     fn default() -> Self {
@@ -343,16 +377,25 @@ impl FromStr for Recipe {
 
     fn from_str(s: &str) -> Result<Self> {
         let mut parts = s.split(',').map(str::trim);
-        let name = parts.next().unwrap_or_default();
-        let mut recipe = Self::named(name).ok_or_else(|| {
-            let names = Self::NAMES.join(", ");
-            Error::invalid("recipe", format!("expected one of {names}; got {name:?}"))
-        })?;
+        let mut recipe = Self::named(parts.next().unwrap_or_default())?;
         for part in parts {
             let (key, value) = part.split_once('=').ok_or_else(|| {
                 Error::invalid("recipe", format!("expected a switch like g=64, got {part:?}"))
             })?;
-            recipe.apply(key.trim(), value.trim())?;
+            let (key, value) = (key.trim(), value.trim());
+            let Some(switch) = SWITCHES.iter().find(|switch| switch.key == key) else {
+                let known = SWITCHES.map(|switch| switch.key).join(", ");
+                let message = format!("unknown switch {key:?}; known are {known}");
+                return Err(Error::invalid("recipe", message));
+            };
+            recipe = (switch.apply)(&recipe, value).map_err(|refused| {
+                let message = match refused {
+                    Refused::Expected(what) => format!("{key}: expected {what}, got {value:?}"),
+                    Refused::HasNo(what) => format!("{key}: {} has no {what}", recipe.name),
+                    Refused::Error(error) => return error,
+                };
+                Error::invalid("recipe", message)
+            })?;
         }
         Ok(recipe)
     }
@@ -360,32 +403,11 @@ impl FromStr for Recipe {
 
 impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.base_name())?;
-        if let Some(m) = self.mxfp4() {
-            if let Some(t) = m.transform {
-                if t.group != 64 {
-                    write!(f, ",g={}", t.group)?;
-                }
-                if t.signs == Signs::Fixed {
-                    f.write_str(",signs=fixed")?;
-                }
+        f.write_str(self.name)?;
+        for Switch { key, show, .. } in &SWITCHES {
+            if let Some(value) = show(self) {
+                write!(f, ",{key}={value}")?;
             }
-            match (m.dy, m.other) {
-                (Rounding::Unbiased, Rounding::Nearest) => f.write_str(",sr=dy")?,
-                (Rounding::Nearest, Rounding::Unbiased) => f.write_str(",sr=other")?,
-                _ => {}
-            }
-            for (name, gemm) in [("dgrad", self.dgrad), ("wgrad", self.wgrad)] {
-                if gemm == Backward::Bf16 {
-                    write!(f, ",{name}=bf16")?;
-                }
-            }
-        }
-        if self.bf16_last_layers > 0 {
-            write!(f, ",bf16-last-layers={}", self.bf16_last_layers)?;
-        }
-        if self.bf16_last_steps > 0.0 {
-            write!(f, ",bf16-last-steps={}", self.bf16_last_steps)?;
         }
         Ok(())
     }
@@ -401,11 +423,23 @@ mod tests {
             "mxfp4-rht-sr,g=128,signs=fixed,sr=dy,wgrad=bf16",
             "mxfp4-sr,sr=other,bf16-last-layers=2,bf16-last-steps=0.1",
             "fp8-mxfp4-rht-sr,g=32,dgrad=bf16",
+            "mxfp4,range=3/4",
+            "mxfp4-rht,g=32,range=3/4,wgrad=bf16",
+            "mxfp4-rht-sr,sr=dy,range=3/4",
         ];
         for s in Recipe::NAMES.into_iter().chain(switched) {
             assert_eq!(s.parse::<Recipe>().unwrap().to_string(), s);
         }
         assert_eq!(Recipe::default().to_string(), "mxfp4-rht-sr");
+        for (long, short) in [
+            ("mxfp4-rht,g=64,signs=random,range=1", "mxfp4-rht"),
+            ("mxfp4-rht , range=3/4 ,g=32", "mxfp4-rht,g=32,range=3/4"),
+            ("mxfp4,range=3/4,range=1", "mxfp4"),
+            ("mxfp4-sr,sr=other,range=3/4,sr=both", "mxfp4-sr"),
+        ] {
+            let recipe = long.parse::<Recipe>().unwrap();
+            assert_eq!((recipe.to_string().as_str(), &recipe), (short, &short.parse().unwrap()));
+        }
     }
 
     #[test]
@@ -416,9 +450,12 @@ mod tests {
             ("mxfp4,g=64", "no transform"),
             ("bf16,sr=dy", "no MXFP4 GEMM"),
             ("mxfp4-rht,sr=dy", "no stochastic rounding"),
+            ("mxfp4-rht-sr,range=3/4", "range: mxfp4-rht-sr has no rounding to nearest"),
+            ("bf16,range=3/4", "range: bf16 has no MXFP4 GEMM"),
+            ("mxfp4,range=0.75", "range: expected 1 or 3/4, got \"0.75\""),
             ("mxfp4,dgrad=bf16,wgrad=bf16", "nothing in MXFP4"),
             ("mxfp4,bf16-last-steps=2", "from 0 to 1"),
-            ("mxfp4,colour=red", "unknown switch"),
+            ("mxfp4,colour=red", "known are g, signs, sr, range, dgrad, wgrad, bf16-last-layers"),
         ] {
             let error = s.parse::<Recipe>().unwrap_err().to_string();
             assert!(error.contains(part), "{s}: {error}");
@@ -428,10 +465,11 @@ mod tests {
     #[test]
     fn last_layers_and_last_steps_fall_back_to_bf16() {
         let r: Recipe = "mxfp4,bf16-last-layers=1,bf16-last-steps=0.25".parse().unwrap();
-        let is_bf16 = |layer, step| r.for_layer(layer, 3, step, 100).dgrad == Backward::Bf16;
+        let is_bf16 =
+            |layer, step| r.for_layer(layer, 3, step, 100).dgrad().format() == Format::BF16;
         assert!(!is_bf16(0, 0) && !is_bf16(1, 74));
         assert!(is_bf16(2, 0) && is_bf16(0, 75));
         let all: Recipe = format!("mxfp4,bf16-last-layers={}", usize::MAX).parse().unwrap();
-        assert!((0..3).all(|layer| all.for_layer(layer, 3, 0, 0).dgrad == Backward::Bf16));
+        assert!((0..3).all(|layer| all.for_layer(layer, 3, 0, 0).dgrad().format() == Format::BF16));
     }
 }

@@ -1,8 +1,7 @@
 //! Linear layers, with what is fused to their ends.
 
 use super::Memory;
-use crate::mx::Random;
-use crate::recipe::{Forward, LinearRecipe};
+use crate::mx::{LinearRecipe, Random};
 
 /// What an MLP applies between its two layers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -93,12 +92,11 @@ pub trait Linear: Memory {
         workspace: &mut Self::Workspace,
         operands: LinearForward<'_, Self>,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
     );
     /// Gradients of x, W and b.
     ///
-    /// `random` says where in the run this is, for the bits of rounding and transforms; in an FP8
-    /// recipe dw sees x as the forward pass kept it.
+    /// `random` says where in the run this is, for the bits of rounding and transforms.
     fn linear_backward(
         &self,
         workspace: &mut Self::Workspace,

@@ -64,7 +64,7 @@ pub trait Memory: Send + Sync + Sized + 'static {
     /// A buffer of `len` tokens; an error where the host lacks memory for it.
     fn tokens(&self, arena: &mut Self::Arena, len: usize) -> Result<Self::Tokens>;
     /// Scratch memory for models of a shape.
-    fn workspace(&self, arena: &mut Self::Arena, shape: &WorkspaceShape) -> Self::Workspace;
+    fn workspace(&self, arena: &mut Self::Arena, shape: &WorkspaceShape<'_>) -> Self::Workspace;
 
     /// The parameter of a slot.
     fn param<'a>(&self, weights: &'a Self::Weights, slot: Slot) -> Self::Param<'a>;

@@ -40,7 +40,7 @@ pub use optimize::{AdamWStep, Largest, Optimize, StepSums, Trained};
 pub use stream::CudaStream;
 
 use crate::Result;
-use crate::recipe::{Forward, LinearRecipe};
+use crate::mx::{Element, Gemm, LinearRecipe};
 
 /// Something that each device has a type of its own for: engines, models, trainers and decoders hold one,
 /// and [`on_device`] calls what is generic over [`Backend`] below it.
@@ -72,11 +72,12 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// What a recipe's forward format is computed with.
-    pub fn of(forward: Forward) -> Self {
-        match forward {
-            Forward::F32 => Self::F32,
-            Forward::Bf16 | Forward::Fp8 => Self::Bf16,
+    /// Of what lies around a recipe's forward GEMM: activations, attention, the head (which the paper
+    /// keeps out of MXFP4 and FP8).
+    pub fn of(forward: &Gemm) -> Self {
+        match forward.format().element() {
+            Element::F32 => Self::F32,
+            Element::Bf16 | Element::E4m3 | Element::E2m1 => Self::Bf16,
         }
     }
 }
@@ -99,7 +100,7 @@ impl Sequences {
 
 /// What the scratch memory of a backend is sized by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WorkspaceShape {
+pub struct WorkspaceShape<'a> {
     /// B and T of the largest batch.
     pub sequences: Sequences,
     /// C.
@@ -110,19 +111,24 @@ pub struct WorkspaceShape {
     pub heads: usize,
     /// V.
     pub vocab_size: usize,
-    /// Format of the forward GEMMs.
-    pub forward: Forward,
-    /// Whether backward operations will run, and if so, whether any of their GEMMs is in MXFP4.
-    pub backward: Option<BackwardWorkspace>,
+    /// What linear layers may use.
+    pub recipes: &'a [LinearRecipe],
+    /// Whether backward operations will run.
+    pub backward: bool,
 }
 
-/// What the backward operations of a recipe need.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BackwardWorkspace {
-    /// Whether any GEMM is in f32.
-    pub f32: bool,
-    /// Group that MXFP4 GEMMs pad the reduction dimension to; None where there are none.
-    pub mxfp4_group: Option<usize>,
+impl WorkspaceShape<'_> {
+    /// Of activations: f32 where any recipe has them so.
+    pub fn precision(&self) -> Precision {
+        let mut all = self.recipes.iter().map(|recipe| Precision::of(recipe.forward()));
+        if all.any(|p| p == Precision::F32) { Precision::F32 } else { Precision::Bf16 }
+    }
+
+    /// All backward GEMMs that will run.
+    pub fn backward_gemms(&self) -> impl Iterator<Item = &Gemm> {
+        let recipes = if self.backward { self.recipes } else { &[] };
+        recipes.iter().flat_map(LinearRecipe::backward)
+    }
 }
 
 /// All that the operations of a micro-step depend on, besides random numbers: it drives the pass, and is the
@@ -131,10 +137,8 @@ pub struct BackwardWorkspace {
 pub struct StepPlan {
     /// Whether gradients are added to those of the micro-steps before.
     pub accumulate: bool,
-    /// Of activations and their gradients, and of attention's products.
+    /// Of activations and their gradients, and of the products of attention and the head.
     pub precision: Precision,
-    /// Of the head's products.
-    pub head: Precision,
     /// Formats of the linear layers of each block.
     pub layers: Vec<LinearRecipe>,
 }
@@ -145,7 +149,7 @@ pub trait Backend: Memory + Embed + Norm + Linear + Attend + Head + Optimize {
     type Recordings: Send;
 
     /// An error that names what the device cannot do for models of a shape, and the remedy.
-    fn supports(&self, _shape: &WorkspaceShape) -> Result<()> {
+    fn supports(&self, _shape: &WorkspaceShape<'_>) -> Result<()> {
         Ok(())
     }
 

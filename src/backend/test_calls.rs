@@ -119,12 +119,12 @@ macro_rules! calls {
                 w: &<Self as Memory>::Weights,
                 b: &<Self as Memory>::Weights,
                 shape: LinearShape,
-                format: Forward,
+                recipe: &LinearRecipe,
             ) {
                 let w = self.param(w, alone(shape.inputs * shape.outputs));
                 let b = self.param(b, alone(shape.outputs));
                 let operands = LinearForward { y, x, w, b, epilogue: Epilogue::None };
-                Linear::linear_forward(self, workspace, operands, shape, format);
+                Linear::linear_forward(self, workspace, operands, shape, recipe);
             }
 
             pub(crate) fn linear_gelu_forward(
@@ -136,13 +136,13 @@ macro_rules! calls {
                 w: &<Self as Memory>::Weights,
                 b: &<Self as Memory>::Weights,
                 shape: LinearShape,
-                format: Forward,
+                recipe: &LinearRecipe,
                 form: Activation,
             ) {
                 let w = self.param(w, alone(shape.inputs * shape.outputs));
                 let b = self.param(b, alone(shape.outputs));
                 let operands = LinearForward { y, x, w, b, epilogue: Epilogue::Gelu { out, form } };
-                Linear::linear_forward(self, workspace, operands, shape, format);
+                Linear::linear_forward(self, workspace, operands, shape, recipe);
             }
 
             pub(crate) fn linear_backward(

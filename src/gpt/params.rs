@@ -4,7 +4,6 @@
 use super::ModelConfig;
 use crate::Result;
 use crate::backend::Slot;
-use crate::mx::LinearId;
 use crate::reserve::{collect, reserve, text};
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
@@ -84,8 +83,8 @@ pub(super) struct Linear {
     pub(super) b: Slot,
     pub(super) inputs: usize,
     pub(super) outputs: usize,
-    /// Which one of its block, for random numbers.
-    pub(super) id: LinearId,
+    /// Which one of its block, in the counter of random bits.
+    pub(super) number: u32,
 }
 
 impl ParamTable {
@@ -120,11 +119,11 @@ impl ParamTable {
             w: add(layer, w, [c, 0], false, Init::Ones),
             b: add(layer, b, [c, 0], false, Init::Zeros),
         };
-        let linear = |add: &mut Add<'_>, layer, id, [w, b]: [&'static str; 2], shape, std| {
+        let linear = |add: &mut Add<'_>, layer, number, [w, b]: [&'static str; 2], shape, std| {
             let [inputs, outputs] = shape;
             let w = add(Some(layer), w, shape, true, Init::Normal { std });
             let b = add(Some(layer), b, [outputs, 0], false, Init::Zeros);
-            Linear { w, b, inputs, outputs, id }
+            Linear { w, b, inputs, outputs, number }
         };
         let add = &mut add;
         let wte = table(add, WTE, config.vocab_size);
@@ -136,11 +135,11 @@ impl ParamTable {
                 (["mlp.c_fc.weight", "mlp.c_fc.bias"], ["mlp.c_proj.weight", "mlp.c_proj.bias"]);
             blocks.push(Block {
                 ln_1: norm(add, Some(l), ["ln_1.weight", "ln_1.bias"]),
-                qkv: linear(add, l, LinearId::Qkv, qkv, [c, 3 * c], std),
-                projection: linear(add, l, LinearId::Projection, projection, [c, c], residual_std),
+                qkv: linear(add, l, 0, qkv, [c, 3 * c], std),
+                projection: linear(add, l, 1, projection, [c, c], residual_std),
                 ln_2: norm(add, Some(l), ["ln_2.weight", "ln_2.bias"]),
-                fc1: linear(add, l, LinearId::Fc1, fc1, [c, m], std),
-                fc2: linear(add, l, LinearId::Fc2, fc2, [m, c], residual_std),
+                fc1: linear(add, l, 2, fc1, [c, m], std),
+                fc2: linear(add, l, 3, fc2, [m, c], residual_std),
             });
         }
         let ln_f = norm(add, None, ["transformer.ln_f.weight", "transformer.ln_f.bias"]);

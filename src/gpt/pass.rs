@@ -206,7 +206,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     fn head_shape(&self) -> HeadShape {
         let ModelConfig { channels, vocab_size, .. } = *self.config;
         let rows = self.sequences.rows();
-        HeadShape { rows, channels, vocab_size, precision: self.plan.head }
+        HeadShape { rows, channels, vocab_size, precision: self.plan.precision }
     }
 
     fn attention_shape(&self, layer: usize) -> AttentionShape {
@@ -261,8 +261,8 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) {
         let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
         let operands = LinearForward { y, x, w, b, epilogue };
-        let (shape, format) = (self.linear_shape(layer), self.plan.layers[block].forward);
-        self.backend.linear_forward(self.workspace, operands, shape, format);
+        let (shape, recipe) = (self.linear_shape(layer), &self.plan.layers[block]);
+        self.backend.linear_forward(self.workspace, operands, shape, recipe);
     }
 
     fn linear_backward(
@@ -282,7 +282,7 @@ impl<'a, B: Backend> Pass<'a, B> {
             step: place.step as u32,
             micro_step: place.micro_step as u32,
             layer: block as u32,
-            linear: layer.id,
+            linear: layer.number,
         };
         let (shape, recipe) = (self.linear_shape(layer), &self.plan.layers[block]);
         self.backend.linear_backward(self.workspace, operands, shape, recipe, &random);

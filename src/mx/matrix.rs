@@ -2,7 +2,7 @@
 //! for storage and tests.
 
 use super::{
-    BLOCK, Draw, Rounding, decode_e2m1, decode_e8m0, pack_e2m1, quantize_block, rotate, unpack_e2m1,
+    BLOCK, Draw, Operand, decode_e2m1, decode_e8m0, pack_e2m1, quantize_block, rotate, unpack_e2m1,
 };
 
 /// An operand as it lies in memory: `rows` vectors along the reduction dimension `depth`.
@@ -40,11 +40,18 @@ pub struct Mxfp4Matrix {
 }
 
 impl Mxfp4Matrix {
-    /// Transforms (where `signs` is not empty; its length is the group) and quantizes.
+    /// Transforms (where `signs` is not empty; its length is the group) and quantizes, with the rounding
+    /// and the range of `operand`, of which a [`super::Rounding`] alone is an abbreviation.
     ///
     /// `draw` gives the bits of unbiased rounding, keyed by the element's place in the source as it
     /// is stored; nearest rounding does not read it.
-    pub fn quantize(source: Source<'_>, signs: &[f32], rounding: Rounding, draw: &Draw) -> Self {
+    pub fn quantize(
+        source: Source<'_>,
+        signs: &[f32],
+        operand: impl Into<Operand>,
+        draw: &Draw,
+    ) -> Self {
+        let operand = operand.into();
         let group = signs.len().max(BLOCK);
         let depth = source.depth.next_multiple_of(group);
         let mut codes = Vec::with_capacity(source.rows * depth / 2);
@@ -60,7 +67,8 @@ impl Mxfp4Matrix {
                     let (row, k) = (row as u32, (block * BLOCK + i) as u32);
                     if source.transposed { draw.element(k, row) } else { draw.element(row, k) }
                 };
-                let (scale, block_codes) = quantize_block(x, rounding, bits);
+                let (scale, block_codes) =
+                    quantize_block(x, operand.rounding(), operand.range(), bits);
                 scales.push(scale);
                 codes.extend(pack_e2m1(&block_codes));
             }

@@ -13,7 +13,7 @@
 //! | 2 | 32 | optimizer step | free |
 //! | 3 | 31..18 | micro-step | free |
 //! | 3 | 17..6 | layer | free |
-//! | 3 | 5..4 | [`LinearId`] | free |
+//! | 3 | 5..4 | linear layer of the block | free |
 //! | 3 | 3..0 | [`OperandId`] or [`GemmId`] | free |
 //!
 //! Rounding takes 16 bits an element: one call serves the 8 elements whose columns share column/8,
@@ -60,20 +60,6 @@ pub enum Purpose {
     Sampling = 5,
 }
 
-/// The four linear layers of a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum LinearId {
-    /// Query, key and value.
-    Qkv = 0,
-    /// Attention output.
-    Projection = 1,
-    /// First layer of the MLP.
-    Fc1 = 2,
-    /// Second layer of the MLP.
-    Fc2 = 3,
-}
-
 /// The tensors that are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -107,8 +93,8 @@ pub struct Random {
     pub micro_step: u32,
     /// Layer, below 4,096.
     pub layer: u32,
-    /// Linear layer.
-    pub linear: LinearId,
+    /// Linear layer within it, below 4.
+    pub linear: u32,
 }
 
 /// Draws for one operand or one GEMM: key and counter words but for row and column.
@@ -136,12 +122,12 @@ impl Random {
     }
 
     fn draw(&self, purpose: Purpose, which: u32) -> Draw {
-        debug_assert!(self.micro_step < 1 << 14 && self.layer < 1 << 12);
+        debug_assert!(self.micro_step < 1 << 14 && self.layer < 1 << 12 && self.linear < 1 << 2);
         Draw {
             key: key(self.seed),
             word1: (purpose as u32) << 24,
             word2: self.step,
-            word3: self.micro_step << 18 | self.layer << 6 | (self.linear as u32) << 4 | which,
+            word3: self.micro_step << 18 | self.layer << 6 | self.linear << 4 | which,
         }
     }
 }
@@ -214,15 +200,14 @@ mod tests {
 
     #[test]
     fn every_field_of_the_counter_matters() {
-        let base =
-            Random { seed: 1, step: 2, micro_step: 3, layer: 4, linear: LinearId::Projection };
+        let base = Random { seed: 1, step: 2, micro_step: 3, layer: 4, linear: 1 };
         let draws = [
             base.rounding(OperandId::X),
             Random { seed: 1 << 32, ..base }.rounding(OperandId::X),
             Random { step: 3, ..base }.rounding(OperandId::X),
             Random { micro_step: 4, ..base }.rounding(OperandId::X),
             Random { layer: 5, ..base }.rounding(OperandId::X),
-            Random { linear: LinearId::Fc1, ..base }.rounding(OperandId::X),
+            Random { linear: 2, ..base }.rounding(OperandId::X),
             base.rounding(OperandId::Dy),
             base.signs(GemmId::Wgrad),
             Draw::fixed_signs(1),

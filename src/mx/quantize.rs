@@ -4,13 +4,32 @@ use super::BLOCK;
 use super::e8m0::{E8M0_NAN, scale_byte};
 
 /// How elements are rounded to E2M1.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Rounding {
     /// To the nearest value, ties to the even code, saturated at +-6 (Algorithm 1).
     Nearest,
-    /// Three quarters of the value, rounded stochastically: the mean is 0.75 v and nothing clips
-    /// (Algorithm 2). The product's accumulator makes up for the factor ([`super::product_scale`]).
+    /// Stochastically, so that the mean is the value (Algorithm 2). Nothing may saturate.
     Unbiased,
+}
+
+/// The part of E2M1's range that a block's scale lets the largest magnitude come to. What the range
+/// takes from the values, the product's accumulator gives back ([`super::product_scale`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Range {
+    /// The values over the scale, below 8: what lies above 6 saturates (Algorithm 1).
+    Full,
+    /// Three quarters of them, below 6: nothing saturates (Algorithm 2).
+    ThreeQuarters,
+}
+
+impl Range {
+    /// What values are multiplied by before rounding.
+    pub const fn factor(self) -> f32 {
+        match self {
+            Self::Full => 1.0,
+            Self::ThreeQuarters => 0.75,
+        }
+    }
 }
 
 /// Quantizes a block. `bits(i)` gives the 16 random bits of element i; nearest rounding asks for
@@ -20,6 +39,7 @@ pub enum Rounding {
 pub fn quantize_block(
     v: &[f32; BLOCK],
     rounding: Rounding,
+    range: Range,
     bits: impl Fn(usize) -> u16,
 ) -> (u8, [u8; BLOCK]) {
     let mut codes = [0; BLOCK];
@@ -31,11 +51,13 @@ pub fn quantize_block(
     }
     // 2^-exponent, exact: the exponent lies in -127 ..= 125.
     let inverse = f32::from_bits((254 - u32::from(scale)) << 23);
+    // NOTE: values see one multiplication, by a factor that is exact itself: one rounding, not two.
+    let factor = range.factor() * inverse;
     for (i, (code, x)) in codes.iter_mut().zip(v).enumerate() {
+        let y = x.abs() * factor;
         let magnitude = match rounding {
-            Rounding::Nearest => nearest(x.abs() * inverse),
-            // NOTE: one multiplication by 0.75 * 2^-exponent, which is exact: one rounding, not two.
-            Rounding::Unbiased => stochastic(x.abs() * (0.75 * inverse), bits(i)),
+            Rounding::Nearest => nearest(y),
+            Rounding::Unbiased => stochastic(y, bits(i)),
         };
         *code = magnitude | ((x.to_bits() >> 31) as u8) << 3;
     }
@@ -71,6 +93,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    /// All that is defined.
+    const KINDS: [(Rounding, Range); 3] = [
+        (Rounding::Nearest, Range::Full),
+        (Rounding::Nearest, Range::ThreeQuarters),
+        (Rounding::Unbiased, Range::ThreeQuarters),
+    ];
+
     #[test]
     fn nearest_takes_the_closest_value_and_the_even_code_on_ties() {
         for i in 0..=8000 {
@@ -103,36 +132,36 @@ mod tests {
 
     #[test]
     fn special_blocks() {
-        assert_eq!(quantize_block(&[0.0; BLOCK], Rounding::Unbiased, |_| 65535), (0, [0; BLOCK]));
+        let unbiased = |v| quantize_block(v, Rounding::Unbiased, Range::ThreeQuarters, |_| 65535);
+        assert_eq!(unbiased(&[0.0; BLOCK]), (0, [0; BLOCK]));
         for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut v = [1.0; BLOCK];
             v[7] = bad;
-            for rounding in [Rounding::Nearest, Rounding::Unbiased] {
-                assert_eq!(quantize_block(&v, rounding, |_| 0), (255, [0; BLOCK]));
+            for (rounding, range) in KINDS {
+                assert_eq!(quantize_block(&v, rounding, range, |_| 0), (255, [0; BLOCK]));
             }
         }
-        let huge = quantize_block(&[f32::MAX; BLOCK], Rounding::Unbiased, |_| 65535);
+        let huge = unbiased(&[f32::MAX; BLOCK]);
         assert!(huge.0 == 252 && huge.1.iter().all(|c| *c <= 7));
     }
 
     proptest! {
-        /// Whatever the block, stochastic results are neighbours of 0.75 v and nearest results are
-        /// within half a step, or saturated.
+        /// Whatever the block, stochastic results are neighbours of what the range leaves of v, and
+        /// nearest results are within half a step of it, or saturated.
         #[test]
         fn results_are_neighbours(
             v in prop::array::uniform32(-1e3f32..1e3), exponent in -120i32..110, seed: u16,
         ) {
             let v = v.map(|x| x * 2f32.powi(exponent));
-            for rounding in [Rounding::Nearest, Rounding::Unbiased] {
-                let (scale, codes) =
-                    quantize_block(&v, rounding, |i| seed.wrapping_mul(i as u16 * 2 + 1));
+            for (rounding, range) in KINDS {
+                let bits = |i| seed.wrapping_mul(i as u16 * 2 + 1);
+                let (scale, codes) = quantize_block(&v, rounding, range, bits);
                 let s = f64::from(decode_e8m0(scale));
                 for (x, c) in v.iter().zip(codes) {
                     let got = f64::from(decode_e2m1(c));
-                    let (wanted, slack) = match rounding {
-                        Rounding::Nearest => (f64::from(*x) / s, 0.5),
-                        Rounding::Unbiased => (0.75 * f64::from(*x) / s, 1.0),
-                    };
+                    let wanted = f64::from(range.factor()) * f64::from(*x) / s;
+                    let slack = if rounding == Rounding::Nearest { 0.5 } else { 1.0 };
+                    prop_assert!(wanted.abs() <= 6.0 || range == Range::Full);
                     let step = match wanted.abs() { w if w < 2.0 => 0.5, w if w < 4.0 => 1.0, _ => 2.0 };
                     let wanted = wanted.clamp(-6.0, 6.0);
                     prop_assert!((got - wanted).abs() <= slack * step + 1e-5, "{wanted} became {got}");

@@ -1,7 +1,7 @@
 //! What a trainer needs of memory: planned, then allocated by the same code.
 
 use super::batch::Batch;
-use crate::backend::{Backend, BackwardWorkspace, Precision, Sequences, WorkspaceShape, on_device};
+use crate::backend::{Backend, Precision, Sequences, WorkspaceShape, on_device};
 use crate::gpt::{ActivationGradients, Activations, ModelConfig};
 use crate::model::{Model, table_for};
 use crate::run::TrainerOptions;
@@ -125,7 +125,7 @@ impl<B: Backend> Buffers<B> {
     ) -> Result<Self> {
         let mut cut = Measured::new(backend, bytes)?;
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
-        let precision = Precision::of(options.recipe.forward);
+        let precision = Precision::of(options.recipe.linear().forward());
         let flat = Flat::new(backend, &mut cut, config, plan)?;
         let (arena, kept) = (&mut cut.arena, Some(options.recompute));
         let activations = Activations::new(backend, arena, config, sequences, precision, kept)?;
@@ -138,11 +138,8 @@ impl<B: Backend> Buffers<B> {
             mlp_channels: config.mlp_width(),
             heads: config.heads,
             vocab_size: config.vocab_size,
-            forward: options.recipe.forward,
-            backward: Some(BackwardWorkspace {
-                f32: options.recipe.uses_f32_backward(),
-                mxfp4_group: options.recipe.mxfp4_group(),
-            }),
+            recipes: options.recipe.all(),
+            backward: true,
         };
         backend.supports(&shape)?;
         let workspace = backend.workspace(&mut cut.arena, &shape);

@@ -11,6 +11,20 @@ static int32_t stop_after_three(void *user_data, uint32_t token) {
   return ++*(int *)user_data == 3;
 }
 
+/* A recipe with switches makes a step, and is kept as it was written. */
+static void a_recipe_with_switches(mxt_model *model, mxt_dataset *dataset) {
+  mxt_trainer *trainer = NULL;
+  mxt_trainer_options options = small_options();
+  options.recipe = "mxfp4-rht,range=3/4";
+  OK(mxt_trainer_new(model, &options, &trainer));
+  CHECK(step(trainer, dataset).loss > 0);
+  mxt_trainer_options kept;
+  kept.struct_size = sizeof kept;
+  OK(mxt_trainer_get_options(trainer, &kept));
+  CHECK(strcmp(kept.recipe, options.recipe) == 0);
+  mxt_trainer_free(trainer);
+}
+
 int main(int argc, char **argv) {
   CHECK(argc == 2);
   const char *checkpoint = in_folder(argv[1], "checkpoint");
@@ -41,6 +55,7 @@ int main(int argc, char **argv) {
 
   mxt_model *model = new_model(engine);
   mxt_dataset *dataset = new_dataset();
+  a_recipe_with_switches(model, dataset);
   mxt_trainer *trainer = new_trainer(model);
 
   mxt_model_config seen;

@@ -84,6 +84,12 @@ static void moves_and_lifetimes() {
   CHECK(first.step(*dataset).step == 1);
   mxt::Trainer second = std::move(first);
   CHECK(second.step(*dataset).step == 2);
+  mxt::TrainerOptions switched = small_options();
+  switched.recipe = "mxfp4-rht,range=3/4";
+  mxt::Model trained = second.model();
+  mxt::Trainer nearest(trained, switched);
+  CHECK(nearest.step(*dataset).step == 1);
+  CHECK(nearest.options().recipe == std::string(switched.recipe));
   mxt::TrainerOptions schedule;
   schedule.lr = 2e-3f;
   second.set_schedule(schedule);

@@ -306,6 +306,8 @@ end
     set_schedule!(trainer; lr = 1e-2)
     made_from = options(trainer)
     @test made_from.recipe == "mxfp4-rht-sr" && made_from.schedule === :constant
+    switched = Trainer(new_model(); batch_size = 2, recipe = "mxfp4-rht,range=3/4")
+    @test isfinite(step!(switched, tokens).loss) && options(switched).recipe == "mxfp4-rht,range=3/4"
     mktempdir() do folder
         save(trainer, folder)
         resumed = load(Trainer, new_engine(), folder)

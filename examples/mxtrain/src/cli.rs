@@ -333,7 +333,7 @@ pub(crate) struct BatchArgs {
 #[command(next_help_heading = "Step")]
 pub(crate) struct RecipeArgs {
     /// Number formats: fp32, bf16, mxfp4, mxfp4-rht, mxfp4-sr, mxfp4-rht-sr or fp8-mxfp4-rht-sr,
-    /// with switches such as mxfp4-rht-sr,g=128
+    /// with switches such as mxfp4-rht-sr,g=128 or mxfp4-rht,range=3/4
     #[arg(long, value_name = "NAME", default_value_t = Recipe::default())]
     pub(crate) recipe: Recipe,
 }

@@ -316,13 +316,13 @@ fn a_run_is_kept_from_accidents() {
 fn options_come_from_a_file_and_the_command_line_wins() {
     let dir = folder();
     let toml = "data = \"data\"\nout = \"model\"\nlog = \"log.jsonl\"\nsteps = 9\nlayers = 1\nheads = 2\n\
-        channels = 32\ncontext = 32\nbatch-size = 2\nthreads = 1\nrecipe = \"bf16\"\nlr = 0.5\n";
+        channels = 32\ncontext = 32\nbatch-size = 2\nthreads = 1\nrecipe = \"mxfp4-rht,range=3/4\"\nlr = 0.5\n";
     fs::write(dir.path().join("run.toml"), toml).unwrap();
     succeed(dir.path(), "train --config run.toml --steps 3 --lr 1e-3");
     let log = log(dir.path(), "log.jsonl", "step");
     assert_eq!(log.len(), 3);
     assert!(log[&1]["lr"].as_f64().unwrap() <= 1e-3);
-    assert_eq!(info(dir.path(), "model")["training"]["recipe"], "bf16");
+    assert_eq!(info(dir.path(), "model")["training"]["recipe"], "mxfp4-rht,range=3/4");
     // The file of a run serves to resume it, and to plan it.
     let error = refuse(dir.path(), "train --config run.toml --resume model");
     assert!(error.contains("--lr: a resumed run keeps what it was started with, 0.001; got 0.5"));

@@ -29,7 +29,7 @@ pub(super) fn scratch(
     trains: bool,
 ) -> ScratchSize {
     let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
-    let format = Conversion::of(precision).format();
+    let format = Conversion::to(precision).format();
     let chunk = chunk_rows(rows, vocab_size);
     let mut size = ScratchSize { elements: chunk * vocab_size, ..ScratchSize::default() };
     let (a, [head, transposed_head, input]) = (&mut size.a, &mut size.b);
@@ -57,7 +57,7 @@ pub(super) fn run(
     precision: Precision,
 ) {
     let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
-    let conversion = Conversion::of(precision);
+    let conversion = Conversion::to(precision);
     let Workspace { a, b: [head_memory, transposed_head, input], elements: logits, .. } = workspace;
     let head = Matrix::rows_by_depth(wte, vocab_size, channels);
     let head = pack(cpu, &head, conversion, Role::B, head_memory.as_mut());

@@ -9,28 +9,24 @@ use super::gemm::{Conversion, Format, Matrix, Output, PackedMut, Rotation};
 use super::isa::{Isa, simd_fn};
 use super::workspace::{ScratchSize, Workspace};
 use super::{Cpu, JOB_ELEMENTS};
-use crate::backend::{BackwardWorkspace, LinearShape, Precision};
-use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
-use crate::recipe::{Backward, Forward, LinearRecipe, Signs};
+use crate::backend::{LinearShape, WorkspaceShape};
+use crate::mx::{self, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random};
 
-/// What these layers need of a workspace; with `backward`, their backward passes too.
-pub(super) fn scratch(
-    isa: Isa,
-    layers: &[LinearShape],
-    forward: Forward,
-    backward: Option<BackwardWorkspace>,
-) -> ScratchSize {
+/// What these layers need of a workspace for the recipes of a shape.
+pub(super) fn scratch(isa: Isa, layers: &[LinearShape], shape: &WorkspaceShape<'_>) -> ScratchSize {
     let mut size = ScratchSize::default();
     let (a, [b, ..]) = (&mut size.a, &mut size.b);
-    let plain = Conversion::of(Precision::of(forward)).format();
     for LinearShape { rows, inputs, outputs } in layers.iter().copied() {
-        a.add(isa, [rows, inputs], plain, 1);
-        b.add(isa, [outputs, inputs], plain, 1);
-        let Some(backward) = backward else { continue };
-        // bf16 always: a recipe may run some layers or steps in it.
-        let f32 = backward.f32.then_some((Format::F32, 1));
-        let mxfp4 = backward.mxfp4_group.map(|group| (Format::Mxfp4, group));
-        for (format, group) in [(Format::Bf16, 1)].into_iter().chain(f32).chain(mxfp4) {
+        for gemm in shape.recipes.iter().map(LinearRecipe::forward) {
+            let (format, group) = (Format::carrying(gemm.format()), gemm.group());
+            a.add(isa, [rows, inputs], format, group);
+            b.add(isa, [outputs, inputs], format, group);
+        }
+        // As if both products were as each is, which costs next to nothing; and bf16 in any case, which
+        // recipes fall back to.
+        let fallback = shape.backward.then_some(&Gemm::BF16);
+        for gemm in shape.backward_gemms().chain(fallback) {
+            let (format, group) = (Format::carrying(gemm.format()), gemm.group());
             a.add(isa, [rows, outputs], format, group); // dgrad: dy
             b.add(isa, [inputs, outputs], format, group); // dgrad: W
             a.add(isa, [outputs, rows], format, group); // wgrad: dy
@@ -49,19 +45,16 @@ pub(super) fn forward(
     w: &[f32],
     b: &[f32],
     shape: LinearShape,
-    format: Forward,
+    recipe: &LinearRecipe,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
-    let mut x = Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs);
-    let mut w = Matrix::rows_by_depth(w, outputs, inputs);
-    if format == Forward::Fp8 {
-        x = x.as_fp8(Some(fp8_scale(cpu, x.data)));
-        w = w.as_fp8(Some(fp8_scale(cpu, w.data)));
-    }
-    let conversion = Conversion::of(Precision::of(format));
+    let format = recipe.forward().format();
+    let x = Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs);
+    let w = Matrix::rows_by_depth(w, outputs, inputs);
+    let [x, w] = [x, w].map(|matrix| dequantized(cpu, matrix, format));
     let memory = (workspace.a.as_mut(), workspace.b[0].as_mut());
     let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
-    cpu.product([(&x, conversion), (&w, conversion)], memory, out);
+    cpu.product([&x, &w].map(|matrix| (matrix, plain(format))), memory, out);
 }
 
 /// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter
@@ -88,53 +81,57 @@ pub(super) fn backward(
         (Matrix::depth_by_rows(w, inputs, outputs), OperandId::W),
     ];
     let out = Output { c: dx, stride: inputs, alpha: 1.0, bias: None, accumulate: false };
-    product(cpu, memory, operands, recipe.dgrad, GemmId::Dgrad, random, out);
+    product(cpu, memory, operands, recipe.dgrad(), GemmId::Dgrad, random, out);
 
-    // What the forward pass kept of x: in an FP8 recipe its FP8 form.
-    let kept = (recipe.forward == Forward::Fp8).then(|| fp8_scale(cpu, x));
+    let mut x = Matrix::depth_by_rows(x, inputs, rows);
+    if recipe.wgrad().b().source() == OperandSource::Forward {
+        x = dequantized(cpu, x, recipe.forward().format());
+    }
     let memory = (workspace.a.with_vector_sums(), workspace.b[0].as_mut());
-    let operands = [
-        (Matrix::depth_by_rows(dy, outputs, rows), OperandId::Dy),
-        (Matrix::depth_by_rows(x, inputs, rows).as_fp8(kept), OperandId::X),
-    ];
+    let dy = Matrix::depth_by_rows(dy, outputs, rows);
+    let operands = [(dy, OperandId::Dy), (x, OperandId::X)];
     let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate };
-    product(cpu, memory, operands, recipe.wgrad, GemmId::Wgrad, random, out);
+    product(cpu, memory, operands, recipe.wgrad(), GemmId::Wgrad, random, out);
     // dy^T passed through packing row by row; its row sums are the bias gradient.
     for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
         *db = if accumulate { *db + sum } else { *sum };
     }
 }
 
-/// One backward GEMM, its first operand being dy.
+/// One backward GEMM.
 fn product(
     cpu: &Cpu,
     memory: (PackedMut<'_>, PackedMut<'_>),
     [(a, a_id), (b, b_id)]: [(Matrix<'_>, OperandId); 2],
-    format: Backward,
-    gemm: GemmId,
+    gemm: &Gemm,
+    id: GemmId,
     random: &Random,
     out: Output<'_>,
 ) {
-    let mxfp4 = match format {
-        Backward::F32 => return cpu.product([&a, &b].map(|m| (m, Conversion::F32)), memory, out),
-        Backward::Bf16 => return cpu.product([&a, &b].map(|m| (m, Conversion::Bf16)), memory, out),
-        Backward::Mxfp4(mxfp4) => mxfp4,
-    };
-    let mut signs = [0.0; mx::MAX_GROUP];
-    let signs = &mut signs[..mxfp4.transform.map_or(0, |t| t.group)];
-    if let Some(transform) = mxfp4.transform {
-        let draw = match transform.signs {
-            Signs::Random => random.signs(gemm),
-            Signs::Fixed => Draw::fixed_signs(random.seed),
-        };
-        draw.fill_signs(signs);
+    if gemm.format() != mx::Format::MXFP4 {
+        let conversion = plain(gemm.format());
+        return cpu.product([(&a, conversion), (&b, conversion)], memory, out);
     }
-    let rotated = |rounding: Rounding, operand| {
-        Conversion::Mxfp4(Rotation { signs, rounding, draw: random.rounding(operand) })
+    let mut signs = [0.0; mx::MAX_GROUP];
+    let signs = mx::fill_signs(&mut signs, gemm.transform(), id, random);
+    let rotated = |operand: &Operand, id| {
+        let (rounding, range) = (operand.rounding(), operand.range());
+        Conversion::Mxfp4(Rotation { signs, rounding, range, draw: random.rounding(id) })
     };
-    let operands = [(&a, rotated(mxfp4.dy, a_id)), (&b, rotated(mxfp4.other, b_id))];
-    let alpha = mx::product_scale(mxfp4.dy, mxfp4.other);
-    cpu.product(operands, memory, Output { alpha, ..out });
+    let operands = [(&a, rotated(gemm.a(), a_id)), (&b, rotated(gemm.b(), b_id))];
+    cpu.product(operands, memory, Output { alpha: gemm.alpha(), ..out });
+}
+
+/// To what carries a format other than MXFP4. E4M3 values are bf16 values too, so FP8 products are exact
+/// in the bf16 kernel.
+fn plain(format: mx::Format) -> Conversion<'static> {
+    if format == mx::Format::F32 { Conversion::F32 } else { Conversion::Bf16 }
+}
+
+/// A matrix seen as `format` holds it, where what carries that would not round it so.
+fn dequantized<'a>(cpu: &Cpu, matrix: Matrix<'a>, format: mx::Format) -> Matrix<'a> {
+    let scale = (format == mx::Format::E4M3).then(|| fp8_scale(cpu, matrix.data));
+    matrix.as_fp8(scale)
 }
 
 /// The scale that FP8 gives to a tensor.

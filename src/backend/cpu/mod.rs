@@ -36,8 +36,7 @@ use super::{
     WorkspaceShape,
 };
 use crate::Result;
-use crate::mx::{self, Draw, Random};
-use crate::recipe::{Forward, LinearRecipe};
+use crate::mx::{self, Draw, LinearRecipe, Random};
 use workers::Workers;
 
 /// The CPU.
@@ -95,26 +94,19 @@ fn rows_per_job(channels: usize) -> usize {
 
 impl Workspace {
     /// Scratch memory for all operations of models of one shape.
-    fn new(arena: &mut Arena, shape: &WorkspaceShape, threads: usize, isa: Isa) -> Self {
-        let WorkspaceShape { sequences, channels, heads, vocab_size, forward, backward, .. } =
-            *shape;
+    fn new(arena: &mut Arena, shape: &WorkspaceShape<'_>, threads: usize, isa: Isa) -> Self {
+        let WorkspaceShape { sequences, channels, heads, vocab_size, backward, .. } = *shape;
         let head = LinearShape { rows: sequences.rows(), inputs: channels, outputs: vocab_size };
-        let (head_size, trains) = (channels / heads, backward.is_some());
-        let size = linear::scratch(isa, &linear_layers(shape), forward, backward)
-            .max(classifier::scratch(isa, head, Precision::of(forward), trains))
-            .max(attention::scratch(
-                isa,
-                Precision::of(forward),
-                sequences.length,
-                head_size,
-                trains,
-            ));
+        let (precision, length) = (shape.precision(), sequences.length);
+        let size = linear::scratch(isa, &linear_layers(shape), shape)
+            .max(classifier::scratch(isa, head, precision, backward))
+            .max(attention::scratch(isa, precision, length, channels / heads, backward));
         Self::of_size(arena, size, threads)
     }
 }
 
 /// The linear layers of a block.
-fn linear_layers(shape: &WorkspaceShape) -> [LinearShape; 4] {
+fn linear_layers(shape: &WorkspaceShape<'_>) -> [LinearShape; 4] {
     let (rows, c, m) = (shape.sequences.rows(), shape.channels, shape.mlp_channels);
     let layer = |inputs, outputs| LinearShape { rows, inputs, outputs };
     [layer(c, 3 * c), layer(c, c), layer(c, m), layer(m, c)]
@@ -161,7 +153,7 @@ impl Memory for Cpu {
         Ok(arena.alloc(len))
     }
 
-    fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
+    fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape<'_>) -> Workspace {
         Workspace::new(arena, shape, self.threads(), self.isa)
     }
 
@@ -312,10 +304,10 @@ impl Linear for Cpu {
         workspace: &mut Workspace,
         operands: LinearForward<'_, Self>,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
     ) {
         let LinearForward { y, x, w, b, epilogue } = operands;
-        linear::forward(self, workspace, y, x, w, b, shape, format);
+        linear::forward(self, workspace, y, x, w, b, shape, recipe);
         if let Epilogue::Gelu { out, form } = epilogue {
             self.gelu_forward(out, y, shape.rows * shape.outputs, form);
         }

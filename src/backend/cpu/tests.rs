@@ -5,15 +5,15 @@ use super::gemm::{
     Conversion, Matrix, Output, Packing, Role, Rotation, pack, pack_in, unpack_mxfp4, unpack_tiles,
 };
 use super::*;
+use std::sync::LazyLock;
+
 use crate::backend::test_calls::alone;
-use crate::backend::{
-    Activation, BackwardWorkspace, ClassifierGradient, Sequences, Trained, reference,
-};
+use crate::backend::{Activation, ClassifierGradient, Sequences, Trained, reference};
 use crate::mx::{
-    self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source,
-    decode_e2m1, decode_e8m0, product_scale, uniform,
+    self, BLOCK, Draw, Element, Gemm, GemmId, Mxfp4Matrix, Operand, OperandId, OperandSource,
+    Purpose, Range, Rounding, Source, decode_e2m1, decode_e8m0, uniform,
 };
-use crate::recipe::{Backward, Recipe};
+use crate::recipe::Recipe;
 
 fn each_isa(mut f: impl FnMut(Cpu)) {
     for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
@@ -63,20 +63,28 @@ fn close(ours: &[f32], exact: &[f64], bound: f64) {
     assert!(error <= bound, "relative error {error:e} above {bound:e}");
 }
 
+/// Those that take the most memory.
+static RECIPES: LazyLock<[LinearRecipe; 2]> =
+    LazyLock::new(|| ["fp32", "mxfp4-rht,g=256"].map(linear_recipe));
+
+fn linear_recipe(recipe: &str) -> LinearRecipe {
+    *recipe.parse::<Recipe>().unwrap().linear()
+}
+
 fn workspace_shape(
     sequences: Sequences,
     channels: usize,
     heads: usize,
     vocab: usize,
-) -> WorkspaceShape {
+) -> WorkspaceShape<'static> {
     WorkspaceShape {
         sequences,
         channels,
         mlp_channels: 4 * channels,
         heads,
         vocab_size: vocab,
-        forward: Forward::F32,
-        backward: Some(BackwardWorkspace { f32: true, mxfp4_group: Some(256) }),
+        recipes: &*RECIPES,
+        backward: true,
     }
 }
 
@@ -86,7 +94,7 @@ fn workspace(cpu: &Cpu, shape: &WorkspaceShape) -> Workspace {
     cpu.workspace(&mut Arena::mapped(arena.used()).unwrap(), shape)
 }
 
-const RANDOM: Random = Random { seed: 42, step: 7, micro_step: 1, layer: 3, linear: LinearId::Fc1 };
+const RANDOM: Random = Random { seed: 42, step: 7, micro_step: 1, layer: 3, linear: 2 };
 
 fn signs_of(group: usize) -> Vec<f32> {
     let mut signs = vec![0.0; group];
@@ -103,26 +111,31 @@ fn mxfp4_codes_are_those_of_the_definition() {
         let mut memory = workspace(&cpu, &shape);
         for (case, (rows, depth)) in cases.into_iter().enumerate() {
             let data = random(rows * depth, case as u64);
-            for (group, transposed, rounding) in [
-                (0, false, Rounding::Nearest),
-                (0, true, Rounding::Unbiased),
-                (32, false, Rounding::Unbiased),
-                (64, true, Rounding::Unbiased),
-                (128, false, Rounding::Nearest),
-                (256, true, Rounding::Nearest),
-                (256, false, Rounding::Unbiased),
+            let part = Operand::from(Rounding::Nearest).with_range(Range::ThreeQuarters).unwrap();
+            for (group, transposed, operand) in [
+                (0, true, part),
+                (64, false, part),
+                (0, false, Operand::from(Rounding::Nearest)),
+                (0, true, Operand::from(Rounding::Unbiased)),
+                (32, false, Operand::from(Rounding::Unbiased)),
+                (64, true, Operand::from(Rounding::Unbiased)),
+                (128, false, Operand::from(Rounding::Nearest)),
+                (256, true, Operand::from(Rounding::Nearest)),
+                (256, false, Operand::from(Rounding::Unbiased)),
             ] {
                 let signs = signs_of(group);
                 let draw = RANDOM.rounding(OperandId::X);
                 let source = Source { data: &data, rows, depth, transposed };
-                let exact = Mxfp4Matrix::quantize(source, &signs, rounding, &draw);
+                let exact = Mxfp4Matrix::quantize(source, &signs, operand, &draw);
                 let matrix = if transposed {
                     Matrix::depth_by_rows(&data, rows, depth)
                 } else {
                     Matrix::rows_by_depth(&data, rows, depth)
                 };
                 for (role, offset) in [(Role::A, 0), (Role::B, 12)] {
-                    let mxfp4 = Conversion::Mxfp4(Rotation { signs: &signs, rounding, draw });
+                    let (rounding, range) = (operand.rounding(), operand.range());
+                    let mxfp4 =
+                        Conversion::Mxfp4(Rotation { signs: &signs, rounding, range, draw });
                     let to = memory.a.as_mut();
                     let in_panels = pack_in(Packing::Panels, &cpu, &matrix, mxfp4, role, to);
                     for r in 0..rows {
@@ -161,7 +174,8 @@ fn gemms_are_the_products_of_their_operands() {
         for (m, n, k) in shapes {
             let (a, b) = (random(m * k, 1), random(n * k, 2));
             let draw = RANDOM.rounding(OperandId::Dy);
-            let nearest = Rotation { signs: &[], rounding: Rounding::Nearest, draw };
+            let (rounding, range) = (Rounding::Nearest, Range::Full);
+            let nearest = Rotation { signs: &[], rounding, range, draw };
             for conversion in [Conversion::F32, Conversion::Bf16, Conversion::Mxfp4(nearest)] {
                 let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
                 let pa = pack(&cpu, &ma, conversion, Role::A, memory.a.as_mut());
@@ -223,7 +237,8 @@ fn extreme_scales_multiply_like_any_other() {
         each_isa(|cpu| {
             let shape = workspace_shape(Sequences { batch: 1, length: 128 }, 32, 1, 8);
             let mut memory = workspace(&cpu, &shape);
-            let unbiased = Rotation { signs: &[], rounding: Rounding::Unbiased, draw };
+            let (rounding, range) = (Rounding::Unbiased, Range::ThreeQuarters);
+            let unbiased = Rotation { signs: &[], rounding, range, draw };
             let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
             let mut c = poison(m * n);
             let out = Output { c: &mut c, stride: n, alpha: 1.0, bias: None, accumulate: false };
@@ -234,7 +249,17 @@ fn extreme_scales_multiply_like_any_other() {
     }
 }
 
-/// Forward and backward of a linear layer in every recipe, against the definition of its numbers.
+/// A recipe whose backward GEMMs have groups of their own.
+fn groups_of_their_own(dgrad: usize, wgrad: usize) -> LinearRecipe {
+    let gemm = |group| {
+        let transform = mx::Transform::new(group, mx::Signs::Random).unwrap();
+        Gemm::of(Operand::mxfp4(Rounding::Unbiased, Some(transform)))
+    };
+    LinearRecipe::new(Gemm::BF16, gemm(dgrad), gemm(wgrad)).unwrap()
+}
+
+/// Forward and backward of a linear layer in every recipe, against the definition of its numbers. Each runs
+/// in a workspace for itself alone, of which this layer is the largest.
 #[test]
 fn linear_layers_follow_their_recipes() {
     let shape = LinearShape { rows: 70, inputs: 40, outputs: 120 };
@@ -243,10 +268,19 @@ fn linear_layers_follow_their_recipes() {
     let dy = random(rows * outputs, 4);
     let sequences = Sequences { batch: 2, length: 35 };
     each_isa(|cpu| {
-        let mut memory = workspace(&cpu, &workspace_shape(sequences, inputs, 1, 8));
-        let switched = ["mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16", "mxfp4-sr,sr=other,dgrad=bf16"];
-        for name in Recipe::NAMES.into_iter().chain(switched) {
-            let recipe = name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
+        let switched = [
+            "mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16",
+            "mxfp4-sr,sr=other,dgrad=bf16",
+            "mxfp4,range=3/4",
+            "mxfp4-rht,range=3/4",
+            "mxfp4-rht-sr,sr=dy,range=3/4",
+        ];
+        let built = [(32, 256), (256, 32)].map(|(dgrad, wgrad)| groups_of_their_own(dgrad, wgrad));
+        let named = Recipe::NAMES.into_iter().chain(switched).map(linear_recipe);
+        for recipe in named.chain(built) {
+            let all = workspace_shape(sequences, inputs, 1, 8);
+            let all = WorkspaceShape { recipes: &[recipe], mlp_channels: inputs, ..all };
+            let mut memory = workspace(&cpu, &all);
             let as_bf16 = |x: &[f32]| -> Vec<f64> {
                 x.iter().map(|v| half::bf16::from_f32(*v).to_f64()).collect()
             };
@@ -256,11 +290,12 @@ fn linear_layers_follow_their_recipes() {
             };
 
             let mut y = poison(rows * outputs);
-            cpu.linear_forward(&mut memory, &mut y, &x, &w, &b, shape, recipe.forward);
-            let (fx, fw) = match recipe.forward {
-                Forward::F32 => (f64s(&x), f64s(&w)),
-                Forward::Bf16 => (as_bf16(&x), as_bf16(&w)),
-                Forward::Fp8 => (f64s(&as_fp8(&x)), f64s(&as_fp8(&w))),
+            cpu.linear_forward(&mut memory, &mut y, &x, &w, &b, shape, &recipe);
+            let (fx, fw) = match recipe.forward().format().element() {
+                Element::F32 => (f64s(&x), f64s(&w)),
+                Element::Bf16 => (as_bf16(&x), as_bf16(&w)),
+                Element::E4m3 => (f64s(&as_fp8(&x)), f64s(&as_fp8(&w))),
+                Element::E2m1 => unreachable!("no forward pass is in MXFP4"),
             };
             close(&y, &reference::linear_forward(&fx, &fw, &f64s(&b), shape), 1e-6);
 
@@ -281,23 +316,24 @@ fn linear_layers_follow_their_recipes() {
                 true,
             );
             // The definition: (rows a, rows b) from operands that lie as `Source` says.
-            let product = |gemm, format, a: Source<'_>, b: Source<'_>, b_id| match format {
-                Backward::Mxfp4(m) => {
-                    let mut signs = vec![0.0; m.transform.map_or(0, |t| t.group)];
-                    RANDOM.signs(gemm).fill_signs(&mut signs);
+            let product = |id, gemm: &Gemm, a: Source<'_>, b: Source<'_>, b_id| match gemm.format()
+            {
+                mx::Format::MXFP4 => {
+                    let mut signs = [0.0; mx::MAX_GROUP];
+                    let signs = mx::fill_signs(&mut signs, gemm.transform(), id, &RANDOM);
                     let dy = RANDOM.rounding(OperandId::Dy);
-                    let a = Mxfp4Matrix::quantize(a, &signs, m.dy, &dy);
-                    let b = Mxfp4Matrix::quantize(b, &signs, m.other, &RANDOM.rounding(b_id));
+                    let a = Mxfp4Matrix::quantize(a, signs, *gemm.a(), &dy);
+                    let b = Mxfp4Matrix::quantize(b, signs, *gemm.b(), &RANDOM.rounding(b_id));
                     let (va, vb) = (f64s(&a.dequantize()), f64s(&b.dequantize()));
-                    let factor = f64::from(product_scale(m.dy, m.other));
+                    let factor = f64::from(gemm.alpha());
                     let mut out = reference::product(&va, &vb, a.rows, b.rows, a.depth);
                     out.iter_mut().for_each(|v| *v *= factor);
                     out
                 }
-                _ => {
+                format => {
                     let values = |s: Source<'_>| -> Vec<f64> {
                         let round = |v: f32| match format {
-                            Backward::Bf16 => half::bf16::from_f32(v).to_f64(),
+                            mx::Format::BF16 => half::bf16::from_f32(v).to_f64(),
                             _ => f64::from(v),
                         };
                         (0..s.rows * s.depth)
@@ -310,20 +346,20 @@ fn linear_layers_follow_their_recipes() {
             let source = |data, rows, depth, transposed| Source { data, rows, depth, transposed };
             let exact = product(
                 GemmId::Dgrad,
-                recipe.dgrad,
+                recipe.dgrad(),
                 source(&dy, rows, outputs, false),
                 source(&w, inputs, outputs, true),
                 OperandId::W,
             );
             close(&dx, &exact, 1e-6);
-            let kept = if recipe.forward == Forward::Fp8 {
+            let kept = if recipe.wgrad().b().source() == OperandSource::Forward {
                 as_fp8(&x)
             } else {
                 x.iter().copied().collect()
             };
             let mut exact = product(
                 GemmId::Wgrad,
-                recipe.wgrad,
+                recipe.wgrad(),
                 source(&dy, outputs, rows, true),
                 source(&kept, inputs, rows, true),
                 OperandId::X,
@@ -361,7 +397,7 @@ fn nan_blocks_poison_their_products() {
     let (x, w) = (random(40 * 32, 1), random(64 * 32, 2));
     let mut dy = random(40 * 64, 3);
     dy[5 * 64 + 10] = f32::NAN;
-    let recipe = Recipe::default().for_layer(0, 1, 0, 0);
+    let recipe = linear_recipe("mxfp4-rht-sr");
     each_isa(|cpu| {
         let sequences = Sequences { batch: 1, length: 40 };
         let mut memory = workspace(&cpu, &workspace_shape(sequences, 32, 1, 8));
@@ -531,10 +567,12 @@ fn attention() {
                 let bound = if in_bf16 { 6e-3 } else { 1e-6 };
                 // An error of a score is relative to the score, and the softmax sees it as it is.
                 let bound = bound * f64::from(score_factor.max(1.0));
-                let shape_of_workspace = WorkspaceShape {
-                    forward: forward_of(precision),
-                    ..workspace_shape(sequences, c, heads, 8)
+                let recipes: &[LinearRecipe] = match precision {
+                    Precision::F32 => &[LinearRecipe::F32],
+                    Precision::Bf16 => &[LinearRecipe::BF16],
                 };
+                let shape_of_workspace =
+                    WorkspaceShape { recipes, ..workspace_shape(sequences, c, heads, 8) };
                 let mut memory = workspace(&cpu, &shape_of_workspace);
                 let (mut out, mut lse) = (poison(rows * c), poison(rows * heads));
                 cpu.attention_forward(&mut memory, &mut out, &mut lse, &qkv, shape);
@@ -548,11 +586,6 @@ fn attention() {
             });
         }
     }
-}
-
-/// A forward format that is computed in a precision.
-fn forward_of(precision: Precision) -> Forward {
-    if precision == Precision::F32 { Forward::F32 } else { Forward::Bf16 }
 }
 
 #[test]
@@ -578,7 +611,7 @@ fn classifier_and_logits() {
                 scale,
                 accumulate: false,
             };
-            let format = Precision::F32;
+            let precision = Precision::F32;
             cpu.classifier(
                 &mut memory,
                 &mut our_losses,
@@ -589,7 +622,7 @@ fn classifier_and_logits() {
                 rows,
                 channels,
                 vocab,
-                format,
+                precision,
             );
             close(&our_losses, &losses, 2e-6);
             close(&our_dx, &dx, 2e-6);
@@ -605,12 +638,12 @@ fn classifier_and_logits() {
                 rows,
                 channels,
                 vocab,
-                format,
+                precision,
             );
             close(&our_losses, &losses, 2e-6);
 
             let mut logits = poison(vocab);
-            cpu.logits(&mut memory, &mut logits, &x, rows - 1, &wte, channels, vocab, format);
+            cpu.logits(&mut memory, &mut logits, &x, rows - 1, &wte, channels, vocab, precision);
             let last = LinearShape { rows: 1, ..shape };
             let row = f64s(&x[(rows - 1) * channels..]);
             let exact = reference::linear_forward(&row, &f64s(&wte), &vec![0.0; vocab], last);

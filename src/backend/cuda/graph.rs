@@ -18,8 +18,7 @@ use cudarc::driver::sys::{self, CUresult};
 use super::gpu::Gpu;
 use super::linear::{DrawArgument, TransformArgument};
 use crate::backend::StepPlan;
-use crate::mx::{GemmId, OperandId, Random};
-use crate::recipe::Transform;
+use crate::mx::{GemmId, OperandId, Random, Transform};
 
 /// Captures of a kind of step that may fail before no further one is made.
 const MAX_FAILURES: u32 = 5;
@@ -89,7 +88,7 @@ impl Drawn {
     fn arguments(&self) -> ([TransformArgument; 2], DrawArgument) {
         let transform = |gemm: &GemmId| {
             let mut signs = [0.0; crate::mx::MAX_GROUP];
-            let signs = super::linear::fill_signs(&mut signs, self.transform, *gemm, &self.random);
+            let signs = crate::mx::fill_signs(&mut signs, self.transform, *gemm, &self.random);
             TransformArgument::new(signs)
         };
         let last = self.gemms.last().map_or_else(|| TransformArgument::new(&[]), transform);

@@ -11,8 +11,10 @@ use super::memory::{F32, Param, Tensor, size_of_element};
 use super::roads::{self, Road};
 use super::{Cuda, Product, Workspace, gelu, kernel};
 use crate::backend::{Activation, LinearShape, OutputGradient, Precision};
-use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
-use crate::recipe::{Backward, Forward, LinearRecipe, Mxfp4, Signs, Transform};
+use crate::mx::{
+    self, Draw, Format, GemmId, LinearRecipe, OperandId, OperandSource, Random, Rounding,
+    fill_signs,
+};
 
 /// Threads of a block.
 const BLOCK: usize = 256;
@@ -28,12 +30,12 @@ pub(super) fn forward(
     w: &Param<'_>,
     b: &Param<'_>,
     shape: LinearShape,
-    format: Forward,
+    recipe: &LinearRecipe,
 ) {
     let LinearShape { rows, inputs, outputs } = shape;
     let precision = x.precision;
     let (mut operands, mut scales) = ([precision.into(); 2], None);
-    let (x, w) = if format == Forward::Fp8 {
+    let (x, w) = if recipe.forward().format() == Format::E4M3 {
         let master = Source { address: w.master.address(), precision: Precision::F32 };
         let weights = workspace.operands[1].address;
         let most = w.most.address;
@@ -98,20 +100,15 @@ pub(super) fn backward(
     let LinearShape { rows, inputs, outputs } = shape;
     let call = Call { cuda, workspace, random, road: cuda.road(shape) };
     // Where dy is quantized for both products at once, and with what.
-    let both = match (recipe.dgrad, recipe.wgrad) {
-        (Backward::Mxfp4(first), Backward::Mxfp4(second))
-            if call.road != Road::Bf16
-                && first == second
-                && first.transform.is_none_or(|transform| transform.group <= 64) =>
-        {
-            Some(first)
-        }
-        _ => None,
-    };
+    let (first, second) = (recipe.dgrad(), recipe.wgrad());
+    let [first_in_mxfp4, second_in_mxfp4] =
+        recipe.backward().map(|gemm| gemm.format() == Format::MXFP4);
+    let alike = first_in_mxfp4 && first.a() == second.a() && first.group() <= 64;
+    let both = (alike && call.road != Road::Bf16).then_some(first.a());
     let (dy, pre) = match gradient {
         OutputGradient::Whole(dy) => (dy, None),
         OutputGradient::BehindGelu { d, y: pre, form } => {
-            let group = both.and_then(|format| format.transform).map(|transform| transform.group);
+            let group = both.and_then(|dy| dy.transform()).map(mx::Transform::group);
             // The kernels that quantize know the tanh form alone.
             let fused = form == Activation::GeluTanh
                 && call.road == Road::Fp8
@@ -139,48 +136,45 @@ pub(super) fn backward(
         scales: None,
     };
     let gradient = Source { address: dy.address(), precision };
-    let most = match (recipe.dgrad, recipe.wgrad) {
-        (Backward::Mxfp4(_), _) | (_, Backward::Mxfp4(_))
-            if call.road == Road::Fp8 && pre.is_none() =>
-        {
-            largest_magnitude(cuda, workspace, 0, dy)
-        }
-        _ => 0,
+    let any_in_mxfp4 = first_in_mxfp4 || second_in_mxfp4;
+    let most = if any_in_mxfp4 && call.road == Road::Fp8 && pre.is_none() {
+        largest_magnitude(cuda, workspace, 0, dy)
+    } else {
+        0
     };
     let as_rows = Quantize { form: Form::Rows, rows, cols: outputs };
     let as_columns = Quantize { form: Form::Columns, ..as_rows };
     let by_rows = call.dy_operand(gradient, as_rows, most);
     let by_columns = call.dy_operand(gradient, as_columns, most);
     let sums = workspace.partials.address;
-    let quantized_both = both.map(|format| match pre {
+    let quantized_both = both.map(|operand| match pre {
         // NOTE: on an H100, (16384, 4096) take 119 us; the forms by themselves take 74 and 77.
-        None => call.quantize_both(&by_rows, &by_columns, format, sums),
-        Some(pre) => call.quantize_both_behind_gelu(&by_rows, &by_columns, dy, pre, format, sums),
+        None => call.quantize_both(&by_rows, &by_columns, operand, sums),
+        Some(pre) => call.quantize_both_behind_gelu(&by_rows, &by_columns, dy, pre, operand, sums),
     });
 
     dx.not_noting();
-    match recipe.dgrad {
-        Backward::F32 | Backward::Bf16 => cuda.product(workspace, &dgrad),
-        Backward::Mxfp4(format) => {
-            if quantized_both.is_none() {
-                call.quantize(&by_rows, format.dy, format, GemmId::Dgrad, 0);
-            }
-            let w = MxOperand {
-                source: Source { address: w.master.address(), precision: Precision::F32 },
-                shape: Quantize { form: Form::Columns, rows: outputs, cols: inputs },
-                id: OperandId::W,
-                most: w.most.address,
-                ..call.other_operand()
-            };
-            call.quantize(&w, format.other, format, GemmId::Dgrad, 0);
-            call.product(dgrad, [&by_rows, &w], format);
+    if first_in_mxfp4 {
+        if quantized_both.is_none() {
+            call.quantize(&by_rows, first.a(), GemmId::Dgrad, 0);
         }
+        let w = MxOperand {
+            source: Source { address: w.master.address(), precision: Precision::F32 },
+            shape: Quantize { form: Form::Columns, rows: outputs, cols: inputs },
+            id: OperandId::W,
+            most: w.most.address,
+            ..call.other_operand()
+        };
+        call.quantize(&w, first.b(), GemmId::Dgrad, 0);
+        call.product(dgrad, [&by_rows, &w], first);
+    } else {
+        cuda.product(workspace, &dgrad);
     }
 
-    // What the forward pass kept of x: in an FP8 recipe its FP8 form.
+    // What the forward pass kept of x, or x itself.
     let mut kept = Source { address: x.address(), precision };
-    let (mut most_of_x, in_fp8) = (0, recipe.forward == Forward::Fp8);
-    if call.road == Road::Fp8 && matches!(recipe.wgrad, Backward::Mxfp4(_)) {
+    let (mut most_of_x, in_fp8) = (0, second.b().source() == OperandSource::Forward);
+    if call.road == Road::Fp8 && second_in_mxfp4 {
         most_of_x = largest_magnitude(cuda, workspace, 1, x);
     } else if in_fp8 {
         (kept.address, most_of_x) = keep_as_fp8(cuda, workspace, x, rows * inputs);
@@ -197,27 +191,23 @@ pub(super) fn backward(
         accumulate,
         ..dgrad
     };
-    match recipe.wgrad {
-        Backward::F32 | Backward::Bf16 => {
-            cuda.product(workspace, &wgrad);
-            bias_gradient(cuda, workspace, db, dy, rows, outputs, accumulate);
-        }
-        Backward::Mxfp4(format) => {
-            let parts = quantized_both.unwrap_or_else(|| {
-                call.quantize(&by_columns, format.dy, format, GemmId::Wgrad, sums)
-            });
-            let x = MxOperand {
-                source: kept,
-                shape: Quantize { form: Form::Columns, rows, cols: inputs },
-                id: OperandId::X,
-                most: most_of_x,
-                kept: in_fp8,
-                ..call.other_operand()
-            };
-            call.quantize(&x, format.other, format, GemmId::Wgrad, 0);
-            call.product(wgrad, [&by_columns, &x], format);
-            add_partials(cuda, db, None, sums, parts, outputs, accumulate);
-        }
+    if second_in_mxfp4 {
+        let parts = quantized_both
+            .unwrap_or_else(|| call.quantize(&by_columns, second.a(), GemmId::Wgrad, sums));
+        let x = MxOperand {
+            source: kept,
+            shape: Quantize { form: Form::Columns, rows, cols: inputs },
+            id: OperandId::X,
+            most: most_of_x,
+            kept: in_fp8,
+            ..call.other_operand()
+        };
+        call.quantize(&x, second.b(), GemmId::Wgrad, 0);
+        call.product(wgrad, [&by_columns, &x], second);
+        add_partials(cuda, db, None, sums, parts, outputs, accumulate);
+    } else {
+        cuda.product(workspace, &wgrad);
+        bias_gradient(cuda, workspace, db, dy, rows, outputs, accumulate);
     }
 }
 
@@ -606,23 +596,6 @@ impl BehindGelu<'_> {
     }
 }
 
-/// The signs of a GEMM's transform; none where there is no transform.
-pub(super) fn fill_signs<'a>(
-    signs: &'a mut [f32; mx::MAX_GROUP],
-    transform: Option<Transform>,
-    gemm: GemmId,
-    random: &Random,
-) -> &'a [f32] {
-    let Some(transform) = transform else { return &[] };
-    let signs = &mut signs[..transform.group];
-    let draw = match transform.signs {
-        Signs::Random => random.signs(gemm),
-        Signs::Fixed => Draw::fixed_signs(random.seed),
-    };
-    draw.fill_signs(signs);
-    signs
-}
-
 /// An operand of an MXFP4 product: what is quantized, whose bits round it, and where it goes.
 #[derive(Clone, Copy)]
 struct MxOperand {
@@ -704,25 +677,18 @@ impl Call<'_> {
     }
 
     /// Quantizes an operand for `gemm`. `sums` and the result as of [`quantize`].
-    fn quantize(
-        &self,
-        operand: &MxOperand,
-        rounding: Rounding,
-        format: Mxfp4,
-        gemm: GemmId,
-        sums: u64,
-    ) -> usize {
+    fn quantize(&self, operand: &MxOperand, how: &mx::Operand, gemm: GemmId, sums: u64) -> usize {
         let gemms: &[GemmId] = match gemm {
             GemmId::Dgrad => &[GemmId::Dgrad],
             GemmId::Wgrad => &[GemmId::Wgrad],
         };
         let mut signs = [0.0; mx::MAX_GROUP];
-        let signs = fill_signs(&mut signs, format.transform, gemm, self.random);
+        let signs = fill_signs(&mut signs, how.transform(), gemm, self.random);
         let &MxOperand { source, shape, id, .. } = operand;
         let target = self.target(operand);
-        let draw = self.random.rounding(id);
+        let (rounding, draw) = (how.rounding(), self.random.rounding(id));
         let parts = quantize(self.cuda, target, source, shape, sums, signs, rounding, draw);
-        self.note_drawn(gemms, id, format);
+        self.note_drawn(gemms, id, how);
         parts
     }
 
@@ -731,14 +697,14 @@ impl Call<'_> {
         &self,
         by_rows: &MxOperand,
         by_columns: &MxOperand,
-        format: Mxfp4,
+        how: &mx::Operand,
         sums: u64,
     ) -> usize {
         let mut signs = [[0.0; mx::MAX_GROUP]; 2];
-        let signs = self.both_signs(&mut signs, format);
+        let signs = self.both_signs(&mut signs, how);
         let (cuda, source) = (self.cuda, by_rows.source.address);
         let Quantize { rows, cols, .. } = by_rows.shape;
-        let (shape, rounding) = ((rows, cols), format.dy);
+        let (shape, rounding) = ((rows, cols), how.rounding());
         let draw = self.random.rounding(OperandId::Dy);
         let parts = if self.road.has_block_scales() {
             let targets = [by_rows, by_columns].map(|operand| self.target(operand));
@@ -747,7 +713,7 @@ impl Call<'_> {
             let (out, scaling) = ([by_rows.out, by_columns.out], self.scaling(by_rows));
             quantize_both(cuda, out, scaling, source, shape, sums, signs, rounding, draw)
         };
-        self.note_drawn(&[GemmId::Dgrad, GemmId::Wgrad], OperandId::Dy, format);
+        self.note_drawn(&[GemmId::Dgrad, GemmId::Wgrad], OperandId::Dy, how);
         parts
     }
 
@@ -758,7 +724,7 @@ impl Call<'_> {
         by_columns: &MxOperand,
         d: &Tensor,
         pre: &Tensor,
-        format: Mxfp4,
+        how: &mx::Operand,
         sums: u64,
     ) -> usize {
         let (cuda, workspace) = (self.cuda, self.workspace);
@@ -776,16 +742,16 @@ impl Call<'_> {
             d: d.address(),
             pre: pre.address(),
             shape: (by_rows.shape.rows, by_rows.shape.cols),
-            signs: self.both_signs(&mut signs, format),
-            rounding: format.dy,
+            signs: self.both_signs(&mut signs, how),
+            rounding: how.rounding(),
             draw: self.random.rounding(OperandId::Dy),
         };
         let gemms = &[GemmId::Dgrad, GemmId::Wgrad];
         gradient.sample(cuda);
         let parts = gradient.quantize(cuda);
-        self.note_drawn(gemms, OperandId::Dy, format);
+        self.note_drawn(gemms, OperandId::Dy, how);
         gradient.requantize(cuda);
-        self.note_drawn(gemms, OperandId::Dy, format);
+        self.note_drawn(gemms, OperandId::Dy, how);
         parts
     }
 
@@ -793,21 +759,20 @@ impl Call<'_> {
     fn both_signs<'a>(
         &self,
         [first, second]: &'a mut [[f32; mx::MAX_GROUP]; 2],
-        format: Mxfp4,
+        how: &mx::Operand,
     ) -> [&'a [f32]; 2] {
         [(first, GemmId::Dgrad), (second, GemmId::Wgrad)]
-            .map(|(signs, gemm)| fill_signs(signs, format.transform, gemm, self.random))
+            .map(|(signs, gemm)| fill_signs(signs, how.transform(), gemm, self.random))
     }
 
-    fn note_drawn(&self, gemms: &'static [GemmId], operand: OperandId, format: Mxfp4) {
-        let drawn = Drawn { random: *self.random, gemms, operand, transform: format.transform };
+    fn note_drawn(&self, gemms: &'static [GemmId], operand: OperandId, how: &mx::Operand) {
+        let drawn = Drawn { random: *self.random, gemms, operand, transform: how.transform() };
         graph::note_drawn(&self.cuda.gpu, drawn);
     }
 
     /// `plain` with these quantized operands.
-    fn product(&self, plain: Product, [a, b]: [&MxOperand; 2], format: Mxfp4) {
-        let group = format.transform.map_or(0, |transform| transform.group);
-        let (_, depth) = a.shape.vectors_and_depth(group);
+    fn product(&self, plain: Product, [a, b]: [&MxOperand; 2], gemm: &mx::Gemm) {
+        let (_, depth) = a.shape.vectors_and_depth(gemm.group());
         let product = Product {
             k: depth,
             operands: match self.road {
@@ -818,7 +783,7 @@ impl Call<'_> {
             },
             a: Operand::rows(a.out, depth),
             b: Operand::rows(b.out, depth),
-            alpha: mx::product_scale(format.dy, format.other),
+            alpha: gemm.alpha(),
             scales: (self.road != Road::Bf16).then_some([a.scale, b.scale]),
             ..plain
         };

@@ -46,8 +46,7 @@ use super::{
     LinearForward, LinearShape, Memory, Norm, NormBackward, NormParams, NormShape, NormStatistics,
     Optimize, Precision, ResidualSum, Slot, StepPlan, StepSums, Trained, WorkspaceShape,
 };
-use crate::mx::{Draw, Random};
-use crate::recipe::{Forward, LinearRecipe};
+use crate::mx::{Draw, Format, LinearRecipe, Operand, Random};
 use crate::{CudaStream, Error, Result};
 use gemm::{Gemm, Product, Type};
 use gpu::Gpu;
@@ -191,6 +190,22 @@ macro_rules! kernel {
 }
 use kernel;
 
+/// An error that names an operand of a recipe that no kernel makes.
+fn holds(recipe: &LinearRecipe) -> Result<()> {
+    let differs = |o: &Operand| o.range() != Operand::from(o.rounding()).range();
+    let Some((what, _)) = recipe
+        .operands()
+        .into_iter()
+        .find(|(_, operand)| operand.format() == Format::MXFP4 && differs(operand))
+    else {
+        return Ok(());
+    };
+    Err(Error::Unsupported {
+        what: format!("{what} in 3/4 of MXFP4's range, rounded to nearest, on a GPU"),
+        remedy: "use the recipe without range=3/4, or device cpu".into(),
+    })
+}
+
 impl Memory for Cuda {
     type Arena = Arena;
     type Tensor = Tensor;
@@ -302,7 +317,8 @@ impl Backend for Cuda {
                 remedy: format!("use more heads, so that each has at most {most} channels"),
             });
         }
-        let mxfp4 = shape.backward.is_some_and(|backward| backward.mxfp4_group.is_some());
+        shape.recipes.iter().try_for_each(holds)?;
+        let mxfp4 = shape.backward_gemms().any(|gemm| gemm.format() == Format::MXFP4);
         let widest = shape.mlp_channels.max(3 * shape.channels);
         if mxfp4 && widest > linear::MAX_DEPTH {
             return Err(Error::Unsupported {
@@ -404,14 +420,14 @@ impl Linear for Cuda {
         workspace: &mut Workspace,
         operands: LinearForward<'_, Self>,
         shape: LinearShape,
-        format: Forward,
+        recipe: &LinearRecipe,
     ) {
         let LinearForward { y, x, w, b, epilogue } = operands;
         let gelu = match epilogue {
             Epilogue::None => None,
             Epilogue::Gelu { out, form } => Some((out, form)),
         };
-        linear::forward(self, workspace, y, gelu, x, &w, &b, shape, format);
+        linear::forward(self, workspace, y, gelu, x, &w, &b, shape, recipe);
     }
 
     fn linear_backward(

@@ -1,17 +1,19 @@
 //! Every operation against its scalar twin, in both precisions, at sizes that nothing divides. Without
 //! a GPU every test says so and passes.
 
+use std::sync::LazyLock;
+
 use super::gemm::Type;
 use super::*;
 use crate::backend::test_calls::alone;
 use crate::backend::{
-    Activation, BackwardWorkspace, ClassifierGradient, Device, Largest, Sequences, StepPlan,
-    Trained, reference,
+    Activation, ClassifierGradient, Device, Largest, Sequences, StepPlan, Trained, reference,
 };
 use crate::mx::{
-    self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source, uniform,
+    self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, OperandSource, Purpose, Rounding, Source,
+    uniform,
 };
-use crate::recipe::{Backward, Recipe};
+use crate::recipe::Recipe;
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
@@ -171,24 +173,29 @@ pub(super) fn workspace(cuda: &Cuda, shape: &WorkspaceShape) -> Workspace {
     Workspace::new(&mut Arena::allocated(&cuda.gpu, measuring.used()).unwrap(), shape)
 }
 
+/// Those that take the most memory, two with activations in f32 and one with bf16.
+static RECIPES: LazyLock<[LinearRecipe; 3]> =
+    LazyLock::new(|| ["fp32", "mxfp4-rht,g=256", "fp8-mxfp4-rht-sr,g=256"].map(linear_recipe));
+
+fn linear_recipe(recipe: &str) -> LinearRecipe {
+    *recipe.parse::<Recipe>().unwrap().linear()
+}
+
 pub(super) fn workspace_shape(
     sequences: Sequences,
     channels: usize,
     heads: usize,
     vocab_size: usize,
     precision: Precision,
-) -> WorkspaceShape {
+) -> WorkspaceShape<'static> {
     WorkspaceShape {
         sequences,
         channels,
         mlp_channels: 4 * channels,
         heads,
         vocab_size,
-        forward: if precision == Precision::F32 { Forward::F32 } else { Forward::Fp8 },
-        backward: Some(BackwardWorkspace {
-            f32: precision == Precision::F32,
-            mxfp4_group: Some(256),
-        }),
+        recipes: if precision == Precision::F32 { &RECIPES[..2] } else { &RECIPES[2..] },
+        backward: true,
     }
 }
 
@@ -436,7 +443,6 @@ fn classifier_and_logits() {
             let mut dwte = f32_buffer(cuda, &vec![1.0; vocab * c]);
             let dw = cuda.whole(&mut dwte);
             let gradient = ClassifierGradient { dx: &mut dx, dw, scale: 0.5, accumulate: true };
-            let format = Precision::Bf16;
             let s = &mut scratch;
             cuda.classifier(
                 s,
@@ -448,7 +454,7 @@ fn classifier_and_logits() {
                 rows,
                 c,
                 vocab,
-                format,
+                precision,
             );
             let (exact, exact_dx, exact_dwte) =
                 reference::classifier(&f64s(&x), &f64s(&wte), &ids, shape, 0.5);
@@ -471,7 +477,7 @@ fn classifier_and_logits() {
             let mut logits = f32_buffer(cuda, &vec![f32::NAN; vocab]);
             let last = rows - 1;
             let s = &mut scratch;
-            cuda.logits(s, &mut logits, &x_d, last, &wte_d, c, vocab, Precision::Bf16);
+            cuda.logits(s, &mut logits, &x_d, last, &wte_d, c, vocab, precision);
             let one = LinearShape { rows: 1, ..shape };
             let row = f64s(&x[last * c..]);
             let exact = reference::linear_forward(&row, &f64s(&wte), &vec![0.0; vocab], one);
@@ -521,17 +527,16 @@ fn linear_layers_in_plain_formats() {
             let shape_of_all = workspace_shape(sequences, inputs.max(outputs), 1, 8, precision);
             let mut scratch = workspace(cuda, &shape_of_all);
             let mut y = poison(cuda, rows * outputs, precision);
-            let (format, recipe): (_, Recipe) = match precision {
-                Precision::F32 => (Forward::F32, "fp32".parse().unwrap()),
-                Precision::Bf16 => (Forward::Bf16, "bf16".parse().unwrap()),
+            let recipe = match precision {
+                Precision::F32 => LinearRecipe::F32,
+                Precision::Bf16 => LinearRecipe::BF16,
             };
-            cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, format);
+            cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, &recipe);
             let exact = reference::linear_forward(&f64s(&x), &f64s(&w), &f64s(&b), shape);
             close("y", &values_of(cuda, &y), &exact, bound(precision));
             let mut dx = poison(cuda, rows * inputs, precision);
             let mut dw = f32_buffer(cuda, &vec![1.0; outputs * inputs]);
             let mut db = f32_buffer(cuda, &vec![1.0; outputs]);
-            let recipe = recipe.for_layer(0, 1, 0, 0);
             let (s, r) = (&mut scratch, &RANDOM);
             cuda.linear_backward(
                 s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r, true,
@@ -551,7 +556,7 @@ fn linear_layers_in_plain_formats() {
             let (s, forms) = (&mut scratch, [Activation::Gelu, Activation::GeluTanh]);
             for form in forms {
                 cuda.linear_gelu_forward(
-                    s, &mut out, &mut pre, &x_d, &w_d, &b_d, shape, format, form,
+                    s, &mut out, &mut pre, &x_d, &w_d, &b_d, shape, &recipe, form,
                 );
                 close("pre", &values_of(cuda, &pre), &exact, bound(precision));
                 let gelu: Vec<f64> = exact.iter().map(|v| reference::gelu_of(form, *v)).collect();
@@ -586,7 +591,7 @@ fn linear_layers_in_plain_formats() {
     });
 }
 
-const RANDOM: Random = Random { seed: 42, step: 7, micro_step: 1, layer: 3, linear: LinearId::Fc1 };
+const RANDOM: Random = Random { seed: 42, step: 7, micro_step: 1, layer: 3, linear: 2 };
 
 #[test]
 fn optimizer_steps() {
@@ -1216,10 +1221,8 @@ pub(super) fn check_mxfp4_backward(cuda: &Cuda) {
             let w = random(outputs * inputs, 2);
             let (x_d, w_d) = (tensor(cuda, &x, Precision::Bf16), param(cuda, &w));
             let dy_d = tensor(cuda, &dy, Precision::Bf16);
-            let recipe: Recipe = name.parse().unwrap();
-            let recipe = recipe.for_layer(0, 1, 0, 0);
-            let Backward::Mxfp4(format) = recipe.dgrad else { panic!("{name} is not MXFP4") };
-            let kept: Vec<f32> = if recipe.forward == Forward::Fp8 {
+            let recipe = linear_recipe(name);
+            let kept: Vec<f32> = if recipe.wgrad().b().source() == OperandSource::Forward {
                 let most = x.iter().fold(0.0f32, |most, v| most.max(v.abs()));
                 let scale = mx::e4m3_scale(most);
                 x.iter().map(|v| mx::round_to_e4m3(v / scale) * scale).collect()
@@ -1227,13 +1230,14 @@ pub(super) fn check_mxfp4_backward(cuda: &Cuda) {
                 x.clone()
             };
             let operand = |data, rows, depth, transposed, gemm, id| {
-                let mut signs = vec![0.0; format.transform.map_or(0, |t| t.group)];
-                RANDOM.signs(gemm).fill_signs(&mut signs);
+                let mut signs = [0.0; mx::MAX_GROUP];
+                let dy = *recipe.dgrad().a();
+                let signs = mx::fill_signs(&mut signs, dy.transform(), gemm, &RANDOM);
                 let source = Source { data, rows, depth, transposed };
-                Mxfp4Matrix::quantize(source, &signs, format.dy, &RANDOM.rounding(id))
+                Mxfp4Matrix::quantize(source, signs, dy, &RANDOM.rounding(id))
             };
             let product = |a: Mxfp4Matrix, b: Mxfp4Matrix| -> Vec<f64> {
-                let alpha = f64::from(mx::product_scale(format.dy, format.other));
+                let alpha = f64::from(recipe.dgrad().alpha());
                 let (m, n, k) = (a.rows, b.rows, a.depth);
                 let exact =
                     reference::product(&f64s(&a.dequantize()), &f64s(&b.dequantize()), m, n, k);
@@ -1299,7 +1303,7 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             })
         {
             let what = format!("({rows}, {inputs}, {outputs}) {name}, {kind}, {form}");
-            let recipe = name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
+            let recipe = linear_recipe(name);
             let (mut pre, mut d) = (pre.clone(), random(rows * outputs, 4));
             // The largest one, in the first row, and its derivative is 1; or else there are larger ones.
             (d[0], pre[0]) = (40.0, 10.0);
@@ -1341,8 +1345,10 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
                     form,
                 );
                 assert!(results(&dx, &dw, &db) == expected, "{what}");
-                let Backward::Mxfp4(format) = recipe.dgrad else { continue };
-                let group = format.transform.map(|transform| transform.group);
+                if recipe.dgrad().format() != mx::Format::MXFP4 {
+                    continue;
+                }
+                let group = recipe.dgrad().transform().map(mx::Transform::group);
                 let fused = form == Activation::GeluTanh
                     && cuda.road(shape) == Road::Fp8
                     && group == Some(64);
@@ -1355,7 +1361,6 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
                 let plan = StepPlan {
                     accumulate: false,
                     precision: Precision::Bf16,
-                    head: Precision::Bf16,
                     layers: vec![recipe],
                 };
                 cuda.recorded(&mut recordings, &plan, [step, 0], || {
@@ -1378,6 +1383,21 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
     }
 }
 
+#[test]
+fn what_no_kernel_makes_is_refused_by_name() {
+    for name in Recipe::NAMES {
+        holds(&linear_recipe(name)).unwrap();
+    }
+    for (recipe, operand) in [
+        ("mxfp4-rht,range=3/4", "dy in dgrad"),
+        ("mxfp4,range=3/4,dgrad=bf16", "dy in wgrad"),
+        ("mxfp4-sr,sr=dy,range=3/4", "W in dgrad"),
+    ] {
+        let message = holds(&linear_recipe(recipe)).unwrap_err().to_string();
+        assert!(message.starts_with(operand) && message.contains("without range=3/4"), "{message}");
+    }
+}
+
 /// The FP8 forward pass: operands rounded as the definition says, products exact.
 #[test]
 fn fp8_forward() {
@@ -1396,9 +1416,9 @@ fn fp8_forward() {
         cuda.gpu.scope(|| {
             let sequences = Sequences { batch: 1, length: rows };
             let all = workspace_shape(sequences, outputs, 1, 8, Precision::Bf16);
-            let mut scratch = workspace(&cuda, &all);
+            let (mut scratch, recipe) = (workspace(&cuda, &all), linear_recipe("fp8-mxfp4-rht-sr"));
             let mut y = poison(&cuda, rows * outputs, Precision::Bf16);
-            cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, Forward::Fp8);
+            cuda.linear_forward(&mut scratch, &mut y, &x_d, &w_d, &b_d, shape, &recipe);
             close("y", &values_of(&cuda, &y), &exact, bound(Precision::Bf16));
         });
     }

@@ -5,8 +5,8 @@ use super::linear;
 use super::memory::{Arena, Piece, size_of_element};
 use super::roads::Road;
 use super::{classifier, gemm};
-use crate::backend::{Precision, WorkspaceShape};
-use crate::recipe::Forward;
+use crate::backend::WorkspaceShape;
+use crate::mx::{Format, Gemm};
 
 /// Scratch memory for models of one shape.
 pub(crate) struct Workspace {
@@ -48,20 +48,20 @@ impl Workspace {
             mlp_channels: m,
             heads,
             vocab_size,
-            forward,
-            backward,
+            recipes,
+            backward: training,
         } = *shape;
-        let rows = sequences.rows();
-        let precision = Precision::of(forward);
+        let (rows, precision) = (sequences.rows(), shape.precision());
         let chunk = classifier::chunk_rows(rows, vocab_size);
         // A row of x may be copied there.
         let logits = (chunk * classifier::stride(vocab_size)).max(c) * size_of_element(precision);
-        let training = backward.is_some();
         let partials = layernorm::partials(c).max(linear::partials(rows, m.max(3 * c)))
             * usize::from(training);
 
-        let fp8 = forward == Forward::Fp8;
-        let group = backward.and_then(|backward| backward.mxfp4_group);
+        let fp8 = recipes.iter().any(|recipe| recipe.forward().format() == Format::E4M3);
+        let in_mxfp4 = shape.backward_gemms().filter(|gemm| gemm.format() == Format::MXFP4);
+        // As if both products were padded to the longer one's group, which costs next to nothing.
+        let group = in_mxfp4.map(Gemm::group).max();
         let road = Road::of(arena.capability());
         let (mut operands, mut scales) = ([0; 2], [4; 2]);
         for (inputs, outputs) in [(c, 3 * c), (c, c), (c, m), (m, c)] {

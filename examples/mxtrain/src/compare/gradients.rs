@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use mxfp4train::recipe::{Backward, Signs};
+use mxfp4train::mx::{Rounding, Signs};
 use mxfp4train::{
     Engine, Model, ModelConfig, Recipe, Schedule, ScheduleKind, Trainer, TrainerOptions,
 };
@@ -366,12 +366,9 @@ impl RecipeGradients {
 
 /// Whether the backward pass uses random bits that differ from step to step.
 fn is_random(recipe: &Recipe) -> bool {
-    [recipe.dgrad, recipe.wgrad].iter().any(|gemm| match gemm {
-        Backward::Mxfp4(mxfp4) => {
-            let unbiased = [mxfp4.dy, mxfp4.other].contains(&mxfp4train::mx::Rounding::Unbiased);
-            unbiased || mxfp4.transform.is_some_and(|t| t.signs == Signs::Random)
-        }
-        _ => false,
+    recipe.linear().operands().iter().any(|(_, operand)| {
+        operand.rounding() == Rounding::Unbiased
+            || operand.transform().is_some_and(|t| t.signs() == Signs::Random)
     })
 }
 

@@ -6,7 +6,7 @@ use std::process::{self, ExitCode};
 use std::time::Instant;
 
 use indicatif::HumanCount;
-use mxfp4train::recipe::{Backward, LinearRecipe};
+use mxfp4train::mx::{BLOCK, Format, Gemm};
 use mxfp4train::{
     Error, EvalStats, ModelConfig, Recipe, StepStats, StopHandle, Trainer, TrainerOptions,
 };
@@ -326,18 +326,16 @@ fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize,
     let (c, m) = (config.channels, config.mlp_width());
     let linears = [(c, 3 * c), (c, c), (c, m), (m, c)];
     // A product of (m, depth) and (n, depth).
-    let blocks = |gemm: Backward, m: usize, n: usize, depth: usize| match gemm {
-        Backward::Mxfp4(mxfp4) => {
-            let group = mxfp4.transform.map_or(mxfp4train::mx::BLOCK, |t| t.group);
-            (m + n) * depth.next_multiple_of(group) / mxfp4train::mx::BLOCK
-        }
+    let blocks = |gemm: &Gemm, m: usize, n: usize, depth: usize| match gemm.format() {
+        Format::MXFP4 => (m + n) * depth.next_multiple_of(gemm.group()) / BLOCK,
         _ => 0,
     };
     let of_layer = |layer| {
-        let LinearRecipe { dgrad, wgrad, .. } =
+        let recipe =
             options.recipe.for_layer(layer, config.layers, step, options.schedule.total_steps);
         let of_linear = |&(inputs, outputs): &(usize, usize)| {
-            blocks(dgrad, rows, inputs, outputs) + blocks(wgrad, outputs, inputs, rows)
+            blocks(recipe.dgrad(), rows, inputs, outputs)
+                + blocks(recipe.wgrad(), outputs, inputs, rows)
         };
         linears.iter().map(of_linear).sum::<usize>()
     };

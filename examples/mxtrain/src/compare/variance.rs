@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use mxfp4train::mx::{
-    Draw, GemmId, LinearId, MAX_GROUP, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source,
+    Draw, GemmId, MAX_GROUP, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source,
     fill_normal, product_scale,
 };
 use serde::{Deserialize, Serialize};
@@ -170,8 +170,7 @@ fn of_pair(
     let (mut sums, mut squares) = (vec![0.0; exact.len()], vec![0.0; exact.len()]);
     let scale = f64::from(product_scale(Rounding::Unbiased, Rounding::Unbiased));
     for step in 0..draws {
-        let random =
-            Random { seed, step, micro_step: input as u32, layer: 0, linear: LinearId::Qkv };
+        let random = Random { seed, step, micro_step: input as u32, layer: 0, linear: 0 };
         random.signs(GemmId::Wgrad).fill_signs(&mut signs);
         let quantize = |data, operand| {
             let source = Source { data, rows: VECTORS, depth: length, transposed: false };

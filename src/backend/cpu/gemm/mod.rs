@@ -31,6 +31,8 @@ pub(super) use pack::{unpack_mxfp4, unpack_tiles};
 
 use super::Cpu;
 use super::isa::Isa;
+use crate::backend::Precision;
+use crate::mx::{self, Element};
 
 /// Vectors in a panel: the lanes of an AVX-512 register.
 pub const PANEL: usize = 16;
@@ -67,6 +69,26 @@ pub enum Format {
     Mxfp4,
 }
 
+impl Format {
+    /// The one that holds the operands of a format exactly. E4M3 values are bf16 values, too.
+    pub fn carrying(format: mx::Format) -> Self {
+        match format.element() {
+            Element::F32 => Self::F32,
+            Element::Bf16 | Element::E4m3 => Self::Bf16,
+            Element::E2m1 => Self::Mxfp4,
+        }
+    }
+}
+
+impl From<Precision> for Format {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::Bf16,
+        }
+    }
+}
+
 /// How packed operands lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
@@ -88,7 +110,7 @@ impl Packing {
             (Self::Tiles, _) => depth.div_ceil(2).next_multiple_of(PANEL),
             (Self::Panels, Format::F32) => depth,
             (Self::Panels, Format::Bf16) => depth.div_ceil(2),
-            (Self::Panels, Format::Mxfp4) => depth.div_ceil(crate::mx::BLOCK) * BLOCK_STEPS,
+            (Self::Panels, Format::Mxfp4) => depth.div_ceil(mx::BLOCK) * BLOCK_STEPS,
         }
     }
 }

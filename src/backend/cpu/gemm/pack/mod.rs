@@ -157,8 +157,8 @@ pub enum Conversion<'a> {
 }
 
 impl Conversion<'_> {
-    /// To a precision. E4M3 values are bf16 values too, so FP8 products are exact in the bf16 kernel.
-    pub(in crate::backend::cpu) fn of(precision: Precision) -> Self {
+    /// To what a precision's products take.
+    pub(in crate::backend::cpu) fn to(precision: Precision) -> Self {
         match precision {
             Precision::F32 => Self::F32,
             Precision::Bf16 => Self::Bf16,

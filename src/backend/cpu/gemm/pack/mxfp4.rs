@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::{Matrix, PackedMut, Strip, add_to_sums, turn_square};
 use crate::backend::cpu::gemm::{BLOCK_STEPS, PANEL, Packing, Role};
 use crate::backend::cpu::lanes::{Lanes, lanes_fn, place, round_keys};
-use crate::mx::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Rounding, group_scale};
+use crate::mx::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Range, Rounding, group_scale};
 
 /// How an operand is quantized to MXFP4.
 #[derive(Clone, Copy)]
@@ -17,6 +17,8 @@ pub struct Rotation<'a> {
     pub signs: &'a [f32],
     /// How elements are rounded.
     pub rounding: Rounding,
+    /// The part of the format's range that scales use.
+    pub range: Range,
     /// Bits of unbiased rounding, keyed by the element's row and column as it is stored.
     pub draw: Draw,
 }
@@ -100,20 +102,20 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
             }
             for (i, values) in buffer.as_chunks::<BLOCK>().0.iter().enumerate() {
                 let (at, k0) = (panel * blocks + first + i, (first + i) * BLOCK);
-                let draw = (&rotation.draw, &keys);
+                let (draw, part) = ((&rotation.draw, &keys), rotation.range.factor());
                 let words = &mut words[at * block_words..][..block_words];
                 // SAFETY: passed on; rows of 16 lanes.
                 unsafe {
                     let (scale, byte) = match (rotation.rounding, source.transposed) {
-                        (Rounding::Nearest, _) => {
-                            quantize::<L, false, false, TILES>(values, draw, r0, k0, &table, words)
-                        }
-                        (Rounding::Unbiased, false) => {
-                            quantize::<L, true, false, TILES>(values, draw, r0, k0, &table, words)
-                        }
-                        (Rounding::Unbiased, true) => {
-                            quantize::<L, true, true, TILES>(values, draw, r0, k0, &table, words)
-                        }
+                        (Rounding::Nearest, _) => quantize::<L, false, false, TILES>(
+                            values, part, draw, r0, k0, &table, words,
+                        ),
+                        (Rounding::Unbiased, false) => quantize::<L, true, false, TILES>(
+                            values, part, draw, r0, k0, &table, words,
+                        ),
+                        (Rounding::Unbiased, true) => quantize::<L, true, true, TILES>(
+                            values, part, draw, r0, k0, &table, words,
+                        ),
                     };
                     let below = L::sub_u(L::splat_u(255), byte);
                     L::store_u(max.as_mut_ptr(), L::max_u(L::load_u(max.as_ptr()), byte));
@@ -284,6 +286,7 @@ unsafe fn draw_bits<L: Lanes>(
 #[inline(always)]
 unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool, const TILES: bool>(
     values: &[[f32; PANEL]; BLOCK],
+    range: f32,
     (draw, keys): (&Draw, &[[u32; 2]; 10]),
     r0: usize,
     k0: usize,
@@ -304,7 +307,7 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool, const
         let biased = L::add_u(biased, zero);
         let byte = L::sub_u(L::max_u(biased, L::splat_u(2)), L::splat_u(2));
         let inverse = L::from_bits(L::shift_left::<23>(L::sub_u(L::splat_u(254), byte)));
-        let factor = if UNBIASED { L::mul(inverse, L::splat(0.75)) } else { inverse };
+        let factor = L::mul(inverse, L::splat(range));
         let smallest = L::and(L::equal(byte, L::splat_u(0)), L::splat_u(1 << 22));
         let scale = L::from_bits(L::or(L::shift_left::<23>(byte), smallest));
         let half = L::bits(L::mul(scale, L::splat(0.5)));
