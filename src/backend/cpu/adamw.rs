@@ -4,11 +4,122 @@ use rayon::prelude::*;
 
 use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, prefetch_after};
-use super::{Cpu, JOB_ELEMENTS};
-use crate::backend::{AdamWStep, Largest};
+use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace};
+use crate::Result;
+use crate::backend::{AdamWStep, Largest, Optimize, Slot, StepSums, Trained};
+
+/// What steps keep besides the states.
+#[derive(Default)]
+pub struct Optimizer {
+    losses: f64,
+    squares: f64,
+}
+
+impl Optimizer {
+    fn sums(&self) -> StepSums {
+        StepSums { losses: self.losses, squares: self.squares, raised_blocks: 0 }
+    }
+}
+
+impl Optimize for Cpu {
+    type Optimizer = Optimizer;
+
+    fn optimizer(&self, _: &mut Arena, _: usize) -> Result<Optimizer> {
+        Ok(Optimizer::default())
+    }
+
+    fn add_losses(
+        &self,
+        optimizer: &mut Optimizer,
+        losses: &Buffer<f32>,
+        rows: usize,
+        accumulate: bool,
+    ) {
+        let before = if accumulate { optimizer.losses } else { 0.0 };
+        optimizer.losses = before + sum_of(&losses[..rows]);
+    }
+
+    fn reduce(
+        &self,
+        _workspace: &mut Workspace,
+        optimizer: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
+        _step: &AdamWStep,
+    ) {
+        let gradient = |slot: &Slot| &trained.gradients[slot.range()];
+        let squares =
+            || trained.slots.iter().map(|slot| sum_of_squares(self, gradient(slot))).sum();
+        optimizer.squares = self.install(squares);
+    }
+
+    fn update(
+        &self,
+        optimizer: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
+        step: &AdamWStep,
+    ) -> Result<StepSums> {
+        let sums = optimizer.sums();
+        if let Some(gradient_scale) = sums.gradient_scale(step) {
+            let Trained { slots, weights, m, v, gradients } = trained;
+            self.install(|| {
+                for slot in *slots {
+                    let range = slot.range();
+                    let all = Elements {
+                        param: &mut weights[range.clone()],
+                        m: &mut m[range.clone()],
+                        v: &mut v[range.clone()],
+                        gradient: &gradients[range],
+                    };
+                    update(self, all, &for_parameter(step, slot.decays), gradient_scale);
+                }
+            });
+        }
+        Ok(sums)
+    }
+
+    fn try_update(
+        &self,
+        _: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
+        step: &AdamWStep,
+        sums: &StepSums,
+        largest: &mut (dyn FnMut(Largest) + Send),
+    ) -> Result<()> {
+        if let Some(gradient_scale) = sums.gradient_scale(step) {
+            let Trained { slots, weights, m, v, gradients } = trained;
+            self.install(|| {
+                for slot in *slots {
+                    let range = slot.range();
+                    let all = Elements {
+                        param: &weights[range.clone()],
+                        m: &m[range.clone()],
+                        v: &v[range.clone()],
+                        gradient: &gradients[range],
+                    };
+                    largest(try_update(
+                        self,
+                        all,
+                        &for_parameter(step, slot.decays),
+                        gradient_scale,
+                    ));
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn sum_losses(&self, _: &mut Optimizer, losses: &Buffer<f32>, rows: usize) -> Result<f64> {
+        Ok(sum_of(&losses[..rows]))
+    }
+}
+
+/// The sum of losses, in order.
+fn sum_of(losses: &[f32]) -> f64 {
+    losses.iter().map(|loss| f64::from(*loss)).sum()
+}
 
 /// Sum of squares in f64: by chunks of fixed size, then halves of halves, whatever the threads.
-pub(super) fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
+fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
     fn halves(isa: Isa, x: &[f32]) -> f64 {
         if x.len() <= JOB_ELEMENTS {
             return chunk_sum_of_squares(isa, x);
@@ -22,22 +133,17 @@ pub(super) fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
 }
 
 /// The elements of a parameter and of what training keeps for it; all four have one length.
-pub(super) struct Elements<'a, T> {
-    pub(super) param: T,
+struct Elements<'a, T> {
+    param: T,
     /// First moments.
-    pub(super) m: T,
+    m: T,
     /// Second moments.
-    pub(super) v: T,
-    pub(super) gradient: &'a [f32],
+    v: T,
+    gradient: &'a [f32],
 }
 
 /// One update of a parameter and its moments, by `gradient_scale` times its gradient.
-pub(super) fn update(
-    cpu: &Cpu,
-    all: Elements<'_, &mut [f32]>,
-    step: &AdamWStep,
-    gradient_scale: f32,
-) {
+fn update(cpu: &Cpu, all: Elements<'_, &mut [f32]>, step: &AdamWStep, gradient_scale: f32) {
     let Elements { param, m, v, gradient } = all;
     cpu.install(|| {
         param
@@ -52,7 +158,7 @@ pub(super) fn update(
 }
 
 /// The largest magnitudes that [`update`] would leave.
-pub(super) fn try_update(
+fn try_update(
     cpu: &Cpu,
     all: Elements<'_, &[f32]>,
     step: &AdamWStep,
@@ -74,7 +180,7 @@ pub(super) fn try_update(
 }
 
 /// The settings for a parameter that `decays` or does not.
-pub(super) fn for_parameter(step: &AdamWStep, decays: bool) -> AdamWStep {
+fn for_parameter(step: &AdamWStep, decays: bool) -> AdamWStep {
     AdamWStep { weight_decay: if decays { step.weight_decay } else { 0.0 }, ..*step }
 }
 

@@ -1,13 +1,15 @@
 //! Every operation against its scalar twin, on every instruction set of this processor, at sizes that
 //! nothing divides; and independence of the number of threads.
 
+use super::adamw::Optimizer;
 use super::gemm::{
     Format, Layout, Matrix, Output, Rotation, Side, pack, unpack_mxfp4, unpack_tiles,
 };
 use super::*;
 use crate::backend::test_calls::alone;
 use crate::backend::{
-    Activation, BackwardWorkspace, ClassifierGradient, Sequences, Trained, reference,
+    Activation, AdamWStep, BackwardWorkspace, ClassifierGradient, Optimize, Sequences, Trained,
+    reference,
 };
 use crate::mx::{
     self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source,

@@ -11,7 +11,7 @@ use super::gpu::launch;
 use super::memory::{Arena, F32, Param, Piece, Upload};
 use super::{Cuda, Workspace};
 use crate::Result;
-use crate::backend::{AdamWStep, Largest, StepSums, Trained};
+use crate::backend::{AdamWStep, Largest, Optimize, StepSums, Trained};
 
 /// Elements of a piece of work, as in the kernels.
 const PIECE: usize = 4096;
@@ -145,84 +145,82 @@ impl Optimizer {
     }
 }
 
-pub(super) fn add_losses(
-    cuda: &Cuda,
-    optimizer: &Optimizer,
-    losses: &F32,
-    rows: usize,
-    accumulate: bool,
-) {
-    launch!(cuda.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-        optimizer.sum(0), losses.address(), rows as u32, u32::from(accumulate));
-}
+impl Optimize for Cuda {
+    type Optimizer = Optimizer;
 
-pub(super) fn reduce(
-    cuda: &Cuda,
-    workspace: &Workspace,
-    optimizer: &mut Optimizer,
-    trained: &Trained<'_, Cuda>,
-    step: &AdamWStep,
-) {
-    optimizer.update_table(trained);
-    let (table, entries) = (optimizer.table.address, optimizer.entries.len() as u32);
-    let (partials, sums) = (optimizer.partials.address, optimizer.sum(0));
-    launch!(cuda.gpu, "square_gradients", [PARTS, 1, 1], BLOCK, 0;
-        partials, table, entries, optimizer.pieces);
-    launch!(cuda.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
-        sums, workspace.raised.address, partials, PARTS as u32, table, entries, Step::new(step));
-}
-
-pub(super) fn update(
-    cuda: &Cuda,
-    optimizer: &mut Optimizer,
-    trained: &Trained<'_, Cuda>,
-    step: &AdamWStep,
-) -> Result<StepSums> {
-    optimizer.update_table(trained);
-    let (table, entries) = (optimizer.table.address, optimizer.entries.len() as u32);
-    let sums = optimizer.sum(0);
-    launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
-        table, entries, optimizer.pieces, sums, 0u64, Step::new(step));
-    let mut found = [0.0; 3];
-    read(cuda, &mut found, sums)?;
-    let [losses, squares, raised] = found;
-    Ok(StepSums { losses, squares, raised_blocks: raised as u64 })
-}
-
-/// What the last [`update`] would leave.
-pub(super) fn try_update(
-    cuda: &Cuda,
-    optimizer: &mut Optimizer,
-    trained: &Trained<'_, Cuda>,
-    step: &AdamWStep,
-    largest: &mut (dyn FnMut(Largest) + Send),
-) -> Result<()> {
-    optimizer.update_table(trained);
-    let (table, entries) = (optimizer.table.address, optimizer.entries.len());
-    let trial = optimizer.trial.address;
-    cuda.clear(trial, 3 * 4 * entries);
-    launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
-        table, entries as u32, optimizer.pieces, optimizer.sum(0), trial, Step::new(step));
-    let found = &mut optimizer.found[..3 * entries];
-    read(cuda, found, trial)?;
-    for bits in found.as_chunks::<3>().0 {
-        let [weight, m, v] = bits.map(f32::from_bits);
-        largest(Largest { weight, m, v });
+    fn optimizer(&self, arena: &mut Arena, parameters: usize) -> Result<Optimizer> {
+        Optimizer::new(arena, parameters)
     }
-    Ok(())
-}
 
-pub(super) fn sum_losses(
-    cuda: &Cuda,
-    optimizer: &Optimizer,
-    losses: &F32,
-    rows: usize,
-) -> Result<f64> {
-    launch!(cuda.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-        optimizer.sum(3), losses.address(), rows as u32, 0u32);
-    let mut sum = [0.0];
-    read(cuda, &mut sum, optimizer.sum(3))?;
-    Ok(sum[0])
+    fn add_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize, accumulate: bool) {
+        launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
+            optimizer.sum(0), losses.address(), rows as u32, u32::from(accumulate));
+    }
+
+    fn reduce(
+        &self,
+        workspace: &mut Workspace,
+        optimizer: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
+        step: &AdamWStep,
+    ) {
+        optimizer.update_table(trained);
+        let (table, entries) = (optimizer.table.address, optimizer.entries.len() as u32);
+        let (partials, sums) = (optimizer.partials.address, optimizer.sum(0));
+        launch!(self.gpu, "square_gradients", [PARTS, 1, 1], BLOCK, 0;
+            partials, table, entries, optimizer.pieces);
+        launch!(self.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
+            sums, workspace.raised.address, partials, PARTS as u32, table, entries,
+            Step::new(step));
+    }
+
+    fn update(
+        &self,
+        optimizer: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
+        step: &AdamWStep,
+    ) -> Result<StepSums> {
+        optimizer.update_table(trained);
+        let (table, entries) = (optimizer.table.address, optimizer.entries.len() as u32);
+        let sums = optimizer.sum(0);
+        launch!(self.gpu, "adamw", optimizer.grid(self), BLOCK, 0;
+            table, entries, optimizer.pieces, sums, 0u64, Step::new(step));
+        let mut found = [0.0; 3];
+        read(self, &mut found, sums)?;
+        let [losses, squares, raised] = found;
+        Ok(StepSums { losses, squares, raised_blocks: raised as u64 })
+    }
+
+    fn try_update(
+        &self,
+        optimizer: &mut Optimizer,
+        trained: &mut Trained<'_, Self>,
+        step: &AdamWStep,
+        _sums: &StepSums,
+        largest: &mut (dyn FnMut(Largest) + Send),
+    ) -> Result<()> {
+        optimizer.update_table(trained);
+        let (table, entries) = (optimizer.table.address, optimizer.entries.len());
+        let trial = optimizer.trial.address;
+        self.clear(trial, 3 * 4 * entries);
+        launch!(self.gpu, "adamw", optimizer.grid(self), BLOCK, 0;
+            table, entries as u32, optimizer.pieces, optimizer.sum(0), trial, Step::new(step));
+        let found = &mut optimizer.found[..3 * entries];
+        read(self, found, trial)?;
+        for bits in found.as_chunks::<3>().0 {
+            let [weight, m, v] = bits.map(f32::from_bits);
+            largest(Largest { weight, m, v });
+        }
+        Ok(())
+    }
+
+    fn sum_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize) -> Result<f64> {
+        launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
+            optimizer.sum(3), losses.address(), rows as u32, 0u32);
+        let mut sum = [0.0];
+        read(self, &mut sum, optimizer.sum(3))?;
+        Ok(sum[0])
+    }
 }
 
 /// Makes the bf16 copy of a parameter that was written.

@@ -1,12 +1,13 @@
 //! Every operation against its scalar twin, in both precisions, at sizes that nothing divides. Without
 //! a GPU every test says so and passes.
 
+use super::adamw::Optimizer;
 use super::gemm::Type;
 use super::*;
 use crate::backend::test_calls::alone;
 use crate::backend::{
-    Activation, BackwardWorkspace, ClassifierGradient, Device, Largest, Sequences, StepPlan,
-    Trained, reference,
+    Activation, AdamWStep, BackwardWorkspace, ClassifierGradient, Device, Largest, Optimize,
+    Sequences, StepPlan, Trained, reference,
 };
 use crate::mx::{
     self, BLOCK, Draw, GemmId, LinearId, Mxfp4Matrix, OperandId, Purpose, Rounding, Source, uniform,
