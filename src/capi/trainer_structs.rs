@@ -6,7 +6,9 @@ use super::arguments;
 use super::guard;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, versioned};
-use crate::{AdamW, EvalStats, Plan, Recompute, Schedule, ScheduleKind, StepStats, TrainerOptions};
+use crate::{
+    EvalStats, Optimizer, Plan, Recompute, Schedule, ScheduleKind, StepStats, TrainerOptions,
+};
 
 /// The curve of the learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +83,7 @@ impl mxt_trainer_options {
     /// The C form of `options`, with `recipe` for the recipe's name.
     pub(super) fn new(options: &TrainerOptions, recipe: *const c_char) -> Self {
         let TrainerOptions { batch_size, sequence_length, accumulation, recompute, .. } = *options;
-        let AdamW { beta1, beta2, epsilon, weight_decay, clip } = options.optimizer;
+        let Optimizer { beta1, beta2, epsilon, weight_decay, clip, .. } = options.optimizer;
         let Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } =
             options.schedule;
         let schedule = match kind {
@@ -148,12 +150,13 @@ impl mxt_trainer_options {
             batch_size: self.batch_size,
             sequence_length: self.sequence_length,
             accumulation: self.accumulation,
-            optimizer: AdamW {
+            optimizer: Optimizer {
                 beta1: self.beta1,
                 beta2: self.beta2,
                 epsilon: self.epsilon,
                 weight_decay: self.weight_decay,
                 clip: self.clip,
+                ..Optimizer::default()
             },
             schedule: self.schedule()?,
             ..TrainerOptions::default()

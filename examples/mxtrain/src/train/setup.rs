@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use indicatif::HumanCount;
 use mxfp4train::{
-    AdamW, Dataset, Engine, Model, ModelConfig, Plan, Recipe, Schedule, ScheduleKind, Trainer,
+    Dataset, Engine, Model, ModelConfig, Optimizer, Plan, Recipe, Schedule, ScheduleKind, Trainer,
     TrainerOptions,
 };
 
@@ -198,12 +198,12 @@ pub(crate) fn trainer_options(
         ..TrainerOptions::default()
     };
     if let Some(args) = optimizer {
-        options.optimizer = AdamW {
+        options.optimizer = Optimizer {
             beta1: args.beta1,
             beta2: args.beta2,
             weight_decay: args.weight_decay,
             clip: args.clip,
-            ..AdamW::default()
+            ..Optimizer::default()
         };
         let (lr, warmup) = match weights {
             Weights::New => (NEW_LR, args.steps / 50),
