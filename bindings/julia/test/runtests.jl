@@ -306,6 +306,7 @@ end
     set_schedule!(trainer; lr = 1e-2)
     made_from = options(trainer)
     @test made_from.recipe == "mxfp4-rht-sr" && made_from.schedule === :constant
+    @test made_from.optimizer == "adamw"
     mktempdir() do folder
         save(trainer, folder)
         resumed = load(Trainer, new_engine(), folder)
