@@ -461,9 +461,9 @@ typedef struct mxt_trainer_options {
   // "mxfp4-rht-sr" or "fp8-mxfp4-rht-sr", which may be followed by switches such as ",g=128".
   // NULL (default) is "mxfp4-rht-sr". Borrowed for the call.
   const char *recipe;
-  // AdamW's decay of the first moment. Default 0.9.
+  // Decay of the first moment. Default 0.9.
   float beta1;
-  // AdamW's decay of the second moment. Default 0.95.
+  // Decay of the second moment. Default 0.95.
   float beta2;
   // Added to the square root of the second moment; above 0. Default 1e-8.
   float epsilon;
@@ -491,6 +491,8 @@ typedef struct mxt_trainer_options {
   // "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
   // depend on it. Borrowed for the call.
   const char *recompute;
+  // What moves the weights: "adamw" (the default, and what NULL is). Borrowed for the call.
+  const char *optimizer;
 } mxt_trainer_options;
 
 // What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that fills
@@ -541,7 +543,7 @@ typedef struct mxt_memory_plan {
   uint64_t weights;
   // Gradients.
   uint64_t gradients;
-  // Moments of AdamW.
+  // What the optimizer keeps, such as moments.
   uint64_t optimizer;
   // What the forward pass keeps for the backward pass, and the gradients that flow back.
   uint64_t activations;
@@ -1054,7 +1056,7 @@ uint64_t mxt_trainer_steps_done(const struct mxt_trainer *trainer);
 mxt_status mxt_trainer_model(const struct mxt_trainer *trainer, struct mxt_model **model);
 
 // Stores the options that the trainer was made from, or loaded with, and the schedule last set, in
-// `*options` (struct_size set by the caller). The recipe's name is valid as long as the trainer.
+// `*options` (struct_size set by the caller). Its texts are valid as long as the trainer.
 //
 // Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 mxt_status mxt_trainer_get_options(const struct mxt_trainer *trainer,

@@ -92,7 +92,7 @@ pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use gpt::{Activation, ModelConfig, Recompute, TensorInfo};
 pub use model::{Model, ModelFiles};
-pub use optim::{AdamW, Schedule, ScheduleKind};
+pub use optim::{Optimizer, OptimizerKind, Schedule, ScheduleKind};
 pub use recipe::Recipe;
 pub use room::MemoryRoom;
 pub use run::TrainerOptions;

@@ -2,7 +2,7 @@
 //! besides tensors.
 
 use crate::gpt::{ModelConfig, Recompute};
-use crate::optim::{AdamW, Schedule};
+use crate::optim::{Optimizer, Schedule};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
@@ -19,8 +19,8 @@ pub struct TrainerOptions {
     pub recipe: Recipe,
     /// What is computed again in the backward pass to save memory; results do not depend on it.
     pub recompute: Recompute,
-    /// AdamW and clipping.
-    pub optimizer: AdamW,
+    /// What moves the weights, and clipping.
+    pub optimizer: Optimizer,
     /// Learning rate.
     pub schedule: Schedule,
 }
@@ -100,7 +100,7 @@ impl Default for TrainerOptions {
             accumulation: 1,
             recipe: Recipe::default(),
             recompute: Recompute::default(),
-            optimizer: AdamW::default(),
+            optimizer: Optimizer::default(),
             schedule: Schedule::default(),
         }
     }

@@ -8,7 +8,7 @@ use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mxfp4train::{
-    Activation, AdamW, Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer,
+    Activation, Dataset, Engine, EngineOptions, Model, ModelConfig, Optimizer, Recipe, Trainer,
     TrainerOptions, plan,
 };
 
@@ -101,7 +101,7 @@ fn a_step_allocates_nothing() {
                 batch_size: 4,
                 accumulation: 2,
                 recipe: name.parse().unwrap(),
-                optimizer: AdamW { epsilon, ..AdamW::default() },
+                optimizer: Optimizer { epsilon, ..Optimizer::default() },
                 ..TrainerOptions::default()
             };
             let mut trainer = Trainer::new(model, options).unwrap();

@@ -2,7 +2,7 @@
 //! everything is as before.
 
 use mxfp4train::{
-    AdamW, Dataset, Engine, EngineOptions, Error, GenerateOptions, Model, ModelConfig, Recipe,
+    Dataset, Engine, EngineOptions, Error, GenerateOptions, Model, ModelConfig, Optimizer, Recipe,
     Schedule, StepStats, Trainer, TrainerOptions,
 };
 
@@ -141,7 +141,7 @@ fn the_smallest_epsilons() {
     let (engine, data) = (engine(), dataset());
     for epsilon in [1e-45, 1e-38, 1e-30, 1e-20, 1e-8] {
         for recipe in ["fp32", "bf16", "mxfp4-rht-sr"] {
-            let optimizer = AdamW { epsilon, ..AdamW::default() };
+            let optimizer = Optimizer { epsilon, ..Optimizer::default() };
             let options = TrainerOptions { sequence_length: 8, optimizer, ..options(recipe) };
             let mut trainer = trainer(&engine, options);
             steps(&mut trainer, &data, 20);
@@ -156,7 +156,7 @@ fn the_smallest_epsilons() {
 #[test]
 fn a_second_moment_beyond_f32() {
     let (engine, data) = (engine(), dataset());
-    let optimizer = AdamW { clip: 0.0, ..AdamW::default() };
+    let optimizer = Optimizer { clip: 0.0, ..Optimizer::default() };
     let mut trainer = trainer(&engine, TrainerOptions { optimizer, ..options("fp32") });
     let before = weights(&trainer);
     let mut spiked = before.clone();

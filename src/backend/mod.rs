@@ -28,6 +28,7 @@ mod stream;
 #[cfg(test)]
 mod test_calls;
 
+pub use crate::optim::{Largest, OptimizerStep, StepSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use head::{Classifier, ClassifierGradient, Head, HeadShape};
@@ -36,7 +37,7 @@ pub use linear::{
 };
 pub use memory::{Memory, Slot};
 pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
-pub use optimize::{AdamWStep, Largest, Optimize, StepSums, Trained};
+pub use optimize::{Optimize, Trained};
 pub use stream::CudaStream;
 
 use crate::Result;

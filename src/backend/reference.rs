@@ -1,7 +1,8 @@
 //! Scalar twins: every operation of [`super::Backend`] in plain f64 loops, for tests. They are the
 //! definition in words of one line each; nothing here is fast.
 
-use super::{Activation, AdamWStep, AttentionShape, LinearShape, Sequences};
+use super::{Activation, AttentionShape, LinearShape, OptimizerStep, Sequences};
+use crate::optim::Optimizer;
 
 /// Row-major (rows, depth) times (cols, depth)^T.
 pub(crate) fn product(a: &[f64], b: &[f64], rows: usize, cols: usize, depth: usize) -> Vec<f64> {
@@ -249,9 +250,10 @@ pub(crate) fn classifier(
 }
 
 /// A weight and its moments after an update with the gradient `g`, clipped already.
-pub(crate) fn adamw([p, m, v]: [f64; 3], g: f64, decays: bool, step: &AdamWStep) -> [f64; 3] {
+pub(crate) fn adamw([p, m, v]: [f64; 3], g: f64, decays: bool, step: &OptimizerStep) -> [f64; 3] {
+    let Optimizer { beta1, beta2, epsilon, weight_decay, .. } = step.optimizer;
     let [lr, beta1, beta2, epsilon, weight_decay] =
-        [step.lr, step.beta1, step.beta2, step.epsilon, step.weight_decay].map(f64::from);
+        [step.lr, beta1, beta2, epsilon, weight_decay].map(f64::from);
     let t = step.t as f64;
     let m = beta1 * m + (1.0 - beta1) * g;
     let v = beta2 * v + (1.0 - beta2) * g * g;

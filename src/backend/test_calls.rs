@@ -241,12 +241,12 @@ macro_rules! calls {
             pub(crate) fn finish_step(
                 &self,
                 workspace: &mut <Self as Memory>::Workspace,
-                optimizer: &mut <Self as Optimize>::Optimizer,
+                reduction: &mut <Self as Optimize>::Reduction,
                 trained: &mut Trained<'_, Self>,
-                step: &AdamWStep,
+                step: &OptimizerStep,
             ) -> StepSums {
-                self.reduce(workspace, optimizer, trained, step);
-                self.update(optimizer, trained, step).unwrap()
+                self.reduce(workspace, reduction, trained, step);
+                self.update(reduction, trained, step).unwrap()
             }
         }
     };

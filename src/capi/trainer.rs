@@ -34,16 +34,21 @@ pub struct mxt_trainer {
     schedule_start: AtomicU64,
     /// A copy, to be read while a step is running.
     options: Mutex<TrainerOptions>,
-    /// The name of the recipe, which `mxt_trainer_options` borrows.
+    /// The names of the recipe and the optimizer, which `mxt_trainer_options` borrows.
     recipe: CString,
+    optimizer: CString,
 }
 
 impl mxt_trainer {
     fn new(trainer: Trainer, model: mxt_model) -> Result<*mut Self, Failure> {
         let options = trainer.options().clone();
-        let recipe = CString::new(options.recipe.to_string()).map_err(|error| {
-            Failure::invalid("recipe", format!("expected a name without zero bytes: {error}"))
-        })?;
+        let c_string = |what, name: String| {
+            CString::new(name).map_err(|error| {
+                Failure::invalid(what, format!("expected a name without zero bytes: {error}"))
+            })
+        };
+        let recipe = c_string("recipe", options.recipe.to_string())?;
+        let optimizer = c_string("optimizer", options.optimizer.kind.to_string())?;
         let handle = Self {
             state: State::sharing(model.state().access()),
             stop: trainer.stop_handle(),
@@ -53,6 +58,7 @@ impl mxt_trainer {
             model,
             options: Mutex::new(options),
             recipe,
+            optimizer,
         };
         Ok(handle.into_raw())
     }
@@ -352,7 +358,7 @@ pub unsafe extern "C" fn mxt_trainer_model(
 }
 
 /// Stores the options that the trainer was made from, or loaded with, and the schedule last set, in
-/// `*options` (struct_size set by the caller). The recipe's name is valid as long as the trainer.
+/// `*options` (struct_size set by the caller). Its texts are valid as long as the trainer.
 ///
 /// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 #[unsafe(no_mangle)]
@@ -365,7 +371,8 @@ pub unsafe extern "C" fn mxt_trainer_get_options(
         guard::method("mxt_trainer_get_options", trainer, |trainer| {
             let out = Out::required("options", options)?;
             let options = trainer.options.lock().unwrap_or_else(PoisonError::into_inner);
-            out.put(mxt_trainer_options::new(&options, trainer.recipe.as_ptr()));
+            let (recipe, optimizer) = (trainer.recipe.as_ptr(), trainer.optimizer.as_ptr());
+            out.put(mxt_trainer_options::new(&options, recipe, optimizer));
             Ok(())
         })
     }

@@ -1,12 +1,15 @@
 //! Options and results of a trainer, and how they become the crate's.
 
 use std::ffi::c_char;
+use std::str::FromStr;
 
 use super::arguments;
 use super::guard;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, versioned};
-use crate::{AdamW, EvalStats, Plan, Recompute, Schedule, ScheduleKind, StepStats, TrainerOptions};
+use crate::{
+    Error, EvalStats, Optimizer, Plan, Recompute, Schedule, ScheduleKind, StepStats, TrainerOptions,
+};
 
 /// The curve of the learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,9 +41,9 @@ pub struct mxt_trainer_options {
     /// "mxfp4-rht-sr" or "fp8-mxfp4-rht-sr", which may be followed by switches such as ",g=128".
     /// NULL (default) is "mxfp4-rht-sr". Borrowed for the call.
     pub recipe: *const c_char,
-    /// AdamW's decay of the first moment. Default 0.9.
+    /// Decay of the first moment. Default 0.9.
     pub beta1: f32,
-    /// AdamW's decay of the second moment. Default 0.95.
+    /// Decay of the second moment. Default 0.95.
     pub beta2: f32,
     /// Added to the square root of the second moment; above 0. Default 1e-8.
     pub epsilon: f32,
@@ -68,20 +71,26 @@ pub struct mxt_trainer_options {
     /// "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
     /// depend on it. Borrowed for the call.
     pub recompute: *const c_char,
+    /// What moves the weights: "adamw" (the default, and what NULL is). Borrowed for the call.
+    pub optimizer: *const c_char,
 }
 versioned!(mxt_trainer_options, last = decay_steps: u64);
 
 impl Options for mxt_trainer_options {
     fn defaults() -> Self {
-        Self::new(&TrainerOptions::default(), std::ptr::null())
+        Self::new(&TrainerOptions::default(), std::ptr::null(), std::ptr::null())
     }
 }
 
 impl mxt_trainer_options {
-    /// The C form of `options`, with `recipe` for the recipe's name.
-    pub(super) fn new(options: &TrainerOptions, recipe: *const c_char) -> Self {
+    /// The C form of `options`, with the names of recipe and optimizer.
+    pub(super) fn new(
+        options: &TrainerOptions,
+        recipe: *const c_char,
+        optimizer: *const c_char,
+    ) -> Self {
         let TrainerOptions { batch_size, sequence_length, accumulation, recompute, .. } = *options;
-        let AdamW { beta1, beta2, epsilon, weight_decay, clip } = options.optimizer;
+        let Optimizer { beta1, beta2, epsilon, weight_decay, clip, .. } = options.optimizer;
         let Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } =
             options.schedule;
         let schedule = match kind {
@@ -113,6 +122,7 @@ impl mxt_trainer_options {
                 Recompute::Block => c"block",
             }
             .as_ptr(),
+            optimizer,
         }
     }
 
@@ -142,13 +152,24 @@ impl mxt_trainer_options {
     /// The crate's form.
     ///
     /// # Safety
-    /// `recipe` and `recompute` are NULL or end with a zero byte.
+    /// `recipe`, `recompute` and `optimizer` are NULL or end with a zero byte.
     pub(super) unsafe fn parse(self) -> Result<TrainerOptions, Failure> {
-        let mut options = TrainerOptions {
+        // SAFETY: as promised by the caller.
+        let (recipe, recompute, kind) = unsafe {
+            (
+                named("recipe", self.recipe)?,
+                named("recompute", self.recompute)?,
+                named("optimizer", self.optimizer)?,
+            )
+        };
+        Ok(TrainerOptions {
             batch_size: self.batch_size,
             sequence_length: self.sequence_length,
             accumulation: self.accumulation,
-            optimizer: AdamW {
+            recipe,
+            recompute,
+            optimizer: Optimizer {
+                kind,
                 beta1: self.beta1,
                 beta2: self.beta2,
                 epsilon: self.epsilon,
@@ -156,18 +177,23 @@ impl mxt_trainer_options {
                 clip: self.clip,
             },
             schedule: self.schedule()?,
-            ..TrainerOptions::default()
-        };
-        if !self.recipe.is_null() {
-            // SAFETY: as promised by the caller.
-            options.recipe = unsafe { arguments::text("recipe", self.recipe) }?.parse()?;
-        }
-        if !self.recompute.is_null() {
-            // SAFETY: as promised by the caller.
-            options.recompute = unsafe { arguments::text("recompute", self.recompute) }?.parse()?;
-        }
-        Ok(options)
+        })
     }
+}
+
+/// What a text stands for; NULL for the default.
+///
+/// # Safety
+/// `text` is NULL or ends with a zero byte.
+unsafe fn named<T: Default + FromStr<Err = Error>>(
+    what: &str,
+    text: *const c_char,
+) -> Result<T, Failure> {
+    if text.is_null() {
+        return Ok(T::default());
+    }
+    // SAFETY: as promised by the caller.
+    Ok(unsafe { arguments::text(what, text) }?.parse()?)
 }
 
 /// What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that fills
@@ -254,7 +280,7 @@ pub struct mxt_memory_plan {
     pub weights: u64,
     /// Gradients.
     pub gradients: u64,
-    /// Moments of AdamW.
+    /// What the optimizer keeps, such as moments.
     pub optimizer: u64,
     /// What the forward pass keeps for the backward pass, and the gradients that flow back.
     pub activations: u64,

@@ -5,7 +5,7 @@
 //! | `config.json` | the model's shape, for this library and for `transformers`, and what else was in the one it was loaded with |
 //! | `model.safetensors` | the weights in f32, under Hugging Face's names |
 //! | `trainer.json` | step, seed, options; only of a trainer |
-//! | `trainer.safetensors` | AdamW's moments, `m.NAME` and `v.NAME`; only of a trainer |
+//! | `trainer.safetensors` | what the optimizer keeps, such as the moments `m.NAME` and `v.NAME`; only of a trainer |
 //!
 //! A folder is replaced as a whole or not at all. Every tensor has a checksum, the weights know the
 //! shape that they were saved with, and the state knows the two tensor files beside it, so that
@@ -31,6 +31,7 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 
 use crate::gpt::{ModelConfig, TensorInfo};
+use crate::optim::State;
 use crate::reserve::{self, Spare};
 use crate::run::TrainerState;
 use crate::{Error, Result};
@@ -48,9 +49,6 @@ const FILES: [&str; 4] = [CONFIG, MODEL, STATE, MOMENTS];
 /// Where the weights lie in several files, which transformers makes of large models: which file has
 /// which tensor. Read, never written.
 const INDEX: &str = "model.safetensors.index.json";
-
-/// Prefixes of the moments' names.
-const PREFIXES: [&str; 2] = ["m", "v"];
 
 /// Metadata key of `model.safetensors`: the shape that the weights were saved with.
 const SHAPE: &str = "mxfp4train.config";
@@ -77,8 +75,8 @@ pub(crate) trait TensorRead {
     fn read(&self, index: usize, out: &mut [f32]) -> Result<()>;
 }
 
-/// Takes the values of (moment, tensor).
-type WriteMoment<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
+/// Takes the values of (state, tensor).
+type WriteState<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
 
 /// The model of a checkpoint.
 pub(crate) struct ModelPart<'a> {
@@ -91,8 +89,8 @@ pub(crate) struct ModelPart<'a> {
 /// The training part of a checkpoint.
 pub(crate) struct TrainerPart<'a> {
     pub(crate) state: &'a TrainerState,
-    /// First and second moments, named as the weights that they belong to.
-    pub(crate) moments: [&'a dyn TensorRead; 2],
+    /// Each state that the optimizer of `state` keeps, named as the weights that it belongs to.
+    pub(crate) states: &'a [&'a dyn TensorRead],
 }
 
 /// Writes a whole checkpoint folder, or leaves the one that is there untouched.
@@ -109,8 +107,8 @@ pub(crate) fn save(
     ModelPart { config, found, weights }: ModelPart<'_>,
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
-    let moments = trainer.iter().flat_map(|trainer| trainer.moments);
-    let tensors = moments.chain([weights]).flat_map(TensorRead::tensors);
+    let states = trainer.iter().flat_map(|trainer| trainer.states).copied();
+    let tensors = states.chain([weights]).flat_map(TensorRead::tensors);
     let _spare = room_for_headers(tensors)?;
     folder::replace(dir, &FILES, MODEL, |new| {
         folder::write_file(&new.join(CONFIG), config::to_json(config, found).as_bytes())?;
@@ -118,12 +116,10 @@ pub(crate) fn save(
         let named = name_all(weights, |name| name.to_owned());
         let model = tensors::write(&new.join(MODEL), &named, &extra)?;
 
-        let Some(TrainerPart { state, moments }) = &trainer else { return Ok(()) };
-        let named: Vec<_> = PREFIXES
-            .iter()
-            .zip(moments)
-            .flat_map(|(prefix, moment)| name_all(*moment, move |name| format!("{prefix}.{name}")))
-            .collect();
+        let Some(TrainerPart { state, states }) = &trainer else { return Ok(()) };
+        let kept = state.options.optimizer.states().iter().zip(*states);
+        let named: Vec<_> =
+            kept.flat_map(|(state, values)| name_all(*values, |name| state.tensor(name))).collect();
         let moments = tensors::write(&new.join(MOMENTS), &named, &[])?;
         let path = new.join(STATE);
         let text = state::to_json(&path, state, state::Sisters { model, moments })?;
@@ -262,28 +258,30 @@ impl Checkpoint {
         Ok(state)
     }
 
-    /// AdamW's moments: calls `write(moment, index, values)` for moments 0 and 1 of every entry of
-    /// `tensors`, in order.
+    /// What the optimizer keeps: calls `write(state, index, values)` for each of `states` and every entry
+    /// of `tensors`, in order.
     ///
     /// # Errors
     /// As [`Checkpoint::weights`].
-    pub(crate) fn moments(
+    pub(crate) fn states(
         &self,
+        states: &[State],
         tensors: &[TensorInfo],
-        write: &mut WriteMoment<'_>,
+        write: &mut WriteState<'_>,
     ) -> Result<()> {
         let file = self.tensors(3)?;
         let known: HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         file.check_surplus(|name| {
             let parts = name.split_once('.');
-            parts.is_some_and(|(prefix, name)| PREFIXES.contains(&prefix) && known.contains(name))
+            parts.is_some_and(|(prefix, name)| {
+                states.iter().any(|state| state.name == prefix) && known.contains(name)
+            })
         })?;
         let mut values = Vec::new();
-        for (moment, prefix) in PREFIXES.iter().enumerate() {
+        for (number, state) in states.iter().enumerate() {
             for (index, tensor) in tensors.iter().enumerate() {
-                let name = format!("{prefix}.{}", tensor.name);
-                file.read(&name, &tensor.shape, &mut values)?;
-                write(moment, index, &values)?;
+                file.read(&state.tensor(&tensor.name), &tensor.shape, &mut values)?;
+                write(number, index, &values)?;
             }
         }
         Ok(())

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::tensors::Fingerprint;
 use crate::gpt::Recompute;
-use crate::optim::{AdamW, Schedule};
+use crate::optim::{Optimizer, OptimizerKind, Schedule};
 use crate::run::{TrainerOptions, TrainerState};
 use crate::{Error, Result};
 
@@ -128,7 +128,7 @@ struct Document {
     batch_size: usize,
     sequence_length: usize,
     accumulation: usize,
-    optimizer: Optimizer,
+    optimizer: Settings,
     schedule: Curve,
     files: Sisters,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -137,7 +137,10 @@ struct Document {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Optimizer {
+struct Settings {
+    /// Not written where it is AdamW, as files of earlier versions have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kind: Option<String>,
     beta1: f32,
     beta2: f32,
     epsilon: f32,
@@ -169,7 +172,9 @@ impl Document {
             optimizer,
             schedule,
         } = options;
-        let &AdamW { beta1, beta2, epsilon, weight_decay, clip } = optimizer;
+        let &Optimizer { kind, beta1, beta2, epsilon, weight_decay, clip } = optimizer;
+        let named = (kind != OptimizerKind::default()).then(|| kind.to_string());
+        let optimizer = Settings { kind: named, beta1, beta2, epsilon, weight_decay, clip };
         let &Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } = schedule;
         Self {
             version: VERSION,
@@ -182,7 +187,7 @@ impl Document {
             batch_size: *batch_size,
             sequence_length: *sequence_length,
             accumulation: *accumulation,
-            optimizer: Optimizer { beta1, beta2, epsilon, weight_decay, clip },
+            optimizer,
             schedule: Curve {
                 kind: kind.to_string(),
                 lr,
@@ -197,7 +202,9 @@ impl Document {
     }
 
     fn into_state(self) -> Result<(TrainerState, Sisters)> {
-        let Optimizer { beta1, beta2, epsilon, weight_decay, clip } = self.optimizer;
+        let Settings { kind, beta1, beta2, epsilon, weight_decay, clip } = self.optimizer;
+        let kind = kind.as_deref().map(str::parse).transpose()?.unwrap_or_default();
+        let optimizer = Optimizer { kind, beta1, beta2, epsilon, weight_decay, clip };
         let Curve { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } = self.schedule;
         let options = TrainerOptions {
             batch_size: self.batch_size,
@@ -205,7 +212,7 @@ impl Document {
             accumulation: self.accumulation,
             recipe: self.recipe.parse()?,
             recompute: self.recompute.as_deref().unwrap_or("nothing").parse()?,
-            optimizer: AdamW { beta1, beta2, epsilon, weight_decay, clip },
+            optimizer,
             schedule: Schedule {
                 kind: kind.parse()?,
                 lr,

@@ -1,16 +1,78 @@
-//! The optimizer's settings. The update itself is a backend operation (`Backend::adamw`).
+//! Optimizers: a file for each, with its settings, the states that it keeps, the arithmetic of its update
+//! and its bounds. Schedules of the learning rate.
+//!
+//! An optimizer is states, a reduction, an update. All three are data and scalar arithmetic here; a
+//! backend runs them over flat buffers (`backend/optimize.rs`). So nothing of ours is imported here, and
+//! a backend knows no other formula than this one.
 
+pub(crate) mod adamw;
 mod bounds;
 mod schedule;
+mod step;
+
+use std::fmt;
+use std::str::FromStr;
 
 pub(crate) use bounds::Bounds;
 pub use schedule::{Schedule, ScheduleKind};
+pub use step::{Largest, OptimizerStep, StepSums};
 
 use crate::{Error, Result};
 
-/// AdamW (Loshchilov and Hutter, arXiv 1711.05101): Adam with weight decay outside of the moments.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AdamW {
+/// What weights are updated by. Written as one string, such as `adamw`, which is also what files store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OptimizerKind {
+    /// `adamw`: Adam with weight decay outside of the moments (Loshchilov and Hutter, arXiv 1711.05101).
+    #[default]
+    AdamW,
+}
+
+impl OptimizerKind {
+    /// All of them.
+    pub const ALL: [Self; 1] = [Self::AdamW];
+
+    /// What the rest of the house is told of it.
+    pub(crate) fn definition(self) -> &'static Definition {
+        match self {
+            Self::AdamW => &adamw::DEFINITION,
+        }
+    }
+}
+
+impl fmt::Display for OptimizerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.definition().name)
+    }
+}
+
+impl FromStr for OptimizerKind {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        let (name, switches) =
+            s.split_once(',').map_or((s, None), |(name, rest)| (name, Some(rest)));
+        let name = name.trim();
+        let Some(kind) = Self::ALL.into_iter().find(|kind| kind.definition().name == name) else {
+            let names = Self::ALL.map(|kind| kind.definition().name).join(", ");
+            return Err(Error::invalid(
+                "optimizer",
+                format!("expected one of {names}; got {name:?}"),
+            ));
+        };
+        if let Some(switches) = switches {
+            let first = switches.split([',', '=']).next().unwrap_or_default().trim();
+            let message = format!("unknown switch {first:?}; {name} has none");
+            return Err(Error::invalid("optimizer", message));
+        }
+        Ok(kind)
+    }
+}
+
+/// An optimizer and its settings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Optimizer {
+    /// Which one.
+    pub kind: OptimizerKind,
     /// Decay of the first moment.
     pub beta1: f32,
     /// Decay of the second moment.
@@ -23,13 +85,18 @@ pub struct AdamW {
     pub clip: f32,
 }
 
-impl Default for AdamW {
+impl Default for Optimizer {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, clip: 1.0 }
+        Self::new(OptimizerKind::default())
     }
 }
 
-impl AdamW {
+impl Optimizer {
+    /// One with its usual settings.
+    pub fn new(kind: OptimizerKind) -> Self {
+        kind.definition().defaults
+    }
+
     /// Checks every field.
     ///
     /// # Errors
@@ -55,6 +122,45 @@ impl AdamW {
         }
         Ok(())
     }
+
+    /// What it keeps of the parameters.
+    pub(crate) fn states(&self) -> &'static [State] {
+        self.kind.definition().states
+    }
+}
+
+/// The most states that any optimizer keeps.
+pub(crate) const MAX_STATES: usize = 2;
+
+/// A number that an optimizer keeps of each element of the parameters, in a flat buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct State {
+    /// Prefix of its tensors' names in checkpoints.
+    pub(crate) name: &'static str,
+    /// What one of its elements is called in messages.
+    pub(crate) what: &'static str,
+    /// Whether it may be below 0; a file where one is even so is damaged.
+    pub(crate) is_signed: bool,
+}
+
+impl State {
+    /// The name in checkpoints of what belongs to a weight.
+    pub(crate) fn tensor(&self, weight: &str) -> String {
+        format!("{}.{weight}", self.name)
+    }
+}
+
+/// What an optimizer is.
+pub(crate) struct Definition {
+    /// As strings have it.
+    name: &'static str,
+    defaults: Optimizer,
+    /// At most [`MAX_STATES`].
+    states: &'static [State],
+    /// [`Bounds::largest_gradient`].
+    largest_gradient: fn(&Bounds, &OptimizerStep) -> f32,
+    /// [`Bounds::after`].
+    after: fn(&Bounds, &OptimizerStep, f32) -> Bounds,
 }
 
 #[cfg(test)]
@@ -62,26 +168,47 @@ mod tests {
     use super::*;
 
     #[test]
+    fn names_survive_a_round_trip_and_what_is_unknown_is_named() {
+        for kind in OptimizerKind::ALL {
+            assert_eq!(kind.to_string().parse::<OptimizerKind>().unwrap(), kind);
+            let optimizer = Optimizer::new(kind);
+            assert_eq!(optimizer.kind, kind);
+            optimizer.validate().unwrap();
+            assert!(optimizer.states().len() <= MAX_STATES);
+        }
+        for (text, part) in [
+            ("", "expected one of adamw; got \"\""),
+            ("adam", "expected one of adamw; got \"adam\""),
+            ("adamw,moments=int8", "unknown switch \"moments\"; adamw has none"),
+            ("adamw, fast", "unknown switch \"fast\""),
+            ("adamw,", "unknown switch \"\""),
+        ] {
+            let error = text.parse::<OptimizerKind>().unwrap_err().to_string();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+
+    #[test]
     fn what_makes_nan_is_refused_by_name() {
-        let refused = |optimizer: AdamW| match optimizer.validate() {
+        let refused = |optimizer: Optimizer| match optimizer.validate() {
             Err(Error::InvalidArgument { what, .. }) => what,
             other => panic!("{optimizer:?}: {other:?}"),
         };
-        let good = AdamW::default();
+        let good = Optimizer::default();
         // 1e-46 is 0 in f32, and 1 - 1e-9 is 1.
         let too_small = "1e-46".parse().unwrap();
         for epsilon in [0.0, -0.0, too_small, -1e-8, 1.0, f32::NAN, f32::INFINITY] {
-            assert_eq!(refused(AdamW { epsilon, ..good.clone() }), "epsilon");
+            assert_eq!(refused(Optimizer { epsilon, ..good }), "epsilon");
         }
         for beta in [1.0, "0.999999999".parse().unwrap(), -0.1, f32::NAN] {
-            assert_eq!(refused(AdamW { beta1: beta, ..good.clone() }), "beta1");
-            assert_eq!(refused(AdamW { beta2: beta, ..good.clone() }), "beta2");
+            assert_eq!(refused(Optimizer { beta1: beta, ..good }), "beta1");
+            assert_eq!(refused(Optimizer { beta2: beta, ..good }), "beta2");
         }
         for bad in [-0.1, f32::NAN, f32::INFINITY] {
-            assert_eq!(refused(AdamW { weight_decay: bad, ..good.clone() }), "weight_decay");
-            assert_eq!(refused(AdamW { clip: bad, ..good.clone() }), "clip");
+            assert_eq!(refused(Optimizer { weight_decay: bad, ..good }), "weight_decay");
+            assert_eq!(refused(Optimizer { clip: bad, ..good }), "clip");
         }
-        let message = AdamW { epsilon: 0.0, ..good }.validate().unwrap_err().to_string();
+        let message = Optimizer { epsilon: 0.0, ..good }.validate().unwrap_err().to_string();
         assert_eq!(message, "epsilon: expected a number above 0 (1e-8 is usual) to below 1, got 0");
     }
 }

@@ -4,6 +4,7 @@ use super::batch::Batch;
 use crate::backend::{Backend, Precision, Sequences, WorkspaceShape, on_device};
 use crate::gpt::{ActivationGradients, Activations, ModelConfig};
 use crate::model::{Model, table_for};
+use crate::reserve::collect;
 use crate::run::TrainerOptions;
 use crate::{Engine, Result};
 
@@ -14,7 +15,7 @@ pub struct Plan {
     pub weights: u64,
     /// Gradients of the weights.
     pub gradients: u64,
-    /// Moments of AdamW.
+    /// What the optimizer keeps, such as moments.
     pub optimizer: u64,
     /// What the forward pass keeps for the backward pass, and the gradients that flow back.
     pub activations: u64,
@@ -39,7 +40,7 @@ pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> 
     let options = options.resolved(config)?;
     let mut plan = on_device!(engine.backend(), backend => {
         let (backend, mut plan) = (&**backend, Plan::default());
-        Flat::new(backend, &mut Measured::new(backend, None)?, config, &mut plan)?;
+        Flat::new(backend, &mut Measured::new(backend, None)?, config, &options, &mut plan)?;
         // Every further block takes as much as the second.
         let of = |layers| -> Result<[u64; 2]> {
             let (config, mut plan) = (ModelConfig { layers, ..config.clone() }, Plan::default());
@@ -69,11 +70,9 @@ pub(super) struct Buffers<B: Backend> {
 /// What there is for each parameter, and for all of them together.
 pub(super) struct Flat<B: Backend> {
     pub(super) gradients: B::F32,
-    /// First moments.
-    pub(super) m: B::F32,
-    /// Second moments.
-    pub(super) v: B::F32,
-    pub(super) optimizer: B::Optimizer,
+    /// What the optimizer keeps of each element, in the order of its states.
+    pub(super) states: Vec<B::F32>,
+    pub(super) reduction: B::Reduction,
 }
 
 /// An arena that tells what was cut from it since it was last asked.
@@ -100,17 +99,19 @@ impl<B: Backend> Flat<B> {
         backend: &B,
         cut: &mut Measured<'_, B>,
         config: &ModelConfig,
+        options: &TrainerOptions,
         plan: &mut Plan,
     ) -> Result<Self> {
         let table = table_for(backend, config)?;
         let len = table.len();
         let gradients = backend.f32(&mut cut.arena, len);
         plan.gradients = cut.since_last();
-        let m = backend.f32(&mut cut.arena, len);
-        let v = backend.f32(&mut cut.arena, len);
-        let optimizer = backend.optimizer(&mut cut.arena, table.slots().len())?;
+        let (arena, optimizer) = (&mut cut.arena, &options.optimizer);
+        let states = optimizer.states().iter().map(|_| Ok(backend.f32(arena, len)));
+        let states = collect("the states of the optimizer", states)?;
+        let reduction = backend.reduction(arena, table.slots(), optimizer)?;
         plan.optimizer = cut.since_last();
-        Ok(Self { gradients, m, v, optimizer })
+        Ok(Self { gradients, states, reduction })
     }
 }
 
@@ -126,7 +127,7 @@ impl<B: Backend> Buffers<B> {
         let mut cut = Measured::new(backend, bytes)?;
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
         let precision = Precision::of(options.recipe.linear().forward());
-        let flat = Flat::new(backend, &mut cut, config, plan)?;
+        let flat = Flat::new(backend, &mut cut, config, options, plan)?;
         let (arena, kept) = (&mut cut.arena, Some(options.recompute));
         let activations = Activations::new(backend, arena, config, sequences, precision, kept)?;
         let d = ActivationGradients::new(backend, arena, config, sequences, precision);

@@ -3,6 +3,7 @@
 mod batch;
 mod memory;
 
+use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,14 +11,13 @@ use std::time::Instant;
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::backend::{
-    AdamWStep, Backend, Device, Largest, Sequences, StepPlan, StepSums, Trained, on_device,
-};
+use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
 use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place};
 use crate::model::{Model, OnDevice};
-use crate::optim::{AdamW, Bounds, Schedule};
+use crate::optim::{Bounds, Largest, OptimizerStep, Schedule, State, StepSums};
+use crate::reserve::collect;
 use crate::run::{TrainerOptions, TrainerState};
 use crate::signals::file_limit_is_an_error;
 use crate::{Dataset, Engine, Error, Result};
@@ -82,14 +82,14 @@ impl StopHandle {
 /// Writes the T + 1 tokens of (micro-step, row).
 type FillWindow<'a> = dyn FnMut(usize, usize, &mut [u32]) -> Result<()> + 'a;
 
-/// Trains a model: its gradients, its moments, and its place in the run.
+/// Trains a model: its gradients, what its optimizer keeps, and its place in the run.
 pub struct Trainer {
     // NOTE: before the model, whose engine ends its device before what that may still log to.
     run: Device<Run<Cpu>, Run<Cuda>>,
     model: Model,
     state: TrainerState,
     plan: Plan,
-    /// Of the moments; the bound of the weights is with them.
+    /// Of the optimizer's states; the bound of the weights is with them.
     bounds: Bounds,
     stop: StopHandle,
 }
@@ -125,7 +125,8 @@ impl Trainer {
         let model = Model::from_checkpoint(engine, &checkpoint)?;
         let mut trainer = Self::with_state(&model, state)?;
         trainer.bounds = Bounds::UNKNOWN;
-        on_device!(&mut trainer.run, run => run.load_moments(&checkpoint, &model, dir)?);
+        let state = &trainer.state;
+        on_device!(&mut trainer.run, run => run.load_states(&checkpoint, &model, state, dir)?);
         Ok(trainer)
     }
 
@@ -145,9 +146,12 @@ impl Trainer {
         on_device!(&self.run, run => {
             let Run { model, buffers, .. } = run;
             let (tensors, weights) = (self.model.tensors(), model.read()?);
-            let m = model.exported_f32(tensors, &buffers.flat.m);
-            let v = model.exported_f32(tensors, &buffers.flat.v);
-            let part = TrainerPart { state: &self.state, moments: [&m, &v] };
+            let states = &buffers.flat.states;
+            let export = |flat| Ok(model.exported_f32(tensors, flat));
+            let states = collect("the states of the optimizer", states.iter().map(export))?;
+            let states = states.iter().map(|state| Ok(state as &dyn TensorRead));
+            let states = collect("the states of the optimizer", states)?;
+            let part = TrainerPart { state: &self.state, states: &states };
             let weights = model.exported(tensors, &weights);
             let whole = self.model.part(&weights);
             file_limit_is_an_error(|| checkpoint::save(dir, whole, Some(part)))
@@ -242,24 +246,13 @@ impl Trainer {
     /// Forward, backward, clip, update; given up at a stop request if it `stops`.
     fn optimizer_step(&mut self, stops: bool, fill: &mut FillWindow<'_>) -> Result<StepStats> {
         let started = Instant::now();
-        let TrainerOptions { batch_size, sequence_length, accumulation, ref optimizer, .. } =
+        let TrainerOptions { batch_size, sequence_length, accumulation, optimizer, .. } =
             self.state.options;
         let sequences = Sequences { batch: batch_size, length: sequence_length };
         let tokens = (accumulation * sequences.rows()) as u64;
-        let (lr, loss_scale) = (self.next_lr(), 1.0 / tokens as f32);
-        let AdamW { beta1, beta2, epsilon, weight_decay, clip } = *optimizer;
-        let t = self.state.step + 1;
-        let step = AdamWStep {
-            lr,
-            beta1,
-            beta2,
-            epsilon,
-            weight_decay,
-            t,
-            clip,
-            loss_scale,
-            largest_gradient: f32::INFINITY,
-        };
+        let (lr, t, loss_scale) = (self.next_lr(), self.state.step + 1, 1.0 / tokens as f32);
+        let largest_gradient = f32::INFINITY;
+        let step = OptimizerStep { optimizer, lr, t, loss_scale, largest_gradient };
 
         let Self { run, model, state, bounds, stop, .. } = self;
         let mut fill = |micro_step, row, window: &mut [u32]| {
@@ -460,23 +453,30 @@ impl<B: Backend> Run<B> {
         })
     }
 
-    fn load_moments(&mut self, checkpoint: &Checkpoint, model: &Model, dir: &Path) -> Result<()> {
+    fn load_states(
+        &mut self,
+        checkpoint: &Checkpoint,
+        model: &Model,
+        state: &TrainerState,
+        dir: &Path,
+    ) -> Result<()> {
         let Self { model: on, buffers, .. } = self;
+        let states = state.options.optimizer.states();
         let mut ours = on.table.room_for_a_tensor()?;
-        checkpoint.moments(model.tensors(), &mut |moment, index, values| {
-            // Its root would be NaN, and no step done, for a reason that no setting can put right.
+        checkpoint.states(states, model.tensors(), &mut |state, index, values| {
             let least = values.iter().fold(0.0f32, |least, value| least.min(*value));
-            if moment == 1 && least < 0.0 {
+            let State { what, is_signed, .. } = states[state];
+            if !is_signed && least < 0.0 {
                 let name = &model.tensors()[index].name;
                 let message = format!(
-                    "damaged or edited: expected second moments of {name} from 0 on, found {least}; \
-                     restore the folder from a copy"
+                    "damaged or edited: expected {what}s of {name} from 0 on, found {least}; restore \
+                     the folder from a copy"
                 );
                 return Err(Error::format(dir, message));
             }
             on.table.specs()[index].import(values, &mut ours)?;
-            let buffer = if moment == 0 { &mut buffers.flat.m } else { &mut buffers.flat.v };
-            on.backend.write_f32(buffer, on.table.slots()[index].start, &ours)
+            let (flat, slot) = (&mut buffers.flat.states[state], on.table.slots()[index]);
+            on.backend.write_f32(flat, slot.start, &ours)
         })
     }
 
@@ -486,7 +486,7 @@ impl<B: Backend> Run<B> {
         model: &Model,
         state: &TrainerState,
         known: &mut Bounds,
-        step: &AdamWStep,
+        step: &OptimizerStep,
         fill: &mut FillWindow<'_>,
     ) -> Result<StepSums> {
         let Self { model: on, buffers, step_plan } = self;
@@ -498,7 +498,7 @@ impl<B: Backend> Run<B> {
         let total_steps = state.options.schedule.total_steps;
         let mut weights = on.lock()?;
         let Buffers { flat, activations, d, batch, workspace, recordings } = buffers;
-        let Flat { gradients, m, v, optimizer } = flat;
+        let Flat { gradients, states, reduction } = flat;
         for micro_step in 0..accumulation {
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
             recipe.set_step(step_plan, micro_step, state.schedule_step(), total_steps);
@@ -514,7 +514,7 @@ impl<B: Backend> Run<B> {
                     let scale = step.loss_scale;
                     pass.loss_and_backward(activations, d, gradients, targets, scale, place);
                     let (losses, rows) = (&activations.losses, sequences.rows());
-                    backend.add_losses(optimizer, losses, rows, plan.accumulate);
+                    backend.add_losses(reduction, losses, rows, plan.accumulate);
                 });
                 pass.embedding_backward(d, gradients, tokens);
             });
@@ -523,11 +523,11 @@ impl<B: Backend> Run<B> {
         // Whatever goes wrong: nothing is known then.
         (weights.largest, *known) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
         let mut trained =
-            Trained { slots: table.slots(), weights: &mut weights.all, m, v, gradients };
+            Trained { slots: table.slots(), weights: &mut weights.all, states, gradients };
         let (sums, bounds) = backend.scope(|| {
-            let within = AdamWStep { largest_gradient: bounds.largest_gradient(step), ..*step };
-            backend.reduce(workspace, optimizer, &mut trained, &within);
-            let sums = backend.update(optimizer, &mut trained, &within)?;
+            let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
+            backend.reduce(workspace, reduction, &mut trained, &within);
+            let sums = backend.update(reduction, &mut trained, &within)?;
             if sums.gradient_scale(&within).is_some() {
                 return Ok((sums, bounds.after(step, sums.clipped_norm(step))));
             }
@@ -536,7 +536,7 @@ impl<B: Backend> Run<B> {
             }
             // The bounds cannot vouch for the update, so it is tried first.
             let (mut found, mut tensors) = (Ok(Largest::default()), model.tensors().iter());
-            backend.try_update(optimizer, &mut trained, step, &sums, &mut |of_one| {
+            backend.try_update(reduction, &mut trained, step, &sums, &mut |of_one| {
                 let tensor = tensors.next();
                 if let (Ok(largest), Some(tensor)) = (&mut found, tensor) {
                     match not_finite(&of_one, &tensor.name, step, &sums) {
@@ -547,8 +547,8 @@ impl<B: Backend> Run<B> {
             })?;
             let found = found?;
             let StepSums { raised_blocks, .. } = sums;
-            backend.reduce(workspace, optimizer, &mut trained, step);
-            let sums = backend.update(optimizer, &mut trained, step)?;
+            backend.reduce(workspace, reduction, &mut trained, step);
+            let sums = backend.update(reduction, &mut trained, step)?;
             Ok((StepSums { raised_blocks, ..sums }, found.into()))
         })?;
         (weights.largest, *known) = (bounds.weight, bounds);
@@ -573,13 +573,13 @@ impl<B: Backend> Run<B> {
             let mut pass = Pass { backend, config, table, weights, workspace, sequences, plan };
             pass.forward(activations, &batch.tokens);
             pass.loss(activations, &batch.targets);
-            backend.sum_losses(&mut flat.optimizer, &activations.losses, sequences.rows())
+            backend.sum_losses(&mut flat.reduction, &activations.losses, sequences.rows())
         })
     }
 }
 
-impl std::fmt::Debug for Trainer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Trainer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Trainer")
             .field("model", &self.model)
             .field("state", &self.state)
@@ -588,16 +588,27 @@ impl std::fmt::Debug for Trainer {
 }
 
 /// Why an update must not be made that would leave these magnitudes of a parameter.
-fn not_finite(of_one: &Largest, name: &str, step: &AdamWStep, sums: &StepSums) -> Option<Error> {
-    let AdamWStep { t, lr, epsilon, .. } = step;
+fn not_finite(
+    of_one: &Largest,
+    name: &str,
+    step: &OptimizerStep,
+    sums: &StepSums,
+) -> Option<Error> {
+    let OptimizerStep { t, lr, optimizer, .. } = step;
+    let error = |remedy: fmt::Arguments<'_>, what: &str, value| {
+        let what = format!("step {t} is not done ({remedy}): after it a {what} of {name}");
+        Some(Error::NotFinite { what, value })
+    };
+    if !of_one.weight.is_finite() {
+        let epsilon = optimizer.epsilon;
+        let remedy =
+            format_args!("lower the learning rate of {lr:?} or raise epsilon, {epsilon:?}");
+        return error(remedy, "weight", of_one.weight);
+    }
+    let mut states = optimizer.states().iter().zip(of_one.states);
+    let (state, value) = states.find(|(_, value)| !value.is_finite())?;
     let (_, norm) = sums.loss_and_norm(step);
-    let lower = format_args!("lower the learning rate of {lr:?} or raise epsilon, {epsilon:?}");
-    let clip = format_args!("clip gradients, whose norm is {norm:?}");
-    let [weight, m, v] = ["a weight", "a first moment", "a second moment"];
-    let all = [(of_one.weight, weight, lower), (of_one.m, m, clip), (of_one.v, v, clip)];
-    let (value, what, remedy) = all.into_iter().find(|(value, ..)| !value.is_finite())?;
-    let what = format!("step {t} is not done ({remedy}): after it {what} of {name}");
-    Some(Error::NotFinite { what, value })
+    error(format_args!("clip gradients, whose norm is {norm:?}"), state.what, value)
 }
 
 #[cfg(test)]
@@ -677,7 +688,7 @@ mod tests {
             moments[100] = value;
             let Device::Cpu(run) = &mut trainer.run else { panic!("made on the CPU") };
             let wpe = run.model.table.slots()[1].range();
-            run.buffers.flat.v[wpe].copy_from_slice(&moments);
+            run.buffers.flat.states[1][wpe].copy_from_slice(&moments);
             trainer.save(folder.path()).unwrap();
             let loaded = Trainer::load(&engine, folder.path());
             assert_eq!(loaded.is_ok(), is_loaded, "{value}");
@@ -728,6 +739,6 @@ mod tests {
         assert_eq!(loaded.bounds, Bounds::UNKNOWN);
         loaded.step(&data).unwrap();
         assert_eq!(loaded.bounds.weight, weights(&loaded));
-        assert!(loaded.bounds.m < 1.0 && loaded.bounds.v < 1.0);
+        assert!(loaded.bounds.states.iter().all(|bound| *bound < 1.0));
     }
 }

@@ -170,6 +170,15 @@ int main(int argc, char **argv) {
   options.recompute = "everything";
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "pointwise", mxt_trainer_new(model, &options, &no_trainer));
   options.recompute = "block";
+  options.optimizer = "adam";
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "optimizer: expected one of adamw",
+        mxt_trainer_new(model, &options, &no_trainer));
+  options.optimizer = "adamw,fast=1";
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "unknown switch \"fast\"",
+        mxt_trainer_new(model, &options, &no_trainer));
+  options.optimizer = "\xf0\x28";
+  FAILS(MXT_ERROR_UTF8, "optimizer", mxt_trainer_new(model, &options, &no_trainer));
+  options.optimizer = NULL;
   options.recipe = "\xf0\x28";
   FAILS(MXT_ERROR_UTF8, "recipe", mxt_trainer_new(model, &options, &no_trainer));
   options = small_options();

@@ -518,9 +518,9 @@ struct mxt_trainer_options
     # "mxfp4-rht-sr" or "fp8-mxfp4-rht-sr", which may be followed by switches such as ",g=128".
     # NULL (default) is "mxfp4-rht-sr". Borrowed for the call.
     recipe::Cstring
-    # AdamW's decay of the first moment. Default 0.9.
+    # Decay of the first moment. Default 0.9.
     beta1::Cfloat
-    # AdamW's decay of the second moment. Default 0.95.
+    # Decay of the second moment. Default 0.95.
     beta2::Cfloat
     # Added to the square root of the second moment; above 0. Default 1e-8.
     epsilon::Cfloat
@@ -548,6 +548,8 @@ struct mxt_trainer_options
     # "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
     # depend on it. Borrowed for the call.
     recompute::Cstring
+    # What moves the weights: "adamw" (the default, and what NULL is). Borrowed for the call.
+    optimizer::Cstring
 end
 
 """
@@ -604,7 +606,7 @@ struct mxt_memory_plan
     weights::UInt64
     # Gradients.
     gradients::UInt64
-    # Moments of AdamW.
+    # What the optimizer keeps, such as moments.
     optimizer::UInt64
     # What the forward pass keeps for the backward pass, and the gradients that flow back.
     activations::UInt64
@@ -1504,7 +1506,7 @@ end
     mxt_trainer_get_options(trainer, options)
 
 Stores the options that the trainer was made from, or loaded with, and the schedule last set, in
-`*options` (struct_size set by the caller). The recipe's name is valid as long as the trainer.
+`*options` (struct_size set by the caller). Its texts are valid as long as the trainer.
 
 Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 """

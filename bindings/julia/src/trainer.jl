@@ -1,16 +1,17 @@
 # A model in training, step by step.
 
 """
-    Trainer(model; recipe = nothing, recompute = nothing, schedule = :constant, batch_size = 8,
-            sequence_length = 0, accumulation = 1, lr = 3e-4, min_lr = 0, warmup_steps = 0, total_steps = 0,
-            decay_steps = 0, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1, clip = 1)
+    Trainer(model; recipe = nothing, recompute = nothing, optimizer = nothing, schedule = :constant,
+            batch_size = 8, sequence_length = 0, accumulation = 1, lr = 3e-4, min_lr = 0, warmup_steps = 0,
+            total_steps = 0, decay_steps = 0, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1,
+            clip = 1)
 
 A trainer at step 0 that changes the weights of `model`. All memory of training is allocated here.
 
 `recipe` says which number formats the linear layers use: `"fp32"`, `"bf16"`, `"mxfp4-rht-sr"` (what
 `nothing` is) and others that the C header lists. `schedule` is `:constant`, `:cosine`, `:linear` or
 `:trapezoid`. `recompute` says what the backward pass computes again to save memory: `"nothing"`,
-`"pointwise"` or `"block"`.
+`"pointwise"` or `"block"`. `optimizer` says what moves the weights: `"adamw"` (what `nothing` is).
 """
 mutable struct Trainer <: Handle
     handle::Ptr{Lib.mxt_trainer}
@@ -198,20 +199,21 @@ What the trainer was made from, as a named tuple.
 """
 function options(trainer::Trainer)
     filled_in = sized(Lib.mxt_trainer_options)
-    texts = Ref(("", ""))
+    texts = Ref(("", "", ""))
     call(trainer) do
         status = Lib.mxt_trainer_get_options(trainer, filled_in)
         if status == Lib.MXT_OK
             # The texts are valid as long as the trainer, so they are copied while that is held.
             how = filled_in[]
-            texts[] = (unsafe_string(how.recipe), unsafe_string(how.recompute))
+            texts[] = map(unsafe_string, (how.recipe, how.recompute, how.optimizer))
         end
         return status
     end
     how = filled_in[]
-    recipe, recompute = texts[]
+    recipe, recompute, optimizer = texts[]
     schedule = SCHEDULES[how.schedule + 1]
-    return merge(named(how), (recipe = recipe, recompute = recompute, schedule = schedule))
+    managed = (recipe = recipe, recompute = recompute, optimizer = optimizer, schedule = schedule)
+    return merge(named(how), managed)
 end
 
 # A run whose trainer is closed stops before its next step.
@@ -233,6 +235,7 @@ function with_trainer_options(
     use;
     recipe::Union{Nothing,AbstractString} = nothing,
     recompute::Union{Nothing,AbstractString} = nothing,
+    optimizer::Union{Nothing,AbstractString} = nothing,
     schedule = :constant,
     fields...,
 )
@@ -241,8 +244,14 @@ function with_trainer_options(
         throw(ArgumentError("schedule: expected one of $SCHEDULES, got $(repr(schedule))"))
     end
     text, again = text_or_nothing("recipe", recipe), text_or_nothing("recompute", recompute)
-    GC.@preserve text again begin
-        managed = (recipe = c_string(text), recompute = c_string(again), schedule = number - 1)
+    mover = text_or_nothing("optimizer", optimizer)
+    GC.@preserve text again mover begin
+        managed = (
+            recipe = c_string(text),
+            recompute = c_string(again),
+            optimizer = c_string(mover),
+            schedule = number - 1,
+        )
         how = filled(Lib.mxt_trainer_options, Lib.mxt_trainer_options_init, fields, managed)
         return use(Ref(how))
     end

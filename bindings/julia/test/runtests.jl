@@ -308,6 +308,7 @@ end
     @test made_from.recipe == "mxfp4-rht-sr" && made_from.schedule === :constant
     switched = Trainer(new_model(); batch_size = 2, recipe = "mxfp4-rht,range=3/4")
     @test isfinite(step!(switched, tokens).loss) && options(switched).recipe == "mxfp4-rht,range=3/4"
+    @test made_from.optimizer == "adamw"
     mktempdir() do folder
         save(trainer, folder)
         resumed = load(Trainer, new_engine(), folder)

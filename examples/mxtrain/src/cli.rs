@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
-use mxfp4train::{Activation, DatasetOptions, Recipe, Recompute, ScheduleKind};
+use mxfp4train::{Activation, DatasetOptions, OptimizerKind, Recipe, Recompute, ScheduleKind};
 
 use crate::compare::CompareArgs;
 use crate::prepare::Format;
@@ -338,7 +338,7 @@ pub(crate) struct RecipeArgs {
     pub(crate) recipe: Recipe,
 }
 
-/// AdamW and its learning rate.
+/// What moves the weights, and its learning rate.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Optimizer")]
 pub(crate) struct OptimizerArgs {
@@ -367,15 +367,19 @@ pub(crate) struct OptimizerArgs {
     #[arg(long, value_name = "STEPS")]
     pub(crate) decay_steps: Option<u64>,
 
-    /// Weight decay of AdamW, for tensors of two or more dimensions
+    /// What moves the weights: adamw
+    #[arg(long, value_name = "NAME", default_value_t)]
+    pub(crate) optimizer: OptimizerKind,
+
+    /// Weight decay, for tensors of two or more dimensions
     #[arg(long, value_name = "X", default_value_t = 0.1)]
     pub(crate) weight_decay: f32,
 
-    /// Decay of AdamW's first moment
+    /// Decay of the first moment
     #[arg(long, value_name = "X", default_value_t = 0.9)]
     pub(crate) beta1: f32,
 
-    /// Decay of AdamW's second moment
+    /// Decay of the second moment
     #[arg(long, value_name = "X", default_value_t = 0.95)]
     pub(crate) beta2: f32,
 

@@ -142,6 +142,14 @@ impl Config {
 struct Training {
     step: u64,
     recipe: String,
+    optimizer: Kind,
+}
+
+/// Not written of AdamW.
+#[derive(Serialize, Deserialize)]
+struct Kind {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -240,9 +248,12 @@ impl Checkpoint {
             HumanCount(self.parameters),
         );
         if let Some(training) = &self.training {
-            let Training { step, recipe } = training;
-            let recipe = console::plain(recipe);
-            text.push_str(&format!("training    step {step}, recipe {recipe}\n"));
+            let Training { step, recipe, optimizer } = training;
+            let optimizer = optimizer.kind.as_deref().unwrap_or("adamw");
+            let [recipe, optimizer] = [recipe, optimizer].map(console::plain);
+            text.push_str(&format!(
+                "training    step {step}, recipe {recipe}, optimizer {optimizer}\n"
+            ));
         }
         if let Some(tokenizer) = self.tokenizer {
             text.push_str(&format!("tokenizer   {tokenizer}\n"));

@@ -29,11 +29,10 @@ pub use workspace::Workspace;
 use rayon::prelude::*;
 
 use super::{
-    Activation, AdamWStep, Attend, AttentionBackward, AttentionShape, Backend, Classifier, Embed,
-    EmbeddingGradients, EmbeddingShape, Epilogue, Head, HeadShape, Largest, Linear, LinearBackward,
+    Activation, Attend, AttentionBackward, AttentionShape, Backend, Classifier, Embed,
+    EmbeddingGradients, EmbeddingShape, Epilogue, Head, HeadShape, Linear, LinearBackward,
     LinearForward, LinearShape, Memory, Norm, NormBackward, NormParams, NormShape, NormStatistics,
-    Optimize, OutputGradient, Precision, ResidualSum, Slot, StepPlan, StepSums, Trained,
-    WorkspaceShape,
+    OutputGradient, Precision, ResidualSum, Slot, StepPlan, WorkspaceShape,
 };
 use crate::Result;
 use crate::mx::{self, Draw, LinearRecipe, Random};
@@ -388,119 +387,4 @@ impl Head for Cpu {
         let x = &x[row * channels..][..channels];
         classifier::logits(self, &mut logits[..vocab_size], x, w, precision);
     }
-}
-
-/// What steps keep besides the states.
-#[derive(Default)]
-pub struct Optimizer {
-    losses: f64,
-    squares: f64,
-}
-
-impl Optimizer {
-    fn sums(&self) -> StepSums {
-        StepSums { losses: self.losses, squares: self.squares, raised_blocks: 0 }
-    }
-}
-
-impl Optimize for Cpu {
-    type Optimizer = Optimizer;
-
-    fn optimizer(&self, _: &mut Arena, _: usize) -> Result<Optimizer> {
-        Ok(Optimizer::default())
-    }
-
-    fn add_losses(
-        &self,
-        optimizer: &mut Optimizer,
-        losses: &Buffer<f32>,
-        rows: usize,
-        accumulate: bool,
-    ) {
-        let before = if accumulate { optimizer.losses } else { 0.0 };
-        optimizer.losses = before + sum_of(&losses[..rows]);
-    }
-
-    fn reduce(
-        &self,
-        _workspace: &mut Workspace,
-        optimizer: &mut Optimizer,
-        trained: &mut Trained<'_, Self>,
-        _step: &AdamWStep,
-    ) {
-        let gradient = |slot: &Slot| &trained.gradients[slot.range()];
-        let squares =
-            || trained.slots.iter().map(|slot| adamw::sum_of_squares(self, gradient(slot))).sum();
-        optimizer.squares = self.install(squares);
-    }
-
-    fn update(
-        &self,
-        optimizer: &mut Optimizer,
-        trained: &mut Trained<'_, Self>,
-        step: &AdamWStep,
-    ) -> Result<StepSums> {
-        let sums = optimizer.sums();
-        if let Some(gradient_scale) = sums.gradient_scale(step) {
-            let Trained { slots, weights, m, v, gradients } = trained;
-            self.install(|| {
-                for slot in *slots {
-                    let range = slot.range();
-                    let all = adamw::Elements {
-                        param: &mut weights[range.clone()],
-                        m: &mut m[range.clone()],
-                        v: &mut v[range.clone()],
-                        gradient: &gradients[range],
-                    };
-                    adamw::update(
-                        self,
-                        all,
-                        &adamw::for_parameter(step, slot.decays),
-                        gradient_scale,
-                    );
-                }
-            });
-        }
-        Ok(sums)
-    }
-
-    fn try_update(
-        &self,
-        _: &mut Optimizer,
-        trained: &mut Trained<'_, Self>,
-        step: &AdamWStep,
-        sums: &StepSums,
-        largest: &mut (dyn FnMut(Largest) + Send),
-    ) -> Result<()> {
-        if let Some(gradient_scale) = sums.gradient_scale(step) {
-            let Trained { slots, weights, m, v, gradients } = trained;
-            self.install(|| {
-                for slot in *slots {
-                    let range = slot.range();
-                    let all = adamw::Elements {
-                        param: &weights[range.clone()],
-                        m: &m[range.clone()],
-                        v: &v[range.clone()],
-                        gradient: &gradients[range],
-                    };
-                    largest(adamw::try_update(
-                        self,
-                        all,
-                        &adamw::for_parameter(step, slot.decays),
-                        gradient_scale,
-                    ));
-                }
-            });
-        }
-        Ok(())
-    }
-
-    fn sum_losses(&self, _: &mut Optimizer, losses: &Buffer<f32>, rows: usize) -> Result<f64> {
-        Ok(sum_of(&losses[..rows]))
-    }
-}
-
-/// The sum of losses, in order.
-fn sum_of(losses: &[f32]) -> f64 {
-    losses.iter().map(|loss| f64::from(*loss)).sum()
 }

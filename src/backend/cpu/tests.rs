@@ -1,6 +1,7 @@
 //! Every operation against its scalar twin, on every instruction set of this processor, at sizes
 //! that nothing divides; and independence of the number of threads.
 
+use super::adamw::Reduction;
 use super::gemm::{
     Conversion, Matrix, Output, Packing, Role, Rotation, pack, pack_in, unpack_mxfp4, unpack_tiles,
 };
@@ -8,7 +9,9 @@ use super::*;
 use std::sync::LazyLock;
 
 use crate::backend::test_calls::alone;
-use crate::backend::{Activation, ClassifierGradient, Sequences, Trained, reference};
+use crate::backend::{
+    Activation, ClassifierGradient, Optimize, OptimizerStep, Sequences, Trained, reference,
+};
 use crate::mx::{
     self, BLOCK, Draw, Element, Gemm, GemmId, Mxfp4Matrix, Operand, OperandId, OperandSource,
     Purpose, Range, Rounding, Source, decode_e2m1, decode_e8m0, uniform,
@@ -657,28 +660,24 @@ fn optimizer_steps() {
     let n = 40_003; // several jobs and a rest
     let (mut g, p0) = (random(n, 1), random(n, 2));
     let norm = f64s(&g).iter().map(|v| v * v).sum::<f64>().sqrt();
-    let step = AdamWStep {
+    let step = OptimizerStep {
+        optimizer: crate::Optimizer { clip: (0.5 * norm) as f32, ..Default::default() },
         lr: 0.01,
-        beta1: 0.9,
-        beta2: 0.95,
-        epsilon: 1e-8,
-        weight_decay: 0.1,
         t: 3,
-        clip: (0.5 * norm) as f32,
         loss_scale: 0.25,
         largest_gradient: f32::INFINITY,
     };
     each_isa(|cpu| {
-        let (mut p, mut m, mut v) =
-            (buffer(n, |i| p0[i]), random(n, 3), buffer(n, |i| i as f32 * 1e-5));
-        let (m0, v0) = (f64s(&m), f64s(&v));
-        let mut optimizer = Optimizer::default();
+        let mut p = buffer(n, |i| p0[i]);
+        let mut states = [random(n, 3), buffer(n, |i| i as f32 * 1e-5)];
+        let [m0, v0] = [f64s(&states[0]), f64s(&states[1])];
+        let mut optimizer = Reduction::default();
         let shape = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8);
         let mut scratch = workspace(&cpu, &shape);
         cpu.add_losses(&mut optimizer, &buffer(3, |i| i as f32 + 0.5), 3, true);
         let sums = {
-            let (weights, m, v, gradients) = (&mut p, &mut m, &mut v, &mut g);
-            let mut all = Trained { slots: &[alone(n)], weights, m, v, gradients };
+            let (weights, states, gradients) = (&mut p, &mut states, &mut g);
+            let mut all = Trained { slots: &[alone(n)], weights, states, gradients };
             cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step)
         };
         let (loss, found) = sums.loss_and_norm(&step);
@@ -695,8 +694,8 @@ fn optimizer_steps() {
         // Without a finite loss nothing moves.
         let before = p.to_vec();
         cpu.add_losses(&mut optimizer, &buffer(1, |_| f32::NAN), 1, false);
-        let (weights, m, v, gradients) = (&mut p, &mut m, &mut v, &mut g);
-        let mut all = Trained { slots: &[alone(n)], weights, m, v, gradients };
+        let (weights, states, gradients) = (&mut p, &mut states, &mut g);
+        let mut all = Trained { slots: &[alone(n)], weights, states, gradients };
         cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step);
         assert_eq!(p[..], before[..]);
     });
@@ -707,20 +706,16 @@ fn optimizer_steps() {
 #[test]
 fn a_tried_update_is_the_update() {
     let n = 40_003;
-    let step = AdamWStep {
+    let step = OptimizerStep {
+        optimizer: crate::Optimizer { clip: 0.0, ..Default::default() },
         lr: 0.01,
-        beta1: 0.9,
-        beta2: 0.95,
-        epsilon: 1e-8,
-        weight_decay: 0.1,
         t: 3,
-        clip: 0.0,
         loss_scale: 1.0,
         largest_gradient: f32::INFINITY,
     };
-    let fast = AdamWStep { lr: 3e38, ..step };
+    let fast = OptimizerStep { lr: 3e38, ..step };
     // Extreme values at a place that no vector and no job begins with.
-    let cases: [(&str, AdamWStep, [f32; 4], [bool; 3]); 6] = [
+    let cases: [(&str, OptimizerStep, [f32; 4], [bool; 3]); 6] = [
         ("ordinary", step, [1.0, 1.0, 1.0, 1.0], [true; 3]),
         ("a large weight", step, [3e38, 1.0, 1.0, 1.0], [true; 3]),
         ("a large moment", step, [1.0, 3e37, 1.0, 1.0], [true; 3]),
@@ -735,40 +730,40 @@ fn a_tried_update_is_the_update() {
                 x[33_333] = extreme;
                 x
             };
-            let (mut p, mut m) = (with(random(n, 2), p1), with(random(n, 3), m1));
-            let mut v = with(buffer(n, |i| i as f32 * 1e-5), v1);
+            let mut p = with(random(n, 2), p1);
+            let v = with(buffer(n, |i| i as f32 * 1e-5), v1);
+            let mut states = [with(random(n, 3), m1), v];
             let mut gradient = with(random(n, 1), g1);
-            let before = [p.to_vec(), m.to_vec(), v.to_vec()];
+            let before = [p.to_vec(), states[0].to_vec(), states[1].to_vec()];
             let mut scratch = workspace(&cpu, &shape);
-            let (mut optimizer, mut tried) = (Optimizer::default(), Vec::new());
+            let (mut optimizer, mut tried) = (Reduction::default(), Vec::new());
             let mut all = Trained {
                 slots: &[alone(n)],
                 weights: &mut p,
-                m: &mut m,
-                v: &mut v,
+                states: &mut states,
                 gradients: &mut gradient,
             };
-            let within = AdamWStep { largest_gradient: 1.0, ..step };
+            let within = OptimizerStep { largest_gradient: 1.0, ..step };
             let sums = cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &within);
             assert_eq!(sums.gradient_scale(&within), None, "{what}");
             cpu.try_update(&mut optimizer, &mut all, &step, &sums, &mut |largest| {
                 tried.push(largest);
             })
             .unwrap();
-            assert_eq!([p.to_vec(), m.to_vec(), v.to_vec()], before, "{what}");
+            assert_eq!([p.to_vec(), states[0].to_vec(), states[1].to_vec()], before, "{what}");
 
             let mut all = Trained {
                 slots: &[alone(n)],
                 weights: &mut p,
-                m: &mut m,
-                v: &mut v,
+                states: &mut states,
                 gradients: &mut gradient,
             };
             cpu.finish_step(&mut scratch, &mut optimizer, &mut all, &step);
             let most = |x: &[f32]| x.iter().map(|x| x.abs().to_bits()).max().unwrap();
             let [found] = tried[..] else { panic!("{tried:?}") };
-            let found = [found.weight, found.m, found.v];
-            assert_eq!(found.map(f32::to_bits), [most(&p), most(&m), most(&v)], "{what}");
+            let found = [found.weight, found.states[0], found.states[1]];
+            let left = [most(&p), most(&states[0]), most(&states[1])];
+            assert_eq!(found.map(f32::to_bits), left, "{what}");
             assert_eq!(found.map(f32::is_finite), finite, "{what}");
         }
     });

@@ -11,7 +11,8 @@ use super::gpu::launch;
 use super::memory::{Arena, F32, Param, Piece, Upload};
 use super::{Cuda, Workspace};
 use crate::Result;
-use crate::backend::{AdamWStep, Largest, StepSums, Trained};
+use crate::backend::{Optimize, Slot, Trained};
+use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums, adamw};
 
 /// Elements of a piece of work, as in the kernels.
 const PIECE: usize = 4096;
@@ -51,24 +52,27 @@ pub(super) struct Step {
 }
 
 impl Step {
-    pub(super) fn new(step: &AdamWStep) -> Self {
+    pub(super) fn new(step: &OptimizerStep) -> Self {
+        let OptimizerStep { optimizer, lr, loss_scale, largest_gradient, .. } = *step;
+        let Optimizer { beta1, beta2, epsilon, weight_decay, clip, .. } = optimizer;
+        let (size, root) = (adamw::size(step), adamw::root(step));
         Self {
-            lr: step.lr,
-            beta1: step.beta1,
-            beta2: step.beta2,
-            epsilon: step.epsilon,
-            weight_decay: step.weight_decay,
-            size: step.size(),
-            root: step.root(),
-            clip: step.clip,
-            loss_scale: step.loss_scale,
-            largest_gradient: step.largest_gradient,
+            lr,
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            size,
+            root,
+            clip,
+            loss_scale,
+            largest_gradient,
         }
     }
 }
 
-/// What the steps of a trainer need besides the moments.
-pub(crate) struct Optimizer {
+/// What a reduction leaves, and where it finds all parameters.
+pub(crate) struct Reduction {
     /// One [`Entry`] a parameter.
     table: Piece,
     upload: Upload,
@@ -88,7 +92,7 @@ pub(crate) struct Optimizer {
     found: Vec<u32>,
 }
 
-impl Optimizer {
+impl Reduction {
     pub(super) fn new(arena: &mut Arena, parameters: usize) -> Result<Self> {
         let bytes = parameters * size_of::<Entry>();
         let what = "a table of the parameters";
@@ -110,7 +114,8 @@ impl Optimizer {
     /// Uploads the table, if it changed since the last step.
     fn update_table(&mut self, trained: &Trained<'_, Cuda>) {
         self.wanted.clear();
-        let Trained { slots, weights, m, v, gradients } = trained;
+        let Trained { slots, weights, states, gradients } = trained;
+        let [m, v] = &**states else { panic!("AdamW keeps two states") };
         let mut pieces = 0;
         for slot in *slots {
             let param = weights.param(*slot);
@@ -145,84 +150,82 @@ impl Optimizer {
     }
 }
 
-pub(super) fn add_losses(
-    cuda: &Cuda,
-    optimizer: &Optimizer,
-    losses: &F32,
-    rows: usize,
-    accumulate: bool,
-) {
-    launch!(cuda.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-        optimizer.sum(0), losses.address(), rows as u32, u32::from(accumulate));
-}
+impl Optimize for Cuda {
+    type Reduction = Reduction;
 
-pub(super) fn reduce(
-    cuda: &Cuda,
-    workspace: &Workspace,
-    optimizer: &mut Optimizer,
-    trained: &Trained<'_, Cuda>,
-    step: &AdamWStep,
-) {
-    optimizer.update_table(trained);
-    let (table, entries) = (optimizer.table.address, optimizer.entries.len() as u32);
-    let (partials, sums) = (optimizer.partials.address, optimizer.sum(0));
-    launch!(cuda.gpu, "square_gradients", [PARTS, 1, 1], BLOCK, 0;
-        partials, table, entries, optimizer.pieces);
-    launch!(cuda.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
-        sums, workspace.raised.address, partials, PARTS as u32, table, entries, Step::new(step));
-}
-
-pub(super) fn update(
-    cuda: &Cuda,
-    optimizer: &mut Optimizer,
-    trained: &Trained<'_, Cuda>,
-    step: &AdamWStep,
-) -> Result<StepSums> {
-    optimizer.update_table(trained);
-    let (table, entries) = (optimizer.table.address, optimizer.entries.len() as u32);
-    let sums = optimizer.sum(0);
-    launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
-        table, entries, optimizer.pieces, sums, 0u64, Step::new(step));
-    let mut found = [0.0; 3];
-    read(cuda, &mut found, sums)?;
-    let [losses, squares, raised] = found;
-    Ok(StepSums { losses, squares, raised_blocks: raised as u64 })
-}
-
-/// What the last [`update`] would leave.
-pub(super) fn try_update(
-    cuda: &Cuda,
-    optimizer: &mut Optimizer,
-    trained: &Trained<'_, Cuda>,
-    step: &AdamWStep,
-    largest: &mut (dyn FnMut(Largest) + Send),
-) -> Result<()> {
-    optimizer.update_table(trained);
-    let (table, entries) = (optimizer.table.address, optimizer.entries.len());
-    let trial = optimizer.trial.address;
-    cuda.clear(trial, 3 * 4 * entries);
-    launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
-        table, entries as u32, optimizer.pieces, optimizer.sum(0), trial, Step::new(step));
-    let found = &mut optimizer.found[..3 * entries];
-    read(cuda, found, trial)?;
-    for bits in found.as_chunks::<3>().0 {
-        let [weight, m, v] = bits.map(f32::from_bits);
-        largest(Largest { weight, m, v });
+    fn reduction(&self, arena: &mut Arena, slots: &[Slot], _: &Optimizer) -> Result<Reduction> {
+        Reduction::new(arena, slots.len())
     }
-    Ok(())
-}
 
-pub(super) fn sum_losses(
-    cuda: &Cuda,
-    optimizer: &Optimizer,
-    losses: &F32,
-    rows: usize,
-) -> Result<f64> {
-    launch!(cuda.gpu, "sum_losses", [1, 1, 1], 1024, 0;
-        optimizer.sum(3), losses.address(), rows as u32, 0u32);
-    let mut sum = [0.0];
-    read(cuda, &mut sum, optimizer.sum(3))?;
-    Ok(sum[0])
+    fn add_losses(&self, reduction: &mut Reduction, losses: &F32, rows: usize, accumulate: bool) {
+        launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
+            reduction.sum(0), losses.address(), rows as u32, u32::from(accumulate));
+    }
+
+    fn reduce(
+        &self,
+        workspace: &mut Workspace,
+        reduction: &mut Reduction,
+        trained: &mut Trained<'_, Self>,
+        step: &OptimizerStep,
+    ) {
+        reduction.update_table(trained);
+        let (table, entries) = (reduction.table.address, reduction.entries.len() as u32);
+        let (partials, sums) = (reduction.partials.address, reduction.sum(0));
+        launch!(self.gpu, "square_gradients", [PARTS, 1, 1], BLOCK, 0;
+            partials, table, entries, reduction.pieces);
+        launch!(self.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
+            sums, workspace.raised.address, partials, PARTS as u32, table, entries,
+            Step::new(step));
+    }
+
+    fn update(
+        &self,
+        reduction: &mut Reduction,
+        trained: &mut Trained<'_, Self>,
+        step: &OptimizerStep,
+    ) -> Result<StepSums> {
+        reduction.update_table(trained);
+        let (table, entries) = (reduction.table.address, reduction.entries.len() as u32);
+        let sums = reduction.sum(0);
+        launch!(self.gpu, "adamw", reduction.grid(self), BLOCK, 0;
+            table, entries, reduction.pieces, sums, 0u64, Step::new(step));
+        let mut found = [0.0; 3];
+        read(self, &mut found, sums)?;
+        let [losses, squares, raised] = found;
+        Ok(StepSums { losses, squares, raised_blocks: raised as u64 })
+    }
+
+    fn try_update(
+        &self,
+        reduction: &mut Reduction,
+        trained: &mut Trained<'_, Self>,
+        step: &OptimizerStep,
+        _sums: &StepSums,
+        largest: &mut (dyn FnMut(Largest) + Send),
+    ) -> Result<()> {
+        reduction.update_table(trained);
+        let (table, entries) = (reduction.table.address, reduction.entries.len());
+        let trial = reduction.trial.address;
+        self.clear(trial, 3 * 4 * entries);
+        launch!(self.gpu, "adamw", reduction.grid(self), BLOCK, 0;
+            table, entries as u32, reduction.pieces, reduction.sum(0), trial, Step::new(step));
+        let found = &mut reduction.found[..3 * entries];
+        read(self, found, trial)?;
+        for bits in found.as_chunks::<3>().0 {
+            let [weight, m, v] = bits.map(f32::from_bits);
+            largest(Largest { weight, states: [m, v] });
+        }
+        Ok(())
+    }
+
+    fn sum_losses(&self, reduction: &mut Reduction, losses: &F32, rows: usize) -> Result<f64> {
+        launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
+            reduction.sum(3), losses.address(), rows as u32, 0u32);
+        let mut sum = [0.0];
+        read(self, &mut sum, reduction.sum(3))?;
+        Ok(sum[0])
+    }
 }
 
 /// Makes the bf16 copy of a parameter that was written.

@@ -34,17 +34,16 @@ use std::sync::Arc;
 use bytemuck::Pod;
 use cudarc::driver::sys;
 
-pub(crate) use adamw::Optimizer;
 pub(crate) use embedding::Tokens;
 pub(crate) use graph::Recordings;
 pub(crate) use memory::{Arena, F32, Gradient, Param, Tensor, Weights};
 pub(crate) use workspace::Workspace;
 
 use super::{
-    Activation, AdamWStep, Attend, AttentionBackward, AttentionShape, Backend, Classifier, Embed,
-    EmbeddingGradients, EmbeddingShape, Epilogue, Head, HeadShape, Largest, Linear, LinearBackward,
+    Activation, Attend, AttentionBackward, AttentionShape, Backend, Classifier, Embed,
+    EmbeddingGradients, EmbeddingShape, Epilogue, Head, HeadShape, Linear, LinearBackward,
     LinearForward, LinearShape, Memory, Norm, NormBackward, NormParams, NormShape, NormStatistics,
-    Optimize, Precision, ResidualSum, Slot, StepPlan, StepSums, Trained, WorkspaceShape,
+    Precision, ResidualSum, Slot, StepPlan, WorkspaceShape,
 };
 use crate::mx::{Draw, Format, LinearRecipe, Operand, Random};
 use crate::{CudaStream, Error, Result};
@@ -497,51 +496,5 @@ impl Head for Cuda {
         HeadShape { channels, vocab_size, .. }: HeadShape,
     ) {
         classifier::logits(self, workspace, logits, x, row, &w, channels, vocab_size);
-    }
-}
-
-impl Optimize for Cuda {
-    type Optimizer = Optimizer;
-
-    fn optimizer(&self, arena: &mut Arena, parameters: usize) -> Result<Optimizer> {
-        Optimizer::new(arena, parameters)
-    }
-
-    fn add_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize, accumulate: bool) {
-        adamw::add_losses(self, optimizer, losses, rows, accumulate);
-    }
-
-    fn reduce(
-        &self,
-        workspace: &mut Workspace,
-        optimizer: &mut Optimizer,
-        trained: &mut Trained<'_, Self>,
-        step: &AdamWStep,
-    ) {
-        adamw::reduce(self, workspace, optimizer, trained, step);
-    }
-
-    fn update(
-        &self,
-        optimizer: &mut Optimizer,
-        trained: &mut Trained<'_, Self>,
-        step: &AdamWStep,
-    ) -> Result<StepSums> {
-        adamw::update(self, optimizer, trained, step)
-    }
-
-    fn try_update(
-        &self,
-        optimizer: &mut Optimizer,
-        trained: &mut Trained<'_, Self>,
-        step: &AdamWStep,
-        _sums: &StepSums,
-        largest: &mut (dyn FnMut(Largest) + Send),
-    ) -> Result<()> {
-        adamw::try_update(self, optimizer, trained, step, largest)
-    }
-
-    fn sum_losses(&self, optimizer: &mut Optimizer, losses: &F32, rows: usize) -> Result<f64> {
-        adamw::sum_losses(self, optimizer, losses, rows)
     }
 }

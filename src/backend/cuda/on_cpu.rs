@@ -14,7 +14,8 @@ use super::gemm::Type;
 use super::linear::{BehindGelu, DrawArgument, Tiles, TransformArgument, rows_at_once};
 use super::roads::{Road, tiled};
 use super::tests::{compare_fp8, decode_fp8, random};
-use crate::backend::{Activation, AdamWStep, Precision, reference};
+use crate::Optimizer;
+use crate::backend::{Activation, OptimizerStep, Precision, reference};
 use crate::mx::{
     BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source, decode_e2m1,
     decode_e8m0,
@@ -1200,14 +1201,10 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
     let sum_squares: SumSquaresKernel = library.kernel("sum_squares");
     let adamw: AdamWKernel = library.kernel("adamw");
     let lengths = [5003, 7, 4096];
-    let with = |lr: f32, clip: f32, largest_gradient: f32| AdamWStep {
+    let with = |lr: f32, clip: f32, largest_gradient: f32| OptimizerStep {
+        optimizer: Optimizer { clip, ..Optimizer::default() },
         lr,
-        beta1: 0.9,
-        beta2: 0.95,
-        epsilon: 1e-8,
-        weight_decay: 0.1,
         t: 3,
-        clip,
         loss_scale: 1.0,
         largest_gradient,
     };
@@ -1264,7 +1261,7 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
             let (sums, partials, raised) = (&raw mut sums, partials.as_mut_ptr(), &raw mut raised);
             let sums = sums.cast::<f64>();
             let entries = table.as_ptr();
-            let run = |step: &AdamWStep, trial: *mut u32| {
+            let run = |step: &OptimizerStep, trial: *mut u32| {
                 let step = Step::new(step);
                 // SAFETY: buffers are as long as the table and the grids say.
                 unsafe {

@@ -3,11 +3,13 @@
 
 use std::sync::LazyLock;
 
+use super::adamw::Reduction;
 use super::gemm::Type;
 use super::*;
 use crate::backend::test_calls::alone;
 use crate::backend::{
-    Activation, ClassifierGradient, Device, Largest, Sequences, StepPlan, Trained, reference,
+    Activation, ClassifierGradient, Device, Largest, Optimize, OptimizerStep, Sequences, StepPlan,
+    Trained, reference,
 };
 use crate::mx::{
     self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, OperandSource, Purpose, Rounding, Source,
@@ -598,14 +600,10 @@ fn optimizer_steps() {
     let Some(cuda) = gpu() else { return };
     cuda.gpu.scope(|| {
         let lengths = [40_003, 7, 4096];
-        let step = AdamWStep {
+        let step = OptimizerStep {
+            optimizer: crate::Optimizer { clip: 20.0, ..Default::default() },
             lr: 0.01,
-            beta1: 0.9,
-            beta2: 0.95,
-            epsilon: 1e-8,
-            weight_decay: 0.1,
             t: 3,
-            clip: 20.0,
             loss_scale: 0.25,
             largest_gradient: f32::INFINITY,
         };
@@ -630,7 +628,7 @@ fn optimizer_steps() {
             }
             f32_buffer(&cuda, &values)
         };
-        let [mut gradients, mut m, mut v] = [flat(0), flat(2), flat(3)];
+        let (mut gradients, mut states) = (flat(0), [flat(2), flat(3)]);
         let mut measuring = Arena::measuring(&cuda.gpu);
         measuring.weights(len, lengths.len());
         let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
@@ -639,9 +637,9 @@ fn optimizer_steps() {
             cuda.write_param(&mut weights, *slot, p).unwrap();
         }
         let mut measuring = Arena::measuring(&cuda.gpu);
-        Optimizer::new(&mut measuring, lengths.len()).unwrap();
+        Reduction::new(&mut measuring, lengths.len()).unwrap();
         let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
-        let mut optimizer = Optimizer::new(&mut arena, lengths.len()).unwrap();
+        let mut optimizer = Reduction::new(&mut arena, lengths.len()).unwrap();
         let norm: f64 = host.iter().flat_map(|[g, ..]| f64s(g)).map(|g| g * g).sum::<f64>().sqrt();
         let scale = 20.0 / norm;
         assert!(scale < 1.0);
@@ -652,15 +650,14 @@ fn optimizer_steps() {
         let mut all = Trained {
             slots: &slots,
             weights: &mut weights,
-            m: &mut m,
-            v: &mut v,
+            states: &mut states,
             gradients: &mut gradients,
         };
         assert_eq!(cuda.sum_losses(&mut optimizer, &losses, 2).unwrap(), 2.0);
         cuda.add_losses(&mut optimizer, &losses, 2, false);
         cuda.add_losses(&mut optimizer, &losses, 3, true);
         // Above the limit nothing is done, and what would be done can be asked.
-        let within = AdamWStep { largest_gradient: 19.0, ..step };
+        let within = OptimizerStep { largest_gradient: 19.0, ..step };
         let sums = cuda.finish_step(&mut scratch, &mut optimizer, &mut all, &within);
         assert_eq!(sums.gradient_scale(&within), None);
         let mut tried = Vec::new();
@@ -685,10 +682,10 @@ fn optimizer_steps() {
                 u32::from_le_bytes(read_bytes(&cuda, param.most.address, 4).try_into().unwrap());
             assert_eq!(most, ours.iter().map(|v| v.to_bits() & 0x7fff_ffff).max().unwrap());
             let [mut m, mut v] = [vec![0.0; p.len()], vec![0.0; p.len()]];
-            cuda.read_f32(all.m, slot.start, &mut m).unwrap();
-            cuda.read_f32(all.v, slot.start, &mut v).unwrap();
+            cuda.read_f32(&all.states[0], slot.start, &mut m).unwrap();
+            cuda.read_f32(&all.states[1], slot.start, &mut v).unwrap();
             let most = |x: &[f32]| x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-            let largest = Largest { weight: most(&ours), m: most(&m), v: most(&v) };
+            let largest = Largest { weight: most(&ours), states: [most(&m), most(&v)] };
             assert_eq!(tried[i], largest);
             let copy = read_bytes(&cuda, param.copy.address, 2 * p.len());
             let copy = copy.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b));

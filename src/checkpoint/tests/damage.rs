@@ -39,7 +39,7 @@ fn another_shape_is_a_mismatch_that_names_the_tensor() {
     ] {
         for error in [
             load_weights(&dir, &infos(&change), &mut |_, _| Ok(())).unwrap_err(),
-            load_moments(&dir, &infos(&change), &mut |_, _, _| Ok(())).unwrap_err(),
+            load_states(&dir, &infos(&change), &mut |_, _, _| Ok(())).unwrap_err(),
         ] {
             let message = error.to_string().replace("m.transformer", "transformer");
             assert!(message.contains(part), "{message}");
@@ -59,7 +59,7 @@ fn mixed_up_files_are_a_mismatch() {
     save_full(&dir, 1).unwrap();
     let other = root.path().join("other");
     let toy = Toy::new(&config(), |_, _| 0.5);
-    let part = TrainerPart { state: &state(1), moments: [&toy, &toy] };
+    let part = TrainerPart { state: &state(1), states: &[&toy, &toy] };
     save(&other, &config(), &toy, Some(part)).unwrap();
     for name in [MODEL, MOMENTS] {
         let own = fs::read(dir.join(name)).unwrap();

@@ -373,7 +373,7 @@ fn leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not() {
 fn save_uniform(dir: &Path, step: u64) -> Result<()> {
     let config = ModelConfig { channels: 64, ..config() };
     let toy = Toy::new(&config, |_, _| step as f32);
-    let part = TrainerPart { state: &state(step), moments: [&toy, &toy] };
+    let part = TrainerPart { state: &state(step), states: &[&toy, &toy] };
     save(dir, &config, &toy, Some(part))
 }
 
@@ -426,7 +426,7 @@ fn check_kills(way: Way, root: &Path, dir: &Path) {
         assert!(step > last);
         last = step;
         let expected = (step as f32).to_bits();
-        let mut values = loaded.weights.iter().chain(&loaded.moments).flatten();
+        let mut values = loaded.weights.iter().chain(&loaded.states).flatten();
         assert!(values.all(|&value| value == expected), "step {step}");
     }
     save_uniform(dir, last + 1).unwrap();

@@ -40,8 +40,8 @@ fn load_state(dir: &Path) -> Result<TrainerState> {
     Checkpoint::open(dir)?.state()
 }
 
-fn load_moments(dir: &Path, tensors: &[TensorInfo], write: &mut WriteMoment<'_>) -> Result<()> {
-    Checkpoint::open(dir)?.moments(tensors, write)
+fn load_states(dir: &Path, tensors: &[TensorInfo], write: &mut WriteState<'_>) -> Result<()> {
+    Checkpoint::open(dir)?.states(TrainerOptions::default().optimizer.states(), tensors, write)
 }
 
 /// Tensors in memory.
@@ -128,7 +128,7 @@ fn weights() -> Toy {
 fn save_full(dir: &Path, step: u64) -> Result<()> {
     let (m, v) = (Toy::new(&config(), |i, j| -((i + j) as f32)), Toy::new(&config(), |_, _| 2e-9));
     let state = state(step);
-    save(dir, &config(), &weights(), Some(TrainerPart { state: &state, moments: [&m, &v] }))
+    save(dir, &config(), &weights(), Some(TrainerPart { state: &state, states: &[&m, &v] }))
 }
 
 /// All that a trainer loads; f32 as bits.
@@ -137,7 +137,7 @@ struct Loaded {
     config: ModelConfig,
     weights: Vec<Vec<u32>>,
     state: TrainerState,
-    moments: Vec<Vec<u32>>,
+    states: Vec<Vec<u32>>,
 }
 
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -159,14 +159,14 @@ fn load(dir: &Path) -> Result<Loaded> {
     let checkpoint = Checkpoint::open(dir)?;
     let (config, weights) = load_model(&checkpoint)?;
     let state = checkpoint.state()?;
-    let mut moments = Vec::new();
+    let mut states = Vec::new();
     let infos = infos(&config);
-    checkpoint.moments(&infos, &mut |moment, index, values| {
-        assert_eq!(moment * infos.len() + index, moments.len());
-        moments.push(bits(values));
+    checkpoint.states(state.options.optimizer.states(), &infos, &mut |number, index, values| {
+        assert_eq!(number * infos.len() + index, states.len());
+        states.push(bits(values));
         Ok(())
     })?;
-    Ok(Loaded { config, weights, state, moments })
+    Ok(Loaded { config, weights, state, states })
 }
 
 /// The error of loading a whole checkpoint, which names `file`.
@@ -202,7 +202,7 @@ fn round_trip_is_exact_and_equal_models_give_equal_files() {
     assert_eq!(loaded.config, config());
     assert_eq!(loaded.state, state(7));
     assert_eq!(loaded.weights, weights().values.iter().map(|v| bits(v)).collect::<Vec<_>>());
-    assert_eq!(loaded.moments.len(), 2 * loaded.weights.len());
+    assert_eq!(loaded.states.len(), 2 * loaded.weights.len());
 
     save_full(&dir, 7).unwrap();
     let second: Vec<_> = FILES.iter().map(|name| fs::read(dir.join(name)).unwrap()).collect();
@@ -211,7 +211,7 @@ fn round_trip_is_exact_and_equal_models_give_equal_files() {
     assert_eq!(load_config(&dir).unwrap(), config());
     assert_eq!(load_state(&dir).unwrap(), state(7));
     load_weights(&dir, &infos(&config()), &mut |_, _| Ok(())).unwrap();
-    load_moments(&dir, &infos(&config()), &mut |_, _, _| Ok(())).unwrap();
+    load_states(&dir, &infos(&config()), &mut |_, _, _| Ok(())).unwrap();
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use mxfp4train::{Dataset, ModelConfig, TrainerOptions};
+use mxfp4train::{Dataset, ModelConfig, OptimizerKind, TrainerOptions};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Deserializer, Map, Value};
@@ -225,6 +225,9 @@ pub(crate) struct Settings {
     pub(crate) warmup: u64,
     pub(crate) schedule: String,
     pub(crate) decay_steps: u64,
+    /// None where it is AdamW.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) optimizer: Option<String>,
     pub(crate) weight_decay: f32,
     pub(crate) beta1: f32,
     pub(crate) beta2: f32,
@@ -267,6 +270,8 @@ impl Settings {
             warmup: schedule.warmup_steps,
             schedule: schedule.kind.to_string(),
             decay_steps: schedule.decay_steps,
+            optimizer: (optimizer.kind != OptimizerKind::default())
+                .then(|| optimizer.kind.to_string()),
             weight_decay: optimizer.weight_decay,
             beta1: optimizer.beta1,
             beta2: optimizer.beta2,
@@ -299,7 +304,11 @@ impl Settings {
 
     /// The first setting that differs: its option, the value here and the value there.
     pub(crate) fn difference(&self, other: &Self) -> Option<(String, String, String)> {
-        let (ours, theirs) = (self.compared(), other.compared());
+        let [ours, theirs] = [self, other].map(|settings| {
+            let mut all = settings.compared();
+            all.entry("optimizer").or_insert_with(|| OptimizerKind::default().to_string().into());
+            all
+        });
         ours.iter().find(|(name, value)| theirs[*name] != **value).map(|(name, value)| {
             (format!("--{}", name.replace('_', "-")), value.to_string(), theirs[name].to_string())
         })

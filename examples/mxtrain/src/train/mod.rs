@@ -343,7 +343,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         "machine     {about}\n\
          data        {}: {} tokens, {} for validation{tokenizer}, vocabulary {}\n{notes}\
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
-         step        {} x {} x {sequence} = {} tokens, recipe {}\n\
+         step        {} x {} x {sequence} = {} tokens, recipe {}, optimizer {}\n\
          run         {} steps, {} tokens, {passes:.2} passes over the data; {}\n",
         console::plain(&data.name),
         HumanCount(train_tokens),
@@ -358,6 +358,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         options.batch_size,
         HumanCount(step_tokens),
         options.recipe,
+        options.optimizer.kind,
         HumanCount(steps),
         console::scaled(run_tokens),
         schedule_in_words(schedule, start.schedule_start()),

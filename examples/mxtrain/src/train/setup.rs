@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use indicatif::HumanCount;
 use mxfp4train::{
-    AdamW, Dataset, Engine, Model, ModelConfig, Plan, Recipe, Schedule, ScheduleKind, Trainer,
+    Dataset, Engine, Model, ModelConfig, Optimizer, Plan, Recipe, Schedule, ScheduleKind, Trainer,
     TrainerOptions,
 };
 
@@ -198,12 +198,13 @@ pub(crate) fn trainer_options(
         ..TrainerOptions::default()
     };
     if let Some(args) = optimizer {
-        options.optimizer = AdamW {
+        let usual = Optimizer::new(args.optimizer);
+        options.optimizer = Optimizer {
             beta1: args.beta1,
             beta2: args.beta2,
             weight_decay: args.weight_decay,
             clip: args.clip,
-            ..AdamW::default()
+            ..usual
         };
         let (lr, warmup) = match weights {
             Weights::New => (NEW_LR, args.steps / 50),
@@ -589,7 +590,7 @@ fn require_shape(args: &TrainArgs, parsed: &Parsed, config: &ModelConfig, origin
 /// had never stopped.
 fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) -> Outcome {
     let (batch, opt) = (&args.batch, &args.optimizer);
-    let (adamw, schedule) = (&kept.optimizer, &kept.schedule);
+    let (optimizer, schedule) = (&kept.optimizer, &kept.schedule);
     /// A given option, and what it is set against if they differ.
     fn differs<T: PartialEq + ToString>(given: &T, kept: &T) -> Option<[String; 2]> {
         (given != kept).then(|| [given.to_string(), kept.to_string()])
@@ -609,10 +610,11 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("warmup", differs_from(&opt.warmup, &schedule.warmup_steps)),
         ("schedule", differs(&opt.schedule, &schedule.kind)),
         ("decay-steps", differs_from(&opt.decay_steps, &schedule.decay_steps)),
-        ("weight-decay", differs(&opt.weight_decay, &adamw.weight_decay)),
-        ("beta1", differs(&opt.beta1, &adamw.beta1)),
-        ("beta2", differs(&opt.beta2, &adamw.beta2)),
-        ("clip", differs(&opt.clip, &adamw.clip)),
+        ("optimizer", differs(&opt.optimizer, &optimizer.kind)),
+        ("weight-decay", differs(&opt.weight_decay, &optimizer.weight_decay)),
+        ("beta1", differs(&opt.beta1, &optimizer.beta1)),
+        ("beta2", differs(&opt.beta2, &optimizer.beta2)),
+        ("clip", differs(&opt.clip, &optimizer.clip)),
     ] {
         let is_of_schedule = of_schedule.contains(&option);
         if let Some([given, kept]) = difference

@@ -147,7 +147,8 @@ impl Group {
                 s.warmup
             ),
             format!(
-                "AdamW: beta {}, {}, weight decay {}, clip {}; measured every {} steps on {}",
+                "{}: beta {}, {}, weight decay {}, clip {}; measured every {} steps on {}",
+                s.optimizer.as_deref().unwrap_or("AdamW"),
                 s.beta1,
                 s.beta2,
                 s.weight_decay,

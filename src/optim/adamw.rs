@@ -1,0 +1,203 @@
+//! AdamW (Loshchilov and Hutter, arXiv 1711.05101): Adam with weight decay outside of the moments.
+//!
+//! Moments are kept raw; what corrects them for their start at 0 are factors of the rate and of the root,
+//! computed in f64, for beta^t is close to 1 for long.
+
+use super::bounds::{FLOOR, MOST, SLACK};
+use super::{Bounds, Definition, Optimizer, OptimizerKind, OptimizerStep, State};
+
+pub(super) const DEFINITION: Definition = Definition {
+    name: "adamw",
+    defaults: Optimizer {
+        kind: OptimizerKind::AdamW,
+        beta1: 0.9,
+        beta2: 0.95,
+        epsilon: 1e-8,
+        weight_decay: 0.1,
+        clip: 1.0,
+    },
+    states: &[
+        State { name: "m", what: "first moment", is_signed: true },
+        // Its root would be NaN, and no step done, for a reason that no setting can put right.
+        State { name: "v", what: "second moment", is_signed: false },
+    ],
+    largest_gradient,
+    after,
+};
+
+/// The arithmetic of an update of one parameter, which is the same whether it is stored or tried.
+#[derive(Clone, Copy)]
+pub(crate) struct Update {
+    beta1: f32,
+    beta2: f32,
+    epsilon: f32,
+    size: f32,
+    root: f32,
+    keep: f32,
+    gradient_scale: f32,
+}
+
+impl Update {
+    /// Of a parameter that `decays` or does not.
+    pub(crate) fn new(step: &OptimizerStep, decays: bool, gradient_scale: f32) -> Self {
+        let Optimizer { beta1, beta2, epsilon, .. } = step.optimizer;
+        let keep = if decays { keep(step) } else { 1.0 };
+        Self { beta1, beta2, epsilon, size: size(step), root: root(step), keep, gradient_scale }
+    }
+
+    /// A weight and its moments after the update.
+    #[inline(always)]
+    pub(crate) fn of(&self, p: f32, m: f32, v: f32, g: f32) -> (f32, f32, f32) {
+        let gradient = g * self.gradient_scale;
+        let m = self.beta1 * m + (1.0 - self.beta1) * gradient;
+        let v = self.beta2 * v + (1.0 - self.beta2) * (gradient * gradient);
+        let p = p * self.keep - self.size * (m / (v.sqrt() * self.root + self.epsilon));
+        (p, m, v)
+    }
+}
+
+/// The learning rate with the correction for first moments that start at 0.
+pub(crate) fn size(step: &OptimizerStep) -> f32 {
+    (f64::from(step.lr) / correction(step, step.optimizer.beta1)) as f32
+}
+
+/// Factor of the root of second moments, which start at 0, too.
+pub(crate) fn root(step: &OptimizerStep) -> f32 {
+    (1.0 / correction(step, step.optimizer.beta2).sqrt()) as f32
+}
+
+/// What weight decay leaves of a weight.
+fn keep(step: &OptimizerStep) -> f32 {
+    1.0 - step.lr * step.optimizer.weight_decay
+}
+
+fn correction(step: &OptimizerStep, beta: f32) -> f64 {
+    1.0 - f64::from(beta).powf(step.t as f64)
+}
+
+fn largest_gradient(bounds: &Bounds, step: &OptimizerStep) -> f32 {
+    let (size, epsilon) = (f64::from(size(step)), f64::from(step.optimizer.epsilon));
+    // A first moment becomes itself, its quotient by at least epsilon, and that times the size.
+    let factor = (1.0 / epsilon).max(size / epsilon).max(1.0);
+    let most = (MOST - bounds.weight * largest_keep(step)) / (2.0 * factor);
+    let [m, v] = bounds.states;
+    // NOTE: a comparison with NaN is false.
+    if m <= most && v <= MOST { most.min(MOST.sqrt()) as f32 } else { -1.0 }
+}
+
+/// No element of a gradient is larger than its norm, and a moment is a mean of what was there and what
+/// came.
+///
+/// NOTE: but for clipping. Its factor may be so small that what is below f32's numbers rounds up to the
+/// smallest of them, which is less than twice as much.
+fn after(bounds: &Bounds, step: &OptimizerStep, gradient: f32) -> Bounds {
+    let (gradient, [m, v]) = (2.0 * f64::from(gradient), bounds.states);
+    let m = (m.max(gradient) * SLACK).max(FLOOR);
+    let v = (v.max(gradient * gradient) * SLACK).max(FLOOR);
+    let moved = m * f64::from(size(step)) / f64::from(step.optimizer.epsilon);
+    let weight = ((bounds.weight * largest_keep(step) + moved) * SLACK).max(FLOOR);
+    Bounds { weight, states: [m, v] }
+}
+
+/// Largest factor that weight decay leaves of a weight; 1 for those that do not decay.
+fn largest_keep(step: &OptimizerStep) -> f64 {
+    f64::from(keep(step).abs()).max(1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::optim::StepSums;
+
+    /// A power of ten.
+    fn scale(exponents: std::ops::Range<f64>) -> impl Strategy<Value = f32> {
+        exponents.prop_map(|exponent| 10f64.powf(exponent) as f32)
+    }
+
+    fn step(lr: f32, t: u64, optimizer: Optimizer) -> OptimizerStep {
+        OptimizerStep { optimizer, lr, t, loss_scale: 1.0, largest_gradient: f32::INFINITY }
+    }
+
+    fn steps() -> impl Strategy<Value = OptimizerStep> {
+        let beta = || prop_oneof![Just(0.0f32), Just(1.0f32.next_down()), 0.0f32..0.9999];
+        let rates = (scale(-8.0..38.5), prop_oneof![Just(0.0), scale(-3.0..38.5)]);
+        let t = prop_oneof![1u64..5, 1u64..1_000_000];
+        (rates, beta(), beta(), scale(-44.8..-0.1), t).prop_map(
+            |((lr, weight_decay), beta1, beta2, epsilon, t)| {
+                let kind = OptimizerKind::AdamW;
+                step(lr, t, Optimizer { kind, beta1, beta2, epsilon, weight_decay, clip: 0.0 })
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+        /// Within the limit that bounds give, all stays finite and within the next bounds.
+        #[test]
+        fn bounds_vouch_for_updates(
+            step in steps(),
+            bounds in (scale(-45.0..37.5), scale(-45.0..37.5), scale(-45.0..37.5)),
+            parts in [-1.0f32..=1.0, -1.0f32..=1.0, 0.0f32..=1.0],
+            gradients in prop::collection::vec(prop_oneof![Just(1.0f32), Just(-1.0), -1.0f32..1.0], 8),
+        ) {
+            let (weight, m, v) = bounds;
+            let [mut p, mut first, mut second] = [weight * parts[0], m * parts[1], v * parts[2]];
+            let mut bounds = Bounds { weight: weight.into(), states: [m.into(), v.into()] };
+            for (t, part) in (step.t..).zip(gradients) {
+                let step = OptimizerStep { t, ..step };
+                let limit = bounds.largest_gradient(&step);
+                if limit < 0.0 {
+                    break;
+                }
+                let gradient = limit * part;
+                let next = bounds.after(&step, gradient.abs());
+                let [fixed, decayed] = [false, true]
+                    .map(|decays| Update::new(&step, decays, 1.0).of(p, first, second, gradient));
+                for (p, first, second) in [fixed, decayed] {
+                    prop_assert!(f64::from(p.abs()) <= next.weight, "{p} {next:?} {step:?}");
+                    prop_assert!(f64::from(first.abs()) <= next.states[0], "{first} {next:?} {step:?}");
+                    prop_assert!(f64::from(second.abs()) <= next.states[1], "{second} {next:?} {step:?}");
+                    prop_assert!(p.is_finite() && first.is_finite() && second.is_finite());
+                }
+                (p, first, second) = decayed;
+                bounds = next;
+            }
+        }
+    }
+
+    /// The factor of clipping may lie below f32's ordinary numbers, where it is rounded by up to its half.
+    #[test]
+    fn bounds_vouch_for_gradients_that_are_clipped_to_almost_nothing() {
+        for clip in [1e-3f32, 8e-8, 1e-7, 1.1e-7, 3e-7, 1e-6, 1e-30] {
+            let off =
+                Optimizer { beta1: 0.0, beta2: 0.0, weight_decay: 0.0, ..DEFINITION.defaults };
+            let step = step(1.0, 1, Optimizer { clip, ..off });
+            let squares = 1e38f32 as f64 * 1e38f32 as f64;
+            let sums = StepSums { losses: 0.0, squares, raised_blocks: 0 };
+            let update = Update::new(&step, true, sums.gradient_scale(&step).unwrap());
+            let (p, m, v) = update.of(0.0, 0.0, 0.0, 1e38);
+            let next = Bounds { weight: 0.0, ..Bounds::NEW }.after(&step, sums.clipped_norm(&step));
+            let [most_m, most_v] = next.states;
+            let all = [(p, next.weight), (m, most_m), (v, most_v)];
+            assert!(all.iter().all(|(x, most)| f64::from(x.abs()) <= *most), "{clip}: {all:?}");
+        }
+    }
+
+    /// Ordinary settings never need more than a first look, and nothing is vouched for that is unknown.
+    #[test]
+    fn bounds_are_wide_enough_for_training() {
+        let mut step = step(1e-3, 1, Optimizer { clip: 0.0, ..DEFINITION.defaults });
+        let mut bounds = Bounds { weight: 1.0, ..Bounds::NEW };
+        while step.t < 100_000 {
+            assert!(bounds.largest_gradient(&step) > 1e9, "{bounds:?} {step:?}");
+            bounds = bounds.after(&step, 10.0);
+            step.t += 1;
+        }
+        assert!(Bounds::NEW.largest_gradient(&step) < 0.0);
+        assert!(Bounds::UNKNOWN.largest_gradient(&step) < 0.0);
+        assert!(bounds.largest_gradient(&OptimizerStep { lr: 3e38, ..step }) < 0.0);
+    }
+}

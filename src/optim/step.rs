@@ -1,0 +1,74 @@
+//! A step as data: what an update is told, what the reduction before it found, what it would leave.
+
+use super::{MAX_STATES, Optimizer};
+
+/// What one update is made from besides weights, states and gradients.
+#[derive(Clone, Copy, Debug)]
+pub struct OptimizerStep {
+    /// The method and its settings.
+    pub optimizer: Optimizer,
+    /// Learning rate.
+    pub lr: f32,
+    /// 1 for the first update.
+    pub t: u64,
+    /// Factor of the sum of losses that makes it the step's loss.
+    pub loss_scale: f32,
+    /// Largest norm of the clipped gradient with which the update is made; with a larger one nothing
+    /// changes.
+    pub largest_gradient: f32,
+}
+
+/// What a reduction found before anything was changed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepSums {
+    /// Sum of the losses of all micro-steps.
+    pub losses: f64,
+    /// Sum of the squares of all gradients.
+    pub squares: f64,
+    /// Blocks of MXFP4 operands that were rounded with a larger scale than their own, because the device
+    /// multiplies in a format that the scale does not fit.
+    pub raised_blocks: u64,
+}
+
+impl StepSums {
+    /// Mean loss and global norm of the gradient.
+    pub fn loss_and_norm(&self, step: &OptimizerStep) -> (f32, f32) {
+        ((self.losses * f64::from(step.loss_scale)) as f32, self.squares.sqrt() as f32)
+    }
+
+    /// Norm of the clipped gradient.
+    pub fn clipped_norm(&self, step: &OptimizerStep) -> f32 {
+        let ((_, norm), clip) = (self.loss_and_norm(step), step.optimizer.clip);
+        if clip > 0.0 { norm.min(clip) } else { norm }
+    }
+
+    /// Factor of the gradient that clipping asks for; None where the loss or the norm is not finite or
+    /// the clipped norm above its limit, and nothing may be updated. PyTorch's clip_grad_norm_ adds the
+    /// same 1e-6.
+    pub fn gradient_scale(&self, step: &OptimizerStep) -> Option<f32> {
+        let ((loss, norm), clip) = (self.loss_and_norm(step), step.optimizer.clip);
+        let excess = clip / (norm + 1e-6);
+        let scale = if clip > 0.0 { excess.min(1.0) } else { 1.0 };
+        let is_within = self.clipped_norm(step) <= step.largest_gradient;
+        (loss.is_finite() && norm.is_finite() && is_within).then_some(scale)
+    }
+}
+
+/// Largest magnitudes of weights and of their states; NaN where one of them is.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Largest {
+    /// Of weights.
+    pub weight: f32,
+    /// Of each state; 0 beyond those that the optimizer has.
+    pub states: [f32; MAX_STATES],
+}
+
+impl Largest {
+    /// Takes in another's, whose numbers are finite.
+    pub fn include(&mut self, other: Self) {
+        self.weight = self.weight.max(other.weight);
+        for (largest, other) in self.states.iter_mut().zip(other.states) {
+            *largest = largest.max(other);
+        }
+    }
+}
