@@ -92,6 +92,7 @@ pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use gpt::{Activation, ModelConfig, Recompute, TensorInfo};
 pub use model::{Model, ModelFiles};
+pub use mx::Philox;
 pub use optim::{Optimizer, OptimizerKind, Schedule, ScheduleKind};
 pub use recipe::Recipe;
 pub use room::MemoryRoom;

@@ -17,6 +17,7 @@ mod normal;
 mod operand;
 mod philox;
 mod quantize;
+mod stream;
 
 pub use e2m1::{E2M1_MAX, E2M1_VALUES, decode_e2m1, pack_e2m1, unpack_e2m1};
 pub use e4m3::{E4M3_MAX, e4m3_scale, round_to_e4m3};
@@ -31,6 +32,7 @@ pub use operand::{
 pub use philox::{Draw, GemmId, OperandId, Purpose, Random, philox4x32_10, uniform};
 pub(crate) use philox::{M0, M1, W0, W1};
 pub use quantize::{Range, Rounding, quantize_block};
+pub use stream::Philox;
 
 /// Elements that share one scale.
 pub const BLOCK: usize = 32;

@@ -58,6 +58,8 @@ pub enum Purpose {
     Order = 4,
     /// Sampling from a model.
     Sampling = 5,
+    /// What a host draws ([`super::Philox`]).
+    Host = 6,
 }
 
 /// The tensors that are rounded.

@@ -439,9 +439,27 @@ pub(crate) struct MachineArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Machine")]
 pub(crate) struct SeedArgs {
-    /// Seed of everything random: same seed, same losses, on any number of threads
-    #[arg(long, value_name = "N", default_value_t = 1337)]
+    /// Seed of everything random: same seed, same losses, on any number of threads. `random` draws one,
+    /// which is said before the run and kept with it
+    #[arg(long, value_name = "N", default_value_t = SeedArgs::DEFAULT, value_parser = seed)]
     pub(crate) seed: u64,
+}
+
+impl SeedArgs {
+    const DEFAULT: u64 = 1337;
+
+    /// What is said of it before a run.
+    pub(crate) fn in_words(&self) -> String {
+        if self.seed == Self::DEFAULT { String::new() } else { format!("; seed {}", self.seed) }
+    }
+}
+
+/// A number, or one of the system's.
+fn seed(text: &str) -> Result<u64, String> {
+    match text {
+        "random" => Ok(rand::random()),
+        _ => text.parse().map_err(|e| format!("{e}; expected a number or `random`")),
+    }
 }
 
 #[derive(Debug, Args)]

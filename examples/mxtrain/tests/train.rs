@@ -454,3 +454,24 @@ fn loaded_weights_are_trained_at_a_lower_rate() {
     assert!(out.contains("cosine schedule, lr 5.00e-5 to 5.00e-6, warm-up 5 steps"), "{out}");
     assert!(succeed(dir, "train --help").contains("[default: 1e-3; 5e-5 with --init-from]"));
 }
+
+/// A seed that the system draws is said, kept, and gives the same run again.
+#[test]
+fn a_random_seed_is_said_and_kept() {
+    let dir = folder();
+    let dir = dir.path();
+    let train = |seed: &str, name: &str| {
+        let options = format!("--steps 2 --log {name}.jsonl --seed {seed}");
+        succeed(dir, &format!("train --data data --out {name} {options} {TINY}"))
+    };
+    let seed_of = |out: &str| {
+        let rest = out.split_once("; seed ").unwrap_or_else(|| panic!("no seed in {out}")).1;
+        rest.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+    };
+    let [first, second] = ["a", "b"].map(|name| seed_of(&train("random", name)));
+    assert_ne!(first, second);
+    assert_eq!(seed_of(&train(&first.to_string(), "again")), first);
+    assert_eq!(losses(dir, "again.jsonl"), losses(dir, "a.jsonl"));
+    succeed(dir, "train --resume a --steps 3");
+    assert_eq!(info(dir, "a")["training"]["seed"], first);
+}
