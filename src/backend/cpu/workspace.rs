@@ -111,8 +111,8 @@ impl Workspace {
                 a.add(rows, inputs, format, group);
                 b.add(outputs, inputs, format, group);
             }
-            // As if both products were as each is, which costs next to nothing; and bf16 in any case, which
-            // recipes fall back to.
+            // As if both products were as each is, which costs next to nothing; and bf16 in any
+            // case, which recipes fall back to.
             let fallback = backward.then_some(&Gemm::BF16);
             for gemm in shape.backward_gemms().chain(fallback) {
                 let (format, group) = (Format::carrying(gemm.format()), gemm.group());
