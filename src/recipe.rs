@@ -23,7 +23,7 @@
 //! | --- | --- | --- |
 //! | `g` | 32, 64, 128, 256 | group length of the transform (default 64) |
 //! | `signs` | `random`, `fixed` | fresh signs for each GEMM call, or the same for all |
-//! | `range` | `1`, `3/4` | how much of MXFP4's range nearest rounding uses: in all of it the largest elements may saturate, in 3/4 none does |
+//! | `range` | `1`, `3/4` | how much of its range nearest rounding uses; in 3/4 nothing saturates |
 //! | `dgrad`, `wgrad` | `bf16` | that GEMM in bf16, the other stays in MXFP4 |
 //! | `sr` | `both`, `dy`, `other` | which operand is rounded stochastically |
 //! | `bf16-last-layers` | a count | the last N blocks run their backward pass in bf16 |
@@ -189,6 +189,11 @@ impl Recipe {
         Ok(self.with_linear(self.linear().change_mxfp4(change)?)?)
     }
 
+    fn with_transform(&self, group: usize, signs: Signs) -> Result<Self, Refused> {
+        let transform = Transform::new(group, signs)?;
+        self.change(|_, _, operand| operand.with_transform(transform))
+    }
+
     /// The same with `gemm` in bf16, if that leaves another in MXFP4.
     fn with_bf16_in(&self, gemm: GemmId, value: &str) -> Result<Self, Refused> {
         self.mxfp4()?;
@@ -196,10 +201,10 @@ impl Recipe {
             return Err(Refused::Expected("bf16"));
         }
         let recipe = self.change(|id, _, o| Ok(if id == gemm { o.in_bf16() } else { o }))?;
-        recipe.mxfp4().map(|_| ()).map_err(|_| {
+        if recipe.mxfp4().is_err() {
             let message = "dgrad=bf16,wgrad=bf16 leaves nothing in MXFP4; use bf16";
-            Error::invalid("recipe", message)
-        })?;
+            return Err(Error::invalid("recipe", message).into());
+        }
         Ok(recipe)
     }
 
@@ -257,8 +262,7 @@ const SWITCHES: [Switch; 8] = [
                 "256" => 256,
                 _ => return Err(Refused::Expected("32, 64, 128 or 256")),
             };
-            let transform = Transform::new(group, signs)?;
-            recipe.change(|_, _, operand| operand.with_transform(transform))
+            recipe.with_transform(group, signs)
         },
         show: |recipe| {
             let group = recipe.transform().ok()?.group();
@@ -274,8 +278,7 @@ const SWITCHES: [Switch; 8] = [
                 "fixed" => Signs::Fixed,
                 _ => return Err(Refused::Expected("random or fixed")),
             };
-            let transform = Transform::new(group, signs)?;
-            recipe.change(|_, _, operand| operand.with_transform(transform))
+            recipe.with_transform(group, signs)
         },
         show: |recipe| {
             let signs = recipe.transform().ok()?.signs();

@@ -84,8 +84,8 @@ fn nothing_clips() {
     }
 }
 
-/// Codes of a block in all of the range and in 3/4 of it, which were computed in fractions, and the mean
-/// square of their errors: x_i = (((37 i + 11) mod 64) - 31.5) / 16.
+/// Codes of a block in all of the range and in 3/4 of it, which were computed in fractions, and the
+/// mean square of their errors: x_i = (((37 i + 11) mod 64) - 31.5) / 16.
 #[test]
 fn codes_are_those_of_exact_arithmetic() {
     let x: Vec<f32> = (0..32).map(|i| (((37 * i + 11) % 64) as f32 - 31.5) / 16.0).collect();
@@ -109,9 +109,9 @@ fn quantize_nearest(data: &[f32], rows: usize, range: Range) -> Mxfp4Matrix {
     Mxfp4Matrix::quantize(source, &[], operand, &Draw::of(0, Purpose::Rounding, 0, 0))
 }
 
-/// On Gaussian blocks whose deviations spread over an octave, nearest rounding in 3/4 of the range has half of
-/// the error of unbiased rounding, and shrinks values to 0.9906 of themselves, for 0.9776 where the largest
-/// saturate; where in the octave a deviation lies hardly matters.
+/// On Gaussian blocks whose deviations spread over an octave, nearest rounding in 3/4 of the range
+/// has half of the error of unbiased rounding, and shrinks values to 0.9906 of themselves, for
+/// 0.9776 where the largest saturate; where in the octave a deviation lies hardly matters.
 #[test]
 fn nearest_rounding_in_part_of_the_range_hardly_shrinks() {
     const EACH: usize = 1 << 17;

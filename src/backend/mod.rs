@@ -73,8 +73,8 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// Of what lies around a recipe's forward GEMM: activations, attention, the head (which the paper
-    /// keeps out of MXFP4 and FP8).
+    /// Of what lies around a recipe's forward GEMM: activations, attention, the head (which the
+    /// paper keeps out of MXFP4 and FP8).
     pub fn of(forward: &Gemm) -> Self {
         match forward.format().element() {
             Element::F32 => Self::F32,

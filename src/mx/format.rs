@@ -1,6 +1,6 @@
 //! Number formats as data: an element, what shares a scale, and the scale's rule.
 //!
-//! Fields are private and there is no constructor: the constants are the formats that backends hold.
+//! Fields are private and there is no constructor: the constants are all that backends hold.
 
 use std::fmt;
 
@@ -33,8 +33,8 @@ pub enum Block {
 pub enum Scale {
     /// Numbers are held as they are.
     One,
-    /// 2^(floor(log2 amax) - 2), held as E8M0: the largest element lies in [4, 8) before rounding, and
-    /// above 6 it saturates. OCP Microscaling Formats v1.0, section 6.3.
+    /// 2^(floor(log2 amax) - 2), held as E8M0: the largest element lies in [4, 8) before rounding,
+    /// and above 6 it saturates. OCP Microscaling Formats v1.0, section 6.3.
     Floor,
     /// The smallest power of two with which nothing saturates, held as f32 ([`super::e4m3_scale`]).
     Ceil,
@@ -53,7 +53,7 @@ impl Format {
     pub const F32: Self = Self { element: Element::F32, block: Block::Tensor, scale: Scale::One };
     /// bf16.
     pub const BF16: Self = Self { element: Element::Bf16, block: Block::Tensor, scale: Scale::One };
-    /// FP8 E4M3 with one power of two a tensor, computed from the tensor itself ("current scaling").
+    /// FP8 E4M3 with one power of two a tensor, computed from the tensor ("current scaling").
     pub const E4M3: Self =
         Self { element: Element::E4m3, block: Block::Tensor, scale: Scale::Ceil };
     /// MXFP4: blocks of 32 along the reduction dimension.

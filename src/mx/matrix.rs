@@ -40,8 +40,8 @@ pub struct Mxfp4Matrix {
 }
 
 impl Mxfp4Matrix {
-    /// Transforms (where `signs` is not empty; its length is the group) and quantizes, with the rounding
-    /// and the range of `operand`, of which a [`super::Rounding`] alone is an abbreviation.
+    /// Transforms (where `signs` is not empty; its length is the group) and quantizes, with the
+    /// rounding and the range of `operand`, of which a [`super::Rounding`] is an abbreviation.
     ///
     /// `draw` gives the bits of unbiased rounding, keyed by the element's place in the source as it
     /// is stored; nearest rounding does not read it.

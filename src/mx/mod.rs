@@ -1,7 +1,7 @@
 //! MXFP4 itself: number formats, rounding, the random Hadamard transform and random bits.
 //!
 //! Everything here is scalar, written to be read, and is the definition that every backend's
-//! kernels are tested against byte for byte. The module imports nothing of the crate but its errors.
+//! kernels are tested against byte for byte. The module imports nothing of ours but the error.
 //!
 //! Sources: OCP Microscaling Formats (MX) Specification v1.0; "Training LLMs with MXFP4"
 //! (arXiv 2502.20586), Algorithms 1 to 3; Salmon et al., "Parallel random numbers: as easy as

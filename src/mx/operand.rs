@@ -1,8 +1,8 @@
 //! The recipe of a linear layer as data: three GEMMs of two operands each.
 //!
 //! Fields are private, and constructors refuse what no backend holds, so a backend that is handed a
-//! [`LinearRecipe`] has nothing left to check but what is special to its device. What a new method of
-//! training needs is a field or a variant here; names and switches are made of them in `recipe`.
+//! [`LinearRecipe`] has nothing left to check but what is special to its device. What a new method
+//! of training needs is a field or a variant here; `recipe` makes names and switches of them.
 
 use super::{Block, Draw, Format, GemmId, MAX_GROUP, OperandId, Random, Range, Rounding};
 use crate::{Error, Result};
@@ -192,7 +192,7 @@ impl Gemm {
         Self { a: operand, b: operand }
     }
 
-    /// Two operands of one format. Transforms cancel in the product, and only where they are the same.
+    /// Two operands of one format. Transforms cancel in the product where they are the same.
     pub fn new(a: Operand, b: Operand) -> Result<Self> {
         if a.format != b.format {
             let message = format!(
@@ -232,8 +232,8 @@ impl Gemm {
         self.a.transform
     }
 
-    /// What the reduction dimension is padded to a multiple of: whole groups of the transform, or else
-    /// whole blocks.
+    /// What the reduction dimension is padded to a multiple of: whole groups of the transform, or
+    /// else whole blocks.
     pub const fn group(&self) -> usize {
         match (self.a.transform, self.a.format.block()) {
             (Some(transform), _) => transform.group,
@@ -248,8 +248,8 @@ impl Gemm {
     }
 }
 
-/// Operands of range 3/4 hold three quarters of their values each, so the product of two is multiplied
-/// by (4/3)^2, and that with one of them by 4/3.
+/// Operands of range 3/4 hold three quarters of their values each, so the product of two is
+/// multiplied by (4/3)^2, and that with one of them by 4/3.
 pub fn product_scale(a: impl Into<Operand>, b: impl Into<Operand>) -> f32 {
     match (a.into().range, b.into().range) {
         (Range::Full, Range::Full) => 1.0,
@@ -279,7 +279,7 @@ impl LinearRecipe {
     /// y = x W^T + b, dx = dy W and dW = dy^T x, in formats that go together.
     pub fn new(forward: Gemm, dgrad: Gemm, wgrad: Gemm) -> Result<Self> {
         let recipe = Self { forward, dgrad, wgrad };
-        let in_f32 = recipe.gemms().map(|gemm| gemm.format() == Format::F32);
+        let in_f32 = [forward, dgrad, wgrad].map(|gemm| gemm.format() == Format::F32);
         if in_f32.contains(&true) && in_f32.contains(&false) {
             return Err(invalid("expected f32 in all three GEMMs or in none"));
         }
@@ -340,11 +340,6 @@ impl LinearRecipe {
     /// Both GEMMs of the backward pass.
     pub const fn backward(&self) -> [&Gemm; 2] {
         [&self.dgrad, &self.wgrad]
-    }
-
-    /// All three.
-    pub const fn gemms(&self) -> [&Gemm; 3] {
-        [&self.forward, &self.dgrad, &self.wgrad]
     }
 
     /// All six operands, with words for messages.

@@ -316,7 +316,8 @@ fn a_run_is_kept_from_accidents() {
 fn options_come_from_a_file_and_the_command_line_wins() {
     let dir = folder();
     let toml = "data = \"data\"\nout = \"model\"\nlog = \"log.jsonl\"\nsteps = 9\nlayers = 1\nheads = 2\n\
-        channels = 32\ncontext = 32\nbatch-size = 2\nthreads = 1\nrecipe = \"mxfp4-rht,range=3/4\"\nlr = 0.5\n";
+        channels = 32\ncontext = 32\nbatch-size = 2\nthreads = 1\n\
+        recipe = \"mxfp4-rht,range=3/4\"\nlr = 0.5\n";
     fs::write(dir.path().join("run.toml"), toml).unwrap();
     succeed(dir.path(), "train --config run.toml --steps 3 --lr 1e-3");
     let log = log(dir.path(), "log.jsonl", "step");

@@ -261,8 +261,8 @@ fn groups_of_their_own(dgrad: usize, wgrad: usize) -> LinearRecipe {
     LinearRecipe::new(Gemm::BF16, gemm(dgrad), gemm(wgrad)).unwrap()
 }
 
-/// Forward and backward of a linear layer in every recipe, against the definition of its numbers. Each runs
-/// in a workspace for itself alone, of which this layer is the largest.
+/// Forward and backward of a linear layer in every recipe, against the definition of its numbers.
+/// Each runs in a workspace for itself alone, of which this layer is the largest.
 #[test]
 fn linear_layers_follow_their_recipes() {
     let shape = LinearShape { rows: 70, inputs: 40, outputs: 120 };

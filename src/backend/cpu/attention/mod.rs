@@ -9,8 +9,8 @@
 //! from the scores and `lse`, the log of each row's sum, as in flash attention (Dao et al., arXiv
 //! 2205.14135).
 //!
-//! Products are in f32. With AVX-512, those of recipes whose forward pass is not f32 are in bf16,
-//! and on tiles where there are such.
+//! Products are in f32. With AVX-512, those whose precision is bf16 are, and on tiles where there
+//! are such.
 
 mod f32;
 mod panels;
