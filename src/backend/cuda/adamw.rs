@@ -7,8 +7,8 @@
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::sys;
 
-use super::gpu::launch;
-use super::memory::{Arena, F32, Param, Piece, Upload};
+use super::device::launch;
+use super::device::memory::{Arena, F32, Param, Piece, Upload};
 use super::{Cuda, Workspace};
 use crate::Result;
 use crate::backend::{AdamWStep, Largest, StepSums, Trained, VisitTrained};

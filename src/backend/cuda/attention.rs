@@ -1,7 +1,8 @@
 //! Causal attention: launches of the kernels in `attention_sm90.cu` on Hopper, else of `attention.cu`.
 
-use super::gpu::{Gpu, launch};
-use super::memory::{F32, Tensor};
+use super::device::gpu::Gpu;
+use super::device::launch;
+use super::device::memory::{F32, Tensor};
 use super::{Cuda, Workspace, kernel};
 use crate::backend::{AttentionShape, Precision};
 

@@ -4,9 +4,9 @@
 
 use cudarc::driver::sys;
 
-use super::gemm::{Operand, Type};
-use super::gpu::launch;
-use super::memory::{F32, Param, Tensor, size_of_element};
+use super::device::gemm::{Operand, Type};
+use super::device::launch;
+use super::device::memory::{F32, Param, Tensor, size_of_element};
 use super::{Cuda, Product, Tokens, Workspace, kernel};
 use crate::backend::{ClassifierGradient, LinearShape};
 

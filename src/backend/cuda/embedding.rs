@@ -7,8 +7,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::gpu::launch;
-use super::memory::{Arena, F32, Param, Piece, Tensor, Upload};
+use super::device::launch;
+use super::device::memory::{Arena, F32, Param, Piece, Tensor, Upload};
 use super::{Cuda, kernel};
 use crate::Result;
 use crate::backend::Sequences;

@@ -1,7 +1,7 @@
 //! GELU in its tanh form, as GPT-2 has it, and itself.
 
-use super::gpu::launch;
-use super::memory::Tensor;
+use super::device::launch;
+use super::device::memory::Tensor;
 use super::{Cuda, kernel};
 use crate::backend::Activation;
 

@@ -1,7 +1,7 @@
 //! LayerNorm and its backward pass.
 
-use super::gpu::launch;
-use super::memory::{F32, Param, Tensor};
+use super::device::launch;
+use super::device::memory::{F32, Param, Tensor};
 use super::{Cuda, Workspace, kernel, linear};
 use crate::backend::NormStatistics;
 

@@ -4,11 +4,11 @@
 //! reduction runs down the columns, so that every MXFP4 GEMM reads both operands along the reduction
 //! dimension.
 
-use super::gemm::{Operand, Type};
-use super::gpu::launch;
-use super::graph::{self, Drawn};
-use super::memory::{F32, Param, Tensor, size_of_element};
-use super::roads::{self, Road};
+use super::device::gemm::{Operand, Type};
+use super::device::launch;
+use super::device::memory::{F32, Param, Tensor, size_of_element};
+use super::device::recordings::{self, Drawn};
+use super::quantize::carrier::{self, Road};
 use super::{Cuda, Product, Workspace, gelu, kernel};
 use crate::backend::{Activation, LinearShape, Precision};
 use crate::mx::{self, Draw, GemmId, OperandId, Random, Rounding};
@@ -457,7 +457,7 @@ pub(super) fn quantize(
         [shape.rows, shape.cols, depth, group].map(|n| n as u32);
     // Scales in tiles are written for as many vectors as these hold.
     let covered = match target {
-        Target::Mxfp8 { .. } => vectors.next_multiple_of(roads::TILE_VECTORS),
+        Target::Mxfp8 { .. } => vectors.next_multiple_of(carrier::TILE_VECTORS),
         _ => vectors,
     };
     if shape.form == Form::Rows {
@@ -753,7 +753,7 @@ impl Call<'_> {
         let draw = self.random.rounding(OperandId::Dy);
         let parts = if self.road.has_block_scales() {
             let targets = [by_rows, by_columns].map(|operand| self.target(operand));
-            roads::quantize_both(cuda, targets, source, shape, sums, signs, rounding, draw)
+            carrier::quantize_both(cuda, targets, source, shape, sums, signs, rounding, draw)
         } else {
             let (out, scaling) = ([by_rows.out, by_columns.out], self.scaling(by_rows));
             quantize_both(cuda, out, scaling, source, shape, sums, signs, rounding, draw)
@@ -812,7 +812,7 @@ impl Call<'_> {
 
     fn note_drawn(&self, gemms: &'static [GemmId], operand: OperandId, format: Mxfp4) {
         let drawn = Drawn { random: *self.random, gemms, operand, transform: format.transform };
-        graph::note_drawn(&self.cuda.gpu, drawn);
+        recordings::note_drawn(&self.cuda.gpu, drawn);
     }
 
     /// `plain` with these quantized operands.

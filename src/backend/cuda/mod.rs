@@ -7,24 +7,16 @@
 
 mod adamw;
 mod attention;
-mod cache;
 mod classifier;
-mod compile;
+mod device;
 mod embedding;
-mod folders;
+#[cfg(test)]
+mod emulator;
 mod gelu;
-mod gemm;
-mod gpu;
-mod graph;
 mod layernorm;
 mod linear;
-#[cfg(test)]
-mod measure;
-mod memory;
 mod normal;
-#[cfg(test)]
-mod on_cpu;
-mod roads;
+mod quantize;
 #[cfg(test)]
 mod tests;
 mod workspace;
@@ -35,9 +27,9 @@ use bytemuck::Pod;
 use cudarc::driver::sys;
 
 pub(crate) use adamw::Optimizer;
+pub(crate) use device::memory::{Arena, F32, Param, Tensor};
+pub(crate) use device::recordings::Recordings;
 pub(crate) use embedding::Tokens;
-pub(crate) use graph::Recordings;
-pub(crate) use memory::{Arena, F32, Param, Tensor};
 pub(crate) use workspace::Workspace;
 
 use super::{
@@ -47,10 +39,10 @@ use super::{
 use crate::mx::{Draw, Random};
 use crate::recipe::{Forward, LinearRecipe};
 use crate::{CudaStream, Error, Result};
-use gemm::{Gemm, Product, Type};
-use gpu::Gpu;
+use device::gemm::{Gemm, Product, Type};
+use device::gpu::Gpu;
 use linear::Gradient;
-use roads::Road;
+use quantize::carrier::{self, Road};
 
 /// One GPU.
 pub(crate) struct Cuda {
@@ -103,7 +95,7 @@ impl Cuda {
 
     fn product(&self, workspace: &Workspace, product: &Product) {
         if product.operands.contains(&Type::E2m1) {
-            return roads::multiply_fp4(self, product);
+            return carrier::multiply_fp4(self, product);
         }
         #[cfg(test)]
         if let Some(multiply) = self.stand_in

@@ -1,7 +1,7 @@
 //! Normal random values: `mx::fill_normal` on the device.
 
 use super::Cuda;
-use super::gpu::launch;
+use super::device::launch;
 use super::linear::DrawArgument;
 use crate::mx::Draw;
 

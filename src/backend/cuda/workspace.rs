@@ -1,10 +1,11 @@
 //! Scratch memory: cuBLASLt's own, a chunk of logits, quantized operands, partial sums.
 
+use super::carrier::Road;
+use super::classifier;
+use super::device::gemm;
+use super::device::memory::{Arena, Piece, size_of_element};
 use super::layernorm;
 use super::linear;
-use super::memory::{Arena, Piece, size_of_element};
-use super::roads::Road;
-use super::{classifier, gemm};
 use crate::backend::{Precision, WorkspaceShape};
 use crate::recipe::Forward;
 

@@ -20,14 +20,14 @@ use crate::signals::file_limit_is_an_error;
 
 /// What a file was made from, as one number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Key([u8; SUM]);
+pub(crate) struct Key([u8; SUM]);
 
 /// Bytes of a SHA-256.
 const SUM: usize = 32;
 
 impl Key {
     /// The key of everything that machine code depends on, part by part.
-    pub(super) fn of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
+    pub(crate) fn of<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> Self {
         let mut hash = Sha256::new();
         for part in parts {
             // With its length, so that no two lists run into the same bytes.
@@ -55,11 +55,11 @@ const MAX_BYTES: usize = 64 << 20;
 ///
 /// NOTE: files are reached by its descriptor, so they are those of the folder that was looked at,
 /// whatever becomes of its name.
-pub(super) struct Cache(OwnedFd);
+pub(crate) struct Cache(OwnedFd);
 
 impl Cache {
     /// Opens `folder`, which is made where there is none; else the reason why it is not used.
-    pub(super) fn open(folder: &Path) -> Result<Self, String> {
+    pub(crate) fn open(folder: &Path) -> Result<Self, String> {
         let refused = |why: String| format!("{} is not used: {why}", folder.display());
         let failed = |e: io::Error| refused(e.to_string());
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
@@ -74,7 +74,7 @@ impl Cache {
     }
 
     /// The code under `name`, if it was made from what `key` stands for and is whole.
-    pub(super) fn read(&self, name: &str, key: &Key) -> Option<Vec<u8>> {
+    pub(crate) fn read(&self, name: &str, key: &Key) -> Option<Vec<u8>> {
         // Neither a link is followed nor a pipe waited for.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = openat(&self.0, name, flags, Mode::empty()).ok()?;
@@ -98,7 +98,7 @@ impl Cache {
 
     /// Keeps `code` under `name`. It is written under another name first, so that no reader sees half a
     /// file.
-    pub(super) fn write(&self, name: &str, key: &Key, code: &[u8]) -> io::Result<()> {
+    pub(crate) fn write(&self, name: &str, key: &Key, code: &[u8]) -> io::Result<()> {
         // Its keys are random numbers of the system, which nobody guesses.
         let random = RandomState::new().hash_one(name);
         let temporary = format!(".{name}.{random:016x}.part");

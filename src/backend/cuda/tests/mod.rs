@@ -1,7 +1,7 @@
 //! Every operation against its scalar twin, in both precisions, at sizes that nothing divides. Without
 //! a GPU every test says so and passes.
 
-use super::gemm::Type;
+use super::device::gemm::Type;
 use super::*;
 use crate::backend::device::Side;
 use crate::backend::{Activation, BackwardWorkspace, Device, Largest, Trained, reference};
@@ -10,6 +10,8 @@ use crate::mx::{
 };
 use crate::recipe::{Backward, Recipe};
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
+
+mod measure;
 
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
@@ -784,9 +786,9 @@ pub(super) fn decode_fp8(byte: u8, format: Type) -> f64 {
 
 /// FP8 operands on the device: bytes of one or two forms, factor, raised blocks, largest magnitude, sums.
 struct Fp8 {
-    out: [super::memory::Piece; 2],
-    words: super::memory::Piece,
-    sums: super::memory::Piece,
+    out: [super::device::memory::Piece; 2],
+    words: super::device::memory::Piece,
+    sums: super::device::memory::Piece,
 }
 
 impl Fp8 {
@@ -1013,13 +1015,13 @@ fn error_of_fp8_product(cuda: &Cuda, what: &str, [a, b]: &[Factor; 2]) -> f64 {
     let sequences = Sequences { batch: 1, length: 16 };
     let scratch = workspace(cuda, &workspace_shape(sequences, 16, 1, 8, Precision::Bf16));
     let c = f32_buffer(cuda, &vec![f32::NAN; m * n]);
-    let product = super::gemm::Product {
+    let product = super::device::gemm::Product {
         m,
         n,
         k,
         operands: [Type::E5m2, Type::E4m3],
-        a: super::gemm::Operand::rows(a.out[0].address, k),
-        b: super::gemm::Operand::rows(b.out[0].address, k),
+        a: super::device::gemm::Operand::rows(a.out[0].address, k),
+        b: super::device::gemm::Operand::rows(b.out[0].address, k),
         c: c.address(),
         c_stride: n,
         c_type: Type::F32,
@@ -1071,7 +1073,7 @@ fn fp8_products_are_exact() {
     }
 
     // A model that has been trained on this project's prose for a while.
-    let text = include_bytes!("../../../ARCHITECTURE.md");
+    let text = include_bytes!("../../../../ARCHITECTURE.md");
     let data = Dataset::from_tokens(text.iter().map(|byte| u32::from(*byte)).collect()).unwrap();
     let config = ModelConfig {
         vocab_size: 256,

@@ -1,16 +1,16 @@
 //! Which tensor cores multiply MXFP4 operands, and what those of Blackwell need that others do not: a
 //! scale for every block, in cuBLASLt's layout or the definition's, and on some a kernel of our own.
 
-use super::Cuda;
-use super::gemm::{Product, Type};
-use super::gpu::launch;
-use super::linear::{DrawArgument, TILE_COLUMNS, Target, TransformArgument};
+use super::super::Cuda;
+use super::super::device::gemm::{Product, Type};
+use super::super::device::launch;
+use super::super::linear::{DrawArgument, TILE_COLUMNS, Target, TransformArgument};
 use crate::backend::LinearShape;
 use crate::mx::{BLOCK, Draw, Rounding};
 
 /// How MXFP4 operands are held and multiplied. All of them hold MXFP4 values exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Road {
+pub(crate) enum Road {
     /// As bf16 numbers, everywhere.
     Bf16,
     /// As FP8 numbers with one power of two a tensor: dy in E5M2, whose 28 binades blocks need most, the
@@ -24,7 +24,7 @@ pub(super) enum Road {
 
 impl Road {
     /// The best one of a chip.
-    pub(super) fn of(capability: (i32, i32)) -> Self {
+    pub(crate) fn of(capability: (i32, i32)) -> Self {
         match capability {
             // NOTE: 10.x and 11.0 have FP4 products too, but of another kind (`tcgen05`).
             (12, 0 | 1) => Self::Fp4,
@@ -36,18 +36,18 @@ impl Road {
 
     /// This one, if it takes a layer of these sizes. cuBLASLt wants FP8 operands in rows of whole 16 bytes;
     /// that their length is a multiple of 32, as MXFP8 needs, padding to whole blocks sees to.
-    pub(super) fn for_layer(self, LinearShape { rows, inputs, outputs }: LinearShape) -> Self {
+    pub(crate) fn for_layer(self, LinearShape { rows, inputs, outputs }: LinearShape) -> Self {
         let fits = [rows, inputs, outputs].iter().all(|n| n.is_multiple_of(16));
         if fits || self == Self::Fp4 { self } else { Self::Bf16 }
     }
 
     /// Whether every block has a scale.
-    pub(super) fn has_block_scales(self) -> bool {
+    pub(crate) fn has_block_scales(self) -> bool {
         matches!(self, Self::Mxfp8 | Self::Fp4)
     }
 
     /// Bytes of the scales of an operand (vectors, depth) that has one for every block.
-    pub(super) fn scale_bytes(self, vectors: usize, depth: usize) -> usize {
+    pub(crate) fn scale_bytes(self, vectors: usize, depth: usize) -> usize {
         let blocks = depth / BLOCK;
         match self {
             Self::Bf16 | Self::Fp8 => 0,
@@ -60,7 +60,7 @@ impl Road {
 }
 
 /// Vectors of a tile of MXFP8's scales.
-pub(super) const TILE_VECTORS: usize = 128;
+pub(crate) const TILE_VECTORS: usize = 128;
 
 /// Blocks of each of them.
 const TILE_BLOCKS: usize = 4;
@@ -69,7 +69,7 @@ const TILE_BLOCKS: usize = 4;
 /// vectors and 4 blocks, which follow each other along the vectors. The twin of `tiled` in `mxfp4.cu`.
 /// ref: cuBLAS documentation, "1D Block Scaling Factors Layout".
 #[cfg(test)]
-pub(super) fn tiled(vector: usize, block: usize, blocks: usize) -> usize {
+pub(crate) fn tiled(vector: usize, block: usize, blocks: usize) -> usize {
     let tile = vector / TILE_VECTORS * blocks.div_ceil(TILE_BLOCKS) + block / TILE_BLOCKS;
     let (outer, inner) = (vector % TILE_VECTORS, block % TILE_BLOCKS);
     tile * TILE_VECTORS * TILE_BLOCKS + outer % 32 * 16 + outer / 32 * 4 + inner
@@ -78,7 +78,7 @@ pub(super) fn tiled(vector: usize, block: usize, blocks: usize) -> usize {
 /// Both forms of a source (rows, cols) of bf16 numbers, along rows to `targets[0]` and down columns to
 /// `targets[1]`, both codes or both MXFP8, with one group for both, of at most 64. `sums` and the result as of
 /// [`super::linear::quantize`].
-pub(super) fn quantize_both(
+pub(crate) fn quantize_both(
     cuda: &Cuda,
     targets: [Target; 2],
     source: u64,
@@ -123,7 +123,7 @@ const FP4_THREADS: usize = 256;
 const FP4_SHARED: usize = 4 * 2 * FP4_TILE * (64 + 4);
 
 /// A product of operands in [`Type::E2m1`], dense, the reduction along their rows.
-pub(super) fn multiply_fp4(cuda: &Cuda, product: &Product) {
+pub(crate) fn multiply_fp4(cuda: &Cuda, product: &Product) {
     let &Product { m, n, k, a, b, c, c_stride, c_type, alpha, accumulate, scales, .. } = product;
     let name = match c_type {
         Type::Bf16 => "product_mxfp4_bf16",
@@ -142,12 +142,12 @@ pub(super) fn multiply_fp4(cuda: &Cuda, product: &Product) {
 #[cfg(test)]
 mod tests {
 
-    use super::super::compile::{self, FILES};
-    use super::super::gemm::Operand;
-    use super::super::linear::{Form, Quantize, Source as Operands, quantize};
-    use super::super::memory::Arena;
-    use super::super::on_cpu::{check_mxfp8, operand};
-    use super::super::tests::{
+    use super::super::super::device::compile::{self, FILES};
+    use super::super::super::device::gemm::Operand;
+    use super::super::super::device::memory::Arena;
+    use super::super::super::emulator::{check_mxfp8, operand};
+    use super::super::super::linear::{Form, Quantize, Source as Operands, quantize};
+    use super::super::super::tests::{
         check_mxfp4_backward, close, decode_fp8, f32_buffer, f32s_of, f64s, open, random,
         read_bytes, tensor, write_bytes,
     };

@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUresult};
 
+use super::super::linear::{DrawArgument, TransformArgument};
 use super::gpu::Gpu;
-use super::linear::{DrawArgument, TransformArgument};
 use crate::backend::StepKind;
 use crate::mx::{GemmId, OperandId, Random};
 use crate::recipe::Transform;
@@ -48,18 +48,18 @@ fn lock_captures() -> MutexGuard<'static, ()> {
 /// While this lives, no other thread captures: loading and unloading kernels (which cuBLASLt does when a
 /// kind of product comes up for the first time), allocating and freeing wait for the whole device, and
 /// CUDA breaks off every capture then. None where this thread itself captures.
-pub(super) fn without_captures() -> Option<MutexGuard<'static, ()>> {
+pub(crate) fn without_captures() -> Option<MutexGuard<'static, ()>> {
     capturing().is_none().then(lock_captures)
 }
 
 /// The stream of this thread's capture, if it makes one.
-pub(super) fn capturing() -> Option<sys::CUstream> {
+pub(crate) fn capturing() -> Option<sys::CUstream> {
     Some(CAPTURING.get()).filter(|stream| !stream.is_null())
 }
 
 /// Takes a message about what this thread's capture met, which is none of the device's business yet;
 /// gives it back where there is no capture.
-pub(super) fn note_failure(message: String) -> Option<String> {
+pub(crate) fn note_failure(message: String) -> Option<String> {
     if capturing().is_none() {
         return Some(message);
     }
@@ -70,18 +70,18 @@ pub(super) fn note_failure(message: String) -> Option<String> {
 }
 
 /// Is told the number of arguments of every kernel.
-pub(super) fn note_kernel(arguments: usize) {
+pub(crate) fn note_kernel(arguments: usize) {
     ARGUMENTS.set(arguments);
 }
 
 /// What the random numbers of a quantization kernel are drawn for.
 #[derive(Clone, Copy)]
-pub(super) struct Drawn {
-    pub(super) random: Random,
+pub(crate) struct Drawn {
+    pub(crate) random: Random,
     /// One transform each.
-    pub(super) gemms: &'static [GemmId],
-    pub(super) operand: OperandId,
-    pub(super) transform: Option<Transform>,
+    pub(crate) gemms: &'static [GemmId],
+    pub(crate) operand: OperandId,
+    pub(crate) transform: Option<Transform>,
 }
 
 impl Drawn {
@@ -89,7 +89,8 @@ impl Drawn {
     fn arguments(&self) -> ([TransformArgument; 2], DrawArgument) {
         let transform = |gemm: &GemmId| {
             let mut signs = [0.0; crate::mx::MAX_GROUP];
-            let signs = super::linear::fill_signs(&mut signs, self.transform, *gemm, &self.random);
+            let signs =
+                super::super::linear::fill_signs(&mut signs, self.transform, *gemm, &self.random);
             TransformArgument::new(signs)
         };
         let last = self.gemms.last().map_or_else(|| TransformArgument::new(&[]), transform);
@@ -109,7 +110,7 @@ struct Redrawn {
 }
 
 /// Notes that the last kernel is to be drawn anew whenever it is launched again.
-pub(super) fn note_drawn(gpu: &Gpu, drawn: Drawn) {
+pub(crate) fn note_drawn(gpu: &Gpu, drawn: Drawn) {
     let Some(stream) = capturing() else { return };
     let arguments = ARGUMENTS.get();
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
@@ -169,12 +170,12 @@ struct Graph {
 unsafe impl Send for Recordings {}
 
 impl Recordings {
-    pub(super) fn new(gpu: &Arc<Gpu>) -> Self {
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Self {
         Self { gpu: gpu.clone(), kinds: Vec::new() }
     }
 
     /// Does `operations`: as they come, or recorded.
-    pub(super) fn run(&mut self, kind: StepKind, random: [u32; 2], mut operations: impl FnMut()) {
+    pub(crate) fn run(&mut self, kind: StepKind, random: [u32; 2], mut operations: impl FnMut()) {
         let gpu = &self.gpu;
         let Some((_, state)) = self.kinds.iter_mut().find(|(known, _)| *known == kind) else {
             self.kinds.push((kind, State::Seen { failures: 0 }));

@@ -9,10 +9,10 @@ use std::process::Command;
 use proptest::prelude::*;
 
 use super::adamw::{Entry, Step};
-use super::compile::{FILES, PRELUDE};
-use super::gemm::Type;
+use super::device::compile::{FILES, PRELUDE};
+use super::device::gemm::Type;
 use super::linear::{BehindGelu, DrawArgument, Tiles, TransformArgument, rows_at_once};
-use super::roads::{Road, tiled};
+use super::quantize::carrier::{Road, tiled};
 use super::tests::{compare_fp8, decode_fp8, random};
 use crate::backend::{Activation, AdamWStep, Precision, reference};
 use crate::mx::{
@@ -100,7 +100,7 @@ impl OnCpu {
         text = text.replace("extern __shared__ __align__(16) u8 shared[];", "");
         let folder = tempfile::tempdir().unwrap();
         let [source, library] = ["kernels.cpp", "kernels.so"].map(|name| folder.path().join(name));
-        std::fs::write(&source, format!("{}\n{text}", include_str!("on_cpu.cpp"))).unwrap();
+        std::fs::write(&source, format!("{}\n{text}", include_str!("emulator.cpp"))).unwrap();
         // No warnings: much of a file's beginning is not used by the rest.
         let mut compiler = Command::new("c++");
         compiler.args(["-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off"]);

@@ -15,58 +15,58 @@ use crate::thread::mark_as_ours;
 use crate::{Error, Result};
 
 /// Put in front of every file.
-pub(super) const PRELUDE: &str = include_str!("../../../kernels/prelude.cuh");
+pub(crate) const PRELUDE: &str = include_str!("../../../../kernels/prelude.cuh");
 
 /// NVRTC's options besides the chip. Lambdas are device code like everything else.
 const OPTIONS: [&str; 2] = ["--std=c++17", "--device-as-default-execution-space"];
 
 /// A kernel file by its name, with its text.
-pub(super) const FILES: [(&str, &str); 13] = [
-    ("adamw", include_str!("../../../kernels/adamw.cu")),
-    ("attention", include_str!("../../../kernels/attention.cu")),
-    ("attention_sm90", include_str!("../../../kernels/attention_sm90.cu")),
-    ("classifier", include_str!("../../../kernels/classifier.cu")),
-    ("embedding", include_str!("../../../kernels/embedding.cu")),
-    ("fp8", include_str!("../../../kernels/fp8.cu")),
+pub(crate) const FILES: [(&str, &str); 13] = [
+    ("adamw", include_str!("../../../../kernels/adamw.cu")),
+    ("attention", include_str!("../../../../kernels/attention.cu")),
+    ("attention_sm90", include_str!("../../../../kernels/attention_sm90.cu")),
+    ("classifier", include_str!("../../../../kernels/classifier.cu")),
+    ("embedding", include_str!("../../../../kernels/embedding.cu")),
+    ("fp8", include_str!("../../../../kernels/fp8.cu")),
     ("gelu", GELU),
-    ("layernorm", include_str!("../../../kernels/layernorm.cu")),
-    ("linear", include_str!("../../../kernels/linear.cu")),
+    ("layernorm", include_str!("../../../../kernels/layernorm.cu")),
+    ("linear", include_str!("../../../../kernels/linear.cu")),
     ("mxfp4", MXFP4),
     ("mxfp4_fp8", MXFP4_FP8),
-    ("mxfp4_sm120", include_str!("../../../kernels/mxfp4_sm120.cu")),
+    ("mxfp4_sm120", include_str!("../../../../kernels/mxfp4_sm120.cu")),
     ("normal", NORMAL),
 ];
 
 /// The files of GELU, of MXFP4 and of its random bits, which share their beginnings.
 const GELU: &str = concat!(
-    include_str!("../../../kernels/gelu.cuh"),
+    include_str!("../../../../kernels/gelu.cuh"),
     "#line 1 \"gelu.cu\"\n",
-    include_str!("../../../kernels/gelu.cu")
+    include_str!("../../../../kernels/gelu.cu")
 );
 const MXFP4: &str = concat!(
-    include_str!("../../../kernels/mxfp4.cuh"),
+    include_str!("../../../../kernels/mxfp4.cuh"),
     "#line 1 \"mxfp4.cu\"\n",
-    include_str!("../../../kernels/mxfp4.cu")
+    include_str!("../../../../kernels/mxfp4.cu")
 );
 const MXFP4_FP8: &str = concat!(
-    include_str!("../../../kernels/mxfp4.cuh"),
-    include_str!("../../../kernels/gelu.cuh"),
+    include_str!("../../../../kernels/mxfp4.cuh"),
+    include_str!("../../../../kernels/gelu.cuh"),
     "#line 1 \"mxfp4_fp8.cu\"\n",
-    include_str!("../../../kernels/mxfp4_fp8.cu")
+    include_str!("../../../../kernels/mxfp4_fp8.cu")
 );
 const NORMAL: &str = concat!(
-    include_str!("../../../kernels/mxfp4.cuh"),
+    include_str!("../../../../kernels/mxfp4.cuh"),
     "#line 1 \"normal.cu\"\n",
-    include_str!("../../../kernels/normal.cu")
+    include_str!("../../../../kernels/normal.cu")
 );
 
 /// NVRTC's name for a chip. The "a" gives a kernel the instructions that only this very chip has.
-pub(super) fn architecture((major, minor): (i32, i32)) -> String {
+pub(crate) fn architecture((major, minor): (i32, i32)) -> String {
     format!("sm_{major}{minor}{}", if major >= 9 { "a" } else { "" })
 }
 
 /// Compiled machine code of one file.
-pub(super) struct Code {
+pub(crate) struct Code {
     place: Place,
     bytes: Vec<u8>,
     /// Whether it comes from the cache, which may hold what was never tried.
@@ -86,7 +86,7 @@ struct Place {
 const STACK: usize = 8 << 20;
 
 /// Machine code of every file, from the cache where it holds it.
-pub(super) fn all(
+pub(crate) fn all(
     cache: Option<&Cache>,
     architecture: &str,
     driver_version: c_int,
@@ -182,7 +182,7 @@ impl Code {
 
     /// Gives the code to `load`, the driver. What the cache had and the driver refuses is compiled anew,
     /// once, and kept in its place if the driver takes that.
-    pub(super) fn load(
+    pub(crate) fn load(
         self,
         cache: Option<&Cache>,
         load: impl FnMut(&[u8]) -> Result<()>,
@@ -213,7 +213,7 @@ fn panicked(_: Box<dyn std::any::Any + Send>) -> Error {
 }
 
 /// Compiles one file for `architecture`, such as "sm_90a". No GPU is needed.
-pub(super) fn cubin(name: &str, source: &str, architecture: &str) -> Result<Vec<u8>> {
+pub(crate) fn cubin(name: &str, source: &str, architecture: &str) -> Result<Vec<u8>> {
     let failed = |what: &str| Error::Device { message: format!("{what} {name}.cu: NVRTC failed") };
     let text = c_string(&format!("{PRELUDE}\n#line 1 \"{name}.cu\"\n{source}"));
     let program = result::create_program(&text, Some(&c_string(&format!("{name}.cu"))))

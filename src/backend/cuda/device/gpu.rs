@@ -11,25 +11,25 @@ use cudarc::{cublaslt, driver, nvrtc};
 
 use super::cache::Cache;
 use super::folders::Folders;
-use super::{compile, graph};
+use super::{compile, recordings};
 use crate::{Error, Result};
 
 /// The CUDA release whose interfaces are used.
 const CUDA: c_int = 13_000;
 
 /// An opened GPU. Everything runs on one stream, in the order of the calls.
-pub(in crate::backend) struct Gpu {
+pub(crate) struct Gpu {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
     /// The host's own stream is not destroyed.
     own_stream: bool,
     /// Such as "NVIDIA H200".
-    pub(super) name: String,
+    pub(crate) name: String,
     /// Major and minor.
-    pub(super) capability: (i32, i32),
+    pub(crate) capability: (i32, i32),
     /// Streaming multiprocessors.
-    pub(super) multiprocessors: u32,
+    pub(crate) multiprocessors: u32,
     modules: Vec<sys::CUmodule>,
     kernels: HashMap<String, sys::CUfunction>,
     /// The first error of an operation, which returned nothing.
@@ -45,7 +45,7 @@ unsafe impl Sync for Gpu {}
 impl Gpu {
     /// Opens GPU `ordinal` and loads all kernels, compiling those that are not cached. With `stream`,
     /// the host's own, everything runs on that one. `warn` receives what a user should put right.
-    pub(super) fn open(
+    pub(crate) fn open(
         ordinal: usize,
         stream: Option<sys::CUstream>,
         warn: &dyn Fn(String),
@@ -162,7 +162,7 @@ impl Gpu {
     }
 
     /// Runs `f` with this GPU's context current, and gives the thread its own back.
-    pub(super) fn scope<R>(&self, f: impl FnOnce() -> R) -> R {
+    pub(crate) fn scope<R>(&self, f: impl FnOnce() -> R) -> R {
         let _current = self.enter();
         f()
     }
@@ -175,12 +175,12 @@ impl Gpu {
     }
 
     /// Where work is queued: the stream, or what this thread captures.
-    pub(super) fn stream(&self) -> sys::CUstream {
-        graph::capturing().unwrap_or(self.stream)
+    pub(crate) fn stream(&self) -> sys::CUstream {
+        recordings::capturing().unwrap_or(self.stream)
     }
 
     /// Launches a kernel. `arguments` point to values of the types that the kernel declares.
-    pub(super) fn launch(
+    pub(crate) fn launch(
         &self,
         kernel: &str,
         grid: [usize; 3],
@@ -195,7 +195,7 @@ impl Gpu {
         if grid.contains(&0) {
             return;
         }
-        graph::note_kernel(arguments.len());
+        recordings::note_kernel(arguments.len());
         let [x, y, z] = grid.map(|n| n as u32);
         use sys::CUlaunchAttributeID as Attribute;
         let mut overlapping = sys::CUlaunchAttribute {
@@ -226,20 +226,20 @@ impl Gpu {
     }
 
     /// Keeps the first error of an operation for [`Gpu::check`].
-    pub(super) fn note(&self, what: &str, result: CUresult) {
+    pub(crate) fn note(&self, what: &str, result: CUresult) {
         if result != CUresult::CUDA_SUCCESS {
             self.fail(format!("{what}: {}", text(result)));
         }
     }
 
-    pub(super) fn fail(&self, message: String) {
-        let Some(message) = graph::note_failure(message) else { return };
+    pub(crate) fn fail(&self, message: String) {
+        let Some(message) = recordings::note_failure(message) else { return };
         self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
     }
 
     /// The first error that an operation met, if there was one. It stays: the state of the device is
     /// not known any more.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         match &*self.error.lock().unwrap_or_else(PoisonError::into_inner) {
             None => Ok(()),
             Some(message) => Err(Error::Device { message: format!("{}: {message}", self.name) }),
@@ -247,26 +247,26 @@ impl Gpu {
     }
 
     /// Waits for everything asked for so far.
-    pub(super) fn synchronize(&self) -> Result<()> {
+    pub(crate) fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as `self`.
         self.note("the GPU", unsafe { sys::cuStreamSynchronize(self.stream) });
         self.check()
     }
 
     /// Bytes free and bytes in all.
-    pub(super) fn memory(&self) -> Option<(usize, usize)> {
+    pub(crate) fn memory(&self) -> Option<(usize, usize)> {
         self.scope(|| driver::result::mem_get_info().ok())
     }
 
     fn load_kernels(&mut self, cache: Option<&Cache>, driver_version: c_int) -> Result<()> {
         let architecture = compile::architecture(self.capability);
         let all = compile::all(cache, &architecture, driver_version)?;
-        let _alone = graph::without_captures();
+        let _alone = recordings::without_captures();
         all.into_iter().try_for_each(|code| code.load(cache, |cubin| self.load(cubin)))
     }
 
     /// Loads the kernels of one file, in place of those of the same names.
-    pub(super) fn load(&mut self, cubin: &[u8]) -> Result<()> {
+    pub(crate) fn load(&mut self, cubin: &[u8]) -> Result<()> {
         let _current = self.enter();
         let most_shared = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         // SAFETY: the device is valid.
@@ -330,7 +330,7 @@ impl Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         let modules = std::mem::take(&mut self.modules);
-        let _alone = graph::without_captures();
+        let _alone = recordings::without_captures();
         self.scope(|| {
             // SAFETY: all of this is ours, and nothing uses it any more. Errors have no receiver.
             unsafe {
@@ -365,7 +365,7 @@ impl Drop for Current {
 }
 
 /// What the driver says of a result.
-pub(super) fn text(result: CUresult) -> String {
+pub(crate) fn text(result: CUresult) -> String {
     let mut message = std::ptr::null();
     // SAFETY: writes a pointer to a static string.
     let known = unsafe { sys::cuGetErrorString(result, &mut message) };
@@ -385,7 +385,7 @@ fn open_libraries(folders: &Folders) -> Result<()> {
 }
 
 /// Opens NVRTC, also where it lies outside the loader's own folders.
-pub(super) fn open_nvrtc(folders: &Folders) -> Result<()> {
+pub(crate) fn open_nvrtc(folders: &Folders) -> Result<()> {
     static OPENED: OnceLock<Vec<libloading::Library>> = OnceLock::new();
     OPENED.get_or_init(|| {
         let mut opened = Vec::new();
@@ -418,7 +418,7 @@ fn require(present: bool, library: &str, package: &str) -> Result<()> {
 }
 
 /// A C string of text without zero bytes.
-pub(super) fn c_string(text: &str) -> CString {
+pub(crate) fn c_string(text: &str) -> CString {
     CString::new(text).expect("sources and options hold no zero byte")
 }
 
@@ -435,4 +435,4 @@ macro_rules! launch {
         )
     };
 }
-pub(super) use launch;
+pub(crate) use launch;

@@ -14,16 +14,16 @@ use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::{result, sys};
 
 use super::gpu::Gpu;
-use super::graph;
+use super::recordings;
 use crate::backend::Precision;
 use crate::{Error, Result};
 
 /// Scratch memory that products may use, as cuBLAS advises for Hopper.
-pub(super) const WORKSPACE: usize = 32 << 20;
+pub(crate) const WORKSPACE: usize = 32 << 20;
 
 /// Number format of a matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Type {
+pub(crate) enum Type {
     F32,
     Bf16,
     /// FP8 E4M3, as an operand, both dimensions being multiples of 16.
@@ -60,7 +60,7 @@ impl Type {
 /// An operand that is stored with its vectors as rows, reduction running along them, or with the
 /// reduction running down the columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Layout {
+pub(crate) enum Layout {
     /// (vectors, reduction).
     Rows,
     /// (reduction, vectors).
@@ -69,45 +69,45 @@ pub(super) enum Layout {
 
 /// An operand on the device.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Operand {
-    pub(super) address: u64,
-    pub(super) layout: Layout,
+pub(crate) struct Operand {
+    pub(crate) address: u64,
+    pub(crate) layout: Layout,
     /// Elements from one stored row to the next.
-    pub(super) stride: usize,
+    pub(crate) stride: usize,
 }
 
 impl Operand {
     /// Stored (vectors, reduction), dense.
-    pub(super) fn rows(address: u64, reduction: usize) -> Self {
+    pub(crate) fn rows(address: u64, reduction: usize) -> Self {
         Self { address, layout: Layout::Rows, stride: reduction }
     }
 
     /// Stored (reduction, vectors), dense.
-    pub(super) fn columns(address: u64, vectors: usize) -> Self {
+    pub(crate) fn columns(address: u64, vectors: usize) -> Self {
         Self { address, layout: Layout::Columns, stride: vectors }
     }
 }
 
 /// C (m, n) = alpha A (m, k) B (n, k)^T + bias, or added to what is there.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Product {
-    pub(super) m: usize,
-    pub(super) n: usize,
-    pub(super) k: usize,
+pub(crate) struct Product {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
     /// Formats of A and B.
-    pub(super) operands: [Type; 2],
-    pub(super) a: Operand,
-    pub(super) b: Operand,
-    pub(super) c: u64,
-    pub(super) c_stride: usize,
-    pub(super) c_type: Type,
-    pub(super) alpha: f32,
-    pub(super) accumulate: bool,
+    pub(crate) operands: [Type; 2],
+    pub(crate) a: Operand,
+    pub(crate) b: Operand,
+    pub(crate) c: u64,
+    pub(crate) c_stride: usize,
+    pub(crate) c_type: Type,
+    pub(crate) alpha: f32,
+    pub(crate) accumulate: bool,
     /// (n), of C's format.
-    pub(super) bias: Option<u64>,
+    pub(crate) bias: Option<u64>,
     /// On the device, what FP8 operands have: f32 factors of all of A and of all of B. Of MXFP8 and MXFP4 the
     /// scale bytes of the blocks, in the tiles that cuBLASLt wants, and row by row.
-    pub(super) scales: Option<[u64; 2]>,
+    pub(crate) scales: Option<[u64; 2]>,
 }
 
 /// Everything that the choice of an algorithm depends on.
@@ -141,7 +141,7 @@ impl Product {
 }
 
 /// cuBLASLt with the plans of all products seen so far.
-pub(super) struct Gemm {
+pub(crate) struct Gemm {
     gpu: Arc<Gpu>,
     handle: sys::cublasLtHandle_t,
     plans: Mutex<HashMap<Kind, Plan>>,
@@ -154,8 +154,8 @@ unsafe impl Send for Gemm {}
 unsafe impl Sync for Gemm {}
 
 impl Gemm {
-    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Self> {
-        let _alone = graph::without_captures();
+    pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self> {
+        let _alone = recordings::without_captures();
         let handle = gpu.scope(result::create_handle).map_err(|error| Error::Device {
             message: format!("{}: cuBLASLt does not start ({error})", gpu.name),
         })?;
@@ -163,14 +163,14 @@ impl Gemm {
     }
 
     /// Starts a product; `workspace` has [`WORKSPACE`] bytes.
-    pub(super) fn run(&self, gpu: &Gpu, product: &Product, workspace: u64) {
+    pub(crate) fn run(&self, gpu: &Gpu, product: &Product, workspace: u64) {
         let kind = product.kind();
         let plans = || self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         // The first product of a kind may be the one that loads its kernel. NOTE: a thread that captures
         // asks for `plans` too, so nobody may hold them who waits for the end of captures. In one
         // statement with the wait, the guard would live until that is over.
         let known = plans().contains_key(&kind);
-        let _alone = (!known).then(graph::without_captures);
+        let _alone = (!known).then(recordings::without_captures);
         let mut plans = plans();
         let plan = match plans.entry(kind) {
             Entry::Occupied(plan) => Ok(plan.into_mut()),
@@ -188,7 +188,7 @@ impl Gemm {
 impl Drop for Gemm {
     fn drop(&mut self) {
         self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
-        let _alone = graph::without_captures();
+        let _alone = recordings::without_captures();
         // SAFETY: ours, and nothing uses it any more. It waits for the device, so that has to be current.
         let _ = self.gpu.scope(|| unsafe { result::destroy_handle(self.handle) });
     }

@@ -3,10 +3,12 @@
 
 use cudarc::driver::sys;
 
-use super::linear::{BehindGelu, Form, Quantize, Scaling, Source, Target, quantize, quantize_both};
-use super::memory::{Arena, F32, Param, Piece, Tensor};
-use super::tests::{errors_of_fp8_products, f32s_of, gpu, older_gpu, workspace, workspace_shape};
-use super::{Cuda, Type, Workspace};
+use super::super::device::memory::{Arena, F32, Param, Piece, Tensor};
+use super::super::linear::{
+    BehindGelu, Form, Quantize, Scaling, Source, Target, quantize, quantize_both,
+};
+use super::super::{Cuda, Type, Workspace};
+use super::{errors_of_fp8_products, f32s_of, gpu, older_gpu, workspace, workspace_shape};
 use crate::backend::{Activation, Backend, Device, LinearShape, Precision, Sequences};
 use crate::mx::{Draw, GemmId, LinearId, OperandId, Purpose, Random, Rounding};
 use crate::recipe::{LinearRecipe, Recipe};

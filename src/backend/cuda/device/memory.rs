@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use cudarc::driver::sys::{self, CUresult};
 
 use super::gpu::{Gpu, text};
-use super::graph;
+use super::recordings;
 use crate::backend::Precision;
 use crate::reserve::reserve;
 use crate::{Error, Result};
@@ -36,7 +36,7 @@ struct Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let _alone = graph::without_captures();
+        let _alone = recordings::without_captures();
         self.gpu.scope(|| {
             // SAFETY: ours, and no buffer is left. What is queued may still use it.
             unsafe {
@@ -48,22 +48,22 @@ impl Drop for Block {
 }
 
 /// A piece of an arena: an address on the device, and what keeps it valid.
-pub(in crate::backend) struct Piece {
-    pub(super) address: u64,
+pub(crate) struct Piece {
+    pub(crate) address: u64,
     _keep: Option<Arc<Block>>,
 }
 
 /// f32 values.
 pub(crate) struct F32 {
-    pub(super) piece: Piece,
-    pub(super) len: usize,
+    pub(crate) piece: Piece,
+    pub(crate) len: usize,
 }
 
 /// Activations or their gradients.
 pub(crate) struct Tensor {
-    pub(super) piece: Piece,
-    pub(super) len: usize,
-    pub(super) precision: Precision,
+    pub(crate) piece: Piece,
+    pub(crate) len: usize,
+    pub(crate) precision: Precision,
     magnitudes: Arc<Magnitudes>,
     /// Number of the word that the kernel which wrote the tensor noted its largest magnitude in.
     noted: Option<u64>,
@@ -71,17 +71,17 @@ pub(crate) struct Tensor {
 
 /// A parameter: f32 master values and the bf16 copy that GEMMs read.
 pub(crate) struct Param {
-    pub(super) master: F32,
-    pub(super) copy: Piece,
+    pub(crate) master: F32,
+    pub(crate) copy: Piece,
     /// One word: the bits of the largest magnitude of the master values.
-    pub(super) most: Piece,
+    pub(crate) most: Piece,
 }
 
 /// Words for the bits of largest magnitudes: every kernel that writes a tensor takes one of its own.
 ///
 /// All are zeroed together at the start of a pass, because zeroing one before every kernel would take as
 /// long as many kernels of a small model do. A pass that takes more than there are goes without.
-pub(super) struct Magnitudes {
+pub(crate) struct Magnitudes {
     words: Piece,
     /// How many were ever taken; those that a pass does not take count as taken.
     taken: AtomicU64,
@@ -110,7 +110,7 @@ impl Magnitudes {
 
 impl Param {
     /// The address of the values that kernels of a precision read.
-    pub(super) fn as_read_in(&self, precision: Precision) -> u64 {
+    pub(crate) fn as_read_in(&self, precision: Precision) -> u64 {
         match precision {
             Precision::F32 => self.master.piece.address,
             Precision::Bf16 => self.copy.address,
@@ -119,41 +119,41 @@ impl Param {
 }
 
 impl Tensor {
-    pub(super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.piece.address
     }
 
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.len * size_of_element(self.precision)
     }
 
     /// A zeroed word in which the kernels that now overwrite the tensor note the largest magnitude of all
     /// that they store; address 0 where none needs to know.
-    pub(super) fn noting(&mut self) -> u64 {
+    pub(crate) fn noting(&mut self) -> u64 {
         let needed = self.precision == Precision::Bf16;
         self.noted = needed.then(|| self.magnitudes.take(1)).flatten();
         self.largest_magnitude().unwrap_or(0)
     }
 
     /// Something overwrites the tensor that notes nothing.
-    pub(super) fn not_noting(&mut self) {
+    pub(crate) fn not_noting(&mut self) {
         self.noted = None;
     }
 
     /// The address of the bits of the largest magnitude, if they were noted.
-    pub(super) fn largest_magnitude(&self) -> Option<u64> {
+    pub(crate) fn largest_magnitude(&self) -> Option<u64> {
         self.magnitudes.address(self.noted?)
     }
 
     /// The address of `count` zeroed words for what else a pass has to find out about the tensor; None where
     /// there are not as many.
-    pub(super) fn zeroed_words(&self, count: u64) -> Option<u64> {
+    pub(crate) fn zeroed_words(&self, count: u64) -> Option<u64> {
         let number = self.magnitudes.take(count)?;
         self.magnitudes.address(number)
     }
 
     /// A pass begins, which overwrites all tensors of the arena before it reads them.
-    pub(super) fn begin_pass(&self, gpu: &Gpu) {
+    pub(crate) fn begin_pass(&self, gpu: &Gpu) {
         let Magnitudes { words, taken } = &*self.magnitudes;
         let next = (taken.load(Ordering::Relaxed) / Magnitudes::COUNT + 1) * Magnitudes::COUNT;
         taken.store(next, Ordering::Relaxed);
@@ -164,13 +164,13 @@ impl Tensor {
     }
 
     /// The address of element `index`.
-    pub(super) fn at(&self, index: usize) -> u64 {
+    pub(crate) fn at(&self, index: usize) -> u64 {
         self.address() + (index * size_of_element(self.precision)) as u64
     }
 }
 
 /// Bytes of an activation.
-pub(super) fn size_of_element(precision: Precision) -> usize {
+pub(crate) fn size_of_element(precision: Precision) -> usize {
     match precision {
         Precision::F32 => 4,
         Precision::Bf16 => 2,
@@ -178,24 +178,24 @@ pub(super) fn size_of_element(precision: Precision) -> usize {
 }
 
 impl F32 {
-    pub(super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.piece.address
     }
 }
 
 impl Arena {
     /// An arena that only counts.
-    pub(super) fn measuring(gpu: &Arc<Gpu>) -> Self {
+    pub(crate) fn measuring(gpu: &Arc<Gpu>) -> Self {
         Self { gpu: gpu.clone(), block: None, used: 0, magnitudes: None }
     }
 
     /// Of the GPU.
-    pub(super) fn capability(&self) -> (i32, i32) {
+    pub(crate) fn capability(&self) -> (i32, i32) {
         self.gpu.capability
     }
 
     /// An arena of `bytes` zeroed bytes of device memory.
-    pub(super) fn allocated(gpu: &Arc<Gpu>, bytes: usize) -> Result<Self> {
+    pub(crate) fn allocated(gpu: &Arc<Gpu>, bytes: usize) -> Result<Self> {
         let (free, total) = gpu.memory().unwrap_or((usize::MAX, usize::MAX));
         let too_much = |limit: String| Error::OutOfMemory {
             what: "the planned arena",
@@ -209,7 +209,7 @@ impl Arena {
             )));
         }
         let base = gpu.scope(|| {
-            let _alone = graph::without_captures();
+            let _alone = recordings::without_captures();
             let mut base = 0;
             // SAFETY: writes one address; freed with the last buffer.
             let result = unsafe { sys::cuMemAlloc_v2(&mut base, bytes.max(1)) };
@@ -237,7 +237,7 @@ impl Arena {
     }
 
     /// Bytes handed out so far.
-    pub(super) fn used(&self) -> usize {
+    pub(crate) fn used(&self) -> usize {
         self.used
     }
 
@@ -245,7 +245,7 @@ impl Arena {
     ///
     /// # Panics
     /// If the arena is smaller than what was measured, which would be a bug of the caller.
-    pub(super) fn bytes(&mut self, bytes: usize) -> Piece {
+    pub(crate) fn bytes(&mut self, bytes: usize) -> Piece {
         let start = self.used;
         self.used += bytes.next_multiple_of(ALIGN);
         let address = self.block.as_ref().map_or(0, |block| {
@@ -255,11 +255,11 @@ impl Arena {
         Piece { address, _keep: self.block.clone() }
     }
 
-    pub(super) fn f32(&mut self, len: usize) -> F32 {
+    pub(crate) fn f32(&mut self, len: usize) -> F32 {
         F32 { piece: self.bytes(len * 4), len }
     }
 
-    pub(super) fn tensor(&mut self, len: usize, precision: Precision) -> Tensor {
+    pub(crate) fn tensor(&mut self, len: usize, precision: Precision) -> Tensor {
         let magnitudes = self.magnitudes.take().unwrap_or_else(|| {
             let words = self.bytes(4 * Magnitudes::COUNT as usize);
             Arc::new(Magnitudes { words, taken: AtomicU64::new(0) })
@@ -269,17 +269,17 @@ impl Arena {
         Tensor { piece, len, precision, magnitudes, noted: None }
     }
 
-    pub(super) fn param(&mut self, len: usize) -> Param {
+    pub(crate) fn param(&mut self, len: usize) -> Param {
         Param { master: self.f32(len), copy: self.bytes(len * 2), most: self.bytes(4) }
     }
 
     /// Pinned host memory of `len` words, none where the arena only measures.
-    pub(super) fn upload(&self, len: usize) -> Upload {
+    pub(crate) fn upload(&self, len: usize) -> Upload {
         Upload::new(&self.gpu, if self.block.is_some() { len } else { 0 })
     }
 
     /// An empty vector with room for `len` elements, for none where the arena only measures.
-    pub(super) fn on_host<T>(&self, what: &'static str, len: usize) -> Result<Vec<T>> {
+    pub(crate) fn on_host<T>(&self, what: &'static str, len: usize) -> Result<Vec<T>> {
         let mut vec = Vec::new();
         reserve(&mut vec, what, if self.block.is_some() { len } else { 0 })?;
         Ok(vec)
@@ -287,7 +287,7 @@ impl Arena {
 }
 
 /// Pinned host memory from which words go to the device while the host does something else.
-pub(in crate::backend) struct Upload {
+pub(crate) struct Upload {
     gpu: Arc<Gpu>,
     /// Written from the start on: `new` fills it.
     words: *mut u32,
@@ -311,7 +311,7 @@ impl Upload {
             return upload;
         }
         gpu.scope(|| {
-            let _alone = graph::without_captures();
+            let _alone = recordings::without_captures();
             let mut memory: *mut c_void = std::ptr::null_mut();
             // SAFETY: writes a pointer, which is given back in `drop`.
             let result = unsafe { sys::cuMemHostAlloc(&mut memory, len * 4, 0) };
@@ -334,7 +334,7 @@ impl Upload {
 
     /// Lets `fill` write the first `len` words once the copy before this one has been read, then
     /// starts copying them to `to`.
-    pub(super) fn send(&mut self, to: u64, len: usize, fill: impl FnOnce(&mut [u32])) {
+    pub(crate) fn send(&mut self, to: u64, len: usize, fill: impl FnOnce(&mut [u32])) {
         if len > self.len {
             self.gpu.fail(format!("{len} words do not fit an upload of {}", self.len));
             return;
@@ -364,7 +364,7 @@ impl Drop for Upload {
             return;
         }
         self.gpu.scope(|| {
-            let _alone = graph::without_captures();
+            let _alone = recordings::without_captures();
             // SAFETY: ours, where they could be made; the wait ends the last copy.
             unsafe {
                 let _ = sys::cuStreamSynchronize(self.gpu.stream());

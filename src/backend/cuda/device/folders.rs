@@ -8,16 +8,16 @@ use std::path::PathBuf;
 
 /// What the environment says.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Folders {
+pub(crate) struct Folders {
     /// Where a CUDA toolkit keeps its libraries, if the loader does not know it.
-    pub(super) libraries: Vec<PathBuf>,
+    pub(crate) libraries: Vec<PathBuf>,
     /// `MXT_CACHE_DIR`, or `mxfp4train` in the user's cache folder; None where neither is known.
-    pub(super) cache: Option<PathBuf>,
+    pub(crate) cache: Option<PathBuf>,
 }
 
 impl Folders {
     /// Reads the process's environment; `warn` receives at most one line.
-    pub(super) fn from_environment(warn: &dyn Fn(String)) -> Self {
+    pub(crate) fn from_environment(warn: &dyn Fn(String)) -> Self {
         Self::of(|name| std::env::var_os(name), warn)
     }
 

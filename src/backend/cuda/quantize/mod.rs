@@ -1,0 +1,3 @@
+//! What an operand of an MXFP4 product becomes.
+
+pub(super) mod carrier;
