@@ -1,7 +1,7 @@
-// Causal softmax attention for Hopper: the kernels of attention.cu on warpgroup products (wgmma), which
+// Causal softmax attention for Hopper: the kernels of attention_sm80.cu on warpgroup products (wgmma), which
 // read tiles from shared memory while the threads go on with the softmax of another tile.
 //
-// bf16 operands, f32 scores, sums and accumulators. As in attention.cu, the backward pass has one kernel
+// bf16 operands, f32 scores, sums and accumulators. As in attention_sm80.cu, the backward pass has one kernel
 // for dk and dv and one for dq, so that no sum depends on the order in which blocks end. A warpgroup
 // owns 64 rows of what its block owns; the block goes through the other side BN rows at a time, which
 // arrive in three stages: at step s the block waits once, for stage s, and then asks for stage s + 1, into
@@ -13,20 +13,7 @@
 //
 // Tiles are D wide, in panels of 64 columns (128 bytes); columns beyond the head are zeros. Chunk c of 16
 // bytes of a panel's row lies at c ^ (row % 8), the swizzle that wgmma calls 128B.
-//
-// `most`, in every kernel, is told the largest magnitude that is stored (note_most).
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-struct Heads {
-  u32 length, heads, head_size;
-  float score_factor;
-  __device__ __forceinline__ u32 channels() const { return heads * head_size; }
-  // What scores are multiplied by: 1 / sqrt(head size) in GPT-2, where the factor is 1 and changes no bit.
-  __device__ __forceinline__ float scale() const { return __fmul_rn(rsqrtf((float)head_size), score_factor); }
-};
-
-#define LOG2E 1.4426950408889634f
 #define WARPGROUP 128
 #define STAGES 3
 
@@ -63,8 +50,7 @@ __device__ __forceinline__ void copy_tile(Tile<D, ROWS> to, const bf16 *from, si
 #pragma unroll
   for (u32 i = 0; i < ROWS / AT_ONCE; i++) {
     bool inside = row + i * AT_ONCE < valid && column < width;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address + i * AT_ONCE * 128),
-                 "l"(inside ? source + i * AT_ONCE * stride : from), "r"(inside ? 16 : 0));
+    copy_piece(address + i * AT_ONCE * 128, inside ? source + i * AT_ONCE * stride : from, inside);
   }
 }
 // Starts copying N floats, zeros from `valid` on.
@@ -80,8 +66,6 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("fence.proxy.async.shared::cta;");
   __syncthreads();
 }
-
-__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // ---- Products -----------------------------------------------------------------------------------
 
@@ -179,7 +163,7 @@ template <int N> __device__ __forceinline__ void pack(u32 (&to)[N / 16][4], cons
 // through 16 rows of a tile that no product reads any more, in pieces of 16 bytes.
 template <int D, int ROWS>
 __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u32 width, const Sums<D> &c,
-                                           const float factor[2], Tile<D, ROWS> through, u32 row, u32 *most) {
+                                           const float factor[2], Tile<D, ROWS> through, u32 row, u32 *amax) {
   u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
   float largest = 0.0f;
 #pragma unroll
@@ -189,7 +173,7 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
       u32 two = pack_bf16(c.s[n][2 * r] * factor[r], c.s[n][2 * r + 1] * factor[r]);
       u32 address = through.at(row + g + 8 * r, n * 8) + t * 4;
       asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(two) : "memory");
-      if (g + 8 * r < valid) largest = max_nan(largest, max_nan(fabsf(low_f32(two)), fabsf(high_f32(two))));
+      if (g + 8 * r < valid) largest = larger_of(largest, two);
     }
   __syncwarp();
   constexpr u32 CHUNKS = D / 8;
@@ -202,7 +186,7 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
                  : "r"(through.at(row + y, x)));
     if (y < valid && x < width) *(uint4 *)(to + y * stride + x) = piece;
   }
-  note_most(most, largest);
+  note_amax(amax, largest);
 }
 
 // Waits for the threads of one's own warpgroup.
@@ -214,6 +198,12 @@ __device__ __forceinline__ u32 rows_left(u32 length, u32 first) { return length 
 
 extern __shared__ __align__(1024) u8 tiles[];
 
+// Kernels: GROUPS warpgroups, steps of BN keys, AT_ONCE blocks of a multiprocessor.
+//
+// NOTE: measured on an H100, B T = 16 x 1024, 16 heads of 64: forward 117 us (cuDNN 129), dkdv 209 and dq 157 (cuDNN
+// 462 for both, in no fixed order); 8 x 1024, 16 heads of 128: 123 (103), 181 and 133 (392). Steps of 128 keys lose in
+// the forward pass (32 x 1024, 12 heads of 64: 234 us for 167; heads of 128: 133 for 123); in dq they gain nothing.
+
 // ---- Forward ------------------------------------------------------------------------------------
 
 // out (B, T, C) and lse (B, H, T), the natural logarithm of the sum of exponentials, from qkv
@@ -221,8 +211,10 @@ extern __shared__ __align__(1024) u8 tiles[];
 // it is multiplied with its values.
 // Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory:
 // 128 GROUPS D + 12 BN D bytes and 1,024 to align them.
-template <int D, int GROUPS, int BN>
-__device__ __forceinline__ void forward(bf16 *out, float *lse, u32 *most_stored, const bf16 *qkv, Heads s) {
+template <int D, int GROUPS, int BN, int AT_ONCE>
+__global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
+    wgmma_forward(bf16 *out, float *lse, u32 *amax, const bf16 *qkv, Heads s) {
+  begin();
   constexpr int BM = 64 * GROUPS, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
   u32 g = lane / 4, t = lane % 4, c = s.channels(), h = blockIdx.y, batch = blockIdx.z, length = s.length;
@@ -346,7 +338,7 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, u32 *most_stored,
       lse[((size_t)batch * s.heads + h) * length + row0 + g + r * 8] = most[r] * scale / LOG2E + logf(total);
   }
   bf16 *to = out + ((size_t)batch * length + row0) * c + h * s.head_size;
-  store_rows<D, BM>(to, c, valid, s.head_size, o, inverse, q_tile, warp * 16, most_stored);
+  store_rows<D, BM>(to, c, valid, s.head_size, o, inverse, q_tile, warp * 16, amax);
 }
 
 // ---- Backward -----------------------------------------------------------------------------------
@@ -356,8 +348,10 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, u32 *most_stored,
 // Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory:
 // 256 GROUPS D + 768 D + 1,536 bytes and 1,024 to align them.
 template <int D, int GROUPS>
-__device__ __forceinline__ void backward_dkdv(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse,
-                                              const float *delta, const bf16 *qkv, Heads s) {
+__global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
+    wgmma_dkdv(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
+               const bf16 *qkv, Heads s) {
+  begin();
   constexpr int BK = 64 * GROUPS, BQ = 64, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
   u32 g = lane / 4, t = lane % 4;
@@ -454,16 +448,18 @@ __device__ __forceinline__ void backward_dkdv(bf16 *dqkv, u32 *most, const bf16 
   u32 row0 = group_k0 + warp % 4 * 16, valid = rows_left(length, row0);
   bf16 *to = dqkv + ((size_t)batch * length + row0) * stride + c + h * d;
   float by_scale[2] = {scale, scale}, one[2] = {1.0f, 1.0f};
-  store_rows<D, BK>(to, stride, valid, d, dk, by_scale, k_tile, warp * 16, most);
-  store_rows<D, BK>(to + c, stride, valid, d, dv, one, v_tile, warp * 16, most);
+  store_rows<D, BK>(to, stride, valid, d, dk, by_scale, k_tile, warp * 16, amax);
+  store_rows<D, BK>(to + c, stride, valid, d, dv, one, v_tile, warp * 16, amax);
 }
 
 // dq of dqkv (B, T, 3 C). A warpgroup owns 64 queries; the block goes through the keys BN at a time.
 // Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory:
 // 256 GROUPS D + 12 BN D bytes and 1,024 to align them.
 template <int D, int GROUPS, int BN>
-__device__ __forceinline__ void backward_dq(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse,
-                                            const float *delta, const bf16 *qkv, Heads s) {
+__global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
+    wgmma_dq(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
+             const bf16 *qkv, Heads s) {
+  begin();
   constexpr int BM = 64 * GROUPS, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
   u32 g = lane / 4, t = lane % 4;
@@ -546,35 +542,5 @@ __device__ __forceinline__ void backward_dq(bf16 *dqkv, u32 *most, const bf16 *d
   u32 row0 = group_q0 + warp % 4 * 16, valid = rows_left(length, row0);
   bf16 *to = dqkv + ((size_t)batch * length + row0) * stride + h * d;
   float by_scale[2] = {scale, scale};
-  store_rows<D, BM>(to, stride, valid, d, dq, by_scale, q_tile, warp * 16, most);
+  store_rows<D, BM>(to, stride, valid, d, dq, by_scale, q_tile, warp * 16, amax);
 }
-
-// ---- Names --------------------------------------------------------------------------------------
-
-// GROUPS warpgroups, steps of BN keys, AT_ONCE blocks of a multiprocessor.
-//
-// NOTE: measured on an H100, B T = 16 x 1024, 16 heads of 64: forward 117 us (cuDNN 129), dkdv 209 and dq 157 (cuDNN
-// 462 for both, in no fixed order); 8 x 1024, 16 heads of 128: 123 (103), 181 and 133 (392). Steps of 128 keys lose in
-// the forward pass (32 x 1024, 12 heads of 64: 234 us for 167; heads of 128: 133 for 123); in dq they gain nothing.
-#define FLASH(D, GROUPS, BN, AT_ONCE)                                                                \
-  extern "C" __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)                           \
-      wgmma_forward_d##D(bf16 *out, float *lse, u32 *most, const bf16 *qkv, Heads s) {               \
-    begin();                                                                                         \
-    forward<D, GROUPS, BN>(out, lse, most, qkv, s);                                                  \
-  }                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)                                 \
-      wgmma_dkdv_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta, \
-                      const bf16 *qkv, Heads s) {                                                    \
-    begin();                                                                                         \
-    backward_dkdv<D, GROUPS>(dqkv, most, dout, lse, delta, qkv, s);                                  \
-  }                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)                                 \
-      wgmma_dq_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,   \
-                    const bf16 *qkv, Heads s) {                                                      \
-    begin();                                                                                         \
-    backward_dq<D, GROUPS, BN>(dqkv, most, dout, lse, delta, qkv, s);                                \
-  }
-FLASH(64, 2, 64, 2)
-FLASH(128, 2, 64, 1)
-
-#endif

@@ -9,12 +9,6 @@
 #define GELU_B 0.044715
 #define LOG2_E 1.4426950408889634
 
-__device__ __forceinline__ float reciprocal_of(float v) {
-  float out;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
-  return out;
-}
-
 // s, given x^2. exp(-2 u) may be infinite.
 __device__ __forceinline__ float gelu_sigmoid(float x, float x2) {
   constexpr float c0 = -2 * LOG2_E * GELU_A, c1 = c0 * GELU_B;

@@ -33,7 +33,7 @@ __device__ __forceinline__ float2 cos_sin(float turns) {
 }
 
 // values (len): two for each counter (row, 0), from row 0 on. Grid: len / 512, rounded up; block: 256.
-extern "C" __global__ void fill_normal(float *values, u64 len, float std, const __grid_constant__ Draw draw) {
+__global__ void fill_normal(float *values, u64 len, float std, const __grid_constant__ Draw draw) {
   begin();
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
   if (2 * i >= len) return;

@@ -31,7 +31,7 @@ pub(super) struct Entry {
     pub(super) len: u64,
     pub(super) first_piece: u64,
     pub(super) decays: u64,
-    pub(super) most: u64,
+    pub(super) amax: u64,
 }
 
 /// `Step` of the kernels.
@@ -80,7 +80,7 @@ pub(crate) struct Optimizer {
     pieces: u64,
     /// ([`PARTS`]) f64.
     partials: Piece,
-    /// Four f64: losses, squares, raised blocks, and the losses of an evaluation.
+    /// Four f64: losses, squares, clamped blocks, and the losses of an evaluation.
     sums: Piece,
     /// (parameters, 3) words: what a trial of an update found.
     trial: Piece,
@@ -123,7 +123,7 @@ impl Optimizer {
                 len: len as u64,
                 first_piece: pieces,
                 decays: u64::from(decays),
-                most: param.most.address,
+                amax: param.amax.address,
             });
             pieces += len.div_ceil(PIECE) as u64;
         });
@@ -170,13 +170,13 @@ pub(super) fn finish_step(
         partials, table, entries, optimizer.pieces);
     let factors = Step::new(step);
     launch!(cuda.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
-        sums, workspace.raised.address, partials, PARTS as u32, table, entries, factors);
+        sums, workspace.clamped.address, partials, PARTS as u32, table, entries, factors);
     launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
         table, entries, optimizer.pieces, sums, 0u64, factors);
     let mut found = [0.0; 3];
     read(cuda, &mut found, sums)?;
-    let [losses, squares, raised] = found;
-    Ok(StepSums { losses, squares, raised_blocks: raised as u64 })
+    let [losses, squares, clamped] = found;
+    Ok(StepSums { losses, squares, raised_blocks: clamped as u64 })
 }
 
 /// What the update of the last [`finish_step`] would leave.
@@ -218,9 +218,9 @@ pub(super) fn sum_losses(
 /// Makes the bf16 copy of a parameter that was written.
 pub(super) fn copy_to_bf16(cuda: &Cuda, param: &Param) {
     let len = param.master.len;
-    cuda.clear(param.most.address, 4);
+    cuda.clear(param.amax.address, 4);
     launch!(cuda.gpu, "copy_to_bf16", [len.div_ceil(BLOCK), 1, 1], BLOCK, 0;
-        param.copy.address, param.most.address, param.master.address(), len as u64);
+        param.copy.address, param.amax.address, param.master.address(), len as u64);
 }
 
 /// Waits for the device and reads numbers.

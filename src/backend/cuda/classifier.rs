@@ -70,7 +70,7 @@ pub(super) fn run(
             k: vocab_size,
             a: by_row,
             b: Operand::columns(wte, channels),
-            c: gradient.dx.at(first * channels),
+            c: gradient.dx.write().at(first * channels),
             c_stride: channels,
             ..product
         };

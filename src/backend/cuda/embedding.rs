@@ -103,7 +103,7 @@ pub(super) fn forward(
     let rows = sequences.rows();
     let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
     launch!(cuda.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;
-        out.address(), tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
+        out.write().address, tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
 }
 
 /// Adds dout (B T, C) to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read; what

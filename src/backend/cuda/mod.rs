@@ -13,6 +13,7 @@ mod embedding;
 #[cfg(test)]
 mod emulator;
 mod gelu;
+mod kernels;
 mod layernorm;
 mod linear;
 mod normal;
@@ -42,7 +43,7 @@ use crate::{CudaStream, Error, Result};
 use device::gemm::{Gemm, Product, Type};
 use device::gpu::Gpu;
 use linear::Gradient;
-use quantize::carrier::{self, Road};
+use quantize::carrier;
 
 /// One GPU.
 pub(crate) struct Cuda {
@@ -61,7 +62,7 @@ impl Cuda {
         warn: &dyn Fn(String),
     ) -> Result<Self> {
         let stream = stream.map(|stream| stream.as_raw().cast());
-        Self::of(Gpu::open(ordinal, stream, warn)?)
+        Self::of(Gpu::open(ordinal, stream, &kernels::FILES, warn)?)
     }
 
     fn of(gpu: Gpu) -> Result<Self> {
@@ -79,18 +80,6 @@ impl Cuda {
         let (major, minor) = self.gpu.capability;
         let memory = self.gpu.memory().map_or(0, |(_, total)| total >> 20);
         format!("{} (compute capability {major}.{minor}, {memory} MiB)", self.gpu.name)
-    }
-
-    /// Whether the chip multiplies FP8 operands of a layer of these sizes, with one scale a tensor; Blackwell
-    /// chips do, too.
-    fn multiplies_fp8(&self, LinearShape { rows, inputs, outputs }: LinearShape) -> bool {
-        let fits = [rows, inputs, outputs].iter().all(|n| n.is_multiple_of(16));
-        self.gpu.capability >= (8, 9) && fits
-    }
-
-    /// How MXFP4 operands of a layer of these sizes are multiplied.
-    fn road(&self, shape: LinearShape) -> Road {
-        Road::of(self.gpu.capability).for_layer(shape)
     }
 
     fn product(&self, workspace: &Workspace, product: &Product) {
@@ -171,12 +160,12 @@ impl Cuda {
     }
 }
 
-/// `kernel!(tensor, "name")` is the kernel's name for the tensor's precision.
+/// `kernel!(tensor, "name", other, arguments)` is the name of a template's kernel for the tensor's precision.
 macro_rules! kernel {
-    ($tensor:expr, $name:literal) => {
+    ($tensor:expr, $name:literal $(, $argument:literal)*) => {
         match $tensor.precision {
-            $crate::backend::Precision::F32 => concat!($name, "_f32"),
-            $crate::backend::Precision::Bf16 => concat!($name, "_bf16"),
+            $crate::backend::Precision::F32 => concat!($name, "<float" $(, ", ", $argument)*, ">"),
+            $crate::backend::Precision::Bf16 => concat!($name, "<bf16" $(, ", ", $argument)*, ">"),
         }
     };
 }
@@ -202,13 +191,13 @@ impl Backend for Cuda {
         }
         let mxfp4 = shape.backward.is_some_and(|backward| backward.mxfp4_group.is_some());
         let widest = shape.mlp_channels.max(3 * shape.channels);
-        if mxfp4 && widest > linear::MAX_DEPTH {
+        if mxfp4 && widest > quantize::MAX_DEPTH {
             return Err(Error::Unsupported {
                 what: format!("MXFP4 with layers of {widest} channels on a GPU"),
                 remedy: format!(
                     "use recipe bf16, or at most {} channels in an MLP and {} outside",
-                    linear::MAX_DEPTH,
-                    linear::MAX_DEPTH / 4
+                    quantize::MAX_DEPTH,
+                    quantize::MAX_DEPTH / 4
                 ),
             });
         }
@@ -297,8 +286,8 @@ impl Backend for Cuda {
     }
 
     fn zero_tensor(&self, buffer: &mut Tensor) {
-        buffer.not_noting();
-        self.clear(buffer.address(), buffer.bytes());
+        let bytes = buffer.bytes();
+        self.clear(buffer.write().address, bytes);
     }
 
     fn zero_f32(&self, buffer: &mut F32) {

@@ -3,8 +3,16 @@
 //! NOTE: only absolute ones count. A name relative to the current folder would let whoever fills that
 //! folder run code in this process.
 
-use std::ffi::OsString;
+use std::ffi::{OsString, c_int};
 use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use cudarc::{cublaslt, nvrtc};
+
+use crate::{Error, Result};
+
+/// The CUDA release whose interfaces are used.
+pub(super) const CUDA: c_int = 13_000;
 
 /// What the environment says.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -46,6 +54,46 @@ impl Folders {
             cache: own.or_else(|| Some(cache?.join("mxfp4train"))),
         }
     }
+
+    /// Opens NVRTC and cuBLASLt.
+    pub(super) fn open_libraries(&self) -> Result<()> {
+        self.open_nvrtc()?;
+        // SAFETY: looks for a library by name.
+        require(unsafe { cublaslt::sys::is_culib_present() }, "libcublasLt.so.13", "nvidia-cublas")
+    }
+
+    /// Opens NVRTC, also where it lies outside the loader's own folders.
+    pub(crate) fn open_nvrtc(&self) -> Result<()> {
+        static OPENED: OnceLock<Vec<libloading::Library>> = OnceLock::new();
+        OPENED.get_or_init(|| {
+            let mut opened = Vec::new();
+            for folder in &self.libraries {
+                for name in ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13", "libcublasLt.so.13"] {
+                    // A library that is open under its SONAME is found by that name from then on.
+                    // SAFETY: the folder is absolute, and the user or the system's administrator names it as
+                    // that of a toolkit: who puts files there is trusted with running code here.
+                    opened.extend(unsafe { libloading::Library::new(folder.join(name)) });
+                }
+            }
+            opened
+        });
+        // SAFETY: looks for a library by name.
+        require(unsafe { nvrtc::sys::is_culib_present() }, "libnvrtc.so.13", "nvidia-cuda-nvrtc")
+    }
+}
+
+fn require(present: bool, library: &str, package: &str) -> Result<()> {
+    if present {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: format!("CUDA without {library}"),
+        remedy: format!(
+            "install the CUDA {} toolkit, or `pip install {package}`, and put the folder of the \
+             library into LD_LIBRARY_PATH (or name the toolkit in CUDA_HOME)",
+            CUDA / 1000
+        ),
+    })
 }
 
 #[cfg(test)]

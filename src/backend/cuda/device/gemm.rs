@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::{result, sys};
 
+use super::capture;
 use super::gpu::Gpu;
-use super::recordings;
 use crate::backend::Precision;
 use crate::{Error, Result};
 
@@ -155,7 +155,7 @@ unsafe impl Sync for Gemm {}
 
 impl Gemm {
     pub(crate) fn new(gpu: &Arc<Gpu>) -> Result<Self> {
-        let _alone = recordings::without_captures();
+        let _alone = capture::without_captures();
         let handle = gpu.scope(result::create_handle).map_err(|error| Error::Device {
             message: format!("{}: cuBLASLt does not start ({error})", gpu.name),
         })?;
@@ -170,7 +170,7 @@ impl Gemm {
         // asks for `plans` too, so nobody may hold them who waits for the end of captures. In one
         // statement with the wait, the guard would live until that is over.
         let known = plans().contains_key(&kind);
-        let _alone = (!known).then(recordings::without_captures);
+        let _alone = (!known).then(capture::without_captures);
         let mut plans = plans();
         let plan = match plans.entry(kind) {
             Entry::Occupied(plan) => Ok(plan.into_mut()),
@@ -188,7 +188,7 @@ impl Gemm {
 impl Drop for Gemm {
     fn drop(&mut self) {
         self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
-        let _alone = recordings::without_captures();
+        let _alone = capture::without_captures();
         // SAFETY: ours, and nothing uses it any more. It waits for the device, so that has to be current.
         let _ = self.gpu.scope(|| unsafe { result::destroy_handle(self.handle) });
     }

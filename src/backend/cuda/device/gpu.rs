@@ -3,19 +3,17 @@
 //! The driver, NVRTC and cuBLASLt are opened at run time, so that the library starts without them.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_int, c_void};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::ffi::{CStr, c_int, c_void};
+use std::sync::{Mutex, PoisonError};
 
+use cudarc::driver;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
-use cudarc::{cublaslt, driver, nvrtc};
 
 use super::cache::Cache;
-use super::folders::Folders;
-use super::{compile, recordings};
+use super::capture::{self, Redraw};
+use super::compile::{self, Compiled, File, c_string};
+use super::folders::{CUDA, Folders};
 use crate::{Error, Result};
-
-/// The CUDA release whose interfaces are used.
-const CUDA: c_int = 13_000;
 
 /// An opened GPU. Everything runs on one stream, in the order of the calls.
 pub(crate) struct Gpu {
@@ -48,6 +46,7 @@ impl Gpu {
     pub(crate) fn open(
         ordinal: usize,
         stream: Option<sys::CUstream>,
+        files: &[File],
         warn: &dyn Fn(String),
     ) -> Result<Self> {
         let unsupported = |what: String, remedy: &str| {
@@ -84,7 +83,7 @@ impl Gpu {
             );
         }
         let folders = Folders::from_environment(warn);
-        open_libraries(&folders)?;
+        folders.open_libraries()?;
 
         let opened = |result: Result<_, driver::DriverError>| {
             result.map_err(|error| Error::Device {
@@ -157,7 +156,7 @@ impl Gpu {
                 }
             }
         }
-        gpu.load_kernels(cache.as_ref(), version)?;
+        gpu.load_kernels(files, cache.as_ref(), version)?;
         Ok(gpu)
     }
 
@@ -176,7 +175,7 @@ impl Gpu {
 
     /// Where work is queued: the stream, or what this thread captures.
     pub(crate) fn stream(&self) -> sys::CUstream {
-        recordings::capturing().unwrap_or(self.stream)
+        capture::capturing().unwrap_or(self.stream)
     }
 
     /// Launches a kernel. `arguments` point to values of the types that the kernel declares.
@@ -195,7 +194,6 @@ impl Gpu {
         if grid.contains(&0) {
             return;
         }
-        recordings::note_kernel(arguments.len());
         let [x, y, z] = grid.map(|n| n as u32);
         use sys::CUlaunchAttributeID as Attribute;
         let mut overlapping = sys::CUlaunchAttribute {
@@ -225,6 +223,19 @@ impl Gpu {
         self.note(kernel, result);
     }
 
+    /// Launches a kernel whose one argument holds random numbers; a recording draws them anew.
+    pub(crate) fn launch_drawn(
+        &self,
+        kernel: &str,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        mut arguments: impl Redraw + 'static,
+    ) {
+        self.launch(kernel, grid, block, shared, &mut [arguments.argument()]);
+        capture::note_redrawn(arguments);
+    }
+
     /// Keeps the first error of an operation for [`Gpu::check`].
     pub(crate) fn note(&self, what: &str, result: CUresult) {
         if result != CUresult::CUDA_SUCCESS {
@@ -233,8 +244,9 @@ impl Gpu {
     }
 
     pub(crate) fn fail(&self, message: String) {
-        let Some(message) = recordings::note_failure(message) else { return };
-        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
+        if !capture::has_failed() {
+            self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(message);
+        }
     }
 
     /// The first error that an operation met, if there was one. It stays: the state of the device is
@@ -258,15 +270,19 @@ impl Gpu {
         self.scope(|| driver::result::mem_get_info().ok())
     }
 
-    fn load_kernels(&mut self, cache: Option<&Cache>, driver_version: c_int) -> Result<()> {
-        let architecture = compile::architecture(self.capability);
-        let all = compile::all(cache, &architecture, driver_version)?;
-        let _alone = recordings::without_captures();
-        all.into_iter().try_for_each(|code| code.load(cache, |cubin| self.load(cubin)))
+    fn load_kernels(
+        &mut self,
+        files: &[File],
+        cache: Option<&Cache>,
+        driver_version: c_int,
+    ) -> Result<()> {
+        let all = compile::all(files, cache, self.capability, driver_version)?;
+        let _alone = capture::without_captures();
+        all.into_iter().try_for_each(|code| code.load(cache, |made| self.load(made)))
     }
 
     /// Loads the kernels of one file, in place of those of the same names.
-    pub(crate) fn load(&mut self, cubin: &[u8]) -> Result<()> {
+    pub(crate) fn load(&mut self, Compiled { cubin, names }: &Compiled) -> Result<()> {
         let _current = self.enter();
         let most_shared = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         // SAFETY: the device is valid.
@@ -282,30 +298,17 @@ impl Gpu {
             return Err(failed("loading", result));
         }
         self.modules.push(module);
-        let mut count = 0;
-        // SAFETY: writes one number.
-        let result = unsafe { sys::cuModuleGetFunctionCount(&mut count, module) };
-        let mut functions = vec![std::ptr::null_mut(); count as usize];
-        if result != CUresult::CUDA_SUCCESS {
-            return Err(failed("counting the functions", result));
-        }
-        // SAFETY: room for `count` functions.
-        let result =
-            unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) };
-        if result != CUresult::CUDA_SUCCESS {
-            return Err(failed("listing the functions", result));
-        }
-        for function in functions {
-            let mut name = std::ptr::null();
-            // SAFETY: the name lives as long as the module.
-            let result = unsafe { sys::cuFuncGetName(&mut name, function) };
+        for (name, symbol) in names {
+            let mut function = std::ptr::null_mut();
+            // SAFETY: the module is loaded; writes a handle.
+            let result = unsafe {
+                sys::cuModuleGetFunction(&mut function, module, c_string(symbol).as_ptr())
+            };
             if result != CUresult::CUDA_SUCCESS {
-                return Err(failed("naming a function", result));
+                return Err(failed(&format!("finding {name}"), result));
             }
-            // SAFETY: a C string of the driver.
-            let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
             self.allow_shared_memory(function, most_shared.unwrap_or(0));
-            self.kernels.insert(name, function);
+            self.kernels.insert(name.clone(), function);
         }
         Ok(())
     }
@@ -330,7 +333,7 @@ impl Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         let modules = std::mem::take(&mut self.modules);
-        let _alone = recordings::without_captures();
+        let _alone = capture::without_captures();
         self.scope(|| {
             // SAFETY: all of this is ours, and nothing uses it any more. Errors have no receiver.
             unsafe {
@@ -375,51 +378,6 @@ pub(crate) fn text(result: CUresult) -> String {
     } else {
         format!("{result:?}")
     }
-}
-
-/// Opens NVRTC and cuBLASLt.
-fn open_libraries(folders: &Folders) -> Result<()> {
-    open_nvrtc(folders)?;
-    // SAFETY: looks for a library by name.
-    require(unsafe { cublaslt::sys::is_culib_present() }, "libcublasLt.so.13", "nvidia-cublas")
-}
-
-/// Opens NVRTC, also where it lies outside the loader's own folders.
-pub(crate) fn open_nvrtc(folders: &Folders) -> Result<()> {
-    static OPENED: OnceLock<Vec<libloading::Library>> = OnceLock::new();
-    OPENED.get_or_init(|| {
-        let mut opened = Vec::new();
-        for folder in &folders.libraries {
-            for name in ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13", "libcublasLt.so.13"] {
-                // A library that is open under its SONAME is found by that name from then on.
-                // SAFETY: the folder is absolute, and the user or the system's administrator names it as
-                // that of a toolkit: who puts files there is trusted with running code here.
-                opened.extend(unsafe { libloading::Library::new(folder.join(name)) });
-            }
-        }
-        opened
-    });
-    // SAFETY: looks for a library by name.
-    require(unsafe { nvrtc::sys::is_culib_present() }, "libnvrtc.so.13", "nvidia-cuda-nvrtc")
-}
-
-fn require(present: bool, library: &str, package: &str) -> Result<()> {
-    if present {
-        return Ok(());
-    }
-    Err(Error::Unsupported {
-        what: format!("CUDA without {library}"),
-        remedy: format!(
-            "install the CUDA {} toolkit, or `pip install {package}`, and put the folder of the \
-             library into LD_LIBRARY_PATH (or name the toolkit in CUDA_HOME)",
-            CUDA / 1000
-        ),
-    })
-}
-
-/// A C string of text without zero bytes.
-pub(crate) fn c_string(text: &str) -> CString {
-    CString::new(text).expect("sources and options hold no zero byte")
 }
 
 /// Launches a kernel: `launch!(gpu, "name", [grid; 3], block, shared bytes; arguments...)`. The

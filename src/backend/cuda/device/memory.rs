@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::sys::{self, CUresult};
 
+use super::capture;
 use super::gpu::{Gpu, text};
-use super::recordings;
 use crate::backend::Precision;
 use crate::reserve::reserve;
 use crate::{Error, Result};
@@ -24,7 +24,7 @@ pub(crate) struct Arena {
     block: Option<Arc<Block>>,
     used: usize,
     /// Of the tensors, once there is one.
-    magnitudes: Option<Arc<Magnitudes>>,
+    amaxes: Option<Arc<Amaxes>>,
 }
 
 /// The allocation that the buffers of an arena share and keep alive.
@@ -36,7 +36,7 @@ struct Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let _alone = recordings::without_captures();
+        let _alone = capture::without_captures();
         self.gpu.scope(|| {
             // SAFETY: ours, and no buffer is left. What is queued may still use it.
             unsafe {
@@ -64,7 +64,7 @@ pub(crate) struct Tensor {
     pub(crate) piece: Piece,
     pub(crate) len: usize,
     pub(crate) precision: Precision,
-    magnitudes: Arc<Magnitudes>,
+    amaxes: Arc<Amaxes>,
     /// Number of the word that the kernel which wrote the tensor noted its largest magnitude in.
     noted: Option<u64>,
 }
@@ -74,20 +74,20 @@ pub(crate) struct Param {
     pub(crate) master: F32,
     pub(crate) copy: Piece,
     /// One word: the bits of the largest magnitude of the master values.
-    pub(crate) most: Piece,
+    pub(crate) amax: Piece,
 }
 
 /// Words for the bits of largest magnitudes: every kernel that writes a tensor takes one of its own.
 ///
 /// All are zeroed together at the start of a pass, because zeroing one before every kernel would take as
 /// long as many kernels of a small model do. A pass that takes more than there are goes without.
-pub(crate) struct Magnitudes {
+pub(crate) struct Amaxes {
     words: Piece,
     /// How many were ever taken; those that a pass does not take count as taken.
     taken: AtomicU64,
 }
 
-impl Magnitudes {
+impl Amaxes {
     const COUNT: u64 = 4096;
 
     /// Where number `number` lies, as long as its pass lasts.
@@ -127,45 +127,60 @@ impl Tensor {
         self.len * size_of_element(self.precision)
     }
 
-    /// A zeroed word in which the kernels that now overwrite the tensor note the largest magnitude of all
-    /// that they store; address 0 where none needs to know.
-    pub(crate) fn noting(&mut self) -> u64 {
-        let needed = self.precision == Precision::Bf16;
-        self.noted = needed.then(|| self.magnitudes.take(1)).flatten();
-        self.largest_magnitude().unwrap_or(0)
-    }
-
-    /// Something overwrites the tensor that notes nothing.
-    pub(crate) fn not_noting(&mut self) {
+    /// The only way to write the tensor, in place or anew. Who asks [`Written::amax`] for a word notes the
+    /// largest magnitude there; else none is known from here on.
+    pub(crate) fn write(&mut self) -> Written<'_> {
         self.noted = None;
+        Written { address: self.address(), tensor: self }
     }
 
     /// The address of the bits of the largest magnitude, if they were noted.
-    pub(crate) fn largest_magnitude(&self) -> Option<u64> {
-        self.magnitudes.address(self.noted?)
+    pub(crate) fn amax(&self) -> Option<u64> {
+        self.amaxes.address(self.noted?)
     }
 
     /// The address of `count` zeroed words for what else a pass has to find out about the tensor; None where
     /// there are not as many.
     pub(crate) fn zeroed_words(&self, count: u64) -> Option<u64> {
-        let number = self.magnitudes.take(count)?;
-        self.magnitudes.address(number)
+        let number = self.amaxes.take(count)?;
+        self.amaxes.address(number)
     }
 
     /// A pass begins, which overwrites all tensors of the arena before it reads them.
     pub(crate) fn begin_pass(&self, gpu: &Gpu) {
-        let Magnitudes { words, taken } = &*self.magnitudes;
-        let next = (taken.load(Ordering::Relaxed) / Magnitudes::COUNT + 1) * Magnitudes::COUNT;
+        let Amaxes { words, taken } = &*self.amaxes;
+        let next = (taken.load(Ordering::Relaxed) / Amaxes::COUNT + 1) * Amaxes::COUNT;
         taken.store(next, Ordering::Relaxed);
-        let bytes = 4 * Magnitudes::COUNT as usize;
+        let bytes = 4 * Amaxes::COUNT as usize;
         // SAFETY: the words are ours.
         let result = unsafe { sys::cuMemsetD8Async(words.address, 0, bytes, gpu.stream()) };
-        gpu.note("clearing magnitudes", result);
+        gpu.note("clearing largest magnitudes", result);
     }
 
     /// The address of element `index`.
     pub(crate) fn at(&self, index: usize) -> u64 {
         self.address() + (index * size_of_element(self.precision)) as u64
+    }
+}
+
+/// A tensor that is being written.
+pub(crate) struct Written<'a> {
+    pub(crate) address: u64,
+    tensor: &'a mut Tensor,
+}
+
+impl Written<'_> {
+    /// A zeroed word in which the kernels that now write the tensor note the largest magnitude of all that
+    /// they store; address 0 where none needs to know.
+    pub(crate) fn amax(&mut self) -> u64 {
+        let Tensor { precision, noted, amaxes, .. } = &mut *self.tensor;
+        *noted = (*precision == Precision::Bf16).then(|| amaxes.take(1)).flatten();
+        self.tensor.amax().unwrap_or(0)
+    }
+
+    /// The address of element `index`.
+    pub(crate) fn at(&self, index: usize) -> u64 {
+        self.tensor.at(index)
     }
 }
 
@@ -186,7 +201,7 @@ impl F32 {
 impl Arena {
     /// An arena that only counts.
     pub(crate) fn measuring(gpu: &Arc<Gpu>) -> Self {
-        Self { gpu: gpu.clone(), block: None, used: 0, magnitudes: None }
+        Self { gpu: gpu.clone(), block: None, used: 0, amaxes: None }
     }
 
     /// Of the GPU.
@@ -209,7 +224,7 @@ impl Arena {
             )));
         }
         let base = gpu.scope(|| {
-            let _alone = recordings::without_captures();
+            let _alone = capture::without_captures();
             let mut base = 0;
             // SAFETY: writes one address; freed with the last buffer.
             let result = unsafe { sys::cuMemAlloc_v2(&mut base, bytes.max(1)) };
@@ -226,7 +241,7 @@ impl Arena {
             gpu: gpu.clone(),
             block: Some(Arc::new(Block { gpu: gpu.clone(), base, bytes })),
             used: 0,
-            magnitudes: None,
+            amaxes: None,
         };
         gpu.scope(|| {
             // SAFETY: the allocation has `bytes` bytes.
@@ -260,17 +275,17 @@ impl Arena {
     }
 
     pub(crate) fn tensor(&mut self, len: usize, precision: Precision) -> Tensor {
-        let magnitudes = self.magnitudes.take().unwrap_or_else(|| {
-            let words = self.bytes(4 * Magnitudes::COUNT as usize);
-            Arc::new(Magnitudes { words, taken: AtomicU64::new(0) })
+        let amaxes = self.amaxes.take().unwrap_or_else(|| {
+            let words = self.bytes(4 * Amaxes::COUNT as usize);
+            Arc::new(Amaxes { words, taken: AtomicU64::new(0) })
         });
-        self.magnitudes = Some(magnitudes.clone());
+        self.amaxes = Some(amaxes.clone());
         let piece = self.bytes(len * size_of_element(precision));
-        Tensor { piece, len, precision, magnitudes, noted: None }
+        Tensor { piece, len, precision, amaxes, noted: None }
     }
 
     pub(crate) fn param(&mut self, len: usize) -> Param {
-        Param { master: self.f32(len), copy: self.bytes(len * 2), most: self.bytes(4) }
+        Param { master: self.f32(len), copy: self.bytes(len * 2), amax: self.bytes(4) }
     }
 
     /// Pinned host memory of `len` words, none where the arena only measures.
@@ -311,7 +326,7 @@ impl Upload {
             return upload;
         }
         gpu.scope(|| {
-            let _alone = recordings::without_captures();
+            let _alone = capture::without_captures();
             let mut memory: *mut c_void = std::ptr::null_mut();
             // SAFETY: writes a pointer, which is given back in `drop`.
             let result = unsafe { sys::cuMemHostAlloc(&mut memory, len * 4, 0) };
@@ -364,7 +379,7 @@ impl Drop for Upload {
             return;
         }
         self.gpu.scope(|| {
-            let _alone = recordings::without_captures();
+            let _alone = capture::without_captures();
             // SAFETY: ours, where they could be made; the wait ends the last copy.
             unsafe {
                 let _ = sys::cuStreamSynchronize(self.gpu.stream());

@@ -1,4 +1,5 @@
-// A thread block on the processor, for tests: what stands in front of a kernel file in place of CUDA's own language.
+// A thread block on the processor, for tests: what stands in front of a kernel file in place of CUDA's own
+// language and of ptx.cuh.
 //
 // Every thread is a coroutine that runs until it waits for others. `order` says in which order threads get their turn, and
 // `late` that a copy to shared memory happens only when it is waited for, else it happens at once: what a kernel may rely on
@@ -14,7 +15,6 @@
 
 #define __CUDA_ARCH__ 1200
 #define EMULATED
-#define ON_CPU
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -22,6 +22,11 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __grid_constant__
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
 
 struct Dimensions {
   unsigned x, y, z;
@@ -208,38 +213,50 @@ static unsigned atomicMax(unsigned *at, unsigned v) {
   return before;
 }
 
-// What stands for PTX in the files, by the text that tests replace.
-static float ptx_max_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? __uint_as_float(0x7fffffff) : fmaxf(a, b); }
-static unsigned ptx_bf16(float v) {
-  unsigned x = __float_as_uint(v);
+// ---- Twins of ptx.cuh ---------------------------------------------------------------------------
+
+// Kernels run one after the other here.
+static void begin() {}
+
+static u32 bf16_of(float v) {
+  u32 x = __float_as_uint(v);
   return std::isnan(v) ? 0x7fff : (x + 0x7fff + (x >> 16 & 1)) >> 16;
 }
-static unsigned ptx_bf16_pair(float high, float low) { return ptx_bf16(high) << 16 | ptx_bf16(low); }
-static float e4m3(unsigned byte) {
-  unsigned exponent = byte >> 3, fraction = byte & 7;
+static u32 pack_bf16(float low, float high) { return bf16_of(high) << 16 | bf16_of(low); }
+static float e4m3(u32 byte) {
+  u32 exponent = byte >> 3, fraction = byte & 7;
   return exponent ? ldexpf(8 + fraction, (int)exponent - 10) : ldexpf(fraction, -9);
 }
+static float e5m2(u32 byte) {
+  u32 exponent = byte >> 2, fraction = byte & 3;
+  return exponent ? ldexpf(4 + fraction, (int)exponent - 17) : ldexpf(fraction, -16);
+}
 // The byte of the nearest number, of two the even one, saturated at the last before `end`.
-static unsigned nearest(float v, float (*decode)(unsigned), unsigned end) {
+static u32 nearest(float v, float (*decode)(u32), u32 end) {
   if (std::isnan(v)) return 0x7f;
-  unsigned best = 0;
+  u32 best = 0;
   // Most of what is converted for its sign alone is too small for any other number.
-  for (unsigned byte = 1; byte < end && fabsf(v) > ldexpf(1, -18); byte++) {
+  for (u32 byte = 1; byte < end && fabsf(v) > ldexpf(1, -18); byte++) {
     float distance = fabsf(fabsf(v) - decode(byte)), least = fabsf(fabsf(v) - decode(best));
     if (distance < least || (distance == least && byte % 2 == 0)) best = byte;
   }
   return best | (std::signbit(v) ? 0x80 : 0);
 }
-static unsigned ptx_e4m3(float v) { return nearest(v, e4m3, 0x7f); }
-static unsigned short ptx_e4m3_pair(float high, float low) { return (unsigned short)(ptx_e4m3(high) << 8 | ptx_e4m3(low)); }
-
-static float ptx_from_e4m3(unsigned byte) { return (byte & 0x7f) == 0x7f ? NAN : copysignf(e4m3(byte & 0x7f), byte & 0x80 ? -1 : 1); }
-static float e5m2(unsigned byte) {
-  unsigned exponent = byte >> 2, fraction = byte & 3;
-  return exponent ? ldexpf(4 + fraction, (int)exponent - 17) : ldexpf(fraction, -16);
+static u32 pack_e4m3(float low, float high) { return nearest(high, e4m3, 0x7f) << 8 | nearest(low, e4m3, 0x7f); }
+static u32 pack_e5m2(float low, float high) { return nearest(high, e5m2, 0x7c) << 8 | nearest(low, e5m2, 0x7c); }
+static float rounded_to_e4m3(float v) {
+  u32 byte = nearest(v, e4m3, 0x7f);
+  return (byte & 0x7f) == 0x7f ? NAN : copysignf(e4m3(byte & 0x7f), v);
 }
-static unsigned ptx_e5m2(float v) { return nearest(v, e5m2, 0x7c); }
-static unsigned short ptx_e5m2_pair(float high, float low) { return (unsigned short)(ptx_e5m2(high) << 8 | ptx_e5m2(low)); }
+static void through_e4m3(float &a, float &b) { a = rounded_to_e4m3(a), b = rounded_to_e4m3(b); }
+static float exp2_fast(float v) { return exp2f(v); }
+static float reciprocal_of(float v) { return 1.0f / v; }
+static float max_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? __uint_as_float(0x7fffffff) : fmaxf(a, b);
+}
+static float one_if_less(float a, float b) { return a < b ? 1.0f : 0.0f; }
+static u32 pick_bytes(u64 bytes, u32 selector) { return __byte_perm((u32)bytes, (u32)(bytes >> 32), selector); }
+static u32 or_bits(u32 a, u32 b) { return a | b; }
 
 // What may be copied from.
 static std::vector<std::pair<uintptr_t, uintptr_t>> readable;
@@ -257,7 +274,7 @@ static void copy(void *to, const void *from, size_t bytes, bool inside) {
 static void copy16(void *to, const unsigned char *from, bool inside) { copy(to, from, 16, inside); }
 static void copy4(void *to, const unsigned char *from, bool inside) { copy(to, from, 4, inside); }
 static void end_copies() { self().groups.emplace_back(); }
-template <int LEFT> static void wait_for_copies() {
+template <int LEFT> static void wait_for_groups() {
   auto &groups = self().groups;
   // The one that is not ended is not waited for.
   for (size_t i = 0; i + LEFT + 1 < groups.size(); i++) {
@@ -265,6 +282,8 @@ template <int LEFT> static void wait_for_copies() {
     groups[i].clear();
   }
 }
+static void copy_async(u8 *to, const void *from) { copy16(to, (const u8 *)from, true); }
+static void wait_for_all_copies() { end_copies(), wait_for_groups<0>(); }
 
 static const unsigned char *rows[2][32][32];
 static void load_matrices(unsigned out[4], const unsigned char *row) {
@@ -274,6 +293,8 @@ static void load_matrices(unsigned out[4], const unsigned char *row) {
   wait_for_warp();
   for (unsigned i = 0; i < 4; i++) memcpy(&out[i], all[8 * i + lane() / 4] + 4 * (lane() % 4), 4);
 }
+
+// ---- The FP4 instruction: a warp's registers go to the model ------------------------------------
 
 struct Registers {
   float d[32][4];

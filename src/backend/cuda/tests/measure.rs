@@ -1,16 +1,14 @@
 //! Measurements of kernels and of linear layers, ignored by the tests: on a machine with a GPU
-//! `cargo test --release --lib cuda::measure -- --ignored --nocapture --test-threads 1`.
+//! `cargo test --release --lib cuda::tests::measure -- --ignored --nocapture --test-threads 1`.
 
 use cudarc::driver::sys;
 
-use super::super::device::memory::{Arena, F32, Param, Piece, Tensor};
-use super::super::linear::{
-    BehindGelu, Form, Quantize, Scaling, Source, Target, quantize, quantize_both,
-};
-use super::super::{Cuda, Type, Workspace};
-use super::{errors_of_fp8_products, f32s_of, gpu, older_gpu, workspace, workspace_shape};
+use super::device::memory::{Arena, F32, Param, Piece, Tensor};
+use super::quantization::errors_of_fp8_products;
+use super::quantize::{BehindGelu, Quantization, Source, Target};
+use super::{Cuda, Type, Workspace, f32s_of, gpu, of_dy, older_gpu, workspace, workspace_shape};
 use crate::backend::{Activation, Backend, Device, LinearShape, Precision, Sequences};
-use crate::mx::{Draw, GemmId, LinearId, OperandId, Purpose, Random, Rounding};
+use crate::mx::{Draw, LinearId, Purpose, Random, Rounding};
 use crate::recipe::{LinearRecipe, Recipe};
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 
@@ -68,10 +66,10 @@ fn noted(cuda: &Cuda, rows: usize, cols: usize, std: f32, seed: u64) -> Tensor {
     let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
     let mut tensor = arena.tensor(len, Precision::Bf16);
     copy(cuda, tensor.address(), values.copy.address, 2 * len);
-    let mut most = [0.0];
-    cuda.read(values.most.address, &mut most).unwrap();
-    let most = half::bf16::from_f32(most[0]).to_f32();
-    cuda.write(tensor.noting(), &[most]).unwrap();
+    let mut amax = [0.0];
+    cuda.read(values.amax.address, &mut amax).unwrap();
+    let amax = half::bf16::from_f32(amax[0]).to_f32();
+    cuda.write(tensor.write().amax(), &[amax]).unwrap();
     tensor
 }
 
@@ -99,10 +97,6 @@ fn quantization() {
 }
 
 fn quantization_on(cuda: &Cuda) {
-    let mut signs = [vec![0.0; 64], vec![0.0; 64]];
-    RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs[0]);
-    RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs[1]);
-    let draw = RANDOM.rounding(OperandId::Dy);
     println!("{:>16}  both+sums          rows E5M2          columns E4M3       f32 to E4M3", "");
     for (rows, cols) in [(16384, 768), (16384, 1024), (16384, 2048), (16384, 4096), (8192, 8192)] {
         let elements = rows * cols;
@@ -110,41 +104,37 @@ fn quantization_on(cuda: &Cuda) {
         let weights = param(cuda, elements, 1.0, 2).master;
         let out = [bytes(cuda, elements), bytes(cuda, elements)];
         let (words, sums) = (bytes(cuda, 8), f32s(cuda, (rows / 64 + 2) * cols));
-        let most = source.largest_magnitude().unwrap();
-        let scaling =
-            Scaling { scale: words.address, raised: words.address + 4, most, kept: false };
+        let amax = source.amax().unwrap();
         let copied = bytes(cuda, 4 * elements);
-        let one = |form, format, source: Source, signs: &[f32]| {
-            let target = Target::Fp8 { out: out[0].address, format, scaling };
-            let shape = Quantize { form, rows, cols };
-            quantize(cuda, target, source, shape, 0, signs, Rounding::Unbiased, draw);
+        let target = |form: usize, format| {
+            Some(Target { format, out: out[form].address, scales: words.address })
         };
-        let bf16 = Source { address: source.address(), precision: Precision::Bf16 };
+        let all = |source, by_rows, by_columns| {
+            let of_dy = of_dy(source, (rows, cols), 64, Rounding::Unbiased);
+            let clamped = words.address + 4;
+            Quantization { by_rows, by_columns, amax, clamped, ..of_dy }.run(cuda);
+        };
+        let bf16 = Source::of(&source);
         let f32 = Source { address: weights.address(), precision: Precision::F32 };
         let [copying, both, by_rows, columns, from_f32] = medians(
             cuda,
             [
                 &mut || copy(cuda, copied.address, weights.address(), 4 * elements),
                 &mut || {
-                    let out = [out[0].address, out[1].address];
-                    let signs = [&signs[0][..], &signs[1][..]];
-                    let (shape, sums) = ((rows, cols), sums.address());
-                    let rounding = Rounding::Unbiased;
-                    quantize_both(
-                        cuda,
-                        out,
-                        scaling,
-                        bf16.address,
-                        shape,
-                        sums,
-                        signs,
-                        rounding,
-                        draw,
-                    );
+                    let of_dy = of_dy(bf16, (rows, cols), 64, Rounding::Unbiased);
+                    let both = Quantization {
+                        by_rows: target(0, Type::E5m2),
+                        by_columns: target(1, Type::E5m2),
+                        sums: sums.address(),
+                        amax,
+                        clamped: words.address + 4,
+                        ..of_dy
+                    };
+                    both.run(cuda);
                 },
-                &mut || one(Form::Rows, Type::E5m2, bf16, &signs[0]),
-                &mut || one(Form::Columns, Type::E4m3, bf16, &signs[1]),
-                &mut || one(Form::Columns, Type::E4m3, f32, &signs[1]),
+                &mut || all(bf16, target(0, Type::E5m2), None),
+                &mut || all(bf16, None, target(0, Type::E4m3)),
+                &mut || all(f32, None, target(0, Type::E4m3)),
             ],
         );
         // Bytes an element: 8 copied; 2 read and 2 written; 2 and 1; 4 and 1.
@@ -171,35 +161,27 @@ fn quantization_behind_gelu() {
 }
 
 fn quantization_behind_gelu_on(cuda: &Cuda) {
-    let mut signs = [vec![0.0; 64], vec![0.0; 64]];
-    RANDOM.signs(GemmId::Dgrad).fill_signs(&mut signs[0]);
-    RANDOM.signs(GemmId::Wgrad).fill_signs(&mut signs[1]);
-    let signs = [&signs[0][..], &signs[1][..]];
-    let (draw, rounding) = (RANDOM.rounding(OperandId::Dy), Rounding::Unbiased);
     println!("{:>16}  derivative   both   sample   both behind GELU   again: not   done", "us");
-    for shape @ (rows, cols) in [(16384, 4096), (8192, 8192)] {
+    for (rows, cols) in [(16384, 4096), (8192, 8192)] {
         let elements = rows * cols;
         let mut d = noted(cuda, rows, cols, 1e-4, 1);
         let (dy, pre) = (noted(cuda, rows, cols, 1e-4, 2), noted(cuda, rows, cols, 1.0, 3));
         let out = [bytes(cuda, elements), bytes(cuda, elements)];
-        let out = [out[0].address, out[1].address];
         let (words, sums) = (bytes(cuda, 32), f32s(cuda, (rows / 64 + 2) * cols));
-        let (scale, raised) = (words.address, words.address + 4);
-        let most = dy.largest_magnitude().unwrap();
-        let scaling = Scaling { scale, raised, most, kept: false };
-        let behind = |place| BehindGelu {
-            out,
-            scale,
-            raised,
-            attempt: words.address + place,
-            sums: sums.address(),
-            d: dy.address(),
-            pre: pre.address(),
-            shape,
-            signs,
-            rounding,
-            draw,
+        let target = |form: usize| {
+            Some(Target { format: Type::E5m2, out: out[form].address, scales: words.address })
         };
+        let of = |tensor: &Tensor| Quantization {
+            by_rows: target(0),
+            by_columns: target(1),
+            sums: sums.address(),
+            amax: dy.amax().unwrap(),
+            clamped: words.address + 4,
+            ..of_dy(Source::of(tensor), (rows, cols), 64, Rounding::Unbiased)
+        };
+        let (stored, both) = (of(&dy), of(&d));
+        let pre_address = pre.address();
+        let behind = |place| BehindGelu { both, pre: pre_address, attempt: words.address + place };
         // One attempt that the sample is enough for, and one that failed.
         let (fitting, failed) = (behind(8), behind(20));
         cuda.write(failed.attempt, &[0u32, 120]).unwrap();
@@ -209,8 +191,7 @@ fn quantization_behind_gelu_on(cuda: &Cuda) {
             [
                 &mut || cuda.gelu_backward(&mut d, &pre, elements, Activation::GeluTanh),
                 &mut || {
-                    let (from, sums) = (dy.address(), sums.address());
-                    quantize_both(cuda, out, scaling, from, shape, sums, signs, rounding, draw);
+                    stored.run(cuda);
                 },
                 &mut || fitting.sample(cuda),
                 &mut || {
@@ -354,7 +335,7 @@ fn print(what: &str, [bf16, mxfp4]: [f64; 2]) {
 /// warm-up. After a run, the errors of FP8 products of its operands.
 #[test]
 #[ignore = "a measurement"]
-fn losses_on_both_roads() {
+fn losses_of_both_carriers() {
     let data = match std::env::var("MXT_MEASURE_TOKENS") {
         Ok(path) => Dataset::open(&path).unwrap(),
         Err(_) => {
@@ -387,16 +368,16 @@ fn losses_on_both_roads() {
         let schedule = Schedule { lr, warmup_steps, total_steps: 500, ..Schedule::default() };
         let options = TrainerOptions { batch_size: 16, schedule, ..TrainerOptions::default() };
         let mut trainer = Trainer::new(&model, options).unwrap();
-        let mut raised = 0;
+        let mut clamped = 0;
         let losses = (0..10).map(|_| {
             for _ in 0..50 {
-                raised += trainer.step(&data).unwrap().raised_blocks;
+                clamped += trainer.step(&data).unwrap().raised_blocks;
             }
             trainer.eval(&data, 24).unwrap().loss
         });
         let losses: Vec<_> = losses.collect();
-        println!("{raised} blocks raised in 500 steps");
-        if raised > 0 {
+        println!("{clamped} blocks clamped in 500 steps");
+        if clamped > 0 {
             errors_of_fp8_products(&trainer, 4096, 128);
         }
         Some(losses)

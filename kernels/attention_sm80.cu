@@ -10,18 +10,6 @@
 // Head sizes are multiples of 8; tiles are D wide, columns beyond the head are zeros. Rows of tiles in
 // shared memory are swizzled: chunk c of 16 bytes lies at c ^ (row % 8), so that the 8 rows that
 // ldmatrix reads at a time lie in different banks.
-//
-// `most`, in every kernel that stores tensors, is told the largest magnitude stored (note_most).
-
-struct Heads {
-  u32 length, heads, head_size;
-  float score_factor;
-  __device__ __forceinline__ u32 channels() const { return heads * head_size; }
-  // What scores are multiplied by: 1 / sqrt(head size) in GPT-2, where the factor is 1 and changes no bit.
-  __device__ __forceinline__ float scale() const { return __fmul_rn(rsqrtf((float)head_size), score_factor); }
-};
-
-#define LOG2E 1.4426950408889634f
 
 // c (16, 8) += a (16, 16) b (16, 8). A thread's share, with g = lane / 4 and t = lane % 4: of c rows g
 // and g + 8, columns 2 t and 2 t + 1.
@@ -77,22 +65,12 @@ __device__ __forceinline__ void copy_tile(Tile<D> to, const bf16 *from, size_t s
     u32 row = i / (D / 8), column = i % (D / 8) * 8;
     bool inside = row < valid && column < width;
     const bf16 *source = inside ? from + row * stride + column : from;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.at(row, column)),
-                 "l"(source), "r"(inside ? 16 : 0));
+    copy_piece(to.at(row, column), source, inside);
   }
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING> __device__ __forceinline__ void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
-}
-
-__device__ __forceinline__ u32 shared_address(const void *p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-
-// The largest of a magnitude and those of two bf16 numbers.
-__device__ __forceinline__ float larger_of(float largest, u32 two) {
-  return max_nan(largest, max_nan(fabsf(low_f32(two)), fabsf(high_f32(two))));
 }
 
 extern __shared__ __align__(128) u8 tiles[];
@@ -101,7 +79,9 @@ extern __shared__ __align__(128) u8 tiles[];
 // (B, T, 3 C). A warp owns MT x 16 queries; the block goes through the keys BN at a time.
 // Grid: (T / (16 MT WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory: 8 BN D bytes.
 template <int D, int WARPS, int MT, int BN>
-__device__ void flash_forward(bf16 *out, float *lse, u32 *most_stored, const bf16 *qkv, Heads s) {
+__global__ void __launch_bounds__(WARP *WARPS)
+    flash_forward(bf16 *out, float *lse, u32 *amax, const bf16 *qkv, Heads s) {
+  begin();
   constexpr int BM = 16 * MT * WARPS, THREADS = WARP * WARPS;
   static_assert(BM * D * 2 <= 8 * BN * D, "the queries pass through the space of keys and values");
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
@@ -243,7 +223,7 @@ __device__ void flash_forward(bf16 *out, float *lse, u32 *most_stored, const bf1
         lse[((size_t)batch * s.heads + h) * length + row] =
             most[m][r] * scale / LOG2E + logf(total);
     }
-  note_most(most_stored, largest);
+  note_amax(amax, largest);
 }
 
 // The left operands of a warp's 16 rows of a tile: in registers where there is room for them, else read
@@ -298,7 +278,7 @@ __device__ __forceinline__ void multiply_into(float (&acc)[D / 8][4], const floa
 // Stores factor times a warp's 16 rows of accumulators.
 template <int D>
 __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u32 width,
-                                           const float (&acc)[D / 8][4], float factor, u32 *most) {
+                                           const float (&acc)[D / 8][4], float factor, u32 *amax) {
   float largest = 0.0f;
   u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -312,7 +292,7 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
         largest = larger_of(largest, two);
       }
   }
-  note_most(most, largest);
+  note_amax(amax, largest);
 }
 
 // dk and dv of dqkv (B, T, 3 C). A warp owns 16 keys; the block goes through the queries BQ at a time.
@@ -320,8 +300,10 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
 // Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory:
 // 64 WARPS D + 8 BQ D + 16 BQ bytes.
 template <int D, int WARPS, int BQ>
-__device__ void flash_dkdv(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,
-                           const bf16 *qkv, Heads s) {
+__global__ void __launch_bounds__(WARP *WARPS)
+    flash_dkdv(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
+               const bf16 *qkv, Heads s) {
+  begin();
   constexpr int BK = 16 * WARPS, THREADS = WARP * WARPS;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   u32 c = s.channels(), h = blockIdx.y, batch = blockIdx.z, length = s.length, d = s.head_size;
@@ -388,16 +370,18 @@ __device__ void flash_dkdv(bf16 *dqkv, u32 *most, const bf16 *dout, const float 
   }
   if (warp_k0 >= length) return;
   bf16 *to = dqkv + ((size_t)batch * length + warp_k0) * stride + c + h * d;
-  store_rows<D>(to, stride, length - warp_k0, d, dk, scale, most);
-  store_rows<D>(to + c, stride, length - warp_k0, d, dv, 1.0f, most);
+  store_rows<D>(to, stride, length - warp_k0, d, dk, scale, amax);
+  store_rows<D>(to + c, stride, length - warp_k0, d, dv, 1.0f, amax);
 }
 
 // dq of dqkv (B, T, 3 C). A warp owns 16 queries; the block goes through the keys BN at a time.
 // Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory:
 // 64 WARPS D + 8 BN D bytes.
 template <int D, int WARPS, int BN>
-__device__ void flash_dq(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,
-                         const bf16 *qkv, Heads s) {
+__global__ void __launch_bounds__(WARP *WARPS)
+    flash_dq(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
+             const bf16 *qkv, Heads s) {
+  begin();
   constexpr int BM = 16 * WARPS, THREADS = WARP * WARPS;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   u32 c = s.channels(), h = blockIdx.y, batch = blockIdx.z, length = s.length, d = s.head_size;
@@ -456,234 +440,5 @@ __device__ void flash_dq(bf16 *dqkv, u32 *most, const bf16 *dout, const float *l
   }
   if (warp_q0 >= length) return;
   bf16 *to = dqkv + ((size_t)batch * length + warp_q0) * stride + h * d;
-  store_rows<D>(to, stride, length - warp_q0, d, dq, scale, most);
+  store_rows<D>(to, stride, length - warp_q0, d, dq, scale, amax);
 }
-
-#define FLASH(D, WARPS, MT, BN, BACK)                                                               \
-  extern "C" __global__ void __launch_bounds__(WARP *WARPS)                                         \
-      flash_forward_d##D(bf16 *out, float *lse, u32 *most, const bf16 *qkv, Heads s) {              \
-    begin();                                                                                        \
-    flash_forward<D, WARPS, MT, BN>(out, lse, most, qkv, s);                                        \
-  }                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(128)                                                 \
-      flash_dkdv_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse,                    \
-                      const float *delta, const bf16 *qkv, Heads s) {                               \
-    begin();                                                                                        \
-    flash_dkdv<D, 4, BACK>(dqkv, most, dout, lse, delta, qkv, s);                                   \
-  }                                                                                                 \
-  extern "C" __global__ void __launch_bounds__(128)                                                 \
-      flash_dq_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,  \
-                    const bf16 *qkv, Heads s) {                                                     \
-    begin();                                                                                        \
-    flash_dq<D, 4, BACK>(dqkv, most, dout, lse, delta, qkv, s);                                     \
-  }
-FLASH(64, 4, 2, 64, 64)
-FLASH(128, 8, 1, 64, 32)
-
-// In plain arithmetic, for f32 and for head sizes that no tile takes: a warp owns a query (or, for dk
-// and dv, a key), and goes through the other side 32 rows at a time. Head sizes up to 256.
-
-#define MOST_PER_LANE 8  // head_size / 32, rounded up
-
-// Stores a value, and keeps the largest magnitude stored.
-template <class T> __device__ __forceinline__ void store(T *to, float v, float &largest) {
-  T rounded = from_f32<T>(v);
-  *to = rounded;
-  largest = max_nan(largest, fabsf(to_f32(rounded)));
-}
-
-template <class T>
-__device__ __forceinline__ float dot(const float *a, const T *b, u32 n) {
-  float sum = 0.0f;
-  for (u32 i = 0; i < n; i++) sum += a[i] * to_f32(b[i]);
-  return sum;
-}
-
-// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
-// Grid: (T / 4 rounded up, H, B); block: 128; dynamic shared memory: 16 head_size bytes.
-template <class T>
-__device__ void plain_forward(T *out, float *lse, u32 *most_stored, const T *qkv, Heads s) {
-  extern __shared__ float rows[];
-  u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
-  u32 query = blockIdx.x * 4 + warp, h = blockIdx.y;
-  if (query >= s.length) return;
-  const T *base = qkv + (size_t)blockIdx.z * s.length * 3 * c + h * d;
-  float *q = rows + warp * d, scale = s.scale();
-  for (u32 i = lane; i < d; i += WARP) q[i] = to_f32(base[(size_t)query * 3 * c + i]) * scale;
-  __syncwarp();
-  float most = -__int_as_float(0x7f800000), sum = 0.0f, acc[MOST_PER_LANE] = {};
-  for (u32 first = 0; first <= query; first += WARP) {
-    u32 key = first + lane;
-    float score = -__int_as_float(0x7f800000);
-    if (key <= query) score = dot(q, base + (size_t)key * 3 * c + c, d);
-    float larger = fmaxf(most, warp_max(score)), shrink = expf(most - larger);
-    float p = expf(score - larger);
-    sum = sum * shrink + warp_sum(p);
-    most = larger;
-#pragma unroll
-    for (int m = 0; m < MOST_PER_LANE; m++) acc[m] *= shrink;
-    for (u32 j = 0; j < WARP && first + j <= query; j++) {
-      float pj = __shfl_sync(FULL_WARP, p, j);
-      const T *v = base + (size_t)(first + j) * 3 * c + 2 * c;
-#pragma unroll
-      for (int m = 0; m < MOST_PER_LANE; m++)
-        if (m * WARP + lane < d) acc[m] += pj * to_f32(v[m * WARP + lane]);
-    }
-  }
-  size_t row = (size_t)blockIdx.z * s.length + query;
-  float largest = 0.0f;
-#pragma unroll
-  for (int m = 0; m < MOST_PER_LANE; m++)
-    if (m * WARP + lane < d)
-      store(out + row * c + h * d + m * WARP + lane, acc[m] / sum, largest);
-  note_most(most_stored, largest);
-  if (lane == 0) lse[((size_t)blockIdx.z * s.heads + h) * s.length + query] = most + logf(sum);
-}
-
-// delta (B, H, T) = sums of dout * out over a head. A warp owns a row; where heads are whole groups of
-// 8 channels, lanes read those in order and add up within a head.
-// Grid: (B T / 4 rounded up); block: 128.
-template <class T>
-__device__ void row_delta(float *delta, const T *dout, const T *out, u32 rows, Heads s) {
-  u32 lane = threadIdx.x % WARP, row = blockIdx.x * 4 + threadIdx.x / WARP, d = s.head_size;
-  if (row >= rows) return;
-  size_t start = (size_t)row * s.channels();
-  float *to = delta + ((size_t)(row / s.length) * s.heads) * s.length + row % s.length;
-  u32 lanes = d / 8;  // of a head
-  if (d % 8 == 0 && lanes <= WARP && (lanes & (lanes - 1)) == 0) {
-    for (u32 first = 0; first < s.channels(); first += WARP * 8) {
-      u32 i = first + lane * 8;
-      float sum = 0.0f;
-      if (i < s.channels()) {
-        float a[8], b[8];
-        load8(dout + start + i, a);
-        load8(out + start + i, b);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum += a[j] * b[j];
-      }
-      for (u32 step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
-      if (i < s.channels() && lane % lanes == 0) to[(size_t)(i / d) * s.length] = sum;
-    }
-    return;
-  }
-  for (u32 h = 0; h < s.heads; h++) {
-    float sum = 0.0f;
-    for (u32 i = lane; i < d; i += WARP)
-      sum += to_f32(dout[start + h * d + i]) * to_f32(out[start + h * d + i]);
-    sum = warp_sum(sum);
-    if (lane == 0) to[(size_t)h * s.length] = sum;
-  }
-}
-
-// dq of dqkv (B, T, 3 C). Launch as forward, with twice the shared memory.
-template <class T>
-__device__ void plain_dq(T *dqkv, u32 *most, const T *dout, const float *lse, const float *delta,
-                         const T *qkv, Heads s) {
-  extern __shared__ float rows[];
-  u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
-  u32 query = blockIdx.x * 4 + warp, h = blockIdx.y;
-  if (query >= s.length) return;
-  size_t row = (size_t)blockIdx.z * s.length + query;
-  const T *base = qkv + (size_t)blockIdx.z * s.length * 3 * c + h * d;
-  float *q = rows + warp * 2 * d, *g = q + d, scale = s.scale();
-  for (u32 i = lane; i < d; i += WARP) {
-    q[i] = to_f32(base[(size_t)query * 3 * c + i]) * scale;
-    g[i] = to_f32(dout[row * c + h * d + i]);
-  }
-  __syncwarp();
-  size_t place = ((size_t)blockIdx.z * s.heads + h) * s.length + query;
-  float log_sum = lse[place], mean = delta[place], acc[MOST_PER_LANE] = {};
-  for (u32 first = 0; first <= query; first += WARP) {
-    u32 key = first + lane;
-    float ds = 0.0f;
-    if (key <= query) {
-      const T *k = base + (size_t)key * 3 * c + c;
-      ds = expf(dot(q, k, d) - log_sum) * (dot(g, k + c, d) - mean) * scale;
-    }
-    for (u32 j = 0; j < WARP && first + j <= query; j++) {
-      float dsj = __shfl_sync(FULL_WARP, ds, j);
-      const T *k = base + (size_t)(first + j) * 3 * c + c;
-#pragma unroll
-      for (int m = 0; m < MOST_PER_LANE; m++)
-        if (m * WARP + lane < d) acc[m] += dsj * to_f32(k[m * WARP + lane]);
-    }
-  }
-  float largest = 0.0f;
-#pragma unroll
-  for (int m = 0; m < MOST_PER_LANE; m++)
-    if (m * WARP + lane < d) store(dqkv + row * 3 * c + h * d + m * WARP + lane, acc[m], largest);
-  note_most(most, largest);
-}
-
-// dk and dv of dqkv (B, T, 3 C): a warp owns a key. Launch as dq.
-template <class T>
-__device__ void plain_dkdv(T *dqkv, u32 *most, const T *dout, const float *lse, const float *delta,
-                           const T *qkv, Heads s) {
-  extern __shared__ float rows[];
-  u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = s.head_size, c = s.channels();
-  u32 key = blockIdx.x * 4 + warp, h = blockIdx.y;
-  if (key >= s.length) return;
-  const T *base = qkv + (size_t)blockIdx.z * s.length * 3 * c + h * d;
-  const T *gradient = dout + (size_t)blockIdx.z * s.length * c + h * d;
-  size_t places = ((size_t)blockIdx.z * s.heads + h) * s.length;
-  float *k = rows + warp * 2 * d, *v = k + d, scale = s.scale();
-  for (u32 i = lane; i < d; i += WARP) {
-    k[i] = to_f32(base[(size_t)key * 3 * c + c + i]) * scale;
-    v[i] = to_f32(base[(size_t)key * 3 * c + 2 * c + i]);
-  }
-  __syncwarp();
-  float dk[MOST_PER_LANE] = {}, dv[MOST_PER_LANE] = {};
-  for (u32 first = key; first < s.length; first += WARP) {
-    u32 query = first + lane;
-    float p = 0.0f, ds = 0.0f;
-    if (query < s.length) {
-      p = expf(dot(k, base + (size_t)query * 3 * c, d) - lse[places + query]);
-      ds = p * (dot(v, gradient + (size_t)query * c, d) - delta[places + query]) * scale;
-    }
-    for (u32 j = 0; j < WARP && first + j < s.length; j++) {
-      float pj = __shfl_sync(FULL_WARP, p, j), dsj = __shfl_sync(FULL_WARP, ds, j);
-      const T *q = base + (size_t)(first + j) * 3 * c, *g = gradient + (size_t)(first + j) * c;
-#pragma unroll
-      for (int m = 0; m < MOST_PER_LANE; m++)
-        if (m * WARP + lane < d) {
-          dk[m] += dsj * to_f32(q[m * WARP + lane]);
-          dv[m] += pj * to_f32(g[m * WARP + lane]);
-        }
-    }
-  }
-  T *to = dqkv + ((size_t)blockIdx.z * s.length + key) * 3 * c + c + h * d;
-  float largest = 0.0f;
-#pragma unroll
-  for (int m = 0; m < MOST_PER_LANE; m++)
-    if (m * WARP + lane < d) {
-      store(to + m * WARP + lane, dk[m], largest);
-      store(to + c + m * WARP + lane, dv[m], largest);
-    }
-  note_most(most, largest);
-}
-
-#define PLAIN(NAME, T)                                                                              \
-  extern "C" __global__ void attention_forward_##NAME(T *out, float *lse, u32 *most, const T *qkv, \
-                                                      Heads s) {                                   \
-    begin();                                                                                        \
-    plain_forward(out, lse, most, qkv, s);                                                          \
-  }                                                                                                 \
-  extern "C" __global__ void attention_delta_##NAME(float *delta, const T *dout, const T *out,     \
-                                                    u32 rows, Heads s) {                           \
-    begin();                                                                                        \
-    row_delta(delta, dout, out, rows, s);                                                           \
-  }                                                                                                 \
-  extern "C" __global__ void attention_dq_##NAME(T *dqkv, u32 *most, const T *dout,                \
-                                                 const float *lse, const float *delta,             \
-                                                 const T *qkv, Heads s) {                          \
-    begin();                                                                                        \
-    plain_dq(dqkv, most, dout, lse, delta, qkv, s);                                                 \
-  }                                                                                                 \
-  extern "C" __global__ void attention_dkdv_##NAME(T *dqkv, u32 *most, const T *dout,              \
-                                                   const float *lse, const float *delta,           \
-                                                   const T *qkv, Heads s) {                        \
-    begin();                                                                                        \
-    plain_dkdv(dqkv, most, dout, lse, delta, qkv, s);                                               \
-  }
-PLAIN(bf16, bf16)
-PLAIN(f32, float)

@@ -7,7 +7,6 @@
 // Fragments and scales: PTX ISA, "Matrix Fragments for mma.m16n8k64" and "Block Scaling for mma.sync"; CUTLASS has the same
 // in MMA_Traits<SM120_16x8x64_TN_VS>. Tests run this file on the processor, with a model of the instruction that is written
 // from the former.
-#if __CUDA_ARCH__ / 100 == 12 || defined EMULATED
 
 #define TILE 128   // rows of C and columns that a thread block takes
 #define DEPTH 128  // elements along the reduction that are in shared memory as one stage
@@ -21,38 +20,6 @@ struct Stage {
   u8 codes[2][TILE * LINE];
   u32 scales[2][TILE];
 };
-
-// ---- What is a machine's own --------------------------------------------------------------------
-
-#ifndef ON_CPU
-extern __shared__ __align__(128) u8 shared[];
-
-// 16 bytes, or 4, from global to shared memory, zeros where not `inside`.
-__device__ __forceinline__ void copy16(void *to, const u8 *from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
-               "r"(inside ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void copy4(void *to, const u8 *from, bool inside) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
-               "r"(inside ? 4 : 0)
-               : "memory");
-}
-// Ends a group of copies; waits for all groups but the latest LEFT.
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT> __device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-
-// Four matrices of 8 rows of 16 bytes. Thread i gives the address of row i % 8 of matrix i / 8, and gets of each matrix
-// 4 bytes: of row i / 4 those from 4 (i % 4) on.
-__device__ __forceinline__ void load_matrices(u32 out[4], const u8 *row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"((u32)__cvta_generic_to_shared(row))
-               : "memory");
-}
-#endif
 
 // D (16, 8) += A (16, 64) B (8, 64)^T, each block times its scale. With the selectors {0, 0}, A's scales of row i are the low
 // two bytes of thread 4 (i % 8) + i / 8, and B's of its row i those of thread 4 i.
@@ -116,10 +83,22 @@ __device__ __forceinline__ void store_pair(T *to, float first, float second, u32
 
 // ---- The product --------------------------------------------------------------------------------
 
-// Eight warps take 64 rows of the tile and 32 columns each.
+// `Fp4Product` of the host. A: codes a (m, k / 2) and scales a_scales (m, k / 32); B: b (n, k / 2) and b_scales (n, k / 32); k
+// a multiple of 32; all of them aligned to 16 bytes. c (m, n) with rows `stride` elements apart.
+template <class T> struct Product {
+  T *c;
+  const u8 *a, *a_scales, *b, *b_scales;
+  u32 m, n, k, stride;
+  float alpha;
+  u32 accumulate;
+};
+
+// c = alpha A B^T, or with `accumulate` that is added. Eight warps take 64 rows of the tile and 32 columns each.
+// Grid: n / 128, m / 128, rounded up; block: 256; dynamic shared memory: STAGES * sizeof(Stage).
 template <class T>
-__device__ __forceinline__ void product(T *c, const u8 *a, const u8 *a_scales, const u8 *b, const u8 *b_scales, u32 m, u32 n,
-                                        u32 k, u32 stride, float alpha, bool accumulate) {
+__global__ void __launch_bounds__(THREADS, 1) product_mxfp4(const __grid_constant__ Product<T> p) {
+  begin();
+  u32 m = p.m, n = p.n, k = p.k;
   Stage *stages = (Stage *)shared;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   u32 first_row = blockIdx.y * TILE, first_column = blockIdx.x * TILE;
@@ -129,8 +108,8 @@ __device__ __forceinline__ void product(T *c, const u8 *a, const u8 *a_scales, c
   auto load = [&](u32 number) {
     Stage &stage = stages[number % STAGES];
     bool second = threadIdx.x >= TILE; // the second half of the threads loads B's scales
-    load_operand(stage.codes[0], stage.scales[0], a, a_scales, first_row, m, k, number, !second);
-    load_operand(stage.codes[1], stage.scales[1], b, b_scales, first_column, n, k, number, second);
+    load_operand(stage.codes[0], stage.scales[0], p.a, p.a_scales, first_row, m, k, number, !second);
+    load_operand(stage.codes[1], stage.scales[1], p.b, p.b_scales, first_column, n, k, number, second);
   };
 #pragma unroll
   for (u32 i = 0; i < STAGES - 1; i++) {
@@ -140,7 +119,7 @@ __device__ __forceinline__ void product(T *c, const u8 *a, const u8 *a_scales, c
 
   float sums[4][4][4] = {};
   for (u32 number = 0; number < count; number++) {
-    wait_for_copies<STAGES - 2>();
+    wait_for_groups<STAGES - 2>();
     // Everyone's copies have arrived, and nobody reads the stage any more that is loaded next.
     __syncthreads();
     if (number + STAGES - 1 < count) load(number + STAGES - 1);
@@ -180,21 +159,8 @@ __device__ __forceinline__ void product(T *c, const u8 *a, const u8 *a_scales, c
       u32 x = first_column + column + 8 * j + lane % 4 * 2;
       const float *pair = sums[i / 2][j] + i % 2 * 2;
       if (x < n)
-        store_pair(c + (size_t)at * stride + x, pair[0] * alpha, pair[1] * alpha, n - x, stride % 2 == 0, accumulate);
+        store_pair(p.c + (size_t)at * p.stride + x, pair[0] * p.alpha, pair[1] * p.alpha, n - x, p.stride % 2 == 0,
+                   p.accumulate != 0);
     }
   }
 }
-
-// product_mxfp4_{bf16,f32}: c (m, n), whose rows are `stride` elements apart, = alpha A B^T, or with `accumulate` that is
-// added. A: codes a (m, k / 2) and scales a_scales (m, k / 32); B: b (n, k / 2) and b_scales (n, k / 32); k a multiple of 32.
-// All of them aligned to 16 bytes. Grid: n / 128, m / 128, rounded up; block: 256; dynamic shared memory: STAGES * sizeof(Stage).
-#define PRODUCT(T, NAME)                                                                                                \
-  extern "C" __global__ void __launch_bounds__(THREADS, 1) product_mxfp4_##NAME(                                        \
-      T *c, const u8 *a, const u8 *a_scales, const u8 *b, const u8 *b_scales, u32 m, u32 n, u32 k, u32 stride,          \
-      float alpha, u32 accumulate) {                                                                                    \
-    begin();                                                                                                            \
-    product(c, a, a_scales, b, b_scales, m, n, k, stride, alpha, accumulate != 0);                                      \
-  }
-PRODUCT(bf16, bf16)
-PRODUCT(float, f32)
-#endif

@@ -1,4 +1,5 @@
-// MXFP4 operands of the backward GEMMs, byte for byte as src/mx defines them: what the files mxfp4*.cu begin with.
+// MXFP4 operands of the backward GEMMs, byte for byte as src/mx defines them: what the files quantize_*.cu
+// begin with.
 //
 // An operand is a set of vectors along the GEMM's reduction dimension. `rows` kernels take the source's
 // rows as vectors and keep its layout; `columns` kernels take its columns and write the transpose. The
@@ -14,30 +15,39 @@
 
 #define BLOCK 32
 
-// Counter words of mx::Draw, and its key as every round adds it. Then 2^16, 2^8, 2^4, 2^2 and 0x80. NOTE: the compiler makes
-// shifts and sums of products with constants that it knows, for the pipe that is the busiest in these kernels, and
-// two instructions of some that take one.
-struct Draw {
-  u32 word1, word2, word3, keys[10][2], shift16, shift8, shift4, shift2, half;
+// What an element becomes.
+enum Format {
+  VALUES, // bf16, exactly
+  CODES,  // the definition's own, two a byte, with the scales of blocks
+  MXFP8,  // E4M3 with the scales of blocks, in cuBLASLt's tiles
+  E4M3,   // FP8 with one factor a tensor
+  E5M2,
 };
 
-// The transform: sign i of a group is bit i % 32 of word i / 32, a set bit being -1. Not read without one.
-struct Transform {
-  u32 signs[8];
-  float scale; // the f32 nearest to 1/sqrt(group)
+// A quantization of GELU's gradient, whose largest magnitude is not known: that of a sample, the highest
+// scale byte that does not fit what was made of it (0 where all fit), and how many blocks were clamped.
+struct Attempt {
+  u32 amax, above, clamped;
 };
 
-// 128 random bits: of the 8 elements (row, 8 column_group + 0..7), each 16.
-__device__ __forceinline__ uint4 philox(const Draw &draw, u32 row, u32 column_group) {
-  u32 c0 = row, c1 = draw.word1 | column_group, c2 = draw.word2, c3 = draw.word3;
-#pragma unroll
-  for (int i = 0; i < 10; i++) {
-    u64 p0 = (u64)c0 * 0xd2511f53u, p1 = (u64)c2 * 0xcd9e8d57u;
-    c0 = (u32)(p1 >> 32) ^ c1 ^ draw.keys[i][0], c1 = (u32)p1;
-    c2 = (u32)(p0 >> 32) ^ c3 ^ draw.keys[i][1], c3 = (u32)p0;
-  }
-  return make_uint4(c0, c1, c2, c3);
-}
+// What kernels that quantize are given; a kernel reads what its comment names. `Arguments` of
+// backend/cuda/quantize/mod.rs. Read it where it lies, in constant memory: never copied.
+struct Quantize {
+  const void *source; // (rows, cols)
+  u8 *by_rows;        // the form along rows (rows, rows_depth)
+  u8 *by_columns;     // the form down columns, transposed (cols, depth)
+  void *row_scales;   // of blocks, or FP8's factor: times it, the form gives the values
+  void *column_scales;
+  float *sums;     // column sums of every tile's rows (grid y, cols); may be null
+  const u32 *amax; // bits of the source's largest magnitude
+  u32 *clamped;    // counts blocks whose scale was clamped to the lowest that fits
+  const bf16 *pre; // (rows, cols): the source is the gradient of gelu(pre)
+  Attempt *attempt;
+  u32 rows, cols, rows_depth, depth; // depths: of vectors, padded
+  u32 group; // of the transform, 0 without one
+  u32 each;  // rows of a thread block along rows
+  Draws draws;
+};
 
 // ---- Loading a block along a row, signs applied -------------------------------------------------
 
@@ -116,8 +126,7 @@ __device__ __forceinline__ void rotate(float v[BLOCK], u32 blocks, u32 distance)
 
 // To the grid 0, 0.5, 1, 1.5, 2, 3, 4, 6 times `unit`, a power of two. `addend`: see RowBits.
 __device__ __forceinline__ float round_unbiased(float v, float factor, float unit, u32 addend) {
-  float y = __fmul_rn(fabsf(v), factor), low; // low: 1 below the unit, else 0
-  asm("set.lt.f32.f32 %0, %1, %2;" : "=f"(low) : "f"(y), "f"(unit));
+  float y = __fmul_rn(fabsf(v), factor), low = one_if_less(y, unit);
   y = __fmaf_rn(low, unit, y);
   float q = __uint_as_float((__float_as_uint(y) + (addend >> 2)) & 0xffc00000u);
   q = __fmaf_rn(low, -unit, q);
@@ -131,17 +140,9 @@ __device__ __forceinline__ float round_nearest(float v, float factor, float unit
   return __uint_as_float(__float_as_uint(q) | (__float_as_uint(v) & 0x80000000u));
 }
 
-#define E4M3 0
-#define E5M2 1
-
 // Two numbers to FP8, `low` in the low byte.
-template <int FORMAT> __device__ __forceinline__ u32 pack_fp8(float low, float high) {
-  u16 out = 0;
-#if __CUDA_ARCH__ >= 890
-  if (FORMAT == E4M3) asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
-  else asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(out) : "f"(high), "f"(low));
-#endif
-  return out;
+template <Format FORMAT> __device__ __forceinline__ u32 pack_fp8(float low, float high) {
+  return FORMAT == E5M2 ? pack_e5m2(low, high) : pack_e4m3(low, high);
 }
 
 // Bits of the largest magnitude of a rotated block, which is normalized first where `norm` is not a power
@@ -156,9 +157,9 @@ __device__ __forceinline__ u32 block_magnitude(float v[BLOCK], float &norm) {
 #pragma unroll
   for (int i = 0; i < 8; i++)
     tree[i] = max_nan(max_nan(fabsf(v[i]), fabsf(v[i + 8])), max_nan(fabsf(v[i + 16]), fabsf(v[i + 24])));
-  float most = max_nan(max_nan(max_nan(tree[0], tree[1]), max_nan(tree[2], tree[3])),
+  float amax = max_nan(max_nan(max_nan(tree[0], tree[1]), max_nan(tree[2], tree[3])),
                        max_nan(max_nan(tree[4], tree[5]), max_nan(tree[6], tree[7])));
-  return __float_as_uint(__fmul_rn(most, norm)) & 0x7fffffffu;
+  return __float_as_uint(__fmul_rn(amax, norm)) & 0x7fffffffu;
 }
 
 // The scale byte of a block with this largest magnitude.
@@ -237,10 +238,8 @@ struct Place {
 __device__ __forceinline__ Place place_in_rows(u32 rows, u32 depth, u32 each) {
   // threadIdx.x / blocks: exact, as the quotient is no nearer to a whole number than 0.5 / blocks.
   u32 blocks = depth / BLOCK;
-  float reciprocal;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"((float)blocks));
   Place place;
-  place.local = (u32)(((float)threadIdx.x + 0.5f) * reciprocal);
+  place.local = (u32)(((float)threadIdx.x + 0.5f) * reciprocal_of((float)blocks));
   place.row = blockIdx.x * each + place.local;
   place.column = (threadIdx.x - place.local * blocks) * BLOCK;
   place.inside = place.local < each && place.row < rows;

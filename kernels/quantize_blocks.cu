@@ -5,10 +5,6 @@
 // A tile kernel makes the form down the columns, transposed, of a tile in shared memory, and for dy, which both products
 // need, from the same tile and the same random bits the form along the rows.
 
-#define OUT_VALUES 0
-#define OUT_CODES 1
-#define OUT_MXFP8 2
-
 // Makes ready for rounding in units of the block's own scale.
 template <bool UNBIASED> __device__ __forceinline__ Scale scale_block(float v[BLOCK], float norm) {
   Scale scale;
@@ -25,7 +21,7 @@ template <bool UNBIASED> __device__ __forceinline__ Scale scale_block(float v[BL
 // ---- Results ------------------------------------------------------------------------------------
 
 // Bytes of a block in the result.
-template <int OUT> constexpr u32 BYTES = OUT == OUT_VALUES ? 64 : OUT == OUT_MXFP8 ? 32 : 16;
+template <Format OUT> constexpr u32 BYTES = OUT == VALUES ? 64 : OUT == MXFP8 ? 32 : 16;
 
 // Where the scale of a vector's block lies among those of MXFP8, of `blocks` a vector: in tiles of 128 vectors and 4 blocks,
 // which follow each other along the vectors. What a tile has beyond the matrix must be zero, and is written so.
@@ -39,7 +35,7 @@ __device__ __forceinline__ size_t tiled(u32 vector, u32 block, u32 blocks) {
 //
 // All values are bf16 numbers: two mantissa bits, from 0.5 * 2^-127 (bf16's subnormals go down to 2^-133) to
 // 6 * 2^125. They are NaN where the scale is, and so are E4M3 numbers, whatever becomes of the scale.
-template <bool UNBIASED, int OUT, class Bits>
+template <bool UNBIASED, Format OUT, class Bits>
 __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, Bits bits, void *to, bool inside) {
   float inverse = power(254 - (__float_as_uint(scale.unit) >> 23));
   // NOTE: stores come as soon as 16 bytes are there; with all of them at the end the compiler keeps all values to the
@@ -52,9 +48,9 @@ __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, 
     for (int j = 0; j < 2; j++)
       pair[j] = UNBIASED ? round_unbiased(v[i + j], scale.factor, scale.unit, bits.addend(i + j))
                          : round_nearest(v[i + j], scale.factor, scale.unit);
-    if (OUT == OUT_VALUES) {
+    if (OUT == VALUES) {
       words[i / 2 % 4] = pack_bf16(pair[0], pair[1]);
-    } else if (OUT == OUT_MXFP8) {
+    } else if (OUT == MXFP8) {
       u32 two = scale.byte == 255 ? 0x7f7f : pack_fp8<E4M3>(__fmul_rn(pair[0], inverse), __fmul_rn(pair[1], inverse));
       words[i / 4 % 4] = i % 4 ? words[i / 4 % 4] | two << 16 : two;
     } else {
@@ -68,7 +64,7 @@ __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, 
     }
     constexpr int EACH = BLOCK * 16 / BYTES<OUT>; // elements in 16 bytes
     if (i % EACH == EACH - 2) {
-      if (OUT == OUT_VALUES && extreme(scale.byte)) {
+      if (OUT == VALUES && extreme(scale.byte)) {
         float back = __uint_as_float(scale.byte == 255 ? 0x7fc00000u : (scale.byte < 64 ? 127u - 126 : 127u + 100) << 23);
 #pragma unroll
         for (int j = 0; j < 4; j++)
@@ -81,19 +77,25 @@ __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, 
 
 // ---- Kernels along rows -------------------------------------------------------------------------
 
-template <class T, bool UNBIASED, int OUT>
-__device__ __forceinline__ void quantize_rows(void *out, u8 *scales, const T *source, u32 rows, u32 cols, u32 depth,
-                                              u32 group, u32 each, const Transform &transform, const Draw &draw) {
-  Place place = place_in_rows(rows, depth, each);
+// The form along rows, to by_rows and, where blocks have them, row_scales; of MXFP8 in tiles, as many as cover
+// the matrix. Grid: rows / each, rounded up, for MXFP8 of the rows rounded up to 128; block: each *
+// rows_depth / 32, rounded up to whole warps, at most 1,024. `each` is at most 63; best are the fewest rows that
+// make whole warps, some 96 to 192 threads (H200: 384 cost 17%). rows < 2^31.
+template <class T, Format OUT, bool UNBIASED>
+__global__ void __launch_bounds__(1024, 1) quantize_rows(const __grid_constant__ Quantize q) {
+  begin();
+  const Draw &draw = q.draws.draw;
+  u8 *scales = (u8 *)q.row_scales;
+  Place place = place_in_rows(q.rows, q.rows_depth, q.each);
   float v[BLOCK], norm;
-  load_rotated(v, norm, source, place, cols, group, transform);
+  load_rotated(v, norm, (const T *)q.source, place, q.cols, q.group, q.draws.by_rows);
   Scale scale = scale_block<UNBIASED>(v, norm);
-  size_t block = ((size_t)place.row * depth + place.column) / BLOCK;
-  round_block<UNBIASED, OUT>(v, scale, RowBits(draw, place.row, place.column), (u8 *)out + block * BYTES<OUT>,
+  size_t block = ((size_t)place.row * q.rows_depth + place.column) / BLOCK;
+  round_block<UNBIASED, OUT>(v, scale, RowBits(draw, place.row, place.column), q.by_rows + block * BYTES<OUT>,
                              place.inside);
-  if (OUT == OUT_CODES && place.inside) scales[block] = scale.byte;
-  if (OUT == OUT_MXFP8 && place.local < each && place.row < (rows + 127) / 128 * 128) {
-    u32 blocks = depth / BLOCK, i = place.column / BLOCK;
+  if (OUT == CODES && place.inside) scales[block] = scale.byte;
+  if (OUT == MXFP8 && place.local < q.each && place.row < (q.rows + 127) / 128 * 128) {
+    u32 blocks = q.rows_depth / BLOCK, i = place.column / BLOCK;
     scales[tiled(place.row, i, blocks)] = scale.byte;
     if (i == blocks - 1)
       while (++i % 4) scales[tiled(place.row, i, blocks)] = 0;
@@ -140,17 +142,20 @@ __device__ __forceinline__ void add_piece(float sum[8], const u32 raw[8], float)
   for (int i = 0; i < 8; i++) sum[i] += __uint_as_float(raw[i]);
 }
 
-template <class T, bool UNBIASED, int OUT, bool BOTH>
-__device__ __forceinline__ void quantize_tile(void *by_rows, u8 *row_scales, void *out, u8 *scales, float *sums,
-                                              const T *source, u32 rows, u32 cols, u32 rows_depth, u32 depth, u32 group,
-                                              const Transform &rows_transform, const Transform &transform,
-                                              const Draw &draw) {
+template <class T, Format OUT, bool UNBIASED, bool BOTH>
+__device__ __forceinline__ void quantize_tile(const Quantize &q) {
+  const Transform &rows_transform = q.draws.by_rows, &transform = q.draws.by_columns;
+  const Draw &draw = q.draws.draw;
+  const T *source = (const T *)q.source;
+  u8 *row_scales = (u8 *)q.row_scales, *scales = (u8 *)q.column_scales;
+  float *sums = q.sums;
+  u32 rows = q.rows, cols = q.cols, rows_depth = q.rows_depth, depth = q.depth, group = q.group;
   using Tile = ::Tile<T>;
   constexpr u32 COLUMNS = Tile::COLUMNS, PIECES = Tile::PIECES, THREADS = Tile::THREADS, ITEMS = 8 * sizeof(T) / 4;
   __shared__ __align__(16) u8 data[Tile::BYTES];
   __shared__ __align__(16) u8 bits[UNBIASED ? Tile::BITS_BYTES : 16];
   __shared__ float warp_sums[THREADS / WARP][COLUMNS];
-  __shared__ u32 scale_words[OUT == OUT_MXFP8 ? THREADS / 4 : 1]; // a byte for each block: (columns, parts)
+  __shared__ u32 scale_words[OUT == MXFP8 ? THREADS / 4 : 1]; // a byte for each block: (columns, parts)
 
   // Threads of a group, columns of a warp and of the tile, as powers of two.
   u32 across = group > BLOCK ? __ffs(group) - 6 : 0, width = 5 - across;
@@ -224,8 +229,8 @@ __device__ __forceinline__ void quantize_tile(void *by_rows, u8 *row_scales, voi
     bool inside = row < rows && column < rows_depth;
     size_t block = ((size_t)row * rows_depth + column) / BLOCK;
     SharedRowBits drawn(bits + line * Tile::BITS_PITCH + i * bits_shift + side * BLOCK * 2, draw);
-    round_block<UNBIASED, OUT>(v, scale, drawn, (u8 *)by_rows + block * BYTES<OUT>, inside);
-    if (OUT == OUT_MXFP8) row_scales[tiled(row, column / BLOCK, rows_depth / BLOCK)] = scale.byte;
+    round_block<UNBIASED, OUT>(v, scale, drawn, q.by_rows + block * BYTES<OUT>, inside);
+    if (OUT == MXFP8) row_scales[tiled(row, column / BLOCK, rows_depth / BLOCK)] = scale.byte;
     else if (inside) row_scales[block] = scale.byte;
   }
 
@@ -239,29 +244,29 @@ __device__ __forceinline__ void quantize_tile(void *by_rows, u8 *row_scales, voi
   // What was read makes room for the result; a column of the tile is 2^length bytes of it.
   constexpr u32 SIZE = BYTES<OUT> / BLOCK;
   u32 length = (SIZE == 2 ? 8 : 7) + halves, pitch = (1u << length) + 16;
-  if (OUT != OUT_CODES) __syncthreads();
+  if (OUT != CODES) __syncthreads();
   if (group) rotate(v, 1u << across, 1u << width);
   float norm = group ? transform.scale : 1.0f;
   Scale scale = scale_block<UNBIASED>(v, norm);
   SharedColumnBits<Tile::BITS_PITCH> drawn(bits + part % 4 * (32 * Tile::BITS_PITCH + bits_shift), place, draw);
-  if (OUT == OUT_CODES) {
+  if (OUT == CODES) {
     u32 row = first_row + part * BLOCK;
     bool inside = row < depth && first_column + x < cols;
     size_t block = ((size_t)(first_column + x) * depth + row) / BLOCK;
-    round_block<UNBIASED, OUT>(v, scale, drawn, (uint4 *)out + block, inside);
+    round_block<UNBIASED, OUT>(v, scale, drawn, (uint4 *)q.by_columns + block, inside);
     if (inside) scales[block] = scale.byte;
     return;
   }
   round_block<UNBIASED, OUT>(v, scale, drawn, data + x * pitch + part * BYTES<OUT>, true);
-  if (OUT == OUT_MXFP8) ((u8 *)scale_words)[x * (4 << halves) + part] = scale.byte;
+  if (OUT == MXFP8) ((u8 *)scale_words)[x * (4 << halves) + part] = scale.byte;
   __syncthreads();
-  if (OUT == OUT_MXFP8 && threadIdx.x < THREADS / 4) {
+  if (OUT == MXFP8 && threadIdx.x < THREADS / 4) {
     u32 vector = first_column + (threadIdx.x >> halves), block = first_row / BLOCK + 4 * (threadIdx.x & halves);
     *(u32 *)(scales + tiled(vector, block, depth / BLOCK)) = scale_words[threadIdx.x];
   }
   u32 at = threadIdx.x * 16, y = at >> length, byte = at & ((1 << length) - 1), step = THREADS * 16 >> length;
   if (first_row * SIZE + byte >= depth * SIZE) return;
-  u8 *to = (u8 *)out + ((size_t)(first_column + y) * depth + first_row) * SIZE + byte;
+  u8 *to = q.by_columns + ((size_t)(first_column + y) * depth + first_row) * SIZE + byte;
   const u8 *written = data + y * pitch + byte;
 #pragma unroll
   for (u32 i = 0; i < BYTES<OUT> / 16; i++)
@@ -269,71 +274,22 @@ __device__ __forceinline__ void quantize_tile(void *by_rows, u8 *row_scales, voi
       *(uint4 *)(to + (size_t)i * (step * SIZE) * depth) = *(const uint4 *)(written + i * step * pitch);
 }
 
-// ---- Names --------------------------------------------------------------------------------------
+// The form down columns, to by_columns and column_scales as above, and column sums of each tile's rows to sums.
+// Grid: cols / C rounded up, depth / R rounded up; for MXFP8 of the columns rounded up to 128. Block: 256 for
+// bf16, 128 for f32; no dynamic shared memory. R = 128 and C = 64 for bf16, 32 for f32; with a group of
+// 256, R = 256 and C = 32 and 16.
+template <class T, Format OUT, bool UNBIASED>
+__global__ void __launch_bounds__(Tile<T>::THREADS, 1024 / Tile<T>::THREADS)
+    quantize_columns(const __grid_constant__ Quantize q) {
+  begin();
+  quantize_tile<T, OUT, UNBIASED, false>(q);
+}
 
-// WHAT is `values`, `codes` or `mxfp8`, the latter from compute capability 8.9 on, MODE is nearest or unbiased. A form
-// (vectors, depth) is bf16 values (vectors, depth); or codes (vectors, depth / 2) and scales (vectors, depth / 32); or E4M3
-// numbers (vectors, depth) and scales in tiles, of which there are as many as cover the matrix.
-//
-// quantize_rows_WHAT_{bf16,f32}_MODE: vectors are the rows of source (rows, cols); `depth` is cols padded. Overwrites
-// out (rows, depth). Grid: rows / each, rounded up, for mxfp8 of the rows rounded up to 128; block: each * depth / 32,
-// rounded up to whole warps, at most 1,024.
-// `each` is at most 63; best are the fewest rows that make whole warps, some 96 to 192 threads (H200: 384 cost 17%). rows < 2^31.
-//
-// quantize_columns_WHAT_{bf16,f32}_MODE: vectors are the columns; `depth` is rows padded. Overwrites out (cols, depth).
-// Where `sums` is not null, overwrites sums (grid y, cols) with the column sums of each tile's rows.
-// Grid: cols / C rounded up, depth / R rounded up; for mxfp8 of the columns rounded up to 128. Block: 256 for bf16, 128
-// for f32; no dynamic shared memory. R = 128 and C = 64 for bf16, 32 for f32; with a group of 256, R = 256 and C = 32 and 16.
-//
-// quantize_both_{codes,mxfp8}_bf16_MODE: both forms with one reading and one drawing of random bits, for groups of at most
-// 64. Overwrites by_rows (rows, rows_depth) and out (cols, depth), each with its scales. Launch as quantize_columns, for
-// codes with a grid that covers rows_depth.
-#define SHAPE u32 rows, u32 cols, u32 depth, u32 group
-#define RANDOM const __grid_constant__ Transform transform, const __grid_constant__ Draw draw
-#define TILE_BOUNDS(T) __launch_bounds__(Tile<T>::THREADS, 1024 / Tile<T>::THREADS)
-#define VALUES(T, NAME, MODE, UNBIASED)                                                                             \
-  extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_values_##NAME##_##MODE(                       \
-      bf16 *out, const T *source, SHAPE, u32 each, RANDOM) {                                                        \
-    begin();                                                                                                        \
-    quantize_rows<T, UNBIASED, OUT_VALUES>(out, nullptr, source, rows, cols, depth, group, each, transform, draw);  \
-  }                                                                                                                 \
-  extern "C" __global__ void TILE_BOUNDS(T) quantize_columns_values_##NAME##_##MODE(                                \
-      bf16 *out, float *sums, const T *source, SHAPE, RANDOM) {                                                     \
-    begin();                                                                                                        \
-    quantize_tile<T, UNBIASED, OUT_VALUES, false>(nullptr, nullptr, out, nullptr, sums, source, rows, cols, 0,      \
-                                                  depth, group, transform, transform, draw);                        \
-  }
-#define SCALED(T, NAME, WHAT, OUT, MODE, UNBIASED)                                                                  \
-  extern "C" __global__ void __launch_bounds__(1024, 1) quantize_rows_##WHAT##_##NAME##_##MODE(                     \
-      u8 *out, u8 *scales, const T *source, SHAPE, u32 each, RANDOM) {                                              \
-    begin();                                                                                                        \
-    quantize_rows<T, UNBIASED, OUT>(out, scales, source, rows, cols, depth, group, each, transform, draw);          \
-  }                                                                                                                 \
-  extern "C" __global__ void TILE_BOUNDS(T) quantize_columns_##WHAT##_##NAME##_##MODE(                              \
-      u8 *out, u8 *scales, float *sums, const T *source, SHAPE, RANDOM) {                                           \
-    begin();                                                                                                        \
-    quantize_tile<T, UNBIASED, OUT, false>(nullptr, nullptr, out, scales, sums, source, rows, cols, 0, depth,       \
-                                           group, transform, transform, draw);                                      \
-  }
-#define BOTH_FORMS(WHAT, OUT, MODE, UNBIASED)                                                                       \
-  extern "C" __global__ void TILE_BOUNDS(bf16) quantize_both_##WHAT##_bf16_##MODE(                                  \
-      u8 *by_rows, u8 *row_scales, u8 *out, u8 *scales, float *sums, const bf16 *source, u32 rows, u32 cols,        \
-      u32 rows_depth, u32 depth, u32 group, const __grid_constant__ Transform rows_transform, RANDOM) {             \
-    begin();                                                                                                        \
-    quantize_tile<bf16, UNBIASED, OUT, true>(by_rows, row_scales, out, scales, sums, source, rows, cols,            \
-                                             rows_depth, depth, group, rows_transform, transform, draw);            \
-  }
-#define ALL(WHAT, OUT, MODE, UNBIASED)          \
-  SCALED(bf16, bf16, WHAT, OUT, MODE, UNBIASED) \
-  SCALED(float, f32, WHAT, OUT, MODE, UNBIASED) \
-  BOTH_FORMS(WHAT, OUT, MODE, UNBIASED)
-VALUES(bf16, bf16, nearest, false)
-VALUES(bf16, bf16, unbiased, true)
-VALUES(float, f32, nearest, false)
-VALUES(float, f32, unbiased, true)
-ALL(codes, OUT_CODES, nearest, false)
-ALL(codes, OUT_CODES, unbiased, true)
-#if __CUDA_ARCH__ >= 890
-ALL(mxfp8, OUT_MXFP8, nearest, false)
-ALL(mxfp8, OUT_MXFP8, unbiased, true)
-#endif
+// Both forms with one reading and one drawing of random bits, for groups of at most 64, with codes or as
+// MXFP8. Launch as quantize_columns, for codes with a grid that covers rows_depth.
+template <class T, Format OUT, bool UNBIASED>
+__global__ void __launch_bounds__(Tile<T>::THREADS, 1024 / Tile<T>::THREADS)
+    quantize_both(const __grid_constant__ Quantize q) {
+  begin();
+  quantize_tile<T, OUT, UNBIASED, true>(q);
+}
