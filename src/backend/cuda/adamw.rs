@@ -5,7 +5,6 @@
 //! numbers together.
 
 use bytemuck::{Pod, Zeroable};
-use cudarc::driver::sys;
 
 use super::device::launch;
 use super::device::memory::{Arena, F32, Param, Piece, Upload};
@@ -174,7 +173,7 @@ pub(super) fn finish_step(
     launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
         table, entries, optimizer.pieces, sums, 0u64, factors);
     let mut found = [0.0; 3];
-    read(cuda, &mut found, sums)?;
+    cuda.read(sums, &mut found)?;
     let [losses, squares, clamped] = found;
     Ok(StepSums { losses, squares, raised_blocks: clamped as u64 })
 }
@@ -194,7 +193,7 @@ pub(super) fn try_step(
     launch!(cuda.gpu, "adamw", optimizer.grid(cuda), BLOCK, 0;
         table, entries as u32, optimizer.pieces, optimizer.sum(0), trial, Step::new(step));
     let found = &mut optimizer.found[..3 * entries];
-    read(cuda, found, trial)?;
+    cuda.read(trial, found)?;
     for bits in found.as_chunks::<3>().0 {
         let [weight, m, v] = bits.map(f32::from_bits);
         largest(Largest { weight, m, v });
@@ -211,7 +210,7 @@ pub(super) fn sum_losses(
     launch!(cuda.gpu, "sum_losses", [1, 1, 1], 1024, 0;
         optimizer.sum(3), losses.address(), rows as u32, 0u32);
     let mut sum = [0.0];
-    read(cuda, &mut sum, optimizer.sum(3))?;
+    cuda.read(optimizer.sum(3), &mut sum)?;
     Ok(sum[0])
 }
 
@@ -221,15 +220,4 @@ pub(super) fn copy_to_bf16(cuda: &Cuda, param: &Param) {
     cuda.clear(param.amax.address, 4);
     launch!(cuda.gpu, "copy_to_bf16", [len.div_ceil(BLOCK), 1, 1], BLOCK, 0;
         param.copy.address, param.amax.address, param.master.address(), len as u64);
-}
-
-/// Waits for the device and reads numbers.
-fn read<T: Pod>(cuda: &Cuda, to: &mut [T], from: u64) -> Result<()> {
-    // SAFETY: what is read is that long, and `to` outlives the wait.
-    let result = unsafe {
-        let bytes = size_of_val(to);
-        sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, bytes, cuda.gpu.stream())
-    };
-    cuda.gpu.note("reading sums", result);
-    cuda.gpu.synchronize()
 }

@@ -34,6 +34,25 @@ struct Normalize {
     epsilon: f32,
 }
 
+impl Normalize {
+    /// Of x alone.
+    fn new(
+        out: &mut Tensor,
+        statistics: NormStatistics<&mut F32>,
+        x: &Tensor,
+        parameters: [&Param; 2],
+        sizes: [usize; 2],
+        epsilon: f32,
+    ) -> Self {
+        let [w, b] = parameters.map(|parameter| parameter.as_read_in(x.precision));
+        let [rows, channels] = sizes.map(|n| n as u32);
+        let [mean, rstd] = [statistics.mean.address(), statistics.rstd.address()];
+        let (mut out, x) = (out.write(), x.address());
+        let (amax, out) = (out.amax(), out.address);
+        Self { out, sum: 0, amax, mean, rstd, x, y: 0, w, b, rows, channels, epsilon }
+    }
+}
+
 /// `Backward` of the kernels.
 #[repr(C)]
 struct Backward {
@@ -64,21 +83,8 @@ pub(super) fn forward(
     channels: usize,
     epsilon: f32,
 ) {
-    let mut out = out.write();
-    launch!(cuda.gpu, kernel!(x, "normalize", false), grid(rows), BLOCK, 0; Normalize {
-        out: out.address,
-        sum: 0,
-        amax: out.amax(),
-        mean: statistics.mean.address(),
-        rstd: statistics.rstd.address(),
-        x: x.address(),
-        y: 0,
-        w: w.as_read_in(x.precision),
-        b: b.as_read_in(x.precision),
-        rows: rows as u32,
-        channels: channels as u32,
-        epsilon,
-    });
+    let of_x = Normalize::new(out, statistics, x, [w, b], [rows, channels], epsilon);
+    launch!(cuda.gpu, kernel!(x, "normalize", false), grid(rows), BLOCK, 0; of_x);
 }
 
 pub(super) fn add_forward(
@@ -94,21 +100,9 @@ pub(super) fn add_forward(
     channels: usize,
     epsilon: f32,
 ) {
-    let mut out = out.write();
-    launch!(cuda.gpu, kernel!(x, "normalize", true), grid(rows), BLOCK, 0; Normalize {
-        out: out.address,
-        sum: sum.write().address,
-        amax: out.amax(),
-        mean: statistics.mean.address(),
-        rstd: statistics.rstd.address(),
-        x: x.address(),
-        y: y.address(),
-        w: w.as_read_in(x.precision),
-        b: b.as_read_in(x.precision),
-        rows: rows as u32,
-        channels: channels as u32,
-        epsilon,
-    });
+    let of_x = Normalize::new(out, statistics, x, [w, b], [rows, channels], epsilon);
+    let of_sum = Normalize { sum: sum.write().address, y: y.address(), ..of_x };
+    launch!(cuda.gpu, kernel!(x, "normalize", true), grid(rows), BLOCK, 0; of_sum);
 }
 
 /// Adds to dx; overwrites dw and db, or with `accumulate` adds to them.

@@ -46,20 +46,13 @@ pub(super) fn forward(
     } else {
         (x.address(), w.as_read_in(precision))
     };
+    let [left, right] = [x, w].map(|address| Operand::rows(address, inputs));
+    let sizes = [rows, outputs, inputs];
     let product = Product {
-        m: rows,
-        n: outputs,
-        k: inputs,
         operands,
-        a: Operand::rows(x, inputs),
-        b: Operand::rows(w, inputs),
-        c: y.write().address,
-        c_stride: outputs,
-        c_type: precision.into(),
-        alpha: 1.0,
-        accumulate: false,
         bias: Some(b.as_read_in(precision)),
         scales,
+        ..Product::new(precision.into(), sizes, left, right, y.write().address)
     };
     cuda.product(workspace, &product);
     // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that gains
@@ -125,21 +118,10 @@ pub(super) fn backward(
         }
     };
     let precision = dy.precision;
-    let dgrad = Product {
-        m: rows,
-        n: inputs,
-        k: outputs,
-        operands: [precision.into(); 2],
-        a: Operand::rows(dy.address(), outputs),
-        b: Operand::columns(w.as_read_in(precision), inputs),
-        c: dx.write().address,
-        c_stride: inputs,
-        c_type: precision.into(),
-        alpha: 1.0,
-        accumulate: false,
-        bias: None,
-        scales: None,
-    };
+    let [left, right] =
+        [Operand::rows(dy.address(), outputs), Operand::columns(w.as_read_in(precision), inputs)];
+    let (sizes, to) = ([rows, inputs, outputs], dx.write().address);
+    let dgrad = Product::new(precision.into(), sizes, left, right, to);
     let is_mxfp4 = for_dgrad.is_some() || for_wgrad.is_some();
     let amax = match pre {
         None if carrier == Carrier::Fp8 && is_mxfp4 => fp8::amax_of(cuda, &workspace.dy_amax, dy),
@@ -217,17 +199,13 @@ pub(super) fn backward(
     } else if in_fp8 {
         (kept.address, x_amax) = fp8::keep(cuda, workspace, x, rows * inputs);
     }
+    let [left, right] =
+        [Operand::columns(dy.address(), outputs), Operand::columns(kept.address, inputs)];
+    let sizes = [outputs, inputs, rows];
     let wgrad = Product {
-        m: outputs,
-        n: inputs,
-        k: rows,
-        a: Operand::columns(dy.address(), outputs),
-        b: Operand::columns(kept.address, inputs),
-        c: dw.address(),
-        c_stride: inputs,
         c_type: Type::F32,
         accumulate,
-        ..dgrad
+        ..Product::new(precision.into(), sizes, left, right, dw.address())
     };
     match for_wgrad {
         None => {

@@ -125,6 +125,13 @@ struct Kind {
 }
 
 impl Product {
+    /// C (m, n), dense and of the operands' format, = A (m, k) B (n, k)^T.
+    pub(crate) fn new(format: Type, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: u64) -> Self {
+        let (operands, c_type, scales) = ([format; 2], format, None);
+        let (alpha, accumulate, bias) = (1.0, false, None);
+        Self { m, n, k, operands, a, b, c, c_stride: n, c_type, alpha, accumulate, bias, scales }
+    }
+
     fn kind(&self) -> Kind {
         Kind {
             m: self.m,

@@ -373,6 +373,17 @@ impl Upload {
     }
 }
 
+impl Upload {
+    /// What was sent last.
+    pub(crate) fn sent(&self) -> &[u32] {
+        if self.words.is_null() {
+            return &[];
+        }
+        // SAFETY: `len` words of ours, which `new` has written, and `send` alone writes again.
+        unsafe { std::slice::from_raw_parts(self.words, self.len) }
+    }
+}
+
 impl Drop for Upload {
     fn drop(&mut self) {
         if self.words.is_null() && self.sent.is_null() {
