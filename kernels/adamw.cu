@@ -1,5 +1,5 @@
-// The end of a step: sums of losses and of squared gradients, clipping, AdamW (Loshchilov and Hutter,
-// arXiv 1711.05101), for all parameters at once.
+// The end of a step: sums of losses and of squared gradients, clipping, AdamW (Loshchilov and
+// Hutter, arXiv 1711.05101), for all parameters at once.
 //
 // A table says where each parameter and what belongs to it lies. Work is cut into pieces of PIECE
 // elements, numbered through all parameters; blocks take pieces in turn and find the parameter by a
@@ -79,8 +79,8 @@ struct Step {
   float largest_gradient; // no update with a clipped gradient of a larger norm
 };
 
-// The gradient norm of a step, and whether it and the loss are finite and it is within the limit, so that the update is to
-// be made.
+// The gradient norm of a step, and whether it and the loss are finite and it is within the limit,
+// so that the update is to be made.
 __device__ __forceinline__ bool is_allowed(const double *sums, const Step &s, float &norm) {
   float loss = (float)(sums[0] * (double)s.loss_scale);
   norm = (float)sqrt(sums[1]);
@@ -88,8 +88,9 @@ __device__ __forceinline__ bool is_allowed(const double *sums, const Step &s, fl
   return isfinite(loss) && isfinite(norm) && clipped <= s.largest_gradient;
 }
 
-// sums[1] = the sum of the partials, in order; sums[2] = *clamped, which starts again from 0. Makes the largest
-// magnitudes ready for the update, if there will be one. sums: losses, squares, clamped blocks. Grid: 1; block: 256.
+// sums[1] = the sum of the partials, in order; sums[2] = *clamped, which starts again from 0. Makes
+// the largest magnitudes ready for the update, if there will be one. sums: losses, squares, clamped
+// blocks. Grid: 1; block: 256.
 __global__ void sum_squares(double *sums, u32 *clamped, const double *partials, u32 parts,
                                        const Entry *table, u32 entries, Step s) {
   begin();
@@ -104,10 +105,10 @@ __global__ void sum_squares(double *sums, u32 *clamped, const double *partials, 
     for (u32 i = threadIdx.x; i < entries; i += blockDim.x) *table[i].amax = 0;
 }
 
-// One update of every parameter, unless loss or gradient norm is not finite or the norm above the limit. sums: as above.
-// With `trial` (entries, 3), zeros before, nothing is stored but the bits of the largest magnitudes that the update would
-// leave of each parameter: weights, first and second moments. It is the same code, so that both see the same numbers.
-// Grid: any; block: 256.
+// One update of every parameter, unless loss or gradient norm is not finite or the norm above the
+// limit. sums: as above. With `trial` (entries, 3), zeros before, nothing is stored but the bits of
+// the largest magnitudes that the update would leave of each parameter: weights, first and second
+// moments. It is the same code, so that both see the same numbers. Grid: any; block: 256.
 __global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
                                  u32 *trial, Step s) {
   begin();
@@ -151,8 +152,8 @@ __global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double 
   }
 }
 
-// copy (len) = param (len), to nearest even; *amax, which is 0 before, the bits of the largest magnitude of param.
-// Grid: len / 256, rounded up; block: 256.
+// copy (len) = param (len), to nearest even; *amax, which is 0 before, the bits of the largest
+// magnitude of param. Grid: len / 256, rounded up; block: 256.
 __global__ void copy_to_bf16(bf16 *copy, u32 *amax, const float *param, u64 len) {
   begin();
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;

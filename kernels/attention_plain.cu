@@ -1,6 +1,6 @@
-// Causal attention in plain arithmetic, for f32 and for head sizes that no tile takes: a warp owns a query
-// (or, for dk and dv, a key), and goes through the other side 32 rows at a time. Head sizes up to 256.
-// attention_delta serves all kernels.
+// Causal attention in plain arithmetic, for f32 and for head sizes that no tile takes: a warp owns
+// a query (or, for dk and dv, a key), and goes through the other side 32 rows at a time. Head sizes
+// up to 256. attention_delta serves all kernels.
 
 #define MOST_PER_LANE 8  // head_size / 32, rounded up
 
@@ -60,9 +60,9 @@ __global__ void attention_forward(T *out, float *lse, u32 *amax, const T *qkv, H
   if (lane == 0) lse[((size_t)blockIdx.z * s.heads + h) * s.length + query] = most + logf(sum);
 }
 
-// delta (B, H, T) = sums of dout * out over a head. A warp owns a row; where heads are whole groups of
-// 8 channels, lanes read those in order and add up within a head.
-// Grid: (B T / 4 rounded up); block: 128.
+// delta (B, H, T) = sums of dout * out over a head. A warp owns a row; where heads are whole groups
+// of 8 channels, lanes read those in order and add up within a head. Grid: (B T / 4 rounded up);
+// block: 128.
 template <class T>
 __global__ void attention_delta(float *delta, const T *dout, const T *out, u32 rows, Heads s) {
   begin();

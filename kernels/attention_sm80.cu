@@ -1,18 +1,18 @@
-// Causal softmax attention on tensor cores (mma.sync, so from Ampere on): FlashAttention-2 (Dao, arXiv
-// 2307.08691), scores never stored.
+// Causal softmax attention on tensor cores (mma.sync, so from Ampere on): FlashAttention-2 (Dao,
+// arXiv 2307.08691), scores never stored.
 //
 // bf16 operands, f32 scores, sums and accumulators. Scores are kept as powers of two: the scale
-// 1 / sqrt(head size) carries log2(e). The backward pass has one kernel for dk and dv, whose blocks own
-// keys, and one for dq, whose blocks own queries; both compute the scores anew. That is 7 products of
-// tiles instead of the 5 of a single kernel, but a single kernel would have to add dq up atomically, in
-// another order at every run.
+// 1 / sqrt(head size) carries log2(e). The backward pass has one kernel for dk and dv, whose blocks
+// own keys, and one for dq, whose blocks own queries; both compute the scores anew. That is 7
+// products of tiles instead of the 5 of a single kernel, but a single kernel would have to add dq
+// up atomically, in another order at every run.
 //
-// Head sizes are multiples of 8; tiles are D wide, columns beyond the head are zeros. Rows of tiles in
-// shared memory are swizzled: chunk c of 16 bytes lies at c ^ (row % 8), so that the 8 rows that
+// Head sizes are multiples of 8; tiles are D wide, columns beyond the head are zeros. Rows of tiles
+// in shared memory are swizzled: chunk c of 16 bytes lies at c ^ (row % 8), so that the 8 rows that
 // ldmatrix reads at a time lie in different banks.
 
-// c (16, 8) += a (16, 16) b (16, 8). A thread's share, with g = lane / 4 and t = lane % 4: of c rows g
-// and g + 8, columns 2 t and 2 t + 1.
+// c (16, 8) += a (16, 16) b (16, 8). A thread's share, with g = lane / 4 and t = lane % 4: of c
+// rows g and g + 8, columns 2 t and 2 t + 1.
 __device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -42,8 +42,8 @@ template <int D> struct Tile {
     u32 lane = threadIdx.x % WARP;
     ldmatrix(a, at(row + lane % 16, column + lane / 16 * 8));
   }
-  // Right operands whose columns are 16 of the tile's rows and whose depth is 16 of its columns: two
-  // of mma, (b[0], b[1]) and (b[2], b[3]).
+  // Right operands whose columns are 16 of the tile's rows and whose depth is 16 of its columns:
+  // two of mma, (b[0], b[1]) and (b[2], b[3]).
   __device__ __forceinline__ void right_by_rows(u32 b[4], u32 row, u32 column) const {
     u32 lane = threadIdx.x % WARP;
     ldmatrix(b, at(row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
@@ -55,8 +55,8 @@ template <int D> struct Tile {
   }
 };
 
-// Starts copying ROWS rows of `width` columns, `stride` elements apart, to a tile. Rows from `valid` on
-// and columns from `width` on become zeros.
+// Starts copying ROWS rows of `width` columns, `stride` elements apart, to a tile. Rows from
+// `valid` on and columns from `width` on become zeros.
 template <int D, int ROWS, int THREADS>
 __device__ __forceinline__ void copy_tile(Tile<D> to, const bf16 *from, size_t stride, u32 valid,
                                           u32 width) {
@@ -105,11 +105,15 @@ __global__ void __launch_bounds__(WARP *WARPS)
   __syncthreads();
 
   u32 keys = min(q0 + BM, length), steps = (keys + BN - 1) / BN;
-  auto tile = [&](u32 step, u32 which) { return Tile<D>{space + (step % 2 * 2 + which) * BN * D * 2}; };
+  auto tile = [&](u32 step, u32 which) {
+    return Tile<D>{space + (step % 2 * 2 + which) * BN * D * 2};
+  };
   auto load = [&](u32 step) {
     u32 first = step * BN;
-    copy_tile<D, BN, THREADS>(tile(step, 0), k + first * stride, stride, length - first, s.head_size);
-    copy_tile<D, BN, THREADS>(tile(step, 1), v + first * stride, stride, length - first, s.head_size);
+    copy_tile<D, BN, THREADS>(tile(step, 0), k + first * stride, stride, length - first,
+                              s.head_size);
+    copy_tile<D, BN, THREADS>(tile(step, 1), v + first * stride, stride, length - first,
+                              s.head_size);
   };
   const float infinity = __int_as_float(0x7f800000);
   float scale = s.scale() * LOG2E;
@@ -163,7 +167,8 @@ __global__ void __launch_bounds__(WARP *WARPS)
             larger = fmaxf(larger, fmaxf(p[m][n][2 * r], p[m][n][2 * r + 1]));
           larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 1));
           larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 2));
-          float shrink = exp2_fast((most[m][r] - larger) * scale), shift = larger * scale, total = 0.0f;
+          float shrink = exp2_fast((most[m][r] - larger) * scale), shift = larger * scale,
+                total = 0.0f;
           most[m][r] = larger;
 #pragma unroll
           for (int n = 0; n < BN / 8; n++)
@@ -226,8 +231,8 @@ __global__ void __launch_bounds__(WARP *WARPS)
   note_amax(amax, largest);
 }
 
-// The left operands of a warp's 16 rows of a tile: in registers where there is room for them, else read
-// again each time.
+// The left operands of a warp's 16 rows of a tile: in registers where there is room for them, else
+// read again each time.
 template <int D, bool KEEP> struct LeftRows {
   Tile<D> tile;
   u32 row, a[KEEP ? D / 16 : 1][4];
@@ -295,10 +300,10 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
   note_amax(amax, largest);
 }
 
-// dk and dv of dqkv (B, T, 3 C). A warp owns 16 keys; the block goes through the queries BQ at a time.
-// Scores are computed transposed, (keys, queries), which makes them left operands of dk and dv.
-// Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory:
-// 64 WARPS D + 8 BQ D + 16 BQ bytes.
+// dk and dv of dqkv (B, T, 3 C). A warp owns 16 keys; the block goes through the queries BQ at a
+// time. Scores are computed transposed, (keys, queries), which makes them left operands of dk and
+// dv. Grid: (T / (16 WARPS) rounded up, H, B); block: 32 WARPS; dynamic shared memory: 64 WARPS D +
+// 8 BQ D + 16 BQ bytes.
 template <int D, int WARPS, int BQ>
 __global__ void __launch_bounds__(WARP *WARPS)
     flash_dkdv(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
@@ -317,7 +322,9 @@ __global__ void __launch_bounds__(WARP *WARPS)
   Tile<D> k_tile = {space}, v_tile = {space + BK * D * 2};
   u32 stages = space + 2 * BK * D * 2;
   float *numbers = (float *)(tiles + 2 * BK * D * 2 + 4 * BQ * D * 2);  // (2, 2, BQ): lse, delta
-  auto tile = [&](u32 step, u32 which) { return Tile<D>{stages + (step % 2 * 2 + which) * BQ * D * 2}; };
+  auto tile = [&](u32 step, u32 which) {
+    return Tile<D>{stages + (step % 2 * 2 + which) * BQ * D * 2};
+  };
   auto load = [&](u32 step) {
     u32 first = step * BQ;
     copy_tile<D, BQ, THREADS>(tile(step, 0), q + first * stride, stride, length - first, d);
@@ -394,7 +401,9 @@ __global__ void __launch_bounds__(WARP *WARPS)
   u32 space = shared_address(tiles);
   Tile<D> q_tile = {space}, g_tile = {space + BM * D * 2};
   u32 stages = space + 2 * BM * D * 2;
-  auto tile = [&](u32 step, u32 which) { return Tile<D>{stages + (step % 2 * 2 + which) * BN * D * 2}; };
+  auto tile = [&](u32 step, u32 which) {
+    return Tile<D>{stages + (step % 2 * 2 + which) * BN * D * 2};
+  };
   auto load = [&](u32 step) {
     u32 first = step * BN;
     copy_tile<D, BN, THREADS>(tile(step, 0), k + first * stride, stride, length - first, d);

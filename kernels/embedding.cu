@@ -27,10 +27,10 @@ __global__ void embedding_forward(T *out, const u32 *tokens, const T *wte, const
 // Adds to row `token` of dwte (V, C) the rows of dout (rows, C) where the token stands.
 //
 // `order` holds the row numbers sorted by token; the run of a token is order[starts[r]] up to where
-// the next begins; *runs of them. A block owns a run. Its threads are as many groups as fit, each as
-// wide as the row (8 columns a thread); a group takes every so-manieth row of the run, and the sums of
-// the groups are added in order.
-// Grid: most runs there can be; block: 256; dynamic shared memory: 8 KB.
+// the next begins; *runs of them. A block owns a run. Its threads are as many groups as fit, each
+// as wide as the row (8 columns a thread); a group takes every so-manieth row of the run, and the
+// sums of the groups are added in order. Grid: most runs there can be; block: 256; dynamic shared
+// memory: 8 KB.
 template <class T>
 __global__ void embedding_backward_tokens(float *dwte, const T *dout, const u32 *tokens,
                                           const u32 *order, const u32 *starts, const u32 *runs,

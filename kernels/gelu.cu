@@ -1,8 +1,8 @@
 // GELU of whole tensors, and its derivative.
 
-// out (len) = gelu(x), or with BACKWARD out gelu'(x), in place; of GELU itself where EXACT, else in its tanh form.
-// The largest magnitude to amax. Eight elements a thread at a time; the last ones one by one. Grid: any;
-// block: 256.
+// out (len) = gelu(x), or with BACKWARD out gelu'(x), in place; of GELU itself where EXACT, else in
+// its tanh form. The largest magnitude to amax. Eight elements a thread at a time; the last ones
+// one by one. Grid: any; block: 256.
 template <class T, bool EXACT, bool BACKWARD>
 __global__ void gelu_of_all(T *out, u32 *amax, const T *x, u64 len) {
   begin();
@@ -34,8 +34,8 @@ __global__ void gelu_of_all(T *out, u32 *amax, const T *x, u64 len) {
   note_amax(amax, to_f32(from_f32<T>(largest)));
 }
 
-// *amax = the larger of itself and the largest magnitude of d gelu'(pre), rounded, in rows 0, 32, 64 and so on of (rows,
-// cols). Grid: cols / 2048, rows / 32, rounded up; block: 256.
+// *amax = the larger of itself and the largest magnitude of d gelu'(pre), rounded, in rows 0, 32,
+// 64 and so on of (rows, cols). Grid: cols / 2048, rows / 32, rounded up; block: 256.
 __global__ void sample_gelu_gradient(u32 *amax, const bf16 *d, const bf16 *pre, u32 cols) {
   begin();
   __shared__ float of_warps[8];
@@ -46,14 +46,18 @@ __global__ void sample_gelu_gradient(u32 *amax, const bf16 *d, const bf16 *pre, 
     float v[8], x[8];
     load8(d + at, v), load8(pre + at, x);
 #pragma unroll
-    for (int i = 0; i < 8; i++) largest = max_nan(largest, fabsf(__fmul_rn(v[i], gelu_derivative(x[i]))));
+    for (int i = 0; i < 8; i++)
+      largest = max_nan(largest, fabsf(__fmul_rn(v[i], gelu_derivative(x[i]))));
   } else {
 #pragma unroll 1
     for (u32 i = 0; i < 8 && column + i < cols; i++)
-      largest = max_nan(largest, fabsf(__fmul_rn(to_f32(d[at + i]), gelu_derivative(to_f32(pre[at + i])))));
+      largest = max_nan(largest,
+                        fabsf(__fmul_rn(to_f32(d[at + i]), gelu_derivative(to_f32(pre[at + i])))));
   }
-  // One note a thread block: all of them look at the same time, so that looking first would spare few.
-  largest = __uint_as_float(__reduce_max_sync(FULL_WARP, __float_as_uint(to_f32(from_f32<bf16>(largest)))));
+  // One note a thread block: all of them look at the same time, so that looking first would spare
+  // few.
+  largest = __uint_as_float(
+      __reduce_max_sync(FULL_WARP, __float_as_uint(to_f32(from_f32<bf16>(largest)))));
   if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = largest;
   __syncthreads();
   if (threadIdx.x < WARP) note_amax(amax, threadIdx.x < 8 ? of_warps[threadIdx.x] : 0.0f);

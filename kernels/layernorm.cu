@@ -1,8 +1,8 @@
-// LayerNorm and its backward pass. One warp owns a row; it reads the row again for each of its passes,
-// from the L1 cache.
+// LayerNorm and its backward pass. One warp owns a row; it reads the row again for each of its
+// passes, from the L1 cache.
 //
-// Backward *adds* to dx, which is the gradient of the residual stream, and leaves partial sums of dw
-// and db, which another kernel adds up in order.
+// Backward *adds* to dx, which is the gradient of the residual stream, and leaves partial sums of
+// dw and db, which another kernel adds up in order.
 
 // Calls f(column, count) for this lane's share of a row: groups of 8 columns, the last shorter, or
 // where rows are not aligned, single columns.
@@ -45,9 +45,9 @@ template <class T> struct Normalize {
   float epsilon;
 };
 
-// out (rows, C) = (x - mean) rstd w + b, and mean and rstd (rows); with ADD first sum (rows, C) = x + y,
-// rounded to T, which is then what is normalized. The largest magnitude of out is noted in amax.
-// Grid: rows / 8, rounded up; block: 256.
+// out (rows, C) = (x - mean) rstd w + b, and mean and rstd (rows); with ADD first sum (rows, C) = x
+// + y, rounded to T, which is then what is normalized. The largest magnitude of out is noted in
+// amax. Grid: rows / 8, rounded up; block: 256.
 template <class T, bool ADD>
 __global__ void normalize(const __grid_constant__ Normalize<T> n) {
   begin();
@@ -98,8 +98,8 @@ __global__ void normalize(const __grid_constant__ Normalize<T> n) {
 
 // Warps of a block of the backward kernel, and groups of 8 columns that one of its threads owns.
 //
-// NOTE: with 4 groups a thread, a row of 1,024 columns needs one warp and no waiting for others, but so many registers
-// that only 16 warps fit a multiprocessor: 65 us for 16,384 rows on an H100.
+// NOTE: with 4 groups a thread, a row of 1,024 columns needs one warp and no waiting for others,
+// but so many registers that only 16 warps fit a multiprocessor: 65 us for 16,384 rows on an H100.
 #define BACKWARD_WARPS 8
 #define OWNED 2
 
@@ -130,9 +130,10 @@ template <class T> struct Backward {
 
 // dx (rows, C) += the norm's part; partial (grid, 2, C) = this block's sums for dw and db.
 //
-// x, dy and dx are read once, all at the same time, and stay in registers; so do a thread's sums for its columns, which
-// are OWNED groups of 8. A row is shared by WARPS warps. Where nobody's columns are groups of 8, or a row is too long for
-// the block, a thread owns single columns in memory instead.
+// x, dy and dx are read once, all at the same time, and stay in registers; so do a thread's sums
+// for its columns, which are OWNED groups of 8. A row is shared by WARPS warps. Where nobody's
+// columns are groups of 8, or a row is too long for the block, a thread owns single columns in
+// memory instead.
 template <class T, int WARPS>
 __device__ void backward_in_registers(float *sums, const Backward<T> &n) {
   T *dx = n.dx;
@@ -153,7 +154,8 @@ __device__ void backward_in_registers(float *sums, const Backward<T> &n) {
     for (int k = 0; k < OWNED; k++) {
       u32 i = (k * WARPS * WARP + thread) * 8;
       in[k].clear(), gradient[k].clear(), out[k].clear();
-      if (inside && i < channels) in[k].load(x + start + i), gradient[k].load(dy + start + i), out[k].load(dx + start + i);
+      if (inside && i < channels)
+        in[k].load(x + start + i), gradient[k].load(dy + start + i), out[k].load(dx + start + i);
     }
     // f(k, i, (x - mean) rstd, dy, dy w) for each of the thread's groups k, from column i on.
     auto each = [&](auto f) {
@@ -178,7 +180,8 @@ __device__ void backward_in_registers(float *sums, const Backward<T> &n) {
     sum_g = warp_sum(sum_g), sum_gn = warp_sum(sum_gn);
     if (WARPS > 1) {
       // Two sets of places, so that one wait a turn is enough.
-      if (threadIdx.x % WARP == 0) exchange[turn][warp][0] = sum_g, exchange[turn][warp][1] = sum_gn;
+      if (threadIdx.x % WARP == 0)
+        exchange[turn][warp][0] = sum_g, exchange[turn][warp][1] = sum_gn;
       asm volatile("bar.sync %0, %1;" ::"r"(warp / WARPS + 1), "n"(WARPS *WARP) : "memory");
       sum_g = sum_gn = 0.0f;
 #pragma unroll
@@ -214,8 +217,8 @@ __device__ void backward_in_registers(float *sums, const Backward<T> &n) {
   }
 }
 
-// The same with columns in memory: a warp owns a row for dx, which is then read again, from the L1 cache, by threads that
-// own a column.
+// The same with columns in memory: a warp owns a row for dx, which is then read again, from the L1
+// cache, by threads that own a column.
 template <class T>
 __device__ void backward_by_columns(float *sums, const Backward<T> &n) {
   T *dx = n.dx;

@@ -1,12 +1,13 @@
 // What every kernel file begins with, behind ptx.cuh: conversions, reductions.
 //
-// A file is compiled as these texts followed by its own, by NVRTC on the user's machine. There may be no
-// CUDA headers there, so nothing is included, and bf16 is handled by its bits and by PTX.
+// A file is compiled as these texts followed by its own, by NVRTC on the user's machine. There may
+// be no CUDA headers there, so nothing is included, and bf16 is handled by its bits and by PTX.
 //
-// Vocabulary: B sequences of T tokens, rows = B T, C channels, H heads, V tokens in the vocabulary. All
-// matrices are dense and row-major. Kernels that meet activations are templates of their type T; the
-// host lists which instances there are (backend/cuda/kernels.rs). What kernels sum, they sum in f32, in an
-// order that depends on shapes alone, so that two runs give the same bits. No kernel adds floats atomically.
+// Vocabulary: B sequences of T tokens, rows = B T, C channels, H heads, V tokens in the vocabulary.
+// All matrices are dense and row-major. Kernels that meet activations are templates of their type
+// T; the host lists which instances there are (backend/cuda/kernels.rs). What kernels sum, they sum
+// in f32, in an order that depends on shapes alone, so that two runs give the same bits. No kernel
+// adds floats atomically.
 
 #define WARP 32
 #define FULL_WARP 0xffffffffu
@@ -63,19 +64,19 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// Makes *amax the largest of itself and the magnitudes that all threads of a warp have seen, by their
-// bits, in which a NaN is larger than everything. Nothing where `amax` is null. The largest does not
-// depend on the order.
+// Makes *amax the largest of itself and the magnitudes that all threads of a warp have seen, by
+// their bits, in which a NaN is larger than everything. Nothing where `amax` is null. The largest
+// does not depend on the order.
 __device__ __forceinline__ void note_amax(u32 *amax, float largest) {
   if (!amax) return;
   u32 bits = __reduce_max_sync(FULL_WARP, __float_as_uint(largest) & 0x7fffffffu);
-  // NOTE: looking first spares nearly all of the atomic operations, which one address takes one after
-  // the other.
+  // NOTE: looking first spares nearly all of the atomic operations, which one address takes one
+  // after the other.
   if (threadIdx.x % WARP == 0 && bits > *(volatile u32 *)amax) atomicMax(amax, bits);
 }
 
-// Sum over a block of at most 1,024 threads, a whole number of warps, in every thread. `scratch` holds
-// 32 floats of shared memory that nobody else uses until the next __syncthreads.
+// Sum over a block of at most 1,024 threads, a whole number of warps, in every thread. `scratch`
+// holds 32 floats of shared memory that nobody else uses until the next __syncthreads.
 __device__ __forceinline__ float block_sum(float v, float *scratch) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   v = warp_sum(v);
@@ -97,8 +98,9 @@ __device__ __forceinline__ float block_max(float v, float *scratch) {
   return v;
 }
 
-// The scale of a tensor in E4M3 whose largest magnitude has these bits: the smallest power of two s for
-// which |v| / s is at most 448, within 2^-100 .. 2^100; 1 for zeros, NaN for what is not finite.
+// The scale of a tensor in E4M3 whose largest magnitude has these bits: the smallest power of two s
+// for which |v| / s is at most 448, within 2^-100 .. 2^100; 1 for zeros, NaN for what is not
+// finite.
 __device__ __forceinline__ float e4m3_scale(u32 amax) {
   if (amax == 0) return 1.0f;
   if (amax >= 0x7f800000u) return __uint_as_float(0x7fc00000u);

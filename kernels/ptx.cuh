@@ -1,16 +1,18 @@
-// Instructions that CUDA C++ has no name for, a function each: what every file begins with, before prelude.cuh.
+// Instructions that CUDA C++ has no name for, a function each: what every file begins with, before
+// prelude.cuh.
 //
-// NOTE: on the processor, where tests run kernels, all of this has twins instead (backend/cuda/emulator). So PTX of files
-// that run there stands here alone; attention and norms, which do not, keep theirs.
+// NOTE: on the processor, where tests run kernels, all of this has twins instead
+// (backend/cuda/emulator). So PTX of files that run there stands here alone; attention and norms,
+// which do not, keep theirs.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// What every kernel begins with: it is launched while the one before it still ends, and waits here for
-// what that has written; and it lets the next one be launched as soon as all of its own blocks run.
-// Waiting for one waits for all before.
+// What every kernel begins with: it is launched while the one before it still ends, and waits here
+// for what that has written; and it lets the next one be launched as soon as all of its own blocks
+// run. Waiting for one waits for all before.
 __device__ __forceinline__ void begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
@@ -87,11 +89,13 @@ __device__ __forceinline__ float one_if_less(float a, float b) {
 
 // ---- Bits -----------------------------------------------------------------------------------
 
-// Four of eight bytes, one for each digit of the selector. NOTE: __byte_perm would clear bits of the
-// selector that are clear.
+// Four of eight bytes, one for each digit of the selector. NOTE: __byte_perm would clear bits of
+// the selector that are clear.
 __device__ __forceinline__ u32 pick_bytes(u64 bytes, u32 selector) {
   u32 out;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"((u32)bytes), "r"((u32)(bytes >> 32)), "r"(selector));
+  asm("prmt.b32 %0, %1, %2, %3;"
+      : "=r"(out)
+      : "r"((u32)bytes), "r"((u32)(bytes >> 32)), "r"(selector));
   return out;
 }
 
@@ -105,29 +109,34 @@ __device__ __forceinline__ u32 or_bits(u32 a, u32 b) {
 
 // Starts copying 16 bytes; waits for all of a thread's copies.
 __device__ __forceinline__ void copy_async(u8 *to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)),
+               "l"(from));
 }
 __device__ __forceinline__ void wait_for_all_copies() { asm volatile("cp.async.wait_all;"); }
 
 // Starts copying 16 bytes, or 4, zeros where not `inside`; in groups.
 __device__ __forceinline__ void copy16(void *to, const u8 *from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
-               "r"(inside ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)),
+      "l"(from), "r"(inside ? 16 : 0)
+      : "memory");
 }
 __device__ __forceinline__ void copy4(void *to, const u8 *from, bool inside) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),
-               "r"(inside ? 4 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((u32)__cvta_generic_to_shared(to)),
+      "l"(from), "r"(inside ? 4 : 0)
+      : "memory");
 }
 // Ends a group of copies; waits for all groups but the latest LEFT.
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void end_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int LEFT> __device__ __forceinline__ void wait_for_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// Four matrices of 8 rows of 16 bytes. Thread i gives the address of row i % 8 of matrix i / 8, and gets
-// of each matrix 4 bytes: of row i / 4 those from 4 (i % 4) on.
+// Four matrices of 8 rows of 16 bytes. Thread i gives the address of row i % 8 of matrix i / 8, and
+// gets of each matrix 4 bytes: of row i / 4 those from 4 (i % 4) on.
 __device__ __forceinline__ void load_matrices(u32 out[4], const u8 *row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])

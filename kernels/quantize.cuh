@@ -1,17 +1,17 @@
-// MXFP4 operands of the backward GEMMs, byte for byte as src/mx defines them: what the files quantize_*.cu
-// begin with.
+// MXFP4 operands of the backward GEMMs, byte for byte as src/mx defines them: what the files
+// quantize_*.cu begin with.
 //
-// An operand is a set of vectors along the GEMM's reduction dimension. `rows` kernels take the source's
-// rows as vectors and keep its layout; `columns` kernels take its columns and write the transpose. The
-// depth (the vectors' length) is padded with zeros to a multiple of the group, or of 32 without a
-// transform; rotated padding holds values, so it is rounded and written like the rest.
+// An operand is a set of vectors along the GEMM's reduction dimension. `rows` kernels take the
+// source's rows as vectors and keep its layout; `columns` kernels take its columns and write the
+// transpose. The depth (the vectors' length) is padded with zeros to a multiple of the group, or of
+// 32 without a transform; rotated padding holds values, so it is rounded and written like the rest.
 //
-// A thread owns one block of 32 in registers: the butterfly's strides 1 to 16 are its own, 32 to 128 are
-// shuffles between the threads of a group. Blocks are rounded in units of their scale without dividing
-// by it: y = 0.75 |v| is compared and rounded against `unit` = 2^exponent, which gives the same bits as
-// the definition's y / unit as long as the block's magnitude is ordinary; blocks near the ends of f32's
-// range are moved by a power of two and back. Where 1/sqrt(g) is a power of two (g = 64, 256) it joins the
-// factor 0.75.
+// A thread owns one block of 32 in registers: the butterfly's strides 1 to 16 are its own, 32 to
+// 128 are shuffles between the threads of a group. Blocks are rounded in units of their scale
+// without dividing by it: y = 0.75 |v| is compared and rounded against `unit` = 2^exponent, which
+// gives the same bits as the definition's y / unit as long as the block's magnitude is ordinary;
+// blocks near the ends of f32's range are moved by a power of two and back. Where 1/sqrt(g) is a
+// power of two (g = 64, 256) it joins the factor 0.75.
 
 #define BLOCK 32
 
@@ -24,8 +24,9 @@ enum Format {
   E5M2,
 };
 
-// A quantization of GELU's gradient, whose largest magnitude is not known: that of a sample, the highest
-// scale byte that does not fit what was made of it (0 where all fit), and how many blocks were clamped.
+// A quantization of GELU's gradient, whose largest magnitude is not known: that of a sample, the
+// highest scale byte that does not fit what was made of it (0 where all fit), and how many blocks
+// were clamped.
 struct Attempt {
   u32 amax, above, clamped;
 };
@@ -85,7 +86,8 @@ __device__ __forceinline__ void load_whole(const float *p, u32 signs, float v[BL
 
 // `count` elements at p, zeros after them; vectors where `aligned`.
 template <class T>
-__device__ __forceinline__ void load_block(const T *p, u32 count, bool aligned, u32 signs, float v[BLOCK]) {
+__device__ __forceinline__ void load_block(const T *p, u32 count, bool aligned, u32 signs,
+                                           float v[BLOCK]) {
   if (aligned && count >= BLOCK) return load_whole(p, signs, v);
 #pragma unroll
   for (u32 i = 0; i < BLOCK; i++) {
@@ -111,7 +113,8 @@ __device__ __forceinline__ void exchange(float v[BLOCK], u32 mask) {
   // The upper thread's values are theirs - mine: one exact product, one rounding.
   float sign = threadIdx.x & mask ? -1.0f : 1.0f;
 #pragma unroll
-  for (int i = 0; i < BLOCK; i++) v[i] = __fmaf_rn(sign, v[i], __shfl_xor_sync(FULL_WARP, v[i], mask));
+  for (int i = 0; i < BLOCK; i++)
+    v[i] = __fmaf_rn(sign, v[i], __shfl_xor_sync(FULL_WARP, v[i], mask));
 }
 
 // Butterfly over `blocks` threads whose lanes differ by multiples of `distance`; not normalized.
@@ -135,7 +138,8 @@ __device__ __forceinline__ float round_unbiased(float v, float factor, float uni
 __device__ __forceinline__ float round_nearest(float v, float factor, float unit) {
   float y = __fmul_rn(fabsf(v), factor);
   // 1.5 * 2^22 times the binade of max(y, unit): its last place is the grid's step there.
-  float magic = __uint_as_float((__float_as_uint(fmaxf(y, unit)) & 0xff800000u) + (22u << 23 | 0x00400000u));
+  float magic =
+      __uint_as_float((__float_as_uint(fmaxf(y, unit)) & 0xff800000u) + (22u << 23 | 0x00400000u));
   float q = fminf(__fsub_rn(__fadd_rn(y, magic), magic), 6.0f * unit);
   return __uint_as_float(__float_as_uint(q) | (__float_as_uint(v) & 0x80000000u));
 }
@@ -145,8 +149,8 @@ template <Format FORMAT> __device__ __forceinline__ u32 pack_fp8(float low, floa
   return FORMAT == E5M2 ? pack_e5m2(low, high) : pack_e4m3(low, high);
 }
 
-// Bits of the largest magnitude of a rotated block, which is normalized first where `norm` is not a power
-// of two (and norm becomes 1).
+// Bits of the largest magnitude of a rotated block, which is normalized first where `norm` is not a
+// power of two (and norm becomes 1).
 __device__ __forceinline__ u32 block_magnitude(float v[BLOCK], float &norm) {
   if (__float_as_uint(norm) & 0x007fffffu) {
 #pragma unroll
@@ -156,7 +160,8 @@ __device__ __forceinline__ u32 block_magnitude(float v[BLOCK], float &norm) {
   float tree[8];
 #pragma unroll
   for (int i = 0; i < 8; i++)
-    tree[i] = max_nan(max_nan(fabsf(v[i]), fabsf(v[i + 8])), max_nan(fabsf(v[i + 16]), fabsf(v[i + 24])));
+    tree[i] =
+        max_nan(max_nan(fabsf(v[i]), fabsf(v[i + 8])), max_nan(fabsf(v[i + 16]), fabsf(v[i + 24])));
   float amax = max_nan(max_nan(max_nan(tree[0], tree[1]), max_nan(tree[2], tree[3])),
                        max_nan(max_nan(tree[4], tree[5]), max_nan(tree[6], tree[7])));
   return __float_as_uint(__fmul_rn(amax, norm)) & 0x7fffffffu;
@@ -186,7 +191,8 @@ __device__ __forceinline__ void move(float v[BLOCK], u32 byte, float &norm) {
 }
 __device__ __forceinline__ u32 moved(u32 byte) { return byte < 64 ? byte + 126 : byte - 100; }
 
-// Random bits of a thread that owns 32 columns of a row. addend(i): the 16 of element i from bit 8 on, and a one below them.
+// Random bits of a thread that owns 32 columns of a row. addend(i): the 16 of element i from bit 8
+// on, and a one below them.
 struct RowBits {
   const Draw &draw;
   u32 row, column_group;
@@ -200,8 +206,9 @@ struct RowBits {
   }
 };
 
-// Random bits in shared memory, 16 for each element of a line, as Philox leaves them in registers, which are pairs of a
-// product's low and high half: in each eight those of the elements 2, 3, 0, 1, 6, 7, 4 and 5.
+// Random bits in shared memory, 16 for each element of a line, as Philox leaves them in registers,
+// which are pairs of a product's low and high half: in each eight those of the elements 2, 3, 0, 1,
+// 6, 7, 4 and 5.
 __device__ __forceinline__ void store_bits(u8 *to, uint4 words) {
   *(uint4 *)to = make_uint4(words.y, words.x, words.w, words.z);
 }
@@ -211,7 +218,8 @@ struct SharedRowBits {
   const u8 *bits;
   const Draw &draw;
   uint4 words;
-  __device__ __forceinline__ SharedRowBits(const u8 *bits, const Draw &draw) : bits(bits), draw(draw) {}
+  __device__ __forceinline__ SharedRowBits(const u8 *bits, const Draw &draw)
+      : bits(bits), draw(draw) {}
   __device__ __forceinline__ u32 addend(int i) {
     if (i % 8 == 0) words = *(const uint4 *)(bits + 2 * i);
     u32 word = i % 8 < 2 ? words.y : i % 8 < 4 ? words.x : i % 8 < 6 ? words.w : words.z;
@@ -225,7 +233,9 @@ template <u32 PITCH> struct SharedColumnBits {
   const Draw &draw;
   __device__ __forceinline__ SharedColumnBits(const u8 *line, u32 place, const Draw &draw)
       : bits(line + 2 * (place ^ 2)), draw(draw) {}
-  __device__ __forceinline__ u32 addend(int i) { return *(const u16 *)(bits + i * PITCH) * draw.shift8 + draw.half; }
+  __device__ __forceinline__ u32 addend(int i) {
+    return *(const u16 *)(bits + i * PITCH) * draw.shift8 + draw.half;
+  }
 };
 
 // ---- Places along rows  -------------------------------------------------------------------------
@@ -248,8 +258,9 @@ __device__ __forceinline__ Place place_in_rows(u32 rows, u32 depth, u32 each) {
 
 // Loads the block at a place and rotates it; `norm` is the factor that is still missing.
 template <class T>
-__device__ __forceinline__ void load_rotated(float v[BLOCK], float &norm, const T *source, const Place &place,
-                                             u32 cols, u32 group, const Transform &transform) {
+__device__ __forceinline__ void load_rotated(float v[BLOCK], float &norm, const T *source,
+                                             const Place &place, u32 cols, u32 group,
+                                             const Transform &transform) {
   u32 across = group > BLOCK ? group / BLOCK : 1;
   u32 signs = group ? transform.signs[place.column / BLOCK & (across - 1)] : 0;
   u32 count = place.inside && place.column < cols ? cols - place.column : 0;

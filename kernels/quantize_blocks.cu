@@ -1,9 +1,11 @@
-// MXFP4 operands whose blocks keep scales of their own: as the definition's own bytes, which the tensor cores of some
-// Blackwell chips multiply; as MXFP8, E4M3 numbers with those scales, which cuBLASLt multiplies on all of them; and as bf16
-// values, for chips without FP8 products and for sizes that theirs do not take.
+// MXFP4 operands whose blocks keep scales of their own: as the definition's own bytes, which the
+// tensor cores of some Blackwell chips multiply; as MXFP8, E4M3 numbers with those scales, which
+// cuBLASLt multiplies on all of them; and as bf16 values, for chips without FP8 products and for
+// sizes that theirs do not take.
 //
-// A tile kernel makes the form down the columns, transposed, of a tile in shared memory, and for dy, which both products
-// need, from the same tile and the same random bits the form along the rows.
+// A tile kernel makes the form down the columns, transposed, of a tile in shared memory, and for
+// dy, which both products need, from the same tile and the same random bits the form along the
+// rows.
 
 // Makes ready for rounding in units of the block's own scale.
 template <bool UNBIASED> __device__ __forceinline__ Scale scale_block(float v[BLOCK], float norm) {
@@ -23,8 +25,9 @@ template <bool UNBIASED> __device__ __forceinline__ Scale scale_block(float v[BL
 // Bytes of a block in the result.
 template <Format OUT> constexpr u32 BYTES = OUT == VALUES ? 64 : OUT == MXFP8 ? 32 : 16;
 
-// Where the scale of a vector's block lies among those of MXFP8, of `blocks` a vector: in tiles of 128 vectors and 4 blocks,
-// which follow each other along the vectors. What a tile has beyond the matrix must be zero, and is written so.
+// Where the scale of a vector's block lies among those of MXFP8, of `blocks` a vector: in tiles of
+// 128 vectors and 4 blocks, which follow each other along the vectors. What a tile has beyond the
+// matrix must be zero, and is written so.
 // ref: cuBLAS documentation, "1D Block Scaling Factors Layout".
 __device__ __forceinline__ size_t tiled(u32 vector, u32 block, u32 blocks) {
   size_t tile = (size_t)(vector / 128) * ((blocks + 3) / 4) + block / 4;
@@ -33,13 +36,15 @@ __device__ __forceinline__ size_t tiled(u32 vector, u32 block, u32 blocks) {
 
 // Rounds a block and stores it at `to`: bf16 values, or codes, two a byte, or E4M3 numbers.
 //
-// All values are bf16 numbers: two mantissa bits, from 0.5 * 2^-127 (bf16's subnormals go down to 2^-133) to
-// 6 * 2^125. They are NaN where the scale is, and so are E4M3 numbers, whatever becomes of the scale.
+// All values are bf16 numbers: two mantissa bits, from 0.5 * 2^-127 (bf16's subnormals go down to
+// 2^-133) to 6 * 2^125. They are NaN where the scale is, and so are E4M3 numbers, whatever becomes
+// of the scale.
 template <bool UNBIASED, Format OUT, class Bits>
-__device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, Bits bits, void *to, bool inside) {
+__device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, Bits bits, void *to,
+                                            bool inside) {
   float inverse = power(254 - (__float_as_uint(scale.unit) >> 23));
-  // NOTE: stores come as soon as 16 bytes are there; with all of them at the end the compiler keeps all values to the
-  // end and spills.
+  // NOTE: stores come as soon as 16 bytes are there; with all of them at the end the compiler keeps
+  // all values to the end and spills.
   u32 words[4];
 #pragma unroll
   for (int i = 0; i < BLOCK; i += 2) {
@@ -51,24 +56,30 @@ __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, 
     if (OUT == VALUES) {
       words[i / 2 % 4] = pack_bf16(pair[0], pair[1]);
     } else if (OUT == MXFP8) {
-      u32 two = scale.byte == 255 ? 0x7f7f : pack_fp8<E4M3>(__fmul_rn(pair[0], inverse), __fmul_rn(pair[1], inverse));
+      u32 two = scale.byte == 255
+                    ? 0x7f7f
+                    : pack_fp8<E4M3>(__fmul_rn(pair[0], inverse), __fmul_rn(pair[1], inverse));
       words[i / 4 % 4] = i % 4 ? words[i / 4 % 4] | two << 16 : two;
     } else {
 #pragma unroll
       for (int j = 0; j < 2; j++) {
         float q = __fmul_rn(fabsf(pair[j]), inverse);
         u32 code = q < 1.0f ? (u32)(2.0f * q) : (__float_as_uint(q) >> 22) - 252;
-        code = scale.byte == 255 ? 0 : (code & 7 | __float_as_uint(pair[j]) >> 31 << 3) << 4 * ((i + j) % 8);
+        code = scale.byte == 255
+                   ? 0
+                   : (code & 7 | __float_as_uint(pair[j]) >> 31 << 3) << 4 * ((i + j) % 8);
         words[i / 8] = (i + j) % 8 ? words[i / 8] | code : code;
       }
     }
     constexpr int EACH = BLOCK * 16 / BYTES<OUT>; // elements in 16 bytes
     if (i % EACH == EACH - 2) {
       if (OUT == VALUES && extreme(scale.byte)) {
-        float back = __uint_as_float(scale.byte == 255 ? 0x7fc00000u : (scale.byte < 64 ? 127u - 126 : 127u + 100) << 23);
+        float back = __uint_as_float(
+            scale.byte == 255 ? 0x7fc00000u : (scale.byte < 64 ? 127u - 126 : 127u + 100) << 23);
 #pragma unroll
         for (int j = 0; j < 4; j++)
-          words[j] = pack_bf16(__fmul_rn(low_f32(words[j]), back), __fmul_rn(high_f32(words[j]), back));
+          words[j] =
+              pack_bf16(__fmul_rn(low_f32(words[j]), back), __fmul_rn(high_f32(words[j]), back));
       }
       if (inside) ((uint4 *)to)[i / EACH] = make_uint4(words[0], words[1], words[2], words[3]);
     }
@@ -77,10 +88,11 @@ __device__ __forceinline__ void round_block(float v[BLOCK], const Scale &scale, 
 
 // ---- Kernels along rows -------------------------------------------------------------------------
 
-// The form along rows, to by_rows and, where blocks have them, row_scales; of MXFP8 in tiles, as many as cover
-// the matrix. Grid: rows / each, rounded up, for MXFP8 of the rows rounded up to 128; block: each *
-// rows_depth / 32, rounded up to whole warps, at most 1,024. `each` is at most 63; best are the fewest rows that
-// make whole warps, some 96 to 192 threads (H200: 384 cost 17%). rows < 2^31.
+// The form along rows, to by_rows and, where blocks have them, row_scales; of MXFP8 in tiles, as
+// many as cover the matrix. Grid: rows / each, rounded up, for MXFP8 of the rows rounded up to 128;
+// block: each * rows_depth / 32, rounded up to whole warps, at most 1,024. `each` is at most 63;
+// best are the fewest rows that make whole warps, some 96 to 192 threads (H200: 384 cost 17%). rows
+// < 2^31.
 template <class T, Format OUT, bool UNBIASED>
 __global__ void __launch_bounds__(1024, 1) quantize_rows(const __grid_constant__ Quantize q) {
   begin();
@@ -91,8 +103,8 @@ __global__ void __launch_bounds__(1024, 1) quantize_rows(const __grid_constant__
   load_rotated(v, norm, (const T *)q.source, place, q.cols, q.group, q.draws.by_rows);
   Scale scale = scale_block<UNBIASED>(v, norm);
   size_t block = ((size_t)place.row * q.rows_depth + place.column) / BLOCK;
-  round_block<UNBIASED, OUT>(v, scale, RowBits(draw, place.row, place.column), q.by_rows + block * BYTES<OUT>,
-                             place.inside);
+  round_block<UNBIASED, OUT>(v, scale, RowBits(draw, place.row, place.column),
+                             q.by_rows + block * BYTES<OUT>, place.inside);
   if (OUT == CODES && place.inside) scales[block] = scale.byte;
   if (OUT == MXFP8 && place.local < q.each && place.row < (q.rows + 127) / 128 * 128) {
     u32 blocks = q.rows_depth / BLOCK, i = place.column / BLOCK;
@@ -104,11 +116,12 @@ __global__ void __launch_bounds__(1024, 1) quantize_rows(const __grid_constant__
 
 // ---- Kernels along columns, and along both ------------------------------------------------------
 
-// A thread block takes a tile of 128 rows and 128 bytes of columns (64 of bf16, 32 of f32), for groups of 256 one
-// of 256 rows and half the columns, which lies in shared memory as two halves side by side. Loading is by
-// pieces of 8 columns: who loads a piece draws its random bits, both go to shared memory. Then a thread takes 32 rows
-// of one column. The result goes through shared memory again, to be written in whole lines. With BOTH, for which groups have
-// at most 64, the same thread first takes 32 columns of one row, whose result goes straight out.
+// A thread block takes a tile of 128 rows and 128 bytes of columns (64 of bf16, 32 of f32), for
+// groups of 256 one of 256 rows and half the columns, which lies in shared memory as two halves
+// side by side. Loading is by pieces of 8 columns: who loads a piece draws its random bits, both go
+// to shared memory. Then a thread takes 32 rows of one column. The result goes through shared
+// memory again, to be written in whole lines. With BOTH, for which groups have at most 64, the same
+// thread first takes 32 columns of one row, whose result goes straight out.
 template <class T> struct Tile {
   static constexpr u32 COLUMNS = 128 / sizeof(T), PIECES = COLUMNS / 8, THREADS = 4 * COLUMNS;
   static constexpr u32 PITCH = 128 + 16, BITS_PITCH = 2 * COLUMNS + 16;
@@ -122,7 +135,8 @@ __device__ __forceinline__ void load_piece(const bf16 *p, u32 count, bool aligne
   } else {
 #pragma unroll
     for (u32 i = 0; i < 4; i++)
-      raw[i] = (2 * i < count ? p[2 * i].bits : 0u) | (2 * i + 1 < count ? p[2 * i + 1].bits : 0u) << 16;
+      raw[i] = (2 * i < count ? p[2 * i].bits : 0u) |
+               (2 * i + 1 < count ? p[2 * i + 1].bits : 0u) << 16;
   }
 }
 __device__ __forceinline__ void load_piece(const float *p, u32 count, bool aligned, u32 raw[8]) {
@@ -151,11 +165,13 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
   float *sums = q.sums;
   u32 rows = q.rows, cols = q.cols, rows_depth = q.rows_depth, depth = q.depth, group = q.group;
   using Tile = ::Tile<T>;
-  constexpr u32 COLUMNS = Tile::COLUMNS, PIECES = Tile::PIECES, THREADS = Tile::THREADS, ITEMS = 8 * sizeof(T) / 4;
+  constexpr u32 COLUMNS = Tile::COLUMNS, PIECES = Tile::PIECES, THREADS = Tile::THREADS,
+                ITEMS = 8 * sizeof(T) / 4;
   __shared__ __align__(16) u8 data[Tile::BYTES];
   __shared__ __align__(16) u8 bits[UNBIASED ? Tile::BITS_BYTES : 16];
   __shared__ float warp_sums[THREADS / WARP][COLUMNS];
-  __shared__ u32 scale_words[OUT == MXFP8 ? THREADS / 4 : 1]; // a byte for each block: (columns, parts)
+  // A byte for each block: (columns, parts).
+  __shared__ u32 scale_words[OUT == MXFP8 ? THREADS / 4 : 1];
 
   // Threads of a group, columns of a warp and of the tile, as powers of two.
   u32 across = group > BLOCK ? __ffs(group) - 6 : 0, width = 5 - across;
@@ -202,7 +218,8 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
     uint4 *to = (uint4 *)(data + line * Tile::PITCH + i * shift + piece * 8 * sizeof(T));
 #pragma unroll
     for (u32 j = 0; j < ITEMS; j += 4)
-      to[j / 4] = make_uint4(raw[i][j] ^ flip, raw[i][j + 1] ^ flip, raw[i][j + 2] ^ flip, raw[i][j + 3] ^ flip);
+      to[j / 4] = make_uint4(raw[i][j] ^ flip, raw[i][j + 1] ^ flip, raw[i][j + 2] ^ flip,
+                             raw[i][j + 3] ^ flip);
   }
   __syncthreads();
 
@@ -216,8 +233,8 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
 
   float v[BLOCK];
   if (BOTH) {
-    // A block along a row: columns 32 `side` to 32 `side` + 31 of a line, from which the signs of its own transform are
-    // taken off again.
+    // A block along a row: columns 32 `side` to 32 `side` + 31 of a line, from which the signs of
+    // its own transform are taken off again.
     u32 line = threadIdx.x / 2, side = threadIdx.x % 2, i = line / 32;
     u32 row = first_row + line, column = first_column + side * BLOCK;
     u32 flip = group ? 0u - (transform.signs[i & (1 << across) - 1] >> line % 32 & 1) : 0;
@@ -248,7 +265,8 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
   if (group) rotate(v, 1u << across, 1u << width);
   float norm = group ? transform.scale : 1.0f;
   Scale scale = scale_block<UNBIASED>(v, norm);
-  SharedColumnBits<Tile::BITS_PITCH> drawn(bits + part % 4 * (32 * Tile::BITS_PITCH + bits_shift), place, draw);
+  SharedColumnBits<Tile::BITS_PITCH> drawn(bits + part % 4 * (32 * Tile::BITS_PITCH + bits_shift),
+                                           place, draw);
   if (OUT == CODES) {
     u32 row = first_row + part * BLOCK;
     bool inside = row < depth && first_column + x < cols;
@@ -261,23 +279,26 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
   if (OUT == MXFP8) ((u8 *)scale_words)[x * (4 << halves) + part] = scale.byte;
   __syncthreads();
   if (OUT == MXFP8 && threadIdx.x < THREADS / 4) {
-    u32 vector = first_column + (threadIdx.x >> halves), block = first_row / BLOCK + 4 * (threadIdx.x & halves);
+    u32 vector = first_column + (threadIdx.x >> halves),
+        block = first_row / BLOCK + 4 * (threadIdx.x & halves);
     *(u32 *)(scales + tiled(vector, block, depth / BLOCK)) = scale_words[threadIdx.x];
   }
-  u32 at = threadIdx.x * 16, y = at >> length, byte = at & ((1 << length) - 1), step = THREADS * 16 >> length;
+  u32 at = threadIdx.x * 16, y = at >> length, byte = at & ((1 << length) - 1),
+      step = THREADS * 16 >> length;
   if (first_row * SIZE + byte >= depth * SIZE) return;
   u8 *to = q.by_columns + ((size_t)(first_column + y) * depth + first_row) * SIZE + byte;
   const u8 *written = data + y * pitch + byte;
 #pragma unroll
   for (u32 i = 0; i < BYTES<OUT> / 16; i++)
     if (first_column + y + i * step < cols)
-      *(uint4 *)(to + (size_t)i * (step * SIZE) * depth) = *(const uint4 *)(written + i * step * pitch);
+      *(uint4 *)(to + (size_t)i * (step * SIZE) * depth) =
+          *(const uint4 *)(written + i * step * pitch);
 }
 
-// The form down columns, to by_columns and column_scales as above, and column sums of each tile's rows to sums.
-// Grid: cols / C rounded up, depth / R rounded up; for MXFP8 of the columns rounded up to 128. Block: 256 for
-// bf16, 128 for f32; no dynamic shared memory. R = 128 and C = 64 for bf16, 32 for f32; with a group of
-// 256, R = 256 and C = 32 and 16.
+// The form down columns, to by_columns and column_scales as above, and column sums of each tile's
+// rows to sums. Grid: cols / C rounded up, depth / R rounded up; for MXFP8 of the columns rounded
+// up to 128. Block: 256 for bf16, 128 for f32; no dynamic shared memory. R = 128 and C = 64 for
+// bf16, 32 for f32; with a group of 256, R = 256 and C = 32 and 16.
 template <class T, Format OUT, bool UNBIASED>
 __global__ void __launch_bounds__(Tile<T>::THREADS, 1024 / Tile<T>::THREADS)
     quantize_columns(const __grid_constant__ Quantize q) {
@@ -285,11 +306,11 @@ __global__ void __launch_bounds__(Tile<T>::THREADS, 1024 / Tile<T>::THREADS)
   quantize_tile<T, OUT, UNBIASED, false>(q);
 }
 
-// Both forms with one reading and one drawing of random bits, for groups of at most 64, with codes or as
-// MXFP8. Launch as quantize_columns, for codes with a grid that covers rows_depth.
-template <class T, Format OUT, bool UNBIASED>
-__global__ void __launch_bounds__(Tile<T>::THREADS, 1024 / Tile<T>::THREADS)
+// Both forms with one reading and one drawing of random bits, for groups of at most 64, with codes
+// or as MXFP8. Launch as quantize_columns, for codes with a grid that covers rows_depth.
+template <Format OUT, bool UNBIASED>
+__global__ void __launch_bounds__(Tile<bf16>::THREADS, 1024 / Tile<bf16>::THREADS)
     quantize_both(const __grid_constant__ Quantize q) {
   begin();
-  quantize_tile<T, OUT, UNBIASED, true>(q);
+  quantize_tile<bf16, OUT, UNBIASED, true>(q);
 }

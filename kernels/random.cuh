@@ -1,20 +1,21 @@
 // Random signs and bits, as src/mx defines them: `Draws` of backend/cuda/quantize/random.rs.
 
-// Counter words of mx::Draw, and its key as every round adds it. Then 2^16, 2^8, 2^4, 2^2 and 0x80. NOTE: the
-// compiler makes shifts and sums of products with constants that it knows, for the pipe that is the
-// busiest in kernels that quantize, and two instructions of some that take one.
+// Counter words of mx::Draw, and its key as every round adds it. Then 2^16, 2^8, 2^4, 2^2 and 0x80.
+// NOTE: the compiler makes shifts and sums of products with constants that it knows, for the pipe
+// that is the busiest in kernels that quantize, and two instructions of some that take one.
 struct Draw {
   u32 word1, word2, word3, keys[10][2], shift16, shift8, shift4, shift2, half;
 };
 
-// The transform: sign i of a group is bit i % 32 of word i / 32, a set bit being -1. Not read without one.
+// The transform: sign i of a group is bit i % 32 of word i / 32, a set bit being -1. Not read
+// without one.
 struct Transform {
   u32 signs[8];
   float scale; // the f32 nearest to 1/sqrt(group)
 };
 
-// What an operand is quantized with: the transforms of its forms along rows and down columns, and the
-// bits that round both.
+// What an operand is quantized with: the transforms of its forms along rows and down columns, and
+// the bits that round both.
 struct Draws {
   Transform by_rows, by_columns;
   Draw draw;

@@ -1,8 +1,8 @@
 // The bias gradient of a linear layer: column sums.
 
-// partial (parts, outputs) = sums over every parts-th stretch of rows of dy (rows, outputs); block y
-// takes rows y * ceil(rows / parts) .. . Overwrites.
-// Grid: (outputs / 256, parts), rounded up; block: 256, as 32 threads of 8 columns by 8 rows.
+// partial (parts, outputs) = sums over every parts-th stretch of rows of dy (rows, outputs); block
+// y takes rows y * ceil(rows / parts) .. . Overwrites. Grid: (outputs / 256, parts), rounded up;
+// block: 256, as 32 threads of 8 columns by 8 rows.
 template <class T>
 __global__ void bias_gradient(float *partial, const T *dy, u32 rows, u32 outputs) {
   begin();
@@ -37,16 +37,18 @@ __global__ void bias_gradient(float *partial, const T *dy, u32 rows, u32 outputs
   }
 }
 
-// to (n) += the sums of the columns of partial (parts, n) over the parts, in a fixed order; or = them, where
-// `accumulate` is 0. Where `second` is not null, partial is (parts, 2, n), and the second n are for it.
-// Grid: n / 32, or 2 n / 32, rounded up; block: 1,024, as 32 columns by 32 parts. NOTE: what takes time is waiting for
-// one load after the other: with 256 threads, 8 parts, a launch took 17 us (H100). As additional blocks of 128 threads of
-// the kernel that quantizes x, which spares the launch, it made a step of 345M 1% slower.
+// to (n) += the sums of the columns of partial (parts, n) over the parts, in a fixed order; or =
+// them, where `accumulate` is 0. Where `second` is not null, partial is (parts, 2, n), and the
+// second n are for it. Grid: n / 32, or 2 n / 32, rounded up; block: 1,024, as 32 columns by 32
+// parts. NOTE: what takes time is waiting for one load after the other: with 256 threads, 8 parts,
+// a launch took 17 us (H100). As additional blocks of 128 threads of the kernel that quantizes x,
+// which spares the launch, it made a step of 345M 1% slower.
 __global__ void __launch_bounds__(1024)
     add_partials(float *to, float *second, const float *partial, u32 parts, u32 n, u32 accumulate) {
   begin();
   __shared__ float sums[32][33];
-  u32 lane = threadIdx.x % 32, part = threadIdx.x / 32, column = blockIdx.x * 32 + lane, columns = second ? 2 * n : n;
+  u32 lane = threadIdx.x % 32, part = threadIdx.x / 32, column = blockIdx.x * 32 + lane,
+      columns = second ? 2 * n : n;
   float sum = 0.0f;
   if (column < columns)
 #pragma unroll 8

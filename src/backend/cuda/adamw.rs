@@ -1,8 +1,8 @@
-//! The end of a step: the sum of losses, the global norm of the gradients, clipping and AdamW, for all
-//! parameters at once.
+//! The end of a step: the sum of losses, the global norm of the gradients, clipping and AdamW, for
+//! all parameters at once.
 //!
-//! The update looks at loss and norm on the device, so that the host waits only once a step, for both
-//! numbers together.
+//! The update looks at loss and norm on the device, so that the host waits only once a step, for
+//! both numbers together.
 
 use bytemuck::{Pod, Zeroable};
 

@@ -1,5 +1,5 @@
-//! Causal attention: launches of the kernels in `attention_sm90.cu` on Hopper, else of `attention_sm80.cu`,
-//! and in plain arithmetic (`attention_plain.cu`).
+//! Causal attention: launches of the kernels in `attention_sm90.cu` on Hopper, else of
+//! `attention_sm80.cu`, and in plain arithmetic (`attention_plain.cu`).
 
 use super::device::gpu::Gpu;
 use super::device::launch;
@@ -39,22 +39,19 @@ struct Flash {
 /// Name, rows that a block owns, its threads, and its bytes of shared memory.
 struct Kernel(&'static str, usize, usize, usize);
 
-/// The compute capability whose warpgroup products `attention_sm90.cu` is made of.
-const HOPPER: (i32, i32) = (9, 0);
-
 /// From Ampere on.
 const MMA: [Flash; 2] = [
     Flash {
         width: 64,
-        forward: Kernel("flash_forward<64, 4, 2, 64>", 128, 128, 8 * 64 * 64),
-        dkdv: Kernel("flash_dkdv<64, 4, 64>", 64, 128, 64 * 4 * 64 + 8 * 64 * 64 + 16 * 64),
-        dq: Kernel("flash_dq<64, 4, 64>", 64, 128, 64 * 4 * 64 + 8 * 64 * 64),
+        forward: Kernel("flash_forward<64,4,2,64>", 128, 128, 8 * 64 * 64),
+        dkdv: Kernel("flash_dkdv<64,4,64>", 64, 128, 64 * 4 * 64 + 8 * 64 * 64 + 16 * 64),
+        dq: Kernel("flash_dq<64,4,64>", 64, 128, 64 * 4 * 64 + 8 * 64 * 64),
     },
     Flash {
         width: 128,
-        forward: Kernel("flash_forward<128, 8, 1, 64>", 128, 256, 8 * 64 * 128),
-        dkdv: Kernel("flash_dkdv<128, 4, 32>", 64, 128, 64 * 4 * 128 + 8 * 32 * 128 + 16 * 32),
-        dq: Kernel("flash_dq<128, 4, 32>", 64, 128, 64 * 4 * 128 + 8 * 32 * 128),
+        forward: Kernel("flash_forward<128,8,1,64>", 128, 256, 8 * 64 * 128),
+        dkdv: Kernel("flash_dkdv<128,4,32>", 64, 128, 64 * 4 * 128 + 8 * 32 * 128 + 16 * 32),
+        dq: Kernel("flash_dq<128,4,32>", 64, 128, 64 * 4 * 128 + 8 * 32 * 128),
     },
 ];
 
@@ -62,40 +59,23 @@ const MMA: [Flash; 2] = [
 const WGMMA: [Flash; 2] = [
     Flash {
         width: 64,
-        forward: Kernel("wgmma_forward<64, 2, 64, 2>", 128, 256, (256 + 768) * 64 + 1024),
-        dkdv: Kernel("wgmma_dkdv<64, 2>", 128, 256, (512 + 768) * 64 + 1536 + 1024),
-        dq: Kernel("wgmma_dq<64, 2, 64>", 128, 256, (512 + 768) * 64 + 1024),
+        forward: Kernel("wgmma_forward<64,2,64,2>", 128, 256, (256 + 768) * 64 + 1024),
+        dkdv: Kernel("wgmma_dkdv<64,2>", 128, 256, (512 + 768) * 64 + 1536 + 1024),
+        dq: Kernel("wgmma_dq<64,2,64>", 128, 256, (512 + 768) * 64 + 1024),
     },
     Flash {
         width: 128,
-        forward: Kernel("wgmma_forward<128, 2, 64, 1>", 128, 256, (256 + 768) * 128 + 1024),
-        dkdv: Kernel("wgmma_dkdv<128, 2>", 128, 256, (512 + 768) * 128 + 1536 + 1024),
-        dq: Kernel("wgmma_dq<128, 2, 64>", 128, 256, (512 + 768) * 128 + 1024),
+        forward: Kernel("wgmma_forward<128,2,64,1>", 128, 256, (256 + 768) * 128 + 1024),
+        dkdv: Kernel("wgmma_dkdv<128,2>", 128, 256, (512 + 768) * 128 + 1536 + 1024),
+        dq: Kernel("wgmma_dq<128,2,64>", 128, 256, (512 + 768) * 128 + 1024),
     },
 ];
 
 /// The tensor-core kernels for activations like `qkv`, where they take them.
 fn flash(gpu: &Gpu, qkv: &Tensor, shape: AttentionShape) -> Option<&'static Flash> {
-    let kernels = if gpu.capability == HOPPER { &WGMMA } else { &MMA };
+    let kernels = if gpu.capability == (9, 0) { &WGMMA } else { &MMA };
     let taken = qkv.precision == Precision::Bf16 && shape.head_size.is_multiple_of(8);
     kernels.iter().find(|flash| taken && shape.head_size <= flash.width)
-}
-
-impl Flash {
-    fn names(&self) -> [String; 3] {
-        [&self.forward, &self.dkdv, &self.dq].map(|kernel| kernel.0.to_owned())
-    }
-}
-
-/// The names of the kernels on tensor cores from Ampere on.
-pub(super) fn kernels_sm80() -> Vec<String> {
-    MMA.iter().flat_map(Flash::names).collect()
-}
-
-/// Of those that Hopper alone has.
-pub(super) fn kernels_sm90(capability: (i32, i32)) -> Vec<String> {
-    let all = WGMMA.iter().filter(|_| capability == HOPPER);
-    all.flat_map(Flash::names).collect()
 }
 
 /// One block for so many rows of every head of every sequence.

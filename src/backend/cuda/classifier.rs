@@ -80,7 +80,8 @@ pub(super) fn logits(
     channels: usize,
     vocab_size: usize,
 ) {
-    // cuBLASLt wants operands aligned, and a row need not be: a copy at the start of the scratch is.
+    // cuBLASLt wants operands aligned, and a row need not be: a copy at the start of the scratch
+    // is.
     let aligned = workspace.logits.address;
     let bytes = channels * size_of_element(x.precision);
     // SAFETY: a row of logits has room for a row of x (`Workspace::new` sees to that).

@@ -1,9 +1,9 @@
 //! Token and position embeddings, and tokens on the device.
 //!
-//! The gradient of wte adds the rows of all places where a token stands. Atomic additions would make
-//! the sum depend on the order in which blocks run, so the host sorts the places by token, and each
-//! run of equal tokens is summed in order. The sort happens while the GPU still works on the backward
-//! pass before it.
+//! The gradient of wte adds the rows of all places where a token stands. Atomic additions would
+//! make the sum depend on the order in which blocks run, so the host sorts the places by token, and
+//! each run of equal tokens is summed in order. The sort happens while the GPU still works on the
+//! backward pass before it.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -23,8 +23,8 @@ pub(crate) struct Tokens {
 
 /// Where equal tokens stand, for the gradient.
 struct TokenRuns {
-    /// Row numbers sorted by token, then where the run of each distinct token starts in them, then the
-    /// number of runs: (rows + rows + 1).
+    /// Row numbers sorted by token, then where the run of each distinct token starts in them, then
+    /// the number of runs: (rows + rows + 1).
     words: Piece,
     upload: Upload,
     /// Token in the upper half, row in the lower.
@@ -106,8 +106,8 @@ pub(super) fn forward(
         out.write().address, tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
 }
 
-/// Adds dout (B T, C) to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read; what
-/// dwpe held counts only with `accumulate`.
+/// Adds dout (B T, C) to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read;
+/// what dwpe held counts only with `accumulate`.
 pub(super) fn backward(
     cuda: &Cuda,
     dwte: &mut F32,

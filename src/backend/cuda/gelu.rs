@@ -11,8 +11,8 @@ const ELEMENTS: usize = 8;
 /// Rows of which the first is sampled, as the kernel has it.
 const SAMPLED_ROWS: usize = 32;
 
-/// One block for every stretch of elements, but no more than run at once: the fewer blocks, the fewer notes of
-/// the largest magnitude.
+/// One block for every stretch of elements, but no more than run at once: the fewer blocks, the
+/// fewer notes of the largest magnitude.
 fn grid(cuda: &Cuda, len: usize) -> [usize; 3] {
     let at_once = 8 * cuda.gpu.multiprocessors as usize;
     [len.div_ceil(BLOCK * ELEMENTS).min(at_once), 1, 1]
@@ -40,8 +40,8 @@ pub(super) fn backward(cuda: &Cuda, d: &mut Tensor, x: &Tensor, len: usize, form
         d.address, d.amax(), x.address(), len as u64);
 }
 
-/// Makes the word at `amax` the larger of itself and the bits of the largest magnitude of d gelu'(x), both (rows,
-/// cols) of bf16 numbers, in every 32nd row.
+/// Makes the word at `amax` the larger of itself and the bits of the largest magnitude of d
+/// gelu'(x), both (rows, cols) of bf16 numbers, in every 32nd row.
 pub(super) fn sample_gradient(
     cuda: &Cuda,
     amax: u64,

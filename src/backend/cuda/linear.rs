@@ -55,9 +55,9 @@ pub(super) fn forward(
         ..Product::new(precision.into(), sizes, left, right, y.write().address)
     };
     cuda.product(workspace, &product);
-    // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that gains
-    // 0.4 and 0.5 ms of a 63 ms step (its kernels with these epilogues are slower), and its bits are not
-    // those of our kernel, which recomputing needs.
+    // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that
+    // gains 0.4 and 0.5 ms of a 63 ms step (its kernels with these epilogues are slower), and its
+    // bits are not those of our kernel, which recomputing needs.
     if let Some((out, form)) = gelu {
         gelu::forward(cuda, out, y, rows * outputs, form);
     }
@@ -74,8 +74,8 @@ pub(super) enum Gradient<'a> {
     },
 }
 
-/// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter two
-/// added with `accumulate`.
+/// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter
+/// two added with `accumulate`.
 pub(super) fn backward(
     cuda: &Cuda,
     workspace: &Workspace,

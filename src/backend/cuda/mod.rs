@@ -1,9 +1,9 @@
-//! The CUDA backend: bf16 activations and copies of the weights (f32 ones in the recipe `fp32`), f32
-//! master weights, moments and gradients; GEMMs by cuBLASLt, everything else by the kernels in
+//! The CUDA backend: bf16 activations and copies of the weights (f32 ones in the recipe `fp32`),
+//! f32 master weights, moments and gradients; GEMMs by cuBLASLt, everything else by the kernels in
 //! `kernels/`, each launched from the file of the same name here.
 //!
-//! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum in
-//! an order that depends on shapes alone, so two runs on one kind of GPU give the same bits.
+//! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum
+//! in an order that depends on shapes alone, so two runs on one kind of GPU give the same bits.
 
 mod adamw;
 mod attention;
@@ -160,12 +160,13 @@ impl Cuda {
     }
 }
 
-/// `kernel!(tensor, "name", other, arguments)` is the name of a template's kernel for the tensor's precision.
+/// `kernel!(tensor, "name", other, arguments)` is the name of a template's kernel for the tensor's
+/// precision.
 macro_rules! kernel {
     ($tensor:expr, $name:literal $(, $argument:literal)*) => {
         match $tensor.precision {
-            $crate::backend::Precision::F32 => concat!($name, "<float" $(, ", ", $argument)*, ">"),
-            $crate::backend::Precision::Bf16 => concat!($name, "<bf16" $(, ", ", $argument)*, ">"),
+            $crate::backend::Precision::F32 => concat!($name, "<float" $(, ",", $argument)*, ">"),
+            $crate::backend::Precision::Bf16 => concat!($name, "<bf16" $(, ",", $argument)*, ">"),
         }
     };
 }

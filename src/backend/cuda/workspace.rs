@@ -26,17 +26,18 @@ pub(crate) struct Workspace {
     pub(super) delta: Piece,
     /// f32 partial sums of norms' and bias gradients.
     pub(super) partials: Piece,
-    /// The left operand of a product whose format differs from the activations': dy, in one or two forms.
+    /// The left operand of a product whose format differs from the activations': dy, in one or two
+    /// forms.
     pub(super) left: Room,
     /// The right one: W or x.
     pub(super) right: Room,
-    /// Bytes from the start of the left one's room to its form down columns, where FP8 needs half of it for
-    /// each; and the same of its scales.
+    /// Bytes from the start of the left one's room to its form down columns, where FP8 needs half
+    /// of it for each; and the same of its scales.
     columns_at: [u64; 2],
     /// x as FP8 keeps it: bf16, or in the forward pass E4M3 bytes.
     pub(super) kept: Piece,
-    /// One word each: the bits of the largest magnitudes of dy and x, where no kernel noted them, and of x as
-    /// FP8 keeps it.
+    /// One word each: the bits of the largest magnitudes of dy and x, where no kernel noted them,
+    /// and of x as FP8 keeps it.
     pub(super) dy_amax: Piece,
     pub(super) x_amax: Piece,
     pub(super) kept_amax: Piece,

@@ -1,8 +1,8 @@
 //! Machine code that was compiled before, in a folder of the user's.
 //!
-//! Whoever writes a file there decides what a GPU of ours runs. So the folder and every file have to
-//! belong to us, others must not be able to write them, and a file says by SHA-256 what it was made from
-//! and what it holds. Anything else is as good as no file.
+//! Whoever writes a file there decides what a GPU of ours runs. So the folder and every file have
+//! to belong to us, others must not be able to write them, and a file says by SHA-256 what it was
+//! made from and what it holds. Anything else is as good as no file.
 
 use std::fmt;
 use std::fs::{DirBuilder, File};
@@ -96,8 +96,8 @@ impl Cache {
         Some(bytes)
     }
 
-    /// Keeps `code` under `name`. It is written under another name first, so that no reader sees half a
-    /// file.
+    /// Keeps `code` under `name`. It is written under another name first, so that no reader sees
+    /// half a file.
     pub(crate) fn write(&self, name: &str, key: &Key, code: &[u8]) -> io::Result<()> {
         // Its keys are random numbers of the system, which nobody guesses.
         let random = RandomState::new().hash_one(name);

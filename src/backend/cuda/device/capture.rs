@@ -1,8 +1,8 @@
 //! What this thread captures, if it does: where work goes then, and what has to keep clear of that.
 //!
-//! A capture runs on a stream of its own and concerns only the thread that makes it; other threads go
-//! on using the device, but for what waits for all of it (see [`without_captures`]). The host may do
-//! that too, and break a capture off.
+//! A capture runs on a stream of its own and concerns only the thread that makes it; other threads
+//! go on using the device, but for what waits for all of it (see [`without_captures`]). The host
+//! may do that too, and break a capture off.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::c_void;
@@ -27,9 +27,9 @@ fn lock_captures() -> MutexGuard<'static, ()> {
     CAPTURE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// While this lives, no other thread captures: loading and unloading kernels (which cuBLASLt does when a
-/// kind of product comes up for the first time), allocating and freeing wait for the whole device, and
-/// CUDA breaks off every capture then. None where this thread itself captures.
+/// While this lives, no other thread captures: loading and unloading kernels (which cuBLASLt does
+/// when a kind of product comes up for the first time), allocating and freeing wait for the whole
+/// device, and CUDA breaks off every capture then. None where this thread itself captures.
 pub(super) fn without_captures() -> Option<MutexGuard<'static, ()>> {
     capturing().is_none().then(lock_captures)
 }
@@ -39,8 +39,8 @@ pub(super) fn capturing() -> Option<sys::CUstream> {
     Some(CAPTURING.get()).filter(|stream| !stream.is_null())
 }
 
-/// Something went wrong. Whether a capture of this thread met it, so that it is none of the device's
-/// business yet: the work is done without one then, and meets it again.
+/// Something went wrong. Whether a capture of this thread met it, so that it is none of the
+/// device's business yet: the work is done without one then, and meets it again.
 pub(super) fn has_failed() -> bool {
     let captures = capturing().is_some();
     if captures {
@@ -73,8 +73,8 @@ pub(super) fn note_redrawn(arguments: impl Redraw + 'static) {
     let (mut graph, mut last, mut count) = (null_mut(), std::ptr::null(), 0);
     // SAFETY: numbers and pointers, for which zero is a value.
     let mut captured: sys::CUDA_KERNEL_NODE_PARAMS = unsafe { std::mem::zeroed() };
-    // SAFETY: writes to these variables. `last` points to CUDA's own array of `count` nodes, which is
-    // valid until the next call with the stream, so it is read before any.
+    // SAFETY: writes to these variables. `last` points to CUDA's own array of `count` nodes, which
+    // is valid until the next call with the stream, so it is read before any.
     let node = unsafe {
         let result = sys::cuStreamGetCaptureInfo_v3(
             stream,

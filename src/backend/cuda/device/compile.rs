@@ -2,8 +2,9 @@
 //!
 //! Sources are part of the library. A file is compiled for the chip that is present when an engine
 //! first needs it, all files at once on as many threads, and the result is kept in the user's cache
-//! folder under a hash of everything that it depends on ([`super::cache`]). Kernels are known by their
-//! C++ names, those of templates with their arguments; what they are called in the code is kept with it.
+//! folder under a hash of everything that it depends on ([`super::cache`]). Kernels are known by
+//! their C++ names, those of templates with their arguments; what they are called in the code is
+//! kept with it.
 
 use std::ffi::{CStr, CString, c_int};
 
@@ -81,8 +82,8 @@ struct Place {
     key: Key,
 }
 
-/// Bytes of the stack of a thread that compiles: what a process's first thread has, for nothing is known
-/// of a compiler's needs.
+/// Bytes of the stack of a thread that compiles: what a process's first thread has, for nothing is
+/// known of a compiler's needs.
 const STACK: usize = 8 << 20;
 
 /// Machine code of every file, from the cache where it holds it.
@@ -185,8 +186,8 @@ impl Code {
         }
     }
 
-    /// Gives the code to `load`, the driver. What the cache had and the driver refuses is compiled anew,
-    /// once, and kept in its place if the driver takes that.
+    /// Gives the code to `load`, the driver. What the cache had and the driver refuses is compiled
+    /// anew, once, and kept in its place if the driver takes that.
     pub(crate) fn load(
         self,
         cache: Option<&Cache>,

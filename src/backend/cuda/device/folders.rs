@@ -1,7 +1,7 @@
 //! Folders that environment variables name: where libraries are opened and machine code is kept.
 //!
-//! NOTE: only absolute ones count. A name relative to the current folder would let whoever fills that
-//! folder run code in this process.
+//! NOTE: only absolute ones count. A name relative to the current folder would let whoever fills
+//! that folder run code in this process.
 
 use std::ffi::{OsString, c_int};
 use std::path::PathBuf;
@@ -70,8 +70,9 @@ impl Folders {
             for folder in &self.libraries {
                 for name in ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13", "libcublasLt.so.13"] {
                     // A library that is open under its SONAME is found by that name from then on.
-                    // SAFETY: the folder is absolute, and the user or the system's administrator names it as
-                    // that of a toolkit: who puts files there is trusted with running code here.
+                    // SAFETY: the folder is absolute, and the user or the system's administrator
+                    // names it as that of a toolkit: who puts files there is trusted with running
+                    // code here.
                     opened.extend(unsafe { libloading::Library::new(folder.join(name)) });
                 }
             }

@@ -1,9 +1,9 @@
 //! Matrix products by cuBLASLt, described row-major.
 //!
-//! cuBLASLt speaks column-major, in which a row-major C = A B is C^T = B^T A^T: its first operand is
-//! our B, its second our A. The algorithm is the one that its heuristic puts first, asked for once per
-//! kind of product and kept: timing candidates could choose differently in two runs, and then their
-//! results would differ in the last bits.
+//! cuBLASLt speaks column-major, in which a row-major C = A B is C^T = B^T A^T: its first operand
+//! is our B, its second our A. The algorithm is the one that its heuristic puts first, asked for
+//! once per kind of product and kept: timing candidates could choose differently in two runs, and
+//! then their results would differ in the last bits.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -105,8 +105,8 @@ pub(crate) struct Product {
     pub(crate) accumulate: bool,
     /// (n), of C's format.
     pub(crate) bias: Option<u64>,
-    /// On the device, what FP8 operands have: f32 factors of all of A and of all of B. Of MXFP8 and MXFP4 the
-    /// scale bytes of the blocks, in the tiles that cuBLASLt wants, and row by row.
+    /// On the device, what FP8 operands have: f32 factors of all of A and of all of B. Of MXFP8 and
+    /// MXFP4 the scale bytes of the blocks, in the tiles that cuBLASLt wants, and row by row.
     pub(crate) scales: Option<[u64; 2]>,
 }
 
@@ -173,9 +173,9 @@ impl Gemm {
     pub(crate) fn run(&self, gpu: &Gpu, product: &Product, workspace: u64) {
         let kind = product.kind();
         let plans = || self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        // The first product of a kind may be the one that loads its kernel. NOTE: a thread that captures
-        // asks for `plans` too, so nobody may hold them who waits for the end of captures. In one
-        // statement with the wait, the guard would live until that is over.
+        // The first product of a kind may be the one that loads its kernel. NOTE: a thread that
+        // captures asks for `plans` too, so nobody may hold them who waits for the end of captures.
+        // In one statement with the wait, the guard would live until that is over.
         let known = plans().contains_key(&kind);
         let _alone = (!known).then(capture::without_captures);
         let mut plans = plans();
@@ -196,7 +196,8 @@ impl Drop for Gemm {
     fn drop(&mut self) {
         self.plans.get_mut().unwrap_or_else(PoisonError::into_inner).clear();
         let _alone = capture::without_captures();
-        // SAFETY: ours, and nothing uses it any more. It waits for the device, so that has to be current.
+        // SAFETY: ours, and nothing uses it any more. It waits for the device, so that has to be
+        // current.
         let _ = self.gpu.scope(|| unsafe { result::destroy_handle(self.handle) });
     }
 }
@@ -252,7 +253,8 @@ impl Plan {
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let description = Description(result::create_matmul_desc(compute, Type::F32.code())?);
         let product = description.0;
-        // Our B (n, k) row-major is k x n column-major: to be transposed. Our A likewise, the other way.
+        // Our B (n, k) row-major is k x n column-major: to be transposed. Our A likewise, the other
+        // way.
         let first_transposed = b == Layout::Rows;
         let second_transposed = a == Layout::Columns;
         set(product, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &operation(first_transposed))?;
@@ -266,8 +268,8 @@ impl Plan {
             set(product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
             set(product, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode)?;
         }
-        // NOTE: FP8 without fast accumulation, which is faster by up to a tenth and off by 5e-6 to 8e-5.
-        // The heuristic refuses formats whose scales are not there yet.
+        // NOTE: FP8 without fast accumulation, which is faster by up to a tenth and off by 5e-6 to
+        // 8e-5. The heuristic refuses formats whose scales are not there yet.
         set_pointers(product, example)?;
         let oriented = |transposed, stored: (usize, usize)| {
             if transposed { (stored.1, stored.0) } else { stored }

@@ -1,4 +1,5 @@
-//! One GPU: its libraries, context and stream, kernel launches, and the first thing that went wrong.
+//! One GPU: its libraries, context and stream, kernel launches, and the first thing that went
+//! wrong.
 //!
 //! The driver, NVRTC and cuBLASLt are opened at run time, so that the library starts without them.
 
@@ -41,8 +42,9 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
-    /// Opens GPU `ordinal` and loads all kernels, compiling those that are not cached. With `stream`,
-    /// the host's own, everything runs on that one. `warn` receives what a user should put right.
+    /// Opens GPU `ordinal` and loads all kernels, compiling those that are not cached. With
+    /// `stream`, the host's own, everything runs on that one. `warn` receives what a user should
+    /// put right.
     pub(crate) fn open(
         ordinal: usize,
         stream: Option<sys::CUstream>,
@@ -178,7 +180,8 @@ impl Gpu {
         capture::capturing().unwrap_or(self.stream)
     }
 
-    /// Launches a kernel. `arguments` point to values of the types that the kernel declares.
+    /// Launches a kernel, if there is anything to do; `arguments` point to values of the types that
+    /// it declares. Whether it was launched.
     pub(crate) fn launch(
         &self,
         kernel: &str,
@@ -186,13 +189,13 @@ impl Gpu {
         block: usize,
         shared: usize,
         arguments: &mut [*mut c_void],
-    ) {
+    ) -> bool {
         let Some(function) = self.kernels.get(kernel) else {
             self.fail(format!("no kernel is named {kernel}; this is a defect, report it"));
-            return;
+            return false;
         };
         if grid.contains(&0) {
-            return;
+            return false;
         }
         let [x, y, z] = grid.map(|n| n as u32);
         use sys::CUlaunchAttributeID as Attribute;
@@ -211,16 +214,19 @@ impl Gpu {
             sharedMemBytes: shared as u32,
             hStream: self.stream(),
             attrs: &mut overlapping,
-            // NOTE: every kernel waits by itself for those before it (`begin` in the prelude), so it may start
-            // while they end: a microsecond a kernel, 1 to 2% of a step of a small model.
+            // NOTE: every kernel waits by itself for those before it (`begin` in the prelude), so
+            // it may start while they end: a microsecond a kernel, 1 to 2% of a step of a small
+            // model.
             numAttrs: u32::from(self.capability >= (9, 0)),
         };
-        // SAFETY: the caller's arguments are what the kernel declares; the stream is this context's.
+        // SAFETY: the caller's arguments are what the kernel declares; the stream is this
+        // context's.
         let result = unsafe {
             let arguments = arguments.as_mut_ptr();
             sys::cuLaunchKernelEx(&config, *function, arguments, std::ptr::null_mut())
         };
         self.note(kernel, result);
+        result == CUresult::CUDA_SUCCESS
     }
 
     /// Launches a kernel whose one argument holds random numbers; a recording draws them anew.
@@ -232,8 +238,9 @@ impl Gpu {
         shared: usize,
         mut arguments: impl Redraw + 'static,
     ) {
-        self.launch(kernel, grid, block, shared, &mut [arguments.argument()]);
-        capture::note_redrawn(arguments);
+        if self.launch(kernel, grid, block, shared, &mut [arguments.argument()]) {
+            capture::note_redrawn(arguments);
+        }
     }
 
     /// Keeps the first error of an operation for [`Gpu::check`].
@@ -249,8 +256,8 @@ impl Gpu {
         }
     }
 
-    /// The first error that an operation met, if there was one. It stays: the state of the device is
-    /// not known any more.
+    /// The first error that an operation met, if there was one. It stays: the state of the device
+    /// is not known any more.
     pub(crate) fn check(&self) -> Result<()> {
         match &*self.error.lock().unwrap_or_else(PoisonError::into_inner) {
             None => Ok(()),

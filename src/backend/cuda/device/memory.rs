@@ -1,4 +1,5 @@
-//! The arena on a GPU: one allocation, planned, cut into buffers; and uploads through pinned memory.
+//! The arena on a GPU: one allocation, planned, cut into buffers; and uploads through pinned
+//! memory.
 //!
 //! As on the CPU, the same code runs twice, counting first, so the plan is what is allocated.
 
@@ -77,10 +78,12 @@ pub(crate) struct Param {
     pub(crate) amax: Piece,
 }
 
-/// Words for the bits of largest magnitudes: every kernel that writes a tensor takes one of its own.
+/// Words for the bits of largest magnitudes: every kernel that writes a tensor takes one of its
+/// own.
 ///
-/// All are zeroed together at the start of a pass, because zeroing one before every kernel would take as
-/// long as many kernels of a small model do. A pass that takes more than there are goes without.
+/// All are zeroed together at the start of a pass, because zeroing one before every kernel would
+/// take as long as many kernels of a small model do. A pass that takes more than there are goes
+/// without.
 pub(crate) struct Amaxes {
     words: Piece,
     /// How many were ever taken; those that a pass does not take count as taken.
@@ -127,8 +130,8 @@ impl Tensor {
         self.len * size_of_element(self.precision)
     }
 
-    /// The only way to write the tensor, in place or anew. Who asks [`Written::amax`] for a word notes the
-    /// largest magnitude there; else none is known from here on.
+    /// The only way to write the tensor, in place or anew. Who asks [`Written::amax`] for a word
+    /// notes the largest magnitude there; else none is known from here on.
     pub(crate) fn write(&mut self) -> Written<'_> {
         self.noted = None;
         Written { address: self.address(), tensor: self }
@@ -139,8 +142,8 @@ impl Tensor {
         self.amaxes.address(self.noted?)
     }
 
-    /// The address of `count` zeroed words for what else a pass has to find out about the tensor; None where
-    /// there are not as many.
+    /// The address of `count` zeroed words for what else a pass has to find out about the tensor;
+    /// None where there are not as many.
     pub(crate) fn zeroed_words(&self, count: u64) -> Option<u64> {
         let number = self.amaxes.take(count)?;
         self.amaxes.address(number)
@@ -170,8 +173,8 @@ pub(crate) struct Written<'a> {
 }
 
 impl Written<'_> {
-    /// A zeroed word in which the kernels that now write the tensor note the largest magnitude of all that
-    /// they store; address 0 where none needs to know.
+    /// A zeroed word in which the kernels that now write the tensor note the largest magnitude of
+    /// all that they store; address 0 where none needs to know.
     pub(crate) fn amax(&mut self) -> u64 {
         let Tensor { precision, noted, amaxes, .. } = &mut *self.tensor;
         *noted = (*precision == Precision::Bf16).then(|| amaxes.take(1)).flatten();
@@ -332,8 +335,8 @@ impl Upload {
             let result = unsafe { sys::cuMemHostAlloc(&mut memory, len * 4, 0) };
             gpu.note("allocating pinned memory", result);
             if result == CUresult::CUDA_SUCCESS {
-                // SAFETY: room for `len` words, aligned to a page, of ours alone. CUDA does not say what is
-                // in them, so they are written before anything takes them for numbers.
+                // SAFETY: room for `len` words, aligned to a page, of ours alone. CUDA does not say
+                // what is in them, so they are written before anything takes them for numbers.
                 let words = unsafe {
                     std::slice::from_raw_parts_mut(memory.cast::<MaybeUninit<u32>>(), len)
                 };
@@ -361,8 +364,8 @@ impl Upload {
             // The copy before may still be read.
             return;
         }
-        // SAFETY: the memory has `len` words, which `new` has written and which no copy reads any more
-        // after the wait; the buffer at `to` is as long.
+        // SAFETY: the memory has `len` words, which `new` has written and which no copy reads any
+        // more after the wait; the buffer at `to` is as long.
         unsafe {
             fill(std::slice::from_raw_parts_mut(self.words, len));
             let from = self.words.cast();

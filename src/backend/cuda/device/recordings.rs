@@ -1,10 +1,10 @@
-//! Recorded work. What a training step asks for is the same at every step but for random numbers, so it
-//! is captured once as a CUDA graph and from then on launched as a whole: the kernels of a small model
-//! take less time than launching them one by one.
+//! Recorded work. What a training step asks for is the same at every step but for random numbers,
+//! so it is captured once as a CUDA graph and from then on launched as a whole: the kernels of a
+//! small model take less time than launching them one by one.
 //!
-//! A capture that fails leaves the step to be done without it, and the next one tries again. The first
-//! step of a kind is not captured, because in it kernels are loaded and algorithms chosen. Kernels that
-//! draw random numbers are noted, and their argument is made anew before every launch.
+//! A capture that fails leaves the step to be done without it, and the next one tries again. The
+//! first step of a kind is not captured, because in it kernels are loaded and algorithms chosen.
+//! Kernels that draw random numbers are noted, and their argument is made anew before every launch.
 
 use std::ptr::null_mut;
 use std::sync::Arc;
@@ -86,8 +86,8 @@ impl Drop for Recordings {
 }
 
 impl Graph {
-    /// What `operations` ask for; None if anything went wrong, and nothing was done then. An error that
-    /// is not of the capture comes back when they run without one.
+    /// What `operations` ask for; None if anything went wrong, and nothing was done then. An error
+    /// that is not of the capture comes back when they run without one.
     fn capture(operations: impl FnOnce()) -> Option<Self> {
         let capture = Capture::begin()?;
         operations();

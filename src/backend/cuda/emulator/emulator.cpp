@@ -1,9 +1,9 @@
-// A thread block on the processor, for tests: what stands in front of a kernel file in place of CUDA's own
-// language and of ptx.cuh.
+// A thread block on the processor, for tests: what stands in front of a kernel file in place of
+// CUDA's own language and of ptx.cuh.
 //
-// Every thread is a coroutine that runs until it waits for others. `order` says in which order threads get their turn, and
-// `late` that a copy to shared memory happens only when it is waited for, else it happens at once: what a kernel may rely on
-// is right in all of these.
+// Every thread is a coroutine that runs until it waits for others. `order` says in which order
+// threads get their turn, and `late` that a copy to shared memory happens only when it is waited
+// for, else it happens at once: what a kernel may rely on is right in all of these.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -85,8 +85,8 @@ void __syncthreads() { whole.wait(blockDim.x); }
 static unsigned lane() { return threadIdx.x % 32; }
 static unsigned warp() { return threadIdx.x / 32; }
 static void wait_for_warp() { warps[warp()].wait(32); }
-// Which of two buffers threads of a warp exchange things in until they have waited for each other: nobody writes to the other
-// one again before everybody has read it.
+// Which of two buffers threads of a warp exchange things in until they have waited for each other:
+// nobody writes to the other one again before everybody has read it.
 static unsigned turn() { return warps[warp()].passed % 2; }
 
 static void run_block(unsigned order) {
@@ -100,7 +100,8 @@ static void run_block(unsigned order) {
     thread.groups.assign(1, {});
     thread.done = false;
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data(), thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_stack.ss_sp = thread.stack.data(),
+    thread.context.uc_stack.ss_size = thread.stack.size();
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, run_thread, 0);
   }
@@ -118,14 +119,15 @@ static void run_block(unsigned order) {
   }
 }
 
-typedef void Multiply(float d[32][4], const unsigned a[32][4], const unsigned b[32][2], const unsigned a_scales[32],
-                      const unsigned b_scales[32]);
+typedef void Multiply(float d[32][4], const unsigned a[32][4], const unsigned b[32][2],
+                      const unsigned a_scales[32], const unsigned b_scales[32]);
 static Multiply *multiply_warp;
 
 static unsigned char shared[1 << 17] __align__(128);
 
-extern "C" void run_grid(unsigned order, unsigned copies_are_late, unsigned grid_x, unsigned grid_y, unsigned block,
-                         void (*kernel)(void *), void *context, Multiply *multiply) {
+extern "C" void run_grid(unsigned order, unsigned copies_are_late, unsigned grid_x, unsigned grid_y,
+                         unsigned block, void (*kernel)(void *), void *context,
+                         Multiply *multiply) {
   late = copies_are_late, body = kernel, argument = context, multiply_warp = multiply;
   gridDim = {grid_x, grid_y, 1}, blockDim = {block, 1, 1};
   for (blockIdx.y = 0; blockIdx.y < grid_y; blockIdx.y++)
@@ -178,7 +180,8 @@ static int __ffs(unsigned v) { return __builtin_ffs((int)v); }
 static unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
   unsigned long long both = (unsigned long long)high << 32 | low;
   unsigned out = 0;
-  for (int i = 0; i < 4; i++) out |= (unsigned)(both >> 8 * (selectors >> 4 * i & 7) & 0xff) << 8 * i;
+  for (int i = 0; i < 4; i++)
+    out |= (unsigned)(both >> 8 * (selectors >> 4 * i & 7) & 0xff) << 8 * i;
   return out;
 }
 
@@ -191,7 +194,8 @@ template <class T> static T __shfl_xor_sync(unsigned, T v, unsigned mask) {
 }
 static double __shfl_xor_sync(unsigned, double v, unsigned mask) {
   unsigned long long all = bits<unsigned long long>(v);
-  unsigned long long low = __shfl_xor_sync(0, (unsigned)all, mask), high = __shfl_xor_sync(0, (unsigned)(all >> 32), mask);
+  unsigned long long low = __shfl_xor_sync(0, (unsigned)all, mask),
+                     high = __shfl_xor_sync(0, (unsigned)(all >> 32), mask);
   return bits<double>(high << 32 | low);
 }
 static unsigned __reduce_max_sync(unsigned, unsigned v) {
@@ -242,8 +246,12 @@ static u32 nearest(float v, float (*decode)(u32), u32 end) {
   }
   return best | (std::signbit(v) ? 0x80 : 0);
 }
-static u32 pack_e4m3(float low, float high) { return nearest(high, e4m3, 0x7f) << 8 | nearest(low, e4m3, 0x7f); }
-static u32 pack_e5m2(float low, float high) { return nearest(high, e5m2, 0x7c) << 8 | nearest(low, e5m2, 0x7c); }
+static u32 pack_e4m3(float low, float high) {
+  return nearest(high, e4m3, 0x7f) << 8 | nearest(low, e4m3, 0x7f);
+}
+static u32 pack_e5m2(float low, float high) {
+  return nearest(high, e5m2, 0x7c) << 8 | nearest(low, e5m2, 0x7c);
+}
 static float rounded_to_e4m3(float v) {
   u32 byte = nearest(v, e4m3, 0x7f);
   return (byte & 0x7f) == 0x7f ? NAN : copysignf(e4m3(byte & 0x7f), v);
@@ -255,12 +263,16 @@ static float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? __uint_as_float(0x7fffffff) : fmaxf(a, b);
 }
 static float one_if_less(float a, float b) { return a < b ? 1.0f : 0.0f; }
-static u32 pick_bytes(u64 bytes, u32 selector) { return __byte_perm((u32)bytes, (u32)(bytes >> 32), selector); }
+static u32 pick_bytes(u64 bytes, u32 selector) {
+  return __byte_perm((u32)bytes, (u32)(bytes >> 32), selector);
+}
 static u32 or_bits(u32 a, u32 b) { return a | b; }
 
 // What may be copied from.
 static std::vector<std::pair<uintptr_t, uintptr_t>> readable;
-extern "C" void may_read(const void *from, size_t bytes) { readable.emplace_back((uintptr_t)from, (uintptr_t)from + bytes); }
+extern "C" void may_read(const void *from, size_t bytes) {
+  readable.emplace_back((uintptr_t)from, (uintptr_t)from + bytes);
+}
 
 static void copy(void *to, const void *from, size_t bytes, bool inside) {
   uintptr_t start = (uintptr_t)from;
@@ -302,7 +314,8 @@ struct Registers {
   bool multiplied;
 };
 static Registers registers[2][32];
-static void multiply(float d[4], const unsigned a[4], const unsigned b[2], unsigned a_scales, unsigned b_scales) {
+static void multiply(float d[4], const unsigned a[4], const unsigned b[2], unsigned a_scales,
+                     unsigned b_scales) {
   Registers &all = registers[turn()][warp()];
   memcpy(all.d[lane()], d, 16), memcpy(all.a[lane()], a, 16), memcpy(all.b[lane()], b, 8);
   all.a_scales[lane()] = a_scales, all.b_scales[lane()] = b_scales;

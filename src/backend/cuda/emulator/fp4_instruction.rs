@@ -1,12 +1,13 @@
 //! The instruction of the FP4 tensor cores, modelled from PTX's documentation alone.
 //!
-//! NOTE: nothing here may be read off the kernel, which would prove nothing. CUTLASS' layouts of the same
-//! instruction are the second source.
+//! NOTE: nothing here may be read off the kernel, which would prove nothing. CUTLASS' layouts of
+//! the same instruction are the second source.
 
 use super::super::kernels::FILES;
 use crate::mx::{decode_e2m1, decode_e8m0};
 
-/// Row and column of element `i` of a thread's fragment of A (16, 64), of B (64, 8), and of C (16, 8).
+/// Row and column of element `i` of a thread's fragment of A (16, 64), of B (64, 8), and of C (16,
+/// 8).
 /// ref: PTX ISA, "Matrix Fragments for mma.m16n8k64".
 fn place_in_a(lane: usize, i: usize) -> (usize, usize) {
     let (group_id, thread_in_group) = (lane >> 2, lane % 4);
@@ -29,9 +30,10 @@ fn place_in_c(lane: usize, i: usize) -> (usize, usize) {
 /// Selectors of the scales, {byte-id, thread-id}, of A and of B.
 type Selectors = [(usize, usize); 2];
 
-/// Thread and byte that hold the scale of chunk `chunk` of row `row` of A, and of column `column` of B, with
-/// `.scale_vec::2X`: the thread-pair of a quad that thread-id-a selects has the rows of its fragment in order,
-/// the thread of a quad that thread-id-b selects its column, and byte-id selects a pair of bytes.
+/// Thread and byte that hold the scale of chunk `chunk` of row `row` of A, and of column `column`
+/// of B, with `.scale_vec::2X`: the thread-pair of a quad that thread-id-a selects has the rows of
+/// its fragment in order, the thread of a quad that thread-id-b selects its column, and byte-id
+/// selects a pair of bytes.
 /// ref: PTX ISA, "Block Scaling for mma.sync".
 fn scale_of_a(row: usize, chunk: usize, (byte, thread): (usize, usize)) -> (usize, usize) {
     (4 * (row % 8) + 2 * thread + row / 8, byte + chunk)
@@ -41,8 +43,8 @@ fn scale_of_b(column: usize, chunk: usize, (byte, thread): (usize, usize)) -> (u
     (4 * column + thread, byte + chunk)
 }
 
-/// `mma.sync.aligned.m16n8k64.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0` of a
-/// warp's registers, with the selectors that the kernel has.
+/// `mma.sync.aligned.m16n8k64.row.col.kind::mxf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0`
+/// of a warp's registers, with the selectors that the kernel has.
 pub(super) extern "C" fn multiply(
     d: &mut [[f32; 4]; 32],
     a: &[[u32; 4]; 32],
@@ -87,8 +89,8 @@ fn in_layout(mut i: usize, layout: &[(usize, usize)]) -> usize {
     index
 }
 
-/// PTX's documentation and CUTLASS' layouts (`MMA_Traits<SM120_16x8x64_TN_VS>`, column-major) say the same, and
-/// the kernel has the selectors that the model has.
+/// PTX's documentation and CUTLASS' layouts (`MMA_Traits<SM120_16x8x64_TN_VS>`, column-major) say
+/// the same, and the kernel has the selectors that the model has.
 #[test]
 fn both_sources_know_the_same_fragments() {
     for lane in 0..32 {

@@ -25,8 +25,8 @@ fn gelu_is_that_of_the_definition() {
     let bounds = [2e-7, 6e-7];
     for (form, exact) in [(Activation::GeluTanh, false), (Activation::Gelu, true)] {
         let (mut out, mut slope) = (vec![f32::NAN; x.len()], vec![1.0f32; x.len()]);
-        apply(&format!("gelu_of_all<float, {exact}, false>"), &mut out);
-        apply(&format!("gelu_of_all<float, {exact}, true>"), &mut slope);
+        apply(&format!("gelu_of_all<float,{exact},false>"), &mut out);
+        apply(&format!("gelu_of_all<float,{exact},true>"), &mut slope);
         let mut worst = [0.0f64; 2];
         for (i, x) in x.iter().enumerate() {
             let wide = f64::from(*x);

@@ -1,16 +1,17 @@
 //! Kernels on the processor, for chips that are not at hand and for machines without any.
 //!
-//! A test asks for a kernel file. It is compiled by the machine's C++ compiler behind `emulator.cpp`, which
-//! gives CUDA's words a meaning: a thread is a coroutine that runs until it waits for others, `__shared__`
-//! memory is static, and the functions of `ptx.cuh` have twins there, so that file is left out. Each of the
-//! file's kernels, under the name that launches use, is a function in the library that comes out of that,
-//! and [`Emulator::launch`] calls it as every thread of a grid, block after block, with the argument
-//! that a launch passes.
+//! A test asks for a kernel file. It is compiled by the machine's C++ compiler behind
+//! `emulator.cpp`, which gives CUDA's words a meaning: a thread is a coroutine that runs until it
+//! waits for others, `__shared__` memory is static, and the functions of `ptx.cuh` have twins
+//! there, so that file is left out. Each of the file's kernels, under the name that launches use,
+//! is a function in the library that comes out of that, and [`Emulator::launch`] calls it as every
+//! thread of a grid, block after block, with the argument that a launch passes.
 //!
 //! What a kernel may rely on holds in every order in which threads can run. So tests take several
-//! ([`SCHEDULES`]), with copies to shared memory arriving as late or as early as they may; a deadlock, and
-//! a read beyond what a test has declared with [`Emulator::may_read`], ends it. What the processor cannot
-//! show are races between threads of a warp that depend on the exact cycle, and how fast it is.
+//! ([`SCHEDULES`]), with copies to shared memory arriving as late or as early as they may; a
+//! deadlock, and a read beyond what a test has declared with [`Emulator::may_read`], ends it. What
+//! the processor cannot show are races between threads of a warp that depend on the exact cycle,
+//! and how fast it is.
 
 mod adamw;
 mod fp4_instruction;
@@ -80,7 +81,8 @@ impl Emulator {
     fn kernel<F: Copy>(&self, name: &str) -> F {
         let index = self.names.iter().position(|known| known == name);
         let index = index.unwrap_or_else(|| panic!("no kernel is named {name}"));
-        // SAFETY: the symbol is a pointer to the kernel, of whose type callers say what the file declares.
+        // SAFETY: the symbol is a pointer to the kernel, of whose type callers say what the file
+        // declares.
         unsafe { *self.function::<*const F>(&format!("kernel_{index}")) }
     }
 
@@ -91,8 +93,8 @@ impl Emulator {
         unsafe { may_read(from.as_ptr(), bytes) };
     }
 
-    /// Launches a kernel that has one argument. Its buffers and the grid are what the kernel's comment asks
-    /// for.
+    /// Launches a kernel that has one argument. Its buffers and the grid are what the kernel's
+    /// comment asks for.
     fn launch<A: Copy>(&self, schedule: (u32, u32), name: &str, launch: Launch, argument: A) {
         let kernel: unsafe extern "C" fn(A) = self.kernel(name);
         let [x, y, _] = launch.grid;

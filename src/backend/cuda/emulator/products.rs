@@ -18,7 +18,8 @@ pub(in super::super) fn operand(rows: usize, depth: usize, seed: u64) -> Mxfp4Ma
     }
 }
 
-/// The whole kernel of the FP4 tensor cores, at sizes that nothing divides, against the f64 product.
+/// The whole kernel of the FP4 tensor cores, at sizes that nothing divides, against the f64
+/// product.
 #[test]
 fn fp4_products_are_those_of_their_operands() {
     let Some(emulator) = Emulator::new("product_sm120") else { return };

@@ -16,7 +16,8 @@ use crate::mx::{self, BLOCK, Draw, Mxfp4Matrix, Purpose, Rounding};
 // ---- Scales in tiles ----
 
 proptest! {
-    /// Every scale has a place of its own, and the places fill what is planned for them but for the padding.
+    /// Every scale has a place of its own, and the places fill what is planned for them but for the
+    /// padding.
     #[test]
     fn tiles_hold_every_scale_once(vectors in 1usize..400, blocks in 1usize..40) {
         let bytes = Carrier::Mxfp8.scale_bytes(vectors, blocks * BLOCK);
@@ -48,7 +49,8 @@ const ROWS: Forms = [true, false];
 const COLUMNS: Forms = [false, true];
 const BOTH: Forms = [true, true];
 
-/// A source with what is hard: zeros, both ends of the range, and where `poisoned` NaN and infinity.
+/// A source with what is hard: zeros, both ends of the range, and where `poisoned` NaN and
+/// infinity.
 fn source(rows: usize, cols: usize, poisoned: bool) -> Vec<f32> {
     let draw = Draw::of(5, Purpose::Weights, 83, 0);
     let value = |i: usize| {
@@ -77,7 +79,7 @@ fn bf16_bytes(values: &[f32]) -> Vec<u128> {
 }
 
 fn run(emulator: &Emulator, schedule: (u32, u32), of: &Quantization) {
-    emulator.launch(schedule, &of.kernel().to_string(), of.launch(), of.arguments());
+    emulator.launch(schedule, &of.kernel(), of.launch(), of.arguments());
 }
 
 /// The parts of column sums add up to those of the values.
@@ -104,6 +106,7 @@ impl Form {
     fn new(format: Type, exact: &Mxfp4Matrix) -> Self {
         let elements = exact.rows * exact.depth;
         let (bytes, carrier) = match format {
+            Type::Bf16 => (2 * elements, Carrier::Bf16),
             Type::E2m1 => (elements / 2, Carrier::Fp4),
             _ => (elements, Carrier::Mxfp8),
         };
@@ -120,8 +123,18 @@ impl Form {
     fn check(&self, exact: &Mxfp4Matrix, case: &str) {
         let (elements, scales): (&[u8], &[u8]) =
             (bytemuck::cast_slice(&self.elements), bytemuck::cast_slice(&self.scales));
-        if self.format == Type::Mxfp8 {
-            return check_mxfp8(elements, scales, exact, case);
+        match self.format {
+            Type::Mxfp8 => return check_mxfp8(elements, scales, exact, case),
+            Type::Bf16 => {
+                let values: &[u16] = bytemuck::cast_slice(&self.elements);
+                for (value, exact) in values.iter().zip(exact.dequantize()) {
+                    let value = half::bf16::from_bits(*value).to_f32();
+                    let same = value == exact || value.is_nan() && exact.is_nan();
+                    assert!(same, "{case}: {value} instead of {exact}");
+                }
+                return;
+            }
+            _ => {}
         }
         assert!(elements[..exact.codes.len()] == exact.codes, "{case}: codes differ");
         assert!(scales[..exact.scales.len()] == exact.scales, "{case}: scales differ");
@@ -131,8 +144,8 @@ impl Form {
 /// E4M3's bytes of the values of E2M1.
 const E4M3: [u8; 8] = [0x00, 0x30, 0x38, 0x3c, 0x40, 0x44, 0x48, 0x4c];
 
-/// MXFP8's elements and scales are the definition's, NaN in blocks whose scale is NaN, and what the tiles have
-/// beyond the matrix is zero.
+/// MXFP8's elements and scales are the definition's, NaN in blocks whose scale is NaN, and what the
+/// tiles have beyond the matrix is zero.
 pub(in super::super) fn check_mxfp8(
     elements: &[u8],
     scales: &[u8],
@@ -163,15 +176,15 @@ pub(in super::super) fn check_mxfp8(
     }
 }
 
-/// The kernels that give every block a scale of its own, in all their forms, against the definition, byte for
-/// byte.
+/// The kernels that give every block a scale of its own, in all their forms, against the
+/// definition, byte for byte.
 #[test]
 fn quantized_operands_are_those_of_the_definition() {
     let Some(emulator) = Emulator::new("quantize_blocks") else { return };
     for (case, (rows, cols)) in [(1, 1), (17, 31), (33, 200), (130, 72)].into_iter().enumerate() {
         let values = source(rows, cols, case == 3);
         for (group, format, rounding) in [0, 32, 64, 128, 256].into_iter().flat_map(|group| {
-            let all = [Type::E2m1, Type::Mxfp8];
+            let all = [Type::Bf16, Type::E2m1, Type::Mxfp8];
             all.into_iter().flat_map(move |format| ROUNDINGS.map(|mode| (group, format, mode)))
         }) {
             let schedule = SCHEDULES[(case + group / 32) % 3];
@@ -195,7 +208,8 @@ fn check_blocks(
         [(Precision::F32, values.as_ptr() as u64), (Precision::Bf16, narrow.as_ptr() as u64)]
     {
         for forms in [ROWS, COLUMNS, BOTH] {
-            if forms == BOTH && (precision == Precision::F32 || group > 64) {
+            let never = precision == Precision::F32 || format == Type::Bf16 || group > 64;
+            if forms == BOTH && never {
                 continue;
             }
             let what =
@@ -354,8 +368,8 @@ enum Kind {
     Zero,
 }
 
-/// Gradients quantized behind GELU are what the derivative's kernel and the one for both forms make one after the
-/// other, given the scale that an attempt finds.
+/// Gradients quantized behind GELU are what the derivative's kernel and the one for both forms make
+/// one after the other, given the scale that an attempt finds.
 #[test]
 fn gradients_behind_gelu_are_quantized_as_if_they_were_stored() {
     let Some(emulator) = Emulator::new("quantize_fp8_groups") else { return };
@@ -394,7 +408,7 @@ fn gradients_behind_gelu_are_quantized_as_if_they_were_stored() {
         let mut dy = d.clone();
         let (to, len, mut amax) = (dy.as_mut_ptr().cast(), (rows * cols) as u64, 0);
         let at_amax = &raw mut amax;
-        let kernel: GeluKernel<u16> = gelu.kernel("gelu_of_all<bf16, false, true>");
+        let kernel: GeluKernel<u16> = gelu.kernel("gelu_of_all<bf16,false,true>");
         gelu.run(schedule, [2, 1], 256, || {
             // SAFETY: buffers and grid are what the comment of the kernel asks for.
             unsafe { kernel(to, at_amax, pre.as_ptr().cast(), len) };
@@ -433,7 +447,7 @@ fn gradients_behind_gelu_are_quantized_as_if_they_were_stored() {
             let launch = behind.both.launch();
             let again = Launch { grid: [3, 1, 1], ..launch };
             for (launch, again) in [(launch, false), (again, true)] {
-                let name = behind.kernel(again).to_string();
+                let name = behind.kernel(again);
                 emulator.launch(schedule, &name, launch, behind.arguments());
             }
 

@@ -1,6 +1,6 @@
-//! What carries a product: which tensor cores multiply operands of a format, and what those of Blackwell need
-//! that others do not: a scale for every block, in cuBLASLt's layout or the definition's, and on some a
-//! kernel of our own.
+//! What carries a product: which tensor cores multiply operands of a format, and what those of
+//! Blackwell need that others do not: a scale for every block, in cuBLASLt's layout or the
+//! definition's, and on some a kernel of our own.
 
 use crate::backend::LinearShape;
 use crate::backend::cuda::Cuda;
@@ -17,13 +17,15 @@ pub(crate) enum Format {
     Mxfp4,
 }
 
-/// How operands are held and multiplied. All hold MXFP4 values exactly, the first two also those of FP8.
+/// How operands are held and multiplied. All hold MXFP4 values exactly, the first two also those of
+/// FP8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Carrier {
     /// As bf16 numbers, everywhere.
     Bf16,
-    /// As FP8 numbers with one power of two a tensor: dy in E5M2, whose 28 binades blocks need most, the
-    /// other in E4M3, because no product takes E5M2 twice. Scales of blocks below that range are clamped.
+    /// As FP8 numbers with one power of two a tensor: dy in E5M2, whose 28 binades blocks need
+    /// most, the other in E4M3, because no product takes E5M2 twice. Scales of blocks below that
+    /// range are clamped.
     Fp8,
     /// As MXFP8 by cuBLASLt: E4M3 elements, and every block's own scale.
     Mxfp8,
@@ -44,8 +46,9 @@ impl Carrier {
         }
     }
 
-    /// That of a layer of these sizes: the best one, if it takes them. cuBLASLt wants FP8 operands in rows of
-    /// whole 16 bytes; that their length is a multiple of 32, as MXFP8 needs, padding to whole blocks sees to.
+    /// That of a layer of these sizes: the best one, if it takes them. cuBLASLt wants FP8 operands
+    /// in rows of whole 16 bytes; that their length is a multiple of 32, as MXFP8 needs, padding to
+    /// whole blocks sees to.
     pub(crate) fn of(format: Format, capability: (i32, i32), shape: LinearShape) -> Self {
         let LinearShape { rows, inputs, outputs } = shape;
         let fits = [rows, inputs, outputs].iter().all(|n| n.is_multiple_of(16));
@@ -88,8 +91,8 @@ pub(crate) const TILE_VECTORS: usize = 128;
 /// Blocks of each of them.
 const TILE_BLOCKS: usize = 4;
 
-/// Where the scale of a vector's block lies among those of MXFP8, of `blocks` a vector: in tiles of 128
-/// vectors and 4 blocks, which follow each other along the vectors. The twin of `tiled` in
+/// Where the scale of a vector's block lies among those of MXFP8, of `blocks` a vector: in tiles of
+/// 128 vectors and 4 blocks, which follow each other along the vectors. The twin of `tiled` in
 /// `quantize_blocks.cu`.
 /// ref: cuBLAS documentation, "1D Block Scaling Factors Layout".
 #[cfg(test)]
@@ -99,7 +102,8 @@ pub(crate) fn tiled(vector: usize, block: usize, blocks: usize) -> usize {
     tile * TILE_VECTORS * TILE_BLOCKS + outer % 32 * 16 + outer / 32 * 4 + inner
 }
 
-/// Rows and columns of C of a thread block of `product_mxfp4`, its threads, and its stages of codes and scales.
+/// Rows and columns of C of a thread block of `product_mxfp4`, its threads, and its stages of codes
+/// and scales.
 const FP4_TILE: usize = 128;
 const FP4_THREADS: usize = 256;
 const FP4_SHARED: usize = 4 * 2 * FP4_TILE * (64 + 4);

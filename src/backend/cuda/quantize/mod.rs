@@ -1,9 +1,9 @@
 //! What the operands of products become: MXFP4 in the form that the chip's products take.
 //!
-//! An operand is quantized by one kernel, dy for both products by one, transposed where the reduction
-//! runs down the columns, so that every product reads both operands along the reduction dimension. A
-//! [`Quantization`] says what is made from what; the kernel's name, its launch and its one argument
-//! follow from that alone, here and on the processor (`emulator`).
+//! An operand is quantized by one kernel, dy for both products by one, transposed where the
+//! reduction runs down the columns, so that every product reads both operands along the reduction
+//! dimension. A [`Quantization`] says what is made from what; the kernel's name, its launch and its
+//! one argument follow from that alone, here and on the processor (`emulator`).
 
 pub(super) mod carrier;
 pub(super) mod fp8;
@@ -11,7 +11,6 @@ pub(super) mod random;
 pub(super) mod sums;
 
 use std::ffi::c_void;
-use std::fmt;
 
 use super::Cuda;
 use super::device::capture::Redraw;
@@ -56,9 +55,9 @@ pub(super) struct Target {
     pub(super) scales: u64,
 }
 
-/// What an operand of MXFP4 products is made from, and its forms. Of FP8 forms E5M2 is made from bf16
-/// alone, and along rows nothing else is made; both at once have one format and one factor, groups of at
-/// most 64, and a bf16 source.
+/// What an operand of MXFP4 products is made from, and its forms. Of FP8 forms E5M2 is made from
+/// bf16 alone, and along rows nothing else is made; both at once have one format and one factor,
+/// groups of at most 64, and a bf16 source.
 #[derive(Clone, Copy)]
 pub(super) struct Quantization {
     /// (rows, cols).
@@ -69,15 +68,16 @@ pub(super) struct Quantization {
     pub(super) by_rows: Option<Target>,
     /// The form down columns, transposed (cols, rows padded).
     pub(super) by_columns: Option<Target>,
-    /// Where it is not 0 and there is a form down columns, gets the column sums of every tile of rows.
+    /// Where it is not 0 and there is a form down columns, gets the column sums of every tile of
+    /// rows.
     pub(super) sums: u64,
     /// FP8: the address of the bits of the source's largest magnitude.
     pub(super) amax: u64,
-    /// FP8: counts blocks whose scale was clamped, because they lie too far below the largest of their
-    /// tensor.
+    /// FP8: counts blocks whose scale was clamped, because they lie too far below the largest of
+    /// their tensor.
     pub(super) clamped: u64,
-    /// FP8: whether the source is first rounded as an FP8 forward pass keeps it (to E4M3, down columns,
-    /// bf16).
+    /// FP8: whether the source is first rounded as an FP8 forward pass keeps it (to E4M3, down
+    /// columns, bf16).
     pub(super) kept: bool,
     pub(super) rounding: Rounding,
     pub(super) drawn: Drawn,
@@ -123,14 +123,14 @@ impl Quantization {
     /// Makes the forms. Of a form down columns the number of parts of the sums is returned, else 0.
     pub(super) fn run(&self, cuda: &Cuda) -> usize {
         let launch = self.launch();
-        self.start(cuda, self.kernel(), launch, self.arguments());
+        self.start(cuda, &self.kernel(), launch, self.arguments());
         if self.by_columns.is_some() { launch.grid[1] } else { 0 }
     }
 
-    fn start(&self, cuda: &Cuda, kernel: Kernel, launch: Launch, arguments: Arguments) {
+    fn start(&self, cuda: &Cuda, kernel: &str, launch: Launch, arguments: Arguments) {
         let Launch { grid, block, shared } = launch;
         let drawing = Drawing { arguments, drawn: self.drawn };
-        cuda.gpu.launch_drawn(&kernel.to_string(), grid, block, shared, drawing);
+        cuda.gpu.launch_drawn(kernel, grid, block, shared, drawing);
     }
 
     /// Lengths of the vectors along rows and down columns, padded to whole groups.
@@ -139,34 +139,57 @@ impl Quantization {
         [self.cols, self.rows].map(|n| n.next_multiple_of(whole))
     }
 
-    pub(super) fn kernel(&self) -> Kernel {
-        let (forms, target) = match (self.by_rows, self.by_columns) {
-            (Some(_), Some(target)) => (Forms::Both, target),
-            (None, Some(target)) => (Forms::Columns, target),
-            (Some(target), None) => (Forms::Rows, target),
-            (None, None) => unreachable!("an operand has a form"),
+    /// The name of its kernel.
+    pub(super) fn kernel(&self) -> String {
+        let number = match self.source.precision {
+            Precision::F32 => "float",
+            Precision::Bf16 => "bf16",
         };
-        Kernel {
-            forms,
-            format: target.format,
-            precision: self.source.precision,
-            rounding: self.rounding,
-            own_group: self.drawn.group() == OWN_GROUP,
-            kept: self.kept,
+        let format = match self.format() {
+            Type::Bf16 => "VALUES",
+            Type::E2m1 => "CODES",
+            Type::Mxfp8 => "MXFP8",
+            Type::E4m3 => "E4M3",
+            Type::E5m2 => "E5M2",
+            Type::F32 => unreachable!("an operand of MXFP4 products"),
+        };
+        let (group, kept) = (if self.has_own_group() { OWN_GROUP } else { 0 }, self.kept);
+        let unbiased = self.rounding == Rounding::Unbiased;
+        match (self.by_rows, self.by_columns, self.is_fp8()) {
+            (Some(_), Some(_), true) => format!("quantize_fp8_both<{group},{unbiased}>"),
+            (Some(_), None, true) => format!("quantize_fp8_rows<{group},{unbiased}>"),
+            (None, _, true) => {
+                format!("quantize_fp8_columns<{group},{number},{format},{kept},{unbiased}>")
+            }
+            (Some(_), Some(_), false) => format!("quantize_both<{format},{unbiased}>"),
+            (Some(_), None, false) => format!("quantize_rows<{number},{format},{unbiased}>"),
+            (None, _, false) => format!("quantize_columns<{number},{format},{unbiased}>"),
         }
+    }
+
+    /// Of its forms.
+    fn format(&self) -> Type {
+        self.by_rows.or(self.by_columns).expect("an operand has a form").format
+    }
+
+    fn is_fp8(&self) -> bool {
+        matches!(self.format(), Type::E4m3 | Type::E5m2)
+    }
+
+    fn has_own_group(&self) -> bool {
+        self.drawn.group() == OWN_GROUP
     }
 
     pub(super) fn launch(&self) -> Launch {
         let Self { rows, cols, source: Source { precision, .. }, .. } = *self;
-        let [rows_depth, depth] = self.depths();
-        let (Kernel { forms, format, own_group, .. }, group) = (self.kernel(), self.drawn.group());
-        let fp8 = matches!(format, Type::E4m3 | Type::E5m2);
+        let ([rows_depth, depth], group) = (self.depths(), self.drawn.group());
+        let (format, fp8) = (self.format(), self.is_fp8());
         // Scales in tiles are written for as many vectors as these hold.
         let covered = |n: usize| match format {
             Type::Mxfp8 => n.next_multiple_of(TILE_VECTORS),
             _ => n,
         };
-        if forms == Forms::Rows && !(fp8 && own_group) {
+        if self.by_columns.is_none() && !(fp8 && self.has_own_group()) {
             let blocks = rows_depth / mx::BLOCK;
             let each = rows_at_once(blocks);
             let grid = [covered(rows).div_ceil(each), 1, 1];
@@ -182,8 +205,8 @@ impl Quantization {
             Precision::F32 => (TILE_COLUMNS / 2, 128),
         };
         let (tile_rows, tile_columns) = tile(group, columns);
-        let columns = match (forms, format) {
-            (Forms::Both, Type::E2m1) => rows_depth,
+        let columns = match (self.by_rows, format) {
+            (Some(_), Type::E2m1) => rows_depth,
             _ => covered(cols),
         };
         let grid = [columns.div_ceil(tile_columns), depth.div_ceil(tile_rows), 1];
@@ -217,8 +240,9 @@ impl Quantization {
     }
 }
 
-/// Both FP8 forms of the gradient d gelu'(pre) of bf16 numbers, without storing the gradient itself. Its scale is
-/// made from a sample; where that leaves no room for a block, all is done once more.
+/// Both FP8 forms of the gradient d gelu'(pre) of bf16 numbers, without storing the gradient
+/// itself. Its scale is made from a sample; where that leaves no room for a block, all is done once
+/// more.
 pub(super) struct BehindGelu {
     /// Of d, with a transform that [`BehindGelu::takes`].
     pub(super) both: Quantization,
@@ -243,8 +267,9 @@ impl BehindGelu {
         parts
     }
 
-    pub(super) fn kernel(&self, again: bool) -> Kernel {
-        Kernel { forms: Forms::BehindGelu { again }, ..self.both.kernel() }
+    pub(super) fn kernel(&self, again: bool) -> String {
+        let unbiased = self.both.rounding == Rounding::Unbiased;
+        format!("quantize_fp8_behind_gelu<{OWN_GROUP},{again},{unbiased}>")
     }
 
     pub(super) fn arguments(&self) -> Arguments {
@@ -258,18 +283,19 @@ impl BehindGelu {
 
     pub(super) fn quantize(&self, cuda: &Cuda) -> usize {
         let launch = self.both.launch();
-        self.both.start(cuda, self.kernel(false), launch, self.arguments());
+        self.both.start(cuda, &self.kernel(false), launch, self.arguments());
         launch.grid[1]
     }
 
     /// In any case: the host does not know whether there is anything to do.
     pub(super) fn requantize(&self, cuda: &Cuda) {
-        // As many as run at once: there is hardly ever anything to do, and every block has to be started.
+        // As many as run at once: there is hardly ever anything to do, and every block has to be
+        // started.
         let at_once = 4 * cuda.gpu.multiprocessors as usize;
         let launch = self.both.launch();
         let [x, y, _] = launch.grid;
         let launch = Launch { grid: [(x * y).min(at_once), 1, 1], ..launch };
-        self.both.start(cuda, self.kernel(true), launch, self.arguments());
+        self.both.start(cuda, &self.kernel(true), launch, self.arguments());
     }
 }
 
@@ -290,117 +316,10 @@ impl Redraw for Drawing {
     }
 }
 
-// ---- Kernels and their launches ----
+// ---- Launches ----
 
-/// What tells the kernels that quantize from each other. As text, a kernel's name.
-#[derive(Clone, Copy)]
-pub(super) struct Kernel {
-    forms: Forms,
-    format: Type,
-    precision: Precision,
-    rounding: Rounding,
-    own_group: bool,
-    kept: bool,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Forms {
-    Rows,
-    Columns,
-    Both,
-    BehindGelu { again: bool },
-}
-
-impl fmt::Display for Kernel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { forms, precision, kept, .. } = *self;
-        let number = match precision {
-            Precision::F32 => "float",
-            Precision::Bf16 => "bf16",
-        };
-        let group = if self.own_group { OWN_GROUP } else { 0 };
-        let unbiased = self.rounding == Rounding::Unbiased;
-        let name = match forms {
-            Forms::Rows => "rows",
-            Forms::Columns => "columns",
-            Forms::Both => "both",
-            Forms::BehindGelu { again } => {
-                return write!(f, "quantize_fp8_behind_gelu<{group}, {again}, {unbiased}>");
-            }
-        };
-        let format = match self.format {
-            Type::Bf16 => "VALUES",
-            Type::E2m1 => "CODES",
-            Type::Mxfp8 => "MXFP8",
-            Type::E4m3 | Type::E5m2 if forms != Forms::Columns => {
-                return write!(f, "quantize_fp8_{name}<{group}, {unbiased}>");
-            }
-            Type::E4m3 | Type::E5m2 => {
-                let format = if self.format == Type::E4m3 { "E4M3" } else { "E5M2" };
-                let rest = format_args!("{group}, {number}, {format}, {kept}, {unbiased}");
-                return write!(f, "quantize_fp8_columns<{rest}>");
-            }
-            Type::F32 => unreachable!("an operand of MXFP4 products"),
-        };
-        write!(f, "quantize_{name}<{number}, {format}, {unbiased}>")
-    }
-}
-
-/// Kernels whose blocks keep scales of their own, or become bf16 values; MXFP8 takes E4M3 numbers.
-pub(super) fn kernels_of_blocks(capability: (i32, i32)) -> Vec<String> {
-    let mut names = Vec::new();
-    for format in [Type::Bf16, Type::E2m1, Type::Mxfp8] {
-        if format == Type::Mxfp8 && capability < (8, 9) {
-            continue;
-        }
-        for precision in [Precision::F32, Precision::Bf16] {
-            for forms in [Forms::Rows, Forms::Columns, Forms::Both] {
-                let never = format == Type::Bf16 || precision == Precision::F32;
-                if !(forms == Forms::Both && never) {
-                    add_kernels(&mut names, forms, format, precision, false, false);
-                }
-            }
-        }
-    }
-    names
-}
-
-/// Kernels of FP8 numbers, of groups of 64 or any.
-pub(super) fn kernels_of_fp8(capability: (i32, i32), own_group: bool) -> Vec<String> {
-    let mut names = Vec::new();
-    let mut add = |forms, format, precision, kept| {
-        add_kernels(&mut names, forms, format, precision, own_group, kept);
-    };
-    if capability >= (8, 9) {
-        add(Forms::Rows, Type::E5m2, Precision::Bf16, false);
-        add(Forms::Columns, Type::E5m2, Precision::Bf16, false);
-        add(Forms::Columns, Type::E4m3, Precision::Bf16, false);
-        add(Forms::Columns, Type::E4m3, Precision::Bf16, true);
-        add(Forms::Columns, Type::E4m3, Precision::F32, false);
-        add(Forms::Both, Type::E5m2, Precision::Bf16, false);
-        if own_group {
-            add(Forms::BehindGelu { again: false }, Type::E5m2, Precision::Bf16, false);
-            add(Forms::BehindGelu { again: true }, Type::E5m2, Precision::Bf16, false);
-        }
-    }
-    names
-}
-
-fn add_kernels(
-    names: &mut Vec<String>,
-    forms: Forms,
-    format: Type,
-    precision: Precision,
-    own_group: bool,
-    kept: bool,
-) {
-    for rounding in [Rounding::Nearest, Rounding::Unbiased] {
-        names.push(Kernel { forms, format, precision, rounding, own_group, kept }.to_string());
-    }
-}
-
-/// Rows that a thread block of the row kernels takes: the fewest that make whole warps of threads, some
-/// 96 to 192 of them.
+/// Rows that a thread block of the row kernels takes: the fewest that make whole warps of threads,
+/// some 96 to 192 of them.
 fn rows_at_once(blocks: usize) -> usize {
     let mut rows = (32 >> blocks.trailing_zeros().min(5)).max(1);
     while rows > 1 && rows * blocks > 256 {
@@ -420,10 +339,11 @@ fn tile(group: usize, columns: usize) -> (usize, usize) {
     if group == 256 { (256, columns / 2) } else { (128, columns) }
 }
 
-/// How the tile kernels of FP8 numbers are launched, for a source of this precision that tiles cover in `cols`
-/// columns and `rows` rows.
+/// How the tile kernels of FP8 numbers are launched, for a source of this precision that tiles
+/// cover in `cols` columns and `rows` rows.
 fn tiles(precision: Precision, cols: usize, rows: usize, group: usize) -> Launch {
-    // Lines of 64 numbers, each 32 of them shifted by at most 64 bytes: the source, then random bits.
+    // Lines of 64 numbers, each 32 of them shifted by at most 64 bytes: the source, then random
+    // bits.
     let lines_of = |size, lines| lines * (64 * size + 16) + lines / 32 * 64;
     let lines_of = |lines| lines_of(size_of_element(precision), lines) + lines_of(2, lines);
     if group == OWN_GROUP {

@@ -1,7 +1,7 @@
 //! Random signs and bits as kernels take them: `random.cuh`.
 //!
-//! NOTE: what a draw is made for stays on the host beside it ([`Drawn`]), because a recorded kernel gets
-//! the draws of every step anew.
+//! NOTE: what a draw is made for stays on the host beside it ([`Drawn`]), because a recorded kernel
+//! gets the draws of every step anew.
 
 use crate::mx::{self, GemmId, OperandId, Random};
 use crate::recipe::{self, Signs};

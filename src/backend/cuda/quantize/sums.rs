@@ -1,5 +1,5 @@
-//! Column sums in two steps: parts, which kernels leave, and their sums in a fixed order. Bias gradients
-//! are such sums of dy, which quantizing dy makes on the way.
+//! Column sums in two steps: parts, which kernels leave, and their sums in a fixed order. Bias
+//! gradients are such sums of dy, which quantizing dy makes on the way.
 
 use crate::backend::cuda::device::launch;
 use crate::backend::cuda::device::memory::{F32, Tensor};
@@ -30,8 +30,8 @@ pub(crate) fn bias_gradient(
     add_partials(cuda, db, None, partials, parts, outputs, accumulate);
 }
 
-/// `to` (n) = the sums of the columns of partials (parts, n), or with `accumulate` they are added. With
-/// `second`, a part has n more columns for that.
+/// `to` (n) = the sums of the columns of partials (parts, n), or with `accumulate` they are added.
+/// With `second`, a part has n more columns for that.
 pub(crate) fn add_partials(
     cuda: &Cuda,
     to: &mut F32,

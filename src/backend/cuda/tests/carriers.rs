@@ -48,8 +48,8 @@ const SPELLED_OUT: &str = "
     }
     ";
 
-/// The GPU as if it had this capability: what it lacks is spelled out, or done on the host. None, after a line
-/// that says why, where it has not even the kernels.
+/// The GPU as if it had this capability: what it lacks is spelled out, or done on the host. None,
+/// after a line that says why, where it has not even the kernels.
 fn gpu_as(capability: (i32, i32)) -> Option<Cuda> {
     let mut gpu = open()?;
     let own = gpu.capability;

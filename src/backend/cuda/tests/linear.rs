@@ -40,8 +40,8 @@ fn linear_layers_in_plain_formats() {
             close("dw", &f32s_of(cuda, &dw), &plus_one(exact_dw.clone()), 1e-5);
             close("db", &f32s_of(cuda, &db), &plus_one(exact_db.clone()), 1e-5);
 
-            // The same with gradients that are overwritten, and with GELU after the forward product and
-            // before the backward ones.
+            // The same with gradients that are overwritten, and with GELU after the forward product
+            // and before the backward ones.
             cuda.write_f32(&mut dw, &vec![f32::NAN; outputs * inputs]).unwrap();
             cuda.write_f32(&mut db, &vec![f32::NAN; outputs]).unwrap();
             let (mut pre, mut out) =
@@ -146,8 +146,9 @@ pub(super) fn check_mxfp4_backward(cuda: &Cuda) {
                     s, &mut dx, &mut dw, &mut db, &dy_d, &x_d, &w_d, shape, &recipe, r, true,
                 );
                 close(name, &values_of(cuda, &dx), &exact_dx, bound(Precision::Bf16));
-                // FP8 tensor cores align what they add at once to the largest of it, and drop what lies too
-                // far below: with these outliers up to 8e-6 of the result. The definition allows 1e-5.
+                // FP8 tensor cores align what they add at once to the largest of it, and drop what
+                // lies too far below: with these outliers up to 8e-6 of the result. The definition
+                // allows 1e-5.
                 let carrier = Carrier::of(Format::Mxfp4, cuda.gpu.capability, shape);
                 let aligned = carrier != Carrier::Bf16 && rows > 64;
                 close(name, &f32s_of(cuda, &dw), &exact_dw, if aligned { 1e-5 } else { 1e-6 });
@@ -157,8 +158,9 @@ pub(super) fn check_mxfp4_backward(cuda: &Cuda) {
     }
 }
 
-/// Behind GELU a gradient that is quantized as it is made is the one that is made first, whether or not the sample
-/// says enough of it; also as part of a recorded step, with the random numbers of every step.
+/// Behind GELU a gradient that is quantized as it is made is the one that is made first, whether or
+/// not the sample says enough of it; also as part of a recorded step, with the random numbers of
+/// every step.
 #[test]
 fn gradients_behind_gelu_give_the_results_of_those_that_are_stored() {
     let Some(cuda) = gpu() else { return };
@@ -187,7 +189,8 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             let what = format!("({rows}, {inputs}, {outputs}) {name}, {kind}, {form}");
             let recipe = name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
             let (mut pre, mut d) = (pre.clone(), random(rows * outputs, 4));
-            // The largest one, in the first row, and its derivative is 1; or else there are larger ones.
+            // The largest one, in the first row, and its derivative is 1; or else there are larger
+            // ones.
             (d[0], pre[0]) = (40.0, 10.0);
             match kind {
                 "above the sample" => {
@@ -215,8 +218,8 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             let expected: Vec<u32> = results(&dx, &dw, &db);
             assert_eq!(kind == "not finite", !f32s_of(cuda, &dw)[5 * inputs].is_finite(), "{what}");
 
-            // Twice, the second time where no zeroed words are left; then as the third of three steps, which
-            // is the second one recorded.
+            // Twice, the second time where no zeroed words are left; then as the third of three
+            // steps, which is the second one recorded.
             let mut dy = tensor(cuda, &d, Precision::Bf16);
             let before = values_of(cuda, &dy);
             for words_left in [true, false] {

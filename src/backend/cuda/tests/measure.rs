@@ -271,8 +271,8 @@ impl Layer {
     }
 }
 
-/// The backward pass of linear layers, everything included, in bf16 and in MXFP4; of fc1 also with GELU's
-/// derivative before it, as a training step has it.
+/// The backward pass of linear layers, everything included, in bf16 and in MXFP4; of fc1 also with
+/// GELU's derivative before it, as a training step has it.
 #[test]
 #[ignore = "a measurement"]
 fn linear_backward() {
@@ -328,11 +328,12 @@ fn print(what: &str, [bf16, mxfp4]: [f64; 2]) {
     println!("{what:32} {bf16:9.1} {mxfp4:17.1} {:7.3}", bf16 / mxfp4);
 }
 
-/// Losses of 500 steps of a 124M model when MXFP4 operands are multiplied as FP8, and when the same are
-/// multiplied as bf16, on the tokens of the file that `MXT_MEASURE_TOKENS` names, else on
-/// `tests/text/prose.txt`. What training makes of a small difference is shown beside: a run as FP8 that begins with every second
-/// value of the embeddings of positions off by a part in a million. `MXT_MEASURE_SCHEDULE`: learning rate and steps of
-/// warm-up. After a run, the errors of FP8 products of its operands.
+/// Losses of 500 steps of a 124M model when MXFP4 operands are multiplied as FP8, and when the same
+/// are multiplied as bf16, on the tokens of the file that `MXT_MEASURE_TOKENS` names, else on
+/// `tests/text/prose.txt`. What training makes of a small difference is shown beside: a run as FP8
+/// that begins with every second value of the embeddings of positions off by a part in a million.
+/// `MXT_MEASURE_SCHEDULE`: learning rate and steps of warm-up. After a run, the errors of FP8
+/// products of its operands.
 #[test]
 #[ignore = "a measurement"]
 fn losses_of_both_carriers() {

@@ -1,5 +1,5 @@
-//! Every operation against its scalar twin, in both precisions, at sizes that nothing divides; what its
-//! files share is here. Without a GPU every test says so and passes.
+//! Every operation against its scalar twin, in both precisions, at sizes that nothing divides; what
+//! its files share is here. Without a GPU every test says so and passes.
 
 mod attention;
 mod carriers;
@@ -293,8 +293,8 @@ pub(super) fn decode_fp8(byte: u8, format: Type) -> f64 {
     if byte >> 7 == 1 { -magnitude } else { magnitude }
 }
 
-/// Compares FP8 values with the definition's, of which those in blocks too far below `amax` have their scale
-/// clamped. Their number is returned.
+/// Compares FP8 values with the definition's, of which those in blocks too far below `amax` have
+/// their scale clamped. Their number is returned.
 pub(super) fn compare_fp8(
     what: &str,
     ours: &[f64],

@@ -87,7 +87,8 @@ fn layernorm_and_gelu() {
     });
 }
 
-/// What kernels note is the largest magnitude of what they stored, NaN being larger than everything.
+/// What kernels note is the largest magnitude of what they stored, NaN being larger than
+/// everything.
 #[test]
 fn largest_magnitudes_are_noted() {
     let Some(cuda) = gpu() else { return };

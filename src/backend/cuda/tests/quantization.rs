@@ -8,7 +8,8 @@ use crate::backend::device::Side;
 use crate::backend::{Device, reference};
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 
-/// Codes and scales are those of the scalar definition, bit for bit; values are what they stand for.
+/// Codes and scales are those of the scalar definition, bit for bit; values are what they stand
+/// for.
 #[test]
 fn mxfp4_codes_are_those_of_the_definition() {
     each_precision(|cuda, precision| {
@@ -73,7 +74,8 @@ fn mxfp4_codes_are_those_of_the_definition() {
     });
 }
 
-/// FP8 operands on the device: bytes of one or two forms; factor, clamped blocks and largest magnitude; sums.
+/// FP8 operands on the device: bytes of one or two forms; factor, clamped blocks and largest
+/// magnitude; sums.
 struct Fp8 {
     out: [Piece; 2],
     words: Piece,
@@ -123,8 +125,8 @@ impl Fp8 {
     }
 }
 
-/// FP8 operands are the definition's numbers, but for clamped blocks, which are counted; the sums are those of the
-/// columns; a NaN makes the factor one.
+/// FP8 operands are the definition's numbers, but for clamped blocks, which are counted; the sums
+/// are those of the columns; a NaN makes the factor one.
 #[test]
 fn fp8_operands_are_those_of_the_definition() {
     let Some(cuda) = gpu() else { return };
@@ -211,7 +213,8 @@ struct Factor {
     cols: usize,
 }
 
-/// How far the FP8 product of these, quantized, is from the f64 product of the same numbers. `a` is dy.
+/// How far the FP8 product of these, quantized, is from the f64 product of the same numbers. `a` is
+/// dy.
 fn error_of_fp8_product(cuda: &Cuda, what: &str, [a, b]: &[Factor; 2]) -> f64 {
     let made = |factor: &Factor, operand, format| {
         let &Factor { ref values, down_columns, rows, cols } = factor;
@@ -254,8 +257,8 @@ fn error_of_fp8_product(cuda: &Cuda, what: &str, [a, b]: &[Factor; 2]) -> f64 {
     error
 }
 
-/// Products of FP8 operands against the f64 product of the same numbers, on ordinary, heavy-tailed and widely spread
-/// values, and on a gradient, weights and inputs of a model in training.
+/// Products of FP8 operands against the f64 product of the same numbers, on ordinary, heavy-tailed
+/// and widely spread values, and on a gradient, weights and inputs of a model in training.
 #[test]
 fn fp8_products_are_exact() {
     let Some(cuda) = gpu() else { return };
@@ -306,15 +309,17 @@ fn fp8_products_are_exact() {
     let mut trainer = Trainer::new(&model, options).unwrap();
     let losses: Vec<_> = (0..60).map(|_| trainer.step(&data).unwrap().loss).collect();
     assert!(losses[59] < 0.7 * losses[0], "{losses:?}");
-    // NOTE: what the definition allows every backend. Where scales of neighbouring blocks lie far apart, as those of the
-    // gradients of different heads do, tensor cores lose bits of the lower one: up to 2.8e-6 was seen.
+    // NOTE: what the definition allows every backend. Where scales of neighbouring blocks lie far
+    // apart, as those of the gradients of different heads do, tensor cores lose bits of the lower
+    // one: up to 2.8e-6 was seen.
     for error in errors_of_fp8_products(&trainer, 1024, 768) {
         assert!(error <= 1e-5, "{error:e}");
     }
 }
 
-/// The errors of the FP8 products, dgrad and wgrad, of the first qkv layer after a training step. Of wgrad the first `width`
-/// results and inputs, over the first `rows` rows; of dgrad the first 256 rows and `width` inputs, over all results.
+/// The errors of the FP8 products, dgrad and wgrad, of the first qkv layer after a training step.
+/// Of wgrad the first `width` results and inputs, over the first `rows` rows; of dgrad the first
+/// 256 rows and `width` inputs, over all results.
 pub(super) fn errors_of_fp8_products(trainer: &Trainer, rows: usize, width: usize) -> [f64; 2] {
     let model = trainer.model();
     let Device::Cuda(cuda) = model.engine().backend() else { unreachable!("trained on one") };
