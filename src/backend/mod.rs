@@ -14,6 +14,8 @@
 //! at the next call that reads from it, as an error.
 
 mod attend;
+#[cfg(test)]
+mod conformance;
 pub mod cpu;
 pub(crate) mod cuda;
 mod embed;

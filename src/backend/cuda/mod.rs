@@ -10,6 +10,8 @@ mod attention;
 mod cache;
 mod classifier;
 mod compile;
+#[cfg(test)]
+mod conformance;
 mod embedding;
 mod folders;
 mod gelu;
