@@ -27,8 +27,6 @@ mod optimize;
 #[cfg(test)]
 pub(crate) mod reference;
 mod stream;
-#[cfg(test)]
-mod test_calls;
 
 pub use attend::{Attend, AttentionBackward, AttentionShape};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};

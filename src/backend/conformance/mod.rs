@@ -16,6 +16,9 @@ mod memory;
 mod norm;
 mod optimize;
 
+pub(in crate::backend) use linear::linear_layers_follow_their_recipes;
+pub(in crate::backend) use optimize::{STEP, Update, some_values};
+
 use super::cpu::Cpu;
 use super::cuda::Cuda;
 use super::*;

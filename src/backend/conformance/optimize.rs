@@ -83,6 +83,14 @@ impl<B: Harness> Update<B> {
         tried
     }
 
+    /// All parameters, each with its weights.
+    pub(in crate::backend) fn parameters(
+        &self,
+        b: &B,
+    ) -> impl Iterator<Item = (B::Param<'_>, Vec<f32>)> {
+        (0..self.params.slots.len()).map(|i| (self.params.get(b, i), self.params.read(b, i)))
+    }
+
     /// Weights and moments of each parameter.
     fn read(&self, b: &B) -> Vec<[Vec<f32>; 3]> {
         let weights = (0..self.params.slots.len()).map(|i| self.params.read(b, i));

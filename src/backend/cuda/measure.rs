@@ -5,10 +5,11 @@ use cudarc::driver::sys;
 
 use super::linear::{BehindGelu, Form, Quantize, Scaling, Source, Target, quantize, quantize_both};
 use super::memory::{Arena, F32, Piece, Tensor, Weights};
-use super::tests::{errors_of_fp8_products, f32s_of, gpu, older_gpu, workspace, workspace_shape};
+use super::tests::{alone, errors_of_fp8_products, f32s_of, gpu, older_gpu, workspace};
 use super::{Cuda, Type, Workspace};
-use crate::backend::test_calls::alone;
-use crate::backend::{Activation, Device, LinearShape, Precision, Sequences};
+use crate::backend::{
+    Activation, Device, LinearBackward, LinearShape, OutputGradient, Precision, Sequences,
+};
 use crate::backend::{Linear as _, Memory as _};
 use crate::mx::{Draw, GemmId, LinearId, OperandId, Purpose, Random, Rounding};
 use crate::recipe::{LinearRecipe, Recipe};
@@ -264,29 +265,24 @@ impl Layer {
         }
     }
 
-    fn backward(&mut self, cuda: &Cuda, workspace: &mut Workspace, recipe: &LinearRecipe) {
-        let Self { shape, dy, x, w, dx, dw, db, .. } = self;
-        cuda.linear_backward(workspace, dx, dw, db, dy, x, w, *shape, recipe, &RANDOM, false);
-    }
-
-    /// With GELU's derivative.
-    fn gelu_backward(&mut self, cuda: &Cuda, workspace: &mut Workspace, recipe: &LinearRecipe) {
+    /// With GELU's derivative, or without.
+    fn backward(
+        &mut self,
+        cuda: &Cuda,
+        workspace: &mut Workspace,
+        recipe: &LinearRecipe,
+        gelu: bool,
+    ) {
         let Self { shape, dy, pre, x, w, dx, dw, db } = self;
-        cuda.linear_gelu_backward(
-            workspace,
-            dx,
-            dw,
-            db,
-            dy,
-            pre,
-            x,
-            w,
-            *shape,
-            recipe,
-            &RANDOM,
-            false,
-            Activation::GeluTanh,
-        );
+        let [dw, db] = [dw, db].map(|flat| flat.gradient(alone(flat.len)));
+        let w = w.param(alone(shape.outputs * shape.inputs));
+        let dy = if gelu {
+            OutputGradient::BehindGelu { d: dy, y: pre, form: Activation::GeluTanh }
+        } else {
+            OutputGradient::Whole(dy)
+        };
+        let operands = LinearBackward { dx, dw, db, dy, x, w, accumulate: false };
+        cuda.linear_backward(workspace, operands, *shape, recipe, &RANDOM);
     }
 }
 
@@ -307,8 +303,7 @@ fn linear_backward_on(cuda: &Cuda) {
     println!("(\"with GELU\": its derivative is part of fc1's, as in a training step)");
     for width in [768, 1024, 2048, 4096] {
         let sequences = Sequences { batch: rows / 1024, length: 1024 };
-        let shape = workspace_shape(sequences, width, width / 64, 64, Precision::Bf16);
-        let mut scratch = workspace(cuda, &shape);
+        let mut scratch = workspace(cuda, sequences, width, width / 64, 64, Precision::Bf16);
         let (mut totals, mut with_gelu) = ([0.0; 2], [0.0; 2]);
         for (name, inputs, outputs) in [
             ("qkv", width, 3 * width),
@@ -318,20 +313,16 @@ fn linear_backward_on(cuda: &Cuda) {
         ] {
             let mut layer = Layer::new(cuda, rows, inputs, outputs);
             let shared = std::cell::RefCell::new((&mut layer, &mut scratch));
-            let run = |recipe| {
+            let run = |recipe, gelu| {
                 let (layer, scratch) = &mut *shared.borrow_mut();
-                layer.backward(cuda, scratch, recipe);
+                layer.backward(cuda, scratch, recipe, gelu);
             };
-            let run_with_gelu = |recipe| {
-                let (layer, scratch) = &mut *shared.borrow_mut();
-                layer.gelu_backward(cuda, scratch, recipe);
-            };
-            let mut times = medians(cuda, [&mut || run(&bf16), &mut || run(&mxfp4)]);
+            let mut times = medians(cuda, [&mut || run(&bf16, false), &mut || run(&mxfp4, false)]);
             totals = [totals[0] + times[0], totals[1] + times[1]];
             print(&format!("{width} {name} ({inputs} to {outputs})"), times);
             if name == "fc1" {
                 let both: [&mut dyn FnMut(); 2] =
-                    [&mut || run_with_gelu(&bf16), &mut || run_with_gelu(&mxfp4)];
+                    [&mut || run(&bf16, true), &mut || run(&mxfp4, true)];
                 times = medians(cuda, both);
                 print(&format!("{width} {name} with GELU"), times);
             }

@@ -80,11 +80,6 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    #[cfg(test)]
-    pub(in crate::backend) fn len(&self) -> usize {
-        self.master.len
-    }
-
     pub(super) fn param(&self, slot: Slot) -> Param<'_> {
         Param {
             master: F32 { piece: self.master.piece.at(4 * slot.start), len: slot.len },
@@ -231,11 +226,6 @@ impl Piece {
 }
 
 impl F32 {
-    #[cfg(test)]
-    pub(in crate::backend) fn len(&self) -> usize {
-        self.len
-    }
-
     pub(super) fn address(&self) -> u64 {
         self.piece.address
     }

@@ -148,10 +148,10 @@ mod tests {
     use super::super::memory::Arena;
     use super::super::on_cpu::{check_mxfp8, operand};
     use super::super::tests::{
-        check_mxfp4_backward, close, decode_fp8, f32_buffer, f32s_of, f64s, open, random,
-        read_bytes, tensor, write_bytes,
+        close, decode_fp8, f32_buffer, f32s_of, f64s, open, random, read_bytes, tensor, write_bytes,
     };
     use super::*;
+    use crate::backend::conformance::linear_layers_follow_their_recipes;
     use crate::backend::{Precision, reference};
     use crate::mx::{GemmId, LinearId, Mxfp4Matrix, OperandId, Random, Source, decode_e8m0};
 
@@ -205,7 +205,7 @@ mod tests {
         if Road::of(own) == road {
             return Some(Cuda::of(gpu).unwrap());
         }
-        if road == Road::Mxfp8 && own < (8, 9) {
+        if own < (8, 9) {
             println!("skipped: {} has no FP8 numbers", gpu.name);
             return None;
         }
@@ -425,14 +425,14 @@ mod tests {
     }
 
     #[test]
-    fn mxfp4_linear_backward_on_the_road_of_mxfp8() {
+    fn linear_layers_on_the_road_of_mxfp8() {
         let Some(cuda) = gpu_as((10, 0)) else { return };
-        check_mxfp4_backward(&cuda);
+        linear_layers_follow_their_recipes(&[cuda]);
     }
 
     #[test]
-    fn mxfp4_linear_backward_on_the_road_of_fp4() {
+    fn linear_layers_on_the_road_of_fp4() {
         let Some(cuda) = gpu_as((12, 0)) else { return };
-        check_mxfp4_backward(&cuda);
+        linear_layers_follow_their_recipes(&[cuda]);
     }
 }
