@@ -1,5 +1,5 @@
-// The end of a step: sums of losses and of squared gradients, clipping, AdamW (Loshchilov and Hutter,
-// arXiv 1711.05101), for all parameters at once.
+// The end of a step: sums of losses and of squared gradients, clipping, AdamW (Loshchilov and
+// Hutter, arXiv 1711.05101), for all parameters at once.
 //
 // A table says where each parameter and what belongs to it lies. Work is cut into pieces of PIECE
 // elements, numbered through all parameters; blocks take pieces in turn and find the parameter by a
@@ -13,7 +13,7 @@ struct Entry {
   u64 len;
   u64 first_piece;  // number of the parameter's first piece
   u64 decays;       // whether weight decay applies
-  u32 *most;        // bits of the largest magnitude of the master values
+  u32 *amax;        // bits of the largest magnitude of the master values
 };
 
 #define PIECE 4096
@@ -40,7 +40,7 @@ __device__ __forceinline__ double block_sum_double(double v, double *scratch) {
 }
 
 // partials (grid) = sums of the squares of the gradients that a block saw. Grid: fixed; block: 256.
-extern "C" __global__ void square_gradients(double *partials, const Entry *table, u32 entries,
+__global__ void square_gradients(double *partials, const Entry *table, u32 entries,
                                             u64 pieces) {
   begin();
   __shared__ double scratch[WARP];
@@ -59,9 +59,8 @@ extern "C" __global__ void square_gradients(double *partials, const Entry *table
   if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
 
-
-// *sum += the sum of losses (rows), or with `overwrite` = it. Grid: 1; block: 1024.
-extern "C" __global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 accumulate) {
+// *sum += the sum of losses (rows), or without `accumulate` = it. Grid: 1; block: 1024.
+__global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 accumulate) {
   begin();
   __shared__ double scratch[WARP];
   double total = 0.0;
@@ -80,8 +79,8 @@ struct Step {
   float largest_gradient; // no update with a clipped gradient of a larger norm
 };
 
-// The gradient norm of a step, and whether it and the loss are finite and it is within the limit, so that the update is to
-// be made.
+// The gradient norm of a step, and whether it and the loss are finite and it is within the limit,
+// so that the update is to be made.
 __device__ __forceinline__ bool is_allowed(const double *sums, const Step &s, float &norm) {
   float loss = (float)(sums[0] * (double)s.loss_scale);
   norm = (float)sqrt(sums[1]);
@@ -89,27 +88,28 @@ __device__ __forceinline__ bool is_allowed(const double *sums, const Step &s, fl
   return isfinite(loss) && isfinite(norm) && clipped <= s.largest_gradient;
 }
 
-// sums[1] = the sum of the partials, in order; sums[2] = *raised, which starts again from 0. Makes the largest
-// magnitudes ready for the update, if there will be one. sums: losses, squares, raised blocks. Grid: 1; block: 256.
-extern "C" __global__ void sum_squares(double *sums, u32 *raised, const double *partials, u32 parts,
+// sums[1] = the sum of the partials, in order; sums[2] = *clamped, which starts again from 0. Makes
+// the largest magnitudes ready for the update, if there will be one. sums: losses, squares, clamped
+// blocks. Grid: 1; block: 256.
+__global__ void sum_squares(double *sums, u32 *clamped, const double *partials, u32 parts,
                                        const Entry *table, u32 entries, Step s) {
   begin();
   __shared__ double scratch[WARP];
   double total = 0.0;
   for (u32 i = threadIdx.x; i < parts; i += blockDim.x) total += partials[i];
   total = block_sum_double(total, scratch);
-  if (threadIdx.x == 0) sums[1] = total, sums[2] = (double)*raised, *raised = 0;
+  if (threadIdx.x == 0) sums[1] = total, sums[2] = (double)*clamped, *clamped = 0;
   __syncthreads();
   float norm;
   if (is_allowed(sums, s, norm))
-    for (u32 i = threadIdx.x; i < entries; i += blockDim.x) *table[i].most = 0;
+    for (u32 i = threadIdx.x; i < entries; i += blockDim.x) *table[i].amax = 0;
 }
 
-// One update of every parameter, unless loss or gradient norm is not finite or the norm above the limit. sums: as above.
-// With `trial` (entries, 3), zeros before, nothing is stored but the bits of the largest magnitudes that the update would
-// leave of each parameter: weights, first and second moments. It is the same code, so that both see the same numbers.
-// Grid: any; block: 256.
-extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
+// One update of every parameter, unless loss or gradient norm is not finite or the norm above the
+// limit. sums: as above. With `trial` (entries, 3), zeros before, nothing is stored but the bits of
+// the largest magnitudes that the update would leave of each parameter: weights, first and second
+// moments. It is the same code, so that both see the same numbers. Grid: any; block: 256.
+__global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
                                  u32 *trial, Step s) {
   begin();
   float norm;
@@ -147,17 +147,17 @@ extern "C" __global__ void adamw(const Entry *table, u32 entries, u64 pieces, co
       e->copy[i] = from_f32<bf16>(p);
     }
     u32 *of_one = trial + 3 * (e - table);
-    note_most(trial ? of_one : e->most, largest);
-    if (trial) note_most(of_one + 1, largest_m), note_most(of_one + 2, largest_v);
+    note_amax(trial ? of_one : e->amax, largest);
+    if (trial) note_amax(of_one + 1, largest_m), note_amax(of_one + 2, largest_v);
   }
 }
 
-// copy (len) = param (len), to nearest even; *most, which is 0 before, the bits of the largest magnitude of param.
-// Grid: len / 256, rounded up; block: 256.
-extern "C" __global__ void copy_to_bf16(bf16 *copy, u32 *most, const float *param, u64 len) {
+// copy (len) = param (len), to nearest even; *amax, which is 0 before, the bits of the largest
+// magnitude of param. Grid: len / 256, rounded up; block: 256.
+__global__ void copy_to_bf16(bf16 *copy, u32 *amax, const float *param, u64 len) {
   begin();
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
   float v = i < len ? param[i] : 0.0f;
   if (i < len) copy[i] = from_f32<bf16>(v);
-  note_most(most, v);
+  note_amax(amax, v);
 }

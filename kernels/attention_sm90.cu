@@ -1,32 +1,21 @@
-// Causal softmax attention for Hopper: the kernels of attention.cu on warpgroup products (wgmma), which
-// read tiles from shared memory while the threads go on with the softmax of another tile.
+// Causal softmax attention for Hopper: the kernels of attention_sm80.cu on warpgroup products
+// (wgmma), which read tiles from shared memory while the threads go on with the softmax of another
+// tile.
 //
-// bf16 operands, f32 scores, sums and accumulators. As in attention.cu, the backward pass has one kernel
-// for dk and dv and one for dq, so that no sum depends on the order in which blocks end. A warpgroup
-// owns 64 rows of what its block owns; the block goes through the other side BN rows at a time, which
-// arrive in three stages: at step s the block waits once, for stage s, and then asks for stage s + 1, into
-// which nobody can still be looking, since every product of step s - 2 has ended by then.
+// bf16 operands, f32 scores, sums and accumulators. As in attention_sm80.cu, the backward pass has
+// one kernel for dk and dv and one for dq, so that no sum depends on the order in which blocks end.
+// A warpgroup owns 64 rows of what its block owns; the block goes through the other side BN rows at
+// a time, which arrive in three stages: at step s the block waits once, for stage s, and then asks
+// for stage s + 1, into which nobody can still be looking, since every product of step s - 2 has
+// ended by then.
 //
-// The right operand of every product lies in shared memory, with the reduction along its rows or down
-// its columns; the left one too, or it is what a softmax left in registers: the sums of one product are,
-// pair by pair, laid out as the left operand of the next.
+// The right operand of every product lies in shared memory, with the reduction along its rows or
+// down its columns; the left one too, or it is what a softmax left in registers: the sums of one
+// product are, pair by pair, laid out as the left operand of the next.
 //
-// Tiles are D wide, in panels of 64 columns (128 bytes); columns beyond the head are zeros. Chunk c of 16
-// bytes of a panel's row lies at c ^ (row % 8), the swizzle that wgmma calls 128B.
-//
-// `most`, in every kernel, is told the largest magnitude that is stored (note_most).
+// Tiles are D wide, in panels of 64 columns (128 bytes); columns beyond the head are zeros. Chunk c
+// of 16 bytes of a panel's row lies at c ^ (row % 8), the swizzle that wgmma calls 128B.
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-struct Heads {
-  u32 length, heads, head_size;
-  float score_factor;
-  __device__ __forceinline__ u32 channels() const { return heads * head_size; }
-  // What scores are multiplied by: 1 / sqrt(head size) in GPT-2, where the factor is 1 and changes no bit.
-  __device__ __forceinline__ float scale() const { return __fmul_rn(rsqrtf((float)head_size), score_factor); }
-};
-
-#define LOG2E 1.4426950408889634f
 #define WARPGROUP 128
 #define STAGES 3
 
@@ -39,23 +28,24 @@ template <int D, int ROWS> struct Tile {
   __device__ __forceinline__ u32 at(u32 row, u32 column) const {
     return base + column / 64 * PANEL + row * 128 + ((column % 64 / 8 ^ (row & 7)) * 16);
   }
-  // As an operand with the reduction along the rows, from row `row` on and column `column`, a multiple
-  // of 16: groups of 8 rows are 1,024 bytes apart.
+  // As an operand with the reduction along the rows, from row `row` on and column `column`, a
+  // multiple of 16: groups of 8 rows are 1,024 bytes apart.
   __device__ __forceinline__ u64 along_rows(u32 row, u32 column) const {
     u32 address = base + column / 64 * PANEL + row * 128 + column % 64 * 2;
     return address >> 4 & 0x3fff | (u64)(1024 >> 4) << 32 | 1ull << 62;
   }
   // As a right operand with the reduction down the columns, from row `row` on, all D columns.
   __device__ __forceinline__ u64 down_columns(u32 row) const {
-    return base + row * 128 >> 4 & 0x3fff | (u64)(PANEL >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+    return base + row * 128 >> 4 & 0x3fff | (u64)(PANEL >> 4) << 16 | (u64)(1024 >> 4) << 32 |
+           1ull << 62;
   }
 };
 
-// Starts copying ROWS rows of `width` columns, `stride` elements apart, to a tile. Rows from `valid` on
-// and columns from `width` on become zeros.
+// Starts copying ROWS rows of `width` columns, `stride` elements apart, to a tile. Rows from
+// `valid` on and columns from `width` on become zeros.
 template <int D, int ROWS, int THREADS>
-__device__ __forceinline__ void copy_tile(Tile<D, ROWS> to, const bf16 *from, size_t stride, u32 valid,
-                                          u32 width) {
+__device__ __forceinline__ void copy_tile(Tile<D, ROWS> to, const bf16 *from, size_t stride,
+                                          u32 valid, u32 width) {
   constexpr u32 CHUNKS = D / 8, AT_ONCE = THREADS / CHUNKS;
   static_assert(ROWS % AT_ONCE == 0 && AT_ONCE % 8 == 0, "the swizzle of a thread's rows is one");
   u32 row = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * 8, address = to.at(row, column);
@@ -63,8 +53,7 @@ __device__ __forceinline__ void copy_tile(Tile<D, ROWS> to, const bf16 *from, si
 #pragma unroll
   for (u32 i = 0; i < ROWS / AT_ONCE; i++) {
     bool inside = row + i * AT_ONCE < valid && column < width;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address + i * AT_ONCE * 128),
-                 "l"(inside ? source + i * AT_ONCE * stride : from), "r"(inside ? 16 : 0));
+    copy_piece(address + i * AT_ONCE * 128, inside ? source + i * AT_ONCE * stride : from, inside);
   }
 }
 // Starts copying N floats, zeros from `valid` on.
@@ -81,12 +70,10 @@ __device__ __forceinline__ void wait_for_copies() {
   __syncthreads();
 }
 
-__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
 // ---- Products -----------------------------------------------------------------------------------
 
-// Sums (64, N) of a warpgroup. A thread's share, with w its warp, g = lane / 4 and t = lane % 4: of rows
-// 16 w + g and + 8 (i / 2), columns 8 n + 2 t and + 1 (i % 2), as s[n][i].
+// Sums (64, N) of a warpgroup. A thread's share, with w its warp, g = lane / 4 and t = lane % 4: of
+// rows 16 w + g and + 8 (i / 2), columns 8 n + 2 t and + 1 (i % 2), as s[n][i].
 template <int N> struct Sums {
   float s[N / 8][4];
   __device__ __forceinline__ void clear() {
@@ -104,18 +91,21 @@ template <int N> struct Sums {
   }
 };
 
-// Whether keys after a query are left out in a step. It is a type, so that the steps without that are compiled
-// without a branch for it, which would make the compiler serialize all products.
+// Whether keys after a query are left out in a step. It is a type, so that the steps without that
+// are compiled without a branch for it, which would make the compiler serialize all products.
 template <bool VALUE> struct Diagonal {
   static constexpr bool value = VALUE;
 };
 
-// What all threads of a warp agree on; the compiler does not serialize products under such conditions.
+// What all threads of a warp agree on; the compiler does not serialize products under such
+// conditions.
 __device__ __forceinline__ u32 uniform(u32 x) { return __shfl_sync(FULL_WARP, x, 0); }
 
 // Orders products after what threads wrote to their registers.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 // Waits until at most PENDING groups of products are under way.
 template <int PENDING> __device__ __forceinline__ void wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
@@ -123,34 +113,42 @@ template <int PENDING> __device__ __forceinline__ void wait() {
 
 #define S4(n) "+f"(c.s[n][0]), "+f"(c.s[n][1]), "+f"(c.s[n][2]), "+f"(c.s[n][3])
 #define S32(n) S4(n), S4(n + 1), S4(n + 2), S4(n + 3), S4(n + 4), S4(n + 5), S4(n + 6), S4(n + 7)
-#define R32                                                                                          \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
-  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define R64                                                                                          \
-  R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define R32                                                                                        \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "          \
+  "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define R64                                                                                        \
+  R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, "    \
+      "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // c (64, N) = or += a (64, 16) b (16, N), both along their rows in shared memory.
 __device__ __forceinline__ void wgmma(Sums<64> &c, u64 a, u64 b, int add) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" R32 "}, %32, %33, p, 1, 1, 0, 0;}"
-               : S32(0) : "l"(a), "l"(b), "r"(add));
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" R32
+               "}, %32, %33, p, 1, 1, 0, 0;}"
+               : S32(0)
+               : "l"(a), "l"(b), "r"(add));
 }
 __device__ __forceinline__ void wgmma(Sums<128> &c, u64 a, u64 b, int add) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" R64 "}, %64, %65, p, 1, 1, 0, 0;}"
-               : S32(0), S32(8) : "l"(a), "l"(b), "r"(add));
+               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" R64
+               "}, %64, %65, p, 1, 1, 0, 0;}"
+               : S32(0), S32(8)
+               : "l"(a), "l"(b), "r"(add));
 }
 // The same += with a in registers and b down its columns.
 __device__ __forceinline__ void wgmma(Sums<64> &c, const u32 a[4], u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" R32 "}, {%32, %33, %34, %35}, %36, "
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" R32
+               "}, {%32, %33, %34, %35}, %36, "
                "1, 1, 1, 1;"
-               : S32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+               : S32(0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 __device__ __forceinline__ void wgmma(Sums<128> &c, const u32 a[4], u64 b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" R64 "}, {%64, %65, %66, %67}, %68, "
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" R64
+               "}, {%64, %65, %66, %67}, %68, "
                "1, 1, 1, 1;"
-               : S32(0), S32(8) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+               : S32(0), S32(8)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // c (64, N) = rows from `row` on of a times the rows of b, transposed.
@@ -161,13 +159,15 @@ __device__ __forceinline__ void multiply_rows(Sums<N> &c, Tile<D, ROWS> a, u32 r
 }
 // c (64, D) += a (64, N), packed, times b (N, D).
 template <int D, int N>
-__device__ __forceinline__ void multiply_packed(Sums<D> &c, const u32 (&a)[N / 16][4], Tile<D, N> b) {
+__device__ __forceinline__ void multiply_packed(Sums<D> &c, const u32 (&a)[N / 16][4],
+                                                Tile<D, N> b) {
 #pragma unroll
   for (int k = 0; k < N / 16; k++) wgmma(c, a[k], b.down_columns(k * 16));
 }
 
 // What came of sums (64, N), rounded to bf16, as left operands.
-template <int N> __device__ __forceinline__ void pack(u32 (&to)[N / 16][4], const float (&c)[N / 8][4]) {
+template <int N>
+__device__ __forceinline__ void pack(u32 (&to)[N / 16][4], const float (&c)[N / 8][4]) {
 #pragma unroll
   for (int k = 0; k < N / 16; k++)
 #pragma unroll
@@ -175,11 +175,12 @@ template <int N> __device__ __forceinline__ void pack(u32 (&to)[N / 16][4], cons
       to[k][i] = pack_bf16(c[2 * k + i / 2][i % 2 * 2], c[2 * k + i / 2][i % 2 * 2 + 1]);
 }
 
-// Stores factor[i / 2] times a warp's 16 rows of sums, of which `valid` and `width` columns are inside,
-// through 16 rows of a tile that no product reads any more, in pieces of 16 bytes.
+// Stores factor[i / 2] times a warp's 16 rows of sums, of which `valid` and `width` columns are
+// inside, through 16 rows of a tile that no product reads any more, in pieces of 16 bytes.
 template <int D, int ROWS>
-__device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u32 width, const Sums<D> &c,
-                                           const float factor[2], Tile<D, ROWS> through, u32 row, u32 *most) {
+__device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u32 width,
+                                           const Sums<D> &c, const float factor[2],
+                                           Tile<D, ROWS> through, u32 row, u32 *amax) {
   u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
   float largest = 0.0f;
 #pragma unroll
@@ -189,7 +190,7 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
       u32 two = pack_bf16(c.s[n][2 * r] * factor[r], c.s[n][2 * r + 1] * factor[r]);
       u32 address = through.at(row + g + 8 * r, n * 8) + t * 4;
       asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(two) : "memory");
-      if (g + 8 * r < valid) largest = max_nan(largest, max_nan(fabsf(low_f32(two)), fabsf(high_f32(two))));
+      if (g + 8 * r < valid) largest = larger_of(largest, two);
     }
   __syncwarp();
   constexpr u32 CHUNKS = D / 8;
@@ -202,7 +203,7 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, u32 valid, u
                  : "r"(through.at(row + y, x)));
     if (y < valid && x < width) *(uint4 *)(to + y * stride + x) = piece;
   }
-  note_most(most, largest);
+  note_amax(amax, largest);
 }
 
 // Waits for the threads of one's own warpgroup.
@@ -210,9 +211,18 @@ __device__ __forceinline__ void warpgroup_sync(u32 group) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(WARPGROUP) : "memory");
 }
 
-__device__ __forceinline__ u32 rows_left(u32 length, u32 first) { return length > first ? length - first : 0; }
+__device__ __forceinline__ u32 rows_left(u32 length, u32 first) {
+  return length > first ? length - first : 0;
+}
 
 extern __shared__ __align__(1024) u8 tiles[];
+
+// Kernels: GROUPS warpgroups, steps of BN keys, AT_ONCE blocks of a multiprocessor.
+//
+// NOTE: measured on an H100, B T = 16 x 1024, 16 heads of 64: forward 117 us (cuDNN 129), dkdv 209
+// and dq 157 (cuDNN 462 for both, in no fixed order); 8 x 1024, 16 heads of 128: 123 (103), 181 and
+// 133 (392). Steps of 128 keys lose in the forward pass (32 x 1024, 12 heads of 64: 234 us for 167;
+// heads of 128: 133 for 123); in dq they gain nothing.
 
 // ---- Forward ------------------------------------------------------------------------------------
 
@@ -221,11 +231,14 @@ extern __shared__ __align__(1024) u8 tiles[];
 // it is multiplied with its values.
 // Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory:
 // 128 GROUPS D + 12 BN D bytes and 1,024 to align them.
-template <int D, int GROUPS, int BN>
-__device__ __forceinline__ void forward(bf16 *out, float *lse, u32 *most_stored, const bf16 *qkv, Heads s) {
+template <int D, int GROUPS, int BN, int AT_ONCE>
+__global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)
+    wgmma_forward(bf16 *out, float *lse, u32 *amax, const bf16 *qkv, Heads s) {
+  begin();
   constexpr int BM = 64 * GROUPS, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
-  u32 g = lane / 4, t = lane % 4, c = s.channels(), h = blockIdx.y, batch = blockIdx.z, length = s.length;
+  u32 g = lane / 4, t = lane % 4, c = s.channels(), h = blockIdx.y, batch = blockIdx.z,
+      length = s.length;
   // The tiles with the most keys first, so that the last blocks to finish are short.
   u32 q0 = (gridDim.x - 1 - blockIdx.x) * BM, group_q0 = q0 + group * 64;
   size_t stride = 3 * (size_t)c;
@@ -237,8 +250,10 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, u32 *most_stored,
   };
   auto load = [&](u32 step) {
     u32 first = step * BN;
-    copy_tile<D, BN, THREADS>(tile(step, 0), k + first * stride, stride, length - first, s.head_size);
-    copy_tile<D, BN, THREADS>(tile(step, 1), v + first * stride, stride, length - first, s.head_size);
+    copy_tile<D, BN, THREADS>(tile(step, 0), k + first * stride, stride, length - first,
+                              s.head_size);
+    copy_tile<D, BN, THREADS>(tile(step, 1), v + first * stride, stride, length - first,
+                              s.head_size);
   };
   const float infinity = __int_as_float(0x7f800000);
   float scale = s.scale() * LOG2E, most[2] = {-infinity, -infinity}, sum[2] = {};
@@ -266,7 +281,8 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, u32 *most_stored,
     for (int r = 0; r < 2; r++) {
       float larger = most[r];
 #pragma unroll
-      for (int n = 0; n < BN / 8; n++) larger = fmaxf(larger, fmaxf(weights[n][2 * r], weights[n][2 * r + 1]));
+      for (int n = 0; n < BN / 8; n++)
+        larger = fmaxf(larger, fmaxf(weights[n][2 * r], weights[n][2 * r + 1]));
       larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 1));
       larger = fmaxf(larger, __shfl_xor_sync(FULL_WARP, larger, 2));
       shrink[r] = exp2_fast((most[r] - larger) * scale);
@@ -343,21 +359,24 @@ __device__ __forceinline__ void forward(bf16 *out, float *lse, u32 *most_stored,
     total += __shfl_xor_sync(FULL_WARP, total, 2);
     inverse[r] = 1.0f / total;
     if (t == 0 && g + r * 8 < valid)
-      lse[((size_t)batch * s.heads + h) * length + row0 + g + r * 8] = most[r] * scale / LOG2E + logf(total);
+      lse[((size_t)batch * s.heads + h) * length + row0 + g + r * 8] =
+          most[r] * scale / LOG2E + logf(total);
   }
   bf16 *to = out + ((size_t)batch * length + row0) * c + h * s.head_size;
-  store_rows<D, BM>(to, c, valid, s.head_size, o, inverse, q_tile, warp * 16, most_stored);
+  store_rows<D, BM>(to, c, valid, s.head_size, o, inverse, q_tile, warp * 16, amax);
 }
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-// dk and dv of dqkv (B, T, 3 C). A warpgroup owns 64 keys; the block goes through the queries 64 at a
-// time. Scores are computed transposed, (keys, queries), which makes them left operands of dk and dv.
-// Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory:
-// 256 GROUPS D + 768 D + 1,536 bytes and 1,024 to align them.
+// dk and dv of dqkv (B, T, 3 C). A warpgroup owns 64 keys; the block goes through the queries 64 at
+// a time. Scores are computed transposed, (keys, queries), which makes them left operands of dk and
+// dv. Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory: 256
+// GROUPS D + 768 D + 1,536 bytes and 1,024 to align them.
 template <int D, int GROUPS>
-__device__ __forceinline__ void backward_dkdv(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse,
-                                              const float *delta, const bf16 *qkv, Heads s) {
+__global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
+    wgmma_dkdv(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
+               const bf16 *qkv, Heads s) {
+  begin();
   constexpr int BK = 64 * GROUPS, BQ = 64, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
   u32 g = lane / 4, t = lane % 4;
@@ -434,11 +453,12 @@ __device__ __forceinline__ void backward_dkdv(bf16 *dqkv, u32 *most, const bf16 
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                    : "=f"(mean.x), "=f"(mean.y) : "r"(number(step, 1) + (n * 8 + t * 2) * 4));
 #pragma unroll
-      for (int i = 0; i < 4; i++) products[n][i] = weights[n][i] * (ds.s[n][i] - (i % 2 ? mean.y : mean.x));
+      for (int i = 0; i < 4; i++)
+        products[n][i] = weights[n][i] * (ds.s[n][i] - (i % 2 ? mean.y : mean.x));
     }
     pack<BQ>(packed_ds, products);
-    // NOTE: to start the product with dout before this arithmetic would make the compiler serialize all
-    // products, since the registers below are those of sums of the next step.
+    // NOTE: to start the product with dout before this arithmetic would make the compiler serialize
+    // all products, since the registers below are those of sums of the next step.
     fence();
     multiply_packed<D, BQ>(dv, packed, tile(step, 1));
     multiply_packed<D, BQ>(dk, packed_ds, tile(step, 0));
@@ -454,16 +474,18 @@ __device__ __forceinline__ void backward_dkdv(bf16 *dqkv, u32 *most, const bf16 
   u32 row0 = group_k0 + warp % 4 * 16, valid = rows_left(length, row0);
   bf16 *to = dqkv + ((size_t)batch * length + row0) * stride + c + h * d;
   float by_scale[2] = {scale, scale}, one[2] = {1.0f, 1.0f};
-  store_rows<D, BK>(to, stride, valid, d, dk, by_scale, k_tile, warp * 16, most);
-  store_rows<D, BK>(to + c, stride, valid, d, dv, one, v_tile, warp * 16, most);
+  store_rows<D, BK>(to, stride, valid, d, dk, by_scale, k_tile, warp * 16, amax);
+  store_rows<D, BK>(to + c, stride, valid, d, dv, one, v_tile, warp * 16, amax);
 }
 
-// dq of dqkv (B, T, 3 C). A warpgroup owns 64 queries; the block goes through the keys BN at a time.
-// Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory:
-// 256 GROUPS D + 12 BN D bytes and 1,024 to align them.
+// dq of dqkv (B, T, 3 C). A warpgroup owns 64 queries; the block goes through the keys BN at a
+// time. Grid: (T / (64 GROUPS) rounded up, H, B); block: 128 GROUPS; dynamic shared memory: 256
+// GROUPS D + 12 BN D bytes and 1,024 to align them.
 template <int D, int GROUPS, int BN>
-__device__ __forceinline__ void backward_dq(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse,
-                                            const float *delta, const bf16 *qkv, Heads s) {
+__global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)
+    wgmma_dq(bf16 *dqkv, u32 *amax, const bf16 *dout, const float *lse, const float *delta,
+             const bf16 *qkv, Heads s) {
+  begin();
   constexpr int BM = 64 * GROUPS, THREADS = WARPGROUP * GROUPS;
   u32 lane = threadIdx.x % WARP, warp = uniform(threadIdx.x / WARP), group = warp / 4;
   u32 g = lane / 4, t = lane % 4;
@@ -524,7 +546,8 @@ __device__ __forceinline__ void backward_dq(bf16 *dqkv, u32 *most, const bf16 *d
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         weights[n][i] = exp2_fast(p.s[n][i] * (scale * LOG2E) - lse2[i / 2]);
-        if (diagonal.value && key0 + n * 8 + t * 2 + i % 2 > query + i / 2 * 8) weights[n][i] = 0.0f;
+        if (diagonal.value && key0 + n * 8 + t * 2 + i % 2 > query + i / 2 * 8)
+          weights[n][i] = 0.0f;
       }
     wait<0>();
     ds.settle();
@@ -546,35 +569,5 @@ __device__ __forceinline__ void backward_dq(bf16 *dqkv, u32 *most, const bf16 *d
   u32 row0 = group_q0 + warp % 4 * 16, valid = rows_left(length, row0);
   bf16 *to = dqkv + ((size_t)batch * length + row0) * stride + h * d;
   float by_scale[2] = {scale, scale};
-  store_rows<D, BM>(to, stride, valid, d, dq, by_scale, q_tile, warp * 16, most);
+  store_rows<D, BM>(to, stride, valid, d, dq, by_scale, q_tile, warp * 16, amax);
 }
-
-// ---- Names --------------------------------------------------------------------------------------
-
-// GROUPS warpgroups, steps of BN keys, AT_ONCE blocks of a multiprocessor.
-//
-// NOTE: measured on an H100, B T = 16 x 1024, 16 heads of 64: forward 117 us (cuDNN 129), dkdv 209 and dq 157 (cuDNN
-// 462 for both, in no fixed order); 8 x 1024, 16 heads of 128: 123 (103), 181 and 133 (392). Steps of 128 keys lose in
-// the forward pass (32 x 1024, 12 heads of 64: 234 us for 167; heads of 128: 133 for 123); in dq they gain nothing.
-#define FLASH(D, GROUPS, BN, AT_ONCE)                                                                \
-  extern "C" __global__ void __launch_bounds__(WARPGROUP *GROUPS, AT_ONCE)                           \
-      wgmma_forward_d##D(bf16 *out, float *lse, u32 *most, const bf16 *qkv, Heads s) {               \
-    begin();                                                                                         \
-    forward<D, GROUPS, BN>(out, lse, most, qkv, s);                                                  \
-  }                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)                                 \
-      wgmma_dkdv_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta, \
-                      const bf16 *qkv, Heads s) {                                                    \
-    begin();                                                                                         \
-    backward_dkdv<D, GROUPS>(dqkv, most, dout, lse, delta, qkv, s);                                  \
-  }                                                                                                  \
-  extern "C" __global__ void __launch_bounds__(WARPGROUP *GROUPS, 1)                                 \
-      wgmma_dq_d##D(bf16 *dqkv, u32 *most, const bf16 *dout, const float *lse, const float *delta,   \
-                    const bf16 *qkv, Heads s) {                                                      \
-    begin();                                                                                         \
-    backward_dq<D, GROUPS, BN>(dqkv, most, dout, lse, delta, qkv, s);                                \
-  }
-FLASH(64, 2, 64, 2)
-FLASH(128, 2, 64, 1)
-
-#endif

@@ -6,8 +6,10 @@
 // (rows, stride) become scale (softmax - one_hot) in columns 0 .. vocab - 1 and 0 beyond.
 // stride is a multiple of 8. Grid: rows; block: 1024.
 template <class T>
-__device__ void softmax_loss(T *logits, float *losses, const u32 *targets, u32 vocab, u32 stride,
-                             float scale, u32 gradient) {
+__global__ void __launch_bounds__(1024) softmax_loss(T *logits, float *losses, const u32 *targets,
+                                                     u32 vocab, u32 stride, float scale,
+                                                     u32 gradient) {
+  begin();
   __shared__ float scratch[WARP];
   T *row = logits + (size_t)blockIdx.x * stride;
   u32 target = targets[blockIdx.x], step = blockDim.x * 8;
@@ -50,17 +52,4 @@ __device__ void softmax_loss(T *logits, float *losses, const u32 *targets, u32 v
     }
     store8(row + i, v);
   }
-}
-
-extern "C" __global__ void __launch_bounds__(1024)
-    softmax_loss_bf16(bf16 *logits, float *losses, const u32 *targets, u32 vocab, u32 stride,
-                      float scale, u32 gradient) {
-  begin();
-  softmax_loss(logits, losses, targets, vocab, stride, scale, gradient);
-}
-extern "C" __global__ void __launch_bounds__(1024)
-    softmax_loss_f32(float *logits, float *losses, const u32 *targets, u32 vocab, u32 stride,
-                     float scale, u32 gradient) {
-  begin();
-  softmax_loss(logits, losses, targets, vocab, stride, scale, gradient);
 }

@@ -2,8 +2,9 @@
 
 // out (B T, C) = row `token` of wte plus row `position` of wpe. Grid: rows; block: 128.
 template <class T>
-__device__ void embedding_forward(T *out, const u32 *tokens, const T *wte, const T *wpe, u32 length,
-                                  u32 channels) {
+__global__ void embedding_forward(T *out, const u32 *tokens, const T *wte, const T *wpe,
+                                  u32 length, u32 channels) {
+  begin();
   u32 row = blockIdx.x;
   const T *token = wte + (size_t)tokens[row] * channels;
   const T *position = wpe + (size_t)(row % length) * channels;
@@ -23,28 +24,18 @@ __device__ void embedding_forward(T *out, const u32 *tokens, const T *wte, const
   }
 }
 
-extern "C" __global__ void embedding_forward_bf16(bf16 *out, const u32 *tokens, const bf16 *wte,
-                                                  const bf16 *wpe, u32 length, u32 channels) {
-  begin();
-  embedding_forward(out, tokens, wte, wpe, length, channels);
-}
-extern "C" __global__ void embedding_forward_f32(float *out, const u32 *tokens, const float *wte,
-                                                 const float *wpe, u32 length, u32 channels) {
-  begin();
-  embedding_forward(out, tokens, wte, wpe, length, channels);
-}
-
 // Adds to row `token` of dwte (V, C) the rows of dout (rows, C) where the token stands.
 //
 // `order` holds the row numbers sorted by token; the run of a token is order[starts[r]] up to where
-// the next begins; *runs of them. A block owns a run. Its threads are as many groups as fit, each as
-// wide as the row (8 columns a thread); a group takes every so-manieth row of the run, and the sums of
-// the groups are added in order.
-// Grid: most runs there can be; block: 256; dynamic shared memory: 8 KB.
+// the next begins; *runs of them. A block owns a run. Its threads are as many groups as fit, each
+// as wide as the row (8 columns a thread); a group takes every so-manieth row of the run, and the
+// sums of the groups are added in order. Grid: most runs there can be; block: 256; dynamic shared
+// memory: 8 KB.
 template <class T>
-__device__ void embedding_backward_tokens(float *dwte, const T *dout, const u32 *tokens,
+__global__ void embedding_backward_tokens(float *dwte, const T *dout, const u32 *tokens,
                                           const u32 *order, const u32 *starts, const u32 *runs,
                                           u32 rows, u32 channels) {
+  begin();
   extern __shared__ float sums[];  // (256, 8)
   u32 run = blockIdx.x;
   if (run >= *runs) return;
@@ -94,26 +85,12 @@ __device__ void embedding_backward_tokens(float *dwte, const T *dout, const u32 
   }
 }
 
-extern "C" __global__ void embedding_backward_tokens_bf16(float *dwte, const bf16 *dout,
-                                                          const u32 *tokens, const u32 *order,
-                                                          const u32 *starts, const u32 *runs,
-                                                          u32 rows, u32 channels) {
-  begin();
-  embedding_backward_tokens(dwte, dout, tokens, order, starts, runs, rows, channels);
-}
-extern "C" __global__ void embedding_backward_tokens_f32(float *dwte, const float *dout,
-                                                         const u32 *tokens, const u32 *order,
-                                                         const u32 *starts, const u32 *runs,
-                                                         u32 rows, u32 channels) {
-  begin();
-  embedding_backward_tokens(dwte, dout, tokens, order, starts, runs, rows, channels);
-}
-
 // Adds to dwpe (length, C) the sums of dout (batch, length, C) over the batch.
 // Grid: length C / 256, rounded up; block: 256.
 template <class T>
-__device__ void embedding_backward_positions(float *dwpe, const T *dout, u32 batch, u32 length,
+__global__ void embedding_backward_positions(float *dwpe, const T *dout, u32 batch, u32 length,
                                              u32 channels) {
+  begin();
   size_t stride = (size_t)length * channels;
   size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= stride) return;
@@ -121,15 +98,4 @@ __device__ void embedding_backward_positions(float *dwpe, const T *dout, u32 bat
 #pragma unroll 8
   for (u32 b = 0; b < batch; b++) sum += to_f32(dout[b * stride + i]);
   dwpe[i] += sum;
-}
-
-extern "C" __global__ void embedding_backward_positions_bf16(float *dwpe, const bf16 *dout, u32 batch,
-                                                             u32 length, u32 channels) {
-  begin();
-  embedding_backward_positions(dwpe, dout, batch, length, channels);
-}
-extern "C" __global__ void embedding_backward_positions_f32(float *dwpe, const float *dout, u32 batch,
-                                                            u32 length, u32 channels) {
-  begin();
-  embedding_backward_positions(dwpe, dout, batch, length, channels);
 }

@@ -1,8 +1,11 @@
 // GELU of whole tensors, and its derivative.
 
-// Eight elements a thread at a time; the last ones one by one.
-template <class T, bool BACKWARD, bool EXACT = false>
-__device__ void gelu_all(T *out, u32 *most, const T *x, u64 len) {
+// out (len) = gelu(x), or with BACKWARD out gelu'(x), in place; of GELU itself where EXACT, else in
+// its tanh form. The largest magnitude to amax. Eight elements a thread at a time; the last ones
+// one by one. Grid: any; block: 256.
+template <class T, bool EXACT, bool BACKWARD>
+__global__ void gelu_of_all(T *out, u32 *amax, const T *x, u64 len) {
+  begin();
   auto value_of = [](float x) { return EXACT ? exact_gelu(x) : gelu(x); };
   auto slope = [](float x) { return EXACT ? exact_gelu_derivative(x) : gelu_derivative(x); };
   float largest = 0.0f;
@@ -28,50 +31,12 @@ __device__ void gelu_all(T *out, u32 *most, const T *x, u64 len) {
     }
   }
   // Rounding keeps the order, so the largest of what is stored is the largest, rounded.
-  note_most(most, to_f32(from_f32<T>(largest)));
+  note_amax(amax, to_f32(from_f32<T>(largest)));
 }
 
-// out (len) = gelu(x), the largest magnitude to most. Grid: any; block: 256.
-extern "C" __global__ void gelu_forward_bf16(bf16 *out, u32 *most, const bf16 *x, u64 len) {
-  begin();
-  gelu_all<bf16, false>(out, most, x, len);
-}
-extern "C" __global__ void gelu_forward_f32(float *out, u32 *most, const float *x, u64 len) {
-  begin();
-  gelu_all<float, false>(out, most, x, len);
-}
-
-// d (len) = d gelu'(x), in place. Launch as forward.
-extern "C" __global__ void gelu_backward_bf16(bf16 *d, u32 *most, const bf16 *x, u64 len) {
-  begin();
-  gelu_all<bf16, true>(d, most, x, len);
-}
-extern "C" __global__ void gelu_backward_f32(float *d, u32 *most, const float *x, u64 len) {
-  begin();
-  gelu_all<float, true>(d, most, x, len);
-}
-
-// The same of GELU itself.
-extern "C" __global__ void exact_gelu_forward_bf16(bf16 *out, u32 *most, const bf16 *x, u64 len) {
-  begin();
-  gelu_all<bf16, false, true>(out, most, x, len);
-}
-extern "C" __global__ void exact_gelu_forward_f32(float *out, u32 *most, const float *x, u64 len) {
-  begin();
-  gelu_all<float, false, true>(out, most, x, len);
-}
-extern "C" __global__ void exact_gelu_backward_bf16(bf16 *d, u32 *most, const bf16 *x, u64 len) {
-  begin();
-  gelu_all<bf16, true, true>(d, most, x, len);
-}
-extern "C" __global__ void exact_gelu_backward_f32(float *d, u32 *most, const float *x, u64 len) {
-  begin();
-  gelu_all<float, true, true>(d, most, x, len);
-}
-
-// *most = the larger of itself and the largest magnitude of d gelu'(pre), rounded, in rows 0, 32, 64 and so on of (rows,
-// cols). Grid: cols / 2048, rows / 32, rounded up; block: 256.
-extern "C" __global__ void sample_gelu_gradient_bf16(u32 *most, const bf16 *d, const bf16 *pre, u32 cols) {
+// *amax = the larger of itself and the largest magnitude of d gelu'(pre), rounded, in rows 0, 32,
+// 64 and so on of (rows, cols). Grid: cols / 2048, rows / 32, rounded up; block: 256.
+__global__ void sample_gelu_gradient(u32 *amax, const bf16 *d, const bf16 *pre, u32 cols) {
   begin();
   __shared__ float of_warps[8];
   u32 column = (blockIdx.x * 256 + threadIdx.x) * 8;
@@ -81,15 +46,19 @@ extern "C" __global__ void sample_gelu_gradient_bf16(u32 *most, const bf16 *d, c
     float v[8], x[8];
     load8(d + at, v), load8(pre + at, x);
 #pragma unroll
-    for (int i = 0; i < 8; i++) largest = max_nan(largest, fabsf(__fmul_rn(v[i], gelu_derivative(x[i]))));
+    for (int i = 0; i < 8; i++)
+      largest = max_nan(largest, fabsf(__fmul_rn(v[i], gelu_derivative(x[i]))));
   } else {
 #pragma unroll 1
     for (u32 i = 0; i < 8 && column + i < cols; i++)
-      largest = max_nan(largest, fabsf(__fmul_rn(to_f32(d[at + i]), gelu_derivative(to_f32(pre[at + i])))));
+      largest = max_nan(largest,
+                        fabsf(__fmul_rn(to_f32(d[at + i]), gelu_derivative(to_f32(pre[at + i])))));
   }
-  // One note a thread block: all of them look at the same time, so that looking first would spare few.
-  largest = __uint_as_float(__reduce_max_sync(FULL_WARP, __float_as_uint(to_f32(from_f32<bf16>(largest)))));
+  // One note a thread block: all of them look at the same time, so that looking first would spare
+  // few.
+  largest = __uint_as_float(
+      __reduce_max_sync(FULL_WARP, __float_as_uint(to_f32(from_f32<bf16>(largest)))));
   if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = largest;
   __syncthreads();
-  if (threadIdx.x < WARP) note_most(most, threadIdx.x < 8 ? of_warps[threadIdx.x] : 0.0f);
+  if (threadIdx.x < WARP) note_amax(amax, threadIdx.x < 8 ? of_warps[threadIdx.x] : 0.0f);
 }

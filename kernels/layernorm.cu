@@ -1,8 +1,8 @@
-// LayerNorm and its backward pass. One warp owns a row; it reads the row again for each of its passes,
-// from the L1 cache.
+// LayerNorm and its backward pass. One warp owns a row; it reads the row again for each of its
+// passes, from the L1 cache.
 //
-// Backward *adds* to dx, which is the gradient of the residual stream, and leaves partial sums of dw
-// and db, which another kernel adds up in order.
+// Backward *adds* to dx, which is the gradient of the residual stream, and leaves partial sums of
+// dw and db, which another kernel adds up in order.
 
 // Calls f(column, count) for this lane's share of a row: groups of 8 columns, the last shorter, or
 // where rows are not aligned, single columns.
@@ -35,11 +35,25 @@ __device__ __forceinline__ void store_group(T *p, u32 count, const float v[8]) {
   }
 }
 
-// out (rows, C) = (x - mean) rstd w + b, and mean and rstd (rows); with ADD first sum (rows, C) = x + y,
-// rounded to T, which is then what is normalized. The largest magnitude of out is noted in most.
+// `Normalize` of the host.
+template <class T> struct Normalize {
+  T *out, *sum;
+  u32 *amax;
+  float *mean, *rstd;
+  const T *x, *y, *w, *b;
+  u32 rows, channels;
+  float epsilon;
+};
+
+// out (rows, C) = (x - mean) rstd w + b, and mean and rstd (rows); with ADD first sum (rows, C) = x
+// + y, rounded to T, which is then what is normalized. The largest magnitude of out is noted in
+// amax. Grid: rows / 8, rounded up; block: 256.
 template <class T, bool ADD>
-__device__ void normalize(T *out, T *sum, u32 *most, float *mean_out, float *rstd_out, const T *x, const T *y,
-                          const T *w, const T *b, u32 rows, u32 channels, float epsilon) {
+__global__ void normalize(const __grid_constant__ Normalize<T> n) {
+  begin();
+  T *out = n.out, *sum = n.sum;
+  const T *x = n.x, *y = n.y, *w = n.w, *b = n.b;
+  u32 rows = n.rows, channels = n.channels;
   u32 lane = threadIdx.x % WARP, row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
   if (row >= rows) return;
   size_t start = (size_t)row * channels;
@@ -64,7 +78,7 @@ __device__ void normalize(T *out, T *sum, u32 *most, float *mean_out, float *rst
 #pragma unroll
     for (int j = 0; j < 8; j++) squares += j < count ? (v[j] - mean) * (v[j] - mean) : 0.0f;
   });
-  float rstd = rsqrtf(warp_sum(squares) / channels + epsilon), largest = 0.0f;
+  float rstd = rsqrtf(warp_sum(squares) / channels + n.epsilon), largest = 0.0f;
   each_group(lane, channels, [&](u32 i, u32 count) {
     float v[8], scale[8], shift[8];
     load_group(in + start + i, count, v);
@@ -78,42 +92,14 @@ __device__ void normalize(T *out, T *sum, u32 *most, float *mean_out, float *rst
     store_group(out + start + i, count, v);
   });
   // Rounding keeps the order, so the largest of what is stored is the largest, rounded.
-  note_most(most, to_f32(from_f32<T>(largest)));
-  if (lane == 0) mean_out[row] = mean, rstd_out[row] = rstd;
-}
-
-// Grid: rows / 8, rounded up; block: 256.
-extern "C" __global__ void layernorm_forward_bf16(bf16 *out, u32 *most, float *mean, float *rstd, const bf16 *x,
-                                                  const bf16 *w, const bf16 *b, u32 rows,
-                                                  u32 channels, float epsilon) {
-  begin();
-  normalize<bf16, false>(out, 0, most, mean, rstd, x, 0, w, b, rows, channels, epsilon);
-}
-extern "C" __global__ void layernorm_forward_f32(float *out, u32 *most, float *mean, float *rstd, const float *x,
-                                                 const float *w, const float *b, u32 rows,
-                                                 u32 channels, float epsilon) {
-  begin();
-  normalize<float, false>(out, 0, most, mean, rstd, x, 0, w, b, rows, channels, epsilon);
-}
-extern "C" __global__ void add_layernorm_forward_bf16(bf16 *out, bf16 *sum, u32 *most, float *mean, float *rstd,
-                                                      const bf16 *x, const bf16 *y, const bf16 *w,
-                                                      const bf16 *b, u32 rows, u32 channels,
-                                                      float epsilon) {
-  begin();
-  normalize<bf16, true>(out, sum, most, mean, rstd, x, y, w, b, rows, channels, epsilon);
-}
-extern "C" __global__ void add_layernorm_forward_f32(float *out, float *sum, u32 *most, float *mean, float *rstd,
-                                                     const float *x, const float *y, const float *w,
-                                                     const float *b, u32 rows, u32 channels,
-                                                     float epsilon) {
-  begin();
-  normalize<float, true>(out, sum, most, mean, rstd, x, y, w, b, rows, channels, epsilon);
+  note_amax(n.amax, to_f32(from_f32<T>(largest)));
+  if (lane == 0) n.mean[row] = mean, n.rstd[row] = rstd;
 }
 
 // Warps of a block of the backward kernel, and groups of 8 columns that one of its threads owns.
 //
-// NOTE: with 4 groups a thread, a row of 1,024 columns needs one warp and no waiting for others, but so many registers
-// that only 16 warps fit a multiprocessor: 65 us for 16,384 rows on an H100.
+// NOTE: with 4 groups a thread, a row of 1,024 columns needs one warp and no waiting for others,
+// but so many registers that only 16 warps fit a multiprocessor: 65 us for 16,384 rows on an H100.
 #define BACKWARD_WARPS 8
 #define OWNED 2
 
@@ -131,14 +117,29 @@ template <class T> struct Group {
   __device__ __forceinline__ void values(float v[8]) const { load8((const T *)raw, v); }
 };
 
+// `Backward` of the host.
+template <class T> struct Backward {
+  T *dx;
+  u32 *amax; // is told the largest |dx|
+  float *partial;
+  const T *dy, *x;
+  const float *mean, *rstd;
+  const T *w;
+  u32 rows, channels;
+};
+
 // dx (rows, C) += the norm's part; partial (grid, 2, C) = this block's sums for dw and db.
 //
-// x, dy and dx are read once, all at the same time, and stay in registers; so do a thread's sums for its columns, which
-// are OWNED groups of 8. A row is shared by WARPS warps. Where nobody's columns are groups of 8, or a row is too long for
-// the block, a thread owns single columns in memory instead.
+// x, dy and dx are read once, all at the same time, and stay in registers; so do a thread's sums
+// for its columns, which are OWNED groups of 8. A row is shared by WARPS warps. Where nobody's
+// columns are groups of 8, or a row is too long for the block, a thread owns single columns in
+// memory instead.
 template <class T, int WARPS>
-__device__ void backward_in_registers(float *sums, T *dx, u32 *most, const T *dy, const T *x, const float *mean,
-                                      const float *rstd, const T *w, u32 rows, u32 channels) {
+__device__ void backward_in_registers(float *sums, const Backward<T> &n) {
+  T *dx = n.dx;
+  const T *dy = n.dy, *x = n.x, *w = n.w;
+  const float *mean = n.mean, *rstd = n.rstd;
+  u32 rows = n.rows, channels = n.channels;
   constexpr u32 AT_ONCE = BACKWARD_WARPS / WARPS;  // rows of a block
   __shared__ float exchange[2][BACKWARD_WARPS][2];
   u32 warp = threadIdx.x / WARP, thread = threadIdx.x % (WARPS * WARP), turn = 0;
@@ -153,7 +154,8 @@ __device__ void backward_in_registers(float *sums, T *dx, u32 *most, const T *dy
     for (int k = 0; k < OWNED; k++) {
       u32 i = (k * WARPS * WARP + thread) * 8;
       in[k].clear(), gradient[k].clear(), out[k].clear();
-      if (inside && i < channels) in[k].load(x + start + i), gradient[k].load(dy + start + i), out[k].load(dx + start + i);
+      if (inside && i < channels)
+        in[k].load(x + start + i), gradient[k].load(dy + start + i), out[k].load(dx + start + i);
     }
     // f(k, i, (x - mean) rstd, dy, dy w) for each of the thread's groups k, from column i on.
     auto each = [&](auto f) {
@@ -178,7 +180,8 @@ __device__ void backward_in_registers(float *sums, T *dx, u32 *most, const T *dy
     sum_g = warp_sum(sum_g), sum_gn = warp_sum(sum_gn);
     if (WARPS > 1) {
       // Two sets of places, so that one wait a turn is enough.
-      if (threadIdx.x % WARP == 0) exchange[turn][warp][0] = sum_g, exchange[turn][warp][1] = sum_gn;
+      if (threadIdx.x % WARP == 0)
+        exchange[turn][warp][0] = sum_g, exchange[turn][warp][1] = sum_gn;
       asm volatile("bar.sync %0, %1;" ::"r"(warp / WARPS + 1), "n"(WARPS *WARP) : "memory");
       sum_g = sum_gn = 0.0f;
 #pragma unroll
@@ -198,7 +201,7 @@ __device__ void backward_in_registers(float *sums, T *dx, u32 *most, const T *dy
       if (inside) store8(dx + start + i, v);
     });
   }
-  note_most(most, to_f32(from_f32<T>(largest)));
+  note_amax(n.amax, to_f32(from_f32<T>(largest)));
   // The rows of the block, one after the other.
   for (u32 turn = 0; turn < AT_ONCE; turn++) {
     if (warp / WARPS == turn) {
@@ -214,11 +217,14 @@ __device__ void backward_in_registers(float *sums, T *dx, u32 *most, const T *dy
   }
 }
 
-// The same with columns in memory: a warp owns a row for dx, which is then read again, from the L1 cache, by threads that
-// own a column.
+// The same with columns in memory: a warp owns a row for dx, which is then read again, from the L1
+// cache, by threads that own a column.
 template <class T>
-__device__ void backward_by_columns(float *sums, T *dx, u32 *most, const T *dy, const T *x, const float *mean,
-                                    const float *rstd, const T *w, u32 rows, u32 channels) {
+__device__ void backward_by_columns(float *sums, const Backward<T> &n) {
+  T *dx = n.dx;
+  const T *dy = n.dy, *x = n.x, *w = n.w;
+  const float *mean = n.mean, *rstd = n.rstd;
+  u32 rows = n.rows, channels = n.channels;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   float largest = 0.0f;
   for (u32 first = blockIdx.x * BACKWARD_WARPS; first < rows; first += gridDim.x * BACKWARD_WARPS) {
@@ -246,37 +252,24 @@ __device__ void backward_by_columns(float *sums, T *dx, u32 *most, const T *dy, 
       sums[i] += dw, sums[channels + i] += db;
     }
   }
-  note_most(most, largest);
+  note_amax(n.amax, largest);
   __syncthreads();
 }
 
+// Grid: as many blocks as there are parts; block: 256; dynamic shared memory: 8 C bytes.
 template <class T>
-__device__ void layernorm_backward(T *dx, u32 *most, float *partial, const T *dy, const T *x, const float *mean,
-                                   const float *rstd, const T *w, u32 rows, u32 channels) {
-  extern __shared__ float sums[];  // (2, C)
+__global__ void __launch_bounds__(256, sizeof(T) == 4 ? 1 : 3)
+    layernorm_backward(const __grid_constant__ Backward<T> n) {
+  begin();
+  extern __shared__ float sums[]; // (2, C)
+  u32 channels = n.channels;
   for (u32 i = threadIdx.x; i < 2 * channels; i += blockDim.x) sums[i] = 0.0f;
   __syncthreads();
-  auto call = [&](auto backward) { backward(sums, dx, most, dy, x, mean, rstd, w, rows, channels); };
-  if (channels % 8 != 0 || channels > 4096) call(backward_by_columns<T>);
-  else if (channels <= 512) call(backward_in_registers<T, 1>);
-  else if (channels <= 1024) call(backward_in_registers<T, 2>);
-  else if (channels <= 2048) call(backward_in_registers<T, 4>);
-  else call(backward_in_registers<T, 8>);
+  if (channels % 8 != 0 || channels > 4096) backward_by_columns(sums, n);
+  else if (channels <= 512) backward_in_registers<T, 1>(sums, n);
+  else if (channels <= 1024) backward_in_registers<T, 2>(sums, n);
+  else if (channels <= 2048) backward_in_registers<T, 4>(sums, n);
+  else backward_in_registers<T, 8>(sums, n);
   for (u32 i = threadIdx.x; i < 2 * channels; i += blockDim.x)
-    partial[(size_t)blockIdx.x * 2 * channels + i] = sums[i];
-}
-
-// *most is told the largest |dx| (note_most).
-// Grid: as many blocks as there are parts; block: 256; dynamic shared memory: 8 C bytes.
-extern "C" __global__ void __launch_bounds__(256, 3)
-    layernorm_backward_bf16(bf16 *dx, u32 *most, float *partial, const bf16 *dy, const bf16 *x, const float *mean,
-                            const float *rstd, const bf16 *w, u32 rows, u32 channels) {
-  begin();
-  layernorm_backward(dx, most, partial, dy, x, mean, rstd, w, rows, channels);
-}
-extern "C" __global__ void __launch_bounds__(256, 1)
-    layernorm_backward_f32(float *dx, u32 *most, float *partial, const float *dy, const float *x, const float *mean,
-                           const float *rstd, const float *w, u32 rows, u32 channels) {
-  begin();
-  layernorm_backward(dx, most, partial, dy, x, mean, rstd, w, rows, channels);
+    n.partial[(size_t)blockIdx.x * 2 * channels + i] = sums[i];
 }

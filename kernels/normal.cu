@@ -1,8 +1,10 @@
-// Normal random values by Box and Muller's method, bit for bit as src/mx/normal.rs makes them on a CPU: every operation
-// rounds once, to nearest, and the compiler may fuse none.
+// Normal random values by Box and Muller's method, bit for bit as src/mx/normal.rs makes them on a
+// CPU: every operation rounds once, to nearest, and the compiler may fuse none.
 
 // A number in [0, 1) with 24 random bits.
-__device__ __forceinline__ float unit(u32 word) { return __fmul_rn((float)(word >> 8), 1.0f / (1 << 24)); }
+__device__ __forceinline__ float unit(u32 word) {
+  return __fmul_rn((float)(word >> 8), 1.0f / (1 << 24));
+}
 
 // 1 + q (a + q (b + q (c + q d))).
 __device__ __forceinline__ float series(float q, float a, float b, float c, float d) {
@@ -11,7 +13,8 @@ __device__ __forceinline__ float series(float q, float a, float b, float c, floa
   return __fadd_rn(1.0f, __fmul_rn(q, sum));
 }
 
-// The natural logarithm of a normal positive number: x = m 2^e with m in [0.7, 1.4], ln m = 2 atanh((m - 1) / (m + 1)).
+// The natural logarithm of a normal positive number: x = m 2^e with m in [0.7, 1.4], ln m = 2
+// atanh((m - 1) / (m + 1)).
 __device__ __forceinline__ float natural_log(float x) {
   u32 shifted = __float_as_uint(x) + (0x3f800000u - 0x3f3504f3u);
   float exponent = (float)((int)(shifted >> 23) - 127);
@@ -21,7 +24,8 @@ __device__ __forceinline__ float natural_log(float x) {
   return __fadd_rn(__fmul_rn(__fmul_rn(2.0f, s), sum), __fmul_rn(exponent, 0.693147181f));
 }
 
-// Cosine and sine of so many turns, from 0 to 1: of the angle from the nearest quarter, turned by that.
+// Cosine and sine of so many turns, from 0 to 1: of the angle from the nearest quarter, turned by
+// that.
 __device__ __forceinline__ float2 cos_sin(float turns) {
   int quarter = (int)__fadd_rn(__fmul_rn(turns, 4.0f), 0.5f);
   float angle = __fmul_rn(__fsub_rn(turns, __fmul_rn((float)quarter, 0.25f)), 6.283185307f);
@@ -32,14 +36,16 @@ __device__ __forceinline__ float2 cos_sin(float turns) {
   return quarter & 2 ? make_float2(-out.x, -out.y) : out;
 }
 
-// values (len): two for each counter (row, 0), from row 0 on. Grid: len / 512, rounded up; block: 256.
-extern "C" __global__ void fill_normal(float *values, u64 len, float std, const __grid_constant__ Draw draw) {
+// values (len): two for each counter (row, 0), from row 0 on. Grid: len / 512, rounded up; block:
+// 256.
+__global__ void fill_normal(float *values, u64 len, float std, const __grid_constant__ Draw draw) {
   begin();
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
   if (2 * i >= len) return;
   uint4 words = philox(draw, (u32)i, 0);
   // The first lies in (0, 1], so its logarithm is finite.
-  float radius = __fmul_rn(std, __fsqrt_rn(__fmul_rn(-2.0f, natural_log(__fsub_rn(1.0f, unit(words.x))))));
+  float radius =
+      __fmul_rn(std, __fsqrt_rn(__fmul_rn(-2.0f, natural_log(__fsub_rn(1.0f, unit(words.x))))));
   float2 turn = cos_sin(unit(words.z));
   values[2 * i] = __fmul_rn(radius, turn.x);
   if (2 * i + 1 < len) values[2 * i + 1] = __fmul_rn(radius, turn.y);

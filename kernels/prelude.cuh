@@ -1,17 +1,13 @@
-// What every kernel file begins with: number types, conversions, reductions.
+// What every kernel file begins with, behind ptx.cuh: conversions, reductions.
 //
-// A file is compiled as this text followed by its own, by NVRTC on the user's machine. There may be no
-// CUDA headers there, so nothing is included, and bf16 is handled by its bits and by PTX.
+// A file is compiled as these texts followed by its own, by NVRTC on the user's machine. There may
+// be no CUDA headers there, so nothing is included, and bf16 is handled by its bits and by PTX.
 //
-// Vocabulary: B sequences of T tokens, rows = B T, C channels, H heads, V tokens in the vocabulary. All
-// matrices are dense and row-major. Kernels exist once for each activation type, named
-// `operation_bf16` and `operation_f32`; what they sum, they sum in f32, in an order that depends on
-// shapes alone, so that two runs give the same bits. No kernel adds floats atomically.
-
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+// Vocabulary: B sequences of T tokens, rows = B T, C channels, H heads, V tokens in the vocabulary.
+// All matrices are dense and row-major. Kernels that meet activations are templates of their type
+// T; the host lists which instances there are (backend/cuda/kernels.rs). What kernels sum, they sum
+// in f32, in an order that depends on shapes alone, so that two runs give the same bits. No kernel
+// adds floats atomically.
 
 #define WARP 32
 #define FULL_WARP 0xffffffffu
@@ -23,21 +19,6 @@ struct bf16 {
 
 __device__ __forceinline__ float to_f32(float v) { return v; }
 __device__ __forceinline__ float to_f32(bf16 v) { return __uint_as_float((u32)v.bits << 16); }
-
-// What every kernel begins with: it is launched while the one before it still ends, and waits here for what that has
-// written; and it lets the next one be launched as soon as all of its own blocks run. Waiting for one waits for all before.
-__device__ __forceinline__ void begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Two floats to two bf16, to nearest even, `low` in the low half.
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-  u32 out;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
-  return out;
-}
 
 __device__ __forceinline__ float low_f32(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_f32(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
@@ -83,31 +64,19 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// 2^v to a relative 2^-22; a result below f32's ordinary range is 0.
-__device__ __forceinline__ float exp2_fast(float v) {
-  float out;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
-  return out;
-}
-
-// Larger of two, NaN larger than everything.
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float out;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
-  return out;
-}
-
-// Makes *most the largest of itself and the magnitudes that all threads of a warp have seen, by their bits, in which a
-// NaN is larger than everything. Nothing where `most` is null. The largest does not depend on the order.
-__device__ __forceinline__ void note_most(u32 *most, float largest) {
-  if (!most) return;
+// Makes *amax the largest of itself and the magnitudes that all threads of a warp have seen, by
+// their bits, in which a NaN is larger than everything. Nothing where `amax` is null. The largest
+// does not depend on the order.
+__device__ __forceinline__ void note_amax(u32 *amax, float largest) {
+  if (!amax) return;
   u32 bits = __reduce_max_sync(FULL_WARP, __float_as_uint(largest) & 0x7fffffffu);
-  // NOTE: looking first spares nearly all of the atomic operations, which one address takes one after the other.
-  if (threadIdx.x % WARP == 0 && bits > *(volatile u32 *)most) atomicMax(most, bits);
+  // NOTE: looking first spares nearly all of the atomic operations, which one address takes one
+  // after the other.
+  if (threadIdx.x % WARP == 0 && bits > *(volatile u32 *)amax) atomicMax(amax, bits);
 }
 
-// Sum over a block of at most 1,024 threads, a whole number of warps, in every thread. `scratch` holds
-// 32 floats of shared memory that nobody else uses until the next __syncthreads.
+// Sum over a block of at most 1,024 threads, a whole number of warps, in every thread. `scratch`
+// holds 32 floats of shared memory that nobody else uses until the next __syncthreads.
 __device__ __forceinline__ float block_sum(float v, float *scratch) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   v = warp_sum(v);
@@ -129,11 +98,12 @@ __device__ __forceinline__ float block_max(float v, float *scratch) {
   return v;
 }
 
-// The scale of a tensor in E4M3 whose largest magnitude has these bits: the smallest power of two s for which |v| / s is at
-// most 448, within 2^-100 .. 2^100; 1 for zeros, NaN for what is not finite.
-__device__ __forceinline__ float e4m3_scale(u32 most) {
-  if (most == 0) return 1.0f;
-  if (most >= 0x7f800000u) return __uint_as_float(0x7fc00000u);
-  int exponent = (int)(most >> 23) - 127 - 8 + ((most & 0x7fffff) > 0x600000);
+// The scale of a tensor in E4M3 whose largest magnitude has these bits: the smallest power of two s
+// for which |v| / s is at most 448, within 2^-100 .. 2^100; 1 for zeros, NaN for what is not
+// finite.
+__device__ __forceinline__ float e4m3_scale(u32 amax) {
+  if (amax == 0) return 1.0f;
+  if (amax >= 0x7f800000u) return __uint_as_float(0x7fc00000u);
+  int exponent = (int)(amax >> 23) - 127 - 8 + ((amax & 0x7fffff) > 0x600000);
   return __uint_as_float((u32)(min(max(exponent, -100), 100) + 127) << 23);
 }

@@ -14,6 +14,8 @@
 //! at the next call that reads from it, as an error.
 
 mod attend;
+#[cfg(test)]
+mod conformance;
 pub mod cpu;
 pub(crate) mod cuda;
 mod embed;
@@ -25,8 +27,6 @@ mod optimize;
 #[cfg(test)]
 pub(crate) mod reference;
 mod stream;
-#[cfg(test)]
-mod test_calls;
 
 pub use crate::optim::{Largest, OptimizerStep, StepSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};

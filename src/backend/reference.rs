@@ -6,13 +6,9 @@ use crate::optim::Optimizer;
 
 /// Row-major (rows, depth) times (cols, depth)^T.
 pub(crate) fn product(a: &[f64], b: &[f64], rows: usize, cols: usize, depth: usize) -> Vec<f64> {
-    let mut out = vec![0.0; rows * cols];
-    for i in 0..rows {
-        for j in 0..cols {
-            out[i * cols + j] = (0..depth).map(|k| a[i * depth + k] * b[j * depth + k]).sum();
-        }
-    }
-    out
+    let (a, b) = (&a[..rows * depth], &b[..cols * depth]);
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum();
+    a.chunks(depth).flat_map(|a| b.chunks(depth).map(move |b| dot(a, b))).collect()
 }
 
 /// (rows, cols) to (cols, rows).

@@ -6,6 +6,8 @@
 mod adamw;
 mod attention;
 mod classifier;
+#[cfg(test)]
+mod conformance;
 mod disjoint;
 mod embedding;
 mod gelu;

@@ -1,14 +1,13 @@
-//! The end of a step: the sum of losses, the global norm of the gradients, clipping and AdamW, for all
-//! parameters at once.
+//! The end of a step: the sum of losses, the global norm of the gradients, clipping and AdamW, for
+//! all parameters at once.
 //!
-//! The update looks at loss and norm on the device, so that the host waits only once a step, for both
-//! numbers together.
+//! The update looks at loss and norm on the device, so that the host waits only once a step, for
+//! both numbers together.
 
 use bytemuck::{Pod, Zeroable};
-use cudarc::driver::sys;
 
-use super::gpu::launch;
-use super::memory::{Arena, F32, Param, Piece, Upload};
+use super::device::launch;
+use super::device::memory::{Arena, F32, Param, Piece, Upload};
 use super::{Cuda, Workspace};
 use crate::Result;
 use crate::backend::{Optimize, Slot, Trained};
@@ -32,7 +31,7 @@ pub(super) struct Entry {
     pub(super) len: u64,
     pub(super) first_piece: u64,
     pub(super) decays: u64,
-    pub(super) most: u64,
+    pub(super) amax: u64,
 }
 
 /// `Step` of the kernels.
@@ -84,7 +83,7 @@ pub(crate) struct Reduction {
     pieces: u64,
     /// ([`PARTS`]) f64.
     partials: Piece,
-    /// Four f64: losses, squares, raised blocks, and the losses of an evaluation.
+    /// Four f64: losses, squares, clamped blocks, and the losses of an evaluation.
     sums: Piece,
     /// (parameters, 3) words: what a trial of an update found.
     trial: Piece,
@@ -128,7 +127,7 @@ impl Reduction {
                 len: slot.len as u64,
                 first_piece: pieces,
                 decays: u64::from(slot.decays),
-                most: param.most.address,
+                amax: param.amax.address,
             });
             pieces += slot.len.div_ceil(PIECE) as u64;
         }
@@ -175,7 +174,7 @@ impl Optimize for Cuda {
         launch!(self.gpu, "square_gradients", [PARTS, 1, 1], BLOCK, 0;
             partials, table, entries, reduction.pieces);
         launch!(self.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
-            sums, workspace.raised.address, partials, PARTS as u32, table, entries,
+            sums, workspace.clamped.address, partials, PARTS as u32, table, entries,
             Step::new(step));
     }
 
@@ -191,9 +190,9 @@ impl Optimize for Cuda {
         launch!(self.gpu, "adamw", reduction.grid(self), BLOCK, 0;
             table, entries, reduction.pieces, sums, 0u64, Step::new(step));
         let mut found = [0.0; 3];
-        read(self, &mut found, sums)?;
-        let [losses, squares, raised] = found;
-        Ok(StepSums { losses, squares, raised_blocks: raised as u64 })
+        self.read(sums, &mut found)?;
+        let [losses, squares, clamped] = found;
+        Ok(StepSums { losses, squares, raised_blocks: clamped as u64 })
     }
 
     fn try_update(
@@ -211,7 +210,7 @@ impl Optimize for Cuda {
         launch!(self.gpu, "adamw", reduction.grid(self), BLOCK, 0;
             table, entries as u32, reduction.pieces, reduction.sum(0), trial, Step::new(step));
         let found = &mut reduction.found[..3 * entries];
-        read(self, found, trial)?;
+        self.read(trial, found)?;
         for bits in found.as_chunks::<3>().0 {
             let [weight, m, v] = bits.map(f32::from_bits);
             largest(Largest { weight, states: [m, v] });
@@ -223,7 +222,7 @@ impl Optimize for Cuda {
         launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
             reduction.sum(3), losses.address(), rows as u32, 0u32);
         let mut sum = [0.0];
-        read(self, &mut sum, reduction.sum(3))?;
+        self.read(reduction.sum(3), &mut sum)?;
         Ok(sum[0])
     }
 }
@@ -231,18 +230,7 @@ impl Optimize for Cuda {
 /// Makes the bf16 copy of a parameter that was written.
 pub(super) fn copy_to_bf16(cuda: &Cuda, param: &Param<'_>) {
     let len = param.master.len;
-    cuda.clear(param.most.address, 4);
+    cuda.clear(param.amax.address, 4);
     launch!(cuda.gpu, "copy_to_bf16", [len.div_ceil(BLOCK), 1, 1], BLOCK, 0;
-        param.copy.address, param.most.address, param.master.address(), len as u64);
-}
-
-/// Waits for the device and reads numbers.
-fn read<T: Pod>(cuda: &Cuda, to: &mut [T], from: u64) -> Result<()> {
-    // SAFETY: what is read is that long, and `to` outlives the wait.
-    let result = unsafe {
-        let bytes = size_of_val(to);
-        sys::cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, bytes, cuda.gpu.stream())
-    };
-    cuda.gpu.note("reading sums", result);
-    cuda.gpu.synchronize()
+        param.copy.address, param.amax.address, param.master.address(), len as u64);
 }

@@ -1,7 +1,9 @@
-//! Causal attention: launches of the kernels in `attention_sm90.cu` on Hopper, else of `attention.cu`.
+//! Causal attention: launches of the kernels in `attention_sm90.cu` on Hopper, else of
+//! `attention_sm80.cu`, and in plain arithmetic (`attention_plain.cu`).
 
-use super::gpu::{Gpu, launch};
-use super::memory::{F32, Tensor};
+use super::device::gpu::Gpu;
+use super::device::launch;
+use super::device::memory::{F32, Tensor};
 use super::{Cuda, Workspace, kernel};
 use crate::backend::{AttentionShape, Precision};
 
@@ -41,15 +43,15 @@ struct Kernel(&'static str, usize, usize, usize);
 const MMA: [Flash; 2] = [
     Flash {
         width: 64,
-        forward: Kernel("flash_forward_d64", 128, 128, 8 * 64 * 64),
-        dkdv: Kernel("flash_dkdv_d64", 64, 128, 64 * 4 * 64 + 8 * 64 * 64 + 16 * 64),
-        dq: Kernel("flash_dq_d64", 64, 128, 64 * 4 * 64 + 8 * 64 * 64),
+        forward: Kernel("flash_forward<64,4,2,64>", 128, 128, 8 * 64 * 64),
+        dkdv: Kernel("flash_dkdv<64,4,64>", 64, 128, 64 * 4 * 64 + 8 * 64 * 64 + 16 * 64),
+        dq: Kernel("flash_dq<64,4,64>", 64, 128, 64 * 4 * 64 + 8 * 64 * 64),
     },
     Flash {
         width: 128,
-        forward: Kernel("flash_forward_d128", 128, 256, 8 * 64 * 128),
-        dkdv: Kernel("flash_dkdv_d128", 64, 128, 64 * 4 * 128 + 8 * 32 * 128 + 16 * 32),
-        dq: Kernel("flash_dq_d128", 64, 128, 64 * 4 * 128 + 8 * 32 * 128),
+        forward: Kernel("flash_forward<128,8,1,64>", 128, 256, 8 * 64 * 128),
+        dkdv: Kernel("flash_dkdv<128,4,32>", 64, 128, 64 * 4 * 128 + 8 * 32 * 128 + 16 * 32),
+        dq: Kernel("flash_dq<128,4,32>", 64, 128, 64 * 4 * 128 + 8 * 32 * 128),
     },
 ];
 
@@ -57,15 +59,15 @@ const MMA: [Flash; 2] = [
 const WGMMA: [Flash; 2] = [
     Flash {
         width: 64,
-        forward: Kernel("wgmma_forward_d64", 128, 256, (256 + 768) * 64 + 1024),
-        dkdv: Kernel("wgmma_dkdv_d64", 128, 256, (512 + 768) * 64 + 1536 + 1024),
-        dq: Kernel("wgmma_dq_d64", 128, 256, (512 + 768) * 64 + 1024),
+        forward: Kernel("wgmma_forward<64,2,64,2>", 128, 256, (256 + 768) * 64 + 1024),
+        dkdv: Kernel("wgmma_dkdv<64,2>", 128, 256, (512 + 768) * 64 + 1536 + 1024),
+        dq: Kernel("wgmma_dq<64,2,64>", 128, 256, (512 + 768) * 64 + 1024),
     },
     Flash {
         width: 128,
-        forward: Kernel("wgmma_forward_d128", 128, 256, (256 + 768) * 128 + 1024),
-        dkdv: Kernel("wgmma_dkdv_d128", 128, 256, (512 + 768) * 128 + 1536 + 1024),
-        dq: Kernel("wgmma_dq_d128", 128, 256, (512 + 768) * 128 + 1024),
+        forward: Kernel("wgmma_forward<128,2,64,1>", 128, 256, (256 + 768) * 128 + 1024),
+        dkdv: Kernel("wgmma_dkdv<128,2>", 128, 256, (512 + 768) * 128 + 1536 + 1024),
+        dq: Kernel("wgmma_dq<128,2,64>", 128, 256, (512 + 768) * 128 + 1024),
     },
 ];
 
@@ -92,8 +94,9 @@ pub(super) fn forward(
     let plain = Kernel(kernel!(qkv, "attention_forward"), 4, 128, 16 * shape.head_size);
     let Kernel(name, rows, block, shared) =
         *flash(&cuda.gpu, qkv, shape).map_or(&plain, |flash| &flash.forward);
+    let mut out = out.write();
     launch!(cuda.gpu, name, grid(shape, rows), block, shared;
-        out.address(), lse.address(), out.noting(), qkv.address(), Heads::from(shape));
+        out.address, lse.address(), out.amax(), qkv.address(), Heads::from(shape));
 }
 
 /// dqkv (B, T, 3 C) from dout (B, T, C).
@@ -118,9 +121,10 @@ pub(super) fn backward(
     ];
     let [dkdv, dq] = &plain;
     let kernels = flash(&cuda.gpu, qkv, shape).map_or([dkdv, dq], |flash| [&flash.dkdv, &flash.dq]);
-    let most = dqkv.noting();
+    let mut dqkv = dqkv.write();
+    let amax = dqkv.amax();
     for Kernel(name, rows, block, shared) in kernels {
         launch!(cuda.gpu, name, grid(shape, *rows), *block, *shared;
-            dqkv.address(), most, dout.address(), lse.address(), delta, qkv.address(), heads);
+            dqkv.address, amax, dout.address(), lse.address(), delta, qkv.address(), heads);
     }
 }

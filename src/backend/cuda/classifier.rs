@@ -4,9 +4,9 @@
 
 use cudarc::driver::sys;
 
-use super::gemm::{Operand, Type};
-use super::gpu::launch;
-use super::memory::{F32, Param, Tensor, size_of_element};
+use super::device::gemm::{Operand, Type};
+use super::device::launch;
+use super::device::memory::{F32, Param, Tensor, size_of_element};
 use super::{Cuda, Product, Tokens, Workspace, kernel};
 use crate::backend::{ClassifierGradient, LinearShape};
 
@@ -36,27 +36,16 @@ pub(super) fn run(
     shape: LinearShape,
 ) {
     let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
-    let precision = x.precision;
-    let (operands, wte) = ([Type::from(precision); 2], wte.as_read_in(precision));
+    let (precision, wte) = (Type::from(x.precision), wte.as_read_in(x.precision));
     let (logits, stride) = (workspace.logits.address, stride(vocab_size));
-    let by_row = Operand::rows(logits, stride);
     for first in (0..rows).step_by(workspace.chunk) {
         let n = workspace.chunk.min(rows - first);
         let chunk = x.at(first * channels);
+        let of_x = Operand::rows(chunk, channels);
+        let sizes = [n, vocab_size, channels];
         let product = Product {
-            m: n,
-            n: vocab_size,
-            k: channels,
-            operands,
-            a: Operand::rows(chunk, channels),
-            b: Operand::rows(wte, channels),
-            c: logits,
             c_stride: stride,
-            c_type: precision.into(),
-            alpha: 1.0,
-            accumulate: false,
-            bias: None,
-            scales: None,
+            ..Product::new(precision, sizes, of_x, Operand::rows(wte, channels), logits)
         };
         cuda.product(workspace, &product);
         let scale = gradient.as_ref().map_or(0.0, |gradient| gradient.scale);
@@ -65,27 +54,16 @@ pub(super) fn run(
             logits, losses.address() + places, targets.ids() + places,
             vocab_size as u32, stride as u32, scale, u32::from(gradient.is_some()));
         let Some(gradient) = &mut gradient else { continue };
-        let dx = Product {
-            n: channels,
-            k: vocab_size,
-            a: by_row,
-            b: Operand::columns(wte, channels),
-            c: gradient.dx.at(first * channels),
-            c_stride: channels,
-            ..product
-        };
+        let (sizes, right) = ([n, channels, vocab_size], Operand::columns(wte, channels));
+        let to = gradient.dx.write().at(first * channels);
+        let dx = Product::new(precision, sizes, Operand::rows(logits, stride), right, to);
         cuda.product(workspace, &dx);
+        let [left, right] = [Operand::columns(logits, stride), Operand::columns(chunk, channels)];
+        let (sizes, to) = ([vocab_size, channels, n], gradient.dw.address());
         let dwte = Product {
-            m: vocab_size,
-            n: channels,
-            k: n,
-            a: Operand::columns(logits, stride),
-            b: Operand::columns(chunk, channels),
-            c: gradient.dw.address(),
-            c_stride: channels,
             c_type: Type::F32,
             accumulate: gradient.accumulate || first > 0,
-            ..product
+            ..Product::new(precision, sizes, left, right, to)
         };
         cuda.product(workspace, &dwte);
     }
@@ -102,7 +80,8 @@ pub(super) fn logits(
     channels: usize,
     vocab_size: usize,
 ) {
-    // cuBLASLt wants operands aligned, and a row need not be: a copy at the start of the scratch is.
+    // cuBLASLt wants operands aligned, and a row need not be: a copy at the start of the scratch
+    // is.
     let aligned = workspace.logits.address;
     let bytes = channels * size_of_element(x.precision);
     // SAFETY: a row of logits has room for a row of x (`Workspace::new` sees to that).
@@ -110,20 +89,12 @@ pub(super) fn logits(
         sys::cuMemcpyDtoDAsync_v2(aligned, x.at(row * channels), bytes, cuda.gpu.stream())
     };
     cuda.gpu.note("copying a row", result);
+    let wte = wte.as_read_in(x.precision);
+    let [left, right] = [aligned, wte].map(|address| Operand::rows(address, channels));
+    let sizes = [1, vocab_size, channels];
     let product = Product {
-        m: 1,
-        n: vocab_size,
-        k: channels,
-        operands: [x.precision.into(); 2],
-        a: Operand::rows(aligned, channels),
-        b: Operand::rows(wte.as_read_in(x.precision), channels),
-        c: logits.address(),
-        c_stride: vocab_size,
         c_type: Type::F32,
-        alpha: 1.0,
-        accumulate: false,
-        bias: None,
-        scales: None,
+        ..Product::new(x.precision.into(), sizes, left, right, logits.address())
     };
     cuda.product(workspace, &product);
 }

@@ -1,32 +1,32 @@
 //! Token and position embeddings, and tokens on the device.
 //!
-//! The gradient of wte adds the rows of all places where a token stands. Atomic additions would make
-//! the sum depend on the order in which blocks run, so the host sorts the places by token, and each
-//! run of equal tokens is summed in order. The sort happens while the GPU still works on the backward
-//! pass before it.
+//! The gradient of wte adds the rows of all places where a token stands. Atomic additions would
+//! make the sum depend on the order in which blocks run, so the host sorts the places by token, and
+//! each run of equal tokens is summed in order. The sort happens while the GPU still works on the
+//! backward pass before it.
 
 use std::sync::{Mutex, PoisonError};
 
-use super::gpu::launch;
-use super::memory::{Arena, F32, Param, Piece, Tensor, Upload};
+use super::device::launch;
+use super::device::memory::{Arena, F32, Param, Piece, Tensor, Upload};
 use super::{Cuda, kernel};
 use crate::Result;
 use crate::backend::Sequences;
 
-/// Token numbers on the device, and on the host for sorting.
+/// Token numbers on the device.
 pub(crate) struct Tokens {
     ids: Piece,
-    /// Row numbers sorted by token, then where the run of each distinct token starts in them, then the
-    /// number of runs: (rows + rows + 1).
-    runs: Piece,
-    ids_upload: Upload,
-    sorting: Mutex<Sorting>,
+    /// What was written last, which the runs are sorted from.
+    upload: Upload,
+    runs: Mutex<TokenRuns>,
 }
 
-struct Sorting {
+/// Where equal tokens stand, for the gradient.
+struct TokenRuns {
+    /// Row numbers sorted by token, then where the run of each distinct token starts in them, then
+    /// the number of runs: (rows + rows + 1).
+    words: Piece,
     upload: Upload,
-    /// The tokens last written.
-    tokens: Vec<u32>,
     /// Token in the upper half, row in the lower.
     keys: Vec<u64>,
 }
@@ -34,16 +34,14 @@ struct Sorting {
 impl Tokens {
     pub(super) fn new(arena: &mut Arena, len: usize) -> Result<Self> {
         let runs = 2 * len + 1;
-        let sorting = Sorting {
-            upload: arena.upload(runs),
-            tokens: arena.on_host("the tokens of a batch", len)?,
-            keys: arena.on_host("the sorted tokens of a batch", len)?,
-        };
         Ok(Self {
             ids: arena.bytes(len * 4),
-            runs: arena.bytes(runs * 4),
-            ids_upload: arena.upload(len),
-            sorting: Mutex::new(sorting),
+            upload: arena.upload(len),
+            runs: Mutex::new(TokenRuns {
+                words: arena.bytes(runs * 4),
+                upload: arena.upload(runs),
+                keys: arena.on_host("the sorted tokens of a batch", len)?,
+            }),
         })
     }
 
@@ -53,22 +51,24 @@ impl Tokens {
     }
 
     pub(super) fn write(&mut self, from: &[u32]) {
-        self.ids_upload.send(self.ids.address, from.len(), |words| words.copy_from_slice(from));
-        let sorting = self.sorting.get_mut().unwrap_or_else(PoisonError::into_inner);
-        sorting.tokens.clear();
-        sorting.tokens.extend_from_slice(from);
+        self.upload.send(self.ids.address, from.len(), |words| words.copy_from_slice(from));
     }
 
     /// Sorts the first `rows` tokens and uploads their runs; addresses of order, starts and count.
-    fn upload_runs(&self, rows: usize) -> (u64, u64, u64) {
-        let mut sorting = self.sorting.lock().unwrap_or_else(PoisonError::into_inner);
-        let Sorting { upload, tokens, keys } = &mut *sorting;
+    fn upload_runs(&self, rows: usize) -> [u64; 3] {
+        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        runs.upload(&self.upload.sent()[..rows])
+    }
+}
+
+impl TokenRuns {
+    fn upload(&mut self, tokens: &[u32]) -> [u64; 3] {
+        let Self { words, upload, keys } = self;
+        let rows = tokens.len();
         keys.clear();
-        let numbered = (0u64..).zip(&tokens[..rows]);
-        keys.extend(numbered.map(|(row, token)| u64::from(*token) << 32 | row));
+        keys.extend((0u64..).zip(tokens).map(|(row, token)| u64::from(*token) << 32 | row));
         keys.sort_unstable();
-        let base = self.runs.address;
-        upload.send(base, 2 * rows + 1, |words| {
+        upload.send(words.address, 2 * rows + 1, |words| {
             let (order, rest) = words.split_at_mut(rows);
             let (starts, count) = rest.split_at_mut(rows);
             let mut runs = 0;
@@ -84,7 +84,7 @@ impl Tokens {
             starts[runs..].fill(0);
             count[0] = runs as u32;
         });
-        (base, base + rows as u64 * 4, base + rows as u64 * 8)
+        [0, 4, 8].map(|of_rows| words.address + of_rows * rows as u64)
     }
 }
 
@@ -103,11 +103,11 @@ pub(super) fn forward(
     let rows = sequences.rows();
     let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
     launch!(cuda.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;
-        out.address(), tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
+        out.write().address, tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
 }
 
-/// Adds dout (B T, C) to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read; what
-/// dwpe held counts only with `accumulate`.
+/// Adds dout (B T, C) to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read;
+/// what dwpe held counts only with `accumulate`.
 pub(super) fn backward(
     cuda: &Cuda,
     dwte: &mut F32,
@@ -122,7 +122,7 @@ pub(super) fn backward(
         cuda.clear(dwpe.address(), dwpe.len * 4);
     }
     let rows = sequences.rows();
-    let (order, starts, count) = tokens.upload_runs(rows);
+    let [order, starts, count] = tokens.upload_runs(rows);
     let most = rows.min(dwte.len / channels);
     launch!(cuda.gpu, kernel!(dout, "embedding_backward_tokens"), [most, 1, 1], 256, 8192;
         dwte.address(), dout.address(), tokens.ids(), order, starts, count,

@@ -1,8 +1,9 @@
 //! LayerNorm and its backward pass.
 
-use super::gpu::launch;
-use super::memory::{F32, Param, Tensor};
-use super::{Cuda, Workspace, kernel, linear};
+use super::device::launch;
+use super::device::memory::{F32, Param, Tensor};
+use super::quantize::sums;
+use super::{Cuda, Workspace, kernel};
 use crate::backend::NormStatistics;
 
 /// Threads of a block; a warp takes a row.
@@ -14,6 +15,57 @@ const MAX_PARTS: usize = 512;
 /// Floats of scratch that the backward pass needs: (parts, 2, C).
 pub(super) fn partials(channels: usize) -> usize {
     MAX_PARTS * 2 * channels
+}
+
+/// `Normalize` of the kernels.
+#[repr(C)]
+struct Normalize {
+    out: u64,
+    sum: u64,
+    amax: u64,
+    mean: u64,
+    rstd: u64,
+    x: u64,
+    y: u64,
+    w: u64,
+    b: u64,
+    rows: u32,
+    channels: u32,
+    epsilon: f32,
+}
+
+impl Normalize {
+    /// Of x alone.
+    fn new(
+        out: &mut Tensor,
+        statistics: NormStatistics<&mut F32>,
+        x: &Tensor,
+        parameters: [&Param; 2],
+        sizes: [usize; 2],
+        epsilon: f32,
+    ) -> Self {
+        let [w, b] = parameters.map(|parameter| parameter.as_read_in(x.precision));
+        let [rows, channels] = sizes.map(|n| n as u32);
+        let [mean, rstd] = [statistics.mean.address(), statistics.rstd.address()];
+        let (mut out, x) = (out.write(), x.address());
+        let (amax, out) = (out.amax(), out.address);
+        Self { out, sum: 0, amax, mean, rstd, x, y: 0, w, b, rows, channels, epsilon }
+    }
+}
+
+/// `Backward` of the kernels.
+#[repr(C)]
+struct Backward {
+    dx: u64,
+    amax: u64,
+    partial: u64,
+    dy: u64,
+    x: u64,
+    mean: u64,
+    rstd: u64,
+    w: u64,
+    rows: u32,
+    channels: u32,
 }
 
 fn grid(rows: usize) -> [usize; 3] {
@@ -31,10 +83,8 @@ pub(super) fn forward(
     channels: usize,
     epsilon: f32,
 ) {
-    let (w, b) = (w.as_read_in(x.precision), b.as_read_in(x.precision));
-    launch!(cuda.gpu, kernel!(x, "layernorm_forward"), grid(rows), BLOCK, 0;
-        out.address(), out.noting(), statistics.mean.address(), statistics.rstd.address(), x.address(), w, b,
-        rows as u32, channels as u32, epsilon);
+    let of_x = Normalize::new(out, statistics, x, [w, b], [rows, channels], epsilon);
+    launch!(cuda.gpu, kernel!(x, "normalize", false), grid(rows), BLOCK, 0; of_x);
 }
 
 pub(super) fn add_forward(
@@ -50,10 +100,9 @@ pub(super) fn add_forward(
     channels: usize,
     epsilon: f32,
 ) {
-    let (w, b) = (w.as_read_in(x.precision), b.as_read_in(x.precision));
-    launch!(cuda.gpu, kernel!(x, "add_layernorm_forward"), grid(rows), BLOCK, 0;
-        out.address(), sum.address(), out.noting(), statistics.mean.address(), statistics.rstd.address(),
-        x.address(), y.address(), w, b, rows as u32, channels as u32, epsilon);
+    let of_x = Normalize::new(out, statistics, x, [w, b], [rows, channels], epsilon);
+    let of_sum = Normalize { sum: sum.write().address, y: y.address(), ..of_x };
+    launch!(cuda.gpu, kernel!(x, "normalize", true), grid(rows), BLOCK, 0; of_sum);
 }
 
 /// Adds to dx; overwrites dw and db, or with `accumulate` adds to them.
@@ -74,10 +123,21 @@ pub(super) fn backward(
     let partials = workspace.partials.address;
     // As many as run at once: more would wait for the slowest.
     let parts = (3 * cuda.gpu.multiprocessors as usize).min(MAX_PARTS);
-    launch!(cuda.gpu, kernel!(x, "layernorm_backward"), [parts, 1, 1], BLOCK, 8 * channels;
-        dx.address(), dx.noting(), partials, dy.address(), x.address(),
-        statistics.mean.address(), statistics.rstd.address(), w.as_read_in(x.precision),
-        rows as u32, channels as u32);
+    let mut dx = dx.write();
+    let arguments = Backward {
+        dx: dx.address,
+        amax: dx.amax(),
+        partial: partials,
+        dy: dy.address(),
+        x: x.address(),
+        mean: statistics.mean.address(),
+        rstd: statistics.rstd.address(),
+        w: w.as_read_in(x.precision),
+        rows: rows as u32,
+        channels: channels as u32,
+    };
+    let shared = 8 * channels;
+    launch!(cuda.gpu, kernel!(x, "layernorm_backward"), [parts, 1, 1], BLOCK, shared; arguments);
     // A part holds C sums for dw, then C for db.
-    linear::add_partials(cuda, dw, Some(db), partials, parts, channels, accumulate);
+    sums::add_partials(cuda, dw, Some(db), partials, parts, channels, accumulate);
 }

@@ -1,30 +1,25 @@
-//! The CUDA backend: bf16 activations and copies of the weights (f32 ones in the recipe `fp32`), f32
-//! master weights, moments and gradients; GEMMs by cuBLASLt, everything else by the kernels in
+//! The CUDA backend: bf16 activations and copies of the weights (f32 ones in the recipe `fp32`),
+//! f32 master weights, moments and gradients; GEMMs by cuBLASLt, everything else by the kernels in
 //! `kernels/`, each launched from the file of the same name here.
 //!
-//! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum in
-//! an order that depends on shapes alone, so two runs on one kind of GPU give the same bits.
+//! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum
+//! in an order that depends on shapes alone, so two runs on one kind of GPU give the same bits.
 
 mod adamw;
 mod attention;
-mod cache;
 mod classifier;
-mod compile;
+#[cfg(test)]
+mod conformance;
+mod device;
 mod embedding;
-mod folders;
+#[cfg(test)]
+mod emulator;
 mod gelu;
-mod gemm;
-mod gpu;
-mod graph;
+mod kernels;
 mod layernorm;
 mod linear;
-#[cfg(test)]
-mod measure;
-mod memory;
 mod normal;
-#[cfg(test)]
-mod on_cpu;
-mod roads;
+mod quantize;
 #[cfg(test)]
 mod tests;
 mod workspace;
@@ -34,9 +29,9 @@ use std::sync::Arc;
 use bytemuck::Pod;
 use cudarc::driver::sys;
 
+pub(crate) use device::memory::{Arena, F32, Gradient, Param, Tensor, Weights};
+pub(crate) use device::recordings::Recordings;
 pub(crate) use embedding::Tokens;
-pub(crate) use graph::Recordings;
-pub(crate) use memory::{Arena, F32, Gradient, Param, Tensor, Weights};
 pub(crate) use workspace::Workspace;
 
 use super::{
@@ -47,9 +42,9 @@ use super::{
 };
 use crate::mx::{Draw, Format, LinearRecipe, Operand, Random};
 use crate::{CudaStream, Error, Result};
-use gemm::{Gemm, Product, Type};
-use gpu::Gpu;
-use roads::Road;
+use device::gemm::{Gemm, Product, Type};
+use device::gpu::Gpu;
+use quantize::carrier;
 
 /// One GPU.
 pub(crate) struct Cuda {
@@ -68,7 +63,7 @@ impl Cuda {
         warn: &dyn Fn(String),
     ) -> Result<Self> {
         let stream = stream.map(|stream| stream.as_raw().cast());
-        Self::of(Gpu::open(ordinal, stream, warn)?)
+        Self::of(Gpu::open(ordinal, stream, &kernels::FILES, warn)?)
     }
 
     fn of(gpu: Gpu) -> Result<Self> {
@@ -88,21 +83,9 @@ impl Cuda {
         format!("{} (compute capability {major}.{minor}, {memory} MiB)", self.gpu.name)
     }
 
-    /// Whether the chip multiplies FP8 operands of a layer of these sizes, with one scale a tensor; Blackwell
-    /// chips do, too.
-    fn multiplies_fp8(&self, LinearShape { rows, inputs, outputs }: LinearShape) -> bool {
-        let fits = [rows, inputs, outputs].iter().all(|n| n.is_multiple_of(16));
-        self.gpu.capability >= (8, 9) && fits
-    }
-
-    /// How MXFP4 operands of a layer of these sizes are multiplied.
-    fn road(&self, shape: LinearShape) -> Road {
-        Road::of(self.gpu.capability).for_layer(shape)
-    }
-
     fn product(&self, workspace: &Workspace, product: &Product) {
         if product.operands.contains(&Type::E2m1) {
-            return roads::multiply_fp4(self, product);
+            return carrier::multiply_fp4(self, product);
         }
         #[cfg(test)]
         if let Some(multiply) = self.stand_in
@@ -178,12 +161,13 @@ impl Cuda {
     }
 }
 
-/// `kernel!(tensor, "name")` is the kernel's name for the tensor's precision.
+/// `kernel!(tensor, "name", other, arguments)` is the name of a template's kernel for the tensor's
+/// precision.
 macro_rules! kernel {
-    ($tensor:expr, $name:literal) => {
+    ($tensor:expr, $name:literal $(, $argument:literal)*) => {
         match $tensor.precision {
-            $crate::backend::Precision::F32 => concat!($name, "_f32"),
-            $crate::backend::Precision::Bf16 => concat!($name, "_bf16"),
+            $crate::backend::Precision::F32 => concat!($name, "<float" $(, ",", $argument)*, ">"),
+            $crate::backend::Precision::Bf16 => concat!($name, "<bf16" $(, ",", $argument)*, ">"),
         }
     };
 }
@@ -296,8 +280,8 @@ impl Memory for Cuda {
     }
 
     fn zero_tensor(&self, buffer: &mut Tensor) {
-        buffer.not_noting();
-        self.clear(buffer.address(), buffer.bytes());
+        let bytes = buffer.bytes();
+        self.clear(buffer.write().address, bytes);
     }
 
     fn zero_gradient(&self, gradient: Gradient<'_>) {
@@ -319,13 +303,13 @@ impl Backend for Cuda {
         shape.recipes.iter().try_for_each(holds)?;
         let mxfp4 = shape.backward_gemms().any(|gemm| gemm.format() == Format::MXFP4);
         let widest = shape.mlp_channels.max(3 * shape.channels);
-        if mxfp4 && widest > linear::MAX_DEPTH {
+        if mxfp4 && widest > quantize::MAX_DEPTH {
             return Err(Error::Unsupported {
                 what: format!("MXFP4 with layers of {widest} channels on a GPU"),
                 remedy: format!(
                     "use recipe bf16, or at most {} channels in an MLP and {} outside",
-                    linear::MAX_DEPTH,
-                    linear::MAX_DEPTH / 4
+                    quantize::MAX_DEPTH,
+                    quantize::MAX_DEPTH / 4
                 ),
             });
         }

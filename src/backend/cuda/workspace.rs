@@ -1,12 +1,18 @@
 //! Scratch memory: cuBLASLt's own, a chunk of logits, quantized operands, partial sums.
 
-use super::layernorm;
-use super::linear;
-use super::memory::{Arena, Piece, size_of_element};
-use super::roads::Road;
-use super::{classifier, gemm};
+use super::device::gemm;
+use super::device::memory::{Arena, Piece, size_of_element};
+use super::quantize::carrier::Carrier;
+use super::quantize::{BehindGelu, Target, sums};
+use super::{classifier, layernorm};
 use crate::backend::WorkspaceShape;
 use crate::mx::{Format, Gemm};
+
+/// Room for an operand of a product: its elements, and FP8's factor or the scales of its blocks.
+pub(super) struct Room {
+    pub(super) elements: Piece,
+    pub(super) scales: Piece,
+}
 
 /// Scratch memory for models of one shape.
 pub(crate) struct Workspace {
@@ -20,28 +26,29 @@ pub(crate) struct Workspace {
     pub(super) delta: Piece,
     /// f32 partial sums of norms' and bias gradients.
     pub(super) partials: Piece,
-    /// The two operands of a GEMM whose formats differ from the activations': bf16.
-    pub(super) operands: [Piece; 2],
-    /// Bytes from the start of the first operand's room to its second form, where FP8 needs half of it for
-    /// each.
-    pub(super) second_form: u64,
-    /// x as FP8 keeps it: bf16.
+    /// The left operand of a product whose format differs from the activations': dy, in one or two
+    /// forms.
+    pub(super) left: Room,
+    /// The right one: W or x.
+    pub(super) right: Room,
+    /// Bytes from the start of the left one's room to its form down columns, where FP8 needs half
+    /// of it for each; and the same of its scales.
+    columns_at: [u64; 2],
+    /// x as FP8 keeps it: bf16, or in the forward pass E4M3 bytes.
     pub(super) kept: Piece,
-    /// The f32 factors of the two operands, or the scales of their blocks.
-    pub(super) scales: [Piece; 2],
-    /// Bytes from the start of the first operand's to those of its second form.
-    pub(super) second_scales: u64,
-    /// One word each: the bits of the largest magnitude of what an operand is made from, where no kernel
-    /// noted it, and of x as FP8 keeps it.
-    pub(super) most: [Piece; 3],
-    /// [`linear::BehindGelu::attempt`], where no zeroed words are left.
+    /// One word each: the bits of the largest magnitudes of dy and x, where no kernel noted them,
+    /// and of x as FP8 keeps it.
+    pub(super) dy_amax: Piece,
+    pub(super) x_amax: Piece,
+    pub(super) kept_amax: Piece,
+    /// [`BehindGelu::attempt`], where no zeroed words are left.
     pub(super) attempt: Piece,
-    /// One word: blocks that were raised since the last step ended.
-    pub(super) raised: Piece,
+    /// One word: blocks whose scales were clamped since the last step ended.
+    pub(super) clamped: Piece,
 }
 
 impl Workspace {
-    pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape) -> Self {
+    pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape<'_>) -> Self {
         let WorkspaceShape {
             sequences,
             channels: c,
@@ -55,14 +62,14 @@ impl Workspace {
         let chunk = classifier::chunk_rows(rows, vocab_size);
         // A row of x may be copied there.
         let logits = (chunk * classifier::stride(vocab_size)).max(c) * size_of_element(precision);
-        let partials = layernorm::partials(c).max(linear::partials(rows, m.max(3 * c)))
-            * usize::from(training);
+        let partials =
+            layernorm::partials(c).max(sums::partials(rows, m.max(3 * c))) * usize::from(training);
 
         let fp8 = recipes.iter().any(|recipe| recipe.forward().format() == Format::E4M3);
         let in_mxfp4 = shape.backward_gemms().filter(|gemm| gemm.format() == Format::MXFP4);
         // As if both products were padded to the longer one's group, which costs next to nothing.
         let group = in_mxfp4.map(Gemm::group).max();
-        let road = Road::of(arena.capability());
+        let carrier = Carrier::best(Format::MXFP4, arena.capability());
         let (mut operands, mut scales) = ([0; 2], [4; 2]);
         for (inputs, outputs) in [(c, 3 * c), (c, c), (c, m), (m, c)] {
             let mut room = |first: usize, second: usize| {
@@ -76,30 +83,58 @@ impl Workspace {
                 room(rows * padded(outputs), inputs * padded(outputs));
                 room(outputs * padded(rows), inputs * padded(rows));
                 for (first, second, depth) in [(rows, inputs, outputs), (outputs, inputs, rows)] {
-                    let bytes = [first, second].map(|n| road.scale_bytes(n, padded(depth)));
+                    let bytes = [first, second].map(|n| carrier.scale_bytes(n, padded(depth)));
                     scales = [scales[0].max(bytes[0]), scales[1].max(bytes[1])];
                 }
             }
         }
         // cuBLASLt wants those of blocks aligned to 16 bytes.
         let second_scales = scales[0].next_multiple_of(16);
-        if road.has_block_scales() {
+        if carrier.has_block_scales() {
             scales[0] += second_scales;
         }
+        let mut room = |elements: usize, scales: usize| Room {
+            elements: arena.bytes(elements),
+            scales: arena.bytes(scales),
+        };
         Self {
+            left: room(operands[0] * 2, scales[0]),
+            right: room(operands[1] * 2, scales[1]),
+            columns_at: [operands[0] as u64, second_scales as u64],
             gemm: arena.bytes(gemm::WORKSPACE),
             logits: arena.bytes(logits),
             chunk,
             delta: arena.bytes(if training { rows * heads * 4 } else { 0 }),
             partials: arena.bytes(partials * 4),
-            operands: operands.map(|len| arena.bytes(len * 2)),
-            second_form: operands[0] as u64,
             kept: arena.bytes(if fp8 { rows * m.max(c) * 2 } else { 0 }),
-            scales: scales.map(|bytes| arena.bytes(bytes)),
-            second_scales: second_scales as u64,
-            most: [0; 3].map(|_| arena.bytes(4)),
-            attempt: arena.bytes(4 * linear::BehindGelu::WORDS as usize),
-            raised: arena.bytes(4),
+            dy_amax: arena.bytes(4),
+            x_amax: arena.bytes(4),
+            kept_amax: arena.bytes(4),
+            attempt: arena.bytes(4 * BehindGelu::WORDS as usize),
+            clamped: arena.bytes(4),
         }
+    }
+
+    /// Where a carrier's operands go: dy along rows and down columns, and the other one.
+    pub(super) fn targets(&self, carrier: Carrier) -> [Target; 3] {
+        let [left, right] = carrier.types(Format::MXFP4);
+        let target = |format, room: &Room, [elements, scales]: [u64; 2]| Target {
+            format,
+            out: room.elements.address + elements,
+            scales: room.scales.address + scales,
+        };
+        let [elements, scales] = self.columns_at;
+        let columns_at = match carrier {
+            // One form at a time.
+            Carrier::Bf16 => [0, 0],
+            // One factor for both.
+            Carrier::Fp8 => [elements, 0],
+            Carrier::Mxfp8 | Carrier::Fp4 => [elements, scales],
+        };
+        [
+            target(left, &self.left, [0, 0]),
+            target(left, &self.left, columns_at),
+            target(right, &self.right, [0, 0]),
+        ]
     }
 }

@@ -1,0 +1,79 @@
+//! Attention.
+
+use super::*;
+
+/// B, T, H and channels of a head, and the factor of the scores.
+const SIZES: [(usize, usize, usize, usize, f32); 20] = [
+    (1, 1, 1, 1, 1.0),
+    (3, 1, 5, 8, 1.0),
+    (2, 5, 3, 8, 1.0),
+    (2, 7, 3, 16, 1.0),
+    (1, 48, 1, 16, 1.0),
+    (1, 65, 2, 20, 1.0),
+    (2, 97, 2, 20, 1.0),
+    (2, 130, 3, 64, 1.0),
+    (1, 50, 1, 100, 1.0),
+    (1, 300, 2, 128, 1.0),
+    (1, 257, 2, 96, 1.0),
+    (2, 128, 1, 48, 1.0),
+    (1, 33, 1, 160, 1.0),
+    (1, 1000, 1, 64, 1.0),
+    // Without the root of the head size, and divided by a layer's number.
+    (1, 70, 2, 4, 2.0),
+    (1, 150, 2, 16, 4.0),
+    (1, 70, 2, 20, 0.5),
+    (2, 51, 1, 24, 1.0 / 3.0),
+    (1, 200, 1, 64, 1.0 / 3.0),
+    (2, 140, 1, 128, 0.25),
+];
+
+pub(super) fn attention<B: Harness>(backends: &[B]) {
+    for (batch, length, heads, head_size, score_factor) in SIZES {
+        if length > B::LONGEST {
+            continue;
+        }
+        let sequences = Sequences { batch, length };
+        let (rows, channels) = (sequences.rows(), heads * head_size);
+        for held in precisions::<B>() {
+            let qkv = rounded(&random(rows * 3 * channels, 1), held);
+            let dout = rounded(&random(rows * channels, 2), held);
+            let precision = Precision::F32;
+            let shape = AttentionShape { sequences, heads, head_size, score_factor, precision };
+            let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
+            let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
+            // Tensors of one precision may take products in both.
+            for precision in BOTH.into_iter().filter(|precision| B::held(*precision) == held) {
+                let shape = AttentionShape { precision, ..shape };
+                each(backends, |b| {
+                    let what = |what: &str| {
+                        format!(
+                            "{what} ({batch}, {length}, {heads} of {head_size}) by {score_factor}"
+                        )
+                    };
+                    let mut scratch = workspace(b, sequences, channels, heads, 8, precision);
+                    let [qkv, dout] = [&qkv, &dout].map(|values| input(b, values, precision));
+                    let (mut out, mut lse) =
+                        (poison(b, rows * channels, precision), f32_poison(b, rows * heads));
+                    b.attention_forward(&mut scratch, &mut out, &mut lse, &qkv, shape);
+                    let of = Of::Attention(score_factor);
+                    close(b, &what("out"), &read(b, &out), &exact, of, precision);
+                    let (ours, of) = (read_f32(b, &lse, rows * heads), Of::LogSum(score_factor));
+                    close(b, &what("lse"), &ours, &exact_lse, of, precision);
+                    let mut dqkv = poison(b, rows * 3 * channels, precision);
+                    let operands = AttentionBackward {
+                        dqkv: &mut dqkv,
+                        dout: &dout,
+                        out: &out,
+                        lse: &lse,
+                        qkv: &qkv,
+                    };
+                    b.attention_backward(&mut scratch, operands, shape);
+                    // A single visible key makes exact zeroes of dq and dk; the rest is compared as a
+                    // whole.
+                    let of = Of::AttentionGradient(score_factor);
+                    close(b, &what("dqkv"), &read(b, &dqkv), &exact_dqkv, of, precision);
+                });
+            }
+        }
+    }
+}

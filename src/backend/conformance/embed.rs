@@ -1,0 +1,66 @@
+//! Embeddings.
+
+use super::*;
+
+/// B, T, C, V.
+const SIZES: [[usize; 4]; 5] =
+    [[1, 1, 1, 2], [3, 7, 24, 11], [3, 7, 100, 11], [3, 17, 40, 11], [2, 100, 33, 500]];
+
+/// Rows of wpe.
+fn context(shape: EmbeddingShape) -> usize {
+    shape.sequences.length + 3
+}
+
+pub(super) fn embedding_forward<B: Harness>(backends: &[B]) {
+    for [batch, length, channels, vocab] in SIZES {
+        let shape = EmbeddingShape { sequences: Sequences { batch, length }, channels };
+        let ids = some_tokens(shape.sequences.rows(), vocab, 1);
+        let (wte, wpe) = (random(vocab * channels, 2), random(context(shape) * channels, 3));
+        for precision in precisions::<B>() {
+            let [te, pe] = [&wte, &wpe].map(|w| f64s(&rounded(w, precision)));
+            let exact = reference::embedding_forward(&ids, &te, &pe, shape.sequences, channels);
+            each(backends, |b| {
+                let (ids, params) = (tokens(b, &ids), Params::of(b, &[&wte, &wpe]));
+                let mut out = poison(b, exact.len(), precision);
+                b.embedding_forward(&mut out, &ids, params.get(b, 0), params.get(b, 1), shape);
+                close(b, "out", &read(b, &out), &exact, Of::Embedding, precision);
+            });
+        }
+    }
+}
+
+pub(super) fn embedding_backward<B: Harness>(backends: &[B]) {
+    for [batch, length, channels, vocab] in SIZES {
+        let shape = EmbeddingShape { sequences: Sequences { batch, length }, channels };
+        let rows = shape.sequences.rows();
+        let ids = some_tokens(rows, vocab, 1);
+        for precision in precisions::<B>() {
+            let dout = rounded(&random(rows * channels, 4), precision);
+            let mut te = vec![0.0; vocab * channels];
+            let mut pe = vec![0.0; context(shape) * channels];
+            for (i, d) in dout.iter().enumerate() {
+                let (row, channel) = (i / channels, i % channels);
+                te[ids[row] as usize * channels + channel] += f64::from(*d);
+                pe[row % length * channels + channel] += f64::from(*d);
+            }
+            each(backends, |b| {
+                let (ids, dout) = (tokens(b, &ids), input(b, &dout, precision));
+                for accumulate in [true, false] {
+                    let of_positions = if accumulate { 1.0 } else { f32::NAN };
+                    let pieces = [vec![1.0; te.len()], vec![of_positions; pe.len()]];
+                    let mut flat = Flat::of(b, &[&pieces[0], &pieces[1]]);
+                    let [dwte, dwpe] = flat.gradients(b);
+                    let gradients = EmbeddingGradients { dwte, dwpe, accumulate };
+                    b.embedding_backward(gradients, &dout, &ids, shape);
+                    let exact =
+                        [plus_one(&te), if accumulate { plus_one(&pe) } else { pe.clone() }];
+                    for ((what, ours), exact) in
+                        ["dwte", "dwpe"].iter().zip(flat.read(b)).zip(exact)
+                    {
+                        close(b, what, &ours, &exact, Of::EmbeddingGradient, precision);
+                    }
+                }
+            });
+        }
+    }
+}

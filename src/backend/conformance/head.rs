@@ -1,0 +1,138 @@
+//! The language-model head.
+
+use super::*;
+
+/// Rows, C and V.
+const SIZES: [[usize; 3]; 5] =
+    [[1, 4, 1], [5, 24, 37], [130, 40, 301], [260, 64, 1000], SEVERAL_CHUNKS];
+
+/// Of rows, on a CPU. They are the same on every instruction set and in each precision.
+const SEVERAL_CHUNKS: [usize; 3] = [170, 3, 50_000];
+
+/// x (rows, C) as tensors hold it, w (V, C), and targets.
+fn operands<B: Harness>(
+    [rows, channels, vocab_size]: [usize; 3],
+    precision: Precision,
+) -> (Vec<f32>, Vec<f32>, Vec<u32>) {
+    let x = rounded(&random(rows * channels, 1), B::held(precision));
+    let w = random(vocab_size * channels, 2).iter().map(|v| 0.2 * v).collect();
+    (x, w, some_tokens(rows, vocab_size, 3))
+}
+
+pub(super) fn classifier<B: Harness>(backends: &[B]) {
+    let scale = 0.25;
+    for size @ [rows, channels, vocab_size] in SIZES {
+        let once = size == SEVERAL_CHUNKS;
+        let backends = if once { &backends[..1] } else { backends };
+        for precision in BOTH.into_iter().take(if once { 1 } else { 2 }) {
+            let (x, w, ids) = operands::<B>(size, precision);
+            let shape = HeadShape { rows, channels, vocab_size, precision };
+            let [x64, w64] = [&x, &w].map(|values| f64s(&rounded(values, precision)));
+            let layer = LinearShape { rows, inputs: channels, outputs: vocab_size };
+            let (losses, dx, dw) = reference::classifier(&x64, &w64, &ids, layer, f64::from(scale));
+            // Twice the error that rounding logits and their gradients makes by itself.
+            let off = match precision {
+                Precision::F32 => [0.0; 3],
+                Precision::Bf16 => {
+                    let held = [B::held(precision), precision];
+                    let rounded = classified(&x64, &w64, &ids, layer, f64::from(scale), held);
+                    let pairs = rounded.iter().zip([&losses, &dx, &dw]);
+                    let mut off = pairs.map(|(rounded, exact)| relative_error(rounded, exact));
+                    std::array::from_fn(|_| 2.0 * off.next().unwrap_or(0.0))
+                }
+            };
+            each(backends, |b| {
+                let bound = |i: usize| off[i] + b.bound(Of::Head, precision);
+                let sequences = Sequences { batch: 1, length: rows };
+                let mut scratch = workspace(b, sequences, channels, 1, vocab_size, precision);
+                let (x, targets) = (input(b, &x, precision), tokens(b, &ids));
+                let params = Params::of(b, &[&w]);
+                for accumulate in [false, true].into_iter().take(if once { 1 } else { 2 }) {
+                    let before = vec![if accumulate { 1.0 } else { f32::NAN }; dw.len()];
+                    let mut flat = Flat::of(b, &[&before]);
+                    let mut our_dx = poison(b, dx.len(), precision);
+                    let mut our_losses = f32_poison(b, rows);
+                    let [dw_] = flat.gradients(b);
+                    let gradient =
+                        ClassifierGradient { dx: &mut our_dx, dw: dw_, scale, accumulate };
+                    let operands = Classifier {
+                        losses: &mut our_losses,
+                        gradient: Some(gradient),
+                        x: &x,
+                        w: params.get(b, 0),
+                        targets: &targets,
+                    };
+                    b.classifier(&mut scratch, operands, shape);
+                    let what = |what: &str| format!("{what} of {size:?} in {precision:?}");
+                    let ours = read_f32(b, &our_losses, rows);
+                    within(b, &what("losses"), &ours, &losses, bound(0));
+                    within(b, &what("dx"), &read(b, &our_dx), &dx, bound(1));
+                    let exact = if accumulate { plus_one(&dw) } else { dw.clone() };
+                    within(b, &what("dw"), &flat.read(b)[0], &exact, bound(2));
+                }
+                let mut alone = f32_poison(b, rows);
+                let operands = Classifier {
+                    losses: &mut alone,
+                    gradient: None,
+                    x: &x,
+                    w: params.get(b, 0),
+                    targets: &targets,
+                };
+                b.classifier(&mut scratch, operands, shape);
+                within(b, "losses alone", &read_f32(b, &alone, rows), &losses, bound(0));
+            });
+        }
+    }
+}
+
+/// Losses, dx and dw in f64, but for logits and dlogits, which are rounded to a precision each.
+fn classified(
+    x: &[f64],
+    w: &[f64],
+    ids: &[u32],
+    shape: LinearShape,
+    scale: f64,
+    held: [Precision; 2],
+) -> [Vec<f64>; 3] {
+    let round = |values: Vec<f64>, precision| match precision {
+        Precision::F32 => values,
+        Precision::Bf16 => values.iter().map(|v| half::bf16::from_f64(*v).to_f64()).collect(),
+    };
+    let zeros = vec![0.0; shape.outputs];
+    let mut logits = round(reference::linear_forward(x, w, &zeros, shape), held[0]);
+    let mut losses = Vec::new();
+    for (row, target) in logits.chunks_mut(shape.outputs).zip(ids) {
+        let most = row.iter().copied().fold(f64::MIN, f64::max);
+        let sum: f64 = row.iter().map(|l| (l - most).exp()).sum();
+        losses.push(most + sum.ln() - row[*target as usize]);
+        row.iter_mut().for_each(|l| *l = scale * (*l - most).exp() / sum);
+        row[*target as usize] -= scale;
+    }
+    let (dx, dw, _) = reference::linear_backward(&round(logits, held[1]), x, w, shape);
+    [losses, dx, dw]
+}
+
+pub(super) fn logits<B: Harness>(backends: &[B]) {
+    for size @ [rows, channels, vocab_size] in SIZES {
+        for precision in BOTH {
+            let (x, w, _) = operands::<B>(size, precision);
+            let shape = HeadShape { rows, channels, vocab_size, precision };
+            for row in [rows - 1, rows / 2] {
+                let one = LinearShape { rows: 1, inputs: channels, outputs: vocab_size };
+                let of_row = f64s(&rounded(&x[row * channels..][..channels], precision));
+                let zeros = vec![0.0; vocab_size];
+                let w64 = f64s(&rounded(&w, precision));
+                let exact = reference::linear_forward(&of_row, &w64, &zeros, one);
+                each(backends, |b| {
+                    let sequences = Sequences { batch: 1, length: rows };
+                    let mut scratch = workspace(b, sequences, channels, 1, vocab_size, precision);
+                    let (x, params) = (input(b, &x, precision), Params::of(b, &[&w]));
+                    let mut ours = f32_poison(b, vocab_size);
+                    b.logits(&mut scratch, &mut ours, &x, row, params.get(b, 0), shape);
+                    let ours = read_f32(b, &ours, vocab_size);
+                    close(b, "logits", &ours, &exact, Of::Logits, precision);
+                });
+            }
+        }
+    }
+}

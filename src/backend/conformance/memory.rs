@@ -1,0 +1,61 @@
+//! Memory: buffers, flat buffers in pieces, parameters.
+
+use super::*;
+use crate::mx;
+
+pub(super) fn buffers_begin_as_zero<B: Harness>(backends: &[B]) {
+    each(backends, |b| {
+        for precision in BOTH {
+            let mut tensor = cut(b, |arena| b.tensor(arena, 999, precision));
+            assert_eq!(b.read_tensor(&tensor), [0.0; 999], "{}", b.name());
+            b.write_tensor(&mut tensor, &[f32::NAN; 999]);
+            b.zero_tensor(&mut tensor);
+            assert_eq!(b.read_tensor(&tensor), [0.0; 999], "{}", b.name());
+        }
+        let (slots, len) = slots::<B>([7, 333]);
+        let (flat, weights) =
+            cut(b, |arena| (b.f32(arena, len), b.weights(arena, len, slots.len())));
+        let mut values = vec![f32::NAN; len];
+        b.read_f32(&flat, 0, &mut values).unwrap();
+        assert!(values.iter().all(|v| *v == 0.0), "{}", b.name());
+        for slot in slots {
+            let mut values = vec![f32::NAN; slot.len];
+            b.read_param(&weights, slot, &mut values).unwrap();
+            assert!(values.iter().all(|v| *v == 0.0), "{}", b.name());
+        }
+    });
+}
+
+pub(super) fn flat_buffers_are_read_in_pieces<B: Harness>(backends: &[B]) {
+    each(backends, |b| {
+        let pieces = [random(1, 1), random(50_001, 2), random(128, 3)];
+        let mut flat = Flat::of(b, &pieces.each_ref().map(|piece| &piece[..]));
+        let middle = flat.slots[1];
+        b.write_f32(&mut flat.buffer, middle.start + 5, &[3.0, 4.0]).unwrap();
+        let mut ours = [0.0; 4];
+        b.read_f32(&flat.buffer, middle.start + 4, &mut ours).unwrap();
+        assert_eq!(ours, [pieces[1][4], 3.0, 4.0, pieces[1][7]], "{}", b.name());
+        let [_, second, _] = flat.gradients(b);
+        b.zero_gradient(second);
+        let expected = [pieces[0].clone(), vec![0.0; 50_001], pieces[2].clone()];
+        assert!(flat.read(b) == expected, "{}", b.name());
+    });
+}
+
+/// What is drawn is the definition's, bit for bit; what is written is read again; neither touches
+/// another parameter.
+pub(super) fn parameters_are_apart<B: Harness>(backends: &[B]) {
+    for (len, index) in [(1, 0), (511, 1), (513, 2), (1_000_003, 3)] {
+        let draw = Draw::of(99, Purpose::Weights, index, 0);
+        let mut drawn = vec![0.0; len];
+        mx::fill_normal(&mut drawn, 0.02, &draw, 0);
+        each(backends, |b| {
+            let others = [random(77, 1), random(128, 2)];
+            let mut params = Params::of(b, &[&others[0], &vec![f32::NAN; len], &others[1]]);
+            let slot = params.slots[1];
+            b.draw_param(&mut params.weights, slot, 0.02, &draw).unwrap();
+            assert!(params.read(b, 1) == drawn, "{}: {len} values", b.name());
+            assert_eq!([params.read(b, 0), params.read(b, 2)], others, "{}", b.name());
+        });
+    }
+}

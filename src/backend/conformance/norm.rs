@@ -1,0 +1,119 @@
+//! LayerNorm.
+
+use super::*;
+
+/// Rows and C. A warp of a GPU owns a row; from 4,097 channels on one needs more than its registers.
+const SIZES: [[usize; 2]; 9] =
+    [[1, 8], [21, 1], [21, 24], [21, 100], [7, 33], [300, 384], [65, 768], [9, 1600], [5, 4104]];
+
+const EPSILON: f32 = 1e-5;
+
+/// x, y (rows, C), w and b (C) as a precision holds them.
+fn operands([rows, channels]: [usize; 2], precision: Precision) -> [Vec<f32>; 4] {
+    [(rows * channels, 1), (rows * channels, 2), (channels, 3), (channels, 4)]
+        .map(|(len, seed)| rounded(&random(len, seed), precision))
+}
+
+fn poisoned_statistics<B: Harness>(b: &B, rows: usize) -> NormStatistics<B::F32> {
+    NormStatistics { mean: f32_poison(b, rows), rstd: f32_poison(b, rows) }
+}
+
+pub(super) fn layernorm_forward<B: Harness>(backends: &[B]) {
+    for size @ [rows, channels] in SIZES {
+        let shape = NormShape { rows, channels, epsilon: EPSILON };
+        for precision in precisions::<B>() {
+            let [x, _, w, bias] = operands(size, precision);
+            let (exact, mean, rstd) =
+                reference::layernorm_forward(&f64s(&x), &f64s(&w), &f64s(&bias), EPSILON.into());
+            each(backends, |b| {
+                let (x, params) = (input(b, &x, precision), Params::of(b, &[&w, &bias]));
+                let params = NormParams { w: params.get(b, 0), b: params.get(b, 1) };
+                let (mut out, mut statistics) =
+                    (poison(b, rows * channels, precision), poisoned_statistics(b, rows));
+                b.layernorm_forward(&mut out, statistics.as_mut(), &x, params, shape);
+                close(b, "out", &read(b, &out), &exact, Of::Activation, precision);
+                let ours = read_f32(b, &statistics.mean, rows);
+                close(b, "mean", &ours, &mean, Of::Statistic, precision);
+                let ours = read_f32(b, &statistics.rstd, rows);
+                close(b, "rstd", &ours, &rstd, Of::Statistic, precision);
+            });
+        }
+    }
+}
+
+pub(super) fn add_layernorm_forward<B: Harness>(backends: &[B]) {
+    for size @ [rows, channels] in SIZES {
+        let shape = NormShape { rows, channels, epsilon: EPSILON };
+        for precision in precisions::<B>() {
+            let [x, y, w, bias] = operands(size, precision);
+            let sums: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
+            each(backends, |b| {
+                let params = Params::of(b, &[&w, &bias]);
+                let params = NormParams { w: params.get(b, 0), b: params.get(b, 1) };
+                let [x, y] = [&x, &y].map(|values| input(b, values, precision));
+                let [mut out, mut sum] = [(); 2].map(|()| poison(b, rows * channels, precision));
+                let mut statistics = poisoned_statistics(b, rows);
+                let residual = ResidualSum { sum: &mut sum, x: &x, y: &y };
+                b.add_layernorm_forward(&mut out, statistics.as_mut(), residual, params, shape);
+                let sum = read(b, &sum);
+                close(b, "sum", &sum, &f64s(&sums), Of::Sum, precision);
+                // What is normalized is the sum as it is held.
+                let [sum, w, bias] = [&sum, &w, &bias].map(|values| f64s(values));
+                let (exact, mean, rstd) =
+                    reference::layernorm_forward(&sum, &w, &bias, EPSILON.into());
+                close(b, "out", &read(b, &out), &exact, Of::Activation, precision);
+                let ours = read_f32(b, &statistics.mean, rows);
+                close(b, "mean", &ours, &mean, Of::Statistic, precision);
+                let ours = read_f32(b, &statistics.rstd, rows);
+                close(b, "rstd", &ours, &rstd, Of::Statistic, precision);
+            });
+        }
+    }
+}
+
+pub(super) fn layernorm_backward<B: Harness>(backends: &[B]) {
+    for size @ [rows, channels] in SIZES {
+        let shape = NormShape { rows, channels, epsilon: EPSILON };
+        let sequences = Sequences { batch: 1, length: rows };
+        for precision in precisions::<B>() {
+            let [x, dy, w, _] = operands(size, precision);
+            let [x64, dy64, w64] = [&x, &dy, &w].map(|values| f64s(values));
+            let (_, mean, rstd) = reference::layernorm_forward(&x64, &w64, &w64, EPSILON.into());
+            let (exact_dx, dw, db) =
+                reference::layernorm_backward(&dy64, &x64, &w64, EPSILON.into());
+            let exact_dx = plus_one(&exact_dx);
+            each(backends, |b| {
+                let mut scratch = workspace(b, sequences, channels, 1, 8, precision);
+                let (x, dy) = (input(b, &x, precision), input(b, &dy, precision));
+                let params = Params::of(b, &[&w]);
+                let [mean, rstd] = [&mean, &rstd].map(|values| {
+                    f32_input(b, &values.iter().map(|v| *v as f32).collect::<Vec<_>>())
+                });
+                for accumulate in [true, false] {
+                    let mut dx = output(b, &vec![1.0; rows * channels], precision);
+                    let before = vec![if accumulate { 1.0 } else { f32::NAN }; channels];
+                    let mut flat = Flat::of(b, &[&before, &before]);
+                    let [dw_, db_] = flat.gradients(b);
+                    let operands = NormBackward {
+                        dx: &mut dx,
+                        dw: dw_,
+                        db: db_,
+                        dy: &dy,
+                        x: &x,
+                        statistics: NormStatistics { mean: &mean, rstd: &rstd },
+                        w: params.get(b, 0),
+                        accumulate,
+                    };
+                    b.layernorm_backward(&mut scratch, operands, shape);
+                    close(b, "dx", &read(b, &dx), &exact_dx, Of::NormInputGradient, precision);
+                    for ((what, ours), exact) in
+                        ["dw", "db"].iter().zip(flat.read(b)).zip([&dw, &db])
+                    {
+                        let exact = if accumulate { plus_one(exact) } else { exact.clone() };
+                        close(b, what, &ours, &exact, Of::ParameterGradient, precision);
+                    }
+                }
+            });
+        }
+    }
+}

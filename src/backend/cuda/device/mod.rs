@@ -1,0 +1,15 @@
+//! The GPU as operations see it: memory, launches of kernels, products, recorded steps.
+//!
+//! Imports run one way: `capture`, `cache`, `folders` -> `compile` -> `gpu` -> `memory`, `gemm`,
+//! `recordings`. Nothing here knows an operation.
+
+pub(super) mod cache;
+pub(super) mod capture;
+pub(super) mod compile;
+pub(super) mod folders;
+pub(super) mod gemm;
+pub(super) mod gpu;
+pub(super) mod memory;
+pub(super) mod recordings;
+
+pub(super) use gpu::launch;

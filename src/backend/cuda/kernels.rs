@@ -1,0 +1,201 @@
+//! The kernel files: what each begins with, and which kernels of it a chip has.
+//!
+//! NOTE: kernels are compiled that are listed here, under the names that launches use. A template
+//! that is launched with other arguments has no kernel then; a test looks for that.
+
+use super::device::compile::File;
+
+/// A file by its name: the headers that it begins with, and the function that lists its kernels.
+macro_rules! file {
+    ($name:literal, [$($header:literal),*], $kernels:expr) => {
+        File {
+            name: $name,
+            texts: &[
+                include_str!("../../../kernels/ptx.cuh"),
+                include_str!("../../../kernels/prelude.cuh"),
+                $(include_str!(concat!("../../../kernels/", $header)),)*
+                include_str!(concat!("../../../kernels/", $name, ".cu")),
+            ],
+            kernels: $kernels,
+        }
+    };
+}
+
+/// All files.
+pub(super) static FILES: [File; 15] = [
+    file!("adamw", [], |_| of("square_gradients sum_losses sum_squares adamw copy_to_bf16")),
+    file!("attention_plain", ["attention.cuh"], |_| {
+        of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T>")
+    }),
+    file!("attention_sm80", ["attention.cuh"], |_| {
+        of("flash_forward<64,4,2,64> flash_dkdv<64,4,64> flash_dq<64,4,64> \
+            flash_forward<128,8,1,64> flash_dkdv<128,4,32> flash_dq<128,4,32>")
+    }),
+    file!("attention_sm90", ["attention.cuh"], |chip| match chip {
+        (9, 0) => of("wgmma_forward<64,2,64,2> wgmma_dkdv<64,2> wgmma_dq<64,2,64> \
+                      wgmma_forward<128,2,64,1> wgmma_dkdv<128,2> wgmma_dq<128,2,64>"),
+        _ => Vec::new(),
+    }),
+    file!("classifier", [], |_| of("softmax_loss<T>")),
+    file!("embedding", [], |_| {
+        of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
+    }),
+    file!("fp8", [], |chip| {
+        let converts = if chip >= FP8 { " convert_to_e4m3<T>" } else { "" };
+        of(&["find_amax<T> round_to_fp8<T>", converts].concat())
+    }),
+    file!("gelu", ["gelu.cuh"], |_| of("gelu_of_all<T,B,B> sample_gelu_gradient")),
+    file!("layernorm", [], |_| of("normalize<T,B> layernorm_backward<T>")),
+    file!("normal", ["random.cuh"], |_| of("fill_normal")),
+    file!("product_sm120", [], |chip| match chip {
+        (12, 0 | 1) => of("product_mxfp4<T>"),
+        _ => Vec::new(),
+    }),
+    file!("quantize_blocks", ["random.cuh", "quantize.cuh"], |chip| {
+        let mxfp8 = "quantize_rows<T,MXFP8,B> quantize_columns<T,MXFP8,B> quantize_both<MXFP8,B>";
+        let all = "quantize_rows<T,VALUES,B> quantize_columns<T,VALUES,B> \
+                   quantize_rows<T,CODES,B> quantize_columns<T,CODES,B> quantize_both<CODES,B> ";
+        of(&[all, if chip >= FP8 { mxfp8 } else { "" }].concat())
+    }),
+    file!("quantize_fp8", ["random.cuh", "quantize.cuh", "quantize_fp8.cuh"], |chip| {
+        of_fp8(chip, "<0", "")
+    }),
+    file!(
+        "quantize_fp8_groups",
+        ["random.cuh", "quantize.cuh", "quantize_fp8.cuh", "gelu.cuh"],
+        |chip| of_fp8(chip, "<64", "quantize_fp8_behind_gelu<64,B,B>")
+    ),
+    file!("sums", [], |_| of("bias_gradient<T> add_partials")),
+];
+
+/// The first chips with FP8 numbers.
+const FP8: (i32, i32) = (8, 9);
+
+/// These kernels: T is either type of activations, B is true or false.
+fn of(kernels: &str) -> Vec<String> {
+    let mut names: Vec<_> = kernels.split_whitespace().map(String::from).collect();
+    for (letter, meanings) in [("<T", ["<bf16", "<float"]), (",B", [",false", ",true"])] {
+        while names.iter().any(|name| name.contains(letter)) {
+            let expand = |name: &String| match name.contains(letter) {
+                true => meanings.map(|meaning| name.replacen(letter, meaning, 1)).to_vec(),
+                false => vec![name.clone()],
+            };
+            names = names.iter().flat_map(expand).collect();
+        }
+    }
+    names
+}
+
+/// Kernels of FP8 numbers for groups of one kind, and others, where the chip has them.
+fn of_fp8(chip: (i32, i32), group: &str, others: &str) -> Vec<String> {
+    if chip < FP8 {
+        return Vec::new();
+    }
+    let all = "quantize_fp8_rows<G,B> quantize_fp8_both<G,B> \
+               quantize_fp8_columns<G,bf16,E4M3,B,B> quantize_fp8_columns<G,bf16,E5M2,false,B> \
+               quantize_fp8_columns<G,float,E4M3,false,B> ";
+    of(&[&all.replace("<G", group), others].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::device::cache::Cache;
+    use super::super::device::compile::all;
+    use super::super::device::folders::Folders;
+    use super::*;
+
+    const CHIPS: [(i32, i32); 4] = [(8, 0), (9, 0), (10, 0), (12, 0)];
+
+    /// Every kernel compiles for every chip that the library knows, with the compiler that users
+    /// have.
+    #[test]
+    fn kernels_compile_for_every_chip() {
+        if let Err(error) = Folders::from_environment(&|_| ()).open_nvrtc() {
+            println!("skipped: {error}");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::open(folder.path()).unwrap();
+        for chip in CHIPS {
+            let get = || all(&FILES, Some(&cache), chip, 13_000).unwrap_or_else(|e| panic!("{e}"));
+            let codes = get();
+            let mut names = BTreeSet::new();
+            for code in &codes {
+                let (cubin, kernels) = (&code.compiled.cubin, &code.compiled.names);
+                println!("{chip:?}: {} bytes, {} kernels", cubin.len(), kernels.len());
+                assert!(cubin.starts_with(b"\x7fELF") && !code.cached);
+                for (name, symbol) in kernels {
+                    let symbol = symbol.as_bytes();
+                    assert!(cubin.windows(symbol.len()).any(|window| window == symbol), "{name}");
+                    assert!(names.insert(name.clone()), "two kernels are named {name}");
+                }
+            }
+            assert_eq!(names.contains("product_mxfp4<float>"), chip == (12, 0));
+            assert_eq!(names.contains("wgmma_dkdv<64,2>"), chip == (9, 0));
+            for (again, code) in get().iter().zip(&codes) {
+                assert!(
+                    again.cached && again.compiled == code.compiled,
+                    "the cache has other code"
+                );
+            }
+        }
+    }
+
+    /// A kernel that did not wait would read what the one before it has not written yet.
+    #[test]
+    fn every_kernel_waits_for_those_before_it() {
+        let mut kernels = 0;
+        for File { name, texts, .. } in &FILES {
+            for kernel in texts.concat().split("__global__ ").skip(1) {
+                let body = kernel.split_once('{').map_or("", |(_, body)| body);
+                assert!(body.trim_start().starts_with("begin();"), "{name}.cu: {kernel:.80}");
+                kernels += 1;
+            }
+        }
+        assert!(kernels > 30, "{kernels}");
+    }
+
+    /// Without a GPU nobody would notice that a launch names a kernel that nobody compiles. Those
+    /// that quantize are named by the function that lists them.
+    #[test]
+    fn every_kernel_that_is_launched_is_listed() {
+        let sources = [
+            include_str!("adamw.rs"),
+            include_str!("attention.rs"),
+            include_str!("classifier.rs"),
+            include_str!("embedding.rs"),
+            include_str!("gelu.rs"),
+            include_str!("layernorm.rs"),
+            include_str!("normal.rs"),
+            include_str!("quantize/carrier.rs"),
+            include_str!("quantize/fp8.rs"),
+            include_str!("quantize/sums.rs"),
+        ];
+        let listed: BTreeSet<_> = CHIPS
+            .iter()
+            .flat_map(|chip| FILES.iter().flat_map(|file| (file.kernels)(*chip)))
+            .collect();
+        let mut launched = BTreeSet::new();
+        for source in sources {
+            let source: String = source.split_whitespace().collect();
+            for call in source.split("kernel!(").skip(1) {
+                let (call, _) = call.split_once(')').unwrap();
+                let mut arguments = call.split(',').skip(1);
+                let name = arguments.next().unwrap().trim_matches('"');
+                let rest: String = arguments.map(|argument| format!(",{argument}")).collect();
+                launched.extend(["bf16", "float"].map(|number| format!("{name}<{number}{rest}>")));
+            }
+            for before in ["launch!(cuda.gpu,\"", "Kernel(\""] {
+                for call in source.split(before).skip(1) {
+                    launched.insert(call.split_once('"').unwrap().0.to_owned());
+                }
+            }
+        }
+        assert!(launched.len() > 40 && launched.contains("adamw"), "{launched:?}");
+        for name in launched {
+            assert!(listed.contains(&name), "{name} is launched and not compiled");
+        }
+    }
+}

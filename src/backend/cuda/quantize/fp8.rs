@@ -1,0 +1,47 @@
+//! FP8 E4M3 with current scaling: largest magnitudes, bytes for the tensor cores, and numbers as
+//! FP8 keeps them.
+
+use super::Source;
+use crate::backend::cuda::device::launch;
+use crate::backend::cuda::device::memory::{Piece, Tensor};
+use crate::backend::cuda::{Cuda, Workspace, kernel};
+
+/// Threads of a block.
+const BLOCK: usize = 256;
+
+/// The address of the bits of a tensor's largest magnitude: what the kernel noted that wrote the
+/// tensor, or else `word`, after reading the tensor once more.
+pub(crate) fn amax_of(cuda: &Cuda, word: &Piece, tensor: &Tensor) -> u64 {
+    tensor.amax().unwrap_or_else(|| {
+        let (amax, len) = (word.address, tensor.len);
+        cuda.clear(amax, 4);
+        let blocks = len.div_ceil(8 * BLOCK).min(8 * cuda.gpu.multiprocessors as usize);
+        launch!(cuda.gpu, kernel!(tensor, "find_amax"), [blocks, 1, 1], BLOCK, 0;
+            amax, tensor.address(), len as u64);
+        amax
+    })
+}
+
+/// The addresses of x (len) as FP8 keeps it, and of the bits of the largest magnitude of that.
+pub(crate) fn keep(cuda: &Cuda, workspace: &Workspace, x: &Tensor, len: usize) -> (u64, u64) {
+    let amax = amax_of(cuda, &workspace.x_amax, x);
+    let (kept, kept_amax) = (workspace.kept.address, workspace.kept_amax.address);
+    round(cuda, kept, kept_amax, Source::of(x), amax, len);
+    (kept, kept_amax)
+}
+
+/// `out` (len, bf16) = the source as FP8 holds it with a scale for the whole tensor, whose largest
+/// magnitude is at `amax`; that of the result goes to `kept_amax`.
+pub(crate) fn round(cuda: &Cuda, out: u64, kept_amax: u64, source: Source, amax: u64, len: usize) {
+    let grid = [len.div_ceil(8 * BLOCK), 1, 1];
+    launch!(cuda.gpu, kernel!(source, "round_to_fp8"), grid, BLOCK, 0;
+        out, kept_amax, source.address, amax, len as u64);
+}
+
+/// `out` (len) = the E4M3 bytes of the source with a scale for the whole tensor, which goes to
+/// `scale`.
+pub(crate) fn convert(cuda: &Cuda, out: u64, scale: u64, source: Source, amax: u64, len: usize) {
+    let grid = [len.div_ceil(8 * BLOCK), 1, 1];
+    launch!(cuda.gpu, kernel!(source, "convert_to_e4m3"), grid, BLOCK, 0;
+        out, scale, source.address, amax, len as u64);
+}

@@ -1,0 +1,48 @@
+//! Column sums in two steps: parts, which kernels leave, and their sums in a fixed order. Bias
+//! gradients are such sums of dy, which quantizing dy makes on the way.
+
+use crate::backend::cuda::device::launch;
+use crate::backend::cuda::device::memory::{F32, Tensor};
+use crate::backend::cuda::{Cuda, Workspace, kernel};
+
+/// Stretches of rows whose column sums are kept apart.
+fn parts(rows: usize) -> usize {
+    rows.div_ceil(64).min(128)
+}
+
+/// Floats of scratch that the bias gradient needs: (parts, outputs), from dy or from quantizing it.
+pub(crate) fn partials(rows: usize, outputs: usize) -> usize {
+    parts(rows).max(rows.div_ceil(64) + 2) * outputs
+}
+
+/// db (outputs) = the column sums of dy (rows, outputs), or with `accumulate` they are added.
+pub(crate) fn bias_gradient(
+    cuda: &Cuda,
+    workspace: &Workspace,
+    db: &mut F32,
+    dy: &Tensor,
+    (rows, outputs): (usize, usize),
+    accumulate: bool,
+) {
+    let (partials, parts) = (workspace.partials.address, parts(rows));
+    launch!(cuda.gpu, kernel!(dy, "bias_gradient"), [outputs.div_ceil(256), parts, 1], 256, 0;
+        partials, dy.address(), rows as u32, outputs as u32);
+    add_partials(cuda, db, None, partials, parts, outputs, accumulate);
+}
+
+/// `to` (n) = the sums of the columns of partials (parts, n), or with `accumulate` they are added.
+/// With `second`, a part has n more columns for that.
+pub(crate) fn add_partials(
+    cuda: &Cuda,
+    to: &mut F32,
+    second: Option<&mut F32>,
+    partials: u64,
+    parts: usize,
+    n: usize,
+    accumulate: bool,
+) {
+    let columns = if second.is_some() { 2 * n } else { n };
+    let second = second.map_or(0, |second| second.address());
+    launch!(cuda.gpu, "add_partials", [columns.div_ceil(32), 1, 1], 1024, 0;
+        to.address(), second, partials, parts as u32, n as u32, u32::from(accumulate));
+}
