@@ -7,8 +7,11 @@ use crate::optim::Optimizer;
 /// Row-major (rows, depth) times (cols, depth)^T.
 pub(crate) fn product(a: &[f64], b: &[f64], rows: usize, cols: usize, depth: usize) -> Vec<f64> {
     let (a, b) = (&a[..rows * depth], &b[..cols * depth]);
-    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum();
     a.chunks(depth).flat_map(|a| b.chunks(depth).map(move |b| dot(a, b))).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
 /// (rows, cols) to (cols, rows).
@@ -168,10 +171,8 @@ pub(crate) fn attention_backward(dout: &[f64], qkv: &[f64], shape: AttentionShap
     let mut dqkv = vec![0.0; qkv.len()];
     let scale = f64::from(shape.score_factor) / (d as f64).sqrt();
     each_query(qkv, shape, |query, keys, p, _| {
-        let dp: Vec<f64> = keys
-            .iter()
-            .map(|key| (0..d).map(|i| dout[query.out + i] * qkv[key + 2 * c + i]).sum())
-            .collect();
+        let dp: Vec<f64> =
+            keys.iter().map(|key| dot(&dout[query.out..][..d], &qkv[key + 2 * c..][..d])).collect();
         let mean: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
         for (n, key) in keys.iter().enumerate() {
             let ds = p[n] * (dp[n] - mean) * scale;
@@ -202,7 +203,7 @@ fn each_query(qkv: &[f64], shape: AttentionShape, mut f: impl FnMut(Query, &[usi
                 let start = |row: usize| (b * t + row) * 3 * c + h * d;
                 let keys: Vec<usize> = (0..=i).map(start).collect();
                 let score = |key: &usize| {
-                    let dot: f64 = (0..d).map(|x| qkv[start(i) + x] * qkv[key + c + x]).sum();
+                    let dot = dot(&qkv[start(i)..][..d], &qkv[key + c..][..d]);
                     dot * f64::from(shape.score_factor) / (d as f64).sqrt()
                 };
                 let scores: Vec<f64> = keys.iter().map(score).collect();

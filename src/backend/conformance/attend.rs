@@ -68,8 +68,8 @@ pub(super) fn attention<B: Harness>(backends: &[B]) {
                         qkv: &qkv,
                     };
                     b.attention_backward(&mut scratch, operands, shape);
-                    // A single visible key makes exact zeroes of dq and dk; the rest is compared as a
-                    // whole.
+                    // A single visible key makes exact zeroes of dq and dk; the rest is compared
+                    // as a whole.
                     let of = Of::AttentionGradient(score_factor);
                     close(b, &what("dqkv"), &read(b, &dqkv), &exact_dqkv, of, precision);
                 });

@@ -1,8 +1,8 @@
 //! Linear layers in every recipe, against the definition of its numbers: operands as
 //! [`Mxfp4Matrix`] and E4M3 have them, bit for bit, and the f64 product of those.
 //!
-//! NOTE: inputs have nothing behind them here. A device may look for the largest magnitude of a whole
-//! tensor that no operation of its own has written.
+//! NOTE: inputs have nothing behind them here. A device may look for the largest magnitude of a
+//! whole tensor that no operation of its own has written.
 
 use super::*;
 use crate::mx::{

@@ -6,7 +6,8 @@
 //! Outputs begin as NaN. What lies behind a batch in its buffers, and between parameters, must be
 //! neither read nor written, so inputs end in NaN there and outputs in a mark.
 //!
-//! How far a result may be off is asked of the backend ([`Harness::bound`]): they round differently.
+//! How far a result may be off is asked of the backend ([`Harness::bound`]): each rounds in places
+//! of its own.
 
 mod attend;
 mod embed;
@@ -28,8 +29,8 @@ use crate::recipe::Recipe;
 
 /// What the suite asks of a backend besides its operations.
 pub(in crate::backend) trait Harness: Backend {
-    /// The most rows of a layer, and tokens of a sequence, that tests take: enough for every case of its
-    /// kernels.
+    /// The most rows of a layer, and tokens of a sequence, that tests take: enough for every case
+    /// of its kernels.
     const LONGEST: usize;
 
     /// The backend in every way in which this machine can run it; none, after a line that says why,

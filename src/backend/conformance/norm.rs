@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// Rows and C. A warp of a GPU owns a row; from 4,097 channels on one needs more than its registers.
+/// Rows and C. From 4,097 channels on a row does not fit the registers of a block of a GPU.
 const SIZES: [[usize; 2]; 9] =
     [[1, 8], [21, 1], [21, 24], [21, 100], [7, 33], [300, 384], [65, 768], [9, 1600], [5, 4104]];
 

@@ -155,7 +155,8 @@ pub(super) fn optimizer_steps<B: Harness>(backends: &[B]) {
     }
 }
 
-/// What a trial says an update would leave is what it leaves, to the bit, NaN and infinity included.
+/// What a trial says an update would leave is what it leaves, to the bit, NaN and infinity
+/// included.
 pub(super) fn tried_updates_are_the_updates<B: Harness>(backends: &[B]) {
     let fast = OptimizerStep { lr: 3e38, ..step() };
     // Extreme values at a place that no vector and no job begins with, and which of weight and moments

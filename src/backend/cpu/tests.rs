@@ -1,5 +1,5 @@
-//! Packed operands and the GEMMs of them, on every instruction set of this processor. What an operation
-//! makes of them is in the suite of all backends.
+//! Packed operands and the GEMMs of them, on every instruction set of this processor. What an
+//! operation makes of them is in the suite of all backends.
 
 use super::gemm::{
     Conversion, Matrix, Output, Packing, Role, Rotation, pack, pack_in, unpack_mxfp4, unpack_tiles,

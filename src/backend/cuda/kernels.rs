@@ -187,7 +187,7 @@ mod tests {
                 let rest: String = arguments.map(|argument| format!(",{argument}")).collect();
                 launched.extend(["bf16", "float"].map(|number| format!("{name}<{number}{rest}>")));
             }
-            for before in ["launch!(cuda.gpu,\"", "Kernel(\""] {
+            for before in ["launch!(cuda.gpu,\"", "launch!(self.gpu,\"", "Kernel(\""] {
                 for call in source.split(before).skip(1) {
                     launched.insert(call.split_once('"').unwrap().0.to_owned());
                 }
