@@ -3,27 +3,26 @@
 //!
 //! Results do not depend on the number of threads: every sum has an order of its own.
 
-mod adamw;
-mod attention;
-mod classifier;
+mod arena;
+mod attend;
 mod disjoint;
-mod embedding;
+mod embed;
 mod gelu;
 pub mod gemm;
+mod head;
 mod isa;
 mod lanes;
-mod layernorm;
 mod linear;
 mod math;
-mod memory;
-
+mod norm;
+mod optimize;
 #[cfg(test)]
 mod tests;
 mod workers;
 mod workspace;
 
+pub use arena::{Arena, Buffer};
 pub use isa::Isa;
-pub use memory::{Arena, Buffer};
 pub use workspace::Workspace;
 
 use rayon::prelude::*;
@@ -98,8 +97,8 @@ impl Workspace {
         let head = LinearShape { rows: sequences.rows(), inputs: channels, outputs: vocab_size };
         let (precision, length) = (shape.precision(), sequences.length);
         let size = linear::scratch(isa, &linear_layers(shape), shape)
-            .max(classifier::scratch(isa, head, precision, backward))
-            .max(attention::scratch(isa, precision, length, channels / heads, backward));
+            .max(head::scratch(isa, head, precision, backward))
+            .max(attend::scratch(isa, precision, length, channels / heads, backward));
         Self::of_size(arena, size, threads)
     }
 }
@@ -241,7 +240,7 @@ impl Embed for Cpu {
         wpe: &[f32],
         shape: EmbeddingShape,
     ) {
-        embedding::forward(self, out, tokens, wte, wpe, shape.sequences, shape.channels);
+        embed::forward(self, out, tokens, wte, wpe, shape.sequences, shape.channels);
     }
 
     fn embedding_backward(
@@ -255,7 +254,7 @@ impl Embed for Cpu {
         if !accumulate {
             self.zero(dwpe);
         }
-        embedding::backward(self, dwte, dwpe, dout, tokens, shape.sequences, shape.channels);
+        embed::backward(self, dwte, dwpe, dout, tokens, shape.sequences, shape.channels);
     }
 }
 
@@ -268,7 +267,7 @@ impl Norm for Cpu {
         NormParams { w, b }: NormParams<'_, Self>,
         NormShape { rows, channels, epsilon }: NormShape,
     ) {
-        layernorm::forward(self, out, statistics, x, w, b, rows, channels, epsilon);
+        norm::forward(self, out, statistics, x, w, b, rows, channels, epsilon);
     }
 
     fn add_layernorm_forward(
@@ -279,7 +278,7 @@ impl Norm for Cpu {
         NormParams { w, b }: NormParams<'_, Self>,
         NormShape { rows, channels, epsilon }: NormShape,
     ) {
-        layernorm::add_forward(self, out, sum, statistics, x, y, w, b, rows, channels, epsilon);
+        norm::add_forward(self, out, sum, statistics, x, y, w, b, rows, channels, epsilon);
     }
 
     fn layernorm_backward(
@@ -293,7 +292,7 @@ impl Norm for Cpu {
             self.zero(dw);
             self.zero(db);
         }
-        layernorm::backward(self, dx, dw, db, dy, x, statistics, w, rows, channels);
+        norm::backward(self, dx, dw, db, dy, x, statistics, w, rows, channels);
     }
 }
 
@@ -349,7 +348,7 @@ impl Attend for Cpu {
         qkv: &Buffer<f32>,
         shape: AttentionShape,
     ) {
-        attention::forward(self, workspace, out, lse, qkv, shape);
+        attend::forward(self, workspace, out, lse, qkv, shape);
     }
 
     fn attention_backward(
@@ -359,7 +358,7 @@ impl Attend for Cpu {
         shape: AttentionShape,
     ) {
         let AttentionBackward { dqkv, dout, out, lse, qkv } = operands;
-        attention::backward(self, workspace, dqkv, dout, out, lse, qkv, shape);
+        attend::backward(self, workspace, dqkv, dout, out, lse, qkv, shape);
     }
 }
 
@@ -372,7 +371,7 @@ impl Head for Cpu {
     ) {
         let Classifier { losses, gradient, x, w, targets } = operands;
         let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
-        classifier::run(self, workspace, losses, gradient, x, w, targets, shape, precision);
+        head::run(self, workspace, losses, gradient, x, w, targets, shape, precision);
     }
 
     fn logits(
@@ -385,6 +384,6 @@ impl Head for Cpu {
         HeadShape { channels, vocab_size, precision, .. }: HeadShape,
     ) {
         let x = &x[row * channels..][..channels];
-        classifier::logits(self, &mut logits[..vocab_size], x, w, precision);
+        head::logits(self, &mut logits[..vocab_size], x, w, precision);
     }
 }

@@ -1,10 +1,10 @@
 //! Every operation against its scalar twin, on every instruction set of this processor, at sizes
 //! that nothing divides; and independence of the number of threads.
 
-use super::adamw::Reduction;
 use super::gemm::{
     Conversion, Matrix, Output, Packing, Role, Rotation, pack, pack_in, unpack_mxfp4, unpack_tiles,
 };
+use super::optimize::Reduction;
 use super::*;
 use std::sync::LazyLock;
 

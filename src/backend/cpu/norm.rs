@@ -5,9 +5,9 @@
 
 use rayon::prelude::*;
 
+use super::arena::Buffer;
 use super::isa::simd_fn;
 use super::math::{AHEAD, lane_sum, prefetch_after};
-use super::memory::Buffer;
 use super::{Cpu, rows_per_job};
 use crate::backend::NormStatistics;
 
