@@ -5,63 +5,65 @@ use rayon::prelude::*;
 
 use super::disjoint::DisjointSlice;
 use super::isa::simd_fn;
-use super::{Cpu, rows_per_job};
-use crate::backend::Sequences;
+use super::{Buffer, Cpu, rows_per_job};
+use crate::backend::{Embed, EmbeddingGradients, EmbeddingShape};
 
-/// out (B T, C) = wte[token] + wpe[position]
-pub(super) fn forward(
-    cpu: &Cpu,
-    out: &mut [f32],
-    tokens: &[u32],
-    wte: &[f32],
-    wpe: &[f32],
-    sequences: Sequences,
-    channels: usize,
-) {
-    let out = &mut out[..sequences.rows() * channels];
-    let per_job = rows_per_job(channels);
-    cpu.install(|| {
-        out.par_chunks_mut(per_job * channels).enumerate().for_each(|(job, out)| {
-            for (i, out) in out.chunks_exact_mut(channels).enumerate() {
-                let row = job * per_job + i;
-                let token = &wte[tokens[row] as usize * channels..][..channels];
-                let position = &wpe[row % sequences.length * channels..][..channels];
-                add_rows(cpu.isa(), out, token, position);
-            }
+impl Embed for Cpu {
+    fn embedding_forward(
+        &self,
+        out: &mut Buffer<f32>,
+        tokens: &Buffer<u32>,
+        wte: &[f32],
+        wpe: &[f32],
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
+    ) {
+        let out = &mut out[..sequences.rows() * channels];
+        let per_job = rows_per_job(channels);
+        self.install(|| {
+            out.par_chunks_mut(per_job * channels).enumerate().for_each(|(job, out)| {
+                for (i, out) in out.chunks_exact_mut(channels).enumerate() {
+                    let row = job * per_job + i;
+                    let token = &wte[tokens[row] as usize * channels..][..channels];
+                    let position = &wpe[row % sequences.length * channels..][..channels];
+                    add_rows(self.isa(), out, token, position);
+                }
+            });
         });
-    });
-}
+    }
 
-/// Adds dout to the rows of dwte and dwpe that the forward pass read.
-pub(super) fn backward(
-    cpu: &Cpu,
-    dwte: &mut [f32],
-    dwpe: &mut [f32],
-    dout: &[f32],
-    tokens: &[u32],
-    sequences: Sequences,
-    channels: usize,
-) {
-    let t = sequences.length;
-    cpu.install(|| {
-        dwpe[..t * channels].par_chunks_mut(channels).enumerate().for_each(|(position, d)| {
-            for b in 0..sequences.batch {
-                add(cpu.isa(), d, &dout[(b * t + position) * channels..][..channels]);
-            }
-        });
-    });
-    // NOTE: tokens repeat, so rows of dwte cannot be given out; columns can.
-    const COLUMNS: usize = 64;
-    let table = DisjointSlice::new(dwte);
-    cpu.parallel(channels.div_ceil(COLUMNS), |job| {
-        let columns = job * COLUMNS..((job + 1) * COLUMNS).min(channels);
-        for (row, token) in tokens[..sequences.rows()].iter().enumerate() {
-            let from = &dout[row * channels..][columns.clone()];
-            // SAFETY: jobs own disjoint columns.
-            let to = unsafe { table.part(*token as usize * channels + columns.start, from.len()) };
-            add(cpu.isa(), to, from);
+    fn embedding_backward(
+        &self,
+        gradients: EmbeddingGradients<'_, Self>,
+        dout: &Buffer<f32>,
+        tokens: &Buffer<u32>,
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
+    ) {
+        let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
+        if !accumulate {
+            self.zero(dwpe);
         }
-    });
+        let t = sequences.length;
+        self.install(|| {
+            dwpe[..t * channels].par_chunks_mut(channels).enumerate().for_each(|(position, d)| {
+                for b in 0..sequences.batch {
+                    add(self.isa(), d, &dout[(b * t + position) * channels..][..channels]);
+                }
+            });
+        });
+        // NOTE: tokens repeat, so rows of dwte cannot be given out; columns can.
+        const COLUMNS: usize = 64;
+        let table = DisjointSlice::new(dwte);
+        self.parallel(channels.div_ceil(COLUMNS), |job| {
+            let columns = job * COLUMNS..((job + 1) * COLUMNS).min(channels);
+            for (row, token) in tokens[..sequences.rows()].iter().enumerate() {
+                let from = &dout[row * channels..][columns.clone()];
+                let start = *token as usize * channels + columns.start;
+                // SAFETY: jobs own disjoint columns.
+                let to = unsafe { table.part(start, from.len()) };
+                add(self.isa(), to, from);
+            }
+        });
+    }
 }
 
 simd_fn! {

@@ -1,8 +1,8 @@
 //! The language-model head fused with softmax and cross-entropy, one chunk of rows at a time:
-//! logits = x wte^T; loss = log sum exp(logits) - logits[target]; and, for training,
-//! dlogits = scale (softmax - one_hot) in place, dx = dlogits wte, dwte += dlogits^T x.
+//! logits = x w^T; loss = log sum exp(logits) - logits[target]; and, for training,
+//! dlogits = scale (softmax - one_hot) in place, dx = dlogits w, dw += dlogits^T x.
 //!
-//! wte is packed once for all chunks, in both directions.
+//! w is packed once for all chunks, in both directions.
 
 use rayon::prelude::*;
 
@@ -10,8 +10,8 @@ use super::gemm::{Conversion, Matrix, Output, Role, pack};
 use super::isa::{Isa, simd_fn};
 use super::math::{exp, lane_max, lane_sum};
 use super::workspace::{ScratchSize, Workspace};
-use super::{Cpu, rows_per_job};
-use crate::backend::{ClassifierGradient, LinearShape, Precision};
+use super::{Buffer, Cpu, rows_per_job};
+use crate::backend::{Classifier, Head, HeadShape, Precision};
 
 /// Logits held at a time, about: 32 MiB.
 const CHUNK_LOGITS: usize = 8 << 20;
@@ -21,14 +21,9 @@ fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
     (CHUNK_LOGITS / vocab_size).max(64).min(rows)
 }
 
-/// What [`run`] needs of a workspace; with `trains`, for gradients too.
-pub(super) fn scratch(
-    isa: Isa,
-    shape: LinearShape,
-    precision: Precision,
-    trains: bool,
-) -> ScratchSize {
-    let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
+/// What [`Head::classifier`] needs of a workspace; with `trains`, for gradients too.
+pub(super) fn scratch(isa: Isa, shape: HeadShape, trains: bool) -> ScratchSize {
+    let HeadShape { rows, channels, vocab_size, precision } = shape;
     let format = Conversion::to(precision).format();
     let chunk = chunk_rows(rows, vocab_size);
     let mut size = ScratchSize { elements: chunk * vocab_size, ..ScratchSize::default() };
@@ -44,53 +39,69 @@ pub(super) fn scratch(
     size
 }
 
-/// See `Head::classifier`; `shape` is rows, channels, vocabulary.
-pub(super) fn run(
-    cpu: &Cpu,
-    workspace: &mut Workspace,
-    losses: &mut [f32],
-    mut gradient: Option<ClassifierGradient<'_, Cpu>>,
-    x: &[f32],
-    wte: &[f32],
-    targets: &[u32],
-    shape: LinearShape,
-    precision: Precision,
-) {
-    let LinearShape { rows, inputs: channels, outputs: vocab_size } = shape;
-    let conversion = Conversion::to(precision);
-    let Workspace { a, b: [head_memory, transposed_head, input], elements: logits, .. } = workspace;
-    let head = Matrix::rows_by_depth(wte, vocab_size, channels);
-    let head = pack(cpu, &head, conversion, Role::B, head_memory.as_mut());
-    let transposed = gradient.as_ref().map(|_| {
-        let wte = Matrix::depth_by_rows(wte, channels, vocab_size);
-        pack(cpu, &wte, conversion, Role::B, transposed_head.as_mut())
-    });
-    let chunk = chunk_rows(rows, vocab_size);
-    for r0 in (0..rows).step_by(chunk) {
-        let n = chunk.min(rows - r0);
-        let x = &x[r0 * channels..][..n * channels];
-        let logits = &mut logits[..n * vocab_size];
-        let packed = Matrix::rows_by_depth(x, n, channels);
-        let packed = pack(cpu, &packed, conversion, Role::A, a.as_mut());
-        cpu.gemm(packed, head, overwrite(logits, vocab_size));
+impl Head for Cpu {
+    fn classifier(
+        &self,
+        workspace: &mut Workspace,
+        operands: Classifier<'_, Self>,
+        HeadShape { rows, channels, vocab_size, precision }: HeadShape,
+    ) {
+        let Classifier { losses, mut gradient, x, w, targets } = operands;
+        let conversion = Conversion::to(precision);
+        let Workspace { a, b: [head, transposed_head, input], elements: logits, .. } = workspace;
+        let by_channel = Matrix::rows_by_depth(w, vocab_size, channels);
+        let head = pack(self, &by_channel, conversion, Role::B, head.as_mut());
+        let transposed = gradient.as_ref().map(|_| {
+            let by_vocab = Matrix::depth_by_rows(w, channels, vocab_size);
+            pack(self, &by_vocab, conversion, Role::B, transposed_head.as_mut())
+        });
+        let chunk = chunk_rows(rows, vocab_size);
+        for r0 in (0..rows).step_by(chunk) {
+            let n = chunk.min(rows - r0);
+            let x = &x[r0 * channels..][..n * channels];
+            let logits = &mut logits[..n * vocab_size];
+            let packed = Matrix::rows_by_depth(x, n, channels);
+            let packed = pack(self, &packed, conversion, Role::A, a.as_mut());
+            self.gemm(packed, head, overwrite(logits, vocab_size));
 
-        let scale = gradient.as_ref().map(|g| g.scale);
-        let losses = &mut losses[r0..r0 + n];
-        softmax_rows(cpu, logits, losses, &targets[r0..r0 + n], vocab_size, scale);
+            let scale = gradient.as_ref().map(|g| g.scale);
+            let losses = &mut losses[r0..r0 + n];
+            softmax_rows(self, logits, losses, &targets[r0..r0 + n], vocab_size, scale);
 
-        let (Some(gradient), Some(transposed)) = (&mut gradient, transposed) else { continue };
-        let dlogits: &[f32] = logits;
-        let by_vocab = Matrix::rows_by_depth(dlogits, n, vocab_size);
-        let by_vocab = pack(cpu, &by_vocab, conversion, Role::A, a.as_mut());
-        let dx = &mut gradient.dx[r0 * channels..][..n * channels];
-        cpu.gemm(by_vocab, transposed, overwrite(dx, channels));
+            let (Some(gradient), Some(transposed)) = (&mut gradient, transposed) else { continue };
+            let dlogits: &[f32] = logits;
+            let by_vocab = Matrix::rows_by_depth(dlogits, n, vocab_size);
+            let by_vocab = pack(self, &by_vocab, conversion, Role::A, a.as_mut());
+            let dx = &mut gradient.dx[r0 * channels..][..n * channels];
+            self.gemm(by_vocab, transposed, overwrite(dx, channels));
 
-        let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
-        let by_row = pack(cpu, &by_row, conversion, Role::A, a.as_mut());
-        let x = Matrix::depth_by_rows(x, channels, n);
-        let x = pack(cpu, &x, conversion, Role::B, input.as_mut());
-        let accumulate = gradient.accumulate || r0 > 0;
-        cpu.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dw, channels) });
+            let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
+            let by_row = pack(self, &by_row, conversion, Role::A, a.as_mut());
+            let x = Matrix::depth_by_rows(x, channels, n);
+            let x = pack(self, &x, conversion, Role::B, input.as_mut());
+            let accumulate = gradient.accumulate || r0 > 0;
+            self.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dw, channels) });
+        }
+    }
+
+    fn logits(
+        &self,
+        _workspace: &mut Workspace,
+        logits: &mut Buffer<f32>,
+        x: &Buffer<f32>,
+        row: usize,
+        w: &[f32],
+        HeadShape { channels, vocab_size, precision, .. }: HeadShape,
+    ) {
+        let x = &x[row * channels..][..channels];
+        let per_job = rows_per_job(channels);
+        self.install(|| {
+            logits[..vocab_size].par_chunks_mut(per_job).enumerate().for_each(|(job, logits)| {
+                let w = &w[job * per_job * channels..][..logits.len() * channels];
+                // As the packed GEMM would round its operands.
+                dot_rows(self.isa(), logits, x, w, precision == Precision::Bf16);
+            });
+        });
     }
 }
 
@@ -142,18 +153,6 @@ simd_fn! {
         logits[target] -= scale;
         sum.ln() - at_target
     }
-}
-
-/// Logits (V) of one row x (C), as the packed GEMM would round its operands.
-pub(super) fn logits(cpu: &Cpu, logits: &mut [f32], x: &[f32], wte: &[f32], precision: Precision) {
-    let channels = x.len();
-    let per_job = rows_per_job(channels);
-    cpu.install(|| {
-        logits.par_chunks_mut(per_job).enumerate().for_each(|(job, logits)| {
-            let wte = &wte[job * per_job * channels..][..logits.len() * channels];
-            dot_rows(cpu.isa(), logits, x, wte, precision == Precision::Bf16);
-        });
-    });
 }
 
 simd_fn! {

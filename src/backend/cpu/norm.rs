@@ -5,103 +5,93 @@
 
 use rayon::prelude::*;
 
-use super::arena::Buffer;
 use super::isa::simd_fn;
 use super::math::{AHEAD, lane_sum, prefetch_after};
-use super::{Cpu, rows_per_job};
-use crate::backend::NormStatistics;
+use super::{Buffer, Cpu, Workspace, rows_per_job};
+use crate::backend::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
 
-/// out (rows, C) = (x - mean) rstd w + b
-pub(super) fn forward(
-    cpu: &Cpu,
-    out: &mut [f32],
-    statistics: NormStatistics<&mut Buffer<f32>>,
-    x: &[f32],
-    w: &[f32],
-    b: &[f32],
-    rows: usize,
-    channels: usize,
-    epsilon: f32,
-) {
-    let per_job = rows_per_job(channels);
-    cpu.install(|| {
-        out[..rows * channels]
-            .par_chunks_mut(per_job * channels)
-            .zip(x[..rows * channels].par_chunks(per_job * channels))
-            .zip(statistics.mean[..rows].par_chunks_mut(per_job))
-            .zip(statistics.rstd[..rows].par_chunks_mut(per_job))
-            .for_each(|(((out, x), mean), rstd)| {
-                forward_rows(cpu.isa(), out, NormStatistics { mean, rstd }, x, w, b, epsilon);
-            });
-    });
-}
+impl Norm for Cpu {
+    fn layernorm_forward(
+        &self,
+        out: &mut Buffer<f32>,
+        statistics: NormStatistics<&mut Buffer<f32>>,
+        x: &Buffer<f32>,
+        NormParams { w, b }: NormParams<'_, Self>,
+        NormShape { rows, channels, epsilon }: NormShape,
+    ) {
+        let per_job = rows_per_job(channels);
+        self.install(|| {
+            out[..rows * channels]
+                .par_chunks_mut(per_job * channels)
+                .zip(x[..rows * channels].par_chunks(per_job * channels))
+                .zip(statistics.mean[..rows].par_chunks_mut(per_job))
+                .zip(statistics.rstd[..rows].par_chunks_mut(per_job))
+                .for_each(|(((out, x), mean), rstd)| {
+                    forward_rows(self.isa(), out, NormStatistics { mean, rstd }, x, w, b, epsilon);
+                });
+        });
+    }
 
-/// sum (rows, C) = x + y, then the LayerNorm of that sum.
-pub(super) fn add_forward(
-    cpu: &Cpu,
-    out: &mut [f32],
-    sum: &mut [f32],
-    statistics: NormStatistics<&mut Buffer<f32>>,
-    x: &[f32],
-    y: &[f32],
-    w: &[f32],
-    b: &[f32],
-    rows: usize,
-    channels: usize,
-    epsilon: f32,
-) {
-    let per_job = rows_per_job(channels);
-    let chunk = per_job * channels;
-    cpu.install(|| {
-        out[..rows * channels]
-            .par_chunks_mut(chunk)
-            .zip(sum[..rows * channels].par_chunks_mut(chunk))
-            .zip(x[..rows * channels].par_chunks(chunk))
-            .zip(y[..rows * channels].par_chunks(chunk))
-            .zip(statistics.mean[..rows].par_chunks_mut(per_job))
-            .zip(statistics.rstd[..rows].par_chunks_mut(per_job))
-            .for_each(|(((((out, sum), x), y), mean), rstd)| {
-                add(cpu.isa(), sum, x, y);
-                forward_rows(cpu.isa(), out, NormStatistics { mean, rstd }, sum, w, b, epsilon);
-            });
-    });
-}
+    fn add_layernorm_forward(
+        &self,
+        out: &mut Buffer<f32>,
+        statistics: NormStatistics<&mut Buffer<f32>>,
+        ResidualSum { sum, x, y }: ResidualSum<'_, Self>,
+        NormParams { w, b }: NormParams<'_, Self>,
+        NormShape { rows, channels, epsilon }: NormShape,
+    ) {
+        let per_job = rows_per_job(channels);
+        let chunk = per_job * channels;
+        self.install(|| {
+            out[..rows * channels]
+                .par_chunks_mut(chunk)
+                .zip(sum[..rows * channels].par_chunks_mut(chunk))
+                .zip(x[..rows * channels].par_chunks(chunk))
+                .zip(y[..rows * channels].par_chunks(chunk))
+                .zip(statistics.mean[..rows].par_chunks_mut(per_job))
+                .zip(statistics.rstd[..rows].par_chunks_mut(per_job))
+                .for_each(|(((((out, sum), x), y), mean), rstd)| {
+                    add(self.isa(), sum, x, y);
+                    let statistics = NormStatistics { mean, rstd };
+                    forward_rows(self.isa(), out, statistics, sum, w, b, epsilon);
+                });
+        });
+    }
 
-/// Adds to dx (rows, C), dw (C) and db (C).
-pub(super) fn backward(
-    cpu: &Cpu,
-    dx: &mut [f32],
-    dw: &mut [f32],
-    db: &mut [f32],
-    dy: &[f32],
-    x: &[f32],
-    statistics: NormStatistics<&Buffer<f32>>,
-    w: &[f32],
-    rows: usize,
-    channels: usize,
-) {
-    let (mean, rstd) = (&statistics.mean[..rows], &statistics.rstd[..rows]);
-    let per_job = rows_per_job(channels);
-    let chunk = per_job * channels;
-    cpu.install(|| {
-        dx[..rows * channels]
-            .par_chunks_mut(chunk)
-            .zip(dy[..rows * channels].par_chunks(chunk))
-            .zip(x[..rows * channels].par_chunks(chunk))
-            .zip(mean.par_chunks(per_job).zip(rstd.par_chunks(per_job)))
-            .for_each(|(((dx, dy), x), (mean, rstd))| {
-                backward_rows(cpu.isa(), dx, dy, x, mean, rstd, w);
-            });
-        // Parameter gradients sum over rows, in order: each job owns some columns.
-        const COLUMNS: usize = 64;
-        dw.par_chunks_mut(COLUMNS).zip(db.par_chunks_mut(COLUMNS)).enumerate().for_each(
-            |(job, (dw, db))| {
-                let (dy, x) = (&dy[job * COLUMNS..], &x[job * COLUMNS..]);
-                let statistics = NormStatistics { mean, rstd };
-                backward_columns(cpu.isa(), dw, db, dy, x, statistics, channels);
-            },
-        );
-    });
+    fn layernorm_backward(
+        &self,
+        _workspace: &mut Workspace,
+        operands: NormBackward<'_, Self>,
+        NormShape { rows, channels, .. }: NormShape,
+    ) {
+        let NormBackward { dx, dw, db, dy, x, statistics, w, accumulate } = operands;
+        if !accumulate {
+            self.zero(dw);
+            self.zero(db);
+        }
+        let (mean, rstd) = (&statistics.mean[..rows], &statistics.rstd[..rows]);
+        let per_job = rows_per_job(channels);
+        let chunk = per_job * channels;
+        self.install(|| {
+            dx[..rows * channels]
+                .par_chunks_mut(chunk)
+                .zip(dy[..rows * channels].par_chunks(chunk))
+                .zip(x[..rows * channels].par_chunks(chunk))
+                .zip(mean.par_chunks(per_job).zip(rstd.par_chunks(per_job)))
+                .for_each(|(((dx, dy), x), (mean, rstd))| {
+                    backward_rows(self.isa(), dx, dy, x, mean, rstd, w);
+                });
+            // Parameter gradients sum over rows, in order: each job owns some columns.
+            const COLUMNS: usize = 64;
+            dw.par_chunks_mut(COLUMNS).zip(db.par_chunks_mut(COLUMNS)).enumerate().for_each(
+                |(job, (dw, db))| {
+                    let (dy, x) = (&dy[job * COLUMNS..], &x[job * COLUMNS..]);
+                    let statistics = NormStatistics { mean, rstd };
+                    backward_columns(self.isa(), dw, db, dy, x, statistics, channels);
+                },
+            );
+        });
+    }
 }
 
 simd_fn! {

@@ -10,11 +10,13 @@ use std::sync::LazyLock;
 
 use crate::backend::test_calls::alone;
 use crate::backend::{
-    Activation, ClassifierGradient, Optimize, OptimizerStep, Sequences, Trained, reference,
+    Activation, Attend, AttentionShape, ClassifierGradient, Linear, LinearShape, Memory,
+    NormStatistics, Optimize, OptimizerStep, Precision, Sequences, Trained, WorkspaceShape,
+    reference,
 };
 use crate::mx::{
-    self, BLOCK, Draw, Element, Gemm, GemmId, Mxfp4Matrix, Operand, OperandId, OperandSource,
-    Purpose, Range, Rounding, Source, decode_e2m1, decode_e8m0, uniform,
+    self, BLOCK, Draw, Element, Gemm, GemmId, LinearRecipe, Mxfp4Matrix, Operand, OperandId,
+    OperandSource, Purpose, Random, Range, Rounding, Source, decode_e2m1, decode_e8m0, uniform,
 };
 use crate::recipe::Recipe;
 

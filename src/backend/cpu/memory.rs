@@ -1,0 +1,117 @@
+//! Memory of the CPU: everything is a slice of an arena, in f32.
+
+use rayon::prelude::*;
+
+use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, attend, head, linear};
+use crate::Result;
+use crate::backend::{HeadShape, LinearShape, Memory, Precision, Slot, WorkspaceShape};
+use crate::mx::{self, Draw};
+
+impl Memory for Cpu {
+    type Arena = Arena;
+    type Tensor = Buffer<f32>;
+    type F32 = Buffer<f32>;
+    type Weights = Buffer<f32>;
+    type Param<'a> = &'a [f32];
+    type Gradient<'a> = &'a mut [f32];
+    type Tokens = Buffer<u32>;
+    type Workspace = Workspace;
+
+    /// A cache line.
+    const ALIGN: usize = 16;
+
+    fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
+        bytes.map_or_else(|| Ok(Arena::measuring()), Arena::mapped)
+    }
+
+    fn arena_used(&self, arena: &Arena) -> usize {
+        arena.used()
+    }
+
+    // NOTE: f32 whatever the precision asked for: GEMMs round their operands as they pack them.
+    fn tensor(&self, arena: &mut Arena, len: usize, _: Precision) -> Buffer<f32> {
+        arena.alloc(len)
+    }
+
+    fn f32(&self, arena: &mut Arena, len: usize) -> Buffer<f32> {
+        arena.alloc(len)
+    }
+
+    fn weights(&self, arena: &mut Arena, len: usize, _: usize) -> Buffer<f32> {
+        arena.alloc(len)
+    }
+
+    fn tokens(&self, arena: &mut Arena, len: usize) -> Result<Buffer<u32>> {
+        Ok(arena.alloc(len))
+    }
+
+    fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape<'_>) -> Workspace {
+        let WorkspaceShape { sequences, channels, heads, vocab_size, backward, .. } = *shape;
+        let (isa, precision, length) = (self.isa(), shape.precision(), sequences.length);
+        let head = HeadShape { rows: sequences.rows(), channels, vocab_size, precision };
+        let size = linear::scratch(isa, &linear_layers(shape), shape)
+            .max(head::scratch(isa, head, backward))
+            .max(attend::scratch(isa, precision, length, channels / heads, backward));
+        Workspace::of_size(arena, size, self.threads())
+    }
+
+    fn param<'a>(&self, weights: &'a Buffer<f32>, slot: Slot) -> &'a [f32] {
+        &weights[slot.range()]
+    }
+
+    fn gradients<'a, const N: usize>(
+        &self,
+        flat: &'a mut Buffer<f32>,
+        slots: [Slot; N],
+    ) -> [&'a mut [f32]; N] {
+        flat.get_disjoint_mut(slots.map(Slot::range)).expect("slots are apart and in the buffer")
+    }
+
+    fn write_tokens(&self, to: &mut Buffer<u32>, from: &[u32]) {
+        to[..from.len()].copy_from_slice(from);
+    }
+
+    fn write_f32(&self, to: &mut Buffer<f32>, at: usize, from: &[f32]) -> Result<()> {
+        to[at..][..from.len()].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn read_f32(&self, from: &Buffer<f32>, at: usize, to: &mut [f32]) -> Result<()> {
+        to.copy_from_slice(&from[at..][..to.len()]);
+        Ok(())
+    }
+
+    fn write_param(&self, to: &mut Buffer<f32>, slot: Slot, from: &[f32]) -> Result<()> {
+        to[slot.range()].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn draw_param(&self, to: &mut Buffer<f32>, slot: Slot, std: f32, draw: &Draw) -> Result<()> {
+        self.install(|| {
+            to[slot.range()].par_chunks_mut(JOB_ELEMENTS).enumerate().for_each(|(job, part)| {
+                mx::fill_normal(part, std, draw, (job * JOB_ELEMENTS / 2) as u32);
+            });
+        });
+        Ok(())
+    }
+
+    fn read_param(&self, from: &Buffer<f32>, slot: Slot, to: &mut [f32]) -> Result<()> {
+        to.copy_from_slice(&from[slot.range()]);
+        Ok(())
+    }
+
+    fn zero_tensor(&self, buffer: &mut Buffer<f32>) {
+        self.zero(buffer);
+    }
+
+    fn zero_gradient(&self, gradient: &mut [f32]) {
+        self.zero(gradient);
+    }
+}
+
+/// The linear layers of a block.
+fn linear_layers(shape: &WorkspaceShape<'_>) -> [LinearShape; 4] {
+    let (rows, c, m) = (shape.sequences.rows(), shape.channels, shape.mlp_channels);
+    let layer = |inputs, outputs| LinearShape { rows, inputs, outputs };
+    [layer(c, 3 * c), layer(c, c), layer(c, m), layer(m, c)]
+}
