@@ -1,6 +1,8 @@
 //! Operations called with one argument an operand, on parameters that lie alone: what tests of single
 //! operations are written with.
 
+#![allow(clippy::too_many_arguments, reason = "one argument an operand is the point")]
+
 use super::cpu::Cpu;
 use super::cuda::Cuda;
 use super::*;
