@@ -13,6 +13,28 @@ pub(crate) fn alone(len: usize) -> Slot {
     Slot { index: 0, start: 0, len, decays: true }
 }
 
+/// All operations of a model like GPT-2, in its backward pass too.
+pub(crate) fn workspace_shape(
+    sequences: Sequences,
+    channels: usize,
+    heads: usize,
+    vocab_size: usize,
+    precision: Precision,
+    recipes: &'static [LinearRecipe],
+) -> WorkspaceShape<'static> {
+    let (rows, c, head_size) = (sequences.rows(), channels, channels / heads);
+    let linears = [[c, 3 * c], [c, c], [c, 4 * c], [4 * c, c]]
+        .map(|[inputs, outputs]| LinearShape { rows, inputs, outputs });
+    WorkspaceShape {
+        linears: Vec::leak(linears.to_vec()),
+        norm: NormShape { rows, channels, epsilon: 0.0 },
+        attention: AttentionShape { sequences, heads, head_size, score_factor: 1.0, precision },
+        head: HeadShape { rows, channels, vocab_size, precision },
+        recipes,
+        backward: true,
+    }
+}
+
 macro_rules! calls {
     ($b:ty, $len:expr, $parameters:expr) => {
         #[allow(dead_code)]

@@ -16,10 +16,10 @@ use crate::backend::{
 use crate::mx::{self, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random};
 
 /// What these layers need of a workspace for the recipes of a shape.
-pub(super) fn scratch(isa: Isa, layers: &[LinearShape], shape: &WorkspaceShape<'_>) -> ScratchSize {
+pub(super) fn scratch(isa: Isa, shape: &WorkspaceShape<'_>) -> ScratchSize {
     let mut size = ScratchSize::default();
     let (a, [b, ..]) = (&mut size.a, &mut size.b);
-    for LinearShape { rows, inputs, outputs } in layers.iter().copied() {
+    for LinearShape { rows, inputs, outputs } in shape.linears.iter().copied() {
         for gemm in shape.recipes.iter().map(LinearRecipe::forward) {
             let (format, group) = (Format::carrying(gemm.format()), gemm.group());
             a.add(isa, [rows, inputs], format, group);

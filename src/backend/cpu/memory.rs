@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, attend, head, linear};
 use crate::Result;
-use crate::backend::{HeadShape, LinearShape, Memory, Precision, Slot, WorkspaceShape};
+use crate::backend::{Memory, Precision, Slot, WorkspaceShape};
 use crate::mx::{self, Draw};
 
 impl Memory for Cpu {
@@ -46,12 +46,9 @@ impl Memory for Cpu {
     }
 
     fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape<'_>) -> Workspace {
-        let WorkspaceShape { sequences, channels, heads, vocab_size, backward, .. } = *shape;
-        let (isa, precision, length) = (self.isa(), shape.precision(), sequences.length);
-        let head = HeadShape { rows: sequences.rows(), channels, vocab_size, precision };
-        let size = linear::scratch(isa, &linear_layers(shape), shape)
-            .max(head::scratch(isa, head, backward))
-            .max(attend::scratch(isa, precision, length, channels / heads, backward));
+        let size = linear::scratch(self.isa(), shape)
+            .max(attend::scratch(self.isa(), shape.attention, shape.backward))
+            .max(head::scratch(self.isa(), shape.head, shape.backward));
         Workspace::of_size(arena, size, self.threads())
     }
 
@@ -107,11 +104,4 @@ impl Memory for Cpu {
     fn zero_gradient(&self, gradient: &mut [f32]) {
         self.zero(gradient);
     }
-}
-
-/// The linear layers of a block.
-fn linear_layers(shape: &WorkspaceShape<'_>) -> [LinearShape; 4] {
-    let (rows, c, m) = (shape.sequences.rows(), shape.channels, shape.mlp_channels);
-    let layer = |inputs, outputs| LinearShape { rows, inputs, outputs };
-    [layer(c, 3 * c), layer(c, c), layer(c, m), layer(m, c)]
 }

@@ -8,7 +8,7 @@ use super::optimize::Reduction;
 use super::*;
 use std::sync::LazyLock;
 
-use crate::backend::test_calls::alone;
+use crate::backend::test_calls::{self, alone};
 use crate::backend::{
     Activation, Attend, AttentionShape, ClassifierGradient, Linear, LinearShape, Memory,
     NormStatistics, Optimize, OptimizerStep, Precision, Sequences, Trained, WorkspaceShape,
@@ -82,15 +82,7 @@ fn workspace_shape(
     heads: usize,
     vocab: usize,
 ) -> WorkspaceShape<'static> {
-    WorkspaceShape {
-        sequences,
-        channels,
-        mlp_channels: 4 * channels,
-        heads,
-        vocab_size: vocab,
-        recipes: &*RECIPES,
-        backward: true,
-    }
+    test_calls::workspace_shape(sequences, channels, heads, vocab, Precision::F32, &*RECIPES)
 }
 
 fn workspace(cpu: &Cpu, shape: &WorkspaceShape) -> Workspace {
@@ -284,7 +276,7 @@ fn linear_layers_follow_their_recipes() {
         let named = Recipe::NAMES.into_iter().chain(switched).map(linear_recipe);
         for recipe in named.chain(built) {
             let all = workspace_shape(sequences, inputs, 1, 8);
-            let all = WorkspaceShape { recipes: &[recipe], mlp_channels: inputs, ..all };
+            let all = WorkspaceShape { recipes: &[recipe], linears: &[shape], ..all };
             let mut memory = workspace(&cpu, &all);
             let as_bf16 = |x: &[f32]| -> Vec<f64> {
                 x.iter().map(|v| half::bf16::from_f32(*v).to_f64()).collect()
@@ -572,12 +564,8 @@ fn attention() {
                 let bound = if in_bf16 { 6e-3 } else { 1e-6 };
                 // An error of a score is relative to the score, and the softmax sees it as it is.
                 let bound = bound * f64::from(score_factor.max(1.0));
-                let recipes: &[LinearRecipe] = match precision {
-                    Precision::F32 => &[LinearRecipe::F32],
-                    Precision::Bf16 => &[LinearRecipe::BF16],
-                };
                 let shape_of_workspace =
-                    WorkspaceShape { recipes, ..workspace_shape(sequences, c, heads, 8) };
+                    WorkspaceShape { attention: shape, ..workspace_shape(sequences, c, heads, 8) };
                 let mut memory = workspace(&cpu, &shape_of_workspace);
                 let (mut out, mut lse) = (poison(rows * c), poison(rows * heads));
                 cpu.attention_forward(&mut memory, &mut out, &mut lse, &qkv, shape);

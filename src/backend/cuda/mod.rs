@@ -314,7 +314,7 @@ impl Backend for Cuda {
     type Recordings = Recordings;
 
     fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
-        let (head_size, most) = (shape.channels / shape.heads, attention::MAX_HEAD_SIZE);
+        let (head_size, most) = (shape.attention.head_size, attention::MAX_HEAD_SIZE);
         if head_size > most {
             return Err(Error::Unsupported {
                 what: format!("attention with {head_size} channels a head on a GPU"),
@@ -323,7 +323,7 @@ impl Backend for Cuda {
         }
         shape.recipes.iter().try_for_each(holds)?;
         let mxfp4 = shape.backward_gemms().any(|gemm| gemm.format() == Format::MXFP4);
-        let widest = shape.mlp_channels.max(3 * shape.channels);
+        let widest = shape.linears.iter().map(|layer| layer.outputs).max().unwrap_or(0);
         if mxfp4 && widest > linear::MAX_DEPTH {
             return Err(Error::Unsupported {
                 what: format!("MXFP4 with layers of {widest} channels on a GPU"),

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use super::adamw::Reduction;
 use super::gemm::Type;
 use super::*;
-use crate::backend::test_calls::alone;
+use crate::backend::test_calls::{self, alone};
 use crate::backend::{
     Activation, ClassifierGradient, Device, Largest, Optimize, OptimizerStep, Sequences, StepPlan,
     Trained, reference,
@@ -190,15 +190,8 @@ pub(super) fn workspace_shape(
     vocab_size: usize,
     precision: Precision,
 ) -> WorkspaceShape<'static> {
-    WorkspaceShape {
-        sequences,
-        channels,
-        mlp_channels: 4 * channels,
-        heads,
-        vocab_size,
-        recipes: if precision == Precision::F32 { &RECIPES[..2] } else { &RECIPES[2..] },
-        backward: true,
-    }
+    let recipes = if precision == Precision::F32 { &RECIPES[..2] } else { &RECIPES[2..] };
+    test_calls::workspace_shape(sequences, channels, heads, vocab_size, precision, recipes)
 }
 
 /// |a - b| / |b|, Frobenius.

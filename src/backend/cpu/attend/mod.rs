@@ -35,17 +35,12 @@ use rows::{QuerySums, dot, gradient_panel};
 const QUERIES: usize = TILE_COLS;
 
 /// What attention needs of a workspace; with `trains`, for gradients too.
-pub(super) fn scratch(
-    isa: Isa,
-    precision: Precision,
-    length: usize,
-    head_size: usize,
-    trains: bool,
-) -> ScratchSize {
+pub(super) fn scratch(isa: Isa, shape: AttentionShape, trains: bool) -> ScratchSize {
+    let AttentionShape { sequences, head_size, precision, .. } = shape;
     let scratch_len = if in_bf16(isa, precision) { panels::scratch_len } else { f32::scratch_len };
     #[cfg(target_arch = "x86_64")]
     let scratch_len = if in_tiles(isa, precision) { tiles::scratch_len } else { scratch_len };
-    let of_thread = scratch_len(length, head_size, trains);
+    let of_thread = scratch_len(sequences.length, head_size, trains);
     ScratchSize { of_thread, ..ScratchSize::default() }
 }
 
