@@ -5,6 +5,11 @@
 //! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum
 //! in an order that depends on shapes alone, so two runs on one kind of GPU give the same bits.
 
+#![allow(
+    clippy::too_many_arguments,
+    reason = "entry functions take operands one by one, as kernels do"
+)]
+
 mod adamw;
 mod attention;
 mod classifier;
@@ -293,7 +298,7 @@ impl Backend for Cuda {
     type Recordings = Recordings;
 
     fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
-        let (head_size, most) = (shape.channels / shape.heads, attention::MAX_HEAD_SIZE);
+        let (head_size, most) = (shape.attention.head_size, attention::MAX_HEAD_SIZE);
         if head_size > most {
             return Err(Error::Unsupported {
                 what: format!("attention with {head_size} channels a head on a GPU"),
@@ -302,7 +307,7 @@ impl Backend for Cuda {
         }
         shape.recipes.iter().try_for_each(holds)?;
         let mxfp4 = shape.backward_gemms().any(|gemm| gemm.format() == Format::MXFP4);
-        let widest = shape.mlp_channels.max(3 * shape.channels);
+        let widest = shape.linears.iter().map(|layer| layer.outputs).max().unwrap_or(0);
         if mxfp4 && widest > quantize::MAX_DEPTH {
             return Err(Error::Unsupported {
                 what: format!("MXFP4 with layers of {widest} channels on a GPU"),
