@@ -307,6 +307,10 @@ end
     made_from = options(trainer)
     @test made_from.recipe == "mxfp4-rht-sr" && made_from.schedule === :constant
     @test made_from.optimizer == "adamw"
+    stable = Trainer(model; optimizer = "stable-adamw", clip = 0, batch_size = 2)
+    @test options(stable).optimizer == "stable-adamw" && isfinite(step!(stable, dataset).loss)
+    close(stable)
+    @test refuses(() -> Trainer(model; optimizer = "sgd"), MXFP4Error, "stable-adamw")
     mktempdir() do folder
         save(trainer, folder)
         resumed = load(Trainer, new_engine(), folder)

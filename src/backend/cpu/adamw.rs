@@ -1,21 +1,26 @@
 //! The end of a step: the gradient's norm, and AdamW over all parameters, by the arithmetic of
-//! `optim/adamw.rs` compiled for each instruction set.
+//! `optim/adamw.rs` compiled for each instruction set; StableAdamW gives it rates of its own.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::isa::{Isa, simd_fn};
+use super::isa::simd_fn;
 use super::math::{AHEAD, prefetch_after};
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace};
 use crate::Result;
 use crate::backend::{Optimize, Slot, Trained};
 use crate::optim::adamw::Update;
-use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums};
+use crate::optim::stable_adamw::{self, Ratio};
+use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
+use crate::reserve::zeros;
 
 /// What a reduction found.
-#[derive(Default)]
 pub struct Reduction {
     losses: f64,
     squares: f64,
+    /// Learning rate of each parameter.
+    rates: Vec<f32>,
 }
 
 impl Reduction {
@@ -27,8 +32,9 @@ impl Reduction {
 impl Optimize for Cpu {
     type Reduction = Reduction;
 
-    fn reduction(&self, _: &mut Arena, _: &[Slot], _: &Optimizer) -> Result<Reduction> {
-        Ok(Reduction::default())
+    fn reduction(&self, _: &mut Arena, slots: &[Slot], _: &Optimizer) -> Result<Reduction> {
+        let rates = zeros("the learning rates of the parameters", slots.len())?;
+        Ok(Reduction { losses: 0.0, squares: 0.0, rates })
     }
 
     fn add_losses(
@@ -47,12 +53,29 @@ impl Optimize for Cpu {
         _workspace: &mut Workspace,
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
-        _step: &OptimizerStep,
+        step: &OptimizerStep,
     ) {
-        let gradient = |slot: &Slot| &trained.gradients[slot.range()];
-        let squares =
-            || trained.slots.iter().map(|slot| sum_of_squares(self, gradient(slot))).sum();
-        reduction.squares = self.install(squares);
+        let (slots, isa, gradients) = (trained.slots, self.isa(), &trained.gradients);
+        let squares = |slot: &Slot| {
+            sum_in_order(slot.range(), &|job| chunk_sum_of_squares(isa, &gradients[job]))
+        };
+        reduction.squares = self.install(|| slots.iter().map(squares).sum());
+        reduction.rates.fill(step.lr);
+        if step.optimizer.kind == OptimizerKind::StableAdamW {
+            // Above the limit of the norm, too: there the update is tried.
+            let free = OptimizerStep { largest_gradient: f32::INFINITY, ..*step };
+            let ratio = Ratio::new(step, reduction.sums().gradient_scale(&free).unwrap_or(1.0));
+            let v = &trained.states[1];
+            let squares = |job: Range<usize>| {
+                chunk_sum_of_ratios(isa, &v[job.clone()], &gradients[job], ratio)
+            };
+            self.install(|| {
+                for (rate, slot) in reduction.rates.iter_mut().zip(slots) {
+                    let squares = sum_in_order(slot.range(), &squares);
+                    *rate = stable_adamw::rate(step.lr, squares, slot.len);
+                }
+            });
+        }
     }
 
     fn update(
@@ -64,8 +87,8 @@ impl Optimize for Cpu {
         let sums = reduction.sums();
         if let Some(gradient_scale) = sums.gradient_scale(step) {
             self.install(|| {
-                for slot in trained.slots {
-                    let arithmetic = Update::new(step, slot.decays, gradient_scale);
+                for (slot, rate) in trained.slots.iter().zip(&reduction.rates) {
+                    let arithmetic = Update::new(step, *rate, slot.decays, gradient_scale);
                     update(self, elements(trained, *slot), arithmetic);
                 }
             });
@@ -75,7 +98,7 @@ impl Optimize for Cpu {
 
     fn try_update(
         &self,
-        _: &mut Reduction,
+        reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
         sums: &StepSums,
@@ -83,8 +106,8 @@ impl Optimize for Cpu {
     ) -> Result<()> {
         if let Some(gradient_scale) = sums.gradient_scale(step) {
             self.install(|| {
-                for slot in trained.slots {
-                    let arithmetic = Update::new(step, slot.decays, gradient_scale);
+                for (slot, rate) in trained.slots.iter().zip(&reduction.rates) {
+                    let arithmetic = Update::new(step, *rate, slot.decays, gradient_scale);
                     largest(try_update(self, elements(trained, *slot), arithmetic));
                 }
             });
@@ -102,18 +125,15 @@ fn sum_of(losses: &[f32]) -> f64 {
     losses.iter().map(|loss| f64::from(*loss)).sum()
 }
 
-/// Sum of squares in f64: by chunks of fixed size, then halves of halves, whatever the threads.
-fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
-    fn halves(isa: Isa, x: &[f32]) -> f64 {
-        if x.len() <= JOB_ELEMENTS {
-            return chunk_sum_of_squares(isa, x);
-        }
-        let middle = (x.len() / 2).next_multiple_of(JOB_ELEMENTS);
-        let (left, right) = x.split_at(middle);
-        let (left, right) = rayon::join(|| halves(isa, left), || halves(isa, right));
-        left + right
+/// The sum of `of` over jobs of fixed size, in halves of halves, whatever the threads.
+fn sum_in_order(all: Range<usize>, of: &(impl Fn(Range<usize>) -> f64 + Sync)) -> f64 {
+    if all.len() <= JOB_ELEMENTS {
+        return of(all);
     }
-    cpu.install(|| halves(cpu.isa(), x))
+    let middle = all.start + (all.len() / 2).next_multiple_of(JOB_ELEMENTS);
+    let (left, right) = (all.start..middle, middle..all.end);
+    let (left, right) = rayon::join(|| sum_in_order(left, of), || sum_in_order(right, of));
+    left + right
 }
 
 /// The elements of a parameter and of what training keeps for it; all four have one length.
@@ -177,6 +197,20 @@ simd_fn! {
         }
         for (lane, x) in lanes.iter_mut().zip(rest) {
             *lane += f64::from(*x) * f64::from(*x);
+        }
+        lanes.iter().sum()
+    }
+}
+
+simd_fn! {
+    /// Of the squares of a gradient's ratios to its second moments.
+    fn chunk_sum_of_ratios(v: &[f32], g: &[f32], ratio: Ratio) -> f64 {
+        let mut lanes = [0.0f64; 8];
+        for (v, g) in v.chunks(8).zip(g.chunks(8)) {
+            for ((lane, v), g) in lanes.iter_mut().zip(v).zip(g) {
+                let ratio = f64::from(ratio.of(*v, *g));
+                *lane += ratio * ratio;
+            }
         }
         lanes.iter().sum()
     }

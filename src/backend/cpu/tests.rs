@@ -1,7 +1,6 @@
 //! Every operation against its scalar twin, on every instruction set of this processor, at sizes that
 //! nothing divides; and independence of the number of threads.
 
-use super::adamw::Reduction;
 use super::gemm::{
     Format, Layout, Matrix, Output, Rotation, Side, pack, unpack_mxfp4, unpack_tiles,
 };
@@ -641,7 +640,8 @@ fn optimizer_steps() {
         let mut p = buffer(n, |i| p0[i]);
         let mut states = [random(n, 3), buffer(n, |i| i as f32 * 1e-5)];
         let [m0, v0] = [f64s(&states[0]), f64s(&states[1])];
-        let mut optimizer = Reduction::default();
+        let mut optimizer =
+            cpu.reduction(&mut Arena::measuring(), &[alone(n)], &step.optimizer).unwrap();
         let shape = workspace_shape(Sequences { batch: 1, length: 1 }, 8, 1, 8);
         let mut scratch = workspace(&cpu, &shape);
         cpu.add_losses(&mut optimizer, &buffer(3, |i| i as f32 + 0.5), 3, true);
@@ -706,7 +706,10 @@ fn a_tried_update_is_the_update() {
             let mut gradient = with(random(n, 1), g1);
             let before = [p.to_vec(), states[0].to_vec(), states[1].to_vec()];
             let mut scratch = workspace(&cpu, &shape);
-            let (mut optimizer, mut tried) = (Reduction::default(), Vec::new());
+            let (mut optimizer, mut tried) = (
+                cpu.reduction(&mut Arena::measuring(), &[alone(n)], &step.optimizer).unwrap(),
+                Vec::new(),
+            );
             let mut all = Trained {
                 slots: &[alone(n)],
                 weights: &mut p,

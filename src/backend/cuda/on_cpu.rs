@@ -1317,3 +1317,5 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
         }
     }
 }
+
+mod stable_adamw;
