@@ -65,7 +65,7 @@ impl Optimize for Cpu {
             // Above the limit of the norm, too: there the update is tried.
             let free = OptimizerStep { largest_gradient: f32::INFINITY, ..*step };
             let ratio = Ratio::new(step, reduction.sums().gradient_scale(&free).unwrap_or(1.0));
-            let v = &trained.states[1];
+            let v = &moments(trained.states)[1];
             let squares = |job: Range<usize>| {
                 chunk_sum_of_ratios(isa, &v[job.clone()], &gradients[job], ratio)
             };
@@ -85,14 +85,20 @@ impl Optimize for Cpu {
         step: &OptimizerStep,
     ) -> Result<StepSums> {
         let sums = reduction.sums();
-        if let Some(gradient_scale) = sums.gradient_scale(step) {
-            self.install(|| {
-                for (slot, rate) in trained.slots.iter().zip(&reduction.rates) {
-                    let arithmetic = Update::new(step, *rate, slot.decays, gradient_scale);
-                    update(self, elements(trained, *slot), arithmetic);
-                }
-            });
-        }
+        let Some(gradient_scale) = sums.gradient_scale(step) else { return Ok(sums) };
+        let Trained { slots, weights, states, gradients } = trained;
+        let ([m, v], isa) = (moments(states), self.isa());
+        self.install(|| {
+            for (slot, rate) in slots.iter().zip(&reduction.rates) {
+                let update = Update::new(step, *rate, slot.decays, gradient_scale);
+                weights[slot.range()]
+                    .par_chunks_mut(JOB_ELEMENTS)
+                    .zip(m[slot.range()].par_chunks_mut(JOB_ELEMENTS))
+                    .zip(v[slot.range()].par_chunks_mut(JOB_ELEMENTS))
+                    .zip(gradients[slot.range()].par_chunks(JOB_ELEMENTS))
+                    .for_each(|(((p, m), v), g)| update_chunk(isa, p, m, v, g, update));
+            }
+        });
         Ok(sums)
     }
 
@@ -104,14 +110,24 @@ impl Optimize for Cpu {
         sums: &StepSums,
         largest: &mut (dyn FnMut(Largest) + Send),
     ) -> Result<()> {
-        if let Some(gradient_scale) = sums.gradient_scale(step) {
-            self.install(|| {
-                for (slot, rate) in trained.slots.iter().zip(&reduction.rates) {
-                    let arithmetic = Update::new(step, *rate, slot.decays, gradient_scale);
-                    largest(try_update(self, elements(trained, *slot), arithmetic));
-                }
-            });
-        }
+        let Some(gradient_scale) = sums.gradient_scale(step) else { return Ok(()) };
+        let Trained { slots, weights, states, gradients } = trained;
+        let ([m, v], isa) = (moments(states), self.isa());
+        self.install(|| {
+            for (slot, rate) in slots.iter().zip(&reduction.rates) {
+                let update = Update::new(step, *rate, slot.decays, gradient_scale);
+                let bits = weights[slot.range()]
+                    .par_chunks(JOB_ELEMENTS)
+                    .zip(m[slot.range()].par_chunks(JOB_ELEMENTS))
+                    .zip(v[slot.range()].par_chunks(JOB_ELEMENTS))
+                    .zip(gradients[slot.range()].par_chunks(JOB_ELEMENTS))
+                    .map(|(((p, m), v), g)| try_chunk(isa, p, m, v, g, update))
+                    // By their bits NaN is larger than everything.
+                    .reduce(|| [0; 3], |a, b| [a[0].max(b[0]), a[1].max(b[1]), a[2].max(b[2])]);
+                let [weight, m, v] = bits.map(f32::from_bits);
+                largest(Largest { weight, states: [m, v] });
+            }
+        });
         Ok(())
     }
 
@@ -136,54 +152,9 @@ fn sum_in_order(all: Range<usize>, of: &(impl Fn(Range<usize>) -> f64 + Sync)) -
     left + right
 }
 
-/// The elements of a parameter and of what training keeps for it; all four have one length.
-struct Elements<'a> {
-    param: &'a mut [f32],
-    /// First moments.
-    m: &'a mut [f32],
-    /// Second moments.
-    v: &'a mut [f32],
-    gradient: &'a [f32],
-}
-
-fn elements<'a>(trained: &'a mut Trained<'_, Cpu>, slot: Slot) -> Elements<'a> {
-    let [m, v] = &mut *trained.states else { panic!("AdamW keeps two states") };
-    Elements {
-        param: &mut trained.weights[slot.range()],
-        m: &mut m[slot.range()],
-        v: &mut v[slot.range()],
-        gradient: &trained.gradients[slot.range()],
-    }
-}
-
-/// One update of a parameter and its moments.
-fn update(cpu: &Cpu, all: Elements<'_>, update: Update) {
-    let Elements { param, m, v, gradient } = all;
-    cpu.install(|| {
-        param
-            .par_chunks_mut(JOB_ELEMENTS)
-            .zip(m.par_chunks_mut(JOB_ELEMENTS))
-            .zip(v.par_chunks_mut(JOB_ELEMENTS))
-            .zip(gradient.par_chunks(JOB_ELEMENTS))
-            .for_each(|(((p, m), v), g)| update_chunk(cpu.isa(), p, m, v, g, update));
-    });
-}
-
-/// The largest magnitudes that [`update`] would leave.
-fn try_update(cpu: &Cpu, all: Elements<'_>, update: Update) -> Largest {
-    let Elements { param, m, v, gradient } = all;
-    let bits = cpu.install(|| {
-        param
-            .par_chunks(JOB_ELEMENTS)
-            .zip(m.par_chunks(JOB_ELEMENTS))
-            .zip(v.par_chunks(JOB_ELEMENTS))
-            .zip(gradient.par_chunks(JOB_ELEMENTS))
-            .map(|(((p, m), v), g)| try_chunk(cpu.isa(), p, m, v, g, update))
-            // By their bits NaN is larger than everything.
-            .reduce(|| [0; 3], |a, b| [a[0].max(b[0]), a[1].max(b[1]), a[2].max(b[2])])
-    });
-    let [weight, m, v] = bits.map(f32::from_bits);
-    Largest { weight, states: [m, v] }
+/// What AdamW keeps: first and second moments.
+fn moments(states: &mut [Buffer<f32>]) -> &mut [Buffer<f32>; 2] {
+    states.try_into().expect("AdamW names two states")
 }
 
 simd_fn! {
