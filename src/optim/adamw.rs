@@ -1,7 +1,7 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101): Adam with weight decay outside of the moments.
 //!
-//! Moments are kept raw; what corrects them for their start at 0 are factors of the rate and of the root,
-//! computed in f64, for beta^t is close to 1 for long.
+//! Moments are kept raw; what corrects them for their start at 0 are factors of the rate and of the
+//! root, computed in f64, for beta^t is close to 1 for long.
 
 use super::bounds::{FLOOR, MOST, SLACK};
 use super::{Bounds, Definition, Optimizer, OptimizerKind, OptimizerStep, State};
@@ -90,11 +90,11 @@ fn largest_gradient(bounds: &Bounds, step: &OptimizerStep) -> f32 {
     if m <= most && v <= MOST { most.min(MOST.sqrt()) as f32 } else { -1.0 }
 }
 
-/// No element of a gradient is larger than its norm, and a moment is a mean of what was there and what
-/// came.
+/// No element of a gradient is larger than its norm, and a moment is a mean of what was there and
+/// what came.
 ///
-/// NOTE: but for clipping. Its factor may be so small that what is below f32's numbers rounds up to the
-/// smallest of them, which is less than twice as much.
+/// NOTE: but for clipping. Its factor may be so small that what is below f32's numbers rounds up to
+/// the smallest of them, which is less than twice as much.
 fn after(bounds: &Bounds, step: &OptimizerStep, gradient: f32) -> Bounds {
     let (gradient, [m, v]) = (2.0 * f64::from(gradient), bounds.states);
     let m = (m.max(gradient) * SLACK).max(FLOOR);
@@ -146,7 +146,8 @@ mod tests {
             step in steps(),
             bounds in (scale(-45.0..37.5), scale(-45.0..37.5), scale(-45.0..37.5)),
             parts in [-1.0f32..=1.0, -1.0f32..=1.0, 0.0f32..=1.0],
-            gradients in prop::collection::vec(prop_oneof![Just(1.0f32), Just(-1.0), -1.0f32..1.0], 8),
+            gradients in
+                prop::collection::vec(prop_oneof![Just(1.0f32), Just(-1.0), -1.0f32..1.0], 8),
         ) {
             let (weight, m, v) = bounds;
             let [mut p, mut first, mut second] = [weight * parts[0], m * parts[1], v * parts[2]];
@@ -159,13 +160,16 @@ mod tests {
                 }
                 let gradient = limit * part;
                 let next = bounds.after(&step, gradient.abs());
-                let [fixed, decayed] = [false, true]
-                    .map(|decays| Update::new(&step, step.lr, decays, 1.0).of(p, first, second, gradient));
+                let [fixed, decayed] = [false, true].map(|decays| {
+                    let update = Update::new(&step, step.lr, decays, 1.0);
+                    update.of(p, first, second, gradient)
+                });
+                let most = [next.weight, next.states[0], next.states[1]];
                 for (p, first, second) in [fixed, decayed] {
-                    prop_assert!(f64::from(p.abs()) <= next.weight, "{p} {next:?} {step:?}");
-                    prop_assert!(f64::from(first.abs()) <= next.states[0], "{first} {next:?} {step:?}");
-                    prop_assert!(f64::from(second.abs()) <= next.states[1], "{second} {next:?} {step:?}");
-                    prop_assert!(p.is_finite() && first.is_finite() && second.is_finite());
+                    for (x, most) in [p, first, second].into_iter().zip(most) {
+                        prop_assert!(x.is_finite(), "{x} {step:?}");
+                        prop_assert!(f64::from(x.abs()) <= most, "{x} {next:?} {step:?}");
+                    }
                 }
                 (p, first, second) = decayed;
                 bounds = next;
@@ -173,7 +177,8 @@ mod tests {
         }
     }
 
-    /// The factor of clipping may lie below f32's ordinary numbers, where it is rounded by up to its half.
+    /// The factor of clipping may lie below f32's ordinary numbers, where it is rounded by up to
+    /// its half.
     #[test]
     fn bounds_vouch_for_gradients_that_are_clipped_to_almost_nothing() {
         for clip in [1e-3f32, 8e-8, 1e-7, 1.1e-7, 3e-7, 1e-6, 1e-30] {
@@ -191,7 +196,8 @@ mod tests {
         }
     }
 
-    /// Ordinary settings never need more than a first look, and nothing is vouched for that is unknown.
+    /// Ordinary settings never need more than a first look, and nothing is vouched for that is
+    /// unknown.
     #[test]
     fn bounds_are_wide_enough_for_training() {
         let mut step = step(1e-3, 1, Optimizer { clip: 0.0, ..DEFINITION.defaults });

@@ -1,9 +1,9 @@
-//! Optimizers: a file for each, with its settings, the states that it keeps, the arithmetic of its update
-//! and its bounds. Schedules of the learning rate.
+//! Optimizers: a file for each, with its settings, the states that it keeps, the arithmetic of its
+//! update and its bounds. Schedules of the learning rate.
 //!
 //! An optimizer is states, a reduction, an update. All three are data and scalar arithmetic here; a
-//! backend runs them over flat buffers (`backend/optimize.rs`). So nothing of ours is imported here, and
-//! a backend knows no other formula than this one.
+//! backend runs them over flat buffers (`backend/optimize.rs`). So nothing of ours is imported
+//! here, and a backend knows no other formula than this one.
 
 pub(crate) mod adamw;
 mod bounds;
@@ -20,14 +20,16 @@ pub use step::{Largest, OptimizerStep, StepSums};
 
 use crate::{Error, Result};
 
-/// What weights are updated by. Written as one string, such as `adamw`, which is also what files store.
+/// What weights are updated by. Written as one string, such as `adamw`, which is also what files
+/// store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OptimizerKind {
-    /// `adamw`: Adam with weight decay outside of the moments (Loshchilov and Hutter, arXiv 1711.05101).
+    /// `adamw`: Adam with weight decay outside of the moments (Loshchilov and Hutter, arXiv
+    /// 1711.05101).
     #[default]
     AdamW,
-    /// `stable-adamw`: AdamW whose rate falls for a parameter whose gradients are larger than its second
-    /// moments have seen coming (arXiv 2304.13013); usually without clipping.
+    /// `stable-adamw`: AdamW whose rate falls for a parameter whose gradients are larger than its
+    /// second moments have seen coming (arXiv 2304.13013); usually without clipping.
     StableAdamW,
 }
 

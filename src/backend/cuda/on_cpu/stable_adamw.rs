@@ -1,5 +1,5 @@
-//! StableAdamW's kernels on the processor, against the arithmetic of `optim/` bit for bit: nothing is
-//! contracted here, on a GPU it is.
+//! StableAdamW's kernels on the processor, against the arithmetic of `optim/` bit for bit: nothing
+//! is contracted here, on a GPU it is.
 
 use super::*;
 use crate::OptimizerKind;
