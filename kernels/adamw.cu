@@ -1,5 +1,5 @@
 // The end of a step: sums of losses and of squared gradients, clipping, AdamW (Loshchilov and
-// Hutter, arXiv 1711.05101), for all parameters at once.
+// Hutter, arXiv 1711.05101) and StableAdamW (2304.13013), for all parameters at once.
 //
 // A table says where each parameter and what belongs to it lies. Work is cut into pieces of PIECE
 // elements, numbered through all parameters; blocks take pieces in turn and find the parameter by a
@@ -105,27 +105,77 @@ __global__ void sum_squares(double *sums, u32 *clamped, const double *partials, 
     for (u32 i = threadIdx.x; i < entries; i += blockDim.x) *table[i].amax = 0;
 }
 
-// One update of every parameter, unless loss or gradient norm is not finite or the norm above the
-// limit. sums: as above. With `trial` (entries, 3), zeros before, nothing is stored but the bits of
-// the largest magnitudes that the update would leave of each parameter: weights, first and second
-// moments. It is the same code, so that both see the same numbers. Grid: any; block: 256.
-__global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
-                                 u32 *trial, Step s) {
+// What clipping makes gradients of a norm smaller by. PyTorch's clip_grad_norm_ adds the same 1e-6.
+__device__ __forceinline__ float clipping(float norm, const Step &s) {
+  return s.clip > 0.0f ? fminf(s.clip / (norm + 1e-6f), 1.0f) : 1.0f;
+}
+
+// partials (pieces) = sums over a piece of g^2 / max(u, epsilon^2), u the corrected second moment
+// after the update. Grid: any; block: 256.
+__global__ void square_ratios(double *partials, const Entry *table, u32 entries, u64 pieces,
+                              const double *sums, Step s) {
   begin();
-  float norm;
-  if (!is_allowed(sums, s, norm)) return;
-  // PyTorch's clip_grad_norm_ adds the same 1e-6.
-  float scale = s.clip > 0.0f ? fminf(s.clip / (norm + 1e-6f), 1.0f) : 1.0f;
+  __shared__ double scratch[WARP];
+  float scale = clipping((float)sqrt(sums[1]), s);
   for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
-    float keep = e->decays ? 1.0f - s.lr * s.weight_decay : 1.0f;
+    u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
+    double total = 0.0;
+    auto add = [&](float v, float g) {
+      g *= scale;
+      v = s.beta2 * v + (1.0f - s.beta2) * (g * g);
+      float ratio = g / fmaxf(sqrtf(v) * s.root, s.epsilon);
+      total += (double)ratio * ratio;
+    };
+    u64 i = start + threadIdx.x * 4;
+    for (; i + 4 <= end; i += blockDim.x * 4) {
+      float4 g = *(const float4 *)(e->gradient + i), v = *(const float4 *)(e->v + i);
+      add(v.x, g.x), add(v.y, g.y), add(v.z, g.z), add(v.w, g.w);
+    }
+    for (; i < end; i++) add(e->v[i], e->gradient[i]);
+    total = block_sum_double(total, scratch);
+    if (threadIdx.x == 0) partials[piece] = total;
+  }
+}
+
+// rates (entries) = the learning rate of a parameter with the root mean square that its partials
+// make, and it with the correction of first moments. Grid: entries; block: 256.
+__global__ void find_rates(float2 *rates, const double *partials, const Entry *table,
+                           double correction, Step s) {
+  begin();
+  __shared__ double scratch[WARP];
+  const Entry *e = table + blockIdx.x;
+  u64 pieces = (e->len + PIECE - 1) / PIECE;
+  double total = 0.0;
+  for (u64 i = threadIdx.x; i < pieces; i += blockDim.x) total += partials[e->first_piece + i];
+  total = block_sum_double(total, scratch);
+  if (threadIdx.x != 0) return;
+  float rate = (float)((double)s.lr / fmax(sqrt(total / (double)e->len), 1.0));
+  rates[blockIdx.x] = make_float2(rate, (float)((double)rate / correction));
+}
+
+// One update of every parameter, unless loss or gradient norm is not finite or the norm above the
+// limit. sums: as above. rates: of `find_rates`, or null for the step's own. With `trial` (entries,
+// 3), zeros before, nothing is stored but the bits of the largest magnitudes that the update would
+// leave of each parameter: weights, first and second moments. It is the same code, so that both see
+// the same numbers.
+__device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 pieces,
+                                           const double *sums, const float2 *rates, u32 *trial,
+                                           const Step &s) {
+  float norm;
+  if (!is_allowed(sums, s, norm)) return;
+  float scale = clipping(norm, s);
+  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const Entry *e = find(table, entries, piece);
+    float lr = rates ? rates[e - table].x : s.lr, size = rates ? rates[e - table].y : s.size;
+    float keep = e->decays ? 1.0f - lr * s.weight_decay : 1.0f;
     float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     auto update = [&](float &p, float &m, float &v, float g) {
       g *= scale;
       m = s.beta1 * m + (1.0f - s.beta1) * g;
       v = s.beta2 * v + (1.0f - s.beta2) * (g * g);
-      p = p * keep - s.size * (m / (sqrtf(v) * s.root + s.epsilon));
+      p = p * keep - size * (m / (sqrtf(v) * s.root + s.epsilon));
       largest = max_nan(largest, fabsf(p));
       if (trial) largest_m = max_nan(largest_m, fabsf(m)), largest_v = max_nan(largest_v, fabsf(v));
     };
@@ -150,6 +200,18 @@ __global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double 
     note_amax(trial ? of_one : e->amax, largest);
     if (trial) note_amax(of_one + 1, largest_m), note_amax(of_one + 2, largest_v);
   }
+}
+
+// Grid: any; block: 256.
+__global__ void adamw(const Entry *table, u32 entries, u64 pieces, const double *sums, u32 *trial,
+                      Step s) {
+  begin();
+  update_all(table, entries, pieces, sums, nullptr, trial, s);
+}
+__global__ void stable_adamw(const Entry *table, u32 entries, u64 pieces, const double *sums,
+                             const float2 *rates, u32 *trial, Step s) {
+  begin();
+  update_all(table, entries, pieces, sums, rates, trial, s);
 }
 
 // copy (len) = param (len), to nearest even; *amax, which is 0 before, the bits of the largest

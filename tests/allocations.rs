@@ -8,8 +8,8 @@ use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mxfp4train::{
-    Activation, Dataset, Engine, EngineOptions, Model, ModelConfig, Optimizer, Recipe, Trainer,
-    TrainerOptions, plan,
+    Activation, Dataset, Engine, EngineOptions, Model, ModelConfig, Optimizer, OptimizerKind,
+    Recipe, Trainer, TrainerOptions, plan,
 };
 
 static CALLS: AtomicU64 = AtomicU64::new(0);
@@ -93,15 +93,20 @@ fn a_step_allocates_nothing() {
         let engine = Engine::new(EngineOptions { threads, ..EngineOptions::default() }).unwrap();
         let model = Model::new(&engine, &config).unwrap();
         let unlike_gpt2 = Model::new(&engine, &unlike_gpt2).unwrap();
-        let all = Recipe::NAMES.into_iter().map(|name| (&model, name, 1e-8));
+        let [adamw, stable] = OptimizerKind::ALL;
+        let all = Recipe::NAMES.into_iter().map(|name| (&model, name, adamw, 1e-8));
         // With the smallest epsilon every step is tried before it is done.
-        let others = [(&unlike_gpt2, "mxfp4-rht-sr", 1e-8), (&model, "bf16", 1e-45)];
-        for (model, name, epsilon) in all.chain(others) {
+        let others = [
+            (&unlike_gpt2, "mxfp4-rht-sr", stable, 1e-8),
+            (&model, "bf16", adamw, 1e-45),
+            (&model, "bf16", stable, 1e-45),
+        ];
+        for (model, name, kind, epsilon) in all.chain(others) {
             let options = TrainerOptions {
                 batch_size: 4,
                 accumulation: 2,
                 recipe: name.parse().unwrap(),
-                optimizer: Optimizer { epsilon, ..Optimizer::default() },
+                optimizer: Optimizer { epsilon, ..Optimizer::new(kind) },
                 ..TrainerOptions::default()
             };
             let mut trainer = Trainer::new(model, options).unwrap();
@@ -123,7 +128,7 @@ fn a_step_allocates_nothing() {
             let calls = CALLS.load(Ordering::Relaxed) - before;
             assert_eq!(
                 calls, 0,
-                "{calls} allocations in 100 steps of {name}, {epsilon:e}, {threads} threads"
+                "{calls} allocations in 100 steps of {name}, {kind}, {epsilon:e}, {threads} threads"
             );
         }
     }

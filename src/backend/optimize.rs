@@ -1,6 +1,7 @@
 //! The end of a step: a reduction of all gradients to a few sums, then the update.
 //!
-//! Between the two is the seam at which clipping decides, and at which ranks exchange what they have.
+//! Between the two is the seam at which clipping decides, and at which ranks exchange what they
+//! have.
 
 use super::{Memory, Slot};
 use crate::Result;
@@ -23,7 +24,8 @@ pub trait Optimize: Memory {
     /// What a reduction leaves for the update that follows it: sums, tables of parameters.
     type Reduction: Send;
 
-    /// What steps of an optimizer over these parameters need; an error where the host lacks memory for it.
+    /// What steps of an optimizer over these parameters need; an error where the host lacks memory
+    /// for it.
     fn reduction(
         &self,
         arena: &mut Self::Arena,
@@ -38,8 +40,9 @@ pub trait Optimize: Memory {
         rows: usize,
         accumulate: bool,
     );
-    /// Sums up what the gradients are, for the update that comes next. `workspace` is that of the step's
-    /// operations, which count clamped scales in it.
+    /// Sums up what the gradients are, for the update that comes next, and finds the rate of each
+    /// parameter where it is not the step's. `workspace` is that of the
+    /// step's operations, which count clamped scales in it.
     fn reduce(
         &self,
         workspace: &mut Self::Workspace,
@@ -47,9 +50,9 @@ pub trait Optimize: Memory {
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
     );
-    /// Clips, and makes one update of every parameter and its states after [`Optimize::reduce`], unless
-    /// loss or norm is not finite or the norm above `step`'s limit: then nothing changes. Waits for the
-    /// device.
+    /// Clips, and makes one update of every parameter and its states after [`Optimize::reduce`],
+    /// unless loss or norm is not finite or the norm above `step`'s limit: then nothing changes.
+    /// Waits for the device.
     fn update(
         &self,
         reduction: &mut Self::Reduction,
@@ -57,8 +60,8 @@ pub trait Optimize: Memory {
         step: &OptimizerStep,
     ) -> Result<StepSums>;
     /// Computes the update of [`Optimize::update`], which found `sums`, for every parameter without
-    /// storing it, and calls `largest` with what it would leave of each, in their order. Waits for the
-    /// device.
+    /// storing it, and calls `largest` with what it would leave of each, in their order. Waits for
+    /// the device.
     fn try_update(
         &self,
         reduction: &mut Self::Reduction,

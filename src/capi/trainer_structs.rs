@@ -71,7 +71,10 @@ pub struct mxt_trainer_options {
     /// "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
     /// depend on it. Borrowed for the call.
     pub recompute: *const c_char,
-    /// What moves the weights: "adamw" (the default, and what NULL is). Borrowed for the call.
+    /// What moves the weights: "adamw" (the default, and what NULL is) or "stable-adamw" (AdamW
+    /// whose rate falls for a tensor whose gradients are larger than its second moment has seen
+    /// coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above). Borrowed
+    /// for the call.
     pub optimizer: *const c_char,
 }
 versioned!(mxt_trainer_options, last = decay_steps: u64);

@@ -258,8 +258,8 @@ impl Checkpoint {
         Ok(state)
     }
 
-    /// What the optimizer keeps: calls `write(state, index, values)` for each of `states` and every entry
-    /// of `tensors`, in order.
+    /// What the optimizer keeps: calls `write(state, index, values)` for each of `states` and every
+    /// entry of `tensors`, in order.
     ///
     /// # Errors
     /// As [`Checkpoint::weights`].

@@ -1,7 +1,7 @@
 //! AdamW (Loshchilov and Hutter, arXiv 1711.05101): Adam with weight decay outside of the moments.
 //!
-//! Moments are kept raw; what corrects them for their start at 0 are factors of the rate and of the root,
-//! computed in f64, for beta^t is close to 1 for long.
+//! Moments are kept raw; what corrects them for their start at 0 are factors of the rate and of the
+//! root, computed in f64, for beta^t is close to 1 for long.
 
 use super::bounds::{FLOOR, MOST, SLACK};
 use super::{Bounds, Definition, Optimizer, OptimizerKind, OptimizerStep, State};
@@ -38,11 +38,11 @@ pub(crate) struct Update {
 }
 
 impl Update {
-    /// Of a parameter that `decays` or does not.
-    pub(crate) fn new(step: &OptimizerStep, decays: bool, gradient_scale: f32) -> Self {
+    /// Of a parameter with this learning rate, which `decays` or does not.
+    pub(crate) fn new(step: &OptimizerStep, rate: f32, decays: bool, gradient_scale: f32) -> Self {
         let Optimizer { beta1, beta2, epsilon, .. } = step.optimizer;
-        let keep = if decays { keep(step) } else { 1.0 };
-        Self { beta1, beta2, epsilon, size: size(step), root: root(step), keep, gradient_scale }
+        let (size, keep) = (size(step, rate), if decays { keep(step, rate) } else { 1.0 });
+        Self { beta1, beta2, epsilon, size, root: root(step), keep, gradient_scale }
     }
 
     /// A weight and its moments after the update.
@@ -50,15 +50,20 @@ impl Update {
     pub(crate) fn of(&self, p: f32, m: f32, v: f32, g: f32) -> (f32, f32, f32) {
         let gradient = g * self.gradient_scale;
         let m = self.beta1 * m + (1.0 - self.beta1) * gradient;
-        let v = self.beta2 * v + (1.0 - self.beta2) * (gradient * gradient);
+        let v = second_moment(self.beta2, v, gradient);
         let p = p * self.keep - self.size * (m / (v.sqrt() * self.root + self.epsilon));
         (p, m, v)
     }
 }
 
+#[inline(always)]
+pub(super) fn second_moment(beta2: f32, v: f32, gradient: f32) -> f32 {
+    beta2 * v + (1.0 - beta2) * (gradient * gradient)
+}
+
 /// The learning rate with the correction for first moments that start at 0.
-pub(crate) fn size(step: &OptimizerStep) -> f32 {
-    (f64::from(step.lr) / correction(step, step.optimizer.beta1)) as f32
+pub(crate) fn size(step: &OptimizerStep, rate: f32) -> f32 {
+    (f64::from(rate) / correction(step, step.optimizer.beta1)) as f32
 }
 
 /// Factor of the root of second moments, which start at 0, too.
@@ -67,16 +72,16 @@ pub(crate) fn root(step: &OptimizerStep) -> f32 {
 }
 
 /// What weight decay leaves of a weight.
-fn keep(step: &OptimizerStep) -> f32 {
-    1.0 - step.lr * step.optimizer.weight_decay
+fn keep(step: &OptimizerStep, rate: f32) -> f32 {
+    1.0 - rate * step.optimizer.weight_decay
 }
 
-fn correction(step: &OptimizerStep, beta: f32) -> f64 {
+pub(crate) fn correction(step: &OptimizerStep, beta: f32) -> f64 {
     1.0 - f64::from(beta).powf(step.t as f64)
 }
 
 fn largest_gradient(bounds: &Bounds, step: &OptimizerStep) -> f32 {
-    let (size, epsilon) = (f64::from(size(step)), f64::from(step.optimizer.epsilon));
+    let (size, epsilon) = (f64::from(size(step, step.lr)), f64::from(step.optimizer.epsilon));
     // A first moment becomes itself, its quotient by at least epsilon, and that times the size.
     let factor = (1.0 / epsilon).max(size / epsilon).max(1.0);
     let most = (MOST - bounds.weight * largest_keep(step)) / (2.0 * factor);
@@ -85,23 +90,23 @@ fn largest_gradient(bounds: &Bounds, step: &OptimizerStep) -> f32 {
     if m <= most && v <= MOST { most.min(MOST.sqrt()) as f32 } else { -1.0 }
 }
 
-/// No element of a gradient is larger than its norm, and a moment is a mean of what was there and what
-/// came.
+/// No element of a gradient is larger than its norm, and a moment is a mean of what was there and
+/// what came.
 ///
-/// NOTE: but for clipping. Its factor may be so small that what is below f32's numbers rounds up to the
-/// smallest of them, which is less than twice as much.
+/// NOTE: but for clipping. Its factor may be so small that what is below f32's numbers rounds up to
+/// the smallest of them, which is less than twice as much.
 fn after(bounds: &Bounds, step: &OptimizerStep, gradient: f32) -> Bounds {
     let (gradient, [m, v]) = (2.0 * f64::from(gradient), bounds.states);
     let m = (m.max(gradient) * SLACK).max(FLOOR);
     let v = (v.max(gradient * gradient) * SLACK).max(FLOOR);
-    let moved = m * f64::from(size(step)) / f64::from(step.optimizer.epsilon);
+    let moved = m * f64::from(size(step, step.lr)) / f64::from(step.optimizer.epsilon);
     let weight = ((bounds.weight * largest_keep(step) + moved) * SLACK).max(FLOOR);
     Bounds { weight, states: [m, v] }
 }
 
 /// Largest factor that weight decay leaves of a weight; 1 for those that do not decay.
 fn largest_keep(step: &OptimizerStep) -> f64 {
-    f64::from(keep(step).abs()).max(1.0)
+    f64::from(keep(step, step.lr).abs()).max(1.0)
 }
 
 #[cfg(test)]
@@ -141,7 +146,8 @@ mod tests {
             step in steps(),
             bounds in (scale(-45.0..37.5), scale(-45.0..37.5), scale(-45.0..37.5)),
             parts in [-1.0f32..=1.0, -1.0f32..=1.0, 0.0f32..=1.0],
-            gradients in prop::collection::vec(prop_oneof![Just(1.0f32), Just(-1.0), -1.0f32..1.0], 8),
+            gradients in
+                prop::collection::vec(prop_oneof![Just(1.0f32), Just(-1.0), -1.0f32..1.0], 8),
         ) {
             let (weight, m, v) = bounds;
             let [mut p, mut first, mut second] = [weight * parts[0], m * parts[1], v * parts[2]];
@@ -154,13 +160,16 @@ mod tests {
                 }
                 let gradient = limit * part;
                 let next = bounds.after(&step, gradient.abs());
-                let [fixed, decayed] = [false, true]
-                    .map(|decays| Update::new(&step, decays, 1.0).of(p, first, second, gradient));
+                let [fixed, decayed] = [false, true].map(|decays| {
+                    let update = Update::new(&step, step.lr, decays, 1.0);
+                    update.of(p, first, second, gradient)
+                });
+                let most = [next.weight, next.states[0], next.states[1]];
                 for (p, first, second) in [fixed, decayed] {
-                    prop_assert!(f64::from(p.abs()) <= next.weight, "{p} {next:?} {step:?}");
-                    prop_assert!(f64::from(first.abs()) <= next.states[0], "{first} {next:?} {step:?}");
-                    prop_assert!(f64::from(second.abs()) <= next.states[1], "{second} {next:?} {step:?}");
-                    prop_assert!(p.is_finite() && first.is_finite() && second.is_finite());
+                    for (x, most) in [p, first, second].into_iter().zip(most) {
+                        prop_assert!(x.is_finite(), "{x} {step:?}");
+                        prop_assert!(f64::from(x.abs()) <= most, "{x} {next:?} {step:?}");
+                    }
                 }
                 (p, first, second) = decayed;
                 bounds = next;
@@ -168,7 +177,8 @@ mod tests {
         }
     }
 
-    /// The factor of clipping may lie below f32's ordinary numbers, where it is rounded by up to its half.
+    /// The factor of clipping may lie below f32's ordinary numbers, where it is rounded by up to
+    /// its half.
     #[test]
     fn bounds_vouch_for_gradients_that_are_clipped_to_almost_nothing() {
         for clip in [1e-3f32, 8e-8, 1e-7, 1.1e-7, 3e-7, 1e-6, 1e-30] {
@@ -177,7 +187,7 @@ mod tests {
             let step = step(1.0, 1, Optimizer { clip, ..off });
             let squares = 1e38f32 as f64 * 1e38f32 as f64;
             let sums = StepSums { losses: 0.0, squares, raised_blocks: 0 };
-            let update = Update::new(&step, true, sums.gradient_scale(&step).unwrap());
+            let update = Update::new(&step, step.lr, true, sums.gradient_scale(&step).unwrap());
             let (p, m, v) = update.of(0.0, 0.0, 0.0, 1e38);
             let next = Bounds { weight: 0.0, ..Bounds::NEW }.after(&step, sums.clipped_norm(&step));
             let [most_m, most_v] = next.states;
@@ -186,7 +196,8 @@ mod tests {
         }
     }
 
-    /// Ordinary settings never need more than a first look, and nothing is vouched for that is unknown.
+    /// Ordinary settings never need more than a first look, and nothing is vouched for that is
+    /// unknown.
     #[test]
     fn bounds_are_wide_enough_for_training() {
         let mut step = step(1e-3, 1, Optimizer { clip: 0.0, ..DEFINITION.defaults });

@@ -1,11 +1,11 @@
 //! How large weights and states can be after an update, computed from a few numbers alone.
 //!
-//! A step must not leave NaN or infinity behind, and must not read all weights once more to know. So a
-//! trainer carries bounds of their magnitudes along: every update makes them wider by what it can have
-//! added, which each optimizer says of itself. They say up to which norm of the gradient the next update
-//! is safe for certain; what they cannot vouch for is computed twice, first without storing
-//! (`Optimize::try_update`), which also tells the magnitudes themselves, and so bounds to start again
-//! from.
+//! A step must not leave NaN or infinity behind, and must not read all weights once more to know.
+//! So a trainer carries bounds of their magnitudes along: every update makes them wider by what it
+//! can have added, which each optimizer says of itself. They say up to which norm of the gradient
+//! the next update is safe for certain; what they cannot vouch for is computed twice, first without
+//! storing (`Optimize::try_update`), which also tells the magnitudes themselves, and so bounds to
+//! start again from.
 
 use super::{Largest, MAX_STATES, OptimizerStep};
 

@@ -1,13 +1,14 @@
-//! Optimizers: a file for each, with its settings, the states that it keeps, the arithmetic of its update
-//! and its bounds. Schedules of the learning rate.
+//! Optimizers: a file for each, with its settings, the states that it keeps, the arithmetic of its
+//! update and its bounds. Schedules of the learning rate.
 //!
 //! An optimizer is states, a reduction, an update. All three are data and scalar arithmetic here; a
-//! backend runs them over flat buffers (`backend/optimize.rs`). So nothing of ours is imported here, and
-//! a backend knows no other formula than this one.
+//! backend runs them over flat buffers (`backend/optimize.rs`). So nothing of ours is imported
+//! here, and a backend knows no other formula than this one.
 
 pub(crate) mod adamw;
 mod bounds;
 mod schedule;
+pub(crate) mod stable_adamw;
 mod step;
 
 use std::fmt;
@@ -19,22 +20,28 @@ pub use step::{Largest, OptimizerStep, StepSums};
 
 use crate::{Error, Result};
 
-/// What weights are updated by. Written as one string, such as `adamw`, which is also what files store.
+/// What weights are updated by. Written as one string, such as `adamw`, which is also what files
+/// store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OptimizerKind {
-    /// `adamw`: Adam with weight decay outside of the moments (Loshchilov and Hutter, arXiv 1711.05101).
+    /// `adamw`: Adam with weight decay outside of the moments (Loshchilov and Hutter, arXiv
+    /// 1711.05101).
     #[default]
     AdamW,
+    /// `stable-adamw`: AdamW whose rate falls for a parameter whose gradients are larger than its
+    /// second moments have seen coming (arXiv 2304.13013); usually without clipping.
+    StableAdamW,
 }
 
 impl OptimizerKind {
     /// All of them.
-    pub const ALL: [Self; 1] = [Self::AdamW];
+    pub const ALL: [Self; 2] = [Self::AdamW, Self::StableAdamW];
 
     /// What the rest of the house is told of it.
     pub(crate) fn definition(self) -> &'static Definition {
         match self {
             Self::AdamW => &adamw::DEFINITION,
+            Self::StableAdamW => &stable_adamw::DEFINITION,
         }
     }
 }
@@ -177,10 +184,11 @@ mod tests {
             assert!(optimizer.states().len() <= MAX_STATES);
         }
         for (text, part) in [
-            ("", "expected one of adamw; got \"\""),
-            ("adam", "expected one of adamw; got \"adam\""),
+            ("", "expected one of adamw, stable-adamw; got \"\""),
+            ("adam", "expected one of adamw, stable-adamw; got \"adam\""),
             ("adamw,moments=int8", "unknown switch \"moments\"; adamw has none"),
             ("adamw, fast", "unknown switch \"fast\""),
+            ("stable-adamw,clip=1", "unknown switch \"clip\"; stable-adamw has none"),
             ("adamw,", "unknown switch \"\""),
         ] {
             let error = text.parse::<OptimizerKind>().unwrap_err().to_string();

@@ -13,8 +13,8 @@ pub struct OptimizerStep {
     pub t: u64,
     /// Factor of the sum of losses that makes it the step's loss.
     pub loss_scale: f32,
-    /// Largest norm of the clipped gradient with which the update is made; with a larger one nothing
-    /// changes.
+    /// Largest norm of the clipped gradient with which the update is made; with a larger one
+    /// nothing changes.
     pub largest_gradient: f32,
 }
 
@@ -25,8 +25,8 @@ pub struct StepSums {
     pub losses: f64,
     /// Sum of the squares of all gradients.
     pub squares: f64,
-    /// Blocks of MXFP4 operands that were rounded with a larger scale than their own, because the device
-    /// multiplies in a format that the scale does not fit.
+    /// Blocks of MXFP4 operands that were rounded with a larger scale than their own, because the
+    /// device multiplies in a format that the scale does not fit.
     pub raised_blocks: u64,
 }
 
@@ -42,9 +42,9 @@ impl StepSums {
         if clip > 0.0 { norm.min(clip) } else { norm }
     }
 
-    /// Factor of the gradient that clipping asks for; None where the loss or the norm is not finite or
-    /// the clipped norm above its limit, and nothing may be updated. PyTorch's clip_grad_norm_ adds the
-    /// same 1e-6.
+    /// Factor of the gradient that clipping asks for; None where the loss or the norm is not finite
+    /// or the clipped norm above its limit, and nothing may be updated. PyTorch's clip_grad_norm_
+    /// adds the same 1e-6.
     pub fn gradient_scale(&self, step: &OptimizerStep) -> Option<f32> {
         let ((loss, norm), clip) = (self.loss_and_norm(step), step.optimizer.clip);
         let excess = clip / (norm + 1e-6);

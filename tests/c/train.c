@@ -112,6 +112,23 @@ int main(int argc, char **argv) {
   }
   OK(mxt_trainer_use_schedule(trainer));
   CHECK(step(trainer, dataset).lr == options.lr);
+
+  /* Another optimizer, by its name, which is kept with the run. */
+  const char *other = in_folder(argv[1], "stable");
+  mxt_trainer_options other_options = options;
+  mxt_trainer *stable = NULL;
+  other_options.optimizer = "stable-adamw";
+  other_options.clip = 0;
+  OK(mxt_trainer_new(model, &other_options, &stable));
+  step(stable, dataset);
+  OK(mxt_trainer_save(stable, other));
+  const float next = step(stable, dataset).loss;
+  mxt_trainer_free(stable);
+  OK(mxt_trainer_load(engine, other, &stable));
+  OK(mxt_trainer_get_options(stable, &kept));
+  CHECK(strcmp(kept.optimizer, "stable-adamw") == 0 && kept.clip == 0);
+  CHECK(step(stable, dataset).loss == next);
+  mxt_trainer_free(stable);
   OK(mxt_trainer_step(trainer, dataset, NULL));
 
   /* A new schedule counts its steps from where it was set, also after a save and a load. */

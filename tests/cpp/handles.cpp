@@ -65,6 +65,11 @@ static void errors() {
   mxt::TrainerOptions trainer_options = small_options();
   trainer_options.recipe = "mxfp3";
   fails(MXT_ERROR_INVALID_ARGUMENT, "mxfp3", [&] { mxt::Trainer trainer(model, trainer_options); });
+  trainer_options = small_options();
+  trainer_options.optimizer = "sgd";
+  fails(MXT_ERROR_INVALID_ARGUMENT, "sgd", [&] { mxt::Trainer trainer(model, trainer_options); });
+  trainer_options.optimizer = "stable-adamw";
+  CHECK(std::string(mxt::Trainer(model, trainer_options).options().optimizer) == "stable-adamw");
 
   options = one_thread();
   options.memory_limit = 1000;

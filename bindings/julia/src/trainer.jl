@@ -11,7 +11,8 @@ A trainer at step 0 that changes the weights of `model`. All memory of training 
 `recipe` says which number formats the linear layers use: `"fp32"`, `"bf16"`, `"mxfp4-rht-sr"` (what
 `nothing` is) and others that the C header lists. `schedule` is `:constant`, `:cosine`, `:linear` or
 `:trapezoid`. `recompute` says what the backward pass computes again to save memory: `"nothing"`,
-`"pointwise"` or `"block"`. `optimizer` says what moves the weights: `"adamw"` (what `nothing` is).
+`"pointwise"` or `"block"`. `optimizer` says what moves the weights: `"adamw"` (what `nothing` is)
+or `"stable-adamw"`, which is made for `clip = 0`.
 """
 mutable struct Trainer <: Handle
     handle::Ptr{Lib.mxt_trainer}

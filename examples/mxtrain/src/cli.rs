@@ -367,7 +367,8 @@ pub(crate) struct OptimizerArgs {
     #[arg(long, value_name = "STEPS")]
     pub(crate) decay_steps: Option<u64>,
 
-    /// What moves the weights: adamw
+    /// What moves the weights: adamw or stable-adamw, whose rate falls for a tensor whose gradients
+    /// are larger than its second moment has seen coming
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) optimizer: OptimizerKind,
 
@@ -383,9 +384,10 @@ pub(crate) struct OptimizerArgs {
     #[arg(long, value_name = "X", default_value_t = 0.95)]
     pub(crate) beta2: f32,
 
-    /// Largest norm of the gradient; longer ones are scaled down; 0 turns it off
-    #[arg(long, value_name = "NORM", default_value_t = 1.0)]
-    pub(crate) clip: f32,
+    /// Largest norm of the gradient; longer ones are scaled down; 0 turns it off [default: 1; 0
+    /// with stable-adamw]
+    #[arg(long, value_name = "NORM")]
+    pub(crate) clip: Option<f32>,
 }
 
 /// What a run measures and prints on its way.

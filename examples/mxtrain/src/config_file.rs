@@ -118,7 +118,7 @@ mod tests {
         let (train, parsed) = parse(toml, "mxtrain train --layers 3").unwrap();
         assert_eq!(train.model.layers, 3);
         assert_eq!(train.optimizer.lr, Some(2e-3));
-        assert_eq!(train.optimizer.clip, 2.0);
+        assert_eq!(train.optimizer.clip, Some(2.0));
         assert_eq!(train.optimizer.schedule, mxfp4train::ScheduleKind::Linear);
         assert_eq!(train.model.heads, 4);
         assert!(train.start.overwrite);

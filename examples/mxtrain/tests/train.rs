@@ -47,6 +47,23 @@ fn info(dir: &Path, path: &str) -> Value {
     serde_json::from_str(&succeed(dir, &format!("info {path} --json"))).unwrap()
 }
 
+/// Kept with the run, so that it need not be said again, and cannot be another.
+#[test]
+fn an_optimizer_is_named_shown_and_kept() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("train --data data --out model --eval-batches 1 --log log.jsonl {TINY}");
+    let out = succeed(dir, &format!("{line} --optimizer stable-adamw --steps 4"));
+    assert!(out.contains(", optimizer stable-adamw\n"), "{out}");
+    assert_eq!(info(dir, "model")["training"]["optimizer"]["kind"], "stable-adamw");
+    let text = succeed(dir, "info model");
+    assert!(text.contains("step 4, recipe mxfp4-rht-sr, optimizer stable-adamw\n"), "{text}");
+    let error = refuse(dir, "train --resume model --data data --optimizer adamw --steps 6");
+    assert!(error.contains("started with, stable-adamw; got adamw"), "{error}");
+    let out = succeed(dir, "train --resume model --data data --steps 6");
+    assert!(out.contains("optimizer stable-adamw\n"), "{out}");
+}
+
 #[test]
 fn a_model_is_trained_measured_shown_and_sampled() {
     let dir = folder();
@@ -60,7 +77,7 @@ fn a_model_is_trained_measured_shown_and_sampled() {
     );
     for part in [
         "1 layers x 32 channels x 2 heads, context 32: 22.0 k parameters, new",
-        "recipe mxfp4-rht-sr",
+        "recipe mxfp4-rht-sr, optimizer adamw",
         "memory  ",
         "optimizer ",
         "step 10/20  train loss ",
@@ -89,6 +106,7 @@ fn a_model_is_trained_measured_shown_and_sampled() {
     assert_eq!(about["parameters"], 21984);
     assert_eq!(about["training"]["step"], 20);
     assert_eq!(about["training"]["recipe"], "mxfp4-rht-sr");
+    assert_eq!(about["training"]["optimizer"]["kind"], Value::Null);
     assert_eq!(about["tokenizer"], "bytes");
     assert_eq!(about["tensors"].as_array().unwrap().len(), 16);
     let text = succeed(dir, "info model --tensors");

@@ -24,7 +24,7 @@ use super::cpu::Cpu;
 use super::cuda::Cuda;
 use super::*;
 use crate::mx::{Draw, LinearRecipe, Purpose, Random, uniform};
-use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums};
+use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
 use crate::recipe::Recipe;
 
 /// What the suite asks of a backend besides its operations.
@@ -110,7 +110,8 @@ suite! {
         nan_poisons_the_products_that_it_enters gelu;
     attend: attention;
     head: classifier logits;
-    optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates;
+    optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
+        rates_that_do_not_fall_give_the_bits_of_adamw;
 }
 
 /// Runs `test` on each of the backends.

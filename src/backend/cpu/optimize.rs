@@ -1,21 +1,26 @@
 //! The end of a step: the gradient's norm, and AdamW over all parameters, by the arithmetic of
-//! `optim/adamw.rs` compiled for each instruction set.
+//! `optim/adamw.rs` compiled for each instruction set; StableAdamW gives it rates of its own.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::isa::{Isa, simd_fn};
+use super::isa::simd_fn;
 use super::math::{AHEAD, prefetch_after};
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace};
 use crate::Result;
 use crate::backend::{Optimize, Slot, Trained};
 use crate::optim::adamw::Update;
-use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums};
+use crate::optim::stable_adamw::{self, Ratio};
+use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
+use crate::reserve::zeros;
 
 /// What a reduction found.
-#[derive(Default)]
 pub struct Reduction {
     losses: f64,
     squares: f64,
+    /// Learning rate of each parameter.
+    rates: Vec<f32>,
 }
 
 impl Reduction {
@@ -27,8 +32,9 @@ impl Reduction {
 impl Optimize for Cpu {
     type Reduction = Reduction;
 
-    fn reduction(&self, _: &mut Arena, _: &[Slot], _: &Optimizer) -> Result<Reduction> {
-        Ok(Reduction::default())
+    fn reduction(&self, _: &mut Arena, slots: &[Slot], _: &Optimizer) -> Result<Reduction> {
+        let rates = zeros("the learning rates of the parameters", slots.len())?;
+        Ok(Reduction { losses: 0.0, squares: 0.0, rates })
     }
 
     fn add_losses(
@@ -47,12 +53,29 @@ impl Optimize for Cpu {
         _workspace: &mut Workspace,
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
-        _step: &OptimizerStep,
+        step: &OptimizerStep,
     ) {
-        let gradient = |slot: &Slot| &trained.gradients[slot.range()];
-        let squares =
-            || trained.slots.iter().map(|slot| sum_of_squares(self, gradient(slot))).sum();
-        reduction.squares = self.install(squares);
+        let (slots, isa, gradients) = (trained.slots, self.isa(), &trained.gradients);
+        let squares = |slot: &Slot| {
+            sum_in_order(slot.range(), &|job| chunk_sum_of_squares(isa, &gradients[job]))
+        };
+        reduction.squares = self.install(|| slots.iter().map(squares).sum());
+        reduction.rates.fill(step.lr);
+        if step.optimizer.kind == OptimizerKind::StableAdamW {
+            // Above the limit of the norm, too: there the update is tried.
+            let free = OptimizerStep { largest_gradient: f32::INFINITY, ..*step };
+            let ratio = Ratio::new(step, reduction.sums().gradient_scale(&free).unwrap_or(1.0));
+            let v = &moments(trained.states)[1];
+            let squares = |job: Range<usize>| {
+                chunk_sum_of_ratios(isa, &v[job.clone()], &gradients[job], ratio)
+            };
+            self.install(|| {
+                for (rate, slot) in reduction.rates.iter_mut().zip(slots) {
+                    let squares = sum_in_order(slot.range(), &squares);
+                    *rate = stable_adamw::rate(step.lr, squares, slot.len);
+                }
+            });
+        }
     }
 
     fn update(
@@ -62,33 +85,49 @@ impl Optimize for Cpu {
         step: &OptimizerStep,
     ) -> Result<StepSums> {
         let sums = reduction.sums();
-        if let Some(gradient_scale) = sums.gradient_scale(step) {
-            self.install(|| {
-                for slot in trained.slots {
-                    let arithmetic = Update::new(step, slot.decays, gradient_scale);
-                    update(self, elements(trained, *slot), arithmetic);
-                }
-            });
-        }
+        let Some(gradient_scale) = sums.gradient_scale(step) else { return Ok(sums) };
+        let Trained { slots, weights, states, gradients } = trained;
+        let ([m, v], isa) = (moments(states), self.isa());
+        self.install(|| {
+            for (slot, rate) in slots.iter().zip(&reduction.rates) {
+                let update = Update::new(step, *rate, slot.decays, gradient_scale);
+                weights[slot.range()]
+                    .par_chunks_mut(JOB_ELEMENTS)
+                    .zip(m[slot.range()].par_chunks_mut(JOB_ELEMENTS))
+                    .zip(v[slot.range()].par_chunks_mut(JOB_ELEMENTS))
+                    .zip(gradients[slot.range()].par_chunks(JOB_ELEMENTS))
+                    .for_each(|(((p, m), v), g)| update_chunk(isa, p, m, v, g, update));
+            }
+        });
         Ok(sums)
     }
 
     fn try_update(
         &self,
-        _: &mut Reduction,
+        reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
         sums: &StepSums,
         largest: &mut (dyn FnMut(Largest) + Send),
     ) -> Result<()> {
-        if let Some(gradient_scale) = sums.gradient_scale(step) {
-            self.install(|| {
-                for slot in trained.slots {
-                    let arithmetic = Update::new(step, slot.decays, gradient_scale);
-                    largest(try_update(self, elements(trained, *slot), arithmetic));
-                }
-            });
-        }
+        let Some(gradient_scale) = sums.gradient_scale(step) else { return Ok(()) };
+        let Trained { slots, weights, states, gradients } = trained;
+        let ([m, v], isa) = (moments(states), self.isa());
+        self.install(|| {
+            for (slot, rate) in slots.iter().zip(&reduction.rates) {
+                let update = Update::new(step, *rate, slot.decays, gradient_scale);
+                let bits = weights[slot.range()]
+                    .par_chunks(JOB_ELEMENTS)
+                    .zip(m[slot.range()].par_chunks(JOB_ELEMENTS))
+                    .zip(v[slot.range()].par_chunks(JOB_ELEMENTS))
+                    .zip(gradients[slot.range()].par_chunks(JOB_ELEMENTS))
+                    .map(|(((p, m), v), g)| try_chunk(isa, p, m, v, g, update))
+                    // By their bits NaN is larger than everything.
+                    .reduce(|| [0; 3], |a, b| [a[0].max(b[0]), a[1].max(b[1]), a[2].max(b[2])]);
+                let [weight, m, v] = bits.map(f32::from_bits);
+                largest(Largest { weight, states: [m, v] });
+            }
+        });
         Ok(())
     }
 
@@ -102,68 +141,20 @@ fn sum_of(losses: &[f32]) -> f64 {
     losses.iter().map(|loss| f64::from(*loss)).sum()
 }
 
-/// Sum of squares in f64: by chunks of fixed size, then halves of halves, whatever the threads.
-fn sum_of_squares(cpu: &Cpu, x: &[f32]) -> f64 {
-    fn halves(isa: Isa, x: &[f32]) -> f64 {
-        if x.len() <= JOB_ELEMENTS {
-            return chunk_sum_of_squares(isa, x);
-        }
-        let middle = (x.len() / 2).next_multiple_of(JOB_ELEMENTS);
-        let (left, right) = x.split_at(middle);
-        let (left, right) = rayon::join(|| halves(isa, left), || halves(isa, right));
-        left + right
+/// The sum of `of` over jobs of fixed size, in halves of halves, whatever the threads.
+fn sum_in_order(all: Range<usize>, of: &(impl Fn(Range<usize>) -> f64 + Sync)) -> f64 {
+    if all.len() <= JOB_ELEMENTS {
+        return of(all);
     }
-    cpu.install(|| halves(cpu.isa(), x))
+    let middle = all.start + (all.len() / 2).next_multiple_of(JOB_ELEMENTS);
+    let (left, right) = (all.start..middle, middle..all.end);
+    let (left, right) = rayon::join(|| sum_in_order(left, of), || sum_in_order(right, of));
+    left + right
 }
 
-/// The elements of a parameter and of what training keeps for it; all four have one length.
-struct Elements<'a> {
-    param: &'a mut [f32],
-    /// First moments.
-    m: &'a mut [f32],
-    /// Second moments.
-    v: &'a mut [f32],
-    gradient: &'a [f32],
-}
-
-fn elements<'a>(trained: &'a mut Trained<'_, Cpu>, slot: Slot) -> Elements<'a> {
-    let [m, v] = &mut *trained.states else { panic!("AdamW keeps two states") };
-    Elements {
-        param: &mut trained.weights[slot.range()],
-        m: &mut m[slot.range()],
-        v: &mut v[slot.range()],
-        gradient: &trained.gradients[slot.range()],
-    }
-}
-
-/// One update of a parameter and its moments.
-fn update(cpu: &Cpu, all: Elements<'_>, update: Update) {
-    let Elements { param, m, v, gradient } = all;
-    cpu.install(|| {
-        param
-            .par_chunks_mut(JOB_ELEMENTS)
-            .zip(m.par_chunks_mut(JOB_ELEMENTS))
-            .zip(v.par_chunks_mut(JOB_ELEMENTS))
-            .zip(gradient.par_chunks(JOB_ELEMENTS))
-            .for_each(|(((p, m), v), g)| update_chunk(cpu.isa(), p, m, v, g, update));
-    });
-}
-
-/// The largest magnitudes that [`update`] would leave.
-fn try_update(cpu: &Cpu, all: Elements<'_>, update: Update) -> Largest {
-    let Elements { param, m, v, gradient } = all;
-    let bits = cpu.install(|| {
-        param
-            .par_chunks(JOB_ELEMENTS)
-            .zip(m.par_chunks(JOB_ELEMENTS))
-            .zip(v.par_chunks(JOB_ELEMENTS))
-            .zip(gradient.par_chunks(JOB_ELEMENTS))
-            .map(|(((p, m), v), g)| try_chunk(cpu.isa(), p, m, v, g, update))
-            // By their bits NaN is larger than everything.
-            .reduce(|| [0; 3], |a, b| [a[0].max(b[0]), a[1].max(b[1]), a[2].max(b[2])])
-    });
-    let [weight, m, v] = bits.map(f32::from_bits);
-    Largest { weight, states: [m, v] }
+/// What AdamW keeps: first and second moments.
+fn moments(states: &mut [Buffer<f32>]) -> &mut [Buffer<f32>; 2] {
+    states.try_into().expect("AdamW names two states")
 }
 
 simd_fn! {
@@ -177,6 +168,20 @@ simd_fn! {
         }
         for (lane, x) in lanes.iter_mut().zip(rest) {
             *lane += f64::from(*x) * f64::from(*x);
+        }
+        lanes.iter().sum()
+    }
+}
+
+simd_fn! {
+    /// Of the squares of a gradient's ratios to its second moments.
+    fn chunk_sum_of_ratios(v: &[f32], g: &[f32], ratio: Ratio) -> f64 {
+        let mut lanes = [0.0f64; 8];
+        for (v, g) in v.chunks(8).zip(g.chunks(8)) {
+            for ((lane, v), g) in lanes.iter_mut().zip(v).zip(g) {
+                let ratio = f64::from(ratio.of(*v, *g));
+                *lane += ratio * ratio;
+            }
         }
         lanes.iter().sum()
     }

@@ -11,7 +11,7 @@ use super::device::memory::{Arena, F32, Param, Piece, Upload};
 use super::{Cuda, Workspace};
 use crate::Result;
 use crate::backend::{Optimize, Slot, Trained};
-use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums, adamw};
+use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums, adamw};
 
 /// Elements of a piece of work, as in the kernels.
 const PIECE: usize = 4096;
@@ -54,7 +54,7 @@ impl Step {
     pub(super) fn new(step: &OptimizerStep) -> Self {
         let OptimizerStep { optimizer, lr, loss_scale, largest_gradient, .. } = *step;
         let Optimizer { beta1, beta2, epsilon, weight_decay, clip, .. } = optimizer;
-        let (size, root) = (adamw::size(step), adamw::root(step));
+        let (size, root) = (adamw::size(step, lr), adamw::root(step));
         Self {
             lr,
             beta1,
@@ -89,6 +89,16 @@ pub(crate) struct Reduction {
     trial: Piece,
     /// The same on the host.
     found: Vec<u32>,
+    /// Of StableAdamW alone.
+    rates: Option<Rates>,
+}
+
+/// Learning rates of the parameters, and what they are made from.
+struct Rates {
+    /// (pieces) f64: sums of squares.
+    partials: Piece,
+    /// (parameters, 2) f32: the rate, and it with the correction of first moments.
+    rates: Piece,
 }
 
 impl Reduction {
@@ -107,6 +117,7 @@ impl Reduction {
             sums: arena.bytes(4 * 8),
             trial: arena.bytes(3 * 4 * parameters),
             found,
+            rates: None,
         })
     }
 
@@ -139,6 +150,18 @@ impl Reduction {
         }
     }
 
+    /// The update of all parameters, or with the address of a `trial` what it would leave.
+    fn launch_update(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
+        let (table, entries, grid) =
+            (self.table.address, self.entries.len() as u32, self.grid(cuda));
+        match &self.rates {
+            None => launch!(cuda.gpu, "adamw", grid, BLOCK, 0;
+                table, entries, self.pieces, self.sum(0), trial, Step::new(step)),
+            Some(Rates { rates, .. }) => launch!(cuda.gpu, "stable_adamw", grid, BLOCK, 0;
+                table, entries, self.pieces, self.sum(0), rates.address, trial, Step::new(step)),
+        };
+    }
+
     fn grid(&self, cuda: &Cuda) -> [usize; 3] {
         let most = 8 * cuda.gpu.multiprocessors as usize;
         [(self.pieces as usize).min(most), 1, 1]
@@ -152,8 +175,19 @@ impl Reduction {
 impl Optimize for Cuda {
     type Reduction = Reduction;
 
-    fn reduction(&self, arena: &mut Arena, slots: &[Slot], _: &Optimizer) -> Result<Reduction> {
-        Reduction::new(arena, slots.len())
+    fn reduction(
+        &self,
+        arena: &mut Arena,
+        slots: &[Slot],
+        optimizer: &Optimizer,
+    ) -> Result<Reduction> {
+        let mut reduction = Reduction::new(arena, slots.len())?;
+        if optimizer.kind == OptimizerKind::StableAdamW {
+            let pieces: usize = slots.iter().map(|slot| slot.len.div_ceil(PIECE)).sum();
+            let (partials, rates) = (arena.bytes(8 * pieces), arena.bytes(2 * 4 * slots.len()));
+            reduction.rates = Some(Rates { partials, rates });
+        }
+        Ok(reduction)
     }
 
     fn add_losses(&self, reduction: &mut Reduction, losses: &F32, rows: usize, accumulate: bool) {
@@ -176,6 +210,13 @@ impl Optimize for Cuda {
         launch!(self.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
             sums, workspace.clamped.address, partials, PARTS as u32, table, entries,
             Step::new(step));
+        if let Some(Rates { partials, rates }) = &reduction.rates {
+            let correction = adamw::correction(step, step.optimizer.beta1);
+            launch!(self.gpu, "square_ratios", reduction.grid(self), BLOCK, 0;
+                partials.address, table, entries, reduction.pieces, sums, Step::new(step));
+            launch!(self.gpu, "find_rates", [entries as usize, 1, 1], BLOCK, 0;
+                rates.address, partials.address, table, correction, Step::new(step));
+        }
     }
 
     fn update(
@@ -185,12 +226,9 @@ impl Optimize for Cuda {
         step: &OptimizerStep,
     ) -> Result<StepSums> {
         reduction.update_table(trained);
-        let (table, entries) = (reduction.table.address, reduction.entries.len() as u32);
-        let sums = reduction.sum(0);
-        launch!(self.gpu, "adamw", reduction.grid(self), BLOCK, 0;
-            table, entries, reduction.pieces, sums, 0u64, Step::new(step));
+        reduction.launch_update(self, 0, step);
         let mut found = [0.0; 3];
-        self.read(sums, &mut found)?;
+        self.read(reduction.sum(0), &mut found)?;
         let [losses, squares, clamped] = found;
         Ok(StepSums { losses, squares, raised_blocks: clamped as u64 })
     }
@@ -204,11 +242,9 @@ impl Optimize for Cuda {
         largest: &mut (dyn FnMut(Largest) + Send),
     ) -> Result<()> {
         reduction.update_table(trained);
-        let (table, entries) = (reduction.table.address, reduction.entries.len());
-        let trial = reduction.trial.address;
+        let (trial, entries) = (reduction.trial.address, reduction.entries.len());
         self.clear(trial, 3 * 4 * entries);
-        launch!(self.gpu, "adamw", reduction.grid(self), BLOCK, 0;
-            table, entries as u32, reduction.pieces, reduction.sum(0), trial, Step::new(step));
+        reduction.launch_update(self, trial, step);
         let found = &mut reduction.found[..3 * entries];
         self.read(trial, found)?;
         for bits in found.as_chunks::<3>().0 {

@@ -23,7 +23,10 @@ macro_rules! file {
 
 /// All files.
 pub(super) static FILES: [File; 15] = [
-    file!("adamw", [], |_| of("square_gradients sum_losses sum_squares adamw copy_to_bf16")),
+    file!("adamw", [], |_| {
+        of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
+            copy_to_bf16")
+    }),
     file!("attention_plain", ["attention.cuh"], |_| {
         of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T>")
     }),

@@ -203,7 +203,7 @@ pub(crate) fn trainer_options(
             beta1: args.beta1,
             beta2: args.beta2,
             weight_decay: args.weight_decay,
-            clip: args.clip,
+            clip: args.clip.unwrap_or(usual.clip),
             ..usual
         };
         let (lr, warmup) = match weights {
@@ -614,7 +614,7 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("weight-decay", differs(&opt.weight_decay, &optimizer.weight_decay)),
         ("beta1", differs(&opt.beta1, &optimizer.beta1)),
         ("beta2", differs(&opt.beta2, &optimizer.beta2)),
-        ("clip", differs(&opt.clip, &optimizer.clip)),
+        ("clip", differs_from(&opt.clip, &optimizer.clip)),
     ] {
         let is_of_schedule = of_schedule.contains(&option);
         if let Some([given, kept]) = difference
@@ -684,6 +684,16 @@ mod tests {
         assert!(check("--lr 2e-3").unwrap_err().contains("add --new-schedule"));
         assert_eq!(check("--new-schedule --lr 2e-3 --warmup 3 --schedule linear"), Ok(()));
         assert!(check("--new-schedule --clip 2").unwrap_err().starts_with("--clip: "));
+        let other = check("--optimizer stable-adamw").unwrap_err();
+        assert!(other.contains("started with, adamw; got stable-adamw"), "{other}");
+    }
+
+    #[test]
+    fn an_optimizer_has_its_usual_clipping() {
+        let clip = |line| options(&train(line).0, Weights::New).unwrap().optimizer.clip;
+        assert_eq!(clip(""), 1.0);
+        assert_eq!(clip("--optimizer stable-adamw"), 0.0);
+        assert_eq!(clip("--optimizer stable-adamw --clip 2"), 2.0);
     }
 
     #[test]

@@ -9,7 +9,8 @@ use crate::optim::Optimizer;
 type SquaresKernel = unsafe extern "C" fn(*mut f64, *const Entry, u32, u64);
 type SumSquaresKernel =
     unsafe extern "C" fn(*mut f64, *mut u32, *const f64, u32, *const Entry, u32, Step);
-type AdamWKernel = unsafe extern "C" fn(*const Entry, u32, u64, *const f64, *mut u32, Step);
+pub(super) type AdamWKernel =
+    unsafe extern "C" fn(*const Entry, u32, u64, *const f64, *mut u32, Step);
 
 /// An update is that of the definition; above the limit there is none; and a trial changes nothing
 /// and tells what the update leaves, NaN and infinity included.

@@ -18,6 +18,7 @@ mod fp4_instruction;
 mod gelu;
 mod products;
 mod quantize;
+mod stable_adamw;
 
 use std::ffi::c_void;
 use std::path::Path;

@@ -1,6 +1,7 @@
 //! Copies and amax of parameters, drawn and updated.
 
 use super::*;
+use crate::OptimizerKind;
 use crate::backend::conformance::{Update, some_values, step};
 
 #[test]
@@ -25,8 +26,8 @@ fn normal_values_are_those_of_the_definition() {
 #[test]
 fn updates_leave_copies_and_largest_magnitudes() {
     let Some(cuda) = gpu() else { return };
-    let mut update = Update::of(&cuda, &some_values());
-    cuda.gpu.scope(|| update.step(&cuda, &step()));
+    let mut update = Update::of(&cuda, &some_values(), OptimizerKind::AdamW);
+    cuda.gpu.scope(|| update.step(&cuda, &step(OptimizerKind::AdamW)));
     for (param, values) in update.parameters(&cuda) {
         assert_eq!(word(&cuda, param.amax.address), amax_of(&values));
         let copy = read_bytes(&cuda, param.copy.address, 2 * values.len());
