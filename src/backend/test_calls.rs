@@ -28,7 +28,14 @@ pub(crate) fn workspace_shape(
     WorkspaceShape {
         linears: Vec::leak(linears.to_vec()),
         norm: NormShape { rows, channels, epsilon: 0.0 },
-        attention: AttentionShape { sequences, heads, head_size, score_factor: 1.0, precision },
+        attention: AttentionShape {
+            sequences,
+            heads,
+            kv_heads: heads,
+            head_size,
+            score_factor: 1.0,
+            precision,
+        },
         head: HeadShape { rows, channels, vocab_size, precision },
         recipes,
         backward: true,

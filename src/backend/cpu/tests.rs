@@ -554,7 +554,9 @@ fn attention() {
         let (rows, c) = (sequences.rows(), heads * head_size);
         let (qkv, dout) = (random(rows * 3 * c, 1), random(rows * c, 2));
         for precision in [Precision::F32, Precision::Bf16] {
-            let shape = AttentionShape { sequences, heads, head_size, score_factor, precision };
+            let kv_heads = heads;
+            let shape =
+                AttentionShape { sequences, heads, kv_heads, head_size, score_factor, precision };
             let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
             let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
             each_isa(|cpu| {

@@ -394,7 +394,9 @@ fn check_attention(cuda: &Cuda, precision: Precision) {
         (2, 140, 1, 128, 0.25),
     ] {
         let sequences = Sequences { batch, length };
-        let shape = AttentionShape { sequences, heads, head_size, score_factor, precision };
+        let kv_heads = heads;
+        let shape =
+            AttentionShape { sequences, heads, kv_heads, head_size, score_factor, precision };
         let c = heads * head_size;
         let rows = sequences.rows();
         let qkv = rounded(&random(rows * 3 * c, 1), precision);
