@@ -46,6 +46,7 @@ fn main() {
             attention: AttentionShape {
                 sequences,
                 heads: 1,
+                kv_heads: 1,
                 head_size: 1,
                 score_factor: 1.0,
                 precision,

@@ -136,6 +136,8 @@ fn a_step_allocates_nothing() {
 
 fn plan_takes_as_much_for_any_number_of_layers(config: &ModelConfig) {
     let engine = Engine::new(EngineOptions { threads: 1, ..EngineOptions::default() }).unwrap();
+    // A worker allocates as it starts, and a plan waits for none; initial weights do.
+    Model::new(&engine, config).unwrap();
     let options = TrainerOptions::default();
     let [few, many] = [2, 4095].map(|layers| {
         let config = ModelConfig { layers, ..config.clone() };

@@ -7,9 +7,11 @@ use super::{Memory, Precision, Sequences};
 pub struct AttentionShape {
     /// B and T.
     pub sequences: Sequences,
-    /// H.
+    /// H: heads of q.
     pub heads: usize,
-    /// C / H.
+    /// Heads of k and v, which divide H: query heads share them in groups that lie together.
+    pub kv_heads: usize,
+    /// Channels of a head.
     pub head_size: usize,
     /// Of the scores, which are divided by sqrt(head size) besides: 1 in GPT-2.
     pub score_factor: f32,
@@ -17,9 +19,35 @@ pub struct AttentionShape {
     pub precision: Precision,
 }
 
+impl AttentionShape {
+    /// Channels of a row of out: C, all heads of q.
+    pub fn channels(&self) -> usize {
+        self.heads * self.head_size
+    }
+
+    /// Channels of a row of qkv: all heads of q, then those of k, then those of v; 3 C where each
+    /// query head has a kv head.
+    pub fn qkv_channels(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_size
+    }
+
+    /// Query heads that share a kv head.
+    pub fn group(&self) -> usize {
+        let Self { heads, kv_heads, .. } = *self;
+        assert!(heads.is_multiple_of(kv_heads), "{kv_heads} kv heads divide {heads} heads");
+        heads / kv_heads
+    }
+
+    /// Where in a row of qkv a query head's q begins, and the k and v that it uses.
+    pub fn starts(&self, head: usize) -> [usize; 3] {
+        let kv_head = self.heads + head / self.group();
+        [head, kv_head, kv_head + self.kv_heads].map(|head| head * self.head_size)
+    }
+}
+
 /// What the backward pass of attention works on.
 pub struct AttentionBackward<'a, B: Memory> {
-    /// (B, T, 3 C), overwritten.
+    /// (B, T, qkv channels), overwritten.
     pub dqkv: &'a mut B::Tensor,
     /// (B, T, C)
     pub dout: &'a B::Tensor,
@@ -27,15 +55,15 @@ pub struct AttentionBackward<'a, B: Memory> {
     pub out: &'a B::Tensor,
     /// (B, H, T), of the forward pass.
     pub lse: &'a B::F32,
-    /// (B, T, 3 C)
+    /// (B, T, qkv channels)
     pub qkv: &'a B::Tensor,
 }
 
 /// Attention.
 pub trait Attend: Memory {
-    /// out (B, T, C) = softmax(factor q k^T / sqrt(head size), causal) v from qkv (B, T, 3 C): q, k
-    /// and v of C channels each, heads side by side. `lse` (B, H, T) keeps the logarithm of each
-    /// row's sum.
+    /// out (B, T, C) = softmax(factor q k^T / sqrt(head size), causal) v from qkv (B, T, qkv
+    /// channels), whose rows are as [`AttentionShape`] says. `lse` (B, H, T) keeps the logarithm of
+    /// each row's sum.
     fn attention_forward(
         &self,
         workspace: &mut Self::Workspace,
@@ -44,7 +72,7 @@ pub trait Attend: Memory {
         qkv: &Self::Tensor,
         shape: AttentionShape,
     );
-    /// dqkv from dout.
+    /// dqkv from dout: dk and dv of a kv head are sums over the query heads that share it.
     fn attention_backward(
         &self,
         workspace: &mut Self::Workspace,

@@ -99,7 +99,7 @@ impl Sequences {
     }
 }
 
-/// What the scratch memory of a backend is sized by: the operations of a model on its largest batch.
+/// What the scratch memory of a backend is sized by: a model's operations on its largest batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct WorkspaceShape<'a> {
     /// The linear layers of a block.

@@ -149,37 +149,36 @@ fn normal_below(x: f64) -> f64 {
     0.5 + sum * (-x * x / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt()
 }
 
-/// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
+/// out (B, T, C) and lse (B, H, T) from qkv (B, T, qkv channels).
 pub(crate) fn attention_forward(qkv: &[f64], shape: AttentionShape) -> (Vec<f64>, Vec<f64>) {
-    let c = shape.heads * shape.head_size;
-    let mut out = vec![0.0; shape.sequences.rows() * c];
+    let mut out = vec![0.0; shape.sequences.rows() * shape.channels()];
     let mut lse = vec![0.0; shape.sequences.rows() * shape.heads];
     each_query(qkv, shape, |query, keys, p, log_sum| {
         lse[query.lse] = log_sum;
-        for (key, p) in keys.iter().zip(p) {
+        for ([_, v], p) in keys.iter().zip(p) {
             for i in 0..shape.head_size {
-                out[query.out + i] += p * qkv[key + 2 * c + i];
+                out[query.out + i] += p * qkv[v + i];
             }
         }
     });
     (out, lse)
 }
 
-/// dqkv (B, T, 3 C).
+/// dqkv (B, T, qkv channels).
 pub(crate) fn attention_backward(dout: &[f64], qkv: &[f64], shape: AttentionShape) -> Vec<f64> {
-    let (c, d) = (shape.heads * shape.head_size, shape.head_size);
+    let d = shape.head_size;
     let mut dqkv = vec![0.0; qkv.len()];
     let scale = f64::from(shape.score_factor) / (d as f64).sqrt();
     each_query(qkv, shape, |query, keys, p, _| {
         let dp: Vec<f64> =
-            keys.iter().map(|key| dot(&dout[query.out..][..d], &qkv[key + 2 * c..][..d])).collect();
+            keys.iter().map(|[_, v]| dot(&dout[query.out..][..d], &qkv[*v..][..d])).collect();
         let mean: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
-        for (n, key) in keys.iter().enumerate() {
+        for (n, [k, v]) in keys.iter().enumerate() {
             let ds = p[n] * (dp[n] - mean) * scale;
             for i in 0..d {
-                dqkv[query.q + i] += ds * qkv[key + c + i];
-                dqkv[key + c + i] += ds * qkv[query.q + i];
-                dqkv[key + 2 * c + i] += p[n] * dout[query.out + i];
+                dqkv[query.q + i] += ds * qkv[k + i];
+                dqkv[k + i] += ds * qkv[query.q + i];
+                dqkv[v + i] += p[n] * dout[query.out + i];
             }
         }
     });
@@ -193,17 +192,21 @@ struct Query {
     lse: usize,
 }
 
-/// Calls `f(query, starts of the visible rows of qkv at this head, probabilities, log sum exp)`.
-fn each_query(qkv: &[f64], shape: AttentionShape, mut f: impl FnMut(Query, &[usize], &[f64], f64)) {
+/// Calls `f(query, where k and v of the visible rows start, probabilities, log sum exp)`.
+fn each_query(
+    qkv: &[f64],
+    shape: AttentionShape,
+    mut f: impl FnMut(Query, &[[usize; 2]], &[f64], f64),
+) {
     let (t, d) = (shape.sequences.length, shape.head_size);
-    let c = shape.heads * d;
     for b in 0..shape.sequences.batch {
         for h in 0..shape.heads {
             for i in 0..t {
-                let start = |row: usize| (b * t + row) * 3 * c + h * d;
-                let keys: Vec<usize> = (0..=i).map(start).collect();
-                let score = |key: &usize| {
-                    let dot = dot(&qkv[start(i)..][..d], &qkv[key + c..][..d]);
+                let [q, k, v] = shape.starts(h);
+                let row = |row: usize| (b * t + row) * shape.qkv_channels();
+                let keys: Vec<[usize; 2]> = (0..=i).map(|j| [row(j) + k, row(j) + v]).collect();
+                let score = |[k, _]: &[usize; 2]| {
+                    let dot = dot(&qkv[row(i) + q..][..d], &qkv[*k..][..d]);
                     dot * f64::from(shape.score_factor) / (d as f64).sqrt()
                 };
                 let scores: Vec<f64> = keys.iter().map(score).collect();
@@ -212,8 +215,8 @@ fn each_query(qkv: &[f64], shape: AttentionShape, mut f: impl FnMut(Query, &[usi
                 let log_sum = max + sum.ln();
                 let p: Vec<f64> = scores.iter().map(|s| (s - log_sum).exp()).collect();
                 let query = Query {
-                    q: start(i),
-                    out: (b * t + i) * c + h * d,
+                    q: row(i) + q,
+                    out: (b * t + i) * shape.channels() + h * d,
                     lse: (b * shape.heads + h) * t + i,
                 };
                 f(query, &keys, &p, log_sum);

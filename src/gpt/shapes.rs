@@ -1,5 +1,5 @@
-//! What a model tells a backend of itself: the shapes of its operations on a batch, from which the backend
-//! sizes its scratch memory, too, so that no backend knows an architecture.
+//! What a model tells a backend of itself: the shapes of its operations on a batch. The backend
+//! sizes its scratch memory by them, too, so that none knows an architecture.
 
 use super::ModelConfig;
 use crate::backend::{
@@ -32,9 +32,10 @@ impl Shapes<'_> {
     }
 
     pub(crate) fn attention(&self, layer: usize) -> AttentionShape {
-        let (heads, head_size) = (self.config.heads, self.config.head_size());
-        let (score_factor, precision) = (self.config.score_factor(layer), self.precision);
-        AttentionShape { sequences: self.sequences, heads, head_size, score_factor, precision }
+        let Self { config, sequences, precision } = *self;
+        let (heads, kv_heads, head_size) = (config.heads, config.heads, config.head_size());
+        let score_factor = config.score_factor(layer);
+        AttentionShape { sequences, heads, kv_heads, head_size, score_factor, precision }
     }
 
     pub(crate) fn head(&self) -> HeadShape {

@@ -38,7 +38,9 @@ pub(super) fn attention<B: Harness>(backends: &[B]) {
             let qkv = rounded(&random(rows * 3 * channels, 1), held);
             let dout = rounded(&random(rows * channels, 2), held);
             let precision = Precision::F32;
-            let shape = AttentionShape { sequences, heads, head_size, score_factor, precision };
+            let kv_heads = heads;
+            let shape =
+                AttentionShape { sequences, heads, kv_heads, head_size, score_factor, precision };
             let (exact, exact_lse) = reference::attention_forward(&f64s(&qkv), shape);
             let exact_dqkv = reference::attention_backward(&f64s(&dout), &f64s(&qkv), shape);
             // Tensors of one precision may take products in both.

@@ -116,6 +116,7 @@ impl Layer {
             attention: AttentionShape {
                 sequences,
                 heads: 1,
+                kv_heads: 1,
                 head_size: 8,
                 score_factor: 1.0,
                 precision,

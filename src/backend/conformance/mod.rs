@@ -244,7 +244,14 @@ pub(in crate::backend) fn workspace<B: Harness>(
     let shape = WorkspaceShape {
         linears: &linears,
         norm: NormShape { rows, channels, epsilon: 0.0 },
-        attention: AttentionShape { sequences, heads, head_size, score_factor: 1.0, precision },
+        attention: AttentionShape {
+            sequences,
+            heads,
+            kv_heads: heads,
+            head_size,
+            score_factor: 1.0,
+            precision,
+        },
         head: HeadShape { rows, channels, vocab_size, precision },
         recipes: &names.map(linear_recipe),
         backward: true,

@@ -298,6 +298,13 @@ impl Backend for Cuda {
     type Recordings = Recordings;
 
     fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
+        let AttentionShape { heads, kv_heads, .. } = shape.attention;
+        if kv_heads != heads {
+            return Err(Error::Unsupported {
+                what: format!("attention with {kv_heads} kv heads for {heads} heads on a GPU"),
+                remedy: "use as many kv heads as heads, or device cpu".into(),
+            });
+        }
         let (head_size, most) = (shape.attention.head_size, attention::MAX_HEAD_SIZE);
         if head_size > most {
             return Err(Error::Unsupported {

@@ -61,10 +61,12 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
     pack_f32(isa, &head.q.by_channel(), query_channels);
     pack_f32(isa, &head.k.by_channel(), key_channels);
     pack_f32(isa, &head.dout.by_channel(), dout_channels);
-    // SAFETY: the job owns all T rows of the outputs.
-    unsafe {
-        head.dk.fill_zero(t);
-        head.dv.fill_zero(t);
+    if !head.adds {
+        // SAFETY: the job owns all T rows of the outputs.
+        unsafe {
+            head.dk.fill_zero(t);
+            head.dv.fill_zero(t);
+        }
     }
     for q0 in (0..t).step_by(QUERIES) {
         let q1 = (q0 + QUERIES).min(t);

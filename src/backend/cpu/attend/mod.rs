@@ -1,4 +1,6 @@
-//! Causal self-attention, one (sequence, head) a job, by blocks of 48 queries.
+//! Causal self-attention by blocks of 48 queries. A job is a head of one sequence; in the backward
+//! pass a kv head, whose query heads add to dk and dv one after the other, so that sums have one
+//! order.
 //!
 //! Scores are computed transposed, S^T = K Q^T, so that a block's scores lie as (key, 16 queries):
 //! the softmax over keys is then lane-by-lane arithmetic, and the block is already packed as an
@@ -15,6 +17,8 @@
 mod f32;
 mod panels;
 mod rows;
+#[cfg(test)]
+mod tests;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
 
@@ -28,7 +32,7 @@ use super::gemm::{Matrix, PANEL, TILE_COLS};
 use super::isa::Isa;
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu};
-use crate::backend::{Attend, AttentionBackward, AttentionShape, Precision};
+use crate::backend::{Attend, AttentionBackward, AttentionShape, Precision, Sequences};
 use rows::{QuerySums, dot, gradient_panel};
 
 /// Queries of one block: the columns of a tile.
@@ -64,24 +68,20 @@ impl Attend for Cpu {
         qkv: &Buffer<f32>,
         shape: AttentionShape,
     ) {
-        let (t, isa) = (shape.sequences.length, self.isa());
-        let elements = shape.sequences.rows() * shape.heads * shape.head_size;
-        assert!(out.len() >= elements && qkv.len() >= 3 * elements, "tensors hold the sequences");
+        let (AttentionShape { sequences, heads, .. }, isa) = (shape, self.isa());
+        let (rows, t) = (sequences.rows(), sequences.length);
+        let holds =
+            out.len() >= rows * shape.channels() && qkv.len() >= rows * shape.qkv_channels();
+        assert!(holds, "tensors hold the sequences");
         let (out, lse) = (DisjointSlice::new(out), DisjointSlice::new(lse));
-        for_each_head(self, workspace, shape, |scratch, head| {
-            let [q, k, v] = [0, 1, 2].map(|part| head.rows(qkv, 3, part));
+        for_each_job(self, workspace, sequences.batch * heads, |scratch, job| {
+            let head = Head { shape, batch: job / heads, head: job % heads };
+            let [q, k, v] = head.qkv(qkv);
             // SAFETY: a job owns the lse of its head.
-            let lse = unsafe { lse.part(head.index * t, t) };
-            let (scale, out) = (head.scale(), head.output(&out, 1, 0));
+            let lse = unsafe { lse.part(head.lse(), t) };
+            let (scale, out) = (head.scale(), head.out(&out));
             let head = HeadForward { q, k, v, scale, out, lse };
-            #[cfg(target_arch = "x86_64")]
-            if in_tiles(isa, shape.precision) {
-                return tiles::forward_head(isa, scratch, head);
-            }
-            if in_bf16(isa, shape.precision) {
-                return panels::forward_head(isa, scratch, head);
-            }
-            f32::forward_head(isa, scratch, head);
+            forward_head(isa, shape.precision, scratch, head);
         });
     }
 
@@ -92,26 +92,46 @@ impl Attend for Cpu {
         shape: AttentionShape,
     ) {
         let AttentionBackward { dqkv, dout, out, lse, qkv } = operands;
-        let (t, isa) = (shape.sequences.length, self.isa());
-        let elements = shape.sequences.rows() * shape.heads * shape.head_size;
-        assert!(dqkv.len() >= 3 * elements && qkv.len() >= 3 * elements && out.len() >= elements);
-        let dqkv = DisjointSlice::new(dqkv);
-        for_each_head(self, workspace, shape, |scratch, head| {
-            let [q, k, v] = [0, 1, 2].map(|part| head.rows(qkv, 3, part));
-            let [dq, dk, dv] = [0, 1, 2].map(|part| head.output(&dqkv, 3, part));
-            let (out, dout) = (head.rows(out, 1, 0), head.rows(dout, 1, 0));
-            let (scale, lse) = (head.scale(), &lse[head.index * t..][..t]);
-            let head = HeadBackward { q, k, v, scale, out, dout, lse, dq, dk, dv };
-            #[cfg(target_arch = "x86_64")]
-            if in_tiles(isa, shape.precision) {
-                return tiles::backward_head(isa, scratch, head);
+        let (AttentionShape { sequences, kv_heads, .. }, isa) = (shape, self.isa());
+        let elements = sequences.rows() * shape.qkv_channels();
+        let holds = [dqkv.len(), qkv.len()].iter().all(|len| *len >= elements);
+        assert!(holds && out.len() >= sequences.rows() * shape.channels());
+        let (t, group, dqkv) = (sequences.length, shape.group(), DisjointSlice::new(dqkv));
+        for_each_job(self, workspace, sequences.batch * kv_heads, |scratch, job| {
+            let first = job % kv_heads * group;
+            for head in first..first + group {
+                let at = Head { shape, batch: job / kv_heads, head };
+                let ([q, k, v], [dq, dk, dv]) = (at.qkv(qkv), at.dqkv(&dqkv));
+                let [out, dout] = [out, dout].map(|tensor| at.of_out(tensor));
+                let (scale, lse) = (at.scale(), &lse[at.lse()..][..t]);
+                let adds = head > first;
+                let head = HeadBackward { q, k, v, scale, out, dout, lse, dq, dk, dv, adds };
+                backward_head(isa, shape.precision, scratch, head);
             }
-            if in_bf16(isa, shape.precision) {
-                return panels::backward_head(isa, scratch, head);
-            }
-            f32::backward_head(isa, scratch, head);
         });
     }
+}
+
+fn forward_head(isa: Isa, precision: Precision, scratch: &mut [f32], head: HeadForward<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    if in_tiles(isa, precision) {
+        return tiles::forward_head(isa, scratch, head);
+    }
+    if in_bf16(isa, precision) {
+        return panels::forward_head(isa, scratch, head);
+    }
+    f32::forward_head(isa, scratch, head);
+}
+
+fn backward_head(isa: Isa, precision: Precision, scratch: &mut [f32], head: HeadBackward<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    if in_tiles(isa, precision) {
+        return tiles::backward_head(isa, scratch, head);
+    }
+    if in_bf16(isa, precision) {
+        return panels::backward_head(isa, scratch, head);
+    }
+    f32::backward_head(isa, scratch, head);
 }
 
 /// The operands of one head's forward pass; `out` and `lse` (T) are written.
@@ -125,7 +145,8 @@ struct HeadForward<'a> {
     lse: &'a mut [f32],
 }
 
-/// The operands of one head's backward pass; `dq`, `dk` and `dv` are written.
+/// The operands of one head's backward pass; `dq`, `dk` and `dv` are written, with `adds` the
+/// latter two added to.
 struct HeadBackward<'a> {
     q: HeadRows<'a>,
     k: HeadRows<'a>,
@@ -139,6 +160,7 @@ struct HeadBackward<'a> {
     dq: HeadOutput,
     dk: HeadOutput,
     dv: HeadOutput,
+    adds: bool,
 }
 
 impl HeadBackward<'_> {
@@ -177,35 +199,51 @@ impl<'a> Scratch<'a> {
     }
 }
 
-/// One (sequence, head) pair.
+/// A query head of one sequence.
 #[derive(Clone, Copy)]
 struct Head {
     shape: AttentionShape,
     batch: usize,
     head: usize,
-    /// batch * H + head
-    index: usize,
 }
 
 impl Head {
-    /// Its columns of part `part` of (B, T, parts C).
-    fn rows(self, data: &[f32], parts: usize, part: usize) -> HeadRows<'_> {
-        let (start, stride) = self.place(parts, part);
-        let AttentionShape { sequences, head_size, .. } = self.shape;
-        HeadRows { data: &data[start..], length: sequences.length, head_size, stride }
+    /// Its q, and the k and v that it uses.
+    fn qkv(self, qkv: &[f32]) -> [HeadRows<'_>; 3] {
+        let stride = self.shape.qkv_channels();
+        self.shape.starts(self.head).map(|start| self.rows(qkv, start, stride))
+    }
+
+    /// The same of their gradients.
+    fn dqkv(self, dqkv: &DisjointSlice<f32>) -> [HeadOutput; 3] {
+        let stride = self.shape.qkv_channels();
+        self.shape.starts(self.head).map(|start| self.output(dqkv, start, stride))
+    }
+
+    /// Its columns of a tensor like out.
+    fn of_out(self, data: &[f32]) -> HeadRows<'_> {
+        self.rows(data, self.head * self.shape.head_size, self.shape.channels())
+    }
+
+    fn out(self, to: &DisjointSlice<f32>) -> HeadOutput {
+        self.output(to, self.head * self.shape.head_size, self.shape.channels())
+    }
+
+    /// Where its (T) of lse begin.
+    fn lse(self) -> usize {
+        (self.batch * self.shape.heads + self.head) * self.shape.sequences.length
+    }
+
+    /// The columns from `start` on of its sequence's rows, which lie `stride` apart.
+    fn rows(self, data: &[f32], start: usize, stride: usize) -> HeadRows<'_> {
+        let AttentionShape { sequences: Sequences { length, .. }, head_size, .. } = self.shape;
+        HeadRows { data: &data[self.batch * length * stride + start..], length, head_size, stride }
     }
 
     /// The same of an output.
-    fn output(self, to: &DisjointSlice<f32>, parts: usize, part: usize) -> HeadOutput {
-        let (start, stride) = self.place(parts, part);
-        HeadOutput { first: to.pointer(start), stride, head_size: self.shape.head_size }
-    }
-
-    /// Its first element there, and the elements from row to row.
-    fn place(self, parts: usize, part: usize) -> (usize, usize) {
-        let AttentionShape { sequences, heads, head_size, .. } = self.shape;
-        let (row, channels) = (self.batch * sequences.length, heads * head_size);
-        ((row * parts + part) * channels + self.head * head_size, parts * channels)
+    fn output(self, to: &DisjointSlice<f32>, start: usize, stride: usize) -> HeadOutput {
+        let AttentionShape { sequences: Sequences { length, .. }, head_size, .. } = self.shape;
+        HeadOutput { first: to.pointer(self.batch * length * stride + start), stride, head_size }
     }
 
     /// What its scores are multiplied by.
@@ -214,24 +252,23 @@ impl Head {
     }
 }
 
-/// Calls `f` for every head, on threads that each have scratch memory of their own.
-fn for_each_head(
+/// Calls `f(scratch, 0)` .. `f(scratch, jobs - 1)`, on threads that each have scratch memory of
+/// their own.
+fn for_each_job(
     cpu: &Cpu,
     workspace: &mut Workspace,
-    shape: AttentionShape,
-    f: impl Fn(&mut [f32], Head) + Sync + Send,
+    jobs: usize,
+    f: impl Fn(&mut [f32], usize) + Sync + Send,
 ) {
-    let heads = shape.sequences.batch * shape.heads;
     let next = AtomicUsize::new(0);
     cpu.install(|| {
         workspace.of_threads().with_max_len(1).for_each(|scratch| {
             loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= heads {
+                let job = next.fetch_add(1, Ordering::Relaxed);
+                if job >= jobs {
                     break;
                 }
-                let (batch, head) = (index / shape.heads, index % shape.heads);
-                f(scratch, Head { shape, batch, head, index });
+                f(scratch, job);
             }
         });
     });
@@ -286,8 +323,22 @@ impl HeadOutput {
     /// The elements are in bounds and owned by the caller.
     unsafe fn write(self, row: usize, column: usize, values: &[f32]) {
         // SAFETY: passed on.
-        unsafe { std::slice::from_raw_parts_mut(self.at(row, column), values.len()) }
-            .copy_from_slice(values);
+        unsafe { self.part(row, column, values.len()) }.copy_from_slice(values);
+    }
+
+    /// # Safety
+    /// The elements are in bounds and owned by the caller.
+    unsafe fn add(self, row: usize, column: usize, values: &[f32]) {
+        // SAFETY: passed on.
+        let to = unsafe { self.part(row, column, values.len()) };
+        to.iter_mut().zip(values).for_each(|(to, value)| *to += value);
+    }
+
+    /// # Safety
+    /// The elements are in bounds, owned by the caller, and borrowed once at a time.
+    unsafe fn part<'a>(self, row: usize, column: usize, len: usize) -> &'a mut [f32] {
+        // SAFETY: passed on.
+        unsafe { std::slice::from_raw_parts_mut(self.at(row, column), len) }
     }
 
     /// # Safety
@@ -295,7 +346,7 @@ impl HeadOutput {
     unsafe fn fill_zero(self, rows: usize) {
         for row in 0..rows {
             // SAFETY: passed on.
-            unsafe { std::slice::from_raw_parts_mut(self.at(row, 0), self.head_size) }.fill(0.0);
+            unsafe { self.part(row, 0, self.head_size) }.fill(0.0);
         }
     }
 }

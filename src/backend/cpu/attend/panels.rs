@@ -145,8 +145,10 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
         }
         // SAFETY: the job owns the outputs; q1 <= T.
         unsafe {
-            keys_by_channels(isa, sizes, p_turned, dout_channels, q0..q1, head.dv);
-            keys_by_channels(isa, sizes, ds_turned, query_channels, q0..q1, head.dk);
+            let written = if head.adds { q1 } else { q0 };
+            let block = (q0..q1, written);
+            keys_by_channels(isa, sizes, p_turned, dout_channels, block.clone(), head.dv);
+            keys_by_channels(isa, sizes, ds_turned, query_channels, block, head.dk);
         }
     }
 }
@@ -203,7 +205,7 @@ unsafe fn queries_by_channels(
 }
 
 /// to (keys, d) = turned scores of `queries` times B (d, T), for keys up to the last query; added
-/// for those that a block before has seen.
+/// for the first `written`.
 ///
 /// # Safety
 /// The caller owns the rows of these keys.
@@ -212,7 +214,7 @@ unsafe fn keys_by_channels(
     sizes: Sizes,
     turned: &[u32],
     b: &[u32],
-    queries: Range<usize>,
+    (queries, written): (Range<usize>, usize),
     to: HeadOutput,
 ) {
     let in_panel = sizes.length_steps * PANEL;
@@ -223,7 +225,7 @@ unsafe fn keys_by_channels(
         for key in (0..queries.end).step_by(TILE_ROWS) {
             let rows = TILE_ROWS.min(queries.end - key);
             let to = TileOutput::sums(to.at(key, j), to.stride, rows, columns);
-            let to = TileOutput { add: key < queries.start, ..to };
+            let to = TileOutput { add: key < written, ..to };
             let a = &turned[key / PANEL * QUERY_STEPS * PANEL + key % PANEL..];
             // SAFETY: passed on.
             unsafe { bf16_tile(isa, a, &b, queries.len().div_ceil(2), &to) };

@@ -151,8 +151,9 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
     }
     for (to, sums) in [(head.dk, dk), (head.dv, dv)] {
         for (row, sums) in sums.chunks_exact(sizes.depth).take(t).enumerate() {
+            let write = if head.adds { HeadOutput::add } else { HeadOutput::write };
             // SAFETY: the job owns all T rows of the outputs.
-            unsafe { to.write(row, 0, &sums[..d]) };
+            unsafe { write(to, row, 0, &sums[..d]) };
         }
     }
 }
