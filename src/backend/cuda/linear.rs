@@ -7,7 +7,7 @@ use super::quantize::random::Drawn;
 use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, sums};
 use super::{Cuda, Workspace, gelu};
 use crate::backend::{Activation, LinearShape, OutputGradient};
-use crate::mx::{Format, GemmId, LinearRecipe, OperandId, OperandSource, Random, Rounding};
+use crate::mx::{Format, GemmId, LinearRecipe, OperandId, OperandSource, Random, Range, Rounding};
 
 /// y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b, and with `gelu` that form of it
 /// of y.
@@ -122,6 +122,7 @@ pub(super) fn backward(
         clamped: workspace.clamped.address,
         kept: false,
         rounding: Rounding::Nearest,
+        range: Range::Full,
         drawn: Drawn {
             random: *random,
             gemms: [GemmId::Dgrad, GemmId::Wgrad],
@@ -162,9 +163,8 @@ pub(super) fn backward(
                 by_columns: Some(other),
                 sums: 0,
                 amax: w.amax.address,
-                rounding: gemm.b().rounding(),
                 drawn: Drawn { gemms: [GemmId::Dgrad; 2], operand: OperandId::W, ..of_dy.drawn },
-                ..of_dy
+                ..of_dy.with(gemm.b())
             };
             of_w.run(cuda);
             let [depth, _] = of_dy.depths();
@@ -206,9 +206,8 @@ pub(super) fn backward(
                 sums: 0,
                 amax: x_amax,
                 kept: in_fp8,
-                rounding: gemm.b().rounding(),
                 drawn: Drawn { gemms: [GemmId::Wgrad; 2], operand: OperandId::X, ..of_dy.drawn },
-                ..of_dy
+                ..of_dy.with(gemm.b())
             };
             of_x.run(cuda);
             let [_, depth] = of_dy.depths();

@@ -40,7 +40,7 @@ use super::{
     LinearForward, LinearShape, Memory, Norm, NormBackward, NormParams, NormShape, NormStatistics,
     Precision, ResidualSum, Slot, StepPlan, WorkspaceShape,
 };
-use crate::mx::{Draw, Format, LinearRecipe, Operand, Random};
+use crate::mx::{Draw, Format, LinearRecipe, Random};
 use crate::{CudaStream, Error, Result};
 use device::gemm::{Gemm, Product, Type};
 use device::gpu::Gpu;
@@ -173,22 +173,6 @@ macro_rules! kernel {
 }
 use kernel;
 
-/// An error that names an operand of a recipe that no kernel makes.
-fn holds(recipe: &LinearRecipe) -> Result<()> {
-    let differs = |o: &Operand| o.range() != Operand::from(o.rounding()).range();
-    let Some((what, _)) = recipe
-        .operands()
-        .into_iter()
-        .find(|(_, operand)| operand.format() == Format::MXFP4 && differs(operand))
-    else {
-        return Ok(());
-    };
-    Err(Error::Unsupported {
-        what: format!("{what} in 3/4 of MXFP4's range, rounded to nearest, on a GPU"),
-        remedy: "use the recipe without range=3/4, or device cpu".into(),
-    })
-}
-
 impl Memory for Cuda {
     type Arena = Arena;
     type Tensor = Tensor;
@@ -300,7 +284,6 @@ impl Backend for Cuda {
                 remedy: format!("use more heads, so that each has at most {most} channels"),
             });
         }
-        shape.recipes.iter().try_for_each(holds)?;
         let mxfp4 = shape.backward_gemms().any(|gemm| gemm.format() == Format::MXFP4);
         let widest = shape.mlp_channels.max(3 * shape.channels);
         if mxfp4 && widest > quantize::MAX_DEPTH {

@@ -158,7 +158,7 @@ fn operands_with_block_scales_are_those_of_the_definition() {
             values[20_000] = f32::NEG_INFINITY;
         }
         for group in [0, 32, 64, 128, 256] {
-            for rounding in [Rounding::Nearest, Rounding::Unbiased] {
+            for rounding in ROUNDINGS {
                 check_operands(cuda, &values, (rows, cols), group, rounding);
             }
         }
@@ -170,7 +170,7 @@ fn check_operands(
     values: &[f32],
     (rows, cols): (usize, usize),
     group: usize,
-    rounding: Rounding,
+    rounding: (Rounding, Range),
 ) {
     let exact = exact_forms(values, (rows, cols), group, rounding);
     let room = exact.iter().map(|exact| exact.rows * exact.depth).max().unwrap();

@@ -27,6 +27,7 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
         let mut scratch = workspace(cuda, sequences, inputs.max(outputs), 1, 8, Precision::Bf16);
         for (name, kind, form) in Recipe::NAMES
             .into_iter()
+            .chain(["mxfp4-rht,range=3/4"])
             .flat_map(|name| ["sampled", "above the sample", "not finite"].map(|kind| (name, kind)))
             .filter(|(name, _)| *name != "fp32")
             .flat_map(|(name, kind)| {

@@ -17,11 +17,17 @@ use crate::backend::conformance::{Harness as _, RANDOM, relative_error};
 pub(super) use crate::backend::conformance::{f64s, rounded, workspace};
 use crate::backend::{Sequences, reference};
 use crate::mx::{
-    BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, Purpose, Rounding, Signs, Source, Transform,
-    uniform,
+    self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, Purpose, Range, Rounding, Signs, Source,
+    Transform, uniform,
 };
 
 pub(super) const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+/// How MXFP4 is rounded, and in which part of its range: all that is defined.
+pub(super) const ROUNDINGS: [(Rounding, Range); 3] =
+    [(Rounding::Nearest, Range::Full), (Rounding::Nearest, Range::ThreeQuarters), UNBIASED];
+
+pub(super) const UNBIASED: (Rounding, Range) = (Rounding::Unbiased, Range::ThreeQuarters);
 
 /// The GPU, or None after a line that says why there is none.
 pub(super) fn gpu() -> Option<Cuda> {
@@ -144,7 +150,7 @@ pub(super) fn of_dy(
     source: quantize::Source,
     (rows, cols): (usize, usize),
     group: usize,
-    rounding: Rounding,
+    (rounding, range): (Rounding, Range),
 ) -> Quantization {
     Quantization {
         source,
@@ -157,6 +163,7 @@ pub(super) fn of_dy(
         clamped: 0,
         kept: false,
         rounding,
+        range,
         drawn: Drawn {
             random: RANDOM,
             gemms: [GemmId::Dgrad, GemmId::Wgrad],
@@ -171,14 +178,15 @@ pub(super) fn exact_forms(
     data: &[f32],
     (rows, cols): (usize, usize),
     group: usize,
-    rounding: Rounding,
+    (rounding, range): (Rounding, Range),
 ) -> [Mxfp4Matrix; 2] {
+    let operand = mx::Operand::from(rounding).with_range(range).unwrap();
     let forms = [(GemmId::Dgrad, rows, cols), (GemmId::Wgrad, cols, rows)];
     forms.map(|(gemm, rows, depth)| {
         let mut signs = vec![0.0; group];
         RANDOM.signs(gemm).fill_signs(&mut signs);
         let source = Source { data, rows, depth, transposed: gemm == GemmId::Wgrad };
-        Mxfp4Matrix::quantize(source, &signs, rounding, &RANDOM.rounding(OperandId::Dy))
+        Mxfp4Matrix::quantize(source, &signs, operand, &RANDOM.rounding(OperandId::Dy))
     })
 }
 
