@@ -6,18 +6,18 @@
 //! in an order that depends on shapes alone, so two runs on one kind of GPU give the same bits.
 
 mod adamw;
-mod attention;
-mod classifier;
+mod attend;
 #[cfg(test)]
 mod conformance;
 mod device;
-mod embedding;
+mod embed;
 #[cfg(test)]
 mod emulator;
 mod gelu;
+mod head;
 mod kernels;
-mod layernorm;
 mod linear;
+mod norm;
 mod normal;
 mod quantize;
 #[cfg(test)]
@@ -31,7 +31,7 @@ use cudarc::driver::sys;
 
 pub(crate) use device::memory::{Arena, F32, Gradient, Param, Tensor, Weights};
 pub(crate) use device::recordings::Recordings;
-pub(crate) use embedding::Tokens;
+pub(crate) use embed::Tokens;
 pub(crate) use workspace::Workspace;
 
 use super::{
@@ -277,7 +277,7 @@ impl Backend for Cuda {
     type Recordings = Recordings;
 
     fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
-        let (head_size, most) = (shape.channels / shape.heads, attention::MAX_HEAD_SIZE);
+        let (head_size, most) = (shape.channels / shape.heads, attend::MAX_HEAD_SIZE);
         if head_size > most {
             return Err(Error::Unsupported {
                 what: format!("attention with {head_size} channels a head on a GPU"),
@@ -327,7 +327,7 @@ impl Embed for Cuda {
         wpe: Param<'_>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
-        embedding::forward(self, out, tokens, &wte, &wpe, sequences, channels);
+        embed::forward(self, out, tokens, &wte, &wpe, sequences, channels);
     }
 
     fn embedding_backward(
@@ -339,7 +339,7 @@ impl Embed for Cuda {
     ) {
         let EmbeddingGradients { mut dwte, mut dwpe, accumulate } = gradients;
         let (dwte, dwpe) = (&mut dwte, &mut dwpe);
-        embedding::backward(self, dwte, dwpe, dout, tokens, sequences, channels, accumulate);
+        embed::backward(self, dwte, dwpe, dout, tokens, sequences, channels, accumulate);
     }
 }
 
@@ -352,7 +352,7 @@ impl Norm for Cuda {
         NormParams { w, b }: NormParams<'_, Self>,
         NormShape { rows, channels, epsilon }: NormShape,
     ) {
-        layernorm::forward(self, out, statistics, x, &w, &b, rows, channels, epsilon);
+        norm::forward(self, out, statistics, x, &w, &b, rows, channels, epsilon);
     }
 
     fn add_layernorm_forward(
@@ -363,7 +363,7 @@ impl Norm for Cuda {
         NormParams { w, b }: NormParams<'_, Self>,
         NormShape { rows, channels, epsilon }: NormShape,
     ) {
-        layernorm::add_forward(self, out, sum, statistics, x, y, &w, &b, rows, channels, epsilon);
+        norm::add_forward(self, out, sum, statistics, x, y, &w, &b, rows, channels, epsilon);
     }
 
     fn layernorm_backward(
@@ -374,7 +374,7 @@ impl Norm for Cuda {
     ) {
         let NormBackward { dx, mut dw, mut db, dy, x, statistics, w, accumulate } = operands;
         let (dw, db) = (&mut dw, &mut db);
-        layernorm::backward(
+        norm::backward(
             self, workspace, dx, dw, db, dy, x, statistics, &w, rows, channels, accumulate,
         );
     }
@@ -427,7 +427,7 @@ impl Attend for Cuda {
         qkv: &Tensor,
         shape: AttentionShape,
     ) {
-        attention::forward(self, out, lse, qkv, shape);
+        attend::forward(self, out, lse, qkv, shape);
     }
 
     fn attention_backward(
@@ -437,7 +437,7 @@ impl Attend for Cuda {
         shape: AttentionShape,
     ) {
         let AttentionBackward { dqkv, dout, out, lse, qkv } = operands;
-        attention::backward(self, workspace, dqkv, dout, out, lse, qkv, shape);
+        attend::backward(self, workspace, dqkv, dout, out, lse, qkv, shape);
     }
 }
 
@@ -450,7 +450,7 @@ impl Head for Cuda {
     ) {
         let Classifier { losses, gradient, x, w, targets } = operands;
         let shape = LinearShape { rows, inputs: channels, outputs: vocab_size };
-        classifier::run(self, workspace, losses, gradient, x, &w, targets, shape);
+        head::run(self, workspace, losses, gradient, x, &w, targets, shape);
     }
 
     fn logits(
@@ -462,6 +462,6 @@ impl Head for Cuda {
         w: Param<'_>,
         HeadShape { channels, vocab_size, .. }: HeadShape,
     ) {
-        classifier::logits(self, workspace, logits, x, row, &w, channels, vocab_size);
+        head::logits(self, workspace, logits, x, row, &w, channels, vocab_size);
     }
 }

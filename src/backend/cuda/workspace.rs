@@ -4,7 +4,7 @@ use super::device::gemm;
 use super::device::memory::{Arena, Piece, size_of_element};
 use super::quantize::carrier::Carrier;
 use super::quantize::{BehindGelu, Target, sums};
-use super::{classifier, layernorm};
+use super::{head, norm};
 use crate::backend::WorkspaceShape;
 use crate::mx::{Format, Gemm};
 
@@ -59,11 +59,11 @@ impl Workspace {
             backward: training,
         } = *shape;
         let (rows, precision) = (sequences.rows(), shape.precision());
-        let chunk = classifier::chunk_rows(rows, vocab_size);
+        let chunk = head::chunk_rows(rows, vocab_size);
         // A row of x may be copied there.
-        let logits = (chunk * classifier::stride(vocab_size)).max(c) * size_of_element(precision);
+        let logits = (chunk * head::stride(vocab_size)).max(c) * size_of_element(precision);
         let partials =
-            layernorm::partials(c).max(sums::partials(rows, m.max(3 * c))) * usize::from(training);
+            norm::partials(c).max(sums::partials(rows, m.max(3 * c))) * usize::from(training);
 
         let fp8 = recipes.iter().any(|recipe| recipe.forward().format() == Format::E4M3);
         let in_mxfp4 = shape.backward_gemms().filter(|gemm| gemm.format() == Format::MXFP4);

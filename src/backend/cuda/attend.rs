@@ -1,5 +1,5 @@
-//! Causal attention: launches of the kernels in `attention_sm90.cu` on Hopper, else of
-//! `attention_sm80.cu`, and in plain arithmetic (`attention_plain.cu`).
+//! Causal attention: launches of the kernels in `attend_sm90.cu` on Hopper, else of
+//! `attend_sm80.cu`, and in plain arithmetic (`attend_plain.cu`).
 
 use super::device::gpu::Gpu;
 use super::device::launch;
