@@ -1,9 +1,10 @@
 //! The GPU in the suite of all backends: as the chip that it is, and as one of an older generation,
 //! whose kernels its own has no part in.
 
+use super::Cuda;
+use super::device::memory::Tensor;
 use super::quantize::carrier::Carrier;
 use super::tests::{gpu, older_gpu, read_bytes, write_bytes};
-use super::{Cuda, Tensor};
 use crate::backend::Precision;
 use crate::backend::conformance::{Harness, Of};
 use crate::mx::Format;

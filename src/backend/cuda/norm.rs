@@ -1,10 +1,10 @@
 //! LayerNorm and its backward pass.
 
 use super::device::launch;
-use super::device::memory::{F32, Param, Tensor};
+use super::device::memory::{F32, Tensor};
 use super::quantize::sums;
 use super::{Cuda, Workspace, kernel};
-use crate::backend::NormStatistics;
+use crate::backend::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
 
 /// Threads of a block; a warp takes a row.
 const BLOCK: usize = 256;
@@ -40,12 +40,11 @@ impl Normalize {
         out: &mut Tensor,
         statistics: NormStatistics<&mut F32>,
         x: &Tensor,
-        parameters: [&Param; 2],
-        sizes: [usize; 2],
-        epsilon: f32,
+        NormParams { w, b }: NormParams<'_, Cuda>,
+        NormShape { rows, channels, epsilon }: NormShape,
     ) -> Self {
-        let [w, b] = parameters.map(|parameter| parameter.as_read_in(x.precision));
-        let [rows, channels] = sizes.map(|n| n as u32);
+        let [w, b] = [w, b].map(|param| param.as_read_in(x.precision));
+        let [rows, channels] = [rows, channels].map(|n| n as u32);
         let [mean, rstd] = [statistics.mean.address(), statistics.rstd.address()];
         let (mut out, x) = (out.write(), x.address());
         let (amax, out) = (out.amax(), out.address);
@@ -72,72 +71,58 @@ fn grid(rows: usize) -> [usize; 3] {
     [rows.div_ceil(BLOCK / 32), 1, 1]
 }
 
-pub(super) fn forward(
-    cuda: &Cuda,
-    out: &mut Tensor,
-    statistics: NormStatistics<&mut F32>,
-    x: &Tensor,
-    w: &Param<'_>,
-    b: &Param<'_>,
-    rows: usize,
-    channels: usize,
-    epsilon: f32,
-) {
-    let of_x = Normalize::new(out, statistics, x, [w, b], [rows, channels], epsilon);
-    launch!(cuda.gpu, kernel!(x, "normalize", false), grid(rows), BLOCK, 0; of_x);
-}
+impl Norm for Cuda {
+    fn layernorm_forward(
+        &self,
+        out: &mut Tensor,
+        statistics: NormStatistics<&mut F32>,
+        x: &Tensor,
+        params: NormParams<'_, Self>,
+        shape: NormShape,
+    ) {
+        let of_x = Normalize::new(out, statistics, x, params, shape);
+        launch!(self.gpu, kernel!(x, "normalize", false), grid(shape.rows), BLOCK, 0; of_x);
+    }
 
-pub(super) fn add_forward(
-    cuda: &Cuda,
-    out: &mut Tensor,
-    sum: &mut Tensor,
-    statistics: NormStatistics<&mut F32>,
-    x: &Tensor,
-    y: &Tensor,
-    w: &Param<'_>,
-    b: &Param<'_>,
-    rows: usize,
-    channels: usize,
-    epsilon: f32,
-) {
-    let of_x = Normalize::new(out, statistics, x, [w, b], [rows, channels], epsilon);
-    let of_sum = Normalize { sum: sum.write().address, y: y.address(), ..of_x };
-    launch!(cuda.gpu, kernel!(x, "normalize", true), grid(rows), BLOCK, 0; of_sum);
-}
+    fn add_layernorm_forward(
+        &self,
+        out: &mut Tensor,
+        statistics: NormStatistics<&mut F32>,
+        ResidualSum { sum, x, y }: ResidualSum<'_, Self>,
+        params: NormParams<'_, Self>,
+        shape: NormShape,
+    ) {
+        let of_x = Normalize::new(out, statistics, x, params, shape);
+        let of_sum = Normalize { sum: sum.write().address, y: y.address(), ..of_x };
+        launch!(self.gpu, kernel!(x, "normalize", true), grid(shape.rows), BLOCK, 0; of_sum);
+    }
 
-/// Adds to dx; overwrites dw and db, or with `accumulate` adds to them.
-pub(super) fn backward(
-    cuda: &Cuda,
-    workspace: &Workspace,
-    dx: &mut Tensor,
-    dw: &mut F32,
-    db: &mut F32,
-    dy: &Tensor,
-    x: &Tensor,
-    statistics: NormStatistics<&F32>,
-    w: &Param<'_>,
-    rows: usize,
-    channels: usize,
-    accumulate: bool,
-) {
-    let partials = workspace.partials.address;
-    // As many as run at once: more would wait for the slowest.
-    let parts = (3 * cuda.gpu.multiprocessors as usize).min(MAX_PARTS);
-    let mut dx = dx.write();
-    let arguments = Backward {
-        dx: dx.address,
-        amax: dx.amax(),
-        partial: partials,
-        dy: dy.address(),
-        x: x.address(),
-        mean: statistics.mean.address(),
-        rstd: statistics.rstd.address(),
-        w: w.as_read_in(x.precision),
-        rows: rows as u32,
-        channels: channels as u32,
-    };
-    let shared = 8 * channels;
-    launch!(cuda.gpu, kernel!(x, "layernorm_backward"), [parts, 1, 1], BLOCK, shared; arguments);
-    // A part holds C sums for dw, then C for db.
-    sums::add_partials(cuda, dw, Some(db), partials, parts, channels, accumulate);
+    fn layernorm_backward(
+        &self,
+        workspace: &mut Workspace,
+        operands: NormBackward<'_, Self>,
+        NormShape { rows, channels, .. }: NormShape,
+    ) {
+        let NormBackward { dx, mut dw, mut db, dy, x, statistics, w, accumulate } = operands;
+        let partials = workspace.partials.address;
+        // As many as run at once: more would wait for the slowest.
+        let parts = (3 * self.gpu.multiprocessors as usize).min(MAX_PARTS);
+        let mut dx = dx.write();
+        let arguments = Backward {
+            dx: dx.address,
+            amax: dx.amax(),
+            partial: partials,
+            dy: dy.address(),
+            x: x.address(),
+            mean: statistics.mean.address(),
+            rstd: statistics.rstd.address(),
+            w: w.as_read_in(x.precision),
+            rows: rows as u32,
+            channels: channels as u32,
+        };
+        let (name, shared) = (kernel!(x, "layernorm_backward"), 8 * channels);
+        launch!(self.gpu, name, [parts, 1, 1], BLOCK, shared; arguments);
+        // A part holds C sums for dw, then C for db.
+        sums::add_partials(self, &mut dw, Some(&mut db), partials, parts, channels, accumulate);
+    }
 }

@@ -2,8 +2,8 @@
 
 use super::quantize::carrier::Carrier;
 use super::*;
-use crate::backend::{Activation, LinearBackward, OutputGradient, StepPlan};
-use crate::mx::Format;
+use crate::backend::{Activation, Linear as _, LinearBackward, LinearShape, OutputGradient};
+use crate::mx::Random;
 use crate::recipe::Recipe;
 
 /// Behind GELU a gradient that is quantized as it is made is the one that is made first, whether or

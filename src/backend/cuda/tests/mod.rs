@@ -9,13 +9,15 @@ mod measure;
 mod parameters;
 mod quantization;
 
-use super::device::gemm::Type;
+use cudarc::driver::sys;
+
+use super::device::memory::{Arena, F32, Tensor, Weights};
 use super::quantize::Quantization;
 use super::quantize::random::Drawn;
 use super::*;
 use crate::backend::conformance::{Harness as _, RANDOM, relative_error};
 pub(super) use crate::backend::conformance::{f64s, rounded, workspace};
-use crate::backend::{Sequences, reference};
+use crate::backend::{Memory as _, Precision, Sequences, Slot, reference};
 use crate::mx::{
     self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, Purpose, Range, Rounding, Signs, Source,
     Transform, uniform,

@@ -220,7 +220,7 @@ fn error_of_fp8_product(cuda: &Cuda, what: &str, [a, b]: &[Factor; 2]) -> f64 {
         let source = tensor(cuda, values, Precision::Bf16);
         let fp8 = Fp8::new(cuda, rows * cols, 0, values);
         let of_dy = of_dy(From::of(&source), (rows, cols), 64, UNBIASED);
-        let drawn = Drawn { operand, gemms: [GemmId::Dgrad; 2], ..of_dy.drawn };
+        let drawn = of_dy.drawn.of_other(GemmId::Dgrad, operand);
         let form = usize::from(down_columns);
         let forms = [!down_columns, down_columns];
         fp8.make(cuda, Quantization { drawn, ..of_dy }, format, forms);
