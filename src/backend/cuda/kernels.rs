@@ -167,6 +167,7 @@ mod tests {
             include_str!("embed.rs"),
             include_str!("gelu.rs"),
             include_str!("head.rs"),
+            include_str!("linear.rs"),
             include_str!("memory.rs"),
             include_str!("norm.rs"),
             include_str!("quantize/carrier.rs"),

@@ -5,11 +5,11 @@ use super::device::memory::Tensor;
 use super::quantize::carrier::Carrier;
 use super::quantize::random::Drawn;
 use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, sums};
-use super::{Cuda, Workspace, gelu};
+use super::{Cuda, Workspace, gelu, kernel};
 use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
 };
-use crate::mx::{Format, GemmId, LinearRecipe, OperandId, OperandSource, Random, Range, Rounding};
+use crate::mx::{self, Format, GemmId, LinearRecipe, OperandId, OperandSource, Random};
 
 impl Linear for Cuda {
     fn linear_forward(
@@ -105,7 +105,8 @@ impl Linear for Cuda {
         };
         let [dy_rows, dy_columns, other] = workspace.targets(carrier);
         let partials = workspace.partials.address;
-        let of_dy = Quantization {
+        // No form of it yet.
+        let of_dy = |operand: &mx::Operand| Quantization {
             source: Source::of(dy),
             rows,
             cols: outputs,
@@ -115,20 +116,20 @@ impl Linear for Cuda {
             amax,
             clamped: workspace.clamped.address,
             kept: false,
-            rounding: Rounding::Nearest,
-            range: Range::Full,
+            rounding: operand.rounding(),
+            range: operand.range(),
             drawn: Drawn {
                 random: *random,
                 gemms: [GemmId::Dgrad, GemmId::Wgrad],
                 operand: OperandId::Dy,
-                transform: None,
+                transform: operand.transform(),
             },
         };
         let quantized_both = both.map(|gemm| {
             let both = Quantization {
                 by_rows: Some(dy_rows),
                 by_columns: Some(dy_columns),
-                ..of_dy.with(gemm.a())
+                ..of_dy(gemm.a())
             };
             // NOTE: on an H100, (16384, 4096) take 119 us; the forms by themselves take 74 and 77.
             match pre {
@@ -146,9 +147,9 @@ impl Linear for Cuda {
         match for_dgrad {
             None => self.product(workspace, &dgrad),
             Some(gemm) => {
-                let of_dy = of_dy.with(gemm.a());
+                let dy = of_dy(gemm.a());
                 if quantized_both.is_none() {
-                    Quantization { by_rows: Some(dy_rows), ..of_dy }.run(self);
+                    Quantization { by_rows: Some(dy_rows), ..dy }.run(self);
                 }
                 let of_w = Quantization {
                     source: Source::master(&w),
@@ -157,11 +158,11 @@ impl Linear for Cuda {
                     by_columns: Some(other),
                     sums: 0,
                     amax: w.amax.address,
-                    drawn: of_dy.drawn.of_other(GemmId::Dgrad, OperandId::W),
-                    ..of_dy.with(gemm.b())
+                    drawn: dy.drawn.of_other(GemmId::Dgrad, OperandId::W),
+                    ..of_dy(gemm.b())
                 };
                 of_w.run(self);
-                let [depth, _] = of_dy.depths();
+                let [depth, _] = dy.depths();
                 let operands = [dy_rows, other];
                 self.product(workspace, &quantized(dgrad, operands, depth, gemm.alpha()));
             }
@@ -190,9 +191,9 @@ impl Linear for Cuda {
                 sums::bias_gradient(self, workspace, &mut db, dy, (rows, outputs), accumulate);
             }
             Some(gemm) => {
-                let of_dy = of_dy.with(gemm.a());
+                let dy = of_dy(gemm.a());
                 let parts = quantized_both.unwrap_or_else(|| {
-                    Quantization { by_columns: Some(dy_columns), ..of_dy }.run(self)
+                    Quantization { by_columns: Some(dy_columns), ..dy }.run(self)
                 });
                 let of_x = Quantization {
                     source: kept,
@@ -201,11 +202,11 @@ impl Linear for Cuda {
                     sums: 0,
                     amax: x_amax,
                     kept: in_fp8,
-                    drawn: of_dy.drawn.of_other(GemmId::Wgrad, OperandId::X),
-                    ..of_dy.with(gemm.b())
+                    drawn: dy.drawn.of_other(GemmId::Wgrad, OperandId::X),
+                    ..of_dy(gemm.b())
                 };
                 of_x.run(self);
-                let [_, depth] = of_dy.depths();
+                let [_, depth] = dy.depths();
                 let operands = [dy_columns, other];
                 self.product(workspace, &quantized(wgrad, operands, depth, gemm.alpha()));
                 sums::add_partials(self, &mut db, None, partials, parts, outputs, accumulate);
@@ -214,11 +215,19 @@ impl Linear for Cuda {
     }
 
     fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
-        gelu::forward(self, out, x, len, form);
+        let name = match form {
+            Activation::GeluTanh => kernel!(out, "gelu_of_all", false, false),
+            Activation::Gelu => kernel!(out, "gelu_of_all", true, false),
+        };
+        gelu::of_all(self, name, out, x, len);
     }
 
     fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
-        gelu::backward(self, d, x, len, form);
+        let name = match form {
+            Activation::GeluTanh => kernel!(d, "gelu_of_all", false, true),
+            Activation::Gelu => kernel!(d, "gelu_of_all", true, true),
+        };
+        gelu::of_all(self, name, d, x, len);
     }
 }
 

@@ -4,7 +4,7 @@
 //! pinned memory instead, while the GPU still works.
 
 use bytemuck::Pod;
-use cudarc::driver::sys;
+use cudarc::driver::sys::{self, CUresult, CUstream};
 
 use super::device::launch;
 use super::device::memory::{Arena, F32, Gradient, Param, Tensor, Weights};
@@ -130,7 +130,7 @@ impl Cuda {
         let attribute = |which, value: *mut u64| {
             // SAFETY: each of these attributes has at most 8 bytes.
             let result = unsafe { sys::cuPointerGetAttribute(value.cast(), which, address) };
-            result == sys::CUresult::CUDA_SUCCESS
+            result == CUresult::CUDA_SUCCESS
         };
         let (mut kind, mut start, mut size) = (0, 0, 0);
         self.gpu.scope(|| {
@@ -145,34 +145,25 @@ impl Cuda {
 
     /// Waits for everything before it, then copies.
     pub(crate) fn read<T: Pod>(&self, from: u64, to: &mut [T]) -> Result<()> {
-        self.gpu.scope(|| {
-            // SAFETY: the buffer at `from` is at least as long as `to`, which outlives the wait.
-            let result = unsafe {
-                sys::cuMemcpyDtoHAsync_v2(
-                    to.as_mut_ptr().cast(),
-                    from,
-                    size_of_val(to),
-                    self.gpu.stream(),
-                )
-            };
-            self.gpu.note("reading from the GPU", result);
-            self.gpu.synchronize()
+        let (bytes, to) = (size_of_val(to), to.as_mut_ptr().cast());
+        // SAFETY: the buffer at `from` is at least as long as `to`, which outlives the wait.
+        self.wait_for("reading from the GPU", |stream| unsafe {
+            sys::cuMemcpyDtoHAsync_v2(to, from, bytes, stream)
         })
     }
 
     /// Copies after everything before it, and waits.
     pub(crate) fn write<T: Pod>(&self, to: u64, from: &[T]) -> Result<()> {
+        let (bytes, from) = (size_of_val(from), from.as_ptr().cast());
+        // SAFETY: the buffer at `to` is as long as `from`, which outlives the wait.
+        self.wait_for("writing to the GPU", |stream| unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to, from, bytes, stream)
+        })
+    }
+
+    fn wait_for(&self, what: &str, start: impl FnOnce(CUstream) -> CUresult) -> Result<()> {
         self.gpu.scope(|| {
-            // SAFETY: the buffer at `to` is as long as `from`, which outlives the wait.
-            let result = unsafe {
-                sys::cuMemcpyHtoDAsync_v2(
-                    to,
-                    from.as_ptr().cast(),
-                    size_of_val(from),
-                    self.gpu.stream(),
-                )
-            };
-            self.gpu.note("writing to the GPU", result);
+            self.gpu.note(what, start(self.gpu.stream()));
             self.gpu.synchronize()
         })
     }

@@ -116,13 +116,6 @@ pub(super) struct Launch {
 }
 
 impl Quantization {
-    /// The same as an operand of a recipe has it.
-    pub(super) fn with(self, operand: &mx::Operand) -> Self {
-        let (rounding, range, transform) =
-            (operand.rounding(), operand.range(), operand.transform());
-        Self { rounding, range, drawn: Drawn { transform, ..self.drawn }, ..self }
-    }
-
     /// Makes the forms. Of a form down columns the number of parts of the sums is returned, else 0.
     pub(super) fn run(&self, cuda: &Cuda) -> usize {
         let launch = self.launch();

@@ -5,7 +5,7 @@ use crate::backend::{
     Activation, Linear as _, Norm as _, NormParams, NormShape, NormStatistics, ResidualSum,
 };
 
-/// What kernels note is the largest magnitude of what they stored, NaN being larger than everything.
+/// What kernels note is the largest magnitude of what they stored, NaN being larger than all.
 #[test]
 fn largest_magnitudes_are_noted() {
     let Some(cuda) = gpu() else { return };

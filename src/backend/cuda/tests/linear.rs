@@ -37,7 +37,8 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             let what = format!("({rows}, {inputs}, {outputs}) {name}, {kind}, {form}");
             let recipe = name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
             let (mut pre, mut d) = (pre.clone(), random(rows * outputs, 4));
-            // The largest one, in the first row, and its derivative is 1; or else there are larger ones.
+            // The largest one, in the first row, and its derivative is 1; or else there are larger
+            // ones.
             (d[0], pre[0]) = (40.0, 10.0);
             match kind {
                 "above the sample" => {
@@ -72,8 +73,8 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             let expected: Vec<u32> = results(&dx, &dw, &db);
             assert_eq!(kind == "not finite", !f32s_of(cuda, &dw)[5 * inputs].is_finite(), "{what}");
 
-            // Twice, the second time where no zeroed words are left; then as the third of three steps, which
-            // is the second one recorded.
+            // Twice, the second time where no zeroed words are left; then as the third of three
+            // steps, which is the second one recorded.
             let mut dy = tensor(cuda, &d, Precision::Bf16);
             let before = cuda.read_tensor(&dy);
             for words_left in [true, false] {

@@ -1,6 +1,6 @@
-//! What concerns a GPU alone: codes and FP8 operands as they lie in memory, amax, fused and recorded
-//! kernels. What an operation makes of them is in the suite of all backends. Without a GPU every test
-//! says so and passes. What the files share is here.
+//! What concerns a GPU alone: codes and FP8 operands as they lie in memory, amax, fused and
+//! recorded kernels. What an operation makes of them is in the suite of all backends. Without a GPU
+//! every test says so and passes. What the files share is here.
 
 mod amax;
 mod carriers;
@@ -109,22 +109,12 @@ pub(super) fn param(cuda: &Cuda, values: &[f32]) -> Weights {
 }
 
 pub(super) fn write_bytes(cuda: &Cuda, to: u64, bytes: &[u8]) {
-    // SAFETY: the callers' buffers have this many bytes.
-    let result = unsafe {
-        sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), cuda.gpu.stream())
-    };
-    cuda.gpu.note("writing", result);
-    cuda.gpu.synchronize().unwrap();
+    cuda.write(to, bytes).unwrap();
 }
 
 pub(super) fn read_bytes(cuda: &Cuda, from: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0u8; len];
-    // SAFETY: the callers' buffers have this many bytes.
-    let result = unsafe {
-        sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, len, cuda.gpu.stream())
-    };
-    cuda.gpu.note("reading", result);
-    cuda.gpu.synchronize().unwrap();
+    cuda.read(from, &mut bytes).unwrap();
     bytes
 }
 
