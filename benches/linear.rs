@@ -8,7 +8,8 @@ use std::time::Instant;
 use mxfp4train::Recipe;
 use mxfp4train::backend::cpu::{Buffer, Cpu};
 use mxfp4train::backend::{
-    Linear, LinearBackward, LinearShape, Memory, OutputGradient, Sequences, WorkspaceShape,
+    AttentionShape, HeadShape, Linear, LinearBackward, LinearShape, Memory, NormShape,
+    OutputGradient, Precision, Sequences, WorkspaceShape,
 };
 use mxfp4train::mx::Random;
 
@@ -34,12 +35,22 @@ fn main() {
     let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: 2 };
     let recipes = RECIPES.map(|recipe| *recipe.parse::<Recipe>().unwrap().linear());
     for (c, rows) in [(384, 2048), (768, 1024), (768, 2048)] {
+        let layers =
+            [("qkv", c, 3 * c), ("projection", c, c), ("fc1", c, 4 * c), ("fc2", 4 * c, c)];
+        let linears = layers.map(|(_, inputs, outputs)| LinearShape { rows, inputs, outputs });
+        let sequences = Sequences { batch: 1, length: 1 };
+        let precision = Precision::F32;
         let workspace_shape = WorkspaceShape {
-            sequences: Sequences { batch: 1, length: rows },
-            channels: c,
-            mlp_channels: 4 * c,
-            heads: c / 64,
-            vocab_size: 64,
+            linears: &linears,
+            norm: NormShape { rows: 1, channels: 1, epsilon: 0.0 },
+            attention: AttentionShape {
+                sequences,
+                heads: 1,
+                head_size: 1,
+                score_factor: 1.0,
+                precision,
+            },
+            head: HeadShape { rows: 1, channels: 1, vocab_size: 1, precision },
             recipes: &recipes,
             backward: true,
         };
@@ -48,10 +59,7 @@ fn main() {
         let mut arena = cpu.arena(Some(cpu.arena_used(&measuring))).unwrap();
         let mut workspace = cpu.workspace(&mut arena, &workspace_shape);
         let mut totals = [0.0; 3];
-        for (name, inputs, outputs) in
-            [("qkv", c, 3 * c), ("projection", c, c), ("fc1", c, 4 * c), ("fc2", 4 * c, c)]
-        {
-            let shape = LinearShape { rows, inputs, outputs };
+        for ((name, inputs, outputs), shape) in layers.into_iter().zip(linears) {
             let (dy, x) = (buffer(&cpu, rows * outputs), buffer(&cpu, rows * inputs));
             let (w, mut dx) = (buffer(&cpu, outputs * inputs), buffer(&cpu, rows * inputs));
             let (mut dw, mut db) = (buffer(&cpu, outputs * inputs), buffer(&cpu, outputs));

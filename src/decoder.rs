@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Precision, Sequences, StepPlan, WorkspaceShape, on_device};
-use crate::gpt::{Activations, ModelConfig, Pass};
+use crate::gpt::{Activations, ModelConfig, Pass, Shapes};
 use crate::model::{Model, OnDevice};
 use crate::mx::{Draw, LinearRecipe, Purpose, uniform};
 use crate::recipe::Recipe;
@@ -169,7 +169,6 @@ impl<B: Backend> DecoderOn<B> {
         let (backend, config) = (&*on.backend, model.config());
         let measured = {
             let mut arena = backend.arena(None)?;
-            backend.supports(&Self::shape(config, longest))?;
             Self::cut(on, &mut arena, config, longest)?;
             backend.arena_used(&arena)
         };
@@ -199,29 +198,26 @@ impl<B: Backend> DecoderOn<B> {
         backend.read_f32(logits, 0, out)
     }
 
-    fn shape(config: &ModelConfig, longest: usize) -> WorkspaceShape<'static> {
-        WorkspaceShape {
-            sequences: Sequences { batch: 1, length: longest },
-            channels: config.channels,
-            mlp_channels: config.mlp_width(),
-            heads: config.heads,
-            vocab_size: config.vocab_size,
-            recipes: &[LinearRecipe::F32],
-            backward: false,
-        }
-    }
-
     fn cut(
         model: &Arc<OnDevice<B>>,
         arena: &mut B::Arena,
         config: &ModelConfig,
         longest: usize,
     ) -> Result<Self> {
-        let (shape, backend) = (Self::shape(config, longest), &*model.backend);
-        let sequences = shape.sequences;
+        let (backend, sequences) = (&*model.backend, Sequences { batch: 1, length: longest });
+        let shapes = Shapes { config, sequences, precision: Precision::F32 };
+        let shape = WorkspaceShape {
+            linears: &shapes.linears(),
+            norm: shapes.norm(),
+            attention: shapes.attention(0),
+            head: shapes.head(),
+            recipes: &[LinearRecipe::F32],
+            backward: false,
+        };
+        backend.supports(&shape)?;
         Ok(Self {
             model: model.clone(),
-            activations: Activations::new(backend, arena, config, sequences, Precision::F32, None)?,
+            activations: Activations::new(backend, arena, shapes, None)?,
             workspace: backend.workspace(arena, &shape),
             tokens: backend.tokens(arena, longest)?,
             logits: backend.f32(arena, config.vocab_size),

@@ -96,5 +96,5 @@ pub use mx::Philox;
 pub use optim::{Optimizer, OptimizerKind, Schedule, ScheduleKind};
 pub use recipe::Recipe;
 pub use room::MemoryRoom;
-pub use run::TrainerOptions;
+pub use run::{Cadence, TrainerOptions};
 pub use trainer::{EvalStats, Plan, StepStats, StopHandle, Trainer, plan};

@@ -25,6 +25,33 @@ pub struct TrainerOptions {
     pub schedule: Schedule,
 }
 
+/// What is due after which steps of a run, counted from step 0; 0 is never. A loop over steps, ours or a
+/// host's, asks here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cadence {
+    /// Evaluations.
+    pub eval_every: u64,
+    /// Checkpoints.
+    pub save_every: u64,
+}
+
+impl Cadence {
+    /// Whether an evaluation is due after step `step`.
+    pub fn evaluates(self, step: u64) -> bool {
+        Self::is_due(self.eval_every, step)
+    }
+
+    /// Whether a checkpoint is due after step `step`.
+    pub fn saves(self, step: u64) -> bool {
+        Self::is_due(self.save_every, step)
+    }
+
+    /// Whether what happens every so many steps is due after step `step`.
+    pub fn is_due(every: u64, step: u64) -> bool {
+        every > 0 && step.is_multiple_of(every)
+    }
+}
+
 /// What a run is besides its weights and moments: enough to go on bit for bit.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct TrainerState {

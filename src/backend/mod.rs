@@ -99,19 +99,17 @@ impl Sequences {
     }
 }
 
-/// What the scratch memory of a backend is sized by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What the scratch memory of a backend is sized by: the operations of a model on its largest batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct WorkspaceShape<'a> {
-    /// B and T of the largest batch.
-    pub sequences: Sequences,
-    /// C.
-    pub channels: usize,
-    /// M.
-    pub mlp_channels: usize,
-    /// H.
-    pub heads: usize,
-    /// V.
-    pub vocab_size: usize,
+    /// The linear layers of a block.
+    pub linears: &'a [LinearShape],
+    /// The norms.
+    pub norm: NormShape,
+    /// Attention, whatever its factor.
+    pub attention: AttentionShape,
+    /// The head.
+    pub head: HeadShape,
     /// What linear layers may use.
     pub recipes: &'a [LinearRecipe],
     /// Whether backward operations will run.
@@ -119,12 +117,6 @@ pub struct WorkspaceShape<'a> {
 }
 
 impl WorkspaceShape<'_> {
-    /// Of activations: f32 where any recipe has them so.
-    pub fn precision(&self) -> Precision {
-        let mut all = self.recipes.iter().map(|recipe| Precision::of(recipe.forward()));
-        if all.any(|p| p == Precision::F32) { Precision::F32 } else { Precision::Bf16 }
-    }
-
     /// All backward GEMMs that will run.
     pub fn backward_gemms(&self) -> impl Iterator<Item = &Gemm> {
         let recipes = if self.backward { self.recipes } else { &[] };

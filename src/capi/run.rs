@@ -21,6 +21,7 @@ use super::structs::{self, Options, Out, read, versioned};
 use super::trainer::mxt_trainer;
 use super::trainer_structs::{mxt_eval_stats, mxt_step_stats};
 use super::{arguments, cancel, guard};
+use crate::Cadence;
 
 /// Why a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -289,9 +290,11 @@ impl Run {
         self.result.last_loss = stats.loss;
 
         let last = self.result.steps == self.options.steps;
-        let due = |every: u64| last || (every > 0 && stats.step.is_multiple_of(every));
-        let eval = if due(self.options.eval_every) { self.eval(stats.step)? } else { None };
-        if due(self.options.save_every) {
+        let mxt_run_options { eval_every, save_every, .. } = self.options;
+        let cadence = Cadence { eval_every, save_every };
+        let evaluates = last || cadence.evaluates(stats.step);
+        let eval = if evaluates { self.eval(stats.step)? } else { None };
+        if last || cadence.saves(stats.step) {
             match self.save(stats.step) {
                 Err(failure) if is_fatal(&failure) => return Err(failure),
                 // The last one is tried once more, in `finish`.

@@ -5,10 +5,10 @@
 
 use std::ops::{Index, IndexMut};
 
-use super::ModelConfig;
 use super::recompute::Recompute;
+use super::{ModelConfig, Shapes};
 use crate::Result;
-use crate::backend::{Backend, NormStatistics, Precision, Sequences};
+use crate::backend::{Backend, NormStatistics};
 use crate::reserve::collect;
 
 /// A tensor for each layer, or fewer that layers take in turn.
@@ -87,13 +87,12 @@ impl<B: Backend> Activations<B> {
     pub(crate) fn new(
         backend: &B,
         arena: &mut B::Arena,
-        config: &ModelConfig,
-        sequences: Sequences,
-        precision: Precision,
+        shapes: Shapes<'_>,
         kept: Option<Recompute>,
     ) -> Result<Self> {
+        let Shapes { config, sequences, precision } = shapes;
         let ModelConfig { layers, channels: c, heads, .. } = *config;
-        let (rows, m) = (sequences.rows(), config.mlp_width());
+        let (rows, [qkv, _, fc1, _]) = (sequences.rows(), shapes.linears());
         // Inputs of blocks; what GEMMs and attention put out; what norms and GELU put out; numbers of
         // a row, which are small.
         let (inputs, products, pointwise, numbers) = match kept {
@@ -114,14 +113,14 @@ impl<B: Backend> Activations<B> {
             residual: tensors(arena, inputs, c)?,
             ln_1: tensors(arena, pointwise, c)?,
             ln_1_statistics: all_statistics(arena)?,
-            qkv: tensors(arena, products, 3 * c)?,
+            qkv: tensors(arena, products, qkv.outputs)?,
             attention: tensors(arena, products, c)?,
             lse: Layers::new(numbers, || backend.f32(arena, rows * heads))?,
             middle: tensors(arena, products, c)?,
             ln_2: tensors(arena, pointwise, c)?,
             ln_2_statistics: all_statistics(arena)?,
-            fc1: tensors(arena, products, m)?,
-            gelu: tensors(arena, pointwise, m)?,
+            fc1: tensors(arena, products, fc1.outputs)?,
+            gelu: tensors(arena, pointwise, fc1.outputs)?,
             branch: backend.tensor(arena, rows * c, precision),
             ln_f: backend.tensor(arena, rows * c, precision),
             ln_f_statistics: statistics(arena),
@@ -137,15 +136,10 @@ impl<B: Backend> Activations<B> {
 }
 
 impl<B: Backend> ActivationGradients<B> {
-    pub(crate) fn new(
-        backend: &B,
-        arena: &mut B::Arena,
-        config: &ModelConfig,
-        sequences: Sequences,
-        precision: Precision,
-    ) -> Self {
-        let (rows, c) = (sequences.rows(), config.channels);
-        let wide = config.mlp_width().max(3 * c);
+    pub(crate) fn new(backend: &B, arena: &mut B::Arena, shapes: Shapes<'_>) -> Self {
+        let Shapes { config, sequences, precision } = shapes;
+        let (rows, c, [qkv, _, fc1, _]) = (sequences.rows(), config.channels, shapes.linears());
+        let wide = qkv.outputs.max(fc1.outputs);
         Self {
             residual: backend.tensor(arena, rows * c, precision),
             narrow: backend.tensor(arena, rows * c, precision),

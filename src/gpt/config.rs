@@ -64,6 +64,13 @@ impl ModelConfig {
         if self.mlp_channels == 0 { 4 * self.channels } else { self.mlp_channels }
     }
 
+    /// The linear layers of a block, (inputs, outputs): what makes q, k and v, what attention's result
+    /// passes through, and the two of the MLP.
+    pub(crate) fn linears(&self) -> [[usize; 2]; 4] {
+        let (c, m) = (self.channels, self.mlp_width());
+        [[c, 3 * c], [c, c], [c, m], [m, c]]
+    }
+
     /// With 0 for the width that 0 stands for, so that equal models have equal configurations.
     pub(crate) fn canonical(mut self) -> Self {
         if self.mlp_channels == 4 * self.channels {

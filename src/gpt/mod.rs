@@ -8,6 +8,7 @@ mod init;
 mod params;
 mod pass;
 mod recompute;
+mod shapes;
 
 pub(crate) use activations::{ActivationGradients, Activations};
 pub use config::{Activation, ModelConfig};
@@ -16,3 +17,4 @@ pub use params::TensorInfo;
 pub(crate) use params::{HEAD, ParamSpec, ParamTable, WTE};
 pub(crate) use pass::{Pass, Place};
 pub use recompute::Recompute;
+pub(crate) use shapes::Shapes;

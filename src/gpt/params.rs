@@ -81,9 +81,7 @@ pub(super) struct Norm {
 pub(super) struct Linear {
     pub(super) w: Slot,
     pub(super) b: Slot,
-    pub(super) inputs: usize,
-    pub(super) outputs: usize,
-    /// Which one of its block, in the counter of random bits.
+    /// Which one of its block, in [`ModelConfig::linears`] and in the counter of random bits.
     pub(super) number: u32,
 }
 
@@ -95,7 +93,7 @@ impl ParamTable {
     /// [`crate::Error::OutOfMemory`].
     pub(crate) fn new(config: &ModelConfig, align: usize) -> Result<Self> {
         const WHAT: &str = "a table of the parameters";
-        let (c, m) = (config.channels, config.mlp_width());
+        let (c, linears) = (config.channels, config.linears());
         let std = 0.02;
         let residual_std = std / (2.0 * config.layers as f32).sqrt();
         let (mut specs, mut slots, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
@@ -119,11 +117,11 @@ impl ParamTable {
             w: add(layer, w, [c, 0], false, Init::Ones),
             b: add(layer, b, [c, 0], false, Init::Zeros),
         };
-        let linear = |add: &mut Add<'_>, layer, number, [w, b]: [&'static str; 2], shape, std| {
-            let [inputs, outputs] = shape;
+        let linear = |add: &mut Add<'_>, layer, number: u32, [w, b]: [&'static str; 2], std| {
+            let shape @ [_, outputs] = linears[number as usize];
             let w = add(Some(layer), w, shape, true, Init::Normal { std });
             let b = add(Some(layer), b, [outputs, 0], false, Init::Zeros);
-            Linear { w, b, inputs, outputs, number }
+            Linear { w, b, number }
         };
         let add = &mut add;
         let wte = table(add, WTE, config.vocab_size);
@@ -135,11 +133,11 @@ impl ParamTable {
                 (["mlp.c_fc.weight", "mlp.c_fc.bias"], ["mlp.c_proj.weight", "mlp.c_proj.bias"]);
             blocks.push(Block {
                 ln_1: norm(add, Some(l), ["ln_1.weight", "ln_1.bias"]),
-                qkv: linear(add, l, 0, qkv, [c, 3 * c], std),
-                projection: linear(add, l, 1, projection, [c, c], residual_std),
+                qkv: linear(add, l, 0, qkv, std),
+                projection: linear(add, l, 1, projection, residual_std),
                 ln_2: norm(add, Some(l), ["ln_2.weight", "ln_2.bias"]),
-                fc1: linear(add, l, 2, fc1, [c, m], std),
-                fc2: linear(add, l, 3, fc2, [m, c], residual_std),
+                fc1: linear(add, l, 2, fc1, std),
+                fc2: linear(add, l, 3, fc2, residual_std),
             });
         }
         let ln_f = norm(add, None, ["transformer.ln_f.weight", "transformer.ln_f.bias"]);

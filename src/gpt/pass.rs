@@ -4,13 +4,13 @@
 //! weights with the token embedding (Radford et al. 2019, "GPT-2"), unless the model has others for
 //! it.
 
-use super::ModelConfig;
 use super::activations::{ActivationGradients, Activations};
 use super::params::{Linear, Norm, ParamTable};
+use super::{ModelConfig, Shapes};
 use crate::backend::{
-    AttentionBackward, AttentionShape, Backend, Classifier, ClassifierGradient, EmbeddingGradients,
-    EmbeddingShape, Epilogue, HeadShape, LinearBackward, LinearForward, LinearShape, NormBackward,
-    NormParams, NormShape, NormStatistics, OutputGradient, ResidualSum, Sequences, Slot, StepPlan,
+    AttentionBackward, Backend, Classifier, ClassifierGradient, EmbeddingGradients, Epilogue,
+    LinearBackward, LinearForward, NormBackward, NormParams, NormStatistics, OutputGradient,
+    ResidualSum, Sequences, Slot, StepPlan,
 };
 use crate::mx::Random;
 
@@ -39,7 +39,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     pub(crate) fn forward(&mut self, acts: &mut Activations<B>, tokens: &B::Tokens) {
         let (backend, table) = (self.backend, self.table);
         let (wte, wpe) = (self.param(table.wte), self.param(table.wpe));
-        let shape = self.embedding_shape();
+        let shape = self.shapes().embedding();
         backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, shape);
         self.ln_1(acts, 0);
         for (l, block) in table.blocks.iter().enumerate() {
@@ -68,7 +68,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     /// Attention and what it adds to the residual stream, from `acts.ln_1` to `acts.ln_2`.
     fn attention(&mut self, acts: &mut Activations<B>, l: usize) {
         let block = &self.table.blocks[l];
-        let shape = self.attention_shape(l);
+        let shape = self.shapes().attention(l);
         self.linear(&mut acts.qkv[l], &acts.ln_1[l], block.qkv, l, Epilogue::None);
         let (out, lse) = (&mut acts.attention[l], &mut acts.lse[l]);
         self.backend.attention_forward(self.workspace, out, lse, &acts.qkv[l], shape);
@@ -153,7 +153,7 @@ impl<'a, B: Backend> Pass<'a, B> {
                 lse: &acts.lse[l],
                 qkv: &acts.qkv[l],
             };
-            let shape = self.attention_shape(l);
+            let shape = self.shapes().attention(l);
             backend.attention_backward(self.workspace, operands, shape);
             let dy = OutputGradient::Whole(&d.wide);
             self.linear_backward(&mut d.narrow, grads, dy, &acts.ln_1[l], block.qkv, at);
@@ -177,12 +177,12 @@ impl<'a, B: Backend> Pass<'a, B> {
         }
         let [dwte, dwpe] = backend.gradients(grads, [table.wte, table.wpe]);
         let gradients = EmbeddingGradients { dwte, dwpe, accumulate };
-        backend.embedding_backward(gradients, &d.residual, tokens, self.embedding_shape());
+        backend.embedding_backward(gradients, &d.residual, tokens, self.shapes().embedding());
     }
 
     /// Logits (V) of row `row` after [`Pass::forward`].
     pub(crate) fn logits(&mut self, acts: &Activations<B>, row: usize, out: &mut B::F32) {
-        let (head, shape) = (self.param(self.table.head()), self.head_shape());
+        let (head, shape) = (self.param(self.table.head()), self.shapes().head());
         self.backend.logits(self.workspace, out, &acts.ln_f, row, head, shape);
     }
 
@@ -194,25 +194,9 @@ impl<'a, B: Backend> Pass<'a, B> {
         NormParams { w: self.param(norm.w), b: self.param(norm.b) }
     }
 
-    fn norm_shape(&self) -> NormShape {
-        let ModelConfig { channels, layer_norm_epsilon: epsilon, .. } = *self.config;
-        NormShape { rows: self.sequences.rows(), channels, epsilon }
-    }
-
-    fn embedding_shape(&self) -> EmbeddingShape {
-        EmbeddingShape { sequences: self.sequences, channels: self.config.channels }
-    }
-
-    fn head_shape(&self) -> HeadShape {
-        let ModelConfig { channels, vocab_size, .. } = *self.config;
-        let rows = self.sequences.rows();
-        HeadShape { rows, channels, vocab_size, precision: self.plan.precision }
-    }
-
-    fn attention_shape(&self, layer: usize) -> AttentionShape {
-        let (heads, head_size) = (self.config.heads, self.config.head_size());
-        let (score_factor, precision) = (self.config.score_factor(layer), self.plan.precision);
-        AttentionShape { sequences: self.sequences, heads, head_size, score_factor, precision }
+    fn shapes(&self) -> Shapes<'a> {
+        let (sequences, precision) = (self.sequences, self.plan.precision);
+        Shapes { config: self.config, sequences, precision }
     }
 
     fn norm(
@@ -222,7 +206,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         x: &B::Tensor,
         norm: Norm,
     ) {
-        let (params, shape) = (self.norm_params(norm), self.norm_shape());
+        let (params, shape) = (self.norm_params(norm), self.shapes().norm());
         self.backend.layernorm_forward(out, statistics, x, params, shape);
     }
 
@@ -233,7 +217,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         sum: ResidualSum<'_, B>,
         norm: Norm,
     ) {
-        let (params, shape) = (self.norm_params(norm), self.norm_shape());
+        let (params, shape) = (self.norm_params(norm), self.shapes().norm());
         self.backend.add_layernorm_forward(out, statistics, sum, params, shape);
     }
 
@@ -245,7 +229,8 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) where
         'a: 'o,
     {
-        let (w, shape) = (self.backend.param(self.weights, self.table.head()), self.head_shape());
+        let (w, shape) =
+            (self.backend.param(self.weights, self.table.head()), self.shapes().head());
         let Activations { losses, ln_f: x, .. } = acts;
         let operands = Classifier { losses, gradient, x, w, targets };
         self.backend.classifier(self.workspace, operands, shape);
@@ -261,7 +246,8 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) {
         let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
         let operands = LinearForward { y, x, w, b, epilogue };
-        let (shape, recipe) = (self.linear_shape(layer), &self.plan.layers[block]);
+        let (shape, recipe) =
+            (self.shapes().linears()[layer.number as usize], &self.plan.layers[block]);
         self.backend.linear_forward(self.workspace, operands, shape, recipe);
     }
 
@@ -284,12 +270,9 @@ impl<'a, B: Backend> Pass<'a, B> {
             layer: block as u32,
             linear: layer.number,
         };
-        let (shape, recipe) = (self.linear_shape(layer), &self.plan.layers[block]);
+        let (shape, recipe) =
+            (self.shapes().linears()[layer.number as usize], &self.plan.layers[block]);
         self.backend.linear_backward(self.workspace, operands, shape, recipe, &random);
-    }
-
-    fn linear_shape(&self, Linear { inputs, outputs, .. }: Linear) -> LinearShape {
-        LinearShape { rows: self.sequences.rows(), inputs, outputs }
     }
 
     /// Adds the norm's part to d.residual, given the gradient of its output in d.narrow.
@@ -306,6 +289,6 @@ impl<'a, B: Backend> Pass<'a, B> {
         let (dx, dy, statistics) = (&mut d.residual, &d.narrow, statistics.as_ref());
         let accumulate = self.plan.accumulate;
         let operands = NormBackward { dx, dw, db, dy, x, statistics, w, accumulate };
-        self.backend.layernorm_backward(self.workspace, operands, self.norm_shape());
+        self.backend.layernorm_backward(self.workspace, operands, self.shapes().norm());
     }
 }

@@ -2,7 +2,7 @@
 
 use super::batch::Batch;
 use crate::backend::{Backend, Precision, Sequences, WorkspaceShape, on_device};
-use crate::gpt::{ActivationGradients, Activations, ModelConfig};
+use crate::gpt::{ActivationGradients, Activations, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::reserve::collect;
 use crate::run::TrainerOptions;
@@ -129,16 +129,16 @@ impl<B: Backend> Buffers<B> {
         let precision = Precision::of(options.recipe.linear().forward());
         let flat = Flat::new(backend, &mut cut, config, options, plan)?;
         let (arena, kept) = (&mut cut.arena, Some(options.recompute));
-        let activations = Activations::new(backend, arena, config, sequences, precision, kept)?;
-        let d = ActivationGradients::new(backend, arena, config, sequences, precision);
+        let shapes = Shapes { config, sequences, precision };
+        let activations = Activations::new(backend, arena, shapes, kept)?;
+        let d = ActivationGradients::new(backend, arena, shapes);
         let batch = Batch::new(backend, arena, sequences, bytes.is_some())?;
         plan.activations = cut.since_last();
         let shape = WorkspaceShape {
-            sequences,
-            channels: config.channels,
-            mlp_channels: config.mlp_width(),
-            heads: config.heads,
-            vocab_size: config.vocab_size,
+            linears: &shapes.linears(),
+            norm: shapes.norm(),
+            attention: shapes.attention(0),
+            head: shapes.head(),
             recipes: options.recipe.all(),
             backward: true,
         };

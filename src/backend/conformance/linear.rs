@@ -108,13 +108,19 @@ impl Layer {
 
     /// Scratch memory for the recipe and this layer alone; None where the backend cannot do it.
     fn workspace<B: Harness>(&self, b: &B, recipe: &LinearRecipe) -> Option<B::Workspace> {
-        let LinearShape { rows, inputs, outputs } = self.shape;
+        let LinearShape { rows, inputs, .. } = self.shape;
+        let (sequences, precision) = (Sequences { batch: 1, length: rows }, self.precision);
         let shape = WorkspaceShape {
-            sequences: Sequences { batch: 1, length: rows },
-            channels: inputs,
-            mlp_channels: outputs,
-            heads: 1,
-            vocab_size: 8,
+            linears: &[self.shape],
+            norm: NormShape { rows, channels: inputs, epsilon: 0.0 },
+            attention: AttentionShape {
+                sequences,
+                heads: 1,
+                head_size: 8,
+                score_factor: 1.0,
+                precision,
+            },
+            head: HeadShape { rows, channels: 8, vocab_size: 8, precision },
             recipes: &[*recipe],
             backward: true,
         };

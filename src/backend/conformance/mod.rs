@@ -236,12 +236,15 @@ pub(in crate::backend) fn workspace<B: Harness>(
         Precision::F32 => ["fp32", "mxfp4-rht,g=256"],
         Precision::Bf16 => ["bf16", "fp8-mxfp4-rht-sr,g=256"],
     };
+    let sequences = Sequences { batch: sequences.batch + 1, ..sequences };
+    let (rows, c, head_size) = (sequences.rows(), channels, channels / heads);
+    let linears = [[c, 3 * c], [c, c], [c, 4 * c], [4 * c, c]]
+        .map(|[inputs, outputs]| LinearShape { rows, inputs, outputs });
     let shape = WorkspaceShape {
-        sequences: Sequences { batch: sequences.batch + 1, ..sequences },
-        channels,
-        mlp_channels: 4 * channels,
-        heads,
-        vocab_size,
+        linears: &linears,
+        norm: NormShape { rows, channels, epsilon: 0.0 },
+        attention: AttentionShape { sequences, heads, head_size, score_factor: 1.0, precision },
+        head: HeadShape { rows, channels, vocab_size, precision },
         recipes: &names.map(linear_recipe),
         backward: true,
     };

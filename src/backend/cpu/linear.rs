@@ -8,15 +8,18 @@ use rayon::prelude::*;
 use super::gemm::{Conversion, Format, Matrix, Output, PackedMut, Rotation};
 use super::isa::{Isa, simd_fn};
 use super::workspace::{ScratchSize, Workspace};
-use super::{Cpu, JOB_ELEMENTS};
-use crate::backend::{LinearShape, WorkspaceShape};
+use super::{Buffer, Cpu, JOB_ELEMENTS, gelu};
+use crate::backend::{
+    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
+    WorkspaceShape,
+};
 use crate::mx::{self, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random};
 
 /// What these layers need of a workspace for the recipes of a shape.
-pub(super) fn scratch(isa: Isa, layers: &[LinearShape], shape: &WorkspaceShape<'_>) -> ScratchSize {
+pub(super) fn scratch(isa: Isa, shape: &WorkspaceShape<'_>) -> ScratchSize {
     let mut size = ScratchSize::default();
     let (a, [b, ..]) = (&mut size.a, &mut size.b);
-    for LinearShape { rows, inputs, outputs } in layers.iter().copied() {
+    for LinearShape { rows, inputs, outputs } in shape.linears.iter().copied() {
         for gemm in shape.recipes.iter().map(LinearRecipe::forward) {
             let (format, group) = (Format::carrying(gemm.format()), gemm.group());
             a.add(isa, [rows, inputs], format, group);
@@ -36,65 +39,75 @@ pub(super) fn scratch(isa: Isa, layers: &[LinearShape], shape: &WorkspaceShape<'
     size
 }
 
-/// y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b
-pub(super) fn forward(
-    cpu: &Cpu,
-    workspace: &mut Workspace,
-    y: &mut [f32],
-    x: &[f32],
-    w: &[f32],
-    b: &[f32],
-    shape: LinearShape,
-    recipe: &LinearRecipe,
-) {
-    let LinearShape { rows, inputs, outputs } = shape;
-    let format = recipe.forward().format();
-    let x = Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs);
-    let w = Matrix::rows_by_depth(w, outputs, inputs);
-    let [x, w] = [x, w].map(|matrix| dequantized(cpu, matrix, format));
-    let memory = (workspace.a.as_mut(), workspace.b[0].as_mut());
-    let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
-    cpu.product([&x, &w].map(|matrix| (matrix, plain(format))), memory, out);
-}
-
-/// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter
-/// two added with `accumulate`.
-pub(super) fn backward(
-    cpu: &Cpu,
-    workspace: &mut Workspace,
-    dx: &mut [f32],
-    dw: &mut [f32],
-    db: &mut [f32],
-    dy: &[f32],
-    x: &[f32],
-    w: &[f32],
-    shape: LinearShape,
-    recipe: &LinearRecipe,
-    random: &Random,
-    accumulate: bool,
-) {
-    let LinearShape { rows, inputs, outputs } = shape;
-    let (dy, x) = (&dy[..rows * outputs], &x[..rows * inputs]);
-    let memory = (workspace.a.as_mut(), workspace.b[0].as_mut());
-    let operands = [
-        (Matrix::rows_by_depth(dy, rows, outputs), OperandId::Dy),
-        (Matrix::depth_by_rows(w, inputs, outputs), OperandId::W),
-    ];
-    let out = Output { c: dx, stride: inputs, alpha: 1.0, bias: None, accumulate: false };
-    product(cpu, memory, operands, recipe.dgrad(), GemmId::Dgrad, random, out);
-
-    let mut x = Matrix::depth_by_rows(x, inputs, rows);
-    if recipe.wgrad().b().source() == OperandSource::Forward {
-        x = dequantized(cpu, x, recipe.forward().format());
+impl Linear for Cpu {
+    fn linear_forward(
+        &self,
+        workspace: &mut Workspace,
+        operands: LinearForward<'_, Self>,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+    ) {
+        let LinearForward { y, x, w, b, epilogue } = operands;
+        let LinearShape { rows, inputs, outputs } = shape;
+        let format = recipe.forward().format();
+        let x = Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs);
+        let w = Matrix::rows_by_depth(w, outputs, inputs);
+        let [x, w] = [x, w].map(|matrix| dequantized(self, matrix, format));
+        let memory = (workspace.a.as_mut(), workspace.b[0].as_mut());
+        let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
+        self.product([&x, &w].map(|matrix| (matrix, plain(format))), memory, out);
+        if let Epilogue::Gelu { out, form } = epilogue {
+            self.gelu_forward(out, y, rows * outputs, form);
+        }
     }
-    let memory = (workspace.a.with_vector_sums(), workspace.b[0].as_mut());
-    let dy = Matrix::depth_by_rows(dy, outputs, rows);
-    let operands = [(dy, OperandId::Dy), (x, OperandId::X)];
-    let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate };
-    product(cpu, memory, operands, recipe.wgrad(), GemmId::Wgrad, random, out);
-    // dy^T passed through packing row by row; its row sums are the bias gradient.
-    for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
-        *db = if accumulate { *db + sum } else { *sum };
+
+    fn linear_backward(
+        &self,
+        workspace: &mut Workspace,
+        operands: LinearBackward<'_, Self>,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+    ) {
+        let LinearBackward { dx, dw, db, dy, x, w, accumulate } = operands;
+        let LinearShape { rows, inputs, outputs } = shape;
+        let dy = match dy {
+            OutputGradient::Whole(dy) => dy,
+            OutputGradient::BehindGelu { d, y, form } => {
+                self.gelu_backward(d, y, rows * outputs, form);
+                &*d
+            }
+        };
+        let (dy, x) = (&dy[..rows * outputs], &x[..rows * inputs]);
+        let memory = (workspace.a.as_mut(), workspace.b[0].as_mut());
+        let operands = [
+            (Matrix::rows_by_depth(dy, rows, outputs), OperandId::Dy),
+            (Matrix::depth_by_rows(w, inputs, outputs), OperandId::W),
+        ];
+        let out = Output { c: dx, stride: inputs, alpha: 1.0, bias: None, accumulate: false };
+        product(self, memory, operands, recipe.dgrad(), GemmId::Dgrad, random, out);
+
+        let mut x = Matrix::depth_by_rows(x, inputs, rows);
+        if recipe.wgrad().b().source() == OperandSource::Forward {
+            x = dequantized(self, x, recipe.forward().format());
+        }
+        let memory = (workspace.a.with_vector_sums(), workspace.b[0].as_mut());
+        let dy = Matrix::depth_by_rows(dy, outputs, rows);
+        let operands = [(dy, OperandId::Dy), (x, OperandId::X)];
+        let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate };
+        product(self, memory, operands, recipe.wgrad(), GemmId::Wgrad, random, out);
+        // dy^T passed through packing row by row; its row sums are the bias gradient.
+        for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
+            *db = if accumulate { *db + sum } else { *sum };
+        }
+    }
+
+    fn gelu_forward(&self, out: &mut Buffer<f32>, x: &Buffer<f32>, len: usize, form: Activation) {
+        gelu::forward(self, &mut out[..len], &x[..len], form);
+    }
+
+    fn gelu_backward(&self, d: &mut Buffer<f32>, x: &Buffer<f32>, len: usize, form: Activation) {
+        gelu::backward(self, &mut d[..len], &x[..len], form);
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::memory::Arena;
+use super::arena::Arena;
 use crate::reserve::{is_short, reserve};
 use crate::signals::signals_blocked;
 use crate::thread::Thread;

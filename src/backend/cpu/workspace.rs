@@ -6,8 +6,8 @@
 
 use rayon::prelude::*;
 
+use super::arena::{Arena, Buffer};
 use super::gemm::{PackMemory, PackSize};
-use super::memory::{Arena, Buffer};
 
 /// Scratch memory for models of one shape.
 pub struct Workspace {

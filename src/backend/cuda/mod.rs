@@ -103,7 +103,7 @@ impl Backend for Cuda {
     type Recordings = Recordings;
 
     fn supports(&self, shape: &WorkspaceShape) -> Result<()> {
-        let (head_size, most) = (shape.channels / shape.heads, attend::MAX_HEAD_SIZE);
+        let (head_size, most) = (shape.attention.head_size, attend::MAX_HEAD_SIZE);
         if head_size > most {
             return Err(Error::Unsupported {
                 what: format!("attention with {head_size} channels a head on a GPU"),
@@ -111,7 +111,7 @@ impl Backend for Cuda {
             });
         }
         let mxfp4 = shape.backward_gemms().any(|gemm| gemm.format() == Format::MXFP4);
-        let widest = shape.mlp_channels.max(3 * shape.channels);
+        let widest = shape.linears.iter().map(|layer| layer.outputs).max().unwrap_or(0);
         if mxfp4 && widest > quantize::MAX_DEPTH {
             return Err(Error::Unsupported {
                 what: format!("MXFP4 with layers of {widest} channels on a GPU"),

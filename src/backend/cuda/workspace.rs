@@ -5,7 +5,7 @@ use super::device::memory::{Arena, Piece, size_of_element};
 use super::quantize::carrier::Carrier;
 use super::quantize::{BehindGelu, Target, sums};
 use super::{head, norm};
-use crate::backend::WorkspaceShape;
+use crate::backend::{HeadShape, LinearShape, WorkspaceShape};
 use crate::mx::{Format, Gemm};
 
 /// Room for an operand of a product: its elements, and FP8's factor or the scales of its blocks.
@@ -49,21 +49,14 @@ pub(crate) struct Workspace {
 
 impl Workspace {
     pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape<'_>) -> Self {
-        let WorkspaceShape {
-            sequences,
-            channels: c,
-            mlp_channels: m,
-            heads,
-            vocab_size,
-            recipes,
-            backward: training,
-        } = *shape;
-        let (rows, precision) = (sequences.rows(), shape.precision());
+        let WorkspaceShape { linears, norm, attention, head, recipes, backward: training } = *shape;
+        let HeadShape { rows, channels, vocab_size, precision } = head;
         let chunk = head::chunk_rows(rows, vocab_size);
         // A row of x may be copied there.
-        let logits = (chunk * head::stride(vocab_size)).max(c) * size_of_element(precision);
-        let partials =
-            norm::partials(c).max(sums::partials(rows, m.max(3 * c))) * usize::from(training);
+        let logits = (chunk * head::stride(vocab_size)).max(channels) * size_of_element(precision);
+        let most = |of: fn(&LinearShape) -> usize| linears.iter().map(of).max().unwrap_or(0);
+        let partials = most(|layer| sums::partials(layer.rows, layer.outputs));
+        let partials = norm::partials(norm.channels).max(partials) * usize::from(training);
 
         let fp8 = recipes.iter().any(|recipe| recipe.forward().format() == Format::E4M3);
         let in_mxfp4 = shape.backward_gemms().filter(|gemm| gemm.format() == Format::MXFP4);
@@ -71,7 +64,7 @@ impl Workspace {
         let group = in_mxfp4.map(Gemm::group).max();
         let carrier = Carrier::best(Format::MXFP4, arena.capability());
         let (mut operands, mut scales) = ([0; 2], [4; 2]);
-        for (inputs, outputs) in [(c, 3 * c), (c, c), (c, m), (m, c)] {
+        for LinearShape { rows, inputs, outputs } in linears.iter().copied() {
             let mut room = |first: usize, second: usize| {
                 operands = [operands[0].max(first), operands[1].max(second)];
             };
@@ -104,9 +97,13 @@ impl Workspace {
             gemm: arena.bytes(gemm::WORKSPACE),
             logits: arena.bytes(logits),
             chunk,
-            delta: arena.bytes(if training { rows * heads * 4 } else { 0 }),
+            delta: arena.bytes(if training {
+                attention.sequences.rows() * attention.heads * 4
+            } else {
+                0
+            }),
             partials: arena.bytes(partials * 4),
-            kept: arena.bytes(if fp8 { rows * m.max(c) * 2 } else { 0 }),
+            kept: arena.bytes(if fp8 { most(|layer| layer.rows * layer.inputs) * 2 } else { 0 }),
             dy_amax: arena.bytes(4),
             x_amax: arena.bytes(4),
             kept_amax: arena.bytes(4),

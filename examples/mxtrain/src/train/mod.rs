@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
 use mxfp4train::{
-    Dataset, Error, GenerateOptions, Model, Schedule, ScheduleKind, StopHandle, Trainer,
+    Cadence, Dataset, Error, GenerateOptions, Model, Schedule, ScheduleKind, StopHandle, Trainer,
 };
 
 pub(crate) use setup::{
@@ -61,9 +61,8 @@ struct Run {
     end_tokens: Vec<u32>,
     log: Option<Log>,
     steps: u64,
-    eval_every: u64,
+    cadence: Cadence,
     eval_batches: usize,
-    save_every: u64,
     sample_every: u64,
     sample_prompt: String,
     /// Step of the last evaluation.
@@ -132,9 +131,11 @@ impl Run {
         let mut run = Self {
             log: None,
             steps,
-            eval_every: args.report.measure.eval_every.unwrap_or(steps / 10),
+            cadence: Cadence {
+                eval_every: args.report.measure.eval_every.unwrap_or(steps / 10),
+                save_every: args.start.save_every.unwrap_or(steps / 10),
+            },
             eval_batches: args.report.measure.eval_batches,
-            save_every: args.start.save_every.unwrap_or(steps / 10),
             sample_every: args.report.sample_every,
             sample_prompt: args.report.sample_prompt.clone(),
             saves: Saves::new(out, places, run_file, files, lock),
@@ -161,16 +162,15 @@ impl Run {
 
     fn train(&mut self) -> Outcome<ExitCode> {
         let began = Instant::now();
-        let due = |step: u64, every: u64| every > 0 && step.is_multiple_of(every);
         while self.trainer.steps_done() < self.steps && !self.stop.is_requested() {
             let Some(step) = self.step()? else { break };
-            if due(step, self.eval_every) {
+            if self.cadence.evaluates(step) {
                 self.eval();
             }
-            if due(step, self.sample_every) {
+            if Cadence::is_due(self.sample_every, step) {
                 self.sample();
             }
-            if due(step, self.save_every)
+            if self.cadence.saves(step)
                 && let Err(failure) = self.saves.save(&mut self.trainer)
             {
                 self.saves.warn(&failure);

@@ -1,8 +1,8 @@
 //! Memory that operands are packed into, and how much of it they take.
 
+use crate::backend::cpu::arena::{Arena, Buffer};
 use crate::backend::cpu::gemm::{BLOCK_STEPS, Format, PANEL, Packing};
 use crate::backend::cpu::isa::Isa;
-use crate::backend::cpu::memory::{Arena, Buffer};
 
 /// Memory that an operand is packed into; slices may be longer than needed.
 pub struct PackedMut<'a> {

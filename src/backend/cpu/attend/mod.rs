@@ -23,29 +23,24 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
-use super::Cpu;
 use super::disjoint::DisjointSlice;
 use super::gemm::{Matrix, PANEL, TILE_COLS};
 use super::isa::Isa;
 use super::workspace::{ScratchSize, Workspace};
-use crate::backend::{AttentionShape, Precision};
+use super::{Buffer, Cpu};
+use crate::backend::{Attend, AttentionBackward, AttentionShape, Precision};
 use rows::{QuerySums, dot, gradient_panel};
 
 /// Queries of one block: the columns of a tile.
 const QUERIES: usize = TILE_COLS;
 
 /// What attention needs of a workspace; with `trains`, for gradients too.
-pub(super) fn scratch(
-    isa: Isa,
-    precision: Precision,
-    length: usize,
-    head_size: usize,
-    trains: bool,
-) -> ScratchSize {
+pub(super) fn scratch(isa: Isa, shape: AttentionShape, trains: bool) -> ScratchSize {
+    let AttentionShape { sequences, head_size, precision, .. } = shape;
     let scratch_len = if in_bf16(isa, precision) { panels::scratch_len } else { f32::scratch_len };
     #[cfg(target_arch = "x86_64")]
     let scratch_len = if in_tiles(isa, precision) { tiles::scratch_len } else { scratch_len };
-    let of_thread = scratch_len(length, head_size, trains);
+    let of_thread = scratch_len(sequences.length, head_size, trains);
     ScratchSize { of_thread, ..ScratchSize::default() }
 }
 
@@ -60,65 +55,63 @@ fn in_bf16(isa: Isa, precision: Precision) -> bool {
     isa == Isa::Avx512 && precision == Precision::Bf16
 }
 
-/// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
-pub(super) fn forward(
-    cpu: &Cpu,
-    workspace: &mut Workspace,
-    out: &mut [f32],
-    lse: &mut [f32],
-    qkv: &[f32],
-    shape: AttentionShape,
-) {
-    let (t, isa) = (shape.sequences.length, cpu.isa());
-    let elements = shape.sequences.rows() * shape.heads * shape.head_size;
-    assert!(out.len() >= elements && qkv.len() >= 3 * elements, "tensors hold the sequences");
-    let (out, lse) = (DisjointSlice::new(out), DisjointSlice::new(lse));
-    for_each_head(cpu, workspace, shape, |scratch, head| {
-        let [q, k, v] = [0, 1, 2].map(|part| head.rows(qkv, 3, part));
-        // SAFETY: a job owns the lse of its head.
-        let lse = unsafe { lse.part(head.index * t, t) };
-        let head = HeadForward { q, k, v, scale: head.scale(), out: head.output(&out, 1, 0), lse };
-        #[cfg(target_arch = "x86_64")]
-        if in_tiles(isa, shape.precision) {
-            return tiles::forward_head(isa, scratch, head);
-        }
-        if in_bf16(isa, shape.precision) {
-            return panels::forward_head(isa, scratch, head);
-        }
-        f32::forward_head(isa, scratch, head);
-    });
-}
+impl Attend for Cpu {
+    fn attention_forward(
+        &self,
+        workspace: &mut Workspace,
+        out: &mut Buffer<f32>,
+        lse: &mut Buffer<f32>,
+        qkv: &Buffer<f32>,
+        shape: AttentionShape,
+    ) {
+        let (t, isa) = (shape.sequences.length, self.isa());
+        let elements = shape.sequences.rows() * shape.heads * shape.head_size;
+        assert!(out.len() >= elements && qkv.len() >= 3 * elements, "tensors hold the sequences");
+        let (out, lse) = (DisjointSlice::new(out), DisjointSlice::new(lse));
+        for_each_head(self, workspace, shape, |scratch, head| {
+            let [q, k, v] = [0, 1, 2].map(|part| head.rows(qkv, 3, part));
+            // SAFETY: a job owns the lse of its head.
+            let lse = unsafe { lse.part(head.index * t, t) };
+            let (scale, out) = (head.scale(), head.output(&out, 1, 0));
+            let head = HeadForward { q, k, v, scale, out, lse };
+            #[cfg(target_arch = "x86_64")]
+            if in_tiles(isa, shape.precision) {
+                return tiles::forward_head(isa, scratch, head);
+            }
+            if in_bf16(isa, shape.precision) {
+                return panels::forward_head(isa, scratch, head);
+            }
+            f32::forward_head(isa, scratch, head);
+        });
+    }
 
-/// dqkv (B, T, 3 C) from dout (B, T, C).
-pub(super) fn backward(
-    cpu: &Cpu,
-    workspace: &mut Workspace,
-    dqkv: &mut [f32],
-    dout: &[f32],
-    out: &[f32],
-    lse: &[f32],
-    qkv: &[f32],
-    shape: AttentionShape,
-) {
-    let (t, isa) = (shape.sequences.length, cpu.isa());
-    let elements = shape.sequences.rows() * shape.heads * shape.head_size;
-    assert!(dqkv.len() >= 3 * elements && qkv.len() >= 3 * elements && out.len() >= elements);
-    let dqkv = DisjointSlice::new(dqkv);
-    for_each_head(cpu, workspace, shape, |scratch, head| {
-        let [q, k, v] = [0, 1, 2].map(|part| head.rows(qkv, 3, part));
-        let [dq, dk, dv] = [0, 1, 2].map(|part| head.output(&dqkv, 3, part));
-        let (out, dout) = (head.rows(out, 1, 0), head.rows(dout, 1, 0));
-        let (scale, lse) = (head.scale(), &lse[head.index * t..][..t]);
-        let head = HeadBackward { q, k, v, scale, out, dout, lse, dq, dk, dv };
-        #[cfg(target_arch = "x86_64")]
-        if in_tiles(isa, shape.precision) {
-            return tiles::backward_head(isa, scratch, head);
-        }
-        if in_bf16(isa, shape.precision) {
-            return panels::backward_head(isa, scratch, head);
-        }
-        f32::backward_head(isa, scratch, head);
-    });
+    fn attention_backward(
+        &self,
+        workspace: &mut Workspace,
+        operands: AttentionBackward<'_, Self>,
+        shape: AttentionShape,
+    ) {
+        let AttentionBackward { dqkv, dout, out, lse, qkv } = operands;
+        let (t, isa) = (shape.sequences.length, self.isa());
+        let elements = shape.sequences.rows() * shape.heads * shape.head_size;
+        assert!(dqkv.len() >= 3 * elements && qkv.len() >= 3 * elements && out.len() >= elements);
+        let dqkv = DisjointSlice::new(dqkv);
+        for_each_head(self, workspace, shape, |scratch, head| {
+            let [q, k, v] = [0, 1, 2].map(|part| head.rows(qkv, 3, part));
+            let [dq, dk, dv] = [0, 1, 2].map(|part| head.output(&dqkv, 3, part));
+            let (out, dout) = (head.rows(out, 1, 0), head.rows(dout, 1, 0));
+            let (scale, lse) = (head.scale(), &lse[head.index * t..][..t]);
+            let head = HeadBackward { q, k, v, scale, out, dout, lse, dq, dk, dv };
+            #[cfg(target_arch = "x86_64")]
+            if in_tiles(isa, shape.precision) {
+                return tiles::backward_head(isa, scratch, head);
+            }
+            if in_bf16(isa, shape.precision) {
+                return panels::backward_head(isa, scratch, head);
+            }
+            f32::backward_head(isa, scratch, head);
+        });
+    }
 }
 
 /// The operands of one head's forward pass; `out` and `lse` (T) are written.

@@ -1,0 +1,83 @@
+//! Token and position embedding. The backward pass adds in the order of the tokens, whatever the
+//! threads: each job owns some columns of the tables.
+
+use rayon::prelude::*;
+
+use super::disjoint::DisjointSlice;
+use super::isa::simd_fn;
+use super::{Buffer, Cpu, rows_per_job};
+use crate::backend::{Embed, EmbeddingGradients, EmbeddingShape};
+
+impl Embed for Cpu {
+    fn embedding_forward(
+        &self,
+        out: &mut Buffer<f32>,
+        tokens: &Buffer<u32>,
+        wte: &[f32],
+        wpe: &[f32],
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
+    ) {
+        let out = &mut out[..sequences.rows() * channels];
+        let per_job = rows_per_job(channels);
+        self.install(|| {
+            out.par_chunks_mut(per_job * channels).enumerate().for_each(|(job, out)| {
+                for (i, out) in out.chunks_exact_mut(channels).enumerate() {
+                    let row = job * per_job + i;
+                    let token = &wte[tokens[row] as usize * channels..][..channels];
+                    let position = &wpe[row % sequences.length * channels..][..channels];
+                    add_rows(self.isa(), out, token, position);
+                }
+            });
+        });
+    }
+
+    fn embedding_backward(
+        &self,
+        gradients: EmbeddingGradients<'_, Self>,
+        dout: &Buffer<f32>,
+        tokens: &Buffer<u32>,
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
+    ) {
+        let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
+        if !accumulate {
+            self.zero(dwpe);
+        }
+        let t = sequences.length;
+        self.install(|| {
+            dwpe[..t * channels].par_chunks_mut(channels).enumerate().for_each(|(position, d)| {
+                for b in 0..sequences.batch {
+                    add(self.isa(), d, &dout[(b * t + position) * channels..][..channels]);
+                }
+            });
+        });
+        // NOTE: tokens repeat, so rows of dwte cannot be given out; columns can.
+        const COLUMNS: usize = 64;
+        let table = DisjointSlice::new(dwte);
+        self.parallel(channels.div_ceil(COLUMNS), |job| {
+            let columns = job * COLUMNS..((job + 1) * COLUMNS).min(channels);
+            for (row, token) in tokens[..sequences.rows()].iter().enumerate() {
+                let from = &dout[row * channels..][columns.clone()];
+                let start = *token as usize * channels + columns.start;
+                // SAFETY: jobs own disjoint columns.
+                let to = unsafe { table.part(start, from.len()) };
+                add(self.isa(), to, from);
+            }
+        });
+    }
+}
+
+simd_fn! {
+    fn add_rows(out: &mut [f32], a: &[f32], b: &[f32]) {
+        for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
+            *out = a + b;
+        }
+    }
+}
+
+simd_fn! {
+    fn add(to: &mut [f32], from: &[f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to += from;
+        }
+    }
+}

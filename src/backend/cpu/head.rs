@@ -1,0 +1,165 @@
+//! The language-model head fused with softmax and cross-entropy, one chunk of rows at a time:
+//! logits = x w^T; loss = log sum exp(logits) - logits[target]; and, for training,
+//! dlogits = scale (softmax - one_hot) in place, dx = dlogits w, dw += dlogits^T x.
+//!
+//! w is packed once for all chunks, in both directions.
+
+use rayon::prelude::*;
+
+use super::gemm::{Conversion, Matrix, Output, Role, pack};
+use super::isa::{Isa, simd_fn};
+use super::math::{exp, lane_max, lane_sum};
+use super::workspace::{ScratchSize, Workspace};
+use super::{Buffer, Cpu, rows_per_job};
+use crate::backend::{Classifier, Head, HeadShape, Precision};
+
+/// Logits held at a time, about: 32 MiB.
+const CHUNK_LOGITS: usize = 8 << 20;
+
+/// Rows of one chunk.
+fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
+    (CHUNK_LOGITS / vocab_size).max(64).min(rows)
+}
+
+/// What [`Head::classifier`] needs of a workspace; with `trains`, for gradients too.
+pub(super) fn scratch(isa: Isa, shape: HeadShape, trains: bool) -> ScratchSize {
+    let HeadShape { rows, channels, vocab_size, precision } = shape;
+    let format = Conversion::to(precision).format();
+    let chunk = chunk_rows(rows, vocab_size);
+    let mut size = ScratchSize { elements: chunk * vocab_size, ..ScratchSize::default() };
+    let (a, [head, transposed_head, input]) = (&mut size.a, &mut size.b);
+    a.add(isa, [chunk, channels], format, 1);
+    head.add(isa, [vocab_size, channels], format, 1);
+    if trains {
+        a.add(isa, [chunk, vocab_size], format, 1); // dlogits
+        a.add(isa, [vocab_size, chunk], format, 1); // dlogits^T
+        transposed_head.add(isa, [channels, vocab_size], format, 1);
+        input.add(isa, [channels, chunk], format, 1);
+    }
+    size
+}
+
+impl Head for Cpu {
+    fn classifier(
+        &self,
+        workspace: &mut Workspace,
+        operands: Classifier<'_, Self>,
+        HeadShape { rows, channels, vocab_size, precision }: HeadShape,
+    ) {
+        let Classifier { losses, mut gradient, x, w, targets } = operands;
+        let conversion = Conversion::to(precision);
+        let Workspace { a, b: [head, transposed_head, input], elements: logits, .. } = workspace;
+        let by_channel = Matrix::rows_by_depth(w, vocab_size, channels);
+        let head = pack(self, &by_channel, conversion, Role::B, head.as_mut());
+        let transposed = gradient.as_ref().map(|_| {
+            let by_vocab = Matrix::depth_by_rows(w, channels, vocab_size);
+            pack(self, &by_vocab, conversion, Role::B, transposed_head.as_mut())
+        });
+        let chunk = chunk_rows(rows, vocab_size);
+        for r0 in (0..rows).step_by(chunk) {
+            let n = chunk.min(rows - r0);
+            let x = &x[r0 * channels..][..n * channels];
+            let logits = &mut logits[..n * vocab_size];
+            let packed = Matrix::rows_by_depth(x, n, channels);
+            let packed = pack(self, &packed, conversion, Role::A, a.as_mut());
+            self.gemm(packed, head, overwrite(logits, vocab_size));
+
+            let scale = gradient.as_ref().map(|g| g.scale);
+            let losses = &mut losses[r0..r0 + n];
+            softmax_rows(self, logits, losses, &targets[r0..r0 + n], vocab_size, scale);
+
+            let (Some(gradient), Some(transposed)) = (&mut gradient, transposed) else { continue };
+            let dlogits: &[f32] = logits;
+            let by_vocab = Matrix::rows_by_depth(dlogits, n, vocab_size);
+            let by_vocab = pack(self, &by_vocab, conversion, Role::A, a.as_mut());
+            let dx = &mut gradient.dx[r0 * channels..][..n * channels];
+            self.gemm(by_vocab, transposed, overwrite(dx, channels));
+
+            let by_row = Matrix::depth_by_rows(dlogits, vocab_size, n);
+            let by_row = pack(self, &by_row, conversion, Role::A, a.as_mut());
+            let x = Matrix::depth_by_rows(x, channels, n);
+            let x = pack(self, &x, conversion, Role::B, input.as_mut());
+            let accumulate = gradient.accumulate || r0 > 0;
+            self.gemm(by_row, x, Output { accumulate, ..overwrite(gradient.dw, channels) });
+        }
+    }
+
+    fn logits(
+        &self,
+        _workspace: &mut Workspace,
+        logits: &mut Buffer<f32>,
+        x: &Buffer<f32>,
+        row: usize,
+        w: &[f32],
+        HeadShape { channels, vocab_size, precision, .. }: HeadShape,
+    ) {
+        let x = &x[row * channels..][..channels];
+        let per_job = rows_per_job(channels);
+        self.install(|| {
+            logits[..vocab_size].par_chunks_mut(per_job).enumerate().for_each(|(job, logits)| {
+                let w = &w[job * per_job * channels..][..logits.len() * channels];
+                // As the packed GEMM would round its operands.
+                dot_rows(self.isa(), logits, x, w, precision == Precision::Bf16);
+            });
+        });
+    }
+}
+
+fn overwrite(c: &mut [f32], stride: usize) -> Output<'_> {
+    Output { c, stride, alpha: 1.0, bias: None, accumulate: false }
+}
+
+/// Losses of all rows and, with `scale`, dlogits in place of the logits.
+fn softmax_rows(
+    cpu: &Cpu,
+    logits: &mut [f32],
+    losses: &mut [f32],
+    targets: &[u32],
+    vocab_size: usize,
+    scale: Option<f32>,
+) {
+    let per_job = rows_per_job(vocab_size);
+    cpu.install(|| {
+        logits
+            .par_chunks_mut(per_job * vocab_size)
+            .zip(losses.par_chunks_mut(per_job))
+            .zip(targets.par_chunks(per_job))
+            .for_each(|((logits, losses), targets)| {
+                let rows = logits.chunks_exact_mut(vocab_size).zip(losses).zip(targets);
+                for ((logits, loss), target) in rows {
+                    *loss = softmax_row(cpu.isa(), logits, *target as usize, scale);
+                }
+            });
+    });
+}
+
+simd_fn! {
+    /// The loss of one row; with `scale`, the logits become scale (softmax - one_hot).
+    fn softmax_row(logits: &mut [f32], target: usize, scale: Option<f32>) -> f32 {
+        let max = lane_max(logits);
+        let at_target = logits[target] - max;
+        let Some(scale) = scale else {
+            let sum = lane_sum([logits], |[v]| exp(v - max));
+            return sum.ln() - at_target;
+        };
+        for v in logits.iter_mut() {
+            *v = exp(*v - max);
+        }
+        let sum = lane_sum([logits], |[v]| v);
+        let factor = scale / sum;
+        for v in logits.iter_mut() {
+            *v *= factor;
+        }
+        logits[target] -= scale;
+        sum.ln() - at_target
+    }
+}
+
+simd_fn! {
+    fn dot_rows(out: &mut [f32], x: &[f32], rows: &[f32], as_bf16: bool) {
+        let round = |v: f32| if as_bf16 { half::bf16::from_f32(v).to_f32() } else { v };
+        for (out, row) in out.iter_mut().zip(rows.chunks_exact(x.len())) {
+            *out = lane_sum([x, row], |[x, w]| round(x) * round(w));
+        }
+    }
+}
