@@ -8,10 +8,10 @@
 //
 // A thread owns one block of 32 in registers: the butterfly's strides 1 to 16 are its own, 32 to
 // 128 are shuffles between the threads of a group. Blocks are rounded in units of their scale
-// without dividing by it: y = 0.75 |v| is compared and rounded against `unit` = 2^exponent, which
+// without dividing by it: y = range |v| is compared and rounded against `unit` = 2^exponent, which
 // gives the same bits as the definition's y / unit as long as the block's magnitude is ordinary;
 // blocks near the ends of f32's range are moved by a power of two and back. Where 1/sqrt(g) is a
-// power of two (g = 64, 256) it joins the factor 0.75.
+// power of two (g = 64, 256) it joins the range.
 
 #define BLOCK 32
 
@@ -48,7 +48,13 @@ struct Quantize {
   u32 group; // of the transform, 0 without one
   u32 each;  // rows of a thread block along rows
   Draws draws;
+  float range; // of E2M1's, where rounding is to nearest: 1 or 3/4
 };
+
+// What values are multiplied by before rounding: without bias nothing may saturate.
+template <bool UNBIASED> __device__ __forceinline__ float range_of(const Quantize &q) {
+  return UNBIASED ? 0.75f : q.range;
+}
 
 // ---- Loading a block along a row, signs applied -------------------------------------------------
 

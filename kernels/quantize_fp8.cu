@@ -13,7 +13,7 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
   const Transform &rows_transform = q.draws.by_rows, &transform = q.draws.by_columns;
   const Draw &draw = q.draws.draw;
   const Stored<T> source = {(const T *)q.source, q.amax};
-  float *sums = q.sums;
+  float *sums = q.sums, range = range_of<UNBIASED>(q);
   u32 rows = q.rows, cols = q.cols, rows_depth = q.rows_depth, depth = q.depth, group = q.group;
   constexpr u32 LINES = 128, PARTS = LINES / BLOCK;
   using Data = Lines<sizeof(T), LINES, sizeof(T) == 4 ? 32 : 16>;
@@ -77,8 +77,8 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
     bool inside = row < rows && column < rows_depth;
     u8 *to = q.by_rows + (size_t)row * rows_depth + column;
     SharedRowBits addends(bits + Bits::at(line) + 64 * side, draw);
-    clamped += round_rotated<UNBIASED, FORMAT>(to, v, group ? rows_transform.scale : 1.0f, whole,
-                                               addends, inside, source);
+    clamped += round_rotated<UNBIASED, FORMAT>(to, v, group ? rows_transform.scale : 1.0f, range,
+                                               whole, addends, inside, source);
   }
 
   // A block down the columns: 32 rows from 32 `part`, of column `x` of the tile.
@@ -101,8 +101,8 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
   bool inside = first < depth && first_column + x < cols;
   u8 *to = q.by_columns + (size_t)(first_column + x) * depth + first;
   SharedColumnBits<Bits::PITCH> addends(bits + Bits::at(part % PARTS * BLOCK), place, draw);
-  clamped += round_rotated<UNBIASED, FORMAT>(to, v, group ? transform.scale : 1.0f, whole, addends,
-                                             inside, source);
+  clamped += round_rotated<UNBIASED, FORMAT>(to, v, group ? transform.scale : 1.0f, range, whole,
+                                             addends, inside, source);
   add_clamped(q.clamped, clamped);
 }
 
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(1024, 1) quantize_fp8_rows(const __grid_consta
   if (blockIdx.x == 0 && threadIdx.x == 0) *(float *)q.row_scales = whole.factor;
   u8 *to = q.by_rows + (size_t)place.row * q.rows_depth + place.column;
   RowBits addends(draw, place.row, place.column);
-  add_clamped(q.clamped,
-              round_rotated<UNBIASED, E5M2>(to, v, norm, whole, addends, place.inside, source));
+  add_clamped(q.clamped, round_rotated<UNBIASED, E5M2>(to, v, norm, range_of<UNBIASED>(q), whole,
+                                                       addends, place.inside, source));
 }
 
 // The form down columns, to by_columns, *column_scales and where it is not null sums (of what was

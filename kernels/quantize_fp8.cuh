@@ -46,17 +46,18 @@ template <Format FORMAT> __device__ __forceinline__ Whole whole_scale(u32 amax, 
 // What numbers are multiplied by to be rounded in units of a tensor's scale. `norm` is what
 // block_magnitude leaves of it.
 template <bool UNBIASED, Format FORMAT>
-__device__ __forceinline__ float factor_in_tensor(float norm, u32 top) {
+__device__ __forceinline__ float factor_in_tensor(float norm, float range, u32 top) {
   float rest = __float_as_uint(norm) & 0x007fffffu ? 1.0f : norm;
-  return __fmul_rn(UNBIASED ? 0.75f * rest : rest,
+  return __fmul_rn(range * rest,
                    power(127 + Binades<FORMAT>::HIGHEST - (UNBIASED ? LOWERED : 0) - top));
 }
 
 // The unit that a block with this largest magnitude is rounded to; `factor` is that of the tensor,
 // and changes where the block has to be moved. Whether its scale is clamped.
 template <bool UNBIASED, Format FORMAT>
-__device__ __forceinline__ bool scale_in_tensor(float v[BLOCK], float norm, u32 magnitude, u32 top,
-                                                float &factor, float &unit) {
+__device__ __forceinline__ bool scale_in_tensor(float v[BLOCK], float norm, float range,
+                                                u32 magnitude, u32 top, float &factor,
+                                                float &unit) {
   // A scale byte is its magnitude's exponent less 2, and at least 0: so is all of this, 23 bits up.
   int lowest = (int)top - Binades<FORMAT>::RANGE;
   u32 floor = (u32)max(lowest, 0) + 2 << 23;
@@ -64,7 +65,7 @@ __device__ __forceinline__ bool scale_in_tensor(float v[BLOCK], float norm, u32 
                          (Binades<FORMAT>::HIGHEST - 2 - top << 23));
   if (extreme(top)) {
     move(v, top, norm);
-    factor = factor_in_tensor<UNBIASED, FORMAT>(1.0f, moved(top));
+    factor = factor_in_tensor<UNBIASED, FORMAT>(1.0f, range, moved(top));
   }
   // 0 < magnitude < floor.
   return magnitude - 1 < (lowest > 0 ? floor - 1 : 0);
@@ -184,14 +185,15 @@ template <class T> struct Stored {
 // Rounds a rotated block, which still lacks the factor `norm`, and stores its 32 bytes at `to`.
 // Whether its scale was clamped.
 template <bool UNBIASED, Format FORMAT, class Bits, class Source>
-__device__ __forceinline__ bool round_rotated(void *to, float v[BLOCK], float norm,
+__device__ __forceinline__ bool round_rotated(void *to, float v[BLOCK], float norm, float range,
                                               const Whole &whole, const Bits &bits, bool inside,
                                               const Source &source) {
-  float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, whole.top), unit;
+  float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, range, whole.top), unit;
   u32 magnitude = block_magnitude(v, norm);
   source.note(magnitude, whole.top);
-  bool clamped =
-      scale_in_tensor<UNBIASED, FORMAT>(v, norm, magnitude, whole.top, factor, unit) && inside;
+  bool clamped = scale_in_tensor<UNBIASED, FORMAT>(v, norm, range, magnitude, whole.top, factor,
+                                                   unit) &&
+                 inside;
   round_to<UNBIASED, FORMAT>(to, v, factor, unit, bits, inside);
   return clamped;
 }

@@ -19,13 +19,13 @@
 // Rotates, rounds and stores a block, whose group's other one has the thread beside. Whether its
 // scale was clamped.
 template <bool UNBIASED, Format FORMAT, class Bits, class Source>
-__device__ __forceinline__ bool quantize_block(u8 *to, float v[BLOCK], const Whole &whole,
-                                               const Bits &bits, bool inside,
+__device__ __forceinline__ bool quantize_block(u8 *to, float v[BLOCK], float range,
+                                               const Whole &whole, const Bits &bits, bool inside,
                                                const Source &source) {
 #pragma unroll
   for (int stride = 1; stride < BLOCK; stride *= 2) add_and_subtract(v, stride);
   exchange(v, 1);
-  return round_rotated<UNBIASED, FORMAT>(to, v, 0.125f, whole, bits, inside, source);
+  return round_rotated<UNBIASED, FORMAT>(to, v, 0.125f, range, whole, bits, inside, source);
 }
 
 __device__ __forceinline__ u32 behind_gelu(u32 d, u32 pre) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source 
   static_assert(GROUP == 64, "two threads share a group");
   const Transform &rows_transform = q.draws.by_rows, &transform = q.draws.by_columns;
   const Draw &draw = q.draws.draw;
-  float *sums = q.sums;
+  float *sums = q.sums, range = range_of<UNBIASED>(q);
   u32 rows = q.rows, cols = q.cols, rows_depth = q.rows_depth, depth = q.depth;
   using T = typename Source::Number;
   using Data = Lines<sizeof(T), GROUP, 64>;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source 
     bool inside = row < rows && column < rows_depth;
     u8 *to = q.by_rows + (size_t)row * rows_depth + column;
     SharedRowBits addends(own_bits, draw);
-    clamped += quantize_block<UNBIASED, FORMAT>(to, v, whole, addends, inside, source);
+    clamped += quantize_block<UNBIASED, FORMAT>(to, v, range, whole, addends, inside, source);
   }
   if constexpr (FORMS & DOWN_COLUMNS) {
     u32 x = threadIdx.x / 2, part = threadIdx.x % 2, column = first_column + x;
@@ -156,7 +156,7 @@ __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source 
     bool inside = row < depth && column < cols;
     u8 *to = q.by_columns + (size_t)column * depth + row;
     SharedColumnBits<Bits::PITCH> addends(bits + Bits::at(part * BLOCK), x, draw);
-    clamped += quantize_block<UNBIASED, FORMAT>(to, v, whole, addends, inside, source);
+    clamped += quantize_block<UNBIASED, FORMAT>(to, v, range, whole, addends, inside, source);
   }
   add_clamped(counter, clamped);
 }

@@ -1,9 +1,10 @@
 //! The GPU in the suite of all backends: as the chip that it is, and as one of an older generation,
 //! whose kernels its own has no part in.
 
+use super::Cuda;
+use super::device::memory::Tensor;
 use super::quantize::carrier::Carrier;
 use super::tests::{gpu, older_gpu, read_bytes, write_bytes};
-use super::{Cuda, Tensor};
 use crate::backend::Precision;
 use crate::backend::conformance::{Harness, Of};
 use crate::mx::Format;
@@ -36,13 +37,15 @@ impl Harness for Cuda {
             Of::Activation | Of::Embedding | Of::Sum => activation,
             Of::NormInputGradient => f64::max(activation, 1e-5),
             Of::EmbeddingGradient => 2e-6,
-            // FP8 tensor cores align what they add at once to the largest of it, and drop what lies too
-            // far below: with the suite's outliers up to 8e-6 of the result. The definition allows 1e-5.
+            // FP8 tensor cores align what they add at once to the largest of it, and drop what lies
+            // too far below: with the suite's outliers up to 8e-6 of the result. The definition
+            // allows 1e-5.
             Of::Mxfp4Wgrad(shape) => {
                 let carrier = Carrier::of(Format::MXFP4, self.gpu.capability, shape);
                 if carrier == Carrier::Bf16 || shape.rows <= 64 { 1e-6 } else { 1e-5 }
             }
-            // In f32, whatever the precision of activations; tensor cores sum in an order of their own.
+            // In f32, whatever the precision of activations; tensor cores sum in an order of their
+            // own.
             Of::Statistic | Of::ParameterGradient | Of::Logits | Of::LogSum(_) => 1e-5,
             Of::Attention(factor) => by_factor(factor),
             Of::AttentionGradient(factor) => 1.5 * by_factor(factor),

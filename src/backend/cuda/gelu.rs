@@ -1,9 +1,8 @@
 //! GELU in its tanh form, as GPT-2 has it, and itself.
 
+use super::Cuda;
 use super::device::launch;
 use super::device::memory::Tensor;
-use super::{Cuda, kernel};
-use crate::backend::Activation;
 
 const BLOCK: usize = 256;
 /// Elements of a thread.
@@ -18,26 +17,11 @@ fn grid(cuda: &Cuda, len: usize) -> [usize; 3] {
     [len.div_ceil(BLOCK * ELEMENTS).min(at_once), 1, 1]
 }
 
-/// out = gelu(x), both of `len` elements.
-pub(super) fn forward(cuda: &Cuda, out: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
-    let name = match form {
-        Activation::GeluTanh => kernel!(out, "gelu_of_all", false, false),
-        Activation::Gelu => kernel!(out, "gelu_of_all", true, false),
-    };
-    let mut out = out.write();
+/// Starts the kernel of this name, which makes `to` from x, both of `len` elements.
+pub(super) fn of_all(cuda: &Cuda, name: &str, to: &mut Tensor, x: &Tensor, len: usize) {
+    let mut to = to.write();
     launch!(cuda.gpu, name, grid(cuda, len), BLOCK, 0;
-        out.address, out.amax(), x.address(), len as u64);
-}
-
-/// d = d * gelu'(x), in place.
-pub(super) fn backward(cuda: &Cuda, d: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
-    let name = match form {
-        Activation::GeluTanh => kernel!(d, "gelu_of_all", false, true),
-        Activation::Gelu => kernel!(d, "gelu_of_all", true, true),
-    };
-    let mut d = d.write();
-    launch!(cuda.gpu, name, grid(cuda, len), BLOCK, 0;
-        d.address, d.amax(), x.address(), len as u64);
+        to.address, to.amax(), x.address(), len as u64);
 }
 
 /// Makes the word at `amax` the larger of itself and the bits of the largest magnitude of d

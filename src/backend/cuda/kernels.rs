@@ -27,20 +27,19 @@ pub(super) static FILES: [File; 15] = [
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
     }),
-    file!("attention_plain", ["attention.cuh"], |_| {
+    file!("attend_plain", ["attend.cuh"], |_| {
         of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T>")
     }),
-    file!("attention_sm80", ["attention.cuh"], |_| {
+    file!("attend_sm80", ["attend.cuh"], |_| {
         of("flash_forward<64,4,2,64> flash_dkdv<64,4,64> flash_dq<64,4,64> \
             flash_forward<128,8,1,64> flash_dkdv<128,4,32> flash_dq<128,4,32>")
     }),
-    file!("attention_sm90", ["attention.cuh"], |chip| match chip {
+    file!("attend_sm90", ["attend.cuh"], |chip| match chip {
         (9, 0) => of("wgmma_forward<64,2,64,2> wgmma_dkdv<64,2> wgmma_dq<64,2,64> \
                       wgmma_forward<128,2,64,1> wgmma_dkdv<128,2> wgmma_dq<128,2,64>"),
         _ => Vec::new(),
     }),
-    file!("classifier", [], |_| of("softmax_loss<T>")),
-    file!("embedding", [], |_| {
+    file!("embed", [], |_| {
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
     file!("fp8", [], |chip| {
@@ -48,7 +47,8 @@ pub(super) static FILES: [File; 15] = [
         of(&["find_amax<T> round_to_fp8<T>", converts].concat())
     }),
     file!("gelu", ["gelu.cuh"], |_| of("gelu_of_all<T,B,B> sample_gelu_gradient")),
-    file!("layernorm", [], |_| of("normalize<T,B> layernorm_backward<T>")),
+    file!("head", [], |_| of("softmax_loss<T>")),
+    file!("norm", [], |_| of("normalize<T,B> layernorm_backward<T>")),
     file!("normal", ["random.cuh"], |_| of("fill_normal")),
     file!("product_sm120", [], |chip| match chip {
         (12, 0 | 1) => of("product_mxfp4<T>"),
@@ -166,12 +166,13 @@ mod tests {
     fn every_kernel_that_is_launched_is_listed() {
         let sources = [
             include_str!("adamw.rs"),
-            include_str!("attention.rs"),
-            include_str!("classifier.rs"),
-            include_str!("embedding.rs"),
+            include_str!("attend.rs"),
+            include_str!("embed.rs"),
             include_str!("gelu.rs"),
-            include_str!("layernorm.rs"),
-            include_str!("normal.rs"),
+            include_str!("head.rs"),
+            include_str!("linear.rs"),
+            include_str!("memory.rs"),
+            include_str!("norm.rs"),
             include_str!("quantize/carrier.rs"),
             include_str!("quantize/fp8.rs"),
             include_str!("quantize/sums.rs"),

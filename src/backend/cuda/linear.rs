@@ -1,220 +1,233 @@
 //! The linear layers of a block: y = x W^T + b and its backward pass, in the formats of a recipe.
 
 use super::device::gemm::{Operand, Product, Type};
-use super::device::memory::{F32, Param, Tensor};
+use super::device::memory::Tensor;
 use super::quantize::carrier::Carrier;
 use super::quantize::random::Drawn;
 use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, sums};
-use super::{Cuda, Workspace, gelu};
-use crate::backend::{Activation, LinearShape, OutputGradient};
-use crate::mx::{Format, GemmId, LinearRecipe, OperandId, OperandSource, Random, Rounding};
+use super::{Cuda, Workspace, gelu, kernel};
+use crate::backend::{
+    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
+};
+use crate::mx::{self, Format, GemmId, LinearRecipe, OperandId, OperandSource, Random};
 
-/// y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b, and with `gelu` that form of it
-/// of y.
-pub(super) fn forward(
-    cuda: &Cuda,
-    workspace: &Workspace,
-    y: &mut Tensor,
-    gelu: Option<(&mut Tensor, Activation)>,
-    x: &Tensor,
-    w: &Param<'_>,
-    b: &Param<'_>,
-    shape: LinearShape,
-    recipe: &LinearRecipe,
-) {
-    let LinearShape { rows, inputs, outputs } = shape;
-    let precision = x.precision;
-    let (mut operands, mut scales) = ([precision.into(); 2], None);
-    let (x, w) = if recipe.forward().format() == Format::E4M3 {
-        let (master, amax) = (Source::master(w), w.amax.address);
-        let weights = workspace.right.elements.address;
-        let carrier = Carrier::of(Format::E4M3, cuda.gpu.capability, shape);
-        if carrier == Carrier::Fp8 {
-            let x_amax = fp8::amax_of(cuda, &workspace.x_amax, x);
-            let kept = workspace.kept.address;
-            let factors = [&workspace.left, &workspace.right].map(|room| room.scales.address);
-            fp8::convert(cuda, kept, factors[0], Source::of(x), x_amax, rows * inputs);
-            fp8::convert(cuda, weights, factors[1], master, amax, outputs * inputs);
-            (operands, scales) = (carrier.types(Format::E4M3), Some(factors));
-            (kept, weights)
+impl Linear for Cuda {
+    fn linear_forward(
+        &self,
+        workspace: &mut Workspace,
+        LinearForward { y, x, w, b, epilogue }: LinearForward<'_, Self>,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+    ) {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let precision = x.precision;
+        let (mut operands, mut scales) = ([precision.into(); 2], None);
+        let (x, w) = if recipe.forward().format() == Format::E4M3 {
+            let (master, amax) = (Source::master(&w), w.amax.address);
+            let weights = workspace.right.elements.address;
+            let carrier = Carrier::of(Format::E4M3, self.gpu.capability, shape);
+            if carrier == Carrier::Fp8 {
+                let x_amax = fp8::amax_of(self, &workspace.x_amax, x);
+                let kept = workspace.kept.address;
+                let factors = [&workspace.left, &workspace.right].map(|room| room.scales.address);
+                fp8::convert(self, kept, factors[0], Source::of(x), x_amax, rows * inputs);
+                fp8::convert(self, weights, factors[1], master, amax, outputs * inputs);
+                (operands, scales) = (carrier.types(Format::E4M3), Some(factors));
+                (kept, weights)
+            } else {
+                let kept_amax = workspace.kept_amax.address;
+                fp8::round(self, weights, kept_amax, master, amax, outputs * inputs);
+                (fp8::keep(self, workspace, x, rows * inputs).0, weights)
+            }
         } else {
-            let kept_amax = workspace.kept_amax.address;
-            fp8::round(cuda, weights, kept_amax, master, amax, outputs * inputs);
-            (fp8::keep(cuda, workspace, x, rows * inputs).0, weights)
-        }
-    } else {
-        (x.address(), w.as_read_in(precision))
-    };
-    let [left, right] = [x, w].map(|address| Operand::rows(address, inputs));
-    let sizes = [rows, outputs, inputs];
-    let product = Product {
-        operands,
-        bias: Some(b.as_read_in(precision)),
-        scales,
-        ..Product::new(precision.into(), sizes, left, right, y.write().address)
-    };
-    cuda.product(workspace, &product);
-    // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that
-    // gains 0.4 and 0.5 ms of a 63 ms step (its kernels with these epilogues are slower), and its
-    // bits are not those of our kernel, which recomputing needs.
-    if let Some((out, form)) = gelu {
-        gelu::forward(cuda, out, y, rows * outputs, form);
-    }
-}
-
-/// dx (rows, inputs) = dy W, dw (outputs, inputs) = dy^T x and db = column sums of dy, the latter
-/// two added with `accumulate`.
-pub(super) fn backward(
-    cuda: &Cuda,
-    workspace: &Workspace,
-    dx: &mut Tensor,
-    dw: &mut F32,
-    db: &mut F32,
-    gradient: OutputGradient<'_, Cuda>,
-    x: &Tensor,
-    w: &Param<'_>,
-    shape: LinearShape,
-    recipe: &LinearRecipe,
-    random: &Random,
-    accumulate: bool,
-) {
-    let LinearShape { rows, inputs, outputs } = shape;
-    let [for_dgrad, for_wgrad] =
-        recipe.backward().map(|gemm| Some(gemm).filter(|gemm| gemm.format() == Format::MXFP4));
-    let carrier = Carrier::of(Format::MXFP4, cuda.gpu.capability, shape);
-    // Where dy is quantized for both products at once, and as what.
-    let both = for_dgrad.filter(|gemm| carrier != Carrier::Bf16 && gemm.group() <= 64);
-    let both = both.zip(for_wgrad).filter(|(first, second)| first.a() == second.a());
-    let both = both.map(|(gemm, _)| gemm);
-    let (dy, pre) = match gradient {
-        OutputGradient::Whole(dy) => (dy, None),
-        OutputGradient::BehindGelu { d, y: pre, form } => {
-            // The kernels that quantize know the tanh form alone.
-            let fused = form == Activation::GeluTanh
-                && carrier == Carrier::Fp8
-                && both.is_some_and(|gemm| gemm.transform().is_some_and(BehindGelu::takes));
-            if !fused {
-                gelu::backward(cuda, d, pre, rows * outputs, form);
-            }
-            (&*d, fused.then_some(pre))
-        }
-    };
-    let precision = dy.precision;
-    let [left, right] =
-        [Operand::rows(dy.address(), outputs), Operand::columns(w.as_read_in(precision), inputs)];
-    let (sizes, to) = ([rows, inputs, outputs], dx.write().address);
-    let dgrad = Product::new(precision.into(), sizes, left, right, to);
-    let is_mxfp4 = for_dgrad.is_some() || for_wgrad.is_some();
-    let amax = match pre {
-        None if carrier == Carrier::Fp8 && is_mxfp4 => fp8::amax_of(cuda, &workspace.dy_amax, dy),
-        _ => 0,
-    };
-    let [dy_rows, dy_columns, other] = workspace.targets(carrier);
-    let partials = workspace.partials.address;
-    let of_dy = Quantization {
-        source: Source::of(dy),
-        rows,
-        cols: outputs,
-        by_rows: None,
-        by_columns: None,
-        sums: partials,
-        amax,
-        clamped: workspace.clamped.address,
-        kept: false,
-        rounding: Rounding::Nearest,
-        drawn: Drawn {
-            random: *random,
-            gemms: [GemmId::Dgrad, GemmId::Wgrad],
-            operand: OperandId::Dy,
-            transform: None,
-        },
-    };
-    let quantized_both = both.map(|gemm| {
-        let both = Quantization {
-            by_rows: Some(dy_rows),
-            by_columns: Some(dy_columns),
-            ..of_dy.with(gemm.a())
+            (x.address(), w.as_read_in(precision))
         };
-        // NOTE: on an H100, (16384, 4096) take 119 us; the forms by themselves take 74 and 77.
-        match pre {
-            None => both.run(cuda),
-            Some(pre) => {
-                let attempt = dy.zeroed_words(BehindGelu::WORDS).unwrap_or_else(|| {
-                    cuda.clear(workspace.attempt.address, 4 * BehindGelu::WORDS as usize);
-                    workspace.attempt.address
+        let [left, right] = [x, w].map(|address| Operand::rows(address, inputs));
+        let sizes = [rows, outputs, inputs];
+        let product = Product {
+            operands,
+            bias: Some(b.as_read_in(precision)),
+            scales,
+            ..Product::new(precision.into(), sizes, left, right, y.write().address)
+        };
+        self.product(workspace, &product);
+        // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that
+        // gains 0.4 and 0.5 ms of a 63 ms step (its kernels with these epilogues are slower), and
+        // its bits are not those of our kernel, which recomputing needs.
+        if let Epilogue::Gelu { out, form } = epilogue {
+            self.gelu_forward(out, y, rows * outputs, form);
+        }
+    }
+
+    fn linear_backward(
+        &self,
+        workspace: &mut Workspace,
+        operands: LinearBackward<'_, Self>,
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+        random: &Random,
+    ) {
+        let LinearBackward { dx, dw, mut db, dy, x, w, accumulate } = operands;
+        let LinearShape { rows, inputs, outputs } = shape;
+        let [for_dgrad, for_wgrad] =
+            recipe.backward().map(|gemm| Some(gemm).filter(|gemm| gemm.format() == Format::MXFP4));
+        let carrier = Carrier::of(Format::MXFP4, self.gpu.capability, shape);
+        // Where dy is quantized for both products at once, and as what.
+        let both = for_dgrad.filter(|gemm| carrier != Carrier::Bf16 && gemm.group() <= 64);
+        let both = both.zip(for_wgrad).filter(|(first, second)| first.a() == second.a());
+        let both = both.map(|(gemm, _)| gemm);
+        let (dy, pre) = match dy {
+            OutputGradient::Whole(dy) => (dy, None),
+            OutputGradient::BehindGelu { d, y: pre, form } => {
+                // The kernels that quantize know the tanh form alone.
+                let fused = form == Activation::GeluTanh
+                    && carrier == Carrier::Fp8
+                    && both.is_some_and(|gemm| gemm.transform().is_some_and(BehindGelu::takes));
+                if !fused {
+                    self.gelu_backward(d, pre, rows * outputs, form);
+                }
+                (&*d, fused.then_some(pre))
+            }
+        };
+        let precision = dy.precision;
+        let [left, right] = [
+            Operand::rows(dy.address(), outputs),
+            Operand::columns(w.as_read_in(precision), inputs),
+        ];
+        let (sizes, to) = ([rows, inputs, outputs], dx.write().address);
+        let dgrad = Product::new(precision.into(), sizes, left, right, to);
+        let is_mxfp4 = for_dgrad.is_some() || for_wgrad.is_some();
+        let amax = match pre {
+            None if carrier == Carrier::Fp8 && is_mxfp4 => {
+                fp8::amax_of(self, &workspace.dy_amax, dy)
+            }
+            _ => 0,
+        };
+        let [dy_rows, dy_columns, other] = workspace.targets(carrier);
+        let partials = workspace.partials.address;
+        // No form of it yet.
+        let of_dy = |operand: &mx::Operand| Quantization {
+            source: Source::of(dy),
+            rows,
+            cols: outputs,
+            by_rows: None,
+            by_columns: None,
+            sums: partials,
+            amax,
+            clamped: workspace.clamped.address,
+            kept: false,
+            rounding: operand.rounding(),
+            range: operand.range(),
+            drawn: Drawn {
+                random: *random,
+                gemms: [GemmId::Dgrad, GemmId::Wgrad],
+                operand: OperandId::Dy,
+                transform: operand.transform(),
+            },
+        };
+        let quantized_both = both.map(|gemm| {
+            let both = Quantization {
+                by_rows: Some(dy_rows),
+                by_columns: Some(dy_columns),
+                ..of_dy(gemm.a())
+            };
+            // NOTE: on an H100, (16384, 4096) take 119 us; the forms by themselves take 74 and 77.
+            match pre {
+                None => both.run(self),
+                Some(pre) => {
+                    let attempt = dy.zeroed_words(BehindGelu::WORDS).unwrap_or_else(|| {
+                        self.clear(workspace.attempt.address, 4 * BehindGelu::WORDS as usize);
+                        workspace.attempt.address
+                    });
+                    BehindGelu { both, pre: pre.address(), attempt }.run(self)
+                }
+            }
+        });
+
+        match for_dgrad {
+            None => self.product(workspace, &dgrad),
+            Some(gemm) => {
+                let dy = of_dy(gemm.a());
+                if quantized_both.is_none() {
+                    Quantization { by_rows: Some(dy_rows), ..dy }.run(self);
+                }
+                let of_w = Quantization {
+                    source: Source::master(&w),
+                    rows: outputs,
+                    cols: inputs,
+                    by_columns: Some(other),
+                    sums: 0,
+                    amax: w.amax.address,
+                    drawn: dy.drawn.of_other(GemmId::Dgrad, OperandId::W),
+                    ..of_dy(gemm.b())
+                };
+                of_w.run(self);
+                let [depth, _] = dy.depths();
+                let operands = [dy_rows, other];
+                self.product(workspace, &quantized(dgrad, operands, depth, gemm.alpha()));
+            }
+        }
+
+        // What the forward pass kept of x, or x itself.
+        let in_fp8 = recipe.wgrad().b().source() == OperandSource::Forward;
+        let mut kept = Source::of(x);
+        let mut x_amax = 0;
+        if carrier == Carrier::Fp8 && for_wgrad.is_some() {
+            x_amax = fp8::amax_of(self, &workspace.x_amax, x);
+        } else if in_fp8 {
+            (kept.address, x_amax) = fp8::keep(self, workspace, x, rows * inputs);
+        }
+        let [left, right] =
+            [Operand::columns(dy.address(), outputs), Operand::columns(kept.address, inputs)];
+        let sizes = [outputs, inputs, rows];
+        let wgrad = Product {
+            c_type: Type::F32,
+            accumulate,
+            ..Product::new(precision.into(), sizes, left, right, dw.address())
+        };
+        match for_wgrad {
+            None => {
+                self.product(workspace, &wgrad);
+                sums::bias_gradient(self, workspace, &mut db, dy, (rows, outputs), accumulate);
+            }
+            Some(gemm) => {
+                let dy = of_dy(gemm.a());
+                let parts = quantized_both.unwrap_or_else(|| {
+                    Quantization { by_columns: Some(dy_columns), ..dy }.run(self)
                 });
-                BehindGelu { both, pre: pre.address(), attempt }.run(cuda)
+                let of_x = Quantization {
+                    source: kept,
+                    cols: inputs,
+                    by_columns: Some(other),
+                    sums: 0,
+                    amax: x_amax,
+                    kept: in_fp8,
+                    drawn: dy.drawn.of_other(GemmId::Wgrad, OperandId::X),
+                    ..of_dy(gemm.b())
+                };
+                of_x.run(self);
+                let [_, depth] = dy.depths();
+                let operands = [dy_columns, other];
+                self.product(workspace, &quantized(wgrad, operands, depth, gemm.alpha()));
+                sums::add_partials(self, &mut db, None, partials, parts, outputs, accumulate);
             }
-        }
-    });
-
-    match for_dgrad {
-        None => cuda.product(workspace, &dgrad),
-        Some(gemm) => {
-            let of_dy = of_dy.with(gemm.a());
-            if quantized_both.is_none() {
-                Quantization { by_rows: Some(dy_rows), ..of_dy }.run(cuda);
-            }
-            let of_w = Quantization {
-                source: Source::master(w),
-                rows: outputs,
-                cols: inputs,
-                by_columns: Some(other),
-                sums: 0,
-                amax: w.amax.address,
-                rounding: gemm.b().rounding(),
-                drawn: Drawn { gemms: [GemmId::Dgrad; 2], operand: OperandId::W, ..of_dy.drawn },
-                ..of_dy
-            };
-            of_w.run(cuda);
-            let [depth, _] = of_dy.depths();
-            cuda.product(workspace, &quantized(dgrad, [dy_rows, other], depth, gemm.alpha()));
         }
     }
 
-    // What the forward pass kept of x, or x itself.
-    let in_fp8 = recipe.wgrad().b().source() == OperandSource::Forward;
-    let mut kept = Source::of(x);
-    let mut x_amax = 0;
-    if carrier == Carrier::Fp8 && for_wgrad.is_some() {
-        x_amax = fp8::amax_of(cuda, &workspace.x_amax, x);
-    } else if in_fp8 {
-        (kept.address, x_amax) = fp8::keep(cuda, workspace, x, rows * inputs);
+    fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
+        let name = match form {
+            Activation::GeluTanh => kernel!(out, "gelu_of_all", false, false),
+            Activation::Gelu => kernel!(out, "gelu_of_all", true, false),
+        };
+        gelu::of_all(self, name, out, x, len);
     }
-    let [left, right] =
-        [Operand::columns(dy.address(), outputs), Operand::columns(kept.address, inputs)];
-    let sizes = [outputs, inputs, rows];
-    let wgrad = Product {
-        c_type: Type::F32,
-        accumulate,
-        ..Product::new(precision.into(), sizes, left, right, dw.address())
-    };
-    match for_wgrad {
-        None => {
-            cuda.product(workspace, &wgrad);
-            sums::bias_gradient(cuda, workspace, db, dy, (rows, outputs), accumulate);
-        }
-        Some(gemm) => {
-            let of_dy = of_dy.with(gemm.a());
-            let parts = quantized_both.unwrap_or_else(|| {
-                Quantization { by_columns: Some(dy_columns), ..of_dy }.run(cuda)
-            });
-            let of_x = Quantization {
-                source: kept,
-                cols: inputs,
-                by_columns: Some(other),
-                sums: 0,
-                amax: x_amax,
-                kept: in_fp8,
-                rounding: gemm.b().rounding(),
-                drawn: Drawn { gemms: [GemmId::Wgrad; 2], operand: OperandId::X, ..of_dy.drawn },
-                ..of_dy
-            };
-            of_x.run(cuda);
-            let [_, depth] = of_dy.depths();
-            cuda.product(workspace, &quantized(wgrad, [dy_columns, other], depth, gemm.alpha()));
-            sums::add_partials(cuda, db, None, partials, parts, outputs, accumulate);
-        }
+
+    fn gelu_backward(&self, d: &mut Tensor, x: &Tensor, len: usize, form: Activation) {
+        let name = match form {
+            Activation::GeluTanh => kernel!(d, "gelu_of_all", false, true),
+            Activation::Gelu => kernel!(d, "gelu_of_all", true, true),
+        };
+        gelu::of_all(self, name, d, x, len);
     }
 }
 

@@ -4,7 +4,7 @@ use super::device::gemm;
 use super::device::memory::{Arena, Piece, size_of_element};
 use super::quantize::carrier::Carrier;
 use super::quantize::{BehindGelu, Target, sums};
-use super::{classifier, layernorm};
+use super::{head, norm};
 use crate::backend::{HeadShape, LinearShape, WorkspaceShape};
 use crate::mx::{Format, Gemm};
 
@@ -51,13 +51,12 @@ impl Workspace {
     pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape<'_>) -> Self {
         let WorkspaceShape { linears, norm, attention, head, recipes, backward: training } = *shape;
         let HeadShape { rows, channels, vocab_size, precision } = head;
-        let chunk = classifier::chunk_rows(rows, vocab_size);
+        let chunk = head::chunk_rows(rows, vocab_size);
         // A row of x may be copied there.
-        let logits =
-            (chunk * classifier::stride(vocab_size)).max(channels) * size_of_element(precision);
+        let logits = (chunk * head::stride(vocab_size)).max(channels) * size_of_element(precision);
         let most = |of: fn(&LinearShape) -> usize| linears.iter().map(of).max().unwrap_or(0);
         let partials = most(|layer| sums::partials(layer.rows, layer.outputs));
-        let partials = layernorm::partials(norm.channels).max(partials) * usize::from(training);
+        let partials = norm::partials(norm.channels).max(partials) * usize::from(training);
 
         let fp8 = recipes.iter().any(|recipe| recipe.forward().format() == Format::E4M3);
         let in_mxfp4 = shape.backward_gemms().filter(|gemm| gemm.format() == Format::MXFP4);

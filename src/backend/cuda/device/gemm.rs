@@ -110,19 +110,9 @@ pub(crate) struct Product {
     pub(crate) scales: Option<[u64; 2]>,
 }
 
-/// Everything that the choice of an algorithm depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Kind {
-    m: usize,
-    n: usize,
-    k: usize,
-    operands: [Type; 2],
-    layouts: [Layout; 2],
-    strides: [usize; 3],
-    c_type: Type,
-    accumulate: bool,
-    bias: bool,
-}
+/// Everything that the choice of an algorithm depends on: sizes and strides, formats, layouts of
+/// the operands, whether there is something to add to and a bias.
+type Kind = ([usize; 6], [Type; 3], [Layout; 2], [bool; 2]);
 
 impl Product {
     /// C (m, n), dense and of the operands' format, = A (m, k) B (n, k)^T.
@@ -133,17 +123,13 @@ impl Product {
     }
 
     fn kind(&self) -> Kind {
-        Kind {
-            m: self.m,
-            n: self.n,
-            k: self.k,
-            operands: self.operands,
-            layouts: [self.a.layout, self.b.layout],
-            strides: [self.a.stride, self.b.stride, self.c_stride],
-            c_type: self.c_type,
-            accumulate: self.accumulate,
-            bias: self.bias.is_some(),
-        }
+        let &Self { m, n, k, operands: [first, second], a, b, c_stride, c_type, .. } = self;
+        (
+            [m, n, k, a.stride, b.stride, c_stride],
+            [first, second, c_type],
+            [a.layout, b.layout],
+            [self.accumulate, self.bias.is_some()],
+        )
     }
 }
 
@@ -181,13 +167,11 @@ impl Gemm {
         let mut plans = plans();
         let plan = match plans.entry(kind) {
             Entry::Occupied(plan) => Ok(plan.into_mut()),
-            Entry::Vacant(place) => {
-                Plan::new(self.handle, kind, product).map(|plan| place.insert(plan))
-            }
+            Entry::Vacant(place) => Plan::new(self.handle, product).map(|plan| place.insert(plan)),
         };
         let result = plan.and_then(|plan| plan.run(gpu, self.handle, product, workspace));
         if let Err(error) = result {
-            gpu.fail(format!("cuBLASLt cannot compute {kind:?}: {error}"));
+            gpu.fail(format!("cuBLASLt cannot compute {product:?}: {error}"));
         }
     }
 }
@@ -245,21 +229,20 @@ struct Plan {
 impl Plan {
     fn new(
         handle: sys::cublasLtHandle_t,
-        kind: Kind,
         example: &Product,
     ) -> std::result::Result<Self, CublasError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let Kind { m, n, k, operands, layouts: [a, b], strides, c_type, .. } = kind;
+        let &Product { m, n, k, operands, a, b, c_stride, c_type, .. } = example;
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let description = Description(result::create_matmul_desc(compute, Type::F32.code())?);
         let product = description.0;
         // Our B (n, k) row-major is k x n column-major: to be transposed. Our A likewise, the other
         // way.
-        let first_transposed = b == Layout::Rows;
-        let second_transposed = a == Layout::Columns;
+        let first_transposed = b.layout == Layout::Rows;
+        let second_transposed = a.layout == Layout::Columns;
         set(product, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &operation(first_transposed))?;
         set(product, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &operation(second_transposed))?;
-        if kind.bias {
+        if example.bias.is_some() {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
             set(product, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
         }
@@ -274,9 +257,9 @@ impl Plan {
         let oriented = |transposed, stored: (usize, usize)| {
             if transposed { (stored.1, stored.0) } else { stored }
         };
-        let first = Matrix::new(operands[1], oriented(first_transposed, (n, k)), strides[1])?;
-        let second = Matrix::new(operands[0], oriented(second_transposed, (k, m)), strides[0])?;
-        let output = Matrix::new(c_type, (n, m), strides[2])?;
+        let first = Matrix::new(operands[1], oriented(first_transposed, (n, k)), b.stride)?;
+        let second = Matrix::new(operands[0], oriented(second_transposed, (k, m)), a.stride)?;
+        let output = Matrix::new(c_type, (n, m), c_stride)?;
 
         let preference = result::create_matmul_pref()?;
         let which =

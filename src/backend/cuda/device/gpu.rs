@@ -87,12 +87,10 @@ impl Gpu {
         let folders = Folders::from_environment(warn);
         folders.open_libraries()?;
 
-        let opened = |result: Result<_, driver::DriverError>| {
-            result.map_err(|error| Error::Device {
-                message: format!("cannot open cuda:{ordinal}: {}", text(error.0)),
-            })
+        let closed = |error: driver::DriverError| Error::Device {
+            message: format!("cannot open cuda:{ordinal}: {}", text(error.0)),
         };
-        let device = opened(driver::result::device::get(ordinal as c_int))?;
+        let device = driver::result::device::get(ordinal as c_int).map_err(closed)?;
         // SAFETY: `device` is valid for all of these.
         let attribute = |which| unsafe { driver::result::device::get_attribute(device, which) };
         let major = Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
@@ -116,13 +114,7 @@ impl Gpu {
             opened.map_err(|why| warn(format!("the cache of GPU kernels at {why}"))).ok()
         });
         // SAFETY: released in `drop`.
-        let context = match unsafe { driver::result::primary_ctx::retain(device) } {
-            Ok(context) => context,
-            Err(error) => {
-                let message = format!("cannot open cuda:{ordinal}: {}", text(error.0));
-                return Err(Error::Device { message });
-            }
-        };
+        let context = unsafe { driver::result::primary_ctx::retain(device) }.map_err(closed)?;
         let mut gpu = Self {
             device,
             context,
@@ -149,14 +141,9 @@ impl Gpu {
             }
         } else {
             let kind = driver::result::stream::StreamKind::NonBlocking;
-            match driver::result::stream::create(kind) {
-                Ok(stream) => gpu.stream = stream,
-                Err(error) => {
-                    gpu.own_stream = false;
-                    let message = format!("cannot make a stream: {}", text(error.0));
-                    return Err(Error::Device { message });
-                }
-            }
+            gpu.stream = driver::result::stream::create(kind).map_err(|error| Error::Device {
+                message: format!("cannot make a stream: {}", text(error.0)),
+            })?;
         }
         gpu.load_kernels(files, cache.as_ref(), version)?;
         Ok(gpu)

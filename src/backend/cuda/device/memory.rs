@@ -72,8 +72,8 @@ pub(crate) struct Tensor {
     noted: Option<u64>,
 }
 
-/// All parameters of a model: f32 master values, the bf16 copies that GEMMs read, and a word each for
-/// the bits of the largest magnitude (amax) of the master values.
+/// All parameters of a model: f32 master values, the bf16 copies that GEMMs read, and a word each
+/// for the bits of the largest magnitude (amax) of the master values.
 pub(crate) struct Weights {
     pub(crate) master: F32,
     pub(crate) copy: Piece,
@@ -435,9 +435,7 @@ impl Upload {
             self.gpu.note("an upload", sys::cuEventRecord(self.sent, self.gpu.stream()));
         }
     }
-}
 
-impl Upload {
     /// What was sent last.
     pub(crate) fn sent(&self) -> &[u32] {
         if self.words.is_null() {

@@ -7,11 +7,11 @@ use proptest::prelude::*;
 use super::super::device::gemm::Type;
 use super::super::quantize::carrier::{Carrier, tiled};
 use super::super::quantize::{BehindGelu, Launch, Quantization, Source as Operand, Target};
-use super::super::tests::{amax_of, compare_fp8, decode_fp8, exact_forms, of_dy};
+use super::super::tests::{ROUNDINGS, amax_of, compare_fp8, decode_fp8, exact_forms, of_dy};
 use super::gelu::GeluKernel;
 use super::{Emulator, SCHEDULES, aligned};
 use crate::backend::Precision;
-use crate::mx::{self, BLOCK, Draw, Mxfp4Matrix, Purpose, Rounding};
+use crate::mx::{self, BLOCK, Draw, Mxfp4Matrix, Purpose, Range, Rounding};
 
 // ---- Scales in tiles ----
 
@@ -40,8 +40,6 @@ proptest! {
 }
 
 // ---- Operands ----
-
-const ROUNDINGS: [Rounding; 2] = [Rounding::Nearest, Rounding::Unbiased];
 
 /// Forms along rows and down columns.
 type Forms = [bool; 2];
@@ -200,7 +198,7 @@ fn check_blocks(
     cols: usize,
     format: Type,
     group: usize,
-    rounding: Rounding,
+    rounding: (Rounding, Range),
 ) {
     let shape = (values.len() / cols, cols);
     let (narrow, exact) = (bf16_bytes(values), exact_forms(values, shape, group, rounding));

@@ -18,7 +18,7 @@ use super::device::gemm::Type;
 use super::device::memory::{Param, Tensor, size_of_element};
 use super::gelu;
 use crate::backend::Precision;
-use crate::mx::{self, Random, Rounding};
+use crate::mx::{self, Random, Range, Rounding};
 use carrier::TILE_VECTORS;
 use random::{Drawn, Draws};
 
@@ -79,6 +79,7 @@ pub(super) struct Quantization {
     /// columns, bf16).
     pub(super) kept: bool,
     pub(super) rounding: Rounding,
+    pub(super) range: Range,
     pub(super) drawn: Drawn,
 }
 
@@ -103,6 +104,7 @@ pub(super) struct Arguments {
     group: u32,
     each: u32,
     draws: Draws,
+    range: f32,
 }
 
 /// Grid, threads of a block, and bytes of dynamic shared memory.
@@ -114,12 +116,6 @@ pub(super) struct Launch {
 }
 
 impl Quantization {
-    /// The same as an operand of a recipe has it.
-    pub(super) fn with(self, operand: &mx::Operand) -> Self {
-        let (rounding, transform) = (operand.rounding(), operand.transform());
-        Self { rounding, drawn: Drawn { transform, ..self.drawn }, ..self }
-    }
-
     /// Makes the forms. Of a form down columns the number of parts of the sums is returned, else 0.
     pub(super) fn run(&self, cuda: &Cuda) -> usize {
         let launch = self.launch();
@@ -236,6 +232,7 @@ impl Quantization {
             group: self.drawn.group() as u32,
             each: rows_at_once(rows_depth / mx::BLOCK) as u32,
             draws: self.drawn.draws(),
+            range: self.range.factor(),
         }
     }
 }

@@ -67,6 +67,11 @@ pub(crate) struct Drawn {
 }
 
 impl Drawn {
+    /// The same for another operand, in one product alone.
+    pub(crate) fn of_other(self, gemm: GemmId, operand: OperandId) -> Self {
+        Self { gemms: [gemm; 2], operand, ..self }
+    }
+
     /// Of the transform, 0 without one.
     pub(crate) fn group(&self) -> usize {
         self.transform.map_or(0, mx::Transform::group)

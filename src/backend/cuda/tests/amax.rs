@@ -1,9 +1,11 @@
 //! What kernels note of the tensors that they write.
 
 use super::*;
-use crate::backend::{Activation, NormParams, NormShape, ResidualSum};
+use crate::backend::{
+    Activation, Linear as _, Norm as _, NormParams, NormShape, NormStatistics, ResidualSum,
+};
 
-/// What kernels note is the largest magnitude of what they stored, NaN being larger than everything.
+/// What kernels note is the largest magnitude of what they stored, NaN being larger than all.
 #[test]
 fn largest_magnitudes_are_noted() {
     let Some(cuda) = gpu() else { return };

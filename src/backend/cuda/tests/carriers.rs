@@ -7,8 +7,9 @@ use super::kernels::FILES;
 use super::quantize::carrier::{Carrier, multiply_fp4, tiled};
 use super::quantize::{Source as From, Target};
 use super::*;
+use crate::backend::LinearShape;
 use crate::backend::conformance::linear_layers_follow_their_recipes;
-use crate::mx::{Format, decode_e8m0};
+use crate::mx::decode_e8m0;
 
 /// `multiply` of `product_sm120.cu` for chips without the instruction.
 const SPELLED_OUT: &str = "
@@ -158,7 +159,7 @@ fn operands_with_block_scales_are_those_of_the_definition() {
             values[20_000] = f32::NEG_INFINITY;
         }
         for group in [0, 32, 64, 128, 256] {
-            for rounding in [Rounding::Nearest, Rounding::Unbiased] {
+            for rounding in ROUNDINGS {
                 check_operands(cuda, &values, (rows, cols), group, rounding);
             }
         }
@@ -170,7 +171,7 @@ fn check_operands(
     values: &[f32],
     (rows, cols): (usize, usize),
     group: usize,
-    rounding: Rounding,
+    rounding: (Rounding, Range),
 ) {
     let exact = exact_forms(values, (rows, cols), group, rounding);
     let room = exact.iter().map(|exact| exact.rows * exact.depth).max().unwrap();

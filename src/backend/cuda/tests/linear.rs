@@ -2,8 +2,8 @@
 
 use super::quantize::carrier::Carrier;
 use super::*;
-use crate::backend::{Activation, LinearBackward, OutputGradient, StepPlan};
-use crate::mx::Format;
+use crate::backend::{Activation, Linear as _, LinearBackward, LinearShape, OutputGradient};
+use crate::mx::Random;
 use crate::recipe::Recipe;
 
 /// Behind GELU a gradient that is quantized as it is made is the one that is made first, whether or
@@ -27,6 +27,7 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
         let mut scratch = workspace(cuda, sequences, inputs.max(outputs), 1, 8, Precision::Bf16);
         for (name, kind, form) in Recipe::NAMES
             .into_iter()
+            .chain(["mxfp4-rht,range=3/4"])
             .flat_map(|name| ["sampled", "above the sample", "not finite"].map(|kind| (name, kind)))
             .filter(|(name, _)| *name != "fp32")
             .flat_map(|(name, kind)| {
@@ -36,7 +37,8 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             let what = format!("({rows}, {inputs}, {outputs}) {name}, {kind}, {form}");
             let recipe = name.parse::<Recipe>().unwrap().for_layer(0, 1, 0, 0);
             let (mut pre, mut d) = (pre.clone(), random(rows * outputs, 4));
-            // The largest one, in the first row, and its derivative is 1; or else there are larger ones.
+            // The largest one, in the first row, and its derivative is 1; or else there are larger
+            // ones.
             (d[0], pre[0]) = (40.0, 10.0);
             match kind {
                 "above the sample" => {
@@ -71,8 +73,8 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
             let expected: Vec<u32> = results(&dx, &dw, &db);
             assert_eq!(kind == "not finite", !f32s_of(cuda, &dw)[5 * inputs].is_finite(), "{what}");
 
-            // Twice, the second time where no zeroed words are left; then as the third of three steps, which
-            // is the second one recorded.
+            // Twice, the second time where no zeroed words are left; then as the third of three
+            // steps, which is the second one recorded.
             let mut dy = tensor(cuda, &d, Precision::Bf16);
             let before = cuda.read_tensor(&dy);
             for words_left in [true, false] {

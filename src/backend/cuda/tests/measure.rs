@@ -6,12 +6,12 @@ use cudarc::driver::sys;
 use super::device::memory::{Arena, F32, Piece, Tensor, Weights};
 use super::quantization::errors_of_fp8_products;
 use super::quantize::{BehindGelu, Quantization, Source, Target};
-use super::{Cuda, Type, Workspace, alone, f32s_of, gpu, of_dy, older_gpu, workspace};
+use super::{Cuda, Type, UNBIASED, Workspace, alone, f32s_of, gpu, of_dy, older_gpu, workspace};
 use crate::backend::{
     Activation, Device, Linear as _, LinearBackward, LinearShape, Memory as _, OutputGradient,
     Precision, Sequences,
 };
-use crate::mx::{Draw, LinearRecipe, Purpose, Random, Rounding};
+use crate::mx::{Draw, LinearRecipe, Purpose, Random};
 use crate::recipe::Recipe;
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 
@@ -113,7 +113,7 @@ fn quantization_on(cuda: &Cuda) {
             Some(Target { format, out: out[form].address, scales: words.address })
         };
         let all = |source, by_rows, by_columns| {
-            let of_dy = of_dy(source, (rows, cols), 64, Rounding::Unbiased);
+            let of_dy = of_dy(source, (rows, cols), 64, UNBIASED);
             let clamped = words.address + 4;
             Quantization { by_rows, by_columns, amax, clamped, ..of_dy }.run(cuda);
         };
@@ -124,7 +124,7 @@ fn quantization_on(cuda: &Cuda) {
             [
                 &mut || copy(cuda, copied.address, weights.address(), 4 * elements),
                 &mut || {
-                    let of_dy = of_dy(bf16, (rows, cols), 64, Rounding::Unbiased);
+                    let of_dy = of_dy(bf16, (rows, cols), 64, UNBIASED);
                     let both = Quantization {
                         by_rows: target(0, Type::E5m2),
                         by_columns: target(1, Type::E5m2),
@@ -180,7 +180,7 @@ fn quantization_behind_gelu_on(cuda: &Cuda) {
             sums: sums.address(),
             amax: dy.amax().unwrap(),
             clamped: words.address + 4,
-            ..of_dy(Source::of(tensor), (rows, cols), 64, Rounding::Unbiased)
+            ..of_dy(Source::of(tensor), (rows, cols), 64, UNBIASED)
         };
         let (stored, both) = (of(&dy), of(&d));
         let pre_address = pre.address();

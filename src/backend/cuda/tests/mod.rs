@@ -1,6 +1,6 @@
-//! What concerns a GPU alone: codes and FP8 operands as they lie in memory, amax, fused and recorded
-//! kernels. What an operation makes of them is in the suite of all backends. Without a GPU every test
-//! says so and passes. What the files share is here.
+//! What concerns a GPU alone: codes and FP8 operands as they lie in memory, amax, fused and
+//! recorded kernels. What an operation makes of them is in the suite of all backends. Without a GPU
+//! every test says so and passes. What the files share is here.
 
 mod amax;
 mod carriers;
@@ -9,19 +9,27 @@ mod measure;
 mod parameters;
 mod quantization;
 
-use super::device::gemm::Type;
+use cudarc::driver::sys;
+
+use super::device::memory::{Arena, F32, Tensor, Weights};
 use super::quantize::Quantization;
 use super::quantize::random::Drawn;
 use super::*;
 use crate::backend::conformance::{Harness as _, RANDOM, relative_error};
 pub(super) use crate::backend::conformance::{f64s, rounded, workspace};
-use crate::backend::{Sequences, reference};
+use crate::backend::{Memory as _, Precision, Sequences, Slot, reference};
 use crate::mx::{
-    BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, Purpose, Rounding, Signs, Source, Transform,
-    uniform,
+    self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, Purpose, Range, Rounding, Signs, Source,
+    Transform, uniform,
 };
 
 pub(super) const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+/// How MXFP4 is rounded, and in which part of its range: all that is defined.
+pub(super) const ROUNDINGS: [(Rounding, Range); 3] =
+    [(Rounding::Nearest, Range::Full), (Rounding::Nearest, Range::ThreeQuarters), UNBIASED];
+
+pub(super) const UNBIASED: (Rounding, Range) = (Rounding::Unbiased, Range::ThreeQuarters);
 
 /// The GPU, or None after a line that says why there is none.
 pub(super) fn gpu() -> Option<Cuda> {
@@ -101,22 +109,12 @@ pub(super) fn param(cuda: &Cuda, values: &[f32]) -> Weights {
 }
 
 pub(super) fn write_bytes(cuda: &Cuda, to: u64, bytes: &[u8]) {
-    // SAFETY: the callers' buffers have this many bytes.
-    let result = unsafe {
-        sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), cuda.gpu.stream())
-    };
-    cuda.gpu.note("writing", result);
-    cuda.gpu.synchronize().unwrap();
+    cuda.write(to, bytes).unwrap();
 }
 
 pub(super) fn read_bytes(cuda: &Cuda, from: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0u8; len];
-    // SAFETY: the callers' buffers have this many bytes.
-    let result = unsafe {
-        sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, len, cuda.gpu.stream())
-    };
-    cuda.gpu.note("reading", result);
-    cuda.gpu.synchronize().unwrap();
+    cuda.read(from, &mut bytes).unwrap();
     bytes
 }
 
@@ -144,7 +142,7 @@ pub(super) fn of_dy(
     source: quantize::Source,
     (rows, cols): (usize, usize),
     group: usize,
-    rounding: Rounding,
+    (rounding, range): (Rounding, Range),
 ) -> Quantization {
     Quantization {
         source,
@@ -157,6 +155,7 @@ pub(super) fn of_dy(
         clamped: 0,
         kept: false,
         rounding,
+        range,
         drawn: Drawn {
             random: RANDOM,
             gemms: [GemmId::Dgrad, GemmId::Wgrad],
@@ -171,14 +170,15 @@ pub(super) fn exact_forms(
     data: &[f32],
     (rows, cols): (usize, usize),
     group: usize,
-    rounding: Rounding,
+    (rounding, range): (Rounding, Range),
 ) -> [Mxfp4Matrix; 2] {
+    let operand = mx::Operand::from(rounding).with_range(range).unwrap();
     let forms = [(GemmId::Dgrad, rows, cols), (GemmId::Wgrad, cols, rows)];
     forms.map(|(gemm, rows, depth)| {
         let mut signs = vec![0.0; group];
         RANDOM.signs(gemm).fill_signs(&mut signs);
         let source = Source { data, rows, depth, transposed: gemm == GemmId::Wgrad };
-        Mxfp4Matrix::quantize(source, &signs, rounding, &RANDOM.rounding(OperandId::Dy))
+        Mxfp4Matrix::quantize(source, &signs, operand, &RANDOM.rounding(OperandId::Dy))
     })
 }
 

@@ -35,7 +35,7 @@ fn mxfp4_codes_are_those_of_the_definition() {
                 .into_iter()
                 .flat_map(|group| [(group, false), (group, true)])
                 .flat_map(|(group, transposed)| {
-                    [Rounding::Nearest, Rounding::Unbiased].map(|mode| (group, transposed, mode))
+                    ROUNDINGS.map(|rounding| (group, transposed, rounding))
                 })
             {
                 let what =
@@ -151,7 +151,7 @@ fn fp8_operands_are_those_of_the_definition() {
                 .collect();
             for (group, rounding) in [0, 32, 64, 128, 256]
                 .into_iter()
-                .flat_map(|group| [(group, Rounding::Nearest), (group, Rounding::Unbiased)])
+                .flat_map(|group| ROUNDINGS.map(|rounding| (group, rounding)))
             {
                 let exact = exact_forms(&values, (rows, cols), group, rounding);
                 let elements = exact.each_ref().map(|exact| exact.rows * exact.depth);
@@ -219,8 +219,8 @@ fn error_of_fp8_product(cuda: &Cuda, what: &str, [a, b]: &[Factor; 2]) -> f64 {
         let &Factor { ref values, down_columns, rows, cols } = factor;
         let source = tensor(cuda, values, Precision::Bf16);
         let fp8 = Fp8::new(cuda, rows * cols, 0, values);
-        let of_dy = of_dy(From::of(&source), (rows, cols), 64, Rounding::Unbiased);
-        let drawn = Drawn { operand, gemms: [GemmId::Dgrad; 2], ..of_dy.drawn };
+        let of_dy = of_dy(From::of(&source), (rows, cols), 64, UNBIASED);
+        let drawn = of_dy.drawn.of_other(GemmId::Dgrad, operand);
         let form = usize::from(down_columns);
         let forms = [!down_columns, down_columns];
         fp8.make(cuda, Quantization { drawn, ..of_dy }, format, forms);

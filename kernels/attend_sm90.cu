@@ -1,8 +1,8 @@
-// Causal softmax attention for Hopper: the kernels of attention_sm80.cu on warpgroup products
+// Causal softmax attention for Hopper: the kernels of attend_sm80.cu on warpgroup products
 // (wgmma), which read tiles from shared memory while the threads go on with the softmax of another
 // tile.
 //
-// bf16 operands, f32 scores, sums and accumulators. As in attention_sm80.cu, the backward pass has
+// bf16 operands, f32 scores, sums and accumulators. As in attend_sm80.cu, the backward pass has
 // one kernel for dk and dv and one for dq, so that no sum depends on the order in which blocks end.
 // A warpgroup owns 64 rows of what its block owns; the block goes through the other side BN rows at
 // a time, which arrive in three stages: at step s the block waits once, for stage s, and then asks

@@ -1,11 +1,11 @@
-//! Causal attention: launches of the kernels in `attention_sm90.cu` on Hopper, else of
-//! `attention_sm80.cu`, and in plain arithmetic (`attention_plain.cu`).
+//! Causal attention: launches of the kernels in `attend_sm90.cu` on Hopper, else of
+//! `attend_sm80.cu`, and in plain arithmetic (`attend_plain.cu`).
 
 use super::device::gpu::Gpu;
 use super::device::launch;
 use super::device::memory::{F32, Tensor};
 use super::{Cuda, Workspace, kernel};
-use crate::backend::{AttentionShape, Precision};
+use crate::backend::{Attend, AttentionBackward, AttentionShape, Precision};
 
 /// `Heads` of the kernels.
 #[derive(Clone, Copy)]
@@ -83,48 +83,46 @@ fn grid(shape: AttentionShape, rows: usize) -> [usize; 3] {
     [shape.sequences.length.div_ceil(rows), shape.heads, shape.sequences.batch]
 }
 
-/// out (B, T, C) and lse (B, H, T) from qkv (B, T, 3 C).
-pub(super) fn forward(
-    cuda: &Cuda,
-    out: &mut Tensor,
-    lse: &mut F32,
-    qkv: &Tensor,
-    shape: AttentionShape,
-) {
-    let plain = Kernel(kernel!(qkv, "attention_forward"), 4, 128, 16 * shape.head_size);
-    let Kernel(name, rows, block, shared) =
-        *flash(&cuda.gpu, qkv, shape).map_or(&plain, |flash| &flash.forward);
-    let mut out = out.write();
-    launch!(cuda.gpu, name, grid(shape, rows), block, shared;
-        out.address, lse.address(), out.amax(), qkv.address(), Heads::from(shape));
-}
+impl Attend for Cuda {
+    fn attention_forward(
+        &self,
+        _workspace: &mut Workspace,
+        out: &mut Tensor,
+        lse: &mut F32,
+        qkv: &Tensor,
+        shape: AttentionShape,
+    ) {
+        let plain = Kernel(kernel!(qkv, "attention_forward"), 4, 128, 16 * shape.head_size);
+        let Kernel(name, rows, block, shared) =
+            *flash(&self.gpu, qkv, shape).map_or(&plain, |flash| &flash.forward);
+        let mut out = out.write();
+        launch!(self.gpu, name, grid(shape, rows), block, shared;
+            out.address, lse.address(), out.amax(), qkv.address(), Heads::from(shape));
+    }
 
-/// dqkv (B, T, 3 C) from dout (B, T, C).
-pub(super) fn backward(
-    cuda: &Cuda,
-    workspace: &Workspace,
-    dqkv: &mut Tensor,
-    dout: &Tensor,
-    out: &Tensor,
-    lse: &F32,
-    qkv: &Tensor,
-    shape: AttentionShape,
-) {
-    let (heads, delta) = (Heads::from(shape), workspace.delta.address);
-    let rows = shape.sequences.rows();
-    launch!(cuda.gpu, kernel!(qkv, "attention_delta"), [rows.div_ceil(4), 1, 1], 128, 0;
-        delta, dout.address(), out.address(), rows as u32, heads);
-    let shared = 32 * shape.head_size;
-    let plain = [
-        Kernel(kernel!(qkv, "attention_dkdv"), 4, 128, shared),
-        Kernel(kernel!(qkv, "attention_dq"), 4, 128, shared),
-    ];
-    let [dkdv, dq] = &plain;
-    let kernels = flash(&cuda.gpu, qkv, shape).map_or([dkdv, dq], |flash| [&flash.dkdv, &flash.dq]);
-    let mut dqkv = dqkv.write();
-    let amax = dqkv.amax();
-    for Kernel(name, rows, block, shared) in kernels {
-        launch!(cuda.gpu, name, grid(shape, *rows), *block, *shared;
-            dqkv.address, amax, dout.address(), lse.address(), delta, qkv.address(), heads);
+    fn attention_backward(
+        &self,
+        workspace: &mut Workspace,
+        AttentionBackward { dqkv, dout, out, lse, qkv }: AttentionBackward<'_, Self>,
+        shape: AttentionShape,
+    ) {
+        let (heads, delta) = (Heads::from(shape), workspace.delta.address);
+        let rows = shape.sequences.rows();
+        launch!(self.gpu, kernel!(qkv, "attention_delta"), [rows.div_ceil(4), 1, 1], 128, 0;
+            delta, dout.address(), out.address(), rows as u32, heads);
+        let shared = 32 * shape.head_size;
+        let plain = [
+            Kernel(kernel!(qkv, "attention_dkdv"), 4, 128, shared),
+            Kernel(kernel!(qkv, "attention_dq"), 4, 128, shared),
+        ];
+        let [dkdv, dq] = &plain;
+        let kernels =
+            flash(&self.gpu, qkv, shape).map_or([dkdv, dq], |flash| [&flash.dkdv, &flash.dq]);
+        let mut dqkv = dqkv.write();
+        let amax = dqkv.amax();
+        for Kernel(name, rows, block, shared) in kernels {
+            launch!(self.gpu, name, grid(shape, *rows), *block, *shared;
+                dqkv.address, amax, dout.address(), lse.address(), delta, qkv.address(), heads);
+        }
     }
 }

@@ -8,10 +8,10 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::device::launch;
-use super::device::memory::{Arena, F32, Param, Piece, Tensor, Upload};
+use super::device::memory::{Arena, Param, Piece, Tensor, Upload};
 use super::{Cuda, kernel};
 use crate::Result;
-use crate::backend::Sequences;
+use crate::backend::{Embed, EmbeddingGradients, EmbeddingShape};
 
 /// Token numbers on the device.
 pub(crate) struct Tokens {
@@ -88,47 +88,43 @@ impl TokenRuns {
     }
 }
 
-/// out (B T, C): row `token` of wte plus row `position` of wpe.
-pub(super) fn forward(
-    cuda: &Cuda,
-    out: &mut Tensor,
-    tokens: &Tokens,
-    wte: &Param<'_>,
-    wpe: &Param<'_>,
-    sequences: Sequences,
-    channels: usize,
-) {
-    // Every pass begins here.
-    out.begin_pass(&cuda.gpu);
-    let rows = sequences.rows();
-    let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
-    launch!(cuda.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;
-        out.write().address, tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
-}
-
-/// Adds dout (B T, C) to the rows of dwte (V, C) and dwpe (context, C) that the forward pass read;
-/// what dwpe held counts only with `accumulate`.
-pub(super) fn backward(
-    cuda: &Cuda,
-    dwte: &mut F32,
-    dwpe: &mut F32,
-    dout: &Tensor,
-    tokens: &Tokens,
-    sequences: Sequences,
-    channels: usize,
-    accumulate: bool,
-) {
-    if !accumulate {
-        cuda.clear(dwpe.address(), dwpe.len * 4);
+impl Embed for Cuda {
+    fn embedding_forward(
+        &self,
+        out: &mut Tensor,
+        tokens: &Tokens,
+        wte: Param<'_>,
+        wpe: Param<'_>,
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
+    ) {
+        // Every pass begins here.
+        out.begin_pass(&self.gpu);
+        let rows = sequences.rows();
+        let (wte, wpe) = (wte.as_read_in(out.precision), wpe.as_read_in(out.precision));
+        launch!(self.gpu, kernel!(out, "embedding_forward"), [rows, 1, 1], 128, 0;
+            out.write().address, tokens.ids(), wte, wpe, sequences.length as u32, channels as u32);
     }
-    let rows = sequences.rows();
-    let [order, starts, count] = tokens.upload_runs(rows);
-    let most = rows.min(dwte.len / channels);
-    launch!(cuda.gpu, kernel!(dout, "embedding_backward_tokens"), [most, 1, 1], 256, 8192;
-        dwte.address(), dout.address(), tokens.ids(), order, starts, count,
-        rows as u32, channels as u32);
-    let grid = [(sequences.length * channels).div_ceil(256), 1, 1];
-    launch!(cuda.gpu, kernel!(dout, "embedding_backward_positions"), grid, 256, 0;
-        dwpe.address(), dout.address(),
-        sequences.batch as u32, sequences.length as u32, channels as u32);
+
+    fn embedding_backward(
+        &self,
+        gradients: EmbeddingGradients<'_, Self>,
+        dout: &Tensor,
+        tokens: &Tokens,
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
+    ) {
+        let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
+        if !accumulate {
+            self.clear(dwpe.address(), dwpe.len * 4);
+        }
+        let rows = sequences.rows();
+        let [order, starts, count] = tokens.upload_runs(rows);
+        let most = rows.min(dwte.len / channels);
+        launch!(self.gpu, kernel!(dout, "embedding_backward_tokens"), [most, 1, 1], 256, 8192;
+            dwte.address(), dout.address(), tokens.ids(), order, starts, count,
+            rows as u32, channels as u32);
+        let grid = [(sequences.length * channels).div_ceil(256), 1, 1];
+        launch!(self.gpu, kernel!(dout, "embedding_backward_positions"), grid, 256, 0;
+            dwpe.address(), dout.address(),
+            sequences.batch as u32, sequences.length as u32, channels as u32);
+    }
 }

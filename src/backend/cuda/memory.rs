@@ -1,0 +1,176 @@
+//! Buffers of a GPU's arena, and copies to and from the host.
+//!
+//! Copies that the host reads wait for all that was queued before them; tokens go out through
+//! pinned memory instead, while the GPU still works.
+
+use bytemuck::Pod;
+use cudarc::driver::sys::{self, CUresult, CUstream};
+
+use super::device::launch;
+use super::device::memory::{Arena, F32, Gradient, Param, Tensor, Weights};
+use super::embed::Tokens;
+use super::quantize::random;
+use super::{Cuda, Workspace, adamw};
+use crate::Result;
+use crate::backend::{Memory, Precision, Slot, WorkspaceShape};
+use crate::mx::Draw;
+
+impl Memory for Cuda {
+    type Arena = Arena;
+    type Tensor = Tensor;
+    type F32 = F32;
+    type Weights = Weights;
+    type Param<'a> = Param<'a>;
+    type Gradient<'a> = Gradient<'a>;
+    type Tokens = Tokens;
+    type Workspace = Workspace;
+
+    /// What cuBLASLt likes best of the bf16 copies: 256 bytes.
+    const ALIGN: usize = 128;
+
+    fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
+        match bytes {
+            None => Ok(Arena::measuring(&self.gpu)),
+            Some(bytes) => Arena::allocated(&self.gpu, bytes),
+        }
+    }
+
+    fn arena_used(&self, arena: &Arena) -> usize {
+        arena.used()
+    }
+
+    fn tensor(&self, arena: &mut Arena, len: usize, precision: Precision) -> Tensor {
+        arena.tensor(len, precision)
+    }
+
+    fn f32(&self, arena: &mut Arena, len: usize) -> F32 {
+        arena.f32(len)
+    }
+
+    fn weights(&self, arena: &mut Arena, len: usize, count: usize) -> Weights {
+        arena.weights(len, count)
+    }
+
+    fn tokens(&self, arena: &mut Arena, len: usize) -> Result<Tokens> {
+        Tokens::new(arena, len)
+    }
+
+    fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
+        Workspace::new(arena, shape)
+    }
+
+    fn param<'a>(&self, weights: &'a Weights, slot: Slot) -> Param<'a> {
+        weights.param(slot)
+    }
+
+    fn gradients<'a, const N: usize>(
+        &self,
+        flat: &'a mut F32,
+        slots: [Slot; N],
+    ) -> [Gradient<'a>; N] {
+        slots.map(|slot| flat.gradient(slot))
+    }
+
+    fn write_tokens(&self, to: &mut Tokens, from: &[u32]) {
+        to.write(from);
+    }
+
+    fn write_f32(&self, to: &mut F32, at: usize, from: &[f32]) -> Result<()> {
+        self.write(to.at(at), from)
+    }
+
+    fn read_f32(&self, from: &F32, at: usize, to: &mut [f32]) -> Result<()> {
+        self.read(from.at(at), to)
+    }
+
+    fn write_param(&self, to: &mut Weights, slot: Slot, from: &[f32]) -> Result<()> {
+        let param = to.param(slot);
+        self.write(param.master.address(), from)?;
+        self.gpu.scope(|| {
+            adamw::copy_to_bf16(self, &param);
+            self.gpu.synchronize()
+        })
+    }
+
+    fn draw_param(&self, to: &mut Weights, slot: Slot, std: f32, draw: &Draw) -> Result<()> {
+        let param = to.param(slot);
+        self.gpu.scope(|| {
+            let (to, len) = (param.master.address(), param.master.len);
+            // A thread makes two values.
+            launch!(self.gpu, "fill_normal", [len.div_ceil(512), 1, 1], 256, 0;
+                to, len as u64, std, random::Draw::from(*draw));
+            adamw::copy_to_bf16(self, &param);
+            self.gpu.synchronize()
+        })
+    }
+
+    fn read_param(&self, from: &Weights, slot: Slot, to: &mut [f32]) -> Result<()> {
+        self.read(from.param(slot).master.address(), to)
+    }
+
+    fn zero_tensor(&self, buffer: &mut Tensor) {
+        let bytes = buffer.bytes();
+        self.clear(buffer.write().address, bytes);
+    }
+
+    fn zero_gradient(&self, gradient: Gradient<'_>) {
+        self.clear(gradient.address(), 4 * gradient.len);
+    }
+}
+
+impl Cuda {
+    /// Bytes of the GPU's memory that are free, and those that it has.
+    pub(crate) fn memory(&self) -> Option<(u64, u64)> {
+        self.gpu.memory().map(|(free, total)| (free as u64, total as u64))
+    }
+
+    /// Bytes from `address` to the end of its allocation, if a GPU has it.
+    pub(crate) fn room_at(&self, address: u64) -> Option<usize> {
+        use sys::CUpointer_attribute as Attribute;
+        let attribute = |which, value: *mut u64| {
+            // SAFETY: each of these attributes has at most 8 bytes.
+            let result = unsafe { sys::cuPointerGetAttribute(value.cast(), which, address) };
+            result == CUresult::CUDA_SUCCESS
+        };
+        let (mut kind, mut start, mut size) = (0, 0, 0);
+        self.gpu.scope(|| {
+            // The driver does not know ordinary host memory, and refuses.
+            let known = attribute(Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE, &mut kind)
+                && kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u64
+                && attribute(Attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, &mut start)
+                && attribute(Attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE, &mut size);
+            known.then(|| (start + size).saturating_sub(address) as usize)
+        })
+    }
+
+    /// Waits for everything before it, then copies.
+    pub(crate) fn read<T: Pod>(&self, from: u64, to: &mut [T]) -> Result<()> {
+        let (bytes, to) = (size_of_val(to), to.as_mut_ptr().cast());
+        // SAFETY: the buffer at `from` is at least as long as `to`, which outlives the wait.
+        self.wait_for("reading from the GPU", |stream| unsafe {
+            sys::cuMemcpyDtoHAsync_v2(to, from, bytes, stream)
+        })
+    }
+
+    /// Copies after everything before it, and waits.
+    pub(crate) fn write<T: Pod>(&self, to: u64, from: &[T]) -> Result<()> {
+        let (bytes, from) = (size_of_val(from), from.as_ptr().cast());
+        // SAFETY: the buffer at `to` is as long as `from`, which outlives the wait.
+        self.wait_for("writing to the GPU", |stream| unsafe {
+            sys::cuMemcpyHtoDAsync_v2(to, from, bytes, stream)
+        })
+    }
+
+    fn wait_for(&self, what: &str, start: impl FnOnce(CUstream) -> CUresult) -> Result<()> {
+        self.gpu.scope(|| {
+            self.gpu.note(what, start(self.gpu.stream()));
+            self.gpu.synchronize()
+        })
+    }
+
+    pub(super) fn clear(&self, address: u64, bytes: usize) {
+        // SAFETY: the buffer at `address` has `bytes` bytes.
+        let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.gpu.stream()) };
+        self.gpu.note("clearing memory", result);
+    }
+}
