@@ -23,7 +23,7 @@ macro_rules! file {
 
 /// All files.
 pub(super) static FILES: [File; 15] = [
-    file!("adamw", [], |_| {
+    file!("optimize", [], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
     }),
@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn every_kernel_that_is_launched_is_listed() {
         let sources = [
-            include_str!("adamw.rs"),
+            include_str!("optimize.rs"),
             include_str!("attend.rs"),
             include_str!("embed.rs"),
             include_str!("gelu.rs"),

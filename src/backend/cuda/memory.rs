@@ -10,7 +10,7 @@ use super::device::launch;
 use super::device::memory::{Arena, F32, Gradient, Param, Tensor, Weights};
 use super::embed::Tokens;
 use super::quantize::random;
-use super::{Cuda, Workspace, adamw};
+use super::{Cuda, Workspace, optimize};
 use crate::Result;
 use crate::backend::{Memory, Precision, Slot, WorkspaceShape};
 use crate::mx::Draw;
@@ -87,7 +87,7 @@ impl Memory for Cuda {
         let param = to.param(slot);
         self.write(param.master.address(), from)?;
         self.gpu.scope(|| {
-            adamw::copy_to_bf16(self, &param);
+            optimize::copy_to_bf16(self, &param);
             self.gpu.synchronize()
         })
     }
@@ -99,7 +99,7 @@ impl Memory for Cuda {
             // A thread makes two values.
             launch!(self.gpu, "fill_normal", [len.div_ceil(512), 1, 1], 256, 0;
                 to, len as u64, std, random::Draw::from(*draw));
-            adamw::copy_to_bf16(self, &param);
+            optimize::copy_to_bf16(self, &param);
             self.gpu.synchronize()
         })
     }

@@ -5,7 +5,6 @@
 //! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum
 //! in an order that depends on shapes alone, so two runs on one kind of GPU give the same bits.
 
-mod adamw;
 mod attend;
 #[cfg(test)]
 mod conformance;
@@ -19,6 +18,7 @@ mod kernels;
 mod linear;
 mod memory;
 mod norm;
+mod optimize;
 mod quantize;
 #[cfg(test)]
 mod tests;

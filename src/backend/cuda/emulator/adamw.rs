@@ -1,6 +1,6 @@
-//! The end of a step: `adamw.cu`.
+//! The end of a step: `optimize.cu`.
 
-use super::super::adamw::{Entry, Step};
+use super::super::optimize::{Entry, Step};
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES};
 use crate::backend::{OptimizerStep, reference};
@@ -16,7 +16,7 @@ pub(super) type AdamWKernel =
 /// and tells what the update leaves, NaN and infinity included.
 #[test]
 fn updates_are_those_of_the_definition_and_can_be_tried() {
-    let Some(emulator) = Emulator::new("adamw") else { return };
+    let Some(emulator) = Emulator::new("optimize") else { return };
     let squares: SquaresKernel = emulator.kernel("square_gradients");
     let sum_squares: SumSquaresKernel = emulator.kernel("sum_squares");
     let adamw: AdamWKernel = emulator.kernel("adamw");

@@ -1,7 +1,7 @@
 //! StableAdamW's kernels on the processor, against the arithmetic of `optim/` bit for bit: nothing
 //! is contracted here, on a GPU it is.
 
-use super::super::adamw::{Entry, Step};
+use super::super::optimize::{Entry, Step};
 use super::super::tests::random;
 use super::adamw::AdamWKernel;
 use super::{Emulator, SCHEDULES};
@@ -17,7 +17,7 @@ type StableAdamW =
 
 #[test]
 fn rates_and_updates_are_those_of_the_definition() {
-    let Some(emulator) = Emulator::new("adamw") else { return };
+    let Some(emulator) = Emulator::new("optimize") else { return };
     let square_ratios: SquareRatios = emulator.kernel("square_ratios");
     let find_rates: FindRates = emulator.kernel("find_rates");
     let plain: AdamWKernel = emulator.kernel("adamw");
