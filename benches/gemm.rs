@@ -10,7 +10,7 @@ use mxfp4train::backend::cpu::gemm::{
     BLOCK_STEPS, Conversion, Matrix, Output, PANEL, PackedMut, Role, Rotation, pack,
 };
 use mxfp4train::backend::cpu::{Arena, Buffer, Cpu};
-use mxfp4train::mx::{GemmId, Operand, OperandId, Random, Rounding};
+use mxfp4train::formats::{GemmId, Operand, OperandId, Random, Rounding};
 
 const ROUNDS: usize = 9;
 const TOKENS: usize = 2048;

@@ -11,7 +11,7 @@ use mxfp4train::backend::{
     AttentionShape, HeadShape, Linear, LinearBackward, LinearShape, Memory, NormShape,
     OutputGradient, Precision, Sequences, WorkspaceShape,
 };
-use mxfp4train::mx::Random;
+use mxfp4train::formats::Random;
 
 const ROUNDS: usize = 15;
 const RECIPES: [&str; 3] = ["fp32", "bf16", "mxfp4-rht-sr"];

@@ -1,4 +1,4 @@
-// Normal random values by Box and Muller's method, bit for bit as src/mx/normal.rs makes them on a
+// Normal random values by Box and Muller's method, bit for bit as src/formats/normal.rs makes them on a
 // CPU: every operation rounds once, to nearest, and the compiler may fuse none.
 
 // A number in [0, 1) with 24 random bits.

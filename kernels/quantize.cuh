@@ -1,4 +1,4 @@
-// MXFP4 operands of the backward GEMMs, byte for byte as src/mx defines them: what the files
+// MXFP4 operands of the backward GEMMs, byte for byte as src/formats defines them: what the files
 // quantize_*.cu begin with.
 //
 // An operand is a set of vectors along the GEMM's reduction dimension. `rows` kernels take the

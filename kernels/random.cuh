@@ -1,6 +1,6 @@
-// Random signs and bits, as src/mx defines them: `Draws` of backend/cuda/quantize/random.rs.
+// Random signs and bits, as src/formats defines them: `Draws` of backend/cuda/quantize/random.rs.
 
-// Counter words of mx::Draw, and its key as every round adds it. Then 2^16, 2^8, 2^4, 2^2 and 0x80.
+// Counter words of formats::Draw, and its key as every round adds it. Then 2^16, 2^8, 2^4, 2^2 and 0x80.
 // NOTE: the compiler makes shifts and sums of products with constants that it knows, for the pipe
 // that is the busiest in kernels that quantize, and two instructions of some that take one.
 struct Draw {

@@ -33,7 +33,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::backend::{Precision, StepPlan};
-use crate::mx::{
+use crate::formats::{
     Format, Gemm, GemmId, LinearRecipe, Operand, OperandId, Range, Rounding, Signs, Transform,
 };
 use crate::reserve::collect;

@@ -27,7 +27,7 @@ const ROOMS: [&str; 22] = [
     "backend::cpu",
     "backend",
     "optim",
-    "mx",
+    "formats",
     "signals",
     "thread",
     "room",

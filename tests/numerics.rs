@@ -1,7 +1,7 @@
 //! What the numbers of MXFP4 training promise: unbiased products, a variance that the transform tames,
 //! and whole-model gradients that converge to the exact ones.
 
-use mxfp4train::mx::{
+use mxfp4train::formats::{
     Draw, GemmId, Mxfp4Matrix, Operand, OperandId, Purpose, Random, Range, Rounding, Source,
     product_scale, uniform,
 };
@@ -70,7 +70,7 @@ fn nothing_clips() {
     let source = Source { data: &data, rows: 64, depth: 256, transposed: false };
     let q = Mxfp4Matrix::quantize(source, &[], Rounding::Unbiased, &draw);
     for (i, (v, got)) in data.iter().zip(q.dequantize()).enumerate() {
-        let scale = mxfp4train::mx::decode_e8m0(q.scale(i / 256, i % 256 / 32));
+        let scale = mxfp4train::formats::decode_e8m0(q.scale(i / 256, i % 256 / 32));
         let wanted = 0.75 * v / scale;
         assert!(wanted.abs() <= 6.0, "element {i} lies beyond the grid: {wanted}");
         let step = if wanted.abs() < 2.0 {

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use mxfp4train::mx::{Draw, Mxfp4Matrix, Purpose, Rounding, Source};
+use mxfp4train::formats::{Draw, Mxfp4Matrix, Purpose, Rounding, Source};
 use mxfp4train::{Dataset, Engine, EngineOptions, Model, Schedule, Trainer, TrainerOptions};
 use safetensors::{Dtype, SafeTensors};
 

@@ -1,7 +1,7 @@
 //! Linear layers, with what is fused to their ends.
 
 use super::Memory;
-use crate::mx::{LinearRecipe, Random};
+use crate::formats::{LinearRecipe, Random};
 
 /// What an MLP applies between its two layers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

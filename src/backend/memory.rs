@@ -6,7 +6,7 @@
 
 use super::{Precision, WorkspaceShape};
 use crate::Result;
-use crate::mx::Draw;
+use crate::formats::Draw;
 
 /// A parameter's place in flat buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,7 +84,7 @@ pub trait Memory: Send + Sync + Sized + 'static {
     fn read_f32(&self, from: &Self::F32, at: usize, to: &mut [f32]) -> Result<()>;
     /// Overwrites a parameter with as many values.
     fn write_param(&self, to: &mut Self::Weights, slot: Slot, from: &[f32]) -> Result<()>;
-    /// Overwrites a parameter with normal values of a standard deviation, `mx::fill_normal`'s from row 0
+    /// Overwrites a parameter with normal values of a standard deviation, `formats::fill_normal`'s from row 0
     /// on, bit for bit.
     fn draw_param(&self, to: &mut Self::Weights, slot: Slot, std: f32, draw: &Draw) -> Result<()>;
     /// Copies the master values of a parameter to the host.

@@ -41,7 +41,7 @@ pub use optimize::{Optimize, Trained};
 pub use stream::CudaStream;
 
 use crate::Result;
-use crate::mx::{Element, Gemm, LinearRecipe};
+use crate::formats::{Element, Gemm, LinearRecipe};
 
 /// Something that each device has a type of its own for: engines, models, trainers and decoders hold one,
 /// and [`on_device`] calls what is generic over [`Backend`] below it.

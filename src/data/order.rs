@@ -4,10 +4,10 @@
 //! number and gets the very window that it would have got without the interruption.
 //!
 //! All random bits are Philox4x32-10 with the seed as key. Counter words (laid out as in
-//! `mx::philox`): c0 = block or file index, c1 = purpose << 24 | sub-purpose, c2 and c3 = epoch,
+//! `formats::philox`): c0 = block or file index, c1 = purpose << 24 | sub-purpose, c2 and c3 = epoch,
 //! low and high half.
 
-use crate::mx::philox4x32_10;
+use crate::formats::philox4x32_10;
 
 /// Purpose ORDER of the counter layout, in place.
 const ORDER: u32 = 4 << 24;

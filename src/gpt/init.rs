@@ -3,7 +3,7 @@
 use super::params::{Init, ParamTable};
 use crate::Result;
 use crate::backend::Memory;
-use crate::mx::{Draw, Purpose};
+use crate::formats::{Draw, Purpose};
 use crate::reserve::zeros;
 
 /// Gives every parameter its initial values.

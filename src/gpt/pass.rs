@@ -12,7 +12,7 @@ use crate::backend::{
     LinearBackward, LinearForward, NormBackward, NormParams, NormStatistics, OutputGradient,
     ResidualSum, Sequences, Slot, StepPlan,
 };
-use crate::mx::Random;
+use crate::formats::Random;
 
 /// What one pass over a batch works with.
 pub(crate) struct Pass<'a, B: Backend> {

@@ -5,7 +5,7 @@
 //! whole tensor that no operation of its own has written.
 
 use super::*;
-use crate::mx::{
+use crate::formats::{
     self, Element, Format, Gemm, GemmId, LinearRecipe, Mxfp4Matrix, Operand, OperandId,
     OperandSource, Rounding, Source,
 };
@@ -36,7 +36,7 @@ const SWITCHED: [&str; 8] = [
 /// A recipe whose backward GEMMs have groups of their own.
 fn groups_of_their_own([dgrad, wgrad]: [usize; 2]) -> LinearRecipe {
     let gemm = |group| {
-        let transform = mx::Transform::new(group, mx::Signs::Random).unwrap();
+        let transform = formats::Transform::new(group, formats::Signs::Random).unwrap();
         Gemm::of(Operand::mxfp4(Rounding::Unbiased, Some(transform)))
     };
     LinearRecipe::new(Gemm::BF16, gemm(dgrad), gemm(wgrad)).unwrap()
@@ -137,8 +137,8 @@ impl Layer {
 
 /// Values in E4M3 with one scale.
 fn as_fp8(values: &[f32]) -> Vec<f32> {
-    let scale = mx::e4m3_scale(values.iter().fold(0.0, |most: f32, v| most.max(v.abs())));
-    values.iter().map(|v| mx::round_to_e4m3(v / scale) * scale).collect()
+    let scale = formats::e4m3_scale(values.iter().fold(0.0, |most: f32, v| most.max(v.abs())));
+    values.iter().map(|v| formats::round_to_e4m3(v / scale) * scale).collect()
 }
 
 /// A backward GEMM as its formats define it, of dy and another operand.
@@ -158,8 +158,8 @@ fn product(
         });
         return reference::product(&a, &b, dy.rows, other.rows, dy.depth);
     }
-    let mut signs = [0.0; mx::MAX_GROUP];
-    let signs = mx::fill_signs(&mut signs, gemm.transform(), id, &RANDOM);
+    let mut signs = [0.0; formats::MAX_GROUP];
+    let signs = formats::fill_signs(&mut signs, gemm.transform(), id, &RANDOM);
     let quantized = |source, operand: &Operand, id| {
         Mxfp4Matrix::quantize(source, signs, *operand, &RANDOM.rounding(id))
     };

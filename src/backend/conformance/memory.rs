@@ -1,7 +1,7 @@
 //! Memory: buffers, flat buffers in pieces, parameters.
 
 use super::*;
-use crate::mx;
+use crate::formats;
 
 pub(super) fn buffers_begin_as_zero<B: Harness>(backends: &[B]) {
     each(backends, |b| {
@@ -48,7 +48,7 @@ pub(super) fn parameters_are_apart<B: Harness>(backends: &[B]) {
     for (len, index) in [(1, 0), (511, 1), (513, 2), (1_000_003, 3)] {
         let draw = Draw::of(99, Purpose::Weights, index, 0);
         let mut drawn = vec![0.0; len];
-        mx::fill_normal(&mut drawn, 0.02, &draw, 0);
+        formats::fill_normal(&mut drawn, 0.02, &draw, 0);
         each(backends, |b| {
             let others = [random(77, 1), random(128, 2)];
             let mut params = Params::of(b, &[&others[0], &vec![f32::NAN; len], &others[1]]);

@@ -23,7 +23,7 @@ pub(in crate::backend) use optimize::{Update, some_values, step};
 use super::cpu::Cpu;
 use super::cuda::Cuda;
 use super::*;
-use crate::mx::{Draw, LinearRecipe, Purpose, Random, uniform};
+use crate::formats::{Draw, LinearRecipe, Purpose, Random, uniform};
 use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
 use crate::recipe::Recipe;
 

@@ -13,7 +13,7 @@ use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
     WorkspaceShape,
 };
-use crate::mx::{self, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random};
+use crate::formats::{self, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random};
 
 /// What these layers need of a workspace for the recipes of a shape.
 pub(super) fn scratch(isa: Isa, shape: &WorkspaceShape<'_>) -> ScratchSize {
@@ -121,12 +121,12 @@ fn product(
     random: &Random,
     out: Output<'_>,
 ) {
-    if gemm.format() != mx::Format::MXFP4 {
+    if gemm.format() != formats::Format::MXFP4 {
         let conversion = plain(gemm.format());
         return cpu.product([(&a, conversion), (&b, conversion)], memory, out);
     }
-    let mut signs = [0.0; mx::MAX_GROUP];
-    let signs = mx::fill_signs(&mut signs, gemm.transform(), id, random);
+    let mut signs = [0.0; formats::MAX_GROUP];
+    let signs = formats::fill_signs(&mut signs, gemm.transform(), id, random);
     let rotated = |operand: &Operand, id| {
         let (rounding, range) = (operand.rounding(), operand.range());
         Conversion::Mxfp4(Rotation { signs, rounding, range, draw: random.rounding(id) })
@@ -137,13 +137,13 @@ fn product(
 
 /// To what carries a format other than MXFP4. E4M3 values are bf16 values too, so FP8 products are exact
 /// in the bf16 kernel.
-fn plain(format: mx::Format) -> Conversion<'static> {
-    if format == mx::Format::F32 { Conversion::F32 } else { Conversion::Bf16 }
+fn plain(format: formats::Format) -> Conversion<'static> {
+    if format == formats::Format::F32 { Conversion::F32 } else { Conversion::Bf16 }
 }
 
 /// A matrix seen as `format` holds it, where what carries that would not round it so.
-fn dequantized<'a>(cpu: &Cpu, matrix: Matrix<'a>, format: mx::Format) -> Matrix<'a> {
-    let scale = (format == mx::Format::E4M3).then(|| fp8_scale(cpu, matrix.data));
+fn dequantized<'a>(cpu: &Cpu, matrix: Matrix<'a>, format: formats::Format) -> Matrix<'a> {
+    let scale = (format == formats::Format::E4M3).then(|| fp8_scale(cpu, matrix.data));
     matrix.as_fp8(scale)
 }
 
@@ -152,7 +152,7 @@ fn fp8_scale(cpu: &Cpu, x: &[f32]) -> f32 {
     let max = cpu.install(|| {
         x.par_chunks(JOB_ELEMENTS).map(|x| max_magnitude(cpu.isa(), x)).reduce(|| 0, u32::max)
     });
-    mx::e4m3_scale(f32::from_bits(max))
+    formats::e4m3_scale(f32::from_bits(max))
 }
 
 simd_fn! {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, attend, head, linear};
 use crate::Result;
 use crate::backend::{Memory, Precision, Slot, WorkspaceShape};
-use crate::mx::{self, Draw};
+use crate::formats::{self, Draw};
 
 impl Memory for Cpu {
     type Arena = Arena;
@@ -86,7 +86,7 @@ impl Memory for Cpu {
     fn draw_param(&self, to: &mut Buffer<f32>, slot: Slot, std: f32, draw: &Draw) -> Result<()> {
         self.install(|| {
             to[slot.range()].par_chunks_mut(JOB_ELEMENTS).enumerate().for_each(|(job, part)| {
-                mx::fill_normal(part, std, draw, (job * JOB_ELEMENTS / 2) as u32);
+                formats::fill_normal(part, std, draw, (job * JOB_ELEMENTS / 2) as u32);
             });
         });
         Ok(())

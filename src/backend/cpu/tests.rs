@@ -7,7 +7,7 @@ use super::gemm::{
 use super::*;
 use crate::backend::conformance::{Harness as _, RANDOM, f64s, random, relative_error, workspace};
 use crate::backend::{Precision, Sequences, reference};
-use crate::mx::{
+use crate::formats::{
     BLOCK, GemmId, Mxfp4Matrix, Operand, OperandId, Range, Rounding, Source, decode_e2m1,
     decode_e8m0,
 };

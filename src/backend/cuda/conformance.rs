@@ -7,7 +7,7 @@ use super::quantize::carrier::Carrier;
 use super::tests::{gpu, older_gpu, read_bytes, write_bytes};
 use crate::backend::Precision;
 use crate::backend::conformance::{Harness, Of};
-use crate::mx::Format;
+use crate::formats::Format;
 
 impl Harness for Cuda {
     // Attention goes by 128 queries, and starts copies several steps ahead.

@@ -9,7 +9,7 @@ use super::{Cuda, Workspace, gelu, kernel};
 use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
 };
-use crate::mx::{self, Format, GemmId, LinearRecipe, OperandId, OperandSource, Random};
+use crate::formats::{self, Format, GemmId, LinearRecipe, OperandId, OperandSource, Random};
 
 impl Linear for Cuda {
     fn linear_forward(
@@ -106,7 +106,7 @@ impl Linear for Cuda {
         let [dy_rows, dy_columns, other] = workspace.targets(carrier);
         let partials = workspace.partials.address;
         // No form of it yet.
-        let of_dy = |operand: &mx::Operand| Quantization {
+        let of_dy = |operand: &formats::Operand| Quantization {
             source: Source::of(dy),
             rows,
             cols: outputs,

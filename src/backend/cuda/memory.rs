@@ -13,7 +13,7 @@ use super::quantize::random;
 use super::{Cuda, Workspace, optimize};
 use crate::Result;
 use crate::backend::{Memory, Precision, Slot, WorkspaceShape};
-use crate::mx::Draw;
+use crate::formats::Draw;
 
 impl Memory for Cuda {
     type Arena = Arena;

@@ -30,7 +30,7 @@ pub(crate) use device::recordings::Recordings;
 pub(crate) use workspace::Workspace;
 
 use super::{Backend, StepPlan, WorkspaceShape};
-use crate::mx::Format;
+use crate::formats::Format;
 use crate::{CudaStream, Error, Result};
 use device::gemm::{Gemm, Product, Type};
 use device::gpu::Gpu;

@@ -6,7 +6,7 @@ use super::quantize::carrier::Carrier;
 use super::quantize::{BehindGelu, Target, sums};
 use super::{head, norm};
 use crate::backend::{HeadShape, LinearShape, WorkspaceShape};
-use crate::mx::{Format, Gemm};
+use crate::formats::{Format, Gemm};
 
 /// Room for an operand of a product: its elements, and FP8's factor or the scales of its blocks.
 pub(super) struct Room {

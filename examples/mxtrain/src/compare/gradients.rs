@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use mxfp4train::mx::{Rounding, Signs};
+use mxfp4train::formats::{Rounding, Signs};
 use mxfp4train::{
     Engine, Model, ModelConfig, Recipe, Schedule, ScheduleKind, Trainer, TrainerOptions,
 };

@@ -132,7 +132,7 @@ fn plus(a: [f64; 3], b: [f64; 3]) -> [f64; 3] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mxfp4train::mx::{Draw, Purpose, uniform};
+    use mxfp4train::formats::{Draw, Purpose, uniform};
 
     /// `n` draws of noise of variance 0.25 an element around the reference plus `bias`.
     fn draws(n: u32, len: usize, bias: f32, seed: u64) -> Statistics {

@@ -6,7 +6,7 @@ use std::process::{self, ExitCode};
 use std::time::Instant;
 
 use indicatif::HumanCount;
-use mxfp4train::mx::{BLOCK, Format, Gemm};
+use mxfp4train::formats::{BLOCK, Format, Gemm};
 use mxfp4train::{
     Error, EvalStats, ModelConfig, Recipe, StepStats, StopHandle, Trainer, TrainerOptions,
 };

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use mxfp4train::mx::{
+use mxfp4train::formats::{
     Draw, GemmId, MAX_GROUP, Mxfp4Matrix, OperandId, Purpose, Random, Rounding, Source,
     fill_normal, product_scale,
 };

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::backend::{Memory, reference};
-use crate::mx::{Draw, Purpose, fill_normal};
+use crate::formats::{Draw, Purpose, fill_normal};
 
 fn shape(sizes: [usize; 5], precision: Precision) -> AttentionShape {
     let [batch, length, heads, kv_heads, head_size] = sizes;

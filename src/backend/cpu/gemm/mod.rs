@@ -32,7 +32,7 @@ pub(super) use pack::{unpack_mxfp4, unpack_tiles};
 use super::Cpu;
 use super::isa::Isa;
 use crate::backend::Precision;
-use crate::mx::{self, Element};
+use crate::formats::{self, Element};
 
 /// Vectors in a panel: the lanes of an AVX-512 register.
 pub const PANEL: usize = 16;
@@ -71,7 +71,7 @@ pub enum Format {
 
 impl Format {
     /// The one that holds the operands of a format exactly. E4M3 values are bf16 values, too.
-    pub fn carrying(format: mx::Format) -> Self {
+    pub fn carrying(format: formats::Format) -> Self {
         match format.element() {
             Element::F32 => Self::F32,
             Element::Bf16 | Element::E4m3 => Self::Bf16,
@@ -110,7 +110,7 @@ impl Packing {
             (Self::Tiles, _) => depth.div_ceil(2).next_multiple_of(PANEL),
             (Self::Panels, Format::F32) => depth,
             (Self::Panels, Format::Bf16) => depth.div_ceil(2),
-            (Self::Panels, Format::Mxfp4) => depth.div_ceil(mx::BLOCK) * BLOCK_STEPS,
+            (Self::Panels, Format::Mxfp4) => depth.div_ceil(formats::BLOCK) * BLOCK_STEPS,
         }
     }
 }

@@ -14,7 +14,7 @@ mod avx2;
 mod avx512;
 mod portable;
 
-use crate::mx::{M0, M1, W0, W1};
+use crate::formats::{M0, M1, W0, W1};
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
@@ -86,7 +86,7 @@ pub(super) trait Lanes {
     /// Whether any lane has a bit set.
     unsafe fn any(v: Self::U) -> bool;
 
-    /// Codes of y, 0 <= y <= 6, stochastically rounded as in `mx::quantize`; `bits` are in place.
+    /// Codes of y, 0 <= y <= 6, stochastically rounded as in `formats::quantize`; `bits` are in place.
     #[inline(always)]
     unsafe fn stochastic(y: Self::F, bits: Self::U) -> Self::U {
         // SAFETY: passed on.
@@ -113,7 +113,7 @@ pub(super) trait Lanes {
         }
     }
 
-    /// `mx::philox4x32_10` of a counter in each lane, of which words 2 and 3 are the same in all.
+    /// `formats::philox4x32_10` of a counter in each lane, of which words 2 and 3 are the same in all.
     #[inline(always)]
     unsafe fn philox(
         keys: &[[u32; 2]; 10],
@@ -135,7 +135,7 @@ pub(super) trait Lanes {
         }
     }
 
-    /// Eight elements x of each lane, times `factor`, stochastically rounded as in `mx::quantize`
+    /// Eight elements x of each lane, times `factor`, stochastically rounded as in `formats::quantize`
     /// and looked up by code: bytes 0 2 1 3, then 4 6 5 7, of two words. `random` has 16 bits an
     /// element, those of elements 2 i and 2 i + 1 in word i.
     ///
@@ -255,7 +255,7 @@ pub(super) use lanes_fn;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mx::{E2M1_VALUES, philox4x32_10};
+    use crate::formats::{E2M1_VALUES, philox4x32_10};
 
     /// Every operation of a set gives what the arrays give.
     fn agrees<L: Lanes>() {

@@ -1,7 +1,7 @@
 //! Sixteen lanes in an array: the definition that the other sets are compared with.
 
 use super::Lanes;
-use crate::mx::philox4x32_10;
+use crate::formats::philox4x32_10;
 
 /// Arrays.
 pub(in crate::backend::cpu) struct Portable;

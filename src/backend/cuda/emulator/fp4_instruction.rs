@@ -4,7 +4,7 @@
 //! the same instruction are the second source.
 
 use super::super::kernels::FILES;
-use crate::mx::{decode_e2m1, decode_e8m0};
+use crate::formats::{decode_e2m1, decode_e8m0};
 
 /// Row and column of element `i` of a thread's fragment of A (16, 64), of B (64, 8), and of C (16,
 /// 8).

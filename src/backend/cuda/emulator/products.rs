@@ -3,7 +3,7 @@
 use super::super::quantize::Launch;
 use super::super::quantize::carrier::Fp4Product;
 use super::{Emulator, SCHEDULES, aligned};
-use crate::mx::{BLOCK, Draw, Mxfp4Matrix, Purpose};
+use crate::formats::{BLOCK, Draw, Mxfp4Matrix, Purpose};
 
 /// Any codes, and scales of ordinary magnitude.
 pub(in super::super) fn operand(rows: usize, depth: usize, seed: u64) -> Mxfp4Matrix {

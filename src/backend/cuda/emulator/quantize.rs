@@ -11,7 +11,7 @@ use super::super::tests::{ROUNDINGS, amax_of, compare_fp8, decode_fp8, exact_for
 use super::gelu::GeluKernel;
 use super::{Emulator, SCHEDULES, aligned};
 use crate::backend::Precision;
-use crate::mx::{self, BLOCK, Draw, Mxfp4Matrix, Purpose, Range, Rounding};
+use crate::formats::{self, BLOCK, Draw, Mxfp4Matrix, Purpose, Range, Rounding};
 
 // ---- Scales in tiles ----
 
@@ -294,7 +294,7 @@ fn fp8_operands_are_those_of_the_definition() {
     let mut clamped = 0;
     for (case, shape) in [(17, 31), (33, 200), (128, 72)].into_iter().enumerate() {
         let mut values = vec![0.0; shape.0 * shape.1];
-        mx::fill_normal(&mut values, 1.0, &Draw::of(7, Purpose::Weights, 84, 0), 0);
+        formats::fill_normal(&mut values, 1.0, &Draw::of(7, Purpose::Weights, 84, 0), 0);
         for (i, v) in values.iter_mut().enumerate() {
             match i / 37 % 29 {
                 3 => *v = 0.0,
@@ -305,8 +305,9 @@ fn fp8_operands_are_those_of_the_definition() {
             *v = half::bf16::from_f32(*v).to_f32();
         }
         let amax = amax_of(&values);
-        let scale = mx::e4m3_scale(f32::from_bits(amax));
-        let kept: Vec<f32> = values.iter().map(|v| mx::round_to_e4m3(v / scale) * scale).collect();
+        let scale = formats::e4m3_scale(f32::from_bits(amax));
+        let kept: Vec<f32> =
+            values.iter().map(|v| formats::round_to_e4m3(v / scale) * scale).collect();
         let (narrow, wide) = (bf16_bytes(&values), aligned(bytemuck::cast_slice(&values)));
         for emulator in [&any, &groups] {
             emulator.may_read(&narrow, 2 * values.len());
@@ -379,7 +380,7 @@ fn gradients_behind_gelu_are_quantized_as_if_they_were_stored() {
     for (case, (shape @ (rows, cols), kind)) in cases.enumerate() {
         let normal = |std, index| {
             let mut values = vec![0.0; rows * cols];
-            mx::fill_normal(&mut values, std, &Draw::of(9, Purpose::Weights, index, 0), 0);
+            formats::fill_normal(&mut values, std, &Draw::of(9, Purpose::Weights, index, 0), 0);
             values
         };
         let (mut d, mut pre) = (normal(1e-3, 85), normal(2.0, 86));

@@ -6,7 +6,7 @@ use crate::backend::LinearShape;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::device::gemm::{Product, Type};
 use crate::backend::cuda::device::launch;
-use crate::mx::{BLOCK, Format};
+use crate::formats::{BLOCK, Format};
 
 /// How operands are held and multiplied. All hold MXFP4 values exactly, the first two also those of
 /// FP8.

@@ -18,12 +18,12 @@ use super::device::gemm::Type;
 use super::device::memory::{Param, Tensor, size_of_element};
 use super::gelu;
 use crate::backend::Precision;
-use crate::mx::{self, Random, Range, Rounding};
+use crate::formats::{self, Random, Range, Rounding};
 use carrier::TILE_VECTORS;
 use random::{Drawn, Draws};
 
 /// Longest reduction along rows that the row kernels take.
-pub(super) const MAX_DEPTH: usize = 1024 * mx::BLOCK;
+pub(super) const MAX_DEPTH: usize = 1024 * formats::BLOCK;
 
 /// The group of transforms that has kernels of its own.
 const OWN_GROUP: usize = 64;
@@ -131,7 +131,7 @@ impl Quantization {
 
     /// Lengths of the vectors along rows and down columns, padded to whole groups.
     pub(super) fn depths(&self) -> [usize; 2] {
-        let whole = self.drawn.group().max(mx::BLOCK);
+        let whole = self.drawn.group().max(formats::BLOCK);
         [self.cols, self.rows].map(|n| n.next_multiple_of(whole))
     }
 
@@ -186,7 +186,7 @@ impl Quantization {
             _ => n,
         };
         if self.by_columns.is_none() && !(fp8 && self.has_own_group()) {
-            let blocks = rows_depth / mx::BLOCK;
+            let blocks = rows_depth / formats::BLOCK;
             let each = rows_at_once(blocks);
             let grid = [covered(rows).div_ceil(each), 1, 1];
             return Launch { grid, block: (each * blocks).next_multiple_of(32), shared: 0 };
@@ -230,7 +230,7 @@ impl Quantization {
             rows_depth: rows_depth as u32,
             depth: depth as u32,
             group: self.drawn.group() as u32,
-            each: rows_at_once(rows_depth / mx::BLOCK) as u32,
+            each: rows_at_once(rows_depth / formats::BLOCK) as u32,
             draws: self.drawn.draws(),
             range: self.range.factor(),
         }
@@ -252,7 +252,7 @@ impl BehindGelu {
     /// Of an attempt.
     pub(super) const WORDS: u64 = 3;
 
-    pub(super) fn takes(transform: mx::Transform) -> bool {
+    pub(super) fn takes(transform: formats::Transform) -> bool {
         transform.group() == OWN_GROUP
     }
 

@@ -3,25 +3,25 @@
 //! NOTE: what a draw is made for stays on the host beside it ([`Drawn`]), because a recorded kernel
 //! gets the draws of every step anew.
 
-use crate::mx::{self, GemmId, OperandId, Random, Signs};
+use crate::formats::{self, GemmId, OperandId, Random, Signs};
 
 /// `Transform` of the kernels.
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Transform {
-    /// Sign i is bit i % 32 of word i / 32, as [`mx::Draw::fill_signs`] has it.
-    signs: [u32; mx::MAX_GROUP / 32],
+    /// Sign i is bit i % 32 of word i / 32, as [`formats::Draw::fill_signs`] has it.
+    signs: [u32; formats::MAX_GROUP / 32],
     scale: f32,
 }
 
 impl Transform {
     /// Of a group of 0 there is none.
-    fn new(group: usize, draw: &mx::Draw) -> Self {
-        let mut signs = [0; mx::MAX_GROUP / 32];
+    fn new(group: usize, draw: &formats::Draw) -> Self {
+        let mut signs = [0; formats::MAX_GROUP / 32];
         for (call, words) in (0..).zip(signs[..group / 32].chunks_mut(4)) {
             words.copy_from_slice(&draw.bits(call, 0)[..words.len()]);
         }
-        Self { signs, scale: mx::group_scale(group.max(1)) }
+        Self { signs, scale: formats::group_scale(group.max(1)) }
     }
 }
 
@@ -35,11 +35,11 @@ pub(crate) struct Draw {
     constants: [u32; 5],
 }
 
-impl From<mx::Draw> for Draw {
-    fn from(draw: mx::Draw) -> Self {
+impl From<formats::Draw> for Draw {
+    fn from(draw: formats::Draw) -> Self {
         let key = |round: u32| {
             let step = |key: u32, by: u32| key.wrapping_add(by.wrapping_mul(round));
-            [step(draw.key[0], mx::W0), step(draw.key[1], mx::W1)]
+            [step(draw.key[0], formats::W0), step(draw.key[1], formats::W1)]
         };
         let words = [draw.word1, draw.word2, draw.word3];
         let keys = std::array::from_fn(|round| key(round as u32));
@@ -63,7 +63,7 @@ pub(crate) struct Drawn {
     /// The products that the forms along rows and down columns are for.
     pub(crate) gemms: [GemmId; 2],
     pub(crate) operand: OperandId,
-    pub(crate) transform: Option<mx::Transform>,
+    pub(crate) transform: Option<formats::Transform>,
 }
 
 impl Drawn {
@@ -74,14 +74,14 @@ impl Drawn {
 
     /// Of the transform, 0 without one.
     pub(crate) fn group(&self) -> usize {
-        self.transform.map_or(0, mx::Transform::group)
+        self.transform.map_or(0, formats::Transform::group)
     }
 
     pub(super) fn draws(&self) -> Draws {
         let Self { random, gemms: [first, second], operand, transform } = self;
         let of = |gemm| {
-            let signs = match transform.map(mx::Transform::signs) {
-                Some(Signs::Fixed) => mx::Draw::fixed_signs(random.seed),
+            let signs = match transform.map(formats::Transform::signs) {
+                Some(Signs::Fixed) => formats::Draw::fixed_signs(random.seed),
                 Some(Signs::Random) | None => random.signs(gemm),
             };
             Transform::new(self.group(), &signs)

@@ -9,7 +9,7 @@ use super::quantize::{Source as From, Target};
 use super::*;
 use crate::backend::LinearShape;
 use crate::backend::conformance::linear_layers_follow_their_recipes;
-use crate::mx::decode_e8m0;
+use crate::formats::decode_e8m0;
 
 /// `multiply` of `product_sm120.cu` for chips without the instruction.
 const SPELLED_OUT: &str = "

@@ -3,7 +3,7 @@
 use super::quantize::carrier::Carrier;
 use super::*;
 use crate::backend::{Activation, Linear as _, LinearBackward, LinearShape, OutputGradient};
-use crate::mx::Random;
+use crate::formats::Random;
 use crate::recipe::Recipe;
 
 /// Behind GELU a gradient that is quantized as it is made is the one that is made first, whether or

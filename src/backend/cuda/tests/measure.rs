@@ -11,7 +11,7 @@ use crate::backend::{
     Activation, Device, Linear as _, LinearBackward, LinearShape, Memory as _, OutputGradient,
     Precision, Sequences,
 };
-use crate::mx::{Draw, LinearRecipe, Purpose, Random};
+use crate::formats::{Draw, LinearRecipe, Purpose, Random};
 use crate::recipe::Recipe;
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 

@@ -18,7 +18,7 @@ use super::*;
 use crate::backend::conformance::{Harness as _, RANDOM, relative_error};
 pub(super) use crate::backend::conformance::{f64s, rounded, workspace};
 use crate::backend::{Memory as _, Precision, Sequences, Slot, reference};
-use crate::mx::{
+use crate::formats::{
     self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, Purpose, Range, Rounding, Signs, Source,
     Transform, uniform,
 };
@@ -70,7 +70,7 @@ pub(super) fn random(len: usize, seed: u64) -> Vec<f32> {
 
 pub(super) fn normal(len: usize, std: f32, seed: u64) -> Vec<f32> {
     let mut values = vec![0.0; len];
-    crate::mx::fill_normal(&mut values, std, &Draw::of(seed, Purpose::Weights, 81, 0), 0);
+    crate::formats::fill_normal(&mut values, std, &Draw::of(seed, Purpose::Weights, 81, 0), 0);
     values
 }
 
@@ -172,7 +172,7 @@ pub(super) fn exact_forms(
     group: usize,
     (rounding, range): (Rounding, Range),
 ) -> [Mxfp4Matrix; 2] {
-    let operand = mx::Operand::from(rounding).with_range(range).unwrap();
+    let operand = formats::Operand::from(rounding).with_range(range).unwrap();
     let forms = [(GemmId::Dgrad, rows, cols), (GemmId::Wgrad, cols, rows)];
     forms.map(|(gemm, rows, depth)| {
         let mut signs = vec![0.0; group];

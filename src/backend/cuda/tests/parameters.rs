@@ -12,7 +12,7 @@ fn normal_values_are_those_of_the_definition() {
         let mut param = param(&cuda, &vec![f32::NAN; len]);
         cuda.draw_param(&mut param, alone(len), 0.02, &draw).unwrap();
         let mut exact = vec![0.0; len];
-        crate::mx::fill_normal(&mut exact, 0.02, &draw, 0);
+        crate::formats::fill_normal(&mut exact, 0.02, &draw, 0);
         assert_eq!(f32s_of(&cuda, &param.master), exact, "{len}");
         let most = exact.iter().fold(0.0f32, |most, v| most.max(v.abs()));
         assert_eq!(read_bytes(&cuda, param.amax.address, 4), most.to_le_bytes());

@@ -14,7 +14,7 @@ use crate::backend::Precision;
 use crate::backend::cpu::Cpu;
 use crate::backend::cpu::disjoint::DisjointSlice;
 use crate::backend::cpu::lanes::Lanes;
-use crate::mx::round_to_e4m3;
+use crate::formats::round_to_e4m3;
 pub use memory::PackedMut;
 pub(in crate::backend::cpu) use memory::{PackMemory, PackSize};
 pub(super) use mxfp4::ONE;

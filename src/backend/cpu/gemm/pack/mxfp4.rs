@@ -1,14 +1,14 @@
 //! Packing of MXFP4: one pass transforms, scales, rounds and packs.
 //!
 //! Butterfly, block maxima and rounding are lane-by-lane arithmetic over 16 vectors.
-//! `mx::Mxfp4Matrix` is the definition; the codes are the same bit for bit.
+//! `formats::Mxfp4Matrix` is the definition; the codes are the same bit for bit.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::{Matrix, PackedMut, Strip, add_to_sums, turn_square};
 use crate::backend::cpu::gemm::{BLOCK_STEPS, PANEL, Packing, Role};
 use crate::backend::cpu::lanes::{Lanes, lanes_fn, place, round_keys};
-use crate::mx::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Range, Rounding, group_scale};
+use crate::formats::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Range, Rounding, group_scale};
 
 /// How an operand is quantized to MXFP4.
 #[derive(Clone, Copy)]
@@ -158,7 +158,7 @@ fn element_values() -> [u32; 16] {
     })
 }
 
-/// Loads a group of elements of 16 vectors and rotates it as `mx::rotate` does: strides 1 to 8
+/// Loads a group of elements of 16 vectors and rotates it as `formats::rotate` does: strides 1 to 8
 /// while 16 elements are in registers, the others on the way back through the first-level cache.
 #[inline(always)]
 unsafe fn load_group<L: Lanes>(
@@ -277,7 +277,7 @@ unsafe fn draw_bits<L: Lanes>(
     }
 }
 
-/// `mx::quantize_block` of 16 blocks at a time. Words hold four bytes of doubled elements instead
+/// `formats::quantize_block` of 16 blocks at a time. Words hold four bytes of doubled elements instead
 /// of codes; or, in `TILES`, pairs of bf16, the elements times their scale, where these are normal
 /// numbers. Returns half of each scale, and the scale's byte (255 for NaN).
 ///
@@ -300,7 +300,7 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool, const
         for row in values {
             max = L::max_u(max, L::and(L::bits(L::load(row.as_ptr())), magnitude));
         }
-        // The scale's byte is the biased exponent less 2, at least 0; see `mx::e8m0`.
+        // The scale's byte is the biased exponent less 2, at least 0; see `formats::e8m0`.
         let biased = L::shift_right::<23>(max);
         let bad = L::equal(biased, L::splat_u(255));
         let zero = L::and(L::equal(max, L::splat_u(0)), L::splat_u(129));
@@ -380,7 +380,7 @@ unsafe fn quantize<L: Lanes, const UNBIASED: bool, const TRANSPOSED: bool, const
     }
 }
 
-/// As in `mx::quantize`.
+/// As in `formats::quantize`.
 #[inline(always)]
 unsafe fn nearest<L: Lanes>(y: L::F) -> L::U {
     // SAFETY: passed on.

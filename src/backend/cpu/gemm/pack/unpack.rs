@@ -2,7 +2,7 @@
 
 use super::ONE;
 use crate::backend::cpu::gemm::{BLOCK_STEPS, PANEL, Packed, Role};
-use crate::mx::BLOCK;
+use crate::formats::BLOCK;
 
 /// The byte of element k of vector `row`, and its block's scale, of MXFP4 in panels.
 pub(in crate::backend::cpu) fn unpack_mxfp4(

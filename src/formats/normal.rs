@@ -67,7 +67,7 @@ fn cos_sin(turns: f32) -> (f32, f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mx::Purpose;
+    use crate::formats::Purpose;
 
     fn filled(index: u32) -> Vec<f32> {
         let mut values = vec![0.0; 200_001];

@@ -91,7 +91,7 @@ mod tests {
     use rand::{Rng, RngExt};
 
     use super::*;
-    use crate::mx::philox4x32_10;
+    use crate::formats::philox4x32_10;
 
     #[test]
     fn words_are_those_of_the_generator_in_order() {
