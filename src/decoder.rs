@@ -189,7 +189,7 @@ impl<B: Backend> DecoderOn<B> {
         let sequences = Sequences { batch: 1, length: context.len() };
         let Self { activations, workspace, tokens, logits, plan, .. } = self;
         backend.scope(|| {
-            backend.write_tokens(tokens, context);
+            backend.write_tokens(tokens, context.len(), |to| to.copy_from_slice(context));
             let mut pass =
                 Pass { backend: &**backend, config, table, weights, workspace, sequences, plan };
             pass.forward(activations, tokens);
@@ -219,7 +219,7 @@ impl<B: Backend> DecoderOn<B> {
             model: model.clone(),
             activations: Activations::new(backend, arena, shapes, None)?,
             workspace: backend.workspace(arena, &shape),
-            tokens: backend.tokens(arena, longest)?,
+            tokens: backend.tokens(arena, longest, false)?,
             logits: backend.f32(arena, config.vocab_size),
             plan: Recipe::FP32.step_plan(config.layers)?,
         })

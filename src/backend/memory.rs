@@ -61,8 +61,14 @@ pub trait Memory: Send + Sync + Sized + 'static {
     fn f32(&self, arena: &mut Self::Arena, len: usize) -> Self::F32;
     /// `count` zeroed parameters of `len` elements in all, between slots included.
     fn weights(&self, arena: &mut Self::Arena, len: usize, count: usize) -> Self::Weights;
-    /// A buffer of `len` tokens; an error where the host lacks memory for it.
-    fn tokens(&self, arena: &mut Self::Arena, len: usize) -> Result<Self::Tokens>;
+    /// A buffer of `len` tokens, whose embeddings get gradients or never will; an error where the host
+    /// lacks memory for it.
+    fn tokens(
+        &self,
+        arena: &mut Self::Arena,
+        len: usize,
+        have_gradients: bool,
+    ) -> Result<Self::Tokens>;
     /// Scratch memory for models of a shape.
     fn workspace(&self, arena: &mut Self::Arena, shape: &WorkspaceShape<'_>) -> Self::Workspace;
 
@@ -75,8 +81,8 @@ pub trait Memory: Send + Sync + Sized + 'static {
         slots: [Slot; N],
     ) -> [Self::Gradient<'a>; N];
 
-    /// Copies tokens to the start of a buffer that is at least as long.
-    fn write_tokens(&self, to: &mut Self::Tokens, from: &[u32]);
+    /// Lets `fill` write the first `len` tokens of a buffer that is at least as long.
+    fn write_tokens(&self, to: &mut Self::Tokens, len: usize, fill: impl FnOnce(&mut [u32]));
     /// Copies f32 values to the device, from element `at` of the buffer on.
     fn write_f32(&self, to: &mut Self::F32, at: usize, from: &[f32]) -> Result<()>;
     /// Copies f32 values to the host, from element `at` of the buffer on, after all that was asked for

@@ -8,12 +8,10 @@ use crate::reserve::zeros;
 pub(super) struct Batch<B: Backend> {
     pub(super) tokens: B::Tokens,
     pub(super) targets: B::Tokens,
-    /// (B, T), then as many targets.
-    pub(super) host: Vec<u32>,
-    /// T + 1 tokens of one sequence.
-    pub(super) window: Vec<u32>,
-    /// Rows of the batch last filled.
-    pub(super) rows: usize,
+    /// (B, T + 1), read once: inputs are the first T of each row, targets the last T.
+    pub(super) windows: Vec<u32>,
+    /// Of the batch last filled.
+    sequences: Sequences,
 }
 
 impl<B: Backend> Batch<B> {
@@ -25,37 +23,35 @@ impl<B: Backend> Batch<B> {
         allocate: bool,
     ) -> Result<Self> {
         let rows = sequences.rows();
-        let on_host = |len| if allocate { len } else { 0 };
+        let tokens = if allocate { sequences.batch * (sequences.length + 1) } else { 0 };
         Ok(Self {
-            tokens: backend.tokens(arena, rows)?,
-            targets: backend.tokens(arena, rows)?,
-            host: zeros("the tokens of a batch", on_host(2 * rows))?,
-            window: zeros("the tokens of a sequence", on_host(sequences.length + 1))?,
-            rows: 0,
+            tokens: backend.tokens(arena, rows, true)?,
+            targets: backend.tokens(arena, rows, false)?,
+            windows: zeros("the tokens of a batch", tokens)?,
+            sequences,
         })
     }
 
-    /// Takes the windows that `window(row, out)` writes apart into inputs and targets.
+    /// Takes the windows that `window(row, out)` writes.
     pub(super) fn fill(
         &mut self,
         sequences: Sequences,
         mut window: impl FnMut(usize, &mut [u32]) -> Result<()>,
     ) -> Result<()> {
-        let t = sequences.length;
-        self.rows = sequences.rows();
-        let (inputs, targets) = self.host[..2 * self.rows].split_at_mut(self.rows);
-        let rows = inputs.chunks_exact_mut(t).zip(targets.chunks_exact_mut(t));
-        for (row, (inputs, targets)) in rows.enumerate() {
-            window(row, &mut self.window[..=t])?;
-            inputs.copy_from_slice(&self.window[..t]);
-            targets.copy_from_slice(&self.window[1..=t]);
-        }
-        Ok(())
+        self.sequences = sequences;
+        let rows = self.windows.chunks_exact_mut(sequences.length + 1).take(sequences.batch);
+        rows.enumerate().try_for_each(|(row, to)| window(row, to))
     }
 
     pub(super) fn upload(&mut self, backend: &B) {
-        let (inputs, targets) = self.host[..2 * self.rows].split_at(self.rows);
-        backend.write_tokens(&mut self.tokens, inputs);
-        backend.write_tokens(&mut self.targets, targets);
+        let Self { tokens, targets, windows, sequences } = self;
+        let t = sequences.length;
+        for (to, first) in [(tokens, 0), (targets, 1)] {
+            backend.write_tokens(to, sequences.rows(), |to| {
+                for (to, window) in to.chunks_exact_mut(t).zip(windows.chunks_exact(t + 1)) {
+                    to.copy_from_slice(&window[first..][..t]);
+                }
+            });
+        }
     }
 }

@@ -236,7 +236,7 @@ impl Trainer {
                 }),
             }
         };
-        let window = on_device!(&mut self.run, run => &mut run.buffers.batch.window[..window_len]);
+        let window = on_device!(&mut self.run, run => &mut run.buffers.batch.windows[..window_len]);
         (0..accumulation * batch_size).try_for_each(|row| read(row, window))?;
         self.optimizer_step(false, &mut |micro_step, row, window| {
             read(micro_step * batch_size + row, window)

@@ -213,8 +213,8 @@ fn cut_off(mut values: Vec<f32>) -> Vec<f32> {
 
 /// Tokens, in a buffer with room for more.
 fn tokens<B: Harness>(b: &B, ids: &[u32]) -> B::Tokens {
-    let mut tokens = cut(b, |arena| b.tokens(arena, ids.len() + BEYOND).unwrap());
-    b.write_tokens(&mut tokens, ids);
+    let mut tokens = cut(b, |arena| b.tokens(arena, ids.len() + BEYOND, true).unwrap());
+    b.write_tokens(&mut tokens, ids.len(), |to| to.copy_from_slice(ids));
     tokens
 }
 

@@ -41,7 +41,7 @@ impl Memory for Cpu {
         arena.alloc(len)
     }
 
-    fn tokens(&self, arena: &mut Arena, len: usize) -> Result<Buffer<u32>> {
+    fn tokens(&self, arena: &mut Arena, len: usize, _: bool) -> Result<Buffer<u32>> {
         Ok(arena.alloc(len))
     }
 
@@ -64,8 +64,8 @@ impl Memory for Cpu {
         flat.get_disjoint_mut(slots.map(Slot::range)).expect("slots are apart and in the buffer")
     }
 
-    fn write_tokens(&self, to: &mut Buffer<u32>, from: &[u32]) {
-        to[..from.len()].copy_from_slice(from);
+    fn write_tokens(&self, to: &mut Buffer<u32>, len: usize, fill: impl FnOnce(&mut [u32])) {
+        fill(&mut to[..len]);
     }
 
     fn write_f32(&self, to: &mut Buffer<f32>, at: usize, from: &[f32]) -> Result<()> {

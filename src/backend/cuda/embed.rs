@@ -18,7 +18,8 @@ pub(crate) struct Tokens {
     ids: Piece,
     /// What was written last, which the runs are sorted from.
     upload: Upload,
-    runs: Mutex<TokenRuns>,
+    /// Of tokens whose embeddings get gradients.
+    runs: Option<Mutex<TokenRuns>>,
 }
 
 /// Where equal tokens stand, for the gradient.
@@ -32,17 +33,10 @@ struct TokenRuns {
 }
 
 impl Tokens {
-    pub(super) fn new(arena: &mut Arena, len: usize) -> Result<Self> {
-        let runs = 2 * len + 1;
-        Ok(Self {
-            ids: arena.bytes(len * 4),
-            upload: arena.upload(len),
-            runs: Mutex::new(TokenRuns {
-                words: arena.bytes(runs * 4),
-                upload: arena.upload(runs),
-                keys: arena.on_host("the sorted tokens of a batch", len)?,
-            }),
-        })
+    pub(super) fn new(arena: &mut Arena, len: usize, have_gradients: bool) -> Result<Self> {
+        let (ids, upload) = (arena.bytes(len * 4), arena.upload(len));
+        let runs = have_gradients.then(|| TokenRuns::new(arena, len)).transpose()?;
+        Ok(Self { ids, upload, runs: runs.map(Mutex::new) })
     }
 
     /// The address of the token numbers.
@@ -50,18 +44,28 @@ impl Tokens {
         self.ids.address
     }
 
-    pub(super) fn write(&mut self, from: &[u32]) {
-        self.upload.send(self.ids.address, from.len(), |words| words.copy_from_slice(from));
+    pub(super) fn write(&mut self, len: usize, fill: impl FnOnce(&mut [u32])) {
+        self.upload.send(self.ids.address, len, fill);
     }
 
     /// Sorts the first `rows` tokens and uploads their runs; addresses of order, starts and count.
     fn upload_runs(&self, rows: usize) -> [u64; 3] {
-        let mut runs = self.runs.lock().unwrap_or_else(PoisonError::into_inner);
+        let runs = self.runs.as_ref().expect("made for tokens with gradients");
+        let mut runs = runs.lock().unwrap_or_else(PoisonError::into_inner);
         runs.upload(&self.upload.sent()[..rows])
     }
 }
 
 impl TokenRuns {
+    fn new(arena: &mut Arena, len: usize) -> Result<Self> {
+        let words = 2 * len + 1;
+        Ok(Self {
+            words: arena.bytes(words * 4),
+            upload: arena.upload(words),
+            keys: arena.on_host("the sorted tokens of a batch", len)?,
+        })
+    }
+
     fn upload(&mut self, tokens: &[u32]) -> [u64; 3] {
         let Self { words, upload, keys } = self;
         let rows = tokens.len();

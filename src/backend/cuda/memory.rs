@@ -51,8 +51,8 @@ impl Memory for Cuda {
         arena.weights(len, count)
     }
 
-    fn tokens(&self, arena: &mut Arena, len: usize) -> Result<Tokens> {
-        Tokens::new(arena, len)
+    fn tokens(&self, arena: &mut Arena, len: usize, have_gradients: bool) -> Result<Tokens> {
+        Tokens::new(arena, len, have_gradients)
     }
 
     fn workspace(&self, arena: &mut Arena, shape: &WorkspaceShape) -> Workspace {
@@ -71,8 +71,8 @@ impl Memory for Cuda {
         slots.map(|slot| flat.gradient(slot))
     }
 
-    fn write_tokens(&self, to: &mut Tokens, from: &[u32]) {
-        to.write(from);
+    fn write_tokens(&self, to: &mut Tokens, len: usize, fill: impl FnOnce(&mut [u32])) {
+        to.write(len, fill);
     }
 
     fn write_f32(&self, to: &mut F32, at: usize, from: &[f32]) -> Result<()> {
