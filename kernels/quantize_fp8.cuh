@@ -11,6 +11,11 @@
 // dy, which both products need, from the same tile and the same random bits the form along the
 // rows. After the tile is there no thread waits for another warp's. The usual group of 64 has a
 // kernel of its own.
+//
+// Rounding without bias needs no cases: scaled so that the block's unit is f32's smallest normal
+// number, a value's bits count even steps below it and keep one mantissa bit above, as E2M1 does.
+// Adding random bits below rounds, the bits above are E2M1's code, and a permutation of bytes looks
+// up its FP8 number.
 
 // `HIGHEST`: biased exponent of a block's scale that lies highest; `RANGE`: how many binades others
 // may lie below it.

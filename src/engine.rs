@@ -1,4 +1,7 @@
 //! The engine: a device, its threads, the seed of all random numbers, and where log lines go.
+//!
+//! Which device it is is asked once, at the top: `Model`, `Trainer` and `Decoder` hold an enum of
+//! what runs on which, and all below is generic over `Backend`.
 
 use std::ffi::c_void;
 use std::fmt;

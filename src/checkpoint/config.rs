@@ -1,4 +1,7 @@
 //! `config.json`: the model's shape, as Hugging Face's `GPT2Config` writes and reads it.
+//!
+//! A loaded model keeps the file as it was found (`FoundConfig`). A save writes it again, keys that
+//! nobody here reads included, except where it says something else than the weights.
 
 use std::path::Path;
 

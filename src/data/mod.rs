@@ -4,6 +4,10 @@
 //! Every epoch each file starts its windows at another random phase, and visits all windows of all
 //! files once in a random order, so that over the epochs every token is seen in every place of a
 //! window.
+//!
+//! What a file holds is known before step 1: a header is believed, what has none is looked at
+//! (`layout`), what is another kind of file is an error with its remedy (`magic`), and the largest
+//! token of all files is found once (`scan`).
 
 mod coverage;
 mod file;

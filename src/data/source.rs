@@ -2,8 +2,8 @@
 //! whose disk may fail, at any time.
 //!
 //! NOTE: nobody looks at a map. A page that is not there any more would end the process with SIGBUS,
-//! so there is no slice of one and no reference into one: the kernel copies out of the map, and answers
-//! EFAULT where a page is gone. A map is thus an address that the kernel reads from. It is still
+//! so there is no slice of one and no reference into one: the kernel copies out of the map
+//! (`process_vm_readv`, or a pipe where that is forbidden), and answers EFAULT where a page is gone. A map is thus an address that the kernel reads from. It is still
 //! the right thing to hold: unlike a descriptor it is not counted against RLIMIT_NOFILE, and it keeps the
 //! file that was opened, whatever becomes of its name.
 //!

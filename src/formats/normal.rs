@@ -1,4 +1,5 @@
-//! Normal random values, the same on every backend and any number of threads.
+//! Normal random values, the same on every backend and any number of threads. Every operation
+//! rounds once, so that kernels make the same bits.
 
 use super::Draw;
 

@@ -1,7 +1,7 @@
 //! What the forward pass keeps for the backward pass, and the gradients that flow back.
 //!
-//! One [`Layers`] a kind of tensor, indexed by layer. Where a tensor need not outlive its layer, all
-//! layers share one.
+//! One [`Layers`] a kind of tensor, indexed by layer modulo its length: where a tensor need not outlive
+//! its layer, in inference and for what is computed again in the backward pass, all layers share one.
 
 use std::ops::{Index, IndexMut};
 

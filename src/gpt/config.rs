@@ -1,4 +1,9 @@
 //! The shape of a GPT.
+//!
+//! What differs from GPT-2 is data, which is GPT-2's by default and then changes no bit. A head
+//! that is not the embedding is one more value at the end of the parameters, so that everything
+//! before it has one order; attention's scores have a factor beside 1 / sqrt(d), which is 1 in
+//! GPT-2; GELU comes in two forms, of which only GPT-2's is fused with quantization.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,6 +1,10 @@
 //! The GPT itself: its shape, its named parameters, its forward and backward pass.
 //!
 //! The passes are written once over `Backend` and name none.
+//!
+//! Weights of linear layers are (out, in) in memory, so that both operands of the forward GEMM run
+//! along the reduction. Hugging Face's (in, out) appears in files and in the tensor interface
+//! alone.
 
 mod activations;
 mod config;

@@ -1,5 +1,9 @@
 //! The parameters of a GPT: one table that weights, gradients, optimizer states and checkpoints are laid
 //! out by.
+//!
+//! What belongs to each parameter (weights, gradients, an optimizer's states) is one flat buffer
+//! with the table's ranges, so that pieces of a norm, buckets of an exchange and entries of a
+//! checkpoint are ranges of the same numbers.
 
 use super::ModelConfig;
 use crate::Result;

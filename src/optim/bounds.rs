@@ -6,6 +6,9 @@
 //! the next update is safe for certain; what they cannot vouch for is computed twice, first without
 //! storing (`Optimize::try_update`), which also tells the magnitudes themselves, and so bounds to
 //! start again from.
+//!
+//! The update asks for the bound's norm where it asks whether the norm is finite. The bound of the
+//! weights lies with them, for several trainers and the host write there.
 
 use super::{Largest, MAX_STATES, OptimizerStep};
 

@@ -1,4 +1,7 @@
 //! What a trainer needs of memory: planned, then allocated by the same code.
+//!
+//! `plan` counts one block and two, and every further block as the second, so that it needs no
+//! memory for thousands of them; a test compares it with what a trainer takes, at every option.
 
 use super::batch::Batch;
 use crate::backend::{Backend, Precision, Sequences, WorkspaceShape, on_device};

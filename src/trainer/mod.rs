@@ -1,4 +1,6 @@
 //! One optimizer step, readable top to bottom ([`Trainer::step`]); evaluation; stop requests.
+//!
+//! A step allocates nothing, which tests/allocations.rs counts.
 
 mod batch;
 mod memory;

@@ -3,6 +3,9 @@
 //! NOTE: rayon ends its threads without waiting for them. Here they are started by hand and joined,
 //! so that an engine that is gone has left nothing running: a host may exit, fork or close files
 //! right after, and a leak checker sees their memory returned.
+//!
+//! Tasks reach the workers over a place of their own (`Handoff`), for rayon's queue allocates now
+//! and then, and a step allocates nothing.
 
 use std::any::Any;
 use std::ffi::CString;

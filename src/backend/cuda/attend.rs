@@ -1,5 +1,6 @@
-//! Causal attention: launches of the kernels in `attend_sm90.cu` on Hopper, else of
-//! `attend_sm80.cu`, and in plain arithmetic (`attend_plain.cu`).
+//! Causal attention: `attend_sm90.cu` for Hopper's warpgroup products, `attend_sm80.cu` for
+//! everything else from Ampere on, `attend_plain.cu` in plain arithmetic for f32 and odd head
+//! sizes. Tests run all of them on a Hopper chip.
 
 use super::device::gpu::Gpu;
 use super::device::launch;

@@ -3,7 +3,8 @@
 //! `kernels/`, each launched from the file of the same name here.
 //!
 //! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum
-//! in an order that depends on shapes alone, so two runs on one kind of GPU give the same bits.
+//! in an order that depends on shapes alone, so two runs on one kind of GPU give the same bits. The
+//! first error stays and comes out of the next call that reads.
 
 mod attend;
 #[cfg(test)]

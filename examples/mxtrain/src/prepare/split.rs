@@ -1,6 +1,6 @@
 //! Which documents are for training and which for validation, and the two token files.
 //!
-//! Documents stay whole and come one by one, so each is decided on as it comes. Two cases are known
+//! Documents stay whole and come one by one, so each is decided on as it comes, whatever the chunks and threads, and any input fits in constant memory. Two cases are known
 //! only at the end and are put right in the finished files: a single document is cut at a line, and
 //! of a few large ones the smallest is moved to validation.
 

@@ -1,4 +1,6 @@
 //! What goes wrong beside the training, and costs the run nothing: it is said, and counted.
+//!
+//! What ends a run (a failed step, a signal, a panic) saves the steps before it.
 
 use crate::console;
 use crate::failure::{Failure, Outcome};

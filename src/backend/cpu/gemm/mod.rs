@@ -13,7 +13,8 @@
 //! with one to three panels of B. With AMX, bf16 and MXFP4 lie in tiles instead (see `tiles`):
 //! squares of 16 words by 16 lanes, two bf16 numbers a word, which MXFP4 elements times their
 //! scales are. Every element of C is summed in the order of its steps, whatever the tiling, so
-//! results do not depend on the number of threads.
+//! results do not depend on the number of threads. A kernel stores its sums itself, past the caches
+//! where C is large.
 
 mod kernels;
 mod pack;

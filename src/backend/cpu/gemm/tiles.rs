@@ -3,6 +3,16 @@
 //! Operands lie as the instruction reads them, a square of 16 x 16 words after the other: B as in a
 //! panel, 16 steps of 16 lanes; A with its 16 lanes as rows. MXFP4 is multiplied as bf16 too: an
 //! element times its scale is a bf16 number, and the product of two is exact in f32.
+//!
+//! NOTE: a K of 64 bytes on integer tiles was thought of: it would need scales within a block of
+//! two alike, and a pass over C for every 64.
+//!
+//! Operands whose scales are NaN or too far out for bf16 are packed again, in panels. Sums run
+//! element by element here, not block by block, so the last bits of a product differ from those of
+//! other sets; codes never do. Tile registers are asked of Linux once for the process, loaded by
+//! each job and released at its end; `MXT_CPU_ISA=avx512` does without.
+//!
+//! Jobs are shaped for the second-level cache: tiles outrun everything behind it.
 
 use std::arch::asm;
 use std::arch::x86_64::*;

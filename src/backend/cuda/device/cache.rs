@@ -2,7 +2,8 @@
 //!
 //! Whoever writes a file there decides what a GPU of ours runs. So the folder and every file have
 //! to belong to us, others must not be able to write them, and a file says by SHA-256 what it was
-//! made from and what it holds. Anything else is as good as no file.
+//! made from and what it holds. Anything else is as good as no file. Both are looked at through
+//! their descriptors, and a file that the driver refuses is compiled anew.
 
 use std::fmt;
 use std::fs::{DirBuilder, File};

@@ -3,6 +3,9 @@
 //! A capture runs on a stream of its own and concerns only the thread that makes it; other threads
 //! go on using the device, but for what waits for all of it (see [`without_captures`]). The host
 //! may do that too, and break a capture off.
+//!
+//! Our own loading, allocating and freeing keeps clear of captures; the host's does not know of
+//! them.
 
 use std::cell::{Cell, RefCell};
 use std::ffi::c_void;

@@ -2,6 +2,7 @@
 //! wrong.
 //!
 //! The driver, NVRTC and cuBLASLt are opened at run time, so that the library starts without them.
+//! All work goes to one stream, so that it may be the host's own.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_void};

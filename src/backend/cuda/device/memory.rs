@@ -2,6 +2,11 @@
 //! memory.
 //!
 //! As on the CPU, the same code runs twice, counting first, so the plan is what is allocated.
+//!
+//! Who writes a tensor notes its amax, from which the scale of its FP8 form is made, so no kernel
+//! reads a tensor to find it: `Tensor::write` is the only way to write. Every writing takes a fresh
+//! word; all words are zeroed where a pass begins. A tensor that something else has overwritten is
+//! measured. Optimizers do it for weights.
 
 use std::ffi::c_void;
 use std::marker::PhantomData;

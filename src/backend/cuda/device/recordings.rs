@@ -5,6 +5,10 @@
 //! A capture that fails leaves the step to be done without it, and the next one tries again. The
 //! first step of a kind is not captured, because in it kernels are loaded and algorithms chosen.
 //! Kernels that draw random numbers are noted, and their argument is made anew before every launch.
+//!
+//! What a micro-step asks for depends on `StepPlan` and on random numbers alone: the value that
+//! drives the pass is the key of its recording. The gradient of the embeddings stays outside, for
+//! the host sorts tokens while the graph runs.
 
 use std::ptr::null_mut;
 use std::sync::Arc;

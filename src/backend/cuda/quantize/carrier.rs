@@ -1,6 +1,22 @@
-//! What carries a product: which tensor cores multiply operands of a format, and what those of
-//! Blackwell need that others do not: a scale for every block, in cuBLASLt's layout or the
-//! definition's, and on some a kernel of our own.
+//! The carrier of a product: which numbers and tensor cores multiply it, chosen by formats, chip
+//! and sizes.
+//!
+//! FP8, exactly (Ada, Hopper): an E2M1 element times a power of two is an FP8 number as long as the
+//! block's scale lies within the format's range below the largest of its tensor: 28 binades in
+//! E5M2, which dy gets, whose blocks spread most, and 14 in E4M3 for x and W, because no product
+//! takes E5M2 twice. One power of two a tensor goes to cuBLASLt, whose kernels for that are its
+//! fastest. A block further down gets a clamped scale, the lowest that fits (valid MXFP4, unbiased
+//! still), and is counted in a step's statistics. Operands are exact; the tensor cores' sums are as
+//! long as what they add at once has much the same size, and off by up to 8e-6 where outliers make
+//! it not.
+//!
+//! bf16: the same values on chips without FP8, and at sizes that 16 does not divide.
+//!
+//! Blackwell, where every block keeps its scale and nobody needs an amax: on 10.x and 11.0 operands
+//! are MXFP8, E4M3 numbers with the definition's scales in cuBLASLt's tiles of 128 by 4; on 12.0
+//! and 12.1 they are the definition's own bytes, which `product_sm120.cu` multiplies at the rate of
+//! FP4. The FP8 forward pass is Hopper's, with one scale a tensor. NOTE: none of this has run on a
+//! Blackwell chip yet; CI compiles it for sm_100a and sm_120a.
 
 use crate::backend::LinearShape;
 use crate::backend::cuda::Cuda;

@@ -4,6 +4,16 @@
 //! reduction runs down the columns, so that every product reads both operands along the reduction
 //! dimension. A [`Quantization`] says what is made from what; the kernel's name, its launch and its
 //! one argument follow from that alone, here and on the processor (`emulator`).
+//!
+//! dy is read once for both of its forms, along rows for dgrad and transposed for wgrad: one tile
+//! in shared memory, one drawing of random bits, and the bias gradient's column sums on the way.
+//!
+//! The gradient behind GELU is never stored where both FP8 forms of it are made (groups of 64): the
+//! tile is computed from GELU's gradient and the layer's result as it is loaded. Nobody knows its
+//! amax then, so the scale is made from every 32nd row, with the room of 8 times that which
+//! rotating needs in any case. Should a block lie above it even so, a kernel behind does all once
+//! more with the scale that the highest one asks for; otherwise it ends at once. The host learns of
+//! neither, and the result depends on the gradient alone.
 
 pub(super) mod carrier;
 pub(super) mod fp8;

@@ -2,6 +2,10 @@
 //! the sums: they are scaled, get their bias and go to C.
 //!
 //! For each format there is one kernel for AVX-512, one for AVX2 and one in plain Rust.
+//!
+//! MXFP4 elements are doubled to integers, -12 .. 12, so that a block multiplies exactly in
+//! `vpdpbusd`. That instruction takes one operand without a sign: B is stored plus 12, and `sums`
+//! takes back what this adds.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
