@@ -26,11 +26,12 @@ fn main() {
     }
 }
 
-/// Puts `libmxfp4train.so.0` beside `libmxfp4train.so`, for that is the name that the loader asks for:
-/// without it, a program linked with cargo's own output does not start.
+/// Puts `libmxfp4train.so.0` beside `libmxfp4train.so`, for that is the name that the loader asks
+/// for: without it, a program linked with cargo's own output does not start.
 ///
-/// NOTE: this is outside of OUT_DIR, where a build script is to stay, but inside of the folder that cargo
-/// fills and cleans. Where the layout is another, nothing is made, and only `make install` has the name.
+/// NOTE: this is outside of OUT_DIR, where a build script is to stay, but inside of the folder that
+/// cargo fills and cleans. Where the layout is another, nothing is made, and only `make install`
+/// has the name.
 fn link_by_soname() {
     let Some(out) = std::env::var_os("OUT_DIR").map(PathBuf::from) else { return };
     // PROFILE/build/mxfp4train-HASH/out

@@ -1,8 +1,10 @@
-//! GEMMs and the packing of their operands, for the shapes of layers 384 and 768 wide, on every format.
+//! GEMMs and the packing of their operands, for the shapes of layers 384 and 768 wide, on every
+//! format.
 //!
 //! `cargo bench --bench gemm`. Packing is given in GB/s of f32 read; GEMMs in GFLOP/s with operands
-//! ready, beside the crate `gemm` in f32 (which packs in its call) and the machine's peak: bare loops of
-//! independent instructions, one a thread. Formats take turns, and every figure is a median.
+//! ready, beside the crate `gemm` in f32 (which packs in its call) and the machine's peak: bare
+//! loops of independent instructions, one a thread. Formats take turns, and every figure is a
+//! median.
 
 use std::time::Instant;
 
@@ -17,8 +19,8 @@ const TOKENS: usize = 2048;
 
 /// Memory as an engine's: large pages, and buffers that begin with a cache line.
 ///
-/// NOTE: a `Vec` of this size begins 16 bytes into one, so that every register of B is loaded from two:
-/// bf16 ran at 80% of its peak for 92%.
+/// NOTE: a `Vec` of this size begins 16 bytes into one, so that every register of B is loaded from
+/// two: bf16 ran at 80% of its peak for 92%.
 struct Memory {
     words: Buffer<u32>,
     scales: Buffer<f32>,

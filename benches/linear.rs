@@ -1,5 +1,5 @@
-//! The backward pass of linear layers, everything included: transform, rounding, packing, both GEMMs
-//! and the bias gradient. Formats take turns; figures are medians.
+//! The backward pass of linear layers, everything included: transform, rounding, packing, both
+//! GEMMs and the bias gradient. Formats take turns; figures are medians.
 //!
 //! `cargo bench --bench linear`
 

@@ -1,9 +1,9 @@
 //! Whole training steps: tokens a second for each recipe, in turn, medians.
 //!
-//! `cargo bench --bench train_step -- [MODEL] [RECIPE..]`; `MXT_BENCH_DEVICE` chooses the device ("cpu"
-//! for the models whose names begin with d, "cuda" for the others), `MXT_BENCH_STEPS` the steps whose
-//! median counts, `MXT_BENCH_RECOMPUTE` what is computed again, `MXT_BENCH_THREADS` and `MXT_CPU_ISA`
-//! threads and instruction set. The models are
+//! `cargo bench --bench train_step -- [MODEL] [RECIPE..]`; `MXT_BENCH_DEVICE` chooses the device
+//! ("cpu" for the models whose names begin with d, "cuda" for the others), `MXT_BENCH_STEPS` the
+//! steps whose median counts, `MXT_BENCH_RECOMPUTE` what is computed again, `MXT_BENCH_THREADS` and
+//! `MXT_CPU_ISA` threads and instruction set. The models are
 //!
 //! | name | layers x channels x heads | batch x sequence | vocabulary |
 //! | --- | --- | --- | --- |

@@ -1,5 +1,5 @@
-//! What the fuzz targets of the library do with their bytes. `tests/corpus.rs` runs the same functions
-//! over the committed corpus, without a fuzzer.
+//! What the fuzz targets of the library do with their bytes. `tests/corpus.rs` runs the same
+//! functions over the committed corpus, without a fuzzer.
 //!
 //! Nothing may panic, and what a reader accepts must be sound: the assertions say what that means.
 
@@ -46,8 +46,8 @@ pub(crate) fn megatron(data: &[u8]) {
     });
 }
 
-/// A dataset that opens can be counted, looked through and measured with, and what is no token of the
-/// model is an error of all of that.
+/// A dataset that opens can be counted, looked through and measured with, and what is no token of
+/// the model is an error of all of that.
 fn check_tokens(trainer: &mut Trainer, dataset: &Dataset, bytes: usize) {
     let count = dataset.token_count();
     assert!(count >= 1 && count <= bytes as u64);

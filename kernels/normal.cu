@@ -1,5 +1,5 @@
-// Normal random values by Box and Muller's method, bit for bit as src/formats/normal.rs makes them on a
-// CPU: every operation rounds once, to nearest, and the compiler may fuse none.
+// Normal random values by Box and Muller's method, bit for bit as src/formats/normal.rs makes them
+// on a CPU: every operation rounds once, to nearest, and the compiler may fuse none.
 
 // A number in [0, 1) with 24 random bits.
 __device__ __forceinline__ float unit(u32 word) {

@@ -1,8 +1,8 @@
 // Random signs and bits, as src/formats defines them: `Draws` of backend/cuda/quantize/random.rs.
 
-// Counter words of formats::Draw, and its key as every round adds it. Then 2^16, 2^8, 2^4, 2^2 and 0x80.
-// NOTE: the compiler makes shifts and sums of products with constants that it knows, for the pipe
-// that is the busiest in kernels that quantize, and two instructions of some that take one.
+// Counter words of formats::Draw, and its key as every round adds it. Then 2^16, 2^8, 2^4, 2^2 and
+// 0x80. NOTE: the compiler makes shifts and sums of products with constants that it knows, for the
+// pipe that is the busiest in kernels that quantize, and two instructions of some that take one.
 struct Draw {
   u32 word1, word2, word3, keys[10][2], shift16, shift8, shift4, shift2, half;
 };

@@ -67,7 +67,8 @@ const TOKENS: &str = "the tokens of a text";
 
 impl Model {
     /// Samples a continuation of `prompt`. `on_token` sees each token as it is drawn, and returns
-    /// whether to go on; a token of `stop_tokens` is the last. Once prompt and continuation exceed the context, the oldest tokens fall out.
+    /// whether to go on; a token of `stop_tokens` is the last. Once prompt and continuation exceed
+    /// the context, the oldest tokens fall out.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for an empty prompt or an option out of range,

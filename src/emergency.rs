@@ -2,22 +2,23 @@
 //!
 //! Rust ends the process where a small allocation fails that nobody asks about first: a message, a
 //! path, a list's node, the standard library's own. A host must survive that. So where the system
-//! refuses a small request, it is served from a reserve in the library's own memory, and the call goes
-//! on to the next large request, whose refusal is an error (`reserve.rs`).
+//! refuses a small request, it is served from a reserve in the library's own memory, and the call
+//! goes on to the next large request, whose refusal is an error (`reserve.rs`).
 //!
-//! The reserve is not drained step by step: once more than [`LOW`] of it is in use, whatever asks for
-//! memory by size is refused, and so is every call of the C API that comes in (`capi/guard.rs`), except
-//! those that give something back or allocate nothing. What is freed goes back to the reserve.
+//! The reserve is not drained step by step: once more than [`LOW`] of it is in use, whatever asks
+//! for memory by size is refused, and so is every call of the C API that comes in
+//! (`capi/guard.rs`), except those that give something back or allocate nothing. What is freed goes
+//! back to the reserve.
 //!
-//! What others' code allocates in large pieces without asking, a parser for example, does not fit into it.
-//! Whoever calls such code asks for as much first, and keeps it as a [`Spare`], which is given up where the
-//! system refuses anything on that thread.
+//! What others' code allocates in large pieces without asking, a parser for example, does not fit
+//! into it. Whoever calls such code asks for as much first, and keeps it as a [`Spare`], which is
+//! given up where the system refuses anything on that thread.
 //!
-//! It is a set of pools, each of slots of one size, with a bit for every slot. There is no lock, so no
-//! child of a fork inherits one that is held, and every thread is served.
+//! It is a set of pools, each of slots of one size, with a bit for every slot. There is no lock, so
+//! no child of a fork inherits one that is held, and every thread is served.
 //!
-//! NOTE: only with the feature `c-library`, which mxtrain asks for. A Rust program that uses the crate
-//! has its own allocator.
+//! NOTE: only with the feature `c-library`, which mxtrain asks for. A Rust program that uses the
+//! crate has its own allocator.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::{Cell, UnsafeCell};
@@ -125,8 +126,8 @@ thread_local! {
     static BLOCKS: Cell<*mut Block> = const { Cell::new(null_mut()) };
 }
 
-/// Blocks of all threads. A thread that has none does not look at its variables, which it might not have
-/// yet.
+/// Blocks of all threads. A thread that has none does not look at its variables, which it might not
+/// have yet.
 static BLOCK_COUNT: AtomicUsize = AtomicUsize::new(0);
 
 impl Spare {
@@ -153,8 +154,8 @@ impl Spare {
 
 impl Drop for Spare {
     fn drop(&mut self) {
-        // SAFETY: blocks of this thread's list live, and only this thread, which a `Spare` does not leave,
-        // reads and changes it.
+        // SAFETY: blocks of this thread's list live, and only this thread, which a `Spare` does not
+        // leave, reads and changes it.
         unsafe {
             let mut before: *mut Block = null_mut();
             let mut block = BLOCKS.get();
@@ -225,8 +226,8 @@ fn from_system(ask: impl Fn() -> *mut u8) -> *mut u8 {
     }
 }
 
-// SAFETY: memory is the system's or a slot that nobody else has; slots are as large as asked for, and
-// aligned, for pools begin at a page and a slot's size is a power of two.
+// SAFETY: memory is the system's or a slot that nobody else has; slots are as large as asked for,
+// and aligned, for pools begin at a page and a slot's size is a power of two.
 unsafe impl GlobalAlloc for Emergency {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: passed on.
@@ -263,8 +264,8 @@ unsafe impl GlobalAlloc for Emergency {
             if !moved.is_null() {
                 return moved;
             }
-            // A block that only is to be smaller is good as it is: the system asks for no size when it is
-            // freed.
+            // A block that only is to be smaller is good as it is: the system asks for no size when
+            // it is freed.
             if size <= layout.size() {
                 return pointer;
             }

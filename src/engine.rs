@@ -33,7 +33,8 @@ pub struct EngineOptions {
     /// `"cpu"`, `"cuda"` or `"cuda:0"` for the first GPU, `"cuda:1"` for the second and so on, or
     /// `"auto"` for the first GPU where there is one that works.
     pub device: String,
-    /// Worker threads on the CPU; 0 takes one for each core that the process may use. A GPU takes none.
+    /// Worker threads on the CPU; 0 takes one for each core that the process may use. A GPU takes
+    /// none.
     pub threads: usize,
     /// Seed of everything random: initial weights, data order, rounding, transforms.
     pub seed: u64,
@@ -77,10 +78,10 @@ impl Engine {
     /// met for the first time (some seconds).
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] and [`Error::Unsupported`] for threads that the system does not start;
-    /// [`Error::Unsupported`] for a device that is not there, [`Error::InvalidArgument`] for one
-    /// that does not exist, for a stream that is not the device's, or for more than 1,024 threads,
-    /// [`Error::Device`] for a GPU that fails.
+    /// [`Error::OutOfMemory`] and [`Error::Unsupported`] for threads that the system does not
+    /// start; [`Error::Unsupported`] for a device that is not there, [`Error::InvalidArgument`] for
+    /// one that does not exist, for a stream that is not the device's, or for more than 1,024
+    /// threads, [`Error::Device`] for a GPU that fails.
     pub fn new(options: EngineOptions) -> Result<Self> {
         let cpu = || -> Result<_> {
             Ok(("cpu".to_owned(), Device::Cpu(Arc::new(Cpu::new(options.threads)?))))
@@ -171,8 +172,8 @@ impl Engine {
         &self.0.device
     }
 
-    /// Bytes from `address` to the end of its allocation, if that is memory of a GPU that this engine
-    /// works on.
+    /// Bytes from `address` to the end of its allocation, if that is memory of a GPU that this
+    /// engine works on.
     pub(crate) fn room_on_gpu(&self, address: *const c_void) -> Option<usize> {
         match self.backend() {
             Device::Cpu(_) => None,
@@ -203,7 +204,8 @@ impl Engine {
     }
 
     /// The memory of the device, which for the CPU is what the machine and the process's control
-    /// groups give; [`EngineOptions::memory_limit`] narrows it. `None` where the system does not say.
+    /// groups give; [`EngineOptions::memory_limit`] narrows it. `None` where the system does not
+    /// say.
     pub fn memory_room(&self) -> Option<MemoryRoom> {
         let mut room = match self.backend() {
             Device::Cpu(_) => MemoryRoom::of_host(Path::new("/"))?,
@@ -225,8 +227,8 @@ impl Engine {
         Some(room)
     }
 
-    /// An error if `bytes` in all, of which `fresh` are still to be allocated, can never be had, above
-    /// all because of the memory limit; a warning to the log if they cannot be had now.
+    /// An error if `bytes` in all, of which `fresh` are still to be allocated, can never be had,
+    /// above all because of the memory limit; a warning to the log if they cannot be had now.
     pub(crate) fn check_memory(&self, what: &'static str, bytes: u64, fresh: u64) -> Result<()> {
         match self.memory_limit() {
             limit if limit > 0 && bytes > limit => {

@@ -1,16 +1,16 @@
 //! mxfp4train trains GPT models with the backward pass in MXFP4, inside any program.
 //!
-//! The backward GEMMs of every block run in a 4-bit format, made near-lossless by stochastic rounding
-//! and the random Hadamard transform ("Training LLMs with MXFP4", arXiv 2502.20586). The library is
-//! self-contained: no framework, no global state, no output but what the host asks for. C programs use
-//! it through `include/mxfp4train.h` ([`capi`]); this is the same engine for Rust.
+//! The backward GEMMs of every block run in a 4-bit format, made near-lossless by stochastic
+//! rounding and the random Hadamard transform ("Training LLMs with MXFP4", arXiv 2502.20586). The
+//! library is self-contained: no framework, no global state, no output but what the host asks for.
+//! C programs use it through `include/mxfp4train.h` ([`capi`]); this is the same engine for Rust.
 //!
 //! # A tour
 //!
 //! An [`Engine`] is a device with its threads and its seed. A [`Model`] is a GPT-2 of some
 //! [`ModelConfig`], new or loaded from a Hugging Face `gpt2` folder. A [`Dataset`] is a set of
-//! memory-mapped token files. A [`Trainer`] takes optimizer steps, evaluates, saves and resumes; its
-//! [`Recipe`] says which number format each GEMM uses.
+//! memory-mapped token files. A [`Trainer`] takes optimizer steps, evaluates, saves and resumes;
+//! its [`Recipe`] says which number format each GEMM uses.
 //!
 //! ```
 //! use mxfp4train::{Dataset, Engine, EngineOptions, Model, ModelConfig, Trainer, TrainerOptions};
@@ -44,18 +44,18 @@
 //! # Determinism
 //!
 //! One seed gives one run, bit for bit, on any number of threads; a run that is saved and resumed
-//! goes on bit for bit as if it had not stopped. Instruction sets (portable, AVX2, AVX-512, AMX) and
-//! kinds of GPU differ in the last bits of sums; the environment variable `MXT_CPU_ISA` names a set that
-//! machines of different kinds have in common ([`backend::cpu::Isa`]).
+//! goes on bit for bit as if it had not stopped. Instruction sets (portable, AVX2, AVX-512, AMX)
+//! and kinds of GPU differ in the last bits of sums; the environment variable `MXT_CPU_ISA` names a
+//! set that machines of different kinds have in common ([`backend::cpu::Isa`]).
 //!
 //! # Platforms
 //!
 //! Linux on x86-64 is what this is made for, tested on, and where it is fast. Other 64-bit,
-//! little-endian Unix systems get the portable kernels, on which nothing has run yet. Windows is refused
-//! by the compiler.
+//! little-endian Unix systems get the portable kernels, on which nothing has run yet. Windows is
+//! refused by the compiler.
 
-// Locks, atomic renames and signal masks are those of Unix, addresses in the C API have 64 bits, and
-// token files and checkpoints are mapped as they lie on disk.
+// Locks, atomic renames and signal masks are those of Unix, addresses in the C API have 64 bits,
+// and token files and checkpoints are mapped as they lie on disk.
 #[cfg(not(unix))]
 compile_error!(
     "mxfp4train needs a Unix system: it is made for Linux. On Windows, build it in WSL 2"

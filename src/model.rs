@@ -24,8 +24,8 @@ pub struct ModelFiles {
 
 /// A GPT on an engine's device. Cheap to clone: clones are the same model.
 ///
-/// Calls that only read may run at once on several threads; those that write wait for them and for each
-/// other. A trainer holds the model for one step at a time.
+/// Calls that only read may run at once on several threads; those that write wait for them and for
+/// each other. A trainer holds the model for one step at a time.
 #[derive(Clone)]
 pub struct Model(Arc<Inner>);
 
@@ -49,8 +49,8 @@ pub(crate) struct OnDevice<B: Backend> {
 /// What training changes of a model.
 pub(crate) struct Weights<B: Backend> {
     pub(crate) all: B::Weights,
-    /// An upper bound of their magnitudes, infinite where none is known: several trainers and the host
-    /// may write them in turn.
+    /// An upper bound of their magnitudes, infinite where none is known: several trainers and the
+    /// host may write them in turn.
     pub(crate) largest: f64,
 }
 
@@ -108,9 +108,10 @@ impl Model {
         Checkpoint::open(dir).is_ok()
     }
 
-    /// The folder that the checkpoint `dir` is in: `dir`, or the one beside it that a killed save of an
-    /// earlier version has left there, on a file system that cannot exchange two folders. Loading and
-    /// saving look there of themselves; this is for a program that has files of its own in the folder.
+    /// The folder that the checkpoint `dir` is in: `dir`, or the one beside it that a killed save
+    /// of an earlier version has left there, on a file system that cannot exchange two folders.
+    /// Loading and saving look there of themselves; this is for a program that has files of its own
+    /// in the folder.
     pub fn folder_of(dir: &Path) -> PathBuf {
         checkpoint::existing(dir)
     }
@@ -123,13 +124,13 @@ impl Model {
         checkpoint::put_back(dir)
     }
 
-    /// Saves weights and configuration as a Hugging Face `gpt2` folder, atomically. Whatever else is in
-    /// the folder stays. The configuration of a model that was loaded is the one that it was loaded
-    /// with: keys that this library does not use, such as special tokens, stay.
+    /// Saves weights and configuration as a Hugging Face `gpt2` folder, atomically. Whatever else
+    /// is in the folder stays. The configuration of a model that was loaded is the one that it was
+    /// loaded with: keys that this library does not use, such as special tokens, stay.
     ///
     /// # Errors
-    /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its flushing
-    /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
+    /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its
+    /// flushing failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&self, dir: &Path) -> Result<()> {
         on_device!(self.on_device(), on => {
             let weights = on.read()?;
@@ -299,7 +300,8 @@ impl<B: Backend> OnDevice<B> {
         self.export(tensors, |slot, out: &mut [f32]| self.backend.read_f32(flat, slot.start, out))
     }
 
-    /// Values that belong to the parameters, as a checkpoint holds them; `read` gets them in our order.
+    /// Values that belong to the parameters, as a checkpoint holds them; `read` gets them in our
+    /// order.
     fn export<'a, F: Fn(Slot, &mut [f32]) -> Result<()>>(
         &'a self,
         tensors: &'a [TensorInfo],

@@ -1,8 +1,9 @@
 //! Memory whose size comes from outside, in vectors.
 //!
-//! NOTE: a vector that cannot grow ends the process, a host's as well as ours. So what depends on the
-//! size of a model, a batch or a file asks first, and a refusal is an error. So it is, too, as long as
-//! the reserve of the C library is in use (`emergency.rs`): many small pieces would empty it.
+//! NOTE: a vector that cannot grow ends the process, a host's as well as ours. So what depends on
+//! the size of a model, a batch or a file asks first, and a refusal is an error. So it is, too, as
+//! long as the reserve of the C library is in use (`emergency.rs`): many small pieces would empty
+//! it.
 
 use std::fmt::{self, Write};
 
@@ -17,8 +18,9 @@ pub(crate) fn is_short() -> bool {
     false
 }
 
-/// Memory that is kept for code of others which allocates without asking, and ends the process where there is
-/// none. In Rust programs, which have an allocator of their own, it is asked for and given back.
+/// Memory that is kept for code of others which allocates without asking, and ends the process
+/// where there is none. In Rust programs, which have an allocator of their own, it is asked for and
+/// given back.
 #[derive(Debug)]
 pub(crate) struct Spare {
     #[cfg(feature = "c-library")]

@@ -1,11 +1,11 @@
 //! How much memory there is: the machine's, the limits of the process's control groups, a GPU's.
 //!
-//! NOTE: Linux hands out addresses freely and ends a process when it touches more than there is, so a
-//! plan that cannot fit has to be refused before the allocation. What can never fit is an error; what
-//! does not fit at the moment is a warning, as other programs may end.
+//! NOTE: Linux hands out addresses freely and ends a process when it touches more than there is, so
+//! a plan that cannot fit has to be refused before the allocation. What can never fit is an error;
+//! what does not fit at the moment is a warning, as other programs may end.
 //!
-//! A limit of version 2 is `memory.max` of the group and of every group above it, plus the swap that
-//! the group may use; of version 1, `memory.limit_in_bytes` likewise.
+//! A limit of version 2 is `memory.max` of the group and of every group above it, plus the swap
+//! that the group may use; of version 1, `memory.limit_in_bytes` likewise.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -142,8 +142,8 @@ struct Group {
 /// The process's groups and all above them.
 ///
 /// In a container the names of /proc/self/cgroup may be those of the host, of which nothing is
-/// mounted but the container's own group, in the place of the top. So folders that are not there are
-/// passed over, and the top is looked at, too.
+/// mounted but the container's own group, in the place of the top. So folders that are not there
+/// are passed over, and the top is looked at, too.
 fn groups(root: &Path) -> Vec<Group> {
     let text = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     let mut groups = Vec::new();

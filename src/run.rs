@@ -1,5 +1,5 @@
-//! A run as data: the options that it was made with, and its place. What a checkpoint holds of a trainer
-//! besides tensors.
+//! A run as data: the options that it was made with, and its place. What a checkpoint holds of a
+//! trainer besides tensors.
 
 use crate::gpt::{ModelConfig, Recompute};
 use crate::optim::{Optimizer, Schedule};
@@ -25,8 +25,8 @@ pub struct TrainerOptions {
     pub schedule: Schedule,
 }
 
-/// What is due after which steps of a run, counted from step 0; 0 is never. A loop over steps, ours or a
-/// host's, asks here.
+/// What is due after which steps of a run, counted from step 0; 0 is never. A loop over steps, ours
+/// or a host's, asks here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cadence {
     /// Evaluations.

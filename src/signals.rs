@@ -1,5 +1,5 @@
-//! Threads of ours are guests: the host's signal handlers do not run on them, and what the library writes
-//! sends the host no signal.
+//! Threads of ours are guests: the host's signal handlers do not run on them, and what the library
+//! writes sends the host no signal.
 
 use std::mem::MaybeUninit;
 
@@ -29,8 +29,9 @@ pub(crate) fn signals_blocked<R>(start: impl FnOnce() -> R) -> R {
     start()
 }
 
-/// Runs `write`, which writes files on this thread. A write beyond the limit of a file's size (`ulimit
-/// -f`) is an error then, EFBIG; the signal that the system sends with it, SIGXFSZ, would end the process.
+/// Runs `write`, which writes files on this thread. A write beyond the limit of a file's size
+/// (`ulimit -f`) is an error then, EFBIG; the signal that the system sends with it, SIGXFSZ, would
+/// end the process.
 pub(crate) fn file_limit_is_an_error<R>(write: impl FnOnce() -> R) -> R {
     /// Takes the signal back, before the mask is the host's again.
     struct Take(libc::sigset_t);
@@ -80,7 +81,8 @@ fn is_pending(signal: libc::c_int) -> bool {
 /// Blocks signals on this thread, until the result is dropped.
 fn block(signals: &libc::sigset_t) -> Restore {
     let mut before = MaybeUninit::uninit();
-    // SAFETY: the set is whole; pthread_sigmask fills `before`, and the mask is the calling thread's own.
+    // SAFETY: the set is whole; pthread_sigmask fills `before`, and the mask is the calling
+    // thread's own.
     unsafe {
         libc::pthread_sigmask(libc::SIG_BLOCK, signals, before.as_mut_ptr());
         Restore(before.assume_init())

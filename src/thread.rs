@@ -1,10 +1,10 @@
 //! A thread whose start can fail.
 //!
-//! NOTE: not `std::thread`, which keeps what it knows of a thread in memory of the system's allocator,
-//! past that of the program, and ends the process where there is none.
+//! NOTE: not `std::thread`, which keeps what it knows of a thread in memory of the system's
+//! allocator, past that of the program, and ends the process where there is none.
 //!
-//! So does glibc where a thread's variable has a destructor. A new thread therefore sees to that first,
-//! and says whether there is memory for it.
+//! So does glibc where a thread's variable has a destructor. A new thread therefore sees to that
+//! first, and says whether there is memory for it.
 
 use std::cell::Cell;
 use std::ffi::{CString, c_void};
@@ -135,7 +135,8 @@ impl Answer {
 
 /// Whether there is memory for what this thread keeps until its end. Then it keeps it already.
 ///
-/// It is the variable of rayon's queues, for whose destructor glibc ends the process if it gets no memory.
+/// It is the variable of rayon's queues, for whose destructor glibc ends the process if it gets no
+/// memory.
 fn has_memory() -> bool {
     /// More than what the C library keeps in a thread's cache, which it does not look at here.
     const ENOUGH: usize = 8192;

@@ -7,8 +7,8 @@
 //! - an addition (a function, an enum value, a field at the end of a struct): programs that were
 //!   compiled before still run. `MXT_BLESS=1 cargo test --test abi` writes the files anew.
 //! - anything else (removed or renamed, moved, resized, another value): programs that were compiled
-//!   before break. Raise `MXT_ABI_VERSION` in src/capi/version.rs and `ABI` in build.rs, which is the
-//!   SONAME, then write the files anew.
+//!   before break. Raise `MXT_ABI_VERSION` in src/capi/version.rs and `ABI` in build.rs, which is
+//!   the SONAME, then write the files anew.
 //!
 //! The test tells the two apart and does not bless a break under the old number.
 

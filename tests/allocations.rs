@@ -1,5 +1,5 @@
-//! A step allocates nothing: everything is planned and allocated when the trainer is made. Counted where
-//! the allocator asks the system, on all threads.
+//! A step allocates nothing: everything is planned and allocated when the trainer is made. Counted
+//! where the allocator asks the system, on all threads.
 
 // The functions behind malloc have names in glibc only.
 #![cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -14,8 +14,8 @@ use mxfp4train::{
 
 static CALLS: AtomicU64 = AtomicU64::new(0);
 
-/// The system's functions in place of those of libc. NOTE: not a global allocator, which the crate has
-/// itself in a build of the whole workspace, and of which a program has one.
+/// The system's functions in place of those of libc. NOTE: not a global allocator, which the crate
+/// has itself in a build of the whole workspace, and of which a program has one.
 mod counting {
     use super::*;
 

@@ -83,8 +83,8 @@ fn arguments_that_change() {
     run("races.c", Link::Shared);
 }
 
-/// A host that runs under ThreadSanitizer with the suppressions that are installed hears nothing of the
-/// library, and still of its own races.
+/// A host that runs under ThreadSanitizer with the suppressions that are installed hears nothing of
+/// the library, and still of its own races.
 #[test]
 fn thread_sanitizer_finds_the_hosts_races_only() {
     const RACE: &str = r#"

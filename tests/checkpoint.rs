@@ -1,5 +1,5 @@
-//! Checkpoints of real models through the public interface: what `transformers` reads, what a damaged
-//! folder says, and what the other calls answer to bad input.
+//! Checkpoints of real models through the public interface: what `transformers` reads, what a
+//! damaged folder says, and what the other calls answer to bad input.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -51,8 +51,8 @@ fn tensors(path: &Path) -> BTreeMap<String, (String, Vec<usize>, Vec<u8>)> {
         .collect()
 }
 
-/// A folder that transformers wrote, loaded and saved by us, holds the same names, types, shapes and
-/// bytes, and every key of its configuration that makes the model.
+/// A folder that transformers wrote, loaded and saved by us, holds the same names, types, shapes
+/// and bytes, and every key of its configuration that makes the model.
 #[test]
 fn saved_folders_are_those_of_transformers() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! The C++ classes: the programs of `tests/cpp`, compiled by every compiler and standard that a host
-//! may use, run with an empty folder, and run again under sanitizers and valgrind.
+//! The C++ classes: the programs of `tests/cpp`, compiled by every compiler and standard that a
+//! host may use, run with an empty folder, and run again under sanitizers and valgrind.
 //!
 //! A program must succeed and, because the library is silent, write nothing.
 

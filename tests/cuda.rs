@@ -27,8 +27,8 @@ fn engine(device: &str) -> mxfp4train::Result<Engine> {
     Engine::new(EngineOptions { device: device.into(), ..EngineOptions::default() })
 }
 
-/// Prose, as bytes: what this project's documents said one day. NOTE: not what they say now, for bounds
-/// of these tests were measured with it, and documents may change without a look at a GPU.
+/// Prose, as bytes: what this project's documents said one day. NOTE: not what they say now, for
+/// bounds of these tests were measured with it, and documents may change without a look at a GPU.
 fn text() -> Dataset {
     let bytes = std::fs::read("tests/text/prose.txt").unwrap();
     Dataset::from_tokens(bytes.into_iter().map(u32::from).collect()).unwrap()
@@ -49,7 +49,8 @@ fn options(recipe: &str) -> TrainerOptions {
     TrainerOptions {
         batch_size: 8,
         recipe: recipe.parse().unwrap(),
-        // Without a warm-up, the first updates are chaotic, and no two number formats agree on them.
+        // Without a warm-up, the first updates are chaotic, and no two number formats agree on
+        // them.
         schedule: Schedule { lr: 3e-4, warmup_steps: 50, ..Schedule::default() },
         ..TrainerOptions::default()
     }
@@ -185,8 +186,8 @@ fn recomputing_changes_no_bit() {
     assert!(results[1..].iter().all(|losses| *losses == results[0]), "{results:?}");
 }
 
-/// Two steps, of which the second is recorded, of a model so small that a sanitizer gets through with it;
-/// no tile divides its sequences.
+/// Two steps, of which the second is recorded, of a model so small that a sanitizer gets through
+/// with it; no tile divides its sequences.
 #[test]
 fn every_recipe_takes_two_steps() {
     let Some(engine) = gpu() else { return };
@@ -213,8 +214,8 @@ fn every_recipe_takes_two_steps() {
     }
 }
 
-/// Trainers of one engine work at the same time, each as if it were alone: while one records its step,
-/// the other meets products for the first time.
+/// Trainers of one engine work at the same time, each as if it were alone: while one records its
+/// step, the other meets products for the first time.
 #[test]
 fn trainers_of_one_engine_do_not_disturb_each_other() {
     let Some(engine) = gpu() else { return };

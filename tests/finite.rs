@@ -135,7 +135,8 @@ fn weights_at_the_ends_of_their_range() {
     }
 }
 
-/// Positions beyond the sequence have no gradient: a weight that nothing moves divides 0 by epsilon.
+/// Positions beyond the sequence have no gradient: a weight that nothing moves divides 0 by
+/// epsilon.
 #[test]
 fn the_smallest_epsilons() {
     let (engine, data) = (engine(), dataset());

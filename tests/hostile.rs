@@ -11,8 +11,8 @@ use common::{
     Link, SANITIZE, compile, has_program, has_tool, library, root, run, run_with, succeed, valgrind,
 };
 
-/// Programs that load the library by themselves, need a library that is built with faults, or leave no
-/// room for a tool's own memory.
+/// Programs that load the library by themselves, need a library that is built with faults, or leave
+/// no room for a tool's own memory.
 const SPECIAL: [&str; 5] = ["load.c", "faults.c", "exhausted.c", "address_space.c", "stack.c"];
 
 #[test]
@@ -44,7 +44,8 @@ fn memory_that_is_not_there() {
     run("memory.c", Link::Shared);
 }
 
-/// Every allocation and every mapping of every call fails; only some of them here, for there are thousands.
+/// Every allocation and every mapping of every call fails; only some of them here, for there are
+/// thousands.
 #[test]
 fn memory_that_runs_out_inside_a_call() {
     run_with("exhausted.c", Link::Shared, &["-DSTRIDE=17"], &[]);
@@ -60,8 +61,8 @@ fn callers_with_small_stacks() {
     run_with("stack.c", Link::Shared, &["-pthread"], &[]);
 }
 
-/// The allocator with a reserve is in the C library that users get, but not in the crate as others use
-/// it: there, no package but mxtrain asks for it.
+/// The allocator with a reserve is in the C library that users get, but not in the crate as others
+/// use it: there, no package but mxtrain asks for it.
 #[test]
 fn only_the_c_library_has_an_allocator() {
     let symbols = succeed(Command::new("nm").args(["-C"]).arg(library("so")));

@@ -1,8 +1,9 @@
-//! Imports run one way. Every room of the library stands in the list below; a file may use what stands in
-//! its own room or further down, never what stands above it, so no circle ever leaves a room.
+//! Imports run one way. Every room of the library stands in the list below; a file may use what
+//! stands in its own room or further down, never what stands above it, so no circle ever leaves a
+//! room.
 //!
-//! Read from the sources: `use` declarations and paths that begin with `crate` or `super`. What only tests
-//! see may look anywhere.
+//! Read from the sources: `use` declarations and paths that begin with `crate` or `super`. What
+//! only tests see may look anywhere.
 
 use std::collections::HashMap;
 use std::fs;

@@ -1,7 +1,7 @@
 //! The Julia package, run and checked. Its tests and the programs of `examples/julia` run on Julia
-//! with the library that cargo built; `dev/julia.sh` gets one where there is none. And it is compared
-//! with the header by `dev/check_julia.py`: it parses, binds every function with its types, has every
-//! struct's layout, and is the one that the header makes.
+//! with the library that cargo built; `dev/julia.sh` gets one where there is none. And it is
+//! compared with the header by `dev/check_julia.py`: it parses, binds every function with its
+//! types, has every struct's layout, and is the one that the header makes.
 
 mod common;
 
@@ -24,7 +24,8 @@ fn the_package_runs_optimized_most() {
     runs("-O3");
 }
 
-/// Runs all of it at a level of the optimizer, in one process: most of the time is Julia's compiler's.
+/// Runs all of it at a level of the optimizer, in one process: most of the time is Julia's
+/// compiler's.
 fn runs(level: &str) {
     let Some(julia) = julia() else { return };
     let programs = ["bindings/julia/test/runtests.jl", TEN_LINES, "examples/julia/train.jl"];

@@ -1,5 +1,5 @@
-//! What the numbers of MXFP4 training promise: unbiased products, a variance that the transform tames,
-//! and whole-model gradients that converge to the exact ones.
+//! What the numbers of MXFP4 training promise: unbiased products, a variance that the transform
+//! tames, and whole-model gradients that converge to the exact ones.
 
 use mxfp4train::formats::{
     Draw, GemmId, Mxfp4Matrix, Operand, OperandId, Purpose, Random, Range, Rounding, Source,
@@ -166,8 +166,8 @@ fn seed_zero_rounds_stochastically() {
 }
 
 /// The paper's Figure 2 in kind: the variance of the unbiased product on inputs with outliers, by
-/// reduction length. With the transform it is lower and grows more slowly, the more so the heavier the
-/// outliers are.
+/// reduction length. With the transform it is lower and grows more slowly, the more so the heavier
+/// the outliers are.
 #[test]
 fn the_transform_tames_the_variance() {
     const SEEDS: u64 = 64;
@@ -206,8 +206,8 @@ fn the_transform_tames_the_variance() {
     }
 }
 
-/// The mean over n draws of the default recipe's gradient approaches the gradient of its bf16 forward
-/// pass as 1 / sqrt(n): the rounding is unbiased through all layers.
+/// The mean over n draws of the default recipe's gradient approaches the gradient of its bf16
+/// forward pass as 1 / sqrt(n): the rounding is unbiased through all layers.
 #[test]
 fn whole_model_gradients_converge() {
     let engine = Engine::new(EngineOptions { threads: 2, ..EngineOptions::default() }).unwrap();

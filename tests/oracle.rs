@@ -1,5 +1,6 @@
-//! Compares with PyTorch and transformers in f32, and with microxcaling: see tests/oracle/README.md.
-//! `MXT_ORACLE` and `MXT_MX_ORACLE` name another model folder and another MXFP4 file of the same form.
+//! Compares with PyTorch and transformers in f32, and with microxcaling: see
+//! tests/oracle/README.md. `MXT_ORACLE` and `MXT_MX_ORACLE` name another model folder and another
+//! MXFP4 file of the same form.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -183,10 +184,11 @@ fn check_model(folder: PathBuf) {
 
 /// Elements that three AdamW steps determine: those whose gradient is more than rounding noise.
 ///
-/// AdamW divides a gradient by its own size, noise too. The bias of the keys shows it: attention does
-/// not depend on it (it adds the same to all scores of a query), so its exact gradient is 0, and the
-/// oracle's own values moved by up to 8e-5 from gradients of 3e-9. Elsewhere a rare element happens to
-/// have a gradient near 0: a few in 100,000 lie below the threshold, 20 times the gradients' error.
+/// AdamW divides a gradient by its own size, noise too. The bias of the keys shows it: attention
+/// does not depend on it (it adds the same to all scores of a query), so its exact gradient is 0,
+/// and the oracle's own values moved by up to 8e-5 from gradients of 3e-9. Elsewhere a rare element
+/// happens to have a gradient near 0: a few in 100,000 lie below the threshold, 20 times the
+/// gradients' error.
 fn determined(name: &str, gradient: &[f64]) -> Vec<usize> {
     let n = gradient.len();
     let keys = if name.ends_with("attn.c_attn.bias") { n / 3..2 * n / 3 } else { 0..0 };

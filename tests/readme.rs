@@ -1,9 +1,9 @@
-//! The programs that README.md shows are files of `examples`, word for word, and the commands that it
-//! shows for C and C++, run one after the other as they stand, end with trained models.
+//! The programs that README.md shows are files of `examples`, word for word, and the commands that
+//! it shows for C and C++, run one after the other as they stand, end with trained models.
 //! `tests/julia.rs` runs the program of Julia.
 //!
-//! A block belongs to a file when its first line is a comment with nothing but the file's path, such
-//! as `// examples/cpp/ten_lines.cpp`. Commands are the indented blocks of a section.
+//! A block belongs to a file when its first line is a comment with nothing but the file's path,
+//! such as `// examples/cpp/ten_lines.cpp`. Commands are the indented blocks of a section.
 
 mod common;
 

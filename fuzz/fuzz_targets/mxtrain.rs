@@ -1,5 +1,5 @@
-//! What `mxtrain` reads: its options file (TOML), `meta.json`, `mxtrain.json`, text, tokens, and what
-//! `prepare` takes: JSON, Parquet, gzip, zstd.
+//! What `mxtrain` reads: its options file (TOML), `meta.json`, `mxtrain.json`, text, tokens, and
+//! what `prepare` takes: JSON, Parquet, gzip, zstd.
 //!
 //! The program is no library, so its sources are compiled in here. The first byte picks the reader.
 #![no_main]

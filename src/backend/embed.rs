@@ -32,8 +32,8 @@ pub trait Embed: Memory {
         wpe: Self::Param<'_>,
         shape: EmbeddingShape,
     );
-    /// Adds dout (B T, C) to the rows of dwte and dwpe that the forward pass read. `tokens` are those of
-    /// the last [`Memory::write_tokens`].
+    /// Adds dout (B T, C) to the rows of dwte and dwpe that the forward pass read. `tokens` are
+    /// those of the last [`Memory::write_tokens`].
     fn embedding_backward(
         &self,
         gradients: EmbeddingGradients<'_, Self>,

@@ -1,8 +1,9 @@
 //! Memory of a device: an arena, buffers that are cut from it, copies to and from the host.
 //!
-//! All parameters of a model lie in one flat buffer, and so do their gradients and whatever an optimizer
-//! keeps of each element: a [`Slot`] says where in all of them one parameter is. So a step can look at
-//! everything at once, and ranks can exchange ranges that end where no tensor does.
+//! All parameters of a model lie in one flat buffer, and so do their gradients and whatever an
+//! optimizer keeps of each element: a [`Slot`] says where in all of them one parameter is. So a
+//! step can look at everything at once, and ranks can exchange ranges that end where no tensor
+//! does.
 
 use super::{Precision, WorkspaceShape};
 use crate::Result;
@@ -50,8 +51,8 @@ pub trait Memory: Send + Sync + Sized + 'static {
     /// What slots start at multiples of, in elements.
     const ALIGN: usize;
 
-    /// An arena of `bytes` bytes, or for `None` one that only measures: it hands out buffers that must
-    /// not be used and counts their bytes.
+    /// An arena of `bytes` bytes, or for `None` one that only measures: it hands out buffers that
+    /// must not be used and counts their bytes.
     fn arena(&self, bytes: Option<usize>) -> Result<Self::Arena>;
     /// Bytes that an arena has handed out.
     fn arena_used(&self, arena: &Self::Arena) -> usize;
@@ -61,8 +62,8 @@ pub trait Memory: Send + Sync + Sized + 'static {
     fn f32(&self, arena: &mut Self::Arena, len: usize) -> Self::F32;
     /// `count` zeroed parameters of `len` elements in all, between slots included.
     fn weights(&self, arena: &mut Self::Arena, len: usize, count: usize) -> Self::Weights;
-    /// A buffer of `len` tokens, whose embeddings get gradients or never will; an error where the host
-    /// lacks memory for it.
+    /// A buffer of `len` tokens, whose embeddings get gradients or never will; an error where the
+    /// host lacks memory for it.
     fn tokens(
         &self,
         arena: &mut Self::Arena,
@@ -85,13 +86,13 @@ pub trait Memory: Send + Sync + Sized + 'static {
     fn write_tokens(&self, to: &mut Self::Tokens, len: usize, fill: impl FnOnce(&mut [u32]));
     /// Copies f32 values to the device, from element `at` of the buffer on.
     fn write_f32(&self, to: &mut Self::F32, at: usize, from: &[f32]) -> Result<()>;
-    /// Copies f32 values to the host, from element `at` of the buffer on, after all that was asked for
-    /// before.
+    /// Copies f32 values to the host, from element `at` of the buffer on, after all that was asked
+    /// for before.
     fn read_f32(&self, from: &Self::F32, at: usize, to: &mut [f32]) -> Result<()>;
     /// Overwrites a parameter with as many values.
     fn write_param(&self, to: &mut Self::Weights, slot: Slot, from: &[f32]) -> Result<()>;
-    /// Overwrites a parameter with normal values of a standard deviation, `formats::fill_normal`'s from row 0
-    /// on, bit for bit.
+    /// Overwrites a parameter with normal values of a standard deviation, `formats::fill_normal`'s
+    /// from row 0 on, bit for bit.
     fn draw_param(&self, to: &mut Self::Weights, slot: Slot, std: f32, draw: &Draw) -> Result<()>;
     /// Copies the master values of a parameter to the host.
     fn read_param(&self, from: &Self::Weights, slot: Slot, to: &mut [f32]) -> Result<()>;

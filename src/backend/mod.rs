@@ -5,13 +5,13 @@
 //! says "adds to", it overwrites its outputs. Gradients of parameters are added to with
 //! `accumulate`, which a step's first micro-step is without, so that nothing clears them.
 //!
-//! Model code is written once over [`Backend`]; an implementation keeps its buffers in the precision
-//! that suits the device. Every operation has a plain scalar twin, which the tests of each backend
-//! compare it with. Which device it is is asked once, at the top (see [`Device`]); below that a buffer of
-//! one device does not even compile where another's is wanted.
+//! Model code is written once over [`Backend`]; an implementation keeps its buffers in the
+//! precision that suits the device. Every operation has a plain scalar twin, which the tests of
+//! each backend compare it with. Which device it is is asked once, at the top (see [`Device`]);
+//! below that a buffer of one device does not even compile where another's is wanted.
 //!
-//! Operations return nothing: a device may run them later than the call. What went wrong on it shows
-//! at the next call that reads from it, as an error.
+//! Operations return nothing: a device may run them later than the call. What went wrong on it
+//! shows at the next call that reads from it, as an error.
 
 mod attend;
 #[cfg(test)]
@@ -43,8 +43,8 @@ pub use stream::CudaStream;
 use crate::Result;
 use crate::formats::{Element, Gemm, LinearRecipe};
 
-/// Something that each device has a type of its own for: engines, models, trainers and decoders hold one,
-/// and [`on_device`] calls what is generic over [`Backend`] below it.
+/// Something that each device has a type of its own for: engines, models, trainers and decoders
+/// hold one, and [`on_device`] calls what is generic over [`Backend`] below it.
 pub(crate) enum Device<C, G> {
     /// Every processor.
     Cpu(C),
@@ -124,8 +124,8 @@ impl WorkspaceShape<'_> {
     }
 }
 
-/// All that the operations of a micro-step depend on, besides random numbers: it drives the pass, and is the
-/// key that a device records the pass under.
+/// All that the operations of a micro-step depend on, besides random numbers: it drives the pass,
+/// and is the key that a device records the pass under.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepPlan {
     /// Whether gradients are added to those of the micro-steps before.
@@ -151,9 +151,10 @@ pub trait Backend: Memory + Embed + Norm + Linear + Attend + Head + Optimize {
 
     /// No recordings yet.
     fn recordings(&self) -> Self::Recordings;
-    /// Does `operations`, which are the same on the same buffers wherever `plan` is the same, but for
-    /// random numbers, drawn for `place`: optimizer step and micro-step. A device may record them and do
-    /// them from then on without calling `operations`, which is called twice where recording fails.
+    /// Does `operations`, which are the same on the same buffers wherever `plan` is the same, but
+    /// for random numbers, drawn for `place`: optimizer step and micro-step. A device may record
+    /// them and do them from then on without calling `operations`, which is called twice where
+    /// recording fails.
     fn recorded(
         &self,
         recordings: &mut Self::Recordings,

@@ -13,8 +13,8 @@ unsafe impl Sync for CudaStream {}
 
 impl CudaStream {
     /// # Safety
-    /// `stream` is a stream, and stays one until the engine that gets it and everything made from that
-    /// engine is gone.
+    /// `stream` is a stream, and stays one until the engine that gets it and everything made from
+    /// that engine is gone.
     pub unsafe fn from_raw(stream: *mut c_void) -> Self {
         Self(stream)
     }

@@ -1,8 +1,8 @@
 //! Strings and arrays that the host passes in, checked before Rust may look at them.
 //!
-//! NOTE: what the host passes in is copied, and the copy is checked and used. Another thread of the host
-//! may write there, which it should not, but what was checked must be what is used: a string that is
-//! UTF-8, tokens of the vocabulary.
+//! NOTE: what the host passes in is copied, and the copy is checked and used. Another thread of the
+//! host may write there, which it should not, but what was checked must be what is used: a string
+//! that is UTF-8, tokens of the vocabulary.
 
 use std::ffi::{OsString, c_char};
 use std::path::PathBuf;

@@ -1,8 +1,8 @@
 //! Arrays of numbers that lie in the host program's memory or in that of the engine's GPU.
 //!
-//! The driver knows which of the two a pointer is. Arrays on a GPU are brought to the host and back:
-//! what is asked of their contents (tokens in range, weights finite) is checked there, and the calls
-//! that take them wait for results anyway.
+//! The driver knows which of the two a pointer is. Arrays on a GPU are brought to the host and
+//! back: what is asked of their contents (tokens in range, weights finite) is checked there, and
+//! the calls that take them wait for results anyway.
 
 use bytemuck::Pod;
 
@@ -14,8 +14,8 @@ use crate::reserve::zeros;
 /// Calls `body` with a copy of an array; NULL is allowed where `count` is 0.
 ///
 /// # Safety
-/// `data` is NULL or points to `count` elements, of the host's memory or of the engine's GPU's, that may
-/// be read.
+/// `data` is NULL or points to `count` elements, of the host's memory or of the engine's GPU's,
+/// that may be read.
 pub(super) unsafe fn read<T: Pod + Default, R>(
     engine: &Engine,
     what: &'static str,
@@ -33,8 +33,9 @@ pub(super) unsafe fn read<T: Pod + Default, R>(
     body(&here)
 }
 
-/// Calls `body` with a function that copies a part of an array, from some element on, which lies in the
-/// array; NULL is allowed where `count` is 0. Nothing is allocated for an array of the host's memory.
+/// Calls `body` with a function that copies a part of an array, from some element on, which lies in
+/// the array; NULL is allowed where `count` is 0. Nothing is allocated for an array of the host's
+/// memory.
 ///
 /// # Safety
 /// As for [`read`].
@@ -62,12 +63,12 @@ pub(super) unsafe fn read_in_parts<T: Pod + Default, R>(
     })
 }
 
-/// Calls `body` with an array to fill; NULL is allowed where `count` is 0. An error leaves an array on
-/// a GPU as it was.
+/// Calls `body` with an array to fill; NULL is allowed where `count` is 0. An error leaves an array
+/// on a GPU as it was.
 ///
 /// # Safety
-/// `data` is NULL or points to `count` elements, of the host's memory or of the engine's GPU's, that nothing else
-/// reads or writes during the call.
+/// `data` is NULL or points to `count` elements, of the host's memory or of the engine's GPU's,
+/// that nothing else reads or writes during the call.
 pub(super) unsafe fn fill<T: Pod + Default, R>(
     engine: &Engine,
     what: &'static str,

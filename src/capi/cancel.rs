@@ -1,9 +1,9 @@
 //! Cancellation of the calling thread (`pthread_cancel`), which waits while a call is inside.
 //!
-//! A thread that is cancelled unwinds from wherever it waits or writes, which in our own frames would leave
-//! locks held and work half done. So it is held off at the boundary and takes effect where the host's
-//! next cancellation point is. The host's callbacks run inside of calls, and nothing may unwind through
-//! those either.
+//! A thread that is cancelled unwinds from wherever it waits or writes, which in our own frames
+//! would leave locks held and work half done. So it is held off at the boundary and takes effect
+//! where the host's next cancellation point is. The host's callbacks run inside of calls, and
+//! nothing may unwind through those either.
 
 /// Holds cancellation off for as long as it lives.
 pub(super) struct Held {
@@ -16,7 +16,8 @@ mod system {
     /// In glibc and musl.
     pub(super) const PTHREAD_CANCEL_DISABLE: libc::c_int = 1;
 
-    // NOTE: with asynchronous cancellation a pending one unwinds from the call that allows it again.
+    // NOTE: with asynchronous cancellation a pending one unwinds from the call that allows it
+    // again.
     unsafe extern "C-unwind" {
         pub(super) fn pthread_setcancelstate(
             state: libc::c_int,

@@ -16,13 +16,14 @@ use crate::{Coverage, Dataset, DatasetOptions, TokenType};
 /// mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
 ///
 /// All its tokens are checked against a model's vocabulary before the first step or evaluation of a
-/// trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while the
-/// training goes on, and what it finds is the error of the next step. The thread blocks all signals but
-/// faults, and has ended when mxt_dataset_free returns and no other call uses the dataset.
+/// trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while
+/// the training goes on, and what it finds is the error of the next step. The thread blocks all
+/// signals but faults, and has ended when mxt_dataset_free returns and no other call uses the
+/// dataset.
 ///
-/// Nothing that happens to a file ends the process. Where its tokens are not there any more, because it
-/// has become shorter or its disk fails, the call that needs them returns MXT_ERROR_IO; a trainer is
-/// then as before the call.
+/// Nothing that happens to a file ends the process. Where its tokens are not there any more,
+/// because it has become shorter or its disk fails, the call that needs them returns MXT_ERROR_IO;
+/// a trainer is then as before the call.
 pub struct mxt_dataset {
     state: State,
     pub(super) data: Dataset,
@@ -47,8 +48,8 @@ impl Handle for mxt_dataset {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub enum mxt_token_type {
-    /// Found out by a look at the tokens: 16 bits, unless they must be 32 or 64. A file in which they
-    /// may be either is refused.
+    /// Found out by a look at the tokens: 16 bits, unless they must be 32 or 64. A file in which
+    /// they may be either is refused.
     Auto = 0,
     /// Two unsigned bytes.
     U16 = 1,
@@ -107,8 +108,8 @@ impl mxt_dataset_options {
     }
 }
 
-/// What sequences of some length read of a dataset. Set struct_size to sizeof(mxt_coverage) before the
-/// call that fills it.
+/// What sequences of some length read of a dataset. Set struct_size to sizeof(mxt_coverage) before
+/// the call that fills it.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct mxt_coverage {
@@ -160,24 +161,24 @@ pub unsafe extern "C" fn mxt_dataset_options_init(
     guard::function("mxt_dataset_options_init", || unsafe { structs::init(options, struct_size) })
 }
 
-/// Opens a token file, or all files that a pattern such as "data/train_*.bin" matches, in the
-/// order of their names, and stores the dataset in `*dataset` for the caller to free. `*` and `?` match
+/// Opens a token file, or all files that a pattern such as "data/train_*.bin" matches, in the order
+/// of their names, and stores the dataset in `*dataset` for the caller to free. `*` and `?` match
 /// within a name, `**` any number of folders; a path that exists is taken as it is.
 ///
 /// Each file may be raw little-endian tokens of 16 bits, or of 32 or 64 where that is beyond doubt;
 /// llm.c's format with its header; NumPy's .npy of uint8, uint16, uint32, int32 or int64, of one
-/// dimension, or of two, read row by row; or Megatron's pair of .bin and .idx, of which either file can
-/// be named, and which counts once where both match. Documents are not told apart, and windows do not
-/// cross files. Links are followed, and a file that is found again through one counts once.
+/// dimension, or of two, read row by row; or Megatron's pair of .bin and .idx, of which either file
+/// can be named, and which counts once where both match. Documents are not told apart, and windows
+/// do not cross files. Links are followed, and a file that is found again through one counts once.
 ///
 /// Files are mapped, not read, and none keeps a descriptor open. A file may be replaced by renaming
-/// another over it, which changes nothing for the dataset; tokens that are written to it are checked
-/// like all others. There may be any number of files; those beyond 16,384 are opened for every read, and
-/// so must keep their names.
+/// another over it, which changes nothing for the dataset; tokens that are written to it are
+/// checked like all others. There may be any number of files; those beyond 16,384 are opened for
+/// every read, and so must keep their names.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches nothing), MXT_ERROR_IO,
-/// MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names with the remedy),
-/// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches nothing),
+/// MXT_ERROR_IO, MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names
+/// with the remedy), MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_open(
     pattern: *const c_char,
@@ -237,8 +238,8 @@ pub unsafe extern "C" fn mxt_dataset_open_files(
 
 /// Does what mxt_dataset_open_files does, with options. `options` may be NULL for the defaults.
 ///
-/// Errors: those of mxt_dataset_open_files, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT for
-/// an option, which the message names.
+/// Errors: those of mxt_dataset_open_files, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT
+/// for an option, which the message names.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_open_files_with(
     paths: *const *const c_char,
@@ -303,11 +304,11 @@ pub unsafe extern "C" fn mxt_dataset_token_count(dataset: *const mxt_dataset) ->
     unsafe { guard::getter("mxt_dataset_token_count", dataset, |d| d.data.token_count()) }
 }
 
-/// Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files, unless
-/// that has been done.
+/// Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files,
+/// unless that has been done.
 ///
-/// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_IO, MXT_ERROR_TOKEN_RANGE (a
-/// number below 0 or above 32 bits, which is no token).
+/// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_IO, MXT_ERROR_TOKEN_RANGE
+/// (a number below 0 or above 32 bits, which is no token).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_dataset_max_token(
     dataset: *const mxt_dataset,
@@ -323,10 +324,10 @@ pub unsafe extern "C" fn mxt_dataset_max_token(
     }
 }
 
-/// Counts what training with sequences of `sequence_length` tokens reads of the dataset, and stores it in
-/// `*coverage` (struct_size set by the caller). Files without a whole window, of a sequence and one more
-/// token, are never read; a trainer's first step with such a dataset says so in the engine's log, unless
-/// this function was called with the trainer's length before.
+/// Counts what training with sequences of `sequence_length` tokens reads of the dataset, and stores
+/// it in `*coverage` (struct_size set by the caller). Files without a whole window, of a sequence
+/// and one more token, are never read; a trainer's first step with such a dataset says so in the
+/// engine's log, unless this function was called with the trainer's length before.
 ///
 /// Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 #[unsafe(no_mangle)]

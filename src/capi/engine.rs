@@ -43,12 +43,12 @@ pub type mxt_user_data_free_fn = Option<unsafe extern "C-unwind" fn(user_data: *
 pub struct mxt_engine_options {
     /// Set by mxt_engine_options_init.
     pub struct_size: usize,
-    /// "cpu"; "cuda" or "cuda:0" for the first NVIDIA GPU, "cuda:1" for the second and so on; "auto"
-    /// for the first GPU where there is one that works, else the CPU. NULL is "cpu". Borrowed for the
-    /// call.
+    /// "cpu"; "cuda" or "cuda:0" for the first NVIDIA GPU, "cuda:1" for the second and so on;
+    /// "auto" for the first GPU where there is one that works, else the CPU. NULL is "cpu".
+    /// Borrowed for the call.
     pub device: *const c_char,
-    /// Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the process
-    /// may use. Results do not depend on it. A GPU takes none.
+    /// Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the
+    /// process may use. Results do not depend on it. A GPU takes none.
     pub threads: usize,
     /// Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
     pub seed: u64,
@@ -56,22 +56,22 @@ pub struct mxt_engine_options {
     pub memory_limit: u64,
     /// Receives log lines. NULL (default): the library is silent.
     pub log: mxt_log_fn,
-    /// Passed to `log`. It must stay valid until the engine and everything made from it is freed, or
-    /// until `log_user_data_free` is called with it.
+    /// Passed to `log`. It must stay valid until the engine and everything made from it is freed,
+    /// or until `log_user_data_free` is called with it.
     pub log_user_data: *mut c_void,
-    /// A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device, where
-    /// cudaStreamCreate makes them. All work of the engine is queued there, in the order of the calls,
-    /// between the host's own. It must not be capturing while a call is inside, and must live until the
-    /// engine and everything made from it is freed. NULL (default): the engine makes its own. With
-    /// device "auto" there must be a GPU then.
+    /// A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device,
+    /// where cudaStreamCreate makes them. All work of the engine is queued there, in the order of
+    /// the calls, between the host's own. It must not be capturing while a call is inside, and must
+    /// live until the engine and everything made from it is freed. NULL (default): the engine makes
+    /// its own. With device "auto" there must be a GPU then.
     pub cuda_stream: *mut c_void,
-    /// Called with `log_user_data`, whatever it is, exactly once for each call of mxt_engine_new that
-    /// succeeds, when the library will never call `log` again: at the end of the call that gives up
-    /// the last of the engine and all that was made from it, on the thread of that call, after the
-    /// worker threads have ended. Where `log` is NULL, that is the end of mxt_engine_new itself. An
-    /// mxt_engine_new that fails never calls it: log_user_data is the caller's still. A child made by
-    /// fork() that frees the handles calls it as well, for its own copy of memory. NULL (default):
-    /// nothing is called.
+    /// Called with `log_user_data`, whatever it is, exactly once for each call of mxt_engine_new
+    /// that succeeds, when the library will never call `log` again: at the end of the call that
+    /// gives up the last of the engine and all that was made from it, on the thread of that call,
+    /// after the worker threads have ended. Where `log` is NULL, that is the end of mxt_engine_new
+    /// itself. An mxt_engine_new that fails never calls it: log_user_data is the caller's still. A
+    /// child made by fork() that frees the handles calls it as well, for its own copy of memory.
+    /// NULL (default): nothing is called.
     pub log_user_data_free: mxt_user_data_free_fn,
 }
 versioned!(mxt_engine_options, last = log_user_data: *mut c_void);
@@ -135,13 +135,13 @@ pub unsafe extern "C" fn mxt_engine_options_init(
 ///
 /// A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
 /// the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache. Only
-/// absolute names count. A folder that belongs to another user, or that others may write, is not used:
-/// kernels are compiled every time then, and the log warns.
+/// absolute names count. A folder that belongs to another user, or that others may write, is not
+/// used: kernels are compiled every time then, and the log warns.
 ///
-/// In the second step of a trainer on a GPU the library captures a CUDA graph, for some milliseconds.
-/// A call that waits for the whole device then, as cudaDeviceSynchronize does, may get an error from
-/// CUDA: a host with CUDA code on other threads waits for its streams instead. Should a capture be broken
-/// off, the step is done without, and the next one tries again.
+/// In the second step of a trainer on a GPU the library captures a CUDA graph, for some
+/// milliseconds. A call that waits for the whole device then, as cudaDeviceSynchronize does, may
+/// get an error from CUDA: a host with CUDA code on other threads waits for its streams instead.
+/// Should a capture be broken off, the step is done without, and the next one tries again.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_engine_new(
     options: *const mxt_engine_options,
@@ -190,7 +190,8 @@ pub unsafe extern "C" fn mxt_engine_device(engine: *const mxt_engine) -> *const 
     device.unwrap_or(std::ptr::null())
 }
 
-/// Number of worker threads: those of the CPU, 0 for a GPU. 0 if `engine` is NULL. Any thread may call it at any time.
+/// Number of worker threads: those of the CPU, 0 for a GPU. 0 if `engine` is NULL. Any thread may
+/// call it at any time.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_engine_threads(engine: *const mxt_engine) -> usize {
     // SAFETY: a live handle or NULL, as the header asks.
@@ -224,7 +225,8 @@ pub unsafe extern "C" fn mxt_engine_free(engine: *mut mxt_engine) {
     unsafe { guard::free("mxt_engine_free", engine) }
 }
 
-/// The host's side of the log. It is shared by mxt_engine_new, which may still fail, and the engine.
+/// The host's side of the log. It is shared by mxt_engine_new, which may still fail, and the
+/// engine.
 struct HostLog {
     user_data: *mut c_void,
     free: mxt_user_data_free_fn,
@@ -232,8 +234,8 @@ struct HostLog {
     owned: AtomicBool,
 }
 
-// SAFETY: the header asks for callbacks that may run on any thread that uses the engine; the pointer is
-// only handed back to them.
+// SAFETY: the header asks for callbacks that may run on any thread that uses the engine; the
+// pointer is only handed back to them.
 unsafe impl Send for HostLog {}
 // SAFETY: as above.
 unsafe impl Sync for HostLog {}

@@ -1,10 +1,11 @@
-//! The floating-point mode of the calling thread: the library's own inside a call, the host's outside.
+//! The floating-point mode of the calling thread: the library's own inside a call, the host's
+//! outside.
 //!
 //! A host may flush denormals to zero, round upwards or unmask exceptions; games and audio programs
 //! do. Results must not depend on it, so every call computes in the mode that Rust expects: to
 //! nearest, with denormals, without traps. Worker threads are started inside a call and inherit it.
-//! The host's mode and its exception flags come back when the call ends, by return or by a panic, and
-//! while one of its callbacks runs.
+//! The host's mode and its exception flags come back when the call ends, by return or by a panic,
+//! and while one of its callbacks runs.
 
 use std::cell::Cell;
 
@@ -60,7 +61,8 @@ impl Mode {
 
     fn set(self) {
         let mxcsr = self.0 as u32;
-        // SAFETY: the value is the default or one that the register held, so no reserved bit is set.
+        // SAFETY: the value is the default or one that the register held, so no reserved bit is
+        // set.
         unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const mxcsr, options(nostack)) };
     }
 }

@@ -82,9 +82,9 @@ pub unsafe extern "C" fn mxt_generate_options_init(
 /// Samples a continuation of the `prompt_count` tokens of `prompt`, at least one. The new tokens
 /// (without the prompt) go to `tokens`, their number to `*written`.
 ///
-/// `options` may be NULL for the defaults. `capacity` is the number of tokens that `tokens` has room
-/// for, at least max_tokens of the options; with `tokens` NULL and `capacity` 0 the new tokens go to
-/// on_token only.
+/// `options` may be NULL for the defaults. `capacity` is the number of tokens that `tokens` has
+/// room for, at least max_tokens of the options; with `tokens` NULL and `capacity` 0 the new tokens
+/// go to on_token only.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
 /// MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature, a stop token outside the
@@ -147,9 +147,10 @@ pub unsafe extern "C" fn mxt_model_generate(
     }
 }
 
-/// Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in f32.
-/// Of more tokens than the context holds, the last ones count. `logits` has room for `count` numbers,
-/// which must be the model's vocab_size. Both arrays may lie in memory of the engine's GPU.
+/// Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in
+/// f32. Of more tokens than the context holds, the last ones count. `logits` has room for `count`
+/// numbers, which must be the model's vocab_size. Both arrays may lie in memory of the engine's
+/// GPU.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
 /// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.

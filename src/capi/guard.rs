@@ -1,5 +1,5 @@
-//! The boundary that every entry point goes through: cancellation, NULL, poisoned and forked handles,
-//! memory that is short, the floating-point mode, panics, errors.
+//! The boundary that every entry point goes through: cancellation, NULL, poisoned and forked
+//! handles, memory that is short, the floating-point mode, panics, errors.
 //!
 //! NOTE: the panic hook. A library writes nothing to stderr, but the standard hook does before a
 //! panic can be caught. The first call therefore puts a hook in front that stays silent for
@@ -83,8 +83,8 @@ pub(super) fn maker(function: &str, body: impl FnOnce() -> Result<(), Failure>) 
     }
 }
 
-/// Why nothing that allocates may begin, if so. What gives memory back or says why something failed,
-/// and functions that read or fill a few numbers, work even so.
+/// Why nothing that allocates may begin, if so. What gives memory back or says why something
+/// failed, and functions that read or fill a few numbers, work even so.
 fn shortage() -> Option<Failure> {
     is_short().then(|| Failure::new(MXT_ERROR_OUT_OF_MEMORY, SHORTAGE))
 }
@@ -203,8 +203,8 @@ fn fail(function: &str, state: Option<&State>, failure: Failure) -> mxt_status {
     failure.status as mxt_status
 }
 
-/// Runs `body` in the default floating-point mode and turns a panic into a failure that says what and
-/// where.
+/// Runs `body` in the default floating-point mode and turns a panic into a failure that says what
+/// and where.
 fn catch<R>(function: &str, body: impl FnOnce() -> R) -> Result<R, Failure> {
     install_hook();
     DEPTH.set(DEPTH.get() + 1);

@@ -80,8 +80,8 @@ impl State {
         }
     }
 
-    /// Whether this is a child process of the one that made the handle. There the handle's locks may
-    /// be held, for ever, by threads that exist in the parent only.
+    /// Whether this is a child process of the one that made the handle. There the handle's locks
+    /// may be held, for ever, by threads that exist in the parent only.
     fn is_forked(&self) -> bool {
         self.process != std::process::id()
     }

@@ -1,11 +1,12 @@
 //! The C ABI and nothing else: handles, status codes, option structs, and the boundary that no
 //! panic crosses. `include/mxfp4train.h` is made from the doc comments of this folder.
 //!
-//! Every entry point goes through `guard`: it holds off cancellation of the thread, finds the handle, sets the
-//! floating-point mode, catches panics, and turns an error into a status code with a message. What an entry point does itself is to check its
-//! arguments, call the crate, and write its outputs, last and only on success. The exceptions are
-//! `mxt_trainer_request_stop`, which a signal handler may call and which is therefore one atomic
-//! store, and functions that return a constant.
+//! Every entry point goes through `guard`: it holds off cancellation of the thread, finds the
+//! handle, sets the floating-point mode, catches panics, and turns an error into a status code with
+//! a message. What an entry point does itself is to check its arguments, call the crate, and write
+//! its outputs, last and only on success. The exceptions are `mxt_trainer_request_stop`, which a
+//! signal handler may call and which is therefore one atomic store, and functions that return a
+//! constant.
 //!
 //! | file | what |
 //! | --- | --- |

@@ -237,8 +237,8 @@ pub unsafe extern "C" fn mxt_model_config_init(
     guard::function("mxt_model_config_init", || unsafe { structs::init(config, struct_size) })
 }
 
-/// Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it in
-/// `*model` for the caller to free.
+/// Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it
+/// in `*model` for the caller to free.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field),
 /// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
@@ -285,9 +285,9 @@ pub unsafe extern "C" fn mxt_model_load(
 }
 
 /// Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-/// folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
-/// there, the one before or the new one. Whatever else is in the folder stays, and so do keys of the
-/// configuration that a loaded model came with, such as special tokens.
+/// folder is made if it is not there. A failure, or a kill at any instant, leaves a whole
+/// checkpoint there, the one before or the new one. Whatever else is in the folder stays, and so do
+/// keys of the configuration that a loaded model came with, such as special tokens.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
 /// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.

@@ -4,8 +4,8 @@
 //! the very trainer that called it, and an exception that a C++ host throws from it passes through
 //! this file's frames to the host's handler with the trainer whole, at a step boundary.
 //!
-//! A side job never costs the run: an evaluation or a checkpoint that fails is logged and counted, and
-//! the steps go on. What its last try says is what the host is told at the end.
+//! A side job never costs the run: an evaluation or a checkpoint that fails is logged and counted,
+//! and the steps go on. What its last try says is what the host is told at the end.
 
 use std::ffi::{c_char, c_void};
 use std::path::PathBuf;
@@ -31,7 +31,8 @@ pub enum mxt_run_end {
     Finished = 0,
     /// The callback returned a number other than 0.
     Callback = 1,
-    /// mxt_trainer_request_stop was called, maybe during a step or an evaluation, which was given up.
+    /// mxt_trainer_request_stop was called, maybe during a step or an evaluation, which was given
+    /// up.
     Request = 2,
 }
 
@@ -40,8 +41,9 @@ pub enum mxt_run_end {
 /// Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
 ///
 /// Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
-/// checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even free.
-/// A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not longjmp.
+/// checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even
+/// free. A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not
+/// longjmp.
 pub type mxt_step_fn = Option<
     unsafe extern "C-unwind" fn(
         user_data: *mut c_void,
@@ -140,13 +142,13 @@ pub unsafe extern "C" fn mxt_run_options_init(
 /// The trainer is in use only inside each step, evaluation and checkpoint, not while the callback
 /// runs.
 ///
-/// An evaluation or a checkpoint that fails does not end the run: the log gets a warning, the result
-/// counts it, and the next one is tried when it is due. Where the last evaluation of the run failed, or
-/// its last checkpoint, the call returns that error, at its end: all steps that were to be done are, and
-/// after a failed evaluation they are also saved. Only an error of a step, a device that fails and a
-/// panic end the run; the steps before are then saved, if save_dir is given and the trainer usable. After
-/// any error mxt_trainer_steps_done counts the steps done, which can be saved (again), and `*result` is
-/// not written.
+/// An evaluation or a checkpoint that fails does not end the run: the log gets a warning, the
+/// result counts it, and the next one is tried when it is due. Where the last evaluation of the run
+/// failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
+/// be done are, and after a failed evaluation they are also saved. Only an error of a step, a
+/// device that fails and a panic end the run; the steps before are then saved, if save_dir is given
+/// and the trainer usable. After any error mxt_trainer_steps_done counts the steps done, which can
+/// be saved (again), and `*result` is not written.
 ///
 /// Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
 #[unsafe(no_mangle)]
@@ -156,7 +158,8 @@ pub unsafe extern "C-unwind" fn mxt_trainer_run(
     options: *const mxt_run_options,
     result: *mut mxt_run_result,
 ) -> mxt_status {
-    // The callbacks are outside of the guard, and nothing may unwind through this function from them.
+    // The callbacks are outside of the guard, and nothing may unwind through this function from
+    // them.
     let _held = cancel::hold();
     let mut started = None;
     // SAFETY: pointers are NULL or valid, as the header asks.
@@ -275,8 +278,8 @@ impl Run {
         self.end.is_none() && self.result.steps < self.options.steps
     }
 
-    /// One step with the evaluation and the checkpoint that are due after it; `None` if it was given up
-    /// because of a stop request, which stays.
+    /// One step with the evaluation and the checkpoint that are due after it; `None` if it was
+    /// given up because of a stop request, which stays.
     fn step(&mut self) -> Result<Option<(mxt_step_stats, Option<mxt_eval_stats>)>, Failure> {
         let data = &self.dataset.data;
         let stepped = self.trainer.exclusive(|trainer| Ok(trainer.step_unless_stopped(data)?));

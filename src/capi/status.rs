@@ -27,8 +27,8 @@ pub enum mxt_status_code {
     MXT_ERROR_BUSY = -5,
     /// A panic in an earlier call left this object unusable: free it.
     MXT_ERROR_POISONED = -6,
-    /// A defect of the library showed itself inside this call. The message says where; please report
-    /// it. The handle is poisoned, the process and all other handles are sound.
+    /// A defect of the library showed itself inside this call. The message says where; please
+    /// report it. The handle is poisoned, the process and all other handles are sound.
     MXT_ERROR_PANIC = -7,
     /// A file or folder cannot be opened, read, written or renamed.
     MXT_ERROR_IO = -8,
@@ -58,8 +58,8 @@ pub enum mxt_status_code {
 }
 use mxt_status_code::*;
 
-/// What a call returns: MXT_OK, or one of the negative numbers of mxt_status_code. Later versions may
-/// add codes, so treat an unknown negative number as an error.
+/// What a call returns: MXT_OK, or one of the negative numbers of mxt_status_code. Later versions
+/// may add codes, so treat an unknown negative number as an error.
 pub type mxt_status = i32;
 
 /// A short English text for a status code, such as "busy". The text of a code that this library

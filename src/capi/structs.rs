@@ -1,4 +1,5 @@
-//! Structs that grow: the first field, `struct_size`, says which version of a struct the host knows.
+//! Structs that grow: the first field, `struct_size`, says which version of a struct the host
+//! knows.
 //!
 //! An older host passes a smaller struct: the fields that it lacks get their defaults, and are not
 //! written in results. A newer host passes a larger one: accepted while the part that this library
@@ -33,8 +34,8 @@ pub(super) trait Options: Versioned {
 macro_rules! versioned {
     ($name:ident, last = $last:ident: $type:ty) => {
         // SAFETY: the structs of this API are `repr(C)` and hold numbers, pointers and optional
-        // function pointers. That the first version has no padding at its end is asserted here; that there
-        // is none between fields or behind the last, tests/abi.rs asks a C compiler.
+        // function pointers. That the first version has no padding at its end is asserted here;
+        // that there is none between fields or behind the last, tests/abi.rs asks a C compiler.
         unsafe impl $crate::capi::structs::Versioned for $name {
             const NAME: &'static str = stringify!($name);
             const FIRST_SIZE: usize = {

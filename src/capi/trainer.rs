@@ -18,10 +18,10 @@ use super::trainer_structs::{
 use super::{arguments, buffers, guard, handle};
 use crate::{LogLevel, StopHandle, Trainer, TrainerOptions, plan};
 
-/// A model in training: weights, moments, schedule, and the number of steps done. It needs its model
-/// for itself while a call is inside: then calls on the model, on the trainer and on other trainers
-/// of that model return MXT_ERROR_BUSY. Make with mxt_trainer_new or mxt_trainer_load, free with
-/// mxt_trainer_free.
+/// A model in training: weights, moments, schedule, and the number of steps done. It needs its
+/// model for itself while a call is inside: then calls on the model, on the trainer and on other
+/// trainers of that model return MXT_ERROR_BUSY. Make with mxt_trainer_new or mxt_trainer_load,
+/// free with mxt_trainer_free.
 pub struct mxt_trainer {
     state: State,
     /// Locked only under exclusive access of `state`.
@@ -136,8 +136,8 @@ pub unsafe extern "C" fn mxt_trainer_new(
 }
 
 /// Loads what mxt_trainer_save wrote, model, moments, options and position, and stores the trainer
-/// in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run had
-/// never stopped. The number of threads may differ; the seed is the checkpoint's.
+/// in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run
+/// had never stopped. The number of threads may differ; the seed is the checkpoint's.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 /// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
@@ -161,9 +161,10 @@ pub unsafe extern "C" fn mxt_trainer_load(
     }
 }
 
-/// Saves model, moments, options and position to the folder `dir`, which is made if it is not there.
-/// A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or the new one.
-/// Whatever else is in the folder stays. Hugging Face transformers opens the folder as gpt2.
+/// Saves model, moments, options and position to the folder `dir`, which is made if it is not
+/// there. A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or
+/// the new one. Whatever else is in the folder stays. Hugging Face transformers opens the folder as
+/// gpt2.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
 /// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
@@ -184,11 +185,12 @@ pub unsafe extern "C" fn mxt_trainer_save(
 /// Does one optimizer step on the next samples of `dataset` and stores what it did in `*stats`
 /// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-/// a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
-/// where this step does not read it), MXT_ERROR_IO (a file of the dataset has become shorter, or its
-/// disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or moment would not be),
-/// MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the step.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
+/// than a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
+/// dataset, also where this step does not read it), MXT_ERROR_IO (a file of the dataset has become
+/// shorter, or its disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or
+/// moment would not be), MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the
+/// step.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_step(
     trainer: *mut mxt_trainer,
@@ -210,8 +212,8 @@ pub unsafe extern "C" fn mxt_trainer_step(
 /// (struct_size set by the caller; NULL if not wanted).
 ///
 /// `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
-/// `count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie in
-/// memory of the engine's GPU, written before the call or on the engine's stream.
+/// `count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie
+/// in memory of the engine's GPU, written before the call or on the engine's stream.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count),
 /// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
@@ -238,18 +240,19 @@ pub unsafe extern "C" fn mxt_trainer_step_tokens(
 }
 
 /// Computes the mean loss over at most `max_batches` batches spread evenly over `dataset`, the same
-/// ones in every call, and stores it in `*stats` (struct_size set by the caller). 0 takes all of the
-/// dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
-/// not an error.
+/// ones in every call, and stores it in `*stats` (struct_size set by the caller). 0 takes all of
+/// the dataset. Changes nothing of the run. A loss that is NaN or infinite is a result, not an
+/// error.
 ///
 /// Where no file has the tokens of a sequence and one more, each file of two tokens or more is one
 /// shorter sequence of all its tokens; stats->tokens tells how many were predicted.
 ///
-/// A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called back
-/// the caller.
+/// A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called
+/// back the caller.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no file of two tokens),
-/// MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_IO, MXT_ERROR_BUSY, MXT_STOPPED.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no file of two
+/// tokens), MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_IO, MXT_ERROR_BUSY,
+/// MXT_STOPPED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_eval(
     trainer: *mut mxt_trainer,
@@ -284,9 +287,9 @@ pub unsafe extern "C" fn mxt_trainer_set_lr(trainer: *mut mxt_trainer, lr: f32) 
 }
 
 /// Takes a new schedule from the next step on: `schedule`, `lr`, `min_lr`, `warmup_steps`,
-/// `total_steps` and `decay_steps` of `options`; nothing else of it is read. Its steps are counted from
-/// here: it begins with its warm-up and ends total_steps steps later. A rate that mxt_trainer_set_lr set
-/// is dropped. The schedule, and where it began, are saved with the run.
+/// `total_steps` and `decay_steps` of `options`; nothing else of it is read. Its steps are counted
+/// from here: it begins with its warm-up and ends total_steps steps later. A rate that
+/// mxt_trainer_set_lr set is dropped. The schedule, and where it began, are saved with the run.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field; the
 /// present schedule stays), MXT_ERROR_BUSY.
@@ -322,16 +325,16 @@ pub unsafe extern "C" fn mxt_trainer_use_schedule(trainer: *mut mxt_trainer) -> 
 }
 
 /// The step that the schedule counts from: 0, or the number of steps that were done when
-/// mxt_trainer_set_schedule set it. 0 if `trainer` is NULL. Any thread may call it at any time, also
-/// while a step is running.
+/// mxt_trainer_set_schedule set it. 0 if `trainer` is NULL. Any thread may call it at any time,
+/// also while a step is running.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_schedule_start(trainer: *const mxt_trainer) -> u64 {
     // SAFETY: a live handle or NULL, as the header asks.
     unsafe { guard::getter("mxt_trainer_schedule_start", trainer, mxt_trainer::schedule_start) }
 }
 
-/// Number of optimizer steps done since step 0, those before a save and load included. 0 if `trainer`
-/// is NULL. Any thread may call it at any time, also while a step is running.
+/// Number of optimizer steps done since step 0, those before a save and load included. 0 if
+/// `trainer` is NULL. Any thread may call it at any time, also while a step is running.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_steps_done(trainer: *const mxt_trainer) -> u64 {
     // SAFETY: a live handle or NULL, as the header asks.
@@ -378,14 +381,14 @@ pub unsafe extern "C" fn mxt_trainer_get_options(
     }
 }
 
-/// Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of several
-/// batches or of an evaluation, which then count as not done. A run that is not started yet stops at
-/// once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up, and with it
-/// all that come before that run has returned, or mxt_trainer_clear_stop takes it back. NULL does
-/// nothing.
+/// Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of
+/// several batches or of an evaluation, which then count as not done. A run that is not started yet
+/// stops at once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it
+/// up, and with it all that come before that run has returned, or mxt_trainer_clear_stop takes it
+/// back. NULL does nothing.
 ///
-/// Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
-/// not be freed meanwhile.
+/// Any thread and any signal handler may call it at any time: it is one atomic store. The handle
+/// must not be freed meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_request_stop(trainer: *const mxt_trainer) {
     // NOTE: no guard. It would touch thread-local storage, whose first use may allocate.
@@ -406,8 +409,8 @@ pub unsafe extern "C" fn mxt_trainer_clear_stop(trainer: *const mxt_trainer) {
     }
 }
 
-/// The message of the last call with this trainer that failed, on whichever thread; the empty string
-/// when there is none.
+/// The message of the last call with this trainer that failed, on whichever thread; the empty
+/// string when there is none.
 ///
 /// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
 /// call of mxt_trainer_last_error. Any thread may call it at any time.
@@ -418,7 +421,8 @@ pub unsafe extern "C" fn mxt_trainer_last_error(trainer: *const mxt_trainer) -> 
 }
 
 /// Gives the trainer up; NULL does nothing. Nothing is saved. Its model stays usable through other
-/// handles. A callback may free the trainer that called it: the run then stops before its next step.
+/// handles. A callback may free the trainer that called it: the run then stops before its next
+/// step.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_free(trainer: *mut mxt_trainer) {
     // SAFETY: a live handle or NULL, as the header asks.
@@ -429,8 +433,8 @@ pub unsafe extern "C" fn mxt_trainer_free(trainer: *mut mxt_trainer) {
 }
 
 /// Computes the bytes that a model of this shape with its trainer will take, before anything is
-/// allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL for
-/// the defaults. The engine's memory limit does not concern it.
+/// allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL
+/// for the defaults. The engine's memory limit does not concern it.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT.
 #[unsafe(no_mangle)]

@@ -61,14 +61,14 @@ pub struct mxt_trainer_options {
     /// Steps over which the rate rises linearly to lr. Default 0.
     pub warmup_steps: u64,
     /// Step at which the curve ends, counted from the trainer's first step or from where
-    /// mxt_trainer_set_schedule set the schedule; later steps keep min_lr. Must be above warmup_steps,
-    /// except for MXT_SCHEDULE_CONSTANT. Default 0.
+    /// mxt_trainer_set_schedule set the schedule; later steps keep min_lr. Must be above
+    /// warmup_steps, except for MXT_SCHEDULE_CONSTANT. Default 0.
     pub total_steps: u64,
     /// Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
     pub decay_steps: u64,
-    /// What is computed again in the backward pass to save memory: "nothing" (the default, and
-    /// what NULL is), "pointwise" (outputs of norms and GELU: a third less for activations, little time) or
-    /// "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
+    /// What is computed again in the backward pass to save memory: "nothing" (the default, and what
+    /// NULL is), "pointwise" (outputs of norms and GELU: a third less for activations, little time)
+    /// or "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
     /// depend on it. Borrowed for the call.
     pub recompute: *const c_char,
     /// What moves the weights: "adamw" (the default, and what NULL is) or "stable-adamw" (AdamW
@@ -199,8 +199,8 @@ unsafe fn named<T: Default + FromStr<Err = Error>>(
     Ok(unsafe { arguments::text(what, text) }?.parse()?)
 }
 
-/// What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that fills
-/// it.
+/// What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that
+/// fills it.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct mxt_step_stats {
@@ -220,9 +220,10 @@ pub struct mxt_step_stats {
     pub lr: f32,
     /// tokens / seconds.
     pub tokens_per_second: f32,
-    /// Blocks of 32 numbers of the step's MXFP4 operands whose scale was raised, because it lay too far
-    /// below the largest of its tensor for the format that the GPU multiplies in. Their rounding is
-    /// coarser than their own scale would allow; with stochastic rounding it has no bias still. 0 on CPUs.
+    /// Blocks of 32 numbers of the step's MXFP4 operands whose scale was raised, because it lay too
+    /// far below the largest of its tensor for the format that the GPU multiplies in. Their
+    /// rounding is coarser than their own scale would allow; with stochastic rounding it has no
+    /// bias still. 0 on CPUs.
     pub raised_blocks: u64,
 }
 versioned!(mxt_step_stats, last = tokens_per_second: f32);
@@ -243,7 +244,8 @@ impl From<StepStats> for mxt_step_stats {
     }
 }
 
-/// What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills it.
+/// What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills
+/// it.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct mxt_eval_stats {
@@ -272,8 +274,8 @@ impl From<EvalStats> for mxt_eval_stats {
     }
 }
 
-/// Bytes that a model with its trainer takes, by purpose. Set struct_size to sizeof(mxt_memory_plan)
-/// before the call that fills it.
+/// Bytes that a model with its trainer takes, by purpose. Set struct_size to
+/// sizeof(mxt_memory_plan) before the call that fills it.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct mxt_memory_plan {

@@ -48,11 +48,10 @@ pub extern "C" fn mxt_abi_version() -> u32 {
     MXT_ABI_VERSION
 }
 
-/// What this build is, as a JSON object: "version", "abi", "commit" (null in debug builds and if not known), "target",
-/// "profile", "devices" (the kinds that it can drive), "recipes", and "kernels" with the instruction
-/// sets that are "compiled", those that this processor has ("available") and the one that an engine
-/// takes ("selected").
-/// Later versions may add keys.
+/// What this build is, as a JSON object: "version", "abi", "commit" (null in debug builds and if
+/// not known), "target", "profile", "devices" (the kinds that it can drive), "recipes", and
+/// "kernels" with the instruction sets that are "compiled", those that this processor has
+/// ("available") and the one that an engine takes ("selected"). Later versions may add keys.
 ///
 /// Never NULL; the text is static. Any thread may call it at any time.
 #[unsafe(no_mangle)]

@@ -1,22 +1,26 @@
-//! Replaces the files of a checkpoint as a whole, in one step that a kill or a power cut cannot split.
+//! Replaces the files of a checkpoint as a whole, in one step that a kill or a power cut cannot
+//! split.
 //!
-//! The new content is written into a temporary folder beside the target and flushed. Where the target
-//! holds a checkpoint and nothing else, one system call exchanges both. Where it holds anything of
-//! others, who may be at work on it, or cannot be exchanged, the new folder moves into the target and
-//! the files change inside it (`in_place.rs`): what is not ours is then never copied, moved or linked.
+//! The new content is written into a temporary folder beside the target and flushed. Where the
+//! target holds a checkpoint and nothing else, one system call exchanges both. Where it holds
+//! anything of others, who may be at work on it, or cannot be exchanged, the new folder moves into
+//! the target and the files change inside it (`in_place.rs`): what is not ours is then never
+//! copied, moved or linked.
 //!
-//! Temporary folders beside the target NAME are called `.NAME.mxt-tmp-PID-COUNTER` (being written, or a
-//! replaced folder about to be removed). A lock on the folder itself, which the system drops when a
-//! process dies, tells a folder in use from a leftover; a process id could not, as it is used again and
-//! means nothing to another container or host. `.NAME.mxt-old` is what earlier versions left where the
-//! file system cannot exchange: they renamed the target away first. [`existing`] finds it there.
+//! Temporary folders beside the target NAME are called `.NAME.mxt-tmp-PID-COUNTER` (being written,
+//! or a replaced folder about to be removed). A lock on the folder itself, which the system drops
+//! when a process dies, tells a folder in use from a leftover; a process id could not, as it is
+//! used again and means nothing to another container or host. `.NAME.mxt-old` is what earlier
+//! versions left where the file system cannot exchange: they renamed the target away first.
+//! [`existing`] finds it there.
 //!
-//! NOTE: a leftover may be a replaced folder whose process died before it moved on what had come into
-//! it just before the exchange. So no folder is ever removed with what is in it: entries that are not
-//! ours are moved back first, and a folder that is not empty then stays.
+//! NOTE: a leftover may be a replaced folder whose process died before it moved on what had come
+//! into it just before the exchange. So no folder is ever removed with what is in it: entries that
+//! are not ours are moved back first, and a folder that is not empty then stays.
 //!
-//! NOTE: anybody may make folders of such names where the folder that they lie in is open to all. Nothing is read
-//! from, moved from or removed in one whose owner could not have saved here ([`is_trusted`]).
+//! NOTE: anybody may make folders of such names where the folder that they lie in is open to all.
+//! Nothing is read from, moved from or removed in one whose owner could not have saved here
+//! ([`is_trusted`]).
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirEntry, File, Metadata, Permissions};
@@ -47,8 +51,8 @@ const OF_VOLUME: &str = "lost+found";
 /// folder, where the first one turns out to be of no use.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Format`] for a `dir` that is no folder, or that is a stranger's: one with
-/// other content but without `mark`. What `write` returns.
+/// [`Error::Io`]; [`Error::Format`] for a `dir` that is no folder, or that is a stranger's: one
+/// with other content but without `mark`. What `write` returns.
 pub(super) fn replace(
     dir: &Path,
     owned: &[&str],
@@ -116,8 +120,8 @@ fn end_exchange(staging: Staging, target: &Path, owned: &[&str]) -> Result<()> {
     let old = staging.path.clone();
     // Its path names the replaced folder now, and that may hold entries of others.
     staging.keep();
-    // Keeps another save from taking the replaced folder for a leftover before its entries are moved.
-    // Where there are no locks, nothing is taken for a leftover.
+    // Keeps another save from taking the replaced folder for a leftover before its entries are
+    // moved. Where there are no locks, nothing is taken for a leftover.
     let replaced = open_folder(&old);
     let _locked = replaced.as_ref().map(File::try_lock);
     let moved = move_back(&old, target, &|name| is_ours(name, owned));
@@ -178,8 +182,8 @@ pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Every file operation of a save that changes something goes through here, so that tests can make
-/// each of them fail, or the last one before a kill. A signal that interrupts one, as a host's may on
-/// network file systems, is no failure.
+/// each of them fail, or the last one before a kill. A signal that interrupts one, as a host's may
+/// on network file systems, is no failure.
 pub(super) fn attempt<T>(mut operation: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match attempt_once(&mut operation) {
@@ -205,8 +209,8 @@ pub(super) struct Staging {
 }
 
 impl Staging {
-    /// Makes the folder at `place("tmp-PID-COUNTER")`, closed to others until [`keep_access`] if there
-    /// is a `target` to take after.
+    /// Makes the folder at `place("tmp-PID-COUNTER")`, closed to others until [`keep_access`] if
+    /// there is a `target` to take after.
     pub(super) fn create(target: &Path, place: impl Fn(&str) -> PathBuf) -> Result<Self> {
         let model = fs::metadata(target).ok();
         loop {
@@ -255,7 +259,8 @@ impl Staging {
         self.let_go();
     }
 
-    /// Leaves alone what is at the path, or comes to be there; the folder, wherever it is, stays locked.
+    /// Leaves alone what is at the path, or comes to be there; the folder, wherever it is, stays
+    /// locked.
     pub(super) fn let_go(&mut self) {
         self.is_ours = false;
     }
@@ -376,7 +381,8 @@ pub(super) fn keep_access(target: &Path, staging: &Path, owned: &[&str]) -> Resu
     take_after(&folder, staging, 0o7777)
 }
 
-/// Gives `path` those bits of the mode of `old` that are in `mask`, and its owner, where it has others.
+/// Gives `path` those bits of the mode of `old` that are in `mask`, and its owner, where it has
+/// others.
 fn take_after(old: &Metadata, path: &Path, mask: u32) -> Result<()> {
     use io::ErrorKind as K;
     let new = fs::metadata(path).map_err(Error::io("open", path))?;
@@ -412,8 +418,9 @@ fn is_trusted(found: &Metadata, target: &Path) -> bool {
     found.uid() == user || is_owner(target) || is_owner(parent(target))
 }
 
-/// Whether the `owner` of a folder in a checkpoint's folder, of which mode and owner are given, may have
-/// saved there. Who may write in it may, except where names belong to whoever made them, as in /tmp.
+/// Whether the `owner` of a folder in a checkpoint's folder, of which mode and owner are given, may
+/// have saved there. Who may write in it may, except where names belong to whoever made them, as in
+/// /tmp.
 pub(super) fn may_have_saved(owner: u32, mode: u32, folder_owner: u32) -> bool {
     const STICKY: u32 = 0o1000;
     const ROOT: u32 = 0;
@@ -515,8 +522,8 @@ fn check_replaceable(target: &Path, owned: &[&str], mark: &str) -> Result<()> {
     }
 }
 
-/// Moves the entries of the replaced folder `from` that are not `ours` into `to`. What has one of the
-/// same name there, made since, keeps another beside it; folders are merged.
+/// Moves the entries of the replaced folder `from` that are not `ours` into `to`. What has one of
+/// the same name there, made since, keeps another beside it; folders are merged.
 fn move_back(from: &Path, to: &Path, ours: &dyn Fn(&OsStr) -> bool) -> io::Result<()> {
     for entry in fs::read_dir(from)? {
         let name = entry?.file_name();

@@ -1,6 +1,6 @@
 //! What else lies in folders that people have: pointers of Git LFS, links that lead nowhere, other
-//! libraries' files, other models. None of it is read; each is an error that says what it is and, where there is one, the
-//! command that helps.
+//! libraries' files, other models. None of it is read; each is an error that says what it is and,
+//! where there is one, the command that helps.
 
 use std::fs::File;
 use std::io::Read;
@@ -31,8 +31,8 @@ pub(super) fn check_fetched(path: &Path, bytes: &[u8]) -> Result<()> {
     Err(Error::format(path, message))
 }
 
-/// An error if a file is a link to one that is not there. Hugging Face's cache is made of links, and
-/// half a copy of it has nothing else.
+/// An error if a file is a link to one that is not there. Hugging Face's cache is made of links,
+/// and half a copy of it has nothing else.
 pub(super) fn check_link(path: &Path) -> Result<()> {
     match std::fs::read_link(path) {
         Ok(target) if !path.exists() => {

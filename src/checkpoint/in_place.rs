@@ -1,14 +1,15 @@
-//! Replaces the files of a checkpoint inside a folder that stays: one that holds anything of others,
-//! the current folder, a mount point, one whose parent may not be changed, one on a file system that
-//! cannot exchange two folders.
+//! Replaces the files of a checkpoint inside a folder that stays: one that holds anything of
+//! others, the current folder, a mount point, one whose parent may not be changed, one on a file
+//! system that cannot exchange two folders.
 //!
-//! The new files lie in a temporary folder inside, `.mxt-tmp-PID-COUNTER`, written there or moved in
-//! from beside the target, with a list of their names. Renaming it to [`COMMIT`] in the target is the
-//! commit; then the files move out, one by one.
+//! The new files lie in a temporary folder inside, `.mxt-tmp-PID-COUNTER`, written there or moved
+//! in from beside the target, with a list of their names. Renaming it to [`COMMIT`] in the target
+//! is the commit; then the files move out, one by one.
 //!
 //! NOTE: as long as the list is there, the checkpoint is what it names: each file in [`COMMIT`] or,
-//! if it is not there any more, in the folder itself. A file of the folder that is not on the list is
-//! the old checkpoint's. [`Committed`] reads by this rule, and [`finish`] ends what a kill cut off.
+//! if it is not there any more, in the folder itself. A file of the folder that is not on the list
+//! is the old checkpoint's. [`Committed`] reads by this rule, and [`finish`] ends what a kill cut
+//! off.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind as K, Read};
@@ -50,7 +51,8 @@ pub(super) fn temporary(target: &Path, name: &str) -> PathBuf {
     target.join(format!(".mxt-{name}"))
 }
 
-/// Makes the files in `staging`, which lies in `target`, its checkpoint and moves them to their places.
+/// Makes the files in `staging`, which lies in `target`, its checkpoint and moves them to their
+/// places.
 ///
 /// # Errors
 /// [`Error::Io`], which says so where the new checkpoint is there.
@@ -109,7 +111,8 @@ pub(super) fn finish(target: &Path, owned: &[&str]) -> Result<()> {
         }
         match folder.try_lock() {
             Err(fs::TryLockError::WouldBlock) => sleep(Duration::from_millis(10)),
-            // Without locks it cannot be told whether someone is at it. Either of us may move a file.
+            // Without locks it cannot be told whether someone is at it. Either of us may move a
+            // file.
             _ => return move_out(target, owned),
         }
     }
@@ -128,8 +131,8 @@ fn move_out(target: &Path, owned: &[&str]) -> Result<()> {
     let Ok(folder) = folder::open_folder(&commit) else { return folder::sync(target) };
     let list = commit.join(NAMES);
     let Some(names) = read_names(&folder).map_err(|e| Error::io("read", &list)(e.into()))? else {
-        // Cut off between the removal of the list and that of the folder. All files have been in their
-        // place by then; a power cut may have kept their former names as well.
+        // Cut off between the removal of the list and that of the folder. All files have been in
+        // their place by then; a power cut may have kept their former names as well.
         folder::discard(&commit, owned);
         if fs::read_dir(&commit).is_ok_and(|mut entries| entries.next().is_some()) {
             let message = "expected the folder of a save or nothing, found one without a list of \

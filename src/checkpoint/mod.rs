@@ -95,9 +95,9 @@ pub(crate) struct TrainerPart<'a> {
 
 /// Writes a whole checkpoint folder, or leaves the one that is there untouched.
 ///
-/// `dir` and missing parents are created. Whatever else is in an existing checkpoint folder, such as
-/// a tokenizer, stays; a training state is replaced by `trainer` or removed, as it would not fit the
-/// new weights. Needs disk space for both checkpoints and memory for the largest tensor.
+/// `dir` and missing parents are created. Whatever else is in an existing checkpoint folder, such
+/// as a tokenizer, stays; a training state is replaced by `trainer` or removed, as it would not fit
+/// the new weights. Needs disk space for both checkpoints and memory for the largest tensor.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Format`] for a `dir` that must not be written to (a file, a folder with
@@ -215,7 +215,8 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Format`] for a missing or damaged tensor, [`Error::Mismatch`] for one of another
-    /// shape or one that the model does not have, [`Error::NotFinite`] for a NaN or infinite weight.
+    /// shape or one that the model does not have, [`Error::NotFinite`] for a NaN or infinite
+    /// weight.
     pub(crate) fn weights(
         &self,
         tensors: &[TensorInfo],
@@ -240,8 +241,8 @@ impl Checkpoint {
     /// The training state, after a check that the tensor files beside it are those of its save.
     ///
     /// # Errors
-    /// [`Error::Format`] for a missing or damaged `trainer.json`; [`Error::Mismatch`] where a tensor
-    /// file is another one than this state was saved with.
+    /// [`Error::Format`] for a missing or damaged `trainer.json`; [`Error::Mismatch`] where a
+    /// tensor file is another one than this state was saved with.
     pub(crate) fn state(&self) -> Result<TrainerState> {
         let path = self.dir.join(STATE);
         let (state, sisters) = state::from_json(&path, &self.json(2)?)?;
@@ -436,17 +437,19 @@ fn read_json(path: &Path, file: &File) -> Result<JsonText> {
     Ok(JsonText { text, _spare: spare })
 }
 
-/// The memory that the values of a JSON text of `len` bytes take at most: serde_json, and the maps and
-/// lists that are made of them, end the process where there is none.
+/// The memory that the values of a JSON text of `len` bytes take at most: serde_json, and the maps
+/// and lists that are made of them, end the process where there is none.
 fn room_for_json(len: usize) -> Result<Spare> {
     /// An array of objects with one entry each: a node of a map for 8 bytes.
     const FOR_ONE: usize = 100;
     Spare::new("the values of a JSON text", len * FOR_ONE)
 }
 
-/// The memory that the names of `tensors` and the headers of their files take at most while they are saved.
+/// The memory that the names of `tensors` and the headers of their files take at most while they
+/// are saved.
 fn room_for_headers<'a>(tensors: impl Iterator<Item = &'a TensorInfo>) -> Result<Spare> {
-    /// The entries of four lists and maps, while they grow, and what stands beside a name in the texts.
+    /// The entries of four lists and maps, while they grow, and what stands beside a name in the
+    /// texts.
     const A_TENSOR: usize = 2048;
     /// In two lists, two maps and three texts, while they grow.
     const A_LETTER: usize = 20;

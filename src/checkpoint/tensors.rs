@@ -95,9 +95,10 @@ pub(super) fn write(
 
 /// The header with its length, padded to 8 bytes.
 ///
-/// NOTE: `safetensors::serialize_to_file` is not used. It writes the metadata in the random order of
-/// a `HashMap`, so that equal models would give unequal files, it gives the file to its owner alone
-/// (mode 600), and it needs the checksums, so a second read of all tensors, before the first byte.
+/// NOTE: `safetensors::serialize_to_file` is not used. It writes the metadata in the random order
+/// of a `HashMap`, so that equal models would give unequal files, it gives the file to its owner
+/// alone (mode 600), and it needs the checksums, so a second read of all tensors, before the first
+/// byte.
 fn header(
     path: &Path,
     tensors: &[Named],
@@ -136,9 +137,9 @@ const PIECE: usize = 1 << 18;
 
 /// An open tensor file whose header is sound.
 ///
-/// NOTE: no map. Where a file is cut short, or a disk or server fails, reading a map ends the process
-/// and reading a file is an error. And what a piece's sum says is true of what is decoded, whatever
-/// happens to the file meanwhile.
+/// NOTE: no map. Where a file is cut short, or a disk or server fails, reading a map ends the
+/// process and reading a file is an error. And what a piece's sum says is true of what is decoded,
+/// whatever happens to the file meanwhile.
 pub(super) struct TensorFile<'a> {
     path: PathBuf,
     file: &'a File,
@@ -454,7 +455,8 @@ fn bad_entry(header: &[u8]) -> Option<String> {
     })
 }
 
-/// An error for a file that is shorter or longer than its header says: names the first tensor that is cut.
+/// An error for a file that is shorter or longer than its header says: names the first tensor that
+/// is cut.
 fn check_length(path: &Path, header: &Metadata, start: u64, found: u64) -> Result<()> {
     let end = |bytes: usize| start.saturating_add(bytes as u64);
     let expected = end(header.data_len());

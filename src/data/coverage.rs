@@ -39,8 +39,8 @@ impl Coverage {
         sum
     }
 
-    /// What a user should know of files that are never read, and what to do about it: `None` where all
-    /// are read. `option` is the name of the sequence length for the user.
+    /// What a user should know of files that are never read, and what to do about it: `None` where
+    /// all are read. `option` is the name of the sequence length for the user.
     pub fn warning(&self, option: &str) -> Option<String> {
         if self.short_files == 0 {
             return None;

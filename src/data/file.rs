@@ -1,8 +1,8 @@
 //! One source of tokens: a mapped file in one of the known layouts, or a host's own tokens.
 //!
 //! A file is mapped, never read whole: opening it costs nothing and the page cache is shared with
-//! every other process that trains on it. How bytes leave a map is told in `source`, which of them are
-//! tokens is decided in `layout`.
+//! every other process that trains on it. How bytes leave a map is told in `source`, which of them
+//! are tokens is decided in `layout`.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -21,8 +21,8 @@ use crate::{Error, Result};
 pub enum TokenFormat {
     /// Raw tokens without a header (nanoGPT), of any [`TokenType`].
     Raw,
-    /// llm.c: a header of 256 i32 (magic, version, token count), then tokens: u16 for magic 20240520
-    /// version 1, u32 for magic 20240801 version 7.
+    /// llm.c: a header of 256 i32 (magic, version, token count), then tokens: u16 for magic
+    /// 20240520 version 1, u32 for magic 20240801 version 7.
     LlmC,
     /// NumPy's `.npy`, as `numpy.save` writes it.
     Npy,
@@ -195,8 +195,8 @@ impl TokenFile {
     /// Copies tokens `offset`.. into `out`; the caller stays within the file.
     ///
     /// # Errors
-    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`; [`Error::Io`] where
-    /// the file does not hold them any more.
+    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`; [`Error::Io`]
+    /// where the file does not hold them any more.
     pub(super) fn copy(&self, offset: u64, vocab_size: usize, out: &mut [u32]) -> Result<()> {
         let is_in_range = |out: &[u32]| out.iter().all(|&token| (token as usize) < vocab_size);
         let (source, start) = match &self.storage {
@@ -260,8 +260,8 @@ impl TokenFile {
         })
     }
 
-    /// Reads tokens `first`.. of `count` of a file in blocks, and gives the number of a block's first
-    /// token and its bytes.
+    /// Reads tokens `first`.. of `count` of a file in blocks, and gives the number of a block's
+    /// first token and its bytes.
     fn each_block(
         &self,
         first: u64,

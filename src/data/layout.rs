@@ -1,10 +1,10 @@
 //! Which bytes of a file are tokens, and of which type: by its header, or by a look at the tokens
 //! where it has none.
 //!
-//! NOTE: a file without a header is u16 unless it cannot be. Its tokens are looked at for one thing:
-//! numbers of 32 or 64 bits have high halves, which are zero for every vocabulary in use, so that
-//! every second 16-bit word is zero and the ones between are not. What may be either is refused,
-//! with the option that decides it: a wrong guess would train on rubbish for days.
+//! NOTE: a file without a header is u16 unless it cannot be. Its tokens are looked at for one
+//! thing: numbers of 32 or 64 bits have high halves, which are zero for every vocabulary in use, so
+//! that every second 16-bit word is zero and the ones between are not. What may be either is
+//! refused, with the option that decides it: a wrong guess would train on rubbish for days.
 
 use std::path::Path;
 
@@ -206,7 +206,8 @@ impl Halves {
     /// Adds a number whose halves go up to `most`, and which marks something from -1 - `marks` on.
     fn add(&mut self, low: u32, high: u32, most: u32, marks: u32) {
         self.count += 1;
-        // A small negative number marks padding or masking, and is no token, but is a signed number.
+        // A small negative number marks padding or masking, and is no token, but is a signed
+        // number.
         let is_mark = high == most && low >= most - marks;
         self.marks += usize::from(is_mark);
         let high = if is_mark { 0 } else { high };
@@ -216,20 +217,21 @@ impl Halves {
         self.low_above += usize::from(low > HIGH);
     }
 
-    /// Whether the halves that should be the high ones hold everything: see [`Halves::verdict`]. Their
-    /// own high byte then is a token's low one. Without it they are a few tokens that take turns.
+    /// Whether the halves that should be the high ones hold everything: see [`Halves::verdict`].
+    /// Their own high byte then is a token's low one. Without it they are a few tokens that take
+    /// turns.
     fn is_swapped(&self) -> bool {
         self.low == 0 && self.high >= 32 && self.highest > 0xff
     }
 
     /// Whether the numbers are as wide as they were read, or pairs of half the width.
     ///
-    /// Were they pairs of independent tokens, a zero would be as likely in either place. Of k tokens
-    /// that are not zero, all then stand in the first places with a probability of 2^-k: one in four
-    /// billion for the 32 that decide. Where half of the first places or more are taken, zeros in all
-    /// n second ones are rarer still. Bytes as tokens have some 3% of zeros at most, GPT-2's have none
-    /// to speak of; a vocabulary of two, in a file of sixteen tokens, is suspected once in 400 times,
-    /// and named.
+    /// Were they pairs of independent tokens, a zero would be as likely in either place. Of k
+    /// tokens that are not zero, all then stand in the first places with a probability of 2^-k: one
+    /// in four billion for the 32 that decide. Where half of the first places or more are taken,
+    /// zeros in all n second ones are rarer still. Bytes as tokens have some 3% of zeros at most,
+    /// GPT-2's have none to speak of; a vocabulary of two, in a file of sixteen tokens, is
+    /// suspected once in 400 times, and named.
     fn verdict(&self) -> Verdict {
         let is_dense = 2 * self.low >= self.count;
         if self.high == 0 {
@@ -241,7 +243,8 @@ impl Halves {
                 _ => Verdict::No,
             };
         }
-        // Tokens above 65,535 among them? Or tokens that take turns with small ones? Not for us to say.
+        // Tokens above 65,535 among them? Or tokens that take turns with small ones? Not for us to
+        // say.
         let is_odd = self.highest <= HIGH && 2 * self.low_above >= self.count && self.count >= 8;
         if is_odd { Verdict::Maybe } else { Verdict::No }
     }

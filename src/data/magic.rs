@@ -3,14 +3,14 @@
 //! Everything here is checked on raw files, which have no header of their own, so it must never hit
 //! sound tokens. Two rules see to that.
 //!
-//! 1. A magic counts only with as much around it as makes it one in a billion of random u16 tokens or
-//!    rarer: five fixed bytes or more, or fewer with a check of the structure behind them. Two fixed
-//!    bytes are one token: one in 50,257 of GPT-2's, or a common one.
-//! 2. Text is at least 32 bytes without a control byte, or with one in 128 bytes at most. A token below 2,048, as nearly all of
-//!    a text's most frequent ones are, has a high byte that is a control byte; so has every byte-level
-//!    token. Of random GPT-2 tokens one in four passes, so 16 of them do so once in four billion
-//!    times, and a real file holds many more. Where tokens do look like text, the host says what they
-//!    are with `token_type`, and text is not looked for.
+//! 1. A magic counts only with as much around it as makes it one in a billion of random u16 tokens
+//!    or rarer: five fixed bytes or more, or fewer with a check of the structure behind them. Two
+//!    fixed bytes are one token: one in 50,257 of GPT-2's, or a common one.
+//! 2. Text is at least 32 bytes without a control byte, or with one in 128 bytes at most. A token
+//!    below 2,048, as nearly all of a text's most frequent ones are, has a high byte that is a
+//!    control byte; so has every byte-level token. Of random GPT-2 tokens one in four passes, so 16
+//!    of them do so once in four billion times, and a real file holds many more. Where tokens do
+//!    look like text, the host says what they are with `token_type`, and text is not looked for.
 
 use std::fmt;
 
@@ -238,7 +238,8 @@ pub(super) fn text(bytes: &[u8]) -> Option<Kind> {
         return kind("text in UTF-32");
     }
     let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head);
-    // The end of a file of DOS, a page break with its backspace: a few in a long text are no matter.
+    // The end of a file of DOS, a page break with its backspace: a few in a long text are no
+    // matter.
     let controls = head.iter().filter(|&&b| is_control(b)).count();
     if head.len() < LEAST || controls > head.len() / BYTES_A_CONTROL {
         return None;

@@ -1,12 +1,12 @@
 //! Megatron's pair of files: a `.bin` of tokens without a header, and an `.idx` that says what they
 //! are.
 //!
-//! The index is a magic of 9 bytes, a version (u64), a code for the type of a token (u8), the number
-//! of sequences and of document boundaries (u64 each), then for every sequence its length (i32) and
-//! its first byte (i64), then the boundaries (i64).
+//! The index is a magic of 9 bytes, a version (u64), a code for the type of a token (u8), the
+//! number of sequences and of document boundaries (u64 each), then for every sequence its length
+//! (i32) and its first byte (i64), then the boundaries (i64).
 //!
-//! NOTE: windows take no notice of documents, as they do not in files without an index: the tokens of
-//! a pair are read as one text, in the order of the file.
+//! NOTE: windows take no notice of documents, as they do not in files without an index: the tokens
+//! of a pair are read as one text, in the order of the file.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -58,8 +58,8 @@ pub(super) fn pair(path: &Path) -> Result<Option<Pair>> {
     Ok(Some(Pair { index: tokens.with_extension("idx"), tokens }))
 }
 
-/// The `.bin` of the pair that a path names one file of, or both, as Megatron does, by what their names
-/// begin with.
+/// The `.bin` of the pair that a path names one file of, or both, as Megatron does, by what their
+/// names begin with.
 pub(super) fn tokens_of(path: &Path) -> Option<PathBuf> {
     let index = match path.extension() {
         Some(extension) if extension == "bin" || extension == "idx" => path.with_extension("idx"),

@@ -40,9 +40,9 @@ use crate::{Error, Result, reserve};
 /// Tokens to train on: one or several files, mapped into memory, or a host's own tokens. Cheap to
 /// clone: clones share the maps.
 ///
-/// All tokens are checked against a model's vocabulary before its first step or evaluation. Where they
-/// are more than 256 MiB, a thread of the dataset does that beside the training, and what it finds is
-/// the error of the next step. It ends when the last clone is gone.
+/// All tokens are checked against a model's vocabulary before its first step or evaluation. Where
+/// they are more than 256 MiB, a thread of the dataset does that beside the training, and what it
+/// finds is the error of the next step. It ends when the last clone is gone.
 #[derive(Clone, Debug)]
 pub struct Dataset(Arc<Inner>);
 
@@ -55,8 +55,8 @@ struct Inner {
     ends: OnceLock<Ends>,
 }
 
-/// Windows of one sequence length in all files up to the end of each. With them, a step does not add up
-/// those of all files for each of its rows.
+/// Windows of one sequence length in all files up to the end of each. With them, a step does not
+/// add up those of all files for each of its rows.
 #[derive(Debug)]
 struct Ends {
     /// T.
@@ -75,19 +75,20 @@ pub struct DatasetOptions {
 impl Dataset {
     /// Opens a file, or all files that a glob pattern matches, in the order of their names.
     ///
-    /// An existing path is taken as it is, even where it holds `*`, `?` or `[`; `**` in a pattern stands
-    /// for any number of folders, also behind links, each of which is entered once. A file that a pattern
-    /// finds again through a link counts once. Paths and patterns need not be UTF-8. Each file may have any
-    /// [`TokenFormat`]; raw tokens are u16, or u32 or i64 where they cannot be u16. Of Megatron's pair
-    /// either file can be named, or what both names begin with, and the pair counts once where both are.
+    /// An existing path is taken as it is, even where it holds `*`, `?` or `[`; `**` in a pattern
+    /// stands for any number of folders, also behind links, each of which is entered once. A file
+    /// that a pattern finds again through a link counts once. Paths and patterns need not be UTF-8.
+    /// Each file may have any [`TokenFormat`]; raw tokens are u16, or u32 or i64 where they cannot
+    /// be u16. Of Megatron's pair either file can be named, or what both names begin with, and the
+    /// pair counts once where both are.
     ///
-    /// Files are mapped, not read, until the last clone is gone. Nothing that happens to one
-    /// ends the process: where tokens are not there any more, because the file has become shorter or
-    /// its disk fails, the call that needs them gives [`Error::Io`]. Tokens that another process writes
+    /// Files are mapped, not read, until the last clone is gone. Nothing that happens to one ends
+    /// the process: where tokens are not there any more, because the file has become shorter or its
+    /// disk fails, the call that needs them gives [`Error::Io`]. Tokens that another process writes
     /// are checked like all others. Replacing a file by renaming another over it changes nothing.
     ///
-    /// There may be any number of files: one takes some 250 bytes of memory and no descriptor. Those beyond
-    /// 16,384 are not mapped but opened for every read, and so must keep their names.
+    /// There may be any number of files: one takes some 250 bytes of memory and no descriptor.
+    /// Those beyond 16,384 are not mapped but opened for every read, and so must keep their names.
     ///
     /// Windows do not cross files. Documents within a file are not told apart.
     ///
@@ -178,8 +179,8 @@ impl Dataset {
     /// The largest token. Reads everything, unless that has been done.
     ///
     /// # Errors
-    /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token; [`Error::Io`] where a
-    /// file has become shorter or its disk fails.
+    /// [`Error::TokenRange`] for a number below 0 or above u32, which is no token; [`Error::Io`]
+    /// where a file has become shorter or its disk fails.
     pub fn max_token(&self) -> Result<u32> {
         self.0.scan.largest(&self.0.files)
     }
@@ -199,20 +200,20 @@ impl Dataset {
         Ok(largest)
     }
 
-    /// Checks all tokens against a vocabulary. More than 256 MiB of them are read by a thread that this
-    /// call starts, and the answer is then what is known by now; ask again for more. Training and
-    /// evaluation do that by themselves: the call is for knowing early.
+    /// Checks all tokens against a vocabulary. More than 256 MiB of them are read by a thread that
+    /// this call starts, and the answer is then what is known by now; ask again for more. Training
+    /// and evaluation do that by themselves: the call is for knowing early.
     ///
     /// # Errors
-    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`; [`Error::Io`] where a
-    /// file has become shorter or its disk fails.
+    /// [`Error::TokenRange`] for the first token that is not below `vocab_size`; [`Error::Io`]
+    /// where a file has become shorter or its disk fails.
     pub fn check_tokens(&self, vocab_size: usize) -> Result<()> {
         self.0.scan.check(&self.0.files, vocab_size)
     }
 
-    /// What windows of `sequence_length` tokens, and one more for the last target, read of the files. A
-    /// trainer's first step warns in the engine's log of files that are never read, unless this was
-    /// asked before for its length: whoever asks knows.
+    /// What windows of `sequence_length` tokens, and one more for the last target, read of the
+    /// files. A trainer's first step warns in the engine's log of files that are never read, unless
+    /// this was asked before for its length: whoever asks knows.
     pub fn coverage(&self, sequence_length: usize) -> Coverage {
         self.0.told_of.store(sequence_length as u64, Ordering::Relaxed);
         Coverage::of(self.sources().iter().map(|file| file.info.tokens), sequence_length)
@@ -230,8 +231,8 @@ impl Dataset {
         &self.0.files
     }
 
-    /// Copies the tokens from number `first` on, counted from 0 over all files in their order, until
-    /// `tokens` is full. Unlike a training window, what is read may cross from file to file.
+    /// Copies the tokens from number `first` on, counted from 0 over all files in their order,
+    /// until `tokens` is full. Unlike a training window, what is read may cross from file to file.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] where the dataset ends before; `tokens` is then unchanged.
@@ -332,8 +333,8 @@ impl Dataset {
         Ok(EvalWindows { data: self, length: t, total: pairs, are_short: true })
     }
 
-    /// The windows up to the end of each file, for the length that is read first; `None` for others, and
-    /// where there is no memory for them.
+    /// The windows up to the end of each file, for the length that is read first; `None` for
+    /// others, and where there is no memory for them.
     fn ends(&self, t: u64) -> Option<&[u64]> {
         if self.0.ends.get().is_none() {
             let mut windows = Vec::new();
@@ -366,8 +367,8 @@ impl Dataset {
     }
 }
 
-/// Windows to measure with: those of T + 1 tokens, or where no file is that long one for each file, of
-/// all its tokens.
+/// Windows to measure with: those of T + 1 tokens, or where no file is that long one for each file,
+/// of all its tokens.
 pub(crate) struct EvalWindows<'a> {
     data: &'a Dataset,
     /// T.
@@ -383,8 +384,8 @@ impl EvalWindows<'_> {
         self.total
     }
 
-    /// Inputs of window `index` of `count` windows that are spread evenly over all of them; one token
-    /// more is read. The same for every call. `count` is at most [`EvalWindows::total`].
+    /// Inputs of window `index` of `count` windows that are spread evenly over all of them; one
+    /// token more is read. The same for every call. `count` is at most [`EvalWindows::total`].
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a `count` or `index` out of range.
@@ -397,8 +398,8 @@ impl EvalWindows<'_> {
     /// Fills `out`, which has room for one token more than [`EvalWindows::length`] says.
     ///
     /// # Errors
-    /// As [`EvalWindows::length`]; [`Error::TokenRange`] for a token that is not below `vocab_size`;
-    /// [`Error::Io`].
+    /// As [`EvalWindows::length`]; [`Error::TokenRange`] for a token that is not below
+    /// `vocab_size`; [`Error::Io`].
     pub(crate) fn read(
         &self,
         index: u64,

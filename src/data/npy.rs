@@ -1,9 +1,9 @@
 //! NumPy's `.npy`: a magic, a version, the length of a header, the header, the numbers.
 //!
-//! The header is the text of a Python dictionary with three keys, for example
-//! `{'descr': '<u2', 'fortran_order': False, 'shape': (4000,), }`. It is read for what it says, in
-//! any order and with any blanks, and nothing of it is executed. Two dimensions are read row by row,
-//! as they are stored.
+//! The header is the text of a Python dictionary with three keys, for example `{'descr': '<u2',
+//! 'fortran_order': False, 'shape': (4000,), }`. It is read for what it says, in any order and with
+//! any blanks, and nothing of it is executed. Two dimensions are read row by row, as they are
+//! stored.
 
 use super::file::{TokenFormat, TokenType};
 use super::layout::{Layout, check_length};

@@ -4,8 +4,8 @@
 //! number and gets the very window that it would have got without the interruption.
 //!
 //! All random bits are Philox4x32-10 with the seed as key. Counter words (laid out as in
-//! `formats::philox`): c0 = block or file index, c1 = purpose << 24 | sub-purpose, c2 and c3 = epoch,
-//! low and high half.
+//! `formats::philox`): c0 = block or file index, c1 = purpose << 24 | sub-purpose, c2 and c3 =
+//! epoch, low and high half.
 
 use crate::formats::philox4x32_10;
 

@@ -1,14 +1,14 @@
-//! Files whose names match a pattern: `*`, `?`, `[..]` in any part of a path, `**` for any number of
-//! folders.
+//! Files whose names match a pattern: `*`, `?`, `[..]` in any part of a path, `**` for any number
+//! of folders.
 //!
-//! NOTE: the crate `glob` matches names, but does not look for them: its own search leaves out every
-//! name that is not UTF-8. A name reaches it as text in which a byte that is not UTF-8 is a character
-//! of a private plane, so that `?` and `*` match it and two names never look alike.
+//! NOTE: the crate `glob` matches names, but does not look for them: its own search leaves out
+//! every name that is not UTF-8. A name reaches it as text in which a byte that is not UTF-8 is a
+//! character of a private plane, so that `?` and `*` match it and two names never look alike.
 //!
-//! Links are followed. What they lead to counts once: a `**` enters a folder through a link only where it
-//! has not been in it, which also ends circles, and a file that is found through a link is left out
-//! where it is found without one, or through a link before. The folders to enter are a list, not a stack of
-//! calls, so their depth is limited by the length of a path alone.
+//! Links are followed. What they lead to counts once: a `**` enters a folder through a link only
+//! where it has not been in it, which also ends circles, and a file that is found through a link is
+//! left out where it is found without one, or through a link before. The folders to enter are a
+//! list, not a stack of calls, so their depth is limited by the length of a path alone.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashSet, TryReserveError};

@@ -1,16 +1,16 @@
-//! Finds the largest token of all files, so that one outside the vocabulary is known before the first
-//! step and not when a step meets it.
+//! Finds the largest token of all files, so that one outside the vocabulary is known before the
+//! first step and not when a step meets it.
 //!
-//! Small data are looked at on the spot, which takes some 0.1 s for [`ON_THE_SPOT`] bytes. For larger
-//! ones a thread begins at the first use and goes through the files while training goes on; what it
-//! has found so far is one atomic number, which every step reads.
+//! Small data are looked at on the spot, which takes some 0.1 s for [`ON_THE_SPOT`] bytes. For
+//! larger ones a thread begins at the first use and goes through the files while training goes on;
+//! what it has found so far is one atomic number, which every step reads.
 //!
 //! Where the thread meets a file that has become shorter, or whose disk fails, it ends and leaves
 //! the place, which the next check reads again for the error, or begins anew if it can be read now.
 //!
-//! NOTE: nobody ever waits for the thread but the last owner of the dataset, who ends it. So a forked
-//! child, in which the thread does not exist, cannot hang: its first step starts a thread of its own,
-//! and it leaves the parent's alone.
+//! NOTE: nobody ever waits for the thread but the last owner of the dataset, who ends it. So a
+//! forked child, in which the thread does not exist, cannot hang: its first step starts a thread of
+//! its own, and it leaves the parent's alone.
 
 use std::process;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -276,7 +276,8 @@ mod tests {
         let files = files(tokens);
         let scan = in_the_background();
         let _ = scan.check(&files, 100);
-        // SAFETY: the child uses no lock that another thread of the parent may hold, and ends by _exit.
+        // SAFETY: the child uses no lock that another thread of the parent may hold, and ends by
+        // _exit.
         match unsafe { libc::fork() } {
             0 => {
                 let found = loop {

@@ -1,11 +1,12 @@
 //! The bytes of a file that is mapped, and that another process may change, shorten or replace, or
 //! whose disk may fail, at any time.
 //!
-//! NOTE: nobody looks at a map. A page that is not there any more would end the process with SIGBUS,
-//! so there is no slice of one and no reference into one: the kernel copies out of the map
-//! (`process_vm_readv`, or a pipe where that is forbidden), and answers EFAULT where a page is gone. A map is thus an address that the kernel reads from. It is still
-//! the right thing to hold: unlike a descriptor it is not counted against RLIMIT_NOFILE, and it keeps the
-//! file that was opened, whatever becomes of its name.
+//! NOTE: nobody looks at a map. A page that is not there any more would end the process with
+//! SIGBUS, so there is no slice of one and no reference into one: the kernel copies out of the map
+//! (`process_vm_readv`, or a pipe where that is forbidden), and answers EFAULT where a page is
+//! gone. A map is thus an address that the kernel reads from. It is still the right thing to hold:
+//! unlike a descriptor it is not counted against RLIMIT_NOFILE, and it keeps the file that was
+//! opened, whatever becomes of its name.
 //!
 //! Reading goes another way in three cases, all by the file's path:
 //! - A pass over a whole file opens it for as long as a block takes, because the kernel reads twice
@@ -24,8 +25,8 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use crate::{Error, Result};
 
-/// Most maps that all datasets of a process hold. Linux gives a process 65,530 in all, and a host whose
-/// memory allocator gets none any more dies.
+/// Most maps that all datasets of a process hold. Linux gives a process 65,530 in all, and a host
+/// whose memory allocator gets none any more dies.
 const MOST_MAPS: usize = 1 << 14;
 
 static MAPS: AtomicUsize = AtomicUsize::new(0);
@@ -59,7 +60,8 @@ impl Source {
         Self { id: id(metadata), map, absolute }
     }
 
-    /// Fills `out` with bytes `at`.. of the file at `path`. A step does it, so it allocates nothing.
+    /// Fills `out` with bytes `at`.. of the file at `path`. A step does it, so it allocates
+    /// nothing.
     ///
     /// # Errors
     /// [`Error::Io`] where they are not there any more.
@@ -94,8 +96,9 @@ impl Source {
         self.absolute.as_deref().unwrap_or(given)
     }
 
-    /// NOTE: the page in which a file ends goes on with zeros, and a file that ends earlier now gives
-    /// zeros up to the end of a page instead of an error. Bytes copied that end so are looked into.
+    /// NOTE: the page in which a file ends goes on with zeros, and a file that ends earlier now
+    /// gives zeros up to the end of a page instead of an error. Bytes copied that end so are looked
+    /// into.
     fn check_end(&self, path: &Path, at: u64, out: &[u8]) -> Result<()> {
         if out.last() != Some(&0) {
             return Ok(());
@@ -216,7 +219,8 @@ fn copy_in_process(from: *const u8, out: &mut [u8]) -> Option<io::Result<()>> {
             iov_base: from.wrapping_add(done).cast_mut().cast(),
             iov_len: rest.len(),
         };
-        // SAFETY: the kernel writes at most the rest of `out`; where it reads from it checks itself.
+        // SAFETY: the kernel writes at most the rest of `out`; where it reads from it checks
+        // itself.
         let count = unsafe { libc::process_vm_readv(libc::getpid(), &to, 1, &from, 1, 0) };
         match usize::try_from(count) {
             Ok(0) => return Some(Err(io::Error::from_raw_os_error(libc::EFAULT))),

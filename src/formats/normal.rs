@@ -6,8 +6,8 @@ use super::Draw;
 /// Pairs of values that are computed together, in loops that the compiler turns into vectors.
 const TOGETHER: usize = 64;
 
-/// Fills `values` with normal values of a standard deviation by Box and Muller's method, two for each
-/// counter (row, 0) of `draw` from row `first` on.
+/// Fills `values` with normal values of a standard deviation by Box and Muller's method, two for
+/// each counter (row, 0) of `draw` from row `first` on.
 ///
 /// Every operation rounds once, to nearest, so that all backends make the same bits.
 pub fn fill_normal(values: &mut [f32], std: f32, draw: &Draw, first: u32) {
@@ -36,8 +36,8 @@ fn unit(word: u32) -> f32 {
     (word >> 8) as f32 * (1.0 / (1 << 24) as f32)
 }
 
-// NOTE: not std's functions, which are those of the system's libm: slower by far (four seconds for the
-// weights of 1.3 billion parameters), and on another system they may round otherwise.
+// NOTE: not std's functions, which are those of the system's libm: slower by far (four seconds for
+// the weights of 1.3 billion parameters), and on another system they may round otherwise.
 
 /// The natural logarithm of a normal positive number, within 2e-7 relatively or of 1.
 fn ln(x: f32) -> f32 {

@@ -18,9 +18,9 @@
 //!
 //! Rounding takes 16 bits an element: one call serves the 8 elements whose columns share column/8,
 //! column % 8 = j taking half j % 2 (low half first) of word j / 2. "Row" and "column" are those of
-//! the tensor as it is stored: dy and x are (tokens, channels), W is (out, in). Both quantized forms
-//! of dy therefore share bits, which each GEMM allows, since its two operands never do. Elements
-//! that padding adds lie beyond the last row or column and have bits of their own.
+//! the tensor as it is stored: dy and x are (tokens, channels), W is (out, in). Both quantized
+//! forms of dy therefore share bits, which each GEMM allows, since its two operands never do.
+//! Elements that padding adds lie beyond the last row or column and have bits of their own.
 
 /// 128 random bits for a counter under a key.
 pub fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
@@ -157,8 +157,8 @@ impl Draw {
         (words[(j / 2) as usize] >> (16 * (j % 2))) as u16
     }
 
-    /// Fills `signs` with +1 and -1: sign i is bit i % 32 of word (i / 32) % 4 of call i / 128, a set
-    /// bit being -1.
+    /// Fills `signs` with +1 and -1: sign i is bit i % 32 of word (i / 32) % 4 of call i / 128, a
+    /// set bit being -1.
     pub fn fill_signs(&self, signs: &mut [f32]) {
         for (call, chunk) in signs.chunks_mut(128).enumerate() {
             let words = self.bits(call as u32, 0);

@@ -1,9 +1,9 @@
-//! Philox as a stream of random numbers, for whoever draws with the `rand` crate: the bits of a seed in
-//! order, with nothing to save but how far it has come.
+//! Philox as a stream of random numbers, for whoever draws with the `rand` crate: the bits of a
+//! seed in order, with nothing to save but how far it has come.
 //!
-//! The library itself draws by counter (see [`super::Draw`]) and never from a stream, which would depend
-//! on who draws first. These bits are of a purpose of their own, so a host that seeds a stream as its
-//! engine gets other numbers than training does.
+//! The library itself draws by counter (see [`super::Draw`]) and never from a stream, which would
+//! depend on who draws first. These bits are of a purpose of their own, so a host that seeds a
+//! stream as its engine gets other numbers than training does.
 
 use std::convert::Infallible;
 

@@ -1,7 +1,8 @@
 //! What the forward pass keeps for the backward pass, and the gradients that flow back.
 //!
-//! One [`Layers`] a kind of tensor, indexed by layer modulo its length: where a tensor need not outlive
-//! its layer, in inference and for what is computed again in the backward pass, all layers share one.
+//! One [`Layers`] a kind of tensor, indexed by layer modulo its length: where a tensor need not
+//! outlive its layer, in inference and for what is computed again in the backward pass, all layers
+//! share one.
 
 use std::ops::{Index, IndexMut};
 
@@ -82,8 +83,8 @@ pub(crate) struct ActivationGradients<B: Backend> {
 }
 
 impl<B: Backend> Activations<B> {
-    /// With `kept` for a backward pass, which computes the rest again; for None keeps nothing beyond
-    /// the layer that is being computed.
+    /// With `kept` for a backward pass, which computes the rest again; for None keeps nothing
+    /// beyond the layer that is being computed.
     pub(crate) fn new(
         backend: &B,
         arena: &mut B::Arena,
@@ -93,8 +94,8 @@ impl<B: Backend> Activations<B> {
         let Shapes { config, sequences, precision } = shapes;
         let ModelConfig { layers, channels: c, heads, .. } = *config;
         let (rows, [qkv, _, fc1, _]) = (sequences.rows(), shapes.linears());
-        // Inputs of blocks; what GEMMs and attention put out; what norms and GELU put out; numbers of
-        // a row, which are small.
+        // Inputs of blocks; what GEMMs and attention put out; what norms and GELU put out; numbers
+        // of a row, which are small.
         let (inputs, products, pointwise, numbers) = match kept {
             None => (1, 1, 1, 1),
             Some(Recompute::Nothing) => (layers + 1, layers, layers, layers),

@@ -1,5 +1,5 @@
-//! The parameters of a GPT: one table that weights, gradients, optimizer states and checkpoints are laid
-//! out by.
+//! The parameters of a GPT: one table that weights, gradients, optimizer states and checkpoints are
+//! laid out by.
 //!
 //! What belongs to each parameter (weights, gradients, an optimizer's states) is one flat buffer
 //! with the table's ranges, so that pieces of a norm, buckets of an exchange and entries of a
@@ -38,8 +38,8 @@ pub(crate) const WTE: &str = "transformer.wte.weight";
 /// Name of a head of its own.
 pub(crate) const HEAD: &str = "lm_head.weight";
 
-/// Every parameter of a model: what is known of it, and its place in flat buffers, in the order of Hugging
-/// Face's `gpt2`.
+/// Every parameter of a model: what is known of it, and its place in flat buffers, in the order of
+/// Hugging Face's `gpt2`.
 pub(crate) struct ParamTable {
     specs: Vec<ParamSpec>,
     slots: Vec<Slot>,
@@ -90,8 +90,9 @@ pub(super) struct Linear {
 }
 
 impl ParamTable {
-    /// GPT-2's parameters, with its initialization, in which the layers that add to the residual stream
-    /// start smaller by the root of their number (Radford et al. 2019). Slots start at multiples of `align`.
+    /// GPT-2's parameters, with its initialization, in which the layers that add to the residual
+    /// stream start smaller by the root of their number (Radford et al. 2019). Slots start at
+    /// multiples of `align`.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].

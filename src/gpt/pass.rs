@@ -110,8 +110,9 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.classify(acts, targets, None);
     }
 
-    /// Losses of all rows, and the gradients of `scale` times their sum, but for what the embeddings get
-    /// as such: those of the step's first micro-step overwrite `grads`, others are added.
+    /// Losses of all rows, and the gradients of `scale` times their sum, but for what the
+    /// embeddings get as such: those of the step's first micro-step overwrite `grads`, others are
+    /// added.
     pub(crate) fn loss_and_backward(
         &mut self,
         acts: &mut Activations<B>,

@@ -13,8 +13,8 @@ pub enum Recompute {
     Nothing,
     /// Outputs of norms and GELU are computed again, which costs little: 10 C are kept.
     Pointwise,
-    /// Only the input of each block is kept, and the block's forward pass runs again: C are kept, and
-    /// a step takes up to a third longer.
+    /// Only the input of each block is kept, and the block's forward pass runs again: C are kept,
+    /// and a step takes up to a third longer.
     Block,
 }
 

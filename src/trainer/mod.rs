@@ -42,7 +42,8 @@ pub struct StepStats {
     pub tokens: u64,
     /// Wall-clock duration of the step.
     pub seconds: f64,
-    /// Blocks of MXFP4 operands whose scale was raised to fit the format that a GPU multiplies them in.
+    /// Blocks of MXFP4 operands whose scale was raised to fit the format that a GPU multiplies them
+    /// in.
     pub raised_blocks: u64,
 }
 
@@ -59,8 +60,8 @@ pub struct EvalStats {
 
 /// Asks a trainer to stop, from any thread or from a signal handler: one atomic store. The request
 /// stands until [`StopHandle::clear`]. [`Trainer::eval`] sees it before each batch, and
-/// [`Trainer::step_unless_stopped`] before each micro-step; [`Trainer::step`] does not look at it, loops
-/// over steps do.
+/// [`Trainer::step_unless_stopped`] before each micro-step; [`Trainer::step`] does not look at it,
+/// loops over steps do.
 #[derive(Clone, Debug, Default)]
 pub struct StopHandle(Arc<AtomicBool>);
 
@@ -116,8 +117,8 @@ impl Trainer {
         Self::with_state(model, state)
     }
 
-    /// Loads a checkpoint that [`Trainer::save`] wrote, model included. The run goes on bit for bit as
-    /// if it had not stopped: options and seed are the saved ones.
+    /// Loads a checkpoint that [`Trainer::save`] wrote, model included. The run goes on bit for bit
+    /// as if it had not stopped: options and seed are the saved ones.
     ///
     /// # Errors
     /// As [`Model::load`] and [`Trainer::new`].
@@ -132,18 +133,19 @@ impl Trainer {
         Ok(trainer)
     }
 
-    /// Whether `dir` holds a checkpoint with the training state that [`Trainer::load`] wants; it may be
-    /// damaged even so.
+    /// Whether `dir` holds a checkpoint with the training state that [`Trainer::load`] wants; it
+    /// may be damaged even so.
     pub fn is_saved_in(dir: &Path) -> bool {
         Checkpoint::open(dir).is_ok_and(|checkpoint| checkpoint.has_state())
     }
 
-    /// Saves weights, moments and position to a checkpoint folder, atomically: a kill at any instant
-    /// leaves the previous checkpoint whole, or the new one. Whatever else is in the folder stays.
+    /// Saves weights, moments and position to a checkpoint folder, atomically: a kill at any
+    /// instant leaves the previous checkpoint whole, or the new one. Whatever else is in the folder
+    /// stays.
     ///
     /// # Errors
-    /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its flushing
-    /// failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
+    /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its
+    /// flushing failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&mut self, dir: &Path) -> Result<()> {
         on_device!(&self.run, run => {
             let Run { model, buffers, .. } = run;
@@ -160,15 +162,16 @@ impl Trainer {
         })
     }
 
-    /// One optimizer step on the dataset's next samples. Files shorter than a sequence and one token
-    /// are never read; the engine's log warns of them once, and [`Dataset::coverage`] counts them.
+    /// One optimizer step on the dataset's next samples. Files shorter than a sequence and one
+    /// token are never read; the engine's log warns of them once, and [`Dataset::coverage`] counts
+    /// them.
     ///
     /// # Errors
     /// [`Error::TokenRange`] for a token outside the vocabulary anywhere in the dataset, see
-    /// [`Dataset::check_tokens`]; [`Error::Io`] where a file of it has become shorter or its disk fails;
-    /// [`Error::InvalidArgument`] for a dataset that is too short; [`Error::NotFinite`] if the loss or
-    /// the gradient is NaN or infinite, or a weight or moment would become so. Weights, moments and
-    /// position are then those before the step.
+    /// [`Dataset::check_tokens`]; [`Error::Io`] where a file of it has become shorter or its disk
+    /// fails; [`Error::InvalidArgument`] for a dataset that is too short; [`Error::NotFinite`] if
+    /// the loss or the gradient is NaN or infinite, or a weight or moment would become so. Weights,
+    /// moments and position are then those before the step.
     pub fn step(&mut self, data: &Dataset) -> Result<StepStats> {
         self.step_on(data, false)
     }
@@ -177,8 +180,8 @@ impl Trainer {
     /// minutes.
     ///
     /// # Errors
-    /// As [`Trainer::step`], and [`Error::Stopped`] if a stop was pending before a micro-step. The next
-    /// step does the same from its beginning.
+    /// As [`Trainer::step`], and [`Error::Stopped`] if a stop was pending before a micro-step. The
+    /// next step does the same from its beginning.
     pub fn step_unless_stopped(&mut self, data: &Dataset) -> Result<StepStats> {
         self.step_on(data, true)
     }
@@ -208,8 +211,9 @@ impl Trainer {
         })
     }
 
-    /// [`Trainer::step_tokens`] on `count` tokens that `copy(from, to)` reads. They are checked before the
-    /// step begins, and once more as they are used: a host's other threads may have changed them.
+    /// [`Trainer::step_tokens`] on `count` tokens that `copy(from, to)` reads. They are checked
+    /// before the step begins, and once more as they are used: a host's other threads may have
+    /// changed them.
     pub(crate) fn step_copied_tokens(
         &mut self,
         count: usize,
@@ -279,16 +283,16 @@ impl Trainer {
         Ok(StepStats { step: t, loss, grad_norm, lr, tokens, seconds, raised_blocks })
     }
 
-    /// Mean loss over `max_batches` batches of windows spread evenly over `data`, the same windows at
-    /// every call; 0 takes all windows. Nothing of the run changes.
+    /// Mean loss over `max_batches` batches of windows spread evenly over `data`, the same windows
+    /// at every call; 0 takes all windows. Nothing of the run changes.
     ///
-    /// Where no file has the tokens of a sequence and one more, each file with two tokens or more is one
-    /// shorter window of all its tokens; the number of tokens in the result tells.
+    /// Where no file has the tokens of a sequence and one more, each file with two tokens or more
+    /// is one shorter window of all its tokens; the number of tokens in the result tells.
     ///
     /// # Errors
-    /// As [`Trainer::step`], but [`Error::InvalidArgument`] only where no file has two tokens; a loss
-    /// that is not finite is returned, not an error. [`Error::Stopped`] if a stop is pending before a
-    /// batch.
+    /// As [`Trainer::step`], but [`Error::InvalidArgument`] only where no file has two tokens; a
+    /// loss that is not finite is returned, not an error. [`Error::Stopped`] if a stop is pending
+    /// before a batch.
     pub fn eval(&mut self, data: &Dataset, max_batches: usize) -> Result<EvalStats> {
         let started = Instant::now();
         let TrainerOptions { batch_size, sequence_length, ref recipe, .. } = self.state.options;
@@ -320,7 +324,8 @@ impl Trainer {
         Ok(EvalStats { loss, tokens, seconds: started.elapsed().as_secs_f64() })
     }
 
-    /// Overrides the schedule's learning rate from the next step on; `None` returns to the schedule.
+    /// Overrides the schedule's learning rate from the next step on; `None` returns to the
+    /// schedule.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a negative number, NaN or infinity.
@@ -333,9 +338,10 @@ impl Trainer {
         Ok(())
     }
 
-    /// Takes a new schedule in place of the present one, from the next step on. Its steps are counted
-    /// from here: it begins with its warm-up and ends `schedule.total_steps` steps later. A rate that
-    /// [`Trainer::set_lr`] set is dropped. The schedule and where it began are saved with the run.
+    /// Takes a new schedule in place of the present one, from the next step on. Its steps are
+    /// counted from here: it begins with its warm-up and ends `schedule.total_steps` steps later. A
+    /// rate that [`Trainer::set_lr`] set is dropped. The schedule and where it began are saved with
+    /// the run.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] naming the field; the present schedule then stays.
@@ -398,8 +404,8 @@ impl Trainer {
         self.stop = stop;
     }
 
-    /// Copies the gradient that the last step computed (before clipping) for a parameter into `out`,
-    /// in the shape that [`Model::tensors`] gives. Gradients stay until the next step.
+    /// Copies the gradient that the last step computed (before clipping) for a parameter into
+    /// `out`, in the shape that [`Model::tensors`] gives. Gradients stay until the next step.
     ///
     /// # Errors
     /// As [`Model::read_tensor`].
@@ -703,8 +709,8 @@ mod tests {
         }
     }
 
-    /// The first step is tried before it is done, later ones are not; nor are they after the host has
-    /// written a tensor or another trainer has trained, but after loading one is.
+    /// The first step is tried before it is done, later ones are not; nor are they after the host
+    /// has written a tensor or another trainer has trained, but after loading one is.
     #[test]
     fn bounds_are_found_once() {
         let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();

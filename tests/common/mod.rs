@@ -56,8 +56,8 @@ impl Compiler<'_> {
     }
 }
 
-/// Builds and runs a program of `tests/c` with an empty folder as its argument. It must succeed and,
-/// because the library is silent, leave stdout and stderr empty.
+/// Builds and runs a program of `tests/c` with an empty folder as its argument. It must succeed
+/// and, because the library is silent, leave stdout and stderr empty.
 pub(crate) fn run(name: &str, link: Link) {
     run_with(name, link, &[], &[]);
 }
@@ -170,8 +170,8 @@ pub(crate) fn finish_within(limit: Duration, command: &mut Command) -> Output {
     Output { status, stdout, stderr }
 }
 
-/// valgrind, to be followed by a program: no finding and, with `leaks`, no leak. It knows no AVX-512,
-/// which the library sees and does without.
+/// valgrind, to be followed by a program: no finding and, with `leaks`, no leak. It knows no
+/// AVX-512, which the library sees and does without.
 pub(crate) fn valgrind(leaks: bool) -> Vec<String> {
     let suppressions = root().join("packaging/valgrind.supp");
     let leaks = if leaks { "full" } else { "no" };
@@ -188,8 +188,8 @@ pub(crate) fn valgrind(leaks: bool) -> Vec<String> {
     .into()
 }
 
-/// Whether a tool is there. Without it the test that asks is skipped with a line that says so, except
-/// in continuous integration (CI=true), where nothing may be skipped.
+/// Whether a tool is there. Without it the test that asks is skipped with a line that says so,
+/// except in continuous integration (CI=true), where nothing may be skipped.
 pub(crate) fn has_tool(tool: &str, works: bool) -> bool {
     if !works {
         let ci = std::env::var("CI").is_ok_and(|value| value == "true");

@@ -44,8 +44,8 @@ Most dimensions that a tensor can have.
 const MXT_MAX_RANK = 4
 
 """
-What a call returns: MXT_OK, or one of the negative numbers of mxt_status_code. Later versions may
-add codes, so treat an unknown negative number as an error.
+What a call returns: MXT_OK, or one of the negative numbers of mxt_status_code. Later versions
+may add codes, so treat an unknown negative number as an error.
 """
 const mxt_status = Int32
 
@@ -88,8 +88,8 @@ A panic in an earlier call left this object unusable: free it.
 const MXT_ERROR_POISONED = Int32(-6)
 
 """
-A defect of the library showed itself inside this call. The message says where; please report
-it. The handle is poisoned, the process and all other handles are sound.
+A defect of the library showed itself inside this call. The message says where; please
+report it. The handle is poisoned, the process and all other handles are sound.
 """
 const MXT_ERROR_PANIC = Int32(-7)
 
@@ -201,8 +201,8 @@ const MXT_DTYPE_F32 = Int32(0)
 # mxt_token_type: What a token is in a file without a header to say it.
 
 """
-Found out by a look at the tokens: 16 bits, unless they must be 32 or 64. A file in which they
-may be either is refused.
+Found out by a look at the tokens: 16 bits, unless they must be 32 or 64. A file in which
+they may be either is refused.
 """
 const MXT_TOKEN_TYPE_AUTO = Int32(0)
 
@@ -266,7 +266,8 @@ The callback returned a number other than 0.
 const MXT_RUN_END_CALLBACK = Int32(1)
 
 """
-mxt_trainer_request_stop was called, maybe during a step or an evaluation, which was given up.
+mxt_trainer_request_stop was called, maybe during a step or an evaluation, which was given
+up.
 """
 const MXT_RUN_END_REQUEST = Int32(2)
 
@@ -300,8 +301,9 @@ and where that failed or was stopped.
 Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
 
 Runs on the thread that called mxt_trainer_run, after the step, its evaluation and its
-checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even free.
-A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not longjmp.
+checkpoint. It may call the library, on this trainer too: save, eval, set_lr, generate, even
+free. A C++ exception passes through mxt_trainer_run and leaves the trainer usable; do not
+longjmp.
 """
 const mxt_step_fn = Ptr{Cvoid}
 
@@ -311,13 +313,14 @@ changed, so any number of threads and trainers may use it at once. Make with one
 mxt_dataset_open or mxt_dataset_from functions, free with mxt_dataset_free.
 
 All its tokens are checked against a model's vocabulary before the first step or evaluation of a
-trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while the
-training goes on, and what it finds is the error of the next step. The thread blocks all signals but
-faults, and has ended when mxt_dataset_free returns and no other call uses the dataset.
+trainer: at once up to 256 MiB, which takes some 0.1 s; else by a thread of the dataset while
+the training goes on, and what it finds is the error of the next step. The thread blocks all
+signals but faults, and has ended when mxt_dataset_free returns and no other call uses the
+dataset.
 
-Nothing that happens to a file ends the process. Where its tokens are not there any more, because it
-has become shorter or its disk fails, the call that needs them returns MXT_ERROR_IO; a trainer is
-then as before the call.
+Nothing that happens to a file ends the process. Where its tokens are not there any more,
+because it has become shorter or its disk fails, the call that needs them returns MXT_ERROR_IO;
+a trainer is then as before the call.
 """
 mutable struct mxt_dataset end
 
@@ -336,10 +339,10 @@ mxt_model_load or mxt_trainer_model, free with mxt_model_free.
 mutable struct mxt_model end
 
 """
-A model in training: weights, moments, schedule, and the number of steps done. It needs its model
-for itself while a call is inside: then calls on the model, on the trainer and on other trainers
-of that model return MXT_ERROR_BUSY. Make with mxt_trainer_new or mxt_trainer_load, free with
-mxt_trainer_free.
+A model in training: weights, moments, schedule, and the number of steps done. It needs its
+model for itself while a call is inside: then calls on the model, on the trainer and on other
+trainers of that model return MXT_ERROR_BUSY. Make with mxt_trainer_new or mxt_trainer_load,
+free with mxt_trainer_free.
 """
 mutable struct mxt_trainer end
 
@@ -349,12 +352,12 @@ What an engine is made from. Fill it with mxt_engine_options_init.
 struct mxt_engine_options
     # Set by mxt_engine_options_init.
     struct_size::Csize_t
-    # "cpu"; "cuda" or "cuda:0" for the first NVIDIA GPU, "cuda:1" for the second and so on; "auto"
-    # for the first GPU where there is one that works, else the CPU. NULL is "cpu". Borrowed for the
-    # call.
+    # "cpu"; "cuda" or "cuda:0" for the first NVIDIA GPU, "cuda:1" for the second and so on;
+    # "auto" for the first GPU where there is one that works, else the CPU. NULL is "cpu".
+    # Borrowed for the call.
     device::Cstring
-    # Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the process
-    # may use. Results do not depend on it. A GPU takes none.
+    # Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the
+    # process may use. Results do not depend on it. A GPU takes none.
     threads::Csize_t
     # Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
     seed::UInt64
@@ -362,22 +365,22 @@ struct mxt_engine_options
     memory_limit::UInt64
     # Receives log lines. NULL (default): the library is silent.
     log::mxt_log_fn
-    # Passed to `log`. It must stay valid until the engine and everything made from it is freed, or
-    # until `log_user_data_free` is called with it.
+    # Passed to `log`. It must stay valid until the engine and everything made from it is freed,
+    # or until `log_user_data_free` is called with it.
     log_user_data::Ptr{Cvoid}
-    # A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device, where
-    # cudaStreamCreate makes them. All work of the engine is queued there, in the order of the calls,
-    # between the host's own. It must not be capturing while a call is inside, and must live until the
-    # engine and everything made from it is freed. NULL (default): the engine makes its own. With
-    # device "auto" there must be a GPU then.
+    # A CUDA stream of the host (CUstream or cudaStream_t) in the primary context of the device,
+    # where cudaStreamCreate makes them. All work of the engine is queued there, in the order of
+    # the calls, between the host's own. It must not be capturing while a call is inside, and must
+    # live until the engine and everything made from it is freed. NULL (default): the engine makes
+    # its own. With device "auto" there must be a GPU then.
     cuda_stream::Ptr{Cvoid}
-    # Called with `log_user_data`, whatever it is, exactly once for each call of mxt_engine_new that
-    # succeeds, when the library will never call `log` again: at the end of the call that gives up
-    # the last of the engine and all that was made from it, on the thread of that call, after the
-    # worker threads have ended. Where `log` is NULL, that is the end of mxt_engine_new itself. An
-    # mxt_engine_new that fails never calls it: log_user_data is the caller's still. A child made by
-    # fork() that frees the handles calls it as well, for its own copy of memory. NULL (default):
-    # nothing is called.
+    # Called with `log_user_data`, whatever it is, exactly once for each call of mxt_engine_new
+    # that succeeds, when the library will never call `log` again: at the end of the call that
+    # gives up the last of the engine and all that was made from it, on the thread of that call,
+    # after the worker threads have ended. Where `log` is NULL, that is the end of mxt_engine_new
+    # itself. An mxt_engine_new that fails never calls it: log_user_data is the caller's still. A
+    # child made by fork() that frees the handles calls it as well, for its own copy of memory.
+    # NULL (default): nothing is called.
     log_user_data_free::mxt_user_data_free_fn
 end
 
@@ -480,8 +483,8 @@ struct mxt_dataset_options
 end
 
 """
-What sequences of some length read of a dataset. Set struct_size to sizeof(mxt_coverage) before the
-call that fills it.
+What sequences of some length read of a dataset. Set struct_size to sizeof(mxt_coverage) before
+the call that fills it.
 """
 struct mxt_coverage
     # sizeof(mxt_coverage), set by the caller.
@@ -538,14 +541,14 @@ struct mxt_trainer_options
     # Steps over which the rate rises linearly to lr. Default 0.
     warmup_steps::UInt64
     # Step at which the curve ends, counted from the trainer's first step or from where
-    # mxt_trainer_set_schedule set the schedule; later steps keep min_lr. Must be above warmup_steps,
-    # except for MXT_SCHEDULE_CONSTANT. Default 0.
+    # mxt_trainer_set_schedule set the schedule; later steps keep min_lr. Must be above
+    # warmup_steps, except for MXT_SCHEDULE_CONSTANT. Default 0.
     total_steps::UInt64
     # Length in steps of the descent of MXT_SCHEDULE_TRAPEZOID. Default 0.
     decay_steps::UInt64
-    # What is computed again in the backward pass to save memory: "nothing" (the default, and
-    # what NULL is), "pointwise" (outputs of norms and GELU: a third less for activations, little time) or
-    # "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
+    # What is computed again in the backward pass to save memory: "nothing" (the default, and what
+    # NULL is), "pointwise" (outputs of norms and GELU: a third less for activations, little time)
+    # or "block" (all but the inputs of blocks: a step takes up to a third longer). Results do not
     # depend on it. Borrowed for the call.
     recompute::Cstring
     # What moves the weights: "adamw" (the default, and what NULL is) or "stable-adamw" (AdamW
@@ -556,8 +559,8 @@ struct mxt_trainer_options
 end
 
 """
-What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that fills
-it.
+What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that
+fills it.
 """
 struct mxt_step_stats
     # sizeof(mxt_step_stats), set by the caller.
@@ -576,14 +579,16 @@ struct mxt_step_stats
     lr::Cfloat
     # tokens / seconds.
     tokens_per_second::Cfloat
-    # Blocks of 32 numbers of the step's MXFP4 operands whose scale was raised, because it lay too far
-    # below the largest of its tensor for the format that the GPU multiplies in. Their rounding is
-    # coarser than their own scale would allow; with stochastic rounding it has no bias still. 0 on CPUs.
+    # Blocks of 32 numbers of the step's MXFP4 operands whose scale was raised, because it lay too
+    # far below the largest of its tensor for the format that the GPU multiplies in. Their
+    # rounding is coarser than their own scale would allow; with stochastic rounding it has no
+    # bias still. 0 on CPUs.
     raised_blocks::UInt64
 end
 
 """
-What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills it.
+What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills
+it.
 """
 struct mxt_eval_stats
     # sizeof(mxt_eval_stats), set by the caller.
@@ -599,8 +604,8 @@ struct mxt_eval_stats
 end
 
 """
-Bytes that a model with its trainer takes, by purpose. Set struct_size to sizeof(mxt_memory_plan)
-before the call that fills it.
+Bytes that a model with its trainer takes, by purpose. Set struct_size to
+sizeof(mxt_memory_plan) before the call that fills it.
 """
 struct mxt_memory_plan
     # sizeof(mxt_memory_plan), set by the caller.
@@ -721,11 +726,10 @@ end
 """
     mxt_build_info()
 
-What this build is, as a JSON object: \"version\", \"abi\", \"commit\" (null in debug builds and if not known), \"target\",
-\"profile\", \"devices\" (the kinds that it can drive), \"recipes\", and \"kernels\" with the instruction
-sets that are \"compiled\", those that this processor has (\"available\") and the one that an engine
-takes (\"selected\").
-Later versions may add keys.
+What this build is, as a JSON object: \"version\", \"abi\", \"commit\" (null in debug builds and if
+not known), \"target\", \"profile\", \"devices\" (the kinds that it can drive), \"recipes\", and
+\"kernels\" with the instruction sets that are \"compiled\", those that this processor has
+(\"available\") and the one that an engine takes (\"selected\"). Later versions may add keys.
 
 Never NULL; the text is static. Any thread may call it at any time.
 """
@@ -778,13 +782,13 @@ install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
 
 A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
 the user's cache folder: \$MXT_CACHE_DIR, else mxfp4train in \$XDG_CACHE_HOME or ~/.cache. Only
-absolute names count. A folder that belongs to another user, or that others may write, is not used:
-kernels are compiled every time then, and the log warns.
+absolute names count. A folder that belongs to another user, or that others may write, is not
+used: kernels are compiled every time then, and the log warns.
 
-In the second step of a trainer on a GPU the library captures a CUDA graph, for some milliseconds.
-A call that waits for the whole device then, as cudaDeviceSynchronize does, may get an error from
-CUDA: a host with CUDA code on other threads waits for its streams instead. Should a capture be broken
-off, the step is done without, and the next one tries again.
+In the second step of a trainer on a GPU the library captures a CUDA graph, for some
+milliseconds. A call that waits for the whole device then, as cudaDeviceSynchronize does, may
+get an error from CUDA: a host with CUDA code on other threads waits for its streams instead.
+Should a capture be broken off, the step is done without, and the next one tries again.
 """
 function mxt_engine_new(options, engine)
     return @ccall libmxfp4train.mxt_engine_new(
@@ -807,7 +811,8 @@ end
 """
     mxt_engine_threads(engine)
 
-Number of worker threads: those of the CPU, 0 for a GPU. 0 if `engine` is NULL. Any thread may call it at any time.
+Number of worker threads: those of the CPU, 0 for a GPU. 0 if `engine` is NULL. Any thread may
+call it at any time.
 """
 function mxt_engine_threads(engine)
     return @ccall libmxfp4train.mxt_engine_threads(engine::Ptr{mxt_engine})::Csize_t
@@ -864,8 +869,8 @@ end
 """
     mxt_model_new(engine, config, model)
 
-Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it in
-`*model` for the caller to free.
+Makes a model with GPT-2's random initial weights, drawn from the engine's seed, and stores it
+in `*model` for the caller to free.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field),
 MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
@@ -902,9 +907,9 @@ end
     mxt_model_save(model, dir)
 
 Saves weights and configuration as a folder that Hugging Face transformers opens as gpt2. The
-folder is made if it is not there. A failure, or a kill at any instant, leaves a whole checkpoint
-there, the one before or the new one. Whatever else is in the folder stays, and so do keys of the
-configuration that a loaded model came with, such as special tokens.
+folder is made if it is not there. A failure, or a kill at any instant, leaves a whole
+checkpoint there, the one before or the new one. Whatever else is in the folder stays, and so do
+keys of the configuration that a loaded model came with, such as special tokens.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
 folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
@@ -1045,9 +1050,9 @@ end
 Samples a continuation of the `prompt_count` tokens of `prompt`, at least one. The new tokens
 (without the prompt) go to `tokens`, their number to `*written`.
 
-`options` may be NULL for the defaults. `capacity` is the number of tokens that `tokens` has room
-for, at least max_tokens of the options; with `tokens` NULL and `capacity` 0 the new tokens go to
-on_token only.
+`options` may be NULL for the defaults. `capacity` is the number of tokens that `tokens` has
+room for, at least max_tokens of the options; with `tokens` NULL and `capacity` 0 the new tokens
+go to on_token only.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
 MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature, a stop token outside the
@@ -1069,9 +1074,10 @@ end
 """
     mxt_model_next_logits(model, tokens, token_count, logits, count)
 
-Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in f32.
-Of more tokens than the context holds, the last ones count. `logits` has room for `count` numbers,
-which must be the model's vocab_size. Both arrays may lie in memory of the engine's GPU.
+Computes the logits of the token after the `token_count` tokens of `tokens`, at least one, in
+f32. Of more tokens than the context holds, the last ones count. `logits` has room for `count`
+numbers, which must be the model's vocab_size. Both arrays may lie in memory of the engine's
+GPU.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
 MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
@@ -1104,24 +1110,24 @@ end
 """
     mxt_dataset_open(pattern, dataset)
 
-Opens a token file, or all files that a pattern such as \"data/train_*.bin\" matches, in the
-order of their names, and stores the dataset in `*dataset` for the caller to free. `*` and `?` match
+Opens a token file, or all files that a pattern such as \"data/train_*.bin\" matches, in the order
+of their names, and stores the dataset in `*dataset` for the caller to free. `*` and `?` match
 within a name, `**` any number of folders; a path that exists is taken as it is.
 
 Each file may be raw little-endian tokens of 16 bits, or of 32 or 64 where that is beyond doubt;
 llm.c's format with its header; NumPy's .npy of uint8, uint16, uint32, int32 or int64, of one
-dimension, or of two, read row by row; or Megatron's pair of .bin and .idx, of which either file can
-be named, and which counts once where both match. Documents are not told apart, and windows do not
-cross files. Links are followed, and a file that is found again through one counts once.
+dimension, or of two, read row by row; or Megatron's pair of .bin and .idx, of which either file
+can be named, and which counts once where both match. Documents are not told apart, and windows
+do not cross files. Links are followed, and a file that is found again through one counts once.
 
 Files are mapped, not read, and none keeps a descriptor open. A file may be replaced by renaming
-another over it, which changes nothing for the dataset; tokens that are written to it are checked
-like all others. There may be any number of files; those beyond 16,384 are opened for every read, and
-so must keep their names.
+another over it, which changes nothing for the dataset; tokens that are written to it are
+checked like all others. There may be any number of files; those beyond 16,384 are opened for
+every read, and so must keep their names.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches nothing), MXT_ERROR_IO,
-MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names with the remedy),
-MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error.
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a pattern that matches nothing),
+MXT_ERROR_IO, MXT_ERROR_FORMAT (a damaged file, or one of another kind, which the message names
+with the remedy), MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error.
 """
 function mxt_dataset_open(pattern, dataset)
     return @ccall libmxfp4train.mxt_dataset_open(
@@ -1168,8 +1174,8 @@ end
 
 Does what mxt_dataset_open_files does, with options. `options` may be NULL for the defaults.
 
-Errors: those of mxt_dataset_open_files, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT for
-an option, which the message names.
+Errors: those of mxt_dataset_open_files, MXT_ERROR_STRUCT_SIZE, and MXT_ERROR_INVALID_ARGUMENT
+for an option, which the message names.
 """
 function mxt_dataset_open_files_with(paths, count, options, dataset)
     return @ccall libmxfp4train.mxt_dataset_open_files_with(
@@ -1209,11 +1215,11 @@ end
 """
     mxt_dataset_max_token(dataset, token)
 
-Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files, unless
-that has been done.
+Stores the largest token in `*token`: a model needs a vocab_size above it. Reads all files,
+unless that has been done.
 
-Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_IO, MXT_ERROR_TOKEN_RANGE (a
-number below 0 or above 32 bits, which is no token).
+Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_IO, MXT_ERROR_TOKEN_RANGE
+(a number below 0 or above 32 bits, which is no token).
 """
 function mxt_dataset_max_token(dataset, token)
     return @ccall libmxfp4train.mxt_dataset_max_token(
@@ -1225,10 +1231,10 @@ end
 """
     mxt_dataset_coverage(dataset, sequence_length, coverage)
 
-Counts what training with sequences of `sequence_length` tokens reads of the dataset, and stores it in
-`*coverage` (struct_size set by the caller). Files without a whole window, of a sequence and one more
-token, are never read; a trainer's first step with such a dataset says so in the engine's log, unless
-this function was called with the trainer's length before.
+Counts what training with sequences of `sequence_length` tokens reads of the dataset, and stores
+it in `*coverage` (struct_size set by the caller). Files without a whole window, of a sequence
+and one more token, are never read; a trainer's first step with such a dataset says so in the
+engine's log, unless this function was called with the trainer's length before.
 
 Any thread may call it at any time. Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 """
@@ -1320,8 +1326,8 @@ end
     mxt_trainer_load(engine, dir, trainer)
 
 Loads what mxt_trainer_save wrote, model, moments, options and position, and stores the trainer
-in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run had
-never stopped. The number of threads may differ; the seed is the checkpoint's.
+in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run
+had never stopped. The number of threads may differ; the seed is the checkpoint's.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
 MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
@@ -1338,9 +1344,10 @@ end
 """
     mxt_trainer_save(trainer, dir)
 
-Saves model, moments, options and position to the folder `dir`, which is made if it is not there.
-A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or the new one.
-Whatever else is in the folder stays. Hugging Face transformers opens the folder as gpt2.
+Saves model, moments, options and position to the folder `dir`, which is made if it is not
+there. A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or
+the new one. Whatever else is in the folder stays. Hugging Face transformers opens the folder as
+gpt2.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
 folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
@@ -1358,11 +1365,12 @@ end
 Does one optimizer step on the next samples of `dataset` and stores what it did in `*stats`
 (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter than
-a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the dataset, also
-where this step does not read it), MXT_ERROR_IO (a file of the dataset has become shorter, or its
-disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or moment would not be),
-MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the step.
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
+than a sequence), MXT_ERROR_TOKEN_RANGE (a token outside of the vocabulary anywhere in the
+dataset, also where this step does not read it), MXT_ERROR_IO (a file of the dataset has become
+shorter, or its disk fails), MXT_ERROR_NOT_FINITE (loss or gradient are not, or a weight or
+moment would not be), MXT_ERROR_BUSY. Whatever the error, weights and moments are as before the
+step.
 """
 function mxt_trainer_step(trainer, dataset, stats)
     return @ccall libmxfp4train.mxt_trainer_step(
@@ -1379,8 +1387,8 @@ Does one optimizer step on the caller's own tokens and stores what it did in `*s
 (struct_size set by the caller; NULL if not wanted).
 
 `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
-`count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie in
-memory of the engine's GPU, written before the call or on the engine's stream.
+`count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie
+in memory of the engine's GPU, written before the call or on the engine's stream.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count),
 MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
@@ -1399,18 +1407,19 @@ end
     mxt_trainer_eval(trainer, dataset, max_batches, stats)
 
 Computes the mean loss over at most `max_batches` batches spread evenly over `dataset`, the same
-ones in every call, and stores it in `*stats` (struct_size set by the caller). 0 takes all of the
-dataset. Changes nothing of the run. A loss that is NaN or infinite is a result,
-not an error.
+ones in every call, and stores it in `*stats` (struct_size set by the caller). 0 takes all of
+the dataset. Changes nothing of the run. A loss that is NaN or infinite is a result, not an
+error.
 
 Where no file has the tokens of a sequence and one more, each file of two tokens or more is one
 shorter sequence of all its tokens; stats->tokens tells how many were predicted.
 
-A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called back
-the caller.
+A stop request is seen before each batch; it stays for mxt_trainer_run, which may have called
+back the caller.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no file of two tokens),
-MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_IO, MXT_ERROR_BUSY, MXT_STOPPED.
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no file of two
+tokens), MXT_ERROR_TOKEN_RANGE (anywhere in the dataset), MXT_ERROR_IO, MXT_ERROR_BUSY,
+MXT_STOPPED.
 """
 function mxt_trainer_eval(trainer, dataset, max_batches, stats)
     return @ccall libmxfp4train.mxt_trainer_eval(
@@ -1440,9 +1449,9 @@ end
     mxt_trainer_set_schedule(trainer, options)
 
 Takes a new schedule from the next step on: `schedule`, `lr`, `min_lr`, `warmup_steps`,
-`total_steps` and `decay_steps` of `options`; nothing else of it is read. Its steps are counted from
-here: it begins with its warm-up and ends total_steps steps later. A rate that mxt_trainer_set_lr set
-is dropped. The schedule, and where it began, are saved with the run.
+`total_steps` and `decay_steps` of `options`; nothing else of it is read. Its steps are counted
+from here: it begins with its warm-up and ends total_steps steps later. A rate that
+mxt_trainer_set_lr set is dropped. The schedule, and where it began, are saved with the run.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the field; the
 present schedule stays), MXT_ERROR_BUSY.
@@ -1471,8 +1480,8 @@ end
     mxt_trainer_schedule_start(trainer)
 
 The step that the schedule counts from: 0, or the number of steps that were done when
-mxt_trainer_set_schedule set it. 0 if `trainer` is NULL. Any thread may call it at any time, also
-while a step is running.
+mxt_trainer_set_schedule set it. 0 if `trainer` is NULL. Any thread may call it at any time,
+also while a step is running.
 """
 function mxt_trainer_schedule_start(trainer)
     return @ccall libmxfp4train.mxt_trainer_schedule_start(
@@ -1483,8 +1492,8 @@ end
 """
     mxt_trainer_steps_done(trainer)
 
-Number of optimizer steps done since step 0, those before a save and load included. 0 if `trainer`
-is NULL. Any thread may call it at any time, also while a step is running.
+Number of optimizer steps done since step 0, those before a save and load included. 0 if
+`trainer` is NULL. Any thread may call it at any time, also while a step is running.
 """
 function mxt_trainer_steps_done(trainer)
     return @ccall libmxfp4train.mxt_trainer_steps_done(trainer::Ptr{mxt_trainer})::UInt64
@@ -1523,14 +1532,14 @@ end
 """
     mxt_trainer_request_stop(trainer)
 
-Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of several
-batches or of an evaluation, which then count as not done. A run that is not started yet stops at
-once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it up, and with it
-all that come before that run has returned, or mxt_trainer_clear_stop takes it back. NULL does
-nothing.
+Asks mxt_trainer_run to stop: before its next step, or before the next batch of a step of
+several batches or of an evaluation, which then count as not done. A run that is not started yet
+stops at once. mxt_trainer_eval stops with MXT_STOPPED. The request stands until a run uses it
+up, and with it all that come before that run has returned, or mxt_trainer_clear_stop takes it
+back. NULL does nothing.
 
-Any thread and any signal handler may call it at any time: it is one atomic store. The handle must
-not be freed meanwhile.
+Any thread and any signal handler may call it at any time: it is one atomic store. The handle
+must not be freed meanwhile.
 """
 function mxt_trainer_request_stop(trainer)
     return @ccall libmxfp4train.mxt_trainer_request_stop(trainer::Ptr{mxt_trainer})::Cvoid
@@ -1550,8 +1559,8 @@ end
 """
     mxt_trainer_last_error(trainer)
 
-The message of the last call with this trainer that failed, on whichever thread; the empty string
-when there is none.
+The message of the last call with this trainer that failed, on whichever thread; the empty
+string when there is none.
 
 Never NULL. The text belongs to the calling thread and stays valid until that thread's next
 call of mxt_trainer_last_error. Any thread may call it at any time.
@@ -1564,7 +1573,8 @@ end
     mxt_trainer_free(trainer)
 
 Gives the trainer up; NULL does nothing. Nothing is saved. Its model stays usable through other
-handles. A callback may free the trainer that called it: the run then stops before its next step.
+handles. A callback may free the trainer that called it: the run then stops before its next
+step.
 """
 function mxt_trainer_free(trainer)
     return @ccall libmxfp4train.mxt_trainer_free(trainer::Ptr{mxt_trainer})::Cvoid
@@ -1574,8 +1584,8 @@ end
     mxt_plan(engine, config, options, result)
 
 Computes the bytes that a model of this shape with its trainer will take, before anything is
-allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL for
-the defaults. The engine's memory limit does not concern it.
+allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL
+for the defaults. The engine's memory limit does not concern it.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT.
 """
@@ -1613,13 +1623,13 @@ are done, the callback ends it or a stop is requested; stores what it did in `*r
 The trainer is in use only inside each step, evaluation and checkpoint, not while the callback
 runs.
 
-An evaluation or a checkpoint that fails does not end the run: the log gets a warning, the result
-counts it, and the next one is tried when it is due. Where the last evaluation of the run failed, or
-its last checkpoint, the call returns that error, at its end: all steps that were to be done are, and
-after a failed evaluation they are also saved. Only an error of a step, a device that fails and a
-panic end the run; the steps before are then saved, if save_dir is given and the trainer usable. After
-any error mxt_trainer_steps_done counts the steps done, which can be saved (again), and `*result` is
-not written.
+An evaluation or a checkpoint that fails does not end the run: the log gets a warning, the
+result counts it, and the next one is tried when it is due. Where the last evaluation of the run
+failed, or its last checkpoint, the call returns that error, at its end: all steps that were to
+be done are, and after a failed evaluation they are also saved. Only an error of a step, a
+device that fails and a panic end the run; the steps before are then saved, if save_dir is given
+and the trainer usable. After any error mxt_trainer_steps_done counts the steps done, which can
+be saved (again), and `*result` is not written.
 
 Errors: those of mxt_trainer_step, mxt_trainer_eval and mxt_trainer_save, except MXT_STOPPED.
 """

@@ -248,15 +248,15 @@ pub(crate) struct StartArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) init_from: Option<PathBuf>,
 
-    /// Go on with the run saved in a checkpoint folder, with the options that it was started with, but
-    /// for --save-fallback, and --log unless it is a file in that folder: where else to write is not for a
-    /// checkpoint to say
+    /// Go on with the run saved in a checkpoint folder, with the options that it was started with,
+    /// but for --save-fallback, and --log unless it is a file in that folder: where else to write
+    /// is not for a checkpoint to say
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
 
-    /// With --resume: a new learning-rate schedule from this step to --steps, whose warm-up and curve
-    /// begin now; --lr, --min-lr, --schedule, --warmup and --decay-steps may be given anew, the rates
-    /// and the curve stay otherwise
+    /// With --resume: a new learning-rate schedule from this step to --steps, whose warm-up and
+    /// curve begin now; --lr, --min-lr, --schedule, --warmup and --decay-steps may be given anew,
+    /// the rates and the curve stay otherwise
     #[arg(long)]
     pub(crate) new_schedule: bool,
 
@@ -405,8 +405,8 @@ pub(crate) struct ReportArgs {
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) sample_prompt: String,
 
-    /// Write a JSON object for every step and every measurement to a file, one a line; a resumed run
-    /// goes on at the end of the file
+    /// Write a JSON object for every step and every measurement to a file, one a line; a resumed
+    /// run goes on at the end of the file
     #[arg(long, value_name = "FILE")]
     pub(crate) log: Option<PathBuf>,
 }
@@ -441,8 +441,8 @@ pub(crate) struct MachineArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Machine")]
 pub(crate) struct SeedArgs {
-    /// Seed of everything random: same seed, same losses, on any number of threads. `random` draws one,
-    /// which is said before the run and kept with it
+    /// Seed of everything random: same seed, same losses, on any number of threads. `random` draws
+    /// one, which is said before the run and kept with it
     #[arg(long, value_name = "N", default_value_t = SeedArgs::DEFAULT, value_parser = seed)]
     pub(crate) seed: u64,
 }
@@ -528,7 +528,8 @@ pub(crate) struct GenerateArgs {
     )]
     pub(crate) stop: Vec<String>,
 
-    /// Go on behind the token that ends a text (GPT-2's <|endoftext|>, or what the checkpoint names)
+    /// Go on behind the token that ends a text (GPT-2's <|endoftext|>, or what the checkpoint
+    /// names)
     #[arg(long)]
     pub(crate) ignore_eos: bool,
 

@@ -12,8 +12,8 @@ use crate::failure::{Failure, Outcome};
 use crate::files;
 use crate::parse;
 
-/// Reads the options of a file that sub-command `sub` has, as arguments. Those that only `train` has
-/// are left out for another sub-command, so that `plan` takes a run's file as it is.
+/// Reads the options of a file that sub-command `sub` has, as arguments. Those that only `train`
+/// has are left out for another sub-command, so that `plan` takes a run's file as it is.
 pub(crate) fn read(file: &Path, sub: &str) -> Outcome<Vec<OsString>> {
     let text = files::read_text(file).map_err(Failure::io("read", file))?;
     let table: BTreeMap<String, Value> = toml::from_str(&text).map_err(|e| {

@@ -1,9 +1,9 @@
 //! What the user sees: text on standard output, and a progress bar, notes and errors on standard
 //! error.
 //!
-//! NOTE: names of files, and what stands in them, come from anywhere. A terminal would obey the escape
-//! sequences in them, and a line could pass for another, so nothing leaves here but through [`plain`].
-//! A name that stands in a text of several lines has to go through [`shown`] before.
+//! NOTE: names of files, and what stands in them, come from anywhere. A terminal would obey the
+//! escape sequences in them, and a line could pass for another, so nothing leaves here but through
+//! [`plain`]. A name that stands in a text of several lines has to go through [`shown`] before.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -31,8 +31,8 @@ static HURRIES: AtomicBool = AtomicBool::new(false);
 /// How long output may then wait for its reader.
 const PATIENCE: Duration = Duration::from_millis(200);
 
-/// From now on, what the reader of a pipe or a stopped terminal does not take is given up: the program
-/// is to end, and does not wait for it.
+/// From now on, what the reader of a pipe or a stopped terminal does not take is given up: the
+/// program is to end, and does not wait for it.
 pub(crate) fn hurry() {
     HURRIES.store(true, Ordering::Relaxed);
 }
@@ -91,7 +91,8 @@ fn escaped(
     text.chars().map(|c| if is_odd(c) { escape(c) } else { c.into() }).collect()
 }
 
-/// Writes lines to standard output. A reader that has gone away (`mxtrain info | head`) is no failure.
+/// Writes lines to standard output. A reader that has gone away (`mxtrain info | head`) is no
+/// failure.
 pub(crate) fn print(text: &str) -> Outcome {
     let lines: Vec<_> = text.split('\n').map(plain).collect();
     print_as_it_is(&lines.join("\n"))
@@ -106,8 +107,8 @@ pub(crate) fn print_json(value: &impl Serialize) -> Outcome {
     print_as_it_is(&(lines.collect::<Vec<_>>().join("\n") + "\n"))
 }
 
-/// What a model has written, for standard output: as it is in a file or a pipe, but a terminal need not
-/// obey it.
+/// What a model has written, for standard output: as it is in a file or a pipe, but a terminal need
+/// not obey it.
 pub(crate) fn content(text: &str) -> Cow<'_, str> {
     static IS_TERMINAL: LazyLock<bool> = LazyLock::new(|| io::stdout().is_terminal());
     match *IS_TERMINAL {

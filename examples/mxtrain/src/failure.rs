@@ -1,7 +1,8 @@
 //! How a command fails: one line for the user and an exit code.
 //!
 //! Exit code 2 means "you asked for something that cannot be": a wrong option, a missing or damaged
-//! file. Exit code 1 means that a sound request failed while it ran: a full disk, a loss that is NaN.
+//! file. Exit code 1 means that a sound request failed while it ran: a full disk, a loss that is
+//! NaN.
 
 use std::fmt::Display;
 use std::io;
@@ -15,7 +16,8 @@ pub(crate) type Outcome<T = ()> = Result<T, Failure>;
 pub(crate) struct Failure {
     /// The process's exit code: 1 or 2.
     pub(crate) code: u8,
-    /// One line, without the program's name. A newline in it is one of a name, and shown as an escape.
+    /// One line, without the program's name. A newline in it is one of a name, and shown as an
+    /// escape.
     pub(crate) message: String,
 }
 

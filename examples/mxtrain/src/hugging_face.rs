@@ -2,10 +2,10 @@
 //! the tokenizer and the settings of generation.
 //!
 //! A run carries those of the checkpoint that it begins with. Where there are none, and the data's
-//! tokenizer is one of ours, it writes them, so that `AutoTokenizer.from_pretrained` gives the tokens that
-//! the model was trained on. What a user put into the folder stays: `mxtrain.json` lists the files that
-//! came from here with their checksums, and a file that is not on the list, or was changed since, is
-//! the user's. docs/hugging-face.md says all that to users.
+//! tokenizer is one of ours, it writes them, so that `AutoTokenizer.from_pretrained` gives the
+//! tokens that the model was trained on. What a user put into the folder stays: `mxtrain.json`
+//! lists the files that came from here with their checksums, and a file that is not on the list, or
+//! was changed since, is the user's. docs/hugging-face.md says all that to users.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -55,8 +55,8 @@ pub(crate) struct Files {
 }
 
 impl Files {
-    /// Collects the files for a run on data made by `tokenizer` (where that is known), of a model with
-    /// `context` positions: those of the checkpoint `origin` that it begins with, or new ones.
+    /// Collects the files for a run on data made by `tokenizer` (where that is known), of a model
+    /// with `context` positions: those of the checkpoint `origin` that it begins with, or new ones.
     pub(crate) fn new(
         origin: Option<&Path>,
         tokenizer: Option<Tokenizer>,
@@ -92,8 +92,8 @@ impl Files {
         Ok(files)
     }
 
-    /// Puts the files into a checkpoint folder, of which `before` lists the files that an earlier run
-    /// put there. Gives the list of those that are this run's.
+    /// Puts the files into a checkpoint folder, of which `before` lists the files that an earlier
+    /// run put there. Gives the list of those that are this run's.
     pub(crate) fn put(
         &mut self,
         dir: &Path,
@@ -116,7 +116,8 @@ impl Files {
             ));
             self.contents.clear();
         }
-        // Ours of a run before, which this one replaces: another tokenizer's would be left otherwise.
+        // Ours of a run before, which this one replaces: another tokenizer's would be left
+        // otherwise.
         for name in there.keys().filter(|name| is_ours(name) && !self.contents.contains_key(*name))
         {
             let path = dir.join(name);
@@ -138,8 +139,8 @@ impl Files {
     }
 }
 
-/// Loads a model for a command that takes its folder. Whoever gives the name of a model on the hub, or
-/// a file of the folder, is told what to give.
+/// Loads a model for a command that takes its folder. Whoever gives the name of a model on the hub,
+/// or a file of the folder, is told what to give.
 pub(crate) fn load(engine: &Engine, dir: &Path) -> Outcome<Model> {
     Model::load(engine, dir).map_err(|error| {
         let mut failure = Failure::from(error);
@@ -186,8 +187,8 @@ impl std::fmt::Display for Found {
     }
 }
 
-/// The tokenizer of a checkpoint: what `mxtrain.json` says, else what its tokenizer files turn out to
-/// be; `None` where there is neither.
+/// The tokenizer of a checkpoint: what `mxtrain.json` says, else what its tokenizer files turn out
+/// to be; `None` where there is neither.
 pub(crate) fn tokenizer_of(checkpoint: &Path) -> Outcome<Option<Found>> {
     match RunFile::read(checkpoint)?.and_then(|file| file.tokenizer) {
         Some(tokenizer) => Ok(Some(Found::Ours(tokenizer))),
@@ -195,8 +196,8 @@ pub(crate) fn tokenizer_of(checkpoint: &Path) -> Outcome<Option<Found>> {
     }
 }
 
-/// The tokenizer of a checkpoint where it is one of ours, for reports: no matter if its tokenizer files
-/// cannot be read.
+/// The tokenizer of a checkpoint where it is one of ours, for reports: no matter if its tokenizer
+/// files cannot be read.
 pub(crate) fn known_tokenizer(checkpoint: &Path) -> Outcome<Option<Tokenizer>> {
     let of_run = RunFile::read(checkpoint)?.and_then(|file| file.tokenizer);
     Ok(of_run.or_else(|| match in_folder(checkpoint) {
@@ -206,7 +207,8 @@ pub(crate) fn known_tokenizer(checkpoint: &Path) -> Outcome<Option<Tokenizer>> {
 }
 
 /// The tokens that end a text of a checkpoint whose vocabulary has `vocab_size` tokens: what its
-/// `generation_config.json`, else its `config.json` says, and what `tokenizer` puts between documents.
+/// `generation_config.json`, else its `config.json` says, and what `tokenizer` puts between
+/// documents.
 pub(crate) fn end_tokens(
     checkpoint: Option<&Path>,
     tokenizer: Option<Tokenizer>,
@@ -278,7 +280,8 @@ fn words(path: &Path) -> String {
     format!("the tokenizer in {}", path.display())
 }
 
-/// The tokenizer that gives every token the number that it has in `vocabulary`, which may have more.
+/// The tokenizer that gives every token the number that it has in `vocabulary`, which may have
+/// more.
 fn with_vocabulary(vocabulary: &Value) -> Option<Tokenizer> {
     let vocabulary = vocabulary.as_object()?;
     let has = |(token, id): (String, u32)| {
@@ -460,8 +463,8 @@ impl Serialize for Vocabulary {
 
 /// The merges of a byte-pair encoding, in their order.
 ///
-/// The vocabulary is in the order in which training made the tokens, so the merge that made a token is
-/// what is left to do once its bytes are merged by all earlier ones.
+/// The vocabulary is in the order in which training made the tokens, so the merge that made a token
+/// is what is left to do once its bytes are merged by all earlier ones.
 fn merges(tokenizer: Tokenizer) -> Vec<String> {
     let tokens: Vec<_> = (0..tokenizer.vocab_size() as u32)
         .filter(|id| tokenizer.separator().is_none_or(|separator| *id != u32::from(separator)))

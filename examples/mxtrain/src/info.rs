@@ -1,7 +1,7 @@
 //! `mxtrain info`: what a checkpoint, a token file or a prepared folder contains.
 //!
-//! A checkpoint is described from its small files and the header of its weights, so that a large one
-//! takes no longer than a small one.
+//! A checkpoint is described from its small files and the header of its weights, so that a large
+//! one takes no longer than a small one.
 
 use std::fs;
 use std::path::Path;

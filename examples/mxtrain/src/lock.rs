@@ -1,8 +1,8 @@
 //! The lock that a run has on the folder that it writes, so that no second run writes there.
 //!
-//! It is the system's lock (flock) on the small file `.mxt-lock` in the folder, which is gone with the
-//! process. The library takes the file along when it replaces the folder, as the same inode, so the
-//! lock holds. What the file says is for people only.
+//! It is the system's lock (flock) on the small file `.mxt-lock` in the folder, which is gone with
+//! the process. The library takes the file along when it replaces the folder, as the same inode, so
+//! the lock holds. What the file says is for people only.
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, Write};
@@ -32,8 +32,8 @@ pub(crate) struct RunLock {
 impl RunLock {
     /// Locks the folder, which is made if it is not there.
     ///
-    /// A folder that cannot be made or written is no failure here: the first save will say why. Nor is
-    /// a file system without locks, after a warning.
+    /// A folder that cannot be made or written is no failure here: the first save will say why. Nor
+    /// is a file system without locks, after a warning.
     pub(crate) fn take(folder: &Path) -> Outcome<Self> {
         let is_missing = |folder: &&Path| folder.symlink_metadata().is_err();
         let missing = folder.ancestors().filter(|f| !f.as_os_str().is_empty());
@@ -50,8 +50,8 @@ impl RunLock {
         self.file.iter().map(|_| self.path.clone()).chain(self.made.clone()).collect()
     }
 
-    /// Locks the folder anew if it was removed and made again, or if the file was copied because the
-    /// file system has no links.
+    /// Locks the folder anew if it was removed and made again, or if the file was copied because
+    /// the file system has no links.
     pub(crate) fn renew(&mut self) {
         if let Some(file) = &self.file
             && !is_at(file, &self.path)
@@ -132,8 +132,8 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 /// Writes who has the lock. Not into a file that has another name too and holds something else: a
-/// checkpoint that was unpacked can have made this name one for any file of its user. What is left of a
-/// killed save has two names as well, but holds our line.
+/// checkpoint that was unpacked can have made this name one for any file of its user. What is left
+/// of a killed save has two names as well, but holds our line.
 fn describe(file: &mut File) -> io::Result<()> {
     let metadata = file.metadata()?;
     if metadata.nlink() > 1 {

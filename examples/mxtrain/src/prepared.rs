@@ -1,8 +1,8 @@
 //! A prepared folder: `train.bin`, `val.bin` and `meta.json`, which says how they were made.
 //!
-//! The three are replaced one after the other. Before the first of them `meta.json.new` is there, and
-//! it becomes `meta.json` behind the last, so a folder where that was interrupted is never taken for
-//! a whole one.
+//! The three are replaced one after the other. Before the first of them `meta.json.new` is there,
+//! and it becomes `meta.json` behind the last, so a folder where that was interrupted is never
+//! taken for a whole one.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -107,8 +107,8 @@ impl Meta {
         Self::read_with(dir, |_| Ok(())).map(|(meta, ())| meta)
     }
 
-    /// Reads a prepared folder's description, and what `read` opens or reads of the token files, which
-    /// are those that it describes.
+    /// Reads a prepared folder's description, and what `read` opens or reads of the token files,
+    /// which are those that it describes.
     pub(crate) fn read_with<T>(
         dir: &Path,
         read: impl FnOnce(&Self) -> Outcome<T>,

@@ -1,13 +1,14 @@
-//! `mxtrain.json` in a checkpoint folder: what this program, not the library, must remember of a run.
+//! `mxtrain.json` in a checkpoint folder: what this program, not the library, must remember of a
+//! run.
 //!
 //! The library's checkpoint holds the model, the optimizer and the position; this file adds the
 //! tokenizer and where the data is, so that `train --resume DIR` needs no other option. The library
 //! carries the file from one save to the next.
 //!
-//! A checkpoint may come from anyone. So the file says what a resumed run computes and which data it
-//! reads, and never where anything is written: what else stands in it is shown and left out
-//! ([`RunFile::left_out`]). `save-fallback` is kept for that line alone, and so is `log`, unless the log
-//! lies in the folder itself and is named without a path ([`RunFile::log_in`]).
+//! A checkpoint may come from anyone. So the file says what a resumed run computes and which data
+//! it reads, and never where anything is written: what else stands in it is shown and left out
+//! ([`RunFile::left_out`]). `save-fallback` is kept for that line alone, and so is `log`, unless
+//! the log lies in the folder itself and is named without a path ([`RunFile::log_in`]).
 //!
 //! A path that is not UTF-8 cannot stand in JSON. It stands under `encoded`, with every byte but
 //! letters, digits and `/-._` as `%XX`.
@@ -109,8 +110,8 @@ impl RunFile {
         write_whole(&checkpoint.join(FILE), text.as_bytes())
     }
 
-    /// The options that it may set, as command-line arguments; those of data are left out where others
-    /// replace them.
+    /// The options that it may set, as command-line arguments; those of data are left out where
+    /// others replace them.
     pub(crate) fn to_args(&self, other_data: bool) -> Outcome<Vec<OsString>> {
         let data = DATA_OPTIONS.iter().filter(|_| !other_data);
         let mut args = Vec::new();
@@ -125,8 +126,9 @@ impl RunFile {
         Ok(args)
     }
 
-    /// The option of a log that lies in the checkpoint folder, as an argument. There may be no other file
-    /// of that name, and no link: it could lead anywhere, and a folder may hold more than its checkpoint.
+    /// The option of a log that lies in the checkpoint folder, as an argument. There may be no
+    /// other file of that name, and no link: it could lead anywhere, and a folder may hold more
+    /// than its checkpoint.
     pub(crate) fn log_in(&self, checkpoint: &Path) -> Option<OsString> {
         let name = self.option("log")?;
         let mut parts = Path::new(&name).components();

@@ -1,11 +1,12 @@
-//! Signals that ask the program to stop: Ctrl-C, those of a scheduler (SIGTERM, SIGUSR1, SIGUSR2, and
-//! SIGXCPU, which comes before a limit of processor time), those of timers (SIGALRM, SIGVTALRM, SIGPROF),
-//! which whoever starts the program can set and leave to it, and that of a terminal that goes away. SIGQUIT
-//! keeps its meaning: the end at once, for whoever wants a core.
+//! Signals that ask the program to stop: Ctrl-C, those of a scheduler (SIGTERM, SIGUSR1, SIGUSR2,
+//! and SIGXCPU, which comes before a limit of processor time), those of timers (SIGALRM, SIGVTALRM,
+//! SIGPROF), which whoever starts the program can set and leave to it, and that of a terminal that
+//! goes away. SIGQUIT keeps its meaning: the end at once, for whoever wants a core.
 //!
-//! As long as there is nothing to save, the first one ends the program. A command that has something
-//! hands in a stop handle ([`Signals::ask`]); then the first one asks, and only another Ctrl-C ends
-//! the program at once: a scheduler sends several signals, a person who repeats means it.
+//! As long as there is nothing to save, the first one ends the program. A command that has
+//! something hands in a stop handle ([`Signals::ask`]); then the first one asks, and only another
+//! Ctrl-C ends the program at once: a scheduler sends several signals, a person who repeats means
+//! it.
 
 use std::fs;
 use std::io;
@@ -65,8 +66,8 @@ impl Signals {
         Ok(Self(state))
     }
 
-    /// Makes something, in the midst of which no signal ends the program; one that comes later removes
-    /// its `traces` before: files, and folders that are empty then.
+    /// Makes something, in the midst of which no signal ends the program; one that comes later
+    /// removes its `traces` before: files, and folders that are empty then.
     pub(crate) fn making<T>(
         &self,
         make: impl FnOnce() -> Outcome<T>,

@@ -1,7 +1,7 @@
 //! Texts that end a generated text.
 //!
-//! What may be the beginning of one is held back until the next piece of text decides, so that no part
-//! of a stop is ever printed, however the text is cut into tokens.
+//! What may be the beginning of one is held back until the next piece of text decides, so that no
+//! part of a stop is ever printed, however the text is cut into tokens.
 
 /// Looks for stops in a text that comes in pieces.
 pub(crate) struct Stops {

@@ -107,7 +107,8 @@ impl TextStream {
         Self { tokenizer, pending: Vec::new() }
     }
 
-    /// Takes a token and gives the text that is now certain; bytes that are not UTF-8 become U+FFFD.
+    /// Takes a token and gives the text that is now certain; bytes that are not UTF-8 become
+    /// U+FFFD.
     pub(crate) fn push(&mut self, token: u32) -> String {
         self.tokenizer.decode(token, &mut self.pending);
         let mut text = String::new();
@@ -142,8 +143,9 @@ impl TextStream {
 /// The last place where `text` can be cut so that encoding the two parts gives the tokens of the
 /// whole: before a whitespace character that follows a visible one.
 ///
-/// GPT-2's splitting pattern never puts a visible character and a whitespace character after it into
-/// one piece, and looks ahead only inside a run of whitespace, so such a place always ends a piece.
+/// GPT-2's splitting pattern never puts a visible character and a whitespace character after it
+/// into one piece, and looks ahead only inside a run of whitespace, so such a place always ends a
+/// piece.
 pub(crate) fn cut_point(text: &str) -> Option<usize> {
     let visible_before =
         |at: &usize| text[..*at].chars().next_back().is_some_and(|before| !before.is_whitespace());

@@ -202,8 +202,8 @@ pub(crate) fn write_whole(path: &Path, contents: &[u8]) -> Outcome {
     })
 }
 
-/// Creates a file in the place of what a killed process has left. Anything else of the name must not be
-/// written to: a pipe would wait for its reader, a link leads elsewhere.
+/// Creates a file in the place of what a killed process has left. Anything else of the name must
+/// not be written to: a pipe would wait for its reader, a link leads elsewhere.
 fn create_anew(path: &Path) -> io::Result<File> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),

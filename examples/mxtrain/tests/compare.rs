@@ -340,8 +340,8 @@ fn a_failed_evaluation_and_a_full_disk_cost_no_run() {
     let dir = folder();
     let dir = dir.path();
     fs::write(dir.join("raw.bin"), [1, 0, 2, 0].repeat(500)).unwrap();
-    // Large data are checked beside the training, so that a token outside of the vocabulary shows in one
-    // of the evaluations.
+    // Large data are checked beside the training, so that a token outside of the vocabulary shows
+    // in one of the evaluations.
     let large = fs::File::create(dir.join("large.bin")).unwrap();
     large.set_len(257 << 20).unwrap();
     large.write_all_at(&60u16.to_le_bytes(), 257 << 20).unwrap();
@@ -374,8 +374,8 @@ fn a_failed_evaluation_and_a_full_disk_cost_no_run() {
     assert_eq!(read(dir, "full/mxfp4-seed1337.json")["settings"]["recipe"], "mxfp4");
 }
 
-/// Records that cannot be written show before the first run, and one whose last evaluation failed is made
-/// again when it is asked for again.
+/// Records that cannot be written show before the first run, and one whose last evaluation failed
+/// is made again when it is asked for again.
 #[test]
 fn a_comparison_is_made_of_records_with_a_loss() {
     let dir = folder();

@@ -1,5 +1,5 @@
-//! Folders that Hugging Face's programs read: what a run finds, keeps and writes there, and where the
-//! texts of such models end.
+//! Folders that Hugging Face's programs read: what a run finds, keeps and writes there, and where
+//! the texts of such models end.
 
 mod common;
 

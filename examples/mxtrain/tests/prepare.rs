@@ -96,8 +96,8 @@ fn the_last_file_can_be_the_validation_text() {
     assert!(error.contains("two or more inputs"), "{error}");
 }
 
-/// Several chunks of 1 MiB, encoded by several threads, give the tokens of the whole text; multi-byte
-/// characters lie across the chunk borders.
+/// Several chunks of 1 MiB, encoded by several threads, give the tokens of the whole text;
+/// multi-byte characters lie across the chunk borders.
 #[test]
 fn gpt2_tokens_in_a_stream_are_those_of_the_whole_text() {
     let source = concat!(include_str!("../src/tokenizer.rs"), include_str!("../src/cli.rs"));

@@ -324,7 +324,8 @@ fn a_run_without_standard_streams_is_a_run() {
     }
 }
 
-/// Data are checked beside the training where they are large, so that their last token fails a step.
+/// Data are checked beside the training where they are large, so that their last token fails a
+/// step.
 #[test]
 fn steps_before_one_that_fails_are_saved() {
     let dir = folder();

@@ -204,8 +204,8 @@ fn a_run_keeps_the_type_and_the_name_of_its_tokens() {
     assert!(text.contains("2,000, raw u32, the largest is 69,"), "{text}");
 }
 
-/// Data that are too large to look at first: a thread finds the token while the run goes on, and the run
-/// ends with what it has done.
+/// Data that are too large to look at first: a thread finds the token while the run goes on, and
+/// the run ends with what it has done.
 #[test]
 fn a_token_far_inside_large_data_ends_the_run_with_everything_saved() {
     let dir = tempfile::tempdir().unwrap();

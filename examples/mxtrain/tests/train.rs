@@ -230,8 +230,8 @@ fn the_plan_is_what_training_says() {
     assert!(!dir.path().join("huge").exists());
 }
 
-/// Ctrl-C stops at a step boundary and saves; the resumed run gives the losses of one that was never
-/// stopped, bit for bit, and needs no option but --resume and --log.
+/// Ctrl-C stops at a step boundary and saves; the resumed run gives the losses of one that was
+/// never stopped, bit for bit, and needs no option but --resume and --log.
 #[test]
 fn a_stopped_run_goes_on_as_if_it_had_not_been() {
     let dir = folder();
@@ -410,8 +410,8 @@ fn rates(dir: &Path, name: &str) -> Vec<f64> {
     steps.values().map(|step| step["lr"].as_f64().unwrap()).collect()
 }
 
-/// Steps beyond the schedule are told, and a new schedule is taken on purpose only. A run with one goes
-/// on bit for bit, too.
+/// Steps beyond the schedule are told, and a new schedule is taken on purpose only. A run with one
+/// goes on bit for bit, too.
 #[test]
 fn a_resumed_run_can_have_a_new_schedule() {
     let dir = folder();

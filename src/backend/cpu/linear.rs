@@ -25,8 +25,8 @@ pub(super) fn scratch(isa: Isa, shape: &WorkspaceShape<'_>) -> ScratchSize {
             a.add(isa, [rows, inputs], format, group);
             b.add(isa, [outputs, inputs], format, group);
         }
-        // As if both products were as each is, which costs next to nothing; and bf16 in any case, which
-        // recipes fall back to.
+        // As if both products were as each is, which costs next to nothing; and bf16 in any case,
+        // which recipes fall back to.
         let fallback = shape.backward.then_some(&Gemm::BF16);
         for gemm in shape.backward_gemms().chain(fallback) {
             let (format, group) = (Format::carrying(gemm.format()), gemm.group());
@@ -135,8 +135,8 @@ fn product(
     cpu.product(operands, memory, Output { alpha: gemm.alpha(), ..out });
 }
 
-/// To what carries a format other than MXFP4. E4M3 values are bf16 values too, so FP8 products are exact
-/// in the bf16 kernel.
+/// To what carries a format other than MXFP4. E4M3 values are bf16 values too, so FP8 products are
+/// exact in the bf16 kernel.
 fn plain(format: formats::Format) -> Conversion<'static> {
     if format == formats::Format::F32 { Conversion::F32 } else { Conversion::Bf16 }
 }

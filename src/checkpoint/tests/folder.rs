@@ -163,8 +163,8 @@ fn names_like_ours_do_not_confuse() {
     assert_eq!(names(&volume)[..2], [".mxt-lock", CONFIG]);
 }
 
-/// Where anybody may put files, a save that another user has committed in the folder is none. Only root can
-/// try.
+/// Where anybody may put files, a save that another user has committed in the folder is none. Only
+/// root can try.
 #[test]
 fn a_commit_of_another_user_is_not_believed() {
     let (_root, dir) = temp();
@@ -330,9 +330,9 @@ fn a_folder_left_between_two_renames_is_found_and_put_back() {
     assert_eq!(names(root.path()), ["run"]);
 }
 
-/// Runs a test that asks for locks of its own thread to be gone in a process of its own, and says whether
-/// this is that process: one that another test starts or forks meanwhile has our open files and their
-/// locks until it is another program or ends.
+/// Runs a test that asks for locks of its own thread to be gone in a process of its own, and says
+/// whether this is that process: one that another test starts or forks meanwhile has our open files
+/// and their locks until it is another program or ends.
 fn is_alone(test: &str) -> bool {
     const ALONE: &str = "MXT_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
@@ -409,7 +409,8 @@ fn check_kills(way: Way, root: &Path, dir: &Path) {
             .env(WAY, format!("{way:?}"));
         child.stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = child.spawn().unwrap();
-        // Readers see whole checkpoints all the while. The end comes some time after a save that is done.
+        // Readers see whole checkpoints all the while. The end comes some time after a save that is
+        // done.
         let mut end = None;
         while end.is_none_or(|end| Instant::now() < end) {
             assert!(child.try_wait().unwrap().is_none(), "the child failed");
@@ -435,8 +436,8 @@ fn check_kills(way: Way, root: &Path, dir: &Path) {
     println!("{way:?}: {last} saves and {kills} kills");
 }
 
-/// Where a folder of a lower layer can be neither exchanged nor renamed. In a mount namespace of its own,
-/// which goes with its process, so that nothing stays mounted.
+/// Where a folder of a lower layer can be neither exchanged nor renamed. In a mount namespace of
+/// its own, which goes with its process, so that nothing stays mounted.
 #[test]
 fn a_checkpoint_of_a_lower_layer_is_replaced() {
     const NAME: &str = "checkpoint::tests::folder::a_checkpoint_of_a_lower_layer_is_replaced";
@@ -569,9 +570,9 @@ impl Way {
     }
 }
 
-/// Whichever file operation of a save fails, and in whatever way: the checkpoint is whole, old or new;
-/// a save that says it was done was, one that was done but for its end says so; and the next one puts
-/// everything right.
+/// Whichever file operation of a save fails, and in whatever way: the checkpoint is whole, old or
+/// new; a save that says it was done was, one that was done but for its end says so; and the next
+/// one puts everything right.
 #[test]
 fn a_failure_of_any_operation_leaves_a_whole_checkpoint() {
     if !is_alone("a_failure_of_any_operation_leaves_a_whole_checkpoint") {
@@ -617,8 +618,8 @@ fn a_failure_of_any_operation_leaves_a_whole_checkpoint() {
     }
 }
 
-/// A file that others put into the folder by renaming it, whatever a save is doing just then, is there
-/// afterwards and holds what they wrote: one of a name that was there, and a new one.
+/// A file that others put into the folder by renaming it, whatever a save is doing just then, is
+/// there afterwards and holds what they wrote: one of a name that was there, and a new one.
 #[test]
 fn what_others_write_at_any_moment_stays() {
     for way in Way::ALL {
@@ -694,8 +695,8 @@ fn files_of_others_are_never_put_back() {
     assert_eq!(names(root.path()), ["run"]);
 }
 
-/// Whenever another save to the same folder comes and goes, which is new or holds a checkpoint, both are
-/// done, and one of them is there.
+/// Whenever another save to the same folder comes and goes, which is new or holds a checkpoint,
+/// both are done, and one of them is there.
 #[test]
 fn two_saves_at_once_are_both_done() {
     for is_new in [true, false] {

@@ -127,7 +127,8 @@ pub(crate) struct VarianceArgs {
     #[arg(long, value_name = "N,N..", value_delimiter = ',', default_value = "32,64,128,256")]
     pub(crate) groups: Vec<usize>,
 
-    /// Standard deviation of the outliers, which are 1 percent of the inputs; that of the others is 1
+    /// Standard deviation of the outliers, which are 1 percent of the inputs; that of the others is
+    /// 1
     #[arg(long, value_name = "X", default_value_t = 5.0)]
     pub(crate) outliers: f64,
 

@@ -1,5 +1,5 @@
-//! `mxtrain compare gradients`: what a recipe does to the gradient of a trained model: its bias and its
-//! variance, for every linear layer.
+//! `mxtrain compare gradients`: what a recipe does to the gradient of a trained model: its bias and
+//! its variance, for every linear layer.
 //!
 //! Draws are optimizer steps on the same tokens with a learning rate of 0: the step number alone
 //! changes, and with it the random bits. The weights stay, which is checked.
@@ -70,9 +70,9 @@ pub(crate) struct TensorGradient {
     pub(crate) statistics: Statistics,
 }
 
-/// What a gradient is of. Of dx, the gradient of an activation, the gradients of parameters show this
-/// much: a bias that is added to an activation has the sum of its dx over all tokens as gradient, and the
-/// embedding of a position, in a batch of one sequence, has dx at that position.
+/// What a gradient is of. Of dx, the gradient of an activation, the gradients of parameters show
+/// this much: a bias that is added to an activation has the sum of its dx over all tokens as
+/// gradient, and the embedding of a position, in a batch of one sequence, has dx at that position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Quantity {
@@ -86,10 +86,11 @@ pub(crate) enum Quantity {
     Fc2,
     /// dx of query, key and value, summed over tokens: the gradient of the first LayerNorm's bias.
     QkvInputSum,
-    /// dx of the MLP's first layer, summed over tokens: the gradient of the second LayerNorm's bias.
+    /// dx of the MLP's first layer, summed over tokens: the gradient of the second LayerNorm's
+    /// bias.
     Fc1InputSum,
-    /// dx of the whole model's input, position by position: the gradient of the position embedding in a
-    /// batch of one sequence, where the errors of all blocks come together.
+    /// dx of the whole model's input, position by position: the gradient of the position embedding
+    /// in a batch of one sequence, where the errors of all blocks come together.
     ModelInput,
 }
 
@@ -377,7 +378,8 @@ mod tests {
     use super::*;
     use mxfp4train::EngineOptions;
 
-    /// Steps at a learning rate of 0 draw new bits and leave the weights alone, weight decay included.
+    /// Steps at a learning rate of 0 draw new bits and leave the weights alone, weight decay
+    /// included.
     #[test]
     fn draws_differ_and_weights_stay() {
         let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();

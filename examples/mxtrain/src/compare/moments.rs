@@ -1,10 +1,10 @@
-//! Mean and variance of a gradient over draws of its random bits, against a reference, as they come in:
-//! one vector of sums is kept, not the draws.
+//! Mean and variance of a gradient over draws of its random bits, against a reference, as they come
+//! in: one vector of sums is kept, not the draws.
 //!
 //! With d the difference of a draw from the reference, n draws give
 //!
-//! - the sum over pairs of different draws of <d, d'>, whose mean over pairs estimates the square of the
-//!   bias without the part that too few draws leave in |mean d|^2, which is variance / n;
+//! - the sum over pairs of different draws of <d, d'>, whose mean over pairs estimates the square
+//!   of the bias without the part that too few draws leave in |mean d|^2, which is variance / n;
 //! - each draw's product with the sum of those before it, which tells how well the former is known.
 
 use std::thread;
@@ -106,8 +106,8 @@ impl Moments {
     }
 }
 
-/// Adds the draw's difference from the reference to `sum`; gives, of every chunk, its square and its
-/// products with the reference and with the sum before.
+/// Adds the draw's difference from the reference to `sum`; gives, of every chunk, its square and
+/// its products with the reference and with the sum before.
 fn add(sum: &mut [f64], draw: &[f32], reference: &[f32]) -> Vec<[f64; 3]> {
     let chunks = sum.chunks_mut(CHUNK).zip(draw.chunks(CHUNK)).zip(reference.chunks(CHUNK));
     chunks

@@ -289,8 +289,8 @@ impl Settings {
         tokens.saturating_mul(self.accumulation) as u64
     }
 
-    /// What must be equal for two runs to be the same, by name. Not the name of the data, nor what is
-    /// computed again to save memory, which changes no result.
+    /// What must be equal for two runs to be the same, by name. Not the name of the data, nor what
+    /// is computed again to save memory, which changes no result.
     pub(crate) fn compared(&self) -> Map<String, Value> {
         // By way of the text, in which an f32 has the digits that were given for it.
         let text = serde_json::to_string(self).expect("plain data becomes JSON");

@@ -38,8 +38,8 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
     let config = model_config(&args.model, &VariantArgs::default(), vocab_size)?;
     data.check(config.vocab_size, args.batch.sequence_length.unwrap_or(config.context_length))?;
     fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
-    // Every record is looked at before the first run, and its place: a mistake should not show after
-    // hours.
+    // Every record is looked at before the first run, and its place: a mistake should not show
+    // after hours.
     let planned = plan(args, &config, &data)?;
     try_to_write(&args.out)?;
     let stop = StopHandle::default();
@@ -69,8 +69,8 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Finds out whether records can be written. The name is that of one process, as others may run their
-/// parts of the comparison.
+/// Finds out whether records can be written. The name is that of one process, as others may run
+/// their parts of the comparison.
 fn try_to_write(folder: &Path) -> Outcome {
     let path = folder.join(format!(".mxt-try-{}", process::id()));
     write_whole(&path, b"\n")?;
@@ -320,7 +320,8 @@ impl Tally {
     }
 }
 
-/// Blocks of MXFP4 operands that a step quantizes: both operands of both products of every linear layer.
+/// Blocks of MXFP4 operands that a step quantizes: both operands of both products of every linear
+/// layer.
 fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize, step: u64) -> u64 {
     let rows = options.batch_size * length;
     let (c, m) = (config.channels, config.mlp_width());

@@ -1,8 +1,8 @@
-//! `mxtrain compare variance`: the variance of an unbiased MXFP4 product by its reduction length, with and
-//! without the transform: Figure 2 of the paper, as a table.
+//! `mxtrain compare variance`: the variance of an unbiased MXFP4 product by its reduction length,
+//! with and without the transform: Figure 2 of the paper, as a table.
 //!
-//! Inputs are N(0, 1) with some outliers. The products are those of the library's scalar definition, which
-//! every device computes.
+//! Inputs are N(0, 1) with some outliers. The products are those of the library's scalar
+//! definition, which every device computes.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -51,8 +51,8 @@ pub(crate) struct VarianceRow {
     pub(crate) variance: f64,
     /// Its standard error, from the spread over pairs.
     pub(crate) variance_error: f64,
-    /// Mean square of how many standard errors the mean over draws is off from the exact product: 1 where
-    /// there is no bias.
+    /// Mean square of how many standard errors the mean over draws is off from the exact product: 1
+    /// where there is no bias.
     pub(crate) bias_in_errors: f64,
 }
 
@@ -145,8 +145,8 @@ fn at_length(
         .collect()
 }
 
-/// Means over the entries of one pair's product: of the variance, and of the squared distance of the mean
-/// from the exact entry in standard errors.
+/// Means over the entries of one pair's product: of the variance, and of the squared distance of
+/// the mean from the exact entry in standard errors.
 fn of_pair(
     settings: &VarianceSettings,
     length: usize,

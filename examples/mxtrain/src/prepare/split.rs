@@ -1,8 +1,9 @@
 //! Which documents are for training and which for validation, and the two token files.
 //!
-//! Documents stay whole and come one by one, so each is decided on as it comes, whatever the chunks and threads, and any input fits in constant memory. Two cases are known
-//! only at the end and are put right in the finished files: a single document is cut at a line, and
-//! of a few large ones the smallest is moved to validation.
+//! Documents stay whole and come one by one, so each is decided on as it comes, whatever the chunks
+//! and threads, and any input fits in constant memory. Two cases are known only at the end and are
+//! put right in the finished files: a single document is cut at a line, and of a few large ones the
+//! smallest is moved to validation.
 
 use std::ops::Range;
 
@@ -171,7 +172,8 @@ impl Sets {
         self.document = Document { tokens, blank: true, left, ..Document::default() };
     }
 
-    /// Validation, if the document brings its share nearer to the fraction than it would be without.
+    /// Validation, if the document brings its share nearer to the fraction than it would be
+    /// without.
     fn choose(&self, fraction: f64, is_long: bool) -> Set {
         let [documents, bytes] = [self.documents, self.bytes].map(|n| (n[0] + n[1]) as f64);
         // Something must be left to train on.

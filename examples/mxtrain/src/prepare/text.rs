@@ -10,8 +10,8 @@ use crate::tokenizer::{END_OF_TEXT_MARK, Tokenizer, cut_point};
 /// 4 MiB is cut between two characters, which costs a token or so.
 pub(super) const MAX_CHUNK: usize = 4 << 20;
 
-/// Reads a text in chunks. For byte-pair encoding each is valid UTF-8 and ends where encoding may be
-/// cut; no chunk ends inside a mark between documents.
+/// Reads a text in chunks. For byte-pair encoding each is valid UTF-8 and ends where encoding may
+/// be cut; no chunk ends inside a mark between documents.
 pub(super) struct TextReader {
     content: Content,
     tokenizer: Tokenizer,

@@ -29,8 +29,8 @@ enum Line {
 }
 
 impl Log {
-    /// Begins an empty log, or goes on with the one that is there. Lines of steps that a resumed run
-    /// repeats come twice, with the same numbers.
+    /// Begins an empty log, or goes on with the one that is there. Lines of steps that a resumed
+    /// run repeats come twice, with the same numbers.
     pub(crate) fn open(path: &Path, append: bool) -> Outcome<Self> {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(Failure::io("create", parent))?;

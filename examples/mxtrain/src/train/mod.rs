@@ -152,7 +152,8 @@ impl Run {
         };
         run.stop = run.trainer.stop_handle();
         signals.ask(run.stop.clone(), "and what is not saved is lost");
-        // Saved before the first step too: a folder that cannot be written should not show after hours.
+        // Saved before the first step too: a folder that cannot be written should not show after
+        // hours.
         run.saves.first(&mut run.trainer, args.start.resume.is_some())?;
         run.log = (args.report.log.as_deref())
             .map(|path| Log::open(path, args.start.resume.is_some()))
@@ -212,8 +213,8 @@ impl Run {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// One optimizer step; gives the number of steps done, or `None` if a stop request cut it off. If
-    /// it fails, the steps before are saved.
+    /// One optimizer step; gives the number of steps done, or `None` if a stop request cut it off.
+    /// If it fails, the steps before are saved.
     fn step(&mut self) -> Outcome<Option<u64>> {
         let stats = match self.trainer.step_unless_stopped(&self.train) {
             Err(Error::Stopped) => return Ok(None),
@@ -233,15 +234,15 @@ impl Run {
         Ok(Some(stats.step))
     }
 
-    /// Does a part of the run. A panic in it is a mistake of ours or of a library, and costs no step: those
-    /// before are saved. The exit code is that of any Rust program.
+    /// Does a part of the run. A panic in it is a mistake of ours or of a library, and costs no
+    /// step: those before are saved. The exit code is that of any Rust program.
     fn guarded(&mut self, part: impl FnOnce(&mut Self) -> Outcome<ExitCode>) -> Outcome<ExitCode> {
         let panicked = || Failure {
             code: PANICKED,
             message: "a mistake in mxtrain ended the run, please report the lines above".into(),
         };
-        // Sound although it was broken off: nothing is used any more but what saves, and the trainer
-        // knows whether its state is whole.
+        // Sound although it was broken off: nothing is used any more but what saves, and the
+        // trainer knows whether its state is whole.
         if let Ok(result) = catch_unwind(AssertUnwindSafe(|| part(self))) {
             return result;
         }

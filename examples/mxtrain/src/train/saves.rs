@@ -1,8 +1,8 @@
 //! Where a run is saved: in its folder or, while that is not possible, beside it.
 //!
 //! NOTE: a save that fails must cost no step. So the checkpoint goes to another name, `OUT.step-N`,
-//! which --resume takes as well, and the next save tries OUT again. Not to the temporary folder, which
-//! may be memory and is gone after a restart; a user who wants a third place names it.
+//! which --resume takes as well, and the next save tries OUT again. Not to the temporary folder,
+//! which may be memory and is gone after a restart; a user who wants a third place names it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -50,9 +50,9 @@ impl Saves {
         Self { out, places, run_file, files, lock, last: None, beside: None, failed: 0 }
     }
 
-    /// The first save: a folder that cannot be written should not show after hours. A run that does not
-    /// go on with one before sets its files aside: a kill on the way may leave weights alone, but not
-    /// beside a description of others.
+    /// The first save: a folder that cannot be written should not show after hours. A run that does
+    /// not go on with one before sets its files aside: a kill on the way may leave weights alone,
+    /// but not beside a description of others.
     pub(crate) fn first(&mut self, trainer: &mut Trainer, goes_on: bool) -> Outcome {
         let before = if goes_on { Vec::new() } else { set_aside(&self.out)? };
         trainer.save(&self.out).inspect_err(|_| put_back(&before))?;
@@ -158,8 +158,8 @@ impl Saves {
 
     fn save_to(&mut self, folder: &Path, trainer: &mut Trainer) -> Outcome {
         trainer.save(folder)?;
-        // In `out` they are carried along, unless the folder was made anew, or its description damaged:
-        // without it the checkpoint could not be resumed.
+        // In `out` they are carried along, unless the folder was made anew, or its description
+        // damaged: without it the checkpoint could not be resumed.
         if !matches!(RunFile::read(folder), Ok(Some(_))) {
             self.put_files(folder)?;
         }
@@ -168,8 +168,8 @@ impl Saves {
 
     /// Puts the files that are not the library's into a checkpoint folder.
     fn put_files(&mut self, folder: &Path) -> Outcome {
-        // One that cannot be read lists nothing but what this run has put: what else is in the folder is
-        // then taken for the user's.
+        // One that cannot be read lists nothing but what this run has put: what else is in the
+        // folder is then taken for the user's.
         let before = RunFile::read(folder).ok().flatten().map(|file| file.files);
         let before = before.unwrap_or_else(|| self.run_file.files.clone());
         self.run_file.files = self.files.put(folder, &before)?;
@@ -180,7 +180,8 @@ impl Saves {
     }
 }
 
-/// Gives the files that an earlier run put into a folder beside the weights another name, [`aside`].
+/// Gives the files that an earlier run put into a folder beside the weights another name,
+/// [`aside`].
 fn set_aside(folder: &Path) -> Outcome<Vec<PathBuf>> {
     let mut paths = Vec::new();
     // One that cannot be read lists nothing: what is in the folder is then taken for the user's.
@@ -224,7 +225,8 @@ fn free_name(path: &Path) -> PathBuf {
     names.into_iter().find(is_free).unwrap_or_else(|| numbered(1000))
 }
 
-/// Removes a checkpoint that this run has made, with its `files`, but not what others have put there.
+/// Removes a checkpoint that this run has made, with its `files`, but not what others have put
+/// there.
 fn remove(folder: &Path, files: &BTreeMap<String, String>) {
     for name in files.keys().map(String::as_str).chain(FILES) {
         let _ = fs::remove_file(folder.join(name));

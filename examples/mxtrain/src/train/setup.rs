@@ -1,4 +1,5 @@
-//! From options to a trainer and its data, with every check before anything is allocated or written.
+//! From options to a trainer and its data, with every check before anything is allocated or
+//! written.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -425,7 +426,8 @@ pub(crate) fn out_folder(args: &TrainArgs) -> Outcome<PathBuf> {
     Ok(out.to_owned())
 }
 
-/// Checks where else the run writes; a line of the log in a file of the checkpoint would be the end of that.
+/// Checks where else the run writes; a line of the log in a file of the checkpoint would be the end
+/// of that.
 pub(crate) fn check_places(args: &TrainArgs) -> Outcome {
     if let Some(fallback) = &args.start.save_fallback
         && fallback.metadata().is_ok_and(|found| !found.is_dir())
@@ -448,8 +450,8 @@ pub(crate) fn check_places(args: &TrainArgs) -> Outcome {
     Log::check(log)
 }
 
-/// Where a run writes besides its checkpoint, which no checkpoint may say: the user names them again for a
-/// resumed run, but for a log in the folder itself.
+/// Where a run writes besides its checkpoint, which no checkpoint may say: the user names them
+/// again for a resumed run, but for a log in the folder itself.
 pub(crate) struct Places {
     log: Option<PathBuf>,
     /// Where to save if neither the run's folder nor its parent can be written.

@@ -36,7 +36,8 @@ pub(crate) struct Failures {
 }
 
 impl Failures {
-    /// Takes note of a failure and says it: the first, the tenth, the hundredth of its kind and so on.
+    /// Takes note of a failure and says it: the first, the tenth, the hundredth of its kind and so
+    /// on.
     pub(crate) fn note(&mut self, side: Side, failure: &Failure) {
         let count = &mut self.counts[side as usize];
         *count += 1;

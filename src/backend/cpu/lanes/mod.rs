@@ -86,7 +86,8 @@ pub(super) trait Lanes {
     /// Whether any lane has a bit set.
     unsafe fn any(v: Self::U) -> bool;
 
-    /// Codes of y, 0 <= y <= 6, stochastically rounded as in `formats::quantize`; `bits` are in place.
+    /// Codes of y, 0 <= y <= 6, stochastically rounded as in `formats::quantize`; `bits` are in
+    /// place.
     #[inline(always)]
     unsafe fn stochastic(y: Self::F, bits: Self::U) -> Self::U {
         // SAFETY: passed on.
@@ -113,7 +114,8 @@ pub(super) trait Lanes {
         }
     }
 
-    /// `formats::philox4x32_10` of a counter in each lane, of which words 2 and 3 are the same in all.
+    /// `formats::philox4x32_10` of a counter in each lane, of which words 2 and 3 are the same in
+    /// all.
     #[inline(always)]
     unsafe fn philox(
         keys: &[[u32; 2]; 10],
@@ -135,9 +137,9 @@ pub(super) trait Lanes {
         }
     }
 
-    /// Eight elements x of each lane, times `factor`, stochastically rounded as in `formats::quantize`
-    /// and looked up by code: bytes 0 2 1 3, then 4 6 5 7, of two words. `random` has 16 bits an
-    /// element, those of elements 2 i and 2 i + 1 in word i.
+    /// Eight elements x of each lane, times `factor`, stochastically rounded as in
+    /// `formats::quantize` and looked up by code: bytes 0 2 1 3, then 4 6 5 7, of two words.
+    /// `random` has 16 bits an element, those of elements 2 i and 2 i + 1 in word i.
     ///
     /// The grid below 1 is even and that above has a mantissa bit: max(y, (y + 1) / 2) makes one of
     /// both.

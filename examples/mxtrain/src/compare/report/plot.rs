@@ -1,5 +1,5 @@
-//! Line plots as SVG: white background, a name beside the end of each line, and colours, dashes and markers
-//! that can be told apart in print, too.
+//! Line plots as SVG: white background, a name beside the end of each line, and colours, dashes and
+//! markers that can be told apart in print, too.
 
 use plotters::coord::Shift;
 use plotters::coord::types::RangedCoordf64;

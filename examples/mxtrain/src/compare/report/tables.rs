@@ -44,9 +44,11 @@ pub(crate) fn gradients(checkpoint: &CheckpointGradients) -> Table {
     table
 }
 
-/// A row for each quantity and recipe that has noise: how far the gradient of each block stands above it, in dB.
+/// A row for each quantity and recipe that has noise: how far the gradient of each block stands
+/// above it, in dB.
 pub(crate) fn signal_to_noise(checkpoint: &CheckpointGradients) -> Table {
-    // Those that there are: a record can come from anyone and say that there are any number of layers.
+    // Those that there are: a record can come from anyone and say that there are any number of
+    // layers.
     let tensors = checkpoint.recipes.iter().flat_map(|recipe| &recipe.tensors);
     let blocks: BTreeSet<usize> = tensors.filter_map(|tensor| tensor.block).collect();
     let header = ["gradient", "recipe"].map(String::from);
@@ -69,8 +71,8 @@ pub(crate) fn signal_to_noise(checkpoint: &CheckpointGradients) -> Table {
     table
 }
 
-/// The bias in percent of the reference's norm, or what it is surely below where it is not more than
-/// noise.
+/// The bias in percent of the reference's norm, or what it is surely below where it is not more
+/// than noise.
 fn bias(s: &Statistics) -> String {
     let noise = NOISE * s.bias_squared_error;
     if s.bias_squared > noise || noise == 0.0 {

@@ -277,9 +277,9 @@ unsafe fn draw_bits<L: Lanes>(
     }
 }
 
-/// `formats::quantize_block` of 16 blocks at a time. Words hold four bytes of doubled elements instead
-/// of codes; or, in `TILES`, pairs of bf16, the elements times their scale, where these are normal
-/// numbers. Returns half of each scale, and the scale's byte (255 for NaN).
+/// `formats::quantize_block` of 16 blocks at a time. Words hold four bytes of doubled elements
+/// instead of codes; or, in `TILES`, pairs of bf16, the elements times their scale, where these are
+/// normal numbers. Returns half of each scale, and the scale's byte (255 for NaN).
 ///
 /// NOTE: a block of zeroes has the byte 0, 2^-127. Its scale multiplies zeroes, so that of 1.0,
 /// which no range check trips over, stands here instead.
