@@ -133,7 +133,7 @@ enum Storage {
 /// Bytes that are read at once, on the stack: a step allocates nothing.
 const WINDOW: usize = 1 << 13;
 /// The same where all tokens are read: as fast as larger ones, and small enough for any stack.
-const BLOCK: usize = 1 << 15;
+const PIECE: usize = 1 << 15;
 
 /// What a pass over tokens has found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -270,10 +270,10 @@ impl TokenFile {
     ) -> Result<()> {
         let Storage::File { source, start } = &self.storage else { return Ok(()) };
         let (path, width) = (&self.info.path, self.info.token_type.bytes() as u64);
-        let mut buffer = [0; BLOCK];
+        let mut buffer = [0; PIECE];
         let file = source.reopen(path)?;
-        for first_of_block in (first..first + count).step_by(BLOCK / width as usize) {
-            let length = BLOCK as u64 / width * width;
+        for first_of_block in (first..first + count).step_by(PIECE / width as usize) {
+            let length = PIECE as u64 / width * width;
             let length = length.min((first + count - first_of_block) * width);
             let (bytes, at) = (&mut buffer[..length as usize], start + first_of_block * width);
             match &file {

@@ -24,7 +24,7 @@ use crate::{Error, Result};
 /// Most bytes of tokens that a call looks at itself.
 const ON_THE_SPOT: u64 = 256 << 20;
 /// Tokens that are looked at before the thread asks whether it is still wanted: some 0.1 ms.
-const BLOCK: u64 = 1 << 18;
+const PIECE: u64 = 1 << 18;
 /// Bytes of the thread's stack, of which a block of a file takes most.
 const STACK: usize = 256 << 10;
 /// In place of the largest token: a number that is no token at all. No vocabulary is larger.
@@ -187,8 +187,8 @@ fn blocks(files: &[TokenFile]) -> impl Iterator<Item = (&TokenFile, u64, u64)> {
     files.iter().flat_map(|file| {
         let tokens = file.info.tokens;
         (0..tokens)
-            .step_by(BLOCK as usize)
-            .map(move |first| (file, first, BLOCK.min(tokens - first)))
+            .step_by(PIECE as usize)
+            .map(move |first| (file, first, PIECE.min(tokens - first)))
     })
 }
 
@@ -212,7 +212,7 @@ mod tests {
 
     use super::*;
 
-    const BLOCK: usize = super::BLOCK as usize;
+    const PIECE: usize = super::PIECE as usize;
 
     fn files(tokens: Vec<u32>) -> Arc<Vec<TokenFile>> {
         let some = TokenFile::from_tokens((0..10).collect()).unwrap();
@@ -234,10 +234,10 @@ mod tests {
 
     #[test]
     fn the_first_token_outside_is_named_wherever_it_lies() {
-        for place in [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 5] {
-            let mut tokens = vec![7; 2 * BLOCK + 9];
+        for place in [0, 1, PIECE - 1, PIECE, 2 * PIECE + 5] {
+            let mut tokens = vec![7; 2 * PIECE + 9];
             tokens[place..].fill(300);
-            tokens[2 * BLOCK + 7] = 400;
+            tokens[2 * PIECE + 7] = 400;
             let files = files(tokens);
             for scan in [Scan::new(), in_the_background()] {
                 let _ = scan.check(&files, 300);
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn a_thread_starts_once_and_ends_with_its_owner() {
-        let files = files(vec![3; 40 * BLOCK]);
+        let files = files(vec![3; 40 * PIECE]);
         let scan = in_the_background();
         for _ in 0..100 {
             scan.check(&files, 100).unwrap();
@@ -271,8 +271,8 @@ mod tests {
     #[cfg(unix)]
     #[test]
     fn a_forked_child_looks_for_itself() {
-        let mut tokens = vec![3; 20 * BLOCK];
-        tokens[19 * BLOCK] = 1000;
+        let mut tokens = vec![3; 20 * PIECE];
+        tokens[19 * PIECE] = 1000;
         let files = files(tokens);
         let scan = in_the_background();
         let _ = scan.check(&files, 100);
@@ -329,12 +329,12 @@ mod tests {
         println!("alone");
         let dir = tempfile::TempDir::new().unwrap();
         let path = dir.path().join("t.bin");
-        std::fs::write(&path, vec![3; 2 * BLOCK]).unwrap();
+        std::fs::write(&path, vec![3; 2 * PIECE]).unwrap();
         let mut buffer = vec![0; crate::data::look::WHOLE];
         let file = TokenFile::open(&path, Some(crate::TokenType::U8), &mut buffer).unwrap();
         let files = Arc::new(vec![file]);
         let scan = in_the_background();
-        std::fs::File::options().write(true).open(&path).unwrap().set_len(BLOCK as u64).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(PIECE as u64).unwrap();
 
         let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
         let pages: u64 = pages.split(' ').next().unwrap().parse().unwrap();
@@ -346,7 +346,7 @@ mod tests {
             let error = scan.check(&files, 100).unwrap_err();
             assert!(matches!(error, Error::Io { .. }), "{error}");
         }
-        std::fs::write(&path, vec![200; 2 * BLOCK]).unwrap();
+        std::fs::write(&path, vec![200; 2 * PIECE]).unwrap();
         let error = scan.check(&files, 100).unwrap_err();
         assert!(matches!(error, Error::TokenRange { token: 200, .. }), "{error}");
     }
@@ -355,14 +355,14 @@ mod tests {
     fn what_the_thread_cannot_read_is_the_error_of_the_next_check() {
         let dir = tempfile::TempDir::new().unwrap();
         let path = dir.path().join("t.bin");
-        let mut tokens = vec![3; 4 * BLOCK];
-        tokens[4 * BLOCK - 1] = 200;
+        let mut tokens = vec![3; 4 * PIECE];
+        tokens[4 * PIECE - 1] = 200;
         std::fs::write(&path, &tokens).unwrap();
         let mut buffer = vec![0; crate::data::look::WHOLE];
         let file = TokenFile::open(&path, Some(crate::TokenType::U8), &mut buffer).unwrap();
         let files = Arc::new(vec![TokenFile::from_tokens(vec![7]).unwrap(), file]);
         let scan = in_the_background();
-        std::fs::File::options().write(true).open(&path).unwrap().set_len(BLOCK as u64).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_len(PIECE as u64).unwrap();
         let until = |is_it: &dyn Fn(Result<()>) -> bool| {
             let began = Instant::now();
             while !is_it(scan.check(&files, 100)) {

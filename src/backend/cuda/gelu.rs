@@ -4,7 +4,7 @@ use super::Cuda;
 use super::device::launch;
 use super::device::memory::Tensor;
 
-const BLOCK: usize = 256;
+const THREADS: usize = 256;
 /// Elements of a thread.
 const ELEMENTS: usize = 8;
 /// Rows of which the first is sampled, as the kernel has it.
@@ -14,13 +14,13 @@ const SAMPLED_ROWS: usize = 32;
 /// fewer notes of the largest magnitude.
 fn grid(cuda: &Cuda, len: usize) -> [usize; 3] {
     let at_once = 8 * cuda.gpu.multiprocessors as usize;
-    [len.div_ceil(BLOCK * ELEMENTS).min(at_once), 1, 1]
+    [len.div_ceil(THREADS * ELEMENTS).min(at_once), 1, 1]
 }
 
 /// Starts the kernel of this name, which makes `to` from x, both of `len` elements.
 pub(super) fn of_all(cuda: &Cuda, name: &str, to: &mut Tensor, x: &Tensor, len: usize) {
     let mut to = to.write();
-    launch!(cuda.gpu, name, grid(cuda, len), BLOCK, 0;
+    launch!(cuda.gpu, name, grid(cuda, len), THREADS, 0;
         to.address, to.amax(), x.address(), len as u64);
 }
 
@@ -33,6 +33,6 @@ pub(super) fn sample_gradient(
     x: u64,
     (rows, cols): (usize, usize),
 ) {
-    let grid = [cols.div_ceil(BLOCK * ELEMENTS), rows.div_ceil(SAMPLED_ROWS), 1];
-    launch!(cuda.gpu, "sample_gelu_gradient", grid, BLOCK, 0; amax, d, x, cols as u32);
+    let grid = [cols.div_ceil(THREADS * ELEMENTS), rows.div_ceil(SAMPLED_ROWS), 1];
+    launch!(cuda.gpu, "sample_gelu_gradient", grid, THREADS, 0; amax, d, x, cols as u32);
 }

@@ -7,7 +7,7 @@ use super::{Cuda, Workspace, kernel};
 use crate::backend::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
 
 /// Threads of a block; a warp takes a row.
-const BLOCK: usize = 256;
+const THREADS: usize = 256;
 
 /// Most blocks of the backward kernel, each of which leaves partial sums of dw and db.
 const MAX_PARTS: usize = 512;
@@ -68,7 +68,7 @@ struct Backward {
 }
 
 fn grid(rows: usize) -> [usize; 3] {
-    [rows.div_ceil(BLOCK / 32), 1, 1]
+    [rows.div_ceil(THREADS / 32), 1, 1]
 }
 
 impl Norm for Cuda {
@@ -81,7 +81,7 @@ impl Norm for Cuda {
         shape: NormShape,
     ) {
         let of_x = Normalize::new(out, statistics, x, params, shape);
-        launch!(self.gpu, kernel!(x, "normalize", false), grid(shape.rows), BLOCK, 0; of_x);
+        launch!(self.gpu, kernel!(x, "normalize", false), grid(shape.rows), THREADS, 0; of_x);
     }
 
     fn add_layernorm_forward(
@@ -94,7 +94,7 @@ impl Norm for Cuda {
     ) {
         let of_x = Normalize::new(out, statistics, x, params, shape);
         let of_sum = Normalize { sum: sum.write().address, y: y.address(), ..of_x };
-        launch!(self.gpu, kernel!(x, "normalize", true), grid(shape.rows), BLOCK, 0; of_sum);
+        launch!(self.gpu, kernel!(x, "normalize", true), grid(shape.rows), THREADS, 0; of_sum);
     }
 
     fn layernorm_backward(
@@ -121,7 +121,7 @@ impl Norm for Cuda {
             channels: channels as u32,
         };
         let (name, shared) = (kernel!(x, "layernorm_backward"), 8 * channels);
-        launch!(self.gpu, name, [parts, 1, 1], BLOCK, shared; arguments);
+        launch!(self.gpu, name, [parts, 1, 1], THREADS, shared; arguments);
         // A part holds C sums for dw, then C for db.
         sums::add_partials(self, &mut dw, Some(&mut db), partials, parts, channels, accumulate);
     }

@@ -17,7 +17,7 @@ use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums, a
 const PIECE: usize = 4096;
 /// Blocks that sum squares, and with that the number of partial sums.
 const PARTS: usize = 1024;
-const BLOCK: usize = 256;
+const THREADS: usize = 256;
 
 /// Where a parameter and what belongs to it lies: `Entry` of the kernels.
 #[derive(Clone, Copy, PartialEq, Pod, Zeroable)]
@@ -155,9 +155,9 @@ impl Reduction {
         let (table, entries, grid) =
             (self.table.address, self.entries.len() as u32, self.grid(cuda));
         match &self.rates {
-            None => launch!(cuda.gpu, "adamw", grid, BLOCK, 0;
+            None => launch!(cuda.gpu, "adamw", grid, THREADS, 0;
                 table, entries, self.pieces, self.sum(0), trial, Step::new(step)),
-            Some(Rates { rates, .. }) => launch!(cuda.gpu, "stable_adamw", grid, BLOCK, 0;
+            Some(Rates { rates, .. }) => launch!(cuda.gpu, "stable_adamw", grid, THREADS, 0;
                 table, entries, self.pieces, self.sum(0), rates.address, trial, Step::new(step)),
         };
     }
@@ -205,16 +205,16 @@ impl Optimize for Cuda {
         reduction.update_table(trained);
         let (table, entries) = (reduction.table.address, reduction.entries.len() as u32);
         let (partials, sums) = (reduction.partials.address, reduction.sum(0));
-        launch!(self.gpu, "square_gradients", [PARTS, 1, 1], BLOCK, 0;
+        launch!(self.gpu, "square_gradients", [PARTS, 1, 1], THREADS, 0;
             partials, table, entries, reduction.pieces);
-        launch!(self.gpu, "sum_squares", [1, 1, 1], BLOCK, 0;
+        launch!(self.gpu, "sum_squares", [1, 1, 1], THREADS, 0;
             sums, workspace.clamped.address, partials, PARTS as u32, table, entries,
             Step::new(step));
         if let Some(Rates { partials, rates }) = &reduction.rates {
             let correction = adamw::correction(step, step.optimizer.beta1);
-            launch!(self.gpu, "square_ratios", reduction.grid(self), BLOCK, 0;
+            launch!(self.gpu, "square_ratios", reduction.grid(self), THREADS, 0;
                 partials.address, table, entries, reduction.pieces, sums, Step::new(step));
-            launch!(self.gpu, "find_rates", [entries as usize, 1, 1], BLOCK, 0;
+            launch!(self.gpu, "find_rates", [entries as usize, 1, 1], THREADS, 0;
                 rates.address, partials.address, table, correction, Step::new(step));
         }
     }
@@ -267,6 +267,6 @@ impl Optimize for Cuda {
 pub(super) fn copy_to_bf16(cuda: &Cuda, param: &Param<'_>) {
     let len = param.master.len;
     cuda.clear(param.amax.address, 4);
-    launch!(cuda.gpu, "copy_to_bf16", [len.div_ceil(BLOCK), 1, 1], BLOCK, 0;
+    launch!(cuda.gpu, "copy_to_bf16", [len.div_ceil(THREADS), 1, 1], THREADS, 0;
         param.copy.address, param.amax.address, param.master.address(), len as u64);
 }

@@ -29,20 +29,20 @@ const ALIGN: usize = 256;
 /// A bump allocator over one allocation.
 pub(crate) struct Arena {
     gpu: Arc<Gpu>,
-    block: Option<Arc<Block>>,
+    block: Option<Arc<Slab>>,
     used: usize,
     /// Of the tensors, once there is one.
     amaxes: Option<Arc<Amaxes>>,
 }
 
 /// The allocation that the buffers of an arena share and keep alive.
-struct Block {
+struct Slab {
     gpu: Arc<Gpu>,
     base: u64,
     bytes: usize,
 }
 
-impl Drop for Block {
+impl Drop for Slab {
     fn drop(&mut self) {
         let _alone = capture::without_captures();
         self.gpu.scope(|| {
@@ -58,7 +58,7 @@ impl Drop for Block {
 /// A piece of an arena: an address on the device, and what keeps it valid.
 pub(crate) struct Piece {
     pub(crate) address: u64,
-    _keep: Option<Arc<Block>>,
+    _keep: Option<Arc<Slab>>,
 }
 
 /// f32 values.
@@ -308,7 +308,7 @@ impl Arena {
         })?;
         let arena = Self {
             gpu: gpu.clone(),
-            block: Some(Arc::new(Block { gpu: gpu.clone(), base, bytes })),
+            block: Some(Arc::new(Slab { gpu: gpu.clone(), base, bytes })),
             used: 0,
             amaxes: None,
         };

@@ -7,7 +7,7 @@ use crate::backend::cuda::device::memory::{Piece, Tensor};
 use crate::backend::cuda::{Cuda, Workspace, kernel};
 
 /// Threads of a block.
-const BLOCK: usize = 256;
+const THREADS: usize = 256;
 
 /// The address of the bits of a tensor's largest magnitude: what the kernel noted that wrote the
 /// tensor, or else `word`, after reading the tensor once more.
@@ -15,8 +15,8 @@ pub(crate) fn amax_of(cuda: &Cuda, word: &Piece, tensor: &Tensor) -> u64 {
     tensor.amax().unwrap_or_else(|| {
         let (amax, len) = (word.address, tensor.len);
         cuda.clear(amax, 4);
-        let blocks = len.div_ceil(8 * BLOCK).min(8 * cuda.gpu.multiprocessors as usize);
-        launch!(cuda.gpu, kernel!(tensor, "find_amax"), [blocks, 1, 1], BLOCK, 0;
+        let blocks = len.div_ceil(8 * THREADS).min(8 * cuda.gpu.multiprocessors as usize);
+        launch!(cuda.gpu, kernel!(tensor, "find_amax"), [blocks, 1, 1], THREADS, 0;
             amax, tensor.address(), len as u64);
         amax
     })
@@ -33,15 +33,15 @@ pub(crate) fn keep(cuda: &Cuda, workspace: &Workspace, x: &Tensor, len: usize) -
 /// `out` (len, bf16) = the source as FP8 holds it with a scale for the whole tensor, whose largest
 /// magnitude is at `amax`; that of the result goes to `kept_amax`.
 pub(crate) fn round(cuda: &Cuda, out: u64, kept_amax: u64, source: Source, amax: u64, len: usize) {
-    let grid = [len.div_ceil(8 * BLOCK), 1, 1];
-    launch!(cuda.gpu, kernel!(source, "round_to_fp8"), grid, BLOCK, 0;
+    let grid = [len.div_ceil(8 * THREADS), 1, 1];
+    launch!(cuda.gpu, kernel!(source, "round_to_fp8"), grid, THREADS, 0;
         out, kept_amax, source.address, amax, len as u64);
 }
 
 /// `out` (len) = the E4M3 bytes of the source with a scale for the whole tensor, which goes to
 /// `scale`.
 pub(crate) fn convert(cuda: &Cuda, out: u64, scale: u64, source: Source, amax: u64, len: usize) {
-    let grid = [len.div_ceil(8 * BLOCK), 1, 1];
-    launch!(cuda.gpu, kernel!(source, "convert_to_e4m3"), grid, BLOCK, 0;
+    let grid = [len.div_ceil(8 * THREADS), 1, 1];
+    launch!(cuda.gpu, kernel!(source, "convert_to_e4m3"), grid, THREADS, 0;
         out, scale, source.address, amax, len as u64);
 }
