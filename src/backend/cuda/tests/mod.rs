@@ -5,6 +5,8 @@
 mod amax;
 mod carriers;
 mod linear;
+/// They time what is private here, so they are compiled with the tests.
+#[path = "../../../../benches/cuda/measure.rs"]
 mod measure;
 mod parameters;
 mod quantization;
