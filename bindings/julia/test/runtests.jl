@@ -309,10 +309,10 @@ end
     switched = Trainer(new_model(); batch_size = 2, recipe = "mxfp4-rht,range=3/4")
     @test isfinite(step!(switched, tokens).loss) && options(switched).recipe == "mxfp4-rht,range=3/4"
     @test made_from.optimizer == "adamw"
-    stable = Trainer(model; optimizer = "stable-adamw", clip = 0, batch_size = 2)
+    stable = Trainer(new_model(); optimizer = "stable-adamw", clip = 0, batch_size = 2)
     @test options(stable).optimizer == "stable-adamw" && isfinite(step!(stable, dataset).loss)
     close(stable)
-    @test refuses(() -> Trainer(model; optimizer = "sgd"), MXFP4Error, "stable-adamw")
+    @test refuses(() -> Trainer(new_model(); optimizer = "sgd"), MXFP4Error, "stable-adamw")
     mktempdir() do folder
         save(trainer, folder)
         resumed = load(Trainer, new_engine(), folder)

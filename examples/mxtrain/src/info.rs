@@ -141,6 +141,7 @@ impl Config {
 #[derive(Serialize, Deserialize)]
 struct Training {
     step: u64,
+    seed: u64,
     recipe: String,
     optimizer: Kind,
 }
@@ -248,11 +249,11 @@ impl Checkpoint {
             HumanCount(self.parameters),
         );
         if let Some(training) = &self.training {
-            let Training { step, recipe, optimizer } = training;
+            let Training { step, seed, recipe, optimizer } = training;
             let optimizer = optimizer.kind.as_deref().unwrap_or("adamw");
             let [recipe, optimizer] = [recipe, optimizer].map(console::plain);
             text.push_str(&format!(
-                "training    step {step}, recipe {recipe}, optimizer {optimizer}\n"
+                "training    step {step}, recipe {recipe}, optimizer {optimizer}, seed {seed}\n"
             ));
         }
         if let Some(tokenizer) = self.tokenizer {

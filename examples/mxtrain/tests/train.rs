@@ -57,7 +57,10 @@ fn an_optimizer_is_named_shown_and_kept() {
     assert!(out.contains(", optimizer stable-adamw\n"), "{out}");
     assert_eq!(info(dir, "model")["training"]["optimizer"]["kind"], "stable-adamw");
     let text = succeed(dir, "info model");
-    assert!(text.contains("step 4, recipe mxfp4-rht-sr, optimizer stable-adamw\n"), "{text}");
+    assert!(
+        text.contains("step 4, recipe mxfp4-rht-sr, optimizer stable-adamw, seed 1337\n"),
+        "{text}"
+    );
     let error = refuse(dir, "train --resume model --data data --optimizer adamw --steps 6");
     assert!(error.contains("started with, stable-adamw; got adamw"), "{error}");
     let out = succeed(dir, "train --resume model --data data --steps 6");
