@@ -3,7 +3,6 @@
 
 use std::ops::Range;
 
-use super::rows::softmax_panel;
 use super::{HeadBackward, HeadForward, HeadOutput, HeadRows, QUERIES, Scratch};
 use crate::backend::cpu::gemm::{
     PANEL, Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, pack_f32, strided_tile,
@@ -19,7 +18,7 @@ pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> us
 }
 
 /// The forward pass of one head.
-pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>) {
+pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], mut head: HeadForward<'_>) {
     let (t, d) = (head.q.length, head.q.head_size);
     let mut scratch = Scratch(scratch);
     let queries = scratch.f32(t.next_multiple_of(PANEL) * d);
@@ -32,14 +31,9 @@ pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>)
         let block = QueryBlock { q0, q1, length: t };
         // S^T, then P^T in place.
         block.product(isa, &Unpacked::of(head.k, q1), &block.panels(queries, d), d, scores);
-        for (p, scores) in scores.chunks_exact_mut(t * PANEL).enumerate() {
-            let first = q0 + p * PANEL;
-            if first >= q1 {
-                break;
-            }
-            let lse = softmax_panel(isa, scores, first, q1, head.scale);
-            let lanes = (q1 - first).min(PANEL);
-            head.lse[first..][..lanes].copy_from_slice(&lse[..lanes]);
+        let panels = scores.chunks_exact_mut(t * PANEL);
+        for (first, scores) in (q0..q1).step_by(PANEL).zip(panels) {
+            let lanes = head.softmax(isa, scores, first, q1);
             // O = P V: the panel is A, (keys, 16 queries); V is B.
             let a = Unpacked { data: scores, rows: lanes, stride: 1, step: PANEL };
             // SAFETY: the job owns the output; first + lanes <= T.
@@ -74,11 +68,7 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
         block.product(isa, &Unpacked::of(head.k, q1), &block.panels(queries, d), d, scores);
         block.product(isa, &Unpacked::of(head.v, q1), &block.panels(douts, d), d, dscores);
         let panels = scores.chunks_exact_mut(t * PANEL).zip(dscores.chunks_exact_mut(t * PANEL));
-        for (p, (scores, dscores)) in panels.enumerate() {
-            let first = q0 + p * PANEL;
-            if first >= q1 {
-                break;
-            }
+        for (first, (scores, dscores)) in (q0..q1).step_by(PANEL).zip(panels) {
             let lanes = (q1 - first).min(PANEL);
             let range = first..first + lanes;
             head.gradient_panel(isa, scores, dscores, range.clone(), q1);

@@ -33,7 +33,7 @@ use super::isa::Isa;
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu};
 use crate::backend::{Attend, AttentionBackward, AttentionShape, Precision, Sequences};
-use rows::{QuerySums, dot, gradient_panel};
+use rows::{QuerySums, dot, gradient_panel, softmax_panel};
 
 /// Queries of one block: the columns of a tile.
 const QUERIES: usize = TILE_COLS;
@@ -143,6 +143,17 @@ struct HeadForward<'a> {
     scale: f32,
     out: HeadOutput,
     lse: &'a mut [f32],
+}
+
+impl HeadForward<'_> {
+    /// scores (keys, 16 queries) -> P in place, for queries `first` .. over keys 0 .. `keys`, and
+    /// their lse. Returns how many queries there are.
+    fn softmax(&mut self, isa: Isa, scores: &mut [f32], first: usize, keys: usize) -> usize {
+        let lse = softmax_panel(isa, scores, first, keys, self.scale);
+        let queries = (keys - first).min(PANEL);
+        self.lse[first..][..queries].copy_from_slice(&lse[..queries]);
+        queries
+    }
 }
 
 /// The operands of one head's backward pass; `dq`, `dk` and `dv` are written, with `adds` the

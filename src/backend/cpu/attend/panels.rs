@@ -7,7 +7,6 @@
 
 use std::ops::Range;
 
-use super::rows::softmax_panel;
 use super::{HeadBackward, HeadForward, HeadOutput, QUERIES, Scratch};
 use crate::backend::cpu::gemm::{
     Matrix, PANEL, Packing, Panels, Role, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, pack_bf16,
@@ -69,7 +68,7 @@ pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> us
 }
 
 /// The forward pass of one head.
-pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>) {
+pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], mut head: HeadForward<'_>) {
     let t = head.q.length;
     let sizes = Sizes::new(t, head.q.head_size);
     let mut scratch = Scratch(scratch);
@@ -85,14 +84,9 @@ pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>)
     for q0 in (0..t).step_by(QUERIES) {
         let q1 = (q0 + QUERIES).min(t);
         scores_of_block(isa, sizes, keys, queries, q0, q1, scores);
-        for (p, scores) in scores.chunks_exact_mut(sizes.length * PANEL).enumerate() {
-            let first = q0 + p * PANEL;
-            if first >= q1 {
-                break;
-            }
-            let lse = softmax_panel(isa, scores, first, q1, head.scale);
-            let lanes = (q1 - first).min(PANEL);
-            head.lse[first..][..lanes].copy_from_slice(&lse[..lanes]);
+        let panels = scores.chunks_exact_mut(sizes.length * PANEL);
+        for (first, scores) in (q0..q1).step_by(PANEL).zip(panels) {
+            let lanes = head.softmax(isa, scores, first, q1);
             pack_pairs(isa, scores, q1, pairs);
             // SAFETY: the job owns the output; first + lanes <= T.
             unsafe {
@@ -129,13 +123,10 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
         scores_of_block(isa, sizes, values, douts, q0, q1, dscores);
         let in_panel = sizes.length * PANEL;
         let panels = scores.chunks_exact_mut(in_panel).zip(dscores.chunks_exact_mut(in_panel));
-        for (p, (scores, dscores)) in panels.enumerate() {
-            let first = q0 + p * PANEL;
-            if first >= q1 {
-                break;
-            }
+        for (first, (scores, dscores)) in (q0..q1).step_by(PANEL).zip(panels) {
             let lanes = (q1 - first).min(PANEL);
             head.gradient_panel(isa, scores, dscores, first..first + lanes, q1);
+            let p = (first - q0) / PANEL;
             turn(isa, scores, q1, p, p_turned);
             turn(isa, dscores, q1, p, ds_turned);
             pack_pairs(isa, dscores, q1, pairs);

@@ -8,7 +8,6 @@
 
 use std::ops::Range;
 
-use super::rows::softmax_panel;
 use super::{HeadBackward, HeadForward, HeadOutput, Scratch};
 use crate::backend::cpu::gemm::tiles::{Quad, SIDE, SQUARE, Tiles};
 use crate::backend::cpu::gemm::{Matrix, PANEL, Packing, Role, pack_bf16};
@@ -65,7 +64,7 @@ fn pair(
 }
 
 /// The forward pass of one head.
-pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>) {
+pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], mut head: HeadForward<'_>) {
     let (t, d) = (head.q.length, head.q.head_size);
     let sizes = Sizes::new(t, d);
     let mut scratch = Scratch(scratch);
@@ -83,14 +82,9 @@ pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], head: HeadForward<'_>)
     for q0 in (0..t).step_by(SIDE) {
         let q1 = (q0 + SIDE).min(t);
         scores_of_block(&tiles, sizes, keys, queries, t, q0, scores);
-        for (p, scores) in scores.chunks_exact_mut(sizes.length * PANEL).enumerate() {
-            let first = q0 + p * PANEL;
-            if first >= q1 {
-                break;
-            }
-            let lse = softmax_panel(isa, scores, first, q1, head.scale);
-            let lanes = (q1 - first).min(PANEL);
-            head.lse[first..][..lanes].copy_from_slice(&lse[..lanes]);
+        let panels = scores.chunks_exact_mut(sizes.length * PANEL);
+        for (first, scores) in (q0..q1).step_by(PANEL).zip(panels) {
+            head.softmax(isa, scores, first, q1);
         }
         pack_pairs(isa, scores, sizes.length, q1, packed);
         // SAFETY: scratch memory has room for whole squares.
@@ -131,11 +125,7 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
         scores_of_block(&tiles, sizes, values, douts, t, q0, dscores);
         let in_panel = sizes.length * PANEL;
         let panels = scores.chunks_exact_mut(in_panel).zip(dscores.chunks_exact_mut(in_panel));
-        for (p, (scores, dscores)) in panels.enumerate() {
-            let first = q0 + p * PANEL;
-            if first >= q1 {
-                break;
-            }
+        for (first, (scores, dscores)) in (q0..q1).step_by(PANEL).zip(panels) {
             head.gradient_panel(isa, scores, dscores, first..(first + PANEL).min(q1), q1);
         }
         pack_pairs(isa, dscores, sizes.length, q1, packed);
@@ -176,7 +166,9 @@ fn scores_of_block(
         let squares = [0, sizes.length * PANEL, SQUARE * PANEL, (sizes.length + SQUARE) * PANEL];
         let squares = squares.map(|at| out.as_mut_ptr().wrapping_add(key * PANEL + at));
         // SAFETY: panels hold d / 32 squares; keys below `sizes.length` have room.
-        unsafe { tiles.multiply(a, b, sizes.depth / SIDE, Quad { squares, stride: PANEL }) };
+        unsafe {
+            tiles.multiply::<false>(a, b, sizes.depth / SIDE, Quad { squares, stride: PANEL })
+        };
     }
 }
 
@@ -198,7 +190,7 @@ unsafe fn channels_by_queries(
         let a = pair(a, channel / PANEL, d.div_ceil(PANEL), sizes.along_length(), 0);
         let to = Quad::of(out[channel * SIDE..].as_mut_ptr(), SIDE);
         // SAFETY: passed on.
-        unsafe { tiles.multiply(a, b, q1.div_ceil(SIDE), to) };
+        unsafe { tiles.multiply::<false>(a, b, q1.div_ceil(SIDE), to) };
     }
 }
 
@@ -223,7 +215,7 @@ unsafe fn keys_by_channels(
             let a = pair(rows, key / PANEL, sizes.length / PANEL, SQUARE * PANEL, 0);
             let to = Quad::of(out[key * sizes.depth + channel..].as_mut_ptr(), sizes.depth);
             // SAFETY: passed on.
-            unsafe { tiles.multiply_add(a, b, 1, to) };
+            unsafe { tiles.multiply::<true>(a, b, 1, to) };
         }
     }
 }

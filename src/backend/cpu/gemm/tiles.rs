@@ -68,7 +68,7 @@ impl Quad {
     }
 }
 
-/// `Tiles::multiply` and its like, which begin in different ways. B, which streams by, is asked for
+/// [`Tiles::multiply`], which begins in one of two ways. B, which streams by, is asked for
 /// two squares ahead; that gains 7%.
 macro_rules! products {
     (($a:expr, $b:expr, $squares:expr, $to:expr), $($begin:literal,)*) => {
@@ -159,11 +159,12 @@ impl Tiles {
         Self
     }
 
-    /// The sums of two panels of A with two of B, which `to` is overwritten with.
+    /// The sums of two panels of A with two of B, which `to` is overwritten with, or which are
+    /// added to it.
     ///
     /// # Safety
     /// All panels hold that many squares, and `to` its four.
-    pub(in crate::backend::cpu) unsafe fn multiply(
+    pub(in crate::backend::cpu) unsafe fn multiply<const ADDS: bool>(
         &self,
         a: [*const u32; 2],
         b: [*const u32; 2],
@@ -172,36 +173,23 @@ impl Tiles {
     ) {
         // SAFETY: tiles are configured (self exists); the caller vouches for the memory.
         unsafe {
-            products!(
-                (a, b, squares, to),
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-            );
-        }
-    }
-
-    /// The same, added to `to`.
-    ///
-    /// # Safety
-    /// As above.
-    pub(in crate::backend::cpu) unsafe fn multiply_add(
-        &self,
-        a: [*const u32; 2],
-        b: [*const u32; 2],
-        squares: usize,
-        to: Quad,
-    ) {
-        // SAFETY: as above.
-        unsafe {
-            products!(
-                (a, b, squares, to),
-                "tileloadd tmm0, [{to0} + {to_row}]",
-                "tileloadd tmm1, [{to1} + {to_row}]",
-                "tileloadd tmm2, [{to2} + {to_row}]",
-                "tileloadd tmm3, [{to3} + {to_row}]",
-            );
+            if ADDS {
+                products!(
+                    (a, b, squares, to),
+                    "tileloadd tmm0, [{to0} + {to_row}]",
+                    "tileloadd tmm1, [{to1} + {to_row}]",
+                    "tileloadd tmm2, [{to2} + {to_row}]",
+                    "tileloadd tmm3, [{to3} + {to_row}]",
+                );
+            } else {
+                products!(
+                    (a, b, squares, to),
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                );
+            }
         }
     }
 }
@@ -249,7 +237,7 @@ pub(super) unsafe fn rectangle(
                 // columns j .. j + across lie in the rectangle.
                 unsafe {
                     let to = sums.0.as_mut_ptr().cast();
-                    tiles.multiply(a_panels, b_panels, steps / SQUARE, Quad::of(to, SIDE));
+                    tiles.multiply::<false>(a_panels, b_panels, steps / SQUARE, Quad::of(to, SIDE));
                     let c = out.c.add(i * out.stride + j);
                     let bias = bias.map(|bias| &bias[j..j + across]);
                     let to = TileOutput::sums(c, out.stride, down, across);
