@@ -168,15 +168,11 @@ impl Decoder {
 impl<B: Backend> DecoderOn<B> {
     fn new(model: &Model, on: &Arc<OnDevice<B>>, longest: usize) -> Result<Self> {
         let (backend, config) = (&*on.backend, model.config());
-        let measured = {
-            let mut arena = backend.arena(None)?;
-            Self::cut(on, &mut arena, config, longest)?;
-            backend.arena_used(&arena)
-        };
-        let bytes = measured as u64;
-        model.engine().check_memory("generating", bytes, bytes)?;
-        let mut arena = backend.arena(Some(measured))?;
-        Self::cut(on, &mut arena, config, longest)
+        let mut measuring = backend.arena(None)?;
+        Self::cut(on, &mut measuring, config, longest)?;
+        let bytes = backend.arena_used(&measuring);
+        model.engine().check_memory("generating", bytes as u64, bytes as u64)?;
+        Self::cut(on, &mut backend.arena(Some(bytes))?, config, longest)
     }
 
     fn next_logits(

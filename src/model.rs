@@ -286,9 +286,8 @@ impl<B: Backend> OnDevice<B> {
         tensors: &'a [TensorInfo],
         weights: &'a Weights<B>,
     ) -> impl TensorRead {
-        self.export(tensors, |slot, out: &mut [f32]| {
-            self.backend.read_param(&weights.all, slot, out)
-        })
+        let read = |slot, out: &mut [f32]| self.backend.read_param(&weights.all, slot, out);
+        Exported { table: &self.table, tensors, read }
     }
 
     /// A flat buffer as a checkpoint holds it.
@@ -297,21 +296,12 @@ impl<B: Backend> OnDevice<B> {
         tensors: &'a [TensorInfo],
         flat: &'a B::F32,
     ) -> impl TensorRead {
-        self.export(tensors, |slot, out: &mut [f32]| self.backend.read_f32(flat, slot.start, out))
-    }
-
-    /// Values that belong to the parameters, as a checkpoint holds them; `read` gets them in our
-    /// order.
-    fn export<'a, F: Fn(Slot, &mut [f32]) -> Result<()>>(
-        &'a self,
-        tensors: &'a [TensorInfo],
-        read: F,
-    ) -> Exported<'a, F> {
+        let read = |slot: Slot, out: &mut [f32]| self.backend.read_f32(flat, slot.start, out);
         Exported { table: &self.table, tensors, read }
     }
 }
 
-/// Values of all parameters in Hugging Face's order and shape.
+/// Values of all parameters in Hugging Face's order and shape; `read` gets them in ours.
 struct Exported<'a, F> {
     table: &'a ParamTable,
     tensors: &'a [TensorInfo],

@@ -280,10 +280,7 @@ const SWITCHES: [Switch; 8] = [
             };
             recipe.with_transform(group, signs)
         },
-        show: |recipe| {
-            let signs = recipe.transform().ok()?.signs();
-            (signs == Signs::Fixed).then(|| "fixed".into())
-        },
+        show: |recipe| (recipe.transform().ok()?.signs() == Signs::Fixed).then(|| "fixed".into()),
     },
     Switch {
         key: "sr",
@@ -350,9 +347,7 @@ const SWITCHES: [Switch; 8] = [
             let bf16_last_layers = value.parse().map_err(|_| Refused::Expected("a count"))?;
             Ok(Recipe { bf16_last_layers, ..recipe.clone() })
         },
-        show: |recipe| {
-            Some(recipe.bf16_last_layers.to_string()).filter(|_| recipe.bf16_last_layers > 0)
-        },
+        show: |recipe| (recipe.bf16_last_layers > 0).then(|| recipe.bf16_last_layers.to_string()),
     },
     Switch {
         key: "bf16-last-steps",
@@ -363,9 +358,7 @@ const SWITCHES: [Switch; 8] = [
             }
             Ok(Recipe { bf16_last_steps: fraction, ..recipe.clone() })
         },
-        show: |recipe| {
-            Some(recipe.bf16_last_steps.to_string()).filter(|_| recipe.bf16_last_steps > 0.0)
-        },
+        show: |recipe| (recipe.bf16_last_steps > 0.0).then(|| recipe.bf16_last_steps.to_string()),
     },
 ];
 

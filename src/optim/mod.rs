@@ -61,10 +61,8 @@ impl FromStr for OptimizerKind {
         let name = name.trim();
         let Some(kind) = Self::ALL.into_iter().find(|kind| kind.definition().name == name) else {
             let names = Self::ALL.map(|kind| kind.definition().name).join(", ");
-            return Err(Error::invalid(
-                "optimizer",
-                format!("expected one of {names}; got {name:?}"),
-            ));
+            let message = format!("expected one of {names}; got {name:?}");
+            return Err(Error::invalid("optimizer", message));
         };
         if let Some(switches) = switches {
             let first = switches.split([',', '=']).next().unwrap_or_default().trim();

@@ -102,25 +102,6 @@ struct Rates {
 }
 
 impl Reduction {
-    pub(super) fn new(arena: &mut Arena, parameters: usize) -> Result<Self> {
-        let bytes = parameters * size_of::<Entry>();
-        let what = "a table of the parameters";
-        let mut found: Vec<u32> = arena.on_host(what, 3 * parameters)?;
-        found.resize(found.capacity(), 0);
-        Ok(Self {
-            table: arena.bytes(bytes),
-            upload: arena.upload(bytes / 4),
-            entries: arena.on_host(what, parameters)?,
-            wanted: arena.on_host(what, parameters)?,
-            pieces: 0,
-            partials: arena.bytes(PARTS * 8),
-            sums: arena.bytes(4 * 8),
-            trial: arena.bytes(3 * 4 * parameters),
-            found,
-            rates: None,
-        })
-    }
-
     /// Uploads the table, if it changed since the last step.
     fn update_table(&mut self, trained: &Trained<'_, Cuda>) {
         self.wanted.clear();
@@ -181,13 +162,26 @@ impl Optimize for Cuda {
         slots: &[Slot],
         optimizer: &Optimizer,
     ) -> Result<Reduction> {
-        let mut reduction = Reduction::new(arena, slots.len())?;
-        if optimizer.kind == OptimizerKind::StableAdamW {
-            let pieces: usize = slots.iter().map(|slot| slot.len.div_ceil(PIECE)).sum();
-            let (partials, rates) = (arena.bytes(8 * pieces), arena.bytes(2 * 4 * slots.len()));
-            reduction.rates = Some(Rates { partials, rates });
-        }
-        Ok(reduction)
+        let (parameters, what) = (slots.len(), "a table of the parameters");
+        let pieces: usize = slots.iter().map(|slot| slot.len.div_ceil(PIECE)).sum();
+        let bytes = parameters * size_of::<Entry>();
+        let mut found: Vec<u32> = arena.on_host(what, 3 * parameters)?;
+        found.resize(found.capacity(), 0);
+        Ok(Reduction {
+            table: arena.bytes(bytes),
+            upload: arena.upload(bytes / 4),
+            entries: arena.on_host(what, parameters)?,
+            wanted: arena.on_host(what, parameters)?,
+            pieces: 0,
+            partials: arena.bytes(PARTS * 8),
+            sums: arena.bytes(4 * 8),
+            trial: arena.bytes(3 * 4 * parameters),
+            found,
+            rates: (optimizer.kind == OptimizerKind::StableAdamW).then(|| Rates {
+                partials: arena.bytes(8 * pieces),
+                rates: arena.bytes(2 * 4 * parameters),
+            }),
+        })
     }
 
     fn add_losses(&self, reduction: &mut Reduction, losses: &F32, rows: usize, accumulate: bool) {
