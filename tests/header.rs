@@ -70,12 +70,12 @@ fn every_function_and_field_is_documented() {
     let header = generate();
     let mut before = "";
     for line in header.lines() {
-        let declares = line.contains(" mxt_") && line.contains('(') && !line.starts_with("//")
+        let declares = line.contains(" mxt_") && line.contains('(')
             || line.starts_with("typedef struct mxt_") && line.ends_with('{')
             || line.starts_with("#define MXT_")
             || line.starts_with("  MXT_")
             || line.starts_with("  ") && line.ends_with(';') && !line.starts_with("   ");
-        if declares {
+        if declares && !line.trim_start().starts_with("//") {
             assert!(before.trim_start().starts_with("//"), "not documented: {line}");
         }
         before = line;
