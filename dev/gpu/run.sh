@@ -18,7 +18,7 @@ heading() { printf '\n== %s\n' "$*"; }
 
 tests() {
     heading "operations"
-    "$folder/lib" backend::cuda capi::buffers --skip compile --nocapture 2>&1 | quiet
+    "$folder/lib" conformance::cuda backend::cuda capi::buffers --skip compile --nocapture 2>&1 | quiet
     heading "training"
     "$folder/cuda" --nocapture --test-threads 4 2>&1 | quiet
     heading "bits"
