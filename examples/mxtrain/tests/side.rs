@@ -6,7 +6,7 @@ mod common;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -37,8 +37,11 @@ fn folder() -> TempDir {
     dir
 }
 
+/// Starts the program. SIGHUP has its meaning there, also where the tests run under nohup.
 fn begin(dir: &Path, line: &str) -> Child {
-    start(dir, mxtrain().args(line.split_whitespace()))
+    let mut program = Command::new("env");
+    program.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_mxtrain")]);
+    start(dir, program.args(line.split_whitespace()))
 }
 
 /// Steps in the log.
@@ -245,7 +248,7 @@ fn a_hangup_that_is_ignored_stays_ignored() {
     let line = format!(
         "trap '' HUP; exec {program} train --data data --out model --log log.jsonl --steps 100000 {TINY}"
     );
-    let child = start(dir, std::process::Command::new("sh").args(["-c", &line]));
+    let child = start(dir, Command::new("sh").args(["-c", &line]));
     wait_for(|| steps(dir) > 2);
     signal(&child, Signal::HUP);
     let before = steps(dir);
@@ -316,7 +319,7 @@ fn a_run_without_standard_streams_is_a_run() {
     let line = format!("train --data data --out model --log log.jsonl --steps 9 {TINY}");
     for closed in ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"] {
         let line = format!("exec {program} {line} --overwrite {closed}");
-        let child = start(dir, std::process::Command::new("sh").args(["-c", &line]));
+        let child = start(dir, Command::new("sh").args(["-c", &line]));
         let (code, out, error) = end(child);
         assert_eq!(code, Some(0), "{closed}: {out}{error}");
         assert_eq!((saved(dir, "model"), steps(dir)), (9, 9), "{closed}");
@@ -447,7 +450,7 @@ fn a_run_that_replaces_another_never_has_its_description() {
 
     // Nothing is replaced, so nothing is lost.
     let line = format!("ulimit -f 4; exec {} train {raw}", env!("CARGO_BIN_EXE_mxtrain"));
-    let child = start(dir, std::process::Command::new("sh").args(["-c", &line]));
+    let child = start(dir, Command::new("sh").args(["-c", &line]));
     let (code, _, error) = end(child);
     assert_eq!(code, Some(1), "{error}");
     assert!(error.contains("File too large"), "{error}");
