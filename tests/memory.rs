@@ -44,8 +44,11 @@ fn train_in_a_child() {
         channels: 384,
         ..ModelConfig::default()
     };
+    // Many steps are short ones.
+    let (steps, sequence_length) = if recipe == "mxfp4-rht-sr" { (500, 32) } else { (20, 128) };
     let options = TrainerOptions {
         batch_size: 2,
+        sequence_length,
         recipe: recipe.parse().unwrap(),
         ..TrainerOptions::default()
     };
@@ -54,7 +57,6 @@ fn train_in_a_child() {
     let mut trainer = Trainer::new(&model, options).unwrap();
     let plan = trainer.plan().total() as f64;
     let mut at_step_2 = 0.0;
-    let steps = if recipe == "mxfp4-rht-sr" { 500 } else { 20 };
     for step in 1..=steps {
         trainer.step(&data).unwrap();
         if step == 2 {
