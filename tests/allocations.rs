@@ -119,7 +119,7 @@ fn a_step_allocates_nothing() {
             }
             let before = CALLS.load(Ordering::Relaxed);
             assert!(before > 0, "nothing is counted");
-            for step in 0..50 {
+            for step in 0..100 {
                 trainer.step(&sources[step % 2]).unwrap();
             }
             for data in &sources {
@@ -128,7 +128,7 @@ fn a_step_allocates_nothing() {
             let calls = CALLS.load(Ordering::Relaxed) - before;
             assert_eq!(
                 calls, 0,
-                "{calls} allocations in 50 steps of {name}, {kind}, {epsilon:e}, {threads} threads"
+                "{calls} allocations in 100 steps of {name}, {kind}, {epsilon:e}, {threads} threads"
             );
         }
     }
