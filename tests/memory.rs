@@ -18,10 +18,11 @@ fn status(field: &str) -> f64 {
 
 #[test]
 fn resident_memory_is_the_plan() {
-    for recipe in ["fp32", "bf16", "mxfp4-rht-sr"] {
+    // Many steps are short ones.
+    for case in ["fp32 20 128", "bf16 20 128", "mxfp4-rht-sr 20 128", "mxfp4-rht-sr 500 32"] {
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "train_in_a_child", "--nocapture"])
-            .env(CHILD, recipe)
+            .env(CHILD, case)
             .output()
             .unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
@@ -33,7 +34,9 @@ fn resident_memory_is_the_plan() {
 /// The other process of the test above; on its own it has nothing to do.
 #[test]
 fn train_in_a_child() {
-    let Ok(recipe) = std::env::var(CHILD) else { return };
+    let Ok(case) = std::env::var(CHILD) else { return };
+    let [recipe, steps, length] = case.split(' ').collect::<Vec<_>>().try_into().unwrap();
+    let steps: usize = steps.parse().unwrap();
     let before = status("VmRSS");
     let engine = Engine::new(EngineOptions { threads: 2, ..EngineOptions::default() }).unwrap();
     let config = ModelConfig {
@@ -44,11 +47,9 @@ fn train_in_a_child() {
         channels: 384,
         ..ModelConfig::default()
     };
-    // Many steps are short ones.
-    let (steps, sequence_length) = if recipe == "mxfp4-rht-sr" { (500, 32) } else { (20, 128) };
     let options = TrainerOptions {
         batch_size: 2,
-        sequence_length,
+        sequence_length: length.parse().unwrap(),
         recipe: recipe.parse().unwrap(),
         ..TrainerOptions::default()
     };
