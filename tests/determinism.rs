@@ -3,6 +3,8 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use mxfp4train::{
     Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Schedule, ScheduleKind, Trainer,
@@ -188,4 +190,37 @@ fn seeds_differ() {
     let other = EngineOptions { seed: 100, ..EngineOptions::default() };
     let mut other = trainer(&Engine::new(other).unwrap(), "mxfp4-rht-sr");
     assert_ne!(run(&mut other, 1), run(&mut trainer(&engine(2), "mxfp4-rht-sr"), 1));
+}
+
+/// Weights that another thread writes meanwhile are seen before an evaluation or after it, never
+/// between two of its batches.
+#[test]
+fn an_evaluation_sees_one_state_of_the_weights() {
+    let mut trainer = trainer(&engine(1), "fp32");
+    let (model, data) = (trainer.model().clone(), data());
+    let name = "transformer.ln_f.weight";
+    let [small, large] = [0.5, 2.0].map(|value| vec![value; config().channels]);
+    let losses = [&small, &large].map(|values| {
+        model.write_tensor(name, values).unwrap();
+        trainer.eval(&data, 40).unwrap().loss
+    });
+    let ends = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for values in [&small, &large].into_iter().cycle() {
+                if ends.load(Ordering::Relaxed) {
+                    break;
+                }
+                model.write_tensor(name, values).unwrap();
+            }
+        });
+        for _ in 0..20 {
+            let loss = trainer.eval(&data, 40).unwrap().loss;
+            if !losses.contains(&loss) {
+                ends.store(true, Ordering::Relaxed);
+                panic!("{loss} is of no state: {losses:?}");
+            }
+        }
+        ends.store(true, Ordering::Relaxed);
+    });
 }

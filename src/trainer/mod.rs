@@ -162,7 +162,7 @@ impl Trainer {
         })
     }
 
-    /// One optimizer step on the dataset's next samples. Files shorter than a sequence and one
+    /// One optimizer step on the dataset's next windows. Files shorter than a sequence and one
     /// token are never read; the engine's log warns of them once, and [`Dataset::coverage`] counts
     /// them.
     ///
@@ -195,8 +195,8 @@ impl Trainer {
             self.model.engine().log(LogLevel::Warning, || warning);
         }
         self.optimizer_step(stops, &mut |micro_step, row, window| {
-            let sample = (step * accumulation + micro_step as u64) * batch + row as u64;
-            data.training_window(seed, sample, vocab_size, window)
+            let number = (step * accumulation + micro_step as u64) * batch + row as u64;
+            data.training_window(seed, number, vocab_size, window)
         })
     }
 
@@ -306,20 +306,25 @@ impl Trainer {
         let at_once = if windows.are_short { 1 } else { batch_size };
         let Self { run, model, stop, .. } = self;
         let vocab_size = model.config().vocab_size;
-        on_device!(run, run => recipe.set_step(&mut run.step_plan, 0, 0, 0));
         let (mut sum, mut tokens) = (0.0, 0);
-        for first in (0..count).step_by(at_once) {
-            if stop.is_requested() {
-                return Err(Error::Stopped);
+        on_device!(run, run => {
+            recipe.set_step(&mut run.step_plan, 0, 0, 0);
+            let on = Arc::clone(&run.model);
+            // For all batches: nobody changes the weights between them.
+            let weights = on.read()?;
+            for first in (0..count).step_by(at_once) {
+                if stop.is_requested() {
+                    return Err(Error::Stopped);
+                }
+                let batch = (count - first).min(at_once as u64) as usize;
+                let sequences = Sequences { batch, length: windows.length(first, count)? };
+                let mut fill = |row, window: &mut [u32]| {
+                    windows.read(first + row as u64, count, vocab_size, window)
+                };
+                tokens += sequences.rows() as u64;
+                sum += run.sum_of_losses(&weights.all, model, sequences, &mut fill)?;
             }
-            let batch = (count - first).min(at_once as u64) as usize;
-            let sequences = Sequences { batch, length: windows.length(first, count)? };
-            let mut fill = |row, window: &mut [u32]| {
-                windows.read(first + row as u64, count, vocab_size, window)
-            };
-            tokens += sequences.rows() as u64;
-            sum += on_device!(&mut *run, run => run.sum_of_losses(model, sequences, &mut fill)?);
-        }
+        });
         let loss = (sum / tokens as f64) as f32;
         Ok(EvalStats { loss, tokens, seconds: started.elapsed().as_secs_f64() })
     }
@@ -566,6 +571,7 @@ impl<B: Backend> Run<B> {
     /// The sum of the losses of a batch that `fill(row, window)` writes.
     fn sum_of_losses(
         &mut self,
+        weights: &B::Weights,
         model: &Model,
         sequences: Sequences,
         fill: &mut dyn FnMut(usize, &mut [u32]) -> Result<()>,
@@ -574,7 +580,6 @@ impl<B: Backend> Run<B> {
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
         let Buffers { flat, activations, batch, workspace, .. } = buffers;
-        let weights = &on.read()?.all;
         batch.fill(sequences, fill)?;
         backend.scope(|| {
             batch.upload(backend);
