@@ -52,7 +52,9 @@ impl Tokens {
     fn upload_runs(&self, rows: usize) -> [u64; 3] {
         let runs = self.runs.as_ref().expect("made for tokens with gradients");
         let mut runs = runs.lock().unwrap_or_else(PoisonError::into_inner);
-        runs.upload(&self.upload.sent()[..rows])
+        // Where pinned memory was refused, which is noted, nothing was sent.
+        let tokens = self.upload.sent();
+        runs.upload(&tokens[..rows.min(tokens.len())])
     }
 }
 
