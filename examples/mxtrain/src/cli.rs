@@ -442,25 +442,52 @@ pub(crate) struct MachineArgs {
 #[command(next_help_heading = "Machine")]
 pub(crate) struct SeedArgs {
     /// Seed of everything random: same seed, same losses, on any number of threads. `random` draws
-    /// one, which is said before the run and kept with it
-    #[arg(long, value_name = "N", default_value_t = SeedArgs::DEFAULT, value_parser = seed)]
-    pub(crate) seed: u64,
-}
-
-impl SeedArgs {
-    const DEFAULT: u64 = 1337;
-
-    /// What is said of it before a run.
-    pub(crate) fn in_words(&self) -> String {
-        if self.seed == Self::DEFAULT { String::new() } else { format!("; seed {}", self.seed) }
-    }
+    /// one, and says it
+    #[arg(long, value_name = "N", default_value = SeedArgs::DEFAULT)]
+    seed: Seed,
 }
 
 /// A number, or one of the system's.
-fn seed(text: &str) -> Result<u64, String> {
-    match text {
-        "random" => Ok(rand::random()),
-        _ => text.parse().map_err(|e| format!("{e}; expected a number or `random`")),
+#[derive(Clone, Copy, Debug)]
+enum Seed {
+    Given(u64),
+    Drawn(u64),
+}
+
+impl SeedArgs {
+    const DEFAULT: &str = "1337";
+
+    pub(crate) fn number(&self) -> u64 {
+        let (Seed::Given(number) | Seed::Drawn(number)) = self.seed;
+        number
+    }
+
+    /// The number, if nobody knows it yet.
+    pub(crate) fn drawn(&self) -> Option<u64> {
+        match self.seed {
+            Seed::Given(_) => None,
+            Seed::Drawn(number) => Some(number),
+        }
+    }
+
+    /// What is said of it before a run.
+    pub(crate) fn in_words(&self) -> String {
+        let number = self.number().to_string();
+        if number == Self::DEFAULT { String::new() } else { format!("; seed {number}") }
+    }
+}
+
+impl FromStr for Seed {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "random" => Ok(Self::Drawn(rand::random())),
+            _ => match text.parse() {
+                Ok(number) => Ok(Self::Given(number)),
+                Err(e) => Err(format!("{e}; expected a number or `random`")),
+            },
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use mxfp4train::{GenerateOptions, Model};
 
 use crate::cli::GenerateArgs;
-use crate::console::content;
+use crate::console::{self, content};
 use crate::failure::{Failure, Outcome};
 use crate::hugging_face::{Found, end_tokens, load, tokenizer_of};
 use crate::machine;
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
              of the options out",
         ));
     }
-    let (engine, _) = machine::open(&args.machine, args.seed.seed)?;
+    let (engine, _) = machine::open(&args.machine, args.seed.number())?;
     let model = load(&engine, &args.checkpoint)?;
     let vocab_size = model.config().vocab_size;
     let tokenizer = tokenizer(args, vocab_size)?;
@@ -33,8 +33,11 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
         true => Vec::new(),
         false => end_tokens(Some(&args.checkpoint), Some(tokenizer), vocab_size)?,
     };
+    if let Some(seed) = args.seed.drawn() {
+        console::note(&format!("mxtrain: seed {seed}"));
+    }
     for number in 0..args.samples {
-        let seed = args.seed.seed.wrapping_add(number);
+        let seed = args.seed.number().wrapping_add(number);
         let options = GenerateOptions {
             max_tokens: args.tokens,
             temperature,

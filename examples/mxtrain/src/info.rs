@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use indicatif::{HumanBytes, HumanCount};
 use mxfp4train::{Dataset, Model, ModelConfig, ModelFiles, StoredTensor};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::cli::InfoArgs;
 use crate::console;
@@ -143,14 +143,19 @@ struct Training {
     step: u64,
     seed: u64,
     recipe: String,
-    optimizer: Kind,
+    /// By name.
+    #[serde(deserialize_with = "name_of_optimizer")]
+    optimizer: String,
 }
 
-/// Not written of AdamW.
-#[derive(Serialize, Deserialize)]
-struct Kind {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    kind: Option<String>,
+/// That of AdamW is not in the file.
+fn name_of_optimizer<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    #[derive(Deserialize)]
+    struct Optimizer {
+        kind: Option<String>,
+    }
+    let Optimizer { kind } = Deserialize::deserialize(from)?;
+    Ok(kind.unwrap_or_else(|| "adamw".into()))
 }
 
 #[derive(Serialize)]
@@ -250,8 +255,7 @@ impl Checkpoint {
         );
         if let Some(training) = &self.training {
             let Training { step, seed, recipe, optimizer } = training;
-            let optimizer = optimizer.kind.as_deref().unwrap_or("adamw");
-            let [recipe, optimizer] = [recipe, optimizer].map(console::plain);
+            let [recipe, optimizer] = [recipe, optimizer].map(|name| console::plain(name));
             text.push_str(&format!(
                 "training    step {step}, recipe {recipe}, optimizer {optimizer}, seed {seed}\n"
             ));

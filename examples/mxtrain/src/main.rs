@@ -99,7 +99,7 @@ fn add_files(args: &[OsString], mut parsed: Parsed) -> Outcome<Parsed> {
         };
         if parsed.given("seed")
             && let Some(seed) = run.options.get("seed")
-            && *seed != train.seed.seed.to_string()
+            && *seed != train.seed.number().to_string()
         {
             return Err(Failure::usage(format!(
                 "--seed: a resumed run keeps what it was started with, {seed}; leave the option out"

@@ -19,7 +19,7 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
     let config = model_config(&args.model, &args.variant, vocabulary(given, of_data)?)?;
     let options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New)?;
-    let (engine, _) = machine::open(&args.machine, args.seed.seed)?;
+    let (engine, _) = machine::open(&args.machine, args.seed.number())?;
     let plan = mxfp4train::plan(&engine, &config, &options)?;
     let room = engine.memory_room();
     if args.json {

@@ -151,7 +151,7 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
         [] => Recipe::NAMES[2..].iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
         given => given.to_vec(),
     };
-    let (engine, about) = machine::open(&args.machine, args.seed.seed)?;
+    let (engine, about) = machine::open(&args.machine, args.seed.number())?;
     let data = Data::open(&DataArgs {
         data: Some(args.data.clone()),
         train: None,
@@ -162,7 +162,7 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
     })?;
     let mut record = Gradients {
         data: DataRecord::of(&data)?,
-        seed: args.seed.seed,
+        seed: args.seed.number(),
         draws: args.draws,
         batch_size: args.batch_size,
         sequence_length: 0,

@@ -87,7 +87,7 @@ pub(crate) fn run(args: &VarianceArgs) -> Outcome<ExitCode> {
         inputs: args.inputs,
         vectors: VECTORS,
         draws: args.draws,
-        seed: args.seed.seed,
+        seed: args.seed.number(),
     };
     let groups: Vec<_> = [None].into_iter().chain(args.groups.iter().copied().map(Some)).collect();
     let mut rows = Vec::new();

@@ -91,7 +91,7 @@ impl Run {
         let lock = signals.making(|| RunLock::take(setup::out(args)), RunLock::traces)?;
         // Asked again: a run that has ended since may have saved there.
         let out = setup::out_folder(args)?;
-        let (engine, mut about) = machine::open(&args.machine, args.seed.seed)?;
+        let (engine, mut about) = machine::open(&args.machine, args.seed.number())?;
         about.push_str(&args.seed.in_words());
         let start = Start::new(args, parsed, &data, &engine)?;
         let (step, steps) = (start.step(), args.optimizer.steps);

@@ -486,7 +486,7 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
             ("steps", args.optimizer.steps),
             ("eval-batches", args.report.measure.eval_batches as u64),
             ("sample-every", args.report.sample_every),
-            ("seed", args.seed.seed),
+            ("seed", args.seed.number()),
         ]
         .map(|(name, value)| (name.to_owned(), value.to_string().into())),
     );
