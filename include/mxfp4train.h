@@ -45,8 +45,9 @@
 //    are refused at once, until handles are freed; freeing and asking for errors always works. What may
 //    still end the process then is code of others: the C library, for a few bytes, where a thread
 //    starts, ends or first uses a library that dlopen loaded, and on a GPU the driver.
-//    Any call can return MXT_ERROR_PANIC and MXT_ERROR_OUT_OF_MEMORY, and calls with a handle MXT_ERROR_POISONED and
-//    MXT_ERROR_FORKED; the lists of errors below leave them out.
+//    Any call can return MXT_ERROR_PANIC and MXT_ERROR_OUT_OF_MEMORY, calls with a handle
+//    MXT_ERROR_POISONED and MXT_ERROR_FORKED, and what works on a GPU MXT_ERROR_DEVICE; the lists of
+//    errors below leave them out.
 //
 // 3. Outputs are written only when a call succeeds. Pointers must not be NULL unless the function
 //    says what NULL means. Strings that go in end with a zero byte and are borrowed for the call; they
@@ -736,8 +737,8 @@ mxt_status mxt_model_new(const struct mxt_engine *engine,
 // one of its own.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
-// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH, MXT_ERROR_NOT_FINITE (a
+// weight in a file), MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
 mxt_status mxt_model_load(const struct mxt_engine *engine,
                           const char *dir,
                           struct mxt_model **model);
@@ -748,7 +749,8 @@ mxt_status mxt_model_load(const struct mxt_engine *engine,
 // keys of the configuration that a loaded model came with, such as special tokens.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
-// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+// folder that holds other things and no checkpoint), MXT_ERROR_NOT_FINITE (a weight),
+// MXT_ERROR_BUSY.
 mxt_status mxt_model_save(const struct mxt_model *model, const char *dir);
 
 // Stores the model's shape in `*config`, whose struct_size the caller has set.
@@ -818,7 +820,8 @@ mxt_status mxt_generate_options_init(struct mxt_generate_options *options, size_
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
 // MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature, a stop token outside the
 // vocabulary and the like),
-// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_UNSUPPORTED (what the device cannot do),
+// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 mxt_status mxt_model_generate(struct mxt_model *model,
                               const struct mxt_generate_options *options,
                               const uint32_t *prompt,
@@ -833,7 +836,8 @@ mxt_status mxt_model_generate(struct mxt_model *model,
 // GPU.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
-// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_UNSUPPORTED (what the device cannot do),
+// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 mxt_status mxt_model_next_logits(const struct mxt_model *model,
                                  const uint32_t *tokens,
                                  size_t token_count,
@@ -964,9 +968,10 @@ mxt_status mxt_trainer_new(struct mxt_model *model,
 // in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run
 // had never stopped. The number of threads may differ; the seed is the checkpoint's.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
-// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a damaged
+// file; names the tensor), MXT_ERROR_MISMATCH, MXT_ERROR_NOT_FINITE (a number in a file),
+// MXT_ERROR_UNSUPPORTED (what the device cannot do), MXT_ERROR_OUT_OF_MEMORY. The message is in
+// mxt_last_error and on the engine.
 mxt_status mxt_trainer_load(const struct mxt_engine *engine,
                             const char *dir,
                             struct mxt_trainer **trainer);
@@ -977,10 +982,11 @@ mxt_status mxt_trainer_load(const struct mxt_engine *engine,
 // gpt2.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
-// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+// folder that holds other things and no checkpoint), MXT_ERROR_NOT_FINITE (a weight or a moment),
+// MXT_ERROR_BUSY.
 mxt_status mxt_trainer_save(struct mxt_trainer *trainer, const char *dir);
 
-// Does one optimizer step on the next samples of `dataset` and stores what it did in `*stats`
+// Does one optimizer step on the next windows of `dataset` and stores what it did in `*stats`
 // (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
@@ -1101,7 +1107,8 @@ void mxt_trainer_free(struct mxt_trainer *trainer);
 // allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL
 // for the defaults. The engine's memory limit does not concern it.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT,
+// MXT_ERROR_UNSUPPORTED (what the device cannot do).
 mxt_status mxt_plan(const struct mxt_engine *engine,
                     const struct mxt_model_config *config,
                     const struct mxt_trainer_options *options,

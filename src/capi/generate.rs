@@ -89,7 +89,8 @@ pub unsafe extern "C" fn mxt_generate_options_init(
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
 /// MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature, a stop token outside the
 /// vocabulary and the like),
-/// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+/// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_UNSUPPORTED (what the device cannot do),
+/// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_generate(
     model: *mut mxt_model,
@@ -153,7 +154,8 @@ pub unsafe extern "C" fn mxt_model_generate(
 /// GPU.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
-/// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+/// MXT_ERROR_TOKEN_RANGE, MXT_ERROR_UNSUPPORTED (what the device cannot do),
+/// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_next_logits(
     model: *const mxt_model,

@@ -265,8 +265,8 @@ pub unsafe extern "C" fn mxt_model_new(
 /// one of its own.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-/// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
-/// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+/// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH, MXT_ERROR_NOT_FINITE (a
+/// weight in a file), MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_load(
     engine: *const mxt_engine,
@@ -290,7 +290,8 @@ pub unsafe extern "C" fn mxt_model_load(
 /// keys of the configuration that a loaded model came with, such as special tokens.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
-/// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+/// folder that holds other things and no checkpoint), MXT_ERROR_NOT_FINITE (a weight),
+/// MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_model_save(model: *const mxt_model, dir: *const c_char) -> mxt_status {
     // SAFETY: pointers are NULL or valid, as the header asks.

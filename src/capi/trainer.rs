@@ -139,9 +139,10 @@ pub unsafe extern "C" fn mxt_trainer_new(
 /// in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run
 /// had never stopped. The number of threads may differ; the seed is the checkpoint's.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-/// MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
-/// MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a damaged
+/// file; names the tensor), MXT_ERROR_MISMATCH, MXT_ERROR_NOT_FINITE (a number in a file),
+/// MXT_ERROR_UNSUPPORTED (what the device cannot do), MXT_ERROR_OUT_OF_MEMORY. The message is in
+/// mxt_last_error and on the engine.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_load(
     engine: *const mxt_engine,
@@ -167,7 +168,8 @@ pub unsafe extern "C" fn mxt_trainer_load(
 /// gpt2.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
-/// folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+/// folder that holds other things and no checkpoint), MXT_ERROR_NOT_FINITE (a weight or a moment),
+/// MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_save(
     trainer: *mut mxt_trainer,
@@ -182,7 +184,7 @@ pub unsafe extern "C" fn mxt_trainer_save(
     }
 }
 
-/// Does one optimizer step on the next samples of `dataset` and stores what it did in `*stats`
+/// Does one optimizer step on the next windows of `dataset` and stores what it did in `*stats`
 /// (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
@@ -436,7 +438,8 @@ pub unsafe extern "C" fn mxt_trainer_free(trainer: *mut mxt_trainer) {
 /// allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL
 /// for the defaults. The engine's memory limit does not concern it.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT,
+/// MXT_ERROR_UNSUPPORTED (what the device cannot do).
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_plan(
     engine: *const mxt_engine,

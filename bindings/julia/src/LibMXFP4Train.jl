@@ -892,8 +892,8 @@ Loads the model of a checkpoint folder, written by this library or by Hugging Fa
 one of its own.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
-MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH, MXT_ERROR_NOT_FINITE (a
+weight in a file), MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
 """
 function mxt_model_load(engine, dir, model)
     return @ccall libmxfp4train.mxt_model_load(
@@ -912,7 +912,8 @@ checkpoint there, the one before or the new one. Whatever else is in the folder 
 keys of the configuration that a loaded model came with, such as special tokens.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
-folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+folder that holds other things and no checkpoint), MXT_ERROR_NOT_FINITE (a weight),
+MXT_ERROR_BUSY.
 """
 function mxt_model_save(model, dir)
     return @ccall libmxfp4train.mxt_model_save(
@@ -1057,7 +1058,8 @@ go to on_token only.
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_BUFFER_TOO_SMALL,
 MXT_ERROR_INVALID_ARGUMENT (an empty prompt, a negative temperature, a stop token outside the
 vocabulary and the like),
-MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE, MXT_ERROR_UNSUPPORTED (what the device cannot do),
+MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 """
 function mxt_model_generate(model, options, prompt, prompt_count, tokens, capacity, written)
     return @ccall libmxfp4train.mxt_model_generate(
@@ -1080,7 +1082,8 @@ numbers, which must be the model's vocab_size. Both arrays may lie in memory of 
 GPU.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no token, another count),
-MXT_ERROR_TOKEN_RANGE, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+MXT_ERROR_TOKEN_RANGE, MXT_ERROR_UNSUPPORTED (what the device cannot do),
+MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
 """
 function mxt_model_next_logits(model, tokens, token_count, logits, count)
     return @ccall libmxfp4train.mxt_model_next_logits(
@@ -1329,9 +1332,10 @@ Loads what mxt_trainer_save wrote, model, moments, options and position, and sto
 in `*trainer` for the caller to free. The next steps are the same, bit for bit, as if the run
 had never stopped. The number of threads may differ; the seed is the checkpoint's.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO,
-MXT_ERROR_FORMAT (a damaged file; names the tensor), MXT_ERROR_MISMATCH,
-MXT_ERROR_OUT_OF_MEMORY. The message is in mxt_last_error and on the engine.
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a damaged
+file; names the tensor), MXT_ERROR_MISMATCH, MXT_ERROR_NOT_FINITE (a number in a file),
+MXT_ERROR_UNSUPPORTED (what the device cannot do), MXT_ERROR_OUT_OF_MEMORY. The message is in
+mxt_last_error and on the engine.
 """
 function mxt_trainer_load(engine, dir, trainer)
     return @ccall libmxfp4train.mxt_trainer_load(
@@ -1350,7 +1354,8 @@ the new one. Whatever else is in the folder stays. Hugging Face transformers ope
 gpt2.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT, MXT_ERROR_IO, MXT_ERROR_FORMAT (a file, or a
-folder that holds other things and no checkpoint), MXT_ERROR_BUSY.
+folder that holds other things and no checkpoint), MXT_ERROR_NOT_FINITE (a weight or a moment),
+MXT_ERROR_BUSY.
 """
 function mxt_trainer_save(trainer, dir)
     return @ccall libmxfp4train.mxt_trainer_save(
@@ -1362,7 +1367,7 @@ end
 """
     mxt_trainer_step(trainer, dataset, stats)
 
-Does one optimizer step on the next samples of `dataset` and stores what it did in `*stats`
+Does one optimizer step on the next windows of `dataset` and stores what it did in `*stats`
 (struct_size set by the caller; NULL if not wanted). A stop request does not concern it.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a dataset shorter
@@ -1587,7 +1592,8 @@ Computes the bytes that a model of this shape with its trainer will take, before
 allocated, and stores them in `*result` (struct_size set by the caller). `options` may be NULL
 for the defaults. The engine's memory limit does not concern it.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT.
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID_ARGUMENT,
+MXT_ERROR_UNSUPPORTED (what the device cannot do).
 """
 function mxt_plan(engine, config, options, result)
     return @ccall libmxfp4train.mxt_plan(
