@@ -9,7 +9,7 @@
 use std::time::Instant;
 
 use mxfp4train::backend::cpu::gemm::{
-    BLOCK_STEPS, Conversion, Matrix, Output, PANEL, PackedMut, Role, Rotation, pack,
+    BLOCK_STEPS, Conversion, Matrix, Output, PANEL, PackedMut, Quantization, Role, pack,
 };
 use mxfp4train::backend::cpu::{Arena, Buffer, Cpu};
 use mxfp4train::formats::{GemmId, Operand, OperandId, Random, Rounding};
@@ -76,7 +76,7 @@ fn main() {
     random.signs(GemmId::Dgrad).fill_signs(&mut signs);
     let mxfp4 = |signs, rounding| {
         let (range, draw) = (Operand::from(rounding).range(), random.rounding(OperandId::Dy));
-        Conversion::Mxfp4(Rotation { signs, rounding, range, draw })
+        Conversion::Mxfp4(Quantization { signs, rounding, range, draw })
     };
     let conversions = [
         ("f32", Conversion::F32),
@@ -168,24 +168,25 @@ fn main() {
     }
 }
 
-/// c (m, n) = a (m, k) b (n, k)^T by the crate `gemm`.
+/// c (m, n) = a (m, k) b (n, k)^T by the crate `gemm`'s part for f32, which wants the longer stride
+/// in columns: c^T (n, m) = b a^T.
 fn peer(c: &mut [f32], a: &[f32], b: &[f32], m: usize, n: usize, k: usize, threads: usize) {
     assert!(c.len() == m * n && a.len() == m * k && b.len() == n * k);
-    let parallelism = gemm::Parallelism::Rayon(threads);
+    let parallelism = gemm_common::Parallelism::Rayon(threads);
     // SAFETY: the strides stay within the slices whose lengths were just checked.
     unsafe {
-        gemm::gemm(
-            m,
+        gemm_f32::gemm::f32::get_gemm_fn()(
             n,
+            m,
             k,
             c.as_mut_ptr(),
-            1,
             n as isize,
+            1,
             false,
-            a.as_ptr(),
+            b.as_ptr(),
             1,
             k as isize,
-            b.as_ptr(),
+            a.as_ptr(),
             k as isize,
             1,
             0.0,
