@@ -41,7 +41,7 @@ __device__ __forceinline__ double block_sum_double(double v, double *scratch) {
 
 // partials (grid) = sums of the squares of the gradients that a block saw. Grid: fixed; block: 256.
 __global__ void square_gradients(double *partials, const Entry *table, u32 entries,
-                                            u64 pieces) {
+                                 u64 pieces) {
   begin();
   __shared__ double scratch[WARP];
   double total = 0.0;
@@ -92,7 +92,7 @@ __device__ __forceinline__ bool is_allowed(const double *sums, const Step &s, fl
 // the largest magnitudes ready for the update, if there will be one. sums: losses, squares, clamped
 // blocks. Grid: 1; block: 256.
 __global__ void sum_squares(double *sums, u32 *clamped, const double *partials, u32 parts,
-                                       const Entry *table, u32 entries, Step s) {
+                            const Entry *table, u32 entries, Step s) {
   begin();
   __shared__ double scratch[WARP];
   double total = 0.0;

@@ -2,8 +2,8 @@
 // prelude.cuh.
 //
 // NOTE: on the processor, where tests run kernels, all of this has twins instead
-// (backend/cuda/emulator). So PTX of files that run there stands here alone; attention and norms,
-// which do not, keep theirs.
+// (backend/cuda/emulator). So PTX of files that run there stands here, but for the product of
+// product_sm120.cu; attention and norms, which do not run there, keep theirs.
 
 typedef unsigned char u8;
 typedef unsigned short u16;

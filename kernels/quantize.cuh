@@ -40,7 +40,7 @@ struct Quantize {
   void *row_scales;   // of blocks, or FP8's factor: times it, the form gives the values
   void *column_scales;
   float *sums;     // column sums of every tile's rows (grid y, cols); may be null
-  const u32 *amax; // bits of the source's largest magnitude
+  const u32 *amax; // bits of the source's
   u32 *clamped;    // counts blocks whose scale was clamped to the lowest that fits
   const bf16 *pre; // (rows, cols): the source is the gradient of gelu(pre)
   Attempt *attempt;
@@ -157,7 +157,7 @@ template <Format FORMAT> __device__ __forceinline__ u32 pack_fp8(float low, floa
 
 // Bits of the largest magnitude of a rotated block, which is normalized first where `norm` is not a
 // power of two (and norm becomes 1).
-__device__ __forceinline__ u32 block_magnitude(float v[BLOCK], float &norm) {
+__device__ __forceinline__ u32 block_amax(float v[BLOCK], float &norm) {
   if (__float_as_uint(norm) & 0x007fffffu) {
 #pragma unroll
     for (int i = 0; i < BLOCK; i++) v[i] = __fmul_rn(v[i], norm);
@@ -174,8 +174,8 @@ __device__ __forceinline__ u32 block_magnitude(float v[BLOCK], float &norm) {
 }
 
 // The scale byte of a block with this largest magnitude.
-__device__ __forceinline__ u32 scale_byte(u32 magnitude) {
-  u32 biased = magnitude >> 23;
+__device__ __forceinline__ u32 scale_byte(u32 amax) {
+  u32 biased = amax >> 23;
   return biased == 255 ? 255 : biased < 2 ? 0 : biased - 2;
 }
 

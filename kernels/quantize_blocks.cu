@@ -10,7 +10,7 @@
 // Makes ready for rounding in units of the block's own scale.
 __device__ __forceinline__ Scale scale_block(float v[BLOCK], float norm, float range) {
   Scale scale;
-  scale.byte = scale_byte(block_magnitude(v, norm));
+  scale.byte = scale_byte(block_amax(v, norm));
   scale.unit = power(scale.byte);
   if (extreme(scale.byte)) {
     move(v, scale.byte, norm);

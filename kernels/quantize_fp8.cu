@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(1024, 1) quantize_fp8_rows(const __grid_consta
 
 // The form down columns, to by_columns, *column_scales and where it is not null sums (of what was
 // kept, where KEPT). Grid: cols / 64, depth / 128, rounded up; with a group of 256, cols / 32,
-// depth / 256. Block: 256. Dynamic shared memory: `Tiles::bytes` of the host. NOTE: blocks that
+// depth / 256. Block: 256. Dynamic shared memory: `tiles` of the host. NOTE: blocks that
 // take more tiles, one after the other, were slower (2 to 8 tiles: 0 to 14%), as were results that
 // went through shared memory to be written in whole lines (5%).
 template <u32 GROUP, class T, Format FORMAT, bool KEPT, bool UNBIASED>

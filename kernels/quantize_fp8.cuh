@@ -49,7 +49,7 @@ template <Format FORMAT> __device__ __forceinline__ Whole whole_scale(u32 amax, 
 #define LOWERED 32
 
 // What numbers are multiplied by to be rounded in units of a tensor's scale. `norm` is what
-// block_magnitude leaves of it.
+// block_amax leaves of it.
 template <bool UNBIASED, Format FORMAT>
 __device__ __forceinline__ float factor_in_tensor(float norm, float range, u32 top) {
   float rest = __float_as_uint(norm) & 0x007fffffu ? 1.0f : norm;
@@ -61,19 +61,19 @@ __device__ __forceinline__ float factor_in_tensor(float norm, float range, u32 t
 // and changes where the block has to be moved. Whether its scale is clamped.
 template <bool UNBIASED, Format FORMAT>
 __device__ __forceinline__ bool scale_in_tensor(float v[BLOCK], float norm, float range,
-                                                u32 magnitude, u32 top, float &factor,
+                                                u32 amax, u32 top, float &factor,
                                                 float &unit) {
-  // A scale byte is its magnitude's exponent less 2, and at least 0: so is all of this, 23 bits up.
+  // A scale byte is its amax's exponent less 2, and at least 0: so is all of this, 23 bits up.
   int lowest = (int)top - Binades<FORMAT>::RANGE;
   u32 floor = (u32)max(lowest, 0) + 2 << 23;
-  unit = __uint_as_float(max(magnitude & 0x7f800000u, floor) +
+  unit = __uint_as_float(max(amax & 0x7f800000u, floor) +
                          (Binades<FORMAT>::HIGHEST - 2 - top << 23));
   if (extreme(top)) {
     move(v, top, norm);
     factor = factor_in_tensor<UNBIASED, FORMAT>(1.0f, range, moved(top));
   }
-  // 0 < magnitude < floor.
-  return magnitude - 1 < (lowest > 0 ? floor - 1 : 0);
+  // 0 < amax < floor.
+  return amax - 1 < (lowest > 0 ? floor - 1 : 0);
 }
 
 // Adds the numbers that the threads of a warp have counted.
@@ -194,9 +194,9 @@ __device__ __forceinline__ bool round_rotated(void *to, float v[BLOCK], float no
                                               const Whole &whole, const Bits &bits, bool inside,
                                               const Source &source) {
   float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, range, whole.top), unit;
-  u32 magnitude = block_magnitude(v, norm);
-  source.note(magnitude, whole.top);
-  bool clamped = scale_in_tensor<UNBIASED, FORMAT>(v, norm, range, magnitude, whole.top, factor,
+  u32 amax = block_amax(v, norm);
+  source.note(amax, whole.top);
+  bool clamped = scale_in_tensor<UNBIASED, FORMAT>(v, norm, range, amax, whole.top, factor,
                                                    unit) &&
                  inside;
   round_to<UNBIASED, FORMAT>(to, v, factor, unit, bits, inside);

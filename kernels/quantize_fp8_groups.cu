@@ -11,7 +11,9 @@
 // eight threads beside each other write to: four here, eight if the two threads of a column were
 // half a warp apart. A thread that took a whole group would need no exchange, and 15% fewer
 // instructions, but with its 128 registers only half as many warps run at once: 179 us for (16384,
-// 4096), where this takes 119. What a tile kernel makes.
+// 4096), where this takes 119.
+
+// What a tile kernel makes.
 #define ALONG_ROWS 1
 #define DOWN_COLUMNS 2
 #define BOTH (ALONG_ROWS | DOWN_COLUMNS)
@@ -48,15 +50,15 @@ template <bool AGAIN> struct BehindGelu {
   }
   // Notes a block that does not fit, as one that is not finite never does. Then what else was made
   // is of no use.
-  __device__ __forceinline__ void note(u32 magnitude, u32 top) const {
-    u32 byte = max(magnitude >> 23, 2u) - 2;
+  __device__ __forceinline__ void note(u32 amax, u32 top) const {
+    u32 byte = max(amax >> 23, 2u) - 2;
     if (!AGAIN && byte > top && byte > *(volatile u32 *)&attempt->above)
       atomicMax(&attempt->above, byte);
   }
 };
 
-// FORMS and KEPT: see above. `sums`, where it is not null, gets a line of column sums for every
-// line of tiles.
+// FORMS: of those above. KEPT: columns begin with what an FP8 forward pass kept of the source.
+// `sums`, where it is not null, gets a line of column sums for every line of tiles.
 template <u32 GROUP, Format FORMAT, int FORMS, bool KEPT, bool UNBIASED, class Source>
 __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source &source, u32 tile_x,
                                                 u32 tile_y, float *whole_factor, u32 *counter) {
@@ -164,7 +166,7 @@ __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source 
 // ---- Kernels ------------------------------------------------------------------------------------
 
 // GROUP is 64 in their names. Grid: what covers source and results, in columns / 64 and rows / 64,
-// rounded up. Block: 128. Dynamic shared memory: `Tiles::bytes` of the host.
+// rounded up. Block: 128. Dynamic shared memory: `tiles` of the host.
 
 template <u32 GROUP, bool UNBIASED>
 __global__ void __launch_bounds__(128, 8) quantize_fp8_rows(const __grid_constant__ Quantize q) {

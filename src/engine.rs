@@ -1,7 +1,8 @@
 //! The engine: a device, its threads, the seed of all random numbers, and where log lines go.
 //!
 //! Which device it is is asked once, at the top: `Model`, `Trainer` and `Decoder` hold an enum of
-//! what runs on which, and all below is generic over `Backend`.
+//! what runs on which, and all below is generic over `Backend`. The engine asks besides, for what
+//! only one of them has.
 
 use std::ffi::c_void;
 use std::fmt;

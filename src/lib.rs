@@ -2,7 +2,8 @@
 //!
 //! The backward GEMMs of every block run in a 4-bit format, made near-lossless by stochastic
 //! rounding and the random Hadamard transform ("Training LLMs with MXFP4", arXiv 2502.20586). The
-//! library is self-contained: no framework, no global state, no output but what the host asks for.
+//! library is self-contained: no framework, no global state that you can see, no output but what
+//! the host asks for.
 //! C programs use it through `include/mxfp4train.h` ([`capi`]); this is the same engine for Rust.
 //!
 //! # A tour
@@ -55,7 +56,7 @@
 //! refused by the compiler.
 
 // Locks, atomic renames and signal masks are those of Unix, addresses in the C API have 64 bits,
-// and token files and checkpoints are mapped as they lie on disk.
+// and token files and checkpoints are read as they lie on disk.
 #[cfg(not(unix))]
 compile_error!(
     "mxfp4train needs a Unix system: it is made for Linux. On Windows, build it in WSL 2"

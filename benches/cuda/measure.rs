@@ -1,5 +1,5 @@
-//! Measurements of kernels and of linear layers, which need what is private in `src/backend/cuda` and
-//! so are compiled with its tests, which ignore them: on a machine with a GPU
+//! Measurements of kernels and of linear layers, which need what is private in `src/backend/cuda`
+//! and so are compiled with its tests, which ignore them: on a machine with a GPU
 //! `cargo test --release --lib cuda::tests::measure -- --ignored --nocapture --test-threads 1`.
 
 use cudarc::driver::sys;

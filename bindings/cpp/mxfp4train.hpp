@@ -589,7 +589,7 @@ class Trainer {
     return detail::finish(mxt_trainer_save(get(), dir.c_str()));
   }
 
-  // One optimizer step on the next samples of `dataset`.
+  // One optimizer step on the next windows of `dataset`.
   outcome<StepStats> step(const Dataset &dataset) {
     auto stats = detail::sized<StepStats>();
     const mxt_status status = mxt_trainer_step(get(), dataset.get(), &stats);

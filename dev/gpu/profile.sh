@@ -17,7 +17,8 @@ kernels = collections.defaultdict(list)
 unit = {"ns": 1e-6, "us": 1e-3, "usecond": 1e-3, "nsecond": 1e-6, "ms": 1.0, "msecond": 1.0}
 for row in csv.DictReader(lines):
     ms = float(row["Metric Value"].replace(",", "")) * unit[row["Metric Unit"]]
-    name = re.sub(r"\(.*", "", row["Kernel Name"])
+    # Without the return type, casts in the arguments of the template, and parameters.
+    name = re.sub(r"^void |\((?:unsigned int|int|bool|Format)\)|\([^()]*\)$", "", row["Kernel Name"])
     if name in ("copy_to_bf16", "fill_normal"):  # make the model
         continue
     kernels[name[:64]].append(ms)

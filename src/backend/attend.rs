@@ -32,7 +32,7 @@ impl AttentionShape {
     }
 
     /// Query heads that share a kv head.
-    pub fn group(&self) -> usize {
+    pub fn heads_per_kv_head(&self) -> usize {
         let Self { heads, kv_heads, .. } = *self;
         assert!(heads.is_multiple_of(kv_heads), "{kv_heads} kv heads divide {heads} heads");
         heads / kv_heads
@@ -40,7 +40,7 @@ impl AttentionShape {
 
     /// Where in a row of qkv a query head's q begins, and the k and v that it uses.
     pub fn starts(&self, head: usize) -> [usize; 3] {
-        let kv_head = self.heads + head / self.group();
+        let kv_head = self.heads + head / self.heads_per_kv_head();
         [head, kv_head, kv_head + self.kv_heads].map(|head| head * self.head_size)
     }
 }

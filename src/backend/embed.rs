@@ -15,7 +15,7 @@ pub struct EmbeddingShape {
 pub struct EmbeddingGradients<'a, B: Memory> {
     /// (V, C), added to.
     pub dwte: B::Gradient<'a>,
-    /// (context, C), added to.
+    /// (context, C), overwritten, or with `accumulate` added to; 0 in rows beyond T.
     pub dwpe: B::Gradient<'a>,
     /// Whether what dwpe held counts.
     pub accumulate: bool,
@@ -32,8 +32,8 @@ pub trait Embed: Memory {
         wpe: Self::Param<'_>,
         shape: EmbeddingShape,
     );
-    /// Adds dout (B T, C) to the rows of dwte and dwpe that the forward pass read. `tokens` are
-    /// those of the last [`Memory::write_tokens`].
+    /// Adds dout (B T, C) to the rows of dwte that the forward pass read, and makes dwpe of it.
+    /// `tokens` are those of the last [`Memory::write_tokens`].
     fn embedding_backward(
         &self,
         gradients: EmbeddingGradients<'_, Self>,

@@ -16,7 +16,7 @@ pub enum Activation {
 /// Sizes of a linear layer: y (rows, outputs) = x (rows, inputs) W (outputs, inputs)^T + b.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearShape {
-    /// Tokens.
+    /// B T.
     pub rows: usize,
     /// Channels that come in.
     pub inputs: usize,

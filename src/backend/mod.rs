@@ -3,7 +3,8 @@
 //! Shapes: B sequences, T tokens each, `rows` = B T, C channels, M inside an MLP, H heads of C / H
 //! channels, V tokens in the vocabulary. Everything is dense and row-major. Unless an operation
 //! says "adds to", it overwrites its outputs. Gradients of parameters are added to with
-//! `accumulate`, which a step's first micro-step is without, so that nothing clears them.
+//! `accumulate`, which a step's first micro-step is without, so that nothing clears them but those
+//! of a token embedding that is not the head, too.
 //!
 //! Model code is written once over [`Backend`]; an implementation keeps its buffers in the
 //! precision that suits the device. Every operation has a plain scalar twin, which the tests of

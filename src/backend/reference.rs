@@ -1,5 +1,6 @@
-//! Scalar twins: every operation of [`super::Backend`] in plain f64 loops, for tests. They are the
-//! definition in words of one line each; nothing here is fast.
+//! Scalar twins: operations of [`super::Backend`] in plain f64 loops, for tests. They are the
+//! definition in words of one line each; nothing here is fast. What one test alone compares with
+//! stands beside that test.
 
 use super::{Activation, AttentionShape, LinearShape, OptimizerStep, Sequences};
 use crate::optim::Optimizer;
@@ -108,11 +109,11 @@ pub(crate) fn layernorm_backward(
     (dx, dw, db)
 }
 
-pub(crate) fn gelu(x: f64) -> f64 {
+fn gelu(x: f64) -> f64 {
     0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
 }
 
-pub(crate) fn gelu_derivative(x: f64) -> f64 {
+fn gelu_derivative(x: f64) -> f64 {
     let a = (2.0 / std::f64::consts::PI).sqrt();
     let t = (a * (x + 0.044715 * x.powi(3))).tanh();
     0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * a * (1.0 + 3.0 * 0.044715 * x * x)

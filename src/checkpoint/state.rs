@@ -13,7 +13,8 @@ use crate::optim::{Optimizer, OptimizerKind, Schedule};
 use crate::run::{TrainerOptions, TrainerState};
 use crate::{Error, Result};
 
-/// Version of the layout. Every change of keys or meaning counts it up.
+/// Version of the layout. A change of a key or of its meaning counts it up; a new key that is left
+/// out where it says nothing new does not, so that files without it are what they were.
 const VERSION: u32 = 1;
 
 /// The tensor files that belong to a `trainer.json`.
@@ -86,10 +87,10 @@ fn check(state: &TrainerState) -> Result<()> {
             return Err(Error::invalid(what, message));
         }
     }
-    // The number of the next sample must stay far from the end of 64 bits, where a sum would wrap.
-    let samples =
+    // The number of the next window must stay far from the end of 64 bits, where a sum would wrap.
+    let windows =
         u128::from(state.step) * options.batch_size as u128 * options.accumulation as u128;
-    if state.step >= 1 << 62 || samples >= 1 << 62 {
+    if state.step >= 1 << 62 || windows >= 1 << 62 {
         let message = format!("expected a number that a run can reach, got {}", state.step);
         return Err(Error::invalid("step", message));
     }

@@ -240,7 +240,7 @@ impl TokenFile {
             let tokens = &tokens[first as usize..][..count as usize];
             add(Extent { largest: tokens.iter().fold(0, |a, &b| a.max(b)), has_strays: false });
         }
-        self.each_block(first, count, |_, bytes| {
+        self.each_piece(first, count, |_, bytes| {
             add(extent(bytes, self.info.token_type));
             Ok(())
         })?;
@@ -255,14 +255,14 @@ impl TokenFile {
             let tokens = &tokens[first as usize..][..count as usize];
             self.check(first, tokens.iter().map(|&token| token.into()), vocab_size)?;
         }
-        self.each_block(first, count, |first, bytes| {
+        self.each_piece(first, count, |first, bytes| {
             self.check(first, numbers(bytes, self.info.token_type), vocab_size)
         })
     }
 
-    /// Reads tokens `first`.. of `count` of a file in blocks, and gives the number of a block's
+    /// Reads tokens `first`.. of `count` of a file in pieces, and gives the number of a piece's
     /// first token and its bytes.
-    fn each_block(
+    fn each_piece(
         &self,
         first: u64,
         count: u64,
@@ -272,15 +272,15 @@ impl TokenFile {
         let (path, width) = (&self.info.path, self.info.token_type.bytes() as u64);
         let mut buffer = [0; PIECE];
         let file = source.reopen(path)?;
-        for first_of_block in (first..first + count).step_by(PIECE / width as usize) {
+        for first_of_piece in (first..first + count).step_by(PIECE / width as usize) {
             let length = PIECE as u64 / width * width;
-            let length = length.min((first + count - first_of_block) * width);
-            let (bytes, at) = (&mut buffer[..length as usize], start + first_of_block * width);
+            let length = length.min((first + count - first_of_piece) * width);
+            let (bytes, at) = (&mut buffer[..length as usize], start + first_of_piece * width);
             match &file {
                 Some(file) => read_at(file, path, at, bytes)?,
                 None => source.read(path, at, bytes)?,
             }
-            add(first_of_block, bytes)?;
+            add(first_of_piece, bytes)?;
         }
         Ok(())
     }

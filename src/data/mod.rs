@@ -1,6 +1,6 @@
 //! Memory-mapped token datasets and the order in which training reads them.
 //!
-//! A sample is a window of T inputs and one more token, the last target. Windows never cross files.
+//! A window is T inputs and one more token, the last target. Windows never cross files.
 //! Every epoch each file starts its windows at another random phase, and visits all windows of all
 //! files once in a random order, so that over the epochs every token is seen in every place of a
 //! window.
@@ -295,7 +295,7 @@ impl Dataset {
         Ok(windows)
     }
 
-    /// Fills `out` (T + 1 tokens) with training sample `sample`: 0, 1, 2... over the whole run;
+    /// Fills `out` (T + 1 tokens) with training window `number`: 0, 1, 2... over the whole run;
     /// epochs follow each other. The same arguments give the same tokens, always.
     ///
     /// # Errors
@@ -304,13 +304,13 @@ impl Dataset {
     pub(crate) fn training_window(
         &self,
         seed: u64,
-        sample: u64,
+        number: u64,
         vocab_size: usize,
         out: &mut [u32],
     ) -> Result<()> {
         let t = out.len().saturating_sub(1) as u64;
         let windows = self.windows(t as usize)?;
-        let (epoch, position) = (sample / windows, sample % windows);
+        let (epoch, position) = (number / windows, number % windows);
         let window = Permutation::new(seed, epoch, windows).apply(position);
         let (index, window) = self.locate(window, t);
         let file = &self.sources()[index];

@@ -1,16 +1,14 @@
-//! The order of training samples: a pure function of (seed, epoch, position).
+//! The order of training windows: a pure function of (seed, epoch, position).
 //!
-//! Nothing is stored and nothing is shuffled in memory: a resumed run asks for the next sample
+//! Nothing is stored and nothing is shuffled in memory: a resumed run asks for the next window
 //! number and gets the very window that it would have got without the interruption.
 //!
 //! All random bits are Philox4x32-10 with the seed as key. Counter words (laid out as in
 //! `formats::philox`): c0 = block or file index, c1 = purpose << 24 | sub-purpose, c2 and c3 =
 //! epoch, low and high half.
 
-use crate::formats::philox4x32_10;
+use crate::formats::{Draw, Purpose};
 
-/// Purpose ORDER of the counter layout, in place.
-const ORDER: u32 = 4 << 24;
 /// Sub-purpose: round keys of the permutation.
 const PERMUTATION: u32 = 0;
 /// Sub-purpose: the phase of each file.
@@ -75,8 +73,8 @@ pub(super) fn phase(seed: u64, epoch: u64, file: usize, last: u64) -> u64 {
 }
 
 fn draw(seed: u64, epoch: u64, index: u32, sub_purpose: u32) -> [u32; 4] {
-    let counter = [index, ORDER | sub_purpose, epoch as u32, (epoch >> 32) as u32];
-    philox4x32_10(counter, [seed as u32, (seed >> 32) as u32])
+    let draw = Draw::of(seed, Purpose::Order, epoch as u32, (epoch >> 32) as u32);
+    draw.bits(index, sub_purpose)
 }
 
 fn join(low: u32, high: u32) -> u64 {

@@ -25,7 +25,7 @@ use crate::{Error, Result};
 const ON_THE_SPOT: u64 = 256 << 20;
 /// Tokens that are looked at before the thread asks whether it is still wanted: some 0.1 ms.
 const PIECE: u64 = 1 << 18;
-/// Bytes of the thread's stack, of which a block of a file takes most.
+/// Bytes of the thread's stack, of which a piece of a file takes most.
 const STACK: usize = 256 << 10;
 /// In place of the largest token: a number that is no token at all. No vocabulary is larger.
 const STRAY: u64 = 1 << 32;
@@ -48,7 +48,7 @@ struct Progress {
     /// Whether all files have been looked at.
     is_done: AtomicBool,
     is_cancelled: AtomicBool,
-    /// The number of the block that the thread could not read, plus 1; 0 for none.
+    /// The number of the piece that the thread could not read, plus 1; 0 for none.
     unread: AtomicU64,
 }
 
@@ -113,7 +113,7 @@ impl Scan {
         }
         let unread = self.progress.unread.load(Ordering::Acquire);
         if unread > 0
-            && let Some((file, first, count)) = blocks(files).nth(unread as usize - 1)
+            && let Some((file, first, count)) = pieces(files).nth(unread as usize - 1)
         {
             file.extent(first, count)?;
         }
@@ -129,8 +129,8 @@ impl Scan {
         }
         let (progress, its_files) = (self.progress.clone(), files.clone());
         let run = move || {
-            if let Err((block, _)) = progress.run(&its_files) {
-                progress.unread.store(block + 1, Ordering::Release);
+            if let Err((piece, _)) = progress.run(&its_files) {
+                progress.unread.store(piece + 1, Ordering::Release);
             }
         };
         match signals_blocked(|| Thread::start(c"mxt-tokens".into(), STACK, run)) {
@@ -166,14 +166,14 @@ impl Searcher {
 }
 
 impl Progress {
-    /// Looks at all files, block by block; an error comes with the number of its block.
+    /// Looks at all files, piece by piece; an error comes with the number of its piece.
     fn run(&self, files: &[TokenFile]) -> Result<(), (u64, Error)> {
-        for (block, (file, first, count)) in (0..).zip(blocks(files)) {
+        for (piece, (file, first, count)) in (0..).zip(pieces(files)) {
             if self.is_cancelled.load(Ordering::Relaxed) {
                 return Ok(());
             }
             let Extent { largest, has_strays } =
-                file.extent(first, count).map_err(|error| (block, error))?;
+                file.extent(first, count).map_err(|error| (piece, error))?;
             let found = if has_strays { STRAY } else { largest.into() };
             self.largest.fetch_max(found, Ordering::Relaxed);
         }
@@ -182,8 +182,8 @@ impl Progress {
     }
 }
 
-/// All tokens in blocks: file, first token, number of tokens.
-fn blocks(files: &[TokenFile]) -> impl Iterator<Item = (&TokenFile, u64, u64)> {
+/// All tokens in pieces: file, first token, number of tokens.
+fn pieces(files: &[TokenFile]) -> impl Iterator<Item = (&TokenFile, u64, u64)> {
     files.iter().flat_map(|file| {
         let tokens = file.info.tokens;
         (0..tokens)
@@ -196,7 +196,7 @@ fn blocks(files: &[TokenFile]) -> impl Iterator<Item = (&TokenFile, u64, u64)> {
 /// [`Error::TokenRange`] for the first token that is not below `vocab_size`; `Ok` where there
 /// is none any more, because another process has changed the file; [`Error::Io`].
 fn first_outside(files: &[TokenFile], vocab_size: usize) -> Result<()> {
-    for (file, first, count) in blocks(files) {
+    for (file, first, count) in pieces(files) {
         let Extent { largest, has_strays } = file.extent(first, count)?;
         if has_strays || largest as usize >= vocab_size {
             file.find_outside(first, count, vocab_size)?;

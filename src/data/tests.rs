@@ -12,9 +12,9 @@ fn dataset(lengths: &[u64]) -> Dataset {
     Dataset::of(lengths.iter().enumerate().map(file).collect::<Vec<_>>())
 }
 
-fn window(data: &Dataset, seed: u64, sample: u64, t: usize) -> Vec<u32> {
+fn window(data: &Dataset, seed: u64, number: u64, t: usize) -> Vec<u32> {
     let mut out = vec![0; t + 1];
-    data.training_window(seed, sample, usize::MAX, &mut out).unwrap();
+    data.training_window(seed, number, usize::MAX, &mut out).unwrap();
     out
 }
 
@@ -39,8 +39,8 @@ proptest! {
         }
         prop_assert_eq!(data.windows(t).unwrap(), total);
         let mut starts = vec![Vec::new(); lengths.len()];
-        for sample in epoch * total..(epoch + 1) * total {
-            let w = window(&data, seed, sample, t);
+        for number in epoch * total..(epoch + 1) * total {
+            let w = window(&data, seed, number, t);
             prop_assert!(w.windows(2).all(|pair| pair[0] + 1 == pair[1]));
             let (file, start) = (w[0] as usize / 100_000, u64::from(w[0] % 100_000));
             prop_assert!(start + (t as u64) < lengths[file]);
@@ -83,8 +83,8 @@ fn every_token_is_reached_over_the_epochs() {
         let data = dataset(&[n]);
         let per_epoch = data.windows(t).unwrap();
         let mut seen = HashSet::new();
-        for sample in 0..per_epoch * 400 {
-            seen.extend(window(&data, 1, sample, t));
+        for number in 0..per_epoch * 400 {
+            seen.extend(window(&data, 1, number, t));
         }
         assert_eq!(seen.len() as u64, n, "{n} tokens, T = {t}");
     }
@@ -96,7 +96,7 @@ fn epochs_and_seeds_differ_and_samples_do_not_depend_on_history() {
     let epoch = data.windows(16).unwrap();
     let order = |seed, epoch_index: u64| {
         (epoch_index * epoch..(epoch_index + 1) * epoch)
-            .map(|sample| window(&data, seed, sample, 16)[0])
+            .map(|number| window(&data, seed, number, 16)[0])
             .collect::<Vec<_>>()
     };
     assert_ne!(order(1, 0), order(1, 1));

@@ -7,17 +7,17 @@
 /// The largest value.
 pub const E4M3_MAX: f32 = 448.0;
 
-/// The smallest power of two s for which `max_abs / s` is at most 448, kept within 2^-100 .. 2^100.
-/// 1 for a tensor of zeros; NaN where `max_abs` is NaN or infinite.
-pub fn e4m3_scale(max_abs: f32) -> f32 {
-    if max_abs == 0.0 {
+/// The smallest power of two s for which `amax / s` is at most 448, kept within 2^-100 .. 2^100.
+/// 1 for a tensor of zeros; NaN where `amax` is NaN or infinite.
+pub fn e4m3_scale(amax: f32) -> f32 {
+    if amax == 0.0 {
         return 1.0;
     }
-    if !max_abs.is_finite() {
+    if !amax.is_finite() {
         return f32::NAN;
     }
     // 448 = 1.75 * 2^8: the exponent is floor(log2 max) - 8, one more above a mantissa of 1.75.
-    let bits = max_abs.to_bits();
+    let bits = amax.to_bits();
     let above = i32::from(bits & 0x007f_ffff > 0x0060_0000);
     let exponent = ((bits >> 23) as i32 - 127 - 8 + above).clamp(-100, 100);
     f32::from_bits(((exponent + 127) as u32) << 23)

@@ -1,4 +1,5 @@
-//! MXFP4 itself: number formats, rounding, the random Hadamard transform and random bits.
+//! Number formats and the recipes of linear layers as data; rounding, the random Hadamard transform
+//! and random bits.
 //!
 //! Everything here is scalar, written to be read, and is the definition that every backend's
 //! kernels are tested against byte for byte. The module imports nothing of ours but the error.

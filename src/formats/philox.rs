@@ -18,9 +18,9 @@
 //!
 //! Rounding takes 16 bits an element: one call serves the 8 elements whose columns share column/8,
 //! column % 8 = j taking half j % 2 (low half first) of word j / 2. "Row" and "column" are those of
-//! the tensor as it is stored: dy and x are (tokens, channels), W is (out, in). Both quantized
-//! forms of dy therefore share bits, which each GEMM allows, since its two operands never do.
-//! Elements that padding adds lie beyond the last row or column and have bits of their own.
+//! the tensor as it is stored: dy and x are (rows, channels), W is (outputs, inputs). Both
+//! quantized forms of dy therefore share bits, which each GEMM allows, since its two operands never
+//! do. Elements that padding adds lie beyond the last row or column and have bits of their own.
 
 /// 128 random bits for a counter under a key.
 pub fn philox4x32_10(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {

@@ -71,7 +71,7 @@ impl ModelConfig {
 
     /// The linear layers of a block, (inputs, outputs): what makes q, k and v, what attention's
     /// result passes through, and the two of the MLP.
-    pub(crate) fn linears(&self) -> [[usize; 2]; 4] {
+    pub fn linears(&self) -> [[usize; 2]; 4] {
         let (c, m) = (self.channels, self.mlp_width());
         [[c, 3 * c], [c, c], [c, m], [m, c]]
     }

@@ -2,8 +2,8 @@
 //! update and its bounds. Schedules of the learning rate.
 //!
 //! An optimizer is states, a reduction, an update. All three are data and scalar arithmetic here; a
-//! backend runs them over flat buffers (`backend/optimize.rs`). So nothing of ours is imported
-//! here, and a backend knows no other formula than this one.
+//! backend runs them over flat buffers (`backend/optimize.rs`). So nothing of ours but the
+//! error is imported here, and a backend knows no other formula than this one.
 
 pub(crate) mod adamw;
 mod bounds;

@@ -37,7 +37,9 @@ impl Plan {
 /// trainer allocates by the same code.
 ///
 /// # Errors
-/// [`Error::InvalidArgument`] for options that make no trainer.
+/// [`crate::Error::InvalidArgument`] for options that make no trainer,
+/// [`crate::Error::Unsupported`] for what the device cannot do, [`crate::Error::OutOfMemory`] for
+/// sizes that no machine has.
 pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> Result<Plan> {
     config.validate()?;
     let options = options.resolved(config)?;

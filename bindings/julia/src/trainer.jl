@@ -66,7 +66,7 @@ end
 """
     step!(trainer, dataset)
 
-Does one optimizer step on the next samples of a dataset. Returns what it did as a named tuple:
+Does one optimizer step on the next windows of a dataset. Returns what it did as a named tuple:
 `step`, `tokens`, `seconds`, `loss` (nats a token, before the update), `grad_norm`, `lr`,
 `tokens_per_second` and `raised_blocks` (of MXFP4, see `mxt_step_stats`).
 

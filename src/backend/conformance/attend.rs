@@ -3,7 +3,7 @@
 use super::*;
 
 /// B, T, H and channels of a head, and the factor of the scores.
-const SIZES: [(usize, usize, usize, usize, f32); 20] = [
+const SIZES: [(usize, usize, usize, usize, f32); 21] = [
     (1, 1, 1, 1, 1.0),
     (3, 1, 5, 8, 1.0),
     (2, 5, 3, 8, 1.0),
@@ -18,6 +18,7 @@ const SIZES: [(usize, usize, usize, usize, f32); 20] = [
     (2, 128, 1, 48, 1.0),
     (1, 33, 1, 160, 1.0),
     (1, 1000, 1, 64, 1.0),
+    (2, 450, 1, 128, 1.0),
     // Without the root of the head size, and divided by a layer's number.
     (1, 70, 2, 4, 2.0),
     (1, 150, 2, 16, 4.0),

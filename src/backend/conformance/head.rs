@@ -102,10 +102,10 @@ fn classified(
     let mut logits = round(reference::linear_forward(x, w, &zeros, shape), held[0]);
     let mut losses = Vec::new();
     for (row, target) in logits.chunks_mut(shape.outputs).zip(ids) {
-        let most = row.iter().copied().fold(f64::MIN, f64::max);
-        let sum: f64 = row.iter().map(|l| (l - most).exp()).sum();
-        losses.push(most + sum.ln() - row[*target as usize]);
-        row.iter_mut().for_each(|l| *l = scale * (*l - most).exp() / sum);
+        let max = row.iter().copied().fold(f64::MIN, f64::max);
+        let sum: f64 = row.iter().map(|l| (l - max).exp()).sum();
+        losses.push(max + sum.ln() - row[*target as usize]);
+        row.iter_mut().for_each(|l| *l = scale * (*l - max).exp() / sum);
         row[*target as usize] -= scale;
     }
     let (dx, dw, _) = reference::linear_backward(&round(logits, held[1]), x, w, shape);

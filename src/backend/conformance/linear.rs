@@ -137,7 +137,7 @@ impl Layer {
 
 /// Values in E4M3 with one scale.
 fn as_fp8(values: &[f32]) -> Vec<f32> {
-    let scale = formats::e4m3_scale(values.iter().fold(0.0, |most: f32, v| most.max(v.abs())));
+    let scale = formats::e4m3_scale(values.iter().fold(0.0, |amax: f32, v| amax.max(v.abs())));
     values.iter().map(|v| formats::round_to_e4m3(v / scale) * scale).collect()
 }
 

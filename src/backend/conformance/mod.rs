@@ -3,8 +3,8 @@
 //!
 //! A test is one function, generic over [`Harness`] and named in `suite!`, which runs it on every
 //! instruction set of this processor and on its GPU, as the chip that it is and as an older one.
-//! Outputs begin as NaN. What lies behind a batch in its buffers, and between parameters, must be
-//! neither read nor written, so inputs end in NaN there and outputs in a mark.
+//! Outputs begin as NaN. What lies behind a batch in its buffers must be neither read nor
+//! written, so inputs end in NaN there and outputs in a mark; a mark lies between gradients, too.
 //!
 //! How far a result may be off is asked of the backend ([`Harness::bound`]): each rounds in places
 //! of its own.
@@ -30,7 +30,7 @@ use crate::recipe::Recipe;
 /// What the suite asks of a backend besides its operations.
 pub(in crate::backend) trait Harness: Backend {
     /// The most rows of a layer, and tokens of a sequence, that tests take: enough for every case
-    /// of its kernels.
+    /// of its kernels but long reductions.
     const LONGEST: usize;
 
     /// The backend in every way in which this machine can run it; none, after a line that says why,

@@ -232,10 +232,10 @@ pub(super) fn tried_updates_are_the_updates<B: Harness>(backends: &[B]) {
             for (of_one, tried) in update.read(b).iter().zip(&tried) {
                 let Largest { weight, states: [m, v] } = *tried;
                 let tried = [weight, m, v];
-                let most = of_one.each_ref().map(|values| {
+                let amax = of_one.each_ref().map(|values| {
                     f32::from_bits(values.iter().map(|v| v.abs().to_bits()).max().unwrap())
                 });
-                assert_eq!(bits(&tried), bits(&most), "{what}");
+                assert_eq!(bits(&tried), bits(&amax), "{what}");
             }
             let Largest { weight, states: [m, v] } = tried[0];
             let found = [weight, m, v].map(f32::is_finite);

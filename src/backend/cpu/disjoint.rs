@@ -4,7 +4,8 @@
 /// A slice of which every job takes parts of its own.
 pub(super) struct DisjointSlice<T>(*mut T, usize);
 
-// SAFETY: `part`'s callers keep parts disjoint.
+// SAFETY: callers of `part` keep parts disjoint, and whoever writes through `pointer` keeps to
+// elements of its own.
 unsafe impl<T: Send> Sync for DisjointSlice<T> {}
 
 impl<T> DisjointSlice<T> {

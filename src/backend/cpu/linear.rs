@@ -1,11 +1,11 @@
 //! The linear layers of a block: y = x W^T + b and its backward pass, in the formats of a recipe.
 //!
-//! Reduction dimensions: `inputs` forward, `outputs` in dgrad, `rows` (tokens) in wgrad. Operands
+//! Reduction dimensions: `inputs` forward, `outputs` in dgrad, `rows` in wgrad. Operands
 //! are packed where they lie, transposed or not; no transposed copy is made.
 
 use rayon::prelude::*;
 
-use super::gemm::{Conversion, Format, Matrix, Output, PackedMut, Rotation};
+use super::gemm::{Conversion, Format, Matrix, Output, PackedMut, Quantization};
 use super::isa::{Isa, simd_fn};
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu, JOB_ELEMENTS, gelu};
@@ -25,10 +25,8 @@ pub(super) fn scratch(isa: Isa, shape: &WorkspaceShape<'_>) -> ScratchSize {
             a.add(isa, [rows, inputs], format, group);
             b.add(isa, [outputs, inputs], format, group);
         }
-        // As if both products were as each is, which costs next to nothing; and bf16 in any case,
-        // which recipes fall back to.
-        let fallback = shape.backward.then_some(&Gemm::BF16);
-        for gemm in shape.backward_gemms().chain(fallback) {
+        // As if both products were as each is, which costs next to nothing.
+        for gemm in shape.backward_gemms() {
             let (format, group) = (Format::carrying(gemm.format()), gemm.group());
             a.add(isa, [rows, outputs], format, group); // dgrad: dy
             b.add(isa, [inputs, outputs], format, group); // dgrad: W
@@ -127,11 +125,11 @@ fn product(
     }
     let mut signs = [0.0; formats::MAX_GROUP];
     let signs = formats::fill_signs(&mut signs, gemm.transform(), id, random);
-    let rotated = |operand: &Operand, id| {
+    let quantized = |operand: &Operand, id| {
         let (rounding, range) = (operand.rounding(), operand.range());
-        Conversion::Mxfp4(Rotation { signs, rounding, range, draw: random.rounding(id) })
+        Conversion::Mxfp4(Quantization { signs, rounding, range, draw: random.rounding(id) })
     };
-    let operands = [(&a, rotated(gemm.a(), a_id)), (&b, rotated(gemm.b(), b_id))];
+    let operands = [(&a, quantized(gemm.a(), a_id)), (&b, quantized(gemm.b(), b_id))];
     cpu.product(operands, memory, Output { alpha: gemm.alpha(), ..out });
 }
 
@@ -150,14 +148,14 @@ fn dequantized<'a>(cpu: &Cpu, matrix: Matrix<'a>, format: formats::Format) -> Ma
 /// The scale that FP8 gives to a tensor.
 fn fp8_scale(cpu: &Cpu, x: &[f32]) -> f32 {
     let max = cpu.install(|| {
-        x.par_chunks(JOB_ELEMENTS).map(|x| max_magnitude(cpu.isa(), x)).reduce(|| 0, u32::max)
+        x.par_chunks(JOB_ELEMENTS).map(|x| amax_bits(cpu.isa(), x)).reduce(|| 0, u32::max)
     });
     formats::e4m3_scale(f32::from_bits(max))
 }
 
 simd_fn! {
     /// Bits of the largest magnitude; a NaN is larger than everything.
-    fn max_magnitude(x: &[f32]) -> u32 {
+    fn amax_bits(x: &[f32]) -> u32 {
         x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff))
     }
 }

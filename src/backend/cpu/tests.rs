@@ -2,7 +2,8 @@
 //! operation makes of them is in the suite of all backends.
 
 use super::gemm::{
-    Conversion, Matrix, Output, Packing, Role, Rotation, pack, pack_in, unpack_mxfp4, unpack_tiles,
+    Conversion, Matrix, Output, Packing, Quantization, Role, pack, pack_in, unpack_mxfp4,
+    unpack_tiles,
 };
 use super::*;
 use crate::backend::conformance::{Harness as _, RANDOM, f64s, random, relative_error, workspace};
@@ -70,7 +71,7 @@ fn mxfp4_codes_are_those_of_the_definition() {
                 for (role, offset) in [(Role::A, 0), (Role::B, 12)] {
                     let (rounding, range) = (operand.rounding(), operand.range());
                     let mxfp4 =
-                        Conversion::Mxfp4(Rotation { signs: &signs, rounding, range, draw });
+                        Conversion::Mxfp4(Quantization { signs: &signs, rounding, range, draw });
                     let to = memory.a.as_mut();
                     let in_panels = pack_in(Packing::Panels, &cpu, &matrix, mxfp4, role, to);
                     for r in 0..rows {
@@ -103,13 +104,21 @@ fn gemms_are_the_products_of_their_operands() {
     each_isa(|cpu| {
         let mut memory = scratch(&cpu, 1024, 256);
         // The last C is large enough to be stored past the caches.
-        let shapes =
-            [(1, 1, 1), (7, 50, 33), (130, 97, 1000), (16, 48, 64), (9, 200, 31), (603, 448, 40)];
+        let shapes = [
+            (1, 1, 1),
+            (7, 50, 33),
+            (130, 97, 1000),
+            (16, 48, 64),
+            (9, 200, 31),
+            // Several passes over C.
+            (9, 50, 4200),
+            (603, 448, 40),
+        ];
         for (m, n, k) in shapes {
             let (a, b) = (random(m * k, 1), random(n * k, 2));
             let draw = RANDOM.rounding(OperandId::Dy);
             let (rounding, range) = (Rounding::Nearest, Range::Full);
-            let nearest = Rotation { signs: &[], rounding, range, draw };
+            let nearest = Quantization { signs: &[], rounding, range, draw };
             for conversion in [Conversion::F32, Conversion::Bf16, Conversion::Mxfp4(nearest)] {
                 let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
                 let pa = pack(&cpu, &ma, conversion, Role::A, memory.a.as_mut());
@@ -172,7 +181,7 @@ fn extreme_scales_multiply_like_any_other() {
         each_isa(|cpu| {
             let mut memory = scratch(&cpu, 128, 32);
             let (rounding, range) = (Rounding::Unbiased, Range::ThreeQuarters);
-            let unbiased = Rotation { signs: &[], rounding, range, draw };
+            let unbiased = Quantization { signs: &[], rounding, range, draw };
             let (ma, mb) = (Matrix::rows_by_depth(&a, m, k), Matrix::rows_by_depth(&b, n, k));
             let mut c = poison(m * n);
             let out = Output { c: &mut c, stride: n, alpha: 1.0, bias: None, accumulate: false };

@@ -324,8 +324,6 @@ impl Tally {
 /// layer.
 fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize, step: u64) -> u64 {
     let rows = options.batch_size * length;
-    let (c, m) = (config.channels, config.mlp_width());
-    let linears = [(c, 3 * c), (c, c), (c, m), (m, c)];
     // A product of (m, depth) and (n, depth).
     let blocks = |gemm: &Gemm, m: usize, n: usize, depth: usize| match gemm.format() {
         Format::MXFP4 => (m + n) * depth.next_multiple_of(gemm.group()) / BLOCK,
@@ -334,11 +332,11 @@ fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize,
     let of_layer = |layer| {
         let recipe =
             options.recipe.for_layer(layer, config.layers, step, options.schedule.total_steps);
-        let of_linear = |&(inputs, outputs): &(usize, usize)| {
+        let of_linear = |[inputs, outputs]: [usize; 2]| {
             blocks(recipe.dgrad(), rows, inputs, outputs)
                 + blocks(recipe.wgrad(), outputs, inputs, rows)
         };
-        linears.iter().map(of_linear).sum::<usize>()
+        config.linears().into_iter().map(of_linear).sum::<usize>()
     };
     ((0..config.layers).map(of_layer).sum::<usize>() * options.accumulation) as u64
 }

@@ -1,6 +1,6 @@
-//! Causal self-attention by blocks of 48 queries. A job is a head of one sequence; in the backward
-//! pass a kv head, whose query heads add to dk and dv one after the other, so that sums have one
-//! order.
+//! Causal self-attention by blocks of 48 queries, 32 on AMX. A job is a head of one sequence; in
+//! the backward pass a kv head, whose query heads add to dk and dv one after the other, so that
+//! sums have one order.
 //!
 //! Scores are computed transposed, S^T = K Q^T, so that a block's scores lie as (key, 16 queries):
 //! the softmax over keys is then lane-by-lane arithmetic, and the block is already packed as an
@@ -11,8 +11,8 @@
 //! from the scores and `lse`, the log of each row's sum, as in flash attention (Dao et al., arXiv
 //! 2205.14135).
 //!
-//! Products are in f32. With AVX-512, those whose precision is bf16 are, and on tiles where there
-//! are such.
+//! Products are in f32; with AVX-512, those whose precision is bf16 are in bf16, on tiles where
+//! there are such.
 
 mod f32;
 mod panels;
@@ -96,10 +96,11 @@ impl Attend for Cpu {
         let elements = sequences.rows() * shape.qkv_channels();
         let holds = [dqkv.len(), qkv.len()].iter().all(|len| *len >= elements);
         assert!(holds && out.len() >= sequences.rows() * shape.channels());
-        let (t, group, dqkv) = (sequences.length, shape.group(), DisjointSlice::new(dqkv));
+        let (t, together, dqkv) =
+            (sequences.length, shape.heads_per_kv_head(), DisjointSlice::new(dqkv));
         for_each_job(self, workspace, sequences.batch * kv_heads, |scratch, job| {
-            let first = job % kv_heads * group;
-            for head in first..first + group {
+            let first = job % kv_heads * together;
+            for head in first..first + together {
                 let at = Head { shape, batch: job / kv_heads, head };
                 let ([q, k, v], [dq, dk, dv]) = (at.qkv(qkv), at.dqkv(&dqkv));
                 let [out, dout] = [out, dout].map(|tensor| at.of_out(tensor));

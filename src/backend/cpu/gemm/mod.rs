@@ -24,7 +24,7 @@ pub(super) mod tiles;
 pub(super) use kernels::{
     Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, strided_tile,
 };
-pub use pack::{Conversion, Matrix, PackedMut, Rotation, pack};
+pub use pack::{Conversion, Matrix, PackedMut, Quantization, pack};
 pub(super) use pack::{PackMemory, PackSize, pack_bf16, pack_f32, pack_in};
 
 #[cfg(test)]
@@ -32,7 +32,6 @@ pub(super) use pack::{unpack_mxfp4, unpack_tiles};
 
 use super::Cpu;
 use super::isa::Isa;
-use crate::backend::Precision;
 use crate::formats::{self, Element};
 
 /// Vectors in a panel: the lanes of an AVX-512 register.
@@ -77,15 +76,6 @@ impl Format {
             Element::F32 => Self::F32,
             Element::Bf16 | Element::E4m3 => Self::Bf16,
             Element::E2m1 => Self::Mxfp4,
-        }
-    }
-}
-
-impl From<Precision> for Format {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => Self::F32,
-            Precision::Bf16 => Self::Bf16,
         }
     }
 }
@@ -187,6 +177,8 @@ impl Cpu {
     pub fn gemm(&self, a: Packed<'_>, b: Packed<'_>, out: Output<'_>) {
         let kind = |p: &Packed<'_>| (p.format, p.packing, p.steps);
         assert_eq!(kind(&a), kind(&b), "operands are packed alike");
+        let takes_tiles = a.packing == Packing::Panels || self.isa() == Isa::Amx;
+        assert!(takes_tiles, "tiles are multiplied by AMX alone");
         let (m, n) = (a.rows, b.rows);
         assert!(out.stride >= n && out.c.len() >= (m - 1) * out.stride + n, "C holds the result");
         let (job_rows, job_cols) = match a.packing {
@@ -210,7 +202,7 @@ impl Cpu {
             let (i0, j0) = (job % down * job_rows, job / down * job_cols);
             let (i1, j1) = ((i0 + job_rows).min(m), (j0 + job_cols).min(n));
             // SAFETY: jobs cover disjoint rectangles of C, each within its bounds (asserted above).
-            // Tiles are packed for AMX alone.
+            // Tiles are multiplied where there is AMX (asserted, too).
             unsafe {
                 match a.packing {
                     Packing::Panels => rectangle(self.isa(), &a, &b, (i0, i1), (j0, j1), &c),

@@ -202,7 +202,7 @@ impl Gpu {
             sharedMemBytes: shared as u32,
             hStream: self.stream(),
             attrs: &mut overlapping,
-            // NOTE: every kernel waits by itself for those before it (`begin` in the prelude), so
+            // NOTE: every kernel waits by itself for those before it (`begin` in ptx.cuh), so
             // it may start while they end: a microsecond a kernel, 1 to 2% of a step of a small
             // model.
             numAttrs: u32::from(self.capability >= (9, 0)),
@@ -376,7 +376,8 @@ pub(crate) fn text(result: CUresult) -> String {
 }
 
 /// Launches a kernel: `launch!(gpu, "name", [grid; 3], block, shared bytes; arguments...)`. The
-/// arguments must have the types that the kernel declares: u64 for a pointer, u32, f32.
+/// arguments must have the types that the kernel declares: u64 for a pointer or a number, u32, f32,
+/// f64, or a `repr(C)` struct.
 macro_rules! launch {
     ($gpu:expr, $kernel:expr, $grid:expr, $block:expr, $shared:expr; $($argument:expr),* $(,)?) => {
         $gpu.launch(

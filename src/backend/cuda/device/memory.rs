@@ -29,7 +29,7 @@ const ALIGN: usize = 256;
 /// A bump allocator over one allocation.
 pub(crate) struct Arena {
     gpu: Arc<Gpu>,
-    block: Option<Arc<Slab>>,
+    slab: Option<Arc<Slab>>,
     used: usize,
     /// Of the tensors, once there is one.
     amaxes: Option<Arc<Amaxes>>,
@@ -270,7 +270,7 @@ impl F32 {
 impl Arena {
     /// An arena that only counts.
     pub(crate) fn measuring(gpu: &Arc<Gpu>) -> Self {
-        Self { gpu: gpu.clone(), block: None, used: 0, amaxes: None }
+        Self { gpu: gpu.clone(), slab: None, used: 0, amaxes: None }
     }
 
     /// Of the GPU.
@@ -308,7 +308,7 @@ impl Arena {
         })?;
         let arena = Self {
             gpu: gpu.clone(),
-            block: Some(Arc::new(Slab { gpu: gpu.clone(), base, bytes })),
+            slab: Some(Arc::new(Slab { gpu: gpu.clone(), base, bytes })),
             used: 0,
             amaxes: None,
         };
@@ -332,11 +332,11 @@ impl Arena {
     pub(crate) fn bytes(&mut self, bytes: usize) -> Piece {
         let start = self.used;
         self.used += bytes.next_multiple_of(ALIGN);
-        let address = self.block.as_ref().map_or(0, |block| {
-            assert!(self.used <= block.bytes, "an arena is cut as it was measured");
-            block.base + start as u64
+        let address = self.slab.as_ref().map_or(0, |slab| {
+            assert!(self.used <= slab.bytes, "an arena is cut as it was measured");
+            slab.base + start as u64
         });
-        Piece { address, _keep: self.block.clone() }
+        Piece { address, _keep: self.slab.clone() }
     }
 
     pub(crate) fn f32(&mut self, len: usize) -> F32 {
@@ -359,13 +359,13 @@ impl Arena {
 
     /// Pinned host memory of `len` words, none where the arena only measures.
     pub(crate) fn upload(&self, len: usize) -> Upload {
-        Upload::new(&self.gpu, if self.block.is_some() { len } else { 0 })
+        Upload::new(&self.gpu, if self.slab.is_some() { len } else { 0 })
     }
 
     /// An empty vector with room for `len` elements, for none where the arena only measures.
     pub(crate) fn on_host<T>(&self, what: &'static str, len: usize) -> Result<Vec<T>> {
         let mut vec = Vec::new();
-        reserve(&mut vec, what, if self.block.is_some() { len } else { 0 })?;
+        reserve(&mut vec, what, if self.slab.is_some() { len } else { 0 })?;
         Ok(vec)
     }
 }
@@ -380,7 +380,8 @@ pub(crate) struct Upload {
     sent: sys::CUevent,
 }
 
-// SAFETY: the memory is plain, owned, and only reached through `&mut self`.
+// SAFETY: the memory is plain and owned. `send` alone writes it, through `&mut self`; `sent` reads
+// it, and no two threads share an upload, which is not `Sync`.
 unsafe impl Send for Upload {}
 
 impl Upload {

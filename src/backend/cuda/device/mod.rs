@@ -1,7 +1,7 @@
 //! The GPU as operations see it: memory, launches of kernels, products, recorded steps.
 //!
-//! Imports run one way: `capture`, `cache`, `folders` -> `compile` -> `gpu` -> `memory`, `gemm`,
-//! `recordings`. Nothing here knows an operation.
+//! Imports run one way: `memory`, `gemm`, `recordings` -> `gpu` -> `compile` -> `cache`; `gpu` also
+//! uses `folders`, and it and those above it `capture`. Nothing here knows an operation.
 
 pub(super) mod cache;
 pub(super) mod capture;

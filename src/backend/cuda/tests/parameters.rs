@@ -14,8 +14,8 @@ fn normal_values_are_those_of_the_definition() {
         let mut exact = vec![0.0; len];
         crate::formats::fill_normal(&mut exact, 0.02, &draw, 0);
         assert_eq!(f32s_of(&cuda, &param.master), exact, "{len}");
-        let most = exact.iter().fold(0.0f32, |most, v| most.max(v.abs()));
-        assert_eq!(read_bytes(&cuda, param.amax.address, 4), most.to_le_bytes());
+        let amax = exact.iter().fold(0.0f32, |amax, v| amax.max(v.abs()));
+        assert_eq!(read_bytes(&cuda, param.amax.address, 4), amax.to_le_bytes());
         let copy: Vec<u8> =
             exact.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect();
         assert_eq!(read_bytes(&cuda, param.copy.address, 2 * len), copy);
@@ -26,12 +26,14 @@ fn normal_values_are_those_of_the_definition() {
 #[test]
 fn updates_leave_copies_and_largest_magnitudes() {
     let Some(cuda) = gpu() else { return };
-    let mut update = Update::of(&cuda, &some_values(), OptimizerKind::AdamW);
-    cuda.gpu.scope(|| update.step(&cuda, &step(OptimizerKind::AdamW)));
-    for (param, values) in update.parameters(&cuda) {
-        assert_eq!(word(&cuda, param.amax.address), amax_of(&values));
-        let copy = read_bytes(&cuda, param.copy.address, 2 * values.len());
-        let copy = copy.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b));
-        assert!(copy.eq(values.iter().map(|v| half::bf16::from_f32(*v))));
+    for kind in OptimizerKind::ALL {
+        let mut update = Update::of(&cuda, &some_values(), kind);
+        cuda.gpu.scope(|| update.step(&cuda, &step(kind)));
+        for (param, values) in update.parameters(&cuda) {
+            assert_eq!(word(&cuda, param.amax.address), amax_of(&values), "{kind:?}");
+            let copy = read_bytes(&cuda, param.copy.address, 2 * values.len());
+            let copy = copy.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b));
+            assert!(copy.eq(values.iter().map(|v| half::bf16::from_f32(*v))), "{kind:?}");
+        }
     }
 }

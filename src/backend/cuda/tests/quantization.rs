@@ -205,7 +205,7 @@ fn fp8_operands_are_those_of_the_definition() {
 }
 
 /// A matrix (rows, cols), which products read along its rows or down its columns.
-struct Factor {
+struct Matrix {
     values: Vec<f32>,
     down_columns: bool,
     rows: usize,
@@ -214,9 +214,9 @@ struct Factor {
 
 /// How far the FP8 product of these, quantized, is from the f64 product of the same numbers. `a` is
 /// dy.
-fn error_of_fp8_product(cuda: &Cuda, what: &str, [a, b]: &[Factor; 2]) -> f64 {
-    let made = |factor: &Factor, operand, format| {
-        let &Factor { ref values, down_columns, rows, cols } = factor;
+fn error_of_fp8_product(cuda: &Cuda, what: &str, [a, b]: &[Matrix; 2]) -> f64 {
+    let made = |factor: &Matrix, operand, format| {
+        let &Matrix { ref values, down_columns, rows, cols } = factor;
         let source = tensor(cuda, values, Precision::Bf16);
         let fp8 = Fp8::new(cuda, rows * cols, 0, values);
         let of_dy = of_dy(From::of(&source), (rows, cols), 64, UNBIASED);
@@ -284,8 +284,8 @@ fn fp8_products_are_exact() {
             rounded(&values, Precision::Bf16)
         };
         let (m, n, k) = (96, 64, 512);
-        let a = Factor { values: values(m * k, 1), down_columns: false, rows: m, cols: k };
-        let b = Factor { values: values(n * k, 2), down_columns: true, rows: k, cols: n };
+        let a = Matrix { values: values(m * k, 1), down_columns: false, rows: m, cols: k };
+        let b = Matrix { values: values(n * k, 2), down_columns: true, rows: k, cols: n };
         let error = cuda.gpu.scope(|| error_of_fp8_product(&cuda, kind, &[a, b]));
         assert!(error <= 1e-6, "{kind}: {error:e}");
     }
@@ -332,7 +332,7 @@ pub(super) fn errors_of_fp8_products(trainer: &Trainer, rows: usize, width: usiz
     let corner = |values: &[f32], length: usize, down_columns, rows: usize, cols: usize| {
         let rows_of = values.chunks(length).take(rows);
         let values = rows_of.flat_map(|row| row[..cols].iter().copied()).collect();
-        Factor { values, down_columns, rows, cols }
+        Matrix { values, down_columns, rows, cols }
     };
     let w: Vec<_> = (0..outputs * inputs).map(|i| w[i % inputs * outputs + i / inputs]).collect();
     let w = rounded(&w, Precision::Bf16);

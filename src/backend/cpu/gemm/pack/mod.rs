@@ -18,7 +18,7 @@ use crate::formats::round_to_e4m3;
 pub use memory::PackedMut;
 pub(in crate::backend::cpu) use memory::{PackMemory, PackSize};
 pub(super) use mxfp4::ONE;
-pub use mxfp4::Rotation;
+pub use mxfp4::Quantization;
 use mxfp4::{ScaleRange, mxfp4_strip};
 use plain::{bf16_strip, f32_strip};
 pub(in crate::backend::cpu) use plain::{pack_bf16, pack_f32};
@@ -153,7 +153,7 @@ pub enum Conversion<'a> {
     /// See [`Format::Bf16`].
     Bf16,
     /// See [`Format::Mxfp4`].
-    Mxfp4(Rotation<'a>),
+    Mxfp4(Quantization<'a>),
 }
 
 impl Conversion<'_> {
@@ -176,7 +176,7 @@ impl Conversion<'_> {
 
     /// What the reduction dimension is padded to a multiple of.
     fn group(&self) -> usize {
-        if let Self::Mxfp4(rotation) = self { rotation.group() } else { 1 }
+        if let Self::Mxfp4(quantization) = self { quantization.group() } else { 1 }
     }
 }
 
@@ -252,7 +252,7 @@ pub(in crate::backend::cpu) fn pack_in<'a>(
         };
         let strip = Strip { source, r0: first * PANEL, panels: count, packing, role };
         match conversion {
-            Conversion::Mxfp4(rotation) => mxfp4_strip(isa, strip, &rotation, &range, out),
+            Conversion::Mxfp4(quantization) => mxfp4_strip(isa, strip, &quantization, &range, out),
             Conversion::Bf16 => bf16_strip(isa, strip, out.words, out.vector_sums),
             Conversion::F32 => {
                 let words = bytemuck::cast_slice_mut(out.words);

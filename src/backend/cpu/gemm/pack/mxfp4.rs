@@ -12,7 +12,7 @@ use crate::formats::{BLOCK, Draw, E2M1_VALUES, MAX_GROUP, Range, Rounding, group
 
 /// How an operand is quantized to MXFP4.
 #[derive(Clone, Copy)]
-pub struct Rotation<'a> {
+pub struct Quantization<'a> {
     /// Signs of the transform; empty for none. Their number is the group.
     pub signs: &'a [f32],
     /// How elements are rounded.
@@ -23,7 +23,7 @@ pub struct Rotation<'a> {
     pub draw: Draw,
 }
 
-impl Rotation<'_> {
+impl Quantization<'_> {
     /// Length that the reduction dimension is padded to a multiple of.
     pub(super) fn group(&self) -> usize {
         self.signs.len().max(BLOCK)
@@ -42,7 +42,7 @@ lanes_fn! {
     /// `out` is the memory of these panels; their scale bytes go to `range`.
     pub(super) fn mxfp4_strip(
         strip: Strip<'_>,
-        rotation: &Rotation<'_>,
+        quantization: &Quantization<'_>,
         range: &ScaleRange,
         out: PackedMut<'_>,
     ) = mxfp4_lanes;
@@ -56,15 +56,15 @@ struct GroupBuffer([[f32; PANEL]; MAX_GROUP]);
 #[inline(always)]
 unsafe fn mxfp4_lanes<L: Lanes>(
     strip: Strip<'_>,
-    rotation: &Rotation<'_>,
+    quantization: &Quantization<'_>,
     range: &ScaleRange,
     out: PackedMut<'_>,
 ) {
     // SAFETY: passed on.
     unsafe {
         match strip.packing {
-            Packing::Panels => mxfp4_panels::<L, false>(strip, rotation, range, out),
-            Packing::Tiles => mxfp4_panels::<L, true>(strip, rotation, range, out),
+            Packing::Panels => mxfp4_panels::<L, false>(strip, quantization, range, out),
+            Packing::Tiles => mxfp4_panels::<L, true>(strip, quantization, range, out),
         }
     }
 }
@@ -72,16 +72,16 @@ unsafe fn mxfp4_lanes<L: Lanes>(
 #[inline(always)]
 unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
     strip: Strip<'_>,
-    rotation: &Rotation<'_>,
+    quantization: &Quantization<'_>,
     range: &ScaleRange,
     out: PackedMut<'_>,
 ) {
     let Strip { source, r0, panels, role, .. } = strip;
-    let group = rotation.group();
+    let group = quantization.group();
     let mut buffer = GroupBuffer([[0.0f32; PANEL]; MAX_GROUP]);
     let buffer = &mut buffer.0[..group];
     let table = if TILES { element_values() } else { element_bytes(role) };
-    let keys = round_keys(rotation.draw.key);
+    let keys = round_keys(quantization.draw.key);
     let block_words = if TILES { PANEL } else { BLOCK_STEPS };
     let words = out.words.as_chunks_mut::<PANEL>().0;
     let scales = out.scales.as_chunks_mut::<PANEL>().0;
@@ -98,15 +98,15 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
             // SAFETY: passed on.
             unsafe {
                 let k0 = first * BLOCK;
-                load_group::<L>(source, r0, k0, rotation.signs, panels, buffer, vector_sums);
+                load_group::<L>(source, r0, k0, quantization.signs, panels, buffer, vector_sums);
             }
             for (i, values) in buffer.as_chunks::<BLOCK>().0.iter().enumerate() {
                 let (at, k0) = (panel * blocks + first + i, (first + i) * BLOCK);
-                let (draw, part) = ((&rotation.draw, &keys), rotation.range.factor());
+                let (draw, part) = ((&quantization.draw, &keys), quantization.range.factor());
                 let words = &mut words[at * block_words..][..block_words];
                 // SAFETY: passed on; rows of 16 lanes.
                 unsafe {
-                    let (scale, byte) = match (rotation.rounding, source.transposed) {
+                    let (scale, byte) = match (quantization.rounding, source.transposed) {
                         (Rounding::Nearest, _) => quantize::<L, false, false, TILES>(
                             values, part, draw, r0, k0, &table, words,
                         ),
