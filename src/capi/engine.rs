@@ -74,7 +74,12 @@ pub struct mxt_engine_options {
     /// NULL (default): nothing is called.
     pub log_user_data_free: mxt_user_data_free_fn,
 }
-versioned!(mxt_engine_options, last = log_user_data: *mut c_void);
+versioned!(
+    mxt_engine_options,
+    last = log_user_data: *mut c_void,
+    then cuda_stream: *mut c_void,
+    then log_user_data_free: mxt_user_data_free_fn
+);
 
 impl Options for mxt_engine_options {
     fn defaults() -> Self {

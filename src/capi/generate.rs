@@ -46,7 +46,12 @@ pub struct mxt_generate_options {
     /// Number of stop_tokens. Default 0.
     pub stop_token_count: usize,
 }
-versioned!(mxt_generate_options, last = user_data: *mut c_void);
+versioned!(
+    mxt_generate_options,
+    last = user_data: *mut c_void,
+    then stop_tokens: *const u32,
+    then stop_token_count: usize
+);
 
 impl Options for mxt_generate_options {
     fn defaults() -> Self {

@@ -78,7 +78,15 @@ pub struct mxt_model_config {
     /// 0.
     pub scale_attention_by_layer: i32,
 }
-versioned!(mxt_model_config, last = architecture: i32);
+versioned!(
+    mxt_model_config,
+    last = architecture: i32,
+    then mlp_channels: usize,
+    then activation: i32,
+    then tied_head: i32,
+    then scale_attention: i32,
+    then scale_attention_by_layer: i32
+);
 
 impl Options for mxt_model_config {
     fn defaults() -> Self {

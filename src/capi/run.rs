@@ -120,7 +120,12 @@ pub struct mxt_run_result {
     /// Checkpoints of this call that could not be saved. The log has their messages.
     pub save_errors: u64,
 }
-versioned!(mxt_run_result, last = saved: i32);
+versioned!(
+    mxt_run_result,
+    last = saved: i32,
+    then eval_errors: u64,
+    then save_errors: u64
+);
 
 /// Fills `options` with the defaults. `struct_size` is sizeof(mxt_run_options) as the caller's
 /// compiler sees it.

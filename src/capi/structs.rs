@@ -21,6 +21,9 @@ pub(super) unsafe trait Versioned: Copy {
     const NAME: &'static str;
     /// Its size in the first version of the API.
     const FIRST_SIZE: usize;
+    /// Where the fields end that came later. No version ends between two: a pointer of which a host
+    /// passes half is none.
+    const LATER_SIZES: &[usize];
 }
 
 /// A [`Versioned`] struct that the host fills.
@@ -30,9 +33,9 @@ pub(super) trait Options: Versioned {
 }
 
 /// Declares a [`Versioned`] struct by the last field of its first version, which stays as it is
-/// when fields are added behind.
+/// when fields are added behind; these follow it here.
 macro_rules! versioned {
-    ($name:ident, last = $last:ident: $type:ty) => {
+    ($name:ident, last = $last:ident: $type:ty $(, then $later:ident: $later_type:ty)*) => {
         // SAFETY: the structs of this API are `repr(C)` and hold numbers, pointers and optional
         // function pointers. That the first version has no padding at its end is asserted here;
         // that there is none between fields or behind the last, tests/abi.rs asks a C compiler.
@@ -43,6 +46,17 @@ macro_rules! versioned {
                 assert!(std::mem::offset_of!($name, struct_size) == 0);
                 assert!(end.is_multiple_of(align_of::<$name>()), "add a field instead of padding");
                 end
+            };
+            const LATER_SIZES: &[usize] = {
+                const ENDS: &[usize] = &[
+                    $(std::mem::offset_of!($name, $later) + size_of::<$later_type>()),*
+                ];
+                let last = match ENDS.last() {
+                    Some(last) => *last,
+                    None => <$name as $crate::capi::structs::Versioned>::FIRST_SIZE,
+                };
+                assert!(last == size_of::<$name>(), "name the fields that came later");
+                ENDS
             };
         }
     };
@@ -168,7 +182,8 @@ unsafe fn size_of_struct<T: Versioned>(what: &str, options: *const T) -> Result<
 }
 
 fn check_size<T: Versioned>(size: usize) -> Result<(), Failure> {
-    if (T::FIRST_SIZE..=MAX_SIZE).contains(&size) {
+    let is_newer = (size_of::<T>()..=MAX_SIZE).contains(&size);
+    if is_newer || size == T::FIRST_SIZE || T::LATER_SIZES.contains(&size) {
         return Ok(());
     }
     let message = format!(
@@ -194,7 +209,7 @@ mod tests {
         b: u64,
         c: u64,
     }
-    versioned!(thing, last = b: u64);
+    versioned!(thing, last = b: u64, then c: u64);
 
     impl Options for thing {
         fn defaults() -> Self {
@@ -214,7 +229,8 @@ mod tests {
         let newer = Ok(thing { struct_size: 48, a: 7, b: 8, c: 9 });
         assert_eq!(status(&[48, 7, 8, 9, 0, 0]), newer);
         assert_eq!(status(&[48, 7, 8, 9, 0, 1]), Err(MXT_ERROR_STRUCT_SIZE));
-        for size in [0, 8, 23, MAX_SIZE + 1, usize::MAX] {
+        // Also one that ends within a field.
+        for size in [0, 8, 23, 25, 28, 31, MAX_SIZE + 1, usize::MAX] {
             assert_eq!(status(&[size, 7, 8, 9]), Err(MXT_ERROR_STRUCT_SIZE), "{size}");
         }
     }

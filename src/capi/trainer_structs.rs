@@ -77,7 +77,12 @@ pub struct mxt_trainer_options {
     /// for the call.
     pub optimizer: *const c_char,
 }
-versioned!(mxt_trainer_options, last = decay_steps: u64);
+versioned!(
+    mxt_trainer_options,
+    last = decay_steps: u64,
+    then recompute: *const c_char,
+    then optimizer: *const c_char
+);
 
 impl Options for mxt_trainer_options {
     fn defaults() -> Self {
@@ -226,7 +231,7 @@ pub struct mxt_step_stats {
     /// bias still. 0 on CPUs.
     pub raised_blocks: u64,
 }
-versioned!(mxt_step_stats, last = tokens_per_second: f32);
+versioned!(mxt_step_stats, last = tokens_per_second: f32, then raised_blocks: u64);
 
 impl From<StepStats> for mxt_step_stats {
     fn from(stats: StepStats) -> Self {
