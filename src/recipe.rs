@@ -19,6 +19,8 @@
 //! | `mxfp4-rht-sr` | bf16 | random Hadamard transform, unbiased |
 //! | `fp8-mxfp4-rht-sr` | FP8 E4M3 | random Hadamard transform, unbiased |
 //!
+//! Switches may come in any order; of one that comes twice the last value counts.
+//!
 //! | switch | values | meaning |
 //! | --- | --- | --- |
 //! | `g` | 32, 64, 128, 256 | group length of the transform (default 64) |
@@ -345,6 +347,9 @@ const SWITCHES: [Switch; 8] = [
         key: "bf16-last-layers",
         apply: |recipe, value| {
             let bf16_last_layers = value.parse().map_err(|_| Refused::Expected("a count"))?;
+            if bf16_last_layers > 0 {
+                recipe.mxfp4()?;
+            }
             Ok(Recipe { bf16_last_layers, ..recipe.clone() })
         },
         show: |recipe| (recipe.bf16_last_layers > 0).then(|| recipe.bf16_last_layers.to_string()),
@@ -355,6 +360,9 @@ const SWITCHES: [Switch; 8] = [
             let fraction = value.parse().map_err(|_| Refused::Expected("a fraction"))?;
             if !(0.0..=1.0).contains(&fraction) {
                 return Err(Refused::Expected("a fraction from 0 to 1"));
+            }
+            if fraction > 0.0 {
+                recipe.mxfp4()?;
             }
             Ok(Recipe { bf16_last_steps: fraction, ..recipe.clone() })
         },
@@ -374,16 +382,21 @@ impl FromStr for Recipe {
     fn from_str(s: &str) -> Result<Self> {
         let mut parts = s.split(',').map(str::trim);
         let mut recipe = Self::named(parts.next().unwrap_or_default())?;
+        let mut values = [None; SWITCHES.len()];
         for part in parts {
             let (key, value) = part.split_once('=').ok_or_else(|| {
                 Error::invalid("recipe", format!("expected a switch like g=64, got {part:?}"))
             })?;
             let (key, value) = (key.trim(), value.trim());
-            let Some(switch) = SWITCHES.iter().find(|switch| switch.key == key) else {
+            let Some(switch) = SWITCHES.iter().position(|switch| switch.key == key) else {
                 let known = SWITCHES.map(|switch| switch.key).join(", ");
                 let message = format!("unknown switch {key:?}; known are {known}");
                 return Err(Error::invalid("recipe", message));
             };
+            values[switch] = Some(value);
+        }
+        for (switch, value) in SWITCHES.iter().zip(values) {
+            let (key, Some(value)) = (switch.key, value) else { continue };
             recipe = (switch.apply)(&recipe, value).map_err(|refused| {
                 let message = match refused {
                     Refused::Expected(what) => format!("{key}: expected {what}, got {value:?}"),
@@ -431,7 +444,9 @@ mod tests {
             ("mxfp4-rht,g=64,signs=random,range=1", "mxfp4-rht"),
             ("mxfp4-rht , range=3/4 ,g=32", "mxfp4-rht,g=32,range=3/4"),
             ("mxfp4,range=3/4,range=1", "mxfp4"),
-            ("mxfp4-sr,sr=other,range=3/4,sr=both", "mxfp4-sr"),
+            ("mxfp4-sr,sr=other,sr=both", "mxfp4-sr"),
+            ("mxfp4-rht-sr,range=3/4,sr=dy", "mxfp4-rht-sr,sr=dy,range=3/4"),
+            ("mxfp4-rht-sr,sr=dy,range=3/4,sr=other", "mxfp4-rht-sr,sr=other,range=3/4"),
         ] {
             let recipe = long.parse::<Recipe>().unwrap();
             assert_eq!((recipe.to_string().as_str(), &recipe), (short, &short.parse().unwrap()));
@@ -451,6 +466,8 @@ mod tests {
             ("mxfp4,range=0.75", "range: expected 1 or 3/4, got \"0.75\""),
             ("mxfp4,dgrad=bf16,wgrad=bf16", "nothing in MXFP4"),
             ("mxfp4,bf16-last-steps=2", "from 0 to 1"),
+            ("fp32,bf16-last-layers=2", "bf16-last-layers: fp32 has no MXFP4 GEMM"),
+            ("bf16,bf16-last-steps=0.1", "bf16-last-steps: bf16 has no MXFP4 GEMM"),
             ("mxfp4,colour=red", "known are g, signs, sr, range, dgrad, wgrad, bf16-last-layers"),
         ] {
             let error = s.parse::<Recipe>().unwrap_err().to_string();
