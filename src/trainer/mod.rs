@@ -117,6 +117,15 @@ impl Trainer {
         Self::with_state(model, state)
     }
 
+    /// Checks what a checkpoint folder says of its run, as [`Trainer::load`] would; tensors are not
+    /// read.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Format`] and [`Error::Mismatch`], which name the file.
+    pub fn inspect(dir: &Path) -> Result<()> {
+        Checkpoint::open(dir)?.state().map(drop)
+    }
+
     /// Loads a checkpoint that [`Trainer::save`] wrote, model included. The run goes on bit for bit
     /// as if it had not stopped: options and seed are the saved ones.
     ///

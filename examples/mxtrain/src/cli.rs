@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use mxfp4train::{Activation, DatasetOptions, OptimizerKind, Recipe, Recompute, ScheduleKind};
 
 use crate::compare::CompareArgs;
+use crate::console;
 use crate::prepare::Format;
 use crate::tokenizer::Tokenizer;
 
@@ -402,7 +403,13 @@ pub(crate) struct ReportArgs {
     pub(crate) sample_every: u64,
 
     /// Beginning of the samples
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        allow_hyphen_values = true,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(crate) sample_prompt: String,
 
     /// Write a JSON object for every step and every measurement to a file, one a line; a resumed
@@ -462,11 +469,10 @@ impl SeedArgs {
         number
     }
 
-    /// The number, if nobody knows it yet.
-    pub(crate) fn drawn(&self) -> Option<u64> {
-        match self.seed {
-            Seed::Given(_) => None,
-            Seed::Drawn(number) => Some(number),
+    /// Says the number, if nobody knows it yet.
+    pub(crate) fn say_if_drawn(&self) {
+        if let Seed::Drawn(number) = self.seed {
+            console::note(&format!("mxtrain: seed {number}"));
         }
     }
 
@@ -482,7 +488,8 @@ impl FromStr for Seed {
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
-            "random" => Ok(Self::Drawn(rand::random())),
+            // NOTE: of 63 bits, which is what a number in TOML has.
+            "random" => Ok(Self::Drawn(rand::random::<u64>() >> 1)),
             _ => match text.parse() {
                 Ok(number) => Ok(Self::Given(number)),
                 Err(e) => Err(format!("{e}; expected a number or `random`")),
@@ -535,7 +542,13 @@ pub(crate) struct GenerateArgs {
     pub(crate) checkpoint: PathBuf,
 
     /// Text to continue; it is printed too
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    #[arg(
+        long,
+        allow_hyphen_values = true,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true
+    )]
     pub(crate) prompt: String,
 
     /// Most tokens to generate; a text that ends before is shorter

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use mxfp4train::{GenerateOptions, Model};
 
 use crate::cli::GenerateArgs;
-use crate::console::{self, content};
+use crate::console::content;
 use crate::failure::{Failure, Outcome};
 use crate::hugging_face::{Found, end_tokens, load, tokenizer_of};
 use crate::machine;
@@ -33,9 +33,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
         true => Vec::new(),
         false => end_tokens(Some(&args.checkpoint), Some(tokenizer), vocab_size)?,
     };
-    if let Some(seed) = args.seed.drawn() {
-        console::note(&format!("mxtrain: seed {seed}"));
-    }
+    args.seed.say_if_drawn();
     for number in 0..args.samples {
         let seed = args.seed.number().wrapping_add(number);
         let options = GenerateOptions {

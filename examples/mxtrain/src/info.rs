@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use indicatif::{HumanBytes, HumanCount};
-use mxfp4train::{Dataset, Model, ModelConfig, ModelFiles, StoredTensor};
+use mxfp4train::{Dataset, Model, ModelConfig, ModelFiles, StoredTensor, Trainer};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::cli::InfoArgs;
@@ -75,6 +75,9 @@ struct Checkpoint {
     /// The trainer's part; `None` for weights alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     training: Option<Training>,
+    /// Why a run cannot go on from here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cannot_resume: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tokenizer: Option<Tokenizer>,
     tensors: Vec<Tensor>,
@@ -198,6 +201,10 @@ fn checkpoint(dir: &Path) -> Outcome<Checkpoint> {
         config: Config::from(&config),
         parameters: config.parameter_count(),
         training: trainer.exists().then(|| json(&trainer)).transpose()?,
+        cannot_resume: match trainer.exists() {
+            true => Trainer::inspect(dir).err().map(|error| error.to_string()),
+            false => None,
+        },
         tokenizer: known_tokenizer(dir)?,
         tensors: tensors
             .into_iter()
@@ -259,6 +266,9 @@ impl Checkpoint {
             text.push_str(&format!(
                 "training    step {step}, recipe {recipe}, optimizer {optimizer}, seed {seed}\n"
             ));
+        }
+        if let Some(why) = &self.cannot_resume {
+            text.push_str(&format!("            cannot be resumed: {}\n", console::plain(why)));
         }
         if let Some(tokenizer) = self.tokenizer {
             text.push_str(&format!("tokenizer   {tokenizer}\n"));

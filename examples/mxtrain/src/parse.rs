@@ -47,9 +47,14 @@ pub(crate) fn insert(args: &[OsString], options: &[OsString]) -> Vec<OsString> {
 
 /// The description of the whole command line.
 pub(crate) fn command() -> clap::Command {
-    let command = Cli::command().mut_subcommands(|sub| {
-        sub.args_override_self(true).mut_subcommands(|sub| sub.args_override_self(true))
-    });
+    // A number below 0 is a value, which its parser refuses in better words.
+    let adapted = |sub: clap::Command| {
+        sub.args_override_self(true).mut_args(|arg| match arg.get_action().takes_values() {
+            true => arg.allow_negative_numbers(true),
+            false => arg,
+        })
+    };
+    let command = Cli::command().mut_subcommands(|sub| adapted(sub).mut_subcommands(adapted));
     // Those of `train`, which has another default for trained weights; here all models are new.
     let of_new_models = |compared: clap::Command| {
         compared.mut_arg("lr", |lr| lr.help("Highest learning rate [default: 1e-3]")).mut_arg(

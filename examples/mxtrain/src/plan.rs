@@ -18,7 +18,10 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let of_data = args.data.as_deref().map(Meta::read).transpose()?.map(|meta| meta.vocab_size);
     let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
     let config = model_config(&args.model, &args.variant, vocabulary(given, of_data)?)?;
-    let options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New)?;
+    let mut options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New)?;
+    // Which steps are the last does not matter here, but that there are such.
+    options.schedule.total_steps = 1;
+    args.seed.say_if_drawn();
     let (engine, _) = machine::open(&args.machine, args.seed.number())?;
     let plan = mxfp4train::plan(&engine, &config, &options)?;
     let room = engine.memory_room();

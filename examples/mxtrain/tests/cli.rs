@@ -50,6 +50,9 @@ fn wrong_options_get_one_line_and_exit_code_2() {
     fs::write(dir.path().join("tokens/a.bin"), "").unwrap();
     for (line, expected) in [
         ("trian", "unrecognized subcommand 'trian'; did you mean 'train'?"),
+        ("train --seed -1", "invalid value '-1' for '--seed <N>'"),
+        ("generate --checkpoint none --prompt -x", "none"),
+        ("compare variance --outliers nan --out v.json", "expected a number from 0 to 1,000,000"),
         ("train --stepz 3", "unexpected argument '--stepz' found; did you mean '--steps'?"),
         ("train --steps many", "invalid value 'many' for '--steps <N>'"),
         ("train --recipe fp4", "recipe: expected one of fp32, bf16"),

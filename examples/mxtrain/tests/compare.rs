@@ -20,7 +20,7 @@ const TINY: &str = "--layers 2 --heads 2 --channels 32 --context 32 --batch-size
 /// A folder with prepared text in `data`.
 fn folder() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("text.txt"), include_str!("../src/cli.rs")).unwrap();
+    fs::write(dir.path().join("text.txt"), include_str!("../../../tests/text/prose.txt")).unwrap();
     succeed(dir.path(), "prepare text.txt --out data");
     dir
 }
@@ -213,7 +213,7 @@ fn gradients_show_which_recipes_are_biased() {
     let models = "runs/models/bf16-seed1337-step30 runs/models/bf16-seed1337-step60";
     let recipes = "--recipe bf16 --recipe mxfp4 --recipe mxfp4-rht --recipe mxfp4-rht-sr";
     let line = format!(
-        "compare gradients --checkpoint {models} --data data --out g.json --draws 24 --threads 1 {recipes}"
+        "compare gradients --checkpoint {models} --data data --out g.json --draws 160 --threads 1 {recipes}"
     );
     succeed(dir, &line);
     let record = read(dir, "g.json");
@@ -223,7 +223,7 @@ fn gradients_show_which_recipes_are_biased() {
         let recipes = checkpoint["recipes"].as_array().unwrap();
         assert_eq!(
             recipes.iter().map(|r| number(&r["draws"])).collect::<Vec<_>>(),
-            [2.0, 2.0, 24.0, 24.0]
+            [2.0, 2.0, 160.0, 160.0]
         );
         for (index, recipe) in recipes.iter().enumerate() {
             let tensors = recipe["tensors"].as_array().unwrap();
@@ -395,4 +395,26 @@ fn a_comparison_is_made_of_records_with_a_loss() {
     assert!(!succeed(dir, &line).contains("is there"));
     assert_eq!(read(dir, "runs/bf16-seed1337.json")["validation_loss"], loss);
     assert!(succeed(dir, &line).contains("is there"));
+}
+
+/// A run whose record has a `/` in its recipe, and one of two draws a number.
+#[test]
+fn names_of_recipes_are_no_folders() {
+    let dir = folder();
+    let dir = dir.path();
+    succeed(
+        dir,
+        &format!(
+            "compare train --data data --out runs --recipe mxfp4,range=3/4 --steps 2 --eval-batches 1 \
+             --save-at 1 {TINY}"
+        ),
+    );
+    let record = read(dir, "runs/mxfp4,range=3-4-seed1337.json");
+    assert_eq!(record["settings"]["recipe"], "mxfp4,range=3/4");
+    assert!(dir.join("runs/models/mxfp4,range=3-4-seed1337-step2/config.json").exists());
+    succeed(
+        dir,
+        "compare variance --lengths 32 --groups 32 --inputs 2 --draws 2 --seed 1 --out v.json",
+    );
+    succeed(dir, "compare report runs v.json --out report");
 }

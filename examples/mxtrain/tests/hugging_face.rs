@@ -17,7 +17,7 @@ const TINY: &str = "--layers 1 --heads 2 --channels 32 --context 32 --batch-size
 /// A folder with prepared bytes in `data`, and GPT-2's tokens in `tokens`.
 fn folder() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("text.txt"), include_str!("../src/cli.rs")).unwrap();
+    fs::write(dir.path().join("text.txt"), include_str!("../../../tests/text/prose.txt")).unwrap();
     succeed(dir.path(), "prepare text.txt --out data");
     dir
 }

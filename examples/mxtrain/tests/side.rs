@@ -26,7 +26,7 @@ const SOON: Duration = Duration::from_secs(8);
 /// `many.bin` that an evaluation on all of them takes minutes.
 fn folder() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("text.txt"), include_str!("../src/cli.rs")).unwrap();
+    fs::write(dir.path().join("text.txt"), include_str!("../../../tests/text/prose.txt")).unwrap();
     succeed(dir.path(), "prepare text.txt --out data");
     let raw = |name: &str, count: u32| {
         let tokens = (0..count).flat_map(|i| ((i * 7 % 50) as u16).to_le_bytes());

@@ -19,7 +19,7 @@ const TINY: &str = "--layers 1 --heads 2 --channels 32 --context 32 --batch-size
 /// A folder with prepared text in `data`.
 fn folder() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("text.txt"), include_str!("../src/cli.rs")).unwrap();
+    fs::write(dir.path().join("text.txt"), include_str!("../../../tests/text/prose.txt")).unwrap();
     succeed(dir.path(), "prepare text.txt --out data");
     dir
 }
@@ -193,7 +193,8 @@ fn info_describes_data() {
     assert_eq!(about["sources"][0]["path"], "text.txt");
     let file = info(dir.path(), "data/train.bin");
     assert_eq!(file["files"][0], about["files"][0]);
-    assert_eq!(file["files"][0]["largest_token"], u64::from(b'}'));
+    // The text has letters of two bytes.
+    assert_eq!(file["files"][0]["largest_token"], 195);
     assert!(succeed(dir.path(), "info data").contains("tokenizer  bytes, vocabulary 256"));
     assert!(refuse(dir.path(), "info none").contains("cannot open none"));
 }
@@ -496,4 +497,20 @@ fn a_random_seed_is_said_and_kept() {
     assert_eq!(losses(dir, "again.jsonl"), losses(dir, "a.jsonl"));
     succeed(dir, "train --resume a --steps 3");
     assert_eq!(info(dir, "a")["training"]["seed"], first);
+}
+
+/// Somebody has changed the file that says how to go on: that is shown, and by whom it is refused.
+#[test]
+fn what_cannot_be_resumed_is_shown_as_such() {
+    let dir = folder();
+    let dir = dir.path();
+    succeed(dir, &format!("train --data data --out model --steps 2 --eval-every 0 {TINY}"));
+    assert!(!succeed(dir, "info model").contains("cannot be resumed"));
+    let path = dir.join("model/trainer.json");
+    let text = fs::read_to_string(&path).unwrap().replace("mxfp4-rht-sr", "mxfp4-rht");
+    fs::write(&path, text).unwrap();
+    let out = succeed(dir, "info model");
+    assert!(out.contains("cannot be resumed: ") && out.contains("trainer.json"), "{out}");
+    assert!(info(dir, "model")["cannot_resume"].is_string());
+    refuse(dir, "train --resume model --data data --steps 4");
 }

@@ -35,7 +35,7 @@ there is left out, so that the same command goes on with an interrupted comparis
 Example:
   mxtrain compare train --data data --out runs --recipe bf16 --recipe mxfp4-rht-sr,g=128 --seeds 1,2")]
 pub(crate) struct CompareTrainArgs {
-    /// Folder for the records, RECIPE-seedN.json
+    /// Folder for the records, RECIPE-seedN.json with - for every /
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
 
@@ -129,7 +129,7 @@ pub(crate) struct VarianceArgs {
 
     /// Standard deviation of the outliers, which are 1 percent of the inputs; that of the others is
     /// 1
-    #[arg(long, value_name = "X", default_value_t = 5.0)]
+    #[arg(long, value_name = "X", default_value_t = 5.0, value_parser = deviation)]
     pub(crate) outliers: f64,
 
     /// Pairs of matrices
@@ -183,6 +183,13 @@ fn part_of_a_run(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if (0.0..=1.0).contains(&value) => Ok(value),
         _ => Err("expected numbers from 0 to 1".into()),
+    }
+}
+
+fn deviation(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if (0.0..=1e6).contains(&value) => Ok(value),
+        _ => Err("expected a number from 0 to 1,000,000".into()),
     }
 }
 

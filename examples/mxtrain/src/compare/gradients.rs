@@ -151,6 +151,7 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
         [] => Recipe::NAMES[2..].iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
         given => given.to_vec(),
     };
+    args.seed.say_if_drawn();
     let (engine, about) = machine::open(&args.machine, args.seed.number())?;
     let data = Data::open(&DataArgs {
         data: Some(args.data.clone()),

@@ -309,7 +309,11 @@ impl Settings {
             all.entry("optimizer").or_insert_with(|| OptimizerKind::default().to_string().into());
             all
         });
-        ours.iter().find(|(name, value)| theirs[*name] != **value).map(|(name, value)| {
+        // The optimizer first: others have their defaults from it.
+        let (first, others): (Vec<_>, Vec<_>) =
+            ours.iter().partition(|(name, _)| *name == "optimizer");
+        let mut all = first.into_iter().chain(others);
+        all.find(|(name, value)| theirs[*name] != **value).map(|(name, value)| {
             (format!("--{}", name.replace('_', "-")), value.to_string(), theirs[name].to_string())
         })
     }

@@ -105,7 +105,8 @@ fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<V
         let options = trainer_options(&args.batch, recipe, Some(&args.optimizer), Weights::New)?;
         let eval_batches = args.measure.eval_batches;
         let settings = Settings::new(seed, config, &options, eval_every, eval_batches, &record);
-        let name = format!("{recipe}-seed{seed}");
+        // A range of 3/4 is no folder.
+        let name = format!("{recipe}-seed{seed}").replace('/', "-");
         let path = args.out.join(format!("{name}.json"));
         if planned.iter().any(|other| other.path == path) {
             return Err(Failure::usage(format!(

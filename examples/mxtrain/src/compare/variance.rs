@@ -68,6 +68,7 @@ const OUTLIER_EVERY: u32 = 100;
 
 /// Runs the command.
 pub(crate) fn run(args: &VarianceArgs) -> Outcome<ExitCode> {
+    args.seed.say_if_drawn();
     if args.draws < 2 || args.inputs < 2 {
         return Err(Failure::usage("--draws, --inputs: expected at least 2 of each"));
     }
@@ -184,12 +185,17 @@ fn of_pair(
         }
     }
     let n = f64::from(draws);
-    let entries = exact.len() as f64;
-    sums.iter().zip(&squares).fold([0.0; 2], |[variances, distances], (sum, square)| {
-        let variance = (square - sum * sum / n) / (n - 1.0);
-        let distance = (sum / n).powi(2) / (variance / n);
-        [variances + variance / entries, distances + distance / entries]
-    })
+    let moments = sums.iter().zip(&squares).map(|(sum, square)| {
+        let variance = ((square - sum * sum / n) / (n - 1.0)).max(0.0);
+        (variance, (sum / n).powi(2) / (variance / n))
+    });
+    let moments: Vec<_> = moments.collect();
+    // Of few draws, all of an entry may be one number, which says nothing of its error.
+    let distances: Vec<_> =
+        moments.iter().filter(|(variance, _)| *variance > 0.0).map(|(_, d)| *d).collect();
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
+    let variances: Vec<_> = moments.iter().map(|(variance, _)| *variance).collect();
+    [mean(&variances), mean(&distances)]
 }
 
 /// N(0, 1), with one entry in [`OUTLIER_EVERY`] of N(0, `outlier`^2).
