@@ -33,7 +33,7 @@ fn main() {
     println!("{} threads, {}", cpu.threads(), cpu.isa().name());
     println!("backward pass            fp32 ms  bf16 ms  mxfp4-rht-sr ms   over bf16  over fp32");
     let random = Random { seed: 1, step: 1, micro_step: 0, layer: 0, linear: 2 };
-    let recipes = RECIPES.map(|recipe| *recipe.parse::<Recipe>().unwrap().linear());
+    let recipes = RECIPES.map(|recipe| *recipe.parse::<Recipe>().unwrap().linear(0));
     for (c, rows) in [(384, 2048), (768, 1024), (768, 2048)] {
         let layers =
             [("qkv", c, 3 * c), ("projection", c, c), ("fc1", c, 4 * c), ("fc2", 4 * c, c)];

@@ -460,9 +460,9 @@ typedef struct mxt_trainer_options {
   size_t sequence_length;
   // Batches whose gradients are averaged into one optimizer step. Default 1.
   size_t accumulation;
-  // Number formats of the linear layers: "fp32", "bf16", "mxfp4", "mxfp4-rht", "mxfp4-sr",
-  // "mxfp4-rht-sr" or "fp8-mxfp4-rht-sr", which may be followed by switches such as ",g=128".
-  // NULL (default) is "mxfp4-rht-sr". Borrowed for the call.
+  // Number formats of the linear layers: "fp32", "bf16", "fp8", "mxfp4-rht-sr", "nvidia-nvfp4" or
+  // another name of docs/recipes.md (mxt_build_info lists them), which may be followed by switches
+  // such as ",g=128". NULL (default) is "mxfp4-rht-sr". Borrowed for the call.
   const char *recipe;
   // Decay of the first moment. Default 0.9.
   float beta1;

@@ -218,7 +218,7 @@ impl<B: Backend> DecoderOn<B> {
             workspace: backend.workspace(arena, &shape),
             tokens: backend.tokens(arena, longest, false)?,
             logits: backend.f32(arena, config.vocab_size),
-            plan: Recipe::FP32.step_plan(config.layers)?,
+            plan: Recipe::fp32().step_plan(config.layers)?,
         })
     }
 }

@@ -9,34 +9,37 @@
 //! mxfp4-rht-sr,g=128,wgrad=bf16      groups of 128, only dgrad in MXFP4
 //! ```
 //!
-//! | name | forward | backward |
-//! | --- | --- | --- |
-//! | `fp32` | f32 | f32 |
-//! | `bf16` | bf16 | bf16 |
-//! | `mxfp4` | bf16 | MXFP4, nearest |
-//! | `mxfp4-rht` | bf16 | random Hadamard transform, nearest |
-//! | `mxfp4-sr` | bf16 | unbiased (stochastic) |
-//! | `mxfp4-rht-sr` | bf16 | random Hadamard transform, unbiased |
-//! | `fp8-mxfp4-rht-sr` | FP8 E4M3 | random Hadamard transform, unbiased |
+//! [`Recipe::NAMES`] has all names; README and docs/recipes.md say what they stand for, and
+//! `mxtrain recipes` prints it.
 //!
 //! Switches may come in any order; of one that comes twice the last value counts.
 //!
 //! | switch | values | meaning |
 //! | --- | --- | --- |
-//! | `g` | 32, 64, 128, 256 | group length of the transform (default 64) |
-//! | `signs` | `random`, `fixed` | fresh signs for each GEMM call, or the same for all |
-//! | `range` | `1`, `3/4` | how much of its range nearest rounding uses; in 3/4 nothing saturates |
-//! | `dgrad`, `wgrad` | `bf16` | that GEMM in bf16, the other stays in MXFP4 |
-//! | `sr` | `both`, `dy`, `other` | which operand is rounded stochastically |
-//! | `bf16-last-layers` | a count | the last N blocks run their backward pass in bf16 |
-//! | `bf16-last-steps` | a fraction | the last part of the schedule's steps runs backward in bf16 |
+//! | `g` | 16, 32, 64, 128, 256 | group length of the transform |
+//! | `signs` | `random`, `fixed`, `nvidia` | fresh signs for each GEMM call, or the same for all |
+//! | `rht` | `off`, `wgrad`, `bwd` | which GEMMs are transformed |
+//! | `sr` | `both`, `dy`, `dy+x`, `other`, `off` | which operand is rounded stochastically |
+//! | `range` | `1`, `3/4` | how much of its range MXFP4 uses; in 3/4 nothing saturates |
+//! | `headroom` | `1`, `17/16` | whether NVFP4's scales leave room for their own rounding |
+//! | `46` | `fwd`, `off` | four over six: two scales to choose from, in the forward pass |
+//! | `scale`, `scale-fwd` | `floor`, `ceil`, `even`, `quest`, `quest-floor` | MXFP4's rule of the scale |
+//! | `w` | `1d`, `2d` | scales of W for blocks, or for squares |
+//! | `outer` | `f32`, `power` | NVFP4's scales of 128 elements |
+//! | `from` | `x`, `q` | backward operands of the tensor, or of what the forward pass made of it |
+//! | `mantissa` | `1` to `7`, `1t` to `7t` | bits of mantissa that bf16 keeps; with t others are cut |
+//! | `fwd`, `dgrad`, `wgrad` | `bf16` | that GEMM in bf16 |
+//! | `bf16-first-layers`, `bf16-last-layers` | a count | blocks that run in bf16 |
+//! | `bf16-last-steps` | a fraction | the last part of the schedule's steps that runs in bf16 |
+//! | `bf16-layers-pass`, `bf16-steps-pass` | `bwd`, `fwd`, `all` | which passes of those do |
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::backend::{Precision, StepPlan};
 use crate::formats::{
-    Format, Gemm, GemmId, LinearRecipe, Operand, OperandId, Range, Rounding, Signs, Transform,
+    Element, Format, Gemm, GemmId, LINEARS, LinearRecipe, Nvfp4Scale, Operand, OperandId,
+    OperandSource, Outer, PowerRule, Range, Rounding, Scale, Signs, Transform,
 };
 use crate::reserve::collect;
 use crate::{Error, Result};
@@ -45,42 +48,194 @@ use crate::{Error, Result};
 #[derive(Clone, Debug, PartialEq)]
 pub struct Recipe {
     name: &'static str,
-    /// What layers and steps use, and what those use that fall back to bf16.
-    linear: [LinearRecipe; 2],
-    bf16_last_layers: usize,
-    bf16_last_steps: f64,
+    linears: [LinearRecipe; LINEARS],
+    exceptions: Exceptions,
+    /// All that some layer may use in some step.
+    all: Vec<LinearRecipe>,
+}
+
+/// Layers and steps that run in bf16.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Exceptions {
+    first_layers: usize,
+    last_layers: Layers,
+    last_steps: f64,
+    of_layers: Passes,
+    of_steps: Passes,
+}
+
+/// How many of a model's blocks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Layers {
+    Count(usize),
+    /// This share of them, to the nearest number.
+    Share(f64),
+}
+
+/// Passes that an exception is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Passes {
+    Backward,
+    Forward,
+    All,
+}
+
+impl Layers {
+    fn of(self, layers: usize) -> usize {
+        match self {
+            Self::Count(n) => n,
+            Self::Share(share) => (share * layers as f64).round() as usize,
+        }
+    }
+}
+
+impl Passes {
+    const ALL: [(&str, Self); 3] =
+        [("bwd", Self::Backward), ("fwd", Self::Forward), ("all", Self::All)];
+
+    const fn forward(self) -> bool {
+        matches!(self, Self::Forward | Self::All)
+    }
+
+    const fn backward(self) -> bool {
+        matches!(self, Self::Backward | Self::All)
+    }
+
+    fn name(self) -> String {
+        let named = Self::ALL.iter().find(|(_, passes)| *passes == self);
+        named.map_or_else(String::new, |(name, _)| (*name).into())
+    }
 }
 
 /// What a name stands for.
 struct Row {
     name: &'static str,
-    /// x and W forward.
-    forward: Operand,
-    /// dy and W backward.
-    backward: Operand,
-    /// x backward.
-    x: Operand,
+    /// x and W.
+    forward: [Operand; 2],
+    /// dy and W.
+    dgrad: [Operand; 2],
+    /// dy and x.
+    wgrad: [Operand; 2],
+    exceptions: Exceptions,
+}
+
+const NONE: Exceptions = Exceptions {
+    first_layers: 0,
+    last_layers: Layers::Count(0),
+    last_steps: 0.0,
+    of_layers: Passes::Backward,
+    of_steps: Passes::Backward,
+};
+
+const fn row(name: &'static str, forward: Operand, backward: Operand) -> Row {
+    const fn both(operand: Operand) -> [Operand; 2] {
+        [operand; 2]
+    }
+    let (forward, dgrad, wgrad) = (both(forward), both(backward), both(backward));
+    Row { name, forward, dgrad, wgrad, exceptions: NONE }
+}
+
+/// What falls back to bf16 in a recipe whose forward pass is in 4 bits does so in all passes.
+const fn whole(row: Row) -> Row {
+    let exceptions = Exceptions { of_layers: Passes::All, of_steps: Passes::All, ..NONE };
+    Row { exceptions, ..row }
 }
 
 const NEAREST: Operand = Operand::mxfp4(Rounding::Nearest, None);
-const RHT: Operand = Operand::mxfp4(Rounding::Nearest, Some(Transform::DEFAULT));
+const RHT: Operand = NEAREST.rotated(Transform::DEFAULT);
 const SR: Operand = Operand::mxfp4(Rounding::Unbiased, None);
-const RHT_SR: Operand = Operand::mxfp4(Rounding::Unbiased, Some(Transform::DEFAULT));
+const RHT_SR: Operand = SR.rotated(Transform::DEFAULT);
+const CEIL: Operand = Operand::of(Format::mxfp4(PowerRule::Ceil, false));
+const CEIL_SR: Operand = CEIL.rounded(Rounding::Unbiased);
+const NV: Operand = Operand::of(Format::NVFP4);
+const NV_SR: Operand = NV.rounded(Rounding::Unbiased);
+const NV_ROOM: Operand =
+    Operand::of(Format::nvfp4(Nvfp4Scale::Headroom, false)).rounded(Rounding::Unbiased);
+const NV_EDEN: Operand = NV.rounded(Rounding::Eden).rotated(Transform::of(128, Signs::Random));
+const NV_46: Operand = Operand::of(Format::nvfp4(Nvfp4Scale::FourOverSix, false));
+const NV_SQUARE: Operand = Operand::of(Format::nvfp4(Nvfp4Scale::Full, true));
+const NV_H16: Transform = Transform::of(16, Signs::Nvidia);
+const WITHIN: Operand = Operand::of(Format::nvfp4_within(true));
+const WITHIN_SR: Operand =
+    WITHIN.rounded(Rounding::Unbiased).rotated(Transform::of(16, Signs::Random));
+const ROWS_INT8: Operand = Operand::of(Format::INT8_VECTORS);
+const TENSOR_INT8: Operand = Operand::of(Format::INT8_TENSOR);
 
 /// All recipes, plainest first.
-const TABLE: [Row; 7] = [
+const TABLE: [Row; 27] = [
     row("fp32", Operand::F32, Operand::F32),
     row("bf16", Operand::BF16, Operand::BF16),
+    Row {
+        dgrad: [Operand::E5M2, Operand::E4M3],
+        wgrad: [Operand::E5M2, Operand::E4M3],
+        ..row("fp8", Operand::E4M3, Operand::E4M3)
+    },
+    Row {
+        forward: [ROWS_INT8, TENSOR_INT8],
+        dgrad: [ROWS_INT8, TENSOR_INT8],
+        ..row("int8-switchback", Operand::BF16, Operand::BF16)
+    },
     row("mxfp4", Operand::BF16, NEAREST),
     row("mxfp4-rht", Operand::BF16, RHT),
     row("mxfp4-sr", Operand::BF16, SR),
     row("mxfp4-rht-sr", Operand::BF16, RHT_SR),
-    Row { x: RHT_SR.from_forward(), ..row("fp8-mxfp4-rht-sr", Operand::E4M3, RHT_SR) },
+    Row {
+        wgrad: [RHT_SR, RHT_SR.from_forward()],
+        ..row("fp8-mxfp4-rht-sr", Operand::E4M3, RHT_SR)
+    },
+    whole(row("mxfp4-mxfp4", NEAREST, NEAREST)),
+    whole(row("mxfp4-mxfp4-rht", NEAREST, RHT)),
+    whole(row("mxfp4-mxfp4-sr", NEAREST, SR)),
+    whole(row("mxfp4-mxfp4-rht-sr", NEAREST, RHT_SR)),
+    row("nvfp4", Operand::BF16, NV),
+    row("nvfp4-rht", Operand::BF16, NV.rotated(Transform::DEFAULT)),
+    row("nvfp4-sr", Operand::BF16, NV_ROOM),
+    row("nvfp4-rht-sr", Operand::BF16, NV_ROOM.rotated(Transform::DEFAULT)),
+    row("nvfp4-eden", Operand::BF16, NV_EDEN),
+    whole(row("nvfp4-nvfp4", NV, NV)),
+    whole(row("nvfp4-nvfp4-rht", NV, NV.rotated(Transform::DEFAULT))),
+    whole(row("nvfp4-nvfp4-sr", NV, NV_ROOM)),
+    whole(row("nvfp4-nvfp4-rht-sr", NV, NV_ROOM.rotated(Transform::DEFAULT))),
+    // "Oscillation-Reduced MXFP4 Training for Vision Transformers" (arXiv 2502.20853).
+    whole(Row {
+        dgrad: [CEIL_SR, CEIL_SR.from_forward()],
+        wgrad: [CEIL_SR, CEIL_SR.from_forward()],
+        ..row("tetrajet", CEIL, CEIL)
+    }),
+    // TetraJet-v2 (arXiv 2510.27527), its linear layers; the outer scales are powers of two.
+    whole(Row {
+        dgrad: [WITHIN_SR, WITHIN_SR.from_forward()],
+        wgrad: [WITHIN_SR, WITHIN_SR.from_forward()],
+        ..row("tetrajet2", WITHIN, WITHIN)
+    }),
+    // Quartet II (arXiv 2601.22813).
+    whole(Row {
+        dgrad: [NV_EDEN, NV_EDEN.from_forward()],
+        wgrad: [NV_EDEN, NV_EDEN.from_forward()],
+        ..row("quartet2", NV_46, NV_46)
+    }),
+    // "Pretraining Large Language Models with NVFP4" (arXiv 2509.25149). W is the same numbers in
+    // both products that it is in.
+    Row {
+        forward: [NV, NV_SQUARE],
+        dgrad: [NV_SR, NV_SQUARE],
+        wgrad: [NV_SR.rotated(NV_H16), NV.rotated(NV_H16)],
+        exceptions: Exceptions {
+            last_layers: Layers::Share(0.15),
+            of_layers: Passes::All,
+            of_steps: Passes::Forward,
+            ..NONE
+        },
+        ..row("nvidia-nvfp4", NV, NV)
+    },
+    // "FP4 All the Way" (arXiv 2505.19115).
+    Row {
+        dgrad: [NV_SR, NV],
+        wgrad: [NV_SR; 2],
+        exceptions: Exceptions { of_layers: Passes::All, ..NONE },
+        ..row("fp4-all-the-way", NV, NV)
+    },
 ];
-
-const fn row(name: &'static str, forward: Operand, backward: Operand) -> Row {
-    Row { name, forward, backward, x: backward }
-}
 
 impl Recipe {
     /// Names of all recipes, plainest first.
@@ -94,53 +249,71 @@ impl Recipe {
     };
 
     /// Everything in f32.
-    pub(crate) const FP32: Self = Self {
-        name: TABLE[0].name,
-        linear: [LinearRecipe::F32; 2],
-        bf16_last_layers: 0,
-        bf16_last_steps: 0.0,
-    };
-
-    /// The formats of all layers and steps that no exception takes.
-    pub fn linear(&self) -> &LinearRecipe {
-        &self.linear[0]
+    pub(crate) fn fp32() -> Self {
+        Self::named("fp32").expect("a name of the table")
     }
 
-    /// All that layers may use in some step, and what they could fall back to.
+    /// The formats of linear layer `number` of all blocks and steps that no exception takes.
+    pub fn linear(&self, number: usize) -> &LinearRecipe {
+        &self.linears[number]
+    }
+
+    /// All that some linear layer may use in some step.
     pub fn all(&self) -> &[LinearRecipe] {
-        &self.linear
+        &self.all
     }
 
-    /// The last N blocks run their backward GEMMs in bf16.
-    pub fn bf16_last_layers(&self) -> usize {
-        self.bf16_last_layers
+    /// The blocks and steps that run in bf16, in words; empty where there are none.
+    pub fn excepted(&self) -> String {
+        let Exceptions { first_layers, last_layers, last_steps, of_layers, of_steps } =
+            self.exceptions;
+        let of = |passes| match passes {
+            Passes::Backward => "backward",
+            Passes::Forward => "forward",
+            Passes::All => "all passes",
+        };
+        let last = match last_layers {
+            Layers::Count(count) => format!("{count} blocks"),
+            Layers::Share(share) => format!("{}% of blocks", (100.0 * share).round()),
+        };
+        let parts = [
+            (first_layers > 0)
+                .then(|| format!("the first {first_layers} blocks, {}", of(of_layers))),
+            (last_layers != Layers::Count(0))
+                .then(|| format!("the last {last}, {}", of(of_layers))),
+            (last_steps > 0.0).then(|| format!("the last {last_steps} of steps, {}", of(of_steps))),
+        ];
+        parts.into_iter().flatten().collect::<Vec<_>>().join("; ")
     }
 
-    /// The last part of the schedule's steps, 0 to 1, runs its backward GEMMs in bf16.
-    pub fn bf16_last_steps(&self) -> f64 {
-        self.bf16_last_steps
+    /// Whether some steps are excepted, which are a part of the schedule's.
+    pub fn excepts_steps(&self) -> bool {
+        self.exceptions.last_steps > 0.0
     }
 
-    /// Whether step `step` (of `total_steps`, 0 where not known) is one of those that
-    /// `bf16_last_steps` concerns.
+    /// Whether step `step` (of `total_steps`, 0 where not known) is an excepted one.
     pub(crate) fn is_in_last_steps(&self, step: u64, total_steps: u64) -> bool {
-        self.bf16_last_steps > 0.0
+        self.excepts_steps()
             && total_steps > 0
-            && step as f64 >= (1.0 - self.bf16_last_steps) * total_steps as f64
+            && step as f64 >= (1.0 - self.exceptions.last_steps) * total_steps as f64
     }
 
-    /// The formats of block `layer` (of `layers`) in step `step` (of `total_steps`, where 0 means
-    /// that the end is not known and `bf16_last_steps` has no effect).
+    /// The formats of the linear layers of block `layer` (of `layers`) in step `step` (of
+    /// `total_steps`, where 0 means that the end is not known and no step is excepted).
     pub fn for_layer(
         &self,
         layer: usize,
         layers: usize,
         step: u64,
         total_steps: u64,
-    ) -> LinearRecipe {
-        let in_last_layers = layer.saturating_add(self.bf16_last_layers) >= layers;
-        let falls_back = in_last_layers || self.is_in_last_steps(step, total_steps);
-        self.linear[usize::from(falls_back)]
+    ) -> [LinearRecipe; LINEARS] {
+        let Exceptions { first_layers, last_layers, of_layers, of_steps, .. } = self.exceptions;
+        let in_layers =
+            layer < first_layers || layer.saturating_add(last_layers.of(layers)) >= layers;
+        let in_steps = self.is_in_last_steps(step, total_steps);
+        let forward = in_layers && of_layers.forward() || in_steps && of_steps.forward();
+        let backward = in_layers && of_layers.backward() || in_steps && of_steps.backward();
+        self.linears.map(|linear| linear.in_bf16(forward, backward))
     }
 
     /// What passes over `layers` blocks depend on; [`Recipe::set_step`] moves it on.
@@ -148,9 +321,14 @@ impl Recipe {
         let formats = (0..layers).map(|layer| Ok(self.for_layer(layer, layers, 0, 0)));
         Ok(StepPlan {
             accumulate: false,
-            precision: Precision::of(self.linear().forward()),
+            precision: self.precision(),
             layers: collect("the formats of the blocks", formats)?,
         })
+    }
+
+    /// Of activations.
+    pub(crate) fn precision(&self) -> Precision {
+        Precision::of(self.linears[0].forward())
     }
 
     /// Makes `plan` that of a micro-step in step `step` (of `total_steps`).
@@ -173,58 +351,112 @@ impl Recipe {
             let names = Self::NAMES.join(", ");
             return Err(Error::invalid("recipe", format!("expected one of {names}; got {name:?}")));
         };
-        let [forward, dgrad] = [row.forward, row.backward].map(Gemm::of);
-        let linear = LinearRecipe::new(forward, dgrad, Gemm::new(row.backward, row.x)?)?;
-        Self { name: row.name, ..Self::FP32 }.with_linear(linear)
+        let gemm = |[a, b]: [Operand; 2]| Gemm::new(a, b);
+        let linear = LinearRecipe::new(gemm(row.forward)?, gemm(row.dgrad)?, gemm(row.wgrad)?)?;
+        let exceptions = row.exceptions;
+        Ok(Self { name: row.name, linears: [linear; LINEARS], exceptions, all: Vec::new() }
+            .with_all())
     }
 
-    fn with_linear(&self, linear: LinearRecipe) -> Result<Self> {
-        let in_bf16 = linear.change_mxfp4(|_, _, operand| Ok(operand.in_bf16()))?;
-        Ok(Self { linear: [linear, in_bf16], ..self.clone() })
+    /// It, with what its layers may use.
+    fn with_all(mut self) -> Self {
+        self.all.clear();
+        for linear in self.linears {
+            for (forward, backward) in [(false, false), (false, true), (true, false), (true, true)]
+            {
+                let falls_back = linear.in_bf16(forward, backward);
+                if !self.all.contains(&falls_back) {
+                    self.all.push(falls_back);
+                }
+            }
+        }
+        self
     }
 
-    /// The same with other operands for those in MXFP4.
+    /// The same with other linear layers.
+    fn with_linears(
+        &self,
+        change: impl Fn(&LinearRecipe) -> Result<LinearRecipe>,
+    ) -> Result<Self, Refused> {
+        let mut linears = self.linears;
+        for linear in &mut linears {
+            *linear = change(linear)?;
+        }
+        Ok(Self { linears, ..self.clone() }.with_all())
+    }
+
+    /// The same with other operands for those of the backward pass that are quantized.
     fn change(
         &self,
         change: impl Fn(GemmId, OperandId, Operand) -> Result<Operand>,
     ) -> Result<Self, Refused> {
-        Ok(self.with_linear(self.linear().change_mxfp4(change)?)?)
+        self.with_linears(|linear| linear.change_backward(&change))
+    }
+
+    /// The same with other operands x and W of the forward pass.
+    fn change_forward(
+        &self,
+        change: impl Fn(OperandId, Operand) -> Result<Operand>,
+    ) -> Result<Self, Refused> {
+        self.with_linears(|linear| {
+            let gemm = linear.forward();
+            let (x, w) = (change(OperandId::X, *gemm.a())?, change(OperandId::W, *gemm.b())?);
+            LinearRecipe::new(Gemm::new(x, w)?, *linear.dgrad(), *linear.wgrad())
+        })
     }
 
     fn with_transform(&self, group: usize, signs: Signs) -> Result<Self, Refused> {
         let transform = Transform::new(group, signs)?;
-        self.change(|_, _, operand| operand.with_transform(transform))
+        self.change(|_, _, operand| match operand.transform() {
+            Some(_) => operand.with_transform(transform),
+            None => Ok(operand),
+        })
     }
 
-    /// The same with `gemm` in bf16, if that leaves another in MXFP4.
+    /// The same with `gemm` in bf16, if that leaves another that is quantized.
     fn with_bf16_in(&self, gemm: GemmId, value: &str) -> Result<Self, Refused> {
-        self.mxfp4()?;
+        self.quantized()?;
         if value != "bf16" {
             return Err(Refused::Expected("bf16"));
         }
         let recipe = self.change(|id, _, o| Ok(if id == gemm { o.in_bf16() } else { o }))?;
-        if recipe.mxfp4().is_err() {
-            let message = "dgrad=bf16,wgrad=bf16 leaves nothing in MXFP4; use bf16";
+        let quantized = recipe.linears[0].forward().is_unscaled() && recipe.quantized().is_err();
+        if quantized {
+            let message = "dgrad=bf16,wgrad=bf16 leaves nothing quantized; use bf16";
             return Err(Error::invalid("recipe", message).into());
         }
         Ok(recipe)
     }
 
-    /// A GEMM in MXFP4.
-    fn mxfp4(&self) -> Result<&Gemm, Refused> {
-        let gemm = self.linear().backward().into_iter().find(|g| g.format() == Format::MXFP4);
-        gemm.ok_or(Refused::HasNo("MXFP4 GEMM"))
+    /// A quantized GEMM of the backward pass.
+    fn quantized(&self) -> Result<&Gemm, Refused> {
+        let gemm = self.linears[0].backward().into_iter().find(|gemm| !gemm.is_unscaled());
+        gemm.ok_or(Refused::HasNo("quantized backward GEMM"))
     }
 
-    /// The transform of all GEMMs in MXFP4.
+    /// All operands of some linear layer's, which quantized ones are asked for.
+    fn operands(&self) -> [&Operand; 6] {
+        self.linears[0].operands().map(|(_, operand)| operand)
+    }
+
+    /// The transform of the backward GEMMs.
     fn transform(&self) -> Result<Transform, Refused> {
-        let transform = self.mxfp4().ok().and_then(Gemm::transform);
+        let backward = self.linears[0].backward();
+        let transform = backward.into_iter().find_map(Gemm::transform);
         transform.ok_or(Refused::HasNo("transform"))
     }
 
-    /// Of a switch that turns a GEMM of the name's to bf16.
-    fn shown_as_bf16(&self, gemm: &Gemm) -> Option<String> {
-        (self.mxfp4().is_ok() && gemm.format() == Format::BF16).then(|| "bf16".into())
+    /// Whether there is anything that an exception would turn to bf16, where one is `asked` for.
+    fn falls_back(&self, asked: bool) -> Result<(), Refused> {
+        let stays = |linear: &LinearRecipe| linear.in_bf16(true, true) == *linear;
+        match asked && self.linears.iter().all(stays) {
+            true => Err(Refused::HasNo("quantized GEMM")),
+            false => Ok(()),
+        }
+    }
+
+    fn with_exceptions(&self, exceptions: Exceptions) -> Self {
+        Self { exceptions, ..self.clone() }
     }
 }
 
@@ -232,7 +464,7 @@ impl Recipe {
 struct Switch {
     key: &'static str,
     apply: fn(&Recipe, &str) -> Result<Recipe, Refused>,
-    /// The value that it was given, unless that changes nothing.
+    /// The value that it has, unless that is what other values ask for anyway.
     show: fn(&Recipe) -> Option<String>,
 }
 
@@ -251,70 +483,297 @@ impl From<Error> for Refused {
     }
 }
 
+/// What a word stands for.
+fn choice<T: Copy>(value: &str, words: &[(&str, T)], expected: &'static str) -> Result<T, Refused> {
+    let found = words.iter().find(|(word, _)| *word == value);
+    found.map(|(_, choice)| *choice).ok_or(Refused::Expected(expected))
+}
+
+/// The word that stands for it.
+fn word<T: PartialEq>(of: T, words: &[(&str, T)]) -> Option<String> {
+    words.iter().find(|(_, choice)| *choice == of).map(|(word, _)| (*word).into())
+}
+
+const SIGNS: [(&str, Signs); 3] =
+    [("random", Signs::Random), ("fixed", Signs::Fixed), ("nvidia", Signs::Nvidia)];
+
+const RULES: [(&str, PowerRule); 5] = [
+    ("floor", PowerRule::Floor),
+    ("ceil", PowerRule::Ceil),
+    ("even", PowerRule::Even),
+    ("quest", PowerRule::Quest),
+    ("quest-floor", PowerRule::QuestFloor),
+];
+
+/// MXFP4 operands by this rule, others as they are.
+fn by_rule(operand: Operand, rule: PowerRule) -> Operand {
+    let format = operand.format();
+    if !format.is_mxfp4() {
+        return operand;
+    }
+    let square = format.block().vectors() > 1;
+    operand.in_format(Format::mxfp4(rule, square))
+}
+
+fn rule_of<'a>(operands: impl IntoIterator<Item = &'a Operand>) -> Option<String> {
+    let mut operands = operands.into_iter().filter(|operand| operand.format().is_mxfp4());
+    match operands.next()?.format().scale() {
+        Scale::Power(rule) => word(rule, &RULES),
+        _ => None,
+    }
+}
+
 /// All switches, in the order in which they are written.
-const SWITCHES: [Switch; 8] = [
+const SWITCHES: [Switch; 21] = [
+    Switch {
+        key: "sr",
+        apply: |recipe, value| {
+            let gemm = recipe.quantized()?;
+            if [gemm.a(), gemm.b()].iter().all(|o| o.rounding() != Rounding::Unbiased) {
+                return Err(Refused::HasNo("stochastic rounding"));
+            }
+            let unbiased: fn(GemmId, OperandId) -> bool = match value {
+                "both" => |_, _| true,
+                "dy" => |_, id| id == OperandId::Dy,
+                "dy+x" => |_, id| id != OperandId::W,
+                "other" => |_, id| id != OperandId::Dy,
+                "off" => |_, _| false,
+                _ => return Err(Refused::Expected("both, dy, dy+x, other or off")),
+            };
+            recipe.change(|gemm, id, operand| {
+                let unbiased = unbiased(gemm, id);
+                operand.with_rounding(if unbiased { Rounding::Unbiased } else { Rounding::Nearest })
+            })
+        },
+        show: |recipe| {
+            recipe.quantized().ok()?;
+            let [_, _, dy, w, dy_too, x] = recipe.operands();
+            // One that falls back to bf16 says nothing.
+            let quantized = |o: &&Operand| !o.format().is_unscaled();
+            let is = |one: &Operand, other: &Operand| {
+                let operand = [one, other].into_iter().find(quantized);
+                operand.is_some_and(|o| o.rounding() == Rounding::Unbiased)
+            };
+            Some(
+                match (is(dy, dy_too), is(w, x), is(x, w)) {
+                    (true, true, true) => "both",
+                    (true, false, true) => "dy+x",
+                    (true, _, false) => "dy",
+                    (false, false, false) => "off",
+                    (false, ..) => "other",
+                }
+                .into(),
+            )
+        },
+    },
+    Switch {
+        key: "scale",
+        apply: |recipe, value| {
+            let expected = "floor, ceil, even, quest or quest-floor";
+            let rule = choice(value, &RULES, expected)?;
+            if recipe.operands()[2..].iter().all(|operand| !operand.format().is_mxfp4()) {
+                return Err(Refused::HasNo("backward GEMM in MXFP4"));
+            }
+            recipe.change(|_, _, operand| Ok(by_rule(operand, rule)))
+        },
+        show: |recipe| rule_of(recipe.operands().into_iter().skip(2)),
+    },
+    Switch {
+        key: "scale-fwd",
+        apply: |recipe, value| {
+            let expected = "floor, ceil, even, quest or quest-floor";
+            let rule = choice(value, &RULES, expected)?;
+            if !recipe.operands()[0].format().is_mxfp4() {
+                return Err(Refused::HasNo("forward GEMM in MXFP4"));
+            }
+            recipe.change_forward(|_, operand| Ok(by_rule(operand, rule)))
+        },
+        show: |recipe| rule_of(recipe.operands().into_iter().take(2)),
+    },
+    Switch {
+        key: "w",
+        apply: |recipe, value| {
+            let square = choice(value, &[("1d", false), ("2d", true)], "1d or 2d")?;
+            let turned = |operand: Operand| match operand.format().scale() {
+                Scale::Power(rule) if operand.format().is_mxfp4() => {
+                    operand.in_format(Format::mxfp4(rule, square))
+                }
+                Scale::TwoLevels(rule, Outer::Tensor) => {
+                    operand.in_format(Format::nvfp4(rule, square))
+                }
+                _ => operand,
+            };
+            let recipe = recipe.change(|_, id, operand| {
+                Ok(if id == OperandId::W { turned(operand) } else { operand })
+            })?;
+            recipe.change_forward(|id, operand| {
+                Ok(if id == OperandId::W { turned(operand) } else { operand })
+            })
+        },
+        show: |recipe| {
+            let [_, forward, _, dgrad, ..] = recipe.operands();
+            let is_square = |o: &Operand| o.format().block().vectors() > 1;
+            let blocks = |o: &Operand| o.format().is_mxfp4() || o.format().is_nvfp4();
+            let any = blocks(forward) || blocks(dgrad);
+            let square = is_square(forward) || is_square(dgrad);
+            any.then(|| if square { "2d" } else { "1d" }.into())
+        },
+    },
+    Switch {
+        key: "46",
+        apply: |recipe, value| {
+            let on = choice(value, &[("fwd", true), ("off", false)], "fwd or off")?;
+            let rule = if on { Nvfp4Scale::FourOverSix } else { Nvfp4Scale::Full };
+            let is_nvfp4 =
+                |o: &Operand| matches!(o.format().scale(), Scale::TwoLevels(_, Outer::Tensor));
+            if !is_nvfp4(recipe.operands()[0]) {
+                return Err(Refused::HasNo("forward GEMM in NVFP4"));
+            }
+            recipe.change_forward(|_, operand| {
+                let square = operand.format().block().vectors() > 1;
+                Ok(operand.in_format(Format::nvfp4(rule, square)))
+            })
+        },
+        show: |recipe| match recipe.operands()[0].format().scale() {
+            Scale::TwoLevels(Nvfp4Scale::FourOverSix, _) => Some("fwd".into()),
+            Scale::TwoLevels(_, Outer::Tensor) => Some("off".into()),
+            _ => None,
+        },
+    },
+    Switch {
+        key: "headroom",
+        apply: |recipe, value| {
+            let words = [("1", Nvfp4Scale::Full), ("17/16", Nvfp4Scale::Headroom)];
+            let rule = choice(value, &words, "1 or 17/16")?;
+            let takes = |o: &Operand| {
+                let nvfp4 = matches!(o.format().scale(), Scale::TwoLevels(_, Outer::Tensor));
+                nvfp4 && o.rounding() == Rounding::Unbiased
+            };
+            if !recipe.operands().into_iter().any(takes) {
+                return Err(Refused::HasNo("stochastic rounding to NVFP4 below one scale"));
+            }
+            recipe.change(|_, _, operand| {
+                let format = Format::nvfp4(rule, operand.format().block().vectors() > 1);
+                Ok(if takes(&operand) { operand.in_format(format) } else { operand })
+            })
+        },
+        show: |recipe| {
+            recipe.operands().into_iter().find_map(|o| match (o.rounding(), o.format().scale()) {
+                (Rounding::Unbiased, Scale::TwoLevels(rule, Outer::Tensor)) => {
+                    Some(if rule == Nvfp4Scale::Headroom { "17/16" } else { "1" }.into())
+                }
+                _ => None,
+            })
+        },
+    },
+    Switch {
+        key: "outer",
+        apply: |recipe, value| {
+            let powers = choice(value, &[("f32", false), ("power", true)], "f32 or power")?;
+            let format = Format::nvfp4_within(powers);
+            let takes = |o: &Operand| {
+                matches!(o.format().scale(), Scale::TwoLevels(_, Outer::Elements | Outer::Powers))
+            };
+            if !recipe.operands().into_iter().any(takes) {
+                return Err(Refused::HasNo("scales of 128 elements"));
+            }
+            let turned = |o: Operand| Ok(if takes(&o) { o.in_format(format) } else { o });
+            // Both at once: what the backward pass is made from has to be there.
+            recipe.with_linears(|linear| {
+                let gemm = |gemm: &Gemm| Gemm::new(turned(*gemm.a())?, turned(*gemm.b())?);
+                let [forward, dgrad, wgrad] = linear.gemms().map(gemm);
+                LinearRecipe::new(forward?, dgrad?, wgrad?)
+            })
+        },
+        show: |recipe| {
+            recipe.operands().into_iter().find_map(|o| match o.format().scale() {
+                Scale::TwoLevels(_, Outer::Elements) => Some("f32".into()),
+                Scale::TwoLevels(_, Outer::Powers) => Some("power".into()),
+                _ => None,
+            })
+        },
+    },
+    Switch {
+        key: "from",
+        apply: |recipe, value| {
+            let forward = choice(value, &[("x", false), ("q", true)], "x or q")?;
+            recipe.quantized()?;
+            recipe.change(|_, id, operand| match id {
+                OperandId::Dy => Ok(operand),
+                _ => Ok(if forward { operand.from_forward() } else { operand.of_tensor_itself() }),
+            })
+        },
+        show: |recipe| {
+            let [.., w, _, x] = recipe.operands();
+            let any = [w, x].iter().any(|o| !o.format().is_unscaled());
+            let forward = w.source() == OperandSource::Forward;
+            any.then(|| if forward { "q" } else { "x" }.into())
+        },
+    },
+    Switch {
+        key: "rht",
+        apply: |recipe, value| {
+            let words = [("off", [false; 2]), ("wgrad", [false, true]), ("bwd", [true; 2])];
+            let which = choice(value, &words, "off, wgrad or bwd")?;
+            recipe.quantized()?;
+            let transform = recipe.transform().unwrap_or(Transform::DEFAULT);
+            recipe.change(|gemm, _, operand| {
+                let wanted = which[usize::from(gemm == GemmId::Wgrad)];
+                if wanted { operand.with_transform(transform) } else { Ok(operand.unrotated()) }
+            })
+        },
+        show: |recipe| {
+            recipe.quantized().ok()?;
+            let gemms =
+                recipe.linear(0).backward().map(|gemm| (!gemm.is_unscaled()).then_some(gemm));
+            // One that falls back to bf16 says nothing.
+            let is = |one: Option<&Gemm>, other| one.or(other).and_then(Gemm::transform).is_some();
+            let (dgrad, wgrad) = (is(gemms[0], gemms[1]), is(gemms[1], gemms[0]));
+            Some(
+                match (dgrad, wgrad) {
+                    (false, false) => "off",
+                    (false, true) => "wgrad",
+                    (true, _) => "bwd",
+                }
+                .into(),
+            )
+        },
+    },
     Switch {
         key: "g",
         apply: |recipe, value| {
             let signs = recipe.transform()?.signs();
             let group = match value {
+                "16" => 16,
                 "32" => 32,
                 "64" => 64,
                 "128" => 128,
                 "256" => 256,
-                _ => return Err(Refused::Expected("32, 64, 128 or 256")),
+                _ => return Err(Refused::Expected("16, 32, 64, 128 or 256")),
             };
             recipe.with_transform(group, signs)
         },
-        show: |recipe| {
-            let group = recipe.transform().ok()?.group();
-            (group != Transform::DEFAULT.group()).then(|| group.to_string())
-        },
+        show: |recipe| Some(recipe.transform().ok()?.group().to_string()),
     },
     Switch {
         key: "signs",
         apply: |recipe, value| {
             let group = recipe.transform()?.group();
-            let signs = match value {
-                "random" => Signs::Random,
-                "fixed" => Signs::Fixed,
-                _ => return Err(Refused::Expected("random or fixed")),
-            };
+            let signs = choice(value, &SIGNS, "random, fixed or nvidia")?;
             recipe.with_transform(group, signs)
         },
-        show: |recipe| (recipe.transform().ok()?.signs() == Signs::Fixed).then(|| "fixed".into()),
-    },
-    Switch {
-        key: "sr",
-        apply: |recipe, value| {
-            let gemm = recipe.mxfp4()?;
-            if [gemm.a(), gemm.b()].iter().all(|o| o.rounding() == Rounding::Nearest) {
-                return Err(Refused::HasNo("stochastic rounding"));
-            }
-            let (dy, other) = match value {
-                "both" => (Rounding::Unbiased, Rounding::Unbiased),
-                "dy" => (Rounding::Unbiased, Rounding::Nearest),
-                "other" => (Rounding::Nearest, Rounding::Unbiased),
-                _ => return Err(Refused::Expected("both, dy or other")),
-            };
-            recipe.change(|_, id, operand| {
-                operand.with_rounding(if id == OperandId::Dy { dy } else { other })
-            })
-        },
-        show: |recipe| {
-            let gemm = recipe.mxfp4().ok()?;
-            match (gemm.a().rounding(), gemm.b().rounding()) {
-                (Rounding::Unbiased, Rounding::Nearest) => Some("dy".into()),
-                (Rounding::Nearest, Rounding::Unbiased) => Some("other".into()),
-                _ => None,
-            }
-        },
+        show: |recipe| word(recipe.transform().ok()?.signs(), &SIGNS),
     },
     Switch {
         key: "range",
         apply: |recipe, value| {
-            let gemm = recipe.mxfp4()?;
-            if [gemm.a(), gemm.b()].iter().all(|o| o.rounding() == Rounding::Unbiased) {
+            let takes = |o: &Operand| o.format().is_mxfp4() && o.rounding() == Rounding::Nearest;
+            let mxfp4 = |o: &&Operand| o.format().is_mxfp4();
+            let operands = recipe.operands();
+            if !operands[2..].iter().any(mxfp4) {
+                return Err(Refused::HasNo("MXFP4 GEMM"));
+            }
+            if !operands[2..].iter().any(|o| takes(o)) {
                 return Err(Refused::HasNo("rounding to nearest"));
             }
             let range = match value {
@@ -322,53 +781,121 @@ const SWITCHES: [Switch; 8] = [
                 "3/4" => Range::ThreeQuarters,
                 _ => return Err(Refused::Expected("1 or 3/4")),
             };
-            recipe.change(|_, _, operand| match operand.rounding() {
-                Rounding::Nearest => operand.with_range(range),
-                Rounding::Unbiased => Ok(operand),
-            })
+            recipe.change(|_, _, o| if takes(&o) { o.with_range(range) } else { Ok(o) })
         },
         show: |recipe| {
-            let gemm = recipe.mxfp4().ok()?;
-            let differs = |o: &&Operand| o.range() != Operand::from(o.rounding()).range();
-            [gemm.a(), gemm.b()].iter().any(differs).then(|| "3/4".into())
+            let takes = |o: &&Operand| o.format().is_mxfp4() && o.rounding() == Rounding::Nearest;
+            let operand = recipe.operands().into_iter().skip(2).find(takes)?;
+            Some(if operand.range() == Range::Full { "1" } else { "3/4" }.into())
+        },
+    },
+    Switch {
+        key: "mantissa",
+        apply: |recipe, value| {
+            let (bits, cut) = match value.strip_suffix('t') {
+                Some(bits) => (bits, true),
+                None => (value, false),
+            };
+            let expected = "1 to 7 bits, with a t where others are cut off";
+            let bits = bits.parse().ok().filter(|bits| (1..=7).contains(bits));
+            let bits = bits.ok_or(Refused::Expected(expected))?;
+            let in_bf16 =
+                |gemm: &Gemm| matches!(gemm.element(), Element::Bf16 | Element::Mantissa(..));
+            if !recipe.linear(0).gemms().into_iter().all(in_bf16) {
+                return Err(Refused::HasNo("bf16 in all three GEMMs"));
+            }
+            let format = if bits == 7 { Format::BF16 } else { Format::mantissa(bits, cut) };
+            let gemm = Gemm::of(Operand::of(format));
+            recipe.with_linears(|_| LinearRecipe::new(gemm, gemm, gemm))
+        },
+        show: |recipe| match recipe.linear(0).forward().element() {
+            Element::Mantissa(bits, cut) => Some(format!("{bits}{}", if cut { "t" } else { "" })),
+            _ => None,
+        },
+    },
+    Switch {
+        key: "fwd",
+        apply: |recipe, value| {
+            if value != "bf16" {
+                return Err(Refused::Expected("bf16"));
+            }
+            if recipe.linear(0).forward().is_unscaled() {
+                return Err(Refused::HasNo("quantized forward GEMM"));
+            }
+            recipe.quantized()?;
+            recipe.with_linears(|linear| Ok(linear.in_bf16(true, false)))
+        },
+        show: |recipe| {
+            let forward = recipe.linear(0).forward().element();
+            (forward == Element::Bf16 && recipe.quantized().is_ok()).then(|| "bf16".into())
         },
     },
     Switch {
         key: "dgrad",
         apply: |recipe, value| recipe.with_bf16_in(GemmId::Dgrad, value),
-        show: |recipe| recipe.shown_as_bf16(recipe.linear().dgrad()),
+        show: |recipe| shown_as_bf16(recipe, recipe.linear(0).dgrad()),
     },
     Switch {
         key: "wgrad",
         apply: |recipe, value| recipe.with_bf16_in(GemmId::Wgrad, value),
-        show: |recipe| recipe.shown_as_bf16(recipe.linear().wgrad()),
+        show: |recipe| shown_as_bf16(recipe, recipe.linear(0).wgrad()),
+    },
+    Switch {
+        key: "bf16-first-layers",
+        apply: |recipe, value| {
+            let first_layers = value.parse().map_err(|_| Refused::Expected("a count"))?;
+            recipe.falls_back(first_layers > 0)?;
+            Ok(recipe.with_exceptions(Exceptions { first_layers, ..recipe.exceptions }))
+        },
+        show: |recipe| Some(recipe.exceptions.first_layers.to_string()),
     },
     Switch {
         key: "bf16-last-layers",
         apply: |recipe, value| {
-            let bf16_last_layers = value.parse().map_err(|_| Refused::Expected("a count"))?;
-            if bf16_last_layers > 0 {
-                recipe.mxfp4()?;
-            }
-            Ok(Recipe { bf16_last_layers, ..recipe.clone() })
+            let count = value.parse().map_err(|_| Refused::Expected("a count"))?;
+            recipe.falls_back(count > 0)?;
+            let last_layers = Layers::Count(count);
+            Ok(recipe.with_exceptions(Exceptions { last_layers, ..recipe.exceptions }))
         },
-        show: |recipe| (recipe.bf16_last_layers > 0).then(|| recipe.bf16_last_layers.to_string()),
+        show: |recipe| match recipe.exceptions.last_layers {
+            Layers::Count(count) => Some(count.to_string()),
+            Layers::Share(_) => None,
+        },
     },
     Switch {
         key: "bf16-last-steps",
         apply: |recipe, value| {
-            let fraction = value.parse().map_err(|_| Refused::Expected("a fraction"))?;
-            if !(0.0..=1.0).contains(&fraction) {
+            let last_steps = value.parse().map_err(|_| Refused::Expected("a fraction"))?;
+            if !(0.0..=1.0).contains(&last_steps) {
                 return Err(Refused::Expected("a fraction from 0 to 1"));
             }
-            if fraction > 0.0 {
-                recipe.mxfp4()?;
-            }
-            Ok(Recipe { bf16_last_steps: fraction, ..recipe.clone() })
+            recipe.falls_back(last_steps > 0.0)?;
+            Ok(recipe.with_exceptions(Exceptions { last_steps, ..recipe.exceptions }))
         },
-        show: |recipe| (recipe.bf16_last_steps > 0.0).then(|| recipe.bf16_last_steps.to_string()),
+        show: |recipe| Some(recipe.exceptions.last_steps.to_string()),
+    },
+    Switch {
+        key: "bf16-layers-pass",
+        apply: |recipe, value| {
+            let of_layers = choice(value, &Passes::ALL, "bwd, fwd or all")?;
+            Ok(recipe.with_exceptions(Exceptions { of_layers, ..recipe.exceptions }))
+        },
+        show: |recipe| Some(recipe.exceptions.of_layers.name()),
+    },
+    Switch {
+        key: "bf16-steps-pass",
+        apply: |recipe, value| {
+            let of_steps = choice(value, &Passes::ALL, "bwd, fwd or all")?;
+            Ok(recipe.with_exceptions(Exceptions { of_steps, ..recipe.exceptions }))
+        },
+        show: |recipe| Some(recipe.exceptions.of_steps.name()),
     },
 ];
+
+/// Of a switch that turns a GEMM to bf16 where the name has it quantized.
+fn shown_as_bf16(recipe: &Recipe, gemm: &Gemm) -> Option<String> {
+    (recipe.quantized().is_ok() && gemm.element() == Element::Bf16).then(|| "bf16".into())
+}
 
 impl Default for Recipe {
     fn default() -> Self {
@@ -410,12 +937,17 @@ impl FromStr for Recipe {
     }
 }
 
+/// The name, and the switches that make of it what it is not by itself.
 impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name)?;
-        for Switch { key, show, .. } in &SWITCHES {
-            if let Some(value) = show(self) {
+        let mut written = Self::named(self.name).map_err(|_| fmt::Error)?;
+        for Switch { key, show, apply } in &SWITCHES {
+            let value = show(self);
+            if let Some(value) = value.filter(|value| Some(value) != show(&written).as_ref()) {
                 write!(f, ",{key}={value}")?;
+                // What one switch sets another may follow from.
+                written = apply(&written, &value).map_err(|_| fmt::Error)?;
             }
         }
         Ok(())
@@ -429,12 +961,23 @@ mod tests {
     #[test]
     fn every_name_and_switch_survives_a_round_trip() {
         let switched = [
-            "mxfp4-rht-sr,g=128,signs=fixed,sr=dy,wgrad=bf16",
+            "mxfp4-rht-sr,sr=dy,g=128,signs=fixed,wgrad=bf16",
             "mxfp4-sr,sr=other,bf16-last-layers=2,bf16-last-steps=0.1",
             "fp8-mxfp4-rht-sr,g=32,dgrad=bf16",
             "mxfp4,range=3/4",
             "mxfp4-rht,g=32,range=3/4,wgrad=bf16",
             "mxfp4-rht-sr,sr=dy,range=3/4",
+            "mxfp4-sr,scale=ceil",
+            "mxfp4-mxfp4-rht,scale=even,scale-fwd=quest-floor,from=q",
+            "nvfp4-nvfp4-sr,46=fwd,headroom=1,rht=wgrad,g=16,signs=nvidia",
+            "nvfp4-nvfp4,w=2d",
+            "nvfp4-eden,g=256,wgrad=bf16",
+            "tetrajet2,sr=dy+x,outer=f32",
+            "tetrajet,sr=off,from=x,fwd=bf16,bf16-last-steps=0.1,bf16-steps-pass=bwd",
+            "nvidia-nvfp4,bf16-first-layers=1,bf16-last-layers=3,bf16-layers-pass=fwd",
+            "quartet2,46=off",
+            "bf16,mantissa=4t",
+            "fp8,bf16-first-layers=2",
         ];
         for s in Recipe::NAMES.into_iter().chain(switched) {
             assert_eq!(s.parse::<Recipe>().unwrap().to_string(), s);
@@ -447,6 +990,10 @@ mod tests {
             ("mxfp4-sr,sr=other,sr=both", "mxfp4-sr"),
             ("mxfp4-rht-sr,range=3/4,sr=dy", "mxfp4-rht-sr,sr=dy,range=3/4"),
             ("mxfp4-rht-sr,sr=dy,range=3/4,sr=other", "mxfp4-rht-sr,sr=other,range=3/4"),
+            (
+                "mxfp4-rht-sr,wgrad=bf16,signs=fixed,g=128,sr=dy",
+                "mxfp4-rht-sr,sr=dy,g=128,signs=fixed,wgrad=bf16",
+            ),
         ] {
             let recipe = long.parse::<Recipe>().unwrap();
             assert_eq!((recipe.to_string().as_str(), &recipe), (short, &short.parse().unwrap()));
@@ -459,16 +1006,28 @@ mod tests {
             ("fp4", "expected one of fp32"),
             ("mxfp4-rht-sr,g=48", "32, 64, 128 or 256"),
             ("mxfp4,g=64", "no transform"),
-            ("bf16,sr=dy", "no MXFP4 GEMM"),
+            ("bf16,sr=dy", "no quantized backward GEMM"),
             ("mxfp4-rht,sr=dy", "no stochastic rounding"),
             ("mxfp4-rht-sr,range=3/4", "range: mxfp4-rht-sr has no rounding to nearest"),
             ("bf16,range=3/4", "range: bf16 has no MXFP4 GEMM"),
             ("mxfp4,range=0.75", "range: expected 1 or 3/4, got \"0.75\""),
-            ("mxfp4,dgrad=bf16,wgrad=bf16", "nothing in MXFP4"),
+            ("mxfp4,dgrad=bf16,wgrad=bf16", "nothing quantized"),
             ("mxfp4,bf16-last-steps=2", "from 0 to 1"),
-            ("fp32,bf16-last-layers=2", "bf16-last-layers: fp32 has no MXFP4 GEMM"),
-            ("bf16,bf16-last-steps=0.1", "bf16-last-steps: bf16 has no MXFP4 GEMM"),
-            ("mxfp4,colour=red", "known are g, signs, sr, range, dgrad, wgrad, bf16-last-layers"),
+            ("fp32,bf16-last-layers=2", "bf16-last-layers: fp32 has no quantized GEMM"),
+            ("bf16,bf16-last-steps=0.1", "bf16-last-steps: bf16 has no quantized GEMM"),
+            ("nvfp4-eden,signs=fixed", "unbiased over random rotations"),
+            ("quartet2,g=64", "unbiased over random rotations"),
+            ("nvfp4-sr,46=fwd", "46: nvfp4-sr has no forward GEMM in NVFP4"),
+            ("mxfp4-rht,g=16", "at least a block of 32, got 16"),
+            ("mxfp4-rht-sr,from=q", "use the tensor itself"),
+            ("mxfp4-sr,scale=quest", "leaves nothing above 6"),
+            ("mxfp4-rht-sr,signs=nvidia", "those of a group of 16; got 64"),
+            ("tetrajet,w=2d", "squares of one scale are rounded to nearest"),
+            ("fp8,rht=bwd", "needs an operand in MXFP4 or NVFP4; got one in FP8 E5M2"),
+            ("fp8,mantissa=3", "mantissa: fp8 has no bf16 in all three GEMMs"),
+            ("bf16,mantissa=8", "1 to 7 bits"),
+            ("bf16,fwd=bf16", "fwd: bf16 has no quantized forward GEMM"),
+            ("mxfp4,colour=red", "known are sr, scale, scale-fwd, w"),
         ] {
             let error = s.parse::<Recipe>().unwrap_err().to_string();
             assert!(error.contains(part), "{s}: {error}");
@@ -478,11 +1037,40 @@ mod tests {
     #[test]
     fn last_layers_and_last_steps_fall_back_to_bf16() {
         let r: Recipe = "mxfp4,bf16-last-layers=1,bf16-last-steps=0.25".parse().unwrap();
-        let is_bf16 =
-            |layer, step| r.for_layer(layer, 3, step, 100).dgrad().format() == Format::BF16;
+        let is_bf16 = |layer, step| r.for_layer(layer, 3, step, 100)[1].dgrad().is_in(Format::BF16);
         assert!(!is_bf16(0, 0) && !is_bf16(1, 74));
         assert!(is_bf16(2, 0) && is_bf16(0, 75));
         let all: Recipe = format!("mxfp4,bf16-last-layers={}", usize::MAX).parse().unwrap();
-        assert!((0..3).all(|layer| all.for_layer(layer, 3, 0, 0).dgrad().format() == Format::BF16));
+        assert!((0..3).all(|layer| all.for_layer(layer, 3, 0, 0)[3].dgrad().is_in(Format::BF16)));
+    }
+
+    /// Which passes of which blocks and steps of each fall back, forward and backward.
+    #[test]
+    fn exceptions_take_the_passes_that_they_name() {
+        let unscaled = |recipe: &str, layer, layers, step| {
+            let recipe: Recipe = recipe.parse().unwrap();
+            let linear = recipe.for_layer(layer, layers, step, 100)[0];
+            (linear.forward().is_unscaled(), linear.dgrad().is_unscaled())
+        };
+        for (recipe, layer, layers, step, expected) in [
+            // 15% of 12, 24, 36 and 48 blocks are 2, 4, 5 and 7.
+            ("nvidia-nvfp4", 9, 12, 0, (false, false)),
+            ("nvidia-nvfp4", 10, 12, 0, (true, true)),
+            ("nvidia-nvfp4", 19, 24, 0, (false, false)),
+            ("nvidia-nvfp4", 20, 24, 0, (true, true)),
+            ("nvidia-nvfp4", 30, 36, 0, (false, false)),
+            ("nvidia-nvfp4", 31, 36, 0, (true, true)),
+            ("nvidia-nvfp4", 41, 48, 0, (true, true)),
+            ("nvidia-nvfp4,bf16-last-steps=0.18", 0, 12, 81, (false, false)),
+            ("nvidia-nvfp4,bf16-last-steps=0.18", 0, 12, 82, (true, false)),
+            ("nvidia-nvfp4,bf16-last-layers=0", 11, 12, 0, (false, false)),
+            ("fp4-all-the-way,bf16-last-steps=0.1", 0, 12, 90, (false, true)),
+            ("tetrajet,bf16-first-layers=1", 0, 12, 0, (true, true)),
+            ("tetrajet,bf16-first-layers=1,bf16-layers-pass=bwd", 0, 12, 0, (false, true)),
+            ("tetrajet,bf16-last-steps=0.5,bf16-steps-pass=fwd", 0, 12, 50, (true, false)),
+            ("fp8-mxfp4-rht-sr,bf16-last-layers=1", 11, 12, 0, (false, true)),
+        ] {
+            assert_eq!(unscaled(recipe, layer, layers, step), expected, "{recipe} {layer} {step}");
+        }
     }
 }

@@ -111,7 +111,7 @@ impl TrainerOptions {
         }
         options.optimizer.validate()?;
         options.schedule.validate()?;
-        if options.recipe.bf16_last_steps() > 0.0 && options.schedule.total_steps == 0 {
+        if options.recipe.excepts_steps() && options.schedule.total_steps == 0 {
             let message = "bf16-last-steps is a part of a schedule's steps, whose number \
                            (total_steps) is not set";
             return Err(Error::invalid("recipe", message));

@@ -280,7 +280,7 @@ fn linear_backward() {
 }
 
 fn linear_backward_on(cuda: &Cuda) {
-    let recipe = |name: &str| *name.parse::<Recipe>().unwrap().linear();
+    let recipe = |name: &str| *name.parse::<Recipe>().unwrap().linear(0);
     let (bf16, mxfp4) = (recipe("bf16"), recipe("mxfp4-rht-sr"));
     let rows = 16384;
     println!("backward pass, {rows} tokens         bf16 us   mxfp4-rht-sr us   ratio");

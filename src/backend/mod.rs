@@ -42,7 +42,7 @@ pub use optimize::{Optimize, Trained};
 pub use stream::CudaStream;
 
 use crate::Result;
-use crate::formats::{Element, Gemm, LinearRecipe};
+use crate::formats::{Element, Gemm, LINEARS, LinearRecipe};
 
 /// Something that each device has a type of its own for: engines, models, trainers and decoders
 /// hold one, and [`on_device`] calls what is generic over [`Backend`] below it.
@@ -77,10 +77,7 @@ impl Precision {
     /// Of what lies around a recipe's forward GEMM: activations, attention, the head (which the
     /// paper keeps out of MXFP4 and FP8).
     pub fn of(forward: &Gemm) -> Self {
-        match forward.format().element() {
-            Element::F32 => Self::F32,
-            Element::Bf16 | Element::E4m3 | Element::E2m1 => Self::Bf16,
-        }
+        if forward.element() == Element::F32 { Self::F32 } else { Self::Bf16 }
     }
 }
 
@@ -134,7 +131,7 @@ pub struct StepPlan {
     /// Of activations and their gradients, and of the products of attention and the head.
     pub precision: Precision,
     /// Formats of the linear layers of each block.
-    pub layers: Vec<LinearRecipe>,
+    pub layers: Vec<[LinearRecipe; LINEARS]>,
 }
 
 /// A device that trains GPTs.

@@ -10,26 +10,37 @@ pub const E4M3_MAX: f32 = 448.0;
 /// The smallest power of two s for which `amax / s` is at most 448, kept within 2^-100 .. 2^100.
 /// 1 for a tensor of zeros; NaN where `amax` is NaN or infinite.
 pub fn e4m3_scale(amax: f32) -> f32 {
+    // 448 = 1.75 * 2^8.
+    power_scale(amax, 8)
+}
+
+/// The same for a largest value of 1.75 * 2^`largest`.
+pub(super) fn power_scale(amax: f32, largest: i32) -> f32 {
     if amax == 0.0 {
         return 1.0;
     }
     if !amax.is_finite() {
         return f32::NAN;
     }
-    // 448 = 1.75 * 2^8: the exponent is floor(log2 max) - 8, one more above a mantissa of 1.75.
+    // floor(log2 amax) - largest, one more above a mantissa of 1.75.
     let bits = amax.to_bits();
     let above = i32::from(bits & 0x007f_ffff > 0x0060_0000);
-    let exponent = ((bits >> 23) as i32 - 127 - 8 + above).clamp(-100, 100);
+    let exponent = ((bits >> 23) as i32 - 127 - largest + above).clamp(-100, 100);
     f32::from_bits(((exponent + 127) as u32) << 23)
 }
 
 /// The E4M3 value nearest to `v`, ties to even, saturated at +-448. NaN stays NaN.
 pub fn round_to_e4m3(v: f32) -> f32 {
-    let magnitude = v.abs().min(E4M3_MAX);
-    // Below 2^-6 the grid is even, with steps of 2^-9; above, steps are 2^-3 of the binade.
-    let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(-6);
+    round_to_fp8::<3, -6>(v, E4M3_MAX)
+}
+
+/// The same for a format with `MANTISSA` bits and normal numbers from 2^`LOWEST` on.
+pub(super) fn round_to_fp8<const MANTISSA: i32, const LOWEST: i32>(v: f32, largest: f32) -> f32 {
+    let magnitude = v.abs().min(largest);
+    // Below the normal numbers the grid is even; above, steps are 2^-MANTISSA of the binade.
+    let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(LOWEST);
     // Adding and subtracting 1.5 * 2^23 steps rounds to a whole number of steps, ties to even.
-    let magic = f32::from_bits(((exponent - 3 + 23 + 127) as u32) << 23) * 1.5;
+    let magic = f32::from_bits(((exponent - MANTISSA + 23 + 127) as u32) << 23) * 1.5;
     let rounded = (magnitude + magic) - magic;
     if v.is_nan() { v } else { rounded.copysign(v) }
 }

@@ -72,6 +72,23 @@ pub enum OperandId {
     X = 1,
     /// Weight, in dgrad.
     W = 2,
+    /// Scales of blocks of these, where they are rounded stochastically.
+    DyScales = 3,
+    /// Likewise.
+    XScales = 4,
+    /// Likewise.
+    WScales = 5,
+}
+
+impl OperandId {
+    /// What the scales of its blocks are drawn for.
+    pub fn of_scales(self) -> Self {
+        match self {
+            Self::Dy | Self::DyScales => Self::DyScales,
+            Self::X | Self::XScales => Self::XScales,
+            Self::W | Self::WScales => Self::WScales,
+        }
+    }
 }
 
 /// The GEMMs of a backward pass.

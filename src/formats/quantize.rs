@@ -1,7 +1,7 @@
 //! From 32 f32 values to one block: a scale byte and 32 codes.
 
 use super::BLOCK;
-use super::e8m0::{E8M0_NAN, scale_byte};
+use super::e8m0::{E8M0_NAN, PowerRule, decode_e8m0};
 
 /// How elements are rounded to E2M1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -10,6 +10,9 @@ pub enum Rounding {
     Nearest,
     /// Stochastically, so that the mean is the value (Algorithm 2). Nothing may saturate.
     Unbiased,
+    /// To the nearest value, and the scale stochastically, so that the mean over random rotations
+    /// is the value ([`super::quantize_nvfp4_eden`]).
+    Eden,
 }
 
 /// The part of E2M1's range that a block's scale lets the largest magnitude come to. What the range
@@ -43,30 +46,36 @@ pub fn quantize_block(
     bits: impl Fn(usize) -> u16,
 ) -> (u8, [u8; BLOCK]) {
     let mut codes = [0; BLOCK];
-    // Comparing magnitudes as integers also lets NaN win.
-    let max_bits = v.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0);
-    let scale = scale_byte(max_bits);
-    if scale == E8M0_NAN {
-        return (scale, codes);
-    }
-    // 2^-exponent, exact: the exponent lies in -127 ..= 125.
-    let inverse = f32::from_bits((254 - u32::from(scale)) << 23);
-    // NOTE: values see one multiplication, by a factor that is exact itself: one rounding, not two.
-    let factor = range.factor() * inverse;
+    let scale = PowerRule::Floor.byte(v);
     for (i, (code, x)) in codes.iter_mut().zip(v).enumerate() {
-        let y = x.abs() * factor;
-        let magnitude = match rounding {
-            Rounding::Nearest => nearest(y),
-            Rounding::Unbiased => stochastic(y, bits(i)),
-        };
-        *code = magnitude | ((x.to_bits() >> 31) as u8) << 3;
+        *code = quantize_element(*x, scale, rounding, range, || bits(i));
     }
     (scale, codes)
 }
 
+/// The code of an element of a block with this scale byte; 0 for a byte of 255.
+pub(super) fn quantize_element(
+    v: f32,
+    scale: u8,
+    rounding: Rounding,
+    range: Range,
+    bits: impl FnOnce() -> u16,
+) -> u8 {
+    if scale == E8M0_NAN {
+        return 0;
+    }
+    // NOTE: values see one multiplication, by a factor that is exact itself: one rounding, not two.
+    let y = v.abs() * (range.factor() * decode_e8m0(254 - scale));
+    let magnitude = match rounding {
+        Rounding::Nearest | Rounding::Eden => nearest(y),
+        Rounding::Unbiased => stochastic(y, bits()),
+    };
+    magnitude | ((v.to_bits() >> 31) as u8) << 3
+}
+
 /// Code of the value nearest to y >= 0. At a midpoint the even code wins, so every second threshold
 /// is inclusive.
-fn nearest(y: f32) -> u8 {
+pub(super) fn nearest(y: f32) -> u8 {
     u8::from(y > 0.25)
         + u8::from(y >= 0.75)
         + u8::from(y > 1.25)
@@ -82,7 +91,7 @@ fn nearest(y: f32) -> u8 {
 /// cutting them off rounds stochastically; a carry walks into the exponent, as it should. Below 1
 /// the grid is even (steps of 0.5), which adding 1 turns into the same case. The half step of 2^-17
 /// centres the resolution: an exact grid value never moves, and the mean is off by at most 2^-17.
-fn stochastic(y: f32, bits: u16) -> u8 {
+pub(super) fn stochastic(y: f32, bits: u16) -> u8 {
     let (u, first) = if y < 1.0 { (y + 1.0, 254) } else { (y, 252) };
     (((u.to_bits() + (u32::from(bits) << 6 | 32)) >> 22) - first) as u8
 }

@@ -12,7 +12,7 @@ use crate::backend::{
     LinearBackward, LinearForward, NormBackward, NormParams, NormStatistics, OutputGradient,
     ResidualSum, Sequences, Slot, StepPlan,
 };
-use crate::formats::Random;
+use crate::formats::{LinearRecipe, Random};
 
 /// What one pass over a batch works with.
 pub(crate) struct Pass<'a, B: Backend> {
@@ -195,6 +195,10 @@ impl<'a, B: Backend> Pass<'a, B> {
         NormParams { w: self.param(norm.w), b: self.param(norm.b) }
     }
 
+    fn recipe(&self, block: usize, layer: Linear) -> &'a LinearRecipe {
+        &self.plan.layers[block][layer.number as usize]
+    }
+
     fn shapes(&self) -> Shapes<'a> {
         let (sequences, precision) = (self.sequences, self.plan.precision);
         Shapes { config: self.config, sequences, precision }
@@ -248,7 +252,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
         let operands = LinearForward { y, x, w, b, epilogue };
         let (shape, recipe) =
-            (self.shapes().linears()[layer.number as usize], &self.plan.layers[block]);
+            (self.shapes().linears()[layer.number as usize], self.recipe(block, layer));
         self.backend.linear_forward(self.workspace, operands, shape, recipe);
     }
 
@@ -272,7 +276,7 @@ impl<'a, B: Backend> Pass<'a, B> {
             linear: layer.number,
         };
         let (shape, recipe) =
-            (self.shapes().linears()[layer.number as usize], &self.plan.layers[block]);
+            (self.shapes().linears()[layer.number as usize], self.recipe(block, layer));
         self.backend.linear_backward(self.workspace, operands, shape, recipe, &random);
     }
 

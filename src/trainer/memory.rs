@@ -4,7 +4,7 @@
 //! memory for thousands of them; a test compares it with what a trainer takes, at every option.
 
 use super::batch::Batch;
-use crate::backend::{Backend, Precision, Sequences, WorkspaceShape, on_device};
+use crate::backend::{Backend, Sequences, WorkspaceShape, on_device};
 use crate::gpt::{ActivationGradients, Activations, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::reserve::collect;
@@ -131,7 +131,7 @@ impl<B: Backend> Buffers<B> {
     ) -> Result<Self> {
         let mut cut = Measured::new(backend, bytes)?;
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
-        let precision = Precision::of(options.recipe.linear().forward());
+        let precision = options.recipe.precision();
         let flat = Flat::new(backend, &mut cut, config, options, plan)?;
         let (arena, kept) = (&mut cut.arena, Some(options.recompute));
         let shapes = Shapes { config, sequences, precision };

@@ -230,3 +230,8 @@ pub(crate) fn functions() -> Vec<String> {
 pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()
 }
+
+/// The recipes with a backward pass in MXFP4 of the paper, and what these are compared with: the
+/// ones that kernels are made for.
+pub(crate) const FIRST_RECIPES: [&str; 7] =
+    ["fp32", "bf16", "mxfp4", "mxfp4-rht", "mxfp4-sr", "mxfp4-rht-sr", "fp8-mxfp4-rht-sr"];

@@ -1,13 +1,13 @@
-//! Linear layers in every recipe, against the definition of its numbers: operands as
-//! [`Mxfp4Matrix`] and E4M3 have them, bit for bit, and the f64 product of those.
+//! Linear layers in every recipe, against the definition of its numbers: operands as [`Quantized`]
+//! has them, bit for bit, and the f64 product of those.
 //!
 //! NOTE: inputs have nothing behind them here. A device may look for the largest magnitude of a
 //! whole tensor that no operation of its own has written.
 
 use super::*;
 use crate::formats::{
-    self, Element, Format, Gemm, GemmId, LinearRecipe, Mxfp4Matrix, Operand, OperandId,
-    OperandSource, Rounding, Source,
+    self, Bits, Format, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Quantized,
+    Rounding, Source,
 };
 
 /// Rows, inputs and outputs: some that nothing divides, then those that tensor cores take whole.
@@ -22,7 +22,7 @@ const SIZES: [[usize; 3]; 7] = [
 ];
 
 /// Recipes that switches make, of what no name alone is.
-const SWITCHED: [&str; 8] = [
+const SWITCHED: [&str; 23] = [
     "mxfp4-rht,g=32",
     "mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16",
     "mxfp4-rht-sr,g=256,signs=fixed",
@@ -31,6 +31,21 @@ const SWITCHED: [&str; 8] = [
     "mxfp4,range=3/4",
     "mxfp4-rht,range=3/4",
     "mxfp4-rht-sr,sr=dy,range=3/4",
+    "bf16,mantissa=4",
+    "bf16,mantissa=3t",
+    "mxfp4-rht-sr,scale=even",
+    "mxfp4-sr,sr=dy,scale=ceil,w=2d",
+    "mxfp4-mxfp4,scale-fwd=quest,scale=quest-floor",
+    "mxfp4-mxfp4-rht-sr,from=q,g=32",
+    "tetrajet,from=x",
+    "tetrajet,fwd=bf16",
+    "tetrajet,rht=wgrad,dgrad=bf16",
+    "nvfp4-sr,headroom=1,rht=bwd,g=16",
+    "nvfp4-nvfp4,46=fwd,w=2d",
+    "nvfp4-nvfp4-rht-sr,from=q,g=16,signs=fixed",
+    "nvfp4-eden,g=256,dgrad=bf16",
+    "tetrajet2,outer=f32",
+    "fp8-mxfp4-rht-sr,from=q",
 ];
 
 /// A recipe whose backward GEMMs have groups of their own.
@@ -85,22 +100,26 @@ impl Layer {
     fn exact(&self, recipe: &LinearRecipe) -> Exact {
         let LinearShape { rows, inputs, outputs } = self.shape;
         let Self { x, w, b, dy, .. } = self;
-        let forward = |values: &[f32]| match recipe.forward().format().element() {
-            Element::F32 => values.to_vec(),
-            Element::Bf16 => rounded(values, Precision::Bf16),
-            Element::E4m3 => as_fp8(values),
-            Element::E2m1 => unreachable!("no forward pass is in MXFP4"),
-        };
-        let y =
-            reference::linear_forward(&f64s(&forward(x)), &f64s(&forward(w)), &f64s(b), self.shape);
         let source = |data, rows, depth, transposed| Source { data, rows, depth, transposed };
-        let of_w = (source(w, inputs, outputs, true), OperandId::W);
-        let dx = product(GemmId::Dgrad, recipe.dgrad(), source(dy, rows, outputs, false), of_w);
-        // What the forward pass kept of x.
-        let is_kept = recipe.wgrad().b().source() == OperandSource::Forward;
-        let kept = if is_kept { as_fp8(x) } else { x.clone() };
-        let of_x = (source(&kept, inputs, rows, true), OperandId::X);
-        let dw = product(GemmId::Wgrad, recipe.wgrad(), source(dy, outputs, rows, true), of_x);
+        let of_x = source(x, rows, inputs, false);
+        let of_w = source(w, outputs, inputs, false);
+        let gemm = recipe.forward();
+        let mut y = product(GemmId::Dgrad, gemm, (of_x, OperandId::X), (of_w, OperandId::W));
+        y.iter_mut().enumerate().for_each(|(i, y)| *y += f64::from(b[i % outputs]));
+        // A backward operand is made from the tensor, or from what the forward pass made of it.
+        let seen = |of: Source<'_>, operand: &Operand, forward: &Operand| match operand.source() {
+            OperandSource::HighPrecision => of.data.to_vec(),
+            OperandSource::Forward => quantized(of, forward, &[], OperandId::X).dequantized(inputs),
+        };
+        let (dgrad, wgrad) = (recipe.dgrad(), recipe.wgrad());
+        let w = seen(of_w, dgrad.b(), gemm.b());
+        let x = seen(of_x, wgrad.b(), gemm.a());
+        let of_dy = (source(dy, rows, outputs, false), OperandId::Dy);
+        let of_w = (source(&w, inputs, outputs, true), OperandId::W);
+        let dx = product(GemmId::Dgrad, dgrad, of_dy, of_w);
+        let of_dy = (source(dy, outputs, rows, true), OperandId::Dy);
+        let of_x = (source(&x, inputs, rows, true), OperandId::X);
+        let dw = product(GemmId::Wgrad, wgrad, of_dy, of_x);
         let mut db = vec![0.0; outputs];
         dy.iter().enumerate().for_each(|(i, dy)| db[i % outputs] += f64::from(*dy));
         Exact { y, dx, dw, db }
@@ -135,38 +154,28 @@ impl Layer {
     }
 }
 
-/// Values in E4M3 with one scale.
-fn as_fp8(values: &[f32]) -> Vec<f32> {
-    let scale = formats::e4m3_scale(values.iter().fold(0.0, |amax: f32, v| amax.max(v.abs())));
-    values.iter().map(|v| formats::round_to_e4m3(v / scale) * scale).collect()
+/// An operand as its format defines it.
+fn quantized(of: Source<'_>, operand: &Operand, signs: &[f32], id: OperandId) -> Quantized {
+    let bits = Bits {
+        elements: RANDOM.rounding(id),
+        scales: RANDOM.rounding(id.of_scales()),
+        transposed: of.transposed,
+    };
+    Quantized::new(of, operand, signs, &bits)
 }
 
-/// A backward GEMM as its formats define it, of dy and another operand.
+/// A GEMM as the formats of its operands define it.
 fn product(
     id: GemmId,
     gemm: &Gemm,
-    dy: Source<'_>,
-    (other, other_id): (Source<'_>, OperandId),
+    (a, a_id): (Source<'_>, OperandId),
+    (b, b_id): (Source<'_>, OperandId),
 ) -> Vec<f64> {
-    if gemm.format() != Format::MXFP4 {
-        let f32 = gemm.format() == Format::F32;
-        let precision = if f32 { Precision::F32 } else { Precision::Bf16 };
-        let [a, b] = [dy, other].map(|operand| {
-            let at = |i| operand.at(i / operand.depth, i % operand.depth);
-            let values: Vec<f32> = (0..operand.rows * operand.depth).map(at).collect();
-            f64s(&rounded(&values, precision))
-        });
-        return reference::product(&a, &b, dy.rows, other.rows, dy.depth);
-    }
     let mut signs = [0.0; formats::MAX_GROUP];
     let signs = formats::fill_signs(&mut signs, gemm.transform(), id, &RANDOM);
-    let quantized = |source, operand: &Operand, id| {
-        Mxfp4Matrix::quantize(source, signs, *operand, &RANDOM.rounding(id))
-    };
-    let a = quantized(dy, gemm.a(), OperandId::Dy);
-    let b = quantized(other, gemm.b(), other_id);
-    let [of_a, of_b] = [&a, &b].map(|matrix| f64s(&matrix.dequantize()));
-    let mut out = reference::product(&of_a, &of_b, a.rows, b.rows, a.depth);
+    let a = quantized(a, gemm.a(), signs, a_id);
+    let b = quantized(b, gemm.b(), signs, b_id);
+    let mut out = reference::product(&a.dequantize(), &b.dequantize(), a.rows, b.rows, a.depth);
     out.iter_mut().for_each(|v| *v *= f64::from(gemm.alpha()));
     out
 }
@@ -196,7 +205,7 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                 b.linear_forward(&mut scratch, operands, shape, &recipe);
                 close(b, &what("y"), &read(b, &y), &exact.y, Of::Activation, precision);
 
-                let in_mxfp4 = recipe.wgrad().format() == Format::MXFP4;
+                let in_mxfp4 = recipe.wgrad().is_in(Format::MXFP4);
                 let of_dw = if in_mxfp4 { Of::Mxfp4Wgrad(shape) } else { Of::ParameterGradient };
                 for accumulate in [true, false] {
                     let before = [(outputs * inputs, 5), (outputs, 6)].map(|(len, seed)| {

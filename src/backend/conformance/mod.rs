@@ -220,7 +220,7 @@ fn tokens<B: Harness>(b: &B, ids: &[u32]) -> B::Tokens {
 
 /// The layers of a recipe.
 fn linear_recipe(name: &str) -> LinearRecipe {
-    *name.parse::<Recipe>().unwrap().linear()
+    *name.parse::<Recipe>().unwrap().linear(0)
 }
 
 /// Scratch memory for one more sequence than there is, with layers of up to `channels` channels, in
@@ -234,9 +234,13 @@ pub(in crate::backend) fn workspace<B: Harness>(
     precision: Precision,
 ) -> B::Workspace {
     let names = match precision {
-        Precision::F32 => ["fp32", "mxfp4-rht,g=256"],
-        Precision::Bf16 => ["bf16", "fp8-mxfp4-rht-sr,g=256"],
+        Precision::F32 => vec!["fp32", "mxfp4-rht,g=256"],
+        Precision::Bf16 => {
+            let names = Recipe::NAMES.into_iter().filter(|name| *name != "fp32");
+            names.chain(["fp8-mxfp4-rht-sr,g=256", "tetrajet2,outer=f32"]).collect()
+        }
     };
+    let recipes: Vec<_> = names.into_iter().map(linear_recipe).collect();
     let sequences = Sequences { batch: sequences.batch + 1, ..sequences };
     let (rows, c, head_size) = (sequences.rows(), channels, channels / heads);
     let linears = [[c, 3 * c], [c, c], [c, 4 * c], [4 * c, c]]
@@ -253,7 +257,7 @@ pub(in crate::backend) fn workspace<B: Harness>(
             precision,
         },
         head: HeadShape { rows, channels, vocab_size, precision },
-        recipes: &names.map(linear_recipe),
+        recipes: &recipes,
         backward: true,
     };
     cut(b, |arena| b.workspace(arena, &shape))

@@ -5,36 +5,66 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Conversion, Format, Matrix, Output, PackedMut, Quantization};
+use super::gemm::{Conversion, Format, Matrix, Output, Quantization};
 use super::isa::{Isa, simd_fn};
+use super::quantize::{Source, conversion, packs_at_once, scale_result};
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu, JOB_ELEMENTS, gelu};
 use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
     WorkspaceShape,
 };
-use crate::formats::{self, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random};
+use crate::formats::{
+    self, Bits, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random,
+};
+
+/// Columns that a job sums.
+const COLUMNS_AT_ONCE: usize = 64;
 
 /// What these layers need of a workspace for the recipes of a shape.
 pub(super) fn scratch(isa: Isa, shape: &WorkspaceShape<'_>) -> ScratchSize {
     let mut size = ScratchSize::default();
-    let (a, [b, ..]) = (&mut size.a, &mut size.b);
     for LinearShape { rows, inputs, outputs } in shape.linears.iter().copied() {
-        for gemm in shape.recipes.iter().map(LinearRecipe::forward) {
-            let (format, group) = (Format::carrying(gemm.format()), gemm.group());
-            a.add(isa, [rows, inputs], format, group);
-            b.add(isa, [outputs, inputs], format, group);
-        }
-        // As if both products were as each is, which costs next to nothing.
-        for gemm in shape.backward_gemms() {
-            let (format, group) = (Format::carrying(gemm.format()), gemm.group());
-            a.add(isa, [rows, outputs], format, group); // dgrad: dy
-            b.add(isa, [inputs, outputs], format, group); // dgrad: W
-            a.add(isa, [outputs, rows], format, group); // wgrad: dy
-            b.add(isa, [inputs, rows], format, group); // wgrad: x
+        for recipe in shape.recipes {
+            let forward = recipe.forward();
+            add_gemm(isa, &mut size, forward, forward.b(), [rows, outputs, inputs]);
+            if shape.backward {
+                let w = (recipe.dgrad(), forward.b(), [rows, inputs, outputs]);
+                let x = (recipe.wgrad(), forward.a(), [outputs, inputs, rows]);
+                for (gemm, forward, sizes @ [_, inputs, vectors]) in [w, x] {
+                    add_gemm(isa, &mut size, gemm, forward, sizes);
+                    if gemm.b().source() == OperandSource::Forward {
+                        let group = forward.format().block().depth();
+                        size.values[2].add([vectors, inputs], group);
+                    }
+                }
+            }
         }
     }
     size
+}
+
+/// Room for the operands of a product of m and n vectors of length k.
+fn add_gemm(
+    isa: Isa,
+    size: &mut ScratchSize,
+    gemm: &Gemm,
+    forward: &Operand,
+    [m, n, k]: [usize; 3],
+) {
+    let group = gemm.group();
+    if packs_at_once(gemm, forward) {
+        let format = Format::carrying(gemm.a().format());
+        size.a.add(isa, [m, k], format, group);
+        size.b[0].add(isa, [n, k], format, group);
+    } else {
+        // Padding is among the values.
+        let (format, depth) = (conversion(gemm).format(), k.next_multiple_of(group));
+        size.a.add(isa, [m, depth], format, 1);
+        size.b[0].add(isa, [n, depth], format, 1);
+        size.values[0].add([m, k], group);
+        size.values[1].add([n, k], group);
+    }
 }
 
 impl Linear for Cpu {
@@ -47,13 +77,16 @@ impl Linear for Cpu {
     ) {
         let LinearForward { y, x, w, b, epilogue } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
-        let format = recipe.forward().format();
-        let x = Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs);
-        let w = Matrix::rows_by_depth(w, outputs, inputs);
-        let [x, w] = [x, w].map(|matrix| dequantized(self, matrix, format));
-        let memory = (workspace.a.as_mut(), workspace.b[0].as_mut());
+        let operands = [
+            (Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs), OperandId::X),
+            (Matrix::rows_by_depth(w, outputs, inputs), OperandId::W),
+        ];
+        // Nothing is drawn in a forward pass.
+        let random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
+        let (gemm, forward) = (recipe.forward(), recipe.forward().b());
+        let of = For { gemm, id: GemmId::Dgrad, forward, random: &random, sums: false };
         let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
-        self.product([&x, &w].map(|matrix| (matrix, plain(format))), memory, out);
+        self.multiply(workspace, operands, of, out);
         if let Epilogue::Gelu { out, form } = epilogue {
             self.gelu_forward(out, y, rows * outputs, form);
         }
@@ -77,23 +110,23 @@ impl Linear for Cpu {
             }
         };
         let (dy, x) = (&dy[..rows * outputs], &x[..rows * inputs]);
-        let memory = (workspace.a.as_mut(), workspace.b[0].as_mut());
-        let operands = [
+        let dgrad = [
             (Matrix::rows_by_depth(dy, rows, outputs), OperandId::Dy),
             (Matrix::depth_by_rows(w, inputs, outputs), OperandId::W),
         ];
         let out = Output { c: dx, stride: inputs, alpha: 1.0, bias: None, accumulate: false };
-        product(self, memory, operands, recipe.dgrad(), GemmId::Dgrad, random, out);
+        let (gemm, forward) = (recipe.dgrad(), recipe.forward().b());
+        let of = For { gemm, id: GemmId::Dgrad, forward, random, sums: false };
+        self.multiply(workspace, dgrad, of, out);
 
-        let mut x = Matrix::depth_by_rows(x, inputs, rows);
-        if recipe.wgrad().b().source() == OperandSource::Forward {
-            x = dequantized(self, x, recipe.forward().format());
-        }
-        let memory = (workspace.a.with_vector_sums(), workspace.b[0].as_mut());
-        let dy = Matrix::depth_by_rows(dy, outputs, rows);
-        let operands = [(dy, OperandId::Dy), (x, OperandId::X)];
+        let wgrad = [
+            (Matrix::depth_by_rows(dy, outputs, rows), OperandId::Dy),
+            (Matrix::depth_by_rows(x, inputs, rows), OperandId::X),
+        ];
         let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate };
-        product(self, memory, operands, recipe.wgrad(), GemmId::Wgrad, random, out);
+        let (gemm, forward) = (recipe.wgrad(), recipe.forward().a());
+        let of = For { gemm, id: GemmId::Wgrad, forward, random, sums: true };
+        self.multiply(workspace, wgrad, of, out);
         // dy^T passed through packing row by row; its row sums are the bias gradient.
         for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
             *db = if accumulate { *db + sum } else { *sum };
@@ -109,28 +142,99 @@ impl Linear for Cpu {
     }
 }
 
-/// One backward GEMM.
-fn product(
-    cpu: &Cpu,
-    memory: (PackedMut<'_>, PackedMut<'_>),
-    [(a, a_id), (b, b_id)]: [(Matrix<'_>, OperandId); 2],
-    gemm: &Gemm,
+/// What a GEMM is computed for.
+#[derive(Clone, Copy)]
+struct For<'a> {
+    gemm: &'a Gemm,
+    /// Of the transform's signs; of a forward pass none are drawn.
     id: GemmId,
-    random: &Random,
-    out: Output<'_>,
-) {
-    if gemm.format() != formats::Format::MXFP4 {
-        let conversion = plain(gemm.format());
-        return cpu.product([(&a, conversion), (&b, conversion)], memory, out);
+    /// What the forward pass made of operand B, where B is made from that.
+    forward: &'a Operand,
+    random: &'a Random,
+    /// Whether the sums of A's vectors are wanted, which is transposed then: in the memory of A.
+    sums: bool,
+}
+
+impl Cpu {
+    /// A GEMM of two operands by its recipe.
+    fn multiply(
+        &self,
+        workspace: &mut Workspace,
+        [(a, a_id), (mut b, b_id)]: [(Matrix<'_>, OperandId); 2],
+        of: For<'_>,
+        out: Output<'_>,
+    ) {
+        let For { gemm, id, forward, random, sums } = of;
+        let Workspace { a: a_memory, b: [b_memory, ..], values, .. } = workspace;
+        let [a_values, b_values, forward_values] = values;
+        let mut signs = [0.0; formats::MAX_GROUP];
+        let signs = formats::fill_signs(&mut signs, gemm.transform(), id, random);
+        let from_forward = gemm.b().source() == OperandSource::Forward;
+        if packs_at_once(gemm, forward) {
+            let seen = if from_forward { forward } else { gemm.b() };
+            let (a, b) =
+                (dequantized(self, a, gemm.a().format()), dequantized(self, b, seen.format()));
+            let converted = |operand: &Operand, id| {
+                if operand.format() != formats::Format::MXFP4 {
+                    return plain(operand.format());
+                }
+                let (rounding, range) = (operand.rounding(), operand.range());
+                let draw = random.rounding(id);
+                Conversion::Mxfp4(Quantization { signs, rounding, range, draw })
+            };
+            let operands = [(&a, converted(gemm.a(), a_id)), (&b, converted(gemm.b(), b_id))];
+            let a_memory = if sums { a_memory.with_vector_sums() } else { a_memory.as_mut() };
+            let out = Output { alpha: gemm.alpha(), ..out };
+            return self.product(operands, (a_memory, b_memory.as_mut()), out);
+        }
+        if sums {
+            column_sums(self, &mut a_memory.vector_sums_mut()[..a.rows], a.data);
+        }
+        if from_forward {
+            let matrix = Matrix::rows_by_depth(b.data, b.depth, b.rows);
+            let signs = &signs[..0];
+            let bits = bits(random, b_id, false);
+            let source = Source { matrix, operand: forward, signs, bits };
+            b.data = forward_values.dequantized(self, source);
+        }
+        let (of_a, of_b) = (bits(random, a_id, a.transposed), bits(random, b_id, b.transposed));
+        let a = Source { matrix: a, operand: gemm.a(), signs, bits: of_a };
+        let b = Source { matrix: b, operand: gemm.b(), signs, bits: of_b };
+        let (a, b) = (a_values.quantize(self, a), b_values.quantize(self, b));
+        let conversion = conversion(gemm);
+        let operands = [(&a.matrix, conversion), (&b.matrix, conversion)];
+        let memory = (a_memory.as_mut(), b_memory.as_mut());
+        let alpha = gemm.alpha() * (a.scale * b.scale);
+        let scales = [a.vector_scales, b.vector_scales];
+        if scales.iter().all(|scales| scales.is_empty()) {
+            return self.product(operands, memory, Output { alpha, ..out });
+        }
+        let (rows, columns) = (a.matrix.rows, b.matrix.rows);
+        let Output { c, stride, bias, accumulate, .. } = out;
+        assert!(stride == columns && !accumulate, "results that vectors scale are overwritten");
+        let without = Output { c, stride, alpha, bias: None, accumulate };
+        self.product(operands, memory, without);
+        scale_result(self, &mut c[..rows * columns], columns, scales, bias);
     }
-    let mut signs = [0.0; formats::MAX_GROUP];
-    let signs = formats::fill_signs(&mut signs, gemm.transform(), id, random);
-    let quantized = |operand: &Operand, id| {
-        let (rounding, range) = (operand.rounding(), operand.range());
-        Conversion::Mxfp4(Quantization { signs, rounding, range, draw: random.rounding(id) })
-    };
-    let operands = [(&a, quantized(gemm.a(), a_id)), (&b, quantized(gemm.b(), b_id))];
-    cpu.product(operands, memory, Output { alpha: gemm.alpha(), ..out });
+}
+
+/// The random bits of an operand.
+fn bits(random: &Random, id: OperandId, transposed: bool) -> Bits {
+    Bits { elements: random.rounding(id), scales: random.rounding(id.of_scales()), transposed }
+}
+
+/// The sums of the columns of `x`, in the order of its rows.
+fn column_sums(cpu: &Cpu, sums: &mut [f32], x: &[f32]) {
+    let columns = sums.len();
+    cpu.install(|| {
+        sums.par_chunks_mut(COLUMNS_AT_ONCE).enumerate().for_each(|(i, sums)| {
+            sums.fill(0.0);
+            for row in x.chunks_exact(columns) {
+                let row = &row[i * COLUMNS_AT_ONCE..][..sums.len()];
+                sums.iter_mut().zip(row).for_each(|(sum, v)| *sum += v);
+            }
+        });
+    });
 }
 
 /// To what carries a format other than MXFP4. E4M3 values are bf16 values too, so FP8 products are

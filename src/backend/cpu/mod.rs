@@ -19,6 +19,7 @@ mod math;
 mod memory;
 mod norm;
 mod optimize;
+mod quantize;
 #[cfg(test)]
 mod tests;
 mod workers;

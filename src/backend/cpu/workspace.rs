@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::arena::{Arena, Buffer};
 use super::gemm::{PackMemory, PackSize};
+use super::quantize::{ValueMemory, ValueSize};
 
 /// Scratch memory for models of one shape.
 pub struct Workspace {
@@ -15,6 +16,8 @@ pub struct Workspace {
     pub(super) a: PackMemory,
     /// Operands B: one for each that is kept at a time.
     pub(super) b: [PackMemory; 3],
+    /// Operands A and B in numbers, and what the forward pass dequantized of one.
+    pub(super) values: [ValueMemory; 3],
     pub(super) elements: Buffer<f32>,
     /// (threads, elements of a thread)
     of_threads: Buffer<f32>,
@@ -26,6 +29,7 @@ pub struct Workspace {
 pub(super) struct ScratchSize {
     pub(super) a: PackSize,
     pub(super) b: [PackSize; 3],
+    pub(super) values: [ValueSize; 3],
     pub(super) elements: usize,
     /// Elements of each thread.
     pub(super) of_thread: usize,
@@ -36,9 +40,12 @@ impl ScratchSize {
     pub(super) fn max(self, other: Self) -> Self {
         let mut b = self.b;
         b.iter_mut().zip(other.b).for_each(|(b, other)| *b = b.max(other));
+        let mut values = self.values;
+        values.iter_mut().zip(other.values).for_each(|(v, other)| *v = v.max(other));
         Self {
             a: self.a.max(other.a),
             b,
+            values,
             elements: self.elements.max(other.elements),
             of_thread: self.of_thread.max(other.of_thread),
         }
@@ -50,6 +57,10 @@ impl Workspace {
         Self {
             a: PackMemory::new(arena, size.a),
             b: size.b.map(|size| PackMemory::new(arena, size)),
+            values: size.values.map(|ValueSize { values, scales }| ValueMemory {
+                values: arena.alloc(values),
+                scales: arena.alloc(scales),
+            }),
             elements: arena.alloc(size.elements),
             of_threads: arena.alloc(threads * size.of_thread),
             thread_len: size.of_thread,

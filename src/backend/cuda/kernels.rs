@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 15] = [
+pub(super) static FILES: [File; 16] = [
     file!("optimize", [], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
@@ -68,6 +68,9 @@ pub(super) static FILES: [File; 15] = [
         ["random.cuh", "quantize.cuh", "quantize_fp8.cuh", "gelu.cuh"],
         |chip| of_fp8(chip, "<64", "quantize_fp8_behind_gelu<64,B,B>")
     ),
+    file!("quantize_values", ["random.cuh"], |_| {
+        of("find_value_amax<T> round_values<T> scale_result<T>")
+    }),
     file!("sums", [], |_| of("bias_gradient<T> add_partials")),
 ];
 
@@ -177,6 +180,7 @@ mod tests {
             include_str!("quantize/carrier.rs"),
             include_str!("quantize/fp8.rs"),
             include_str!("quantize/sums.rs"),
+            include_str!("quantize/values.rs"),
         ];
         let listed: BTreeSet<_> = CHIPS
             .iter()

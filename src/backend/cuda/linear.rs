@@ -1,15 +1,17 @@
 //! The linear layers of a block: y = x W^T + b and its backward pass, in the formats of a recipe.
 
 use super::device::gemm::{Operand, Product, Type};
-use super::device::memory::Tensor;
+use super::device::memory::{Param, Tensor};
 use super::quantize::carrier::Carrier;
 use super::quantize::random::Drawn;
+use super::quantize::values::{self, Matrix, Of};
 use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, sums};
 use super::{Cuda, Workspace, gelu, kernel};
 use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
+    Precision,
 };
-use crate::formats::{self, Format, GemmId, LinearRecipe, OperandId, OperandSource, Random};
+use crate::formats::{self, Format, Gemm, GemmId, LinearRecipe, OperandId, OperandSource, Random};
 
 impl Linear for Cuda {
     fn linear_forward(
@@ -20,37 +22,25 @@ impl Linear for Cuda {
         recipe: &LinearRecipe,
     ) {
         let LinearShape { rows, inputs, outputs } = shape;
-        let precision = x.precision;
-        let (mut operands, mut scales) = ([precision.into(); 2], None);
-        let (x, w) = if recipe.forward().format() == Format::E4M3 {
-            let (master, amax) = (Source::master(&w), w.amax.address);
-            let weights = workspace.right.elements.address;
-            let carrier = Carrier::of(Format::E4M3, self.gpu.capability, shape);
-            if carrier == Carrier::Fp8 {
-                let x_amax = fp8::amax_of(self, &workspace.x_amax, x);
-                let kept = workspace.kept.address;
-                let factors = [&workspace.left, &workspace.right].map(|room| room.scales.address);
-                fp8::convert(self, kept, factors[0], Source::of(x), x_amax, rows * inputs);
-                fp8::convert(self, weights, factors[1], master, amax, outputs * inputs);
-                (operands, scales) = (carrier.types(Format::E4M3), Some(factors));
-                (kept, weights)
-            } else {
-                let kept_amax = workspace.kept_amax.address;
-                fp8::round(self, weights, kept_amax, master, amax, outputs * inputs);
-                (fp8::keep(self, workspace, x, rows * inputs).0, weights)
+        match Of::Forward.gemm(recipe) {
+            None => self.forward_product(workspace, y, (x, &w, &b), shape, recipe),
+            Some(gemm) => {
+                let precision = x.precision;
+                let bias = Some(b.as_read_in(precision));
+                let to = values::Output {
+                    address: y.write().address,
+                    precision,
+                    bias,
+                    accumulate: false,
+                };
+                let x = Matrix::of(x, rows, inputs, OperandId::X);
+                let w = Matrix::master(&w, outputs, inputs);
+                // Nothing is drawn in a forward pass.
+                let random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
+                let of = (Of::Forward, recipe, gemm);
+                values::multiply(self, workspace, of, [x, w], &random, to);
             }
-        } else {
-            (x.address(), w.as_read_in(precision))
-        };
-        let [left, right] = [x, w].map(|address| Operand::rows(address, inputs));
-        let sizes = [rows, outputs, inputs];
-        let product = Product {
-            operands,
-            bias: Some(b.as_read_in(precision)),
-            scales,
-            ..Product::new(precision.into(), sizes, left, right, y.write().address)
-        };
-        self.product(workspace, &product);
+        }
         // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that
         // gains 0.4 and 0.5 ms of a 63 ms step (its kernels with these epilogues are slower), and
         // its bits are not those of our kernel, which recomputing needs.
@@ -69,8 +59,11 @@ impl Linear for Cuda {
     ) {
         let LinearBackward { dx, dw, mut db, dy, x, w, accumulate } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
-        let [for_dgrad, for_wgrad] =
-            recipe.backward().map(|gemm| Some(gemm).filter(|gemm| gemm.format() == Format::MXFP4));
+        let by_values = [Of::Dgrad, Of::Wgrad].map(|of| Some((of, recipe, of.gemm(recipe)?)));
+        let in_mxfp4 = |gemm: &&Gemm| gemm.is_in(Format::MXFP4);
+        let [dgrad, wgrad] = recipe.backward().map(|gemm| Some(gemm).filter(in_mxfp4));
+        let for_dgrad = dgrad.filter(|_| by_values[0].is_none());
+        let for_wgrad = wgrad.filter(|_| by_values[1].is_none());
         let carrier = Carrier::of(Format::MXFP4, self.gpu.capability, shape);
         // Where dy is quantized for both products at once, and as what.
         let both = for_dgrad.filter(|gemm| carrier != Carrier::Bf16 && gemm.group() <= 64);
@@ -144,9 +137,15 @@ impl Linear for Cuda {
             }
         });
 
-        match for_dgrad {
-            None => self.product(workspace, &dgrad),
-            Some(gemm) => {
+        let whole_dy = Matrix::of(dy, rows, outputs, OperandId::Dy);
+        match (for_dgrad, by_values[0]) {
+            (None, None) => self.product(workspace, &dgrad),
+            (None, Some(of)) => {
+                let w = Matrix::master(&w, outputs, inputs).turned();
+                let to = values::Output { address: to, precision, bias: None, accumulate: false };
+                values::multiply(self, workspace, of, [whole_dy, w], random, to);
+            }
+            (Some(gemm), _) => {
                 let dy = of_dy(gemm.a());
                 if quantized_both.is_none() {
                     Quantization { by_rows: Some(dy_rows), ..dy }.run(self);
@@ -169,7 +168,8 @@ impl Linear for Cuda {
         }
 
         // What the forward pass kept of x, or x itself.
-        let in_fp8 = recipe.wgrad().b().source() == OperandSource::Forward;
+        let from_forward = recipe.wgrad().b().source() == OperandSource::Forward;
+        let in_fp8 = from_forward && by_values[1].is_none();
         let mut kept = Source::of(x);
         let mut x_amax = 0;
         if carrier == Carrier::Fp8 && for_wgrad.is_some() {
@@ -187,7 +187,16 @@ impl Linear for Cuda {
         };
         match for_wgrad {
             None => {
-                self.product(workspace, &wgrad);
+                match by_values[1] {
+                    None => self.product(workspace, &wgrad),
+                    Some(of) => {
+                        let (address, precision) = (dw.address(), Precision::F32);
+                        let to = values::Output { address, precision, bias: None, accumulate };
+                        let x = Matrix::of(x, rows, inputs, OperandId::X);
+                        let operands = [whole_dy, x].map(Matrix::turned);
+                        values::multiply(self, workspace, of, operands, random, to);
+                    }
+                }
                 sums::bias_gradient(self, workspace, &mut db, dy, (rows, outputs), accumulate);
             }
             Some(gemm) => {
@@ -228,6 +237,51 @@ impl Linear for Cuda {
             Activation::Gelu => kernel!(d, "gelu_of_all", true, true),
         };
         gelu::of_all(self, name, d, x, len);
+    }
+}
+
+impl Cuda {
+    /// y = x W^T + b in f32, bf16 or FP8.
+    fn forward_product(
+        &self,
+        workspace: &Workspace,
+        y: &mut Tensor,
+        (x, w, b): (&Tensor, &Param<'_>, &Param<'_>),
+        shape: LinearShape,
+        recipe: &LinearRecipe,
+    ) {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let precision = x.precision;
+        let (mut operands, mut scales) = ([precision.into(); 2], None);
+        let (x, w) = if recipe.forward().is_in(Format::E4M3) {
+            let (master, amax) = (Source::master(w), w.amax.address);
+            let weights = workspace.right.elements.address;
+            let carrier = Carrier::of(Format::E4M3, self.gpu.capability, shape);
+            if carrier == Carrier::Fp8 {
+                let x_amax = fp8::amax_of(self, &workspace.x_amax, x);
+                let kept = workspace.kept.address;
+                let factors = [&workspace.left, &workspace.right].map(|room| room.scales.address);
+                fp8::convert(self, kept, factors[0], Source::of(x), x_amax, rows * inputs);
+                fp8::convert(self, weights, factors[1], master, amax, outputs * inputs);
+                (operands, scales) = (carrier.types(Format::E4M3), Some(factors));
+                (kept, weights)
+            } else {
+                let kept_amax = workspace.kept_amax.address;
+                fp8::round(self, weights, kept_amax, master, amax, outputs * inputs);
+                (fp8::keep(self, workspace, x, rows * inputs).0, weights)
+            }
+        } else {
+            (x.address(), w.as_read_in(precision))
+        };
+        let [left, right] = [x, w].map(|address| Operand::rows(address, inputs));
+        let sizes = [rows, outputs, inputs];
+        let product = Product {
+            operands,
+            bias: Some(b.as_read_in(precision)),
+            scales,
+            ..Product::new(precision.into(), sizes, left, right, y.write().address)
+        };
+        self.product(workspace, &product);
     }
 }
 

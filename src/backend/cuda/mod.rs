@@ -1,8 +1,8 @@
 //! The CUDA backend: bf16 activations and copies of the weights (f32 ones in the recipe `fp32`),
 //! f32 master weights, moments and gradients; GEMMs by cuBLASLt, everything else by the kernels in
 //! `kernels/`, each launched from the file of the same name here or in `quantize/`, but for
-//! `normal.cu` (memory.rs), `product_sm120.cu` (quantize/carrier.rs) and `quantize_*.cu`
-//! (quantize/mod.rs).
+//! `normal.cu` (memory.rs), `product_sm120.cu` (quantize/carrier.rs), `quantize_values.cu`
+//! (quantize/values.rs) and the other `quantize_*.cu` (quantize/mod.rs).
 //!
 //! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum
 //! in an order that depends on shapes alone, so two runs on one kind of GPU give the same bits. The
@@ -120,7 +120,7 @@ impl Backend for Cuda {
                 remedy: format!("use more heads, so that each has at most {most} channels"),
             });
         }
-        let mxfp4 = shape.backward_gemms().any(|gemm| gemm.format() == Format::MXFP4);
+        let mxfp4 = shape.backward_gemms().any(|gemm| gemm.is_in(Format::MXFP4));
         let widest = shape.linears.iter().map(|layer| layer.outputs).max().unwrap_or(0);
         if mxfp4 && widest > quantize::MAX_DEPTH {
             return Err(Error::Unsupported {

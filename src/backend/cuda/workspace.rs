@@ -3,7 +3,7 @@
 use super::device::gemm;
 use super::device::memory::{Arena, Piece, size_of_element};
 use super::quantize::carrier::Carrier;
-use super::quantize::{BehindGelu, Target, sums};
+use super::quantize::{BehindGelu, Target, sums, values};
 use super::{head, norm};
 use crate::backend::{HeadShape, LinearShape, WorkspaceShape};
 use crate::formats::{Format, Gemm};
@@ -43,6 +43,8 @@ pub(crate) struct Workspace {
     pub(super) kept_amax: Piece,
     /// [`BehindGelu::attempt`], where no zeroed words are left.
     pub(super) attempt: Piece,
+    /// Of products whose operands are made as numbers.
+    pub(super) values: values::Room,
     /// One word: blocks whose scales were clamped since the last step ended.
     pub(super) clamped: Piece,
 }
@@ -58,8 +60,8 @@ impl Workspace {
         let partials = most(|layer| sums::partials(layer.rows, layer.outputs));
         let partials = norm::partials(norm.channels).max(partials) * usize::from(training);
 
-        let fp8 = recipes.iter().any(|recipe| recipe.forward().format() == Format::E4M3);
-        let in_mxfp4 = shape.backward_gemms().filter(|gemm| gemm.format() == Format::MXFP4);
+        let fp8 = recipes.iter().any(|recipe| recipe.forward().is_in(Format::E4M3));
+        let in_mxfp4 = shape.backward_gemms().filter(|gemm| gemm.is_in(Format::MXFP4));
         // As if both products were padded to the longer one's group, which costs next to nothing.
         let group = in_mxfp4.map(Gemm::group).max();
         let carrier = Carrier::best(Format::MXFP4, arena.capability());
@@ -86,13 +88,14 @@ impl Workspace {
         if carrier.has_block_scales() {
             scales[0] += second_scales;
         }
-        let mut room = |elements: usize, scales: usize| Room {
-            elements: arena.bytes(elements),
-            scales: arena.bytes(scales),
+        let values = values::Size::new(shape);
+        let mut room = |side: usize| Room {
+            elements: arena.bytes((operands[side] * 2).max(values.operands[side])),
+            scales: arena.bytes(scales[side]),
         };
         Self {
-            left: room(operands[0] * 2, scales[0]),
-            right: room(operands[1] * 2, scales[1]),
+            left: room(0),
+            right: room(1),
             columns_at: [operands[0] as u64, second_scales as u64],
             gemm: arena.bytes(gemm::WORKSPACE),
             logits: arena.bytes(logits),
@@ -109,6 +112,7 @@ impl Workspace {
             kept_amax: arena.bytes(4),
             attempt: arena.bytes(4 * BehindGelu::WORDS as usize),
             clamped: arena.bytes(4),
+            values: values.cut(arena),
         }
     }
 

@@ -39,8 +39,8 @@ pub(crate) struct CompareTrainArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
 
-    /// Recipe of a run, with switches as in `mxtrain train`; one option for each [default: all but
-    /// fp32]
+    /// Recipe of a run, with switches as in `mxtrain train`; one option for each [default: bf16
+    /// and all whose backward pass is in MXFP4]
     #[arg(long = "recipe", value_name = "NAME")]
     pub(crate) recipes: Vec<Recipe>,
 
@@ -85,7 +85,8 @@ pub(crate) struct GradientsArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) data: PathBuf,
 
-    /// Recipe to measure; one option for each [default: all with MXFP4]
+    /// Recipe to measure; one option for each [default: all whose backward
+    /// pass is in MXFP4]
     #[arg(long = "recipe", value_name = "NAME")]
     pub(crate) recipes: Vec<Recipe>,
 

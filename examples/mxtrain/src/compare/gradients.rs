@@ -13,6 +13,7 @@ use mxfp4train::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::RECIPES;
 use super::cli::GradientsArgs;
 use super::moments::{Moments, Statistics};
 use super::record::{self, DataRecord, Origin, Record};
@@ -148,7 +149,7 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
         return Err(Failure::usage("--draws: expected at least 2, for a variance; got fewer"));
     }
     let recipes = match args.recipes.as_slice() {
-        [] => Recipe::NAMES[2..].iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
+        [] => RECIPES[1..].iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
         given => given.to_vec(),
     };
     args.seed.say_if_drawn();
@@ -368,7 +369,7 @@ impl RecipeGradients {
 
 /// Whether the backward pass uses random bits that differ from step to step.
 fn is_random(recipe: &Recipe) -> bool {
-    recipe.linear().operands().iter().any(|(_, operand)| {
+    recipe.linear(0).operands().iter().any(|(_, operand)| {
         operand.rounding() == Rounding::Unbiased
             || operand.transform().is_some_and(|t| t.signs() == Signs::Random)
     })

@@ -18,6 +18,10 @@ pub(crate) use cli::CompareArgs;
 use crate::failure::Outcome;
 use cli::CompareCommand;
 
+/// What is compared where no recipe is named: bf16, and what has a backward pass in MXFP4.
+const RECIPES: [&str; 6] =
+    ["bf16", "mxfp4", "mxfp4-rht", "mxfp4-sr", "mxfp4-rht-sr", "fp8-mxfp4-rht-sr"];
+
 /// Runs the command.
 pub(crate) fn run(args: &CompareArgs) -> Outcome<ExitCode> {
     match &args.command {

@@ -6,11 +6,10 @@ use std::process::{self, ExitCode};
 use std::time::Instant;
 
 use indicatif::HumanCount;
-use mxfp4train::formats::{BLOCK, Format, Gemm};
-use mxfp4train::{
-    Error, EvalStats, ModelConfig, Recipe, StepStats, StopHandle, Trainer, TrainerOptions,
-};
+use mxfp4train::formats::{BLOCK, Format, Gemm, LinearRecipe};
+use mxfp4train::{Error, EvalStats, ModelConfig, StepStats, StopHandle, Trainer, TrainerOptions};
 
+use super::RECIPES;
 use super::cli::CompareTrainArgs;
 use super::record::{self, DataRecord, Origin, Point, Run, Settings};
 use crate::cli::VariantArgs;
@@ -90,7 +89,7 @@ struct Planned {
 /// All runs of this part of the comparison, seed by seed. What is there must be what would be made.
 fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<Vec<Planned>> {
     let recipes = match args.recipes.as_slice() {
-        [] => Recipe::NAMES[1..].iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
+        [] => RECIPES.iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
         given => given.to_vec(),
     };
     let record = DataRecord::of(data)?;
@@ -326,18 +325,18 @@ impl Tally {
 fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize, step: u64) -> u64 {
     let rows = options.batch_size * length;
     // A product of (m, depth) and (n, depth).
-    let blocks = |gemm: &Gemm, m: usize, n: usize, depth: usize| match gemm.format() {
-        Format::MXFP4 => (m + n) * depth.next_multiple_of(gemm.group()) / BLOCK,
-        _ => 0,
+    let blocks = |gemm: &Gemm, m: usize, n: usize, depth: usize| match gemm.is_in(Format::MXFP4) {
+        true => (m + n) * depth.next_multiple_of(gemm.group()) / BLOCK,
+        false => 0,
     };
     let of_layer = |layer| {
-        let recipe =
+        let recipes =
             options.recipe.for_layer(layer, config.layers, step, options.schedule.total_steps);
-        let of_linear = |[inputs, outputs]: [usize; 2]| {
+        let of_linear = |([inputs, outputs], recipe): ([usize; 2], LinearRecipe)| {
             blocks(recipe.dgrad(), rows, inputs, outputs)
                 + blocks(recipe.wgrad(), outputs, inputs, rows)
         };
-        config.linears().into_iter().map(of_linear).sum::<usize>()
+        config.linears().into_iter().zip(recipes).map(of_linear).sum::<usize>()
     };
     ((0..config.layers).map(of_layer).sum::<usize>() * options.accumulation) as u64
 }

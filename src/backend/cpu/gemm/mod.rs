@@ -74,8 +74,8 @@ impl Format {
     pub fn carrying(format: formats::Format) -> Self {
         match format.element() {
             Element::F32 => Self::F32,
-            Element::Bf16 | Element::E4m3 => Self::Bf16,
-            Element::E2m1 => Self::Mxfp4,
+            _ if format == formats::Format::MXFP4 => Self::Mxfp4,
+            _ => Self::Bf16,
         }
     }
 }

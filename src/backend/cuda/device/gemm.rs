@@ -105,6 +105,9 @@ pub(crate) struct Product {
     pub(crate) c_stride: usize,
     pub(crate) c_type: Type,
     pub(crate) alpha: f32,
+    /// On the device, instead of `alpha`: two f32, alpha and what C is multiplied by first, 1 where
+    /// the product is added to it, else 0.
+    pub(crate) factors: Option<u64>,
     pub(crate) accumulate: bool,
     /// (n), of C's format.
     pub(crate) bias: Option<u64>,
@@ -114,15 +117,30 @@ pub(crate) struct Product {
 }
 
 /// Everything that the choice of an algorithm depends on: sizes and strides, formats, layouts of
-/// the operands, whether there is something to add to and a bias.
-type Kind = ([usize; 6], [Type; 3], [Layout; 2], [bool; 2]);
+/// the operands, whether there is something to add to and a bias, and where the factors lie.
+type Kind = ([usize; 6], [Type; 3], [Layout; 2], [bool; 3]);
 
 impl Product {
     /// C (m, n), dense and of the operands' format, = A (m, k) B (n, k)^T.
     pub(crate) fn new(format: Type, [m, n, k]: [usize; 3], a: Operand, b: Operand, c: u64) -> Self {
         let (operands, c_type, scales) = ([format; 2], format, None);
-        let (alpha, accumulate, bias) = (1.0, false, None);
-        Self { m, n, k, operands, a, b, c, c_stride: n, c_type, alpha, accumulate, bias, scales }
+        let (alpha, factors, accumulate, bias, c_stride) = (1.0, None, false, None, n);
+        Self {
+            m,
+            n,
+            k,
+            operands,
+            a,
+            b,
+            c,
+            c_stride,
+            c_type,
+            alpha,
+            factors,
+            accumulate,
+            bias,
+            scales,
+        }
     }
 
     fn kind(&self) -> Kind {
@@ -131,7 +149,7 @@ impl Product {
             [m, n, k, a.stride, b.stride, c_stride],
             [first, second, c_type],
             [a.layout, b.layout],
-            [self.accumulate, self.bias.is_some()],
+            [self.accumulate, self.bias.is_some(), self.factors.is_some()],
         )
     }
 }
@@ -249,6 +267,10 @@ impl Plan {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
             set(product, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
         }
+        if example.factors.is_some() {
+            let mode = sys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_DEVICE;
+            set(product, Attribute::CUBLASLT_MATMUL_DESC_POINTER_MODE, &mode)?;
+        }
         if operands.contains(&Type::Mxfp8) {
             let mode = sys::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0;
             set(product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode)?;
@@ -298,14 +320,18 @@ impl Plan {
         set_pointers(self.product.0, product)?;
         let beta = if product.accumulate { 1.0f32 } else { 0.0 };
         let pointer = |address: u64| address as *mut c_void;
+        let factors: [*const c_void; 2] = match product.factors {
+            Some(address) => [address, address + 4].map(|at| pointer(at).cast_const()),
+            None => [std::ptr::from_ref(&product.alpha), &raw const beta].map(<*const f32>::cast),
+        };
         let [first, second, output] = &self.layouts;
         // SAFETY: the addresses are those of buffers of the sizes that the layouts say.
         unsafe {
             result::matmul(
                 handle,
                 self.product.0,
-                std::ptr::from_ref(&product.alpha).cast(),
-                std::ptr::from_ref(&beta).cast(),
+                factors[0],
+                factors[1],
                 pointer(product.b.address),
                 first.0,
                 pointer(product.a.address),

@@ -19,6 +19,7 @@ mod gelu;
 mod products;
 mod quantize;
 mod stable_adamw;
+mod values;
 
 use std::ffi::c_void;
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! What the operands of products become: MXFP4 in the form that the chip's products take.
+//! What the operands of products become: MXFP4 in the form that the chip's products take. What else
+//! there is becomes numbers that are multiplied exactly (`values`).
 //!
 //! An operand is quantized by one kernel, dy for both products by one, transposed where the
 //! reduction runs down the columns, so that every product reads both operands along the reduction
@@ -19,6 +20,7 @@ pub(super) mod carrier;
 pub(super) mod fp8;
 pub(super) mod random;
 pub(super) mod sums;
+pub(super) mod values;
 
 use std::ffi::c_void;
 

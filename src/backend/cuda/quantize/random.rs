@@ -3,30 +3,32 @@
 //! NOTE: what a draw is made for stays on the host beside it ([`Drawn`]), because a recorded kernel
 //! gets the draws of every step anew.
 
-use crate::formats::{self, GemmId, OperandId, Random, Signs};
+use crate::formats::{self, GemmId, OperandId, Random};
 
 /// `Transform` of the kernels.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
-struct Transform {
-    /// Sign i is bit i % 32 of word i / 32, as [`formats::Draw::fill_signs`] has it.
+pub(super) struct Transform {
+    /// Sign i is bit i % 32 of word i / 32, a set bit being -1.
     signs: [u32; formats::MAX_GROUP / 32],
     scale: f32,
 }
 
 impl Transform {
-    /// Of a group of 0 there is none.
-    fn new(group: usize, draw: &formats::Draw) -> Self {
+    /// With the signs of [`formats::fill_signs`].
+    pub(super) fn of(transform: Option<formats::Transform>, gemm: GemmId, random: &Random) -> Self {
+        let mut room = [0.0; formats::MAX_GROUP];
+        let drawn = formats::fill_signs(&mut room, transform, gemm, random);
         let mut signs = [0; formats::MAX_GROUP / 32];
-        for (call, words) in (0..).zip(signs[..group / 32].chunks_mut(4)) {
-            words.copy_from_slice(&draw.bits(call, 0)[..words.len()]);
+        for (i, sign) in drawn.iter().enumerate() {
+            signs[i / 32] |= u32::from(*sign < 0.0) << (i % 32);
         }
-        Self { signs, scale: formats::group_scale(group.max(1)) }
+        Self { signs, scale: formats::group_scale(drawn.len().max(1)) }
     }
 }
 
 /// `Draw` of the kernels.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
 pub(crate) struct Draw {
     words: [u32; 3],
@@ -79,13 +81,7 @@ impl Drawn {
 
     pub(super) fn draws(&self) -> Draws {
         let Self { random, gemms: [first, second], operand, transform } = self;
-        let of = |gemm| {
-            let signs = match transform.map(formats::Transform::signs) {
-                Some(Signs::Fixed) => formats::Draw::fixed_signs(random.seed),
-                Some(Signs::Random) | None => random.signs(gemm),
-            };
-            Transform::new(self.group(), &signs)
-        };
+        let of = |gemm| Transform::of(*transform, gemm, random);
         let by_rows = of(*first);
         let by_columns = if first == second { by_rows } else { of(*second) };
         Draws { by_rows, by_columns, draw: random.rounding(*operand).into() }

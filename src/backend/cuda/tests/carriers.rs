@@ -246,6 +246,7 @@ fn fp4_products_on_a_gpu() {
                 c_stride: n,
                 c_type: Type::F32,
                 alpha: 0.5,
+                factors: None,
                 accumulate,
                 bias: None,
                 scales: Some([a_scales, b_scales]),

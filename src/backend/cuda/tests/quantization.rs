@@ -245,6 +245,7 @@ fn error_of_fp8_product(cuda: &Cuda, what: &str, [a, b]: &[Matrix; 2]) -> f64 {
         c_stride: n,
         c_type: Type::F32,
         alpha: 1.0,
+        factors: None,
         accumulate: false,
         bias: None,
         scales: Some([a.words.address, b.words.address]),

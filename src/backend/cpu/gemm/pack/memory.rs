@@ -62,6 +62,11 @@ impl PackMemory {
         }
     }
 
+    /// Where these sums go, for who makes them otherwise; there may be more places than vectors.
+    pub(in crate::backend::cpu) fn vector_sums_mut(&mut self) -> &mut [f32] {
+        &mut self.vector_sums
+    }
+
     /// The sums that packing with [`PackMemory::with_vector_sums`] left.
     pub(in crate::backend::cpu) fn vector_sums(&self) -> &[f32] {
         &self.vector_sums

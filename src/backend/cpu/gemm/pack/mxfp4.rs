@@ -107,9 +107,11 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
                 // SAFETY: passed on; rows of 16 lanes.
                 unsafe {
                     let (scale, byte) = match (quantization.rounding, source.transposed) {
-                        (Rounding::Nearest, _) => quantize::<L, false, false, TILES>(
-                            values, part, draw, r0, k0, &table, words,
-                        ),
+                        (Rounding::Nearest | Rounding::Eden, _) => {
+                            quantize::<L, false, false, TILES>(
+                                values, part, draw, r0, k0, &table, words,
+                            )
+                        }
                         (Rounding::Unbiased, false) => quantize::<L, true, false, TILES>(
                             values, part, draw, r0, k0, &table, words,
                         ),

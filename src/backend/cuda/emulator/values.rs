@@ -1,0 +1,262 @@
+//! Operands in numbers: `quantize_values.cu`, bit for bit.
+
+use super::super::quantize::Launch;
+use super::super::quantize::Source as Address;
+use super::super::quantize::values::{Matrix, Quantization, Scaling, To};
+use super::{Emulator, SCHEDULES};
+use crate::backend::Precision;
+use crate::backend::conformance::RANDOM;
+use crate::formats::{
+    self, Bits, Draw, Format, GemmId, Nvfp4Scale, Operand, OperandId, PowerRule, Purpose,
+    Quantized, Range, Rounding, Signs, Source, Transform,
+};
+
+const RULES: [PowerRule; 5] =
+    [PowerRule::Floor, PowerRule::Ceil, PowerRule::Even, PowerRule::Quest, PowerRule::QuestFloor];
+
+/// One of every kind, and of every switch.
+fn operands() -> Vec<Operand> {
+    let of = Operand::of;
+    let mut all = vec![Operand::BF16, Operand::E4M3, Operand::E5M2];
+    for bits in 1..=7 {
+        all.extend([false, true].map(|cut| of(Format::mantissa(bits, cut))));
+    }
+    all.extend([Format::INT8_VECTORS, Format::INT8_TENSOR].map(of));
+    all.extend([false, true].map(|powers| of(Format::e2m1_vectors(powers))));
+    for rule in RULES {
+        for square in [false, true] {
+            let operand = of(Format::mxfp4(rule, square));
+            all.extend([operand, operand.within(Range::ThreeQuarters)]);
+            let deviation = matches!(rule, PowerRule::Quest | PowerRule::QuestFloor);
+            if !square && !deviation {
+                all.push(operand.rounded(Rounding::Unbiased));
+            }
+        }
+    }
+    for rule in [Nvfp4Scale::Full, Nvfp4Scale::Headroom, Nvfp4Scale::FourOverSix] {
+        all.extend([false, true].map(|square| of(Format::nvfp4(rule, square))));
+        if rule != Nvfp4Scale::FourOverSix {
+            all.push(of(Format::nvfp4(rule, false)).rounded(Rounding::Unbiased));
+        }
+    }
+    for powers in [false, true] {
+        let operand = of(Format::nvfp4_within(powers));
+        all.extend([operand, operand.rounded(Rounding::Unbiased)]);
+    }
+    // With each transform, of those that blocks let be.
+    let transforms = [
+        (16, Signs::Nvidia),
+        (16, Signs::Random),
+        (32, Signs::Fixed),
+        (64, Signs::Fixed),
+        (128, Signs::Random),
+        (256, Signs::Random),
+    ];
+    let plain = all.clone();
+    for (i, operand) in plain.iter().enumerate() {
+        let format = operand.format();
+        if !(format.is_mxfp4() || format.is_nvfp4()) {
+            continue;
+        }
+        let fits = |(group, _): &&(usize, Signs)| *group >= format.block().depth();
+        let fitting: Vec<_> = transforms.iter().filter(fits).collect();
+        // All are met, two with each.
+        for j in [i, i + 1] {
+            let (group, signs) = *fitting[j % fitting.len()];
+            all.push(operand.rotated(Transform::of(group, signs)));
+        }
+    }
+    let eden = of(Format::NVFP4).rounded(Rounding::Eden);
+    all.extend([128, 256].map(|group| eden.rotated(Transform::of(group, Signs::Random))));
+    all
+}
+
+/// What data are like.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Data {
+    Normal,
+    /// Numbers of all sizes, zeros, whole blocks at the ends of the range.
+    Tailed,
+    NotFinite,
+    Zero,
+}
+
+fn data(len: usize, kind: Data) -> Vec<f32> {
+    let mut values = vec![0.0; len];
+    formats::fill_normal(&mut values, 1.0, &Draw::of(3, Purpose::Weights, 87, 0), 0);
+    for (i, v) in values.iter_mut().enumerate() {
+        match kind {
+            Data::Normal => {}
+            Data::Zero => *v = 0.0,
+            Data::Tailed | Data::NotFinite => {
+                *v *= v.abs().powi(3);
+                match i / 37 % 29 {
+                    3 => *v = 0.0,
+                    7 => *v *= 1e-38,
+                    11 => *v *= 1e35,
+                    13 => *v *= 1e-30,
+                    17 => *v = 1.5 * 2f32.powi(i as i32 % 7 - 3),
+                    _ => {}
+                }
+            }
+        }
+    }
+    if kind == Data::NotFinite {
+        values[len / 3] = f32::NAN;
+        values[len - 1] = f32::NEG_INFINITY;
+    }
+    values
+}
+
+/// As bits of bf16 numbers or f32 ones, NaN being NaN.
+fn word(v: f32, wide: bool) -> u32 {
+    match (v.is_nan(), wide) {
+        (true, _) => u32::MAX,
+        (false, true) => v.to_bits(),
+        (false, false) => u32::from(half::bf16::from_f32(v).to_bits()) << 16,
+    }
+}
+
+/// Numbers, scales and dequantized values of every format are those of the definition.
+#[test]
+fn values_are_those_of_the_definition() {
+    let Some(emulator) = Emulator::new("quantize_values") else { return };
+    let mut cases = 0;
+    for (i, operand) in operands().iter().enumerate() {
+        for (j, shape) in [(33, 70), (21, 300), (3, 5)].into_iter().enumerate() {
+            // Tails, which have much of the rest, in all orientations; the others in turn.
+            let others = [Data::Normal, Data::NotFinite, Data::Zero];
+            let kind = if j == 0 { Data::Tailed } else { others[(i + j) % 3] };
+            for transposed in [false, true] {
+                let precision = [Precision::F32, Precision::Bf16][(i / 4 + j) % 2];
+                let schedule = SCHEDULES[cases % 3];
+                // Where numbers go does not depend on how they are made.
+                let to = [(true, false), (false, false), (true, true)][cases % 3];
+                check(&emulator, schedule, operand, (shape, kind), (precision, transposed), to);
+                cases += 1;
+            }
+        }
+    }
+}
+
+fn check(
+    emulator: &Emulator,
+    schedule: (u32, u32),
+    operand: &Operand,
+    ((vectors, length), kind): ((usize, usize), Data),
+    (precision, transposed): (Precision, bool),
+    (wide, dequantized): (bool, bool),
+) {
+    let what = format!("{operand:?} ({vectors}, {length}) {kind:?} {transposed} {precision:?}");
+    let mut values = data(vectors * length, kind);
+    let narrow: Vec<u16> = values.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect();
+    if precision == Precision::Bf16 {
+        values = narrow.iter().map(|v| half::bf16::from_bits(*v).to_f32()).collect();
+    }
+    let (id, gemm, transform) = (OperandId::X, GemmId::Wgrad, operand.transform());
+    let mut room = [0.0; formats::MAX_GROUP];
+    let signs = formats::fill_signs(&mut room, transform, gemm, &RANDOM);
+    let source = Source { data: &values, rows: vectors, depth: length, transposed };
+    let [elements, scales] = [id, id.of_scales()].map(|id| RANDOM.rounding(id));
+    let exact = Quantized::new(source, operand, signs, &Bits { elements, scales, transposed });
+
+    let address = match precision {
+        Precision::F32 => values.as_ptr() as u64,
+        Precision::Bf16 => narrow.as_ptr() as u64,
+    };
+    let has_scales = formats::has_vector_scales(operand.format());
+    let mut out = vec![0xaaaa_aaaa_u32; vectors * exact.depth];
+    let mut amaxes = vec![0u32; vectors];
+    let mut vector_scales = vec![f32::NAN; vectors];
+    let (mut scale, mut factors, other) = (f32::NAN, [f32::NAN; 2], 3.0f32);
+    let of = Quantization {
+        matrix: Matrix {
+            source: Address { address, precision },
+            amax: None,
+            vectors,
+            length,
+            transposed,
+            id,
+        },
+        operand: *operand,
+        transform,
+        gemm,
+        random: RANDOM,
+        to: To {
+            out: out.as_mut_ptr() as u64,
+            wide,
+            dequantized,
+            amax: amaxes.as_mut_ptr() as u64,
+            vector_scales: if has_scales { vector_scales.as_mut_ptr() as u64 } else { 0 },
+            scale: &raw mut scale as u64,
+            other: &raw const other as u64,
+            factors: factors.as_mut_ptr() as u64,
+            alpha: 4.0 / 3.0,
+            beta: 1.0,
+        },
+    };
+    let number = if precision == Precision::F32 { "float" } else { "bf16" };
+    let launch = of.launch();
+    if of.finds_amax() {
+        let name = format!("find_value_amax<{number}>");
+        emulator.launch(schedule, &name, launch, of.arguments());
+    }
+    emulator.launch(schedule, &format!("round_values<{number}>"), launch, of.arguments());
+
+    assert_eq!(of.depth(), exact.depth, "{what}");
+    assert_eq!(word(scale, true), word(exact.scale, true), "{what}: scale");
+    let factor = 4.0 / 3.0 * (other * exact.scale);
+    assert_eq!(factors.map(|v| word(v, true)), [factor, 1.0].map(|v| word(v, true)), "{what}");
+    if has_scales {
+        for (ours, exact) in vector_scales.iter().zip(&exact.vector_scales) {
+            assert_eq!(word(*ours, true), word(*exact, true), "{what}: scales of vectors");
+        }
+    }
+    let expected = if dequantized { exact.dequantized(length) } else { exact.values.clone() };
+    let narrow: &[u16] = bytemuck::cast_slice(&out);
+    for (at, expected) in expected.iter().enumerate() {
+        let ours = match wide {
+            true => f32::from_bits(out[at]),
+            false => half::bf16::from_bits(narrow[at]).to_f32(),
+        };
+        let depth = if dequantized { length } else { exact.depth };
+        assert!(
+            word(ours, wide) == word(*expected, wide),
+            "{what}: {ours} instead of {expected} at {:?}",
+            (at / depth, at % depth)
+        );
+    }
+}
+
+/// Results times scales of rows and columns, with a bias.
+#[test]
+fn results_are_scaled_by_their_vectors() {
+    let Some(emulator) = Emulator::new("quantize_values") else { return };
+    let (rows, columns) = (5, 300);
+    let c = data(rows * columns, Data::Normal);
+    let [of_rows, of_columns, bias] = [rows, columns, columns].map(|len| data(len, Data::Normal));
+    for (has_rows, has_columns, has_bias) in
+        [(true, false, true), (true, true, false), (false, true, true), (false, false, false)]
+    {
+        let mut out = vec![f32::NAN; rows * columns];
+        let address = |of: &[f32], has: bool| if has { of.as_ptr() as u64 } else { 0 };
+        let scaling = Scaling {
+            out: out.as_mut_ptr() as u64,
+            c: c.as_ptr() as u64,
+            of_rows: address(&of_rows, has_rows),
+            of_columns: address(&of_columns, has_columns),
+            bias: address(&bias, has_bias),
+            rows: rows as u32,
+            columns: columns as u32,
+        };
+        let launch = Launch { grid: [rows, 1, 1], block: 256, shared: 0 };
+        emulator.launch(SCHEDULES[0], "scale_result<float>", launch, scaling);
+        for (at, ours) in out.iter().enumerate() {
+            let (row, column) = (at / columns, at % columns);
+            let scale = if has_rows { of_rows[row] } else { 1.0 };
+            let scale = scale * if has_columns { of_columns[column] } else { 1.0 };
+            let expected = c[at] * scale + if has_bias { bias[column] } else { 0.0 };
+            assert_eq!(ours.to_bits(), expected.to_bits(), "({row}, {column})");
+        }
+    }
+}

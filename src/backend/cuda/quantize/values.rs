@@ -1,0 +1,640 @@
+//! Products of operands in any format: each becomes bf16 numbers, or f32 where their scales ask for
+//! that, which tensor cores then multiply exactly (`quantize_values.cu`). What the numbers are is
+//! the definition's own, bit for bit; what they are multiplied by besides, which depends on the
+//! tensor, stays on the device.
+//!
+//! The formats that have kernels of their own (`has_own_kernels`) do not come here.
+
+use std::ffi::c_void;
+
+use super::Source;
+use super::random::{Draw, Transform};
+use crate::backend::Precision;
+use crate::backend::cuda::device::capture::Redraw;
+use crate::backend::cuda::device::gemm::{Operand as Factor, Product, Type};
+use crate::backend::cuda::device::launch;
+use crate::backend::cuda::device::memory::{Arena, Param, Piece, Tensor};
+use crate::backend::cuda::{Cuda, Workspace, kernel};
+use crate::backend::{LinearShape, WorkspaceShape};
+use crate::formats::{
+    self, Block, Element, Format, Gemm, GemmId, LinearRecipe, Nvfp4Scale, Operand, OperandId,
+    OperandSource, Outer, PowerRule, Random, Rounding, Scale,
+};
+
+/// Elements of a vector, and vectors, that a thread block takes, and its threads.
+const CHUNK: usize = 256;
+const VECTORS: usize = 32;
+const THREADS: usize = 256;
+
+/// Whether the operands of a GEMM are made by the kernels of their formats, which know f32, bf16,
+/// MXFP4 of OCP in a backward pass and E4M3 in the forward pass, and x as E4M3 leaves it.
+fn has_own_kernels(recipe: &LinearRecipe, gemm: &Gemm, of: Of) -> bool {
+    let fourth = if of == Of::Forward { Format::E4M3 } else { Format::MXFP4 };
+    let from_tensor = gemm.b().source() == OperandSource::HighPrecision;
+    let from_fp8 = of == Of::Wgrad && recipe.forward().is_in(Format::E4M3);
+    [Format::F32, Format::BF16, fourth].into_iter().any(|format| gemm.is_in(format))
+        && (from_tensor || from_fp8)
+}
+
+/// Which GEMM of a linear layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Of {
+    Forward,
+    Dgrad,
+    Wgrad,
+}
+
+impl Of {
+    const ALL: [Self; 3] = [Self::Forward, Self::Dgrad, Self::Wgrad];
+
+    /// Its recipe, if its operands are made here.
+    pub(crate) fn gemm(self, recipe: &LinearRecipe) -> Option<&Gemm> {
+        let gemm = match self {
+            Self::Forward => recipe.forward(),
+            Self::Dgrad => recipe.dgrad(),
+            Self::Wgrad => recipe.wgrad(),
+        };
+        (!has_own_kernels(recipe, gemm, self)).then_some(gemm)
+    }
+
+    /// What the forward pass made of operand B.
+    fn forward(self, recipe: &LinearRecipe) -> &Operand {
+        match self {
+            Self::Forward | Self::Dgrad => recipe.forward().b(),
+            Self::Wgrad => recipe.forward().a(),
+        }
+    }
+
+    /// Its signs. Those of a forward pass are not drawn.
+    fn id(self) -> GemmId {
+        match self {
+            Self::Forward | Self::Dgrad => GemmId::Dgrad,
+            Self::Wgrad => GemmId::Wgrad,
+        }
+    }
+}
+
+// ---- Memory -------------------------------------------------------------------------------------
+
+/// Where words lie in [`Room::words`]: the amax of A, of B and of what the forward pass made, then
+/// scales of A and B, and both factors of the product.
+const AMAXES: [u64; 3] = [0, 4, 8];
+const SCALES: [u64; 2] = [12, 16];
+const FACTORS: u64 = 24;
+const WORD_BYTES: usize = 32;
+
+/// Scratch memory besides the operands' own.
+pub(crate) struct Room {
+    /// What the forward pass dequantized, f32.
+    kept: Piece,
+    /// Results before scales of vectors, f32.
+    result: Piece,
+    words: Piece,
+    /// For A, B and what the forward pass made: bits of the amaxes of vectors, then their scales.
+    vectors: [Piece; 3],
+}
+
+/// How much memory recipes need.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Size {
+    /// Bytes of A and B.
+    pub(crate) operands: [usize; 2],
+    kept: usize,
+    result: usize,
+    words: usize,
+    vectors: [usize; 3],
+}
+
+impl Size {
+    pub(crate) fn new(shape: &WorkspaceShape<'_>) -> Self {
+        let mut size = Self::default();
+        for (layer, recipe) in
+            shape.linears.iter().flat_map(|layer| shape.recipes.iter().map(move |r| (layer, r)))
+        {
+            for of in Of::ALL {
+                if of == Of::Forward || shape.backward {
+                    size.add(*layer, recipe, of);
+                }
+            }
+        }
+        size
+    }
+
+    fn add(&mut self, layer: LinearShape, recipe: &LinearRecipe, of: Of) {
+        let Some(gemm) = of.gemm(recipe) else { return };
+        let LinearShape { rows, inputs, outputs } = layer;
+        let [m, n, k] = match of {
+            Of::Forward => [rows, outputs, inputs],
+            Of::Dgrad => [rows, inputs, outputs],
+            Of::Wgrad => [outputs, inputs, rows],
+        };
+        let raise = |most: &mut usize, to: usize| *most = (*most).max(to);
+        let depth = k.next_multiple_of(gemm.group());
+        for (most, vectors) in self.operands.iter_mut().zip([m, n]) {
+            raise(most, vectors * depth * if is_wide(gemm) { 4 } else { 2 });
+        }
+        raise(&mut self.words, WORD_BYTES);
+        for ((most, operand), vectors) in
+            self.vectors.iter_mut().zip([gemm.a(), gemm.b()]).zip([m, n])
+        {
+            raise(most, vector_bytes(operand.format(), vectors));
+        }
+        if gemm.b().source() == OperandSource::Forward {
+            raise(&mut self.kept, n * k * 4);
+            // The vectors of its own product are the columns of this one's.
+            raise(&mut self.vectors[2], vector_bytes(of.forward(recipe).format(), k));
+        }
+        if needs_result(gemm, of == Of::Wgrad) {
+            raise(&mut self.result, m * n * 4);
+        }
+    }
+
+    pub(crate) fn cut(self, arena: &mut Arena) -> Room {
+        Room {
+            kept: arena.bytes(self.kept),
+            result: arena.bytes(self.result),
+            words: arena.bytes(self.words),
+            vectors: self.vectors.map(|bytes| arena.bytes(bytes)),
+        }
+    }
+}
+
+/// Whether bf16 does not hold the numbers.
+fn is_wide(gemm: &Gemm) -> bool {
+    matches!(gemm.a().format().scale(), Scale::TwoLevels(_, Outer::Elements))
+}
+
+/// Whether the product is not the result yet: f32 operands make f32 alone, and scales of vectors
+/// come behind.
+fn needs_result(gemm: &Gemm, in_f32: bool) -> bool {
+    let scaled = |operand: &Operand| formats::has_vector_scales(operand.format());
+    scaled(gemm.a()) || scaled(gemm.b()) || is_wide(gemm) && !in_f32
+}
+
+/// Words for the amaxes and the scales of vectors.
+fn vector_bytes(format: Format, vectors: usize) -> usize {
+    if format.block() == Block::Vector { 8 * vectors } else { 0 }
+}
+
+// ---- Operands -----------------------------------------------------------------------------------
+
+/// An operand of a product as it lies in memory.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix {
+    pub(crate) source: Source,
+    /// The address of the bits of the source's amax, where they are known.
+    pub(crate) amax: Option<u64>,
+    pub(crate) vectors: usize,
+    pub(crate) length: usize,
+    /// Whether it is stored (length, vectors).
+    pub(crate) transposed: bool,
+    pub(crate) id: OperandId,
+}
+
+impl Matrix {
+    /// Stored (vectors, length).
+    pub(crate) fn rows(source: Source, vectors: usize, length: usize, id: OperandId) -> Self {
+        Self { source, amax: None, vectors, length, transposed: false, id }
+    }
+
+    /// An activation or its gradient, (rows, columns).
+    pub(crate) fn of(tensor: &Tensor, rows: usize, columns: usize, id: OperandId) -> Self {
+        Self { amax: tensor.amax(), ..Self::rows(Source::of(tensor), rows, columns, id) }
+    }
+
+    /// Master weights, likewise.
+    pub(crate) fn master(param: &Param<'_>, rows: usize, columns: usize) -> Self {
+        let amax = Some(param.amax.address);
+        Self { amax, ..Self::rows(Source::master(param), rows, columns, OperandId::W) }
+    }
+
+    /// The same with the reduction down its columns.
+    pub(crate) fn turned(self) -> Self {
+        let Self { vectors, length, transposed, .. } = self;
+        Self { vectors: length, length: vectors, transposed: !transposed, ..self }
+    }
+}
+
+/// Where the numbers of an operand go, and what else is written on the way.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct To {
+    pub(crate) out: u64,
+    /// Whether it gets f32 numbers instead of bf16.
+    pub(crate) wide: bool,
+    /// Whether it gets the values that they stand for, f32 and dense.
+    pub(crate) dequantized: bool,
+    /// A word for the bits of the amax, or a word for every vector; zeroed.
+    pub(crate) amax: u64,
+    /// The scales of vectors.
+    pub(crate) vector_scales: u64,
+    /// The tensor's scale, or 0.
+    pub(crate) scale: u64,
+    /// The other operand's scale, or 0 for 1.
+    pub(crate) other: u64,
+    /// Gets what the product is multiplied by, `alpha` times both scales, and `beta`; or 0.
+    pub(crate) factors: u64,
+    pub(crate) alpha: f32,
+    pub(crate) beta: f32,
+}
+
+/// An operand to be made: what of, and by which rules.
+#[derive(Clone, Copy)]
+pub(crate) struct Quantization {
+    pub(crate) matrix: Matrix,
+    pub(crate) operand: Operand,
+    /// None where it is made without.
+    pub(crate) transform: Option<formats::Transform>,
+    pub(crate) gemm: GemmId,
+    pub(crate) random: Random,
+    pub(crate) to: To,
+}
+
+/// `Values` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Arguments {
+    source: u64,
+    out: u64,
+    amax: u64,
+    vector_scales: u64,
+    scale: u64,
+    other: u64,
+    factors: u64,
+    vectors: u32,
+    length: u32,
+    depth: u32,
+    transposed: u32,
+    group: u32,
+    kind: Kind,
+    mantissa: u32,
+    rule: Rule,
+    square: u32,
+    rounding: u32,
+    outer: u32,
+    by_vector: u32,
+    wide: u32,
+    dequantized: u32,
+    range: f32,
+    alpha: f32,
+    beta: f32,
+    transform: Transform,
+    elements: Draw,
+    of_scales: Draw,
+}
+
+/// `Kind` of the kernels.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Kind {
+    Nearest,
+    Cut,
+    E4m3,
+    E5m2,
+    Int8,
+    E2m1,
+    Powers,
+    TwoLevels,
+}
+
+/// `Rule` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+enum Rule {
+    Floor,
+    Ceil,
+    Even,
+    Quest,
+    QuestFloor,
+    Full,
+    Headroom,
+    FourOverSix,
+    Amax,
+}
+
+/// Elements, and bits of mantissa where nothing else is lost.
+fn kind(format: Format) -> (Kind, u32) {
+    let blocks = matches!(format.block(), Block::Elements(_) | Block::Square(_));
+    match (format.element(), format.scale()) {
+        (Element::F32, _) => unreachable!("f32 stays as it is"),
+        (Element::Bf16, _) => (Kind::Nearest, 7),
+        (Element::Mantissa(bits, cut), _) => {
+            (if cut { Kind::Cut } else { Kind::Nearest }, bits.into())
+        }
+        (Element::E4m3, _) => (Kind::E4m3, 0),
+        (Element::E5m2, _) => (Kind::E5m2, 0),
+        (Element::Int8, _) => (Kind::Int8, 0),
+        (Element::E2m1, Scale::TwoLevels(..)) => (Kind::TwoLevels, 0),
+        (Element::E2m1, _) => (if blocks { Kind::Powers } else { Kind::E2m1 }, 0),
+    }
+}
+
+fn rule(scale: Scale) -> Rule {
+    match scale {
+        Scale::Power(PowerRule::Floor) => Rule::Floor,
+        Scale::Power(PowerRule::Ceil) => Rule::Ceil,
+        Scale::Power(PowerRule::Even) => Rule::Even,
+        Scale::Power(PowerRule::Quest) => Rule::Quest,
+        Scale::Power(PowerRule::QuestFloor) => Rule::QuestFloor,
+        Scale::TwoLevels(Nvfp4Scale::Full, _) => Rule::Full,
+        Scale::TwoLevels(Nvfp4Scale::Headroom, _) => Rule::Headroom,
+        Scale::TwoLevels(Nvfp4Scale::FourOverSix, _) => Rule::FourOverSix,
+        Scale::One | Scale::Amax => Rule::Amax,
+    }
+}
+
+impl Quantization {
+    /// Padded length of its vectors.
+    pub(crate) fn depth(&self) -> usize {
+        let group = self.transform.map_or(1, formats::Transform::group);
+        self.matrix.length.next_multiple_of(group.max(self.operand.format().block().depth()))
+    }
+
+    pub(crate) fn arguments(&self) -> Arguments {
+        let Self { matrix, operand, transform, gemm, random, to } = self;
+        let format = operand.format();
+        let (kind, mantissa) = kind(format);
+        let rounding = match operand.rounding() {
+            Rounding::Nearest => 0,
+            Rounding::Unbiased => 1,
+            Rounding::Eden => 2,
+        };
+        let outer = match format.scale() {
+            Scale::TwoLevels(_, Outer::Elements) => 1,
+            Scale::TwoLevels(_, Outer::Powers) => 2,
+            _ => 0,
+        };
+        Arguments {
+            source: matrix.source.address,
+            out: to.out,
+            amax: to.amax,
+            vector_scales: to.vector_scales,
+            scale: to.scale,
+            other: to.other,
+            factors: to.factors,
+            vectors: matrix.vectors as u32,
+            length: matrix.length as u32,
+            depth: self.depth() as u32,
+            transposed: u32::from(matrix.transposed),
+            group: transform.map_or(0, formats::Transform::group) as u32,
+            kind,
+            mantissa,
+            rule: rule(format.scale()),
+            square: u32::from(matches!(format.block(), Block::Square(_))),
+            rounding,
+            outer,
+            by_vector: u32::from(format.block() == Block::Vector),
+            wide: u32::from(to.wide),
+            dequantized: u32::from(to.dequantized),
+            range: operand.range().factor(),
+            alpha: to.alpha,
+            beta: to.beta,
+            transform: Transform::of(*transform, *gemm, random),
+            elements: random.rounding(matrix.id).into(),
+            of_scales: random.rounding(matrix.id.of_scales()).into(),
+        }
+    }
+
+    /// Whether a kernel has to find amaxes: those of vectors, and that of a tensor where nobody
+    /// has noted it or it is of what is rotated.
+    pub(crate) fn finds_amax(&self) -> bool {
+        let format = self.operand.format();
+        format.block() == Block::Vector || formats::needs_amax(format) && self.noted().is_none()
+    }
+
+    /// The tensor's amax, where it is known.
+    fn noted(&self) -> Option<u64> {
+        self.matrix.amax.filter(|_| self.transform.is_none())
+    }
+
+    /// Grid and bytes of dynamic shared memory.
+    pub(crate) fn launch(&self) -> super::Launch {
+        let grid = [self.matrix.vectors.div_ceil(VECTORS), self.depth().div_ceil(CHUNK), 1];
+        let bits = self.operand.rounding() == Rounding::Unbiased && self.matrix.transposed;
+        super::Launch { grid, block: THREADS, shared: if bits { 2 * CHUNK * VECTORS } else { 0 } }
+    }
+
+    fn run(mut self, cuda: &Cuda) {
+        let source = self.matrix.source;
+        if self.finds_amax() {
+            self.start(cuda, kernel!(source, "find_value_amax"), self.is_rotated_anew());
+        } else if let Some(amax) = self.noted() {
+            self.to.amax = amax;
+        }
+        let drawn = self.operand.rounding() != Rounding::Nearest || self.is_rotated_anew();
+        self.start(cuda, kernel!(source, "round_values"), drawn);
+    }
+
+    fn is_rotated_anew(&self) -> bool {
+        self.transform.is_some_and(|transform| transform.signs() == formats::Signs::Random)
+    }
+
+    /// `drawn`: what it reads changes with every step.
+    fn start(&self, cuda: &Cuda, kernel: &str, drawn: bool) {
+        let super::Launch { grid, block, shared } = self.launch();
+        let arguments = self.arguments();
+        if drawn {
+            let drawing = Drawing { arguments, of: *self };
+            cuda.gpu.launch_drawn(kernel, grid, block, shared, drawing);
+        } else {
+            launch!(cuda.gpu, kernel, grid, block, shared; arguments);
+        }
+    }
+}
+
+/// A kernel's argument, with what it is made for.
+struct Drawing {
+    arguments: Arguments,
+    of: Quantization,
+}
+
+impl Redraw for Drawing {
+    fn redraw(&mut self, [step, micro_step]: [u32; 2]) {
+        self.of.random = Random { step, micro_step, ..self.of.random };
+        self.arguments = self.of.arguments();
+    }
+
+    fn argument(&mut self) -> *mut c_void {
+        std::ptr::from_mut(&mut self.arguments).cast()
+    }
+}
+
+// ---- Products -----------------------------------------------------------------------------------
+
+/// Where a product goes.
+#[derive(Clone, Copy)]
+pub(crate) struct Output {
+    pub(crate) address: u64,
+    pub(crate) precision: Precision,
+    /// Of the same precision.
+    pub(crate) bias: Option<u64>,
+    pub(crate) accumulate: bool,
+}
+
+/// `Scaling` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Scaling {
+    pub(crate) out: u64,
+    pub(crate) c: u64,
+    pub(crate) of_rows: u64,
+    pub(crate) of_columns: u64,
+    pub(crate) bias: u64,
+    pub(crate) rows: u32,
+    pub(crate) columns: u32,
+}
+
+/// The product of a layer whose operands are made here: A B^T, both read along the reduction.
+pub(crate) fn multiply(
+    cuda: &Cuda,
+    workspace: &Workspace,
+    (of, recipe, gemm): (Of, &LinearRecipe, &Gemm),
+    [a, mut b]: [Matrix; 2],
+    random: &Random,
+    out: Output,
+) {
+    let room = &workspace.values;
+    let word = |at: u64| room.words.address + at;
+    let make = |matrix: Matrix, operand: &Operand, transform, to| Quantization {
+        matrix,
+        operand: *operand,
+        transform,
+        gemm: of.id(),
+        random: *random,
+        to,
+    };
+    // Zeroes the words that amaxes are found in.
+    let prepared = |mut made: Quantization, place: usize| {
+        let Matrix { vectors, .. } = made.matrix;
+        let [amax, bytes] = match made.operand.format().block() {
+            Block::Vector => [room.vectors[place].address, 4 * vectors as u64],
+            _ => [word(AMAXES[place]), 4],
+        };
+        made.to.amax = amax;
+        if formats::has_vector_scales(made.operand.format()) {
+            made.to.vector_scales = amax + bytes;
+        }
+        if made.finds_amax() {
+            cuda.clear(amax, bytes as usize);
+        }
+        made
+    };
+    if gemm.b().source() == OperandSource::Forward {
+        let to = To { out: room.kept.address, dequantized: true, ..To::default() };
+        let kept = b.turned();
+        prepared(make(kept, of.forward(recipe), None, to), 2).run(cuda);
+        let source = Source { address: room.kept.address, precision: Precision::F32 };
+        b = Matrix { source, amax: None, ..b };
+    }
+    let [left, right] = [&workspace.left, &workspace.right].map(|room| room.elements.address);
+    let transform = gemm.transform();
+    let wide = is_wide(gemm);
+    let [scaled_a, scaled_b] =
+        [gemm.a(), gemm.b()].map(|operand| formats::needs_amax(operand.format()));
+    let factors = if scaled_a || scaled_b { word(FACTORS) } else { 0 };
+    let scale_of_a = if scaled_a { word(SCALES[0]) } else { 0 };
+    let to_a = To { out: left, wide, scale: scale_of_a, ..To::default() };
+    let to_b = To {
+        out: right,
+        wide,
+        other: scale_of_a,
+        factors,
+        alpha: gemm.alpha(),
+        beta: if out.accumulate { 1.0 } else { 0.0 },
+        ..To::default()
+    };
+    let made_a = prepared(make(a, gemm.a(), transform, to_a), 0);
+    let made_b = prepared(make(b, gemm.b(), transform, to_b), 1);
+    made_a.run(cuda);
+    made_b.run(cuda);
+
+    let depth = made_a.depth();
+    let (m, n) = (a.vectors, b.vectors);
+    let operands = [left, right].map(|address| Factor::rows(address, depth));
+    let format = if wide { Type::F32 } else { Type::Bf16 };
+    let product = Product {
+        c_type: out.precision.into(),
+        accumulate: out.accumulate,
+        bias: out.bias,
+        alpha: gemm.alpha(),
+        factors: (factors != 0).then_some(factors),
+        ..Product::new(format, [m, n, depth], operands[0], operands[1], out.address)
+    };
+    if !needs_result(gemm, out.precision == Precision::F32) {
+        return cuda.product(workspace, &product);
+    }
+    let c = room.result.address;
+    cuda.product(workspace, &Product { c, c_type: Type::F32, bias: None, ..product });
+    let scaling = Scaling {
+        out: out.address,
+        c,
+        of_rows: made_a.to.vector_scales,
+        of_columns: made_b.to.vector_scales,
+        bias: out.bias.unwrap_or(0),
+        rows: m as u32,
+        columns: n as u32,
+    };
+    launch!(cuda.gpu, kernel!(out, "scale_result"), [m, 1, 1], THREADS, 0; scaling);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::Recipe;
+
+    /// Recipes whose kernels are their own take no memory from this file, in no layer or step.
+    #[test]
+    fn what_has_kernels_of_its_own_does_not_come_here() {
+        let layer = LinearShape { rows: 77, inputs: 96, outputs: 33 };
+        for name in Recipe::NAMES {
+            let mut size = Size::default();
+            for recipe in name.parse::<Recipe>().unwrap().all() {
+                Of::ALL.into_iter().for_each(|of| size.add(layer, recipe, of));
+            }
+            let own = ["fp32", "bf16", "mxfp4", "fp8-mxfp4-rht-sr"].contains(&name)
+                || ["mxfp4-rht", "mxfp4-sr", "mxfp4-rht-sr"].contains(&name);
+            assert_eq!(size == Size::default(), own, "{name}");
+        }
+    }
+
+    /// Backward GEMMs in MXFP4 of OCP keep their kernels behind whatever forward pass.
+    #[test]
+    fn gemms_by_themselves_keep_their_kernels() {
+        for (name, here) in [
+            ("mxfp4-mxfp4-rht-sr", [true, false, false]),
+            ("mxfp4-mxfp4-rht-sr,from=q", [true; 3]),
+            ("fp8-mxfp4-rht-sr,from=q", [false, true, false]),
+            ("int8-switchback", [true, true, false]),
+            ("fp8", [false, true, true]),
+            ("nvfp4", [false, true, true]),
+            ("nvfp4,dgrad=bf16", [false, false, true]),
+            ("bf16,mantissa=4", [true; 3]),
+        ] {
+            let recipe = *name.parse::<Recipe>().unwrap().linear(0);
+            assert_eq!(Of::ALL.map(|of| of.gemm(&recipe).is_some()), here, "{name}");
+        }
+    }
+
+    /// A recorded kernel gets the numbers of the step that it is launched in.
+    #[test]
+    fn random_numbers_are_drawn_anew() {
+        let of = |step| {
+            let source = Source { address: 0, precision: Precision::Bf16 };
+            Quantization {
+                matrix: Matrix::rows(source, 32, 64, OperandId::Dy),
+                operand: *"nvfp4-eden".parse::<Recipe>().unwrap().linear(0).dgrad().a(),
+                transform: Some(formats::Transform::of(128, formats::Signs::Random)),
+                gemm: GemmId::Dgrad,
+                random: Random { seed: 1, step, micro_step: 2, layer: 3, linear: 0 },
+                to: To::default(),
+            }
+        };
+        let mut drawing = Drawing { arguments: of(4).arguments(), of: of(4) };
+        drawing.redraw([9, 2]);
+        let Arguments { transform, elements, of_scales, .. } = of(9).arguments();
+        assert_eq!(drawing.arguments.transform, transform);
+        assert_eq!(
+            [drawing.arguments.elements, drawing.arguments.of_scales],
+            [elements, of_scales]
+        );
+    }
+}
