@@ -55,6 +55,8 @@ pub(crate) enum Command {
     Info(InfoArgs),
     /// Show the memory that a training run would take, without taking it
     Plan(PlanArgs),
+    /// Show what recipes are made of
+    Recipes(RecipesArgs),
     /// Find out what recipes cost: runs side by side, statistics of gradients, tables and plots
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Compare(CompareArgs),
@@ -333,8 +335,8 @@ pub(crate) struct BatchArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Step")]
 pub(crate) struct RecipeArgs {
-    /// Number formats: fp32, bf16, mxfp4, mxfp4-rht, mxfp4-sr, mxfp4-rht-sr or fp8-mxfp4-rht-sr,
-    /// with switches such as mxfp4-rht-sr,g=128 or mxfp4-rht,range=3/4
+    /// Number formats: fp32, bf16, fp8, mxfp4-rht-sr, nvidia-nvfp4 or another name that `mxtrain
+    /// recipes` shows, with switches such as mxfp4-rht-sr,g=128 or mxfp4-rht,range=3/4
     #[arg(long, value_name = "NAME", default_value_t = Recipe::default())]
     pub(crate) recipe: Recipe,
 }
@@ -496,6 +498,23 @@ impl FromStr for Seed {
             },
         }
     }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Operands are in a number format, with what makes its scales: MXFP4's rule of the power of two (floor,
+ceil, even, quest, quest-floor), NVFP4's room for rounding its scales (17/16), its choice of two (4/6)
+or its scales of 128 elements. 16x16 and 32x32: a scale for a square. 3/4: of the format's range.
+Rounding is to nearest, stochastic (SR) or MS-EDEN's (EDEN). H64: a random Hadamard transform of groups
+of 64. q: made from what the forward pass made of x or W, not from these.
+
+Examples:
+  mxtrain recipes
+  mxtrain recipes tetrajet mxfp4-rht-sr,g=128,wgrad=bf16")]
+pub(crate) struct RecipesArgs {
+    /// Recipes with their switches; without one all names
+    #[arg(value_name = "RECIPE")]
+    pub(crate) recipes: Vec<Recipe>,
 }
 
 #[derive(Debug, Args)]

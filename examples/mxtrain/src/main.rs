@@ -19,6 +19,7 @@ mod parse;
 mod plan;
 mod prepare;
 mod prepared;
+mod recipes;
 mod run_file;
 mod signals;
 mod stop;
@@ -68,6 +69,7 @@ fn run(parsed: &Parsed) -> Outcome<ExitCode> {
         Command::Generate(args) => generate::run(args),
         Command::Info(args) => info::run(args),
         Command::Plan(args) => plan::run(args),
+        Command::Recipes(args) => recipes::run(args),
         Command::Compare(args) => compare::run(args),
     }
 }

@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 
 use common::{mxtrain, refuse, run, run_args, succeed};
 
@@ -212,4 +213,30 @@ fn names_do_not_reach_the_terminal_as_they_are() {
             assert_eq!(about["sources"][0]["path"], name);
         }
     }
+}
+
+/// docs/recipes.md has what the program prints, which is made from what it trains with.
+#[test]
+fn the_table_of_recipes_is_in_the_documents() {
+    let table = succeed(Path::new("."), "recipes");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/recipes.md");
+    let document = fs::read_to_string(&path).unwrap();
+    let (before, rest) = document.split_once("<!-- recipes -->\n").unwrap();
+    let (found, behind) = rest.split_once("<!-- /recipes -->\n").unwrap();
+    if std::env::var_os("MXT_BLESS").is_some() {
+        let all = [before, "<!-- recipes -->\n", &table, "<!-- /recipes -->\n", behind].concat();
+        return fs::write(path, all).unwrap();
+    }
+    assert_eq!(found, table, "MXT_BLESS=1 cargo test -p mxtrain --test cli writes it");
+}
+
+#[test]
+fn a_recipe_is_shown_with_its_switches() {
+    let table = succeed(Path::new("."), "recipes mxfp4-rht-sr,g=128,bf16-last-layers=2 nvfp4-eden");
+    let lines: Vec<_> = table.lines().collect();
+    assert_eq!(lines.len(), 4, "{table}");
+    assert!(lines[2].contains("| MXFP4 floor 3/4 SR H128 |"), "{table}");
+    assert!(lines[2].contains("the last 2 blocks, backward |"), "{table}");
+    assert!(lines[3].contains("| bf16 ") && lines[3].contains("| NVFP4 EDEN H128 "), "{table}");
+    assert!(refuse(Path::new("."), "recipes fp4").contains("expected one of fp32"));
 }
