@@ -102,12 +102,14 @@ __device__ __forceinline__ float block_max(float v, float *scratch) {
   return v;
 }
 
-// The scale of a tensor in E4M3 whose largest magnitude has these bits: the smallest power of two s
-// for which |v| / s is at most 448, within 2^-100 .. 2^100; 1 for zeros, NaN for what is not
-// finite.
-__device__ __forceinline__ float e4m3_scale(u32 amax) {
+// The scale of a tensor in FP8 whose largest magnitude has these bits: the smallest power of two s
+// for which |v| / s is at most 1.75 * 2^`largest`, within 2^-100 .. 2^100; 1 for zeros, NaN for
+// what is not finite.
+__device__ __forceinline__ float fp8_scale(u32 amax, int largest) {
   if (amax == 0) return 1.0f;
   if (amax >= 0x7f800000u) return __uint_as_float(0x7fc00000u);
-  int exponent = (int)(amax >> 23) - 127 - 8 + ((amax & 0x7fffff) > 0x600000);
+  int exponent = (int)(amax >> 23) - 127 - largest + ((amax & 0x7fffff) > 0x600000);
   return __uint_as_float((u32)(min(max(exponent, -100), 100) + 127) << 23);
 }
+// Of E4M3, up to 448.
+__device__ __forceinline__ float e4m3_scale(u32 amax) { return fp8_scale(amax, 8); }

@@ -6,8 +6,8 @@
 
 use super::*;
 use crate::formats::{
-    self, Bits, Format, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Quantized,
-    Rounding, Source,
+    self, Bits, Element, Format, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource,
+    Quantized, Rounding, Source,
 };
 
 /// Rows, inputs and outputs: some that nothing divides, then those that tensor cores take whole.
@@ -205,8 +205,11 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                 b.linear_forward(&mut scratch, operands, shape, &recipe);
                 close(b, &what("y"), &read(b, &y), &exact.y, Of::Activation, precision);
 
-                let in_mxfp4 = recipe.wgrad().is_in(Format::MXFP4);
-                let of_dw = if in_mxfp4 { Of::Mxfp4Wgrad(shape) } else { Of::ParameterGradient };
+                let of_dw = match recipe.wgrad().element() {
+                    _ if recipe.wgrad().is_in(Format::MXFP4) => Of::Mxfp4Wgrad(shape),
+                    Element::E4m3 | Element::E5m2 => Of::Fp8Wgrad(shape),
+                    _ => Of::ParameterGradient,
+                };
                 for accumulate in [true, false] {
                     let before = [(outputs * inputs, 5), (outputs, 6)].map(|(len, seed)| {
                         if accumulate { random(len, seed) } else { vec![f32::NAN; len] }

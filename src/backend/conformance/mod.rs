@@ -67,6 +67,8 @@ pub(in crate::backend) enum Of {
     ParameterGradient,
     /// The gradient of a linear layer's weights in MXFP4.
     Mxfp4Wgrad(LinearShape),
+    /// The same in FP8.
+    Fp8Wgrad(LinearShape),
     /// Attention's result, with scores that have a factor.
     Attention(f32),
     /// The logarithms of its sums.

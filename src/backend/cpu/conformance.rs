@@ -40,6 +40,7 @@ impl Harness for Cpu {
             | Of::Statistic
             | Of::ParameterGradient
             | Of::Mxfp4Wgrad(_)
+            | Of::Fp8Wgrad(_)
             | Of::Logits
             | Of::GradientNorm => 1e-6,
         }

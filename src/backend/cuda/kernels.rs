@@ -43,7 +43,7 @@ pub(super) static FILES: [File; 16] = [
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
     file!("fp8", [], |chip| {
-        let converts = if chip >= FP8 { " convert_to_e4m3<T>" } else { "" };
+        let converts = if chip >= FP8 { " convert_to_fp8<T,B> turn_to_fp8<T,B>" } else { "" };
         of(&["find_amax<T> round_to_fp8<T>", converts].concat())
     }),
     file!("gelu", ["gelu.cuh"], |_| of("gelu_of_all<T,B,B> sample_gelu_gradient")),

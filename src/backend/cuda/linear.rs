@@ -11,7 +11,9 @@ use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
     Precision,
 };
-use crate::formats::{self, Format, Gemm, GemmId, LinearRecipe, OperandId, OperandSource, Random};
+use crate::formats::{
+    self, Element, Format, Gemm, GemmId, LinearRecipe, OperandId, OperandSource, Random,
+};
 
 impl Linear for Cuda {
     fn linear_forward(
@@ -261,8 +263,9 @@ impl Cuda {
                 let x_amax = fp8::amax_of(self, &workspace.x_amax, x);
                 let kept = workspace.kept.address;
                 let factors = [&workspace.left, &workspace.right].map(|room| room.scales.address);
-                fp8::convert(self, kept, factors[0], Source::of(x), x_amax, rows * inputs);
-                fp8::convert(self, weights, factors[1], master, amax, outputs * inputs);
+                let (e4m3, of_x, of_w) = (Element::E4m3, [kept, factors[0]], [weights, factors[1]]);
+                fp8::convert(self, e4m3, of_x, Source::of(x), x_amax, rows * inputs);
+                fp8::convert(self, e4m3, of_w, master, amax, outputs * inputs);
                 (operands, scales) = (carrier.types(Format::E4M3), Some(factors));
                 (kept, weights)
             } else {

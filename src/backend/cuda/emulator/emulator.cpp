@@ -167,6 +167,7 @@ static float __uint_as_float(unsigned v) { return bits<float>(v); }
 static float __int_as_float(int v) { return bits<float>(v); }
 
 using std::isfinite;
+using std::isnan;
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }

@@ -15,6 +15,7 @@
 
 mod adamw;
 mod fp4_instruction;
+mod fp8;
 mod gelu;
 mod products;
 mod quantize;

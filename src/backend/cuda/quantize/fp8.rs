@@ -5,21 +5,28 @@ use super::Source;
 use crate::backend::cuda::device::launch;
 use crate::backend::cuda::device::memory::{Piece, Tensor};
 use crate::backend::cuda::{Cuda, Workspace, kernel};
+use crate::formats::Element;
 
 /// Threads of a block.
 const THREADS: usize = 256;
 
+/// Rows and columns of the tiles that are turned.
+pub(crate) const TURNED_ROWS: usize = 128;
+pub(crate) const TURNED_COLUMNS: usize = 64;
+
 /// The address of the bits of a tensor's largest magnitude: what the kernel noted that wrote the
 /// tensor, or else `word`, after reading the tensor once more.
 pub(crate) fn amax_of(cuda: &Cuda, word: &Piece, tensor: &Tensor) -> u64 {
-    tensor.amax().unwrap_or_else(|| {
-        let (amax, len) = (word.address, tensor.len);
-        cuda.clear(amax, 4);
-        let blocks = len.div_ceil(8 * THREADS).min(8 * cuda.gpu.multiprocessors as usize);
-        launch!(cuda.gpu, kernel!(tensor, "find_amax"), [blocks, 1, 1], THREADS, 0;
-            amax, tensor.address(), len as u64);
-        amax
-    })
+    tensor.amax().unwrap_or_else(|| find_amax(cuda, word.address, Source::of(tensor), tensor.len))
+}
+
+/// Reads a tensor for that; `word` is where it goes, which is returned.
+pub(crate) fn find_amax(cuda: &Cuda, word: u64, source: Source, len: usize) -> u64 {
+    cuda.clear(word, 4);
+    let blocks = len.div_ceil(8 * THREADS).min(8 * cuda.gpu.multiprocessors as usize);
+    launch!(cuda.gpu, kernel!(source, "find_amax"), [blocks, 1, 1], THREADS, 0;
+        word, source.address, len as u64);
+    word
 }
 
 /// The addresses of x (len) as FP8 keeps it, and of the bits of the largest magnitude of that.
@@ -38,10 +45,38 @@ pub(crate) fn round(cuda: &Cuda, out: u64, kept_amax: u64, source: Source, amax:
         out, kept_amax, source.address, amax, len as u64);
 }
 
-/// `out` (len) = the E4M3 bytes of the source with a scale for the whole tensor, which goes to
+/// `out` (len) = the FP8 bytes of the source with a scale for the whole tensor, which goes to
 /// `scale`.
-pub(crate) fn convert(cuda: &Cuda, out: u64, scale: u64, source: Source, amax: u64, len: usize) {
+pub(crate) fn convert(
+    cuda: &Cuda,
+    element: Element,
+    [out, scale]: [u64; 2],
+    source: Source,
+    amax: u64,
+    len: usize,
+) {
     let grid = [len.div_ceil(8 * THREADS), 1, 1];
-    launch!(cuda.gpu, kernel!(source, "convert_to_e4m3"), grid, THREADS, 0;
-        out, scale, source.address, amax, len as u64);
+    let name = match element {
+        Element::E5m2 => kernel!(source, "convert_to_fp8", true),
+        _ => kernel!(source, "convert_to_fp8", false),
+    };
+    launch!(cuda.gpu, name, grid, THREADS, 0; out, scale, source.address, amax, len as u64);
+}
+
+/// The same of a source (rows, cols), transposed; both are multiples of 16.
+pub(crate) fn turn(
+    cuda: &Cuda,
+    element: Element,
+    [out, scale]: [u64; 2],
+    source: Source,
+    amax: u64,
+    [rows, cols]: [usize; 2],
+) {
+    let grid = [cols.div_ceil(TURNED_COLUMNS), rows.div_ceil(TURNED_ROWS), 1];
+    let name = match element {
+        Element::E5m2 => kernel!(source, "turn_to_fp8", true),
+        _ => kernel!(source, "turn_to_fp8", false),
+    };
+    launch!(cuda.gpu, name, grid, THREADS, 0;
+        out, scale, source.address, amax, rows as u32, cols as u32);
 }

@@ -3,12 +3,14 @@
 //! the definition's own, bit for bit; what they are multiplied by besides, which depends on the
 //! tensor, stays on the device.
 //!
+//! FP8 operands with a scale for each tensor become bytes instead where FP8 tensor cores take them.
 //! The formats that have kernels of their own (`has_own_kernels`) do not come here.
 
 use std::ffi::c_void;
 
-use super::Source;
+use super::carrier::Carrier;
 use super::random::{Draw, Transform};
+use super::{Source, fp8};
 use crate::backend::Precision;
 use crate::backend::cuda::device::capture::Redraw;
 use crate::backend::cuda::device::gemm::{Operand as Factor, Product, Type};
@@ -81,7 +83,9 @@ impl Of {
 const AMAXES: [u64; 3] = [0, 4, 8];
 const SCALES: [u64; 2] = [12, 16];
 const FACTORS: u64 = 24;
-const WORD_BYTES: usize = 32;
+/// Scales of FP8 operands, which cuBLASLt takes at multiples of 16 bytes alone.
+const FP8_SCALES: [u64; 2] = [32, 48];
+const WORD_BYTES: usize = 64;
 
 /// Scratch memory besides the operands' own.
 pub(crate) struct Room {
@@ -212,6 +216,20 @@ impl Matrix {
     pub(crate) fn turned(self) -> Self {
         let Self { vectors, length, transposed, .. } = self;
         Self { vectors: length, length: vectors, transposed: !transposed, ..self }
+    }
+}
+
+impl Matrix {
+    /// As FP8 bytes along the reduction: `to` has the address of these and of the scale, `word` is
+    /// room for the amax where nobody has noted it.
+    fn to_fp8(self, cuda: &Cuda, element: Element, word: u64, to: [u64; 2]) {
+        let Self { source, vectors, length, transposed, .. } = self;
+        let len = vectors * length;
+        let amax = self.amax.unwrap_or_else(|| fp8::find_amax(cuda, word, source, len));
+        match transposed {
+            true => fp8::turn(cuda, element, to, source, amax, [length, vectors]),
+            false => fp8::convert(cuda, element, to, source, amax, len),
+        }
     }
 }
 
@@ -483,6 +501,21 @@ pub(crate) struct Scaling {
     pub(crate) columns: u32,
 }
 
+/// FP8 operands with a scale for each tensor, where the chip's tensor cores take them as such.
+fn fp8_types(cuda: &Cuda, gemm: &Gemm, [a, b]: [Matrix; 2]) -> Option<[Type; 2]> {
+    let shape = LinearShape { rows: a.vectors, inputs: a.length, outputs: b.vectors };
+    let carrier = Carrier::of(Format::E4M3, cuda.gpu.capability, shape);
+    if carrier != Carrier::Fp8 || gemm.b().source() == OperandSource::Forward {
+        return None;
+    }
+    let of = |operand: &Operand| match operand.format().element() {
+        Element::E4m3 => Some(Type::E4m3),
+        Element::E5m2 => Some(Type::E5m2),
+        _ => None,
+    };
+    Some([of(gemm.a())?, of(gemm.b())?])
+}
+
 /// The product of a layer whose operands are made here: A B^T, both read along the reduction.
 pub(crate) fn multiply(
     cuda: &Cuda,
@@ -494,6 +527,24 @@ pub(crate) fn multiply(
 ) {
     let room = &workspace.values;
     let word = |at: u64| room.words.address + at;
+    if let Some(types) = fp8_types(cuda, gemm, [a, b]) {
+        let operands = [&workspace.left, &workspace.right].map(|room| room.elements.address);
+        for (i, (matrix, operand)) in [(a, gemm.a()), (b, gemm.b())].into_iter().enumerate() {
+            let to = [operands[i], word(FP8_SCALES[i])];
+            matrix.to_fp8(cuda, operand.format().element(), word(AMAXES[i]), to);
+        }
+        let [left, right] = operands.map(|address| Factor::rows(address, a.length));
+        let sizes = [a.vectors, b.vectors, a.length];
+        let product = Product {
+            operands: types,
+            c_type: out.precision.into(),
+            accumulate: out.accumulate,
+            bias: out.bias,
+            scales: Some(FP8_SCALES.map(word)),
+            ..Product::new(out.precision.into(), sizes, left, right, out.address)
+        };
+        return cuda.product(workspace, &product);
+    }
     let make = |matrix: Matrix, operand: &Operand, transform, to| Quantization {
         matrix,
         operand: *operand,
