@@ -555,7 +555,7 @@ const SWITCHES: [Switch; 21] = [
                 operand.is_some_and(|o| o.rounding() == Rounding::Unbiased)
             };
             Some(
-                match (is(dy, dy_too), is(w, x), is(x, w)) {
+                match (is(dy, dy_too), is(w, w), is(x, w)) {
                     (true, true, true) => "both",
                     (true, false, true) => "dy+x",
                     (true, _, false) => "dy",
@@ -697,17 +697,23 @@ const SWITCHES: [Switch; 21] = [
         key: "from",
         apply: |recipe, value| {
             let forward = choice(value, &[("x", false), ("q", true)], "x or q")?;
-            recipe.quantized()?;
-            recipe.change(|_, id, operand| match id {
-                OperandId::Dy => Ok(operand),
-                _ => Ok(if forward { operand.from_forward() } else { operand.of_tensor_itself() }),
+            let made = |o: &Operand| if forward { o.from_forward() } else { o.of_tensor_itself() };
+            recipe.falls_back(true)?;
+            // Those in bf16, too.
+            recipe.with_linears(|linear| {
+                let of = |gemm: &Gemm| Gemm::new(*gemm.a(), made(gemm.b()));
+                LinearRecipe::new(*linear.forward(), of(linear.dgrad())?, of(linear.wgrad())?)
             })
         },
         show: |recipe| {
             let [.., w, _, x] = recipe.operands();
-            let any = [w, x].iter().any(|o| !o.format().is_unscaled());
-            let forward = w.source() == OperandSource::Forward;
-            any.then(|| if forward { "q" } else { "x" }.into())
+            let of = [w, x].map(|operand| operand.source() == OperandSource::Forward);
+            match of {
+                [true, true] => Some("q".into()),
+                [false, false] => Some("x".into()),
+                // As `fp8-mxfp4-rht-sr` has it, and no value of the switch.
+                _ => None,
+            }
         },
     },
     Switch {
@@ -825,20 +831,17 @@ const SWITCHES: [Switch; 21] = [
             recipe.quantized()?;
             recipe.with_linears(|linear| Ok(linear.in_bf16(true, false)))
         },
-        show: |recipe| {
-            let forward = recipe.linear(0).forward().element();
-            (forward == Element::Bf16 && recipe.quantized().is_ok()).then(|| "bf16".into())
-        },
+        show: |recipe| shown_as_bf16(recipe.linear(0).forward()),
     },
     Switch {
         key: "dgrad",
         apply: |recipe, value| recipe.with_bf16_in(GemmId::Dgrad, value),
-        show: |recipe| shown_as_bf16(recipe, recipe.linear(0).dgrad()),
+        show: |recipe| shown_as_bf16(recipe.linear(0).dgrad()),
     },
     Switch {
         key: "wgrad",
         apply: |recipe, value| recipe.with_bf16_in(GemmId::Wgrad, value),
-        show: |recipe| shown_as_bf16(recipe, recipe.linear(0).wgrad()),
+        show: |recipe| shown_as_bf16(recipe.linear(0).wgrad()),
     },
     Switch {
         key: "bf16-first-layers",
@@ -892,9 +895,14 @@ const SWITCHES: [Switch; 21] = [
     },
 ];
 
-/// Of a switch that turns a GEMM to bf16 where the name has it quantized.
-fn shown_as_bf16(recipe: &Recipe, gemm: &Gemm) -> Option<String> {
-    (recipe.quantized().is_ok() && gemm.element() == Element::Bf16).then(|| "bf16".into())
+/// Whether it is one of those that turn a GEMM to bf16.
+fn is_in_bf16(switch: &Switch) -> bool {
+    ["fwd", "dgrad", "wgrad"].contains(&switch.key)
+}
+
+/// Of such a switch.
+fn shown_as_bf16(gemm: &Gemm) -> Option<String> {
+    (gemm.element() == Element::Bf16).then(|| "bf16".into())
 }
 
 impl Default for Recipe {
@@ -922,8 +930,13 @@ impl FromStr for Recipe {
             };
             values[switch] = Some(value);
         }
-        for (switch, value) in SWITCHES.iter().zip(values) {
-            let (key, Some(value)) = (switch.key, value) else { continue };
+        // First what is in bf16, of which others then ask nothing.
+        let given = || SWITCHES.iter().zip(values).filter_map(|(switch, v)| Some((switch, v?)));
+        let ordered = given()
+            .filter(|(switch, _)| is_in_bf16(switch))
+            .chain(given().filter(|(switch, _)| !is_in_bf16(switch)));
+        for (switch, value) in ordered {
+            let key = switch.key;
             recipe = (switch.apply)(&recipe, value).map_err(|refused| {
                 let message = match refused {
                     Refused::Expected(what) => format!("{key}: expected {what}, got {value:?}"),
@@ -940,22 +953,32 @@ impl FromStr for Recipe {
 /// The name, and the switches that make of it what it is not by itself.
 impl fmt::Display for Recipe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name)?;
         let mut written = Self::named(self.name).map_err(|_| fmt::Error)?;
-        for Switch { key, show, apply } in &SWITCHES {
-            let value = show(self);
-            if let Some(value) = value.filter(|value| Some(value) != show(&written).as_ref()) {
-                write!(f, ",{key}={value}")?;
-                // What one switch sets another may follow from.
-                written = apply(&written, &value).map_err(|_| fmt::Error)?;
+        let mut values = [const { None }; SWITCHES.len()];
+        // In the order in which they are applied.
+        for first in [true, false] {
+            for (switch, to) in SWITCHES.iter().zip(&mut values) {
+                let Switch { show, apply, .. } = switch;
+                let value = show(self).filter(|value| Some(value) != show(&written).as_ref());
+                if let Some(value) = value.filter(|_| is_in_bf16(switch) == first) {
+                    // What one switch sets another may follow from.
+                    written = apply(&written, &value).unwrap_or(written);
+                    *to = Some(value);
+                }
             }
         }
-        Ok(())
+        f.write_str(self.name)?;
+        SWITCHES.iter().zip(values).try_for_each(|(switch, value)| match value {
+            Some(value) => write!(f, ",{}={value}", switch.key),
+            None => Ok(()),
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write;
+
     use super::*;
 
     #[test]
@@ -973,7 +996,7 @@ mod tests {
             "nvfp4-nvfp4,w=2d",
             "nvfp4-eden,g=256,wgrad=bf16",
             "tetrajet2,sr=dy+x,outer=f32",
-            "tetrajet,sr=off,from=x,fwd=bf16,bf16-last-steps=0.1,bf16-steps-pass=bwd",
+            "tetrajet,sr=off,fwd=bf16,bf16-last-steps=0.1,bf16-steps-pass=bwd",
             "nvidia-nvfp4,bf16-first-layers=1,bf16-last-layers=3,bf16-layers-pass=fwd",
             "quartet2,46=off",
             "bf16,mantissa=4t",
@@ -998,6 +1021,55 @@ mod tests {
             let recipe = long.parse::<Recipe>().unwrap();
             assert_eq!((recipe.to_string().as_str(), &recipe), (short, &short.parse().unwrap()));
         }
+    }
+
+    /// What a checkpoint stores is what it is made with, whatever switches were given.
+    #[test]
+    fn any_switches_survive_a_round_trip() {
+        const VALUES: [(&str, &[&str]); SWITCHES.len()] = [
+            ("sr", &["both", "dy", "dy+x", "other", "off"]),
+            ("scale", &["floor", "ceil", "even", "quest", "quest-floor"]),
+            ("scale-fwd", &["floor", "ceil", "even", "quest", "quest-floor"]),
+            ("w", &["1d", "2d"]),
+            ("46", &["fwd", "off"]),
+            ("headroom", &["1", "17/16"]),
+            ("outer", &["f32", "power"]),
+            ("from", &["x", "q"]),
+            ("rht", &["off", "wgrad", "bwd"]),
+            ("g", &["16", "32", "64", "128", "256"]),
+            ("signs", &["random", "fixed", "nvidia"]),
+            ("range", &["1", "3/4"]),
+            ("mantissa", &["2", "7", "5t"]),
+            ("fwd", &["bf16"]),
+            ("dgrad", &["bf16"]),
+            ("wgrad", &["bf16"]),
+            ("bf16-first-layers", &["0", "3"]),
+            ("bf16-last-layers", &["0", "2"]),
+            ("bf16-last-steps", &["0", "0.25"]),
+            ("bf16-layers-pass", &["bwd", "fwd", "all"]),
+            ("bf16-steps-pass", &["bwd", "fwd", "all"]),
+        ];
+        assert_eq!(VALUES.map(|(key, _)| key), SWITCHES.each_ref().map(|switch| switch.key));
+        let mut word = 1u32;
+        let mut below = |n: usize| {
+            word = word.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (word >> 8) as usize % n
+        };
+        let mut taken = 0;
+        for _ in 0..30_000 {
+            let mut text = Recipe::NAMES[below(Recipe::NAMES.len())].to_owned();
+            for _ in 0..1 + below(4) {
+                let (key, values) = VALUES[below(VALUES.len())];
+                text.push_str(&format!(",{key}={}", values[below(values.len())]));
+            }
+            let Ok(recipe) = text.parse::<Recipe>() else { continue };
+            let mut shown = String::new();
+            assert!(write!(shown, "{recipe}").is_ok(), "{text} is shown up to {shown}");
+            let again = shown.parse::<Recipe>().unwrap_or_else(|e| panic!("{text}, {shown}: {e}"));
+            assert!(again == recipe, "{text} is shown as {shown}");
+            taken += 1;
+        }
+        assert!(taken > 5000, "{taken}");
     }
 
     #[test]
