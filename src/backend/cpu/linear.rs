@@ -1,7 +1,8 @@
 //! The linear layers of a block: y = x W^T + b and its backward pass, in the formats of a recipe.
 //!
-//! Reduction dimensions: `inputs` forward, `outputs` in dgrad, `rows` in wgrad. Operands
-//! are packed where they lie, transposed or not; no transposed copy is made.
+//! Reduction dimensions: `inputs` forward, `outputs` in dgrad, `rows` in wgrad. Operands that packing
+//! quantizes are packed where they lie, transposed or not; the others become numbers along the
+//! reduction first (`quantize`), and these are packed.
 
 use rayon::prelude::*;
 
