@@ -192,14 +192,6 @@ __device__ __forceinline__ float round_to_fp8(float v, int mantissa, int lowest,
 }
 __device__ __forceinline__ float round_to_e4m3(float v) { return round_to_fp8(v, 3, -6, 448.0f); }
 
-// The smallest power of two that leaves at most 1.75 * 2^largest of this amax.
-__device__ __forceinline__ float power_scale(u32 amax, int largest) {
-  if (amax == 0) return 1.0f;
-  if (amax >= 0x7f800000u) return not_a_number();
-  int exponent = (int)(amax >> 23) - 127 - largest + ((amax & 0x7fffffu) > 0x600000u);
-  return __uint_as_float((u32)(min(max(exponent, -100), 100) + 127) << 23);
-}
-
 __device__ __forceinline__ float round_to_int8(float v, float amax) {
   if (amax == 0.0f) return 0.0f;
   if (!is_finite(amax)) return not_a_number();
@@ -265,8 +257,8 @@ __device__ __forceinline__ Tensor tensor_scale(const Values &q) {
     float amax = __uint_as_float(*q.amax);
     return {amax, int8_scale(amax)};
   }
-  if (q.kind == E4M3) decode = power_scale(*q.amax, 8);
-  if (q.kind == E5M2) decode = power_scale(*q.amax, 15);
+  if (q.kind == E4M3) decode = fp8_scale(*q.amax, 8);
+  if (q.kind == E5M2) decode = fp8_scale(*q.amax, 15);
   return {__fdiv_rn(1.0f, decode), decode};
 }
 

@@ -50,8 +50,6 @@ pub struct Recipe {
     name: &'static str,
     linears: [LinearRecipe; LINEARS],
     exceptions: Exceptions,
-    /// All that some layer may use in some step.
-    all: Vec<LinearRecipe>,
 }
 
 /// Layers and steps that run in bf16.
@@ -259,8 +257,18 @@ impl Recipe {
     }
 
     /// All that some linear layer may use in some step.
-    pub fn all(&self) -> &[LinearRecipe] {
-        &self.all
+    pub fn all(&self) -> Vec<LinearRecipe> {
+        let mut all = Vec::new();
+        for linear in self.linears {
+            for (forward, backward) in [(false, false), (false, true), (true, false), (true, true)]
+            {
+                let falls_back = linear.in_bf16(forward, backward);
+                if !all.contains(&falls_back) {
+                    all.push(falls_back);
+                }
+            }
+        }
+        all
     }
 
     /// The blocks and steps that run in bf16, in words; empty where there are none.
@@ -354,23 +362,7 @@ impl Recipe {
         let gemm = |[a, b]: [Operand; 2]| Gemm::new(a, b);
         let linear = LinearRecipe::new(gemm(row.forward)?, gemm(row.dgrad)?, gemm(row.wgrad)?)?;
         let exceptions = row.exceptions;
-        Ok(Self { name: row.name, linears: [linear; LINEARS], exceptions, all: Vec::new() }
-            .with_all())
-    }
-
-    /// It, with what its layers may use.
-    fn with_all(mut self) -> Self {
-        self.all.clear();
-        for linear in self.linears {
-            for (forward, backward) in [(false, false), (false, true), (true, false), (true, true)]
-            {
-                let falls_back = linear.in_bf16(forward, backward);
-                if !self.all.contains(&falls_back) {
-                    self.all.push(falls_back);
-                }
-            }
-        }
-        self
+        Ok(Self { name: row.name, linears: [linear; LINEARS], exceptions })
     }
 
     /// The same with other linear layers.
@@ -382,7 +374,7 @@ impl Recipe {
         for linear in &mut linears {
             *linear = change(linear)?;
         }
-        Ok(Self { linears, ..self.clone() }.with_all())
+        Ok(Self { linears, ..self.clone() })
     }
 
     /// The same with other operands for those of the backward pass that are quantized.
@@ -420,8 +412,8 @@ impl Recipe {
             return Err(Refused::Expected("bf16"));
         }
         let recipe = self.change(|id, _, o| Ok(if id == gemm { o.in_bf16() } else { o }))?;
-        let quantized = recipe.linears[0].forward().is_unscaled() && recipe.quantized().is_err();
-        if quantized {
+        let in_bf16 = recipe.linears[0].forward().is_unscaled() && recipe.quantized().is_err();
+        if in_bf16 {
             let message = "dgrad=bf16,wgrad=bf16 leaves nothing quantized; use bf16";
             return Err(Error::invalid("recipe", message).into());
         }
@@ -497,13 +489,10 @@ fn word<T: PartialEq>(of: T, words: &[(&str, T)]) -> Option<String> {
 const SIGNS: [(&str, Signs); 3] =
     [("random", Signs::Random), ("fixed", Signs::Fixed), ("nvidia", Signs::Nvidia)];
 
-const RULES: [(&str, PowerRule); 5] = [
-    ("floor", PowerRule::Floor),
-    ("ceil", PowerRule::Ceil),
-    ("even", PowerRule::Even),
-    ("quest", PowerRule::Quest),
-    ("quest-floor", PowerRule::QuestFloor),
-];
+fn rule(value: &str) -> Result<PowerRule, Refused> {
+    let found = PowerRule::ALL.into_iter().find(|rule| rule.to_string() == value);
+    found.ok_or(Refused::Expected("floor, ceil, even, quest or quest-floor"))
+}
 
 /// MXFP4 operands by this rule, others as they are.
 fn by_rule(operand: Operand, rule: PowerRule) -> Operand {
@@ -511,14 +500,14 @@ fn by_rule(operand: Operand, rule: PowerRule) -> Operand {
     if !format.is_mxfp4() {
         return operand;
     }
-    let square = format.block().vectors() > 1;
+    let square = format.is_square();
     operand.in_format(Format::mxfp4(rule, square))
 }
 
 fn rule_of<'a>(operands: impl IntoIterator<Item = &'a Operand>) -> Option<String> {
     let mut operands = operands.into_iter().filter(|operand| operand.format().is_mxfp4());
     match operands.next()?.format().scale() {
-        Scale::Power(rule) => word(rule, &RULES),
+        Scale::Power(rule) => Some(rule.to_string()),
         _ => None,
     }
 }
@@ -569,8 +558,7 @@ const SWITCHES: [Switch; 21] = [
     Switch {
         key: "scale",
         apply: |recipe, value| {
-            let expected = "floor, ceil, even, quest or quest-floor";
-            let rule = choice(value, &RULES, expected)?;
+            let rule = rule(value)?;
             if recipe.operands()[2..].iter().all(|operand| !operand.format().is_mxfp4()) {
                 return Err(Refused::HasNo("backward GEMM in MXFP4"));
             }
@@ -581,8 +569,7 @@ const SWITCHES: [Switch; 21] = [
     Switch {
         key: "scale-fwd",
         apply: |recipe, value| {
-            let expected = "floor, ceil, even, quest or quest-floor";
-            let rule = choice(value, &RULES, expected)?;
+            let rule = rule(value)?;
             if !recipe.operands()[0].format().is_mxfp4() {
                 return Err(Refused::HasNo("forward GEMM in MXFP4"));
             }
@@ -612,7 +599,7 @@ const SWITCHES: [Switch; 21] = [
         },
         show: |recipe| {
             let [_, forward, _, dgrad, ..] = recipe.operands();
-            let is_square = |o: &Operand| o.format().block().vectors() > 1;
+            let is_square = |o: &Operand| o.format().is_square();
             let blocks = |o: &Operand| o.format().is_mxfp4() || o.format().is_nvfp4();
             let any = blocks(forward) || blocks(dgrad);
             let square = is_square(forward) || is_square(dgrad);
@@ -630,7 +617,7 @@ const SWITCHES: [Switch; 21] = [
                 return Err(Refused::HasNo("forward GEMM in NVFP4"));
             }
             recipe.change_forward(|_, operand| {
-                let square = operand.format().block().vectors() > 1;
+                let square = operand.format().is_square();
                 Ok(operand.in_format(Format::nvfp4(rule, square)))
             })
         },
@@ -653,7 +640,7 @@ const SWITCHES: [Switch; 21] = [
                 return Err(Refused::HasNo("stochastic rounding to NVFP4 below one scale"));
             }
             recipe.change(|_, _, operand| {
-                let format = Format::nvfp4(rule, operand.format().block().vectors() > 1);
+                let format = Format::nvfp4(rule, operand.format().is_square());
                 Ok(if takes(&operand) { operand.in_format(format) } else { operand })
             })
         },

@@ -51,6 +51,9 @@ impl fmt::Display for PowerRule {
 }
 
 impl PowerRule {
+    /// All rules.
+    pub const ALL: [Self; 5] = [Self::Floor, Self::Ceil, Self::Even, Self::Quest, Self::QuestFloor];
+
     /// The byte of a block's scale: 255 where it holds NaN or infinity, 0 for zeros.
     pub fn byte(self, block: &[f32]) -> u8 {
         // Comparing magnitudes as integers also lets NaN win.
@@ -123,7 +126,7 @@ mod tests {
             let ceil = (-127..=127).find(|e| fits(*e)).unwrap_or(127);
             assert_eq!(i32::from(PowerRule::Ceil.byte(&[-max, 0.0])) - E8M0_BIAS, ceil, "{max}");
         }
-        for rule in RULES {
+        for rule in PowerRule::ALL {
             for bad in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -f32::NAN] {
                 assert_eq!(rule.byte(&[1.0, bad]), E8M0_NAN);
             }
@@ -132,14 +135,6 @@ mod tests {
             assert!(rule.byte(&[f32::MAX; 32]) < E8M0_NAN && rule.byte(&[1e-45; 32]) < 101);
         }
     }
-
-    const RULES: [PowerRule; 5] = [
-        PowerRule::Floor,
-        PowerRule::Ceil,
-        PowerRule::Even,
-        PowerRule::Quest,
-        PowerRule::QuestFloor,
-    ];
 
     /// Largest magnitudes and the exponents that three rules make of them.
     #[test]

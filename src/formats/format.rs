@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use super::{BLOCK, E2M1_MAX, INT8_MAX, NVFP4_BLOCK, Nvfp4Scale, PowerRule};
+use super::{BLOCK, NVFP4_BLOCK, Nvfp4Scale, PowerRule};
 
 /// What one number is held in, besides its scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -166,6 +166,11 @@ impl Format {
         self.block
     }
 
+    /// Whether several vectors share one scale.
+    pub const fn is_square(self) -> bool {
+        matches!(self.block, Block::Square(_))
+    }
+
     /// How the scale is made.
     pub const fn scale(self) -> Scale {
         self.scale
@@ -185,17 +190,6 @@ impl Format {
     /// Whether numbers lose nothing but bits of mantissa.
     pub const fn is_unscaled(self) -> bool {
         matches!(self.scale, Scale::One)
-    }
-
-    /// The largest value of an element that has a scale.
-    pub const fn largest(self) -> f32 {
-        match self.element {
-            Element::E2m1 => E2M1_MAX,
-            Element::Int8 => INT8_MAX,
-            Element::E4m3 => super::E4M3_MAX,
-            Element::E5m2 => super::E5M2_MAX,
-            Element::F32 | Element::Bf16 | Element::Mantissa(..) => f32::MAX,
-        }
     }
 
     /// What a product can take together: one element, or two of FP8 that are not both E5M2, with

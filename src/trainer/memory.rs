@@ -144,7 +144,7 @@ impl<B: Backend> Buffers<B> {
             norm: shapes.norm(),
             attention: shapes.attention(0),
             head: shapes.head(),
-            recipes: options.recipe.all(),
+            recipes: &options.recipe.all(),
             backward: true,
         };
         backend.supports(&shape)?;

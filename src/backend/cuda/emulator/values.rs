@@ -11,9 +11,6 @@ use crate::formats::{
     Quantized, Range, Rounding, Signs, Source, Transform,
 };
 
-const RULES: [PowerRule; 5] =
-    [PowerRule::Floor, PowerRule::Ceil, PowerRule::Even, PowerRule::Quest, PowerRule::QuestFloor];
-
 /// One of every kind, and of every switch.
 fn operands() -> Vec<Operand> {
     let of = Operand::of;
@@ -23,7 +20,7 @@ fn operands() -> Vec<Operand> {
     }
     all.extend([Format::INT8_VECTORS, Format::INT8_TENSOR].map(of));
     all.extend([false, true].map(|powers| of(Format::e2m1_vectors(powers))));
-    for rule in RULES {
+    for rule in PowerRule::ALL {
         for square in [false, true] {
             let operand = of(Format::mxfp4(rule, square));
             all.extend([operand, operand.within(Range::ThreeQuarters)]);

@@ -639,7 +639,7 @@ mod tests {
         for name in Recipe::NAMES {
             let mut size = Size::default();
             for recipe in name.parse::<Recipe>().unwrap().all() {
-                Of::ALL.into_iter().for_each(|of| size.add(layer, recipe, of));
+                Of::ALL.into_iter().for_each(|of| size.add(layer, &recipe, of));
             }
             let own = ["fp32", "bf16", "mxfp4", "fp8-mxfp4-rht-sr"].contains(&name)
                 || ["mxfp4-rht", "mxfp4-sr", "mxfp4-rht-sr"].contains(&name);
