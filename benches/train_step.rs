@@ -17,7 +17,7 @@
 //! The last column is the memory of the plan.
 
 use mxfp4train::{
-    Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions,
+    Dataset, Engine, EngineOptions, Model, ModelConfig, Recipe, Schedule, Trainer, TrainerOptions,
 };
 
 fn main() {
@@ -65,7 +65,9 @@ fn main() {
         let recipe: Recipe = name.parse().unwrap();
         let recompute = std::env::var("MXT_BENCH_RECOMPUTE").unwrap_or_else(|_| "nothing".into());
         let recompute = recompute.parse().unwrap();
-        let options = TrainerOptions { batch_size, recipe, recompute, ..TrainerOptions::default() };
+        let schedule = Schedule { total_steps: 1_000_000, ..Schedule::default() };
+        let options =
+            TrainerOptions { batch_size, recipe, recompute, schedule, ..TrainerOptions::default() };
         let mut trainer = Trainer::new(&model, options).unwrap();
         let first = trainer.step(&data).unwrap().seconds;
         let mut seconds: Vec<f64> =

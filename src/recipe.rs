@@ -28,6 +28,7 @@
 //! | `outer` | `f32`, `power` | NVFP4's scales of 128 elements |
 //! | `from` | `x`, `q` | backward operands of the tensor, or of what the forward pass made of it |
 //! | `mantissa` | `1` to `7`, `1t` to `7t` | bits of mantissa that bf16 keeps; with t others are cut |
+//! | `fp8` | `qkv`, `proj`, `fc1`, `fc2`, joined by `+`, or `none` | layers with a forward pass in FP8 |
 //! | `fwd`, `dgrad`, `wgrad` | `bf16` | that GEMM in bf16 |
 //! | `bf16-first-layers`, `bf16-last-layers` | a count | blocks that run in bf16 |
 //! | `bf16-last-steps` | a fraction | the last part of the schedule's steps that runs in bf16 |
@@ -38,8 +39,8 @@ use std::str::FromStr;
 
 use crate::backend::{Precision, StepPlan};
 use crate::formats::{
-    Element, Format, Gemm, GemmId, LINEARS, LinearRecipe, Nvfp4Scale, Operand, OperandId,
-    OperandSource, Outer, PowerRule, Range, Rounding, Scale, Signs, Transform,
+    Element, Format, Gemm, GemmId, LINEAR_NAMES, LINEARS, LinearRecipe, Nvfp4Scale, Operand,
+    OperandId, OperandSource, Outer, PowerRule, Range, Rounding, Scale, Signs, Transform,
 };
 use crate::reserve::collect;
 use crate::{Error, Result};
@@ -114,6 +115,8 @@ struct Row {
     dgrad: [Operand; 2],
     /// dy and x.
     wgrad: [Operand; 2],
+    /// Linear layers whose forward pass is in FP8 E4M3 instead.
+    fp8: [bool; LINEARS],
     exceptions: Exceptions,
 }
 
@@ -130,7 +133,7 @@ const fn row(name: &'static str, forward: Operand, backward: Operand) -> Row {
         [operand; 2]
     }
     let (forward, dgrad, wgrad) = (both(forward), both(backward), both(backward));
-    Row { name, forward, dgrad, wgrad, exceptions: NONE }
+    Row { name, forward, dgrad, wgrad, fp8: [false; LINEARS], exceptions: NONE }
 }
 
 /// What falls back to bf16 in a recipe whose forward pass is in 4 bits does so in all passes.
@@ -159,8 +162,10 @@ const WITHIN_SR: Operand =
 const ROWS_INT8: Operand = Operand::of(Format::INT8_VECTORS);
 const TENSOR_INT8: Operand = Operand::of(Format::INT8_TENSOR);
 
+const FP8: Gemm = Gemm::of(Operand::E4M3);
+
 /// All recipes, plainest first.
-const TABLE: [Row; 27] = [
+const TABLE: [Row; 28] = [
     row("fp32", Operand::F32, Operand::F32),
     row("bf16", Operand::BF16, Operand::BF16),
     Row {
@@ -232,6 +237,20 @@ const TABLE: [Row; 27] = [
         wgrad: [NV_SR; 2],
         exceptions: Exceptions { of_layers: Passes::All, ..NONE },
         ..row("fp4-all-the-way", NV, NV)
+    },
+    // "Towards Efficient Pre-training: Exploring FP4 Precision in Large Language Models" (arXiv
+    // 2502.11458), which leaves open the block, its scale and the length of the last stage.
+    Row {
+        dgrad: [Operand::E5M2, Operand::E4M3],
+        wgrad: [Operand::E5M2, Operand::E4M3],
+        fp8: [true, true, false, false],
+        exceptions: Exceptions {
+            last_steps: 0.08,
+            of_layers: Passes::All,
+            of_steps: Passes::All,
+            ..NONE
+        },
+        ..row("zhou-fp4", CEIL, CEIL)
     },
 ];
 
@@ -361,8 +380,11 @@ impl Recipe {
         };
         let gemm = |[a, b]: [Operand; 2]| Gemm::new(a, b);
         let linear = LinearRecipe::new(gemm(row.forward)?, gemm(row.dgrad)?, gemm(row.wgrad)?)?;
-        let exceptions = row.exceptions;
-        Ok(Self { name: row.name, linears: [linear; LINEARS], exceptions })
+        let mut linears = [linear; LINEARS];
+        for (linear, _) in linears.iter_mut().zip(row.fp8).filter(|(_, fp8)| *fp8) {
+            *linear = linear.with_forward(FP8)?;
+        }
+        Ok(Self { name: row.name, linears, exceptions: row.exceptions })
     }
 
     /// The same with other linear layers.
@@ -393,7 +415,7 @@ impl Recipe {
         self.with_linears(|linear| {
             let gemm = linear.forward();
             let (x, w) = (change(OperandId::X, *gemm.a())?, change(OperandId::W, *gemm.b())?);
-            LinearRecipe::new(Gemm::new(x, w)?, *linear.dgrad(), *linear.wgrad())
+            linear.with_forward(Gemm::new(x, w)?)
         })
     }
 
@@ -420,20 +442,26 @@ impl Recipe {
         Ok(recipe)
     }
 
+    /// The linear layer that switches are about: the first that has a forward pass in 4 bits, or
+    /// else the first. Their backward passes are alike.
+    fn typical(&self) -> &LinearRecipe {
+        self.linears.iter().find(|linear| is_in_4_bits(linear)).unwrap_or(&self.linears[0])
+    }
+
     /// A quantized GEMM of the backward pass.
     fn quantized(&self) -> Result<&Gemm, Refused> {
-        let gemm = self.linears[0].backward().into_iter().find(|gemm| !gemm.is_unscaled());
+        let gemm = self.typical().backward().into_iter().find(|gemm| !gemm.is_unscaled());
         gemm.ok_or(Refused::HasNo("quantized backward GEMM"))
     }
 
-    /// All operands of some linear layer's, which quantized ones are asked for.
+    /// All operands of that linear layer, of which quantized ones are asked for.
     fn operands(&self) -> [&Operand; 6] {
-        self.linears[0].operands().map(|(_, operand)| operand)
+        self.typical().operands().map(|(_, operand)| operand)
     }
 
     /// The transform of the backward GEMMs.
     fn transform(&self) -> Result<Transform, Refused> {
-        let backward = self.linears[0].backward();
+        let backward = self.typical().backward();
         let transform = backward.into_iter().find_map(Gemm::transform);
         transform.ok_or(Refused::HasNo("transform"))
     }
@@ -486,6 +514,24 @@ fn word<T: PartialEq>(of: T, words: &[(&str, T)]) -> Option<String> {
     words.iter().find(|(_, choice)| *choice == of).map(|(word, _)| (*word).into())
 }
 
+/// Whether the forward pass of a linear layer is in 4 bits.
+fn is_in_4_bits(linear: &LinearRecipe) -> bool {
+    linear.forward().element() == Element::E2m1
+}
+
+/// Linear layers by their names, joined by +; `none` for none of them.
+fn linears(value: &str) -> Result<[bool; LINEARS], Refused> {
+    let mut named = [false; LINEARS];
+    if value != "none" {
+        for part in value.split('+') {
+            let number = LINEAR_NAMES.iter().position(|name| *name == part);
+            let expected = "qkv, proj, fc1 and fc2, some of them joined by +, or none";
+            named[number.ok_or(Refused::Expected(expected))?] = true;
+        }
+    }
+    Ok(named)
+}
+
 const SIGNS: [(&str, Signs); 3] =
     [("random", Signs::Random), ("fixed", Signs::Fixed), ("nvidia", Signs::Nvidia)];
 
@@ -513,7 +559,7 @@ fn rule_of<'a>(operands: impl IntoIterator<Item = &'a Operand>) -> Option<String
 }
 
 /// All switches, in the order in which they are written.
-const SWITCHES: [Switch; 21] = [
+const SWITCHES: [Switch; 22] = [
     Switch {
         key: "sr",
         apply: |recipe, value| {
@@ -617,8 +663,8 @@ const SWITCHES: [Switch; 21] = [
                 return Err(Refused::HasNo("forward GEMM in NVFP4"));
             }
             recipe.change_forward(|_, operand| {
-                let square = operand.format().is_square();
-                Ok(operand.in_format(Format::nvfp4(rule, square)))
+                let format = Format::nvfp4(rule, operand.format().is_square());
+                Ok(if is_nvfp4(&operand) { operand.in_format(format) } else { operand })
             })
         },
         show: |recipe| match recipe.operands()[0].format().scale() {
@@ -807,6 +853,31 @@ const SWITCHES: [Switch; 21] = [
         },
     },
     Switch {
+        key: "fp8",
+        apply: |recipe, value| {
+            let fp8 = linears(value)?;
+            let typical = recipe.typical();
+            if !is_in_4_bits(typical) {
+                return Err(Refused::HasNo("forward GEMM in 4 bits"));
+            }
+            if fp8 == [true; LINEARS] {
+                let message = format!("fp8={value} leaves no forward pass in 4 bits; use fp8");
+                return Err(Error::invalid("recipe", message).into());
+            }
+            let of = |fp8| typical.with_forward(if fp8 { FP8 } else { *typical.forward() });
+            let [of_others, of_named] = [of(false)?, of(true)?];
+            let linears = fp8.map(|fp8| if fp8 { of_named } else { of_others });
+            Ok(Recipe { linears, ..recipe.clone() })
+        },
+        show: |recipe| {
+            is_in_4_bits(recipe.typical()).then_some(())?;
+            let named = LINEAR_NAMES.iter().zip(&recipe.linears);
+            let fp8: Vec<_> =
+                named.filter(|(_, linear)| !is_in_4_bits(linear)).map(|(name, _)| *name).collect();
+            Some(if fp8.is_empty() { "none".into() } else { fp8.join("+") })
+        },
+    },
+    Switch {
         key: "fwd",
         apply: |recipe, value| {
             if value != "bf16" {
@@ -986,6 +1057,9 @@ mod tests {
             "tetrajet,sr=off,fwd=bf16,bf16-last-steps=0.1,bf16-steps-pass=bwd",
             "nvidia-nvfp4,bf16-first-layers=1,bf16-last-layers=3,bf16-layers-pass=fwd",
             "quartet2,46=off",
+            "quartet2,fp8=qkv",
+            "zhou-fp4,scale-fwd=floor,fp8=proj+fc2,bf16-last-steps=0.1",
+            "zhou-fp4,fp8=none,wgrad=bf16",
             "bf16,mantissa=4t",
             "fp8,bf16-first-layers=2",
         ];
@@ -998,6 +1072,7 @@ mod tests {
             ("mxfp4-rht , range=3/4 ,g=32", "mxfp4-rht,g=32,range=3/4"),
             ("mxfp4,range=3/4,range=1", "mxfp4"),
             ("mxfp4-sr,sr=other,sr=both", "mxfp4-sr"),
+            ("zhou-fp4,fp8=proj+qkv", "zhou-fp4"),
             ("mxfp4-rht-sr,range=3/4,sr=dy", "mxfp4-rht-sr,sr=dy,range=3/4"),
             ("mxfp4-rht-sr,sr=dy,range=3/4,sr=other", "mxfp4-rht-sr,sr=other,range=3/4"),
             (
@@ -1027,6 +1102,7 @@ mod tests {
             ("signs", &["random", "fixed", "nvidia"]),
             ("range", &["1", "3/4"]),
             ("mantissa", &["2", "7", "5t"]),
+            ("fp8", &["none", "qkv+proj", "fc2"]),
             ("fwd", &["bf16"]),
             ("dgrad", &["bf16"]),
             ("wgrad", &["bf16"]),
@@ -1085,6 +1161,10 @@ mod tests {
             ("fp8,rht=bwd", "needs an operand in MXFP4 or NVFP4; got one in FP8 E5M2"),
             ("fp8,mantissa=3", "mantissa: fp8 has no bf16 in all three GEMMs"),
             ("bf16,mantissa=8", "1 to 7 bits"),
+            ("nvfp4,fp8=qkv", "fp8: nvfp4 has no forward GEMM in 4 bits"),
+            ("tetrajet,fp8=head", "qkv, proj, fc1 and fc2, some of them joined by +, or none"),
+            ("tetrajet,fp8=qkv+proj+fc1+fc2", "leaves no forward pass in 4 bits"),
+            ("zhou-fp4,scale=ceil", "scale: zhou-fp4 has no backward GEMM in MXFP4"),
             ("bf16,fwd=bf16", "fwd: bf16 has no quantized forward GEMM"),
             ("mxfp4,colour=red", "known are sr, scale, scale-fwd, w"),
         ] {
@@ -1130,6 +1210,26 @@ mod tests {
             ("fp8-mxfp4-rht-sr,bf16-last-layers=1", 11, 12, 0, (false, true)),
         ] {
             assert_eq!(unscaled(recipe, layer, layers, step), expected, "{recipe} {layer} {step}");
+        }
+    }
+
+    /// Two linear layers are those of `fp8`, and the others differ from them in the forward pass
+    /// alone.
+    #[test]
+    fn zhou_fp4_is_fp8_but_for_two_forward_gemms() {
+        let [zhou, fp8] = ["zhou-fp4", "fp8"].map(|name| name.parse::<Recipe>().unwrap());
+        for number in 0..LINEARS {
+            let (ours, theirs) = (zhou.linear(number), fp8.linear(number));
+            assert_eq!(ours == theirs, number < 2, "{number}");
+            assert_eq!(ours.backward(), theirs.backward(), "{number}");
+        }
+        let format = Format::mxfp4(PowerRule::Ceil, false);
+        assert!([2, 3].iter().all(|number| zhou.linear(*number).forward().is_in(format)));
+        // The last 8% of steps, all passes.
+        for (step, bf16) in [(91, false), (92, true)] {
+            let layers = zhou.for_layer(0, 2, step, 100);
+            let all = layers.iter().flat_map(|linear| linear.gemms());
+            assert_eq!(all.into_iter().all(|gemm| gemm.is_in(Format::BF16)), bf16, "{step}");
         }
     }
 }

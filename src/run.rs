@@ -113,7 +113,7 @@ impl TrainerOptions {
         options.schedule.validate()?;
         if options.recipe.excepts_steps() && options.schedule.total_steps == 0 {
             let message = "bf16-last-steps is a part of a schedule's steps, whose number \
-                           (total_steps) is not set";
+                           (total_steps) is not set; set it, or bf16-last-steps=0";
             return Err(Error::invalid("recipe", message));
         }
         Ok(options)

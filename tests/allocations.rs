@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use common::FIRST_RECIPES;
 use mxfp4train::{
     Activation, Dataset, Engine, EngineOptions, Model, ModelConfig, Optimizer, OptimizerKind,
-    Recipe, Trainer, TrainerOptions, plan,
+    Recipe, Schedule, Trainer, TrainerOptions, plan,
 };
 
 static CALLS: AtomicU64 = AtomicU64::new(0);
@@ -110,6 +110,7 @@ fn a_step_allocates_nothing() {
                 accumulation: 2,
                 recipe: name.parse().unwrap(),
                 optimizer: Optimizer { epsilon, ..Optimizer::new(kind) },
+                schedule: Schedule { total_steps: 1000, ..Schedule::default() },
                 ..TrainerOptions::default()
             };
             let mut trainer = Trainer::new(model, options).unwrap();

@@ -51,7 +51,7 @@ fn options(recipe: &str) -> TrainerOptions {
         recipe: recipe.parse().unwrap(),
         // Without a warm-up, the first updates are chaotic, and no two number formats agree on
         // them.
-        schedule: Schedule { lr: 3e-4, warmup_steps: 50, ..Schedule::default() },
+        schedule: Schedule { lr: 3e-4, warmup_steps: 50, total_steps: 500, ..Schedule::default() },
         ..TrainerOptions::default()
     }
 }

@@ -15,7 +15,9 @@ fn engine() -> Engine {
 }
 
 fn options(recipe: &str) -> TrainerOptions {
-    TrainerOptions { batch_size: 2, recipe: recipe.parse().unwrap(), ..TrainerOptions::default() }
+    let schedule = Schedule { total_steps: 1000, ..Schedule::default() };
+    let recipe = recipe.parse().unwrap();
+    TrainerOptions { batch_size: 2, recipe, schedule, ..TrainerOptions::default() }
 }
 
 fn trainer(engine: &Engine, options: TrainerOptions) -> Trainer {
@@ -81,8 +83,8 @@ fn rates_beyond_reason() {
     let (engine, data) = (engine(), dataset());
     for recipe in Recipe::NAMES {
         for lr in [1.0, 100.0, 1e6, 1e20, 1e37, 3e38f32] {
-            let schedule = Schedule { lr, ..Schedule::default() };
-            let options = TrainerOptions { schedule, ..options(recipe) };
+            let mut options = options(recipe);
+            options.schedule.lr = lr;
             let mut tried = trainer(&engine, options.clone());
             let mut twin = trainer(&engine, options);
             let (done, message) = steps(&mut tried, &data, 20);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use mxfp4train::{
     Activation, Dataset, Engine, EngineOptions, GenerateOptions, Model, ModelConfig, Recipe,
-    Recompute, Trainer, TrainerOptions,
+    Recompute, Schedule, Trainer, TrainerOptions,
 };
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
@@ -28,7 +28,9 @@ fn data() -> Dataset {
 }
 
 fn options(recipe: &str) -> TrainerOptions {
-    TrainerOptions { batch_size: 3, recipe: recipe.parse().unwrap(), ..TrainerOptions::default() }
+    let schedule = Schedule { total_steps: 100, ..Schedule::default() };
+    let recipe = recipe.parse().unwrap();
+    TrainerOptions { batch_size: 3, recipe, schedule, ..TrainerOptions::default() }
 }
 
 fn loss_of(model: &Model) -> f32 {

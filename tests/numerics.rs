@@ -5,7 +5,9 @@ use mxfp4train::formats::{
     Draw, GemmId, Mxfp4Matrix, Operand, OperandId, Purpose, Random, Range, Rounding, Source,
     product_scale, uniform,
 };
-use mxfp4train::{Engine, EngineOptions, Model, ModelConfig, Recipe, Trainer, TrainerOptions};
+use mxfp4train::{
+    Engine, EngineOptions, Model, ModelConfig, Recipe, Schedule, Trainer, TrainerOptions,
+};
 
 /// N(0, 1), with 1% of entries of N(0, `outlier`^2).
 fn normal(len: usize, seed: u64, outlier: f64) -> Vec<f32> {
@@ -256,4 +258,45 @@ fn whole_model_gradients_converge() {
     let rate = (errors[0] / errors[5]).powf(1.0 / 5.0);
     println!("a factor of {rate:.3} for each fourfold n");
     assert!((1.85..2.15).contains(&rate), "{errors:?}");
+}
+
+/// What a run in the last part of its steps is: with the same weights, the loss and all gradients
+/// of `zhou-fp4` are those of `bf16`, bit for bit, and before that they are not.
+#[test]
+fn the_last_steps_of_zhou_fp4_are_in_bf16() {
+    const STEPS: u64 = 25;
+    let engine = Engine::new(EngineOptions { threads: 2, ..EngineOptions::default() }).unwrap();
+    let config = ModelConfig {
+        vocab_size: 61,
+        context_length: 24,
+        layers: 2,
+        heads: 2,
+        channels: 32,
+        ..ModelConfig::default()
+    };
+    let model = Model::new(&engine, &config).unwrap();
+    let tokens: Vec<u32> = (0..4 * 25u32).map(|i| (i * i + 7 * i) % 61).collect();
+    let [mut zhou, mut bf16] = ["zhou-fp4", "bf16"].map(|recipe| {
+        let schedule = Schedule { total_steps: STEPS, ..Schedule::default() };
+        let recipe = recipe.parse().unwrap();
+        let options =
+            TrainerOptions { batch_size: 4, recipe, schedule, ..TrainerOptions::default() };
+        let mut trainer = Trainer::new(&model, options).unwrap();
+        trainer.set_lr(Some(0.0)).unwrap(); // weights stay
+        trainer
+    });
+    let bits = |trainer: &mut Trainer| {
+        let mut all = vec![trainer.step_tokens(&tokens).unwrap().loss.to_bits()];
+        for info in model.tensors() {
+            let mut values = vec![0.0; info.len()];
+            trainer.read_gradient(&info.name, &mut values).unwrap();
+            all.extend(values.into_iter().map(f32::to_bits));
+        }
+        all
+    };
+    // 8% of 25 steps are two.
+    for step in 0..STEPS {
+        let [ours, theirs] = [&mut zhou, &mut bf16].map(bits);
+        assert_eq!(ours == theirs, step >= STEPS - 2, "step {step}");
+    }
 }

@@ -44,8 +44,8 @@ pub use nvfp4::{
     quantize_nvfp4_eden, quantize_nvfp4_within,
 };
 pub use operand::{
-    Gemm, LINEARS, LinearRecipe, Operand, OperandSource, Signs, Transform, fill_signs,
-    product_scale,
+    Gemm, LINEAR_NAMES, LINEARS, LinearRecipe, Operand, OperandSource, Signs, Transform,
+    fill_signs, product_scale,
 };
 pub use philox::{Draw, GemmId, OperandId, Purpose, Random, philox4x32_10, uniform};
 pub(crate) use philox::{M0, M1, W0, W1};

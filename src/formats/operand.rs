@@ -413,6 +413,9 @@ pub fn product_scale(a: impl Into<Operand>, b: impl Into<Operand>) -> f32 {
 /// the MLP.
 pub const LINEARS: usize = 4;
 
+/// Their names, by number.
+pub const LINEAR_NAMES: [&str; LINEARS] = ["qkv", "proj", "fc1", "fc2"];
+
 /// The three GEMMs of a linear layer y = x W^T + b in one step: what a backend sees of a recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LinearRecipe {
@@ -493,6 +496,11 @@ impl LinearRecipe {
             gemm(GemmId::Dgrad, &self.dgrad, OperandId::W)?,
             gemm(GemmId::Wgrad, &self.wgrad, OperandId::X)?,
         )
+    }
+
+    /// The same with another forward GEMM.
+    pub fn with_forward(&self, forward: Gemm) -> Result<Self> {
+        Self::new(forward, self.dgrad, self.wgrad)
     }
 
     /// What falls back to bf16 of it: the forward pass, or the backward pass, or both, as far as

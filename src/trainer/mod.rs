@@ -680,6 +680,7 @@ mod tests {
                     batch_size: layers,
                     recipe: Recipe::clone(recipe),
                     recompute,
+                    schedule: Schedule { total_steps: 10, ..Schedule::default() },
                     ..TrainerOptions::default()
                 };
                 let Ok(plan) = plan(&engine, &config, &options) else { continue };

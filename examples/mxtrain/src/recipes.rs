@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use mxfp4train::Recipe;
+use mxfp4train::formats::{LINEAR_NAMES, LINEARS, LinearRecipe};
 
 use crate::cli::RecipesArgs;
 use crate::console;
@@ -22,12 +23,14 @@ fn table(recipes: &[Recipe]) -> String {
     let head = ["recipe", "y: x, W", "dx: dy, W", "dW: dy, x", "in bf16"];
     let mut rows = vec![head.map(str::to_owned), head.map(|_| String::new())];
     for recipe in recipes {
-        let linear = recipe.linear(0);
-        let [y, dx, dw] = linear.gemms().map(|gemm| {
-            let (a, b) = (gemm.a().to_string(), gemm.b().to_string());
-            if a == b { a } else { format!("{a}, {b}") }
-        });
-        rows.push([format!("`{recipe}`"), y, dx, dw, recipe.excepted()]);
+        for (linear, names) in kinds(recipe) {
+            let [y, dx, dw] = linear.gemms().map(|gemm| {
+                let (a, b) = (gemm.a().to_string(), gemm.b().to_string());
+                if a == b { a } else { format!("{a}, {b}") }
+            });
+            let of = if names.len() == LINEARS { "" } else { &format!(" {}", names.join(", ")) };
+            rows.push([format!("`{recipe}`{of}"), y, dx, dw, recipe.excepted()]);
+        }
     }
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let widths: [usize; 5] = std::array::from_fn(width);
@@ -37,4 +40,17 @@ fn table(recipes: &[Recipe]) -> String {
         format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "))
     };
     rows.iter().map(line).collect()
+}
+
+/// The linear layers of a recipe that differ, each with the names of those that are alike.
+fn kinds(recipe: &Recipe) -> Vec<(&LinearRecipe, Vec<&'static str>)> {
+    let mut kinds: Vec<(&LinearRecipe, Vec<&str>)> = Vec::new();
+    for (number, name) in LINEAR_NAMES.into_iter().enumerate() {
+        let linear = recipe.linear(number);
+        match kinds.iter_mut().find(|(kind, _)| *kind == linear) {
+            Some((_, names)) => names.push(name),
+            None => kinds.push((linear, vec![name])),
+        }
+    }
+    kinds
 }

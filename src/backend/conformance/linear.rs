@@ -22,7 +22,7 @@ const SIZES: [[usize; 3]; 7] = [
 ];
 
 /// Recipes that switches make, of what no name alone is.
-const SWITCHED: [&str; 23] = [
+const SWITCHED: [&str; 25] = [
     "mxfp4-rht,g=32",
     "mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16",
     "mxfp4-rht-sr,g=256,signs=fixed",
@@ -46,6 +46,8 @@ const SWITCHED: [&str; 23] = [
     "nvfp4-eden,g=256,dgrad=bf16",
     "tetrajet2,outer=f32",
     "fp8-mxfp4-rht-sr,from=q",
+    "zhou-fp4,from=q",
+    "tetrajet,fp8=fc2",
 ];
 
 /// A recipe whose backward GEMMs have groups of their own.
@@ -60,7 +62,9 @@ fn groups_of_their_own([dgrad, wgrad]: [usize; 2]) -> LinearRecipe {
 /// All of them, with their names.
 fn recipes() -> impl Iterator<Item = (String, LinearRecipe)> {
     let named = Recipe::NAMES.into_iter().chain(SWITCHED);
-    let named = named.map(|name| (name.to_owned(), linear_recipe(name)));
+    let named = named.flat_map(|name| {
+        linear_recipes(name).into_iter().map(move |recipe| (name.to_owned(), recipe))
+    });
     let built = [[32, 256], [256, 32]];
     named.chain(built.map(|groups| (format!("groups of {groups:?}"), groups_of_their_own(groups))))
 }
@@ -242,11 +246,13 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
 /// operations one after the other, which recomputing needs.
 pub(super) fn linear_layers_with_gelu<B: Harness>(backends: &[B]) {
     for size @ [rows, inputs, outputs] in [[77, 96, 33], [128, 64, 96]] {
-        for (name, form) in Recipe::NAMES
+        for (name, recipe, form) in Recipe::NAMES
             .into_iter()
-            .flat_map(|name| [Activation::GeluTanh, Activation::Gelu].map(|form| (name, form)))
+            .flat_map(|name| linear_recipes(name).into_iter().map(move |recipe| (name, recipe)))
+            .flat_map(|(name, recipe)| {
+                [Activation::GeluTanh, Activation::Gelu].map(|form| (name, recipe, form))
+            })
         {
-            let recipe = linear_recipe(name);
             let layer = Layer::new::<B>(size, &recipe);
             let (shape, precision) = (layer.shape, layer.precision);
             let len = rows * outputs;

@@ -23,7 +23,7 @@ pub(in crate::backend) use optimize::{Update, some_values, step};
 use super::cpu::Cpu;
 use super::cuda::Cuda;
 use super::*;
-use crate::formats::{Draw, LinearRecipe, Purpose, Random, uniform};
+use crate::formats::{Draw, LINEARS, LinearRecipe, Purpose, Random, uniform};
 use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
 use crate::recipe::Recipe;
 
@@ -220,9 +220,18 @@ fn tokens<B: Harness>(b: &B, ids: &[u32]) -> B::Tokens {
     tokens
 }
 
-/// The layers of a recipe.
+/// The layers of a recipe whose layers are alike.
 fn linear_recipe(name: &str) -> LinearRecipe {
-    *name.parse::<Recipe>().unwrap().linear(0)
+    let [recipe] = linear_recipes(name)[..] else { panic!("{name} has layers that differ") };
+    recipe
+}
+
+/// Those layers of a recipe that differ.
+fn linear_recipes(name: &str) -> Vec<LinearRecipe> {
+    let recipe: Recipe = name.parse().unwrap();
+    let mut layers = (0..LINEARS).map(|number| *recipe.linear(number)).collect::<Vec<_>>();
+    layers.dedup();
+    layers
 }
 
 /// Scratch memory for one more sequence than there is, with layers of up to `channels` channels, in
@@ -242,7 +251,7 @@ pub(in crate::backend) fn workspace<B: Harness>(
             names.chain(["fp8-mxfp4-rht-sr,g=256", "tetrajet2,outer=f32"]).collect()
         }
     };
-    let recipes: Vec<_> = names.into_iter().map(linear_recipe).collect();
+    let recipes: Vec<_> = names.into_iter().flat_map(linear_recipes).collect();
     let sequences = Sequences { batch: sequences.batch + 1, ..sequences };
     let (rows, c, head_size) = (sequences.rows(), channels, channels / heads);
     let linears = [[c, 3 * c], [c, c], [c, 4 * c], [4 * c, c]]
