@@ -59,7 +59,8 @@ struct Values {
   u32 group; // of the transform, 0 without one
   u32 kind, mantissa, rule, square, rounding, outer, by_vector;
   u32 wide;
-  u32 dequantized; // the result is multiplied by all scales, and (vectors, length) of f32
+  u32 dequantized; // the result is multiplied by all scales, and f32, without padding where
+                   // nothing is rotated
   float range, alpha, beta;
   Transform transform;
   Draw elements, of_scales; // of_scales: by vector and block
@@ -162,13 +163,6 @@ __device__ __forceinline__ float smallest_normal() { return __uint_as_float(0x00
 __device__ __forceinline__ float with_sign(float magnitude, float of) {
   return __uint_as_float((__float_as_uint(magnitude) & 0x7fffffffu) |
                          (__float_as_uint(of) & 0x80000000u));
-}
-
-// Bits of the largest magnitude.
-__device__ __forceinline__ u32 amax_of(const float *v, u32 count) {
-  u32 most = 0;
-  for (u32 i = 0; i < count; i++) most = max(most, __float_as_uint(v[i]) & 0x7fffffffu);
-  return most;
 }
 
 __device__ __forceinline__ float round_mantissa(float v, u32 bits) {
@@ -310,27 +304,6 @@ struct Bits {
 
 // ---- Blocks of 32 -------------------------------------------------------------------------------
 
-// The scale byte of `count` vectors' blocks, PITCH apart, by their standard deviation.
-__device__ __forceinline__ u32 deviation_byte(u32 rule, const float *blocks, u32 count, u32 amax) {
-  if (amax >> 23 == 255) return 255;
-  if (amax == 0) return 0;
-  u32 exponent = min(max(amax >> 23, 1u), 253u);
-  float down = __uint_as_float((254 - exponent) << 23), up = __uint_as_float(exponent << 23);
-  float sum = 0.0f, squares = 0.0f;
-  for (u32 row = 0; row < count; row++)
-    for (u32 i = 0; i < BLOCK; i++) {
-      float x = __fmul_rn(blocks[row * PITCH + i], down);
-      sum = __fadd_rn(sum, x);
-      squares = __fadd_rn(squares, __fmul_rn(x, x));
-    }
-  float part = __fdiv_rn(1.0f, (float)(count * BLOCK)), mean = __fmul_rn(sum, part);
-  float variance = __fsub_rn(__fmul_rn(squares, part), __fmul_rn(mean, mean));
-  float deviation = __fmul_rn(__fsqrt_rn(fmaxf(variance, 0.0f)), up);
-  float unit = __fadd_rn(__fmul_rn(0.48707976f, deviation), 1e-8f);
-  if (rule == QUEST) unit = __fmul_rn(unit, 1.41421356237309504880f);
-  return min(__float_as_uint(unit) >> 23, 253u);
-}
-
 __device__ __forceinline__ void round_powers(const Values &q, float *block, u32 vector, u32 k,
                                              u32 rows) {
   u32 amax = amax_of(block, BLOCK);
@@ -340,10 +313,11 @@ __device__ __forceinline__ void round_powers(const Values &q, float *block, u32 
   if (!deviation) {
     byte = power_byte(q.rule, amax);
   } else if (!q.square) {
-    byte = deviation_byte(q.rule, block, 1, amax);
+    byte = deviation_byte(q.rule == QUEST, block, 1, PITCH, amax);
   } else {
     // The sum of a square is one after the other, too.
-    byte = threadIdx.x % WARP == 0 ? deviation_byte(q.rule, block, rows, amax) : 0;
+    bool first = threadIdx.x % WARP == 0;
+    byte = first ? deviation_byte(q.rule == QUEST, block, rows, PITCH, amax) : 0;
     byte = __reduce_max_sync(FULL_WARP, byte);
   }
   float scale = decode_e8m0(byte);
@@ -568,7 +542,7 @@ __global__ void __launch_bounds__(THREADS) round_values(const __grid_constant__ 
     }
   }
   __syncthreads();
-  u32 depth = q.dequantized ? q.length : q.depth;
+  u32 depth = q.dequantized && !q.group ? q.length : q.depth;
   for (u32 j = 0; j < 4; j++) {
     u32 local = 4 * warp + j, vector = first_vector + local;
     if (vector >= q.vectors) break;

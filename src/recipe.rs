@@ -17,7 +17,7 @@
 //! | switch | values | meaning |
 //! | --- | --- | --- |
 //! | `g` | 16, 32, 64, 128, 256 | group length of the transform |
-//! | `signs` | `random`, `fixed`, `nvidia` | fresh signs for each GEMM call, or the same for all |
+//! | `signs` | `random`, `fixed`, `nvidia`, `plain` | fresh signs for each GEMM call, the same for all, or none |
 //! | `rht` | `off`, `wgrad`, `bwd` | which GEMMs are transformed |
 //! | `sr` | `both`, `dy`, `dy+x`, `other`, `off` | which operand is rounded stochastically |
 //! | `range` | `1`, `3/4` | how much of its range MXFP4 uses; in 3/4 nothing saturates |
@@ -159,13 +159,17 @@ const NV_H16: Transform = Transform::of(16, Signs::Nvidia);
 const WITHIN: Operand = Operand::of(Format::nvfp4_within(true));
 const WITHIN_SR: Operand =
     WITHIN.rounded(Rounding::Unbiased).rotated(Transform::of(16, Signs::Random));
+const QUEST: Operand =
+    Operand::of(Format::mxfp4(PowerRule::Quest, false)).rotated(Transform::of(32, Signs::Plain));
+const QUARTET: Operand =
+    NEAREST.within(Range::ThreeQuarters).rotated(Transform::of(32, Signs::Random));
 const ROWS_INT8: Operand = Operand::of(Format::INT8_VECTORS);
 const TENSOR_INT8: Operand = Operand::of(Format::INT8_TENSOR);
 
 const FP8: Gemm = Gemm::of(Operand::E4M3);
 
 /// All recipes, plainest first.
-const TABLE: [Row; 28] = [
+const TABLE: [Row; 29] = [
     row("fp32", Operand::F32, Operand::F32),
     row("bf16", Operand::BF16, Operand::BF16),
     Row {
@@ -210,6 +214,13 @@ const TABLE: [Row; 28] = [
         dgrad: [WITHIN_SR, WITHIN_SR.from_forward()],
         wgrad: [WITHIN_SR, WITHIN_SR.from_forward()],
         ..row("tetrajet2", WITHIN, WITHIN)
+    }),
+    // "Quartet: Native FP4 Training Can Be Optimal for Large Language Models" (arXiv 2505.14669,
+    // version 4, whose backward pass rounds to nearest).
+    whole(Row {
+        dgrad: [QUARTET, QUARTET.from_forward()],
+        wgrad: [QUARTET, QUARTET.from_forward()],
+        ..row("quartet", QUEST, QUEST)
     }),
     // Quartet II (arXiv 2601.22813).
     whole(Row {
@@ -532,8 +543,12 @@ fn linears(value: &str) -> Result<[bool; LINEARS], Refused> {
     Ok(named)
 }
 
-const SIGNS: [(&str, Signs); 3] =
-    [("random", Signs::Random), ("fixed", Signs::Fixed), ("nvidia", Signs::Nvidia)];
+const SIGNS: [(&str, Signs); 4] = [
+    ("random", Signs::Random),
+    ("fixed", Signs::Fixed),
+    ("nvidia", Signs::Nvidia),
+    ("plain", Signs::Plain),
+];
 
 fn rule(value: &str) -> Result<PowerRule, Refused> {
     let found = PowerRule::ALL.into_iter().find(|rule| rule.to_string() == value);
@@ -798,7 +813,7 @@ const SWITCHES: [Switch; 22] = [
         key: "signs",
         apply: |recipe, value| {
             let group = recipe.transform()?.group();
-            let signs = choice(value, &SIGNS, "random, fixed or nvidia")?;
+            let signs = choice(value, &SIGNS, "random, fixed, nvidia or plain")?;
             recipe.with_transform(group, signs)
         },
         show: |recipe| word(recipe.transform().ok()?.signs(), &SIGNS),
@@ -1056,6 +1071,8 @@ mod tests {
             "tetrajet2,sr=dy+x,outer=f32",
             "tetrajet,sr=off,fwd=bf16,bf16-last-steps=0.1,bf16-steps-pass=bwd",
             "nvidia-nvfp4,bf16-first-layers=1,bf16-last-layers=3,bf16-layers-pass=fwd",
+            "quartet,scale-fwd=quest-floor,g=64,range=1",
+            "quartet,from=x,rht=off",
             "quartet2,46=off",
             "quartet2,fp8=qkv",
             "zhou-fp4,scale-fwd=floor,fp8=proj+fc2,bf16-last-steps=0.1",
@@ -1099,7 +1116,7 @@ mod tests {
             ("from", &["x", "q"]),
             ("rht", &["off", "wgrad", "bwd"]),
             ("g", &["16", "32", "64", "128", "256"]),
-            ("signs", &["random", "fixed", "nvidia"]),
+            ("signs", &["random", "fixed", "nvidia", "plain"]),
             ("range", &["1", "3/4"]),
             ("mantissa", &["2", "7", "5t"]),
             ("fp8", &["none", "qkv+proj", "fc2"]),
@@ -1157,6 +1174,8 @@ mod tests {
             ("mxfp4-rht-sr,from=q", "use the tensor itself"),
             ("mxfp4-sr,scale=quest", "leaves nothing above 6"),
             ("mxfp4-rht-sr,signs=nvidia", "those of a group of 16; got 64"),
+            ("quartet,w=2d", "has scales of blocks, not of squares"),
+            ("quartet,signs=any", "signs: expected random, fixed, nvidia or plain"),
             ("tetrajet,w=2d", "squares of one scale are rounded to nearest"),
             ("fp8,rht=bwd", "needs an operand in MXFP4 or NVFP4; got one in FP8 E5M2"),
             ("fp8,mantissa=3", "mantissa: fp8 has no bf16 in all three GEMMs"),

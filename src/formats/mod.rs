@@ -25,6 +25,7 @@ mod operand;
 mod philox;
 mod quantize;
 mod quantized;
+mod restore;
 mod stream;
 
 pub use dge::{DGE_MAX, dge_derivative};
@@ -54,6 +55,7 @@ pub use quantized::{
     Bits, Quantized, VECTORS_AT_ONCE, Vectors, has_vector_scales, needs_amax, quantize_vectors,
     tensor_scale,
 };
+pub use restore::Restoration;
 pub use stream::Philox;
 
 /// Elements that share one scale.

@@ -7,8 +7,8 @@
 use std::fmt;
 
 use super::{
-    Block, Draw, Element, Format, GemmId, MAX_GROUP, Nvfp4Scale, OperandId, Outer, PowerRule,
-    Random, Range, Rounding, Scale,
+    BLOCK, Block, Draw, Element, Format, GemmId, MAX_GROUP, Nvfp4Scale, OperandId, Outer,
+    PowerRule, Random, Range, Rounding, Scale,
 };
 use crate::{Error, Result};
 
@@ -28,6 +28,8 @@ pub enum Signs {
     Fixed,
     /// The one of 16 signs that NVIDIA's TransformerEngine has (arXiv 2509.25149).
     Nvidia,
+    /// None: the transform alone.
+    Plain,
 }
 
 /// TransformerEngine's signs, a set bit being -1.
@@ -77,6 +79,7 @@ pub fn fill_signs<'a>(
     match transform.signs {
         Signs::Random => random.signs(gemm).fill_signs(signs),
         Signs::Fixed => Draw::fixed_signs(random.seed).fill_signs(signs),
+        Signs::Plain => signs.fill(1.0),
         Signs::Nvidia => {
             for (i, sign) in signs.iter_mut().enumerate() {
                 *sign = if NVIDIA_SIGNS >> i & 1 == 1 { -1.0 } else { 1.0 };
@@ -303,6 +306,7 @@ impl fmt::Display for Operand {
                 Signs::Random => "",
                 Signs::Fixed => " fixed",
                 Signs::Nvidia => " NVIDIA",
+                Signs::Plain => " plain",
             })?;
         }
         f.write_str(if *source == OperandSource::Forward { " q" } else { "" })
@@ -454,9 +458,7 @@ impl LinearRecipe {
                 return Err(invalid(message));
             }
         }
-        if forward.transform().is_some() {
-            return Err(invalid("the operands of a forward pass have no transform"));
-        }
+        recipe.checked_rotation()?;
         let missing = |(what, operand): &(&'static str, &Operand)| {
             let kept = match *what {
                 "W in dgrad" => forward.b,
@@ -478,6 +480,29 @@ impl LinearRecipe {
             return Err(invalid(message));
         }
         Ok(recipe)
+    }
+
+    /// What its forward pass rotates, products turn back ([`super::Restoration`]).
+    fn checked_rotation(&self) -> Result<()> {
+        let Some(Transform { group, signs }) = self.forward.transform() else { return Ok(()) };
+        if (group, signs) != (BLOCK, Signs::Plain) {
+            let message = format!(
+                "a forward pass is rotated in groups of {BLOCK} without signs, or not at all; got \
+                 groups of {group} with signs {signs:?}"
+            );
+            return Err(invalid(message));
+        }
+        if [self.forward.a, self.forward.b].iter().any(|operand| operand.format.is_square()) {
+            return Err(invalid(
+                "what a forward pass rotates has scales of blocks, not of squares",
+            ));
+        }
+        let turned = |gemm: &Gemm| gemm.b.source == OperandSource::Forward;
+        let by_vector = |gemm: &Gemm| super::has_vector_scales(gemm.a.format);
+        if self.backward().into_iter().any(|gemm| turned(gemm) && by_vector(gemm)) {
+            return Err(invalid("what is turned back has no scales of vectors"));
+        }
+        Ok(())
     }
 
     /// The same with backward operands that `change` makes of those that are quantized.
@@ -612,6 +637,21 @@ mod tests {
         says(LinearRecipe::new(mxfp4, mxfp4, mxfp4), "x in the forward pass is rounded to nearest");
         let vectors = Gemm::of(Operand::of(Format::INT8_VECTORS));
         says(LinearRecipe::new(bf16, mxfp4, vectors), "without scales of vectors");
+        let rotated_forward = |group, signs, square| {
+            let operand = Operand::of(Format::mxfp4(PowerRule::Ceil, square));
+            Gemm::of(operand.rotated(Transform::of(group, signs)))
+        };
+        for (group, signs) in [(64, Signs::Plain), (32, Signs::Fixed), (32, Signs::Random)] {
+            let recipe = LinearRecipe::new(rotated_forward(group, signs, false), mxfp4, mxfp4);
+            says(recipe, "rotated in groups of 32 without signs");
+        }
+        let squares = rotated_forward(32, Signs::Plain, true);
+        says(LinearRecipe::new(squares, mxfp4, mxfp4), "of blocks, not of squares");
+        let plain = rotated_forward(32, Signs::Plain, false);
+        let int8 = Operand::of(Format::INT8_VECTORS);
+        let from_forward = Gemm::new(int8, int8.from_forward()).unwrap();
+        says(LinearRecipe::new(plain, from_forward, mxfp4), "no scales of vectors");
+        LinearRecipe::new(plain, mxfp4, mxfp4).unwrap();
         let from_forward = |a: Operand| Gemm::new(a, a.from_forward()).unwrap();
         says(LinearRecipe::new(bf16, mxfp4, from_forward(rotated)), "x in wgrad");
         says(LinearRecipe::new(bf16, from_forward(rotated), mxfp4), "W in dgrad");

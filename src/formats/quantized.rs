@@ -78,7 +78,8 @@ impl Quantized {
     }
 
     /// The values that the numbers stand for as f32, (rows, `length`), without padding: what a
-    /// backward pass sees of an operand of the forward pass.
+    /// backward pass sees of an operand of the forward pass. Of what is rotated `length` is the
+    /// padded one.
     pub fn dequantized(&self, length: usize) -> Vec<f32> {
         let of_vector = |row: usize| match self.vector_scales.get(row) {
             Some(scale) => self.scale * scale,

@@ -6,8 +6,8 @@
 
 use super::*;
 use crate::formats::{
-    self, Bits, Element, Format, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource,
-    Quantized, Rounding, Source,
+    self, BLOCK, Bits, Element, Format, Gemm, GemmId, LinearRecipe, Operand, OperandId,
+    OperandSource, Quantized, Restoration, Rounding, Source,
 };
 
 /// Rows, inputs and outputs: some that nothing divides, then those that tensor cores take whole.
@@ -22,7 +22,7 @@ const SIZES: [[usize; 3]; 7] = [
 ];
 
 /// Recipes that switches make, of what no name alone is.
-const SWITCHED: [&str; 25] = [
+const SWITCHED: [&str; 31] = [
     "mxfp4-rht,g=32",
     "mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16",
     "mxfp4-rht-sr,g=256,signs=fixed",
@@ -47,6 +47,12 @@ const SWITCHED: [&str; 25] = [
     "tetrajet2,outer=f32",
     "fp8-mxfp4-rht-sr,from=q",
     "zhou-fp4,from=q",
+    "quartet,scale-fwd=quest-floor,dgrad=bf16",
+    "quartet,scale-fwd=ceil,wgrad=bf16",
+    "quartet,from=x,signs=plain",
+    "quartet,scale-fwd=floor,g=128",
+    "quartet,fwd=bf16",
+    "quartet,fp8=proj",
     "tetrajet,fp8=fc2",
 ];
 
@@ -111,19 +117,27 @@ impl Layer {
         let mut y = product(GemmId::Dgrad, gemm, (of_x, OperandId::X), (of_w, OperandId::W));
         y.iter_mut().enumerate().for_each(|(i, y)| *y += f64::from(b[i % outputs]));
         // A backward operand is made from the tensor, or from what the forward pass made of it.
-        let seen = |of: Source<'_>, operand: &Operand, forward: &Operand| match operand.source() {
-            OperandSource::HighPrecision => of.data.to_vec(),
-            OperandSource::Forward => quantized(of, forward, &[], OperandId::X).dequantized(inputs),
+        let seen = |of: Source<'_>, operand: &Operand, forward: &Operand| {
+            if operand.source() == OperandSource::HighPrecision {
+                return of.data.to_vec();
+            }
+            let mut signs = [0.0; formats::MAX_GROUP];
+            let transform = forward.transform();
+            let signs = formats::fill_signs(&mut signs, transform, GemmId::Dgrad, &RANDOM);
+            let made = quantized(of, forward, signs, OperandId::X);
+            made.dequantized(if transform.is_some() { made.depth } else { inputs })
         };
         let (dgrad, wgrad) = (recipe.dgrad(), recipe.wgrad());
-        let w = seen(of_w, dgrad.b(), gemm.b());
-        let x = seen(of_x, wgrad.b(), gemm.a());
+        let seen_w = seen(of_w, dgrad.b(), gemm.b());
+        let seen_x = seen(of_x, wgrad.b(), gemm.a());
         let of_dy = (source(dy, rows, outputs, false), OperandId::Dy);
-        let of_w = (source(&w, inputs, outputs, true), OperandId::W);
+        let of_w = (source(&seen_w, seen_w.len() / outputs, outputs, true), OperandId::W);
         let dx = product(GemmId::Dgrad, dgrad, of_dy, of_w);
+        let dx = restored(dx, recipe, GemmId::Dgrad, x, inputs);
         let of_dy = (source(dy, outputs, rows, true), OperandId::Dy);
-        let of_x = (source(&x, inputs, rows, true), OperandId::X);
+        let of_x = (source(&seen_x, seen_x.len() / rows, rows, true), OperandId::X);
         let dw = product(GemmId::Wgrad, wgrad, of_dy, of_x);
+        let dw = restored(dw, recipe, GemmId::Wgrad, w, inputs);
         let mut db = vec![0.0; outputs];
         dy.iter().enumerate().for_each(|(i, dy)| db[i % outputs] += f64::from(*dy));
         Exact { y, dx, dw, db }
@@ -182,6 +196,36 @@ fn product(
     let mut out = reference::product(&a.dequantize(), &b.dequantize(), a.rows, b.rows, a.depth);
     out.iter_mut().for_each(|v| *v *= f64::from(gemm.alpha()));
     out
+}
+
+/// The gradient of `tensor` (rows, `columns`) from the result of a GEMM: the matrix of the transform
+/// written out, behind numbers that its scale did not cut off.
+fn restored(
+    result: Vec<f64>,
+    recipe: &LinearRecipe,
+    id: GemmId,
+    tensor: &[f32],
+    columns: usize,
+) -> Vec<f64> {
+    let Some(restoration) = Restoration::of(recipe, id) else { return result };
+    let depth = restoration.depth(columns);
+    let mut gradient = Vec::new();
+    for (result, x) in result.chunks(depth).zip(tensor.chunks(columns)) {
+        let mut x = x.to_vec();
+        x.resize(depth, 0.0);
+        for (result, x) in result.chunks(BLOCK).zip(x.chunks_mut(BLOCK)) {
+            formats::rotate(x, &[1.0; BLOCK]);
+            let scale = restoration
+                .clips()
+                .map_or(f32::INFINITY, |rule| formats::decode_e8m0(rule.byte(x)));
+            let passes = |j: usize| if x[j].abs() < 6.0 * scale { result[j] } else { 0.0 };
+            gradient.extend((0..BLOCK).map(|i| {
+                let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                (0..BLOCK).map(|j| sign(j) * passes(j)).sum::<f64>() / (BLOCK as f64).sqrt()
+            }));
+        }
+    }
+    gradient.chunks(depth).flat_map(|row| row[..columns].to_vec()).collect()
 }
 
 pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backends: &[B]) {

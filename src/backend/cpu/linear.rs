@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::gemm::{Conversion, Format, Matrix, Output, Quantization};
 use super::isa::{Isa, simd_fn};
 use super::quantize::{Source, conversion, packs_at_once, scale_result};
+use super::restore::restore;
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu, JOB_ELEMENTS, gelu};
 use crate::backend::{
@@ -16,7 +17,7 @@ use crate::backend::{
     WorkspaceShape,
 };
 use crate::formats::{
-    self, Bits, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random,
+    self, Bits, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random, Restoration,
 };
 
 /// Columns that a job sums.
@@ -30,13 +31,17 @@ pub(super) fn scratch(isa: Isa, shape: &WorkspaceShape<'_>) -> ScratchSize {
             let forward = recipe.forward();
             add_gemm(isa, &mut size, forward, forward.b(), [rows, outputs, inputs]);
             if shape.backward {
-                let w = (recipe.dgrad(), forward.b(), [rows, inputs, outputs]);
-                let x = (recipe.wgrad(), forward.a(), [outputs, inputs, rows]);
-                for (gemm, forward, sizes @ [_, inputs, vectors]) in [w, x] {
-                    add_gemm(isa, &mut size, gemm, forward, sizes);
+                let w = (GemmId::Dgrad, recipe.dgrad(), forward.b(), [rows, outputs]);
+                let x = (GemmId::Wgrad, recipe.wgrad(), forward.a(), [outputs, rows]);
+                for (id, gemm, of_forward, [vectors, length]) in [w, x] {
+                    let restoration = Restoration::of(recipe, id);
+                    let columns = restoration.map_or(inputs, |restored| restored.depth(inputs));
+                    add_gemm(isa, &mut size, gemm, of_forward, [vectors, columns, length]);
                     if gemm.b().source() == OperandSource::Forward {
-                        let group = forward.format().block().depth();
-                        size.values[2].add([vectors, inputs], group);
+                        size.values[2].add([length, inputs], forward.group());
+                    }
+                    if restoration.is_some() {
+                        size.elements = size.elements.max(vectors * columns);
                     }
                 }
             }
@@ -85,7 +90,8 @@ impl Linear for Cpu {
         // Nothing is drawn in a forward pass.
         let random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
         let (gemm, forward) = (recipe.forward(), recipe.forward().b());
-        let of = For { gemm, id: GemmId::Dgrad, forward, random: &random, sums: false };
+        let id = GemmId::Dgrad;
+        let of = For { gemm, id, forward, random: &random, sums: false, restored: None };
         let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
         self.multiply(workspace, operands, of, out);
         if let Epilogue::Gelu { out, form } = epilogue {
@@ -116,8 +122,11 @@ impl Linear for Cpu {
             (Matrix::depth_by_rows(w, inputs, outputs), OperandId::W),
         ];
         let out = Output { c: dx, stride: inputs, alpha: 1.0, bias: None, accumulate: false };
-        let (gemm, forward) = (recipe.dgrad(), recipe.forward().b());
-        let of = For { gemm, id: GemmId::Dgrad, forward, random, sums: false };
+        let gemm = recipe.dgrad();
+        let id = GemmId::Dgrad;
+        let restored = Restoration::of(recipe, id).map(|restoration| (restoration, x));
+        let forward = recipe.forward();
+        let of = For { gemm, id, forward: forward.b(), random, sums: false, restored };
         self.multiply(workspace, dgrad, of, out);
 
         let wgrad = [
@@ -125,8 +134,9 @@ impl Linear for Cpu {
             (Matrix::depth_by_rows(x, inputs, rows), OperandId::X),
         ];
         let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate };
-        let (gemm, forward) = (recipe.wgrad(), recipe.forward().a());
-        let of = For { gemm, id: GemmId::Wgrad, forward, random, sums: true };
+        let (gemm, id) = (recipe.wgrad(), GemmId::Wgrad);
+        let restored = Restoration::of(recipe, id).map(|restoration| (restoration, w));
+        let of = For { gemm, id, forward: forward.a(), random, sums: true, restored };
         self.multiply(workspace, wgrad, of, out);
         // dy^T passed through packing row by row; its row sums are the bias gradient.
         for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
@@ -154,6 +164,8 @@ struct For<'a> {
     random: &'a Random,
     /// Whether the sums of A's vectors are wanted, which is transposed then: in the memory of A.
     sums: bool,
+    /// What the result goes through, and the tensor that it then is the gradient of.
+    restored: Option<(Restoration, &'a [f32])>,
 }
 
 impl Cpu {
@@ -165,8 +177,8 @@ impl Cpu {
         of: For<'_>,
         out: Output<'_>,
     ) {
-        let For { gemm, id, forward, random, sums } = of;
-        let Workspace { a: a_memory, b: [b_memory, ..], values, .. } = workspace;
+        let For { gemm, id, forward, random, sums, restored } = of;
+        let Workspace { a: a_memory, b: [b_memory, ..], values, elements, .. } = workspace;
         let [a_values, b_values, forward_values] = values;
         let mut signs = [0.0; formats::MAX_GROUP];
         let signs = formats::fill_signs(&mut signs, gemm.transform(), id, random);
@@ -193,10 +205,12 @@ impl Cpu {
         }
         if from_forward {
             let matrix = Matrix::rows_by_depth(b.data, b.depth, b.rows);
-            let signs = &signs[..0];
+            let mut signs = [0.0; formats::MAX_GROUP];
+            let signs = formats::fill_signs(&mut signs, forward.transform(), id, random);
             let bits = bits(random, b_id, false);
             let source = Source { matrix, operand: forward, signs, bits };
-            b.data = forward_values.dequantized(self, source);
+            let data = forward_values.dequantized(self, source);
+            b = Matrix::depth_by_rows(data, data.len() / b.depth, b.depth);
         }
         let (of_a, of_b) = (bits(random, a_id, a.transposed), bits(random, b_id, b.transposed));
         let a = Source { matrix: a, operand: gemm.a(), signs, bits: of_a };
@@ -206,6 +220,14 @@ impl Cpu {
         let operands = [(&a.matrix, conversion), (&b.matrix, conversion)];
         let memory = (a_memory.as_mut(), b_memory.as_mut());
         let alpha = gemm.alpha() * (a.scale * b.scale);
+        if let Some((restoration, tensor)) = restored {
+            let columns = b.matrix.rows;
+            let c = &mut elements[..a.matrix.rows * columns];
+            let in_its_basis =
+                Output { c: &mut *c, stride: columns, alpha, bias: None, accumulate: false };
+            self.product(operands, memory, in_its_basis);
+            return restore(self, restoration, c, tensor, out);
+        }
         let scales = [a.vector_scales, b.vector_scales];
         if scales.iter().all(|scales| scales.is_empty()) {
             return self.product(operands, memory, Output { alpha, ..out });

@@ -20,6 +20,7 @@ mod memory;
 mod norm;
 mod optimize;
 mod quantize;
+mod restore;
 #[cfg(test)]
 mod tests;
 mod workers;

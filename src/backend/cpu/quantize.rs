@@ -124,10 +124,12 @@ impl ValueMemory {
         }
     }
 
-    /// A tensor (rows, depth) as the forward pass dequantized it, dense.
+    /// A tensor (rows, depth) as the forward pass dequantized it, dense; what is rotated with its
+    /// padding.
     pub(super) fn dequantized(&mut self, cpu: &Cpu, source: Source<'_>) -> &[f32] {
         let Source { matrix: Matrix { rows, depth: length, .. }, .. } = source;
         let Values { matrix: Matrix { depth, .. }, scale, .. } = self.quantize(cpu, source);
+        let length = if source.signs.is_empty() { length } else { depth };
         let has_scales = formats::has_vector_scales(source.operand.format());
         let (values, scales) = (DisjointSlice::new(&mut self.values), &self.scales);
         cpu.parallel(rows, |row| {

@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 16] = [
+pub(super) static FILES: [File; 17] = [
     file!("optimize", [], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
@@ -68,9 +68,10 @@ pub(super) static FILES: [File; 16] = [
         ["random.cuh", "quantize.cuh", "quantize_fp8.cuh", "gelu.cuh"],
         |chip| of_fp8(chip, "<64", "quantize_fp8_behind_gelu<64,B,B>")
     ),
-    file!("quantize_values", ["random.cuh"], |_| {
+    file!("quantize_values", ["random.cuh", "deviation.cuh"], |_| {
         of("find_value_amax<T> round_values<T> scale_result<T>")
     }),
+    file!("restore", ["deviation.cuh"], |_| of("restore<T>")),
     file!("sums", [], |_| of("bias_gradient<T> add_partials")),
 ];
 

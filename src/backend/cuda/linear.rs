@@ -34,6 +34,7 @@ impl Linear for Cuda {
                     precision,
                     bias,
                     accumulate: false,
+                    tensor: 0,
                 };
                 let x = Matrix::of(x, rows, inputs, OperandId::X);
                 let w = Matrix::master(&w, outputs, inputs);
@@ -144,7 +145,8 @@ impl Linear for Cuda {
             (None, None) => self.product(workspace, &dgrad),
             (None, Some(of)) => {
                 let w = Matrix::master(&w, outputs, inputs).turned();
-                let to = values::Output { address: to, precision, bias: None, accumulate: false };
+                let (bias, tensor) = (None, x.address());
+                let to = values::Output { address: to, precision, bias, accumulate: false, tensor };
                 values::multiply(self, workspace, of, [whole_dy, w], random, to);
             }
             (Some(gemm), _) => {
@@ -193,7 +195,8 @@ impl Linear for Cuda {
                     None => self.product(workspace, &wgrad),
                     Some(of) => {
                         let (address, precision) = (dw.address(), Precision::F32);
-                        let to = values::Output { address, precision, bias: None, accumulate };
+                        let (bias, tensor) = (None, w.master.address());
+                        let to = values::Output { address, precision, bias, accumulate, tensor };
                         let x = Matrix::of(x, rows, inputs, OperandId::X);
                         let operands = [whole_dy, x].map(Matrix::turned);
                         values::multiply(self, workspace, of, operands, random, to);

@@ -19,6 +19,7 @@ mod fp8;
 mod gelu;
 mod products;
 mod quantize;
+mod restore;
 mod stable_adamw;
 mod values;
 

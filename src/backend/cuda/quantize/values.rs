@@ -1,7 +1,7 @@
 //! Products of operands in any format: each becomes bf16 numbers, or f32 where their scales ask for
 //! that, which tensor cores then multiply exactly (`quantize_values.cu`). What the numbers are is
 //! the definition's own, bit for bit; what they are multiplied by besides, which depends on the
-//! tensor, stays on the device.
+//! tensor, stays on the device. Of rotated forward operands the result is turned back (`restore.cu`).
 //!
 //! FP8 operands with a scale for each tensor become bytes instead where FP8 tensor cores take them.
 //! The formats that have kernels of their own (`has_own_kernels`) do not come here.
@@ -20,7 +20,7 @@ use crate::backend::cuda::{Cuda, Workspace, kernel};
 use crate::backend::{LinearShape, WorkspaceShape};
 use crate::formats::{
     self, Block, Element, Format, Gemm, GemmId, LinearRecipe, Nvfp4Scale, Operand, OperandId,
-    OperandSource, Outer, PowerRule, Random, Rounding, Scale,
+    OperandSource, Outer, PowerRule, Random, Restoration, Rounding, Scale,
 };
 
 /// Elements of a vector, and vectors, that a thread block takes, and its threads.
@@ -67,6 +67,14 @@ impl Of {
         }
     }
 
+    /// What its result goes through.
+    fn restoration(self, recipe: &LinearRecipe) -> Option<Restoration> {
+        match self {
+            Self::Forward => None,
+            Self::Dgrad | Self::Wgrad => Restoration::of(recipe, self.id()),
+        }
+    }
+
     /// Its signs. Those of a forward pass are not drawn.
     fn id(self) -> GemmId {
         match self {
@@ -91,7 +99,7 @@ const WORD_BYTES: usize = 64;
 pub(crate) struct Room {
     /// What the forward pass dequantized, f32.
     kept: Piece,
-    /// Results before scales of vectors, f32.
+    /// Results before scales of vectors, or before they are restored, f32.
     result: Piece,
     words: Piece,
     /// For A, B and what the forward pass made: bits of the amaxes of vectors, then their scales.
@@ -127,10 +135,12 @@ impl Size {
     fn add(&mut self, layer: LinearShape, recipe: &LinearRecipe, of: Of) {
         let Some(gemm) = of.gemm(recipe) else { return };
         let LinearShape { rows, inputs, outputs } = layer;
+        let restoration = of.restoration(recipe);
+        let columns = restoration.map_or(inputs, |restored| restored.depth(inputs));
         let [m, n, k] = match of {
             Of::Forward => [rows, outputs, inputs],
-            Of::Dgrad => [rows, inputs, outputs],
-            Of::Wgrad => [outputs, inputs, rows],
+            Of::Dgrad => [rows, columns, outputs],
+            Of::Wgrad => [outputs, columns, rows],
         };
         let raise = |most: &mut usize, to: usize| *most = (*most).max(to);
         let depth = k.next_multiple_of(gemm.group());
@@ -148,7 +158,7 @@ impl Size {
             // The vectors of its own product are the columns of this one's.
             raise(&mut self.vectors[2], vector_bytes(of.forward(recipe).format(), k));
         }
-        if needs_result(gemm, of == Of::Wgrad) {
+        if restoration.is_some() || needs_result(gemm, of == Of::Wgrad) {
             raise(&mut self.result, m * n * 4);
         }
     }
@@ -239,7 +249,7 @@ pub(crate) struct To {
     pub(crate) out: u64,
     /// Whether it gets f32 numbers instead of bf16.
     pub(crate) wide: bool,
-    /// Whether it gets the values that they stand for, f32 and dense.
+    /// Whether it gets the values that they stand for, f32, and dense where nothing is rotated.
     pub(crate) dequantized: bool,
     /// A word for the bits of the amax, or a word for every vector; zeroed.
     pub(crate) amax: u64,
@@ -486,6 +496,8 @@ pub(crate) struct Output {
     /// Of the same precision.
     pub(crate) bias: Option<u64>,
     pub(crate) accumulate: bool,
+    /// What a gradient is of, in the same precision.
+    pub(crate) tensor: u64,
 }
 
 /// `Scaling` of the kernels.
@@ -499,6 +511,54 @@ pub(crate) struct Scaling {
     pub(crate) bias: u64,
     pub(crate) rows: u32,
     pub(crate) columns: u32,
+}
+
+/// `Restore` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Restore {
+    out: u64,
+    c: u64,
+    tensor: u64,
+    rows: u32,
+    columns: u32,
+    groups: u32,
+    clips: u32,
+    nearest: u32,
+    accumulate: u32,
+    scale: f32,
+}
+
+impl Restore {
+    /// Threads of a block, each of which takes a group.
+    pub(crate) const THREADS: usize = 256;
+
+    /// Of a gradient (rows, columns), from the product at `c`.
+    pub(crate) fn new(
+        restoration: Restoration,
+        out: Output,
+        c: u64,
+        [rows, columns]: [usize; 2],
+    ) -> Self {
+        let clips = restoration.clips();
+        Self {
+            out: out.address,
+            c,
+            tensor: out.tensor,
+            rows: rows as u32,
+            columns: columns as u32,
+            groups: (restoration.depth(columns) / formats::BLOCK) as u32,
+            clips: u32::from(clips.is_some()),
+            nearest: u32::from(clips == Some(PowerRule::Quest)),
+            accumulate: u32::from(out.accumulate),
+            scale: formats::group_scale(formats::BLOCK),
+        }
+    }
+
+    /// Thread blocks.
+    pub(crate) fn grid(&self) -> usize {
+        (self.rows as usize * self.groups as usize).div_ceil(Self::THREADS)
+    }
 }
 
 /// FP8 operands with a scale for each tensor, where the chip's tensor cores take them as such.
@@ -526,6 +586,7 @@ pub(crate) fn multiply(
     out: Output,
 ) {
     let room = &workspace.values;
+    let inputs = b.vectors;
     let word = |at: u64| room.words.address + at;
     if let Some(types) = fp8_types(cuda, gemm, [a, b]) {
         let operands = [&workspace.left, &workspace.right].map(|room| room.elements.address);
@@ -571,11 +632,16 @@ pub(crate) fn multiply(
     };
     if gemm.b().source() == OperandSource::Forward {
         let to = To { out: room.kept.address, dequantized: true, ..To::default() };
-        let kept = b.turned();
-        prepared(make(kept, of.forward(recipe), None, to), 2).run(cuda);
+        let rotated = recipe.forward().transform();
+        let kept = prepared(make(b.turned(), of.forward(recipe), rotated, to), 2);
+        kept.run(cuda);
         let source = Source { address: room.kept.address, precision: Precision::F32 };
-        b = Matrix { source, amax: None, ..b };
+        // What is rotated is kept with its padding.
+        let vectors = if rotated.is_some() { kept.depth() } else { b.vectors };
+        b = Matrix { source, amax: None, vectors, ..b };
     }
+    let restoration = of.restoration(recipe);
+    let accumulate = out.accumulate && restoration.is_none();
     let [left, right] = [&workspace.left, &workspace.right].map(|room| room.elements.address);
     let transform = gemm.transform();
     let wide = is_wide(gemm);
@@ -590,7 +656,7 @@ pub(crate) fn multiply(
         other: scale_of_a,
         factors,
         alpha: gemm.alpha(),
-        beta: if out.accumulate { 1.0 } else { 0.0 },
+        beta: if accumulate { 1.0 } else { 0.0 },
         ..To::default()
     };
     let made_a = prepared(make(a, gemm.a(), transform, to_a), 0);
@@ -604,17 +670,23 @@ pub(crate) fn multiply(
     let format = if wide { Type::F32 } else { Type::Bf16 };
     let product = Product {
         c_type: out.precision.into(),
-        accumulate: out.accumulate,
+        accumulate,
         bias: out.bias,
         alpha: gemm.alpha(),
         factors: (factors != 0).then_some(factors),
         ..Product::new(format, [m, n, depth], operands[0], operands[1], out.address)
     };
-    if !needs_result(gemm, out.precision == Precision::F32) {
+    if restoration.is_none() && !needs_result(gemm, out.precision == Precision::F32) {
         return cuda.product(workspace, &product);
     }
     let c = room.result.address;
     cuda.product(workspace, &Product { c, c_type: Type::F32, bias: None, ..product });
+    if let Some(restoration) = restoration {
+        let restore = Restore::new(restoration, out, c, [m, inputs]);
+        let (grid, block) = ([restore.grid(), 1, 1], Restore::THREADS);
+        launch!(cuda.gpu, kernel!(out, "restore"), grid, block, 0; restore);
+        return;
+    }
     let scaling = Scaling {
         out: out.address,
         c,
