@@ -19,81 +19,19 @@
 #   MXTRAIN  the program [default: built here]
 #   DATA     folder of `mxtrain prepare --tokenizer gpt2`; for cpu-toy of `mxtrain prepare`
 #   OUT      folder for what comes out [default: target/near-lossless]
-#   GPUS     GPUs to use, by number, one run at a time on each [default: 0]
+#   GPUS     GPUs to use, by number, one run at a time on each; 0 0 for two [default: 0]
 #   LIMIT    seconds after which no run is begun any more [default: none]
 #   MAIN_STEPS, SHORT_STEPS, LONG_STEPS  see below
-set -euo pipefail
-# Records are joined in the order of their bytes.
-export LC_ALL=C
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+experiment=near-lossless
+known_parts="cpu-toy main seeds groups long gradients variance report"
+# shellcheck source=dev/experiment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/experiment.sh"
 
 # Optimizer steps of 65,536 tokens: 100, 33 and 190 million.
 main_steps=${MAIN_STEPS:-1530}
 short_steps=${SHORT_STEPS:-500}
 long_steps=${LONG_STEPS:-2900}
 draws=16
-
-out=${OUT:-$repository/target/near-lossless}
-read -ra gpus <<<"${GPUS:-0}"
-limit=${LIMIT:-1000000}
-mxtrain=${MXTRAIN:-}
-if [[ -z $mxtrain ]]; then
-    cargo build --release --manifest-path "$repository/Cargo.toml" -p mxtrain
-    mxtrain=${CARGO_TARGET_DIR:-$repository/target}/release/mxtrain
-fi
-
-data() {
-    if [[ ! -f ${DATA:-}/train.bin ]]; then
-        echo "DATA: expected a folder made by mxtrain prepare, got '${DATA:-}'" >&2
-        return 2
-    fi
-    echo "$DATA"
-}
-
-# Runs one command a line of its input, one at a time on each GPU, which takes the place of "GPU".
-# The output of all GPUs but the first goes to files.
-on_gpus() {
-    local gpu pid failed=0 pids=()
-    cat >"$out/queue"
-    exec 3<"$out/queue"
-    for gpu in "${gpus[@]}"; do
-        if [[ $gpu == "${gpus[0]}" ]]; then
-            work_on "$gpu" &
-        else
-            work_on "$gpu" >"$out/gpu-$gpu.log" 2>&1 &
-        fi
-        pids+=($!)
-    done
-    # Ctrl-C reaches the runs, too, which then end by themselves.
-    trap : INT TERM
-    for pid in "${pids[@]}"; do
-        until wait "$pid"; do
-            kill -0 "$pid" 2>/dev/null || { failed=1 && break; }
-        done
-    done
-    trap - INT TERM
-    for gpu in "${gpus[@]:1}"; do
-        echo "-- GPU $gpu"
-        grep -E '^(run |done: |stopped|left |mxtrain: )' "$out/gpu-$gpu.log" || true
-    done
-    return $failed
-}
-
-# Takes commands from the queue that all GPUs share.
-work_on() {
-    local command
-    # One lock a worker: workers that shared an open file would share its lock.
-    exec 4>"$out/queue.lock"
-    while flock 4 && read -r -u 3 command && flock -u 4; do
-        if ((SECONDS >= limit)); then
-            echo "left for the next time: ${command/ --layers*/}"
-        else
-            # shellcheck disable=SC2086 # no word of a command holds a space
-            "$mxtrain" ${command/--device GPU/--device cuda:$1} </dev/null 3<&- 4>&- || return
-        fi
-    done
-    flock -u 4
-}
 
 # 124M parameters, as GPT-2 small. runs FOLDER STEPS SEEDS RECIPE..
 runs() {
@@ -154,17 +92,6 @@ variance() {
     done
 }
 
-# report_of REPORT PART..
-report_of() {
-    local part files=()
-    for part in "${@:2}"; do
-        compgen -G "$out/$part/*.json" >/dev/null || continue
-        cat "$out/$part"/*.json >"$out/$part.jsonl"
-        files+=("$out/$part.jsonl")
-    done
-    "$mxtrain" compare report "${files[@]}" --out "$out/$1"
-}
-
 report() { report_of report gradients variance main short long; }
 
 cpu-toy() {
@@ -187,14 +114,4 @@ cpu-toy() {
     report_of cpu-toy-report cpu-toy
 }
 
-[[ $# -gt 0 ]] || { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" && exit 2; }
-mkdir -p "$out"
-for part in "$@"; do
-    case $part in
-    cpu-toy | main | seeds | groups | long | gradients | variance | report)
-        echo "== $part"
-        "$part"
-        ;;
-    *) echo "unknown part $part; without one, the parts are listed" >&2 && exit 2 ;;
-    esac
-done
+parts "$@"

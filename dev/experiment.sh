@@ -1,0 +1,104 @@
+# What scripts of experiments share, which source this: settings, the queue, reports, parts.
+# shellcheck shell=bash
+#
+# A script says its name, `experiment`, and has a function for each of its parts; `parts PART..`
+# runs them. Settings are environment variables, which its head comment names.
+set -euo pipefail
+# Records are joined in the order of their bytes.
+export LC_ALL=C
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+out=${OUT:-$repository/target/$experiment}
+read -ra gpus <<<"${GPUS:-0}"
+limit=${LIMIT:-1000000}
+
+# The program; built where none is named.
+program() {
+    mxtrain=${MXTRAIN:-}
+    if [[ -z $mxtrain ]]; then
+        cargo build --release --manifest-path "$repository/Cargo.toml" -p mxtrain
+        mxtrain=${CARGO_TARGET_DIR:-$repository/target}/release/mxtrain
+    fi
+}
+
+data() {
+    if [[ ! -f ${DATA:-}/train.bin ]]; then
+        echo "DATA: expected a folder made by mxtrain prepare, got '${DATA:-}'" >&2
+        return 2
+    fi
+    echo "$DATA"
+}
+
+# Runs one command a line of its input, one at a time on each GPU, which takes the place of "GPU". A
+# GPU that is named twice runs two at a time. The output of all but the first goes to files.
+on_gpus() {
+    local worker pid failed=0 pids=()
+    cat >"$out/queue"
+    exec 3<"$out/queue"
+    for worker in "${!gpus[@]}"; do
+        if ((worker == 0)); then
+            work_on "${gpus[worker]}" &
+        else
+            work_on "${gpus[worker]}" >"$out/worker-$worker.log" 2>&1 &
+        fi
+        pids+=($!)
+    done
+    # Ctrl-C reaches the runs, too, which then end by themselves.
+    trap : INT TERM
+    for pid in "${pids[@]}"; do
+        until wait "$pid"; do
+            kill -0 "$pid" 2>/dev/null || { failed=1 && break; }
+        done
+    done
+    trap - INT TERM
+    for worker in "${!gpus[@]}"; do
+        ((worker > 0)) || continue
+        echo "-- GPU ${gpus[worker]}"
+        grep -E '^(run |done: |stopped|left |mxtrain: )' "$out/worker-$worker.log" || true
+    done
+    return $failed
+}
+
+# Takes commands from the queue that all GPUs share.
+work_on() {
+    local command
+    # One lock a worker: workers that shared an open file would share its lock.
+    exec 4>"$out/queue.lock"
+    while flock 4 && read -r -u 3 command && flock -u 4; do
+        if ((SECONDS >= limit)); then
+            echo "left for the next time: ${command/ --layers*/}"
+        else
+            # shellcheck disable=SC2086 # no word of a command holds a space
+            "$mxtrain" ${command/--device GPU/--device cuda:$1} </dev/null 3<&- 4>&- || return
+        fi
+    done
+    flock -u 4
+}
+
+# report_of REPORT PART..
+report_of() {
+    local part files=()
+    for part in "${@:2}"; do
+        compgen -G "$out/$part/*.json" >/dev/null || continue
+        cat "$out/$part"/*.json >"$out/$part.jsonl"
+        files+=("$out/$part.jsonl")
+    done
+    "$mxtrain" compare report "${files[@]}" --out "$out/$1"
+}
+
+# Runs the parts that are named, which the head comment lists; lists them where none is.
+# known_parts holds those that there are.
+parts() {
+    local part
+    [[ $# -gt 0 ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 2; }
+    program
+    mkdir -p "$out"
+    for part in "$@"; do
+        if [[ " $known_parts " != *" $part "* ]]; then
+            echo "unknown part $part; without one, the parts are listed" >&2
+            exit 2
+        fi
+        echo "== $part"
+        "$part"
+    done
+}

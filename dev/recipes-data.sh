@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Text for dev/recipes.sh: packs it for a machine without a network, and turns it into tokens there.
+#
+# Usage: dev/recipes-data.sh pack CORPUS PIECES     packed text, in files that can go one by one
+#        dev/recipes-data.sh tokens PIECES TOKENS   TOKENS is then DATA of dev/recipes.sh
+#
+# CORPUS is a folder of JSON lines with a field "text": files train-*.jsonl, whose documents are
+# taken in their order, and val.jsonl, other documents. `tokens` takes such a folder, too, and as
+# many pieces as there are. `pack` needs zstd, `tokens` the program alone.
+#
+#   MXTRAIN      the program [default: built here]
+#   TEXT_BYTES   JSON lines that are packed [default: 400,000,000]
+#   PIECE_BYTES  of which a piece holds, as a fifth of it packed [default: 250,000,000]
+set -euo pipefail
+export LC_ALL=C
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+pack() {
+    local corpus=$1 pieces=$2
+    mkdir -p "$pieces"
+    rm -f "$pieces"/train-*.jsonl.zst
+    # Bytes, newlines included; the document that would be too much ends it.
+    awk -v left="${TEXT_BYTES:-400000000}" \
+        '{ left -= length($0) + 1 } left < 0 { exit } { print }' "$corpus"/train-*.jsonl |
+        split -C "${PIECE_BYTES:-250000000}" -d -a 3 \
+            --filter='zstd -q -f -19 --long=27 -o "$FILE.jsonl.zst"' - "$pieces/train-"
+    zstd -q -f -19 --long=27 "$corpus/val.jsonl" -o "$pieces/val.jsonl.zst"
+    ls -l "$pieces"
+}
+
+tokens() {
+    local mxtrain=${MXTRAIN:-}
+    if [[ -z $mxtrain ]]; then
+        cargo build --release --manifest-path "$repository/Cargo.toml" -p mxtrain
+        mxtrain=${CARGO_TARGET_DIR:-$repository/target}/release/mxtrain
+    fi
+    "$mxtrain" prepare --tokenizer gpt2 --val-last "$1"/train-*.jsonl* "$1"/val.jsonl* --out "$2"
+}
+
+case ${1:-} in
+pack | tokens) [[ $# == 3 ]] && "$@" && exit ;;
+esac
+sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+exit 2

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# What every recipe costs in loss, on text of which no token is seen twice.
+#
+# Usage: dev/recipes.sh PART..
+#
+#   large   124M parameters as GPT-2 small, 100 million tokens, one recipe of each kind, one seed
+#   small   21M parameters without embeddings, 151 million tokens, all recipes, seeds 1 and 2
+#   seed3   a third seed of small
+#   report  tables and plots of all that is there
+#
+# Every part is made of runs that leave a file each; a run whose file is there is left out, so a
+# part can be cut into pieces and gone on with. Settings are environment variables:
+#
+#   MXTRAIN  the program [default: built here]
+#   DATA     folder of `dev/recipes-data.sh tokens`
+#   OUT      folder for what comes out [default: target/recipes]
+#   GPUS     GPUs to use, by number, one run at a time on each; 0 0 for two [default: 0]
+#   LIMIT    seconds after which no run is begun any more [default: none]
+#   RECIPES  recipes to run in place of a part's, with spaces between; in that order
+#   LARGE_STEPS, SMALL_STEPS  see below
+experiment=recipes
+known_parts="large small seed3 report"
+# shellcheck source=dev/experiment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/experiment.sh"
+
+# Optimizer steps of 65,536 and of 32,768 tokens.
+large_steps=${LARGE_STEPS:-1530}
+small_steps=${SMALL_STEPS:-4600}
+
+# The longest first, so that no GPU waits long for the last run: those whose 4 bits are emulated on
+# most chips.
+large_recipes="quartet2 nvfp4-eden tetrajet nvidia-nvfp4
+    bf16 fp8 mxfp4-rht,range=3/4 mxfp4-rht-sr"
+
+# Switches that are worth a row of their own.
+switched="
+    nvidia-nvfp4,bf16-last-layers=0
+    nvfp4-nvfp4-rht-sr,46=fwd
+    mxfp4-mxfp4-rht-sr,scale-fwd=quest
+    bf16,mantissa=3
+    mxfp4,range=3/4
+    mxfp4-rht,range=3/4
+    mxfp4-rht-sr,sr=dy
+    mxfp4-rht-sr,bf16-last-steps=0.1"
+
+# Those of the small model: all that the program knows, and the above. First what all others are
+# compared with, then those that are emulated.
+small_recipes() {
+    local all fast='^(fp8|((fp8|mxfp4)-)?mxfp4(-rht)?(-sr)?)(,|$)'
+    all=$("$mxtrain" recipes | sed -n 's/^| `\([^`]*\)` .*/\1/p' | grep -vx bf16)
+    all+=$'\n'$(tr -s ' \n' '\n' <<<"$switched" | sed '/^$/d')
+    echo bf16
+    grep -vE "$fast" <<<"$all" || true
+    grep -E "$fast" <<<"$all" || true
+}
+
+# Fails unless the text has so many tokens that none is seen twice. has_tokens FOLDER NEEDED
+has_tokens() {
+    # Windows begin at a random place of the first, and the last one needs a token more.
+    local tokens needed=$(($2 + 2 * 1024))
+    tokens=$(sed -n 's/.*"train_tokens": *\([0-9]*\).*/\1/p' "$1/meta.json")
+    if ((tokens < needed)); then
+        echo "DATA: expected $needed tokens or more, so that none is seen twice; got $tokens" >&2
+        return 2
+    fi
+}
+
+# runs FOLDER STEPS STEP_TOKENS SEEDS RECIPES OPTION..
+runs() {
+    local folder=$1 steps=$2 seeds=$4 recipes=${RECIPES:-$5} recipe seed data
+    data=$(data)
+    has_tokens "$data" $((steps * $3))
+    for recipe in $recipes; do
+        for seed in $seeds; do
+            echo compare train --device GPU --data "$data" --out "$out/$folder" \
+                --recipe "$recipe" --seeds "$seed" "${@:6}" \
+                --steps "$steps" --warmup $((steps / 50)) --schedule cosine \
+                --weight-decay 0.1 --clip 1.0 --eval-every $((steps / 10)) --eval-batches 40
+        done
+    done | on_gpus
+}
+
+large() {
+    runs large $large_steps 65536 1 "$large_recipes" \
+        --layers 12 --channels 768 --heads 12 --context 1024 --vocab-size 50304 \
+        --batch-size 32 --accumulation 2 --lr 6e-4
+}
+
+small_of() {
+    runs small $small_steps 32768 "$1" "$(small_recipes)" \
+        --layers 12 --channels 384 --heads 6 --context 1024 --vocab-size 50304 \
+        --batch-size 32 --lr 1e-3
+}
+
+small() { small_of "1 2"; }
+
+seed3() { small_of 3; }
+
+report() { report_of report large small; }
+
+parts "$@"
