@@ -75,6 +75,7 @@ fn main() {
                         dy: OutputGradient::Whole(&dy),
                         x: &x,
                         w: &w[..],
+                        mean: None,
                         accumulate: false,
                     };
                     cpu.linear_backward(&mut workspace, operands, shape, recipe, &random);

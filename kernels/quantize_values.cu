@@ -42,13 +42,14 @@ enum Rule {
   FOUR_OVER_SIX,
   AMAX,
 };
-enum Rounding { TO_NEAREST, UNBIASED, EDEN };
+enum Rounding { TO_NEAREST, UNBIASED, EDEN, BY_MEAN };
 // What is above the scales of blocks of 16.
 enum Outer { OF_TENSOR, OF_128, POWER_OF_128 };
 
 // What is made from what. `Values` of values.rs.
 struct Values {
   const void *source;   // (vectors, length), or with `transposed` (length, vectors)
+  const float *mean;    // (vectors, length), which BY_MEAN rounds by
   void *out;            // (vectors, depth) of bf16, or with `wide` f32
   u32 *amax;            // bits of the tensor's, or with `by_vector` of each vector's
   float *vector_scales; // (vectors), where there are such
@@ -211,6 +212,20 @@ __device__ __forceinline__ float stochastic_e2m1(float y, u32 bits) {
   return decode(((__float_as_uint(y) + (bits << 6 | 32)) >> 22) - first);
 }
 
+// The magnitude of the neighbour of y that the mean is nearer to, up to 6.
+__device__ __forceinline__ float by_mean_e2m1(float y, float mean) {
+  float magnitude = fabsf(y);
+  u32 low = (magnitude >= 0.5f) + (magnitude >= 1.0f) + (magnitude >= 1.5f) +
+            (magnitude >= 2.0f) + (magnitude >= 3.0f) + (magnitude >= 4.0f);
+  float middle = __fmul_rn(__fadd_rn(decode(low), decode(low + 1)), 0.5f);
+  if (__float_as_uint(y) >> 31) mean = -mean;
+  return decode(low + (mean >= middle));
+}
+// The slow mean of an element; 0 for padding.
+__device__ __forceinline__ float mean_of(const Values &q, u32 vector, u32 k) {
+  return vector < q.vectors && k < q.length ? q.mean[(size_t)vector * q.length + k] : 0.0f;
+}
+
 // A scale byte's value.
 __device__ __forceinline__ float decode_e8m0(u32 byte) {
   return byte == 255 ? not_a_number() : __uint_as_float(byte == 0 ? 1u << 22 : byte << 23);
@@ -331,6 +346,8 @@ __device__ __forceinline__ void round_powers(const Values &q, float *block, u32 
   for (u32 i = 0; i < BLOCK; i++) {
     float v = block[i], y = __fmul_rn(fabsf(v), factor);
     float magnitude = q.rounding == UNBIASED ? stochastic_e2m1(y, bits.of(i)) : nearest_e2m1(y);
+    if (q.rounding == BY_MEAN)
+      magnitude = by_mean_e2m1(__fmul_rn(v, factor), __fmul_rn(mean_of(q, vector, k + i), factor));
     block[i] = with_sign(__fmul_rn(magnitude, scale), v);
   }
 }
@@ -466,6 +483,12 @@ __device__ __forceinline__ void round_two_levels(const Values &q, float *block, 
       float y = element_of(q.outer == OF_TENSOR ? __fmul_rn(v, encode) : __fdiv_rn(v, scale));
       float magnitude =
           q.rounding == UNBIASED ? stochastic_e2m1(y, bits.of(SIXTEEN * b + i)) : nearest_e2m1(y);
+      if (q.rounding == BY_MEAN) {
+        float mean = mean_of(q, vector, k + SIXTEEN * b + i);
+        bool whole = q.outer == OF_TENSOR;
+        magnitude = by_mean_e2m1(whole ? __fmul_rn(v, encode) : __fdiv_rn(v, scale),
+                                 whole ? __fmul_rn(mean, encode) : __fdiv_rn(mean, scale));
+      }
       sixteen[i] = __fmul_rn(with_sign(magnitude, v), scale);
     }
   }

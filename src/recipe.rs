@@ -27,6 +27,7 @@
 //! | `w` | `1d`, `2d` | scales of W for blocks, or for squares |
 //! | `outer` | `f32`, `power` | NVFP4's scales of 128 elements |
 //! | `from` | `x`, `q` | backward operands of the tensor, or of what the forward pass made of it |
+//! | `ema` | above 0, below 1 | decay of the slow mean that W in the forward pass is rounded by |
 //! | `mantissa` | `1` to `7`, `1t` to `7t` | bits of mantissa that bf16 keeps; with t others are cut |
 //! | `fp8` | `qkv`, `proj`, `fc1`, `fc2`, joined by `+`, or `none` | layers with a forward pass in FP8 |
 //! | `fwd`, `dgrad`, `wgrad` | `bf16` | that GEMM in bf16 |
@@ -39,8 +40,8 @@ use std::str::FromStr;
 
 use crate::backend::{Precision, StepPlan};
 use crate::formats::{
-    Element, Format, Gemm, GemmId, LINEAR_NAMES, LINEARS, LinearRecipe, Nvfp4Scale, Operand,
-    OperandId, OperandSource, Outer, PowerRule, Range, Rounding, Scale, Signs, Transform,
+    EMA_FROM_STEP, Element, Format, Gemm, GemmId, LINEAR_NAMES, LINEARS, LinearRecipe, Nvfp4Scale,
+    Operand, OperandId, OperandSource, Outer, PowerRule, Range, Rounding, Scale, Signs, Transform,
 };
 use crate::reserve::collect;
 use crate::{Error, Result};
@@ -51,6 +52,8 @@ pub struct Recipe {
     name: &'static str,
     linears: [LinearRecipe; LINEARS],
     exceptions: Exceptions,
+    /// Decay of the slow means of weights.
+    ema: Option<f32>,
 }
 
 /// Layers and steps that run in bf16.
@@ -289,7 +292,10 @@ impl Recipe {
     /// All that some linear layer may use in some step.
     pub fn all(&self) -> Vec<LinearRecipe> {
         let mut all = Vec::new();
-        for linear in self.linears {
+        let by_mean = self.linears.map(|linear| linear.by_mean());
+        for linear in
+            self.linears.into_iter().chain(by_mean.into_iter().filter(|_| self.ema.is_some()))
+        {
             for (forward, backward) in [(false, false), (false, true), (true, false), (true, true)]
             {
                 let falls_back = linear.in_bf16(forward, backward);
@@ -364,23 +370,34 @@ impl Recipe {
         })
     }
 
+    /// Decay of the slow means of weights, by which the forward pass rounds them from the 11th step
+    /// of a run on; None where it does not.
+    pub fn ema(&self) -> Option<f32> {
+        self.ema
+    }
+
     /// Of activations.
     pub(crate) fn precision(&self) -> Precision {
         Precision::of(self.linears[0].forward())
     }
 
-    /// Makes `plan` that of a micro-step in step `step` (of `total_steps`).
+    /// Makes `plan` that of a micro-step in step `step` (of `total_steps`) of the schedule, in a run
+    /// of which `steps_done` are done.
     pub(crate) fn set_step(
         &self,
         plan: &mut StepPlan,
         micro_step: usize,
-        step: u64,
-        total_steps: u64,
+        (step, total_steps): (u64, u64),
+        steps_done: u64,
     ) {
+        let by_mean = self.ema.is_some() && steps_done >= EMA_FROM_STEP;
         plan.accumulate = micro_step > 0;
         let layers = plan.layers.len();
         for (layer, formats) in plan.layers.iter_mut().enumerate() {
             *formats = self.for_layer(layer, layers, step, total_steps);
+            if by_mean {
+                formats.iter_mut().for_each(|linear| *linear = linear.by_mean());
+            }
         }
     }
 
@@ -395,7 +412,7 @@ impl Recipe {
         for (linear, _) in linears.iter_mut().zip(row.fp8).filter(|(_, fp8)| *fp8) {
             *linear = linear.with_forward(FP8)?;
         }
-        Ok(Self { name: row.name, linears, exceptions: row.exceptions })
+        Ok(Self { name: row.name, linears, exceptions: row.exceptions, ema: None })
     }
 
     /// The same with other linear layers.
@@ -574,7 +591,7 @@ fn rule_of<'a>(operands: impl IntoIterator<Item = &'a Operand>) -> Option<String
 }
 
 /// All switches, in the order in which they are written.
-const SWITCHES: [Switch; 22] = [
+const SWITCHES: [Switch; 23] = [
     Switch {
         key: "sr",
         apply: |recipe, value| {
@@ -844,6 +861,20 @@ const SWITCHES: [Switch; 22] = [
         },
     },
     Switch {
+        key: "ema",
+        apply: |recipe, value| {
+            let decay = value.parse().ok().filter(|decay| *decay > 0.0 && *decay < 1.0);
+            let ema = Some(decay.ok_or(Refused::Expected("a number above 0 and below 1"))?);
+            if recipe.linears.iter().all(|linear| linear.by_mean() == *linear) {
+                return Err(Refused::HasNo(
+                    "W in the forward pass in blocks of MXFP4 or NVFP4, unrotated",
+                ));
+            }
+            Ok(Recipe { ema, ..recipe.clone() })
+        },
+        show: |recipe| recipe.ema.map(|decay| decay.to_string()),
+    },
+    Switch {
         key: "mantissa",
         apply: |recipe, value| {
             let (bits, cut) = match value.strip_suffix('t') {
@@ -1079,6 +1110,8 @@ mod tests {
             "zhou-fp4,fp8=none,wgrad=bf16",
             "bf16,mantissa=4t",
             "fp8,bf16-first-layers=2",
+            "tetrajet,ema=0.998,bf16-last-layers=1",
+            "nvfp4-nvfp4-sr,46=fwd,ema=0.9983",
         ];
         for s in Recipe::NAMES.into_iter().chain(switched) {
             assert_eq!(s.parse::<Recipe>().unwrap().to_string(), s);
@@ -1118,6 +1151,7 @@ mod tests {
             ("g", &["16", "32", "64", "128", "256"]),
             ("signs", &["random", "fixed", "nvidia", "plain"]),
             ("range", &["1", "3/4"]),
+            ("ema", &["0.998", "0.5"]),
             ("mantissa", &["2", "7", "5t"]),
             ("fp8", &["none", "qkv+proj", "fc2"]),
             ("fwd", &["bf16"]),
@@ -1185,11 +1219,35 @@ mod tests {
             ("tetrajet,fp8=qkv+proj+fc1+fc2", "leaves no forward pass in 4 bits"),
             ("zhou-fp4,scale=ceil", "scale: zhou-fp4 has no backward GEMM in MXFP4"),
             ("bf16,fwd=bf16", "fwd: bf16 has no quantized forward GEMM"),
+            ("mxfp4-rht-sr,ema=0.998", "ema: mxfp4-rht-sr has no W in the forward pass in blocks"),
+            ("nvidia-nvfp4,ema=0.998", "ema: nvidia-nvfp4 has no W in the forward pass in blocks"),
+            ("tetrajet,fwd=bf16,ema=0.998", "has no W in the forward pass in blocks"),
+            ("tetrajet,ema=1", "ema: expected a number above 0 and below 1, got \"1\""),
+            ("tetrajet,ema=NaN", "above 0 and below 1"),
+            ("quartet,ema=0.998", "in blocks of MXFP4 or NVFP4, unrotated"),
             ("mxfp4,colour=red", "known are sr, scale, scale-fwd, w"),
         ] {
             let error = s.parse::<Recipe>().unwrap_err().to_string();
             assert!(error.contains(part), "{s}: {error}");
         }
+    }
+
+    /// From the 11th step of the run on, wherever its schedule began, in what is not in bf16.
+    #[test]
+    fn weights_are_rounded_by_their_means_after_ten_steps() {
+        let recipe: Recipe = "tetrajet,ema=0.998,bf16-last-layers=1".parse().unwrap();
+        let mut plan = recipe.step_plan(3).unwrap();
+        for (steps_done, by_mean) in [(0, false), (9, false), (10, true), (1000, true)] {
+            recipe.set_step(&mut plan, 0, (0, 0), steps_done);
+            let roundings = plan.layers.iter().map(|layer| layer[3].forward().b().rounding());
+            let found: Vec<_> = roundings.map(|r| r == Rounding::ByMean).collect();
+            assert_eq!(found, [by_mean, by_mean, false], "{steps_done}");
+            let known = recipe.all();
+            assert!(plan.layers.iter().flatten().all(|linear| known.contains(linear)));
+        }
+        let without: Recipe = "tetrajet".parse().unwrap();
+        without.set_step(&mut plan, 0, (0, 0), 1000);
+        assert_eq!(plan.layers[0], without.for_layer(0, 3, 0, 0));
     }
 
     #[test]

@@ -265,7 +265,8 @@ impl Layer {
         } else {
             OutputGradient::Whole(dy)
         };
-        let operands = LinearBackward { dx, dw, db, dy, x, w, accumulate: false };
+        let (mean, accumulate) = (None, false);
+        let operands = LinearBackward { dx, dw, db, dy, x, w, mean, accumulate };
         cuda.linear_backward(workspace, operands, *shape, recipe, &RANDOM);
     }
 }

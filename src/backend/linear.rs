@@ -1,6 +1,6 @@
 //! Linear layers, with what is fused to their ends.
 
-use super::Memory;
+use super::{Memory, Part};
 use crate::formats::{LinearRecipe, Random};
 
 /// What an MLP applies between its two layers.
@@ -47,6 +47,8 @@ pub struct LinearForward<'a, B: Memory> {
     pub w: B::Param<'a>,
     /// (outputs)
     pub b: B::Param<'a>,
+    /// (outputs, inputs): the slow mean of W, where the recipe rounds W by it.
+    pub mean: Option<Part<'a, B>>,
     /// What y passes through besides.
     pub epilogue: Epilogue<'a, B>,
 }
@@ -80,6 +82,8 @@ pub struct LinearBackward<'a, B: Memory> {
     pub x: &'a B::Tensor,
     /// (outputs, inputs)
     pub w: B::Param<'a>,
+    /// (outputs, inputs): the slow mean of W, where the recipe's forward pass rounds W by it.
+    pub mean: Option<Part<'a, B>>,
     /// Whether what dw and db held counts.
     pub accumulate: bool,
 }

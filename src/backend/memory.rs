@@ -29,6 +29,14 @@ impl Slot {
     }
 }
 
+/// A parameter's piece of a flat buffer, to be read.
+pub struct Part<'a, B: Memory> {
+    /// The buffer.
+    pub flat: &'a B::F32,
+    /// Where the piece is.
+    pub slot: Slot,
+}
+
 /// A device's memory.
 pub trait Memory: Send + Sync + Sized + 'static {
     /// Memory that buffers are cut from; see [`Memory::arena`].
@@ -36,7 +44,7 @@ pub trait Memory: Send + Sync + Sized + 'static {
     /// Activations and their gradients, in the backend's compute precision.
     type Tensor: Send;
     /// f32 on the device: statistics, losses, and flat buffers of gradients and optimizer states.
-    type F32: Send;
+    type F32: Send + Sync;
     /// All parameters of a model: f32 master values, and whatever copy the kernels read.
     type Weights: Send + Sync;
     /// One of them, to be read.

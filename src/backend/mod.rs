@@ -20,6 +20,7 @@ mod conformance;
 pub mod cpu;
 pub(crate) mod cuda;
 mod embed;
+mod follow;
 mod head;
 mod linear;
 mod memory;
@@ -32,11 +33,12 @@ mod stream;
 pub use crate::optim::{Largest, OptimizerStep, StepSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
+pub use follow::Follow;
 pub use head::{Classifier, ClassifierGradient, Head, HeadShape};
 pub use linear::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
 };
-pub use memory::{Memory, Slot};
+pub use memory::{Memory, Part, Slot};
 pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
 pub use optimize::{Optimize, Trained};
 pub use stream::CudaStream;
@@ -135,7 +137,7 @@ pub struct StepPlan {
 }
 
 /// A device that trains GPTs.
-pub trait Backend: Memory + Embed + Norm + Linear + Attend + Head + Optimize {
+pub trait Backend: Memory + Embed + Norm + Linear + Attend + Head + Optimize + Follow {
     /// What [`Backend::recorded`] keeps for a trainer.
     type Recordings: Send;
 

@@ -5,7 +5,7 @@
 //! | `config.json` | the model's shape, for this library and for `transformers`, and what else was in the one it was loaded with |
 //! | `model.safetensors` | the weights in f32, under Hugging Face's names |
 //! | `trainer.json` | step, seed, options; only of a trainer |
-//! | `trainer.safetensors` | what the optimizer keeps, such as the moments `m.NAME` and `v.NAME`; only of a trainer |
+//! | `trainer.safetensors` | what the optimizer keeps, such as the moments `m.NAME` and `v.NAME`, and what the recipe keeps of weights, such as the means `ema.NAME`; only of a trainer |
 //!
 //! A folder is replaced as a whole or not at all. Every tensor has a checksum, the weights know the
 //! shape that they were saved with, and the state knows the two tensor files beside it, so that
@@ -91,6 +91,15 @@ pub(crate) struct TrainerPart<'a> {
     pub(crate) state: &'a TrainerState,
     /// Each state that the optimizer of `state` keeps, named as the weights that it belongs to.
     pub(crate) states: &'a [&'a dyn TensorRead],
+    /// What else is kept of some weights, likewise.
+    pub(crate) others: &'a [(State, &'a dyn TensorRead)],
+}
+
+/// A number that is kept of each element of some tensors.
+#[derive(Clone, Copy)]
+pub(crate) struct Kept<'a> {
+    pub(crate) state: State,
+    pub(crate) tensors: &'a [TensorInfo],
 }
 
 /// Writes a whole checkpoint folder, or leaves the one that is there untouched.
@@ -108,7 +117,8 @@ pub(crate) fn save(
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
     let states = trainer.iter().flat_map(|trainer| trainer.states).copied();
-    let tensors = states.chain([weights]).flat_map(TensorRead::tensors);
+    let others = trainer.iter().flat_map(|trainer| trainer.others).map(|(_, values)| *values);
+    let tensors = states.chain(others).chain([weights]).flat_map(TensorRead::tensors);
     let _spare = room_for_headers(tensors)?;
     folder::replace(dir, &FILES, MODEL, |new| {
         folder::write_file(&new.join(CONFIG), config::to_json(config, found).as_bytes())?;
@@ -116,8 +126,9 @@ pub(crate) fn save(
         let named = name_all(weights, |name| name.to_owned());
         let model = tensors::write(&new.join(MODEL), &named, &extra)?;
 
-        let Some(TrainerPart { state, states }) = &trainer else { return Ok(()) };
+        let Some(TrainerPart { state, states, others }) = &trainer else { return Ok(()) };
         let kept = state.options.optimizer.states().iter().zip(*states);
+        let kept = kept.chain(others.iter().map(|(state, values)| (state, values)));
         let named: Vec<_> =
             kept.flat_map(|(state, values)| name_all(*values, |name| state.tensor(name))).collect();
         let moments = tensors::write(&new.join(MOMENTS), &named, &[])?;
@@ -259,27 +270,33 @@ impl Checkpoint {
         Ok(state)
     }
 
-    /// What the optimizer keeps: calls `write(state, index, values)` for each of `states` and every
-    /// entry of `tensors`, in order.
+    /// What is kept of weights: calls `write(number, index, values)` for each of `kept` and every
+    /// one of its tensors, in order.
     ///
     /// # Errors
-    /// As [`Checkpoint::weights`].
-    pub(crate) fn states(
-        &self,
-        states: &[State],
-        tensors: &[TensorInfo],
-        write: &mut WriteState<'_>,
-    ) -> Result<()> {
+    /// As [`Checkpoint::weights`], and [`Error::Mismatch`] where one of `kept` is not there at all.
+    pub(crate) fn states(&self, kept: &[Kept<'_>], write: &mut WriteState<'_>) -> Result<()> {
         let file = self.tensors(3)?;
-        let known: HashSet<_> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-        file.check_surplus(|name| {
-            let parts = name.split_once('.');
-            parts.is_some_and(|(prefix, name)| {
-                states.iter().any(|state| state.name == prefix) && known.contains(name)
-            })
-        })?;
+        let known: HashSet<_> = kept
+            .iter()
+            .flat_map(|Kept { state, tensors }| tensors.iter().map(|t| (state.name, &*t.name)))
+            .collect();
+        let parts = |name: &str| name.split_once('.').is_some_and(|name| known.contains(&name));
+        file.check_surplus(parts)?;
+        let names = file.names();
         let mut values = Vec::new();
-        for (number, state) in states.iter().enumerate() {
+        for (number, Kept { state, tensors }) in kept.iter().enumerate() {
+            let is_of =
+                |name: &String| name.split_once('.').is_some_and(|(of, _)| of == state.name);
+            if !names.iter().any(is_of) {
+                let State { name, what, .. } = state;
+                let message = format!(
+                    "holds no {what} of any weight, {name}.NAME, which the recipe and the optimizer \
+                     in {STATE} go on from: it was saved by others; start a new trainer from the \
+                     model"
+                );
+                return Err(Error::mismatch(file.path(), message));
+            }
             for (index, tensor) in tensors.iter().enumerate() {
                 file.read(&state.tensor(&tensor.name), &tensor.shape, &mut values)?;
                 write(number, index, &values)?;

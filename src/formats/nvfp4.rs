@@ -161,7 +161,7 @@ pub(super) fn nvfp4_codes(
 }
 
 /// What values are multiplied by to become elements of a block with this scale.
-fn encoding(scale: f32, tensor: Nvfp4Tensor) -> f32 {
+pub(super) fn encoding(scale: f32, tensor: Nvfp4Tensor) -> f32 {
     (1.0 / (scale * tensor.decode)).min(f32::MAX)
 }
 
@@ -250,8 +250,7 @@ pub fn quantize_nvfp4_within(
     outer: f32,
     bits: Option<&dyn Fn(usize) -> u16>,
 ) -> (f32, [u8; NVFP4_BLOCK]) {
-    let scale = round_to_e4m3((amax_of(v) / outer / E2M1_MAX).min(E4M3_MAX));
-    let scale = if scale == 0.0 { 1.0 / 512.0 } else { scale };
+    let scale = nvfp4_scale_within(v, outer);
     let unit = scale * outer;
     let mut codes = [0; NVFP4_BLOCK];
     for (i, (code, x)) in codes.iter_mut().zip(v).enumerate() {
@@ -260,6 +259,12 @@ pub fn quantize_nvfp4_within(
         *code = magnitude | sign(*x);
     }
     (scale, codes)
+}
+
+/// The scale of a block within 128 elements of the scale `outer`.
+pub(super) fn nvfp4_scale_within(v: &[f32; NVFP4_BLOCK], outer: f32) -> f32 {
+    let scale = round_to_e4m3((amax_of(v) / outer / E2M1_MAX).min(E4M3_MAX));
+    if scale == 0.0 { 1.0 / 512.0 } else { scale }
 }
 
 #[cfg(test)]

@@ -299,6 +299,7 @@ impl fmt::Display for Operand {
             Rounding::Nearest => "",
             Rounding::Unbiased => " SR",
             Rounding::Eden => " EDEN",
+            Rounding::ByMean => " EMA",
         })?;
         if let Some(Transform { group, signs }) = transform {
             write!(f, " H{group}")?;
@@ -451,12 +452,17 @@ impl LinearRecipe {
             if operand.source == OperandSource::Forward {
                 return Err(invalid(format!("{what} is what others are made from")));
             }
-            if operand.rounding != Rounding::Nearest {
+            if !matches!(operand.rounding, Rounding::Nearest | Rounding::ByMean) {
                 let message = format!(
                     "{what} is rounded to nearest: the forward pass is no mean over random bits"
                 );
                 return Err(invalid(message));
             }
+        }
+        let by_mean = |operand: &Operand| operand.rounding == Rounding::ByMean;
+        let others = operands.iter().filter(|(what, _)| *what != "W in the forward pass");
+        if let Some((what, _)) = others.into_iter().find(|(_, operand)| by_mean(operand)) {
+            return Err(invalid(format!("{what} has no slow mean: W in the forward pass has one")));
         }
         recipe.checked_rotation()?;
         let missing = |(what, operand): &(&'static str, &Operand)| {
@@ -544,6 +550,19 @@ impl LinearRecipe {
         let [dgrad, wgrad] =
             [dgrad, wgrad].map(|gemm| of_tensor(if backward { turned(gemm) } else { gemm }));
         Self { forward, dgrad, wgrad }
+    }
+
+    /// The same with W in the forward pass rounded by its slow mean; as it is where W is not rounded
+    /// to nearest by blocks of E2M1, or rotated before.
+    pub(crate) fn by_mean(&self) -> Self {
+        let Gemm { a, b } = self.forward;
+        let Operand { format, rounding, transform, .. } = b;
+        let blocks = matches!(format.block(), Block::Elements(_)) && transform.is_none();
+        if format.element() != Element::E2m1 || !blocks || rounding != Rounding::Nearest {
+            return *self;
+        }
+        let b = Operand { rounding: Rounding::ByMean, ..b };
+        Self { forward: Gemm { a, b }, ..*self }
     }
 
     /// y = x W^T + b.

@@ -13,6 +13,9 @@ pub enum Rounding {
     /// To the nearest value, and the scale stochastically, so that the mean over random rotations
     /// is the value ([`super::quantize_nvfp4_eden`]).
     Eden,
+    /// Of weights: to the neighbour that the weight's slow mean is nearer to
+    /// ([`super::round_by_mean`]).
+    ByMean,
 }
 
 /// The part of E2M1's range that a block's scale lets the largest magnitude come to. What the range
@@ -67,7 +70,7 @@ pub(super) fn quantize_element(
     // NOTE: values see one multiplication, by a factor that is exact itself: one rounding, not two.
     let y = v.abs() * (range.factor() * decode_e8m0(254 - scale));
     let magnitude = match rounding {
-        Rounding::Nearest | Rounding::Eden => nearest(y),
+        Rounding::Nearest | Rounding::Eden | Rounding::ByMean => nearest(y),
         Rounding::Unbiased => stochastic(y, bits()),
     };
     magnitude | ((v.to_bits() >> 31) as u8) << 3

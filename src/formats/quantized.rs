@@ -4,13 +4,14 @@
 //! An operand is gathered along the reduction dimension and rotated, then quantized where it lies,
 //! vector by vector ([`quantize_vectors`]), so that a backend can share the vectors out.
 
-use super::nvfp4::{nvfp4_codes, nvfp4_scale};
+use super::ema::round_by_mean;
+use super::nvfp4::{encoding, nvfp4_codes, nvfp4_scale, nvfp4_scale_within};
 use super::quantize::{nearest, quantize_element};
 use super::{
-    Block, Draw, E2M1_MAX, Element, Format, Nvfp4Tensor, Operand, Rounding, Scale, Source, amax_of,
-    cut_mantissa, decode_e2m1, decode_e8m0, e4m3_scale, e5m2_scale, int8_scale, nvfp4_outer,
-    quantize_nvfp4, quantize_nvfp4_eden, quantize_nvfp4_within, rotate, round_mantissa,
-    round_to_e4m3, round_to_e5m2, round_to_int8,
+    BLOCK, Block, Draw, E2M1_MAX, Element, Format, Nvfp4Tensor, Operand, Rounding, Scale, Source,
+    amax_of, cut_mantissa, decode_e2m1, decode_e8m0, e4m3_scale, e5m2_scale, int8_scale,
+    nvfp4_outer, quantize_nvfp4, quantize_nvfp4_eden, quantize_nvfp4_within, rotate,
+    round_mantissa, round_to_e4m3, round_to_e5m2, round_to_int8,
 };
 use super::{NVFP4_BLOCK, NVFP4_OUTER, Outer};
 
@@ -47,6 +48,22 @@ pub struct Bits {
 impl Quantized {
     /// Gathers, rotates (where `signs` is not empty; its length is the group) and quantizes.
     pub fn new(source: Source<'_>, operand: &Operand, signs: &[f32], bits: &Bits) -> Self {
+        Self::of(source, &[], operand, signs, bits)
+    }
+
+    /// Quantizes weights (rows, depth) that are rounded by their slow `means`, which lie as they do.
+    pub fn by_means(source: Source<'_>, means: &[f32], operand: &Operand, bits: &Bits) -> Self {
+        assert!(!source.transposed && means.len() == source.data.len(), "means lie as weights do");
+        Self::of(source, means, operand, &[], bits)
+    }
+
+    fn of(
+        source: Source<'_>,
+        means: &[f32],
+        operand: &Operand,
+        signs: &[f32],
+        bits: &Bits,
+    ) -> Self {
         let Source { rows, depth: length, .. } = source;
         let depth = length.next_multiple_of(signs.len().max(operand.format().block().depth()));
         let gather = |source: Source<'_>| {
@@ -71,6 +88,7 @@ impl Quantized {
                 scales: vector_scales.get_mut(first..first + count).unwrap_or_default(),
                 depth,
                 first,
+                means: means.get(first * length..(first + count) * length).unwrap_or_default(),
             };
             quantize_vectors(part, operand, tensor, bits);
         }
@@ -139,12 +157,16 @@ pub struct Vectors<'a> {
     pub depth: usize,
     /// The number of the first.
     pub first: usize,
+    /// (vectors, length): the slow means that weights are rounded by; empty for other roundings.
+    pub means: &'a [f32],
 }
 
 /// Quantizes vectors in place.
 pub fn quantize_vectors(part: Vectors<'_>, operand: &Operand, tensor: Nvfp4Tensor, bits: &Bits) {
-    let Vectors { values, scales, depth, first } = part;
+    let Vectors { values, scales, depth, first, means } = part;
     let format = operand.format();
+    let by_mean = operand.rounding() == Rounding::ByMean;
+    assert_eq!(by_mean, !means.is_empty(), "means go with the rounding by them");
     match (format.element(), format.block()) {
         (Element::F32, _) => {}
         (Element::Bf16, _) => values.iter_mut().for_each(|v| *v = round_mantissa(*v, 7)),
@@ -175,7 +197,9 @@ pub fn quantize_vectors(part: Vectors<'_>, operand: &Operand, tensor: Nvfp4Tenso
             squares(values, depth, n, operand, tensor);
         }
         (Element::E2m1, Block::Elements(n)) => {
-            let rounded = BlockRounding { operand, tensor, bits };
+            let length = means.len() / (values.len() / depth);
+            let means = Means { all: means, first, length };
+            let rounded = BlockRounding { operand, tensor, bits, means };
             for (eight, values) in values.chunks_mut(8 * depth).enumerate() {
                 rounded.eight_vectors(values, depth, n, first + 8 * eight);
             }
@@ -243,6 +267,22 @@ struct BlockRounding<'a> {
     operand: &'a Operand,
     tensor: Nvfp4Tensor,
     bits: &'a Bits,
+    means: Means<'a>,
+}
+
+/// The slow means of vectors from number `first` on, without padding.
+struct Means<'a> {
+    all: &'a [f32],
+    first: usize,
+    length: usize,
+}
+
+impl Means<'_> {
+    /// Of elements k .. k + n of a vector; 0 for padding.
+    fn of<const N: usize>(&self, vector: usize, k: usize) -> [f32; N] {
+        let row = &self.all[(vector - self.first) * self.length..][..self.length];
+        std::array::from_fn(|i| row.get(k + i).copied().unwrap_or(0.0))
+    }
 }
 
 impl BlockRounding<'_> {
@@ -278,10 +318,29 @@ impl BlockRounding<'_> {
         (vector, number): (usize, usize),
     ) {
         let element = |i: usize| bits.map_or(0, |bits| bits[i]);
+        let by_mean = self.operand.rounding() == Rounding::ByMean;
         match self.operand.format().scale() {
+            Scale::Power(rule) if by_mean => {
+                let byte = rule.byte(block);
+                let factor = self.operand.range().factor() * decode_e8m0(254 - byte.min(254));
+                let means = self.means.of::<BLOCK>(vector, number * block.len());
+                store_by_mean(block, &means, |v| v * factor, decode_e8m0(byte));
+            }
             Scale::Power(rule) => {
                 let byte = rule.byte(block);
                 power_block(block, byte, self.operand, bits);
+            }
+            Scale::TwoLevels(rule, kind) if by_mean => {
+                let sixteen: &[f32; NVFP4_BLOCK] = (&*block).try_into().expect("16 elements");
+                let means = self.means.of::<NVFP4_BLOCK>(vector, number * NVFP4_BLOCK);
+                if kind == Outer::Tensor {
+                    let scale = nvfp4_scale(sixteen, amax_of(sixteen), self.tensor, rule);
+                    let encode = encoding(scale, self.tensor);
+                    store_by_mean(block, &means, |v| v * encode, scale);
+                } else {
+                    let unit = nvfp4_scale_within(sixteen, outer) * outer;
+                    store_by_mean(block, &means, |v| v / unit, unit);
+                }
             }
             Scale::TwoLevels(rule, kind) => {
                 let sixteen: &mut [f32; NVFP4_BLOCK] = block.try_into().expect("16 elements");
@@ -314,6 +373,13 @@ fn power_block(block: &mut [f32], byte: u8, operand: &Operand, bits: Option<&[u1
         let bits = || bits.map_or(0, |bits| bits[i]);
         let code = quantize_element(*v, byte, operand.rounding(), operand.range(), bits);
         *v = decode_e2m1(code) * scale;
+    }
+}
+
+/// A block of weights with this scale, rounded by their means; `scaled` makes elements of both.
+fn store_by_mean(block: &mut [f32], means: &[f32], scaled: impl Fn(f32) -> f32, scale: f32) {
+    for (v, mean) in block.iter_mut().zip(means) {
+        *v = decode_e2m1(round_by_mean(scaled(*v), scaled(*mean))) * scale;
     }
 }
 

@@ -89,6 +89,14 @@ pub(super) struct Linear {
     pub(super) number: u32,
 }
 
+/// The weight of a block's linear layer: where it lies among all parameters, and where in buffers
+/// that have nothing else.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix {
+    pub(crate) param: Slot,
+    pub(crate) own: Slot,
+}
+
 impl ParamTable {
     /// GPT-2's parameters, with its initialization, in which the layers that add to the residual
     /// stream start smaller by the root of their number (Radford et al. 2019). Slots start at
@@ -164,6 +172,21 @@ impl ParamTable {
     #[allow(clippy::len_without_is_empty, reason = "no model is without parameters")]
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    /// The weights of all linear layers in order, and the elements of a flat buffer of them alone,
+    /// in which slots start at multiples of `align`.
+    pub(crate) fn matrices(&self, align: usize) -> Result<(Vec<Matrix>, usize)> {
+        let mut end = 0;
+        let linears = |block: &Block| [block.qkv, block.projection, block.fc1, block.fc2];
+        let matrices = self.blocks.iter().flat_map(linears).enumerate().map(|(index, linear)| {
+            let param = linear.w;
+            let own = Slot { index, start: end, ..param };
+            end = own.range().end.next_multiple_of(align);
+            Ok(Matrix { param, own })
+        });
+        let matrices = collect("a table of the weights of blocks", matrices)?;
+        Ok((matrices, end))
     }
 
     /// An empty vector with room for the values of any one tensor.
@@ -318,6 +341,22 @@ mod tests {
             assert_eq!(table.len(), end.next_multiple_of(16));
         }
         assert_eq!(ModelConfig::default().parameter_count(), 124_439_808);
+    }
+
+    #[test]
+    fn matrices_are_the_weights_of_linear_layers_side_by_side() {
+        let table = table(&unlike_gpt2());
+        let (matrices, len) = table.matrices(16).unwrap();
+        let names = names(&table);
+        let mut end = 0;
+        for (i, Matrix { param, own }) in matrices.iter().enumerate() {
+            let name = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"][i % 4];
+            assert_eq!(names[param.index], format!("transformer.h.{}.{name}.weight", i / 4));
+            assert_eq!((own.index, own.len), (i, param.len));
+            assert!(own.start >= end && own.start < end + 16 && own.start % 16 == 0);
+            end = own.range().end;
+        }
+        assert_eq!((matrices.len(), len), (8, end.next_multiple_of(16)));
     }
 
     #[test]

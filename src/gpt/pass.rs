@@ -5,14 +5,14 @@
 //! it.
 
 use super::activations::{ActivationGradients, Activations};
-use super::params::{Linear, Norm, ParamTable};
+use super::params::{Linear, Matrix, Norm, ParamTable};
 use super::{ModelConfig, Shapes};
 use crate::backend::{
     AttentionBackward, Backend, Classifier, ClassifierGradient, EmbeddingGradients, Epilogue,
-    LinearBackward, LinearForward, NormBackward, NormParams, NormStatistics, OutputGradient,
+    LinearBackward, LinearForward, NormBackward, NormParams, NormStatistics, OutputGradient, Part,
     ResidualSum, Sequences, Slot, StepPlan,
 };
-use crate::formats::{LinearRecipe, Random};
+use crate::formats::{LINEARS, LinearRecipe, Random};
 
 /// What one pass over a batch works with.
 pub(crate) struct Pass<'a, B: Backend> {
@@ -20,10 +20,19 @@ pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) config: &'a ModelConfig,
     pub(crate) table: &'a ParamTable,
     pub(crate) weights: &'a B::Weights,
+    /// Where a recipe rounds weights by them.
+    pub(crate) means: Option<Means<'a, B>>,
     pub(crate) workspace: &'a mut B::Workspace,
     pub(crate) sequences: Sequences,
     /// All that the pass depends on besides random numbers.
     pub(crate) plan: &'a StepPlan,
+}
+
+/// The slow means of the matrices of blocks.
+pub(crate) struct Means<'a, B: Backend> {
+    pub(crate) flat: &'a B::F32,
+    /// All of them, in order.
+    pub(crate) matrices: &'a [Matrix],
 }
 
 /// Where in a run a backward pass is, for its random numbers.
@@ -199,6 +208,12 @@ impl<'a, B: Backend> Pass<'a, B> {
         &self.plan.layers[block][layer.number as usize]
     }
 
+    fn mean(&self, block: usize, layer: Linear) -> Option<Part<'a, B>> {
+        let Means { flat, matrices } = self.means.as_ref()?;
+        let slot = matrices[block * LINEARS + layer.number as usize].own;
+        Some(Part { flat, slot })
+    }
+
     fn shapes(&self) -> Shapes<'a> {
         let (sequences, precision) = (self.sequences, self.plan.precision);
         Shapes { config: self.config, sequences, precision }
@@ -250,7 +265,8 @@ impl<'a, B: Backend> Pass<'a, B> {
         epilogue: Epilogue<'_, B>,
     ) {
         let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
-        let operands = LinearForward { y, x, w, b, epilogue };
+        let mean = self.mean(block, layer);
+        let operands = LinearForward { y, x, w, b, mean, epilogue };
         let (shape, recipe) =
             (self.shapes().linears()[layer.number as usize], self.recipe(block, layer));
         self.backend.linear_forward(self.workspace, operands, shape, recipe);
@@ -267,7 +283,8 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) {
         let [dw, db] = self.backend.gradients(grads, [layer.w, layer.b]);
         let w = self.backend.param(self.weights, layer.w);
-        let operands = LinearBackward { dx, dw, db, dy, x, w, accumulate: self.plan.accumulate };
+        let (mean, accumulate) = (self.mean(block, layer), self.plan.accumulate);
+        let operands = LinearBackward { dx, dw, db, dy, x, w, mean, accumulate };
         let random = Random {
             seed: place.seed,
             step: place.step as u32,

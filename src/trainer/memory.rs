@@ -4,6 +4,7 @@
 //! memory for thousands of them; a test compares it with what a trainer takes, at every option.
 
 use super::batch::Batch;
+use super::follow::Followed;
 use crate::backend::{Backend, Sequences, WorkspaceShape, on_device};
 use crate::gpt::{ActivationGradients, Activations, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
@@ -18,7 +19,7 @@ pub struct Plan {
     pub weights: u64,
     /// Gradients of the weights.
     pub gradients: u64,
-    /// What the optimizer keeps, such as moments.
+    /// What the optimizer keeps, such as moments, and what the recipe keeps of weights.
     pub optimizer: u64,
     /// What the forward pass keeps for the backward pass, and the gradients that flow back.
     pub activations: u64,
@@ -78,6 +79,7 @@ pub(super) struct Flat<B: Backend> {
     /// What the optimizer keeps of each element, in the order of its states.
     pub(super) states: Vec<B::F32>,
     pub(super) reduction: B::Reduction,
+    pub(super) followed: Followed<B>,
 }
 
 /// An arena that tells what was cut from it since it was last asked.
@@ -115,8 +117,9 @@ impl<B: Backend> Flat<B> {
         let states = optimizer.states().iter().map(|_| Ok(backend.f32(arena, len)));
         let states = collect("the states of the optimizer", states)?;
         let reduction = backend.reduction(arena, table.slots(), optimizer)?;
+        let followed = Followed::new(backend, arena, &table, &options.recipe)?;
         plan.optimizer = cut.since_last();
-        Ok(Self { gradients, states, reduction })
+        Ok(Self { gradients, states, reduction, followed })
     }
 }
 

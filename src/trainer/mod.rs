@@ -3,6 +3,7 @@
 //! A step allocates nothing, which tests/allocations.rs counts.
 
 mod batch;
+mod follow;
 mod memory;
 
 use std::fmt;
@@ -14,7 +15,7 @@ use std::time::Instant;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
-use crate::checkpoint::{self, Checkpoint, TensorRead, TrainerPart};
+use crate::checkpoint::{self, Checkpoint, Kept, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place};
 use crate::model::{Model, OnDevice};
@@ -164,7 +165,13 @@ impl Trainer {
             let states = collect("the states of the optimizer", states.iter().map(export))?;
             let states = states.iter().map(|state| Ok(state as &dyn TensorRead));
             let states = collect("the states of the optimizer", states)?;
-            let part = TrainerPart { state: &self.state, states: &states };
+            let followed = &buffers.flat.followed;
+            let of_blocks = followed.tensors(tensors)?;
+            let others = followed.exported(model, &of_blocks).map(Ok);
+            let others = collect("what the recipe keeps of weights", others)?;
+            let others = others.iter().map(|(state, values)| Ok((*state, values as &dyn TensorRead)));
+            let others = collect("what the recipe keeps of weights", others)?;
+            let part = TrainerPart { state: &self.state, states: &states, others: &others };
             let weights = model.exported(tensors, &weights);
             let whole = self.model.part(&weights);
             file_limit_is_an_error(|| checkpoint::save(dir, whole, Some(part)))
@@ -304,7 +311,8 @@ impl Trainer {
     /// before a batch.
     pub fn eval(&mut self, data: &Dataset, max_batches: usize) -> Result<EvalStats> {
         let started = Instant::now();
-        let TrainerOptions { batch_size, sequence_length, ref recipe, .. } = self.state.options;
+        let TrainerState { step, ref options, .. } = self.state;
+        let TrainerOptions { batch_size, sequence_length, ref recipe, .. } = *options;
         data.check_tokens(self.model.config().vocab_size)?;
         let windows = data.eval_windows(sequence_length)?;
         let count = match max_batches {
@@ -317,7 +325,7 @@ impl Trainer {
         let vocab_size = model.config().vocab_size;
         let (mut sum, mut tokens) = (0.0, 0);
         on_device!(run, run => {
-            recipe.set_step(&mut run.step_plan, 0, 0, 0);
+            recipe.set_step(&mut run.step_plan, 0, (0, 0), step);
             let on = Arc::clone(&run.model);
             // For all batches: nobody changes the weights between them.
             let weights = on.read()?;
@@ -468,11 +476,11 @@ impl<B: Backend> Run<B> {
         allocated: &mut Plan,
     ) -> Result<Self> {
         let (backend, config) = (&*on.backend, model.config());
-        Ok(Self {
-            model: on.clone(),
-            buffers: Buffers::new(backend, Some(bytes), config, options, allocated)?,
-            step_plan: options.recipe.step_plan(config.layers)?,
-        })
+        let mut buffers = Buffers::new(backend, Some(bytes), config, options, allocated)?;
+        let weights = on.read()?;
+        backend.scope(|| buffers.flat.followed.begin(backend, &weights.all));
+        drop(weights);
+        Ok(Self { model: on.clone(), buffers, step_plan: options.recipe.step_plan(config.layers)? })
     }
 
     fn load_states(
@@ -483,13 +491,21 @@ impl<B: Backend> Run<B> {
         dir: &Path,
     ) -> Result<()> {
         let Self { model: on, buffers, .. } = self;
-        let states = state.options.optimizer.states();
+        let Flat { states: flats, followed, .. } = &mut buffers.flat;
+        let (states, tensors) = (state.options.optimizer.states(), model.tensors());
+        let of_blocks = followed.tensors(tensors)?;
+        let kept = states.iter().map(|state| Kept { state: *state, tensors });
+        let others = followed.states().map(|state| Kept { state, tensors: &of_blocks });
+        let kept = collect("what is kept of weights", kept.chain(others).map(Ok))?;
         let mut ours = on.table.room_for_a_tensor()?;
-        checkpoint.states(states, model.tensors(), &mut |state, index, values| {
+        checkpoint.states(&kept, &mut |state, index, values| {
+            if let Some(number) = state.checked_sub(states.len()) {
+                return followed.load(on, (number, index), values, &mut ours);
+            }
             let least = values.iter().fold(0.0f32, |least, value| least.min(*value));
             let State { what, is_signed, .. } = states[state];
             if !is_signed && least < 0.0 {
-                let name = &model.tensors()[index].name;
+                let name = &tensors[index].name;
                 let message = format!(
                     "damaged or edited: expected {what}s of {name} from 0 on, found {least}; restore \
                      the folder from a copy"
@@ -497,7 +513,7 @@ impl<B: Backend> Run<B> {
                 return Err(Error::format(dir, message));
             }
             on.table.specs()[index].import(values, &mut ours)?;
-            let (flat, slot) = (&mut buffers.flat.states[state], on.table.slots()[index]);
+            let (flat, slot) = (&mut flats[state], on.table.slots()[index]);
             on.backend.write_f32(flat, slot.start, &ours)
         })
     }
@@ -520,15 +536,17 @@ impl<B: Backend> Run<B> {
         let total_steps = state.options.schedule.total_steps;
         let mut weights = on.lock()?;
         let Buffers { flat, activations, d, batch, workspace, recordings } = buffers;
-        let Flat { gradients, states, reduction } = flat;
+        let Flat { gradients, states, reduction, followed } = flat;
         for micro_step in 0..accumulation {
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
-            recipe.set_step(step_plan, micro_step, state.schedule_step(), total_steps);
+            let at = (state.schedule_step(), total_steps);
+            recipe.set_step(step_plan, micro_step, at, state.step);
             let place = Place { seed: state.seed, step: state.step, micro_step };
             backend.scope(|| {
                 batch.upload(backend);
-                let (plan, weights) = (&*step_plan, &weights.all);
-                let mut pass = Pass { backend, config, table, weights, workspace, sequences, plan };
+                let (plan, weights, means) = (&*step_plan, &weights.all, followed.means());
+                let mut pass =
+                    Pass { backend, config, table, weights, means, workspace, sequences, plan };
                 let Batch { tokens, targets, .. } = &*batch;
                 let random = [place.step as u32, micro_step as u32];
                 backend.recorded(recordings, plan, random, || {
@@ -574,6 +592,9 @@ impl<B: Backend> Run<B> {
             Ok((StepSums { raised_blocks, ..sums }, found.into()))
         })?;
         (weights.largest, *known) = (bounds.weight, bounds);
+        if sums.gradient_scale(step).is_some() {
+            backend.scope(|| followed.after_update(backend, &weights.all, recipe));
+        }
         Ok(sums)
     }
 
@@ -592,7 +613,9 @@ impl<B: Backend> Run<B> {
         batch.fill(sequences, fill)?;
         backend.scope(|| {
             batch.upload(backend);
-            let mut pass = Pass { backend, config, table, weights, workspace, sequences, plan };
+            let means = flat.followed.means();
+            let mut pass =
+                Pass { backend, config, table, weights, means, workspace, sequences, plan };
             pass.forward(activations, &batch.tokens);
             pass.loss(activations, &batch.targets);
             backend.sum_losses(&mut flat.reduction, &activations.losses, sequences.rows())
@@ -670,7 +693,10 @@ mod tests {
             tied_head: false,
             ..ModelConfig::default()
         };
-        let (recipes, mut made) = (Recipe::NAMES.map(|name| name.parse().unwrap()), 0);
+        let followed = ["tetrajet,ema=0.998", "mxfp4-mxfp4,ema=0.9"];
+        let recipes: Vec<_> =
+            Recipe::NAMES.into_iter().chain(followed).map(|name| name.parse().unwrap()).collect();
+        let mut made = 0;
         let all = [Recompute::Nothing, Recompute::Pointwise, Recompute::Block];
         for (config, layers) in [plain, odd].iter().flat_map(|c| (1..=5).map(move |l| (c, l))) {
             let config = ModelConfig { layers, ..config.clone() };

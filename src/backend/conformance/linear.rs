@@ -56,6 +56,16 @@ const SWITCHED: [&str; 31] = [
     "tetrajet,fp8=fc2",
 ];
 
+/// Recipes whose W is rounded by its slow mean, too.
+const BY_MEAN: [&str; 6] = [
+    "tetrajet",
+    "mxfp4-mxfp4-rht-sr",
+    "mxfp4-mxfp4,scale-fwd=quest,from=q",
+    "nvfp4-nvfp4",
+    "quartet2",
+    "tetrajet2,outer=f32",
+];
+
 /// A recipe whose backward GEMMs have groups of their own.
 fn groups_of_their_own([dgrad, wgrad]: [usize; 2]) -> LinearRecipe {
     let gemm = |group| {
@@ -72,7 +82,10 @@ fn recipes() -> impl Iterator<Item = (String, LinearRecipe)> {
         linear_recipes(name).into_iter().map(move |recipe| (name.to_owned(), recipe))
     });
     let built = [[32, 256], [256, 32]];
-    named.chain(built.map(|groups| (format!("groups of {groups:?}"), groups_of_their_own(groups))))
+    let by_mean = BY_MEAN.map(|name| (format!("{name} by means"), linear_recipe(name).by_mean()));
+    named
+        .chain(by_mean)
+        .chain(built.map(|groups| (format!("groups of {groups:?}"), groups_of_their_own(groups))))
 }
 
 /// A layer on the host, x and dy as tensors of a precision hold them.
@@ -81,6 +94,8 @@ struct Layer {
     precision: Precision,
     x: Vec<f32>,
     w: Vec<f32>,
+    /// Not far from w.
+    mean: Vec<f32>,
     b: Vec<f32>,
     dy: Vec<f32>,
 }
@@ -97,11 +112,14 @@ impl Layer {
     fn new<B: Harness>([rows, inputs, outputs]: [usize; 3], recipe: &LinearRecipe) -> Self {
         let precision = Precision::of(recipe.forward());
         let activations = |len, seed| rounded(&random(len, seed), B::held(precision));
+        let w = random(outputs * inputs, 2);
+        let mean = w.iter().zip(random(w.len(), 8)).map(|(w, far)| w + 0.2 * far).collect();
         Self {
             shape: LinearShape { rows, inputs, outputs },
             precision,
             x: activations(rows * inputs, 1),
-            w: random(outputs * inputs, 2),
+            w,
+            mean,
             b: activations(outputs, 3),
             dy: activations(rows * outputs, 4),
         }
@@ -114,22 +132,23 @@ impl Layer {
         let of_x = source(x, rows, inputs, false);
         let of_w = source(w, outputs, inputs, false);
         let gemm = recipe.forward();
-        let mut y = product(GemmId::Dgrad, gemm, (of_x, OperandId::X), (of_w, OperandId::W));
+        let transform = gemm.transform();
+        let mut signs = [0.0; formats::MAX_GROUP];
+        let signs = formats::fill_signs(&mut signs, transform, GemmId::Dgrad, &RANDOM);
+        let [made_x, made_w] =
+            [quantized(of_x, gemm.a(), signs, OperandId::X), self.forward_w(recipe, signs)];
+        let mut y = product_of(gemm, &made_x, &made_w);
         y.iter_mut().enumerate().for_each(|(i, y)| *y += f64::from(b[i % outputs]));
         // A backward operand is made from the tensor, or from what the forward pass made of it.
-        let seen = |of: Source<'_>, operand: &Operand, forward: &Operand| {
-            if operand.source() == OperandSource::HighPrecision {
-                return of.data.to_vec();
+        let seen = |of: Source<'_>, operand: &Operand, made: &Quantized| match operand.source() {
+            OperandSource::HighPrecision => of.data.to_vec(),
+            OperandSource::Forward => {
+                made.dequantized(if transform.is_some() { made.depth } else { inputs })
             }
-            let mut signs = [0.0; formats::MAX_GROUP];
-            let transform = forward.transform();
-            let signs = formats::fill_signs(&mut signs, transform, GemmId::Dgrad, &RANDOM);
-            let made = quantized(of, forward, signs, OperandId::X);
-            made.dequantized(if transform.is_some() { made.depth } else { inputs })
         };
         let (dgrad, wgrad) = (recipe.dgrad(), recipe.wgrad());
-        let seen_w = seen(of_w, dgrad.b(), gemm.b());
-        let seen_x = seen(of_x, wgrad.b(), gemm.a());
+        let seen_w = seen(of_w, dgrad.b(), &made_w);
+        let seen_x = seen(of_x, wgrad.b(), &made_x);
         let of_dy = (source(dy, rows, outputs, false), OperandId::Dy);
         let of_w = (source(&seen_w, seen_w.len() / outputs, outputs, true), OperandId::W);
         let dx = product(GemmId::Dgrad, dgrad, of_dy, of_w);
@@ -141,6 +160,21 @@ impl Layer {
         let mut db = vec![0.0; outputs];
         dy.iter().enumerate().for_each(|(i, dy)| db[i % outputs] += f64::from(*dy));
         Exact { y, dx, dw, db }
+    }
+
+    fn rounds_by_mean(&self, recipe: &LinearRecipe) -> bool {
+        recipe.forward().b().rounding() == Rounding::ByMean
+    }
+
+    /// W as the forward pass makes it.
+    fn forward_w(&self, recipe: &LinearRecipe, signs: &[f32]) -> Quantized {
+        let LinearShape { inputs, outputs, .. } = self.shape;
+        let source = Source { data: &self.w, rows: outputs, depth: inputs, transposed: false };
+        let operand = recipe.forward().b();
+        match self.rounds_by_mean(recipe) {
+            true => Quantized::by_means(source, &self.mean, operand, &bits_of(OperandId::W, false)),
+            false => quantized(source, operand, signs, OperandId::W),
+        }
     }
 
     /// Scratch memory for the recipe and this layer alone; None where the backend cannot do it.
@@ -174,12 +208,25 @@ impl Layer {
 
 /// An operand as its format defines it.
 fn quantized(of: Source<'_>, operand: &Operand, signs: &[f32], id: OperandId) -> Quantized {
-    let bits = Bits {
-        elements: RANDOM.rounding(id),
-        scales: RANDOM.rounding(id.of_scales()),
-        transposed: of.transposed,
-    };
-    Quantized::new(of, operand, signs, &bits)
+    Quantized::new(of, operand, signs, &bits_of(id, of.transposed))
+}
+
+fn bits_of(id: OperandId, transposed: bool) -> Bits {
+    let [elements, scales] = [id, id.of_scales()].map(|id| RANDOM.rounding(id));
+    Bits { elements, scales, transposed }
+}
+
+/// Slow means of a weight, behind others in a flat buffer.
+struct Means<B: Memory>(Flat<B>);
+
+impl<B: Harness> Means<B> {
+    fn of(b: &B, means: &[f32]) -> Self {
+        Self(Flat::of(b, &[&[9.0; 5], means]))
+    }
+
+    fn part(&self) -> Part<'_, B> {
+        Part { flat: &self.0.buffer, slot: self.0.slots[1] }
+    }
 }
 
 /// A GEMM as the formats of its operands define it.
@@ -193,6 +240,10 @@ fn product(
     let signs = formats::fill_signs(&mut signs, gemm.transform(), id, &RANDOM);
     let a = quantized(a, gemm.a(), signs, a_id);
     let b = quantized(b, gemm.b(), signs, b_id);
+    product_of(gemm, &a, &b)
+}
+
+fn product_of(gemm: &Gemm, a: &Quantized, b: &Quantized) -> Vec<f64> {
     let mut out = reference::product(&a.dequantize(), &b.dequantize(), a.rows, b.rows, a.depth);
     out.iter_mut().for_each(|v| *v *= f64::from(gemm.alpha()));
     out
@@ -241,6 +292,7 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                 let what = |what: &str| format!("{what} of {size:?} by {name}");
                 let Some(mut scratch) = layer.workspace(b, &recipe) else { return };
                 let params = Params::of(b, &[&layer.w, &layer.b]);
+                let means = layer.rounds_by_mean(&recipe).then(|| Means::of(b, &layer.mean));
                 let [x, dy] = [&layer.x, &layer.dy].map(|values| dense(b, values, precision));
                 let mut y = poison(b, rows * outputs, precision);
                 let operands = LinearForward {
@@ -248,6 +300,7 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                     x: &x,
                     w: params.get(b, 0),
                     b: params.get(b, 1),
+                    mean: means.as_ref().map(Means::part),
                     epilogue: Epilogue::None,
                 };
                 b.linear_forward(&mut scratch, operands, shape, &recipe);
@@ -266,7 +319,9 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                     let mut dx = poison(b, rows * inputs, precision);
                     let [dw, db] = flat.gradients(b);
                     let (dy, w) = (OutputGradient::Whole(&dy), params.get(b, 0));
-                    let operands = LinearBackward { dx: &mut dx, dw, db, dy, x: &x, w, accumulate };
+                    let mean = means.as_ref().map(Means::part);
+                    let operands =
+                        LinearBackward { dx: &mut dx, dw, db, dy, x: &x, w, mean, accumulate };
                     b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
                     close(b, &what("dx"), &read(b, &dx), &exact.dx, Of::Activation, precision);
                     let gradients = flat.read(b).into_iter().zip(&before);
@@ -312,6 +367,7 @@ pub(super) fn linear_layers_with_gelu<B: Harness>(backends: &[B]) {
                         x: &x,
                         w: params.get(b, 0),
                         b: params.get(b, 1),
+                        mean: None,
                         epilogue,
                     };
                     b.linear_forward(&mut scratch, operands, shape, &recipe);
@@ -331,8 +387,9 @@ pub(super) fn linear_layers_with_gelu<B: Harness>(backends: &[B]) {
                     let mut flat = Flat::of(b, &[&lens[0], &lens[1]]);
                     let mut dx = poison(b, rows * inputs, precision);
                     let ([dw, db], w) = (flat.gradients(b), params.get(b, 0));
+                    let (accumulate, mean) = (false, None);
                     let operands =
-                        LinearBackward { dx: &mut dx, dw, db, dy, x: &x, w, accumulate: false };
+                        LinearBackward { dx: &mut dx, dw, db, dy, x: &x, w, mean, accumulate };
                     b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
                     [vec![read(b, &dx)], flat.read(b)]
                         .concat()
@@ -368,7 +425,8 @@ pub(super) fn nan_poisons_the_products_that_it_enters<B: Harness>(backends: &[B]
             let mut dx = output(b, &vec![0.0; rows * inputs], precision);
             let ([dw, db], w) = (flat.gradients(b), params.get(b, 0));
             let dy = OutputGradient::Whole(&dy);
-            let operands = LinearBackward { dx: &mut dx, dw, db, dy, x: &x, w, accumulate: true };
+            let (accumulate, mean) = (true, None);
+            let operands = LinearBackward { dx: &mut dx, dw, db, dy, x: &x, w, mean, accumulate };
             b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
             // NOTE: FP8 tensor cores, which have such a scale, take sizes that 16 divides.
             let alone = !rows.is_multiple_of(16);

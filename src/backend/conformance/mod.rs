@@ -11,6 +11,7 @@
 
 mod attend;
 mod embed;
+mod follow;
 mod head;
 mod linear;
 mod memory;
@@ -112,6 +113,7 @@ suite! {
         nan_poisons_the_products_that_it_enters gelu;
     attend: attention;
     head: classifier logits;
+    follow: slow_means;
     optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
         rates_that_do_not_fall_give_the_bits_of_adamw;
 }

@@ -13,11 +13,12 @@ use super::restore::restore;
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu, JOB_ELEMENTS, gelu};
 use crate::backend::{
-    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
+    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient, Part,
     WorkspaceShape,
 };
 use crate::formats::{
     self, Bits, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random, Restoration,
+    Rounding,
 };
 
 /// Columns that a job sums.
@@ -81,7 +82,7 @@ impl Linear for Cpu {
         shape: LinearShape,
         recipe: &LinearRecipe,
     ) {
-        let LinearForward { y, x, w, b, epilogue } = operands;
+        let LinearForward { y, x, w, b, mean, epilogue } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
         let operands = [
             (Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs), OperandId::X),
@@ -90,8 +91,8 @@ impl Linear for Cpu {
         // Nothing is drawn in a forward pass.
         let random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
         let (gemm, forward) = (recipe.forward(), recipe.forward().b());
-        let id = GemmId::Dgrad;
-        let of = For { gemm, id, forward, random: &random, sums: false, restored: None };
+        let (id, means, sums) = (GemmId::Dgrad, means_of(mean), false);
+        let of = For { gemm, id, forward, means, random: &random, sums, restored: None };
         let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
         self.multiply(workspace, operands, of, out);
         if let Epilogue::Gelu { out, form } = epilogue {
@@ -107,7 +108,7 @@ impl Linear for Cpu {
         recipe: &LinearRecipe,
         random: &Random,
     ) {
-        let LinearBackward { dx, dw, db, dy, x, w, accumulate } = operands;
+        let LinearBackward { dx, dw, db, dy, x, w, mean, accumulate } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
         let dy = match dy {
             OutputGradient::Whole(dy) => dy,
@@ -125,8 +126,8 @@ impl Linear for Cpu {
         let gemm = recipe.dgrad();
         let id = GemmId::Dgrad;
         let restored = Restoration::of(recipe, id).map(|restoration| (restoration, x));
-        let forward = recipe.forward();
-        let of = For { gemm, id, forward: forward.b(), random, sums: false, restored };
+        let (forward, means, sums) = (recipe.forward().b(), means_of(mean), false);
+        let of = For { gemm, id, forward, means, random, sums, restored };
         self.multiply(workspace, dgrad, of, out);
 
         let wgrad = [
@@ -136,7 +137,8 @@ impl Linear for Cpu {
         let out = Output { c: dw, stride: inputs, alpha: 1.0, bias: None, accumulate };
         let (gemm, id) = (recipe.wgrad(), GemmId::Wgrad);
         let restored = Restoration::of(recipe, id).map(|restoration| (restoration, w));
-        let of = For { gemm, id, forward: forward.a(), random, sums: true, restored };
+        let (forward, means, sums) = (recipe.forward().a(), &[][..], true);
+        let of = For { gemm, id, forward, means, random, sums, restored };
         self.multiply(workspace, wgrad, of, out);
         // dy^T passed through packing row by row; its row sums are the bias gradient.
         for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
@@ -161,6 +163,8 @@ struct For<'a> {
     id: GemmId,
     /// What the forward pass made of operand B, where B is made from that.
     forward: &'a Operand,
+    /// The slow means of operand B as the forward pass has it, where that rounds it by them.
+    means: &'a [f32],
     random: &'a Random,
     /// Whether the sums of A's vectors are wanted, which is transposed then: in the memory of A.
     sums: bool,
@@ -177,7 +181,7 @@ impl Cpu {
         of: For<'_>,
         out: Output<'_>,
     ) {
-        let For { gemm, id, forward, random, sums, restored } = of;
+        let For { gemm, id, forward, means, random, sums, restored } = of;
         let Workspace { a: a_memory, b: [b_memory, ..], values, elements, .. } = workspace;
         let [a_values, b_values, forward_values] = values;
         let mut signs = [0.0; formats::MAX_GROUP];
@@ -208,13 +212,15 @@ impl Cpu {
             let mut signs = [0.0; formats::MAX_GROUP];
             let signs = formats::fill_signs(&mut signs, forward.transform(), id, random);
             let bits = bits(random, b_id, false);
-            let source = Source { matrix, operand: forward, signs, bits };
+            let means = by_mean(forward, means);
+            let source = Source { matrix, operand: forward, signs, bits, means };
             let data = forward_values.dequantized(self, source);
             b = Matrix::depth_by_rows(data, data.len() / b.depth, b.depth);
         }
         let (of_a, of_b) = (bits(random, a_id, a.transposed), bits(random, b_id, b.transposed));
-        let a = Source { matrix: a, operand: gemm.a(), signs, bits: of_a };
-        let b = Source { matrix: b, operand: gemm.b(), signs, bits: of_b };
+        let a = Source { matrix: a, operand: gemm.a(), signs, bits: of_a, means: &[] };
+        let means = by_mean(gemm.b(), means);
+        let b = Source { matrix: b, operand: gemm.b(), signs, bits: of_b, means };
         let (a, b) = (a_values.quantize(self, a), b_values.quantize(self, b));
         let conversion = conversion(gemm);
         let operands = [(&a.matrix, conversion), (&b.matrix, conversion)];
@@ -239,6 +245,16 @@ impl Cpu {
         self.product(operands, memory, without);
         scale_result(self, &mut c[..rows * columns], columns, scales, bias);
     }
+}
+
+/// A weight's slow means; empty where there are none.
+fn means_of(mean: Option<Part<'_, Cpu>>) -> &[f32] {
+    mean.map_or(&[], |Part { flat, slot }| &flat[slot.range()])
+}
+
+/// The means that an operand is rounded by.
+fn by_mean<'a>(operand: &Operand, means: &'a [f32]) -> &'a [f32] {
+    if operand.rounding() == Rounding::ByMean { means } else { &[] }
 }
 
 /// The random bits of an operand.

@@ -9,6 +9,7 @@ mod attend;
 mod conformance;
 mod disjoint;
 mod embed;
+mod follow;
 mod gelu;
 pub mod gemm;
 mod head;

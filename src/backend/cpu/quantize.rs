@@ -10,8 +10,8 @@ use super::arena::Buffer;
 use super::disjoint::DisjointSlice;
 use super::gemm::{Conversion, Matrix};
 use crate::formats::{
-    self, Bits, Element, Format, Gemm, Operand, OperandSource, Outer, Scale, VECTORS_AT_ONCE,
-    Vectors, rotate,
+    self, Bits, Element, Format, Gemm, Operand, OperandSource, Outer, Rounding, Scale,
+    VECTORS_AT_ONCE, Vectors, rotate,
 };
 
 /// Memory for the numbers of an operand.
@@ -50,6 +50,8 @@ pub(super) struct Source<'a> {
     /// Of the transform; empty for none.
     pub(super) signs: &'a [f32],
     pub(super) bits: Bits,
+    /// The slow means of a matrix that is not transposed, where it is rounded by them; else empty.
+    pub(super) means: &'a [f32],
 }
 
 /// An operand in numbers.
@@ -66,7 +68,9 @@ pub(super) struct Values<'a> {
 pub(super) fn packs_at_once(gemm: &Gemm, forward: &Operand) -> bool {
     let plain = [Format::F32, Format::BF16, Format::E4M3, Format::MXFP4];
     let from_tensor = gemm.b().source() == OperandSource::HighPrecision;
-    plain.into_iter().any(|format| gemm.is_in(format))
+    let by_mean = gemm.b().rounding() == Rounding::ByMean;
+    !by_mean
+        && plain.into_iter().any(|format| gemm.is_in(format))
         && (from_tensor || forward.format() == Format::E4M3)
 }
 
@@ -81,7 +85,7 @@ pub(super) fn conversion(gemm: &Gemm) -> Conversion<'static> {
 impl ValueMemory {
     /// Quantizes an operand.
     pub(super) fn quantize(&mut self, cpu: &Cpu, source: Source<'_>) -> Values<'_> {
-        let Source { matrix, operand, signs, ref bits } = source;
+        let Source { matrix, operand, signs, ref bits, means } = source;
         let format = operand.format();
         let Matrix { rows, depth: length, .. } = matrix;
         let depth = length.next_multiple_of(signs.len().max(format.block().depth()));
@@ -114,7 +118,9 @@ impl ValueMemory {
             let count = if scales.is_empty() { 0 } else { values.len() / depth };
             // SAFETY: as above.
             let scales = unsafe { of_vectors.part(first.min(scales.len()), count) };
-            let vectors = Vectors { values, scales, depth, first };
+            let of_these = first * length..first * length + values.len() / depth * length;
+            let means = means.get(of_these).unwrap_or_default();
+            let vectors = Vectors { values, scales, depth, first, means };
             formats::quantize_vectors(vectors, operand, tensor, bits);
         });
         Values {

@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 17] = [
+pub(super) static FILES: [File; 18] = [
     file!("optimize", [], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
@@ -42,6 +42,7 @@ pub(super) static FILES: [File; 17] = [
     file!("embed", [], |_| {
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
+    file!("follow", [], |_| of("update_mean")),
     file!("fp8", [], |chip| {
         let converts = if chip >= FP8 { " convert_to_fp8<T,B> turn_to_fp8<T,B>" } else { "" };
         of(&["find_amax<T> round_to_fp8<T>", converts].concat())
@@ -173,6 +174,7 @@ mod tests {
             include_str!("optimize.rs"),
             include_str!("attend.rs"),
             include_str!("embed.rs"),
+            include_str!("follow.rs"),
             include_str!("gelu.rs"),
             include_str!("head.rs"),
             include_str!("linear.rs"),

@@ -19,7 +19,7 @@ impl Linear for Cuda {
     fn linear_forward(
         &self,
         workspace: &mut Workspace,
-        LinearForward { y, x, w, b, epilogue }: LinearForward<'_, Self>,
+        LinearForward { y, x, w, b, mean, epilogue }: LinearForward<'_, Self>,
         shape: LinearShape,
         recipe: &LinearRecipe,
     ) {
@@ -37,7 +37,7 @@ impl Linear for Cuda {
                     tensor: 0,
                 };
                 let x = Matrix::of(x, rows, inputs, OperandId::X);
-                let w = Matrix::master(&w, outputs, inputs);
+                let w = Matrix::master(&w, outputs, inputs).with_mean(mean);
                 // Nothing is drawn in a forward pass.
                 let random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
                 let of = (Of::Forward, recipe, gemm);
@@ -60,7 +60,7 @@ impl Linear for Cuda {
         recipe: &LinearRecipe,
         random: &Random,
     ) {
-        let LinearBackward { dx, dw, mut db, dy, x, w, accumulate } = operands;
+        let LinearBackward { dx, dw, mut db, dy, x, w, mean, accumulate } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
         let by_values = [Of::Dgrad, Of::Wgrad].map(|of| Some((of, recipe, of.gemm(recipe)?)));
         let in_mxfp4 = |gemm: &&Gemm| gemm.is_in(Format::MXFP4);
@@ -144,7 +144,7 @@ impl Linear for Cuda {
         match (for_dgrad, by_values[0]) {
             (None, None) => self.product(workspace, &dgrad),
             (None, Some(of)) => {
-                let w = Matrix::master(&w, outputs, inputs).turned();
+                let w = Matrix::master(&w, outputs, inputs).with_mean(mean).turned();
                 let (bias, tensor) = (None, x.address());
                 let to = values::Output { address: to, precision, bias, accumulate: false, tensor };
                 values::multiply(self, workspace, of, [whole_dy, w], random, to);

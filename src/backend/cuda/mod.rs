@@ -15,6 +15,7 @@ mod device;
 mod embed;
 #[cfg(test)]
 mod emulator;
+mod follow;
 mod gelu;
 mod head;
 mod kernels;

@@ -59,7 +59,7 @@ fn mixed_up_files_are_a_mismatch() {
     save_full(&dir, 1).unwrap();
     let other = root.path().join("other");
     let toy = Toy::new(&config(), |_, _| 0.5);
-    let part = TrainerPart { state: &state(1), states: &[&toy, &toy] };
+    let part = TrainerPart { state: &state(1), states: &[&toy, &toy], others: &[] };
     save(&other, &config(), &toy, Some(part)).unwrap();
     for name in [MODEL, MOMENTS] {
         let own = fs::read(dir.join(name)).unwrap();

@@ -373,7 +373,7 @@ fn leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not() {
 fn save_uniform(dir: &Path, step: u64) -> Result<()> {
     let config = ModelConfig { channels: 64, ..config() };
     let toy = Toy::new(&config, |_, _| step as f32);
-    let part = TrainerPart { state: &state(step), states: &[&toy, &toy] };
+    let part = TrainerPart { state: &state(step), states: &[&toy, &toy], others: &[] };
     save(dir, &config, &toy, Some(part))
 }
 

@@ -41,7 +41,12 @@ fn load_state(dir: &Path) -> Result<TrainerState> {
 }
 
 fn load_states(dir: &Path, tensors: &[TensorInfo], write: &mut WriteState<'_>) -> Result<()> {
-    Checkpoint::open(dir)?.states(TrainerOptions::default().optimizer.states(), tensors, write)
+    Checkpoint::open(dir)?.states(&kept(&TrainerOptions::default(), tensors), write)
+}
+
+/// What an optimizer keeps of all tensors.
+fn kept<'a>(options: &TrainerOptions, tensors: &'a [TensorInfo]) -> Vec<Kept<'a>> {
+    options.optimizer.states().iter().map(|state| Kept { state: *state, tensors }).collect()
 }
 
 /// Tensors in memory.
@@ -128,7 +133,12 @@ fn weights() -> Toy {
 fn save_full(dir: &Path, step: u64) -> Result<()> {
     let (m, v) = (Toy::new(&config(), |i, j| -((i + j) as f32)), Toy::new(&config(), |_, _| 2e-9));
     let state = state(step);
-    save(dir, &config(), &weights(), Some(TrainerPart { state: &state, states: &[&m, &v] }))
+    save(
+        dir,
+        &config(),
+        &weights(),
+        Some(TrainerPart { state: &state, states: &[&m, &v], others: &[] }),
+    )
 }
 
 /// All that a trainer loads; f32 as bits.
@@ -161,7 +171,7 @@ fn load(dir: &Path) -> Result<Loaded> {
     let state = checkpoint.state()?;
     let mut states = Vec::new();
     let infos = infos(&config);
-    checkpoint.states(state.options.optimizer.states(), &infos, &mut |number, index, values| {
+    checkpoint.states(&kept(&state.options, &infos), &mut |number, index, values| {
         assert_eq!(number * infos.len() + index, states.len());
         states.push(bits(values));
         Ok(())

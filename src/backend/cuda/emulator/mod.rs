@@ -14,6 +14,7 @@
 //! and how fast it is.
 
 mod adamw;
+mod follow;
 mod fp4_instruction;
 mod fp8;
 mod gelu;

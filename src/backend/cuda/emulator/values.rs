@@ -66,6 +66,11 @@ fn operands() -> Vec<Operand> {
     }
     let eden = of(Format::NVFP4).rounded(Rounding::Eden);
     all.extend([128, 256].map(|group| eden.rotated(Transform::of(group, Signs::Random))));
+    let blocks = PowerRule::ALL.map(|rule| Format::mxfp4(rule, false)).into_iter();
+    let sixteens = [Nvfp4Scale::Full, Nvfp4Scale::Headroom, Nvfp4Scale::FourOverSix];
+    let blocks = blocks.chain(sixteens.map(|rule| Format::nvfp4(rule, false)));
+    let blocks = blocks.chain([false, true].map(Format::nvfp4_within));
+    all.extend(blocks.map(|format| of(format).rounded(Rounding::ByMean)));
     all
 }
 
@@ -125,7 +130,8 @@ fn values_are_those_of_the_definition() {
             // Tails, which have much of the rest, in all orientations; the others in turn.
             let others = [Data::Normal, Data::NotFinite, Data::Zero];
             let kind = if j == 0 { Data::Tailed } else { others[(i + j) % 3] };
-            for transposed in [false, true] {
+            let by_mean = operand.rounding() == Rounding::ByMean;
+            for transposed in [false, true].into_iter().filter(|turned| !(*turned && by_mean)) {
                 let precision = [Precision::F32, Precision::Bf16][(i / 4 + j) % 2];
                 let schedule = SCHEDULES[cases % 3];
                 // Where numbers go does not depend on how they are made.
@@ -156,7 +162,12 @@ fn check(
     let signs = formats::fill_signs(&mut room, transform, gemm, &RANDOM);
     let source = Source { data: &values, rows: vectors, depth: length, transposed };
     let [elements, scales] = [id, id.of_scales()].map(|id| RANDOM.rounding(id));
-    let exact = Quantized::new(source, operand, signs, &Bits { elements, scales, transposed });
+    let bits = Bits { elements, scales, transposed };
+    let means: Vec<f32> = values.iter().rev().zip(&values).map(|(far, v)| v + 0.1 * far).collect();
+    let exact = match operand.rounding() {
+        Rounding::ByMean => Quantized::by_means(source, &means, operand, &bits),
+        _ => Quantized::new(source, operand, signs, &bits),
+    };
 
     let address = match precision {
         Precision::F32 => values.as_ptr() as u64,
@@ -171,6 +182,7 @@ fn check(
         matrix: Matrix {
             source: Address { address, precision },
             amax: None,
+            mean: means.as_ptr() as u64,
             vectors,
             length,
             transposed,

@@ -17,7 +17,7 @@ use crate::backend::cuda::device::gemm::{Operand as Factor, Product, Type};
 use crate::backend::cuda::device::launch;
 use crate::backend::cuda::device::memory::{Arena, Param, Piece, Tensor};
 use crate::backend::cuda::{Cuda, Workspace, kernel};
-use crate::backend::{LinearShape, WorkspaceShape};
+use crate::backend::{LinearShape, Part, WorkspaceShape};
 use crate::formats::{
     self, Block, Element, Format, Gemm, GemmId, LinearRecipe, Nvfp4Scale, Operand, OperandId,
     OperandSource, Outer, PowerRule, Random, Restoration, Rounding, Scale,
@@ -198,6 +198,8 @@ pub(crate) struct Matrix {
     pub(crate) source: Source,
     /// The address of the bits of the source's amax, where they are known.
     pub(crate) amax: Option<u64>,
+    /// The address of the slow means of weights, or 0: f32, in the order of the source.
+    pub(crate) mean: u64,
     pub(crate) vectors: usize,
     pub(crate) length: usize,
     /// Whether it is stored (length, vectors).
@@ -208,7 +210,7 @@ pub(crate) struct Matrix {
 impl Matrix {
     /// Stored (vectors, length).
     pub(crate) fn rows(source: Source, vectors: usize, length: usize, id: OperandId) -> Self {
-        Self { source, amax: None, vectors, length, transposed: false, id }
+        Self { source, amax: None, mean: 0, vectors, length, transposed: false, id }
     }
 
     /// An activation or its gradient, (rows, columns).
@@ -220,6 +222,11 @@ impl Matrix {
     pub(crate) fn master(param: &Param<'_>, rows: usize, columns: usize) -> Self {
         let amax = Some(param.amax.address);
         Self { amax, ..Self::rows(Source::master(param), rows, columns, OperandId::W) }
+    }
+
+    /// The same of weights with their slow mean.
+    pub(crate) fn with_mean(self, mean: Option<Part<'_, Cuda>>) -> Self {
+        Self { mean: mean.map_or(0, |Part { flat, slot }| flat.at(slot.start)), ..self }
     }
 
     /// The same with the reduction down its columns.
@@ -282,6 +289,7 @@ pub(crate) struct Quantization {
 #[repr(C)]
 pub(crate) struct Arguments {
     source: u64,
+    mean: u64,
     out: u64,
     amax: u64,
     vector_scales: u64,
@@ -385,6 +393,7 @@ impl Quantization {
             Rounding::Nearest => 0,
             Rounding::Unbiased => 1,
             Rounding::Eden => 2,
+            Rounding::ByMean => 3,
         };
         let outer = match format.scale() {
             Scale::TwoLevels(_, Outer::Elements) => 1,
@@ -393,6 +402,7 @@ impl Quantization {
         };
         Arguments {
             source: matrix.source.address,
+            mean: matrix.mean,
             out: to.out,
             amax: to.amax,
             vector_scales: to.vector_scales,
@@ -448,7 +458,13 @@ impl Quantization {
         } else if let Some(amax) = self.noted() {
             self.to.amax = amax;
         }
-        let drawn = self.operand.rounding() != Rounding::Nearest || self.is_rotated_anew();
+        let rounding = self.operand.rounding();
+        let by_mean = rounding == Rounding::ByMean;
+        assert!(
+            !by_mean || self.matrix.mean != 0,
+            "weights have the means that they are rounded by"
+        );
+        let drawn = !(rounding == Rounding::Nearest || by_mean) || self.is_rotated_anew();
         self.start(cuda, kernel!(source, "round_values"), drawn);
     }
 

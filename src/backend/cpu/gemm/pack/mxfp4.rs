@@ -107,7 +107,7 @@ unsafe fn mxfp4_panels<L: Lanes, const TILES: bool>(
                 // SAFETY: passed on; rows of 16 lanes.
                 unsafe {
                     let (scale, byte) = match (quantization.rounding, source.transposed) {
-                        (Rounding::Nearest | Rounding::Eden, _) => {
+                        (Rounding::Nearest | Rounding::Eden | Rounding::ByMean, _) => {
                             quantize::<L, false, false, TILES>(
                                 values, part, draw, r0, k0, &table, words,
                             )

@@ -1,0 +1,143 @@
+//! What recipes keep of weights, through the public interface: a run that is saved and resumed goes
+//! on bit for bit, on any number of threads, and what a folder lacks is said.
+
+use std::fs;
+use std::path::Path;
+
+use mxfp4train::{
+    Dataset, Engine, EngineOptions, Error, Model, ModelConfig, Recipe, Schedule, Trainer,
+    TrainerOptions,
+};
+
+fn engine(threads: usize) -> Engine {
+    Engine::new(EngineOptions { threads, ..EngineOptions::default() }).unwrap()
+}
+
+fn model(engine: &Engine) -> Model {
+    let config = ModelConfig {
+        vocab_size: 33,
+        context_length: 16,
+        layers: 2,
+        heads: 2,
+        channels: 36,
+        ..ModelConfig::default()
+    };
+    Model::new(engine, &config).unwrap()
+}
+
+fn data() -> Dataset {
+    Dataset::from_tokens((0..2000).map(|i| i * i % 31).collect()).unwrap()
+}
+
+fn options(recipe: &str) -> TrainerOptions {
+    TrainerOptions {
+        batch_size: 3,
+        accumulation: 2,
+        recipe: recipe.parse().unwrap(),
+        schedule: Schedule { lr: 3e-3, ..Schedule::default() },
+        ..TrainerOptions::default()
+    }
+}
+
+fn trainer(threads: usize, recipe: &str) -> Trainer {
+    Trainer::new(&model(&engine(threads)), options(recipe)).unwrap()
+}
+
+fn weights(trainer: &Trainer) -> Vec<Vec<f32>> {
+    let model = trainer.model();
+    let read = |info: &mxfp4train::TensorInfo| {
+        let mut values = vec![0.0; info.len()];
+        model.read_tensor(&info.name, &mut values).unwrap();
+        values
+    };
+    model.tensors().iter().map(read).collect()
+}
+
+fn losses(trainer: &mut Trainer, steps: usize) -> Vec<f32> {
+    (0..steps).map(|_| trainer.step(&data()).unwrap().loss).collect()
+}
+
+/// Saved before means count, and after.
+#[test]
+fn runs_with_means_go_on_where_they_were_saved() {
+    for recipe in ["tetrajet,ema=0.9", "mxfp4-mxfp4-rht-sr,ema=0.9,bf16-last-layers=1"] {
+        let mut straight = trainer(1, recipe);
+        let all = losses(&mut straight, 16);
+        let eval = straight.eval(&data(), 2).unwrap().loss;
+        for saved_after in [5, 13] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut before = trainer(3, recipe);
+            assert_eq!(losses(&mut before, saved_after), all[..saved_after], "{recipe}");
+            before.save(folder.path()).unwrap();
+            let mut resumed = Trainer::load(&engine(2), folder.path()).unwrap();
+            assert_eq!(resumed.options().recipe.to_string(), recipe);
+            assert_eq!(losses(&mut resumed, 16 - saved_after), all[saved_after..], "{recipe}");
+            assert_eq!(weights(&resumed), weights(&straight), "{recipe}");
+            assert_eq!(resumed.eval(&data(), 2).unwrap().loss, eval, "{recipe}");
+        }
+    }
+}
+
+/// The first ten steps are those without means, and the eleventh is not, nor an evaluation then.
+#[test]
+fn means_count_from_the_eleventh_step_on() {
+    let [mut plain, mut by_means] = ["tetrajet", "tetrajet,ema=0.9"].map(|name| trainer(1, name));
+    let [a, b] = [&mut plain, &mut by_means].map(|trainer| losses(trainer, 9));
+    assert_eq!(a, b);
+    let eval = |trainer: &mut Trainer| trainer.eval(&data(), 1).unwrap().loss;
+    assert_eq!(eval(&mut plain), eval(&mut by_means));
+    assert_eq!(losses(&mut plain, 1), losses(&mut by_means, 1));
+    assert_ne!(eval(&mut plain), eval(&mut by_means));
+    assert_ne!(losses(&mut plain, 1), losses(&mut by_means, 1));
+}
+
+/// A mean that follows at once is the weight, and rounding by it is rounding to nearest: no weight
+/// of this run lies in the middle.
+#[test]
+fn means_that_follow_at_once_change_nothing() {
+    let [mut plain, mut by_means] =
+        ["tetrajet", "tetrajet,ema=1e-30"].map(|recipe| trainer(1, recipe));
+    assert_eq!(losses(&mut plain, 14), losses(&mut by_means, 14));
+}
+
+#[test]
+fn a_folder_without_the_means_of_its_recipe_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut plain = trainer(1, "tetrajet");
+    losses(&mut plain, 2);
+    plain.save(folder.path()).unwrap();
+    edit(folder.path(), "\"tetrajet\"", "\"tetrajet,ema=0.998\"");
+    let error = Trainer::load(&engine(1), folder.path()).unwrap_err();
+    assert!(matches!(error, Error::Mismatch { .. }), "{error}");
+    let message = error.to_string();
+    for part in ["trainer.safetensors", "no slow mean of any weight, ema.NAME", "start a new"] {
+        assert!(message.contains(part), "{message}");
+    }
+    // And means that nobody asks for.
+    trainer(1, "tetrajet,ema=0.998").save(folder.path()).unwrap();
+    edit(folder.path(), "tetrajet,ema=0.998", "tetrajet");
+    let message = Trainer::load(&engine(1), folder.path()).unwrap_err().to_string();
+    assert!(message.contains("ema.transformer.h.0.attn.c_attn.weight"), "{message}");
+}
+
+/// Changes `trainer.json` on purpose.
+fn edit(folder: &Path, from: &str, to: &str) {
+    let path = folder.join("trainer.json");
+    let text = fs::read_to_string(&path).unwrap();
+    assert!(text.contains(from), "{text}");
+    let mut json: serde_json::Value = serde_json::from_str(&text.replace(from, to)).unwrap();
+    json.as_object_mut().unwrap().remove("crc32");
+    fs::write(&path, json.to_string()).unwrap();
+}
+
+/// 4 bytes for each weight of a block's linear layers.
+#[test]
+fn means_are_in_the_plan() {
+    let bytes = |recipe: &str| {
+        let model = model(&engine(1));
+        mxfp4train::plan(&engine(1), model.config(), &options(recipe)).unwrap().optimizer
+    };
+    let weights = 2 * 12 * 36 * 36;
+    assert_eq!(bytes("tetrajet,ema=0.998") - bytes("tetrajet"), 4 * weights);
+    assert!("tetrajet,ema=0.998".parse::<Recipe>().unwrap().ema() == Some(0.998));
+}
