@@ -50,6 +50,7 @@ enum Outer { OF_TENSOR, OF_128, POWER_OF_128 };
 struct Values {
   const void *source;   // (vectors, length), or with `transposed` (length, vectors)
   const float *mean;    // (vectors, length), which BY_MEAN rounds by
+  float *units;         // (vectors, blocks): what elements are multiplied by; may be null
   void *out;            // (vectors, depth) of bf16, or with `wide` f32
   u32 *amax;            // bits of the tensor's, or with `by_vector` of each vector's
   float *vector_scales; // (vectors), where there are such
@@ -317,6 +318,14 @@ struct Bits {
   }
 };
 
+// Notes what the elements of a block, of so many, are multiplied by.
+__device__ __forceinline__ void note_unit(const Values &q, u32 vector, u32 block, u32 length,
+                                          float unit) {
+  u32 blocks = q.depth / length;
+  if (q.units && vector < q.vectors && block < blocks)
+    q.units[(size_t)vector * blocks + block] = unit;
+}
+
 // ---- Blocks of 32 -------------------------------------------------------------------------------
 
 __device__ __forceinline__ void round_powers(const Values &q, float *block, u32 vector, u32 k,
@@ -336,6 +345,7 @@ __device__ __forceinline__ void round_powers(const Values &q, float *block, u32 
     byte = __reduce_max_sync(FULL_WARP, byte);
   }
   float scale = decode_e8m0(byte);
+  note_unit(q, vector, k / BLOCK, BLOCK, scale);
   if (byte == 255) {
     for (u32 i = 0; i < BLOCK; i++) block[i] = scale;
     return;
@@ -477,6 +487,8 @@ __device__ __forceinline__ void round_two_levels(const Values &q, float *block, 
       if (scale == 0.0f) scale = 1.0f / 512.0f;
       scale = __fmul_rn(scale, outer);
     }
+    float unit = q.outer == OF_TENSOR ? __fmul_rn(scale, tensor.decode) : scale;
+    note_unit(q, vector, k / SIXTEEN + b, SIXTEEN, unit);
 #pragma unroll 8
     for (u32 i = 0; i < SIXTEEN; i++) {
       float v = sixteen[i];

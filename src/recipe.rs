@@ -28,6 +28,7 @@
 //! | `outer` | `f32`, `power` | NVFP4's scales of 128 elements |
 //! | `from` | `x`, `q` | backward operands of the tensor, or of what the forward pass made of it |
 //! | `ema` | above 0, below 1 | decay of the slow mean that W in the forward pass is rounded by |
+//! | `reset` | `PERIOD:TRACK:THRESHOLD@START` | when weights that oscillate are put onto their grid |
 //! | `mantissa` | `1` to `7`, `1t` to `7t` | bits of mantissa that bf16 keeps; with t others are cut |
 //! | `fp8` | `qkv`, `proj`, `fc1`, `fc2`, joined by `+`, or `none` | layers with a forward pass in FP8 |
 //! | `fwd`, `dgrad`, `wgrad` | `bf16` | that GEMM in bf16 |
@@ -41,7 +42,8 @@ use std::str::FromStr;
 use crate::backend::{Precision, StepPlan};
 use crate::formats::{
     EMA_FROM_STEP, Element, Format, Gemm, GemmId, LINEAR_NAMES, LINEARS, LinearRecipe, Nvfp4Scale,
-    Operand, OperandId, OperandSource, Outer, PowerRule, Range, Rounding, Scale, Signs, Transform,
+    Operand, OperandId, OperandSource, Outer, PowerRule, Range, Reset, Rounding, Scale, Signs,
+    Transform,
 };
 use crate::reserve::collect;
 use crate::{Error, Result};
@@ -54,6 +56,7 @@ pub struct Recipe {
     exceptions: Exceptions,
     /// Decay of the slow means of weights.
     ema: Option<f32>,
+    reset: Option<Reset>,
 }
 
 /// Layers and steps that run in bf16.
@@ -376,6 +379,11 @@ impl Recipe {
         self.ema
     }
 
+    /// When weights that oscillate are reset; None where they are not.
+    pub fn reset(&self) -> Option<Reset> {
+        self.reset
+    }
+
     /// Of activations.
     pub(crate) fn precision(&self) -> Precision {
         Precision::of(self.linears[0].forward())
@@ -412,7 +420,7 @@ impl Recipe {
         for (linear, _) in linears.iter_mut().zip(row.fp8).filter(|(_, fp8)| *fp8) {
             *linear = linear.with_forward(FP8)?;
         }
-        Ok(Self { name: row.name, linears, exceptions: row.exceptions, ema: None })
+        Ok(Self { name: row.name, linears, exceptions: row.exceptions, ema: None, reset: None })
     }
 
     /// The same with other linear layers.
@@ -591,7 +599,7 @@ fn rule_of<'a>(operands: impl IntoIterator<Item = &'a Operand>) -> Option<String
 }
 
 /// All switches, in the order in which they are written.
-const SWITCHES: [Switch; 23] = [
+const SWITCHES: [Switch; 24] = [
     Switch {
         key: "sr",
         apply: |recipe, value| {
@@ -875,6 +883,17 @@ const SWITCHES: [Switch; 23] = [
         show: |recipe| recipe.ema.map(|decay| decay.to_string()),
     },
     Switch {
+        key: "reset",
+        apply: |recipe, value| {
+            let reset = Some(value.parse().map_err(Refused::Expected)?);
+            if recipe.linears.iter().all(|linear| !linear.forward().b().has_codes()) {
+                return Err(Refused::HasNo("W in the forward pass in MXFP4 or NVFP4, unrotated"));
+            }
+            Ok(Recipe { reset, ..recipe.clone() })
+        },
+        show: |recipe| recipe.reset.map(|reset| reset.to_string()),
+    },
+    Switch {
         key: "mantissa",
         apply: |recipe, value| {
             let (bits, cut) = match value.strip_suffix('t') {
@@ -1111,6 +1130,8 @@ mod tests {
             "bf16,mantissa=4t",
             "fp8,bf16-first-layers=2",
             "tetrajet,ema=0.998,bf16-last-layers=1",
+            "nvidia-nvfp4,reset=200:50:8@0.6",
+            "tetrajet,ema=0.998,reset=400:50:16@0.59",
             "nvfp4-nvfp4-sr,46=fwd,ema=0.9983",
         ];
         for s in Recipe::NAMES.into_iter().chain(switched) {
@@ -1152,6 +1173,7 @@ mod tests {
             ("signs", &["random", "fixed", "nvidia", "plain"]),
             ("range", &["1", "3/4"]),
             ("ema", &["0.998", "0.5"]),
+            ("reset", &["200:50:8@0.6", "10:3:0.5@0"]),
             ("mantissa", &["2", "7", "5t"]),
             ("fp8", &["none", "qkv+proj", "fc2"]),
             ("fwd", &["bf16"]),
@@ -1225,6 +1247,8 @@ mod tests {
             ("tetrajet,ema=1", "ema: expected a number above 0 and below 1, got \"1\""),
             ("tetrajet,ema=NaN", "above 0 and below 1"),
             ("quartet,ema=0.998", "in blocks of MXFP4 or NVFP4, unrotated"),
+            ("fp8,reset=200:50:8@0.6", "reset: fp8 has no W in the forward pass in MXFP4 or NVFP4"),
+            ("tetrajet,reset=200", "expected PERIOD:TRACK:THRESHOLD@START like 200:50:8@0.6"),
             ("mxfp4,colour=red", "known are sr, scale, scale-fwd, w"),
         ] {
             let error = s.parse::<Recipe>().unwrap_err().to_string();

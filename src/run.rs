@@ -116,6 +116,11 @@ impl TrainerOptions {
                            (total_steps) is not set; set it, or bf16-last-steps=0";
             return Err(Error::invalid("recipe", message));
         }
+        if options.recipe.reset().is_some() && options.schedule.total_steps == 0 {
+            let message = "reset starts at a part of a schedule's steps, whose number (total_steps) \
+                           is not set";
+            return Err(Error::invalid("recipe", message));
+        }
         Ok(options)
     }
 }

@@ -34,7 +34,7 @@ fn options(recipe: &str) -> TrainerOptions {
         batch_size: 3,
         accumulation: 2,
         recipe: recipe.parse().unwrap(),
-        schedule: Schedule { lr: 3e-3, ..Schedule::default() },
+        schedule: Schedule { lr: 3e-3, total_steps: 20, ..Schedule::default() },
         ..TrainerOptions::default()
     }
 }
@@ -98,6 +98,85 @@ fn means_that_follow_at_once_change_nothing() {
     let [mut plain, mut by_means] =
         ["tetrajet", "tetrajet,ema=1e-30"].map(|recipe| trainer(1, recipe));
     assert_eq!(losses(&mut plain, 14), losses(&mut by_means, 14));
+}
+
+/// The names of what a folder keeps beside moments.
+fn kept(folder: &Path) -> Vec<String> {
+    let bytes = fs::read(folder.join("trainer.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut names: Vec<String> =
+        file.names().into_iter().filter_map(|name| Some(name.split_once('.')?.0.into())).collect();
+    names.sort();
+    names.dedup();
+    names.retain(|name| name != "m" && name != "v");
+    names
+}
+
+/// Weights are tracked from the end of step 6 to that of step 10, in which they are reset.
+#[test]
+fn runs_with_resets_go_on_within_a_window() {
+    for recipe in ["tetrajet,reset=6:3:3@0.3", "nvidia-nvfp4,reset=6:3:3@0.3,bf16-last-layers=1"] {
+        let mut straight = trainer(1, recipe);
+        let all = losses(&mut straight, 14);
+        for (saved_after, is_tracking) in [(5, false), (6, true), (8, true), (9, true), (10, false)]
+        {
+            let folder = tempfile::tempdir().unwrap();
+            let mut before = trainer(3, recipe);
+            assert_eq!(losses(&mut before, saved_after), all[..saved_after], "{recipe}");
+            before.save(folder.path()).unwrap();
+            let expected: &[&str] =
+                if is_tracking { &["reset_before", "reset_moved", "reset_rounded"] } else { &[] };
+            assert_eq!(kept(folder.path()), expected, "{saved_after}");
+            let mut resumed = Trainer::load(&engine(2), folder.path()).unwrap();
+            assert_eq!(losses(&mut resumed, 14 - saved_after), all[saved_after..], "{recipe}");
+            assert_eq!(weights(&resumed), weights(&straight), "{recipe}");
+        }
+    }
+}
+
+/// Nothing but the reset of step 10 makes a difference, and that lies on the grid: rounding does
+/// not move what it made.
+#[test]
+fn resets_put_weights_that_oscillate_onto_their_grid() {
+    let [mut plain, mut resets] = ["tetrajet", "tetrajet,reset=6:3:3@0.3"].map(|r| trainer(1, r));
+    assert_eq!(losses(&mut plain, 9), losses(&mut resets, 9));
+    assert_eq!(weights(&plain), weights(&resets));
+    let before = losses(&mut plain, 1);
+    assert_eq!(losses(&mut resets, 1), before);
+    let (plain_weights, reset) = (weights(&plain), weights(&resets));
+    let changed = |names: &dyn Fn(&str) -> bool| {
+        let infos = plain.model().tensors().iter().zip(plain_weights.iter().zip(&reset));
+        let of_these = infos.filter(|(info, _)| names(&info.name));
+        let pairs = of_these.flat_map(|(_, (a, b))| a.iter().zip(b));
+        let (mut all, mut changed) = (0, 0);
+        pairs.for_each(|(a, b)| (all, changed) = (all + 1, changed + i32::from(a != b)));
+        (all, changed)
+    };
+    let is_linear = |name: &str| name.contains(".h.") && name.ends_with("c_fc.weight");
+    let (all, of_linear) = changed(&is_linear);
+    assert!(of_linear > 0 && of_linear < all / 2, "{of_linear} of {all}");
+    let others =
+        changed(&|name| name.contains("ln_") || name.contains("bias") || name.contains("wte"));
+    assert_eq!(others.1, 0);
+    assert_ne!(losses(&mut plain, 1), losses(&mut resets, 1));
+}
+
+/// Weights that rest do not oscillate.
+#[test]
+fn frozen_weights_are_not_reset() {
+    let mut frozen = trainer(1, "tetrajet,reset=6:3:0.001@0");
+    let before = weights(&frozen);
+    frozen.set_lr(Some(0.0)).unwrap();
+    losses(&mut frozen, 12);
+    assert_eq!(weights(&frozen), before);
+}
+
+#[test]
+fn a_reset_needs_a_schedule_with_an_end() {
+    let without_end =
+        TrainerOptions { schedule: Schedule::default(), ..options("tetrajet,reset=200:50:8@0.6") };
+    let error = Trainer::new(&model(&engine(1)), without_end).unwrap_err().to_string();
+    assert!(error.contains("total_steps"), "{error}");
 }
 
 #[test]

@@ -21,10 +21,12 @@ mod mantissa;
 mod matrix;
 mod normal;
 mod nvfp4;
+mod observe;
 mod operand;
 mod philox;
 mod quantize;
 mod quantized;
+mod reset;
 mod restore;
 mod stream;
 
@@ -44,6 +46,7 @@ pub use nvfp4::{
     NVFP4_BLOCK, NVFP4_OUTER, Nvfp4Scale, Nvfp4Tensor, amax_of, nvfp4_outer, quantize_nvfp4,
     quantize_nvfp4_eden, quantize_nvfp4_within,
 };
+pub use observe::{OSCILLATING, Observation, Observed, confidence};
 pub use operand::{
     Gemm, LINEAR_NAMES, LINEARS, LinearRecipe, Operand, OperandSource, Signs, Transform,
     fill_signs, product_scale,
@@ -55,6 +58,7 @@ pub use quantized::{
     Bits, Quantized, VECTORS_AT_ONCE, Vectors, has_vector_scales, needs_amax, quantize_vectors,
     tensor_scale,
 };
+pub use reset::{Reset, ResetPhase, oscillates};
 pub use restore::Restoration;
 pub use stream::Philox;
 

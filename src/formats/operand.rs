@@ -247,6 +247,13 @@ impl Operand {
         Ok(self)
     }
 
+    /// Whether it is E2M1 with scales of blocks or squares, not rotated: its codes are those of the
+    /// elements themselves.
+    pub(crate) fn has_codes(&self) -> bool {
+        let blocks = matches!(self.format.block(), Block::Elements(_) | Block::Square(_));
+        self.format.element() == Element::E2m1 && blocks && self.transform.is_none()
+    }
+
     /// The number format.
     pub const fn format(&self) -> Format {
         self.format

@@ -32,6 +32,9 @@ pub struct Quantized {
     pub scale: f32,
     /// And each vector, (rows); empty where there are no such scales.
     pub vector_scales: Vec<f32>,
+    /// What elements of E2M1 are multiplied by to give values back, (rows, blocks); empty where
+    /// neither blocks nor squares have scales.
+    pub units: Vec<f32>,
 }
 
 /// The random bits of an operand.
@@ -80,6 +83,11 @@ impl Quantized {
         let tensor = tensor_scale(operand, amax_of(&values));
         let mut vector_scales =
             vec![0.0; if has_vector_scales(operand.format()) { rows } else { 0 }];
+        let blocks = match operand.format().block() {
+            Block::Elements(n) | Block::Square(n) => depth / n,
+            Block::Vector | Block::Tensor => 0,
+        };
+        let mut units = vec![0.0; rows * blocks];
         for first in (0..rows).step_by(VECTORS_AT_ONCE) {
             let count = VECTORS_AT_ONCE.min(rows - first);
             let range = first * depth..(first + count) * depth;
@@ -88,11 +96,12 @@ impl Quantized {
                 scales: vector_scales.get_mut(first..first + count).unwrap_or_default(),
                 depth,
                 first,
+                units: &mut units[first * blocks..(first + count) * blocks],
                 means: means.get(first * length..(first + count) * length).unwrap_or_default(),
             };
             quantize_vectors(part, operand, tensor, bits);
         }
-        Self { rows, depth, values, scale: tensor.decode, vector_scales }
+        Self { rows, depth, values, scale: tensor.decode, vector_scales, units }
     }
 
     /// The values that the numbers stand for as f32, (rows, `length`), without padding: what a
@@ -159,11 +168,14 @@ pub struct Vectors<'a> {
     pub first: usize,
     /// (vectors, length): the slow means that weights are rounded by; empty for other roundings.
     pub means: &'a [f32],
+    /// (vectors, blocks): gets what elements of E2M1 are multiplied by to give values back, where
+    /// blocks or squares have a scale; empty where nobody asks.
+    pub units: &'a mut [f32],
 }
 
 /// Quantizes vectors in place.
 pub fn quantize_vectors(part: Vectors<'_>, operand: &Operand, tensor: Nvfp4Tensor, bits: &Bits) {
-    let Vectors { values, scales, depth, first, means } = part;
+    let Vectors { values, scales, depth, first, means, units } = part;
     let format = operand.format();
     let by_mean = operand.rounding() == Rounding::ByMean;
     assert_eq!(by_mean, !means.is_empty(), "means go with the rounding by them");
@@ -194,14 +206,16 @@ pub fn quantize_vectors(part: Vectors<'_>, operand: &Operand, tensor: Nvfp4Tenso
             e2m1_vectors(values, depth, scales, format.scale());
         }
         (Element::E2m1, Block::Square(n)) => {
-            squares(values, depth, n, operand, tensor);
+            squares(values, depth, n, operand, tensor, units);
         }
         (Element::E2m1, Block::Elements(n)) => {
             let length = means.len() / (values.len() / depth);
             let means = Means { all: means, first, length };
             let rounded = BlockRounding { operand, tensor, bits, means };
             for (eight, values) in values.chunks_mut(8 * depth).enumerate() {
-                rounded.eight_vectors(values, depth, n, first + 8 * eight);
+                let of_these = 8 * eight * (depth / n);
+                let units = units.get_mut(of_these..).unwrap_or_default();
+                rounded.eight_vectors(values, depth, n, first + 8 * eight, units);
             }
         }
     }
@@ -231,21 +245,30 @@ fn e2m1_vectors(values: &mut [f32], depth: usize, scales: &mut [f32], rule: Scal
 }
 
 /// Squares of n vectors and n elements that share a scale, rounded to nearest.
-fn squares(values: &mut [f32], depth: usize, n: usize, operand: &Operand, tensor: Nvfp4Tensor) {
+fn squares(
+    values: &mut [f32],
+    depth: usize,
+    n: usize,
+    operand: &Operand,
+    tensor: Nvfp4Tensor,
+    units: &mut [f32],
+) {
     let mut room = [0.0; VECTORS_AT_ONCE * VECTORS_AT_ONCE];
-    for band in values.chunks_mut(n * depth) {
+    for (number, band) in values.chunks_mut(n * depth).enumerate() {
+        let rows = band.len() / depth;
         let square = &mut room[..band.len() / depth * n];
         for k in (0..depth).step_by(n) {
             for (to, row) in square.chunks_exact_mut(n).zip(band.chunks_exact(depth)) {
                 to.copy_from_slice(&row[k..k + n]);
             }
-            match operand.format().scale() {
+            let unit = match operand.format().scale() {
                 Scale::Power(rule) => {
                     let byte = rule.byte(square);
                     for row in band.chunks_exact_mut(depth) {
                         let block: &mut [f32] = &mut row[k..k + n];
                         power_block(block, byte, operand, None);
                     }
+                    decode_e8m0(byte)
                 }
                 Scale::TwoLevels(rule, _) => {
                     let scale = nvfp4_scale(square, amax_of(square), tensor, rule);
@@ -255,8 +278,14 @@ fn squares(values: &mut [f32], depth: usize, n: usize, operand: &Operand, tensor
                         let codes = nvfp4_codes(block, scale, tensor, None);
                         store(block, &codes, scale);
                     }
+                    scale * tensor.decode
                 }
                 Scale::One | Scale::Amax => unreachable!("squares have scales of their own"),
+            };
+            for row in number * n..number * n + rows {
+                if let Some(to) = units.get_mut(row * (depth / n) + k / n) {
+                    *to = unit;
+                }
             }
         }
     }
@@ -287,7 +316,14 @@ impl Means<'_> {
 
 impl BlockRounding<'_> {
     /// Up to eight vectors from number `first` on, in blocks of n.
-    fn eight_vectors(&self, values: &mut [f32], depth: usize, n: usize, first: usize) {
+    fn eight_vectors(
+        &self,
+        values: &mut [f32],
+        depth: usize,
+        n: usize,
+        first: usize,
+        units: &mut [f32],
+    ) {
         let unbiased = self.operand.rounding() == Rounding::Unbiased;
         let mut drawn = [[0u16; 32]; 8];
         // The outer scales of the vectors, where blocks lie within such.
@@ -305,18 +341,22 @@ impl BlockRounding<'_> {
                     outer[i] = nvfp4_outer(amax_of(all), outer_rule == Outer::Powers);
                 }
                 let bits = unbiased.then_some(&drawn[i]);
-                self.block(&mut vector[k..k + n], outer[i], bits, (first + i, k / n));
+                let unit = self.block(&mut vector[k..k + n], outer[i], bits, (first + i, k / n));
+                if let Some(to) = units.get_mut(i * (depth / n) + k / n) {
+                    *to = unit;
+                }
             }
         }
     }
 
+    /// Gives what elements are multiplied by to give values back.
     fn block(
         &self,
         block: &mut [f32],
         outer: f32,
         bits: Option<&[u16; 32]>,
         (vector, number): (usize, usize),
-    ) {
+    ) -> f32 {
         let element = |i: usize| bits.map_or(0, |bits| bits[i]);
         let by_mean = self.operand.rounding() == Rounding::ByMean;
         match self.operand.format().scale() {
@@ -325,10 +365,12 @@ impl BlockRounding<'_> {
                 let factor = self.operand.range().factor() * decode_e8m0(254 - byte.min(254));
                 let means = self.means.of::<BLOCK>(vector, number * block.len());
                 store_by_mean(block, &means, |v| v * factor, decode_e8m0(byte));
+                decode_e8m0(byte)
             }
             Scale::Power(rule) => {
                 let byte = rule.byte(block);
                 power_block(block, byte, self.operand, bits);
+                decode_e8m0(byte)
             }
             Scale::TwoLevels(rule, kind) if by_mean => {
                 let sixteen: &[f32; NVFP4_BLOCK] = (&*block).try_into().expect("16 elements");
@@ -337,9 +379,11 @@ impl BlockRounding<'_> {
                     let scale = nvfp4_scale(sixteen, amax_of(sixteen), self.tensor, rule);
                     let encode = encoding(scale, self.tensor);
                     store_by_mean(block, &means, |v| v * encode, scale);
+                    scale * self.tensor.decode
                 } else {
                     let unit = nvfp4_scale_within(sixteen, outer) * outer;
                     store_by_mean(block, &means, |v| v / unit, unit);
+                    unit
                 }
             }
             Scale::TwoLevels(rule, kind) => {
@@ -360,6 +404,7 @@ impl BlockRounding<'_> {
                     }
                 };
                 store(sixteen, &codes, scale);
+                scale * self.tensor.decode
             }
             Scale::One | Scale::Amax => unreachable!("blocks have scales of their own"),
         }

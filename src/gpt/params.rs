@@ -95,6 +95,8 @@ pub(super) struct Linear {
 pub(crate) struct Matrix {
     pub(crate) param: Slot,
     pub(crate) own: Slot,
+    /// Outputs and inputs.
+    pub(crate) shape: [usize; 2],
 }
 
 impl ParamTable {
@@ -183,7 +185,8 @@ impl ParamTable {
             let param = linear.w;
             let own = Slot { index, start: end, ..param };
             end = own.range().end.next_multiple_of(align);
-            Ok(Matrix { param, own })
+            let [inputs, outputs] = self.specs[param.index].shape;
+            Ok(Matrix { param, own, shape: [outputs, inputs] })
         });
         let matrices = collect("a table of the weights of blocks", matrices)?;
         Ok((matrices, end))
@@ -349,10 +352,12 @@ mod tests {
         let (matrices, len) = table.matrices(16).unwrap();
         let names = names(&table);
         let mut end = 0;
-        for (i, Matrix { param, own }) in matrices.iter().enumerate() {
+        for (i, Matrix { param, own, shape }) in matrices.iter().enumerate() {
             let name = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"][i % 4];
             assert_eq!(names[param.index], format!("transformer.h.{}.{name}.weight", i / 4));
             assert_eq!((own.index, own.len), (i, param.len));
+            let expected = [[12, 4], [4, 4], [9, 4], [4, 9]][i % 4];
+            assert_eq!(*shape, expected);
             assert!(own.start >= end && own.start < end + 16 && own.start % 16 == 0);
             end = own.range().end;
         }

@@ -1,16 +1,26 @@
-//! What a recipe keeps of the weights of blocks from step to step: their slow means.
+//! What a recipe keeps of the weights of blocks from step to step: their slow means, and how far they
+//! and what they are rounded to move while those that oscillate are looked for.
 
 use crate::Result;
-use crate::backend::Backend;
+use crate::backend::{Backend, Part, StepPlan, Track, Values, View, Viewed};
 use crate::checkpoint::TensorRead;
+use crate::formats::{LINEARS, Operand, Reset, ResetPhase};
 use crate::gpt::{Matrix, Means, ParamTable, TensorInfo};
 use crate::model::OnDevice;
 use crate::optim::State;
 use crate::recipe::Recipe;
 use crate::reserve::{collect, text};
+use crate::run::TrainerState;
 
 /// The slow means, as checkpoints name them.
-pub(super) const MEAN: State = State { name: "ema", what: "slow mean", is_signed: true };
+const MEAN: State = State { name: "ema", what: "slow mean", is_signed: true };
+
+/// What is tracked of each weight, as checkpoints name it.
+const TRACKED: [State; 3] = [
+    State { name: "reset_before", what: "number before the last step", is_signed: true },
+    State { name: "reset_moved", what: "distance", is_signed: false },
+    State { name: "reset_rounded", what: "distance of the rounded number", is_signed: false },
+];
 
 /// What is kept of the weights of blocks.
 pub(super) struct Followed<B: Backend> {
@@ -18,6 +28,41 @@ pub(super) struct Followed<B: Backend> {
     matrices: Vec<Matrix>,
     /// (matrices), where the recipe rounds by them.
     means: Option<B::F32>,
+    /// Where the recipe resets them.
+    tracked: Option<Tracked<B>>,
+}
+
+/// Flat buffers (matrices), each as [`Track`] has it, and who looks.
+struct Tracked<B: Backend> {
+    flats: [B::F32; 3],
+    observer: B::Observer,
+}
+
+impl<B: Backend> Tracked<B> {
+    fn new(backend: &B, arena: &mut B::Arena, matrices: &[Matrix], len: usize) -> Result<Self> {
+        let flats = std::array::from_fn(|_| backend.f32(arena, len));
+        let shapes = matrices.iter().map(|matrix| Ok(matrix.shape));
+        let shapes = collect("the shapes of the weights of blocks", shapes)?;
+        Ok(Self { flats, observer: backend.observer(arena, &shapes)? })
+    }
+
+    fn of(&mut self, matrix: &Matrix) -> (Track<'_, B>, &mut B::Observer) {
+        let [before, moved, rounded_moved] = &mut self.flats;
+        (Track { before, moved, rounded_moved, slot: matrix.own }, &mut self.observer)
+    }
+}
+
+/// Where a run is after a step: steps done of the schedule, and how many there are.
+#[derive(Clone, Copy)]
+pub(super) struct Done {
+    pub(super) steps: u64,
+    pub(super) of: u64,
+}
+
+impl Done {
+    pub(super) fn of(state: &TrainerState) -> Self {
+        Self { steps: state.schedule_step(), of: state.options.schedule.total_steps }
+    }
 }
 
 impl<B: Backend> Followed<B> {
@@ -27,29 +72,94 @@ impl<B: Backend> Followed<B> {
         table: &ParamTable,
         recipe: &Recipe,
     ) -> Result<Self> {
-        if recipe.ema().is_none() {
-            return Ok(Self { matrices: Vec::new(), means: None });
+        let (ema, reset) = (recipe.ema(), recipe.reset());
+        if ema.is_none() && reset.is_none() {
+            return Ok(Self { matrices: Vec::new(), means: None, tracked: None });
         }
         let (matrices, len) = table.matrices(B::ALIGN)?;
-        Ok(Self { matrices, means: Some(backend.f32(arena, len)) })
+        let means = ema.map(|_| backend.f32(arena, len));
+        let tracked = reset.map(|_| Tracked::new(backend, arena, &matrices, len)).transpose()?;
+        Ok(Self { matrices, means, tracked })
     }
 
     /// Begins with weights as they are.
     pub(super) fn begin(&mut self, backend: &B, weights: &B::Weights) {
-        self.update_means(backend, weights, 0.0);
-    }
-
-    /// Follows an update of the weights.
-    pub(super) fn after_update(&mut self, backend: &B, weights: &B::Weights, recipe: &Recipe) {
-        if let Some(decay) = recipe.ema() {
-            self.update_means(backend, weights, decay);
+        for number in 0..self.matrices.len() {
+            self.update_mean(backend, weights, number, 0.0);
         }
     }
 
-    fn update_means(&mut self, backend: &B, weights: &B::Weights, decay: f32) {
-        let Some(means) = &mut self.means else { return };
-        for Matrix { param, own } in &self.matrices {
-            backend.update_mean(means, *own, backend.param(weights, *param), decay);
+    /// Follows an update of the weights, which the forward pass of the step rounded by `plan`.
+    /// Whether some may have been reset.
+    pub(super) fn after_update(
+        &mut self,
+        backend: &B,
+        weights: &mut B::Weights,
+        plan: &StepPlan,
+        recipe: &Recipe,
+        done: Done,
+    ) -> bool {
+        let phase = |reset: Reset| reset.phase(done.steps, done.of);
+        let phase = recipe.reset().map_or(ResetPhase::Rest, phase);
+        for number in 0..self.matrices.len() {
+            let operand = *plan.layers[number / LINEARS][number % LINEARS].forward().b();
+            // None of a block or a step in bf16.
+            let phase = if operand.has_codes() { phase } else { ResetPhase::Rest };
+            if phase == ResetPhase::Track {
+                self.view_before(backend, number, &operand);
+            }
+            if let Some(decay) = recipe.ema() {
+                self.update_mean(backend, weights, number, decay);
+            }
+            let threshold = recipe.reset().map_or(f32::INFINITY, |reset| reset.threshold());
+            self.track(backend, weights, (number, &operand), phase, threshold);
+        }
+        phase == ResetPhase::Reset
+    }
+
+    fn update_mean(&mut self, backend: &B, weights: &B::Weights, number: usize, decay: f32) {
+        let Matrix { param, own, .. } = self.matrices[number];
+        if let Some(means) = &mut self.means {
+            backend.update_mean(means, own, backend.param(weights, param), decay);
+        }
+    }
+
+    /// As the forward pass of the step saw the weight.
+    fn view_before(&mut self, backend: &B, number: usize, operand: &Operand) {
+        let Self { matrices, means, tracked } = self;
+        let (Some(tracked), matrix) = (tracked, &matrices[number]) else { return };
+        let mean = means.as_ref().map(|flat| Part { flat, slot: matrix.own });
+        let of = Viewed { number, shape: matrix.shape, operand };
+        let (Track { before, slot, .. }, observer) = tracked.of(matrix);
+        let kept = Values::Kept(Part { flat: before, slot });
+        backend.view(observer, View::Before, kept, mean, of);
+    }
+
+    fn track(
+        &mut self,
+        backend: &B,
+        weights: &mut B::Weights,
+        (number, operand): (usize, &Operand),
+        phase: ResetPhase,
+        threshold: f32,
+    ) {
+        let Self { matrices, means, tracked } = self;
+        let (Some(tracked), matrix) = (tracked, &matrices[number]) else { return };
+        let mean = means.as_ref().map(|flat| Part { flat, slot: matrix.own });
+        let of = Viewed { number, shape: matrix.shape, operand };
+        let (track, observer) = tracked.of(matrix);
+        let w = || backend.param(weights, matrix.param);
+        match phase {
+            ResetPhase::Rest => {}
+            ResetPhase::Begin => backend.begin_track(track, w()),
+            ResetPhase::Track => {
+                backend.view(observer, View::After, Values::Weight(w()), mean, of);
+                backend.observe(observer, track, w(), of);
+            }
+            ResetPhase::Reset => {
+                backend.view(observer, View::After, Values::Weight(w()), mean, of);
+                backend.reset(observer, track, (weights, matrix.param), of, threshold);
+            }
         }
     }
 
@@ -69,33 +179,48 @@ impl<B: Backend> Followed<B> {
         collect(WHAT, self.matrices.iter().map(copy))
     }
 
-    /// All that is kept, as a checkpoint names it.
-    pub(super) fn states(&self) -> impl Iterator<Item = State> {
-        self.means.iter().map(|_| MEAN)
+    /// All that a checkpoint has of it, in order.
+    pub(super) fn states(&self, state: &TrainerState) -> impl Iterator<Item = State> {
+        self.kept(state).map(|(state, _)| state)
     }
 
-    /// The values of all that is kept, as a checkpoint holds them, of these [`Followed::tensors`].
+    /// The values of these, as a checkpoint holds them, of these [`Followed::tensors`].
     pub(super) fn exported<'a>(
         &'a self,
+        state: &TrainerState,
         on: &'a OnDevice<B>,
         tensors: &'a [TensorInfo],
     ) -> impl Iterator<Item = (State, Exported<'a, B>)> {
-        let Self { matrices, means } = self;
-        means.iter().map(move |flat| (MEAN, Exported { on, tensors, matrices, flat }))
+        let matrices = &self.matrices;
+        self.kept(state).map(move |(state, flat)| (state, Exported { on, tensors, matrices, flat }))
     }
 
-    /// Overwrites what state `number` has of weight `index`; the values are in a checkpoint's order.
+    /// Overwrites what [`Followed::states`] number `number` has of weight `index`; the values are in
+    /// a checkpoint's order.
     pub(super) fn load(
         &mut self,
         on: &OnDevice<B>,
-        (_number, index): (usize, usize),
+        (number, index): (usize, usize),
         values: &[f32],
         ours: &mut Vec<f32>,
     ) -> Result<()> {
-        let Some(means) = &mut self.means else { return Ok(()) };
-        let Matrix { param, own } = self.matrices[index];
+        let Self { matrices, means, tracked } = self;
+        let tracked = tracked.iter_mut().flat_map(|tracked| &mut tracked.flats);
+        let Some(flat) = means.iter_mut().chain(tracked).nth(number) else { return Ok(()) };
+        let Matrix { param, own, .. } = matrices[index];
         on.table.specs()[param.index].import(values, ours)?;
-        on.backend.write_f32(means, own.start, ours)
+        on.backend.write_f32(flat, own.start, ours)
+    }
+
+    /// What is kept between steps: of what is tracked, nothing but while it is.
+    fn kept(&self, state: &TrainerState) -> impl Iterator<Item = (State, &B::F32)> {
+        let Done { steps, of } = Done::of(state);
+        let reset = state.options.recipe.reset();
+        let tracked = self.tracked.as_ref();
+        let tracked = tracked.filter(|_| reset.is_some_and(|reset| reset.is_tracking(steps, of)));
+        let tracked =
+            tracked.into_iter().flat_map(|tracked| TRACKED.into_iter().zip(&tracked.flats));
+        self.means.iter().map(|means| (MEAN, means)).chain(tracked)
     }
 }
 
@@ -113,7 +238,7 @@ impl<B: Backend> TensorRead for Exported<'_, B> {
     }
 
     fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
-        let Matrix { param, own } = self.matrices[index];
+        let Matrix { param, own, .. } = self.matrices[index];
         self.on.backend.read_f32(self.flat, own.start, out)?;
         self.on.table.specs()[param.index].export(out, &mut Vec::new())
     }

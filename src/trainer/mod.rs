@@ -25,6 +25,7 @@ use crate::run::{TrainerOptions, TrainerState};
 use crate::signals::file_limit_is_an_error;
 use crate::{Dataset, Engine, Error, Result};
 use batch::Batch;
+use follow::Done;
 use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
 
@@ -167,7 +168,7 @@ impl Trainer {
             let states = collect("the states of the optimizer", states)?;
             let followed = &buffers.flat.followed;
             let of_blocks = followed.tensors(tensors)?;
-            let others = followed.exported(model, &of_blocks).map(Ok);
+            let others = followed.exported(&self.state, model, &of_blocks).map(Ok);
             let others = collect("what the recipe keeps of weights", others)?;
             let others = others.iter().map(|(state, values)| Ok((*state, values as &dyn TensorRead)));
             let others = collect("what the recipe keeps of weights", others)?;
@@ -495,7 +496,7 @@ impl<B: Backend> Run<B> {
         let (states, tensors) = (state.options.optimizer.states(), model.tensors());
         let of_blocks = followed.tensors(tensors)?;
         let kept = states.iter().map(|state| Kept { state: *state, tensors });
-        let others = followed.states().map(|state| Kept { state, tensors: &of_blocks });
+        let others = followed.states(state).map(|state| Kept { state, tensors: &of_blocks });
         let kept = collect("what is kept of weights", kept.chain(others).map(Ok))?;
         let mut ours = on.table.room_for_a_tensor()?;
         checkpoint.states(&kept, &mut |state, index, values| {
@@ -593,7 +594,11 @@ impl<B: Backend> Run<B> {
         })?;
         (weights.largest, *known) = (bounds.weight, bounds);
         if sums.gradient_scale(step).is_some() {
-            backend.scope(|| followed.after_update(backend, &weights.all, recipe));
+            let Done { steps, of } = Done::of(state);
+            let (all, done) = (&mut weights.all, Done { steps: steps + 1, of });
+            if backend.scope(|| followed.after_update(backend, all, step_plan, recipe, done)) {
+                weights.largest = Bounds::UNKNOWN.weight;
+            }
         }
         Ok(sums)
     }
@@ -693,7 +698,7 @@ mod tests {
             tied_head: false,
             ..ModelConfig::default()
         };
-        let followed = ["tetrajet,ema=0.998", "mxfp4-mxfp4,ema=0.9"];
+        let followed = ["tetrajet,ema=0.998,reset=9:3:8@0.5", "nvidia-nvfp4,reset=9:3:8@0.5"];
         let recipes: Vec<_> =
             Recipe::NAMES.into_iter().chain(followed).map(|name| name.parse().unwrap()).collect();
         let mut made = 0;

@@ -113,7 +113,7 @@ suite! {
         nan_poisons_the_products_that_it_enters gelu;
     attend: attention;
     head: classifier logits;
-    follow: slow_means;
+    follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset;
     optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
         rates_that_do_not_fall_give_the_bits_of_adamw;
 }

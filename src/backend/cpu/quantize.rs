@@ -120,7 +120,7 @@ impl ValueMemory {
             let scales = unsafe { of_vectors.part(first.min(scales.len()), count) };
             let of_these = first * length..first * length + values.len() / depth * length;
             let means = means.get(of_these).unwrap_or_default();
-            let vectors = Vectors { values, scales, depth, first, means };
+            let vectors = Vectors { values, scales, depth, first, means, units: &mut [] };
             formats::quantize_vectors(vectors, operand, tensor, bits);
         });
         Values {

@@ -42,7 +42,9 @@ pub(super) static FILES: [File; 18] = [
     file!("embed", [], |_| {
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
-    file!("follow", [], |_| of("update_mean")),
+    file!("follow", [], |_| {
+        of("update_mean begin_track observe add_observations reset_oscillating")
+    }),
     file!("fp8", [], |chip| {
         let converts = if chip >= FP8 { " convert_to_fp8<T,B> turn_to_fp8<T,B>" } else { "" };
         of(&["find_amax<T> round_to_fp8<T>", converts].concat())

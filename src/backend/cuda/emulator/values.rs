@@ -177,6 +177,9 @@ fn check(
     let mut out = vec![0xaaaa_aaaa_u32; vectors * exact.depth];
     let mut amaxes = vec![0u32; vectors];
     let mut vector_scales = vec![f32::NAN; vectors];
+    // MS-EDEN, which no weight of a forward pass is rounded by, notes none.
+    let has_units = operand.rounding() != Rounding::Eden;
+    let mut units = vec![f32::NAN; if has_units { exact.units.len() } else { 0 }];
     let (mut scale, mut factors, other) = (f32::NAN, [f32::NAN; 2], 3.0f32);
     let of = Quantization {
         matrix: Matrix {
@@ -196,6 +199,7 @@ fn check(
             out: out.as_mut_ptr() as u64,
             wide,
             dequantized,
+            units: if units.is_empty() { 0 } else { units.as_mut_ptr() as u64 },
             amax: amaxes.as_mut_ptr() as u64,
             vector_scales: if has_scales { vector_scales.as_mut_ptr() as u64 } else { 0 },
             scale: &raw mut scale as u64,
@@ -217,6 +221,9 @@ fn check(
     assert_eq!(word(scale, true), word(exact.scale, true), "{what}: scale");
     let factor = 4.0 / 3.0 * (other * exact.scale);
     assert_eq!(factors.map(|v| word(v, true)), [factor, 1.0].map(|v| word(v, true)), "{what}");
+    for (ours, exact) in units.iter().zip(&exact.units) {
+        assert_eq!(word(*ours, true), word(*exact, true), "{what}: scales of blocks");
+    }
     if has_scales {
         for (ours, exact) in vector_scales.iter().zip(&exact.vector_scales) {
             assert_eq!(word(*ours, true), word(*exact, true), "{what}: scales of vectors");

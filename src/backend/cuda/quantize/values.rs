@@ -258,6 +258,8 @@ pub(crate) struct To {
     pub(crate) wide: bool,
     /// Whether it gets the values that they stand for, f32, and dense where nothing is rotated.
     pub(crate) dequantized: bool,
+    /// Gets what elements of each block are multiplied by, (vectors, blocks), or 0.
+    pub(crate) units: u64,
     /// A word for the bits of the amax, or a word for every vector; zeroed.
     pub(crate) amax: u64,
     /// The scales of vectors.
@@ -290,6 +292,7 @@ pub(crate) struct Quantization {
 pub(crate) struct Arguments {
     source: u64,
     mean: u64,
+    units: u64,
     out: u64,
     amax: u64,
     vector_scales: u64,
@@ -403,6 +406,7 @@ impl Quantization {
         Arguments {
             source: matrix.source.address,
             mean: matrix.mean,
+            units: to.units,
             out: to.out,
             amax: to.amax,
             vector_scales: to.vector_scales,
@@ -713,6 +717,25 @@ pub(crate) fn multiply(
         columns: n as u32,
     };
     launch!(cuda.gpu, kernel!(out, "scale_result"), [m, 1, 1], THREADS, 0; scaling);
+}
+
+/// What the forward pass makes of a weight, dequantized and dense, to `out`, and the scales of its
+/// blocks to `units`; `amax` is room for a word.
+pub(crate) fn dequantize(
+    cuda: &Cuda,
+    matrix: Matrix,
+    operand: &Operand,
+    [out, units, amax]: [u64; 3],
+) {
+    let to = To { out, units, amax, dequantized: true, ..To::default() };
+    // Nothing is drawn in a forward pass.
+    let random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
+    let (operand, transform, gemm) = (*operand, None, GemmId::Dgrad);
+    let made = Quantization { matrix, operand, transform, gemm, random, to };
+    if made.finds_amax() {
+        cuda.clear(amax, 4);
+    }
+    made.run(cuda);
 }
 
 #[cfg(test)]
