@@ -98,4 +98,6 @@ pub use optim::{Optimizer, OptimizerKind, Schedule, ScheduleKind};
 pub use recipe::Recipe;
 pub use room::MemoryRoom;
 pub use run::{Cadence, TrainerOptions};
-pub use trainer::{EvalStats, Plan, StepStats, StopHandle, Trainer, plan};
+pub use trainer::{
+    Carried, EvalStats, Plan, StepStats, StopHandle, Trainer, carriers, emulation, plan,
+};

@@ -88,6 +88,38 @@ pub struct LinearBackward<'a, B: Memory> {
     pub accumulate: bool,
 }
 
+/// The numbers that a GEMM is multiplied in, whatever the formats of its operands: those of its
+/// carrier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Numbers {
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// Integers: elements of MXFP4, which are multiples of a half.
+    Integers,
+    /// FP8 with one scale a tensor.
+    Fp8,
+    /// FP8 with a scale for each block.
+    Mxfp8,
+    /// FP4 with a scale for each block.
+    Fp4,
+}
+
+impl Numbers {
+    /// Its name in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Integers => "integers",
+            Self::Fp8 => "FP8",
+            Self::Mxfp8 => "MXFP8",
+            Self::Fp4 => "FP4",
+        }
+    }
+}
+
 /// Linear layers, and the activation between them.
 pub trait Linear: Memory {
     /// y = x W^T + b.
@@ -109,6 +141,8 @@ pub trait Linear: Memory {
         recipe: &LinearRecipe,
         random: &Random,
     );
+    /// What multiplies the GEMMs of a layer of this shape: forward, dgrad and wgrad.
+    fn numbers(&self, shape: LinearShape, recipe: &LinearRecipe) -> [Numbers; 3];
     /// out = gelu(x), both of `len` elements.
     fn gelu_forward(&self, out: &mut Self::Tensor, x: &Self::Tensor, len: usize, form: Activation);
     /// d = d gelu'(x), in place, both of `len` elements.

@@ -36,7 +36,8 @@ pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use follow::{Follow, Track, Values, View, Viewed};
 pub use head::{Classifier, ClassifierGradient, Head, HeadShape};
 pub use linear::{
-    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
+    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
+    OutputGradient,
 };
 pub use memory::{Memory, Part, Slot};
 pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};

@@ -3,6 +3,7 @@
 //! A step allocates nothing, which tests/allocations.rs counts.
 
 mod batch;
+mod carriers;
 mod follow;
 mod memory;
 
@@ -25,6 +26,7 @@ use crate::run::{TrainerOptions, TrainerState};
 use crate::signals::file_limit_is_an_error;
 use crate::{Dataset, Engine, Error, Result};
 use batch::Batch;
+pub use carriers::{Carried, carriers, emulation};
 use follow::Done;
 use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
@@ -463,6 +465,9 @@ impl Trainer {
         engine.log(LogLevel::Info, || {
             format!("trainer: recipe {}, {} bytes planned", state.options.recipe, plan.total())
         });
+        if let Some(emulated) = emulation(&carriers(engine, model.config(), &state.options)?) {
+            engine.log(LogLevel::Info, || format!("emulated: {emulated}"));
+        }
         let (model, stop) = (model.clone(), StopHandle::default());
         Ok(Self { run, model, state, plan, bounds: Bounds::NEW, stop })
     }

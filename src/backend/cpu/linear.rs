@@ -6,15 +6,15 @@
 
 use rayon::prelude::*;
 
-use super::gemm::{Conversion, Format, Matrix, Output, Quantization};
+use super::gemm::{Conversion, Format, Matrix, Output, Packing, Quantization};
 use super::isa::{Isa, simd_fn};
 use super::quantize::{Source, conversion, packs_at_once, scale_result};
 use super::restore::restore;
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu, JOB_ELEMENTS, gelu};
 use crate::backend::{
-    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient, Part,
-    WorkspaceShape,
+    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
+    OutputGradient, Part, WorkspaceShape,
 };
 use crate::formats::{
     self, Bits, Gemm, GemmId, LinearRecipe, Operand, OperandId, OperandSource, Random, Restoration,
@@ -144,6 +144,23 @@ impl Linear for Cpu {
         for (db, sum) in db.iter_mut().zip(workspace.a.vector_sums()) {
             *db = if accumulate { *db + sum } else { *sum };
         }
+    }
+
+    fn numbers(&self, _shape: LinearShape, recipe: &LinearRecipe) -> [Numbers; 3] {
+        let [x, w] = [recipe.forward().a(), recipe.forward().b()];
+        [(recipe.forward(), w), (recipe.dgrad(), w), (recipe.wgrad(), x)].map(|(gemm, forward)| {
+            let format = match packs_at_once(gemm, forward) {
+                true => Format::carrying(gemm.a().format()),
+                false => conversion(gemm).format(),
+            };
+            match format {
+                Format::F32 => Numbers::F32,
+                Format::Mxfp4 if Packing::best(self.isa(), format) == Packing::Panels => {
+                    Numbers::Integers
+                }
+                Format::Bf16 | Format::Mxfp4 => Numbers::Bf16,
+            }
+        })
     }
 
     fn gelu_forward(&self, out: &mut Buffer<f32>, x: &Buffer<f32>, len: usize, form: Activation) {

@@ -8,8 +8,8 @@ use super::quantize::values::{self, Matrix, Of};
 use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, sums};
 use super::{Cuda, Workspace, gelu, kernel};
 use crate::backend::{
-    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, OutputGradient,
-    Precision,
+    Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
+    OutputGradient, Precision,
 };
 use crate::formats::{
     self, Element, Format, Gemm, GemmId, LinearRecipe, OperandId, OperandSource, Random,
@@ -226,6 +226,10 @@ impl Linear for Cuda {
                 sums::add_partials(self, &mut db, None, partials, parts, outputs, accumulate);
             }
         }
+    }
+
+    fn numbers(&self, shape: LinearShape, recipe: &LinearRecipe) -> [Numbers; 3] {
+        Of::ALL.map(|of| of.numbers(recipe, self.gpu.capability, shape))
     }
 
     fn gelu_forward(&self, out: &mut Tensor, x: &Tensor, len: usize, form: Activation) {

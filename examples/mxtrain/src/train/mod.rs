@@ -12,7 +12,8 @@ use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
 use mxfp4train::{
-    Cadence, Dataset, Error, GenerateOptions, Model, Schedule, ScheduleKind, StopHandle, Trainer,
+    Cadence, Dataset, Engine, Error, GenerateOptions, Model, ModelConfig, Schedule, ScheduleKind,
+    StopHandle, Trainer, TrainerOptions, carriers, emulation,
 };
 
 pub(crate) use setup::{
@@ -107,7 +108,9 @@ impl Run {
         let plan = start.plan(&engine)?;
         let mut failures = Failures::default();
         let place = format!("checkpoint  {}\n", console::shown(&out));
-        let mut about = header(&start, &data, steps, &about) + &place + &plan::table(&plan);
+        let emulated = emulated(&engine, start.config(), start.options())?;
+        let mut about =
+            header(&start, &data, steps, &about) + &emulated + &place + &plan::table(&plan);
         if let Some(line) = setup::other_tokens(args, &data)? {
             about.push_str(&format!("data        {line}\n"));
         }
@@ -325,6 +328,16 @@ impl Run {
 }
 
 /// What is about to run.
+/// A line of the header that says which GEMMs are emulated; empty where none is.
+pub(crate) fn emulated(
+    engine: &Engine,
+    config: &ModelConfig,
+    options: &TrainerOptions,
+) -> Outcome<String> {
+    let emulated = emulation(&carriers(engine, config, options)?);
+    Ok(emulated.map_or_else(String::new, |words| format!("emulated    {words}\n")))
+}
+
 pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> String {
     let (config, options) = (start.config(), start.options());
     let sequence = start.sequence_length();

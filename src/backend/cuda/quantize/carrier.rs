@@ -18,10 +18,10 @@
 //! FP4. The FP8 forward pass is Hopper's, with one scale a tensor. NOTE: none of this has run on a
 //! Blackwell chip yet; CI compiles it for sm_100a and sm_120a.
 
-use crate::backend::LinearShape;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::device::gemm::{Product, Type};
 use crate::backend::cuda::device::launch;
+use crate::backend::{LinearShape, Numbers};
 use crate::formats::{BLOCK, Format};
 
 /// How operands are held and multiplied. All hold MXFP4 values exactly, the first two also those of
@@ -71,6 +71,16 @@ impl Carrier {
             Self::Fp8 => [Type::E5m2, Type::E4m3],
             Self::Mxfp8 => [Type::Mxfp8; 2],
             Self::Fp4 => [Type::E2m1; 2],
+        }
+    }
+
+    /// What it multiplies in.
+    pub(crate) fn numbers(self) -> Numbers {
+        match self {
+            Self::Bf16 => Numbers::Bf16,
+            Self::Fp8 => Numbers::Fp8,
+            Self::Mxfp8 => Numbers::Mxfp8,
+            Self::Fp4 => Numbers::Fp4,
         }
     }
 

@@ -17,7 +17,7 @@ use crate::backend::cuda::device::gemm::{Operand as Factor, Product, Type};
 use crate::backend::cuda::device::launch;
 use crate::backend::cuda::device::memory::{Arena, Param, Piece, Tensor};
 use crate::backend::cuda::{Cuda, Workspace, kernel};
-use crate::backend::{LinearShape, Part, WorkspaceShape};
+use crate::backend::{LinearShape, Numbers, Part, WorkspaceShape};
 use crate::formats::{
     self, Block, Element, Format, Gemm, GemmId, LinearRecipe, Nvfp4Scale, Operand, OperandId,
     OperandSource, Outer, PowerRule, Random, Restoration, Rounding, Scale,
@@ -47,16 +47,42 @@ pub(crate) enum Of {
 }
 
 impl Of {
-    const ALL: [Self; 3] = [Self::Forward, Self::Dgrad, Self::Wgrad];
+    pub(crate) const ALL: [Self; 3] = [Self::Forward, Self::Dgrad, Self::Wgrad];
 
     /// Its recipe, if its operands are made here.
     pub(crate) fn gemm(self, recipe: &LinearRecipe) -> Option<&Gemm> {
-        let gemm = match self {
+        let gemm = self.of(recipe);
+        (!has_own_kernels(recipe, gemm, self)).then_some(gemm)
+    }
+
+    fn of(self, recipe: &LinearRecipe) -> &Gemm {
+        match self {
             Self::Forward => recipe.forward(),
             Self::Dgrad => recipe.dgrad(),
             Self::Wgrad => recipe.wgrad(),
+        }
+    }
+
+    /// What multiplies it in a layer of this shape.
+    pub(crate) fn numbers(
+        self,
+        recipe: &LinearRecipe,
+        capability: (i32, i32),
+        shape: LinearShape,
+    ) -> Numbers {
+        let Some(gemm) = self.gemm(recipe) else {
+            return match self.of(recipe).element() {
+                Element::F32 => Numbers::F32,
+                Element::E4m3 => Carrier::of(Format::E4M3, capability, shape).numbers(),
+                Element::E2m1 => Carrier::of(Format::MXFP4, capability, shape).numbers(),
+                _ => Numbers::Bf16,
+            };
         };
-        (!has_own_kernels(recipe, gemm, self)).then_some(gemm)
+        match takes_fp8(capability, gemm, shape) {
+            Some(_) => Numbers::Fp8,
+            None if is_wide(gemm) => Numbers::F32,
+            None => Numbers::Bf16,
+        }
     }
 
     /// What the forward pass made of operand B.
@@ -584,7 +610,12 @@ impl Restore {
 /// FP8 operands with a scale for each tensor, where the chip's tensor cores take them as such.
 fn fp8_types(cuda: &Cuda, gemm: &Gemm, [a, b]: [Matrix; 2]) -> Option<[Type; 2]> {
     let shape = LinearShape { rows: a.vectors, inputs: a.length, outputs: b.vectors };
-    let carrier = Carrier::of(Format::E4M3, cuda.gpu.capability, shape);
+    takes_fp8(cuda.gpu.capability, gemm, shape)
+}
+
+/// The same of a layer, whichever of its three sizes the reduction is.
+fn takes_fp8(capability: (i32, i32), gemm: &Gemm, shape: LinearShape) -> Option<[Type; 2]> {
+    let carrier = Carrier::of(Format::E4M3, capability, shape);
     if carrier != Carrier::Fp8 || gemm.b().source() == OperandSource::Forward {
         return None;
     }

@@ -5,11 +5,13 @@ use super::device::gemm::{Operand, Product};
 use super::emulator::{check_mxfp8, operand};
 use super::kernels::FILES;
 use super::quantize::carrier::{Carrier, multiply_fp4, tiled};
+use super::quantize::values::Of;
 use super::quantize::{Source as From, Target};
 use super::*;
-use crate::backend::LinearShape;
 use crate::backend::conformance::linear_layers_follow_their_recipes;
+use crate::backend::{LinearShape, Numbers};
 use crate::formats::decode_e8m0;
+use crate::recipe::Recipe;
 
 /// `multiply` of `product_sm120.cu` for chips without the instruction.
 const SPELLED_OUT: &str = "
@@ -134,6 +136,34 @@ fn chips_have_their_carriers() {
         assert_eq!(carrier(Format::MXFP4, 40), does_not, "{capability:?}");
         assert_eq!(carrier(Format::E4M3, 48), fp8, "{capability:?}");
         assert_eq!(carrier(Format::E4M3, 40), Bf16, "{capability:?}");
+    }
+}
+
+/// What multiplies forward, dgrad and wgrad of some recipes on an A100, an H100 and two Blackwells.
+#[test]
+fn chips_multiply_recipes_in_their_numbers() {
+    use Numbers::{Bf16, F32, Fp4, Fp8, Mxfp8};
+    let fits = LinearShape { rows: 64, inputs: 48, outputs: 96 };
+    let does_not = LinearShape { inputs: 40, ..fits };
+    for (recipe, capability, shape, expected) in [
+        ("fp32", (9, 0), fits, [F32; 3]),
+        ("bf16", (9, 0), fits, [Bf16; 3]),
+        ("bf16,mantissa=3", (9, 0), fits, [Bf16; 3]),
+        ("fp8", (8, 0), fits, [Bf16; 3]),
+        ("fp8", (9, 0), fits, [Fp8; 3]),
+        ("fp8", (9, 0), does_not, [Bf16; 3]),
+        ("mxfp4-rht-sr", (8, 0), fits, [Bf16; 3]),
+        ("mxfp4-rht-sr", (9, 0), fits, [Bf16, Fp8, Fp8]),
+        ("mxfp4-rht-sr,wgrad=bf16", (9, 0), fits, [Bf16, Fp8, Bf16]),
+        ("mxfp4-rht-sr", (10, 0), fits, [Bf16, Mxfp8, Mxfp8]),
+        ("fp8-mxfp4-rht-sr", (12, 0), fits, [Fp8, Fp4, Fp4]),
+        ("nvidia-nvfp4", (9, 0), fits, [Bf16; 3]),
+        ("nvidia-nvfp4", (12, 0), fits, [Bf16; 3]),
+        ("tetrajet2,outer=f32", (9, 0), fits, [F32; 3]),
+    ] {
+        let linear = *recipe.parse::<Recipe>().unwrap().linear(0);
+        let found = Of::ALL.map(|of| of.numbers(&linear, capability, shape));
+        assert_eq!(found, expected, "{recipe} {capability:?} {shape:?}");
     }
 }
 
