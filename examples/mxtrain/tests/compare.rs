@@ -86,6 +86,8 @@ fn runs_are_recorded_once_and_reported() {
         assert_eq!(run["curve"].as_array().unwrap().len(), 20);
         assert_eq!(run["curve"][19]["tokens"], 20 * 4 * 32);
         assert_eq!(run["validation_loss"], run["curve"][19]["validation_loss"]);
+        // The forward pass of both recipes is in bf16.
+        assert_eq!(run["validation_loss_in_bf16"], run["validation_loss"]);
         assert_eq!(run["settings"]["warmup"], 0);
         assert_eq!(run["settings"]["data"]["name"], "data");
         assert!(number(&run["tokens_per_second"]) > 0.0);
@@ -395,6 +397,36 @@ fn a_comparison_is_made_of_records_with_a_loss() {
     assert!(!succeed(dir, &line).contains("is there"));
     assert_eq!(read(dir, "runs/bf16-seed1337.json")["validation_loss"], loss);
     assert!(succeed(dir, &line).contains("is there"));
+}
+
+/// Every point has the loss of the recipe's own forward pass, which is what `eval` measures, and that
+/// of the same weights in bf16.
+#[test]
+fn weights_are_evaluated_in_bf16_too() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!(
+        "compare train --data data --out runs --recipe nvfp4-nvfp4 --seeds 1 --steps 6 --eval-every 3 \
+         --eval-batches 2 --save-at 1 {TINY}"
+    );
+    succeed(dir, &line);
+    let run = read(dir, "runs/nvfp4-nvfp4-seed1.json");
+    let last = &run["curve"][1];
+    for name in ["validation_loss", "validation_loss_in_bf16"] {
+        assert_eq!(run[name], last[name]);
+    }
+    assert_ne!(run["curve"][0]["validation_loss_in_bf16"], Value::Null);
+    let loss_in = |recipe: &str| {
+        let line = format!(
+            "eval --checkpoint runs/models/nvfp4-nvfp4-seed1-step6 --data data --recipe {recipe} \
+             --batch-size 4 --batches 2 --threads 1 --json"
+        );
+        number(&serde_json::from_str::<Value>(&succeed(dir, &line)).unwrap()["loss"])
+    };
+    let (own, in_bf16) = (loss_in("nvfp4-nvfp4"), loss_in("bf16"));
+    assert!((number(&last["validation_loss"]) - own).abs() < 1e-6, "{last} {own}");
+    assert!((number(&last["validation_loss_in_bf16"]) - in_bf16).abs() < 1e-6, "{last} {in_bf16}");
+    assert_ne!(own, in_bf16);
 }
 
 /// A run whose record has a `/` in its recipe, and one of two draws a number.

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use mxfp4train::{Dataset, ModelConfig, OptimizerKind, TrainerOptions};
+use mxfp4train::{Carried, Dataset, ModelConfig, OptimizerKind, TrainerOptions};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Deserializer, Map, Value};
@@ -326,10 +326,36 @@ pub(crate) struct Point {
     pub(crate) tokens: u64,
     /// Mean over the steps since the last point, in nats a token.
     pub(crate) train_loss: f64,
-    /// In nats a token.
+    /// In nats a token, by the recipe's own forward pass.
     pub(crate) validation_loss: f64,
+    /// Of the same weights by a forward pass in bf16; none where nobody measured it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) validation_loss_in_bf16: Option<f64>,
     /// Mean norm of the gradient, before clipping, over the same steps.
     pub(crate) grad_norm: f64,
+}
+
+/// What multiplied one kind of GEMM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CarriedRecord {
+    /// forward, dgrad or wgrad.
+    pub(crate) gemm: String,
+    /// Of its two operands.
+    pub(crate) formats: [String; 2],
+    pub(crate) numbers: String,
+    /// Whether these are wider than the formats, so that the speed is not theirs.
+    pub(crate) emulated: bool,
+}
+
+impl CarriedRecord {
+    pub(crate) fn of(carried: &Carried) -> Self {
+        Self {
+            gemm: carried.gemm.into(),
+            formats: carried.formats.map(|format| format.to_string()),
+            numbers: carried.numbers.name().into(),
+            emulated: carried.is_emulated(),
+        }
+    }
 }
 
 /// One training run.
@@ -339,13 +365,19 @@ pub(crate) struct Run {
     pub(crate) curve: Vec<Point>,
     /// Mean over the last twentieth of the steps; none where the run diverged.
     pub(crate) train_loss: Option<f64>,
-    /// After the last step.
+    /// After the last step, by the recipe's own forward pass.
     pub(crate) validation_loss: Option<f64>,
+    /// Of the same weights by a forward pass in bf16; none where nobody measured it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) validation_loss_in_bf16: Option<f64>,
     /// Why the run ended before its last step: a loss or a gradient that is not finite.
     pub(crate) diverged: Option<String>,
     /// Blocks of MXFP4 operands whose scale was raised, of all that were quantized.
     pub(crate) raised_blocks: u64,
     pub(crate) quantized_blocks: u64,
+    /// What multiplied the GEMMs of linear layers; none in records of before it was known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) carriers: Option<Vec<CarriedRecord>>,
     /// Median of the steps.
     pub(crate) tokens_per_second: f64,
     /// Wall-clock duration of the run, measurements included.

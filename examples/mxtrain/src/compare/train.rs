@@ -7,11 +7,14 @@ use std::time::Instant;
 
 use indicatif::HumanCount;
 use mxfp4train::formats::{BLOCK, Format, Gemm, LinearRecipe};
-use mxfp4train::{Error, EvalStats, ModelConfig, StepStats, StopHandle, Trainer, TrainerOptions};
+use mxfp4train::{
+    Dataset, Error, EvalStats, ModelConfig, Recompute, StepStats, StopHandle, Trainer,
+    TrainerOptions, carriers,
+};
 
 use super::RECIPES;
 use super::cli::CompareTrainArgs;
-use super::record::{self, DataRecord, Origin, Point, Run, Settings};
+use super::record::{self, CarriedRecord, DataRecord, Origin, Point, Run, Settings};
 use crate::cli::VariantArgs;
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
@@ -19,8 +22,8 @@ use crate::machine;
 use crate::signals::{INTERRUPTED, Signals};
 use crate::tokens_file::write_whole;
 use crate::train::{
-    Data, Failures, LOST_ON_THE_SIDE, Side, Start, Weights, header, model_config, trainer_options,
-    vocabulary,
+    Data, Failures, LOST_ON_THE_SIDE, Side, Start, Weights, emulated, header, model_config,
+    trainer_options, vocabulary,
 };
 
 /// Runs the command.
@@ -158,17 +161,25 @@ impl Planned {
         let steps = self.settings.steps;
         let (engine, about) = machine::open(machine, self.settings.seed)?;
         let start = Start::New(config.clone(), self.options.clone());
-        failures.unless(Side::Output, console::print(&header(&start, data, steps, &about)));
+        let emulated = emulated(&engine, config, &self.options)?;
+        let header = header(&start, data, steps, &about) + &emulated;
+        failures.unless(Side::Output, console::print(&header));
+        let carriers = carriers(&engine, config, &self.options)?;
         let mut trainer = start.trainer(&engine)?;
         trainer.set_stop_handle(stop.clone());
+        let in_bf16 = failures.unless(Side::Evaluation, self.in_bf16(&trainer, stop));
+        let in_bf16 = in_bf16.unwrap_or(InBf16::None);
+        let mut trainers = Trainers { trainer, in_bf16 };
         let mut progress = Progress::new(0, steps);
         let mut tally = Tally::default();
-        let finished = self.steps(&mut trainer, data, stop, &mut progress, &mut tally, failures);
+        let finished = self.steps(&mut trainers, data, stop, &mut progress, &mut tally, failures);
         progress.finish();
         if !finished? {
             return Ok(false);
         }
         let run = tally.into_run(self.settings, config, &self.options, began);
+        let carriers = Some(carriers.iter().map(CarriedRecord::of).collect());
+        let run = Run { carriers, ..run };
         let loss =
             |loss: Option<f64>| loss.map_or_else(|| "none".into(), |loss| format!("{loss:.4}"));
         let line = format!(
@@ -184,10 +195,27 @@ impl Planned {
         Ok(true)
     }
 
+    /// What evaluates the weights of `trainer` in bf16.
+    fn in_bf16(&self, trainer: &Trainer, stop: &StopHandle) -> Outcome<InBf16> {
+        if self.options.recipe.all().iter().all(|linear| linear.forward().is_in(Format::BF16)) {
+            return Ok(InBf16::Same);
+        }
+        // It takes no steps, so that the plan of least memory is as good as any.
+        let options = TrainerOptions {
+            recipe: RECIPES[0].parse()?,
+            recompute: Recompute::Block,
+            accumulation: 1,
+            ..self.options.clone()
+        };
+        let mut evaluator = Trainer::new(trainer.model(), options)?;
+        evaluator.set_stop_handle(stop.clone());
+        Ok(InBf16::Other(Box::new(evaluator)))
+    }
+
     /// All steps, or those until a loss is not finite; false where it was stopped.
     fn steps(
         &self,
-        trainer: &mut Trainer,
+        trainers: &mut Trainers,
         data: &Data,
         stop: &StopHandle,
         progress: &mut Progress,
@@ -195,12 +223,12 @@ impl Planned {
         failures: &mut Failures,
     ) -> Outcome<bool> {
         let Settings { steps, eval_every, eval_batches, .. } = self.settings;
-        failures.unless(Side::Save, self.save(trainer));
-        while trainer.steps_done() < steps {
+        failures.unless(Side::Save, self.save(&trainers.trainer));
+        while trainers.trainer.steps_done() < steps {
             if stop.is_requested() {
                 return Ok(false);
             }
-            let stats = match trainer.step_unless_stopped(&data.train) {
+            let stats = match trainers.trainer.step_unless_stopped(&data.train) {
                 Ok(stats) => stats,
                 Err(Error::Stopped) => return Ok(false),
                 Err(error @ Error::NotFinite { .. }) => {
@@ -215,7 +243,7 @@ impl Planned {
             if (step.is_multiple_of(eval_every) || step == steps)
                 && let Some(val) = &data.val
             {
-                let measured = match trainer.eval(val, eval_batches) {
+                let measured = match trainers.eval(val, eval_batches) {
                     Err(Error::Stopped) => return Ok(false),
                     measured => failures.unless(Side::Evaluation, measured.map_err(Into::into)),
                 };
@@ -228,12 +256,12 @@ impl Planned {
                     let line = format!(
                         "step {step}/{steps}  train loss {:.4}  validation {}\n",
                         point.train_loss,
-                        console::loss_in_words(measured.loss, data.tokenizer)
+                        console::loss_in_words(measured.own.loss, data.tokenizer)
                     );
                     failures.unless(Side::Output, progress.print(&line));
                 }
             }
-            failures.unless(Side::Save, self.save(trainer));
+            failures.unless(Side::Save, self.save(&trainers.trainer));
         }
         Ok(true)
     }
@@ -247,6 +275,41 @@ impl Planned {
             trainer.model().save(dir)?;
         }
         Ok(())
+    }
+}
+
+/// What trains, and what evaluates the same weights in bf16.
+struct Trainers {
+    trainer: Trainer,
+    in_bf16: InBf16,
+}
+
+/// What evaluates weights in bf16.
+enum InBf16 {
+    /// The trainer itself, whose forward pass that is.
+    Same,
+    /// Another one of the same model.
+    Other(Box<Trainer>),
+    /// Nothing, as it could not be made.
+    None,
+}
+
+/// Losses of the same weights.
+struct Measured {
+    /// By the recipe's own forward pass.
+    own: EvalStats,
+    in_bf16: Option<EvalStats>,
+}
+
+impl Trainers {
+    fn eval(&mut self, val: &Dataset, batches: usize) -> mxfp4train::Result<Measured> {
+        let own = self.trainer.eval(val, batches)?;
+        let in_bf16 = match &mut self.in_bf16 {
+            InBf16::Same => Some(own),
+            InBf16::Other(evaluator) => Some(evaluator.eval(val, batches)?),
+            InBf16::None => None,
+        };
+        Ok(Measured { own, in_bf16 })
     }
 }
 
@@ -271,7 +334,7 @@ impl Tally {
     }
 
     /// Adds a point to the curve, unless its validation loss is not finite.
-    fn measured(&mut self, settings: &Settings, measured: &EvalStats) -> Option<Point> {
+    fn measured(&mut self, settings: &Settings, measured: &Measured) -> Option<Point> {
         let step = self.steps.len();
         let since = &self.steps[self.drawn..];
         let mean = |of: fn(&(f64, f64)) -> f64| {
@@ -281,7 +344,10 @@ impl Tally {
             step: step as u64,
             tokens: step as u64 * settings.step_tokens(),
             train_loss: mean(|step| step.0),
-            validation_loss: measured.loss.into(),
+            validation_loss: measured.own.loss.into(),
+            validation_loss_in_bf16: (measured.in_bf16.as_ref())
+                .map(|measured| measured.loss.into())
+                .filter(|loss: &f64| loss.is_finite()),
             grad_norm: mean(|step| step.1),
         };
         self.drawn = step;
@@ -302,7 +368,8 @@ impl Tally {
         let last = &self.steps[done - (done / 20).max(1).min(done)..];
         let train_loss = last.iter().map(|step| step.0).sum::<f64>() / last.len().max(1) as f64;
         let is_whole = self.diverged.is_none();
-        let of_last_step = self.curve.last().copied().filter(|p| p.step == settings.steps);
+        let of_last_step =
+            self.curve.last().copied().filter(|p| is_whole && p.step == settings.steps);
         self.tokens_per_second.sort_by(f64::total_cmp);
         Run {
             quantized_blocks: (0..done as u64)
@@ -310,10 +377,12 @@ impl Tally {
                 .sum(),
             settings,
             train_loss: is_whole.then_some(train_loss),
-            validation_loss: of_last_step.filter(|_| is_whole).map(|p| p.validation_loss),
+            validation_loss: of_last_step.map(|p| p.validation_loss),
+            validation_loss_in_bf16: of_last_step.and_then(|p| p.validation_loss_in_bf16),
             curve: self.curve,
             diverged: self.diverged,
             raised_blocks: self.raised_blocks,
+            carriers: None,
             tokens_per_second: self.tokens_per_second.get(done / 2).copied().unwrap_or(0.0),
             seconds: began.elapsed().as_secs_f64(),
         }

@@ -192,8 +192,11 @@ impl Report<'_> {
         self.note(
             "Losses in nats a token: training over the last twentieth of the steps, validation after \
              the last. Means over seeds, +- their sample standard deviation; differences are from \
-             bf16 with the same seed.",
+             bf16 with the same seed, in the order of their means, which lie in the interval by \
+             Student's t. What is evaluated in bf16 is the same weights, whatever they were trained \
+             by.",
         );
+        self.list(&Group::hidden_by_seeds(&rows));
         for row in &rows {
             let reasons: Vec<_> = (row.diverged.iter())
                 .map(|(seed, why)| format!("{} with seed {seed} diverged: {why}", row.recipe))

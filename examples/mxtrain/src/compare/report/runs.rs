@@ -34,8 +34,18 @@ pub(crate) struct Row {
     pub(crate) validation_loss: Option<Spread>,
     /// Validation loss less that of bf16 with the same seed.
     pub(crate) difference: Option<Spread>,
+    /// What its mean lies in with a probability of 95%, by Student's t over the seeds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) difference_interval: Option<Interval>,
     /// The same in percent of bf16's loss.
     pub(crate) difference_percent: Option<Spread>,
+    /// As `difference`, of the same weights by a forward pass in bf16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) difference_in_bf16: Option<Spread>,
+    /// Whether some of its GEMMs were emulated, so that the next is not the speed of its formats;
+    /// none where records do not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) emulated: Option<bool>,
     /// Median over the runs.
     pub(crate) tokens_per_second: f64,
     pub(crate) raised_blocks: u64,
@@ -60,6 +70,43 @@ impl Spread {
         let deviation = (values.len() > 1).then(|| (squares / (n - 1.0)).sqrt());
         (!values.is_empty()).then_some(Self { count: values.len(), mean, deviation })
     }
+}
+
+impl Spread {
+    /// What the mean of all seeds lies in with a probability of 95%, if values are normal; none of
+    /// a single one, which says nothing of the others.
+    fn interval(&self) -> Option<Interval> {
+        let half = student_t(self.count - 1) * self.deviation? / (self.count as f64).sqrt();
+        Some(Interval { from: self.mean - half, to: self.mean + half })
+    }
+}
+
+/// Both its ends are in it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Interval {
+    pub(crate) from: f64,
+    pub(crate) to: f64,
+}
+
+impl Interval {
+    fn contains(&self, value: f64) -> bool {
+        self.from <= value && value <= self.to
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        self.from <= other.to && other.from <= self.to
+    }
+}
+
+/// The 97.5% quantile of Student's t; that of 30 degrees of freedom, which is 2% too large for any
+/// number, for more of them, and that of one for none.
+fn student_t(degrees: usize) -> f64 {
+    const QUANTILES: [f64; 30] = [
+        12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+        2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+        2.052, 2.048, 2.045, 2.042,
+    ];
+    QUANTILES[degrees.clamp(1, QUANTILES.len()) - 1]
 }
 
 /// Sorts runs into groups, the longest runs of the largest models last.
@@ -171,9 +218,15 @@ impl Group {
         lines
     }
 
-    /// A row for each recipe.
+    /// A row for each recipe: what others are compared with, then by their difference from it, then
+    /// those that have none.
     pub(crate) fn rows(&self) -> Vec<Row> {
-        self.recipes().into_iter().map(|recipe| self.row(recipe)).collect()
+        let mut rows: Vec<_> = self.recipes().into_iter().map(|recipe| self.row(recipe)).collect();
+        let place = |row: &Row| row.difference.map_or(f64::INFINITY, |difference| difference.mean);
+        rows.sort_by(|a, b| {
+            (b.recipe == BASE).cmp(&(a.recipe == BASE)).then(place(a).total_cmp(&place(b)))
+        });
+        rows
     }
 
     fn recipes(&self) -> Vec<&str> {
@@ -193,16 +246,17 @@ impl Group {
         let spread = |of: fn(&Run) -> Option<f64>| {
             Spread::of(&finished.iter().filter_map(|run| of(run)).collect::<Vec<_>>())
         };
-        let pairs: Vec<(f64, f64)> = finished
-            .iter()
-            .filter_map(|run| {
+        // A loss of each run beside that of bf16 with the same seed.
+        let difference = |loss: fn(&Run) -> Option<f64>, of: fn((f64, f64)) -> f64| {
+            let pair = |run: &&Run| {
                 let base = self.of(BASE).find(|base| base.settings.seed == run.settings.seed)?;
-                Some((run.validation_loss?, base.validation_loss?))
-            })
-            .collect();
-        let difference = |of: fn(&(f64, f64)) -> f64| {
-            Spread::of(&pairs.iter().filter(|_| recipe != BASE).map(of).collect::<Vec<_>>())
+                Some(of((loss(run)?, loss(base)?)))
+            };
+            let runs = finished.iter().filter(|_| recipe != BASE);
+            Spread::of(&runs.filter_map(pair).collect::<Vec<_>>())
         };
+        let less = |(loss, base): (f64, f64)| loss - base;
+        let less_bf16 = difference(|run| run.validation_loss, less);
         let total =
             |of: fn(&Run) -> u64| runs.iter().fold(0u64, |sum, run| sum.saturating_add(of(run)));
         let mut speeds: Vec<f64> = runs.iter().map(|run| run.tokens_per_second).collect();
@@ -215,8 +269,16 @@ impl Group {
                 .collect(),
             train_loss: spread(|run| run.train_loss),
             validation_loss: spread(|run| run.validation_loss),
-            difference: difference(|(loss, base)| loss - base),
-            difference_percent: difference(|(loss, base)| 100.0 * (loss / base - 1.0)),
+            difference: less_bf16,
+            difference_interval: less_bf16.and_then(|difference| difference.interval()),
+            difference_percent: difference(
+                |run| run.validation_loss,
+                |(loss, base)| 100.0 * (loss / base - 1.0),
+            ),
+            difference_in_bf16: difference(|run| run.validation_loss_in_bf16, less),
+            emulated: (runs.iter())
+                .filter_map(|run| Some(run.carriers.as_ref()?.iter().any(|gemm| gemm.emulated)))
+                .max(),
             tokens_per_second: speeds[speeds.len() / 2],
             raised_blocks: total(|run| run.raised_blocks),
             quantized_blocks: total(|run| run.quantized_blocks),
@@ -233,7 +295,9 @@ impl Group {
                 "train loss",
                 "validation loss",
                 "less bf16",
+                "95% interval",
                 "in percent",
+                "evaluated in bf16, less bf16",
                 "tokens/s",
                 "raised blocks",
             ],
@@ -250,8 +314,17 @@ impl Group {
                 words(row.train_loss, row.seeds.len(), false, 4),
                 words(row.validation_loss, row.seeds.len(), false, 4),
                 words(row.difference, row.seeds.len(), true, 4),
+                row.difference_interval.map_or_else(
+                    || "-".into(),
+                    |Interval { from, to }| format!("{from:+.4} to {to:+.4}"),
+                ),
                 words(row.difference_percent, row.seeds.len(), true, 2),
-                indicatif::HumanCount(row.tokens_per_second as u64).to_string(),
+                words(row.difference_in_bf16, row.seeds.len(), true, 4),
+                format!(
+                    "{}{}",
+                    indicatif::HumanCount(row.tokens_per_second as u64),
+                    if row.emulated == Some(true) { " (emulated)" } else { "" }
+                ),
                 match (row.quantized_blocks, row.raised_blocks) {
                     (0, _) => "-".into(),
                     (_, 0) => "0".into(),
@@ -260,6 +333,42 @@ impl Group {
             ]);
         }
         table
+    }
+
+    /// What the seeds of these rows, in their order, cannot tell apart, in sentences.
+    pub(crate) fn hidden_by_seeds(rows: &[Row]) -> Vec<String> {
+        let measured: Vec<_> =
+            rows.iter().filter_map(|row| Some((row, row.difference?.count))).collect();
+        let single = measured.iter().filter(|(_, seeds)| *seeds == 1);
+        let single: Vec<_> = single.map(|(row, _)| row.recipe.as_str()).collect();
+        let mut sentences = Vec::new();
+        if !single.is_empty() {
+            sentences.push(format!(
+                "One seed says nothing of how much of a difference is chance: {}.",
+                single.join("; ")
+            ));
+        }
+        let with_intervals: Vec<_> = (measured.iter())
+            .filter_map(|(row, seeds)| Some((row, seeds, row.difference_interval?)))
+            .collect();
+        for (row, seeds, interval) in &with_intervals {
+            if interval.contains(0.0) {
+                sentences.push(format!(
+                    "{}: the interval includes 0, so that {seeds} seeds cannot tell it from {BASE}.",
+                    row.recipe
+                ));
+            }
+        }
+        for pair in with_intervals.windows(2) {
+            let [(better, _, one), (worse, _, other)] = pair else { continue };
+            if one.overlaps(other) {
+                sentences.push(format!(
+                    "{} and {}: their intervals overlap, so that the seeds hide which is better.",
+                    better.recipe, worse.recipe
+                ));
+            }
+        }
+        sentences
     }
 
     /// The validation loss by tokens, a line for each recipe: the mean over its seeds.
@@ -330,7 +439,12 @@ fn words(spread: Option<Spread>, seeds: usize, signed: bool, digits: usize) -> S
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use serde_json::json;
+
     use super::*;
+    use crate::compare::record::parse;
 
     #[test]
     fn spreads_are_sample_deviations() {
@@ -342,6 +456,100 @@ mod tests {
         assert_eq!(words(Some(three), 3, true, 2), "+2.00 +- 1.00");
         assert_eq!(words(Some(one), 2, false, 1), "3.0 (1 seeds)");
         assert_eq!(words(None, 2, false, 1), "-");
+    }
+
+    /// Runs of 10 steps that differ by recipe, seed and validation losses alone.
+    fn group(runs: &[(&str, u64, f64, Option<f64>)]) -> Group {
+        let data = json!({
+            "name": "d", "tokenizer": null, "train": {"tokens": 99, "crc32": "0"},
+            "validation": null
+        });
+        let runs = runs.iter().map(|(recipe, seed, loss, in_bf16)| {
+            let mut run = json!({
+                "kind": "run", "version": 1,
+                "origin": {
+                    "program": "p", "commit": "c", "machine": "m", "date": "d", "command": []
+                },
+                "settings": {
+                    "recipe": recipe, "seed": seed, "layers": 1, "heads": 1, "channels": 8,
+                    "context": 8, "vocab_size": 9, "batch_size": 1, "sequence_length": 8,
+                    "accumulation": 1, "recompute": "nothing", "steps": 10, "lr": 0.1,
+                    "min_lr": 0.1, "warmup": 0, "schedule": "constant", "decay_steps": 0,
+                    "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.9, "epsilon": 1e-8, "clip": 0.0,
+                    "eval_every": 10, "eval_batches": 1, "data": data
+                },
+                "curve": [], "train_loss": loss, "validation_loss": loss, "diverged": null,
+                "raised_blocks": 0, "quantized_blocks": 0, "tokens_per_second": 1.0, "seconds": 1.0
+            });
+            // What records of older programs do not have.
+            if let Some(loss) = in_bf16 {
+                run["validation_loss_in_bf16"] = json!(loss);
+            }
+            parse::<Run>(Path::new("f"), &run.to_string()).unwrap()
+        });
+        let mut groups = groups(runs.collect()).unwrap();
+        assert_eq!(groups.len(), 1);
+        groups.remove(0)
+    }
+
+    #[test]
+    fn rows_go_by_what_they_cost_with_the_interval_of_their_seeds() {
+        let rows = group(&[
+            ("mxfp4", 1, 3.5, Some(3.25)),
+            ("mxfp4", 2, 3.7, Some(3.5)),
+            ("mxfp4", 3, 3.6, Some(3.4)),
+            ("nvfp4-sr", 1, 9.0, None),
+            ("bf16", 1, 3.0, Some(3.0)),
+            ("bf16", 2, 3.1, Some(3.1)),
+            ("bf16", 3, 3.2, Some(3.2)),
+            ("fp8", 1, 2.875, None),
+            ("mxfp4-sr", 4, 1.0, None),
+        ])
+        .rows();
+        let order: Vec<_> = rows.iter().map(|row| row.recipe.as_str()).collect();
+        assert_eq!(order, ["bf16", "fp8", "mxfp4", "nvfp4-sr", "mxfp4-sr"]);
+        assert!([&rows[0], &rows[4]].iter().all(|row| row.difference.is_none()));
+        // One seed has a difference and no interval.
+        assert_eq!(rows[1].difference.map(|d| d.mean), Some(-0.125));
+        assert_eq!(rows[1].difference_interval, None);
+        // Of +0.5, +0.6 and +0.4: deviation 0.1, t of two degrees of freedom 4.303.
+        let Interval { from, to } = rows[2].difference_interval.unwrap();
+        let half = 4.303 * 0.1 / 3f64.sqrt();
+        assert!((from - (0.5 - half)).abs() < 1e-9 && (to - (0.5 + half)).abs() < 1e-9);
+        assert!((rows[2].difference_in_bf16.unwrap().mean - 0.85 / 3.0).abs() < 1e-9);
+        assert!(rows[1].difference_in_bf16.is_none());
+    }
+
+    #[test]
+    fn what_seeds_hide_is_said() {
+        let of = |runs: &[(&str, u64, f64, Option<f64>)]| {
+            let base = [("bf16", 1, 3.0, None), ("bf16", 2, 3.0, None)];
+            Group::hidden_by_seeds(&group(&[&base, runs].concat()).rows())
+        };
+        let hidden = of(&[
+            ("fp8", 1, 3.0, None),
+            ("fp8", 2, 3.1, None),
+            ("mxfp4", 1, 4.0, None),
+            ("mxfp4", 2, 4.001, None),
+            ("mxfp4-rht", 1, 4.01, None),
+            ("mxfp4-rht", 2, 4.0, None),
+            ("mxfp4-sr", 1, 6.0, None),
+            ("mxfp4-sr", 2, 6.001, None),
+            ("mxfp4-rht-sr", 2, 3.0, None),
+        ]);
+        let starts = [
+            "One seed says nothing of how much of a difference is chance: mxfp4-rht-sr.",
+            "fp8: the interval includes 0, so that 2 seeds cannot tell it from bf16.",
+            "mxfp4 and mxfp4-rht: their intervals overlap",
+        ];
+        assert_eq!(hidden.len(), starts.len(), "{hidden:?}");
+        assert!(hidden.iter().zip(starts).all(|(line, start)| line.starts_with(start)));
+        assert!(of(&[("mxfp4", 1, 4.0, None), ("mxfp4", 2, 4.001, None)]).is_empty());
+    }
+
+    #[test]
+    fn intervals_of_many_seeds_are_a_little_too_wide() {
+        assert_eq!([1, 2, 30, 31, 1000].map(student_t), [12.706, 4.303, 2.042, 2.042, 2.042]);
     }
 
     #[test]
