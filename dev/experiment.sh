@@ -10,7 +10,8 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 out=${OUT:-$repository/target/$experiment}
 read -ra gpus <<<"${GPUS:-0}"
-limit=${LIMIT:-1000000}
+stop=${STOP:-1000000}
+limit=${LIMIT:-$stop}
 
 # The program; built where none is named.
 program() {
@@ -68,8 +69,11 @@ work_on() {
         if ((SECONDS >= limit)); then
             echo "left for the next time: ${command/ --layers*/}"
         else
+            # 124 is that of a run that was stopped in time, and has saved what it had done.
             # shellcheck disable=SC2086 # no word of a command holds a space
-            "$mxtrain" ${command/--device GPU/--device cuda:$1} </dev/null 3<&- 4>&- || return
+            timeout --foreground $((stop > SECONDS ? stop - SECONDS : 1)) \
+                "$mxtrain" ${command/--device GPU/--device cuda:$1} </dev/null 3<&- 4>&- ||
+                (($? == 124)) || return
         fi
     done
     flock -u 4

@@ -20,7 +20,8 @@
 #   DATA     folder of `mxtrain prepare --tokenizer gpt2`; for cpu-toy of `mxtrain prepare`
 #   OUT      folder for what comes out [default: target/near-lossless]
 #   GPUS     GPUs to use, by number, one run at a time on each; 0 0 for two [default: 0]
-#   LIMIT    seconds after which no run is begun any more [default: none]
+#   LIMIT    seconds after which no run is begun any more [default: STOP]
+#   STOP     seconds after which runs are stopped, which go on the next time [default: none]
 #   MAIN_STEPS, SHORT_STEPS, LONG_STEPS  see below
 experiment=near-lossless
 known_parts="cpu-toy main seeds groups long gradients variance report"

@@ -8,14 +8,15 @@
 #   seed3   a third seed of small
 #   report  tables and plots of all that is there
 #
-# Every part is made of runs that leave a file each; a run whose file is there is left out, so a
-# part can be cut into pieces and gone on with. Settings are environment variables:
+# Every part is made of runs that leave a file each; a run whose file is there is left out, and one
+# that was stopped goes on where it was, so a part can be cut into pieces. Settings are environment variables:
 #
 #   MXTRAIN  the program [default: built here]
 #   DATA     folder of `dev/recipes-data.sh tokens`
 #   OUT      folder for what comes out [default: target/recipes]
 #   GPUS     GPUs to use, by number, one run at a time on each; 0 0 for two [default: 0]
-#   LIMIT    seconds after which no run is begun any more [default: none]
+#   LIMIT    seconds after which no run is begun any more [default: STOP]
+#   STOP     seconds after which runs are stopped, which go on the next time [default: none]
 #   RECIPES  recipes to run in place of a part's, with spaces between; in that order
 #   LARGE_STEPS, SMALL_STEPS  see below
 experiment=recipes

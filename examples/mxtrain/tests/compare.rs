@@ -288,9 +288,9 @@ fn gradients_show_which_recipes_are_biased() {
     }
 }
 
-/// A run that diverges is a result, too; one that is stopped leaves nothing.
+/// A run that diverges is a result, too; one that is stopped has none yet, and goes on.
 #[test]
-fn diverged_runs_are_recorded_and_stopped_ones_are_not() {
+fn diverged_runs_are_recorded_and_stopped_ones_go_on() {
     let dir = folder();
     let dir = dir.path();
     let line = "compare train --data data --out runs --recipe bf16 --recipe mxfp4 --eval-batches 1";
@@ -304,7 +304,9 @@ fn diverged_runs_are_recorded_and_stopped_ones_are_not() {
     assert!(out.contains("mxfp4 with seed 1337 diverged: the loss of step"), "{out}");
 
     let mut child = mxtrain();
-    let line = format!("{line} --steps 1000000 {TINY}").replace("--out runs", "--out stopped");
+    let line = "compare train --data data --out stopped --recipe nvfp4-nvfp4-rht-sr --seeds 1 \
+                --eval-batches 1 --eval-every 100";
+    let line = format!("{line} --steps 400 {TINY}");
     let child = start(dir, child.args(line.split_whitespace()));
     wait_for(|| dir.join("stopped").exists());
     // The signal is taken from the first step on.
@@ -314,7 +316,24 @@ fn diverged_runs_are_recorded_and_stopped_ones_are_not() {
     assert_eq!(output.status.code(), Some(130));
     let out = String::from_utf8(output.stdout).unwrap();
     assert!(out.contains("stopped; the same command goes on with this run"), "{out}");
-    assert_eq!(fs::read_dir(dir.join("stopped")).unwrap().count(), 0);
+    let names = |folder: &str| {
+        let entries = fs::read_dir(dir.join(folder)).unwrap().map(|entry| entry.unwrap());
+        let names = entries.map(|entry| entry.file_name().into_string().unwrap());
+        names.collect::<BTreeSet<_>>()
+    };
+    let name = "nvfp4-nvfp4-rht-sr-seed1".to_owned();
+    assert_eq!(names("stopped"), BTreeSet::from(["unfinished".to_owned()]));
+    assert_eq!(names("stopped/unfinished"), BTreeSet::from([name.clone(), format!("{name}.json")]));
+    let out = succeed(dir, &line);
+    assert!(out.contains("resumed at step "), "{out}");
+    // As if it had not stopped.
+    assert_eq!(names("stopped"), BTreeSet::from([format!("{name}.json")]));
+    succeed(dir, &line.replace("--out stopped", "--out whole"));
+    let [stopped, whole] =
+        ["stopped", "whole"].map(|folder| read(dir, &format!("{folder}/{name}.json")));
+    for part in ["curve", "train_loss", "validation_loss", "validation_loss_in_bf16", "settings"] {
+        assert_eq!(stopped[part], whole[part], "{part}");
+    }
 }
 
 /// A run takes hours; a line that is lost and a model that cannot be saved cost none.
@@ -407,15 +426,22 @@ fn weights_are_evaluated_in_bf16_too() {
     let dir = dir.path();
     let line = format!(
         "compare train --data data --out runs --recipe nvfp4-nvfp4 --seeds 1 --steps 6 --eval-every 3 \
-         --eval-batches 2 --save-at 1 {TINY}"
+         --eval-batches 2 --save-at 1 --device cpu {TINY}"
     );
-    succeed(dir, &line);
+    let out = succeed(dir, &line);
+    let expected =
+        "emulated    forward of NVFP4 as bf16, dgrad of NVFP4 as bf16, wgrad of NVFP4 as bf16";
+    assert!(out.contains(&format!("\n{expected}: exact, and not faster than bf16\n")), "{out}");
     let run = read(dir, "runs/nvfp4-nvfp4-seed1.json");
     let last = &run["curve"][1];
     for name in ["validation_loss", "validation_loss_in_bf16"] {
         assert_eq!(run[name], last[name]);
     }
     assert_ne!(run["curve"][0]["validation_loss_in_bf16"], Value::Null);
+    let formats = json!(["NVFP4", "NVFP4"]);
+    let emulated =
+        |gemm: &str| json!({"gemm": gemm, "formats": formats, "numbers": "bf16", "emulated": true});
+    assert_eq!(run["carriers"], json!(["forward", "dgrad", "wgrad"].map(emulated)));
     let loss_in = |recipe: &str| {
         let line = format!(
             "eval --checkpoint runs/models/nvfp4-nvfp4-seed1-step6 --data data --recipe {recipe} \

@@ -30,7 +30,8 @@ pub(crate) enum CompareCommand {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Runs of one seed have the same initial weights and the same order of the data. A run whose record is
-there is left out, so that the same command goes on with an interrupted comparison.
+there is left out, so that the same command goes on with an interrupted comparison; a run that was
+stopped goes on where it was, from the folder unfinished in --out.
 
 Example:
   mxtrain compare train --data data --out runs --recipe bf16 --recipe mxfp4-rht-sr,g=128 --seeds 1,2")]

@@ -9,6 +9,7 @@ mod moments;
 mod record;
 mod report;
 mod train;
+mod unfinished;
 mod variance;
 
 use std::process::ExitCode;

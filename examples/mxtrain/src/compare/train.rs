@@ -11,10 +11,12 @@ use mxfp4train::{
     Dataset, Error, EvalStats, ModelConfig, Recompute, StepStats, StopHandle, Trainer,
     TrainerOptions, carriers,
 };
+use serde::{Deserialize, Serialize};
 
 use super::RECIPES;
 use super::cli::CompareTrainArgs;
 use super::record::{self, CarriedRecord, DataRecord, Origin, Point, Run, Settings};
+use super::unfinished::Unfinished;
 use crate::cli::VariantArgs;
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
@@ -45,7 +47,7 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
     let planned = plan(args, &config, &data)?;
     try_to_write(&args.out)?;
     let stop = StopHandle::default();
-    Signals::listen()?.ask(stop.clone(), "and the run begins anew the next time");
+    Signals::listen()?.ask(stop.clone(), "and the same command goes on with the run");
     // What cannot be printed or saved on the way costs no run.
     let mut failures = Failures::default();
     let count = planned.len();
@@ -59,8 +61,10 @@ pub(crate) fn run(args: &CompareTrainArgs) -> Outcome<ExitCode> {
         }
         failures.unless(Side::Output, console::print(&format!("{name}\n")));
         if !planned.run(&config, &data, &args.machine, &stop, &mut failures)? {
-            let line = "stopped; the same command goes on with this run, from its beginning\n";
-            failures.unless(Side::Output, console::print(line));
+            failures.unless(
+                Side::Output,
+                console::print("stopped; the same command goes on with this run\n"),
+            );
             return Ok(ExitCode::from(INTERRUPTED));
         }
     }
@@ -84,6 +88,8 @@ struct Planned {
     path: PathBuf,
     settings: Settings,
     options: TrainerOptions,
+    /// Where it is kept when it is stopped.
+    unfinished: Unfinished,
     /// Steps after which the model is saved, and where.
     saves: Vec<(u64, PathBuf)>,
     is_done: bool,
@@ -142,7 +148,8 @@ fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<V
                 found.record.validation_loss.is_some() || found.record.diverged.is_some()
             }
         };
-        planned.push(Planned { path, settings, options, saves, is_done });
+        let unfinished = Unfinished::of(&args.out, &name);
+        planned.push(Planned { path, settings, options, unfinished, saves, is_done });
     }
     Ok(planned.into_iter().skip(args.part.number - 1).step_by(args.part.of).collect())
 }
@@ -160,7 +167,10 @@ impl Planned {
         let began = Instant::now();
         let steps = self.settings.steps;
         let (engine, about) = machine::open(machine, self.settings.seed)?;
-        let start = Start::New(config.clone(), self.options.clone());
+        let (start, mut tally) = match self.unfinished.load(&engine, &self.settings)? {
+            Some((trainer, tally)) => (Start::Resumed(Box::new(trainer)), tally),
+            None => (Start::New(config.clone(), self.options.clone()), Tally::default()),
+        };
         let emulated = emulated(&engine, config, &self.options)?;
         let header = header(&start, data, steps, &about) + &emulated;
         failures.unless(Side::Output, console::print(&header));
@@ -170,14 +180,16 @@ impl Planned {
         let in_bf16 = failures.unless(Side::Evaluation, self.in_bf16(&trainer, stop));
         let in_bf16 = in_bf16.unwrap_or(InBf16::None);
         let mut trainers = Trainers { trainer, in_bf16 };
-        let mut progress = Progress::new(0, steps);
-        let mut tally = Tally::default();
+        let mut progress = Progress::new(tally.steps_done(), steps);
         let finished = self.steps(&mut trainers, data, stop, &mut progress, &mut tally, failures);
         progress.finish();
-        if !finished? {
+        let is_finished = finished?;
+        tally.seconds += began.elapsed().as_secs_f64();
+        if !is_finished {
+            self.unfinished.save(&mut trainers.trainer, &self.settings, &tally, &about)?;
             return Ok(false);
         }
-        let run = tally.into_run(self.settings, config, &self.options, began);
+        let run = tally.into_run(self.settings, config, &self.options);
         let carriers = Some(carriers.iter().map(CarriedRecord::of).collect());
         let run = Run { carriers, ..run };
         let loss =
@@ -190,7 +202,10 @@ impl Planned {
             run.diverged.as_ref().map_or_else(String::new, |why| format!("; diverged: {why}")),
             console::shown(&self.path),
         );
-        failures.unless(Side::Record, record::write(&self.path, Origin::here(&about), run));
+        let written = record::write(&self.path, Origin::here(&about), run);
+        if failures.unless(Side::Record, written).is_some() {
+            self.unfinished.remove();
+        }
         failures.unless(Side::Output, console::print(&line));
         Ok(true)
     }
@@ -314,8 +329,8 @@ impl Trainers {
 }
 
 /// What a run has shown so far.
-#[derive(Default)]
-struct Tally {
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub(super) struct Tally {
     /// Loss and norm of the gradient of every step.
     steps: Vec<(f64, f64)>,
     /// Steps up to the last point of the curve.
@@ -324,9 +339,15 @@ struct Tally {
     tokens_per_second: Vec<f64>,
     raised_blocks: u64,
     diverged: Option<String>,
+    /// Wall-clock duration of its parts.
+    seconds: f64,
 }
 
 impl Tally {
+    pub(super) fn steps_done(&self) -> u64 {
+        self.steps.len() as u64
+    }
+
     fn step(&mut self, stats: &StepStats) {
         self.steps.push((stats.loss.into(), stats.grad_norm.into()));
         self.tokens_per_second.push(stats.tokens as f64 / stats.seconds.max(1e-9));
@@ -362,7 +383,6 @@ impl Tally {
         settings: Settings,
         config: &ModelConfig,
         options: &TrainerOptions,
-        began: Instant,
     ) -> Run {
         let done = self.steps.len();
         let last = &self.steps[done - (done / 20).max(1).min(done)..];
@@ -384,7 +404,7 @@ impl Tally {
             raised_blocks: self.raised_blocks,
             carriers: None,
             tokens_per_second: self.tokens_per_second.get(done / 2).copied().unwrap_or(0.0),
-            seconds: began.elapsed().as_secs_f64(),
+            seconds: self.seconds,
         }
     }
 }
