@@ -36,6 +36,8 @@ large_recipes="quartet2 nvfp4-eden tetrajet nvidia-nvfp4
 # Switches that are worth a row of their own.
 switched="
     nvidia-nvfp4,bf16-last-layers=0
+    tetrajet,ema=0.998
+    tetrajet2,reset=200:50:8@0.6
     nvfp4-nvfp4-rht-sr,46=fwd
     mxfp4-mxfp4-rht-sr,scale-fwd=quest
     bf16,mantissa=3
@@ -48,7 +50,7 @@ switched="
 # compared with, then those that are emulated.
 small_recipes() {
     local all fast='^(fp8|((fp8|mxfp4)-)?mxfp4(-rht)?(-sr)?)(,|$)'
-    all=$("$mxtrain" recipes | sed -n 's/^| `\([^`]*\)` .*/\1/p' | grep -vx bf16)
+    all=$("$mxtrain" recipes | sed -n 's/^| `\([^`]*\)` .*/\1/p' | grep -vx bf16 | uniq)
     all+=$'\n'$(tr -s ' \n' '\n' <<<"$switched" | sed '/^$/d')
     echo bf16
     grep -vE "$fast" <<<"$all" || true
