@@ -156,9 +156,14 @@ impl Operand {
         Self { transform: None, ..self }
     }
 
-    /// The same in another format, with the range that goes with it there; likewise.
+    /// The same in another format, with the range that goes with it there; likewise. Rounding to
+    /// nearest keeps its own, which goes with any rule of the scale.
     pub(crate) const fn in_format(self, format: Format) -> Self {
-        Self { format, ..self }.rounded(self.rounding)
+        let there = Self { format, ..self }.rounded(self.rounding);
+        match self.rounding {
+            Rounding::Nearest if format.is_mxfp4() => Self { range: self.range, ..there },
+            _ => there,
+        }
     }
 
     /// The same made from what the forward pass dequantized.
