@@ -57,6 +57,7 @@ struct Values {
   float *scale;         // of the tensor; may be null
   const float *other;   // that of the other operand of the product; null for 1
   float *factors;       // gets what the product is multiplied by, and `beta`; may be null
+  double *sums;         // of each warp: sums of source times number and of squares; may be null
   u32 vectors, length, depth, transposed;
   u32 group; // of the transform, 0 without one
   u32 kind, mantissa, rule, square, rounding, outer, by_vector;
@@ -578,6 +579,8 @@ __global__ void __launch_bounds__(THREADS) round_values(const __grid_constant__ 
   }
   __syncthreads();
   u32 depth = q.dequantized && !q.group ? q.length : q.depth;
+  double products = 0.0, squares = 0.0;
+#pragma unroll
   for (u32 j = 0; j < 4; j++) {
     u32 local = 4 * warp + j, vector = first_vector + local;
     if (vector >= q.vectors) break;
@@ -587,11 +590,24 @@ __global__ void __launch_bounds__(THREADS) round_values(const __grid_constant__ 
       u32 k = first + lane + 32 * i;
       if (k >= depth) continue;
       float number = tile[local][lane + 32 * i];
+      if (q.sums) {
+        products += (double)v[j][i] * number;
+        squares += (double)v[j][i] * v[j][i];
+      }
       size_t at = (size_t)vector * depth + k;
       if (q.dequantized) ((float *)q.out)[at] = __fmul_rn(number, scale);
       else if (q.wide) ((float *)q.out)[at] = number;
       else ((bf16 *)q.out)[at] = from_f32<bf16>(number);
     }
+  }
+  if (q.sums) {
+    for (u32 mask = WARP / 2; mask > 0; mask /= 2) {
+      products += __shfl_xor_sync(FULL_WARP, products, mask);
+      squares += __shfl_xor_sync(FULL_WARP, squares, mask);
+    }
+    u32 chunks = (q.depth + CHUNK - 1) / CHUNK;
+    size_t at = ((size_t)blockIdx.x * chunks + blockIdx.y) * (THREADS / WARP) + warp;
+    if (lane == 0) q.sums[2 * at] = products, q.sums[2 * at + 1] = squares;
   }
 }
 

@@ -21,6 +21,7 @@
 //! | `rht` | `off`, `wgrad`, `bwd` | which GEMMs are transformed |
 //! | `sr` | `both`, `dy`, `dy+x`, `other`, `off` | which operand is rounded stochastically |
 //! | `range` | `1`, `3/4` | how much of its range MXFP4 uses; in 3/4 nothing saturates |
+//! | `unbias` | `tensor`, `off` | divide products by what rounding to nearest shrinks their operands to |
 //! | `headroom` | `1`, `17/16` | whether NVFP4's scales leave room for their own rounding |
 //! | `46` | `fwd`, `off` | four over six: two scales to choose from, in the forward pass |
 //! | `scale`, `scale-fwd` | `floor`, `ceil`, `even`, `quest`, `quest-floor` | MXFP4's rule of the scale |
@@ -599,7 +600,7 @@ fn rule_of<'a>(operands: impl IntoIterator<Item = &'a Operand>) -> Option<String
 }
 
 /// All switches, in the order in which they are written.
-const SWITCHES: [Switch; 24] = [
+const SWITCHES: [Switch; 25] = [
     Switch {
         key: "sr",
         apply: |recipe, value| {
@@ -894,6 +895,27 @@ const SWITCHES: [Switch; 24] = [
         show: |recipe| recipe.reset.map(|reset| reset.to_string()),
     },
     Switch {
+        key: "unbias",
+        apply: |recipe, value| {
+            let on = choice(value, &[("tensor", true), ("off", false)], "tensor or off")?;
+            recipe.quantized()?;
+            recipe.with_linears(|linear| {
+                // Both operands of a GEMM at once, as it asks for.
+                let of = |gemm: &Gemm| match gemm.is_unscaled() {
+                    true => Ok(*gemm),
+                    false => {
+                        Gemm::new(gemm.a().with_correction(on)?, gemm.b().with_correction(on)?)
+                    }
+                };
+                LinearRecipe::new(*linear.forward(), of(linear.dgrad())?, of(linear.wgrad())?)
+            })
+        },
+        show: |recipe| {
+            let corrected = recipe.quantized().ok()?.is_corrected();
+            Some(if corrected { "tensor" } else { "off" }.into())
+        },
+    },
+    Switch {
         key: "mantissa",
         apply: |recipe, value| {
             let (bits, cut) = match value.strip_suffix('t') {
@@ -1113,6 +1135,8 @@ mod tests {
             "mxfp4,range=3/4",
             "mxfp4-rht,g=32,range=3/4,wgrad=bf16",
             "mxfp4-rht-sr,sr=dy,range=3/4",
+            "mxfp4-rht,range=3/4,unbias=tensor",
+            "quartet,g=64,unbias=tensor,wgrad=bf16",
             "mxfp4-sr,scale=ceil",
             "mxfp4-mxfp4-rht,scale=even,scale-fwd=quest-floor,from=q",
             "nvfp4-nvfp4-sr,46=fwd,headroom=1,rht=wgrad,g=16,signs=nvidia",
@@ -1174,6 +1198,7 @@ mod tests {
             ("range", &["1", "3/4"]),
             ("ema", &["0.998", "0.5"]),
             ("reset", &["200:50:8@0.6", "10:3:0.5@0"]),
+            ("unbias", &["tensor", "off"]),
             ("mantissa", &["2", "7", "5t"]),
             ("fp8", &["none", "qkv+proj", "fc2"]),
             ("fwd", &["bf16"]),
@@ -1236,6 +1261,11 @@ mod tests {
             ("fp8,rht=bwd", "needs an operand in MXFP4 or NVFP4; got one in FP8 E5M2"),
             ("fp8,mantissa=3", "mantissa: fp8 has no bf16 in all three GEMMs"),
             ("bf16,mantissa=8", "1 to 7 bits"),
+            ("mxfp4-rht-sr,unbias=tensor", "is for rounding to nearest"),
+            ("quartet2,unbias=tensor", "is for rounding to nearest"),
+            ("mxfp4,unbias=tensor", "expected a transform with random signs"),
+            ("mxfp4-rht,signs=fixed,unbias=tensor", "expected a transform with random signs"),
+            ("bf16,unbias=tensor", "unbias: bf16 has no quantized backward GEMM"),
             ("nvfp4,fp8=qkv", "fp8: nvfp4 has no forward GEMM in 4 bits"),
             ("tetrajet,fp8=head", "qkv, proj, fc1 and fc2, some of them joined by +, or none"),
             ("tetrajet,fp8=qkv+proj+fc1+fc2", "leaves no forward pass in 4 bits"),

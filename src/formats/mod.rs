@@ -28,6 +28,7 @@ mod quantize;
 mod quantized;
 mod reset;
 mod restore;
+mod slope;
 mod stream;
 
 pub use dge::{DGE_MAX, dge_derivative};
@@ -60,6 +61,7 @@ pub use quantized::{
 };
 pub use reset::{Reset, ResetPhase, oscillates};
 pub use restore::Restoration;
+pub use slope::Slope;
 pub use stream::Philox;
 
 /// Elements that share one scale.

@@ -106,6 +106,7 @@ pub struct Operand {
     range: Range,
     transform: Option<Transform>,
     source: OperandSource,
+    corrected: bool,
 }
 
 impl Operand {
@@ -122,7 +123,7 @@ impl Operand {
     pub const fn of(format: Format) -> Self {
         let source = OperandSource::HighPrecision;
         let (rounding, range) = (Rounding::Nearest, Range::Full);
-        Self { format, rounding, range, transform: None, source }
+        Self { format, rounding, range, transform: None, source, corrected: false }
     }
 
     /// In MXFP4. Unbiased rounding leaves room above the largest element, the nearest does not.
@@ -166,6 +167,11 @@ impl Operand {
         }
     }
 
+    /// The same, its product divided by the slope of its rounding ([`super::Slope`]), or not.
+    pub fn with_correction(self, corrected: bool) -> Result<Self> {
+        Self { corrected, ..self }.checked()
+    }
+
     /// The same made from what the forward pass dequantized.
     pub const fn from_forward(self) -> Self {
         Self { source: OperandSource::Forward, ..self }
@@ -198,7 +204,7 @@ impl Operand {
 
     /// It, or why no backend holds it.
     fn checked(self) -> Result<Self> {
-        let Self { format, rounding, range, transform, .. } = self;
+        let Self { format, rounding, range, transform, corrected, .. } = self;
         let blocks = format.is_mxfp4() || format.is_nvfp4();
         let needs = |what: &str, which: &str| {
             Err(invalid(format!("{what} needs an operand in {which}; got one in {format}")))
@@ -219,6 +225,16 @@ impl Operand {
                     format!("expected groups of at least a block of {depth}, got {group}");
                 return Err(invalid(message));
             }
+        }
+        if corrected && rounding != Rounding::Nearest {
+            let message = "a correction by the slope is for rounding to nearest: what is rounded \
+                           stochastically has the mean of its source already";
+            return Err(invalid(message));
+        }
+        if corrected && transform.is_none_or(|transform| transform.signs != Signs::Random) {
+            let message = "a correction by the slope is unbiased over random rotations alone: \
+                           expected a transform with random signs";
+            return Err(invalid(message));
         }
         match (rounding, format.scale()) {
             (Rounding::Unbiased, Scale::Power(PowerRule::Quest | PowerRule::QuestFloor)) => {
@@ -279,6 +295,11 @@ impl Operand {
         self.transform
     }
 
+    /// Whether its product is divided by the slope of its rounding.
+    pub const fn is_corrected(&self) -> bool {
+        self.corrected
+    }
+
     /// What it is made from.
     pub const fn source(&self) -> OperandSource {
         self.source
@@ -286,10 +307,11 @@ impl Operand {
 }
 
 /// In a few words: the format and what scales it, the range, the rounding where that is not to
-/// nearest, the transform as H and its group, `q` for what is made from the forward pass's numbers.
+/// nearest, the transform as H and its group, `/c` for what is divided by its slope, `q` for what is
+/// made from the forward pass's numbers.
 impl fmt::Display for Operand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { format, rounding, range, transform, source } = self;
+        let Self { format, rounding, range, transform, source, corrected } = self;
         write!(f, "{format}")?;
         match (format.element(), format.block(), format.scale()) {
             (Element::Int8, Block::Vector, _) => f.write_str(" by vector")?,
@@ -322,6 +344,7 @@ impl fmt::Display for Operand {
                 Signs::Plain => " plain",
             })?;
         }
+        f.write_str(if *corrected { " /c" } else { "" })?;
         f.write_str(if *source == OperandSource::Forward { " q" } else { "" })
     }
 }
@@ -368,6 +391,9 @@ impl Gemm {
             );
             return Err(invalid(message));
         }
+        if a.corrected != b.corrected {
+            return Err(invalid("expected both operands of a GEMM to be corrected, or none"));
+        }
         Ok(Self { a, b })
     }
 
@@ -389,6 +415,11 @@ impl Gemm {
     /// Whether numbers lose nothing but bits of mantissa.
     pub const fn is_unscaled(&self) -> bool {
         self.a.format.is_unscaled()
+    }
+
+    /// Whether the product is divided by the slopes of both operands.
+    pub const fn is_corrected(&self) -> bool {
+        self.a.corrected
     }
 
     /// The element of the first operand, which is that of both but for FP8.
@@ -651,6 +682,13 @@ mod tests {
         let unbiased = Operand::E4M3.with_rounding(Rounding::Unbiased);
         says(unbiased, "MXFP4 or NVFP4; got one in FP8 E4M3");
         says(Gemm::new(Operand::E5M2, Operand::E5M2), "got FP8 E5M2 and FP8 E5M2");
+        says(mxfp4(None).with_correction(true), "is for rounding to nearest");
+        let nearest = |transform| Operand::mxfp4(Rounding::Nearest, transform);
+        for transform in [None, Some(transform(64, Signs::Fixed))] {
+            says(nearest(transform).with_correction(true), "over random rotations alone");
+        }
+        let both = nearest(Some(Transform::DEFAULT));
+        says(Gemm::new(both.with_correction(true).unwrap(), both), "to be corrected, or none");
         let nvfp4 = |rule| Operand::of(Format::nvfp4(rule, false));
         says(nvfp4(Nvfp4Scale::FourOverSix).with_rounding(Rounding::Unbiased), "is biased");
         for transform in [None, Some((64, Signs::Random)), Some((128, Signs::Fixed))] {

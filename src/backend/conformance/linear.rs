@@ -22,7 +22,7 @@ const SIZES: [[usize; 3]; 7] = [
 ];
 
 /// Recipes that switches make, of what no name alone is.
-const SWITCHED: [&str; 31] = [
+const SWITCHED: [&str; 35] = [
     "mxfp4-rht,g=32",
     "mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16",
     "mxfp4-rht-sr,g=256,signs=fixed",
@@ -52,6 +52,10 @@ const SWITCHED: [&str; 31] = [
     "quartet,from=x,signs=plain",
     "quartet,scale-fwd=floor,g=128",
     "quartet,fwd=bf16",
+    "quartet,unbias=tensor",
+    "mxfp4-rht,range=3/4,unbias=tensor",
+    "mxfp4-rht,g=256,unbias=tensor,wgrad=bf16",
+    "nvfp4-rht,unbias=tensor",
     "quartet,fp8=proj",
     "tetrajet,fp8=fc2",
 ];
@@ -245,7 +249,8 @@ fn product(
 
 fn product_of(gemm: &Gemm, a: &Quantized, b: &Quantized) -> Vec<f64> {
     let mut out = reference::product(&a.dequantize(), &b.dequantize(), a.rows, b.rows, a.depth);
-    out.iter_mut().for_each(|v| *v *= f64::from(gemm.alpha()));
+    let factor = [gemm.alpha(), a.correction, b.correction].map(f64::from);
+    out.iter_mut().for_each(|v| *v *= factor.iter().product::<f64>());
     out
 }
 

@@ -71,6 +71,10 @@ fn add_gemm(
         size.b[0].add(isa, [n, depth], format, 1);
         size.values[0].add([m, k], group);
         size.values[1].add([n, k], group);
+        if gemm.is_corrected() {
+            size.values[0].add_slope(m);
+            size.values[1].add_slope(n);
+        }
     }
 }
 
@@ -242,7 +246,7 @@ impl Cpu {
         let conversion = conversion(gemm);
         let operands = [(&a.matrix, conversion), (&b.matrix, conversion)];
         let memory = (a_memory.as_mut(), b_memory.as_mut());
-        let alpha = gemm.alpha() * (a.scale * b.scale);
+        let alpha = gemm.alpha() * (a.scale * b.scale) * (a.correction * b.correction);
         if let Some((restoration, tensor)) = restored {
             let columns = b.matrix.rows;
             let c = &mut elements[..a.matrix.rows * columns];

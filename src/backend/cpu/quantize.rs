@@ -10,8 +10,8 @@ use super::arena::Buffer;
 use super::disjoint::DisjointSlice;
 use super::gemm::{Conversion, Matrix};
 use crate::formats::{
-    self, Bits, Element, Format, Gemm, Operand, OperandSource, Outer, Rounding, Scale,
-    VECTORS_AT_ONCE, Vectors, rotate,
+    self, Bits, Element, Format, Gemm, MAX_GROUP, Operand, OperandSource, Outer, Rounding, Scale,
+    Slope, VECTORS_AT_ONCE, Vectors, rotate,
 };
 
 /// Memory for the numbers of an operand.
@@ -20,6 +20,8 @@ pub(super) struct ValueMemory {
     pub(super) values: Buffer<f32>,
     /// (vectors)
     pub(super) scales: Buffer<f32>,
+    /// Of each job: sums for the slope.
+    pub(super) sums: Buffer<f64>,
 }
 
 /// How much of it.
@@ -27,18 +29,29 @@ pub(super) struct ValueMemory {
 pub(super) struct ValueSize {
     pub(super) values: usize,
     pub(super) scales: usize,
+    pub(super) sums: usize,
 }
 
 impl ValueSize {
     /// Makes room for `vectors` of length `depth`, which is padded to whole groups.
     pub(super) fn add(&mut self, [vectors, depth]: [usize; 2], group: usize) {
         let values = vectors * depth.next_multiple_of(group);
-        *self = self.max(Self { values, scales: vectors });
+        *self = self.max(Self { values, scales: vectors, sums: 0 });
+    }
+
+    /// Makes room for the slope of `vectors`.
+    pub(super) fn add_slope(&mut self, vectors: usize) {
+        let sums = 2 * vectors.div_ceil(VECTORS_AT_ONCE);
+        *self = self.max(Self { sums, ..Self::default() });
     }
 
     /// Room for either.
     pub(super) fn max(self, other: Self) -> Self {
-        Self { values: self.values.max(other.values), scales: self.scales.max(other.scales) }
+        Self {
+            values: self.values.max(other.values),
+            scales: self.scales.max(other.scales),
+            sums: self.sums.max(other.sums),
+        }
     }
 }
 
@@ -61,6 +74,8 @@ pub(super) struct Values<'a> {
     pub(super) scale: f32,
     /// And each vector; empty where there are no such scales.
     pub(super) vector_scales: &'a [f32],
+    /// What a product is multiplied by, so that the slope of their rounding is 1.
+    pub(super) correction: f32,
 }
 
 /// Whether a GEMM is packed from its operands in one pass: in f32, bf16, FP8 E4M3 and MXFP4 of OCP,
@@ -70,6 +85,7 @@ pub(super) fn packs_at_once(gemm: &Gemm, forward: &Operand) -> bool {
     let from_tensor = gemm.b().source() == OperandSource::HighPrecision;
     let by_mean = gemm.b().rounding() == Rounding::ByMean;
     !by_mean
+        && !gemm.is_corrected()
         && plain.into_iter().any(|format| gemm.is_in(format))
         && (from_tensor || forward.format() == Format::E4M3)
 }
@@ -113,6 +129,9 @@ impl ValueMemory {
         });
         let tensor = formats::tensor_scale(operand, f32::from_bits(amax.into_inner()));
         let of_vectors = DisjointSlice::new(scales);
+        let sums = if operand.is_corrected() { 2 * jobs } else { 0 };
+        let sums = &mut self.sums[..sums];
+        let of_jobs = DisjointSlice::new(sums);
         cpu.parallel(jobs, |job| {
             let (first, values) = part(job);
             let count = if scales.is_empty() { 0 } else { values.len() / depth };
@@ -122,11 +141,22 @@ impl ValueMemory {
             let means = means.get(of_these).unwrap_or_default();
             let vectors = Vectors { values, scales, depth, first, means, units: &mut [] };
             formats::quantize_vectors(vectors, operand, tensor, bits);
+            if operand.is_corrected() {
+                // SAFETY: as above.
+                let (first, values) = part(job);
+                let slope = slope(&matrix, first, values, depth, signs);
+                unsafe { of_jobs.part(2 * job, 2) }.copy_from_slice(&slope);
+            }
         });
+        let mut slope = Slope::default();
+        for [products, squares] in sums.as_chunks().0 {
+            slope.add_sums(Slope { products: *products, squares: *squares });
+        }
         Values {
             matrix: Matrix::rows_by_depth(values, rows, depth),
             scale: tensor.decode,
             vector_scales: scales,
+            correction: slope.correction(tensor.decode, operand.range()),
         }
     }
 
@@ -173,6 +203,25 @@ fn gather(from: &Matrix<'_>, first: usize, values: &mut [f32], depth: usize) {
     for to in values.chunks_exact_mut(depth) {
         to[from.depth..].fill(0.0);
     }
+}
+
+/// Sums of products and of squares of vectors `first`.., rotated once more, and what they became.
+fn slope(from: &Matrix<'_>, first: usize, values: &[f32], depth: usize, signs: &[f32]) -> [f64; 2] {
+    let mut slope = Slope::default();
+    let mut room = [0.0; MAX_GROUP];
+    let x = &mut room[..signs.len()];
+    for (row, values) in values.chunks_exact(depth).enumerate() {
+        for (group, values) in values.chunks_exact(signs.len()).enumerate() {
+            for (i, x) in x.iter_mut().enumerate() {
+                let (vector, k) = (first + row, group * signs.len() + i);
+                let at = [vector * from.stride + k, k * from.stride + vector];
+                *x = if k < from.depth { from.data[at[usize::from(from.transposed)]] } else { 0.0 };
+            }
+            rotate(x, signs);
+            slope.add(x, values);
+        }
+    }
+    [slope.products, slope.squares]
 }
 
 /// c (rows, columns) times scales of its rows and of its columns, plus a bias.

@@ -57,9 +57,10 @@ impl Workspace {
         Self {
             a: PackMemory::new(arena, size.a),
             b: size.b.map(|size| PackMemory::new(arena, size)),
-            values: size.values.map(|ValueSize { values, scales }| ValueMemory {
+            values: size.values.map(|ValueSize { values, scales, sums }| ValueMemory {
                 values: arena.alloc(values),
                 scales: arena.alloc(scales),
+                sums: arena.alloc(sums),
             }),
             elements: arena.alloc(size.elements),
             of_threads: arena.alloc(threads * size.of_thread),

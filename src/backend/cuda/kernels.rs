@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 18] = [
+pub(super) static FILES: [File; 19] = [
     file!("optimize", [], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
@@ -39,6 +39,7 @@ pub(super) static FILES: [File; 18] = [
                       wgmma_forward<128,2,64,1> wgmma_dkdv<128,2> wgmma_dq<128,2,64>"),
         _ => Vec::new(),
     }),
+    file!("correct", [], |_| of("correct_factors")),
     file!("embed", [], |_| {
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),

@@ -14,6 +14,7 @@
 //! and how fast it is.
 
 mod adamw;
+mod correct;
 mod follow;
 mod fp4_instruction;
 mod fp8;
@@ -56,7 +57,10 @@ impl Emulator {
             format!("extern \"C\" void *const kernel_{i} = reinterpret_cast<void *>(&{name});\n")
         };
         let symbols: String = names.iter().enumerate().map(symbol).collect();
-        let text = [include_str!("emulator.cpp"), &file.texts[1..].concat(), &symbols].concat();
+        // Unnamed: the loader would make the static memory of templates one for all libraries that
+        // have them, and tests run at once.
+        let kernels = ["namespace {\n", &file.texts[1..].concat(), "}\n"].concat();
+        let text = [include_str!("emulator.cpp"), &kernels, &symbols].concat();
         let folder = tempfile::tempdir().unwrap();
         let [source, library] = ["kernels.cpp", "kernels.so"].map(|name| folder.path().join(name));
         std::fs::write(&source, text).unwrap();

@@ -205,6 +205,7 @@ fn check(
             scale: &raw mut scale as u64,
             other: &raw const other as u64,
             factors: factors.as_mut_ptr() as u64,
+            sums: 0,
             alpha: 4.0 / 3.0,
             beta: 1.0,
         },

@@ -35,6 +35,7 @@ fn has_own_kernels(recipe: &LinearRecipe, gemm: &Gemm, of: Of) -> bool {
     let from_tensor = gemm.b().source() == OperandSource::HighPrecision;
     let from_fp8 = of == Of::Wgrad && recipe.forward().is_in(Format::E4M3);
     [Format::F32, Format::BF16, fourth].into_iter().any(|format| gemm.is_in(format))
+        && !gemm.is_corrected()
         && (from_tensor || from_fp8)
 }
 
@@ -130,6 +131,8 @@ pub(crate) struct Room {
     words: Piece,
     /// For A, B and what the forward pass made: bits of the amaxes of vectors, then their scales.
     vectors: [Piece; 3],
+    /// Of A and B: what their slopes are made from.
+    sums: [Piece; 2],
 }
 
 /// How much memory recipes need.
@@ -141,6 +144,7 @@ pub(crate) struct Size {
     result: usize,
     words: usize,
     vectors: [usize; 3],
+    sums: [usize; 2],
 }
 
 impl Size {
@@ -174,6 +178,11 @@ impl Size {
             raise(most, vectors * depth * if is_wide(gemm) { 4 } else { 2 });
         }
         raise(&mut self.words, WORD_BYTES);
+        if gemm.is_corrected() {
+            for (most, vectors) in self.sums.iter_mut().zip([m, n]) {
+                raise(most, 16 * pairs_of_sums(vectors, depth));
+            }
+        }
         for ((most, operand), vectors) in
             self.vectors.iter_mut().zip([gemm.a(), gemm.b()]).zip([m, n])
         {
@@ -195,6 +204,7 @@ impl Size {
             result: arena.bytes(self.result),
             words: arena.bytes(self.words),
             vectors: self.vectors.map(|bytes| arena.bytes(bytes)),
+            sums: self.sums.map(|bytes| arena.bytes(bytes)),
         }
     }
 }
@@ -209,6 +219,11 @@ fn is_wide(gemm: &Gemm) -> bool {
 fn needs_result(gemm: &Gemm, in_f32: bool) -> bool {
     let scaled = |operand: &Operand| formats::has_vector_scales(operand.format());
     scaled(gemm.a()) || scaled(gemm.b()) || is_wide(gemm) && !in_f32
+}
+
+/// Sums of products and of squares that are left of an operand: a pair from each warp.
+fn pairs_of_sums(vectors: usize, depth: usize) -> usize {
+    vectors.div_ceil(VECTORS) * depth.div_ceil(CHUNK) * (THREADS / 32)
 }
 
 /// Words for the amaxes and the scales of vectors.
@@ -296,6 +311,8 @@ pub(crate) struct To {
     pub(crate) other: u64,
     /// Gets what the product is multiplied by, `alpha` times both scales, and `beta`; or 0.
     pub(crate) factors: u64,
+    /// Gets pairs of sums, for the slope; or 0.
+    pub(crate) sums: u64,
     pub(crate) alpha: f32,
     pub(crate) beta: f32,
 }
@@ -325,6 +342,7 @@ pub(crate) struct Arguments {
     scale: u64,
     other: u64,
     factors: u64,
+    sums: u64,
     vectors: u32,
     length: u32,
     depth: u32,
@@ -439,6 +457,7 @@ impl Quantization {
             scale: to.scale,
             other: to.other,
             factors: to.factors,
+            sums: to.sums,
             vectors: matrix.vectors as u32,
             length: matrix.length as u32,
             depth: self.depth() as u32,
@@ -557,6 +576,36 @@ pub(crate) struct Scaling {
     pub(crate) bias: u64,
     pub(crate) rows: u32,
     pub(crate) columns: u32,
+}
+
+/// `Measured` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Measured {
+    sums: u64,
+    scale: u64,
+    count: u32,
+    range: f32,
+}
+
+impl Measured {
+    /// Of an operand that has been made.
+    pub(crate) fn of(made: &Quantization) -> Self {
+        Self {
+            sums: made.to.sums,
+            scale: made.to.scale,
+            count: pairs_of_sums(made.matrix.vectors, made.depth()) as u32,
+            range: made.operand.range().factor(),
+        }
+    }
+}
+
+/// `Correct` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Correct {
+    pub(crate) operands: [Measured; 2],
+    pub(crate) factors: u64,
 }
 
 /// `Restore` of the kernels.
@@ -698,14 +747,18 @@ pub(crate) fn multiply(
     let wide = is_wide(gemm);
     let [scaled_a, scaled_b] =
         [gemm.a(), gemm.b()].map(|operand| formats::needs_amax(operand.format()));
-    let factors = if scaled_a || scaled_b { word(FACTORS) } else { 0 };
+    let corrected = gemm.is_corrected();
+    let factors = if scaled_a || scaled_b || corrected { word(FACTORS) } else { 0 };
+    let sums = room.sums.each_ref().map(|sums| if corrected { sums.address } else { 0 });
     let scale_of_a = if scaled_a { word(SCALES[0]) } else { 0 };
-    let to_a = To { out: left, wide, scale: scale_of_a, ..To::default() };
+    let to_a = To { out: left, wide, scale: scale_of_a, sums: sums[0], ..To::default() };
     let to_b = To {
         out: right,
         wide,
+        scale: if scaled_b && corrected { word(SCALES[1]) } else { 0 },
         other: scale_of_a,
         factors,
+        sums: sums[1],
         alpha: gemm.alpha(),
         beta: if accumulate { 1.0 } else { 0.0 },
         ..To::default()
@@ -714,6 +767,11 @@ pub(crate) fn multiply(
     let made_b = prepared(make(b, gemm.b(), transform, to_b), 1);
     made_a.run(cuda);
     made_b.run(cuda);
+    if corrected {
+        let operands = [&made_a, &made_b].map(Measured::of);
+        let correct = Correct { operands, factors };
+        launch!(cuda.gpu, "correct_factors", [1, 1, 1], THREADS, 0; correct);
+    }
 
     let depth = made_a.depth();
     let (m, n) = (a.vectors, b.vectors);
