@@ -57,6 +57,7 @@ struct Values {
   float *scale;         // of the tensor; may be null
   const float *other;   // that of the other operand of the product; null for 1
   float *factors;       // gets what the product is multiplied by, and `beta`; may be null
+  const float *bounds;  // (vectors, 2), beyond which numbers are apart; may be null
   double *sums;         // of each warp: sums of source times number and of squares; may be null
   u32 vectors, length, depth, transposed;
   u32 group; // of the transform, 0 without one
@@ -536,8 +537,16 @@ __device__ __forceinline__ void round_block(const Values &q, float *block, u32 v
     if (vector >= q.vectors) break;
     float unit = unit_of_vector(q, q.amax[vector]), value = q.rule == AMAX ? 1.0f : unit;
     for (u32 i = 0; i < BLOCK; i++) {
-      float magnitude = __fmul_rn(nearest_e2m1(fabsf(__fdiv_rn(block[i], unit))), value);
-      block[i] = is_nan(unit) ? unit : with_sign(magnitude, block[i]);
+      float v = block[i], inside = v;
+      if (q.bounds) {
+        float low = q.bounds[2 * vector], high = q.bounds[2 * vector + 1];
+        inside = v < low ? low : v > high ? high : v;
+      }
+      float magnitude = __fmul_rn(nearest_e2m1(fabsf(__fdiv_rn(inside, unit))), value);
+      float number = with_sign(magnitude, inside);
+      // What clamping took is in bf16.
+      if (q.bounds) number = __fadd_rn(number, round_mantissa(__fsub_rn(v, inside), 7));
+      block[i] = is_nan(unit) ? unit : number;
     }
     break;
   }

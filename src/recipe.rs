@@ -32,6 +32,8 @@
 //! | `reset` | `PERIOD:TRACK:THRESHOLD@START` | when weights that oscillate are put onto their grid |
 //! | `mantissa` | `1` to `7`, `1t` to `7t` | bits of mantissa that bf16 keeps; with t others are cut |
 //! | `fp8` | `qkv`, `proj`, `fc1`, `fc2`, joined by `+`, or `none` | layers with a forward pass in FP8 |
+//! | `dge` | a steepness from 1 to 255, `off` | the estimator that W's gradient is multiplied by |
+//! | `occ` | a share like `0.99`, `off` | what lies beyond these quantiles of x's rows stays in bf16 |
 //! | `fwd`, `dgrad`, `wgrad` | `bf16` | that GEMM in bf16 |
 //! | `bf16-first-layers`, `bf16-last-layers` | a count | blocks that run in bf16 |
 //! | `bf16-last-steps` | a fraction | the last part of the schedule's steps that runs in bf16 |
@@ -42,9 +44,9 @@ use std::str::FromStr;
 
 use crate::backend::{Precision, StepPlan};
 use crate::formats::{
-    EMA_FROM_STEP, Element, Format, Gemm, GemmId, LINEAR_NAMES, LINEARS, LinearRecipe, Nvfp4Scale,
-    Operand, OperandId, OperandSource, Outer, PowerRule, Range, Reset, Rounding, Scale, Signs,
-    Transform,
+    EMA_FROM_STEP, Element, Format, Gemm, GemmId, Kept, LINEAR_NAMES, LINEARS, LinearRecipe,
+    Nvfp4Scale, Operand, OperandId, OperandSource, Outer, PowerRule, Range, Reset, Rounding, Scale,
+    Signs, Transform,
 };
 use crate::reserve::collect;
 use crate::{Error, Result};
@@ -173,10 +175,11 @@ const QUARTET: Operand =
 const ROWS_INT8: Operand = Operand::of(Format::INT8_VECTORS);
 const TENSOR_INT8: Operand = Operand::of(Format::INT8_TENSOR);
 
+const BY_VECTOR: Operand = Operand::of(Format::e2m1_vectors(true));
 const FP8: Gemm = Gemm::of(Operand::E4M3);
 
 /// All recipes, plainest first.
-const TABLE: [Row; 29] = [
+const TABLE: [Row; 30] = [
     row("fp32", Operand::F32, Operand::F32),
     row("bf16", Operand::BF16, Operand::BF16),
     Row {
@@ -256,6 +259,14 @@ const TABLE: [Row; 29] = [
         exceptions: Exceptions { of_layers: Passes::All, ..NONE },
         ..row("fp4-all-the-way", NV, NV)
     },
+    // "Optimizing Large Language Model Training Using FP4 Quantization" (arXiv 2501.17116), whose
+    // code has the backward pass in FP8.
+    whole(Row {
+        forward: [BY_VECTOR.with_outliers(Some(Kept::DEFAULT)), BY_VECTOR.with_estimator(Some(5))],
+        dgrad: [Operand::E5M2, Operand::E4M3.from_forward()],
+        wgrad: [Operand::E5M2, Operand::E4M3.from_forward()],
+        ..row("msra-fp4", BY_VECTOR, BY_VECTOR)
+    }),
     // "Towards Efficient Pre-training: Exploring FP4 Precision in Large Language Models" (arXiv
     // 2502.11458), which leaves open the block, its scale and the length of the last stage.
     Row {
@@ -496,6 +507,13 @@ impl Recipe {
         self.typical().operands().map(|(_, operand)| operand)
     }
 
+    /// A forward GEMM in FP4 with scales of vectors.
+    fn by_vector(&self) -> Result<&Gemm, Refused> {
+        let gemm = self.typical().forward();
+        let found = is_by_vector(gemm.a()).then_some(gemm);
+        found.ok_or(Refused::HasNo("forward GEMM in FP4 with scales of vectors"))
+    }
+
     /// The transform of the backward GEMMs.
     fn transform(&self) -> Result<Transform, Refused> {
         let backward = self.typical().backward();
@@ -556,6 +574,11 @@ fn is_in_4_bits(linear: &LinearRecipe) -> bool {
     linear.forward().element() == Element::E2m1
 }
 
+/// Whether an operand is in FP4 with scales of vectors.
+fn is_by_vector(operand: &Operand) -> bool {
+    operand.format() == Format::e2m1_vectors(true)
+}
+
 /// Linear layers by their names, joined by +; `none` for none of them.
 fn linears(value: &str) -> Result<[bool; LINEARS], Refused> {
     let mut named = [false; LINEARS];
@@ -600,7 +623,7 @@ fn rule_of<'a>(operands: impl IntoIterator<Item = &'a Operand>) -> Option<String
 }
 
 /// All switches, in the order in which they are written.
-const SWITCHES: [Switch; 25] = [
+const SWITCHES: [Switch; 27] = [
     Switch {
         key: "sr",
         apply: |recipe, value| {
@@ -965,6 +988,54 @@ const SWITCHES: [Switch; 25] = [
         },
     },
     Switch {
+        key: "dge",
+        apply: |recipe, value| {
+            let steepness = match value {
+                "off" => None,
+                _ => Some(
+                    value
+                        .parse()
+                        .ok()
+                        .filter(|k| *k > 0)
+                        .ok_or(Refused::Expected("a steepness from 1 to 255, or off"))?,
+                ),
+            };
+            recipe.by_vector()?;
+            recipe.change_forward(|id, operand| {
+                let takes = id == OperandId::W && is_by_vector(&operand);
+                Ok(if takes { operand.with_estimator(steepness) } else { operand })
+            })
+        },
+        show: |recipe| {
+            recipe.by_vector().ok()?;
+            let steepness = recipe.typical().forward().b().estimator();
+            Some(steepness.map_or_else(|| "off".into(), |steepness| steepness.to_string()))
+        },
+    },
+    Switch {
+        key: "occ",
+        apply: |recipe, value| {
+            let share = || value.parse().ok().and_then(Kept::new);
+            let kept = match value {
+                "off" => None,
+                _ => Some(
+                    share()
+                        .ok_or(Refused::Expected("a share between 0.5 and 1, like 0.99, or off"))?,
+                ),
+            };
+            recipe.by_vector()?;
+            recipe.change_forward(|id, operand| {
+                let takes = id == OperandId::X && is_by_vector(&operand);
+                Ok(if takes { operand.with_outliers(kept) } else { operand })
+            })
+        },
+        show: |recipe| {
+            recipe.by_vector().ok()?;
+            let kept = recipe.typical().forward().a().outliers();
+            Some(kept.map_or_else(|| "off".into(), |kept| kept.share().to_string()))
+        },
+    },
+    Switch {
         key: "fwd",
         apply: |recipe, value| {
             if value != "bf16" {
@@ -1147,6 +1218,8 @@ mod tests {
             "nvidia-nvfp4,bf16-first-layers=1,bf16-last-layers=3,bf16-layers-pass=fwd",
             "quartet,scale-fwd=quest-floor,g=64,range=1",
             "quartet,from=x,rht=off",
+            "msra-fp4,dge=off,occ=0.999",
+            "msra-fp4,fp8=qkv,dge=3,occ=off,bf16-last-steps=0.1",
             "quartet2,46=off",
             "quartet2,fp8=qkv",
             "zhou-fp4,scale-fwd=floor,fp8=proj+fc2,bf16-last-steps=0.1",
@@ -1201,6 +1274,8 @@ mod tests {
             ("unbias", &["tensor", "off"]),
             ("mantissa", &["2", "7", "5t"]),
             ("fp8", &["none", "qkv+proj", "fc2"]),
+            ("dge", &["off", "1", "5"]),
+            ("occ", &["off", "0.99", "0.97"]),
             ("fwd", &["bf16"]),
             ("dgrad", &["bf16"]),
             ("wgrad", &["bf16"]),
@@ -1266,6 +1341,9 @@ mod tests {
             ("mxfp4,unbias=tensor", "expected a transform with random signs"),
             ("mxfp4-rht,signs=fixed,unbias=tensor", "expected a transform with random signs"),
             ("bf16,unbias=tensor", "unbias: bf16 has no quantized backward GEMM"),
+            ("msra-fp4,dge=0", "dge: expected a steepness from 1 to 255, or off"),
+            ("msra-fp4,occ=1", "occ: expected a share between 0.5 and 1"),
+            ("quartet,occ=0.99", "occ: quartet has no forward GEMM in FP4 with scales of vectors"),
             ("nvfp4,fp8=qkv", "fp8: nvfp4 has no forward GEMM in 4 bits"),
             ("tetrajet,fp8=head", "qkv, proj, fc1 and fc2, some of them joined by +, or none"),
             ("tetrajet,fp8=qkv+proj+fc1+fc2", "leaves no forward pass in 4 bits"),

@@ -177,6 +177,7 @@ fn cases() -> Vec<Case> {
     }
     all.extend(["fp32", "bf16", "mxfp4-rht-sr,g=256", "fp8-mxfp4-rht-sr"].map(tall));
     all.extend(Recipe::NAMES.into_iter().filter(|name| !FIRST_RECIPES.contains(name)).map(odd));
+    all.extend(["mxfp4-rht,range=3/4,unbias=tensor", "tetrajet,fp8=qkv+proj"].map(odd));
     all
 }
 

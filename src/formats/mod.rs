@@ -23,6 +23,7 @@ mod normal;
 mod nvfp4;
 mod observe;
 mod operand;
+mod outlier;
 mod philox;
 mod quantize;
 mod quantized;
@@ -52,6 +53,7 @@ pub use operand::{
     Gemm, LINEAR_NAMES, LINEARS, LinearRecipe, Operand, OperandSource, Signs, Transform,
     fill_signs, product_scale,
 };
+pub use outlier::{Kept, clamped, outlier};
 pub use philox::{Draw, GemmId, OperandId, Purpose, Random, philox4x32_10, uniform};
 pub(crate) use philox::{M0, M1, W0, W1};
 pub use quantize::{Range, Rounding, quantize_block};

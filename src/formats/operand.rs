@@ -7,7 +7,7 @@
 use std::fmt;
 
 use super::{
-    BLOCK, Block, Draw, Element, Format, GemmId, MAX_GROUP, Nvfp4Scale, OperandId, Outer,
+    BLOCK, Block, Draw, Element, Format, GemmId, Kept, MAX_GROUP, Nvfp4Scale, OperandId, Outer,
     PowerRule, Random, Range, Rounding, Scale,
 };
 use crate::{Error, Result};
@@ -107,6 +107,8 @@ pub struct Operand {
     transform: Option<Transform>,
     source: OperandSource,
     corrected: bool,
+    kept: Option<Kept>,
+    steepness: Option<u8>,
 }
 
 impl Operand {
@@ -123,7 +125,8 @@ impl Operand {
     pub const fn of(format: Format) -> Self {
         let source = OperandSource::HighPrecision;
         let (rounding, range) = (Rounding::Nearest, Range::Full);
-        Self { format, rounding, range, transform: None, source, corrected: false }
+        let (transform, corrected, kept, steepness) = (None, false, None, None);
+        Self { format, rounding, range, transform, source, corrected, kept, steepness }
     }
 
     /// In MXFP4. Unbiased rounding leaves room above the largest element, the nearest does not.
@@ -172,6 +175,17 @@ impl Operand {
         Self { corrected, ..self }.checked()
     }
 
+    /// The same with what lies beyond the quantiles of a vector apart, in bf16; [`Gemm::new`] checks
+    /// the outcome.
+    pub(crate) const fn with_outliers(self, kept: Option<Kept>) -> Self {
+        Self { kept, ..self }
+    }
+
+    /// The same with its gradient multiplied by [`super::dge_derivative`], likewise.
+    pub(crate) const fn with_estimator(self, steepness: Option<u8>) -> Self {
+        Self { steepness, ..self }
+    }
+
     /// The same made from what the forward pass dequantized.
     pub const fn from_forward(self) -> Self {
         Self { source: OperandSource::Forward, ..self }
@@ -204,7 +218,16 @@ impl Operand {
 
     /// It, or why no backend holds it.
     fn checked(self) -> Result<Self> {
-        let Self { format, rounding, range, transform, corrected, .. } = self;
+        let Self { format, rounding, range, transform, corrected, kept, steepness, .. } = self;
+        let by_vector = (Element::E2m1, Block::Vector, Scale::Power(PowerRule::Ceil));
+        let is_by_vector = (format.element(), format.block(), format.scale()) == by_vector;
+        if (kept.is_some() || steepness.is_some()) && !is_by_vector {
+            let message = format!(
+                "outliers apart and an estimator of the gradient need an operand in FP4 with powers \
+                 of two for its vectors; got one in {format}"
+            );
+            return Err(invalid(message));
+        }
         let blocks = format.is_mxfp4() || format.is_nvfp4();
         let needs = |what: &str, which: &str| {
             Err(invalid(format!("{what} needs an operand in {which}; got one in {format}")))
@@ -295,6 +318,16 @@ impl Operand {
         self.transform
     }
 
+    /// The share of a vector beyond which numbers are apart, in bf16, if that is so.
+    pub const fn outliers(&self) -> Option<Kept> {
+        self.kept
+    }
+
+    /// The steepness of the estimator that its gradient is multiplied by, if any.
+    pub const fn estimator(&self) -> Option<u8> {
+        self.steepness
+    }
+
     /// Whether its product is divided by the slope of its rounding.
     pub const fn is_corrected(&self) -> bool {
         self.corrected
@@ -311,11 +344,12 @@ impl Operand {
 /// made from the forward pass's numbers.
 impl fmt::Display for Operand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { format, rounding, range, transform, source, corrected } = self;
+        let Self { format, rounding, range, transform, source, corrected, kept, steepness } = self;
         write!(f, "{format}")?;
         match (format.element(), format.block(), format.scale()) {
             (Element::Int8, Block::Vector, _) => f.write_str(" by vector")?,
             (Element::Int8, ..) => f.write_str(" by tensor")?,
+            (Element::E2m1, Block::Vector, _) => f.write_str(" by vector")?,
             (Element::E2m1, _, Scale::Power(rule)) => write!(f, " {rule}")?,
             (_, _, Scale::TwoLevels(Nvfp4Scale::Headroom, _)) => f.write_str(" 17/16")?,
             (_, _, Scale::TwoLevels(Nvfp4Scale::FourOverSix, _)) => f.write_str(" 4/6")?,
@@ -343,6 +377,12 @@ impl fmt::Display for Operand {
                 Signs::Nvidia => " NVIDIA",
                 Signs::Plain => " plain",
             })?;
+        }
+        if let Some(kept) = kept {
+            write!(f, " OCC {}", kept.share())?;
+        }
+        if let Some(steepness) = steepness {
+            write!(f, " DGE {steepness}")?;
         }
         f.write_str(if *corrected { " /c" } else { "" })?;
         f.write_str(if *source == OperandSource::Forward { " q" } else { "" })
@@ -508,6 +548,17 @@ impl LinearRecipe {
             return Err(invalid(format!("{what} has no slow mean: W in the forward pass has one")));
         }
         recipe.checked_rotation()?;
+        for (what, operand) in operands {
+            let is_x = what == "x in the forward pass";
+            let is_w = what == "W in the forward pass";
+            if operand.kept.is_some() && !is_x || operand.steepness.is_some() && !is_w {
+                let message = format!(
+                    "expected outliers apart of x in the forward pass alone, and an estimator of \
+                     the gradient of W there; got {operand} as {what}"
+                );
+                return Err(invalid(message));
+            }
+        }
         let missing = |(what, operand): &(&'static str, &Operand)| {
             let kept = match *what {
                 "W in dgrad" => forward.b,

@@ -10,8 +10,8 @@ use super::nvfp4::{encoding, nvfp4_codes, nvfp4_scale, nvfp4_scale_within};
 use super::quantize::{nearest, quantize_element};
 use super::{
     BLOCK, Block, Draw, E2M1_MAX, Element, Format, Nvfp4Tensor, Operand, Rounding, Scale, Source,
-    amax_of, cut_mantissa, decode_e2m1, decode_e8m0, e4m3_scale, e5m2_scale, int8_scale,
-    nvfp4_outer, quantize_nvfp4, quantize_nvfp4_eden, quantize_nvfp4_within, rotate,
+    amax_of, clamped, cut_mantissa, decode_e2m1, decode_e8m0, e4m3_scale, e5m2_scale, int8_scale,
+    nvfp4_outer, outlier, quantize_nvfp4, quantize_nvfp4_eden, quantize_nvfp4_within, rotate,
     round_mantissa, round_to_e4m3, round_to_e5m2, round_to_int8,
 };
 use super::{NVFP4_BLOCK, NVFP4_OUTER, Outer};
@@ -212,7 +212,7 @@ pub fn quantize_vectors(part: Vectors<'_>, operand: &Operand, tensor: Nvfp4Tenso
             }
         }
         (Element::E2m1, Block::Vector | Block::Tensor) => {
-            e2m1_vectors(values, depth, scales, format.scale());
+            e2m1_vectors(values, depth, scales, operand);
         }
         (Element::E2m1, Block::Square(n)) => {
             squares(values, depth, n, operand, tensor, units);
@@ -231,21 +231,34 @@ pub fn quantize_vectors(part: Vectors<'_>, operand: &Operand, tensor: Nvfp4Tenso
 }
 
 /// E2M1 with a scale for every vector: f32, which products apply, or a power of two.
-fn e2m1_vectors(values: &mut [f32], depth: usize, scales: &mut [f32], rule: Scale) {
+///
+/// Outliers are clamped first, and what that took is added to the values: a product of both.
+fn e2m1_vectors(values: &mut [f32], depth: usize, scales: &mut [f32], operand: &Operand) {
     let mut scales = scales.iter_mut();
     for vector in values.chunks_exact_mut(depth) {
-        let amax = amax_of(vector);
-        let (unit, value) = match rule {
+        let whole = [f32::NEG_INFINITY, f32::INFINITY];
+        let bounds = operand.outliers().map_or(whole, |kept| kept.bounds(vector));
+        let amax = match operand.outliers() {
+            Some(_) => bounds[0].abs().max(bounds[1].abs()),
+            None => amax_of(vector),
+        };
+        let (unit, value) = match operand.format().scale() {
             Scale::Power(rule) => {
-                let unit = decode_e8m0(rule.byte(vector));
+                let unit = decode_e8m0(rule.byte(&[amax]));
                 (unit, unit)
             }
             _ => (if amax == 0.0 { 1.0 } else { amax / E2M1_MAX }, 1.0),
         };
         let unit = if amax.is_finite() { unit } else { f32::NAN };
         for v in vector.iter_mut() {
-            let magnitude = decode_e2m1(nearest((*v / unit).abs())) * value;
-            *v = if unit.is_nan() { f32::NAN } else { magnitude.copysign(*v) };
+            let inside = clamped(*v, bounds);
+            let magnitude = decode_e2m1(nearest((inside / unit).abs())) * value;
+            let number = magnitude.copysign(inside);
+            *v = match operand.outliers() {
+                _ if unit.is_nan() => f32::NAN,
+                Some(_) => number + outlier(*v, bounds),
+                None => number,
+            };
         }
         if let Some(scale) = scales.next() {
             *scale = unit;

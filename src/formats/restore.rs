@@ -1,13 +1,15 @@
-//! The way back from a product in the basis of a rotated forward pass, as Quartet has it (arXiv
-//! 2505.14669).
+//! What a gradient passes on its way back through the forward pass's quantization.
 //!
-//! A forward pass that rotates x and W multiplies Q(x H) by Q(W H). Backward operands that are made
+//! Quartet (arXiv 2505.14669): a forward pass that rotates x and W multiplies Q(x H) by Q(W H). Backward operands that are made
 //! from these numbers leave the gradient of x H or W H. Of what the scale cut off nothing passes
 //! (the straight-through estimator of a clipped number), and H turns the rest back.
+//!
+//! The differentiable estimator (arXiv 2501.17116): the gradient of W is multiplied by the slope of
+//! a smooth curve through E2M1's steps ([`dge_derivative`]).
 
 use super::{
     BLOCK, E2M1_MAX, E8M0_NAN, GemmId, LinearRecipe, Operand, OperandSource, PowerRule, Scale,
-    decode_e8m0, rotate,
+    decode_e8m0, dge_derivative, rotate,
 };
 
 /// What a backward GEMM's result goes through to become the gradient of a tensor.
@@ -26,12 +28,18 @@ impl Restoration {
             GemmId::Wgrad => (recipe.wgrad(), recipe.forward().b()),
         };
         let turned = backward.b().source() == OperandSource::Forward;
-        (turned && forward.transform().is_some()).then_some(Self { forward: *forward })
+        let rotated = turned && forward.transform().is_some();
+        (rotated || forward.estimator().is_some()).then_some(Self { forward: *forward })
     }
 
     /// Columns of the result, of a gradient that has so many: whole groups.
     pub fn depth(&self, columns: usize) -> usize {
-        columns.next_multiple_of(BLOCK)
+        if self.forward.transform().is_some() { columns.next_multiple_of(BLOCK) } else { columns }
+    }
+
+    /// The steepness of the estimator, where that is what a gradient passes.
+    pub fn estimator(&self) -> Option<u8> {
+        self.forward.estimator()
     }
 
     /// The rule by which scales cut numbers off, if they do so on purpose.
@@ -45,6 +53,9 @@ impl Restoration {
     /// Restores a row of the result in place, given that row of the tensor, which need not fill the
     /// last group.
     pub fn apply(&self, gradient: &mut [f32], tensor: &[f32]) {
+        if let Some(steepness) = self.estimator() {
+            return estimate(gradient, tensor, steepness);
+        }
         let plain = [1.0; BLOCK];
         for (gradient, x) in gradient.chunks_exact_mut(BLOCK).zip(tensor.chunks(BLOCK)) {
             if let Some(rule) = self.clips() {
@@ -59,6 +70,17 @@ impl Restoration {
             }
             rotate(gradient, &plain);
         }
+    }
+}
+
+/// Multiplies the gradient of a row of weights by the slope of the curve at each of them.
+fn estimate(gradient: &mut [f32], weights: &[f32], steepness: u8) {
+    let byte = PowerRule::Ceil.byte(weights);
+    let inverse = if byte == E8M0_NAN { f32::NAN } else { decode_e8m0(254 - byte) };
+    for (g, w) in gradient.iter_mut().zip(weights) {
+        // NOTE: of weights before they are rounded.
+        let y = w * inverse;
+        *g *= if y.is_nan() { f32::NAN } else { dge_derivative(y, steepness.into()) };
     }
 }
 
@@ -160,6 +182,36 @@ mod tests {
             let share = cut as f64 / (blocks as usize * BLOCK) as f64;
             assert!(range.contains(&share), "{rule}: {share}");
         }
+    }
+
+    /// With a steepness of 1 the curve is a straight line, and gradients are what they were; with
+    /// others they are multiplied by known slopes, whatever the scale of the row.
+    #[test]
+    fn weights_have_the_slope_of_the_estimator() {
+        let of = |steepness| {
+            let forward = Operand::of(Format::e2m1_vectors(true));
+            let w = forward.with_estimator(Some(steepness));
+            let backward = Gemm::new(Operand::E5M2, Operand::E4M3.from_forward()).unwrap();
+            let forward = Gemm::new(forward, w).unwrap();
+            let recipe = LinearRecipe::new(forward, backward, backward).unwrap();
+            assert_eq!(Restoration::of(&recipe, GemmId::Dgrad), None);
+            Restoration::of(&recipe, GemmId::Wgrad).unwrap()
+        };
+        let (weights, g) = (normal(70, 7), normal(70, 8));
+        let mut straight = g.clone();
+        of(1).apply(&mut straight, &weights);
+        assert_eq!(straight, g);
+        for scale in [1.0, 2f32.powi(-20), 2f32.powi(9)] {
+            let weights = [0.1, -0.24, 2.4, 6.0, 0.5].map(|w| w * scale);
+            let mut gradient = [1.0, 1.0, -1.0, 2.0, 1.0];
+            of(5).apply(&mut gradient, &weights);
+            for (ours, exact) in gradient.iter().zip([0.300_960, 2.626_528, -0.724_780, 0.4, 0.2]) {
+                assert!((ours / exact - 1.0f32).abs() < 2e-4, "{ours}, {exact}");
+            }
+        }
+        let mut gradient = [1.0, 1.0];
+        of(5).apply(&mut gradient, &[f32::NAN, 1.0]);
+        assert!(gradient.iter().all(|g| g.is_nan()));
     }
 
     #[test]

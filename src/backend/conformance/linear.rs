@@ -7,7 +7,7 @@
 use super::*;
 use crate::formats::{
     self, BLOCK, Bits, Element, Format, Gemm, GemmId, LinearRecipe, Operand, OperandId,
-    OperandSource, Quantized, Restoration, Rounding, Source,
+    OperandSource, PowerRule, Quantized, Restoration, Rounding, Source,
 };
 
 /// Rows, inputs and outputs: some that nothing divides, then those that tensor cores take whole.
@@ -22,7 +22,7 @@ const SIZES: [[usize; 3]; 7] = [
 ];
 
 /// Recipes that switches make, of what no name alone is.
-const SWITCHED: [&str; 35] = [
+const SWITCHED: [&str; 40] = [
     "mxfp4-rht,g=32",
     "mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16",
     "mxfp4-rht-sr,g=256,signs=fixed",
@@ -52,6 +52,11 @@ const SWITCHED: [&str; 35] = [
     "quartet,from=x,signs=plain",
     "quartet,scale-fwd=floor,g=128",
     "quartet,fwd=bf16",
+    "msra-fp4,dge=off,occ=off",
+    "msra-fp4,dge=3,occ=0.97",
+    "msra-fp4,from=x,wgrad=bf16",
+    "msra-fp4,fwd=bf16,dgrad=bf16",
+    "msra-fp4,fp8=fc1",
     "quartet,unbias=tensor",
     "mxfp4-rht,range=3/4,unbias=tensor",
     "mxfp4-rht,g=256,unbias=tensor,wgrad=bf16",
@@ -264,6 +269,15 @@ fn restored(
     columns: usize,
 ) -> Vec<f64> {
     let Some(restoration) = Restoration::of(recipe, id) else { return result };
+    if let Some(steepness) = restoration.estimator() {
+        let rows = result.chunks(columns).zip(tensor.chunks(columns));
+        let slopes = rows.flat_map(|(result, w)| {
+            let scale = formats::decode_e8m0(PowerRule::Ceil.byte(w));
+            let slope = move |w: &f32| formats::dge_derivative(w / scale, steepness.into());
+            result.iter().zip(w).map(move |(g, w)| g * f64::from(slope(w)))
+        });
+        return slopes.collect();
+    }
     let depth = restoration.depth(columns);
     let mut gradient = Vec::new();
     for (result, x) in result.chunks(depth).zip(tensor.chunks(columns)) {

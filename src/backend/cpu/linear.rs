@@ -30,14 +30,16 @@ pub(super) fn scratch(isa: Isa, shape: &WorkspaceShape<'_>) -> ScratchSize {
     for LinearShape { rows, inputs, outputs } in shape.linears.iter().copied() {
         for recipe in shape.recipes {
             let forward = recipe.forward();
-            add_gemm(isa, &mut size, forward, forward.b(), [rows, outputs, inputs]);
+            let at_once = packs_at_once(forward, forward.b());
+            add_gemm(isa, &mut size, forward, at_once, [rows, outputs, inputs]);
             if shape.backward {
                 let w = (GemmId::Dgrad, recipe.dgrad(), forward.b(), [rows, outputs]);
                 let x = (GemmId::Wgrad, recipe.wgrad(), forward.a(), [outputs, rows]);
                 for (id, gemm, of_forward, [vectors, length]) in [w, x] {
                     let restoration = Restoration::of(recipe, id);
                     let columns = restoration.map_or(inputs, |restored| restored.depth(inputs));
-                    add_gemm(isa, &mut size, gemm, of_forward, [vectors, columns, length]);
+                    let at_once = restoration.is_none() && packs_at_once(gemm, of_forward);
+                    add_gemm(isa, &mut size, gemm, at_once, [vectors, columns, length]);
                     if gemm.b().source() == OperandSource::Forward {
                         size.values[2].add([length, inputs], forward.group());
                     }
@@ -51,16 +53,10 @@ pub(super) fn scratch(isa: Isa, shape: &WorkspaceShape<'_>) -> ScratchSize {
     size
 }
 
-/// Room for the operands of a product of m and n vectors of length k.
-fn add_gemm(
-    isa: Isa,
-    size: &mut ScratchSize,
-    gemm: &Gemm,
-    forward: &Operand,
-    [m, n, k]: [usize; 3],
-) {
+/// Room for the operands of a product of m and n vectors of length k, packed at once or not.
+fn add_gemm(isa: Isa, size: &mut ScratchSize, gemm: &Gemm, at_once: bool, [m, n, k]: [usize; 3]) {
     let group = gemm.group();
-    if packs_at_once(gemm, forward) {
+    if at_once {
         let format = Format::carrying(gemm.a().format());
         size.a.add(isa, [m, k], format, group);
         size.b[0].add(isa, [n, k], format, group);
@@ -208,7 +204,7 @@ impl Cpu {
         let mut signs = [0.0; formats::MAX_GROUP];
         let signs = formats::fill_signs(&mut signs, gemm.transform(), id, random);
         let from_forward = gemm.b().source() == OperandSource::Forward;
-        if packs_at_once(gemm, forward) {
+        if restored.is_none() && packs_at_once(gemm, forward) {
             let seen = if from_forward { forward } else { gemm.b() };
             let (a, b) =
                 (dequantized(self, a, gemm.a().format()), dequantized(self, b, seen.format()));

@@ -94,6 +94,8 @@ pub(super) fn packs_at_once(gemm: &Gemm, forward: &Operand) -> bool {
 pub(super) fn conversion(gemm: &Gemm) -> Conversion<'static> {
     match (gemm.element(), gemm.a().format().scale()) {
         (Element::F32, _) | (_, Scale::TwoLevels(_, Outer::Elements)) => Conversion::F32,
+        // Sums of numbers and outliers.
+        _ if gemm.a().outliers().is_some() => Conversion::F32,
         _ => Conversion::Bf16,
     }
 }

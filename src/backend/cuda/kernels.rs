@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 19] = [
+pub(super) static FILES: [File; 21] = [
     file!("optimize", [], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
@@ -43,6 +43,7 @@ pub(super) static FILES: [File; 19] = [
     file!("embed", [], |_| {
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
+    file!("estimate", [], |_| of("estimate")),
     file!("follow", [], |_| {
         of("update_mean begin_track observe add_observations reset_oscillating")
     }),
@@ -54,6 +55,7 @@ pub(super) static FILES: [File; 19] = [
     file!("head", [], |_| of("softmax_loss<T>")),
     file!("norm", [], |_| of("normalize<T,B> layernorm_backward<T>")),
     file!("normal", ["random.cuh"], |_| of("fill_normal")),
+    file!("outliers", [], |_| of("find_bounds<T>")),
     file!("product_sm120", [], |chip| match chip {
         (12, 0 | 1) => of("product_mxfp4<T>"),
         _ => Vec::new(),

@@ -15,6 +15,7 @@
 
 mod adamw;
 mod correct;
+mod estimate;
 mod follow;
 mod fp4_instruction;
 mod fp8;

@@ -2,7 +2,7 @@
 
 use super::super::quantize::Launch;
 use super::super::quantize::Source as Address;
-use super::super::quantize::values::{Matrix, Quantization, Scaling, To};
+use super::super::quantize::values::{Matrix, Outliers, Quantization, Scaling, To};
 use super::{Emulator, SCHEDULES};
 use crate::backend::Precision;
 use crate::backend::conformance::RANDOM;
@@ -20,6 +20,9 @@ fn operands() -> Vec<Operand> {
     }
     all.extend([Format::INT8_VECTORS, Format::INT8_TENSOR].map(of));
     all.extend([false, true].map(|powers| of(Format::e2m1_vectors(powers))));
+    for share in [0.99, 0.9] {
+        all.push(of(Format::e2m1_vectors(true)).with_outliers(formats::Kept::new(share)));
+    }
     for rule in PowerRule::ALL {
         for square in [false, true] {
             let operand = of(Format::mxfp4(rule, square));
@@ -124,6 +127,7 @@ fn word(v: f32, wide: bool) -> u32 {
 #[test]
 fn values_are_those_of_the_definition() {
     let Some(emulator) = Emulator::new("quantize_values") else { return };
+    let Some(bounds_of) = Emulator::new("outliers") else { return };
     let mut cases = 0;
     for (i, operand) in operands().iter().enumerate() {
         for (j, shape) in [(33, 70), (21, 300), (3, 5)].into_iter().enumerate() {
@@ -136,7 +140,12 @@ fn values_are_those_of_the_definition() {
                 let schedule = SCHEDULES[cases % 3];
                 // Where numbers go does not depend on how they are made.
                 let to = [(true, false), (false, false), (true, true)][cases % 3];
-                check(&emulator, schedule, operand, (shape, kind), (precision, transposed), to);
+                // Outliers are those of vectors that are stored as such.
+                if transposed && operand.outliers().is_some() {
+                    continue;
+                }
+                let emulators = [&emulator, &bounds_of];
+                check(emulators, schedule, operand, (shape, kind), (precision, transposed), to);
                 cases += 1;
             }
         }
@@ -144,7 +153,7 @@ fn values_are_those_of_the_definition() {
 }
 
 fn check(
-    emulator: &Emulator,
+    [emulator, bounds_of]: [&Emulator; 2],
     schedule: (u32, u32),
     operand: &Operand,
     ((vectors, length), kind): ((usize, usize), Data),
@@ -180,6 +189,7 @@ fn check(
     // MS-EDEN, which no weight of a forward pass is rounded by, notes none.
     let has_units = operand.rounding() != Rounding::Eden;
     let mut units = vec![f32::NAN; if has_units { exact.units.len() } else { 0 }];
+    let mut bounds = vec![f32::NAN; 2 * vectors];
     let (mut scale, mut factors, other) = (f32::NAN, [f32::NAN; 2], 3.0f32);
     let of = Quantization {
         matrix: Matrix {
@@ -205,6 +215,7 @@ fn check(
             scale: &raw mut scale as u64,
             other: &raw const other as u64,
             factors: factors.as_mut_ptr() as u64,
+            bounds: bounds.as_mut_ptr() as u64 * u64::from(operand.outliers().is_some()),
             sums: 0,
             alpha: 4.0 / 3.0,
             beta: 1.0,
@@ -212,7 +223,10 @@ fn check(
     };
     let number = if precision == Precision::F32 { "float" } else { "bf16" };
     let launch = of.launch();
-    if of.finds_amax() {
+    if let Some(outliers) = Outliers::of(&of) {
+        let launch = Launch { grid: [vectors, 1, 1], block: 256, shared: 0 };
+        bounds_of.launch(schedule, &format!("find_bounds<{number}>"), launch, outliers);
+    } else if of.finds_amax() {
         let name = format!("find_value_amax<{number}>");
         emulator.launch(schedule, &name, launch, of.arguments());
     }

@@ -36,6 +36,7 @@ fn has_own_kernels(recipe: &LinearRecipe, gemm: &Gemm, of: Of) -> bool {
     let from_fp8 = of == Of::Wgrad && recipe.forward().is_in(Format::E4M3);
     [Format::F32, Format::BF16, fourth].into_iter().any(|format| gemm.is_in(format))
         && !gemm.is_corrected()
+        && of.restoration(recipe).is_none()
         && (from_tensor || from_fp8)
 }
 
@@ -133,6 +134,8 @@ pub(crate) struct Room {
     vectors: [Piece; 3],
     /// Of A and B: what their slopes are made from.
     sums: [Piece; 2],
+    /// Quantiles of vectors.
+    bounds: Piece,
 }
 
 /// How much memory recipes need.
@@ -145,6 +148,7 @@ pub(crate) struct Size {
     words: usize,
     vectors: [usize; 3],
     sums: [usize; 2],
+    bounds: usize,
 }
 
 impl Size {
@@ -188,6 +192,9 @@ impl Size {
         {
             raise(most, vector_bytes(operand.format(), vectors));
         }
+        if gemm.a().outliers().or(of.forward(recipe).outliers()).is_some() {
+            raise(&mut self.bounds, 8 * rows);
+        }
         if gemm.b().source() == OperandSource::Forward {
             raise(&mut self.kept, n * k * 4);
             // The vectors of its own product are the columns of this one's.
@@ -205,13 +212,16 @@ impl Size {
             words: arena.bytes(self.words),
             vectors: self.vectors.map(|bytes| arena.bytes(bytes)),
             sums: self.sums.map(|bytes| arena.bytes(bytes)),
+            bounds: arena.bytes(self.bounds),
         }
     }
 }
 
 /// Whether bf16 does not hold the numbers.
 fn is_wide(gemm: &Gemm) -> bool {
+    // Sums of numbers and outliers, too.
     matches!(gemm.a().format().scale(), Scale::TwoLevels(_, Outer::Elements))
+        || gemm.a().outliers().is_some()
 }
 
 /// Whether the product is not the result yet: f32 operands make f32 alone, and scales of vectors
@@ -311,6 +321,8 @@ pub(crate) struct To {
     pub(crate) other: u64,
     /// Gets what the product is multiplied by, `alpha` times both scales, and `beta`; or 0.
     pub(crate) factors: u64,
+    /// Quantiles of its vectors, where it has outliers; or 0.
+    pub(crate) bounds: u64,
     /// Gets pairs of sums, for the slope; or 0.
     pub(crate) sums: u64,
     pub(crate) alpha: f32,
@@ -342,6 +354,7 @@ pub(crate) struct Arguments {
     scale: u64,
     other: u64,
     factors: u64,
+    bounds: u64,
     sums: u64,
     vectors: u32,
     length: u32,
@@ -457,6 +470,7 @@ impl Quantization {
             scale: to.scale,
             other: to.other,
             factors: to.factors,
+            bounds: to.bounds,
             sums: to.sums,
             vectors: matrix.vectors as u32,
             length: matrix.length as u32,
@@ -502,7 +516,10 @@ impl Quantization {
 
     fn run(mut self, cuda: &Cuda) {
         let source = self.matrix.source;
-        if self.finds_amax() {
+        if let Some(outliers) = Outliers::of(&self) {
+            let grid = [self.matrix.vectors, 1, 1];
+            launch!(cuda.gpu, kernel!(source, "find_bounds"), grid, THREADS, 0; outliers);
+        } else if self.finds_amax() {
             self.start(cuda, kernel!(source, "find_value_amax"), self.is_rotated_anew());
         } else if let Some(amax) = self.noted() {
             self.to.amax = amax;
@@ -531,6 +548,34 @@ impl Quantization {
         } else {
             launch!(cuda.gpu, kernel, grid, block, shared; arguments);
         }
+    }
+}
+
+/// `Outliers` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Outliers {
+    source: u64,
+    amax: u64,
+    bounds: u64,
+    vectors: u32,
+    length: u32,
+    ranks: [u32; 2],
+}
+
+impl Outliers {
+    /// Of an operand that has some: x of a forward pass, which is stored along the reduction.
+    pub(crate) fn of(made: &Quantization) -> Option<Self> {
+        let Matrix { source, vectors, length, .. } = made.matrix;
+        let kept = made.operand.outliers()?;
+        Some(Self {
+            source: source.address,
+            amax: made.to.amax,
+            bounds: made.to.bounds,
+            vectors: vectors as u32,
+            length: length as u32,
+            ranks: kept.ranks(length).map(|rank| rank as u32),
+        })
     }
 }
 
@@ -606,6 +651,18 @@ impl Measured {
 pub(crate) struct Correct {
     pub(crate) operands: [Measured; 2],
     pub(crate) factors: u64,
+}
+
+/// `Estimate` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Estimate {
+    pub(crate) out: u64,
+    pub(crate) c: u64,
+    pub(crate) tensor: u64,
+    pub(crate) columns: u32,
+    pub(crate) accumulate: u32,
+    pub(crate) steepness: f32,
 }
 
 /// `Restore` of the kernels.
@@ -688,7 +745,10 @@ pub(crate) fn multiply(
     let room = &workspace.values;
     let inputs = b.vectors;
     let word = |at: u64| room.words.address + at;
-    if let Some(types) = fp8_types(cuda, gemm, [a, b]) {
+    let restoration = of.restoration(recipe);
+    if restoration.is_none()
+        && let Some(types) = fp8_types(cuda, gemm, [a, b])
+    {
         let operands = [&workspace.left, &workspace.right].map(|room| room.elements.address);
         for (i, (matrix, operand)) in [(a, gemm.a()), (b, gemm.b())].into_iter().enumerate() {
             let to = [operands[i], word(FP8_SCALES[i])];
@@ -722,6 +782,9 @@ pub(crate) fn multiply(
             _ => [word(AMAXES[place]), 4],
         };
         made.to.amax = amax;
+        if made.operand.outliers().is_some() {
+            made.to.bounds = room.bounds.address;
+        }
         if formats::has_vector_scales(made.operand.format()) {
             made.to.vector_scales = amax + bytes;
         }
@@ -740,7 +803,6 @@ pub(crate) fn multiply(
         let vectors = if rotated.is_some() { kept.depth() } else { b.vectors };
         b = Matrix { source, amax: None, vectors, ..b };
     }
-    let restoration = of.restoration(recipe);
     let accumulate = out.accumulate && restoration.is_none();
     let [left, right] = [&workspace.left, &workspace.right].map(|room| room.elements.address);
     let transform = gemm.transform();
@@ -790,6 +852,18 @@ pub(crate) fn multiply(
     }
     let c = room.result.address;
     cuda.product(workspace, &Product { c, c_type: Type::F32, bias: None, ..product });
+    if let Some(steepness) = restoration.and_then(|restoration| restoration.estimator()) {
+        let estimate = Estimate {
+            out: out.address,
+            c,
+            tensor: out.tensor,
+            columns: inputs as u32,
+            accumulate: u32::from(out.accumulate),
+            steepness: steepness.into(),
+        };
+        launch!(cuda.gpu, "estimate", [m, 1, 1], THREADS, 0; estimate);
+        return;
+    }
     if let Some(restoration) = restoration {
         let restore = Restore::new(restoration, out, c, [m, inputs]);
         let (grid, block) = ([restore.grid(), 1, 1], Restore::THREADS);
