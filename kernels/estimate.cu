@@ -5,14 +5,14 @@
 
 // `Estimate` of backend/cuda/quantize/values.rs.
 struct Estimate {
-  float *out;         // (rows, columns)
-  const float *c;     // likewise: the gradient of what weights became
+  float *out;          // (rows, columns)
+  const float *c;      // likewise: the gradient of what weights became
   const float *tensor; // likewise: the weights
   u32 columns, accumulate;
   float steepness;
 };
 
-// The bin of a magnitude up to 6, and its width.
+// f'(y) = min(3, |2 (y - lo) / d - 1|^(1/k - 1) / k) in the bin [lo, lo + d) of the magnitude.
 __device__ __forceinline__ float derivative(float y, float steepness) {
   const float edges[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
   float magnitude = fminf(fabsf(y), 6.0f);

@@ -175,7 +175,7 @@ impl Operand {
         Self { corrected, ..self }.checked()
     }
 
-    /// The same with what lies beyond the quantiles of a vector apart, in bf16; [`Gemm::new`] checks
+    /// The same with what lies beyond the quantiles of a vector apart, in bf16. [`Gemm::new`] checks
     /// the outcome.
     pub(crate) const fn with_outliers(self, kept: Option<Kept>) -> Self {
         Self { kept, ..self }

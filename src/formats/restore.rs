@@ -1,8 +1,9 @@
 //! What a gradient passes on its way back through the forward pass's quantization.
 //!
-//! Quartet (arXiv 2505.14669): a forward pass that rotates x and W multiplies Q(x H) by Q(W H). Backward operands that are made
-//! from these numbers leave the gradient of x H or W H. Of what the scale cut off nothing passes
-//! (the straight-through estimator of a clipped number), and H turns the rest back.
+//! Quartet (arXiv 2505.14669): a forward pass that rotates x and W multiplies Q(x H) by Q(W H).
+//! Backward operands that are made from these numbers leave the gradient of x H or W H. Of what the
+//! scale cut off nothing passes (the straight-through estimator of a clipped number), and H turns
+//! the rest back.
 //!
 //! The differentiable estimator (arXiv 2501.17116): the gradient of W is multiplied by the slope of
 //! a smooth curve through E2M1's steps ([`dge_derivative`]).

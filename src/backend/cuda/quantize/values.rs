@@ -1,7 +1,8 @@
 //! Products of operands in any format: each becomes bf16 numbers, or f32 where their scales ask for
 //! that, which tensor cores then multiply exactly (`quantize_values.cu`). What the numbers are is
 //! the definition's own, bit for bit; what they are multiplied by besides, which depends on the
-//! tensor, stays on the device. Of rotated forward operands the result is turned back (`restore.cu`).
+//! tensor, stays on the device. The result of rotated forward operands is turned back
+//! (`restore.cu`), that of weights with an estimator multiplied by it (`estimate.cu`).
 //!
 //! FP8 operands with a scale for each tensor become bytes instead where FP8 tensor cores take them.
 //! The formats that have kernels of their own (`has_own_kernels`) do not come here.
