@@ -99,5 +99,6 @@ pub use recipe::Recipe;
 pub use room::MemoryRoom;
 pub use run::{Cadence, TrainerOptions};
 pub use trainer::{
-    Carried, EvalStats, Plan, StepStats, StopHandle, Trainer, carriers, emulation, plan,
+    Carried, EvalStats, Plan, StepStats, StopHandle, Trainer, WeightChange, WeightMetrics,
+    carriers, emulation, plan,
 };

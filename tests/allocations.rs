@@ -15,6 +15,9 @@ use mxfp4train::{
     Recipe, Schedule, Trainer, TrainerOptions, plan,
 };
 
+/// Weights are rounded by their means, tracked, reset and watched.
+const FOLLOWED: &str = "tetrajet,ema=0.9,reset=4:2:8@0";
+
 static CALLS: AtomicU64 = AtomicU64::new(0);
 
 /// The system's functions in place of those of libc. NOTE: not a global allocator, which the crate
@@ -103,6 +106,7 @@ fn a_step_allocates_nothing() {
             (&unlike_gpt2, "mxfp4-rht-sr", stable, 1e-8),
             (&model, "bf16", adamw, 1e-45),
             (&model, "bf16", stable, 1e-45),
+            (&model, FOLLOWED, adamw, 1e-8),
         ];
         for (model, name, kind, epsilon) in all.chain(others) {
             let options = TrainerOptions {
@@ -116,6 +120,9 @@ fn a_step_allocates_nothing() {
             let mut trainer = Trainer::new(model, options).unwrap();
             if epsilon < 1e-8 {
                 trainer.set_lr(Some(0.0)).unwrap();
+            }
+            if name == FOLLOWED {
+                trainer.watch_weights(3).unwrap();
             }
             for data in &sources {
                 trainer.step(data).unwrap();

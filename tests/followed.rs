@@ -171,6 +171,62 @@ fn frozen_weights_are_not_reset() {
     assert_eq!(weights(&frozen), before);
 }
 
+/// Over windows of five steps: nothing of the run changes, and what rests has codes that rest.
+#[test]
+fn weights_are_watched() {
+    let recipe = "tetrajet,ema=0.9,bf16-last-layers=1";
+    let [mut plain, mut watched] = [1, 3].map(|threads| trainer(threads, recipe));
+    assert_eq!(watched.weight_metrics(), None);
+    watched.watch_weights(5).unwrap();
+    assert_eq!(losses(&mut watched, 4), losses(&mut plain, 4));
+    assert_eq!(watched.weight_metrics(), None);
+    assert_eq!(losses(&mut watched, 8), losses(&mut plain, 8));
+    assert_eq!(weights(&watched), weights(&plain));
+    let found = watched.weight_metrics().unwrap().clone();
+    assert_eq!((found.step, found.steps, found.tensors.len()), (10, 5, 4), "{found:?}");
+    let all = found.all;
+    assert!(all.change > 1e-4 && all.change < 0.2, "{all:?}");
+    assert!(all.rounded_change > all.change && all.flipped > 0.0 && all.flipped < 0.2, "{all:?}");
+    assert!(all.confidence > 0.3 && all.confidence < 0.8, "{all:?}");
+    assert!(all.oscillating < 0.2 && all.clipped == 0.0, "{all:?}");
+    let amax = found.tensors.iter().map(|(_, of)| of.amax).fold(0.0, f32::max);
+    assert_eq!(amax, all.amax);
+    for (name, of) in &found.tensors {
+        assert!(name.starts_with("transformer.h.0.") && name.ends_with(".weight"), "{name}");
+        assert!(of.change > 0.0 && of.rounded_change > 0.0, "{name}: {of:?}");
+    }
+    // A slow mean that hardly moves any more.
+    watched.set_lr(Some(0.0)).unwrap();
+    losses(&mut watched, 8);
+    let frozen = &watched.weight_metrics().unwrap().all;
+    assert_eq!((watched.weight_metrics().unwrap().step, frozen.change), (20, 0.0));
+
+    let mut frozen = trainer(1, "tetrajet");
+    frozen.set_lr(Some(0.0)).unwrap();
+    frozen.watch_weights(2).unwrap();
+    losses(&mut frozen, 2);
+    let found = frozen.weight_metrics().unwrap().all;
+    assert_eq!((found.change, found.rounded_change, found.flipped), (0.0, 0.0, 0.0));
+    frozen.watch_weights(0).unwrap();
+    assert_eq!(frozen.weight_metrics(), None);
+    let error = trainer(1, "mxfp4-rht-sr").watch_weights(3).unwrap_err().to_string();
+    assert!(error.contains("mxfp4-rht-sr rounds no weight to 4 bits"), "{error}");
+}
+
+/// What they are for: a slow mean keeps numbers where they are.
+#[test]
+fn means_make_numbers_move_less() {
+    let [plain, by_means] = ["tetrajet", "tetrajet,ema=0.998"].map(|recipe| {
+        let mut trainer = trainer(2, recipe);
+        losses(&mut trainer, 12);
+        trainer.watch_weights(6).unwrap();
+        losses(&mut trainer, 6);
+        trainer.weight_metrics().unwrap().all
+    });
+    assert!(by_means.rounded_change < 0.5 * plain.rounded_change, "{by_means:?} {plain:?}");
+    assert!((by_means.change / plain.change - 1.0).abs() < 0.2, "{by_means:?} {plain:?}");
+}
+
 #[test]
 fn a_reset_needs_a_schedule_with_an_end() {
     let without_end =

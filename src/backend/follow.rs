@@ -79,7 +79,7 @@ pub trait Follow: Memory {
         of: Viewed<'_>,
     );
     /// What was last observed of each weight. Waits for the device.
-    fn observations(&self, observer: &Self::Observer, to: &mut [Observation]) -> Result<()>;
+    fn observations(&self, observer: &mut Self::Observer, to: &mut [Observation]) -> Result<()>;
     /// Weights that [`crate::formats::oscillates`] is true of become what they are rounded to, by
     /// the view after the step. Copies that kernels read follow.
     fn reset(

@@ -1,16 +1,17 @@
 //! What a recipe keeps of the weights of blocks from step to step: their slow means, and how far they
 //! and what they are rounded to move while those that oscillate are looked for.
 
-use crate::Result;
+use super::watch::{Watch, WeightMetrics};
 use crate::backend::{Backend, Part, StepPlan, Track, Values, View, Viewed};
 use crate::checkpoint::TensorRead;
 use crate::formats::{LINEARS, Operand, Reset, ResetPhase};
 use crate::gpt::{Matrix, Means, ParamTable, TensorInfo};
-use crate::model::OnDevice;
+use crate::model::{Model, OnDevice};
 use crate::optim::State;
 use crate::recipe::Recipe;
 use crate::reserve::{collect, text};
 use crate::run::TrainerState;
+use crate::{Error, Result};
 
 /// The slow means, as checkpoints name them.
 const MEAN: State = State { name: "ema", what: "slow mean", is_signed: true };
@@ -30,25 +31,64 @@ pub(super) struct Followed<B: Backend> {
     means: Option<B::F32>,
     /// Where the recipe resets them.
     tracked: Option<Tracked<B>>,
+    /// Where somebody asks how they change.
+    watch: Option<Watch<B>>,
 }
 
 /// Flat buffers (matrices), each as [`Track`] has it, and who looks.
-struct Tracked<B: Backend> {
+pub(super) struct Tracked<B: Backend> {
     flats: [B::F32; 3],
     observer: B::Observer,
 }
 
 impl<B: Backend> Tracked<B> {
-    fn new(backend: &B, arena: &mut B::Arena, matrices: &[Matrix], len: usize) -> Result<Self> {
+    pub(super) fn new(
+        backend: &B,
+        arena: &mut B::Arena,
+        matrices: &[Matrix],
+        len: usize,
+    ) -> Result<Self> {
         let flats = std::array::from_fn(|_| backend.f32(arena, len));
         let shapes = matrices.iter().map(|matrix| Ok(matrix.shape));
         let shapes = collect("the shapes of the weights of blocks", shapes)?;
         Ok(Self { flats, observer: backend.observer(arena, &shapes)? })
     }
 
-    fn of(&mut self, matrix: &Matrix) -> (Track<'_, B>, &mut B::Observer) {
+    pub(super) fn of(&mut self, matrix: &Matrix) -> (Track<'_, B>, &mut B::Observer) {
         let [before, moved, rounded_moved] = &mut self.flats;
         (Track { before, moved, rounded_moved, slot: matrix.own }, &mut self.observer)
+    }
+
+    pub(super) fn observer(&mut self) -> &mut B::Observer {
+        &mut self.observer
+    }
+
+    /// A weight as the forward pass of the step saw it.
+    pub(super) fn view_before(
+        &mut self,
+        backend: &B,
+        matrix: &Matrix,
+        mean: Option<Part<'_, B>>,
+        of: Viewed<'_>,
+    ) {
+        let (Track { before, slot, .. }, observer) = self.of(matrix);
+        let kept = Values::Kept(Part { flat: before, slot });
+        backend.view(observer, View::Before, kept, mean, of);
+    }
+
+    /// The weight after the step, and what moved.
+    pub(super) fn observe(
+        &mut self,
+        backend: &B,
+        weights: &B::Weights,
+        matrix: &Matrix,
+        mean: Option<Part<'_, B>>,
+        of: Viewed<'_>,
+    ) {
+        let (track, observer) = self.of(matrix);
+        let w = || backend.param(weights, matrix.param);
+        backend.view(observer, View::After, Values::Weight(w()), mean, of);
+        backend.observe(observer, track, w(), of);
     }
 }
 
@@ -57,11 +97,17 @@ impl<B: Backend> Tracked<B> {
 pub(super) struct Done {
     pub(super) steps: u64,
     pub(super) of: u64,
+    /// Steps done of the run.
+    pub(super) run: u64,
 }
 
 impl Done {
     pub(super) fn of(state: &TrainerState) -> Self {
-        Self { steps: state.schedule_step(), of: state.options.schedule.total_steps }
+        Self {
+            steps: state.schedule_step(),
+            of: state.options.schedule.total_steps,
+            run: state.step,
+        }
     }
 }
 
@@ -74,12 +120,12 @@ impl<B: Backend> Followed<B> {
     ) -> Result<Self> {
         let (ema, reset) = (recipe.ema(), recipe.reset());
         if ema.is_none() && reset.is_none() {
-            return Ok(Self { matrices: Vec::new(), means: None, tracked: None });
+            return Ok(Self { matrices: Vec::new(), means: None, tracked: None, watch: None });
         }
         let (matrices, len) = table.matrices(B::ALIGN)?;
         let means = ema.map(|_| backend.f32(arena, len));
         let tracked = reset.map(|_| Tracked::new(backend, arena, &matrices, len)).transpose()?;
-        Ok(Self { matrices, means, tracked })
+        Ok(Self { matrices, means, tracked, watch: None })
     }
 
     /// Begins with weights as they are.
@@ -98,23 +144,30 @@ impl<B: Backend> Followed<B> {
         plan: &StepPlan,
         recipe: &Recipe,
         done: Done,
-    ) -> bool {
+    ) -> Result<bool> {
         let phase = |reset: Reset| reset.phase(done.steps, done.of);
         let phase = recipe.reset().map_or(ResetPhase::Rest, phase);
         for number in 0..self.matrices.len() {
             let operand = *plan.layers[number / LINEARS][number % LINEARS].forward().b();
             // None of a block or a step in bf16.
-            let phase = if operand.has_codes() { phase } else { ResetPhase::Rest };
-            if phase == ResetPhase::Track {
-                self.view_before(backend, number, &operand);
+            let has_codes = operand.has_codes();
+            let phase = if has_codes { phase } else { ResetPhase::Rest };
+            if has_codes {
+                self.view_before(backend, number, &operand, phase);
             }
             if let Some(decay) = recipe.ema() {
                 self.update_mean(backend, weights, number, decay);
             }
             let threshold = recipe.reset().map_or(f32::INFINITY, |reset| reset.threshold());
-            self.track(backend, weights, (number, &operand), phase, threshold);
+            if has_codes {
+                self.observe(backend, weights, (number, &operand));
+                self.track(backend, weights, (number, &operand), phase, threshold);
+            }
         }
-        phase == ResetPhase::Reset
+        if let Some(watch) = &mut self.watch {
+            watch.end_step(backend, weights, &self.matrices, done.run)?;
+        }
+        Ok(phase == ResetPhase::Reset)
     }
 
     fn update_mean(&mut self, backend: &B, weights: &B::Weights, number: usize, decay: f32) {
@@ -124,15 +177,29 @@ impl<B: Backend> Followed<B> {
         }
     }
 
-    /// As the forward pass of the step saw the weight.
-    fn view_before(&mut self, backend: &B, number: usize, operand: &Operand) {
-        let Self { matrices, means, tracked } = self;
-        let (Some(tracked), matrix) = (tracked, &matrices[number]) else { return };
+    /// As the forward pass of the step saw the weight, for those who follow it.
+    fn view_before(&mut self, backend: &B, number: usize, operand: &Operand, phase: ResetPhase) {
+        let Self { matrices, means, tracked, watch } = self;
+        let matrix = &matrices[number];
+        let mean = || means.as_ref().map(|flat| Part { flat, slot: matrix.own });
+        let of = Viewed { number, shape: matrix.shape, operand };
+        if let Some(tracked) = tracked
+            && phase == ResetPhase::Track
+        {
+            tracked.view_before(backend, matrix, mean(), of);
+        }
+        if let Some(watch) = watch {
+            watch.view_before(backend, matrix, mean(), of);
+        }
+    }
+
+    /// What the step did to the weight, for whoever watches.
+    fn observe(&mut self, backend: &B, weights: &B::Weights, (number, operand): (usize, &Operand)) {
+        let Self { matrices, means, watch, .. } = self;
+        let (Some(watch), matrix) = (watch, &matrices[number]) else { return };
         let mean = means.as_ref().map(|flat| Part { flat, slot: matrix.own });
         let of = Viewed { number, shape: matrix.shape, operand };
-        let (Track { before, slot, .. }, observer) = tracked.of(matrix);
-        let kept = Values::Kept(Part { flat: before, slot });
-        backend.view(observer, View::Before, kept, mean, of);
+        watch.observe(backend, weights, matrix, mean, of);
     }
 
     fn track(
@@ -143,24 +210,71 @@ impl<B: Backend> Followed<B> {
         phase: ResetPhase,
         threshold: f32,
     ) {
-        let Self { matrices, means, tracked } = self;
+        let Self { matrices, means, tracked, .. } = self;
         let (Some(tracked), matrix) = (tracked, &matrices[number]) else { return };
         let mean = means.as_ref().map(|flat| Part { flat, slot: matrix.own });
         let of = Viewed { number, shape: matrix.shape, operand };
-        let (track, observer) = tracked.of(matrix);
-        let w = || backend.param(weights, matrix.param);
         match phase {
             ResetPhase::Rest => {}
-            ResetPhase::Begin => backend.begin_track(track, w()),
-            ResetPhase::Track => {
-                backend.view(observer, View::After, Values::Weight(w()), mean, of);
-                backend.observe(observer, track, w(), of);
+            ResetPhase::Begin => {
+                let (track, _) = tracked.of(matrix);
+                backend.begin_track(track, backend.param(weights, matrix.param));
             }
+            ResetPhase::Track => tracked.observe(backend, weights, matrix, mean, of),
             ResetPhase::Reset => {
-                backend.view(observer, View::After, Values::Weight(w()), mean, of);
+                let (track, observer) = tracked.of(matrix);
+                let w = Values::Weight(backend.param(weights, matrix.param));
+                backend.view(observer, View::After, w, mean, of);
                 backend.reset(observer, track, (weights, matrix.param), of, threshold);
             }
         }
+    }
+
+    /// Watches how the weights that `recipe` rounds to 4 bits change, over windows of `every` steps
+    /// from now on, in memory of its own; 0 ends it.
+    pub(super) fn watch(
+        &mut self,
+        on: &OnDevice<B>,
+        model: &Model,
+        recipe: &Recipe,
+        every: u64,
+    ) -> Result<()> {
+        self.watch = None;
+        if every == 0 {
+            return Ok(());
+        }
+        let (backend, table) = (&*on.backend, &on.table);
+        let (matrices, len) = table.matrices(B::ALIGN)?;
+        let layers = model.config().layers;
+        let has_codes = |number: &usize| {
+            let layer = recipe.for_layer(number / LINEARS, layers, 0, 0);
+            layer[number % LINEARS].forward().b().has_codes()
+        };
+        let watched: Vec<usize> = (0..matrices.len()).filter(has_codes).collect();
+        if watched.is_empty() {
+            let message = format!(
+                "{recipe} rounds no weight to 4 bits in its forward pass, so there are no codes to \
+                 watch; use one that does, such as tetrajet"
+            );
+            return Err(Error::invalid("recipe", message));
+        }
+        let new = |arena: &mut B::Arena| {
+            Watch::new(backend, arena, (&matrices, len), &watched, model.tensors(), every)
+        };
+        let mut measuring = backend.arena(None)?;
+        new(&mut measuring)?;
+        let bytes = backend.arena_used(&measuring);
+        model.engine().check_memory("what is seen of weights", bytes as u64, bytes as u64)?;
+        let mut watch = new(&mut backend.arena(Some(bytes))?)?;
+        let weights = on.read()?;
+        backend.scope(|| watch.begin(backend, &weights.all, &matrices));
+        (self.matrices, self.watch) = (matrices, Some(watch));
+        Ok(())
+    }
+
+    /// What the last whole window has shown.
+    pub(super) fn metrics(&self) -> Option<&WeightMetrics> {
+        self.watch.as_ref()?.metrics()
     }
 
     /// As a pass reads them.
@@ -204,7 +318,7 @@ impl<B: Backend> Followed<B> {
         values: &[f32],
         ours: &mut Vec<f32>,
     ) -> Result<()> {
-        let Self { matrices, means, tracked } = self;
+        let Self { matrices, means, tracked, .. } = self;
         let tracked = tracked.iter_mut().flat_map(|tracked| &mut tracked.flats);
         let Some(flat) = means.iter_mut().chain(tracked).nth(number) else { return Ok(()) };
         let Matrix { param, own, .. } = matrices[index];
@@ -214,7 +328,7 @@ impl<B: Backend> Followed<B> {
 
     /// What is kept between steps: of what is tracked, nothing but while it is.
     fn kept(&self, state: &TrainerState) -> impl Iterator<Item = (State, &B::F32)> {
-        let Done { steps, of } = Done::of(state);
+        let Done { steps, of, .. } = Done::of(state);
         let reset = state.options.recipe.reset();
         let tracked = self.tracked.as_ref();
         let tracked = tracked.filter(|_| reset.is_some_and(|reset| reset.is_tracking(steps, of)));

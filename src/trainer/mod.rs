@@ -6,6 +6,7 @@ mod batch;
 mod carriers;
 mod follow;
 mod memory;
+mod watch;
 
 use std::fmt;
 use std::path::Path;
@@ -30,6 +31,7 @@ pub use carriers::{Carried, carriers, emulation};
 use follow::Done;
 use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
+pub use watch::{WeightChange, WeightMetrics};
 
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -419,6 +421,28 @@ impl Trainer {
         self.plan
     }
 
+    /// Watches how the weights of blocks change, and what they are rounded to in the forward pass,
+    /// over windows of `every` steps from here on: [`Trainer::weight_metrics`] has what each has
+    /// shown. 0 ends it. It takes 12 bytes a weight and 8 for each element of the largest, and
+    /// changes nothing of the run; checkpoints do not have it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a recipe whose forward pass rounds no weight to 4 bits,
+    /// [`Error::OutOfMemory`].
+    pub fn watch_weights(&mut self, every: u64) -> Result<()> {
+        let Self { run, model, state, .. } = self;
+        on_device!(run, run => {
+            let Run { model: on, buffers, .. } = run;
+            buffers.flat.followed.watch(on, model, &state.options.recipe, every)
+        })
+    }
+
+    /// What the last whole window of [`Trainer::watch_weights`] has shown; None before its end, or
+    /// where nobody watches.
+    pub fn weight_metrics(&self) -> Option<&WeightMetrics> {
+        on_device!(&self.run, run => run.buffers.flat.followed.metrics())
+    }
+
     /// A handle that asks it to stop.
     pub fn stop_handle(&self) -> StopHandle {
         self.stop.clone()
@@ -599,9 +623,9 @@ impl<B: Backend> Run<B> {
         })?;
         (weights.largest, *known) = (bounds.weight, bounds);
         if sums.gradient_scale(step).is_some() {
-            let Done { steps, of } = Done::of(state);
-            let (all, done) = (&mut weights.all, Done { steps: steps + 1, of });
-            if backend.scope(|| followed.after_update(backend, all, step_plan, recipe, done)) {
+            let Done { steps, of, run } = Done::of(state);
+            let (all, done) = (&mut weights.all, Done { steps: steps + 1, of, run: run + 1 });
+            if backend.scope(|| followed.after_update(backend, all, step_plan, recipe, done))? {
                 weights.largest = Bounds::UNKNOWN.weight;
             }
         }

@@ -418,6 +418,11 @@ pub(crate) struct ReportArgs {
     /// run goes on at the end of the file
     #[arg(long, value_name = "FILE")]
     pub(crate) log: Option<PathBuf>,
+
+    /// Add to --log every N steps how weights, and what the forward pass rounds them to, changed in
+    /// these steps; for recipes with a forward pass in 4 bits; 0 never
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) weights_every: u64,
 }
 
 /// When a run measures its validation loss.

@@ -111,7 +111,7 @@ pub(super) fn weights_are_observed<B: Harness>(backends: &[B]) {
                     b.view(&mut observer, View::After, w, Some(part(&after.buffer)), of);
                     b.observe(&mut observer, tracked.track(), params.get(b, 1), of);
                     let mut found = [Observation::default(); 2];
-                    b.observations(&observer, &mut found).unwrap();
+                    b.observations(&mut observer, &mut found).unwrap();
 
                     let exact =
                         [step - 1, step].map(|i| quantized(shape, &steps[i], &means[i], &operand));
@@ -186,7 +186,7 @@ pub(super) fn a_weight_about_a_threshold_is_reset<B: Harness>(backends: &[B]) {
             b.observe(&mut observer, tracked.track(), params.get(b, 0), of);
         }
         let mut found = [Observation::default()];
-        b.observations(&observer, &mut found).unwrap();
+        b.observations(&mut observer, &mut found).unwrap();
         assert_eq!((found[0].flipped, found[0].oscillating), (1, 1), "{}", b.name());
         let [_, moved, rounded_moved] = tracked.read(b);
         assert!((moved[0] - 0.0065).abs() < 1e-6 && rounded_moved[0] == 1.0, "{moved:?}");

@@ -100,7 +100,7 @@ impl Follow for Cpu {
         observer.observations[number] = self.install(|| rows.observe(0..outputs));
     }
 
-    fn observations(&self, observer: &Observer, to: &mut [Observation]) -> Result<()> {
+    fn observations(&self, observer: &mut Observer, to: &mut [Observation]) -> Result<()> {
         to.copy_from_slice(&observer.observations);
         Ok(())
     }

@@ -24,6 +24,8 @@ pub(crate) struct Observer {
     partials: Piece,
     /// (weights, [`SUMS`]) f64
     sums: Piece,
+    /// The same on the host.
+    found: Vec<[f64; SUMS]>,
 }
 
 /// A view: (outputs, inputs) f32, and (outputs, blocks).
@@ -65,11 +67,14 @@ impl Follow for Cuda {
         let padded =
             |[outputs, inputs]: &[usize; 2]| outputs * inputs.next_multiple_of(formats::BLOCK);
         let most = shapes.iter().map(padded).max().unwrap_or(0);
+        let mut found: Vec<[f64; SUMS]> = arena.on_host("what is seen of weights", shapes.len())?;
+        found.resize(found.capacity().min(shapes.len()), [0.0; SUMS]);
         let mut seen = || Seen {
             values: arena.bytes(4 * most),
             units: arena.bytes(4 * most / formats::NVFP4_BLOCK),
         };
         Ok(Observer {
+            found,
             views: [seen(), seen()],
             amax: arena.bytes(4),
             partials: arena.bytes(8 * SUMS * PARTS),
@@ -136,12 +141,9 @@ impl Follow for Cuda {
             sums, observer.partials.address, PARTS as u32);
     }
 
-    fn observations(&self, observer: &Observer, to: &mut [Observation]) -> Result<()> {
-        for (number, to) in to.iter_mut().enumerate() {
-            let mut sums = [0.0; SUMS];
-            self.read(observer.sums.address + (8 * SUMS * number) as u64, &mut sums)?;
-            *to = observation(sums);
-        }
+    fn observations(&self, observer: &mut Observer, to: &mut [Observation]) -> Result<()> {
+        self.read(observer.sums.address, &mut observer.found)?;
+        to.iter_mut().zip(&observer.found).for_each(|(to, sums)| *to = observation(*sums));
         Ok(())
     }
 

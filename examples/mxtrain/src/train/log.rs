@@ -1,11 +1,13 @@
-//! The log of a run: one JSON object a line, for every step and every evaluation.
+//! The log of a run: one JSON object a line, for every step and every evaluation, and for what is
+//! seen of weights.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use mxfp4train::{EvalStats, StepStats};
+use mxfp4train::{EvalStats, StepStats, WeightChange, WeightMetrics};
 use rustix::fs::{Access, AtFlags, CWD, OFlags};
 use serde::Serialize;
 
@@ -24,8 +26,54 @@ pub(crate) struct Log {
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 enum Line {
-    Step { step: u64, loss: f32, grad_norm: f32, lr: f32, tokens: u64, seconds: f64 },
-    Eval { step: u64, loss: f32, tokens: u64, seconds: f64 },
+    Step {
+        step: u64,
+        loss: f32,
+        grad_norm: f32,
+        lr: f32,
+        tokens: u64,
+        seconds: f64,
+    },
+    Eval {
+        step: u64,
+        loss: f32,
+        tokens: u64,
+        seconds: f64,
+    },
+    Weights {
+        step: u64,
+        steps: u64,
+        #[serde(flatten)]
+        all: Change,
+        tensors: BTreeMap<String, Change>,
+    },
+}
+
+/// [`WeightChange`] as it is written.
+#[derive(Serialize)]
+struct Change {
+    change: f64,
+    rounded_change: f64,
+    flipped: f64,
+    confidence: f64,
+    oscillating: f64,
+    clipped: f64,
+    amax: f32,
+}
+
+impl From<&WeightChange> for Change {
+    fn from(found: &WeightChange) -> Self {
+        let &WeightChange {
+            change,
+            rounded_change,
+            flipped,
+            confidence,
+            oscillating,
+            clipped,
+            amax,
+        } = found;
+        Self { change, rounded_change, flipped, confidence, oscillating, clipped, amax }
+    }
 }
 
 impl Log {
@@ -68,6 +116,13 @@ impl Log {
     pub(crate) fn step(&mut self, s: &StepStats) -> Outcome {
         let &StepStats { step, loss, grad_norm, lr, tokens, seconds, .. } = s;
         self.line(&Line::Step { step, loss, grad_norm, lr, tokens, seconds })
+    }
+
+    /// Adds what a window of steps has shown of the weights.
+    pub(crate) fn weights(&mut self, found: &WeightMetrics) -> Outcome {
+        let WeightMetrics { step, steps, all, tensors } = found;
+        let tensors = tensors.iter().map(|(name, of)| (name.clone(), of.into())).collect();
+        self.line(&Line::Weights { step: *step, steps: *steps, all: all.into(), tensors })
     }
 
     /// Adds an evaluation after `step` steps.
@@ -156,6 +211,25 @@ mod tests {
         );
         Log::open(&path, false).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn what_is_seen_of_weights_is_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.jsonl");
+        let all = WeightChange { change: 0.5, amax: 2.0, ..WeightChange::default() };
+        let tensors = vec![("h.0.w".to_owned(), all)];
+        let found = WeightMetrics { step: 20, steps: 10, all, tensors };
+        Log::open(&path, false).unwrap().weights(&found).unwrap();
+        let numbers = "\"change\":0.5,\"rounded_change\":0.0,\"flipped\":0.0,\"confidence\":0.0,\
+                       \"oscillating\":0.0,\"clipped\":0.0,\"amax\":2.0";
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            format!(
+                "{{\"type\":\"weights\",\"step\":20,\"steps\":10,{numbers},\
+                 \"tensors\":{{\"h.0.w\":{{{numbers}}}}}}}\n"
+            )
+        );
     }
 
     #[test]

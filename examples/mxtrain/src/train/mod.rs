@@ -66,6 +66,7 @@ struct Run {
     eval_batches: usize,
     sample_every: u64,
     sample_prompt: String,
+    weights_every: u64,
     /// Step of the last evaluation.
     evaluated: Option<u64>,
     /// Sum and number of the training losses since the last report.
@@ -82,6 +83,9 @@ impl Run {
             return Err(Failure::usage(
                 "--sample-every: needs --tokenizer to turn tokens into text",
             ));
+        }
+        if args.report.weights_every > 0 && args.report.log.is_none() {
+            return Err(Failure::usage("--weights-every: needs --log, which it adds lines to"));
         }
         setup::check_places(args)?;
         setup::out_folder(args)?;
@@ -141,6 +145,7 @@ impl Run {
             eval_batches: args.report.measure.eval_batches,
             sample_every: args.report.sample_every,
             sample_prompt: args.report.sample_prompt.clone(),
+            weights_every: args.report.weights_every,
             saves: Saves::new(out, places, run_file, files, lock),
             evaluated: None,
             losses: Default::default(),
@@ -154,6 +159,9 @@ impl Run {
             end_tokens,
         };
         run.stop = run.trainer.stop_handle();
+        if run.weights_every > 0 {
+            run.trainer.watch_weights(run.weights_every)?;
+        }
         signals.ask(run.stop.clone(), "and what is not saved is lost");
         // Saved before the first step too: a folder that cannot be written should not show after
         // hours.
@@ -231,6 +239,10 @@ impl Run {
         };
         if let Some(log) = &mut self.log {
             self.failures.unless(Side::Log, log.step(&stats));
+            let found = self.trainer.weight_metrics().filter(|found| found.step == stats.step);
+            if let Some(found) = found {
+                self.failures.unless(Side::Log, log.weights(found));
+            }
         }
         self.losses = (self.losses.0 + f64::from(stats.loss), self.losses.1 + 1);
         self.progress.step(&stats);
