@@ -48,8 +48,8 @@ pub(super) static FILES: [File; 21] = [
         of("update_mean begin_track observe add_observations reset_oscillating")
     }),
     file!("fp8", [], |chip| {
-        let converts = if chip >= FP8 { " convert_to_fp8<T,B> turn_to_fp8<T,B>" } else { "" };
-        of(&["find_amax<T> round_to_fp8<T>", converts].concat())
+        let bytes = " convert_to_fp8<T,B> turn_to_fp8<T,B> convert_both_to_fp8<T,B>";
+        of(&["find_amax<T> round_to_fp8<T>", if chip >= FP8 { bytes } else { "" }].concat())
     }),
     file!("gelu", ["gelu.cuh"], |_| of("gelu_of_all<T,B,B> sample_gelu_gradient")),
     file!("head", [], |_| of("softmax_loss<T>")),

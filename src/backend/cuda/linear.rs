@@ -141,13 +141,20 @@ impl Linear for Cuda {
         });
 
         let whole_dy = Matrix::of(dy, rows, outputs, OperandId::Dy);
+        let both_in_fp8 = by_values[0]
+            .and(by_values[1])
+            .and_then(|_| values::both_in_fp8(self, workspace, recipe, whole_dy, inputs));
+        let (forms_of_dy, parts) = match both_in_fp8 {
+            Some((forms, parts)) => (forms, Some(parts)),
+            None => ([whole_dy, whole_dy.turned()], None),
+        };
         match (for_dgrad, by_values[0]) {
             (None, None) => self.product(workspace, &dgrad),
             (None, Some(of)) => {
                 let w = Matrix::master(&w, outputs, inputs).with_mean(mean).turned();
                 let (bias, tensor) = (None, x.address());
                 let to = values::Output { address: to, precision, bias, accumulate: false, tensor };
-                values::multiply(self, workspace, of, [whole_dy, w], random, to);
+                values::multiply(self, workspace, of, [forms_of_dy[0], w], random, to);
             }
             (Some(gemm), _) => {
                 let dy = of_dy(gemm.a());
@@ -197,12 +204,18 @@ impl Linear for Cuda {
                         let (address, precision) = (dw.address(), Precision::F32);
                         let (bias, tensor) = (None, w.master.address());
                         let to = values::Output { address, precision, bias, accumulate, tensor };
-                        let x = Matrix::of(x, rows, inputs, OperandId::X);
-                        let operands = [whole_dy, x].map(Matrix::turned);
-                        values::multiply(self, workspace, of, operands, random, to);
+                        let x = Matrix::of(x, rows, inputs, OperandId::X).turned();
+                        values::multiply(self, workspace, of, [forms_of_dy[1], x], random, to);
                     }
                 }
-                sums::bias_gradient(self, workspace, &mut db, dy, (rows, outputs), accumulate);
+                let shape = (rows, outputs);
+                match parts {
+                    None => sums::bias_gradient(self, workspace, &mut db, dy, shape, accumulate),
+                    Some(parts) => {
+                        let db = &mut db;
+                        sums::add_partials(self, db, None, partials, parts, outputs, accumulate);
+                    }
+                }
             }
             Some(gemm) => {
                 let dy = of_dy(gemm.a());

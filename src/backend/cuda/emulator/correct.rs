@@ -48,6 +48,7 @@ fn corrections_are_those_of_the_definition() {
                     transposed,
                     id: OperandId::X,
                     mean: 0,
+                    fp8: None,
                 },
                 operand,
                 transform: operand.transform(),

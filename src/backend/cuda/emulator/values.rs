@@ -200,6 +200,7 @@ fn check(
             length,
             transposed,
             id,
+            fp8: None,
         },
         operand: *operand,
         transform,

@@ -10,9 +10,11 @@ use crate::formats::Element;
 /// Threads of a block.
 const THREADS: usize = 256;
 
+/// Elements of a thread that makes bytes along rows.
+pub(crate) const CONVERTED: usize = 16;
+
 /// Rows and columns of the tiles that are turned.
-pub(crate) const TURNED_ROWS: usize = 128;
-pub(crate) const TURNED_COLUMNS: usize = 64;
+pub(crate) const TILE: usize = 128;
 
 /// The address of the bits of a tensor's largest magnitude: what the kernel noted that wrote the
 /// tensor, or else `word`, after reading the tensor once more.
@@ -55,7 +57,7 @@ pub(crate) fn convert(
     amax: u64,
     len: usize,
 ) {
-    let grid = [len.div_ceil(8 * THREADS), 1, 1];
+    let grid = [len.div_ceil(CONVERTED * THREADS), 1, 1];
     let name = match element {
         Element::E5m2 => kernel!(source, "convert_to_fp8", true),
         _ => kernel!(source, "convert_to_fp8", false),
@@ -72,11 +74,31 @@ pub(crate) fn turn(
     amax: u64,
     [rows, cols]: [usize; 2],
 ) {
-    let grid = [cols.div_ceil(TURNED_COLUMNS), rows.div_ceil(TURNED_ROWS), 1];
+    let grid = [cols.div_ceil(TILE), rows.div_ceil(TILE), 1];
     let name = match element {
         Element::E5m2 => kernel!(source, "turn_to_fp8", true),
         _ => kernel!(source, "turn_to_fp8", false),
     };
     launch!(cuda.gpu, name, grid, THREADS, 0;
         out, scale, source.address, amax, rows as u32, cols as u32);
+}
+
+/// Both of a source (rows, cols), likewise, with one reading, and the column sums of every tile's
+/// rows to `sums`. The number of these parts is returned.
+pub(crate) fn convert_both(
+    cuda: &Cuda,
+    element: Element,
+    [by_rows, by_columns, scale, sums]: [u64; 4],
+    source: Source,
+    amax: u64,
+    [rows, cols]: [usize; 2],
+) -> usize {
+    let grid = [cols.div_ceil(TILE), rows.div_ceil(TILE), 1];
+    let name = match element {
+        Element::E5m2 => kernel!(source, "convert_both_to_fp8", true),
+        _ => kernel!(source, "convert_both_to_fp8", false),
+    };
+    launch!(cuda.gpu, name, grid, THREADS, 0;
+        by_rows, by_columns, scale, sums, source.address, amax, rows as u32, cols as u32);
+    grid[1]
 }

@@ -257,12 +257,16 @@ pub(crate) struct Matrix {
     /// Whether it is stored (length, vectors).
     pub(crate) transposed: bool,
     pub(crate) id: OperandId,
+    /// The addresses of its FP8 bytes along the reduction and of their scale, where they have been
+    /// made.
+    pub(crate) fp8: Option<[u64; 2]>,
 }
 
 impl Matrix {
     /// Stored (vectors, length).
     pub(crate) fn rows(source: Source, vectors: usize, length: usize, id: OperandId) -> Self {
-        Self { source, amax: None, mean: 0, vectors, length, transposed: false, id }
+        let fp8 = None;
+        Self { source, amax: None, mean: 0, vectors, length, transposed: false, id, fp8 }
     }
 
     /// An activation or its gradient, (rows, columns).
@@ -289,16 +293,25 @@ impl Matrix {
 }
 
 impl Matrix {
-    /// As FP8 bytes along the reduction: `to` has the address of these and of the scale, `word` is
-    /// room for the amax where nobody has noted it.
-    fn to_fp8(self, cuda: &Cuda, element: Element, word: u64, to: [u64; 2]) {
-        let Self { source, vectors, length, transposed, .. } = self;
-        let len = vectors * length;
-        let amax = self.amax.unwrap_or_else(|| fp8::find_amax(cuda, word, source, len));
-        match transposed {
-            true => fp8::turn(cuda, element, to, source, amax, [length, vectors]),
-            false => fp8::convert(cuda, element, to, source, amax, len),
-        }
+    /// As FP8 bytes along the reduction, which go to the first address of `to` and their scale to
+    /// the second; `word` is room for the amax where nobody has noted it. Where they are is
+    /// returned.
+    fn to_fp8(self, cuda: &Cuda, element: Element, word: u64, to: [u64; 2]) -> [u64; 2] {
+        let Self { source, vectors, length, transposed, fp8: made, .. } = self;
+        made.unwrap_or_else(|| {
+            let amax = self.amax_or_find(cuda, word);
+            match transposed {
+                true => fp8::turn(cuda, element, to, source, amax, [length, vectors]),
+                false => fp8::convert(cuda, element, to, source, amax, vectors * length),
+            }
+            to
+        })
+    }
+
+    /// The address of its amax's bits: `word` where nobody has noted them.
+    fn amax_or_find(&self, cuda: &Cuda, word: u64) -> u64 {
+        let len = self.vectors * self.length;
+        self.amax.unwrap_or_else(|| fp8::find_amax(cuda, word, self.source, len))
     }
 }
 
@@ -734,6 +747,39 @@ fn takes_fp8(capability: (i32, i32), gemm: &Gemm, shape: LinearShape) -> Option<
     Some([of(gemm.a())?, of(gemm.b())?])
 }
 
+/// dy (rows, outputs) as FP8 bytes for both products of a backward pass, where FP8 tensor cores take
+/// both and its element is the same, made with one reading: as A of dgrad and as A of wgrad, and the
+/// number of the parts of its column sums, which lie in the workspace's partials.
+pub(crate) fn both_in_fp8(
+    cuda: &Cuda,
+    workspace: &Workspace,
+    recipe: &LinearRecipe,
+    dy: Matrix,
+    inputs: usize,
+) -> Option<([Matrix; 2], usize)> {
+    if [Of::Dgrad, Of::Wgrad].into_iter().any(|of| of.restoration(recipe).is_some()) {
+        return None;
+    }
+    let [dgrad, wgrad] = [recipe.dgrad(), recipe.wgrad()];
+    let [rows, outputs] = [dy.vectors, dy.length];
+    let other = |vectors, length| Matrix { vectors, length, fp8: None, ..dy };
+    let [first, _] = fp8_types(cuda, dgrad, [dy, other(inputs, outputs)])?;
+    let [second, _] = fp8_types(cuda, wgrad, [dy.turned(), other(inputs, rows)])?;
+    if first != second {
+        return None;
+    }
+    let (room, words) = (workspace.left.elements.address, workspace.values.words.address);
+    // Of both, as they come from one amax. The room is as large as bf16 numbers need.
+    let scale = words + FP8_SCALES[0];
+    let by_columns = room + (rows * outputs) as u64;
+    let to = [room, by_columns, scale, workspace.partials.address];
+    let amax = dy.amax_or_find(cuda, words + AMAXES[0]);
+    let element = dgrad.a().format().element();
+    let parts = fp8::convert_both(cuda, element, to, dy.source, amax, [rows, outputs]);
+    let made = |matrix, address| Matrix { fp8: Some([address, scale]), ..matrix };
+    Some(([made(dy, room), made(dy.turned(), by_columns)], parts))
+}
+
 /// The product of a layer whose operands are made here: A B^T, both read along the reduction.
 pub(crate) fn multiply(
     cuda: &Cuda,
@@ -750,19 +796,23 @@ pub(crate) fn multiply(
     if restoration.is_none()
         && let Some(types) = fp8_types(cuda, gemm, [a, b])
     {
-        let operands = [&workspace.left, &workspace.right].map(|room| room.elements.address);
-        for (i, (matrix, operand)) in [(a, gemm.a()), (b, gemm.b())].into_iter().enumerate() {
-            let to = [operands[i], word(FP8_SCALES[i])];
-            matrix.to_fp8(cuda, operand.format().element(), word(AMAXES[i]), to);
-        }
-        let [left, right] = operands.map(|address| Factor::rows(address, a.length));
+        let to = |i: usize| {
+            let room = [&workspace.left, &workspace.right][i].elements.address;
+            (word(AMAXES[i]), [room, word(FP8_SCALES[i])])
+        };
+        let make = |i: usize, matrix: Matrix, operand: &Operand| {
+            let (amax, to) = to(i);
+            matrix.to_fp8(cuda, operand.format().element(), amax, to)
+        };
+        let made = [make(0, a, gemm.a()), make(1, b, gemm.b())];
+        let [left, right] = made.map(|[address, _]| Factor::rows(address, a.length));
         let sizes = [a.vectors, b.vectors, a.length];
         let product = Product {
             operands: types,
             c_type: out.precision.into(),
             accumulate: out.accumulate,
             bias: out.bias,
-            scales: Some(FP8_SCALES.map(word)),
+            scales: Some(made.map(|[_, scale]| scale)),
             ..Product::new(out.precision.into(), sizes, left, right, out.address)
         };
         return cuda.product(workspace, &product);
