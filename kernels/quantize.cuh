@@ -48,13 +48,14 @@ struct Quantize {
   u32 group; // of the transform, 0 without one
   u32 each;  // rows of a thread block along rows
   Draws draws;
-  float range; // of E2M1's, where rounding is to nearest: 1 or 3/4
+  float range; // of E2M1's: 1 or 3/4, and without bias nothing may saturate
+  // What is added to the bits of an amax before its exponent becomes a scale: by how much the rule
+  // of the scale rounds up.
+  u32 rounds_up;
+  // Of what the forward pass made of the source, where that is what is quantized.
+  float forward_range;
+  u32 forward_rounds_up;
 };
-
-// What values are multiplied by before rounding: without bias nothing may saturate.
-template <bool UNBIASED> __device__ __forceinline__ float range_of(const Quantize &q) {
-  return UNBIASED ? 0.75f : q.range;
-}
 
 // ---- Loading a block along a row, signs applied -------------------------------------------------
 

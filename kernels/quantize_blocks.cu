@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(1024, 1) quantize_rows(const __grid_constant__
   Place place = place_in_rows(q.rows, q.rows_depth, q.each);
   float v[BLOCK], norm;
   load_rotated(v, norm, (const T *)q.source, place, q.cols, q.group, q.draws.by_rows);
-  Scale scale = scale_block(v, norm, range_of<UNBIASED>(q));
+  Scale scale = scale_block(v, norm, q.range);
   size_t block = ((size_t)place.row * q.rows_depth + place.column) / BLOCK;
   round_block<UNBIASED, OUT>(v, scale, RowBits(draw, place.row, place.column),
                              q.by_rows + block * BYTES<OUT>, place.inside);
@@ -242,7 +242,7 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
     load_whole((const T *)(data + line * Tile::PITCH + i * shift) + side * BLOCK, signs, v);
     if (group) rotate(v, 1u << across, 1);
     float norm = group ? rows_transform.scale : 1.0f;
-    Scale scale = scale_block(v, norm, range_of<UNBIASED>(q));
+    Scale scale = scale_block(v, norm, q.range);
     bool inside = row < rows && column < rows_depth;
     size_t block = ((size_t)row * rows_depth + column) / BLOCK;
     SharedRowBits drawn(bits + line * Tile::BITS_PITCH + i * bits_shift + side * BLOCK * 2, draw);
@@ -264,7 +264,7 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
   if (OUT != CODES) __syncthreads();
   if (group) rotate(v, 1u << across, 1u << width);
   float norm = group ? transform.scale : 1.0f;
-  Scale scale = scale_block(v, norm, range_of<UNBIASED>(q));
+  Scale scale = scale_block(v, norm, q.range);
   SharedColumnBits<Tile::BITS_PITCH> drawn(bits + part % 4 * (32 * Tile::BITS_PITCH + bits_shift),
                                            place, draw);
   if (OUT == CODES) {

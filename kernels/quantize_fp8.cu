@@ -6,14 +6,13 @@
 // A tile has 128 rows and 64 columns; for groups of 256, 256 rows and 32 columns, which lie in
 // shared memory as two halves side by side. A thread takes a block of 32.
 //
-// KEPT: the source is what an FP8 forward pass made its own form from, with which the columns
-// begin.
-template <class T, Format FORMAT, bool KEPT, bool UNBIASED, bool ROWS_TOO>
+// KEPT: the source is what a forward pass made its own form from, with which the columns begin.
+template <class T, Format FORMAT, Kept KEPT, bool UNBIASED, bool ROWS_TOO>
 __device__ __forceinline__ void quantize_tile(const Quantize &q) {
   const Transform &rows_transform = q.draws.by_rows, &transform = q.draws.by_columns;
   const Draw &draw = q.draws.draw;
   const Stored<T> source = {(const T *)q.source, q.amax};
-  float *sums = q.sums, range = range_of<UNBIASED>(q);
+  float *sums = q.sums, range = q.range;
   u32 rows = q.rows, cols = q.cols, rows_depth = q.rows_depth, depth = q.depth, group = q.group;
   constexpr u32 LINES = 128, PARTS = LINES / BLOCK;
   using Data = Lines<sizeof(T), LINES, sizeof(T) == 4 ? 32 : 16>;
@@ -42,7 +41,7 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
   load_pieces<4, 32, Data>(data + line * Data::PITCH + piece * 8 * sizeof(T), source, row, column,
                            rows, cols, whole_tile);
   float kept_scale = 1.0f, kept_inverse = 1.0f;
-  Whole whole = whole_of_stored<FORMAT, KEPT>(*source.amax, group, kept_scale, kept_inverse);
+  Whole whole = whole_of_stored<FORMAT, KEPT>(q, *source.amax, group, kept_scale, kept_inverse);
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0)
     *(float *)q.column_scales = whole.factor;
   if (threadIdx.x < all_rows) {
@@ -62,6 +61,11 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
       store_bits(piece_bits + Bits::at(32 * i), philox(draw, row + i * 32, column / 8));
   wait_for_all_copies();
   __syncthreads();
+  if (KEPT == AS_MXFP4) {
+    // A tile's lines are two blocks each, of one half or both.
+    keep_as_mxfp4((T *)(data + Data::at(threadIdx.x / 2)) + BLOCK * (threadIdx.x % 2), q);
+    __syncthreads();
+  }
 
   float v[BLOCK];
   u32 clamped = 0;
@@ -111,20 +115,20 @@ __device__ __forceinline__ void quantize_tile(const Quantize &q) {
 // GROUP is 0 in their names: any.
 //
 // The form along rows, to by_rows and *row_scales. Launch as quantize_rows.
-template <u32 GROUP, bool UNBIASED>
+template <u32 GROUP, class T, Format FORMAT, bool UNBIASED>
 __global__ void __launch_bounds__(1024, 1) quantize_fp8_rows(const __grid_constant__ Quantize q) {
   begin();
   const Draw &draw = q.draws.draw;
   Place place = place_in_rows(q.rows, q.rows_depth, q.each);
   float v[BLOCK], norm;
-  const Stored<bf16> source = {(const bf16 *)q.source, q.amax};
+  const Stored<T> source = {(const T *)q.source, q.amax};
   load_rotated(v, norm, source.numbers, place, q.cols, q.group, q.draws.by_rows);
-  Whole whole = whole_scale<E5M2>(*q.amax, q.group);
+  Whole whole = whole_scale<FORMAT>(*q.amax, q.group, q.rounds_up);
   if (blockIdx.x == 0 && threadIdx.x == 0) *(float *)q.row_scales = whole.factor;
   u8 *to = q.by_rows + (size_t)place.row * q.rows_depth + place.column;
   RowBits addends(draw, place.row, place.column);
-  add_clamped(q.clamped, round_rotated<UNBIASED, E5M2>(to, v, norm, range_of<UNBIASED>(q), whole,
-                                                       addends, place.inside, source));
+  add_clamped(q.clamped, round_rotated<UNBIASED, FORMAT>(to, v, norm, q.range, whole, addends,
+                                                         place.inside, source));
 }
 
 // The form down columns, to by_columns, *column_scales and where it is not null sums (of what was
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(1024, 1) quantize_fp8_rows(const __grid_consta
 // depth / 256. Block: 256. Dynamic shared memory: `tiles` of the host. NOTE: blocks that
 // take more tiles, one after the other, were slower (2 to 8 tiles: 0 to 14%), as were results that
 // went through shared memory to be written in whole lines (5%).
-template <u32 GROUP, class T, Format FORMAT, bool KEPT, bool UNBIASED>
+template <u32 GROUP, class T, Format FORMAT, Kept KEPT, bool UNBIASED>
 __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 3 : 4)
     quantize_fp8_columns(const __grid_constant__ Quantize q) {
   begin();
@@ -144,5 +148,5 @@ __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 3 : 4)
 template <u32 GROUP, bool UNBIASED>
 __global__ void __launch_bounds__(256, 4) quantize_fp8_both(const __grid_constant__ Quantize q) {
   begin();
-  quantize_tile<bf16, E5M2, false, UNBIASED, true>(q);
+  quantize_tile<bf16, E5M2, AS_STORED, UNBIASED, true>(q);
 }

@@ -26,22 +26,28 @@ template <Format FORMAT> struct Binades {
 // ---- Scales -------------------------------------------------------------------------------------
 
 // The scale byte that no block of a tensor exceeds, within what the other numbers can hold, and the
-// factor that gives values back. A NaN makes the whole product NaN.
+// factor that gives values back. A NaN makes the whole product NaN, as does an amax whose scale
+// would have the byte 253.
 struct Whole {
   u32 top;
   float factor;
+  u32 rounds_up; // as `Quantize` has it
 };
 template <Format FORMAT> __device__ __forceinline__ Whole whole_up_to(u32 top) {
   Whole whole;
   whole.top = top > 252 ? 127 : max(top, 16u);
   whole.factor = top > 252 ? __uint_as_float(0x7fc00000u)
                            : power(whole.top - (Binades<FORMAT>::HIGHEST - 127));
+  whole.rounds_up = 0;
   return whole;
 }
-template <Format FORMAT> __device__ __forceinline__ Whole whole_scale(u32 amax, u32 group) {
+template <Format FORMAT>
+__device__ __forceinline__ Whole whole_scale(u32 amax, u32 group, u32 rounds_up = 0) {
   // NOTE: a scale byte is 0 from an exponent of 2 down, but all low ones become one.
   int room = group == 0 ? 0 : group <= 64 ? 3 : 4;
-  return whole_up_to<FORMAT>(max((int)(amax >> 23) - 2 + room, 0));
+  Whole whole = whole_up_to<FORMAT>(max((int)(amax + rounds_up >> 23) - 2 + room, 0));
+  whole.rounds_up = rounds_up;
+  return whole;
 }
 
 // Numbers that will be rounded without bias are this many binades lower than their FP8 form, so
@@ -61,19 +67,21 @@ __device__ __forceinline__ float factor_in_tensor(float norm, float range, u32 t
 // and changes where the block has to be moved. Whether its scale is clamped.
 template <bool UNBIASED, Format FORMAT>
 __device__ __forceinline__ bool scale_in_tensor(float v[BLOCK], float norm, float range,
-                                                u32 amax, u32 top, float &factor,
+                                                u32 amax, const Whole &whole, float &factor,
                                                 float &unit) {
-  // A scale byte is its amax's exponent less 2, and at least 0: so is all of this, 23 bits up.
+  // A scale byte is its amax's exponent, rounded up, less 2, and at least 0: so is all of this, 23
+  // bits up.
+  u32 top = whole.top;
   int lowest = (int)top - Binades<FORMAT>::RANGE;
   u32 floor = (u32)max(lowest, 0) + 2 << 23;
-  unit = __uint_as_float(max(amax & 0x7f800000u, floor) +
+  unit = __uint_as_float(max(amax + whole.rounds_up & 0x7f800000u, floor) +
                          (Binades<FORMAT>::HIGHEST - 2 - top << 23));
   if (extreme(top)) {
     move(v, top, norm);
     factor = factor_in_tensor<UNBIASED, FORMAT>(1.0f, range, moved(top));
   }
-  // 0 < amax < floor.
-  return amax - 1 < (lowest > 0 ? floor - 1 : 0);
+  // 0 < amax < floor - rounds_up.
+  return amax - 1 < (lowest > 0 ? floor - whole.rounds_up - 1 : 0);
 }
 
 // Adds the numbers that the threads of a warp have counted.
@@ -196,8 +204,7 @@ __device__ __forceinline__ bool round_rotated(void *to, float v[BLOCK], float no
   float factor = factor_in_tensor<UNBIASED, FORMAT>(norm, range, whole.top), unit;
   u32 amax = block_amax(v, norm);
   source.note(amax, whole.top);
-  bool clamped = scale_in_tensor<UNBIASED, FORMAT>(v, norm, range, amax, whole.top, factor,
-                                                   unit) &&
+  bool clamped = scale_in_tensor<UNBIASED, FORMAT>(v, norm, range, amax, whole, factor, unit) &&
                  inside;
   round_to<UNBIASED, FORMAT>(to, v, factor, unit, bits, inside);
   return clamped;
@@ -230,27 +237,59 @@ __device__ __forceinline__ void load_pieces(u8 *to, const Source &source, u32 ro
   }
 }
 
-// What a stored tensor's numbers become where KEPT: what E4M3 holds of them with `scale`. Its scale
-// for rounding follows.
-template <Format FORMAT, bool KEPT>
-__device__ __forceinline__ Whole whole_of_stored(u32 largest, u32 group, float &scale,
-                                                 float &inverse) {
-  if (KEPT) {
+// Which of a stored tensor's numbers are quantized: themselves, or what the forward pass made of
+// them, as E4M3 or as MXFP4 in blocks along rows.
+enum Kept { AS_STORED, AS_E4M3, AS_MXFP4 };
+
+// A block of MXFP4 rounded to nearest: what values are multiplied by, and what gives them back.
+struct ForwardBlock {
+  float factor, scale;
+  __device__ __forceinline__ ForwardBlock(const Quantize &q, u32 amax) {
+    // NOTE: of what is not finite the whole tensor's scale is NaN.
+    u32 byte = min(max(amax + q.forward_rounds_up >> 23, 2u) - 2, 252u);
+    factor = q.forward_range * power(254 - byte);
+    scale = byte == 0 ? __uint_as_float(1u << 22) : power(byte);
+  }
+  __device__ __forceinline__ float keep(float v) const {
+    return __fmul_rn(round_nearest(v, factor, 1.0f), scale);
+  }
+};
+
+// A block of a tile in shared memory, which becomes what MXFP4 holds of it.
+template <class T> __device__ __forceinline__ void keep_as_mxfp4(T *block, const Quantize &q) {
+  float v[BLOCK], norm = 1.0f;
+#pragma unroll
+  for (int i = 0; i < BLOCK; i += 8) load8(block + i, v + i);
+  ForwardBlock kept(q, block_amax(v, norm));
+#pragma unroll
+  for (int i = 0; i < BLOCK; i++) v[i] = kept.keep(v[i]);
+#pragma unroll
+  for (int i = 0; i < BLOCK; i += 8) store8(block + i, v + i);
+}
+
+// The scale for rounding of a stored tensor, of which the forward pass may have made other numbers;
+// of E4M3 their scale, too. Rounding keeps the order, so the largest is what the largest became.
+template <Format FORMAT, Kept KEPT>
+__device__ __forceinline__ Whole whole_of_stored(const Quantize &q, u32 largest, u32 group,
+                                                 float &scale, float &inverse) {
+  if (KEPT == AS_E4M3) {
     scale = e4m3_scale(largest), inverse = 1.0f / scale;
     float kept = __uint_as_float(largest), also = 0.0f;
     keep_as_e4m3(kept, also, scale, inverse);
     largest = __float_as_uint(kept);
+  } else if (KEPT == AS_MXFP4 && largest < 0x7f800000u) {
+    largest = __float_as_uint(ForwardBlock(q, largest).keep(__uint_as_float(largest)));
   }
-  return whole_scale<FORMAT>(largest, group);
+  return whole_scale<FORMAT>(largest, group, q.rounds_up);
 }
 
 // Four numbers down a column, PITCH bytes apart, with signs.
-template <bool KEPT, u32 PITCH, class T>
+template <Kept KEPT, u32 PITCH, class T>
 __device__ __forceinline__ void load_down(const u8 *from, const u32 *row_signs, float scale,
                                           float inverse, const Draw &draw, float v[4]) {
   uint4 sign = *(const uint4 *)row_signs;
   u32 signs[4] = {sign.x, sign.y, sign.z, sign.w};
-  if (KEPT) {
+  if (KEPT == AS_E4M3) {
 #pragma unroll
     for (int j = 0; j < 4; j++) v[j] = to_f32(*(const T *)(from + j * PITCH));
 #pragma unroll

@@ -57,15 +57,16 @@ template <bool AGAIN> struct BehindGelu {
   }
 };
 
-// FORMS: of those above. KEPT: columns begin with what an FP8 forward pass kept of the source.
+// FORMS: of those above. KEPT: columns begin with what an FP8 forward pass kept of the source, if
+// not with itself.
 // `sums`, where it is not null, gets a line of column sums for every line of tiles.
-template <u32 GROUP, Format FORMAT, int FORMS, bool KEPT, bool UNBIASED, class Source>
+template <u32 GROUP, Format FORMAT, int FORMS, Kept KEPT, bool UNBIASED, class Source>
 __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source &source, u32 tile_x,
                                                 u32 tile_y, float *whole_factor, u32 *counter) {
   static_assert(GROUP == 64, "two threads share a group");
   const Transform &rows_transform = q.draws.by_rows, &transform = q.draws.by_columns;
   const Draw &draw = q.draws.draw;
-  float *sums = q.sums, range = range_of<UNBIASED>(q);
+  float *sums = q.sums, range = q.range;
   u32 rows = q.rows, cols = q.cols, rows_depth = q.rows_depth, depth = q.depth;
   using T = typename Source::Number;
   using Data = Lines<sizeof(T), GROUP, 64>;
@@ -97,7 +98,7 @@ __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source 
   Whole whole;
   float kept_scale = 1.0f, kept_inverse = 1.0f;
   if constexpr (Source::BEHIND_GELU) whole = source.whole();
-  else whole = whole_of_stored<FORMAT, KEPT>(*source.amax, GROUP, kept_scale, kept_inverse);
+  else whole = whole_of_stored<FORMAT, KEPT>(q, *source.amax, GROUP, kept_scale, kept_inverse);
   if (tile_x == 0 && tile_y == 0 && threadIdx.x == 0) *whole_factor = whole.factor;
   if (threadIdx.x < GROUP) {
     u32 half = threadIdx.x / 32, up = 31 - threadIdx.x % 32,
@@ -168,15 +169,15 @@ __device__ __forceinline__ void quantize_groups(const Quantize &q, const Source 
 // GROUP is 64 in their names. Grid: what covers source and results, in columns / 64 and rows / 64,
 // rounded up. Block: 128. Dynamic shared memory: `tiles` of the host.
 
-template <u32 GROUP, bool UNBIASED>
+template <u32 GROUP, class T, Format FORMAT, bool UNBIASED>
 __global__ void __launch_bounds__(128, 8) quantize_fp8_rows(const __grid_constant__ Quantize q) {
   begin();
-  const Stored<bf16> source = {(const bf16 *)q.source, q.amax};
-  quantize_groups<GROUP, E5M2, ALONG_ROWS, false, UNBIASED>(q, source, blockIdx.x, blockIdx.y,
-                                                            (float *)q.row_scales, q.clamped);
+  const Stored<T> source = {(const T *)q.source, q.amax};
+  quantize_groups<GROUP, FORMAT, ALONG_ROWS, AS_STORED, UNBIASED>(
+      q, source, blockIdx.x, blockIdx.y, (float *)q.row_scales, q.clamped);
 }
 
-template <u32 GROUP, class T, Format FORMAT, bool KEPT, bool UNBIASED>
+template <u32 GROUP, class T, Format FORMAT, Kept KEPT, bool UNBIASED>
 __global__ void __launch_bounds__(128, sizeof(T) == 4 ? 6 : 8)
     quantize_fp8_columns(const __grid_constant__ Quantize q) {
   begin();
@@ -189,8 +190,8 @@ template <u32 GROUP, bool UNBIASED>
 __global__ void __launch_bounds__(128, 8) quantize_fp8_both(const __grid_constant__ Quantize q) {
   begin();
   const Stored<bf16> source = {(const bf16 *)q.source, q.amax};
-  quantize_groups<GROUP, E5M2, BOTH, false, UNBIASED>(q, source, blockIdx.x, blockIdx.y,
-                                                      (float *)q.column_scales, q.clamped);
+  quantize_groups<GROUP, E5M2, BOTH, AS_STORED, UNBIASED>(
+      q, source, blockIdx.x, blockIdx.y, (float *)q.column_scales, q.clamped);
 }
 
 // Both forms of the gradient d gelu'(pre), d being the source, which is made in the tiles alone.
@@ -206,8 +207,8 @@ __global__ void __launch_bounds__(128, AGAIN ? 4 : 8)
   const BehindGelu<AGAIN> source = {(const bf16 *)q.source, q.pre, q.attempt};
   float *factor = (float *)q.column_scales;
   if constexpr (!AGAIN) {
-    quantize_groups<GROUP, E5M2, BOTH, false, UNBIASED>(q, source, blockIdx.x, blockIdx.y, factor,
-                                                        &q.attempt->clamped);
+    quantize_groups<GROUP, E5M2, BOTH, AS_STORED, UNBIASED>(q, source, blockIdx.x, blockIdx.y,
+                                                            factor, &q.attempt->clamped);
   } else {
     if (q.attempt->above == 0) {
       if (blockIdx.x == 0 && threadIdx.x == 0) *q.clamped += q.attempt->clamped;
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(128, AGAIN ? 4 : 8)
     for (;; x += gridDim.x) {
       while (x >= across) x -= across, y++;
       if (y >= down) return;
-      quantize_groups<GROUP, E5M2, BOTH, false, UNBIASED>(q, source, x, y, factor, q.clamped);
+      quantize_groups<GROUP, E5M2, BOTH, AS_STORED, UNBIASED>(q, source, x, y, factor, q.clamped);
       __syncthreads();
     }
   }

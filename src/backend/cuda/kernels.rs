@@ -67,7 +67,11 @@ pub(super) static FILES: [File; 21] = [
         of(&[all, if chip >= FP8 { mxfp8 } else { "" }].concat())
     }),
     file!("quantize_fp8", ["random.cuh", "quantize.cuh", "quantize_fp8.cuh"], |chip| {
-        of_fp8(chip, "<0", "")
+        // Of a forward pass in MXFP4, and from what that made.
+        let forward = "quantize_fp8_rows<0,bf16,E4M3,false> quantize_fp8_rows<0,float,E4M3,false> \
+                       quantize_fp8_columns<0,bf16,E4M3,AS_MXFP4,B> \
+                       quantize_fp8_columns<0,float,E4M3,AS_MXFP4,B>";
+        of_fp8(chip, "<0", forward)
     }),
     file!(
         "quantize_fp8_groups",
@@ -104,9 +108,11 @@ fn of_fp8(chip: (i32, i32), group: &str, others: &str) -> Vec<String> {
     if chip < FP8 {
         return Vec::new();
     }
-    let all = "quantize_fp8_rows<G,B> quantize_fp8_both<G,B> \
-               quantize_fp8_columns<G,bf16,E4M3,B,B> quantize_fp8_columns<G,bf16,E5M2,false,B> \
-               quantize_fp8_columns<G,float,E4M3,false,B> ";
+    let all = "quantize_fp8_rows<G,bf16,E5M2,B> quantize_fp8_both<G,B> \
+               quantize_fp8_columns<G,bf16,E4M3,AS_STORED,B> \
+               quantize_fp8_columns<G,bf16,E4M3,AS_E4M3,B> \
+               quantize_fp8_columns<G,bf16,E5M2,AS_STORED,B> \
+               quantize_fp8_columns<G,float,E4M3,AS_STORED,B> ";
     of(&[&all.replace("<G", group), others].concat())
 }
 

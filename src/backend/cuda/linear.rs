@@ -5,14 +5,14 @@ use super::device::memory::{Param, Tensor};
 use super::quantize::carrier::Carrier;
 use super::quantize::random::Drawn;
 use super::quantize::values::{self, Matrix, Of};
-use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, sums};
+use super::quantize::{BehindGelu, Kept, Quantization, Source, Target, fp8, power_rule, sums};
 use super::{Cuda, Workspace, gelu, kernel};
 use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
     OutputGradient, Precision,
 };
 use crate::formats::{
-    self, Element, Format, Gemm, GemmId, LinearRecipe, OperandId, OperandSource, Random,
+    self, Element, Format, Gemm, GemmId, LinearRecipe, OperandId, OperandSource, PowerRule, Random,
 };
 
 impl Linear for Cuda {
@@ -24,7 +24,8 @@ impl Linear for Cuda {
         recipe: &LinearRecipe,
     ) {
         let LinearShape { rows, inputs, outputs } = shape;
-        match Of::Forward.gemm(recipe) {
+        let carrier = values::carrier_of_mxfp4(self.gpu.capability, shape);
+        match Of::Forward.gemm(recipe, carrier) {
             None => self.forward_product(workspace, y, (x, &w, &b), shape, recipe),
             Some(gemm) => {
                 let precision = x.precision;
@@ -38,10 +39,8 @@ impl Linear for Cuda {
                 };
                 let x = Matrix::of(x, rows, inputs, OperandId::X);
                 let w = Matrix::master(&w, outputs, inputs).with_mean(mean);
-                // Nothing is drawn in a forward pass.
-                let random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
                 let of = (Of::Forward, recipe, gemm);
-                values::multiply(self, workspace, of, [x, w], &random, to);
+                values::multiply(self, workspace, of, [x, w], &NOTHING_DRAWN, to);
             }
         }
         // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that
@@ -62,12 +61,13 @@ impl Linear for Cuda {
     ) {
         let LinearBackward { dx, dw, mut db, dy, x, w, mean, accumulate } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
-        let by_values = [Of::Dgrad, Of::Wgrad].map(|of| Some((of, recipe, of.gemm(recipe)?)));
-        let in_mxfp4 = |gemm: &&Gemm| gemm.is_in(Format::MXFP4);
+        let carrier = values::carrier_of_mxfp4(self.gpu.capability, shape);
+        let by_values =
+            [Of::Dgrad, Of::Wgrad].map(|of| Some((of, recipe, of.gemm(recipe, carrier)?)));
+        let in_mxfp4 = |gemm: &&Gemm| values::is_in_powers(gemm);
         let [dgrad, wgrad] = recipe.backward().map(|gemm| Some(gemm).filter(in_mxfp4));
         let for_dgrad = dgrad.filter(|_| by_values[0].is_none());
         let for_wgrad = wgrad.filter(|_| by_values[1].is_none());
-        let carrier = Carrier::of(Format::MXFP4, self.gpu.capability, shape);
         // Where dy is quantized for both products at once, and as what.
         let both = for_dgrad.filter(|gemm| carrier != Carrier::Bf16 && gemm.group() <= 64);
         let both = both.zip(for_wgrad).filter(|(first, second)| first.a() == second.a());
@@ -78,7 +78,7 @@ impl Linear for Cuda {
                 // The kernels that quantize know the tanh form alone.
                 let fused = form == Activation::GeluTanh
                     && carrier == Carrier::Fp8
-                    && both.is_some_and(|gemm| gemm.transform().is_some_and(BehindGelu::takes));
+                    && both.is_some_and(|gemm| BehindGelu::takes(gemm.a()));
                 if !fused {
                     self.gelu_backward(d, pre, rows * outputs, form);
                 }
@@ -111,8 +111,9 @@ impl Linear for Cuda {
             sums: partials,
             amax,
             clamped: workspace.clamped.address,
-            kept: false,
+            kept: Kept::AsStored,
             rounding: operand.rounding(),
+            rule: power_rule(operand).unwrap_or(PowerRule::Floor),
             range: operand.range(),
             drawn: Drawn {
                 random: *random,
@@ -168,6 +169,7 @@ impl Linear for Cuda {
                     by_columns: Some(other),
                     sums: 0,
                     amax: w.amax.address,
+                    kept: kept_by(Of::Dgrad, recipe, gemm),
                     drawn: dy.drawn.of_other(GemmId::Dgrad, OperandId::W),
                     ..of_dy(gemm.b())
                 };
@@ -179,8 +181,8 @@ impl Linear for Cuda {
         }
 
         // What the forward pass kept of x, or x itself.
-        let from_forward = recipe.wgrad().b().source() == OperandSource::Forward;
-        let in_fp8 = from_forward && by_values[1].is_none();
+        let kept_of_x = kept_by(Of::Wgrad, recipe, recipe.wgrad());
+        let in_fp8 = kept_of_x == Kept::AsE4m3 && by_values[1].is_none();
         let mut kept = Source::of(x);
         let mut x_amax = 0;
         if carrier == Carrier::Fp8 && for_wgrad.is_some() {
@@ -228,7 +230,7 @@ impl Linear for Cuda {
                     by_columns: Some(other),
                     sums: 0,
                     amax: x_amax,
-                    kept: in_fp8,
+                    kept: kept_of_x,
                     drawn: dy.drawn.of_other(GemmId::Wgrad, OperandId::X),
                     ..of_dy(gemm.b())
                 };
@@ -275,7 +277,46 @@ impl Cuda {
         let LinearShape { rows, inputs, outputs } = shape;
         let precision = x.precision;
         let (mut operands, mut scales) = ([precision.into(); 2], None);
-        let (x, w) = if recipe.forward().is_in(Format::E4M3) {
+        let mut depth = inputs;
+        let (x, w) = if values::is_in_powers(recipe.forward()) {
+            let [left, _, right] = workspace.targets(Carrier::Fp8);
+            // Both in the format with more bits: neither is a gradient.
+            let left = Target { format: right.format, ..left };
+            let of_x = Quantization {
+                source: Source::of(x),
+                rows,
+                cols: inputs,
+                by_rows: Some(left),
+                by_columns: None,
+                sums: 0,
+                amax: fp8::amax_of(self, &workspace.x_amax, x),
+                clamped: workspace.clamped.address,
+                kept: Kept::AsStored,
+                rounding: recipe.forward().a().rounding(),
+                rule: power_rule(recipe.forward().a()).unwrap_or(PowerRule::Floor),
+                range: recipe.forward().a().range(),
+                drawn: Drawn {
+                    random: NOTHING_DRAWN,
+                    gemms: [GemmId::Dgrad; 2],
+                    operand: OperandId::X,
+                    transform: None,
+                },
+            };
+            let of_w = Quantization {
+                source: Source::master(w),
+                rows: outputs,
+                by_rows: Some(right),
+                amax: w.amax.address,
+                rule: power_rule(recipe.forward().b()).unwrap_or(PowerRule::Floor),
+                range: recipe.forward().b().range(),
+                ..of_x
+            };
+            of_x.run(self);
+            of_w.run(self);
+            depth = of_x.depths()[0];
+            (operands, scales) = ([left.format, right.format], Some([left.scales, right.scales]));
+            (left.out, right.out)
+        } else if recipe.forward().is_in(Format::E4M3) {
             let (master, amax) = (Source::master(w), w.amax.address);
             let weights = workspace.right.elements.address;
             let carrier = Carrier::of(Format::E4M3, self.gpu.capability, shape);
@@ -296,15 +337,28 @@ impl Cuda {
         } else {
             (x.address(), w.as_read_in(precision))
         };
-        let [left, right] = [x, w].map(|address| Operand::rows(address, inputs));
-        let sizes = [rows, outputs, inputs];
+        let [left, right] = [x, w].map(|address| Operand::rows(address, depth));
+        let sizes = [rows, outputs, depth];
         let product = Product {
             operands,
             bias: Some(b.as_read_in(precision)),
             scales,
+            alpha: recipe.forward().alpha(),
             ..Product::new(precision.into(), sizes, left, right, y.write().address)
         };
         self.product(workspace, &product);
+    }
+}
+
+/// A forward pass draws nothing.
+const NOTHING_DRAWN: Random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
+
+/// What operand B of a backward product is made from.
+fn kept_by(of: Of, recipe: &LinearRecipe, gemm: &Gemm) -> Kept {
+    match (gemm.b().source(), power_rule(of.forward(recipe))) {
+        (OperandSource::HighPrecision, _) => Kept::AsStored,
+        (OperandSource::Forward, Some(rule)) => Kept::AsMxfp4(rule, of.forward(recipe).range()),
+        (OperandSource::Forward, None) => Kept::AsE4m3,
     }
 }
 

@@ -6,7 +6,7 @@ use super::quantize::carrier::Carrier;
 use super::quantize::{BehindGelu, Target, sums, values};
 use super::{head, norm};
 use crate::backend::{HeadShape, LinearShape, WorkspaceShape};
-use crate::formats::{Format, Gemm};
+use crate::formats::{BLOCK, Format, Gemm};
 
 /// Room for an operand of a product: its elements, and FP8's factor or the scales of its blocks.
 pub(super) struct Room {
@@ -61,10 +61,13 @@ impl Workspace {
         let partials = norm::partials(norm.channels).max(partials) * usize::from(training);
 
         let fp8 = recipes.iter().any(|recipe| recipe.forward().is_in(Format::E4M3));
-        let in_mxfp4 = shape.backward_gemms().filter(|gemm| gemm.is_in(Format::MXFP4));
+        let carrier = Carrier::best(Format::MXFP4, arena.capability());
+        let in_powers = |gemm: &Gemm| carrier == Carrier::Fp8 && values::is_in_powers(gemm);
+        let in_mxfp4 =
+            shape.backward_gemms().filter(|gemm| gemm.is_in(Format::MXFP4) || in_powers(gemm));
         // As if both products were padded to the longer one's group, which costs next to nothing.
         let group = in_mxfp4.map(Gemm::group).max();
-        let carrier = Carrier::best(Format::MXFP4, arena.capability());
+        let mxfp4_forward = recipes.iter().any(|recipe| in_powers(recipe.forward()));
         let (mut operands, mut scales) = ([0; 2], [4; 2]);
         for LinearShape { rows, inputs, outputs } in linears.iter().copied() {
             let mut room = |first: usize, second: usize| {
@@ -72,6 +75,10 @@ impl Workspace {
             };
             if fp8 {
                 room(0, outputs * inputs);
+            }
+            if mxfp4_forward {
+                let depth = inputs.next_multiple_of(BLOCK);
+                room(rows * depth, outputs * depth);
             }
             if let Some(group) = group {
                 let padded = |n: usize| n.next_multiple_of(group);
@@ -88,7 +95,7 @@ impl Workspace {
         if carrier.has_block_scales() {
             scales[0] += second_scales;
         }
-        let values = values::Size::new(shape);
+        let values = values::Size::new(shape, arena.capability());
         let mut room = |side: usize| Room {
             elements: arena.bytes((operands[side] * 2).max(values.operands[side])),
             scales: arena.bytes(scales[side]),

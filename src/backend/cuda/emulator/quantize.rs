@@ -6,12 +6,16 @@ use proptest::prelude::*;
 
 use super::super::device::gemm::Type;
 use super::super::quantize::carrier::{Carrier, tiled};
-use super::super::quantize::{BehindGelu, Launch, Quantization, Source as Operand, Target};
+use super::super::quantize::{BehindGelu, Kept, Launch, Quantization, Source as Operand, Target};
 use super::super::tests::{ROUNDINGS, amax_of, compare_fp8, decode_fp8, exact_forms, of_dy};
 use super::gelu::GeluKernel;
 use super::{Emulator, SCHEDULES, aligned};
 use crate::backend::Precision;
-use crate::formats::{self, BLOCK, Draw, Mxfp4Matrix, Purpose, Range, Rounding};
+use crate::backend::conformance::RANDOM;
+use crate::formats::{
+    self, BLOCK, Bits, Draw, Format, GemmId, MAX_GROUP, Mxfp4Matrix, OperandId, PowerRule, Purpose,
+    Quantized, Range, Rounding, Source, Transform,
+};
 
 // ---- Scales in tiles ----
 
@@ -306,7 +310,7 @@ fn fp8_operands_are_those_of_the_definition() {
         }
         let amax = amax_of(&values);
         let scale = formats::e4m3_scale(f32::from_bits(amax));
-        let kept: Vec<f32> =
+        let in_e4m3: Vec<f32> =
             values.iter().map(|v| formats::round_to_e4m3(v / scale) * scale).collect();
         let (narrow, wide) = (bf16_bytes(&values), aligned(bytemuck::cast_slice(&values)));
         for emulator in [&any, &groups] {
@@ -321,24 +325,24 @@ fn fp8_operands_are_those_of_the_definition() {
         {
             let emulator = if group == 64 { &groups } else { &any };
             let schedule = SCHEDULES[(case + group / 32) % 3];
-            for (source, format, forms, is_kept) in [
-                (narrow, Type::E4m3, COLUMNS, false),
-                (narrow, Type::E4m3, COLUMNS, true),
-                (wide, Type::E4m3, COLUMNS, false),
-                (narrow, Type::E5m2, COLUMNS, false),
-                (narrow, Type::E5m2, ROWS, false),
-                (narrow, Type::E5m2, BOTH, false),
+            for (source, format, forms, kept) in [
+                (narrow, Type::E4m3, COLUMNS, Kept::AsStored),
+                (narrow, Type::E4m3, COLUMNS, Kept::AsE4m3),
+                (wide, Type::E4m3, COLUMNS, Kept::AsStored),
+                (narrow, Type::E5m2, COLUMNS, Kept::AsStored),
+                (narrow, Type::E5m2, ROWS, Kept::AsStored),
+                (narrow, Type::E5m2, BOTH, Kept::AsStored),
             ] {
                 if forms == BOTH && group > 64 {
                     continue;
                 }
                 let what =
-                    format!("{shape:?} g {group} {format:?} {forms:?} {rounding:?} {is_kept}");
-                let values = if is_kept { &kept } else { &values };
+                    format!("{shape:?} g {group} {format:?} {forms:?} {rounding:?} {kept:?}");
+                let values = if kept == Kept::AsE4m3 { &in_e4m3 } else { &values };
                 let exact = exact_forms(values, shape, group, rounding);
                 let mut fp8 = Fp8::new(&exact);
                 let of_dy = of_dy(source, shape, group, rounding);
-                let of_dy = Quantization { kept: is_kept, amax: &raw const amax as u64, ..of_dy };
+                let of_dy = Quantization { kept, amax: &raw const amax as u64, ..of_dy };
                 let of_dy = fp8.take(of_dy, format, forms);
                 run(emulator, schedule, &of_dy);
                 clamped += fp8.check(&exact, &of_dy, amax_of(values), &what);
@@ -347,6 +351,145 @@ fn fp8_operands_are_those_of_the_definition() {
                     check_sums(&fp8.sums[..parts * shape.1], values, shape.1, &what);
                 }
             }
+        }
+    }
+    assert!(clamped > 20, "only {clamped} blocks were clamped");
+}
+
+/// A form of an operand as its format defines it, and its vectors before they are quantized.
+fn defined_form(
+    values: &[f32],
+    [rows, cols]: [usize; 2],
+    operand: &formats::Operand,
+    transform: Option<Transform>,
+    transposed: bool,
+) -> (Quantized, Vec<f32>) {
+    let gemm = if transposed { GemmId::Wgrad } else { GemmId::Dgrad };
+    let (vectors, length) = if transposed { (cols, rows) } else { (rows, cols) };
+    let mut room = [0.0; MAX_GROUP];
+    let signs = formats::fill_signs(&mut room, transform, gemm, &RANDOM);
+    let source = Source { data: values, rows: vectors, depth: length, transposed };
+    let [elements, scales] =
+        [OperandId::Dy, OperandId::Dy.of_scales()].map(|id| RANDOM.rounding(id));
+    let exact = Quantized::new(source, operand, signs, &Bits { elements, scales, transposed });
+    let mut before = vec![0.0; vectors * exact.depth];
+    for (vector, to) in before.chunks_exact_mut(exact.depth).enumerate() {
+        to[..length].iter_mut().enumerate().for_each(|(k, to)| *to = source.at(vector, k));
+        if !signs.is_empty() {
+            to.chunks_exact_mut(signs.len()).for_each(|group| formats::rotate(group, signs));
+        }
+    }
+    (exact, before)
+}
+
+/// Scales by every rule, and of what a forward pass in MXFP4 made of the source: numbers are the
+/// definition's, and blocks too far below the tensor's largest magnitude are clamped and counted.
+#[test]
+fn fp8_operands_of_every_rule_are_those_of_the_definition() {
+    let Some(any) = Emulator::new("quantize_fp8") else { return };
+    let Some(groups) = Emulator::new("quantize_fp8_groups") else { return };
+    let mut clamped = 0;
+    for (case, shape @ [rows, cols]) in [[17, 31], [33, 200], [160, 72]].into_iter().enumerate() {
+        let mut values = vec![0.0; rows * cols];
+        formats::fill_normal(&mut values, 1.0, &Draw::of(8, Purpose::Weights, 84, 0), 0);
+        for (i, v) in values.iter_mut().enumerate() {
+            match i / 37 % 11 {
+                3 => *v = 0.0,
+                5 => *v *= 2f32.powi(-(i as i32 % 40)),
+                // On both sides of where rules round up.
+                7 => *v = [1.0, 1.5, 1.507_812_5, 1.742_187_5, 1.75, 1.992_187_5][i % 6],
+                _ => {}
+            }
+            // Blocks far below all others.
+            if i / cols >= 96 && i % cols >= 32 {
+                *v *= 2f32.powi(-20);
+            }
+            *v = half::bf16::from_f32(*v).to_f32();
+        }
+        let amax = amax_of(&values);
+        let (narrow, wide) = (bf16_bytes(&values), aligned(bytemuck::cast_slice(&values)));
+        for emulator in [&any, &groups] {
+            emulator.may_read(&narrow, 2 * values.len());
+            emulator.may_read(&wide, 4 * values.len());
+        }
+        let [narrow, wide] = [(Precision::Bf16, &narrow), (Precision::F32, &wide)]
+            .map(|(precision, of)| Operand { address: of.as_ptr() as u64, precision });
+        let in_ceil = Kept::AsMxfp4(PowerRule::Ceil, Range::Full);
+        let in_even = Kept::AsMxfp4(PowerRule::Even, Range::ThreeQuarters);
+        let sources = [
+            (narrow, Type::E4m3, ROWS, Kept::AsStored),
+            (wide, Type::E4m3, ROWS, Kept::AsStored),
+            (narrow, Type::E5m2, ROWS, Kept::AsStored),
+            (narrow, Type::E5m2, BOTH, Kept::AsStored),
+            (wide, Type::E4m3, COLUMNS, Kept::AsStored),
+            (narrow, Type::E4m3, COLUMNS, in_ceil),
+            (narrow, Type::E4m3, COLUMNS, in_even),
+            (wide, Type::E4m3, COLUMNS, in_ceil),
+            (wide, Type::E4m3, COLUMNS, in_even),
+        ];
+        let rules = [PowerRule::Floor, PowerRule::Ceil, PowerRule::Even];
+        let roundings = [Rounding::Nearest, Rounding::Unbiased];
+        let cases = sources.into_iter().flat_map(|source| {
+            let all = rules.into_iter().flat_map(move |rule| roundings.map(|to| (rule, to)));
+            all.flat_map(move |(rule, to)| [0, 64, 256].map(|group| (source, rule, to, group)))
+        });
+        for ((source, format, forms, kept), rule, rounding, group) in cases {
+            let forward = format == Type::E4m3 && forms == ROWS;
+            if forward && (rounding == Rounding::Unbiased || group > 0)
+                || group == 256 && forms != COLUMNS
+            {
+                continue;
+            }
+            let what =
+                format!("{shape:?} g {group} {format:?} {forms:?} {rule} {rounding:?} {kept:?}");
+            let operand = formats::Operand::of(Format::mxfp4(rule, false)).rounded(rounding);
+            let seen = match kept {
+                Kept::AsMxfp4(rule, range) => {
+                    let of = formats::Operand::of(Format::mxfp4(rule, false)).within(range);
+                    defined_form(&values, shape, &of, None, false).0.dequantized(cols)
+                }
+                _ => values.clone(),
+            };
+            let of = of_dy(source, (rows, cols), group, (rounding, operand.range()));
+            let of = Quantization { kept, rule, amax: &raw const amax as u64, ..of };
+            let exact = [false, true].map(|transposed| {
+                defined_form(&seen, shape, &operand, of.drawn.transform, transposed)
+            });
+            let room = |exact: &Quantized| {
+                vec![u128::from_le_bytes([0xaa; 16]); exact.values.len().div_ceil(16)]
+            };
+            let sums = vec![f32::NAN; (exact[1].0.depth / 64 + 1) * cols];
+            let out = exact.each_ref().map(|(exact, _)| room(exact));
+            let mut fp8 = Fp8 { out, factor: f32::NAN, clamped: Fp8::BEFORE, sums };
+            let of = fp8.take(of, format, forms);
+            let emulator = if of.kernel().contains("<64,") { &groups } else { &any };
+            run(emulator, SCHEDULES[(case + group / 64) % 3], &of);
+            // As far as a rotation may raise the largest.
+            let slack = [0, 3, 4][group.div_ceil(64).min(2)];
+            let top = u32::from(rule.byte(&[f32::from_bits(amax_of(&seen))])) + slack;
+            let lowest = top.saturating_sub(if format == Type::E4m3 { 14 } else { 28 });
+            let mut expected = 0;
+            for (i, (exact, before)) in exact.iter().enumerate().filter(|(i, _)| forms[*i]) {
+                let bytes: &[u8] = bytemuck::cast_slice(&fp8.out[i]);
+                let blocks = exact.values.chunks(BLOCK).zip(before.chunks(BLOCK));
+                for (block, (exact, before)) in blocks.enumerate() {
+                    let bytes = &bytes[block * BLOCK..][..BLOCK];
+                    let value = |byte: &u8| f64::from(fp8.factor) * decode_fp8(*byte, format);
+                    let ours: Vec<f64> = bytes.iter().map(value).collect();
+                    if amax_of(before) == 0 || u32::from(rule.byte(before)) >= lowest {
+                        let same = ours.iter().zip(exact).all(|(a, b)| *a == f64::from(*b));
+                        assert!(same, "{what}: block {block} is {ours:?}, not {exact:?}");
+                        continue;
+                    }
+                    expected += 1;
+                    let unit = 2f64.powi(lowest as i32 - 127);
+                    let grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+                    let valid = ours.iter().all(|v| grid.contains(&(v.abs() / unit)));
+                    assert!(valid, "{what}: block {block} is clamped to {ours:?}");
+                }
+            }
+            assert_eq!(fp8.clamped - Fp8::BEFORE, expected, "{what}: clamped blocks");
+            clamped += expected;
         }
     }
     assert!(clamped > 20, "only {clamped} blocks were clamped");

@@ -30,7 +30,7 @@ use super::device::gemm::Type;
 use super::device::memory::{Param, Tensor, size_of_element};
 use super::gelu;
 use crate::backend::Precision;
-use crate::formats::{self, Random, Range, Rounding};
+use crate::formats::{self, Operand, PowerRule, Random, Range, Rounding, Scale};
 use carrier::TILE_VECTORS;
 use random::{Drawn, Draws};
 
@@ -66,9 +66,20 @@ pub(super) struct Target {
     pub(super) scales: u64,
 }
 
+/// Which of a source's numbers are quantized.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Kept {
+    AsStored,
+    /// What E4M3 with a scale of the tensor holds of them.
+    AsE4m3,
+    /// What MXFP4 in blocks along rows holds of them, by this rule of the scale, rounded to nearest
+    /// in this range.
+    AsMxfp4(PowerRule, Range),
+}
+
 /// What an operand of MXFP4 products is made from, and its forms. Of FP8 forms E5M2 is made from
-/// bf16 alone, and along rows nothing else is made; both at once have one format and one factor,
-/// groups of at most 64, and a bf16 source.
+/// bf16 alone; E4M3 along rows is rounded to nearest, without a transform; both at once have one
+/// format and one factor, groups of at most 64, and a bf16 source.
 #[derive(Clone, Copy)]
 pub(super) struct Quantization {
     /// (rows, cols).
@@ -87,10 +98,12 @@ pub(super) struct Quantization {
     /// FP8: counts blocks whose scale was clamped, because they lie too far below the largest of
     /// their tensor.
     pub(super) clamped: u64,
-    /// FP8: whether the source is first rounded as an FP8 forward pass keeps it (to E4M3, down
-    /// columns, bf16).
-    pub(super) kept: bool,
+    /// FP8, down columns: whether the source is first rounded as a forward pass in FP8 keeps it, of
+    /// bf16 numbers.
+    pub(super) kept: Kept,
     pub(super) rounding: Rounding,
+    /// FP8 alone has others than the first.
+    pub(super) rule: PowerRule,
     pub(super) range: Range,
     pub(super) drawn: Drawn,
 }
@@ -117,6 +130,35 @@ pub(super) struct Arguments {
     each: u32,
     draws: Draws,
     range: f32,
+    rounds_up: u32,
+    forward_range: f32,
+    forward_rounds_up: u32,
+}
+
+/// The rule of an operand's scales, where these are powers of two of blocks along the reduction
+/// that depend on the largest magnitude alone, and the product on nothing else.
+pub(super) fn power_rule(operand: &Operand) -> Option<PowerRule> {
+    let format = operand.format();
+    if operand.is_corrected() || operand.rounding() == Rounding::ByMean {
+        return None;
+    }
+    match format.scale() {
+        Scale::Power(rule @ (PowerRule::Floor | PowerRule::Ceil | PowerRule::Even))
+            if format.is_mxfp4() && !format.is_square() =>
+        {
+            Some(rule)
+        }
+        _ => None,
+    }
+}
+
+/// What is added to the bits of an amax before its exponent becomes a scale: [`PowerRule::byte`].
+fn rounds_up(rule: PowerRule) -> u32 {
+    match rule {
+        PowerRule::Ceil => 0x003f_ffff,
+        PowerRule::Even => 0x0020_0000,
+        _ => 0,
+    }
 }
 
 /// Grid, threads of a block, and bytes of dynamic shared memory.
@@ -161,11 +203,18 @@ impl Quantization {
             Type::E5m2 => "E5M2",
             Type::F32 => unreachable!("an operand of MXFP4 products"),
         };
-        let (group, kept) = (if self.has_own_group() { OWN_GROUP } else { 0 }, self.kept);
+        let group = if self.has_own_group() { OWN_GROUP } else { 0 };
+        let kept = match self.kept {
+            Kept::AsStored => "AS_STORED",
+            Kept::AsE4m3 => "AS_E4M3",
+            Kept::AsMxfp4(..) => "AS_MXFP4",
+        };
         let unbiased = self.rounding == Rounding::Unbiased;
         match (self.by_rows, self.by_columns, self.is_fp8()) {
             (Some(_), Some(_), true) => format!("quantize_fp8_both<{group},{unbiased}>"),
-            (Some(_), None, true) => format!("quantize_fp8_rows<{group},{unbiased}>"),
+            (Some(_), None, true) => {
+                format!("quantize_fp8_rows<{group},{number},{format},{unbiased}>")
+            }
             (None, _, true) => {
                 format!("quantize_fp8_columns<{group},{number},{format},{kept},{unbiased}>")
             }
@@ -185,7 +234,7 @@ impl Quantization {
     }
 
     fn has_own_group(&self) -> bool {
-        self.drawn.group() == OWN_GROUP
+        self.drawn.group() == OWN_GROUP && !matches!(self.kept, Kept::AsMxfp4(..))
     }
 
     pub(super) fn launch(&self) -> Launch {
@@ -206,7 +255,7 @@ impl Quantization {
         if fp8 {
             let cols = if self.by_rows.is_some() { rows_depth } else { cols };
             let rows = if self.by_columns.is_some() { depth } else { rows };
-            return tiles(precision, cols, rows, group);
+            return tiles(precision, cols, rows, group, self.has_own_group());
         }
         let (columns, block) = match precision {
             Precision::Bf16 => (TILE_COLUMNS, 256),
@@ -226,6 +275,10 @@ impl Quantization {
         let addresses = |target: Option<Target>| target.map_or((0, 0), |to| (to.out, to.scales));
         let (by_rows, row_scales) = addresses(self.by_rows);
         let (by_columns, column_scales) = addresses(self.by_columns);
+        let (forward_rule, forward_range) = match self.kept {
+            Kept::AsMxfp4(rule, range) => (rule, range),
+            Kept::AsStored | Kept::AsE4m3 => (PowerRule::Floor, Range::Full),
+        };
         Arguments {
             source: self.source.address,
             by_rows,
@@ -245,6 +298,9 @@ impl Quantization {
             each: rows_at_once(rows_depth / formats::BLOCK) as u32,
             draws: self.drawn.draws(),
             range: self.range.factor(),
+            rounds_up: rounds_up(self.rule),
+            forward_range: forward_range.factor(),
+            forward_rounds_up: rounds_up(forward_rule),
         }
     }
 }
@@ -253,7 +309,7 @@ impl Quantization {
 /// itself. Its scale is made from a sample; where that leaves no room for a block, all is done once
 /// more.
 pub(super) struct BehindGelu {
-    /// Of d, with a transform that [`BehindGelu::takes`].
+    /// Of d, with a transform and a rule of the scale that [`BehindGelu::takes`].
     pub(super) both: Quantization,
     pub(super) pre: u64,
     /// `Attempt` of the kernels: zeroed words.
@@ -264,8 +320,9 @@ impl BehindGelu {
     /// Of an attempt.
     pub(super) const WORDS: u64 = 3;
 
-    pub(super) fn takes(transform: formats::Transform) -> bool {
-        transform.group() == OWN_GROUP
+    pub(super) fn takes(operand: &Operand) -> bool {
+        operand.transform().is_some_and(|transform| transform.group() == OWN_GROUP)
+            && power_rule(operand) == Some(PowerRule::Floor)
     }
 
     /// All of it. The number of parts of the sums is returned.
@@ -349,13 +406,13 @@ fn tile(group: usize, columns: usize) -> (usize, usize) {
 }
 
 /// How the tile kernels of FP8 numbers are launched, for a source of this precision that tiles
-/// cover in `cols` columns and `rows` rows.
-fn tiles(precision: Precision, cols: usize, rows: usize, group: usize) -> Launch {
+/// cover in `cols` columns and `rows` rows; `own` are those of [`OWN_GROUP`].
+fn tiles(precision: Precision, cols: usize, rows: usize, group: usize, own: bool) -> Launch {
     // Lines of 64 numbers, each 32 of them shifted by at most 64 bytes: the source, then random
     // bits.
     let lines_of = |size, lines| lines * (64 * size + 16) + lines / 32 * 64;
     let lines_of = |lines| lines_of(size_of_element(precision), lines) + lines_of(2, lines);
-    if group == OWN_GROUP {
+    if own {
         let grid = [cols.div_ceil(group), rows.div_ceil(group), 1];
         return Launch { grid, block: 2 * group, shared: lines_of(group) + 3 * 8 * 36 };
     }

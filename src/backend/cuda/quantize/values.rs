@@ -11,7 +11,7 @@ use std::ffi::c_void;
 
 use super::carrier::Carrier;
 use super::random::{Draw, Transform};
-use super::{Source, fp8};
+use super::{MAX_DEPTH, Source, fp8, power_rule};
 use crate::backend::Precision;
 use crate::backend::cuda::device::capture::Redraw;
 use crate::backend::cuda::device::gemm::{Operand as Factor, Product, Type};
@@ -30,8 +30,19 @@ const VECTORS: usize = 32;
 const THREADS: usize = 256;
 
 /// Whether the operands of a GEMM are made by the kernels of their formats, which know f32, bf16,
-/// MXFP4 of OCP in a backward pass and E4M3 in the forward pass, and x as E4M3 leaves it.
-fn has_own_kernels(recipe: &LinearRecipe, gemm: &Gemm, of: Of) -> bool {
+/// MXFP4 of OCP in a backward pass and E4M3 in the forward pass, and x as E4M3 leaves it; and where
+/// `carrier` is FP8, MXFP4 of other rules in all passes, also of what that made in the forward pass.
+fn has_own_kernels(recipe: &LinearRecipe, gemm: &Gemm, of: Of, carrier: Carrier) -> bool {
+    let from_q = gemm.b().source() == OperandSource::Forward;
+    // NOTE: what a forward pass rotates is turned back behind products of numbers alone.
+    if carrier == Carrier::Fp8
+        && is_in_powers(gemm)
+        && recipe.forward().transform().is_none()
+        && of.restoration(recipe).is_none()
+        && (!from_q || power_rule(of.forward(recipe)).is_some())
+    {
+        return true;
+    }
     let fourth = if of == Of::Forward { Format::E4M3 } else { Format::MXFP4 };
     let from_tensor = gemm.b().source() == OperandSource::HighPrecision;
     let from_fp8 = of == Of::Wgrad && recipe.forward().is_in(Format::E4M3);
@@ -39,6 +50,19 @@ fn has_own_kernels(recipe: &LinearRecipe, gemm: &Gemm, of: Of) -> bool {
         && !gemm.is_corrected()
         && of.restoration(recipe).is_none()
         && (from_tensor || from_fp8)
+}
+
+/// Whether both operands are blocks along the reduction whose scales are powers of two of their
+/// largest magnitudes: what FP8 numbers hold.
+pub(crate) fn is_in_powers(gemm: &Gemm) -> bool {
+    [gemm.a(), gemm.b()].into_iter().all(|operand| power_rule(operand).is_some())
+}
+
+/// What multiplies MXFP4 in a layer of this shape.
+pub(crate) fn carrier_of_mxfp4(capability: (i32, i32), shape: LinearShape) -> Carrier {
+    let carrier = Carrier::of(Format::MXFP4, capability, shape);
+    let fits = shape.inputs.max(shape.outputs) <= MAX_DEPTH;
+    if carrier == Carrier::Fp8 && !fits { Carrier::Bf16 } else { carrier }
 }
 
 /// Which GEMM of a linear layer.
@@ -52,10 +76,10 @@ pub(crate) enum Of {
 impl Of {
     pub(crate) const ALL: [Self; 3] = [Self::Forward, Self::Dgrad, Self::Wgrad];
 
-    /// Its recipe, if its operands are made here.
-    pub(crate) fn gemm(self, recipe: &LinearRecipe) -> Option<&Gemm> {
+    /// Its recipe, if its operands are made here and not as what [`carrier_of_mxfp4`] multiplies.
+    pub(crate) fn gemm(self, recipe: &LinearRecipe, carrier: Carrier) -> Option<&Gemm> {
         let gemm = self.of(recipe);
-        (!has_own_kernels(recipe, gemm, self)).then_some(gemm)
+        (!has_own_kernels(recipe, gemm, self, carrier)).then_some(gemm)
     }
 
     fn of(self, recipe: &LinearRecipe) -> &Gemm {
@@ -73,11 +97,12 @@ impl Of {
         capability: (i32, i32),
         shape: LinearShape,
     ) -> Numbers {
-        let Some(gemm) = self.gemm(recipe) else {
+        let carrier = carrier_of_mxfp4(capability, shape);
+        let Some(gemm) = self.gemm(recipe, carrier) else {
             return match self.of(recipe).element() {
                 Element::F32 => Numbers::F32,
                 Element::E4m3 => Carrier::of(Format::E4M3, capability, shape).numbers(),
-                Element::E2m1 => Carrier::of(Format::MXFP4, capability, shape).numbers(),
+                Element::E2m1 => carrier.numbers(),
                 _ => Numbers::Bf16,
             };
         };
@@ -89,7 +114,7 @@ impl Of {
     }
 
     /// What the forward pass made of operand B.
-    fn forward(self, recipe: &LinearRecipe) -> &Operand {
+    pub(crate) fn forward(self, recipe: &LinearRecipe) -> &Operand {
         match self {
             Self::Forward | Self::Dgrad => recipe.forward().b(),
             Self::Wgrad => recipe.forward().a(),
@@ -153,22 +178,23 @@ pub(crate) struct Size {
 }
 
 impl Size {
-    pub(crate) fn new(shape: &WorkspaceShape<'_>) -> Self {
+    pub(crate) fn new(shape: &WorkspaceShape<'_>, capability: (i32, i32)) -> Self {
         let mut size = Self::default();
         for (layer, recipe) in
             shape.linears.iter().flat_map(|layer| shape.recipes.iter().map(move |r| (layer, r)))
         {
+            let carrier = carrier_of_mxfp4(capability, *layer);
             for of in Of::ALL {
                 if of == Of::Forward || shape.backward {
-                    size.add(*layer, recipe, of);
+                    size.add(*layer, recipe, (of, carrier));
                 }
             }
         }
         size
     }
 
-    fn add(&mut self, layer: LinearShape, recipe: &LinearRecipe, of: Of) {
-        let Some(gemm) = of.gemm(recipe) else { return };
+    fn add(&mut self, layer: LinearShape, recipe: &LinearRecipe, (of, carrier): (Of, Carrier)) {
+        let Some(gemm) = of.gemm(recipe, carrier) else { return };
         let LinearShape { rows, inputs, outputs } = layer;
         let restoration = of.restoration(recipe);
         let columns = restoration.map_or(inputs, |restored| restored.depth(inputs));
@@ -964,7 +990,8 @@ mod tests {
         for name in Recipe::NAMES {
             let mut size = Size::default();
             for recipe in name.parse::<Recipe>().unwrap().all() {
-                Of::ALL.into_iter().for_each(|of| size.add(layer, &recipe, of));
+                let all = Of::ALL.map(|of| (of, Carrier::Bf16));
+                all.into_iter().for_each(|of| size.add(layer, &recipe, of));
             }
             let own = ["fp32", "bf16", "mxfp4", "fp8-mxfp4-rht-sr"].contains(&name)
                 || ["mxfp4-rht", "mxfp4-sr", "mxfp4-rht-sr"].contains(&name);
@@ -975,7 +1002,7 @@ mod tests {
     /// Backward GEMMs in MXFP4 of OCP keep their kernels behind whatever forward pass.
     #[test]
     fn gemms_by_themselves_keep_their_kernels() {
-        for (name, here) in [
+        let everywhere = [
             ("mxfp4-mxfp4-rht-sr", [true, false, false]),
             ("mxfp4-mxfp4-rht-sr,from=q", [true; 3]),
             ("fp8-mxfp4-rht-sr,from=q", [false, true, false]),
@@ -984,9 +1011,27 @@ mod tests {
             ("nvfp4", [false, true, true]),
             ("nvfp4,dgrad=bf16", [false, false, true]),
             ("bf16,mantissa=4", [true; 3]),
-        ] {
-            let recipe = *name.parse::<Recipe>().unwrap().linear(0);
-            assert_eq!(Of::ALL.map(|of| of.gemm(&recipe).is_some()), here, "{name}");
+        ];
+        let where_fp8_is = [
+            ("mxfp4-mxfp4-rht-sr", [false; 3]),
+            ("mxfp4-mxfp4-rht-sr,from=q", [false; 3]),
+            ("fp8-mxfp4-rht-sr,from=q", [false, true, false]),
+            ("tetrajet", [false; 3]),
+            ("tetrajet,w=2d", [true, true, false]),
+            ("tetrajet,scale=quest,sr=off", [false, true, true]),
+            ("tetrajet,scale-fwd=quest", [true; 3]),
+            ("tetrajet,scale-fwd=quest,from=x", [true, false, false]),
+            ("fp8", [false, true, true]),
+            ("nvfp4", [false, true, true]),
+        ];
+        for (carrier, cases) in
+            [(Carrier::Bf16, &everywhere[..]), (Carrier::Fp8, &where_fp8_is[..])]
+        {
+            for (name, here) in cases {
+                let recipe = *name.parse::<Recipe>().unwrap().linear(0);
+                let found = Of::ALL.map(|of| of.gemm(&recipe, carrier).is_some());
+                assert_eq!(found, *here, "{name}, {carrier:?}");
+            }
         }
     }
 

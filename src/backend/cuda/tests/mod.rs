@@ -14,15 +14,15 @@ mod quantization;
 use cudarc::driver::sys;
 
 use super::device::memory::{Arena, F32, Tensor, Weights};
-use super::quantize::Quantization;
 use super::quantize::random::Drawn;
+use super::quantize::{Kept, Quantization};
 use super::*;
 use crate::backend::conformance::{Harness as _, RANDOM, relative_error};
 pub(super) use crate::backend::conformance::{f64s, rounded, workspace};
 use crate::backend::{Memory as _, Precision, Sequences, Slot, reference};
 use crate::formats::{
-    self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, Purpose, Range, Rounding, Signs, Source,
-    Transform, uniform,
+    self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, PowerRule, Purpose, Range, Rounding, Signs,
+    Source, Transform, uniform,
 };
 
 pub(super) const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
@@ -155,8 +155,9 @@ pub(super) fn of_dy(
         sums: 0,
         amax: 0,
         clamped: 0,
-        kept: false,
+        kept: Kept::AsStored,
         rounding,
+        rule: PowerRule::Floor,
         range,
         drawn: Drawn {
             random: RANDOM,
