@@ -1,74 +1,10 @@
-// Operands of products in any format, as bf16 or f32 numbers, bit for bit as src/formats defines
-// them (quantized.rs): vectors along the reduction dimension, padded with zeros, rotated, rounded.
-//
-// A thread block takes 256 elements of 32 vectors, which hold whole groups and whole blocks of
-// every format, squares too: a warp gathers and rotates four of the vectors, lanes along them; then
-// a thread has 32 elements of one vector, in order, for sums are part of the definition. What needs
-// the largest magnitude of more than that, of the tensor or of a vector, reads a word that
-// find_value_amax has written before, from the source once more: cheaper than to store numbers in
-// f32 between.
-//
-// Every operation is rounded by itself. NOTE: so sums, products and quotients of floats go by
-// names, which the compiler does not contract.
+// Operands in all formats, and what is done behind products. Exact and plain: a warp gathers and
+// rotates four of the vectors, lanes along them; then a thread has 32 elements of one vector in
+// shared memory, in order, for sums are part of the definition. NVFP4 has kernels of its own
+// (quantize_nvfp4.cu), which do not round by means, note units or sum.
 
-#define CHUNK 256
-#define VECTORS 32
-#define THREADS 256
-#define BLOCK 32
-#define SIXTEEN 16
 // Odd, so that threads beside each other meet different banks along either dimension.
 #define PITCH (CHUNK + 1)
-
-// What numbers are made by: `Kind` of backend/cuda/quantize/values.rs.
-enum Kind {
-  NEAREST,    // with `mantissa` bits of mantissa
-  CUT,        // without the others
-  E4M3,       // with one scale a tensor
-  E5M2,       // likewise
-  INT8,       // by the tensor's amax, or by every vector's
-  E2M1,       // with a scale for every vector
-  POWERS,     // blocks of 32, a power of two each
-  TWO_LEVELS, // blocks of 16, an E4M3 scale each and another above
-};
-// How scales are made.
-enum Rule {
-  FLOOR,
-  CEIL,
-  EVEN,
-  QUEST,
-  QUEST_FLOOR,
-  FULL,
-  HEADROOM,
-  FOUR_OVER_SIX,
-  AMAX,
-};
-enum Rounding { TO_NEAREST, UNBIASED, EDEN, BY_MEAN };
-// What is above the scales of blocks of 16.
-enum Outer { OF_TENSOR, OF_128, POWER_OF_128 };
-
-// What is made from what. `Values` of values.rs.
-struct Values {
-  const void *source;   // (vectors, length), or with `transposed` (length, vectors)
-  const float *mean;    // (vectors, length), which BY_MEAN rounds by
-  float *units;         // (vectors, blocks): what elements are multiplied by; may be null
-  void *out;            // (vectors, depth) of bf16, or with `wide` f32
-  u32 *amax;            // bits of the tensor's, or with `by_vector` of each vector's
-  float *vector_scales; // (vectors), where there are such
-  float *scale;         // of the tensor; may be null
-  const float *other;   // that of the other operand of the product; null for 1
-  float *factors;       // gets what the product is multiplied by, and `beta`; may be null
-  const float *bounds;  // (vectors, 2), beyond which numbers are apart; may be null
-  double *sums;         // of each warp: sums of source times number and of squares; may be null
-  u32 vectors, length, depth, transposed;
-  u32 group; // of the transform, 0 without one
-  u32 kind, mantissa, rule, square, rounding, outer, by_vector;
-  u32 wide;
-  u32 dequantized; // the result is multiplied by all scales, and f32, without padding where
-                   // nothing is rotated
-  float range, alpha, beta;
-  Transform transform;
-  Draw elements, of_scales; // of_scales: by vector and block
-};
 
 // ---- Gathering ----------------------------------------------------------------------------------
 
@@ -153,148 +89,6 @@ __global__ void __launch_bounds__(THREADS) find_value_amax(const __grid_constant
   if (!q.by_vector) note_amax(q.amax, __uint_as_float(all));
 }
 
-// ---- Numbers ------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00000u); }
-__device__ __forceinline__ bool is_nan(float v) {
-  return (__float_as_uint(v) & 0x7fffffffu) > 0x7f800000u;
-}
-__device__ __forceinline__ bool is_finite(float v) {
-  return (__float_as_uint(v) & 0x7fffffffu) < 0x7f800000u;
-}
-__device__ __forceinline__ float largest_float() { return __uint_as_float(0x7f7fffffu); }
-__device__ __forceinline__ float smallest_normal() { return __uint_as_float(0x00800000u); }
-__device__ __forceinline__ float with_sign(float magnitude, float of) {
-  return __uint_as_float((__float_as_uint(magnitude) & 0x7fffffffu) |
-                         (__float_as_uint(of) & 0x80000000u));
-}
-
-__device__ __forceinline__ float round_mantissa(float v, u32 bits) {
-  if (is_nan(v)) return v;
-  u32 cut = 23 - bits, word = __float_as_uint(v), even = word >> cut & 1;
-  return __uint_as_float((word + (1u << (cut - 1)) - 1 + even) >> cut << cut);
-}
-__device__ __forceinline__ float cut_mantissa(float v, u32 bits) {
-  v = round_mantissa(v, 7);
-  u32 cut = 23 - bits;
-  return is_nan(v) ? v : __uint_as_float(__float_as_uint(v) >> cut << cut);
-}
-
-// The FP8 number nearest to v, ties to even, saturated.
-__device__ __forceinline__ float round_to_fp8(float v, int mantissa, int lowest, float largest) {
-  float magnitude = fminf(fabsf(v), largest);
-  int exponent = max((int)(__float_as_uint(magnitude) >> 23) - 127, lowest);
-  float magic = __fmul_rn(__uint_as_float((u32)(exponent - mantissa + 23 + 127) << 23), 1.5f);
-  float rounded = __fsub_rn(__fadd_rn(magnitude, magic), magic);
-  return is_nan(v) ? v : with_sign(rounded, v);
-}
-__device__ __forceinline__ float round_to_e4m3(float v) { return round_to_fp8(v, 3, -6, 448.0f); }
-
-__device__ __forceinline__ float round_to_int8(float v, float amax) {
-  if (amax == 0.0f) return 0.0f;
-  if (!is_finite(amax)) return not_a_number();
-  return rintf(__fmul_rn(__fdiv_rn(v, amax), 127.0f));
-}
-__device__ __forceinline__ float int8_scale(float amax) {
-  if (amax == 0.0f) return 1.0f;
-  if (!is_finite(amax)) return not_a_number();
-  return fmaxf(__fdiv_rn(amax, 127.0f), smallest_normal());
-}
-
-// The magnitude of E2M1's code.
-__device__ __forceinline__ float decode(u32 code) {
-  return code < 2 ? (float)code * 0.5f : __uint_as_float((code + 252) << 22);
-}
-__device__ __forceinline__ float nearest_e2m1(float y) {
-  return decode((y > 0.25f) + (y >= 0.75f) + (y > 1.25f) + (y >= 1.75f) + (y > 2.5f) + (y >= 3.5f) +
-                (y > 5.0f));
-}
-__device__ __forceinline__ float stochastic_e2m1(float y, u32 bits) {
-  u32 first = 252;
-  if (y < 1.0f) y = __fadd_rn(y, 1.0f), first = 254;
-  return decode(((__float_as_uint(y) + (bits << 6 | 32)) >> 22) - first);
-}
-
-// The magnitude of the neighbour of y that the mean is nearer to, up to 6.
-__device__ __forceinline__ float by_mean_e2m1(float y, float mean) {
-  float magnitude = fabsf(y);
-  u32 low = (magnitude >= 0.5f) + (magnitude >= 1.0f) + (magnitude >= 1.5f) +
-            (magnitude >= 2.0f) + (magnitude >= 3.0f) + (magnitude >= 4.0f);
-  float middle = __fmul_rn(__fadd_rn(decode(low), decode(low + 1)), 0.5f);
-  if (__float_as_uint(y) >> 31) mean = -mean;
-  return decode(low + (mean >= middle));
-}
-// The slow mean of an element; 0 for padding.
-__device__ __forceinline__ float mean_of(const Values &q, u32 vector, u32 k) {
-  return vector < q.vectors && k < q.length ? q.mean[(size_t)vector * q.length + k] : 0.0f;
-}
-
-// A scale byte's value.
-__device__ __forceinline__ float decode_e8m0(u32 byte) {
-  return byte == 255 ? not_a_number() : __uint_as_float(byte == 0 ? 1u << 22 : byte << 23);
-}
-
-// ---- The scale of a tensor, and of a vector -----------------------------------------------------
-
-// `encode`: what values are multiplied by first, of integers the amax; `decode`: what gives them
-// back.
-struct Tensor {
-  float encode, decode;
-};
-
-// NVFP4's limits: 17/16 less than 6; and of MS-EDEN.
-__device__ __forceinline__ float with_headroom() { return __fdiv_rn(96.0f, 17.0f); }
-__device__ __forceinline__ float eden_max() { return __fdiv_rn(6.0f, __fmul_rn(1.0625f, 0.93f)); }
-
-__device__ __forceinline__ Tensor nvfp4_tensor(const Values &q, u32 bits) {
-  float amax = __uint_as_float(bits);
-  if (!is_finite(amax)) return {not_a_number(), not_a_number()};
-  if (q.rounding == EDEN) {
-    float decode = amax == 0.0f ? 1.0f : __fdiv_rn(__fdiv_rn(amax, 255.99f), eden_max());
-    decode = fmaxf(decode, smallest_normal());
-    return {__fdiv_rn(1.0f, decode), decode};
-  }
-  float largest = q.rule == HEADROOM        ? __fmul_rn(with_headroom(), 448.0f)
-                  : q.rule == FOUR_OVER_SIX ? 6.0f * 256.0f
-                                            : 6.0f * 448.0f;
-  float encode = fminf(__fdiv_rn(largest, amax), largest_float());
-  if (amax == 0.0f || encode == 0.0f) encode = 1.0f;
-  return {encode, __fdiv_rn(1.0f, encode)};
-}
-
-__device__ __forceinline__ Tensor tensor_scale(const Values &q) {
-  float decode = 1.0f;
-  if (q.kind == TWO_LEVELS && q.outer == OF_TENSOR) return nvfp4_tensor(q, *q.amax);
-  if (q.kind == INT8 && !q.by_vector) {
-    float amax = __uint_as_float(*q.amax);
-    return {amax, int8_scale(amax)};
-  }
-  if (q.kind == E4M3) decode = fp8_scale(*q.amax, 8);
-  if (q.kind == E5M2) decode = fp8_scale(*q.amax, 15);
-  return {__fdiv_rn(1.0f, decode), decode};
-}
-
-__device__ __forceinline__ u32 power_byte(u32 rule, u32 amax) {
-  if (amax >> 23 == 255) return 255;
-  u32 biased = (amax + (rule == CEIL ? 0x003fffffu : rule == EVEN ? 0x00200000u : 0)) >> 23;
-  return biased < 2 ? 0 : biased - 2;
-}
-
-// Of E2M1, the scale of a vector with this amax.
-__device__ __forceinline__ float unit_of_vector(const Values &q, u32 bits) {
-  float amax = __uint_as_float(bits);
-  if (!is_finite(amax)) return not_a_number();
-  if (q.rule != AMAX) return decode_e8m0(power_byte(q.rule, bits));
-  return amax == 0.0f ? 1.0f : __fdiv_rn(amax, 6.0f);
-}
-
-// What the product is multiplied by for a vector.
-__device__ __forceinline__ float vector_scale(const Values &q, u32 vector) {
-  if (!q.by_vector || q.rule != AMAX) return 1.0f;
-  u32 amax = q.amax[vector];
-  return q.kind == INT8 ? int8_scale(__uint_as_float(amax)) : unit_of_vector(q, amax);
-}
-
 // ---- Random bits --------------------------------------------------------------------------------
 
 // Those of a source that is stored transposed go to shared memory, 16 for each of (256, 32): one
@@ -366,12 +160,6 @@ __device__ __forceinline__ void round_powers(const Values &q, float *block, u32 
 
 // ---- Blocks of 16 -------------------------------------------------------------------------------
 
-// What values are multiplied by to become elements.
-__device__ __forceinline__ float encoding(float scale, float tensor) {
-  return fminf(__fdiv_rn(1.0f, __fmul_rn(scale, tensor)), largest_float());
-}
-__device__ __forceinline__ float element_of(float scaled) { return fminf(fabsf(scaled), 6.0f); }
-
 // Of a block rounded to nearest with a scale, in units of the tensor's.
 __device__ __forceinline__ float squared_error(const float *block, float scale, float tensor) {
   float encode = encoding(scale, tensor), sum = 0.0f;
@@ -382,18 +170,6 @@ __device__ __forceinline__ float squared_error(const float *block, float scale, 
     sum = __fadd_rn(sum, __fmul_rn(error, error));
   }
   return sum;
-}
-
-// The E4M3 neighbour of v >= 0 above it as often as it is near.
-__device__ __forceinline__ float stochastic_e4m3(float v, u32 bits) {
-  if (!is_finite(v)) return not_a_number();
-  v = fminf(v, 448.0f);
-  int exponent = max((int)(__float_as_uint(v) >> 23) - 127, -6);
-  float steps = __fmul_rn(v, __uint_as_float((u32)(3 - exponent + 127) << 23));
-  float whole = floorf(steps);
-  float position = __fmul_rn(__fadd_rn((float)bits, 0.5f), 1.0f / 65536.0f);
-  float up = position < __fsub_rn(steps, whole) ? 1.0f : 0.0f;
-  return __fmul_rn(__fadd_rn(whole, up), __uint_as_float((u32)(exponent - 3 + 127) << 23));
 }
 
 // Errors of a warp's blocks with the full scale and the wide one.
@@ -422,32 +198,6 @@ __device__ __forceinline__ float nvfp4_scale(const Values &q, const float *block
   return sums[1] < sums[0] ? wide : full;
 }
 
-// MS-EDEN of a block.
-__device__ __forceinline__ void round_eden(float *block, float tensor, u32 bits) {
-  float amax = __uint_as_float(amax_of(block, SIXTEEN));
-  float scale = round_to_e4m3(__fdiv_rn(__fdiv_rn(amax, eden_max()), tensor));
-  if (scale == 0.0f) scale = 1.0f;
-  float encode = encoding(scale, tensor), squares = 0.0f, products = 0.0f;
-  for (u32 i = 0; i < SIXTEEN; i++) {
-    float r = __fmul_rn(block[i], encode);
-    float rounded = with_sign(nearest_e2m1(element_of(r)), block[i]);
-    squares = __fadd_rn(squares, __fmul_rn(r, r));
-    products = __fadd_rn(products, __fmul_rn(r, rounded));
-    block[i] = rounded;
-  }
-  float correction = products == 0.0f ? 1.0f : __fdiv_rn(squares, products);
-  scale = stochastic_e4m3(__fmul_rn(scale, correction), bits);
-  for (u32 i = 0; i < SIXTEEN; i++) block[i] = __fmul_rn(block[i], scale);
-}
-
-// The scale of 128 elements with this amax.
-__device__ __forceinline__ float outer_scale(u32 amax, bool power) {
-  if (amax >= 0x7f800000u) return not_a_number();
-  float outer = __fdiv_rn(__fdiv_rn(__uint_as_float(amax), 448.0f), 6.0f);
-  if (outer < smallest_normal()) return 1.0f;
-  return power ? __uint_as_float((__float_as_uint(outer) + 0x007fffffu) & 0xff800000u) : outer;
-}
-
 // Two blocks.
 __device__ __forceinline__ void round_two_levels(const Values &q, float *block, u32 vector, u32 k,
                                                  u32 rows, Tensor tensor, Errors errors) {
@@ -462,17 +212,9 @@ __device__ __forceinline__ void round_two_levels(const Values &q, float *block, 
     outer = outer_scale(amax, q.outer == POWER_OF_128);
   }
   Bits bits(q, vector, k);
-  uint4 words;
-  if (q.rounding == EDEN) words = philox(q.of_scales, vector, k / SIXTEEN / 8);
 #pragma unroll
   for (u32 b = 0; b < 2; b++) {
     float *sixteen = block + SIXTEEN * b;
-    if (q.rounding == EDEN) {
-      u32 j = (k / SIXTEEN + b) % 8;
-      u32 word = j < 2 ? words.x : j < 4 ? words.y : j < 6 ? words.z : words.w;
-      round_eden(sixteen, tensor.decode, j % 2 ? word >> 16 : word & 0xffff);
-      continue;
-    }
     u32 amax = amax_of(sixteen, SIXTEEN);
     if (q.square)
 #pragma unroll

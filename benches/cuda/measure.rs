@@ -6,13 +6,16 @@ use cudarc::driver::sys;
 
 use super::device::memory::{Arena, F32, Piece, Tensor, Weights};
 use super::quantization::errors_of_fp8_products;
-use super::quantize::{BehindGelu, Quantization, Source, Target};
+use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, values};
 use super::{Cuda, Type, UNBIASED, Workspace, alone, f32s_of, gpu, of_dy, older_gpu, workspace};
 use crate::backend::{
     Activation, Device, Linear as _, LinearBackward, LinearShape, Memory as _, OutputGradient,
     Precision, Sequences,
 };
-use crate::formats::{Draw, LinearRecipe, Purpose, Random};
+use crate::formats::{
+    Draw, Element, Format, GemmId, LinearRecipe, Operand, OperandId, Purpose, Random, Rounding,
+    Signs, Transform,
+};
 use crate::recipe::Recipe;
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 
@@ -153,6 +156,86 @@ fn quantization_on(cuda: &Cuda) {
             share(5.0, from_f32),
             rate * elements as f64 * 1e-6
         );
+    }
+}
+
+/// FP8 bytes and NVFP4's numbers against the rate of a copy by the driver.
+#[test]
+#[ignore = "a measurement"]
+fn operands() {
+    let Some(cuda) = gpu() else { return };
+    cuda.gpu.scope(|| operands_on(&cuda));
+}
+
+fn operands_on(cuda: &Cuda) {
+    for (rows, cols) in [(16384, 1024), (8192, 2048), (8192, 8192)] {
+        let elements = rows * cols;
+        let source = noted(cuda, rows, cols, 1.0, 1);
+        let weights = param(cuda, elements, 1.0, 2).master;
+        let out = [bytes(cuda, 4 * elements), bytes(cuda, elements)];
+        let (words, sums) = (bytes(cuda, 32), f32s(cuda, (rows / 64 + 2) * cols));
+        let amax = source.amax().unwrap();
+        let bf16 = Source::of(&source);
+        let f32 = Source { address: weights.address(), precision: Precision::F32 };
+        let (to, shape) = ([out[0].address, words.address], [rows, cols]);
+        let both = [to[0], out[1].address, to[1], sums.address()];
+        let (e4m3, e5m2) = (Element::E4m3, Element::E5m2);
+        let nvfp4 = |source, transposed, rounding, group: usize| {
+            let [vectors, length] = if transposed { [cols, rows] } else { shape };
+            let matrix = values::Matrix::rows(source, vectors, length, OperandId::X);
+            let transform = (group > 0).then(|| Transform::of(group, Signs::Random));
+            values::Quantization {
+                matrix: values::Matrix { transposed, amax: Some(amax), ..matrix },
+                operand: Operand::of(Format::NVFP4).rounded(rounding),
+                transform,
+                gemm: GemmId::Wgrad,
+                random: RANDOM,
+                to: values::To { out: to[0], amax: words.address + 4, ..values::To::default() },
+            }
+            .run(cuda);
+        };
+        let (nearest, unbiased, eden) = (Rounding::Nearest, Rounding::Unbiased, Rounding::Eden);
+        let times = medians(
+            cuda,
+            [
+                &mut || copy(cuda, to[0], weights.address(), 4 * elements),
+                &mut || fp8::convert(cuda, e4m3, to, bf16, amax, elements),
+                &mut || fp8::turn(cuda, e4m3, to, bf16, amax, shape),
+                &mut || {
+                    fp8::convert_both(cuda, e5m2, both, bf16, amax, shape);
+                },
+                &mut || fp8::convert(cuda, e4m3, to, f32, amax, elements),
+                &mut || fp8::turn(cuda, e4m3, to, f32, amax, shape),
+                &mut || nvfp4(bf16, false, nearest, 0),
+                &mut || nvfp4(bf16, false, unbiased, 0),
+                &mut || nvfp4(bf16, true, unbiased, 0),
+                &mut || nvfp4(f32, true, nearest, 0),
+                &mut || nvfp4(bf16, false, unbiased, 64),
+                &mut || nvfp4(bf16, true, unbiased, 64),
+                &mut || nvfp4(bf16, true, eden, 128),
+            ],
+        );
+        // Bytes an element; with a transform the source is read twice.
+        let of = [
+            ("copy", 8.0),
+            ("FP8 rows", 3.0),
+            ("FP8 columns", 3.0),
+            ("FP8 both and sums", 4.0),
+            ("FP8 rows of f32", 5.0),
+            ("FP8 columns of f32", 5.0),
+            ("NVFP4 rows", 4.0),
+            ("NVFP4 rows SR", 4.0),
+            ("NVFP4 columns SR", 4.0),
+            ("NVFP4 columns of f32", 6.0),
+            ("NVFP4 rows SR H64", 6.0),
+            ("NVFP4 columns SR H64", 6.0),
+            ("NVFP4 columns EDEN H128", 6.0),
+        ];
+        println!("({rows}, {cols})");
+        for (time, (what, bytes)) in times.iter().zip(of) {
+            let rates = [1e-3 * elements as f64 / time, 1e-6 * bytes * elements as f64 / time];
+            println!("{what:24} {time:7.1} us {:6.0} G/s {:5.2} TB/s", rates[0], rates[1]);
+        }
     }
 }
 

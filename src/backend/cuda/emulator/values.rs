@@ -1,9 +1,9 @@
-//! Operands in numbers: `quantize_values.cu`, bit for bit.
+//! Operands in numbers: `quantize_values.cu` and `quantize_nvfp4.cu`, bit for bit.
 
 use super::super::quantize::Launch;
 use super::super::quantize::Source as Address;
 use super::super::quantize::values::{Matrix, Outliers, Quantization, Scaling, To};
-use super::{Emulator, SCHEDULES};
+use super::{Emulator, SCHEDULES, aligned};
 use crate::backend::Precision;
 use crate::backend::conformance::RANDOM;
 use crate::formats::{
@@ -126,11 +126,15 @@ fn word(v: f32, wide: bool) -> u32 {
 /// Numbers, scales and dequantized values of every format are those of the definition.
 #[test]
 fn values_are_those_of_the_definition() {
-    let Some(emulator) = Emulator::new("quantize_values") else { return };
+    let Some(plain) = Emulator::new("quantize_values") else { return };
+    let Some(nvfp4) = Emulator::new("quantize_nvfp4") else { return };
     let Some(bounds_of) = Emulator::new("outliers") else { return };
     let mut cases = 0;
     for (i, operand) in operands().iter().enumerate() {
-        for (j, shape) in [(33, 70), (21, 300), (3, 5)].into_iter().enumerate() {
+        let own = operand.format().is_nvfp4();
+        // The last has whole tiles alone.
+        let shapes = [(33, 70), (21, 300), (3, 5), (64, 256)];
+        for (j, shape) in shapes.into_iter().take(if own { 4 } else { 3 }).enumerate() {
             // Tails, which have much of the rest, in all orientations; the others in turn.
             let others = [Data::Normal, Data::NotFinite, Data::Zero];
             let kind = if j == 0 { Data::Tailed } else { others[(i + j) % 3] };
@@ -144,7 +148,7 @@ fn values_are_those_of_the_definition() {
                 if transposed && operand.outliers().is_some() {
                     continue;
                 }
-                let emulators = [&emulator, &bounds_of];
+                let emulators = [&plain, &nvfp4, &bounds_of];
                 check(emulators, schedule, operand, (shape, kind), (precision, transposed), to);
                 cases += 1;
             }
@@ -153,7 +157,7 @@ fn values_are_those_of_the_definition() {
 }
 
 fn check(
-    [emulator, bounds_of]: [&Emulator; 2],
+    [plain, nvfp4, bounds_of]: [&Emulator; 3],
     schedule: (u32, u32),
     operand: &Operand,
     ((vectors, length), kind): ((usize, usize), Data),
@@ -162,7 +166,9 @@ fn check(
 ) {
     let what = format!("{operand:?} ({vectors}, {length}) {kind:?} {transposed} {precision:?}");
     let mut values = data(vectors * length, kind);
-    let narrow: Vec<u16> = values.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect();
+    let narrow = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes());
+    let narrow = aligned(&narrow.collect::<Vec<_>>());
+    let narrow: &[u16] = &bytemuck::cast_slice(&narrow)[..values.len()];
     if precision == Precision::Bf16 {
         values = narrow.iter().map(|v| half::bf16::from_bits(*v).to_f32()).collect();
     }
@@ -178,16 +184,19 @@ fn check(
         _ => Quantized::new(source, operand, signs, &bits),
     };
 
+    let wide_values = aligned(bytemuck::cast_slice(&values));
     let address = match precision {
-        Precision::F32 => values.as_ptr() as u64,
+        Precision::F32 => wide_values.as_ptr() as u64,
         Precision::Bf16 => narrow.as_ptr() as u64,
     };
     let has_scales = formats::has_vector_scales(operand.format());
-    let mut out = vec![0xaaaa_aaaa_u32; vectors * exact.depth];
+    let mut out = aligned(&vec![0xaa; 4 * vectors * exact.depth]);
     let mut amaxes = vec![0u32; vectors];
     let mut vector_scales = vec![f32::NAN; vectors];
-    // MS-EDEN, which no weight of a forward pass is rounded by, notes none.
-    let has_units = operand.rounding() != Rounding::Eden;
+    // MS-EDEN, which no weight of a forward pass is rounded by, notes none. Of NVFP4 kernels note
+    // them that are not its own.
+    let has_units =
+        operand.rounding() != Rounding::Eden && (!operand.format().is_nvfp4() || vectors < 8);
     let mut units = vec![f32::NAN; if has_units { exact.units.len() } else { 0 }];
     let mut bounds = vec![f32::NAN; 2 * vectors];
     let (mut scale, mut factors, other) = (f32::NAN, [f32::NAN; 2], 3.0f32);
@@ -223,15 +232,15 @@ fn check(
         },
     };
     let number = if precision == Precision::F32 { "float" } else { "bf16" };
-    let launch = of.launch();
+    let (launch, [find, round]) = (of.launch(), of.kernels());
+    let emulator = if round.starts_with("round_nvfp4") { nvfp4 } else { plain };
     if let Some(outliers) = Outliers::of(&of) {
         let launch = Launch { grid: [vectors, 1, 1], block: 256, shared: 0 };
         bounds_of.launch(schedule, &format!("find_bounds<{number}>"), launch, outliers);
     } else if of.finds_amax() {
-        let name = format!("find_value_amax<{number}>");
-        emulator.launch(schedule, &name, launch, of.arguments());
+        emulator.launch(schedule, &find, launch, of.arguments());
     }
-    emulator.launch(schedule, &format!("round_values<{number}>"), launch, of.arguments());
+    emulator.launch(schedule, &round, launch, of.arguments());
 
     assert_eq!(of.depth(), exact.depth, "{what}");
     assert_eq!(word(scale, true), word(exact.scale, true), "{what}: scale");
@@ -247,10 +256,11 @@ fn check(
     }
     let kept = if transform.is_some() { exact.depth } else { length };
     let expected = if dequantized { exact.dequantized(kept) } else { exact.values.clone() };
-    let narrow: &[u16] = bytemuck::cast_slice(&out);
+    let (words, narrow): (&[u32], &[u16]) =
+        (bytemuck::cast_slice(&out), bytemuck::cast_slice(&out));
     for (at, expected) in expected.iter().enumerate() {
         let ours = match wide {
-            true => f32::from_bits(out[at]),
+            true => f32::from_bits(words[at]),
             false => half::bf16::from_bits(narrow[at]).to_f32(),
         };
         let depth = if dequantized { kept } else { exact.depth };

@@ -4,11 +4,11 @@
 //! FP8, exactly (Ada, Hopper): an E2M1 element times a power of two is an FP8 number as long as the
 //! block's scale lies within the format's range below the largest of its tensor: 28 binades in
 //! E5M2, which dy gets, whose blocks spread most, and 14 in E4M3 for x and W, in the forward pass
-//! too, because no product takes E5M2 twice. One power of two a tensor goes to cuBLASLt, whose kernels for that are its
-//! fastest. A block further down gets a clamped scale, the lowest that fits (valid MXFP4, unbiased
-//! still), and is counted in a step's statistics. Operands are exact; the tensor cores' sums are as
-//! long as what they add at once has much the same size, and off by up to 8e-6 where outliers make
-//! it not.
+//! too, because no product takes E5M2 twice. One power of two a tensor goes to cuBLASLt, whose
+//! kernels for that are its fastest. A block further down gets a clamped scale, the lowest that
+//! fits (valid MXFP4, unbiased still), and is counted in a step's statistics. Operands are exact;
+//! the tensor cores' sums are as long as what they add at once has much the same size, and off by
+//! up to 8e-6 where outliers make it not.
 //!
 //! bf16: the same values on chips without FP8, and at sizes that 16 does not divide.
 //!

@@ -1,10 +1,11 @@
 //! Products of operands in any format: each becomes bf16 numbers, or f32 where their scales ask for
-//! that, which tensor cores then multiply exactly (`quantize_values.cu`). What the numbers are is
-//! the definition's own, bit for bit; what they are multiplied by besides, which depends on the
-//! tensor, stays on the device. The result of rotated forward operands is turned back
+//! that, which tensor cores then multiply exactly (`quantize_nvfp4.cu`, `quantize_values.cu`). What
+//! the numbers are is the definition's own, bit for bit; what they are multiplied by besides, which
+//! depends on the tensor, stays on the device. The result of rotated forward operands is turned back
 //! (`restore.cu`), that of weights with an estimator multiplied by it (`estimate.cu`).
 //!
-//! FP8 operands with a scale for each tensor become bytes instead where FP8 tensor cores take them.
+//! FP8 operands with a scale for each tensor become bytes instead where FP8 tensor cores take them,
+//! dy for both products of a backward pass with one reading ([`both_in_fp8`]).
 //! The formats that have kernels of their own (`has_own_kernels`) do not come here.
 
 use std::ffi::c_void;
@@ -31,7 +32,8 @@ const THREADS: usize = 256;
 
 /// Whether the operands of a GEMM are made by the kernels of their formats, which know f32, bf16,
 /// MXFP4 of OCP in a backward pass and E4M3 in the forward pass, and x as E4M3 leaves it; and where
-/// `carrier` is FP8, MXFP4 of other rules in all passes, also of what that made in the forward pass.
+/// `carrier` is FP8, MXFP4 of other rules in all passes, also of what that made in the forward
+/// pass.
 fn has_own_kernels(recipe: &LinearRecipe, gemm: &Gemm, of: Of, carrier: Carrier) -> bool {
     let from_q = gemm.b().source() == OperandSource::Forward;
     // NOTE: what a forward pass rotates is turned back behind products of numbers alone.
@@ -550,17 +552,49 @@ impl Quantization {
     /// Grid and bytes of dynamic shared memory.
     pub(crate) fn launch(&self) -> super::Launch {
         let grid = [self.matrix.vectors.div_ceil(VECTORS), self.depth().div_ceil(CHUNK), 1];
-        let bits = self.operand.rounding() == Rounding::Unbiased && self.matrix.transposed;
+        let bits = self.operand.rounding() == Rounding::Unbiased
+            && self.matrix.transposed
+            && !self.has_nvfp4_kernels();
         super::Launch { grid, block: THREADS, shared: if bits { 2 * CHUNK * VECTORS } else { 0 } }
     }
 
-    fn run(mut self, cuda: &Cuda) {
+    /// Whether the kernels of NVFP4 make it, which note nothing besides.
+    fn has_nvfp4_kernels(&self) -> bool {
+        let To { units, sums, .. } = self.to;
+        let by_mean = self.operand.rounding() == Rounding::ByMean;
+        self.operand.format().is_nvfp4() && !by_mean && units == 0 && sums == 0
+    }
+
+    /// The names of the kernels that find the amax and make the numbers.
+    pub(crate) fn kernels(&self) -> [String; 2] {
+        let number = match self.matrix.source.precision {
+            Precision::F32 => "float",
+            Precision::Bf16 => "bf16",
+        };
+        let rounding = match self.operand.rounding() {
+            Rounding::Nearest | Rounding::ByMean => "TO_NEAREST",
+            Rounding::Unbiased => "UNBIASED",
+            Rounding::Eden => "EDEN",
+        };
+        if !self.has_nvfp4_kernels() {
+            return ["find_value_amax", "round_values"].map(|name| format!("{name}<{number}>"));
+        }
+        let transposed = self.matrix.transposed;
+        [
+            format!("find_nvfp4_amax<{number},{transposed}>"),
+            format!("round_nvfp4<{number},{transposed},{rounding}>"),
+        ]
+    }
+
+    /// All of it.
+    pub(crate) fn run(mut self, cuda: &Cuda) {
         let source = self.matrix.source;
+        let [find, round] = self.kernels();
         if let Some(outliers) = Outliers::of(&self) {
             let grid = [self.matrix.vectors, 1, 1];
             launch!(cuda.gpu, kernel!(source, "find_bounds"), grid, THREADS, 0; outliers);
         } else if self.finds_amax() {
-            self.start(cuda, kernel!(source, "find_value_amax"), self.is_rotated_anew());
+            self.start(cuda, &find, self.is_rotated_anew());
         } else if let Some(amax) = self.noted() {
             self.to.amax = amax;
         }
@@ -571,7 +605,7 @@ impl Quantization {
             "weights have the means that they are rounded by"
         );
         let drawn = !(rounding == Rounding::Nearest || by_mean) || self.is_rotated_anew();
-        self.start(cuda, kernel!(source, "round_values"), drawn);
+        self.start(cuda, &round, drawn);
     }
 
     fn is_rotated_anew(&self) -> bool {
@@ -773,9 +807,9 @@ fn takes_fp8(capability: (i32, i32), gemm: &Gemm, shape: LinearShape) -> Option<
     Some([of(gemm.a())?, of(gemm.b())?])
 }
 
-/// dy (rows, outputs) as FP8 bytes for both products of a backward pass, where FP8 tensor cores take
-/// both and its element is the same, made with one reading: as A of dgrad and as A of wgrad, and the
-/// number of the parts of its column sums, which lie in the workspace's partials.
+/// dy (rows, outputs) as FP8 bytes for both products of a backward pass, where FP8 tensor cores
+/// take both and its element is the same, made with one reading: as A of dgrad and as A of wgrad,
+/// and the number of the parts of its column sums, which lie in the workspace's partials.
 pub(crate) fn both_in_fp8(
     cuda: &Cuda,
     workspace: &Workspace,
@@ -1017,7 +1051,7 @@ mod tests {
             ("mxfp4-mxfp4-rht-sr,from=q", [false; 3]),
             ("fp8-mxfp4-rht-sr,from=q", [false, true, false]),
             ("tetrajet", [false; 3]),
-            ("tetrajet,w=2d", [true, true, false]),
+            ("mxfp4-mxfp4,w=2d", [true, true, false]),
             ("tetrajet,scale=quest,sr=off", [false, true, true]),
             ("tetrajet,scale-fwd=quest", [true; 3]),
             ("tetrajet,scale-fwd=quest,from=x", [true, false, false]),
