@@ -290,7 +290,8 @@ fn restored(
                 .map_or(f32::INFINITY, |rule| formats::decode_e8m0(rule.byte(x)));
             let passes = |j: usize| if x[j].abs() < 6.0 * scale { result[j] } else { 0.0 };
             gradient.extend((0..BLOCK).map(|i| {
-                let sign = |j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+                let sign =
+                    |j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
                 (0..BLOCK).map(|j| sign(j) * passes(j)).sum::<f64>() / (BLOCK as f64).sqrt()
             }));
         }

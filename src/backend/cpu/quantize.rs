@@ -144,9 +144,9 @@ impl ValueMemory {
             let vectors = Vectors { values, scales, depth, first, means, units: &mut [] };
             formats::quantize_vectors(vectors, operand, tensor, bits);
             if operand.is_corrected() {
-                // SAFETY: as above.
                 let (first, values) = part(job);
                 let slope = slope(&matrix, first, values, depth, signs);
+                // SAFETY: every job has two sums of its own.
                 unsafe { of_jobs.part(2 * job, 2) }.copy_from_slice(&slope);
             }
         });

@@ -221,7 +221,7 @@ impl Size {
         {
             raise(most, vector_bytes(operand.format(), vectors));
         }
-        if gemm.a().outliers().or(of.forward(recipe).outliers()).is_some() {
+        if gemm.a().outliers().or_else(|| of.forward(recipe).outliers()).is_some() {
             raise(&mut self.bounds, 8 * rows);
         }
         if gemm.b().source() == OperandSource::Forward {
