@@ -186,7 +186,7 @@ fn weights_are_watched() {
     assert_eq!((found.step, found.steps, found.tensors.len()), (10, 5, 4), "{found:?}");
     let all = found.all;
     assert!(all.change > 1e-4 && all.change < 0.2, "{all:?}");
-    assert!(all.rounded_change > all.change && all.flipped > 0.0 && all.flipped < 0.2, "{all:?}");
+    assert!(all.rounded_change > all.change && all.flipped > 0.0 && all.flipped < 0.5, "{all:?}");
     assert!(all.confidence > 0.3 && all.confidence < 0.8, "{all:?}");
     assert!(all.oscillating < 0.2 && all.clipped == 0.0, "{all:?}");
     let amax = found.tensors.iter().map(|(_, of)| of.amax).fold(0.0, f32::max);
@@ -213,17 +213,20 @@ fn weights_are_watched() {
     assert!(error.contains("mxfp4-rht-sr rounds no weight to 4 bits"), "{error}");
 }
 
-/// What they are for: a slow mean keeps numbers where they are.
+/// What they are for: weights that move a little keep the codes that their means have.
 #[test]
 fn means_make_numbers_move_less() {
     let [plain, by_means] = ["tetrajet", "tetrajet,ema=0.998"].map(|recipe| {
         let mut trainer = trainer(2, recipe);
+        trainer.set_lr(Some(0.0)).unwrap();
         losses(&mut trainer, 12);
+        trainer.set_lr(Some(1e-4)).unwrap();
         trainer.watch_weights(6).unwrap();
         losses(&mut trainer, 6);
         trainer.weight_metrics().unwrap().all
     });
     assert!(by_means.rounded_change < 0.5 * plain.rounded_change, "{by_means:?} {plain:?}");
+    assert!(plain.flipped > 0.0 && by_means.flipped < 0.5 * plain.flipped, "{by_means:?}");
     assert!((by_means.change / plain.change - 1.0).abs() < 0.2, "{by_means:?} {plain:?}");
 }
 
