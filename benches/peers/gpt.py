@@ -6,12 +6,12 @@ from torch import nn
 
 
 class Block(nn.Module):
-    def __init__(self, channels, heads):
+    def __init__(self, channels, heads, linear=nn.Linear):
         super().__init__()
         self.heads = heads
         self.ln_1, self.ln_2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.qkv, self.projection = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        self.fc1, self.fc2 = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.qkv, self.projection = linear(channels, 3 * channels), linear(channels, channels)
+        self.fc1, self.fc2 = linear(channels, 4 * channels), linear(4 * channels, channels)
 
     def forward(self, x):
         b, t, c = x.shape
@@ -25,10 +25,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, layers, channels, heads, length, vocab):
+    def __init__(self, layers, channels, heads, length, vocab, linear=nn.Linear):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocab, channels), nn.Embedding(length, channels)
-        self.blocks = nn.ModuleList(Block(channels, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(channels, heads, linear) for _ in range(layers))
         self.ln_f = nn.LayerNorm(channels)
         self.register_buffer("positions", torch.arange(length))
         self.apply(lambda m: [nn.init.normal_(p, std=0.02) for p in m.parameters() if p.dim() > 1])
@@ -37,6 +37,9 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(self.positions)
         for block in self.blocks:
             x = block(x)
+        return self.loss(x, targets)
+
+    def loss(self, x, targets):
         logits = self.ln_f(x) @ self.wte.weight.T
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 

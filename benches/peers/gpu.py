@@ -1,6 +1,7 @@
 """PyTorch's side of dev/gpu/peers.sh: a GPT-2 training step on a GPU, in turn with our binary.
 
-torch.compile, bf16 autocast, PyTorch's flash attention, fused AdamW, TF32 for what stays in f32; for
+With --fp8 its linear layers are those of fp8.py, and blocks are compiled one by one, which takes
+seconds: all of 24 blocks take minutes. torch.compile, bf16 autocast, PyTorch's flash attention, fused AdamW, TF32 for what stays in f32; for
 small models also with CUDA graphs (mode "reduce-overhead"), of which the better counts. Prints tokens a
 second and peak memory of each, and `ratio R` (ours over PyTorch's) for each recipe. A recipe may end in
 what is recomputed, as in bf16/pointwise.
@@ -14,8 +15,10 @@ import statistics
 import subprocess
 import time
 
+import fp8
 import torch
 from gpt import GPT, optimizer_of
+from torch import nn
 
 # layers, channels, heads, batch, sequence, vocabulary: the same as benches/train_step.rs.
 MODELS = {
@@ -27,14 +30,20 @@ MODELS = {
 }
 
 
-def pytorch(shape, steps, mode):
+def pytorch(shape, steps, mode, linear=nn.Linear):
     """Median tokens a second, and the peak of what PyTorch took from the GPU, in GiB."""
     layers, channels, heads, batch, length, vocab = shape
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    model = GPT(layers, channels, heads, length, vocab).cuda()
+    model = GPT(layers, channels, heads, length, vocab, linear).cuda()
     optimizer = optimizer_of(model)
-    compiled = torch.compile(model, mode=mode)
+    if linear is nn.Linear:
+        compiled = torch.compile(model, mode=mode)
+    else:
+        compiled = model
+        for block in model.blocks:
+            block.compile(mode=mode)
+        model.loss = torch.compile(model.loss, mode=mode)
 
     def step():
         window = torch.randint(vocab, (batch, length + 1), device="cuda")
@@ -78,14 +87,19 @@ def main():
     parser.add_argument("--model", choices=MODELS, default="124M")
     parser.add_argument("--recipes", default="bf16,mxfp4-rht-sr")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--ours", required=True)
     options = parser.parse_args()
     modes = ["default"] + ["reduce-overhead"] * options.model.startswith("d")
-    rate, peak = max(pytorch(MODELS[options.model], options.steps, mode) for mode in modes)
+    linear, what = nn.Linear, "bf16"
+    if options.fp8:
+        fp8.check()
+        modes, linear, what = ["default"], fp8.Linear, "fp8"
+    rate, peak = max(pytorch(MODELS[options.model], options.steps, mode, linear) for mode in modes)
     torch.cuda.empty_cache()
     name = torch.cuda.get_device_name()
     print(f"{options.model} on {name}, PyTorch {torch.__version__}")
-    print(f"{'pytorch compile bf16':24} {rate:9.0f} tokens/s  {peak:6.1f} GiB")
+    print(f"{'pytorch compile ' + what:24} {rate:9.0f} tokens/s  {peak:6.1f} GiB", flush=True)
     for recipe in options.recipes.split(","):
         name, _, recompute = recipe.partition("/")
         os.environ.update(MXT_BENCH_DEVICE="cuda", MXT_BENCH_RECOMPUTE=recompute or "nothing")
