@@ -168,14 +168,17 @@ fn runs_are_recorded_once_and_reported() {
     assert!(refuse(dir, "compare report data --out report").contains("meta.json:1: no record"));
 }
 
-/// What docs/near-lossless.md shows. `MXT_BLESS=1` writes it anew.
+/// What docs/near-lossless.md and docs/recipes.md show. `MXT_BLESS=1` writes it anew.
 #[test]
 fn the_committed_records_give_the_committed_reports() {
-    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/near-lossless");
-    for (parts, name) in [
-        ("gradients.jsonl variance.jsonl main.jsonl short.jsonl long.jsonl", "report"),
-        ("cpu-toy.jsonl", "cpu-toy-report"),
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    let of_main = "gradients.jsonl variance.jsonl main.jsonl short.jsonl long.jsonl";
+    for (folder, parts, name) in [
+        ("near-lossless", of_main, "report"),
+        ("near-lossless", "cpu-toy.jsonl", "cpu-toy-report"),
+        ("recipes", "large.jsonl", "report"),
     ] {
+        let docs = docs.join(folder);
         let made = tempfile::tempdir().unwrap();
         succeed(&docs, &format!("compare report {parts} --out {}", made.path().display()));
         let files = |folder: &Path| {
@@ -183,18 +186,18 @@ fn the_committed_records_give_the_committed_reports() {
             entries.collect::<BTreeSet<_>>()
         };
         if std::env::var_os("MXT_BLESS").is_some() {
-            fs::remove_dir_all(docs.join(name)).unwrap();
+            let _ = fs::remove_dir_all(docs.join(name));
             fs::create_dir(docs.join(name)).unwrap();
             for file in files(made.path()) {
                 fs::copy(made.path().join(&file), docs.join(name).join(&file)).unwrap();
             }
         }
-        assert_eq!(files(made.path()), files(&docs.join(name)), "docs/near-lossless/{name}");
+        assert_eq!(files(made.path()), files(&docs.join(name)), "docs/{folder}/{name}");
         for file in files(made.path()) {
             let [new, old] = [made.path(), &docs.join(name)].map(|dir| fs::read(dir.join(&file)));
             assert!(
                 new.unwrap() == old.unwrap(),
-                "docs/near-lossless/{name}/{}: MXT_BLESS=1 writes it anew",
+                "docs/{folder}/{name}/{}: MXT_BLESS=1 writes it anew",
                 file.display()
             );
         }

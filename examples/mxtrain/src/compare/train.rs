@@ -409,12 +409,13 @@ impl Tally {
     }
 }
 
-/// Blocks of MXFP4 operands that a step quantizes: both operands of both products of every linear
-/// layer.
+/// Blocks of MXFP4 operands that a step quantizes: both operands of every product of every linear
+/// layer that takes such.
 fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize, step: u64) -> u64 {
     let rows = options.batch_size * length;
     // A product of (m, depth) and (n, depth).
-    let blocks = |gemm: &Gemm, m: usize, n: usize, depth: usize| match gemm.is_in(Format::MXFP4) {
+    let blocks = |gemm: &Gemm, m: usize, n: usize, depth: usize| match gemm.a().format().is_mxfp4()
+    {
         true => (m + n) * depth.next_multiple_of(gemm.group()) / BLOCK,
         false => 0,
     };
@@ -422,7 +423,8 @@ fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize,
         let recipes =
             options.recipe.for_layer(layer, config.layers, step, options.schedule.total_steps);
         let of_linear = |([inputs, outputs], recipe): ([usize; 2], LinearRecipe)| {
-            blocks(recipe.dgrad(), rows, inputs, outputs)
+            blocks(recipe.forward(), rows, outputs, inputs)
+                + blocks(recipe.dgrad(), rows, inputs, outputs)
                 + blocks(recipe.wgrad(), outputs, inputs, rows)
         };
         config.linears().into_iter().zip(recipes).map(of_linear).sum::<usize>()
@@ -435,7 +437,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_are_those_of_both_operands_of_both_products() {
+    fn blocks_are_those_of_both_operands_of_every_product() {
         let config = ModelConfig { layers: 2, channels: 64, ..ModelConfig::default() };
         let blocks = |recipe: &str| {
             let recipe = recipe.parse().unwrap();
@@ -444,11 +446,13 @@ mod tests {
             blocks_of_step(&config, &options, 32, 0)
         };
         // dgrad: (32 + in) vectors of out / 32 blocks; wgrad: (out + in) vectors of one block.
-        let layer = [(64, 192), (64, 64), (64, 256), (256, 64)]
-            .map(|(i, o)| (32 + i) * o / 32 + (o + i))
-            .iter()
-            .sum::<u64>();
+        let linears = [(64, 192), (64, 64), (64, 256), (256, 64)];
+        let layer = linears.map(|(i, o)| (32 + i) * o / 32 + (o + i)).iter().sum::<u64>();
+        let forward = linears.map(|(i, o)| (32 + o) * i / 32).iter().sum::<u64>();
         assert_eq!(blocks("mxfp4"), 3 * 2 * layer);
+        for name in ["mxfp4-mxfp4", "tetrajet"] {
+            assert_eq!(blocks(name), 3 * 2 * (layer + forward), "{name}");
+        }
         assert_eq!(blocks("mxfp4,bf16-last-layers=1"), 3 * layer);
         assert!(blocks("mxfp4-rht") > 3 * 2 * layer, "the reduction is padded to the group");
         assert_eq!(blocks("bf16"), 0);
