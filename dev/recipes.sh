@@ -9,7 +9,8 @@
 #   report  tables and plots of all that is there
 #
 # Every part is made of runs that leave a file each; a run whose file is there is left out, and one
-# that was stopped goes on where it was, so a part can be cut into pieces. Settings are environment variables:
+# that was stopped goes on where it was, so a part can be cut into pieces. Settings are environment
+# variables:
 #
 #   MXTRAIN  the program [default: built here]
 #   DATA     folder of `dev/recipes-data.sh tokens`

@@ -1,10 +1,10 @@
 """PyTorch's side of dev/gpu/peers.sh: a GPT-2 training step on a GPU, in turn with our binary.
 
-With --fp8 its linear layers are those of fp8.py, and blocks are compiled one by one, which takes
-seconds: all of 24 blocks take minutes. torch.compile, bf16 autocast, PyTorch's flash attention, fused AdamW, TF32 for what stays in f32; for
-small models also with CUDA graphs (mode "reduce-overhead"), of which the better counts. Prints tokens a
-second and peak memory of each, and `ratio R` (ours over PyTorch's) for each recipe. A recipe may end in
-what is recomputed, as in bf16/pointwise.
+torch.compile, bf16 autocast, PyTorch's flash attention, fused AdamW, TF32 for what stays in f32; for
+small models also with CUDA graphs (mode "reduce-overhead"), of which the better counts. With --fp8
+linear layers are those of fp8.py, and blocks are compiled one by one, which takes seconds: all of 24
+blocks take minutes. Prints tokens a second and peak memory of each, and `ratio R` (ours over
+PyTorch's) for each recipe. A recipe may end in what is recomputed, as in bf16/pointwise.
 """
 
 import argparse

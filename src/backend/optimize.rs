@@ -32,6 +32,9 @@ pub trait Optimize: Memory {
         slots: &[Slot],
         optimizer: &Optimizer,
     ) -> Result<Self::Reduction>;
+    /// Begins a step: forgets what was counted since the last one, by evaluations and by a step that
+    /// was given up.
+    fn begin_step(&self, _workspace: &mut Self::Workspace) {}
     /// Takes the sum of the first `rows` losses as that of the step, or with `accumulate` adds it.
     fn add_losses(
         &self,

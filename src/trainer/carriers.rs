@@ -47,7 +47,8 @@ impl fmt::Display for Carried {
 }
 
 /// What will multiply the GEMMs of all linear layers of a model, each kind once: forward, dgrad and
-/// wgrad. Layers and steps that a recipe keeps in bf16 are kinds of their own.
+/// wgrad. Layers that a recipe keeps in bf16 are kinds of their own; steps that it keeps in bf16 are
+/// left out. Of a recipe that rounds W by its slow mean it is what multiplies once it does.
 ///
 /// # Errors
 /// [`crate::Error::InvalidArgument`] for options that make no trainer.
@@ -63,6 +64,8 @@ pub fn carriers(
     let mut all = Vec::new();
     for layer in 0..config.layers {
         let linears = options.recipe.for_layer(layer, config.layers, 0, 0);
+        let by_mean = options.recipe.ema().is_some();
+        let linears = linears.map(|linear| if by_mean { linear.by_mean() } else { linear });
         for (shape, linear) in shapes.into_iter().zip(&linears) {
             let numbers = on_device!(engine.backend(), backend => backend.numbers(shape, linear));
             let gemms = ["forward", "dgrad", "wgrad"].into_iter().zip(linear.gemms());
@@ -114,6 +117,9 @@ mod tests {
             fp8.starts_with("forward of FP8 E4M3 as bf16, dgrad of FP8 E5M2 and FP8 E4M3 as bf16")
         );
         assert!(words("tetrajet2,outer=f32").unwrap().contains("as f32"));
+        // Weights that are rounded by their means are in numbers that no packing makes.
+        let by_mean = words("mxfp4-mxfp4,ema=0.998").unwrap();
+        assert!(by_mean.starts_with("forward of MXFP4 as bf16"), "{by_mean}");
         // Integers on most processors, bf16 with AMX.
         assert!(words("mxfp4").is_none_or(|words| words.starts_with("dgrad of MXFP4 as bf16")));
     }

@@ -160,8 +160,9 @@ impl<B: Backend> Followed<B> {
             }
             let threshold = recipe.reset().map_or(f32::INFINITY, |reset| reset.threshold());
             if has_codes {
-                self.observe(backend, weights, (number, &operand));
+                // Who watches sees weights that were reset as they are from now on.
                 self.track(backend, weights, (number, &operand), phase, threshold);
+                self.observe(backend, weights, (number, &operand));
             }
         }
         if let Some(watch) = &mut self.watch {

@@ -529,11 +529,8 @@ impl<B: Backend> Run<B> {
         let kept = collect("what is kept of weights", kept.chain(others).map(Ok))?;
         let mut ours = on.table.room_for_a_tensor()?;
         checkpoint.states(&kept, &mut |state, index, values| {
-            if let Some(number) = state.checked_sub(states.len()) {
-                return followed.load(on, (number, index), values, &mut ours);
-            }
             let least = values.iter().fold(0.0f32, |least, value| least.min(*value));
-            let State { what, is_signed, .. } = states[state];
+            let Kept { state: State { what, is_signed, .. }, tensors } = kept[state];
             if !is_signed && least < 0.0 {
                 let name = &tensors[index].name;
                 let message = format!(
@@ -541,6 +538,9 @@ impl<B: Backend> Run<B> {
                      the folder from a copy"
                 );
                 return Err(Error::format(dir, message));
+            }
+            if let Some(number) = state.checked_sub(states.len()) {
+                return followed.load(on, (number, index), values, &mut ours);
             }
             on.table.specs()[index].import(values, &mut ours)?;
             let (flat, slot) = (&mut flats[state], on.table.slots()[index]);
@@ -574,6 +574,9 @@ impl<B: Backend> Run<B> {
             let place = Place { seed: state.seed, step: state.step, micro_step };
             backend.scope(|| {
                 batch.upload(backend);
+                if micro_step == 0 {
+                    backend.begin_step(workspace);
+                }
                 let (plan, weights, means) = (&*step_plan, &weights.all, followed.means());
                 let mut pass =
                     Pass { backend, config, table, weights, means, workspace, sequences, plan };

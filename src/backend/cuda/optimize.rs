@@ -184,6 +184,10 @@ impl Optimize for Cuda {
         })
     }
 
+    fn begin_step(&self, workspace: &mut Workspace) {
+        self.clear(workspace.clamped.address, 4);
+    }
+
     fn add_losses(&self, reduction: &mut Reduction, losses: &F32, rows: usize, accumulate: bool) {
         launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
             reduction.sum(0), losses.address(), rows as u32, u32::from(accumulate));

@@ -237,9 +237,16 @@ impl Planned {
         tally: &mut Tally,
         failures: &mut Failures,
     ) -> Outcome<bool> {
-        let Settings { steps, eval_every, eval_batches, .. } = self.settings;
-        failures.unless(Side::Save, self.save(&trainers.trainer));
-        while trainers.trainer.steps_done() < steps {
+        loop {
+            // Of a step before which the run was stopped, too.
+            let evaluated = self.evaluate(trainers, data, progress, tally, failures)?;
+            if evaluated != Evaluated::Done {
+                return Ok(evaluated == Evaluated::Diverged);
+            }
+            failures.unless(Side::Save, self.save(&trainers.trainer));
+            if trainers.trainer.steps_done() >= self.settings.steps {
+                return Ok(true);
+            }
             if stop.is_requested() {
                 return Ok(false);
             }
@@ -254,31 +261,41 @@ impl Planned {
             };
             progress.step(&stats);
             tally.step(&stats);
-            let step = stats.step;
-            if (step.is_multiple_of(eval_every) || step == steps)
-                && let Some(val) = &data.val
-            {
-                let measured = match trainers.eval(val, eval_batches) {
-                    Err(Error::Stopped) => return Ok(false),
-                    measured => failures.unless(Side::Evaluation, measured.map_err(Into::into)),
-                };
-                if let Some(measured) = measured {
-                    let Some(point) = tally.measured(&self.settings, &measured) else {
-                        tally.diverged =
-                            Some(format!("the validation loss of step {step} is not finite"));
-                        return Ok(true);
-                    };
-                    let line = format!(
-                        "step {step}/{steps}  train loss {:.4}  validation {}\n",
-                        point.train_loss,
-                        console::loss_in_words(measured.own.loss, data.tokenizer)
-                    );
-                    failures.unless(Side::Output, progress.print(&line));
-                }
-            }
-            failures.unless(Side::Save, self.save(&trainers.trainer));
         }
-        Ok(true)
+    }
+
+    /// A point of the curve, where one is due.
+    fn evaluate(
+        &self,
+        trainers: &mut Trainers,
+        data: &Data,
+        progress: &mut Progress,
+        tally: &mut Tally,
+        failures: &mut Failures,
+    ) -> Outcome<Evaluated> {
+        let Settings { steps, eval_every, eval_batches, .. } = self.settings;
+        let step = tally.steps_done();
+        let is_due = step > tally.evaluated && (step.is_multiple_of(eval_every) || step == steps);
+        let Some(val) = data.val.as_ref().filter(|_| is_due) else { return Ok(Evaluated::Done) };
+        let measured = match trainers.eval(val, eval_batches) {
+            Err(Error::Stopped) => return Ok(Evaluated::Stopped),
+            measured => failures.unless(Side::Evaluation, measured.map_err(Into::into)),
+        };
+        tally.evaluated = step;
+        let Some(Measured { own, in_bf16 }) = measured else { return Ok(Evaluated::Done) };
+        let in_bf16 = in_bf16
+            .and_then(|measured| failures.unless(Side::Evaluation, measured.map_err(Into::into)));
+        let Some(point) = tally.measured(&self.settings, &own, in_bf16.as_ref()) else {
+            tally.diverged = Some(format!("the validation loss of step {step} is not finite"));
+            return Ok(Evaluated::Diverged);
+        };
+        let line = format!(
+            "step {step}/{steps}  train loss {:.4}  validation {}\n",
+            point.train_loss,
+            console::loss_in_words(own.loss, data.tokenizer)
+        );
+        failures.unless(Side::Output, progress.print(&line));
+        Ok(Evaluated::Done)
     }
 
     /// Saves the model where it is asked for.
@@ -309,19 +326,34 @@ enum InBf16 {
     None,
 }
 
+/// How an evaluation went.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Evaluated {
+    /// It is done, or none is due, or it failed, which is noted.
+    Done,
+    /// It is due still.
+    Stopped,
+    /// Its loss is not finite.
+    Diverged,
+}
+
 /// Losses of the same weights.
 struct Measured {
     /// By the recipe's own forward pass.
     own: EvalStats,
-    in_bf16: Option<EvalStats>,
+    /// In bf16, where something measures that.
+    in_bf16: Option<mxfp4train::Result<EvalStats>>,
 }
 
 impl Trainers {
     fn eval(&mut self, val: &Dataset, batches: usize) -> mxfp4train::Result<Measured> {
         let own = self.trainer.eval(val, batches)?;
         let in_bf16 = match &mut self.in_bf16 {
-            InBf16::Same => Some(own),
-            InBf16::Other(evaluator) => Some(evaluator.eval(val, batches)?),
+            InBf16::Same => Some(Ok(own)),
+            InBf16::Other(evaluator) => match evaluator.eval(val, batches) {
+                Err(Error::Stopped) => return Err(Error::Stopped),
+                measured => Some(measured),
+            },
             InBf16::None => None,
         };
         Ok(Measured { own, in_bf16 })
@@ -336,6 +368,8 @@ pub(super) struct Tally {
     /// Steps up to the last point of the curve.
     drawn: usize,
     curve: Vec<Point>,
+    /// The last step that was evaluated.
+    evaluated: u64,
     tokens_per_second: Vec<f64>,
     raised_blocks: u64,
     diverged: Option<String>,
@@ -355,7 +389,12 @@ impl Tally {
     }
 
     /// Adds a point to the curve, unless its validation loss is not finite.
-    fn measured(&mut self, settings: &Settings, measured: &Measured) -> Option<Point> {
+    fn measured(
+        &mut self,
+        settings: &Settings,
+        own: &EvalStats,
+        in_bf16: Option<&EvalStats>,
+    ) -> Option<Point> {
         let step = self.steps.len();
         let since = &self.steps[self.drawn..];
         let mean = |of: fn(&(f64, f64)) -> f64| {
@@ -365,8 +404,8 @@ impl Tally {
             step: step as u64,
             tokens: step as u64 * settings.step_tokens(),
             train_loss: mean(|step| step.0),
-            validation_loss: measured.own.loss.into(),
-            validation_loss_in_bf16: (measured.in_bf16.as_ref())
+            validation_loss: own.loss.into(),
+            validation_loss_in_bf16: in_bf16
                 .map(|measured| measured.loss.into())
                 .filter(|loss: &f64| loss.is_finite()),
             grad_norm: mean(|step| step.1),

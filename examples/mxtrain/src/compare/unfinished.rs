@@ -63,6 +63,17 @@ impl Unfinished {
         engine: &Engine,
         settings: &Settings,
     ) -> Outcome<Option<(Trainer, Tally)>> {
+        self.found(engine, settings).map_err(|failure| {
+            let message = format!(
+                "{}; remove {} to begin the run anew",
+                failure.message,
+                console::shown(&self.shown)
+            );
+            Failure { message, ..failure }
+        })
+    }
+
+    fn found(&self, engine: &Engine, settings: &Settings) -> Outcome<Option<(Trainer, Tally)>> {
         let Some(found) = record::read::<Shown>(&self.shown)? else { return Ok(None) };
         let Shown { settings: saved, tally } = found.record;
         if settings.difference(&saved).is_some() {

@@ -339,7 +339,6 @@ impl Run {
     }
 }
 
-/// What is about to run.
 /// A line of the header that says which GEMMs are emulated; empty where none is.
 pub(crate) fn emulated(
     engine: &Engine,
@@ -350,6 +349,7 @@ pub(crate) fn emulated(
     Ok(emulated.map_or_else(String::new, |words| format!("emulated    {words}\n")))
 }
 
+/// What is about to run.
 pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> String {
     let (config, options) = (start.config(), start.options());
     let sequence = start.sequence_length();

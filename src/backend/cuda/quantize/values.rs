@@ -109,9 +109,9 @@ impl Of {
             };
         };
         match takes_fp8(capability, gemm, shape) {
-            Some(_) => Numbers::Fp8,
-            None if is_wide(gemm) => Numbers::F32,
-            None => Numbers::Bf16,
+            Some(_) if self.restoration(recipe).is_none() => Numbers::Fp8,
+            _ if is_wide(gemm) => Numbers::F32,
+            _ => Numbers::Bf16,
         }
     }
 
