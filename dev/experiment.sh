@@ -8,10 +8,19 @@ set -euo pipefail
 export LC_ALL=C
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+refused() {
+    echo "$1: expected $2, got '$3'" >&2
+    exit 2
+}
+
 out=${OUT:-$repository/target/$experiment}
+[[ $out != *[[:space:]]* ]] || refused OUT "a folder without a space in its name" "$out"
 read -ra gpus <<<"${GPUS:-0}"
+((${#gpus[@]})) || refused GPUS "numbers of GPUs, such as 0 1" "$GPUS"
 stop=${STOP:-1000000}
 limit=${LIMIT:-$stop}
+[[ $stop =~ ^[0-9]+$ ]] || refused STOP "seconds" "$stop"
+[[ $limit =~ ^[0-9]+$ ]] || refused LIMIT "seconds" "$limit"
 
 # The program; built where none is named.
 program() {
@@ -23,9 +32,8 @@ program() {
 }
 
 data() {
-    if [[ ! -f ${DATA:-}/train.bin ]]; then
-        echo "DATA: expected a folder made by mxtrain prepare, got '${DATA:-}'" >&2
-        return 2
+    if [[ ! -f ${DATA:-}/train.bin || $DATA == *[[:space:]]* ]]; then
+        refused DATA "a folder made by mxtrain prepare, without a space in its name" "${DATA:-}"
     fi
     echo "$DATA"
 }
@@ -69,11 +77,12 @@ work_on() {
         if ((SECONDS >= limit)); then
             echo "left for the next time: ${command/ --layers*/}"
         else
-            # 124 is that of a run that was stopped in time, and has saved what it had done.
+            # 124 is that of a run that was stopped in time, and has saved what it had done; 3 that of
+            # one that is done, but for something on the side, which it has said.
             # shellcheck disable=SC2086 # no word of a command holds a space
             timeout --foreground $((stop > SECONDS ? stop - SECONDS : 1)) \
                 "$mxtrain" ${command/--device GPU/--device cuda:$1} </dev/null 3<&- 4>&- ||
-                (($? == 124)) || return
+                (($? == 124 || $? == 3)) || return
         fi
     done
     flock -u 4
@@ -87,6 +96,7 @@ report_of() {
         cat "$out/$part"/*.json >"$out/$part.jsonl"
         files+=("$out/$part.jsonl")
     done
+    ((${#files[@]})) || refused OUT "a folder with records" "$out"
     "$mxtrain" compare report "${files[@]}" --out "$out/$1"
 }
 
@@ -98,7 +108,7 @@ parts() {
     program
     mkdir -p "$out"
     for part in "$@"; do
-        if [[ " $known_parts " != *" $part "* ]]; then
+        if [[ $part == *' '* || " $known_parts " != *" $part "* ]]; then
             echo "unknown part $part; without one, the parts are listed" >&2
             exit 2
         fi

@@ -24,6 +24,10 @@ pack() {
         '{ left -= length($0) + 1 } left < 0 { exit } { print }' "$corpus"/train-*.jsonl |
         split -C "${PIECE_BYTES:-250000000}" -d -a 3 \
             --filter='zstd -q -f -19 --long=27 -o "$FILE.jsonl.zst"' - "$pieces/train-"
+    if ! compgen -G "$pieces/train-*.jsonl.zst" >/dev/null; then
+        echo "expected documents of at most TEXT_BYTES in $corpus/train-*.jsonl; found none" >&2
+        exit 2
+    fi
     zstd -q -f -19 --long=27 "$corpus/val.jsonl" -o "$pieces/val.jsonl.zst"
     ls -l "$pieces"
 }
@@ -37,8 +41,14 @@ tokens() {
     "$mxtrain" prepare --tokenizer gpt2 --val-last "$1"/train-*.jsonl* "$1"/val.jsonl* --out "$2"
 }
 
-case ${1:-} in
-pack | tokens) [[ $# == 3 ]] && "$@" && exit ;;
-esac
-sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
-exit 2
+for setting in TEXT_BYTES PIECE_BYTES; do
+    if [[ ! ${!setting-1} =~ ^[1-9][0-9]*$ ]]; then
+        echo "$setting: expected a number of bytes above 0, got '${!setting}'" >&2
+        exit 2
+    fi
+done
+if [[ $# != 3 || ($1 != pack && $1 != tokens) ]]; then
+    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
+    exit 2
+fi
+"$@"

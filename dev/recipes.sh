@@ -63,15 +63,16 @@ has_tokens() {
     # Windows begin at a random place of the first, and the last one needs a token more.
     local tokens needed=$(($2 + 2 * 1024))
     tokens=$(sed -n 's/.*"train_tokens": *\([0-9]*\).*/\1/p' "$1/meta.json")
-    if ((tokens < needed)); then
-        echo "DATA: expected $needed tokens or more, so that none is seen twice; got $tokens" >&2
-        return 2
+    if ((${tokens:-0} < needed)); then
+        refused DATA "$needed tokens or more, so that none is seen twice" "${tokens:-0}"
     fi
 }
 
 # runs FOLDER STEPS STEP_TOKENS SEEDS RECIPES OPTION..
 runs() {
     local folder=$1 steps=$2 seeds=$4 recipes=${RECIPES:-$5} recipe seed data
+    [[ $recipes == *[![:space:]]* ]] || refused RECIPES "names of recipes" "$recipes"
+    [[ $steps =~ ^[1-9][0-9]*$ ]] || refused "${folder^^}_STEPS" "a number of steps" "$steps"
     data=$(data)
     has_tokens "$data" $((steps * $3))
     for recipe in $recipes; do

@@ -254,8 +254,8 @@ impl<B: Backend> Followed<B> {
         let watched: Vec<usize> = (0..matrices.len()).filter(has_codes).collect();
         if watched.is_empty() {
             let message = format!(
-                "{recipe} rounds no weight to 4 bits in its forward pass, so there are no codes to \
-                 watch; use one that does, such as tetrajet"
+                "expected one whose forward pass holds W in blocks of MXFP4 or NVFP4, unrotated, such \
+                 as tetrajet, because it is their codes that are watched; got {recipe}"
             );
             return Err(Error::invalid("recipe", message));
         }

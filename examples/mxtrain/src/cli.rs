@@ -252,8 +252,8 @@ pub(crate) struct StartArgs {
     pub(crate) init_from: Option<PathBuf>,
 
     /// Go on with the run saved in a checkpoint folder, with the options that it was started with,
-    /// but for --save-fallback, and --log unless it is a file in that folder: where else to write
-    /// is not for a checkpoint to say
+    /// but for --weights-every, --save-fallback, and --log unless it is a file in that folder: where
+    /// else to write is not for a checkpoint to say
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
 
@@ -420,7 +420,8 @@ pub(crate) struct ReportArgs {
     pub(crate) log: Option<PathBuf>,
 
     /// Add to --log every N steps how weights, and what the forward pass rounds them to, changed in
-    /// these steps; for recipes with a forward pass in 4 bits; 0 never
+    /// these steps; for recipes whose forward pass holds W in blocks of MXFP4 or NVFP4; 0 never. A
+    /// resumed run has to name it again, as it has to name --log
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) weights_every: u64,
 }

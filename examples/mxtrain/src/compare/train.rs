@@ -382,6 +382,13 @@ impl Tally {
         self.steps.len() as u64
     }
 
+    /// Whether its parts go together, as those of a file that somebody edited may not.
+    pub(super) fn is_whole(&self) -> bool {
+        let done = self.steps_done();
+        let drawn = self.curve.last().map_or(0, |point| point.step);
+        self.drawn as u64 == drawn && drawn <= done && self.evaluated <= done
+    }
+
     fn step(&mut self, stats: &StepStats) {
         self.steps.push((stats.loss.into(), stats.grad_norm.into()));
         self.tokens_per_second.push(stats.tokens as f64 / stats.seconds.max(1e-9));

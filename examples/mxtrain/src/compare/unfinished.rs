@@ -79,6 +79,10 @@ impl Unfinished {
         if settings.difference(&saved).is_some() {
             return Ok(None);
         }
+        if !tally.is_whole() {
+            let message = format!("{}: damaged or edited", console::shown(&self.shown));
+            return Err(Failure::usage(message));
+        }
         let trainer = Trainer::load(engine, &self.checkpoint)?;
         // A kill between the two leaves them of different steps.
         Ok((trainer.steps_done() == tally.steps_done()).then_some((trainer, tally)))

@@ -192,6 +192,11 @@ impl Run {
         let is_done = step >= self.steps;
         if is_done && self.evaluated != Some(step) {
             self.eval();
+            if self.val.is_some() && self.evaluated != Some(step) {
+                let failure =
+                    Failure::runtime("the last one was stopped; mxtrain eval makes it up");
+                self.failures.note(Side::Evaluation, &failure);
+            }
         }
         self.saves.save(&mut self.trainer).map_err(|failure| {
             Failure::runtime(format!("{}; {}", failure.message, self.saves.held()))
