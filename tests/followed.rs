@@ -1,33 +1,14 @@
 //! What recipes keep of weights, through the public interface: a run that is saved and resumed goes
 //! on bit for bit, on any number of threads, and what a folder lacks is said.
 
+#[path = "common/tiny.rs"]
+mod tiny;
+
 use std::fs;
 use std::path::Path;
 
-use mxfp4train::{
-    Dataset, Engine, EngineOptions, Error, Model, ModelConfig, Recipe, Schedule, Trainer,
-    TrainerOptions,
-};
-
-fn engine(threads: usize) -> Engine {
-    Engine::new(EngineOptions { threads, ..EngineOptions::default() }).unwrap()
-}
-
-fn model(engine: &Engine) -> Model {
-    let config = ModelConfig {
-        vocab_size: 33,
-        context_length: 16,
-        layers: 2,
-        heads: 2,
-        channels: 36,
-        ..ModelConfig::default()
-    };
-    Model::new(engine, &config).unwrap()
-}
-
-fn data() -> Dataset {
-    Dataset::from_tokens((0..2000).map(|i| i * i % 31).collect()).unwrap()
-}
+use mxfp4train::{Error, Recipe, Schedule, Trainer, TrainerOptions};
+use tiny::{data, engine, losses, model, weights};
 
 fn options(recipe: &str) -> TrainerOptions {
     TrainerOptions {
@@ -41,20 +22,6 @@ fn options(recipe: &str) -> TrainerOptions {
 
 fn trainer(threads: usize, recipe: &str) -> Trainer {
     Trainer::new(&model(&engine(threads)), options(recipe)).unwrap()
-}
-
-fn weights(trainer: &Trainer) -> Vec<Vec<f32>> {
-    let model = trainer.model();
-    let read = |info: &mxfp4train::TensorInfo| {
-        let mut values = vec![0.0; info.len()];
-        model.read_tensor(&info.name, &mut values).unwrap();
-        values
-    };
-    model.tensors().iter().map(read).collect()
-}
-
-fn losses(trainer: &mut Trainer, steps: usize) -> Vec<f32> {
-    (0..steps).map(|_| trainer.step(&data()).unwrap().loss).collect()
 }
 
 /// Saved before means count, and after.

@@ -2,32 +2,13 @@
 //! bit, on any number of threads; a step that is not finite changes nothing; files of AdamW say
 //! nothing of it.
 
+#[path = "common/tiny.rs"]
+mod tiny;
+
 use std::fs;
 
-use mxfp4train::{
-    Dataset, Engine, EngineOptions, Error, Model, ModelConfig, Optimizer, OptimizerKind, Schedule,
-    Trainer, TrainerOptions,
-};
-
-fn engine(threads: usize) -> Engine {
-    Engine::new(EngineOptions { threads, ..EngineOptions::default() }).unwrap()
-}
-
-fn model(engine: &Engine) -> Model {
-    let config = ModelConfig {
-        vocab_size: 33,
-        context_length: 16,
-        layers: 2,
-        heads: 2,
-        channels: 36,
-        ..ModelConfig::default()
-    };
-    Model::new(engine, &config).unwrap()
-}
-
-fn data() -> Dataset {
-    Dataset::from_tokens((0..2000).map(|i| i * i % 31).collect()).unwrap()
-}
+use mxfp4train::{Error, Optimizer, OptimizerKind, Schedule, Trainer, TrainerOptions};
+use tiny::{data, engine, losses, model, weights};
 
 /// A high beta2, with which rates of StableAdamW fall.
 fn options(kind: OptimizerKind) -> TrainerOptions {
@@ -38,20 +19,6 @@ fn options(kind: OptimizerKind) -> TrainerOptions {
         schedule: Schedule { lr: 3e-3, ..Schedule::default() },
         ..TrainerOptions::default()
     }
-}
-
-fn weights(trainer: &Trainer) -> Vec<Vec<f32>> {
-    let model = trainer.model();
-    let read = |info: &mxfp4train::TensorInfo| {
-        let mut values = vec![0.0; info.len()];
-        model.read_tensor(&info.name, &mut values).unwrap();
-        values
-    };
-    model.tensors().iter().map(read).collect()
-}
-
-fn losses(trainer: &mut Trainer, steps: usize) -> Vec<f32> {
-    (0..steps).map(|_| trainer.step(&data()).unwrap().loss).collect()
 }
 
 #[test]
