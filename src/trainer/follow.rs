@@ -190,7 +190,7 @@ impl<B: Backend> Followed<B> {
             tracked.view_before(backend, matrix, mean(), of);
         }
         if let Some(watch) = watch {
-            watch.view_before(backend, matrix, mean(), of);
+            watch.look().view_before(backend, matrix, mean(), of);
         }
     }
 
@@ -200,7 +200,7 @@ impl<B: Backend> Followed<B> {
         let (Some(watch), matrix) = (watch, &matrices[number]) else { return };
         let mean = means.as_ref().map(|flat| Part { flat, slot: matrix.own });
         let of = Viewed { number, shape: matrix.shape, operand };
-        watch.observe(backend, weights, matrix, mean, of);
+        watch.look().observe(backend, weights, matrix, mean, of);
     }
 
     fn track(

@@ -3,7 +3,7 @@
 
 use super::follow::Tracked;
 use crate::Result;
-use crate::backend::{Backend, Part, Viewed};
+use crate::backend::Backend;
 use crate::formats::Observation;
 use crate::gpt::{Matrix, TensorInfo};
 use crate::reserve::{collect, text, zeros};
@@ -134,28 +134,10 @@ impl<B: Backend> Watch<B> {
         }
     }
 
-    /// A weight as the forward pass of the step saw it.
-    pub(super) fn view_before(
-        &mut self,
-        backend: &B,
-        matrix: &Matrix,
-        mean: Option<Part<'_, B>>,
-        of: Viewed<'_>,
-    ) {
-        self.tracked.view_before(backend, matrix, mean, of);
-    }
-
-    /// The weight after the step.
-    pub(super) fn observe(
-        &mut self,
-        backend: &B,
-        weights: &B::Weights,
-        matrix: &Matrix,
-        mean: Option<Part<'_, B>>,
-        of: Viewed<'_>,
-    ) {
-        self.tracked.observe(backend, weights, matrix, mean, of);
+    /// Who looks at the weights of a step.
+    pub(super) fn look(&mut self) -> &mut Tracked<B> {
         self.is_seen = true;
+        &mut self.tracked
     }
 
     /// Takes in what was observed of a step; the last of a window begins another. Waits for the
