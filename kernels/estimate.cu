@@ -26,14 +26,6 @@ __device__ __forceinline__ float derivative(float y, float steepness) {
   return fminf((float)power, 3.0f);
 }
 
-// The scale of a row whose largest magnitude has these bits: the smallest power of two by which
-// nothing exceeds 6.
-__device__ __forceinline__ float inverse_scale(u32 amax) {
-  u32 biased = (amax + 0x003fffffu) >> 23;
-  u32 byte = biased < 2 ? 0 : biased - 2;
-  return __uint_as_float((254 - byte) << 23);
-}
-
 // out = c f'(tensor / scale), or with `accumulate` that is added. Grid: rows; block: 256.
 __global__ void __launch_bounds__(THREADS) estimate(const __grid_constant__ Estimate q) {
   begin();
@@ -47,10 +39,11 @@ __global__ void __launch_bounds__(THREADS) estimate(const __grid_constant__ Esti
   __syncthreads();
   for (u32 i = 0; i < THREADS / WARP; i++) amax = max(amax, scratch[i]);
   bool finite = amax < 0x7f800000u;
-  float inverse = finite ? inverse_scale(amax) : 0.0f;
+  // The smallest power of two by which nothing in the row exceeds 6.
+  float inverse = finite ? __uint_as_float((254 - power_byte(CEIL, amax)) << 23) : 0.0f;
   for (u32 i = threadIdx.x; i < q.columns; i += THREADS) {
     float slope = derivative(__fmul_rn(q.tensor[row + i], inverse), q.steepness);
-    if (!finite) slope = __uint_as_float(0x7fc00000u);
+    if (!finite) slope = not_a_number();
     float g = __fmul_rn(q.c[row + i], slope);
     q.out[row + i] = q.accumulate ? __fadd_rn(q.out[row + i], g) : g;
   }

@@ -25,26 +25,19 @@ __global__ void begin_track(float *before, float *moved, float *rounded_moved, c
   before[i] = w[i], moved[i] = rounded_moved[i] = 0.0f;
 }
 
-// E2M1's magnitude of a code, and the code nearest to y >= 0.
-__device__ __forceinline__ float decode(u32 code) {
-  return code < 2 ? (float)code * 0.5f : __uint_as_float((code + 252) << 22);
-}
-__device__ __forceinline__ u32 nearest(float y) {
-  return (y > 0.25f) + (y >= 0.75f) + (y > 1.25f) + (y >= 1.75f) + (y > 2.5f) + (y >= 3.5f) +
-         (y > 5.0f);
-}
+// Between the magnitudes of a code and the next.
 __device__ __forceinline__ float middle(u32 code) {
   return __fmul_rn(__fadd_rn(decode(code), decode(code + 1)), 0.5f);
 }
 
 // A weight or its number over its scale; 0 where the block vanishes.
-__device__ __forceinline__ float element_of(float v, float unit) {
-  return unit == 0.0f ? 0.0f : __fdiv_rn(v, unit);
+__device__ __forceinline__ float element_of(float v, float scale) {
+  return scale == 0.0f ? 0.0f : __fdiv_rn(v, scale);
 }
 
 // The distance of y from the nearest midpoint over the largest in its bin.
 __device__ __forceinline__ float confidence(float y) {
-  u32 code = nearest(y);
+  u32 code = nearest_code(y);
   float distance, largest;
   if (code == 0) {
     largest = middle(0), distance = __fsub_rn(largest, y);
@@ -62,7 +55,7 @@ __device__ __forceinline__ float confidence(float y) {
 struct Observed {
   const float *w;                        // (rows, inputs), after the step
   float *before, *moved, *rounded_moved; // likewise
-  const float *rounded[2], *units[2];    // views: (rows, inputs), and (rows, blocks)
+  const float *rounded[2], *block_scales[2]; // views: (rows, inputs), and (rows, blocks)
   double *partials;                      // (SUMS, grid)
   u64 len;
   u32 inputs, blocks, block; // elements of a block
@@ -95,17 +88,18 @@ __global__ void observe(const __grid_constant__ Observed q) {
        i += (u64)gridDim.x * blockDim.x) {
     float before = q.before[i], after = q.w[i];
     float q_before = q.rounded[0][i], q_after = q.rounded[1][i];
-    u64 unit = i / q.inputs * q.blocks + i % q.inputs / q.block;
+    u64 block = i / q.inputs * q.blocks + i % q.inputs / q.block;
     float change = __fsub_rn(after, before), q_change = __fsub_rn(q_after, q_before);
     float moved = __fadd_rn(q.moved[i], fabsf(change));
     float q_moved = __fadd_rn(q.rounded_moved[i], fabsf(q_change));
-    float y = fabsf(element_of(after, q.units[1][unit]));
-    float was = element_of(q_before, q.units[0][unit]), is = element_of(q_after, q.units[1][unit]);
+    float scale_before = q.block_scales[0][block], scale = q.block_scales[1][block];
+    float y = fabsf(element_of(after, scale));
+    float was = element_of(q_before, scale_before), is = element_of(q_after, scale);
     q.before[i] = after, q.moved[i] = moved, q.rounded_moved[i] = q_moved;
     sums[0] += (double)change * change, sums[1] += (double)before * before;
     sums[2] += (double)q_change * q_change, sums[3] += (double)q_before * q_before;
     sums[4] += confidence(y);
-    sums[5] += nearest(fabsf(was)) != nearest(fabsf(is)) || (was < 0.0f) != (is < 0.0f);
+    sums[5] += nearest_code(fabsf(was)) != nearest_code(fabsf(is)) || (was < 0.0f) != (is < 0.0f);
     sums[6] += y > 6.0f;
     sums[7] += moved > 0.0f && __fdiv_rn(q_moved, moved) > 16.0f;
     sums[8] = fmax(sums[8], (double)fabsf(after));

@@ -23,17 +23,6 @@ __global__ void find_amax(u32 *amax, const T *v, u64 len) {
   if (threadIdx.x % WARP == 0) atomicMax(amax, largest);
 }
 
-// The E4M3 value nearest to v, ties to even, saturated. NaN stays NaN.
-__device__ __forceinline__ float round_to_e4m3(float v) {
-  float magnitude = fminf(fabsf(v), 448.0f);
-  // Below 2^-6 the grid is even, with steps of 2^-9; above, steps are 2^-3 of the binade. Adding
-  // and subtracting 1.5 * 2^23 steps rounds to a whole number of them.
-  int exponent = max((int)(__float_as_uint(magnitude) >> 23) - 127, -6);
-  float magic = __uint_as_float((u32)(exponent - 3 + 23 + 127) << 23) * 1.5f;
-  float rounded = __fsub_rn(__fadd_rn(magnitude, magic), magic);
-  return isnan(v) ? v : copysignf(rounded, v);
-}
-
 // out (len) = v (len) as E4M3 holds it with the scale that *amax asks for, and *kept_amax the bits
 // of the largest magnitude of that: rounding keeps the order. Grid: len / (8 block), rounded up;
 // block: 256.

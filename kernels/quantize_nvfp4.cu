@@ -410,13 +410,7 @@ __global__ void __launch_bounds__(THREADS, TRANSPOSED || ROUNDING == EDEN ? 4 : 
   } else {
     round_within<STOCHASTIC, Lanes<TRANSPOSED>::STEP>(v, q.outer == POWER_OF_128, bits);
   }
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
-    if (q.scale) *q.scale = tensor.decode;
-    if (q.factors) {
-      q.factors[0] = __fmul_rn(q.alpha, __fmul_rn(q.other ? *q.other : 1.0f, tensor.decode));
-      q.factors[1] = q.beta;
-    }
-  }
+  write_scale(q, tensor);
   if (vector >= q.vectors) return;
   u32 depth = q.dequantized && !q.group ? q.length : q.depth;
   size_t at = (size_t)vector * depth + k;

@@ -1,7 +1,7 @@
 // Operands in all formats, and what is done behind products. Exact and plain: a warp gathers and
 // rotates four of the vectors, lanes along them; then a thread has 32 elements of one vector in
 // shared memory, in order, for sums are part of the definition. NVFP4 has kernels of its own
-// (quantize_nvfp4.cu), which do not round by means, note units or sum.
+// (quantize_nvfp4.cu), which do not round by means, note scales of blocks or sum.
 
 // Odd, so that threads beside each other meet different banks along either dimension.
 #define PITCH (CHUNK + 1)
@@ -115,11 +115,11 @@ struct Bits {
 };
 
 // Notes what the elements of a block, of so many, are multiplied by.
-__device__ __forceinline__ void note_unit(const Values &q, u32 vector, u32 block, u32 length,
-                                          float unit) {
+__device__ __forceinline__ void note_block_scale(const Values &q, u32 vector, u32 block,
+                                                 u32 length, float scale) {
   u32 blocks = q.depth / length;
-  if (q.units && vector < q.vectors && block < blocks)
-    q.units[(size_t)vector * blocks + block] = unit;
+  if (q.block_scales && vector < q.vectors && block < blocks)
+    q.block_scales[(size_t)vector * blocks + block] = scale;
 }
 
 // ---- Blocks of 32 -------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ __device__ __forceinline__ void round_powers(const Values &q, float *block, u32 
     byte = __reduce_max_sync(FULL_WARP, byte);
   }
   float scale = decode_e8m0(byte);
-  note_unit(q, vector, k / BLOCK, BLOCK, scale);
+  note_block_scale(q, vector, k / BLOCK, BLOCK, scale);
   if (byte == 255) {
     for (u32 i = 0; i < BLOCK; i++) block[i] = scale;
     return;
@@ -198,7 +198,7 @@ __device__ __forceinline__ float nvfp4_scale(const Values &q, const float *block
   return sums[1] < sums[0] ? wide : full;
 }
 
-// Two blocks.
+// Two blocks, to nearest or by means.
 __device__ __forceinline__ void round_two_levels(const Values &q, float *block, u32 vector, u32 k,
                                                  u32 rows, Tensor tensor, Errors errors) {
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -211,7 +211,6 @@ __device__ __forceinline__ void round_two_levels(const Values &q, float *block, 
     for (u32 i = 0; i < 4; i++) amax = max(amax, amaxes[(warp / 4 * 4 + i) * WARP + lane]);
     outer = outer_scale(amax, q.outer == POWER_OF_128);
   }
-  Bits bits(q, vector, k);
 #pragma unroll
   for (u32 b = 0; b < 2; b++) {
     float *sixteen = block + SIXTEEN * b;
@@ -231,14 +230,13 @@ __device__ __forceinline__ void round_two_levels(const Values &q, float *block, 
       if (scale == 0.0f) scale = 1.0f / 512.0f;
       scale = __fmul_rn(scale, outer);
     }
-    float unit = q.outer == OF_TENSOR ? __fmul_rn(scale, tensor.decode) : scale;
-    note_unit(q, vector, k / SIXTEEN + b, SIXTEEN, unit);
+    note_block_scale(q, vector, k / SIXTEEN + b, SIXTEEN,
+                     q.outer == OF_TENSOR ? __fmul_rn(scale, tensor.decode) : scale);
 #pragma unroll 8
     for (u32 i = 0; i < SIXTEEN; i++) {
       float v = sixteen[i];
       float y = element_of(q.outer == OF_TENSOR ? __fmul_rn(v, encode) : __fdiv_rn(v, scale));
-      float magnitude =
-          q.rounding == UNBIASED ? stochastic_e2m1(y, bits.of(SIXTEEN * b + i)) : nearest_e2m1(y);
+      float magnitude = nearest_e2m1(y);
       if (q.rounding == BY_MEAN) {
         float mean = mean_of(q, vector, k + SIXTEEN * b + i);
         bool whole = q.outer == OF_TENSOR;
@@ -267,7 +265,7 @@ __device__ __forceinline__ void round_block(const Values &q, float *block, u32 v
     break;
   case E5M2:
     for (u32 i = 0; i < BLOCK; i++)
-      block[i] = round_to_fp8(__fmul_rn(block[i], tensor.encode), 2, -14, 57344.0f);
+      block[i] = nearest_fp8(__fmul_rn(block[i], tensor.encode), 2, -14, 57344.0f);
     break;
   case INT8: {
     if (vector >= q.vectors) break;
@@ -321,13 +319,7 @@ __global__ void __launch_bounds__(THREADS) round_values(const __grid_constant__ 
   round_block(q, &tile[lane][BLOCK * warp], vector, first + BLOCK * warp, rows, tensor, errors);
   if (q.vector_scales && blockIdx.y == 0 && warp == 0 && vector < q.vectors)
     q.vector_scales[vector] = vector_scale(q, vector);
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
-    if (q.scale) *q.scale = tensor.decode;
-    if (q.factors) {
-      q.factors[0] = __fmul_rn(q.alpha, __fmul_rn(q.other ? *q.other : 1.0f, tensor.decode));
-      q.factors[1] = q.beta;
-    }
-  }
+  write_scale(q, tensor);
   __syncthreads();
   u32 depth = q.dequantized && !q.group ? q.length : q.depth;
   double products = 0.0, squares = 0.0;

@@ -26,18 +26,6 @@ enum Kind {
   POWERS,     // blocks of 32, a power of two each
   TWO_LEVELS, // blocks of 16, an E4M3 scale each and another above
 };
-// How scales are made.
-enum Rule {
-  FLOOR,
-  CEIL,
-  EVEN,
-  QUEST,
-  QUEST_FLOOR,
-  FULL,
-  HEADROOM,
-  FOUR_OVER_SIX,
-  AMAX,
-};
 enum Rounding { TO_NEAREST, UNBIASED, EDEN, BY_MEAN };
 // What is above the scales of blocks of 16.
 enum Outer { OF_TENSOR, OF_128, POWER_OF_128 };
@@ -46,7 +34,7 @@ enum Outer { OF_TENSOR, OF_128, POWER_OF_128 };
 struct Values {
   const void *source;   // (vectors, length), or with `transposed` (length, vectors)
   const float *mean;    // (vectors, length), which BY_MEAN rounds by
-  float *units;         // (vectors, blocks): what elements are multiplied by; may be null
+  float *block_scales;  // (vectors, blocks): what elements are multiplied by; may be null
   void *out;            // (vectors, depth) of bf16, or with `wide` f32
   u32 *amax;            // bits of the tensor's, or with `by_vector` of each vector's
   float *vector_scales; // (vectors), where there are such
@@ -68,20 +56,6 @@ struct Values {
 
 // ---- Numbers ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float not_a_number() { return __uint_as_float(0x7fc00000u); }
-__device__ __forceinline__ bool is_nan(float v) {
-  return (__float_as_uint(v) & 0x7fffffffu) > 0x7f800000u;
-}
-__device__ __forceinline__ bool is_finite(float v) {
-  return (__float_as_uint(v) & 0x7fffffffu) < 0x7f800000u;
-}
-__device__ __forceinline__ float largest_float() { return __uint_as_float(0x7f7fffffu); }
-__device__ __forceinline__ float smallest_normal() { return __uint_as_float(0x00800000u); }
-__device__ __forceinline__ float with_sign(float magnitude, float of) {
-  return __uint_as_float((__float_as_uint(magnitude) & 0x7fffffffu) |
-                         (__float_as_uint(of) & 0x80000000u));
-}
-
 __device__ __forceinline__ float round_mantissa(float v, u32 bits) {
   if (is_nan(v)) return v;
   u32 cut = 23 - bits, word = __float_as_uint(v), even = word >> cut & 1;
@@ -92,16 +66,6 @@ __device__ __forceinline__ float cut_mantissa(float v, u32 bits) {
   u32 cut = 23 - bits;
   return is_nan(v) ? v : __uint_as_float(__float_as_uint(v) >> cut << cut);
 }
-
-// The FP8 number nearest to v, ties to even, saturated.
-__device__ __forceinline__ float round_to_fp8(float v, int mantissa, int lowest, float largest) {
-  float magnitude = fminf(fabsf(v), largest);
-  int exponent = max((int)(__float_as_uint(magnitude) >> 23) - 127, lowest);
-  float magic = __fmul_rn(__uint_as_float((u32)(exponent - mantissa + 23 + 127) << 23), 1.5f);
-  float rounded = __fsub_rn(__fadd_rn(magnitude, magic), magic);
-  return is_nan(v) ? v : with_sign(rounded, v);
-}
-__device__ __forceinline__ float round_to_e4m3(float v) { return round_to_fp8(v, 3, -6, 448.0f); }
 
 __device__ __forceinline__ float round_to_int8(float v, float amax) {
   if (amax == 0.0f) return 0.0f;
@@ -114,14 +78,7 @@ __device__ __forceinline__ float int8_scale(float amax) {
   return fmaxf(__fdiv_rn(amax, 127.0f), smallest_normal());
 }
 
-// The magnitude of E2M1's code.
-__device__ __forceinline__ float decode(u32 code) {
-  return code < 2 ? (float)code * 0.5f : __uint_as_float((code + 252) << 22);
-}
-__device__ __forceinline__ float nearest_e2m1(float y) {
-  return decode((y > 0.25f) + (y >= 0.75f) + (y > 1.25f) + (y >= 1.75f) + (y > 2.5f) + (y >= 3.5f) +
-                (y > 5.0f));
-}
+__device__ __forceinline__ float nearest_e2m1(float y) { return decode(nearest_code(y)); }
 __device__ __forceinline__ float stochastic_e2m1(float y, u32 bits) {
   u32 first = 252;
   if (y < 1.0f) y = __fadd_rn(y, 1.0f), first = 254;
@@ -187,12 +144,6 @@ __device__ __forceinline__ Tensor tensor_scale(const Values &q) {
   return {__fdiv_rn(1.0f, decode), decode};
 }
 
-__device__ __forceinline__ u32 power_byte(u32 rule, u32 amax) {
-  if (amax >> 23 == 255) return 255;
-  u32 biased = (amax + (rule == CEIL ? 0x003fffffu : rule == EVEN ? 0x00200000u : 0)) >> 23;
-  return biased < 2 ? 0 : biased - 2;
-}
-
 // Of E2M1, the scale of a vector with this amax.
 __device__ __forceinline__ float unit_of_vector(const Values &q, u32 bits) {
   float amax = __uint_as_float(bits);
@@ -222,4 +173,14 @@ __device__ __forceinline__ float outer_scale(u32 amax, bool power) {
   float outer = __fdiv_rn(__fdiv_rn(__uint_as_float(amax), 448.0f), 6.0f);
   if (outer < smallest_normal()) return 1.0f;
   return power ? __uint_as_float((__float_as_uint(outer) + 0x007fffffu) & 0xff800000u) : outer;
+}
+
+// Behind a tensor's numbers: its scale, and what the product is multiplied by. One thread does it.
+__device__ __forceinline__ void write_scale(const Values &q, Tensor tensor) {
+  if (blockIdx.x != 0 || blockIdx.y != 0 || threadIdx.x != 0) return;
+  if (q.scale) *q.scale = tensor.decode;
+  if (q.factors) {
+    q.factors[0] = __fmul_rn(q.alpha, __fmul_rn(q.other ? *q.other : 1.0f, tensor.decode));
+    q.factors[1] = q.beta;
+  }
 }

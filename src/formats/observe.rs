@@ -58,13 +58,13 @@ pub struct Observed {
     /// What they are rounded to, dequantized.
     pub rounded: [f32; 2],
     /// The scales of their blocks.
-    pub units: [f32; 2],
+    pub block_scales: [f32; 2],
 }
 
 impl Observed {
     /// Adds what is seen of it, and how far it moved to `moved`: itself, and its number.
     pub fn add_to(&self, sums: &mut Observation, moved: [&mut f32; 2]) {
-        let Self { weights: [before, after], rounded: [q_before, q_after], units } = *self;
+        let Self { weights: [before, after], rounded: [q_before, q_after], block_scales } = *self;
         let (change, q_change) = (after - before, q_after - q_before);
         let [moved, q_moved] = moved;
         *moved += change.abs();
@@ -74,9 +74,9 @@ impl Observed {
         sums.before += square(before);
         sums.rounded_changes += square(q_change);
         sums.rounded_before += square(q_before);
-        let y = element(after, units[1]).abs();
+        let y = element(after, block_scales[1]).abs();
         sums.confidence += f64::from(confidence(y));
-        let codes = [element(q_before, units[0]), element(q_after, units[1])];
+        let codes = [element(q_before, block_scales[0]), element(q_after, block_scales[1])];
         let [was, is] = codes.map(|y| (nearest(y.abs()), y < 0.0));
         sums.flipped += u64::from(was != is);
         sums.clipped += u64::from(y > E2M1_MAX);
@@ -134,8 +134,8 @@ mod tests {
     #[test]
     fn what_is_seen_of_an_element() {
         let (mut sums, mut moved, mut q_moved) = (Observation::default(), 0.0, 0.0);
-        let mut see = |weights, rounded, units| {
-            let seen = Observed { weights, rounded, units };
+        let mut see = |weights, rounded, block_scales| {
+            let seen = Observed { weights, rounded, block_scales };
             seen.add_to(&mut sums, [&mut moved, &mut q_moved]);
         };
         see([0.375, -0.5], [0.5, -0.5], [0.5, 0.5]);

@@ -116,6 +116,11 @@ pub struct Random {
     pub linear: u32,
 }
 
+impl Random {
+    /// That of a forward pass, which draws nothing.
+    pub(crate) const NONE: Self = Self { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
+}
+
 /// Draws for one operand or one GEMM: key and counter words but for row and column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draw {

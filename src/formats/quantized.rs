@@ -35,7 +35,7 @@ pub struct Quantized {
     pub vector_scales: Vec<f32>,
     /// What elements of E2M1 are multiplied by to give values back, (rows, blocks); empty where
     /// neither blocks nor squares have scales.
-    pub units: Vec<f32>,
+    pub block_scales: Vec<f32>,
     /// What a product of them is multiplied by, so that their slope is 1; 1 where that is not asked
     /// for.
     pub correction: f32,
@@ -92,7 +92,7 @@ impl Quantized {
             Block::Elements(n) | Block::Square(n) => depth / n,
             Block::Vector | Block::Tensor => 0,
         };
-        let mut units = vec![0.0; rows * blocks];
+        let mut block_scales = vec![0.0; rows * blocks];
         for first in (0..rows).step_by(VECTORS_AT_ONCE) {
             let count = VECTORS_AT_ONCE.min(rows - first);
             let range = first * depth..(first + count) * depth;
@@ -101,7 +101,7 @@ impl Quantized {
                 scales: vector_scales.get_mut(first..first + count).unwrap_or_default(),
                 depth,
                 first,
-                units: &mut units[first * blocks..(first + count) * blocks],
+                block_scales: &mut block_scales[first * blocks..(first + count) * blocks],
                 means: means.get(first * length..(first + count) * length).unwrap_or_default(),
             };
             quantize_vectors(part, operand, tensor, bits);
@@ -110,7 +110,7 @@ impl Quantized {
         let mut slope = Slope::default();
         slope.add(&rotated, &values);
         let correction = slope.correction(scale, operand.range());
-        Self { rows, depth, values, scale, vector_scales, units, correction }
+        Self { rows, depth, values, scale, vector_scales, block_scales, correction }
     }
 
     /// The values that the numbers stand for as f32, (rows, `length`), without padding: what a
@@ -179,12 +179,12 @@ pub struct Vectors<'a> {
     pub means: &'a [f32],
     /// (vectors, blocks): gets what elements of E2M1 are multiplied by to give values back, where
     /// blocks or squares have a scale; empty where nobody asks.
-    pub units: &'a mut [f32],
+    pub block_scales: &'a mut [f32],
 }
 
 /// Quantizes vectors in place.
 pub fn quantize_vectors(part: Vectors<'_>, operand: &Operand, tensor: Nvfp4Tensor, bits: &Bits) {
-    let Vectors { values, scales, depth, first, means, units } = part;
+    let Vectors { values, scales, depth, first, means, block_scales } = part;
     let format = operand.format();
     let by_mean = operand.rounding() == Rounding::ByMean;
     assert_eq!(by_mean, !means.is_empty(), "means go with the rounding by them");
@@ -215,7 +215,7 @@ pub fn quantize_vectors(part: Vectors<'_>, operand: &Operand, tensor: Nvfp4Tenso
             e2m1_vectors(values, depth, scales, operand);
         }
         (Element::E2m1, Block::Square(n)) => {
-            squares(values, depth, n, operand, tensor, units);
+            squares(values, depth, n, operand, tensor, block_scales);
         }
         (Element::E2m1, Block::Elements(n)) => {
             let length = means.len() / (values.len() / depth);
@@ -223,8 +223,8 @@ pub fn quantize_vectors(part: Vectors<'_>, operand: &Operand, tensor: Nvfp4Tenso
             let rounded = BlockRounding { operand, tensor, bits, means };
             for (eight, values) in values.chunks_mut(8 * depth).enumerate() {
                 let of_these = 8 * eight * (depth / n);
-                let units = units.get_mut(of_these..).unwrap_or_default();
-                rounded.eight_vectors(values, depth, n, first + 8 * eight, units);
+                let block_scales = block_scales.get_mut(of_these..).unwrap_or_default();
+                rounded.eight_vectors(values, depth, n, first + 8 * eight, block_scales);
             }
         }
     }
@@ -273,7 +273,7 @@ fn squares(
     n: usize,
     operand: &Operand,
     tensor: Nvfp4Tensor,
-    units: &mut [f32],
+    block_scales: &mut [f32],
 ) {
     let mut room = [0.0; VECTORS_AT_ONCE * VECTORS_AT_ONCE];
     for (number, band) in values.chunks_mut(n * depth).enumerate() {
@@ -305,7 +305,7 @@ fn squares(
                 Scale::One | Scale::Amax => unreachable!("squares have scales of their own"),
             };
             for row in number * n..number * n + rows {
-                if let Some(to) = units.get_mut(row * (depth / n) + k / n) {
+                if let Some(to) = block_scales.get_mut(row * (depth / n) + k / n) {
                     *to = unit;
                 }
             }
@@ -344,7 +344,7 @@ impl BlockRounding<'_> {
         depth: usize,
         n: usize,
         first: usize,
-        units: &mut [f32],
+        block_scales: &mut [f32],
     ) {
         let unbiased = self.operand.rounding() == Rounding::Unbiased;
         let mut drawn = [[0u16; 32]; 8];
@@ -364,7 +364,7 @@ impl BlockRounding<'_> {
                 }
                 let bits = unbiased.then_some(&drawn[i]);
                 let unit = self.block(&mut vector[k..k + n], outer[i], bits, (first + i, k / n));
-                if let Some(to) = units.get_mut(i * (depth / n) + k / n) {
+                if let Some(to) = block_scales.get_mut(i * (depth / n) + k / n) {
                     *to = unit;
                 }
             }

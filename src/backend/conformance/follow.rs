@@ -120,13 +120,13 @@ pub(super) fn weights_are_observed<B: Harness>(backends: &[B]) {
                     let [of_weights, of_rounded] = &mut moved;
                     for i in 0..len {
                         let unit = |q: &Quantized| {
-                            let blocks = q.units.len() / outputs;
-                            q.units[i / inputs * blocks + i % inputs / (q.depth / blocks)]
+                            let blocks = q.block_scales.len() / outputs;
+                            q.block_scales[i / inputs * blocks + i % inputs / (q.depth / blocks)]
                         };
                         let seen = Observed {
                             weights: [steps[step - 1][i], steps[step][i]],
                             rounded: dequantized.each_ref().map(|q| q[i]),
-                            units: exact.each_ref().map(unit),
+                            block_scales: exact.each_ref().map(unit),
                         };
                         seen.add_to(&mut sums, [&mut of_weights[i], &mut of_rounded[i]]);
                     }

@@ -9,8 +9,8 @@ use super::{Arena, Buffer, Cpu, JOB_ELEMENTS};
 use crate::Result;
 use crate::backend::{Follow, Part, Slot, Track, Values, View, Viewed};
 use crate::formats::{
-    self, Bits, Draw, Observation, Observed, Operand, Purpose, Rounding, VECTORS_AT_ONCE, Vectors,
-    amax_of, ema, oscillates,
+    self, Bits, Observation, Observed, Operand, OperandId, Random, Rounding, VECTORS_AT_ONCE,
+    Vectors, ema, oscillates,
 };
 use crate::reserve::zeros;
 
@@ -25,7 +25,7 @@ struct Seen {
     /// (outputs, padded inputs)
     values: Buffer<f32>,
     /// (outputs, blocks)
-    units: Buffer<f32>,
+    block_scales: Buffer<f32>,
 }
 
 /// How long a weight's vectors are in a view, and how many scales they have.
@@ -53,8 +53,10 @@ impl Follow for Cpu {
         let padded =
             |[outputs, inputs]: &[usize; 2]| outputs * inputs.next_multiple_of(formats::BLOCK);
         let most = shapes.iter().map(padded).max().unwrap_or(0);
-        let mut seen =
-            || Seen { values: arena.alloc(most), units: arena.alloc(most / formats::NVFP4_BLOCK) };
+        let mut seen = || Seen {
+            values: arena.alloc(most),
+            block_scales: arena.alloc(most / formats::NVFP4_BLOCK),
+        };
         let views = [seen(), seen()];
         Ok(Observer { views, observations: zeros("what is seen of weights", shapes.len())? })
     }
@@ -137,20 +139,19 @@ impl Cpu {
         let needs_amax = formats::needs_amax(operand.format());
         let amax = if needs_amax { self.amax_of(data) } else { 0.0 };
         let tensor = formats::tensor_scale(operand, amax);
-        // Nothing is drawn in a forward pass.
-        let draw = Draw::of(0, Purpose::Weights, 0, 0);
+        let draw = Random::NONE.rounding(OperandId::W);
         let bits = Bits { elements: draw, scales: draw, transposed: false };
-        let (values, units) =
-            (DisjointSlice::new(&mut seen.values), DisjointSlice::new(&mut seen.units));
+        let (values, block_scales) =
+            (DisjointSlice::new(&mut seen.values), DisjointSlice::new(&mut seen.block_scales));
         self.parallel(outputs.div_ceil(VECTORS_AT_ONCE), |job| {
             let first = job * VECTORS_AT_ONCE;
             let count = VECTORS_AT_ONCE.min(outputs - first);
             let of_these = first * inputs..(first + count) * inputs;
             // SAFETY: jobs own disjoint vectors.
-            let (values, units) = unsafe {
+            let (values, block_scales) = unsafe {
                 (
                     values.part(first * depth, count * depth),
-                    units.part(first * blocks, count * blocks),
+                    block_scales.part(first * blocks, count * blocks),
                 )
             };
             let rows = data[of_these.clone()].chunks_exact(inputs);
@@ -159,15 +160,10 @@ impl Cpu {
                 to[inputs..].fill(0.0);
             }
             let means = means.get(of_these).unwrap_or_default();
-            let vectors = Vectors { values, scales: &mut [], depth, first, means, units };
+            let vectors = Vectors { values, scales: &mut [], depth, first, means, block_scales };
             formats::quantize_vectors(vectors, operand, tensor, &bits);
             values.iter_mut().for_each(|v| *v *= tensor.decode);
         });
-    }
-
-    fn amax_of(&self, x: &[f32]) -> f32 {
-        let bits = |x: &[f32]| amax_of(x).to_bits();
-        f32::from_bits(self.install(|| x.par_chunks(JOB_ELEMENTS).map(bits).reduce(|| 0, u32::max)))
     }
 }
 
@@ -213,7 +209,7 @@ impl Rows<'_> {
             let seen = Observed {
                 weights: [before[i], *after],
                 rounded: views.map(|view| view.values[row * depth + i]),
-                units: views.map(|view| view.units[row * blocks + i / block]),
+                block_scales: views.map(|view| view.block_scales[row * blocks + i / block]),
             };
             seen.add_to(sums, [&mut moved[i], &mut rounded_moved[i]]);
             before[i] = *after;

@@ -88,11 +88,9 @@ impl Linear for Cpu {
             (Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs), OperandId::X),
             (Matrix::rows_by_depth(w, outputs, inputs), OperandId::W),
         ];
-        // Nothing is drawn in a forward pass.
-        let random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
         let (gemm, forward) = (recipe.forward(), recipe.forward().b());
         let (id, means, sums) = (GemmId::Dgrad, means_of(mean), false);
-        let of = For { gemm, id, forward, means, random: &random, sums, restored: None };
+        let of = For { gemm, id, forward, means, random: &Random::NONE, sums, restored: None };
         let out = Output { c: y, stride: outputs, alpha: 1.0, bias: Some(b), accumulate: false };
         self.multiply(workspace, operands, of, out);
         if let Epilogue::Gelu { out, form } = epilogue {
@@ -307,10 +305,16 @@ fn dequantized<'a>(cpu: &Cpu, matrix: Matrix<'a>, format: formats::Format) -> Ma
 
 /// The scale that FP8 gives to a tensor.
 fn fp8_scale(cpu: &Cpu, x: &[f32]) -> f32 {
-    let max = cpu.install(|| {
-        x.par_chunks(JOB_ELEMENTS).map(|x| amax_bits(cpu.isa(), x)).reduce(|| 0, u32::max)
-    });
-    formats::e4m3_scale(f32::from_bits(max))
+    formats::e4m3_scale(cpu.amax_of(x))
+}
+
+impl Cpu {
+    /// The largest magnitude; a NaN is larger than everything.
+    pub(super) fn amax_of(&self, x: &[f32]) -> f32 {
+        f32::from_bits(self.install(|| {
+            x.par_chunks(JOB_ELEMENTS).map(|x| amax_bits(self.isa(), x)).reduce(|| 0, u32::max)
+        }))
+    }
 }
 
 simd_fn! {

@@ -141,7 +141,7 @@ impl ValueMemory {
             let scales = unsafe { of_vectors.part(first.min(scales.len()), count) };
             let of_these = first * length..first * length + values.len() / depth * length;
             let means = means.get(of_these).unwrap_or_default();
-            let vectors = Vectors { values, scales, depth, first, means, units: &mut [] };
+            let vectors = Vectors { values, scales, depth, first, means, block_scales: &mut [] };
             formats::quantize_vectors(vectors, operand, tensor, bits);
             if operand.is_corrected() {
                 let (first, values) = part(job);

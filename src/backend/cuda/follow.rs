@@ -31,7 +31,7 @@ pub(crate) struct Observer {
 /// A view: (outputs, inputs) f32, and (outputs, blocks).
 struct Seen {
     values: Piece,
-    units: Piece,
+    block_scales: Piece,
 }
 
 /// `Observed` of the kernels.
@@ -43,7 +43,7 @@ pub(super) struct Observed {
     pub(super) moved: u64,
     pub(super) rounded_moved: u64,
     pub(super) rounded: [u64; 2],
-    pub(super) units: [u64; 2],
+    pub(super) block_scales: [u64; 2],
     pub(super) partials: u64,
     pub(super) len: u64,
     pub(super) inputs: u32,
@@ -71,7 +71,7 @@ impl Follow for Cuda {
         found.resize(found.capacity().min(shapes.len()), [0.0; SUMS]);
         let mut seen = || Seen {
             values: arena.bytes(4 * most),
-            units: arena.bytes(4 * most / formats::NVFP4_BLOCK),
+            block_scales: arena.bytes(4 * most / formats::NVFP4_BLOCK),
         };
         Ok(Observer {
             found,
@@ -107,8 +107,8 @@ impl Follow for Cuda {
             }
         };
         let by_mean = of.operand.rounding() == Rounding::ByMean;
-        let Seen { values, units } = &observer.views[view as usize];
-        let to = [values.address, units.address, observer.amax.address];
+        let Seen { values, block_scales } = &observer.views[view as usize];
+        let to = [values.address, block_scales.address, observer.amax.address];
         values::dequantize(self, matrix.with_mean(mean.filter(|_| by_mean)), of.operand, to);
     }
 
@@ -128,7 +128,7 @@ impl Follow for Cuda {
             moved: moved.at(slot.start),
             rounded_moved: rounded_moved.at(slot.start),
             rounded: observer.views.each_ref().map(|view| view.values.address),
-            units: observer.views.each_ref().map(|view| view.units.address),
+            block_scales: observer.views.each_ref().map(|view| view.block_scales.address),
             partials: observer.partials.address,
             len: slot.len as u64,
             inputs: inputs as u32,

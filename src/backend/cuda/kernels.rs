@@ -43,11 +43,11 @@ pub(super) static FILES: [File; 22] = [
     file!("embed", [], |_| {
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
-    file!("estimate", [], |_| of("estimate")),
-    file!("follow", [], |_| {
+    file!("estimate", ["numbers.cuh"], |_| of("estimate")),
+    file!("follow", ["numbers.cuh"], |_| {
         of("update_mean begin_track observe add_observations reset_oscillating")
     }),
-    file!("fp8", [], |chip| {
+    file!("fp8", ["numbers.cuh"], |chip| {
         let bytes = " convert_to_fp8<T,B> turn_to_fp8<T,B> convert_both_to_fp8<T,B>";
         of(&["find_amax<T> round_to_fp8<T>", if chip >= FP8 { bytes } else { "" }].concat())
     }),
@@ -78,11 +78,11 @@ pub(super) static FILES: [File; 22] = [
         ["random.cuh", "quantize.cuh", "quantize_fp8.cuh", "gelu.cuh"],
         |chip| of_fp8(chip, "<64", "quantize_fp8_behind_gelu<64,B,B>")
     ),
-    file!("quantize_nvfp4", ["random.cuh", "values.cuh"], |_| {
+    file!("quantize_nvfp4", ["random.cuh", "numbers.cuh", "values.cuh"], |_| {
         of("find_nvfp4_amax<T,B> round_nvfp4<T,B,TO_NEAREST> round_nvfp4<T,B,UNBIASED> \
             round_nvfp4<T,B,EDEN>")
     }),
-    file!("quantize_values", ["random.cuh", "deviation.cuh", "values.cuh"], |_| {
+    file!("quantize_values", ["random.cuh", "deviation.cuh", "numbers.cuh", "values.cuh"], |_| {
         of("find_value_amax<T> round_values<T> scale_result<T>")
     }),
     file!("restore", ["deviation.cuh"], |_| of("restore<T>")),

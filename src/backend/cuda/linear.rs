@@ -40,7 +40,7 @@ impl Linear for Cuda {
                 let x = Matrix::of(x, rows, inputs, OperandId::X);
                 let w = Matrix::master(&w, outputs, inputs).with_mean(mean);
                 let of = (Of::Forward, recipe, gemm);
-                values::multiply(self, workspace, of, [x, w], &NOTHING_DRAWN, to);
+                values::multiply(self, workspace, of, [x, w], &Random::NONE, to);
             }
         }
         // NOTE: cuBLASLt could apply GELU as it stores y, and its derivative to dx. On an H200 that
@@ -296,7 +296,7 @@ impl Cuda {
                 rule: power_rule(recipe.forward().a()).unwrap_or(PowerRule::Floor),
                 range: recipe.forward().a().range(),
                 drawn: Drawn {
-                    random: NOTHING_DRAWN,
+                    random: Random::NONE,
                     gemms: [GemmId::Dgrad; 2],
                     operand: OperandId::X,
                     transform: None,
@@ -349,9 +349,6 @@ impl Cuda {
         self.product(workspace, &product);
     }
 }
-
-/// A forward pass draws nothing.
-const NOTHING_DRAWN: Random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
 
 /// What operand B of a backward product is made from.
 fn kept_by(of: Of, recipe: &LinearRecipe, gemm: &Gemm) -> Kept {

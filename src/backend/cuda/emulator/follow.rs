@@ -44,7 +44,7 @@ fn what_is_seen_and_reset_is_that_of_the_definition() {
     let grid_of = |v: f32| (4.0 * v).round() / 4.0;
     let [start, far] = [random(len, 1), random(len, 2)];
     let after: Vec<f32> = start.iter().zip(&far).map(|(w, far)| w + 0.05 * far).collect();
-    let units: [Vec<f32>; 2] = [3, 4].map(|seed| {
+    let block_scales: [Vec<f32>; 2] = [3, 4].map(|seed| {
         let scale = |i: usize| [0.0, 0.25, 0.5, 1.0, 0.3][(i + seed) % 5];
         (0..rows * blocks).map(scale).collect()
     });
@@ -64,7 +64,7 @@ fn what_is_seen_and_reset_is_that_of_the_definition() {
             moved: moved as u64,
             rounded_moved: rounded_moved as u64,
             rounded: rounded.each_ref().map(|values| values.as_ptr() as u64),
-            units: units.each_ref().map(|values| values.as_ptr() as u64),
+            block_scales: block_scales.each_ref().map(|values| values.as_ptr() as u64),
             partials: partials.as_mut_ptr() as u64,
             len: len as u64,
             inputs: inputs as u32,
@@ -86,7 +86,7 @@ fn what_is_seen_and_reset_is_that_of_the_definition() {
             let seen = Observed {
                 weights: [start[i], after[i]],
                 rounded: rounded.each_ref().map(|values| values[i]),
-                units: units.each_ref().map(|values| values[at]),
+                block_scales: block_scales.each_ref().map(|values| values[at]),
             };
             let [of_weight, of_rounded] = &mut moves;
             seen.add_to(&mut exact, [&mut of_weight[i], &mut of_rounded[i]]);

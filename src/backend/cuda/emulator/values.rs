@@ -193,11 +193,11 @@ fn check(
     let mut out = aligned(&vec![0xaa; 4 * vectors * exact.depth]);
     let mut amaxes = vec![0u32; vectors];
     let mut vector_scales = vec![f32::NAN; vectors];
-    // MS-EDEN, which no weight of a forward pass is rounded by, notes none. Of NVFP4 kernels note
-    // them that are not its own.
-    let has_units =
-        operand.rounding() != Rounding::Eden && (!operand.format().is_nvfp4() || vectors < 8);
-    let mut units = vec![f32::NAN; if has_units { exact.units.len() } else { 0 }];
+    // Of NVFP4 kernels note them that are not its own, which round weights of a forward pass alone:
+    // to nearest, or by means.
+    let in_forward = matches!(operand.rounding(), Rounding::Nearest | Rounding::ByMean);
+    let notes = !operand.format().is_nvfp4() || in_forward && vectors < 8;
+    let mut block_scales = vec![f32::NAN; if notes { exact.block_scales.len() } else { 0 }];
     let mut bounds = vec![f32::NAN; 2 * vectors];
     let (mut scale, mut factors, other) = (f32::NAN, [f32::NAN; 2], 3.0f32);
     let of = Quantization {
@@ -219,7 +219,11 @@ fn check(
             out: out.as_mut_ptr() as u64,
             wide,
             dequantized,
-            units: if units.is_empty() { 0 } else { units.as_mut_ptr() as u64 },
+            block_scales: if block_scales.is_empty() {
+                0
+            } else {
+                block_scales.as_mut_ptr() as u64
+            },
             amax: amaxes.as_mut_ptr() as u64,
             vector_scales: if has_scales { vector_scales.as_mut_ptr() as u64 } else { 0 },
             scale: &raw mut scale as u64,
@@ -246,7 +250,7 @@ fn check(
     assert_eq!(word(scale, true), word(exact.scale, true), "{what}: scale");
     let factor = 4.0 / 3.0 * (other * exact.scale);
     assert_eq!(factors.map(|v| word(v, true)), [factor, 1.0].map(|v| word(v, true)), "{what}");
-    for (ours, exact) in units.iter().zip(&exact.units) {
+    for (ours, exact) in block_scales.iter().zip(&exact.block_scales) {
         assert_eq!(word(*ours, true), word(*exact, true), "{what}: scales of blocks");
     }
     if has_scales {

@@ -352,7 +352,7 @@ pub(crate) struct To {
     /// Whether it gets the values that they stand for, f32, and dense where nothing is rotated.
     pub(crate) dequantized: bool,
     /// Gets what elements of each block are multiplied by, (vectors, blocks), or 0.
-    pub(crate) units: u64,
+    pub(crate) block_scales: u64,
     /// A word for the bits of the amax, or a word for every vector; zeroed.
     pub(crate) amax: u64,
     /// The scales of vectors.
@@ -389,7 +389,7 @@ pub(crate) struct Quantization {
 pub(crate) struct Arguments {
     source: u64,
     mean: u64,
-    units: u64,
+    block_scales: u64,
     out: u64,
     amax: u64,
     vector_scales: u64,
@@ -505,7 +505,7 @@ impl Quantization {
         Arguments {
             source: matrix.source.address,
             mean: matrix.mean,
-            units: to.units,
+            block_scales: to.block_scales,
             out: to.out,
             amax: to.amax,
             vector_scales: to.vector_scales,
@@ -560,9 +560,9 @@ impl Quantization {
 
     /// Whether the kernels of NVFP4 make it, which note nothing besides.
     fn has_nvfp4_kernels(&self) -> bool {
-        let To { units, sums, .. } = self.to;
+        let To { block_scales, sums, .. } = self.to;
         let by_mean = self.operand.rounding() == Rounding::ByMean;
-        self.operand.format().is_nvfp4() && !by_mean && units == 0 && sums == 0
+        self.operand.format().is_nvfp4() && !by_mean && block_scales == 0 && sums == 0
     }
 
     /// The names of the kernels that find the amax and make the numbers.
@@ -994,18 +994,16 @@ pub(crate) fn multiply(
 }
 
 /// What the forward pass makes of a weight, dequantized and dense, to `out`, and the scales of its
-/// blocks to `units`; `amax` is room for a word.
+/// blocks to `block_scales`; `amax` is room for a word.
 pub(crate) fn dequantize(
     cuda: &Cuda,
     matrix: Matrix,
     operand: &Operand,
-    [out, units, amax]: [u64; 3],
+    [out, block_scales, amax]: [u64; 3],
 ) {
-    let to = To { out, units, amax, dequantized: true, ..To::default() };
-    // Nothing is drawn in a forward pass.
-    let random = Random { seed: 0, step: 0, micro_step: 0, layer: 0, linear: 0 };
+    let to = To { out, block_scales, amax, dequantized: true, ..To::default() };
     let (operand, transform, gemm) = (*operand, None, GemmId::Dgrad);
-    let made = Quantization { matrix, operand, transform, gemm, random, to };
+    let made = Quantization { matrix, operand, transform, gemm, random: Random::NONE, to };
     if made.finds_amax() {
         cuda.clear(amax, 4);
     }
