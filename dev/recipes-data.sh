@@ -2,11 +2,12 @@
 # Text for dev/recipes.sh: packs it for a machine without a network, and turns it into tokens there.
 #
 # Usage: dev/recipes-data.sh pack CORPUS PIECES     packed text, in files that can go one by one
-#        dev/recipes-data.sh tokens PIECES TOKENS   TOKENS is then DATA of dev/recipes.sh
+#        dev/recipes-data.sh tokens PIECES TOKENS   TOKENS, of GPT-2, is then DATA of dev/recipes.sh
+#        dev/recipes-data.sh bytes PIECES BYTES     the same for small models, whose tokens are bytes
 #
 # CORPUS is a folder of JSON lines with a field "text": files train-*.jsonl, whose documents are
-# taken in their order, and val.jsonl, other documents. `tokens` takes such a folder, too, and as
-# many pieces as there are. `pack` needs zstd, `tokens` the program alone.
+# taken in their order, and val.jsonl, other documents. `tokens` and `bytes` take such a folder, too,
+# and as many pieces as there are. `pack` needs zstd, the others the program alone.
 #
 #   MXTRAIN      the program [default: built here]
 #   TEXT_BYTES   JSON lines that are packed [default: 400,000,000]
@@ -32,14 +33,18 @@ pack() {
     ls -l "$pieces"
 }
 
-tokens() {
+prepare() {
     local mxtrain=${MXTRAIN:-}
     if [[ -z $mxtrain ]]; then
         cargo build --release --manifest-path "$repository/Cargo.toml" -p mxtrain
         mxtrain=${CARGO_TARGET_DIR:-$repository/target}/release/mxtrain
     fi
-    "$mxtrain" prepare --tokenizer gpt2 --val-last "$1"/train-*.jsonl* "$1"/val.jsonl* --out "$2"
+    "$mxtrain" prepare --tokenizer "$1" --val-last "$2"/train-*.jsonl* "$2"/val.jsonl* --out "$3"
 }
+
+tokens() { prepare gpt2 "$@"; }
+
+bytes() { prepare bytes "$@"; }
 
 for setting in TEXT_BYTES PIECE_BYTES; do
     if [[ ! ${!setting-1} =~ ^[1-9][0-9]*$ ]]; then
@@ -47,7 +52,7 @@ for setting in TEXT_BYTES PIECE_BYTES; do
         exit 2
     fi
 done
-if [[ $# != 3 || ($1 != pack && $1 != tokens) ]]; then
+if [[ $# != 3 || ($1 != pack && $1 != tokens && $1 != bytes) ]]; then
     sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"
     exit 2
 fi

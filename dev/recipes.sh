@@ -4,7 +4,7 @@
 # Usage: dev/recipes.sh PART..
 #
 #   large   124M parameters as GPT-2 small, 100 million tokens, one recipe of each kind, one seed
-#   small   21M parameters without embeddings, 151 million tokens, all recipes, seeds 1 and 2
+#   small   19M parameters without embeddings, 151 million bytes, all recipes, seeds 1 and 2
 #   seed3   a third seed of small
 #   report  tables and plots of all that is there
 #
@@ -13,7 +13,7 @@
 # variables:
 #
 #   MXTRAIN  the program [default: built here]
-#   DATA     folder of `dev/recipes-data.sh tokens`
+#   DATA     folder of `dev/recipes-data.sh tokens`; for small and seed3 of `dev/recipes-data.sh bytes`
 #   OUT      folder for what comes out [default: target/recipes]
 #   GPUS     GPUs to use, by number, one run at a time on each; 0 0 for two [default: 0]
 #   LIMIT    seconds after which no run is begun any more [default: STOP]
@@ -68,7 +68,7 @@ has_tokens() {
     fi
 }
 
-# runs FOLDER STEPS STEP_TOKENS SEEDS RECIPES OPTION..
+# runs FOLDER STEPS STEP_TOKENS SEEDS RECIPES EVALUATIONS OPTION..
 runs() {
     local folder=$1 steps=$2 seeds=$4 recipes=${RECIPES:-$5} recipe seed data
     [[ $recipes == *[![:space:]]* ]] || refused RECIPES "names of recipes" "$recipes"
@@ -78,23 +78,25 @@ runs() {
     for recipe in $recipes; do
         for seed in $seeds; do
             echo compare train --device GPU --data "$data" --out "$out/$folder" \
-                --recipe "$recipe" --seeds "$seed" "${@:6}" \
+                --recipe "$recipe" --seeds "$seed" "${@:7}" \
                 --steps "$steps" --warmup $((steps / 50)) --schedule cosine \
-                --weight-decay 0.1 --clip 1.0 --eval-every $((steps / 10)) --eval-batches 40
+                --weight-decay 0.1 --clip 1.0 --eval-every $((steps / $6)) --eval-batches 40
         done
     done | on_gpus
 }
 
 large() {
-    runs large $large_steps 65536 1 "$large_recipes" \
+    runs large $large_steps 65536 1 "$large_recipes" 10 \
         --layers 12 --channels 768 --heads 12 --context 1024 --vocab-size 50304 \
         --batch-size 32 --accumulation 2 --lr 6e-4
 }
 
+# Bytes, because half of what a model of this size computes with a larger vocabulary is the head's,
+# which no recipe quantizes.
 small_of() {
-    runs small $small_steps 32768 "$1" "$(small_recipes)" \
-        --layers 12 --channels 384 --heads 6 --context 1024 --vocab-size 50304 \
-        --batch-size 32 --lr 1e-3
+    runs small $small_steps 32768 "$1" "$(small_recipes)" 5 \
+        --layers 6 --channels 512 --heads 8 --context 512 --vocab-size 256 \
+        --batch-size 64 --lr 1e-3
 }
 
 small() { small_of "1 2"; }
