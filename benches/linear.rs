@@ -74,6 +74,7 @@ fn main() {
                         db: &mut db[..],
                         dy: OutputGradient::Whole(&dy),
                         x: &x,
+                        turned: None,
                         w: &w[..],
                         mean: None,
                         accumulate: false,

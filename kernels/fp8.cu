@@ -116,9 +116,9 @@ __device__ __forceinline__ void transpose_bytes(u32 words[4]) {
 }
 
 // columns_out (cols, rows) = v (rows, cols) as FP8 bytes, transposed, which products that reduce
-// over rows read; and where ROWS_TOO, from the same reading, rows_out (rows, cols) and a line of
-// `sums` (grid y, cols), the column sums of the tile's rows, for the bias gradient. Both dimensions
-// are multiples of 16.
+// over rows read; and where ROWS_TOO, from the same reading, rows_out (rows, cols) and, unless it is
+// null, a line of `sums` (grid y, cols), the column sums of the tile's rows, for the bias gradient.
+// Both dimensions are multiples of 16.
 //
 // NOTE: what counts is how much is on its way at once: a thread asks for all of its 64 numbers
 // before it needs the first.
@@ -161,7 +161,7 @@ __device__ __forceinline__ void tile_to_fp8(u8 *rows_out, u8 *columns_out, float
 #pragma unroll
       for (int i = 0; i < 4; i++) tile[place + c + i][(line + r) / 4] = words[i];
     }
-  if (ROWS_TOO)
+  if (ROWS_TOO && sums)
 #pragma unroll
     for (int c = 0; c < 8; c++) {
       // A warp has 16 rows.
@@ -180,7 +180,7 @@ __device__ __forceinline__ void tile_to_fp8(u8 *rows_out, u8 *columns_out, float
     }
   }
   column = blockIdx.x * TILE + t;
-  if (ROWS_TOO && t < TILE && column < cols) {
+  if (ROWS_TOO && sums && t < TILE && column < cols) {
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < 8; warp++) sum += of_warps[warp][t];
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 2 : 3)
   tile_to_fp8<T, E5M2, false>(nullptr, out, scale_out, nullptr, v, amax, rows, cols);
 }
 
-// Both forms and sums.
+// Both forms, and sums if there is room for them.
 template <class T, bool E5M2>
 __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 2 : 3)
     convert_both_to_fp8(u8 *rows_out, u8 *columns_out, float *scale_out, float *sums, const T *v,

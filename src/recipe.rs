@@ -322,6 +322,13 @@ impl Recipe {
         all
     }
 
+    /// The formats of the linear layers, where these are those of all blocks in all steps.
+    pub(crate) fn everywhere(&self) -> Option<&[LinearRecipe; LINEARS]> {
+        let Exceptions { first_layers, last_layers, last_steps, .. } = self.exceptions;
+        let excepts = first_layers > 0 || last_layers != Layers::Count(0) || last_steps > 0.0;
+        (!excepts && self.ema.is_none()).then_some(&self.linears)
+    }
+
     /// The blocks and steps that run in bf16, in words; empty where there are none.
     pub fn excepted(&self) -> String {
         let Exceptions { first_layers, last_layers, last_steps, of_layers, of_steps } =

@@ -349,7 +349,7 @@ impl Layer {
             OutputGradient::Whole(dy)
         };
         let (mean, accumulate) = (None, false);
-        let operands = LinearBackward { dx, dw, db, dy, x, w, mean, accumulate };
+        let operands = LinearBackward { dx, dw, db, dy, x, turned: None, w, mean, accumulate };
         cuda.linear_backward(workspace, operands, *shape, recipe, &RANDOM);
     }
 }

@@ -38,7 +38,7 @@ pub enum Epilogue<'a, B: Memory> {
 }
 
 /// What the forward pass of a layer works on.
-pub struct LinearForward<'a, B: Memory> {
+pub struct LinearForward<'a, B: Linear> {
     /// (rows, outputs), overwritten.
     pub y: &'a mut B::Tensor,
     /// (rows, inputs)
@@ -51,6 +51,8 @@ pub struct LinearForward<'a, B: Memory> {
     pub mean: Option<Part<'a, B>>,
     /// What y passes through besides.
     pub epilogue: Epilogue<'a, B>,
+    /// Overwritten, where there is any.
+    pub turned: Option<&'a mut B::Turned>,
 }
 
 /// The gradient dy (rows, outputs) of a layer's result.
@@ -69,7 +71,7 @@ pub enum OutputGradient<'a, B: Memory> {
 }
 
 /// What the backward pass of a layer works on.
-pub struct LinearBackward<'a, B: Memory> {
+pub struct LinearBackward<'a, B: Linear> {
     /// (rows, inputs) = dy W, overwritten.
     pub dx: &'a mut B::Tensor,
     /// (outputs, inputs) = dy^T x, overwritten, or with `accumulate` added to.
@@ -78,8 +80,10 @@ pub struct LinearBackward<'a, B: Memory> {
     pub db: B::Gradient<'a>,
     /// dy (rows, outputs)
     pub dy: OutputGradient<'a, B>,
-    /// (rows, inputs)
+    /// (rows, inputs); not read where `turned` has what is needed of it.
     pub x: &'a B::Tensor,
+    /// What the forward pass left of x and W.
+    pub turned: Option<&'a B::Turned>,
     /// (outputs, inputs)
     pub w: B::Param<'a>,
     /// (outputs, inputs): the slow mean of W, where the recipe's forward pass rounds W by it.
@@ -122,6 +126,14 @@ impl Numbers {
 
 /// Linear layers, and the activation between them.
 pub trait Linear: Memory {
+    /// Operands of a layer's backward pass that its forward pass makes as it reads x and W.
+    type Turned: Send;
+
+    /// Whether a layer's forward pass can make them by this recipe. A layer that has them does not
+    /// read x in its backward pass.
+    fn turns(&self, shape: LinearShape, recipe: &LinearRecipe) -> bool;
+    /// Room for them, where it can.
+    fn turned(&self, arena: &mut Self::Arena, shape: LinearShape) -> Self::Turned;
     /// y = x W^T + b.
     fn linear_forward(
         &self,

@@ -10,6 +10,7 @@ use super::recompute::Recompute;
 use super::{ModelConfig, Shapes};
 use crate::Result;
 use crate::backend::{Backend, NormStatistics};
+use crate::formats::{LINEARS, LinearRecipe};
 use crate::reserve::collect;
 
 /// A tensor for each layer, or fewer that layers take in turn.
@@ -41,6 +42,13 @@ impl<T> IndexMut<usize> for Layers<T> {
     }
 }
 
+/// What a backward pass needs of the forward pass.
+pub(crate) struct Kept<'a> {
+    pub(crate) recompute: Recompute,
+    /// The formats of a block's linear layers, where all blocks have the same in all steps.
+    pub(crate) everywhere: Option<&'a [LinearRecipe; LINEARS]>,
+}
+
 /// Activations of one batch; rows = B T.
 pub(crate) struct Activations<B: Backend> {
     /// Input of each block, and the output of the last: (rows, C).
@@ -63,6 +71,9 @@ pub(crate) struct Activations<B: Backend> {
     pub(super) fc1: Layers<B::Tensor>,
     /// (rows, M)
     pub(super) gelu: Layers<B::Tensor>,
+    /// What the linear layers of each block turned in the forward pass. Where there is any, their
+    /// backward passes read no input, and what norms and GELU put out is not kept.
+    pub(super) turned: Vec<[B::Turned; LINEARS]>,
     /// What a block adds to the residual stream: (rows, C).
     pub(super) branch: B::Tensor,
     /// (rows, C)
@@ -83,23 +94,31 @@ pub(crate) struct ActivationGradients<B: Backend> {
 }
 
 impl<B: Backend> Activations<B> {
-    /// With `kept` for a backward pass, which computes the rest again; for None keeps nothing
-    /// beyond the layer that is being computed.
+    /// With what is `kept` for a backward pass, which computes the rest again; for None keeps
+    /// nothing beyond the layer that is being computed.
     pub(crate) fn new(
         backend: &B,
         arena: &mut B::Arena,
         shapes: Shapes<'_>,
-        kept: Option<Recompute>,
+        kept: Option<Kept<'_>>,
     ) -> Result<Self> {
         let Shapes { config, sequences, precision } = shapes;
         let ModelConfig { layers, channels: c, heads, .. } = *config;
         let (rows, [qkv, _, fc1, _]) = (sequences.rows(), shapes.linears());
+        let (recompute, everywhere) = match kept {
+            Some(Kept { recompute, everywhere }) => (Some(recompute), everywhere),
+            None => (None, None),
+        };
+        let turned = match everywhere.filter(|_| recompute == Some(Recompute::Nothing)) {
+            Some(recipes) => turned(backend, arena, shapes, recipes)?,
+            None => Vec::new(),
+        };
         // Inputs of blocks; what GEMMs and attention put out; what norms and GELU put out; numbers
         // of a row, which are small.
-        let (inputs, products, pointwise, numbers) = match kept {
+        let (inputs, products, pointwise, numbers) = match recompute {
             None => (1, 1, 1, 1),
-            Some(Recompute::Nothing) => (layers + 1, layers, layers, layers),
-            Some(Recompute::Pointwise) => (layers + 1, layers, 1, layers),
+            Some(Recompute::Nothing) if turned.is_empty() => (layers + 1, layers, layers, layers),
+            Some(Recompute::Nothing | Recompute::Pointwise) => (layers + 1, layers, 1, layers),
             Some(Recompute::Block) => (layers + 1, 1, 1, layers),
         };
         let tensors = |arena: &mut B::Arena, count: usize, width: usize| {
@@ -122,6 +141,7 @@ impl<B: Backend> Activations<B> {
             ln_2_statistics: all_statistics(arena)?,
             fc1: tensors(arena, products, fc1.outputs)?,
             gelu: tensors(arena, pointwise, fc1.outputs)?,
+            turned,
             branch: backend.tensor(arena, rows * c, precision),
             ln_f: backend.tensor(arena, rows * c, precision),
             ln_f_statistics: statistics(arena),
@@ -134,6 +154,21 @@ impl<B: Backend> Activations<B> {
     pub(crate) fn first_qkv_input(&self) -> &B::Tensor {
         &self.ln_1[0]
     }
+}
+
+/// Room for what all layers turn, if all do.
+fn turned<B: Backend>(
+    backend: &B,
+    arena: &mut B::Arena,
+    shapes: Shapes<'_>,
+    recipes: &[LinearRecipe; LINEARS],
+) -> Result<Vec<[B::Turned; LINEARS]>> {
+    let linears = shapes.linears();
+    if !linears.iter().zip(recipes).all(|(shape, recipe)| backend.turns(*shape, recipe)) {
+        return Ok(Vec::new());
+    }
+    let of_block = |_| Ok(std::array::from_fn(|i| backend.turned(arena, linears[i])));
+    collect("what layers turn", (0..shapes.config.layers).map(of_block))
 }
 
 impl<B: Backend> ActivationGradients<B> {

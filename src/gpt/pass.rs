@@ -54,7 +54,8 @@ impl<'a, B: Backend> Pass<'a, B> {
         for (l, block) in table.blocks.iter().enumerate() {
             self.attention(acts, l);
             self.mlp(acts, l);
-            self.linear(&mut acts.branch, &acts.gelu[l], block.fc2, l, Epilogue::None);
+            let at = (block.fc2, l, &mut acts.turned[..]);
+            self.linear(&mut acts.branch, &acts.gelu[l], at, Epilogue::None);
 
             // The sum that ends this block, and the norm that begins what follows it.
             let (norm, out, statistics) = match table.blocks.get(l + 1) {
@@ -78,10 +79,12 @@ impl<'a, B: Backend> Pass<'a, B> {
     fn attention(&mut self, acts: &mut Activations<B>, l: usize) {
         let block = &self.table.blocks[l];
         let shape = self.shapes().attention(l);
-        self.linear(&mut acts.qkv[l], &acts.ln_1[l], block.qkv, l, Epilogue::None);
+        let at = (block.qkv, l, &mut acts.turned[..]);
+        self.linear(&mut acts.qkv[l], &acts.ln_1[l], at, Epilogue::None);
         let (out, lse) = (&mut acts.attention[l], &mut acts.lse[l]);
         self.backend.attention_forward(self.workspace, out, lse, &acts.qkv[l], shape);
-        self.linear(&mut acts.branch, &acts.attention[l], block.projection, l, Epilogue::None);
+        let at = (block.projection, l, &mut acts.turned[..]);
+        self.linear(&mut acts.branch, &acts.attention[l], at, Epilogue::None);
 
         let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
         let (x, y, sum) = (&acts.residual[l], &acts.branch, &mut acts.middle[l]);
@@ -91,7 +94,8 @@ impl<'a, B: Backend> Pass<'a, B> {
     /// The MLP's first layer and GELU, from `acts.ln_2` to `acts.gelu`.
     fn mlp(&mut self, acts: &mut Activations<B>, l: usize) {
         let gelu = Epilogue::Gelu { out: &mut acts.gelu[l], form: self.config.activation };
-        self.linear(&mut acts.fc1[l], &acts.ln_2[l], self.table.blocks[l].fc1, l, gelu);
+        let at = (self.table.blocks[l].fc1, l, &mut acts.turned[..]);
+        self.linear(&mut acts.fc1[l], &acts.ln_2[l], at, gelu);
     }
 
     /// Computes again what the forward pass did not keep of layer `l`.
@@ -104,7 +108,7 @@ impl<'a, B: Backend> Pass<'a, B> {
             self.ln_1(acts, l);
             self.attention(acts, l);
             self.mlp(acts, l);
-        } else if acts.gelu.is_shared() {
+        } else if acts.gelu.is_shared() && acts.turned.is_empty() {
             let elements = self.sequences.rows() * self.config.mlp_width();
             self.ln_1(acts, l);
             let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
@@ -141,7 +145,7 @@ impl<'a, B: Backend> Pass<'a, B> {
 
         for (l, block) in table.blocks.iter().enumerate().rev() {
             self.recompute(acts, l);
-            let at = (place, l);
+            let at = (place, l, &acts.turned[..]);
 
             // MLP: d.residual is the gradient of the block's output, and passes to its input.
             let dy = OutputGradient::Whole(&d.residual);
@@ -260,13 +264,13 @@ impl<'a, B: Backend> Pass<'a, B> {
         &mut self,
         y: &mut B::Tensor,
         x: &B::Tensor,
-        layer: Linear,
-        block: usize,
+        (layer, block, turned): (Linear, usize, &mut [[B::Turned; LINEARS]]),
         epilogue: Epilogue<'_, B>,
     ) {
         let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
         let mean = self.mean(block, layer);
-        let operands = LinearForward { y, x, w, b, mean, epilogue };
+        let turned = turned.get_mut(block).map(|all| &mut all[layer.number as usize]);
+        let operands = LinearForward { y, x, w, b, mean, epilogue, turned };
         let (shape, recipe) =
             (self.shapes().linears()[layer.number as usize], self.recipe(block, layer));
         self.backend.linear_forward(self.workspace, operands, shape, recipe);
@@ -279,12 +283,13 @@ impl<'a, B: Backend> Pass<'a, B> {
         dy: OutputGradient<'_, B>,
         x: &B::Tensor,
         layer: Linear,
-        (place, block): (Place, usize),
+        (place, block, turned): (Place, usize, &[[B::Turned; LINEARS]]),
     ) {
         let [dw, db] = self.backend.gradients(grads, [layer.w, layer.b]);
         let w = self.backend.param(self.weights, layer.w);
         let (mean, accumulate) = (self.mean(block, layer), self.plan.accumulate);
-        let operands = LinearBackward { dx, dw, db, dy, x, w, mean, accumulate };
+        let turned = turned.get(block).map(|all| &all[layer.number as usize]);
+        let operands = LinearBackward { dx, dw, db, dy, x, turned, w, mean, accumulate };
         let random = Random {
             seed: place.seed,
             step: place.step as u32,

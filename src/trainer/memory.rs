@@ -6,7 +6,7 @@
 use super::batch::Batch;
 use super::follow::Followed;
 use crate::backend::{Backend, Sequences, WorkspaceShape, on_device};
-use crate::gpt::{ActivationGradients, Activations, ModelConfig, Shapes};
+use crate::gpt::{ActivationGradients, Activations, Kept, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::reserve::collect;
 use crate::run::TrainerOptions;
@@ -136,9 +136,12 @@ impl<B: Backend> Buffers<B> {
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
         let precision = options.recipe.precision();
         let flat = Flat::new(backend, &mut cut, config, options, plan)?;
-        let (arena, kept) = (&mut cut.arena, Some(options.recompute));
+        let (arena, kept) = (
+            &mut cut.arena,
+            Kept { recompute: options.recompute, everywhere: options.recipe.everywhere() },
+        );
         let shapes = Shapes { config, sequences, precision };
-        let activations = Activations::new(backend, arena, shapes, kept)?;
+        let activations = Activations::new(backend, arena, shapes, Some(kept))?;
         let d = ActivationGradients::new(backend, arena, shapes);
         let batch = Batch::new(backend, arena, sequences, bytes.is_some())?;
         plan.activations = cut.since_last();

@@ -322,6 +322,7 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                     b: params.get(b, 1),
                     mean: means.as_ref().map(Means::part),
                     epilogue: Epilogue::None,
+                    turned: None,
                 };
                 b.linear_forward(&mut scratch, operands, shape, &recipe);
                 close(b, &what("y"), &read(b, &y), &exact.y, Of::Activation, precision);
@@ -340,8 +341,17 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                     let [dw, db] = flat.gradients(b);
                     let (dy, w) = (OutputGradient::Whole(&dy), params.get(b, 0));
                     let mean = means.as_ref().map(Means::part);
-                    let operands =
-                        LinearBackward { dx: &mut dx, dw, db, dy, x: &x, w, mean, accumulate };
+                    let operands = LinearBackward {
+                        dx: &mut dx,
+                        dw,
+                        db,
+                        dy,
+                        x: &x,
+                        turned: None,
+                        w,
+                        mean,
+                        accumulate,
+                    };
                     b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
                     close(b, &what("dx"), &read(b, &dx), &exact.dx, Of::Activation, precision);
                     let gradients = flat.read(b).into_iter().zip(&before);
@@ -389,6 +399,7 @@ pub(super) fn linear_layers_with_gelu<B: Harness>(backends: &[B]) {
                         b: params.get(b, 1),
                         mean: None,
                         epilogue,
+                        turned: None,
                     };
                     b.linear_forward(&mut scratch, operands, shape, &recipe);
                     y
@@ -408,8 +419,17 @@ pub(super) fn linear_layers_with_gelu<B: Harness>(backends: &[B]) {
                     let mut dx = poison(b, rows * inputs, precision);
                     let ([dw, db], w) = (flat.gradients(b), params.get(b, 0));
                     let (accumulate, mean) = (false, None);
-                    let operands =
-                        LinearBackward { dx: &mut dx, dw, db, dy, x: &x, w, mean, accumulate };
+                    let operands = LinearBackward {
+                        dx: &mut dx,
+                        dw,
+                        db,
+                        dy,
+                        x: &x,
+                        turned: None,
+                        w,
+                        mean,
+                        accumulate,
+                    };
                     b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
                     [vec![read(b, &dx)], flat.read(b)]
                         .concat()
@@ -425,6 +445,60 @@ pub(super) fn linear_layers_with_gelu<B: Harness>(backends: &[B]) {
                 assert!(behind == apart, "{what}: gradients");
             });
         }
+    }
+}
+
+/// What a forward pass turns is, to the bit, what the backward pass would make of W and of x, which
+/// it then does not read.
+pub(super) fn operands_turned_ahead<B: Harness>(backends: &[B]) {
+    let recipe = linear_recipe("fp8");
+    for size @ [rows, inputs, outputs] in SIZES {
+        let layer = Layer::new::<B>(size, &recipe);
+        let (shape, precision) = (layer.shape, layer.precision);
+        each(backends, |b| {
+            if !b.turns(shape, &recipe) {
+                return;
+            }
+            let mut scratch = layer.workspace(b, &recipe).expect("what turns multiplies");
+            let params = Params::of(b, &[&layer.w, &layer.b]);
+            let [x, dy] = [&layer.x, &layer.dy].map(|values| dense(b, values, precision));
+            let unread = dense(b, &vec![f32::NAN; rows * inputs], precision);
+            let mut results = |turned: Option<B::Turned>| {
+                let mut turned = turned;
+                let [mut y, mut dx] =
+                    [outputs, inputs].map(|width| poison(b, rows * width, precision));
+                let operands = LinearForward {
+                    y: &mut y,
+                    x: &x,
+                    w: params.get(b, 0),
+                    b: params.get(b, 1),
+                    mean: None,
+                    epilogue: Epilogue::None,
+                    turned: turned.as_mut(),
+                };
+                b.linear_forward(&mut scratch, operands, shape, &recipe);
+                let lens = [outputs * inputs, outputs].map(|len| vec![f32::NAN; len]);
+                let mut flat = Flat::of(b, &[&lens[0], &lens[1]]);
+                let ([dw, db], turned) = (flat.gradients(b), turned.as_ref());
+                let operands = LinearBackward {
+                    dx: &mut dx,
+                    dw,
+                    db,
+                    dy: OutputGradient::Whole(&dy),
+                    x: if turned.is_some() { &unread } else { &x },
+                    turned,
+                    w: params.get(b, 0),
+                    mean: None,
+                    accumulate: false,
+                };
+                b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
+                let all = [vec![read(b, &y), read(b, &dx)], flat.read(b)].concat();
+                all.iter().map(|values| bits(values)).collect::<Vec<_>>()
+            };
+            let ahead = results(Some(cut(b, |arena| b.turned(arena, shape))));
+            assert!(ahead == results(None), "{}: {size:?}", b.name());
+            assert!(!ahead.iter().flatten().any(|bits| f32::from_bits(*bits).is_nan()));
+        });
     }
 }
 
@@ -446,7 +520,17 @@ pub(super) fn nan_poisons_the_products_that_it_enters<B: Harness>(backends: &[B]
             let ([dw, db], w) = (flat.gradients(b), params.get(b, 0));
             let dy = OutputGradient::Whole(&dy);
             let (accumulate, mean) = (true, None);
-            let operands = LinearBackward { dx: &mut dx, dw, db, dy, x: &x, w, mean, accumulate };
+            let operands = LinearBackward {
+                dx: &mut dx,
+                dw,
+                db,
+                dy,
+                x: &x,
+                turned: None,
+                w,
+                mean,
+                accumulate,
+            };
             b.linear_backward(&mut scratch, operands, shape, &recipe, &RANDOM);
             // NOTE: FP8 tensor cores, which have such a scale, take sizes that 16 divides.
             let alone = !rows.is_multiple_of(16);

@@ -109,7 +109,7 @@ suite! {
     memory: buffers_begin_as_zero flat_buffers_are_read_in_pieces parameters_are_apart;
     embed: embedding_forward embedding_backward;
     norm: layernorm_forward add_layernorm_forward layernorm_backward;
-    linear: linear_layers_follow_their_recipes linear_layers_with_gelu
+    linear: linear_layers_follow_their_recipes linear_layers_with_gelu operands_turned_ahead
         nan_poisons_the_products_that_it_enters gelu;
     attend: attention;
     head: classifier logits;

@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 
+use super::arena::Arena;
 use super::gemm::{Conversion, Format, Matrix, Output, Packing, Quantization};
 use super::isa::{Isa, simd_fn};
 use super::quantize::{Source, conversion, packs_at_once, scale_result};
@@ -75,6 +76,14 @@ fn add_gemm(isa: Isa, size: &mut ScratchSize, gemm: &Gemm, at_once: bool, [m, n,
 }
 
 impl Linear for Cpu {
+    type Turned = ();
+
+    fn turns(&self, _: LinearShape, _: &LinearRecipe) -> bool {
+        false
+    }
+
+    fn turned(&self, _: &mut Arena, _: LinearShape) {}
+
     fn linear_forward(
         &self,
         workspace: &mut Workspace,
@@ -82,7 +91,7 @@ impl Linear for Cpu {
         shape: LinearShape,
         recipe: &LinearRecipe,
     ) {
-        let LinearForward { y, x, w, b, mean, epilogue } = operands;
+        let LinearForward { y, x, w, b, mean, epilogue, turned: _ } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
         let operands = [
             (Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs), OperandId::X),
@@ -106,7 +115,7 @@ impl Linear for Cpu {
         recipe: &LinearRecipe,
         random: &Random,
     ) {
-        let LinearBackward { dx, dw, db, dy, x, w, mean, accumulate } = operands;
+        let LinearBackward { dx, dw, db, dy, x, turned: _, w, mean, accumulate } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
         let dy = match dy {
             OutputGradient::Whole(dy) => dy,

@@ -1,7 +1,7 @@
 //! The linear layers of a block: y = x W^T + b and its backward pass, in the formats of a recipe.
 
 use super::device::gemm::{Operand, Product, Type};
-use super::device::memory::{Param, Tensor};
+use super::device::memory::{Arena, Param, Piece, Tensor};
 use super::quantize::carrier::Carrier;
 use super::quantize::random::Drawn;
 use super::quantize::values::{self, Matrix, Of};
@@ -15,18 +15,50 @@ use crate::formats::{
     self, Element, Format, Gemm, GemmId, LinearRecipe, OperandId, OperandSource, PowerRule, Random,
 };
 
+/// x and W of a layer as FP8 bytes down their columns, for wgrad and dgrad, and their scales.
+///
+/// The forward pass has just read both, so that all this costs is to write them; made again in the
+/// backward pass they would be read once more, too. x takes half of what bf16 does, which the
+/// backward pass then does not need.
+pub(crate) struct Turned {
+    x: Piece,
+    w: Piece,
+    scales: Piece,
+}
+
+impl Turned {
+    /// Where the bytes of x and of W lie, each with its scale: at multiples of 16 bytes, as
+    /// cuBLASLt wants.
+    fn places(&self) -> [[u64; 2]; 2] {
+        let Self { x, w, scales } = self;
+        [[x.address, scales.address], [w.address, scales.address + 16]]
+    }
+}
+
 impl Linear for Cuda {
+    type Turned = Turned;
+
+    fn turns(&self, shape: LinearShape, recipe: &LinearRecipe) -> bool {
+        values::are_all_in_fp8(self.gpu.capability, recipe, shape)
+    }
+
+    fn turned(&self, arena: &mut Arena, shape: LinearShape) -> Turned {
+        let LinearShape { rows, inputs, outputs } = shape;
+        let [x, w, scales] = [rows * inputs, outputs * inputs, 32].map(|bytes| arena.bytes(bytes));
+        Turned { x, w, scales }
+    }
+
     fn linear_forward(
         &self,
         workspace: &mut Workspace,
-        LinearForward { y, x, w, b, mean, epilogue }: LinearForward<'_, Self>,
+        LinearForward { y, x, w, b, mean, epilogue, turned }: LinearForward<'_, Self>,
         shape: LinearShape,
         recipe: &LinearRecipe,
     ) {
         let LinearShape { rows, inputs, outputs } = shape;
         let carrier = values::carrier_of_mxfp4(self.gpu.capability, shape);
         match Of::Forward.gemm(recipe, carrier) {
-            None => self.forward_product(workspace, y, (x, &w, &b), shape, recipe),
+            None => self.forward_product(workspace, y, (x, &w, &b, turned), shape, recipe),
             Some(gemm) => {
                 let precision = x.precision;
                 let bias = Some(b.as_read_in(precision));
@@ -59,7 +91,7 @@ impl Linear for Cuda {
         recipe: &LinearRecipe,
         random: &Random,
     ) {
-        let LinearBackward { dx, dw, mut db, dy, x, w, mean, accumulate } = operands;
+        let LinearBackward { dx, dw, mut db, dy, x, turned, w, mean, accumulate } = operands;
         let LinearShape { rows, inputs, outputs } = shape;
         let carrier = values::carrier_of_mxfp4(self.gpu.capability, shape);
         let by_values =
@@ -153,6 +185,7 @@ impl Linear for Cuda {
             (None, None) => self.product(workspace, &dgrad),
             (None, Some(of)) => {
                 let w = Matrix::master(&w, outputs, inputs).with_mean(mean).turned();
+                let w = Matrix { fp8: turned.map(|turned| turned.places()[1]), ..w };
                 let (bias, tensor) = (None, x.address());
                 let to = values::Output { address: to, precision, bias, accumulate: false, tensor };
                 values::multiply(self, workspace, of, [forms_of_dy[0], w], random, to);
@@ -207,6 +240,7 @@ impl Linear for Cuda {
                         let (bias, tensor) = (None, w.master.address());
                         let to = values::Output { address, precision, bias, accumulate, tensor };
                         let x = Matrix::of(x, rows, inputs, OperandId::X).turned();
+                        let x = Matrix { fp8: turned.map(|turned| turned.places()[0]), ..x };
                         values::multiply(self, workspace, of, [forms_of_dy[1], x], random, to);
                     }
                 }
@@ -270,7 +304,7 @@ impl Cuda {
         &self,
         workspace: &Workspace,
         y: &mut Tensor,
-        (x, w, b): (&Tensor, &Param<'_>, &Param<'_>),
+        (x, w, b, turned): (&Tensor, &Param<'_>, &Param<'_>, Option<&mut Turned>),
         shape: LinearShape,
         recipe: &LinearRecipe,
     ) {
@@ -323,10 +357,21 @@ impl Cuda {
             if carrier == Carrier::Fp8 {
                 let x_amax = fp8::amax_of(self, &workspace.x_amax, x);
                 let kept = workspace.kept.address;
-                let factors = [&workspace.left, &workspace.right].map(|room| room.scales.address);
-                let (e4m3, of_x, of_w) = (Element::E4m3, [kept, factors[0]], [weights, factors[1]]);
-                fp8::convert(self, e4m3, of_x, Source::of(x), x_amax, rows * inputs);
-                fp8::convert(self, e4m3, of_w, master, amax, outputs * inputs);
+                let e4m3 = Element::E4m3;
+                let factors = if let Some([of_x, of_w]) = turned.map(|turned| turned.places()) {
+                    let to = |rows, [columns, scale]: [u64; 2]| [rows, columns, scale, 0];
+                    let (x, sizes) = (Source::of(x), [[rows, inputs], [outputs, inputs]]);
+                    fp8::convert_both(self, e4m3, to(kept, of_x), x, x_amax, sizes[0]);
+                    fp8::convert_both(self, e4m3, to(weights, of_w), master, amax, sizes[1]);
+                    [of_x[1], of_w[1]]
+                } else {
+                    let factors =
+                        [&workspace.left, &workspace.right].map(|room| room.scales.address);
+                    let (of_x, of_w) = ([kept, factors[0]], [weights, factors[1]]);
+                    fp8::convert(self, e4m3, of_x, Source::of(x), x_amax, rows * inputs);
+                    fp8::convert(self, e4m3, of_w, master, amax, outputs * inputs);
+                    factors
+                };
                 (operands, scales) = (carrier.types(Format::E4M3), Some(factors));
                 (kept, weights)
             } else {

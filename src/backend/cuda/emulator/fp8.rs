@@ -147,6 +147,17 @@ fn check_both_forms(emulator: &Emulator) {
                 });
                 assert!(out == [by_rows.clone(), by_columns.clone()], "{rows} {cols} {name}");
                 assert_eq!(own_scale.to_bits(), scale.to_bits());
+                let mut out = [0; 2].map(|_| super::aligned(&poison));
+                let [to_rows, to_columns] = out.each_mut().map(|to| to.as_mut_ptr().cast::<u8>());
+                emulator.run(schedule, grid, 256, || {
+                    let (rows, cols, amax) = (rows as u32, cols as u32, &raw const bits);
+                    let no_sums = std::ptr::null_mut();
+                    // SAFETY: as above.
+                    unsafe {
+                        both(to_rows, to_columns, at_scale, no_sums, from, amax, rows, cols);
+                    }
+                });
+                assert!(out == [by_rows.clone(), by_columns.clone()], "{rows} {cols} {name}");
                 for (c, exact) in sums.iter().enumerate() {
                     let ours: f64 = parts[c..].iter().step_by(cols).map(|v| f64::from(*v)).sum();
                     let same = (ours - exact).abs() <= 1e-6 * sizes[c];

@@ -84,7 +84,7 @@ pub(crate) fn turn(
 }
 
 /// Both of a source (rows, cols), likewise, with one reading, and the column sums of every tile's
-/// rows to `sums`. The number of these parts is returned.
+/// rows to `sums`, if that is not 0. The number of these parts is returned.
 pub(crate) fn convert_both(
     cuda: &Cuda,
     element: Element,

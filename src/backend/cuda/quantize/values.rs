@@ -807,6 +807,27 @@ fn takes_fp8(capability: (i32, i32), gemm: &Gemm, shape: LinearShape) -> Option<
     Some([of(gemm.a())?, of(gemm.b())?])
 }
 
+/// Whether all products of a layer are in FP8 as its tensor cores take it, and x and W in E4M3, of
+/// which both forms have one scale.
+pub(crate) fn are_all_in_fp8(
+    capability: (i32, i32),
+    recipe: &LinearRecipe,
+    shape: LinearShape,
+) -> bool {
+    let carrier = carrier_of_mxfp4(capability, shape);
+    let takes = |of: Of| {
+        of.restoration(recipe).is_none()
+            && of
+                .gemm(recipe, carrier)
+                .and_then(|gemm| takes_fp8(capability, gemm, shape))
+                .is_some_and(|[_, second]| second == Type::E4m3)
+    };
+    recipe.forward().is_in(Format::E4M3)
+        && Carrier::of(Format::E4M3, capability, shape) == Carrier::Fp8
+        && takes(Of::Dgrad)
+        && takes(Of::Wgrad)
+}
+
 /// dy (rows, outputs) as FP8 bytes for both products of a backward pass, where FP8 tensor cores
 /// take both and its element is the same, made with one reading: as A of dgrad and as A of wgrad,
 /// and the number of the parts of its column sums, which lie in the workspace's partials.

@@ -66,7 +66,17 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
                                 random: &Random| {
                 let [dw, db] = [dw, db].map(|flat| flat.gradient(alone(flat.len)));
                 let (w, accumulate) = (w.param(alone(outputs * inputs)), false);
-                let operands = LinearBackward { dx, dw, db, dy, x: &x, w, mean: None, accumulate };
+                let operands = LinearBackward {
+                    dx,
+                    dw,
+                    db,
+                    dy,
+                    x: &x,
+                    turned: None,
+                    w,
+                    mean: None,
+                    accumulate,
+                };
                 cuda.linear_backward(&mut scratch, operands, shape, &recipe, random);
             };
             backward(&mut dx, &mut dw, &mut db, OutputGradient::Whole(&dy), &random);
