@@ -33,6 +33,9 @@ enum Line {
         lr: f32,
         tokens: u64,
         seconds: f64,
+        /// Left out where there are none, as on CPUs.
+        #[serde(skip_serializing_if = "is_zero")]
+        raised_blocks: u64,
     },
     Eval {
         step: u64,
@@ -47,6 +50,10 @@ enum Line {
         all: Change,
         tensors: BTreeMap<String, Change>,
     },
+}
+
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// [`WeightChange`] as it is written.
@@ -114,8 +121,8 @@ impl Log {
 
     /// Adds a step.
     pub(crate) fn step(&mut self, s: &StepStats) -> Outcome {
-        let &StepStats { step, loss, grad_norm, lr, tokens, seconds, .. } = s;
-        self.line(&Line::Step { step, loss, grad_norm, lr, tokens, seconds })
+        let &StepStats { step, loss, grad_norm, lr, tokens, seconds, raised_blocks } = s;
+        self.line(&Line::Step { step, loss, grad_norm, lr, tokens, seconds, raised_blocks })
     }
 
     /// Adds what a window of steps has shown of the weights.
@@ -209,6 +216,9 @@ mod tests {
              \"seconds\":0.5}\n\
              {\"type\":\"eval\",\"step\":1,\"loss\":null,\"tokens\":8,\"seconds\":0.25}\n"
         );
+        Log::open(&path, false).unwrap().step(&StepStats { raised_blocks: 7, ..step }).unwrap();
+        let line = fs::read_to_string(&path).unwrap();
+        assert!(line.ends_with("\"seconds\":0.5,\"raised_blocks\":7}\n"), "{line}");
         Log::open(&path, false).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
     }
