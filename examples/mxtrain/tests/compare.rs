@@ -177,6 +177,7 @@ fn the_committed_records_give_the_committed_reports() {
         ("near-lossless", of_main, "report"),
         ("near-lossless", "cpu-toy.jsonl", "cpu-toy-report"),
         ("recipes", "large.jsonl", "report"),
+        ("recipes", "small.jsonl", "small-report"),
     ] {
         let docs = docs.join(folder);
         let made = tempfile::tempdir().unwrap();
