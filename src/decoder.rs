@@ -210,6 +210,7 @@ impl<B: Backend> DecoderOn<B> {
             attention: shapes.attention(0),
             head: shapes.head(),
             recipes: &[LinearRecipe::F32],
+            merge: None,
             backward: false,
         };
         backend.supports(&shape)?;

@@ -24,6 +24,7 @@ mod follow;
 mod head;
 mod linear;
 mod memory;
+mod merge;
 mod norm;
 mod optimize;
 #[cfg(test)]
@@ -40,6 +41,7 @@ pub use linear::{
     OutputGradient,
 };
 pub use memory::{Memory, Part, Slot};
+pub use merge::{Merge, MergeShape, Merged};
 pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
 pub use optimize::{Optimize, Trained};
 pub use stream::CudaStream;
@@ -113,6 +115,8 @@ pub struct WorkspaceShape<'a> {
     pub head: HeadShape,
     /// What linear layers may use.
     pub recipes: &'a [LinearRecipe],
+    /// The widest input of a linear layer whose channels are merged, where any are.
+    pub merge: Option<MergeShape>,
     /// Whether backward operations will run.
     pub backward: bool,
 }
@@ -138,7 +142,9 @@ pub struct StepPlan {
 }
 
 /// A device that trains GPTs.
-pub trait Backend: Memory + Embed + Norm + Linear + Attend + Head + Optimize + Follow {
+pub trait Backend:
+    Memory + Embed + Norm + Merge + Linear + Attend + Head + Optimize + Follow
+{
     /// What [`Backend::recorded`] keeps for a trainer.
     type Recordings: Send;
 

@@ -60,6 +60,8 @@ pub enum Purpose {
     Sampling = 5,
     /// What a host draws ([`super::Philox`]).
     Host = 6,
+    /// Projections that channels are hashed by ([`super::projections`]).
+    Projections = 7,
 }
 
 /// The tensors that are rounded.

@@ -151,6 +151,7 @@ impl<B: Backend> Buffers<B> {
             attention: shapes.attention(0),
             head: shapes.head(),
             recipes: &options.recipe.all(),
+            merge: None,
             backward: true,
         };
         backend.supports(&shape)?;

@@ -203,6 +203,7 @@ impl Layer {
             },
             head: HeadShape { rows, channels: 8, vocab_size: 8, precision },
             recipes: &[*recipe],
+            merge: None,
             backward: true,
         };
         match b.supports(&shape) {

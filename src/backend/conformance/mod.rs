@@ -15,6 +15,7 @@ mod follow;
 mod head;
 mod linear;
 mod memory;
+mod merge;
 mod norm;
 mod optimize;
 
@@ -24,7 +25,7 @@ pub(in crate::backend) use optimize::{Update, some_values, step};
 use super::cpu::Cpu;
 use super::cuda::Cuda;
 use super::*;
-use crate::formats::{Draw, LINEARS, LinearRecipe, Purpose, Random, uniform};
+use crate::formats::{Draw, LINEARS, LinearRecipe, MAX_HASHES, Purpose, Random, uniform};
 use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
 use crate::recipe::Recipe;
 
@@ -108,6 +109,7 @@ macro_rules! suite {
 suite! {
     memory: buffers_begin_as_zero flat_buffers_are_read_in_pieces parameters_are_apart;
     embed: embedding_forward embedding_backward;
+    merge: channels_are_merged_by_their_hashes;
     norm: layernorm_forward add_layernorm_forward layernorm_backward;
     linear: linear_layers_follow_their_recipes linear_layers_with_gelu operands_turned_ahead
         nan_poisons_the_products_that_it_enters gelu;
@@ -271,6 +273,7 @@ pub(in crate::backend) fn workspace<B: Harness>(
         },
         head: HeadShape { rows, channels, vocab_size, precision },
         recipes: &recipes,
+        merge: Some(MergeShape { sequences, channels: 4 * c, hashes: MAX_HASHES }),
         backward: true,
     };
     cut(b, |arena| b.workspace(arena, &shape))

@@ -18,6 +18,7 @@ mod lanes;
 mod linear;
 mod math;
 mod memory;
+mod merge;
 mod norm;
 mod optimize;
 mod quantize;

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::arena::{Arena, Buffer};
 use super::gemm::{PackMemory, PackSize};
+use super::merge::{MergeMemory, MergeSize};
 use super::quantize::{ValueMemory, ValueSize};
 
 /// Scratch memory for models of one shape.
@@ -19,6 +20,7 @@ pub struct Workspace {
     /// Operands A and B in numbers, and what the forward pass dequantized of one.
     pub(super) values: [ValueMemory; 3],
     pub(super) elements: Buffer<f32>,
+    pub(super) merge: MergeMemory,
     /// (threads, elements of a thread)
     of_threads: Buffer<f32>,
     thread_len: usize,
@@ -31,6 +33,7 @@ pub(super) struct ScratchSize {
     pub(super) b: [PackSize; 3],
     pub(super) values: [ValueSize; 3],
     pub(super) elements: usize,
+    pub(super) merge: MergeSize,
     /// Elements of each thread.
     pub(super) of_thread: usize,
 }
@@ -47,6 +50,7 @@ impl ScratchSize {
             b,
             values,
             elements: self.elements.max(other.elements),
+            merge: self.merge.max(other.merge),
             of_thread: self.of_thread.max(other.of_thread),
         }
     }
@@ -63,6 +67,7 @@ impl Workspace {
                 sums: arena.alloc(sums),
             }),
             elements: arena.alloc(size.elements),
+            merge: MergeMemory::new(arena, size.merge),
             of_threads: arena.alloc(threads * size.of_thread),
             thread_len: size.of_thread,
         }

@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 22] = [
+pub(super) static FILES: [File; 23] = [
     file!("optimize", [], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
@@ -53,6 +53,9 @@ pub(super) static FILES: [File; 22] = [
     }),
     file!("gelu", ["gelu.cuh"], |_| of("gelu_of_all<T,B,B> sample_gelu_gradient")),
     file!("head", [], |_| of("softmax_loss<T>")),
+    file!("merge", ["random.cuh"], |_| {
+        of("draw_projections hash_channels<T> link_channels average_channels<T>")
+    }),
     file!("norm", [], |_| of("normalize<T,B> layernorm_backward<T>")),
     file!("normal", ["random.cuh"], |_| of("fill_normal")),
     file!("outliers", [], |_| of("find_bounds<T>")),
@@ -194,6 +197,7 @@ mod tests {
             include_str!("head.rs"),
             include_str!("linear.rs"),
             include_str!("memory.rs"),
+            include_str!("merge.rs"),
             include_str!("norm.rs"),
             include_str!("quantize/carrier.rs"),
             include_str!("quantize/fp8.rs"),

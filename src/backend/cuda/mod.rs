@@ -21,6 +21,7 @@ mod head;
 mod kernels;
 mod linear;
 mod memory;
+mod merge;
 mod norm;
 mod optimize;
 mod quantize;

@@ -4,7 +4,7 @@ use super::device::gemm;
 use super::device::memory::{Arena, Piece, size_of_element};
 use super::quantize::carrier::Carrier;
 use super::quantize::{BehindGelu, Target, sums, values};
-use super::{head, norm};
+use super::{head, merge, norm};
 use crate::backend::{HeadShape, LinearShape, WorkspaceShape};
 use crate::formats::{BLOCK, Format, Gemm};
 
@@ -45,13 +45,16 @@ pub(crate) struct Workspace {
     pub(super) attempt: Piece,
     /// Of products whose operands are made as numbers.
     pub(super) values: values::Room,
+    /// Of channels that are merged.
+    pub(super) merge: merge::Room,
     /// One word: blocks whose scales were clamped since the last step ended.
     pub(super) clamped: Piece,
 }
 
 impl Workspace {
     pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape<'_>) -> Self {
-        let WorkspaceShape { linears, norm, attention, head, recipes, backward: training } = *shape;
+        let WorkspaceShape { linears, norm, attention, head, recipes, merge, backward: training } =
+            *shape;
         let HeadShape { rows, channels, vocab_size, precision } = head;
         let chunk = head::chunk_rows(rows, vocab_size);
         // A row of x may be copied there.
@@ -120,6 +123,7 @@ impl Workspace {
             attempt: arena.bytes(4 * BehindGelu::WORDS as usize),
             clamped: arena.bytes(4),
             values: values.cut(arena),
+            merge: merge::Room::new(arena, merge),
         }
     }
 
