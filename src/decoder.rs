@@ -187,9 +187,9 @@ impl<B: Backend> DecoderOn<B> {
         let Self { activations, workspace, tokens, logits, plan, .. } = self;
         backend.scope(|| {
             backend.write_tokens(tokens, context.len(), |to| to.copy_from_slice(context));
-            let (backend, means) = (&**backend, None);
+            let (backend, means, merge) = (&**backend, None, None);
             let mut pass =
-                Pass { backend, config, table, weights, means, workspace, sequences, plan };
+                Pass { backend, config, table, weights, means, merge, workspace, sequences, plan };
             pass.forward(activations, tokens);
             pass.logits(activations, context.len() - 1, logits);
         });

@@ -99,6 +99,6 @@ pub use recipe::Recipe;
 pub use room::MemoryRoom;
 pub use run::{Cadence, TrainerOptions};
 pub use trainer::{
-    Carried, EvalStats, Plan, StepStats, StopHandle, Trainer, WeightChange, WeightMetrics,
+    Carried, EvalStats, Plan, Spared, StepStats, StopHandle, Trainer, WeightChange, WeightMetrics,
     carriers, emulation, plan,
 };

@@ -34,6 +34,7 @@
 //! | `fp8` | `qkv`, `proj`, `fc1`, `fc2`, joined by `+`, or `none` | layers with a forward pass in FP8 |
 //! | `dge` | a steepness from 1 to 255, `off` | the estimator that W's gradient is multiplied by |
 //! | `occ` | a share like `0.99`, `off` | what lies beyond these quantiles of x's rows stays in bf16 |
+//! | `haste` | 1 to 64 | bits of the hashes that x's channels are merged by, in evaluations alone |
 //! | `fwd`, `dgrad`, `wgrad` | `bf16` | that GEMM in bf16 |
 //! | `bf16-first-layers`, `bf16-last-layers` | a count | blocks that run in bf16 |
 //! | `bf16-last-steps` | a fraction | the last part of the schedule's steps that runs in bf16 |
@@ -45,8 +46,8 @@ use std::str::FromStr;
 use crate::backend::{Precision, StepPlan};
 use crate::formats::{
     EMA_FROM_STEP, Element, Format, Gemm, GemmId, Kept, LINEAR_NAMES, LINEARS, LinearRecipe,
-    Nvfp4Scale, Operand, OperandId, OperandSource, Outer, PowerRule, Range, Reset, Rounding, Scale,
-    Signs, Transform,
+    MAX_HASHES, Nvfp4Scale, Operand, OperandId, OperandSource, Outer, PowerRule, Range, Reset,
+    Rounding, Scale, Signs, Transform,
 };
 use crate::reserve::collect;
 use crate::{Error, Result};
@@ -60,6 +61,8 @@ pub struct Recipe {
     /// Decay of the slow means of weights.
     ema: Option<f32>,
     reset: Option<Reset>,
+    /// Bits of the hashes by which an evaluation merges channels.
+    haste: Option<usize>,
 }
 
 /// Layers and steps that run in bf16.
@@ -403,6 +406,31 @@ impl Recipe {
         self.reset
     }
 
+    /// Bits of the hashes by which an evaluation merges the channels that linear layers read
+    /// ([`crate::formats::merge_channels`]); None where it does not.
+    pub fn haste(&self) -> Option<usize> {
+        self.haste
+    }
+
+    /// The same with channels as they are.
+    pub fn without_haste(&self) -> Self {
+        Self { haste: None, ..self.clone() }
+    }
+
+    /// Whether it is for training, too.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] says why it is for evaluation alone.
+    pub fn check_trains(&self) -> Result<()> {
+        let Some(hashes) = self.haste else { return Ok(()) };
+        let message = format!(
+            "haste={hashes} is for evaluation: hashes that merge channels have no gradient; train \
+             with {}, and evaluate with {self}",
+            self.without_haste()
+        );
+        Err(Error::invalid("recipe", message))
+    }
+
     /// Of activations.
     pub(crate) fn precision(&self) -> Precision {
         Precision::of(self.linears[0].forward())
@@ -439,7 +467,8 @@ impl Recipe {
         for (linear, _) in linears.iter_mut().zip(row.fp8).filter(|(_, fp8)| *fp8) {
             *linear = linear.with_forward(FP8)?;
         }
-        Ok(Self { name: row.name, linears, exceptions: row.exceptions, ema: None, reset: None })
+        let exceptions = row.exceptions;
+        Ok(Self { name: row.name, linears, exceptions, ema: None, reset: None, haste: None })
     }
 
     /// The same with other linear layers.
@@ -630,7 +659,7 @@ fn rule_of<'a>(operands: impl IntoIterator<Item = &'a Operand>) -> Option<String
 }
 
 /// All switches, in the order in which they are written.
-const SWITCHES: [Switch; 27] = [
+const SWITCHES: [Switch; 28] = [
     Switch {
         key: "sr",
         apply: |recipe, value| {
@@ -1043,6 +1072,15 @@ const SWITCHES: [Switch; 27] = [
         },
     },
     Switch {
+        key: "haste",
+        apply: |recipe, value| {
+            let haste = value.parse().ok().filter(|bits| (1..=MAX_HASHES).contains(bits));
+            let haste = Some(haste.ok_or(Refused::Expected("1 to 64 bits of a hash"))?);
+            Ok(Recipe { haste, ..recipe.clone() })
+        },
+        show: |recipe| recipe.haste.map(|bits| bits.to_string()),
+    },
+    Switch {
         key: "fwd",
         apply: |recipe, value| {
             if value != "bf16" {
@@ -1237,6 +1275,8 @@ mod tests {
             "nvidia-nvfp4,reset=200:50:8@0.6",
             "tetrajet,ema=0.998,reset=400:50:16@0.59",
             "nvfp4-nvfp4-sr,46=fwd,ema=0.9983",
+            "fp32,haste=16",
+            "msra-fp4,occ=off,haste=64,bf16-last-layers=1",
         ];
         for s in Recipe::NAMES.into_iter().chain(switched) {
             assert_eq!(s.parse::<Recipe>().unwrap().to_string(), s);
@@ -1283,6 +1323,7 @@ mod tests {
             ("fp8", &["none", "qkv+proj", "fc2"]),
             ("dge", &["off", "1", "5"]),
             ("occ", &["off", "0.99", "0.97"]),
+            ("haste", &["1", "12", "64"]),
             ("fwd", &["bf16"]),
             ("dgrad", &["bf16"]),
             ("wgrad", &["bf16"]),
@@ -1364,11 +1405,28 @@ mod tests {
             ("quartet,ema=0.998", "in blocks of MXFP4 or NVFP4, unrotated"),
             ("fp8,reset=200:50:8@0.6", "reset: fp8 has no W in the forward pass in MXFP4 or NVFP4"),
             ("tetrajet,reset=200", "expected PERIOD:TRACK:THRESHOLD@START like 200:50:8@0.6"),
+            ("bf16,haste=0", "haste: expected 1 to 64 bits of a hash, got \"0\""),
+            ("bf16,haste=65", "haste: expected 1 to 64 bits of a hash"),
             ("mxfp4,colour=red", "known are sr, scale, scale-fwd, w"),
         ] {
             let error = s.parse::<Recipe>().unwrap_err().to_string();
             assert!(error.contains(part), "{s}: {error}");
         }
+    }
+
+    #[test]
+    fn what_merges_channels_is_for_evaluation() {
+        let recipe: Recipe = "mxfp4-rht,haste=12,g=32".parse().unwrap();
+        assert_eq!(recipe.haste(), Some(12));
+        assert_eq!(
+            recipe.check_trains().unwrap_err().to_string(),
+            "recipe: haste=12 is for evaluation: hashes that merge channels have no \
+             gradient; train with mxfp4-rht,g=32, and evaluate with mxfp4-rht,g=32,haste=12"
+        );
+        let without = recipe.without_haste();
+        assert_eq!(without, "mxfp4-rht,g=32".parse().unwrap());
+        assert!(without.check_trains().is_ok() && without.haste().is_none());
+        assert_eq!(without.all(), recipe.all());
     }
 
     /// From the 11th step of the run on, wherever its schedule began, in what is not in bf16.

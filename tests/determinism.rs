@@ -135,6 +135,31 @@ fn threads_do_not_change_a_bit() {
     }
 }
 
+/// An evaluation that merges channels, and what that would spare. Nothing trains with it.
+#[test]
+fn threads_do_not_change_which_channels_are_merged() {
+    let results = [1, 2, 3].map(|threads| {
+        let engine = engine(threads);
+        let mut merging = trainer(&engine, "bf16,haste=5");
+        let refused = [merging.step(&data()), merging.step_tokens(&[0; 6 * 38])];
+        for error in refused.map(|step| step.unwrap_err().to_string()) {
+            assert!(error.contains("haste=5 is for evaluation"), "{error}");
+        }
+        let merged = merging.eval(&data(), 0).unwrap();
+        assert_eq!(merging.steps_done(), 0);
+        let plain = Trainer::new(merging.model(), options("bf16")).unwrap().eval(&data(), 0);
+        let plain = plain.unwrap();
+        assert!(plain.spared.is_none() && plain.loss != merged.loss);
+        let spared = merged.spared.unwrap();
+        // No more than 32 of 42 channels, and of 168 behind fc1.
+        assert!(spared.products > 0.4 && spared.all < spared.products, "{spared:?}");
+        let again = merging.eval(&data(), 0).unwrap();
+        assert_eq!((again.loss, again.spared), (merged.loss, merged.spared));
+        (merged.loss.to_bits(), spared.products.to_bits(), spared.all.to_bits())
+    });
+    assert!(results[0] == results[1] && results[0] == results[2], "{results:?}");
+}
+
 #[test]
 fn another_process_resumes_bit_for_bit() {
     for recipe in Recipe::NAMES {

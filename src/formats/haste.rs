@@ -6,7 +6,7 @@
 //! and -1 for a sixth of them each and 0 for the rest. Channels with equal hashes are a bucket, and
 //! every channel of a bucket becomes the bucket's mean. Then x W^T is what K columns of means and K
 //! columns of sums of W give, where there are K buckets; the product that follows has all C columns,
-//! so nothing is faster.
+//! so nothing is faster, and what it would spare is counted (`trainer/merge.rs`).
 //!
 //! What the paper's abstract leaves open is our reading: a channel is centred by its mean over the
 //! sequence, and not divided by its length, on which signs do not depend. Projections are drawn for

@@ -19,6 +19,6 @@ pub use config::{Activation, ModelConfig};
 pub(crate) use init::initialize;
 pub use params::TensorInfo;
 pub(crate) use params::{HEAD, Matrix, ParamSpec, ParamTable, WTE};
-pub(crate) use pass::{Means, Pass, Place};
+pub(crate) use pass::{Means, Merging, Pass, Place};
 pub use recompute::Recompute;
 pub(crate) use shapes::Shapes;

@@ -9,10 +9,10 @@ use super::params::{Linear, Matrix, Norm, ParamTable};
 use super::{ModelConfig, Shapes};
 use crate::backend::{
     AttentionBackward, Backend, Classifier, ClassifierGradient, EmbeddingGradients, Epilogue,
-    LinearBackward, LinearForward, NormBackward, NormParams, NormStatistics, OutputGradient, Part,
-    ResidualSum, Sequences, Slot, StepPlan,
+    LinearBackward, LinearForward, MergeShape, Merged, NormBackward, NormParams, NormStatistics,
+    OutputGradient, Part, ResidualSum, Sequences, Slot, StepPlan,
 };
-use crate::formats::{LINEARS, LinearRecipe, Random};
+use crate::formats::{LINEARS, LinearRecipe, Random, projections};
 
 /// What one pass over a batch works with.
 pub(crate) struct Pass<'a, B: Backend> {
@@ -22,6 +22,8 @@ pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) weights: &'a B::Weights,
     /// Where a recipe rounds weights by them.
     pub(crate) means: Option<Means<'a, B>>,
+    /// In an evaluation whose recipe merges channels.
+    pub(crate) merge: Option<Merging<'a, B>>,
     pub(crate) workspace: &'a mut B::Workspace,
     pub(crate) sequences: Sequences,
     /// All that the pass depends on besides random numbers.
@@ -33,6 +35,17 @@ pub(crate) struct Means<'a, B: Backend> {
     pub(crate) flat: &'a B::F32,
     /// All of them, in order.
     pub(crate) matrices: &'a [Matrix],
+}
+
+/// How the channels that a linear layer reads are merged, which nothing else reads then.
+pub(crate) struct Merging<'a, B: Backend> {
+    /// Bits of a hash.
+    pub(crate) hashes: usize,
+    /// Of the projections.
+    pub(crate) seed: u64,
+    /// (layers, stride): of a layer the buckets of each linear layer (B), overwritten.
+    pub(crate) buckets: &'a mut B::F32,
+    pub(crate) stride: usize,
 }
 
 /// Where in a run a backward pass is, for its random numbers.
@@ -54,6 +67,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         for (l, block) in table.blocks.iter().enumerate() {
             self.attention(acts, l);
             self.mlp(acts, l);
+            self.merge(&mut acts.gelu[l], block.fc2, l);
             let at = (block.fc2, l, &mut acts.turned[..]);
             self.linear(&mut acts.branch, &acts.gelu[l], at, Epilogue::None);
 
@@ -79,10 +93,12 @@ impl<'a, B: Backend> Pass<'a, B> {
     fn attention(&mut self, acts: &mut Activations<B>, l: usize) {
         let block = &self.table.blocks[l];
         let shape = self.shapes().attention(l);
+        self.merge(&mut acts.ln_1[l], block.qkv, l);
         let at = (block.qkv, l, &mut acts.turned[..]);
         self.linear(&mut acts.qkv[l], &acts.ln_1[l], at, Epilogue::None);
         let (out, lse) = (&mut acts.attention[l], &mut acts.lse[l]);
         self.backend.attention_forward(self.workspace, out, lse, &acts.qkv[l], shape);
+        self.merge(&mut acts.attention[l], block.projection, l);
         let at = (block.projection, l, &mut acts.turned[..]);
         self.linear(&mut acts.branch, &acts.attention[l], at, Epilogue::None);
 
@@ -93,6 +109,7 @@ impl<'a, B: Backend> Pass<'a, B> {
 
     /// The MLP's first layer and GELU, from `acts.ln_2` to `acts.gelu`.
     fn mlp(&mut self, acts: &mut Activations<B>, l: usize) {
+        self.merge(&mut acts.ln_2[l], self.table.blocks[l].fc1, l);
         let gelu = Epilogue::Gelu { out: &mut acts.gelu[l], form: self.config.activation };
         let at = (self.table.blocks[l].fc1, l, &mut acts.turned[..]);
         self.linear(&mut acts.fc1[l], &acts.ln_2[l], at, gelu);
@@ -258,6 +275,18 @@ impl<'a, B: Backend> Pass<'a, B> {
         let Activations { losses, ln_f: x, .. } = acts;
         let operands = Classifier { losses, gradient, x, w, targets };
         self.backend.classifier(self.workspace, operands, shape);
+    }
+
+    /// Merges the channels of what a layer is about to read, where that is asked for.
+    fn merge(&mut self, x: &mut B::Tensor, layer: Linear, block: usize) {
+        let sequences = self.sequences;
+        let channels = self.shapes().linears()[layer.number as usize].inputs;
+        let Some(Merging { hashes, seed, buckets, stride }) = &mut self.merge else { return };
+        let at = block * *stride + layer.number as usize * sequences.batch;
+        let merged = Merged { x, buckets: &mut **buckets, at };
+        let shape = MergeShape { sequences, channels, hashes: *hashes };
+        let draw = projections(*seed, block as u32, layer.number);
+        self.backend.merge_channels(self.workspace, merged, shape, &draw);
     }
 
     fn linear(

@@ -5,7 +5,8 @@
 
 use super::batch::Batch;
 use super::follow::Followed;
-use crate::backend::{Backend, Sequences, WorkspaceShape, on_device};
+use super::merge::Merges;
+use crate::backend::{Backend, MergeShape, Sequences, WorkspaceShape, on_device};
 use crate::gpt::{ActivationGradients, Activations, Kept, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::reserve::collect;
@@ -69,6 +70,7 @@ pub(super) struct Buffers<B: Backend> {
     pub(super) activations: Activations<B>,
     pub(super) d: ActivationGradients<B>,
     pub(super) batch: Batch<B>,
+    pub(super) merges: Option<Merges<B>>,
     pub(super) workspace: B::Workspace,
     pub(super) recordings: B::Recordings,
 }
@@ -144,20 +146,24 @@ impl<B: Backend> Buffers<B> {
         let activations = Activations::new(backend, arena, shapes, Some(kept))?;
         let d = ActivationGradients::new(backend, arena, shapes);
         let batch = Batch::new(backend, arena, sequences, bytes.is_some())?;
+        let merges = Merges::new(backend, arena, config, options, bytes.is_some())?;
         plan.activations = cut.since_last();
+        let linears = shapes.linears();
+        let widest = linears.iter().map(|layer| layer.inputs).max().unwrap_or(0);
+        let of_bits = |hashes| MergeShape { sequences, channels: widest, hashes };
         let shape = WorkspaceShape {
-            linears: &shapes.linears(),
+            linears: &linears,
             norm: shapes.norm(),
             attention: shapes.attention(0),
             head: shapes.head(),
             recipes: &options.recipe.all(),
-            merge: None,
+            merge: options.recipe.haste().map(of_bits),
             backward: true,
         };
         backend.supports(&shape)?;
         let workspace = backend.workspace(&mut cut.arena, &shape);
         plan.workspace = cut.since_last();
         let recordings = backend.recordings();
-        Ok(Self { flat, activations, d, batch, workspace, recordings })
+        Ok(Self { flat, activations, d, batch, merges, workspace, recordings })
     }
 }

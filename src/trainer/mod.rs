@@ -6,6 +6,7 @@ mod batch;
 mod carriers;
 mod follow;
 mod memory;
+mod merge;
 mod watch;
 
 use std::fmt;
@@ -19,7 +20,7 @@ use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
 use crate::checkpoint::{self, Checkpoint, Kept, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
-use crate::gpt::{Pass, Place};
+use crate::gpt::{Pass, Place, Shapes};
 use crate::model::{Model, OnDevice};
 use crate::optim::{Bounds, Largest, OptimizerStep, Schedule, State, StepSums};
 use crate::reserve::collect;
@@ -31,6 +32,8 @@ pub use carriers::{Carried, carriers, emulation};
 use follow::Done;
 use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
+use merge::Merges;
+pub use merge::Spared;
 pub use watch::{WeightChange, WeightMetrics};
 
 /// What one optimizer step did.
@@ -62,6 +65,8 @@ pub struct EvalStats {
     pub tokens: u64,
     /// Wall-clock duration.
     pub seconds: f64,
+    /// What `haste` in a recipe would spare of the linear layers; None without it.
+    pub spared: Option<Spared>,
 }
 
 /// Asks a trainer to stop, from any thread or from a signal handler: one atomic store. The request
@@ -192,7 +197,8 @@ impl Trainer {
     /// [`Dataset::check_tokens`]; [`Error::Io`] where a file of it has become shorter or its disk
     /// fails; [`Error::InvalidArgument`] for a dataset that is too short; [`Error::NotFinite`] if
     /// the loss or the gradient is NaN or infinite, or a weight or moment would become so. Weights,
-    /// moments and position are then those before the step.
+    /// moments and position are then those before the step. [`Error::InvalidArgument`] too for a
+    /// recipe that is for evaluation ([`crate::Recipe::check_trains`]).
     pub fn step(&mut self, data: &Dataset) -> Result<StepStats> {
         self.step_on(data, false)
     }
@@ -209,6 +215,7 @@ impl Trainer {
 
     fn step_on(&mut self, data: &Dataset, stops: bool) -> Result<StepStats> {
         let TrainerState { seed, step, ref options, .. } = self.state;
+        options.recipe.check_trains()?;
         let (batch, accumulation) = (options.batch_size as u64, options.accumulation as u64);
         let vocab_size = self.model.config().vocab_size;
         data.check_tokens(vocab_size)?;
@@ -240,7 +247,9 @@ impl Trainer {
         count: usize,
         copy: &dyn Fn(usize, &mut [u32]),
     ) -> Result<StepStats> {
-        let TrainerOptions { batch_size, sequence_length, accumulation, .. } = self.state.options;
+        let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
+            self.state.options;
+        recipe.check_trains()?;
         let window_len = sequence_length + 1;
         let expected = accumulation * batch_size * window_len;
         if count != expected {
@@ -307,6 +316,9 @@ impl Trainer {
     /// Mean loss over `max_batches` batches of windows spread evenly over `data`, the same windows
     /// at every call; 0 takes all windows. Nothing of the run changes.
     ///
+    /// A recipe with `haste` merges the channels that linear layers read, and the result says what
+    /// that would spare.
+    ///
     /// Where no file has the tokens of a sequence and one more, each file with two tokens or more
     /// is one shorter window of all its tokens; the number of tokens in the result tells.
     ///
@@ -316,7 +328,7 @@ impl Trainer {
     /// before a batch.
     pub fn eval(&mut self, data: &Dataset, max_batches: usize) -> Result<EvalStats> {
         let started = Instant::now();
-        let TrainerState { step, ref options, .. } = self.state;
+        let TrainerState { seed, step, ref options, .. } = self.state;
         let TrainerOptions { batch_size, sequence_length, ref recipe, .. } = *options;
         data.check_tokens(self.model.config().vocab_size)?;
         let windows = data.eval_windows(sequence_length)?;
@@ -329,7 +341,8 @@ impl Trainer {
         let Self { run, model, stop, .. } = self;
         let vocab_size = model.config().vocab_size;
         let (mut sum, mut tokens) = (0.0, 0);
-        on_device!(run, run => {
+        let spared = on_device!(run, run => {
+            run.buffers.merges.iter_mut().for_each(Merges::begin);
             recipe.set_step(&mut run.step_plan, 0, (0, 0), step);
             let on = Arc::clone(&run.model);
             // For all batches: nobody changes the weights between them.
@@ -344,11 +357,12 @@ impl Trainer {
                     windows.read(first + row as u64, count, vocab_size, window)
                 };
                 tokens += sequences.rows() as u64;
-                sum += run.sum_of_losses(&weights.all, model, sequences, &mut fill)?;
+                sum += run.sum_of_losses(&weights.all, model, (sequences, seed), &mut fill)?;
             }
+            run.buffers.merges.as_ref().map(Merges::spared)
         });
         let loss = (sum / tokens as f64) as f32;
-        Ok(EvalStats { loss, tokens, seconds: started.elapsed().as_secs_f64() })
+        Ok(EvalStats { loss, tokens, seconds: started.elapsed().as_secs_f64(), spared })
     }
 
     /// Overrides the schedule's learning rate from the next step on; `None` returns to the
@@ -565,7 +579,7 @@ impl<B: Backend> Run<B> {
         let sequences = Sequences { batch: batch_size, length: sequence_length };
         let total_steps = state.options.schedule.total_steps;
         let mut weights = on.lock()?;
-        let Buffers { flat, activations, d, batch, workspace, recordings } = buffers;
+        let Buffers { flat, activations, d, batch, workspace, recordings, .. } = buffers;
         let Flat { gradients, states, reduction, followed } = flat;
         for micro_step in 0..accumulation {
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
@@ -578,8 +592,17 @@ impl<B: Backend> Run<B> {
                     backend.begin_step(workspace);
                 }
                 let (plan, weights, means) = (&*step_plan, &weights.all, followed.means());
-                let mut pass =
-                    Pass { backend, config, table, weights, means, workspace, sequences, plan };
+                let mut pass = Pass {
+                    backend,
+                    config,
+                    table,
+                    weights,
+                    means,
+                    merge: None,
+                    workspace,
+                    sequences,
+                    plan,
+                };
                 let Batch { tokens, targets, .. } = &*batch;
                 let random = [place.step as u32, micro_step as u32];
                 backend.recorded(recordings, plan, random, || {
@@ -635,28 +658,33 @@ impl<B: Backend> Run<B> {
         Ok(sums)
     }
 
-    /// The sum of the losses of a batch that `fill(row, window)` writes.
+    /// The sum of the losses of a batch that `fill(row, window)` writes; projections are drawn by the
+    /// seed.
     fn sum_of_losses(
         &mut self,
         weights: &B::Weights,
         model: &Model,
-        sequences: Sequences,
+        (sequences, seed): (Sequences, u64),
         fill: &mut dyn FnMut(usize, &mut [u32]) -> Result<()>,
     ) -> Result<f64> {
         let Self { model: on, buffers, step_plan: plan } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
-        let Buffers { flat, activations, batch, workspace, .. } = buffers;
+        let Buffers { flat, activations, batch, merges, workspace, .. } = buffers;
         batch.fill(sequences, fill)?;
-        backend.scope(|| {
+        let sum = backend.scope(|| {
             batch.upload(backend);
             let means = flat.followed.means();
+            let merge = merges.as_mut().map(|merges| merges.merging(seed));
             let mut pass =
-                Pass { backend, config, table, weights, means, workspace, sequences, plan };
+                Pass { backend, config, table, weights, means, merge, workspace, sequences, plan };
             pass.forward(activations, &batch.tokens);
             pass.loss(activations, &batch.targets);
             backend.sum_losses(&mut flat.reduction, &activations.losses, sequences.rows())
-        })
+        })?;
+        let shapes = Shapes { config, sequences, precision: plan.precision };
+        merges.iter_mut().try_for_each(|merges| merges.count(backend, shapes))?;
+        Ok(sum)
     }
 }
 
@@ -730,7 +758,8 @@ mod tests {
             tied_head: false,
             ..ModelConfig::default()
         };
-        let followed = ["tetrajet,ema=0.998,reset=9:3:8@0.5", "nvidia-nvfp4,reset=9:3:8@0.5"];
+        let followed =
+            ["tetrajet,ema=0.998,reset=9:3:8@0.5", "nvidia-nvfp4,reset=9:3:8@0.5", "bf16,haste=13"];
         let recipes: Vec<_> =
             Recipe::NAMES.into_iter().chain(followed).map(|name| name.parse().unwrap()).collect();
         let mut made = 0;

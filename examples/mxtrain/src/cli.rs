@@ -548,7 +548,8 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "TOKENS")]
     pub(crate) sequence_length: Option<usize>,
 
-    /// Number formats, as in `mxtrain train` [default: the checkpoint's, else bf16]
+    /// Number formats, as in `mxtrain train` [default: the checkpoint's, else bf16]; with haste=L,
+    /// such as bf16,haste=16, also what merging channels costs and would spare
     #[arg(long, value_name = "NAME")]
     pub(crate) recipe: Option<Recipe>,
 

@@ -24,10 +24,13 @@ fn table(recipes: &[Recipe]) -> String {
     let mut rows = vec![head.map(str::to_owned), head.map(|_| String::new())];
     for recipe in recipes {
         for (linear, names) in kinds(recipe) {
-            let [y, dx, dw] = linear.gemms().map(|gemm| {
+            let [mut y, dx, dw] = linear.gemms().map(|gemm| {
                 let (a, b) = (gemm.a().to_string(), gemm.b().to_string());
                 if a == b { a } else { format!("{a}, {b}") }
             });
+            if let Some(bits) = recipe.haste() {
+                y.push_str(&format!(" haste {bits}"));
+            }
             let of = if names.len() == LINEARS { "" } else { &format!(" {}", names.join(", ")) };
             rows.push([format!("`{recipe}`{of}"), y, dx, dw, recipe.excepted()]);
         }

@@ -230,6 +230,51 @@ fn the_table_of_recipes_is_in_the_documents() {
     assert_eq!(found, table, "MXT_BLESS=1 cargo test -p mxtrain --test cli writes it");
 }
 
+/// Beside the loss stand the loss without it and what it would spare; nothing trains with it.
+#[test]
+fn merged_channels_are_evaluated_and_not_trained() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    fs::write(dir.join("a.txt"), "Some text, and more of it.\n".repeat(100)).unwrap();
+    succeed(dir, "prepare a.txt --out data");
+    let train = "train --data data --layers 2 --channels 32 --context 16 --steps 2 --threads 1";
+    let refused = refuse(dir, &format!("{train} --out model --recipe bf16,haste=4"));
+    assert!(refused.contains("--recipe: haste=4 is for evaluation: hashes"), "{refused}");
+    assert!(refused.contains("train with bf16, and evaluate with bf16,haste=4"), "{refused}");
+    let compare = "compare train --data data --out runs --steps 2 --seeds 1";
+    let refused = refuse(dir, &format!("{compare} --recipe fp8,haste=1"));
+    assert!(refused.contains("haste=1 is for evaluation"), "{refused}");
+
+    succeed(dir, &format!("{train} --out model --recipe bf16"));
+    let eval = |options: &str| {
+        let line = format!("eval --checkpoint model --data data --threads 1 --json {options}");
+        serde_json::from_str::<serde_json::Value>(&succeed(dir, &line)).unwrap()
+    };
+    let plain = eval("");
+    assert!(plain.get("haste").is_none(), "{plain}");
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    for bits in [1, 64] {
+        let merged = eval(&format!("--recipe bf16,haste={bits}"));
+        let haste = &merged["haste"];
+        assert_eq!((&haste["bits"], &haste["loss_without"]), (&bits.into(), &plain["loss"]));
+        assert_eq!(merged["tokens"], plain["tokens"]);
+        let [products, all] = ["spared_products", "spared_all"].map(|key| number(&haste[key]));
+        assert!(all < products && (0.0..1.0).contains(&products), "{merged}");
+        if bits == 1 {
+            // At most two buckets of 32 channels, and of 128.
+            assert!(products >= 1.0 - 2.0 / 32.0, "{merged}");
+            assert_ne!(merged["loss"], plain["loss"]);
+        }
+    }
+    let words = succeed(dir, "eval --checkpoint model --data data --recipe bf16,haste=2");
+    let lines: Vec<_> = words.lines().collect();
+    assert!(lines[1].starts_with("without haste=2: loss ") && lines.len() == 3, "{words}");
+    assert!(lines[1].ends_with(" nats a token"), "{words}");
+    assert!(lines[2].starts_with("merging would spare 9"), "{words}");
+    let table = succeed(dir, "recipes bf16,haste=12");
+    assert!(table.contains("| bf16 haste 12 | bf16 "), "{table}");
+}
+
 #[test]
 fn a_recipe_is_shown_with_its_switches() {
     let table = succeed(Path::new("."), "recipes mxfp4-rht-sr,g=128,bf16-last-layers=2 nvfp4-eden");

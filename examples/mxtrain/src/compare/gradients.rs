@@ -148,10 +148,11 @@ pub(crate) fn run(args: &GradientsArgs) -> Outcome<ExitCode> {
     if args.draws < 2 {
         return Err(Failure::usage("--draws: expected at least 2, for a variance; got fewer"));
     }
-    let recipes = match args.recipes.as_slice() {
+    let recipes: Vec<Recipe> = match args.recipes.as_slice() {
         [] => RECIPES[1..].iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
         given => given.to_vec(),
     };
+    recipes.iter().try_for_each(Recipe::check_trains)?;
     args.seed.say_if_drawn();
     let (engine, about) = machine::open(&args.machine, args.seed.number())?;
     let data = Data::open(&DataArgs {

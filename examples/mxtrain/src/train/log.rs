@@ -134,7 +134,7 @@ impl Log {
 
     /// Adds an evaluation after `step` steps.
     pub(crate) fn eval(&mut self, step: u64, stats: &EvalStats) -> Outcome {
-        let &EvalStats { loss, tokens, seconds } = stats;
+        let &EvalStats { loss, tokens, seconds, .. } = stats;
         self.line(&Line::Eval { step, loss, tokens, seconds })
     }
 
@@ -208,7 +208,7 @@ mod tests {
             raised_blocks: 0,
         };
         Log::open(&path, false).unwrap().step(&step).unwrap();
-        let eval = EvalStats { loss: f32::NAN, tokens: 8, seconds: 0.25 };
+        let eval = EvalStats { loss: f32::NAN, tokens: 8, seconds: 0.25, spared: None };
         Log::open(&path, true).unwrap().eval(1, &eval).unwrap();
         assert_eq!(
             fs::read_to_string(&path).unwrap(),
@@ -247,7 +247,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.jsonl");
         fs::write(&path, "{}\n{\"ty").unwrap();
-        let eval = EvalStats { loss: 1.0, tokens: 8, seconds: 0.25 };
+        let eval = EvalStats { loss: 1.0, tokens: 8, seconds: 0.25, spared: None };
         Log::open(&path, true).unwrap().eval(1, &eval).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.starts_with("{}\n{\"ty\n{\"type\":\"eval\""), "{text}");
@@ -272,7 +272,7 @@ mod tests {
     fn a_line_after_a_lost_one_begins_anew() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.jsonl");
-        let eval = EvalStats { loss: 1.0, tokens: 8, seconds: 0.25 };
+        let eval = EvalStats { loss: 1.0, tokens: 8, seconds: 0.25, spared: None };
         let mut log = Log::open(&path, false).unwrap();
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();

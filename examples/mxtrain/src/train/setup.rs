@@ -190,6 +190,7 @@ pub(crate) fn trainer_options(
     optimizer: Option<&OptimizerArgs>,
     weights: Weights,
 ) -> Outcome<TrainerOptions> {
+    recipe.check_trains()?;
     let mut options = TrainerOptions {
         batch_size: batch.batch_size,
         sequence_length: batch.sequence_length.unwrap_or(0),
