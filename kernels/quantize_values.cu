@@ -365,15 +365,42 @@ struct Scaling {
   u32 rows, columns;
 };
 
-// out = c times scales of its rows and of its columns, plus a bias. Grid: rows; block: 256.
+// `COUNT` numbers, one or eight; `others` where there are none.
+template <u32 COUNT, class T>
+__device__ __forceinline__ void load(const T *from, float v[COUNT], float others = 0.0f) {
+#pragma unroll
+  for (u32 i = 0; i < COUNT; i++) v[i] = others;
+  if (!from) return;
+  if constexpr (COUNT == 8) load8(from, v);
+  else v[0] = to_f32(*from);
+}
+
+// As many of a row, from `column` on.
+template <class T, u32 COUNT>
+__device__ __forceinline__ void scale_columns(const Scaling &q, float of_row, u32 column) {
+  size_t at = (size_t)blockIdx.x * q.columns + column;
+  const T *bias = (const T *)q.bias;
+  float v[COUNT], scales[COUNT], added[COUNT];
+  load<COUNT>(q.c + at, v);
+  load<COUNT>(q.of_columns ? q.of_columns + column : nullptr, scales, 1.0f);
+  load<COUNT>(bias ? bias + column : nullptr, added);
+#pragma unroll
+  for (u32 i = 0; i < COUNT; i++)
+    v[i] = __fadd_rn(__fmul_rn(v[i], __fmul_rn(of_row, scales[i])), added[i]);
+  T *out = (T *)q.out + at;
+  if constexpr (COUNT == 8) store8(out, v);
+  else *out = from_f32<T>(v[0]);
+}
+
+// out = c times scales of its rows and of its columns, plus a bias. Grid: rows; block: at most 256.
 template <class T>
 __global__ void __launch_bounds__(THREADS) scale_result(const __grid_constant__ Scaling q) {
   begin();
   float of_row = q.of_rows ? q.of_rows[blockIdx.x] : 1.0f;
-  for (u32 column = threadIdx.x; column < q.columns; column += THREADS) {
-    size_t at = (size_t)blockIdx.x * q.columns + column;
-    float scale = __fmul_rn(of_row, q.of_columns ? q.of_columns[column] : 1.0f);
-    float bias = q.bias ? to_f32(((const T *)q.bias)[column]) : 0.0f;
-    ((T *)q.out)[at] = from_f32<T>(__fadd_rn(__fmul_rn(q.c[at], scale), bias));
+  if (q.columns % 8 == 0) {
+    for (u32 i = 8 * threadIdx.x; i < q.columns; i += 8 * blockDim.x)
+      scale_columns<T, 8>(q, of_row, i);
+  } else {
+    for (u32 i = threadIdx.x; i < q.columns; i += blockDim.x) scale_columns<T, 1>(q, of_row, i);
   }
 }

@@ -159,7 +159,7 @@ fn quantization_on(cuda: &Cuda) {
     }
 }
 
-/// FP8 bytes and NVFP4's numbers against the rate of a copy by the driver.
+/// FP8 bytes and the numbers of NVFP4 and int8 against the rate of a copy by the driver.
 #[test]
 #[ignore = "a measurement"]
 fn operands() {
@@ -194,6 +194,22 @@ fn operands_on(cuda: &Cuda) {
             }
             .run(cuda);
         };
+        let int8 = |source, format| {
+            let matrix = values::Matrix::rows(source, rows, cols, OperandId::X);
+            values::Quantization {
+                matrix: values::Matrix { amax: Some(amax), ..matrix },
+                operand: Operand::of(format),
+                transform: None,
+                gemm: GemmId::Dgrad,
+                random: RANDOM,
+                to: values::To {
+                    out: to[0],
+                    vector_scales: sums.address(),
+                    ..values::To::default()
+                },
+            }
+            .run(cuda);
+        };
         let (nearest, unbiased, eden) = (Rounding::Nearest, Rounding::Unbiased, Rounding::Eden);
         let times = medians(
             cuda,
@@ -213,6 +229,8 @@ fn operands_on(cuda: &Cuda) {
                 &mut || nvfp4(bf16, false, unbiased, 64),
                 &mut || nvfp4(bf16, true, unbiased, 64),
                 &mut || nvfp4(bf16, true, eden, 128),
+                &mut || int8(bf16, Format::INT8_VECTORS),
+                &mut || int8(f32, Format::INT8_TENSOR),
             ],
         );
         // Bytes an element; with a transform the source is read twice.
@@ -230,6 +248,8 @@ fn operands_on(cuda: &Cuda) {
             ("NVFP4 rows SR H64", 6.0),
             ("NVFP4 columns SR H64", 6.0),
             ("NVFP4 columns EDEN H128", 6.0),
+            ("int8 rows", 4.0),
+            ("int8 of f32", 6.0),
         ];
         println!("({rows}, {cols})");
         for (time, (what, bytes)) in times.iter().zip(of) {

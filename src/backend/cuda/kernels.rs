@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 23] = [
+pub(super) static FILES: [File; 24] = [
     file!("optimize", [], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
@@ -53,6 +53,9 @@ pub(super) static FILES: [File; 23] = [
     }),
     file!("gelu", ["gelu.cuh"], |_| of("gelu_of_all<T,B,B> sample_gelu_gradient")),
     file!("head", [], |_| of("softmax_loss<T>")),
+    file!("int8", ["random.cuh", "numbers.cuh", "values.cuh"], |_| {
+        of("round_int8_rows<T> round_int8_tensor<T>")
+    }),
     file!("merge", ["random.cuh"], |_| {
         of("draw_projections hash_channels<T> link_channels average_channels<T>")
     }),

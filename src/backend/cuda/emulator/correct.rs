@@ -65,10 +65,11 @@ fn corrections_are_those_of_the_definition() {
                     ..To::default()
                 },
             };
+            let [find, round] = of.launches();
             if of.finds_amax() {
-                values.launch(schedule, "find_value_amax<float>", of.launch(), of.arguments());
+                values.launch(schedule, "find_value_amax<float>", find, of.arguments());
             }
-            values.launch(schedule, "round_values<float>", of.launch(), of.arguments());
+            values.launch(schedule, "round_values<float>", round, of.arguments());
             let before = factors[0];
             let operands = [Measured::of(&of); 2];
             let argument = Correct { operands, factors: factors.as_mut_ptr() as u64 };

@@ -1,4 +1,4 @@
-//! Operands in numbers: `quantize_values.cu` and `quantize_nvfp4.cu`, bit for bit.
+//! Operands in numbers: `quantize_values.cu`, `quantize_nvfp4.cu` and `int8.cu`, bit for bit.
 
 use super::super::quantize::Launch;
 use super::super::quantize::Source as Address;
@@ -93,7 +93,7 @@ fn data(len: usize, kind: Data) -> Vec<f32> {
     for (i, v) in values.iter_mut().enumerate() {
         match kind {
             Data::Normal => {}
-            Data::Zero => *v = 0.0,
+            Data::Zero => *v = if i % 2 == 0 { 0.0 } else { -0.0 },
             Data::Tailed | Data::NotFinite => {
                 *v *= v.abs().powi(3);
                 match i / 37 % 29 {
@@ -128,7 +128,9 @@ fn word(v: f32, wide: bool) -> u32 {
 fn values_are_those_of_the_definition() {
     let Some(plain) = Emulator::new("quantize_values") else { return };
     let Some(nvfp4) = Emulator::new("quantize_nvfp4") else { return };
+    let Some(int8) = Emulator::new("int8") else { return };
     let Some(bounds_of) = Emulator::new("outliers") else { return };
+    let emulators = [&plain, &nvfp4, &int8, &bounds_of];
     let mut cases = 0;
     for (i, operand) in operands().iter().enumerate() {
         let own = operand.format().is_nvfp4();
@@ -148,16 +150,36 @@ fn values_are_those_of_the_definition() {
                 if transposed && operand.outliers().is_some() {
                     continue;
                 }
-                let emulators = [&plain, &nvfp4, &bounds_of];
                 check(emulators, schedule, operand, (shape, kind), (precision, transposed), to);
                 cases += 1;
+            }
+        }
+    }
+    check_int8(emulators);
+}
+
+/// Sizes that int8 has kernels of its own for: several vectors a thread block, and one alone.
+fn check_int8(emulators: [&Emulator; 4]) {
+    let kinds = [Data::Normal, Data::Tailed, Data::NotFinite, Data::Zero];
+    for (i, shape) in [(16, 16), (48, 544), (32, 4112)].into_iter().enumerate() {
+        for (j, kind) in kinds.into_iter().enumerate() {
+            let schedule = SCHEDULES[(i + j) % 3];
+            for precision in [Precision::F32, Precision::Bf16] {
+                for (format, transposed) in [
+                    (Format::INT8_VECTORS, false),
+                    (Format::INT8_TENSOR, false),
+                    (Format::INT8_TENSOR, true),
+                ] {
+                    let (operand, of) = (Operand::of(format), (precision, transposed));
+                    check(emulators, schedule, &operand, (shape, kind), of, (false, false));
+                }
             }
         }
     }
 }
 
 fn check(
-    [plain, nvfp4, bounds_of]: [&Emulator; 3],
+    [plain, nvfp4, int8, bounds_of]: [&Emulator; 4],
     schedule: (u32, u32),
     operand: &Operand,
     ((vectors, length), kind): ((usize, usize), Data),
@@ -236,15 +258,21 @@ fn check(
         },
     };
     let number = if precision == Precision::F32 { "float" } else { "bf16" };
-    let (launch, [find, round]) = (of.launch(), of.kernels());
-    let emulator = if round.starts_with("round_nvfp4") { nvfp4 } else { plain };
+    let ([find_launch, launch], [find, round]) = (of.launches(), of.kernels());
+    let of_nvfp4 = |name: &str| name.contains("_nvfp4");
+    let finder = if of_nvfp4(&find) { nvfp4 } else { plain };
+    let rounder = match round.as_str() {
+        name if of_nvfp4(name) => nvfp4,
+        name if name.contains("int8") => int8,
+        _ => plain,
+    };
     if let Some(outliers) = Outliers::of(&of) {
         let launch = Launch { grid: [vectors, 1, 1], block: 256, shared: 0 };
         bounds_of.launch(schedule, &format!("find_bounds<{number}>"), launch, outliers);
     } else if of.finds_amax() {
-        emulator.launch(schedule, &find, launch, of.arguments());
+        finder.launch(schedule, &find, find_launch, of.arguments());
     }
-    emulator.launch(schedule, &round, launch, of.arguments());
+    rounder.launch(schedule, &round, launch, of.arguments());
 
     assert_eq!(of.depth(), exact.depth, "{what}");
     assert_eq!(word(scale, true), word(exact.scale, true), "{what}: scale");
@@ -262,7 +290,11 @@ fn check(
     let expected = if dequantized { exact.dequantized(kept) } else { exact.values.clone() };
     let (words, narrow): (&[u32], &[u16]) =
         (bytemuck::cast_slice(&out), bytemuck::cast_slice(&out));
-    for (at, expected) in expected.iter().enumerate() {
+    for (index, expected) in expected.iter().enumerate() {
+        let at = match of.is_as_stored() {
+            true => index % length * vectors + index / length,
+            false => index,
+        };
         let ours = match wide {
             true => f32::from_bits(words[at]),
             false => half::bf16::from_bits(narrow[at]).to_f32(),
@@ -271,40 +303,43 @@ fn check(
         assert!(
             word(ours, wide) == word(*expected, wide),
             "{what}: {ours} instead of {expected} at {:?}",
-            (at / depth, at % depth)
+            (index / depth, index % depth)
         );
     }
 }
 
-/// Results times scales of rows and columns, with a bias.
+/// Results times scales of rows and columns, with a bias, one or eight at a time.
 #[test]
 fn results_are_scaled_by_their_vectors() {
     let Some(emulator) = Emulator::new("quantize_values") else { return };
-    let (rows, columns) = (5, 300);
-    let c = data(rows * columns, Data::Normal);
-    let [of_rows, of_columns, bias] = [rows, columns, columns].map(|len| data(len, Data::Normal));
-    for (has_rows, has_columns, has_bias) in
-        [(true, false, true), (true, true, false), (false, true, true), (false, false, false)]
-    {
-        let mut out = vec![f32::NAN; rows * columns];
-        let address = |of: &[f32], has: bool| if has { of.as_ptr() as u64 } else { 0 };
-        let scaling = Scaling {
-            out: out.as_mut_ptr() as u64,
-            c: c.as_ptr() as u64,
-            of_rows: address(&of_rows, has_rows),
-            of_columns: address(&of_columns, has_columns),
-            bias: address(&bias, has_bias),
-            rows: rows as u32,
-            columns: columns as u32,
-        };
-        let launch = Launch { grid: [rows, 1, 1], block: 256, shared: 0 };
-        emulator.launch(SCHEDULES[0], "scale_result<float>", launch, scaling);
-        for (at, ours) in out.iter().enumerate() {
-            let (row, column) = (at / columns, at % columns);
-            let scale = if has_rows { of_rows[row] } else { 1.0 };
-            let scale = scale * if has_columns { of_columns[column] } else { 1.0 };
-            let expected = c[at] * scale + if has_bias { bias[column] } else { 0.0 };
-            assert_eq!(ours.to_bits(), expected.to_bits(), "({row}, {column})");
+    for columns in [300, 1088] {
+        for has in [[true, false, true], [true, true, false], [false, true, true], [false; 3]] {
+            check_scaling(&emulator, columns, has);
         }
+    }
+}
+
+fn check_scaling(emulator: &Emulator, columns: usize, has: [bool; 3]) {
+    let rows = 5;
+    let c = data(rows * columns, Data::Normal);
+    let all = [rows, columns, columns].map(|len| data(len, Data::Normal));
+    let mut address = [0; 3];
+    for ((address, all), has) in address.iter_mut().zip(&all).zip(has) {
+        *address = if has { all.as_ptr() as u64 } else { 0 };
+    }
+    let [of_rows, of_columns, bias] = address;
+    let (launch, schedule) = (Launch { grid: [rows, 1, 1], block: 96, shared: 0 }, SCHEDULES[0]);
+    let number =
+        |which: usize, at: usize, none: f32| if has[which] { all[which][at] } else { none };
+    let mut out = vec![f32::NAN; rows * columns];
+    let (to, from) = (out.as_mut_ptr() as u64, c.as_ptr() as u64);
+    let (rows, columns) = (rows as u32, columns as u32);
+    let scaling = Scaling { out: to, c: from, of_rows, of_columns, bias, rows, columns };
+    emulator.launch(schedule, "scale_result<float>", launch, scaling);
+    for (at, ours) in out.iter().enumerate() {
+        let (row, column) = (at / columns as usize, at % columns as usize);
+        let scale = number(0, row, 1.0) * number(1, column, 1.0);
+        let expected = c[at] * scale + number(2, column, 0.0);
+        assert_eq!(ours.to_bits(), expected.to_bits(), "({row}, {column}) {has:?}");
     }
 }

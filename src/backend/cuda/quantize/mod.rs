@@ -18,6 +18,7 @@
 
 pub(super) mod carrier;
 pub(super) mod fp8;
+pub(super) mod int8;
 pub(super) mod random;
 pub(super) mod sums;
 pub(super) mod values;

@@ -1,7 +1,7 @@
 //! Products of operands in any format: each becomes bf16 numbers, or f32 where their scales ask for
-//! that, which tensor cores then multiply exactly (`quantize_nvfp4.cu`, `quantize_values.cu`). What
-//! the numbers are is the definition's own, bit for bit; what they are multiplied by besides, which
-//! depends on the tensor, stays on the device. The result of rotated forward operands is turned back
+//! that, which tensor cores then multiply exactly (`quantize_nvfp4.cu`, `int8.cu`,
+//! `quantize_values.cu`). What the numbers are is the definition's own, bit for bit; what they are
+//! multiplied by besides, which depends on the tensor, stays on the device. The result of rotated forward operands is turned back
 //! (`restore.cu`), that of weights with an estimator multiplied by it (`estimate.cu`).
 //!
 //! FP8 operands with a scale for each tensor become bytes instead where FP8 tensor cores take them,
@@ -12,7 +12,7 @@ use std::ffi::c_void;
 
 use super::carrier::Carrier;
 use super::random::{Draw, Transform};
-use super::{MAX_DEPTH, Source, fp8, power_rule};
+use super::{MAX_DEPTH, Source, fp8, int8, power_rule};
 use crate::backend::Precision;
 use crate::backend::cuda::device::capture::Redraw;
 use crate::backend::cuda::device::gemm::{Operand as Factor, Product, Type};
@@ -29,6 +29,9 @@ use crate::formats::{
 const CHUNK: usize = 256;
 const VECTORS: usize = 32;
 const THREADS: usize = 256;
+
+/// Results that a thread scales at once.
+const SCALED: usize = 8;
 
 /// Whether the operands of a GEMM are made by the kernels of their formats, which know f32, bf16,
 /// MXFP4 of OCP in a backward pass and E4M3 in the forward pass, and x as E4M3 leaves it; and where
@@ -541,7 +544,10 @@ impl Quantization {
     /// has noted it or it is of what is rotated.
     pub(crate) fn finds_amax(&self) -> bool {
         let format = self.operand.format();
-        format.block() == Block::Vector || formats::needs_amax(format) && self.noted().is_none()
+        match format.block() {
+            Block::Vector => self.int8_form().is_none(),
+            _ => formats::needs_amax(format) && self.noted().is_none(),
+        }
     }
 
     /// The tensor's amax, where it is known.
@@ -549,13 +555,35 @@ impl Quantization {
         self.matrix.amax.filter(|_| self.transform.is_none())
     }
 
-    /// Grid and bytes of dynamic shared memory.
-    pub(crate) fn launch(&self) -> super::Launch {
-        let grid = [self.matrix.vectors.div_ceil(VECTORS), self.depth().div_ceil(CHUNK), 1];
+    /// How both of its kernels are launched.
+    pub(crate) fn launches(&self) -> [super::Launch; 2] {
+        let Matrix { vectors, length, .. } = self.matrix;
+        let grid = [vectors.div_ceil(VECTORS), self.depth().div_ceil(CHUNK), 1];
         let bits = self.operand.rounding() == Rounding::Unbiased
             && self.matrix.transposed
             && !self.has_nvfp4_kernels();
-        super::Launch { grid, block: THREADS, shared: if bits { 2 * CHUNK * VECTORS } else { 0 } }
+        let shared = if bits { 2 * CHUNK * VECTORS } else { 0 };
+        let by_chunks = super::Launch { grid, block: THREADS, shared };
+        let round = self.int8_form().map(|form| form.launch(vectors, length));
+        [by_chunks, round.unwrap_or(by_chunks)]
+    }
+
+    /// How the kernels of int8 make it, if they do.
+    fn int8_form(&self) -> Option<int8::Form> {
+        int8::Form::of(self)
+    }
+
+    /// As a product reads it.
+    fn factor(&self) -> Factor {
+        match self.is_as_stored() {
+            true => Factor::columns(self.to.out, self.matrix.vectors),
+            false => Factor::rows(self.to.out, self.depth()),
+        }
+    }
+
+    /// Whether its numbers lie in the order of a source that is stored transposed.
+    pub(crate) fn is_as_stored(&self) -> bool {
+        self.matrix.transposed && self.int8_form() == Some(int8::Form::Tensor)
     }
 
     /// Whether the kernels of NVFP4 make it, which note nothing besides.
@@ -577,7 +605,9 @@ impl Quantization {
             Rounding::Eden => "EDEN",
         };
         if !self.has_nvfp4_kernels() {
-            return ["find_value_amax", "round_values"].map(|name| format!("{name}<{number}>"));
+            let [find, round] =
+                ["find_value_amax", "round_values"].map(|name| format!("{name}<{number}>"));
+            return [find, self.int8_form().map_or(round, |form| form.kernel(number))];
         }
         let transposed = self.matrix.transposed;
         [
@@ -589,12 +619,12 @@ impl Quantization {
     /// All of it.
     pub(crate) fn run(mut self, cuda: &Cuda) {
         let source = self.matrix.source;
-        let [find, round] = self.kernels();
+        let ([find, round], launches) = (self.kernels(), self.launches());
         if let Some(outliers) = Outliers::of(&self) {
             let grid = [self.matrix.vectors, 1, 1];
             launch!(cuda.gpu, kernel!(source, "find_bounds"), grid, THREADS, 0; outliers);
         } else if self.finds_amax() {
-            self.start(cuda, &find, self.is_rotated_anew());
+            self.start(cuda, (&find, launches[0]), self.is_rotated_anew());
         } else if let Some(amax) = self.noted() {
             self.to.amax = amax;
         }
@@ -605,7 +635,7 @@ impl Quantization {
             "weights have the means that they are rounded by"
         );
         let drawn = !(rounding == Rounding::Nearest || by_mean) || self.is_rotated_anew();
-        self.start(cuda, &round, drawn);
+        self.start(cuda, (&round, launches[1]), drawn);
     }
 
     fn is_rotated_anew(&self) -> bool {
@@ -613,8 +643,8 @@ impl Quantization {
     }
 
     /// `drawn`: what it reads changes with every step.
-    fn start(&self, cuda: &Cuda, kernel: &str, drawn: bool) {
-        let super::Launch { grid, block, shared } = self.launch();
+    fn start(&self, cuda: &Cuda, (kernel, launch): (&str, super::Launch), drawn: bool) {
+        let super::Launch { grid, block, shared } = launch;
         let arguments = self.arguments();
         if drawn {
             let drawing = Drawing { arguments, of: *self };
@@ -969,7 +999,7 @@ pub(crate) fn multiply(
 
     let depth = made_a.depth();
     let (m, n) = (a.vectors, b.vectors);
-    let operands = [left, right].map(|address| Factor::rows(address, depth));
+    let operands = [&made_a, &made_b].map(Quantization::factor);
     let format = if wide { Type::F32 } else { Type::Bf16 };
     let product = Product {
         c_type: out.precision.into(),
@@ -1011,7 +1041,8 @@ pub(crate) fn multiply(
         rows: m as u32,
         columns: n as u32,
     };
-    launch!(cuda.gpu, kernel!(out, "scale_result"), [m, 1, 1], THREADS, 0; scaling);
+    let block = (n.div_ceil(SCALED).next_multiple_of(32)).min(THREADS);
+    launch!(cuda.gpu, kernel!(out, "scale_result"), [m, 1, 1], block, 0; scaling);
 }
 
 /// What the forward pass makes of a weight, dequantized and dense, to `out`, and the scales of its
