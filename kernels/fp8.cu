@@ -52,140 +52,41 @@ __device__ __forceinline__ u32 pack_scaled(float low, float high, float inverse)
   return E5M2 ? pack_e5m2(low, high) : pack_e4m3(low, high);
 }
 
-// The scale that *amax asks for.
-template <bool E5M2> __device__ __forceinline__ float scale_of(const u32 *amax) {
-  return fp8_scale(*amax, E5M2 ? 15 : 8);
-}
-
-// Eight numbers times `inverse` to FP8 bytes.
-template <bool E5M2>
-__device__ __forceinline__ uint2 pack_eight(const float v[8], float inverse) {
-  return make_uint2(pack_scaled<E5M2>(v[0], v[1], inverse) |
-                        pack_scaled<E5M2>(v[2], v[3], inverse) << 16,
-                    pack_scaled<E5M2>(v[4], v[5], inverse) |
-                        pack_scaled<E5M2>(v[6], v[7], inverse) << 16);
-}
+// What makes bytes of the numbers of a tensor whose amax has these bits.
+template <bool E5M2> struct Bytes {
+  float scale, inverse;
+  __device__ __forceinline__ explicit Bytes(u32 amax)
+      : scale(fp8_scale(amax, E5M2 ? 15 : 8)), inverse(1.0f / scale) {}
+  // Of eight.
+  __device__ __forceinline__ uint2 pack(const float v[8]) const {
+    return make_uint2(pack_scaled<E5M2>(v[0], v[1], inverse) |
+                          pack_scaled<E5M2>(v[2], v[3], inverse) << 16,
+                      pack_scaled<E5M2>(v[4], v[5], inverse) |
+                          pack_scaled<E5M2>(v[6], v[7], inverse) << 16);
+  }
+};
 
 // out (len) = v (len) / *scale to FP8 bytes, and *scale, the one that *amax asks for: the same
 // numbers as above. From compute capability 8.9 on. Grid: len / (16 block), rounded up; block: 256.
 template <class T, bool E5M2>
 __global__ void convert_to_fp8(u8 *out, float *scale_out, const T *v, const u32 *amax, u64 len) {
   begin();
-  float scale = scale_of<E5M2>(amax), inverse = 1.0f / scale;
+  Bytes<E5M2> of(*amax);
   u64 i = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * 16;
-  if (i == 0) *scale_out = scale;
+  if (i == 0) *scale_out = of.scale;
   if (i + 16 <= len) {
     float x[16];
     load8(v + i, x), load8(v + i + 8, x + 8);
-    uint2 low = pack_eight<E5M2>(x, inverse), high = pack_eight<E5M2>(x + 8, inverse);
+    uint2 low = of.pack(x), high = of.pack(x + 8);
     *(uint4 *)(out + i) = make_uint4(low.x, low.y, high.x, high.y);
   } else {
-    for (; i < len; i++) out[i] = (u8)pack_scaled<E5M2>(to_f32(v[i]), 0.0f, inverse);
+    for (; i < len; i++) out[i] = (u8)pack_scaled<E5M2>(to_f32(v[i]), 0.0f, of.inverse);
   }
 }
 
-// ---- Tiles --------------------------------------------------------------------------------------
-
-// Rows and columns of a tile, of which a thread has 8 by 8.
-#define TILE 128
-
-// Eight numbers as they lie in memory, zeros where there are none.
-template <class T> struct Eight {
-  uint4 raw[sizeof(T) / 2];
-  __device__ __forceinline__ void load(const T *from) {
-#pragma unroll
-    for (int i = 0; i < sizeof(T) / 2; i++)
-      raw[i] = from ? ((const uint4 *)from)[i] : make_uint4(0, 0, 0, 0);
-  }
-  __device__ __forceinline__ void values(float v[8]) const { load8((const T *)raw, v); }
-};
-
-// Four rows of four bytes to four columns.
-__device__ __forceinline__ void transpose_bytes(u32 words[4]) {
-  u32 low[2], high[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    low[i] = __byte_perm(words[2 * i], words[2 * i + 1], 0x5140);
-    high[i] = __byte_perm(words[2 * i], words[2 * i + 1], 0x7362);
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    words[i] = __byte_perm(low[0], low[1], i ? 0x7632 : 0x5410);
-    words[2 + i] = __byte_perm(high[0], high[1], i ? 0x7632 : 0x5410);
-  }
-}
-
-// columns_out (cols, rows) = v (rows, cols) as FP8 bytes, transposed, which products that reduce
-// over rows read; and where ROWS_TOO, from the same reading, rows_out (rows, cols) and, unless it is
-// null, a line of `sums` (grid y, cols), the column sums of the tile's rows, for the bias gradient.
-// Both dimensions are multiples of 16.
-//
-// NOTE: what counts is how much is on its way at once: a thread asks for all of its 64 numbers
-// before it needs the first.
-template <class T, bool E5M2, bool ROWS_TOO>
-__device__ __forceinline__ void tile_to_fp8(u8 *rows_out, u8 *columns_out, float *scale_out,
-                                            float *sums, const T *v, const u32 *amax, u32 rows,
-                                            u32 cols) {
-  // Words of four rows, a line for every column. NOTE: a pitch of 33 words, so that the threads
-  // that write rows of eight columns each meet in a bank no more than four by four.
-  __shared__ u32 tile[TILE][TILE / 4 + 1];
-  __shared__ float of_warps[ROWS_TOO ? 8 : 1][ROWS_TOO ? TILE : 1];
-  u32 t = threadIdx.x, place = t % 16 * 8, line = t / 16 * 8;
-  u32 row = blockIdx.y * TILE + line, column = blockIdx.x * TILE + place;
-  bool inside = row < rows && column < cols;
-  Eight<T> x[8];
-#pragma unroll
-  for (int r = 0; r < 8; r++) x[r].load(inside ? v + (size_t)(row + r) * cols + column : nullptr);
-  float scale = scale_of<E5M2>(amax), inverse = 1.0f / scale, sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-  if (blockIdx.x == 0 && blockIdx.y == 0 && t == 0) *scale_out = scale;
-  uint2 bytes[8];
-#pragma unroll
-  for (int r = 0; r < 8; r++) {
-    float values[8];
-    x[r].values(values);
-    bytes[r] = pack_eight<E5M2>(values, inverse);
-    if (ROWS_TOO) {
-      if (inside) *(uint2 *)(rows_out + (size_t)(row + r) * cols + column) = bytes[r];
-#pragma unroll
-      for (int c = 0; c < 8; c++) sum[c] += values[c];
-    }
-  }
-#pragma unroll
-  for (int r = 0; r < 8; r += 4)
-#pragma unroll
-    for (int c = 0; c < 8; c += 4) {
-      u32 words[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) words[i] = c ? bytes[r + i].y : bytes[r + i].x;
-      transpose_bytes(words);
-#pragma unroll
-      for (int i = 0; i < 4; i++) tile[place + c + i][(line + r) / 4] = words[i];
-    }
-  if (ROWS_TOO && sums)
-#pragma unroll
-    for (int c = 0; c < 8; c++) {
-      // A warp has 16 rows.
-      sum[c] += __shfl_xor_sync(FULL_WARP, sum[c], 16);
-      if (t % WARP < 16) of_warps[t / WARP][place + c] = sum[c];
-    }
-  __syncthreads();
-#pragma unroll
-  for (u32 i = t; i < TILE * TILE / 16; i += 256) {
-    u32 local = i / 8, part = i % 8, column = blockIdx.x * TILE + local,
-        row = blockIdx.y * TILE + 16 * part;
-    if (column < cols && row < rows) {
-      const u32 *words = &tile[local][4 * part];
-      *(uint4 *)(columns_out + (size_t)column * rows + row) =
-          make_uint4(words[0], words[1], words[2], words[3]);
-    }
-  }
-  column = blockIdx.x * TILE + t;
-  if (ROWS_TOO && sums && t < TILE && column < cols) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int warp = 0; warp < 8; warp++) sum += of_warps[warp][t];
-    sums[(size_t)blockIdx.y * cols + column] = sum;
-  }
+// The scale of a tensor, by one thread of a grid of tiles.
+template <bool E5M2> __device__ __forceinline__ void write_scale(float *scale_out, u32 amax) {
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *scale_out = Bytes<E5M2>(amax).scale;
 }
 
 // Both kernels: from compute capability 8.9 on. Grid: cols / 128, rows / 128, rounded up; block:
@@ -196,7 +97,8 @@ template <class T, bool E5M2>
 __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 2 : 3)
     turn_to_fp8(u8 *out, float *scale_out, const T *v, const u32 *amax, u32 rows, u32 cols) {
   begin();
-  tile_to_fp8<T, E5M2, false>(nullptr, out, scale_out, nullptr, v, amax, rows, cols);
+  turn_tile<T, Bytes<E5M2>, false>(nullptr, out, nullptr, v, amax, rows, cols);
+  write_scale<E5M2>(scale_out, *amax);
 }
 
 // Both forms, and sums if there is room for them.
@@ -205,5 +107,6 @@ __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 2 : 3)
     convert_both_to_fp8(u8 *rows_out, u8 *columns_out, float *scale_out, float *sums, const T *v,
                         const u32 *amax, u32 rows, u32 cols) {
   begin();
-  tile_to_fp8<T, E5M2, true>(rows_out, columns_out, scale_out, sums, v, amax, rows, cols);
+  turn_tile<T, Bytes<E5M2>, true>(rows_out, columns_out, sums, v, amax, rows, cols);
+  write_scale<E5M2>(scale_out, *amax);
 }

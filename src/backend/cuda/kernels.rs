@@ -47,7 +47,7 @@ pub(super) static FILES: [File; 24] = [
     file!("follow", ["numbers.cuh"], |_| {
         of("update_mean begin_track observe add_observations reset_oscillating")
     }),
-    file!("fp8", ["numbers.cuh"], |chip| {
+    file!("fp8", ["numbers.cuh", "tiles.cuh"], |chip| {
         let bytes = " convert_to_fp8<T,B> turn_to_fp8<T,B> convert_both_to_fp8<T,B>";
         of(&["find_amax<T> round_to_fp8<T>", if chip >= FP8 { bytes } else { "" }].concat())
     }),
