@@ -1,6 +1,6 @@
-// Operands in int8, for sizes that 16 divides: rows with a scale each, and tensors with one. A
-// thread has 16 numbers in registers, and a thread block whole rows, so that their amaxes are found
-// on the way: a source is read once.
+// Operands in int8, for sizes that 16 divides, as bf16 numbers or bytes: rows with a scale each, and
+// tensors with one. A thread has 16 numbers in registers, and a thread block whole rows, so that
+// their amaxes are found on the way: a source is read once.
 
 // Numbers of a thread.
 #define EACH 16
@@ -29,6 +29,20 @@ struct Integers {
       quotient = __fmaf_rn(__fmaf_rn(-quotient, amax, moved), inverse, quotient);
     return __fmul_rn(quotient, 127.0f);
   }
+  // Eight as bytes. Adding 1.5 * 2^23 rounds to a whole number, whose last bits are the integer's;
+  // any byte of what is not finite, whose scale is NaN.
+  __device__ __forceinline__ uint2 pack(const float v[8]) const {
+    u32 words[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      u32 x[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        x[j] = __float_as_uint(__fadd_rn(times_127(v[4 * i + j]), 12582912.0f));
+      words[i] = __byte_perm(__byte_perm(x[0], x[1], 0x40), __byte_perm(x[2], x[3], 0x40), 0x5410);
+    }
+    return make_uint2(words[0], words[1]);
+  }
 };
 
 template <class T> __device__ __forceinline__ void load(const void *from, size_t at, float v[EACH]) {
@@ -45,11 +59,16 @@ __device__ __forceinline__ void store(bf16 *out, float v[EACH], u32 amax) {
 #pragma unroll
   for (int i = 0; i < EACH; i += 8) store8(out + i, v + i);
 }
+__device__ __forceinline__ void store(u8 *out, const float v[EACH], u32 amax) {
+  Integers of(amax);
+  uint2 low = of.pack(v), high = of.pack(v + 8);
+  *(uint4 *)out = make_uint4(low.x, low.y, high.x, high.y);
+}
 
 // out (vectors, length) = the integers of vectors along the reduction, and vector_scales; a scale
 // of the tensor is 1. A vector has whole warps, a thread block some whole vectors. Grid: vectors / those of a block, rounded up;
 // block: at most 1,024.
-template <class T>
+template <class T, class N>
 __global__ void __launch_bounds__(1024) round_int8_rows(const __grid_constant__ Values q) {
   begin();
   __shared__ u32 amaxes[WARP];
@@ -71,12 +90,12 @@ __global__ void __launch_bounds__(1024) round_int8_rows(const __grid_constant__ 
   write_scale(q, tensor_scale(q));
   if (!inside) return;
   if (k == 0) q.vector_scales[vector] = int8_scale(__uint_as_float(amax));
-  store((bf16 *)q.out + at, v, amax);
+  store((N *)q.out + at, v, amax);
 }
 
 // out = the integers of a tensor, in the order of the source, and what its scale goes to. Grid:
 // numbers / (16 block), rounded up; block: 256.
-template <class T>
+template <class T, class N>
 __global__ void __launch_bounds__(THREADS) round_int8_tensor(const __grid_constant__ Values q) {
   begin();
   size_t at = ((size_t)blockIdx.x * THREADS + threadIdx.x) * EACH;
@@ -84,5 +103,16 @@ __global__ void __launch_bounds__(THREADS) round_int8_tensor(const __grid_consta
   if (at >= (size_t)q.vectors * q.length) return;
   float v[EACH];
   load<T>(q.source, at, v);
-  store((bf16 *)q.out + at, v, *q.amax);
+  store((N *)q.out + at, v, *q.amax);
+}
+
+// The same as bytes of a tensor that is stored transposed, along the reduction. Grid: vectors / 128,
+// length / 128, rounded up; block: 256.
+template <class T>
+__global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 2 : 3)
+    turn_int8(const __grid_constant__ Values q) {
+  begin();
+  const T *source = (const T *)q.source;
+  turn_tile<T, Integers, false>(nullptr, (u8 *)q.out, nullptr, source, q.amax, q.length, q.vectors);
+  write_scale(q, tensor_scale(q));
 }

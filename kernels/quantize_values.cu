@@ -359,11 +359,23 @@ __global__ void __launch_bounds__(THREADS) round_values(const __grid_constant__ 
 // `Scaling` of values.rs.
 struct Scaling {
   void *out;                         // (rows, columns)
-  const float *c;                    // likewise
+  const void *c;                     // likewise, f32 or integers
+  const float *factor;               // of integers: what they are multiplied by first
   const float *of_rows, *of_columns; // null for 1
   const void *bias;                  // (columns) of the type of `out`; may be null
   u32 rows, columns;
 };
+
+// Integers, to the nearest f32.
+__device__ __forceinline__ float to_f32(int v) { return (float)v; }
+__device__ __forceinline__ void load8(const int *p, float v[8]) {
+#pragma unroll
+  for (u32 i = 0; i < 8; i += 4) {
+    uint4 raw = *(const uint4 *)(p + i);
+    v[i] = to_f32((int)raw.x), v[i + 1] = to_f32((int)raw.y);
+    v[i + 2] = to_f32((int)raw.z), v[i + 3] = to_f32((int)raw.w);
+  }
+}
 
 // `COUNT` numbers, one or eight; `others` where there are none.
 template <u32 COUNT, class T>
@@ -376,12 +388,19 @@ __device__ __forceinline__ void load(const T *from, float v[COUNT], float others
 }
 
 // As many of a row, from `column` on.
-template <class T, u32 COUNT>
+template <class T, bool INTEGERS, u32 COUNT>
 __device__ __forceinline__ void scale_columns(const Scaling &q, float of_row, u32 column) {
   size_t at = (size_t)blockIdx.x * q.columns + column;
   const T *bias = (const T *)q.bias;
   float v[COUNT], scales[COUNT], added[COUNT];
-  load<COUNT>(q.c + at, v);
+  if constexpr (INTEGERS) {
+    load<COUNT>((const int *)q.c + at, v);
+    float factor = *q.factor;
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++) v[i] = __fmul_rn(v[i], factor);
+  } else {
+    load<COUNT>((const float *)q.c + at, v);
+  }
   load<COUNT>(q.of_columns ? q.of_columns + column : nullptr, scales, 1.0f);
   load<COUNT>(bias ? bias + column : nullptr, added);
 #pragma unroll
@@ -393,14 +412,15 @@ __device__ __forceinline__ void scale_columns(const Scaling &q, float of_row, u3
 }
 
 // out = c times scales of its rows and of its columns, plus a bias. Grid: rows; block: at most 256.
-template <class T>
+template <class T, bool INTEGERS>
 __global__ void __launch_bounds__(THREADS) scale_result(const __grid_constant__ Scaling q) {
   begin();
   float of_row = q.of_rows ? q.of_rows[blockIdx.x] : 1.0f;
   if (q.columns % 8 == 0) {
     for (u32 i = 8 * threadIdx.x; i < q.columns; i += 8 * blockDim.x)
-      scale_columns<T, 8>(q, of_row, i);
+      scale_columns<T, INTEGERS, 8>(q, of_row, i);
   } else {
-    for (u32 i = threadIdx.x; i < q.columns; i += blockDim.x) scale_columns<T, 1>(q, of_row, i);
+    for (u32 i = threadIdx.x; i < q.columns; i += blockDim.x)
+      scale_columns<T, INTEGERS, 1>(q, of_row, i);
   }
 }

@@ -4,13 +4,14 @@
 
 use cudarc::driver::sys;
 
+use super::device::gemm::{Operand as Factor, Product};
 use super::device::memory::{Arena, F32, Piece, Tensor, Weights};
 use super::quantization::errors_of_fp8_products;
 use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, values};
 use super::{Cuda, Type, UNBIASED, Workspace, alone, f32s_of, gpu, of_dy, older_gpu, workspace};
 use crate::backend::{
-    Activation, Device, Linear as _, LinearBackward, LinearShape, Memory as _, OutputGradient,
-    Precision, Sequences,
+    Activation, Device, Epilogue, Linear as _, LinearBackward, LinearForward, LinearShape,
+    Memory as _, OutputGradient, Precision, Sequences,
 };
 use crate::formats::{
     Draw, Element, Format, GemmId, LinearRecipe, Operand, OperandId, Purpose, Random, Rounding,
@@ -194,16 +195,18 @@ fn operands_on(cuda: &Cuda) {
             }
             .run(cuda);
         };
-        let int8 = |source, format| {
-            let matrix = values::Matrix::rows(source, rows, cols, OperandId::X);
+        let int8 = |source, format, bytes, transposed| {
+            let [vectors, length] = if transposed { [cols, rows] } else { shape };
+            let matrix = values::Matrix::rows(source, vectors, length, OperandId::X);
             values::Quantization {
-                matrix: values::Matrix { amax: Some(amax), ..matrix },
+                matrix: values::Matrix { transposed, amax: Some(amax), ..matrix },
                 operand: Operand::of(format),
                 transform: None,
                 gemm: GemmId::Dgrad,
                 random: RANDOM,
                 to: values::To {
                     out: to[0],
+                    bytes,
                     vector_scales: sums.address(),
                     ..values::To::default()
                 },
@@ -229,8 +232,11 @@ fn operands_on(cuda: &Cuda) {
                 &mut || nvfp4(bf16, false, unbiased, 64),
                 &mut || nvfp4(bf16, true, unbiased, 64),
                 &mut || nvfp4(bf16, true, eden, 128),
-                &mut || int8(bf16, Format::INT8_VECTORS),
-                &mut || int8(f32, Format::INT8_TENSOR),
+                &mut || int8(bf16, Format::INT8_VECTORS, false, false),
+                &mut || int8(f32, Format::INT8_TENSOR, false, false),
+                &mut || int8(bf16, Format::INT8_VECTORS, true, false),
+                &mut || int8(f32, Format::INT8_TENSOR, true, false),
+                &mut || int8(f32, Format::INT8_TENSOR, true, true),
             ],
         );
         // Bytes an element; with a transform the source is read twice.
@@ -248,8 +254,11 @@ fn operands_on(cuda: &Cuda) {
             ("NVFP4 rows SR H64", 6.0),
             ("NVFP4 columns SR H64", 6.0),
             ("NVFP4 columns EDEN H128", 6.0),
-            ("int8 rows", 4.0),
-            ("int8 of f32", 6.0),
+            ("int8 rows as bf16", 4.0),
+            ("int8 of f32 as bf16", 6.0),
+            ("int8 rows", 3.0),
+            ("int8 of f32", 5.0),
+            ("int8 columns of f32", 5.0),
         ];
         println!("({rows}, {cols})");
         for (time, (what, bytes)) in times.iter().zip(of) {
@@ -325,6 +334,7 @@ struct Layer {
     pre: Tensor,
     x: Tensor,
     w: Weights,
+    bias: Weights,
     dx: Tensor,
     dw: F32,
     db: F32,
@@ -346,10 +356,25 @@ impl Layer {
             pre,
             x: noted(cuda, rows, inputs, 1.0, 5),
             w,
+            bias: param(cuda, outputs, 0.02, 8),
             dx: noted(cuda, rows, inputs, 1.0, 6),
             dw: f32s(cuda, outputs * inputs),
             db: f32s(cuda, outputs),
         }
+    }
+
+    fn forward(&mut self, cuda: &Cuda, workspace: &mut Workspace, recipe: &LinearRecipe) {
+        let Self { shape, pre, x, w, bias, .. } = self;
+        let operands = LinearForward {
+            y: pre,
+            x,
+            w: w.param(alone(shape.outputs * shape.inputs)),
+            b: bias.param(alone(shape.outputs)),
+            mean: None,
+            epilogue: Epilogue::None,
+            turned: None,
+        };
+        cuda.linear_forward(workspace, operands, *shape, recipe);
     }
 
     /// With GELU's derivative, or without.
@@ -360,7 +385,7 @@ impl Layer {
         recipe: &LinearRecipe,
         gelu: bool,
     ) {
-        let Self { shape, dy, pre, x, w, dx, dw, db } = self;
+        let Self { shape, dy, pre, x, w, dx, dw, db, .. } = self;
         let [dw, db] = [dw, db].map(|flat| flat.gradient(alone(flat.len)));
         let w = w.param(alone(shape.outputs * shape.inputs));
         let dy = if gelu {
@@ -419,6 +444,62 @@ fn linear_backward_on(cuda: &Cuda) {
         }
         print(&format!("{width} all four"), totals);
         print(&format!("{width} all four with GELU"), with_gelu);
+    }
+}
+
+/// Linear layers of int8 against those of bf16, and integer products of all their rows at once.
+#[test]
+#[ignore = "a measurement"]
+fn int8_layers() {
+    let Some(cuda) = gpu() else { return };
+    cuda.gpu.scope(|| int8_layers_on(&cuda));
+}
+
+fn int8_layers_on(cuda: &Cuda) {
+    let recipe = |name: &str| *name.parse::<Recipe>().unwrap().linear(0);
+    let (bf16, int8) = (recipe("bf16"), recipe("int8-switchback"));
+    let rows = 16384;
+    println!("us of {rows} tokens: forward bf16, int8, integers alone; backward bf16, int8");
+    for width in [1024, 2048, 4096] {
+        let sequences = Sequences { batch: rows / 1024, length: 1024 };
+        let mut scratch = workspace(cuda, sequences, width, width / 64, 64, Precision::Bf16);
+        for (inputs, outputs) in
+            [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+        {
+            let mut layer = Layer::new(cuda, rows, inputs, outputs);
+            let [a, b, c] =
+                [rows * inputs, outputs * inputs, 4 * rows * outputs].map(|len| bytes(cuda, len));
+            let product = Product {
+                c_type: Type::Int32,
+                ..Product::new(
+                    Type::Int8,
+                    [rows, outputs, inputs],
+                    Factor::rows(a.address, inputs),
+                    Factor::rows(b.address, inputs),
+                    c.address,
+                )
+            };
+            let shared = std::cell::RefCell::new((&mut layer, &mut scratch));
+            let forward = |recipe| {
+                let (layer, scratch) = &mut *shared.borrow_mut();
+                layer.forward(cuda, scratch, recipe);
+            };
+            let backward = |recipe| {
+                let (layer, scratch) = &mut *shared.borrow_mut();
+                layer.backward(cuda, scratch, recipe, false);
+            };
+            let times = medians(
+                cuda,
+                [
+                    &mut || forward(&bf16),
+                    &mut || forward(&int8),
+                    &mut || cuda.product(shared.borrow().1, &product),
+                    &mut || backward(&bf16),
+                    &mut || backward(&int8),
+                ],
+            );
+            println!("{inputs:6} to {outputs:6} {}", times.map(|t| format!("{t:9.1}")).concat());
+        }
     }
 }
 

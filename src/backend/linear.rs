@@ -102,6 +102,8 @@ pub enum Numbers {
     Bf16,
     /// Integers: elements of MXFP4, which are multiples of a half.
     Integers,
+    /// Integers of 8 bits with a scale a vector or a tensor.
+    Int8,
     /// FP8 with one scale a tensor.
     Fp8,
     /// FP8 with a scale for each block.
@@ -117,6 +119,7 @@ impl Numbers {
             Self::F32 => "f32",
             Self::Bf16 => "bf16",
             Self::Integers => "integers",
+            Self::Int8 => "int8",
             Self::Fp8 => "FP8",
             Self::Mxfp8 => "MXFP8",
             Self::Fp4 => "FP4",

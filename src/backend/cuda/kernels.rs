@@ -53,8 +53,9 @@ pub(super) static FILES: [File; 24] = [
     }),
     file!("gelu", ["gelu.cuh"], |_| of("gelu_of_all<T,B,B> sample_gelu_gradient")),
     file!("head", [], |_| of("softmax_loss<T>")),
-    file!("int8", ["random.cuh", "numbers.cuh", "values.cuh"], |_| {
-        of("round_int8_rows<T> round_int8_tensor<T>")
+    file!("int8", ["random.cuh", "numbers.cuh", "values.cuh", "tiles.cuh"], |_| {
+        of("round_int8_rows<T,bf16> round_int8_tensor<T,bf16> \
+            round_int8_rows<T,u8> round_int8_tensor<T,u8> turn_int8<T>")
     }),
     file!("merge", ["random.cuh"], |_| {
         of("draw_projections hash_channels<T> link_channels average_channels<T>")
@@ -89,7 +90,7 @@ pub(super) static FILES: [File; 24] = [
             round_nvfp4<T,B,EDEN>")
     }),
     file!("quantize_values", ["random.cuh", "deviation.cuh", "numbers.cuh", "values.cuh"], |_| {
-        of("find_value_amax<T> round_values<T> scale_result<T>")
+        of("find_value_amax<T> round_values<T> scale_result<T,B>")
     }),
     file!("restore", ["deviation.cuh"], |_| of("restore<T>")),
     file!("sums", [], |_| of("bias_gradient<T> add_partials")),

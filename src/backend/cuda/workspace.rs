@@ -138,7 +138,7 @@ impl Workspace {
         let [elements, scales] = self.columns_at;
         let columns_at = match carrier {
             // One form at a time.
-            Carrier::Bf16 => [0, 0],
+            Carrier::Bf16 | Carrier::Int8 => [0, 0],
             // One factor for both.
             Carrier::Fp8 => [elements, 0],
             Carrier::Mxfp8 | Carrier::Fp4 => [elements, scales],

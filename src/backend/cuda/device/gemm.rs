@@ -37,6 +37,11 @@ pub(crate) enum Type {
     Mxfp8,
     /// Codes, two a byte, with such scales (MXFP4), of both operands; not for cuBLASLt.
     E2m1,
+    /// Integers of 8 bits, of both operands, along the reduction, all dimensions being multiples of
+    /// 16. Their products are [`Type::Int32`].
+    Int8,
+    /// Exact sums of theirs, neither multiplied by `alpha` nor with a bias.
+    Int32,
 }
 
 impl From<Precision> for Type {
@@ -56,6 +61,16 @@ impl Type {
             Self::E4m3 | Self::Mxfp8 => sys::cudaDataType_t::CUDA_R_8F_E4M3,
             Self::E2m1 => sys::cudaDataType_t::CUDA_R_4F_E2M1,
             Self::E5m2 => sys::cudaDataType_t::CUDA_R_8F_E5M2,
+            Self::Int8 => sys::cudaDataType_t::CUDA_R_8I,
+            Self::Int32 => sys::cudaDataType_t::CUDA_R_32I,
+        }
+    }
+
+    /// What a result of this format is summed in, and the format of what it is multiplied by.
+    fn sums(self) -> (sys::cublasComputeType_t, Self) {
+        match self {
+            Self::Int32 => (sys::cublasComputeType_t::CUBLAS_COMPUTE_32I, Self::Int32),
+            _ => (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, Self::F32),
         }
     }
 }
@@ -254,8 +269,8 @@ impl Plan {
     ) -> std::result::Result<Self, CublasError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let &Product { m, n, k, operands, a, b, c_stride, c_type, .. } = example;
-        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let description = Description(result::create_matmul_desc(compute, Type::F32.code())?);
+        let (compute, factors) = c_type.sums();
+        let description = Description(result::create_matmul_desc(compute, factors.code())?);
         let product = description.0;
         // Our B (n, k) row-major is k x n column-major: to be transposed. Our A likewise, the other
         // way.
@@ -319,10 +334,15 @@ impl Plan {
     ) -> std::result::Result<(), CublasError> {
         set_pointers(self.product.0, product)?;
         let beta = if product.accumulate { 1.0f32 } else { 0.0 };
+        // Those of integers are integers.
+        let [whole_alpha, whole_beta] = [1i32, i32::from(product.accumulate)];
         let pointer = |address: u64| address as *mut c_void;
-        let factors: [*const c_void; 2] = match product.factors {
-            Some(address) => [address, address + 4].map(|at| pointer(at).cast_const()),
-            None => [std::ptr::from_ref(&product.alpha), &raw const beta].map(<*const f32>::cast),
+        let factors: [*const c_void; 2] = match (product.c_type, product.factors) {
+            (Type::Int32, _) => {
+                [&raw const whole_alpha, &raw const whole_beta].map(<*const i32>::cast)
+            }
+            (_, Some(address)) => [address, address + 4].map(|at| pointer(at).cast_const()),
+            (_, None) => [&raw const product.alpha, &raw const beta].map(<*const f32>::cast),
         };
         let [first, second, output] = &self.layouts;
         // SAFETY: the addresses are those of buffers of the sizes that the layouts say.

@@ -145,7 +145,8 @@ fn values_are_those_of_the_definition() {
                 let precision = [Precision::F32, Precision::Bf16][(i / 4 + j) % 2];
                 let schedule = SCHEDULES[cases % 3];
                 // Where numbers go does not depend on how they are made.
-                let to = [(true, false), (false, false), (true, true)][cases % 3];
+                let (wide, dequantized) = [(true, false), (false, false), (true, true)][cases % 3];
+                let to = To { wide, dequantized, ..To::default() };
                 // Outliers are those of vectors that are stored as such.
                 if transposed && operand.outliers().is_some() {
                     continue;
@@ -161,17 +162,24 @@ fn values_are_those_of_the_definition() {
 /// Sizes that int8 has kernels of its own for: several vectors a thread block, and one alone.
 fn check_int8(emulators: [&Emulator; 4]) {
     let kinds = [Data::Normal, Data::Tailed, Data::NotFinite, Data::Zero];
-    for (i, shape) in [(16, 16), (48, 544), (32, 4112)].into_iter().enumerate() {
+    for (i, shape) in [(16, 16), (21, 80), (48, 544), (32, 4112)].into_iter().enumerate() {
         for (j, kind) in kinds.into_iter().enumerate() {
             let schedule = SCHEDULES[(i + j) % 3];
             for precision in [Precision::F32, Precision::Bf16] {
-                for (format, transposed) in [
-                    (Format::INT8_VECTORS, false),
-                    (Format::INT8_TENSOR, false),
-                    (Format::INT8_TENSOR, true),
+                for (format, transposed, bytes) in [
+                    (Format::INT8_VECTORS, false, false),
+                    (Format::INT8_TENSOR, false, false),
+                    (Format::INT8_TENSOR, true, false),
+                    (Format::INT8_VECTORS, false, true),
+                    (Format::INT8_TENSOR, false, true),
+                    (Format::INT8_TENSOR, true, true),
                 ] {
+                    if format == Format::INT8_TENSOR && shape.0 % 16 != 0 {
+                        continue;
+                    }
                     let (operand, of) = (Operand::of(format), (precision, transposed));
-                    check(emulators, schedule, &operand, (shape, kind), of, (false, false));
+                    let to = To { bytes, ..To::default() };
+                    check(emulators, schedule, &operand, (shape, kind), of, to);
                 }
             }
         }
@@ -184,8 +192,9 @@ fn check(
     operand: &Operand,
     ((vectors, length), kind): ((usize, usize), Data),
     (precision, transposed): (Precision, bool),
-    (wide, dequantized): (bool, bool),
+    to: To,
 ) {
+    let To { wide, dequantized, bytes, .. } = to;
     let what = format!("{operand:?} ({vectors}, {length}) {kind:?} {transposed} {precision:?}");
     let mut values = data(vectors * length, kind);
     let narrow = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes());
@@ -239,8 +248,6 @@ fn check(
         random: RANDOM,
         to: To {
             out: out.as_mut_ptr() as u64,
-            wide,
-            dequantized,
             block_scales: if block_scales.is_empty() {
                 0
             } else {
@@ -255,6 +262,7 @@ fn check(
             sums: 0,
             alpha: 4.0 / 3.0,
             beta: 1.0,
+            ..to
         },
     };
     let number = if precision == Precision::F32 { "float" } else { "bf16" };
@@ -288,16 +296,19 @@ fn check(
     }
     let kept = if transform.is_some() { exact.depth } else { length };
     let expected = if dequantized { exact.dequantized(kept) } else { exact.values.clone() };
-    let (words, narrow): (&[u32], &[u16]) =
-        (bytemuck::cast_slice(&out), bytemuck::cast_slice(&out));
+    let (words, narrow, integers): (&[u32], &[u16], &[i8]) =
+        (bytemuck::cast_slice(&out), bytemuck::cast_slice(&out), bytemuck::cast_slice(&out));
     for (index, expected) in expected.iter().enumerate() {
         let at = match of.is_as_stored() {
             true => index % length * vectors + index / length,
             false => index,
         };
-        let ours = match wide {
-            true => f32::from_bits(words[at]),
-            false => half::bf16::from_bits(narrow[at]).to_f32(),
+        let ours = match (wide, bytes) {
+            (true, _) => f32::from_bits(words[at]),
+            (false, false) => half::bf16::from_bits(narrow[at]).to_f32(),
+            // Scales are NaN instead, and zeros have no sign.
+            (false, true) if expected.is_nan() => f32::NAN,
+            (false, true) => f32::from(integers[at]).copysign(*expected),
         };
         let depth = if dequantized { kept } else { exact.depth };
         assert!(
@@ -308,20 +319,24 @@ fn check(
     }
 }
 
-/// Results times scales of rows and columns, with a bias, one or eight at a time.
+/// Results, also integers, times scales of rows and columns, with a bias, one or eight at a time.
 #[test]
 fn results_are_scaled_by_their_vectors() {
     let Some(emulator) = Emulator::new("quantize_values") else { return };
     for columns in [300, 1088] {
         for has in [[true, false, true], [true, true, false], [false, true, true], [false; 3]] {
-            check_scaling(&emulator, columns, has);
+            for integers in [false, true] {
+                check_scaling(&emulator, columns, has, integers);
+            }
         }
     }
 }
 
-fn check_scaling(emulator: &Emulator, columns: usize, has: [bool; 3]) {
+fn check_scaling(emulator: &Emulator, columns: usize, has: [bool; 3], integers: bool) {
     let rows = 5;
     let c = data(rows * columns, Data::Normal);
+    // Some that f32 does not hold.
+    let (whole, factor) = (c.iter().map(|v| (v * 2e8) as i32).collect::<Vec<_>>(), 1.3e-5f32);
     let all = [rows, columns, columns].map(|len| data(len, Data::Normal));
     let mut address = [0; 3];
     for ((address, all), has) in address.iter_mut().zip(&all).zip(has) {
@@ -332,14 +347,22 @@ fn check_scaling(emulator: &Emulator, columns: usize, has: [bool; 3]) {
     let number =
         |which: usize, at: usize, none: f32| if has[which] { all[which][at] } else { none };
     let mut out = vec![f32::NAN; rows * columns];
-    let (to, from) = (out.as_mut_ptr() as u64, c.as_ptr() as u64);
-    let (rows, columns) = (rows as u32, columns as u32);
-    let scaling = Scaling { out: to, c: from, of_rows, of_columns, bias, rows, columns };
-    emulator.launch(schedule, "scale_result<float>", launch, scaling);
+    let scaling = Scaling {
+        out: out.as_mut_ptr() as u64,
+        c: if integers { whole.as_ptr() as u64 } else { c.as_ptr() as u64 },
+        factor: &raw const factor as u64,
+        of_rows,
+        of_columns,
+        bias,
+        rows: rows as u32,
+        columns: columns as u32,
+    };
+    emulator.launch(schedule, &format!("scale_result<float,{integers}>"), launch, scaling);
     for (at, ours) in out.iter().enumerate() {
-        let (row, column) = (at / columns as usize, at % columns as usize);
+        let (row, column) = (at / columns, at % columns);
+        let c = if integers { whole[at] as f32 * factor } else { c[at] };
         let scale = number(0, row, 1.0) * number(1, column, 1.0);
-        let expected = c[at] * scale + number(2, column, 0.0);
-        assert_eq!(ours.to_bits(), expected.to_bits(), "({row}, {column}) {has:?}");
+        let expected = c * scale + number(2, column, 0.0);
+        assert_eq!(ours.to_bits(), expected.to_bits(), "({row}, {column}) {has:?} {integers}");
     }
 }

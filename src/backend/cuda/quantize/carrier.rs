@@ -12,6 +12,11 @@
 //!
 //! bf16: the same values on chips without FP8, and at sizes that 16 does not divide.
 //!
+//! int8, as bytes by integer tensor cores: sums are exact, and what scales rows comes behind the
+//! product. NOTE: of bf16 numbers, too, so that no length of the reduction is in favour of them: a
+//! result takes 4 bytes and another pass either way, operands twice the bytes, and products twice
+//! the time. Chips of 10.3 have few units for integers.
+//!
 //! Blackwell, where every block keeps its scale and nobody needs an amax: on 10.x and 11.0 operands
 //! are MXFP8, E4M3 numbers with the definition's scales in cuBLASLt's tiles of 128 by 4; on 12.0
 //! and 12.1 they are the definition's own bytes, which `product_sm120.cu` multiplies at the rate of
@@ -22,10 +27,10 @@ use crate::backend::cuda::Cuda;
 use crate::backend::cuda::device::gemm::{Product, Type};
 use crate::backend::cuda::device::launch;
 use crate::backend::{LinearShape, Numbers};
-use crate::formats::{BLOCK, Format};
+use crate::formats::{BLOCK, Element, Format};
 
-/// How operands are held and multiplied. All hold MXFP4 values exactly, the first two also those of
-/// FP8.
+/// How operands are held and multiplied. All but the last hold MXFP4 values exactly, the first two
+/// also those of FP8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Carrier {
     /// As bf16 numbers, everywhere.
@@ -38,12 +43,16 @@ pub(crate) enum Carrier {
     Mxfp8,
     /// As they are, by `product_sm120.cu`.
     Fp4,
+    /// int8 as it is, by cuBLASLt.
+    Int8,
 }
 
 impl Carrier {
-    /// The best one of a chip, for E4M3 of the forward pass or MXFP4 of the backward pass.
+    /// The best one of a chip, for E4M3 of the forward pass, MXFP4 of the backward pass, or int8.
     pub(crate) fn best(format: Format, capability: (i32, i32)) -> Self {
         match capability {
+            (10, 3) if format.element() == Element::Int8 => Self::Bf16,
+            _ if format.element() == Element::Int8 => Self::Int8,
             capability if capability < (8, 9) => Self::Bf16,
             _ if format == Format::E4M3 => Self::Fp8,
             // NOTE: 10.x and 11.0 have FP4 products too, but of another kind (`tcgen05`).
@@ -53,13 +62,14 @@ impl Carrier {
         }
     }
 
-    /// That of a layer of these sizes: the best one, if it takes them. cuBLASLt wants FP8 operands
-    /// in rows of whole 16 bytes; that their length is a multiple of 32, as MXFP8 needs, padding to
-    /// whole blocks sees to.
+    /// That of a layer of these sizes: the best one, if it takes them. cuBLASLt wants operands of
+    /// bytes in rows of whole 16; that their length is a multiple of 32, as MXFP8 needs, padding to
+    /// whole blocks sees to. No reduction of int8 is over the layer's rows.
     pub(crate) fn of(format: Format, capability: (i32, i32), shape: LinearShape) -> Self {
         let LinearShape { rows, inputs, outputs } = shape;
-        let fits = [rows, inputs, outputs].iter().all(|n| n.is_multiple_of(16));
         let best = Self::best(format, capability);
+        let rows = if best == Self::Int8 { 0 } else { rows };
+        let fits = [rows, inputs, outputs].iter().all(|n| n.is_multiple_of(16));
         if fits || best == Self::Fp4 { best } else { Self::Bf16 }
     }
 
@@ -71,6 +81,7 @@ impl Carrier {
             Self::Fp8 => [Type::E5m2, Type::E4m3],
             Self::Mxfp8 => [Type::Mxfp8; 2],
             Self::Fp4 => [Type::E2m1; 2],
+            Self::Int8 => [Type::Int8; 2],
         }
     }
 
@@ -81,6 +92,7 @@ impl Carrier {
             Self::Fp8 => Numbers::Fp8,
             Self::Mxfp8 => Numbers::Mxfp8,
             Self::Fp4 => Numbers::Fp4,
+            Self::Int8 => Numbers::Int8,
         }
     }
 
@@ -93,7 +105,7 @@ impl Carrier {
     pub(crate) fn scale_bytes(self, vectors: usize, depth: usize) -> usize {
         let blocks = depth / BLOCK;
         match self {
-            Self::Bf16 | Self::Fp8 => 0,
+            Self::Bf16 | Self::Fp8 | Self::Int8 => 0,
             Self::Mxfp8 => {
                 vectors.next_multiple_of(TILE_VECTORS) * blocks.next_multiple_of(TILE_BLOCKS)
             }
@@ -148,9 +160,7 @@ pub(crate) fn multiply_fp4(cuda: &Cuda, product: &Product) {
     let name = match c_type {
         Type::Bf16 => "product_mxfp4<bf16>",
         Type::F32 => "product_mxfp4<float>",
-        Type::E4m3 | Type::E5m2 | Type::Mxfp8 | Type::E2m1 => {
-            unreachable!("results are activations or gradients")
-        }
+        _ => unreachable!("results are activations or gradients"),
     };
     let [a_scales, b_scales] = scales.expect("MXFP4 operands have scales");
     let arguments = Fp4Product {

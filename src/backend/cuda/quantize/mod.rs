@@ -202,7 +202,9 @@ impl Quantization {
             Type::Mxfp8 => "MXFP8",
             Type::E4m3 => "E4M3",
             Type::E5m2 => "E5M2",
-            Type::F32 => unreachable!("an operand of MXFP4 products"),
+            Type::F32 | Type::Int8 | Type::Int32 => {
+                unreachable!("an operand of MXFP4 products")
+            }
         };
         let group = if self.has_own_group() { OWN_GROUP } else { 0 };
         let kept = match self.kept {

@@ -5,7 +5,8 @@
 //! (`restore.cu`), that of weights with an estimator multiplied by it (`estimate.cu`).
 //!
 //! FP8 operands with a scale for each tensor become bytes instead where FP8 tensor cores take them,
-//! dy for both products of a backward pass with one reading ([`both_in_fp8`]).
+//! dy for both products of a backward pass with one reading ([`both_in_fp8`]); those of int8 where
+//! integer tensor cores do ([`multiply_integers`]).
 //! The formats that have kernels of their own (`has_own_kernels`) do not come here.
 
 use std::ffi::c_void;
@@ -17,7 +18,7 @@ use crate::backend::Precision;
 use crate::backend::cuda::device::capture::Redraw;
 use crate::backend::cuda::device::gemm::{Operand as Factor, Product, Type};
 use crate::backend::cuda::device::launch;
-use crate::backend::cuda::device::memory::{Arena, Param, Piece, Tensor};
+use crate::backend::cuda::device::memory::{Arena, Param, Piece, Tensor, size_of_element};
 use crate::backend::cuda::{Cuda, Workspace, kernel};
 use crate::backend::{LinearShape, Numbers, Part, WorkspaceShape};
 use crate::formats::{
@@ -111,6 +112,9 @@ impl Of {
                 _ => Numbers::Bf16,
             };
         };
+        if takes_int8(capability, gemm, (self, shape)) {
+            return Numbers::Int8;
+        }
         match takes_fp8(capability, gemm, shape) {
             Some(_) if self.restoration(recipe).is_none() => Numbers::Fp8,
             _ if is_wide(gemm) => Numbers::F32,
@@ -188,17 +192,17 @@ impl Size {
         for (layer, recipe) in
             shape.linears.iter().flat_map(|layer| shape.recipes.iter().map(move |r| (layer, r)))
         {
-            let carrier = carrier_of_mxfp4(capability, *layer);
             for of in Of::ALL {
                 if of == Of::Forward || shape.backward {
-                    size.add(*layer, recipe, (of, carrier));
+                    size.add(*layer, recipe, of, capability);
                 }
             }
         }
         size
     }
 
-    fn add(&mut self, layer: LinearShape, recipe: &LinearRecipe, (of, carrier): (Of, Carrier)) {
+    fn add(&mut self, layer: LinearShape, recipe: &LinearRecipe, of: Of, capability: (i32, i32)) {
+        let carrier = carrier_of_mxfp4(capability, layer);
         let Some(gemm) = of.gemm(recipe, carrier) else { return };
         let LinearShape { rows, inputs, outputs } = layer;
         let restoration = of.restoration(recipe);
@@ -210,8 +214,14 @@ impl Size {
         };
         let raise = |most: &mut usize, to: usize| *most = (*most).max(to);
         let depth = k.next_multiple_of(gemm.group());
-        for (most, vectors) in self.operands.iter_mut().zip([m, n]) {
-            raise(most, vectors * depth * if is_wide(gemm) { 4 } else { 2 });
+        let in_integers = takes_int8(capability, gemm, (of, layer));
+        let (of_a, bytes) = match is_wide(gemm) {
+            _ if in_integers => (int8::padded(m), 1),
+            true => (m, 4),
+            false => (m, 2),
+        };
+        for (most, vectors) in self.operands.iter_mut().zip([of_a, n]) {
+            raise(most, vectors * depth * bytes);
         }
         raise(&mut self.words, WORD_BYTES);
         if gemm.is_corrected() {
@@ -232,7 +242,9 @@ impl Size {
             // The vectors of its own product are the columns of this one's.
             raise(&mut self.vectors[2], vector_bytes(of.forward(recipe).format(), k));
         }
-        if restoration.is_some() || needs_result(gemm, of == Of::Wgrad) {
+        if in_integers {
+            raise(&mut self.result, int8::padded(int8::most_rows_at_once(m, n)) * n * 4);
+        } else if restoration.is_some() || needs_result(gemm, of == Of::Wgrad) {
             raise(&mut self.result, m * n * 4);
         }
     }
@@ -352,6 +364,8 @@ pub(crate) struct To {
     pub(crate) out: u64,
     /// Whether it gets f32 numbers instead of bf16.
     pub(crate) wide: bool,
+    /// Whether it gets the bytes of int8 instead.
+    pub(crate) bytes: bool,
     /// Whether it gets the values that they stand for, f32, and dense where nothing is rotated.
     pub(crate) dequantized: bool,
     /// Gets what elements of each block are multiplied by, (vectors, blocks), or 0.
@@ -607,7 +621,10 @@ impl Quantization {
         if !self.has_nvfp4_kernels() {
             let [find, round] =
                 ["find_value_amax", "round_values"].map(|name| format!("{name}<{number}>"));
-            return [find, self.int8_form().map_or(round, |form| form.kernel(number))];
+            return [
+                find,
+                self.int8_form().map_or(round, |form| form.kernel(number, self.to.bytes)),
+            ];
         }
         let transposed = self.matrix.transposed;
         [
@@ -720,11 +737,19 @@ pub(crate) struct Output {
 pub(crate) struct Scaling {
     pub(crate) out: u64,
     pub(crate) c: u64,
+    pub(crate) factor: u64,
     pub(crate) of_rows: u64,
     pub(crate) of_columns: u64,
     pub(crate) bias: u64,
     pub(crate) rows: u32,
     pub(crate) columns: u32,
+}
+
+impl Scaling {
+    fn run(self, cuda: &Cuda, kernel: &str) {
+        let block = (self.columns as usize).div_ceil(SCALED).next_multiple_of(32).min(THREADS);
+        launch!(cuda.gpu, kernel, [self.rows as usize, 1, 1], block, 0; self);
+    }
 }
 
 /// `Measured` of the kernels.
@@ -858,6 +883,19 @@ pub(crate) fn are_all_in_fp8(
         && takes(Of::Wgrad)
 }
 
+/// Whether integer tensor cores take rows of int8 times a tensor of it, in a layer of this shape,
+/// whichever of `inputs` and `outputs` the reduction is.
+fn takes_int8(capability: (i32, i32), gemm: &Gemm, (of, shape): (Of, LinearShape)) -> bool {
+    let formats = [gemm.a(), gemm.b()].map(Operand::format);
+    of != Of::Wgrad
+        && formats == [Format::INT8_VECTORS, Format::INT8_TENSOR]
+        && Carrier::of(Format::INT8_VECTORS, capability, shape) == Carrier::Int8
+        && shape.inputs.max(shape.outputs) <= int8::LONGEST
+        && gemm.b().source() == OperandSource::HighPrecision
+        && !gemm.is_corrected()
+        && gemm.transform().is_none()
+}
+
 /// dy (rows, outputs) as FP8 bytes for both products of a backward pass, where FP8 tensor cores
 /// take both and its element is the same, made with one reading: as A of dgrad and as A of wgrad,
 /// and the number of the parts of its column sums, which lie in the workspace's partials.
@@ -969,16 +1007,19 @@ pub(crate) fn multiply(
     let [left, right] = [&workspace.left, &workspace.right].map(|room| room.elements.address);
     let transform = gemm.transform();
     let wide = is_wide(gemm);
+    let shape = LinearShape { rows: a.vectors, inputs: a.length, outputs: b.vectors };
+    let bytes = takes_int8(cuda.gpu.capability, gemm, (of, shape));
     let [scaled_a, scaled_b] =
         [gemm.a(), gemm.b()].map(|operand| formats::needs_amax(operand.format()));
     let corrected = gemm.is_corrected();
     let factors = if scaled_a || scaled_b || corrected { word(FACTORS) } else { 0 };
     let sums = room.sums.each_ref().map(|sums| if corrected { sums.address } else { 0 });
     let scale_of_a = if scaled_a { word(SCALES[0]) } else { 0 };
-    let to_a = To { out: left, wide, scale: scale_of_a, sums: sums[0], ..To::default() };
+    let to_a = To { out: left, wide, bytes, scale: scale_of_a, sums: sums[0], ..To::default() };
     let to_b = To {
         out: right,
         wide,
+        bytes,
         scale: if scaled_b && corrected { word(SCALES[1]) } else { 0 },
         other: scale_of_a,
         factors,
@@ -991,6 +1032,9 @@ pub(crate) fn multiply(
     let made_b = prepared(make(b, gemm.b(), transform, to_b), 1);
     made_a.run(cuda);
     made_b.run(cuda);
+    if bytes {
+        return multiply_integers(cuda, workspace, [&made_a, &made_b], out);
+    }
     if corrected {
         let operands = [&made_a, &made_b].map(Measured::of);
         let correct = Correct { operands, factors };
@@ -1035,14 +1079,41 @@ pub(crate) fn multiply(
     let scaling = Scaling {
         out: out.address,
         c,
+        factor: 0,
         of_rows: made_a.to.vector_scales,
         of_columns: made_b.to.vector_scales,
         bias: out.bias.unwrap_or(0),
         rows: m as u32,
         columns: n as u32,
     };
-    let block = (n.div_ceil(SCALED).next_multiple_of(32)).min(THREADS);
-    launch!(cuda.gpu, kernel!(out, "scale_result"), [m, 1, 1], block, 0; scaling);
+    scaling.run(cuda, kernel!(out, "scale_result", false));
+}
+
+/// The product of operands in bytes of int8 and its scales, by pieces of rows.
+fn multiply_integers(cuda: &Cuda, workspace: &Workspace, [a, b]: [&Quantization; 2], out: Output) {
+    let (m, n, depth) = (a.matrix.vectors, b.matrix.vectors, a.depth());
+    let c = workspace.values.result.address;
+    let at_once = int8::rows_at_once(m, n);
+    for first in (0..m).step_by(at_once) {
+        let rows = at_once.min(m - first);
+        let left = Factor::rows(a.to.out + (first * depth) as u64, depth);
+        let product = Product {
+            c_type: Type::Int32,
+            ..Product::new(Type::Int8, [int8::padded(rows), n, depth], left, b.factor(), c)
+        };
+        cuda.product(workspace, &product);
+        let scaling = Scaling {
+            out: out.address + (first * n * size_of_element(out.precision)) as u64,
+            c,
+            factor: b.to.factors,
+            of_rows: a.to.vector_scales + 4 * first as u64,
+            of_columns: 0,
+            bias: out.bias.unwrap_or(0),
+            rows: rows as u32,
+            columns: n as u32,
+        };
+        scaling.run(cuda, kernel!(out, "scale_result", true));
+    }
 }
 
 /// What the forward pass makes of a weight, dequantized and dense, to `out`, and the scales of its
@@ -1074,8 +1145,7 @@ mod tests {
         for name in Recipe::NAMES {
             let mut size = Size::default();
             for recipe in name.parse::<Recipe>().unwrap().all() {
-                let all = Of::ALL.map(|of| (of, Carrier::Bf16));
-                all.into_iter().for_each(|of| size.add(layer, &recipe, of));
+                Of::ALL.into_iter().for_each(|of| size.add(layer, &recipe, of, (8, 0)));
             }
             let own = ["fp32", "bf16", "mxfp4", "fp8-mxfp4-rht-sr"].contains(&name)
                 || ["mxfp4-rht", "mxfp4-sr", "mxfp4-rht-sr"].contains(&name);

@@ -142,7 +142,7 @@ fn chips_have_their_carriers() {
 /// What multiplies forward, dgrad and wgrad of some recipes on an A100, an H100 and two Blackwells.
 #[test]
 fn chips_multiply_recipes_in_their_numbers() {
-    use Numbers::{Bf16, F32, Fp4, Fp8, Mxfp8};
+    use Numbers::{Bf16, F32, Fp4, Fp8, Int8, Mxfp8};
     let fits = LinearShape { rows: 64, inputs: 48, outputs: 96 };
     let does_not = LinearShape { inputs: 40, ..fits };
     for (recipe, capability, shape, expected) in [
@@ -166,6 +166,11 @@ fn chips_multiply_recipes_in_their_numbers() {
         ("nvidia-nvfp4", (9, 0), fits, [Bf16; 3]),
         ("nvidia-nvfp4", (12, 0), fits, [Bf16; 3]),
         ("tetrajet2,outer=f32", (9, 0), fits, [F32; 3]),
+        ("int8-switchback", (8, 0), fits, [Int8, Int8, Bf16]),
+        ("int8-switchback", (9, 0), LinearShape { rows: 77, ..fits }, [Int8, Int8, Bf16]),
+        ("int8-switchback", (9, 0), does_not, [Bf16; 3]),
+        ("int8-switchback", (9, 0), LinearShape { inputs: 32768, ..fits }, [Bf16; 3]),
+        ("int8-switchback", (10, 3), fits, [Bf16; 3]),
     ] {
         let linear = *recipe.parse::<Recipe>().unwrap().linear(0);
         let found = Of::ALL.map(|of| of.numbers(&linear, capability, shape));

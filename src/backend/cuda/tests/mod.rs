@@ -4,6 +4,7 @@
 
 mod amax;
 mod carriers;
+mod int8;
 mod linear;
 /// They time what is private here, so they are compiled with the tests.
 #[path = "../../../../benches/cuda/measure.rs"]
