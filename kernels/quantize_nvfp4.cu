@@ -22,16 +22,16 @@ template <bool TRANSPOSED> __device__ __forceinline__ Place place_of_thread() {
 // ---- Gathering ----------------------------------------------------------------------------------
 
 // 256 lines of 32 numbers in shared memory, each 32 of them shifted, so that threads that read down
-// columns 32 lines apart do so from different banks.
-template <u32 SIZE> struct Lines {
-  static constexpr u32 PITCH = VECTORS * SIZE, BYTES = CHUNK * PITCH + CHUNK / BLOCK * 16;
+// columns 32 lines apart do so from different banks. `GAP` bytes follow a line: 16 where threads
+// read a line each.
+template <u32 SIZE, u32 GAP = 0> struct Lines {
+  static constexpr u32 PITCH = VECTORS * SIZE + GAP, BYTES = CHUNK * PITCH + CHUNK / BLOCK * 16;
   static __device__ __forceinline__ u32 at(u32 line) { return line * PITCH + line / BLOCK * 16; }
 };
 
 // A chunk of 32 vectors of a source that is stored transposed, zeros for what lies outside.
-template <class T>
+template <class T, class Data = Lines<sizeof(T)>>
 __device__ __forceinline__ void load_tile(u8 *tile, const Values &q, u32 first_vector, u32 first) {
-  using Data = Lines<sizeof(T)>;
   constexpr u32 EACH = 16 / sizeof(T), PIECES = VECTORS / EACH;
   const T *source = (const T *)q.source;
   if (first + CHUNK <= q.length && first_vector + VECTORS <= q.vectors && q.vectors % 8 == 0) {
@@ -55,6 +55,14 @@ __device__ __forceinline__ void load_tile(u8 *tile, const Values &q, u32 first_v
       ((T *)(tile + Data::at(i / VECTORS)))[i % VECTORS] = number;
     }
   }
+}
+
+// A thread's elements of a tile.
+template <class T, class Data = Lines<sizeof(T)>>
+__device__ __forceinline__ void read_column(const u8 *tile, const Place &place, float v[BLOCK]) {
+  const u8 *column = tile + Data::at(BLOCK * place.part) + place.local * sizeof(T);
+#pragma unroll
+  for (u32 i = 0; i < BLOCK; i++) v[i] = to_f32(*(const T *)(column + i * Data::PITCH));
 }
 
 // The butterfly of the groups of 16 to 256 elements.
@@ -95,9 +103,7 @@ __device__ __forceinline__ void gather(const Values &q, u8 *tile, const Place &p
   if (TRANSPOSED) {
     load_tile<T>(tile, q, first_vector, first);
     __syncthreads();
-    const u8 *column = tile + Lines<sizeof(T)>::at(BLOCK * place.part) + place.local * sizeof(T);
-#pragma unroll
-    for (u32 i = 0; i < BLOCK; i++) v[i] = to_f32(*(const T *)(column + i * VECTORS * sizeof(T)));
+    read_column<T>(tile, place, v);
   } else {
     u32 vector = first_vector + place.local, k = first + BLOCK * place.part;
     const T *from = (const T *)q.source + (size_t)vector * q.length + k;
@@ -109,6 +115,11 @@ __device__ __forceinline__ void gather(const Values &q, u8 *tile, const Place &p
       for (u32 i = 0; i < BLOCK; i++)
         v[i] = vector < q.vectors && k + i < q.length ? to_f32(from[i]) : 0.0f;
     }
+  }
+  if (q.of_source) {
+    float scale = *q.of_source;
+#pragma unroll
+    for (u32 i = 0; i < BLOCK; i++) v[i] = __fmul_rn(v[i], scale);
   }
   if (q.group) rotate<Lanes<TRANSPOSED>::STEP>(v, q.transform, q.group, place.part);
 }
@@ -166,6 +177,11 @@ template <bool TRANSPOSED> struct Bits {
     u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
     return i % 2 ? word >> 16 : word & 0xffff;
   }
+};
+
+// None, for rounding to nearest.
+struct Unused {
+  __device__ __forceinline__ u32 of(u32) { return 0; }
 };
 
 // ---- Elements -----------------------------------------------------------------------------------
@@ -267,12 +283,12 @@ __device__ __forceinline__ void share_errors(Squares &all, const Place &place, u
 }
 
 // The scales of a thread's two blocks below the tensor's, by the rules of nearest and unbiased
-// rounding. All threads come here.
-__device__ __forceinline__ void choose_scales(const Values &q, Squares &all, const Place &place,
+// rounding. All threads come here; `all` is null where nothing is square.
+__device__ __forceinline__ void choose_scales(const Values &q, Squares *all, const Place &place,
                                               const float v[BLOCK], Tensor tensor,
                                               float scales[2]) {
   u32 amaxes[2] = {amax_of_block(v), amax_of_block(v + SIXTEEN)};
-  if (q.square) share_amaxes(all, place, amaxes);
+  if (all && q.square) share_amaxes(*all, place, amaxes);
   float limit = q.rule == HEADROOM ? __fdiv_rn(1.0f, with_headroom()) : __fdiv_rn(1.0f, 6.0f);
   float inverse = __fmul_rn(tensor.encode, limit), errors[2][2], wide[2];
   bool takes_wide[2];
@@ -289,7 +305,7 @@ __device__ __forceinline__ void choose_scales(const Values &q, Squares &all, con
     errors[b][1] = squared_error(v + SIXTEEN * b, wide[b], tensor.decode);
     takes_wide[b] = errors[b][1] < errors[b][0];
   }
-  if (q.square) share_errors(all, place, q.vectors, errors, takes_wide);
+  if (all && q.square) share_errors(*all, place, q.vectors, errors, takes_wide);
 #pragma unroll
   for (u32 b = 0; b < 2; b++) scales[b] = takes_wide[b] ? wide[b] : scales[b];
 }
@@ -405,7 +421,7 @@ __global__ void __launch_bounds__(THREADS, TRANSPOSED || ROUNDING == EDEN ? 4 : 
     round_eden(q, v, vector, k, tensor.decode);
   } else if (q.outer == OF_TENSOR) {
     float scales[2];
-    choose_scales(q, squares, place, v, tensor, scales);
+    choose_scales(q, &squares, place, v, tensor, scales);
     round_in_tensor<STOCHASTIC>(v, scales, tensor.decode, bits);
   } else {
     round_within<STOCHASTIC, Lanes<TRANSPOSED>::STEP>(v, q.outer == POWER_OF_128, bits);
@@ -420,4 +436,74 @@ __global__ void __launch_bounds__(THREADS, TRANSPOSED || ROUNDING == EDEN ? 4 : 
   }
   if (q.dequantized || q.wide) store_block((float *)q.out + at, v, k, depth);
   else store_block((bf16 *)q.out + at, v, k, depth);
+}
+
+// ---- What the forward pass made -----------------------------------------------------------------
+
+// Of a tensor, and what a product down its columns makes of that. `Arguments` of kept.rs.
+struct Kept {
+  Values forward, backward;
+};
+
+// Stores a tile of numbers, dense and in the order of its source.
+template <class Data>
+__device__ __forceinline__ void store_tile(const u8 *tile, const Kept &q, u32 first_vector,
+                                           u32 first) {
+  u32 rows = q.forward.vectors, columns = q.forward.length;
+  bf16 *out = (bf16 *)q.forward.out;
+  if (first + CHUNK <= rows && first_vector + VECTORS <= columns && columns % 8 == 0) {
+#pragma unroll
+    for (u32 j = 0; j < VECTORS / 8; j++) {
+      u32 i = threadIdx.x + j * THREADS, line = i / (VECTORS / 8), eight = i % (VECTORS / 8);
+      *(uint4 *)(out + (size_t)(first + line) * columns + first_vector + 8 * eight) =
+          *(const uint4 *)(tile + Data::at(line) + 16 * eight);
+    }
+  } else {
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < CHUNK * VECTORS; i += THREADS) {
+      u32 row = first + i / VECTORS, column = first_vector + i % VECTORS;
+      if (row < rows && column < columns)
+        out[(size_t)row * columns + column] =
+            ((const bf16 *)(tile + Data::at(i / VECTORS)))[i % VECTORS];
+    }
+  }
+}
+
+// The forward pass's numbers, which bf16 holds, and their tensor's scale; and where `backward.amax`
+// is not null, the largest magnitude of what the product rounds, as find_nvfp4_amax does. Blocks
+// are not squares. Launch as find_nvfp4_amax of `backward`.
+template <class T>
+__global__ void __launch_bounds__(THREADS, 3) keep_nvfp4(const __grid_constant__ Kept q) {
+  begin();
+  using Source = Lines<sizeof(T), 16>;
+  using Numbers = Lines<2, 16>;
+  __shared__ __align__(16) u8 tile[Source::BYTES];
+  u32 first_vector = blockIdx.x * VECTORS, first = blockIdx.y * CHUNK;
+  load_tile<T, Source>(tile, q.backward, first_vector, first);
+  __syncthreads();
+  float v[BLOCK], scales[2];
+  // A thread has a line, two blocks of the forward pass.
+#pragma unroll
+  for (u32 i = 0; i < BLOCK; i += 8)
+    load8((const T *)(tile + Source::at(threadIdx.x)) + i, v + i);
+  if (sizeof(T) > 2) __syncthreads();
+  Place place = place_of_thread<true>();
+  Tensor tensor = tensor_scale(q.forward);
+  choose_scales(q.forward, nullptr, place, v, tensor, scales);
+  Unused bits;
+  round_in_tensor<false>(v, scales, tensor.decode, bits);
+#pragma unroll
+  for (u32 i = 0; i < BLOCK; i += 8)
+    store8((bf16 *)(tile + Numbers::at(threadIdx.x)) + i, v + i);
+  __syncthreads();
+  store_tile<Numbers>(tile, q, first_vector, first);
+  write_scale(q.forward, tensor);
+  if (!q.backward.amax) return;
+  read_column<bf16, Numbers>(tile, place, v);
+#pragma unroll
+  for (u32 i = 0; i < BLOCK; i++) v[i] = __fmul_rn(v[i], tensor.decode);
+  const Values &made = q.backward;
+  if (made.group) rotate<Lanes<true>::STEP>(v, made.transform, made.group, place.part);
+  u32 amax = max(amax_of_block(v), amax_of_block(v + SIXTEEN));
+  note_amax(made.amax, __uint_as_float(amax));
 }

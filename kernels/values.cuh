@@ -33,6 +33,7 @@ enum Outer { OF_TENSOR, OF_128, POWER_OF_128 };
 // What is made from what. `Values` of values.rs.
 struct Values {
   const void *source;   // (vectors, length), or with `transposed` (length, vectors)
+  const float *of_source; // what that is multiplied by first, by NVFP4's own kernels; null for 1
   const float *mean;    // (vectors, length), which BY_MEAN rounds by
   float *block_scales;  // (vectors, blocks): what elements are multiplied by; may be null
   void *out;            // (vectors, depth) of bf16, or with `wide` f32

@@ -47,6 +47,7 @@ fn corrections_are_those_of_the_definition() {
                     length,
                     transposed,
                     id: OperandId::X,
+                    scale: 0,
                     mean: 0,
                     fp8: None,
                 },

@@ -79,7 +79,7 @@ fn operands() -> Vec<Operand> {
 
 /// What data are like.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Data {
+pub(super) enum Data {
     Normal,
     /// Numbers of all sizes, zeros, whole blocks at the ends of the range.
     Tailed,
@@ -87,7 +87,7 @@ enum Data {
     Zero,
 }
 
-fn data(len: usize, kind: Data) -> Vec<f32> {
+pub(super) fn data(len: usize, kind: Data) -> Vec<f32> {
     let mut values = vec![0.0; len];
     formats::fill_normal(&mut values, 1.0, &Draw::of(3, Purpose::Weights, 87, 0), 0);
     for (i, v) in values.iter_mut().enumerate() {
@@ -115,7 +115,7 @@ fn data(len: usize, kind: Data) -> Vec<f32> {
 }
 
 /// As bits of bf16 numbers or f32 ones, NaN being NaN.
-fn word(v: f32, wide: bool) -> u32 {
+pub(super) fn word(v: f32, wide: bool) -> u32 {
     match (v.is_nan(), wide) {
         (true, _) => u32::MAX,
         (false, true) => v.to_bits(),
@@ -235,6 +235,7 @@ fn check(
         matrix: Matrix {
             source: Address { address, precision },
             amax: None,
+            scale: 0,
             mean: means.as_ptr() as u64,
             vectors,
             length,

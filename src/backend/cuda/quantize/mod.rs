@@ -19,6 +19,7 @@
 pub(super) mod carrier;
 pub(super) mod fp8;
 pub(super) mod int8;
+pub(super) mod kept;
 pub(super) mod random;
 pub(super) mod sums;
 pub(super) mod values;

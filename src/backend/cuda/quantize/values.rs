@@ -12,6 +12,7 @@
 use std::ffi::c_void;
 
 use super::carrier::Carrier;
+use super::kept::Keeping;
 use super::random::{Draw, Transform};
 use super::{MAX_DEPTH, Source, fp8, int8, power_rule};
 use crate::backend::Precision;
@@ -150,9 +151,10 @@ impl Of {
 // ---- Memory -------------------------------------------------------------------------------------
 
 /// Where words lie in [`Room::words`]: the amax of A, of B and of what the forward pass made, then
-/// scales of A and B, and both factors of the product.
+/// scales of A and B, that of what the forward pass made, and both factors of the product.
 const AMAXES: [u64; 3] = [0, 4, 8];
 const SCALES: [u64; 2] = [12, 16];
+const KEPT_SCALE: u64 = 20;
 const FACTORS: u64 = 24;
 /// Scales of FP8 operands, which cuBLASLt takes at multiples of 16 bytes alone.
 const FP8_SCALES: [u64; 2] = [32, 48];
@@ -160,7 +162,7 @@ const WORD_BYTES: usize = 64;
 
 /// Scratch memory besides the operands' own.
 pub(crate) struct Room {
-    /// What the forward pass dequantized, f32.
+    /// What the forward pass dequantized, f32, or its bf16 numbers.
     kept: Piece,
     /// Results before scales of vectors, or before they are restored, f32.
     result: Piece,
@@ -238,7 +240,8 @@ impl Size {
             raise(&mut self.bounds, 8 * rows);
         }
         if gemm.b().source() == OperandSource::Forward {
-            raise(&mut self.kept, n * k * 4);
+            let bytes = if Keeping::fits(of.forward(recipe), gemm.b()) { 2 } else { 4 };
+            raise(&mut self.kept, n * k * bytes);
             // The vectors of its own product are the columns of this one's.
             raise(&mut self.vectors[2], vector_bytes(of.forward(recipe).format(), k));
         }
@@ -293,6 +296,8 @@ pub(crate) struct Matrix {
     pub(crate) source: Source,
     /// The address of the bits of the source's amax, where they are known.
     pub(crate) amax: Option<u64>,
+    /// The address of what the source is multiplied by first, or 0 for 1.
+    pub(crate) scale: u64,
     /// The address of the slow means of weights, or 0: f32, in the order of the source.
     pub(crate) mean: u64,
     pub(crate) vectors: usize,
@@ -308,8 +313,8 @@ pub(crate) struct Matrix {
 impl Matrix {
     /// Stored (vectors, length).
     pub(crate) fn rows(source: Source, vectors: usize, length: usize, id: OperandId) -> Self {
-        let fp8 = None;
-        Self { source, amax: None, mean: 0, vectors, length, transposed: false, id, fp8 }
+        let (amax, scale, mean, transposed, fp8) = (None, 0, 0, false, None);
+        Self { source, amax, scale, mean, vectors, length, transposed, id, fp8 }
     }
 
     /// An activation or its gradient, (rows, columns).
@@ -405,6 +410,7 @@ pub(crate) struct Quantization {
 #[repr(C)]
 pub(crate) struct Arguments {
     source: u64,
+    of_source: u64,
     mean: u64,
     block_scales: u64,
     out: u64,
@@ -521,6 +527,7 @@ impl Quantization {
         };
         Arguments {
             source: matrix.source.address,
+            of_source: matrix.scale,
             mean: matrix.mean,
             block_scales: to.block_scales,
             out: to.out,
@@ -635,16 +642,27 @@ impl Quantization {
 
     /// All of it.
     pub(crate) fn run(mut self, cuda: &Cuda) {
+        self.find(cuda);
+        self.round(cuda);
+    }
+
+    /// The amaxes that it needs, or where they have been noted; first, what else vectors need.
+    pub(super) fn find(&mut self, cuda: &Cuda) {
         let source = self.matrix.source;
-        let ([find, round], launches) = (self.kernels(), self.launches());
-        if let Some(outliers) = Outliers::of(&self) {
+        if let Some(outliers) = Outliers::of(self) {
             let grid = [self.matrix.vectors, 1, 1];
             launch!(cuda.gpu, kernel!(source, "find_bounds"), grid, THREADS, 0; outliers);
         } else if self.finds_amax() {
-            self.start(cuda, (&find, launches[0]), self.is_rotated_anew());
+            let ([find, _], [launch, _]) = (self.kernels(), self.launches());
+            self.start(cuda, (&find, launch), self.is_rotated_anew());
         } else if let Some(amax) = self.noted() {
             self.to.amax = amax;
         }
+    }
+
+    /// The numbers, once amaxes are known.
+    fn round(&self, cuda: &Cuda) {
+        let ([_, round], [_, launch]) = (self.kernels(), self.launches());
         let rounding = self.operand.rounding();
         let by_mean = rounding == Rounding::ByMean;
         assert!(
@@ -652,10 +670,10 @@ impl Quantization {
             "weights have the means that they are rounded by"
         );
         let drawn = !(rounding == Rounding::Nearest || by_mean) || self.is_rotated_anew();
-        self.start(cuda, (&round, launches[1]), drawn);
+        self.start(cuda, (&round, launch), drawn);
     }
 
-    fn is_rotated_anew(&self) -> bool {
+    pub(super) fn is_rotated_anew(&self) -> bool {
         self.transform.is_some_and(|transform| transform.signs() == formats::Signs::Random)
     }
 
@@ -993,7 +1011,13 @@ pub(crate) fn multiply(
         }
         made
     };
-    if gemm.b().source() == OperandSource::Forward {
+    let from_q = gemm.b().source() == OperandSource::Forward;
+    let numbers = from_q && Keeping::fits(of.forward(recipe), gemm.b());
+    let whole_b = b;
+    if numbers {
+        // That of its numbers is another.
+        b.amax = None;
+    } else if from_q {
         let to = To { out: room.kept.address, dequantized: true, ..To::default() };
         let rotated = recipe.forward().transform();
         let kept = prepared(make(b.turned(), of.forward(recipe), rotated, to), 2);
@@ -1031,7 +1055,14 @@ pub(crate) fn multiply(
     let made_a = prepared(make(a, gemm.a(), transform, to_a), 0);
     let made_b = prepared(make(b, gemm.b(), transform, to_b), 1);
     made_a.run(cuda);
-    made_b.run(cuda);
+    if numbers {
+        let (out, scale) = (room.kept.address, word(KEPT_SCALE));
+        let to = To { out, scale, ..To::default() };
+        let forward = prepared(make(whole_b.turned(), of.forward(recipe), None, to), 2);
+        Keeping { forward, backward: made_b }.run(cuda).round(cuda);
+    } else {
+        made_b.run(cuda);
+    }
     if bytes {
         return multiply_integers(cuda, workspace, [&made_a, &made_b], out);
     }
