@@ -21,6 +21,15 @@ template <bool TRANSPOSED> __device__ __forceinline__ Place place_of_thread() {
 
 // ---- Gathering ----------------------------------------------------------------------------------
 
+// The transform's signs of 32 elements of a chunk, bit by bit. Those of 16 are there twice.
+__device__ __forceinline__ u32 signs_of(const Values &q, u32 part) {
+  return q.transform.signs[q.group > BLOCK ? part & (q.group / BLOCK - 1) : 0];
+}
+// That of element k of these in all bits.
+__device__ __forceinline__ u32 sign_of(u32 signs, u32 k) {
+  return (u32)((int)(signs << (31 - k % BLOCK)) >> 31);
+}
+
 // 256 lines of 32 numbers in shared memory, each 32 of them shifted, so that threads that read down
 // columns 32 lines apart do so from different banks. `GAP` bytes follow a line: 16 where threads
 // read a line each.
@@ -29,30 +38,42 @@ template <u32 SIZE, u32 GAP = 0> struct Lines {
   static __device__ __forceinline__ u32 at(u32 line) { return line * PITCH + line / BLOCK * 16; }
 };
 
-// A chunk of 32 vectors of a source that is stored transposed, zeros for what lies outside.
-template <class T, class Data = Lines<sizeof(T)>>
+// A chunk of 32 vectors of a source that is stored transposed, zeros for what lies outside; with
+// the transform's signs where FLIPPED.
+template <class T, bool FLIPPED, class Data = Lines<sizeof(T)>>
 __device__ __forceinline__ void load_tile(u8 *tile, const Values &q, u32 first_vector, u32 first) {
-  constexpr u32 EACH = 16 / sizeof(T), PIECES = VECTORS / EACH;
+  constexpr u32 EACH = 16 / sizeof(T), PIECES = VECTORS / EACH, STEP = THREADS / PIECES;
   const T *source = (const T *)q.source;
   if (first + CHUNK <= q.length && first_vector + VECTORS <= q.vectors && q.vectors % 8 == 0) {
+    u32 line = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+    const T *from = source + (size_t)(first + line) * q.vectors + first_vector + piece * EACH;
     uint4 raw[PIECES];
 #pragma unroll
-    for (u32 j = 0; j < PIECES; j++) {
-      u32 i = threadIdx.x + j * THREADS, column = first_vector + i % PIECES * EACH;
-      raw[j] = *(const uint4 *)(source + (size_t)(first + i / PIECES) * q.vectors + column);
-    }
+    for (u32 j = 0; j < PIECES; j++)
+      raw[j] = *(const uint4 *)(from + (size_t)(j * STEP) * q.vectors);
+    if (FLIPPED && q.group) {
 #pragma unroll
-    for (u32 j = 0; j < PIECES; j++) {
-      u32 i = threadIdx.x + j * THREADS;
-      *(uint4 *)(tile + Data::at(i / PIECES) + i % PIECES * 16) = raw[j];
+      for (u32 j = 0; j < PIECES; j++) {
+        u32 signs = signs_of(q, line / BLOCK + j * STEP / BLOCK);
+        u32 flip = sign_of(signs, line) & (sizeof(T) == 2 ? 0x80008000u : 0x80000000u);
+        raw[j].x ^= flip, raw[j].y ^= flip, raw[j].z ^= flip, raw[j].w ^= flip;
+      }
     }
+    u8 *to = tile + Data::at(line) + piece * 16;
+#pragma unroll
+    for (u32 j = 0; j < PIECES; j++) *(uint4 *)(to + Data::at(j * STEP)) = raw[j];
   } else {
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < CHUNK * VECTORS; i += THREADS) {
       u32 k = first + i / VECTORS, vector = first_vector + i % VECTORS;
-      T number = {};
-      if (k < q.length && vector < q.vectors) number = source[(size_t)k * q.vectors + vector];
-      ((T *)(tile + Data::at(i / VECTORS)))[i % VECTORS] = number;
+      float number = 0.0f;
+      if (k < q.length && vector < q.vectors)
+        number = to_f32(source[(size_t)k * q.vectors + vector]);
+      if (FLIPPED && q.group) {
+        u32 line = i / VECTORS, flip = sign_of(signs_of(q, line / BLOCK), line) & 0x80000000u;
+        number = __uint_as_float(__float_as_uint(number) ^ flip);
+      }
+      ((T *)(tile + Data::at(i / VECTORS)))[i % VECTORS] = from_f32<T>(number);
     }
   }
 }
@@ -65,18 +86,20 @@ __device__ __forceinline__ void read_column(const u8 *tile, const Place &place, 
   for (u32 i = 0; i < BLOCK; i++) v[i] = to_f32(*(const T *)(column + i * Data::PITCH));
 }
 
-// The butterfly of the groups of 16 to 256 elements.
-template <u32 STEP>
-__device__ __forceinline__ void rotate(float v[BLOCK], const Transform &transform, u32 group,
-                                       u32 part) {
-  u32 signs = group < BLOCK ? (transform.signs[0] & 0xffff) * 0x10001u
-                            : transform.signs[part & (group / BLOCK - 1)];
+// The signs of a thread's elements, and their place in the group.
+__device__ __forceinline__ void flip(float v[BLOCK], const Values &q, u32 part) {
+  u32 signs = signs_of(q, part);
 #pragma unroll
   for (u32 i = 0; i < BLOCK; i++)
     v[i] = __uint_as_float(__float_as_uint(v[i]) ^ (signs << (31 - i) & 0x80000000u));
+}
+
+// The butterfly of the groups of 16 to 256 elements, not normalized. NOTE: a question before every
+// stride would cost a move for every sum.
+template <u32 STEP> __device__ __forceinline__ void rotate(float v[BLOCK], u32 group) {
 #pragma unroll
   for (u32 stride = 1; stride < BLOCK; stride *= 2)
-    if (stride < group)
+    if (stride < SIXTEEN || group > SIXTEEN)
 #pragma unroll
       for (u32 i = 0; i < BLOCK; i++)
         if ((i & stride) == 0) {
@@ -91,17 +114,16 @@ __device__ __forceinline__ void rotate(float v[BLOCK], const Transform &transfor
     for (u32 i = 0; i < BLOCK; i++)
       v[i] = __fmaf_rn(sign, v[i], __shfl_xor_sync(FULL_WARP, v[i], STEP * mask));
   }
-#pragma unroll
-  for (u32 i = 0; i < BLOCK; i++) v[i] = __fmul_rn(v[i], transform.scale);
 }
 
-// A thread's elements, rotated. `tile`: shared memory for a chunk of a transposed source.
+// A thread's elements, rotated but not normalized. `tile`: shared memory for a chunk of a transposed
+// source.
 template <class T, bool TRANSPOSED>
 __device__ __forceinline__ void gather(const Values &q, u8 *tile, const Place &place,
                                        float v[BLOCK]) {
   u32 first_vector = blockIdx.x * VECTORS, first = blockIdx.y * CHUNK;
   if (TRANSPOSED) {
-    load_tile<T>(tile, q, first_vector, first);
+    load_tile<T, true>(tile, q, first_vector, first);
     __syncthreads();
     read_column<T>(tile, place, v);
   } else {
@@ -121,7 +143,16 @@ __device__ __forceinline__ void gather(const Values &q, u8 *tile, const Place &p
 #pragma unroll
     for (u32 i = 0; i < BLOCK; i++) v[i] = __fmul_rn(v[i], scale);
   }
-  if (q.group) rotate<Lanes<TRANSPOSED>::STEP>(v, q.transform, q.group, place.part);
+  if (!q.group) return;
+  if (!TRANSPOSED) flip(v, q, place.part);
+  rotate<Lanes<TRANSPOSED>::STEP>(v, q.group);
+}
+
+// What is missing behind the butterfly.
+__device__ __forceinline__ void normalize(float v[BLOCK], const Values &q) {
+  if (!q.group) return;
+#pragma unroll
+  for (u32 i = 0; i < BLOCK; i++) v[i] = __fmul_rn(v[i], q.transform.scale);
 }
 
 // The largest magnitude of 16.
@@ -135,17 +166,23 @@ __device__ __forceinline__ u32 amax_of_block(const float v[SIXTEEN]) {
   return __float_as_uint(amax) & 0x7fffffffu;
 }
 
+// Notes the largest magnitude of what threads have, once it is normalized: the rounded product of
+// the largest is the largest of them.
+__device__ __forceinline__ void note_rotated(const Values &q, const float v[BLOCK]) {
+  float amax = __uint_as_float(max(amax_of_block(v), amax_of_block(v + SIXTEEN)));
+  note_amax(q.amax, q.group ? __fmul_rn(amax, q.transform.scale) : amax);
+}
+
 // Makes the word at `amax` the bits of the largest magnitude, where it was 0 before. A NaN is above
 // everything. Grid: (vectors / 32, depth / 256), rounded up; block: 256.
 template <class T, bool TRANSPOSED>
-__global__ void __launch_bounds__(THREADS, 3)
+__global__ void __launch_bounds__(THREADS, 4)
     find_nvfp4_amax(const __grid_constant__ Values q) {
   begin();
   __shared__ __align__(16) u8 tile[TRANSPOSED ? Lines<sizeof(T)>::BYTES : 16];
   float v[BLOCK];
   gather<T, TRANSPOSED>(q, tile, place_of_thread<TRANSPOSED>(), v);
-  u32 amax = max(amax_of_block(v), amax_of_block(v + SIXTEEN));
-  note_amax(q.amax, __uint_as_float(amax));
+  note_rotated(q, v);
 }
 
 // ---- Random bits --------------------------------------------------------------------------------
@@ -162,7 +199,23 @@ __device__ __forceinline__ void draw_transposed(u8 *bits, const Values &q) {
   }
 }
 
-// Of a thread's 32 elements, which are asked for in order.
+// Those of the scales of blocks of (32, 256): a call gives those of 128 elements.
+struct ScaleBits {
+  uint4 words[VECTORS][2];
+  // Of a thread's two blocks.
+  __device__ __forceinline__ u32 of(const Place &place) const {
+    return ((const u32 *)words[place.local])[place.part];
+  }
+};
+__device__ __forceinline__ void draw_for_scales(ScaleBits &bits, const Values &q) {
+  u32 local = threadIdx.x / 2, half = threadIdx.x % 2;
+  if (local < VECTORS)
+    bits.words[local][half] =
+        philox(q.of_scales, blockIdx.x * VECTORS + local, 2 * blockIdx.y + half);
+}
+
+// Of a thread's 32 elements, which are asked for in order. addend(i): the 16 of element i from bit 8
+// on, and a one below them.
 template <bool TRANSPOSED> struct Bits {
   const Values &q;
   const u8 *column; // in shared memory
@@ -171,35 +224,42 @@ template <bool TRANSPOSED> struct Bits {
   __device__ __forceinline__ Bits(const Values &q, const u8 *bits, const Place &place)
       : q(q), column(bits + Lines<2>::at(BLOCK * place.part) + 2 * place.local),
         vector(blockIdx.x * VECTORS + place.local), k(blockIdx.y * CHUNK + BLOCK * place.part) {}
-  __device__ __forceinline__ u32 of(u32 i) {
-    if (TRANSPOSED) return *(const u16 *)(column + i * Lines<2>::PITCH);
+  __device__ __forceinline__ u32 addend(u32 i) {
+    if (TRANSPOSED) return *(const u16 *)(column + i * Lines<2>::PITCH) << 8 | 0x80;
     if (i % 8 == 0) words = philox(q.elements, vector, (k + i) / 8);
     u32 word = i % 8 < 2 ? words.x : i % 8 < 4 ? words.y : i % 8 < 6 ? words.z : words.w;
-    return i % 2 ? word >> 16 : word & 0xffff;
+    return __byte_perm(word, q.elements.half, i % 2 ? 0x5324 : 0x5104);
   }
 };
 
 // None, for rounding to nearest.
 struct Unused {
-  __device__ __forceinline__ u32 of(u32) { return 0; }
+  __device__ __forceinline__ u32 addend(u32) { return 0; }
 };
 
 // ---- Elements -----------------------------------------------------------------------------------
 
+// A magnitude whose sign bit is clear, with the sign of v: one instruction, where any other
+// magnitude takes two.
+__device__ __forceinline__ float signed_as(float v, float magnitude) {
+  return __uint_as_float(__float_as_uint(magnitude) | (__float_as_uint(v) & 0x80000000u));
+}
+
 // The magnitude nearest to y, 0 <= y <= 6, ties to even: adding and subtracting 1.5 * 2^22 times
-// the binade of max(y, 1) rounds to the grid's steps there.
+// the binade of max(y, 1) rounds to the grid's steps there. That product is exact, so a fused sum
+// rounds as a plain one does, without an integer instruction, which are half as fast.
 __device__ __forceinline__ float nearest_of(float y) {
-  float magic =
-      __uint_as_float((__float_as_uint(fmaxf(y, 1.0f)) & 0xff800000u) + (22u << 23 | 0x00400000u));
-  return __fsub_rn(__fadd_rn(y, magic), magic);
+  float binade = __uint_as_float(__float_as_uint(fmaxf(y, 1.0f)) & 0xff800000u);
+  float magic = 1.5f * (1 << 22);
+  return __fmaf_rn(-binade, magic, __fmaf_rn(binade, magic, y));
 }
 
 // One of both neighbours of y. From 1 on the grid keeps one bit of f32's mantissa; below it is that
-// of y + 1.
-__device__ __forceinline__ float stochastic_of(float y, u32 bits) {
+// of y + 1. `addend`: see Bits.
+__device__ __forceinline__ float stochastic_of(float y, u32 addend) {
   float low = one_if_less(y, 1.0f);
   y = __fadd_rn(y, low);
-  return __fsub_rn(__uint_as_float((__float_as_uint(y) + (bits << 6 | 32)) & 0xffc00000u), low);
+  return __fsub_rn(__uint_as_float((__float_as_uint(y) + (addend >> 2)) & 0xffc00000u), low);
 }
 
 // Quotients v / unit, rounded as a division is. NOTE: a division is some ten instructions, and a
@@ -207,10 +267,14 @@ __device__ __forceinline__ float stochastic_of(float y, u32 bits) {
 struct Quotient {
   float unit, inverse;
   bool ordinary;
-  __device__ __forceinline__ Quotient(float unit) : unit(unit), inverse(__fdiv_rn(1.0f, unit)) {
-    // Beyond 2^60 remainders could vanish. Of a quotient as small as that nothing is left here.
-    ordinary = (__float_as_uint(unit) >> 23) - 67 < 120 &&
-               (__float_as_uint(unit) & 0x7fffffu) != 0x7fffffu;
+  // `inverse`: 1 / unit.
+  __device__ __forceinline__ Quotient(float unit, float inverse) : unit(unit), inverse(inverse) {
+    ordinary = is_ordinary(unit) && (__float_as_uint(unit) & 0x7fffffu) != 0x7fffffu;
+  }
+  __device__ __forceinline__ Quotient(float unit) : Quotient(unit, __fdiv_rn(1.0f, unit)) {}
+  // Beyond 2^60 remainders could vanish. Of a quotient as small as that no element is left.
+  static __device__ __forceinline__ bool is_ordinary(float v) {
+    return (__float_as_uint(v) >> 23) - 67 < 120;
   }
   __device__ __forceinline__ float of(float v) const {
     if (!ordinary) return __fdiv_rn(v, unit);
@@ -226,7 +290,8 @@ __device__ __forceinline__ float squared_error(const float v[SIXTEEN], float sca
   float encode = encoding(scale, tensor), sum = 0.0f;
 #pragma unroll
   for (u32 i = 0; i < SIXTEEN; i++) {
-    float x = __fmul_rn(v[i], encode), rounded = with_sign(nearest_of(element_of(x)), v[i]);
+    // Of magnitudes, as a square has no sign.
+    float x = fabsf(__fmul_rn(v[i], encode)), rounded = nearest_of(element_of(x));
     float error = __fmul_rn(__fsub_rn(rounded, x), scale);
     sum = __fadd_rn(sum, __fmul_rn(error, error));
   }
@@ -282,22 +347,31 @@ __device__ __forceinline__ void share_errors(Squares &all, const Place &place, u
   }
 }
 
-// The scales of a thread's two blocks below the tensor's, by the rules of nearest and unbiased
-// rounding. All threads come here; `all` is null where nothing is square.
-__device__ __forceinline__ void choose_scales(const Values &q, Squares *all, const Place &place,
-                                              const float v[BLOCK], Tensor tensor,
-                                              float scales[2]) {
-  u32 amaxes[2] = {amax_of_block(v), amax_of_block(v + SIXTEEN)};
-  if (all && q.square) share_amaxes(*all, place, amaxes);
-  float limit = q.rule == HEADROOM ? __fdiv_rn(1.0f, with_headroom()) : __fdiv_rn(1.0f, 6.0f);
-  float inverse = __fmul_rn(tensor.encode, limit), errors[2][2], wide[2];
-  bool takes_wide[2];
+// The scales of two blocks below the tensor's, by the rules that need no more than their largest
+// magnitudes; of four over six the full one, and `wide`, of which these are 4.
+__device__ __forceinline__ void scales_of(const Values &q, const u32 amaxes[2], Tensor tensor,
+                                          float scales[2], float wide[2]) {
+  constexpr float HEADROOM_INVERSE = 1.0f / (96.0f / 17.0f), SIXTH = 1.0f / 6.0f;
+  float limit = q.rule == HEADROOM ? HEADROOM_INVERSE : SIXTH;
+  float inverse = __fmul_rn(tensor.encode, limit);
 #pragma unroll
   for (u32 b = 0; b < 2; b++) {
     float scale = __fmul_rn(__uint_as_float(amaxes[b]), inverse);
     scales[b] = round_to_e4m3(scale > 448.0f ? 448.0f : scale);
     wide[b] = round_to_e4m3(fminf(__fmul_rn(scale, 1.5f), 448.0f));
   }
+}
+
+// The scales of a thread's two blocks, which are rounded to nearest. All threads come here; `all` is
+// null where nothing is square.
+__device__ __forceinline__ void choose_scales(const Values &q, Squares *all, const Place &place,
+                                              const float v[BLOCK], Tensor tensor,
+                                              float scales[2]) {
+  u32 amaxes[2] = {amax_of_block(v), amax_of_block(v + SIXTEEN)};
+  if (all && q.square) share_amaxes(*all, place, amaxes);
+  float errors[2][2], wide[2];
+  bool takes_wide[2];
+  scales_of(q, amaxes, tensor, scales, wide);
   if (q.rule != FOUR_OVER_SIX) return;
 #pragma unroll
   for (u32 b = 0; b < 2; b++) {
@@ -322,8 +396,8 @@ __device__ __forceinline__ void round_in_tensor(float v[BLOCK], const float scal
 #pragma unroll
     for (u32 i = SIXTEEN * b; i < SIXTEEN * (b + 1); i++) {
       float y = element_of(__fmul_rn(v[i], encode));
-      float magnitude = STOCHASTIC ? stochastic_of(y, bits.of(i)) : nearest_of(y);
-      v[i] = __fmul_rn(with_sign(magnitude, v[i]), scales[b]);
+      float magnitude = STOCHASTIC ? stochastic_of(y, bits.addend(i)) : nearest_of(y);
+      v[i] = __fmul_rn(signed_as(v[i], magnitude), scales[b]);
     }
   }
 }
@@ -347,35 +421,41 @@ __device__ __forceinline__ void round_within(float v[BLOCK], bool power, Bits &b
 #pragma unroll
     for (u32 i = SIXTEEN * b; i < SIXTEEN * (b + 1); i++) {
       float y = element_of(quotient.of(v[i]));
-      float magnitude = STOCHASTIC ? stochastic_of(y, bits.of(i)) : nearest_of(y);
-      v[i] = __fmul_rn(with_sign(magnitude, v[i]), scale);
+      float magnitude = STOCHASTIC ? stochastic_of(y, bits.addend(i)) : nearest_of(y);
+      v[i] = __fmul_rn(signed_as(v[i], magnitude), scale);
     }
   }
 }
 
-// MS-EDEN of two blocks, the first of which begins at k.
-__device__ __forceinline__ void round_eden(const Values &q, float v[BLOCK], u32 vector, u32 k,
-                                           float tensor) {
-  uint4 words = philox(q.of_scales, vector, k / SIXTEEN / 8);
-  // The bits of two blocks are those of one word.
-  u32 pair = k / BLOCK % 4;
-  u32 word = pair == 0 ? words.x : pair == 1 ? words.y : pair == 2 ? words.z : words.w;
+// The quotient of a block's largest magnitude by EDEN's limit and the tensor's scale, each rounded
+// as a division is.
+__device__ __forceinline__ float eden_quotient(float amax, Tensor tensor) {
+  constexpr float INVERSE = 1.0f / (6.0f / (1.0625f * 0.93f));
+  Quotient limit(eden_max(), INVERSE), scale(tensor.decode, tensor.encode);
+  if (!scale.ordinary || !Quotient::is_ordinary(amax))
+    return __fdiv_rn(__fdiv_rn(amax, eden_max()), tensor.decode);
+  return scale.of(limit.of(amax));
+}
+
+// MS-EDEN of two blocks; `bits`: the 16 of each.
+__device__ __forceinline__ void round_eden(float v[BLOCK], Tensor of, u32 bits) {
+  float tensor = of.decode;
 #pragma unroll
   for (u32 b = 0; b < 2; b++) {
     float *block = v + SIXTEEN * b, amax = __uint_as_float(amax_of_block(block));
-    float scale = round_to_e4m3(__fdiv_rn(__fdiv_rn(amax, eden_max()), tensor));
+    float scale = round_to_e4m3(eden_quotient(amax, of));
     if (scale == 0.0f) scale = 1.0f;
     float encode = encoding(scale, tensor), squares = 0.0f, products = 0.0f;
 #pragma unroll
     for (u32 i = 0; i < SIXTEEN; i++) {
       float r = __fmul_rn(block[i], encode);
-      float rounded = with_sign(nearest_of(element_of(r)), block[i]);
+      float rounded = signed_as(block[i], nearest_of(element_of(r)));
       squares = __fadd_rn(squares, __fmul_rn(r, r));
       products = __fadd_rn(products, __fmul_rn(r, rounded));
       block[i] = rounded;
     }
     float correction = products == 0.0f ? 1.0f : __fdiv_rn(squares, products);
-    scale = stochastic_e4m3(__fmul_rn(scale, correction), b ? word >> 16 : word & 0xffff);
+    scale = stochastic_e4m3(__fmul_rn(scale, correction), b ? bits >> 16 : bits & 0xffff);
 #pragma unroll
     for (u32 i = 0; i < SIXTEEN; i++) block[i] = __fmul_rn(block[i], scale);
   }
@@ -403,25 +483,38 @@ __global__ void __launch_bounds__(THREADS, TRANSPOSED || ROUNDING == EDEN ? 4 : 
   begin();
   constexpr bool STOCHASTIC = ROUNDING == UNBIASED;
   constexpr u32 SIZE = sizeof(T) == 2 ? 2 : 4;
+  // What is the same for many threads goes through shared memory where they wait in any case.
+  constexpr bool WAITS = TRANSPOSED || ROUNDING == EDEN;
   // First a tile of the source, then random bits.
   __shared__ __align__(16) u8 tile[TRANSPOSED ? Lines<SIZE>::BYTES : 16];
   __shared__ Squares squares;
+  __shared__ Tensor of_all;
+  __shared__ ScaleBits scale_bits;
+  if (WAITS && threadIdx.x == THREADS - 1) of_all = tensor_scale(q);
+  if (ROUNDING == EDEN) draw_for_scales(scale_bits, q);
   Place place = place_of_thread<TRANSPOSED>();
   float v[BLOCK];
   gather<T, TRANSPOSED>(q, tile, place, v);
+  if (WAITS && !TRANSPOSED) __syncthreads();
+  normalize(v, q);
   if (STOCHASTIC && TRANSPOSED) {
     __syncthreads();
     draw_transposed(tile, q);
     __syncthreads();
   }
-  Tensor tensor = tensor_scale(q);
+  Tensor tensor = WAITS ? of_all : tensor_scale(q);
   u32 vector = blockIdx.x * VECTORS + place.local, k = blockIdx.y * CHUNK + BLOCK * place.part;
   Bits<TRANSPOSED> bits(q, tile, place);
   if (ROUNDING == EDEN) {
-    round_eden(q, v, vector, k, tensor.decode);
+    round_eden(v, tensor, scale_bits.of(place));
   } else if (q.outer == OF_TENSOR) {
-    float scales[2];
-    choose_scales(q, &squares, place, v, tensor, scales);
+    float scales[2], wide[2];
+    if (STOCHASTIC) {
+      u32 amaxes[2] = {amax_of_block(v), amax_of_block(v + SIXTEEN)};
+      scales_of(q, amaxes, tensor, scales, wide);
+    } else {
+      choose_scales(q, &squares, place, v, tensor, scales);
+    }
     round_in_tensor<STOCHASTIC>(v, scales, tensor.decode, bits);
   } else {
     round_within<STOCHASTIC, Lanes<TRANSPOSED>::STEP>(v, q.outer == POWER_OF_128, bits);
@@ -478,8 +571,10 @@ __global__ void __launch_bounds__(THREADS, 3) keep_nvfp4(const __grid_constant__
   using Source = Lines<sizeof(T), 16>;
   using Numbers = Lines<2, 16>;
   __shared__ __align__(16) u8 tile[Source::BYTES];
+  __shared__ Tensor of_all;
+  if (threadIdx.x == THREADS - 1) of_all = tensor_scale(q.forward);
   u32 first_vector = blockIdx.x * VECTORS, first = blockIdx.y * CHUNK;
-  load_tile<T, Source>(tile, q.backward, first_vector, first);
+  load_tile<T, false, Source>(tile, q.backward, first_vector, first);
   __syncthreads();
   float v[BLOCK], scales[2];
   // A thread has a line, two blocks of the forward pass.
@@ -488,7 +583,7 @@ __global__ void __launch_bounds__(THREADS, 3) keep_nvfp4(const __grid_constant__
     load8((const T *)(tile + Source::at(threadIdx.x)) + i, v + i);
   if (sizeof(T) > 2) __syncthreads();
   Place place = place_of_thread<true>();
-  Tensor tensor = tensor_scale(q.forward);
+  Tensor tensor = of_all;
   choose_scales(q.forward, nullptr, place, v, tensor, scales);
   Unused bits;
   round_in_tensor<false>(v, scales, tensor.decode, bits);
@@ -502,8 +597,9 @@ __global__ void __launch_bounds__(THREADS, 3) keep_nvfp4(const __grid_constant__
   read_column<bf16, Numbers>(tile, place, v);
 #pragma unroll
   for (u32 i = 0; i < BLOCK; i++) v[i] = __fmul_rn(v[i], tensor.decode);
-  const Values &made = q.backward;
-  if (made.group) rotate<Lanes<true>::STEP>(v, made.transform, made.group, place.part);
-  u32 amax = max(amax_of_block(v), amax_of_block(v + SIXTEEN));
-  note_amax(made.amax, __uint_as_float(amax));
+  if (q.backward.group) {
+    flip(v, q.backward, place.part);
+    rotate<Lanes<true>::STEP>(v, q.backward.group);
+  }
+  note_rotated(q.backward, v);
 }

@@ -113,9 +113,16 @@ struct Tensor {
   float encode, decode;
 };
 
-// NVFP4's limits: 17/16 less than 6; and of MS-EDEN.
-__device__ __forceinline__ float with_headroom() { return __fdiv_rn(96.0f, 17.0f); }
-__device__ __forceinline__ float eden_max() { return __fdiv_rn(6.0f, __fmul_rn(1.0625f, 0.93f)); }
+// NVFP4's limits: 17/16 less than 6; and of MS-EDEN. NOTE: as constants, which quotients by name are
+// not.
+__device__ __forceinline__ float with_headroom() {
+  constexpr float LIMIT = 96.0f / 17.0f;
+  return LIMIT;
+}
+__device__ __forceinline__ float eden_max() {
+  constexpr float LIMIT = 6.0f / (1.0625f * 0.93f);
+  return LIMIT;
+}
 
 __device__ __forceinline__ Tensor nvfp4_tensor(const Values &q, u32 bits) {
   float amax = __uint_as_float(bits);

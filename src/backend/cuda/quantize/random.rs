@@ -9,7 +9,7 @@ use crate::formats::{self, GemmId, OperandId, Random};
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C)]
 pub(super) struct Transform {
-    /// Sign i is bit i % 32 of word i / 32, a set bit being -1.
+    /// Sign i is bit i % 32 of word i / 32, a set bit being -1. A group of 16 fills its word twice.
     signs: [u32; formats::MAX_GROUP / 32],
     scale: f32,
 }
@@ -22,6 +22,9 @@ impl Transform {
         let mut signs = [0; formats::MAX_GROUP / 32];
         for (i, sign) in drawn.iter().enumerate() {
             signs[i / 32] |= u32::from(*sign < 0.0) << (i % 32);
+        }
+        if drawn.len() == 16 {
+            signs[0] |= signs[0] << 16;
         }
         Self { signs, scale: formats::group_scale(drawn.len().max(1)) }
     }
