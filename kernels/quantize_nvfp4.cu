@@ -116,6 +116,21 @@ template <u32 STEP> __device__ __forceinline__ void rotate(float v[BLOCK], u32 g
   }
 }
 
+// 32 elements of a row from a column on, zeros for what lies outside of (rows, columns).
+template <class T>
+__device__ __forceinline__ void load_part(const T *source, u32 rows, u32 columns, u32 row,
+                                          u32 column, float v[BLOCK]) {
+  const T *from = source + (size_t)row * columns + column;
+  if (row < rows && column + BLOCK <= columns && columns % 8 == 0) {
+#pragma unroll
+    for (u32 i = 0; i < BLOCK; i += 8) load8(from + i, v + i);
+  } else {
+#pragma unroll
+    for (u32 i = 0; i < BLOCK; i++)
+      v[i] = row < rows && column + i < columns ? to_f32(from[i]) : 0.0f;
+  }
+}
+
 // A thread's elements, rotated but not normalized. `tile`: shared memory for a chunk of a transposed
 // source.
 template <class T, bool TRANSPOSED>
@@ -127,16 +142,8 @@ __device__ __forceinline__ void gather(const Values &q, u8 *tile, const Place &p
     __syncthreads();
     read_column<T>(tile, place, v);
   } else {
-    u32 vector = first_vector + place.local, k = first + BLOCK * place.part;
-    const T *from = (const T *)q.source + (size_t)vector * q.length + k;
-    if (vector < q.vectors && k + BLOCK <= q.length && q.length % 8 == 0) {
-#pragma unroll
-      for (u32 i = 0; i < BLOCK; i += 8) load8(from + i, v + i);
-    } else {
-#pragma unroll
-      for (u32 i = 0; i < BLOCK; i++)
-        v[i] = vector < q.vectors && k + i < q.length ? to_f32(from[i]) : 0.0f;
-    }
+    load_part((const T *)q.source, q.vectors, q.length, first_vector + place.local,
+              first + BLOCK * place.part, v);
   }
   if (q.of_source) {
     float scale = *q.of_source;
@@ -214,8 +221,8 @@ __device__ __forceinline__ void draw_for_scales(ScaleBits &bits, const Values &q
         philox(q.of_scales, blockIdx.x * VECTORS + local, 2 * blockIdx.y + half);
 }
 
-// Of a thread's 32 elements, which are asked for in order. addend(i): the 16 of element i from bit 8
-// on, and a one below them.
+// Of a thread's 32 elements, which are asked for in order. addend(i): the 16 of element i from bit
+// 8 on, and a one below them.
 template <bool TRANSPOSED> struct Bits {
   const Values &q;
   const u8 *column; // in shared memory
@@ -276,12 +283,24 @@ struct Quotient {
   static __device__ __forceinline__ bool is_ordinary(float v) {
     return (__float_as_uint(v) >> 23) - 67 < 120;
   }
+  // Of an ordinary unit.
   __device__ __forceinline__ float of(float v) const {
-    if (!ordinary) return __fdiv_rn(v, unit);
     float quotient = __fmul_rn(v, inverse);
     return __fmaf_rn(__fmaf_rn(-quotient, unit, v), inverse, quotient);
   }
 };
+
+// A block by its scale. NOTE: quotients of zeros have lost their sign.
+__device__ __forceinline__ void divide(float out[SIXTEEN], const float v[SIXTEEN], float scale) {
+  Quotient quotient(scale);
+  if (quotient.ordinary) {
+#pragma unroll
+    for (u32 i = 0; i < SIXTEEN; i++) out[i] = quotient.of(v[i]);
+  } else {
+#pragma unroll
+    for (u32 i = 0; i < SIXTEEN; i++) out[i] = __fdiv_rn(v[i], scale);
+  }
+}
 
 // ---- Scales -------------------------------------------------------------------------------------
 
@@ -362,8 +381,8 @@ __device__ __forceinline__ void scales_of(const Values &q, const u32 amaxes[2], 
   }
 }
 
-// The scales of a thread's two blocks, which are rounded to nearest. All threads come here; `all` is
-// null where nothing is square.
+// The scales of a thread's two blocks, which are rounded to nearest. All threads come here; `all`
+// is null where nothing is square.
 __device__ __forceinline__ void choose_scales(const Values &q, Squares *all, const Place &place,
                                               const float v[BLOCK], Tensor tensor,
                                               float scales[2]) {
@@ -417,12 +436,14 @@ __device__ __forceinline__ void round_within(float v[BLOCK], bool power, Bits &b
     // E4M3's smallest number.
     if (scale == 0.0f) scale = 1.0f / 512.0f;
     scale = __fmul_rn(scale, outer);
-    Quotient quotient(scale);
+    float quotients[SIXTEEN];
+    divide(quotients, v + SIXTEEN * b, scale);
 #pragma unroll
-    for (u32 i = SIXTEEN * b; i < SIXTEEN * (b + 1); i++) {
-      float y = element_of(quotient.of(v[i]));
-      float magnitude = STOCHASTIC ? stochastic_of(y, bits.addend(i)) : nearest_of(y);
-      v[i] = __fmul_rn(signed_as(v[i], magnitude), scale);
+    for (u32 i = 0; i < SIXTEEN; i++) {
+      u32 at = SIXTEEN * b + i;
+      float y = element_of(quotients[i]);
+      float magnitude = STOCHASTIC ? stochastic_of(y, bits.addend(at)) : nearest_of(y);
+      v[at] = __fmul_rn(signed_as(v[at], magnitude), scale);
     }
   }
 }
@@ -602,4 +623,81 @@ __global__ void __launch_bounds__(THREADS, 3) keep_nvfp4(const __grid_constant__
     rotate<Lanes<true>::STEP>(v, q.backward.group);
   }
   note_rotated(q.backward, v);
+}
+
+// Where all scales are those of 128 elements or less nobody has to know the tensor first: a thread
+// block of 512 threads has 128 lines of 128 numbers, whole blocks of both.
+#define SIDE 128
+#define SIDE_THREADS 512
+
+// The lines in shared memory as f32: 16 bytes follow each 32 numbers, and each 32 lines are
+// shifted, so that threads that have 32 numbers of a line, or of a column, do not meet in a bank.
+struct Side {
+  static constexpr u32 QUARTER = BLOCK * 4 + 16, PITCH = SIDE / BLOCK * QUARTER;
+  static __device__ __forceinline__ u32 at(u32 line, u32 column) {
+    return line * PITCH + line / BLOCK * 32 + column / BLOCK * QUARTER + column % BLOCK * 4;
+  }
+};
+
+// Random bits of (128, 128) in shared memory, 16 each, as draw_transposed leaves those of less.
+struct SideBits {
+  static constexpr u32 PITCH = SIDE * 2;
+  const u8 *column;
+  static __device__ __forceinline__ u32 at(u32 line) { return line * PITCH + line / BLOCK * 16; }
+  static __device__ __forceinline__ void draw(const Values &q, u32 first_vector, u32 first) {
+#pragma unroll
+    for (u32 j = 0; j < SIDE * SIDE / 8 / SIDE_THREADS; j++) {
+      u32 i = threadIdx.x + j * SIDE_THREADS, line = i / (SIDE / 8), eight = i % (SIDE / 8);
+      *(uint4 *)(shared + at(line) + 16 * eight) =
+          philox(q.elements, first + line, first_vector / 8 + eight);
+    }
+  }
+  __device__ __forceinline__ u32 addend(u32 i) const {
+    return *(const u16 *)(column + i * PITCH) << 8 | 0x80;
+  }
+};
+
+// The numbers of `backward` from what the forward pass makes of its source, all of it in registers.
+// Grid: (vectors / 128, depth / 128), rounded up; block: 512; dynamic shared memory: Side's and its
+// shifts.
+template <class T, Rounding ROUNDING>
+__global__ void __launch_bounds__(SIDE_THREADS, 2)
+    requantize_nvfp4(const __grid_constant__ Kept q) {
+  begin();
+  u32 first_vector = blockIdx.x * SIDE, first = blockIdx.y * SIDE;
+  const Values &made = q.backward;
+  float v[BLOCK];
+  {
+    u32 line = threadIdx.x / 4, k = first + line, place = threadIdx.x % 4 * BLOCK;
+    load_part((const T *)made.source, made.length, made.vectors, k, first_vector + place, v);
+    Unused none;
+    round_within<false, 1>(v, q.forward.outer == POWER_OF_128, none);
+#pragma unroll
+    for (u32 i = 0; i < BLOCK; i += 8) store8((float *)(shared + Side::at(line, place)) + i, v + i);
+  }
+  __syncthreads();
+  constexpr u32 STEP = 8;
+  u32 lane = threadIdx.x % WARP, part = lane / STEP;
+  u32 local = threadIdx.x / WARP * STEP + lane % STEP;
+  const u8 *column = shared + Side::at(BLOCK * part, local);
+#pragma unroll
+  for (u32 i = 0; i < BLOCK; i++) v[i] = *(const float *)(column + i * Side::PITCH);
+  if (made.group) {
+    flip(v, made, part);
+    rotate<STEP>(v, made.group);
+    normalize(v, made);
+  }
+  if (ROUNDING == UNBIASED) {
+    __syncthreads();
+    SideBits::draw(made, first_vector, first);
+    __syncthreads();
+  }
+  SideBits bits{shared + SideBits::at(BLOCK * part) + 2 * local};
+  round_within<ROUNDING == UNBIASED, STEP>(v, made.outer == POWER_OF_128, bits);
+  write_scale(made, tensor_scale(made));
+  u32 vector = first_vector + local, k = first + BLOCK * part;
+  if (vector >= made.vectors) return;
+  size_t at = (size_t)vector * made.depth + k;
+  if (made.wide) store_block((float *)made.out + at, v, k, made.depth);
+  else store_block((bf16 *)made.out + at, v, k, made.depth);
 }

@@ -87,7 +87,8 @@ pub(super) static FILES: [File; 24] = [
     ),
     file!("quantize_nvfp4", ["random.cuh", "numbers.cuh", "values.cuh"], |_| {
         of("find_nvfp4_amax<T,B> round_nvfp4<T,B,TO_NEAREST> round_nvfp4<T,B,UNBIASED> \
-            round_nvfp4<T,B,EDEN> keep_nvfp4<T>")
+            round_nvfp4<T,B,EDEN> keep_nvfp4<T> requantize_nvfp4<T,TO_NEAREST> \
+            requantize_nvfp4<T,UNBIASED>")
     }),
     file!("quantize_values", ["random.cuh", "deviation.cuh", "numbers.cuh", "values.cuh"], |_| {
         of("find_value_amax<T> round_values<T> scale_result<T,B>")

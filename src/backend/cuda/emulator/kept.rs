@@ -2,7 +2,7 @@
 //! bit.
 
 use super::super::quantize::Source as Address;
-use super::super::quantize::kept::Keeping;
+use super::super::quantize::kept::{Keeping, Way};
 use super::super::quantize::values::{Matrix, Quantization, To};
 use super::values::{Data, data, word};
 use super::{Emulator, SCHEDULES, aligned};
@@ -31,7 +31,7 @@ fn operands_of_numbers_are_those_of_what_they_stand_for() {
     for rule in [Nvfp4Scale::Full, Nvfp4Scale::Headroom, Nvfp4Scale::FourOverSix] {
         let forward = Operand::of(Format::nvfp4(rule, false));
         for (i, backward) in backward.iter().enumerate() {
-            assert!(Keeping::fits(&forward, backward), "{forward:?} {backward:?}");
+            assert_eq!(Way::of(&forward, backward), Some(Way::FromNumbers), "{backward}");
             for (j, shape) in shapes.into_iter().enumerate() {
                 let kinds = [Data::Normal, Data::NotFinite, Data::Zero];
                 let kind = if j == 0 { Data::Tailed } else { kinds[(i + j) % 3] };
@@ -44,6 +44,36 @@ fn operands_of_numbers_are_those_of_what_they_stand_for() {
     }
 }
 
+#[test]
+fn operands_within_128_elements_are_those_of_what_the_forward_pass_made() {
+    let Some(emulator) = Emulator::new("quantize_nvfp4") else { return };
+    let mut cases = 0;
+    for powers in [false, true] {
+        let within = Operand::of(Format::nvfp4_within(powers));
+        let random = |group| Transform::of(group, Signs::Random);
+        let unbiased = within.rounded(Rounding::Unbiased);
+        let backward = [
+            unbiased.rotated(random(16)),
+            unbiased.rotated(random(128)),
+            within.rotated(random(32)),
+            unbiased,
+        ];
+        for (i, backward) in backward.iter().enumerate() {
+            assert_eq!(Way::of(&within, backward), Some(Way::InRegisters), "{backward}");
+            for (j, shape) in [(33, 70), (300, 21), (5, 3), (128, 256)].into_iter().enumerate() {
+                let kinds = [Data::Normal, Data::NotFinite, Data::Zero];
+                let kind = if j == 0 { Data::Tailed } else { kinds[(i + j) % 3] };
+                let precision = [Precision::F32, Precision::Bf16][cases % 2];
+                let schedule = SCHEDULES[cases % 3];
+                check(&emulator, schedule, (&within, backward), (shape, kind), precision);
+                cases += 1;
+            }
+        }
+        assert_eq!(Way::of(&within, &within.rotated(random(256))), None);
+        assert_eq!(Way::of(&within, &Operand::of(Format::NVFP4)), None);
+    }
+}
+
 fn check(
     emulator: &Emulator,
     schedule: (u32, u32),
@@ -51,6 +81,7 @@ fn check(
     ((rows, columns), kind): ((usize, usize), Data),
     precision: Precision,
 ) {
+    let way = Way::of(forward, backward).unwrap();
     let what = format!("{forward}, {backward} ({rows}, {columns}) {kind:?} {precision:?}");
     let mut values = data(rows * columns, kind);
     let narrow = values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes());
@@ -80,7 +111,7 @@ fn check(
     let (mut amaxes, mut scales) = ([0u32; 2], [f32::NAN; 2]);
     let source = Address { address, precision };
     let matrix = Matrix::rows(source, rows, columns, id);
-    let of = |matrix, operand: &Operand, transform, (out, place): (&mut Vec<u128>, usize)| {
+    let mut of = |matrix, operand: &Operand, transform, (out, place): (&mut Vec<u128>, usize)| {
         let to = To {
             out: out.as_mut_ptr() as u64,
             amax: amaxes[place..].as_mut_ptr() as u64,
@@ -89,21 +120,24 @@ fn check(
         };
         Quantization { matrix, operand: *operand, transform, gemm, random: RANDOM, to }
     };
-    let mut of = of;
     let forward = of(matrix, forward, None, (&mut kept, 0));
     let backward = of(matrix.turned(), backward, transform, (&mut out, 1));
     let keeping = Keeping { forward, backward };
-    let [find, _] = forward.kernels();
-    emulator.launch(schedule, &find, forward.launches()[0], forward.arguments());
-    emulator.launch(schedule, &keeping.kernel(), backward.launches()[1], keeping.arguments());
-    let [_, round] = keeping.kept().kernels();
-    emulator.launch(schedule, &round, backward.launches()[1], keeping.kept().arguments());
-
-    assert_eq!(word(scales[0], true), word(made.scale, true), "{what}: scale of the forward pass");
+    let numbers = way == Way::FromNumbers;
+    if numbers {
+        let [find, _] = forward.kernels();
+        emulator.launch(schedule, &find, forward.launches()[0], forward.arguments());
+    }
+    emulator.launch(schedule, &keeping.kernel(way), keeping.launch(way), keeping.arguments());
+    if numbers {
+        let [_, round] = keeping.kept().kernels();
+        emulator.launch(schedule, &round, backward.launches()[1], keeping.kept().arguments());
+        let scale = word(made.scale, true);
+        assert_eq!(word(scales[0], true), scale, "{what}: scale of the forward pass");
+    }
     assert_eq!(word(scales[1], true), word(exact.scale, true), "{what}: scale");
-    let numbers: &[u16] = bytemuck::cast_slice(&kept);
-    for (at, (ours, row)) in numbers.chunks(columns).zip(made.values.chunks(made.depth)).enumerate()
-    {
+    let kept: &[u16] = if numbers { bytemuck::cast_slice(&kept) } else { &[] };
+    for (at, (ours, row)) in kept.chunks(columns).zip(made.values.chunks(made.depth)).enumerate() {
         for (ours, number) in ours.iter().zip(row) {
             let ours = half::bf16::from_bits(*ours).to_f32();
             assert_eq!(word(ours, true), word(*number, true), "{what}: numbers of row {at}");

@@ -1,11 +1,15 @@
 //! What the forward pass made of an operand in NVFP4, where a backward product is made from that.
 //!
-//! Its numbers are elements of E2M1 times scales of E4M3, six bits that bf16 holds, below one scale
-//! of the tensor. So they are made anew as such and turned into values by who reads them; and the
-//! kernel that makes them has the rotated tensor's amax on the way. NOTE: through f32 values in
-//! memory it took 16 bytes an element of x in bf16 and 18 of W in f32, and now 8 and 10. To make
-//! them in registers for the amax and then once more for the operand would take 6 and 10, and twice
-//! the arithmetic of choosing scales, which costs more than these bytes.
+//! Below scales of 128 elements nobody has to know a tensor first: a thread block makes both in
+//! registers, one behind the other, which takes 4 bytes an element of x in bf16 and 6 of W in f32,
+//! in place of 12 and 14 through f32 values in memory.
+//!
+//! Below one scale of the tensor the numbers are made as such: elements of E2M1 times scales of
+//! E4M3 are six bits, which bf16 holds. Who reads them turns them into values, and the kernel that
+//! makes them finds the rotated tensor's amax on the way. NOTE: through f32 values it took 16 bytes
+//! an element of x and 18 of W, and now 8 and 10. To make the numbers in registers for the amax and
+//! then once more for the operand would take 6 and 10, and twice the arithmetic of choosing scales,
+//! which costs more than these bytes.
 
 use std::ffi::c_void;
 
@@ -15,7 +19,7 @@ use crate::backend::Precision;
 use crate::backend::cuda::Cuda;
 use crate::backend::cuda::device::capture::Redraw;
 use crate::backend::cuda::device::launch;
-use crate::formats::{Block, Operand, Outer, Random, Rounding, Scale};
+use crate::formats::{Block, Operand, Outer, Random, Rounding, Scale, Transform};
 
 /// An operand of the forward pass, whose numbers go to its `to`, and that of a product which is
 /// made from them, of the same source with the reduction down its columns.
@@ -33,35 +37,93 @@ pub(crate) struct Arguments {
     backward: Values,
 }
 
+/// How it is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// By one kernel.
+    InRegisters,
+    /// From bf16 numbers in memory.
+    FromNumbers,
+}
+
+impl Way {
+    /// Of operands; none where values go through memory.
+    pub(crate) fn of(forward: &Operand, backward: &Operand) -> Option<Self> {
+        let has_kernels = |operand: &Operand| {
+            operand.format().is_nvfp4()
+                && !matches!(operand.format().block(), Block::Square(_))
+                && operand.rounding() != Rounding::ByMean
+        };
+        let plain = forward.rounding() == Rounding::Nearest && forward.transform().is_none();
+        if !(has_kernels(forward) && plain && has_kernels(backward)) || backward.is_corrected() {
+            return None;
+        }
+        let of_tensor = |operand: &Operand| {
+            matches!(operand.format().scale(), Scale::TwoLevels(_, Outer::Tensor))
+        };
+        let group = backward.transform().map_or(0, Transform::group);
+        if of_tensor(forward) {
+            Some(Self::FromNumbers)
+        } else if !of_tensor(backward) && group <= SIDE {
+            Some(Self::InRegisters)
+        } else {
+            None
+        }
+    }
+}
+
+/// Lines and columns that a thread block takes which makes both, its threads, and the bytes of
+/// shared memory that `Side` of the kernels takes.
+const SIDE: usize = 128;
+const SIDE_THREADS: usize = 512;
+const SIDE_BYTES: usize = SIDE * SIDE / 32 * (4 * 32 + 16) + SIDE / 32 * 32;
+
 impl Keeping {
-    /// Whether operands are such.
-    pub(crate) fn fits(forward: &Operand, backward: &Operand) -> bool {
-        let Scale::TwoLevels(_, Outer::Tensor) = forward.format().scale() else { return false };
-        forward.rounding() == Rounding::Nearest
-            && forward.transform().is_none()
-            && !matches!(forward.format().block(), Block::Square(_))
-            && backward.format().is_nvfp4()
-            && !backward.is_corrected()
+    /// The operand of the product.
+    pub(super) fn run(self, cuda: &Cuda, way: Way) {
+        match way {
+            Way::InRegisters => self.start(cuda, way),
+            Way::FromNumbers => self.keep(cuda).round(cuda),
+        }
     }
 
     /// Makes the numbers, and gives what is to be rounded from them, its amax known.
-    pub(super) fn run(mut self, cuda: &Cuda) -> Quantization {
+    fn keep(mut self, cuda: &Cuda) -> Quantization {
         self.forward.find(cuda);
-        let Launch { grid, block, shared } = self.backward.launches()[1];
-        if self.backward.is_rotated_anew() {
-            let drawing = Drawing { arguments: self.arguments(), of: self };
-            cuda.gpu.launch_drawn(&self.kernel(), grid, block, shared, drawing);
-        } else {
-            let arguments = self.arguments();
-            launch!(cuda.gpu, &self.kernel(), grid, block, shared; arguments);
-        }
+        self.start(cuda, Way::FromNumbers);
         self.kept()
     }
 
-    pub(crate) fn kernel(&self) -> String {
-        match self.forward.matrix.source.precision {
-            Precision::F32 => "keep_nvfp4<float>".into(),
-            Precision::Bf16 => "keep_nvfp4<bf16>".into(),
+    fn start(&self, cuda: &Cuda, way: Way) {
+        let Launch { grid, block, shared } = self.launch(way);
+        let (kernel, arguments) = (self.kernel(way), self.arguments());
+        if self.backward.is_drawn() {
+            let drawing = Drawing { arguments, of: *self };
+            cuda.gpu.launch_drawn(&kernel, grid, block, shared, drawing);
+        } else {
+            launch!(cuda.gpu, &kernel, grid, block, shared; arguments);
+        }
+    }
+
+    pub(crate) fn launch(&self, way: Way) -> Launch {
+        if way == Way::FromNumbers {
+            return self.backward.launches()[1];
+        }
+        let grid = [self.backward.matrix.vectors, self.backward.depth()].map(|n| n.div_ceil(SIDE));
+        Launch { grid: [grid[0], grid[1], 1], block: SIDE_THREADS, shared: SIDE_BYTES }
+    }
+
+    pub(crate) fn kernel(&self, way: Way) -> String {
+        let number = match self.forward.matrix.source.precision {
+            Precision::F32 => "float",
+            Precision::Bf16 => "bf16",
+        };
+        match (way, self.backward.operand.rounding()) {
+            (Way::FromNumbers, _) => format!("keep_nvfp4<{number}>"),
+            (Way::InRegisters, Rounding::Unbiased) => {
+                format!("requantize_nvfp4<{number},UNBIASED>")
+            }
+            (Way::InRegisters, _) => format!("requantize_nvfp4<{number},TO_NEAREST>"),
         }
     }
 

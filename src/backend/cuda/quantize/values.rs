@@ -12,7 +12,7 @@
 use std::ffi::c_void;
 
 use super::carrier::Carrier;
-use super::kept::Keeping;
+use super::kept::{Keeping, Way};
 use super::random::{Draw, Transform};
 use super::{MAX_DEPTH, Source, fp8, int8, power_rule};
 use crate::backend::Precision;
@@ -240,7 +240,11 @@ impl Size {
             raise(&mut self.bounds, 8 * rows);
         }
         if gemm.b().source() == OperandSource::Forward {
-            let bytes = if Keeping::fits(of.forward(recipe), gemm.b()) { 2 } else { 4 };
+            let bytes = match Way::of(of.forward(recipe), gemm.b()) {
+                None => 4,
+                Some(Way::FromNumbers) => 2,
+                Some(Way::InRegisters) => 0,
+            };
             raise(&mut self.kept, n * k * bytes);
             // The vectors of its own product are the columns of this one's.
             raise(&mut self.vectors[2], vector_bytes(of.forward(recipe).format(), k));
@@ -661,19 +665,22 @@ impl Quantization {
     }
 
     /// The numbers, once amaxes are known.
-    fn round(&self, cuda: &Cuda) {
+    pub(super) fn round(&self, cuda: &Cuda) {
         let ([_, round], [_, launch]) = (self.kernels(), self.launches());
-        let rounding = self.operand.rounding();
-        let by_mean = rounding == Rounding::ByMean;
         assert!(
-            !by_mean || self.matrix.mean != 0,
+            self.operand.rounding() != Rounding::ByMean || self.matrix.mean != 0,
             "weights have the means that they are rounded by"
         );
-        let drawn = !(rounding == Rounding::Nearest || by_mean) || self.is_rotated_anew();
-        self.start(cuda, (&round, launch), drawn);
+        self.start(cuda, (&round, launch), self.is_drawn());
     }
 
-    pub(super) fn is_rotated_anew(&self) -> bool {
+    /// Whether its signs or bits change with every step.
+    pub(super) fn is_drawn(&self) -> bool {
+        let drawn = matches!(self.operand.rounding(), Rounding::Unbiased | Rounding::Eden);
+        drawn || self.is_rotated_anew()
+    }
+
+    fn is_rotated_anew(&self) -> bool {
         self.transform.is_some_and(|transform| transform.signs() == formats::Signs::Random)
     }
 
@@ -1012,9 +1019,9 @@ pub(crate) fn multiply(
         made
     };
     let from_q = gemm.b().source() == OperandSource::Forward;
-    let numbers = from_q && Keeping::fits(of.forward(recipe), gemm.b());
+    let way = Way::of(of.forward(recipe), gemm.b()).filter(|_| from_q);
     let whole_b = b;
-    if numbers {
+    if way.is_some() {
         // That of its numbers is another.
         b.amax = None;
     } else if from_q {
@@ -1055,11 +1062,11 @@ pub(crate) fn multiply(
     let made_a = prepared(make(a, gemm.a(), transform, to_a), 0);
     let made_b = prepared(make(b, gemm.b(), transform, to_b), 1);
     made_a.run(cuda);
-    if numbers {
+    if let Some(way) = way {
         let (out, scale) = (room.kept.address, word(KEPT_SCALE));
         let to = To { out, scale, ..To::default() };
         let forward = prepared(make(whole_b.turned(), of.forward(recipe), None, to), 2);
-        Keeping { forward, backward: made_b }.run(cuda).round(cuda);
+        Keeping { forward, backward: made_b }.run(cuda, way);
     } else {
         made_b.run(cuda);
     }
