@@ -68,6 +68,7 @@ impl Linear for Cuda {
                     bias,
                     accumulate: false,
                     tensor: 0,
+                    pass: Some(x),
                 };
                 let x = Matrix::of(x, rows, inputs, OperandId::X);
                 let w = Matrix::master(&w, outputs, inputs).with_mean(mean);
@@ -186,8 +187,14 @@ impl Linear for Cuda {
             (None, Some(of)) => {
                 let w = Matrix::master(&w, outputs, inputs).with_mean(mean).turned();
                 let w = Matrix { fp8: turned.map(|turned| turned.places()[1]), ..w };
-                let (bias, tensor) = (None, x.address());
-                let to = values::Output { address: to, precision, bias, accumulate: false, tensor };
+                let to = values::Output {
+                    address: to,
+                    precision,
+                    bias: None,
+                    accumulate: false,
+                    tensor: x.address(),
+                    pass: Some(dy),
+                };
                 values::multiply(self, workspace, of, [forms_of_dy[0], w], random, to);
             }
             (Some(gemm), _) => {
@@ -236,9 +243,14 @@ impl Linear for Cuda {
                 match by_values[1] {
                     None => self.product(workspace, &wgrad),
                     Some(of) => {
-                        let (address, precision) = (dw.address(), Precision::F32);
-                        let (bias, tensor) = (None, w.master.address());
-                        let to = values::Output { address, precision, bias, accumulate, tensor };
+                        let to = values::Output {
+                            address: dw.address(),
+                            precision: Precision::F32,
+                            bias: None,
+                            accumulate,
+                            tensor: w.master.address(),
+                            pass: Some(dy),
+                        };
                         let x = Matrix::of(x, rows, inputs, OperandId::X).turned();
                         let x = Matrix { fp8: turned.map(|turned| turned.places()[0]), ..x };
                         values::multiply(self, workspace, of, [forms_of_dy[1], x], random, to);

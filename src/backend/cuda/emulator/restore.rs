@@ -58,7 +58,8 @@ fn gradients_are_those_of_the_definition() {
                 Precision::F32 => (out.as_mut_ptr() as u64, tensor.as_ptr() as u64),
                 Precision::Bf16 => (out_narrow.as_mut_ptr() as u64, tensor_narrow.as_ptr() as u64),
             };
-            let to = Output { address, precision, bias: None, accumulate, tensor: of };
+            let (bias, pass) = (None, None);
+            let to = Output { address, precision, bias, accumulate, tensor: of, pass };
             let restore = Restore::new(restoration, to, c.as_ptr() as u64, [rows, columns]);
             let launch =
                 Launch { grid: [restore.grid(), 1, 1], block: Restore::THREADS, shared: 0 };

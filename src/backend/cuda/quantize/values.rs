@@ -9,6 +9,7 @@
 //! integer tensor cores do ([`multiply_integers`]).
 //! The formats that have kernels of their own (`has_own_kernels`) do not come here.
 
+use std::cell::OnceCell;
 use std::ffi::c_void;
 
 use super::carrier::Carrier;
@@ -746,7 +747,7 @@ impl Redraw for Drawing {
 
 /// Where a product goes.
 #[derive(Clone, Copy)]
-pub(crate) struct Output {
+pub(crate) struct Output<'a> {
     pub(crate) address: u64,
     pub(crate) precision: Precision,
     /// Of the same precision.
@@ -754,6 +755,8 @@ pub(crate) struct Output {
     pub(crate) accumulate: bool,
     /// What a gradient is of, in the same precision.
     pub(crate) tensor: u64,
+    /// A tensor of the pass, which may have zeroed words.
+    pub(crate) pass: Option<&'a Tensor>,
 }
 
 /// `Scaling` of the kernels.
@@ -842,7 +845,7 @@ impl Restore {
     /// Of a gradient (rows, columns), from the product at `c`.
     pub(crate) fn new(
         restoration: Restoration,
-        out: Output,
+        out: Output<'_>,
         c: u64,
         [rows, columns]: [usize; 2],
     ) -> Self {
@@ -961,7 +964,7 @@ pub(crate) fn multiply(
     (of, recipe, gemm): (Of, &LinearRecipe, &Gemm),
     [a, mut b]: [Matrix; 2],
     random: &Random,
-    out: Output,
+    out: Output<'_>,
 ) {
     let room = &workspace.values;
     let inputs = b.vectors;
@@ -999,22 +1002,36 @@ pub(crate) fn multiply(
         random: *random,
         to,
     };
-    // Zeroes the words that amaxes are found in.
+    // NOTE: a word that is cleared by itself holds up the kernel behind it, which could else be
+    // launched while the one before it ends.
+    let found = OnceCell::new();
+    let zeroed = || {
+        *found.get_or_init(|| {
+            let words = out.pass.and_then(|pass| pass.zeroed_words(AMAXES.len() as u64));
+            words.unwrap_or_else(|| {
+                cuda.clear(word(AMAXES[0]), 4 * AMAXES.len());
+                word(AMAXES[0])
+            })
+        })
+    };
+    // With zeroed words for the amaxes that are to be found.
     let prepared = |mut made: Quantization, place: usize| {
-        let Matrix { vectors, .. } = made.matrix;
-        let [amax, bytes] = match made.operand.format().block() {
-            Block::Vector => [room.vectors[place].address, 4 * vectors as u64],
-            _ => [word(AMAXES[place]), 4],
+        let bytes = 4 * made.matrix.vectors;
+        let by_vector = made.operand.format().block() == Block::Vector;
+        let amax = match (by_vector, made.finds_amax()) {
+            (true, _) => room.vectors[place].address,
+            (false, true) => zeroed() + AMAXES[place],
+            (false, false) => 0,
         };
         made.to.amax = amax;
         if made.operand.outliers().is_some() {
             made.to.bounds = room.bounds.address;
         }
         if formats::has_vector_scales(made.operand.format()) {
-            made.to.vector_scales = amax + bytes;
+            made.to.vector_scales = amax + bytes as u64;
         }
-        if made.finds_amax() {
-            cuda.clear(amax, bytes as usize);
+        if by_vector {
+            cuda.clear(amax, bytes);
         }
         made
     };
