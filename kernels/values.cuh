@@ -113,8 +113,8 @@ struct Tensor {
   float encode, decode;
 };
 
-// NVFP4's limits: 17/16 less than 6; and of MS-EDEN. NOTE: as constants, which quotients by name are
-// not.
+// NVFP4's limits: 17/16 less than 6; and of MS-EDEN. NOTE: as constants, which quotients by name
+// are not.
 __device__ __forceinline__ float with_headroom() {
   constexpr float LIMIT = 96.0f / 17.0f;
   return LIMIT;

@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 24] = [
+pub(super) static FILES: [File; 25] = [
     file!("optimize", [], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
@@ -85,13 +85,15 @@ pub(super) static FILES: [File; 24] = [
         ["random.cuh", "quantize.cuh", "quantize_fp8.cuh", "gelu.cuh"],
         |chip| of_fp8(chip, "<64", "quantize_fp8_behind_gelu<64,B,B>")
     ),
-    file!("quantize_nvfp4", ["random.cuh", "numbers.cuh", "values.cuh"], |_| {
+    file!("quantize_nvfp4", ["random.cuh", "numbers.cuh", "values.cuh", "nvfp4.cuh"], |_| {
         of("find_nvfp4_amax<T,B> round_nvfp4<T,B,TO_NEAREST> round_nvfp4<T,B,UNBIASED> \
-            round_nvfp4<T,B,EDEN> keep_nvfp4<T> requantize_nvfp4<T,TO_NEAREST> \
-            requantize_nvfp4<T,UNBIASED>")
+            round_nvfp4<T,B,EDEN>")
     }),
     file!("quantize_values", ["random.cuh", "deviation.cuh", "numbers.cuh", "values.cuh"], |_| {
         of("find_value_amax<T> round_values<T> scale_result<T,B>")
+    }),
+    file!("requantize_nvfp4", ["random.cuh", "numbers.cuh", "values.cuh", "nvfp4.cuh"], |_| {
+        of("keep_nvfp4<T> requantize_nvfp4<T,TO_NEAREST> requantize_nvfp4<T,UNBIASED>")
     }),
     file!("restore", ["deviation.cuh"], |_| of("restore<T>")),
     file!("sums", [], |_| of("bias_gradient<T> add_partials")),
@@ -189,8 +191,8 @@ mod tests {
     }
 
     /// Without a GPU nobody would notice that a launch names a kernel that nobody compiles. Those
-    /// that quantize are named by `Quantization::kernel`, `BehindGelu::kernel` and
-    /// `values::Quantization::kernels`, by which the emulator's tests ask for them.
+    /// that quantize are named by `Quantization::kernel`, `BehindGelu::kernel`, `Keeping::kernel`
+    /// and `values::Quantization::kernels`, by which the emulator's tests ask for them.
     #[test]
     fn every_kernel_that_is_launched_is_listed() {
         let sources = [

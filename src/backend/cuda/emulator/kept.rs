@@ -1,5 +1,4 @@
-//! Operands made from what the forward pass made, by its bf16 numbers: `quantize_nvfp4.cu`, bit for
-//! bit.
+//! Operands made from what the forward pass made: `requantize_nvfp4.cu`, bit for bit.
 
 use super::super::quantize::Source as Address;
 use super::super::quantize::kept::{Keeping, Way};
@@ -13,9 +12,13 @@ use crate::formats::{
     Transform,
 };
 
+fn emulators() -> Option<[Emulator; 2]> {
+    Some([Emulator::new("quantize_nvfp4")?, Emulator::new("requantize_nvfp4")?])
+}
+
 #[test]
 fn operands_of_numbers_are_those_of_what_they_stand_for() {
-    let Some(emulator) = Emulator::new("quantize_nvfp4") else { return };
+    let Some(emulators) = emulators() else { return };
     let nvfp4 = Operand::of(Format::NVFP4);
     let within = Operand::of(Format::nvfp4_within(true)).rounded(Rounding::Unbiased);
     let random = |group| Transform::of(group, Signs::Random);
@@ -37,7 +40,7 @@ fn operands_of_numbers_are_those_of_what_they_stand_for() {
                 let kind = if j == 0 { Data::Tailed } else { kinds[(i + j) % 3] };
                 let precision = [Precision::F32, Precision::Bf16][cases % 2];
                 let schedule = SCHEDULES[cases % 3];
-                check(&emulator, schedule, (&forward, backward), (shape, kind), precision);
+                check(&emulators, schedule, (&forward, backward), (shape, kind), precision);
                 cases += 1;
             }
         }
@@ -46,7 +49,7 @@ fn operands_of_numbers_are_those_of_what_they_stand_for() {
 
 #[test]
 fn operands_within_128_elements_are_those_of_what_the_forward_pass_made() {
-    let Some(emulator) = Emulator::new("quantize_nvfp4") else { return };
+    let Some(emulators) = emulators() else { return };
     let mut cases = 0;
     for powers in [false, true] {
         let within = Operand::of(Format::nvfp4_within(powers));
@@ -65,7 +68,7 @@ fn operands_within_128_elements_are_those_of_what_the_forward_pass_made() {
                 let kind = if j == 0 { Data::Tailed } else { kinds[(i + j) % 3] };
                 let precision = [Precision::F32, Precision::Bf16][cases % 2];
                 let schedule = SCHEDULES[cases % 3];
-                check(&emulator, schedule, (&within, backward), (shape, kind), precision);
+                check(&emulators, schedule, (&within, backward), (shape, kind), precision);
                 cases += 1;
             }
         }
@@ -75,7 +78,7 @@ fn operands_within_128_elements_are_those_of_what_the_forward_pass_made() {
 }
 
 fn check(
-    emulator: &Emulator,
+    [plain, again]: &[Emulator; 2],
     schedule: (u32, u32),
     (forward, backward): (&Operand, &Operand),
     ((rows, columns), kind): ((usize, usize), Data),
@@ -126,12 +129,12 @@ fn check(
     let numbers = way == Way::FromNumbers;
     if numbers {
         let [find, _] = forward.kernels();
-        emulator.launch(schedule, &find, forward.launches()[0], forward.arguments());
+        plain.launch(schedule, &find, forward.launches()[0], forward.arguments());
     }
-    emulator.launch(schedule, &keeping.kernel(way), keeping.launch(way), keeping.arguments());
+    again.launch(schedule, &keeping.kernel(way), keeping.launch(way), keeping.arguments());
     if numbers {
         let [_, round] = keeping.kept().kernels();
-        emulator.launch(schedule, &round, backward.launches()[1], keeping.kept().arguments());
+        plain.launch(schedule, &round, backward.launches()[1], keeping.kept().arguments());
         let scale = word(made.scale, true);
         assert_eq!(word(scales[0], true), scale, "{what}: scale of the forward pass");
     }
