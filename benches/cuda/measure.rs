@@ -7,6 +7,7 @@ use cudarc::driver::sys;
 use super::device::gemm::{Operand as Factor, Product};
 use super::device::memory::{Arena, F32, Piece, Tensor, Weights};
 use super::quantization::errors_of_fp8_products;
+use super::quantize::kept::{Keeping, Way};
 use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, values};
 use super::{Cuda, Type, UNBIASED, Workspace, alone, f32s_of, gpu, of_dy, older_gpu, workspace};
 use crate::backend::{
@@ -14,8 +15,8 @@ use crate::backend::{
     Memory as _, OutputGradient, Precision, Sequences,
 };
 use crate::formats::{
-    Draw, Element, Format, GemmId, LinearRecipe, Operand, OperandId, Purpose, Random, Rounding,
-    Signs, Transform,
+    Draw, Element, Format, GemmId, LinearRecipe, Nvfp4Scale, Operand, OperandId, Purpose, Random,
+    Rounding, Signs, Transform,
 };
 use crate::recipe::Recipe;
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
@@ -174,6 +175,7 @@ fn operands_on(cuda: &Cuda) {
         let source = noted(cuda, rows, cols, 1.0, 1);
         let weights = param(cuda, elements, 1.0, 2).master;
         let out = [bytes(cuda, 4 * elements), bytes(cuda, elements)];
+        let turned = bytes(cuda, 2 * elements);
         let (words, sums) = (bytes(cuda, 32), f32s(cuda, (rows / 64 + 2) * cols));
         let amax = source.amax().unwrap();
         let bf16 = Source::of(&source);
@@ -214,6 +216,33 @@ fn operands_on(cuda: &Cuda) {
             .run(cuda);
         };
         let (nearest, unbiased, eden) = (Rounding::Nearest, Rounding::Unbiased, Rounding::Eden);
+        // What the forward pass rounded in rows, down columns.
+        let of_kept = |source, forward: Format, backward: Operand| {
+            let matrix = values::Matrix::rows(source, rows, cols, OperandId::X);
+            let of = |matrix, operand: Operand, out: &Piece, word| values::Quantization {
+                matrix,
+                operand,
+                transform: operand.transform(),
+                gemm: GemmId::Wgrad,
+                random: RANDOM,
+                to: values::To {
+                    out: out.address,
+                    scale: words.address + word,
+                    amax: words.address + word + 4,
+                    ..values::To::default()
+                },
+            };
+            let noted = values::Matrix { amax: Some(amax), ..matrix };
+            let forward = of(noted, Operand::of(forward), &out[0], 8);
+            let backward = of(matrix.turned(), backward, &turned, 16);
+            let way = Way::of(&forward.operand, &backward.operand).expect("there are kernels");
+            Keeping { forward, backward }.run(cuda, way);
+        };
+        let [four_over_six, within] =
+            [Format::nvfp4(Nvfp4Scale::FourOverSix, false), Format::nvfp4_within(true)];
+        let random = |group| Transform::of(group, Signs::Random);
+        let eden_of_kept = Operand::of(Format::NVFP4).rounded(eden).rotated(random(128));
+        let within_of_kept = Operand::of(within).rounded(unbiased).rotated(random(16));
         let times = medians(
             cuda,
             [
@@ -237,6 +266,13 @@ fn operands_on(cuda: &Cuda) {
                 &mut || int8(bf16, Format::INT8_VECTORS, true, false),
                 &mut || int8(f32, Format::INT8_TENSOR, true, false),
                 &mut || int8(f32, Format::INT8_TENSOR, true, true),
+                &mut || nvfp4(bf16, false, eden, 128),
+                &mut || nvfp4(f32, true, eden, 128),
+                &mut || nvfp4(bf16, true, unbiased, 16),
+                &mut || of_kept(bf16, four_over_six, eden_of_kept),
+                &mut || of_kept(f32, four_over_six, eden_of_kept),
+                &mut || of_kept(bf16, within, within_of_kept),
+                &mut || of_kept(f32, within, within_of_kept),
             ],
         );
         // Bytes an element; with a transform the source is read twice.
@@ -259,11 +295,18 @@ fn operands_on(cuda: &Cuda) {
             ("int8 rows", 3.0),
             ("int8 of f32", 5.0),
             ("int8 columns of f32", 5.0),
+            ("NVFP4 rows EDEN H128", 6.0),
+            ("NVFP4 columns EDEN H128 of f32", 10.0),
+            ("NVFP4 columns SR H16", 6.0),
+            ("quartet2: columns of q", 8.0),
+            ("quartet2: columns of q of f32", 10.0),
+            ("tetrajet2: columns of q", 4.0),
+            ("tetrajet2: columns of q of f32", 6.0),
         ];
         println!("({rows}, {cols})");
         for (time, (what, bytes)) in times.iter().zip(of) {
             let rates = [1e-3 * elements as f64 / time, 1e-6 * bytes * elements as f64 / time];
-            println!("{what:24} {time:7.1} us {:6.0} G/s {:5.2} TB/s", rates[0], rates[1]);
+            println!("{what:30} {time:7.1} us {:6.0} G/s {:5.2} TB/s", rates[0], rates[1]);
         }
     }
 }

@@ -80,7 +80,7 @@ const SIDE_BYTES: usize = SIDE * SIDE / 32 * (4 * 32 + 16) + SIDE / 32 * 32;
 
 impl Keeping {
     /// The operand of the product.
-    pub(super) fn run(self, cuda: &Cuda, way: Way) {
+    pub(crate) fn run(self, cuda: &Cuda, way: Way) {
         match way {
             Way::InRegisters => self.start(cuda, way),
             Way::FromNumbers => self.keep(cuda).round(cuda),
