@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_tile(const u8 *tile, const Kept &q, u32 fi
 // is not null, the largest magnitude of what the product rounds, as find_nvfp4_amax does. Blocks
 // are not squares. Launch as find_nvfp4_amax of `backward`.
 template <class T>
-__global__ void __launch_bounds__(THREADS, 3) keep_nvfp4(const __grid_constant__ Kept q) {
+__global__ void __launch_bounds__(THREADS, 4) keep_nvfp4(const __grid_constant__ Kept q) {
   begin();
   using Source = Lines<sizeof(T), 16>;
   using Numbers = Lines<2, 16>;
