@@ -1,6 +1,6 @@
-// Operands in int8, for sizes that 16 divides, as bf16 numbers or bytes: rows with a scale each, and
-// tensors with one. A thread has 16 numbers in registers, and a thread block whole rows, so that
-// their amaxes are found on the way: a source is read once.
+// Operands in int8, for sizes that 16 divides, as bf16 numbers or bytes: rows with a scale each,
+// and tensors with one. A thread has 16 numbers in registers, and a thread block whole rows, so
+// that their amaxes are found on the way: a source is read once.
 
 // Numbers of a thread.
 #define EACH 16
@@ -10,8 +10,8 @@
 //
 // NOTE: not by a division each, which would take as long as memory does. The reciprocal, correctly
 // rounded, and two steps that add what is left of a quotient give the same bits, as long as nothing
-// is lost below f32's range: so the amax is brought to 2 .. 4 first (of what is below that range, as
-// near as a power of two comes), and of smaller numbers only such lose bits as become 0.
+// is lost below f32's range: so the amax is brought to 2 .. 4 first (of what is below that range,
+// as near as a power of two comes), and of smaller numbers only such lose bits as become 0.
 struct Integers {
   float by, amax, inverse;
   __device__ __forceinline__ explicit Integers(u32 bits) {
@@ -45,7 +45,8 @@ struct Integers {
   }
 };
 
-template <class T> __device__ __forceinline__ void load(const void *from, size_t at, float v[EACH]) {
+template <class T>
+__device__ __forceinline__ void load(const void *from, size_t at, float v[EACH]) {
 #pragma unroll
   for (int i = 0; i < EACH; i += 8) load8((const T *)from + at + i, v + i);
 }
@@ -65,9 +66,9 @@ __device__ __forceinline__ void store(u8 *out, const float v[EACH], u32 amax) {
   *(uint4 *)out = make_uint4(low.x, low.y, high.x, high.y);
 }
 
-// out (vectors, length) = the integers of vectors along the reduction, and vector_scales; a scale
-// of the tensor is 1. A vector has whole warps, a thread block some whole vectors. Grid: vectors / those of a block, rounded up;
-// block: at most 1,024.
+// out (vectors, length) = the integers of vectors along the reduction, and vector_scales; the
+// tensor's scale is 1. A vector has whole warps, a thread block whole vectors. Grid: vectors /
+// those of a thread block, rounded up; block: at most 1,024.
 template <class T, class N>
 __global__ void __launch_bounds__(1024) round_int8_rows(const __grid_constant__ Values q) {
   begin();
@@ -106,8 +107,8 @@ __global__ void __launch_bounds__(THREADS) round_int8_tensor(const __grid_consta
   store((N *)q.out + at, v, *q.amax);
 }
 
-// The same as bytes of a tensor that is stored transposed, along the reduction. Grid: vectors / 128,
-// length / 128, rounded up; block: 256.
+// The same as bytes of a tensor that is stored transposed, along the reduction. Grid: vectors /
+// 128, length / 128, rounded up; block: 256.
 template <class T>
 __global__ void __launch_bounds__(THREADS, sizeof(T) == 4 ? 2 : 3)
     turn_int8(const __grid_constant__ Values q) {

@@ -1,5 +1,5 @@
-// Channels merged by their hashes, as src/formats/haste.rs defines it, bit for bit. Sums are f64, in
-// the definition's order.
+// Channels merged by their hashes, as src/formats/haste.rs defines it, bit for bit. Sums are f64,
+// in the definition's order.
 
 // `Merge` of backend/cuda/merge.rs: B sequences of T tokens, C channels, hashes of L bits.
 struct Merge {
@@ -38,8 +38,8 @@ __global__ void draw_projections(const __grid_constant__ Merge m) {
 // Projections that go over a channel together: as many sums as registers hold.
 #define AT_ONCE 16u
 
-// A thread hashes a channel of a sequence; entries are the same for all threads of a warp. Grid: B C
-// / 256, rounded up; block: 256.
+// A thread hashes a channel of a sequence; entries are the same for all threads of a warp. Grid:
+// B C / 256, rounded up; block: 256.
 template <class T> __global__ void hash_channels(const __grid_constant__ Merge m) {
   begin();
   u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;

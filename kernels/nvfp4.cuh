@@ -4,9 +4,10 @@
 // A thread has 32 elements of a vector, two blocks. Eight threads of a warp have the 256 of a
 // vector's chunk, STEP lanes apart, four vectors a warp: a source along the reduction is read by
 // those who need it, of one that is stored transposed a tile lies in shared memory.
+// requantize_nvfp4 has four threads for 128, eight lanes apart.
 //
-// NOTE: what is rotated is bound by instructions, of which an H100 does some 20 T a second here, and
-// of those by the ones for integers, bits and comparisons, which are half as fast.
+// NOTE: what is rotated is bound by instructions, of which an H100 does some 20 T a second here, by
+// the ones for integers, bits and comparisons most, which are half as fast.
 
 // How many lanes apart the threads of a vector are.
 template <bool TRANSPOSED> struct Lanes {
@@ -381,7 +382,7 @@ __device__ __forceinline__ void share_errors(Squares &all, const Place &place, u
 // magnitudes; of four over six the full one, and `wide`, of which these are 4.
 __device__ __forceinline__ void scales_of(const Values &q, const u32 amaxes[2], Tensor tensor,
                                           float scales[2], float wide[2]) {
-  constexpr float HEADROOM_INVERSE = 1.0f / (96.0f / 17.0f), SIXTH = 1.0f / 6.0f;
+  constexpr float HEADROOM_INVERSE = 1.0f / WITH_HEADROOM, SIXTH = 1.0f / 6.0f;
   float limit = q.rule == HEADROOM ? HEADROOM_INVERSE : SIXTH;
   float inverse = __fmul_rn(tensor.encode, limit);
 #pragma unroll
@@ -462,10 +463,10 @@ __device__ __forceinline__ void round_within(float v[BLOCK], bool power, Bits &b
 // The quotient of a block's largest magnitude by EDEN's limit and the tensor's scale, each rounded
 // as a division is.
 __device__ __forceinline__ float eden_quotient(float amax, Tensor tensor) {
-  constexpr float INVERSE = 1.0f / (6.0f / (1.0625f * 0.93f));
-  Quotient limit(eden_max(), INVERSE), scale(tensor.decode, tensor.encode);
+  constexpr float INVERSE = 1.0f / EDEN_MAX;
+  Quotient limit(EDEN_MAX, INVERSE), scale(tensor.decode, tensor.encode);
   if (!scale.ordinary || !Quotient::is_ordinary(amax))
-    return __fdiv_rn(__fdiv_rn(amax, eden_max()), tensor.decode);
+    return __fdiv_rn(__fdiv_rn(amax, EDEN_MAX), tensor.decode);
   return scale.of(limit.of(amax));
 }
 

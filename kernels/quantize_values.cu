@@ -1,7 +1,8 @@
 // Operands in all formats, and what is done behind products. Exact and plain: a warp gathers and
 // rotates four of the vectors, lanes along them; then a thread has 32 elements of one vector in
-// shared memory, in order, for sums are part of the definition. NVFP4 has kernels of its own
-// (quantize_nvfp4.cu), which do not round by means, note scales of blocks or sum.
+// shared memory, in order, for sums are part of the definition. NVFP4 and int8 have kernels of
+// their own (quantize_nvfp4.cu, requantize_nvfp4.cu, int8.cu), which do not round by means, note
+// scales of blocks or sum.
 
 // Odd, so that threads beside each other meet different banks along either dimension.
 #define PITCH (CHUNK + 1)
@@ -180,7 +181,7 @@ typedef float Errors[2][THREADS / WARP][WARP];
 __device__ __forceinline__ float nvfp4_scale(const Values &q, const float *block, u32 bits,
                                              Tensor tensor, u32 rows, Errors errors) {
   float amax = __uint_as_float(bits);
-  float inverse = q.rule == HEADROOM ? __fdiv_rn(1.0f, with_headroom()) : __fdiv_rn(1.0f, 6.0f);
+  float inverse = q.rule == HEADROOM ? __fdiv_rn(1.0f, WITH_HEADROOM) : __fdiv_rn(1.0f, 6.0f);
   float scale = __fmul_rn(amax, __fmul_rn(tensor.encode, inverse));
   float full = round_to_e4m3(scale > 448.0f ? 448.0f : scale);
   if (q.rule != FOUR_OVER_SIX) return full;

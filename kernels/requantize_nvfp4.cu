@@ -1,13 +1,13 @@
 // What the forward pass makes of a tensor in NVFP4, and operands of backward products from that.
 
 // Of a tensor, and what a product down its columns makes of that. `Arguments` of kept.rs.
-struct Kept {
+struct Keeping {
   Values forward, backward;
 };
 
 // Stores a tile of numbers, dense and in the order of its source.
 template <class Data>
-__device__ __forceinline__ void store_tile(const u8 *tile, const Kept &q, u32 first_vector,
+__device__ __forceinline__ void store_tile(const u8 *tile, const Keeping &q, u32 first_vector,
                                            u32 first) {
   u32 rows = q.forward.vectors, columns = q.forward.length;
   bf16 *out = (bf16 *)q.forward.out;
@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_tile(const u8 *tile, const Kept &q, u32 fi
 // is not null, the largest magnitude of what the product rounds, as find_nvfp4_amax does. Blocks
 // are not squares. Launch as find_nvfp4_amax of `backward`.
 template <class T>
-__global__ void __launch_bounds__(THREADS, 4) keep_nvfp4(const __grid_constant__ Kept q) {
+__global__ void __launch_bounds__(THREADS, 4) keep_nvfp4(const __grid_constant__ Keeping q) {
   begin();
   using Source = Lines<sizeof(T), 16>;
   using Numbers = Lines<2, 16>;
@@ -109,7 +109,7 @@ struct SideBits {
 // shifts.
 template <class T, Rounding ROUNDING>
 __global__ void __launch_bounds__(SIDE_THREADS, 2)
-    requantize_nvfp4(const __grid_constant__ Kept q) {
+    requantize_nvfp4(const __grid_constant__ Keeping q) {
   begin();
   u32 first_vector = blockIdx.x * SIDE, first = blockIdx.y * SIDE;
   const Values &made = q.backward;

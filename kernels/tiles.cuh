@@ -32,8 +32,8 @@ __device__ __forceinline__ void transpose_bytes(u32 words[4]) {
 // columns_out (cols, rows) = v (rows, cols) as bytes, transposed, which products that reduce over
 // rows read; and where ROWS_TOO, from the same reading, rows_out (rows, cols) and, unless it is
 // null, a line of `sums` (grid y, cols), the column sums of the tile's rows, for the bias gradient.
-// Both dimensions are multiples of 16. BYTES is made from the bits of the amax, and its `pack` makes
-// bytes of eight numbers. Grid: cols / 128, rows / 128, rounded up; block: 256.
+// Both dimensions are multiples of 16. BYTES is made from the bits of the amax, and its `pack`
+// makes bytes of eight numbers. Grid: cols / 128, rows / 128, rounded up; block: 256.
 //
 // NOTE: what counts is how much is on its way at once: a thread asks for all of its 64 numbers
 // before it needs the first.

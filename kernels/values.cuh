@@ -115,24 +115,17 @@ struct Tensor {
 
 // NVFP4's limits: 17/16 less than 6; and of MS-EDEN. NOTE: as constants, which quotients by name
 // are not.
-__device__ __forceinline__ float with_headroom() {
-  constexpr float LIMIT = 96.0f / 17.0f;
-  return LIMIT;
-}
-__device__ __forceinline__ float eden_max() {
-  constexpr float LIMIT = 6.0f / (1.0625f * 0.93f);
-  return LIMIT;
-}
+constexpr float WITH_HEADROOM = 96.0f / 17.0f, EDEN_MAX = 6.0f / (1.0625f * 0.93f);
 
 __device__ __forceinline__ Tensor nvfp4_tensor(const Values &q, u32 bits) {
   float amax = __uint_as_float(bits);
   if (!is_finite(amax)) return {not_a_number(), not_a_number()};
   if (q.rounding == EDEN) {
-    float decode = amax == 0.0f ? 1.0f : __fdiv_rn(__fdiv_rn(amax, 255.99f), eden_max());
+    float decode = amax == 0.0f ? 1.0f : __fdiv_rn(__fdiv_rn(amax, 255.99f), EDEN_MAX);
     decode = fmaxf(decode, smallest_normal());
     return {__fdiv_rn(1.0f, decode), decode};
   }
-  float largest = q.rule == HEADROOM        ? __fmul_rn(with_headroom(), 448.0f)
+  float largest = q.rule == HEADROOM        ? __fmul_rn(WITH_HEADROOM, 448.0f)
                   : q.rule == FOUR_OVER_SIX ? 6.0f * 256.0f
                                             : 6.0f * 448.0f;
   float encode = fminf(__fdiv_rn(largest, amax), largest_float());

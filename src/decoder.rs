@@ -188,8 +188,18 @@ impl<B: Backend> DecoderOn<B> {
         backend.scope(|| {
             backend.write_tokens(tokens, context.len(), |to| to.copy_from_slice(context));
             let (backend, means, merge) = (&**backend, None, None);
-            let mut pass =
-                Pass { backend, config, table, weights, means, merge, workspace, sequences, plan };
+            let mut pass = Pass {
+                backend,
+                config,
+                table,
+                weights,
+                means,
+                trains: false,
+                merge,
+                workspace,
+                sequences,
+                plan,
+            };
             pass.forward(activations, tokens);
             pass.logits(activations, context.len() - 1, logits);
         });

@@ -187,6 +187,10 @@ fn operands_on(cuda: &Cuda) {
             let [vectors, length] = if transposed { [cols, rows] } else { shape };
             let matrix = values::Matrix::rows(source, vectors, length, OperandId::X);
             let transform = (group > 0).then(|| Transform::of(group, Signs::Random));
+            if group > 0 {
+                // Once for all in a pass.
+                cuda.clear(words.address + 4, 4);
+            }
             values::Quantization {
                 matrix: values::Matrix { transposed, amax: Some(amax), ..matrix },
                 operand: Operand::of(Format::NVFP4).rounded(rounding),
@@ -236,6 +240,7 @@ fn operands_on(cuda: &Cuda) {
             let forward = of(noted, Operand::of(forward), &out[0], 8);
             let backward = of(matrix.turned(), backward, &turned, 16);
             let way = Way::of(&forward.operand, &backward.operand).expect("there are kernels");
+            cuda.clear(words.address + 20, 4);
             Keeping { forward, backward }.run(cuda, way);
         };
         let [four_over_six, within] =

@@ -43,7 +43,7 @@ impl<T> IndexMut<usize> for Layers<T> {
 }
 
 /// What a backward pass needs of the forward pass.
-pub(crate) struct Kept<'a> {
+pub(crate) struct ForBackward<'a> {
     pub(crate) recompute: Recompute,
     /// The formats of a block's linear layers, where all blocks have the same in all steps.
     pub(crate) everywhere: Option<&'a [LinearRecipe; LINEARS]>,
@@ -100,13 +100,13 @@ impl<B: Backend> Activations<B> {
         backend: &B,
         arena: &mut B::Arena,
         shapes: Shapes<'_>,
-        kept: Option<Kept<'_>>,
+        kept: Option<ForBackward<'_>>,
     ) -> Result<Self> {
         let Shapes { config, sequences, precision } = shapes;
         let ModelConfig { layers, channels: c, heads, .. } = *config;
         let (rows, [qkv, _, fc1, _]) = (sequences.rows(), shapes.linears());
         let (recompute, everywhere) = match kept {
-            Some(Kept { recompute, everywhere }) => (Some(recompute), everywhere),
+            Some(ForBackward { recompute, everywhere }) => (Some(recompute), everywhere),
             None => (None, None),
         };
         let turned = match everywhere.filter(|_| recompute == Some(Recompute::Nothing)) {

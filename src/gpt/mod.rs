@@ -14,7 +14,7 @@ mod pass;
 mod recompute;
 mod shapes;
 
-pub(crate) use activations::{ActivationGradients, Activations, Kept};
+pub(crate) use activations::{ActivationGradients, Activations, ForBackward};
 pub use config::{Activation, ModelConfig};
 pub(crate) use init::initialize;
 pub use params::TensorInfo;

@@ -22,6 +22,8 @@ pub(crate) struct Pass<'a, B: Backend> {
     pub(crate) weights: &'a B::Weights,
     /// Where a recipe rounds weights by them.
     pub(crate) means: Option<Means<'a, B>>,
+    /// Whether a backward pass follows.
+    pub(crate) trains: bool,
     /// In an evaluation whose recipe merges channels.
     pub(crate) merge: Option<Merging<'a, B>>,
     pub(crate) workspace: &'a mut B::Workspace,
@@ -298,7 +300,8 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) {
         let [w, b] = [layer.w, layer.b].map(|slot| self.backend.param(self.weights, slot));
         let mean = self.mean(block, layer);
-        let turned = turned.get_mut(block).map(|all| &mut all[layer.number as usize]);
+        let turned = turned.get_mut(block).filter(|_| self.trains);
+        let turned = turned.map(|all| &mut all[layer.number as usize]);
         let operands = LinearForward { y, x, w, b, mean, epilogue, turned };
         let (shape, recipe) =
             (self.shapes().linears()[layer.number as usize], self.recipe(block, layer));

@@ -7,7 +7,7 @@ use super::batch::Batch;
 use super::follow::Followed;
 use super::merge::Merges;
 use crate::backend::{Backend, MergeShape, Sequences, WorkspaceShape, on_device};
-use crate::gpt::{ActivationGradients, Activations, Kept, ModelConfig, Shapes};
+use crate::gpt::{ActivationGradients, Activations, ForBackward, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::reserve::collect;
 use crate::run::TrainerOptions;
@@ -140,7 +140,7 @@ impl<B: Backend> Buffers<B> {
         let flat = Flat::new(backend, &mut cut, config, options, plan)?;
         let (arena, kept) = (
             &mut cut.arena,
-            Kept { recompute: options.recompute, everywhere: options.recipe.everywhere() },
+            ForBackward { recompute: options.recompute, everywhere: options.recipe.everywhere() },
         );
         let shapes = Shapes { config, sequences, precision };
         let activations = Activations::new(backend, arena, shapes, Some(kept))?;

@@ -598,6 +598,7 @@ impl<B: Backend> Run<B> {
                     table,
                     weights,
                     means,
+                    trains: true,
                     merge: None,
                     workspace,
                     sequences,
@@ -675,9 +676,19 @@ impl<B: Backend> Run<B> {
         let sum = backend.scope(|| {
             batch.upload(backend);
             let means = flat.followed.means();
-            let merge = merges.as_mut().map(|merges| merges.merging(seed));
-            let mut pass =
-                Pass { backend, config, table, weights, means, merge, workspace, sequences, plan };
+            let (trains, merge) = (false, merges.as_mut().map(|merges| merges.merging(seed)));
+            let mut pass = Pass {
+                backend,
+                config,
+                table,
+                weights,
+                means,
+                trains,
+                merge,
+                workspace,
+                sequences,
+                plan,
+            };
             pass.forward(activations, &batch.tokens);
             pass.loss(activations, &batch.targets);
             backend.sum_losses(&mut flat.reduction, &activations.losses, sequences.rows())

@@ -245,6 +245,10 @@ fn merged_channels_are_evaluated_and_not_trained() {
     let refused = refuse(dir, &format!("{compare} --recipe fp8,haste=1"));
     assert!(refused.contains("haste=1 is for evaluation"), "{refused}");
 
+    // What an evaluation takes, training set aside.
+    let plan = |recipe: &str| succeed(dir, &format!("plan --layers 2 --recipe {recipe} --json"));
+    assert_ne!(plan("bf16,haste=4"), plan("bf16"));
+
     succeed(dir, &format!("{train} --out model --recipe bf16"));
     let eval = |options: &str| {
         let line = format!("eval --checkpoint model --data data --threads 1 --json {options}");

@@ -8,7 +8,7 @@ use std::time::Instant;
 use indicatif::HumanCount;
 use mxfp4train::formats::{BLOCK, Format, Gemm, LinearRecipe};
 use mxfp4train::{
-    Dataset, Error, EvalStats, ModelConfig, Recompute, StepStats, StopHandle, Trainer,
+    Dataset, Error, EvalStats, ModelConfig, Recipe, Recompute, StepStats, StopHandle, Trainer,
     TrainerOptions, carriers,
 };
 use serde::{Deserialize, Serialize};
@@ -101,6 +101,7 @@ fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<V
         [] => RECIPES.iter().map(|name| name.parse()).collect::<Result<_, _>>()?,
         given => given.to_vec(),
     };
+    recipes.iter().try_for_each(Recipe::check_trains)?;
     let record = DataRecord::of(data)?;
     let steps = args.optimizer.steps;
     let eval_every = match args.measure.eval_every.unwrap_or(steps / 10) {

@@ -190,7 +190,6 @@ pub(crate) fn trainer_options(
     optimizer: Option<&OptimizerArgs>,
     weights: Weights,
 ) -> Outcome<TrainerOptions> {
-    recipe.check_trains()?;
     let mut options = TrainerOptions {
         batch_size: batch.batch_size,
         sequence_length: batch.sequence_length.unwrap_or(0),
@@ -247,6 +246,7 @@ impl Start {
         engine: &Engine,
     ) -> Outcome<Self> {
         let recipe = &args.recipe.recipe;
+        recipe.check_trains()?;
         if args.start.new_schedule && args.start.resume.is_none() {
             return Err(Failure::usage(
                 "--new-schedule: goes with --resume; a new run has a schedule of its own anyway",

@@ -37,8 +37,8 @@ pub(crate) enum Type {
     Mxfp8,
     /// Codes, two a byte, with such scales (MXFP4), of both operands; not for cuBLASLt.
     E2m1,
-    /// Integers of 8 bits, of both operands, along the reduction, all dimensions being multiples of
-    /// 16. Their products are [`Type::Int32`].
+    /// Integers of 8 bits, of both operands, along the reduction; rows of the result are a multiple
+    /// of 32, the other dimensions of 16. Their products are [`Type::Int32`].
     Int8,
     /// Exact sums of theirs, neither multiplied by `alpha` nor with a bias.
     Int32,

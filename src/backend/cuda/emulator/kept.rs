@@ -38,7 +38,7 @@ fn operands_of_numbers_are_those_of_what_they_stand_for() {
             for (j, shape) in shapes.into_iter().enumerate() {
                 let kinds = [Data::Normal, Data::NotFinite, Data::Zero];
                 let kind = if j == 0 { Data::Tailed } else { kinds[(i + j) % 3] };
-                let precision = [Precision::F32, Precision::Bf16][cases % 2];
+                let precision = [Precision::F32, Precision::Bf16][(i + j) % 2];
                 let schedule = SCHEDULES[cases % 3];
                 check(&emulators, schedule, (&forward, backward), (shape, kind), precision);
                 cases += 1;
@@ -66,7 +66,7 @@ fn operands_within_128_elements_are_those_of_what_the_forward_pass_made() {
             for (j, shape) in [(33, 70), (300, 21), (5, 3), (128, 256)].into_iter().enumerate() {
                 let kinds = [Data::Normal, Data::NotFinite, Data::Zero];
                 let kind = if j == 0 { Data::Tailed } else { kinds[(i + j) % 3] };
-                let precision = [Precision::F32, Precision::Bf16][cases % 2];
+                let precision = [Precision::F32, Precision::Bf16][(i + j) % 2];
                 let schedule = SCHEDULES[cases % 3];
                 check(&emulators, schedule, (&within, backward), (shape, kind), precision);
                 cases += 1;

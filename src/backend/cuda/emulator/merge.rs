@@ -7,7 +7,8 @@ use crate::backend::conformance::{random as values, rounded};
 use crate::backend::{MergeShape, Precision, Sequences};
 use crate::formats::{merge_channels, projections};
 
-/// Sizes that no thread block divides, hashes of few bits, of a part of what goes at once, and of all.
+/// Sizes that no thread block divides, hashes of few bits, of a part of what goes at once, and of
+/// all.
 #[test]
 fn channels_are_merged_as_the_definition_has_it() {
     let Some(emulator) = Emulator::new("merge") else { return };

@@ -13,9 +13,9 @@
 //! bf16: the same values on chips without FP8, and at sizes that 16 does not divide.
 //!
 //! int8, as bytes by integer tensor cores: sums are exact, and what scales rows comes behind the
-//! product. NOTE: of bf16 numbers, too, so that no length of the reduction is in favour of them: a
-//! result takes 4 bytes and another pass either way, operands twice the bytes, and products twice
-//! the time. Chips of 10.3 have few units for integers.
+//! product. NOTE: bf16 numbers are slower at every length of the reduction: results take 4 bytes
+//! and another pass either way, and bf16 operands twice the bytes and up to twice the time. Chips
+//! of 10.3 have few units for integers.
 //!
 //! Blackwell, where every block keeps its scale and nobody needs an amax: on 10.x and 11.0 operands
 //! are MXFP8, E4M3 numbers with the definition's scales in cuBLASLt's tiles of 128 by 4; on 12.0

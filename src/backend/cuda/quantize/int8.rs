@@ -33,8 +33,8 @@ pub(super) fn padded(rows: usize) -> usize {
     rows.next_multiple_of(32)
 }
 
-/// The most rows of a product (rows, columns) that are multiplied and then scaled at once: not fewer
-/// for more rows, since a plan is for as many as there ever are.
+/// The most rows of a product (rows, columns) that are multiplied and then scaled at once: not
+/// fewer for more rows, since a plan is for as many as there ever are.
 pub(super) fn most_rows_at_once(rows: usize, columns: usize) -> usize {
     rows.min((PIECE / columns / PIECE_ROWS).max(1) * PIECE_ROWS)
 }

@@ -29,7 +29,7 @@ pub(crate) struct Keeping {
     pub(crate) backward: Quantization,
 }
 
-/// `Kept` of the kernels.
+/// `Keeping` of the kernels.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Arguments {
@@ -159,5 +159,42 @@ impl Redraw for Drawing {
 
     fn argument(&mut self) -> *mut c_void {
         std::ptr::from_mut(&mut self.arguments).cast()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cuda::quantize::values::To;
+    use crate::formats::{GemmId, Operand, OperandId};
+    use crate::recipe::Recipe;
+
+    /// A recorded kernel gets the numbers of the step that it is launched in.
+    #[test]
+    fn random_numbers_are_drawn_anew() {
+        for (recipe, way) in [("quartet2", Way::FromNumbers), ("tetrajet2", Way::InRegisters)] {
+            let linear = *recipe.parse::<Recipe>().unwrap().linear(0);
+            let of = |step| {
+                let source = Source { address: 0, precision: Precision::Bf16 };
+                let matrix = Matrix::rows(source, 128, 256, OperandId::X);
+                let of = |matrix, operand: &Operand| Quantization {
+                    matrix,
+                    operand: *operand,
+                    transform: operand.transform(),
+                    gemm: GemmId::Wgrad,
+                    random: Random { seed: 1, step, micro_step: 2, layer: 3, linear: 0 },
+                    to: To::default(),
+                };
+                let forward = of(matrix, linear.forward().a());
+                let backward = of(matrix.turned(), linear.wgrad().b());
+                assert_eq!(Way::of(&forward.operand, &backward.operand), Some(way));
+                Keeping { forward, backward }
+            };
+            let mut drawing = Drawing { arguments: of(4).arguments(), of: of(4) };
+            drawing.redraw([9, 2]);
+            let drawn = |arguments: Arguments| arguments.backward.drawn();
+            assert_eq!(drawn(drawing.arguments), drawn(of(9).arguments()));
+            assert_ne!(drawn(drawing.arguments), drawn(of(4).arguments()));
+        }
     }
 }
