@@ -19,8 +19,13 @@ read -ra gpus <<<"${GPUS:-0}"
 ((${#gpus[@]})) || refused GPUS "numbers of GPUs, such as 0 1" "$GPUS"
 stop=${STOP:-1000000}
 limit=${LIMIT:-$stop}
-[[ $stop =~ ^[0-9]+$ ]] || refused STOP "seconds" "$stop"
-[[ $limit =~ ^[0-9]+$ ]] || refused LIMIT "seconds" "$limit"
+for gpu in "${gpus[@]}"; do
+    [[ $gpu =~ ^[0-9]+$ ]] || refused GPUS "numbers of GPUs, such as 0 1" "$GPUS"
+done
+# Whole numbers that arithmetic of the shell neither takes for octal nor loses digits of.
+seconds='^(0|[1-9][0-9]{0,8})$'
+[[ $stop =~ $seconds ]] || refused STOP "whole seconds" "$stop"
+[[ $limit =~ $seconds ]] || refused LIMIT "whole seconds" "$limit"
 
 # The program; built where none is named.
 program() {
@@ -29,17 +34,19 @@ program() {
         cargo build --release --manifest-path "$repository/Cargo.toml" -p mxtrain
         mxtrain=${CARGO_TARGET_DIR:-$repository/target}/release/mxtrain
     fi
+    command -v "$mxtrain" >/dev/null || refused MXTRAIN "the program" "$mxtrain"
 }
 
 data() {
-    if [[ ! -f ${DATA:-}/train.bin || $DATA == *[[:space:]]* ]]; then
+    if [[ ! -f ${DATA:-}/train.bin || ! -f $DATA/meta.json || $DATA == *[[:space:]]* ]]; then
         refused DATA "a folder made by mxtrain prepare, without a space in its name" "${DATA:-}"
     fi
     echo "$DATA"
 }
 
 # Runs one command a line of its input, one at a time on each GPU, which takes the place of "GPU". A
-# GPU that is named twice runs two at a time. The output of all but the first goes to files.
+# GPU that is named twice runs two at a time. The output of all but the first goes to files. One that
+# fails keeps none of the others from being run.
 on_gpus() {
     local worker pid failed=0 pids=()
     cat >"$out/queue"
@@ -63,29 +70,36 @@ on_gpus() {
     for worker in "${!gpus[@]}"; do
         ((worker > 0)) || continue
         echo "-- GPU ${gpus[worker]}"
-        grep -E '^(run |done: |stopped|left |mxtrain: )' "$out/worker-$worker.log" || true
+        grep -E '^(run |done: |stopped|left |failed|mxtrain: )' "$out/worker-$worker.log" || true
     done
     return $failed
 }
 
 # Takes commands from the queue that all GPUs share.
 work_on() {
-    local command
+    local command status failed=0
     # One lock a worker: workers that shared an open file would share its lock.
     exec 4>"$out/queue.lock"
     while flock 4 && read -r -u 3 command && flock -u 4; do
         if ((SECONDS >= limit)); then
             echo "left for the next time: ${command/ --layers*/}"
         else
-            # 124 is that of a run that was stopped in time, and has saved what it had done; 3 that of
-            # one that is done, but for something on the side, which it has said.
+            status=0
             # shellcheck disable=SC2086 # no word of a command holds a space
             timeout --foreground $((stop > SECONDS ? stop - SECONDS : 1)) \
-                "$mxtrain" ${command/--device GPU/--device cuda:$1} </dev/null 3<&- 4>&- ||
-                (($? == 124 || $? == 3)) || return
+                "$mxtrain" ${command/--device GPU/--device cuda:$1} </dev/null 3<&- 4>&- || status=$?
+            # 124 is that of a run that was stopped in time, and has saved what it had done; 3 that of
+            # one that is done, but for something on the side, which it has said; 130 and 143 those of
+            # one that was told to stop, and who tells one tells all.
+            case $status in
+            0 | 3 | 124) ;;
+            130 | 143) return $status ;;
+            *) failed=1 && echo "failed, with exit code $status: ${command/ --layers*/}" ;;
+            esac
         fi
     done
     flock -u 4
+    return $failed
 }
 
 # report_of REPORT PART..
@@ -105,13 +119,15 @@ report_of() {
 parts() {
     local part
     [[ $# -gt 0 ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit 2; }
-    program
-    mkdir -p "$out"
     for part in "$@"; do
         if [[ $part == *' '* || " $known_parts " != *" $part "* ]]; then
             echo "unknown part $part; without one, the parts are listed" >&2
             exit 2
         fi
+    done
+    program
+    mkdir -p "$out"
+    for part in "$@"; do
         echo "== $part"
         "$part"
     done

@@ -18,7 +18,15 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 pack() {
     local corpus=$1 pieces=$2
+    if [[ ! -f $corpus/val.jsonl ]] || ! compgen -G "$corpus/train-*.jsonl" >/dev/null; then
+        echo "CORPUS: expected a folder with train-*.jsonl and val.jsonl, got $corpus" >&2
+        exit 2
+    fi
     mkdir -p "$pieces"
+    if [[ $corpus -ef $pieces ]]; then
+        echo "PIECES: expected another folder than CORPUS, got $pieces" >&2
+        exit 2
+    fi
     rm -f "$pieces"/train-*.jsonl.zst
     # Bytes, newlines included; the document that would be too much ends it.
     awk -v left="${TEXT_BYTES:-400000000}" \
@@ -39,6 +47,10 @@ prepare() {
         cargo build --release --manifest-path "$repository/Cargo.toml" -p mxtrain
         mxtrain=${CARGO_TARGET_DIR:-$repository/target}/release/mxtrain
     fi
+    if compgen -G "$2/train-*.jsonl" >/dev/null && compgen -G "$2/train-*.jsonl.*" >/dev/null; then
+        echo "PIECES: expected text that is packed or not, got both in $2; move one away" >&2
+        exit 2
+    fi
     "$mxtrain" prepare --tokenizer "$1" --val-last "$2"/train-*.jsonl* "$2"/val.jsonl* --out "$3"
 }
 
@@ -47,8 +59,9 @@ tokens() { prepare gpt2 "$@"; }
 bytes() { prepare bytes "$@"; }
 
 for setting in TEXT_BYTES PIECE_BYTES; do
-    if [[ ! ${!setting-1} =~ ^[1-9][0-9]*$ ]]; then
-        echo "$setting: expected a number of bytes above 0, got '${!setting}'" >&2
+    # A document that is longer than a piece would be cut.
+    if [[ ! ${!setting-1000000} =~ ^[1-9][0-9]{6,14}$ ]]; then
+        echo "$setting: expected a number of bytes, at least 1000000, got '${!setting}'" >&2
         exit 2
     fi
 done

@@ -72,7 +72,7 @@ has_tokens() {
 runs() {
     local folder=$1 steps=$2 seeds=$4 recipes=${RECIPES:-$5} recipe seed data
     [[ $recipes == *[![:space:]]* ]] || refused RECIPES "names of recipes" "$recipes"
-    [[ $steps =~ ^[1-9][0-9]*$ ]] || refused "${folder^^}_STEPS" "a number of steps" "$steps"
+    [[ $steps =~ ^[1-9][0-9]{0,8}$ ]] || refused "${folder^^}_STEPS" "a number of steps" "$steps"
     data=$(data)
     has_tokens "$data" $((steps * $3))
     for recipe in $recipes; do
