@@ -96,6 +96,14 @@ fn load(args: &EvalArgs, engine: &Engine) -> Outcome<Trainer> {
         if !given && args.recipe.is_none() {
             return Ok(trainer);
         }
+        if let Some(share) = trainer.options().recipe.ema() {
+            console::note(&format!(
+                "mxtrain: {}: W is rounded to nearest here, not by the slow means of ema={share} \
+                 that the checkpoint has; leave out --recipe, --batch-size and --sequence-length to \
+                 use them",
+                args.checkpoint.display()
+            ));
+        }
         (trainer.model().clone(), trainer.options().clone())
     } else {
         let bf16: Recipe = "bf16".parse()?;

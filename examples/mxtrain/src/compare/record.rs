@@ -141,7 +141,32 @@ pub(crate) fn parse<R: Record>(path: &Path, text: &str) -> Outcome<Recorded<R>> 
             R::VERSION,
         )));
     }
+    if let Some(wrong) = unprintable(&files::parse_json(path, text.as_bytes())?) {
+        return Err(Failure::usage(format!(
+            "{}: expected texts of a line each, at most {LONGEST} characters; got {:.60?}",
+            path.display(),
+            wrong
+        )));
+    }
     files::parse_json(path, text.as_bytes())
+}
+
+/// Characters of the longest text that a report shows.
+const LONGEST: usize = 1000;
+
+/// A text of a record that cannot stand in a line of a report. Those of its command do not.
+fn unprintable(record: &Value) -> Option<&str> {
+    match record {
+        Value::String(text) => {
+            let is_wrong = text.chars().any(char::is_control) || text.chars().count() > LONGEST;
+            is_wrong.then_some(text)
+        }
+        Value::Array(all) => all.iter().find_map(unprintable),
+        Value::Object(all) => {
+            all.iter().filter(|(name, _)| *name != "command").find_map(|(_, of)| unprintable(of))
+        }
+        _ => None,
+    }
 }
 
 /// Kind and version that the text of a file says it has.
@@ -412,6 +437,17 @@ mod tests {
         }
         assert_eq!(at(""), ["f:1 "]);
         assert_eq!(at("\n"), ["f:2 "]);
+    }
+
+    #[test]
+    fn texts_are_lines() {
+        let found = |text: String| {
+            let record = serde_json::json!({"origin": {"command": ["\n"], "machine": [text]}});
+            unprintable(&record).map(str::to_owned)
+        };
+        assert_eq!(found("NVIDIA H200".into()), None);
+        assert_eq!(found("a\u{1b}[31m".into()).as_deref(), Some("a\u{1b}[31m"));
+        assert!(found("x".repeat(LONGEST)).is_none() && found("x".repeat(LONGEST + 1)).is_some());
     }
 
     #[test]

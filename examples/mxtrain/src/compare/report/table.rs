@@ -38,7 +38,14 @@ impl Table {
 
     /// For a document.
     pub(crate) fn markdown(&self) -> String {
-        let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
+        let escaped = |(i, cell): (usize, &String)| match i < self.words {
+            true => cell.replace('|', "\\|").replace('<', "&lt;"),
+            false => cell.clone(),
+        };
+        let line = |cells: &[String]| {
+            let cells = cells.iter().enumerate().map(escaped);
+            format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "))
+        };
         let mut text = line(&self.header);
         let numbers = self.header.len() - self.words;
         text.push_str(&format!("|{}{}\n", " --- |".repeat(self.words), " ---: |".repeat(numbers)));
@@ -65,5 +72,7 @@ mod tests {
             table.markdown(),
             "| name | loss |\n| --- | ---: |\n| a | 1.5 |\n| longer | 12.25 |\n"
         );
+        table.row(["a|<b>".into(), "< 1".into()]);
+        assert!(table.markdown().ends_with("| a\\|&lt;b> | < 1 |\n"), "{}", table.markdown());
     }
 }
