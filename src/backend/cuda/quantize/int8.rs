@@ -23,7 +23,7 @@ const _: () = assert!(LONGEST < i32::MAX as usize / (127 * 127));
 /// Results of a piece, and the rows of which a piece has a multiple.
 ///
 /// NOTE: a piece fills a GPU twice with the largest tiles of cuBLASLt (128 by 256), and its 32 MiB
-/// stay in the L2 cache of an H100 until they are scaled.
+/// are meant to stay in the L2 cache of an H100, of 50, until they are scaled.
 const PIECE: usize = 8 << 20;
 const PIECE_ROWS: usize = 128;
 

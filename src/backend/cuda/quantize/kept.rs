@@ -9,7 +9,7 @@
 //! makes them finds the rotated tensor's amax on the way. NOTE: through f32 values it took 16 bytes
 //! an element of x and 18 of W, and now 8 and 10. To make the numbers in registers for the amax and
 //! then once more for the operand would take 6 and 10, and twice the arithmetic of choosing scales,
-//! which costs more than these bytes.
+//! by whose instructions these kernels are bound.
 
 use std::ffi::c_void;
 
