@@ -47,11 +47,11 @@ switched="
     mxfp4-rht-sr,sr=dy
     mxfp4-rht-sr,bf16-last-steps=0.1"
 
-# Those of the small model: all that the program knows, and the above. First what all others are
-# compared with, then those that are emulated.
+# Those of the small model: all that the program knows but fp32, which takes seven times as long, and
+# the above. First what all others are compared with, then those that are emulated.
 small_recipes() {
     local all fast='^(fp8|((fp8|mxfp4)-)?mxfp4(-rht)?(-sr)?)(,|$)'
-    all=$("$mxtrain" recipes | sed -n 's/^| `\([^`]*\)` .*/\1/p' | grep -vx bf16 | uniq)
+    all=$("$mxtrain" recipes | sed -n 's/^| `\([^`]*\)` .*/\1/p' | grep -vxE 'bf16|fp32' | uniq)
     all+=$'\n'$(tr -s ' \n' '\n' <<<"$switched" | sed '/^$/d')
     echo bf16
     grep -vE "$fast" <<<"$all" || true

@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(THREADS, 4)
 
 // The numbers of an operand to `out`, the scale of the tensor, and what the product is multiplied
 // by. Launch as find_nvfp4_amax. NOTE: four thread blocks a multiprocessor spill some numbers; even
-// so transposed sources are 7% faster than with three, those along the reduction 2% slower (H100, baedfc1).
+// so transposed sources are 7% faster than with three, those along the reduction 2% slower (H100,
+// baedfc1).
 template <class T, bool TRANSPOSED, Rounding ROUNDING>
 __global__ void __launch_bounds__(THREADS, TRANSPOSED || ROUNDING == EDEN ? 4 : 3)
     round_nvfp4(const __grid_constant__ Values q) {

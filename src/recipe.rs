@@ -1189,7 +1189,10 @@ impl FromStr for Recipe {
                 let message = format!("unknown switch {key:?}; known are {known}");
                 return Err(Error::invalid("recipe", message));
             };
-            values[switch] = Some(value);
+            if let Some(before) = values[switch].replace(value) {
+                let message = format!("{key}: expected one value, got {before:?} and {value:?}");
+                return Err(Error::invalid("recipe", message));
+            }
         }
         // First what is in bf16, of which others then ask nothing.
         let given = || SWITCHES.iter().zip(values).filter_map(|(switch, v)| Some((switch, v?)));
@@ -1362,6 +1365,7 @@ mod tests {
             ("fp4", "expected one of fp32"),
             ("mxfp4-rht-sr,g=48", "32, 64, 128 or 256"),
             ("mxfp4,g=64", "no transform"),
+            ("mxfp4-rht,g=32,g=64", "g: expected one value, got \"32\" and \"64\""),
             ("bf16,sr=dy", "no quantized backward GEMM"),
             ("mxfp4-rht,sr=dy", "no stochastic rounding"),
             ("mxfp4-rht-sr,range=3/4", "range: mxfp4-rht-sr has no rounding to nearest"),
