@@ -114,7 +114,7 @@ fn a_step_allocates_nothing() {
         ];
         for (model, name, kind, epsilon) in all.chain(others) {
             let options = TrainerOptions {
-                batch_size: 4,
+                batch_size: 2,
                 accumulation: 2,
                 recipe: name.parse().unwrap(),
                 optimizer: Optimizer { epsilon, ..Optimizer::new(kind) },
@@ -138,8 +138,8 @@ fn a_step_allocates_nothing() {
             // weights begins after ten steps, and again in every period.
             let steps = match name {
                 FOLLOWED => 14,
-                _ if FIRST_RECIPES.contains(&name) => 100,
-                _ => 4,
+                _ if FIRST_RECIPES.contains(&name) => 32,
+                _ => 2,
             };
             for step in 0..steps {
                 trainer.step(&sources[step % 2]).unwrap();

@@ -152,7 +152,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::open(folder.path()).unwrap();
         for chip in CHIPS {
-            let get = || all(&FILES, Some(&cache), chip, 13_000).unwrap_or_else(|e| panic!("{e}"));
+            // NOTE: the sources tell no chips from 9.0 on apart but by names of kernels, so that for
+            // 10.0 other files than for 9.0 are the only news.
+            let is_news =
+                |file: &&File| chip != (10, 0) || (file.kernels)(chip) != (file.kernels)((9, 0));
+            let files: Vec<_> = FILES.iter().filter(is_news).copied().collect();
+            let get = || all(&files, Some(&cache), chip, 13_000).unwrap_or_else(|e| panic!("{e}"));
             let codes = get();
             let mut names = BTreeSet::new();
             for code in &codes {

@@ -19,6 +19,7 @@ use crate::{Error, Result};
 const OPTIONS: [&str; 2] = ["--std=c++17", "--device-as-default-execution-space"];
 
 /// A kernel file.
+#[derive(Clone, Copy)]
 pub(crate) struct File {
     pub(crate) name: &'static str,
     /// What it begins with, and last its own text.
