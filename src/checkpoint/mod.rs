@@ -249,6 +249,11 @@ impl Checkpoint {
         self.files[2].is_some()
     }
 
+    /// The text of the training state, if there is any.
+    pub(crate) fn state_text(&self) -> Result<Option<Vec<u8>>> {
+        self.has_state().then(|| Ok(self.json(2)?.text)).transpose()
+    }
+
     /// The training state, after a check that the tensor files beside it are those of its save.
     ///
     /// # Errors

@@ -137,6 +137,16 @@ impl Trainer {
         Checkpoint::open(dir)?.state().map(drop)
     }
 
+    /// The text of `trainer.json` as [`Trainer::load`] reads it, which is not the file of this name
+    /// where a kill has cut off a save that was done but for its last moves; None for a model without
+    /// training state.
+    ///
+    /// # Errors
+    /// [`Error::Io`] and [`Error::Format`], which name the file.
+    pub fn read_state(dir: &Path) -> Result<Option<Vec<u8>>> {
+        Checkpoint::open(dir)?.state_text()
+    }
+
     /// Loads a checkpoint that [`Trainer::save`] wrote, model included. The run goes on bit for bit
     /// as if it had not stopped: options and seed are the saved ones.
     ///

@@ -196,25 +196,23 @@ struct TokenFile {
 
 fn checkpoint(dir: &Path) -> Outcome<Checkpoint> {
     let ModelFiles { config, tensors } = Model::inspect(dir)?;
-    let trainer = dir.join("trainer.json");
+    let state = Trainer::read_state(dir)?;
+    let cannot_resume = match &state {
+        Some(_) => Trainer::inspect(dir).err().map(|error| error.to_string()),
+        None => None,
+    };
+    let parse = |text: Vec<u8>| files::parse_json(&dir.join("trainer.json"), &text);
     Ok(Checkpoint {
         config: Config::from(&config),
         parameters: config.parameter_count(),
-        training: trainer.exists().then(|| json(&trainer)).transpose()?,
-        cannot_resume: match trainer.exists() {
-            true => Trainer::inspect(dir).err().map(|error| error.to_string()),
-            false => None,
-        },
+        training: state.map(parse).transpose()?,
+        cannot_resume,
         tokenizer: known_tokenizer(dir)?,
         tensors: tensors
             .into_iter()
             .map(|StoredTensor { name, dtype, shape }| Tensor { name, dtype, shape })
             .collect(),
     })
-}
-
-fn json<T: for<'a> Deserialize<'a>>(path: &Path) -> Outcome<T> {
-    files::parse_json(path, &files::read(path).map_err(Failure::io("read", path))?)
 }
 
 fn prepared(dir: &Path) -> Outcome<Prepared> {

@@ -604,6 +604,29 @@ fn a_second_run_is_refused_and_a_killed_one_is_none() {
     assert!(!dir.join("model/.mxt-lock").exists());
 }
 
+/// Between the moment that a save counts and the last move of its files, the folder's own files are
+/// those of the save before.
+#[test]
+fn a_save_that_a_kill_cut_off_is_told_of_as_it_is_resumed() {
+    let dir = folder();
+    let dir = dir.path();
+    succeed(dir, &format!("train --data data --out model --steps 3 --save-every 3 {TINY}"));
+    succeed(dir, &format!("train --data data --out later --steps 5 --save-every 5 {TINY}"));
+    let commit = dir.join("model/.mxt-commit");
+    fs::create_dir(&commit).unwrap();
+    let mut names = String::new();
+    for name in ["config.json", "model.safetensors", "trainer.json", "trainer.safetensors"] {
+        fs::copy(dir.join("later").join(name), commit.join(name)).unwrap();
+        names.push_str(name);
+        names.push('\n');
+    }
+    fs::write(commit.join("names"), names).unwrap();
+    assert_eq!(saved(dir, "model"), 5);
+    succeed(dir, "train --resume model --steps 6");
+    assert_eq!(saved(dir, "model"), 6);
+    assert!(!commit.exists());
+}
+
 #[test]
 fn the_current_folder_and_one_with_folders_in_it_can_be_saved_to() {
     let dir = folder();
