@@ -1288,11 +1288,11 @@ mod tests {
         for (long, short) in [
             ("mxfp4-rht,g=64,signs=random,range=1", "mxfp4-rht"),
             ("mxfp4-rht , range=3/4 ,g=32", "mxfp4-rht,g=32,range=3/4"),
-            ("mxfp4,range=3/4,range=1", "mxfp4"),
-            ("mxfp4-sr,sr=other,sr=both", "mxfp4-sr"),
+            ("mxfp4,range=1", "mxfp4"),
+            ("mxfp4-sr,sr=both", "mxfp4-sr"),
             ("zhou-fp4,fp8=proj+qkv", "zhou-fp4"),
             ("mxfp4-rht-sr,range=3/4,sr=dy", "mxfp4-rht-sr,sr=dy,range=3/4"),
-            ("mxfp4-rht-sr,sr=dy,range=3/4,sr=other", "mxfp4-rht-sr,sr=other,range=3/4"),
+            ("mxfp4-rht-sr,range=3/4,sr=other", "mxfp4-rht-sr,sr=other,range=3/4"),
             (
                 "mxfp4-rht-sr,wgrad=bf16,signs=fixed,g=128,sr=dy",
                 "mxfp4-rht-sr,sr=dy,g=128,signs=fixed,wgrad=bf16",
