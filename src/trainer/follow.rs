@@ -1,8 +1,9 @@
 //! What a recipe keeps of the weights of blocks from step to step: their slow means, and how far they
 //! and what they are rounded to move while those that oscillate are looked for.
 
+use super::track::Tracked;
 use super::watch::{Watch, WeightMetrics};
-use crate::backend::{Backend, Part, StepPlan, Track, Values, View, Viewed};
+use crate::backend::{Backend, Part, StepPlan, Values, View, Viewed};
 use crate::checkpoint::TensorRead;
 use crate::formats::{LINEARS, Operand, Reset, ResetPhase};
 use crate::gpt::{Matrix, Means, ParamTable, TensorInfo};
@@ -33,63 +34,6 @@ pub(super) struct Followed<B: Backend> {
     tracked: Option<Tracked<B>>,
     /// Where somebody asks how they change.
     watch: Option<Watch<B>>,
-}
-
-/// Flat buffers (matrices), each as [`Track`] has it, and who looks.
-pub(super) struct Tracked<B: Backend> {
-    flats: [B::F32; 3],
-    observer: B::Observer,
-}
-
-impl<B: Backend> Tracked<B> {
-    pub(super) fn new(
-        backend: &B,
-        arena: &mut B::Arena,
-        matrices: &[Matrix],
-        len: usize,
-    ) -> Result<Self> {
-        let flats = std::array::from_fn(|_| backend.f32(arena, len));
-        let shapes = matrices.iter().map(|matrix| Ok(matrix.shape));
-        let shapes = collect("the shapes of the weights of blocks", shapes)?;
-        Ok(Self { flats, observer: backend.observer(arena, &shapes)? })
-    }
-
-    pub(super) fn of(&mut self, matrix: &Matrix) -> (Track<'_, B>, &mut B::Observer) {
-        let [before, moved, rounded_moved] = &mut self.flats;
-        (Track { before, moved, rounded_moved, slot: matrix.own }, &mut self.observer)
-    }
-
-    pub(super) fn observer(&mut self) -> &mut B::Observer {
-        &mut self.observer
-    }
-
-    /// A weight as the forward pass of the step saw it.
-    pub(super) fn view_before(
-        &mut self,
-        backend: &B,
-        matrix: &Matrix,
-        mean: Option<Part<'_, B>>,
-        of: Viewed<'_>,
-    ) {
-        let (Track { before, slot, .. }, observer) = self.of(matrix);
-        let kept = Values::Kept(Part { flat: before, slot });
-        backend.view(observer, View::Before, kept, mean, of);
-    }
-
-    /// The weight after the step, and what moved.
-    pub(super) fn observe(
-        &mut self,
-        backend: &B,
-        weights: &B::Weights,
-        matrix: &Matrix,
-        mean: Option<Part<'_, B>>,
-        of: Viewed<'_>,
-    ) {
-        let (track, observer) = self.of(matrix);
-        let w = || backend.param(weights, matrix.param);
-        backend.view(observer, View::After, Values::Weight(w()), mean, of);
-        backend.observe(observer, track, w(), of);
-    }
 }
 
 /// Where a run is after a step: steps done of the schedule, and how many there are.

@@ -7,6 +7,7 @@ mod carriers;
 mod follow;
 mod memory;
 mod merge;
+mod track;
 mod watch;
 
 use std::fmt;

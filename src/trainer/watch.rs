@@ -1,7 +1,7 @@
 //! How weights and what they are rounded to change, for whoever asks: over windows of steps, of each
 //! matrix of the blocks and of all of them.
 
-use super::follow::Tracked;
+use super::track::Tracked;
 use crate::Result;
 use crate::backend::Backend;
 use crate::formats::Observation;
