@@ -7,49 +7,13 @@
 use rayon::prelude::*;
 
 use super::isa::simd_fn;
-use super::workspace::{ScratchSize, Workspace};
-use super::{Arena, Buffer, Cpu, rows_per_job};
+use super::workspace::{MergeMemory, MergeSize, ScratchSize, Workspace};
+use super::{Cpu, rows_per_job};
 use crate::backend::{Merge, MergeShape, Merged};
 use crate::formats::{Draw, is_above, projection_entry};
 
 /// Channels that a job hashes: as many f64 sums as registers hold.
 const CHANNELS_AT_ONCE: usize = 32;
-
-/// Memory of [`Merge::merge_channels`].
-pub(super) struct MergeMemory {
-    /// (L, T)
-    projections: Buffer<i8>,
-    /// (B, C)
-    hashes: Buffer<u64>,
-    /// (B, C): the channels of a sequence by hash.
-    order: Buffer<u32>,
-}
-
-/// How much of it.
-#[derive(Clone, Copy, Default)]
-pub(super) struct MergeSize {
-    entries: usize,
-    channels: usize,
-}
-
-impl MergeSize {
-    /// Room for either.
-    pub(super) fn max(self, other: Self) -> Self {
-        let (entries, channels) =
-            (self.entries.max(other.entries), self.channels.max(other.channels));
-        Self { entries, channels }
-    }
-}
-
-impl MergeMemory {
-    pub(super) fn new(arena: &mut Arena, MergeSize { entries, channels }: MergeSize) -> Self {
-        Self {
-            projections: arena.alloc(entries),
-            hashes: arena.alloc(channels),
-            order: arena.alloc(channels),
-        }
-    }
-}
 
 /// What merging needs of a workspace.
 pub(super) fn scratch(shape: Option<MergeShape>) -> ScratchSize {

@@ -8,7 +8,6 @@ use rayon::prelude::*;
 
 use super::arena::{Arena, Buffer};
 use super::gemm::{PackMemory, PackSize};
-use super::merge::{MergeMemory, MergeSize};
 use super::quantize::{ValueMemory, ValueSize};
 
 /// Scratch memory for models of one shape.
@@ -76,5 +75,41 @@ impl Workspace {
     /// The elements of each thread.
     pub(super) fn of_threads(&mut self) -> impl IndexedParallelIterator<Item = &mut [f32]> {
         self.of_threads.par_chunks_exact_mut(self.thread_len)
+    }
+}
+
+/// What channels are merged in.
+pub(super) struct MergeMemory {
+    /// (L, T)
+    pub(super) projections: Buffer<i8>,
+    /// (B, C)
+    pub(super) hashes: Buffer<u64>,
+    /// (B, C): the channels of a sequence by hash.
+    pub(super) order: Buffer<u32>,
+}
+
+/// How much of it.
+#[derive(Clone, Copy, Default)]
+pub(super) struct MergeSize {
+    pub(super) entries: usize,
+    pub(super) channels: usize,
+}
+
+impl MergeSize {
+    /// Room for either.
+    fn max(self, other: Self) -> Self {
+        let (entries, channels) =
+            (self.entries.max(other.entries), self.channels.max(other.channels));
+        Self { entries, channels }
+    }
+}
+
+impl MergeMemory {
+    fn new(arena: &mut Arena, MergeSize { entries, channels }: MergeSize) -> Self {
+        Self {
+            projections: arena.alloc(entries),
+            hashes: arena.alloc(channels),
+            order: arena.alloc(channels),
+        }
     }
 }
