@@ -4,11 +4,9 @@
 
 use super::Launch;
 use super::fp8::TILE;
-use super::values::Quantization;
-use crate::formats::{Block, Element};
 
 /// Numbers of a thread; lengths of rows and both sizes of tensors are multiples of it.
-const EACH: usize = 16;
+pub(super) const EACH: usize = 16;
 
 /// Of a warp.
 const OF_WARP: usize = 32 * EACH;
@@ -57,23 +55,6 @@ pub(super) enum Form {
 }
 
 impl Form {
-    /// Of numbers in bf16 or bytes, without what the kernels of all formats note besides.
-    pub(super) fn of(made: &Quantization) -> Option<Self> {
-        let (matrix, to) = (&made.matrix, &made.to);
-        let noted = [to.block_scales, to.sums, to.bounds].iter().any(|address| *address != 0);
-        let others = to.wide || to.dequantized || noted || made.transform.is_some();
-        let format = made.operand.format();
-        if format.element() != Element::Int8 || others || !matrix.length.is_multiple_of(EACH) {
-            return None;
-        }
-        match format.block() {
-            Block::Vector => (!matrix.transposed && matrix.length <= LONGEST).then_some(Self::Rows),
-            _ if !matrix.vectors.is_multiple_of(EACH) => None,
-            _ if matrix.transposed && to.bytes => Some(Self::Turned),
-            _ => Some(Self::Tensor),
-        }
-    }
-
     /// The name of its kernel, which makes `bytes` or bf16 of such numbers.
     pub(super) fn kernel(self, number: &str, bytes: bool) -> String {
         let integer = if bytes { "u8" } else { "bf16" };

@@ -603,9 +603,24 @@ impl Quantization {
         [by_chunks, round.unwrap_or(by_chunks)]
     }
 
-    /// How the kernels of int8 make it, if they do.
+    /// How the kernels of int8 make it, if they do, which note nothing besides.
     fn int8_form(&self) -> Option<int8::Form> {
-        int8::Form::of(self)
+        let (matrix, to) = (&self.matrix, &self.to);
+        let noted = [to.block_scales, to.sums, to.bounds].iter().any(|address| *address != 0);
+        let others = to.wide || to.dequantized || noted || self.transform.is_some();
+        let format = self.operand.format();
+        if format.element() != Element::Int8 || others || !matrix.length.is_multiple_of(int8::EACH)
+        {
+            return None;
+        }
+        match format.block() {
+            Block::Vector => {
+                (!matrix.transposed && matrix.length <= int8::LONGEST).then_some(int8::Form::Rows)
+            }
+            _ if !matrix.vectors.is_multiple_of(int8::EACH) => None,
+            _ if matrix.transposed && to.bytes => Some(int8::Form::Turned),
+            _ => Some(int8::Form::Tensor),
+        }
     }
 
     /// As a product reads it.
