@@ -496,8 +496,10 @@ typedef struct mxt_trainer_options {
   const char *recompute;
   // What moves the weights: "adamw" (the default, and what NULL is) or "stable-adamw" (AdamW
   // whose rate falls for a tensor whose gradients are larger than its second moment has seen
-  // coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above). Borrowed
-  // for the call.
+  // coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above). Behind it,
+  // with a comma, what its moments are kept in: "moments=f32" (8 bytes a parameter, the default),
+  // "moments=bf16" (4) or "moments=int8" (2.25, of the matrices of blocks; embeddings then have
+  // bf16): "adamw,moments=int8". Borrowed for the call.
   const char *optimizer;
 } mxt_trainer_options;
 
@@ -975,6 +977,16 @@ mxt_status mxt_trainer_new(struct mxt_model *model,
 mxt_status mxt_trainer_load(const struct mxt_engine *engine,
                             const char *dir,
                             struct mxt_trainer **trainer);
+
+// mxt_trainer_load, with moments that are kept from here on in what `optimizer` says, such as
+// "adamw,moments=int8": they are rounded to it once, and the run goes on as one that was made so.
+// The optimizer itself must be the saved one. `optimizer` is borrowed for the call.
+//
+// Errors: as mxt_trainer_load; MXT_ERROR_INVALID_ARGUMENT for another optimizer, too.
+mxt_status mxt_trainer_load_as(const struct mxt_engine *engine,
+                               const char *dir,
+                               const char *optimizer,
+                               struct mxt_trainer **trainer);
 
 // Saves model, moments, options and position to the folder `dir`, which is made if it is not
 // there. A failure, or a kill at any instant, leaves a whole checkpoint there, the one before or

@@ -1,43 +1,7 @@
 // The end of a step: sums of losses and of squared gradients, clipping, AdamW (Loshchilov and
 // Hutter, arXiv 1711.05101) and StableAdamW (2304.13013), for all parameters at once.
 //
-// A table says where each parameter and what belongs to it lies. Work is cut into pieces of PIECE
-// elements, numbered through all parameters; blocks take pieces in turn and find the parameter by a
-// binary search.
-
-struct Entry {
-  float *param;     // f32 master values
-  bf16 *copy;       // what GEMMs read
-  float *m, *v;     // moments
-  float *gradient;
-  u64 len;
-  u64 first_piece;  // number of the parameter's first piece
-  u64 decays;       // whether weight decay applies
-  u32 *amax;        // bits of the largest magnitude of the master values
-};
-
-#define PIECE 4096
-
-__device__ __forceinline__ const Entry *find(const Entry *table, u32 entries, u64 piece) {
-  u32 low = 0, high = entries;
-  while (high - low > 1) {
-    u32 middle = (low + high) / 2;
-    if (table[middle].first_piece <= piece) low = middle;
-    else high = middle;
-  }
-  return table + low;
-}
-
-__device__ __forceinline__ double block_sum_double(double v, double *scratch) {
-#pragma unroll
-  for (int i = WARP / 2; i > 0; i /= 2) v += __shfl_xor_sync(FULL_WARP, v, i);
-  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
-  __syncthreads();
-  double sum = 0.0;
-  for (u32 w = 0; w < blockDim.x / WARP; w++) sum += scratch[w];
-  __syncthreads();
-  return sum;
-}
+// Here moments are f32; optimize_moments.cu has those that are stored in less.
 
 // partials (grid) = sums of the squares of the gradients that a block saw. Grid: fixed; block: 256.
 __global__ void square_gradients(double *partials, const Entry *table, u32 entries,
@@ -69,25 +33,6 @@ __global__ void sum_losses(double *sum, const float *losses, u32 rows, u32 accum
   if (threadIdx.x == 0) *sum = accumulate ? *sum + total : total;
 }
 
-// Factors that do not depend on the element, computed by the host in f64.
-struct Step {
-  float lr, beta1, beta2, epsilon, weight_decay;
-  float size;        // lr / (1 - beta1^t)
-  float root;        // 1 / sqrt(1 - beta2^t)
-  float clip;        // largest global norm; 0 does not clip
-  float loss_scale;  // makes the sum of losses the step's loss
-  float largest_gradient; // no update with a clipped gradient of a larger norm
-};
-
-// The gradient norm of a step, and whether it and the loss are finite and it is within the limit,
-// so that the update is to be made.
-__device__ __forceinline__ bool is_allowed(const double *sums, const Step &s, float &norm) {
-  float loss = (float)(sums[0] * (double)s.loss_scale);
-  norm = (float)sqrt(sums[1]);
-  float clipped = s.clip > 0.0f ? fminf(norm, s.clip) : norm;
-  return isfinite(loss) && isfinite(norm) && clipped <= s.largest_gradient;
-}
-
 // sums[1] = the sum of the partials, in order; sums[2] = *clamped, which starts again from 0. Makes
 // the largest magnitudes ready for the update, if there will be one. sums: losses, squares, clamped
 // blocks. Grid: 1; block: 256.
@@ -105,11 +50,6 @@ __global__ void sum_squares(double *sums, u32 *clamped, const double *partials, 
     for (u32 i = threadIdx.x; i < entries; i += blockDim.x) *table[i].amax = 0;
 }
 
-// What clipping makes gradients of a norm smaller by. PyTorch's clip_grad_norm_ adds the same 1e-6.
-__device__ __forceinline__ float clipping(float norm, const Step &s) {
-  return s.clip > 0.0f ? fminf(s.clip / (norm + 1e-6f), 1.0f) : 1.0f;
-}
-
 // partials (pieces) = sums over a piece of g^2 / max(u, epsilon^2), u the corrected second moment
 // after the update. Grid: any; block: 256.
 __global__ void square_ratios(double *partials, const Entry *table, u32 entries, u64 pieces,
@@ -119,6 +59,7 @@ __global__ void square_ratios(double *partials, const Entry *table, u32 entries,
   float scale = clipping((float)sqrt(sums[1]), s);
   for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
+    const float *moments = (const float *)e->v;
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     double total = 0.0;
     auto add = [&](float v, float g) {
@@ -129,10 +70,10 @@ __global__ void square_ratios(double *partials, const Entry *table, u32 entries,
     };
     u64 i = start + threadIdx.x * 4;
     for (; i + 4 <= end; i += blockDim.x * 4) {
-      float4 g = *(const float4 *)(e->gradient + i), v = *(const float4 *)(e->v + i);
+      float4 g = *(const float4 *)(e->gradient + i), v = *(const float4 *)(moments + i);
       add(v.x, g.x), add(v.y, g.y), add(v.z, g.z), add(v.w, g.w);
     }
-    for (; i < end; i++) add(e->v[i], e->gradient[i]);
+    for (; i < end; i++) add(moments[i], e->gradient[i]);
     total = block_sum_double(total, scratch);
     if (threadIdx.x == 0) partials[piece] = total;
   }
@@ -170,6 +111,7 @@ __device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 
     float lr = rates ? rates[e - table].x : s.lr, size = rates ? rates[e - table].y : s.size;
     float keep = e->decays ? 1.0f - lr * s.weight_decay : 1.0f;
     float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
+    float *first = (float *)e->m, *second = (float *)e->v;
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     auto update = [&](float &p, float &m, float &v, float g) {
       g *= scale;
@@ -182,18 +124,18 @@ __device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 
     u64 i = start + threadIdx.x * 4;
     for (; i + 4 <= end; i += blockDim.x * 4) {
       float4 g = *(const float4 *)(e->gradient + i), p = *(float4 *)(e->param + i);
-      float4 m = *(float4 *)(e->m + i), v = *(float4 *)(e->v + i);
+      float4 m = *(float4 *)(first + i), v = *(float4 *)(second + i);
       update(p.x, m.x, v.x, g.x), update(p.y, m.y, v.y, g.y);
       update(p.z, m.z, v.z, g.z), update(p.w, m.w, v.w, g.w);
       if (trial) continue;
-      *(float4 *)(e->param + i) = p, *(float4 *)(e->m + i) = m, *(float4 *)(e->v + i) = v;
+      *(float4 *)(e->param + i) = p, *(float4 *)(first + i) = m, *(float4 *)(second + i) = v;
       *(uint2 *)(e->copy + i) = make_uint2(pack_bf16(p.x, p.y), pack_bf16(p.z, p.w));
     }
     for (; i < end; i++) {
-      float p = e->param[i], m = e->m[i], v = e->v[i];
+      float p = e->param[i], m = first[i], v = second[i];
       update(p, m, v, e->gradient[i]);
       if (trial) continue;
-      e->param[i] = p, e->m[i] = m, e->v[i] = v;
+      e->param[i] = p, first[i] = m, second[i] = v;
       e->copy[i] = from_f32<bf16>(p);
     }
     u32 *of_one = trial + 3 * (e - table);

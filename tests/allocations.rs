@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::FIRST_RECIPES;
 use mxfp4train::{
-    Activation, Dataset, Engine, EngineOptions, Model, ModelConfig, Optimizer, OptimizerKind,
-    Recipe, Schedule, Trainer, TrainerOptions, plan,
+    Activation, Dataset, Engine, EngineOptions, Model, ModelConfig, Moments, Optimizer,
+    OptimizerKind, Recipe, Schedule, Trainer, TrainerOptions, plan,
 };
 
 /// Weights are rounded by their means, tracked, reset and watched.
@@ -103,7 +103,8 @@ fn a_step_allocates_nothing() {
         let engine = Engine::new(EngineOptions { threads, ..EngineOptions::default() }).unwrap();
         let model = Model::new(&engine, &config).unwrap();
         let unlike_gpt2 = Model::new(&engine, &unlike_gpt2).unwrap();
-        let [adamw, stable] = OptimizerKind::ALL;
+        let [adamw, stable] = OptimizerKind::ALL.map(Optimizer::new);
+        let moments = |moments| Optimizer { moments, ..stable };
         let all = Recipe::NAMES.into_iter().map(|name| (&model, name, adamw, 1e-8));
         // With the smallest epsilon every step is tried before it is done.
         let others = [
@@ -111,13 +112,15 @@ fn a_step_allocates_nothing() {
             (&model, "bf16", adamw, 1e-45),
             (&model, "bf16", stable, 1e-45),
             (&model, FOLLOWED, adamw, 1e-8),
+            (&model, "bf16", moments(Moments::Bf16), 1e-8),
+            (&model, "bf16", moments(Moments::Int8), 1e-45),
         ];
-        for (model, name, kind, epsilon) in all.chain(others) {
+        for (model, name, optimizer, epsilon) in all.chain(others) {
             let options = TrainerOptions {
                 batch_size: 2,
                 accumulation: 2,
                 recipe: name.parse().unwrap(),
-                optimizer: Optimizer { epsilon, ..Optimizer::new(kind) },
+                optimizer: Optimizer { epsilon, ..optimizer },
                 schedule: Schedule { total_steps: 1000, ..Schedule::default() },
                 ..TrainerOptions::default()
             };
@@ -150,7 +153,7 @@ fn a_step_allocates_nothing() {
             let calls = CALLS.load(Ordering::Relaxed) - before;
             assert_eq!(
                 calls, 0,
-                "{calls} allocations in {steps} steps of {name}, {kind}, {epsilon:e}, {threads} threads"
+                "{calls} allocations in {steps} steps of {name}, {optimizer}, {epsilon:e}, {threads} threads"
             );
         }
     }

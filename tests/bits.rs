@@ -174,6 +174,14 @@ fn cases() -> Vec<Case> {
             case.options.optimizer = Optimizer::new(OptimizerKind::StableAdamW);
         };
         all.push(shape("mxfp4-rht-sr").with("stable-adamw", stable));
+        for optimizer in ["adamw,moments=bf16", "stable-adamw,moments=int8"] {
+            let smaller = |case: &mut Case| {
+                case.options.optimizer = optimizer.parse().unwrap();
+                case.options.optimizer.beta2 = 0.999;
+                case.resumes = true;
+            };
+            all.push(shape("mxfp4-rht-sr").with(optimizer, smaller));
+        }
     }
     all.extend(["fp32", "bf16", "mxfp4-rht-sr,g=256", "fp8-mxfp4-rht-sr"].map(tall));
     all.extend(Recipe::NAMES.into_iter().filter(|name| !FIRST_RECIPES.contains(name)).map(odd));

@@ -7,15 +7,21 @@ mod tiny;
 
 use std::fs;
 
-use mxfp4train::{Error, Optimizer, OptimizerKind, Schedule, Trainer, TrainerOptions};
+use mxfp4train::{Error, Moments, Optimizer, OptimizerKind, Schedule, Trainer, TrainerOptions};
 use tiny::{data, engine, losses, model, weights};
 
+/// Every optimizer, with its moments in everything.
+fn all() -> impl Iterator<Item = Optimizer> {
+    let with = |kind| Moments::ALL.map(|moments| Optimizer { moments, ..Optimizer::new(kind) });
+    OptimizerKind::ALL.into_iter().flat_map(with)
+}
+
 /// A high beta2, with which rates of StableAdamW fall.
-fn options(kind: OptimizerKind) -> TrainerOptions {
+fn options(optimizer: Optimizer) -> TrainerOptions {
     TrainerOptions {
         batch_size: 3,
         accumulation: 2,
-        optimizer: Optimizer { beta2: 0.999, ..Optimizer::new(kind) },
+        optimizer: Optimizer { beta2: 0.999, ..optimizer },
         schedule: Schedule { lr: 3e-3, ..Schedule::default() },
         ..TrainerOptions::default()
     }
@@ -24,7 +30,7 @@ fn options(kind: OptimizerKind) -> TrainerOptions {
 #[test]
 fn runs_go_on_where_they_were_saved() {
     let mut runs = Vec::new();
-    for kind in OptimizerKind::ALL {
+    for kind in all() {
         let mut straight = Trainer::new(&model(&engine(1)), options(kind)).unwrap();
         let all = losses(&mut straight, 12);
         assert!(all[11] < all[0] - 0.1, "{kind}: {all:?}");
@@ -38,18 +44,25 @@ fn runs_go_on_where_they_were_saved() {
         assert_eq!(weights(&resumed), weights(&straight), "{kind}");
         let text = fs::read_to_string(folder.path().join("trainer.json")).unwrap();
         let named = format!("\"kind\": \"{kind}\"");
-        assert_eq!(text.contains(&named), kind != OptimizerKind::AdamW, "{text}");
+        assert_eq!(text.contains(&named), kind != Optimizer::default(), "{text}");
         runs.push(all);
     }
     // The first update has the whole rate.
-    assert!((runs[0][1] - runs[1][1]).abs() < 1e-4, "{runs:?}");
-    assert!((runs[0][11] - runs[1][11]).abs() > 1e-4, "{runs:?}");
+    let [adamw, stable] = [&runs[0], &runs[Moments::ALL.len()]];
+    assert!((adamw[1] - stable[1]).abs() < 1e-4, "{runs:?}");
+    assert!((adamw[11] - stable[11]).abs() > 1e-4, "{runs:?}");
+    // What moments are kept in changes every run, and none by much.
+    for (i, run) in runs.iter().enumerate() {
+        let as_f32 = &runs[i - i % Moments::ALL.len()];
+        assert_eq!(run == as_f32, i % Moments::ALL.len() == 0, "{runs:?}");
+        assert!((run[11] - as_f32[11]).abs() < 0.05, "{runs:?}");
+    }
 }
 
 #[test]
 fn an_unknown_optimizer_in_a_file_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    let kind = OptimizerKind::StableAdamW;
+    let kind = Optimizer::new(OptimizerKind::StableAdamW);
     let mut trainer = Trainer::new(&model(&engine(1)), options(kind)).unwrap();
     trainer.save(folder.path()).unwrap();
     let path = folder.path().join("trainer.json");
@@ -62,7 +75,7 @@ fn an_unknown_optimizer_in_a_file_is_named() {
 
 #[test]
 fn a_step_that_is_not_finite_changes_nothing() {
-    for kind in OptimizerKind::ALL {
+    for kind in all() {
         let mut trainer = Trainer::new(&model(&engine(2)), options(kind)).unwrap();
         let mut twin = Trainer::new(&model(&engine(2)), options(kind)).unwrap();
         assert_eq!(losses(&mut trainer, 3), losses(&mut twin, 3));
@@ -83,4 +96,56 @@ fn a_step_that_is_not_finite_changes_nothing() {
         assert_eq!(weights(&trainer), before, "{kind}");
         assert_eq!(losses(&mut trainer, 3), losses(&mut twin, 3), "{kind}");
     }
+}
+
+/// What one form has saved, every other can go on from, and what comes of it is close to the run
+/// that was never changed; from 8 bits to f32 and back nothing is lost.
+#[test]
+fn states_are_loaded_into_other_forms() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path();
+    for saved in all() {
+        let mut trainer = Trainer::new(&model(&engine(1)), options(saved)).unwrap();
+        losses(&mut trainer, 6);
+        trainer.save(path).unwrap();
+        let files = || {
+            ["model.safetensors", "trainer.safetensors"].map(|f| fs::read(path.join(f)).unwrap())
+        };
+        let before = files();
+        let straight = losses(&mut trainer, 6);
+        for wanted in all().filter(|wanted| wanted.kind == saved.kind) {
+            let mut loaded = Trainer::load_as(&engine(2), path, &wanted).unwrap();
+            assert_eq!(loaded.options().optimizer, options(wanted).optimizer);
+            let next = losses(&mut loaded, 6);
+            assert_eq!(next == straight, wanted == saved, "{saved} to {wanted}");
+            assert!((next[5] - straight[5]).abs() < 0.02, "{saved} to {wanted}: {next:?}");
+        }
+        if saved.moments == Moments::Int8 {
+            let wide = Optimizer { moments: Moments::F32, ..saved };
+            Trainer::load_as(&engine(1), path, &wide).unwrap().save(path).unwrap();
+            assert!(files()[1].len() > 2 * before[1].len());
+            Trainer::load_as(&engine(1), path, &saved).unwrap().save(path).unwrap();
+            assert!(files() == before, "{saved}");
+        }
+    }
+    let error = Trainer::load_as(&engine(1), path, &Optimizer::default()).unwrap_err();
+    let expected = format!("{} was trained with stable-adamw", path.display());
+    assert!(error.to_string().contains(&expected), "{error}");
+}
+
+/// The same codes are in the file again, and a file that has codes which are none is refused.
+#[test]
+fn damaged_codes_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let small = Optimizer { moments: Moments::Int8, ..Optimizer::default() };
+    let mut trainer = Trainer::new(&model(&engine(1)), options(small)).unwrap();
+    losses(&mut trainer, 2);
+    trainer.save(folder.path()).unwrap();
+    let path = folder.path().join("trainer.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let error = Trainer::load(&engine(1), folder.path()).unwrap_err().to_string();
+    assert!(error.contains("damaged: expected CRC-32"), "{error}");
 }

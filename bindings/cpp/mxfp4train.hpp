@@ -585,6 +585,15 @@ class Trainer {
     return detail::finish(status, Trainer(trainer));
   }
 
+  // The same, with moments kept from here on in what `optimizer` says ("adamw,moments=int8").
+  static outcome<Trainer> load_as(const Engine &engine, const std::string &dir,
+                                  const std::string &optimizer) {
+    mxt_trainer *trainer = nullptr;
+    const mxt_status status =
+        mxt_trainer_load_as(engine.get(), dir.c_str(), optimizer.c_str(), &trainer);
+    return detail::finish(status, Trainer(trainer));
+  }
+
   outcome<void> save(const std::string &dir) {
     return detail::finish(mxt_trainer_save(get(), dir.c_str()));
   }

@@ -8,6 +8,7 @@
 use super::{Precision, WorkspaceShape};
 use crate::Result;
 use crate::formats::Draw;
+use crate::optim::ParamKind;
 
 /// A parameter's place in flat buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,14 +19,19 @@ pub struct Slot {
     pub start: usize,
     /// Elements.
     pub len: usize,
-    /// Whether weight decay applies.
-    pub decays: bool,
+    /// What the parameter is to an optimizer.
+    pub(crate) kind: ParamKind,
 }
 
 impl Slot {
     /// Its elements.
     pub fn range(self) -> std::ops::Range<usize> {
         self.start..self.start + self.len
+    }
+
+    /// Whether weight decay applies: to all that is no vector.
+    pub fn decays(self) -> bool {
+        self.kind != ParamKind::Vector
     }
 }
 
@@ -43,8 +49,10 @@ pub trait Memory: Send + Sync + Sized + 'static {
     type Arena;
     /// Activations and their gradients, in the backend's compute precision.
     type Tensor: Send;
-    /// f32 on the device: statistics, losses, and flat buffers of gradients and optimizer states.
+    /// f32 on the device: statistics, losses, and flat buffers of gradients.
     type F32: Send + Sync;
+    /// Bytes that stand for numbers of several types: what an optimizer keeps.
+    type Bytes: Send + Sync;
     /// All parameters of a model: f32 master values, and whatever copy the kernels read.
     type Weights: Send + Sync;
     /// One of them, to be read.
@@ -68,6 +76,8 @@ pub trait Memory: Send + Sync + Sized + 'static {
     fn tensor(&self, arena: &mut Self::Arena, len: usize, precision: Precision) -> Self::Tensor;
     /// A zeroed f32 buffer of `len` elements.
     fn f32(&self, arena: &mut Self::Arena, len: usize) -> Self::F32;
+    /// A zeroed buffer of `len` bytes.
+    fn bytes(&self, arena: &mut Self::Arena, len: usize) -> Self::Bytes;
     /// `count` zeroed parameters of `len` elements in all, between slots included.
     fn weights(&self, arena: &mut Self::Arena, len: usize, count: usize) -> Self::Weights;
     /// A buffer of `len` tokens, whose embeddings get gradients or never will; an error where the
@@ -97,6 +107,11 @@ pub trait Memory: Send + Sync + Sized + 'static {
     /// Copies f32 values to the host, from element `at` of the buffer on, after all that was asked
     /// for before.
     fn read_f32(&self, from: &Self::F32, at: usize, to: &mut [f32]) -> Result<()>;
+    /// Copies bytes to the device, from byte `at` of the buffer on.
+    fn write_bytes(&self, to: &mut Self::Bytes, at: usize, from: &[u8]) -> Result<()>;
+    /// Copies bytes to the host, from byte `at` of the buffer on, after all that was asked for
+    /// before.
+    fn read_bytes(&self, from: &Self::Bytes, at: usize, to: &mut [u8]) -> Result<()>;
     /// Overwrites a parameter with as many values.
     fn write_param(&self, to: &mut Self::Weights, slot: Slot, from: &[f32]) -> Result<()>;
     /// Overwrites a parameter with normal values of a standard deviation, `formats::fill_normal`'s

@@ -43,7 +43,8 @@ pub use linear::{
 pub use memory::{Memory, Part, Slot};
 pub use merge::{Merge, MergeShape, Merged};
 pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
-pub use optimize::{Optimize, Trained};
+pub(crate) use optimize::Place;
+pub use optimize::{Optimize, StateLayout, Trained};
 pub use stream::CudaStream;
 
 use crate::Result;

@@ -5,7 +5,67 @@
 
 use super::{Memory, Slot};
 use crate::Result;
-use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums};
+use crate::optim::moments::{Element, GROUP};
+use crate::optim::{Largest, Moments, Optimizer, OptimizerStep, StepSums};
+use crate::reserve::collect;
+
+/// Where a parameter's numbers lie in the buffer of a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// What they are stored as.
+    pub(crate) element: Element,
+    /// The byte of the first.
+    pub(crate) start: usize,
+    /// How many there are.
+    pub(crate) len: usize,
+    /// The byte of the first scale, where they have any.
+    pub(crate) scales: usize,
+}
+
+impl Place {
+    /// Bytes of its elements.
+    pub(crate) fn bytes(&self) -> usize {
+        let size = match self.element {
+            Element::F32 => 4,
+            Element::Bf16 => 2,
+            Element::Int8 => 1,
+        };
+        self.len * size
+    }
+
+    /// Scales of its elements.
+    pub(crate) fn groups(&self) -> usize {
+        if self.element == Element::Int8 { self.len.div_ceil(GROUP) } else { 0 }
+    }
+}
+
+/// How the buffers of an optimizer's states, which are all alike, are laid out.
+pub struct StateLayout {
+    pub(crate) places: Vec<Place>,
+    /// Of a buffer.
+    pub(crate) bytes: usize,
+}
+
+impl StateLayout {
+    /// Of parameters whose states are kept in `moments`. What belongs to a parameter starts at a
+    /// multiple of `align` f32 numbers, so that a layout in f32 is that of the gradients.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn new(slots: &[Slot], moments: Moments, align: usize) -> Result<Self> {
+        let (align, mut next) = (align * size_of::<f32>(), 0usize);
+        let places = slots.iter().map(|slot| {
+            let element = moments.element(slot.kind);
+            let mut place = Place { element, start: next, len: slot.len, scales: 0 };
+            next = (place.start + place.bytes()).next_multiple_of(align);
+            place.scales = next;
+            next = (next + 4 * place.groups()).next_multiple_of(align);
+            Ok(place)
+        });
+        let places = collect("a table of the optimizer's states", places)?;
+        Ok(Self { places, bytes: next })
+    }
+}
 
 /// All parameters of a model with what training keeps for them.
 pub struct Trained<'a, B: Memory> {
@@ -14,7 +74,9 @@ pub struct Trained<'a, B: Memory> {
     /// The parameters.
     pub weights: &'a mut B::Weights,
     /// What the optimizer keeps of each element, in the order that it names its states in.
-    pub states: &'a mut [B::F32],
+    pub states: &'a mut [B::Bytes],
+    /// Where in each of them.
+    pub layout: &'a StateLayout,
     /// Gradients.
     pub gradients: &'a mut B::F32,
 }

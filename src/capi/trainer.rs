@@ -48,7 +48,7 @@ impl mxt_trainer {
             })
         };
         let recipe = c_string("recipe", options.recipe.to_string())?;
-        let optimizer = c_string("optimizer", options.optimizer.kind.to_string())?;
+        let optimizer = c_string("optimizer", options.optimizer.to_string())?;
         let handle = Self {
             state: State::sharing(model.state().access()),
             stop: trainer.stop_handle(),
@@ -155,6 +155,32 @@ pub unsafe extern "C" fn mxt_trainer_load(
             let out = arguments::place("trainer", trainer)?;
             let dir = arguments::path("dir", dir)?;
             let loaded = Trainer::load(&engine.engine, &dir)?;
+            let model = mxt_model::new(loaded.model().clone())?;
+            out.put(mxt_trainer::new(loaded, model)?);
+            Ok(())
+        })
+    }
+}
+
+/// mxt_trainer_load, with moments that are kept from here on in what `optimizer` says, such as
+/// "adamw,moments=int8": they are rounded to it once, and the run goes on as one that was made so.
+/// The optimizer itself must be the saved one. `optimizer` is borrowed for the call.
+///
+/// Errors: as mxt_trainer_load; MXT_ERROR_INVALID_ARGUMENT for another optimizer, too.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_load_as(
+    engine: *const mxt_engine,
+    dir: *const c_char,
+    optimizer: *const c_char,
+    trainer: *mut *mut mxt_trainer,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::child("mxt_trainer_load_as", engine, |engine| {
+            let out = arguments::place("trainer", trainer)?;
+            let dir = arguments::path("dir", dir)?;
+            let optimizer = arguments::text("optimizer", optimizer)?.parse()?;
+            let loaded = Trainer::load_as(&engine.engine, &dir, &optimizer)?;
             let model = mxt_model::new(loaded.model().clone())?;
             out.put(mxt_trainer::new(loaded, model)?);
             Ok(())

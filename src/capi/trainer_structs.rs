@@ -73,8 +73,10 @@ pub struct mxt_trainer_options {
     pub recompute: *const c_char,
     /// What moves the weights: "adamw" (the default, and what NULL is) or "stable-adamw" (AdamW
     /// whose rate falls for a tensor whose gradients are larger than its second moment has seen
-    /// coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above). Borrowed
-    /// for the call.
+    /// coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above). Behind it,
+    /// with a comma, what its moments are kept in: "moments=f32" (8 bytes a parameter, the default),
+    /// "moments=bf16" (4) or "moments=int8" (2.25, of the matrices of blocks; embeddings then have
+    /// bf16): "adamw,moments=int8". Borrowed for the call.
     pub optimizer: *const c_char,
 }
 versioned!(
@@ -163,7 +165,7 @@ impl mxt_trainer_options {
     /// `recipe`, `recompute` and `optimizer` are NULL or end with a zero byte.
     pub(super) unsafe fn parse(self) -> Result<TrainerOptions, Failure> {
         // SAFETY: as promised by the caller.
-        let (recipe, recompute, kind) = unsafe {
+        let (recipe, recompute, optimizer) = unsafe {
             (
                 named("recipe", self.recipe)?,
                 named("recompute", self.recompute)?,
@@ -177,12 +179,12 @@ impl mxt_trainer_options {
             recipe,
             recompute,
             optimizer: Optimizer {
-                kind,
                 beta1: self.beta1,
                 beta2: self.beta2,
                 epsilon: self.epsilon,
                 weight_decay: self.weight_decay,
                 clip: self.clip,
+                ..optimizer
             },
             schedule: self.schedule()?,
         })

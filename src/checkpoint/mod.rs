@@ -32,12 +32,15 @@ use rustix::io::Errno;
 
 use crate::gpt::{ModelConfig, TensorInfo};
 use crate::optim::State;
+use crate::optim::moments::GROUP;
 use crate::reserve::{self, Spare};
 use crate::run::TrainerState;
 use crate::{Error, Result};
 pub(crate) use config::FoundConfig;
 pub(crate) use folder::{existing, put_back};
-use tensors::{Named, TensorFile};
+pub(crate) use safetensors::tensor::Dtype;
+pub(crate) use tensors::decode;
+use tensors::{FLOATS, Named, TensorFile};
 use weights::{Index, Weights};
 
 const CONFIG: &str = "config.json";
@@ -67,16 +70,42 @@ pub struct StoredTensor {
     pub shape: Vec<usize>,
 }
 
-/// Tensors that can be saved: f32, in the shape and order of Hugging Face's `gpt2`.
+/// Tensors that can be saved, in the shape and order of Hugging Face's `gpt2`.
 pub(crate) trait TensorRead {
     /// Name and shape of every tensor.
     fn tensors(&self) -> &[TensorInfo];
+    /// What a file has the elements of tensor `index` as, which can hold every one of them.
+    fn dtype(&self, _index: usize) -> Dtype {
+        Dtype::F32
+    }
     /// Copies tensor `index` into `out` (row-major, as many elements as its shape says).
     fn read(&self, index: usize, out: &mut [f32]) -> Result<()>;
 }
 
 /// Takes the values of (state, tensor).
-type WriteState<'a> = dyn FnMut(usize, usize, &[f32]) -> Result<()> + 'a;
+type WriteState<'a> = dyn FnMut(usize, usize, StateValues<'_>) -> Result<()> + 'a;
+
+/// What is behind the name of a weight where its state is kept in 8 bits.
+pub(crate) const CODES: &str = ".codes";
+/// And of the scales of these codes.
+pub(crate) const SCALES: &str = ".scales";
+
+/// What a file holds of a state of one weight.
+#[derive(Clone, Copy)]
+pub(crate) enum StateValues<'a> {
+    /// In the order of the file.
+    Numbers(&'a [f32]),
+    /// Codes in the order of the file, and the scale of each group of neighbours in memory.
+    Codes { codes: &'a [f32], scales: &'a [f32] },
+}
+
+impl<'a> StateValues<'a> {
+    /// The least number, or a scale below 0, which there are none.
+    pub(crate) fn least(&self) -> f32 {
+        let (Self::Numbers(values) | Self::Codes { scales: values, .. }) = self;
+        values.iter().fold(0.0, |least, value| least.min(*value))
+    }
+}
 
 /// The model of a checkpoint.
 pub(crate) struct ModelPart<'a> {
@@ -286,10 +315,13 @@ impl Checkpoint {
             .iter()
             .flat_map(|Kept { state, tensors }| tensors.iter().map(|t| (state.name, &*t.name)))
             .collect();
-        let parts = |name: &str| name.split_once('.').is_some_and(|name| known.contains(&name));
+        let parts = |name: &str| {
+            let whole = [CODES, SCALES].iter().find_map(|part| name.strip_suffix(part));
+            whole.unwrap_or(name).split_once('.').is_some_and(|name| known.contains(&name))
+        };
         file.check_surplus(parts)?;
         let names = file.names();
-        let mut values = Vec::new();
+        let (mut values, mut scales) = (Vec::new(), Vec::new());
         for (number, Kept { state, tensors }) in kept.iter().enumerate() {
             let is_of =
                 |name: &String| name.split_once('.').is_some_and(|(of, _)| of == state.name);
@@ -303,8 +335,18 @@ impl Checkpoint {
                 return Err(Error::mismatch(file.path(), message));
             }
             for (index, tensor) in tensors.iter().enumerate() {
-                file.read(&state.tensor(&tensor.name), &tensor.shape, &mut values)?;
-                write(number, index, &values)?;
+                let name = state.tensor(&tensor.name);
+                let [of_codes, of_scales] = [CODES, SCALES].map(|part| format!("{name}{part}"));
+                if !file.contains(&of_codes) {
+                    file.read(&name, &tensor.shape, &FLOATS, &mut values)?;
+                    write(number, index, StateValues::Numbers(&values))?;
+                    continue;
+                }
+                let code = if state.is_signed { Dtype::I8 } else { Dtype::U8 };
+                file.read(&of_codes, &tensor.shape, &[code], &mut values)?;
+                let groups = tensor.len().div_ceil(GROUP);
+                file.read(&of_scales, &[groups], &FLOATS, &mut scales)?;
+                write(number, index, StateValues::Codes { codes: &values, scales: &scales })?;
             }
         }
         Ok(())

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::tensors::Fingerprint;
 use crate::gpt::Recompute;
-use crate::optim::{Optimizer, OptimizerKind, Schedule};
+use crate::optim::{Optimizer, Schedule};
 use crate::run::{TrainerOptions, TrainerState};
 use crate::{Error, Result};
 
@@ -173,8 +173,9 @@ impl Document {
             optimizer,
             schedule,
         } = options;
-        let &Optimizer { kind, beta1, beta2, epsilon, weight_decay, clip } = optimizer;
-        let named = (kind != OptimizerKind::default()).then(|| kind.to_string());
+        let &Optimizer { kind, moments, beta1, beta2, epsilon, weight_decay, clip } = optimizer;
+        let usual = Optimizer::default();
+        let named = ((kind, moments) != (usual.kind, usual.moments)).then(|| optimizer.to_string());
         let optimizer = Settings { kind: named, beta1, beta2, epsilon, weight_decay, clip };
         let &Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } = schedule;
         Self {
@@ -204,8 +205,9 @@ impl Document {
 
     fn into_state(self) -> Result<(TrainerState, Sisters)> {
         let Settings { kind, beta1, beta2, epsilon, weight_decay, clip } = self.optimizer;
-        let kind = kind.as_deref().map(str::parse).transpose()?.unwrap_or_default();
-        let optimizer = Optimizer { kind, beta1, beta2, epsilon, weight_decay, clip };
+        let Optimizer { kind, moments, .. } =
+            kind.as_deref().map(str::parse).transpose()?.unwrap_or_default();
+        let optimizer = Optimizer { kind, moments, beta1, beta2, epsilon, weight_decay, clip };
         let Curve { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } = self.schedule;
         let options = TrainerOptions {
             batch_size: self.batch_size,

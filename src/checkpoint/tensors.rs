@@ -45,6 +45,10 @@ impl Named<'_> {
     fn shape(&self) -> &[usize] {
         &self.source.tensors()[self.index].shape
     }
+
+    fn dtype(&self) -> Dtype {
+        self.source.dtype(self.index)
+    }
 }
 
 /// Writes a new file and flushes it to the disk; `extra` joins the metadata. There is at least one
@@ -75,7 +79,7 @@ pub(super) fn write(
         let mut crc = crc32fast::Hasher::new();
         for part in values.chunks(PIECE / size_of::<f32>()) {
             bytes.clear();
-            bytes.extend(part.iter().flat_map(|v| v.to_le_bytes()));
+            encode(tensor.dtype(), part, &mut bytes);
             crc.update(&bytes);
             attempt(|| out.write_all(&bytes)).map_err(io)?;
         }
@@ -110,9 +114,9 @@ fn header(
     let mut end = 0;
     let infos = tensors.iter().map(|tensor| {
         let start = end;
-        end += tensor.shape().iter().product::<usize>() * size_of::<f32>();
-        let shape = tensor.shape().to_vec();
-        (tensor.name.clone(), TensorInfo { dtype: Dtype::F32, shape, data_offsets: (start, end) })
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        (tensor.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
     });
     let infos = Metadata::new(None, infos.collect())
         .map_err(|e| Error::format(path, format!("cannot write its header: {e}")))?;
@@ -267,13 +271,19 @@ impl<'a> TensorFile<'a> {
         }
     }
 
-    /// Reads tensor `name`, which must have shape `shape`, into `out` as f32.
+    /// Reads tensor `name`, which must have shape `shape` and one of the types `dtypes`, into `out`
+    /// as f32.
     ///
     /// # Errors
-    /// [`Error::Format`] for a missing or damaged tensor or one that holds no floating-point
-    /// numbers of 16, 32 or 64 bits, [`Error::Mismatch`] for another shape, [`Error::NotFinite`]
+    /// [`Error::Format`] for a missing or damaged tensor or one of another type, [`Error::Mismatch`] for another shape, [`Error::NotFinite`]
     /// for an element that is NaN, infinite or beyond f32; [`Error::Io`].
-    pub(super) fn read(&self, name: &str, shape: &[usize], out: &mut Vec<f32>) -> Result<()> {
+    pub(super) fn read(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtypes: &[Dtype],
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
         let format = |message| Error::format(&self.path, format!("tensor {name}: {message}"));
         let info = self.header.info(name).ok_or_else(|| format("missing".into()))?;
         if info.shape != shape {
@@ -282,8 +292,19 @@ impl<'a> TensorFile<'a> {
             return Err(Error::mismatch(&self.path, message));
         }
         let dtype = info.dtype;
-        if !matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16 | Dtype::F64) {
-            return Err(format(format!("expected F32, F16, BF16 or F64, found {dtype}")));
+        if !dtypes.contains(&dtype) {
+            let or = |i: usize| {
+                if i == 0 {
+                    ""
+                } else if i + 1 < dtypes.len() {
+                    ", "
+                } else {
+                    " or "
+                }
+            };
+            let expected = dtypes.iter().enumerate().map(|(i, dtype)| format!("{}{dtype}", or(i)));
+            let expected: String = expected.collect();
+            return Err(format(format!("expected {expected}, found {dtype}")));
         }
         let expected = match &self.sums {
             None => None,
@@ -346,7 +367,7 @@ impl<'a> TensorFile<'a> {
         let (Some(a), Some(b)) = (self.header.info(name), other.header.info(other_name)) else {
             return Ok(false);
         };
-        if a.shape != b.shape {
+        if a.shape != b.shape || ![a, b].iter().all(|info| FLOATS.contains(&info.dtype)) {
             return Ok(false);
         }
         let mut bytes = [const { Vec::new() }; 2];
@@ -384,9 +405,24 @@ impl<'a> TensorFile<'a> {
     }
 }
 
+/// The types of numbers that weights may be stored in; the first is ours.
+pub(super) const FLOATS: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64];
+
+/// Appends numbers, each of which `dtype` can hold, as files have them: f32, bf16, or whole numbers
+/// of 8 bits.
+fn encode(dtype: Dtype, values: &[f32], bytes: &mut Vec<u8>) {
+    match dtype {
+        Dtype::I8 | Dtype::U8 => bytes.extend(values.iter().map(|v| *v as i32 as u8)),
+        Dtype::BF16 => {
+            bytes.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
+        }
+        _ => bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),
+    }
+}
+
 /// Stores the numbers of a tensor as f32; false for a type that is not read. Numbers beyond f32
 /// become infinite.
-fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
+pub(crate) fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
     fn each<const N: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; N]) -> f32) {
         out.iter_mut().zip(bytes.as_chunks().0).for_each(|(out, &bytes)| *out = number(bytes));
     }
@@ -395,6 +431,8 @@ fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
         Dtype::F64 => each(bytes, out, |b| f64::from_le_bytes(b) as f32),
         Dtype::F16 => each(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
         Dtype::BF16 => each(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        Dtype::I8 => each(bytes, out, |[b]: [u8; 1]| f32::from(b as i8)),
+        Dtype::U8 => each(bytes, out, |[b]: [u8; 1]| f32::from(b)),
         _ => return false,
     }
     true

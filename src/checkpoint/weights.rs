@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::tensors::TensorFile;
+use super::tensors::{FLOATS, TensorFile};
 use crate::gpt::{HEAD, TensorInfo, WTE};
 use crate::{Error, Result};
 
@@ -120,7 +120,7 @@ impl Weights<'_> {
         let mut values = Vec::new();
         for (index, (name, tensor)) in names.iter().zip(tensors).enumerate() {
             let file = self.file_of(name).ok_or_else(|| self.missing(name))?;
-            file.read(name, &tensor.shape, &mut values)?;
+            file.read(name, &tensor.shape, &FLOATS, &mut values)?;
             write(index, &values)?;
         }
         Ok(())

@@ -62,6 +62,8 @@ pub enum Purpose {
     Host = 6,
     /// Projections that channels are hashed by ([`super::projections`]).
     Projections = 7,
+    /// Stochastic rounding of an optimizer's moments.
+    Moments = 9,
 }
 
 /// The tensors that are rounded.

@@ -8,6 +8,7 @@
 use super::ModelConfig;
 use crate::Result;
 use crate::backend::Slot;
+use crate::optim::ParamKind;
 use crate::reserve::{collect, reserve, text};
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
@@ -119,8 +120,8 @@ impl ParamTable {
         let mut next = 0;
         let mut add = |layer, name, shape, transposed, init| {
             let spec = ParamSpec { layer, name, shape, transposed, init };
-            let (len, decays) = (spec.len(), spec.decays());
-            let slot = Slot { index: specs.len(), start: next, len, decays };
+            let (len, kind) = (spec.len(), spec.kind());
+            let slot = Slot { index: specs.len(), start: next, len, kind };
             next = (next + len).next_multiple_of(align);
             specs.push(spec);
             slots.push(slot);
@@ -263,9 +264,13 @@ impl ParamSpec {
         Ok(TensorInfo { name, shape })
     }
 
-    /// Whether weight decay applies: to tensors of two or more dimensions.
-    pub(crate) fn decays(&self) -> bool {
-        self.shape().len() >= 2
+    /// What it is to an optimizer.
+    fn kind(&self) -> ParamKind {
+        match (self.shape().len(), self.layer) {
+            (..2, _) => ParamKind::Vector,
+            (_, Some(_)) => ParamKind::Matrix,
+            (_, None) => ParamKind::Table,
+        }
     }
 
     /// Converts values between Hugging Face's order and ours.
@@ -371,7 +376,7 @@ mod tests {
         all.push(HEAD.into());
         assert_eq!(names(&untied), all);
         let head = untied.head();
-        assert!(head.decays && untied.specs()[head.index].shape() == [7, 4]);
+        assert!(head.decays() && untied.specs()[head.index].shape() == [7, 4]);
         assert_eq!(tied.head(), tied.wte);
     }
 

@@ -4,12 +4,13 @@
 //! root, computed in f64, for beta^t is close to 1 for long.
 
 use super::bounds::{FLOOR, MOST, SLACK};
-use super::{Bounds, Definition, Optimizer, OptimizerKind, OptimizerStep, State};
+use super::{Bounds, Definition, Moments, Optimizer, OptimizerKind, OptimizerStep, State};
 
 pub(super) const DEFINITION: Definition = Definition {
     name: "adamw",
     defaults: Optimizer {
         kind: OptimizerKind::AdamW,
+        moments: Moments::F32,
         beta1: 0.9,
         beta2: 0.95,
         epsilon: 1e-8,
@@ -40,8 +41,18 @@ pub(crate) struct Update {
 impl Update {
     /// Of a parameter with this learning rate, which `decays` or does not.
     pub(crate) fn new(step: &OptimizerStep, rate: f32, decays: bool, gradient_scale: f32) -> Self {
+        Self::with_size(step, [rate, size(step, rate)], decays, gradient_scale)
+    }
+
+    /// The same with this rate, and what it is with the correction for first moments.
+    pub(crate) fn with_size(
+        step: &OptimizerStep,
+        [rate, size]: [f32; 2],
+        decays: bool,
+        gradient_scale: f32,
+    ) -> Self {
         let Optimizer { beta1, beta2, epsilon, .. } = step.optimizer;
-        let (size, keep) = (size(step, rate), if decays { keep(step, rate) } else { 1.0 });
+        let keep = if decays { keep(step, rate) } else { 1.0 };
         Self { beta1, beta2, epsilon, size, root: root(step), keep, gradient_scale }
     }
 
@@ -122,7 +133,14 @@ mod tests {
     }
 
     fn step(lr: f32, t: u64, optimizer: Optimizer) -> OptimizerStep {
-        OptimizerStep { optimizer, lr, t, loss_scale: 1.0, largest_gradient: f32::INFINITY }
+        OptimizerStep {
+            optimizer,
+            lr,
+            t,
+            seed: 0,
+            loss_scale: 1.0,
+            largest_gradient: f32::INFINITY,
+        }
     }
 
     fn steps() -> impl Strategy<Value = OptimizerStep> {
@@ -132,7 +150,19 @@ mod tests {
         (rates, beta(), beta(), scale(-44.8..-0.1), t).prop_map(
             |((lr, weight_decay), beta1, beta2, epsilon, t)| {
                 let kind = OptimizerKind::AdamW;
-                step(lr, t, Optimizer { kind, beta1, beta2, epsilon, weight_decay, clip: 0.0 })
+                step(
+                    lr,
+                    t,
+                    Optimizer {
+                        kind,
+                        moments: Moments::F32,
+                        beta1,
+                        beta2,
+                        epsilon,
+                        weight_decay,
+                        clip: 0.0,
+                    },
+                )
             },
         )
     }

@@ -44,13 +44,18 @@ impl Bounds {
 
     /// Those after an update with a clipped gradient of norm `gradient`.
     pub(crate) fn after(&self, step: &OptimizerStep, gradient: f32) -> Self {
-        (step.optimizer.kind.definition().after)(self, step, gradient)
+        (step.optimizer.kind.definition().after)(self, step, gradient).stored(step)
     }
-}
 
-impl From<Largest> for Bounds {
-    fn from(Largest { weight, states }: Largest) -> Self {
+    /// Those of what an update leaves whose magnitudes were found.
+    pub(crate) fn found(Largest { weight, states }: Largest, step: &OptimizerStep) -> Self {
         let bound = |x: f32| f64::from(x).max(FLOOR);
-        Self { weight: bound(weight), states: states.map(bound) }
+        Self { weight: bound(weight), states: states.map(bound) }.stored(step)
+    }
+
+    /// States are rounded to what they are kept in.
+    fn stored(self, step: &OptimizerStep) -> Self {
+        let slack = step.optimizer.moments.slack();
+        Self { states: self.states.map(|bound| bound * slack), ..self }
     }
 }

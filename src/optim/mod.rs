@@ -1,5 +1,5 @@
 //! Optimizers: a file for each, with its settings, the states that it keeps, the arithmetic of its
-//! update and its bounds. Schedules of the learning rate.
+//! update and its bounds. The numbers that states are kept in. Schedules of the learning rate.
 //!
 //! An optimizer is states, a reduction, an update. All three are data and scalar arithmetic here; a
 //! backend runs them over flat buffers (`backend/optimize.rs`). So nothing of ours but the
@@ -7,6 +7,7 @@
 
 pub(crate) mod adamw;
 mod bounds;
+pub(crate) mod moments;
 mod schedule;
 pub(crate) mod stable_adamw;
 mod step;
@@ -15,13 +16,14 @@ use std::fmt;
 use std::str::FromStr;
 
 pub(crate) use bounds::Bounds;
+pub use moments::Moments;
+pub(crate) use moments::ParamKind;
 pub use schedule::{Schedule, ScheduleKind};
 pub use step::{Largest, OptimizerStep, StepSums};
 
 use crate::{Error, Result};
 
-/// What weights are updated by. Written as one string, such as `adamw`, which is also what files
-/// store.
+/// What weights are updated by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OptimizerKind {
     /// `adamw`: Adam with weight decay outside of the moments (Loshchilov and Hutter, arXiv
@@ -52,32 +54,16 @@ impl fmt::Display for OptimizerKind {
     }
 }
 
-impl FromStr for OptimizerKind {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        let (name, switches) =
-            s.split_once(',').map_or((s, None), |(name, rest)| (name, Some(rest)));
-        let name = name.trim();
-        let Some(kind) = Self::ALL.into_iter().find(|kind| kind.definition().name == name) else {
-            let names = Self::ALL.map(|kind| kind.definition().name).join(", ");
-            let message = format!("expected one of {names}; got {name:?}");
-            return Err(Error::invalid("optimizer", message));
-        };
-        if let Some(switches) = switches {
-            let first = switches.split([',', '=']).next().unwrap_or_default().trim();
-            let message = format!("unknown switch {first:?}; {name} has none");
-            return Err(Error::invalid("optimizer", message));
-        }
-        Ok(kind)
-    }
-}
-
 /// An optimizer and its settings.
+///
+/// Which one it is, and what it keeps its states in, is written as one string, such as `adamw` or
+/// `adamw,moments=int8`, which is also what files store. Parsed, it has its usual settings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Optimizer {
     /// Which one.
     pub kind: OptimizerKind,
+    /// `moments=`: the numbers that its states are kept in.
+    pub moments: Moments,
     /// Decay of the first moment.
     pub beta1: f32,
     /// Decay of the second moment.
@@ -134,6 +120,45 @@ impl Optimizer {
     }
 }
 
+/// Which one it is, and what its states are kept in.
+impl fmt::Display for Optimizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, moments, .. } = self;
+        match moments {
+            Moments::F32 => kind.fmt(f),
+            _ => write!(f, "{kind},moments={moments}"),
+        }
+    }
+}
+
+impl FromStr for Optimizer {
+    type Err = Error;
+
+    /// One with its usual settings. Of a switch that comes twice the last value counts, as in
+    /// recipes.
+    fn from_str(s: &str) -> Result<Self> {
+        let invalid = |message| Err(Error::invalid("optimizer", message));
+        let mut parts = s.split(',').map(str::trim);
+        let name = parts.next().unwrap_or_default();
+        let Some(kind) = OptimizerKind::ALL.into_iter().find(|kind| kind.definition().name == name)
+        else {
+            let names = OptimizerKind::ALL.map(|kind| kind.definition().name).join(", ");
+            return invalid(format!("expected one of {names}; got {name:?}"));
+        };
+        let mut optimizer = Self::new(kind);
+        for switch in parts {
+            let (switch, value) = switch.split_once('=').unwrap_or((switch, ""));
+            match switch.trim() {
+                "moments" => optimizer.moments = value.trim().parse()?,
+                other => {
+                    return invalid(format!("unknown switch {other:?}; {name} has moments"));
+                }
+            }
+        }
+        Ok(optimizer)
+    }
+}
+
 /// The most states that any optimizer keeps.
 pub(crate) const MAX_STATES: usize = 2;
 
@@ -174,22 +199,27 @@ mod tests {
 
     #[test]
     fn names_survive_a_round_trip_and_what_is_unknown_is_named() {
-        for kind in OptimizerKind::ALL {
-            assert_eq!(kind.to_string().parse::<OptimizerKind>().unwrap(), kind);
-            let optimizer = Optimizer::new(kind);
-            assert_eq!(optimizer.kind, kind);
+        for (kind, moments) in
+            OptimizerKind::ALL.into_iter().flat_map(|kind| Moments::ALL.map(|m| (kind, m)))
+        {
+            let optimizer = Optimizer { moments, ..Optimizer::new(kind) };
+            assert_eq!(optimizer.to_string().parse::<Optimizer>().unwrap(), optimizer);
             optimizer.validate().unwrap();
             assert!(optimizer.states().len() <= MAX_STATES);
         }
+        assert_eq!(Optimizer::default().to_string(), "adamw");
+        let spaced: Optimizer = " stable-adamw , moments = bf16,moments=int8".parse().unwrap();
+        assert_eq!(spaced.to_string(), "stable-adamw,moments=int8");
         for (text, part) in [
             ("", "expected one of adamw, stable-adamw; got \"\""),
             ("adam", "expected one of adamw, stable-adamw; got \"adam\""),
-            ("adamw,moments=int8", "unknown switch \"moments\"; adamw has none"),
-            ("adamw, fast", "unknown switch \"fast\""),
-            ("stable-adamw,clip=1", "unknown switch \"clip\"; stable-adamw has none"),
+            ("adamw,moments=int4", "moments: expected one of f32, bf16, int8; got \"int4\""),
+            ("adamw,moments", "moments: expected one of f32, bf16, int8; got \"\""),
+            ("adamw, fast", "unknown switch \"fast\"; adamw has moments"),
+            ("stable-adamw,clip=1", "unknown switch \"clip\"; stable-adamw has moments"),
             ("adamw,", "unknown switch \"\""),
         ] {
-            let error = text.parse::<OptimizerKind>().unwrap_err().to_string();
+            let error = text.parse::<Optimizer>().unwrap_err().to_string();
             assert!(error.contains(part), "{text}: {error}");
         }
     }

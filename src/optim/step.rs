@@ -11,6 +11,8 @@ pub struct OptimizerStep {
     pub lr: f32,
     /// 1 for the first update.
     pub t: u64,
+    /// The run's, for moments that are rounded stochastically.
+    pub seed: u64,
     /// Factor of the sum of losses that makes it the step's loss.
     pub loss_scale: f32,
     /// Largest norm of the clipped gradient with which the update is made; with a larger one

@@ -6,7 +6,7 @@
 use super::batch::Batch;
 use super::follow::Followed;
 use super::merge::Merges;
-use crate::backend::{Backend, MergeShape, Sequences, WorkspaceShape, on_device};
+use crate::backend::{Backend, MergeShape, Sequences, StateLayout, WorkspaceShape, on_device};
 use crate::gpt::{ActivationGradients, Activations, ForBackward, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::reserve::collect;
@@ -79,7 +79,9 @@ pub(super) struct Buffers<B: Backend> {
 pub(super) struct Flat<B: Backend> {
     pub(super) gradients: B::F32,
     /// What the optimizer keeps of each element, in the order of its states.
-    pub(super) states: Vec<B::F32>,
+    pub(super) states: Vec<B::Bytes>,
+    /// Where in each of them.
+    pub(super) layout: StateLayout,
     pub(super) reduction: B::Reduction,
     pub(super) followed: Followed<B>,
 }
@@ -116,12 +118,13 @@ impl<B: Backend> Flat<B> {
         let gradients = backend.f32(&mut cut.arena, len);
         plan.gradients = cut.since_last();
         let (arena, optimizer) = (&mut cut.arena, &options.optimizer);
-        let states = optimizer.states().iter().map(|_| Ok(backend.f32(arena, len)));
+        let layout = StateLayout::new(table.slots(), optimizer.moments, B::ALIGN)?;
+        let states = optimizer.states().iter().map(|_| Ok(backend.bytes(arena, layout.bytes)));
         let states = collect("the states of the optimizer", states)?;
         let reduction = backend.reduction(arena, table.slots(), optimizer)?;
         let followed = Followed::new(backend, arena, &table, &options.recipe)?;
         plan.optimizer = cut.since_last();
-        Ok(Self { gradients, states, reduction, followed })
+        Ok(Self { gradients, states, layout, reduction, followed })
     }
 }
 

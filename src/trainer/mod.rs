@@ -7,6 +7,7 @@ mod carriers;
 mod follow;
 mod memory;
 mod merge;
+mod states;
 mod track;
 mod watch;
 
@@ -19,11 +20,11 @@ use std::time::Instant;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
-use crate::checkpoint::{self, Checkpoint, Kept, TensorRead, TrainerPart};
+use crate::checkpoint::{self, Checkpoint, Kept, StateValues, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Shapes};
 use crate::model::{Model, OnDevice};
-use crate::optim::{Bounds, Largest, OptimizerStep, Schedule, State, StepSums};
+use crate::optim::{Bounds, Largest, Optimizer, OptimizerStep, Schedule, State, StepSums};
 use crate::reserve::collect;
 use crate::run::{TrainerOptions, TrainerState};
 use crate::signals::file_limit_is_an_error;
@@ -154,8 +155,40 @@ impl Trainer {
     /// # Errors
     /// As [`Model::load`] and [`Trainer::new`].
     pub fn load(engine: &Engine, dir: &Path) -> Result<Self> {
+        Self::load_with(engine, dir, None)
+    }
+
+    /// [`Trainer::load`], with moments that are kept from here on in what `stored` has them in: they
+    /// are rounded to it once, and the run goes on as one that was made so. All other settings of
+    /// the optimizer are the saved ones.
+    ///
+    /// # Errors
+    /// As [`Trainer::load`], and [`Error::InvalidArgument`] for another optimizer than the saved
+    /// one.
+    pub fn load_as(engine: &Engine, dir: &Path, stored: &Optimizer) -> Result<Self> {
+        Self::load_with(engine, dir, Some(stored))
+    }
+
+    fn load_with(engine: &Engine, dir: &Path, stored: Option<&Optimizer>) -> Result<Self> {
         let checkpoint = Checkpoint::open(dir)?;
-        let state = checkpoint.state()?;
+        let mut state = checkpoint.state()?;
+        if let Some(Optimizer { kind, moments, .. }) = stored {
+            let saved = &mut state.options.optimizer;
+            if saved.kind != *kind {
+                let message = format!(
+                    "{} was trained with {}, which a run keeps; got {kind}",
+                    dir.display(),
+                    saved.kind
+                );
+                return Err(Error::invalid("optimizer", message));
+            }
+            let before = std::mem::replace(&mut saved.moments, *moments);
+            if before != *moments {
+                let text =
+                    || format!("moments are kept in {moments} from here on, not in {before}");
+                engine.log(LogLevel::Warning, text);
+            }
+        }
         let model = Model::from_checkpoint(engine, &checkpoint)?;
         let mut trainer = Self::with_state(&model, state)?;
         trainer.bounds = Bounds::UNKNOWN;
@@ -181,9 +214,12 @@ impl Trainer {
         on_device!(&self.run, run => {
             let Run { model, buffers, .. } = run;
             let (tensors, weights) = (self.model.tensors(), model.read()?);
-            let states = &buffers.flat.states;
-            let export = |flat| Ok(model.exported_f32(tensors, flat));
-            let states = collect("the states of the optimizer", states.iter().map(export))?;
+            let Flat { states, layout, .. } = &buffers.flat;
+            let stored = &states::Stored::of(tensors, layout)?;
+            let kept = states.iter().zip(self.state.options.optimizer.states());
+            let export =
+                |(state, of)| Ok(states::Exported { model: &**model, stored, layout, state, of });
+            let states = collect("the states of the optimizer", kept.map(export))?;
             let states = states.iter().map(|state| Ok(state as &dyn TensorRead));
             let states = collect("the states of the optimizer", states)?;
             let followed = &buffers.flat.followed;
@@ -299,7 +335,8 @@ impl Trainer {
         let tokens = (accumulation * sequences.rows()) as u64;
         let (lr, t, loss_scale) = (self.next_lr(), self.state.step + 1, 1.0 / tokens as f32);
         let largest_gradient = f32::INFINITY;
-        let step = OptimizerStep { optimizer, lr, t, loss_scale, largest_gradient };
+        let seed = self.state.seed;
+        let step = OptimizerStep { optimizer, lr, t, seed, loss_scale, largest_gradient };
 
         let Self { run, model, state, bounds, stop, .. } = self;
         let mut fill = |micro_step, row, window: &mut [u32]| {
@@ -546,7 +583,7 @@ impl<B: Backend> Run<B> {
         dir: &Path,
     ) -> Result<()> {
         let Self { model: on, buffers, .. } = self;
-        let Flat { states: flats, followed, .. } = &mut buffers.flat;
+        let Flat { states: flats, layout, followed, .. } = &mut buffers.flat;
         let (states, tensors) = (state.options.optimizer.states(), model.tensors());
         let of_blocks = followed.tensors(tensors)?;
         let kept = states.iter().map(|state| Kept { state: *state, tensors });
@@ -554,7 +591,7 @@ impl<B: Backend> Run<B> {
         let kept = collect("what is kept of weights", kept.chain(others).map(Ok))?;
         let mut ours = on.table.room_for_a_tensor()?;
         checkpoint.states(&kept, &mut |state, index, values| {
-            let least = values.iter().fold(0.0f32, |least, value| least.min(*value));
+            let least = values.least();
             let Kept { state: State { what, is_signed, .. }, tensors } = kept[state];
             if !is_signed && least < 0.0 {
                 let name = &tensors[index].name;
@@ -565,11 +602,14 @@ impl<B: Backend> Run<B> {
                 return Err(Error::format(dir, message));
             }
             if let Some(number) = state.checked_sub(states.len()) {
+                let StateValues::Numbers(values) = values else {
+                    let message = format!("codes of a {what}, which is never kept as such");
+                    return Err(Error::format(dir, message));
+                };
                 return followed.load(on, (number, index), values, &mut ours);
             }
-            on.table.specs()[index].import(values, &mut ours)?;
-            let (flat, slot) = (&mut flats[state], on.table.slots()[index]);
-            on.backend.write_f32(flat, slot.start, &ours)
+            let into = (&mut flats[state], &layout.places[index], &states[state]);
+            states::load(&*on.backend, into, &on.table.specs()[index], values, &mut ours)
         })
     }
 
@@ -591,7 +631,7 @@ impl<B: Backend> Run<B> {
         let total_steps = state.options.schedule.total_steps;
         let mut weights = on.lock()?;
         let Buffers { flat, activations, d, batch, workspace, recordings, .. } = buffers;
-        let Flat { gradients, states, reduction, followed } = flat;
+        let Flat { gradients, states, layout, reduction, followed } = flat;
         for micro_step in 0..accumulation {
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
             let at = (state.schedule_step(), total_steps);
@@ -631,7 +671,7 @@ impl<B: Backend> Run<B> {
         // Whatever goes wrong: nothing is known then.
         (weights.largest, *known) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
         let mut trained =
-            Trained { slots: table.slots(), weights: &mut weights.all, states, gradients };
+            Trained { slots: table.slots(), weights: &mut weights.all, states, layout, gradients };
         let (sums, bounds) = backend.scope(|| {
             let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
             backend.reduce(workspace, reduction, &mut trained, &within);
@@ -657,7 +697,7 @@ impl<B: Backend> Run<B> {
             let StepSums { raised_blocks, .. } = sums;
             backend.reduce(workspace, reduction, &mut trained, step);
             let sums = backend.update(reduction, &mut trained, step)?;
-            Ok((StepSums { raised_blocks, ..sums }, found.into()))
+            Ok((StepSums { raised_blocks, ..sums }, Bounds::found(found, step)))
         })?;
         (weights.largest, *known) = (bounds.weight, bounds);
         if sums.gradient_scale(step).is_some() {
@@ -825,7 +865,8 @@ mod tests {
             moments[100] = value;
             let Device::Cpu(run) = &mut trainer.run else { panic!("made on the CPU") };
             let wpe = run.model.table.slots()[1].range();
-            run.buffers.flat.states[1][wpe].copy_from_slice(&moments);
+            let states: &mut [f32] = bytemuck::cast_slice_mut(&mut run.buffers.flat.states[1]);
+            states[wpe].copy_from_slice(&moments);
             trainer.save(folder.path()).unwrap();
             let loaded = Trainer::load(&engine, folder.path());
             assert_eq!(loaded.is_ok(), is_loaded, "{value}");

@@ -143,6 +143,8 @@ static void making(const char *tokens) {
   OK(mxt_trainer_save(trainer, folder));
   MAKING_PANICS(mxt_trainer_load(engine, folder, &other), other);
   mxt_trainer_free(other);
+  MAKING_PANICS(mxt_trainer_load_as(engine, folder, "adamw", &other), other);
+  mxt_trainer_free(other);
   MAKING_PANICS(mxt_model_load(engine, folder, &other_model), other_model);
   mxt_model_free(other_model);
   plan.struct_size = sizeof plan;

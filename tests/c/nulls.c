@@ -98,6 +98,10 @@ int main(void) {
   IS_NULL("engine", mxt_trainer_load(NULL, "x", &no_trainer));
   IS_NULL("dir", mxt_trainer_load(engine, NULL, &no_trainer));
   IS_NULL("trainer", mxt_trainer_load(engine, "x", NULL));
+  IS_NULL("engine", mxt_trainer_load_as(NULL, "x", "adamw", &no_trainer));
+  IS_NULL("dir", mxt_trainer_load_as(engine, NULL, "adamw", &no_trainer));
+  IS_NULL("optimizer", mxt_trainer_load_as(engine, "x", NULL, &no_trainer));
+  IS_NULL("trainer", mxt_trainer_load_as(engine, "x", "adamw", NULL));
   IS_NULL("trainer", mxt_trainer_save(NULL, "x"));
   IS_NULL("dir", mxt_trainer_save(trainer, NULL));
   IS_NULL("trainer", mxt_trainer_step(NULL, dataset, &stats));

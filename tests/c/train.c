@@ -1,4 +1,5 @@
 /* The main road: train, evaluate, save, resume bit for bit, tensors by name, generate, plan. */
+#include <math.h>
 #include "check.h"
 
 static void log_line(void *user_data, int32_t level, const char *message) {
@@ -128,6 +129,17 @@ int main(int argc, char **argv) {
   OK(mxt_trainer_get_options(stable, &kept));
   CHECK(strcmp(kept.optimizer, "stable-adamw") == 0 && kept.clip == 0);
   CHECK(step(stable, dataset).loss == next);
+  mxt_trainer_free(stable);
+
+  /* The same run goes on with smaller moments, but not with another optimizer. */
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "stable-adamw",
+        mxt_trainer_load_as(engine, other, "adamw", &stable));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "moments",
+        mxt_trainer_load_as(engine, other, "adamw,moments=x", &stable));
+  OK(mxt_trainer_load_as(engine, other, "stable-adamw,moments=int8", &stable));
+  OK(mxt_trainer_get_options(stable, &kept));
+  CHECK(strcmp(kept.optimizer, "stable-adamw,moments=int8") == 0 && kept.clip == 0);
+  CHECK(fabsf(step(stable, dataset).loss - next) < 1e-3f);
   mxt_trainer_free(stable);
   OK(mxt_trainer_step(trainer, dataset, NULL));
 

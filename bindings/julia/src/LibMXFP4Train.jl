@@ -553,8 +553,10 @@ struct mxt_trainer_options
     recompute::Cstring
     # What moves the weights: "adamw" (the default, and what NULL is) or "stable-adamw" (AdamW
     # whose rate falls for a tensor whose gradients are larger than its second moment has seen
-    # coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above). Borrowed
-    # for the call.
+    # coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above). Behind it,
+    # with a comma, what its moments are kept in: "moments=f32" (8 bytes a parameter, the default),
+    # "moments=bf16" (4) or "moments=int8" (2.25, of the matrices of blocks; embeddings then have
+    # bf16): "adamw,moments=int8". Borrowed for the call.
     optimizer::Cstring
 end
 
@@ -1341,6 +1343,24 @@ function mxt_trainer_load(engine, dir, trainer)
     return @ccall libmxfp4train.mxt_trainer_load(
         engine::Ptr{mxt_engine},
         dir::Cstring,
+        trainer::Ptr{Ptr{mxt_trainer}}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_load_as(engine, dir, optimizer, trainer)
+
+mxt_trainer_load, with moments that are kept from here on in what `optimizer` says, such as
+\"adamw,moments=int8\": they are rounded to it once, and the run goes on as one that was made so.
+The optimizer itself must be the saved one. `optimizer` is borrowed for the call.
+
+Errors: as mxt_trainer_load; MXT_ERROR_INVALID_ARGUMENT for another optimizer, too.
+"""
+function mxt_trainer_load_as(engine, dir, optimizer, trainer)
+    return @ccall libmxfp4train.mxt_trainer_load_as(
+        engine::Ptr{mxt_engine},
+        dir::Cstring,
+        optimizer::Cstring,
         trainer::Ptr{Ptr{mxt_trainer}}
     )::mxt_status
 end

@@ -40,15 +40,25 @@ function Model(trainer::Trainer)
 end
 
 """
-    MXFP4Train.load(Trainer, engine, folder)
+    MXFP4Train.load(Trainer, engine, folder; optimizer = nothing)
 
 Loads what `MXFP4Train.save(trainer, folder)` wrote. The next steps are the same, bit for bit, as if
-the run had never stopped.
+the run had never stopped. With an `optimizer`, which must be the saved one, moments are kept from
+here on in what it says, such as `"adamw,moments=int8"`.
 """
-function load(::Type{Trainer}, engine::Engine, folder::AbstractString)
-    text = text_or_nothing("folder", folder)
+function load(
+    ::Type{Trainer},
+    engine::Engine,
+    folder::AbstractString;
+    optimizer::Union{Nothing,AbstractString} = nothing,
+)
+    text, mover = text_or_nothing("folder", folder), text_or_nothing("optimizer", optimizer)
     return made(handle -> Trainer(handle, engine), Lib.mxt_trainer, engine) do handle
-        Lib.mxt_trainer_load(engine, text, handle)
+        if mover === nothing
+            Lib.mxt_trainer_load(engine, text, handle)
+        else
+            Lib.mxt_trainer_load_as(engine, text, mover, handle)
+        end
     end
 end
 

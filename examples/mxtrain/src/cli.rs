@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
-use mxfp4train::{Activation, DatasetOptions, OptimizerKind, Recipe, Recompute, ScheduleKind};
+use mxfp4train::{Activation, DatasetOptions, Optimizer, Recipe, Recompute, ScheduleKind};
 
 use crate::compare::CompareArgs;
 use crate::console;
@@ -371,9 +371,10 @@ pub(crate) struct OptimizerArgs {
     pub(crate) decay_steps: Option<u64>,
 
     /// What moves the weights: adamw or stable-adamw, whose rate falls for a tensor whose gradients
-    /// are larger than its second moment has seen coming
+    /// are larger than its second moment has seen coming; with ",moments=bf16" or ",moments=int8"
+    /// behind it, moments take 4 or 2.25 bytes a parameter in place of 8
     #[arg(long, value_name = "NAME", default_value_t)]
-    pub(crate) optimizer: OptimizerKind,
+    pub(crate) optimizer: Optimizer,
 
     /// Weight decay, for tensors of two or more dimensions
     #[arg(long, value_name = "X", default_value_t = 0.1)]

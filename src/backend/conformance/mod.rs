@@ -20,13 +20,15 @@ mod norm;
 mod optimize;
 
 pub(in crate::backend) use linear::linear_layers_follow_their_recipes;
-pub(in crate::backend) use optimize::{Update, some_values, step};
+pub(in crate::backend) use optimize::{Update, loaded, some_values, step, stored};
 
 use super::cpu::Cpu;
 use super::cuda::Cuda;
 use super::*;
 use crate::formats::{Draw, LINEARS, LinearRecipe, MAX_HASHES, Purpose, Random, uniform};
-use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
+use crate::optim::{
+    Largest, Moments, Optimizer, OptimizerKind, OptimizerStep, ParamKind, StepSums,
+};
 use crate::recipe::Recipe;
 
 /// What the suite asks of a backend besides its operations.
@@ -117,7 +119,7 @@ suite! {
     head: classifier logits;
     follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset;
     optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
-        rates_that_do_not_fall_give_the_bits_of_adamw;
+        rates_that_do_not_fall_give_the_bits_of_adamw moments_are_stored_to_the_byte;
 }
 
 /// Runs `test` on each of the backends.
@@ -284,7 +286,8 @@ fn slots<B: Memory>(lengths: impl IntoIterator<Item = usize>) -> (Vec<Slot>, usi
     let (mut slots, mut end) = (Vec::new(), 0usize);
     for (index, len) in lengths.into_iter().enumerate() {
         // There is always something between two of them.
-        slots.push(Slot { index, start: end, len, decays: index != 1 });
+        let kind = [ParamKind::Matrix, ParamKind::Vector, ParamKind::Table][index % 3];
+        slots.push(Slot { index, start: end, len, kind });
         end = (end + len + 1).next_multiple_of(B::ALIGN);
     }
     (slots, end)

@@ -1,12 +1,15 @@
 //! The end of a step.
 
 use super::*;
+use crate::optim::adamw;
+use crate::optim::moments::{self, Code, First, GROUP, Second, is_stochastic};
 
 /// Parameters in training.
 pub(in crate::backend) struct Update<B: Harness> {
     params: Params<B>,
-    /// First and second moments, laid out as the gradients.
-    states: [B::F32; 2],
+    /// First and second moments.
+    states: [B::Bytes; 2],
+    layout: StateLayout,
     gradients: Flat<B>,
     reduction: B::Reduction,
     workspace: B::Workspace,
@@ -27,23 +30,33 @@ pub(in crate::backend) fn some_values() -> [Values; 3] {
 }
 
 /// The third step of an optimizer, without clipping.
-pub(in crate::backend) fn step(kind: OptimizerKind) -> OptimizerStep {
+pub(in crate::backend) fn step(optimizer: Optimizer) -> OptimizerStep {
     OptimizerStep {
-        optimizer: Optimizer { clip: 0.0, ..Optimizer::new(kind) },
+        optimizer: Optimizer { clip: 0.0, ..optimizer },
         lr: 0.01,
         t: 3,
+        seed: 5,
         loss_scale: 0.25,
         largest_gradient: f32::INFINITY,
     }
 }
 
 impl<B: Harness> Update<B> {
-    pub(in crate::backend) fn of(b: &B, values: &[Values], kind: OptimizerKind) -> Self {
+    pub(in crate::backend) fn of(b: &B, values: &[Values], optimizer: Optimizer) -> Self {
         let all = |which: usize| values.iter().map(|of_one| &of_one[which][..]).collect::<Vec<_>>();
         let params = Params::of(b, &all(0));
-        let optimizer = Optimizer::new(kind);
+        let layout = StateLayout::new(&params.slots, optimizer.moments, B::ALIGN).unwrap();
         Self {
-            states: [1, 2].map(|which| Flat::of(b, &all(which)).buffer),
+            states: [1, 2].map(|which| {
+                let mut state = cut(b, |arena| b.bytes(arena, layout.bytes));
+                for (place, values) in layout.places.iter().zip(all(which)) {
+                    let (elements, scales) = stored(place, which == 2, values, None);
+                    b.write_bytes(&mut state, place.start, &elements).unwrap();
+                    b.write_bytes(&mut state, place.scales, &scales).unwrap();
+                }
+                state
+            }),
+            layout,
             gradients: Flat::of(b, &all(3)),
             reduction: cut(b, |arena| b.reduction(arena, &params.slots, &optimizer).unwrap()),
             workspace: workspace(b, Sequences { batch: 1, length: 1 }, 8, 1, 8, Precision::Bf16),
@@ -62,6 +75,7 @@ impl<B: Harness> Update<B> {
             slots: &self.params.slots,
             weights: &mut self.params.weights,
             states: &mut self.states,
+            layout: &self.layout,
             gradients: &mut self.gradients.buffer,
         };
         (trained, &mut self.reduction, &mut self.workspace)
@@ -92,10 +106,86 @@ impl<B: Harness> Update<B> {
 
     /// Weights and moments of each parameter.
     fn read(&self, b: &B) -> Vec<[Vec<f32>; 3]> {
+        let moments = self.bytes(b).into_iter().zip(&self.layout.places);
+        let moments = moments.map(|(of_one, place)| {
+            let [m, v] = of_one;
+            [loaded(place, false, &m), loaded(place, true, &v)]
+        });
         let weights = (0..self.params.slots.len()).map(|i| self.params.read(b, i));
-        let [m, v] = self.states.each_ref().map(|state| self.gradients.read_from(b, state));
-        let moments = m.into_iter().zip(v);
-        weights.zip(moments).map(|(p, (m, v))| [p, m, v]).collect()
+        weights.zip(moments).map(|(p, [m, v])| [p, m, v]).collect()
+    }
+
+    /// First and second moments of each parameter as they are stored: elements and scales.
+    fn bytes(&self, b: &B) -> Vec<[Bytes; 2]> {
+        let read = |state: &B::Bytes, at: usize, len: usize| {
+            let mut bytes = vec![0; len];
+            b.read_bytes(state, at, &mut bytes).unwrap();
+            bytes
+        };
+        let of_one = |place: &Place| {
+            self.states.each_ref().map(|state| {
+                let elements = read(state, place.start, place.bytes());
+                (elements, read(state, place.scales, 4 * place.groups()))
+            })
+        };
+        self.layout.places.iter().map(of_one).collect()
+    }
+}
+
+/// Elements and scales.
+pub(in crate::backend) type Bytes = (Vec<u8>, Vec<u8>);
+
+/// A moment of one parameter as it is stored, by `optim/moments.rs`; bf16 with the bits of a draw
+/// where there are any.
+pub(in crate::backend) fn stored(
+    place: &Place,
+    is_second: bool,
+    values: &[f32],
+    draw: Option<&Draw>,
+) -> Bytes {
+    let encode =
+        if is_second { moments::encode_group::<Second> } else { moments::encode_group::<First> };
+    match place.element {
+        moments::Element::F32 => (bytemuck::cast_slice(values).to_vec(), Vec::new()),
+        moments::Element::Bf16 => {
+            let bits = values.iter().enumerate().map(|(i, value)| match draw {
+                None => half::bf16::from_f32(*value).to_bits(),
+                Some(draw) => {
+                    let word = draw.bits(i as u32 / 8, u32::from(is_second))[i % 8 / 2];
+                    let drawn = word >> (16 * (i % 2)) & 0xffff;
+                    ((value.to_bits() + drawn) >> 16) as u16
+                }
+            });
+            (bits.flat_map(u16::to_le_bytes).collect(), Vec::new())
+        }
+        moments::Element::Int8 => {
+            let mut codes = vec![0; values.len()];
+            let groups = values.chunks(GROUP).zip(codes.chunks_mut(GROUP));
+            let scales: Vec<f32> = groups.map(|(values, codes)| encode(values, codes)).collect();
+            (codes, bytemuck::cast_slice(&scales).to_vec())
+        }
+    }
+}
+
+/// The numbers that are stored.
+pub(in crate::backend) fn loaded(
+    place: &Place,
+    is_second: bool,
+    (elements, scales): &Bytes,
+) -> Vec<f32> {
+    let decode = if is_second { Second::decode } else { First::decode };
+    match place.element {
+        moments::Element::F32 => {
+            elements.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+        }
+        moments::Element::Bf16 => {
+            let numbers = elements.as_chunks().0.iter();
+            numbers.map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
+        }
+        moments::Element::Int8 => {
+            let scale = |i: usize| f32::from_le_bytes(scales.as_chunks().0[i / GROUP]);
+            elements.iter().enumerate().map(|(i, code)| decode(*code, scale(i))).collect()
+        }
     }
 }
 
@@ -103,7 +193,7 @@ pub(super) fn sums_of_losses<B: Harness>(backends: &[B]) {
     // Their sums are exact in any order.
     let losses: Vec<f32> = (0..1500).map(|i| 0.5 * i as f32).collect();
     each(backends, |b| {
-        let mut update = Update::of(b, &some_values()[1..2], OptimizerKind::AdamW);
+        let mut update = Update::of(b, &some_values()[1..2], Optimizer::default());
         for rows in [1usize, 3, 1500] {
             let sum = 0.25 * (rows * (rows - 1)) as f64;
             update.add_losses(b, &losses[..2], false);
@@ -112,7 +202,7 @@ pub(super) fn sums_of_losses<B: Harness>(backends: &[B]) {
             let found = b.sum_losses(&mut update.reduction, &of_evaluation, rows).unwrap();
             assert_eq!(found, sum, "{}: {rows} losses", b.name());
             update.add_losses(b, &losses[..rows], true);
-            let sums = update.step(b, &step(OptimizerKind::AdamW));
+            let sums = update.step(b, &step(Optimizer::default()));
             assert_eq!(sums.losses, sum + 0.5, "{}: {rows} losses", b.name());
         }
     });
@@ -150,11 +240,11 @@ pub(super) fn optimizer_steps<B: Harness>(backends: &[B]) {
     let norm = squares.sum::<f64>().sqrt();
     let clips = [0.0, (0.5 * norm) as f32];
     for (kind, clip) in OptimizerKind::ALL.iter().flat_map(|kind| clips.map(|clip| (*kind, clip))) {
-        let step = step(kind);
+        let step = step(Optimizer::new(kind));
         let step = OptimizerStep { optimizer: Optimizer { clip, ..step.optimizer }, ..step };
         let scale = if clip == 0.0 { 1.0 } else { f64::from(clip) / norm };
         each(backends, |b| {
-            let mut update = Update::of(b, &values, kind);
+            let mut update = Update::of(b, &values, step.optimizer);
             let before = update.read(b);
             let name = format!("{}, {kind}", b.name());
             // Without a finite loss, or with a gradient above the limit, nothing moves.
@@ -186,10 +276,11 @@ pub(super) fn rates_that_do_not_fall_give_the_bits_of_adamw<B: Harness>(backends
     values.iter_mut().flat_map(|[_, _, v, _]| v).for_each(|v| *v = 1e3 * (0.5 + *v));
     each(backends, |b| {
         let [stable, plain] = [OptimizerKind::StableAdamW, OptimizerKind::AdamW].map(|kind| {
-            let mut update = Update::of(b, &values, kind);
+            let optimizer = Optimizer::new(kind);
+            let mut update = Update::of(b, &values, optimizer);
             update.add_losses(b, &[1.0], false);
             for t in 3..8 {
-                update.step(b, &OptimizerStep { t, ..step(kind) });
+                update.step(b, &OptimizerStep { t, ..step(optimizer) });
             }
             update.read(b)
         });
@@ -210,16 +301,15 @@ pub(super) fn tried_updates_are_the_updates<B: Harness>(backends: &[B]) {
         ("a large gradient", 0.01, [1.0, 1.0, 1.0, 1e20], [true, true, false]),
         ("a large rate", 3e38, [1.0, 1.0, 1.0, 1.0], [false, true, true]),
     ];
-    let kinds = OptimizerKind::ALL.into_iter();
-    for (kind, (what, lr, extremes, finite)) in
-        kinds.flat_map(|kind| cases.map(|case| (kind, case)))
+    for (optimizer, (what, lr, extremes, finite)) in
+        optimizers().flat_map(|optimizer| cases.map(|case| (optimizer, case)))
     {
-        let step = OptimizerStep { lr, ..step(kind) };
+        let step = OptimizerStep { lr, ..step(optimizer) };
         let mut values = some_values();
         values[0].iter_mut().zip(extremes).for_each(|(values, extreme)| values[33_333] = extreme);
         each(backends, |b| {
-            let what = format!("{}, {kind}, {what}", b.name());
-            let mut update = Update::of(b, &values, kind);
+            let what = format!("{}, {optimizer}, {what}", b.name());
+            let mut update = Update::of(b, &values, optimizer);
             let before = update.read(b);
             update.add_losses(b, &[1.0], false);
             let below = OptimizerStep { largest_gradient: 1.0, ..step };
@@ -235,11 +325,77 @@ pub(super) fn tried_updates_are_the_updates<B: Harness>(backends: &[B]) {
                 let amax = of_one.each_ref().map(|values| {
                     f32::from_bits(values.iter().map(|v| v.abs().to_bits()).max().unwrap())
                 });
-                assert_eq!(bits(&tried), bits(&amax), "{what}");
+                // Moments that are stored in less are not those that were tried.
+                let same = if optimizer.moments == Moments::F32 { 3 } else { 1 };
+                assert_eq!(bits(&tried[..same]), bits(&amax[..same]), "{what}");
             }
             let Largest { weight, states: [m, v] } = tried[0];
             let found = [weight, m, v].map(f32::is_finite);
-            assert!(kind != OptimizerKind::AdamW || found == finite, "{what}: {found:?}");
+            assert!(optimizer != Optimizer::default() || found == finite, "{what}: {found:?}");
+        });
+    }
+}
+
+/// Every optimizer with its moments in everything.
+fn optimizers() -> impl Iterator<Item = Optimizer> {
+    let with = |kind| Moments::ALL.map(|moments| Optimizer { moments, ..Optimizer::new(kind) });
+    OptimizerKind::ALL.into_iter().flat_map(with)
+}
+
+/// What is stored after 50 steps of given gradients is what the scalar arithmetic of
+/// `optim/moments.rs` stores, byte by byte, and so are the weights.
+pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
+    let (values, lengths) = (some_values(), LENGTHS);
+    let gradients = |t: u64, i: usize| {
+        // A group of zeros, and one element that is much larger than its neighbours.
+        let mut g = random(lengths[i], 1000 * t + i as u64);
+        g[..GROUP.min(lengths[i])].fill(0.0);
+        g[lengths[i] - 3] *= 1e4;
+        g
+    };
+    for (moments, beta2) in
+        [Moments::Bf16, Moments::Int8].into_iter().flat_map(|m| [0.95, 0.999].map(|b| (m, b)))
+    {
+        let optimizer = Optimizer { moments, beta2, ..Optimizer::default() };
+        let steps = (3..53).map(|t| OptimizerStep { t, ..step(optimizer) });
+        let layout = {
+            let (slots, _) = slots::<B>(lengths);
+            StateLayout::new(&slots, moments, B::ALIGN).unwrap()
+        };
+        let mut expected: Vec<(Vec<f32>, [Bytes; 2])> = Vec::new();
+        for (i, (place, [p, m, v, _])) in layout.places.iter().zip(&values).enumerate() {
+            let mut p = p.clone();
+            let mut kept = [stored(place, false, m, None), stored(place, true, v, None)];
+            for step in steps.clone() {
+                let update = adamw::Update::new(&step, step.lr, i != 1, 1.0);
+                let [mut m, mut v] = [0, 1].map(|which| loaded(place, which == 1, &kept[which]));
+                for (k, g) in gradients(step.t, i).into_iter().enumerate() {
+                    (p[k], m[k], v[k]) = update.of(p[k], m[k], v[k], g);
+                }
+                let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, i as u32);
+                let draw = |beta| is_stochastic(beta).then_some(&draw);
+                kept = [
+                    stored(place, false, &m, draw(optimizer.beta1)),
+                    stored(place, true, &v, draw(optimizer.beta2)),
+                ];
+            }
+            expected.push((p, kept));
+        }
+        each(backends, |b| {
+            let mut update = Update::of(b, &values, optimizer);
+            update.add_losses(b, &[1.0], false);
+            for step in steps.clone() {
+                let all: Vec<_> = (0..lengths.len()).map(|i| gradients(step.t, i)).collect();
+                let all: Vec<_> = all.iter().map(Vec::as_slice).collect();
+                update.gradients = Flat::of(b, &all);
+                update.step(b, &step);
+            }
+            let bytes = update.bytes(b);
+            for (i, (p, kept)) in expected.iter().enumerate() {
+                let what = format!("{}, {optimizer}, {beta2}, parameter {i}", b.name());
+                assert!(bytes[i] == *kept, "{what}: what is stored");
+                assert!(bits(&update.params.read(b, i)) == bits(p), "{what}: weights");
+            }
         });
     }
 }

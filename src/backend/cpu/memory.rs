@@ -11,6 +11,7 @@ impl Memory for Cpu {
     type Arena = Arena;
     type Tensor = Buffer<f32>;
     type F32 = Buffer<f32>;
+    type Bytes = Buffer<u8>;
     type Weights = Buffer<f32>;
     type Param<'a> = &'a [f32];
     type Gradient<'a> = &'a mut [f32];
@@ -34,6 +35,10 @@ impl Memory for Cpu {
     }
 
     fn f32(&self, arena: &mut Arena, len: usize) -> Buffer<f32> {
+        arena.alloc(len)
+    }
+
+    fn bytes(&self, arena: &mut Arena, len: usize) -> Buffer<u8> {
         arena.alloc(len)
     }
 
@@ -75,6 +80,16 @@ impl Memory for Cpu {
     }
 
     fn read_f32(&self, from: &Buffer<f32>, at: usize, to: &mut [f32]) -> Result<()> {
+        to.copy_from_slice(&from[at..][..to.len()]);
+        Ok(())
+    }
+
+    fn write_bytes(&self, to: &mut Buffer<u8>, at: usize, from: &[u8]) -> Result<()> {
+        to[at..][..from.len()].copy_from_slice(from);
+        Ok(())
+    }
+
+    fn read_bytes(&self, from: &Buffer<u8>, at: usize, to: &mut [u8]) -> Result<()> {
         to.copy_from_slice(&from[at..][..to.len()]);
         Ok(())
     }

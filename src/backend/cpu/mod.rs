@@ -19,6 +19,7 @@ mod linear;
 mod math;
 mod memory;
 mod merge;
+mod moments;
 mod norm;
 mod optimize;
 mod quantize;

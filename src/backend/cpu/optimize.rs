@@ -1,16 +1,15 @@
 //! The end of a step: the gradient's norm, and AdamW over all parameters, by the arithmetic of
 //! `optim/adamw.rs` compiled for each instruction set; StableAdamW gives it rates of its own.
 
-use std::ops::Range;
-
-use rayon::prelude::*;
-
-use super::isa::simd_fn;
+use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, prefetch_after};
+use super::moments::{Moment, Rounding, Stored};
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace};
 use crate::Result;
 use crate::backend::{Optimize, Slot, Trained};
+use crate::formats::{Draw, Purpose};
 use crate::optim::adamw::Update;
+use crate::optim::moments::is_stochastic;
 use crate::optim::stable_adamw::{self, Ratio};
 use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
 use crate::reserve::zeros;
@@ -57,7 +56,7 @@ impl Optimize for Cpu {
     ) {
         let (slots, isa, gradients) = (trained.slots, self.isa(), &trained.gradients);
         let squares = |slot: &Slot| {
-            sum_in_order(slot.range(), &|job| chunk_sum_of_squares(isa, &gradients[job]))
+            sum_in_order(&gradients[slot.range()], &|job| chunk_sum_of_squares(isa, job))
         };
         reduction.squares = self.install(|| slots.iter().map(squares).sum());
         reduction.rates.fill(step.lr);
@@ -65,14 +64,21 @@ impl Optimize for Cpu {
             // Above the limit of the norm, too: there the update is tried.
             let free = OptimizerStep { largest_gradient: f32::INFINITY, ..*step };
             let ratio = Ratio::new(step, reduction.sums().gradient_scale(&free).unwrap_or(1.0));
-            let v = &moments(trained.states)[1];
-            let squares = |job: Range<usize>| {
-                chunk_sum_of_ratios(isa, &v[job.clone()], &gradients[job], ratio)
-            };
             self.install(|| {
-                for (rate, slot) in reduction.rates.iter_mut().zip(slots) {
-                    let squares = sum_in_order(slot.range(), &squares);
-                    *rate = stable_adamw::rate(step.lr, squares, slot.len);
+                for (index, rate) in reduction.rates.iter_mut().enumerate() {
+                    let part = Part::of(trained, index, step);
+                    let len = part.g.len();
+                    let squares = part.in_jobs(
+                        &|part| {
+                            let mut sum = 0.0;
+                            part.in_pieces(isa, Then::Forget, &mut |_, _, v, g| {
+                                sum += chunk_sum_of_ratios(isa, v, g, ratio);
+                            });
+                            sum
+                        },
+                        &|left, right| left + right,
+                    );
+                    *rate = stable_adamw::rate(step.lr, squares, len);
                 }
             });
         }
@@ -86,17 +92,17 @@ impl Optimize for Cpu {
     ) -> Result<StepSums> {
         let sums = reduction.sums();
         let Some(gradient_scale) = sums.gradient_scale(step) else { return Ok(sums) };
-        let Trained { slots, weights, states, gradients } = trained;
-        let ([m, v], isa) = (moments(states), self.isa());
+        let isa = self.isa();
         self.install(|| {
-            for (slot, rate) in slots.iter().zip(&reduction.rates) {
-                let update = Update::new(step, *rate, slot.decays, gradient_scale);
-                weights[slot.range()]
-                    .par_chunks_mut(JOB_ELEMENTS)
-                    .zip(m[slot.range()].par_chunks_mut(JOB_ELEMENTS))
-                    .zip(v[slot.range()].par_chunks_mut(JOB_ELEMENTS))
-                    .zip(gradients[slot.range()].par_chunks(JOB_ELEMENTS))
-                    .for_each(|(((p, m), v), g)| update_chunk(isa, p, m, v, g, update));
+            for (index, rate) in reduction.rates.iter().enumerate() {
+                let update =
+                    Update::new(step, *rate, trained.slots[index].decays(), gradient_scale);
+                let update = |part: Part<'_>| {
+                    part.in_pieces(isa, Then::Store, &mut |p, m, v, g| {
+                        update_chunk(isa, p, m, v, g, update);
+                    });
+                };
+                Part::of(trained, index, step).in_jobs(&update, &|(), ()| ());
             }
         });
         Ok(sums)
@@ -111,19 +117,21 @@ impl Optimize for Cpu {
         largest: &mut (dyn FnMut(Largest) + Send),
     ) -> Result<()> {
         let Some(gradient_scale) = sums.gradient_scale(step) else { return Ok(()) };
-        let Trained { slots, weights, states, gradients } = trained;
-        let ([m, v], isa) = (moments(states), self.isa());
+        let isa = self.isa();
+        // By their bits NaN is larger than everything.
+        let larger = |a: [u32; 3], b: [u32; 3]| std::array::from_fn(|i| a[i].max(b[i]));
         self.install(|| {
-            for (slot, rate) in slots.iter().zip(&reduction.rates) {
-                let update = Update::new(step, *rate, slot.decays, gradient_scale);
-                let bits = weights[slot.range()]
-                    .par_chunks(JOB_ELEMENTS)
-                    .zip(m[slot.range()].par_chunks(JOB_ELEMENTS))
-                    .zip(v[slot.range()].par_chunks(JOB_ELEMENTS))
-                    .zip(gradients[slot.range()].par_chunks(JOB_ELEMENTS))
-                    .map(|(((p, m), v), g)| try_chunk(isa, p, m, v, g, update))
-                    // By their bits NaN is larger than everything.
-                    .reduce(|| [0; 3], |a, b| [a[0].max(b[0]), a[1].max(b[1]), a[2].max(b[2])]);
+            for (index, rate) in reduction.rates.iter().enumerate() {
+                let update =
+                    Update::new(step, *rate, trained.slots[index].decays(), gradient_scale);
+                let tried = |part: Part<'_>| {
+                    let mut bits = [0; 3];
+                    part.in_pieces(isa, Then::Forget, &mut |p, m, v, g| {
+                        bits = larger(bits, try_chunk(isa, p, m, v, g, update));
+                    });
+                    bits
+                };
+                let bits = Part::of(trained, index, step).in_jobs(&tried, &larger);
                 let [weight, m, v] = bits.map(f32::from_bits);
                 largest(Largest { weight, states: [m, v] });
             }
@@ -141,20 +149,100 @@ fn sum_of(losses: &[f32]) -> f64 {
     losses.iter().map(|loss| f64::from(*loss)).sum()
 }
 
-/// The sum of `of` over jobs of fixed size, in halves of halves, whatever the threads.
-fn sum_in_order(all: Range<usize>, of: &(impl Fn(Range<usize>) -> f64 + Sync)) -> f64 {
-    if all.len() <= JOB_ELEMENTS {
-        return of(all);
-    }
-    let middle = all.start + (all.len() / 2).next_multiple_of(JOB_ELEMENTS);
-    let (left, right) = (all.start..middle, middle..all.end);
+/// Where `len` elements are halved, again and again, until a job is left: at a multiple of a job's,
+/// whatever the threads, so that sums have one order.
+fn middle(len: usize) -> Option<usize> {
+    (len > JOB_ELEMENTS).then(|| (len / 2).next_multiple_of(JOB_ELEMENTS))
+}
+
+/// The sum of `of` over jobs of fixed size.
+fn sum_in_order(all: &[f32], of: &(impl Fn(&[f32]) -> f64 + Sync)) -> f64 {
+    let Some(middle) = middle(all.len()) else { return of(all) };
+    let (left, right) = all.split_at(middle);
     let (left, right) = rayon::join(|| sum_in_order(left, of), || sum_in_order(right, of));
     left + right
 }
 
-/// What AdamW keeps: first and second moments.
-fn moments(states: &mut [Buffer<f32>]) -> &mut [Buffer<f32>; 2] {
-    states.try_into().expect("AdamW names two states")
+/// A parameter in training, or a part of it.
+struct Part<'a> {
+    p: &'a mut [f32],
+    /// First and second moments.
+    m: Stored<'a>,
+    v: Stored<'a>,
+    g: &'a [f32],
+}
+
+/// What becomes of moments that were computed.
+#[derive(Clone, Copy, PartialEq)]
+enum Then {
+    Store,
+    Forget,
+}
+
+/// Elements whose moments are decoded at once, where they are not stored in f32.
+const PIECE: usize = 1024;
+
+impl<'a> Part<'a> {
+    /// A whole parameter, by its number.
+    fn of(trained: &'a mut Trained<'_, Cpu>, index: usize, step: &OptimizerStep) -> Self {
+        let Trained { slots, weights, states, layout, gradients } = trained;
+        let [m, v] = &mut **states else { panic!("AdamW names two states") };
+        let (range, place) = (slots[index].range(), &layout.places[index]);
+        let rounding = |beta, which| match is_stochastic(beta) {
+            false => Rounding::ToNearest,
+            true => {
+                let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, index as u32);
+                Rounding::Stochastic { draw, which, first: 0 }
+            }
+        };
+        Self {
+            p: &mut weights[range.clone()],
+            m: Stored::of(m, place, rounding(step.optimizer.beta1, 0)),
+            v: Stored::of(v, place, rounding(step.optimizer.beta2, 1)),
+            g: &gradients[range],
+        }
+    }
+
+    /// What `of` makes of jobs, joined in one order.
+    fn in_jobs<R: Send>(
+        self,
+        of: &(impl Fn(Self) -> R + Sync),
+        joined: &(impl Fn(R, R) -> R + Sync),
+    ) -> R {
+        let Some(middle) = middle(self.g.len()) else { return of(self) };
+        let (p, of_right) = self.p.split_at_mut(middle);
+        let ([m, right_m], [v, right_v]) = (self.m.split_at(middle), self.v.split_at(middle));
+        let (g, right_g) = self.g.split_at(middle);
+        let left = Part { p, m, v, g };
+        let right = Part { p: of_right, m: right_m, v: right_v, g: right_g };
+        let (left, right) = rayon::join(|| left.in_jobs(of, joined), || right.in_jobs(of, joined));
+        joined(left, right)
+    }
+
+    /// Calls `of` with weights, moments and gradients in f32: with all of a job at once, or in
+    /// pieces where moments have to be decoded.
+    fn in_pieces(
+        self,
+        isa: Isa,
+        then: Then,
+        of: &mut impl FnMut(&mut [f32], &mut [f32], &mut [f32], &[f32]),
+    ) {
+        let Self { p, m: mut stored_m, v: mut stored_v, g } = self;
+        if let (Stored::F32(m), Stored::F32(v)) = (&mut stored_m, &mut stored_v) {
+            return of(p, m, v, g);
+        }
+        let (mut m, mut v) = ([0.0; PIECE], [0.0; PIECE]);
+        for (i, (p, g)) in p.chunks_mut(PIECE).zip(g.chunks(PIECE)).enumerate() {
+            let (first, m, v) = (i * PIECE, &mut m[..g.len()], &mut v[..g.len()]);
+            stored_m.load(isa, Moment::First, first, m);
+            stored_v.load(isa, Moment::Second, first, v);
+            of(p, m, v, g);
+            if then == Then::Store {
+                stored_m.store(isa, Moment::First, first, m);
+                stored_v.store(isa, Moment::Second, first, v);
+            }
+        }
+    }
 }
 
 simd_fn! {

@@ -22,10 +22,13 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 25] = [
-    file!("optimize", [], |_| {
+pub(super) static FILES: [File; 26] = [
+    file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
+    }),
+    file!("optimize_moments", ["random.cuh", "optimize.cuh"], |_| {
+        of("update_stored square_stored_ratios")
     }),
     file!("attend_plain", ["attend.cuh"], |_| {
         of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T>")

@@ -7,7 +7,7 @@ use bytemuck::Pod;
 use cudarc::driver::sys::{self, CUresult, CUstream};
 
 use super::device::launch;
-use super::device::memory::{Arena, F32, Gradient, Param, Tensor, Weights};
+use super::device::memory::{Arena, F32, Gradient, Param, Piece, Tensor, Weights};
 use super::embed::Tokens;
 use super::quantize::random;
 use super::{Cuda, Workspace, optimize};
@@ -19,6 +19,7 @@ impl Memory for Cuda {
     type Arena = Arena;
     type Tensor = Tensor;
     type F32 = F32;
+    type Bytes = Piece;
     type Weights = Weights;
     type Param<'a> = Param<'a>;
     type Gradient<'a> = Gradient<'a>;
@@ -45,6 +46,10 @@ impl Memory for Cuda {
 
     fn f32(&self, arena: &mut Arena, len: usize) -> F32 {
         arena.f32(len)
+    }
+
+    fn bytes(&self, arena: &mut Arena, len: usize) -> Piece {
+        arena.bytes(len)
     }
 
     fn weights(&self, arena: &mut Arena, len: usize, count: usize) -> Weights {
@@ -81,6 +86,14 @@ impl Memory for Cuda {
 
     fn read_f32(&self, from: &F32, at: usize, to: &mut [f32]) -> Result<()> {
         self.read(from.at(at), to)
+    }
+
+    fn write_bytes(&self, to: &mut Piece, at: usize, from: &[u8]) -> Result<()> {
+        self.write(to.address + at as u64, from)
+    }
+
+    fn read_bytes(&self, from: &Piece, at: usize, to: &mut [u8]) -> Result<()> {
+        self.read(from.address + at as u64, to)
     }
 
     fn write_param(&self, to: &mut Weights, slot: Slot, from: &[f32]) -> Result<()> {

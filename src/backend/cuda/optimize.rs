@@ -8,10 +8,13 @@ use bytemuck::{Pod, Zeroable};
 
 use super::device::launch;
 use super::device::memory::{Arena, F32, Param, Piece, Upload};
+use super::quantize::random::Draw;
 use super::{Cuda, Workspace};
 use crate::Result;
 use crate::backend::{Optimize, Slot, Trained};
-use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums, adamw};
+use crate::formats::{self, Purpose};
+use crate::optim::moments::is_stochastic;
+use crate::optim::{Largest, Moments, Optimizer, OptimizerKind, OptimizerStep, StepSums, adamw};
 
 /// Elements of a piece of work, as in the kernels.
 const PIECE: usize = 4096;
@@ -27,10 +30,13 @@ pub(super) struct Entry {
     pub(super) copy: u64,
     pub(super) m: u64,
     pub(super) v: u64,
+    pub(super) m_scales: u64,
+    pub(super) v_scales: u64,
     pub(super) gradient: u64,
     pub(super) len: u64,
     pub(super) first_piece: u64,
-    pub(super) decays: u64,
+    pub(super) decays: u32,
+    pub(super) element: u32,
     pub(super) amax: u64,
 }
 
@@ -70,6 +76,22 @@ impl Step {
     }
 }
 
+/// `Rounding` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Rounding {
+    draw: Draw,
+    drawn: [u32; 2],
+}
+
+impl Rounding {
+    pub(super) fn new(step: &OptimizerStep) -> Self {
+        let Optimizer { beta1, beta2, .. } = step.optimizer;
+        let draw = formats::Draw::of(step.seed, Purpose::Moments, step.t as u32, 0);
+        Self { draw: draw.into(), drawn: [beta1, beta2].map(|b| u32::from(is_stochastic(b))) }
+    }
+}
+
 /// What a reduction leaves, and where it finds all parameters.
 pub(crate) struct Reduction {
     /// One [`Entry`] a parameter.
@@ -105,20 +127,24 @@ impl Reduction {
     /// Uploads the table, if it changed since the last step.
     fn update_table(&mut self, trained: &Trained<'_, Cuda>) {
         self.wanted.clear();
-        let Trained { slots, weights, states, gradients } = trained;
+        let Trained { slots, weights, states, layout, gradients } = trained;
         let [m, v] = &**states else { panic!("AdamW keeps two states") };
         let mut pieces = 0;
-        for slot in *slots {
+        for (slot, place) in slots.iter().zip(&layout.places) {
             let param = weights.param(*slot);
+            let [start, scales] = [place.start as u64, place.scales as u64];
             self.wanted.push(Entry {
                 param: param.master.address(),
                 copy: param.copy.address,
-                m: m.at(slot.start),
-                v: v.at(slot.start),
+                m: m.address + start,
+                v: v.address + start,
+                m_scales: m.address + scales,
+                v_scales: v.address + scales,
                 gradient: gradients.at(slot.start),
                 len: slot.len as u64,
                 first_piece: pieces,
-                decays: u64::from(slot.decays),
+                decays: u32::from(slot.decays()),
+                element: place.element as u32,
                 amax: param.amax.address,
             });
             pieces += slot.len.div_ceil(PIECE) as u64;
@@ -135,6 +161,13 @@ impl Reduction {
     fn launch_update(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
         let (table, entries, grid) =
             (self.table.address, self.entries.len() as u32, self.grid(cuda));
+        if step.optimizer.moments != Moments::F32 {
+            let rates = self.rates.as_ref().map_or(0, |rates| rates.rates.address);
+            launch!(cuda.gpu, "update_stored", grid, THREADS, 0;
+                table, entries, self.pieces, self.sum(0), rates, trial, Step::new(step),
+                Rounding::new(step));
+            return;
+        }
         match &self.rates {
             None => launch!(cuda.gpu, "adamw", grid, THREADS, 0;
                 table, entries, self.pieces, self.sum(0), trial, Step::new(step)),
@@ -210,8 +243,13 @@ impl Optimize for Cuda {
             Step::new(step));
         if let Some(Rates { partials, rates }) = &reduction.rates {
             let correction = adamw::correction(step, step.optimizer.beta1);
-            launch!(self.gpu, "square_ratios", reduction.grid(self), THREADS, 0;
-                partials.address, table, entries, reduction.pieces, sums, Step::new(step));
+            let (grid, pieces) = (reduction.grid(self), reduction.pieces);
+            match step.optimizer.moments {
+                Moments::F32 => launch!(self.gpu, "square_ratios", grid, THREADS, 0;
+                    partials.address, table, entries, pieces, sums, Step::new(step)),
+                _ => launch!(self.gpu, "square_stored_ratios", grid, THREADS, 0;
+                    partials.address, table, entries, pieces, sums, Step::new(step)),
+            };
             launch!(self.gpu, "find_rates", [entries as usize, 1, 1], THREADS, 0;
                 rates.address, partials.address, table, correction, Step::new(step));
         }

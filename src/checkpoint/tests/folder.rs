@@ -300,7 +300,7 @@ fn open_weights_stay_while_the_folder_is_replaced() {
     assert_eq!(checkpoint.state().unwrap(), state(1));
     assert_eq!(load_model(&checkpoint).unwrap(), (before.config, before.weights.clone()));
     let mut values = Vec::new();
-    opened.read("transformer.wte.weight", &[11, 4], &mut values).unwrap();
+    opened.read("transformer.wte.weight", &[11, 4], &FLOATS, &mut values).unwrap();
     assert_eq!(bits(&values), before.weights[0]);
     let (_, after) = load_model(&Checkpoint::open(&dir).unwrap()).unwrap();
     assert_eq!(after[0], vec![0.25f32.to_bits(); 44]);

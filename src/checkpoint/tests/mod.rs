@@ -173,6 +173,7 @@ fn load(dir: &Path) -> Result<Loaded> {
     let infos = infos(&config);
     checkpoint.states(&kept(&state.options, &infos), &mut |number, index, values| {
         assert_eq!(number * infos.len() + index, states.len());
+        let StateValues::Numbers(values) = values else { panic!("no codes were saved") };
         states.push(bits(values));
         Ok(())
     })?;

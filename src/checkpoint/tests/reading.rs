@@ -43,7 +43,7 @@ fn tensors_of_many_pieces_are_read_whole() {
     let file = TensorFile::open(&path, &file).unwrap();
     let mut values = Vec::new();
     for name in &names {
-        file.read(name, &[ELEMENTS], &mut values).unwrap();
+        file.read(name, &[ELEMENTS], &FLOATS, &mut values).unwrap();
         assert_eq!(values.len(), ELEMENTS, "{name}");
         assert!(values.iter().enumerate().all(|(i, &v)| v == number(i)), "{name}");
         for another in &names {
@@ -76,7 +76,7 @@ fn a_file_that_is_cut_while_it_is_read_is_an_error() {
         let file = checkpoint.tensors(index).unwrap();
         cut();
         let first = format!("{first}{}", infos[0].name);
-        check_cut(file.read(&first, &infos[0].shape, &mut Vec::new()).unwrap_err());
+        check_cut(file.read(&first, &infos[0].shape, &FLOATS, &mut Vec::new()).unwrap_err());
         check_cut(file.holds_same(&first, &file, &first).unwrap_err());
         assert!(failure(&dir, name).contains("truncated: expected"));
         fs::write(&path, &sound).unwrap();

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use mxfp4train::{Carried, Dataset, ModelConfig, OptimizerKind, TrainerOptions};
+use mxfp4train::{Carried, Dataset, ModelConfig, Optimizer, TrainerOptions};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Deserializer, Map, Value};
@@ -274,6 +274,7 @@ impl Settings {
         data: &DataRecord,
     ) -> Self {
         let (schedule, optimizer) = (&options.schedule, &options.optimizer);
+        let usual = Optimizer::default().to_string();
         Self {
             recipe: options.recipe.to_string(),
             seed,
@@ -295,8 +296,7 @@ impl Settings {
             warmup: schedule.warmup_steps,
             schedule: schedule.kind.to_string(),
             decay_steps: schedule.decay_steps,
-            optimizer: (optimizer.kind != OptimizerKind::default())
-                .then(|| optimizer.kind.to_string()),
+            optimizer: Some(optimizer.to_string()).filter(|name| *name != usual),
             weight_decay: optimizer.weight_decay,
             beta1: optimizer.beta1,
             beta2: optimizer.beta2,
@@ -331,7 +331,7 @@ impl Settings {
     pub(crate) fn difference(&self, other: &Self) -> Option<(String, String, String)> {
         let [ours, theirs] = [self, other].map(|settings| {
             let mut all = settings.compared();
-            all.entry("optimizer").or_insert_with(|| OptimizerKind::default().to_string().into());
+            all.entry("optimizer").or_insert_with(|| Optimizer::default().to_string().into());
             all
         });
         // The optimizer first: others have their defaults from it.

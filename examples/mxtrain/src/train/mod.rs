@@ -390,7 +390,7 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         options.batch_size,
         HumanCount(step_tokens),
         options.recipe,
-        options.optimizer.kind,
+        options.optimizer,
         HumanCount(steps),
         console::scaled(run_tokens),
         schedule_in_words(schedule, start.schedule_start()),

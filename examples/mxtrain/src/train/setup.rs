@@ -199,7 +199,7 @@ pub(crate) fn trainer_options(
         ..TrainerOptions::default()
     };
     if let Some(args) = optimizer {
-        let usual = Optimizer::new(args.optimizer);
+        let usual = args.optimizer;
         options.optimizer = Optimizer {
             beta1: args.beta1,
             beta2: args.beta2,
@@ -270,7 +270,10 @@ impl Start {
                 Self::Weights(model, options)
             }
             (Some(dir), None) => {
-                let mut trainer = Trainer::load(engine, dir)?;
+                let mut trainer = match parsed.given("optimizer") {
+                    true => Trainer::load_as(engine, dir, &args.optimizer.optimizer)?,
+                    false => Trainer::load(engine, dir)?,
+                };
                 require_shape(args, parsed, trainer.model().config(), "--resume")?;
                 require_settings(args, parsed, trainer.options())?;
                 let (done, steps) = (trainer.steps_done(), args.optimizer.steps);
@@ -613,7 +616,7 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("warmup", differs_from(&opt.warmup, &schedule.warmup_steps)),
         ("schedule", differs(&opt.schedule, &schedule.kind)),
         ("decay-steps", differs_from(&opt.decay_steps, &schedule.decay_steps)),
-        ("optimizer", differs(&opt.optimizer, &optimizer.kind)),
+        ("optimizer", differs(&opt.optimizer.to_string(), &optimizer.to_string())),
         ("weight-decay", differs(&opt.weight_decay, &optimizer.weight_decay)),
         ("beta1", differs(&opt.beta1, &optimizer.beta1)),
         ("beta2", differs(&opt.beta2, &optimizer.beta2)),

@@ -25,6 +25,7 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
         optimizer: Optimizer { clip, ..Optimizer::default() },
         lr,
         t: 3,
+        seed: 0,
         loss_scale: 1.0,
         largest_gradient,
     };
@@ -72,7 +73,10 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
                         gradient: gradient.as_mut_ptr().addr() as u64,
                         len,
                         first_piece: first_piece - pieces,
-                        decays: u64::from(i != 1),
+                        decays: u32::from(i != 1),
+                        element: 0,
+                        m_scales: 0,
+                        v_scales: 0,
                         amax: std::ptr::from_mut(amax).addr() as u64,
                     }
                 })

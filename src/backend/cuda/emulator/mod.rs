@@ -22,6 +22,7 @@ mod fp8;
 mod gelu;
 mod kept;
 mod merge;
+mod moments;
 mod products;
 mod quantize;
 mod restore;

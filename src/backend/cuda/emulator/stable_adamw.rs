@@ -33,7 +33,7 @@ fn rates_and_updates_are_those_of_the_definition() {
         });
         let optimizer = Optimizer { clip, ..Optimizer::new(OptimizerKind::StableAdamW) };
         let (lr, t, largest_gradient) = (0.01, 3, f32::INFINITY);
-        let step = OptimizerStep { optimizer, lr, t, loss_scale: 1.0, largest_gradient };
+        let step = OptimizerStep { optimizer, lr, t, seed: 0, loss_scale: 1.0, largest_gradient };
         let squares = host.iter().flat_map(|all| &all[3]).map(|g| f64::from(*g).powi(2)).sum();
         let found = StepSums { losses: 1.0, squares, raised_blocks: 0 };
         let scale = found.gradient_scale(&step).unwrap();
@@ -56,7 +56,10 @@ fn rates_and_updates_are_those_of_the_definition() {
                         gradient,
                         len,
                         first_piece,
-                        decays: u64::from(i != 1),
+                        decays: u32::from(i != 1),
+                        element: 0,
+                        m_scales: 0,
+                        v_scales: 0,
                         amax: std::ptr::from_mut(amax).addr() as u64,
                     });
                     first_piece += len.div_ceil(4096);

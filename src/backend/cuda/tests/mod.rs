@@ -25,6 +25,7 @@ use crate::formats::{
     self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, PowerRule, Purpose, Range, Rounding, Signs,
     Source, Transform, uniform,
 };
+use crate::optim::ParamKind;
 
 pub(super) const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
@@ -101,7 +102,7 @@ pub(super) fn f32_buffer(cuda: &Cuda, values: &[f32]) -> F32 {
 
 /// The slot of a parameter that lies alone in its buffer.
 pub(super) fn alone(len: usize) -> Slot {
-    Slot { index: 0, start: 0, len, decays: true }
+    Slot { index: 0, start: 0, len, kind: ParamKind::Matrix }
 }
 
 pub(super) fn param(cuda: &Cuda, values: &[f32]) -> Weights {

@@ -1,8 +1,8 @@
 //! Copies and amax of parameters, drawn and updated.
 
 use super::*;
-use crate::OptimizerKind;
 use crate::backend::conformance::{Update, some_values, step};
+use crate::{Moments, Optimizer, OptimizerKind};
 
 #[test]
 fn normal_values_are_those_of_the_definition() {
@@ -26,14 +26,17 @@ fn normal_values_are_those_of_the_definition() {
 #[test]
 fn updates_leave_copies_and_largest_magnitudes() {
     let Some(cuda) = gpu() else { return };
-    for kind in OptimizerKind::ALL {
-        let mut update = Update::of(&cuda, &some_values(), kind);
-        cuda.gpu.scope(|| update.step(&cuda, &step(kind)));
+    for (kind, moments) in
+        OptimizerKind::ALL.into_iter().flat_map(|kind| Moments::ALL.map(|m| (kind, m)))
+    {
+        let optimizer = Optimizer { moments, ..Optimizer::new(kind) };
+        let mut update = Update::of(&cuda, &some_values(), optimizer);
+        cuda.gpu.scope(|| update.step(&cuda, &step(optimizer)));
         for (param, values) in update.parameters(&cuda) {
-            assert_eq!(word(&cuda, param.amax.address), amax_of(&values), "{kind:?}");
+            assert_eq!(word(&cuda, param.amax.address), amax_of(&values), "{optimizer}");
             let copy = read_bytes(&cuda, param.copy.address, 2 * values.len());
             let copy = copy.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b));
-            assert!(copy.eq(values.iter().map(|v| half::bf16::from_f32(*v))), "{kind:?}");
+            assert!(copy.eq(values.iter().map(|v| half::bf16::from_f32(*v))), "{optimizer}");
         }
     }
 }

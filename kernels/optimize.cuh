@@ -1,0 +1,68 @@
+// What kernels of the end of a step share: the table of parameters, factors of a step.
+//
+// The table says where each parameter and what belongs to it lies. Work is cut into pieces of PIECE
+// elements, numbered through all parameters; blocks take pieces in turn and find the parameter by a
+// binary search.
+
+// As in optim/moments.rs.
+enum Element : u32 { F32, BF16, INT8 };
+
+struct Entry {
+  float *param;     // f32 master values
+  bf16 *copy;       // what GEMMs read
+  void *m, *v;      // moments, as `element` says
+  float *m_scales, *v_scales; // of groups, where they have any
+  float *gradient;
+  u64 len;
+  u64 first_piece;  // number of the parameter's first piece
+  u32 decays;       // whether weight decay applies
+  u32 element;      // what moments are stored as: `Element`
+  u32 *amax;        // bits of the largest magnitude of the master values
+};
+
+#define PIECE 4096
+
+__device__ __forceinline__ const Entry *find(const Entry *table, u32 entries, u64 piece) {
+  u32 low = 0, high = entries;
+  while (high - low > 1) {
+    u32 middle = (low + high) / 2;
+    if (table[middle].first_piece <= piece) low = middle;
+    else high = middle;
+  }
+  return table + low;
+}
+
+__device__ __forceinline__ double block_sum_double(double v, double *scratch) {
+#pragma unroll
+  for (int i = WARP / 2; i > 0; i /= 2) v += __shfl_xor_sync(FULL_WARP, v, i);
+  if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = v;
+  __syncthreads();
+  double sum = 0.0;
+  for (u32 w = 0; w < blockDim.x / WARP; w++) sum += scratch[w];
+  __syncthreads();
+  return sum;
+}
+
+// Factors that do not depend on the element, computed by the host in f64.
+struct Step {
+  float lr, beta1, beta2, epsilon, weight_decay;
+  float size;        // lr / (1 - beta1^t)
+  float root;        // 1 / sqrt(1 - beta2^t)
+  float clip;        // largest global norm; 0 does not clip
+  float loss_scale;  // makes the sum of losses the step's loss
+  float largest_gradient; // no update with a clipped gradient of a larger norm
+};
+
+// The gradient norm of a step, and whether it and the loss are finite and it is within the limit,
+// so that the update is to be made.
+__device__ __forceinline__ bool is_allowed(const double *sums, const Step &s, float &norm) {
+  float loss = (float)(sums[0] * (double)s.loss_scale);
+  norm = (float)sqrt(sums[1]);
+  float clipped = s.clip > 0.0f ? fminf(norm, s.clip) : norm;
+  return isfinite(loss) && isfinite(norm) && clipped <= s.largest_gradient;
+}
+
+// What clipping makes gradients of a norm smaller by. PyTorch's clip_grad_norm_ adds the same 1e-6.
+__device__ __forceinline__ float clipping(float norm, const Step &s) {
+  return s.clip > 0.0f ? fminf(s.clip / (norm + 1e-6f), 1.0f) : 1.0f;
+}

@@ -1,0 +1,239 @@
+// AdamW and StableAdamW with moments that are stored in less than f32: optim/moments.rs.
+//
+// Every operation is rounded by itself, none fused, and the scale of a group does not depend on the
+// order, so that the processor stores the same bytes. Pieces begin where groups begin.
+
+#define GROUP 32
+#define THREADS 256
+
+// How moments in bf16 are rounded: stochastically where `drawn`, by bits whose rows are 8 elements
+// each; else to nearest. The draw's word 3 is the number of the parameter.
+struct Rounding {
+  Draw draw;
+  u32 drawn[2];
+};
+
+// What codes stand for, but for the scale.
+//
+// NOTE: looked up, because a code takes two divisions.
+struct Meanings {
+  float first[256], second[256];
+};
+
+__device__ __forceinline__ void fill(Meanings &meanings) {
+  float y = __fdiv_rn((float)(signed char)threadIdx.x, 127.0f);
+  meanings.first[threadIdx.x] = __fdiv_rn(y, __fsub_rn(2.0f, fabsf(y)));
+  meanings.second[threadIdx.x] = __fdiv_rn((float)threadIdx.x, 255.0f);
+  __syncthreads();
+}
+
+__device__ __forceinline__ float second_of(float root, float scale) {
+  float r = __fmul_rn(root, scale);
+  return __fmul_rn(r, r);
+}
+
+__device__ __forceinline__ u8 first_code(float m, float scale) {
+  float n = __fdiv_rn(m, scale == 0.0f ? 1.0f : scale);
+  float y = __fdiv_rn(__fmul_rn(2.0f, n), __fadd_rn(1.0f, fabsf(n)));
+  return (u8)(int)rintf(__fmul_rn(127.0f, y));
+}
+
+__device__ __forceinline__ u8 second_code(float root, float scale) {
+  float r = __fdiv_rn(root, scale == 0.0f ? 1.0f : scale);
+  return (u8)(int)fmaxf(rintf(__fmul_rn(255.0f, r)), 1.0f);
+}
+
+// Up to 4 neighbours, all of them in one access.
+template <class T> struct alignas(4 * sizeof(T)) Four {
+  T of[4];
+};
+
+template <class T> __device__ __forceinline__ Four<T> load4(const T *from, u32 count) {
+  if (count == 4) return *(const Four<T> *)from;
+  Four<T> out;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) out.of[k] = k < count ? from[k] : T{};
+  return out;
+}
+
+template <class T> __device__ __forceinline__ void store4(T *to, u32 count, const Four<T> &from) {
+  if (count == 4) *(Four<T> *)to = from;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++)
+    if (count < 4 && k < count) to[k] = from.of[k];
+}
+
+// The largest of the 8 threads that hold a group.
+__device__ __forceinline__ float group_max(const Four<float> &v) {
+  float most = fmaxf(fmaxf(fabsf(v.of[0]), fabsf(v.of[1])), fmaxf(fabsf(v.of[2]), fabsf(v.of[3])));
+#pragma unroll
+  for (int i = GROUP / 8; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, i));
+  return most;
+}
+
+// Up to 4 numbers of a moment, the first or the second, from element i on.
+template <u32 ELEMENT, bool SECOND>
+__device__ __forceinline__ Four<float> load_moments(const Entry *e, u64 i, u32 count,
+                                                    const Meanings &meanings) {
+  const void *from = SECOND ? e->v : e->m;
+  if (ELEMENT == F32) return load4((const float *)from + i, count);
+  Four<float> out;
+  if (ELEMENT == BF16) {
+    Four<bf16> stored = load4((const bf16 *)from + i, count);
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) out.of[k] = to_f32(stored.of[k]);
+    return out;
+  }
+  Four<u8> codes = load4((const u8 *)from + i, count);
+  float scale = count ? (SECOND ? e->v_scales : e->m_scales)[i / GROUP] : 0.0f;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++)
+    out.of[k] = SECOND ? second_of(meanings.second[codes.of[k]], scale)
+                       : __fmul_rn(meanings.first[codes.of[k]], scale);
+  return out;
+}
+
+// Stores them. All threads of a warp call it, with the numbers that there are not as 0.
+template <u32 ELEMENT, bool SECOND>
+__device__ __forceinline__ void store_moments(const Entry *e, u64 i, u32 count,
+                                              const Four<float> &values, const Rounding &rounding,
+                                              u32 number) {
+  void *to = SECOND ? e->v : e->m;
+  if (ELEMENT == F32) store4((float *)to + i, count, values);
+  if (ELEMENT == BF16) {
+    Four<bf16> stored;
+    if (rounding.drawn[SECOND]) {
+      Draw draw = rounding.draw;
+      draw.word3 = number;
+      uint4 words = philox(draw, (u32)(i / 8), SECOND);
+      u32 pairs[2] = {i % 8 ? words.z : words.x, i % 8 ? words.w : words.y};
+#pragma unroll
+      for (u32 k = 0; k < 4; k++) {
+        u32 drawn = pairs[k / 2] >> (16 * (k % 2)) & 0xffff;
+        stored.of[k].bits = (u16)((__float_as_uint(values.of[k]) + drawn) >> 16);
+      }
+    } else {
+#pragma unroll
+      for (u32 k = 0; k < 4; k++) stored.of[k] = from_f32<bf16>(values.of[k]);
+    }
+    store4((bf16 *)to + i, count, stored);
+  }
+  if (ELEMENT == INT8) {
+    Four<u8> codes;
+    float most = group_max(values);
+    float scale = SECOND ? __fsqrt_rn(most) : most;
+#pragma unroll
+    for (u32 k = 0; k < 4; k++)
+      codes.of[k] = SECOND ? second_code(__fsqrt_rn(values.of[k]), scale)
+                           : first_code(values.of[k], scale);
+    store4((u8 *)to + i, count, codes);
+    if (i % GROUP == 0 && count) (SECOND ? e->v_scales : e->m_scales)[i / GROUP] = scale;
+  }
+}
+
+// Calls `of(i, count)` for the elements of a piece, up to 4 of them a thread, in all threads of a
+// block as often.
+template <class Of> __device__ __forceinline__ void each_of_piece(u64 start, u64 end, Of of) {
+  for (; start < end; start += 4 * THREADS) {
+    u64 i = start + 4 * threadIdx.x;
+    of(i, i < end ? (u32)min(end - i, (u64)4) : 0);
+  }
+}
+
+// The update of a piece: `update_all` of optimize.cu, without fused operations.
+template <u32 ELEMENT>
+__device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 start, u64 end,
+                                             float lr, float size, float scale, u32 *trial,
+                                             const Step &s, const Rounding &rounding,
+                                             const Meanings &meanings) {
+  float keep = e->decays ? __fsub_rn(1.0f, __fmul_rn(lr, s.weight_decay)) : 1.0f;
+  float rest1 = __fsub_rn(1.0f, s.beta1), rest2 = __fsub_rn(1.0f, s.beta2);
+  float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
+  each_of_piece(start, end, [&](u64 i, u32 count) {
+    Four<float> g = load4(e->gradient + i, count), p = load4(e->param + i, count);
+    Four<float> m = load_moments<ELEMENT, false>(e, i, count, meanings);
+    Four<float> v = load_moments<ELEMENT, true>(e, i, count, meanings);
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) {
+      float gradient = __fmul_rn(g.of[k], scale);
+      m.of[k] = __fadd_rn(__fmul_rn(s.beta1, m.of[k]), __fmul_rn(rest1, gradient));
+      v.of[k] = __fadd_rn(__fmul_rn(s.beta2, v.of[k]),
+                          __fmul_rn(rest2, __fmul_rn(gradient, gradient)));
+      float divisor = __fadd_rn(__fmul_rn(__fsqrt_rn(v.of[k]), s.root), s.epsilon);
+      p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, __fdiv_rn(m.of[k], divisor)));
+      // What is not there: its second moment may decode to more than 0.
+      if (k >= count) m.of[k] = v.of[k] = p.of[k] = 0.0f;
+      largest = max_nan(largest, fabsf(p.of[k]));
+      if (trial) {
+        largest_m = max_nan(largest_m, fabsf(m.of[k]));
+        largest_v = max_nan(largest_v, fabsf(v.of[k]));
+      }
+    }
+    if (trial) return;
+    Four<bf16> copy;
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) copy.of[k] = from_f32<bf16>(p.of[k]);
+    store4(e->param + i, count, p);
+    store4(e->copy + i, count, copy);
+    store_moments<ELEMENT, false>(e, i, count, m, rounding, number);
+    store_moments<ELEMENT, true>(e, i, count, v, rounding, number);
+  });
+  u32 *of_one = trial + 3 * number;
+  note_amax(trial ? of_one : e->amax, largest);
+  if (trial) note_amax(of_one + 1, largest_m), note_amax(of_one + 2, largest_v);
+}
+
+// One update of every parameter, as `adamw` and `stable_adamw`, whose arguments these are. Grid:
+// any; block: 256.
+__global__ void update_stored(const Entry *table, u32 entries, u64 pieces, const double *sums,
+                              const float2 *rates, u32 *trial, Step s, Rounding rounding) {
+  begin();
+  __shared__ Meanings meanings;
+  float norm;
+  if (!is_allowed(sums, s, norm)) return;
+  fill(meanings);
+  float scale = clipping(norm, s);
+  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const Entry *e = find(table, entries, piece);
+    u32 number = (u32)(e - table);
+    float lr = rates ? rates[number].x : s.lr, size = rates ? rates[number].y : s.size;
+    u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
+#define UPDATE(element) \
+  update_piece<element>(e, number, start, end, lr, size, scale, trial, s, rounding, meanings)
+    if (e->element == INT8) UPDATE(INT8);
+    else if (e->element == BF16) UPDATE(BF16);
+    else UPDATE(F32);
+#undef UPDATE
+  }
+}
+
+// As `square_ratios` of optimize.cu. Grid: any; block: 256.
+__global__ void square_stored_ratios(double *partials, const Entry *table, u32 entries, u64 pieces,
+                                     const double *sums, Step s) {
+  begin();
+  __shared__ double scratch[WARP];
+  __shared__ Meanings meanings;
+  fill(meanings);
+  float scale = clipping((float)sqrt(sums[1]), s), rest2 = __fsub_rn(1.0f, s.beta2);
+  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const Entry *e = find(table, entries, piece);
+    u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
+    double total = 0.0;
+    each_of_piece(start, end, [&](u64 i, u32 count) {
+      Four<float> g = load4(e->gradient + i, count);
+      Four<float> v = e->element == INT8   ? load_moments<INT8, true>(e, i, count, meanings)
+                      : e->element == BF16 ? load_moments<BF16, true>(e, i, count, meanings)
+                                           : load_moments<F32, true>(e, i, count, meanings);
+#pragma unroll
+      for (u32 k = 0; k < 4; k++) {
+        float gradient = __fmul_rn(g.of[k], scale);
+        float u = __fadd_rn(__fmul_rn(s.beta2, v.of[k]),
+                            __fmul_rn(rest2, __fmul_rn(gradient, gradient)));
+        float ratio = __fdiv_rn(gradient, fmaxf(__fmul_rn(__fsqrt_rn(u), s.root), s.epsilon));
+        if (k < count) total += (double)ratio * ratio;
+      }
+    });
+    total = block_sum_double(total, scratch);
+    if (threadIdx.x == 0) partials[piece] = total;
+  }
+}

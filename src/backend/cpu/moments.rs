@@ -1,0 +1,168 @@
+//! Moments as they are stored, in parts that threads share, by the arithmetic of
+//! `optim/moments.rs`.
+
+use super::isa::{Isa, simd_fn};
+use crate::backend::Place;
+use crate::formats::Draw;
+use crate::optim::moments::{Element, First, GROUP, Second, decode_group, encode_group};
+
+/// The numbers of one moment of a parameter, or of a part of it that begins at a group.
+pub(super) enum Stored<'a> {
+    F32(&'a mut [f32]),
+    /// And how they are rounded.
+    Bf16(&'a mut [u16], Rounding),
+    /// Codes and scales.
+    Int8(&'a mut [u8], &'a mut [f32]),
+}
+
+/// How numbers become bf16.
+#[derive(Clone, Copy)]
+pub(super) enum Rounding {
+    /// To nearest, of two to the even one.
+    ToNearest,
+    /// With the bits of a draw, whose rows are 8 elements each, for moment `which`, from element
+    /// `first` on.
+    Stochastic { draw: Draw, which: u32, first: usize },
+}
+
+/// Which of the two moments it is, which codes depend on.
+#[derive(Clone, Copy)]
+pub(super) enum Moment {
+    First,
+    Second,
+}
+
+impl<'a> Stored<'a> {
+    /// The numbers of a parameter in the buffer of a state.
+    pub(super) fn of(state: &'a mut [u8], place: &Place, rounding: Rounding) -> Self {
+        let (elements, rest) = state[place.start..].split_at_mut(place.bytes());
+        match place.element {
+            Element::F32 => Self::F32(bytemuck::cast_slice_mut(elements)),
+            Element::Bf16 => Self::Bf16(bytemuck::cast_slice_mut(elements), rounding),
+            Element::Int8 => {
+                let scales = &mut rest[place.scales - place.start - place.bytes()..];
+                Self::Int8(elements, bytemuck::cast_slice_mut(&mut scales[..4 * place.groups()]))
+            }
+        }
+    }
+
+    /// The first `count` and the others; a multiple of [`GROUP`].
+    pub(super) fn split_at(self, count: usize) -> [Self; 2] {
+        match self {
+            Self::F32(values) => {
+                let (left, right) = values.split_at_mut(count);
+                [Self::F32(left), Self::F32(right)]
+            }
+            Self::Bf16(values, rounding) => {
+                let (left, right) = values.split_at_mut(count);
+                [Self::Bf16(left, rounding), Self::Bf16(right, rounding.further(count))]
+            }
+            Self::Int8(codes, scales) => {
+                let (left, right) = codes.split_at_mut(count);
+                let (of_left, of_right) = scales.split_at_mut(count / GROUP);
+                [Self::Int8(left, of_left), Self::Int8(right, of_right)]
+            }
+        }
+    }
+
+    /// As many of them in f32 as `to` has room for, from element `first` on, where a group begins.
+    #[inline]
+    pub(super) fn load(&self, isa: Isa, moment: Moment, first: usize, to: &mut [f32]) {
+        let all = first..first + to.len();
+        match self {
+            Self::F32(values) => to.copy_from_slice(&values[all]),
+            Self::Bf16(values, _) => load_bf16(isa, &values[all], to),
+            Self::Int8(codes, scales) => {
+                let (codes, scales) = (&codes[all], &scales[first / GROUP..]);
+                match moment {
+                    Moment::First => load_first(isa, codes, scales, to),
+                    Moment::Second => load_second(isa, codes, scales, to),
+                }
+            }
+        }
+    }
+
+    /// Stores numbers from element `first` on, where a group begins.
+    #[inline]
+    pub(super) fn store(&mut self, isa: Isa, moment: Moment, first: usize, from: &[f32]) {
+        let all = first..first + from.len();
+        match self {
+            Self::F32(values) => values[all].copy_from_slice(from),
+            Self::Bf16(values, Rounding::ToNearest) => store_bf16(isa, &mut values[all], from),
+            Self::Bf16(values, Rounding::Stochastic { draw, which, first: of_all }) => {
+                store_drawn(&mut values[all], from, draw, *which, *of_all + first);
+            }
+            Self::Int8(codes, scales) => {
+                let (codes, scales) = (&mut codes[all], &mut scales[first / GROUP..]);
+                match moment {
+                    Moment::First => store_first(isa, codes, scales, from),
+                    Moment::Second => store_second(isa, codes, scales, from),
+                }
+            }
+        }
+    }
+}
+
+impl Rounding {
+    fn further(self, count: usize) -> Self {
+        match self {
+            Self::ToNearest => self,
+            Self::Stochastic { draw, which, first } => {
+                Self::Stochastic { draw, which, first: first + count }
+            }
+        }
+    }
+}
+
+simd_fn! {
+    fn load_bf16(from: &[u16], to: &mut [f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = f32::from_bits(u32::from(*from) << 16);
+        }
+    }
+}
+
+simd_fn! {
+    fn store_bf16(to: &mut [u16], from: &[f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            let bits = from.to_bits();
+            *to = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+        }
+    }
+}
+
+/// Rounds away from 0 where what is lost, in 2^-16 of a last place, and 16 random bits are together
+/// a last place.
+fn store_drawn(to: &mut [u16], from: &[f32], draw: &Draw, which: u32, first: usize) {
+    for (row, (to, from)) in (first / 8..).zip(to.chunks_mut(8).zip(from.chunks(8))) {
+        let words = draw.bits(row as u32, which);
+        for (j, (to, from)) in to.iter_mut().zip(from).enumerate() {
+            let drawn = words[j / 2] >> (16 * (j % 2)) & 0xffff;
+            *to = ((from.to_bits() + drawn) >> 16) as u16;
+        }
+    }
+}
+
+/// Loops over groups, for each instruction set and each moment.
+macro_rules! coded {
+    ($load:ident $store:ident $code:ty) => {
+        simd_fn! {
+            fn $load(codes: &[u8], scales: &[f32], to: &mut [f32]) {
+                for ((codes, scale), to) in codes.chunks(GROUP).zip(scales).zip(to.chunks_mut(GROUP)) {
+                    decode_group::<$code>(codes, *scale, to);
+                }
+            }
+        }
+
+        simd_fn! {
+            fn $store(codes: &mut [u8], scales: &mut [f32], from: &[f32]) {
+                let groups = codes.chunks_mut(GROUP).zip(scales).zip(from.chunks(GROUP));
+                for ((codes, scale), from) in groups {
+                    *scale = encode_group::<$code>(from, codes);
+                }
+            }
+        }
+    };
+}
+coded!(load_first store_first First);
+coded!(load_second store_second Second);

@@ -1,0 +1,209 @@
+//! Updates with moments in less than f32: `optimize_moments.cu`.
+
+use super::super::optimize::{Entry, Rounding, Step};
+use super::super::tests::random;
+use super::{Emulator, SCHEDULES, aligned};
+use crate::Moments;
+use crate::backend::conformance::{loaded, step, stored};
+use crate::backend::{OptimizerStep, Place, Slot, StateLayout};
+use crate::formats::{Draw, Purpose};
+use crate::optim::moments::{GROUP, is_stochastic};
+use crate::optim::{Optimizer, OptimizerKind, ParamKind, adamw, stable_adamw};
+
+type UpdateKernel = unsafe extern "C" fn(
+    *const Entry,
+    u32,
+    u64,
+    *const f64,
+    *const [f32; 2],
+    *mut u32,
+    Step,
+    Rounding,
+);
+type RatiosKernel = unsafe extern "C" fn(*mut f64, *const Entry, u32, u64, *const f64, Step);
+
+/// Of two pieces and a rest that ends within a group, of less than a vector, and of whole pieces.
+const LENGTHS: [usize; 3] = [9003, 7, 4096];
+
+/// The bytes of moments, and weights to the bit, are those of the scalar arithmetic; a trial stores
+/// nothing and tells the largest; and ratios are those of what is stored.
+#[test]
+fn moments_are_stored_to_the_byte() {
+    let Some(emulator) = Emulator::new("optimize_moments") else { return };
+    let update: UpdateKernel = emulator.kernel("update_stored");
+    let ratios: RatiosKernel = emulator.kernel("square_stored_ratios");
+    let kinds = [ParamKind::Matrix, ParamKind::Vector, ParamKind::Table];
+    let slots: Vec<_> = std::iter::zip(kinds, LENGTHS)
+        .enumerate()
+        .map(|(index, (kind, len))| Slot { index, start: 0, len, kind })
+        .collect();
+    for (moments, beta2) in
+        [Moments::Bf16, Moments::Int8].into_iter().flat_map(|m| [0.95, 0.999].map(|b| (m, b)))
+    {
+        let kind = OptimizerKind::StableAdamW;
+        let step = step(Optimizer { moments, beta2, ..Optimizer::new(kind) });
+        let layout = StateLayout::new(&slots, moments, 128).unwrap();
+        let values: [[Vec<f32>; 4]; 3] = std::array::from_fn(|i| {
+            let mut all = [0, 1, 2, 3].map(|k| random(LENGTHS[i], 10 * i as u64 + k));
+            all[2].iter_mut().for_each(|v| *v *= *v);
+            // A group of zeros whose moments fade.
+            if i != 1 {
+                all[1..].iter_mut().for_each(|x| x[..GROUP].fill(0.0));
+            }
+            all
+        });
+        for schedule in SCHEDULES {
+            let mut one = Memory::of(&layout, &values);
+            let table = one.table();
+            let (sums, entries, pieces) = ([1.0, 0.0, 0.0], table.as_ptr(), 5);
+            let (mut partials, mut trial) = ([0.0; 5], [0u32; 9]);
+            let rates = [[0.01, 0.02], [0.03, 0.04], [0.05, 0.06]];
+            let (of_kernel, rounding) = (Step::new(&step), Rounding::new(&step));
+            let run = |trial: *mut u32| {
+                emulator.run(schedule, [3, 1], 256, || {
+                    // SAFETY: buffers are as long as the table and the grid say.
+                    unsafe {
+                        update(
+                            entries,
+                            3,
+                            pieces,
+                            sums.as_ptr(),
+                            rates.as_ptr(),
+                            trial,
+                            of_kernel,
+                            rounding,
+                        );
+                    }
+                });
+            };
+            let partial = partials.as_mut_ptr();
+            emulator.run(schedule, [2, 1], 256, || {
+                // SAFETY: as above.
+                unsafe { ratios(partial, entries, 3, pieces, sums.as_ptr(), of_kernel) };
+            });
+            let before = one.clone();
+            run(trial.as_mut_ptr());
+            assert!(one == before, "a trial stores nothing");
+            run(std::ptr::null_mut());
+            for (i, place) in layout.places.iter().enumerate() {
+                let what = format!("{moments}, {beta2}, parameter {i}");
+                let expected = Expected::of(&step, i, place, &values[i], rates[i]);
+                assert!(one.bytes(place) == expected.moments, "{what}: what is stored");
+                let p: &[f32] = bytemuck::cast_slice(&one.params[i]);
+                assert!(p[..place.len] == expected.p, "{what}: weights");
+                let largest = expected.p.iter().fold(0.0f32, |most, p| most.max(p.abs()));
+                assert_eq!(f32::from_bits(one.amax[i]), largest, "{what}: the largest");
+                let found = [0, 1, 2].map(|k| f32::from_bits(trial[3 * i + k]));
+                assert_eq!(found, expected.largest, "{what}: a trial");
+                let first = [0, 3, 4][i];
+                let ours: f64 = partials[first..][..place.len.div_ceil(4096)].iter().sum();
+                assert!((ours / expected.ratios - 1.0).abs() < 1e-12, "{what}: ratios");
+            }
+        }
+    }
+}
+
+/// What kernels work on.
+#[derive(Clone, PartialEq)]
+struct Memory {
+    params: Vec<Vec<u128>>,
+    gradients: Vec<Vec<u128>>,
+    copies: Vec<Vec<u128>>,
+    amax: Vec<u32>,
+    /// First and second moments of all parameters.
+    states: [Vec<u128>; 2],
+    layout: Vec<Place>,
+}
+
+impl Memory {
+    fn of(layout: &StateLayout, values: &[[Vec<f32>; 4]]) -> Self {
+        let all = |which: usize| {
+            values.iter().map(|all| aligned(bytemuck::cast_slice(&all[which]))).collect()
+        };
+        let states = [1, 2].map(|which| {
+            let mut bytes = vec![0u8; layout.bytes];
+            for (place, all) in layout.places.iter().zip(values) {
+                let (elements, scales) = stored(place, which == 2, &all[which], None);
+                bytes[place.start..][..elements.len()].copy_from_slice(&elements);
+                bytes[place.scales..][..scales.len()].copy_from_slice(&scales);
+            }
+            aligned(&bytes)
+        });
+        let copies = values.iter().map(|[p, ..]| aligned(&vec![0; 2 * p.len()])).collect();
+        let (amax, layout) = (vec![0; values.len()], layout.places.clone());
+        Self { params: all(0), gradients: all(3), copies, amax, states, layout }
+    }
+
+    fn table(&mut self) -> Vec<Entry> {
+        let address = |words: &mut Vec<u128>| words.as_mut_ptr().addr() as u64;
+        let [m, v] = self.states.each_mut().map(address);
+        let mut next = 0;
+        (0..self.layout.len())
+            .map(|i| {
+                let place = self.layout[i];
+                let [start, scales] = [place.start as u64, place.scales as u64];
+                let first_piece = next;
+                next += place.len.div_ceil(4096) as u64;
+                Entry {
+                    param: address(&mut self.params[i]),
+                    copy: address(&mut self.copies[i]),
+                    m: m + start,
+                    v: v + start,
+                    m_scales: m + scales,
+                    v_scales: v + scales,
+                    gradient: address(&mut self.gradients[i]),
+                    len: place.len as u64,
+                    first_piece,
+                    decays: u32::from(i != 1),
+                    element: place.element as u32,
+                    amax: std::ptr::from_mut(&mut self.amax[i]).addr() as u64,
+                }
+            })
+            .collect()
+    }
+
+    /// Elements and scales of both moments.
+    fn bytes(&self, place: &Place) -> [(Vec<u8>, Vec<u8>); 2] {
+        self.states.each_ref().map(|state| {
+            let bytes: &[u8] = bytemuck::cast_slice(state);
+            let scales = bytes[place.scales..][..4 * place.groups()].to_vec();
+            (bytes[place.start..][..place.bytes()].to_vec(), scales)
+        })
+    }
+}
+
+/// What a step leaves of a parameter.
+struct Expected {
+    p: Vec<f32>,
+    moments: [(Vec<u8>, Vec<u8>); 2],
+    largest: [f32; 3],
+    ratios: f64,
+}
+
+impl Expected {
+    fn of(
+        step: &OptimizerStep,
+        index: usize,
+        place: &Place,
+        [p, m, v, g]: &[Vec<f32>; 4],
+        [lr, size]: [f32; 2],
+    ) -> Self {
+        let update = adamw::Update::with_size(step, [lr, size], index != 1, 1.0);
+        let ratio = stable_adamw::Ratio::new(step, 1.0);
+        let [mut m, mut v] = [(m, false), (v, true)]
+            .map(|(x, is_second)| loaded(place, is_second, &stored(place, is_second, x, None)));
+        let ratios = v.iter().zip(g).map(|(v, g)| f64::from(ratio.of(*v, *g)).powi(2)).sum();
+        let mut p = p.clone();
+        for k in 0..p.len() {
+            (p[k], m[k], v[k]) = update.of(p[k], m[k], v[k], g[k]);
+        }
+        let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, index as u32);
+        let drawn = |beta| is_stochastic(beta).then_some(&draw);
+        let moments = [
+            stored(place, false, &m, drawn(step.optimizer.beta1)),
+            stored(place, true, &v, drawn(step.optimizer.beta2)),
+        ];
+        let largest = [&p, &m, &v].map(|x| x.iter().fold(0.0f32, |most, x| most.max(x.abs())));
+        Self { p, moments, largest, ratios }
+    }
+}

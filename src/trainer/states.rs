@@ -1,0 +1,155 @@
+//! What an optimizer keeps of weights, as checkpoints hold it: numbers, or codes and their scales.
+//!
+//! Numbers and codes are in the order of the weights in the file, like everything else there; scales
+//! are those of groups of neighbours in memory, so in the order of memory.
+
+use crate::Result;
+use crate::backend::{Backend, Place, StateLayout};
+use crate::checkpoint::{CODES, Dtype, SCALES, StateValues, TensorRead, decode};
+use crate::gpt::{ParamSpec, TensorInfo};
+use crate::model::OnDevice;
+use crate::optim::State;
+use crate::optim::moments::{self, Code, Element, First, GROUP, Second};
+use crate::reserve::{collect, reserve, text};
+
+/// The tensors that files have of a state, which are the same of all states.
+pub(super) struct Stored {
+    tensors: Vec<TensorInfo>,
+    /// Parameter and part of each of them.
+    parts: Vec<(usize, Part)>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Part {
+    Numbers,
+    Codes,
+    Scales,
+}
+
+const WHAT: &str = "the names of the optimizer's states";
+
+impl Stored {
+    /// Of these weights.
+    pub(super) fn of(weights: &[TensorInfo], layout: &StateLayout) -> Result<Self> {
+        let all = weights.iter().zip(&layout.places).enumerate();
+        let parts = all.flat_map(|(index, (weight, place))| {
+            let parts: &[Part] = match place.element {
+                Element::Int8 => &[Part::Codes, Part::Scales],
+                Element::F32 | Element::Bf16 => &[Part::Numbers],
+            };
+            parts.iter().map(move |part| (index, *part, weight, place))
+        });
+        let tensors = parts.clone().map(|(_, part, weight, place)| {
+            let (behind, shape) = match part {
+                Part::Numbers => ("", &weight.shape[..]),
+                Part::Codes => (CODES, &weight.shape[..]),
+                Part::Scales => (SCALES, &[place.groups()][..]),
+            };
+            let name = text(WHAT, format_args!("{}{behind}", weight.name))?;
+            let shape = collect(WHAT, shape.iter().map(|size| Ok(*size)))?;
+            Ok(TensorInfo { name, shape })
+        });
+        Ok(Self {
+            tensors: collect(WHAT, tensors)?,
+            parts: collect(WHAT, parts.map(|(index, part, ..)| Ok((index, part))))?,
+        })
+    }
+}
+
+/// A state as a checkpoint takes it.
+pub(super) struct Exported<'a, B: Backend> {
+    pub(super) model: &'a OnDevice<B>,
+    pub(super) stored: &'a Stored,
+    pub(super) layout: &'a StateLayout,
+    pub(super) state: &'a B::Bytes,
+    pub(super) of: &'static State,
+}
+
+impl<B: Backend> TensorRead for Exported<'_, B> {
+    fn tensors(&self) -> &[TensorInfo] {
+        &self.stored.tensors
+    }
+
+    fn dtype(&self, index: usize) -> Dtype {
+        let (parameter, part) = self.stored.parts[index];
+        match (part, self.layout.places[parameter].element) {
+            (Part::Codes, _) if self.of.is_signed => Dtype::I8,
+            (Part::Codes, _) => Dtype::U8,
+            (Part::Numbers, Element::Bf16) => Dtype::BF16,
+            _ => Dtype::F32,
+        }
+    }
+
+    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
+        let (parameter, part) = self.stored.parts[index];
+        let (place, backend) = (&self.layout.places[parameter], &*self.model.backend);
+        let dtype = self.dtype(index);
+        if part == Part::Scales {
+            return backend.read_bytes(self.state, place.scales, bytemuck::cast_slice_mut(out));
+        }
+        if dtype == Dtype::F32 {
+            backend.read_bytes(self.state, place.start, bytemuck::cast_slice_mut(out))?;
+        } else {
+            let mut bytes = Vec::new();
+            reserve(&mut bytes, "a tensor", place.bytes())?;
+            bytes.resize(place.bytes(), 0u8);
+            backend.read_bytes(self.state, place.start, &mut bytes)?;
+            decode(dtype, &bytes, out);
+        }
+        self.model.table.specs()[parameter].export(out, &mut Vec::new())
+    }
+}
+
+/// Stores what a checkpoint holds of a parameter's state, in whatever that is kept here.
+pub(super) fn load<B: Backend>(
+    backend: &B,
+    (state, place, of): (&mut B::Bytes, &Place, &State),
+    spec: &ParamSpec,
+    values: StateValues<'_>,
+    ours: &mut Vec<f32>,
+) -> Result<()> {
+    let mut bytes = Vec::new();
+    let scales = match values {
+        StateValues::Numbers(numbers) => {
+            spec.import(numbers, ours)?;
+            None
+        }
+        StateValues::Codes { codes, scales } => {
+            spec.import(codes, ours)?;
+            Some(scales)
+        }
+    };
+    reserve(&mut bytes, "a tensor", place.bytes())?;
+    match (place.element, scales) {
+        (Element::Int8, Some(scales)) => {
+            bytes.extend(ours.iter().map(|code| *code as i32 as u8));
+            backend.write_bytes(state, place.scales, bytemuck::cast_slice(scales))?;
+        }
+        (Element::Int8, None) => {
+            bytes.resize(place.bytes(), 0);
+            let mut scales = Vec::new();
+            reserve(&mut scales, "the scales of a tensor", place.groups())?;
+            let encode = if of.is_signed {
+                moments::encode_group::<First>
+            } else {
+                moments::encode_group::<Second>
+            };
+            let groups = ours.chunks(GROUP).zip(bytes.chunks_mut(GROUP));
+            scales.extend(groups.map(|(values, codes)| encode(values, codes)));
+            backend.write_bytes(state, place.scales, bytemuck::cast_slice(&scales))?;
+        }
+        (element, scales) => {
+            let decode = if of.is_signed { First::decode } else { Second::decode };
+            for (values, scale) in ours.chunks_mut(GROUP).zip(scales.unwrap_or_default()) {
+                values.iter_mut().for_each(|v| *v = decode(*v as i32 as u8, *scale));
+            }
+            match element {
+                Element::Bf16 => {
+                    bytes.extend(ours.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()))
+                }
+                _ => return backend.write_bytes(state, place.start, bytemuck::cast_slice(ours)),
+            }
+        }
+    }
+    backend.write_bytes(state, place.start, &bytes)
+}
