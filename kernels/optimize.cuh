@@ -62,6 +62,17 @@ __device__ __forceinline__ bool is_allowed(const double *sums, const Step &s, fl
   return isfinite(loss) && isfinite(norm) && clipped <= s.largest_gradient;
 }
 
+// How the gradient of a parameter is normalized: elements beyond a limit are made smaller by a
+// factor, then all by another. And what an update keeps of it for the next step.
+struct Normal {
+  float limit, shrink, scale;
+  float statistics[3];
+};
+
+__device__ __forceinline__ float clip(float g, const Normal &normal) {
+  return fabsf(g) > normal.limit ? __fmul_rn(g, normal.shrink) : g;
+}
+
 // What clipping makes gradients of a norm smaller by. PyTorch's clip_grad_norm_ adds the same 1e-6.
 __device__ __forceinline__ float clipping(float norm, const Step &s) {
   return s.clip > 0.0f ? fminf(s.clip / (norm + 1e-6f), 1.0f) : 1.0f;

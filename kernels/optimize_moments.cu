@@ -1,4 +1,5 @@
-// AdamW and StableAdamW with moments that are stored in less than f32: optim/moments.rs.
+// AdamW with moments that are stored in less than f32 (optim/moments.rs), or on gradients that are
+// normalized (optim/spam.rs), and StableAdamW with such moments.
 //
 // Every operation is rounded by itself, none fused, and the scale of a group does not depend on the
 // order, so that the processor stores the same bytes. Pieces begin where groups begin.
@@ -6,11 +7,14 @@
 #define GROUP 32
 #define THREADS 256
 
-// How moments in bf16 are rounded: stochastically where `drawn`, by bits whose rows are 8 elements
-// each; else to nearest. The draw's word 3 is the number of the parameter.
-struct Rounding {
-  Draw draw;
+// What becomes of the first and the second moment.
+struct Moments {
+  // What is kept of them: the decay rates, or 0 where they start again.
+  float kept[2];
+  // In bf16 they are rounded stochastically where `drawn`, by bits whose rows are 8 elements each;
+  // else to nearest. The draw's word 3 is the number of the parameter.
   u32 drawn[2];
+  Draw draw;
 };
 
 // What codes stand for, but for the scale.
@@ -96,14 +100,14 @@ __device__ __forceinline__ Four<float> load_moments(const Entry *e, u64 i, u32 c
 // Stores them. All threads of a warp call it, with the numbers that there are not as 0.
 template <u32 ELEMENT, bool SECOND>
 __device__ __forceinline__ void store_moments(const Entry *e, u64 i, u32 count,
-                                              const Four<float> &values, const Rounding &rounding,
+                                              const Four<float> &values, const Moments &moments,
                                               u32 number) {
   void *to = SECOND ? e->v : e->m;
   if (ELEMENT == F32) store4((float *)to + i, count, values);
   if (ELEMENT == BF16) {
     Four<bf16> stored;
-    if (rounding.drawn[SECOND]) {
-      Draw draw = rounding.draw;
+    if (moments.drawn[SECOND]) {
+      Draw draw = moments.draw;
       draw.word3 = number;
       uint4 words = philox(draw, (u32)(i / 8), SECOND);
       u32 pairs[2] = {i % 8 ? words.z : words.x, i % 8 ? words.w : words.y};
@@ -144,8 +148,8 @@ template <class Of> __device__ __forceinline__ void each_of_piece(u64 start, u64
 template <u32 ELEMENT>
 __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 start, u64 end,
                                              float lr, float size, float scale, u32 *trial,
-                                             const Step &s, const Rounding &rounding,
-                                             const Meanings &meanings) {
+                                             const Step &s, const Normal *normal,
+                                             const Moments &moments, const Meanings &meanings) {
   float keep = e->decays ? __fsub_rn(1.0f, __fmul_rn(lr, s.weight_decay)) : 1.0f;
   float rest1 = __fsub_rn(1.0f, s.beta1), rest2 = __fsub_rn(1.0f, s.beta2);
   float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
@@ -155,9 +159,9 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
     Four<float> v = load_moments<ELEMENT, true>(e, i, count, meanings);
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
-      float gradient = __fmul_rn(g.of[k], scale);
-      m.of[k] = __fadd_rn(__fmul_rn(s.beta1, m.of[k]), __fmul_rn(rest1, gradient));
-      v.of[k] = __fadd_rn(__fmul_rn(s.beta2, v.of[k]),
+      float gradient = __fmul_rn(normal ? clip(g.of[k], *normal) : g.of[k], scale);
+      m.of[k] = __fadd_rn(__fmul_rn(moments.kept[0], m.of[k]), __fmul_rn(rest1, gradient));
+      v.of[k] = __fadd_rn(__fmul_rn(moments.kept[1], v.of[k]),
                           __fmul_rn(rest2, __fmul_rn(gradient, gradient)));
       float divisor = __fadd_rn(__fmul_rn(__fsqrt_rn(v.of[k]), s.root), s.epsilon);
       p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, __fdiv_rn(m.of[k], divisor)));
@@ -175,31 +179,33 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
     for (u32 k = 0; k < 4; k++) copy.of[k] = from_f32<bf16>(p.of[k]);
     store4(e->param + i, count, p);
     store4(e->copy + i, count, copy);
-    store_moments<ELEMENT, false>(e, i, count, m, rounding, number);
-    store_moments<ELEMENT, true>(e, i, count, v, rounding, number);
+    store_moments<ELEMENT, false>(e, i, count, m, moments, number);
+    store_moments<ELEMENT, true>(e, i, count, v, moments, number);
   });
   u32 *of_one = trial + 3 * number;
   note_amax(trial ? of_one : e->amax, largest);
   if (trial) note_amax(of_one + 1, largest_m), note_amax(of_one + 2, largest_v);
 }
 
-// One update of every parameter, as `adamw` and `stable_adamw`, whose arguments these are. Grid:
-// any; block: 256.
+// One update of every parameter, as `adamw` and `stable_adamw`, whose arguments these are; of
+// gradients that are normalized where `normals` (entries) are not null. Grid: any; block: 256.
 __global__ void update_stored(const Entry *table, u32 entries, u64 pieces, const double *sums,
-                              const float2 *rates, u32 *trial, Step s, Rounding rounding) {
+                              const float2 *rates, const Normal *normals, u32 *trial, Step s,
+                              Moments moments) {
   begin();
   __shared__ Meanings meanings;
   float norm;
   if (!is_allowed(sums, s, norm)) return;
   fill(meanings);
-  float scale = clipping(norm, s);
   for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
     u32 number = (u32)(e - table);
     float lr = rates ? rates[number].x : s.lr, size = rates ? rates[number].y : s.size;
+    const Normal *normal = normals ? normals + number : nullptr;
+    float scale = __fmul_rn(normal ? normal->scale : 1.0f, clipping(norm, s));
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
 #define UPDATE(element) \
-  update_piece<element>(e, number, start, end, lr, size, scale, trial, s, rounding, meanings)
+  update_piece<element>(e, number, start, end, lr, size, scale, trial, s, normal, moments, meanings)
     if (e->element == INT8) UPDATE(INT8);
     else if (e->element == BF16) UPDATE(BF16);
     else UPDATE(F32);

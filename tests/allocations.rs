@@ -103,7 +103,7 @@ fn a_step_allocates_nothing() {
         let engine = Engine::new(EngineOptions { threads, ..EngineOptions::default() }).unwrap();
         let model = Model::new(&engine, &config).unwrap();
         let unlike_gpt2 = Model::new(&engine, &unlike_gpt2).unwrap();
-        let [adamw, stable] = OptimizerKind::ALL.map(Optimizer::new);
+        let [adamw, stable, spam, ..] = OptimizerKind::ALL.map(Optimizer::new);
         let moments = |moments| Optimizer { moments, ..stable };
         let all = Recipe::NAMES.into_iter().map(|name| (&model, name, adamw, 1e-8));
         // With the smallest epsilon every step is tried before it is done.
@@ -113,6 +113,7 @@ fn a_step_allocates_nothing() {
             (&model, "bf16", stable, 1e-45),
             (&model, FOLLOWED, adamw, 1e-8),
             (&model, "bf16", moments(Moments::Bf16), 1e-8),
+            (&model, "bf16", spam, 1e-8),
             (&model, "bf16", moments(Moments::Int8), 1e-45),
         ];
         for (model, name, optimizer, epsilon) in all.chain(others) {

@@ -174,7 +174,12 @@ fn cases() -> Vec<Case> {
             case.options.optimizer = Optimizer::new(OptimizerKind::StableAdamW);
         };
         all.push(shape("mxfp4-rht-sr").with("stable-adamw", stable));
-        for optimizer in ["adamw,moments=bf16", "stable-adamw,moments=int8"] {
+        for optimizer in [
+            "adamw,moments=bf16",
+            "stable-adamw,moments=int8",
+            "stable-spam,reset=3",
+            "gradstab,moments=int8",
+        ] {
             let smaller = |case: &mut Case| {
                 case.options.optimizer = optimizer.parse().unwrap();
                 case.options.optimizer.beta2 = 0.999;

@@ -173,9 +173,19 @@ impl Document {
             optimizer,
             schedule,
         } = options;
-        let &Optimizer { kind, moments, beta1, beta2, epsilon, weight_decay, clip } = optimizer;
-        let usual = Optimizer::default();
-        let named = ((kind, moments) != (usual.kind, usual.moments)).then(|| optimizer.to_string());
+        // The first three are what its name has.
+        let &Optimizer {
+            kind: _,
+            moments: _,
+            normalization: _,
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            clip,
+        } = optimizer;
+        let (name, usual) = (optimizer.to_string(), Optimizer::default().to_string());
+        let named = (name != usual).then_some(name);
         let optimizer = Settings { kind: named, beta1, beta2, epsilon, weight_decay, clip };
         let &Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } = schedule;
         Self {
@@ -205,9 +215,8 @@ impl Document {
 
     fn into_state(self) -> Result<(TrainerState, Sisters)> {
         let Settings { kind, beta1, beta2, epsilon, weight_decay, clip } = self.optimizer;
-        let Optimizer { kind, moments, .. } =
-            kind.as_deref().map(str::parse).transpose()?.unwrap_or_default();
-        let optimizer = Optimizer { kind, moments, beta1, beta2, epsilon, weight_decay, clip };
+        let named: Optimizer = kind.as_deref().map(str::parse).transpose()?.unwrap_or_default();
+        let optimizer = Optimizer { beta1, beta2, epsilon, weight_decay, clip, ..named };
         let Curve { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } = self.schedule;
         let options = TrainerOptions {
             batch_size: self.batch_size,

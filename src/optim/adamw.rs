@@ -4,7 +4,7 @@
 //! root, computed in f64, for beta^t is close to 1 for long.
 
 use super::bounds::{FLOOR, MOST, SLACK};
-use super::{Bounds, Definition, Moments, Optimizer, OptimizerKind, OptimizerStep, State};
+use super::{Bounds, Definition, Moments, Optimizer, OptimizerKind, OptimizerStep, State, spam};
 
 pub(super) const DEFINITION: Definition = Definition {
     name: "adamw",
@@ -16,7 +16,9 @@ pub(super) const DEFINITION: Definition = Definition {
         epsilon: 1e-8,
         weight_decay: 0.1,
         clip: 1.0,
+        normalization: spam::USUAL,
     },
+    normalizes: false,
     states: &[
         State { name: "m", what: "first moment", is_signed: true },
         // Its root would be NaN, and no step done, for a reason that no setting can put right.
@@ -29,6 +31,9 @@ pub(super) const DEFINITION: Definition = Definition {
 /// The arithmetic of an update of one parameter, which is the same whether it is stored or tried.
 #[derive(Clone, Copy)]
 pub(crate) struct Update {
+    /// Factors of moments: of what was kept, and of what comes.
+    kept1: f32,
+    kept2: f32,
     beta1: f32,
     beta2: f32,
     epsilon: f32,
@@ -36,6 +41,8 @@ pub(crate) struct Update {
     root: f32,
     keep: f32,
     gradient_scale: f32,
+    /// Elements of a gradient beyond a limit are made smaller by a factor, before all are.
+    clipped: [f32; 2],
 }
 
 impl Update {
@@ -53,18 +60,31 @@ impl Update {
     ) -> Self {
         let Optimizer { beta1, beta2, epsilon, .. } = step.optimizer;
         let keep = if decays { keep(step, rate) } else { 1.0 };
-        Self { beta1, beta2, epsilon, size, root: root(step), keep, gradient_scale }
+        let [kept1, kept2] = if step.starts_again() { [0.0; 2] } else { [beta1, beta2] };
+        let (root, clipped) = (root(step), [f32::INFINITY, 1.0]);
+        Self { kept1, kept2, beta1, beta2, epsilon, size, root, keep, gradient_scale, clipped }
+    }
+
+    /// The same of a gradient whose elements beyond a limit are made smaller by a factor first.
+    pub(crate) fn clipped(self, clipped: [f32; 2]) -> Self {
+        Self { clipped, ..self }
     }
 
     /// A weight and its moments after the update.
     #[inline(always)]
     pub(crate) fn of(&self, p: f32, m: f32, v: f32, g: f32) -> (f32, f32, f32) {
-        let gradient = g * self.gradient_scale;
-        let m = self.beta1 * m + (1.0 - self.beta1) * gradient;
-        let v = second_moment(self.beta2, v, gradient);
+        let gradient = clip(g, self.clipped) * self.gradient_scale;
+        let m = self.kept1 * m + (1.0 - self.beta1) * gradient;
+        let v = self.kept2 * v + (1.0 - self.beta2) * (gradient * gradient);
         let p = p * self.keep - self.size * (m / (v.sqrt() * self.root + self.epsilon));
         (p, m, v)
     }
+}
+
+/// An element of a gradient, made smaller by a factor where it is beyond a limit.
+#[inline(always)]
+pub(crate) fn clip(g: f32, [limit, shrink]: [f32; 2]) -> f32 {
+    if g.abs() > limit { g * shrink } else { g }
 }
 
 #[inline(always)]
@@ -88,7 +108,7 @@ fn keep(step: &OptimizerStep, rate: f32) -> f32 {
 }
 
 pub(crate) fn correction(step: &OptimizerStep, beta: f32) -> f64 {
-    1.0 - f64::from(beta).powf(step.t as f64)
+    1.0 - f64::from(beta).powf(step.age() as f64)
 }
 
 fn largest_gradient(bounds: &Bounds, step: &OptimizerStep) -> f32 {
@@ -155,12 +175,12 @@ mod tests {
                     t,
                     Optimizer {
                         kind,
-                        moments: Moments::F32,
                         beta1,
                         beta2,
                         epsilon,
                         weight_decay,
                         clip: 0.0,
+                        ..Optimizer::default()
                     },
                 )
             },

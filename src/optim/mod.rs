@@ -9,6 +9,7 @@ pub(crate) mod adamw;
 mod bounds;
 pub(crate) mod moments;
 mod schedule;
+pub(crate) mod spam;
 pub(crate) mod stable_adamw;
 mod step;
 
@@ -19,6 +20,7 @@ pub(crate) use bounds::Bounds;
 pub use moments::Moments;
 pub(crate) use moments::ParamKind;
 pub use schedule::{Schedule, ScheduleKind};
+pub use spam::Normalization;
 pub use step::{Largest, OptimizerStep, StepSums};
 
 use crate::{Error, Result};
@@ -33,18 +35,35 @@ pub enum OptimizerKind {
     /// `stable-adamw`: AdamW whose rate falls for a parameter whose gradients are larger than its
     /// second moments have seen coming (arXiv 2304.13013); usually without clipping.
     StableAdamW,
+    /// `stable-spam`: AdamW on gradients that are normalized tensor by tensor, whose outliers are
+    /// clipped, with moments that start again from time to time (arXiv 2502.17055). It takes no
+    /// clipping.
+    StableSpam,
+    /// `stable-spam-ref`: the same as its authors' code counts steps behind such a start.
+    StableSpamRef,
+    /// `gradstab`: AdamW on gradients whose lengths are made stable tensor by tensor, without more.
+    GradStab,
 }
 
 impl OptimizerKind {
     /// All of them.
-    pub const ALL: [Self; 2] = [Self::AdamW, Self::StableAdamW];
+    pub const ALL: [Self; 5] =
+        [Self::AdamW, Self::StableAdamW, Self::StableSpam, Self::StableSpamRef, Self::GradStab];
 
     /// What the rest of the house is told of it.
     pub(crate) fn definition(self) -> &'static Definition {
         match self {
             Self::AdamW => &adamw::DEFINITION,
             Self::StableAdamW => &stable_adamw::DEFINITION,
+            Self::StableSpam => &spam::STABLE,
+            Self::StableSpamRef => &spam::REFERENCE,
+            Self::GradStab => &spam::GRADSTAB,
         }
+    }
+
+    /// Whether gradients are normalized tensor by tensor, by [`Optimizer::normalization`].
+    pub(crate) fn normalizes(self) -> bool {
+        self.definition().normalizes
     }
 }
 
@@ -74,6 +93,8 @@ pub struct Optimizer {
     pub weight_decay: f32,
     /// Largest global gradient norm; longer gradients are scaled down to it. 0 turns it off.
     pub clip: f32,
+    /// Of `stable-spam`, `stable-spam-ref` and `gradstab`; others do not read it.
+    pub normalization: Normalization,
 }
 
 impl Default for Optimizer {
@@ -111,6 +132,32 @@ impl Optimizer {
                 return Err(Error::invalid(what, message));
             }
         }
+        if !self.kind.normalizes() {
+            return Ok(());
+        }
+        if self.clip > 0.0 {
+            let message = format!(
+                "{} normalizes the gradient of each tensor, so that clipping all of them together \
+                 changes nothing; set 0, got {}",
+                self.kind, self.clip
+            );
+            return Err(Error::invalid("clip", message));
+        }
+        let Normalization { gamma1, gamma2, gamma3, .. } = self.normalization;
+        for (what, gamma) in [("gamma1", gamma1), ("gamma2", gamma2), ("gamma3", gamma3)] {
+            if !(0.0..1.0).contains(&gamma) {
+                let message = format!("expected a number from 0 to below 1, got {gamma}");
+                return Err(Error::invalid(what, message));
+            }
+        }
+        if gamma1 * gamma1 >= gamma2 {
+            let message = format!(
+                "expected more than the square of gamma1, {}, or gradients have no largest length; \
+                 got {gamma2}",
+                gamma1 * gamma1
+            );
+            return Err(Error::invalid("gamma2", message));
+        }
         Ok(())
     }
 
@@ -123,11 +170,15 @@ impl Optimizer {
 /// Which one it is, and what its states are kept in.
 impl fmt::Display for Optimizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kind, moments, .. } = self;
-        match moments {
-            Moments::F32 => kind.fmt(f),
-            _ => write!(f, "{kind},moments={moments}"),
+        let Self { kind, moments, normalization, .. } = self;
+        kind.fmt(f)?;
+        if *moments != Moments::default() {
+            write!(f, ",moments={moments}")?;
         }
+        if kind.normalizes() {
+            normalization.switches(&Self::new(*kind).normalization, f)?;
+        }
+        Ok(())
     }
 }
 
@@ -150,8 +201,11 @@ impl FromStr for Optimizer {
             let (switch, value) = switch.split_once('=').unwrap_or((switch, ""));
             match switch.trim() {
                 "moments" => optimizer.moments = value.trim().parse()?,
+                switch if kind.normalizes() && optimizer.normalization.set(switch, value)? => {}
                 other => {
-                    return invalid(format!("unknown switch {other:?}; {name} has moments"));
+                    let more =
+                        if kind.normalizes() { ", gamma1, gamma2, gamma3, reset" } else { "" };
+                    return invalid(format!("unknown switch {other:?}; {name} has moments{more}"));
                 }
             }
         }
@@ -187,6 +241,8 @@ pub(crate) struct Definition {
     defaults: Optimizer,
     /// At most [`MAX_STATES`].
     states: &'static [State],
+    /// [`OptimizerKind::normalizes`].
+    normalizes: bool,
     /// [`Bounds::largest_gradient`].
     largest_gradient: fn(&Bounds, &OptimizerStep) -> f32,
     /// [`Bounds::after`].
@@ -208,11 +264,25 @@ mod tests {
             assert!(optimizer.states().len() <= MAX_STATES);
         }
         assert_eq!(Optimizer::default().to_string(), "adamw");
+        let given = "gradstab,moments=int8,gamma1=0.5,reset=100";
+        assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
+        let usual: Optimizer = "stable-spam,reset=1000,gamma3=0.999".parse().unwrap();
+        assert_eq!(usual.to_string(), "stable-spam");
         let spaced: Optimizer = " stable-adamw , moments = bf16,moments=int8".parse().unwrap();
         assert_eq!(spaced.to_string(), "stable-adamw,moments=int8");
         for (text, part) in [
-            ("", "expected one of adamw, stable-adamw; got \"\""),
-            ("adam", "expected one of adamw, stable-adamw; got \"adam\""),
+            (
+                "",
+                "expected one of adamw, stable-adamw, stable-spam, stable-spam-ref, gradstab; got",
+            ),
+            ("adam", "gradstab; got \"adam\""),
+            ("adamw,reset=5", "unknown switch \"reset\"; adamw has moments"),
+            (
+                "stable-spam,rest=5",
+                "\"rest\"; stable-spam has moments, gamma1, gamma2, gamma3, reset",
+            ),
+            ("stable-spam,reset=-1", "reset: expected a whole number"),
+            ("stable-spam,gamma1=x", "gamma1: expected a number"),
             ("adamw,moments=int4", "moments: expected one of f32, bf16, int8; got \"int4\""),
             ("adamw,moments", "moments: expected one of f32, bf16, int8; got \"\""),
             ("adamw, fast", "unknown switch \"fast\"; adamw has moments"),
@@ -243,6 +313,16 @@ mod tests {
         for bad in [-0.1, f32::NAN, f32::INFINITY] {
             assert_eq!(refused(Optimizer { weight_decay: bad, ..good }), "weight_decay");
             assert_eq!(refused(Optimizer { clip: bad, ..good }), "clip");
+        }
+        let spam = Optimizer::new(OptimizerKind::StableSpam);
+        assert_eq!(refused(Optimizer { clip: 1.0, ..spam }), "clip");
+        for (switch, what) in [
+            ("gamma1=0.95", "gamma2"),
+            ("gamma2=0.4", "gamma2"),
+            ("gamma3=1", "gamma3"),
+            ("gamma1=nan", "gamma1"),
+        ] {
+            assert_eq!(refused(format!("stable-spam,{switch}").parse().unwrap()), what);
         }
         let message = Optimizer { epsilon: 0.0, ..good }.validate().unwrap_err().to_string();
         assert_eq!(message, "epsilon: expected a number above 0 (1e-8 is usual) to below 1, got 0");

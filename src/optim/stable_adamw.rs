@@ -74,8 +74,8 @@ mod tests {
     /// One step of a parameter; its rate.
     fn update(step: &OptimizerStep, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) -> f32 {
         let rate = match step.optimizer.kind {
-            OptimizerKind::AdamW => step.lr,
             OptimizerKind::StableAdamW => rate_of(step, v, g),
+            _ => step.lr,
         };
         let update = Update::new(step, rate, true, 1.0);
         for i in 0..g.len() {

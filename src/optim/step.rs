@@ -1,6 +1,6 @@
 //! A step as data: what an update is told, what the reduction before it found, what it would leave.
 
-use super::{MAX_STATES, Optimizer};
+use super::{MAX_STATES, Optimizer, spam};
 
 /// What one update is made from besides weights, states and gradients.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +18,24 @@ pub struct OptimizerStep {
     /// Largest norm of the clipped gradient with which the update is made; with a larger one
     /// nothing changes.
     pub largest_gradient: f32,
+}
+
+impl OptimizerStep {
+    /// How often a moment that began as 0 has been updated after this step.
+    pub(crate) fn age(&self) -> u64 {
+        spam::age(self.t, self.reset())
+    }
+
+    /// Whether moments begin as 0 in this step.
+    pub(crate) fn starts_again(&self) -> bool {
+        spam::starts_again(self.t, self.reset())
+    }
+
+    /// Steps after which moments start again; 0 for never.
+    fn reset(&self) -> u64 {
+        let Optimizer { kind, normalization, .. } = self.optimizer;
+        if kind.normalizes() { normalization.reset.into() } else { 0 }
+    }
 }
 
 /// What a reduction found before anything was changed.

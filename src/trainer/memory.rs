@@ -9,6 +9,7 @@ use super::merge::Merges;
 use crate::backend::{Backend, MergeShape, Sequences, StateLayout, WorkspaceShape, on_device};
 use crate::gpt::{ActivationGradients, Activations, ForBackward, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
+use crate::optim::spam::STATISTICS;
 use crate::reserve::collect;
 use crate::run::TrainerOptions;
 use crate::{Engine, Result};
@@ -82,6 +83,8 @@ pub(super) struct Flat<B: Backend> {
     pub(super) states: Vec<B::Bytes>,
     /// Where in each of them.
     pub(super) layout: StateLayout,
+    /// (parameters, [`STATISTICS`]), of an optimizer that normalizes gradients.
+    pub(super) statistics: B::F32,
     pub(super) reduction: B::Reduction,
     pub(super) followed: Followed<B>,
 }
@@ -121,10 +124,12 @@ impl<B: Backend> Flat<B> {
         let layout = StateLayout::new(table.slots(), optimizer.moments, B::ALIGN)?;
         let states = optimizer.states().iter().map(|_| Ok(backend.bytes(arena, layout.bytes)));
         let states = collect("the states of the optimizer", states)?;
+        let kept = if optimizer.kind.normalizes() { table.slots().len() } else { 0 };
+        let statistics = backend.f32(arena, kept * STATISTICS);
         let reduction = backend.reduction(arena, table.slots(), optimizer)?;
         let followed = Followed::new(backend, arena, &table, &options.recipe)?;
         plan.optimizer = cut.since_last();
-        Ok(Self { gradients, states, layout, reduction, followed })
+        Ok(Self { gradients, states, layout, statistics, reduction, followed })
     }
 }
 

@@ -24,6 +24,7 @@ use crate::checkpoint::{self, Checkpoint, Kept, StateValues, TensorRead, Trainer
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Shapes};
 use crate::model::{Model, OnDevice};
+use crate::optim::spam::STATISTICS;
 use crate::optim::{Bounds, Largest, Optimizer, OptimizerStep, Schedule, State, StepSums};
 use crate::reserve::collect;
 use crate::run::{TrainerOptions, TrainerState};
@@ -224,9 +225,19 @@ impl Trainer {
             let states = collect("the states of the optimizer", states)?;
             let followed = &buffers.flat.followed;
             let of_blocks = followed.tensors(tensors)?;
+            let optimizer = &self.state.options.optimizer;
+            let of_gradients = states::statistics(tensors, optimizer)?;
+            let statistics = states::ExportedStatistics {
+                backend: &*model.backend,
+                tensors: &of_gradients,
+                flat: &buffers.flat.statistics,
+            };
             let others = followed.exported(&self.state, model, &of_blocks).map(Ok);
             let others = collect("what the recipe keeps of weights", others)?;
-            let others = others.iter().map(|(state, values)| Ok((*state, values as &dyn TensorRead)));
+            let others = others.iter().map(|(state, values)| (*state, values as &dyn TensorRead));
+            let statistics = (states::OF_GRADIENTS, &statistics as &dyn TensorRead);
+            let statistics = optimizer.kind.normalizes().then_some(statistics);
+            let others = statistics.into_iter().chain(others).map(Ok);
             let others = collect("what the recipe keeps of weights", others)?;
             let part = TrainerPart { state: &self.state, states: &states, others: &others };
             let weights = model.exported(tensors, &weights);
@@ -583,10 +594,13 @@ impl<B: Backend> Run<B> {
         dir: &Path,
     ) -> Result<()> {
         let Self { model: on, buffers, .. } = self;
-        let Flat { states: flats, layout, followed, .. } = &mut buffers.flat;
+        let Flat { states: flats, layout, statistics, followed, .. } = &mut buffers.flat;
         let (states, tensors) = (state.options.optimizer.states(), model.tensors());
         let of_blocks = followed.tensors(tensors)?;
         let kept = states.iter().map(|state| Kept { state: *state, tensors });
+        let of_gradients = states::statistics(tensors, &state.options.optimizer)?;
+        let tensors_of = Kept { state: states::OF_GRADIENTS, tensors: &of_gradients };
+        let kept = kept.chain((!of_gradients.is_empty()).then_some(tensors_of));
         let others = followed.states(state).map(|state| Kept { state, tensors: &of_blocks });
         let kept = collect("what is kept of weights", kept.chain(others).map(Ok))?;
         let mut ours = on.table.room_for_a_tensor()?;
@@ -606,7 +620,10 @@ impl<B: Backend> Run<B> {
                     let message = format!("codes of a {what}, which is never kept as such");
                     return Err(Error::format(dir, message));
                 };
-                return followed.load(on, (number, index), values, &mut ours);
+                return match number.checked_sub(usize::from(!of_gradients.is_empty())) {
+                    None => on.backend.write_f32(statistics, STATISTICS * index, values),
+                    Some(number) => followed.load(on, (number, index), values, &mut ours),
+                };
             }
             let into = (&mut flats[state], &layout.places[index], &states[state]);
             states::load(&*on.backend, into, &on.table.specs()[index], values, &mut ours)
@@ -631,7 +648,7 @@ impl<B: Backend> Run<B> {
         let total_steps = state.options.schedule.total_steps;
         let mut weights = on.lock()?;
         let Buffers { flat, activations, d, batch, workspace, recordings, .. } = buffers;
-        let Flat { gradients, states, layout, reduction, followed } = flat;
+        let Flat { gradients, states, layout, statistics, reduction, followed } = flat;
         for micro_step in 0..accumulation {
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
             let at = (state.schedule_step(), total_steps);
@@ -670,8 +687,14 @@ impl<B: Backend> Run<B> {
         let bounds = Bounds { weight: weights.largest, ..*known };
         // Whatever goes wrong: nothing is known then.
         (weights.largest, *known) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
-        let mut trained =
-            Trained { slots: table.slots(), weights: &mut weights.all, states, layout, gradients };
+        let mut trained = Trained {
+            slots: table.slots(),
+            weights: &mut weights.all,
+            states,
+            layout,
+            statistics,
+            gradients,
+        };
         let (sums, bounds) = backend.scope(|| {
             let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
             backend.reduce(workspace, reduction, &mut trained, &within);

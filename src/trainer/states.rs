@@ -8,8 +8,9 @@ use crate::backend::{Backend, Place, StateLayout};
 use crate::checkpoint::{CODES, Dtype, SCALES, StateValues, TensorRead, decode};
 use crate::gpt::{ParamSpec, TensorInfo};
 use crate::model::OnDevice;
-use crate::optim::State;
 use crate::optim::moments::{self, Code, Element, First, GROUP, Second};
+use crate::optim::spam::STATISTICS;
+use crate::optim::{Optimizer, State};
 use crate::reserve::{collect, reserve, text};
 
 /// The tensors that files have of a state, which are the same of all states.
@@ -97,6 +98,38 @@ impl<B: Backend> TensorRead for Exported<'_, B> {
             decode(dtype, &bytes, out);
         }
         self.model.table.specs()[parameter].export(out, &mut Vec::new())
+    }
+}
+
+/// What normalizing gradients keeps of each parameter.
+pub(super) const OF_GRADIENTS: State =
+    State { name: "statistics", what: "statistic of gradients", is_signed: false };
+
+/// As checkpoints hold it: a tensor of [`STATISTICS`] numbers a parameter, of which there are none
+/// where gradients are not normalized.
+pub(super) fn statistics(weights: &[TensorInfo], optimizer: &Optimizer) -> Result<Vec<TensorInfo>> {
+    let weights = if optimizer.kind.normalizes() { weights } else { &[] };
+    let tensors = weights.iter().map(|weight| {
+        let name = text(WHAT, format_args!("{}", weight.name))?;
+        Ok(TensorInfo { name, shape: collect(WHAT, [Ok(STATISTICS)].into_iter())? })
+    });
+    collect(WHAT, tensors)
+}
+
+/// Statistics as a checkpoint takes them.
+pub(super) struct ExportedStatistics<'a, B: Backend> {
+    pub(super) backend: &'a B,
+    pub(super) tensors: &'a [TensorInfo],
+    pub(super) flat: &'a B::F32,
+}
+
+impl<B: Backend> TensorRead for ExportedStatistics<'_, B> {
+    fn tensors(&self) -> &[TensorInfo] {
+        self.tensors
+    }
+
+    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
+        self.backend.read_f32(self.flat, STATISTICS * index, out)
     }
 }
 

@@ -370,8 +370,9 @@ pub(crate) struct OptimizerArgs {
     #[arg(long, value_name = "STEPS")]
     pub(crate) decay_steps: Option<u64>,
 
-    /// What moves the weights: adamw or stable-adamw, whose rate falls for a tensor whose gradients
-    /// are larger than its second moment has seen coming; with ",moments=bf16" or ",moments=int8"
+    /// What moves the weights: adamw; stable-adamw, whose rate falls for a tensor whose gradients
+    /// are larger than its second moment has seen coming; stable-spam or gradstab, which make the
+    /// lengths of gradients stable tensor by tensor; with ",moments=bf16" or ",moments=int8"
     /// behind it, moments take 4 or 2.25 bytes a parameter in place of 8
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) optimizer: Optimizer,

@@ -27,7 +27,7 @@ use super::cuda::Cuda;
 use super::*;
 use crate::formats::{Draw, LINEARS, LinearRecipe, MAX_HASHES, Purpose, Random, uniform};
 use crate::optim::{
-    Largest, Moments, Optimizer, OptimizerKind, OptimizerStep, ParamKind, StepSums,
+    Largest, Moments, Normalization, Optimizer, OptimizerKind, OptimizerStep, ParamKind, StepSums,
 };
 use crate::recipe::Recipe;
 

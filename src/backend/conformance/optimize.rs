@@ -3,6 +3,7 @@
 use super::*;
 use crate::optim::adamw;
 use crate::optim::moments::{self, Code, First, GROUP, Second, is_stochastic};
+use crate::optim::spam::STATISTICS;
 
 /// Parameters in training.
 pub(in crate::backend) struct Update<B: Harness> {
@@ -10,6 +11,7 @@ pub(in crate::backend) struct Update<B: Harness> {
     /// First and second moments.
     states: [B::Bytes; 2],
     layout: StateLayout,
+    statistics: B::F32,
     gradients: Flat<B>,
     reduction: B::Reduction,
     workspace: B::Workspace,
@@ -57,6 +59,7 @@ impl<B: Harness> Update<B> {
                 state
             }),
             layout,
+            statistics: cut(b, |arena| b.f32(arena, STATISTICS * params.slots.len())),
             gradients: Flat::of(b, &all(3)),
             reduction: cut(b, |arena| b.reduction(arena, &params.slots, &optimizer).unwrap()),
             workspace: workspace(b, Sequences { batch: 1, length: 1 }, 8, 1, 8, Precision::Bf16),
@@ -76,6 +79,7 @@ impl<B: Harness> Update<B> {
             weights: &mut self.params.weights,
             states: &mut self.states,
             layout: &self.layout,
+            statistics: &mut self.statistics,
             gradients: &mut self.gradients.buffer,
         };
         (trained, &mut self.reduction, &mut self.workspace)
@@ -208,6 +212,26 @@ pub(super) fn sums_of_losses<B: Harness>(backends: &[B]) {
     });
 }
 
+/// The gradient of a tensor of which nothing is known yet, normalized (arXiv 2502.17055).
+fn normalized(step: &OptimizerStep, g: &[f32]) -> Vec<f64> {
+    let Normalization { gamma1, gamma2, gamma3, .. } = step.optimizer.normalization;
+    let mean = |gamma: f64, x: f64| (1.0 - gamma) * x;
+    let is_gradstab = step.optimizer.kind == OptimizerKind::GradStab;
+    let correction = |gamma: f64| if is_gradstab { 1.0 } else { 1.0 - gamma.powi(step.t as i32) };
+    let largest = f64s(g).into_iter().fold(0.0, |largest: f64, g| largest.max(g.abs()));
+    let limit = match is_gradstab {
+        true => f64::INFINITY,
+        false => mean(gamma3, largest) / correction(gamma3),
+    };
+    let clipped = |g: f64| if g.abs() > limit { g / largest * limit } else { g };
+    let norm = f64s(g).into_iter().map(|g| clipped(g).powi(2)).sum::<f64>().sqrt();
+    let square = mean(gamma2, norm * norm) / correction(gamma2);
+    let length = mean(gamma1, norm)
+        / correction(gamma1)
+        / (square.sqrt() + f64::from(step.optimizer.epsilon));
+    f64s(g).into_iter().map(|g| clipped(g) / norm * length).collect()
+}
+
 /// What a step leaves of parameter `i` by the definition of its optimizer, in f64.
 fn twin(step: &OptimizerStep, i: usize, [p, m, v, g]: &Values, scale: f64) -> Vec<[f64; 3]> {
     let Optimizer { kind, beta2, epsilon, .. } = step.optimizer;
@@ -221,13 +245,14 @@ fn twin(step: &OptimizerStep, i: usize, [p, m, v, g]: &Values, scale: f64) -> Ve
     };
     let rms = (v.iter().zip(g).map(ratio).sum::<f64>() / g.len() as f64).sqrt();
     let lr = match kind {
-        OptimizerKind::AdamW => step.lr,
         OptimizerKind::StableAdamW => (f64::from(step.lr) / rms.max(1.0)) as f32,
+        _ => step.lr,
     };
+    let gradients = if kind.normalizes() { normalized(step, g) } else { f64s(g) };
     let step = OptimizerStep { lr, ..*step };
     let of_element = |k: usize| {
         let before = [p[k], m[k], v[k]].map(f64::from);
-        reference::adamw(before, scale * f64::from(g[k]), i != 1, &step)
+        reference::adamw(before, scale * gradients[k], i != 1, &step)
     };
     (0..g.len()).map(of_element).collect()
 }
@@ -240,6 +265,9 @@ pub(super) fn optimizer_steps<B: Harness>(backends: &[B]) {
     let norm = squares.sum::<f64>().sqrt();
     let clips = [0.0, (0.5 * norm) as f32];
     for (kind, clip) in OptimizerKind::ALL.iter().flat_map(|kind| clips.map(|clip| (*kind, clip))) {
+        if clip > 0.0 && kind.normalizes() {
+            continue;
+        }
         let step = step(Optimizer::new(kind));
         let step = OptimizerStep { optimizer: Optimizer { clip, ..step.optimizer }, ..step };
         let scale = if clip == 0.0 { 1.0 } else { f64::from(clip) / norm };

@@ -1,6 +1,8 @@
 //! The end of a step: the gradient's norm, and AdamW over all parameters, by the arithmetic of
 //! `optim/adamw.rs` compiled for each instruction set; StableAdamW gives it rates of its own.
 
+use std::ops::Add;
+
 use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, prefetch_after};
 use super::moments::{Moment, Rounding, Stored};
@@ -8,18 +10,45 @@ use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace};
 use crate::Result;
 use crate::backend::{Optimize, Slot, Trained};
 use crate::formats::{Draw, Purpose};
-use crate::optim::adamw::Update;
+use crate::optim::adamw::{Update, clip};
 use crate::optim::moments::is_stochastic;
+use crate::optim::spam::{Factors, STATISTICS};
 use crate::optim::stable_adamw::{self, Ratio};
 use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
-use crate::reserve::zeros;
+use crate::reserve::collect;
 
 /// What a reduction found.
 pub struct Reduction {
     losses: f64,
     squares: f64,
-    /// Learning rate of each parameter.
-    rates: Vec<f32>,
+    /// Of each parameter.
+    ones: Vec<One>,
+}
+
+/// What a reduction found of one parameter.
+#[derive(Clone, Copy)]
+struct One {
+    /// Its learning rate.
+    rate: f32,
+    /// How its gradient is normalized: elements beyond a limit are made smaller by a factor, then
+    /// all by another.
+    clipped: [f32; 2],
+    scale: f32,
+    /// What an update keeps of it.
+    statistics: [f32; STATISTICS],
+}
+
+impl One {
+    /// As the gradient is.
+    fn plain(rate: f32) -> Self {
+        let statistics = [0.0; STATISTICS];
+        Self { rate, clipped: [f32::INFINITY, 1.0], scale: 1.0, statistics }
+    }
+
+    fn update(&self, step: &OptimizerStep, slot: Slot, gradient_scale: f32) -> Update {
+        let update = Update::new(step, self.rate, slot.decays(), self.scale * gradient_scale);
+        update.clipped(self.clipped)
+    }
 }
 
 impl Reduction {
@@ -32,8 +61,9 @@ impl Optimize for Cpu {
     type Reduction = Reduction;
 
     fn reduction(&self, _: &mut Arena, slots: &[Slot], _: &Optimizer) -> Result<Reduction> {
-        let rates = zeros("the learning rates of the parameters", slots.len())?;
-        Ok(Reduction { losses: 0.0, squares: 0.0, rates })
+        let ones = slots.iter().map(|_| Ok(One::plain(0.0)));
+        let ones = collect("what a step finds of the parameters", ones)?;
+        Ok(Reduction { losses: 0.0, squares: 0.0, ones })
     }
 
     fn add_losses(
@@ -56,16 +86,19 @@ impl Optimize for Cpu {
     ) {
         let (slots, isa, gradients) = (trained.slots, self.isa(), &trained.gradients);
         let squares = |slot: &Slot| {
-            sum_in_order(&gradients[slot.range()], &|job| chunk_sum_of_squares(isa, job))
+            in_order(&gradients[slot.range()], &|job| chunk_sum_of_squares(isa, job), &Add::add)
         };
         reduction.squares = self.install(|| slots.iter().map(squares).sum());
-        reduction.rates.fill(step.lr);
+        reduction.ones.fill(One::plain(step.lr));
+        if step.optimizer.kind.normalizes() {
+            self.install(|| normalize(isa, &mut reduction.ones, trained, &Factors::new(step)));
+        }
         if step.optimizer.kind == OptimizerKind::StableAdamW {
             // Above the limit of the norm, too: there the update is tried.
             let free = OptimizerStep { largest_gradient: f32::INFINITY, ..*step };
             let ratio = Ratio::new(step, reduction.sums().gradient_scale(&free).unwrap_or(1.0));
             self.install(|| {
-                for (index, rate) in reduction.rates.iter_mut().enumerate() {
+                for (index, one) in reduction.ones.iter_mut().enumerate() {
                     let part = Part::of(trained, index, step);
                     let len = part.g.len();
                     let squares = part.in_jobs(
@@ -78,7 +111,7 @@ impl Optimize for Cpu {
                         },
                         &|left, right| left + right,
                     );
-                    *rate = stable_adamw::rate(step.lr, squares, len);
+                    one.rate = stable_adamw::rate(step.lr, squares, len);
                 }
             });
         }
@@ -94,9 +127,8 @@ impl Optimize for Cpu {
         let Some(gradient_scale) = sums.gradient_scale(step) else { return Ok(sums) };
         let isa = self.isa();
         self.install(|| {
-            for (index, rate) in reduction.rates.iter().enumerate() {
-                let update =
-                    Update::new(step, *rate, trained.slots[index].decays(), gradient_scale);
+            for (index, one) in reduction.ones.iter().enumerate() {
+                let update = one.update(step, trained.slots[index], gradient_scale);
                 let update = |part: Part<'_>| {
                     part.in_pieces(isa, Then::Store, &mut |p, m, v, g| {
                         update_chunk(isa, p, m, v, g, update);
@@ -105,6 +137,9 @@ impl Optimize for Cpu {
                 Part::of(trained, index, step).in_jobs(&update, &|(), ()| ());
             }
         });
+        for (kept, one) in trained.statistics.as_chunks_mut().0.iter_mut().zip(&reduction.ones) {
+            *kept = one.statistics;
+        }
         Ok(sums)
     }
 
@@ -121,9 +156,8 @@ impl Optimize for Cpu {
         // By their bits NaN is larger than everything.
         let larger = |a: [u32; 3], b: [u32; 3]| std::array::from_fn(|i| a[i].max(b[i]));
         self.install(|| {
-            for (index, rate) in reduction.rates.iter().enumerate() {
-                let update =
-                    Update::new(step, *rate, trained.slots[index].decays(), gradient_scale);
+            for (index, one) in reduction.ones.iter().enumerate() {
+                let update = one.update(step, trained.slots[index], gradient_scale);
                 let tried = |part: Part<'_>| {
                     let mut bits = [0; 3];
                     part.in_pieces(isa, Then::Forget, &mut |p, m, v, g| {
@@ -155,12 +189,29 @@ fn middle(len: usize) -> Option<usize> {
     (len > JOB_ELEMENTS).then(|| (len / 2).next_multiple_of(JOB_ELEMENTS))
 }
 
-/// The sum of `of` over jobs of fixed size.
-fn sum_in_order(all: &[f32], of: &(impl Fn(&[f32]) -> f64 + Sync)) -> f64 {
+/// What `of` makes of jobs of fixed size, joined in one order.
+fn in_order<R: Send>(
+    all: &[f32],
+    of: &(impl Fn(&[f32]) -> R + Sync),
+    joined: &(impl Fn(R, R) -> R + Sync),
+) -> R {
     let Some(middle) = middle(all.len()) else { return of(all) };
     let (left, right) = all.split_at(middle);
-    let (left, right) = rayon::join(|| sum_in_order(left, of), || sum_in_order(right, of));
-    left + right
+    let (left, right) = rayon::join(|| in_order(left, of, joined), || in_order(right, of, joined));
+    joined(left, right)
+}
+
+/// Finds how the gradient of each parameter is normalized, from what was kept of it.
+fn normalize(isa: Isa, ones: &mut [One], trained: &Trained<'_, Cpu>, factors: &Factors) {
+    let kept = trained.statistics.as_chunks().0;
+    for ((one, slot), kept) in ones.iter_mut().zip(trained.slots).zip(kept) {
+        one.statistics = *kept;
+        let g = &trained.gradients[slot.range()];
+        let largest = in_order(g, &|job| chunk_largest(isa, job), &f32::max);
+        one.clipped = factors.limit(&mut one.statistics, largest);
+        let of_job = |job: &[f32]| chunk_sum_of_clipped(isa, job, one.clipped);
+        one.scale = factors.scale(&mut one.statistics, in_order(g, &of_job, &Add::add));
+    }
 }
 
 /// A parameter in training, or a part of it.
@@ -185,7 +236,7 @@ const PIECE: usize = 1024;
 impl<'a> Part<'a> {
     /// A whole parameter, by its number.
     fn of(trained: &'a mut Trained<'_, Cpu>, index: usize, step: &OptimizerStep) -> Self {
-        let Trained { slots, weights, states, layout, gradients } = trained;
+        let Trained { slots, weights, states, layout, gradients, .. } = trained;
         let [m, v] = &mut **states else { panic!("AdamW names two states") };
         let (range, place) = (slots[index].range(), &layout.places[index]);
         let rounding = |beta, which| match is_stochastic(beta) {
@@ -258,6 +309,27 @@ simd_fn! {
             *lane += f64::from(*x) * f64::from(*x);
         }
         lanes.iter().sum()
+    }
+}
+
+simd_fn! {
+    /// Of the squares of elements that are clipped.
+    fn chunk_sum_of_clipped(x: &[f32], clipped: [f32; 2]) -> f64 {
+        let mut lanes = [0.0f64; 8];
+        for chunk in x.chunks(8) {
+            for (lane, x) in lanes.iter_mut().zip(chunk) {
+                let x = f64::from(clip(*x, clipped));
+                *lane += x * x;
+            }
+        }
+        lanes.iter().sum()
+    }
+}
+
+simd_fn! {
+    /// The largest magnitude.
+    fn chunk_largest(x: &[f32]) -> f32 {
+        f32::from_bits(x.iter().fold(0, |largest, x| x.abs().to_bits().max(largest)))
     }
 }
 

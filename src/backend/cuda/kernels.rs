@@ -22,13 +22,16 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 26] = [
+pub(super) static FILES: [File; 27] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16")
     }),
     file!("optimize_moments", ["random.cuh", "optimize.cuh"], |_| {
         of("update_stored square_stored_ratios")
+    }),
+    file!("optimize_spam", ["optimize.cuh"], |_| {
+        of("largest_of_pieces find_limits squares_of_clipped find_scales keep_statistics")
     }),
     file!("attend_plain", ["attend.cuh"], |_| {
         of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T>")

@@ -14,6 +14,7 @@ use crate::Result;
 use crate::backend::{Optimize, Slot, Trained};
 use crate::formats::{self, Purpose};
 use crate::optim::moments::is_stochastic;
+use crate::optim::spam::{Factors, STATISTICS};
 use crate::optim::{Largest, Moments, Optimizer, OptimizerKind, OptimizerStep, StepSums, adamw};
 
 /// Elements of a piece of work, as in the kernels.
@@ -76,19 +77,23 @@ impl Step {
     }
 }
 
-/// `Rounding` of the kernels.
+/// `Moments` of the kernels.
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(super) struct Rounding {
-    draw: Draw,
+pub(super) struct OfMoments {
+    kept: [f32; 2],
     drawn: [u32; 2],
+    draw: Draw,
 }
 
-impl Rounding {
+impl OfMoments {
     pub(super) fn new(step: &OptimizerStep) -> Self {
-        let Optimizer { beta1, beta2, .. } = step.optimizer;
-        let draw = formats::Draw::of(step.seed, Purpose::Moments, step.t as u32, 0);
-        Self { draw: draw.into(), drawn: [beta1, beta2].map(|b| u32::from(is_stochastic(b))) }
+        let betas = [step.optimizer.beta1, step.optimizer.beta2];
+        Self {
+            kept: if step.starts_again() { [0.0; 2] } else { betas },
+            drawn: betas.map(|beta| u32::from(is_stochastic(beta))),
+            draw: formats::Draw::of(step.seed, Purpose::Moments, step.t as u32, 0).into(),
+        }
     }
 }
 
@@ -113,6 +118,18 @@ pub(crate) struct Reduction {
     found: Vec<u32>,
     /// Of StableAdamW alone.
     rates: Option<Rates>,
+    /// Of optimizers that normalize gradients.
+    normals: Option<Normals>,
+}
+
+/// How the gradients of parameters are normalized, and what it is made from.
+struct Normals {
+    /// (pieces) u32: largest magnitudes.
+    largest: Piece,
+    /// (pieces) f64: sums of squares.
+    partials: Piece,
+    /// (parameters, 3 + [`STATISTICS`]) f32.
+    normals: Piece,
 }
 
 /// Learning rates of the parameters, and what they are made from.
@@ -127,7 +144,7 @@ impl Reduction {
     /// Uploads the table, if it changed since the last step.
     fn update_table(&mut self, trained: &Trained<'_, Cuda>) {
         self.wanted.clear();
-        let Trained { slots, weights, states, layout, gradients } = trained;
+        let Trained { slots, weights, states, layout, gradients, .. } = trained;
         let [m, v] = &**states else { panic!("AdamW keeps two states") };
         let mut pieces = 0;
         for (slot, place) in slots.iter().zip(&layout.places) {
@@ -161,11 +178,12 @@ impl Reduction {
     fn launch_update(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
         let (table, entries, grid) =
             (self.table.address, self.entries.len() as u32, self.grid(cuda));
-        if step.optimizer.moments != Moments::F32 {
+        if step.optimizer.moments != Moments::F32 || self.normals.is_some() {
             let rates = self.rates.as_ref().map_or(0, |rates| rates.rates.address);
+            let normals = self.normals.as_ref().map_or(0, |normals| normals.normals.address);
             launch!(cuda.gpu, "update_stored", grid, THREADS, 0;
-                table, entries, self.pieces, self.sum(0), rates, trial, Step::new(step),
-                Rounding::new(step));
+                table, entries, self.pieces, self.sum(0), rates, normals, trial, Step::new(step),
+                OfMoments::new(step));
             return;
         }
         match &self.rates {
@@ -214,6 +232,11 @@ impl Optimize for Cuda {
                 partials: arena.bytes(8 * pieces),
                 rates: arena.bytes(2 * 4 * parameters),
             }),
+            normals: optimizer.kind.normalizes().then(|| Normals {
+                largest: arena.bytes(4 * pieces),
+                partials: arena.bytes(8 * pieces),
+                normals: arena.bytes(4 * (3 + STATISTICS) * parameters),
+            }),
         })
     }
 
@@ -241,9 +264,21 @@ impl Optimize for Cuda {
         launch!(self.gpu, "sum_squares", [1, 1, 1], THREADS, 0;
             sums, workspace.clamped.address, partials, PARTS as u32, table, entries,
             Step::new(step));
+        let (grid, pieces) = (reduction.grid(self), reduction.pieces);
+        if let Some(Normals { largest, partials, normals }) = &reduction.normals {
+            let (kept, factors) = (trained.statistics.address(), Factors::new(step));
+            let (largest, partials, normals) = (largest.address, partials.address, normals.address);
+            launch!(self.gpu, "largest_of_pieces", grid, THREADS, 0;
+                largest, table, entries, pieces);
+            launch!(self.gpu, "find_limits", [entries as usize, 1, 1], 32, 0;
+                normals, largest, kept, table, factors);
+            launch!(self.gpu, "squares_of_clipped", grid, THREADS, 0;
+                partials, table, entries, pieces, normals);
+            launch!(self.gpu, "find_scales", [entries as usize, 1, 1], THREADS, 0;
+                normals, partials, table, factors);
+        }
         if let Some(Rates { partials, rates }) = &reduction.rates {
             let correction = adamw::correction(step, step.optimizer.beta1);
-            let (grid, pieces) = (reduction.grid(self), reduction.pieces);
             match step.optimizer.moments {
                 Moments::F32 => launch!(self.gpu, "square_ratios", grid, THREADS, 0;
                     partials.address, table, entries, pieces, sums, Step::new(step)),
@@ -263,6 +298,11 @@ impl Optimize for Cuda {
     ) -> Result<StepSums> {
         reduction.update_table(trained);
         reduction.launch_update(self, 0, step);
+        if let Some(Normals { normals, .. }) = &reduction.normals {
+            let (kept, parameters) = (trained.statistics.address(), trained.slots.len());
+            launch!(self.gpu, "keep_statistics", [parameters.div_ceil(THREADS), 1, 1], THREADS, 0;
+                kept, normals.address, parameters as u32, reduction.sum(0), Step::new(step));
+        }
         let mut found = [0.0; 3];
         self.read(reduction.sum(0), &mut found)?;
         let [losses, squares, clamped] = found;

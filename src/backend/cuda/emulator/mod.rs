@@ -26,6 +26,7 @@ mod moments;
 mod products;
 mod quantize;
 mod restore;
+mod spam;
 mod stable_adamw;
 mod values;
 

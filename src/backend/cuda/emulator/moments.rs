@@ -1,6 +1,6 @@
 //! Updates with moments in less than f32: `optimize_moments.cu`.
 
-use super::super::optimize::{Entry, Rounding, Step};
+use super::super::optimize::{Entry, OfMoments, Step};
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES, aligned};
 use crate::Moments;
@@ -16,9 +16,10 @@ type UpdateKernel = unsafe extern "C" fn(
     u64,
     *const f64,
     *const [f32; 2],
+    *const u8,
     *mut u32,
     Step,
-    Rounding,
+    OfMoments,
 );
 type RatiosKernel = unsafe extern "C" fn(*mut f64, *const Entry, u32, u64, *const f64, Step);
 
@@ -58,7 +59,7 @@ fn moments_are_stored_to_the_byte() {
             let (sums, entries, pieces) = ([1.0, 0.0, 0.0], table.as_ptr(), 5);
             let (mut partials, mut trial) = ([0.0; 5], [0u32; 9]);
             let rates = [[0.01, 0.02], [0.03, 0.04], [0.05, 0.06]];
-            let (of_kernel, rounding) = (Step::new(&step), Rounding::new(&step));
+            let (of_kernel, of_moments) = (Step::new(&step), OfMoments::new(&step));
             let run = |trial: *mut u32| {
                 emulator.run(schedule, [3, 1], 256, || {
                     // SAFETY: buffers are as long as the table and the grid say.
@@ -69,9 +70,10 @@ fn moments_are_stored_to_the_byte() {
                             pieces,
                             sums.as_ptr(),
                             rates.as_ptr(),
+                            std::ptr::null(),
                             trial,
                             of_kernel,
-                            rounding,
+                            of_moments,
                         );
                     }
                 });

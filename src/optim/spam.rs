@@ -1,0 +1,332 @@
+//! Gradients that are normalized tensor by tensor before Adam sees them: Stable-SPAM (arXiv
+//! 2502.17055) and its later form, GradientStabilizer.
+//!
+//! ```text
+//! A  M = max |g|;  T = gamma3 T + (1 - gamma3) M;  limit = T / (1 - gamma3^k)
+//!    where |g_i| > limit:  g_i = g_i / M limit
+//! B  n = |g|;  mean = gamma1 mean + (1 - gamma1) n;  square = gamma2 square + (1 - gamma2) n^2
+//!    g = g / n  mean / (1 - gamma1^k) / (sqrt(square / (1 - gamma2^k)) + epsilon)
+//! C  every `reset` steps the moments start again from 0, and so does their correction
+//! ```
+//!
+//! `stable-spam` counts k from the first step. `stable-spam-ref` is what the authors' code does: k
+//! starts again with the moments, while T, mean and square do not, so that for hundreds of steps
+//! behind a reset the limit is far too high. `gradstab` is B alone, without its corrections.
+//!
+//! What is kept of a tensor is T, mean and the root of square, in f32: the square itself may be
+//! beyond it.
+
+use std::fmt;
+
+use super::bounds::Bounds;
+use super::{Definition, Optimizer, OptimizerKind, OptimizerStep, adamw};
+use crate::{Error, Result};
+
+/// How gradients are normalized.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Normalization {
+    /// `gamma1=`: decay of the mean of norms.
+    pub gamma1: f64,
+    /// `gamma2=`: decay of the mean of their squares; above the square of gamma1.
+    pub gamma2: f64,
+    /// `gamma3=`: decay of the mean of largest magnitudes.
+    pub gamma3: f64,
+    /// `reset=`: steps after which moments start again; 0 for never.
+    pub reset: u32,
+}
+
+impl Normalization {
+    /// Sets what a switch names; whether it is one of these.
+    pub(super) fn set(&mut self, switch: &str, value: &str) -> Result<bool> {
+        let value = value.trim();
+        let bad =
+            |what, expected| Error::invalid(what, format!("expected {expected}, got {value:?}"));
+        let number = |what| value.parse().map_err(|_| bad(what, "a number"));
+        match switch {
+            "gamma1" => self.gamma1 = number("gamma1")?,
+            "gamma2" => self.gamma2 = number("gamma2")?,
+            "gamma3" => self.gamma3 = number("gamma3")?,
+            "reset" => {
+                self.reset = value.parse().map_err(|_| bad("reset", "a whole number of steps"))?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Writes those switches that are not the usual ones.
+    pub(super) fn switches(&self, usual: &Self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, ours, usual) in [
+            ("gamma1", self.gamma1, usual.gamma1),
+            ("gamma2", self.gamma2, usual.gamma2),
+            ("gamma3", self.gamma3, usual.gamma3),
+        ] {
+            if ours != usual {
+                write!(f, ",{name}={ours}")?;
+            }
+        }
+        if self.reset != usual.reset {
+            write!(f, ",reset={}", self.reset)?;
+        }
+        Ok(())
+    }
+}
+
+/// That of Stable-SPAM's class; of optimizers without any, which do not read it, too.
+pub(super) const USUAL: Normalization =
+    Normalization { gamma1: 0.7, gamma2: 0.9, gamma3: 0.999, reset: 1000 };
+
+const DEFAULTS: Optimizer = Optimizer {
+    kind: OptimizerKind::StableSpam,
+    beta2: 0.999,
+    clip: 0.0,
+    ..adamw::DEFINITION.defaults
+};
+
+pub(super) const STABLE: Definition = Definition {
+    name: "stable-spam",
+    defaults: DEFAULTS,
+    normalizes: true,
+    largest_gradient,
+    after,
+    ..adamw::DEFINITION
+};
+
+pub(super) const REFERENCE: Definition = Definition {
+    name: "stable-spam-ref",
+    defaults: Optimizer { kind: OptimizerKind::StableSpamRef, ..DEFAULTS },
+    ..STABLE
+};
+
+pub(super) const GRADSTAB: Definition = Definition {
+    name: "gradstab",
+    defaults: Optimizer {
+        kind: OptimizerKind::GradStab,
+        normalization: Normalization { gamma1: 0.6, gamma2: 0.999, gamma3: 0.0, reset: 0 },
+        ..DEFAULTS
+    },
+    ..STABLE
+};
+
+/// Numbers that are kept of a tensor: T, mean, and the root of square.
+pub(crate) const STATISTICS: usize = 3;
+
+/// What a step's normalization is computed with, the same for all tensors.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[repr(C)]
+pub(crate) struct Factors {
+    pub(crate) gamma1: f64,
+    pub(crate) gamma2: f64,
+    pub(crate) gamma3: f64,
+    /// What means are divided by, since they start at 0.
+    pub(crate) correction1: f64,
+    pub(crate) correction2: f64,
+    /// 0 where gradients are not clipped.
+    pub(crate) correction3: f64,
+    pub(crate) epsilon: f64,
+}
+
+impl Factors {
+    pub(crate) fn new(step: &OptimizerStep) -> Self {
+        let Normalization { gamma1, gamma2, gamma3, reset } = step.optimizer.normalization;
+        let k = match step.optimizer.kind {
+            OptimizerKind::StableSpamRef => of_reference(step.t, reset.into()),
+            _ => step.t,
+        };
+        let correction = |gamma: f64| 1.0 - gamma.powf(k as f64);
+        let corrections = match step.optimizer.kind {
+            OptimizerKind::GradStab => [1.0, 1.0, 0.0],
+            _ => [gamma1, gamma2, gamma3].map(correction),
+        };
+        let [correction1, correction2, correction3] = corrections;
+        let epsilon = step.optimizer.epsilon.into();
+        Self { gamma1, gamma2, gamma3, correction1, correction2, correction3, epsilon }
+    }
+
+    /// A, with the largest magnitude: beyond which elements are clipped, and the factor of those.
+    pub(crate) fn limit(&self, statistics: &mut [f32; STATISTICS], largest: f32) -> [f32; 2] {
+        if self.correction3 == 0.0 {
+            return [f32::INFINITY, 1.0];
+        }
+        let largest = f64::from(largest);
+        let mean = self.gamma3 * f64::from(statistics[0]) + (1.0 - self.gamma3) * largest;
+        statistics[0] = mean as f32;
+        let limit = mean / self.correction3;
+        [limit as f32, if largest > limit { (limit / largest) as f32 } else { 1.0 }]
+    }
+
+    /// B, with the sum of squares of clipped elements: the factor of all.
+    pub(crate) fn scale(&self, statistics: &mut [f32; STATISTICS], squares: f64) -> f32 {
+        let norm = squares.sqrt();
+        let mean = self.gamma1 * f64::from(statistics[1]) + (1.0 - self.gamma1) * norm;
+        let root = f64::from(statistics[2]);
+        let square = self.gamma2 * (root * root) + (1.0 - self.gamma2) * squares;
+        (statistics[1], statistics[2]) = (mean as f32, square.sqrt() as f32);
+        if norm == 0.0 {
+            return 1.0;
+        }
+        let length = mean / self.correction1 / ((square / self.correction2).sqrt() + self.epsilon);
+        (length / norm) as f32
+    }
+}
+
+/// The counter of the authors' code in step t before its reset.
+fn of_reference(t: u64, reset: u64) -> u64 {
+    if reset == 0 || t <= reset { t } else { (t - 1) % reset + 2 }
+}
+
+/// Steps that moments have seen, this one included.
+pub(super) fn age(t: u64, reset: u64) -> u64 {
+    if reset == 0 || t < reset { t } else { t % reset + 1 }
+}
+
+/// Whether moments start again in step t.
+pub(super) fn starts_again(t: u64, reset: u64) -> bool {
+    reset > 0 && t.is_multiple_of(reset)
+}
+
+/// No normalized gradient of a tensor is longer, whatever the gradients were.
+///
+/// With weights w of the mean and u of the mean of squares, (sum w n)^2 is at most
+/// sum(w^2 / u) sum(u n^2), a geometric series; and no correction makes it more than
+/// 1 / (1 - gamma1) times as long.
+fn longest(step: &OptimizerStep) -> f64 {
+    let Normalization { gamma1, gamma2, .. } = step.optimizer.normalization;
+    let series = (1.0 - gamma2) * (1.0 - gamma1 * gamma1 / gamma2);
+    // Twice, for what f32 makes of the statistics and of gradients near its end.
+    2.0 / series.sqrt()
+}
+
+/// The norm is that of gradients before they are normalized, and any will do, or none.
+fn largest_gradient(bounds: &Bounds, step: &OptimizerStep) -> f32 {
+    let largest = (adamw::DEFINITION.largest_gradient)(bounds, step);
+    if f64::from(largest) >= longest(step) { f32::INFINITY } else { -1.0 }
+}
+
+fn after(bounds: &Bounds, step: &OptimizerStep, _: f32) -> Bounds {
+    (adamw::DEFINITION.after)(bounds, step, longest(step) as f32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::adamw::Update;
+    use super::*;
+
+    fn step(t: u64, optimizer: Optimizer) -> OptimizerStep {
+        let largest_gradient = f32::INFINITY;
+        OptimizerStep { optimizer, lr: 1e-3, t, seed: 0, loss_scale: 1.0, largest_gradient }
+    }
+
+    /// A tensor in training.
+    struct One {
+        p: Vec<f32>,
+        m: Vec<f32>,
+        v: Vec<f32>,
+        statistics: [f32; STATISTICS],
+    }
+
+    impl One {
+        fn new(len: usize) -> Self {
+            let zeros = || vec![0.0; len];
+            Self { p: zeros(), m: zeros(), v: zeros(), statistics: [0.0; STATISTICS] }
+        }
+
+        /// One step; the limit, and the length of the normalized gradient.
+        fn step(&mut self, step: &OptimizerStep, g: &[f32]) -> [f32; 2] {
+            let factors = Factors::new(step);
+            let largest = g.iter().fold(0.0f32, |most, g| most.max(g.abs()));
+            let clipped @ [limit, shrink] = factors.limit(&mut self.statistics, largest);
+            let of_one = |g: &f32| if g.abs() > limit { g * shrink } else { *g };
+            let squares: f64 = g.iter().map(|g| f64::from(of_one(g)).powi(2)).sum();
+            let scale = factors.scale(&mut self.statistics, squares);
+            let update = Update::new(step, step.lr, true, scale).clipped(clipped);
+            for (i, g) in g.iter().enumerate() {
+                (self.p[i], self.m[i], self.v[i]) = update.of(self.p[i], self.m[i], self.v[i], *g);
+            }
+            [limit, scale * squares.sqrt() as f32]
+        }
+    }
+
+    fn close(ours: f32, exact: f64) -> bool {
+        (f64::from(ours) - exact).abs() <= 1e-6 * exact.abs().max(1e-3)
+    }
+
+    /// Four steps with a reset in the third, of the authors' code and with a counter of its own.
+    #[test]
+    fn steps_are_those_of_the_authors_code() {
+        let gradients = [[0.3, -0.4], [0.03, 0.04], [3.0, -0.4], [0.3, 0.4]];
+        for (kind, last) in [
+            (OptimizerKind::StableSpamRef, [1.918820030, 0.944383696, -0.003947, 0.001676]),
+            (OptimizerKind::StableSpam, [0.960369905, 0.852710279, -0.003935, 0.001707]),
+        ] {
+            let mut optimizer = Optimizer { weight_decay: 0.0, ..Optimizer::new(kind) };
+            optimizer.normalization.reset = 3;
+            let mut one = One::new(2);
+            for (i, (g, expected)) in gradients
+                .iter()
+                .zip([
+                    [0.4, 1.0, -0.001, 0.001],
+                    [0.219909955, 0.679981594, -0.001973, 0.001135],
+                    [1.147533951, 0.866752740, -0.002973, 0.002135],
+                    last,
+                ])
+                .enumerate()
+            {
+                let [limit, length] = one.step(&step(i as u64 + 1, optimizer), g);
+                let [of_limit, of_length, x, y] = expected;
+                assert!(close(limit, of_limit), "{kind}, step {}: limit {limit}", i + 1);
+                assert!(close(length, of_length), "{kind}, step {}: length {length}", i + 1);
+                let is_there = |p: f32, exact: f64| (f64::from(p) - exact).abs() < 6e-7;
+                assert!(is_there(one.p[0], x) && is_there(one.p[1], y), "{kind}: {:?}", one.p);
+            }
+        }
+    }
+
+    #[test]
+    fn gradstab_gives_gradients_these_lengths() {
+        let optimizer = Optimizer::new(OptimizerKind::GradStab);
+        let mut one = One::new(2);
+        for (t, (norm, expected)) in
+            (1..).zip([(0.5, 12.649111), (0.05, 8.814800), (50.0, 12.701597), (0.5, 7.750932)])
+        {
+            let [limit, length] = one.step(&step(t, optimizer), &[0.6 * norm, -0.8 * norm]);
+            assert!(limit == f32::INFINITY && close(length, expected), "step {t}: {length}");
+        }
+    }
+
+    /// Whatever gradients come, in the order that makes the most of it.
+    #[test]
+    fn no_gradient_is_longer_than_is_said() {
+        for (kind, gammas) in [
+            (OptimizerKind::StableSpam, [0.7, 0.9f64]),
+            (OptimizerKind::StableSpamRef, [0.85, 0.99999]),
+            (OptimizerKind::GradStab, [0.6, 0.999]),
+        ] {
+            let mut optimizer = Optimizer::new(kind);
+            [optimizer.normalization.gamma1, optimizer.normalization.gamma2] = gammas;
+            optimizer.normalization.reset = 7;
+            let most = longest(&step(1, optimizer));
+            for growth in [1e-3f32, 0.5, 1.0, 1.3, 10.0, 1e3] {
+                let (mut one, mut norm) = (One::new(1), 1.0f32);
+                for t in 1..60 {
+                    let [_, length] = one.step(&step(t, optimizer), &[norm]);
+                    assert!(
+                        f64::from(length) <= most,
+                        "{kind}, {growth}, step {t}: {length} {most}"
+                    );
+                    norm = (norm * growth).clamp(1e-30, 1e30);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn counters_start_again_as_the_code_does() {
+        let counted = |f: fn(u64, u64) -> u64| (1..=8).map(|t| f(t, 3)).collect::<Vec<_>>();
+        assert_eq!(counted(of_reference), [1, 2, 3, 2, 3, 4, 2, 3]);
+        assert_eq!(counted(age), [1, 2, 1, 2, 3, 1, 2, 3]);
+        assert_eq!([of_reference(9, 0), age(9, 0)], [9, 9]);
+        assert_eq!([2, 3, 6].map(|t| starts_again(t, 3)), [false, true, true]);
+        assert!(!starts_again(3, 0));
+    }
+}
