@@ -65,9 +65,17 @@ fn main() {
         let recipe: Recipe = name.parse().unwrap();
         let recompute = std::env::var("MXT_BENCH_RECOMPUTE").unwrap_or_else(|_| "nothing".into());
         let recompute = recompute.parse().unwrap();
+        let optimizer = std::env::var("MXT_BENCH_OPTIMIZER").unwrap_or_else(|_| "adamw".into());
+        let optimizer = optimizer.parse().unwrap();
         let schedule = Schedule { total_steps: 1_000_000, ..Schedule::default() };
-        let options =
-            TrainerOptions { batch_size, recipe, recompute, schedule, ..TrainerOptions::default() };
+        let options = TrainerOptions {
+            batch_size,
+            recipe,
+            recompute,
+            optimizer,
+            schedule,
+            ..TrainerOptions::default()
+        };
         let mut trainer = Trainer::new(&model, options).unwrap();
         let first = trainer.step(&data).unwrap().seconds;
         let mut seconds: Vec<f64> =

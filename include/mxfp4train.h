@@ -502,7 +502,9 @@ typedef struct mxt_trainer_options {
   // its authors' code counts) or "gradstab" (lengths of gradients alone). Behind it,
   // with a comma, what its moments are kept in: "moments=f32" (8 bytes a parameter, the default),
   // "moments=bf16" (4) or "moments=int8" (2.25, of the matrices of blocks; embeddings then have
-  // bf16): "adamw,moments=int8". Borrowed for the call.
+  // bf16): "adamw,moments=int8"; and what weights are kept as: "master=split" takes 2 bytes less
+  // on a GPU than "master=f32", the default, and is not for recipes that need weights in f32.
+  // Borrowed for the call.
   const char *optimizer;
 } mxt_trainer_options;
 

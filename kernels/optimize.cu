@@ -165,3 +165,21 @@ __global__ void copy_to_bf16(bf16 *copy, u32 *amax, const float *param, u64 len)
   if (i < len) copy[i] = from_f32<bf16>(v);
   note_amax(amax, v);
 }
+
+// A parameter whose master values are split from here on: low (len) and copy (len) of param (len);
+// *amax, which is 0 before, the bits of the largest magnitude of copy. Grid: len / 256, rounded up;
+// block: 256.
+__global__ void split_master(u16 *low, bf16 *copy, u32 *amax, const float *param, u64 len) {
+  begin();
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  float v = 0.0f;
+  if (i < len) split(param[i], copy[i], low[i]), v = to_f32(copy[i]);
+  note_amax(amax, v);
+}
+
+// param (len) of copy (len) and low (len). Grid: len / 256, rounded up; block: 256.
+__global__ void join_master(float *param, const bf16 *copy, const u16 *low, u64 len) {
+  begin();
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < len) param[i] = join(copy[i], low[i]);
+}

@@ -8,7 +8,8 @@
 enum Element : u32 { F32, BF16, INT8 };
 
 struct Entry {
-  float *param;     // f32 master values
+  float *param;     // f32 master values, or null where they are split
+  u16 *low;         // then what the copies lack
   bf16 *copy;       // what GEMMs read
   void *m, *v;      // moments, as `element` says
   float *m_scales, *v_scales; // of groups, where they have any
@@ -17,7 +18,8 @@ struct Entry {
   u64 first_piece;  // number of the parameter's first piece
   u32 decays;       // whether weight decay applies
   u32 element;      // what moments are stored as: `Element`
-  u32 *amax;        // bits of the largest magnitude of the master values
+  u32 *amax;        // bits of the largest magnitude: of the master values, or where these are
+                    // split of the copies
 };
 
 #define PIECE 4096
@@ -71,6 +73,17 @@ struct Normal {
 
 __device__ __forceinline__ float clip(float g, const Normal &normal) {
   return fabsf(g) > normal.limit ? __fmul_rn(g, normal.shrink) : g;
+}
+
+// Splits a number into a copy to nearest and what that lacks, and joins it again: optim/master.rs.
+// What lies in the middle between two copies becomes the next number away from 0.
+__device__ __forceinline__ void split(float p, bf16 &copy, u16 &low) {
+  u32 bits = __float_as_uint(p);
+  bits += (bits & 0xffff) == 0x8000;
+  copy.bits = (u16)((bits + 0x7fff) >> 16), low = (u16)bits;
+}
+__device__ __forceinline__ float join(bf16 copy, u16 low) {
+  return __uint_as_float((((u32)copy.bits - (low > 0x8000)) << 16) | low);
 }
 
 // What clipping makes gradients of a norm smaller by. PyTorch's clip_grad_norm_ adds the same 1e-6.

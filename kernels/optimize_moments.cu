@@ -144,6 +144,36 @@ template <class Of> __device__ __forceinline__ void each_of_piece(u64 start, u64
   }
 }
 
+// Up to 4 weights.
+__device__ __forceinline__ Four<float> load_weights(const Entry *e, u64 i, u32 count) {
+  if (!e->low) return load4(e->param + i, count);
+  Four<bf16> copy = load4(e->copy + i, count);
+  Four<u16> low = load4(e->low + i, count);
+  Four<float> p;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) p.of[k] = join(copy.of[k], low.of[k]);
+  return p;
+}
+
+// Stores them, with their copies, and makes of p what operands are made from.
+__device__ __forceinline__ void store_weights(const Entry *e, u64 i, u32 count, Four<float> &p) {
+  Four<bf16> copy;
+  if (e->low) {
+    Four<u16> low;
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) {
+      split(p.of[k], copy.of[k], low.of[k]);
+      p.of[k] = to_f32(copy.of[k]);
+    }
+    store4(e->low + i, count, low);
+  } else {
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) copy.of[k] = from_f32<bf16>(p.of[k]);
+    store4(e->param + i, count, p);
+  }
+  store4(e->copy + i, count, copy);
+}
+
 // The update of a piece: `update_all` of optimize.cu, without fused operations.
 template <u32 ELEMENT>
 __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 start, u64 end,
@@ -154,7 +184,7 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
   float rest1 = __fsub_rn(1.0f, s.beta1), rest2 = __fsub_rn(1.0f, s.beta2);
   float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
   each_of_piece(start, end, [&](u64 i, u32 count) {
-    Four<float> g = load4(e->gradient + i, count), p = load4(e->param + i, count);
+    Four<float> g = load4(e->gradient + i, count), p = load_weights(e, i, count);
     Four<float> m = load_moments<ELEMENT, false>(e, i, count, meanings);
     Four<float> v = load_moments<ELEMENT, true>(e, i, count, meanings);
 #pragma unroll
@@ -167,18 +197,16 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
       p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, __fdiv_rn(m.of[k], divisor)));
       // What is not there: its second moment may decode to more than 0.
       if (k >= count) m.of[k] = v.of[k] = p.of[k] = 0.0f;
-      largest = max_nan(largest, fabsf(p.of[k]));
       if (trial) {
+        largest = max_nan(largest, fabsf(p.of[k]));
         largest_m = max_nan(largest_m, fabsf(m.of[k]));
         largest_v = max_nan(largest_v, fabsf(v.of[k]));
       }
     }
     if (trial) return;
-    Four<bf16> copy;
+    store_weights(e, i, count, p);
 #pragma unroll
-    for (u32 k = 0; k < 4; k++) copy.of[k] = from_f32<bf16>(p.of[k]);
-    store4(e->param + i, count, p);
-    store4(e->copy + i, count, copy);
+    for (u32 k = 0; k < 4; k++) largest = max_nan(largest, fabsf(p.of[k]));
     store_moments<ELEMENT, false>(e, i, count, m, moments, number);
     store_moments<ELEMENT, true>(e, i, count, v, moments, number);
   });

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::backend::{Backend, Device, Precision, Sequences, StepPlan, WorkspaceShape, on_device};
+use crate::backend::{Backend, Device, Sequences, StepPlan, WorkspaceShape, on_device};
 use crate::formats::{Draw, LinearRecipe, Purpose, uniform};
 use crate::gpt::{Activations, ModelConfig, Pass, Shapes};
 use crate::model::{Model, OnDevice};
+use crate::optim::Master;
 use crate::recipe::Recipe;
 use crate::reserve::{push, reserve, zeros};
 use crate::{Error, Result};
@@ -149,6 +150,9 @@ struct DecoderOn<B: Backend> {
     tokens: B::Tokens,
     logits: B::F32,
     plan: StepPlan,
+    /// What the weights are kept as: where they are split, it computes with their copies.
+    master: Master,
+    longest: usize,
 }
 
 impl Decoder {
@@ -161,28 +165,37 @@ impl Decoder {
 
     /// Logits of the token after `context`.
     fn next_logits(&mut self, model: &Model, context: &[u32], out: &mut [f32]) -> Result<()> {
-        on_device!(&mut self.0, on => on.next_logits(model.config(), context, out))
+        on_device!(&mut self.0, on => on.next_logits(model, context, out))
     }
 }
 
 impl<B: Backend> DecoderOn<B> {
     fn new(model: &Model, on: &Arc<OnDevice<B>>, longest: usize) -> Result<Self> {
-        let (backend, config) = (&*on.backend, model.config());
-        let mut measuring = backend.arena(None)?;
-        Self::cut(on, &mut measuring, config, longest)?;
-        let bytes = backend.arena_used(&measuring);
-        model.engine().check_memory("generating", bytes as u64, bytes as u64)?;
-        Self::cut(on, &mut backend.arena(Some(bytes))?, config, longest)
+        let master = on.read()?.master;
+        Self::for_master(model, on, longest, master)
     }
 
-    fn next_logits(
-        &mut self,
-        config: &ModelConfig,
-        context: &[u32],
-        out: &mut [f32],
-    ) -> Result<()> {
-        let OnDevice { backend, table, .. } = &*self.model;
-        let weights = &self.model.read()?.all;
+    fn for_master(
+        model: &Model,
+        on: &Arc<OnDevice<B>>,
+        longest: usize,
+        master: Master,
+    ) -> Result<Self> {
+        let (backend, config) = (&*on.backend, model.config());
+        let mut measuring = backend.arena(None)?;
+        Self::cut(on, &mut measuring, config, longest, master)?;
+        let bytes = backend.arena_used(&measuring);
+        model.engine().check_memory("generating", bytes as u64, bytes as u64)?;
+        Self::cut(on, &mut backend.arena(Some(bytes))?, config, longest, master)
+    }
+
+    fn next_logits(&mut self, model: &Model, context: &[u32], out: &mut [f32]) -> Result<()> {
+        let (on, config) = (Arc::clone(&self.model), model.config());
+        let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
+        if weights.master != self.master {
+            *self = Self::for_master(model, &on, self.longest, weights.master)?;
+        }
+        let weights = &weights.all;
         let sequences = Sequences { batch: 1, length: context.len() };
         let Self { activations, workspace, tokens, logits, plan, .. } = self;
         backend.scope(|| {
@@ -211,15 +224,21 @@ impl<B: Backend> DecoderOn<B> {
         arena: &mut B::Arena,
         config: &ModelConfig,
         longest: usize,
+        master: Master,
     ) -> Result<Self> {
+        let (recipe, linear) = match master {
+            Master::F32 => (Recipe::fp32(), LinearRecipe::F32),
+            Master::Split => (Recipe::bf16(), LinearRecipe::BF16),
+        };
+        let precision = recipe.precision();
         let (backend, sequences) = (&*model.backend, Sequences { batch: 1, length: longest });
-        let shapes = Shapes { config, sequences, precision: Precision::F32 };
+        let shapes = Shapes { config, sequences, precision };
         let shape = WorkspaceShape {
             linears: &shapes.linears(),
             norm: shapes.norm(),
             attention: shapes.attention(0),
             head: shapes.head(),
-            recipes: &[LinearRecipe::F32],
+            recipes: &[linear],
             merge: None,
             backward: false,
         };
@@ -230,7 +249,9 @@ impl<B: Backend> DecoderOn<B> {
             workspace: backend.workspace(arena, &shape),
             tokens: backend.tokens(arena, longest, false)?,
             logits: backend.f32(arena, config.vocab_size),
-            plan: Recipe::fp32().step_plan(config.layers)?,
+            plan: recipe.step_plan(config.layers)?,
+            master,
+            longest,
         })
     }
 }

@@ -94,7 +94,7 @@ pub use error::{Error, Result};
 pub use formats::Philox;
 pub use gpt::{Activation, ModelConfig, Recompute, TensorInfo};
 pub use model::{Model, ModelFiles};
-pub use optim::{Moments, Normalization, Optimizer, OptimizerKind, Schedule, ScheduleKind};
+pub use optim::{Master, Moments, Normalization, Optimizer, OptimizerKind, Schedule, ScheduleKind};
 pub use recipe::Recipe;
 pub use room::MemoryRoom;
 pub use run::{Cadence, TrainerOptions};

@@ -9,6 +9,7 @@ use crate::backend::{Backend, Device, Memory, Slot, on_device};
 use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, StoredTensor, TensorRead};
 use crate::engine::LogLevel;
 use crate::gpt::{ModelConfig, ParamSpec, ParamTable, TensorInfo, initialize};
+use crate::optim::Master;
 use crate::reserve::collect;
 use crate::signals::file_limit_is_an_error;
 use crate::{Engine, Error, Result};
@@ -52,6 +53,10 @@ pub(crate) struct Weights<B: Backend> {
     /// An upper bound of their magnitudes, infinite where none is known: several trainers and the
     /// host may write them in turn.
     pub(crate) largest: f64,
+    /// What they are kept as.
+    pub(crate) master: Master,
+    /// How often that has changed, and with it where they lie.
+    pub(crate) moves: u64,
 }
 
 impl Model {
@@ -184,11 +189,12 @@ impl Model {
         })
     }
 
-    /// Bytes that the weights of a model take.
-    pub(crate) fn plan(engine: &Engine, config: &ModelConfig) -> Result<u64> {
+    /// Bytes that the weights of a model take which are kept as `master`.
+    pub(crate) fn plan(engine: &Engine, config: &ModelConfig, master: Master) -> Result<u64> {
         on_device!(engine.backend(), backend => {
             let mut arena = backend.arena(None)?;
-            cut(&**backend, &mut arena, &table_for(&**backend, config)?);
+            let table = table_for(&**backend, config)?;
+            backend.weights(&mut arena, table.len(), table.slots().len(), master);
             Ok(backend.arena_used(&arena) as u64)
         })
     }
@@ -205,7 +211,7 @@ impl Model {
     fn zeroed(engine: &Engine, config: &ModelConfig, found: Option<FoundConfig>) -> Result<Self> {
         config.validate()?;
         let config = &config.clone().canonical();
-        let bytes = Self::plan(engine, config)?;
+        let bytes = Self::plan(engine, config, Master::F32)?;
         engine.check_memory("the weights", bytes, bytes)?;
         let on_device = match engine.backend() {
             Device::Cpu(cpu) => Device::Cpu(OnDevice::new(cpu, config, bytes)?),
@@ -257,16 +263,14 @@ pub(crate) fn table_for<B: Memory>(_: &B, config: &ModelConfig) -> Result<ParamT
     ParamTable::new(config, B::ALIGN)
 }
 
-fn cut<B: Memory>(backend: &B, arena: &mut B::Arena, table: &ParamTable) -> B::Weights {
-    backend.weights(arena, table.len(), table.slots().len())
-}
-
 impl<B: Backend> OnDevice<B> {
     /// Weights of 0, for which `bytes` were planned.
     fn new(backend: &Arc<B>, config: &ModelConfig, bytes: u64) -> Result<Arc<Self>> {
         let table = table_for(&**backend, config)?;
-        let all = cut(&**backend, &mut backend.arena(Some(bytes as usize))?, &table);
-        let weights = RwLock::new(Weights { all, largest: f64::INFINITY });
+        let (arena, count) = (&mut backend.arena(Some(bytes as usize))?, table.slots().len());
+        let all = backend.weights(arena, table.len(), count, Master::F32);
+        let (largest, master) = (f64::INFINITY, Master::F32);
+        let weights = RwLock::new(Weights { all, largest, master, moves: 0 });
         Ok(Arc::new(Self { backend: backend.clone(), table, weights }))
     }
 
@@ -278,6 +282,21 @@ impl<B: Backend> OnDevice<B> {
     /// The weights, for as long as the guard lives, which others may read as well.
     pub(crate) fn read(&self) -> Result<RwLockReadGuard<'_, Weights<B>>> {
         self.weights.read().map_err(|_| Error::Poisoned)
+    }
+
+    /// Keeps the weights as `master` from here on, whatever they were kept as; of a device without
+    /// copies they are in f32 always. For a moment both forms are there.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(crate) fn keep_as(&self, weights: &mut Weights<B>, master: Master) -> Result<()> {
+        if weights.master == master || !B::HAS_COPIES {
+            return Ok(());
+        }
+        let (table, all) = (&self.table, &mut weights.all);
+        self.backend.keep_weights_as(all, table.len(), table.slots(), master)?;
+        (weights.master, weights.moves) = (master, weights.moves + 1);
+        Ok(())
     }
 
     /// The weights as a checkpoint holds them.

@@ -302,6 +302,11 @@ impl Recipe {
         Self::named("fp32").expect("a name of the table")
     }
 
+    /// Everything in bf16.
+    pub(crate) fn bf16() -> Self {
+        Self::named("bf16").expect("a name of the table")
+    }
+
     /// The formats of linear layer `number` of all blocks and steps that no exception takes.
     pub fn linear(&self, number: usize) -> &LinearRecipe {
         &self.linears[number]

@@ -1,8 +1,10 @@
 //! A run as data: the options that it was made with, and its place. What a checkpoint holds of a
 //! trainer besides tensors.
 
+use crate::backend::Precision;
+use crate::formats::{GemmId, LinearRecipe, Restoration};
 use crate::gpt::{ModelConfig, Recompute};
-use crate::optim::{Optimizer, Schedule};
+use crate::optim::{Master, Optimizer, Schedule};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
@@ -111,6 +113,7 @@ impl TrainerOptions {
         }
         options.optimizer.validate()?;
         options.schedule.validate()?;
+        options.check_master()?;
         if options.recipe.excepts_steps() && options.schedule.total_steps == 0 {
             let message = "bf16-last-steps is a part of a schedule's steps, whose number \
                            (total_steps) is not set; set it, or bf16-last-steps=0";
@@ -122,6 +125,29 @@ impl TrainerOptions {
             return Err(Error::invalid("recipe", message));
         }
         Ok(options)
+    }
+}
+
+impl TrainerOptions {
+    /// An error where something needs master weights in f32 that are split.
+    fn check_master(&self) -> Result<()> {
+        let recipe = &self.recipe;
+        let restores = |layer: &LinearRecipe| Restoration::of(layer, GemmId::Wgrad).is_some();
+        let why = if self.optimizer.master == Master::F32 {
+            return Ok(());
+        } else if recipe.precision() == Precision::F32 {
+            "multiplies them"
+        } else if recipe.ema().is_some() || recipe.reset().is_some() {
+            "follows how they move"
+        } else if recipe.all().iter().any(restores) {
+            "makes their gradients with them"
+        } else {
+            return Ok(());
+        };
+        let message = format!(
+            "master=split keeps no weights in f32, and the recipe {recipe} {why}; use master=f32"
+        );
+        Err(Error::invalid("optimizer", message))
     }
 }
 

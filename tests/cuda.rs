@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use mxfp4train::{
-    Activation, Dataset, Engine, EngineOptions, Error, Model, ModelConfig, Recipe, Schedule,
-    Trainer, TrainerOptions,
+    Activation, Dataset, Engine, EngineOptions, Error, GenerateOptions, Master, Model, ModelConfig,
+    Moments, Optimizer, OptimizerKind, Recipe, Schedule, Trainer, TrainerOptions,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -403,4 +403,86 @@ fn a_device_that_is_not_there_says_what_to_do() {
     // Whatever there is.
     let engine = engine("auto").unwrap();
     println!("auto: {}", engine.device());
+}
+
+/// Every optimizer learns with every form of its state, repeats itself, and goes on after a save bit
+/// for bit; forms change a run by little, and one form can go on from another.
+#[test]
+fn optimizers_learn_in_every_form_and_resume() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let (path, data) = (folder.path().join("run"), text());
+    for kind in OptimizerKind::ALL {
+        let mut whole = Vec::new();
+        for (moments, master) in [
+            (Moments::F32, Master::F32),
+            (Moments::F32, Master::Split),
+            (Moments::Bf16, Master::F32),
+            (Moments::Int8, Master::Split),
+        ] {
+            let optimizer = Optimizer { moments, master, beta2: 0.999, ..Optimizer::new(kind) };
+            let options = TrainerOptions { optimizer, ..options("fp8-mxfp4-rht-sr") };
+            let run = || {
+                let model = Model::new(&gpu, &config()).unwrap();
+                let mut trainer = Trainer::new(&model, options.clone()).unwrap();
+                let losses: Vec<_> = (0..40).map(|_| trainer.step(&data).unwrap().loss).collect();
+                (trainer, losses)
+            };
+            let (mut trainer, losses) = run();
+            assert_eq!(run().1, losses, "{optimizer} repeats itself");
+            assert!(losses[39] < losses[0] - 0.5, "{optimizer}: {losses:?}");
+            if whole.is_empty() {
+                whole = losses.clone();
+            }
+            assert!((losses[39] - whole[39]).abs() < 0.03, "{optimizer}: {losses:?} {whole:?}");
+            trainer.save(&path).unwrap();
+            let mut resumed = Trainer::load(&gpu, &path).unwrap();
+            let other = Optimizer { moments: Moments::F32, master: Master::F32, ..optimizer };
+            let mut other = Trainer::load_as(&gpu, &path, &other).unwrap();
+            for _ in 0..3 {
+                let (a, b) = (trainer.step(&data).unwrap(), resumed.step(&data).unwrap());
+                assert_eq!((a.loss, a.grad_norm), (b.loss, b.grad_norm), "{optimizer} resumes");
+                let c = other.step(&data).unwrap();
+                assert!((a.loss - c.loss).abs() < 0.01, "{optimizer}: {} {}", a.loss, c.loss);
+            }
+        }
+    }
+}
+
+/// Trainers of one model that keep its master weights otherwise take turns, evaluate, generate and
+/// save; and where that changes where the weights lie, no recorded pass reads where they were.
+#[test]
+fn trainers_that_keep_weights_otherwise_share_a_model() {
+    let Some(gpu) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let (path, data) = (folder.path().join("run"), text());
+    let with = |master, recipe| TrainerOptions {
+        optimizer: Optimizer { master, ..Optimizer::default() },
+        ..options(recipe)
+    };
+    let run = |masters: [Master; 2]| {
+        let model = Model::new(&gpu, &config()).unwrap();
+        let mut first = Trainer::new(&model, with(masters[0], "bf16")).unwrap();
+        let mut second = Trainer::new(&model, with(masters[1], "fp8-mxfp4-rht-sr")).unwrap();
+        let mut losses = Vec::new();
+        for _ in 0..5 {
+            losses.push(first.step(&data).unwrap().loss);
+            losses.push(second.step(&data).unwrap().loss);
+            losses.push(second.eval(&data, 2).unwrap().loss);
+        }
+        let greedy = GenerateOptions { temperature: 0.0, max_tokens: 4, ..Default::default() };
+        let tokens = model.generate(&[10, 20, 30], &greedy, &mut |_| true).unwrap();
+        second.save(&path).unwrap();
+        let loaded = Trainer::load(&gpu, &path).unwrap().eval(&data, 2).unwrap().loss;
+        assert_eq!(loaded, second.eval(&data, 2).unwrap().loss);
+        (losses, tokens)
+    };
+    let (plain, tokens) = run([Master::F32; 2]);
+    for masters in [[Master::Split; 2], [Master::F32, Master::Split], [Master::Split, Master::F32]]
+    {
+        let (losses, others) = run(masters);
+        let furthest = losses.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(furthest < 0.01, "{masters:?}: {losses:?} {plain:?}");
+        assert_eq!(others.len(), tokens.len(), "{masters:?}");
+    }
 }

@@ -7,7 +7,9 @@ mod tiny;
 
 use std::fs;
 
-use mxfp4train::{Error, Moments, Optimizer, OptimizerKind, Schedule, Trainer, TrainerOptions};
+use mxfp4train::{
+    Error, Master, Moments, Optimizer, OptimizerKind, Schedule, Trainer, TrainerOptions,
+};
 use tiny::{data, engine, losses, model, weights};
 
 /// Every optimizer, with its moments in everything.
@@ -151,4 +153,24 @@ fn damaged_codes_are_named() {
     fs::write(&path, bytes).unwrap();
     let error = Trainer::load(&engine(1), folder.path()).unwrap_err().to_string();
     assert!(error.contains("damaged: expected CRC-32"), "{error}");
+}
+
+/// Split master weights are for recipes that make operands from copies of them; a processor, which
+/// has no copies, computes the same with them.
+#[test]
+fn what_needs_weights_in_f32_refuses_to_split_them() {
+    let split = Optimizer { master: Master::Split, ..Optimizer::default() };
+    for (recipe, why) in [
+        ("fp32", "the recipe fp32 multiplies them"),
+        ("tetrajet,ema=0.9", "follows how they move"),
+        ("msra-fp4", "makes their gradients with them"),
+    ] {
+        let options = TrainerOptions { recipe: recipe.parse().unwrap(), ..options(split) };
+        let error = Trainer::new(&model(&engine(1)), options).unwrap_err().to_string();
+        assert!(error.contains(why) && error.contains("master=f32"), "{error}");
+    }
+    let [mut with, mut without] = [split, Optimizer::default()]
+        .map(|optimizer| Trainer::new(&model(&engine(1)), options(optimizer)).unwrap());
+    assert_eq!(losses(&mut with, 3), losses(&mut without, 3));
+    assert_eq!(with.options().optimizer.to_string(), "adamw,master=split");
 }

@@ -9,7 +9,10 @@ use super::device::memory::{Arena, F32, Piece, Tensor, Weights};
 use super::quantization::errors_of_fp8_products;
 use super::quantize::kept::{Keeping, Way};
 use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, values};
-use super::{Cuda, Type, UNBIASED, Workspace, alone, f32s_of, gpu, of_dy, older_gpu, workspace};
+use super::{
+    Cuda, Type, UNBIASED, Workspace, alone, f32s_of, gpu, of_dy, older_gpu, random, workspace,
+};
+use crate::backend::conformance::{Update, step};
 use crate::backend::{
     Activation, Device, Epilogue, Linear as _, LinearBackward, LinearForward, LinearShape,
     Memory as _, OutputGradient, Precision, Sequences,
@@ -18,6 +21,8 @@ use crate::formats::{
     Draw, Element, Format, GemmId, LinearRecipe, Nvfp4Scale, Operand, OperandId, Purpose, Random,
     Rounding, Signs, Transform,
 };
+use crate::optim::moments::{self, GROUP};
+use crate::optim::{Master, Optimizer, ParamKind};
 use crate::recipe::Recipe;
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
 
@@ -61,7 +66,7 @@ fn medians<const N: usize>(cuda: &Cuda, mut calls: [&mut dyn FnMut(); N]) -> [f6
 /// A parameter of normal values.
 fn param(cuda: &Cuda, len: usize, std: f32, seed: u64) -> Weights {
     let mut arena = Arena::allocated(&cuda.gpu, len * 6 + 1024).unwrap();
-    let mut param = arena.weights(len, 1);
+    let mut param = arena.weights(len, 1, Master::F32);
     cuda.draw_param(&mut param, alone(len), std, &Draw::of(seed, Purpose::Weights, 0, 0)).unwrap();
     param
 }
@@ -110,7 +115,8 @@ fn quantization_on(cuda: &Cuda) {
     for (rows, cols) in [(16384, 768), (16384, 1024), (16384, 2048), (16384, 4096), (8192, 8192)] {
         let elements = rows * cols;
         let source = noted(cuda, rows, cols, 1.0, 1);
-        let weights = param(cuda, elements, 1.0, 2).master;
+        let weights = param(cuda, elements, 1.0, 2);
+        let weights = weights.param(alone(elements)).master();
         let out = [bytes(cuda, elements), bytes(cuda, elements)];
         let (words, sums) = (bytes(cuda, 8), f32s(cuda, (rows / 64 + 2) * cols));
         let amax = source.amax().unwrap();
@@ -124,11 +130,11 @@ fn quantization_on(cuda: &Cuda) {
             Quantization { by_rows, by_columns, amax, clamped, ..of_dy }.run(cuda);
         };
         let bf16 = Source::of(&source);
-        let f32 = Source { address: weights.address(), precision: Precision::F32 };
+        let f32 = Source { address: weights, precision: Precision::F32 };
         let [copying, both, by_rows, columns, from_f32] = medians(
             cuda,
             [
-                &mut || copy(cuda, copied.address, weights.address(), 4 * elements),
+                &mut || copy(cuda, copied.address, weights, 4 * elements),
                 &mut || {
                     let of_dy = of_dy(bf16, (rows, cols), 64, UNBIASED);
                     let both = Quantization {
@@ -161,6 +167,69 @@ fn quantization_on(cuda: &Cuda) {
     }
 }
 
+/// The end of a step, of 50 million parameters, against the rate of a copy by the driver: the update
+/// alone, and with the reduction before it.
+#[test]
+#[ignore = "a measurement"]
+fn updates() {
+    let Some(cuda) = gpu() else { return };
+    cuda.gpu.scope(|| updates_on(&cuda));
+}
+
+fn updates_on(cuda: &Cuda) {
+    const LEN: usize = 1 << 24;
+    let positive = |k: usize| random(LEN, k as u64).iter().map(|x| x * x).collect::<Vec<_>>();
+    let values: [Vec<f32>; 4] = std::array::from_fn(positive);
+    // A matrix, a vector and a table.
+    let values = [values.clone(), values.clone(), values];
+    for name in [
+        "adamw",
+        "adamw,master=split",
+        "adamw,moments=bf16",
+        "adamw,moments=int8",
+        "adamw,moments=int8,master=split",
+        "stable-adamw",
+        "stable-adamw,moments=int8,master=split",
+        "stable-spam,moments=int8,master=split",
+    ] {
+        let optimizer: Optimizer = name.parse().unwrap();
+        let step = step(optimizer);
+        let mut update = Update::of(cuda, &values, optimizer);
+        let room = bytes(cuda, 8 * LEN);
+        update.add_losses(cuda, &[1.0], false);
+        let whole: &std::cell::RefCell<_> = &std::cell::RefCell::new(&mut update);
+        let [copying, updating, both] = medians(
+            cuda,
+            [
+                &mut || copy(cuda, room.address, room.address + 4 * LEN as u64, 4 * LEN),
+                &mut || whole.borrow_mut().update(cuda, &step),
+                &mut || {
+                    whole.borrow_mut().step(cuda, &step);
+                },
+            ],
+        );
+        // Bytes of all parameters that an update reads and writes.
+        let of = |kind: ParamKind| {
+            let moments = 2.0
+                * match optimizer.moments.element(kind) {
+                    moments::Element::F32 => 8.0,
+                    moments::Element::Bf16 => 4.0,
+                    moments::Element::Int8 => 2.0 + 8.0 / GROUP as f64,
+                };
+            let weights = if optimizer.master == Master::Split { 8.0 } else { 10.0 };
+            4.0 + weights + moments
+        };
+        let kinds = [ParamKind::Matrix, ParamKind::Vector, ParamKind::Table];
+        let moved: f64 = kinds.map(of).iter().sum::<f64>() * LEN as f64;
+        let rate = 8.0 * LEN as f64 / copying;
+        println!(
+            "{name:40} update {updating:7.1} us, {:4.1}% of a copy's rate ({:.2} TB/s); step {both:7.1} us",
+            100.0 * moved / updating / rate,
+            rate * 1e-6
+        );
+    }
+}
+
 /// FP8 bytes and the numbers of NVFP4 and int8 against the rate of a copy by the driver.
 #[test]
 #[ignore = "a measurement"]
@@ -173,13 +242,14 @@ fn operands_on(cuda: &Cuda) {
     for (rows, cols) in [(16384, 1024), (8192, 2048), (8192, 8192)] {
         let elements = rows * cols;
         let source = noted(cuda, rows, cols, 1.0, 1);
-        let weights = param(cuda, elements, 1.0, 2).master;
+        let weights = param(cuda, elements, 1.0, 2);
+        let weights = weights.param(alone(elements)).master();
         let out = [bytes(cuda, 4 * elements), bytes(cuda, elements)];
         let turned = bytes(cuda, 2 * elements);
         let (words, sums) = (bytes(cuda, 32), f32s(cuda, (rows / 64 + 2) * cols));
         let amax = source.amax().unwrap();
         let bf16 = Source::of(&source);
-        let f32 = Source { address: weights.address(), precision: Precision::F32 };
+        let f32 = Source { address: weights, precision: Precision::F32 };
         let (to, shape) = ([out[0].address, words.address], [rows, cols]);
         let both = [to[0], out[1].address, to[1], sums.address()];
         let (e4m3, e5m2) = (Element::E4m3, Element::E5m2);
@@ -251,7 +321,7 @@ fn operands_on(cuda: &Cuda) {
         let times = medians(
             cuda,
             [
-                &mut || copy(cuda, to[0], weights.address(), 4 * elements),
+                &mut || copy(cuda, to[0], weights, 4 * elements),
                 &mut || fp8::convert(cuda, e4m3, to, bf16, amax, elements),
                 &mut || fp8::turn(cuda, e4m3, to, bf16, amax, shape),
                 &mut || {

@@ -8,7 +8,7 @@
 use super::{Precision, WorkspaceShape};
 use crate::Result;
 use crate::formats::Draw;
-use crate::optim::ParamKind;
+use crate::optim::{Master, ParamKind};
 
 /// A parameter's place in flat buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +66,9 @@ pub trait Memory: Send + Sync + Sized + 'static {
 
     /// What slots start at multiples of, in elements.
     const ALIGN: usize;
+    /// Whether there are bf16 copies of weights beside their master values, so that these can be
+    /// split.
+    const HAS_COPIES: bool;
 
     /// An arena of `bytes` bytes, or for `None` one that only measures: it hands out buffers that
     /// must not be used and counts their bytes.
@@ -78,8 +81,25 @@ pub trait Memory: Send + Sync + Sized + 'static {
     fn f32(&self, arena: &mut Self::Arena, len: usize) -> Self::F32;
     /// A zeroed buffer of `len` bytes.
     fn bytes(&self, arena: &mut Self::Arena, len: usize) -> Self::Bytes;
-    /// `count` zeroed parameters of `len` elements in all, between slots included.
-    fn weights(&self, arena: &mut Self::Arena, len: usize, count: usize) -> Self::Weights;
+    /// `count` zeroed parameters of `len` elements in all, between slots included, whose master
+    /// weights are kept as `master`.
+    fn weights(
+        &self,
+        arena: &mut Self::Arena,
+        len: usize,
+        count: usize,
+        master: Master,
+    ) -> Self::Weights;
+    /// Keeps all parameters, `len` elements in all, as `master` from here on, which is not what they
+    /// are kept as: their numbers stay, but for what [`Master::Split`] cannot hold. Waits for the
+    /// device. Never called where there are no copies.
+    fn keep_weights_as(
+        &self,
+        weights: &mut Self::Weights,
+        len: usize,
+        slots: &[Slot],
+        master: Master,
+    ) -> Result<()>;
     /// A buffer of `len` tokens, whose embeddings get gradients or never will; an error where the
     /// host lacks memory for it.
     fn tokens(

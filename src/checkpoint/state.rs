@@ -173,10 +173,11 @@ impl Document {
             optimizer,
             schedule,
         } = options;
-        // The first three are what its name has.
+        // The first four are what its name has.
         let &Optimizer {
             kind: _,
             moments: _,
+            master: _,
             normalization: _,
             beta1,
             beta2,

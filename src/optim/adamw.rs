@@ -4,13 +4,16 @@
 //! root, computed in f64, for beta^t is close to 1 for long.
 
 use super::bounds::{FLOOR, MOST, SLACK};
-use super::{Bounds, Definition, Moments, Optimizer, OptimizerKind, OptimizerStep, State, spam};
+use super::{
+    Bounds, Definition, Master, Moments, Optimizer, OptimizerKind, OptimizerStep, State, spam,
+};
 
 pub(super) const DEFINITION: Definition = Definition {
     name: "adamw",
     defaults: Optimizer {
         kind: OptimizerKind::AdamW,
         moments: Moments::F32,
+        master: Master::F32,
         beta1: 0.9,
         beta2: 0.95,
         epsilon: 1e-8,

@@ -10,7 +10,7 @@
 //! The update asks for the bound's norm where it asks whether the norm is finite. The bound of the
 //! weights lies with them, for several trainers and the host write there.
 
-use super::{Largest, MAX_STATES, OptimizerStep};
+use super::{Largest, MAX_STATES, Master, OptimizerStep};
 
 /// Upper bounds of magnitudes; infinite where nothing is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,9 +53,14 @@ impl Bounds {
         Self { weight: bound(weight), states: states.map(bound) }.stored(step)
     }
 
-    /// States are rounded to what they are kept in.
+    /// States are rounded to what they are kept in, and weights move by a last place of f32 where
+    /// they are split.
     fn stored(self, step: &OptimizerStep) -> Self {
         let slack = step.optimizer.moments.slack();
-        Self { states: self.states.map(|bound| bound * slack), ..self }
+        let weight = match step.optimizer.master {
+            Master::F32 => self.weight,
+            Master::Split => self.weight * SLACK,
+        };
+        Self { weight, states: self.states.map(|bound| bound * slack) }
     }
 }

@@ -7,6 +7,7 @@
 
 pub(crate) mod adamw;
 mod bounds;
+pub(crate) mod master;
 pub(crate) mod moments;
 mod schedule;
 pub(crate) mod spam;
@@ -17,6 +18,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub(crate) use bounds::Bounds;
+pub use master::Master;
 pub use moments::Moments;
 pub(crate) use moments::ParamKind;
 pub use schedule::{Schedule, ScheduleKind};
@@ -83,6 +85,8 @@ pub struct Optimizer {
     pub kind: OptimizerKind,
     /// `moments=`: the numbers that its states are kept in.
     pub moments: Moments,
+    /// `master=`: what the weights that it updates are kept as.
+    pub master: Master,
     /// Decay of the first moment.
     pub beta1: f32,
     /// Decay of the second moment.
@@ -170,10 +174,13 @@ impl Optimizer {
 /// Which one it is, and what its states are kept in.
 impl fmt::Display for Optimizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kind, moments, normalization, .. } = self;
+        let Self { kind, moments, master, normalization, .. } = self;
         kind.fmt(f)?;
         if *moments != Moments::default() {
             write!(f, ",moments={moments}")?;
+        }
+        if *master != Master::default() {
+            write!(f, ",master={master}")?;
         }
         if kind.normalizes() {
             normalization.switches(&Self::new(*kind).normalization, f)?;
@@ -201,11 +208,14 @@ impl FromStr for Optimizer {
             let (switch, value) = switch.split_once('=').unwrap_or((switch, ""));
             match switch.trim() {
                 "moments" => optimizer.moments = value.trim().parse()?,
+                "master" => optimizer.master = value.trim().parse()?,
                 switch if kind.normalizes() && optimizer.normalization.set(switch, value)? => {}
                 other => {
                     let more =
                         if kind.normalizes() { ", gamma1, gamma2, gamma3, reset" } else { "" };
-                    return invalid(format!("unknown switch {other:?}; {name} has moments{more}"));
+                    return invalid(format!(
+                        "unknown switch {other:?}; {name} has moments, master{more}"
+                    ));
                 }
             }
         }
@@ -258,7 +268,8 @@ mod tests {
         for (kind, moments) in
             OptimizerKind::ALL.into_iter().flat_map(|kind| Moments::ALL.map(|m| (kind, m)))
         {
-            let optimizer = Optimizer { moments, ..Optimizer::new(kind) };
+            let master = Master::ALL[moments as usize % 2];
+            let optimizer = Optimizer { moments, master, ..Optimizer::new(kind) };
             assert_eq!(optimizer.to_string().parse::<Optimizer>().unwrap(), optimizer);
             optimizer.validate().unwrap();
             assert!(optimizer.states().len() <= MAX_STATES);
@@ -276,17 +287,18 @@ mod tests {
                 "expected one of adamw, stable-adamw, stable-spam, stable-spam-ref, gradstab; got",
             ),
             ("adam", "gradstab; got \"adam\""),
-            ("adamw,reset=5", "unknown switch \"reset\"; adamw has moments"),
+            ("adamw,reset=5", "unknown switch \"reset\"; adamw has moments, master"),
             (
                 "stable-spam,rest=5",
-                "\"rest\"; stable-spam has moments, gamma1, gamma2, gamma3, reset",
+                "\"rest\"; stable-spam has moments, master, gamma1, gamma2, gamma3, reset",
             ),
             ("stable-spam,reset=-1", "reset: expected a whole number"),
             ("stable-spam,gamma1=x", "gamma1: expected a number"),
             ("adamw,moments=int4", "moments: expected one of f32, bf16, int8; got \"int4\""),
             ("adamw,moments", "moments: expected one of f32, bf16, int8; got \"\""),
-            ("adamw, fast", "unknown switch \"fast\"; adamw has moments"),
-            ("stable-adamw,clip=1", "unknown switch \"clip\"; stable-adamw has moments"),
+            ("adamw,master=bf16", "master: expected one of f32, split; got \"bf16\""),
+            ("adamw, fast", "unknown switch \"fast\"; adamw has moments, master"),
+            ("stable-adamw,clip=1", "unknown switch \"clip\"; stable-adamw has moments, master"),
             ("adamw,", "unknown switch \"\""),
         ] {
             let error = text.parse::<Optimizer>().unwrap_err().to_string();

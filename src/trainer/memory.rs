@@ -61,7 +61,7 @@ pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> 
             std::array::from_fn(|i| one[i] + (two[i] - one[i]) * further);
         plan
     });
-    plan.weights = Model::plan(engine, config)?;
+    plan.weights = Model::plan(engine, config, options.optimizer.master)?;
     Ok(plan)
 }
 

@@ -25,7 +25,7 @@ use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Shapes};
 use crate::model::{Model, OnDevice};
 use crate::optim::spam::STATISTICS;
-use crate::optim::{Bounds, Largest, Optimizer, OptimizerStep, Schedule, State, StepSums};
+use crate::optim::{Bounds, Largest, Master, Optimizer, OptimizerStep, Schedule, State, StepSums};
 use crate::reserve::collect;
 use crate::run::{TrainerOptions, TrainerState};
 use crate::signals::file_limit_is_an_error;
@@ -117,6 +117,8 @@ struct Run<B: Backend> {
     buffers: Buffers<B>,
     /// Of the micro-step that is computed or was last.
     step_plan: StepPlan,
+    /// [`crate::model::Weights::moves`] when recordings were begun, which are of one place.
+    moves: u64,
 }
 
 impl Trainer {
@@ -159,9 +161,9 @@ impl Trainer {
         Self::load_with(engine, dir, None)
     }
 
-    /// [`Trainer::load`], with moments that are kept from here on in what `stored` has them in: they
-    /// are rounded to it once, and the run goes on as one that was made so. All other settings of
-    /// the optimizer are the saved ones.
+    /// [`Trainer::load`], with moments and master weights that are kept from here on in what `stored`
+    /// has them in: they are rounded to it once, and the run goes on as one that was made so. All
+    /// other settings of the optimizer are the saved ones.
     ///
     /// # Errors
     /// As [`Trainer::load`], and [`Error::InvalidArgument`] for another optimizer than the saved
@@ -173,7 +175,7 @@ impl Trainer {
     fn load_with(engine: &Engine, dir: &Path, stored: Option<&Optimizer>) -> Result<Self> {
         let checkpoint = Checkpoint::open(dir)?;
         let mut state = checkpoint.state()?;
-        if let Some(Optimizer { kind, moments, .. }) = stored {
+        if let Some(Optimizer { kind, moments, master, .. }) = stored {
             let saved = &mut state.options.optimizer;
             if saved.kind != *kind {
                 let message = format!(
@@ -183,6 +185,7 @@ impl Trainer {
                 );
                 return Err(Error::invalid("optimizer", message));
             }
+            saved.master = *master;
             let before = std::mem::replace(&mut saved.moments, *moments);
             if before != *moments {
                 let text =
@@ -404,6 +407,7 @@ impl Trainer {
             run.buffers.merges.iter_mut().for_each(Merges::begin);
             recipe.set_step(&mut run.step_plan, 0, (0, 0), step);
             let on = Arc::clone(&run.model);
+            on.keep_as(&mut *on.lock()?, options.optimizer.master)?;
             // For all batches: nobody changes the weights between them.
             let weights = on.read()?;
             for first in (0..count).step_by(at_once) {
@@ -500,10 +504,15 @@ impl Trainer {
     /// changes nothing of the run; checkpoints do not have it.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a recipe whose forward pass rounds no weight to 4 bits,
-    /// [`Error::OutOfMemory`].
+    /// [`Error::InvalidArgument`] for a recipe whose forward pass rounds no weight to 4 bits, and for
+    /// `master=split`; [`Error::OutOfMemory`].
     pub fn watch_weights(&mut self, every: u64) -> Result<()> {
         let Self { run, model, state, .. } = self;
+        if every > 0 && state.options.optimizer.master == Master::Split {
+            let message = "expected master=f32, since master=split keeps no weights in f32 whose \
+                           movements could be watched";
+            return Err(Error::invalid("optimizer", message));
+        }
         on_device!(run, run => {
             let Run { model: on, buffers, .. } = run;
             buffers.flat.followed.watch(on, model, &state.options.recipe, every)
@@ -551,6 +560,8 @@ impl Trainer {
         state.options = state.options.resolved(model.config())?;
         let plan = plan(engine, model.config(), &state.options)?;
         let bytes = plan.total() - plan.weights;
+        let master = state.options.optimizer.master;
+        on_device!(model.on_device(), on => on.keep_as(&mut *on.lock()?, master)?);
         engine.check_memory("the model and its trainer", plan.total(), bytes)?;
         let (mut allocated, options) =
             (Plan { weights: plan.weights, ..Plan::default() }, &state.options);
@@ -582,8 +593,10 @@ impl<B: Backend> Run<B> {
         let mut buffers = Buffers::new(backend, Some(bytes), config, options, allocated)?;
         let weights = on.read()?;
         backend.scope(|| buffers.flat.followed.begin(backend, &weights.all));
+        let moves = weights.moves;
         drop(weights);
-        Ok(Self { model: on.clone(), buffers, step_plan: options.recipe.step_plan(config.layers)? })
+        let step_plan = options.recipe.step_plan(config.layers)?;
+        Ok(Self { model: on.clone(), buffers, step_plan, moves })
     }
 
     fn load_states(
@@ -639,7 +652,7 @@ impl<B: Backend> Run<B> {
         step: &OptimizerStep,
         fill: &mut FillWindow<'_>,
     ) -> Result<StepSums> {
-        let Self { model: on, buffers, step_plan } = self;
+        let Self { model: on, buffers, step_plan, moves } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
         let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
@@ -647,6 +660,11 @@ impl<B: Backend> Run<B> {
         let sequences = Sequences { batch: batch_size, length: sequence_length };
         let total_steps = state.options.schedule.total_steps;
         let mut weights = on.lock()?;
+        // Another trainer of the model may have them otherwise.
+        on.keep_as(&mut weights, state.options.optimizer.master)?;
+        if std::mem::replace(moves, weights.moves) != weights.moves {
+            buffers.recordings = backend.recordings();
+        }
         let Buffers { flat, activations, d, batch, workspace, recordings, .. } = buffers;
         let Flat { gradients, states, layout, statistics, reduction, followed } = flat;
         for micro_step in 0..accumulation {
@@ -742,7 +760,7 @@ impl<B: Backend> Run<B> {
         (sequences, seed): (Sequences, u64),
         fill: &mut dyn FnMut(usize, &mut [u32]) -> Result<()>,
     ) -> Result<f64> {
-        let Self { model: on, buffers, step_plan: plan } = self;
+        let Self { model: on, buffers, step_plan: plan, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
         let Buffers { flat, activations, batch, merges, workspace, .. } = buffers;

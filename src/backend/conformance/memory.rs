@@ -14,7 +14,7 @@ pub(super) fn buffers_begin_as_zero<B: Harness>(backends: &[B]) {
         }
         let (slots, len) = slots::<B>([7, 333]);
         let (flat, weights) =
-            cut(b, |arena| (b.f32(arena, len), b.weights(arena, len, slots.len())));
+            cut(b, |arena| (b.f32(arena, len), b.weights(arena, len, slots.len(), Master::F32)));
         let mut values = vec![f32::NAN; len];
         b.read_f32(&flat, 0, &mut values).unwrap();
         assert!(values.iter().all(|v| *v == 0.0), "{}", b.name());
@@ -58,4 +58,35 @@ pub(super) fn parameters_are_apart<B: Harness>(backends: &[B]) {
             assert_eq!([params.read(b, 0), params.read(b, 2)], others, "{}", b.name());
         });
     }
+}
+
+/// Splitting master weights and joining them again changes nothing but what cannot be split; and
+/// what is written and read is the same in both forms.
+pub(super) fn master_weights_are_split_and_joined<B: Harness>(backends: &[B]) {
+    let mut values = [random(4099, 1), random(7, 2)];
+    // Half of a last place of bf16, of both signs.
+    (values[0][5], values[0][4098]) = (f32::from_bits(0x3f80_8000), f32::from_bits(0xbf81_8000));
+    let split = values.each_ref().map(|of_one| -> Vec<f32> {
+        of_one.iter().map(|p| crate::optim::master::splittable(*p)).collect()
+    });
+    assert!(split != values);
+    each(backends, |b| {
+        if !B::HAS_COPIES {
+            return;
+        }
+        let views = values.each_ref().map(Vec::as_slice);
+        let mut params = Params::of(b, &views);
+        let len = slots::<B>(values.iter().map(Vec::len)).1;
+        let read = |params: &Params<B>| [0, 1].map(|i| params.read(b, i));
+        assert!(read(&params) == values, "{}", b.name());
+        for master in [Master::Split, Master::F32, Master::Split] {
+            let Params { weights, slots } = &mut params;
+            b.keep_weights_as(weights, len, slots, master).unwrap();
+            assert!(read(&params) == split, "{}, {master}", b.name());
+        }
+        for (slot, values) in params.slots.clone().into_iter().zip(&values) {
+            b.write_param(&mut params.weights, slot, values).unwrap();
+        }
+        assert!(read(&params) == split, "{}: written", b.name());
+    });
 }

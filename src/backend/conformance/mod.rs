@@ -27,7 +27,8 @@ use super::cuda::Cuda;
 use super::*;
 use crate::formats::{Draw, LINEARS, LinearRecipe, MAX_HASHES, Purpose, Random, uniform};
 use crate::optim::{
-    Largest, Moments, Normalization, Optimizer, OptimizerKind, OptimizerStep, ParamKind, StepSums,
+    Largest, Master, Moments, Normalization, Optimizer, OptimizerKind, OptimizerStep, ParamKind,
+    StepSums,
 };
 use crate::recipe::Recipe;
 
@@ -109,7 +110,8 @@ macro_rules! suite {
 }
 
 suite! {
-    memory: buffers_begin_as_zero flat_buffers_are_read_in_pieces parameters_are_apart;
+    memory: buffers_begin_as_zero flat_buffers_are_read_in_pieces parameters_are_apart
+        master_weights_are_split_and_joined;
     embed: embedding_forward embedding_backward;
     merge: channels_are_merged_by_their_hashes;
     norm: layernorm_forward add_layernorm_forward layernorm_backward;
@@ -301,8 +303,15 @@ struct Params<B: Memory> {
 
 impl<B: Harness> Params<B> {
     fn of(b: &B, values: &[&[f32]]) -> Self {
+        Self::kept_as(b, values, Master::F32)
+    }
+
+    fn kept_as(b: &B, values: &[&[f32]], master: Master) -> Self {
         let (slots, len) = slots::<B>(values.iter().map(|values| values.len()));
-        let mut weights = cut(b, |arena| b.weights(arena, len, slots.len()));
+        let mut weights = cut(b, |arena| b.weights(arena, len, slots.len(), Master::F32));
+        if master == Master::Split && B::HAS_COPIES {
+            b.keep_weights_as(&mut weights, len, &slots, master).unwrap();
+        }
         for (slot, values) in slots.iter().zip(values) {
             b.write_param(&mut weights, *slot, values).unwrap();
         }

@@ -1,9 +1,9 @@
 //! The end of a step.
 
 use super::*;
-use crate::optim::adamw;
 use crate::optim::moments::{self, Code, First, GROUP, Second, is_stochastic};
 use crate::optim::spam::STATISTICS;
+use crate::optim::{adamw, master};
 
 /// Parameters in training.
 pub(in crate::backend) struct Update<B: Harness> {
@@ -46,7 +46,7 @@ pub(in crate::backend) fn step(optimizer: Optimizer) -> OptimizerStep {
 impl<B: Harness> Update<B> {
     pub(in crate::backend) fn of(b: &B, values: &[Values], optimizer: Optimizer) -> Self {
         let all = |which: usize| values.iter().map(|of_one| &of_one[which][..]).collect::<Vec<_>>();
-        let params = Params::of(b, &all(0));
+        let params = Params::kept_as(b, &all(0), optimizer.master);
         let layout = StateLayout::new(&params.slots, optimizer.moments, B::ALIGN).unwrap();
         Self {
             states: [1, 2].map(|which| {
@@ -67,7 +67,7 @@ impl<B: Harness> Update<B> {
         }
     }
 
-    fn add_losses(&mut self, b: &B, losses: &[f32], accumulate: bool) {
+    pub(in crate::backend) fn add_losses(&mut self, b: &B, losses: &[f32], accumulate: bool) {
         let rows = losses.len();
         b.add_losses(&mut self.reduction, &f32_input(b, losses), rows, accumulate);
     }
@@ -89,6 +89,12 @@ impl<B: Harness> Update<B> {
         let (mut trained, reduction, workspace) = self.trained();
         b.reduce(workspace, reduction, &mut trained, step);
         b.update(reduction, &mut trained, step).unwrap()
+    }
+
+    /// The update that follows a reduction.
+    pub(in crate::backend) fn update(&mut self, b: &B, step: &OptimizerStep) {
+        let (mut trained, reduction, _) = self.trained();
+        b.update(reduction, &mut trained, step).unwrap();
     }
 
     /// What the step that `sums` were found for would leave.
@@ -381,10 +387,14 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
         g[lengths[i] - 3] *= 1e4;
         g
     };
-    for (moments, beta2) in
-        [Moments::Bf16, Moments::Int8].into_iter().flat_map(|m| [0.95, 0.999].map(|b| (m, b)))
-    {
-        let optimizer = Optimizer { moments, beta2, ..Optimizer::default() };
+    for (moments, beta2, master) in [
+        (Moments::Bf16, 0.95, Master::F32),
+        (Moments::Bf16, 0.999, Master::Split),
+        (Moments::Int8, 0.95, Master::Split),
+        (Moments::Int8, 0.999, Master::F32),
+        (Moments::F32, 0.95, Master::Split),
+    ] {
+        let optimizer = Optimizer { moments, beta2, master, ..Optimizer::default() };
         let steps = (3..53).map(|t| OptimizerStep { t, ..step(optimizer) });
         let layout = {
             let (slots, _) = slots::<B>(lengths);
@@ -392,13 +402,16 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
         };
         let mut expected: Vec<(Vec<f32>, [Bytes; 2])> = Vec::new();
         for (i, (place, [p, m, v, _])) in layout.places.iter().zip(&values).enumerate() {
-            let mut p = p.clone();
+            let (mut p, splits) = (p.clone(), B::HAS_COPIES && master == Master::Split);
+            let split = |p: f32| if splits { master::splittable(p) } else { p };
+            p.iter_mut().for_each(|p| *p = split(*p));
             let mut kept = [stored(place, false, m, None), stored(place, true, v, None)];
             for step in steps.clone() {
                 let update = adamw::Update::new(&step, step.lr, i != 1, 1.0);
                 let [mut m, mut v] = [0, 1].map(|which| loaded(place, which == 1, &kept[which]));
                 for (k, g) in gradients(step.t, i).into_iter().enumerate() {
                     (p[k], m[k], v[k]) = update.of(p[k], m[k], v[k], g);
+                    p[k] = split(p[k]);
                 }
                 let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, i as u32);
                 let draw = |beta| is_stochastic(beta).then_some(&draw);

@@ -6,6 +6,7 @@ use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, attend, head, linear, m
 use crate::Result;
 use crate::backend::{Memory, Precision, Slot, WorkspaceShape};
 use crate::formats::{self, Draw};
+use crate::optim::Master;
 
 impl Memory for Cpu {
     type Arena = Arena;
@@ -20,6 +21,7 @@ impl Memory for Cpu {
 
     /// A cache line.
     const ALIGN: usize = 16;
+    const HAS_COPIES: bool = false;
 
     fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
         bytes.map_or_else(|| Ok(Arena::measuring()), Arena::mapped)
@@ -42,8 +44,12 @@ impl Memory for Cpu {
         arena.alloc(len)
     }
 
-    fn weights(&self, arena: &mut Arena, len: usize, _: usize) -> Buffer<f32> {
+    fn weights(&self, arena: &mut Arena, len: usize, _: usize, _: Master) -> Buffer<f32> {
         arena.alloc(len)
+    }
+
+    fn keep_weights_as(&self, _: &mut Buffer<f32>, _: usize, _: &[Slot], _: Master) -> Result<()> {
+        Ok(())
     }
 
     fn tokens(&self, arena: &mut Arena, len: usize, _: bool) -> Result<Buffer<u32>> {

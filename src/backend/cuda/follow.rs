@@ -60,7 +60,7 @@ impl Follow for Cuda {
 
     fn update_mean(&self, means: &mut F32, slot: Slot, w: Param<'_>, decay: f32) {
         launch!(self.gpu, "update_mean", grid(slot.len), THREADS, 0;
-            means.at(slot.start), w.master.address(), slot.len as u64, decay);
+            means.at(slot.start), w.master(), slot.len as u64, decay);
     }
 
     fn observer(&self, arena: &mut Arena, shapes: &[[usize; 2]]) -> Result<Observer> {
@@ -87,7 +87,7 @@ impl Follow for Cuda {
         let [before, moved, rounded_moved] =
             [before, moved, rounded_moved].map(|flat| flat.at(slot.start));
         launch!(self.gpu, "begin_track", grid(slot.len), THREADS, 0;
-            before, moved, rounded_moved, w.master.address(), slot.len as u64);
+            before, moved, rounded_moved, w.master(), slot.len as u64);
     }
 
     fn view(
@@ -123,7 +123,7 @@ impl Follow for Cuda {
         let Track { before, moved, rounded_moved, slot } = track;
         let block = operand.format().block().depth();
         let observed = Observed {
-            w: w.master.address(),
+            w: w.master(),
             before: before.at(slot.start),
             moved: moved.at(slot.start),
             rounded_moved: rounded_moved.at(slot.start),
@@ -160,7 +160,7 @@ impl Follow for Cuda {
         let param = weights.param(param);
         let rounded = observer.views[View::After as usize].values.address;
         launch!(self.gpu, "reset_oscillating", grid(slot.len), THREADS, 0;
-            param.master.address(), rounded, moved, rounded_moved, slot.len as u64, threshold);
+            param.master(), rounded, moved, rounded_moved, slot.len as u64, threshold);
         optimize::copy_to_bf16(self, &param);
     }
 }

@@ -25,7 +25,7 @@ macro_rules! file {
 pub(super) static FILES: [File; 27] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
-            copy_to_bf16")
+            copy_to_bf16 split_master join_master")
     }),
     file!("optimize_moments", ["random.cuh", "optimize.cuh"], |_| {
         of("update_stored square_stored_ratios")

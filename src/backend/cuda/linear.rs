@@ -203,7 +203,7 @@ impl Linear for Cuda {
                     Quantization { by_rows: Some(dy_rows), ..dy }.run(self);
                 }
                 let of_w = Quantization {
-                    source: Source::master(&w),
+                    source: Source::weights(&w),
                     rows: outputs,
                     cols: inputs,
                     by_columns: Some(other),
@@ -248,7 +248,7 @@ impl Linear for Cuda {
                             precision: Precision::F32,
                             bias: None,
                             accumulate,
-                            tensor: w.master.address(),
+                            tensor: w.whole().unwrap_or(0),
                             pass: Some(dy),
                         };
                         let x = Matrix::of(x, rows, inputs, OperandId::X).turned();
@@ -349,7 +349,7 @@ impl Cuda {
                 },
             };
             let of_w = Quantization {
-                source: Source::master(w),
+                source: Source::weights(w),
                 rows: outputs,
                 by_rows: Some(right),
                 amax: w.amax.address,
@@ -363,7 +363,7 @@ impl Cuda {
             (operands, scales) = ([left.format, right.format], Some([left.scales, right.scales]));
             (left.out, right.out)
         } else if recipe.forward().is_in(Format::E4M3) {
-            let (master, amax) = (Source::master(w), w.amax.address);
+            let (master, amax) = (Source::weights(w), w.amax.address);
             let weights = workspace.right.elements.address;
             let carrier = Carrier::of(Format::E4M3, self.gpu.capability, shape);
             if carrier == Carrier::Fp8 {

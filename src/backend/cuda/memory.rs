@@ -7,13 +7,15 @@ use bytemuck::Pod;
 use cudarc::driver::sys::{self, CUresult, CUstream};
 
 use super::device::launch;
-use super::device::memory::{Arena, F32, Gradient, Param, Piece, Tensor, Weights};
+use super::device::memory::{Arena, F32, Gradient, Masters, Param, Piece, Tensor, Weights};
 use super::embed::Tokens;
 use super::quantize::random;
 use super::{Cuda, Workspace, optimize};
 use crate::Result;
 use crate::backend::{Memory, Precision, Slot, WorkspaceShape};
 use crate::formats::Draw;
+use crate::optim::{Master, master};
+use crate::reserve::reserve;
 
 impl Memory for Cuda {
     type Arena = Arena;
@@ -28,6 +30,7 @@ impl Memory for Cuda {
 
     /// What cuBLASLt likes best of the bf16 copies: 256 bytes.
     const ALIGN: usize = 128;
+    const HAS_COPIES: bool = true;
 
     fn arena(&self, bytes: Option<usize>) -> Result<Arena> {
         match bytes {
@@ -52,8 +55,29 @@ impl Memory for Cuda {
         arena.bytes(len)
     }
 
-    fn weights(&self, arena: &mut Arena, len: usize, count: usize) -> Weights {
-        arena.weights(len, count)
+    fn weights(&self, arena: &mut Arena, len: usize, count: usize, master: Master) -> Weights {
+        arena.weights(len, count, master)
+    }
+
+    fn keep_weights_as(
+        &self,
+        weights: &mut Weights,
+        len: usize,
+        slots: &[Slot],
+        master: Master,
+    ) -> Result<()> {
+        let mut measuring = Arena::measuring(&self.gpu);
+        measuring.weights(len, slots.len(), master);
+        let mut arena = Arena::allocated(&self.gpu, measuring.used())?;
+        let other = arena.weights(len, slots.len(), master);
+        self.gpu.scope(|| {
+            for slot in slots {
+                optimize::keep_as(self, &weights.param(*slot), &other.param(*slot));
+            }
+            self.gpu.synchronize()
+        })?;
+        *weights = other;
+        Ok(())
     }
 
     fn tokens(&self, arena: &mut Arena, len: usize, have_gradients: bool) -> Result<Tokens> {
@@ -98,17 +122,29 @@ impl Memory for Cuda {
 
     fn write_param(&self, to: &mut Weights, slot: Slot, from: &[f32]) -> Result<()> {
         let param = to.param(slot);
-        self.write(param.master.address(), from)?;
-        self.gpu.scope(|| {
-            optimize::copy_to_bf16(self, &param);
-            self.gpu.synchronize()
-        })
+        let Masters::Low(low) = param.masters else {
+            self.write(param.master(), from)?;
+            return self.gpu.scope(|| {
+                optimize::copy_to_bf16(self, &param);
+                self.gpu.synchronize()
+            });
+        };
+        let mut halves = [Vec::new(), Vec::new()];
+        for (i, half) in halves.iter_mut().enumerate() {
+            reserve(half, "a tensor", from.len())?;
+            half.extend(from.iter().map(|value| master::split(*value)[i]));
+        }
+        let [copies, lows] = halves;
+        let largest = copies.iter().map(|copy| u32::from(*copy & 0x7fff) << 16).max();
+        self.write(low, &lows)?;
+        self.write(param.copy.address, &copies)?;
+        self.write(param.amax.address, &[largest.unwrap_or(0)])
     }
 
     fn draw_param(&self, to: &mut Weights, slot: Slot, std: f32, draw: &Draw) -> Result<()> {
         let param = to.param(slot);
         self.gpu.scope(|| {
-            let (to, len) = (param.master.address(), param.master.len);
+            let (to, len) = (param.master(), param.len);
             // A thread makes two values.
             launch!(self.gpu, "fill_normal", [len.div_ceil(512), 1, 1], 256, 0;
                 to, len as u64, std, random::Draw::from(*draw));
@@ -118,7 +154,18 @@ impl Memory for Cuda {
     }
 
     fn read_param(&self, from: &Weights, slot: Slot, to: &mut [f32]) -> Result<()> {
-        self.read(from.param(slot).master.address(), to)
+        let param = from.param(slot);
+        let Masters::Low(low) = param.masters else { return self.read(param.master(), to) };
+        let mut halves = [Vec::new(), Vec::new()];
+        for (half, address) in halves.iter_mut().zip([param.copy.address, low]) {
+            reserve(half, "a tensor", to.len())?;
+            half.resize(to.len(), 0u16);
+            self.read(address, half)?;
+        }
+        let [copies, lows] = halves;
+        let joined = copies.into_iter().zip(lows).map(|(copy, low)| master::join([copy, low]));
+        to.iter_mut().zip(joined).for_each(|(to, joined)| *to = joined);
+        Ok(())
     }
 
     fn zero_tensor(&self, buffer: &mut Tensor) {

@@ -7,7 +7,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::device::launch;
-use super::device::memory::{Arena, F32, Param, Piece, Upload};
+use super::device::memory::{Arena, F32, Masters, Param, Piece, Upload};
 use super::quantize::random::Draw;
 use super::{Cuda, Workspace};
 use crate::Result;
@@ -28,6 +28,7 @@ const THREADS: usize = 256;
 #[repr(C)]
 pub(super) struct Entry {
     pub(super) param: u64,
+    pub(super) low: u64,
     pub(super) copy: u64,
     pub(super) m: u64,
     pub(super) v: u64,
@@ -148,11 +149,16 @@ impl Reduction {
         let [m, v] = &**states else { panic!("AdamW keeps two states") };
         let mut pieces = 0;
         for (slot, place) in slots.iter().zip(&layout.places) {
-            let param = weights.param(*slot);
+            let of_one = weights.param(*slot);
+            let (param, low) = match of_one.masters {
+                Masters::F32(whole) => (whole, 0),
+                Masters::Low(low) => (0, low),
+            };
             let [start, scales] = [place.start as u64, place.scales as u64];
             self.wanted.push(Entry {
-                param: param.master.address(),
-                copy: param.copy.address,
+                param,
+                low,
+                copy: of_one.copy.address,
                 m: m.address + start,
                 v: v.address + start,
                 m_scales: m.address + scales,
@@ -162,7 +168,7 @@ impl Reduction {
                 first_piece: pieces,
                 decays: u32::from(slot.decays()),
                 element: place.element as u32,
-                amax: param.amax.address,
+                amax: of_one.amax.address,
             });
             pieces += slot.len.div_ceil(PIECE) as u64;
         }
@@ -178,7 +184,8 @@ impl Reduction {
     fn launch_update(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
         let (table, entries, grid) =
             (self.table.address, self.entries.len() as u32, self.grid(cuda));
-        if step.optimizer.moments != Moments::F32 || self.normals.is_some() {
+        let is_split = self.entries.first().is_some_and(|entry| entry.low != 0);
+        if step.optimizer.moments != Moments::F32 || self.normals.is_some() || is_split {
             let rates = self.rates.as_ref().map_or(0, |rates| rates.rates.address);
             let normals = self.normals.as_ref().map_or(0, |normals| normals.normals.address);
             launch!(cuda.gpu, "update_stored", grid, THREADS, 0;
@@ -341,8 +348,25 @@ impl Optimize for Cuda {
 
 /// Makes the bf16 copy of a parameter that was written.
 pub(super) fn copy_to_bf16(cuda: &Cuda, param: &Param<'_>) {
-    let len = param.master.len;
+    let len = param.len;
     cuda.clear(param.amax.address, 4);
     launch!(cuda.gpu, "copy_to_bf16", [len.div_ceil(THREADS), 1, 1], THREADS, 0;
-        param.copy.address, param.amax.address, param.master.address(), len as u64);
+        param.copy.address, param.amax.address, param.master(), len as u64);
+}
+
+/// Writes a parameter anew, as its master values are kept there, which is another form than here.
+pub(super) fn keep_as(cuda: &Cuda, from: &Param<'_>, to: &Param<'_>) {
+    let (len, grid) = (from.len as u64, [from.len.div_ceil(THREADS), 1, 1]);
+    match (from.masters, to.masters) {
+        (Masters::F32(whole), Masters::Low(low)) => {
+            cuda.clear(to.amax.address, 4);
+            launch!(cuda.gpu, "split_master", grid, THREADS, 0;
+                low, to.copy.address, to.amax.address, whole, len);
+        }
+        (Masters::Low(low), Masters::F32(whole)) => {
+            launch!(cuda.gpu, "join_master", grid, THREADS, 0; whole, from.copy.address, low, len);
+            copy_to_bf16(cuda, to);
+        }
+        _ => unreachable!("the forms differ"),
+    }
 }

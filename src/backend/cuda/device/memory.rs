@@ -20,6 +20,7 @@ use cudarc::driver::sys::{self, CUresult};
 use super::capture;
 use super::gpu::{Gpu, text};
 use crate::backend::{Precision, Slot};
+use crate::optim::Master;
 use crate::reserve::reserve;
 use crate::{Error, Result};
 
@@ -77,18 +78,31 @@ pub(crate) struct Tensor {
     noted: Option<u64>,
 }
 
-/// All parameters of a model: f32 master values, the bf16 copies that GEMMs read, and a word each
-/// for the bits of the largest magnitude (amax) of the master values.
+/// All parameters of a model: master values, the bf16 copies that GEMMs read, and a word each for the
+/// bits of the largest magnitude (amax): of the master values, or where these are split of the
+/// copies, which operands are then made from.
 pub(crate) struct Weights {
-    pub(crate) master: F32,
+    masters: Masters<Piece>,
     pub(crate) copy: Piece,
     pub(crate) amax: Piece,
 }
 
+/// Master values in f32, or the low halves that their copies lack.
+#[derive(Clone, Copy)]
+pub(crate) enum Masters<T> {
+    F32(T),
+    Low(T),
+}
+
 impl Weights {
     pub(crate) fn param(&self, slot: Slot) -> Param<'_> {
+        let masters = match &self.masters {
+            Masters::F32(whole) => Masters::F32(whole.address + 4 * slot.start as u64),
+            Masters::Low(low) => Masters::Low(low.address + 2 * slot.start as u64),
+        };
         Param {
-            master: F32 { piece: self.master.piece.at(4 * slot.start), len: slot.len },
+            masters,
+            len: slot.len,
             copy: self.copy.at(2 * slot.start),
             amax: self.amax.at(4 * slot.index),
             _weights: PhantomData,
@@ -98,7 +112,8 @@ impl Weights {
 
 /// One of them.
 pub(crate) struct Param<'a> {
-    pub(crate) master: F32,
+    pub(crate) masters: Masters<u64>,
+    pub(crate) len: usize,
     pub(crate) copy: Piece,
     pub(crate) amax: Piece,
     _weights: PhantomData<&'a Weights>,
@@ -161,8 +176,32 @@ impl Param<'_> {
     /// The address of the values that kernels of a precision read.
     pub(crate) fn as_read_in(&self, precision: Precision) -> u64 {
         match precision {
-            Precision::F32 => self.master.piece.address,
+            Precision::F32 => self.master(),
             Precision::Bf16 => self.copy.address,
+        }
+    }
+
+    /// The address of the master values.
+    ///
+    /// # Panics
+    /// Where they are split, which trainers refuse for all that reads them.
+    pub(crate) fn master(&self) -> u64 {
+        self.whole().expect("master weights are in f32")
+    }
+
+    /// The same; None where they are split.
+    pub(crate) fn whole(&self) -> Option<u64> {
+        match self.masters {
+            Masters::F32(whole) => Some(whole),
+            Masters::Low(_) => None,
+        }
+    }
+
+    /// The address of the values that operands are made from, and their type.
+    pub(crate) fn source(&self) -> (u64, Precision) {
+        match self.masters {
+            Masters::F32(whole) => (whole, Precision::F32),
+            Masters::Low(_) => (self.copy.address, Precision::Bf16),
         }
     }
 }
@@ -353,8 +392,12 @@ impl Arena {
         Tensor { piece, len, precision, amaxes, noted: None }
     }
 
-    pub(crate) fn weights(&mut self, len: usize, count: usize) -> Weights {
-        Weights { master: self.f32(len), copy: self.bytes(len * 2), amax: self.bytes(count * 4) }
+    pub(crate) fn weights(&mut self, len: usize, count: usize, master: Master) -> Weights {
+        let masters = match master {
+            Master::F32 => Masters::F32(self.bytes(len * 4)),
+            Master::Split => Masters::Low(self.bytes(len * 2)),
+        };
+        Weights { masters, copy: self.bytes(len * 2), amax: self.bytes(count * 4) }
     }
 
     /// Pinned host memory of `len` words, none where the arena only measures.

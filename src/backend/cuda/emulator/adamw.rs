@@ -75,6 +75,7 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
                         first_piece: first_piece - pieces,
                         decays: u32::from(i != 1),
                         element: 0,
+                        low: 0,
                         m_scales: 0,
                         v_scales: 0,
                         amax: std::ptr::from_mut(amax).addr() as u64,

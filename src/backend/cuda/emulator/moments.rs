@@ -3,12 +3,12 @@
 use super::super::optimize::{Entry, OfMoments, Step};
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES, aligned};
-use crate::Moments;
 use crate::backend::conformance::{loaded, step, stored};
 use crate::backend::{OptimizerStep, Place, Slot, StateLayout};
 use crate::formats::{Draw, Purpose};
 use crate::optim::moments::{GROUP, is_stochastic};
-use crate::optim::{Optimizer, OptimizerKind, ParamKind, adamw, stable_adamw};
+use crate::optim::{Optimizer, OptimizerKind, ParamKind, adamw, master, stable_adamw};
+use crate::{Master, Moments};
 
 type UpdateKernel = unsafe extern "C" fn(
     *const Entry,
@@ -38,11 +38,15 @@ fn moments_are_stored_to_the_byte() {
         .enumerate()
         .map(|(index, (kind, len))| Slot { index, start: 0, len, kind })
         .collect();
-    for (moments, beta2) in
-        [Moments::Bf16, Moments::Int8].into_iter().flat_map(|m| [0.95, 0.999].map(|b| (m, b)))
-    {
+    for (moments, beta2, master) in [
+        (Moments::Bf16, 0.95, Master::F32),
+        (Moments::Bf16, 0.999, Master::Split),
+        (Moments::Int8, 0.95, Master::Split),
+        (Moments::Int8, 0.999, Master::F32),
+        (Moments::F32, 0.95, Master::Split),
+    ] {
         let kind = OptimizerKind::StableAdamW;
-        let step = step(Optimizer { moments, beta2, ..Optimizer::new(kind) });
+        let step = step(Optimizer { moments, beta2, master, ..Optimizer::new(kind) });
         let layout = StateLayout::new(&slots, moments, 128).unwrap();
         let values: [[Vec<f32>; 4]; 3] = std::array::from_fn(|i| {
             let mut all = [0, 1, 2, 3].map(|k| random(LENGTHS[i], 10 * i as u64 + k));
@@ -54,7 +58,7 @@ fn moments_are_stored_to_the_byte() {
             all
         });
         for schedule in SCHEDULES {
-            let mut one = Memory::of(&layout, &values);
+            let mut one = Memory::of(&layout, &values, master);
             let table = one.table();
             let (sums, entries, pieces) = ([1.0, 0.0, 0.0], table.as_ptr(), 5);
             let (mut partials, mut trial) = ([0.0; 5], [0u32; 9]);
@@ -88,12 +92,15 @@ fn moments_are_stored_to_the_byte() {
             assert!(one == before, "a trial stores nothing");
             run(std::ptr::null_mut());
             for (i, place) in layout.places.iter().enumerate() {
-                let what = format!("{moments}, {beta2}, parameter {i}");
+                let what = format!("{moments}, {beta2}, {master}, parameter {i}");
                 let expected = Expected::of(&step, i, place, &values[i], rates[i]);
                 assert!(one.bytes(place) == expected.moments, "{what}: what is stored");
-                let p: &[f32] = bytemuck::cast_slice(&one.params[i]);
-                assert!(p[..place.len] == expected.p, "{what}: weights");
-                let largest = expected.p.iter().fold(0.0f32, |most, p| most.max(p.abs()));
+                let copies = |p: &f32| half::bf16::from_f32(*p);
+                assert!(one.copies(i) == expected.p.iter().map(copies).collect::<Vec<_>>());
+                assert!(one.weights(i) == expected.p, "{what}: weights");
+                let of_copies = |p: &f32| if one.splits { copies(p).to_f32() } else { *p };
+                let largest =
+                    expected.p.iter().fold(0.0f32, |most, p| most.max(of_copies(p).abs()));
                 assert_eq!(f32::from_bits(one.amax[i]), largest, "{what}: the largest");
                 let found = [0, 1, 2].map(|k| f32::from_bits(trial[3 * i + k]));
                 assert_eq!(found, expected.largest, "{what}: a trial");
@@ -108,7 +115,9 @@ fn moments_are_stored_to_the_byte() {
 /// What kernels work on.
 #[derive(Clone, PartialEq)]
 struct Memory {
+    /// Master values, or low halves where these are split.
     params: Vec<Vec<u128>>,
+    splits: bool,
     gradients: Vec<Vec<u128>>,
     copies: Vec<Vec<u128>>,
     amax: Vec<u32>,
@@ -118,7 +127,7 @@ struct Memory {
 }
 
 impl Memory {
-    fn of(layout: &StateLayout, values: &[[Vec<f32>; 4]]) -> Self {
+    fn of(layout: &StateLayout, values: &[[Vec<f32>; 4]], master: Master) -> Self {
         let all = |which: usize| {
             values.iter().map(|all| aligned(bytemuck::cast_slice(&all[which]))).collect()
         };
@@ -131,9 +140,32 @@ impl Memory {
             }
             aligned(&bytes)
         });
-        let copies = values.iter().map(|[p, ..]| aligned(&vec![0; 2 * p.len()])).collect();
+        let halves = |which: usize| {
+            values.iter().map(move |[p, ..]| {
+                let halves: Vec<u16> = p.iter().map(|p| master::split(*p)[which]).collect();
+                aligned(bytemuck::cast_slice(&halves))
+            })
+        };
+        let splits = master == Master::Split;
+        let params = if splits { halves(1).collect() } else { all(0) };
         let (amax, layout) = (vec![0; values.len()], layout.places.clone());
-        Self { params: all(0), gradients: all(3), copies, amax, states, layout }
+        let copies = halves(0).collect();
+        Self { params, splits, gradients: all(3), copies, amax, states, layout }
+    }
+
+    fn copies(&self, index: usize) -> Vec<half::bf16> {
+        let halves: &[u16] = bytemuck::cast_slice(&self.copies[index]);
+        halves[..self.layout[index].len].iter().map(|half| half::bf16::from_bits(*half)).collect()
+    }
+
+    fn weights(&self, index: usize) -> Vec<f32> {
+        let len = self.layout[index].len;
+        if !self.splits {
+            return bytemuck::cast_slice(&self.params[index])[..len].to_vec();
+        }
+        let lows: &[u16] = bytemuck::cast_slice(&self.params[index]);
+        let copies = self.copies(index).into_iter();
+        copies.zip(lows).map(|(copy, low)| master::join([copy.to_bits(), *low])).collect()
     }
 
     fn table(&mut self) -> Vec<Entry> {
@@ -147,7 +179,8 @@ impl Memory {
                 let first_piece = next;
                 next += place.len.div_ceil(4096) as u64;
                 Entry {
-                    param: address(&mut self.params[i]),
+                    param: if self.splits { 0 } else { address(&mut self.params[i]) },
+                    low: if self.splits { address(&mut self.params[i]) } else { 0 },
                     copy: address(&mut self.copies[i]),
                     m: m + start,
                     v: v + start,
@@ -195,17 +228,22 @@ impl Expected {
         let [mut m, mut v] = [(m, false), (v, true)]
             .map(|(x, is_second)| loaded(place, is_second, &stored(place, is_second, x, None)));
         let ratios = v.iter().zip(g).map(|(v, g)| f64::from(ratio.of(*v, *g)).powi(2)).sum();
-        let mut p = p.clone();
+        let split = |p: f32| match step.optimizer.master {
+            Master::F32 => p,
+            Master::Split => master::splittable(p),
+        };
+        let mut p: Vec<_> = p.iter().map(|p| split(*p)).collect();
         for k in 0..p.len() {
             (p[k], m[k], v[k]) = update.of(p[k], m[k], v[k], g[k]);
         }
+        let largest = [&p, &m, &v].map(|x| x.iter().fold(0.0f32, |most, x| most.max(x.abs())));
+        p.iter_mut().for_each(|p| *p = split(*p));
         let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, index as u32);
         let drawn = |beta| is_stochastic(beta).then_some(&draw);
         let moments = [
             stored(place, false, &m, drawn(step.optimizer.beta1)),
             stored(place, true, &v, drawn(step.optimizer.beta2)),
         ];
-        let largest = [&p, &m, &v].map(|x| x.iter().fold(0.0f32, |most, x| most.max(x.abs())));
         Self { p, moments, largest, ratios }
     }
 }

@@ -58,6 +58,7 @@ fn rates_and_updates_are_those_of_the_definition() {
                         first_piece,
                         decays: u32::from(i != 1),
                         element: 0,
+                        low: 0,
                         m_scales: 0,
                         v_scales: 0,
                         amax: std::ptr::from_mut(amax).addr() as u64,

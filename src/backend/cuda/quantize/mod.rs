@@ -54,8 +54,10 @@ impl Source {
         Self { address: tensor.address(), precision: tensor.precision }
     }
 
-    pub(super) fn master(param: &Param<'_>) -> Self {
-        Self { address: param.master.address(), precision: Precision::F32 }
+    /// What operands are made from of a parameter.
+    pub(super) fn weights(param: &Param<'_>) -> Self {
+        let (address, precision) = param.source();
+        Self { address, precision }
     }
 }
 

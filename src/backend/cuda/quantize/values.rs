@@ -331,7 +331,7 @@ impl Matrix {
     /// Master weights, likewise.
     pub(crate) fn master(param: &Param<'_>, rows: usize, columns: usize) -> Self {
         let amax = Some(param.amax.address);
-        Self { amax, ..Self::rows(Source::master(param), rows, columns, OperandId::W) }
+        Self { amax, ..Self::rows(Source::weights(param), rows, columns, OperandId::W) }
     }
 
     /// The same of weights with their slow mean.

@@ -25,7 +25,7 @@ use crate::formats::{
     self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, PowerRule, Purpose, Range, Rounding, Signs,
     Source, Transform, uniform,
 };
-use crate::optim::ParamKind;
+use crate::optim::{Master, ParamKind};
 
 pub(super) const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
@@ -107,7 +107,7 @@ pub(super) fn alone(len: usize) -> Slot {
 
 pub(super) fn param(cuda: &Cuda, values: &[f32]) -> Weights {
     let mut arena = Arena::allocated(&cuda.gpu, values.len() * 6 + 1024).unwrap();
-    let mut param = arena.weights(values.len(), 1);
+    let mut param = arena.weights(values.len(), 1, Master::F32);
     cuda.write_param(&mut param, alone(values.len()), values).unwrap();
     param
 }

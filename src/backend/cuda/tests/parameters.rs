@@ -13,7 +13,9 @@ fn normal_values_are_those_of_the_definition() {
         cuda.draw_param(&mut param, alone(len), 0.02, &draw).unwrap();
         let mut exact = vec![0.0; len];
         crate::formats::fill_normal(&mut exact, 0.02, &draw, 0);
-        assert_eq!(f32s_of(&cuda, &param.master), exact, "{len}");
+        let mut values = vec![0.0; len];
+        cuda.read_param(&param, alone(len), &mut values).unwrap();
+        assert_eq!(values, exact, "{len}");
         let amax = exact.iter().fold(0.0f32, |amax, v| amax.max(v.abs()));
         assert_eq!(read_bytes(&cuda, param.amax.address, 4), amax.to_le_bytes());
         let copy: Vec<u8> =
