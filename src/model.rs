@@ -299,6 +299,19 @@ impl<B: Backend> OnDevice<B> {
         Ok(())
     }
 
+    /// [`OnDevice::read`] of weights that are kept as `master`; others may read them as well, unless
+    /// they had to be changed first.
+    pub(crate) fn read_as(&self, master: Master) -> Result<RwLockReadGuard<'_, Weights<B>>> {
+        loop {
+            let weights = self.read()?;
+            if weights.master == master || !B::HAS_COPIES {
+                return Ok(weights);
+            }
+            drop(weights);
+            self.keep_as(&mut *self.lock()?, master)?;
+        }
+    }
+
     /// The weights as a checkpoint holds them.
     pub(crate) fn exported<'a>(
         &'a self,

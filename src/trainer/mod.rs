@@ -407,9 +407,8 @@ impl Trainer {
             run.buffers.merges.iter_mut().for_each(Merges::begin);
             recipe.set_step(&mut run.step_plan, 0, (0, 0), step);
             let on = Arc::clone(&run.model);
-            on.keep_as(&mut *on.lock()?, options.optimizer.master)?;
             // For all batches: nobody changes the weights between them.
-            let weights = on.read()?;
+            let weights = on.read_as(options.optimizer.master)?;
             for first in (0..count).step_by(at_once) {
                 if stop.is_requested() {
                     return Err(Error::Stopped);
@@ -827,7 +826,9 @@ fn not_finite(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Activation, EngineOptions, ModelConfig, Recipe, Recompute};
+    use crate::{
+        Activation, EngineOptions, ModelConfig, Moments, OptimizerKind, Recipe, Recompute,
+    };
 
     fn small() -> ModelConfig {
         ModelConfig {
@@ -865,16 +866,22 @@ mod tests {
             ["tetrajet,ema=0.998,reset=9:3:8@0.5", "nvidia-nvfp4,reset=9:3:8@0.5", "bf16,haste=13"];
         let recipes: Vec<_> =
             Recipe::NAMES.into_iter().chain(followed).map(|name| name.parse().unwrap()).collect();
+        let kinds = OptimizerKind::ALL.into_iter().flat_map(|kind| {
+            Moments::ALL.map(|moments| Optimizer { moments, ..Optimizer::new(kind) })
+        });
+        let mut optimizers = kinds.cycle();
         let mut made = 0;
         let all = [Recompute::Nothing, Recompute::Pointwise, Recompute::Block];
         for (config, layers) in [plain, odd].iter().flat_map(|c| (1..=5).map(move |l| (c, l))) {
             let config = ModelConfig { layers, ..config.clone() };
             let model = Model::new(&engine, &config).unwrap();
             for (recipe, recompute) in recipes.iter().flat_map(|r| all.map(|c| (r, c))) {
+                let optimizer = optimizers.next().unwrap();
                 let options = TrainerOptions {
                     batch_size: layers,
                     recipe: Recipe::clone(recipe),
                     recompute,
+                    optimizer,
                     schedule: Schedule { total_steps: 10, ..Schedule::default() },
                     ..TrainerOptions::default()
                 };
