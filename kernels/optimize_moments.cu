@@ -36,15 +36,19 @@ __device__ __forceinline__ float second_of(float root, float scale) {
   return __fmul_rn(r, r);
 }
 
-__device__ __forceinline__ u8 first_code(float m, float scale) {
-  float n = __fdiv_rn(m, scale == 0.0f ? 1.0f : scale);
+// What numbers of a group are multiplied by.
+__device__ __forceinline__ float inverse(float scale) {
+  return fminf(__fdiv_rn(1.0f, scale), __uint_as_float(0x7f7fffffu));
+}
+
+__device__ __forceinline__ u8 first_code(float m, float inverse) {
+  float n = __fmul_rn(m, inverse);
   float y = __fdiv_rn(__fmul_rn(2.0f, n), __fadd_rn(1.0f, fabsf(n)));
   return (u8)(int)rintf(__fmul_rn(127.0f, y));
 }
 
-__device__ __forceinline__ u8 second_code(float root, float scale) {
-  float r = __fdiv_rn(root, scale == 0.0f ? 1.0f : scale);
-  return (u8)(int)fmaxf(rintf(__fmul_rn(255.0f, r)), 1.0f);
+__device__ __forceinline__ u8 second_code(float root, float inverse) {
+  return (u8)(int)fmaxf(rintf(__fmul_rn(255.0f, __fmul_rn(root, inverse))), 1.0f);
 }
 
 // Up to 4 neighbours, all of them in one access.
@@ -75,7 +79,8 @@ __device__ __forceinline__ float group_max(const Four<float> &v) {
   return most;
 }
 
-// Up to 4 numbers of a moment, the first or the second, from element i on.
+// Up to 4 numbers of a moment, the first or the second, from element i on; those that are not there
+// are 0, as in all loads here, so that all that is made of them is 0.
 template <u32 ELEMENT, bool SECOND>
 __device__ __forceinline__ Four<float> load_moments(const Entry *e, u64 i, u32 count,
                                                     const Meanings &meanings) {
@@ -125,11 +130,11 @@ __device__ __forceinline__ void store_moments(const Entry *e, u64 i, u32 count,
   if (ELEMENT == INT8) {
     Four<u8> codes;
     float most = group_max(values);
-    float scale = SECOND ? __fsqrt_rn(most) : most;
+    float scale = SECOND ? __fsqrt_rn(most) : most, inverted = inverse(scale);
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
-      codes.of[k] = SECOND ? second_code(__fsqrt_rn(values.of[k]), scale)
-                           : first_code(values.of[k], scale);
+      codes.of[k] = SECOND ? second_code(__fsqrt_rn(values.of[k]), inverted)
+                           : first_code(values.of[k], inverted);
     store4((u8 *)to + i, count, codes);
     if (i % GROUP == 0 && count) (SECOND ? e->v_scales : e->m_scales)[i / GROUP] = scale;
   }
@@ -195,8 +200,6 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
                           __fmul_rn(rest2, __fmul_rn(gradient, gradient)));
       float divisor = __fadd_rn(__fmul_rn(__fsqrt_rn(v.of[k]), s.root), s.epsilon);
       p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, __fdiv_rn(m.of[k], divisor)));
-      // What is not there: its second moment may decode to more than 0.
-      if (k >= count) m.of[k] = v.of[k] = p.of[k] = 0.0f;
       if (trial) {
         largest = max_nan(largest, fabsf(p.of[k]));
         largest_m = max_nan(largest_m, fabsf(m.of[k]));

@@ -11,8 +11,8 @@
 //! ```
 //!
 //! The three: scales are f32, since those of 16 bits can neither follow the decay of a group without
-//! gradients nor gradients of large batches down. What is stored is divided by the scale as it is
-//! stored. And no code of a second moment is 0 in a group whose scale is not: else an element that
+//! gradients nor gradients of large batches down. What is stored is multiplied by the inverse of the
+//! scale as it is stored. And no code of a second moment is 0 in a group whose scale is not: else an element that
 //! is much smaller than its neighbours would have a first moment and no second one, and would move
 //! by m / epsilon.
 //!
@@ -128,8 +128,8 @@ pub(crate) fn is_stochastic(beta: f32) -> bool {
 pub(crate) trait Code {
     /// The scale of a group with these numbers.
     fn scale(largest: f32) -> f32;
-    /// The code of a number of a group.
-    fn encode(value: f32, scale: f32) -> u8;
+    /// The code of a number of a group, with the [`inverse`] of its scale.
+    fn encode(value: f32, inverse: f32) -> u8;
     /// What it stands for.
     fn decode(code: u8, scale: f32) -> f32;
 }
@@ -147,9 +147,8 @@ impl Code for First {
     }
 
     #[inline(always)]
-    fn encode(value: f32, scale: f32) -> u8 {
-        // A group of zeros has the code 0.
-        let n = value / if scale == 0.0 { 1.0 } else { scale };
+    fn encode(value: f32, inverse: f32) -> u8 {
+        let n = value * inverse;
         rint(127.0 * ((2.0 * n) / (1.0 + n.abs()))) as i32 as u8
     }
 
@@ -167,9 +166,8 @@ impl Code for Second {
     }
 
     #[inline(always)]
-    fn encode(value: f32, scale: f32) -> u8 {
-        let r = value.sqrt() / if scale == 0.0 { 1.0 } else { scale };
-        rint(255.0 * r).max(1.0) as i32 as u8
+    fn encode(value: f32, inverse: f32) -> u8 {
+        rint(255.0 * (value.sqrt() * inverse)).max(1.0) as i32 as u8
     }
 
     #[inline(always)]
@@ -177,6 +175,15 @@ impl Code for Second {
         let r = (f32::from(code) / 255.0) * scale;
         r * r
     }
+}
+
+/// What numbers of a group are multiplied by: a number whatever the scale, which may be 0 or too
+/// small to have an inverse.
+///
+/// NOTE: a division for each group, not for each number, of which a GPU has too many otherwise.
+#[inline(always)]
+pub(crate) fn inverse(scale: f32) -> f32 {
+    (1.0 / scale).min(f32::MAX)
 }
 
 /// To the nearest whole number, of two to the even one; |x| below 2^22.
@@ -193,8 +200,9 @@ fn rint(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn encode_group<C: Code>(values: &[f32], codes: &mut [u8]) -> f32 {
     let scale = C::scale(values.iter().fold(0.0f32, |largest, v| largest.max(v.abs())));
+    let inverse = inverse(scale);
     for (code, value) in codes.iter_mut().zip(values) {
-        *code = C::encode(*value, scale);
+        *code = C::encode(*value, inverse);
     }
     scale
 }
@@ -249,7 +257,7 @@ mod tests {
         for code in codes {
             let value = C::decode(code, scale);
             assert!(value.is_finite(), "{code} of {scale}");
-            assert_eq!(C::encode(value, scale), code, "{value} of {scale}");
+            assert_eq!(C::encode(value, inverse(scale)), code, "{value} of {scale}");
         }
     }
 
@@ -267,6 +275,23 @@ mod tests {
             assert_eq!(First::scale(largest), scale);
             let again = Second::scale(Second::decode(255, root));
             assert!((again / root - 1.0).abs() <= 2.0 * f32::EPSILON, "{again} {root}");
+        }
+    }
+
+    /// Where a scale has no inverse, codes are smaller than they could be, and what they stand for
+    /// is never larger than what was stored.
+    #[test]
+    fn the_smallest_numbers_are_stored() {
+        for largest in [f32::from_bits(1), 1e-42, 2e-39, 5e-39] {
+            let values = [largest, -largest / 3.0, 0.0];
+            let mut codes = [0; 3];
+            let scale = encode_group::<First>(&values, &mut codes);
+            let decoded = codes.map(|code| First::decode(code, scale).abs());
+            assert!(scale == largest && decoded.iter().all(|m| *m <= largest), "{decoded:?}");
+            let values = values.map(f32::abs);
+            let scale = encode_group::<Second>(&values, &mut codes);
+            let decoded = codes.map(|code| Second::decode(code, scale));
+            assert!(decoded.iter().all(|v| *v <= largest * 1.001), "{decoded:?} {largest:e}");
         }
     }
 
