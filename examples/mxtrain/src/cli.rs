@@ -31,10 +31,11 @@ Example:
   mxtrain generate --checkpoint model --prompt 'Once upon'
 
 Exit codes: 0 success, 1 failed while running, 2 wrong option or file, 3 trained and saved, but an
-evaluation, a sample, a model of --save-at, a record of compare or lines of the log or output were
-lost, 101 ended by a mistake in mxtrain, 130 stopped by Ctrl-C or another signal (SIGTERM, SIGHUP,
-SIGUSR1, SIGUSR2, SIGXCPU, SIGALRM, SIGVTALRM, SIGPROF). Whatever ends a run of train, it has saved
-what it had done, unless it was killed (SIGKILL, SIGQUIT and signals not named here) or says otherwise."
+evaluation, a sample, a model of --save-at, a record of compare, an event for TensorBoard or lines
+of the log or output were lost, 101 ended by a mistake in mxtrain, 130 stopped by Ctrl-C or another
+signal (SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU, SIGALRM, SIGVTALRM, SIGPROF). Whatever ends a
+run of train, it has saved what it had done, unless it was killed (SIGKILL, SIGQUIT and signals not
+named here) or says otherwise."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -252,8 +253,8 @@ pub(crate) struct StartArgs {
     pub(crate) init_from: Option<PathBuf>,
 
     /// Go on with the run saved in a checkpoint folder, with the options that it was started with,
-    /// but for --weights-every, --save-fallback, and --log unless it is a file in that folder: where
-    /// else to write is not for a checkpoint to say
+    /// but for --weights-every, --tensorboard, --save-fallback, and --log unless it is a file in
+    /// that folder: where else to write is not for a checkpoint to say
     #[arg(long, value_name = "DIR")]
     pub(crate) resume: Option<PathBuf>,
 
@@ -422,9 +423,15 @@ pub(crate) struct ReportArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) log: Option<PathBuf>,
 
-    /// Add to --log every N steps how weights, and what the forward pass rounds them to, changed in
-    /// these steps; for recipes whose forward pass holds W in blocks of MXFP4 or NVFP4; 0 never. A
-    /// resumed run has to name it again, as it has to name --log
+    /// Write the same numbers into a folder for TensorBoard, as scalars over steps: train/loss,
+    /// train/lr, train/grad_norm, train/tokens_per_second, validation/loss and others; a resumed
+    /// run that names the folder again goes on with its curves, and a new one takes their place
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tensorboard: Option<PathBuf>,
+
+    /// Add to --log and --tensorboard every N steps how weights, and what the forward pass rounds
+    /// them to, changed in these steps; for recipes whose forward pass holds W in blocks of MXFP4
+    /// or NVFP4; 0 never. A resumed run has to name it again, as it has to name --log
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) weights_every: u64,
 }

@@ -299,6 +299,33 @@ fn the_second_interrupt_ends_at_once() {
     assert_eq!(info(dir.path(), "model")["training"]["step"], 0);
 }
 
+/// What stands in the files is looked at where they are written, and by `dev/check_tensorboard.py`.
+#[test]
+fn a_run_writes_for_tensorboard_and_goes_on_in_the_same_folder() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("train --data data --out model --steps 3 --tensorboard runs/a {TINY}");
+    let error = refuse(dir, &line.replace("runs/a", "text.txt"));
+    assert!(error.starts_with("--tensorboard: cannot make an event file in text.txt"), "{error}");
+    assert!(!dir.join("model").exists());
+    succeed(dir, &line);
+    let files = || {
+        let files = fs::read_dir(dir.join("runs/a")).unwrap().map(|entry| entry.unwrap().path());
+        files.map(|path| fs::read(path).unwrap()).collect::<Vec<_>>()
+    };
+    let count = |tag: &str| {
+        let tag = tag.as_bytes();
+        files().iter().flat_map(|file| file.windows(tag.len())).filter(|part| *part == tag).count()
+    };
+    assert_eq!((files().len(), count("train/loss"), count("validation/loss")), (1, 3, 1));
+    // Where else to write is not for a checkpoint to say.
+    let out = succeed(dir, "train --resume model --steps 4");
+    assert!(out.contains("left out    --tensorboard /"), "{out}");
+    assert_eq!(files().len(), 1);
+    succeed(dir, "train --resume model --steps 6 --tensorboard runs/a");
+    assert_eq!((files().len(), count("train/loss"), count("validation/loss")), (2, 5, 2));
+}
+
 #[test]
 fn a_run_is_kept_from_accidents() {
     let dir = folder();

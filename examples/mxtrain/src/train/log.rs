@@ -104,17 +104,7 @@ impl Log {
         match path.metadata() {
             Ok(metadata) if metadata.is_dir() => Err(failure(io::ErrorKind::IsADirectory.into())),
             Ok(_) => may_write(path).map_err(failure),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let folder = path.ancestors().skip(1).find(|folder| folder.exists());
-                match folder {
-                    Some(folder) if !folder.is_dir() => {
-                        Err(failure(io::ErrorKind::NotADirectory.into()))
-                    }
-                    Some(folder) => may_write(folder).map_err(failure),
-                    // The current folder.
-                    None => may_write(Path::new(".")).map_err(failure),
-                }
-            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => may_create(path).map_err(failure),
             Err(e) => Err(failure(e)),
         }
     }
@@ -166,8 +156,18 @@ pub(crate) fn is_log(path: &Path) -> bool {
     }
 }
 
+/// Whether the process may make what is not there yet, and the folders that lead to it.
+pub(super) fn may_create(path: &Path) -> io::Result<()> {
+    match path.ancestors().skip(1).find(|folder| folder.exists()) {
+        Some(folder) if !folder.is_dir() => Err(io::ErrorKind::NotADirectory.into()),
+        Some(folder) => may_write(folder),
+        // The current folder.
+        None => may_write(Path::new(".")),
+    }
+}
+
 /// Whether the process may write to a file or into a folder.
-fn may_write(path: &Path) -> io::Result<()> {
+pub(super) fn may_write(path: &Path) -> io::Result<()> {
     Ok(rustix::fs::accessat(CWD, path, Access::WRITE_OK, AtFlags::EACCESS)?)
 }
 
@@ -185,8 +185,8 @@ fn is_torn(path: &Path) -> bool {
     last().is_ok_and(|last| last != [b'\n'])
 }
 
-/// Opens the log without waiting for the reader of a pipe, who may have gone away.
-fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+/// Opens a file without waiting for the reader of a pipe, who may have gone away.
+pub(super) fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     options.custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)
 }
 

@@ -5,6 +5,7 @@ mod log;
 mod saves;
 mod setup;
 mod side;
+mod tensorboard;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -34,6 +35,7 @@ use log::Log;
 pub(crate) use log::is_log;
 use saves::Saves;
 pub(crate) use side::{Failures, Side};
+use tensorboard::TensorBoard;
 
 /// Exit code of a run that is done and saved, but lost something on its side.
 pub(crate) const LOST_ON_THE_SIDE: u8 = 3;
@@ -61,6 +63,7 @@ struct Run {
     /// Tokens that end a sample.
     end_tokens: Vec<u32>,
     log: Option<Log>,
+    tensorboard: Option<TensorBoard>,
     steps: u64,
     cadence: Cadence,
     eval_batches: usize,
@@ -84,8 +87,11 @@ impl Run {
                 "--sample-every: needs --tokenizer to turn tokens into text",
             ));
         }
-        if args.report.weights_every > 0 && args.report.log.is_none() {
-            return Err(Failure::usage("--weights-every: needs --log, which it adds lines to"));
+        let is_kept = args.report.log.is_some() || args.report.tensorboard.is_some();
+        if args.report.weights_every > 0 && !is_kept {
+            return Err(Failure::usage(
+                "--weights-every: needs --log or --tensorboard, which it adds to",
+            ));
         }
         setup::check_places(args)?;
         setup::out_folder(args)?;
@@ -137,6 +143,7 @@ impl Run {
         let places = setup::Places::new(args);
         let mut run = Self {
             log: None,
+            tensorboard: None,
             steps,
             cadence: Cadence {
                 eval_every: args.report.measure.eval_every.unwrap_or(steps / 10),
@@ -168,6 +175,9 @@ impl Run {
         run.saves.first(&mut run.trainer, args.start.resume.is_some())?;
         run.log = (args.report.log.as_deref())
             .map(|path| Log::open(path, args.start.resume.is_some()))
+            .transpose()?;
+        run.tensorboard = (args.report.tensorboard.as_deref())
+            .map(|dir| TensorBoard::begin(dir, step))
             .transpose()?;
         Ok(run)
     }
@@ -242,11 +252,17 @@ impl Run {
             Err(error) => return Err(self.end(error.into())),
             Ok(stats) => stats,
         };
+        let found = self.trainer.weight_metrics().filter(|found| found.step == stats.step);
         if let Some(log) = &mut self.log {
             self.failures.unless(Side::Log, log.step(&stats));
-            let found = self.trainer.weight_metrics().filter(|found| found.step == stats.step);
             if let Some(found) = found {
                 self.failures.unless(Side::Log, log.weights(found));
+            }
+        }
+        if let Some(tensorboard) = &self.tensorboard {
+            self.failures.unless(Side::TensorBoard, tensorboard.step(&stats));
+            if let Some(found) = found {
+                self.failures.unless(Side::TensorBoard, tensorboard.weights(found));
             }
         }
         self.losses = (self.losses.0 + f64::from(stats.loss), self.losses.1 + 1);
@@ -298,6 +314,9 @@ impl Run {
         if let Some(stats) = measured {
             if let Some(log) = &mut self.log {
                 self.failures.unless(Side::Log, log.eval(step, &stats));
+            }
+            if let Some(tensorboard) = &self.tensorboard {
+                self.failures.unless(Side::TensorBoard, tensorboard.eval(step, &stats));
             }
             line.push_str(&format!(
                 "  validation {}",

@@ -15,6 +15,7 @@ use mxfp4train::{
 
 use super::log::Log;
 use super::saves::FILES;
+use super::tensorboard::TensorBoard;
 use crate::cli::{
     BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TokenArgs, TrainArgs, VariantArgs,
 };
@@ -441,6 +442,9 @@ pub(crate) fn check_places(args: &TrainArgs) -> Outcome {
             fallback.display()
         )));
     }
+    if let Some(dir) = &args.report.tensorboard {
+        TensorBoard::check(dir).map_err(|failure| failure.within("--tensorboard"))?;
+    }
     let Some(log) = &args.report.log else { return Ok(()) };
     let folder = |path: &Path| path.canonicalize().or_else(|_| std::path::absolute(path)).ok();
     let parent = std::path::absolute(log).ok().and_then(|log| folder(log.parent()?));
@@ -458,18 +462,27 @@ pub(crate) fn check_places(args: &TrainArgs) -> Outcome {
 /// again for a resumed run, but for a log in the folder itself.
 pub(crate) struct Places {
     log: Option<PathBuf>,
+    tensorboard: Option<PathBuf>,
     /// Where to save if neither the run's folder nor its parent can be written.
     pub(crate) fallback: Option<PathBuf>,
 }
 
 impl Places {
     pub(crate) fn new(args: &TrainArgs) -> Self {
-        Self { log: args.report.log.clone(), fallback: args.start.save_fallback.clone() }
+        Self {
+            log: args.report.log.clone(),
+            tensorboard: args.report.tensorboard.clone(),
+            fallback: args.start.save_fallback.clone(),
+        }
     }
 
     /// Those that there are, by their options.
     pub(crate) fn by_name(&self) -> impl Iterator<Item = (&'static str, &Path)> {
-        let all = [("log", self.log.as_deref()), ("save-fallback", self.fallback.as_deref())];
+        let all = [
+            ("log", self.log.as_deref()),
+            ("tensorboard", self.tensorboard.as_deref()),
+            ("save-fallback", self.fallback.as_deref()),
+        ];
         all.into_iter().filter_map(|(name, place)| Some((name, place?)))
     }
 }
@@ -477,7 +490,8 @@ impl Places {
 /// Options that the checkpoint of --resume has and may not set, unless the user has given them.
 pub(crate) fn left_out(args: &TrainArgs, parsed: &Parsed) -> Outcome<Vec<(String, OsString)>> {
     let Some(dir) = &args.start.resume else { return Ok(Vec::new()) };
-    let given = |name: &str| ["log", "save-fallback"].contains(&name) && parsed.given(name);
+    let places = ["log", "tensorboard", "save-fallback"];
+    let given = |name: &str| places.contains(&name) && parsed.given(name);
     let file = RunFile::read(dir)?;
     let left = file.iter().flat_map(RunFile::left_out).filter(|(name, _)| !given(name));
     Ok(left.map(|(name, value)| (name.to_owned(), value)).collect())

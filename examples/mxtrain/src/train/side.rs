@@ -11,6 +11,7 @@ pub(crate) enum Side {
     Evaluation,
     Sample,
     Log,
+    TensorBoard,
     Output,
     Save,
     Record,
@@ -22,6 +23,7 @@ impl Side {
             Self::Evaluation => "an evaluation failed",
             Self::Sample => "a sample failed",
             Self::Log => "a line of the log is lost",
+            Self::TensorBoard => "an event for TensorBoard is lost",
             Self::Output => "a line of the output is lost",
             Self::Save => "a model could not be saved",
             Self::Record => "a record could not be written",
@@ -32,7 +34,7 @@ impl Side {
 /// The failures of a run's side jobs.
 #[derive(Default)]
 pub(crate) struct Failures {
-    counts: [u64; 6],
+    counts: [u64; 7],
 }
 
 impl Failures {
@@ -59,12 +61,20 @@ impl Failures {
 
     /// How much was lost, in words; `None` if nothing was.
     pub(crate) fn summary(&self) -> Option<String> {
-        let sides =
-            [Side::Evaluation, Side::Sample, Side::Log, Side::Output, Side::Save, Side::Record];
+        let sides = [
+            Side::Evaluation,
+            Side::Sample,
+            Side::Log,
+            Side::TensorBoard,
+            Side::Output,
+            Side::Save,
+            Side::Record,
+        ];
         let names = [
             "evaluations failed",
             "samples failed",
             "log lines lost",
+            "events for TensorBoard lost",
             "output lines lost",
             "models not saved",
             "records not written",
