@@ -19,6 +19,8 @@ mod eval;
 mod failure;
 #[path = "../../examples/mxtrain/src/files.rs"]
 mod files;
+#[path = "../../examples/mxtrain/src/fit.rs"]
+mod fit;
 #[path = "../../examples/mxtrain/src/generate.rs"]
 mod generate;
 #[path = "../../examples/mxtrain/src/hugging_face.rs"]
@@ -43,6 +45,8 @@ mod run_file;
 mod signals;
 #[path = "../../examples/mxtrain/src/stop.rs"]
 mod stop;
+#[path = "../../examples/mxtrain/src/table.rs"]
+mod table;
 #[path = "../../examples/mxtrain/src/tokenizer.rs"]
 mod tokenizer;
 #[path = "../../examples/mxtrain/src/tokens_file.rs"]

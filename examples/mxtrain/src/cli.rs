@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use bytesize::ByteSize;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{Activation, DatasetOptions, Optimizer, Recipe, Recompute, ScheduleKind};
@@ -681,9 +682,20 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,
 
+    /// Also find the largest batches that fit into SIZE, such as 80GiB, 500MB or a number of bytes,
+    /// for each --recompute, and say which to take: what computes least again of those that hold
+    /// --batch-size
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) fit: Option<u64>,
+
     /// Print a JSON object, in bytes
     #[arg(long)]
     pub(crate) json: bool,
+
+    /// What moves the weights, and what it keeps its moments in: adamw, stable-adamw,
+    /// adamw,moments=int8 and so on, as in `mxtrain train`
+    #[arg(long, value_name = "NAME", default_value_t)]
+    pub(crate) optimizer: Optimizer,
 
     #[command(flatten)]
     pub(crate) model: ModelArgs,
@@ -709,6 +721,12 @@ fn fraction(text: &str) -> Result<f64, String> {
         Ok(value) if (0.0..1.0).contains(&value) => Ok(value),
         _ => Err("expected a number from 0 to below 1".into()),
     }
+}
+
+/// Bytes, with a unit or without.
+fn size(text: &str) -> Result<u64, String> {
+    let wrong = |_| "expected a size such as 80GiB, 500MB or a number of bytes".to_owned();
+    Ok(text.parse::<ByteSize>().map_err(wrong)?.as_u64())
 }
 
 fn threads(text: &str) -> Result<usize, String> {

@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::cli::PlanArgs;
 use crate::console;
 use crate::failure::Outcome;
+use crate::fit::{Fit, Setting};
 use crate::machine;
 use crate::prepared::Meta;
 use crate::train::{Weights, model_config, trainer_options, vocabulary};
@@ -19,12 +20,17 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
     let config = model_config(&args.model, &args.variant, vocabulary(given, of_data)?)?;
     let mut options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New)?;
+    options.optimizer = args.optimizer;
     // Which steps are the last does not matter here, but that there are such.
     options.schedule.total_steps = 1;
     args.seed.say_if_drawn();
     let (engine, _) = machine::open(&args.machine, args.seed.number())?;
     let plan = mxfp4train::plan(&engine, &config, &options)?;
     let room = engine.memory_room();
+    let optimizers = [args.optimizer.to_string()];
+    let fit = |bytes| Fit::new(&engine, &config, &options, &optimizers, bytes);
+    let fit = args.fit.map(fit).transpose()?;
+    let wanted = args.batch.batch_size;
     if args.json {
         let bytes = Bytes {
             parameters: config.parameter_count(),
@@ -36,12 +42,15 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
             total: plan.total(),
             limit: room.as_ref().map(|room| room.limit),
             available: room.as_ref().map(|room| room.available),
+            recommended: fit.as_ref().and_then(|fit| fit.recommended(wanted)),
+            fit: fit.as_ref(),
         };
         console::print_json(&bytes)?;
     } else {
         let parameters = console::scaled(config.parameter_count());
         let limit = room.map_or_else(String::new, |room| limit(&plan, &room));
-        console::print(&format!("parameters  {parameters}\n{}{limit}", table(&plan)))?;
+        let fit = fit.map_or_else(String::new, |fit| fit.in_words(wanted));
+        console::print(&format!("parameters  {parameters}\n{}{limit}{fit}", table(&plan)))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -76,7 +85,7 @@ fn limit(plan: &Plan, room: &MemoryRoom) -> String {
 
 /// The plan for programs, in bytes.
 #[derive(Serialize)]
-struct Bytes {
+struct Bytes<'a> {
     parameters: u64,
     weights: u64,
     gradients: u64,
@@ -90,4 +99,10 @@ struct Bytes {
     /// What it can give at the moment.
     #[serde(skip_serializing_if = "Option::is_none")]
     available: Option<u64>,
+    /// What fits into the bytes of --fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fit: Option<&'a Fit>,
+    /// What to take of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    recommended: Option<&'a Setting>,
 }

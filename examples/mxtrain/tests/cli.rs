@@ -69,6 +69,7 @@ fn wrong_options_get_one_line_and_exit_code_2() {
         ("info .", "expected a checkpoint (config.json) or a prepared folder"),
         ("info tokens", "found neither; for the token files in it name 'tokens/*.bin'"),
         ("plan --heads 3", "--heads: 3 heads do not divide 128 channels"),
+        ("plan --fit much", "for '--fit <SIZE>': expected a size such as 80GiB, 500MB or a number"),
         ("plan --layers 0", "--layers: expected a number from 1"),
     ] {
         let error = refuse(dir.path(), line);

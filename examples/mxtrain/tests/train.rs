@@ -238,6 +238,7 @@ fn the_plan_is_what_training_says() {
         error.contains("bytes are needed for") && error.contains("and the limit is"),
         "{error}"
     );
+    assert!(error.contains("; no batch size fits: 1 with --recompute block takes "), "{error}");
     assert!(!dir.path().join("huge").exists());
 }
 
@@ -300,6 +301,56 @@ fn the_second_interrupt_ends_at_once() {
 }
 
 /// What stands in the files is looked at where they are written, and by `dev/check_tensorboard.py`.
+/// Of each kind of recomputation the largest batch: one sequence more does not fit.
+#[test]
+fn the_largest_batches_that_fit_are_planned_and_said() {
+    let dir = folder();
+    let dir = dir.path();
+    let json = |line: &str| serde_json::from_str::<Value>(&succeed(dir, line)).unwrap();
+    let plan = "plan --data data --device cpu --threads 1 --json";
+    let found = json(&format!("{plan} --fit 300MB --batch-size 4"));
+    let fit = &found["fit"];
+    assert_eq!(fit["bytes"], 300_000_000);
+    let total = |size: u64, recompute: &str| {
+        let plan = json(&format!("{plan} --batch-size {size} --recompute {recompute}"));
+        plan["total"].as_u64().unwrap()
+    };
+    let mut sizes = Vec::new();
+    for (setting, name) in
+        fit["settings"].as_array().unwrap().iter().zip(["nothing", "pointwise", "block"])
+    {
+        assert_eq!((&setting["recompute"], &setting["optimizer"]), (&name.into(), &"adamw".into()));
+        let size = setting["batch_size"].as_u64().unwrap();
+        assert_eq!(setting["total"], total(size, name));
+        assert!(total(size, name) <= 300_000_000 && total(size + 1, name) > 300_000_000);
+        sizes.push(size);
+    }
+    assert!(sizes[0] >= 4 && sizes[0] < sizes[1] && sizes[1] < sizes[2], "{sizes:?}");
+    assert_eq!(found["recommended"], fit["settings"][0]);
+    let words = succeed(
+        dir,
+        &format!("plan --data data --device cpu --fit 300MB --batch-size {}", sizes[2]),
+    );
+    let expected = format!("use         --batch-size {} --recompute block\n", sizes[2]);
+    assert!(words.ends_with(&expected), "{words}");
+    let words = succeed(dir, "plan --data data --fit 300MB --optimizer adamw,moments=int8");
+    assert!(words.ends_with(" --recompute nothing --optimizer adamw,moments=int8\n"), "{words}");
+    let words = succeed(dir, "plan --data data --device cpu --fit 1KiB");
+    assert!(words.contains("fit         no batch size fits: 1 with --recompute "), "{words}");
+    assert!(json(&format!("{plan} --fit 1024"))["recommended"].is_null());
+
+    // A run that is too large for the machine says what it could be.
+    let error = refuse(dir, "train --data data --out model --device cpu --batch-size 1048576");
+    let words = error.rsplit_once("; batch size ").expect("it says so").1;
+    let (fits, rest) = words.split_once(" fits, or ").unwrap();
+    let most = rest.split_once(" with --recompute block").unwrap().0;
+    let limit = json(plan)["limit"].as_u64().unwrap();
+    for (size, recompute) in [(fits, "nothing"), (most, "block")] {
+        let size: u64 = size.parse().unwrap();
+        assert!(total(size, recompute) <= limit && total(size + 1, recompute) > limit, "{error}");
+    }
+}
+
 #[test]
 fn a_run_writes_for_tensorboard_and_goes_on_in_the_same_folder() {
     let dir = folder();

@@ -21,6 +21,7 @@ use crate::cli::{
 };
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::fit;
 use crate::hugging_face;
 use crate::parse::Parsed;
 use crate::prepared::Meta;
@@ -344,13 +345,17 @@ impl Start {
         Ok(mxfp4train::plan(engine, self.config(), self.options())?)
     }
 
-    /// Takes the memory.
+    /// Takes the memory; where there is not as much, the failure says what would fit.
     pub(crate) fn trainer(self, engine: &Engine) -> Outcome<Trainer> {
-        Ok(match self {
-            Self::New(config, options) => Trainer::new(&Model::new(engine, &config)?, options)?,
-            Self::Weights(model, options) => Trainer::new(&model, options)?,
-            Self::Resumed(trainer) => *trainer,
-        })
+        let (config, options) = (self.config().clone(), self.options().clone());
+        let made = match self {
+            Self::New(config, options) => {
+                Model::new(engine, &config).and_then(|model| Trainer::new(&model, options))
+            }
+            Self::Weights(model, options) => Trainer::new(&model, options),
+            Self::Resumed(trainer) => Ok(*trainer),
+        };
+        made.map_err(|error| fit::failure(error, engine, &config, &options))
     }
 }
 

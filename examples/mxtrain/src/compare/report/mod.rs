@@ -5,7 +5,6 @@
 
 mod plot;
 mod runs;
-mod table;
 mod tables;
 
 use std::fs;
@@ -23,6 +22,7 @@ use super::variance::Variances;
 use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::files;
+use crate::table::Table;
 use crate::tokens_file::write_whole;
 use plot::Axes;
 use runs::{BASE, Group, Row};
@@ -270,7 +270,7 @@ impl Report<'_> {
         }
     }
 
-    fn table(&mut self, table: &table::Table) {
+    fn table(&mut self, table: &Table) {
         self.text.push_str(&format!("\n{}", table.text()));
         self.markdown.push_str(&format!("\n{}\n", table.markdown()));
     }

@@ -7,10 +7,10 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::plot::Line;
-use super::table::Table;
 use crate::compare::record::{Recorded, Run, Settings};
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::table::Table;
 
 /// What every recipe is compared with.
 pub(crate) const BASE: &str = "bf16";

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::plot::Line;
-use super::table::Table;
 use crate::compare::gradients::{CheckpointGradients, Quantity};
 use crate::compare::moments::Statistics;
 use crate::compare::variance::{VarianceRow, Variances};
+use crate::table::Table;
 
 /// Standard errors within which a bias counts as noise.
 const NOISE: f64 = 3.0;
