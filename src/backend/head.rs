@@ -41,6 +41,25 @@ pub struct ClassifierGradient<'a, B: Memory> {
     pub accumulate: bool,
 }
 
+/// What [`Head::worst_losses`] works on.
+pub struct WorstLosses<'a, B: Memory> {
+    /// (rows), overwritten: those of [`Head::classifier`], bit for bit.
+    pub losses: &'a mut B::F32,
+    /// (rows), overwritten: the largest loss that there is when each logit y moves by up to
+    /// `epsilon` (|y| + 1).
+    pub worst: &'a mut B::F32,
+    /// (rows), overwritten: the largest |y|.
+    pub amax: &'a mut B::F32,
+    /// As [`Classifier::x`].
+    pub x: &'a B::Tensor,
+    /// As [`Classifier::w`].
+    pub w: B::Param<'a>,
+    /// As [`Classifier::targets`].
+    pub targets: &'a B::Tokens,
+    /// From above 0 to 1.
+    pub epsilon: f32,
+}
+
 /// The head.
 pub trait Head: Memory {
     /// Cross-entropy of softmax(x w^T) against `targets`, one loss a row, and its gradients.
@@ -48,6 +67,15 @@ pub trait Head: Memory {
         &self,
         workspace: &mut Self::Workspace,
         operands: Classifier<'_, Self>,
+        shape: HeadShape,
+    );
+    /// Losses as they are and at their worst, for evaluations. A loss falls in the target's logit
+    /// and rises in all others, so that the worst is where the target's is `epsilon` (|y| + 1)
+    /// lower and the others as much higher.
+    fn worst_losses(
+        &self,
+        workspace: &mut Self::Workspace,
+        operands: WorstLosses<'_, Self>,
         shape: HeadShape,
     );
     /// Logits (V) of row `row` of x (rows, C).

@@ -35,7 +35,7 @@ pub use crate::optim::{Largest, OptimizerStep, StepSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use follow::{Follow, Track, Values, View, Viewed};
-pub use head::{Classifier, ClassifierGradient, Head, HeadShape};
+pub use head::{Classifier, ClassifierGradient, Head, HeadShape, WorstLosses};
 pub use linear::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
     OutputGradient,

@@ -250,6 +250,30 @@ pub(crate) fn classifier(
     (losses, dx, dwte)
 }
 
+/// Of rows of `vocab_size` logits the losses where each logit y has moved by `epsilon` (|y| + 1),
+/// the target's down and others up, and the largest |y|.
+pub(crate) fn worst_losses(
+    logits: &[f64],
+    targets: &[u32],
+    vocab_size: usize,
+    epsilon: f64,
+) -> [Vec<f64>; 2] {
+    let of_row = |(logits, target): (&[f64], &u32)| {
+        let target = *target as usize;
+        let moved = logits.iter().enumerate().map(|(j, y)| {
+            let by = epsilon * (y.abs() + 1.0);
+            if j == target { y - by } else { y + by }
+        });
+        let moved: Vec<f64> = moved.collect();
+        let max = moved.iter().copied().fold(f64::MIN, f64::max);
+        let sum: f64 = moved.iter().map(|l| (l - max).exp()).sum();
+        let amax = logits.iter().fold(0.0f64, |amax, y| amax.max(y.abs()));
+        (max + sum.ln() - moved[target], amax)
+    };
+    let (worst, amax) = logits.chunks(vocab_size).zip(targets).map(of_row).unzip();
+    [worst, amax]
+}
+
 /// A weight and its moments after an update with the gradient `g`, clipped already.
 pub(crate) fn adamw([p, m, v]: [f64; 3], g: f64, decays: bool, step: &OptimizerStep) -> [f64; 3] {
     let Optimizer { beta1, beta2, epsilon, weight_decay, .. } = step.optimizer;

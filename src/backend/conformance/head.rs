@@ -85,6 +85,106 @@ pub(super) fn classifier<B: Harness>(backends: &[B]) {
     }
 }
 
+pub(super) fn worst_losses<B: Harness>(backends: &[B]) {
+    for size @ [rows, channels, vocab_size] in SIZES {
+        let once = size == SEVERAL_CHUNKS;
+        let backends = if once { &backends[..1] } else { backends };
+        for (precision, epsilon) in
+            BOTH.into_iter().zip([1e-3, 0.25]).take(if once { 1 } else { 2 })
+        {
+            let (x, w, ids) = operands::<B>(size, precision);
+            let [x64, w64] = [&x, &w].map(|values| f64s(&rounded(values, precision)));
+            let layer = LinearShape { rows, inputs: channels, outputs: vocab_size };
+            let zeros = vec![0.0; vocab_size];
+            let logits = reference::linear_forward(&x64, &w64, &zeros, layer);
+            let of = |logits: &[f64]| {
+                reference::worst_losses(logits, &ids, vocab_size, f64::from(epsilon))
+            };
+            let exact = of(&logits);
+            // Twice the error that rounding logits makes by itself.
+            let held = B::held(precision);
+            let rounded: Vec<f32> = logits.iter().map(|v| *v as f32).collect();
+            let rounded = of(&f64s(&super::rounded(&rounded, held)));
+            each(backends, |b| {
+                let found = worst(b, (&x, &w, &ids), size, precision, epsilon);
+                let what = |what: &str| format!("{what} of {size:?} in {precision:?}");
+                for ((name, ours), (exact, rounded)) in
+                    ["worst losses", "amax"].iter().zip(&found[1..]).zip(exact.iter().zip(&rounded))
+                {
+                    let off = 2.0 * relative_error(rounded, exact);
+                    within(b, &what(name), ours, exact, off + b.bound(Of::Head, precision));
+                }
+                let mut losses = f32_poison(b, rows);
+                let params = Params::of(b, &[&w]);
+                let operands = Classifier {
+                    losses: &mut losses,
+                    gradient: None,
+                    x: &input(b, &x, precision),
+                    w: params.get(b, 0),
+                    targets: &tokens(b, &ids),
+                };
+                let sequences = Sequences { batch: 1, length: rows };
+                let mut scratch = workspace(b, sequences, channels, 1, vocab_size, precision);
+                let shape = HeadShape { rows, channels, vocab_size, precision };
+                b.classifier(&mut scratch, operands, shape);
+                assert_eq!(read_f32(b, &losses, rows), found[0], "{}", what("losses"));
+            });
+        }
+    }
+}
+
+/// Losses, worst losses and the largest logits, of x, w and targets.
+fn worst<B: Harness>(
+    b: &B,
+    (x, w, ids): (&[f32], &[f32], &[u32]),
+    [rows, channels, vocab_size]: [usize; 3],
+    precision: Precision,
+    epsilon: f32,
+) -> [Vec<f32>; 3] {
+    let sequences = Sequences { batch: 1, length: rows };
+    let mut scratch = workspace(b, sequences, channels, 1, vocab_size, precision);
+    let params = Params::of(b, &[w]);
+    let [mut losses, mut worst, mut amax] = std::array::from_fn(|_| f32_poison(b, rows));
+    let operands = WorstLosses {
+        losses: &mut losses,
+        worst: &mut worst,
+        amax: &mut amax,
+        x: &input(b, x, precision),
+        w: params.get(b, 0),
+        targets: &tokens(b, ids),
+        epsilon,
+    };
+    b.worst_losses(&mut scratch, operands, HeadShape { rows, channels, vocab_size, precision });
+    [losses, worst, amax].map(|found| read_f32(b, &found, rows))
+}
+
+/// Against what maximizing the loss by hand gives; the logits are exact in bf16.
+pub(super) fn the_worst_loss_of_five_logits<B: Harness>(backends: &[B]) {
+    let logits = [2.0f32, -1.0, 0.5, 3.0, -2.5];
+    let loss = 1.386_871_208_09;
+    for (epsilon, sharpness) in
+        [(5e-4, 0.106_574_855_685), (1e-3, 0.213_243_578_480), (1e-2, 2.149_163_064_97)]
+    {
+        let of = |worst: f64| 100.0 * (worst - loss) / (1.0 + loss);
+        let [exact, amax] = reference::worst_losses(&f64s(&logits), &[0], 5, epsilon);
+        assert!((of(exact[0]) - sharpness).abs() < 1e-8, "{} {sharpness}", of(exact[0]));
+        assert_eq!(amax, [3.0]);
+        for precision in BOTH {
+            each(backends, |b| {
+                // Of x only the first channel counts, whose weights are the logits.
+                let x: [f32; 8] = std::array::from_fn(|i| if i == 0 { 1.0 } else { 0.0 });
+                let w: Vec<f32> = logits.iter().flat_map(|y| x.map(|x| x * y)).collect();
+                let found = worst(b, (&x, &w, &[0]), [1, 8, 5], precision, epsilon as f32);
+                let [ours, worst, amax] = found.map(|found| found[0]);
+                assert_eq!(amax, 3.0);
+                assert!((f64::from(ours) - loss).abs() < 1e-6, "{}: loss {ours}", b.name());
+                let off = (of(f64::from(worst)) - sharpness).abs();
+                assert!(off < 1e-4, "{}: sharpness off by {off:e}", b.name());
+            });
+        }
+    }
+}
+
 /// Losses, dx and dw in f64, but for logits and dlogits, which are rounded to a precision each.
 fn classified(
     x: &[f64],

@@ -118,7 +118,7 @@ suite! {
     linear: linear_layers_follow_their_recipes linear_layers_with_gelu operands_turned_ahead
         nan_poisons_the_products_that_it_enters gelu;
     attend: attention;
-    head: classifier logits;
+    head: classifier worst_losses the_worst_loss_of_five_logits logits;
     follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset;
     optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
         rates_that_do_not_fall_give_the_bits_of_adamw moments_are_stored_to_the_byte;

@@ -8,10 +8,10 @@ use rayon::prelude::*;
 
 use super::gemm::{Conversion, Matrix, Output, Role, pack};
 use super::isa::{Isa, simd_fn};
-use super::math::{exp, lane_max, lane_sum};
+use super::math::{exp, lane_amax, lane_max, lane_sum};
 use super::workspace::{ScratchSize, Workspace};
 use super::{Buffer, Cpu, rows_per_job};
-use crate::backend::{Classifier, Head, HeadShape, Precision};
+use crate::backend::{Classifier, Head, HeadShape, Precision, WorstLosses};
 
 /// Logits held at a time, about: 32 MiB.
 const CHUNK_LOGITS: usize = 8 << 20;
@@ -84,6 +84,34 @@ impl Head for Cpu {
         }
     }
 
+    fn worst_losses(
+        &self,
+        workspace: &mut Workspace,
+        operands: WorstLosses<'_, Self>,
+        HeadShape { rows, channels, vocab_size, precision }: HeadShape,
+    ) {
+        let WorstLosses { losses, worst, amax, x, w, targets, epsilon } = operands;
+        let conversion = Conversion::to(precision);
+        let Workspace { a, b: [head, ..], elements: logits, .. } = workspace;
+        let by_channel = Matrix::rows_by_depth(w, vocab_size, channels);
+        let head = pack(self, &by_channel, conversion, Role::B, head.as_mut());
+        let chunk = chunk_rows(rows, vocab_size);
+        for r0 in (0..rows).step_by(chunk) {
+            let of_chunk = r0..rows.min(r0 + chunk);
+            let n = of_chunk.len();
+            let logits = &mut logits[..n * vocab_size];
+            let packed = Matrix::rows_by_depth(&x[r0 * channels..][..n * channels], n, channels);
+            let packed = pack(self, &packed, conversion, Role::A, a.as_mut());
+            self.gemm(packed, head, overwrite(logits, vocab_size));
+
+            let targets = &targets[of_chunk.clone()];
+            softmax_rows(self, logits, &mut losses[of_chunk.clone()], targets, vocab_size, None);
+            let amax = &mut amax[of_chunk.clone()];
+            move_rows(self, logits, amax, targets, vocab_size, epsilon);
+            softmax_rows(self, logits, &mut worst[of_chunk], targets, vocab_size, None);
+        }
+    }
+
     fn logits(
         &self,
         _workspace: &mut Workspace,
@@ -131,6 +159,43 @@ fn softmax_rows(
                 }
             });
     });
+}
+
+/// Moves the logits of all rows to where their loss is worst, and tells how large they were.
+fn move_rows(
+    cpu: &Cpu,
+    logits: &mut [f32],
+    amax: &mut [f32],
+    targets: &[u32],
+    vocab_size: usize,
+    epsilon: f32,
+) {
+    let per_job = rows_per_job(vocab_size);
+    cpu.install(|| {
+        logits
+            .par_chunks_mut(per_job * vocab_size)
+            .zip(amax.par_chunks_mut(per_job))
+            .zip(targets.par_chunks(per_job))
+            .for_each(|((logits, amax), targets)| {
+                let rows = logits.chunks_exact_mut(vocab_size).zip(amax).zip(targets);
+                for ((logits, amax), target) in rows {
+                    *amax = move_row(cpu.isa(), logits, *target as usize, epsilon);
+                }
+            });
+    });
+}
+
+simd_fn! {
+    /// Moves the target's logit down and the others up; gives the largest magnitude before.
+    fn move_row(logits: &mut [f32], target: usize, epsilon: f32) -> f32 {
+        let amax = lane_amax(logits);
+        let y = logits[target];
+        for v in logits.iter_mut() {
+            *v += epsilon * (v.abs() + 1.0);
+        }
+        logits[target] = y - epsilon * (y.abs() + 1.0);
+        amax
+    }
 }
 
 simd_fn! {

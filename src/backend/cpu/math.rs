@@ -159,15 +159,27 @@ fn fold_lanes(mut lanes: [f32; LANES]) -> f32 {
 /// The largest of `x` (f32::MIN for none). NaN does not win, and shows in the sums that follow.
 #[inline(always)]
 pub(super) fn lane_max(x: &[f32]) -> f32 {
+    lane_max_of(x, |v| v)
+}
+
+/// The largest magnitude, 0 of nothing. NaN is not seen.
+#[inline(always)]
+pub(super) fn lane_amax(x: &[f32]) -> f32 {
+    lane_max_of(x, f32::abs).max(0.0)
+}
+
+#[inline(always)]
+fn lane_max_of(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut lanes = [f32::MIN; LANES];
     let (whole, rest) = x.as_chunks::<LANES>();
     for chunk in whole {
         for l in 0..LANES {
-            lanes[l] = if chunk[l] > lanes[l] { chunk[l] } else { lanes[l] };
+            let v = f(chunk[l]);
+            lanes[l] = if v > lanes[l] { v } else { lanes[l] };
         }
     }
-    let max = |a: f32, b: &f32| if *b > a { *b } else { a };
-    rest.iter().fold(lanes.iter().fold(f32::MIN, max), max)
+    let max = |a: f32, b: f32| if b > a { b } else { a };
+    rest.iter().map(|v| f(*v)).fold(lanes.into_iter().fold(f32::MIN, max), max)
 }
 
 #[cfg(test)]
@@ -248,6 +260,8 @@ mod tests {
             let squares = x.iter().map(|v| v * v).sum::<f32>();
             assert_eq!(lane_sum([&x, &x], |[a, b]| a * b), squares);
             assert_eq!(lane_max(&x), x.iter().copied().fold(f32::MIN, f32::max));
+            let negated: Vec<f32> = x.iter().map(|v| -v).collect();
+            assert_eq!(lane_amax(&negated), x.iter().copied().fold(0.0, f32::max));
         }
     }
 }

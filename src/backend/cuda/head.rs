@@ -8,10 +8,13 @@ use super::device::gemm::{Operand, Type};
 use super::device::launch;
 use super::device::memory::{F32, Param, Tensor, size_of_element};
 use super::{Cuda, Product, Workspace, kernel};
-use crate::backend::{Classifier, Head, HeadShape};
+use crate::backend::{Classifier, Head, HeadShape, WorstLosses};
 
 /// Logits held at a time, about: 1 GiB in bf16. Fewer chunks read and write dW less often.
 const CHUNK_LOGITS: usize = 1 << 29;
+
+/// Of a block, which has one row of logits.
+pub(super) const THREADS: usize = 1024;
 
 /// Rows of one chunk: equal chunks, but for the last, of a multiple of 128 rows.
 pub(super) fn chunk_rows(rows: usize, vocab_size: usize) -> usize {
@@ -24,32 +27,60 @@ pub(super) fn stride(vocab_size: usize) -> usize {
     vocab_size.next_multiple_of(64)
 }
 
+/// `Worst` of the kernel.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Worst {
+    pub(super) logits: u64,
+    pub(super) worst: u64,
+    pub(super) amax: u64,
+    pub(super) targets: u64,
+    pub(super) vocab: u32,
+    pub(super) stride: u32,
+    pub(super) epsilon: f32,
+}
+
+impl Cuda {
+    /// Logits of `n` rows from row `first` of x on, at the start of the scratch.
+    fn logits_of(
+        &self,
+        workspace: &mut Workspace,
+        (x, w): (&Tensor, u64),
+        [first, n]: [usize; 2],
+        HeadShape { channels, vocab_size, .. }: HeadShape,
+    ) {
+        let [of_x, of_w] =
+            [x.at(first * channels), w].map(|address| Operand::rows(address, channels));
+        let (sizes, logits) = ([n, vocab_size, channels], workspace.logits.address);
+        let product = Product {
+            c_stride: stride(vocab_size),
+            ..Product::new(x.precision.into(), sizes, of_x, of_w, logits)
+        };
+        self.product(workspace, &product);
+    }
+}
+
 impl Head for Cuda {
     fn classifier(
         &self,
         workspace: &mut Workspace,
         operands: Classifier<'_, Self>,
-        HeadShape { rows, channels, vocab_size, .. }: HeadShape,
+        shape: HeadShape,
     ) {
+        let HeadShape { rows, channels, vocab_size, .. } = shape;
         let Classifier { losses, mut gradient, x, w, targets } = operands;
         let (precision, w) = (Type::from(x.precision), w.as_read_in(x.precision));
         let (logits, stride) = (workspace.logits.address, stride(vocab_size));
         for first in (0..rows).step_by(workspace.chunk) {
             let n = workspace.chunk.min(rows - first);
-            let chunk = x.at(first * channels);
-            let of_x = Operand::rows(chunk, channels);
-            let sizes = [n, vocab_size, channels];
-            let product = Product {
-                c_stride: stride,
-                ..Product::new(precision, sizes, of_x, Operand::rows(w, channels), logits)
-            };
-            self.product(workspace, &product);
+            self.logits_of(workspace, (x, w), [first, n], shape);
             let scale = gradient.as_ref().map_or(0.0, |gradient| gradient.scale);
             let places = first as u64 * 4;
-            launch!(self.gpu, kernel!(x, "softmax_loss"), [n, 1, 1], 1024, 0;
+            launch!(self.gpu, kernel!(x, "softmax_loss"), [n, 1, 1], THREADS, 0;
                 logits, losses.address() + places, targets.ids() + places,
                 vocab_size as u32, stride as u32, scale, u32::from(gradient.is_some()));
             let Some(gradient) = &mut gradient else { continue };
+            let chunk = x.at(first * channels);
             let (sizes, right) = ([n, channels, vocab_size], Operand::columns(w, channels));
             let to = gradient.dx.write().at(first * channels);
             let dx = Product::new(precision, sizes, Operand::rows(logits, stride), right, to);
@@ -63,6 +94,36 @@ impl Head for Cuda {
                 ..Product::new(precision, sizes, left, right, to)
             };
             self.product(workspace, &dw);
+        }
+    }
+
+    fn worst_losses(
+        &self,
+        workspace: &mut Workspace,
+        operands: WorstLosses<'_, Self>,
+        shape: HeadShape,
+    ) {
+        let HeadShape { rows, vocab_size, .. } = shape;
+        let WorstLosses { losses, worst, amax, x, w, targets, epsilon } = operands;
+        let w = w.as_read_in(x.precision);
+        let (logits, stride) = (workspace.logits.address, stride(vocab_size) as u32);
+        for first in (0..rows).step_by(workspace.chunk) {
+            let n = workspace.chunk.min(rows - first);
+            self.logits_of(workspace, (x, w), [first, n], shape);
+            let places = first as u64 * 4;
+            let [losses, targets] = [losses.address(), targets.ids()].map(|at| at + places);
+            launch!(self.gpu, kernel!(x, "softmax_loss"), [n, 1, 1], THREADS, 0;
+                logits, losses, targets, vocab_size as u32, stride, 0.0f32, 0u32);
+            let moved = Worst {
+                logits,
+                worst: worst.address() + places,
+                amax: amax.address() + places,
+                targets,
+                vocab: vocab_size as u32,
+                stride,
+                epsilon,
+            };
+            launch!(self.gpu, kernel!(x, "worst_loss"), [n, 1, 1], THREADS, 0; moved);
         }
     }
 

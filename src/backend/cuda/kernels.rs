@@ -58,7 +58,7 @@ pub(super) static FILES: [File; 27] = [
         of(&["find_amax<T> round_to_fp8<T>", if chip >= FP8 { bytes } else { "" }].concat())
     }),
     file!("gelu", ["gelu.cuh"], |_| of("gelu_of_all<T,B,B> sample_gelu_gradient")),
-    file!("head", [], |_| of("softmax_loss<T>")),
+    file!("head", [], |_| of("softmax_loss<T> worst_loss<T>")),
     file!("int8", ["random.cuh", "numbers.cuh", "values.cuh", "tiles.cuh"], |_| {
         of("round_int8_rows<T,bf16> round_int8_tensor<T,bf16> \
             round_int8_rows<T,u8> round_int8_tensor<T,u8> turn_int8<T>")

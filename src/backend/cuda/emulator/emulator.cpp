@@ -173,6 +173,8 @@ static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static float __fsqrt_rn(float v) { return sqrtf(v); }
+// The system's headers have one of this name.
+#define __expf expf
 static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }

@@ -20,6 +20,7 @@ mod follow;
 mod fp4_instruction;
 mod fp8;
 mod gelu;
+mod head;
 mod kept;
 mod merge;
 mod moments;
