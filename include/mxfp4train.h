@@ -547,6 +547,16 @@ typedef struct mxt_eval_stats {
   float loss;
   // exp(loss).
   float perplexity;
+  // Where mxt_trainer_set_sharpness asks for it, else NaN as the three below: 100 (f' - f) /
+  // (1 + f) of the loss f and the largest that it can be, f', when each logit y moves by up to
+  // sharpness_epsilon (|y| + 1).
+  float sharpness;
+  // The same of the last tokens of the sequences alone.
+  float sharpness_last;
+  // How far logits may move.
+  float sharpness_epsilon;
+  // Mean over the tokens of the largest magnitude of a logit.
+  float logit_amax;
 } mxt_eval_stats;
 
 // Bytes that a model with its trainer takes, by purpose. Set struct_size to
@@ -1049,6 +1059,15 @@ mxt_status mxt_trainer_eval(struct mxt_trainer *trainer,
                             const struct mxt_dataset *dataset,
                             size_t max_batches,
                             struct mxt_eval_stats *stats);
+
+// Asks evaluations from here on, those of mxt_trainer_run too, how sharp the loss is in the
+// logits: how much it could rise if each logit y moved by up to `epsilon` (|y| + 1), from above 0
+// to 1 (1e-3 is usual); 0 ends it. The loss itself stays the same, bit for bit. It takes 20 bytes
+// for each token of a batch, and is not saved with the run.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (another number), MXT_ERROR_OUT_OF_MEMORY,
+// MXT_ERROR_BUSY.
+mxt_status mxt_trainer_set_sharpness(struct mxt_trainer *trainer, float epsilon);
 
 // Takes `lr` as the learning rate from the next step on, in place of the schedule's. It is saved
 // with the run; mxt_trainer_use_schedule takes it back.

@@ -619,6 +619,11 @@ class Trainer {
     return detail::finish(status, stats);
   }
 
+  // Evaluations from here on say how sharp the loss is in the logits; 0 ends it.
+  outcome<void> set_sharpness(float epsilon) {
+    return detail::finish(mxt_trainer_set_sharpness(get(), epsilon));
+  }
+
   // Many steps with evaluations and checkpoints.
   outcome<RunResult> run(const Dataset &dataset, const RunOptions &options) {
     auto result = detail::sized<RunResult>();

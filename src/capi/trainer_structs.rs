@@ -8,7 +8,8 @@ use super::guard;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, versioned};
 use crate::{
-    Error, EvalStats, Optimizer, Plan, Recompute, Schedule, ScheduleKind, StepStats, TrainerOptions,
+    Error, EvalStats, Optimizer, Plan, Recompute, Schedule, ScheduleKind, Sharpness, StepStats,
+    TrainerOptions,
 };
 
 /// The curve of the learning rate after the warm-up.
@@ -271,17 +272,34 @@ pub struct mxt_eval_stats {
     pub loss: f32,
     /// exp(loss).
     pub perplexity: f32,
+    /// Where mxt_trainer_set_sharpness asks for it, else NaN as the three below: 100 (f' - f) /
+    /// (1 + f) of the loss f and the largest that it can be, f', when each logit y moves by up to
+    /// sharpness_epsilon (|y| + 1).
+    pub sharpness: f32,
+    /// The same of the last tokens of the sequences alone.
+    pub sharpness_last: f32,
+    /// How far logits may move.
+    pub sharpness_epsilon: f32,
+    /// Mean over the tokens of the largest magnitude of a logit.
+    pub logit_amax: f32,
 }
-versioned!(mxt_eval_stats, last = perplexity: f32);
+versioned!(mxt_eval_stats, last = perplexity: f32, then logit_amax: f32);
 
 impl From<EvalStats> for mxt_eval_stats {
     fn from(stats: EvalStats) -> Self {
+        let none =
+            Sharpness { epsilon: f32::NAN, all: f32::NAN, last: f32::NAN, logit_amax: f32::NAN };
+        let Sharpness { epsilon, all, last, logit_amax } = stats.sharpness.unwrap_or(none);
         Self {
             struct_size: size_of::<Self>(),
             tokens: stats.tokens,
             seconds: stats.seconds,
             loss: stats.loss,
             perplexity: stats.loss.exp(),
+            sharpness: all,
+            sharpness_last: last,
+            sharpness_epsilon: epsilon,
+            logit_amax,
         }
     }
 }

@@ -13,6 +13,7 @@ mod params;
 mod pass;
 mod recompute;
 mod shapes;
+mod sharpness;
 
 pub(crate) use activations::{ActivationGradients, Activations, ForBackward};
 pub use config::{Activation, ModelConfig};
@@ -22,3 +23,4 @@ pub(crate) use params::{HEAD, Matrix, ParamSpec, ParamTable, WTE};
 pub(crate) use pass::{Means, Merging, Pass, Place};
 pub use recompute::Recompute;
 pub(crate) use shapes::Shapes;
+pub(crate) use sharpness::WorstOf;

@@ -7,6 +7,7 @@ mod carriers;
 mod follow;
 mod memory;
 mod merge;
+mod sharpness;
 mod states;
 mod track;
 mod watch;
@@ -37,6 +38,8 @@ use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
 use merge::Merges;
 pub use merge::Spared;
+use sharpness::Sharp;
+pub use sharpness::Sharpness;
 pub use watch::{WeightChange, WeightMetrics};
 
 /// What one optimizer step did.
@@ -70,6 +73,8 @@ pub struct EvalStats {
     pub seconds: f64,
     /// What `haste` in a recipe would spare of the linear layers; None without it.
     pub spared: Option<Spared>,
+    /// How sharp the loss is in the logits; None unless [`Trainer::set_sharpness`] asks for it.
+    pub sharpness: Option<Sharpness>,
 }
 
 /// Asks a trainer to stop, from any thread or from a signal handler: one atomic store. The request
@@ -115,6 +120,8 @@ pub struct Trainer {
 struct Run<B: Backend> {
     model: Arc<OnDevice<B>>,
     buffers: Buffers<B>,
+    /// Of evaluations that are asked for it.
+    sharp: Option<Sharp<B>>,
     /// Of the micro-step that is computed or was last.
     step_plan: StepPlan,
     /// [`crate::model::Weights::moves`] when recordings were begun, which are of one place.
@@ -403,8 +410,9 @@ impl Trainer {
         let Self { run, model, stop, .. } = self;
         let vocab_size = model.config().vocab_size;
         let (mut sum, mut tokens) = (0.0, 0);
-        let spared = on_device!(run, run => {
+        let (spared, sharpness) = on_device!(run, run => {
             run.buffers.merges.iter_mut().for_each(Merges::begin);
+            run.sharp.iter_mut().for_each(Sharp::begin);
             recipe.set_step(&mut run.step_plan, 0, (0, 0), step);
             let on = Arc::clone(&run.model);
             // For all batches: nobody changes the weights between them.
@@ -421,10 +429,28 @@ impl Trainer {
                 tokens += sequences.rows() as u64;
                 sum += run.sum_of_losses(&weights.all, model, (sequences, seed), &mut fill)?;
             }
-            run.buffers.merges.as_ref().map(Merges::spared)
+            (run.buffers.merges.as_ref().map(Merges::spared), run.sharp.as_ref().map(Sharp::found))
         });
         let loss = (sum / tokens as f64) as f32;
-        Ok(EvalStats { loss, tokens, seconds: started.elapsed().as_secs_f64(), spared })
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(EvalStats { loss, tokens, seconds, spared, sharpness })
+    }
+
+    /// Whether evaluations from here on also say how sharp the loss is in the logits, and how far a
+    /// logit y may move for that: by `epsilon` (|y| + 1), from above 0 to 1 (1e-3 is usual). None
+    /// ends it. The loss itself stays the same, bit for bit; it takes 20 bytes a token of a batch,
+    /// and a look at all logits more. Checkpoints do not have it.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for another number, [`Error::OutOfMemory`].
+    pub fn set_sharpness(&mut self, epsilon: Option<f32>) -> Result<()> {
+        let Self { run, model, state, .. } = self;
+        let rows = state.options.batch_size * state.options.sequence_length;
+        on_device!(run, run => {
+            let of = |epsilon| Sharp::new(&run.model, model, rows, epsilon);
+            run.sharp = epsilon.map(of).transpose()?;
+        });
+        Ok(())
     }
 
     /// Overrides the schedule's learning rate from the next step on; `None` returns to the
@@ -595,7 +621,7 @@ impl<B: Backend> Run<B> {
         let moves = weights.moves;
         drop(weights);
         let step_plan = options.recipe.step_plan(config.layers)?;
-        Ok(Self { model: on.clone(), buffers, step_plan, moves })
+        Ok(Self { model: on.clone(), buffers, sharp: None, step_plan, moves })
     }
 
     fn load_states(
@@ -651,7 +677,7 @@ impl<B: Backend> Run<B> {
         step: &OptimizerStep,
         fill: &mut FillWindow<'_>,
     ) -> Result<StepSums> {
-        let Self { model: on, buffers, step_plan, moves } = self;
+        let Self { model: on, buffers, step_plan, moves, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
         let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
@@ -759,7 +785,7 @@ impl<B: Backend> Run<B> {
         (sequences, seed): (Sequences, u64),
         fill: &mut dyn FnMut(usize, &mut [u32]) -> Result<()>,
     ) -> Result<f64> {
-        let Self { model: on, buffers, step_plan: plan, .. } = self;
+        let Self { model: on, buffers, sharp, step_plan: plan, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
         let Buffers { flat, activations, batch, merges, workspace, .. } = buffers;
@@ -781,11 +807,16 @@ impl<B: Backend> Run<B> {
                 plan,
             };
             pass.forward(activations, &batch.tokens);
-            pass.loss(activations, &batch.targets);
+            match sharp {
+                None => pass.loss(activations, &batch.targets),
+                Some(sharp) => pass.worst_losses(activations, &batch.targets, sharp.worst_of()),
+            }
             backend.sum_losses(&mut flat.reduction, &activations.losses, sequences.rows())
         })?;
         let shapes = Shapes { config, sequences, precision: plan.precision };
         merges.iter_mut().try_for_each(|merges| merges.count(backend, shapes))?;
+        let losses = &activations.losses;
+        sharp.iter_mut().try_for_each(|sharp| sharp.add(backend, losses, sequences))?;
         Ok(sum)
     }
 }

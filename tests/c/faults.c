@@ -233,6 +233,7 @@ int main(int argc, char **argv) {
   TRAINER_PANICS(mxt_trainer_step_tokens(trainer, some, BATCH * (CONTEXT + 1), &stats));
   TRAINER_PANICS(mxt_trainer_eval(trainer, dataset, 1, &eval));
   TRAINER_PANICS(mxt_trainer_save(trainer, folder));
+  TRAINER_PANICS(mxt_trainer_set_sharpness(trainer, 1e-3f));
   TRAINER_PANICS(mxt_trainer_set_lr(trainer, 1e-3f));
   TRAINER_PANICS(mxt_trainer_use_schedule(trainer));
   TRAINER_PANICS(mxt_trainer_set_schedule(trainer, &options));

@@ -205,6 +205,8 @@ int main(int argc, char **argv) {
   OK(mxt_dataset_from_tokens(tokens, 8, &other_data));
   RETURNS(MXT_ERROR_INVALID_ARGUMENT, mxt_trainer_step(trainer, other_data, &stats));
   CHECK(stats.step == 0x5a5a5a5a5a5a5a5a && mxt_trainer_steps_done(trainer) == 0);
+  RETURNS(MXT_ERROR_INVALID_ARGUMENT, mxt_trainer_set_sharpness(trainer, 2));
+  RETURNS(MXT_ERROR_INVALID_ARGUMENT, mxt_trainer_set_sharpness(trainer, nan));
   RETURNS(MXT_ERROR_INVALID_ARGUMENT, mxt_trainer_set_lr(trainer, -1));
   RETURNS(MXT_ERROR_INVALID_ARGUMENT, mxt_trainer_set_lr(trainer, nan));
   CHECK(strstr(mxt_trainer_last_error(trainer), "lr") != NULL);

@@ -111,6 +111,7 @@ int main(void) {
   IS_NULL("trainer", mxt_trainer_eval(NULL, dataset, 1, &eval));
   IS_NULL("dataset", mxt_trainer_eval(trainer, NULL, 1, &eval));
   IS_NULL("stats", mxt_trainer_eval(trainer, dataset, 1, NULL));
+  IS_NULL("trainer", mxt_trainer_set_sharpness(NULL, 1e-3f));
   IS_NULL("trainer", mxt_trainer_set_lr(NULL, 1));
   IS_NULL("trainer", mxt_trainer_use_schedule(NULL));
   IS_NULL("trainer", mxt_trainer_set_schedule(NULL, NULL));

@@ -2,6 +2,9 @@
 #include <math.h>
 #include "check.h"
 
+#include <math.h>
+#include <stddef.h>
+
 static void log_line(void *user_data, int32_t level, const char *message) {
   CHECK(level >= MXT_LOG_LEVEL_WARNING && level <= MXT_LOG_LEVEL_DEBUG && message[0] != 0);
   *(int *)user_data += 1;
@@ -95,6 +98,19 @@ int main(int argc, char **argv) {
   OK(mxt_trainer_eval(trainer, dataset, 4, &eval));
   CHECK(eval.loss < first && eval.perplexity > 1 && eval.tokens == 4 * BATCH * CONTEXT);
   CHECK(mxt_trainer_steps_done(trainer) == 60);
+  CHECK(isnan(eval.sharpness) && isnan(eval.logit_amax));
+  const float plain = eval.loss;
+  OK(mxt_trainer_set_sharpness(trainer, 1e-3f));
+  OK(mxt_trainer_eval(trainer, dataset, 4, &eval));
+  CHECK(eval.loss == plain && eval.sharpness > 0 && eval.sharpness_last > 0);
+  CHECK(eval.sharpness_epsilon == 1e-3f && eval.logit_amax > 0);
+  /* A program that knows no more than the loss. */
+  mxt_eval_stats older;
+  older.struct_size = offsetof(mxt_eval_stats, sharpness);
+  older.sharpness = 77;
+  OK(mxt_trainer_eval(trainer, dataset, 4, &older));
+  CHECK(older.loss == plain && older.sharpness == 77);
+  OK(mxt_trainer_set_sharpness(trainer, 0));
 
   /* The same losses with and without a stop in between. */
   OK(mxt_trainer_set_lr(trainer, 5e-3f));

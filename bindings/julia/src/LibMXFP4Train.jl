@@ -608,6 +608,16 @@ struct mxt_eval_stats
     loss::Cfloat
     # exp(loss).
     perplexity::Cfloat
+    # Where mxt_trainer_set_sharpness asks for it, else NaN as the three below: 100 (f' - f) /
+    # (1 + f) of the loss f and the largest that it can be, f', when each logit y moves by up to
+    # sharpness_epsilon (|y| + 1).
+    sharpness::Cfloat
+    # The same of the last tokens of the sequences alone.
+    sharpness_last::Cfloat
+    # How far logits may move.
+    sharpness_epsilon::Cfloat
+    # Mean over the tokens of the largest magnitude of a logit.
+    logit_amax::Cfloat
 end
 
 """
@@ -1457,6 +1467,24 @@ function mxt_trainer_eval(trainer, dataset, max_batches, stats)
         dataset::Ptr{mxt_dataset},
         max_batches::Csize_t,
         stats::Ptr{mxt_eval_stats}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_set_sharpness(trainer, epsilon)
+
+Asks evaluations from here on, those of mxt_trainer_run too, how sharp the loss is in the
+logits: how much it could rise if each logit y moved by up to `epsilon` (|y| + 1), from above 0
+to 1 (1e-3 is usual); 0 ends it. The loss itself stays the same, bit for bit. It takes 20 bytes
+for each token of a batch, and is not saved with the run.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (another number), MXT_ERROR_OUT_OF_MEMORY,
+MXT_ERROR_BUSY.
+"""
+function mxt_trainer_set_sharpness(trainer, epsilon)
+    return @ccall libmxfp4train.mxt_trainer_set_sharpness(
+        trainer::Ptr{mxt_trainer},
+        epsilon::Cfloat
     )::mxt_status
 end
 

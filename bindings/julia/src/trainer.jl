@@ -145,14 +145,25 @@ Base.IteratorEltype(::Type{Steps}) = Base.EltypeUnknown()
     evaluate!(trainer, dataset; max_batches = 0)
 
 The mean loss over at most `max_batches` batches spread evenly over the dataset, 0 for all of it, as
-a named tuple: `tokens`, `seconds`, `loss` (nats a token) and `perplexity`. It changes nothing of the
-run, but needs the trainer for itself.
+a named tuple: `tokens`, `seconds`, `loss` (nats a token), `perplexity`, and, `NaN` unless
+[`set_sharpness!`](@ref) asks for them, `sharpness`, `sharpness_last`, `sharpness_epsilon` and
+`logit_amax`. It changes nothing of the run, but needs the trainer for itself.
 """
 function evaluate!(trainer::Trainer, dataset::Dataset; max_batches::Integer = 0)
     most = c_number(Csize_t, "max_batches", max_batches)
     stats = sized(Lib.mxt_eval_stats)
     call(() -> Lib.mxt_trainer_eval(trainer, dataset, most, stats), trainer, dataset)
     return named(stats[])
+end
+
+"""
+    set_sharpness!(trainer, epsilon)
+
+Asks evaluations from here on how much the loss could rise if each logit y moved by up to `epsilon`
+(|y| + 1), in percent of 1 + loss. 0 ends it.
+"""
+function set_sharpness!(trainer::Trainer, epsilon::Real)
+    return call(() -> Lib.mxt_trainer_set_sharpness(trainer, epsilon), trainer)
 end
 
 """

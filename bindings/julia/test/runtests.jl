@@ -149,6 +149,7 @@ end
         () -> run!(trainer, new_dataset(); steps = 1),
         () -> options(trainer),
         () -> save(trainer, "x"),
+        () -> set_sharpness!(trainer, 1e-3),
         () -> set_lr!(trainer, 1),
         () -> use_schedule!(trainer),
         () -> Model(trainer),
@@ -295,6 +296,12 @@ end
         step!(new_trainer(), matrix).loss
     end
     @test length(unique(twins)) == 1
+    plain = evaluate!(trainer, dataset; max_batches = 1)
+    @test isnan(plain.sharpness) && isnan(plain.logit_amax)
+    set_sharpness!(trainer, 5e-4)
+    sharp = evaluate!(trainer, dataset; max_batches = 1)
+    @test sharp.loss == plain.loss && sharp.sharpness > 0 && sharp.sharpness_epsilon == 5.0f-4
+    set_sharpness!(trainer, 0)
     set_lr!(trainer, 1e-3)
     @test step!(trainer, dataset).lr == 1.0f-3
     use_schedule!(trainer)

@@ -405,6 +405,9 @@ pub(crate) struct ReportArgs {
     #[command(flatten)]
     pub(crate) measure: MeasureArgs,
 
+    #[command(flatten)]
+    pub(crate) sharpness: SharpnessArgs,
+
     /// Print a sample of the model's text every N steps; 0 never
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) sample_every: u64,
@@ -448,6 +451,17 @@ pub(crate) struct MeasureArgs {
     /// Batches of one measurement; 0 takes all validation data
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub(crate) eval_batches: usize,
+}
+
+/// What evaluations say besides the loss.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Reports")]
+pub(crate) struct SharpnessArgs {
+    /// Measure with the loss f how sharp it is in the logits: 100 (f' - f) / (1 + f), where f' is
+    /// the largest loss that there is when each logit y moves by up to EPSILON (|y| + 1), 1e-3
+    /// unless another is named; over all tokens and over the last ones of the sequences
+    #[arg(long, value_name = "EPSILON", num_args = 0..=1, default_missing_value = "1e-3")]
+    pub(crate) sharpness: Option<f32>,
 }
 
 /// The machine to run on.
@@ -563,6 +577,9 @@ pub(crate) struct EvalArgs {
     /// such as bf16,haste=16, also what merging channels costs and would spare
     #[arg(long, value_name = "NAME")]
     pub(crate) recipe: Option<Recipe>,
+
+    #[command(flatten)]
+    pub(crate) sharpness: SharpnessArgs,
 
     /// Print a JSON object
     #[arg(long)]

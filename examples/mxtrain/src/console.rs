@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use mxfp4train::Sharpness;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::stdio::{stderr, stdout};
@@ -196,6 +197,17 @@ pub(crate) fn loss_in_words(loss: f32, tokenizer: Option<Tokenizer>) -> String {
     text
 }
 
+/// "sharpness 0.213 (0.224 at last tokens, epsilon 0.001), largest logits 9.34"
+pub(crate) fn sharpness_in_words(found: &Sharpness) -> String {
+    let &Sharpness { epsilon, all, last, logit_amax } = found;
+    format!(
+        "sharpness {} ({} at last tokens, epsilon {epsilon}), largest logits {}",
+        short(all),
+        short(last),
+        short(logit_amax)
+    )
+}
+
 /// Nats in bits.
 pub(crate) fn bits(nats: f32) -> f64 {
     f64::from(nats) / std::f64::consts::LN_2
@@ -324,6 +336,14 @@ mod tests {
             seconds: 1e3,
             raised_blocks: 0,
         });
+    }
+
+    #[test]
+    fn sharpness_says_what_of() {
+        let found = Sharpness { epsilon: 1e-3, all: 0.2134, last: 0.004, logit_amax: 12.0 };
+        let expected = "sharpness 0.213 (4.00e-3 at last tokens, epsilon 0.001), largest logits \
+                        12.000";
+        assert_eq!(sharpness_in_words(&found), expected);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::machine;
 use crate::prepared::Meta;
 use crate::signals::Signals;
 use crate::tokenizer::Tokenizer;
-use crate::train::short_windows;
+use crate::train::{OfLogits, short_windows};
 
 /// Runs the command.
 pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
@@ -32,6 +32,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
     if let Some(note) = short_windows(&data, trainer.options().sequence_length) {
         console::note(&format!("mxtrain: {}: {note}", args.data.display()));
     }
+    trainer.set_sharpness(args.sharpness.sharpness)?;
     let stats = trainer.eval(&data, args.batches)?;
     let merged = match stats.spared {
         Some(spared) => Some(Merged::of(trainer, &data, args.batches, spared)?),
@@ -54,6 +55,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
             bits_per_byte: (tokenizer == Some(Tokenizer::Bytes)).then(|| console::bits(stats.loss)),
             tokens: stats.tokens,
             seconds: stats.seconds,
+            sharpness: stats.sharpness.map(Into::into),
             haste: merged,
         };
         console::print_json(&result)?;
@@ -65,6 +67,9 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
             HumanCount(stats.tokens),
             HumanCount(speed as u64),
         ))?;
+        if let Some(sharpness) = &stats.sharpness {
+            console::print(&format!("{}\n", console::sharpness_in_words(sharpness)))?;
+        }
         if let Some(merged) = merged {
             console::print(&merged.in_words(stats.loss, tokenizer))?;
         }
@@ -129,6 +134,8 @@ struct Report {
     bits_per_byte: Option<f64>,
     tokens: u64,
     seconds: f64,
+    #[serde(flatten)]
+    sharpness: Option<OfLogits>,
     #[serde(skip_serializing_if = "Option::is_none")]
     haste: Option<Merged>,
 }

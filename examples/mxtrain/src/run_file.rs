@@ -38,8 +38,16 @@ const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'
 /// The options that it may set: those that name data,
 const DATA_OPTIONS: [&str; 6] = ["data", "train", "val", "token-type", "vocab-size", "tokenizer"];
 /// and those that say what a run does.
-const RUN_OPTIONS: [&str; 7] =
-    ["steps", "eval-every", "eval-batches", "save-every", "sample-every", "sample-prompt", "seed"];
+const RUN_OPTIONS: [&str; 8] = [
+    "steps",
+    "eval-every",
+    "eval-batches",
+    "sharpness",
+    "save-every",
+    "sample-every",
+    "sample-prompt",
+    "seed",
+];
 
 /// The contents of `mxtrain.json`.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]

@@ -301,6 +301,48 @@ fn the_second_interrupt_ends_at_once() {
 }
 
 /// What stands in the files is looked at where they are written, and by `dev/check_tensorboard.py`.
+/// Beside the loss, which stays as it is; and a resumed run goes on with it.
+#[test]
+fn evaluations_say_how_sharp_the_loss_is() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("train --data data --out model --steps 2 --log log.jsonl {TINY}");
+    let out = succeed(dir, &format!("{line} --sharpness --tensorboard runs"));
+    assert!(
+        out.contains("  sharpness ") && out.contains(" at last tokens, epsilon 0.001)"),
+        "{out}"
+    );
+    let found = log(dir, "log.jsonl", "eval")[&2].clone();
+    let number = |value: &Value, name: &str| value[name].as_f64().unwrap();
+    assert_eq!(found["sharpness_epsilon"], 0.001);
+    // Logits are small as yet, so that every loss can rise by about 2 epsilon.
+    for name in ["sharpness", "sharpness_last"] {
+        assert!((0.01..0.2).contains(&number(&found, name)), "{found}");
+    }
+    assert!((0.0..2.0).contains(&number(&found, "logit_amax")), "{found}");
+    let events = fs::read_dir(dir.join("runs")).unwrap().next().unwrap().unwrap().path();
+    let tag = b"validation/sharpness";
+    assert!(fs::read(events).unwrap().windows(tag.len()).any(|part| part == tag));
+    succeed(dir, "train --resume model --steps 3 --log log.jsonl");
+    assert_eq!(log(dir, "log.jsonl", "eval")[&3]["sharpness_epsilon"], 0.001);
+
+    let eval = |options: &str| {
+        let line = format!("eval --checkpoint model --data data --threads 1 --json {options}");
+        serde_json::from_str::<Value>(&succeed(dir, &line)).unwrap()
+    };
+    let plain = eval("");
+    assert!(plain.get("sharpness").is_none(), "{plain}");
+    let [sharp, sharper] = ["--sharpness", "--sharpness 2e-3"].map(eval);
+    assert_eq!((&sharp["loss"], &sharp["tokens"]), (&plain["loss"], &plain["tokens"]));
+    let ratio = number(&sharper, "sharpness") / number(&sharp, "sharpness");
+    assert!((ratio - 2.0).abs() < 0.02, "{sharp} {sharper}");
+    let words = succeed(dir, "eval --checkpoint model --data data --sharpness=0.01");
+    assert!(words.lines().nth(1).unwrap().starts_with("sharpness "), "{words}");
+    assert!(words.contains("epsilon 0.01), largest logits "), "{words}");
+    let error = refuse(dir, "eval --checkpoint model --data data --sharpness 0");
+    assert_eq!(error, "--sharpness: expected a number from above 0 to 1, got 0");
+}
+
 /// Of each kind of recomputation the largest batch: one sequence more does not fit.
 #[test]
 fn the_largest_batches_that_fit_are_planned_and_said() {

@@ -7,7 +7,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use mxfp4train::{EvalStats, StepStats, WeightChange, WeightMetrics};
+use mxfp4train::{EvalStats, Sharpness, StepStats, WeightChange, WeightMetrics};
 use rustix::fs::{Access, AtFlags, CWD, OFlags};
 use serde::Serialize;
 
@@ -42,6 +42,8 @@ enum Line {
         loss: f32,
         tokens: u64,
         seconds: f64,
+        #[serde(flatten)]
+        sharpness: Option<OfLogits>,
     },
     Weights {
         step: u64,
@@ -50,6 +52,22 @@ enum Line {
         all: Change,
         tensors: BTreeMap<String, Change>,
     },
+}
+
+/// [`Sharpness`] as it is written, here and by `mxtrain eval`.
+#[derive(Clone, Copy, Serialize)]
+pub(crate) struct OfLogits {
+    sharpness: f32,
+    sharpness_last: f32,
+    sharpness_epsilon: f32,
+    logit_amax: f32,
+}
+
+impl From<Sharpness> for OfLogits {
+    fn from(found: Sharpness) -> Self {
+        let Sharpness { epsilon, all, last, logit_amax } = found;
+        Self { sharpness: all, sharpness_last: last, sharpness_epsilon: epsilon, logit_amax }
+    }
 }
 
 fn is_zero(count: &u64) -> bool {
@@ -124,8 +142,9 @@ impl Log {
 
     /// Adds an evaluation after `step` steps.
     pub(crate) fn eval(&mut self, step: u64, stats: &EvalStats) -> Outcome {
-        let &EvalStats { loss, tokens, seconds, .. } = stats;
-        self.line(&Line::Eval { step, loss, tokens, seconds })
+        let &EvalStats { loss, tokens, seconds, sharpness, .. } = stats;
+        let sharpness = sharpness.map(Into::into);
+        self.line(&Line::Eval { step, loss, tokens, seconds, sharpness })
     }
 
     fn line(&mut self, line: &Line) -> Outcome {
@@ -194,6 +213,9 @@ pub(super) fn open(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
 mod tests {
     use super::*;
 
+    const EVAL: EvalStats =
+        EvalStats { loss: 1.0, tokens: 8, seconds: 0.25, spared: None, sharpness: None };
+
     #[test]
     fn lines_are_short_and_a_resumed_log_goes_on() {
         let dir = tempfile::tempdir().unwrap();
@@ -208,7 +230,7 @@ mod tests {
             raised_blocks: 0,
         };
         Log::open(&path, false).unwrap().step(&step).unwrap();
-        let eval = EvalStats { loss: f32::NAN, tokens: 8, seconds: 0.25, spared: None };
+        let eval = EvalStats { loss: f32::NAN, ..EVAL };
         Log::open(&path, true).unwrap().eval(1, &eval).unwrap();
         assert_eq!(
             fs::read_to_string(&path).unwrap(),
@@ -221,6 +243,21 @@ mod tests {
         assert!(line.ends_with("\"seconds\":0.5,\"raised_blocks\":7}\n"), "{line}");
         Log::open(&path, false).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn sharpness_stands_with_its_epsilon() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.jsonl");
+        let found = Sharpness { epsilon: 5e-4, all: 0.25, last: 0.5, logit_amax: 9.0 };
+        let eval = EvalStats { sharpness: Some(found), ..EVAL };
+        Log::open(&path, false).unwrap().eval(3, &eval).unwrap();
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            "{\"type\":\"eval\",\"step\":3,\"loss\":1.0,\"tokens\":8,\"seconds\":0.25,\
+             \"sharpness\":0.25,\"sharpness_last\":0.5,\"sharpness_epsilon\":0.0005,\
+             \"logit_amax\":9.0}\n"
+        );
     }
 
     #[test]
@@ -247,11 +284,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.jsonl");
         fs::write(&path, "{}\n{\"ty").unwrap();
-        let eval = EvalStats { loss: 1.0, tokens: 8, seconds: 0.25, spared: None };
-        Log::open(&path, true).unwrap().eval(1, &eval).unwrap();
+        Log::open(&path, true).unwrap().eval(1, &EVAL).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.starts_with("{}\n{\"ty\n{\"type\":\"eval\""), "{text}");
-        Log::open(&path, true).unwrap().eval(2, &eval).unwrap();
+        Log::open(&path, true).unwrap().eval(2, &EVAL).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap().lines().count(), 4);
     }
 
@@ -272,14 +308,13 @@ mod tests {
     fn a_line_after_a_lost_one_begins_anew() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.jsonl");
-        let eval = EvalStats { loss: 1.0, tokens: 8, seconds: 0.25, spared: None };
         let mut log = Log::open(&path, false).unwrap();
         fs::remove_file(&path).unwrap();
         fs::create_dir(&path).unwrap();
-        assert!(log.eval(1, &eval).is_err());
+        assert!(log.eval(1, &EVAL).is_err());
         fs::remove_dir(&path).unwrap();
-        log.eval(2, &eval).unwrap();
-        log.eval(3, &eval).unwrap();
+        log.eval(2, &EVAL).unwrap();
+        log.eval(3, &EVAL).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.starts_with("\n{") && text.lines().count() == 3, "{text}");
     }

@@ -32,7 +32,7 @@ use crate::plan;
 use crate::signals::{INTERRUPTED, Signals};
 use crate::tokenizer::{TextStream, Tokenizer};
 use log::Log;
-pub(crate) use log::is_log;
+pub(crate) use log::{OfLogits, is_log};
 use saves::Saves;
 pub(crate) use side::{Failures, Side};
 use tensorboard::TensorBoard;
@@ -166,6 +166,7 @@ impl Run {
             end_tokens,
         };
         run.stop = run.trainer.stop_handle();
+        run.trainer.set_sharpness(args.report.sharpness.sharpness)?;
         if run.weights_every > 0 {
             run.trainer.watch_weights(run.weights_every)?;
         }
@@ -322,6 +323,9 @@ impl Run {
                 "  validation {}",
                 console::loss_in_words(stats.loss, self.tokenizer)
             ));
+            if let Some(sharpness) = &stats.sharpness {
+                line.push_str(&format!("  {}", console::sharpness_in_words(sharpness)));
+            }
             if !stats.loss.is_finite() {
                 let failure = format!("the validation loss is not finite ({})", stats.loss);
                 self.failures.note(Side::Evaluation, &Failure::runtime(failure));

@@ -528,6 +528,7 @@ pub(crate) fn run_file(args: &TrainArgs, data: &Data) -> RunFile {
     keep("vocab-size", args.data.vocab_size.map(text));
     keep("tokenizer", args.data.tokenizer.map(text));
     keep("eval-every", args.report.measure.eval_every.map(text));
+    keep("sharpness", args.report.sharpness.sharpness.map(text));
     keep("save-every", args.start.save_every.map(text));
     keep("sample-prompt", Some(text(&args.report.sample_prompt)));
     for (name, place) in Places::new(args).by_name() {

@@ -121,15 +121,20 @@ impl TensorBoard {
 
     /// Adds an evaluation after `step` steps.
     pub(crate) fn eval(&self, step: u64, stats: &EvalStats) -> Outcome {
-        let &EvalStats { loss, tokens, seconds, .. } = stats;
-        self.scalars(
-            step,
-            &[
-                ("validation/loss", loss),
-                ("validation/tokens_per_second", per_second(tokens, seconds)),
-                ("validation/seconds", seconds as f32),
-            ],
-        )
+        let &EvalStats { loss, tokens, seconds, sharpness, .. } = stats;
+        let mut scalars = vec![
+            ("validation/loss", loss),
+            ("validation/tokens_per_second", per_second(tokens, seconds)),
+            ("validation/seconds", seconds as f32),
+        ];
+        if let Some(found) = sharpness {
+            scalars.extend([
+                ("validation/sharpness", found.all),
+                ("validation/sharpness_last", found.last),
+                ("validation/logit_amax", found.logit_amax),
+            ]);
+        }
+        self.scalars(step, &scalars)
     }
 
     /// Adds what a window of steps has shown of all weights together. Single tensors, which would
@@ -221,6 +226,8 @@ fn checksum(bytes: &[u8]) -> [u8; 4] {
 
 #[cfg(test)]
 mod tests {
+    use mxfp4train::Sharpness;
+
     use super::*;
 
     const STATS: StepStats = StepStats {
@@ -284,7 +291,10 @@ mod tests {
         let run = TensorBoard::begin(&dir.path().join("a/b"), 6).unwrap();
         run.step(&STATS).unwrap();
         run.step(&StepStats { step: 8, raised_blocks: 3, ..STATS }).unwrap();
-        run.eval(8, &EvalStats { loss: 1.5, tokens: 8, seconds: 0.25, spared: None }).unwrap();
+        let found = Sharpness { epsilon: 1e-3, all: 0.5, last: 0.75, logit_amax: 9.0 };
+        let eval =
+            EvalStats { loss: 1.5, tokens: 8, seconds: 0.25, spared: None, sharpness: Some(found) };
+        run.eval(8, &eval).unwrap();
         let events = events(&run.path);
         assert!(events.iter().all(|event| event.wall_time > 1.6e9));
         assert_eq!(events[0].what, Some(What::FileVersion(VERSION.into())));
@@ -305,6 +315,9 @@ mod tests {
             ("validation/loss", 1.5),
             ("validation/tokens_per_second", 32.0),
             ("validation/seconds", 0.25),
+            ("validation/sharpness", 0.5),
+            ("validation/sharpness_last", 0.75),
+            ("validation/logit_amax", 9.0),
         ];
         assert_eq!((events[4].step, scalars(&events[4])), (8, of_eval.to_vec()));
         assert_eq!(events.len(), 5);
