@@ -43,6 +43,8 @@ mod prepared;
 mod run_file;
 #[path = "../../examples/mxtrain/src/signals.rs"]
 mod signals;
+#[path = "../../examples/mxtrain/src/spikes.rs"]
+mod spikes;
 #[path = "../../examples/mxtrain/src/stop.rs"]
 mod stop;
 #[path = "../../examples/mxtrain/src/table.rs"]

@@ -23,6 +23,7 @@ mod prepared;
 mod recipes;
 mod run_file;
 mod signals;
+mod spikes;
 mod stop;
 mod table;
 mod tokenizer;

@@ -144,6 +144,18 @@ fn runs_are_recorded_once_and_reported() {
             "{text}"
         );
     }
+    // Of 20 steps nobody knows what is usual.
+    assert_eq!(runs[0]["spikes"]["steps"], 0);
+    assert!(!markdown.contains("loss spikes"), "{markdown}");
+    let mut spiked = runs[0].clone();
+    spiked["spikes"] = json!({"steps": 9, "loss": [3], "norm_over_mean": 2.5, "norm_step": 4});
+    fs::create_dir(dir.join("spiked")).unwrap();
+    fs::write(dir.join("spiked/run.json"), spiked.to_string()).unwrap();
+    let out = succeed(dir, "compare report spiked --out spiked-report");
+    assert!(out.contains("loss spikes  runs with them"), "{out}");
+    let spikes = &read(dir, "spiked-report/compare.json")["groups"][0]["rows"][0]["spikes"];
+    assert_eq!((&spikes["loss"], &spikes["norm_over_mean"]), (&json!(1), &json!(2.5)));
+
     let summary = read(dir, "report/compare.json");
     let rows = &summary["groups"][0]["rows"];
     assert_eq!(rows[0]["recipe"], "bf16");

@@ -301,6 +301,19 @@ fn the_second_interrupt_ends_at_once() {
 }
 
 /// What stands in the files is looked at where they are written, and by `dev/check_tensorboard.py`.
+/// At the end of a run that is long enough; which steps are spikes is tested where they are found.
+#[test]
+fn a_run_ends_with_its_spikes() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("train --data data --out model --warmup 20 --steps 260 {TINY}");
+    let out = succeed(dir, &line);
+    let spikes = out.lines().find(|line| line.starts_with("spikes: ")).unwrap();
+    assert!(spikes.contains(" in 40 steps; largest gradient norm "), "{spikes}");
+    // What is usual is found anew.
+    assert!(!succeed(dir, "train --resume model --steps 270").contains("spikes: "));
+}
+
 /// Beside the loss, which stays as it is; and a resumed run goes on with it.
 #[test]
 fn evaluations_say_how_sharp_the_loss_is() {

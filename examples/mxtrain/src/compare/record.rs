@@ -17,6 +17,7 @@ use serde_json::{Deserializer, Map, Value};
 use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::files;
+use crate::spikes::Spikes;
 use crate::tokenizer::Tokenizer;
 use crate::tokens_file::write_whole;
 use crate::train::Data;
@@ -400,6 +401,9 @@ pub(crate) struct Run {
     /// Blocks of MXFP4 operands whose scale was raised, of all that were quantized.
     pub(crate) raised_blocks: u64,
     pub(crate) quantized_blocks: u64,
+    /// Of the losses and gradients of its steps; none in records of before they were counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) spikes: Option<Spikes>,
     /// What multiplied the GEMMs of linear layers; none in records of before it was known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) carriers: Option<Vec<CarriedRecord>>,

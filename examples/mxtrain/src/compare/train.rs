@@ -22,6 +22,7 @@ use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::machine;
 use crate::signals::{INTERRUPTED, Signals};
+use crate::spikes::SpikeWatch;
 use crate::tokens_file::write_whole;
 use crate::train::{
     Data, Failures, LOST_ON_THE_SIDE, Side, Start, Weights, emulated, header, model_config,
@@ -432,6 +433,10 @@ impl Tally {
         options: &TrainerOptions,
     ) -> Run {
         let done = self.steps.len();
+        let mut spikes = SpikeWatch::new(settings.warmup);
+        for (step, (loss, norm)) in (1..).zip(&self.steps) {
+            spikes.step(step, *loss, *norm);
+        }
         let last = &self.steps[done - (done / 20).max(1).min(done)..];
         let train_loss = last.iter().map(|step| step.0).sum::<f64>() / last.len().max(1) as f64;
         let is_whole = self.diverged.is_none();
@@ -448,6 +453,7 @@ impl Tally {
             validation_loss_in_bf16: of_last_step.and_then(|p| p.validation_loss_in_bf16),
             curve: self.curve,
             diverged: self.diverged,
+            spikes: Some(spikes.found().clone()),
             raised_blocks: self.raised_blocks,
             carriers: None,
             tokens_per_second: self.tokens_per_second.get(done / 2).copied().unwrap_or(0.0),

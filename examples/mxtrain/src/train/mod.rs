@@ -30,6 +30,7 @@ use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
 use crate::signals::{INTERRUPTED, Signals};
+use crate::spikes::SpikeWatch;
 use crate::tokenizer::{TextStream, Tokenizer};
 use log::Log;
 pub(crate) use log::{OfLogits, is_log};
@@ -74,6 +75,7 @@ struct Run {
     evaluated: Option<u64>,
     /// Sum and number of the training losses since the last report.
     losses: (f64, u32),
+    spikes: SpikeWatch,
     failures: Failures,
     progress: Progress,
 }
@@ -139,6 +141,7 @@ impl Run {
         }
         failures.unless(Side::Output, console::print(&about));
 
+        let warm_up = start.schedule_start().saturating_add(start.options().schedule.warmup_steps);
         let run_file = setup::run_file(args, &data);
         let places = setup::Places::new(args);
         let mut run = Self {
@@ -156,6 +159,7 @@ impl Run {
             saves: Saves::new(out, places, run_file, files, lock),
             evaluated: None,
             losses: Default::default(),
+            spikes: SpikeWatch::new(warm_up),
             failures,
             progress: Progress::new(step, steps),
             trainer: start.trainer(&engine)?,
@@ -212,6 +216,9 @@ impl Run {
         self.saves.save(&mut self.trainer).map_err(|failure| {
             Failure::runtime(format!("{}; {}", failure.message, self.saves.held()))
         })?;
+        if let Some(spikes) = self.spikes.found().in_words() {
+            self.print(&format!("spikes: {spikes}\n"));
+        }
         let out = console::shown(&self.saves.out);
         if !self.saves.is_in_out(step) {
             let what = if is_done { "the run is done" } else { "stopped" };
@@ -267,6 +274,7 @@ impl Run {
             }
         }
         self.losses = (self.losses.0 + f64::from(stats.loss), self.losses.1 + 1);
+        self.spikes.step(stats.step, stats.loss.into(), stats.grad_norm.into());
         self.progress.step(&stats);
         Ok(Some(stats.step))
     }

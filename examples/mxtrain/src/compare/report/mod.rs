@@ -197,6 +197,15 @@ impl Report<'_> {
              by.",
         );
         self.list(&Group::hidden_by_seeds(&rows));
+        if let Some(table) = Group::table_of_spikes(&rows) {
+            self.table(&table);
+            self.note(
+                "Spikes of the training loss: above the mean of the 200 steps before by more than \
+                 3.2 of their standard deviations, within ten steps of another the same one; of \
+                 all runs, but for the warm-up and the 200 steps behind it. One run proves nothing: \
+                 bf16 has spikes, too.",
+            );
+        }
         for row in &rows {
             let reasons: Vec<_> = (row.diverged.iter())
                 .map(|(seed, why)| format!("{} with seed {seed} diverged: {why}", row.recipe))

@@ -50,6 +50,37 @@ pub(crate) struct Row {
     pub(crate) tokens_per_second: f64,
     pub(crate) raised_blocks: u64,
     pub(crate) quantized_blocks: u64,
+    /// None where records do not say, or runs were too short.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) spikes: Option<SpikesOfRuns>,
+}
+
+/// Of all runs of a recipe that were looked at, diverged ones too.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct SpikesOfRuns {
+    pub(crate) runs: usize,
+    pub(crate) steps: u64,
+    /// Events in which the loss was a spike.
+    pub(crate) loss: u64,
+    /// Runs that have such.
+    pub(crate) runs_with_loss: usize,
+    /// The largest norm of a gradient, over the mean of those before it.
+    pub(crate) norm_over_mean: f64,
+}
+
+impl SpikesOfRuns {
+    fn of(runs: &[&Run]) -> Option<Self> {
+        let looked_at = |run: &&&Run| run.spikes.as_ref().is_some_and(|found| found.steps > 0);
+        let found: Vec<_> =
+            runs.iter().filter(looked_at).filter_map(|run| run.spikes.as_ref()).collect();
+        (!found.is_empty()).then(|| Self {
+            runs: found.len(),
+            steps: found.iter().fold(0, |sum, found| sum.saturating_add(found.steps)),
+            loss: found.iter().map(|found| found.loss.len() as u64).sum(),
+            runs_with_loss: found.iter().filter(|found| !found.loss.is_empty()).count(),
+            norm_over_mean: found.iter().fold(0.0, |most, found| found.norm_over_mean.max(most)),
+        })
+    }
 }
 
 /// Mean and sample standard deviation.
@@ -282,6 +313,7 @@ impl Group {
             tokens_per_second: speeds[speeds.len() / 2],
             raised_blocks: total(|run| run.raised_blocks),
             quantized_blocks: total(|run| run.quantized_blocks),
+            spikes: SpikesOfRuns::of(&runs),
         }
     }
 
@@ -333,6 +365,25 @@ impl Group {
             ]);
         }
         table
+    }
+
+    /// The table of spikes; None where no row has been looked at.
+    pub(crate) fn table_of_spikes(rows: &[Row]) -> Option<Table> {
+        let mut table = Table::new(
+            1,
+            ["recipe", "runs", "loss spikes", "runs with them", "largest norm / mean before"],
+        );
+        let found: Vec<_> = rows.iter().filter_map(|row| Some((row, row.spikes?))).collect();
+        for (row, found) in &found {
+            table.row([
+                row.recipe.clone(),
+                found.runs.to_string(),
+                found.loss.to_string(),
+                found.runs_with_loss.to_string(),
+                format!("{:.2}", found.norm_over_mean),
+            ]);
+        }
+        (!found.is_empty()).then_some(table)
     }
 
     /// What the seeds of these rows, in their order, cannot tell apart, in sentences.
@@ -445,6 +496,7 @@ mod tests {
 
     use super::*;
     use crate::compare::record::parse;
+    use crate::spikes::Spikes;
 
     #[test]
     fn spreads_are_sample_deviations() {
@@ -518,6 +570,32 @@ mod tests {
         assert!((from - (0.5 - half)).abs() < 1e-9 && (to - (0.5 + half)).abs() < 1e-9);
         assert!((rows[2].difference_in_bf16.unwrap().mean - 0.85 / 3.0).abs() < 1e-9);
         assert!(rows[1].difference_in_bf16.is_none());
+    }
+
+    #[test]
+    fn spikes_are_those_of_all_runs_that_were_looked_at() {
+        let mut group = group(&[
+            ("bf16", 1, 3.0, None),
+            ("bf16", 2, 3.0, None),
+            ("fp8", 1, 3.0, None),
+            ("mxfp4", 1, 3.0, None),
+        ]);
+        assert!(Group::table_of_spikes(&group.rows()).is_none());
+        let spikes = |steps, loss: &[u64], norm_over_mean| {
+            Some(Spikes { steps, loss: loss.to_vec(), norm_over_mean, norm_step: 1 })
+        };
+        group.runs[0].record.spikes = spikes(100, &[250, 270], 3.0);
+        group.runs[1].record.spikes = spikes(50, &[], 4.5);
+        // Too short for anything to be usual.
+        group.runs[2].record.spikes = spikes(0, &[], 0.0);
+        let rows = group.rows();
+        let expected =
+            SpikesOfRuns { runs: 2, steps: 150, loss: 2, runs_with_loss: 1, norm_over_mean: 4.5 };
+        let found: Vec<_> = rows.iter().map(|row| row.spikes).collect();
+        assert_eq!(found, [Some(expected), None, None]);
+        let table = Group::table_of_spikes(&rows).unwrap().text();
+        let row: Vec<_> = table.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!((row, table.lines().count()), (vec!["bf16", "2", "2", "1", "4.50"], 2));
     }
 
     #[test]
