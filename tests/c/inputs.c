@@ -171,7 +171,7 @@ int main(int argc, char **argv) {
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "pointwise", mxt_trainer_new(model, &options, &no_trainer));
   options.recompute = "block";
   options.optimizer = "adam";
-  FAILS(MXT_ERROR_INVALID_ARGUMENT, "optimizer: expected one of adamw, stable-adamw; got",
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "optimizer: expected one of adamw, stable-adamw, ",
         mxt_trainer_new(model, &options, &no_trainer));
   options.optimizer = "adamw,fast=1";
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "unknown switch \"fast\"",

@@ -57,7 +57,7 @@ fn wrong_options_get_one_line_and_exit_code_2() {
         ("train --stepz 3", "unexpected argument '--stepz' found; did you mean '--steps'?"),
         ("train --steps many", "invalid value 'many' for '--steps <N>'"),
         ("train --recipe fp4", "recipe: expected one of fp32, bf16"),
-        ("train --optimizer sgd", "optimizer: expected one of adamw, stable-adamw; got \"sgd\""),
+        ("train --optimizer sgd", "optimizer: expected one of adamw, stable-adamw, "),
         ("train --schedule up", "schedule: expected one of constant"),
         ("train --data a --train b", "--data and --train exclude each other"),
         ("train", "--data DIR is missing"),
