@@ -111,7 +111,7 @@ pub(super) fn statistics(weights: &[TensorInfo], optimizer: &Optimizer) -> Resul
     let weights = if optimizer.kind.normalizes() { weights } else { &[] };
     let tensors = weights.iter().map(|weight| {
         let name = text(WHAT, format_args!("{}", weight.name))?;
-        Ok(TensorInfo { name, shape: collect(WHAT, [Ok(STATISTICS)].into_iter())? })
+        Ok(TensorInfo { name, shape: collect(WHAT, [Ok(STATISTICS)])? })
     });
     collect(WHAT, tensors)
 }
