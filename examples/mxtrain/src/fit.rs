@@ -5,7 +5,9 @@
 //! bisection, as the plan is exact, takes no memory and grows with it.
 
 use indicatif::HumanBytes;
-use mxfp4train::{Engine, Error, ModelConfig, Optimizer, Recompute, TrainerOptions, plan};
+use mxfp4train::{
+    Engine, Error, Master, ModelConfig, Moments, Optimizer, Recompute, TrainerOptions, plan,
+};
 use serde::{Serialize, Serializer};
 
 use crate::failure::{Failure, Outcome};
@@ -40,18 +42,22 @@ fn as_text<S: Serializer>(value: &Recompute, serializer: S) -> Result<S::Ok, S::
 }
 
 impl Fit {
-    /// Finds what fits into `bytes`, with all of `options` but their batch size, `recompute` and
-    /// optimizer; those of `optimizers`, named as by --optimizer, are tried.
+    /// Finds what fits into `bytes`, with all of `options` but their batch size, `recompute` and what
+    /// the optimizer's state is kept in.
     pub(crate) fn new(
         engine: &Engine,
         config: &ModelConfig,
         options: &TrainerOptions,
-        optimizers: &[String],
         bytes: u64,
     ) -> Outcome<Self> {
         let mut settings = Vec::new();
-        for name in optimizers {
-            let optimizer: Optimizer = name.parse()?;
+        for optimizer in forms(options.optimizer, engine) {
+            let is_given = optimizer == options.optimizer;
+            let one = TrainerOptions { batch_size: 1, optimizer, ..options.clone() };
+            // A recipe may need more of an optimizer than the smallest form has.
+            if !is_given && total(engine, config, &one).is_err() {
+                continue;
+            }
             for recompute in RECOMPUTES {
                 let options = TrainerOptions { recompute, optimizer, ..options.clone() };
                 let total = |batch_size| {
@@ -60,7 +66,8 @@ impl Fit {
                 };
                 let batch_size = largest(|size| Ok(total(size)?.is_some_and(|t| t <= bytes)))?;
                 let total = total(batch_size.unwrap_or(1))?.unwrap_or(u64::MAX);
-                settings.push(Setting { optimizer: name.clone(), recompute, batch_size, total });
+                let optimizer = optimizer.to_string();
+                settings.push(Setting { optimizer, recompute, batch_size, total });
             }
         }
         Ok(Self { bytes, settings })
@@ -104,20 +111,39 @@ impl Fit {
 
     /// What would fit in place of `options`, which do not; in a few words.
     fn instead_of(&self, options: &TrainerOptions) -> String {
-        let size = |setting: &Setting| setting.batch_size;
-        let same = |setting: &&Setting| setting.recompute == options.recompute;
-        let same = self.settings.iter().find(same).and_then(size);
-        let best = self.settings.iter().rev().max_by_key(|setting| setting.batch_size);
-        let best = best.and_then(|best| Some((best.batch_size?, best.recompute)));
-        match (same, best) {
-            (Some(same), Some((most, recompute))) if most > same => {
-                format!("batch size {same} fits, or {most} with --recompute {recompute}")
+        let optimizer = options.optimizer.to_string();
+        let is_same = |setting: &Setting| setting.optimizer == optimizer;
+        let as_asked =
+            |setting: &Setting| is_same(setting) && setting.recompute == options.recompute;
+        // Of equals the first, which `max_by_key` would take the last of.
+        let best = |of: &dyn Fn(&Setting) -> bool| {
+            let fits = self.settings.iter().filter(|s| s.batch_size.is_some() && of(s));
+            fits.rev().max_by_key(|setting| setting.batch_size)
+        };
+        let mut said: Vec<(usize, String)> = Vec::new();
+        for setting in [best(&as_asked), best(&is_same), best(&|_| true)].into_iter().flatten() {
+            let size = setting.batch_size.unwrap_or_default();
+            if said.last().is_some_and(|(before, _)| *before >= size) {
+                continue;
             }
-            (Some(same), _) => format!("batch size {same} fits"),
-            (None, Some((most, recompute))) => {
-                format!("batch size {most} fits with --recompute {recompute}")
+            let mut with = Vec::new();
+            if setting.recompute != options.recompute {
+                with.push(format!("--recompute {}", setting.recompute));
             }
-            (None, None) => self.too_much(),
+            if !is_same(setting) {
+                with.push(format!("--optimizer {}", setting.optimizer));
+            }
+            let fits = if said.is_empty() { "batch size " } else { "" };
+            let verb = if said.is_empty() { " fits" } else { "" };
+            let with =
+                if with.is_empty() { String::new() } else { format!(" with {}", with.join(" ")) };
+            said.push((size, format!("{fits}{size}{verb}{with}")));
+        }
+        let said: Vec<_> = said.into_iter().map(|(_, words)| words).collect();
+        match said.split_last() {
+            None => self.too_much(),
+            Some((last, [])) => last.clone(),
+            Some((last, others)) => format!("{}, or {last}", others.join(", ")),
         }
     }
 
@@ -126,8 +152,12 @@ impl Fit {
         let Some(smallest) = self.settings.iter().min_by_key(|setting| setting.total) else {
             return "there is nothing to try".into();
         };
+        let optimizer = match self.settings.iter().all(|s| s.optimizer == smallest.optimizer) {
+            true => String::new(),
+            false => format!(" --optimizer {}", smallest.optimizer),
+        };
         format!(
-            "no batch size fits: 1 with --recompute {} takes {} too much",
+            "no batch size fits: 1 with --recompute {}{optimizer} takes {} too much",
             smallest.recompute,
             HumanBytes(smallest.total.saturating_sub(self.bytes))
         )
@@ -160,11 +190,24 @@ pub(crate) fn failure(
     let bytes = if engine.device() == "cpu" { room.limit } else { room.available };
     let as_asked = total(engine, config, options);
     if !matches!(as_asked, Ok(Some(total)) if total <= bytes)
-        && let Ok(fit) = Fit::new(engine, config, options, &[options.optimizer.to_string()], bytes)
+        && let Ok(fit) = Fit::new(engine, config, options, bytes)
     {
         failure.message.push_str(&format!("; {}", fit.instead_of(options)));
     }
     failure
+}
+
+/// What an optimizer's state can be kept in, from what is asked for to what takes least memory.
+fn forms(given: Optimizer, engine: &Engine) -> Vec<Optimizer> {
+    let mut forms = vec![given];
+    if given.moments != Moments::Int8 {
+        forms.push(Optimizer { moments: Moments::Int8, ..given });
+    }
+    // A processor keeps weights in f32.
+    if engine.device() != "cpu" && given.master != Master::Split {
+        forms.push(Optimizer { moments: Moments::Int8, master: Master::Split, ..given });
+    }
+    forms
 }
 
 /// The plan's bytes; None for more than any machine has, or a batch that is larger than any may be.
@@ -239,6 +282,23 @@ mod tests {
         let fit = fit([None, Some(3), Some(3)]);
         assert_eq!(fit.recommended(4).unwrap().recompute, Recompute::Pointwise);
         assert!(super::tests::fit([None; 3]).recommended(1).is_none());
+    }
+
+    #[test]
+    fn smaller_forms_of_an_optimizer_are_said() {
+        let mut both = fit([Some(3), Some(4), Some(6)]);
+        let smaller = fit([Some(5), Some(7), Some(9)]).settings.into_iter();
+        both.settings
+            .extend(smaller.map(|s| Setting { optimizer: "adamw,moments=int8".into(), ..s }));
+        assert_eq!(
+            both.instead_of(&TrainerOptions::default()),
+            "batch size 3 fits, 6 with --recompute block, or 9 with --recompute block --optimizer \
+             adamw,moments=int8"
+        );
+        // No more is computed again, or rounded, than has to be.
+        assert_eq!(both.recommended(6).unwrap().options(), "--batch-size 6 --recompute block");
+        let other = both.recommended(7).unwrap().options();
+        assert_eq!(other, "--batch-size 7 --recompute pointwise --optimizer adamw,moments=int8");
     }
 
     #[test]

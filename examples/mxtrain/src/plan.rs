@@ -27,8 +27,7 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let (engine, _) = machine::open(&args.machine, args.seed.number())?;
     let plan = mxfp4train::plan(&engine, &config, &options)?;
     let room = engine.memory_room();
-    let optimizers = [args.optimizer.to_string()];
-    let fit = |bytes| Fit::new(&engine, &config, &options, &optimizers, bytes);
+    let fit = |bytes| Fit::new(&engine, &config, &options, bytes);
     let fit = args.fit.map(fit).transpose()?;
     let wanted = args.batch.batch_size;
     if args.json {
