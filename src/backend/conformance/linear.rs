@@ -1,8 +1,5 @@
 //! Linear layers in every recipe, against the definition of its numbers: operands as [`Quantized`]
 //! has them, bit for bit, and the f64 product of those.
-//!
-//! NOTE: inputs have nothing behind them here. A device may look for the largest magnitude of a
-//! whole tensor that no operation of its own has written.
 
 use super::*;
 use crate::formats::{
@@ -314,7 +311,7 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                 let Some(mut scratch) = layer.workspace(b, &recipe) else { return };
                 let params = Params::of(b, &[&layer.w, &layer.b]);
                 let means = layer.rounds_by_mean(&recipe).then(|| Means::of(b, &layer.mean));
-                let [x, dy] = [&layer.x, &layer.dy].map(|values| dense(b, values, precision));
+                let [x, dy] = [&layer.x, &layer.dy].map(|values| input(b, values, precision));
                 let mut y = poison(b, rows * outputs, precision);
                 let operands = LinearForward {
                     y: &mut y,
@@ -462,7 +459,7 @@ pub(super) fn operands_turned_ahead<B: Harness>(backends: &[B]) {
             }
             let mut scratch = layer.workspace(b, &recipe).expect("what turns multiplies");
             let params = Params::of(b, &[&layer.w, &layer.b]);
-            let [x, dy] = [&layer.x, &layer.dy].map(|values| dense(b, values, precision));
+            let [x, dy] = [&layer.x, &layer.dy].map(|values| input(b, values, precision));
             let unread = dense(b, &vec![f32::NAN; rows * inputs], precision);
             let mut results = |turned: Option<B::Turned>| {
                 let mut turned = turned;
@@ -515,7 +512,7 @@ pub(super) fn nan_poisons_the_products_that_it_enters<B: Harness>(backends: &[B]
         each(backends, |b| {
             let Some(mut scratch) = layer.workspace(b, &recipe) else { return };
             let params = Params::of(b, &[&layer.w]);
-            let [x, dy] = [&layer.x, &layer.dy].map(|values| dense(b, values, precision));
+            let [x, dy] = [&layer.x, &layer.dy].map(|values| input(b, values, precision));
             let mut flat = Flat::of(b, &[&vec![0.0; outputs * inputs], &vec![0.0; outputs]]);
             let mut dx = output(b, &vec![0.0; rows * inputs], precision);
             let ([dw, db], w) = (flat.gradients(b), params.get(b, 0));

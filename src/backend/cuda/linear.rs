@@ -128,7 +128,7 @@ impl Linear for Cuda {
         let is_mxfp4 = for_dgrad.is_some() || for_wgrad.is_some();
         let amax = match pre {
             None if carrier == Carrier::Fp8 && is_mxfp4 => {
-                fp8::amax_of(self, &workspace.dy_amax, dy)
+                fp8::amax_of(self, &workspace.dy_amax, dy, rows * outputs)
             }
             _ => 0,
         };
@@ -226,7 +226,7 @@ impl Linear for Cuda {
         let mut kept = Source::of(x);
         let mut x_amax = 0;
         if carrier == Carrier::Fp8 && for_wgrad.is_some() {
-            x_amax = fp8::amax_of(self, &workspace.x_amax, x);
+            x_amax = fp8::amax_of(self, &workspace.x_amax, x, rows * inputs);
         } else if in_fp8 {
             (kept.address, x_amax) = fp8::keep(self, workspace, x, rows * inputs);
         }
@@ -335,7 +335,7 @@ impl Cuda {
                 by_rows: Some(left),
                 by_columns: None,
                 sums: 0,
-                amax: fp8::amax_of(self, &workspace.x_amax, x),
+                amax: fp8::amax_of(self, &workspace.x_amax, x, rows * inputs),
                 clamped: workspace.clamped.address,
                 kept: Kept::AsStored,
                 rounding: recipe.forward().a().rounding(),
@@ -367,7 +367,7 @@ impl Cuda {
             let weights = workspace.right.elements.address;
             let carrier = Carrier::of(Format::E4M3, self.gpu.capability, shape);
             if carrier == Carrier::Fp8 {
-                let x_amax = fp8::amax_of(self, &workspace.x_amax, x);
+                let x_amax = fp8::amax_of(self, &workspace.x_amax, x, rows * inputs);
                 let kept = workspace.kept.address;
                 let e4m3 = Element::E4m3;
                 let factors = if let Some([of_x, of_w]) = turned.map(|turned| turned.places()) {

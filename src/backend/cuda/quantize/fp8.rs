@@ -16,13 +16,14 @@ pub(crate) const CONVERTED: usize = 16;
 /// Rows and columns of the tiles that are turned.
 pub(crate) const TILE: usize = 128;
 
-/// The address of the bits of a tensor's largest magnitude: what the kernel noted that wrote the
-/// tensor, or else `word`, after reading the tensor once more.
-pub(crate) fn amax_of(cuda: &Cuda, word: &Piece, tensor: &Tensor) -> u64 {
-    tensor.amax().unwrap_or_else(|| find_amax(cuda, word.address, Source::of(tensor), tensor.len))
+/// The address of the bits of the largest magnitude of a tensor's first `len` elements, which were
+/// the last to be written: what the kernel noted that did it, or else `word`, after reading them once
+/// more.
+pub(crate) fn amax_of(cuda: &Cuda, word: &Piece, tensor: &Tensor, len: usize) -> u64 {
+    tensor.amax().unwrap_or_else(|| find_amax(cuda, word.address, Source::of(tensor), len))
 }
 
-/// Reads a tensor for that; `word` is where it goes, which is returned.
+/// Reads a source for that; `word` is where it goes, which is returned.
 pub(crate) fn find_amax(cuda: &Cuda, word: u64, source: Source, len: usize) -> u64 {
     cuda.clear(word, 4);
     let blocks = len.div_ceil(8 * THREADS).min(8 * cuda.gpu.multiprocessors as usize);
@@ -33,7 +34,7 @@ pub(crate) fn find_amax(cuda: &Cuda, word: u64, source: Source, len: usize) -> u
 
 /// The addresses of x (len) as FP8 keeps it, and of the bits of the largest magnitude of that.
 pub(crate) fn keep(cuda: &Cuda, workspace: &Workspace, x: &Tensor, len: usize) -> (u64, u64) {
-    let amax = amax_of(cuda, &workspace.x_amax, x);
+    let amax = amax_of(cuda, &workspace.x_amax, x, len);
     let (kept, kept_amax) = (workspace.kept.address, workspace.kept_amax.address);
     round(cuda, kept, kept_amax, Source::of(x), amax, len);
     (kept, kept_amax)
