@@ -397,6 +397,7 @@ impl Recipe {
             accumulate: false,
             precision: self.precision(),
             layers: collect("the formats of the blocks", formats)?,
+            kept: None,
         })
     }
 

@@ -29,6 +29,7 @@ mod norm;
 mod optimize;
 #[cfg(test)]
 pub(crate) mod reference;
+mod select;
 mod stream;
 
 pub use crate::optim::{Largest, OptimizerStep, StepSums};
@@ -45,7 +46,10 @@ pub use merge::{Merge, MergeShape, Merged};
 pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
 pub(crate) use optimize::Place;
 pub use optimize::{Optimize, StateLayout, Trained};
+pub use select::{Select, SelectShape, Selected, SelectedSum};
 pub use stream::CudaStream;
+
+use std::ops::Range;
 
 use crate::Result;
 use crate::formats::{Element, Gemm, LINEARS, LinearRecipe};
@@ -140,11 +144,27 @@ pub struct StepPlan {
     pub precision: Precision,
     /// Formats of the linear layers of each block.
     pub layers: Vec<[LinearRecipe; LINEARS]>,
+    /// Positions of each sequence that the blocks between the first and the last keep; None where
+    /// they keep all.
+    pub kept: Option<usize>,
+}
+
+impl StepPlan {
+    /// The blocks that do not keep all positions.
+    pub fn dropping(&self) -> Range<usize> {
+        let between = 1..self.layers.len().saturating_sub(1);
+        if self.kept.is_some() { between } else { 0..0 }
+    }
+
+    /// Positions of each sequence that a block keeps, where it does not keep all.
+    pub fn kept_by(&self, layer: usize) -> Option<usize> {
+        self.kept.filter(|_| self.dropping().contains(&layer))
+    }
 }
 
 /// A device that trains GPTs.
 pub trait Backend:
-    Memory + Embed + Norm + Merge + Linear + Attend + Head + Optimize + Follow
+    Memory + Embed + Norm + Select + Merge + Linear + Attend + Head + Optimize + Follow
 {
     /// What [`Backend::recorded`] keeps for a trainer.
     type Recordings: Send;

@@ -65,6 +65,18 @@ pub(crate) fn embedding_forward(
     out
 }
 
+/// These rows of x (rows, C).
+pub(crate) fn rows(x: &[f32], numbers: &[usize], c: usize) -> Vec<f32> {
+    numbers.iter().flat_map(|row| &x[row * c..][..c]).copied().collect()
+}
+
+/// Overwrites these rows of `to` (rows, C) by those of x.
+pub(crate) fn set_rows(to: &mut [f32], numbers: &[usize], x: &[f32], c: usize) {
+    for (row, x) in numbers.iter().zip(x.chunks(c)) {
+        to[row * c..][..c].copy_from_slice(x);
+    }
+}
+
 /// Normalized rows, means, reciprocal deviations.
 pub(crate) fn layernorm_forward(
     x: &[f64],

@@ -32,6 +32,7 @@ mod reset;
 mod restore;
 mod slope;
 mod stream;
+mod subset;
 
 pub use dge::{DGE_MAX, dge_derivative};
 pub use e2m1::{E2M1_MAX, E2M1_VALUES, decode_e2m1, pack_e2m1, unpack_e2m1};
@@ -67,6 +68,7 @@ pub use reset::{Reset, ResetPhase, oscillates};
 pub use restore::Restoration;
 pub use slope::Slope;
 pub use stream::Philox;
+pub use subset::{kept_positions, position_key};
 
 /// Elements that share one scale.
 pub const BLOCK: usize = 32;

@@ -62,6 +62,8 @@ pub enum Purpose {
     Host = 6,
     /// Projections that channels are hashed by ([`super::projections`]).
     Projections = 7,
+    /// Positions of a sequence that a block keeps ([`super::kept_positions`]).
+    Tokens = 8,
     /// Stochastic rounding of an optimizer's moments.
     Moments = 9,
 }
@@ -147,6 +149,12 @@ impl Random {
     /// Bits for the signs of `gemm`.
     pub fn signs(&self, gemm: GemmId) -> Draw {
         self.draw(Purpose::Signs, gemm as u32)
+    }
+
+    /// Bits for the positions that a layer keeps: of call [`Draw::bits`], the row is a position / 4
+    /// and the column group a sequence.
+    pub fn positions(&self) -> Draw {
+        Self { linear: 0, ..*self }.draw(Purpose::Tokens, 0)
     }
 
     fn draw(&self, purpose: Purpose, which: u32) -> Draw {

@@ -18,6 +18,7 @@ mod memory;
 mod merge;
 mod norm;
 mod optimize;
+mod select;
 
 pub(in crate::backend) use linear::linear_layers_follow_their_recipes;
 pub(in crate::backend) use optimize::{Update, loaded, some_values, step, stored};
@@ -114,6 +115,8 @@ suite! {
         master_weights_are_split_and_joined;
     embed: embedding_forward embedding_backward;
     merge: channels_are_merged_by_their_hashes;
+    select: gathered_rows_are_those_of_the_definition scattered_rows_leave_the_others
+        sums_are_in_the_kept_rows;
     norm: layernorm_forward add_layernorm_forward layernorm_backward;
     linear: linear_layers_follow_their_recipes linear_layers_with_gelu operands_turned_ahead
         nan_poisons_the_products_that_it_enters gelu;

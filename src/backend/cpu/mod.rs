@@ -24,6 +24,7 @@ mod norm;
 mod optimize;
 mod quantize;
 mod restore;
+mod select;
 #[cfg(test)]
 mod tests;
 mod workers;
@@ -31,6 +32,7 @@ mod workspace;
 
 pub use arena::{Arena, Buffer};
 pub use isa::Isa;
+pub use select::Selection;
 pub use workspace::Workspace;
 
 use rayon::prelude::*;

@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 27] = [
+pub(super) static FILES: [File; 28] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16 split_master join_master")
@@ -66,7 +66,7 @@ pub(super) static FILES: [File; 27] = [
     file!("merge", ["random.cuh"], |_| {
         of("draw_projections hash_channels<T> link_channels average_channels<T>")
     }),
-    file!("norm", [], |_| of("normalize<T,B> layernorm_backward<T>")),
+    file!("norm", ["groups.cuh"], |_| of("normalize<T,B> layernorm_backward<T>")),
     file!("normal", ["random.cuh"], |_| of("fill_normal")),
     file!("outliers", [], |_| of("find_bounds<T>")),
     file!("product_sm120", [], |chip| match chip {
@@ -102,6 +102,9 @@ pub(super) static FILES: [File; 27] = [
         of("keep_nvfp4<T> requantize_nvfp4<T,TO_NEAREST> requantize_nvfp4<T,UNBIASED>")
     }),
     file!("restore", ["deviation.cuh"], |_| of("restore<T>")),
+    file!("select", ["random.cuh", "groups.cuh"], |_| {
+        of("select_positions gather_rows<T> scatter_rows<T> scatter_sum<T>")
+    }),
     file!("sums", [], |_| of("bias_gradient<T> add_partials")),
 ];
 
@@ -217,6 +220,7 @@ mod tests {
             include_str!("memory.rs"),
             include_str!("merge.rs"),
             include_str!("norm.rs"),
+            include_str!("select.rs"),
             include_str!("quantize/carrier.rs"),
             include_str!("quantize/fp8.rs"),
             include_str!("quantize/sums.rs"),
@@ -239,6 +243,7 @@ mod tests {
             for before in [
                 "launch!(cuda.gpu,\"",
                 "launch!(self.gpu,\"",
+                "launch_drawn(\"",
                 "Kernel(\"",
                 "Type::Bf16=>\"product",
                 "Type::F32=>\"product",

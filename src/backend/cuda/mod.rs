@@ -26,6 +26,7 @@ mod merge;
 mod norm;
 mod optimize;
 mod quantize;
+mod select;
 #[cfg(test)]
 mod tests;
 mod workspace;

@@ -27,6 +27,7 @@ mod moments;
 mod products;
 mod quantize;
 mod restore;
+mod select;
 mod spam;
 mod stable_adamw;
 mod values;

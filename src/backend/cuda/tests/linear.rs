@@ -109,6 +109,7 @@ fn check_gradients_behind_gelu(cuda: &Cuda) {
                     accumulate: false,
                     precision: Precision::Bf16,
                     layers: vec![[recipe; 4]],
+                    kept: None,
                 };
                 cuda.recorded(&mut recordings, &plan, [step, 0], || {
                     dy.begin_pass(&cuda.gpu);
