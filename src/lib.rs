@@ -92,7 +92,7 @@ pub use decoder::GenerateOptions;
 pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use formats::Philox;
-pub use gpt::{Activation, ModelConfig, Recompute, TensorInfo};
+pub use gpt::{Activation, ModelConfig, Recompute, TensorInfo, TokenDrop};
 pub use model::{Model, ModelFiles};
 pub use optim::{Master, Moments, Normalization, Optimizer, OptimizerKind, Schedule, ScheduleKind};
 pub use recipe::Recipe;

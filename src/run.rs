@@ -3,7 +3,7 @@
 
 use crate::backend::Precision;
 use crate::formats::{GemmId, LinearRecipe, Restoration};
-use crate::gpt::{ModelConfig, Recompute};
+use crate::gpt::{ModelConfig, Recompute, TokenDrop};
 use crate::optim::{Master, Optimizer, Schedule};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
@@ -25,6 +25,9 @@ pub struct TrainerOptions {
     pub optimizer: Optimizer,
     /// Learning rate.
     pub schedule: Schedule,
+    /// How many tokens of a sequence the blocks between the first and the last see in training, at
+    /// each step of the schedule; None lets them see all. Evaluations always do.
+    pub token_drop: Option<TokenDrop>,
 }
 
 /// What is due after which steps of a run, counted from step 0; 0 is never. A loop over steps, ours
@@ -72,6 +75,15 @@ impl TrainerState {
     /// Steps done of the schedule.
     pub(crate) fn schedule_step(&self) -> u64 {
         self.step.saturating_sub(self.schedule_start)
+    }
+
+    /// Tokens of a sequence that blocks between the first and the last keep in the next step; None
+    /// for all.
+    pub(crate) fn kept(&self) -> Option<usize> {
+        let TrainerOptions { token_drop, sequence_length, schedule, .. } = &self.options;
+        let drop = (*token_drop)?;
+        let kept = drop.kept(self.schedule_step(), *sequence_length, schedule.total_steps);
+        Some(kept).filter(|kept| kept < sequence_length)
     }
 }
 
@@ -124,6 +136,10 @@ impl TrainerOptions {
                            is not set";
             return Err(Error::invalid("recipe", message));
         }
+        if let Some(drop) = options.token_drop {
+            let total_steps = options.schedule.total_steps;
+            drop.check(config.layers, options.sequence_length, total_steps)?;
+        }
         Ok(options)
     }
 }
@@ -161,6 +177,7 @@ impl Default for TrainerOptions {
             recompute: Recompute::default(),
             optimizer: Optimizer::default(),
             schedule: Schedule::default(),
+            token_drop: None,
         }
     }
 }

@@ -103,6 +103,7 @@ fn a_step_allocates_nothing() {
         let engine = Engine::new(EngineOptions { threads, ..EngineOptions::default() }).unwrap();
         let model = Model::new(&engine, &config).unwrap();
         let unlike_gpt2 = Model::new(&engine, &unlike_gpt2).unwrap();
+        let deep = Model::new(&engine, &ModelConfig { layers: 3, ..config.clone() }).unwrap();
         let [adamw, stable, spam, ..] = OptimizerKind::ALL.map(Optimizer::new);
         let moments = |moments| Optimizer { moments, ..stable };
         let all = Recipe::NAMES.into_iter().map(|name| (&model, name, adamw, 1e-8));
@@ -115,14 +116,18 @@ fn a_step_allocates_nothing() {
             (&model, "bf16", moments(Moments::Bf16), 1e-8),
             (&model, "bf16", spam, 1e-8),
             (&model, "bf16", moments(Moments::Int8), 1e-45),
+            // This one drops tokens.
+            (&deep, "mxfp4-rht-sr", adamw, 1e-8),
         ];
         for (model, name, optimizer, epsilon) in all.chain(others) {
+            let drops = model.config().layers > 2;
             let options = TrainerOptions {
                 batch_size: 2,
                 accumulation: 2,
                 recipe: name.parse().unwrap(),
                 optimizer: Optimizer { epsilon, ..optimizer },
                 schedule: Schedule { total_steps: 1000, ..Schedule::default() },
+                token_drop: drops.then(|| "start=16,steps=20".parse().unwrap()),
                 ..TrainerOptions::default()
             };
             let mut trainer = Trainer::new(model, options).unwrap();

@@ -13,7 +13,7 @@ use super::status::mxt_status_code::{MXT_ERROR_BUSY, MXT_ERROR_POISONED};
 use super::status::{Failure, mxt_status};
 use super::structs::{Out, read, read_or_default};
 use super::trainer_structs::{
-    mxt_eval_stats, mxt_memory_plan, mxt_step_stats, mxt_trainer_options,
+    Texts, mxt_eval_stats, mxt_memory_plan, mxt_step_stats, mxt_trainer_options,
 };
 use super::{arguments, buffers, guard, handle};
 use crate::{LogLevel, StopHandle, Trainer, TrainerOptions, plan};
@@ -34,9 +34,10 @@ pub struct mxt_trainer {
     schedule_start: AtomicU64,
     /// A copy, to be read while a step is running.
     options: Mutex<TrainerOptions>,
-    /// The names of the recipe and the optimizer, which `mxt_trainer_options` borrows.
+    /// Texts that `mxt_trainer_options` borrows.
     recipe: CString,
     optimizer: CString,
+    token_drop: Option<CString>,
 }
 
 impl mxt_trainer {
@@ -49,6 +50,7 @@ impl mxt_trainer {
         };
         let recipe = c_string("recipe", options.recipe.to_string())?;
         let optimizer = c_string("optimizer", options.optimizer.to_string())?;
+        let token_drop = options.token_drop.map(|drop| c_string("token_drop", drop.to_string()));
         let handle = Self {
             state: State::sharing(model.state().access()),
             stop: trainer.stop_handle(),
@@ -59,6 +61,7 @@ impl mxt_trainer {
             options: Mutex::new(options),
             recipe,
             optimizer,
+            token_drop: token_drop.transpose()?,
         };
         Ok(handle.into_raw())
     }
@@ -423,8 +426,12 @@ pub unsafe extern "C" fn mxt_trainer_get_options(
         guard::method("mxt_trainer_get_options", trainer, |trainer| {
             let out = Out::required("options", options)?;
             let options = trainer.options.lock().unwrap_or_else(PoisonError::into_inner);
-            let (recipe, optimizer) = (trainer.recipe.as_ptr(), trainer.optimizer.as_ptr());
-            out.put(mxt_trainer_options::new(&options, recipe, optimizer));
+            let texts = Texts {
+                recipe: Some(&trainer.recipe),
+                optimizer: Some(&trainer.optimizer),
+                token_drop: trainer.token_drop.as_deref(),
+            };
+            out.put(mxt_trainer_options::new(&options, texts));
             Ok(())
         })
     }

@@ -1,6 +1,6 @@
 //! Options and results of a trainer, and how they become the crate's.
 
-use std::ffi::c_char;
+use std::ffi::{CStr, c_char};
 use std::str::FromStr;
 
 use super::arguments;
@@ -84,27 +84,33 @@ pub struct mxt_trainer_options {
     /// on a GPU than "master=f32", the default, and is not for recipes that need weights in f32.
     /// Borrowed for the call.
     pub optimizer: *const c_char,
+    /// How many tokens of each sequence the blocks between the first and the last see in training,
+    /// drawn anew for each block and step (random-LTD, arXiv 2211.11586): "start=128,steps=60%"
+    /// begins with 128 and comes to all of them after 60 % of total_steps, "start=128,steps=5000"
+    /// after 5,000 steps of the schedule. start is a multiple of 16. On the way they grow by a
+    /// sixteenth of a sequence at a time, or with ",by=N" by N, a multiple of 16, too. The last
+    /// third of the steps, or more, should see all tokens, as evaluations do. Needs 3 layers. NULL
+    /// (default) drops nothing. Borrowed for the call.
+    pub token_drop: *const c_char,
 }
 versioned!(
     mxt_trainer_options,
     last = decay_steps: u64,
     then recompute: *const c_char,
-    then optimizer: *const c_char
+    then optimizer: *const c_char,
+    then token_drop: *const c_char
 );
 
 impl Options for mxt_trainer_options {
     fn defaults() -> Self {
-        Self::new(&TrainerOptions::default(), std::ptr::null(), std::ptr::null())
+        Self::new(&TrainerOptions::default(), Texts::default())
     }
 }
 
 impl mxt_trainer_options {
-    /// The C form of `options`, with the names of recipe and optimizer.
-    pub(super) fn new(
-        options: &TrainerOptions,
-        recipe: *const c_char,
-        optimizer: *const c_char,
-    ) -> Self {
+    /// The C form of `options`, with these texts.
+    pub(super) fn new(options: &TrainerOptions, texts: Texts<'_>) -> Self {
+        let pointer = |text: Option<&CStr>| text.map_or(std::ptr::null(), CStr::as_ptr);
         let TrainerOptions { batch_size, sequence_length, accumulation, recompute, .. } = *options;
         let Optimizer { beta1, beta2, epsilon, weight_decay, clip, .. } = options.optimizer;
         let Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } =
@@ -120,7 +126,7 @@ impl mxt_trainer_options {
             batch_size,
             sequence_length,
             accumulation,
-            recipe,
+            recipe: pointer(texts.recipe),
             beta1,
             beta2,
             epsilon,
@@ -138,7 +144,8 @@ impl mxt_trainer_options {
                 Recompute::Block => c"block",
             }
             .as_ptr(),
-            optimizer,
+            optimizer: pointer(texts.optimizer),
+            token_drop: pointer(texts.token_drop),
         }
     }
 
@@ -168,14 +175,15 @@ impl mxt_trainer_options {
     /// The crate's form.
     ///
     /// # Safety
-    /// `recipe`, `recompute` and `optimizer` are NULL or end with a zero byte.
+    /// `recipe`, `recompute`, `optimizer` and `token_drop` are NULL or end with a zero byte.
     pub(super) unsafe fn parse(self) -> Result<TrainerOptions, Failure> {
         // SAFETY: as promised by the caller.
-        let (recipe, recompute, optimizer) = unsafe {
+        let (recipe, recompute, optimizer, token_drop) = unsafe {
             (
-                named("recipe", self.recipe)?,
-                named("recompute", self.recompute)?,
-                named("optimizer", self.optimizer)?,
+                parsed("recipe", self.recipe)?.unwrap_or_default(),
+                parsed("recompute", self.recompute)?.unwrap_or_default(),
+                parsed("optimizer", self.optimizer)?.unwrap_or_default(),
+                parsed("token_drop", self.token_drop)?,
             )
         };
         Ok(TrainerOptions {
@@ -193,23 +201,32 @@ impl mxt_trainer_options {
                 ..optimizer
             },
             schedule: self.schedule()?,
+            token_drop,
         })
     }
 }
 
-/// What a text stands for; NULL for the default.
+/// What a text stands for; None for NULL.
 ///
 /// # Safety
 /// `text` is NULL or ends with a zero byte.
-unsafe fn named<T: Default + FromStr<Err = Error>>(
+unsafe fn parsed<T: FromStr<Err = Error>>(
     what: &str,
     text: *const c_char,
-) -> Result<T, Failure> {
+) -> Result<Option<T>, Failure> {
     if text.is_null() {
-        return Ok(T::default());
+        return Ok(None);
     }
     // SAFETY: as promised by the caller.
-    Ok(unsafe { arguments::text(what, text) }?.parse()?)
+    Ok(Some(unsafe { arguments::text(what, text) }?.parse()?))
+}
+
+/// Texts of options, which the C form borrows.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Texts<'a> {
+    pub(super) recipe: Option<&'a CStr>,
+    pub(super) optimizer: Option<&'a CStr>,
+    pub(super) token_drop: Option<&'a CStr>,
 }
 
 /// What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that

@@ -131,6 +131,9 @@ struct Document {
     accumulation: usize,
     optimizer: Settings,
     schedule: Curve,
+    /// Not written where nothing is dropped, as files of earlier versions have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    token_drop: Option<String>,
     files: Sisters,
     #[serde(skip_serializing_if = "Option::is_none")]
     crc32: Option<String>,
@@ -172,6 +175,7 @@ impl Document {
             recompute,
             optimizer,
             schedule,
+            token_drop,
         } = options;
         // The first four are what its name has.
         let &Optimizer {
@@ -209,6 +213,7 @@ impl Document {
                 total_steps,
                 decay_steps,
             },
+            token_drop: token_drop.map(|drop| drop.to_string()),
             files,
             crc32: None,
         }
@@ -234,6 +239,7 @@ impl Document {
                 total_steps,
                 decay_steps,
             },
+            token_drop: self.token_drop.as_deref().map(str::parse).transpose()?,
         };
         let Self { seed, step, schedule_start, lr_override, files, .. } = self;
         Ok((TrainerState { options, seed, step, schedule_start, lr_override }, files))

@@ -21,6 +21,12 @@ impl<T> Layers<T> {
         collect("the tensors of all layers", (0..count).map(|_| Ok(tensor()))).map(Self)
     }
 
+    /// The tensors of a layer and of the next, which are two.
+    pub(super) fn with_next(&mut self, layer: usize) -> (&T, &mut T) {
+        let [this, next] = self.0.get_disjoint_mut([layer, layer + 1]).expect("layers share none");
+        (this, next)
+    }
+
     /// Whether layer `l` has a tensor that other layers use too.
     pub(super) fn is_shared(&self) -> bool {
         self.0.len() == 1
@@ -47,9 +53,20 @@ pub(crate) struct ForBackward<'a> {
     pub(crate) recompute: Recompute,
     /// The formats of a block's linear layers, where all blocks have the same in all steps.
     pub(crate) everywhere: Option<&'a [LinearRecipe; LINEARS]>,
+    /// Whether blocks drop tokens.
+    pub(crate) drops: bool,
 }
 
-/// Activations of one batch; rows = B T.
+/// What blocks that drop tokens need besides.
+pub(super) struct Dropping<B: Backend> {
+    /// Of all blocks, though the first and the last keep everything: every block is to take as much
+    /// memory as the second.
+    pub(super) selection: B::Selection,
+    /// The kept rows of a block's input: (rows, C) or fewer.
+    pub(super) input: B::Tensor,
+}
+
+/// Activations of one batch; rows = B T, or fewer within a block that drops tokens.
 pub(crate) struct Activations<B: Backend> {
     /// Input of each block, and the output of the last: (rows, C).
     pub(super) residual: Layers<B::Tensor>,
@@ -74,6 +91,7 @@ pub(crate) struct Activations<B: Backend> {
     /// What the linear layers of each block turned in the forward pass. Where there is any, their
     /// backward passes read no input, and what norms and GELU put out is not kept.
     pub(super) turned: Vec<[B::Turned; LINEARS]>,
+    pub(super) dropping: Option<Dropping<B>>,
     /// What a block adds to the residual stream: (rows, C).
     pub(super) branch: B::Tensor,
     /// (rows, C)
@@ -87,6 +105,8 @@ pub(crate) struct Activations<B: Backend> {
 pub(crate) struct ActivationGradients<B: Backend> {
     /// Of the residual stream: (rows, C).
     pub(super) residual: B::Tensor,
+    /// Of its rows that a block keeps, where blocks drop tokens: (rows, C) or fewer.
+    pub(super) kept: Option<B::Tensor>,
     /// Of whatever a layer of C channels put out or took in: (rows, C).
     pub(super) narrow: B::Tensor,
     /// The same for 3 C or M channels: (rows, the larger).
@@ -105,9 +125,11 @@ impl<B: Backend> Activations<B> {
         let Shapes { config, sequences, precision } = shapes;
         let ModelConfig { layers, channels: c, heads, .. } = *config;
         let (rows, [qkv, _, fc1, _]) = (sequences.rows(), shapes.linears());
-        let (recompute, everywhere) = match kept {
-            Some(ForBackward { recompute, everywhere }) => (Some(recompute), everywhere),
-            None => (None, None),
+        let (recompute, everywhere, drops) = match kept {
+            Some(ForBackward { recompute, everywhere, drops }) => {
+                (Some(recompute), everywhere, drops)
+            }
+            None => (None, None, false),
         };
         let turned = match everywhere.filter(|_| recompute == Some(Recompute::Nothing)) {
             Some(recipes) => turned(backend, arena, shapes, recipes)?,
@@ -142,6 +164,10 @@ impl<B: Backend> Activations<B> {
             fc1: tensors(arena, products, fc1.outputs)?,
             gelu: tensors(arena, pointwise, fc1.outputs)?,
             turned,
+            dropping: drops.then(|| Dropping {
+                selection: backend.selection(arena, sequences, layers),
+                input: backend.tensor(arena, rows * c, precision),
+            }),
             branch: backend.tensor(arena, rows * c, precision),
             ln_f: backend.tensor(arena, rows * c, precision),
             ln_f_statistics: statistics(arena),
@@ -172,12 +198,14 @@ fn turned<B: Backend>(
 }
 
 impl<B: Backend> ActivationGradients<B> {
-    pub(crate) fn new(backend: &B, arena: &mut B::Arena, shapes: Shapes<'_>) -> Self {
+    /// `drops` tells whether blocks drop tokens.
+    pub(crate) fn new(backend: &B, arena: &mut B::Arena, shapes: Shapes<'_>, drops: bool) -> Self {
         let Shapes { config, sequences, precision } = shapes;
         let (rows, c, [qkv, _, fc1, _]) = (sequences.rows(), config.channels, shapes.linears());
         let wide = qkv.outputs.max(fc1.outputs);
         Self {
             residual: backend.tensor(arena, rows * c, precision),
+            kept: drops.then(|| backend.tensor(arena, rows * c, precision)),
             narrow: backend.tensor(arena, rows * c, precision),
             wide: backend.tensor(arena, rows * wide, precision),
         }

@@ -14,6 +14,7 @@ mod pass;
 mod recompute;
 mod shapes;
 mod sharpness;
+mod token_drop;
 
 pub(crate) use activations::{ActivationGradients, Activations, ForBackward};
 pub use config::{Activation, ModelConfig};
@@ -24,3 +25,4 @@ pub(crate) use pass::{Means, Merging, Pass, Place};
 pub use recompute::Recompute;
 pub(crate) use shapes::Shapes;
 pub(crate) use sharpness::WorstOf;
+pub use token_drop::TokenDrop;

@@ -3,14 +3,19 @@
 //! Pre-LayerNorm blocks; attention and MLP each add to the residual stream; the head shares its
 //! weights with the token embedding (Radford et al. 2019, "GPT-2"), unless the model has others for
 //! it.
+//!
+//! A block that drops tokens is one of shorter sequences: the kept rows of the residual stream are
+//! gathered, go through it, and are put back; others pass by it unchanged, and so do their
+//! gradients. Kept positions ascend, so that a causal mask is the same to them.
 
-use super::activations::{ActivationGradients, Activations};
+use super::activations::{ActivationGradients, Activations, Dropping, Layers};
 use super::params::{Linear, Matrix, Norm, ParamTable};
 use super::{ModelConfig, Shapes};
 use crate::backend::{
     AttentionBackward, Backend, Classifier, ClassifierGradient, EmbeddingGradients, Epilogue,
-    LinearBackward, LinearForward, MergeShape, Merged, NormBackward, NormParams, NormStatistics,
-    OutputGradient, Part, ResidualSum, Sequences, Slot, StepPlan,
+    LinearBackward, LinearForward, MergeShape, Merged, NormBackward, NormParams, NormShape,
+    NormStatistics, OutputGradient, Part, ResidualSum, SelectShape, Selected, SelectedSum,
+    Sequences, Slot, StepPlan,
 };
 use crate::formats::{LINEARS, LinearRecipe, Random, projections};
 
@@ -58,7 +63,41 @@ pub(crate) struct Place {
     pub(crate) micro_step: usize,
 }
 
+/// What a trainer whose options drop tokens has made, and no other plan drops any.
+const HAS_ROOM: &str = "there is room for the rows that blocks keep";
+
+impl Place {
+    fn random(self, block: usize, linear: u32) -> Random {
+        Random {
+            seed: self.seed,
+            step: self.step as u32,
+            micro_step: self.micro_step as u32,
+            layer: block as u32,
+            linear,
+        }
+    }
+}
+
+/// The gradients that flow through a block: of the residual stream, or the rows of it that the block
+/// keeps, and two for whatever lies beside it.
+struct Flow<'a, B: Backend> {
+    stream: &'a mut B::Tensor,
+    narrow: &'a mut B::Tensor,
+    wide: &'a mut B::Tensor,
+}
+
 impl<'a, B: Backend> Pass<'a, B> {
+    /// Draws which tokens the blocks keep that drop any, before both passes of a micro-step.
+    pub(crate) fn draw_kept(&mut self, acts: &mut Activations<B>, place: Place) {
+        let layers = self.plan.dropping();
+        if layers.is_empty() {
+            return;
+        }
+        let Dropping { selection, .. } = acts.dropping.as_mut().expect(HAS_ROOM);
+        let (shape, random) = (self.selected(layers.start), place.random(layers.start, 0));
+        self.backend.select_positions(selection, layers, shape, &random);
+    }
+
     /// Tokens (rows) to the normalized output of the last block, `acts.ln_f`.
     pub(crate) fn forward(&mut self, acts: &mut Activations<B>, tokens: &B::Tokens) {
         let (backend, table) = (self.backend, self.table);
@@ -67,34 +106,75 @@ impl<'a, B: Backend> Pass<'a, B> {
         backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, shape);
         self.ln_1(acts, 0);
         for (l, block) in table.blocks.iter().enumerate() {
+            if self.drops(l) {
+                self.gather_input(acts, l);
+                self.ln_1(acts, l);
+            }
             self.attention(acts, l);
             self.mlp(acts, l);
             self.merge(&mut acts.gelu[l], block.fc2, l);
             let at = (block.fc2, l, &mut acts.turned[..]);
             self.linear(&mut acts.branch, &acts.gelu[l], at, Epilogue::None);
-
-            // The sum that ends this block, and the norm that begins what follows it.
-            let (norm, out, statistics) = match table.blocks.get(l + 1) {
-                Some(block) => {
-                    (block.ln_1, &mut acts.ln_1[l + 1], acts.ln_1_statistics[l + 1].as_mut())
-                }
-                None => (table.ln_f, &mut acts.ln_f, acts.ln_f_statistics.as_mut()),
-            };
-            let (x, y, sum) = (&acts.middle[l], &acts.branch, &mut acts.residual[l + 1]);
-            self.add_norm(out, statistics, ResidualSum { sum, x, y }, norm);
+            if self.drops(l) { self.end_kept(acts, l) } else { self.end(acts, l) }
         }
     }
 
-    /// The norm of a block's input, from `acts.residual`.
+    /// The sum that ends a block, and the norm that begins what follows it.
+    ///
+    /// NOTE: where a block follows that drops tokens, that norm is in vain, for it takes its own of
+    /// the kept rows: once in a pass, which a sum alone would spare as one more operation.
+    fn end(&mut self, acts: &mut Activations<B>, l: usize) {
+        let (norm, out, statistics) = match self.table.blocks.get(l + 1) {
+            Some(block) => {
+                (block.ln_1, &mut acts.ln_1[l + 1], acts.ln_1_statistics[l + 1].as_mut())
+            }
+            None => (self.table.ln_f, &mut acts.ln_f, acts.ln_f_statistics.as_mut()),
+        };
+        let (x, y, sum) = (&acts.middle[l], &acts.branch, &mut acts.residual[l + 1]);
+        let shape = self.shapes().norm();
+        self.add_norm(out, statistics, ResidualSum { sum, x, y }, norm, shape);
+    }
+
+    /// The same of a block that drops tokens, which is never the last: the sum is in the rows that it
+    /// keeps, and the norm is left to the next where that drops tokens, too.
+    fn end_kept(&mut self, acts: &mut Activations<B>, l: usize) {
+        let Dropping { selection, .. } = acts.dropping.as_ref().expect(HAS_ROOM);
+        let (base, out) = acts.residual.with_next(l);
+        let sum = SelectedSum { out, base, x: &acts.middle[l], y: &acts.branch };
+        self.backend.scatter_sum(sum, Selected { selection, layer: l }, self.selected(l));
+        if !self.drops(l + 1) {
+            self.ln_1(acts, l + 1);
+        }
+    }
+
+    /// The rows of a block's input that it keeps, where it drops others.
+    fn gather_input(&mut self, acts: &mut Activations<B>, l: usize) {
+        let Dropping { selection, input } = acts.dropping.as_mut().expect(HAS_ROOM);
+        let selected = Selected { selection, layer: l };
+        self.backend.gather_rows(input, &acts.residual[l], selected, self.selected(l));
+    }
+
+    /// What a block reads of the residual stream.
+    fn input<'o>(
+        &self,
+        residual: &'o Layers<B::Tensor>,
+        dropping: &'o Option<Dropping<B>>,
+        l: usize,
+    ) -> &'o B::Tensor {
+        if self.drops(l) { &dropping.as_ref().expect(HAS_ROOM).input } else { &residual[l] }
+    }
+
+    /// The norm of a block's input.
     fn ln_1(&mut self, acts: &mut Activations<B>, l: usize) {
         let (out, statistics) = (&mut acts.ln_1[l], acts.ln_1_statistics[l].as_mut());
-        self.norm(out, statistics, &acts.residual[l], self.table.blocks[l].ln_1);
+        let x = self.input(&acts.residual, &acts.dropping, l);
+        self.norm(out, statistics, x, self.table.blocks[l].ln_1, self.shapes_of(l).norm());
     }
 
     /// Attention and what it adds to the residual stream, from `acts.ln_1` to `acts.ln_2`.
     fn attention(&mut self, acts: &mut Activations<B>, l: usize) {
         let block = &self.table.blocks[l];
-        let shape = self.shapes().attention(l);
+        let shape = self.shapes_of(l).attention(l);
         self.merge(&mut acts.ln_1[l], block.qkv, l);
         let at = (block.qkv, l, &mut acts.turned[..]);
         self.linear(&mut acts.qkv[l], &acts.ln_1[l], at, Epilogue::None);
@@ -105,8 +185,9 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.linear(&mut acts.branch, &acts.attention[l], at, Epilogue::None);
 
         let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
-        let (x, y, sum) = (&acts.residual[l], &acts.branch, &mut acts.middle[l]);
-        self.add_norm(out, statistics, ResidualSum { sum, x, y }, block.ln_2);
+        let x = self.input(&acts.residual, &acts.dropping, l);
+        let sum = ResidualSum { sum: &mut acts.middle[l], x, y: &acts.branch };
+        self.add_norm(out, statistics, sum, block.ln_2, self.shapes_of(l).norm());
     }
 
     /// The MLP's first layer and GELU, from `acts.ln_2` to `acts.gelu`.
@@ -128,10 +209,11 @@ impl<'a, B: Backend> Pass<'a, B> {
             self.attention(acts, l);
             self.mlp(acts, l);
         } else if acts.gelu.is_shared() && acts.turned.is_empty() {
-            let elements = self.sequences.rows() * self.config.mlp_width();
+            let elements = self.sequences_of(l).rows() * self.config.mlp_width();
             self.ln_1(acts, l);
             let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
-            self.norm(out, statistics, &acts.middle[l], self.table.blocks[l].ln_2);
+            let (norm, shape) = (self.table.blocks[l].ln_2, self.shapes_of(l).norm());
+            self.norm(out, statistics, &acts.middle[l], norm, shape);
             let form = self.config.activation;
             self.backend.gelu_forward(&mut acts.gelu[l], &acts.fc1[l], elements, form);
         }
@@ -160,39 +242,81 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.classify(acts, targets, Some(gradient));
         backend.zero_tensor(&mut d.residual);
         let last = &acts.residual[self.config.layers];
-        self.norm_backward(d, grads, last, &acts.ln_f_statistics, table.ln_f);
+        let (ln_f, shape) = (table.ln_f, self.shapes().norm());
+        let (dx, dy) = (&mut d.residual, &d.narrow);
+        self.norm_backward((dx, dy), grads, last, &acts.ln_f_statistics, (ln_f, shape));
 
-        for (l, block) in table.blocks.iter().enumerate().rev() {
-            self.recompute(acts, l);
-            let at = (place, l, &acts.turned[..]);
-
-            // MLP: d.residual is the gradient of the block's output, and passes to its input.
-            let dy = OutputGradient::Whole(&d.residual);
-            self.linear_backward(&mut d.wide, grads, dy, &acts.gelu[l], block.fc2, at);
-            let (y, form) = (&acts.fc1[l], self.config.activation);
-            let dy = OutputGradient::BehindGelu { d: &mut d.wide, y, form };
-            self.linear_backward(&mut d.narrow, grads, dy, &acts.ln_2[l], block.fc1, at);
-            let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
-            self.norm_backward(d, grads, x, statistics, block.ln_2);
-
-            // Attention.
-            let dy = OutputGradient::Whole(&d.residual);
-            let x = &acts.attention[l];
-            self.linear_backward(&mut d.narrow, grads, dy, x, block.projection, at);
-            let operands = AttentionBackward {
-                dqkv: &mut d.wide,
-                dout: &d.narrow,
-                out: &acts.attention[l],
-                lse: &acts.lse[l],
-                qkv: &acts.qkv[l],
-            };
-            let shape = self.shapes().attention(l);
-            backend.attention_backward(self.workspace, operands, shape);
-            let dy = OutputGradient::Whole(&d.wide);
-            self.linear_backward(&mut d.narrow, grads, dy, &acts.ln_1[l], block.qkv, at);
-            let (x, statistics) = (&acts.residual[l], &acts.ln_1_statistics[l]);
-            self.norm_backward(d, grads, x, statistics, block.ln_1);
+        for l in (0..self.config.layers).rev() {
+            if self.drops(l) {
+                self.kept_backward(acts, d, grads, l, place);
+            } else {
+                self.recompute(acts, l);
+                let ActivationGradients { residual: stream, narrow, wide, .. } = &mut *d;
+                self.block_backward(acts, Flow { stream, narrow, wide }, grads, l, place);
+            }
         }
+    }
+
+    /// The backward pass of a block that drops tokens. The gradients of rows that it drops pass by.
+    fn kept_backward(
+        &mut self,
+        acts: &mut Activations<B>,
+        d: &mut ActivationGradients<B>,
+        grads: &mut B::F32,
+        l: usize,
+        place: Place,
+    ) {
+        let shape = self.selected(l);
+        // The blocks behind it have used the room of its input for theirs.
+        self.gather_input(acts, l);
+        self.recompute(acts, l);
+        let ActivationGradients { residual, kept, narrow, wide } = d;
+        let stream = kept.as_mut().expect(HAS_ROOM);
+        let Dropping { selection, .. } = acts.dropping.as_ref().expect(HAS_ROOM);
+        let selected = || Selected { selection, layer: l };
+        self.backend.gather_rows(stream, residual, selected(), shape);
+        self.block_backward(acts, Flow { stream, narrow, wide }, grads, l, place);
+        self.backend.scatter_rows(residual, stream, selected(), shape);
+    }
+
+    /// The backward pass of a block: `stream` is the gradient of its output, and becomes that of its
+    /// input.
+    fn block_backward(
+        &mut self,
+        acts: &Activations<B>,
+        Flow { stream, narrow, wide }: Flow<'_, B>,
+        grads: &mut B::F32,
+        l: usize,
+        place: Place,
+    ) {
+        let (block, at) = (&self.table.blocks[l], (place, l, &acts.turned[..]));
+        let shapes = self.shapes_of(l);
+
+        // MLP.
+        let dy = OutputGradient::Whole(stream);
+        self.linear_backward(wide, grads, dy, &acts.gelu[l], block.fc2, at);
+        let (y, form) = (&acts.fc1[l], self.config.activation);
+        let dy = OutputGradient::BehindGelu { d: wide, y, form };
+        self.linear_backward(narrow, grads, dy, &acts.ln_2[l], block.fc1, at);
+        let (x, statistics) = (&acts.middle[l], &acts.ln_2_statistics[l]);
+        self.norm_backward((stream, narrow), grads, x, statistics, (block.ln_2, shapes.norm()));
+
+        // Attention.
+        let dy = OutputGradient::Whole(stream);
+        self.linear_backward(narrow, grads, dy, &acts.attention[l], block.projection, at);
+        let operands = AttentionBackward {
+            dqkv: wide,
+            dout: narrow,
+            out: &acts.attention[l],
+            lse: &acts.lse[l],
+            qkv: &acts.qkv[l],
+        };
+        self.backend.attention_backward(self.workspace, operands, shapes.attention(l));
+        let dy = OutputGradient::Whole(wide);
+        self.linear_backward(narrow, grads, dy, &acts.ln_1[l], block.qkv, at);
+        let x = self.input(&acts.residual, &acts.dropping, l);
+        let statistics = &acts.ln_1_statistics[l];
+        self.norm_backward((stream, narrow), grads, x, statistics, (block.ln_1, shapes.norm()));
     }
 
     /// The gradients of the embeddings, after [`Pass::loss_and_backward`].
@@ -237,9 +361,31 @@ impl<'a, B: Backend> Pass<'a, B> {
         Some(Part { flat, slot })
     }
 
+    /// Of all rows.
     fn shapes(&self) -> Shapes<'a> {
         let (sequences, precision) = (self.sequences, self.plan.precision);
         Shapes { config: self.config, sequences, precision }
+    }
+
+    /// Within a block.
+    fn shapes_of(&self, block: usize) -> Shapes<'a> {
+        Shapes { sequences: self.sequences_of(block), ..self.shapes() }
+    }
+
+    fn sequences_of(&self, block: usize) -> Sequences {
+        let length = self.plan.kept_by(block).unwrap_or(self.sequences.length);
+        Sequences { length, ..self.sequences }
+    }
+
+    /// Whether a block drops tokens.
+    fn drops(&self, block: usize) -> bool {
+        self.plan.kept_by(block).is_some()
+    }
+
+    /// What a block keeps of the rows of the residual stream.
+    fn selected(&self, block: usize) -> SelectShape {
+        let (sequences, kept) = (self.sequences, self.sequences_of(block).length);
+        SelectShape { sequences, kept, channels: self.config.channels }
     }
 
     fn norm(
@@ -248,8 +394,9 @@ impl<'a, B: Backend> Pass<'a, B> {
         statistics: NormStatistics<&mut B::F32>,
         x: &B::Tensor,
         norm: Norm,
+        shape: NormShape,
     ) {
-        let (params, shape) = (self.norm_params(norm), self.shapes().norm());
+        let params = self.norm_params(norm);
         self.backend.layernorm_forward(out, statistics, x, params, shape);
     }
 
@@ -259,8 +406,9 @@ impl<'a, B: Backend> Pass<'a, B> {
         statistics: NormStatistics<&mut B::F32>,
         sum: ResidualSum<'_, B>,
         norm: Norm,
+        shape: NormShape,
     ) {
-        let (params, shape) = (self.norm_params(norm), self.shapes().norm());
+        let params = self.norm_params(norm);
         self.backend.add_layernorm_forward(out, statistics, sum, params, shape);
     }
 
@@ -304,7 +452,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         let turned = turned.map(|all| &mut all[layer.number as usize]);
         let operands = LinearForward { y, x, w, b, mean, epilogue, turned };
         let (shape, recipe) =
-            (self.shapes().linears()[layer.number as usize], self.recipe(block, layer));
+            (self.shapes_of(block).linears()[layer.number as usize], self.recipe(block, layer));
         self.backend.linear_forward(self.workspace, operands, shape, recipe);
     }
 
@@ -322,32 +470,25 @@ impl<'a, B: Backend> Pass<'a, B> {
         let (mean, accumulate) = (self.mean(block, layer), self.plan.accumulate);
         let turned = turned.get(block).map(|all| &all[layer.number as usize]);
         let operands = LinearBackward { dx, dw, db, dy, x, turned, w, mean, accumulate };
-        let random = Random {
-            seed: place.seed,
-            step: place.step as u32,
-            micro_step: place.micro_step as u32,
-            layer: block as u32,
-            linear: layer.number,
-        };
+        let random = place.random(block, layer.number);
         let (shape, recipe) =
-            (self.shapes().linears()[layer.number as usize], self.recipe(block, layer));
+            (self.shapes_of(block).linears()[layer.number as usize], self.recipe(block, layer));
         self.backend.linear_backward(self.workspace, operands, shape, recipe, &random);
     }
 
-    /// Adds the norm's part to d.residual, given the gradient of its output in d.narrow.
+    /// Adds the norm's part to dx, given the gradient dy of its output.
     fn norm_backward(
         &mut self,
-        d: &mut ActivationGradients<B>,
+        (dx, dy): (&mut B::Tensor, &B::Tensor),
         grads: &mut B::F32,
         x: &B::Tensor,
         statistics: &NormStatistics<B::F32>,
-        norm: Norm,
+        (norm, shape): (Norm, NormShape),
     ) {
         let [dw, db] = self.backend.gradients(grads, [norm.w, norm.b]);
         let w = self.backend.param(self.weights, norm.w);
-        let (dx, dy, statistics) = (&mut d.residual, &d.narrow, statistics.as_ref());
-        let accumulate = self.plan.accumulate;
+        let (statistics, accumulate) = (statistics.as_ref(), self.plan.accumulate);
         let operands = NormBackward { dx, dw, db, dy, x, statistics, w, accumulate };
-        self.backend.layernorm_backward(self.workspace, operands, self.shapes().norm());
+        self.backend.layernorm_backward(self.workspace, operands, shape);
     }
 }

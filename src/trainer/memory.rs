@@ -146,17 +146,21 @@ impl<B: Backend> Buffers<B> {
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
         let precision = options.recipe.precision();
         let flat = Flat::new(backend, &mut cut, config, options, plan)?;
-        let (arena, kept) = (
-            &mut cut.arena,
-            ForBackward { recompute: options.recompute, everywhere: options.recipe.everywhere() },
-        );
+        let (arena, drops) = (&mut cut.arena, options.token_drop.is_some());
+        let (recompute, everywhere) = (options.recompute, options.recipe.everywhere());
+        let kept = ForBackward { recompute, everywhere, drops };
         let shapes = Shapes { config, sequences, precision };
         let activations = Activations::new(backend, arena, shapes, Some(kept))?;
-        let d = ActivationGradients::new(backend, arena, shapes);
+        let d = ActivationGradients::new(backend, arena, shapes, drops);
         let batch = Batch::new(backend, arena, sequences, bytes.is_some())?;
         let merges = Merges::new(backend, arena, config, options, bytes.is_some())?;
         plan.activations = cut.since_last();
-        let linears = shapes.linears();
+        // What multiplies fewer rows may be something else, with other needs.
+        let sizes = options.token_drop.iter().flat_map(|drop| drop.sizes(sequences.length));
+        let of_size = |length| Shapes { sequences: Sequences { length, ..sequences }, ..shapes };
+        let of_sizes = sizes.flat_map(|length| of_size(length).linears());
+        let linears = shapes.linears().into_iter().chain(of_sizes).map(Ok);
+        let linears = collect("the shapes of the linear layers", linears)?;
         let widest = linears.iter().map(|layer| layer.inputs).max().unwrap_or(0);
         let of_bits = |hashes| MergeShape { sequences, channels: widest, hashes };
         let shape = WorkspaceShape {

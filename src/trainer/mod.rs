@@ -414,6 +414,7 @@ impl Trainer {
             run.buffers.merges.iter_mut().for_each(Merges::begin);
             run.sharp.iter_mut().for_each(Sharp::begin);
             recipe.set_step(&mut run.step_plan, 0, (0, 0), step);
+            run.step_plan.kept = None;
             let on = Arc::clone(&run.model);
             // For all batches: nobody changes the weights between them.
             let weights = on.read_as(options.optimizer.master)?;
@@ -468,9 +469,9 @@ impl Trainer {
     }
 
     /// Takes a new schedule in place of the present one, from the next step on. Its steps are
-    /// counted from here: it begins with its warm-up and ends `schedule.total_steps` steps later. A
-    /// rate that [`Trainer::set_lr`] set is dropped. The schedule and where it began are saved with
-    /// the run.
+    /// counted from here: it begins with its warm-up and ends `schedule.total_steps` steps later, and
+    /// tokens are dropped by it, where they are. A rate that [`Trainer::set_lr`] set is dropped. The
+    /// schedule and where it began are saved with the run.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] naming the field; the present schedule then stays.
@@ -696,6 +697,7 @@ impl<B: Backend> Run<B> {
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
             let at = (state.schedule_step(), total_steps);
             recipe.set_step(step_plan, micro_step, at, state.step);
+            step_plan.kept = state.kept();
             let place = Place { seed: state.seed, step: state.step, micro_step };
             backend.scope(|| {
                 batch.upload(backend);
@@ -718,6 +720,7 @@ impl<B: Backend> Run<B> {
                 let Batch { tokens, targets, .. } = &*batch;
                 let random = [place.step as u32, micro_step as u32];
                 backend.recorded(recordings, plan, random, || {
+                    pass.draw_kept(activations, place);
                     pass.forward(activations, tokens);
                     let scale = step.loss_scale;
                     pass.loss_and_backward(activations, d, gradients, targets, scale, place);
@@ -857,6 +860,7 @@ fn not_finite(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::formats::{Random, kept_positions};
     use crate::{
         Activation, EngineOptions, ModelConfig, Moments, OptimizerKind, Recipe, Recompute,
     };
@@ -916,20 +920,105 @@ mod tests {
                     schedule: Schedule { total_steps: 10, ..Schedule::default() },
                     ..TrainerOptions::default()
                 };
-                let Ok(plan) = plan(&engine, &config, &options) else { continue };
-                let options = options.resolved(&config).unwrap();
-                let mut taken = Plan { weights: plan.weights, ..Plan::default() };
-                let bytes = Some(plan.total() - plan.weights);
-                on_device!(engine.backend(), backend => {
-                    Buffers::new(&**backend, bytes, &config, &options, &mut taken).map(drop)
-                })
-                .unwrap();
-                assert_eq!(plan, taken, "{config:?} {options:?}");
-                Trainer::new(&model, options).unwrap();
-                made += 1;
+                made += usize::from(is_planned_exactly(&model, &options).is_some());
             }
         }
         assert!(made > 100, "{made}");
+    }
+
+    /// The plan of a trainer, which is what it takes; None where there is no such trainer.
+    fn is_planned_exactly(model: &Model, options: &TrainerOptions) -> Option<Plan> {
+        let (engine, config) = (model.engine(), model.config());
+        let plan = plan(engine, config, options).ok()?;
+        let options = options.resolved(config).unwrap();
+        let mut taken = Plan { weights: plan.weights, ..Plan::default() };
+        let bytes = Some(plan.total() - plan.weights);
+        on_device!(engine.backend(), backend => {
+            Buffers::new(&**backend, bytes, config, &options, &mut taken).map(drop)
+        })
+        .unwrap();
+        assert_eq!(plan, taken, "{config:?} {options:?}");
+        Trainer::new(model, options).unwrap();
+        Some(plan)
+    }
+
+    /// A model of three blocks, the second of which alone may drop tokens.
+    fn three_blocks(engine: &Engine) -> Model {
+        let config = ModelConfig { context_length: 33, layers: 3, ..small() };
+        Model::new(engine, &config).unwrap()
+    }
+
+    fn dropping() -> TrainerOptions {
+        TrainerOptions {
+            batch_size: 2,
+            recipe: Recipe::fp32(),
+            token_drop: Some("start=16,steps=4".parse().unwrap()),
+            ..TrainerOptions::default()
+        }
+    }
+
+    #[test]
+    fn the_plan_of_dropping_is_positions_and_rows() {
+        let engine = Engine::new(EngineOptions { threads: 2, ..Default::default() }).unwrap();
+        for layers in 3..6 {
+            let config = ModelConfig { layers, ..three_blocks(&engine).config().clone() };
+            let model = Model::new(&engine, &config).unwrap();
+            for recipe in Recipe::NAMES {
+                let with = TrainerOptions { recipe: recipe.parse().unwrap(), ..dropping() };
+                let without = TrainerOptions { token_drop: None, ..with.clone() };
+                let [Some(with), Some(without)] =
+                    [with, without].map(|options| is_planned_exactly(&model, &options))
+                else {
+                    continue;
+                };
+                let rows = 2 * 33u64;
+                let positions = layers as u64 * (4 * rows).next_multiple_of(64);
+                let kept = 2 * (4 * 16 * rows).next_multiple_of(64);
+                let expected = without.activations + positions + kept;
+                assert_eq!(with.activations, expected, "{recipe}");
+                assert_eq!(with.workspace, without.workspace, "{recipe}");
+            }
+        }
+    }
+
+    /// Positions that the second block drops do not change what it makes of others: with the first
+    /// and the last block deaf to other positions, a token there is in the loss of its own alone.
+    #[test]
+    fn dropped_tokens_are_not_seen() {
+        let engine = Engine::new(EngineOptions { threads: 2, ..Default::default() }).unwrap();
+        let losses = |token_drop, tokens: &[u32]| {
+            let model = three_blocks(&engine);
+            for block in [0, 2] {
+                for (part, len) in [("weight", 16 * 16), ("bias", 16)] {
+                    let name = format!("transformer.h.{block}.attn.c_proj.{part}");
+                    model.write_tensor(&name, &vec![0.0; len]).unwrap();
+                }
+            }
+            let options = TrainerOptions { token_drop, ..dropping() };
+            let mut trainer = Trainer::new(&model, options).unwrap();
+            trainer.step_tokens(tokens).unwrap();
+            let Device::Cpu(run) = &trainer.run else { panic!("made on the CPU") };
+            run.buffers.activations.losses.to_vec()
+        };
+        let random = Random { seed: engine.seed(), step: 0, micro_step: 0, layer: 1, linear: 0 };
+        let kept: Vec<_> =
+            (0..2).map(|sequence| kept_positions(&random, sequence, 33, 16)).collect();
+        let is_kept = |row: usize| kept[row / 33].contains(&(row as u32 % 33));
+        // The last token of a window is only predicted.
+        let stays = |i: usize| i % 34 == 33 || is_kept(i / 34 * 33 + i % 34);
+        let tokens: Vec<u32> = (0..2 * 34).map(|i| i * i % 29).collect();
+        let other = |(i, token): (usize, &u32)| if stays(i) { *token } else { (token + 5) % 32 };
+        let changed: Vec<u32> = tokens.iter().enumerate().map(other).collect();
+        // Losses of kept positions whose targets stay.
+        let of_kept = |row: &usize| is_kept(*row) && stays(row / 33 * 34 + row % 33 + 1);
+        let unseen: Vec<usize> = (0..66).filter(of_kept).collect();
+        assert!(unseen.len() > 5 && tokens != changed);
+        let [before, after] = [&tokens, &changed].map(|t| losses(dropping().token_drop, t));
+        assert!(unseen.iter().all(|row| before[*row] == after[*row]), "{before:?} {after:?}");
+        // Without dropping every one of them is heard by those behind it.
+        let [before, after] = [&tokens, &changed].map(|t| losses(None, t));
+        let heard = unseen.iter().filter(|row| before[**row] != after[**row]).count();
+        assert!(heard + 3 > unseen.len(), "{heard} of {}", unseen.len());
     }
 
     #[test]

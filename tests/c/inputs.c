@@ -179,6 +179,15 @@ int main(int argc, char **argv) {
   options.optimizer = "\xf0\x28";
   FAILS(MXT_ERROR_UTF8, "optimizer", mxt_trainer_new(model, &options, &no_trainer));
   options.optimizer = NULL;
+  options.token_drop = "start=8,steps=2";
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "start: expected a multiple of 16 tokens, got \"8\"",
+        mxt_trainer_new(model, &options, &no_trainer));
+  options.token_drop = "start=16,steps=2";
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "token_drop: blocks between the first and the last",
+        mxt_trainer_new(model, &options, &no_trainer));
+  options.token_drop = "\xf0\x28";
+  FAILS(MXT_ERROR_UTF8, "token_drop", mxt_trainer_new(model, &options, &no_trainer));
+  options.token_drop = NULL;
   options.recipe = "\xf0\x28";
   FAILS(MXT_ERROR_UTF8, "recipe", mxt_trainer_new(model, &options, &no_trainer));
   options = small_options();

@@ -70,6 +70,12 @@ static void errors() {
   fails(MXT_ERROR_INVALID_ARGUMENT, "sgd", [&] { mxt::Trainer trainer(model, trainer_options); });
   trainer_options.optimizer = "stable-adamw";
   CHECK(std::string(mxt::Trainer(model, trainer_options).options().optimizer) == "stable-adamw");
+  auto deep_config = small_config();
+  deep_config.layers = 3;
+  mxt::Model deep(engine, deep_config);
+  trainer_options.token_drop = "start=16,steps=2";
+  CHECK(std::string(mxt::Trainer(deep, trainer_options).options().token_drop) ==
+        "start=16,steps=2");
 
   options = one_thread();
   options.memory_limit = 1000;

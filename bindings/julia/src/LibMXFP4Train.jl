@@ -563,6 +563,14 @@ struct mxt_trainer_options
     # on a GPU than "master=f32", the default, and is not for recipes that need weights in f32.
     # Borrowed for the call.
     optimizer::Cstring
+    # How many tokens of each sequence the blocks between the first and the last see in training,
+    # drawn anew for each block and step (random-LTD, arXiv 2211.11586): "start=128,steps=60%"
+    # begins with 128 and comes to all of them after 60 % of total_steps, "start=128,steps=5000"
+    # after 5,000 steps of the schedule. start is a multiple of 16. On the way they grow by a
+    # sixteenth of a sequence at a time, or with ",by=N" by N, a multiple of 16, too. The last
+    # third of the steps, or more, should see all tokens, as evaluations do. Needs 3 layers. NULL
+    # (default) drops nothing. Borrowed for the call.
+    token_drop::Cstring
 end
 
 """

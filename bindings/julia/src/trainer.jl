@@ -1,10 +1,10 @@
 # A model in training, step by step.
 
 """
-    Trainer(model; recipe = nothing, recompute = nothing, optimizer = nothing, schedule = :constant,
-            batch_size = 8, sequence_length = 0, accumulation = 1, lr = 3e-4, min_lr = 0, warmup_steps = 0,
-            total_steps = 0, decay_steps = 0, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1,
-            clip = 1)
+    Trainer(model; recipe = nothing, recompute = nothing, optimizer = nothing, token_drop = nothing,
+            schedule = :constant, batch_size = 8, sequence_length = 0, accumulation = 1, lr = 3e-4,
+            min_lr = 0, warmup_steps = 0, total_steps = 0, decay_steps = 0, beta1 = 0.9, beta2 = 0.95,
+            epsilon = 1e-8, weight_decay = 0.1, clip = 1)
 
 A trainer at step 0 that changes the weights of `model`. All memory of training is allocated here.
 
@@ -12,7 +12,9 @@ A trainer at step 0 that changes the weights of `model`. All memory of training 
 `nothing` is) and others that the C header lists. `schedule` is `:constant`, `:cosine`, `:linear` or
 `:trapezoid`. `recompute` says what the backward pass computes again to save memory: `"nothing"`,
 `"pointwise"` or `"block"`. `optimizer` says what moves the weights: `"adamw"` (what `nothing` is)
-or `"stable-adamw"`, which is made for `clip = 0`.
+or `"stable-adamw"`, which is made for `clip = 0`. `token_drop` says how many tokens of a sequence
+the blocks between the first and the last see in training: `"start=128,steps=60%"` begins with 128
+and comes to all of them after 60 % of `total_steps`; `nothing` is all.
 """
 mutable struct Trainer <: Handle
     handle::Ptr{Lib.mxt_trainer}
@@ -222,19 +224,28 @@ What the trainer was made from, as a named tuple.
 function options(trainer::Trainer)
     filled_in = sized(Lib.mxt_trainer_options)
     texts = Ref(("", "", ""))
+    drop = Ref{Union{Nothing,String}}(nothing)
     call(trainer) do
         status = Lib.mxt_trainer_get_options(trainer, filled_in)
         if status == Lib.MXT_OK
             # The texts are valid as long as the trainer, so they are copied while that is held.
             how = filled_in[]
             texts[] = map(unsafe_string, (how.recipe, how.recompute, how.optimizer))
+            dropping = how.token_drop != Cstring(C_NULL)
+            drop[] = dropping ? unsafe_string(how.token_drop) : nothing
         end
         return status
     end
     how = filled_in[]
     recipe, recompute, optimizer = texts[]
     schedule = SCHEDULES[how.schedule + 1]
-    managed = (recipe = recipe, recompute = recompute, optimizer = optimizer, schedule = schedule)
+    managed = (
+        recipe = recipe,
+        recompute = recompute,
+        optimizer = optimizer,
+        token_drop = drop[],
+        schedule = schedule,
+    )
     return merge(named(how), managed)
 end
 
@@ -258,6 +269,7 @@ function with_trainer_options(
     recipe::Union{Nothing,AbstractString} = nothing,
     recompute::Union{Nothing,AbstractString} = nothing,
     optimizer::Union{Nothing,AbstractString} = nothing,
+    token_drop::Union{Nothing,AbstractString} = nothing,
     schedule = :constant,
     fields...,
 )
@@ -266,12 +278,13 @@ function with_trainer_options(
         throw(ArgumentError("schedule: expected one of $SCHEDULES, got $(repr(schedule))"))
     end
     text, again = text_or_nothing("recipe", recipe), text_or_nothing("recompute", recompute)
-    mover = text_or_nothing("optimizer", optimizer)
-    GC.@preserve text again mover begin
+    mover, drop = text_or_nothing("optimizer", optimizer), text_or_nothing("token_drop", token_drop)
+    GC.@preserve text again mover drop begin
         managed = (
             recipe = c_string(text),
             recompute = c_string(again),
             optimizer = c_string(mover),
+            token_drop = c_string(drop),
             schedule = number - 1,
         )
         how = filled(Lib.mxt_trainer_options, Lib.mxt_trainer_options_init, fields, managed)

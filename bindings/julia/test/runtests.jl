@@ -320,6 +320,11 @@ end
     @test options(stable).optimizer == "stable-adamw" && isfinite(step!(stable, dataset).loss)
     close(stable)
     @test refuses(() -> Trainer(new_model(); optimizer = "sgd"), MXFP4Error, "stable-adamw")
+    deep = Model(new_engine(); SMALL..., layers = 3, context_length = 32)
+    dropping = Trainer(deep; token_drop = "start=16,steps=50%", total_steps = 2, batch_size = 2)
+    @test options(dropping).token_drop == "start=16,steps=50%" && isfinite(step!(dropping, dataset).loss)
+    @test made_from.token_drop === nothing
+    @test refuses(() -> Trainer(deep; token_drop = "16"), MXFP4Error, "token_drop: expected start=N")
     mktempdir() do folder
         save(trainer, folder)
         resumed = load(Trainer, new_engine(), folder)

@@ -3,6 +3,7 @@
 use super::*;
 use crate::backend::{
     Activation, Linear as _, Norm as _, NormParams, NormShape, NormStatistics, ResidualSum,
+    Select as _, SelectShape, Selected,
 };
 
 /// What kernels note is the largest magnitude of what they stored, NaN being larger than all.
@@ -47,6 +48,19 @@ fn largest_magnitudes_are_noted() {
                     cuda.gelu_backward(&mut out, &x, rows * c, form);
                     noted("GELU's derivative", &out);
                 }
+                let sequences = Sequences { batch: 1, length: rows };
+                let shape = SelectShape { sequences, kept: rows.div_ceil(2), channels: c };
+                let mut measuring = Arena::measuring(&cuda.gpu);
+                cuda.selection(&mut measuring, sequences, 1);
+                let mut arena = Arena::allocated(&cuda.gpu, measuring.used()).unwrap();
+                let mut selection = cuda.selection(&mut arena, sequences, 1);
+                cuda.select_positions(&mut selection, 0..1, shape, &RANDOM);
+                let mut kept = poison(&cuda, shape.kept * c, Precision::Bf16);
+                let selected = || Selected { selection: &selection, layer: 0 };
+                cuda.gather_rows(&mut kept, &x, selected(), shape);
+                noted("gathered rows", &kept);
+                cuda.scatter_rows(&mut out, &kept, selected(), shape);
+                assert!(out.amax().is_none());
                 cuda.zero_tensor(&mut out);
                 assert!(out.amax().is_none());
                 assert!(sum.amax().is_none());
