@@ -8,7 +8,9 @@ use std::str::FromStr;
 use bytesize::ByteSize;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
-use mxfp4train::{Activation, DatasetOptions, Optimizer, Recipe, Recompute, ScheduleKind};
+use mxfp4train::{
+    Activation, DatasetOptions, Optimizer, Recipe, Recompute, ScheduleKind, TokenDrop,
+};
 
 use crate::compare::CompareArgs;
 use crate::console;
@@ -331,6 +333,12 @@ pub(crate) struct BatchArgs {
     /// What the backward pass computes again to save memory: nothing, pointwise or block
     #[arg(long, value_name = "WHAT", default_value_t = Recompute::default())]
     pub(crate) recompute: Recompute,
+
+    /// Let the blocks between the first and the last see a random part of each sequence, which grows
+    /// to all of it: start=128,steps=60% begins with 128 tokens and ends after 60 percent of --steps
+    /// (or steps=N after N), by a sixteenth of the sequence at a time (or ,by=N)
+    #[arg(long, value_name = "START,STEPS")]
+    pub(crate) token_drop: Option<TokenDrop>,
 }
 
 /// The number formats of one run.

@@ -89,7 +89,7 @@ fn option_name(what: &str) -> String {
         "accumulation" | "batch_size" | "beta1" | "beta2" | "channels" | "clip" | "decay_steps"
         | "device" | "heads" | "layers" | "lr" | "min_lr" | "mlp_channels" | "prompt"
         | "recipe" | "schedule" | "sequence_length" | "sharpness" | "temperature" | "threads"
-        | "token_type" | "top_k" | "top_p" | "vocab_size" | "weight_decay" => what,
+        | "token_drop" | "token_type" | "top_k" | "top_p" | "vocab_size" | "weight_decay" => what,
         other => return other.to_owned(),
     };
     format!("--{}", option.replace('_', "-"))

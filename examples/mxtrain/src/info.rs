@@ -149,6 +149,8 @@ struct Training {
     /// By name.
     #[serde(deserialize_with = "name_of_optimizer")]
     optimizer: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    token_drop: Option<String>,
 }
 
 /// That of AdamW is not in the file.
@@ -259,10 +261,13 @@ impl Checkpoint {
             HumanCount(self.parameters),
         );
         if let Some(training) = &self.training {
-            let Training { step, seed, recipe, optimizer } = training;
+            let Training { step, seed, recipe, optimizer, token_drop } = training;
             let [recipe, optimizer] = [recipe, optimizer].map(|name| console::plain(name));
+            let drop =
+                token_drop.as_ref().map(|drop| format!(", token drop {}", console::plain(drop)));
+            let drop = drop.unwrap_or_default();
             text.push_str(&format!(
-                "training    step {step}, recipe {recipe}, optimizer {optimizer}, seed {seed}\n"
+                "training    step {step}, recipe {recipe}, optimizer {optimizer}{drop}, seed {seed}\n"
             ));
         }
         if let Some(why) = &self.cannot_resume {

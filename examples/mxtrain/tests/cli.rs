@@ -58,6 +58,7 @@ fn wrong_options_get_one_line_and_exit_code_2() {
         ("train --steps many", "invalid value 'many' for '--steps <N>'"),
         ("train --recipe fp4", "recipe: expected one of fp32, bf16"),
         ("train --optimizer sgd", "optimizer: expected one of adamw, stable-adamw, "),
+        ("train --token-drop 60%", "token_drop: expected start=N,steps=N or start=N,steps=P%"),
         ("train --schedule up", "schedule: expected one of constant"),
         ("train --data a --train b", "--data and --train exclude each other"),
         ("train", "--data DIR is missing"),

@@ -49,6 +49,31 @@ fn info(dir: &Path, path: &str) -> Value {
 
 /// Kept with the run, so that it need not be said again, and cannot be another.
 #[test]
+fn token_dropping_is_named_shown_and_kept() {
+    let dir = folder();
+    let dir = dir.path();
+    let (deep, drop) =
+        (TINY.replace("--layers 1", "--layers 3"), "--token-drop start=16,steps=50%");
+    let line = format!("train --data data --out model --eval-batches 1 --steps 4 {drop}");
+    let error = refuse(dir, &format!("{line} {TINY}"));
+    assert!(error.contains("--token-drop: blocks between the first and the last"), "{error}");
+    let out = succeed(dir, &format!("{line} {deep}"));
+    assert!(out.contains(", token drop start=16,steps=50%\n"), "{out}");
+    assert_eq!(info(dir, "model")["training"]["token_drop"], "start=16,steps=50%");
+    assert!(succeed(dir, "info model").contains(", token drop start=16,steps=50%, seed 1337\n"));
+    let other = "train --resume model --data data --token-drop start=16,steps=9 --steps 6";
+    let error = refuse(dir, other);
+    assert!(error.contains("started with, start=16,steps=50%; got start=16,steps=9"), "{error}");
+    let out = succeed(dir, "train --resume model --data data --steps 6");
+    assert!(out.contains("token drop start=16,steps=50%\n"), "{out}");
+    let plan = |drop: &str| {
+        let plan = succeed(dir, &format!("plan --data data {deep} --json {drop}"));
+        serde_json::from_str::<Value>(&plan).unwrap()["activations"].as_u64().unwrap()
+    };
+    assert!(plan(drop) > plan(""));
+}
+
+#[test]
 fn an_optimizer_is_named_shown_and_kept() {
     let dir = folder();
     let dir = dir.path();

@@ -245,6 +245,9 @@ pub(crate) struct Settings {
     pub(crate) sequence_length: usize,
     pub(crate) accumulation: usize,
     pub(crate) recompute: String,
+    /// None where every block sees every token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) token_drop: Option<String>,
     pub(crate) steps: u64,
     pub(crate) lr: f32,
     pub(crate) min_lr: f32,
@@ -291,6 +294,7 @@ impl Settings {
             },
             accumulation: options.accumulation,
             recompute: options.recompute.to_string(),
+            token_drop: options.token_drop.map(|drop| drop.to_string()),
             steps: schedule.total_steps,
             lr: schedule.lr,
             min_lr: schedule.min_lr,
@@ -333,6 +337,7 @@ impl Settings {
         let [ours, theirs] = [self, other].map(|settings| {
             let mut all = settings.compared();
             all.entry("optimizer").or_insert_with(|| Optimizer::default().to_string().into());
+            all.entry("token_drop").or_insert_with(|| "none".into());
             all
         });
         // The optimizer first: others have their defaults from it.

@@ -465,7 +465,8 @@ impl Tally {
 /// Blocks of MXFP4 operands that a step quantizes: both operands of every product of every linear
 /// layer that takes such.
 fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize, step: u64) -> u64 {
-    let rows = options.batch_size * length;
+    let total_steps = options.schedule.total_steps;
+    let kept = options.token_drop.map_or(length, |drop| drop.kept(step, length, total_steps));
     // A product of (m, depth) and (n, depth).
     let blocks = |gemm: &Gemm, m: usize, n: usize, depth: usize| match gemm.a().format().is_mxfp4()
     {
@@ -473,8 +474,9 @@ fn blocks_of_step(config: &ModelConfig, options: &TrainerOptions, length: usize,
         false => 0,
     };
     let of_layer = |layer| {
-        let recipes =
-            options.recipe.for_layer(layer, config.layers, step, options.schedule.total_steps);
+        let recipes = options.recipe.for_layer(layer, config.layers, step, total_steps);
+        let is_between = layer > 0 && layer + 1 < config.layers;
+        let rows = options.batch_size * if is_between { kept } else { length };
         let of_linear = |([inputs, outputs], recipe): ([usize; 2], LinearRecipe)| {
             blocks(recipe.forward(), rows, outputs, inputs)
                 + blocks(recipe.dgrad(), rows, inputs, outputs)
@@ -509,5 +511,20 @@ mod tests {
         assert_eq!(blocks("mxfp4,bf16-last-layers=1"), 3 * layer);
         assert!(blocks("mxfp4-rht") > 3 * 2 * layer, "the reduction is padded to the group");
         assert_eq!(blocks("bf16"), 0);
+
+        // Of four layers the two between see 64 of 96 tokens.
+        let config = ModelConfig { layers: 4, ..config };
+        let with = |length, drop: Option<&str>| {
+            let token_drop = drop.map(|drop| drop.parse().unwrap());
+            let options = TrainerOptions {
+                recipe: "mxfp4".parse().unwrap(),
+                batch_size: 1,
+                token_drop,
+                ..Default::default()
+            };
+            blocks_of_step(&config, &options, length, 1)
+        };
+        let dropping = with(96, Some("start=32,steps=2"));
+        assert_eq!(2 * dropping, with(96, None) + with(64, None));
     }
 }

@@ -400,13 +400,14 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         Start::Resumed(_) => format!("resumed at step {}", start.step()),
     };
     let schedule = &options.schedule;
+    let drop = options.token_drop.map_or_else(String::new, |drop| format!(", token drop {drop}"));
     let notes: String =
         data.notes(sequence).iter().map(|note| format!("            {note}\n")).collect();
     format!(
         "machine     {about}\n\
          data        {}: {} tokens, {} for validation{tokenizer}, vocabulary {}\n{notes}\
          model       {} layers x {} channels x {} heads, context {}: {} parameters, {from}\n\
-         step        {} x {} x {sequence} = {} tokens, recipe {}, optimizer {}\n\
+         step        {} x {} x {sequence} = {} tokens, recipe {}, optimizer {}{drop}\n\
          run         {} steps, {} tokens, {passes:.2} passes over the data; {}\n",
         console::plain(&data.name),
         HumanCount(train_tokens),

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use indicatif::HumanCount;
 use mxfp4train::{
-    Dataset, Engine, Model, ModelConfig, Optimizer, Plan, Recipe, Schedule, ScheduleKind, Trainer,
-    TrainerOptions,
+    Dataset, Engine, Model, ModelConfig, Optimizer, Plan, Recipe, Schedule, ScheduleKind,
+    TokenDrop, Trainer, TrainerOptions,
 };
 
 use super::log::Log;
@@ -198,6 +198,7 @@ pub(crate) fn trainer_options(
         accumulation: batch.accumulation,
         recipe: recipe.clone(),
         recompute: batch.recompute,
+        token_drop: batch.token_drop,
         ..TrainerOptions::default()
     };
     if let Some(args) = optimizer {
@@ -624,6 +625,8 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
     fn differs_from<T: PartialEq + ToString>(given: &Option<T>, kept: &T) -> Option<[String; 2]> {
         given.as_ref().and_then(|given| differs(given, kept))
     }
+    let drop =
+        |drop: Option<TokenDrop>| drop.map_or_else(|| "none".to_owned(), |drop| drop.to_string());
     let of_schedule = ["lr", "min-lr", "warmup", "schedule", "decay-steps"];
     for (option, difference) in [
         ("batch-size", differs(&batch.batch_size, &kept.batch_size)),
@@ -631,6 +634,7 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("accumulation", differs(&batch.accumulation, &kept.accumulation)),
         ("recipe", differs(&args.recipe.recipe, &kept.recipe)),
         ("recompute", differs(&batch.recompute, &kept.recompute)),
+        ("token-drop", differs(&drop(batch.token_drop), &drop(kept.token_drop))),
         ("lr", differs_from(&opt.lr, &schedule.lr)),
         ("min-lr", differs_from(&opt.min_lr, &schedule.min_lr)),
         ("warmup", differs_from(&opt.warmup, &schedule.warmup_steps)),
@@ -712,6 +716,8 @@ mod tests {
         assert!(check("--new-schedule --clip 2").unwrap_err().starts_with("--clip: "));
         let other = check("--optimizer stable-adamw").unwrap_err();
         assert!(other.contains("started with, adamw; got stable-adamw"), "{other}");
+        let other = check("--token-drop start=16,steps=60%").unwrap_err();
+        assert!(other.contains("started with, none; got start=16,steps=60%"), "{other}");
     }
 
     #[test]

@@ -208,13 +208,15 @@ impl Group {
     pub(crate) fn about(&self) -> Vec<String> {
         let s = self.settings();
         let tokenizer = s.data.tokenizer.map_or_else(String::new, |t| format!(", tokenizer {t}"));
+        let drop = s.token_drop.as_ref().map(|drop| format!(", token drop {drop}"));
+        let drop = drop.unwrap_or_default();
         let mut lines = vec![
             format!(
                 "data {}: {} training tokens{tokenizer}, vocabulary {}, CRC-32 {}",
                 s.data.name, s.data.train.tokens, s.vocab_size, s.data.train.crc32
             ),
             format!(
-                "step of {} x {} x {} = {} tokens; {} schedule, lr {} to {}, warm-up {} steps",
+                "step of {} x {} x {} = {} tokens{drop}; {} schedule, lr {} to {}, warm-up {} steps",
                 s.accumulation,
                 s.batch_size,
                 s.sequence_length,
