@@ -55,11 +55,10 @@ pub(crate) fn run_with(args: &PrepareArgs, signals: &Signals) -> Outcome<ExitCod
     }
     // A signal ends the command, and leaves neither half a file nor the lock.
     let paths = [TRAIN_FILE, VAL_FILE].map(|name| args.out.join(name));
-    let traces = |lock: &RunLock| {
+    let traces = |lock: &RunLock| -> Vec<_> {
         paths.iter().map(|path| temporary_name(path)).chain(lock.traces()).collect()
     };
-    let _lock = signals.making(|| RunLock::take(&args.out), traces)?;
-    fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
+    let lock = signals.making(|| RunLock::take(&args.out), traces)?;
 
     let options = Options {
         tokenizer: args.tokenizer,
@@ -75,8 +74,13 @@ pub(crate) fn run_with(args: &PrepareArgs, signals: &Signals) -> Outcome<ExitCod
         true => Rule::Source(last),
         false => Rule::Fraction(args.val_fraction),
     };
-    let [train, val] = paths.map(TokensFile::create);
-    let files = [train?, val?];
+    // No signal comes in between: what was made after it has removed the others would stay.
+    let begin = || {
+        fs::create_dir_all(&args.out).map_err(Failure::io("create", &args.out))?;
+        let [train, val] = paths.clone().map(TokensFile::create);
+        Ok([train?, val?])
+    };
+    let files = signals.making(begin, |_| traces(&lock))?;
     let sets = Sets::new(rule, args.tokenizer, options.special, files, sources);
     let skipped = inputs.skipped.in_words();
     let bar = progress_bar(&inputs);
