@@ -75,7 +75,7 @@ pub struct mxt_trainer_options {
     /// What moves the weights: "adamw" (the default, and what NULL is) or "stable-adamw" (AdamW
     /// whose rate falls for a tensor whose gradients are larger than its second moment has seen
     /// coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above), or, only
-    /// with a clip of 0, "stable-spam" (gradients are normalized tensor by tensor, their outliers
+    /// with a clip of 0 and best with a beta2 of 0.999, "stable-spam" (gradients are normalized tensor by tensor, their outliers
     /// clipped, moments start again every 1,000 steps: ",reset=1000"), "stable-spam-ref" (the same as
     /// its authors' code counts) or "gradstab" (lengths of gradients alone). Behind it,
     /// with a comma, what its moments are kept in: "moments=f32" (8 bytes a parameter, the default),

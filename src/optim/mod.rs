@@ -158,7 +158,7 @@ impl Optimizer {
             let message = format!(
                 "expected more than the square of gamma1, {}, or gradients have no largest length; \
                  got {gamma2}",
-                gamma1 * gamma1
+                (gamma1 * gamma1) as f32
             );
             return Err(Error::invalid("gamma2", message));
         }

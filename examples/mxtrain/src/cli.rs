@@ -396,9 +396,9 @@ pub(crate) struct OptimizerArgs {
     #[arg(long, value_name = "X", default_value_t = 0.9)]
     pub(crate) beta1: f32,
 
-    /// Decay of the second moment
-    #[arg(long, value_name = "X", default_value_t = 0.95)]
-    pub(crate) beta2: f32,
+    /// Decay of the second moment [default: 0.95, or 0.999 of optimizers that normalize gradients]
+    #[arg(long, value_name = "X")]
+    pub(crate) beta2: Option<f32>,
 
     /// Largest norm of the gradient; longer ones are scaled down; 0 turns it off [default: 1; 0
     /// with stable-adamw]

@@ -205,7 +205,7 @@ pub(crate) fn trainer_options(
         let usual = args.optimizer;
         options.optimizer = Optimizer {
             beta1: args.beta1,
-            beta2: args.beta2,
+            beta2: args.beta2.unwrap_or(usual.beta2),
             weight_decay: args.weight_decay,
             clip: args.clip.unwrap_or(usual.clip),
             ..usual
@@ -643,7 +643,7 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
         ("optimizer", differs(&opt.optimizer.to_string(), &optimizer.to_string())),
         ("weight-decay", differs(&opt.weight_decay, &optimizer.weight_decay)),
         ("beta1", differs(&opt.beta1, &optimizer.beta1)),
-        ("beta2", differs(&opt.beta2, &optimizer.beta2)),
+        ("beta2", differs_from(&opt.beta2, &optimizer.beta2)),
         ("clip", differs_from(&opt.clip, &optimizer.clip)),
     ] {
         let is_of_schedule = of_schedule.contains(&option);
@@ -721,11 +721,15 @@ mod tests {
     }
 
     #[test]
-    fn an_optimizer_has_its_usual_clipping() {
+    fn an_optimizer_has_its_usual_settings() {
         let clip = |line| options(&train(line).0, Weights::New).unwrap().optimizer.clip;
         assert_eq!(clip(""), 1.0);
         assert_eq!(clip("--optimizer stable-adamw"), 0.0);
         assert_eq!(clip("--optimizer stable-adamw --clip 2"), 2.0);
+        let beta2 = |line| options(&train(line).0, Weights::New).unwrap().optimizer.beta2;
+        assert_eq!(beta2(""), 0.95);
+        assert_eq!(beta2("--optimizer stable-spam"), 0.999);
+        assert_eq!(beta2("--optimizer stable-spam --beta2 0.9"), 0.9);
     }
 
     #[test]
