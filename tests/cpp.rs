@@ -82,7 +82,7 @@ fn the_header_is_clean_under_strict_warnings() {
 
 /// No finding and no leak.
 #[test]
-fn valgrind_finds_nothing() {
+fn a_run_under_valgrind_finds_nothing() {
     if !has_program("valgrind") {
         return;
     }

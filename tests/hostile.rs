@@ -100,7 +100,7 @@ fn sanitizers_find_nothing() {
 }
 
 #[test]
-fn valgrind_finds_nothing() {
+fn a_run_under_valgrind_finds_nothing() {
     if !has_program("valgrind") {
         return;
     }
