@@ -5,7 +5,8 @@
 
 use super::bounds::{FLOOR, MOST, SLACK};
 use super::{
-    Bounds, Definition, Master, Moments, Optimizer, OptimizerKind, OptimizerStep, State, spam,
+    Bounds, Definition, Master, Moments, Normalization, Optimizer, OptimizerKind, OptimizerStep,
+    State,
 };
 
 pub(super) const DEFINITION: Definition = Definition {
@@ -19,7 +20,7 @@ pub(super) const DEFINITION: Definition = Definition {
         epsilon: 1e-8,
         weight_decay: 0.1,
         clip: 1.0,
-        normalization: spam::USUAL,
+        normalization: Normalization::USUAL,
     },
     normalizes: false,
     states: &[
@@ -77,8 +78,8 @@ impl Update {
     #[inline(always)]
     pub(crate) fn of(&self, p: f32, m: f32, v: f32, g: f32) -> (f32, f32, f32) {
         let gradient = clip(g, self.clipped) * self.gradient_scale;
-        let m = self.kept1 * m + (1.0 - self.beta1) * gradient;
-        let v = self.kept2 * v + (1.0 - self.beta2) * (gradient * gradient);
+        let m = mean(self.kept1, m, self.beta1, gradient);
+        let v = mean(self.kept2, v, self.beta2, gradient * gradient);
         let p = p * self.keep - self.size * (m / (v.sqrt() * self.root + self.epsilon));
         (p, m, v)
     }
@@ -90,9 +91,10 @@ pub(crate) fn clip(g: f32, [limit, shrink]: [f32; 2]) -> f32 {
     if g.abs() > limit { g * shrink } else { g }
 }
 
+/// A moment that takes in a number, of which it keeps so much, with its decay rate.
 #[inline(always)]
-pub(super) fn second_moment(beta2: f32, v: f32, gradient: f32) -> f32 {
-    beta2 * v + (1.0 - beta2) * (gradient * gradient)
+pub(super) fn mean(kept: f32, moment: f32, beta: f32, new: f32) -> f32 {
+    kept * moment + (1.0 - beta) * new
 }
 
 /// The learning rate with the correction for first moments that start at 0.

@@ -9,6 +9,7 @@ pub(crate) mod adamw;
 mod bounds;
 pub(crate) mod master;
 pub(crate) mod moments;
+mod normalization;
 mod schedule;
 pub(crate) mod spam;
 pub(crate) mod stable_adamw;
@@ -21,8 +22,8 @@ pub(crate) use bounds::Bounds;
 pub use master::Master;
 pub use moments::Moments;
 pub(crate) use moments::ParamKind;
+pub use normalization::Normalization;
 pub use schedule::{Schedule, ScheduleKind};
-pub use spam::Normalization;
 pub use step::{Largest, OptimizerStep, StepSums};
 
 use crate::{Error, Result};

@@ -16,65 +16,8 @@
 //! What is kept of a tensor is T, mean and the root of square, in f32: the square itself may be
 //! beyond it.
 
-use std::fmt;
-
 use super::bounds::Bounds;
-use super::{Definition, Optimizer, OptimizerKind, OptimizerStep, adamw};
-use crate::{Error, Result};
-
-/// How gradients are normalized.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Normalization {
-    /// `gamma1=`: decay of the mean of norms.
-    pub gamma1: f64,
-    /// `gamma2=`: decay of the mean of their squares; above the square of gamma1.
-    pub gamma2: f64,
-    /// `gamma3=`: decay of the mean of largest magnitudes.
-    pub gamma3: f64,
-    /// `reset=`: steps after which moments start again; 0 for never.
-    pub reset: u32,
-}
-
-impl Normalization {
-    /// Sets what a switch names; whether it is one of these.
-    pub(super) fn set(&mut self, switch: &str, value: &str) -> Result<bool> {
-        let value = value.trim();
-        let bad =
-            |what, expected| Error::invalid(what, format!("expected {expected}, got {value:?}"));
-        let number = |what| value.parse().map_err(|_| bad(what, "a number"));
-        match switch {
-            "gamma1" => self.gamma1 = number("gamma1")?,
-            "gamma2" => self.gamma2 = number("gamma2")?,
-            "gamma3" => self.gamma3 = number("gamma3")?,
-            "reset" => {
-                self.reset = value.parse().map_err(|_| bad("reset", "a whole number of steps"))?;
-            }
-            _ => return Ok(false),
-        }
-        Ok(true)
-    }
-
-    /// Writes those switches that are not the usual ones.
-    pub(super) fn switches(&self, usual: &Self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (name, ours, usual) in [
-            ("gamma1", self.gamma1, usual.gamma1),
-            ("gamma2", self.gamma2, usual.gamma2),
-            ("gamma3", self.gamma3, usual.gamma3),
-        ] {
-            if ours != usual {
-                write!(f, ",{name}={ours}")?;
-            }
-        }
-        if self.reset != usual.reset {
-            write!(f, ",reset={}", self.reset)?;
-        }
-        Ok(())
-    }
-}
-
-/// That of Stable-SPAM's class; of optimizers without any, which do not read it, too.
-pub(super) const USUAL: Normalization =
-    Normalization { gamma1: 0.7, gamma2: 0.9, gamma3: 0.999, reset: 1000 };
+use super::{Definition, Normalization, Optimizer, OptimizerKind, OptimizerStep, adamw};
 
 const DEFAULTS: Optimizer = Optimizer {
     kind: OptimizerKind::StableSpam,
@@ -173,16 +116,6 @@ impl Factors {
 /// The counter of the authors' code in step t before its reset.
 fn of_reference(t: u64, reset: u64) -> u64 {
     if reset == 0 || t <= reset { t } else { (t - 1) % reset + 2 }
-}
-
-/// Steps that moments have seen, this one included.
-pub(super) fn age(t: u64, reset: u64) -> u64 {
-    if reset == 0 || t < reset { t } else { t % reset + 1 }
-}
-
-/// Whether moments start again in step t.
-pub(super) fn starts_again(t: u64, reset: u64) -> bool {
-    reset > 0 && t.is_multiple_of(reset)
 }
 
 /// No normalized gradient of a tensor is longer, whatever the gradients were.
@@ -324,9 +257,18 @@ mod tests {
     fn counters_start_again_as_the_code_does() {
         let counted = |f: fn(u64, u64) -> u64| (1..=8).map(|t| f(t, 3)).collect::<Vec<_>>();
         assert_eq!(counted(of_reference), [1, 2, 3, 2, 3, 4, 2, 3]);
-        assert_eq!(counted(age), [1, 2, 1, 2, 3, 1, 2, 3]);
-        assert_eq!([of_reference(9, 0), age(9, 0)], [9, 9]);
-        assert_eq!([2, 3, 6].map(|t| starts_again(t, 3)), [false, true, true]);
-        assert!(!starts_again(3, 0));
+        assert_eq!(of_reference(9, 0), 9);
+        let with = |t, reset| {
+            let mut optimizer = Optimizer::new(OptimizerKind::StableSpam);
+            optimizer.normalization.reset = reset;
+            step(t, optimizer)
+        };
+        let ages = (1..=8).map(|t| with(t, 3).age()).collect::<Vec<_>>();
+        assert_eq!(ages, [1, 2, 1, 2, 3, 1, 2, 3]);
+        assert_eq!(with(9, 0).age(), 9);
+        assert_eq!([2, 3, 6].map(|t| with(t, 3).starts_again()), [false, true, true]);
+        assert!(!with(3, 0).starts_again());
+        // Of an optimizer that does not normalize, the setting is not read.
+        assert_eq!(step(9, Optimizer::default()).age(), 9);
     }
 }

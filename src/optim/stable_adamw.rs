@@ -43,7 +43,7 @@ impl Ratio {
     #[inline(always)]
     pub(crate) fn of(&self, v: f32, g: f32) -> f32 {
         let gradient = g * self.gradient_scale;
-        let v = adamw::second_moment(self.beta2, v, gradient);
+        let v = adamw::mean(self.beta2, v, self.beta2, gradient * gradient);
         gradient / (v.sqrt() * self.root).max(self.epsilon)
     }
 }

@@ -1,6 +1,6 @@
 //! A step as data: what an update is told, what the reduction before it found, what it would leave.
 
-use super::{MAX_STATES, Optimizer, spam};
+use super::{MAX_STATES, Optimizer};
 
 /// What one update is made from besides weights, states and gradients.
 #[derive(Clone, Copy, Debug)]
@@ -23,18 +23,21 @@ pub struct OptimizerStep {
 impl OptimizerStep {
     /// How often a moment that began as 0 has been updated after this step.
     pub(crate) fn age(&self) -> u64 {
-        spam::age(self.t, self.reset())
+        match self.reset() {
+            Some(reset) if self.t >= reset => self.t % reset + 1,
+            _ => self.t,
+        }
     }
 
     /// Whether moments begin as 0 in this step.
     pub(crate) fn starts_again(&self) -> bool {
-        spam::starts_again(self.t, self.reset())
+        self.reset().is_some_and(|reset| self.t.is_multiple_of(reset))
     }
 
-    /// Steps after which moments start again; 0 for never.
-    fn reset(&self) -> u64 {
+    /// Steps after which moments start again, where they do.
+    fn reset(&self) -> Option<u64> {
         let Optimizer { kind, normalization, .. } = self.optimizer;
-        if kind.normalizes() { normalization.reset.into() } else { 0 }
+        (kind.normalizes() && normalization.reset > 0).then_some(normalization.reset.into())
     }
 }
 
