@@ -20,16 +20,16 @@ pub(super) enum Stored<'a> {
 pub(super) enum Rounding {
     /// To nearest, of two to the even one.
     ToNearest,
-    /// With the bits of a draw, whose rows are 8 elements each, for moment `which`, from element
-    /// `first` on.
-    Stochastic { draw: Draw, which: u32, first: usize },
+    /// With the bits of a draw, whose rows are 8 elements each, from element `first` on.
+    Stochastic { draw: Draw, first: usize },
 }
 
-/// Which of the two moments it is, which codes depend on.
+/// Which of the two moments it is, which codes and drawn bits depend on.
 #[derive(Clone, Copy)]
+#[repr(u32)]
 pub(super) enum Moment {
-    First,
-    Second,
+    First = 0,
+    Second = 1,
 }
 
 impl<'a> Stored<'a> {
@@ -89,8 +89,8 @@ impl<'a> Stored<'a> {
         match self {
             Self::F32(values) => values[all].copy_from_slice(from),
             Self::Bf16(values, Rounding::ToNearest) => store_bf16(isa, &mut values[all], from),
-            Self::Bf16(values, Rounding::Stochastic { draw, which, first: of_all }) => {
-                store_drawn(&mut values[all], from, draw, *which, *of_all + first);
+            Self::Bf16(values, Rounding::Stochastic { draw, first: of_all }) => {
+                store_drawn(&mut values[all], from, draw, moment as u32, *of_all + first);
             }
             Self::Int8(codes, scales) => {
                 let (codes, scales) = (&mut codes[all], &mut scales[first / GROUP..]);
@@ -107,9 +107,7 @@ impl Rounding {
     fn further(self, count: usize) -> Self {
         match self {
             Self::ToNearest => self,
-            Self::Stochastic { draw, which, first } => {
-                Self::Stochastic { draw, which, first: first + count }
-            }
+            Self::Stochastic { draw, first } => Self::Stochastic { draw, first: first + count },
         }
     }
 }

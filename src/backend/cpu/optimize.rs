@@ -4,7 +4,7 @@
 use std::ops::Add;
 
 use super::isa::{Isa, simd_fn};
-use super::math::{AHEAD, prefetch_after};
+use super::math::{AHEAD, lane_amax, prefetch_after};
 use super::moments::{Moment, Rounding, Stored};
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace};
 use crate::Result;
@@ -239,17 +239,17 @@ impl<'a> Part<'a> {
         let Trained { slots, weights, states, layout, gradients, .. } = trained;
         let [m, v] = &mut **states else { panic!("AdamW names two states") };
         let (range, place) = (slots[index].range(), &layout.places[index]);
-        let rounding = |beta, which| match is_stochastic(beta) {
+        let rounding = |beta| match is_stochastic(beta) {
             false => Rounding::ToNearest,
             true => {
                 let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, index as u32);
-                Rounding::Stochastic { draw, which, first: 0 }
+                Rounding::Stochastic { draw, first: 0 }
             }
         };
         Self {
             p: &mut weights[range.clone()],
-            m: Stored::of(m, place, rounding(step.optimizer.beta1, 0)),
-            v: Stored::of(v, place, rounding(step.optimizer.beta2, 1)),
+            m: Stored::of(m, place, rounding(step.optimizer.beta1)),
+            v: Stored::of(v, place, rounding(step.optimizer.beta2)),
             g: &gradients[range],
         }
     }
@@ -327,9 +327,9 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// The largest magnitude.
+    /// NaN is not seen: with one the norm is none, and no step is done.
     fn chunk_largest(x: &[f32]) -> f32 {
-        f32::from_bits(x.iter().fold(0, |largest, x| x.abs().to_bits().max(largest)))
+        lane_amax(x)
     }
 }
 
