@@ -86,10 +86,7 @@ __global__ void find_rates(float2 *rates, const double *partials, const Entry *t
   begin();
   __shared__ double scratch[WARP];
   const Entry *e = table + blockIdx.x;
-  u64 pieces = (e->len + PIECE - 1) / PIECE;
-  double total = 0.0;
-  for (u64 i = threadIdx.x; i < pieces; i += blockDim.x) total += partials[e->first_piece + i];
-  total = block_sum_double(total, scratch);
+  double total = sum_of_pieces(partials, e, scratch);
   if (threadIdx.x != 0) return;
   float rate = (float)((double)s.lr / fmax(sqrt(total / (double)e->len), 1.0));
   rates[blockIdx.x] = make_float2(rate, (float)((double)rate / correction));

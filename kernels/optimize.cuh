@@ -45,6 +45,15 @@ __device__ __forceinline__ double block_sum_double(double v, double *scratch) {
   return sum;
 }
 
+// The sum of a parameter's partials, which are one a piece, in every thread.
+__device__ __forceinline__ double sum_of_pieces(const double *partials, const Entry *e,
+                                                double *scratch) {
+  u64 pieces = (e->len + PIECE - 1) / PIECE;
+  double total = 0.0;
+  for (u64 i = threadIdx.x; i < pieces; i += blockDim.x) total += partials[e->first_piece + i];
+  return block_sum_double(total, scratch);
+}
+
 // Factors that do not depend on the element, computed by the host in f64.
 struct Step {
   float lr, beta1, beta2, epsilon, weight_decay;

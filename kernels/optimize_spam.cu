@@ -75,11 +75,7 @@ __global__ void find_scales(Normal *normals, const double *partials, const Entry
                             Factors f) {
   begin();
   __shared__ double scratch[WARP];
-  const Entry *e = table + blockIdx.x;
-  u64 pieces = (e->len + PIECE - 1) / PIECE;
-  double squares = 0.0;
-  for (u64 i = threadIdx.x; i < pieces; i += blockDim.x) squares += partials[e->first_piece + i];
-  squares = block_sum_double(squares, scratch);
+  double squares = sum_of_pieces(partials, table + blockIdx.x, scratch);
   if (threadIdx.x != 0) return;
   Normal &normal = normals[blockIdx.x];
   double norm = sqrt(squares), root = (double)normal.statistics[2];

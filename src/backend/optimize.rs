@@ -6,8 +6,6 @@
 use super::{Memory, Slot};
 use crate::Result;
 use crate::optim::moments::{Element, GROUP};
-#[cfg(doc)]
-use crate::optim::spam::STATISTICS;
 use crate::optim::{Largest, Moments, Optimizer, OptimizerStep, StepSums};
 use crate::reserve::collect;
 
@@ -79,7 +77,7 @@ pub struct Trained<'a, B: Memory> {
     pub states: &'a mut [B::Bytes],
     /// Where in each of them.
     pub layout: &'a StateLayout,
-    /// (parameters, [`STATISTICS`]): what an optimizer that normalizes gradients keeps of each; of
+    /// (parameters, [`crate::optim::spam::STATISTICS`]): what an optimizer that normalizes gradients keeps of each; of
     /// others nothing.
     pub statistics: &'a mut B::F32,
     /// Gradients.

@@ -21,7 +21,7 @@ mod optimize;
 mod select;
 
 pub(in crate::backend) use linear::linear_layers_follow_their_recipes;
-pub(in crate::backend) use optimize::{Update, loaded, some_values, step, stored};
+pub(in crate::backend) use optimize::{FORMS, Update, loaded, some_values, step, stored};
 
 use super::cpu::Cpu;
 use super::cuda::Cuda;

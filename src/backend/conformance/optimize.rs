@@ -23,6 +23,15 @@ type Values = [Vec<f32>; 4];
 /// Of several jobs and a rest, of less than a vector, and of whole ones.
 const LENGTHS: [usize; 3] = [40_003, 7, 4096];
 
+/// What is stored in less than f32, with decay rates to nearest and stochastically.
+pub(in crate::backend) const FORMS: [(Moments, f32, Master); 5] = [
+    (Moments::Bf16, 0.95, Master::F32),
+    (Moments::Bf16, 0.999, Master::Split),
+    (Moments::Int8, 0.95, Master::Split),
+    (Moments::Int8, 0.999, Master::F32),
+    (Moments::F32, 0.95, Master::Split),
+];
+
 /// The second parameter does not decay.
 pub(in crate::backend) fn some_values() -> [Values; 3] {
     std::array::from_fn(|i| {
@@ -387,13 +396,7 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
         g[lengths[i] - 3] *= 1e4;
         g
     };
-    for (moments, beta2, master) in [
-        (Moments::Bf16, 0.95, Master::F32),
-        (Moments::Bf16, 0.999, Master::Split),
-        (Moments::Int8, 0.95, Master::Split),
-        (Moments::Int8, 0.999, Master::F32),
-        (Moments::F32, 0.95, Master::Split),
-    ] {
+    for (moments, beta2, master) in FORMS {
         let optimizer = Optimizer { moments, beta2, master, ..Optimizer::default() };
         let steps = (3..53).map(|t| OptimizerStep { t, ..step(optimizer) });
         let layout = {

@@ -129,12 +129,13 @@ impl Memory for Cuda {
                 self.gpu.synchronize()
             });
         };
-        let mut halves = [Vec::new(), Vec::new()];
-        for (i, half) in halves.iter_mut().enumerate() {
-            reserve(half, "a tensor", from.len())?;
-            half.extend(from.iter().map(|value| master::split(*value)[i]));
+        let (mut copies, mut lows) = (Vec::new(), Vec::new());
+        reserve(&mut copies, "a tensor", from.len())?;
+        reserve(&mut lows, "a tensor", from.len())?;
+        for [copy, low] in from.iter().map(|value| master::split(*value)) {
+            copies.push(copy);
+            lows.push(low);
         }
-        let [copies, lows] = halves;
         let largest = copies.iter().map(|copy| u32::from(*copy & 0x7fff) << 16).max();
         self.write(low, &lows)?;
         self.write(param.copy.address, &copies)?;

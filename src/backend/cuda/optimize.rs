@@ -15,7 +15,9 @@ use crate::backend::{Optimize, Slot, Trained};
 use crate::formats::{self, Purpose};
 use crate::optim::moments::is_stochastic;
 use crate::optim::spam::{Factors, STATISTICS};
-use crate::optim::{Largest, Moments, Optimizer, OptimizerKind, OptimizerStep, StepSums, adamw};
+use crate::optim::{
+    Largest, Master, Moments, Optimizer, OptimizerKind, OptimizerStep, StepSums, adamw,
+};
 
 /// Elements of a piece of work, as in the kernels.
 const PIECE: usize = 4096;
@@ -184,8 +186,9 @@ impl Reduction {
     fn launch_update(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
         let (table, entries, grid) =
             (self.table.address, self.entries.len() as u32, self.grid(cuda));
-        let is_split = self.entries.first().is_some_and(|entry| entry.low != 0);
-        if step.optimizer.moments != Moments::F32 || self.normals.is_some() || is_split {
+        let Optimizer { moments, master, kind, .. } = step.optimizer;
+        let is_plain = (moments, master) == (Moments::F32, Master::F32) && !kind.normalizes();
+        if !is_plain {
             let rates = self.rates.as_ref().map_or(0, |rates| rates.rates.address);
             let normals = self.normals.as_ref().map_or(0, |normals| normals.normals.address);
             launch!(cuda.gpu, "update_stored", grid, THREADS, 0;

@@ -3,12 +3,12 @@
 use super::super::optimize::{Entry, OfMoments, Step};
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES, aligned};
-use crate::backend::conformance::{loaded, step, stored};
+use crate::Master;
+use crate::backend::conformance::{FORMS, loaded, step, stored};
 use crate::backend::{OptimizerStep, Place, Slot, StateLayout};
 use crate::formats::{Draw, Purpose};
 use crate::optim::moments::{GROUP, is_stochastic};
 use crate::optim::{Optimizer, OptimizerKind, ParamKind, adamw, master, stable_adamw};
-use crate::{Master, Moments};
 
 type UpdateKernel = unsafe extern "C" fn(
     *const Entry,
@@ -38,13 +38,7 @@ fn moments_are_stored_to_the_byte() {
         .enumerate()
         .map(|(index, (kind, len))| Slot { index, start: 0, len, kind })
         .collect();
-    for (moments, beta2, master) in [
-        (Moments::Bf16, 0.95, Master::F32),
-        (Moments::Bf16, 0.999, Master::Split),
-        (Moments::Int8, 0.95, Master::Split),
-        (Moments::Int8, 0.999, Master::F32),
-        (Moments::F32, 0.95, Master::Split),
-    ] {
+    for (moments, beta2, master) in FORMS {
         let kind = OptimizerKind::StableAdamW;
         let step = step(Optimizer { moments, beta2, master, ..Optimizer::new(kind) });
         let layout = StateLayout::new(&slots, moments, 128).unwrap();
