@@ -41,6 +41,12 @@ pub struct mxt_trainer {
 }
 
 impl mxt_trainer {
+    /// Of a trainer whose model has no handle yet.
+    fn with_model(trainer: Trainer) -> Result<*mut Self, Failure> {
+        let model = mxt_model::new(trainer.model().clone())?;
+        Self::new(trainer, model)
+    }
+
     fn new(trainer: Trainer, model: mxt_model) -> Result<*mut Self, Failure> {
         let options = trainer.options().clone();
         let c_string = |what, name: String| {
@@ -157,9 +163,7 @@ pub unsafe extern "C" fn mxt_trainer_load(
         guard::child("mxt_trainer_load", engine, |engine| {
             let out = arguments::place("trainer", trainer)?;
             let dir = arguments::path("dir", dir)?;
-            let loaded = Trainer::load(&engine.engine, &dir)?;
-            let model = mxt_model::new(loaded.model().clone())?;
-            out.put(mxt_trainer::new(loaded, model)?);
+            out.put(mxt_trainer::with_model(Trainer::load(&engine.engine, &dir)?)?);
             Ok(())
         })
     }
@@ -184,8 +188,7 @@ pub unsafe extern "C" fn mxt_trainer_load_as(
             let dir = arguments::path("dir", dir)?;
             let optimizer = arguments::text("optimizer", optimizer)?.parse()?;
             let loaded = Trainer::load_as(&engine.engine, &dir, &optimizer)?;
-            let model = mxt_model::new(loaded.model().clone())?;
-            out.put(mxt_trainer::new(loaded, model)?);
+            out.put(mxt_trainer::with_model(loaded)?);
             Ok(())
         })
     }
