@@ -1,7 +1,8 @@
 // The end of a step: sums of losses and of squared gradients, clipping, AdamW (Loshchilov and
 // Hutter, arXiv 1711.05101) and StableAdamW (2304.13013), for all parameters at once.
 //
-// Here moments are f32; optimize_moments.cu has those that are stored in less.
+// Here moments and, but for their squares, gradients are f32; optimize_moments.cu has those that are
+// stored in less.
 
 // partials (grid) = sums of the squares of the gradients that a block saw. Grid: fixed; block: 256.
 __global__ void square_gradients(double *partials, const Entry *table, u32 entries,
@@ -14,10 +15,13 @@ __global__ void square_gradients(double *partials, const Entry *table, u32 entri
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     u64 i = start + threadIdx.x * 4;
     for (; i + 4 <= end; i += blockDim.x * 4) {
-      float4 g = *(const float4 *)(e->gradient + i);
+      float4 g = gradients(e, i);
       total += (double)g.x * g.x + (double)g.y * g.y + (double)g.z * g.z + (double)g.w * g.w;
     }
-    for (; i < end; i++) total += (double)e->gradient[i] * e->gradient[i];
+    for (; i < end; i++) {
+      double g = gradient(e, i);
+      total += g * g;
+    }
   }
   total = block_sum_double(total, scratch);
   if (threadIdx.x == 0) partials[blockIdx.x] = total;
@@ -59,7 +63,7 @@ __global__ void square_ratios(double *partials, const Entry *table, u32 entries,
   float scale = clipping((float)sqrt(sums[1]), s);
   for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
-    const float *moments = (const float *)e->v;
+    const float *moments = (const float *)e->v, *of_losses = (const float *)e->gradient;
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     double total = 0.0;
     auto add = [&](float v, float g) {
@@ -70,10 +74,10 @@ __global__ void square_ratios(double *partials, const Entry *table, u32 entries,
     };
     u64 i = start + threadIdx.x * 4;
     for (; i + 4 <= end; i += blockDim.x * 4) {
-      float4 g = *(const float4 *)(e->gradient + i), v = *(const float4 *)(moments + i);
+      float4 g = *(const float4 *)(of_losses + i), v = *(const float4 *)(moments + i);
       add(v.x, g.x), add(v.y, g.y), add(v.z, g.z), add(v.w, g.w);
     }
-    for (; i < end; i++) add(moments[i], e->gradient[i]);
+    for (; i < end; i++) add(moments[i], of_losses[i]);
     total = block_sum_double(total, scratch);
     if (threadIdx.x == 0) partials[piece] = total;
   }
@@ -109,6 +113,7 @@ __device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 
     float keep = e->decays ? 1.0f - lr * s.weight_decay : 1.0f;
     float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
     float *first = (float *)e->m, *second = (float *)e->v;
+    const float *of_losses = (const float *)e->gradient;
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     auto update = [&](float &p, float &m, float &v, float g) {
       g *= scale;
@@ -120,7 +125,7 @@ __device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 
     };
     u64 i = start + threadIdx.x * 4;
     for (; i + 4 <= end; i += blockDim.x * 4) {
-      float4 g = *(const float4 *)(e->gradient + i), p = *(float4 *)(e->param + i);
+      float4 g = *(const float4 *)(of_losses + i), p = *(float4 *)(e->param + i);
       float4 m = *(float4 *)(first + i), v = *(float4 *)(second + i);
       update(p.x, m.x, v.x, g.x), update(p.y, m.y, v.y, g.y);
       update(p.z, m.z, v.z, g.z), update(p.w, m.w, v.w, g.w);
@@ -130,7 +135,7 @@ __device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 
     }
     for (; i < end; i++) {
       float p = e->param[i], m = first[i], v = second[i];
-      update(p, m, v, e->gradient[i]);
+      update(p, m, v, of_losses[i]);
       if (trial) continue;
       e->param[i] = p, first[i] = m, second[i] = v;
       e->copy[i] = from_f32<bf16>(p);

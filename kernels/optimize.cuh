@@ -13,16 +13,30 @@ struct Entry {
   bf16 *copy;       // what GEMMs read
   void *m, *v;      // moments, as `element` says
   float *m_scales, *v_scales; // of groups, where they have any
-  float *gradient;
+  const void *gradient;       // bf16 where `narrow`, else f32
   u64 len;
   u64 first_piece;  // number of the parameter's first piece
-  u32 decays;       // whether weight decay applies
+  u16 decays;       // whether weight decay applies
+  u16 narrow;
   u32 element;      // what moments are stored as: `Element`
   u32 *amax;        // bits of the largest magnitude: of the master values, or where these are
                     // split of the copies
 };
 
 #define PIECE 4096
+
+// An element of a gradient.
+__device__ __forceinline__ float gradient(const Entry *e, u64 i) {
+  return e->narrow ? to_f32(((const bf16 *)e->gradient)[i]) : ((const float *)e->gradient)[i];
+}
+
+// Four that lie next to each other, from a multiple of 4 on.
+__device__ __forceinline__ float4 gradients(const Entry *e, u64 i) {
+  if (!e->narrow) return *(const float4 *)((const float *)e->gradient + i);
+  uint2 pairs = *(const uint2 *)((const bf16 *)e->gradient + i);
+  return make_float4(__uint_as_float(pairs.x << 16), __uint_as_float(pairs.x & 0xffff0000u),
+                     __uint_as_float(pairs.y << 16), __uint_as_float(pairs.y & 0xffff0000u));
+}
 
 __device__ __forceinline__ const Entry *find(const Entry *table, u32 entries, u64 piece) {
   u32 low = 0, high = entries;

@@ -1,5 +1,6 @@
-// AdamW with moments that are stored in less than f32 (optim/moments.rs), or on gradients that are
-// normalized (optim/spam.rs), and StableAdamW with such moments.
+// AdamW with moments or gradients that are stored in less than f32 (optim/moments.rs,
+// optim/gradients.rs), or on gradients that are normalized (optim/spam.rs), and StableAdamW with
+// such moments or gradients.
 //
 // Every operation is rounded by itself, none fused, and the scale of a group does not depend on the
 // order, so that the processor stores the same bytes. Pieces begin where groups begin.
@@ -149,6 +150,16 @@ template <class Of> __device__ __forceinline__ void each_of_piece(u64 start, u64
   }
 }
 
+// Up to 4 elements of a gradient.
+__device__ __forceinline__ Four<float> load_gradients(const Entry *e, u64 i, u32 count) {
+  if (!e->narrow) return load4((const float *)e->gradient + i, count);
+  Four<bf16> stored = load4((const bf16 *)e->gradient + i, count);
+  Four<float> g;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) g.of[k] = to_f32(stored.of[k]);
+  return g;
+}
+
 // Up to 4 weights.
 __device__ __forceinline__ Four<float> load_weights(const Entry *e, u64 i, u32 count) {
   if (!e->low) return load4(e->param + i, count);
@@ -189,7 +200,7 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
   float rest1 = __fsub_rn(1.0f, s.beta1), rest2 = __fsub_rn(1.0f, s.beta2);
   float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
   each_of_piece(start, end, [&](u64 i, u32 count) {
-    Four<float> g = load4(e->gradient + i, count), p = load_weights(e, i, count);
+    Four<float> g = load_gradients(e, i, count), p = load_weights(e, i, count);
     Four<float> m = load_moments<ELEMENT, false>(e, i, count, meanings);
     Four<float> v = load_moments<ELEMENT, true>(e, i, count, meanings);
 #pragma unroll
@@ -257,7 +268,7 @@ __global__ void square_stored_ratios(double *partials, const Entry *table, u32 e
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     double total = 0.0;
     each_of_piece(start, end, [&](u64 i, u32 count) {
-      Four<float> g = load4(e->gradient + i, count);
+      Four<float> g = load_gradients(e, i, count);
       Four<float> v = e->element == INT8   ? load_moments<INT8, true>(e, i, count, meanings)
                       : e->element == BF16 ? load_moments<BF16, true>(e, i, count, meanings)
                                            : load_moments<F32, true>(e, i, count, meanings);

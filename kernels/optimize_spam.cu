@@ -14,7 +14,7 @@ __global__ void largest_of_pieces(u32 *largest, const Entry *table, u32 entries,
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     u32 bits = 0;
     for (u64 i = start + threadIdx.x; i < end; i += blockDim.x)
-      bits = max(bits, __float_as_uint(e->gradient[i]) & 0x7fffffffu);
+      bits = max(bits, __float_as_uint(gradient(e, i)) & 0x7fffffffu);
     bits = __reduce_max_sync(FULL_WARP, bits);
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = bits;
     __syncthreads();
@@ -62,7 +62,7 @@ __global__ void squares_of_clipped(double *partials, const Entry *table, u32 ent
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
     double total = 0.0;
     for (u64 i = start + threadIdx.x; i < end; i += blockDim.x) {
-      double g = (double)clip(e->gradient[i], normal);
+      double g = (double)clip(gradient(e, i), normal);
       total += g * g;
     }
     total = block_sum_double(total, scratch);

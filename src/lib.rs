@@ -94,7 +94,9 @@ pub use error::{Error, Result};
 pub use formats::Philox;
 pub use gpt::{Activation, ModelConfig, Recompute, TensorInfo, TokenDrop};
 pub use model::{Model, ModelFiles};
-pub use optim::{Master, Moments, Normalization, Optimizer, OptimizerKind, Schedule, ScheduleKind};
+pub use optim::{
+    Gradients, Master, Moments, Normalization, Optimizer, OptimizerKind, Schedule, ScheduleKind,
+};
 pub use recipe::Recipe;
 pub use room::MemoryRoom;
 pub use run::{Cadence, TrainerOptions};

@@ -5,7 +5,7 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::backend::{Backend, Device, Memory, Slot, on_device};
+use crate::backend::{Backend, Device, FlatGradients, Memory, Slot, on_device};
 use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, StoredTensor, TensorRead};
 use crate::engine::LogLevel;
 use crate::gpt::{ModelConfig, ParamSpec, ParamTable, TensorInfo, initialize};
@@ -322,13 +322,13 @@ impl<B: Backend> OnDevice<B> {
         Exported { table: &self.table, tensors, read }
     }
 
-    /// A flat buffer as a checkpoint holds it.
-    pub(crate) fn exported_f32<'a>(
+    /// Gradients as a checkpoint would hold them.
+    pub(crate) fn exported_gradients<'a>(
         &'a self,
         tensors: &'a [TensorInfo],
-        flat: &'a B::F32,
+        gradients: &'a FlatGradients<B>,
     ) -> impl TensorRead {
-        let read = |slot: Slot, out: &mut [f32]| self.backend.read_f32(flat, slot.start, out);
+        let read = |slot: Slot, out: &mut [f32]| gradients.read(&*self.backend, slot, out);
         Exported { table: &self.table, tensors, read }
     }
 }

@@ -4,7 +4,7 @@
 use crate::backend::Precision;
 use crate::formats::{GemmId, LinearRecipe, Restoration};
 use crate::gpt::{ModelConfig, Recompute, TokenDrop};
-use crate::optim::{Master, Optimizer, Schedule};
+use crate::optim::{Gradients, Master, Optimizer, Schedule};
 use crate::recipe::Recipe;
 use crate::{Error, Result};
 
@@ -126,6 +126,7 @@ impl TrainerOptions {
         options.optimizer.validate()?;
         options.schedule.validate()?;
         options.check_master()?;
+        options.check_gradients()?;
         if options.recipe.excepts_steps() && options.schedule.total_steps == 0 {
             let message = "bf16-last-steps is a part of a schedule's steps, whose number \
                            (total_steps) is not set; set it, or bf16-last-steps=0";
@@ -148,14 +149,13 @@ impl TrainerOptions {
     /// An error where something needs master weights in f32 that are split.
     fn check_master(&self) -> Result<()> {
         let recipe = &self.recipe;
-        let restores = |layer: &LinearRecipe| Restoration::of(layer, GemmId::Wgrad).is_some();
         let why = if self.optimizer.master == Master::F32 {
             return Ok(());
         } else if recipe.precision() == Precision::F32 {
             "multiplies them"
         } else if recipe.ema().is_some() || recipe.reset().is_some() {
             "follows how they move"
-        } else if recipe.all().iter().any(restores) {
+        } else if restores_gradients(recipe) {
             "makes their gradients with them"
         } else {
             return Ok(());
@@ -165,6 +165,35 @@ impl TrainerOptions {
         );
         Err(Error::invalid("optimizer", message))
     }
+
+    /// An error where something needs gradients in f32 that are kept in bf16.
+    fn check_gradients(&self) -> Result<()> {
+        let Self { recipe, accumulation, .. } = self;
+        let message = if self.optimizer.gradients == Gradients::F32 {
+            return Ok(());
+        } else if *accumulation > 1 {
+            format!(
+                "gradients=bf16 would round the sum of {accumulation} micro-steps after each of \
+                 them; set accumulation to 1, or use gradients=f32"
+            )
+        } else if recipe.precision() == Precision::F32 {
+            format!("the recipe {recipe} keeps everything in f32; use gradients=f32")
+        } else if restores_gradients(recipe) {
+            format!(
+                "the recipe {recipe} makes gradients of products and of weights in f32; use \
+                 gradients=f32"
+            )
+        } else {
+            return Ok(());
+        };
+        Err(Error::invalid("optimizer", message))
+    }
+}
+
+/// Whether a gradient of weights is more than a product in some layer.
+fn restores_gradients(recipe: &Recipe) -> bool {
+    let restores = |layer: &LinearRecipe| Restoration::of(layer, GemmId::Wgrad).is_some();
+    recipe.all().iter().any(restores)
 }
 
 impl Default for TrainerOptions {

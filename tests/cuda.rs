@@ -7,7 +7,7 @@ use std::path::Path;
 
 use mxfp4train::{
     Activation, Dataset, Engine, EngineOptions, Error, GenerateOptions, Master, Model, ModelConfig,
-    Moments, Optimizer, OptimizerKind, Recipe, Schedule, Trainer, TrainerOptions,
+    Optimizer, OptimizerKind, Recipe, Schedule, Trainer, TrainerOptions,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -456,13 +456,15 @@ fn optimizers_learn_in_every_form_and_resume() {
     let (path, data) = (folder.path().join("run"), text());
     for kind in OptimizerKind::ALL {
         let mut whole = Vec::new();
-        for (moments, master) in [
-            (Moments::F32, Master::F32),
-            (Moments::F32, Master::Split),
-            (Moments::Bf16, Master::F32),
-            (Moments::Int8, Master::Split),
+        for form in [
+            "",
+            ",master=split",
+            ",gradients=bf16",
+            ",moments=bf16",
+            ",moments=int8,master=split,gradients=bf16",
         ] {
-            let optimizer = Optimizer { moments, master, beta2: 0.999, ..Optimizer::new(kind) };
+            let optimizer = format!("{kind}{form}").parse().unwrap();
+            let optimizer = Optimizer { beta2: 0.999, ..optimizer };
             let options = TrainerOptions { optimizer, ..options("fp8-mxfp4-rht-sr") };
             let run = || {
                 let model = Model::new(&gpu, &config()).unwrap();
@@ -479,8 +481,7 @@ fn optimizers_learn_in_every_form_and_resume() {
             assert!((losses[39] - whole[39]).abs() < 0.03, "{optimizer}: {losses:?} {whole:?}");
             trainer.save(&path).unwrap();
             let mut resumed = Trainer::load(&gpu, &path).unwrap();
-            let other = Optimizer { moments: Moments::F32, master: Master::F32, ..optimizer };
-            let mut other = Trainer::load_as(&gpu, &path, &other).unwrap();
+            let mut other = Trainer::load_as(&gpu, &path, &Optimizer::new(kind)).unwrap();
             for _ in 0..3 {
                 let (a, b) = (trainer.step(&data).unwrap(), resumed.step(&data).unwrap());
                 assert_eq!((a.loss, a.grad_norm), (b.loss, b.grad_norm), "{optimizer} resumes");

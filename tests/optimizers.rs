@@ -174,3 +174,31 @@ fn what_needs_weights_in_f32_refuses_to_split_them() {
     assert_eq!(losses(&mut with, 3), losses(&mut without, 3));
     assert_eq!(with.options().optimizer.to_string(), "adamw,master=split");
 }
+
+/// Gradients in bf16 are what products leave, rounded once; a processor keeps them in f32, and
+/// computes the same.
+#[test]
+fn what_needs_gradients_in_f32_refuses_bf16() {
+    let narrow: Optimizer = "adamw,gradients=bf16".parse().unwrap();
+    for (recipe, accumulation, why) in [
+        (
+            "bf16",
+            2,
+            "would round the sum of 2 micro-steps after each of them; set accumulation to 1",
+        ),
+        ("fp32", 1, "the recipe fp32 keeps everything in f32"),
+        ("msra-fp4", 1, "makes gradients of products and of weights in f32"),
+        ("quartet", 1, "makes gradients of products and of weights in f32"),
+    ] {
+        let recipe = recipe.parse().unwrap();
+        let options = TrainerOptions { recipe, accumulation, ..options(narrow) };
+        let error = Trainer::new(&model(&engine(1)), options).unwrap_err().to_string();
+        assert!(error.contains(why) && error.contains("gradients=f32"), "{error}");
+    }
+    let [mut with, mut without] = [narrow, Optimizer::default()].map(|optimizer| {
+        let options = TrainerOptions { accumulation: 1, ..options(optimizer) };
+        Trainer::new(&model(&engine(1)), options).unwrap()
+    });
+    assert_eq!(losses(&mut with, 3), losses(&mut without, 3));
+    assert_eq!(with.options().optimizer.to_string(), "adamw,gradients=bf16");
+}

@@ -10,7 +10,8 @@ use super::quantization::errors_of_fp8_products;
 use super::quantize::kept::{Keeping, Way};
 use super::quantize::{BehindGelu, Quantization, Source, Target, fp8, values};
 use super::{
-    Cuda, Type, UNBIASED, Workspace, alone, f32s_of, gpu, of_dy, older_gpu, random, workspace,
+    Cuda, Type, UNBIASED, Workspace, alone, f32s_of, gpu, gradient, of_dy, older_gpu, random,
+    workspace,
 };
 use crate::backend::conformance::{Update, step};
 use crate::backend::{
@@ -188,6 +189,7 @@ fn updates_on(cuda: &Cuda) {
         "adamw,moments=bf16",
         "adamw,moments=int8",
         "adamw,moments=int8,master=split",
+        "adamw,moments=int8,master=split,gradients=bf16",
         "stable-adamw",
         "stable-adamw,moments=int8,master=split",
         "stable-spam,moments=int8,master=split",
@@ -504,7 +506,7 @@ impl Layer {
         gelu: bool,
     ) {
         let Self { shape, dy, pre, x, w, dx, dw, db, .. } = self;
-        let [dw, db] = [dw, db].map(|flat| flat.gradient(alone(flat.len)));
+        let [dw, db] = [dw, db].map(gradient);
         let w = w.param(alone(shape.outputs * shape.inputs));
         let dy = if gelu {
             OutputGradient::BehindGelu { d: dy, y: pre, form: Activation::GeluTanh }

@@ -35,6 +35,28 @@ impl Slot {
     }
 }
 
+/// Where the gradient of a parameter lies in the buffer of all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GradientPlace {
+    /// What it is kept in.
+    pub precision: Precision,
+    /// The byte of its first element.
+    pub start: usize,
+    /// Elements.
+    pub len: usize,
+}
+
+impl GradientPlace {
+    /// Bytes of its elements.
+    pub fn bytes(&self) -> usize {
+        let size = match self.precision {
+            Precision::F32 => 4,
+            Precision::Bf16 => 2,
+        };
+        self.len * size
+    }
+}
+
 /// A parameter's piece of a flat buffer, to be read.
 pub struct Part<'a, B: Memory> {
     /// The buffer.
@@ -49,15 +71,15 @@ pub trait Memory: Send + Sync + Sized + 'static {
     type Arena;
     /// Activations and their gradients, in the backend's compute precision.
     type Tensor: Send;
-    /// f32 on the device: statistics, losses, and flat buffers of gradients.
+    /// f32 on the device: statistics, losses.
     type F32: Send + Sync;
-    /// Bytes that stand for numbers of several types: what an optimizer keeps.
+    /// Bytes that stand for numbers of several types: gradients, what an optimizer keeps.
     type Bytes: Send + Sync;
     /// All parameters of a model: f32 master values, and whatever copy the kernels read.
     type Weights: Send + Sync;
     /// One of them, to be read.
     type Param<'a>: Send + Sync;
-    /// A parameter's piece of a flat buffer of gradients, to be written.
+    /// The gradient of a parameter, to be written.
     type Gradient<'a>: Send;
     /// Token numbers.
     type Tokens: Send;
@@ -67,7 +89,7 @@ pub trait Memory: Send + Sync + Sized + 'static {
     /// What slots start at multiples of, in elements.
     const ALIGN: usize;
     /// Whether there are bf16 copies of weights beside their master values, so that these can be
-    /// split.
+    /// split, and whether gradients can be in bf16.
     const HAS_COPIES: bool;
 
     /// An arena of `bytes` bytes, or for `None` one that only measures: it hands out buffers that
@@ -113,11 +135,11 @@ pub trait Memory: Send + Sync + Sized + 'static {
 
     /// The parameter of a slot.
     fn param<'a>(&self, weights: &'a Self::Weights, slot: Slot) -> Self::Param<'a>;
-    /// The pieces of several slots, no two of them the same, of a flat buffer.
+    /// The gradients at several places, no two of them the same, of a buffer.
     fn gradients<'a, const N: usize>(
         &self,
-        flat: &'a mut Self::F32,
-        slots: [Slot; N],
+        all: &'a mut Self::Bytes,
+        places: [GradientPlace; N],
     ) -> [Self::Gradient<'a>; N];
 
     /// Lets `fill` write the first `len` tokens of a buffer that is at least as long.

@@ -21,6 +21,7 @@ pub mod cpu;
 pub(crate) mod cuda;
 mod embed;
 mod follow;
+mod gradients;
 mod head;
 mod linear;
 mod memory;
@@ -36,12 +37,13 @@ pub use crate::optim::{Largest, OptimizerStep, StepSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use follow::{Follow, Track, Values, View, Viewed};
+pub use gradients::FlatGradients;
 pub use head::{Classifier, ClassifierGradient, Head, HeadShape, WorstLosses};
 pub use linear::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
     OutputGradient,
 };
-pub use memory::{Memory, Part, Slot};
+pub use memory::{GradientPlace, Memory, Part, Slot};
 pub use merge::{Merge, MergeShape, Merged};
 pub use norm::{Norm, NormBackward, NormParams, NormShape, NormStatistics, ResidualSum};
 pub(crate) use optimize::Place;

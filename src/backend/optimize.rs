@@ -3,7 +3,7 @@
 //! Between the two is the seam at which clipping decides, and at which ranks exchange what they
 //! have.
 
-use super::{Memory, Slot};
+use super::{FlatGradients, Memory, Slot};
 use crate::Result;
 use crate::optim::moments::{Element, GROUP};
 use crate::optim::{Largest, Moments, Optimizer, OptimizerStep, StepSums};
@@ -81,7 +81,7 @@ pub struct Trained<'a, B: Memory> {
     /// others nothing.
     pub statistics: &'a mut B::F32,
     /// Gradients.
-    pub gradients: &'a mut B::F32,
+    pub gradients: &'a mut FlatGradients<B>,
 }
 
 /// Optimizers.

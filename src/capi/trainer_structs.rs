@@ -81,7 +81,9 @@ pub struct mxt_trainer_options {
     /// with a comma, what its moments are kept in: "moments=f32" (8 bytes a parameter, the default),
     /// "moments=bf16" (4) or "moments=int8" (2.25, of the matrices of blocks; embeddings then have
     /// bf16): "adamw,moments=int8"; and what weights are kept as: "master=split" takes 2 bytes less
-    /// on a GPU than "master=f32", the default, and is not for recipes that need weights in f32.
+    /// on a GPU than "master=f32", the default, and is not for recipes that need weights in f32;
+    /// and gradients: "gradients=bf16" takes 2 bytes less there for the matrices of blocks, rounds
+    /// them once, and wants an accumulation of 1.
     /// Borrowed for the call.
     pub optimizer: *const c_char,
     /// How many tokens of each sequence the blocks between the first and the last see in training,

@@ -177,11 +177,12 @@ impl Document {
             schedule,
             token_drop,
         } = options;
-        // The first four are what its name has.
+        // The first five are what its name has.
         let &Optimizer {
             kind: _,
             moments: _,
             master: _,
+            gradients: _,
             normalization: _,
             beta1,
             beta2,

@@ -13,9 +13,9 @@ use super::params::{Linear, Matrix, Norm, ParamTable};
 use super::{ModelConfig, Shapes};
 use crate::backend::{
     AttentionBackward, Backend, Classifier, ClassifierGradient, EmbeddingGradients, Epilogue,
-    LinearBackward, LinearForward, MergeShape, Merged, NormBackward, NormParams, NormShape,
-    NormStatistics, OutputGradient, Part, ResidualSum, SelectShape, Selected, SelectedSum,
-    Sequences, Slot, StepPlan,
+    FlatGradients, LinearBackward, LinearForward, MergeShape, Merged, NormBackward, NormParams,
+    NormShape, NormStatistics, OutputGradient, Part, ResidualSum, SelectShape, Selected,
+    SelectedSum, Sequences, Slot, StepPlan,
 };
 use crate::formats::{LINEARS, LinearRecipe, Random, projections};
 
@@ -231,13 +231,13 @@ impl<'a, B: Backend> Pass<'a, B> {
         &mut self,
         acts: &mut Activations<B>,
         d: &mut ActivationGradients<B>,
-        grads: &mut B::F32,
+        grads: &mut FlatGradients<B>,
         targets: &B::Tokens,
         scale: f32,
         place: Place,
     ) {
         let (backend, table, accumulate) = (self.backend, self.table, self.plan.accumulate);
-        let [dw] = backend.gradients(grads, [table.head()]);
+        let [dw] = grads.of(backend, [table.head()]);
         let gradient = ClassifierGradient { dx: &mut d.narrow, dw, scale, accumulate };
         self.classify(acts, targets, Some(gradient));
         backend.zero_tensor(&mut d.residual);
@@ -262,7 +262,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         &mut self,
         acts: &mut Activations<B>,
         d: &mut ActivationGradients<B>,
-        grads: &mut B::F32,
+        grads: &mut FlatGradients<B>,
         l: usize,
         place: Place,
     ) {
@@ -285,7 +285,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         &mut self,
         acts: &Activations<B>,
         Flow { stream, narrow, wide }: Flow<'_, B>,
-        grads: &mut B::F32,
+        grads: &mut FlatGradients<B>,
         l: usize,
         place: Place,
     ) {
@@ -323,16 +323,16 @@ impl<'a, B: Backend> Pass<'a, B> {
     pub(crate) fn embedding_backward(
         &mut self,
         d: &ActivationGradients<B>,
-        grads: &mut B::F32,
+        grads: &mut FlatGradients<B>,
         tokens: &B::Tokens,
     ) {
         let (backend, table, accumulate) = (self.backend, self.table, self.plan.accumulate);
         // Only a head that shares them has overwritten the last step's gradients.
         if table.has_own_head() && !accumulate {
-            let [dwte] = backend.gradients(grads, [table.wte]);
+            let [dwte] = grads.of(backend, [table.wte]);
             backend.zero_gradient(dwte);
         }
-        let [dwte, dwpe] = backend.gradients(grads, [table.wte, table.wpe]);
+        let [dwte, dwpe] = grads.of(backend, [table.wte, table.wpe]);
         let gradients = EmbeddingGradients { dwte, dwpe, accumulate };
         backend.embedding_backward(gradients, &d.residual, tokens, self.shapes().embedding());
     }
@@ -459,13 +459,13 @@ impl<'a, B: Backend> Pass<'a, B> {
     fn linear_backward(
         &mut self,
         dx: &mut B::Tensor,
-        grads: &mut B::F32,
+        grads: &mut FlatGradients<B>,
         dy: OutputGradient<'_, B>,
         x: &B::Tensor,
         layer: Linear,
         (place, block, turned): (Place, usize, &[[B::Turned; LINEARS]]),
     ) {
-        let [dw, db] = self.backend.gradients(grads, [layer.w, layer.b]);
+        let [dw, db] = grads.of(self.backend, [layer.w, layer.b]);
         let w = self.backend.param(self.weights, layer.w);
         let (mean, accumulate) = (self.mean(block, layer), self.plan.accumulate);
         let turned = turned.get(block).map(|all| &all[layer.number as usize]);
@@ -480,12 +480,12 @@ impl<'a, B: Backend> Pass<'a, B> {
     fn norm_backward(
         &mut self,
         (dx, dy): (&mut B::Tensor, &B::Tensor),
-        grads: &mut B::F32,
+        grads: &mut FlatGradients<B>,
         x: &B::Tensor,
         statistics: &NormStatistics<B::F32>,
         (norm, shape): (Norm, NormShape),
     ) {
-        let [dw, db] = self.backend.gradients(grads, [norm.w, norm.b]);
+        let [dw, db] = grads.of(self.backend, [norm.w, norm.b]);
         let w = self.backend.param(self.weights, norm.w);
         let (statistics, accumulate) = (statistics.as_ref(), self.plan.accumulate);
         let operands = NormBackward { dx, dw, db, dy, x, statistics, w, accumulate };

@@ -5,8 +5,8 @@
 
 use super::bounds::{FLOOR, MOST, SLACK};
 use super::{
-    Bounds, Definition, Master, Moments, Normalization, Optimizer, OptimizerKind, OptimizerStep,
-    State,
+    Bounds, Definition, Gradients, Master, Moments, Normalization, Optimizer, OptimizerKind,
+    OptimizerStep, State,
 };
 
 pub(super) const DEFINITION: Definition = Definition {
@@ -15,6 +15,7 @@ pub(super) const DEFINITION: Definition = Definition {
         kind: OptimizerKind::AdamW,
         moments: Moments::F32,
         master: Master::F32,
+        gradients: Gradients::F32,
         beta1: 0.9,
         beta2: 0.95,
         epsilon: 1e-8,

@@ -7,6 +7,7 @@
 
 pub(crate) mod adamw;
 mod bounds;
+mod gradients;
 pub(crate) mod master;
 pub(crate) mod moments;
 mod normalization;
@@ -19,6 +20,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub(crate) use bounds::Bounds;
+pub use gradients::Gradients;
 pub use master::Master;
 pub use moments::Moments;
 pub(crate) use moments::ParamKind;
@@ -88,6 +90,8 @@ pub struct Optimizer {
     pub moments: Moments,
     /// `master=`: what the weights that it updates are kept as.
     pub master: Master,
+    /// `gradients=`: what gradients are kept in between the products that make them and the update.
+    pub gradients: Gradients,
     /// Decay of the first moment.
     pub beta1: f32,
     /// Decay of the second moment.
@@ -175,13 +179,16 @@ impl Optimizer {
 /// Which one it is, and what its states are kept in.
 impl fmt::Display for Optimizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kind, moments, master, normalization, .. } = self;
+        let Self { kind, moments, master, gradients, normalization, .. } = self;
         kind.fmt(f)?;
         if *moments != Moments::default() {
             write!(f, ",moments={moments}")?;
         }
         if *master != Master::default() {
             write!(f, ",master={master}")?;
+        }
+        if *gradients != Gradients::default() {
+            write!(f, ",gradients={gradients}")?;
         }
         if kind.normalizes() {
             normalization.switches(&Self::new(*kind).normalization, f)?;
@@ -210,12 +217,13 @@ impl FromStr for Optimizer {
             match switch.trim() {
                 "moments" => optimizer.moments = value.trim().parse()?,
                 "master" => optimizer.master = value.trim().parse()?,
+                "gradients" => optimizer.gradients = value.trim().parse()?,
                 switch if kind.normalizes() && optimizer.normalization.set(switch, value)? => {}
                 other => {
                     let more =
                         if kind.normalizes() { ", gamma1, gamma2, gamma3, reset" } else { "" };
                     return invalid(format!(
-                        "unknown switch {other:?}; {name} has moments, master{more}"
+                        "unknown switch {other:?}; {name} has moments, master, gradients{more}"
                     ));
                 }
             }
@@ -270,7 +278,8 @@ mod tests {
             OptimizerKind::ALL.into_iter().flat_map(|kind| Moments::ALL.map(|m| (kind, m)))
         {
             let master = Master::ALL[moments as usize % 2];
-            let optimizer = Optimizer { moments, master, ..Optimizer::new(kind) };
+            let gradients = Gradients::ALL[usize::from(moments == Moments::Int8)];
+            let optimizer = Optimizer { moments, master, gradients, ..Optimizer::new(kind) };
             assert_eq!(optimizer.to_string().parse::<Optimizer>().unwrap(), optimizer);
             optimizer.validate().unwrap();
             assert!(optimizer.states().len() <= MAX_STATES);
@@ -288,18 +297,22 @@ mod tests {
                 "expected one of adamw, stable-adamw, stable-spam, stable-spam-ref, gradstab; got",
             ),
             ("adam", "gradstab; got \"adam\""),
-            ("adamw,reset=5", "unknown switch \"reset\"; adamw has moments, master"),
+            ("adamw,reset=5", "unknown switch \"reset\"; adamw has moments, master, gradients"),
             (
                 "stable-spam,rest=5",
-                "\"rest\"; stable-spam has moments, master, gamma1, gamma2, gamma3, reset",
+                "\"rest\"; stable-spam has moments, master, gradients, gamma1, gamma2, gamma3, reset",
             ),
             ("stable-spam,reset=-1", "reset: expected a whole number"),
             ("stable-spam,gamma1=x", "gamma1: expected a number"),
             ("adamw,moments=int4", "moments: expected one of f32, bf16, int8; got \"int4\""),
             ("adamw,moments", "moments: expected one of f32, bf16, int8; got \"\""),
             ("adamw,master=bf16", "master: expected one of f32, split; got \"bf16\""),
-            ("adamw, fast", "unknown switch \"fast\"; adamw has moments, master"),
-            ("stable-adamw,clip=1", "unknown switch \"clip\"; stable-adamw has moments, master"),
+            ("adamw,gradients=int8", "gradients: expected one of f32, bf16; got \"int8\""),
+            ("adamw, fast", "unknown switch \"fast\"; adamw has moments, master, gradients"),
+            (
+                "stable-adamw,clip=1",
+                "unknown switch \"clip\"; stable-adamw has moments, master, gradients",
+            ),
             ("adamw,", "unknown switch \"\""),
         ] {
             let error = text.parse::<Optimizer>().unwrap_err().to_string();

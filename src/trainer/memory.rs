@@ -6,7 +6,9 @@
 use super::batch::Batch;
 use super::follow::Followed;
 use super::merge::Merges;
-use crate::backend::{Backend, MergeShape, Sequences, StateLayout, WorkspaceShape, on_device};
+use crate::backend::{
+    Backend, FlatGradients, MergeShape, Sequences, StateLayout, WorkspaceShape, on_device,
+};
 use crate::gpt::{ActivationGradients, Activations, ForBackward, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::optim::spam::STATISTICS;
@@ -78,7 +80,7 @@ pub(super) struct Buffers<B: Backend> {
 
 /// What there is for each parameter, and for all of them together.
 pub(super) struct Flat<B: Backend> {
-    pub(super) gradients: B::F32,
+    pub(super) gradients: FlatGradients<B>,
     /// What the optimizer keeps of each element, in the order of its states.
     pub(super) states: Vec<B::Bytes>,
     /// Where in each of them.
@@ -117,10 +119,11 @@ impl<B: Backend> Flat<B> {
         plan: &mut Plan,
     ) -> Result<Self> {
         let table = table_for(backend, config)?;
-        let len = table.len();
-        let gradients = backend.f32(&mut cut.arena, len);
-        plan.gradients = cut.since_last();
         let (arena, optimizer) = (&mut cut.arena, &options.optimizer);
+        let (slots, kept) = (table.slots(), optimizer.gradients);
+        let gradients = FlatGradients::new(backend, arena, slots, kept)?;
+        plan.gradients = cut.since_last();
+        let arena = &mut cut.arena;
         let layout = StateLayout::new(table.slots(), optimizer.moments, B::ALIGN)?;
         let states = optimizer.states().iter().map(|_| Ok(backend.bytes(arena, layout.bytes)));
         let states = collect("the states of the optimizer", states)?;

@@ -168,9 +168,9 @@ impl Trainer {
         Self::load_with(engine, dir, None)
     }
 
-    /// [`Trainer::load`], with moments and master weights that are kept from here on in what `stored`
-    /// has them in: they are rounded to it once, and the run goes on as one that was made so. All
-    /// other settings of the optimizer are the saved ones.
+    /// [`Trainer::load`], with moments, master weights and gradients that are kept from here on in
+    /// what `stored` has them in: they are rounded to it once, and the run goes on as one that was
+    /// made so. All other settings of the optimizer are the saved ones.
     ///
     /// # Errors
     /// As [`Trainer::load`], and [`Error::InvalidArgument`] for another optimizer than the saved
@@ -182,7 +182,7 @@ impl Trainer {
     fn load_with(engine: &Engine, dir: &Path, stored: Option<&Optimizer>) -> Result<Self> {
         let checkpoint = Checkpoint::open(dir)?;
         let mut state = checkpoint.state()?;
-        if let Some(Optimizer { kind, moments, master, .. }) = stored {
+        if let Some(Optimizer { kind, moments, master, gradients, .. }) = stored {
             let saved = &mut state.options.optimizer;
             if saved.kind != *kind {
                 let message = format!(
@@ -192,7 +192,7 @@ impl Trainer {
                 );
                 return Err(Error::invalid("optimizer", message));
             }
-            saved.master = *master;
+            (saved.master, saved.gradients) = (*master, *gradients);
             let before = std::mem::replace(&mut saved.moments, *moments);
             if before != *moments {
                 let text =
@@ -569,7 +569,7 @@ impl Trainer {
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.model.index_of(name, out.len())?;
         on_device!(&self.run, run => {
-            run.model.exported_f32(self.model.tensors(), &run.buffers.flat.gradients).read(index, out)
+            run.model.exported_gradients(self.model.tensors(), &run.buffers.flat.gradients).read(index, out)
         })
     }
 

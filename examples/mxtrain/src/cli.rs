@@ -384,7 +384,7 @@ pub(crate) struct OptimizerArgs {
     /// are larger than its second moment has seen coming; stable-spam or gradstab, which make the
     /// lengths of gradients stable tensor by tensor; with ",moments=bf16" or ",moments=int8"
     /// behind it, moments take 4 or 2.25 bytes a parameter in place of 8; with ",master=split",
-    /// weights 2 less on a GPU
+    /// weights, and with ",gradients=bf16" gradients, take 2 less on a GPU
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) optimizer: Optimizer,
 

@@ -6,7 +6,8 @@
 
 use indicatif::HumanBytes;
 use mxfp4train::{
-    Engine, Error, Master, ModelConfig, Moments, Optimizer, Recompute, TrainerOptions, plan,
+    Engine, Error, Gradients, Master, ModelConfig, Moments, Optimizer, Recompute, TrainerOptions,
+    plan,
 };
 use serde::{Serialize, Serializer};
 
@@ -203,9 +204,16 @@ fn forms(given: Optimizer, engine: &Engine) -> Vec<Optimizer> {
     if given.moments != Moments::Int8 {
         forms.push(Optimizer { moments: Moments::Int8, ..given });
     }
-    // A processor keeps weights in f32.
-    if engine.device() != "cpu" && given.master != Master::Split {
-        forms.push(Optimizer { moments: Moments::Int8, master: Master::Split, ..given });
+    // A processor keeps weights and gradients in f32.
+    if engine.device() == "cpu" {
+        return forms;
+    }
+    let split = Optimizer { moments: Moments::Int8, master: Master::Split, ..given };
+    if given.master != Master::Split {
+        forms.push(split);
+    }
+    if given.gradients != Gradients::Bf16 {
+        forms.push(Optimizer { gradients: Gradients::Bf16, ..split });
     }
     forms
 }

@@ -48,8 +48,8 @@ pub(super) fn embedding_backward<B: Harness>(backends: &[B]) {
                 for accumulate in [true, false] {
                     let of_positions = if accumulate { 1.0 } else { f32::NAN };
                     let pieces = [vec![1.0; te.len()], vec![of_positions; pe.len()]];
-                    let mut flat = Flat::of(b, &[&pieces[0], &pieces[1]]);
-                    let [dwte, dwpe] = flat.gradients(b);
+                    let mut flat = Gradients::of(b, &[&pieces[0], &pieces[1]]);
+                    let [dwte, dwpe] = flat.get(b);
                     let gradients = EmbeddingGradients { dwte, dwpe, accumulate };
                     b.embedding_backward(gradients, &dout, &ids, shape);
                     let exact =

@@ -49,10 +49,10 @@ pub(super) fn classifier<B: Harness>(backends: &[B]) {
                 let params = Params::of(b, &[&w]);
                 for accumulate in [false, true].into_iter().take(if once { 1 } else { 2 }) {
                     let before = vec![if accumulate { 1.0 } else { f32::NAN }; dw.len()];
-                    let mut flat = Flat::of(b, &[&before]);
+                    let mut flat = Gradients::of(b, &[&before]);
                     let mut our_dx = poison(b, dx.len(), precision);
                     let mut our_losses = f32_poison(b, rows);
-                    let [dw_] = flat.gradients(b);
+                    let [dw_] = flat.get(b);
                     let gradient =
                         ClassifierGradient { dx: &mut our_dx, dw: dw_, scale, accumulate };
                     let operands = Classifier {

@@ -35,11 +35,38 @@ pub(super) fn flat_buffers_are_read_in_pieces<B: Harness>(backends: &[B]) {
         let mut ours = [0.0; 4];
         b.read_f32(&flat.buffer, middle.start + 4, &mut ours).unwrap();
         assert_eq!(ours, [pieces[1][4], 3.0, 4.0, pieces[1][7]], "{}", b.name());
-        let [_, second, _] = flat.gradients(b);
-        b.zero_gradient(second);
-        let expected = [pieces[0].clone(), vec![0.0; 50_001], pieces[2].clone()];
+        let mut expected = pieces.clone();
+        expected[1][4 + 1..][..2].copy_from_slice(&[3.0, 4.0]);
         assert!(flat.read(b) == expected, "{}", b.name());
     });
+}
+
+/// A gradient that is cleared, whatever it is kept in, touches no other; what is kept in bf16 is
+/// read as such.
+pub(super) fn gradients_are_apart<B: Harness>(backends: &[B]) {
+    // Those of the first and the last are of matrices.
+    let pieces = [random(50_001, 1), random(128, 2), random(7, 3), random(513, 4)];
+    for kept in optim::Gradients::ALL {
+        each(backends, |b| {
+            let pieces = pieces.each_ref().map(|piece| &piece[..]);
+            let mut gradients = Gradients::kept_in(b, &pieces, kept);
+            let rounds = kept == optim::Gradients::Bf16 && B::HAS_COPIES;
+            let round = |v: &f32| if rounds { half::bf16::from_f32(*v).to_f32() } else { *v };
+            let rounded = |piece: &[f32]| piece.iter().map(round).collect::<Vec<_>>();
+            let mut expected = pieces.map(<[f32]>::to_vec);
+            expected[0] = rounded(&expected[0]);
+            expected[3] = rounded(&expected[3]);
+            assert!(gradients.read(b) == expected, "{}: {kept}", b.name());
+            for i in [0, 1] {
+                let [first, second] = gradients.get(b);
+                let [cleared, other] = if i == 0 { [first, second] } else { [second, first] };
+                b.zero_gradient(cleared);
+                drop(other);
+                expected[i].fill(0.0);
+                assert!(gradients.read(b) == expected, "{}: {kept}, gradient {i}", b.name());
+            }
+        });
+    }
 }
 
 /// What is drawn is the definition's, bit for bit; what is written is read again; neither touches

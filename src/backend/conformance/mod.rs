@@ -28,8 +28,8 @@ use super::cuda::Cuda;
 use super::*;
 use crate::formats::{Draw, LINEARS, LinearRecipe, MAX_HASHES, Purpose, Random, uniform};
 use crate::optim::{
-    Largest, Master, Moments, Normalization, Optimizer, OptimizerKind, OptimizerStep, ParamKind,
-    StepSums,
+    self, Largest, Master, Moments, Normalization, Optimizer, OptimizerKind, OptimizerStep,
+    ParamKind, StepSums,
 };
 use crate::recipe::Recipe;
 
@@ -111,7 +111,8 @@ macro_rules! suite {
 }
 
 suite! {
-    memory: buffers_begin_as_zero flat_buffers_are_read_in_pieces parameters_are_apart
+    memory: buffers_begin_as_zero flat_buffers_are_read_in_pieces gradients_are_apart
+        parameters_are_apart
         master_weights_are_split_and_joined;
     embed: embedding_forward embedding_backward;
     merge: channels_are_merged_by_their_hashes;
@@ -150,6 +151,7 @@ const BEYOND: usize = 37;
 
 /// What an output holds there.
 const MARK: f32 = -7.0;
+const MARK_OF_BYTES: u8 = 0xa5;
 
 /// What is cut from an arena as large as it was measured.
 fn cut<B: Memory, T>(b: &B, mut f: impl FnMut(&mut B::Arena) -> T) -> T {
@@ -351,11 +353,6 @@ impl<B: Harness> Flat<B> {
         Self { buffer, slots, len }
     }
 
-    /// The first N pieces as gradients.
-    fn gradients<const N: usize>(&mut self, b: &B) -> [B::Gradient<'_>; N] {
-        b.gradients(&mut self.buffer, std::array::from_fn(|i| self.slots[i]))
-    }
-
     /// All pieces.
     #[track_caller]
     fn read(&self, b: &B) -> Vec<Vec<f32>> {
@@ -371,6 +368,54 @@ impl<B: Harness> Flat<B> {
         self.slots.iter().for_each(|slot| values[slot.range()].fill(MARK));
         assert!(values.iter().all(|v| *v == MARK), "what lies between the pieces was written");
         pieces
+    }
+}
+
+/// Gradients, with marks between them.
+struct Gradients<B: Memory> {
+    flat: FlatGradients<B>,
+    slots: Vec<Slot>,
+    bytes: usize,
+}
+
+impl<B: Harness> Gradients<B> {
+    fn of(b: &B, pieces: &[&[f32]]) -> Self {
+        Self::kept_in(b, pieces, optim::Gradients::F32)
+    }
+
+    fn kept_in(b: &B, pieces: &[&[f32]], kept: optim::Gradients) -> Self {
+        let (slots, _) = slots::<B>(pieces.iter().map(|piece| piece.len()));
+        let mut flat = cut(b, |arena| FlatGradients::new(b, arena, &slots, kept).unwrap());
+        // Of the last one no end is known but its own.
+        let bytes = flat.places.last().map_or(0, |place| place.start + place.bytes());
+        b.write_bytes(&mut flat.bytes, 0, &vec![MARK_OF_BYTES; bytes]).unwrap();
+        for (slot, piece) in slots.iter().zip(pieces) {
+            flat.write(b, *slot, piece);
+        }
+        Self { flat, slots, bytes }
+    }
+
+    /// The first N.
+    fn get<const N: usize>(&mut self, b: &B) -> [B::Gradient<'_>; N] {
+        self.flat.of(b, std::array::from_fn(|i| self.slots[i]))
+    }
+
+    /// All of them.
+    #[track_caller]
+    fn read(&self, b: &B) -> Vec<Vec<f32>> {
+        let mut bytes = vec![0; self.bytes];
+        b.read_bytes(&self.flat.bytes, 0, &mut bytes).unwrap();
+        for place in &self.flat.places {
+            bytes[place.start..][..place.bytes()].fill(MARK_OF_BYTES);
+        }
+        let are_marks = bytes.iter().all(|byte| *byte == MARK_OF_BYTES);
+        assert!(are_marks, "what lies between the gradients was written");
+        let read = |slot: &Slot| {
+            let mut values = vec![0.0; slot.len];
+            self.flat.read(b, *slot, &mut values).unwrap();
+            values
+        };
+        self.slots.iter().map(read).collect()
     }
 }
 

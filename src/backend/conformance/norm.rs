@@ -92,8 +92,8 @@ pub(super) fn layernorm_backward<B: Harness>(backends: &[B]) {
                 for accumulate in [true, false] {
                     let mut dx = output(b, &vec![1.0; rows * channels], precision);
                     let before = vec![if accumulate { 1.0 } else { f32::NAN }; channels];
-                    let mut flat = Flat::of(b, &[&before, &before]);
-                    let [dw_, db_] = flat.gradients(b);
+                    let mut flat = Gradients::of(b, &[&before, &before]);
+                    let [dw_, db_] = flat.get(b);
                     let operands = NormBackward {
                         dx: &mut dx,
                         dw: dw_,

@@ -12,7 +12,7 @@ pub(in crate::backend) struct Update<B: Harness> {
     states: [B::Bytes; 2],
     layout: StateLayout,
     statistics: B::F32,
-    gradients: Flat<B>,
+    gradients: Gradients<B>,
     reduction: B::Reduction,
     workspace: B::Workspace,
 }
@@ -24,12 +24,13 @@ type Values = [Vec<f32>; 4];
 const LENGTHS: [usize; 3] = [40_003, 7, 4096];
 
 /// What is stored in less than f32, with decay rates to nearest and stochastically.
-pub(in crate::backend) const FORMS: [(Moments, f32, Master); 5] = [
-    (Moments::Bf16, 0.95, Master::F32),
-    (Moments::Bf16, 0.999, Master::Split),
-    (Moments::Int8, 0.95, Master::Split),
-    (Moments::Int8, 0.999, Master::F32),
-    (Moments::F32, 0.95, Master::Split),
+pub(in crate::backend) const FORMS: [(Moments, f32, Master, optim::Gradients); 6] = [
+    (Moments::Bf16, 0.95, Master::F32, optim::Gradients::F32),
+    (Moments::Bf16, 0.999, Master::Split, optim::Gradients::Bf16),
+    (Moments::Int8, 0.95, Master::Split, optim::Gradients::Bf16),
+    (Moments::Int8, 0.999, Master::F32, optim::Gradients::F32),
+    (Moments::F32, 0.95, Master::Split, optim::Gradients::F32),
+    (Moments::F32, 0.95, Master::F32, optim::Gradients::Bf16),
 ];
 
 /// The second parameter does not decay.
@@ -69,7 +70,7 @@ impl<B: Harness> Update<B> {
             }),
             layout,
             statistics: cut(b, |arena| b.f32(arena, STATISTICS * params.slots.len())),
-            gradients: Flat::of(b, &all(3)),
+            gradients: Gradients::kept_in(b, &all(3), optimizer.gradients),
             reduction: cut(b, |arena| b.reduction(arena, &params.slots, &optimizer).unwrap()),
             workspace: workspace(b, Sequences { batch: 1, length: 1 }, 8, 1, 8, Precision::Bf16),
             params,
@@ -89,7 +90,7 @@ impl<B: Harness> Update<B> {
             states: &mut self.states,
             layout: &self.layout,
             statistics: &mut self.statistics,
-            gradients: &mut self.gradients.buffer,
+            gradients: &mut self.gradients.flat,
         };
         (trained, &mut self.reduction, &mut self.workspace)
     }
@@ -396,12 +397,18 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
         g[lengths[i] - 3] *= 1e4;
         g
     };
-    for (moments, beta2, master) in FORMS {
-        let optimizer = Optimizer { moments, beta2, master, ..Optimizer::default() };
+    let (slots, _) = slots::<B>(lengths);
+    for (moments, beta2, master, kept) in FORMS {
+        let of_optimizer = Optimizer { moments, beta2, master, ..Optimizer::default() };
+        let optimizer = Optimizer { gradients: kept, ..of_optimizer };
         let steps = (3..53).map(|t| OptimizerStep { t, ..step(optimizer) });
-        let layout = {
-            let (slots, _) = slots::<B>(lengths);
-            StateLayout::new(&slots, moments, B::ALIGN).unwrap()
+        let layout = StateLayout::new(&slots, moments, B::ALIGN).unwrap();
+        let gradients = |t: u64, i: usize| {
+            let mut g = gradients(t, i);
+            if B::HAS_COPIES && kept.are_in_bf16(slots[i].kind) {
+                g.iter_mut().for_each(|g| *g = half::bf16::from_f32(*g).to_f32());
+            }
+            g
         };
         let mut expected: Vec<(Vec<f32>, [Bytes; 2])> = Vec::new();
         for (i, (place, [p, m, v, _])) in layout.places.iter().zip(&values).enumerate() {
@@ -431,7 +438,7 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
             for step in steps.clone() {
                 let all: Vec<_> = (0..lengths.len()).map(|i| gradients(step.t, i)).collect();
                 let all: Vec<_> = all.iter().map(Vec::as_slice).collect();
-                update.gradients = Flat::of(b, &all);
+                update.gradients = Gradients::kept_in(b, &all, optimizer.gradients);
                 update.step(b, &step);
             }
             let bytes = update.bytes(b);

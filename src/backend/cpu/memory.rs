@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, attend, head, linear, merge};
 use crate::Result;
-use crate::backend::{Memory, Precision, Slot, WorkspaceShape};
+use crate::backend::{GradientPlace, Memory, Precision, Slot, WorkspaceShape};
 use crate::formats::{self, Draw};
 use crate::optim::Master;
 
@@ -70,10 +70,12 @@ impl Memory for Cpu {
 
     fn gradients<'a, const N: usize>(
         &self,
-        flat: &'a mut Buffer<f32>,
-        slots: [Slot; N],
+        all: &'a mut Buffer<u8>,
+        places: [GradientPlace; N],
     ) -> [&'a mut [f32]; N] {
-        flat.get_disjoint_mut(slots.map(Slot::range)).expect("slots are apart and in the buffer")
+        let all: &mut [f32] = bytemuck::cast_slice_mut(all);
+        let range = |place: GradientPlace| place.start / 4..place.start / 4 + place.len;
+        all.get_disjoint_mut(places.map(range)).expect("places are apart and in the buffer")
     }
 
     fn write_tokens(&self, to: &mut Buffer<u32>, len: usize, fill: impl FnOnce(&mut [u32])) {

@@ -8,7 +8,7 @@ use super::math::{AHEAD, lane_amax, prefetch_after};
 use super::moments::{Moment, Rounding, Stored};
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace};
 use crate::Result;
-use crate::backend::{Optimize, Slot, Trained};
+use crate::backend::{FlatGradients, Optimize, Slot, Trained};
 use crate::formats::{Draw, Purpose};
 use crate::optim::adamw::{Update, clip};
 use crate::optim::moments::is_stochastic;
@@ -84,7 +84,7 @@ impl Optimize for Cpu {
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
     ) {
-        let (slots, isa, gradients) = (trained.slots, self.isa(), &trained.gradients);
+        let (slots, isa, gradients) = (trained.slots, self.isa(), all(trained.gradients));
         let squares = |slot: &Slot| {
             in_order(&gradients[slot.range()], &|job| chunk_sum_of_squares(isa, job), &Add::add)
         };
@@ -178,6 +178,11 @@ impl Optimize for Cpu {
     }
 }
 
+/// All gradients, which lie where weights do.
+fn all(gradients: &FlatGradients<Cpu>) -> &[f32] {
+    bytemuck::cast_slice(&gradients.bytes)
+}
+
 /// The sum of losses, in order.
 fn sum_of(losses: &[f32]) -> f64 {
     losses.iter().map(|loss| f64::from(*loss)).sum()
@@ -206,7 +211,7 @@ fn normalize(isa: Isa, ones: &mut [One], trained: &Trained<'_, Cpu>, factors: &F
     let kept = trained.statistics.as_chunks().0;
     for ((one, slot), kept) in ones.iter_mut().zip(trained.slots).zip(kept) {
         one.statistics = *kept;
-        let g = &trained.gradients[slot.range()];
+        let g = &all(trained.gradients)[slot.range()];
         let largest = in_order(g, &|job| chunk_largest(isa, job), &f32::max);
         one.clipped = factors.limit(&mut one.statistics, largest);
         let of_job = |job: &[f32]| chunk_sum_of_clipped(isa, job, one.clipped);
@@ -250,7 +255,7 @@ impl<'a> Part<'a> {
             p: &mut weights[range.clone()],
             m: Stored::of(m, place, rounding(step.optimizer.beta1)),
             v: Stored::of(v, place, rounding(step.optimizer.beta2)),
-            g: &gradients[range],
+            g: &all(gradients)[range],
         }
     }
 

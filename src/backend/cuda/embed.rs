@@ -120,17 +120,17 @@ impl Embed for Cuda {
     ) {
         let EmbeddingGradients { dwte, dwpe, accumulate } = gradients;
         if !accumulate {
-            self.clear(dwpe.address(), dwpe.len * 4);
+            self.clear(dwpe.address(), dwpe.place.bytes());
         }
         let rows = sequences.rows();
         let [order, starts, count] = tokens.upload_runs(rows);
-        let most = rows.min(dwte.len / channels);
+        let most = rows.min(dwte.place.len / channels);
         launch!(self.gpu, kernel!(dout, "embedding_backward_tokens"), [most, 1, 1], 256, 8192;
-            dwte.address(), dout.address(), tokens.ids(), order, starts, count,
+            dwte.in_f32(), dout.address(), tokens.ids(), order, starts, count,
             rows as u32, channels as u32);
         let grid = [(sequences.length * channels).div_ceil(256), 1, 1];
         launch!(self.gpu, kernel!(dout, "embedding_backward_positions"), grid, 256, 0;
-            dwpe.address(), dout.address(),
+            dwpe.in_f32(), dout.address(),
             sequences.batch as u32, sequences.length as u32, channels as u32);
     }
 }

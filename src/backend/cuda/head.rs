@@ -87,7 +87,7 @@ impl Head for Cuda {
             self.product(workspace, &dx);
             let [left, right] =
                 [Operand::columns(logits, stride), Operand::columns(chunk, channels)];
-            let (sizes, to) = ([vocab_size, channels, n], gradient.dw.address());
+            let (sizes, to) = ([vocab_size, channels, n], gradient.dw.in_f32());
             let dw = Product {
                 c_type: Type::F32,
                 accumulate: gradient.accumulate || first > 0,

@@ -9,7 +9,7 @@ use super::quantize::{BehindGelu, Kept, Quantization, Source, Target, fp8, power
 use super::{Cuda, Workspace, gelu, kernel};
 use crate::backend::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
-    OutputGradient, Precision,
+    OutputGradient,
 };
 use crate::formats::{
     self, Element, Format, Gemm, GemmId, LinearRecipe, OperandId, OperandSource, PowerRule, Random,
@@ -234,7 +234,7 @@ impl Linear for Cuda {
             [Operand::columns(dy.address(), outputs), Operand::columns(kept.address, inputs)];
         let sizes = [outputs, inputs, rows];
         let wgrad = Product {
-            c_type: Type::F32,
+            c_type: dw.place.precision.into(),
             accumulate,
             ..Product::new(precision.into(), sizes, left, right, dw.address())
         };
@@ -245,7 +245,7 @@ impl Linear for Cuda {
                     Some(of) => {
                         let to = values::Output {
                             address: dw.address(),
-                            precision: Precision::F32,
+                            precision: dw.place.precision,
                             bias: None,
                             accumulate,
                             tensor: w.whole().unwrap_or(0),

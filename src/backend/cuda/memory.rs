@@ -12,7 +12,7 @@ use super::embed::Tokens;
 use super::quantize::random;
 use super::{Cuda, Workspace, optimize};
 use crate::Result;
-use crate::backend::{Memory, Precision, Slot, WorkspaceShape};
+use crate::backend::{GradientPlace, Memory, Precision, Slot, WorkspaceShape};
 use crate::formats::Draw;
 use crate::optim::{Master, master};
 use crate::reserve::reserve;
@@ -94,10 +94,10 @@ impl Memory for Cuda {
 
     fn gradients<'a, const N: usize>(
         &self,
-        flat: &'a mut F32,
-        slots: [Slot; N],
+        all: &'a mut Piece,
+        places: [GradientPlace; N],
     ) -> [Gradient<'a>; N] {
-        slots.map(|slot| flat.gradient(slot))
+        places.map(|place| Gradient::at(all, place))
     }
 
     fn write_tokens(&self, to: &mut Tokens, len: usize, fill: impl FnOnce(&mut [u32])) {
@@ -175,7 +175,7 @@ impl Memory for Cuda {
     }
 
     fn zero_gradient(&self, gradient: Gradient<'_>) {
-        self.clear(gradient.address(), 4 * gradient.len);
+        self.clear(gradient.address(), gradient.place.bytes());
     }
 }
 

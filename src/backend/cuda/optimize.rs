@@ -11,12 +11,12 @@ use super::device::memory::{Arena, F32, Masters, Param, Piece, Upload};
 use super::quantize::random::Draw;
 use super::{Cuda, Workspace};
 use crate::Result;
-use crate::backend::{Optimize, Slot, Trained};
+use crate::backend::{Optimize, Precision, Slot, Trained};
 use crate::formats::{self, Purpose};
 use crate::optim::moments::is_stochastic;
 use crate::optim::spam::{Factors, STATISTICS};
 use crate::optim::{
-    Largest, Master, Moments, Optimizer, OptimizerKind, OptimizerStep, StepSums, adamw,
+    Gradients, Largest, Master, Moments, Optimizer, OptimizerKind, OptimizerStep, StepSums, adamw,
 };
 
 /// Elements of a piece of work, as in the kernels.
@@ -39,7 +39,8 @@ pub(super) struct Entry {
     pub(super) gradient: u64,
     pub(super) len: u64,
     pub(super) first_piece: u64,
-    pub(super) decays: u32,
+    pub(super) decays: u16,
+    pub(super) narrow: u16,
     pub(super) element: u32,
     pub(super) amax: u64,
 }
@@ -150,7 +151,8 @@ impl Reduction {
         let Trained { slots, weights, states, layout, gradients, .. } = trained;
         let [m, v] = &**states else { panic!("AdamW keeps two states") };
         let mut pieces = 0;
-        for (slot, place) in slots.iter().zip(&layout.places) {
+        let places = layout.places.iter().zip(&gradients.places);
+        for (slot, (place, gradient)) in slots.iter().zip(places) {
             let of_one = weights.param(*slot);
             let (param, low) = match of_one.masters {
                 Masters::F32(whole) => (whole, 0),
@@ -165,10 +167,11 @@ impl Reduction {
                 v: v.address + start,
                 m_scales: m.address + scales,
                 v_scales: v.address + scales,
-                gradient: gradients.at(slot.start),
+                gradient: gradients.bytes.address + gradient.start as u64,
                 len: slot.len as u64,
                 first_piece: pieces,
-                decays: u32::from(slot.decays()),
+                decays: u16::from(slot.decays()),
+                narrow: u16::from(gradient.precision == Precision::Bf16),
                 element: place.element as u32,
                 amax: of_one.amax.address,
             });
@@ -186,8 +189,9 @@ impl Reduction {
     fn launch_update(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
         let (table, entries, grid) =
             (self.table.address, self.entries.len() as u32, self.grid(cuda));
-        let Optimizer { moments, master, kind, .. } = step.optimizer;
-        let is_plain = (moments, master) == (Moments::F32, Master::F32) && !kind.normalizes();
+        let Optimizer { moments, master, gradients, kind, .. } = step.optimizer;
+        let in_f32 = (Moments::F32, Master::F32, Gradients::F32);
+        let is_plain = (moments, master, gradients) == in_f32 && !kind.normalizes();
         if !is_plain {
             let rates = self.rates.as_ref().map_or(0, |rates| rates.rates.address);
             let normals = self.normals.as_ref().map_or(0, |normals| normals.normals.address);
@@ -289,9 +293,11 @@ impl Optimize for Cuda {
         }
         if let Some(Rates { partials, rates }) = &reduction.rates {
             let correction = adamw::correction(step, step.optimizer.beta1);
-            match step.optimizer.moments {
-                Moments::F32 => launch!(self.gpu, "square_ratios", grid, THREADS, 0;
-                    partials.address, table, entries, pieces, sums, Step::new(step)),
+            match (step.optimizer.moments, step.optimizer.gradients) {
+                (Moments::F32, Gradients::F32) => {
+                    launch!(self.gpu, "square_ratios", grid, THREADS, 0;
+                    partials.address, table, entries, pieces, sums, Step::new(step))
+                }
                 _ => launch!(self.gpu, "square_stored_ratios", grid, THREADS, 0;
                     partials.address, table, entries, pieces, sums, Step::new(step)),
             };

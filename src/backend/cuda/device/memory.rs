@@ -11,7 +11,6 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -19,7 +18,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::capture;
 use super::gpu::{Gpu, text};
-use crate::backend::{Precision, Slot};
+use crate::backend::{GradientPlace, Precision, Slot};
 use crate::optim::Master;
 use crate::reserve::reserve;
 use crate::{Error, Result};
@@ -119,23 +118,30 @@ pub(crate) struct Param<'a> {
     _weights: PhantomData<&'a Weights>,
 }
 
-/// A parameter's piece of a flat buffer.
+/// The gradient of a parameter.
 pub(crate) struct Gradient<'a> {
-    piece: F32,
-    _flat: PhantomData<&'a mut F32>,
+    start: u64,
+    pub(crate) place: GradientPlace,
+    _all: PhantomData<&'a mut Piece>,
 }
 
-impl Deref for Gradient<'_> {
-    type Target = F32;
-
-    fn deref(&self) -> &F32 {
-        &self.piece
+impl<'a> Gradient<'a> {
+    /// At a place of the buffer of all.
+    pub(crate) fn at(all: &'a Piece, place: GradientPlace) -> Self {
+        Self { start: all.address + place.start as u64, place, _all: PhantomData }
     }
-}
 
-impl DerefMut for Gradient<'_> {
-    fn deref_mut(&mut self) -> &mut F32 {
-        &mut self.piece
+    pub(crate) fn address(&self) -> u64 {
+        self.start
+    }
+
+    /// The address, for kernels that write f32 alone.
+    ///
+    /// # Panics
+    /// For the gradient of a matrix of a block that is kept in bf16, which products alone write.
+    pub(crate) fn in_f32(&self) -> u64 {
+        assert_eq!(self.place.precision, Precision::F32, "kept in f32");
+        self.start
     }
 }
 
@@ -294,15 +300,8 @@ impl F32 {
 
     /// The address of element `index`.
     pub(crate) fn at(&self, index: usize) -> u64 {
+        debug_assert!(index <= self.len, "in the buffer");
         self.address() + 4 * index as u64
-    }
-
-    pub(crate) fn gradient(&self, slot: Slot) -> Gradient<'_> {
-        assert!(slot.range().end <= self.len, "slots are in the buffer");
-        Gradient {
-            piece: Self { piece: self.piece.at(4 * slot.start), len: slot.len },
-            _flat: PhantomData,
-        }
     }
 }
 

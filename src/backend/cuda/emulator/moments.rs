@@ -38,9 +38,9 @@ fn moments_are_stored_to_the_byte() {
         .enumerate()
         .map(|(index, (kind, len))| Slot { index, start: 0, len, kind })
         .collect();
-    for (moments, beta2, master) in FORMS {
-        let kind = OptimizerKind::StableAdamW;
-        let step = step(Optimizer { moments, beta2, master, ..Optimizer::new(kind) });
+    for (moments, beta2, master, gradients) in FORMS {
+        let optimizer = Optimizer::new(OptimizerKind::StableAdamW);
+        let step = step(Optimizer { moments, beta2, master, gradients, ..optimizer });
         let layout = StateLayout::new(&slots, moments, 128).unwrap();
         let values: [[Vec<f32>; 4]; 3] = std::array::from_fn(|i| {
             let mut all = [0, 1, 2, 3].map(|k| random(LENGTHS[i], 10 * i as u64 + k));
@@ -49,10 +49,14 @@ fn moments_are_stored_to_the_byte() {
             if i != 1 {
                 all[1..].iter_mut().for_each(|x| x[..GROUP].fill(0.0));
             }
+            if gradients.are_in_bf16(kinds[i]) {
+                all[3].iter_mut().for_each(|g| *g = half::bf16::from_f32(*g).to_f32());
+            }
             all
         });
         for schedule in SCHEDULES {
-            let mut one = Memory::of(&layout, &values, master);
+            let narrow = kinds.map(|kind| gradients.are_in_bf16(kind));
+            let mut one = Memory::of(&layout, &values, master, narrow);
             let table = one.table();
             let (sums, entries, pieces) = ([1.0, 0.0, 0.0], table.as_ptr(), 5);
             let (mut partials, mut trial) = ([0.0; 5], [0u32; 9]);
@@ -86,7 +90,7 @@ fn moments_are_stored_to_the_byte() {
             assert!(one == before, "a trial stores nothing");
             run(std::ptr::null_mut());
             for (i, place) in layout.places.iter().enumerate() {
-                let what = format!("{moments}, {beta2}, {master}, parameter {i}");
+                let what = format!("{}, {beta2}, parameter {i}", step.optimizer);
                 let expected = Expected::of(&step, i, place, &values[i], rates[i]);
                 assert!(one.bytes(place) == expected.moments, "{what}: what is stored");
                 let copies = |p: &f32| half::bf16::from_f32(*p);
@@ -113,6 +117,8 @@ struct Memory {
     params: Vec<Vec<u128>>,
     splits: bool,
     gradients: Vec<Vec<u128>>,
+    /// Whether these are in bf16.
+    narrow: [bool; 3],
     copies: Vec<Vec<u128>>,
     amax: Vec<u32>,
     /// First and second moments of all parameters.
@@ -121,7 +127,12 @@ struct Memory {
 }
 
 impl Memory {
-    fn of(layout: &StateLayout, values: &[[Vec<f32>; 4]], master: Master) -> Self {
+    fn of(
+        layout: &StateLayout,
+        values: &[[Vec<f32>; 4]; 3],
+        master: Master,
+        narrow: [bool; 3],
+    ) -> Self {
         let all = |which: usize| {
             values.iter().map(|all| aligned(bytemuck::cast_slice(&all[which]))).collect()
         };
@@ -144,7 +155,13 @@ impl Memory {
         let params = if splits { halves(1).collect() } else { all(0) };
         let (amax, layout) = (vec![0; values.len()], layout.places.clone());
         let copies = halves(0).collect();
-        Self { params, splits, gradients: all(3), copies, amax, states, layout }
+        let gradients = std::iter::zip(values, narrow).map(|([.., g], narrow)| {
+            let half = |g: &f32| half::bf16::from_f32(*g).to_bits();
+            let halves: Vec<u16> = g.iter().map(half).collect();
+            aligned(if narrow { bytemuck::cast_slice(&halves) } else { bytemuck::cast_slice(g) })
+        });
+        let gradients = gradients.collect();
+        Self { params, splits, gradients, narrow, copies, amax, states, layout }
     }
 
     fn copies(&self, index: usize) -> Vec<half::bf16> {
@@ -183,7 +200,8 @@ impl Memory {
                     gradient: address(&mut self.gradients[i]),
                     len: place.len as u64,
                     first_piece,
-                    decays: u32::from(i != 1),
+                    decays: u16::from(i != 1),
+                    narrow: u16::from(self.narrow[i]),
                     element: place.element as u32,
                     amax: std::ptr::from_mut(&mut self.amax[i]).addr() as u64,
                 }

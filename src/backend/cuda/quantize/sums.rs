@@ -2,7 +2,7 @@
 //! gradients are such sums of dy, which quantizing dy makes on the way.
 
 use crate::backend::cuda::device::launch;
-use crate::backend::cuda::device::memory::{F32, Tensor};
+use crate::backend::cuda::device::memory::{Gradient, Tensor};
 use crate::backend::cuda::{Cuda, Workspace, kernel};
 
 /// Stretches of rows whose column sums are kept apart.
@@ -19,7 +19,7 @@ pub(crate) fn partials(rows: usize, outputs: usize) -> usize {
 pub(crate) fn bias_gradient(
     cuda: &Cuda,
     workspace: &Workspace,
-    db: &mut F32,
+    db: &mut Gradient<'_>,
     dy: &Tensor,
     (rows, outputs): (usize, usize),
     accumulate: bool,
@@ -34,15 +34,15 @@ pub(crate) fn bias_gradient(
 /// With `second`, a part has n more columns for that.
 pub(crate) fn add_partials(
     cuda: &Cuda,
-    to: &mut F32,
-    second: Option<&mut F32>,
+    to: &mut Gradient<'_>,
+    second: Option<&mut Gradient<'_>>,
     partials: u64,
     parts: usize,
     n: usize,
     accumulate: bool,
 ) {
     let columns = if second.is_some() { 2 * n } else { n };
-    let second = second.map_or(0, |second| second.address());
+    let second = second.map_or(0, |second| second.in_f32());
     launch!(cuda.gpu, "add_partials", [columns.div_ceil(32), 1, 1], 1024, 0;
-        to.address(), second, partials, parts as u32, n as u32, u32::from(accumulate));
+        to.in_f32(), second, partials, parts as u32, n as u32, u32::from(accumulate));
 }

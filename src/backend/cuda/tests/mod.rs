@@ -14,13 +14,13 @@ mod quantization;
 
 use cudarc::driver::sys;
 
-use super::device::memory::{Arena, F32, Tensor, Weights};
+use super::device::memory::{Arena, F32, Gradient, Tensor, Weights};
 use super::quantize::random::Drawn;
 use super::quantize::{Kept, Quantization};
 use super::*;
 use crate::backend::conformance::{Harness as _, RANDOM, relative_error};
 pub(super) use crate::backend::conformance::{f64s, rounded, workspace};
-use crate::backend::{Memory as _, Precision, Sequences, Slot, reference};
+use crate::backend::{GradientPlace, Memory as _, Precision, Sequences, Slot, reference};
 use crate::formats::{
     self, BLOCK, Draw, GemmId, Mxfp4Matrix, OperandId, PowerRule, Purpose, Range, Rounding, Signs,
     Source, Transform, uniform,
@@ -120,6 +120,12 @@ pub(super) fn read_bytes(cuda: &Cuda, from: u64, len: usize) -> Vec<u8> {
     let mut bytes = vec![0u8; len];
     cuda.read(from, &mut bytes).unwrap();
     bytes
+}
+
+/// A buffer as the gradient of one parameter.
+pub(super) fn gradient(buffer: &mut F32) -> Gradient<'_> {
+    let place = GradientPlace { precision: Precision::F32, start: 0, len: buffer.len };
+    Gradient::at(&buffer.piece, place)
 }
 
 pub(super) fn f32s_of(cuda: &Cuda, buffer: &F32) -> Vec<f32> {

@@ -1,0 +1,77 @@
+//! The gradients of all parameters, in one buffer.
+
+use super::{GradientPlace, Memory, Precision, Slot};
+use crate::Result;
+use crate::optim::Gradients;
+use crate::reserve::{collect, reserve};
+
+/// The gradients of all parameters, each in f32 or bf16.
+pub struct FlatGradients<B: Memory> {
+    pub(super) bytes: B::Bytes,
+    /// By a slot's number.
+    pub(super) places: Vec<GradientPlace>,
+}
+
+impl<B: Memory> FlatGradients<B> {
+    /// Of parameters whose gradients are kept in `kept`, where the device has anything but f32.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn new(
+        backend: &B,
+        arena: &mut B::Arena,
+        slots: &[Slot],
+        kept: Gradients,
+    ) -> Result<Self> {
+        let (align, mut end) = (B::ALIGN * size_of::<f32>(), 0usize);
+        let places = slots.iter().map(|slot| {
+            let precision = match B::HAS_COPIES && kept.are_in_bf16(slot.kind) {
+                false => Precision::F32,
+                true => Precision::Bf16,
+            };
+            let place = GradientPlace { precision, start: end, len: slot.len };
+            end = (end + place.bytes()).next_multiple_of(align);
+            Ok(place)
+        });
+        let places = collect("a table of the gradients", places)?;
+        Ok(Self { bytes: backend.bytes(arena, end), places })
+    }
+
+    /// Those of several parameters, no two of them the same.
+    pub(crate) fn of<const N: usize>(
+        &mut self,
+        backend: &B,
+        slots: [Slot; N],
+    ) -> [B::Gradient<'_>; N] {
+        backend.gradients(&mut self.bytes, slots.map(|slot| self.places[slot.index]))
+    }
+
+    /// Copies those of a parameter to the host, after all that was asked for before.
+    pub(crate) fn read(&self, backend: &B, slot: Slot, to: &mut [f32]) -> Result<()> {
+        let place = self.places[slot.index];
+        if place.precision == Precision::F32 {
+            return backend.read_bytes(&self.bytes, place.start, bytemuck::cast_slice_mut(to));
+        }
+        let mut numbers: Vec<u16> = Vec::new();
+        reserve(&mut numbers, "a tensor", to.len())?;
+        numbers.resize(to.len(), 0);
+        backend.read_bytes(&self.bytes, place.start, bytemuck::cast_slice_mut(&mut numbers))?;
+        to.iter_mut()
+            .zip(numbers)
+            .for_each(|(to, number)| *to = half::bf16::from_bits(number).to_f32());
+        Ok(())
+    }
+
+    /// Overwrites those of a parameter, rounded to nearest.
+    #[cfg(test)]
+    pub(crate) fn write(&mut self, backend: &B, slot: Slot, from: &[f32]) {
+        let place = self.places[slot.index];
+        let numbers: Vec<_> =
+            from.iter().map(|value| half::bf16::from_f32(*value).to_bits()).collect();
+        let bytes = match place.precision {
+            Precision::F32 => bytemuck::cast_slice(from),
+            Precision::Bf16 => bytemuck::cast_slice(&numbers),
+        };
+        backend.write_bytes(&mut self.bytes, place.start, bytes).unwrap();
+    }
+}
