@@ -211,7 +211,8 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
                           __fmul_rn(rest2, __fmul_rn(gradient, gradient)));
       float divisor = __fadd_rn(__fmul_rn(__fsqrt_rn(v.of[k]), s.root), s.epsilon);
       p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, __fdiv_rn(m.of[k], divisor)));
-      if (trial) {
+      // What there is not is 0, of which a rate that is infinite makes NaN.
+      if (trial && k < count) {
         largest = max_nan(largest, fabsf(p.of[k]));
         largest_m = max_nan(largest_m, fabsf(m.of[k]));
         largest_v = max_nan(largest_v, fabsf(v.of[k]));
@@ -220,7 +221,8 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
     if (trial) return;
     store_weights(e, i, count, p);
 #pragma unroll
-    for (u32 k = 0; k < 4; k++) largest = max_nan(largest, fabsf(p.of[k]));
+    for (u32 k = 0; k < 4; k++)
+      if (k < count) largest = max_nan(largest, fabsf(p.of[k]));
     store_moments<ELEMENT, false>(e, i, count, m, moments, number);
     store_moments<ELEMENT, true>(e, i, count, v, moments, number);
   });

@@ -60,7 +60,8 @@ fn moments_are_stored_to_the_byte() {
             let table = one.table();
             let (sums, entries, pieces) = ([1.0, 0.0, 0.0], table.as_ptr(), 5);
             let (mut partials, mut trial) = ([0.0; 5], [0u32; 9]);
-            let rates = [[0.01, 0.02], [0.03, 0.04], [0.05, 0.06]];
+            // With the second, what is loaded as 0 behind the end would become NaN.
+            let rates = [[0.01, 0.02], [0.03, f32::INFINITY], [0.05, 0.06]];
             let (of_kernel, of_moments) = (Step::new(&step), OfMoments::new(&step));
             let run = |trial: *mut u32| {
                 emulator.run(schedule, [3, 1], 256, || {
