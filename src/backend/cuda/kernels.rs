@@ -27,7 +27,7 @@ pub(super) static FILES: [File; 28] = [
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16 split_master join_master")
     }),
-    file!("optimize_moments", ["random.cuh", "optimize.cuh"], |_| {
+    file!("optimize_moments", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| {
         of("update_stored square_stored_ratios")
     }),
     file!("optimize_spam", ["optimize.cuh"], |_| {

@@ -1,0 +1,188 @@
+// Weights and moments as updates load and store them: moments in f32, bf16 or 8 bits
+// (optim/moments.rs), weights in f32 or in two halves (optim/master.rs). Behind random.cuh and
+// optimize.cuh.
+
+#define GROUP 32
+#define THREADS 256
+
+// What becomes of the first and the second moment.
+struct Moments {
+  // What is kept of them: the decay rates, or 0 where they start again.
+  float kept[2];
+  // In bf16 they are rounded stochastically where `drawn`, by bits whose rows are 8 elements each;
+  // else to nearest. The draw's word 3 is the number of the parameter.
+  u32 drawn[2];
+  Draw draw;
+};
+
+// What codes stand for, but for the scale.
+//
+// NOTE: looked up, because a code takes two divisions.
+struct Meanings {
+  float first[256], second[256];
+};
+
+__device__ __forceinline__ void fill(Meanings &meanings) {
+  float y = __fdiv_rn((float)(signed char)threadIdx.x, 127.0f);
+  meanings.first[threadIdx.x] = __fdiv_rn(y, __fsub_rn(2.0f, fabsf(y)));
+  meanings.second[threadIdx.x] = __fdiv_rn((float)threadIdx.x, 255.0f);
+  __syncthreads();
+}
+
+__device__ __forceinline__ float second_of(float root, float scale) {
+  float r = __fmul_rn(root, scale);
+  return __fmul_rn(r, r);
+}
+
+// What numbers of a group are multiplied by.
+__device__ __forceinline__ float inverse(float scale) {
+  return fminf(__fdiv_rn(1.0f, scale), __uint_as_float(0x7f7fffffu));
+}
+
+__device__ __forceinline__ u8 first_code(float m, float inverse) {
+  float n = __fmul_rn(m, inverse);
+  float y = __fdiv_rn(__fmul_rn(2.0f, n), __fadd_rn(1.0f, fabsf(n)));
+  return (u8)(int)rintf(__fmul_rn(127.0f, y));
+}
+
+__device__ __forceinline__ u8 second_code(float root, float inverse) {
+  return (u8)(int)fmaxf(rintf(__fmul_rn(255.0f, __fmul_rn(root, inverse))), 1.0f);
+}
+
+// Up to 4 neighbours, all of them in one access.
+template <class T> struct alignas(4 * sizeof(T)) Four {
+  T of[4];
+};
+
+template <class T> __device__ __forceinline__ Four<T> load4(const T *from, u32 count) {
+  if (count == 4) return *(const Four<T> *)from;
+  Four<T> out;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) out.of[k] = k < count ? from[k] : T{};
+  return out;
+}
+
+template <class T> __device__ __forceinline__ void store4(T *to, u32 count, const Four<T> &from) {
+  if (count == 4) *(Four<T> *)to = from;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++)
+    if (count < 4 && k < count) to[k] = from.of[k];
+}
+
+// The largest of the 8 threads that hold a group.
+__device__ __forceinline__ float group_max(const Four<float> &v) {
+  float most = fmaxf(fmaxf(fabsf(v.of[0]), fabsf(v.of[1])), fmaxf(fabsf(v.of[2]), fabsf(v.of[3])));
+#pragma unroll
+  for (int i = GROUP / 8; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, i));
+  return most;
+}
+
+// Up to 4 numbers of a moment, the first or the second, from element i on; those that are not there
+// are 0, as in all loads here, so that all that is made of them is 0.
+template <u32 ELEMENT, bool SECOND>
+__device__ __forceinline__ Four<float> load_moments(const Entry *e, u64 i, u32 count,
+                                                    const Meanings &meanings) {
+  const void *from = SECOND ? e->v : e->m;
+  if (ELEMENT == F32) return load4((const float *)from + i, count);
+  Four<float> out;
+  if (ELEMENT == BF16) {
+    Four<bf16> stored = load4((const bf16 *)from + i, count);
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) out.of[k] = to_f32(stored.of[k]);
+    return out;
+  }
+  Four<u8> codes = load4((const u8 *)from + i, count);
+  float scale = count ? (SECOND ? e->v_scales : e->m_scales)[i / GROUP] : 0.0f;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++)
+    out.of[k] = SECOND ? second_of(meanings.second[codes.of[k]], scale)
+                       : __fmul_rn(meanings.first[codes.of[k]], scale);
+  return out;
+}
+
+// Stores them. All threads of a warp call it, with the numbers that there are not as 0.
+template <u32 ELEMENT, bool SECOND>
+__device__ __forceinline__ void store_moments(const Entry *e, u64 i, u32 count,
+                                              const Four<float> &values, const Moments &moments,
+                                              u32 number) {
+  void *to = SECOND ? e->v : e->m;
+  if (ELEMENT == F32) store4((float *)to + i, count, values);
+  if (ELEMENT == BF16) {
+    Four<bf16> stored;
+    if (moments.drawn[SECOND]) {
+      Draw draw = moments.draw;
+      draw.word3 = number;
+      uint4 words = philox(draw, (u32)(i / 8), SECOND);
+      u32 pairs[2] = {i % 8 ? words.z : words.x, i % 8 ? words.w : words.y};
+#pragma unroll
+      for (u32 k = 0; k < 4; k++) {
+        u32 drawn = pairs[k / 2] >> (16 * (k % 2)) & 0xffff;
+        stored.of[k].bits = (u16)((__float_as_uint(values.of[k]) + drawn) >> 16);
+      }
+    } else {
+#pragma unroll
+      for (u32 k = 0; k < 4; k++) stored.of[k] = from_f32<bf16>(values.of[k]);
+    }
+    store4((bf16 *)to + i, count, stored);
+  }
+  if (ELEMENT == INT8) {
+    Four<u8> codes;
+    float most = group_max(values);
+    float scale = SECOND ? __fsqrt_rn(most) : most, inverted = inverse(scale);
+#pragma unroll
+    for (u32 k = 0; k < 4; k++)
+      codes.of[k] = SECOND ? second_code(__fsqrt_rn(values.of[k]), inverted)
+                           : first_code(values.of[k], inverted);
+    store4((u8 *)to + i, count, codes);
+    if (i % GROUP == 0 && count) (SECOND ? e->v_scales : e->m_scales)[i / GROUP] = scale;
+  }
+}
+
+// Calls `of(i, count)` for the elements of a piece, up to 4 of them a thread, in all threads of a
+// block as often.
+template <class Of> __device__ __forceinline__ void each_of_piece(u64 start, u64 end, Of of) {
+  for (; start < end; start += 4 * THREADS) {
+    u64 i = start + 4 * threadIdx.x;
+    of(i, i < end ? (u32)min(end - i, (u64)4) : 0);
+  }
+}
+
+// Up to 4 elements of a gradient.
+__device__ __forceinline__ Four<float> load_gradients(const Entry *e, u64 i, u32 count) {
+  if (!e->narrow) return load4((const float *)e->gradient + i, count);
+  Four<bf16> stored = load4((const bf16 *)e->gradient + i, count);
+  Four<float> g;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) g.of[k] = to_f32(stored.of[k]);
+  return g;
+}
+
+// Up to 4 weights.
+__device__ __forceinline__ Four<float> load_weights(const Entry *e, u64 i, u32 count) {
+  if (!e->low) return load4(e->param + i, count);
+  Four<bf16> copy = load4(e->copy + i, count);
+  Four<u16> low = load4(e->low + i, count);
+  Four<float> p;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) p.of[k] = join(copy.of[k], low.of[k]);
+  return p;
+}
+
+// Stores them, with their copies, and makes of p what operands are made from.
+__device__ __forceinline__ void store_weights(const Entry *e, u64 i, u32 count, Four<float> &p) {
+  Four<bf16> copy;
+  if (e->low) {
+    Four<u16> low;
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) {
+      split(p.of[k], copy.of[k], low.of[k]);
+      p.of[k] = to_f32(copy.of[k]);
+    }
+    store4(e->low + i, count, low);
+  } else {
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) copy.of[k] = from_f32<bf16>(p.of[k]);
+    store4(e->param + i, count, p);
+  }
+  store4(e->copy + i, count, copy);
+}
