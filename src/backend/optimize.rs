@@ -39,16 +39,16 @@ impl Place {
     }
 }
 
-/// How the buffers of an optimizer's states, which are all alike, are laid out.
+/// How the buffer of one of an optimizer's states is laid out.
 pub struct StateLayout {
     pub(crate) places: Vec<Place>,
-    /// Of a buffer.
+    /// Of the buffer.
     pub(crate) bytes: usize,
 }
 
 impl StateLayout {
-    /// Of parameters whose states are kept in `moments`. What belongs to a parameter starts at a
-    /// multiple of `align` f32 numbers, so that a layout in f32 is that of the gradients.
+    /// Of a state that is kept in `moments` of these parameters. What belongs to a parameter starts
+    /// at a multiple of `align` f32 numbers.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
@@ -65,6 +65,16 @@ impl StateLayout {
         let places = collect("a table of the optimizer's states", places)?;
         Ok(Self { places, bytes: next })
     }
+
+    /// Of each state that an optimizer keeps of these parameters.
+    ///
+    /// # Errors
+    /// As [`StateLayout::new`].
+    pub(crate) fn of_all(slots: &[Slot], optimizer: &Optimizer, align: usize) -> Result<Vec<Self>> {
+        let states = optimizer.states().iter();
+        let layouts = states.map(|_| Self::new(slots, optimizer.moments, align));
+        collect("the layouts of the optimizer's states", layouts)
+    }
 }
 
 /// All parameters of a model with what training keeps for them.
@@ -76,7 +86,7 @@ pub struct Trained<'a, B: Memory> {
     /// What the optimizer keeps of each element, in the order that it names its states in.
     pub states: &'a mut [B::Bytes],
     /// Where in each of them.
-    pub layout: &'a StateLayout,
+    pub layouts: &'a [StateLayout],
     /// (parameters, [`crate::optim::spam::STATISTICS`]): what an optimizer that normalizes gradients keeps of each; of
     /// others nothing.
     pub statistics: &'a mut B::F32,

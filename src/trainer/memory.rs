@@ -84,7 +84,7 @@ pub(super) struct Flat<B: Backend> {
     /// What the optimizer keeps of each element, in the order of its states.
     pub(super) states: Vec<B::Bytes>,
     /// Where in each of them.
-    pub(super) layout: StateLayout,
+    pub(super) layouts: Vec<StateLayout>,
     /// (parameters, [`STATISTICS`]), of an optimizer that normalizes gradients.
     pub(super) statistics: B::F32,
     pub(super) reduction: B::Reduction,
@@ -124,15 +124,15 @@ impl<B: Backend> Flat<B> {
         let gradients = FlatGradients::new(backend, arena, slots, kept)?;
         plan.gradients = cut.since_last();
         let arena = &mut cut.arena;
-        let layout = StateLayout::new(table.slots(), optimizer.moments, B::ALIGN)?;
-        let states = optimizer.states().iter().map(|_| Ok(backend.bytes(arena, layout.bytes)));
+        let layouts = StateLayout::of_all(table.slots(), optimizer, B::ALIGN)?;
+        let states = layouts.iter().map(|layout| Ok(backend.bytes(arena, layout.bytes)));
         let states = collect("the states of the optimizer", states)?;
         let kept = if optimizer.kind.normalizes() { table.slots().len() } else { 0 };
         let statistics = backend.f32(arena, kept * STATISTICS);
         let reduction = backend.reduction(arena, table.slots(), optimizer)?;
         let followed = Followed::new(backend, arena, &table, &options.recipe)?;
         plan.optimizer = cut.since_last();
-        Ok(Self { gradients, states, layout, statistics, reduction, followed })
+        Ok(Self { gradients, states, layouts, statistics, reduction, followed })
     }
 }
 

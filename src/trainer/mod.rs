@@ -225,11 +225,12 @@ impl Trainer {
         on_device!(&self.run, run => {
             let Run { model, buffers, .. } = run;
             let (tensors, weights) = (self.model.tensors(), model.read()?);
-            let Flat { states, layout, .. } = &buffers.flat;
-            let stored = &states::Stored::of(tensors, layout)?;
-            let kept = states.iter().zip(self.state.options.optimizer.states());
-            let export =
-                |(state, of)| Ok(states::Exported { model: &**model, stored, layout, state, of });
+            let Flat { states, layouts, .. } = &buffers.flat;
+            let kept = states.iter().zip(layouts).zip(self.state.options.optimizer.states());
+            let export = |((state, layout), of)| {
+                let stored = states::Stored::of(tensors, layout)?;
+                Ok(states::Exported { model: &**model, stored, layout, state, of })
+            };
             let states = collect("the states of the optimizer", kept.map(export))?;
             let states = states.iter().map(|state| Ok(state as &dyn TensorRead));
             let states = collect("the states of the optimizer", states)?;
@@ -633,7 +634,7 @@ impl<B: Backend> Run<B> {
         dir: &Path,
     ) -> Result<()> {
         let Self { model: on, buffers, .. } = self;
-        let Flat { states: flats, layout, statistics, followed, .. } = &mut buffers.flat;
+        let Flat { states: flats, layouts, statistics, followed, .. } = &mut buffers.flat;
         let (states, tensors) = (state.options.optimizer.states(), model.tensors());
         let of_blocks = followed.tensors(tensors)?;
         let kept = states.iter().map(|state| Kept { state: *state, tensors });
@@ -664,7 +665,7 @@ impl<B: Backend> Run<B> {
                     Some(number) => followed.load(on, (number, index), values, &mut ours),
                 };
             }
-            let into = (&mut flats[state], &layout.places[index], &states[state]);
+            let into = (&mut flats[state], &layouts[state].places[index], &states[state]);
             states::load(&*on.backend, into, &on.table.specs()[index], values, &mut ours)
         })
     }
@@ -692,7 +693,7 @@ impl<B: Backend> Run<B> {
             buffers.recordings = backend.recordings();
         }
         let Buffers { flat, activations, d, batch, workspace, recordings, .. } = buffers;
-        let Flat { gradients, states, layout, statistics, reduction, followed } = flat;
+        let Flat { gradients, states, layouts, statistics, reduction, followed } = flat;
         for micro_step in 0..accumulation {
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
             let at = (state.schedule_step(), total_steps);
@@ -737,7 +738,7 @@ impl<B: Backend> Run<B> {
             slots: table.slots(),
             weights: &mut weights.all,
             states,
-            layout,
+            layouts,
             statistics,
             gradients,
         };

@@ -13,7 +13,7 @@ use crate::optim::spam::STATISTICS;
 use crate::optim::{Optimizer, State};
 use crate::reserve::{collect, reserve, text};
 
-/// The tensors that files have of a state, which are the same of all states.
+/// The tensors that files have of a state.
 pub(super) struct Stored {
     tensors: Vec<TensorInfo>,
     /// Parameter and part of each of them.
@@ -60,7 +60,7 @@ impl Stored {
 /// A state as a checkpoint takes it.
 pub(super) struct Exported<'a, B: Backend> {
     pub(super) model: &'a OnDevice<B>,
-    pub(super) stored: &'a Stored,
+    pub(super) stored: Stored,
     pub(super) layout: &'a StateLayout,
     pub(super) state: &'a B::Bytes,
     pub(super) of: &'static State,

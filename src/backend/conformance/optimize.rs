@@ -10,7 +10,7 @@ pub(in crate::backend) struct Update<B: Harness> {
     params: Params<B>,
     /// First and second moments.
     states: [B::Bytes; 2],
-    layout: StateLayout,
+    layouts: Vec<StateLayout>,
     statistics: B::F32,
     gradients: Gradients<B>,
     reduction: B::Reduction,
@@ -57,18 +57,19 @@ impl<B: Harness> Update<B> {
     pub(in crate::backend) fn of(b: &B, values: &[Values], optimizer: Optimizer) -> Self {
         let all = |which: usize| values.iter().map(|of_one| &of_one[which][..]).collect::<Vec<_>>();
         let params = Params::kept_as(b, &all(0), optimizer.master);
-        let layout = StateLayout::new(&params.slots, optimizer.moments, B::ALIGN).unwrap();
+        let layouts = StateLayout::of_all(&params.slots, &optimizer, B::ALIGN).unwrap();
         Self {
             states: [1, 2].map(|which| {
-                let mut state = cut(b, |arena| b.bytes(arena, layout.bytes));
-                for (place, values) in layout.places.iter().zip(all(which)) {
+                let StateLayout { places, bytes } = &layouts[which - 1];
+                let mut state = cut(b, |arena| b.bytes(arena, *bytes));
+                for (place, values) in places.iter().zip(all(which)) {
                     let (elements, scales) = stored(place, which == 2, values, None);
                     b.write_bytes(&mut state, place.start, &elements).unwrap();
                     b.write_bytes(&mut state, place.scales, &scales).unwrap();
                 }
                 state
             }),
-            layout,
+            layouts,
             statistics: cut(b, |arena| b.f32(arena, STATISTICS * params.slots.len())),
             gradients: Gradients::kept_in(b, &all(3), optimizer.gradients),
             reduction: cut(b, |arena| b.reduction(arena, &params.slots, &optimizer).unwrap()),
@@ -88,7 +89,7 @@ impl<B: Harness> Update<B> {
             slots: &self.params.slots,
             weights: &mut self.params.weights,
             states: &mut self.states,
-            layout: &self.layout,
+            layouts: &self.layouts,
             statistics: &mut self.statistics,
             gradients: &mut self.gradients.flat,
         };
@@ -126,10 +127,9 @@ impl<B: Harness> Update<B> {
 
     /// Weights and moments of each parameter.
     fn read(&self, b: &B) -> Vec<[Vec<f32>; 3]> {
-        let moments = self.bytes(b).into_iter().zip(&self.layout.places);
-        let moments = moments.map(|(of_one, place)| {
-            let [m, v] = of_one;
-            [loaded(place, false, &m), loaded(place, true, &v)]
+        let moments = self.bytes(b).into_iter().enumerate().map(|(i, [m, v])| {
+            let [of_m, of_v] = [0, 1].map(|state| &self.layouts[state].places[i]);
+            [loaded(of_m, false, &m), loaded(of_v, true, &v)]
         });
         let weights = (0..self.params.slots.len()).map(|i| self.params.read(b, i));
         weights.zip(moments).map(|(p, [m, v])| [p, m, v]).collect()
@@ -142,13 +142,14 @@ impl<B: Harness> Update<B> {
             b.read_bytes(state, at, &mut bytes).unwrap();
             bytes
         };
-        let of_one = |place: &Place| {
-            self.states.each_ref().map(|state| {
+        let of_one = |index: usize| {
+            [0, 1].map(|which| {
+                let (state, place) = (&self.states[which], &self.layouts[which].places[index]);
                 let elements = read(state, place.start, place.bytes());
                 (elements, read(state, place.scales, 4 * place.groups()))
             })
         };
-        self.layout.places.iter().map(of_one).collect()
+        (0..self.params.slots.len()).map(of_one).collect()
     }
 }
 

@@ -241,9 +241,11 @@ const PIECE: usize = 1024;
 impl<'a> Part<'a> {
     /// A whole parameter, by its number.
     fn of(trained: &'a mut Trained<'_, Cpu>, index: usize, step: &OptimizerStep) -> Self {
-        let Trained { slots, weights, states, layout, gradients, .. } = trained;
-        let [m, v] = &mut **states else { panic!("AdamW names two states") };
-        let (range, place) = (slots[index].range(), &layout.places[index]);
+        let Trained { slots, weights, states, layouts, gradients, .. } = trained;
+        let ([m, v], [of_m, of_v]) = (&mut **states, *layouts) else {
+            panic!("AdamW names two states")
+        };
+        let range = slots[index].range();
         let rounding = |beta| match is_stochastic(beta) {
             false => Rounding::ToNearest,
             true => {
@@ -253,8 +255,8 @@ impl<'a> Part<'a> {
         };
         Self {
             p: &mut weights[range.clone()],
-            m: Stored::of(m, place, rounding(step.optimizer.beta1)),
-            v: Stored::of(v, place, rounding(step.optimizer.beta2)),
+            m: Stored::of(m, &of_m.places[index], rounding(step.optimizer.beta1)),
+            v: Stored::of(v, &of_v.places[index], rounding(step.optimizer.beta2)),
             g: &all(gradients)[range],
         }
     }

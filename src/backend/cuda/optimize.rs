@@ -148,25 +148,24 @@ impl Reduction {
     /// Uploads the table, if it changed since the last step.
     fn update_table(&mut self, trained: &Trained<'_, Cuda>) {
         self.wanted.clear();
-        let Trained { slots, weights, states, layout, gradients, .. } = trained;
-        let [m, v] = &**states else { panic!("AdamW keeps two states") };
+        let Trained { slots, weights, states, layouts, gradients, .. } = trained;
+        let ([m, v], [of_m, of_v]) = (&**states, layouts) else { panic!("AdamW keeps two states") };
         let mut pieces = 0;
-        let places = layout.places.iter().zip(&gradients.places);
-        for (slot, (place, gradient)) in slots.iter().zip(places) {
+        let places = of_m.places.iter().zip(&of_v.places).zip(&gradients.places);
+        for (slot, ((place, second), gradient)) in slots.iter().zip(places) {
             let of_one = weights.param(*slot);
             let (param, low) = match of_one.masters {
                 Masters::F32(whole) => (whole, 0),
                 Masters::Low(low) => (0, low),
             };
-            let [start, scales] = [place.start as u64, place.scales as u64];
             self.wanted.push(Entry {
                 param,
                 low,
                 copy: of_one.copy.address,
-                m: m.address + start,
-                v: v.address + start,
-                m_scales: m.address + scales,
-                v_scales: v.address + scales,
+                m: m.address + place.start as u64,
+                v: v.address + second.start as u64,
+                m_scales: m.address + place.scales as u64,
+                v_scales: v.address + second.scales as u64,
                 gradient: gradients.bytes.address + gradient.start as u64,
                 len: slot.len as u64,
                 first_piece: pieces,
