@@ -133,6 +133,7 @@ pub trait Optimize: Memory {
     /// Waits for the device.
     fn update(
         &self,
+        workspace: &mut Self::Workspace,
         reduction: &mut Self::Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
@@ -142,6 +143,7 @@ pub trait Optimize: Memory {
     /// the device.
     fn try_update(
         &self,
+        workspace: &mut Self::Workspace,
         reduction: &mut Self::Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,

@@ -745,7 +745,7 @@ impl<B: Backend> Run<B> {
         let (sums, bounds) = backend.scope(|| {
             let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
             backend.reduce(workspace, reduction, &mut trained, &within);
-            let sums = backend.update(reduction, &mut trained, &within)?;
+            let sums = backend.update(workspace, reduction, &mut trained, &within)?;
             if sums.gradient_scale(&within).is_some() {
                 return Ok((sums, bounds.after(step, sums.clipped_norm(step))));
             }
@@ -754,7 +754,7 @@ impl<B: Backend> Run<B> {
             }
             // The bounds cannot vouch for the update, so it is tried first.
             let (mut found, mut tensors) = (Ok(Largest::default()), model.tensors().iter());
-            backend.try_update(reduction, &mut trained, step, &sums, &mut |of_one| {
+            backend.try_update(workspace, reduction, &mut trained, step, &sums, &mut |of_one| {
                 let tensor = tensors.next();
                 if let (Ok(largest), Some(tensor)) = (&mut found, tensor) {
                     match not_finite(&of_one, &tensor.name, step, &sums) {
@@ -766,7 +766,7 @@ impl<B: Backend> Run<B> {
             let found = found?;
             let StepSums { raised_blocks, .. } = sums;
             backend.reduce(workspace, reduction, &mut trained, step);
-            let sums = backend.update(reduction, &mut trained, step)?;
+            let sums = backend.update(workspace, reduction, &mut trained, step)?;
             Ok((StepSums { raised_blocks, ..sums }, Bounds::found(found, step)))
         })?;
         (weights.largest, *known) = (bounds.weight, bounds);

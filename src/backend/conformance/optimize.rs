@@ -99,21 +99,21 @@ impl<B: Harness> Update<B> {
     pub(in crate::backend) fn step(&mut self, b: &B, step: &OptimizerStep) -> StepSums {
         let (mut trained, reduction, workspace) = self.trained();
         b.reduce(workspace, reduction, &mut trained, step);
-        b.update(reduction, &mut trained, step).unwrap()
+        b.update(workspace, reduction, &mut trained, step).unwrap()
     }
 
     /// The update that follows a reduction.
     pub(in crate::backend) fn update(&mut self, b: &B, step: &OptimizerStep) {
-        let (mut trained, reduction, _) = self.trained();
-        b.update(reduction, &mut trained, step).unwrap();
+        let (mut trained, reduction, workspace) = self.trained();
+        b.update(workspace, reduction, &mut trained, step).unwrap();
     }
 
     /// What the step that `sums` were found for would leave.
     fn tried(&mut self, b: &B, step: &OptimizerStep, sums: &StepSums) -> Vec<Largest> {
-        let (mut trained, reduction, _) = self.trained();
+        let (mut trained, reduction, workspace) = self.trained();
         let mut tried = Vec::new();
         let mut largest = |of_one| tried.push(of_one);
-        b.try_update(reduction, &mut trained, step, sums, &mut largest).unwrap();
+        b.try_update(workspace, reduction, &mut trained, step, sums, &mut largest).unwrap();
         tried
     }
 

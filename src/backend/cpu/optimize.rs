@@ -119,6 +119,7 @@ impl Optimize for Cpu {
 
     fn update(
         &self,
+        _workspace: &mut Workspace,
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
@@ -145,6 +146,7 @@ impl Optimize for Cpu {
 
     fn try_update(
         &self,
+        _workspace: &mut Workspace,
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,

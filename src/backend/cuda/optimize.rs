@@ -307,6 +307,7 @@ impl Optimize for Cuda {
 
     fn update(
         &self,
+        _workspace: &mut Workspace,
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
@@ -326,6 +327,7 @@ impl Optimize for Cuda {
 
     fn try_update(
         &self,
+        _workspace: &mut Workspace,
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
