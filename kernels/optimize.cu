@@ -109,6 +109,7 @@ __device__ __forceinline__ void update_all(const Entry *table, u32 entries, u64 
   float scale = clipping(norm, s);
   for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
+    if (!e->v) continue;
     float lr = rates ? rates[e - table].x : s.lr, size = rates ? rates[e - table].y : s.size;
     float keep = e->decays ? 1.0f - lr * s.weight_decay : 1.0f;
     float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;

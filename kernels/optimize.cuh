@@ -11,7 +11,7 @@ struct Entry {
   float *param;     // f32 master values, or null where they are split
   u16 *low;         // then what the copies lack
   bf16 *copy;       // what GEMMs read
-  void *m, *v;      // moments, as `element` says
+  void *m, *v;      // moments, as `element` says; v is null of a matrix that has none (Muon)
   float *m_scales, *v_scales; // of groups, where they have any
   const void *gradient;       // bf16 where `narrow`, else f32
   u64 len;

@@ -58,6 +58,7 @@ __global__ void update_stored(const Entry *table, u32 entries, u64 pieces, const
   fill(meanings);
   for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
     const Entry *e = find(table, entries, piece);
+    if (!e->v) continue;
     u32 number = (u32)(e - table);
     float lr = rates ? rates[number].x : s.lr, size = rates ? rates[number].y : s.size;
     const Normal *normal = normals ? normals + number : nullptr;

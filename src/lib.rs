@@ -95,7 +95,8 @@ pub use formats::Philox;
 pub use gpt::{Activation, ModelConfig, Recompute, TensorInfo, TokenDrop};
 pub use model::{Model, ModelFiles};
 pub use optim::{
-    Gradients, Master, Moments, Normalization, Optimizer, OptimizerKind, Schedule, ScheduleKind,
+    Gradients, Master, Moments, Muon, Normalization, Optimizer, OptimizerKind, Schedule,
+    ScheduleKind,
 };
 pub use recipe::Recipe;
 pub use room::MemoryRoom;

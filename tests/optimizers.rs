@@ -75,7 +75,7 @@ fn an_unknown_optimizer_in_a_file_is_named() {
     let kept: Vec<_> = text.lines().filter(|line| !line.starts_with("  \"crc32\"")).collect();
     fs::write(&path, kept.join("\n").replace("},\n}", "}\n}")).unwrap();
     let error = Trainer::load(&engine(1), folder.path()).unwrap_err().to_string();
-    assert!(error.contains("expected one of adamw, stable-adamw, stable-spam, stable-spam-ref, gradstab; got \"sophia\""), "{error}");
+    assert!(error.contains("expected one of adamw, stable-adamw, stable-spam, stable-spam-ref, gradstab, muon; got \"sophia\""), "{error}");
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn states_are_loaded_into_other_forms() {
         }
     }
     let error = Trainer::load_as(&engine(1), path, &Optimizer::default()).unwrap_err();
-    let expected = format!("{} was trained with gradstab", path.display());
+    let expected = format!("{} was trained with muon", path.display());
     assert!(error.to_string().contains(&expected), "{error}");
 }
 

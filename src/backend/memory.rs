@@ -19,6 +19,8 @@ pub struct Slot {
     pub start: usize,
     /// Elements.
     pub len: usize,
+    /// Rows of a matrix or a table, its first dimension; 1 of a vector.
+    pub(crate) rows: usize,
     /// What the parameter is to an optimizer.
     pub(crate) kind: ParamKind,
 }

@@ -6,10 +6,11 @@
 use super::{FlatGradients, Memory, Slot};
 use crate::Result;
 use crate::optim::moments::{Element, GROUP};
-use crate::optim::{Largest, Moments, Optimizer, OptimizerStep, StepSums};
+use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums};
 use crate::reserve::collect;
 
-/// Where a parameter's numbers lie in the buffer of a state.
+/// Where a parameter's numbers lie in the buffer of a state; none of a parameter that it is not kept
+/// of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     /// What they are stored as.
@@ -47,16 +48,22 @@ pub struct StateLayout {
 }
 
 impl StateLayout {
-    /// Of a state that is kept in `moments` of these parameters. What belongs to a parameter starts
-    /// at a multiple of `align` f32 numbers.
+    /// Of the state of this number that an optimizer keeps of these parameters. What belongs to a
+    /// parameter starts at a multiple of `align` f32 numbers.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub(crate) fn new(slots: &[Slot], moments: Moments, align: usize) -> Result<Self> {
+    pub(crate) fn new(
+        slots: &[Slot],
+        optimizer: &Optimizer,
+        state: usize,
+        align: usize,
+    ) -> Result<Self> {
         let (align, mut next) = (align * size_of::<f32>(), 0usize);
         let places = slots.iter().map(|slot| {
-            let element = moments.element(slot.kind);
-            let mut place = Place { element, start: next, len: slot.len, scales: 0 };
+            let element = optimizer.moments.element(slot.kind);
+            let len = if optimizer.keeps(state, slot.kind) { slot.len } else { 0 };
+            let mut place = Place { element, start: next, len, scales: 0 };
             next = (place.start + place.bytes()).next_multiple_of(align);
             place.scales = next;
             next = (next + 4 * place.groups()).next_multiple_of(align);
@@ -71,8 +78,8 @@ impl StateLayout {
     /// # Errors
     /// As [`StateLayout::new`].
     pub(crate) fn of_all(slots: &[Slot], optimizer: &Optimizer, align: usize) -> Result<Vec<Self>> {
-        let states = optimizer.states().iter();
-        let layouts = states.map(|_| Self::new(slots, optimizer.moments, align));
+        let states = 0..optimizer.states().len();
+        let layouts = states.map(|state| Self::new(slots, optimizer, state, align));
         collect("the layouts of the optimizer's states", layouts)
     }
 }

@@ -298,3 +298,31 @@ pub(crate) fn adamw([p, m, v]: [f64; 3], g: f64, decays: bool, step: &OptimizerS
     let kept = if decays { p * (1.0 - lr * weight_decay) } else { p };
     [kept - lr * mean / (root + epsilon), m, v]
 }
+
+/// The orthogonalized u (rows, cols) of Muon: five steps of its quintic, with operands and results
+/// rounded by `round`.
+pub(crate) fn orthogonalized(
+    u: &[f64],
+    [rows, cols]: [usize; 2],
+    round: impl Fn(f64) -> f64,
+) -> Vec<f64> {
+    if rows > cols {
+        let turned = orthogonalized(&transpose(u, rows, cols), [cols, rows], round);
+        return transpose(&turned, cols, rows);
+    }
+    let all = |x: Vec<f64>| x.into_iter().map(&round).collect::<Vec<_>>();
+    let sum = |a: f64, x: &[f64], b: f64, y: &[f64]| {
+        all(x.iter().zip(y).map(|(x, y)| a * x + b * y).collect())
+    };
+    let u = all(u.to_vec());
+    let norm = dot(&u, &u).sqrt() + 1e-7;
+    let mut x = all(u.iter().map(|u| u / norm).collect());
+    for _ in 0..5 {
+        let a = all(product(&x, &x, rows, rows, cols));
+        let square = all(product(&a, &transpose(&a, rows, rows), rows, rows, rows));
+        let b = sum(-4.7750, &a, 2.0315, &square);
+        let moved = all(product(&b, &transpose(&x, rows, cols), rows, cols, rows));
+        x = sum(3.4445, &x, 1.0, &moved);
+    }
+    x
+}

@@ -184,6 +184,7 @@ impl Document {
             master: _,
             gradients: _,
             normalization: _,
+            muon: _,
             beta1,
             beta2,
             epsilon,

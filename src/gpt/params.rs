@@ -120,8 +120,8 @@ impl ParamTable {
         let mut next = 0;
         let mut add = |layer, name, shape, transposed, init| {
             let spec = ParamSpec { layer, name, shape, transposed, init };
-            let (len, kind) = (spec.len(), spec.kind());
-            let slot = Slot { index: specs.len(), start: next, len, kind };
+            let (len, rows, kind) = (spec.len(), spec.rows(), spec.kind());
+            let slot = Slot { index: specs.len(), start: next, len, rows, kind };
             next = (next + len).next_multiple_of(align);
             specs.push(spec);
             slots.push(slot);
@@ -264,6 +264,14 @@ impl ParamSpec {
         Ok(TensorInfo { name, shape })
     }
 
+    /// Rows as we hold it; 1 of a vector.
+    fn rows(&self) -> usize {
+        match (self.shape(), self.transposed) {
+            ([rows, _], false) | ([_, rows], true) => *rows,
+            _ => 1,
+        }
+    }
+
     /// What it is to an optimizer.
     fn kind(&self) -> ParamKind {
         match (self.shape().len(), self.layer) {
@@ -363,6 +371,7 @@ mod tests {
             assert_eq!((own.index, own.len), (i, param.len));
             let expected = [[12, 4], [4, 4], [9, 4], [4, 9]][i % 4];
             assert_eq!(*shape, expected);
+            assert_eq!([own.rows, own.len / own.rows], expected);
             assert!(own.start >= end && own.start < end + 16 && own.start % 16 == 0);
             end = own.range().end;
         }

@@ -5,7 +5,7 @@
 
 use super::bounds::{FLOOR, MOST, SLACK};
 use super::{
-    Bounds, Definition, Gradients, Master, Moments, Normalization, Optimizer, OptimizerKind,
+    Bounds, Definition, Gradients, Master, Moments, Muon, Normalization, Optimizer, OptimizerKind,
     OptimizerStep, State,
 };
 
@@ -22,8 +22,10 @@ pub(super) const DEFINITION: Definition = Definition {
         weight_decay: 0.1,
         clip: 1.0,
         normalization: Normalization::USUAL,
+        muon: Muon::USUAL,
     },
     normalizes: false,
+    orthogonalizes: false,
     states: &[
         State { name: "m", what: "first moment", is_signed: true },
         // Its root would be NaN, and no step done, for a reason that no setting can put right.
@@ -109,7 +111,7 @@ pub(crate) fn root(step: &OptimizerStep) -> f32 {
 }
 
 /// What weight decay leaves of a weight.
-fn keep(step: &OptimizerStep, rate: f32) -> f32 {
+pub(super) fn keep(step: &OptimizerStep, rate: f32) -> f32 {
     1.0 - rate * step.optimizer.weight_decay
 }
 

@@ -10,6 +10,7 @@ mod bounds;
 mod gradients;
 pub(crate) mod master;
 pub(crate) mod moments;
+pub(crate) mod muon;
 mod normalization;
 mod schedule;
 pub(crate) mod spam;
@@ -24,6 +25,7 @@ pub use gradients::Gradients;
 pub use master::Master;
 pub use moments::Moments;
 pub(crate) use moments::ParamKind;
+pub use muon::Muon;
 pub use normalization::Normalization;
 pub use schedule::{Schedule, ScheduleKind};
 pub use step::{Largest, OptimizerStep, StepSums};
@@ -48,12 +50,21 @@ pub enum OptimizerKind {
     StableSpamRef,
     /// `gradstab`: AdamW on gradients whose lengths are made stable tensor by tensor, without more.
     GradStab,
+    /// `muon`: orthogonalized momentum for the matrices of blocks (Keller Jordan, 2024), AdamW for
+    /// all else.
+    Muon,
 }
 
 impl OptimizerKind {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::AdamW, Self::StableAdamW, Self::StableSpam, Self::StableSpamRef, Self::GradStab];
+    pub const ALL: [Self; 6] = [
+        Self::AdamW,
+        Self::StableAdamW,
+        Self::StableSpam,
+        Self::StableSpamRef,
+        Self::GradStab,
+        Self::Muon,
+    ];
 
     /// What the rest of the house is told of it.
     pub(crate) fn definition(self) -> &'static Definition {
@@ -63,12 +74,28 @@ impl OptimizerKind {
             Self::StableSpam => &spam::STABLE,
             Self::StableSpamRef => &spam::REFERENCE,
             Self::GradStab => &spam::GRADSTAB,
+            Self::Muon => &muon::DEFINITION,
         }
     }
 
     /// Whether gradients are normalized tensor by tensor, by [`Optimizer::normalization`].
     pub(crate) fn normalizes(self) -> bool {
         self.definition().normalizes
+    }
+
+    /// Whether matrices of blocks are moved by their orthogonalized momentum, as
+    /// [`Optimizer::muon`] says.
+    pub(crate) fn orthogonalizes(self) -> bool {
+        self.definition().orthogonalizes
+    }
+
+    /// Its switches besides those that all have, for messages.
+    fn switches(self) -> &'static str {
+        match (self.normalizes(), self.orthogonalizes()) {
+            (true, _) => ", gamma1, gamma2, gamma3, reset",
+            (_, true) => ", momentum, ratio",
+            _ => "",
+        }
     }
 }
 
@@ -104,6 +131,8 @@ pub struct Optimizer {
     pub clip: f32,
     /// Of `stable-spam`, `stable-spam-ref` and `gradstab`; others do not read it.
     pub normalization: Normalization,
+    /// Of `muon`; others do not read it.
+    pub muon: Muon,
 }
 
 impl Default for Optimizer {
@@ -130,6 +159,8 @@ impl Optimizer {
             ("epsilon", self.epsilon, f32::from_bits(1), 1.0),
             ("weight_decay", self.weight_decay, 0.0, f32::MAX),
             ("clip", self.clip, 0.0, f32::MAX),
+            ("momentum", self.muon.momentum, 0.0, 1.0),
+            ("ratio", self.muon.ratio, 0.0, f32::MAX),
         ];
         for (what, value, low, high) in limits {
             if !(value >= low && value < high) {
@@ -174,12 +205,22 @@ impl Optimizer {
     pub(crate) fn states(&self) -> &'static [State] {
         self.kind.definition().states
     }
+
+    /// Whether parameters of a kind are moved by their orthogonalized momentum.
+    pub(crate) fn orthogonalizes(&self, kind: ParamKind) -> bool {
+        self.kind.orthogonalizes() && kind == ParamKind::Matrix
+    }
+
+    /// Whether it keeps the state of this number of parameters of a kind: momentum is the first.
+    pub(crate) fn keeps(&self, state: usize, kind: ParamKind) -> bool {
+        state == 0 || !self.orthogonalizes(kind)
+    }
 }
 
 /// Which one it is, and what its states are kept in.
 impl fmt::Display for Optimizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kind, moments, master, gradients, normalization, .. } = self;
+        let Self { kind, moments, master, gradients, normalization, muon, .. } = self;
         kind.fmt(f)?;
         if *moments != Moments::default() {
             write!(f, ",moments={moments}")?;
@@ -192,6 +233,9 @@ impl fmt::Display for Optimizer {
         }
         if kind.normalizes() {
             normalization.switches(&Self::new(*kind).normalization, f)?;
+        }
+        if kind.orthogonalizes() {
+            muon.switches(f)?;
         }
         Ok(())
     }
@@ -219,9 +263,9 @@ impl FromStr for Optimizer {
                 "master" => optimizer.master = value.trim().parse()?,
                 "gradients" => optimizer.gradients = value.trim().parse()?,
                 switch if kind.normalizes() && optimizer.normalization.set(switch, value)? => {}
+                switch if kind.orthogonalizes() && optimizer.muon.set(switch, value)? => {}
                 other => {
-                    let more =
-                        if kind.normalizes() { ", gamma1, gamma2, gamma3, reset" } else { "" };
+                    let more = kind.switches();
                     return invalid(format!(
                         "unknown switch {other:?}; {name} has moments, master, gradients{more}"
                     ));
@@ -262,6 +306,8 @@ pub(crate) struct Definition {
     states: &'static [State],
     /// [`OptimizerKind::normalizes`].
     normalizes: bool,
+    /// [`OptimizerKind::orthogonalizes`].
+    orthogonalizes: bool,
     /// [`Bounds::largest_gradient`].
     largest_gradient: fn(&Bounds, &OptimizerStep) -> f32,
     /// [`Bounds::after`].
@@ -287,6 +333,10 @@ mod tests {
         assert_eq!(Optimizer::default().to_string(), "adamw");
         let given = "gradstab,moments=int8,gamma1=0.5,reset=100";
         assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
+        let given = "muon,moments=bf16,momentum=0.9,ratio=33.5";
+        assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
+        let usual: Optimizer = "muon,ratio=66.67,momentum=0.95".parse().unwrap();
+        assert_eq!(usual.to_string(), "muon");
         let usual: Optimizer = "stable-spam,reset=1000,gamma3=0.999".parse().unwrap();
         assert_eq!(usual.to_string(), "stable-spam");
         let spaced: Optimizer = " stable-adamw , moments = bf16,moments=int8".parse().unwrap();
@@ -294,9 +344,12 @@ mod tests {
         for (text, part) in [
             (
                 "",
-                "expected one of adamw, stable-adamw, stable-spam, stable-spam-ref, gradstab; got",
+                "expected one of adamw, stable-adamw, stable-spam, stable-spam-ref, gradstab, muon; got",
             ),
-            ("adam", "gradstab; got \"adam\""),
+            ("adam", "muon; got \"adam\""),
+            ("muon,reset=5", "\"reset\"; muon has moments, master, gradients, momentum, ratio"),
+            ("adamw,ratio=5", "unknown switch \"ratio\"; adamw has moments, master, gradients"),
+            ("muon,momentum=x", "momentum: expected a number, got \"x\""),
             ("adamw,reset=5", "unknown switch \"reset\"; adamw has moments, master, gradients"),
             (
                 "stable-spam,rest=5",
@@ -349,6 +402,15 @@ mod tests {
             ("gamma1=nan", "gamma1"),
         ] {
             assert_eq!(refused(format!("stable-spam,{switch}").parse().unwrap()), what);
+        }
+        for (switch, what) in [
+            ("momentum=1", "momentum"),
+            ("momentum=-0.1", "momentum"),
+            ("ratio=-1", "ratio"),
+            ("ratio=inf", "ratio"),
+            ("ratio=nan", "ratio"),
+        ] {
+            assert_eq!(refused(format!("muon,{switch}").parse().unwrap()), what);
         }
         let message = Optimizer { epsilon: 0.0, ..good }.validate().unwrap_err().to_string();
         assert_eq!(message, "epsilon: expected a number above 0 (1e-8 is usual) to below 1, got 0");

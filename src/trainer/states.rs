@@ -13,6 +13,28 @@ use crate::optim::spam::STATISTICS;
 use crate::optim::{Optimizer, State};
 use crate::reserve::{collect, reserve, text};
 
+/// The weights that a state is kept of.
+pub(super) struct Owners {
+    pub(super) tensors: Vec<TensorInfo>,
+    /// Which parameter each of them is.
+    pub(super) parameters: Vec<usize>,
+}
+
+impl Owners {
+    /// Of these weights.
+    pub(super) fn of(weights: &[TensorInfo], layout: &StateLayout) -> Result<Self> {
+        let has = |index: &usize| layout.places[*index].len > 0;
+        let parameters = (0..weights.len()).filter(has);
+        let tensors = parameters.clone().map(|index| {
+            let TensorInfo { name, shape } = &weights[index];
+            let shape = collect(WHAT, shape.iter().map(|size| Ok(*size)))?;
+            Ok(TensorInfo { name: text(WHAT, format_args!("{name}"))?, shape })
+        });
+        let tensors = collect(WHAT, tensors)?;
+        Ok(Self { tensors, parameters: collect(WHAT, parameters.map(Ok))? })
+    }
+}
+
 /// The tensors that files have of a state.
 pub(super) struct Stored {
     tensors: Vec<TensorInfo>,
@@ -33,6 +55,7 @@ impl Stored {
     /// Of these weights.
     pub(super) fn of(weights: &[TensorInfo], layout: &StateLayout) -> Result<Self> {
         let all = weights.iter().zip(&layout.places).enumerate();
+        let all = all.filter(|(_, (_, place))| place.len > 0);
         let parts = all.flat_map(|(index, (weight, place))| {
             let parts: &[Part] = match place.element {
                 Element::Int8 => &[Part::Codes, Part::Scales],

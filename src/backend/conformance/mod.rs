@@ -16,6 +16,7 @@ mod head;
 mod linear;
 mod memory;
 mod merge;
+mod muon;
 mod norm;
 mod optimize;
 mod select;
@@ -126,6 +127,8 @@ suite! {
     follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset;
     optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
         rates_that_do_not_fall_give_the_bits_of_adamw moments_are_stored_to_the_byte;
+    muon: matrices_move_along_their_orthogonalized_momentum hard_matrices_stay_within_bounds
+        momentum_is_stored_to_the_byte;
 }
 
 /// Runs `test` on each of the backends.
@@ -294,10 +297,16 @@ fn slots<B: Memory>(lengths: impl IntoIterator<Item = usize>) -> (Vec<Slot>, usi
     for (index, len) in lengths.into_iter().enumerate() {
         // There is always something between two of them.
         let kind = [ParamKind::Matrix, ParamKind::Vector, ParamKind::Table][index % 3];
-        slots.push(Slot { index, start: end, len, kind });
+        let rows = if kind == ParamKind::Matrix { divisor(len) } else { 1 };
+        slots.push(Slot { index, start: end, len, rows, kind });
         end = (end + len + 1).next_multiple_of(B::ALIGN);
     }
     (slots, end)
+}
+
+/// The largest divisor of a number that is not above its root.
+fn divisor(n: usize) -> usize {
+    (1..=n.isqrt()).rev().find(|divisor| n.is_multiple_of(*divisor)).unwrap_or(1)
 }
 
 /// Parameters side by side.

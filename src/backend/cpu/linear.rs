@@ -328,7 +328,7 @@ impl Cpu {
 
 simd_fn! {
     /// Bits of the largest magnitude; a NaN is larger than everything.
-    fn amax_bits(x: &[f32]) -> u32 {
+    pub(super) fn amax_bits(x: &[f32]) -> u32 {
         x.iter().fold(0, |max, v| max.max(v.to_bits() & 0x7fff_ffff))
     }
 }

@@ -20,6 +20,7 @@ mod math;
 mod memory;
 mod merge;
 mod moments;
+mod muon;
 mod norm;
 mod optimize;
 mod quantize;

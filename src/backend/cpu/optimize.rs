@@ -6,7 +6,7 @@ use std::ops::Add;
 use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, lane_amax, prefetch_after};
 use super::moments::{Moment, Rounding, Stored};
-use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace};
+use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, muon};
 use crate::Result;
 use crate::backend::{FlatGradients, Optimize, Slot, Trained};
 use crate::formats::{Draw, Purpose};
@@ -23,6 +23,8 @@ pub struct Reduction {
     squares: f64,
     /// Of each parameter.
     ones: Vec<One>,
+    /// Of an optimizer that orthogonalizes.
+    muon: muon::Scratch,
 }
 
 /// What a reduction found of one parameter.
@@ -60,10 +62,16 @@ impl Reduction {
 impl Optimize for Cpu {
     type Reduction = Reduction;
 
-    fn reduction(&self, _: &mut Arena, slots: &[Slot], _: &Optimizer) -> Result<Reduction> {
+    fn reduction(
+        &self,
+        arena: &mut Arena,
+        slots: &[Slot],
+        optimizer: &Optimizer,
+    ) -> Result<Reduction> {
         let ones = slots.iter().map(|_| Ok(One::plain(0.0)));
         let ones = collect("what a step finds of the parameters", ones)?;
-        Ok(Reduction { losses: 0.0, squares: 0.0, ones })
+        let muon = muon::Scratch::new(arena, self.isa(), slots, optimizer);
+        Ok(Reduction { losses: 0.0, squares: 0.0, ones, muon })
     }
 
     fn add_losses(
@@ -127,8 +135,14 @@ impl Optimize for Cpu {
         let sums = reduction.sums();
         let Some(gradient_scale) = sums.gradient_scale(step) else { return Ok(sums) };
         let isa = self.isa();
+        let Reduction { ones, muon, .. } = reduction;
         self.install(|| {
-            for (index, one) in reduction.ones.iter().enumerate() {
+            for (index, one) in ones.iter().enumerate() {
+                if step.optimizer.orthogonalizes(trained.slots[index].kind) {
+                    let cpu = self;
+                    muon::Update { cpu, step, gradient_scale, index }.run(muon, trained);
+                    continue;
+                }
                 let update = one.update(step, trained.slots[index], gradient_scale);
                 let update = |part: Part<'_>| {
                     part.in_pieces(isa, Then::Store, &mut |p, m, v, g| {
@@ -138,7 +152,7 @@ impl Optimize for Cpu {
                 Part::of(trained, index, step).in_jobs(&update, &|(), ()| ());
             }
         });
-        for (kept, one) in trained.statistics.as_chunks_mut().0.iter_mut().zip(&reduction.ones) {
+        for (kept, one) in trained.statistics.as_chunks_mut().0.iter_mut().zip(&*ones) {
             *kept = one.statistics;
         }
         Ok(sums)
@@ -157,8 +171,14 @@ impl Optimize for Cpu {
         let isa = self.isa();
         // By their bits NaN is larger than everything.
         let larger = |a: [u32; 3], b: [u32; 3]| std::array::from_fn(|i| a[i].max(b[i]));
+        let Reduction { ones, muon, .. } = reduction;
         self.install(|| {
-            for (index, one) in reduction.ones.iter().enumerate() {
+            for (index, one) in ones.iter().enumerate() {
+                if step.optimizer.orthogonalizes(trained.slots[index].kind) {
+                    let update = muon::Update { cpu: self, step, gradient_scale, index };
+                    largest(update.attempt(muon, trained));
+                    continue;
+                }
                 let update = one.update(step, trained.slots[index], gradient_scale);
                 let tried = |part: Part<'_>| {
                     let mut bits = [0; 3];
@@ -181,7 +201,7 @@ impl Optimize for Cpu {
 }
 
 /// All gradients, which lie where weights do.
-fn all(gradients: &FlatGradients<Cpu>) -> &[f32] {
+pub(super) fn all(gradients: &FlatGradients<Cpu>) -> &[f32] {
     bytemuck::cast_slice(&gradients.bytes)
 }
 
@@ -192,7 +212,7 @@ fn sum_of(losses: &[f32]) -> f64 {
 
 /// Where `len` elements are halved, again and again, until a job is left: at a multiple of a job's,
 /// whatever the threads, so that sums have one order.
-fn middle(len: usize) -> Option<usize> {
+pub(super) fn middle(len: usize) -> Option<usize> {
     (len > JOB_ELEMENTS).then(|| (len / 2).next_multiple_of(JOB_ELEMENTS))
 }
 
@@ -232,13 +252,13 @@ struct Part<'a> {
 
 /// What becomes of moments that were computed.
 #[derive(Clone, Copy, PartialEq)]
-enum Then {
+pub(super) enum Then {
     Store,
     Forget,
 }
 
 /// Elements whose moments are decoded at once, where they are not stored in f32.
-const PIECE: usize = 1024;
+pub(super) const PIECE: usize = 1024;
 
 impl<'a> Part<'a> {
     /// A whole parameter, by its number.

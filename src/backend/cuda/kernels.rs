@@ -22,13 +22,16 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 28] = [
+pub(super) static FILES: [File; 29] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16 split_master join_master")
     }),
     file!("optimize_moments", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| {
         of("update_stored square_stored_ratios")
+    }),
+    file!("optimize_muon", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| {
+        of("update_momentum normalize_momentum add_multiples move_matrix")
     }),
     file!("optimize_spam", ["optimize.cuh"], |_| {
         of("largest_of_pieces find_limits squares_of_clipped find_scales keep_statistics")
@@ -219,6 +222,7 @@ mod tests {
             include_str!("linear.rs"),
             include_str!("memory.rs"),
             include_str!("merge.rs"),
+            include_str!("muon.rs"),
             include_str!("norm.rs"),
             include_str!("select.rs"),
             include_str!("quantize/carrier.rs"),

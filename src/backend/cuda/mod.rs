@@ -23,6 +23,7 @@ mod kernels;
 mod linear;
 mod memory;
 mod merge;
+mod muon;
 mod norm;
 mod optimize;
 mod quantize;

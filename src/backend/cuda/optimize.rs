@@ -9,7 +9,7 @@ use bytemuck::{Pod, Zeroable};
 use super::device::launch;
 use super::device::memory::{Arena, F32, Masters, Param, Piece, Upload};
 use super::quantize::random::Draw;
-use super::{Cuda, Workspace};
+use super::{Cuda, Workspace, muon};
 use crate::Result;
 use crate::backend::{Optimize, Precision, Slot, Trained};
 use crate::formats::{self, Purpose};
@@ -20,10 +20,10 @@ use crate::optim::{
 };
 
 /// Elements of a piece of work, as in the kernels.
-const PIECE: usize = 4096;
+pub(super) const PIECE: usize = 4096;
 /// Blocks that sum squares, and with that the number of partial sums.
 const PARTS: usize = 1024;
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 
 /// Where a parameter and what belongs to it lies: `Entry` of the kernels.
 #[derive(Clone, Copy, PartialEq, Pod, Zeroable)]
@@ -92,7 +92,15 @@ pub(super) struct OfMoments {
 
 impl OfMoments {
     pub(super) fn new(step: &OptimizerStep) -> Self {
-        let betas = [step.optimizer.beta1, step.optimizer.beta2];
+        Self::with_betas(step, [step.optimizer.beta1, step.optimizer.beta2])
+    }
+
+    /// Of the momentum that Muon has of a matrix in place of a first moment.
+    pub(super) fn of_momentum(step: &OptimizerStep) -> Self {
+        Self::with_betas(step, [step.optimizer.muon.momentum, step.optimizer.beta2])
+    }
+
+    fn with_betas(step: &OptimizerStep, betas: [f32; 2]) -> Self {
         Self {
             kept: if step.starts_again() { [0.0; 2] } else { betas },
             drawn: betas.map(|beta| u32::from(is_stochastic(beta))),
@@ -124,6 +132,8 @@ pub(crate) struct Reduction {
     rates: Option<Rates>,
     /// Of optimizers that normalize gradients.
     normals: Option<Normals>,
+    /// Of an optimizer that orthogonalizes.
+    muon: Option<muon::Scratch>,
 }
 
 /// How the gradients of parameters are normalized, and what it is made from.
@@ -163,7 +173,9 @@ impl Reduction {
                 low,
                 copy: of_one.copy.address,
                 m: m.address + place.start as u64,
-                v: v.address + second.start as u64,
+                // Nothing where there is no such moment, by which kernels pass over a matrix that
+                // others update.
+                v: if second.len > 0 { v.address + second.start as u64 } else { 0 },
                 m_scales: m.address + place.scales as u64,
                 v_scales: v.address + second.scales as u64,
                 gradient: gradients.bytes.address + gradient.start as u64,
@@ -185,7 +197,25 @@ impl Reduction {
     }
 
     /// The update of all parameters, or with the address of a `trial` what it would leave.
-    fn launch_update(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
+    fn launch_update(
+        &mut self,
+        cuda: &Cuda,
+        workspace: &Workspace,
+        slots: &[Slot],
+        trial: u64,
+        step: &OptimizerStep,
+    ) {
+        self.launch_updates_by_element(cuda, trial, step);
+        let (table, sums) = (self.table.address, self.sum(0));
+        let Some(muon) = &mut self.muon else { return };
+        let place = muon::Place { table, sums, trial };
+        for slot in slots.iter().filter(|slot| step.optimizer.orthogonalizes(slot.kind)) {
+            muon.update(cuda, workspace, *slot, place, step);
+        }
+    }
+
+    /// Of those that have a second moment, which are all but matrices of Muon.
+    fn launch_updates_by_element(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
         let (table, entries, grid) =
             (self.table.address, self.entries.len() as u32, self.grid(cuda));
         let Optimizer { moments, master, gradients, kind, .. } = step.optimizer;
@@ -250,6 +280,8 @@ impl Optimize for Cuda {
                 partials: arena.bytes(8 * pieces),
                 normals: arena.bytes(4 * (3 + STATISTICS) * parameters),
             }),
+            muon: (optimizer.kind.orthogonalizes())
+                .then(|| muon::Scratch::new(arena, slots, optimizer)),
         })
     }
 
@@ -307,13 +339,13 @@ impl Optimize for Cuda {
 
     fn update(
         &self,
-        _workspace: &mut Workspace,
+        workspace: &mut Workspace,
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
     ) -> Result<StepSums> {
         reduction.update_table(trained);
-        reduction.launch_update(self, 0, step);
+        reduction.launch_update(self, workspace, trained.slots, 0, step);
         if let Some(Normals { normals, .. }) = &reduction.normals {
             let (kept, parameters) = (trained.statistics.address(), trained.slots.len());
             launch!(self.gpu, "keep_statistics", [parameters.div_ceil(THREADS), 1, 1], THREADS, 0;
@@ -327,7 +359,7 @@ impl Optimize for Cuda {
 
     fn try_update(
         &self,
-        _workspace: &mut Workspace,
+        workspace: &mut Workspace,
         reduction: &mut Reduction,
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
@@ -337,7 +369,7 @@ impl Optimize for Cuda {
         reduction.update_table(trained);
         let (trial, entries) = (reduction.trial.address, reduction.entries.len());
         self.clear(trial, 3 * 4 * entries);
-        reduction.launch_update(self, trial, step);
+        reduction.launch_update(self, workspace, trained.slots, trial, step);
         let found = &mut reduction.found[..3 * entries];
         self.read(trial, found)?;
         for bits in found.as_chunks::<3>().0 {

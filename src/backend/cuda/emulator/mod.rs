@@ -24,6 +24,7 @@ mod head;
 mod kept;
 mod merge;
 mod moments;
+mod muon;
 mod products;
 mod quantize;
 mod restore;

@@ -10,7 +10,7 @@ use crate::formats::{Draw, Purpose};
 use crate::optim::moments::{GROUP, is_stochastic};
 use crate::optim::{Optimizer, OptimizerKind, ParamKind, adamw, master, stable_adamw};
 
-type UpdateKernel = unsafe extern "C" fn(
+pub(super) type UpdateKernel = unsafe extern "C" fn(
     *const Entry,
     u32,
     u64,
@@ -36,12 +36,12 @@ fn moments_are_stored_to_the_byte() {
     let kinds = [ParamKind::Matrix, ParamKind::Vector, ParamKind::Table];
     let slots: Vec<_> = std::iter::zip(kinds, LENGTHS)
         .enumerate()
-        .map(|(index, (kind, len))| Slot { index, start: 0, len, kind })
+        .map(|(index, (kind, len))| Slot { index, start: 0, len, rows: 1, kind })
         .collect();
     for (moments, beta2, master, gradients) in FORMS {
         let optimizer = Optimizer::new(OptimizerKind::StableAdamW);
         let step = step(Optimizer { moments, beta2, master, gradients, ..optimizer });
-        let layout = StateLayout::new(&slots, moments, 128).unwrap();
+        let layout = StateLayout::new(&slots, &step.optimizer, 0, 128).unwrap();
         let values: [[Vec<f32>; 4]; 3] = std::array::from_fn(|i| {
             let mut all = [0, 1, 2, 3].map(|k| random(LENGTHS[i], 10 * i as u64 + k));
             all[2].iter_mut().for_each(|v| *v *= *v);
@@ -113,7 +113,7 @@ fn moments_are_stored_to_the_byte() {
 
 /// What kernels work on.
 #[derive(Clone, PartialEq)]
-struct Memory {
+pub(super) struct Memory {
     /// Master values, or low halves where these are split.
     params: Vec<Vec<u128>>,
     splits: bool,
@@ -121,14 +121,14 @@ struct Memory {
     /// Whether these are in bf16.
     narrow: [bool; 3],
     copies: Vec<Vec<u128>>,
-    amax: Vec<u32>,
+    pub(super) amax: Vec<u32>,
     /// First and second moments of all parameters.
     states: [Vec<u128>; 2],
     layout: Vec<Place>,
 }
 
 impl Memory {
-    fn of(
+    pub(super) fn of(
         layout: &StateLayout,
         values: &[[Vec<f32>; 4]; 3],
         master: Master,
@@ -165,12 +165,12 @@ impl Memory {
         Self { params, splits, gradients, narrow, copies, amax, states, layout }
     }
 
-    fn copies(&self, index: usize) -> Vec<half::bf16> {
+    pub(super) fn copies(&self, index: usize) -> Vec<half::bf16> {
         let halves: &[u16] = bytemuck::cast_slice(&self.copies[index]);
         halves[..self.layout[index].len].iter().map(|half| half::bf16::from_bits(*half)).collect()
     }
 
-    fn weights(&self, index: usize) -> Vec<f32> {
+    pub(super) fn weights(&self, index: usize) -> Vec<f32> {
         let len = self.layout[index].len;
         if !self.splits {
             return bytemuck::cast_slice(&self.params[index])[..len].to_vec();
@@ -180,7 +180,7 @@ impl Memory {
         copies.zip(lows).map(|(copy, low)| master::join([copy.to_bits(), *low])).collect()
     }
 
-    fn table(&mut self) -> Vec<Entry> {
+    pub(super) fn table(&mut self) -> Vec<Entry> {
         let address = |words: &mut Vec<u128>| words.as_mut_ptr().addr() as u64;
         let [m, v] = self.states.each_mut().map(address);
         let mut next = 0;
@@ -211,7 +211,7 @@ impl Memory {
     }
 
     /// Elements and scales of both moments.
-    fn bytes(&self, place: &Place) -> [(Vec<u8>, Vec<u8>); 2] {
+    pub(super) fn bytes(&self, place: &Place) -> [(Vec<u8>, Vec<u8>); 2] {
         self.states.each_ref().map(|state| {
             let bytes: &[u8] = bytemuck::cast_slice(state);
             let scales = bytes[place.scales..][..4 * place.groups()].to_vec();

@@ -102,7 +102,7 @@ pub(super) fn f32_buffer(cuda: &Cuda, values: &[f32]) -> F32 {
 
 /// The slot of a parameter that lies alone in its buffer.
 pub(super) fn alone(len: usize) -> Slot {
-    Slot { index: 0, start: 0, len, kind: ParamKind::Matrix }
+    Slot { index: 0, start: 0, len, rows: 1, kind: ParamKind::Matrix }
 }
 
 pub(super) fn param(cuda: &Cuda, values: &[f32]) -> Weights {
