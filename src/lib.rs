@@ -102,6 +102,6 @@ pub use recipe::Recipe;
 pub use room::MemoryRoom;
 pub use run::{Cadence, TrainerOptions};
 pub use trainer::{
-    Carried, EvalStats, Plan, Sharpness, Spared, StepStats, StopHandle, Trainer, WeightChange,
-    WeightMetrics, carriers, emulation, plan,
+    Carried, EvalStats, Plan, Sharpness, Spared, StepStats, StopHandle, TensorUpdate, Trainer,
+    UpdateMetrics, WeightChange, WeightMetrics, carriers, emulation, plan,
 };

@@ -202,3 +202,46 @@ fn what_needs_gradients_in_f32_refuses_bf16() {
     assert_eq!(losses(&mut with, 3), losses(&mut without, 3));
     assert_eq!(with.options().optimizer.to_string(), "adamw,gradients=bf16");
 }
+
+/// Whoever watches updates learns how long gradients are and how far beyond what moments have seen
+/// coming, and changes nothing.
+#[test]
+fn updates_can_be_watched() {
+    for optimizer in all() {
+        let options = options(optimizer);
+        let mut plain = Trainer::new(&model(&engine(2)), options.clone()).unwrap();
+        let mut watched = Trainer::new(&model(&engine(2)), options).unwrap();
+        watched.watch_updates(2).unwrap();
+        assert_eq!(watched.update_metrics(), None);
+        for step in 1..=6 {
+            let (expected, stats) = (plain.step(&data()).unwrap(), watched.step(&data()).unwrap());
+            assert_eq!((stats.loss, stats.grad_norm), (expected.loss, expected.grad_norm));
+            let Some(found) = watched.update_metrics() else { continue };
+            assert_eq!(found.step, step / 2 * 2, "{optimizer}");
+            assert_eq!(found.tensors.len(), watched.model().tensors().len());
+            if found.step < step {
+                continue;
+            }
+            let squares = found.tensors.iter().map(|(_, of)| f64::from(of.grad_norm).powi(2));
+            let norm = squares.sum::<f64>().sqrt();
+            assert!((norm / f64::from(stats.grad_norm) - 1.0).abs() < 1e-5, "{optimizer}");
+            let (name, rms) = found.largest().unwrap();
+            assert!(found.tensors.iter().any(|(n, of)| n == name && of.rms == rms));
+            assert!(rms > 0.5 && rms <= found.ceiling, "{optimizer}: {rms} of {name}");
+            assert!((found.ceiling / 31.6228 - 1.0).abs() < 1e-3, "of 0.999: {}", found.ceiling);
+        }
+    }
+    // Moments that have just taken in their first gradient have seen it coming.
+    let mut first = Trainer::new(&model(&engine(1)), options(Optimizer::default())).unwrap();
+    first.watch_updates(1).unwrap();
+    first.step(&data()).unwrap();
+    let found = first.update_metrics().unwrap();
+    let moving = found.tensors.iter().filter(|(_, of)| of.grad_norm > 1e-3);
+    assert!(moving.clone().count() > 5);
+    assert!(
+        moving.clone().all(|(name, of)| of.rms < 1.0001 && (name.contains("wte") || of.rms > 0.9)),
+        "{found:?}"
+    );
+    first.watch_updates(0).unwrap();
+    assert_eq!(first.update_metrics(), None);
+}

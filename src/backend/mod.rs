@@ -33,7 +33,7 @@ pub(crate) mod reference;
 mod select;
 mod stream;
 
-pub use crate::optim::{Largest, OptimizerStep, StepSums};
+pub use crate::optim::{Largest, OptimizerStep, StepSums, UpdateSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use follow::{Follow, Track, Values, View, Viewed};

@@ -6,7 +6,7 @@
 use super::{FlatGradients, Memory, Slot};
 use crate::Result;
 use crate::optim::moments::{Element, GROUP};
-use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums};
+use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums, UpdateSums};
 use crate::reserve::collect;
 
 /// Where a parameter's numbers lie in the buffer of a state; none of a parameter that it is not kept
@@ -105,6 +105,8 @@ pub struct Trained<'a, B: Memory> {
 pub trait Optimize: Memory {
     /// What a reduction leaves for the update that follows it: sums, tables of parameters.
     type Reduction: Send;
+    /// Room for what is found of an update before it is made.
+    type UpdateWatch: Send;
 
     /// What steps of an optimizer over these parameters need; an error where the host lacks memory
     /// for it.
@@ -156,6 +158,19 @@ pub trait Optimize: Memory {
         step: &OptimizerStep,
         sums: &StepSums,
         largest: &mut (dyn FnMut(Largest) + Send),
+    ) -> Result<()>;
+    /// What [`Optimize::watch_update`] needs of so many parameters.
+    fn update_watch(&self, arena: &mut Self::Arena, parameters: usize)
+    -> Result<Self::UpdateWatch>;
+    /// Calls `found` with what the update after [`Optimize::reduce`] is about to do to every
+    /// parameter, in their order; nothing changes. Waits for the device.
+    fn watch_update(
+        &self,
+        watch: &mut Self::UpdateWatch,
+        reduction: &mut Self::Reduction,
+        trained: &mut Trained<'_, Self>,
+        step: &OptimizerStep,
+        found: &mut (dyn FnMut(UpdateSums) + Send),
     ) -> Result<()>;
     /// The sum of the first `rows` losses, of an evaluation. Waits for the device.
     fn sum_losses(

@@ -28,7 +28,7 @@ pub(crate) use moments::ParamKind;
 pub use muon::Muon;
 pub use normalization::Normalization;
 pub use schedule::{Schedule, ScheduleKind};
-pub use step::{Largest, OptimizerStep, StepSums};
+pub use step::{Largest, OptimizerStep, StepSums, UpdateSums};
 
 use crate::{Error, Result};
 

@@ -24,26 +24,35 @@ pub(super) const DEFINITION: Definition = Definition {
     ..adamw::DEFINITION
 };
 
-/// The arithmetic of a parameter's mean square.
+/// The arithmetic of a parameter's mean square, of every optimizer that has second moments.
 #[derive(Clone, Copy)]
 pub(crate) struct Ratio {
+    kept2: f32,
     beta2: f32,
     epsilon: f32,
     root: f32,
     gradient_scale: f32,
+    clipped: [f32; 2],
 }
 
 impl Ratio {
     pub(crate) fn new(step: &OptimizerStep, gradient_scale: f32) -> Self {
         let Optimizer { beta2, epsilon, .. } = step.optimizer;
-        Self { beta2, epsilon, root: adamw::root(step), gradient_scale }
+        let kept2 = if step.starts_again() { 0.0 } else { beta2 };
+        let (root, clipped) = (adamw::root(step), [f32::INFINITY, 1.0]);
+        Self { kept2, beta2, epsilon, root, gradient_scale, clipped }
+    }
+
+    /// The same of a gradient whose elements beyond a limit are made smaller by a factor first.
+    pub(crate) fn clipped(self, clipped: [f32; 2]) -> Self {
+        Self { clipped, ..self }
     }
 
     /// g / max(sqrt(u), epsilon) of an element; its square may be beyond f32.
     #[inline(always)]
     pub(crate) fn of(&self, v: f32, g: f32) -> f32 {
-        let gradient = g * self.gradient_scale;
-        let v = adamw::mean(self.beta2, v, self.beta2, gradient * gradient);
+        let gradient = adamw::clip(g, self.clipped) * self.gradient_scale;
+        let v = adamw::mean(self.kept2, v, self.beta2, gradient * gradient);
         gradient / (v.sqrt() * self.root).max(self.epsilon)
     }
 }

@@ -77,6 +77,16 @@ impl StepSums {
     }
 }
 
+/// What an update is about to do to a parameter.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct UpdateSums {
+    /// Sum of the squares of its gradient, before clipping and whatever the optimizer makes of it.
+    pub squares: f64,
+    /// Sum of g^2 / max(u, epsilon^2), of the gradient g that moments take in and of corrected second
+    /// moments u that have taken it in; 0 where there are none.
+    pub ratios: f64,
+}
+
 /// Largest magnitudes of weights and of their states; NaN where one of them is.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Largest {

@@ -10,6 +10,7 @@ mod merge;
 mod sharpness;
 mod states;
 mod track;
+mod updates;
 mod watch;
 
 use std::fmt;
@@ -40,6 +41,8 @@ use merge::Merges;
 pub use merge::Spared;
 use sharpness::Sharp;
 pub use sharpness::Sharpness;
+use updates::Updates;
+pub use updates::{TensorUpdate, UpdateMetrics};
 pub use watch::{WeightChange, WeightMetrics};
 
 /// What one optimizer step did.
@@ -122,6 +125,8 @@ struct Run<B: Backend> {
     buffers: Buffers<B>,
     /// Of evaluations that are asked for it.
     sharp: Option<Sharp<B>>,
+    /// Of steps whose updates are watched.
+    updates: Option<Updates<B>>,
     /// Of the micro-step that is computed or was last.
     step_plan: StepPlan,
     /// [`crate::model::Weights::moves`] when recordings were begun, which are of one place.
@@ -546,6 +551,27 @@ impl Trainer {
         })
     }
 
+    /// Watches the update of every so many steps from here on: [`Trainer::update_metrics`] has what
+    /// the last one did. 0 ends it. Such a step reads gradients and second moments once more and
+    /// waits for the device; nothing of the run changes, and checkpoints do not have it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn watch_updates(&mut self, every: u64) -> Result<()> {
+        let Self { run, model, .. } = self;
+        on_device!(run, run => {
+            let of = || Updates::new(&run.model, model, every);
+            run.updates = (every > 0).then(of).transpose()?;
+        });
+        Ok(())
+    }
+
+    /// What [`Trainer::watch_updates`] found of the last step that it watched; None before that, or
+    /// where nobody watches.
+    pub fn update_metrics(&self) -> Option<&UpdateMetrics> {
+        on_device!(&self.run, run => run.updates.as_ref().and_then(Updates::metrics))
+    }
+
     /// What the last whole window of [`Trainer::watch_weights`] has shown; None before its end, or
     /// where nobody watches.
     pub fn weight_metrics(&self) -> Option<&WeightMetrics> {
@@ -623,7 +649,7 @@ impl<B: Backend> Run<B> {
         let moves = weights.moves;
         drop(weights);
         let step_plan = options.recipe.step_plan(config.layers)?;
-        Ok(Self { model: on.clone(), buffers, sharp: None, step_plan, moves })
+        Ok(Self { model: on.clone(), buffers, sharp: None, updates: None, step_plan, moves })
     }
 
     fn load_states(
@@ -683,7 +709,7 @@ impl<B: Backend> Run<B> {
         step: &OptimizerStep,
         fill: &mut FillWindow<'_>,
     ) -> Result<StepSums> {
-        let Self { model: on, buffers, step_plan, moves, .. } = self;
+        let Self { model: on, buffers, updates, step_plan, moves, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
         let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
@@ -749,6 +775,9 @@ impl<B: Backend> Run<B> {
         let (sums, bounds) = backend.scope(|| {
             let within = OptimizerStep { largest_gradient: bounds.largest_gradient(step), ..*step };
             backend.reduce(workspace, reduction, &mut trained, &within);
+            if let Some(updates) = updates {
+                updates.look(backend, reduction, &mut trained, step)?;
+            }
             let sums = backend.update(workspace, reduction, &mut trained, &within)?;
             if sums.gradient_scale(&within).is_some() {
                 return Ok((sums, bounds.after(step, sums.clipped_norm(step))));
@@ -775,6 +804,9 @@ impl<B: Backend> Run<B> {
         })?;
         (weights.largest, *known) = (bounds.weight, bounds);
         if sums.gradient_scale(step).is_some() {
+            if let Some(updates) = updates {
+                updates.keep(on, step);
+            }
             let Done { steps, of, run } = Done::of(state);
             let (all, done) = (&mut weights.all, Done { steps: steps + 1, of, run: run + 1 });
             if backend.scope(|| followed.after_update(backend, all, step_plan, recipe, done))? {

@@ -126,7 +126,8 @@ suite! {
     head: classifier worst_losses the_worst_loss_of_five_logits logits;
     follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset;
     optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
-        rates_that_do_not_fall_give_the_bits_of_adamw moments_are_stored_to_the_byte;
+        rates_that_do_not_fall_give_the_bits_of_adamw moments_are_stored_to_the_byte
+        updates_are_watched;
     muon: matrices_move_along_their_orthogonalized_momentum hard_matrices_stay_within_bounds
         momentum_is_stored_to_the_byte;
 }

@@ -119,6 +119,18 @@ impl<B: Harness> Update<B> {
         b.update(workspace, reduction, &mut trained, step).unwrap()
     }
 
+    /// What the update of a step is about to do to every parameter, behind its reduction.
+    fn watched(&mut self, b: &B, step: &OptimizerStep) -> Vec<UpdateSums> {
+        let parameters = self.params.slots.len();
+        let mut watch = cut(b, |arena| b.update_watch(arena, parameters).unwrap());
+        let (mut trained, reduction, workspace) = self.trained();
+        b.reduce(workspace, reduction, &mut trained, step);
+        let mut found = Vec::new();
+        let mut keep = |of_one| found.push(of_one);
+        b.watch_update(&mut watch, reduction, &mut trained, step, &mut keep).unwrap();
+        found
+    }
+
     /// The update that follows a reduction.
     pub(in crate::backend) fn update(&mut self, b: &B, step: &OptimizerStep) {
         let (mut trained, reduction, workspace) = self.trained();
@@ -478,6 +490,59 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
                 assert!(bytes[i] == *kept, "{what}: what is stored");
                 assert!(bits(&update.params.read(b, i)) == bits(p), "{what}: weights");
             }
+        });
+    }
+}
+
+/// What is watched of an update is what its definition says, and changes nothing of it.
+pub(super) fn updates_are_watched<B: Harness>(backends: &[B]) {
+    let mut values = some_values();
+    values[2][2].iter_mut().for_each(|v| *v *= 1e-3);
+    let narrow = |of: Optimizer| Optimizer { gradients: optim::Gradients::Bf16, ..of };
+    let restarting = "stable-spam,reset=3,moments=int8".parse().unwrap();
+    let all = optimizers().flat_map(|optimizer| [optimizer, narrow(optimizer)]);
+    for (optimizer, clip) in all.chain([restarting]).flat_map(|o| [(o, 0.0), (o, 20.0)]) {
+        if clip > 0.0 && optimizer.kind.normalizes() {
+            continue;
+        }
+        let step = step(optimizer);
+        let step = OptimizerStep { optimizer: Optimizer { clip, ..step.optimizer }, ..step };
+        each(backends, |b| {
+            let what = format!("{}, {}, clip {clip}", b.name(), step.optimizer);
+            let [mut update, mut other] = [0; 2].map(|_| Update::of(b, &values, step.optimizer));
+            update.add_losses(b, &[1.0], false);
+            other.add_losses(b, &[1.0], false);
+            let moments = update.read(b).into_iter().map(|[.., v]| v);
+            let of_all: Vec<_> = moments.zip(update.gradients.read(b)).collect();
+            let squares: Vec<f64> =
+                of_all.iter().map(|(_, g)| f64s(g).iter().map(|g| g * g).sum()).collect();
+            let norm = squares.iter().sum::<f64>().sqrt();
+            let scale = if clip > 0.0 { f64::from(clip) / norm } else { 1.0 };
+            assert!(scale <= 1.0);
+            let found = update.watched(b, &step);
+            assert_eq!(found.len(), values.len(), "{what}");
+            for (i, ((v, g), UpdateSums { squares: ours, ratios })) in
+                of_all.iter().zip(found).enumerate()
+            {
+                assert!((ours / squares[i] - 1.0).abs() < 1e-6, "{what}, {i}: {ours} {squares:?}");
+                let Optimizer { beta2, epsilon, kind, .. } = step.optimizer;
+                let (beta2, epsilon) = (f64::from(beta2), f64::from(epsilon));
+                let kept = if step.starts_again() { 0.0 } else { beta2 };
+                let correction = 1.0 - beta2.powi(step.age() as i32);
+                let gradients = if kind.normalizes() { normalized(&step, g) } else { f64s(g) };
+                let ratio = |(v, g): (&f32, f64)| {
+                    let square = (scale * g).powi(2);
+                    let moment = (kept * f64::from(*v) + (1.0 - beta2) * square) / correction;
+                    square / moment.max(epsilon * epsilon)
+                };
+                let exact: f64 = v.iter().zip(gradients).map(ratio).sum();
+                let has_second = !step.optimizer.orthogonalizes(update.params.slots[i].kind);
+                let exact = if has_second { exact } else { 0.0 };
+                assert!((ratios - exact).abs() <= 1e-5 * exact, "{what}, {i}: {ratios} {exact}");
+            }
+            update.update(b, &step);
+            other.step(b, &step);
+            assert!(update.read(b) == other.read(b), "{what}: the update");
         });
     }
 }

@@ -14,7 +14,7 @@ use crate::optim::adamw::{Update, clip};
 use crate::optim::moments::is_stochastic;
 use crate::optim::spam::{Factors, STATISTICS};
 use crate::optim::stable_adamw::{self, Ratio};
-use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums};
+use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums, UpdateSums};
 use crate::reserve::collect;
 
 /// What a reduction found.
@@ -54,6 +54,13 @@ impl One {
 }
 
 impl Reduction {
+    /// What clipping makes gradients smaller by, above the limit of the norm, too, where an update is
+    /// tried; 1 where nothing may be updated.
+    fn scale_if_it_may(&self, step: &OptimizerStep) -> f32 {
+        let free = OptimizerStep { largest_gradient: f32::INFINITY, ..*step };
+        self.sums().gradient_scale(&free).unwrap_or(1.0)
+    }
+
     fn sums(&self) -> StepSums {
         StepSums { losses: self.losses, squares: self.squares, raised_blocks: 0 }
     }
@@ -61,6 +68,7 @@ impl Reduction {
 
 impl Optimize for Cpu {
     type Reduction = Reduction;
+    type UpdateWatch = ();
 
     fn reduction(
         &self,
@@ -102,24 +110,11 @@ impl Optimize for Cpu {
             self.install(|| normalize(isa, &mut reduction.ones, trained, &Factors::new(step)));
         }
         if step.optimizer.kind == OptimizerKind::StableAdamW {
-            // Above the limit of the norm, too: there the update is tried.
-            let free = OptimizerStep { largest_gradient: f32::INFINITY, ..*step };
-            let ratio = Ratio::new(step, reduction.sums().gradient_scale(&free).unwrap_or(1.0));
+            let ratio = Ratio::new(step, reduction.scale_if_it_may(step));
             self.install(|| {
                 for (index, one) in reduction.ones.iter_mut().enumerate() {
-                    let part = Part::of(trained, index, step);
-                    let len = part.g.len();
-                    let squares = part.in_jobs(
-                        &|part| {
-                            let mut sum = 0.0;
-                            part.in_pieces(isa, Then::Forget, &mut |_, _, v, g| {
-                                sum += chunk_sum_of_ratios(isa, v, g, ratio);
-                            });
-                            sum
-                        },
-                        &|left, right| left + right,
-                    );
-                    one.rate = stable_adamw::rate(step.lr, squares, len);
+                    let squares = Part::of(trained, index, step).sum_of_ratios(isa, ratio);
+                    one.rate = stable_adamw::rate(step.lr, squares, slots[index].len);
                 }
             });
         }
@@ -190,6 +185,35 @@ impl Optimize for Cpu {
                 let bits = Part::of(trained, index, step).in_jobs(&tried, &larger);
                 let [weight, m, v] = bits.map(f32::from_bits);
                 largest(Largest { weight, states: [m, v] });
+            }
+        });
+        Ok(())
+    }
+
+    fn update_watch(&self, _: &mut Arena, _: usize) -> Result<()> {
+        Ok(())
+    }
+
+    fn watch_update(
+        &self,
+        (): &mut (),
+        reduction: &mut Reduction,
+        trained: &mut Trained<'_, Self>,
+        step: &OptimizerStep,
+        found: &mut (dyn FnMut(UpdateSums) + Send),
+    ) -> Result<()> {
+        let (isa, slots) = (self.isa(), trained.slots);
+        let scale = reduction.scale_if_it_may(step);
+        self.install(|| {
+            for (index, one) in reduction.ones.iter().enumerate() {
+                let g = &all(trained.gradients)[slots[index].range()];
+                let squares = in_order(g, &|job| chunk_sum_of_squares(isa, job), &Add::add);
+                let has_second = !step.optimizer.orthogonalizes(slots[index].kind);
+                let ratio = Ratio::new(step, one.scale * scale).clipped(one.clipped);
+                let ratios = has_second
+                    .then(|| Part::of(trained, index, step).sum_of_ratios(isa, ratio))
+                    .unwrap_or_default();
+                found(UpdateSums { squares, ratios });
             }
         });
         Ok(())
@@ -297,6 +321,18 @@ impl<'a> Part<'a> {
         let right = Part { p: of_right, m: right_m, v: right_v, g: right_g };
         let (left, right) = rayon::join(|| left.in_jobs(of, joined), || right.in_jobs(of, joined));
         joined(left, right)
+    }
+
+    /// The sum of the squares of its gradient's ratios to its second moments.
+    fn sum_of_ratios(self, isa: Isa, ratio: Ratio) -> f64 {
+        let of_job = |part: Self| {
+            let mut sum = 0.0;
+            part.in_pieces(isa, Then::Forget, &mut |_, _, v, g| {
+                sum += chunk_sum_of_ratios(isa, v, g, ratio);
+            });
+            sum
+        };
+        self.in_jobs(&of_job, &Add::add)
     }
 
     /// Calls `of` with weights, moments and gradients in f32: with all of a job at once, or in

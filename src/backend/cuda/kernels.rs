@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 29] = [
+pub(super) static FILES: [File; 30] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16 split_master join_master")
@@ -36,6 +36,7 @@ pub(super) static FILES: [File; 29] = [
     file!("optimize_spam", ["optimize.cuh"], |_| {
         of("largest_of_pieces find_limits squares_of_clipped find_scales keep_statistics")
     }),
+    file!("optimize_watch", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| of("watch_update")),
     file!("attend_plain", ["attend.cuh"], |_| {
         of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T>")
     }),

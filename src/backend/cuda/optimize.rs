@@ -16,7 +16,8 @@ use crate::formats::{self, Purpose};
 use crate::optim::moments::is_stochastic;
 use crate::optim::spam::{Factors, STATISTICS};
 use crate::optim::{
-    Gradients, Largest, Master, Moments, Optimizer, OptimizerKind, OptimizerStep, StepSums, adamw,
+    Gradients, Largest, Master, Moments, Optimizer, OptimizerKind, OptimizerStep, StepSums,
+    UpdateSums, adamw,
 };
 
 /// Elements of a piece of work, as in the kernels.
@@ -24,6 +25,8 @@ pub(super) const PIECE: usize = 4096;
 /// Blocks that sum squares, and with that the number of partial sums.
 const PARTS: usize = 1024;
 pub(super) const THREADS: usize = 256;
+/// Blocks that share a parameter where an update is watched.
+const WATCHED_PARTS: usize = 32;
 
 /// Where a parameter and what belongs to it lies: `Entry` of the kernels.
 #[derive(Clone, Copy, PartialEq, Pod, Zeroable)]
@@ -146,6 +149,14 @@ struct Normals {
     normals: Piece,
 }
 
+/// Room for what is found of an update before it is made.
+pub(crate) struct UpdateWatch {
+    /// (parameters, [`WATCHED_PARTS`], 2) f64.
+    partials: Piece,
+    /// The same on the host.
+    found: Vec<[f64; 2]>,
+}
+
 /// Learning rates of the parameters, and what they are made from.
 struct Rates {
     /// (pieces) f64: sums of squares.
@@ -249,6 +260,7 @@ impl Reduction {
 
 impl Optimize for Cuda {
     type Reduction = Reduction;
+    type UpdateWatch = UpdateWatch;
 
     fn reduction(
         &self,
@@ -375,6 +387,36 @@ impl Optimize for Cuda {
         for bits in found.as_chunks::<3>().0 {
             let [weight, m, v] = bits.map(f32::from_bits);
             largest(Largest { weight, states: [m, v] });
+        }
+        Ok(())
+    }
+
+    fn update_watch(&self, arena: &mut Arena, parameters: usize) -> Result<UpdateWatch> {
+        let count = parameters * WATCHED_PARTS;
+        let mut found: Vec<[f64; 2]> = arena.on_host("what is found of an update", count)?;
+        found.resize(found.capacity(), [0.0; 2]);
+        Ok(UpdateWatch { partials: arena.bytes(16 * count), found })
+    }
+
+    fn watch_update(
+        &self,
+        UpdateWatch { partials, found: host }: &mut UpdateWatch,
+        reduction: &mut Reduction,
+        trained: &mut Trained<'_, Self>,
+        step: &OptimizerStep,
+        found: &mut (dyn FnMut(UpdateSums) + Send),
+    ) -> Result<()> {
+        reduction.update_table(trained);
+        let (table, entries) = (reduction.table.address, reduction.entries.len());
+        let normals = reduction.normals.as_ref().map_or(0, |normals| normals.normals.address);
+        launch!(self.gpu, "watch_update", [WATCHED_PARTS, entries, 1], THREADS, 0;
+            partials.address, table, reduction.sum(0), normals, Step::new(step),
+            OfMoments::new(step));
+        let host = &mut host[..entries * WATCHED_PARTS];
+        self.read(partials.address, host)?;
+        for parts in host.as_chunks::<WATCHED_PARTS>().0 {
+            let sum = |of: usize| parts.iter().map(|part| part[of]).sum();
+            found(UpdateSums { squares: sum(0), ratios: sum(1) });
         }
         Ok(())
     }

@@ -32,6 +32,7 @@ mod select;
 mod spam;
 mod stable_adamw;
 mod values;
+mod watch;
 
 use std::ffi::c_void;
 use std::path::Path;
