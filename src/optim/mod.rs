@@ -50,8 +50,9 @@ pub enum OptimizerKind {
     StableSpamRef,
     /// `gradstab`: AdamW on gradients whose lengths are made stable tensor by tensor, without more.
     GradStab,
-    /// `muon`: orthogonalized momentum for the matrices of blocks (Keller Jordan, 2024), AdamW for
-    /// all else.
+    /// `muon`: the weights of blocks' linear layers move along their orthogonalized momentum (Keller
+    /// Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024), all else by AdamW,
+    /// whose rate the learning rate is. Its authors do not clip; here it is as with AdamW.
     Muon,
 }
 

@@ -10,7 +10,12 @@
 //!
 //! and everything else by AdamW (`adamw.rs`) at the rate lr itself. The five steps, a quintic of the
 //! singular values that leaves all of them at 0.68 to 1.21, are computed in bf16 with sums in f32:
-//! u, and each A, A A, B, B X and X, are rounded to bf16. No second moment is kept of matrices.
+//! u, and each A, A A, B, B X and X, are rounded to bf16. No second moment is kept of matrices. Those of
+//! queries, keys and values are one matrix here, as the layer has it.
+//!
+//! AdamW is the library's: the reference has an epsilon of 1e-10 for it and does not clip, and here
+//! both are as with AdamW alone. Of the length of gradients X keeps only how one step's compares with
+//! the others' in the momentum.
 //!
 //! Two things make the bits the same on every instruction set, and the numbers finite for certain.
 //! What lies 2^-50 below the norm and further is 0 in X, A and B: then no product and no sum of

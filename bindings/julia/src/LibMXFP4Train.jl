@@ -556,10 +556,16 @@ struct mxt_trainer_options
     # coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above), or, only
     # with a clip of 0 and best with a beta2 of 0.999, "stable-spam" (gradients are normalized tensor by tensor, their outliers
     # clipped, moments start again every 1,000 steps: ",reset=1000"), "stable-spam-ref" (the same as
-    # its authors' code counts) or "gradstab" (lengths of gradients alone). Behind it,
-    # with a comma, what its moments are kept in: "moments=f32" (8 bytes a parameter, the default),
-    # "moments=bf16" (4) or "moments=int8" (2.25, of the matrices of blocks; embeddings then have
-    # bf16): "adamw,moments=int8"; and what weights are kept as: "master=split" takes 2 bytes less
+    # its authors' code counts) or "gradstab" (lengths of gradients alone); or "muon": the weights of
+    # blocks' linear layers, each a matrix, move along their orthogonalized momentum (Keller Jordan,
+    # "Muon: An optimizer for hidden layers in neural networks", 2024), and all else by AdamW. lr is
+    # AdamW's rate, with beta1, beta2 and epsilon; matrices take lr times ",ratio=66.67" (the
+    # reference's 0.02 over 3e-4), and weight decay times that; their momentum decays by
+    # ",momentum=0.95", and is all that is kept of them. clip acts on all gradients, as ever (the
+    # reference does not clip). Behind the name, with a comma, what its moments are kept in:
+    # "moments=f32" (8 bytes a parameter, the default), "moments=bf16" (4) or "moments=int8" (2.25,
+    # of the matrices of blocks; embeddings then have bf16): "adamw,moments=int8" ("muon" has half
+    # of these bytes of matrices); and what weights are kept as: "master=split" takes 2 bytes less
     # on a GPU than "master=f32", the default, and is not for recipes that need weights in f32;
     # and gradients: "gradients=bf16" takes 2 bytes less there for the matrices of blocks, rounds
     # them once, and wants an accumulation of 1.

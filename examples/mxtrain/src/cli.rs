@@ -382,7 +382,9 @@ pub(crate) struct OptimizerArgs {
 
     /// What moves the weights: adamw; stable-adamw, whose rate falls for a tensor whose gradients
     /// are larger than its second moment has seen coming; stable-spam or gradstab, which make the
-    /// lengths of gradients stable tensor by tensor; with ",moments=bf16" or ",moments=int8"
+    /// lengths of gradients stable tensor by tensor; muon, which moves the matrices of blocks along
+    /// their orthogonalized momentum, at 66.67 times --lr (",ratio=33" for another number), and all
+    /// else by AdamW; with ",moments=bf16" or ",moments=int8"
     /// behind it, moments take 4 or 2.25 bytes a parameter in place of 8; with ",master=split",
     /// weights, and with ",gradients=bf16" gradients, take 2 less on a GPU
     #[arg(long, value_name = "NAME", default_value_t)]
