@@ -46,9 +46,9 @@ __device__ __forceinline__ double momentum_piece(bf16 *x, const Entry *e, u32 nu
   return squares;
 }
 
-// x (len) = u of the matrix of this number in the table; partials (pieces) = sums of its squares. Its
-// momentum is stored, or with `trial` (entries, 3) the bits of its largest magnitude instead. Nothing
-// where there will be no update. sums: as in optimize.cu. Grid: any; block: 256.
+// x (len) = u of the matrix of this number in the table; partials (pieces) = sums of its squares.
+// Its momentum is stored, or with `trial` (entries, 3) the bits of its largest magnitude instead.
+// Nothing where there will be no update. sums: as in optimize.cu. Grid: any; block: 256.
 __global__ void update_momentum(bf16 *x, double *partials, const Entry *table, u32 number,
                                 const double *sums, u32 *trial, Step s, Moments moments) {
   begin();
@@ -91,8 +91,7 @@ __global__ void normalize_momentum(bf16 *x, const double *partials, u64 len) {
 }
 
 // product (len) = of_x x (len) + of_product product. Grid: any; block: 256.
-__global__ void add_multiples(bf16 *product, const bf16 *x, float of_x, float of_product,
-                              u64 len) {
+__global__ void add_multiples(bf16 *product, const bf16 *x, float of_x, float of_product, u64 len) {
   begin();
   for (u64 i = 4 * ((u64)blockIdx.x * blockDim.x + threadIdx.x); i < len;
        i += 4 * (u64)gridDim.x * blockDim.x) {
@@ -100,8 +99,8 @@ __global__ void add_multiples(bf16 *product, const bf16 *x, float of_x, float of
     Four<bf16> v = load4(product + i, count), other = load4(x + i, count);
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
-      v.of[k] = rounded(__fadd_rn(__fmul_rn(of_x, to_f32(other.of[k])),
-                                  __fmul_rn(of_product, to_f32(v.of[k]))));
+      v.of[k] = rounded(
+          __fadd_rn(__fmul_rn(of_x, to_f32(other.of[k])), __fmul_rn(of_product, to_f32(v.of[k]))));
     store4(product + i, count, v);
   }
 }

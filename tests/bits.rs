@@ -180,6 +180,8 @@ fn cases() -> Vec<Case> {
             "stable-adamw,moments=int8",
             "stable-spam,reset=3",
             "gradstab,moments=int8",
+            "muon,ratio=2",
+            "muon,moments=int8,momentum=0.9,ratio=5",
         ] {
             let smaller = |case: &mut Case| {
                 case.options.optimizer = optimizer.parse().unwrap();

@@ -10,6 +10,7 @@ use std::fs;
 use mxfp4train::{
     Error, Master, Moments, Optimizer, OptimizerKind, Schedule, Trainer, TrainerOptions,
 };
+use safetensors::SafeTensors;
 use tiny::{data, engine, losses, model, weights};
 
 /// Every optimizer, with its moments in everything.
@@ -244,4 +245,53 @@ fn updates_can_be_watched() {
     );
     first.watch_updates(0).unwrap();
     assert_eq!(first.update_metrics(), None);
+}
+
+/// At the rates of Muon's authors it learns what AdamW learns at its own, and faster.
+#[test]
+fn muon_learns() {
+    let [adamw, muon] = ["adamw", "muon"].map(|name| {
+        let schedule = Schedule { lr: 3e-4, ..Schedule::default() };
+        let options = TrainerOptions { schedule, ..options(name.parse().unwrap()) };
+        let mut trainer = Trainer::new(&model(&engine(2)), options).unwrap();
+        losses(&mut trainer, 60)
+    });
+    assert_eq!(adamw[0], muon[0]);
+    assert!(muon[59] < adamw[59], "{adamw:?} {muon:?}");
+}
+
+/// A matrix of a block has no second moment, in memory or in files, and moves by its own rate.
+#[test]
+fn muon_keeps_momentum_alone_of_matrices() {
+    let folder = tempfile::tempdir().unwrap();
+    let is_matrix =
+        |name: &str| name.contains(".h.") && name.ends_with(".weight") && !name.contains("ln_");
+    let mut plans = Vec::new();
+    for text in ["adamw", "muon", "muon,moments=int8", "muon,ratio=0"] {
+        let optimizer = Optimizer { weight_decay: 0.0, ..text.parse().unwrap() };
+        let mut trainer = Trainer::new(&model(&engine(1)), options(optimizer)).unwrap();
+        plans.push(trainer.plan().optimizer);
+        let before = weights(&trainer);
+        losses(&mut trainer, 2);
+        for (info, (before, after)) in
+            trainer.model().tensors().iter().zip(before.iter().zip(weights(&trainer)))
+        {
+            let stays = text == "muon,ratio=0" && is_matrix(&info.name);
+            assert_eq!(*before == after, stays, "{text}: {}", info.name);
+        }
+        trainer.save(folder.path()).unwrap();
+        let file = fs::read(folder.path().join("trainer.safetensors")).unwrap();
+        let tensors = SafeTensors::deserialize(&file).unwrap();
+        let names = tensors.names();
+        for info in trainer.model().tensors() {
+            let has = |state: &str| {
+                let name = format!("{state}.{}", info.name);
+                names.iter().any(|known| **known == name || **known == format!("{name}.codes"))
+            };
+            assert!(has("m"), "{text}: {}", info.name);
+            let has_second = text == "adamw" || !is_matrix(&info.name);
+            assert_eq!(has("v"), has_second, "{text}: {}", info.name);
+        }
+    }
+    assert!(plans[1] < plans[0] && plans[2] < plans[1] && plans[3] == plans[1], "{plans:?}");
 }

@@ -125,7 +125,8 @@ pub(super) fn hard_matrices_stay_within_bounds<B: Harness>(backends: &[B]) {
         let of = |f: &dyn Fn(usize, usize) -> f32| -> Vec<f32> {
             (0..len).map(|i| f(i / cols, i % cols)).collect()
         };
-        let sign = |i: usize, j: usize| if (i & j).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+        let sign =
+            |i: usize, j: usize| if (i & j).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
         let cases: [(&str, Vec<f32>, [f64; 2]); 12] = [
             ("zeros", vec![0.0; len], [0.0, 0.0]),
             ("rank one", of(&|i, j| (1.0 + i as f32) * (j as f32 - 7.5)), [0.65, 1.25]),

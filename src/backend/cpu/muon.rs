@@ -324,8 +324,8 @@ mod tests {
         for (rows, cols) in [(1, 1), (7, 19), (19, 7), (48, 130), (130, 48), (33, 33)] {
             let mut u = random(rows * cols, 5);
             let last = rows * cols - cols;
-            u[..cols].iter_mut().for_each(|u| *u *= 1e-19);
-            u[last..].iter_mut().for_each(|u| *u *= 1e-12);
+            u[..cols].iter_mut().for_each(|u| *u *= 1e-38);
+            u[last..].iter_mut().for_each(|u| *u *= 1e-14);
             let squares = u.iter().map(|u| f64::from(*u).powi(2)).sum();
             let divisor = muon::divisor(squares);
             let expected = match rows <= cols {
