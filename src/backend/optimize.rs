@@ -139,7 +139,7 @@ pub trait Optimize: Memory {
     );
     /// Clips, and makes one update of every parameter and its states after [`Optimize::reduce`],
     /// unless loss or norm is not finite or the norm above `step`'s limit: then nothing changes.
-    /// Waits for the device.
+    /// Waits for the device. `workspace` is that of [`Optimize::reduce`].
     fn update(
         &self,
         workspace: &mut Self::Workspace,

@@ -2,8 +2,9 @@
 //! set: momentum in jobs, five steps of three products each, weights in jobs.
 //!
 //! Products multiply bf16 operands in panels, in tiles nowhere: their sums have one order on every
-//! instruction set, and with numbers that are not too small (`optim/muon.rs`) every product in them
-//! is exact, so that the results are the same to the bit.
+//! instruction set (AVX-512's instruction for pairs is two fused additions, the second one's first),
+//! and with numbers that are not too small (`optim/muon.rs`) every product in them is exact, so that
+//! the results are the same to the bit. Tiles would be faster, and would sum in another order.
 //!
 //! NOTE: a matrix that has more rows than columns is not transposed. Its columns are the vectors of
 //! A then, and X B^T stands for B X.

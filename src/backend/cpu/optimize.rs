@@ -1,5 +1,6 @@
 //! The end of a step: the gradient's norm, and AdamW over all parameters, by the arithmetic of
-//! `optim/adamw.rs` compiled for each instruction set; StableAdamW gives it rates of its own.
+//! `optim/adamw.rs` compiled for each instruction set; StableAdamW gives it rates of its own, and Muon
+//! moves matrices otherwise (`muon.rs`).
 
 use std::ops::Add;
 
