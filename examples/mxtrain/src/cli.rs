@@ -448,6 +448,14 @@ pub(crate) struct ReportArgs {
     /// or NVFP4; 0 never. A resumed run has to name it again, as it has to name --log
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) weights_every: u64,
+
+    /// Add to --log and --tensorboard every N steps what the update did: the norm of each tensor's
+    /// gradient, and of all that have one name in the blocks; and the root mean square of gradients
+    /// over what second moments have seen coming (update RMS), with the tensor where it is largest,
+    /// which spikes of the loss follow. With 1 the last line of the run counts those, too; 0 never.
+    /// A resumed run has to name it again
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) updates_every: u64,
 }
 
 /// When a run measures its validation loss.

@@ -1,8 +1,10 @@
 //! Spikes of a run: steps whose loss, or whose gradient, is far from what it was just before.
 //!
 //! A loss is a spike where it is above the mean of the steps before it by more than 3.2 of their
-//! standard deviations; Wortsman et al. 2023, "Stable and low-precision training for large-scale
-//! vision-language models", count so. A spike soon after another is the same event.
+//! standard deviations, and an update where the root mean square of its gradients over what second
+//! moments have seen coming is at least 2.3 in some tensor; Wortsman et al. 2023, "Stable and
+//! low-precision training for large-scale vision-language models", count so. A spike soon after
+//! another is the same event.
 
 use std::collections::VecDeque;
 
@@ -15,6 +17,10 @@ const WINDOW: usize = 200;
 const DEVIATIONS: f64 = 3.2;
 /// Steps after a spike in which another one is the same event.
 const EVENT: u64 = 10;
+/// The root mean square from which an update is a spike.
+const RMS: f64 = 2.3;
+/// Steps before a spike of the loss in which an update's counts as one that announced it.
+const BEFORE: std::ops::RangeInclusive<u64> = 1..=8;
 /// Events that a line names.
 const NAMED: usize = 5;
 
@@ -29,6 +35,21 @@ pub(crate) struct Spikes {
     pub(crate) norm_over_mean: f64,
     /// Its step.
     pub(crate) norm_step: u64,
+    /// Where every update was looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) updates: Option<UpdateSpikes>,
+}
+
+/// What was found of a run's updates.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct UpdateSpikes {
+    /// The first step of each event in which an update was a spike.
+    pub(crate) rms: Vec<u64>,
+    /// The largest root mean square, and what it cannot be above.
+    pub(crate) rms_max: f64,
+    pub(crate) ceiling: f32,
+    /// Events of the loss that begin one to eight steps behind such an update.
+    pub(crate) announced: u64,
 }
 
 impl Spikes {
@@ -37,6 +58,14 @@ impl Spikes {
         let named: Vec<_> = self.loss.iter().take(NAMED).map(|step| HumanCount(*step)).collect();
         let named: Vec<_> = named.iter().map(ToString::to_string).collect();
         let more = if self.loss.len() > NAMED { " ..." } else { "" };
+        let updates = self.updates.as_ref().map_or_else(String::new, |of| {
+            let UpdateSpikes { rms, rms_max, ceiling, announced } = of;
+            format!(
+                "; {} update spikes (RMS {RMS} and above; the largest {rms_max:.2} of at most \
+                 {ceiling:.2}), {announced} of the loss spikes one to eight steps behind one",
+                HumanCount(rms.len() as u64)
+            )
+        });
         let loss = match self.loss.len() {
             0 => "no loss spikes".to_owned(),
             1 => format!("1 loss spike (step {})", named[0]),
@@ -44,7 +73,7 @@ impl Spikes {
         };
         (self.steps > 0).then(|| {
             format!(
-                "{loss} in {} steps; largest gradient norm {:.2} times the mean before (step {})",
+                "{loss} in {} steps; largest gradient norm {:.2} times the mean before (step {}){updates}",
                 HumanCount(self.steps),
                 self.norm_over_mean,
                 HumanCount(self.norm_step)
@@ -61,6 +90,10 @@ pub(crate) struct SpikeWatch {
     norms: Window,
     /// The last step whose loss was a spike.
     last: Option<u64>,
+    /// The last steps whose update was a spike, as many as matter.
+    updates: VecDeque<u64>,
+    /// Whether every update was looked at so far.
+    all_seen: bool,
     found: Spikes,
 }
 
@@ -68,19 +101,29 @@ impl SpikeWatch {
     /// For a run whose warm-up ends with step `warm_up`.
     pub(crate) fn new(warm_up: u64) -> Self {
         let [losses, norms] = std::array::from_fn(|_| Window::default());
-        Self { warm_up, losses, norms, last: None, found: Spikes::default() }
+        let (updates, found) = (VecDeque::new(), Spikes::default());
+        Self { warm_up, losses, norms, last: None, updates, all_seen: true, found }
     }
 
-    /// Takes in a step.
-    pub(crate) fn step(&mut self, step: u64, loss: f64, norm: f64) {
+    /// Takes in a step; `rms` is the largest root mean square of its update, where somebody has
+    /// looked, and what it cannot be above.
+    pub(crate) fn step(&mut self, step: u64, loss: f64, norm: f64, rms: Option<(f64, f32)>) {
         if step <= self.warm_up {
             return;
+        }
+        self.all_seen &= rms.is_some();
+        if !self.all_seen {
+            self.found.updates = None;
         }
         if let (Some(usual), Some(usual_norm)) = (self.losses.usual(), self.norms.usual()) {
             self.found.steps += 1;
             if loss > usual.mean + DEVIATIONS * usual.deviation {
                 if self.last.is_none_or(|last| step - last > EVENT) {
                     self.found.loss.push(step);
+                    let announced = self.updates.iter().any(|at| BEFORE.contains(&(step - at)));
+                    if let Some(of) = self.found.updates.as_mut().filter(|_| announced) {
+                        of.announced += 1;
+                    }
                 }
                 self.last = Some(step);
             }
@@ -89,8 +132,25 @@ impl SpikeWatch {
                 (self.found.norm_over_mean, self.found.norm_step) = (over_mean, step);
             }
         }
+        if let Some((rms, ceiling)) = rms.filter(|_| self.all_seen) {
+            self.update(step, rms, ceiling);
+        }
         self.losses.add(loss);
         self.norms.add(norm);
+    }
+
+    /// Takes in the update of a step.
+    fn update(&mut self, step: u64, rms: f64, ceiling: f32) {
+        let of = self.found.updates.get_or_insert_default();
+        (of.rms_max, of.ceiling) = (of.rms_max.max(rms), ceiling);
+        if rms < RMS {
+            return;
+        }
+        if self.updates.back().is_none_or(|last| step - last > EVENT) {
+            of.rms.push(step);
+        }
+        self.updates.push_back(step);
+        self.updates.retain(|at| step - at <= EVENT);
     }
 
     /// What it has found so far.
@@ -136,7 +196,7 @@ mod tests {
         let mut watch = SpikeWatch::new(warm_up);
         for step in 1..=steps {
             let usual = if step % 2 == 0 { 2.1 } else { 1.9 };
-            watch.step(step, of(step).unwrap_or(usual), 1.0);
+            watch.step(step, of(step).unwrap_or(usual), 1.0, None);
         }
         watch.found().clone()
     }
@@ -179,9 +239,40 @@ mod tests {
     }
 
     #[test]
+    fn updates_announce_spikes_of_the_loss() {
+        let watch = |unseen: u64| {
+            let mut watch = SpikeWatch::new(10);
+            for step in 1..=600 {
+                let loss = if [300, 320, 400].contains(&step) { 9.0 } else { (step % 2) as f64 };
+                let rms = match step {
+                    5 => 4.0,
+                    // Eight steps before one, nine before the next, and with the last.
+                    292 | 311 | 400 => 2.3,
+                    293 => 3.0,
+                    _ => 1.0,
+                };
+                watch.step(step, loss, 1.0, (step != unseen).then_some((rms, 4.47)));
+            }
+            watch.found().clone()
+        };
+        let found = watch(0);
+        assert_eq!(found.loss, [300, 320, 400]);
+        let updates =
+            UpdateSpikes { rms: vec![292, 311, 400], rms_max: 3.0, ceiling: 4.47, announced: 1 };
+        assert_eq!(found.updates, Some(updates));
+        let expected = "; 3 update spikes (RMS 2.3 and above; the largest 3.00 of at most 4.47), 1 \
+                        of the loss spikes one to eight steps behind one";
+        assert!(found.in_words().unwrap().ends_with(expected), "{:?}", found.in_words());
+        // In the warm-up nobody has to look.
+        assert!(watch(7).updates.is_some() && watch(500).updates.is_none());
+    }
+
+    #[test]
     fn the_largest_norm_is_known_with_its_step() {
         let mut watch = SpikeWatch::new(0);
-        (1..=300).for_each(|step| watch.step(step, 1.0, if step == 270 { 5.0 } else { 2.0 }));
+        (1..=300).for_each(|step| {
+            watch.step(step, 1.0, if step == 270 { 5.0 } else { 2.0 }, None);
+        });
         let found = watch.found();
         assert_eq!((found.norm_over_mean, found.norm_step), (2.5, 270));
         let expected = "no loss spikes in 100 steps; largest gradient norm 2.50 times the mean \

@@ -100,6 +100,31 @@ fn an_optimizer_is_named_shown_and_kept() {
 }
 
 #[test]
+fn updates_are_in_the_log_when_asked_for() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!("train --data data --out model --steps 6 {TINY}");
+    let error = refuse(dir, &format!("{line} --updates-every 2"));
+    assert!(error.contains("--updates-every: needs --log or --tensorboard"), "{error}");
+    succeed(dir, &format!("{line} --updates-every 2 --log log.jsonl --tensorboard runs"));
+    let (updates, steps) = (log(dir, "log.jsonl", "update"), log(dir, "log.jsonl", "step"));
+    assert_eq!(updates.keys().copied().collect::<Vec<_>>(), [2, 4, 6]);
+    for (step, found) in &updates {
+        let square = |value: &serde_json::Value| value.as_f64().unwrap().powi(2);
+        let norm = |key: &str| {
+            let groups = found[key].as_object().unwrap().values();
+            groups.map(|of| square(of.get("grad_norm").unwrap_or(of))).sum::<f64>().sqrt()
+        };
+        let expected = steps[step]["grad_norm"].as_f64().unwrap();
+        for key in ["grad_norms", "tensors"] {
+            assert!((norm(key) / expected - 1.0).abs() < 1e-4, "{key}: {found}");
+        }
+        let name = found["update_rms_tensor"].as_str().unwrap();
+        assert_eq!(found["tensors"][name]["rms"], found["update_rms_max"]);
+    }
+}
+
+#[test]
 fn a_model_is_trained_measured_shown_and_sampled() {
     let dir = folder();
     let dir = dir.path();

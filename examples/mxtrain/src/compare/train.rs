@@ -435,7 +435,7 @@ impl Tally {
         let done = self.steps.len();
         let mut spikes = SpikeWatch::new(settings.warmup);
         for (step, (loss, norm)) in (1..).zip(&self.steps) {
-            spikes.step(step, *loss, *norm);
+            spikes.step(step, *loss, *norm, None);
         }
         let last = &self.steps[done - (done / 20).max(1).min(done)..];
         let train_loss = last.iter().map(|step| step.0).sum::<f64>() / last.len().max(1) as f64;

@@ -7,10 +7,11 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use mxfp4train::{EvalStats, Sharpness, StepStats, WeightChange, WeightMetrics};
+use mxfp4train::{EvalStats, Sharpness, StepStats, UpdateMetrics, WeightChange, WeightMetrics};
 use rustix::fs::{Access, AtFlags, CWD, OFlags};
 use serde::Serialize;
 
+use super::updates::OfUpdates;
 use crate::failure::{Failure, Outcome};
 
 /// A log file.
@@ -44,6 +45,11 @@ enum Line {
         seconds: f64,
         #[serde(flatten)]
         sharpness: Option<OfLogits>,
+    },
+    Update {
+        step: u64,
+        #[serde(flatten)]
+        found: OfUpdates,
     },
     Weights {
         step: u64,
@@ -138,6 +144,11 @@ impl Log {
         let WeightMetrics { step, steps, all, tensors } = found;
         let tensors = tensors.iter().map(|(name, of)| (name.clone(), of.into())).collect();
         self.line(&Line::Weights { step: *step, steps: *steps, all: all.into(), tensors })
+    }
+
+    /// Adds what the update of a step did.
+    pub(crate) fn update(&mut self, found: &UpdateMetrics) -> Outcome {
+        self.line(&Line::Update { step: found.step, found: found.into() })
     }
 
     /// Adds an evaluation after `step` steps.

@@ -6,6 +6,7 @@ mod saves;
 mod setup;
 mod side;
 mod tensorboard;
+mod updates;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -21,7 +22,7 @@ pub(crate) use setup::{
     Data, Start, Weights, is_checkpoint, model_config, short_windows, trainer_options, vocabulary,
 };
 
-use crate::cli::TrainArgs;
+use crate::cli::{ReportArgs, TrainArgs};
 use crate::console::{self, Progress};
 use crate::failure::{Failure, Outcome};
 use crate::hugging_face;
@@ -71,6 +72,7 @@ struct Run {
     sample_every: u64,
     sample_prompt: String,
     weights_every: u64,
+    updates_every: u64,
     /// Step of the last evaluation.
     evaluated: Option<u64>,
     /// Sum and number of the training losses since the last report.
@@ -90,10 +92,13 @@ impl Run {
             ));
         }
         let is_kept = args.report.log.is_some() || args.report.tensorboard.is_some();
-        if args.report.weights_every > 0 && !is_kept {
-            return Err(Failure::usage(
-                "--weights-every: needs --log or --tensorboard, which it adds to",
-            ));
+        let ReportArgs { weights_every, updates_every, .. } = args.report;
+        for (option, every) in [("weights", weights_every), ("updates", updates_every)] {
+            if every > 0 && !is_kept {
+                return Err(Failure::usage(format!(
+                    "--{option}-every: needs --log or --tensorboard, which it adds to"
+                )));
+            }
         }
         setup::check_places(args)?;
         setup::out_folder(args)?;
@@ -156,6 +161,7 @@ impl Run {
             sample_every: args.report.sample_every,
             sample_prompt: args.report.sample_prompt.clone(),
             weights_every: args.report.weights_every,
+            updates_every: args.report.updates_every,
             saves: Saves::new(out, places, run_file, files, lock),
             evaluated: None,
             losses: Default::default(),
@@ -174,6 +180,7 @@ impl Run {
         if run.weights_every > 0 {
             run.trainer.watch_weights(run.weights_every)?;
         }
+        run.trainer.watch_updates(run.updates_every)?;
         signals.ask(run.stop.clone(), "and what is not saved is lost");
         // Saved before the first step too: a folder that cannot be written should not show after
         // hours.
@@ -261,10 +268,14 @@ impl Run {
             Ok(stats) => stats,
         };
         let found = self.trainer.weight_metrics().filter(|found| found.step == stats.step);
+        let update = self.trainer.update_metrics().filter(|found| found.step == stats.step);
         if let Some(log) = &mut self.log {
             self.failures.unless(Side::Log, log.step(&stats));
             if let Some(found) = found {
                 self.failures.unless(Side::Log, log.weights(found));
+            }
+            if let Some(update) = update {
+                self.failures.unless(Side::Log, log.update(update));
             }
         }
         if let Some(tensorboard) = &self.tensorboard {
@@ -272,9 +283,13 @@ impl Run {
             if let Some(found) = found {
                 self.failures.unless(Side::TensorBoard, tensorboard.weights(found));
             }
+            if let Some(update) = update {
+                self.failures.unless(Side::TensorBoard, tensorboard.update(update));
+            }
         }
         self.losses = (self.losses.0 + f64::from(stats.loss), self.losses.1 + 1);
-        self.spikes.step(stats.step, stats.loss.into(), stats.grad_norm.into());
+        let rms = update.and_then(|found| Some((found.largest()?.1.into(), found.ceiling)));
+        self.spikes.step(stats.step, stats.loss.into(), stats.grad_norm.into(), rms);
         self.progress.step(&stats);
         Ok(Some(stats.step))
     }

@@ -15,10 +15,11 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crc::{CRC_32_ISCSI, Crc};
-use mxfp4train::{EvalStats, StepStats, WeightMetrics};
+use mxfp4train::{EvalStats, StepStats, UpdateMetrics, WeightMetrics};
 use prost::Message;
 
 use super::log::{may_create, may_write, open};
+use super::updates::by_group;
 use crate::failure::{Failure, Outcome};
 
 /// TensorBoard takes any file for one of events whose name has `tfevents` in it.
@@ -153,6 +154,16 @@ impl TensorBoard {
                 ("weights/amax", all.amax),
             ],
         )
+    }
+
+    /// Adds what the update of a step did. Single tensors are in the log alone, as above.
+    pub(crate) fn update(&self, found: &UpdateMetrics) -> Outcome {
+        let groups = by_group(found).into_iter();
+        let groups: Vec<_> =
+            groups.map(|(group, norm)| (format!("grad_norm/{group}"), norm)).collect();
+        let largest = found.largest().map(|(_, rms)| ("train/update_rms_max", rms));
+        let groups = groups.iter().map(|(tag, norm)| (tag.as_str(), *norm));
+        self.scalars(found.step, &groups.chain(largest).collect::<Vec<_>>())
     }
 
     fn scalars(&self, step: u64, scalars: &[(&str, f32)]) -> Outcome {
@@ -321,6 +332,22 @@ mod tests {
         ];
         assert_eq!((events[4].step, scalars(&events[4])), (8, of_eval.to_vec()));
         assert_eq!(events.len(), 5);
+    }
+
+    #[test]
+    fn updates_become_scalars_by_group() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = TensorBoard::begin(dir.path(), 0).unwrap();
+        run.update(&super::super::updates::tests::found()).unwrap();
+        let events = events(&run.path);
+        let of_update = [
+            ("grad_norm/attn.c_attn", 13.0),
+            ("grad_norm/lm_head", 7.0),
+            ("grad_norm/ln_2", 2.0),
+            ("grad_norm/wte", 1.0),
+            ("train/update_rms_max", 2.5),
+        ];
+        assert_eq!((events[2].step, scalars(&events[2])), (3, of_update.to_vec()));
     }
 
     #[test]

@@ -584,7 +584,7 @@ mod tests {
         ]);
         assert!(Group::table_of_spikes(&group.rows()).is_none());
         let spikes = |steps, loss: &[u64], norm_over_mean| {
-            Some(Spikes { steps, loss: loss.to_vec(), norm_over_mean, norm_step: 1 })
+            Some(Spikes { steps, loss: loss.to_vec(), norm_over_mean, norm_step: 1, updates: None })
         };
         group.runs[0].record.spikes = spikes(100, &[250, 270], 3.0);
         group.runs[1].record.spikes = spikes(50, &[], 4.5);
