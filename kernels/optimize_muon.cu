@@ -125,12 +125,13 @@ __global__ void move_matrix(const Entry *table, u32 number, const bf16 *x, const
       v = isnan(v) ? 0.0f : fminf(fmaxf(v, -LARGEST), LARGEST);
       p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, v));
       // What trials note are the weights before they are split.
-      if (trial) largest = max_nan(largest, fabsf(p.of[k]));
+      if (trial && k < count) largest = max_nan(largest, fabsf(p.of[k]));
     }
     if (trial) continue;
     store_weights(e, i, count, p);
 #pragma unroll
-    for (u32 k = 0; k < 4; k++) largest = max_nan(largest, fabsf(p.of[k]));
+    for (u32 k = 0; k < 4; k++)
+      if (k < count) largest = max_nan(largest, fabsf(p.of[k]));
   }
   note_amax(trial ? trial + 3 * number : e->amax, largest);
 }

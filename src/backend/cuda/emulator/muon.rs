@@ -164,6 +164,15 @@ fn matrices_are_updated_as_defined() {
                 p.iter().zip(numbers(&x)).map(|(p, x)| movement.of(split(*p), x)).collect();
             assert_eq!(f32::from_bits(trial[3]), largest(&next), "{what}");
             assert!(one.weights(1) == before.weights(1), "{what}: a trial");
+            // With an infinite rate, what is loaded as 0 behind the end would become NaN.
+            let ones = vec![0x3f80u16; len];
+            let (of_ones, tried, of_kernel) = (ones.as_ptr(), trial.as_mut_ptr(), Step::new(&step));
+            let size = f32::INFINITY;
+            emulator.run(schedule, [2, 1], 256, || {
+                // SAFETY: as above.
+                unsafe { move_matrix(entries, 1, of_ones, sums, tried, of_kernel, keep, size) };
+            });
+            assert_eq!(f32::from_bits(trial[3]), f32::INFINITY, "{what}");
             moved(none, &step);
             let next: Vec<f32> = next.into_iter().map(split).collect();
             assert!(one.weights(1) == next, "{what}: weights");
