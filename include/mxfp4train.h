@@ -498,7 +498,9 @@ typedef struct mxt_trainer_options {
   // whose rate falls for a tensor whose gradients are larger than its second moment has seen
   // coming; it is made for a clip of 0, and helps most with a beta2 of 0.98 and above), or, only
   // with a clip of 0 and best with a beta2 of 0.999, "stable-spam" (gradients are normalized tensor by tensor, their outliers
-  // clipped, moments start again every 1,000 steps: ",reset=1000"), "stable-spam-ref" (the same as
+  // clipped, moments start again every 1,000 steps: ",reset=1000"; with ",s=cosine"
+  // beta1 and the decay of norms fall to half over total_steps, as the authors advise for language
+  // models), "stable-spam-ref" (the same as
   // its authors' code counts) or "gradstab" (lengths of gradients alone); or "muon": the weights of
   // blocks' linear layers, each a matrix, move along their orthogonalized momentum (Keller Jordan,
   // "Muon: An optimizer for hidden layers in neural networks", 2024), and all else by AdamW. lr is

@@ -137,6 +137,11 @@ impl TrainerOptions {
                            is not set";
             return Err(Error::invalid("recipe", message));
         }
+        if options.optimizer.anneals() && options.schedule.total_steps == 0 {
+            let message = "s=cosine falls over a schedule's steps, whose number (total_steps) is not \
+                           set; set it, or s=1";
+            return Err(Error::invalid("optimizer", message));
+        }
         if let Some(drop) = options.token_drop {
             let total_steps = options.schedule.total_steps;
             drop.check(config.layers, options.sequence_length, total_steps)?;

@@ -295,3 +295,30 @@ fn muon_keeps_momentum_alone_of_matrices() {
     }
     assert!(plans[1] < plans[0] && plans[2] < plans[1] && plans[3] == plans[1], "{plans:?}");
 }
+
+/// Decay rates that fall over a schedule: such a run goes on where it was saved, too, and learns
+/// otherwise; without a schedule's end it is refused.
+#[test]
+fn decay_rates_fall_over_a_schedule() {
+    let annealed: Optimizer = "stable-spam,s=cosine".parse().unwrap();
+    let with = |optimizer, total_steps| {
+        let usual = options(optimizer);
+        let schedule = Schedule { total_steps, ..usual.schedule };
+        Trainer::new(&model(&engine(1)), TrainerOptions { schedule, ..usual })
+    };
+    let error = with(annealed, 0).unwrap_err().to_string();
+    assert!(error.starts_with("optimizer: s=cosine falls over a schedule's steps"), "{error}");
+    let mut straight = with(annealed, 8).unwrap();
+    let all = losses(&mut straight, 8);
+    let mut other = with(Optimizer::new(OptimizerKind::StableSpam), 8).unwrap();
+    let others = losses(&mut other, 8);
+    // Only what comes behind the second update knows of it.
+    assert_eq!(all[..2], others[..2]);
+    assert!(all[7] != others[7] && (all[7] - others[7]).abs() < 0.2, "{all:?} {others:?}");
+    let folder = tempfile::tempdir().unwrap();
+    let mut before = with(annealed, 8).unwrap();
+    losses(&mut before, 4);
+    before.save(folder.path()).unwrap();
+    let mut resumed = Trainer::load(&engine(2), folder.path()).unwrap();
+    assert_eq!(losses(&mut resumed, 4), all[4..]);
+}

@@ -168,6 +168,7 @@ mod tests {
             seed: 0,
             loss_scale: 1.0,
             largest_gradient: f32::INFINITY,
+            annealing: 1.0,
         }
     }
 

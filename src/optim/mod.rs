@@ -93,7 +93,7 @@ impl OptimizerKind {
     /// Its switches besides those that all have, for messages.
     fn switches(self) -> &'static str {
         match (self.normalizes(), self.orthogonalizes()) {
-            (true, _) => ", gamma1, gamma2, gamma3, reset",
+            (true, _) => ", gamma1, gamma2, gamma3, reset, s",
             (_, true) => ", momentum, ratio",
             _ => "",
         }
@@ -200,6 +200,21 @@ impl Optimizer {
             return Err(Error::invalid("gamma2", message));
         }
         Ok(())
+    }
+
+    /// It with the decay rates that it has behind so many steps of a schedule, and what they were
+    /// multiplied by.
+    pub(crate) fn annealed(self, steps: u64, total_steps: u64) -> (Self, f64) {
+        if !self.anneals() {
+            return (self, 1.0);
+        }
+        let s = spam::annealing(steps, total_steps);
+        (Self { beta1: (f64::from(self.beta1) * s) as f32, ..self }, s)
+    }
+
+    /// Whether decay rates fall over a schedule, whose steps then have to be known.
+    pub(crate) fn anneals(&self) -> bool {
+        self.kind.normalizes() && self.normalization.anneals
     }
 
     /// What it keeps of the parameters.
@@ -332,7 +347,7 @@ mod tests {
             assert!(optimizer.states().len() <= MAX_STATES);
         }
         assert_eq!(Optimizer::default().to_string(), "adamw");
-        let given = "gradstab,moments=int8,gamma1=0.5,reset=100";
+        let given = "gradstab,moments=int8,gamma1=0.5,reset=100,s=cosine";
         assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
         let given = "muon,moments=bf16,momentum=0.9,ratio=33.5";
         assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
@@ -354,10 +369,12 @@ mod tests {
             ("adamw,reset=5", "unknown switch \"reset\"; adamw has moments, master, gradients"),
             (
                 "stable-spam,rest=5",
-                "\"rest\"; stable-spam has moments, master, gradients, gamma1, gamma2, gamma3, reset",
+                "\"rest\"; stable-spam has moments, master, gradients, gamma1, gamma2, gamma3, reset, s",
             ),
             ("stable-spam,reset=-1", "reset: expected a whole number"),
             ("stable-spam,gamma1=x", "gamma1: expected a number"),
+            ("stable-spam,s=0.5", "s: expected one of 1, cosine, got \"0.5\""),
+            ("adamw,s=cosine", "unknown switch \"s\"; adamw has"),
             ("adamw,moments=int4", "moments: expected one of f32, bf16, int8; got \"int4\""),
             ("adamw,moments", "moments: expected one of f32, bf16, int8; got \"\""),
             ("adamw,master=bf16", "master: expected one of f32, split; got \"bf16\""),

@@ -219,7 +219,8 @@ mod tests {
 
     fn step(optimizer: Optimizer, lr: f32) -> OptimizerStep {
         let largest_gradient = f32::INFINITY;
-        OptimizerStep { optimizer, lr, t: 3, seed: 0, loss_scale: 1.0, largest_gradient }
+        let (seed, loss_scale, annealing) = (0, 1.0, 1.0);
+        OptimizerStep { optimizer, lr, t: 3, seed, loss_scale, largest_gradient, annealing }
     }
 
     fn any_step() -> impl Strategy<Value = OptimizerStep> {

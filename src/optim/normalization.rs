@@ -16,11 +16,16 @@ pub struct Normalization {
     pub gamma3: f64,
     /// `reset=`: steps after which moments start again; 0 for never.
     pub reset: u32,
+    /// `s=cosine`, else `s=1`: whether beta1 and gamma1 are multiplied by s, which falls from 1 to a
+    /// half over the schedule's steps, as half a cosine does. The authors' code does so where it is
+    /// told a run's length, and advises it for language models; their paper has none of it.
+    pub anneals: bool,
 }
 
 impl Normalization {
     /// That of Stable-SPAM's class; of optimizers without any, which do not read it, too.
-    pub(super) const USUAL: Self = Self { gamma1: 0.7, gamma2: 0.9, gamma3: 0.999, reset: 1000 };
+    pub(super) const USUAL: Self =
+        Self { gamma1: 0.7, gamma2: 0.9, gamma3: 0.999, reset: 1000, anneals: false };
 
     /// Sets what a switch names; whether it is one of these.
     pub(super) fn set(&mut self, switch: &str, value: &str) -> Result<bool> {
@@ -34,6 +39,13 @@ impl Normalization {
             "gamma3" => self.gamma3 = number("gamma3")?,
             "reset" => {
                 self.reset = value.parse().map_err(|_| bad("reset", "a whole number of steps"))?;
+            }
+            "s" => {
+                self.anneals = match value {
+                    "1" => false,
+                    "cosine" => true,
+                    _ => return Err(bad("s", "one of 1, cosine")),
+                }
             }
             _ => return Ok(false),
         }
@@ -53,6 +65,9 @@ impl Normalization {
         }
         if self.reset != usual.reset {
             write!(f, ",reset={}", self.reset)?;
+        }
+        if self.anneals {
+            write!(f, ",s=cosine")?;
         }
         Ok(())
     }

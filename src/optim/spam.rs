@@ -13,6 +13,9 @@
 //! starts again with the moments, while T, mean and square do not, so that for hundreds of steps
 //! behind a reset the limit is far too high. `gradstab` is B alone, without its corrections.
 //!
+//! With `s=cosine` beta1 and gamma1 are s times as large, where s = 1/2 + (1 + cos(pi t / (T + 1))) / 4
+//! behind t of T steps. Corrections are those of means that have always decayed so.
+//!
 //! What is kept of a tensor is T, mean and the root of square, in f32: the square itself may be
 //! beyond it.
 
@@ -45,7 +48,13 @@ pub(super) const GRADSTAB: Definition = Definition {
     name: "gradstab",
     defaults: Optimizer {
         kind: OptimizerKind::GradStab,
-        normalization: Normalization { gamma1: 0.6, gamma2: 0.999, gamma3: 0.0, reset: 0 },
+        normalization: Normalization {
+            gamma1: 0.6,
+            gamma2: 0.999,
+            gamma3: 0.0,
+            reset: 0,
+            anneals: false,
+        },
         ..DEFAULTS
     },
     ..STABLE
@@ -71,7 +80,8 @@ pub(crate) struct Factors {
 
 impl Factors {
     pub(crate) fn new(step: &OptimizerStep) -> Self {
-        let Normalization { gamma1, gamma2, gamma3, reset } = step.optimizer.normalization;
+        let Normalization { gamma1, gamma2, gamma3, reset, .. } = step.optimizer.normalization;
+        let gamma1 = gamma1 * step.annealing;
         let k = match step.optimizer.kind {
             OptimizerKind::StableSpamRef => of_reference(step.t, reset.into()),
             _ => step.t,
@@ -118,11 +128,18 @@ fn of_reference(t: u64, reset: u64) -> u64 {
     if reset == 0 || t <= reset { t } else { (t - 1) % reset + 2 }
 }
 
+/// s behind so many of the schedule's steps.
+pub(super) fn annealing(steps: u64, total_steps: u64) -> f64 {
+    let part = steps.min(total_steps) as f64 / (total_steps as f64 + 1.0);
+    0.5 + 0.25 * (1.0 + (std::f64::consts::PI * part).cos())
+}
+
 /// No normalized gradient of a tensor is longer, whatever the gradients were.
 ///
 /// With weights w of the mean and u of the mean of squares, (sum w n)^2 is at most
 /// sum(w^2 / u) sum(u n^2), a geometric series; and no correction makes it more than
-/// 1 / (1 - gamma1) times as long.
+/// 1 / (1 - gamma1) times as long. Where gamma1 falls, older norms have decayed by no more than what
+/// it began with, and weigh no more than 1 less what it is.
 fn longest(step: &OptimizerStep) -> f64 {
     let Normalization { gamma1, gamma2, .. } = step.optimizer.normalization;
     let series = (1.0 - gamma2) * (1.0 - gamma1 * gamma1 / gamma2);
@@ -147,7 +164,8 @@ mod tests {
 
     fn step(t: u64, optimizer: Optimizer) -> OptimizerStep {
         let largest_gradient = f32::INFINITY;
-        OptimizerStep { optimizer, lr: 1e-3, t, seed: 0, loss_scale: 1.0, largest_gradient }
+        let (seed, loss_scale, annealing) = (0, 1.0, 1.0);
+        OptimizerStep { optimizer, lr: 1e-3, t, seed, loss_scale, largest_gradient, annealing }
     }
 
     /// A tensor in training.
@@ -239,10 +257,14 @@ mod tests {
             [optimizer.normalization.gamma1, optimizer.normalization.gamma2] = gammas;
             optimizer.normalization.reset = 7;
             let most = longest(&step(1, optimizer));
-            for growth in [1e-3f32, 0.5, 1.0, 1.3, 10.0, 1e3] {
+            let growths = [1e-3f32, 0.5, 1.0, 1.3, 10.0, 1e3].into_iter();
+            for (growth, total_steps) in growths.flat_map(|g| [(g, 0), (g, 5), (g, 60)]) {
                 let (mut one, mut norm) = (One::new(1), 1.0f32);
                 for t in 1..60 {
-                    let [_, length] = one.step(&step(t, optimizer), &[norm]);
+                    let annealing =
+                        if total_steps > 0 { annealing(t - 1, total_steps) } else { 1.0 };
+                    let step = OptimizerStep { annealing, ..step(t, optimizer) };
+                    let [_, length] = one.step(&step, &[norm]);
                     assert!(
                         f64::from(length) <= most,
                         "{kind}, {growth}, step {t}: {length} {most}"
@@ -250,6 +272,25 @@ mod tests {
                     norm = (norm * growth).clamp(1e-30, 1e30);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn decay_rates_fall_to_half_as_half_a_cosine_does() {
+        let all = (0..=9).map(|t| annealing(t, 9)).collect::<Vec<_>>();
+        assert!(all[0] == 1.0 && all.is_sorted_by(|a, b| a > b), "{all:?}");
+        assert!((all[5] - 0.75).abs() < 1e-12 && (all[9] - 0.5122358709).abs() < 1e-9, "{all:?}");
+        assert_eq!(annealing(50, 9), all[9]);
+        let optimizer: Optimizer = "stable-spam,s=cosine".parse().unwrap();
+        let (behind, s) = optimizer.annealed(5, 9);
+        assert_eq!((behind.beta1, s), (0.9 * 0.75, all[5]));
+        let mean = |annealing| Factors::new(&OptimizerStep { annealing, ..step(3, behind) });
+        let of = mean(s);
+        assert_eq!([of.gamma1, of.gamma2], [0.7 * s, 0.9]);
+        assert!((of.correction1 - (1.0 - (0.7 * s).powi(3))).abs() < 1e-12);
+        for other in ["stable-spam", "stable-spam,s=1", "adamw"] {
+            let optimizer: Optimizer = other.parse().unwrap();
+            assert_eq!(optimizer.annealed(5, 9), (optimizer, 1.0));
         }
     }
 

@@ -71,7 +71,8 @@ mod tests {
     fn step(t: u64, kind: OptimizerKind) -> OptimizerStep {
         let optimizer = Optimizer::new(kind);
         let largest_gradient = f32::INFINITY;
-        OptimizerStep { optimizer, lr: 0.01, t, seed: 0, loss_scale: 1.0, largest_gradient }
+        let (seed, loss_scale, annealing) = (0, 1.0, 1.0);
+        OptimizerStep { optimizer, lr: 0.01, t, seed, loss_scale, largest_gradient, annealing }
     }
 
     fn rate_of(step: &OptimizerStep, v: &[f32], g: &[f32]) -> f32 {

@@ -18,6 +18,9 @@ pub struct OptimizerStep {
     /// Largest norm of the clipped gradient with which the update is made; with a larger one
     /// nothing changes.
     pub largest_gradient: f32,
+    /// What the decay rate of the mean of norms is multiplied by, where gradients are normalized; that
+    /// of the first moment is already.
+    pub annealing: f64,
 }
 
 impl OptimizerStep {

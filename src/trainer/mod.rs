@@ -363,7 +363,10 @@ impl Trainer {
         let (lr, t, loss_scale) = (self.next_lr(), self.state.step + 1, 1.0 / tokens as f32);
         let largest_gradient = f32::INFINITY;
         let seed = self.state.seed;
-        let step = OptimizerStep { optimizer, lr, t, seed, loss_scale, largest_gradient };
+        let total_steps = self.state.options.schedule.total_steps;
+        let (optimizer, annealing) = optimizer.annealed(self.state.schedule_step(), total_steps);
+        let step =
+            OptimizerStep { optimizer, lr, t, seed, loss_scale, largest_gradient, annealing };
 
         let Self { run, model, state, bounds, stop, .. } = self;
         let mut fill = |micro_step, row, window: &mut [u32]| {

@@ -52,6 +52,7 @@ pub(in crate::backend) fn step(optimizer: Optimizer) -> OptimizerStep {
         seed: 5,
         loss_scale: 0.25,
         largest_gradient: f32::INFINITY,
+        annealing: 1.0,
     }
 }
 

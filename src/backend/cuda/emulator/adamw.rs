@@ -28,6 +28,7 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
         seed: 0,
         loss_scale: 1.0,
         largest_gradient,
+        annealing: 1.0,
     };
     // The norm of the gradients is some 55.
     for (case, (lr, clip, m_of_one, v_of_one, g_of_one)) in [

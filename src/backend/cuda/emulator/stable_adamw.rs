@@ -33,7 +33,9 @@ fn rates_and_updates_are_those_of_the_definition() {
         });
         let optimizer = Optimizer { clip, ..Optimizer::new(OptimizerKind::StableAdamW) };
         let (lr, t, largest_gradient) = (0.01, 3, f32::INFINITY);
-        let step = OptimizerStep { optimizer, lr, t, seed: 0, loss_scale: 1.0, largest_gradient };
+        let (seed, loss_scale, annealing) = (0, 1.0, 1.0);
+        let step =
+            OptimizerStep { optimizer, lr, t, seed, loss_scale, largest_gradient, annealing };
         let squares = host.iter().flat_map(|all| &all[3]).map(|g| f64::from(*g).powi(2)).sum();
         let found = StepSums { losses: 1.0, squares, raised_blocks: 0 };
         let scale = found.gradient_scale(&step).unwrap();
