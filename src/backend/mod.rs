@@ -8,7 +8,7 @@
 //!
 //! Model code is written once over [`Backend`]; an implementation keeps its buffers in the
 //! precision that suits the device. Every operation has a plain scalar twin, which the tests of
-//! each backend compare it with. Which device it is is asked once, at the top (see [`Device`]);
+//! each backend compare it with. Which device it is is asked once, at the top (see `Device`);
 //! below that a buffer of one device does not even compile where another's is wanted.
 //!
 //! Operations return nothing: a device may run them later than the call. What went wrong on it

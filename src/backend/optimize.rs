@@ -94,8 +94,8 @@ pub struct Trained<'a, B: Memory> {
     pub states: &'a mut [B::Bytes],
     /// Where in each of them.
     pub layouts: &'a [StateLayout],
-    /// (parameters, [`crate::optim::spam::STATISTICS`]): what an optimizer that normalizes gradients keeps of each; of
-    /// others nothing.
+    /// (parameters, three): what an optimizer that normalizes gradients keeps of each, as
+    /// `optim/spam.rs` has it; of others nothing.
     pub statistics: &'a mut B::F32,
     /// Gradients.
     pub gradients: &'a mut FlatGradients<B>,

@@ -6,11 +6,11 @@ use crate::backend::cpu::isa::Isa;
 
 /// Memory that an operand is packed into; slices may be longer than needed.
 pub struct PackedMut<'a> {
-    /// See [`Packed::words`].
+    /// See [`super::super::Packed::words`].
     pub words: &'a mut [u32],
-    /// See [`Packed::scales`].
+    /// See [`super::super::Packed::scales`].
     pub scales: &'a mut [f32],
-    /// See [`Packed::sums`].
+    /// See [`super::super::Packed::sums`].
     pub sums: &'a mut [i32],
     /// The sum of each vector, for a transposed source: (panels, 16), or empty if nobody asks. They
     /// come for free where the values pass through registers anyway.
