@@ -434,6 +434,34 @@ fn a_comparison_is_made_of_records_with_a_loss() {
     assert!(succeed(dir, &line).contains("is there"));
 }
 
+/// How runs stray from bf16 is in their records and in the report, sharpness where it is asked for,
+/// which makes no other run of it.
+#[test]
+fn runs_say_how_they_stray() {
+    let dir = folder();
+    let dir = dir.path();
+    let line = format!(
+        "compare train --data data --out runs --recipe bf16 --recipe mxfp4 --seeds 1 --steps 40 \
+         --eval-every 20 --eval-batches 1 --sharpness 2e-3 --device cpu {TINY}"
+    );
+    succeed(dir, &line);
+    for recipe in ["bf16", "mxfp4"] {
+        let record = read(dir, &format!("runs/{recipe}-seed1.json"));
+        assert_eq!(record["settings"]["sharpness"], 0.002);
+        let points = record["curve"].as_array().unwrap();
+        assert!(points.iter().all(|point| point["sharpness"].as_f64().unwrap() > 0.0), "{record}");
+        let of = |name: &str| record["deviation"][name].as_f64().unwrap();
+        assert!(of("smoothed_loss") < of("early_loss"), "{record}");
+    }
+    assert!(succeed(dir, &line.replace("--sharpness 2e-3 ", "")).contains("is there"));
+    let out = succeed(dir, "compare report runs/bf16-seed1.json runs/mxfp4-seed1.json --out report");
+    assert!(out.contains("smoothed train loss less bf16") && out.contains("sharpness"), "{out}");
+    let report = read(dir, "report/compare.json");
+    let rows = report["groups"][0]["rows"].as_array().unwrap();
+    assert_eq!(rows[1]["deviations"]["early"], 0);
+    assert!(rows[1]["deviations"]["difference"]["mean"].is_number(), "{report}");
+}
+
 /// Every point has the loss of the recipe's own forward pass, which is what `eval` measures, and that
 /// of the same weights in bf16.
 #[test]

@@ -7,6 +7,7 @@ use mxfp4train::Recipe;
 
 use crate::cli::{
     BatchArgs, DataArgs, MachineArgs, MeasureArgs, ModelArgs, OptimizerArgs, SeedArgs,
+    SharpnessArgs,
 };
 
 #[derive(Debug, Args)]
@@ -71,6 +72,9 @@ pub(crate) struct CompareTrainArgs {
 
     #[command(flatten)]
     pub(crate) measure: MeasureArgs,
+
+    #[command(flatten)]
+    pub(crate) sharpness: SharpnessArgs,
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,

@@ -264,6 +264,9 @@ pub(crate) struct Settings {
     pub(crate) clip: f32,
     pub(crate) eval_every: u64,
     pub(crate) eval_batches: usize,
+    /// How far logits move where evaluations measure how sharp the loss is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sharpness: Option<f32>,
     pub(crate) data: DataRecord,
 }
 
@@ -309,6 +312,7 @@ impl Settings {
             clip: optimizer.clip,
             eval_every,
             eval_batches,
+            sharpness: None,
             data: data.clone(),
         }
     }
@@ -320,12 +324,13 @@ impl Settings {
     }
 
     /// What must be equal for two runs to be the same, by name. Not the name of the data, nor what
-    /// is computed again to save memory, which changes no result.
+    /// is computed again to save memory or measured besides, which changes no result.
     pub(crate) fn compared(&self) -> Map<String, Value> {
         // By way of the text, in which an f32 has the digits that were given for it.
         let text = serde_json::to_string(self).expect("plain data becomes JSON");
         let mut all: Map<String, Value> = serde_json::from_str(&text).expect("it was just written");
         all.remove("recompute");
+        all.remove("sharpness");
         if let Some(data) = all["data"].as_object_mut() {
             data.remove("name");
         }
@@ -364,6 +369,34 @@ pub(crate) struct Point {
     pub(crate) validation_loss_in_bf16: Option<f64>,
     /// Mean norm of the gradient, before clipping, over the same steps.
     pub(crate) grad_norm: f64,
+    /// [`mxfp4train::Sharpness::all`], where it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) sharpness: Option<f64>,
+}
+
+/// What shows how a run strays from another one of the same seed and data, in nats a token.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Deviation {
+    /// Training loss after a twentieth of the steps, as a mean that decays by 0.99 a step; none where
+    /// the run diverged before.
+    pub(crate) early_loss: Option<f64>,
+    /// The same after the last step that was done.
+    pub(crate) smoothed_loss: f64,
+}
+
+impl Deviation {
+    /// Of a run of so many steps, from the losses of those that were done; none without any.
+    pub(crate) fn of(losses: impl Iterator<Item = f64>, steps: u64) -> Option<Self> {
+        const DECAY: f64 = 0.99;
+        let (mut sum, mut weight, mut early_loss) = (0.0, 0.0, None);
+        for (step, loss) in (1..).zip(losses) {
+            (sum, weight) = (DECAY * sum + (1.0 - DECAY) * loss, DECAY * weight + 1.0 - DECAY);
+            if step == (steps / 20).max(1) {
+                early_loss = Some(sum / weight);
+            }
+        }
+        (weight > 0.0).then(|| Self { early_loss, smoothed_loss: sum / weight })
+    }
 }
 
 /// What multiplied one kind of GEMM.
@@ -409,6 +442,9 @@ pub(crate) struct Run {
     /// Of the losses and gradients of its steps; none in records of before they were counted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) spikes: Option<Spikes>,
+    /// None in records of before it was known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) deviation: Option<Deviation>,
     /// What multiplied the GEMMs of linear layers; none in records of before it was known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) carriers: Option<Vec<CarriedRecord>>,
@@ -426,6 +462,19 @@ impl Record for Run {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn smoothed_losses_are_means_that_decay() {
+        let of = |losses: &[f64], steps| Deviation::of(losses.iter().copied(), steps);
+        assert_eq!(of(&[], 40), None);
+        let found = of(&[3.0; 40], 40).unwrap();
+        assert!((found.smoothed_loss - 3.0).abs() < 1e-12, "{found:?}");
+        // Of two steps the second weighs a hundredth more.
+        let found = of(&[1.0, 3.0, 9.0], 40).unwrap();
+        assert!((found.early_loss.unwrap() - (0.99 + 3.0) / 1.99).abs() < 1e-12, "{found:?}");
+        assert_eq!(of(&[1.0], 40).unwrap().early_loss, None);
+        assert_eq!(of(&[1.0], 5).unwrap().early_loss, Some(1.0));
+    }
 
     #[test]
     fn records_follow_each_other() {

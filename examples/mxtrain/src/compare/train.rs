@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::RECIPES;
 use super::cli::CompareTrainArgs;
-use super::record::{self, CarriedRecord, DataRecord, Origin, Point, Run, Settings};
+use super::record::{self, CarriedRecord, DataRecord, Deviation, Origin, Point, Run, Settings};
 use super::unfinished::Unfinished;
 use crate::cli::VariantArgs;
 use crate::console::{self, Progress};
@@ -115,6 +115,7 @@ fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<V
         let options = trainer_options(&args.batch, recipe, Some(&args.optimizer), Weights::New)?;
         let eval_batches = args.measure.eval_batches;
         let settings = Settings::new(seed, config, &options, eval_every, eval_batches, &record);
+        let settings = Settings { sharpness: args.sharpness.sharpness, ..settings };
         // A range of 3/4 is no folder.
         let name = format!("{recipe}-seed{seed}").replace('/', "-");
         let path = args.out.join(format!("{name}.json"));
@@ -179,6 +180,7 @@ impl Planned {
         let carriers = carriers(&engine, config, &self.options)?;
         let mut trainer = start.trainer(&engine)?;
         trainer.set_stop_handle(stop.clone());
+        trainer.set_sharpness(self.settings.sharpness)?;
         let in_bf16 = failures.unless(Side::Evaluation, self.in_bf16(&trainer, stop));
         let in_bf16 = in_bf16.unwrap_or(InBf16::None);
         let mut trainers = Trainers { trainer, in_bf16 };
@@ -418,6 +420,7 @@ impl Tally {
                 .map(|measured| measured.loss.into())
                 .filter(|loss: &f64| loss.is_finite()),
             grad_norm: mean(|step| step.1),
+            sharpness: own.sharpness.map(|found| found.all.into()),
         };
         self.drawn = step;
         point.validation_loss.is_finite().then(|| {
@@ -437,6 +440,7 @@ impl Tally {
         for (step, (loss, norm)) in (1..).zip(&self.steps) {
             spikes.step(step, *loss, *norm, None);
         }
+        let deviation = Deviation::of(self.steps.iter().map(|step| step.0), settings.steps);
         let last = &self.steps[done - (done / 20).max(1).min(done)..];
         let train_loss = last.iter().map(|step| step.0).sum::<f64>() / last.len().max(1) as f64;
         let is_whole = self.diverged.is_none();
@@ -454,6 +458,7 @@ impl Tally {
             curve: self.curve,
             diverged: self.diverged,
             spikes: Some(spikes.found().clone()),
+            deviation,
             raised_blocks: self.raised_blocks,
             carriers: None,
             tokens_per_second: self.tokens_per_second.get(done / 2).copied().unwrap_or(0.0),

@@ -206,6 +206,15 @@ impl Report<'_> {
                  bf16 has spikes, too.",
             );
         }
+        if let Some(table) = Group::table_of_deviations(&rows) {
+            self.table(&table);
+            self.note(
+                "Smoothed: a mean of the training loss that decays by 0.99 a step, at the end, less \
+                 that of bf16 with the same seed. Far above early: runs with one that is more than a \
+                 tenth above the median of bf16's after a twentieth of the steps, or that diverged \
+                 before. Sharpness of the validation loss in the logits, where it was measured.",
+            );
+        }
         for row in &rows {
             let reasons: Vec<_> = (row.diverged.iter())
                 .map(|(seed, why)| format!("{} with seed {seed} diverged: {why}", row.recipe))

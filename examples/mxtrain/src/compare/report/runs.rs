@@ -53,6 +53,23 @@ pub(crate) struct Row {
     /// None where records do not say, or runs were too short.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) spikes: Option<SpikesOfRuns>,
+    /// None where records do not say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) deviations: Option<Deviations>,
+}
+
+/// How the runs of a recipe stray from those of bf16.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub(crate) struct Deviations {
+    pub(crate) runs: usize,
+    /// Runs whose smoothed loss is more than a tenth above the median of bf16's after a twentieth of
+    /// the steps, or that diverged before; none where bf16 was not run.
+    pub(crate) early: Option<usize>,
+    /// The smoothed training loss at the end, less that of bf16 with the same seed; none of bf16
+    /// itself, or without such a run.
+    pub(crate) difference: Option<Spread>,
+    /// After the last step, where it was measured.
+    pub(crate) sharpness: Option<Spread>,
 }
 
 /// Of all runs of a recipe that were looked at, diverged ones too.
@@ -316,7 +333,33 @@ impl Group {
             raised_blocks: total(|run| run.raised_blocks),
             quantized_blocks: total(|run| run.quantized_blocks),
             spikes: SpikesOfRuns::of(&runs),
+            deviations: self.deviations(recipe, &runs),
         }
+    }
+
+    fn deviations(&self, recipe: &str, runs: &[&Run]) -> Option<Deviations> {
+        let early = |run: &Run| run.deviation.and_then(|deviation| deviation.early_loss);
+        let mut base: Vec<f64> = self.of(BASE).filter_map(early).collect();
+        base.sort_by(f64::total_cmp);
+        let known: Vec<_> = runs.iter().filter(|run| run.deviation.is_some()).collect();
+        let above = |median: f64| {
+            let is_above = |run: &&&&Run| early(run).is_none_or(|loss| loss > 1.1 * median);
+            known.iter().filter(is_above).count()
+        };
+        let smoothed = |run: &Run| Some(run.deviation?.smoothed_loss);
+        let pair = |run: &&&Run| {
+            let base = self.of(BASE).find(|base| base.settings.seed == run.settings.seed)?;
+            Some(smoothed(run)? - smoothed(base)?)
+        };
+        let finished = known.iter().filter(|run| run.diverged.is_none());
+        let pairs = finished.clone().filter(|_| recipe != BASE).filter_map(|run| pair(run));
+        let last = finished.filter_map(|run| run.curve.last()?.sharpness);
+        (!known.is_empty()).then(|| Deviations {
+            runs: known.len(),
+            early: base.get(base.len() / 2).map(|median| above(*median)),
+            difference: Spread::of(&pairs.collect::<Vec<_>>()),
+            sharpness: Spread::of(&last.collect::<Vec<_>>()),
+        })
     }
 
     /// The table of its rows.
@@ -367,6 +410,31 @@ impl Group {
             ]);
         }
         table
+    }
+
+    /// The table of how runs stray; None where no record says.
+    pub(crate) fn table_of_deviations(rows: &[Row]) -> Option<Table> {
+        let mut table = Table::new(
+            1,
+            [
+                "recipe",
+                "runs",
+                "smoothed train loss less bf16",
+                "far above bf16 early",
+                "sharpness",
+            ],
+        );
+        let found: Vec<_> = rows.iter().filter_map(|row| Some((row, row.deviations?))).collect();
+        for (row, found) in &found {
+            table.row([
+                row.recipe.clone(),
+                found.runs.to_string(),
+                words(found.difference, found.runs, true, 4),
+                found.early.map_or_else(|| "-".into(), |early| early.to_string()),
+                words(found.sharpness, found.runs, false, 3),
+            ]);
+        }
+        (!found.is_empty()).then_some(table)
     }
 
     /// The table of spikes; None where no row has been looked at.
@@ -497,7 +565,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::compare::record::parse;
+    use crate::compare::record::{Deviation, parse};
     use crate::spikes::Spikes;
 
     #[test]
@@ -598,6 +666,42 @@ mod tests {
         let table = Group::table_of_spikes(&rows).unwrap().text();
         let row: Vec<_> = table.lines().nth(1).unwrap().split_whitespace().collect();
         assert_eq!((row, table.lines().count()), (vec!["bf16", "2", "2", "1", "4.50"], 2));
+    }
+
+    #[test]
+    fn runs_stray_by_their_smoothed_losses() {
+        let mut group = group(&[
+            ("bf16", 1, 3.0, None),
+            ("bf16", 2, 3.0, None),
+            ("bf16", 3, 3.0, None),
+            ("fp8", 1, 3.0, None),
+            ("fp8", 2, 3.0, None),
+            ("mxfp4", 1, 3.0, None),
+        ]);
+        assert!(Group::table_of_deviations(&group.rows()).is_none());
+        let set = |run: &mut Recorded<Run>, early_loss, smoothed_loss| {
+            run.record.deviation = Some(Deviation { early_loss, smoothed_loss });
+        };
+        set(&mut group.runs[0], Some(5.0), 3.0);
+        set(&mut group.runs[1], Some(9.0), 3.1);
+        set(&mut group.runs[2], Some(4.0), 3.2);
+        // A tenth above the median, and a little more; one that had diverged by then.
+        set(&mut group.runs[3], Some(5.49), 3.25);
+        set(&mut group.runs[4], Some(5.51), 3.25);
+        set(&mut group.runs[5], None, 7.0);
+        group.runs[5].record.diverged = Some("NaN".into());
+        let rows = group.rows();
+        let of = |recipe: &str| {
+            rows.iter().find(|row| row.recipe == recipe).unwrap().deviations.unwrap()
+        };
+        assert_eq!(of("bf16").early, Some(1));
+        assert_eq!((of("bf16").difference, of("bf16").runs), (None, 3));
+        assert_eq!((of("fp8").early, of("mxfp4").early), (Some(1), Some(1)));
+        let difference = of("fp8").difference.unwrap();
+        assert!((difference.mean - 0.2).abs() < 1e-9 && difference.count == 2, "{difference:?}");
+        assert_eq!(of("mxfp4").difference, None);
+        let table = Group::table_of_deviations(&rows).unwrap().text();
+        assert!(table.contains("fp8") && table.contains("+0.2000 +- 0.0707"), "{table}");
     }
 
     #[test]
