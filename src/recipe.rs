@@ -35,10 +35,13 @@
 //! | `dge` | a steepness from 1 to 255, `off` | the estimator that W's gradient is multiplied by |
 //! | `occ` | a share like `0.99`, `off` | what lies beyond these quantiles of x's rows stays in bf16 |
 //! | `haste` | 1 to 64 | bits of the hashes that x's channels are merged by, in evaluations alone |
-//! | `fwd`, `dgrad`, `wgrad` | `bf16` | that GEMM in bf16 |
+//! | `fwd`, `dgrad`, `wgrad` | `bf16`, `fp8` | that GEMM in bf16, or in FP8 as in `fp8` |
 //! | `bf16-first-layers`, `bf16-last-layers` | a count | blocks that run in bf16 |
 //! | `bf16-last-steps` | a fraction | the last part of the schedule's steps that runs in bf16 |
 //! | `bf16-layers-pass`, `bf16-steps-pass` | `bwd`, `fwd`, `all` | which passes of those do |
+//!
+//! `fwd`, `dgrad` and `wgrad` come before all others, which say nothing of a GEMM in bf16 or FP8
+//! then.
 
 use std::fmt;
 use std::str::FromStr;
@@ -489,12 +492,18 @@ impl Recipe {
         Ok(Self { linears, ..self.clone() })
     }
 
-    /// The same with other operands for those of the backward pass that are quantized.
+    /// The same with other operands for those of the backward pass that switches are about.
     fn change(
         &self,
         change: impl Fn(GemmId, OperandId, Operand) -> Result<Operand>,
     ) -> Result<Self, Refused> {
-        self.with_linears(|linear| linear.change_backward(&change))
+        let switched = self.switched().map(|gemm| gemm.is_some());
+        self.with_linears(|linear| {
+            linear.change_backward(|gemm, id, operand| {
+                let is_switched = switched[usize::from(gemm == GemmId::Wgrad)];
+                if is_switched { change(gemm, id, operand) } else { Ok(operand) }
+            })
+        })
     }
 
     /// The same with other operands x and W of the forward pass.
@@ -517,13 +526,27 @@ impl Recipe {
         })
     }
 
-    /// The same with `gemm` in bf16, if that leaves another that is quantized.
-    fn with_bf16_in(&self, gemm: GemmId, value: &str) -> Result<Self, Refused> {
-        self.quantized()?;
-        if value != "bf16" {
-            return Err(Refused::Expected("bf16"));
+    /// The same with `id` of the backward pass in FP8, or in bf16 if that leaves another GEMM that is
+    /// quantized. What its second operand is made from stays.
+    fn with_format_in(&self, id: GemmId, value: &str) -> Result<Self, Refused> {
+        let words = [("bf16", false), ("fp8", true)];
+        let in_fp8 = choice(value, &words, "bf16 or fp8")?;
+        let turned = |gemm: &Gemm| match (in_fp8, gemm.b().source()) {
+            (false, _) => Gemm::new(gemm.a().in_bf16(), gemm.b().in_bf16()),
+            (true, OperandSource::HighPrecision) => Gemm::new(Operand::E5M2, Operand::E4M3),
+            (true, OperandSource::Forward) => {
+                Gemm::new(Operand::E5M2, Operand::E4M3.from_forward())
+            }
+        };
+        if !in_fp8 {
+            self.quantized()?;
         }
-        let recipe = self.change(|id, _, o| Ok(if id == gemm { o.in_bf16() } else { o }))?;
+        let recipe = self.with_linears(|linear| {
+            let of = |gemm: &Gemm, its: GemmId| if its == id { turned(gemm) } else { Ok(*gemm) };
+            let (dgrad, wgrad) = (linear.dgrad(), linear.wgrad());
+            let (dgrad, wgrad) = (of(dgrad, GemmId::Dgrad)?, of(wgrad, GemmId::Wgrad)?);
+            LinearRecipe::new(*linear.forward(), dgrad, wgrad)
+        })?;
         let in_bf16 = recipe.linears[0].forward().is_unscaled() && recipe.quantized().is_err();
         if in_bf16 {
             let message = "dgrad=bf16,wgrad=bf16 leaves nothing quantized; use bf16";
@@ -538,9 +561,19 @@ impl Recipe {
         self.linears.iter().find(|linear| is_in_4_bits(linear)).unwrap_or(&self.linears[0])
     }
 
-    /// A quantized GEMM of the backward pass.
+    /// Dgrad and wgrad, as far as switches are about them: those in 4 bits or, where none is, those
+    /// that are quantized.
+    fn switched(&self) -> [Option<&Gemm>; 2] {
+        let in_4_bits = |gemm: &Gemm| gemm.element() == Element::E2m1;
+        let backward = self.typical().backward();
+        let any = backward.into_iter().any(in_4_bits);
+        let takes = |gemm: &&Gemm| if any { in_4_bits(gemm) } else { !gemm.is_unscaled() };
+        backward.map(|gemm| Some(gemm).filter(takes))
+    }
+
+    /// The first of these.
     fn quantized(&self) -> Result<&Gemm, Refused> {
-        let gemm = self.typical().backward().into_iter().find(|gemm| !gemm.is_unscaled());
+        let gemm = self.switched().into_iter().flatten().next();
         gemm.ok_or(Refused::HasNo("quantized backward GEMM"))
     }
 
@@ -687,16 +720,13 @@ const SWITCHES: [Switch; 28] = [
             })
         },
         show: |recipe| {
-            recipe.quantized().ok()?;
-            let [_, _, dy, w, dy_too, x] = recipe.operands();
-            // One that falls back to bf16 says nothing.
-            let quantized = |o: &&Operand| !o.format().is_unscaled();
-            let is = |one: &Operand, other: &Operand| {
-                let operand = [one, other].into_iter().find(quantized);
-                operand.is_some_and(|o| o.rounding() == Rounding::Unbiased)
-            };
+            let dy = recipe.quantized().ok()?.a();
+            // What one GEMM does not say, the other does.
+            let [dgrad, wgrad] = recipe.switched();
+            let is = |operand: &Operand| operand.rounding() == Rounding::Unbiased;
+            let other = |gemm: Option<&Gemm>| gemm.is_some_and(|gemm| is(gemm.b()));
             Some(
-                match (is(dy, dy_too), is(w, w), is(x, w)) {
+                match (is(dy), other(dgrad), other(wgrad.or(dgrad))) {
                     (true, true, true) => "both",
                     (true, false, true) => "dy+x",
                     (true, _, false) => "dy",
@@ -869,11 +899,10 @@ const SWITCHES: [Switch; 28] = [
         },
         show: |recipe| {
             recipe.quantized().ok()?;
-            let gemms =
-                recipe.linear(0).backward().map(|gemm| (!gemm.is_unscaled()).then_some(gemm));
-            // One that falls back to bf16 says nothing.
-            let is = |one: Option<&Gemm>, other| one.or(other).and_then(Gemm::transform).is_some();
-            let (dgrad, wgrad) = (is(gemms[0], gemms[1]), is(gemms[1], gemms[0]));
+            // What one GEMM does not say, the other does.
+            let [dgrad, wgrad] = recipe.switched();
+            let is = |gemm: Option<&Gemm>| gemm.and_then(Gemm::transform).is_some();
+            let (dgrad, wgrad) = (is(dgrad.or(wgrad)), is(wgrad.or(dgrad)));
             Some(
                 match (dgrad, wgrad) {
                     (false, false) => "off",
@@ -964,15 +993,16 @@ const SWITCHES: [Switch; 28] = [
         apply: |recipe, value| {
             let on = choice(value, &[("tensor", true), ("off", false)], "tensor or off")?;
             recipe.quantized()?;
+            let switched = recipe.switched().map(|gemm| gemm.is_some());
             recipe.with_linears(|linear| {
                 // Both operands of a GEMM at once, as it asks for.
-                let of = |gemm: &Gemm| match gemm.is_unscaled() {
-                    true => Ok(*gemm),
-                    false => {
-                        Gemm::new(gemm.a().with_correction(on)?, gemm.b().with_correction(on)?)
-                    }
+                let of = |gemm: &Gemm, is_switched: bool| match is_switched {
+                    false => Ok(*gemm),
+                    true => Gemm::new(gemm.a().with_correction(on)?, gemm.b().with_correction(on)?),
                 };
-                LinearRecipe::new(*linear.forward(), of(linear.dgrad())?, of(linear.wgrad())?)
+                let (dgrad, wgrad) = (linear.dgrad(), linear.wgrad());
+                let (dgrad, wgrad) = (of(dgrad, switched[0])?, of(wgrad, switched[1])?);
+                LinearRecipe::new(*linear.forward(), dgrad, wgrad)
             })
         },
         show: |recipe| {
@@ -1013,7 +1043,7 @@ const SWITCHES: [Switch; 28] = [
                 return Err(Refused::HasNo("forward GEMM in 4 bits"));
             }
             if fp8 == [true; LINEARS] {
-                let message = format!("fp8={value} leaves no forward pass in 4 bits; use fp8");
+                let message = format!("fp8={value} leaves no forward pass in 4 bits; use fwd=fp8");
                 return Err(Error::invalid("recipe", message).into());
             }
             let of = |fp8| typical.with_forward(if fp8 { FP8 } else { *typical.forward() });
@@ -1089,8 +1119,8 @@ const SWITCHES: [Switch; 28] = [
     Switch {
         key: "fwd",
         apply: |recipe, value| {
-            if value != "bf16" {
-                return Err(Refused::Expected("bf16"));
+            if choice(value, &[("bf16", false), ("fp8", true)], "bf16 or fp8")? {
+                return recipe.with_linears(|linear| linear.with_forward(FP8));
             }
             if recipe.linear(0).forward().is_unscaled() {
                 return Err(Refused::HasNo("quantized forward GEMM"));
@@ -1098,17 +1128,17 @@ const SWITCHES: [Switch; 28] = [
             recipe.quantized()?;
             recipe.with_linears(|linear| Ok(linear.in_bf16(true, false)))
         },
-        show: |recipe| shown_as_bf16(recipe.linear(0).forward()),
+        show: |recipe| shown_format(recipe.typical().forward()),
     },
     Switch {
         key: "dgrad",
-        apply: |recipe, value| recipe.with_bf16_in(GemmId::Dgrad, value),
-        show: |recipe| shown_as_bf16(recipe.linear(0).dgrad()),
+        apply: |recipe, value| recipe.with_format_in(GemmId::Dgrad, value),
+        show: |recipe| shown_format(recipe.linear(0).dgrad()),
     },
     Switch {
         key: "wgrad",
-        apply: |recipe, value| recipe.with_bf16_in(GemmId::Wgrad, value),
-        show: |recipe| shown_as_bf16(recipe.linear(0).wgrad()),
+        apply: |recipe, value| recipe.with_format_in(GemmId::Wgrad, value),
+        show: |recipe| shown_format(recipe.linear(0).wgrad()),
     },
     Switch {
         key: "bf16-first-layers",
@@ -1162,14 +1192,26 @@ const SWITCHES: [Switch; 28] = [
     },
 ];
 
-/// Whether it is one of those that turn a GEMM to bf16.
-fn is_in_bf16(switch: &Switch) -> bool {
-    ["fwd", "dgrad", "wgrad"].contains(&switch.key)
+/// When a switch with this value is applied: first the formats of whole GEMMs, of which others then
+/// ask nothing. FP8 comes before bf16, which leaves something quantized.
+fn turn(switch: &Switch, value: &str) -> usize {
+    match (["fwd", "dgrad", "wgrad"].contains(&switch.key), value) {
+        (true, "fp8") => 0,
+        (true, _) => 1,
+        (false, _) => 2,
+    }
 }
 
+/// How many turns there are.
+const TURNS: usize = 3;
+
 /// Of such a switch.
-fn shown_as_bf16(gemm: &Gemm) -> Option<String> {
-    (gemm.element() == Element::Bf16).then(|| "bf16".into())
+fn shown_format(gemm: &Gemm) -> Option<String> {
+    match gemm.element() {
+        Element::Bf16 => Some("bf16".into()),
+        Element::E4m3 | Element::E5m2 => Some("fp8".into()),
+        _ => None,
+    }
 }
 
 impl Default for Recipe {
@@ -1197,11 +1239,9 @@ impl FromStr for Recipe {
             };
             values[switch] = Some(value);
         }
-        // First what is in bf16, of which others then ask nothing.
         let given = || SWITCHES.iter().zip(values).filter_map(|(switch, v)| Some((switch, v?)));
-        let ordered = given()
-            .filter(|(switch, _)| is_in_bf16(switch))
-            .chain(given().filter(|(switch, _)| !is_in_bf16(switch)));
+        let ordered =
+            (0..TURNS).flat_map(|now| given().filter(move |(switch, v)| turn(switch, v) == now));
         for (switch, value) in ordered {
             let key = switch.key;
             recipe = (switch.apply)(&recipe, value).map_err(|refused| {
@@ -1223,11 +1263,11 @@ impl fmt::Display for Recipe {
         let mut written = Self::named(self.name).map_err(|_| fmt::Error)?;
         let mut values = [const { None }; SWITCHES.len()];
         // In the order in which they are applied.
-        for first in [true, false] {
+        for now in 0..TURNS {
             for (switch, to) in SWITCHES.iter().zip(&mut values) {
                 let Switch { show, apply, .. } = switch;
                 let value = show(self).filter(|value| Some(value) != show(&written).as_ref());
-                if let Some(value) = value.filter(|_| is_in_bf16(switch) == first) {
+                if let Some(value) = value.filter(|value| turn(switch, value) == now) {
                     // What one switch sets another may follow from.
                     written = apply(&written, &value).unwrap_or(written);
                     *to = Some(value);
@@ -1283,6 +1323,18 @@ mod tests {
             "nvfp4-nvfp4-sr,46=fwd,ema=0.9983",
             "fp32,haste=16",
             "msra-fp4,occ=off,haste=64,bf16-last-layers=1",
+            "mxfp4-rht-sr,fwd=fp8",
+            "mxfp4-rht-sr,sr=dy,g=32,dgrad=fp8",
+            "nvfp4-rht-sr,rht=wgrad,fwd=fp8",
+            "mxfp4-rht,unbias=tensor,dgrad=fp8",
+            "tetrajet,fwd=fp8,wgrad=bf16,bf16-last-steps=0.1",
+            "quartet,g=64,fwd=fp8,wgrad=fp8",
+            "quartet,rht=off,dgrad=fp8",
+            "bf16,fwd=fp8,wgrad=fp8",
+            "zhou-fp4,fwd=fp8",
+            "fp8,fwd=bf16,dgrad=bf16",
+            "int8-switchback,fwd=bf16,dgrad=bf16,wgrad=fp8",
+            "tetrajet2,rht=off,dgrad=fp8",
         ];
         for s in Recipe::NAMES.into_iter().chain(switched) {
             assert_eq!(s.parse::<Recipe>().unwrap().to_string(), s);
@@ -1294,6 +1346,10 @@ mod tests {
             ("mxfp4,range=3/4,range=1", "mxfp4"),
             ("mxfp4-sr,sr=other,sr=both", "mxfp4-sr"),
             ("zhou-fp4,fp8=proj+qkv", "zhou-fp4"),
+            ("fp8,wgrad=fp8,fwd=fp8,dgrad=fp8", "fp8"),
+            ("fp8-mxfp4-rht-sr,fwd=fp8", "fp8-mxfp4-rht-sr"),
+            ("msra-fp4,dgrad=fp8", "msra-fp4"),
+            ("mxfp4,wgrad=fp8,wgrad=bf16", "mxfp4,wgrad=bf16"),
             ("mxfp4-rht-sr,range=3/4,sr=dy", "mxfp4-rht-sr,sr=dy,range=3/4"),
             ("mxfp4-rht-sr,sr=dy,range=3/4,sr=other", "mxfp4-rht-sr,sr=other,range=3/4"),
             (
@@ -1330,9 +1386,9 @@ mod tests {
             ("dge", &["off", "1", "5"]),
             ("occ", &["off", "0.99", "0.97"]),
             ("haste", &["1", "12", "64"]),
-            ("fwd", &["bf16"]),
-            ("dgrad", &["bf16"]),
-            ("wgrad", &["bf16"]),
+            ("fwd", &["bf16", "fp8"]),
+            ("dgrad", &["bf16", "fp8"]),
+            ("wgrad", &["bf16", "fp8"]),
             ("bf16-first-layers", &["0", "3"]),
             ("bf16-last-layers", &["0", "2"]),
             ("bf16-last-steps", &["0", "0.25"]),
@@ -1403,6 +1459,23 @@ mod tests {
             ("tetrajet,fp8=qkv+proj+fc1+fc2", "leaves no forward pass in 4 bits"),
             ("zhou-fp4,scale=ceil", "scale: zhou-fp4 has no backward GEMM in MXFP4"),
             ("bf16,fwd=bf16", "fwd: bf16 has no quantized forward GEMM"),
+            ("mxfp4,fwd=fp4", "fwd: expected bf16 or fp8, got \"fp4\""),
+            ("mxfp4,dgrad=int8", "dgrad: expected bf16 or fp8, got \"int8\""),
+            ("mxfp4,wgrad=e4m3", "wgrad: expected bf16 or fp8, got \"e4m3\""),
+            ("fp32,fwd=fp8", "expected f32 in all three GEMMs or in none"),
+            ("fp32,dgrad=fp8", "expected f32 in all three GEMMs or in none"),
+            ("bf16,fwd=fp8,mantissa=4", "mantissa: bf16 has no bf16 in all three GEMMs"),
+            ("bf16,fwd=fp8,from=q,fwd=bf16", "fwd: bf16 has no quantized forward GEMM"),
+            ("mxfp4-sr,dgrad=fp8,wgrad=fp8,sr=dy", "sr: mxfp4-sr has no stochastic rounding"),
+            ("tetrajet,fwd=fp8,fp8=qkv", "fp8: tetrajet has no forward GEMM in 4 bits"),
+            ("tetrajet,fwd=fp8,ema=0.998", "has no W in the forward pass in blocks"),
+            ("tetrajet,fwd=fp8,reset=200:50:8@0.6", "reset: tetrajet has no W in the forward pass"),
+            ("msra-fp4,fwd=fp8,dge=3", "dge: msra-fp4 has no forward GEMM in FP4 with scales of"),
+            (
+                "msra-fp4,fwd=fp8,occ=0.99",
+                "occ: msra-fp4 has no forward GEMM in FP4 with scales of",
+            ),
+            ("quartet2,fwd=fp8,46=fwd", "46: quartet2 has no forward GEMM in NVFP4"),
             ("mxfp4-rht-sr,ema=0.998", "ema: mxfp4-rht-sr has no W in the forward pass in blocks"),
             ("nvidia-nvfp4,ema=0.998", "ema: nvidia-nvfp4 has no W in the forward pass in blocks"),
             ("tetrajet,fwd=bf16,ema=0.998", "has no W in the forward pass in blocks"),
@@ -1418,6 +1491,36 @@ mod tests {
             let error = s.parse::<Recipe>().unwrap_err().to_string();
             assert!(error.contains(part), "{s}: {error}");
         }
+    }
+
+    /// In FP8 as in `fp8`, and otherwise as it was; others then say nothing of that GEMM.
+    #[test]
+    fn gemms_by_themselves_are_in_fp8() {
+        let of = |recipe: &str| *recipe.parse::<Recipe>().unwrap().linear(3);
+        let fp8 = of("fp8");
+        for name in ["bf16", "int8-switchback", "mxfp4-rht-sr", "nvidia-nvfp4", "quartet2"] {
+            let was = of(name);
+            let forward = of(&format!("{name},fwd=fp8"));
+            assert_eq!(forward, was.with_forward(*fp8.forward()).unwrap());
+            let dgrad = of(&format!("{name},dgrad=fp8"));
+            assert_eq!((dgrad.forward(), dgrad.wgrad()), (was.forward(), was.wgrad()));
+            assert_eq!(dgrad.dgrad().a(), fp8.dgrad().a());
+            assert_eq!(dgrad.dgrad().b().format(), Format::E4M3);
+            assert_eq!(dgrad.dgrad().b().source(), was.dgrad().b().source(), "{name}");
+            let wgrad = of(&format!("{name},wgrad=fp8"));
+            assert_eq!((wgrad.forward(), wgrad.dgrad()), (was.forward(), was.dgrad()));
+            assert_eq!(wgrad.wgrad().a(), fp8.wgrad().a());
+            assert_eq!(wgrad.wgrad().b().format(), Format::E4M3);
+            assert_eq!(wgrad.wgrad().b().source(), was.wgrad().b().source(), "{name}");
+        }
+        assert_eq!(of("bf16,fwd=fp8,dgrad=fp8,wgrad=fp8"), fp8);
+        // What the forward pass in FP8 leaves of x and W is what backward operands are made from.
+        let q = of("tetrajet,fwd=fp8");
+        assert_eq!(q.backward(), of("tetrajet").backward());
+        assert_eq!(of("fp8-mxfp4-rht-sr,from=q"), of("mxfp4-rht-sr,fwd=fp8,from=q"));
+        let [first, second] = ["mxfp4-rht-sr,dgrad=fp8,g=128,sr=dy", "mxfp4-rht-sr,g=128,sr=dy"];
+        assert_eq!(of(first).wgrad(), of(second).wgrad());
+        assert!(of("mxfp4-sr,wgrad=fp8,rht=bwd").dgrad().transform().is_some());
     }
 
     #[test]

@@ -117,6 +117,10 @@ mod tests {
             fp8.starts_with("forward of FP8 E4M3 as bf16, dgrad of FP8 E5M2 and FP8 E4M3 as bf16")
         );
         assert!(words("tetrajet2,outer=f32").unwrap().contains("as f32"));
+        let exact = |gemms: &str| Some(format!("{gemms}: exact, and not faster than bf16"));
+        assert_eq!(words("bf16,fwd=fp8"), exact("forward of FP8 E4M3 as bf16"));
+        let backward = "dgrad of FP8 E5M2 and FP8 E4M3 as bf16, wgrad of NVFP4 as bf16";
+        assert_eq!(words("nvfp4,dgrad=fp8"), exact(backward));
         // Weights that are rounded by their means are in numbers that no packing makes.
         let by_mean = words("mxfp4-mxfp4,ema=0.998").unwrap();
         assert!(by_mean.starts_with("forward of MXFP4 as bf16"), "{by_mean}");

@@ -20,7 +20,7 @@ const SIZES: [[usize; 3]; 7] = [
 ];
 
 /// Recipes that switches make, of what no name alone is.
-const SWITCHED: [&str; 40] = [
+const SWITCHED: [&str; 51] = [
     "mxfp4-rht,g=32",
     "mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16",
     "mxfp4-rht-sr,g=256,signs=fixed",
@@ -61,6 +61,17 @@ const SWITCHED: [&str; 40] = [
     "nvfp4-rht,unbias=tensor",
     "quartet,fp8=proj",
     "tetrajet,fp8=fc2",
+    "mxfp4-rht-sr,fwd=fp8",
+    "mxfp4-rht-sr,scale=ceil,from=q,fwd=fp8",
+    "tetrajet,fwd=fp8",
+    "quartet,fwd=fp8,wgrad=bf16",
+    "quartet2,fwd=fp8",
+    "bf16,fwd=fp8,dgrad=fp8",
+    "mxfp4-rht-sr,dgrad=fp8",
+    "mxfp4-mxfp4-rht-sr,from=q,wgrad=fp8",
+    "tetrajet,from=x,dgrad=fp8,wgrad=fp8",
+    "int8-switchback,wgrad=fp8",
+    "quartet,dgrad=fp8",
 ];
 
 /// Recipes whose W is rounded by its slow mean, too.

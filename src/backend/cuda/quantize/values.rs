@@ -1243,6 +1243,10 @@ mod tests {
             ("fp8", [false, true, true]),
             ("nvfp4", [false, true, true]),
             ("nvfp4,dgrad=bf16", [false, false, true]),
+            ("mxfp4-rht-sr,fwd=fp8", [false; 3]),
+            ("mxfp4-rht-sr,fwd=fp8,from=q", [false, true, false]),
+            ("mxfp4-rht-sr,dgrad=fp8", [false, true, false]),
+            ("mxfp4-rht-sr,wgrad=fp8", [false, false, true]),
             ("bf16,mantissa=4", [true; 3]),
         ];
         let where_fp8_is = [
@@ -1254,6 +1258,9 @@ mod tests {
             ("tetrajet,scale=quest,sr=off", [false, true, true]),
             ("tetrajet,scale-fwd=quest", [true; 3]),
             ("tetrajet,scale-fwd=quest,from=x", [true, false, false]),
+            ("mxfp4-rht-sr,scale=ceil,fwd=fp8", [false; 3]),
+            ("tetrajet,fwd=fp8", [false, true, true]),
+            ("tetrajet,dgrad=fp8", [false, true, false]),
             ("fp8", [false, true, true]),
             ("nvfp4", [false, true, true]),
         ];
