@@ -18,7 +18,7 @@
 //! | --- | --- | --- |
 //! | `g` | 16, 32, 64, 128, 256 | group length of the transform |
 //! | `signs` | `random`, `fixed`, `nvidia`, `plain` | fresh signs for each GEMM call, the same for all, or none |
-//! | `rht` | `off`, `wgrad`, `bwd` | which GEMMs are transformed |
+//! | `rht` | `off`, `wgrad`, `bwd`, `all` | which GEMMs are transformed |
 //! | `sr` | `both`, `dy`, `dy+x`, `other`, `off` | which operand is rounded stochastically |
 //! | `range` | `1`, `3/4` | how much of its range MXFP4 uses; in 3/4 nothing saturates |
 //! | `unbias` | `tensor`, `off` | divide products by what rounding to nearest shrinks their operands to |
@@ -41,7 +41,8 @@
 //! | `bf16-layers-pass`, `bf16-steps-pass` | `bwd`, `fwd`, `all` | which passes of those do |
 //!
 //! `fwd`, `dgrad` and `wgrad` come before all others, which say nothing of a GEMM in bf16 or FP8
-//! then.
+//! then. `g` and `signs` are those of the backward pass: a forward pass that is rotated, by
+//! `rht=all`, is so in groups of 32 without signs, because an evaluation has no step to draw them for.
 
 use std::fmt;
 use std::str::FromStr;
@@ -174,8 +175,9 @@ const NV_H16: Transform = Transform::of(16, Signs::Nvidia);
 const WITHIN: Operand = Operand::of(Format::nvfp4_within(true));
 const WITHIN_SR: Operand =
     WITHIN.rounded(Rounding::Unbiased).rotated(Transform::of(16, Signs::Random));
-const QUEST: Operand =
-    Operand::of(Format::mxfp4(PowerRule::Quest, false)).rotated(Transform::of(32, Signs::Plain));
+/// The one transform that a forward pass has: one of an evaluation has no step to draw signs for.
+const OF_FORWARD: Transform = Transform::of(32, Signs::Plain);
+const QUEST: Operand = Operand::of(Format::mxfp4(PowerRule::Quest, false)).rotated(OF_FORWARD);
 const QUARTET: Operand =
     NEAREST.within(Range::ThreeQuarters).rotated(Transform::of(32, Signs::Random));
 const ROWS_INT8: Operand = Operand::of(Format::INT8_VECTORS);
@@ -888,13 +890,31 @@ const SWITCHES: [Switch; 28] = [
     Switch {
         key: "rht",
         apply: |recipe, value| {
-            let words = [("off", [false; 2]), ("wgrad", [false, true]), ("bwd", [true; 2])];
-            let which = choice(value, &words, "off, wgrad or bwd")?;
+            // Forward, dgrad, wgrad. NOTE: all but the last leave a forward pass as it is, that of
+            // `quartet` rotated: checkpoints have such recipes from before there was `all`.
+            let words = [
+                ("off", [false; 3]),
+                ("wgrad", [false, false, true]),
+                ("bwd", [false, true, true]),
+                ("all", [true; 3]),
+            ];
+            let [forward, which @ ..] = choice(value, &words, "off, wgrad, bwd or all")?;
             recipe.quantized()?;
+            let blocks = |o: &Operand| o.format().is_mxfp4() || o.format().is_nvfp4();
+            if forward && !blocks(recipe.typical().forward().a()) {
+                return Err(Refused::HasNo("forward GEMM in MXFP4 or NVFP4"));
+            }
             let transform = recipe.transform().unwrap_or(Transform::DEFAULT);
-            recipe.change(|gemm, _, operand| {
+            let recipe = recipe.change(|gemm, _, operand| {
                 let wanted = which[usize::from(gemm == GemmId::Wgrad)];
                 if wanted { operand.with_transform(transform) } else { Ok(operand.unrotated()) }
+            })?;
+            if !forward {
+                return Ok(recipe);
+            }
+            recipe.change_forward(|_, operand| {
+                let rotated = blocks(&operand);
+                if rotated { operand.with_transform(OF_FORWARD) } else { Ok(operand) }
             })
         },
         show: |recipe| {
@@ -903,10 +923,12 @@ const SWITCHES: [Switch; 28] = [
             let [dgrad, wgrad] = recipe.switched();
             let is = |gemm: Option<&Gemm>| gemm.and_then(Gemm::transform).is_some();
             let (dgrad, wgrad) = (is(dgrad.or(wgrad)), is(wgrad.or(dgrad)));
+            let forward = is(Some(recipe.typical().forward()));
             Some(
                 match (dgrad, wgrad) {
                     (false, false) => "off",
                     (false, true) => "wgrad",
+                    (true, _) if forward => "all",
                     (true, _) => "bwd",
                 }
                 .into(),
@@ -1334,7 +1356,10 @@ mod tests {
             "zhou-fp4,fwd=fp8",
             "fp8,fwd=bf16,dgrad=bf16",
             "int8-switchback,fwd=bf16,dgrad=bf16,wgrad=fp8",
+            "mxfp4-mxfp4,rht=all,g=128,signs=fixed",
+            "nvfp4-nvfp4-sr,46=fwd,from=q,rht=all,fp8=fc1",
             "tetrajet2,rht=off,dgrad=fp8",
+            "tetrajet,rht=all,dgrad=fp8",
         ];
         for s in Recipe::NAMES.into_iter().chain(switched) {
             assert_eq!(s.parse::<Recipe>().unwrap().to_string(), s);
@@ -1350,6 +1375,10 @@ mod tests {
             ("fp8-mxfp4-rht-sr,fwd=fp8", "fp8-mxfp4-rht-sr"),
             ("msra-fp4,dgrad=fp8", "msra-fp4"),
             ("mxfp4,wgrad=fp8,wgrad=bf16", "mxfp4,wgrad=bf16"),
+            // Rotated forward by its name; what is about the backward pass alone leaves that.
+            ("quartet,rht=all", "quartet"),
+            ("quartet,rht=bwd", "quartet"),
+            ("mxfp4-mxfp4,g=32,rht=all", "mxfp4-mxfp4,rht=all,g=32"),
             ("mxfp4-rht-sr,range=3/4,sr=dy", "mxfp4-rht-sr,sr=dy,range=3/4"),
             ("mxfp4-rht-sr,sr=dy,range=3/4,sr=other", "mxfp4-rht-sr,sr=other,range=3/4"),
             (
@@ -1374,7 +1403,7 @@ mod tests {
             ("headroom", &["1", "17/16"]),
             ("outer", &["f32", "power"]),
             ("from", &["x", "q"]),
-            ("rht", &["off", "wgrad", "bwd"]),
+            ("rht", &["off", "wgrad", "bwd", "all"]),
             ("g", &["16", "32", "64", "128", "256"]),
             ("signs", &["random", "fixed", "nvidia", "plain"]),
             ("range", &["1", "3/4"]),
@@ -1476,6 +1505,19 @@ mod tests {
                 "occ: msra-fp4 has no forward GEMM in FP4 with scales of",
             ),
             ("quartet2,fwd=fp8,46=fwd", "46: quartet2 has no forward GEMM in NVFP4"),
+            ("mxfp4,rht=every", "rht: expected off, wgrad, bwd or all, got \"every\""),
+            ("bf16,rht=all", "rht: bf16 has no quantized backward GEMM"),
+            ("mxfp4-rht-sr,rht=all", "rht: mxfp4-rht-sr has no forward GEMM in MXFP4 or NVFP4"),
+            ("fp8,rht=all", "rht: fp8 has no forward GEMM in MXFP4 or NVFP4"),
+            ("tetrajet,fwd=fp8,rht=all", "rht: tetrajet has no forward GEMM in MXFP4 or NVFP4"),
+            ("msra-fp4,rht=all", "rht: msra-fp4 has no forward GEMM in MXFP4 or NVFP4"),
+            ("int8-switchback,rht=all", "has no forward GEMM in MXFP4 or NVFP4"),
+            ("zhou-fp4,rht=all", "needs an operand in MXFP4 or NVFP4; got one in FP8 E5M2"),
+            ("mxfp4-mxfp4,w=2d,rht=all", "has scales of blocks, not of squares"),
+            ("nvidia-nvfp4,rht=all", "has scales of blocks, not of squares"),
+            ("tetrajet,rht=all,ema=0.998", "in blocks of MXFP4 or NVFP4, unrotated"),
+            ("tetrajet,rht=all,reset=200:50:8@0.6", "in MXFP4 or NVFP4, unrotated"),
+            ("mxfp4-mxfp4,rht=all,g=16", "at least a block of 32, got 16"),
             ("mxfp4-rht-sr,ema=0.998", "ema: mxfp4-rht-sr has no W in the forward pass in blocks"),
             ("nvidia-nvfp4,ema=0.998", "ema: nvidia-nvfp4 has no W in the forward pass in blocks"),
             ("tetrajet,fwd=bf16,ema=0.998", "has no W in the forward pass in blocks"),
@@ -1521,6 +1563,29 @@ mod tests {
         let [first, second] = ["mxfp4-rht-sr,dgrad=fp8,g=128,sr=dy", "mxfp4-rht-sr,g=128,sr=dy"];
         assert_eq!(of(first).wgrad(), of(second).wgrad());
         assert!(of("mxfp4-sr,wgrad=fp8,rht=bwd").dgrad().transform().is_some());
+    }
+
+    /// In groups of 32 without signs, whatever the groups and signs of the backward pass.
+    #[test]
+    fn a_forward_pass_can_be_rotated() {
+        let of = |recipe: &str| *recipe.parse::<Recipe>().unwrap().linear(0);
+        for (name, group) in [("mxfp4-mxfp4", 64), ("tetrajet2", 16), ("nvfp4-nvfp4-rht-sr", 64)] {
+            let (was, rotated) = (of(name), of(&format!("{name},rht=all")));
+            let forward = [rotated.forward().a(), rotated.forward().b()];
+            assert!(forward.iter().all(|o| o.transform() == Some(Transform::of(32, Signs::Plain))));
+            assert_eq!(forward.map(|o| o.unrotated()), [*was.forward().a(), *was.forward().b()]);
+            assert_eq!(rotated.backward(), of(&format!("{name},rht=bwd")).backward());
+            let transform = Some(Transform::of(group, Signs::Random));
+            assert!(rotated.backward().iter().all(|gemm| gemm.transform() == transform), "{name}");
+        }
+        let fixed = of("mxfp4-mxfp4,rht=all,signs=fixed,g=256");
+        assert_eq!(fixed.forward(), of("mxfp4-mxfp4,rht=all").forward());
+        assert_eq!(fixed.dgrad().transform(), Some(Transform::of(256, Signs::Fixed)));
+        // Layers in FP8 are not, nor are GEMMs of the backward pass in FP8 or bf16.
+        let recipe: Recipe = "tetrajet,fp8=qkv,rht=all,wgrad=fp8".parse().unwrap();
+        let rotated = |gemm: &Gemm| gemm.transform().is_some();
+        assert_eq!(recipe.linear(0).gemms().map(rotated), [false, true, false]);
+        assert_eq!(recipe.linear(1).gemms().map(rotated), [true, true, false]);
     }
 
     #[test]

@@ -124,7 +124,7 @@ fn recomputing_changes_no_bit() {
 
 /// All names, and of switches some that no name has.
 fn recipes() -> impl Iterator<Item = &'static str> {
-    Recipe::NAMES.into_iter().chain(["tetrajet,fwd=fp8,wgrad=fp8", "quartet2,dgrad=fp8"])
+    Recipe::NAMES.into_iter().chain(["tetrajet,fwd=fp8,wgrad=fp8", "quartet2,rht=all,dgrad=fp8"])
 }
 
 #[test]

@@ -121,6 +121,10 @@ mod tests {
         assert_eq!(words("bf16,fwd=fp8"), exact("forward of FP8 E4M3 as bf16"));
         let backward = "dgrad of FP8 E5M2 and FP8 E4M3 as bf16, wgrad of NVFP4 as bf16";
         assert_eq!(words("nvfp4,dgrad=fp8"), exact(backward));
+        let rotated = words("tetrajet2,outer=f32,rht=all,wgrad=fp8").unwrap();
+        assert!(
+            rotated.starts_with("forward of NVFP4 as f32, dgrad of NVFP4 as f32, wgrad of FP8")
+        );
         // Weights that are rounded by their means are in numbers that no packing makes.
         let by_mean = words("mxfp4-mxfp4,ema=0.998").unwrap();
         assert!(by_mean.starts_with("forward of MXFP4 as bf16"), "{by_mean}");

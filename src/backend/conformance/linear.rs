@@ -20,7 +20,7 @@ const SIZES: [[usize; 3]; 7] = [
 ];
 
 /// Recipes that switches make, of what no name alone is.
-const SWITCHED: [&str; 51] = [
+const SWITCHED: [&str; 58] = [
     "mxfp4-rht,g=32",
     "mxfp4-rht-sr,g=128,sr=dy,wgrad=bf16",
     "mxfp4-rht-sr,g=256,signs=fixed",
@@ -72,6 +72,13 @@ const SWITCHED: [&str; 51] = [
     "tetrajet,from=x,dgrad=fp8,wgrad=fp8",
     "int8-switchback,wgrad=fp8",
     "quartet,dgrad=fp8",
+    "quartet2,rht=all,wgrad=fp8",
+    "mxfp4-mxfp4,rht=all",
+    "tetrajet,rht=all",
+    "mxfp4-mxfp4-sr,scale-fwd=quest,from=q,rht=all,g=128,signs=fixed",
+    "nvfp4-nvfp4-sr,rht=all",
+    "nvfp4-nvfp4,46=fwd,from=q,rht=all,dgrad=bf16",
+    "tetrajet2,outer=f32,rht=all",
 ];
 
 /// Recipes whose W is rounded by its slow mean, too.

@@ -67,6 +67,16 @@ fn operands() -> Vec<Operand> {
             all.push(operand.rotated(Transform::of(group, signs)));
         }
     }
+    // As a forward pass rotates them.
+    let of_forward = |format: &Format| {
+        let blocks = format.is_mxfp4() || format.is_nvfp4();
+        blocks && !format.is_square()
+    };
+    for operand in plain.iter().filter(|operand| of_forward(&operand.format())) {
+        if operand.rounding() == Rounding::Nearest {
+            all.push(operand.rotated(Transform::of(32, Signs::Plain)));
+        }
+    }
     let eden = of(Format::NVFP4).rounded(Rounding::Eden);
     all.extend([128, 256].map(|group| eden.rotated(Transform::of(group, Signs::Random))));
     let blocks = PowerRule::ALL.map(|rule| Format::mxfp4(rule, false)).into_iter();

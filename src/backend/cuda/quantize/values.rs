@@ -1247,6 +1247,8 @@ mod tests {
             ("mxfp4-rht-sr,fwd=fp8,from=q", [false, true, false]),
             ("mxfp4-rht-sr,dgrad=fp8", [false, true, false]),
             ("mxfp4-rht-sr,wgrad=fp8", [false, false, true]),
+            ("mxfp4-mxfp4,rht=all", [true, false, false]),
+            ("mxfp4-mxfp4,from=q,rht=all", [true; 3]),
             ("bf16,mantissa=4", [true; 3]),
         ];
         let where_fp8_is = [
@@ -1261,6 +1263,9 @@ mod tests {
             ("mxfp4-rht-sr,scale=ceil,fwd=fp8", [false; 3]),
             ("tetrajet,fwd=fp8", [false, true, true]),
             ("tetrajet,dgrad=fp8", [false, true, false]),
+            ("mxfp4-mxfp4,rht=all", [true, false, false]),
+            ("tetrajet,rht=all", [true; 3]),
+            ("tetrajet,rht=all,from=x", [true; 3]),
             ("fp8", [false, true, true]),
             ("nvfp4", [false, true, true]),
         ];

@@ -171,6 +171,9 @@ fn chips_multiply_recipes_in_their_numbers() {
         // Of what the forward pass made.
         ("tetrajet,dgrad=fp8", (9, 0), fits, [Fp8, Bf16, Fp8]),
         ("tetrajet,fwd=fp8", (9, 0), fits, [Fp8, Bf16, Bf16]),
+        ("mxfp4-mxfp4,rht=all", (9, 0), fits, [Bf16, Fp8, Fp8]),
+        ("tetrajet,rht=all", (9, 0), fits, [Bf16; 3]),
+        ("tetrajet2,outer=f32,rht=all", (9, 0), fits, [F32; 3]),
         ("nvidia-nvfp4", (9, 0), fits, [Bf16; 3]),
         ("nvidia-nvfp4", (12, 0), fits, [Bf16; 3]),
         ("tetrajet2,outer=f32", (9, 0), fits, [F32; 3]),
