@@ -1360,6 +1360,7 @@ mod tests {
             "nvfp4-nvfp4-sr,46=fwd,from=q,rht=all,fp8=fc1",
             "tetrajet2,rht=off,dgrad=fp8",
             "tetrajet,rht=all,dgrad=fp8",
+            "nvidia-nvfp4,w=1d,rht=all",
         ];
         for s in Recipe::NAMES.into_iter().chain(switched) {
             assert_eq!(s.parse::<Recipe>().unwrap().to_string(), s);
@@ -1514,7 +1515,7 @@ mod tests {
             ("int8-switchback,rht=all", "has no forward GEMM in MXFP4 or NVFP4"),
             ("zhou-fp4,rht=all", "needs an operand in MXFP4 or NVFP4; got one in FP8 E5M2"),
             ("mxfp4-mxfp4,w=2d,rht=all", "has scales of blocks, not of squares"),
-            ("nvidia-nvfp4,rht=all", "has scales of blocks, not of squares"),
+            ("nvidia-nvfp4,rht=all", "has scales of blocks, not of squares; use w=1d"),
             ("tetrajet,rht=all,ema=0.998", "in blocks of MXFP4 or NVFP4, unrotated"),
             ("tetrajet,rht=all,reset=200:50:8@0.6", "in MXFP4 or NVFP4, unrotated"),
             ("mxfp4-mxfp4,rht=all,g=16", "at least a block of 32, got 16"),

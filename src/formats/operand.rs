@@ -594,7 +594,7 @@ impl LinearRecipe {
         }
         if [self.forward.a, self.forward.b].iter().any(|operand| operand.format.is_square()) {
             return Err(invalid(
-                "what a forward pass rotates has scales of blocks, not of squares",
+                "what a forward pass rotates has scales of blocks, not of squares; use w=1d",
             ));
         }
         let turned = |gemm: &Gemm| gemm.b.source == OperandSource::Forward;

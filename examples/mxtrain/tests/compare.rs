@@ -454,7 +454,8 @@ fn runs_say_how_they_stray() {
         assert!(of("smoothed_loss") < of("early_loss"), "{record}");
     }
     assert!(succeed(dir, &line.replace("--sharpness 2e-3 ", "")).contains("is there"));
-    let out = succeed(dir, "compare report runs/bf16-seed1.json runs/mxfp4-seed1.json --out report");
+    let out =
+        succeed(dir, "compare report runs/bf16-seed1.json runs/mxfp4-seed1.json --out report");
     assert!(out.contains("smoothed train loss less bf16") && out.contains("sharpness"), "{out}");
     let report = read(dir, "report/compare.json");
     let rows = report["groups"][0]["rows"].as_array().unwrap();
