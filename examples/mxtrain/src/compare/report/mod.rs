@@ -1,8 +1,10 @@
 //! `mxtrain compare report`: tables and plots from records.
 //!
-//! Runs stand in one table only where they differ by nothing but recipe and seed. Whatever was not
+//! Runs stand in one table only where they differ by nothing but recipe and seed, or but optimizer,
+//! its settings and seed. Whatever was not
 //! understood is named, in the report too.
 
+mod optimizers;
 mod plot;
 mod runs;
 mod tables;
@@ -24,6 +26,7 @@ use crate::failure::{Failure, Outcome};
 use crate::files;
 use crate::table::Table;
 use crate::tokens_file::write_whole;
+use optimizers::Comparison;
 use plot::Axes;
 use runs::{BASE, Group, Row};
 
@@ -121,9 +124,17 @@ struct Summary {
     kind: &'static str,
     version: u32,
     groups: Vec<GroupSummary>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    optimizers: Vec<OptimizersSummary>,
     gradients: Vec<CheckpointSummary>,
     variances: Vec<Variances>,
     left_out: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct OptimizersSummary {
+    title: String,
+    rows: Vec<optimizers::Row>,
 }
 
 #[derive(Serialize)]
@@ -159,6 +170,8 @@ struct Report<'a> {
 impl Report<'_> {
     fn all(&mut self, records: Records) -> Outcome<Summary> {
         self.markdown.push_str("# What each recipe costs\n");
+        let optimizers = optimizers::comparisons(&records.runs);
+        let optimizers = optimizers.iter().map(|of| self.optimizers(of)).collect();
         let mut groups = Vec::new();
         for (index, group) in runs::groups(records.runs)?.iter().enumerate() {
             groups.push(self.group(group, index)?);
@@ -178,10 +191,24 @@ impl Report<'_> {
             kind: KIND,
             version: VERSION,
             groups,
+            optimizers,
             gradients,
             variances: records.variances.into_iter().map(|r| r.record).collect(),
             left_out: records.left_out,
         })
+    }
+
+    fn optimizers(&mut self, comparison: &Comparison<'_>) -> OptimizersSummary {
+        let (title, rows) = (comparison.title(), comparison.rows());
+        self.heading(&title);
+        self.table(&Comparison::table(&rows));
+        self.note(
+            "Losses in nats a token after the last step; means over seeds, +- their sample standard \
+             deviation. Differences are from adamw with the same seed, at those of its settings whose \
+             mean is lowest, and their means lie in the interval by Student's t. *: of each optimizer \
+             the settings with the lowest mean.",
+        );
+        OptimizersSummary { title, rows }
     }
 
     fn group(&mut self, group: &Group, index: usize) -> Outcome<GroupSummary> {

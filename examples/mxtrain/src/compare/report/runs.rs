@@ -123,7 +123,7 @@ impl Spread {
 impl Spread {
     /// What the mean of all seeds lies in with a probability of 95%, if values are normal; none of
     /// a single one, which says nothing of the others.
-    fn interval(&self) -> Option<Interval> {
+    pub(crate) fn interval(&self) -> Option<Interval> {
         let half = student_t(self.count - 1) * self.deviation? / (self.count as f64).sqrt();
         Some(Interval { from: self.mean - half, to: self.mean + half })
     }
@@ -137,6 +137,11 @@ pub(crate) struct Interval {
 }
 
 impl Interval {
+    pub(crate) fn in_words(&self) -> String {
+        let Self { from, to } = self;
+        format!("{from:+.4} to {to:+.4}")
+    }
+
     fn contains(&self, value: f64) -> bool {
         self.from <= value && value <= self.to
     }
@@ -391,10 +396,7 @@ impl Group {
                 words(row.train_loss, row.seeds.len(), false, 4),
                 words(row.validation_loss, row.seeds.len(), false, 4),
                 words(row.difference, row.seeds.len(), true, 4),
-                row.difference_interval.map_or_else(
-                    || "-".into(),
-                    |Interval { from, to }| format!("{from:+.4} to {to:+.4}"),
-                ),
+                row.difference_interval.map_or_else(|| "-".into(), |interval| interval.in_words()),
                 words(row.difference_percent, row.seeds.len(), true, 2),
                 words(row.difference_in_bf16, row.seeds.len(), true, 4),
                 format!(
@@ -546,7 +548,7 @@ fn at(run: &Run, step: u64) -> Option<f64> {
 }
 
 /// A mean and its spread, and how many seeds it is of where that is not all `seeds`.
-fn words(spread: Option<Spread>, seeds: usize, signed: bool, digits: usize) -> String {
+pub(crate) fn words(spread: Option<Spread>, seeds: usize, signed: bool, digits: usize) -> String {
     let Some(Spread { count, mean, deviation }) = spread else { return "-".into() };
     let mut text = if signed { format!("{mean:+.digits$}") } else { format!("{mean:.digits$}") };
     if let Some(deviation) = deviation {
@@ -559,7 +561,7 @@ fn words(spread: Option<Spread>, seeds: usize, signed: bool, digits: usize) -> S
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::Path;
 
     use serde_json::json;
@@ -580,35 +582,45 @@ mod tests {
         assert_eq!(words(None, 2, false, 1), "-");
     }
 
-    /// Runs of 10 steps that differ by recipe, seed and validation losses alone.
-    fn group(runs: &[(&str, u64, f64, Option<f64>)]) -> Group {
+    /// A run of 10 steps.
+    pub(crate) fn recorded(
+        recipe: &str,
+        seed: u64,
+        loss: f64,
+        in_bf16: Option<f64>,
+    ) -> Recorded<Run> {
         let data = json!({
             "name": "d", "tokenizer": null, "train": {"tokens": 99, "crc32": "0"},
             "validation": null
         });
-        let runs = runs.iter().map(|(recipe, seed, loss, in_bf16)| {
-            let mut run = json!({
-                "kind": "run", "version": 1,
-                "origin": {
-                    "program": "p", "commit": "c", "machine": "m", "date": "d", "command": []
-                },
-                "settings": {
-                    "recipe": recipe, "seed": seed, "layers": 1, "heads": 1, "channels": 8,
-                    "context": 8, "vocab_size": 9, "batch_size": 1, "sequence_length": 8,
-                    "accumulation": 1, "recompute": "nothing", "steps": 10, "lr": 0.1,
-                    "min_lr": 0.1, "warmup": 0, "schedule": "constant", "decay_steps": 0,
-                    "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.9, "epsilon": 1e-8, "clip": 0.0,
-                    "eval_every": 10, "eval_batches": 1, "data": data
-                },
-                "curve": [], "train_loss": loss, "validation_loss": loss, "diverged": null,
-                "raised_blocks": 0, "quantized_blocks": 0, "tokens_per_second": 1.0, "seconds": 1.0
-            });
-            // What records of older programs do not have.
-            if let Some(loss) = in_bf16 {
-                run["validation_loss_in_bf16"] = json!(loss);
-            }
-            parse::<Run>(Path::new("f"), &run.to_string()).unwrap()
+        let mut run = json!({
+            "kind": "run", "version": 1,
+            "origin": {
+                "program": "p", "commit": "c", "machine": "m", "date": "d", "command": []
+            },
+            "settings": {
+                "recipe": recipe, "seed": seed, "layers": 1, "heads": 1, "channels": 8,
+                "context": 8, "vocab_size": 9, "batch_size": 1, "sequence_length": 8,
+                "accumulation": 1, "recompute": "nothing", "steps": 10, "lr": 0.1,
+                "min_lr": 0.1, "warmup": 0, "schedule": "constant", "decay_steps": 0,
+                "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.9, "epsilon": 1e-8, "clip": 0.0,
+                "eval_every": 10, "eval_batches": 1, "data": data
+            },
+            "curve": [], "train_loss": loss, "validation_loss": loss, "diverged": null,
+            "raised_blocks": 0, "quantized_blocks": 0, "tokens_per_second": 1.0, "seconds": 1.0
         });
+        // What records of older programs do not have.
+        if let Some(loss) = in_bf16 {
+            run["validation_loss_in_bf16"] = json!(loss);
+        }
+        parse::<Run>(Path::new("f"), &run.to_string()).unwrap()
+    }
+
+    /// Runs that differ by recipe, seed and validation losses alone.
+    fn group(runs: &[(&str, u64, f64, Option<f64>)]) -> Group {
+        let runs = runs
+            .iter()
+            .map(|(recipe, seed, loss, in_bf16)| recorded(recipe, *seed, *loss, *in_bf16));
         let mut groups = groups(runs.collect()).unwrap();
         assert_eq!(groups.len(), 1);
         groups.remove(0)
