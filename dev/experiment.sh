@@ -44,6 +44,16 @@ data() {
     echo "$DATA"
 }
 
+# Fails unless the text has so many tokens that none is seen twice. has_tokens FOLDER NEEDED
+has_tokens() {
+    # Windows begin at a random place of the first, and the last one needs a token more.
+    local tokens needed=$(($2 + 2 * 1024))
+    tokens=$(sed -n 's/.*"train_tokens": *\([0-9]*\).*/\1/p' "$1/meta.json")
+    if ((${tokens:-0} < needed)); then
+        refused DATA "$needed tokens or more, so that none is seen twice" "${tokens:-0}"
+    fi
+}
+
 # Runs one command a line of its input, one at a time on each GPU, which takes the place of "GPU". A
 # GPU that is named twice runs two at a time. The output of all but the first goes to files. One that
 # fails keeps none of the others from being run.

@@ -58,16 +58,6 @@ small_recipes() {
     grep -E "$fast" <<<"$all" || true
 }
 
-# Fails unless the text has so many tokens that none is seen twice. has_tokens FOLDER NEEDED
-has_tokens() {
-    # Windows begin at a random place of the first, and the last one needs a token more.
-    local tokens needed=$(($2 + 2 * 1024))
-    tokens=$(sed -n 's/.*"train_tokens": *\([0-9]*\).*/\1/p' "$1/meta.json")
-    if ((${tokens:-0} < needed)); then
-        refused DATA "$needed tokens or more, so that none is seen twice" "${tokens:-0}"
-    fi
-}
-
 # runs FOLDER STEPS STEP_TOKENS SEEDS RECIPES EVALUATIONS OPTION..
 runs() {
     local folder=$1 steps=$2 seeds=$4 recipes=${RECIPES:-$5} recipe seed data

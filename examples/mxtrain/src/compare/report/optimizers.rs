@@ -80,6 +80,9 @@ impl<'a> Comparison<'a> {
             runs.sort_by_key(|run| run.settings.seed);
             let optimizer = optimizer(own);
             let differing = OF_OPTIMIZER[1..].iter().filter(|name| varies(name, &optimizer));
+            // The rate that it falls to is a part of the rate, if nobody says otherwise.
+            let differing =
+                differing.filter(|name| **name != "min_lr" || !varies("lr", &optimizer));
             let named = differing.map(|name| format!("; {name} {}", shown(&own[*name])));
             Variant { name: format!("{optimizer}{}", named.collect::<String>()), optimizer, runs }
         });
