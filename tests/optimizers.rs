@@ -322,3 +322,30 @@ fn decay_rates_fall_over_a_schedule() {
     let mut resumed = Trainer::load(&engine(2), folder.path()).unwrap();
     assert_eq!(losses(&mut resumed, 4), all[4..]);
 }
+
+/// What a run's optimizer is set to stays, and need not be named again.
+#[test]
+fn settings_of_a_run_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    for (saved, same, other) in [
+        ("stable-spam,gamma1=0.5", "stable-spam,moments=int8,gamma1=0.5", "stable-spam,gamma1=0.6"),
+        ("muon,ratio=30", "muon,ratio=30,moments=bf16", "muon,ratio=40"),
+    ] {
+        let optimizer = saved.parse().unwrap();
+        let mut trainer = Trainer::new(&model(&engine(1)), options(optimizer)).unwrap();
+        losses(&mut trainer, 1);
+        trainer.save(folder.path()).unwrap();
+        let load = |text: &str| {
+            Trainer::load_as(&engine(1), folder.path(), &text.parse().unwrap())
+                .map(|trainer| trainer.options().optimizer.to_string())
+        };
+        let kept = options(optimizer).optimizer.to_string();
+        let unnamed = format!("{},moments=bf16", optimizer.kind);
+        assert!(load(same).unwrap().starts_with(&optimizer.kind.to_string()));
+        let (name, switches) = kept.split_once(',').unwrap();
+        assert_eq!(load(&unnamed).unwrap(), format!("{name},moments=bf16,{switches}"));
+        let error = load(other).unwrap_err().to_string();
+        let expected = format!("was trained with {kept}, which a run keeps; got {other}");
+        assert!(error.contains(&expected), "{error}");
+    }
+}

@@ -212,6 +212,22 @@ impl Optimizer {
         (Self { beta1: (f64::from(self.beta1) * s) as f32, ..self }, s)
     }
 
+    /// Whether its string names settings, besides what things are kept in, that are not those of
+    /// another of its kind.
+    pub(crate) fn names_other_settings(&self, other: &Self) -> bool {
+        let settings = |of: &Self| {
+            let Normalization { gamma1, gamma2, gamma3, reset, anneals } = of.normalization;
+            let Muon { momentum, ratio } = of.muon;
+            match self.kind.orthogonalizes() {
+                true => [momentum, ratio, 0.0, 0.0, 0.0].map(f64::from),
+                false => [gamma1, gamma2, gamma3, reset.into(), u8::from(anneals).into()],
+            }
+        };
+        let has_any = self.kind.normalizes() || self.kind.orthogonalizes();
+        let [ours, usual, theirs] = [self, &Self::new(self.kind), other].map(settings);
+        has_any && (0..ours.len()).any(|i| ours[i] != usual[i] && ours[i] != theirs[i])
+    }
+
     /// Whether decay rates fall over a schedule, whose steps then have to be known.
     pub(crate) fn anneals(&self) -> bool {
         self.kind.normalizes() && self.normalization.anneals

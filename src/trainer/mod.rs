@@ -175,11 +175,12 @@ impl Trainer {
 
     /// [`Trainer::load`], with moments, master weights and gradients that are kept from here on in
     /// what `stored` has them in: they are rounded to it once, and the run goes on as one that was
-    /// made so. All other settings of the optimizer are the saved ones.
+    /// made so. All other settings of the optimizer are the saved ones; switches need not be named
+    /// again.
     ///
     /// # Errors
     /// As [`Trainer::load`], and [`Error::InvalidArgument`] for another optimizer than the saved
-    /// one.
+    /// one, or other settings of it.
     pub fn load_as(engine: &Engine, dir: &Path, stored: &Optimizer) -> Result<Self> {
         Self::load_with(engine, dir, Some(stored))
     }
@@ -187,15 +188,20 @@ impl Trainer {
     fn load_with(engine: &Engine, dir: &Path, stored: Option<&Optimizer>) -> Result<Self> {
         let checkpoint = Checkpoint::open(dir)?;
         let mut state = checkpoint.state()?;
-        if let Some(Optimizer { kind, moments, master, gradients, .. }) = stored {
+        if let Some(stored) = stored {
             let saved = &mut state.options.optimizer;
+            let Optimizer { kind, moments, master, gradients, .. } = stored;
+            let keeps = |what: String, got: String| {
+                let dir = dir.display();
+                let message =
+                    format!("{dir} was trained with {what}, which a run keeps; got {got}");
+                Err(Error::invalid("optimizer", message))
+            };
             if saved.kind != *kind {
-                let message = format!(
-                    "{} was trained with {}, which a run keeps; got {kind}",
-                    dir.display(),
-                    saved.kind
-                );
-                return Err(Error::invalid("optimizer", message));
+                return keeps(saved.kind.to_string(), kind.to_string());
+            }
+            if stored.names_other_settings(saved) {
+                return keeps(saved.to_string(), stored.to_string());
             }
             (saved.master, saved.gradients) = (*master, *gradients);
             let before = std::mem::replace(&mut saved.moments, *moments);

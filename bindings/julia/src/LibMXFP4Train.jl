@@ -1383,9 +1383,10 @@ end
 """
     mxt_trainer_load_as(engine, dir, optimizer, trainer)
 
-mxt_trainer_load, with moments that are kept from here on in what `optimizer` says, such as
-\"adamw,moments=int8\": they are rounded to it once, and the run goes on as one that was made so.
-The optimizer itself must be the saved one. `optimizer` is borrowed for the call.
+mxt_trainer_load, with moments, weights and gradients that are kept from here on in what
+`optimizer` says, such as \"adamw,moments=int8\": they are rounded to it once, and the run goes on
+as one that was made so. The optimizer itself must be the saved one; other switches need not be
+named again, and cannot be changed. `optimizer` is borrowed for the call.
 
 Errors: as mxt_trainer_load; MXT_ERROR_INVALID_ARGUMENT for another optimizer, too.
 """
