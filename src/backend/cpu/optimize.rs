@@ -211,9 +211,10 @@ impl Optimize for Cpu {
                 let squares = in_order(g, &|job| chunk_sum_of_squares(isa, job), &Add::add);
                 let has_second = !step.optimizer.orthogonalizes(slots[index].kind);
                 let ratio = Ratio::new(step, one.scale * scale).clipped(one.clipped);
-                let ratios = has_second
-                    .then(|| Part::of(trained, index, step).sum_of_ratios(isa, ratio))
-                    .unwrap_or_default();
+                let ratios = match has_second {
+                    true => Part::of(trained, index, step).sum_of_ratios(isa, ratio),
+                    false => 0.0,
+                };
                 found(UpdateSums { squares, ratios });
             }
         });

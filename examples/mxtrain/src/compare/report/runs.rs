@@ -357,7 +357,7 @@ impl Group {
             Some(smoothed(run)? - smoothed(base)?)
         };
         let finished = known.iter().filter(|run| run.diverged.is_none());
-        let pairs = finished.clone().filter(|_| recipe != BASE).filter_map(|run| pair(run));
+        let pairs = finished.clone().filter(|_| recipe != BASE).filter_map(pair);
         let last = finished.filter_map(|run| run.curve.last()?.sharpness);
         (!known.is_empty()).then(|| Deviations {
             runs: known.len(),
