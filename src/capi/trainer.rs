@@ -279,6 +279,9 @@ pub unsafe extern "C" fn mxt_trainer_step_tokens(
 /// the dataset. Changes nothing of the run. A loss that is NaN or infinite is a result, not an
 /// error.
 ///
+/// A recipe with "haste" merges the channels that linear layers read, and `*stats` says what that
+/// would spare.
+///
 /// Where no file has the tokens of a sequence and one more, each file of two tokens or more is one
 /// shorter sequence of all its tokens; stats->tokens tells how many were predicted.
 ///

@@ -1,5 +1,4 @@
 /* The main road: train, evaluate, save, resume bit for bit, tensors by name, generate, plan. */
-#include <math.h>
 #include "check.h"
 
 #include <math.h>
@@ -27,6 +26,35 @@ static void a_recipe_with_switches(mxt_model *model, mxt_dataset *dataset) {
   OK(mxt_trainer_get_options(trainer, &kept));
   CHECK(strcmp(kept.recipe, options.recipe) == 0);
   mxt_trainer_free(trainer);
+}
+
+/* Evaluations of a recipe that merges channels say what that would spare; nothing trains by it. */
+static void merged_channels(mxt_model *model, mxt_dataset *dataset) {
+  double products[2];
+  const char *const recipes[] = {"bf16,haste=1", "bf16,haste=64"};
+  for (int i = 0; i < 2; i++) {
+    mxt_trainer *trainer = NULL;
+    mxt_trainer_options options = small_options();
+    options.recipe = recipes[i];
+    OK(mxt_trainer_new(model, &options, &trainer));
+    FAILS(MXT_ERROR_INVALID_ARGUMENT, "haste", mxt_trainer_step(trainer, dataset, NULL));
+    mxt_eval_stats eval;
+    eval.struct_size = sizeof eval;
+    OK(mxt_trainer_eval(trainer, dataset, 2, &eval));
+    CHECK(eval.loss > 0 && isnan(eval.sharpness) && eval.spared_all < eval.spared_products);
+    products[i] = eval.spared_products;
+    /* A program that knows no more than sharpness. */
+    mxt_eval_stats older;
+    older.struct_size = offsetof(mxt_eval_stats, spared_products);
+    older.spared_products = older.spared_all = 77;
+    OK(mxt_trainer_eval(trainer, dataset, 2, &older));
+    CHECK(older.loss == eval.loss && isnan(older.logit_amax));
+    CHECK(older.spared_products == 77 && older.spared_all == 77);
+    mxt_trainer_free(trainer);
+  }
+  /* Hashes of one bit leave two of 16 channels or more. */
+  CHECK(products[0] >= 1 - 2.0 / 16 && products[0] < 1);
+  CHECK(products[1] >= 0 && products[1] < products[0]);
 }
 
 int main(int argc, char **argv) {
@@ -60,6 +88,7 @@ int main(int argc, char **argv) {
   mxt_model *model = new_model(engine);
   mxt_dataset *dataset = new_dataset();
   a_recipe_with_switches(model, dataset);
+  merged_channels(model, dataset);
   mxt_trainer *trainer = new_trainer(model);
 
   mxt_model_config seen;
@@ -99,6 +128,7 @@ int main(int argc, char **argv) {
   CHECK(eval.loss < first && eval.perplexity > 1 && eval.tokens == 4 * BATCH * CONTEXT);
   CHECK(mxt_trainer_steps_done(trainer) == 60);
   CHECK(isnan(eval.sharpness) && isnan(eval.logit_amax));
+  CHECK(isnan(eval.spared_products) && isnan(eval.spared_all));
   const float plain = eval.loss;
   OK(mxt_trainer_set_sharpness(trainer, 1e-3f));
   OK(mxt_trainer_eval(trainer, dataset, 4, &eval));

@@ -101,6 +101,9 @@ static void moves_and_lifetimes() {
   mxt::Trainer nearest(trained, switched);
   CHECK(nearest.step(*dataset).step == 1);
   CHECK(nearest.options().recipe == std::string(switched.recipe));
+  switched.recipe = "bf16,haste=1";
+  const mxt::EvalStats merged = mxt::Trainer(trained, switched).eval(*dataset, 1);
+  CHECK(merged.spared_products > 0.8 && merged.spared_all < merged.spared_products);
   mxt::TrainerOptions schedule;
   schedule.lr = 2e-3f;
   second.set_schedule(schedule);

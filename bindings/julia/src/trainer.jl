@@ -149,7 +149,9 @@ Base.IteratorEltype(::Type{Steps}) = Base.EltypeUnknown()
 The mean loss over at most `max_batches` batches spread evenly over the dataset, 0 for all of it, as
 a named tuple: `tokens`, `seconds`, `loss` (nats a token), `perplexity`, and, `NaN` unless
 [`set_sharpness!`](@ref) asks for them, `sharpness`, `sharpness_last`, `sharpness_epsilon` and
-`logit_amax`. It changes nothing of the run, but needs the trainer for itself.
+`logit_amax`. With `haste` in the recipe, `spared_products` and `spared_all` are the part of the
+linear layers' operations that merging channels would spare, without and with what merging itself
+adds; else `NaN`. It changes nothing of the run, but needs the trainer for itself.
 """
 function evaluate!(trainer::Trainer, dataset::Dataset; max_batches::Integer = 0)
     most = c_number(Csize_t, "max_batches", max_batches)

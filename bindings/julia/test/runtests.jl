@@ -302,6 +302,11 @@ end
     sharp = evaluate!(trainer, dataset; max_batches = 1)
     @test sharp.loss == plain.loss && sharp.sharpness > 0 && sharp.sharpness_epsilon == 5.0f-4
     set_sharpness!(trainer, 0)
+    @test isnan(plain.spared_products) && isnan(plain.spared_all)
+    merging = Trainer(new_model(); recipe = "bf16,haste=1", batch_size = 2)
+    spared = evaluate!(merging, dataset; max_batches = 1)
+    # Hashes of one bit leave two of 16 channels or more.
+    @test 1 - 2 / 16 <= spared.spared_products < 1 && spared.spared_all < spared.spared_products
     set_lr!(trainer, 1e-3)
     @test step!(trainer, dataset).lr == 1.0f-3
     use_schedule!(trainer)
