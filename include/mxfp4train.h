@@ -550,6 +550,12 @@ typedef struct mxt_step_stats {
   // rounding is coarser than their own scale would allow; with stochastic rounding it has no
   // bias still. 0 on CPUs.
   uint64_t raised_blocks;
+  // Where mxt_trainer_watch_updates watches this step, the largest rms of a tensor (see
+  // mxt_tensor_update), else NaN.
+  float update_rms_max;
+  // The index of that tensor for mxt_model_tensor_info, of equals the first; UINT32_MAX where
+  // update_rms_max is NaN.
+  uint32_t update_rms_tensor;
 } mxt_step_stats;
 
 // What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills
@@ -601,6 +607,24 @@ typedef struct mxt_memory_plan {
   // Sum of all.
   uint64_t total;
 } mxt_memory_plan;
+
+// What an update did to a tensor. Set struct_size to sizeof(mxt_tensor_update) before the call
+// that fills it.
+typedef struct mxt_tensor_update {
+  // sizeof(mxt_tensor_update), set by the caller.
+  size_t struct_size;
+  // The step that made it, from 1 on.
+  uint64_t step;
+  // Norm of the tensor's gradient, before clipping and normalization.
+  float grad_norm;
+  // How far the gradient is beyond what the second moment has seen coming: root of the mean of
+  // g^2 / max(u, epsilon^2) over the tensor's numbers, where g is the gradient that the moments
+  // take in and u the corrected second moment after that. 1 while gradients stay as they were,
+  // and never above 1 / sqrt(1 - beta2); 2.3 and above in the first layers comes before most
+  // spikes of the loss (arXiv 2304.13013). NaN of a tensor that has no second moment, as the
+  // matrices of "muon".
+  float rms;
+} mxt_tensor_update;
 
 // Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation,
 // and where that failed or was stopped.
@@ -1177,6 +1201,24 @@ mxt_status mxt_plan(const struct mxt_engine *engine,
                     const struct mxt_model_config *config,
                     const struct mxt_trainer_options *options,
                     struct mxt_memory_plan *result);
+
+// Watches the updates of the steps that `every` divides, from here on, those of mxt_trainer_run
+// too: the stats of such a step have update_rms_max and update_rms_tensor, and
+// mxt_trainer_tensor_update has what each tensor's update was. 0 ends it, and a new watch forgets
+// what the one before has found. A step that is watched reads gradients and second moments once
+// more. It changes nothing of the run, bit for bit, and is not saved with it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (the watch before stays), MXT_ERROR_BUSY.
+mxt_status mxt_trainer_watch_updates(struct mxt_trainer *trainer, uint64_t every);
+
+// Stores what the last update that was watched (mxt_trainer_watch_updates) did to the tensor of
+// this name in `*update`, whose struct_size the caller has set. `tensor` is borrowed for the call.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR,
+// MXT_ERROR_INVALID_ARGUMENT (no update was watched yet), MXT_ERROR_BUSY.
+mxt_status mxt_trainer_tensor_update(struct mxt_trainer *trainer,
+                                     const char *tensor,
+                                     struct mxt_tensor_update *update);
 
 // Fills `options` with the defaults. `struct_size` is sizeof(mxt_run_options) as the caller's
 // compiler sees it.

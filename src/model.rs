@@ -231,14 +231,20 @@ impl Model {
         Ok(Self(Arc::new(Inner { on_device, engine, config, found, tensors })))
     }
 
-    pub(crate) fn index_of(&self, name: &str, len: usize) -> Result<usize> {
-        let index = self.tensors().iter().position(|t| t.name == name).ok_or_else(|| {
+    /// Which of [`Model::tensors`] has this name.
+    pub(crate) fn number_of(&self, name: &str) -> Result<usize> {
+        self.tensors().iter().position(|t| t.name == name).ok_or_else(|| {
             let example = &self.tensors()[0].name;
             Error::NoSuchTensor {
                 name: name.to_owned(),
                 hint: format!("the list of tensors has the names, such as {example:?}"),
             }
-        })?;
+        })
+    }
+
+    /// [`Model::number_of`] for a buffer of `len` numbers, which must be the tensor's.
+    pub(crate) fn index_of(&self, name: &str, len: usize) -> Result<usize> {
+        let index = self.number_of(name)?;
         let info = &self.tensors()[index];
         if info.len() != len {
             let message = format!(

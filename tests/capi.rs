@@ -45,6 +45,11 @@ fn train_save_resume_generate() {
 }
 
 #[test]
+fn what_a_trainer_watches() {
+    run("watch.c", Link::Shared);
+}
+
+#[test]
 fn the_static_library_works_too() {
     run("train.c", Link::Static);
 }

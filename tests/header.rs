@@ -11,7 +11,7 @@ use std::process::Command;
 use common::{has_program, root, succeed};
 
 /// The files that declare something, in the order of the header.
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
     "status",
     "version",
     "message",
@@ -21,6 +21,7 @@ const SOURCES: [&str; 10] = [
     "dataset",
     "trainer_structs",
     "trainer",
+    "watch",
     "run",
 ];
 

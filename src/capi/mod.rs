@@ -19,7 +19,7 @@
 //! | `structs` | option and result structs that grow: `struct_size` |
 //! | `arguments` | strings and arrays from the host |
 //! | `buffers` | arrays that may lie on a GPU |
-//! | `version`, `engine`, `model`, `generate`, `dataset`, `trainer` (with `trainer_structs`), `run` | the functions |
+//! | `version`, `engine`, `model`, `generate`, `dataset`, `trainer` (with `trainer_structs`), `watch`, `run` | the functions |
 
 // The names are C names.
 #![allow(non_camel_case_types)]
@@ -44,6 +44,7 @@ mod structs;
 mod trainer;
 mod trainer_structs;
 mod version;
+mod watch;
 
 pub use dataset::*;
 pub use engine::*;
@@ -55,6 +56,7 @@ pub use status::*;
 pub use trainer::*;
 pub use trainer_structs::*;
 pub use version::*;
+pub use watch::*;
 
 // The header promises that handles may move between threads and that const calls may share them.
 const _: () = {

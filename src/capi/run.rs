@@ -287,7 +287,10 @@ impl Run {
     /// given up because of a stop request, which stays.
     fn step(&mut self) -> Result<Option<(mxt_step_stats, Option<mxt_eval_stats>)>, Failure> {
         let data = &self.dataset.data;
-        let stepped = self.trainer.exclusive(|trainer| Ok(trainer.step_unless_stopped(data)?));
+        let stepped = self.trainer.exclusive(|trainer| {
+            let stats = trainer.step_unless_stopped(data)?;
+            Ok(mxt_step_stats::new(stats, trainer))
+        });
         let stats = match stepped {
             Err(failure) if failure.status == MXT_STOPPED => return Ok(None),
             other => other?,
@@ -309,7 +312,7 @@ impl Run {
                 _ => {}
             }
         }
-        Ok(Some((stats.into(), eval)))
+        Ok(Some((stats, eval)))
     }
 
     /// Saves what a stop has left behind.

@@ -237,7 +237,10 @@ pub unsafe extern "C" fn mxt_trainer_step(
         guard::method("mxt_trainer_step", trainer, |trainer| {
             let out = Out::optional("stats", stats)?;
             let dataset = keep(dataset).ok_or_else(|| Failure::null("dataset"))?;
-            out.put(trainer.exclusive(|trainer| Ok(trainer.step(&dataset.data)?))?.into());
+            out.put(trainer.exclusive(|trainer| {
+                let stats = trainer.step(&dataset.data)?;
+                Ok(mxt_step_stats::new(stats, trainer))
+            })?);
             Ok(())
         })
     }
@@ -266,9 +269,12 @@ pub unsafe extern "C" fn mxt_trainer_step_tokens(
             let out = Out::optional("stats", stats)?;
             let engine = trainer.model.model.engine();
             let stats = buffers::read_in_parts(engine, "tokens", tokens, count, |copy| {
-                trainer.exclusive(|trainer| Ok(trainer.step_copied_tokens(count, copy)?))
+                trainer.exclusive(|trainer| {
+                    let stats = trainer.step_copied_tokens(count, copy)?;
+                    Ok(mxt_step_stats::new(stats, trainer))
+                })
             })?;
-            out.put(stats.into());
+            out.put(stats);
             Ok(())
         })
     }

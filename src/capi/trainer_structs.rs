@@ -9,7 +9,7 @@ use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, versioned};
 use crate::{
     Error, EvalStats, Optimizer, Plan, Recompute, Schedule, ScheduleKind, Sharpness, Spared,
-    StepStats, TrainerOptions,
+    StepStats, Trainer, TrainerOptions,
 };
 
 /// The curve of the learning rate after the warm-up.
@@ -265,11 +265,30 @@ pub struct mxt_step_stats {
     /// rounding is coarser than their own scale would allow; with stochastic rounding it has no
     /// bias still. 0 on CPUs.
     pub raised_blocks: u64,
+    /// Where mxt_trainer_watch_updates watches this step, the largest rms of a tensor (see
+    /// mxt_tensor_update), else NaN.
+    pub update_rms_max: f32,
+    /// The index of that tensor for mxt_model_tensor_info, of equals the first; UINT32_MAX where
+    /// update_rms_max is NaN.
+    pub update_rms_tensor: u32,
 }
-versioned!(mxt_step_stats, last = tokens_per_second: f32, then raised_blocks: u64);
+versioned!(
+    mxt_step_stats,
+    last = tokens_per_second: f32,
+    then raised_blocks: u64,
+    then update_rms_tensor: u32
+);
 
-impl From<StepStats> for mxt_step_stats {
-    fn from(stats: StepStats) -> Self {
+impl mxt_step_stats {
+    /// Of the step that `trainer` has just done.
+    pub(super) fn new(stats: StepStats, trainer: &Trainer) -> Self {
+        let found = trainer.update_metrics().filter(|found| found.step == stats.step);
+        let largest = found.and_then(|found| {
+            let (name, rms) = found.largest()?;
+            let number = found.tensors.iter().position(|(of, _)| of == name)?;
+            Some((rms, number as u32))
+        });
+        let (update_rms_max, update_rms_tensor) = largest.unwrap_or((f32::NAN, u32::MAX));
         Self {
             struct_size: size_of::<Self>(),
             step: stats.step,
@@ -280,6 +299,8 @@ impl From<StepStats> for mxt_step_stats {
             lr: stats.lr,
             tokens_per_second: (stats.tokens as f64 / stats.seconds.max(1e-9)) as f32,
             raised_blocks: stats.raised_blocks,
+            update_rms_max,
+            update_rms_tensor,
         }
     }
 }

@@ -112,6 +112,12 @@ int main(void) {
   IS_NULL("dataset", mxt_trainer_eval(trainer, NULL, 1, &eval));
   IS_NULL("stats", mxt_trainer_eval(trainer, dataset, 1, NULL));
   IS_NULL("trainer", mxt_trainer_set_sharpness(NULL, 1e-3f));
+  mxt_tensor_update update;
+  update.struct_size = sizeof update;
+  IS_NULL("trainer", mxt_trainer_watch_updates(NULL, 1));
+  IS_NULL("trainer", mxt_trainer_tensor_update(NULL, "x", &update));
+  IS_NULL("tensor", mxt_trainer_tensor_update(trainer, NULL, &update));
+  IS_NULL("update", mxt_trainer_tensor_update(trainer, "x", NULL));
   IS_NULL("trainer", mxt_trainer_set_lr(NULL, 1));
   IS_NULL("trainer", mxt_trainer_use_schedule(NULL));
   IS_NULL("trainer", mxt_trainer_set_schedule(NULL, NULL));

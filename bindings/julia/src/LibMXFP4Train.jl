@@ -609,6 +609,12 @@ struct mxt_step_stats
     # rounding is coarser than their own scale would allow; with stochastic rounding it has no
     # bias still. 0 on CPUs.
     raised_blocks::UInt64
+    # Where mxt_trainer_watch_updates watches this step, the largest rms of a tensor (see
+    # mxt_tensor_update), else NaN.
+    update_rms_max::Cfloat
+    # The index of that tensor for mxt_model_tensor_info, of equals the first; UINT32_MAX where
+    # update_rms_max is NaN.
+    update_rms_tensor::UInt32
 end
 
 """
@@ -663,6 +669,26 @@ struct mxt_memory_plan
     workspace::UInt64
     # Sum of all.
     total::UInt64
+end
+
+"""
+What an update did to a tensor. Set struct_size to sizeof(mxt_tensor_update) before the call
+that fills it.
+"""
+struct mxt_tensor_update
+    # sizeof(mxt_tensor_update), set by the caller.
+    struct_size::Csize_t
+    # The step that made it, from 1 on.
+    step::UInt64
+    # Norm of the tensor's gradient, before clipping and normalization.
+    grad_norm::Cfloat
+    # How far the gradient is beyond what the second moment has seen coming: root of the mean of
+    # g^2 / max(u, epsilon^2) over the tensor's numbers, where g is the gradient that the moments
+    # take in and u the corrected second moment after that. 1 while gradients stay as they were,
+    # and never above 1 / sqrt(1 - beta2); 2.3 and above in the first layers comes before most
+    # spikes of the loss (arXiv 2304.13013). NaN of a tensor that has no second moment, as the
+    # matrices of "muon".
+    rms::Cfloat
 end
 
 """
@@ -1682,6 +1708,41 @@ function mxt_plan(engine, config, options, result)
         config::Ptr{mxt_model_config},
         options::Ptr{mxt_trainer_options},
         result::Ptr{mxt_memory_plan}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_watch_updates(trainer, every)
+
+Watches the updates of the steps that `every` divides, from here on, those of mxt_trainer_run
+too: the stats of such a step have update_rms_max and update_rms_tensor, and
+mxt_trainer_tensor_update has what each tensor's update was. 0 ends it, and a new watch forgets
+what the one before has found. A step that is watched reads gradients and second moments once
+more. It changes nothing of the run, bit for bit, and is not saved with it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (the watch before stays), MXT_ERROR_BUSY.
+"""
+function mxt_trainer_watch_updates(trainer, every)
+    return @ccall libmxfp4train.mxt_trainer_watch_updates(
+        trainer::Ptr{mxt_trainer},
+        every::UInt64
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_tensor_update(trainer, tensor, update)
+
+Stores what the last update that was watched (mxt_trainer_watch_updates) did to the tensor of
+this name in `*update`, whose struct_size the caller has set. `tensor` is borrowed for the call.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR,
+MXT_ERROR_INVALID_ARGUMENT (no update was watched yet), MXT_ERROR_BUSY.
+"""
+function mxt_trainer_tensor_update(trainer, tensor, update)
+    return @ccall libmxfp4train.mxt_trainer_tensor_update(
+        trainer::Ptr{mxt_trainer},
+        tensor::Cstring,
+        update::Ptr{mxt_tensor_update}
     )::mxt_status
 end
 
