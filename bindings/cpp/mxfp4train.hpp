@@ -79,6 +79,7 @@ class error : public std::runtime_error {
 
 using StepStats = mxt_step_stats;
 using EvalStats = mxt_eval_stats;
+using TensorUpdate = mxt_tensor_update;
 using Coverage = mxt_coverage;
 using RunResult = mxt_run_result;
 using MemoryPlan = mxt_memory_plan;
@@ -622,6 +623,19 @@ class Trainer {
   // Evaluations from here on say how sharp the loss is in the logits; 0 ends it.
   outcome<void> set_sharpness(float epsilon) {
     return detail::finish(mxt_trainer_set_sharpness(get(), epsilon));
+  }
+
+  // Watches the updates of the steps that `every` divides, whose stats then have update_rms_max and
+  // update_rms_tensor; 0 ends it.
+  outcome<void> watch_updates(std::uint64_t every) {
+    return detail::finish(mxt_trainer_watch_updates(get(), every));
+  }
+
+  // What the last update that was watched did to a tensor.
+  outcome<TensorUpdate> tensor_update(const std::string &tensor) {
+    auto update = detail::sized<TensorUpdate>();
+    const mxt_status status = mxt_trainer_tensor_update(get(), tensor.c_str(), &update);
+    return detail::finish(status, update);
   }
 
   // Many steps with evaluations and checkpoints.

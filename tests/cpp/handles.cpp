@@ -181,9 +181,28 @@ static void tensors() {
   CHECK(mxt::status_string(MXT_ERROR_BUSY) == "busy");
 }
 
+static void watches() {
+  mxt::Engine engine(one_thread());
+  mxt::Model model(engine, small_config());
+  const mxt::Dataset dataset = mxt::Dataset::from_tokens(some_tokens());
+  mxt::Trainer trainer(model, small_options());
+  fails(MXT_ERROR_INVALID_ARGUMENT, "call mxt_trainer_watch_updates",
+        [&] { trainer.tensor_update("transformer.wte.weight"); });
+  trainer.watch_updates(2);
+  const mxt::StepStats first = trainer.step(dataset), second = trainer.step(dataset);
+  CHECK(first.update_rms_tensor == UINT32_MAX && second.update_rms_max > 0);
+  const mxt::TensorInfo largest = model.tensor(second.update_rms_tensor);
+  const mxt::TensorUpdate update = trainer.tensor_update(largest.name);
+  CHECK(update.step == 2 && update.rms == second.update_rms_max && update.grad_norm > 0);
+  fails(MXT_ERROR_NO_SUCH_TENSOR, "no.such", [&] { trainer.tensor_update("no.such"); });
+  trainer.watch_updates(0);
+  fails(MXT_ERROR_INVALID_ARGUMENT, "", [&] { trainer.tensor_update(largest.name); });
+}
+
 int main() {
   errors();
   moves_and_lifetimes();
   tensors();
+  watches();
   return 0;
 }

@@ -34,8 +34,13 @@ mxt::result<float> train(const std::string &folder) {
   CHECK(resumed && resumed->steps_done() == 4);
   auto tokens = std::move(trainer->model().value()).generate({1, 2, 3});
   CHECK(tokens && tokens->size() == mxt::GenerateOptions().max_tokens);
+  const auto none = resumed->tensor_update("transformer.wte.weight");
+  CHECK(!none && none.error().status() == MXT_ERROR_INVALID_ARGUMENT);
+  if (auto watched = resumed->watch_updates(5); !watched) return watched.error();
   const auto step = resumed->step(*dataset);
   if (!step) return step.error();
+  const auto update = resumed->tensor_update("transformer.wte.weight");
+  CHECK(update && update->step == 5 && update->grad_norm > 0);
   return step->loss;
 }
 
