@@ -626,6 +626,35 @@ typedef struct mxt_tensor_update {
   float rms;
 } mxt_tensor_update;
 
+// How weights changed over a window of steps, and what they are rounded to in the forward pass.
+// Set struct_size to sizeof(mxt_weight_metrics) before the call that fills it.
+typedef struct mxt_weight_metrics {
+  // sizeof(mxt_weight_metrics), set by the caller.
+  size_t struct_size;
+  // The last step of the window.
+  uint64_t step;
+  // Steps of the window.
+  uint64_t steps;
+  // Mean over the steps of |W - W before| / |W before|, Frobenius norms.
+  double change;
+  // The same of the rounded weights.
+  double rounded_change;
+  // Mean over the steps of the share of weights whose codes changed, 0 to 1.
+  double flipped;
+  // Mean over the weights, after the last step, of their distance from the nearest threshold at
+  // which their code changes, over the largest such distance of any weight with that code.
+  double confidence;
+  // Share of weights whose rounded numbers moved more than 16 times as far as themselves, in the
+  // whole window.
+  double oscillating;
+  // Share of weights above the largest number of their blocks, after the last step.
+  double clipped;
+  // The largest magnitude of a weight after the last step.
+  float amax;
+  // Number of tensors that this is of: 1, or all that are watched.
+  uint32_t tensors;
+} mxt_weight_metrics;
+
 // Sees every step of a run. `eval` is NULL except after a step that was followed by an evaluation,
 // and where that failed or was stopped.
 // Both structs are borrowed for the call. Returns 0 to go on; any other number ends the run.
@@ -1219,6 +1248,28 @@ mxt_status mxt_trainer_watch_updates(struct mxt_trainer *trainer, uint64_t every
 mxt_status mxt_trainer_tensor_update(struct mxt_trainer *trainer,
                                      const char *tensor,
                                      struct mxt_tensor_update *update);
+
+// Watches how the weights of blocks change, and what they are rounded to in the forward pass, over
+// windows of `every` steps from here on, those of mxt_trainer_run too: mxt_trainer_weight_metrics
+// has what each window has shown. 0 ends it; so does any call, also one that fails, of the watch
+// before. It takes 12 bytes a weight and 8 for each element of the largest. It changes nothing of
+// the run, bit for bit, and is not saved with it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a recipe whose forward pass holds no weights
+// in blocks of MXFP4 or NVFP4, unrotated, as "tetrajet" does; an optimizer with "master=split"),
+// MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+mxt_status mxt_trainer_watch_weights(struct mxt_trainer *trainer, uint64_t every);
+
+// Stores what the last whole window of steps (mxt_trainer_watch_weights) has shown in `*metrics`,
+// whose struct_size the caller has set: of the tensor of this name or, where `tensor` is NULL, of
+// all that are watched. `tensor` is borrowed for the call.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR,
+// MXT_ERROR_INVALID_ARGUMENT (no window is whole yet, or the tensor is none of those that are
+// watched), MXT_ERROR_BUSY.
+mxt_status mxt_trainer_weight_metrics(struct mxt_trainer *trainer,
+                                      const char *tensor,
+                                      struct mxt_weight_metrics *metrics);
 
 // Fills `options` with the defaults. `struct_size` is sizeof(mxt_run_options) as the caller's
 // compiler sees it.

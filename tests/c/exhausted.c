@@ -66,14 +66,14 @@ int madvise(void *address, size_t size, int advice) {
 enum call {
   ENGINE_NEW, MODEL_NEW, TRAINER_NEW, STEP, EVAL, SAVE, SAVE_AGAIN, TRAINER_LOAD, MODEL_LOAD,
   GENERATE, NEXT_LOGITS, TENSOR_READ, TENSOR_WRITE, TENSOR_UNKNOWN, DATASET_TOKENS, DATASET_OPEN,
-  DATASET_GLOB, PLAN, GET_OPTIONS, TRAINER_MODEL, RUN, SET_LR, WATCH_UPDATES,
-  FREES, BUILD_INFO, CALLS
+  DATASET_GLOB, PLAN, GET_OPTIONS, TRAINER_MODEL, RUN, SET_LR,
+  WATCH_UPDATES, WATCH_WEIGHTS, FREES, BUILD_INFO, CALLS
 };
 static const char *const CALL[CALLS] = {
   "engine_new", "model_new", "trainer_new", "step", "eval", "save", "save again", "trainer_load",
   "model_load", "generate", "next_logits", "tensor_read", "tensor_write", "tensor_read of none",
   "dataset_from_tokens", "dataset_open", "dataset_open of a pattern", "plan", "get_options",
-  "trainer_model", "run", "set_lr", "watch_updates", "frees", "build_info"
+  "trainer_model", "run", "set_lr", "watch_updates", "watch_weights", "frees", "build_info"
 };
 /* clang-format on */
 
@@ -99,7 +99,9 @@ static void prepare(enum call call) {
   if (kind == LARGE_ONCE) config.layers = MANY_LAYERS;
   OK(mxt_model_new(engine, &config, &model));
   dataset = new_dataset();
-  trainer = new_trainer(model);
+  mxt_trainer_options options = small_options();
+  if (call == WATCH_WEIGHTS) options.recipe = "tetrajet";
+  OK(mxt_trainer_new(model, &options, &trainer));
   step(trainer, dataset);
   if (call == SAVE_AGAIN || call == TRAINER_LOAD || call == MODEL_LOAD)
     OK(mxt_trainer_save(trainer, checkpoint));
@@ -161,6 +163,9 @@ static mxt_status run(enum call call) {
       return status == MXT_ERROR_INVALID_ARGUMENT ? MXT_OK : status;
     case WATCH_UPDATES:
       status = mxt_trainer_watch_updates(trainer, 1);
+      return status == MXT_OK ? mxt_trainer_step(trainer, dataset, NULL) : status;
+    case WATCH_WEIGHTS:
+      status = mxt_trainer_watch_weights(trainer, 1);
       return status == MXT_OK ? mxt_trainer_step(trainer, dataset, NULL) : status;
     case BUILD_INFO: return mxt_build_info()[0] == '{' ? MXT_OK : MXT_ERROR_PANIC;
     default: return MXT_OK;

@@ -195,6 +195,7 @@ int main(int argc, char **argv) {
   mxt_model_config config;
   mxt_tensor_info info;
   mxt_tensor_update update;
+  mxt_weight_metrics metrics;
   mxt_trainer_options options;
   mxt_run_options run;
   mxt_model *other = NULL;
@@ -228,6 +229,8 @@ int main(int argc, char **argv) {
   info.struct_size = sizeof info;
   update.struct_size = sizeof update;
   update.step = 77;
+  metrics.struct_size = sizeof metrics;
+  metrics.step = 77;
   options.struct_size = sizeof options;
   OK(mxt_run_options_init(&run, sizeof run));
   run.steps = 3;
@@ -239,13 +242,16 @@ int main(int argc, char **argv) {
   TRAINER_PANICS(mxt_trainer_set_sharpness(trainer, 1e-3f));
   TRAINER_PANICS(mxt_trainer_watch_updates(trainer, 1));
   TRAINER_PANICS(mxt_trainer_tensor_update(trainer, "transformer.ln_f.bias", &update));
+  TRAINER_PANICS(mxt_trainer_watch_weights(trainer, 0));
+  TRAINER_PANICS(mxt_trainer_weight_metrics(trainer, NULL, &metrics));
   TRAINER_PANICS(mxt_trainer_set_lr(trainer, 1e-3f));
   TRAINER_PANICS(mxt_trainer_use_schedule(trainer));
   TRAINER_PANICS(mxt_trainer_set_schedule(trainer, &options));
   TRAINER_PANICS(mxt_trainer_model(trainer, &other));
   TRAINER_PANICS(mxt_trainer_get_options(trainer, &options));
   TRAINER_PANICS(mxt_trainer_run(trainer, dataset, &run, NULL));
-  CHECK(stats.step == 77 && eval.tokens == 77 && update.step == 77 && other == NULL);
+  CHECK(stats.step == 77 && eval.tokens == 77 && other == NULL);
+  CHECK(update.step == 77 && metrics.step == 77);
 
   MODEL_PANICS(mxt_model_save(model, folder));
   MODEL_PANICS(mxt_model_get_config(model, &config));

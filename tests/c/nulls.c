@@ -118,6 +118,11 @@ int main(void) {
   IS_NULL("trainer", mxt_trainer_tensor_update(NULL, "x", &update));
   IS_NULL("tensor", mxt_trainer_tensor_update(trainer, NULL, &update));
   IS_NULL("update", mxt_trainer_tensor_update(trainer, "x", NULL));
+  mxt_weight_metrics metrics;
+  metrics.struct_size = sizeof metrics;
+  IS_NULL("trainer", mxt_trainer_watch_weights(NULL, 1));
+  IS_NULL("trainer", mxt_trainer_weight_metrics(NULL, NULL, &metrics));
+  IS_NULL("metrics", mxt_trainer_weight_metrics(trainer, NULL, NULL));
   IS_NULL("trainer", mxt_trainer_set_lr(NULL, 1));
   IS_NULL("trainer", mxt_trainer_use_schedule(NULL));
   IS_NULL("trainer", mxt_trainer_set_schedule(NULL, NULL));

@@ -1,4 +1,4 @@
-/* What a trainer watches: what updates do to tensors. */
+/* What a trainer watches: what updates do to tensors, and how weights change. */
 #include "check.h"
 
 #include <math.h>
@@ -22,6 +22,14 @@ static mxt_tensor_update update_of(mxt_trainer *trainer, const char *tensor) {
   return update;
 }
 
+static mxt_weight_metrics metrics_of(mxt_trainer *trainer, const char *tensor) {
+  mxt_weight_metrics metrics;
+  metrics.struct_size = sizeof metrics;
+  OK(mxt_trainer_weight_metrics(trainer, tensor, &metrics));
+  CHECK(metrics.struct_size == sizeof metrics);
+  return metrics;
+}
+
 static int is_unwatched(const mxt_step_stats *stats) {
   return isnan(stats->update_rms_max) && stats->update_rms_tensor == UINT32_MAX;
 }
@@ -34,6 +42,17 @@ static void no_update_yet(mxt_trainer *trainer) {
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "call mxt_trainer_watch_updates",
         mxt_trainer_tensor_update(trainer, WTE, &update));
   CHECK(update.step == 77);
+}
+
+static void no_window_yet(mxt_trainer *trainer) {
+  mxt_weight_metrics metrics;
+  metrics.struct_size = sizeof metrics;
+  metrics.step = 77;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "call mxt_trainer_watch_weights",
+        mxt_trainer_weight_metrics(trainer, NULL, &metrics));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "call mxt_trainer_watch_weights",
+        mxt_trainer_weight_metrics(trainer, QKV, &metrics));
+  CHECK(metrics.step == 77);
 }
 
 /* The tensors' updates are those of this step, and make up what its stats say. */
@@ -151,13 +170,99 @@ static void updates(const mxt_engine *engine, const mxt_dataset *dataset) {
   mxt_model_free(model);
 }
 
+enum { QKV_COUNT = 16 * 48 };
+
+static void weights(const mxt_engine *engine, const mxt_dataset *dataset) {
+  mxt_model *model = new_model(engine), *other_model = new_model(engine);
+  mxt_trainer *trainer = new_trainer(model), *plain = NULL;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "recipe: expected", mxt_trainer_watch_weights(trainer, 2));
+  OK(mxt_trainer_watch_weights(trainer, 0));
+  no_window_yet(trainer);
+  mxt_trainer_free(trainer);
+
+  mxt_trainer_options options = small_options();
+  options.recipe = "tetrajet";
+  OK(mxt_trainer_new(model, &options, &trainer));
+  OK(mxt_trainer_new(other_model, &options, &plain));
+  no_window_yet(trainer);
+  OK(mxt_trainer_watch_weights(trainer, 2));
+  CHECK(step(trainer, dataset).loss == step(plain, dataset).loss);
+  no_window_yet(trainer);
+  CHECK(step(trainer, dataset).loss == step(plain, dataset).loss);
+  const mxt_weight_metrics all = metrics_of(trainer, NULL);
+  CHECK(all.step == 2 && all.steps == 2 && all.tensors == 4);
+  CHECK(all.change > 0 && all.rounded_change > 0 && all.flipped > 0 && all.flipped < 1);
+  CHECK(all.confidence > 0 && all.confidence < 1 && all.clipped == 0);
+  CHECK(all.oscillating >= 0 && all.oscillating <= 1);
+  uint32_t watched = 0;
+  double flips = 0, count = 0;
+  float amax = 0;
+  mxt_weight_metrics metrics;
+  for (size_t i = 0; i < mxt_model_tensor_count(model); i++) {
+    mxt_tensor_info info;
+    info.struct_size = sizeof info;
+    OK(mxt_model_tensor_info(model, i, &info));
+    if (info.rank == 2 && strstr(info.name, ".h.0.") != NULL) {
+      metrics = metrics_of(trainer, info.name);
+      CHECK(metrics.step == 2 && metrics.steps == 2 && metrics.tensors == 1);
+      flips += metrics.flipped * (double)info.element_count, count += (double)info.element_count;
+      if (metrics.amax > amax) amax = metrics.amax;
+      watched++;
+    } else {
+      metrics.struct_size = sizeof metrics;
+      FAILS(MXT_ERROR_INVALID_ARGUMENT, "such as \"" QKV "\"",
+            mxt_trainer_weight_metrics(trainer, info.name, &metrics));
+      CHECK(strstr(mxt_last_error(), info.name) != NULL);
+    }
+  }
+  CHECK(watched == all.tensors && amax == all.amax && fabs(flips / count - all.flipped) < 1e-9);
+  FAILS(MXT_ERROR_NO_SUCH_TENSOR, "no.such",
+        mxt_trainer_weight_metrics(trainer, "no.such", &metrics));
+  FAILS(MXT_ERROR_UTF8, "tensor", mxt_trainer_weight_metrics(trainer, "\xff", &metrics));
+  metrics.struct_size = offsetof(mxt_weight_metrics, tensors);
+  FAILS(MXT_ERROR_STRUCT_SIZE, "metrics", mxt_trainer_weight_metrics(trainer, NULL, &metrics));
+  step(trainer, dataset);
+  CHECK(metrics_of(trainer, NULL).step == 2);
+  step(trainer, dataset);
+  CHECK(metrics_of(trainer, NULL).step == 4);
+
+  /* What one step changes, by the weights themselves. */
+  static float before[QKV_COUNT], after[QKV_COUNT];
+  OK(mxt_trainer_watch_weights(trainer, 1));
+  no_window_yet(trainer);
+  OK(mxt_model_tensor_read(model, QKV, before, QKV_COUNT));
+  step(trainer, dataset);
+  OK(mxt_model_tensor_read(model, QKV, after, QKV_COUNT));
+  double moved = 0, length = 0;
+  amax = 0;
+  for (int i = 0; i < QKV_COUNT; i++) {
+    const double x = before[i], y = after[i];
+    moved += (y - x) * (y - x), length += x * x;
+    if (fabsf(after[i]) > amax) amax = fabsf(after[i]);
+  }
+  metrics = metrics_of(trainer, QKV);
+  CHECK(metrics.step == 5 && metrics.steps == 1 && metrics.amax == amax);
+  CHECK(fabs(metrics.change / sqrt(moved / length) - 1) < 1e-5);
+
+  OK(mxt_trainer_watch_weights(trainer, 0));
+  no_window_yet(trainer);
+  mxt_trainer_free(plain);
+  mxt_trainer_free(trainer);
+  mxt_model_free(other_model);
+  mxt_model_free(model);
+}
+
 /* While tokens are sampled the model is in use, and with it the trainer. */
 static int32_t busy(void *user_data, uint32_t token) {
   mxt_tensor_update update;
+  mxt_weight_metrics metrics;
   update.struct_size = sizeof update;
+  metrics.struct_size = sizeof metrics;
   (void)token;
   FAILS(MXT_ERROR_BUSY, "another call", mxt_trainer_watch_updates(user_data, 1));
   FAILS(MXT_ERROR_BUSY, "another call", mxt_trainer_tensor_update(user_data, WTE, &update));
+  FAILS(MXT_ERROR_BUSY, "another call", mxt_trainer_watch_weights(user_data, 1));
+  FAILS(MXT_ERROR_BUSY, "another call", mxt_trainer_weight_metrics(user_data, NULL, &metrics));
   return 1;
 }
 
@@ -165,6 +270,7 @@ int main(void) {
   mxt_engine *engine = new_engine();
   mxt_dataset *dataset = new_dataset();
   updates(engine, dataset);
+  weights(engine, dataset);
 
   mxt_model *model = new_model(engine);
   mxt_trainer *trainer = new_trainer(model);

@@ -692,6 +692,37 @@ struct mxt_tensor_update
 end
 
 """
+How weights changed over a window of steps, and what they are rounded to in the forward pass.
+Set struct_size to sizeof(mxt_weight_metrics) before the call that fills it.
+"""
+struct mxt_weight_metrics
+    # sizeof(mxt_weight_metrics), set by the caller.
+    struct_size::Csize_t
+    # The last step of the window.
+    step::UInt64
+    # Steps of the window.
+    steps::UInt64
+    # Mean over the steps of |W - W before| / |W before|, Frobenius norms.
+    change::Cdouble
+    # The same of the rounded weights.
+    rounded_change::Cdouble
+    # Mean over the steps of the share of weights whose codes changed, 0 to 1.
+    flipped::Cdouble
+    # Mean over the weights, after the last step, of their distance from the nearest threshold at
+    # which their code changes, over the largest such distance of any weight with that code.
+    confidence::Cdouble
+    # Share of weights whose rounded numbers moved more than 16 times as far as themselves, in the
+    # whole window.
+    oscillating::Cdouble
+    # Share of weights above the largest number of their blocks, after the last step.
+    clipped::Cdouble
+    # The largest magnitude of a weight after the last step.
+    amax::Cfloat
+    # Number of tensors that this is of: 1, or all that are watched.
+    tensors::UInt32
+end
+
+"""
 What mxt_trainer_run does. Fill it with mxt_run_options_init.
 """
 struct mxt_run_options
@@ -1743,6 +1774,45 @@ function mxt_trainer_tensor_update(trainer, tensor, update)
         trainer::Ptr{mxt_trainer},
         tensor::Cstring,
         update::Ptr{mxt_tensor_update}
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_watch_weights(trainer, every)
+
+Watches how the weights of blocks change, and what they are rounded to in the forward pass, over
+windows of `every` steps from here on, those of mxt_trainer_run too: mxt_trainer_weight_metrics
+has what each window has shown. 0 ends it; so does any call, also one that fails, of the watch
+before. It takes 12 bytes a weight and 8 for each element of the largest. It changes nothing of
+the run, bit for bit, and is not saved with it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (a recipe whose forward pass holds no weights
+in blocks of MXFP4 or NVFP4, unrotated, as \"tetrajet\" does; an optimizer with \"master=split\"),
+MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY.
+"""
+function mxt_trainer_watch_weights(trainer, every)
+    return @ccall libmxfp4train.mxt_trainer_watch_weights(
+        trainer::Ptr{mxt_trainer},
+        every::UInt64
+    )::mxt_status
+end
+
+"""
+    mxt_trainer_weight_metrics(trainer, tensor, metrics)
+
+Stores what the last whole window of steps (mxt_trainer_watch_weights) has shown in `*metrics`,
+whose struct_size the caller has set: of the tensor of this name or, where `tensor` is NULL, of
+all that are watched. `tensor` is borrowed for the call.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_NO_SUCH_TENSOR,
+MXT_ERROR_INVALID_ARGUMENT (no window is whole yet, or the tensor is none of those that are
+watched), MXT_ERROR_BUSY.
+"""
+function mxt_trainer_weight_metrics(trainer, tensor, metrics)
+    return @ccall libmxfp4train.mxt_trainer_weight_metrics(
+        trainer::Ptr{mxt_trainer},
+        tensor::Cstring,
+        metrics::Ptr{mxt_weight_metrics}
     )::mxt_status
 end
 
