@@ -80,6 +80,7 @@ class error : public std::runtime_error {
 using StepStats = mxt_step_stats;
 using EvalStats = mxt_eval_stats;
 using TensorUpdate = mxt_tensor_update;
+using WeightMetrics = mxt_weight_metrics;
 using Coverage = mxt_coverage;
 using RunResult = mxt_run_result;
 using MemoryPlan = mxt_memory_plan;
@@ -636,6 +637,25 @@ class Trainer {
     auto update = detail::sized<TensorUpdate>();
     const mxt_status status = mxt_trainer_tensor_update(get(), tensor.c_str(), &update);
     return detail::finish(status, update);
+  }
+
+  // Watches how the weights of blocks change, over windows of `every` steps; 0 ends it.
+  outcome<void> watch_weights(std::uint64_t every) {
+    return detail::finish(mxt_trainer_watch_weights(get(), every));
+  }
+
+  // What the last whole window has shown of all weights that are watched.
+  outcome<WeightMetrics> weight_metrics() {
+    auto metrics = detail::sized<WeightMetrics>();
+    const mxt_status status = mxt_trainer_weight_metrics(get(), nullptr, &metrics);
+    return detail::finish(status, metrics);
+  }
+
+  // The same of one tensor.
+  outcome<WeightMetrics> weight_metrics(const std::string &tensor) {
+    auto metrics = detail::sized<WeightMetrics>();
+    const mxt_status status = mxt_trainer_weight_metrics(get(), tensor.c_str(), &metrics);
+    return detail::finish(status, metrics);
   }
 
   // Many steps with evaluations and checkpoints.

@@ -197,6 +197,21 @@ static void watches() {
   fails(MXT_ERROR_NO_SUCH_TENSOR, "no.such", [&] { trainer.tensor_update("no.such"); });
   trainer.watch_updates(0);
   fails(MXT_ERROR_INVALID_ARGUMENT, "", [&] { trainer.tensor_update(largest.name); });
+
+  fails(MXT_ERROR_INVALID_ARGUMENT, "recipe", [&] { trainer.watch_weights(2); });
+  mxt::TrainerOptions options = small_options();
+  options.recipe = "tetrajet";
+  mxt::Trainer rounding(model, options);
+  rounding.watch_weights(2);
+  fails(MXT_ERROR_INVALID_ARGUMENT, "call mxt_trainer_watch_weights",
+        [&] { rounding.weight_metrics(); });
+  rounding.run(dataset, 3);
+  const std::string qkv = "transformer.h.0.attn.c_attn.weight";
+  const mxt::WeightMetrics all = rounding.weight_metrics(), one = rounding.weight_metrics(qkv);
+  CHECK(all.step == 2 && all.steps == 2 && all.tensors == 4 && all.change > 0);
+  CHECK(one.step == 2 && one.tensors == 1 && one.flipped > 0 && one.amax <= all.amax);
+  fails(MXT_ERROR_INVALID_ARGUMENT, qkv,
+        [&] { rounding.weight_metrics("transformer.wte.weight"); });
 }
 
 int main() {

@@ -41,6 +41,7 @@ mxt::result<float> train(const std::string &folder) {
   if (!step) return step.error();
   const auto update = resumed->tensor_update("transformer.wte.weight");
   CHECK(update && update->step == 5 && update->grad_norm > 0);
+  CHECK(!resumed->watch_weights(1) && !resumed->weight_metrics());
   return step->loss;
 }
 
