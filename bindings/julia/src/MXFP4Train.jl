@@ -50,7 +50,8 @@ using Serialization: Serialization
 export Dataset, Engine, MXFP4Error, Model, Tensors, Trainer
 export clear_stop, config, coverage, evaluate!, generate, max_token, next_logits, options,
     parameter_count, plan, request_stop, run!, schedule_start, set_lr!, set_schedule!,
-    set_sharpness!, step!, steps, steps_done, tensors, use_schedule!
+    set_sharpness!, step!, steps, steps_done, tensor_update, tensors, use_schedule!,
+    watch_updates!, watch_weights!, weight_metrics
 
 include("LibMXFP4Train.jl")
 const Lib = LibMXFP4Train

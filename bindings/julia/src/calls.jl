@@ -186,7 +186,9 @@ function sized(::Type{T}) where {T}
 end
 
 # A struct of the library without its size, as a named tuple.
-function named(filled::T) where {T}
+named(filled) = fields_of(filled)
+
+function fields_of(filled::T) where {T}
     names = Base.tail(fieldnames(T))
     return NamedTuple{names}(map(name -> julia_number(getfield(filled, name)), names))
 end

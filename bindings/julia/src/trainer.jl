@@ -80,7 +80,8 @@ end
 
 Does one optimizer step on the next windows of a dataset. Returns what it did as a named tuple:
 `step`, `tokens`, `seconds`, `loss` (nats a token, before the update), `grad_norm`, `lr`,
-`tokens_per_second` and `raised_blocks` (of MXFP4, see `mxt_step_stats`).
+`tokens_per_second`, `raised_blocks` (of MXFP4, see `mxt_step_stats`), and, where
+[`watch_updates!`](@ref) watches the step, `update_rms_max` and `update_rms_tensor`, else `NaN` and 0.
 
     step!(trainer, tokens)
 
@@ -113,6 +114,13 @@ function step!(trainer::Trainer, tokens::AbstractMatrix{<:Integer})
         Lib.mxt_trainer_step_tokens(trainer, columns, length(columns), stats)
     end
     return named(stats[])
+end
+
+# The index of a tensor counts from 1 here, and 0 is none.
+function named(stats::Lib.mxt_step_stats)
+    index = stats.update_rms_tensor
+    place = index == typemax(index) ? 0 : Int(index) + 1
+    return merge(fields_of(stats), (update_rms_tensor = place,))
 end
 
 """
@@ -168,6 +176,70 @@ Asks evaluations from here on how much the loss could rise if each logit y moved
 """
 function set_sharpness!(trainer::Trainer, epsilon::Real)
     return call(() -> Lib.mxt_trainer_set_sharpness(trainer, epsilon), trainer)
+end
+
+"""
+    watch_updates!(trainer, every)
+
+Watches the updates of the steps that `every` divides, from here on; 0 ends it. What [`step!`](@ref)
+gives for such a step, and [`run!`](@ref) hands to its callback, has in `update_rms_max` how far the
+gradient of a tensor is at most beyond what its second moment has seen coming (1 while gradients stay
+as they were), and in `update_rms_tensor` which tensor that is, so that
+`keys(tensors(Model(trainer)))[update_rms_tensor]` is its name. [`tensor_update`](@ref) says the same
+of each tensor. Nothing of the run changes, bit for bit.
+"""
+function watch_updates!(trainer::Trainer, every::Integer)
+    number = c_number(UInt64, "every", every)
+    return call(() -> Lib.mxt_trainer_watch_updates(trainer, number), trainer)
+end
+
+"""
+    tensor_update(trainer, name)
+
+What the last update that [`watch_updates!`](@ref) watched did to a tensor, as a named tuple: `step`,
+`grad_norm` (before clipping) and `rms` (see `mxt_tensor_update`; `NaN` of a tensor without a second
+moment). An error where no update was watched yet.
+"""
+function tensor_update(trainer::Trainer, name::AbstractString)
+    text = text_or_nothing("name", name)
+    update = sized(Lib.mxt_tensor_update)
+    call(() -> Lib.mxt_trainer_tensor_update(trainer, text, update), trainer)
+    return named(update[])
+end
+
+"""
+    watch_weights!(trainer, every)
+
+Watches how the weights of blocks change, and what they are rounded to in the forward pass, over
+windows of `every` steps from here on, for [`weight_metrics`](@ref); 0 ends it. The recipe has to hold
+weights in blocks of MXFP4 or NVFP4, unrotated, in the forward pass, as `"tetrajet"` does. Nothing of
+the run changes, bit for bit.
+"""
+function watch_weights!(trainer::Trainer, every::Integer)
+    number = c_number(UInt64, "every", every)
+    return call(() -> Lib.mxt_trainer_watch_weights(trainer, number), trainer)
+end
+
+"""
+    weight_metrics(trainer)
+    weight_metrics(trainer, name)
+
+What the last whole window of [`watch_weights!`](@ref) has shown of all weights that are watched, or
+of one tensor, as a named tuple: `step` (the last of the window), `steps` (of the window), `change`,
+`rounded_change`, `flipped`, `confidence`, `oscillating`, `clipped`, `amax` (see
+`mxt_weight_metrics`) and `tensors`, how many they are. An error where no window is whole yet.
+"""
+weight_metrics(trainer::Trainer) = metrics_of(trainer, nothing)
+
+function weight_metrics(trainer::Trainer, name::AbstractString)
+    return metrics_of(trainer, text_or_nothing("name", name))
+end
+
+function metrics_of(trainer::Trainer, text::Union{Nothing,String})
+    metrics = sized(Lib.mxt_weight_metrics)
+    name = text === nothing ? C_NULL : text
+    call(() -> Lib.mxt_trainer_weight_metrics(trainer, name, metrics), trainer)
+    return named(metrics[])
 end
 
 """

@@ -150,6 +150,11 @@ end
         () -> options(trainer),
         () -> save(trainer, "x"),
         () -> set_sharpness!(trainer, 1e-3),
+        () -> watch_updates!(trainer, 1),
+        () -> tensor_update(trainer, WTE),
+        () -> watch_weights!(trainer, 1),
+        () -> weight_metrics(trainer),
+        () -> weight_metrics(trainer, WTE),
         () -> set_lr!(trainer, 1),
         () -> use_schedule!(trainer),
         () -> Model(trainer),
@@ -339,6 +344,59 @@ end
     before = tensors(of_trainer)["transformer.ln_f.weight"]
     step!(trainer, dataset)
     @test tensors(of_trainer)["transformer.ln_f.weight"] != before
+end
+
+@testset "updates and weights are watched" begin
+    dataset = new_dataset()
+    trainer = new_trainer()
+    names = keys(tensors(Model(trainer)))
+    @test refuses(() -> tensor_update(trainer, WTE), MXFP4Error, "call mxt_trainer_watch_updates")
+    @test refuses(() -> watch_updates!(trainer, -1), ArgumentError, "every: ")
+    @test watch_updates!(trainer, 2) === nothing
+    stats = step!(trainer, dataset)
+    @test isnan(stats.update_rms_max) && stats.update_rms_tensor === 0
+    @test status_of(() -> tensor_update(trainer, WTE)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    stats = step!(trainer, dataset)
+    updates = [tensor_update(trainer, name) for name in names]
+    @test all(update.step == 2 for update in updates)
+    norm = sqrt(sum(Float64(update.grad_norm)^2 for update in updates))
+    @test isapprox(norm, stats.grad_norm; rtol = 1e-5)
+    @test stats.update_rms_max == maximum(update.rms for update in updates) > 0
+    @test updates[stats.update_rms_tensor].rms == stats.update_rms_max
+    @test status_of(() -> tensor_update(trainer, "no.such")) == Lib.MXT_ERROR_NO_SUCH_TENSOR
+    @test refuses(() -> tensor_update(trainer, "a\0b"), ArgumentError, "name: ")
+    # The callbacks of a run see the same.
+    places = Int[]
+    run!((step, _) -> push!(places, step.update_rms_tensor), trainer, dataset; steps = 4)
+    @test places[[1, 3]] == [0, 0] && all(in(eachindex(names)), places[[2, 4]])
+    watch_updates!(trainer, 0)
+    @test isnan(step!(trainer, dataset).update_rms_max)
+
+    qkv = "transformer.h.0.attn.c_attn.weight"
+    @test refuses(() -> watch_weights!(trainer, 2), MXFP4Error, "recipe: expected")
+    @test refuses(() -> watch_weights!(trainer, 0.5), MethodError, "watch_weights!")
+    rounding = Trainer(new_model(); batch_size = 2, lr = 1e-2, recipe = "tetrajet")
+    watch_weights!(rounding, 2)
+    step!(rounding, dataset)
+    @test refuses(() -> weight_metrics(rounding), MXFP4Error, "call mxt_trainer_watch_weights")
+    step!(rounding, dataset)
+    all_of_them = weight_metrics(rounding)
+    @test all_of_them.step === 2 && all_of_them.steps === 2 && all_of_them.tensors === 4
+    @test all_of_them.change > 0 && 0 < all_of_them.flipped < 1 && all_of_them.clipped == 0
+    of_one = weight_metrics(rounding, SubString(qkv))
+    @test of_one.tensors == 1 && of_one.rounded_change > 0 && of_one.amax <= all_of_them.amax
+    @test refuses(() -> weight_metrics(rounding, WTE), MXFP4Error, qkv)
+    @test status_of(() -> weight_metrics(rounding, "no.such")) == Lib.MXT_ERROR_NO_SUCH_TENSOR
+    # What one step changes, by the weights themselves.
+    weights = tensors(Model(rounding))
+    watch_weights!(rounding, 1)
+    before = Float64.(weights[qkv])
+    step!(rounding, dataset)
+    after = Float64.(weights[qkv])
+    moved = sqrt(sum(abs2, after - before) / sum(abs2, before))
+    @test isapprox(weight_metrics(rounding, qkv).change, moved; rtol = 1e-5)
+    watch_weights!(rounding, 0)
+    @test status_of(() -> weight_metrics(rounding)) == Lib.MXT_ERROR_INVALID_ARGUMENT
 end
 
 @testset "runs" begin
