@@ -1,6 +1,6 @@
-// Weights and moments as updates load and store them: moments in f32, bf16 or 8 bits
-// (optim/moments.rs), weights in f32 or in two halves (optim/master.rs). Behind random.cuh and
-// optimize.cuh.
+// Weights and moments as updates load and store them: moments in f32, bf16, 8 bits with scales of
+// groups, or E4M3 and fp16 with one of the tensor (optim/moments.rs), weights in f32 or in two
+// halves (optim/master.rs). Behind random.cuh and optimize.cuh.
 
 #define GROUP 32
 #define THREADS 256
@@ -49,6 +49,64 @@ __device__ __forceinline__ u8 second_code(float root, float inverse) {
   return (u8)(int)fmaxf(rintf(__fmul_rn(255.0f, __fmul_rn(root, inverse))), 1.0f);
 }
 
+// Floats whose scale is that of their tensor.
+template <u32 ELEMENT> struct Float;
+template <> struct Float<E4M3> {
+  typedef u8 Code;
+  static const int mantissa = 3, lowest = -6, sign = 7;
+  static const u32 largest = 0x43e00000u;  // 448
+};
+template <> struct Float<F16> {
+  typedef u16 Code;
+  static const int mantissa = 10, lowest = -14, sign = 15;
+  static const u32 largest = 0x477fe000u;  // 65504
+};
+
+// Rounds by adding to 1.5 * 2^23 last places, a number of which the sum's lowest bits then are.
+template <u32 ELEMENT> __device__ __forceinline__ u32 to_float(float v, float inverse) {
+  typedef Float<ELEMENT> Of;
+  u32 bits = __float_as_uint(__fmul_rn(v, inverse));
+  float magnitude = fminf(__uint_as_float(bits & 0x7fffffffu), __uint_as_float(Of::largest));
+  int exponent = max((int)(__float_as_uint(magnitude) >> 23) - 127, Of::lowest);
+  u32 shift = (u32)(exponent - Of::mantissa + 23 + 127) << 23 | 1u << 22;
+  u32 places = __float_as_uint(__fadd_rn(magnitude, __uint_as_float(shift))) - shift;
+  return (((u32)(exponent - Of::lowest) << Of::mantissa) + places) | (bits >> 31) << Of::sign;
+}
+
+template <u32 ELEMENT> __device__ __forceinline__ float of_float(u32 code, float scale) {
+  typedef Float<ELEMENT> Of;
+  u32 negative = code >> Of::sign, bits = code & ((1u << Of::sign) - 1);
+  float place = __uint_as_float((u32)(Of::lowest - Of::mantissa + 127) << 23);
+  u32 small = __float_as_uint(__fmul_rn((float)bits, place));
+  u32 normal = (bits << (23 - Of::mantissa)) + ((u32)(Of::lowest + 126) << 23);
+  u32 magnitude = bits >> Of::mantissa ? normal : small;
+  return __fmul_rn(__uint_as_float(magnitude | negative << 31), scale);
+}
+
+// The scale of a tensor whose largest magnitude has these bits; as it was where all are 0 or one is
+// not finite.
+template <u32 ELEMENT> __device__ __forceinline__ float tensor_scale(float before, u32 largest) {
+  if (largest == 0 || largest >= 0x7f800000u) return before;
+  u32 most = Float<ELEMENT>::largest;
+  int above = (largest & 0x7fffffu) > (most & 0x7fffffu), of_most = (int)(most >> 23);
+  int exponent = min(max((int)(largest >> 23) - of_most + above, -100), 254 - of_most);
+  return __uint_as_float((u32)(exponent + 127) << 23);
+}
+
+// The scales of a tensor's moments where each has one: what is stored is multiplied by `loaded`,
+// and what will be by `inverse` before.
+struct Scales {
+  float loaded[2], inverse[2];
+};
+
+// `before`: the scales of what is stored of each parameter, where those in the states are already
+// those of what will be; else null.
+__device__ __forceinline__ Scales scales_of(const Entry *e, const float2 *before, u32 number) {
+  float first = *e->m_scales, second = e->v ? *e->v_scales : 0.0f;
+  float2 loaded = before ? before[number] : make_float2(first, second);
+  return {{loaded.x, loaded.y}, {inverse(first), inverse(second)}};
+}
+
 // Up to 4 neighbours, all of them in one access.
 template <class T> struct alignas(4 * sizeof(T)) Four {
   T of[4];
@@ -78,10 +136,11 @@ __device__ __forceinline__ float group_max(const Four<float> &v) {
 }
 
 // Up to 4 numbers of a moment, the first or the second, from element i on; those that are not there
-// are 0, as in all loads here, so that all that is made of them is 0.
+// are 0, as in all loads here, so that all that is made of them is 0. Of a tensor that has one
+// scale it is `scale`.
 template <u32 ELEMENT, bool SECOND>
 __device__ __forceinline__ Four<float> load_moments(const Entry *e, u64 i, u32 count,
-                                                    const Meanings &meanings) {
+                                                    const Meanings &meanings, float scale) {
   const void *from = SECOND ? e->v : e->m;
   if (ELEMENT == F32) return load4((const float *)from + i, count);
   Four<float> out;
@@ -91,8 +150,14 @@ __device__ __forceinline__ Four<float> load_moments(const Entry *e, u64 i, u32 c
     for (u32 k = 0; k < 4; k++) out.of[k] = to_f32(stored.of[k]);
     return out;
   }
+  if constexpr (ELEMENT == E4M3 || ELEMENT == F16) {
+    auto codes = load4((const typename Float<ELEMENT>::Code *)from + i, count);
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) out.of[k] = of_float<ELEMENT>(codes.of[k], scale);
+    return out;
+  }
   Four<u8> codes = load4((const u8 *)from + i, count);
-  float scale = count ? (SECOND ? e->v_scales : e->m_scales)[i / GROUP] : 0.0f;
+  scale = count ? (SECOND ? e->v_scales : e->m_scales)[i / GROUP] : 0.0f;
 #pragma unroll
   for (u32 k = 0; k < 4; k++)
     out.of[k] = SECOND ? second_of(meanings.second[codes.of[k]], scale)
@@ -100,11 +165,12 @@ __device__ __forceinline__ Four<float> load_moments(const Entry *e, u64 i, u32 c
   return out;
 }
 
-// Stores them. All threads of a warp call it, with the numbers that there are not as 0.
+// Stores them. All threads of a warp call it, with the numbers that there are not as 0. Of a tensor
+// that has one scale `inverted` is its inverse.
 template <u32 ELEMENT, bool SECOND>
 __device__ __forceinline__ void store_moments(const Entry *e, u64 i, u32 count,
                                               const Four<float> &values, const Moments &moments,
-                                              u32 number) {
+                                              u32 number, float inverted) {
   void *to = SECOND ? e->v : e->m;
   if (ELEMENT == F32) store4((float *)to + i, count, values);
   if (ELEMENT == BF16) {
@@ -128,13 +194,32 @@ __device__ __forceinline__ void store_moments(const Entry *e, u64 i, u32 count,
   if (ELEMENT == INT8) {
     Four<u8> codes;
     float most = group_max(values);
-    float scale = SECOND ? __fsqrt_rn(most) : most, inverted = inverse(scale);
+    float scale = SECOND ? __fsqrt_rn(most) : most;
+    inverted = inverse(scale);
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
       codes.of[k] = SECOND ? second_code(__fsqrt_rn(values.of[k]), inverted)
                            : first_code(values.of[k], inverted);
     store4((u8 *)to + i, count, codes);
     if (i % GROUP == 0 && count) (SECOND ? e->v_scales : e->m_scales)[i / GROUP] = scale;
+  }
+  if constexpr (ELEMENT == E4M3 || ELEMENT == F16) {
+    typedef typename Float<ELEMENT>::Code Code;
+    Four<Code> codes;
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) codes.of[k] = (Code)to_float<ELEMENT>(values.of[k], inverted);
+    store4((Code *)to + i, count, codes);
+  }
+}
+
+// Second moments as an entry has them.
+__device__ __forceinline__ Four<float> load_second(const Entry *e, u64 i, u32 count,
+                                                   const Meanings &meanings) {
+  switch (e->element[1]) {
+    case F16: return load_moments<F16, true>(e, i, count, meanings, *e->v_scales);
+    case INT8: return load_moments<INT8, true>(e, i, count, meanings, 0.0f);
+    case BF16: return load_moments<BF16, true>(e, i, count, meanings, 0.0f);
+    default: return load_moments<F32, true>(e, i, count, meanings, 0.0f);
   }
 }
 

@@ -5,20 +5,20 @@
 // binary search.
 
 // As in optim/moments.rs.
-enum Element : u32 { F32, BF16, INT8 };
+enum Element : u32 { F32, BF16, INT8, E4M3, F16 };
 
 struct Entry {
   float *param;     // f32 master values, or null where they are split
   u16 *low;         // then what the copies lack
   bf16 *copy;       // what GEMMs read
   void *m, *v;      // moments, as `element` says; v is null of a matrix that has none (Muon)
-  float *m_scales, *v_scales; // of groups, where they have any
+  float *m_scales, *v_scales; // of groups, or of the whole tensor, where they have any
   const void *gradient;       // bf16 where `narrow`, else f32
   u64 len;
   u64 first_piece;  // number of the parameter's first piece
   u16 decays;       // whether weight decay applies
   u16 narrow;
-  u32 element;      // what moments are stored as: `Element`
+  u16 element[2];   // what first and second moments are stored as: `Element`
   u32 *amax;        // bits of the largest magnitude: of the master values, or where these are
                     // split of the copies
 };

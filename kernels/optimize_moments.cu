@@ -4,26 +4,36 @@
 //
 // Every operation is rounded by itself, none fused, and the scale of a group does not depend on the
 // order, so that the processor stores the same bytes. Pieces begin where groups begin.
+//
+// Where a tensor has one scale, the largest of its moments are found first, by `largest_moments`;
+// `choose_scales` makes scales of them, and keeps those before, which `update_stored` loads by.
+
+// A moment that takes in a number.
+__device__ __forceinline__ float mean(float kept, float moment, float rest, float number) {
+  return __fadd_rn(__fmul_rn(kept, moment), __fmul_rn(rest, number));
+}
 
 // The update of a piece: `update_all` of optimize.cu, without fused operations.
-template <u32 ELEMENT>
+template <u32 FIRST, u32 SECOND>
 __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 start, u64 end,
                                              float lr, float size, float scale, u32 *trial,
                                              const Step &s, const Normal *normal,
-                                             const Moments &moments, const Meanings &meanings) {
+                                             const Moments &moments, const Meanings &meanings,
+                                             const float2 *before) {
+  Scales scales = {};
+  if (FIRST == E4M3) scales = scales_of(e, before, number);
   float keep = e->decays ? __fsub_rn(1.0f, __fmul_rn(lr, s.weight_decay)) : 1.0f;
   float rest1 = __fsub_rn(1.0f, s.beta1), rest2 = __fsub_rn(1.0f, s.beta2);
   float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
   each_of_piece(start, end, [&](u64 i, u32 count) {
     Four<float> g = load_gradients(e, i, count), p = load_weights(e, i, count);
-    Four<float> m = load_moments<ELEMENT, false>(e, i, count, meanings);
-    Four<float> v = load_moments<ELEMENT, true>(e, i, count, meanings);
+    Four<float> m = load_moments<FIRST, false>(e, i, count, meanings, scales.loaded[0]);
+    Four<float> v = load_moments<SECOND, true>(e, i, count, meanings, scales.loaded[1]);
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
       float gradient = __fmul_rn(normal ? clip(g.of[k], *normal) : g.of[k], scale);
-      m.of[k] = __fadd_rn(__fmul_rn(moments.kept[0], m.of[k]), __fmul_rn(rest1, gradient));
-      v.of[k] = __fadd_rn(__fmul_rn(moments.kept[1], v.of[k]),
-                          __fmul_rn(rest2, __fmul_rn(gradient, gradient)));
+      m.of[k] = mean(moments.kept[0], m.of[k], rest1, gradient);
+      v.of[k] = mean(moments.kept[1], v.of[k], rest2, __fmul_rn(gradient, gradient));
       float divisor = __fadd_rn(__fmul_rn(__fsqrt_rn(v.of[k]), s.root), s.epsilon);
       p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, __fdiv_rn(m.of[k], divisor)));
       // What there is not is 0, of which a rate that is infinite makes NaN.
@@ -38,8 +48,8 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
       if (k < count) largest = max_nan(largest, fabsf(p.of[k]));
-    store_moments<ELEMENT, false>(e, i, count, m, moments, number);
-    store_moments<ELEMENT, true>(e, i, count, v, moments, number);
+    store_moments<FIRST, false>(e, i, count, m, moments, number, scales.inverse[0]);
+    store_moments<SECOND, true>(e, i, count, v, moments, number, scales.inverse[1]);
   });
   u32 *of_one = trial + 3 * number;
   note_amax(trial ? of_one : e->amax, largest);
@@ -47,10 +57,12 @@ __device__ __forceinline__ void update_piece(const Entry *e, u32 number, u64 sta
 }
 
 // One update of every parameter, as `adamw` and `stable_adamw`, whose arguments these are; of
-// gradients that are normalized where `normals` (entries) are not null. Grid: any; block: 256.
+// gradients that are normalized where `normals` (entries) are not null. before (entries): of
+// `choose_scales`, or null where scales of tensors are those of what is stored, as of a trial.
+// Grid: any; block: 256.
 __global__ void update_stored(const Entry *table, u32 entries, u64 pieces, const double *sums,
                               const float2 *rates, const Normal *normals, u32 *trial, Step s,
-                              Moments moments) {
+                              Moments moments, const float2 *before) {
   begin();
   __shared__ Meanings meanings;
   float norm;
@@ -64,12 +76,70 @@ __global__ void update_stored(const Entry *table, u32 entries, u64 pieces, const
     const Normal *normal = normals ? normals + number : nullptr;
     float scale = __fmul_rn(normal ? normal->scale : 1.0f, clipping(norm, s));
     u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
-#define UPDATE(element) \
-  update_piece<element>(e, number, start, end, lr, size, scale, trial, s, normal, moments, meanings)
-    if (e->element == INT8) UPDATE(INT8);
-    else if (e->element == BF16) UPDATE(BF16);
-    else UPDATE(F32);
+#define UPDATE(first, second) \
+  update_piece<first, second>(e, number, start, end, lr, size, scale, trial, s, normal, moments, \
+                              meanings, before)
+    if (e->element[0] == INT8) UPDATE(INT8, INT8);
+    else if (e->element[0] == BF16) UPDATE(BF16, BF16);
+    else if (e->element[0] == E4M3) UPDATE(E4M3, F16);
+    else UPDATE(F32, F32);
 #undef UPDATE
+  }
+}
+
+// largest (entries, 3), zeros before: its second and third numbers become the bits of the largest
+// magnitudes that `update_stored`, whose arguments these are, will leave of the moments of tensors
+// that have one scale. Grid: any; block: 256.
+__global__ void largest_moments(u32 *largest, const Entry *table, u32 entries, u64 pieces,
+                                const double *sums, const Normal *normals, Step s,
+                                Moments moments) {
+  begin();
+  __shared__ Meanings meanings;
+  float norm;
+  if (!is_allowed(sums, s, norm)) return;
+  float rest1 = __fsub_rn(1.0f, s.beta1), rest2 = __fsub_rn(1.0f, s.beta2);
+  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+    const Entry *e = find(table, entries, piece);
+    if (e->element[0] != E4M3 || !e->v) continue;
+    u32 number = (u32)(e - table);
+    const Normal *normal = normals ? normals + number : nullptr;
+    float scale = __fmul_rn(normal ? normal->scale : 1.0f, clipping(norm, s));
+    Scales scales = scales_of(e, nullptr, number);
+    float largest_m = 0.0f, largest_v = 0.0f;
+    u64 start = (piece - e->first_piece) * PIECE, end = min(start + PIECE, e->len);
+    each_of_piece(start, end, [&](u64 i, u32 count) {
+      Four<float> g = load_gradients(e, i, count);
+      Four<float> m = load_moments<E4M3, false>(e, i, count, meanings, scales.loaded[0]);
+      Four<float> v = load_moments<F16, true>(e, i, count, meanings, scales.loaded[1]);
+#pragma unroll
+      for (u32 k = 0; k < 4; k++) {
+        float gradient = __fmul_rn(normal ? clip(g.of[k], *normal) : g.of[k], scale);
+        float square = __fmul_rn(gradient, gradient);
+        largest_m = max_nan(largest_m, fabsf(mean(moments.kept[0], m.of[k], rest1, gradient)));
+        largest_v = max_nan(largest_v, fabsf(mean(moments.kept[1], v.of[k], rest2, square)));
+      }
+    });
+    note_amax(largest + 3 * number + 1, largest_m);
+    note_amax(largest + 3 * number + 2, largest_v);
+  }
+}
+
+// Of `count` parameters from `first` on whose moments have one scale: before (entries) = these,
+// which become those of moments up to `largest` (entries, 3), of `largest_moments`. Nothing where
+// there is no update. Grid: 1; block: 256.
+__global__ void choose_scales(float2 *before, const u32 *largest, const Entry *table, u32 first,
+                              u32 count, const double *sums, Step s) {
+  begin();
+  float norm;
+  if (!is_allowed(sums, s, norm)) return;
+  for (u32 number = first + threadIdx.x; number < first + count; number += blockDim.x) {
+    const Entry *e = table + number;
+    if (e->element[0] != E4M3) continue;
+    const u32 *of_one = largest + 3 * number;
+    float2 stored = make_float2(*e->m_scales, e->v ? *e->v_scales : 0.0f);
+    before[number] = stored;
+    *e->m_scales = tensor_scale<E4M3>(stored.x, of_one[1]);
+    if (e->v) *e->v_scales = tensor_scale<F16>(stored.y, of_one[2]);
   }
 }
 
@@ -87,14 +157,11 @@ __global__ void square_stored_ratios(double *partials, const Entry *table, u32 e
     double total = 0.0;
     each_of_piece(start, end, [&](u64 i, u32 count) {
       Four<float> g = load_gradients(e, i, count);
-      Four<float> v = e->element == INT8   ? load_moments<INT8, true>(e, i, count, meanings)
-                      : e->element == BF16 ? load_moments<BF16, true>(e, i, count, meanings)
-                                           : load_moments<F32, true>(e, i, count, meanings);
+      Four<float> v = load_second(e, i, count, meanings);
 #pragma unroll
       for (u32 k = 0; k < 4; k++) {
         float gradient = __fmul_rn(g.of[k], scale);
-        float u = __fadd_rn(__fmul_rn(s.beta2, v.of[k]),
-                            __fmul_rn(rest2, __fmul_rn(gradient, gradient)));
+        float u = mean(s.beta2, v.of[k], rest2, __fmul_rn(gradient, gradient));
         float ratio = __fdiv_rn(gradient, fmaxf(__fmul_rn(__fsqrt_rn(u), s.root), s.epsilon));
         if (k < count) total += (double)ratio * ratio;
       }

@@ -22,12 +22,15 @@ __device__ __forceinline__ bf16 rounded(float v) {
 template <u32 ELEMENT>
 __device__ __forceinline__ double momentum_piece(bf16 *x, const Entry *e, u32 number, u64 start,
                                                  u64 end, float scale, u32 *trial,
-                                                 const Moments &moments, const Meanings &meanings) {
+                                                 const Moments &moments, const Meanings &meanings,
+                                                 const float2 *before) {
+  Scales scales = {};
+  if (ELEMENT == E4M3) scales = scales_of(e, before, number);
   float beta = moments.kept[0], rest = __fsub_rn(1.0f, beta), largest = 0.0f;
   double squares = 0.0;
   each_of_piece(start, end, [&](u64 i, u32 count) {
     Four<float> g = load_gradients(e, i, count);
-    Four<float> m = load_moments<ELEMENT, false>(e, i, count, meanings);
+    Four<float> m = load_moments<ELEMENT, false>(e, i, count, meanings, scales.loaded[0]);
     Four<bf16> u;
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
@@ -40,17 +43,21 @@ __device__ __forceinline__ double momentum_piece(bf16 *x, const Entry *e, u32 nu
       if (trial) largest = max_nan(largest, fabsf(m.of[k]));
     }
     store4(x + i, count, u);
-    if (!trial) store_moments<ELEMENT, false>(e, i, count, m, moments, number);
+    if (trial) return;
+    store_moments<ELEMENT, false>(e, i, count, m, moments, number, scales.inverse[0]);
   });
   if (trial) note_amax(trial + 3 * number + 1, largest);
   return squares;
 }
 
 // x (len) = u of the matrix of this number in the table; partials (pieces) = sums of its squares.
-// Its momentum is stored, or with `trial` (entries, 3) the bits of its largest magnitude instead.
-// Nothing where there will be no update. sums: as in optimize.cu. Grid: any; block: 256.
+// Its momentum is stored, or with `trial` (entries, 3) the bits of its largest magnitude instead,
+// which `choose_scales` takes where there is one scale of it; then `before` (entries) are what that
+// leaves, else null. Nothing where there will be no update. sums: as in optimize.cu. Grid: any;
+// block: 256.
 __global__ void update_momentum(bf16 *x, double *partials, const Entry *table, u32 number,
-                                const double *sums, u32 *trial, Step s, Moments moments) {
+                                const double *sums, u32 *trial, Step s, Moments moments,
+                                const float2 *before) {
   begin();
   __shared__ double scratch[WARP];
   __shared__ Meanings meanings;
@@ -63,9 +70,11 @@ __global__ void update_momentum(bf16 *x, double *partials, const Entry *table, u
     u64 start = piece * PIECE, end = min(start + PIECE, e->len);
     double squares;
 #define MOMENTUM(element) \
-  squares = momentum_piece<element>(x, e, number, start, end, scale, trial, moments, meanings)
-    if (e->element == INT8) MOMENTUM(INT8);
-    else if (e->element == BF16) MOMENTUM(BF16);
+  squares = \
+      momentum_piece<element>(x, e, number, start, end, scale, trial, moments, meanings, before)
+    if (e->element[0] == INT8) MOMENTUM(INT8);
+    else if (e->element[0] == BF16) MOMENTUM(BF16);
+    else if (e->element[0] == E4M3) MOMENTUM(E4M3);
     else MOMENTUM(F32);
 #undef MOMENTUM
     squares = block_sum_double(squares, scratch);

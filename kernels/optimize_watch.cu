@@ -23,10 +23,7 @@ __global__ void watch_update(Watched *partials, const Entry *table, const double
   for (u64 start = (u64)blockIdx.x * PIECE; start < e->len; start += (u64)gridDim.x * PIECE) {
     each_of_piece(start, min(start + PIECE, e->len), [&](u64 i, u32 count) {
       Four<float> g = load_gradients(e, i, count), v = {};
-      if (e->v)
-        v = e->element == INT8   ? load_moments<INT8, true>(e, i, count, meanings)
-            : e->element == BF16 ? load_moments<BF16, true>(e, i, count, meanings)
-                                 : load_moments<F32, true>(e, i, count, meanings);
+      if (e->v) v = load_second(e, i, count, meanings);
 #pragma unroll
       for (u32 k = 0; k < 4; k++) {
         total.squares += (double)g.of[k] * g.of[k];

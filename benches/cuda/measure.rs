@@ -22,7 +22,6 @@ use crate::formats::{
     Draw, Element, Format, GemmId, LinearRecipe, Nvfp4Scale, Operand, OperandId, Purpose, Random,
     Rounding, Signs, Transform,
 };
-use crate::optim::moments::{self, GROUP};
 use crate::optim::{Master, Optimizer, ParamKind};
 use crate::recipe::Recipe;
 use crate::{Dataset, Engine, Model, ModelConfig, Schedule, Trainer, TrainerOptions};
@@ -188,6 +187,7 @@ fn updates_on(cuda: &Cuda) {
         "adamw,master=split",
         "adamw,moments=bf16",
         "adamw,moments=int8",
+        "adamw,moments=fp8",
         "adamw,moments=int8,master=split",
         "adamw,moments=int8,master=split,gradients=bf16",
         "stable-adamw",
@@ -212,12 +212,14 @@ fn updates_on(cuda: &Cuda) {
         );
         // Bytes of all parameters that an update reads and writes.
         let of = |kind: ParamKind| {
-            let moments = 2.0
-                * match optimizer.moments.element(kind) {
-                    moments::Element::F32 => 8.0,
-                    moments::Element::Bf16 => 4.0,
-                    moments::Element::Int8 => 2.0 + 8.0 / GROUP as f64,
-                };
+            let of_state = |state: usize| {
+                let element = optimizer.moments.element(kind, state);
+                let numbers = 2.0 * element.size() as f64;
+                // Where all have one scale, the largest is found before.
+                let before = if element.has_one_scale() { 0.5 * numbers } else { 0.0 };
+                numbers + before + 8.0 * element.scales(LEN) as f64 / LEN as f64
+            };
+            let moments = of_state(0) + of_state(1);
             let weights = if optimizer.master == Master::Split { 8.0 } else { 10.0 };
             4.0 + weights + moments
         };

@@ -5,7 +5,7 @@
 
 use super::{FlatGradients, Memory, Slot};
 use crate::Result;
-use crate::optim::moments::{Element, GROUP};
+use crate::optim::moments::Element;
 use crate::optim::{Largest, Optimizer, OptimizerStep, StepSums, UpdateSums};
 use crate::reserve::collect;
 
@@ -26,17 +26,12 @@ pub(crate) struct Place {
 impl Place {
     /// Bytes of its elements.
     pub(crate) fn bytes(&self) -> usize {
-        let size = match self.element {
-            Element::F32 => 4,
-            Element::Bf16 => 2,
-            Element::Int8 => 1,
-        };
-        self.len * size
+        self.len * self.element.size()
     }
 
     /// Scales of its elements.
     pub(crate) fn groups(&self) -> usize {
-        if self.element == Element::Int8 { self.len.div_ceil(GROUP) } else { 0 }
+        self.element.scales(self.len)
     }
 }
 
@@ -61,7 +56,7 @@ impl StateLayout {
     ) -> Result<Self> {
         let (align, mut next) = (align * size_of::<f32>(), 0usize);
         let places = slots.iter().map(|slot| {
-            let element = optimizer.moments.element(slot.kind);
+            let element = optimizer.moments.element(slot.kind, state);
             let len = if optimizer.keeps(state, slot.kind) { slot.len } else { 0 };
             let mut place = Place { element, start: next, len, scales: 0 };
             next = (place.start + place.bytes()).next_multiple_of(align);

@@ -32,7 +32,7 @@ use rustix::io::Errno;
 
 use crate::gpt::{ModelConfig, TensorInfo};
 use crate::optim::State;
-use crate::optim::moments::GROUP;
+use crate::optim::moments::{E4m3, F16, GROUP, is_tensor_scale};
 use crate::reserve::{self, Spare};
 use crate::run::TrainerState;
 use crate::{Error, Result};
@@ -85,9 +85,9 @@ pub(crate) trait TensorRead {
 /// Takes the values of (state, tensor).
 type WriteState<'a> = dyn FnMut(usize, usize, StateValues<'_>) -> Result<()> + 'a;
 
-/// What is behind the name of a weight where its state is kept in 8 bits.
+/// What is behind the name of a weight where its state is kept in numbers that have scales.
 pub(crate) const CODES: &str = ".codes";
-/// And of the scales of these codes.
+/// And of these scales.
 pub(crate) const SCALES: &str = ".scales";
 
 /// What a file holds of a state of one weight.
@@ -97,12 +97,17 @@ pub(crate) enum StateValues<'a> {
     Numbers(&'a [f32]),
     /// Codes in the order of the file, and the scale of each group of neighbours in memory.
     Codes { codes: &'a [f32], scales: &'a [f32] },
+    /// In the order of the file, all to be multiplied by the same: of E4M3 where the state is signed,
+    /// else of fp16.
+    Scaled { numbers: &'a [f32], scale: f32 },
 }
 
 impl<'a> StateValues<'a> {
     /// The least number, or a scale below 0, which there are none.
     pub(crate) fn least(&self) -> f32 {
-        let (Self::Numbers(values) | Self::Codes { scales: values, .. }) = self;
+        let (Self::Numbers(values)
+        | Self::Codes { scales: values, .. }
+        | Self::Scaled { numbers: values, .. }) = self;
         values.iter().fold(0.0, |least, value| least.min(*value))
     }
 }
@@ -342,11 +347,31 @@ impl Checkpoint {
                     write(number, index, StateValues::Numbers(&values))?;
                     continue;
                 }
-                let code = if state.is_signed { Dtype::I8 } else { Dtype::U8 };
-                file.read(&of_codes, &tensor.shape, &[code], &mut values)?;
-                let groups = tensor.len().div_ceil(GROUP);
-                file.read(&of_scales, &[groups], &FLOATS, &mut scales)?;
-                write(number, index, StateValues::Codes { codes: &values, scales: &scales })?;
+                let [code, float] = match state.is_signed {
+                    true => [Dtype::I8, Dtype::F8_E4M3],
+                    false => [Dtype::U8, Dtype::F16],
+                };
+                file.read(&of_codes, &tensor.shape, &[code, float], &mut values)?;
+                if file.dtype(&of_codes) == Some(code) {
+                    let groups = tensor.len().div_ceil(GROUP);
+                    file.read(&of_scales, &[groups], &FLOATS, &mut scales)?;
+                    write(number, index, StateValues::Codes { codes: &values, scales: &scales })?;
+                    continue;
+                }
+                file.read(&of_scales, &[1], &FLOATS, &mut scales)?;
+                let scale = scales[0];
+                let is_one = match state.is_signed {
+                    true => is_tensor_scale::<E4m3>(scale),
+                    false => is_tensor_scale::<F16>(scale),
+                };
+                if !is_one {
+                    let message = format!(
+                        "damaged or edited: expected of {of_scales} a power of two, or 0 where \
+                         nothing is stored, found {scale:e}; restore the file from a copy"
+                    );
+                    return Err(Error::format(file.path(), message));
+                }
+                write(number, index, StateValues::Scaled { numbers: &values, scale })?;
             }
         }
         Ok(())

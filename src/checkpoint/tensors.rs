@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::StoredTensor;
 use super::folder::attempt;
 use super::{MAX_JSON, TensorRead, found, read_exact_at, room_for_json};
+use crate::optim::moments::{E4m3, Float};
 use crate::reserve::{Spare, reserve, zeros};
 use crate::{Error, Result};
 
@@ -252,6 +253,11 @@ impl<'a> TensorFile<'a> {
         self.names().into_iter().filter_map(stored).collect()
     }
 
+    /// The number format of a tensor.
+    pub(super) fn dtype(&self, name: &str) -> Option<Dtype> {
+        Some(self.header.info(name)?.dtype)
+    }
+
     /// Whether there is a tensor of this name.
     pub(super) fn contains(&self, name: &str) -> bool {
         self.header.info(name).is_some()
@@ -408,14 +414,16 @@ impl<'a> TensorFile<'a> {
 /// The types of numbers that weights may be stored in; the first is ours.
 pub(super) const FLOATS: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64];
 
-/// Appends numbers, each of which `dtype` can hold, as files have them: f32, bf16, or whole numbers
-/// of 8 bits.
+/// Appends numbers, each of which `dtype` can hold, as files have them: f32, floats of 8 or 16 bits,
+/// or whole numbers of 8.
 fn encode(dtype: Dtype, values: &[f32], bytes: &mut Vec<u8>) {
     match dtype {
         Dtype::I8 | Dtype::U8 => bytes.extend(values.iter().map(|v| *v as i32 as u8)),
         Dtype::BF16 => {
             bytes.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
         }
+        Dtype::F16 => bytes.extend(values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes())),
+        Dtype::F8_E4M3 => bytes.extend(values.iter().map(|v| E4m3::encode(*v, 1.0))),
         _ => bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),
     }
 }
@@ -433,6 +441,11 @@ pub(crate) fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
         Dtype::BF16 => each(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
         Dtype::I8 => each(bytes, out, |[b]: [u8; 1]| f32::from(b as i8)),
         Dtype::U8 => each(bytes, out, |[b]: [u8; 1]| f32::from(b)),
+        // Two of its bytes are no number.
+        Dtype::F8_E4M3 => each(bytes, out, |[b]: [u8; 1]| match b & 0x7f {
+            0x7f => f32::NAN,
+            _ => E4m3::decode(b, 1.0),
+        }),
         _ => return false,
     }
     true

@@ -80,11 +80,17 @@ impl Update {
     /// A weight and its moments after the update.
     #[inline(always)]
     pub(crate) fn of(&self, p: f32, m: f32, v: f32, g: f32) -> (f32, f32, f32) {
-        let gradient = clip(g, self.clipped) * self.gradient_scale;
-        let m = mean(self.kept1, m, self.beta1, gradient);
-        let v = mean(self.kept2, v, self.beta2, gradient * gradient);
+        let (m, v) = self.of_moments(m, v, g);
         let p = p * self.keep - self.size * (m / (v.sqrt() * self.root + self.epsilon));
         (p, m, v)
+    }
+
+    /// The moments alone.
+    #[inline(always)]
+    pub(crate) fn of_moments(&self, m: f32, v: f32, g: f32) -> (f32, f32) {
+        let gradient = clip(g, self.clipped) * self.gradient_scale;
+        let m = mean(self.kept1, m, self.beta1, gradient);
+        (m, mean(self.kept2, v, self.beta2, gradient * gradient))
     }
 }
 

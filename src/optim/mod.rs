@@ -365,6 +365,8 @@ mod tests {
         assert_eq!(Optimizer::default().to_string(), "adamw");
         let given = "gradstab,moments=int8,gamma1=0.5,reset=100,s=cosine";
         assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
+        let given = "stable-adamw,moments=fp8,master=split,gradients=bf16";
+        assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
         let given = "muon,moments=bf16,momentum=0.9,ratio=33.5";
         assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
         let usual: Optimizer = "muon,ratio=66.67,momentum=0.95".parse().unwrap();
@@ -391,8 +393,8 @@ mod tests {
             ("stable-spam,gamma1=x", "gamma1: expected a number"),
             ("stable-spam,s=0.5", "s: expected one of 1, cosine, got \"0.5\""),
             ("adamw,s=cosine", "unknown switch \"s\"; adamw has"),
-            ("adamw,moments=int4", "moments: expected one of f32, bf16, int8; got \"int4\""),
-            ("adamw,moments", "moments: expected one of f32, bf16, int8; got \"\""),
+            ("adamw,moments=int4", "moments: expected one of f32, bf16, int8, fp8; got \"int4\""),
+            ("adamw,moments", "moments: expected one of f32, bf16, int8, fp8; got \"\""),
             ("adamw,master=bf16", "master: expected one of f32, split; got \"bf16\""),
             ("adamw,gradients=int8", "gradients: expected one of f32, bf16; got \"int8\""),
             ("adamw, fast", "unknown switch \"fast\"; adamw has moments, master, gradients"),

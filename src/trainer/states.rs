@@ -8,7 +8,9 @@ use crate::backend::{Backend, Place, StateLayout};
 use crate::checkpoint::{CODES, Dtype, SCALES, StateValues, TensorRead, decode};
 use crate::gpt::{ParamSpec, TensorInfo};
 use crate::model::OnDevice;
-use crate::optim::moments::{self, Code, Element, First, GROUP, Second};
+use crate::optim::moments::{
+    self, Code, E4m3, Element, F16, First, Float, GROUP, Second, inverse, tensor_scale,
+};
 use crate::optim::spam::STATISTICS;
 use crate::optim::{Optimizer, State};
 use crate::reserve::{collect, reserve, text};
@@ -58,7 +60,7 @@ impl Stored {
         let all = all.filter(|(_, (_, place))| place.len > 0);
         let parts = all.flat_map(|(index, (weight, place))| {
             let parts: &[Part] = match place.element {
-                Element::Int8 => &[Part::Codes, Part::Scales],
+                Element::Int8 | Element::E4m3 | Element::F16 => &[Part::Codes, Part::Scales],
                 Element::F32 | Element::Bf16 => &[Part::Numbers],
             };
             parts.iter().map(move |part| (index, *part, weight, place))
@@ -97,6 +99,8 @@ impl<B: Backend> TensorRead for Exported<'_, B> {
     fn dtype(&self, index: usize) -> Dtype {
         let (parameter, part) = self.stored.parts[index];
         match (part, self.layout.places[parameter].element) {
+            (Part::Codes, Element::E4m3) => Dtype::F8_E4M3,
+            (Part::Codes, Element::F16) => Dtype::F16,
             (Part::Codes, _) if self.of.is_signed => Dtype::I8,
             (Part::Codes, _) => Dtype::U8,
             (Part::Numbers, Element::Bf16) => Dtype::BF16,
@@ -164,48 +168,81 @@ pub(super) fn load<B: Backend>(
     values: StateValues<'_>,
     ours: &mut Vec<f32>,
 ) -> Result<()> {
-    let mut bytes = Vec::new();
-    let scales = match values {
-        StateValues::Numbers(numbers) => {
-            spec.import(numbers, ours)?;
-            None
-        }
-        StateValues::Codes { codes, scales } => {
-            spec.import(codes, ours)?;
-            Some(scales)
-        }
+    let (StateValues::Numbers(of_file)
+    | StateValues::Codes { codes: of_file, .. }
+    | StateValues::Scaled { numbers: of_file, .. }) = values;
+    spec.import(of_file, ours)?;
+    let is_as_kept = match values {
+        StateValues::Numbers(_) => true,
+        StateValues::Codes { .. } => place.element == Element::Int8,
+        StateValues::Scaled { .. } => place.element.has_one_scale(),
     };
+    if !is_as_kept {
+        decode_all(values, of, ours);
+    }
+    let (mut bytes, mut scales) = (Vec::new(), Vec::new());
     reserve(&mut bytes, "a tensor", place.bytes())?;
-    match (place.element, scales) {
-        (Element::Int8, Some(scales)) => {
-            bytes.extend(ours.iter().map(|code| *code as i32 as u8));
-            backend.write_bytes(state, place.scales, bytemuck::cast_slice(scales))?;
+    reserve(&mut scales, "the scales of a tensor", place.groups())?;
+    match place.element {
+        Element::F32 => {
+            return backend.write_bytes(state, place.start, bytemuck::cast_slice(ours));
         }
-        (Element::Int8, None) => {
-            bytes.resize(place.bytes(), 0);
-            let mut scales = Vec::new();
-            reserve(&mut scales, "the scales of a tensor", place.groups())?;
-            let encode = if of.is_signed {
-                moments::encode_group::<First>
-            } else {
-                moments::encode_group::<Second>
-            };
-            let groups = ours.chunks(GROUP).zip(bytes.chunks_mut(GROUP));
-            scales.extend(groups.map(|(values, codes)| encode(values, codes)));
-            backend.write_bytes(state, place.scales, bytemuck::cast_slice(&scales))?;
+        Element::Bf16 => {
+            bytes.extend(ours.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()));
         }
-        (element, scales) => {
-            let decode = if of.is_signed { First::decode } else { Second::decode };
-            for (values, scale) in ours.chunks_mut(GROUP).zip(scales.unwrap_or_default()) {
-                values.iter_mut().for_each(|v| *v = decode(*v as i32 as u8, *scale));
+        Element::Int8 => match values {
+            StateValues::Codes { scales: stored, .. } => {
+                bytes.extend(ours.iter().map(|code| *code as i32 as u8));
+                scales.extend_from_slice(stored);
             }
-            match element {
-                Element::Bf16 => {
-                    bytes.extend(ours.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()))
-                }
-                _ => return backend.write_bytes(state, place.start, bytemuck::cast_slice(ours)),
+            _ => {
+                bytes.resize(place.bytes(), 0);
+                let encode = if of.is_signed {
+                    moments::encode_group::<First>
+                } else {
+                    moments::encode_group::<Second>
+                };
+                let groups = ours.chunks(GROUP).zip(bytes.chunks_mut(GROUP));
+                scales.extend(groups.map(|(values, codes)| encode(values, codes)));
             }
+        },
+        Element::E4m3 => {
+            let (scale, inverse) = scale_of::<E4m3>(values, ours);
+            scales.push(scale);
+            bytes.extend(ours.iter().map(|v| E4m3::encode(*v, inverse)));
+        }
+        Element::F16 => {
+            let (scale, inverse) = scale_of::<F16>(values, ours);
+            scales.push(scale);
+            bytes.extend(ours.iter().flat_map(|v| F16::encode(*v, inverse).to_le_bytes()));
         }
     }
+    if !scales.is_empty() {
+        backend.write_bytes(state, place.scales, bytemuck::cast_slice(&scales))?;
+    }
     backend.write_bytes(state, place.start, &bytes)
+}
+
+/// Makes numbers of what a file has, which `ours` holds in the order of memory.
+fn decode_all(values: StateValues<'_>, of: &State, ours: &mut [f32]) {
+    match values {
+        StateValues::Numbers(_) => {}
+        StateValues::Codes { scales, .. } => {
+            let decode = if of.is_signed { First::decode } else { Second::decode };
+            for (values, scale) in ours.chunks_mut(GROUP).zip(scales) {
+                values.iter_mut().for_each(|v| *v = decode(*v as i32 as u8, *scale));
+            }
+        }
+        StateValues::Scaled { scale, .. } => ours.iter_mut().for_each(|v| *v *= scale),
+    }
+}
+
+/// The scale of a tensor, and what `ours` has to be multiplied by to be stored: a file's, or the one
+/// of these numbers.
+fn scale_of<F: Float>(values: StateValues<'_>, ours: &[f32]) -> (f32, f32) {
+    if let StateValues::Scaled { scale, .. } = values {
+        return (scale, 1.0);
+    }
+    let scale = tensor_scale::<F>(0.0, ours.iter().fold(0.0, |most, v| v.abs().max(most)));
+    (scale, inverse(scale))
 }

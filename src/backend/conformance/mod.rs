@@ -127,6 +127,7 @@ suite! {
     follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset;
     optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
         rates_that_do_not_fall_give_the_bits_of_adamw moments_are_stored_to_the_byte
+        scales_of_tensors_follow_the_largest
         updates_are_watched;
     muon: matrices_move_along_their_orthogonalized_momentum hard_matrices_stay_within_bounds
         momentum_is_stored_to_the_byte;

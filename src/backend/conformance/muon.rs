@@ -177,6 +177,7 @@ pub(super) fn momentum_is_stored_to_the_byte<B: Harness>(backends: &[B]) {
         (Moments::Bf16, 0.95, Master::Split),
         (Moments::Bf16, 0.995, Master::F32),
         (Moments::Int8, 0.95, Master::Split),
+        (Moments::Fp8, 0.95, Master::F32),
     ] {
         let of_muon = Muon { momentum, ..muon().muon };
         let optimizer = Optimizer { moments, master, muon: of_muon, ..muon() };

@@ -1,7 +1,9 @@
 //! The end of a step.
 
 use super::*;
-use crate::optim::moments::{self, Code, First, GROUP, Second, is_stochastic};
+use crate::optim::moments::{
+    self, Code, E4m3, F16, First, Float, GROUP, Second, inverse, is_stochastic, tensor_scale,
+};
 use crate::optim::spam::STATISTICS;
 use crate::optim::{adamw, master};
 
@@ -26,11 +28,13 @@ pub(super) type Values = [Vec<f32>; 4];
 pub(super) const LENGTHS: [usize; 3] = [40_003, 7, 4096];
 
 /// What is stored in less than f32, with decay rates to nearest and stochastically.
-pub(in crate::backend) const FORMS: [(Moments, f32, Master, optim::Gradients); 6] = [
+pub(in crate::backend) const FORMS: [(Moments, f32, Master, optim::Gradients); 8] = [
     (Moments::Bf16, 0.95, Master::F32, optim::Gradients::F32),
     (Moments::Bf16, 0.999, Master::Split, optim::Gradients::Bf16),
     (Moments::Int8, 0.95, Master::Split, optim::Gradients::Bf16),
     (Moments::Int8, 0.999, Master::F32, optim::Gradients::F32),
+    (Moments::Fp8, 0.95, Master::Split, optim::Gradients::Bf16),
+    (Moments::Fp8, 0.999, Master::F32, optim::Gradients::F32),
     (Moments::F32, 0.95, Master::Split, optim::Gradients::F32),
     (Moments::F32, 0.95, Master::F32, optim::Gradients::Bf16),
 ];
@@ -224,7 +228,21 @@ pub(in crate::backend) fn stored(
             let scales: Vec<f32> = groups.map(|(values, codes)| encode(values, codes)).collect();
             (codes, bytemuck::cast_slice(&scales).to_vec())
         }
+        moments::Element::E4m3 => {
+            let scale = tensor_scale::<E4m3>(0.0, amax(values));
+            let codes = values.iter().map(|value| E4m3::encode(*value, inverse(scale)));
+            (codes.collect(), scale.to_le_bytes().to_vec())
+        }
+        moments::Element::F16 => {
+            let scale = tensor_scale::<F16>(0.0, amax(values));
+            let codes = values.iter().map(|value| F16::encode(*value, inverse(scale)));
+            (codes.flat_map(u16::to_le_bytes).collect(), scale.to_le_bytes().to_vec())
+        }
     }
+}
+
+fn amax(values: &[f32]) -> f32 {
+    values.iter().fold(0.0, |amax, value| value.abs().max(amax))
 }
 
 /// The numbers that are stored.
@@ -234,6 +252,7 @@ pub(in crate::backend) fn loaded(
     (elements, scales): &Bytes,
 ) -> Vec<f32> {
     let decode = if is_second { Second::decode } else { First::decode };
+    let scale = |i: usize| f32::from_le_bytes(scales.as_chunks().0[i]);
     match place.element {
         moments::Element::F32 => {
             elements.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
@@ -243,8 +262,15 @@ pub(in crate::backend) fn loaded(
             numbers.map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
         }
         moments::Element::Int8 => {
-            let scale = |i: usize| f32::from_le_bytes(scales.as_chunks().0[i / GROUP]);
-            elements.iter().enumerate().map(|(i, code)| decode(*code, scale(i))).collect()
+            let codes = elements.iter().enumerate();
+            codes.map(|(i, code)| decode(*code, scale(i / GROUP))).collect()
+        }
+        moments::Element::E4m3 => {
+            elements.iter().map(|code| E4m3::decode(*code, scale(0))).collect()
+        }
+        moments::Element::F16 => {
+            let codes = elements.as_chunks().0.iter();
+            codes.map(|code| F16::decode(u16::from_le_bytes(*code), scale(0))).collect()
         }
     }
 }
@@ -446,7 +472,8 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
         let of_optimizer = Optimizer { moments, beta2, master, ..Optimizer::default() };
         let optimizer = Optimizer { gradients: kept, ..of_optimizer };
         let steps = (3..53).map(|t| OptimizerStep { t, ..step(optimizer) });
-        let layout = StateLayout::new(&slots, &optimizer, 0, B::ALIGN).unwrap();
+        let [of_m, of_v] =
+            [0, 1].map(|state| StateLayout::new(&slots, &optimizer, state, B::ALIGN).unwrap());
         let gradients = |t: u64, i: usize| {
             let mut g = gradients(t, i);
             if B::HAS_COPIES && kept.are_in_bf16(slots[i].kind) {
@@ -455,14 +482,16 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
             g
         };
         let mut expected: Vec<(Vec<f32>, [Bytes; 2])> = Vec::new();
-        for (i, (place, [p, m, v, _])) in layout.places.iter().zip(&values).enumerate() {
+        for (i, [p, m, v, _]) in values.iter().enumerate() {
+            let places = [&of_m.places[i], &of_v.places[i]];
             let (mut p, splits) = (p.clone(), B::HAS_COPIES && master == Master::Split);
             let split = |p: f32| if splits { master::splittable(p) } else { p };
             p.iter_mut().for_each(|p| *p = split(*p));
-            let mut kept = [stored(place, false, m, None), stored(place, true, v, None)];
+            let mut kept = [stored(places[0], false, m, None), stored(places[1], true, v, None)];
             for step in steps.clone() {
                 let update = adamw::Update::new(&step, step.lr, i != 1, 1.0);
-                let [mut m, mut v] = [0, 1].map(|which| loaded(place, which == 1, &kept[which]));
+                let [mut m, mut v] =
+                    [0, 1].map(|which| loaded(places[which], which == 1, &kept[which]));
                 for (k, g) in gradients(step.t, i).into_iter().enumerate() {
                     (p[k], m[k], v[k]) = update.of(p[k], m[k], v[k], g);
                     p[k] = split(p[k]);
@@ -470,8 +499,8 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
                 let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, i as u32);
                 let draw = |beta| is_stochastic(beta).then_some(&draw);
                 kept = [
-                    stored(place, false, &m, draw(optimizer.beta1)),
-                    stored(place, true, &v, draw(optimizer.beta2)),
+                    stored(places[0], false, &m, draw(optimizer.beta1)),
+                    stored(places[1], true, &v, draw(optimizer.beta2)),
                 ];
             }
             expected.push((p, kept));
@@ -490,6 +519,48 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
                 let what = format!("{}, {optimizer}, {beta2}, parameter {i}", b.name());
                 assert!(bytes[i] == *kept, "{what}: what is stored");
                 assert!(bits(&update.params.read(b, i)) == bits(p), "{what}: weights");
+            }
+        });
+    }
+}
+
+/// A tensor's scale follows its largest, stays where all have become 0, and with it stay the codes
+/// where nothing is done.
+pub(super) fn scales_of_tensors_follow_the_largest<B: Harness>(backends: &[B]) {
+    let (values, lengths) = (some_values(), LENGTHS);
+    for text in ["adamw", "stable-adamw", "muon,momentum=0"] {
+        let optimizer: Optimizer = format!("{text},moments=fp8").parse().unwrap();
+        let step = step(Optimizer { beta1: 0.0, beta2: 0.0, ..optimizer });
+        each(backends, |b| {
+            let what = format!("{}, {optimizer}", b.name());
+            let mut update = Update::of(b, &values, step.optimizer);
+            update.add_losses(b, &[1.0], false);
+            let scales = |update: &Update<B>| {
+                let [m, v] = &update.bytes(b)[0];
+                [&m.1, &v.1]
+                    .map(|scale| scale.as_chunks().0.first().map(|s| f32::from_le_bytes(*s)))
+            };
+            let all = |first: f32| -> Vec<Vec<f32>> { lengths.map(|len| vec![first; len]).into() };
+            let mut of_last = None;
+            for (g, expected) in
+                [(1.0, 2f32.powi(-8)), (1e-4, 2f32.powi(-22)), (0.0, 2f32.powi(-22))]
+            {
+                let gradients = all(g);
+                let gradients: Vec<_> = gradients.iter().map(Vec::as_slice).collect();
+                update.set_gradients(b, &gradients);
+                let before = update.bytes(b);
+                let below = OptimizerStep { largest_gradient: -1.0, ..step };
+                update.step(b, &below);
+                assert!(update.bytes(b) == before, "{what}: no step");
+                update.step(b, &step);
+                let [of_m, of_v] = scales(&update);
+                assert_eq!(of_m, Some(expected), "{what}, {g}");
+                assert!(of_v.is_none() == (optimizer.kind == OptimizerKind::Muon), "{what}");
+                let [_, m, v] = &update.read(b)[0];
+                assert!(m.iter().all(|m| (m - g).abs() <= 0.07 * g), "{what}, {g}: {}", m[0]);
+                assert!(v.iter().all(|v| (v - g * g).abs() <= 1e-3 * g * g), "{what}: {}", v[0]);
+                assert!(g > 0.0 || (of_m, of_v) == of_last.unwrap(), "{what}: nothing is stored");
+                of_last = Some((of_m, of_v));
             }
         });
     }

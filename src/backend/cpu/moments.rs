@@ -4,7 +4,10 @@
 use super::isa::{Isa, simd_fn};
 use crate::backend::Place;
 use crate::formats::Draw;
-use crate::optim::moments::{Element, First, GROUP, Second, decode_group, encode_group};
+use crate::optim::moments::{
+    E4m3, Element, F16, First, Float, GROUP, Second, decode_group, encode_group, inverse,
+    tensor_scale,
+};
 
 /// The numbers of one moment of a parameter, or of a part of it that begins at a group.
 pub(super) enum Stored<'a> {
@@ -13,6 +16,27 @@ pub(super) enum Stored<'a> {
     Bf16(&'a mut [u16], Rounding),
     /// Codes and scales.
     Int8(&'a mut [u8], &'a mut [f32]),
+    /// Floats that have one scale.
+    E4m3(&'a mut [u8], Scale),
+    F16(&'a mut [u16], Scale),
+}
+
+/// The scale of a whole parameter.
+#[derive(Clone, Copy)]
+pub(super) struct Scale {
+    /// Of what is loaded.
+    loaded: f32,
+    /// Of what will be stored.
+    stored: f32,
+}
+
+impl Scale {
+    /// Makes what is kept that of numbers up to `largest`.
+    fn change<F: Float>(kept: &mut [f32], largest: f32) -> Self {
+        let loaded = kept[0];
+        kept[0] = tensor_scale::<F>(loaded, largest);
+        Self { loaded, stored: kept[0] }
+    }
 }
 
 /// How numbers become bf16.
@@ -33,15 +57,20 @@ pub(super) enum Moment {
 }
 
 impl<'a> Stored<'a> {
-    /// The numbers of a parameter in the buffer of a state.
-    pub(super) fn of(state: &'a mut [u8], place: &Place, rounding: Rounding) -> Self {
+    /// The numbers of a parameter in the buffer of a state. Where all have one scale, it becomes
+    /// that of the numbers up to `largest` that will be stored; with 0 it stays.
+    pub(super) fn of(state: &'a mut [u8], place: &Place, rounding: Rounding, largest: f32) -> Self {
         let (elements, rest) = state[place.start..].split_at_mut(place.bytes());
+        let scales = &mut rest[place.scales - place.start - place.bytes()..];
+        let scales = bytemuck::cast_slice_mut(&mut scales[..4 * place.groups()]);
         match place.element {
             Element::F32 => Self::F32(bytemuck::cast_slice_mut(elements)),
             Element::Bf16 => Self::Bf16(bytemuck::cast_slice_mut(elements), rounding),
-            Element::Int8 => {
-                let scales = &mut rest[place.scales - place.start - place.bytes()..];
-                Self::Int8(elements, bytemuck::cast_slice_mut(&mut scales[..4 * place.groups()]))
+            Element::Int8 => Self::Int8(elements, scales),
+            Element::E4m3 => Self::E4m3(elements, Scale::change::<E4m3>(scales, largest)),
+            Element::F16 => {
+                let scale = Scale::change::<F16>(scales, largest);
+                Self::F16(bytemuck::cast_slice_mut(elements), scale)
             }
         }
     }
@@ -62,6 +91,14 @@ impl<'a> Stored<'a> {
                 let (of_left, of_right) = scales.split_at_mut(count / GROUP);
                 [Self::Int8(left, of_left), Self::Int8(right, of_right)]
             }
+            Self::E4m3(codes, scale) => {
+                let (left, right) = codes.split_at_mut(count);
+                [Self::E4m3(left, scale), Self::E4m3(right, scale)]
+            }
+            Self::F16(codes, scale) => {
+                let (left, right) = codes.split_at_mut(count);
+                [Self::F16(left, scale), Self::F16(right, scale)]
+            }
         }
     }
 
@@ -79,6 +116,8 @@ impl<'a> Stored<'a> {
                     Moment::Second => load_second(isa, codes, scales, to),
                 }
             }
+            Self::E4m3(codes, scale) => load_e4m3(isa, &codes[all], scale.loaded, to),
+            Self::F16(codes, scale) => load_f16(isa, &codes[all], scale.loaded, to),
         }
     }
 
@@ -98,6 +137,12 @@ impl<'a> Stored<'a> {
                     Moment::First => store_first(isa, codes, scales, from),
                     Moment::Second => store_second(isa, codes, scales, from),
                 }
+            }
+            Self::E4m3(codes, scale) => {
+                store_e4m3(isa, &mut codes[all], inverse(scale.stored), from);
+            }
+            Self::F16(codes, scale) => {
+                store_f16(isa, &mut codes[all], inverse(scale.stored), from);
             }
         }
     }
@@ -164,3 +209,26 @@ macro_rules! coded {
 }
 coded!(load_first store_first First);
 coded!(load_second store_second Second);
+
+/// Loops over floats, for each instruction set.
+macro_rules! floats {
+    ($load:ident $store:ident $float:ident $bits:ty) => {
+        simd_fn! {
+            fn $load(codes: &[$bits], scale: f32, to: &mut [f32]) {
+                for (to, code) in to.iter_mut().zip(codes) {
+                    *to = $float::decode(*code, scale);
+                }
+            }
+        }
+
+        simd_fn! {
+            fn $store(codes: &mut [$bits], inverse: f32, from: &[f32]) {
+                for (code, from) in codes.iter_mut().zip(from) {
+                    *code = $float::encode(*from, inverse);
+                }
+            }
+        }
+    };
+}
+floats!(load_e4m3 store_e4m3 E4m3 u8);
+floats!(load_f16 store_f16 F16 u16);

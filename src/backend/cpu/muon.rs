@@ -116,13 +116,21 @@ impl Update<'_> {
                 Rounding::Stochastic { draw, first: 0 }
             }
         };
-        let part = Part {
-            x: &mut scratch.x[..slot.len],
-            m: Stored::of(&mut states[0], &layouts[0].places[index], rounding),
-            g: &all(gradients)[slot.range()],
-        };
         let (isa, momentum) = (cpu.isa(), Momentum::new(step, self.gradient_scale));
-        let Found { squares, largest } = part.in_jobs(isa, momentum, then);
+        let place = &layouts[0].places[index];
+        let mut up_to = |largest: f32, then: Then| {
+            let part = Part {
+                x: &mut scratch.x[..slot.len],
+                m: Stored::of(&mut states[0], place, rounding, largest),
+                g: &all(gradients)[slot.range()],
+            };
+            part.in_jobs(isa, momentum, then)
+        };
+        let largest = match then == Then::Store && place.element.has_one_scale() {
+            true => f32::from_bits(up_to(0.0, Then::Forget).largest),
+            false => 0.0,
+        };
+        let Found { squares, largest } = up_to(largest, then);
         scratch.orthogonalize(cpu, shape(slot), muon::divisor(squares));
         f32::from_bits(largest)
     }

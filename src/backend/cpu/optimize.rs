@@ -140,12 +140,16 @@ impl Optimize for Cpu {
                     continue;
                 }
                 let update = one.update(step, trained.slots[index], gradient_scale);
+                let mut largest = [0.0; 2];
+                if trained.layouts[0].places[index].element.has_one_scale() {
+                    largest = Part::of(trained, index, step).largest_moments(isa, update);
+                }
                 let update = |part: Part<'_>| {
                     part.in_pieces(isa, Then::Store, &mut |p, m, v, g| {
                         update_chunk(isa, p, m, v, g, update);
                     });
                 };
-                Part::of(trained, index, step).in_jobs(&update, &|(), ()| ());
+                Part::up_to(largest, trained, index, step).in_jobs(&update, &|(), ()| ());
             }
         });
         for (kept, one) in trained.statistics.as_chunks_mut().0.iter_mut().zip(&*ones) {
@@ -289,6 +293,16 @@ pub(super) const PIECE: usize = 1024;
 impl<'a> Part<'a> {
     /// A whole parameter, by its number.
     fn of(trained: &'a mut Trained<'_, Cpu>, index: usize, step: &OptimizerStep) -> Self {
+        Self::up_to([0.0; 2], trained, index, step)
+    }
+
+    /// The same, which will store moments up to these: scales of the whole parameter become theirs.
+    fn up_to(
+        largest: [f32; 2],
+        trained: &'a mut Trained<'_, Cpu>,
+        index: usize,
+        step: &OptimizerStep,
+    ) -> Self {
         let Trained { slots, weights, states, layouts, gradients, .. } = trained;
         let ([m, v], [of_m, of_v]) = (&mut **states, *layouts) else {
             panic!("AdamW names two states")
@@ -303,8 +317,8 @@ impl<'a> Part<'a> {
         };
         Self {
             p: &mut weights[range.clone()],
-            m: Stored::of(m, &of_m.places[index], rounding(step.optimizer.beta1)),
-            v: Stored::of(v, &of_v.places[index], rounding(step.optimizer.beta2)),
+            m: Stored::of(m, &of_m.places[index], rounding(step.optimizer.beta1), largest[0]),
+            v: Stored::of(v, &of_v.places[index], rounding(step.optimizer.beta2), largest[1]),
             g: &all(gradients)[range],
         }
     }
@@ -323,6 +337,19 @@ impl<'a> Part<'a> {
         let right = Part { p: of_right, m: right_m, v: right_v, g: right_g };
         let (left, right) = rayon::join(|| left.in_jobs(of, joined), || right.in_jobs(of, joined));
         joined(left, right)
+    }
+
+    /// The largest magnitudes that an update will leave of its moments.
+    fn largest_moments(self, isa: Isa, update: Update) -> [f32; 2] {
+        let larger = |a: [u32; 2], b: [u32; 2]| [a[0].max(b[0]), a[1].max(b[1])];
+        let of_job = |part: Self| {
+            let mut bits = [0; 2];
+            part.in_pieces(isa, Then::Forget, &mut |_, m, v, g| {
+                bits = larger(bits, chunk_largest_moments(isa, m, v, g, update));
+            });
+            bits
+        };
+        self.in_jobs(&of_job, &larger).map(f32::from_bits)
     }
 
     /// The sum of the squares of its gradient's ratios to its second moments.
@@ -441,6 +468,19 @@ simd_fn! {
             for (largest, x) in largest.iter_mut().zip([p, m, v]) {
                 *largest = x.abs().to_bits().max(*largest);
             }
+        }
+        largest
+    }
+}
+
+simd_fn! {
+    /// The bits of the largest magnitudes of moments that [`update_chunk`] would leave.
+    fn chunk_largest_moments(m: &[f32], v: &[f32], g: &[f32], update: Update) -> [u32; 2] {
+        let mut largest = [0; 2];
+        let (m, v) = (&m[..g.len()], &v[..g.len()]);
+        for i in 0..g.len() {
+            let (m, v) = update.of_moments(m[i], v[i], g[i]);
+            largest = [largest[0].max(m.abs().to_bits()), largest[1].max(v.abs().to_bits())];
         }
         largest
     }

@@ -36,6 +36,10 @@ pub(super) struct Place {
     pub(super) sums: u64,
     /// Of a trial; else 0.
     pub(super) trial: u64,
+    /// Zeros of each parameter, where its momentum has one scale, and that is being chosen.
+    pub(super) largest: u64,
+    /// Of what is stored then; else 0.
+    pub(super) scales: u64,
 }
 
 /// Rows and columns.
@@ -65,11 +69,20 @@ impl Scratch {
         place: Place,
         step: &OptimizerStep,
     ) {
-        let Place { table, sums, trial } = place;
+        let Place { table, sums, trial, largest, scales } = place;
         let (number, grid) = (slot.index as u32, grid(cuda, slot.len));
         let (x, partials) = (self.x.address, self.partials.address);
-        launch!(cuda.gpu, "update_momentum", grid, THREADS, 0;
-            x, partials, table, number, sums, trial, Step::new(step), OfMoments::of_momentum(step));
+        let update_momentum = |trial: u64, scales: u64| {
+            launch!(cuda.gpu, "update_momentum", grid, THREADS, 0;
+                x, partials, table, number, sums, trial, Step::new(step),
+                OfMoments::of_momentum(step), scales);
+        };
+        if trial == 0 && scales != 0 {
+            update_momentum(largest, 0);
+            launch!(cuda.gpu, "choose_scales", [1, 1, 1], THREADS, 0;
+                scales, largest, table, number, 1u32, sums, Step::new(step));
+        }
+        update_momentum(trial, if trial == 0 { scales } else { 0 });
         launch!(cuda.gpu, "normalize_momentum", grid, THREADS, 0; x, partials, slot.len as u64);
         self.orthogonalize(cuda, workspace, shape(slot));
         let Movement { keep, size } = Movement::new(step, shape(slot));

@@ -44,7 +44,7 @@ pub(super) struct Entry {
     pub(super) first_piece: u64,
     pub(super) decays: u16,
     pub(super) narrow: u16,
-    pub(super) element: u32,
+    pub(super) element: [u16; 2],
     pub(super) amax: u64,
 }
 
@@ -131,6 +131,9 @@ pub(crate) struct Reduction {
     trial: Piece,
     /// The same on the host.
     found: Vec<u32>,
+    /// (parameters, 2) f32: scales of what is stored, while those of what will be are chosen; where
+    /// the moments of a tensor have one.
+    scales: Option<Piece>,
     /// Of StableAdamW alone.
     rates: Option<Rates>,
     /// Of optimizers that normalize gradients.
@@ -194,7 +197,7 @@ impl Reduction {
                 first_piece: pieces,
                 decays: u16::from(slot.decays()),
                 narrow: u16::from(gradient.precision == Precision::Bf16),
-                element: place.element as u32,
+                element: [place.element as u16, second.element as u16],
                 amax: of_one.amax.address,
             });
             pieces += slot.len.div_ceil(PIECE) as u64;
@@ -217,9 +220,10 @@ impl Reduction {
         step: &OptimizerStep,
     ) {
         self.launch_updates_by_element(cuda, trial, step);
-        let (table, sums) = (self.table.address, self.sum(0));
+        let (table, sums, largest) = (self.table.address, self.sum(0), self.trial.address);
+        let scales = self.scales.as_ref().map_or(0, |scales| scales.address);
         let Some(muon) = &mut self.muon else { return };
-        let place = muon::Place { table, sums, trial };
+        let place = muon::Place { table, sums, trial, largest, scales };
         for slot in slots.iter().filter(|slot| step.optimizer.orthogonalizes(slot.kind)) {
             muon.update(cuda, workspace, *slot, place, step);
         }
@@ -235,9 +239,16 @@ impl Reduction {
         if !is_plain {
             let rates = self.rates.as_ref().map_or(0, |rates| rates.rates.address);
             let normals = self.normals.as_ref().map_or(0, |normals| normals.normals.address);
+            let scales = match &self.scales {
+                Some(scales) if trial == 0 => {
+                    self.choose_scales(cuda, scales, normals, step);
+                    scales.address
+                }
+                _ => 0,
+            };
             launch!(cuda.gpu, "update_stored", grid, THREADS, 0;
                 table, entries, self.pieces, self.sum(0), rates, normals, trial, Step::new(step),
-                OfMoments::new(step));
+                OfMoments::new(step), scales);
             return;
         }
         match &self.rates {
@@ -246,6 +257,22 @@ impl Reduction {
             Some(Rates { rates, .. }) => launch!(cuda.gpu, "stable_adamw", grid, THREADS, 0;
                 table, entries, self.pieces, self.sum(0), rates.address, trial, Step::new(step)),
         };
+    }
+
+    /// Makes scales of tensors those of what the update will store. Matrices of Muon have theirs
+    /// chosen when it is their turn.
+    fn choose_scales(&self, cuda: &Cuda, scales: &Piece, normals: u64, step: &OptimizerStep) {
+        let (table, entries, sums) = (self.table.address, self.entries.len() as u32, self.sum(0));
+        let largest = self.trial.address;
+        cuda.clear(largest, 3 * 4 * self.entries.len());
+        if step.optimizer.kind.orthogonalizes() {
+            return;
+        }
+        launch!(cuda.gpu, "largest_moments", self.grid(cuda), THREADS, 0;
+            largest, table, entries, self.pieces, sums, normals, Step::new(step),
+            OfMoments::new(step));
+        launch!(cuda.gpu, "choose_scales", [1, 1, 1], THREADS, 0;
+            scales.address, largest, table, 0u32, entries, sums, Step::new(step));
     }
 
     fn grid(&self, cuda: &Cuda) -> [usize; 3] {
@@ -283,6 +310,7 @@ impl Optimize for Cuda {
             sums: arena.bytes(4 * 8),
             trial: arena.bytes(3 * 4 * parameters),
             found,
+            scales: (optimizer.moments == Moments::Fp8).then(|| arena.bytes(2 * 4 * parameters)),
             rates: (optimizer.kind == OptimizerKind::StableAdamW).then(|| Rates {
                 partials: arena.bytes(8 * pieces),
                 rates: arena.bytes(2 * 4 * parameters),

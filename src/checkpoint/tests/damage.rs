@@ -3,6 +3,7 @@
 use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
+use safetensors::SafeTensors;
 
 use super::*;
 
@@ -272,5 +273,84 @@ proptest! {
         }
         fs::write(&path, &bytes).unwrap();
         check_damage(&dir, &sound);
+    }
+}
+
+/// Floats that have one scale are told from codes by their number format; and none is taken that
+/// stands for no number.
+#[test]
+fn states_with_a_scale_are_read_and_bad_ones_refused() {
+    let (_root, dir) = temp();
+    save_full(&dir, 1).unwrap();
+    let path = dir.join(MOMENTS);
+    let whole = fs::read(&path).unwrap();
+    let wte = "transformer.wte.weight";
+    let one = |scale: f32| (Dtype::F32, vec![1], scale.to_le_bytes().to_vec());
+    // Read anew from a file without checksums, in which these stand for the state of `wte`.
+    let read = |state: &str, dtype: Dtype, codes: Vec<u8>, scales: (Dtype, Vec<usize>, Vec<u8>)| {
+        let tensors = SafeTensors::deserialize(&whole).unwrap();
+        let name = format!("{state}.{wte}");
+        let mut all: Vec<_> = tensors
+            .tensors()
+            .into_iter()
+            .filter(|(known, _)| *known != name)
+            .map(|(name, view)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec())))
+            .collect();
+        all.push((format!("{name}{CODES}"), (dtype, vec![11, 4], codes)));
+        all.push((format!("{name}{SCALES}"), scales));
+        let views = all.iter().map(|(name, (dtype, shape, bytes))| {
+            (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+        });
+        fs::write(&path, serialize(views, None).unwrap()).unwrap();
+        let mut found = Vec::new();
+        load_states(&dir, &infos(&config()), &mut |_, _, values| {
+            if let StateValues::Scaled { numbers, scale } = values {
+                found.push((numbers.to_vec(), scale));
+            }
+            Ok(())
+        })?;
+        Ok::<_, Error>(found)
+    };
+    let codes: Vec<u8> = (0..44).map(|i| if i % 2 == 0 { 0x40 + i } else { 0xb0 - i }).collect();
+    let found = read("m", Dtype::F8_E4M3, codes.clone(), one(0.25)).unwrap();
+    let [(numbers, scale)] = &found[..] else { panic!("{found:?}") };
+    assert_eq!((&numbers[..3], *scale), (&[2.0, -0.46875, 2.5][..], 0.25));
+    let halves: Vec<u8> = (0..44).flat_map(|i| [i, 0x3c]).collect();
+    let found = read("v", Dtype::F16, halves.clone(), one(0.0)).unwrap();
+    let [(numbers, scale)] = &found[..] else { panic!("{found:?}") };
+    assert_eq!((&numbers[..2], *scale), (&[1.0, 1.0 + 1.0 / 1024.0][..], 0.0));
+
+    let with = |bytes: &[u8], at: usize, bad: u8| {
+        let mut bytes = bytes.to_vec();
+        bytes[at] = bad;
+        bytes
+    };
+    let two = (Dtype::F32, vec![2], vec![0; 8]);
+    for (state, dtype, codes, scales, part) in [
+        (
+            "m",
+            Dtype::F8_E4M3,
+            with(&codes, 3, 0x7f),
+            one(0.25),
+            "element 3 of tensor m.transformer",
+        ),
+        (
+            "m",
+            Dtype::F8_E4M3,
+            with(&codes, 7, 0xff),
+            one(0.25),
+            "element 7 of tensor m.transformer",
+        ),
+        ("v", Dtype::F16, with(&halves, 5, 0x7c), one(1.0), "element 2 of tensor v.transformer"),
+        ("m", Dtype::F8_E4M3, codes.clone(), one(0.3), ".scales a power of two, or 0"),
+        ("m", Dtype::F8_E4M3, codes.clone(), one(-0.25), "found -2.5e-1; restore the file"),
+        ("v", Dtype::F16, halves.clone(), one(1e-40), ".scales a power of two, or 0"),
+        ("v", Dtype::F16, halves.clone(), one(f32::NAN), "element 0 of tensor v.transformer"),
+        ("v", Dtype::F16, halves.clone(), two, ".scales: expected shape [1], found [2]"),
+        ("m", Dtype::F16, halves, one(1.0), "expected I8 or F8_E4M3, found F16"),
+        ("v", Dtype::F8_E4M3, codes, one(1.0), "expected U8 or F16, found F8_E4M3"),
+    ] {
+        let message = read(state, dtype, codes, scales).unwrap_err().to_string();
+        assert!(message.contains(part), "{part}: {message}");
     }
 }

@@ -76,7 +76,7 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
                         first_piece: first_piece - pieces,
                         decays: u16::from(i != 1),
                         narrow: 0,
-                        element: 0,
+                        element: [0; 2],
                         low: 0,
                         m_scales: 0,
                         v_scales: 0,

@@ -8,7 +8,7 @@ use crate::backend::conformance::{FORMS, loaded, step, stored};
 use crate::backend::{OptimizerStep, Place, Slot, StateLayout};
 use crate::formats::{Draw, Purpose};
 use crate::optim::moments::{GROUP, is_stochastic};
-use crate::optim::{Optimizer, OptimizerKind, ParamKind, adamw, master, stable_adamw};
+use crate::optim::{Moments, Optimizer, OptimizerKind, ParamKind, adamw, master, stable_adamw};
 
 pub(super) type UpdateKernel = unsafe extern "C" fn(
     *const Entry,
@@ -20,7 +20,12 @@ pub(super) type UpdateKernel = unsafe extern "C" fn(
     *mut u32,
     Step,
     OfMoments,
+    *const [f32; 2],
 );
+type LargestKernel =
+    unsafe extern "C" fn(*mut u32, *const Entry, u32, u64, *const f64, *const u8, Step, OfMoments);
+pub(super) type ScalesKernel =
+    unsafe extern "C" fn(*mut [f32; 2], *const u32, *const Entry, u32, u32, *const f64, Step);
 type RatiosKernel = unsafe extern "C" fn(*mut f64, *const Entry, u32, u64, *const f64, Step);
 
 /// Of two pieces and a rest that ends within a group, of less than a vector, and of whole pieces.
@@ -32,6 +37,8 @@ const LENGTHS: [usize; 3] = [9003, 7, 4096];
 fn moments_are_stored_to_the_byte() {
     let Some(emulator) = Emulator::new("optimize_moments") else { return };
     let update: UpdateKernel = emulator.kernel("update_stored");
+    let largest: LargestKernel = emulator.kernel("largest_moments");
+    let choose: ScalesKernel = emulator.kernel("choose_scales");
     let ratios: RatiosKernel = emulator.kernel("square_stored_ratios");
     let kinds = [ParamKind::Matrix, ParamKind::Vector, ParamKind::Table];
     let slots: Vec<_> = std::iter::zip(kinds, LENGTHS)
@@ -41,7 +48,7 @@ fn moments_are_stored_to_the_byte() {
     for (moments, beta2, master, gradients) in FORMS {
         let optimizer = Optimizer::new(OptimizerKind::StableAdamW);
         let step = step(Optimizer { moments, beta2, master, gradients, ..optimizer });
-        let layout = StateLayout::new(&slots, &step.optimizer, 0, 128).unwrap();
+        let layouts = StateLayout::of_all(&slots, &step.optimizer, 128).unwrap();
         let values: [[Vec<f32>; 4]; 3] = std::array::from_fn(|i| {
             let mut all = [0, 1, 2, 3].map(|k| random(LENGTHS[i], 10 * i as u64 + k));
             all[2].iter_mut().for_each(|v| *v *= *v);
@@ -56,14 +63,15 @@ fn moments_are_stored_to_the_byte() {
         });
         for schedule in SCHEDULES {
             let narrow = kinds.map(|kind| gradients.are_in_bf16(kind));
-            let mut one = Memory::of(&layout, &values, master, narrow);
+            let mut one = Memory::of([&layouts[0], &layouts[1]], &values, master, narrow);
             let table = one.table();
             let (sums, entries, pieces) = ([1.0, 0.0, 0.0], table.as_ptr(), 5);
+            let none = std::ptr::null();
             let (mut partials, mut trial) = ([0.0; 5], [0u32; 9]);
             // With the second, what is loaded as 0 behind the end would become NaN.
             let rates = [[0.01, 0.02], [0.03, f32::INFINITY], [0.05, 0.06]];
             let (of_kernel, of_moments) = (Step::new(&step), OfMoments::new(&step));
-            let run = |trial: *mut u32| {
+            let run = |trial: *mut u32, before: *const [f32; 2]| {
                 emulator.run(schedule, [3, 1], 256, || {
                     // SAFETY: buffers are as long as the table and the grid say.
                     unsafe {
@@ -77,6 +85,7 @@ fn moments_are_stored_to_the_byte() {
                             trial,
                             of_kernel,
                             of_moments,
+                            before,
                         );
                     }
                 });
@@ -87,13 +96,40 @@ fn moments_are_stored_to_the_byte() {
                 unsafe { ratios(partial, entries, 3, pieces, sums.as_ptr(), of_kernel) };
             });
             let before = one.clone();
-            run(trial.as_mut_ptr());
+            run(trial.as_mut_ptr(), none);
             assert!(one == before, "a trial stores nothing");
-            run(std::ptr::null_mut());
-            for (i, place) in layout.places.iter().enumerate() {
+            let mut scales = [[f32::NAN; 2]; 3];
+            let mut found = [0u32; 9];
+            if moments == Moments::Fp8 {
+                let (to, of_found) = (scales.as_mut_ptr(), found.as_mut_ptr());
+                let below = Step::new(&OptimizerStep { largest_gradient: -1.0, ..step });
+                for of_kernel in [below, of_kernel] {
+                    assert!(one == before && found == [0; 9], "no step, no scales");
+                    emulator.run(schedule, [3, 1], 256, || {
+                        let (sums, normals) = (sums.as_ptr(), std::ptr::null());
+                        // SAFETY: as above.
+                        unsafe {
+                            largest(
+                                of_found, entries, 3, pieces, sums, normals, of_kernel, of_moments,
+                            );
+                        }
+                    });
+                    emulator.run(schedule, [1, 1], 256, || {
+                        // SAFETY: as above.
+                        unsafe { choose(to, of_found, entries, 0, 3, sums.as_ptr(), of_kernel) };
+                    });
+                }
+                assert_eq!([found[1], found[2]], [trial[1], trial[2]], "{}", step.optimizer);
+                assert_eq!(found.iter().filter(|bits| **bits > 0).count(), 2);
+                run(std::ptr::null_mut(), scales.as_ptr());
+            } else {
+                run(std::ptr::null_mut(), none);
+            }
+            for i in 0..3 {
+                let places = [&layouts[0].places[i], &layouts[1].places[i]];
                 let what = format!("{}, {beta2}, parameter {i}", step.optimizer);
-                let expected = Expected::of(&step, i, place, &values[i], rates[i]);
-                assert!(one.bytes(place) == expected.moments, "{what}: what is stored");
+                let expected = Expected::of(&step, i, places, &values[i], rates[i]);
+                assert!(one.bytes(i) == expected.moments, "{what}: what is stored");
                 let copies = |p: &f32| half::bf16::from_f32(*p);
                 assert!(one.copies(i) == expected.p.iter().map(copies).collect::<Vec<_>>());
                 assert!(one.weights(i) == expected.p, "{what}: weights");
@@ -104,7 +140,7 @@ fn moments_are_stored_to_the_byte() {
                 let found = [0, 1, 2].map(|k| f32::from_bits(trial[3 * i + k]));
                 assert_eq!(found, expected.largest, "{what}: a trial");
                 let first = [0, 3, 4][i];
-                let ours: f64 = partials[first..][..place.len.div_ceil(4096)].iter().sum();
+                let ours: f64 = partials[first..][..LENGTHS[i].div_ceil(4096)].iter().sum();
                 assert!((ours / expected.ratios - 1.0).abs() < 1e-12, "{what}: ratios");
             }
         }
@@ -124,12 +160,13 @@ pub(super) struct Memory {
     pub(super) amax: Vec<u32>,
     /// First and second moments of all parameters.
     states: [Vec<u128>; 2],
-    layout: Vec<Place>,
+    /// Where in each of them.
+    places: [Vec<Place>; 2],
 }
 
 impl Memory {
     pub(super) fn of(
-        layout: &StateLayout,
+        layouts: [&StateLayout; 2],
         values: &[[Vec<f32>; 4]; 3],
         master: Master,
         narrow: [bool; 3],
@@ -138,8 +175,9 @@ impl Memory {
             values.iter().map(|all| aligned(bytemuck::cast_slice(&all[which]))).collect()
         };
         let states = [1, 2].map(|which| {
+            let layout = layouts[which - 1];
             let mut bytes = vec![0u8; layout.bytes];
-            for (place, all) in layout.places.iter().zip(values) {
+            for (place, all) in layout.places.iter().zip(values).filter(|(p, _)| p.len > 0) {
                 let (elements, scales) = stored(place, which == 2, &all[which], None);
                 bytes[place.start..][..elements.len()].copy_from_slice(&elements);
                 bytes[place.scales..][..scales.len()].copy_from_slice(&scales);
@@ -154,7 +192,7 @@ impl Memory {
         };
         let splits = master == Master::Split;
         let params = if splits { halves(1).collect() } else { all(0) };
-        let (amax, layout) = (vec![0; values.len()], layout.places.clone());
+        let (amax, places) = (vec![0; values.len()], layouts.map(|layout| layout.places.clone()));
         let copies = halves(0).collect();
         let gradients = std::iter::zip(values, narrow).map(|([.., g], narrow)| {
             let half = |g: &f32| half::bf16::from_f32(*g).to_bits();
@@ -162,16 +200,19 @@ impl Memory {
             aligned(if narrow { bytemuck::cast_slice(&halves) } else { bytemuck::cast_slice(g) })
         });
         let gradients = gradients.collect();
-        Self { params, splits, gradients, narrow, copies, amax, states, layout }
+        Self { params, splits, gradients, narrow, copies, amax, states, places }
     }
 
     pub(super) fn copies(&self, index: usize) -> Vec<half::bf16> {
         let halves: &[u16] = bytemuck::cast_slice(&self.copies[index]);
-        halves[..self.layout[index].len].iter().map(|half| half::bf16::from_bits(*half)).collect()
+        halves[..self.places[0][index].len]
+            .iter()
+            .map(|half| half::bf16::from_bits(*half))
+            .collect()
     }
 
     pub(super) fn weights(&self, index: usize) -> Vec<f32> {
-        let len = self.layout[index].len;
+        let len = self.places[0][index].len;
         if !self.splits {
             return bytemuck::cast_slice(&self.params[index])[..len].to_vec();
         }
@@ -184,26 +225,25 @@ impl Memory {
         let address = |words: &mut Vec<u128>| words.as_mut_ptr().addr() as u64;
         let [m, v] = self.states.each_mut().map(address);
         let mut next = 0;
-        (0..self.layout.len())
+        (0..self.copies.len())
             .map(|i| {
-                let place = self.layout[i];
-                let [start, scales] = [place.start as u64, place.scales as u64];
+                let [place, second] = [self.places[0][i], self.places[1][i]];
                 let first_piece = next;
                 next += place.len.div_ceil(4096) as u64;
                 Entry {
                     param: if self.splits { 0 } else { address(&mut self.params[i]) },
                     low: if self.splits { address(&mut self.params[i]) } else { 0 },
                     copy: address(&mut self.copies[i]),
-                    m: m + start,
-                    v: v + start,
-                    m_scales: m + scales,
-                    v_scales: v + scales,
+                    m: m + place.start as u64,
+                    v: if second.len > 0 { v + second.start as u64 } else { 0 },
+                    m_scales: m + place.scales as u64,
+                    v_scales: v + second.scales as u64,
                     gradient: address(&mut self.gradients[i]),
                     len: place.len as u64,
                     first_piece,
                     decays: u16::from(i != 1),
                     narrow: u16::from(self.narrow[i]),
-                    element: place.element as u32,
+                    element: [place.element as u16, second.element as u16],
                     amax: std::ptr::from_mut(&mut self.amax[i]).addr() as u64,
                 }
             })
@@ -211,9 +251,10 @@ impl Memory {
     }
 
     /// Elements and scales of both moments.
-    pub(super) fn bytes(&self, place: &Place) -> [(Vec<u8>, Vec<u8>); 2] {
-        self.states.each_ref().map(|state| {
-            let bytes: &[u8] = bytemuck::cast_slice(state);
+    pub(super) fn bytes(&self, index: usize) -> [(Vec<u8>, Vec<u8>); 2] {
+        [0, 1].map(|which| {
+            let place = &self.places[which][index];
+            let bytes: &[u8] = bytemuck::cast_slice(&self.states[which]);
             let scales = bytes[place.scales..][..4 * place.groups()].to_vec();
             (bytes[place.start..][..place.bytes()].to_vec(), scales)
         })
@@ -232,14 +273,16 @@ impl Expected {
     fn of(
         step: &OptimizerStep,
         index: usize,
-        place: &Place,
+        places: [&Place; 2],
         [p, m, v, g]: &[Vec<f32>; 4],
         [lr, size]: [f32; 2],
     ) -> Self {
         let update = adamw::Update::with_size(step, [lr, size], index != 1, 1.0);
         let ratio = stable_adamw::Ratio::new(step, 1.0);
-        let [mut m, mut v] = [(m, false), (v, true)]
-            .map(|(x, is_second)| loaded(place, is_second, &stored(place, is_second, x, None)));
+        let again = |which: usize, x: &[f32]| {
+            loaded(places[which], which == 1, &stored(places[which], which == 1, x, None))
+        };
+        let [mut m, mut v] = [again(0, m), again(1, v)];
         let ratios = v.iter().zip(g).map(|(v, g)| f64::from(ratio.of(*v, *g)).powi(2)).sum();
         let split = |p: f32| match step.optimizer.master {
             Master::F32 => p,
@@ -254,8 +297,8 @@ impl Expected {
         let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, index as u32);
         let drawn = |beta| is_stochastic(beta).then_some(&draw);
         let moments = [
-            stored(place, false, &m, drawn(step.optimizer.beta1)),
-            stored(place, true, &v, drawn(step.optimizer.beta2)),
+            stored(places[0], false, &m, drawn(step.optimizer.beta1)),
+            stored(places[1], true, &v, drawn(step.optimizer.beta2)),
         ];
         Self { p, moments, largest, ratios }
     }

@@ -3,7 +3,7 @@
 use super::super::optimize::{Entry, OfMoments, Step};
 use super::super::tests::random;
 use super::adamw::AdamWKernel;
-use super::moments::{Memory, UpdateKernel};
+use super::moments::{Memory, ScalesKernel, UpdateKernel};
 use super::{Emulator, SCHEDULES};
 use crate::backend::conformance::{loaded, step, stored};
 use crate::backend::{OptimizerStep, Slot, StateLayout};
@@ -21,6 +21,7 @@ type MomentumKernel = unsafe extern "C" fn(
     *mut u32,
     Step,
     OfMoments,
+    *const [f32; 2],
 );
 type NormalizeKernel = unsafe extern "C" fn(*mut u16, *const f64, u64);
 type AddKernel = unsafe extern "C" fn(*mut u16, *const u16, f32, f32, u64);
@@ -44,6 +45,8 @@ fn matrices_are_updated_as_defined() {
     let normalize: NormalizeKernel = emulator.kernel("normalize_momentum");
     let add: AddKernel = emulator.kernel("add_multiples");
     let move_matrix: MoveKernel = emulator.kernel("move_matrix");
+    let Some(of_moments) = Emulator::new("optimize_moments") else { return };
+    let choose: ScalesKernel = of_moments.kernel("choose_scales");
     let kinds = [ParamKind::Vector, ParamKind::Matrix, ParamKind::Table];
     let slots: Vec<_> = std::iter::zip(kinds, LENGTHS)
         .enumerate()
@@ -57,6 +60,7 @@ fn matrices_are_updated_as_defined() {
         (Moments::Bf16, 0.95, Master::Split, Gradients::Bf16),
         (Moments::Bf16, 0.995, Master::F32, Gradients::F32),
         (Moments::Int8, 0.95, Master::Split, Gradients::Bf16),
+        (Moments::Fp8, 0.95, Master::F32, Gradients::F32),
     ]
     .into_iter()
     .enumerate()
@@ -66,15 +70,14 @@ fn matrices_are_updated_as_defined() {
         let optimizer = Optimizer { muon, moments, master, gradients, ..usual };
         let narrow = kinds.map(|kind| gradients.are_in_bf16(kind));
         let step = step(optimizer);
-        // As if all states were kept of all parameters, which no kernel here looks at.
-        let layout = StateLayout::new(&slots, &optimizer, 0, 128).unwrap();
-        let place = layout.places[1];
+        let layouts = StateLayout::of_all(&slots, &optimizer, 128).unwrap();
+        let place = layouts[0].places[1];
         let [p, m, _, g] = &values[1];
         let half = |g: &f32| if narrow[1] { half::bf16::from_f32(*g).to_f32() } else { *g };
         let g: &Vec<f32> = &g.iter().map(half).collect();
         for schedule in SCHEDULES {
             let what = format!("{optimizer}, {schedule:?}");
-            let mut one = Memory::of(&layout, &values, master, narrow);
+            let mut one = Memory::of([&layouts[0], &layouts[1]], &values, master, narrow);
             let table = one.table();
             let entries = table.as_ptr();
             let (mut x, mut partials) = (vec![0x7fc0u16; len], [f64::NAN; 3]);
@@ -82,12 +85,22 @@ fn matrices_are_updated_as_defined() {
             let (of_x, of_partials) = (x.as_mut_ptr(), partials.as_mut_ptr());
             let sums = [1.0, 4.0, 0.0];
             let sums = sums.as_ptr();
-            let momentum_of = |trial: *mut u32, step: &OptimizerStep| {
+            let momentum_of = |trial: *mut u32, before: *const [f32; 2], step: &OptimizerStep| {
                 let (of_kernel, of_moments) = (Step::new(step), OfMoments::of_momentum(step));
                 emulator.run(schedule, [2, 1], 256, || {
                     // SAFETY: buffers are as long as the table and the grid say, here and below.
                     unsafe {
-                        update(of_x, of_partials, entries, 1, sums, trial, of_kernel, of_moments);
+                        update(
+                            of_x,
+                            of_partials,
+                            entries,
+                            1,
+                            sums,
+                            trial,
+                            of_kernel,
+                            of_moments,
+                            before,
+                        );
                     }
                 });
             };
@@ -102,12 +115,23 @@ fn matrices_are_updated_as_defined() {
             let before = one.clone();
             let none = std::ptr::null_mut();
             let below = OptimizerStep { largest_gradient: 1.0, ..step };
-            momentum_of(none, &below);
+            let [unscaled, mut scales] = [std::ptr::null::<[f32; 2]>(); 2];
+            momentum_of(none, unscaled, &below);
             moved(none, &below);
             assert!(one == before && x.iter().all(|x| *x == 0x7fc0), "{what}: no step");
-            momentum_of(trial.as_mut_ptr(), &step);
+            momentum_of(trial.as_mut_ptr(), unscaled, &step);
             assert!(one == before, "{what}: a trial stores nothing");
-            momentum_of(none, &step);
+            let mut of_stored = [[f32::NAN; 2]; 3];
+            if place.element.has_one_scale() {
+                let (to, largest, of_kernel) =
+                    (of_stored.as_mut_ptr(), trial.as_ptr(), Step::new(&step));
+                of_moments.run(schedule, [1, 1], 256, || {
+                    // SAFETY: as above.
+                    unsafe { choose(to, largest, entries, 1, 1, sums, of_kernel) };
+                });
+                scales = of_stored.as_ptr();
+            }
+            momentum_of(none, scales, &step);
 
             // Momentum.
             let arithmetic = Momentum::new(&step, 1.0);
@@ -116,8 +140,9 @@ fn matrices_are_updated_as_defined() {
                 old.iter().zip(g).map(|(m, g)| arithmetic.of(*m, *g)).unzip();
             let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, 1);
             let expected = stored(&place, false, &new, is_stochastic(momentum).then_some(&draw));
-            assert!(one.bytes(&place)[0] == expected, "{what}: momentum");
-            assert!(one.bytes(&place)[1] == before.bytes(&place)[1], "{what}: no second moment");
+            assert!(one.bytes(1)[0] == expected, "{what}: momentum");
+            let second = |of: &Memory| [0, 1, 2].map(|i| of.bytes(i)[1].clone());
+            assert!(second(&one) == second(&before), "{what}: no second moment");
             assert!(numbers(&x) == u, "{what}: u");
             let largest = |x: &[f32]| x.iter().fold(0.0f32, |most, x| most.max(x.abs()));
             assert_eq!(f32::from_bits(trial[4]), largest(&new), "{what}");
@@ -207,7 +232,7 @@ fn matrices_without_a_second_moment_are_passed_over() {
     let step = step(Optimizer::new(OptimizerKind::Muon));
     let layout = StateLayout::new(&slots, &step.optimizer, 0, 128).unwrap();
     for stored in [false, true] {
-        let mut one = Memory::of(&layout, &values, Master::F32, [false; 3]);
+        let mut one = Memory::of([&layout; 2], &values, Master::F32, [false; 3]);
         let mut table = one.table();
         table[1].v = 0;
         let before = one.clone();
@@ -223,15 +248,24 @@ fn matrices_without_a_second_moment_are_passed_over() {
                     true => {
                         let (rates, normals) = (std::ptr::null(), std::ptr::null());
                         update_stored(
-                            entries, 3, pieces, sums, rates, normals, none, of_kernel, drawn,
+                            entries,
+                            3,
+                            pieces,
+                            sums,
+                            rates,
+                            normals,
+                            none,
+                            of_kernel,
+                            drawn,
+                            std::ptr::null(),
                         );
                     }
                 }
             }
         });
-        for (i, place) in layout.places.iter().enumerate() {
-            let same = (one.weights(i), one.bytes(place), one.amax[i])
-                == (before.weights(i), before.bytes(place), before.amax[i]);
+        for i in 0..3 {
+            let same = (one.weights(i), one.bytes(i), one.amax[i])
+                == (before.weights(i), before.bytes(i), before.amax[i]);
             assert_eq!(same, i == 1, "{i}");
         }
     }

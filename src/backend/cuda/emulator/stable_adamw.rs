@@ -60,7 +60,7 @@ fn rates_and_updates_are_those_of_the_definition() {
                         first_piece,
                         decays: u16::from(i != 1),
                         narrow: 0,
-                        element: 0,
+                        element: [0; 2],
                         low: 0,
                         m_scales: 0,
                         v_scales: 0,

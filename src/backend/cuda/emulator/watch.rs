@@ -28,7 +28,7 @@ fn updates_are_watched() {
     for (moments, beta2, master, gradients) in FORMS {
         let optimizer = Optimizer::new(OptimizerKind::AdamW);
         let step = step(Optimizer { moments, beta2, master, gradients, ..optimizer });
-        let layout = StateLayout::new(&slots, &step.optimizer, 0, 128).unwrap();
+        let layouts = StateLayout::of_all(&slots, &step.optimizer, 128).unwrap();
         let narrow = kinds.map(|kind| gradients.are_in_bf16(kind));
         let values: [[Vec<f32>; 4]; 3] = std::array::from_fn(|i| {
             let mut all = [0, 1, 2, 3].map(|k| random(LENGTHS[i], 10 * i as u64 + k));
@@ -39,7 +39,7 @@ fn updates_are_watched() {
             all
         });
         for (schedule, normal) in SCHEDULES.into_iter().flat_map(|s| [(s, false), (s, true)]) {
-            let mut one = Memory::of(&layout, &values, master, narrow);
+            let mut one = Memory::of([&layouts[0], &layouts[1]], &values, master, narrow);
             let mut table = one.table();
             // As of a matrix of Muon.
             table[2].v = 0;
@@ -62,7 +62,8 @@ fn updates_are_watched() {
             };
             let ratio = stable_adamw::Ratio::new(&step, scale[0]).clipped(clipped);
             for (i, (parts, [_, _, v, g])) in partials.iter().zip(&values).enumerate() {
-                let v = loaded(&layout.places[i], true, &stored(&layout.places[i], true, v, None));
+                let place = &layouts[1].places[i];
+                let v = loaded(place, true, &stored(place, true, v, None));
                 let squares: f64 = g.iter().map(|g| f64::from(*g).powi(2)).sum();
                 let ratios = v.iter().zip(g).map(|(v, g)| f64::from(ratio.of(*v, *g)).powi(2));
                 let ratios: f64 = if i == 2 { 0.0 } else { ratios.sum() };
