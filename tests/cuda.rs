@@ -462,6 +462,7 @@ fn optimizers_learn_in_every_form_and_resume() {
             ",gradients=bf16",
             ",moments=bf16",
             ",moments=int8,master=split,gradients=bf16",
+            ",moments=fp8,master=split",
         ] {
             let optimizer = format!("{kind}{form}").parse().unwrap();
             let optimizer = Optimizer { beta2: 0.999, ..optimizer };
