@@ -182,6 +182,8 @@ fn cases() -> Vec<Case> {
             "gradstab,moments=int8",
             "muon,ratio=2",
             "muon,moments=int8,momentum=0.9,ratio=5",
+            "adamw,moments=fp8",
+            "muon,moments=fp8,ratio=5",
         ] {
             let smaller = |case: &mut Case| {
                 case.options.optimizer = optimizer.parse().unwrap();
