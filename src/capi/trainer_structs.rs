@@ -88,7 +88,9 @@ pub struct mxt_trainer_options {
     /// reference does not clip). Behind the name, with a comma, what its moments are kept in:
     /// "moments=f32" (8 bytes a parameter, the default), "moments=bf16" (4) or "moments=int8" (2.25,
     /// of the matrices of blocks; embeddings then have bf16): "adamw,moments=int8" ("muon" has half
-    /// of these bytes of matrices); and what weights are kept as: "master=split" takes 2 bytes less
+    /// of these bytes of matrices), or for comparison "moments=fp8" (3 of the matrices of blocks, 8 of
+    /// all else, as FP8-LM, arXiv 2310.18313, keeps them: E4M3 and fp16 with one scale a tensor, which
+    /// round more than "int8" does; "muon" has 1 of matrices); and what weights are kept as: "master=split" takes 2 bytes less
     /// on a GPU than "master=f32", the default, and is not for recipes that need weights in f32;
     /// and gradients: "gradients=bf16" takes 2 bytes less there for the matrices of blocks, rounds
     /// them once, and wants an accumulation of 1.

@@ -41,7 +41,7 @@ use std::str::FromStr;
 use crate::{Error, Result};
 
 /// The numbers that states are kept in. Of matrices that Muon moves there is one state, so half of the
-/// bytes that are said here.
+/// bytes that are said here, and of `fp8` 1 byte.
 ///
 /// In 8 bits are the matrices of blocks alone. Embeddings, whose rare tokens are the known weak spot
 /// of 8-bit states, are then kept in bf16, and vectors, which are few, in f32.

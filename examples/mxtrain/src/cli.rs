@@ -385,7 +385,8 @@ pub(crate) struct OptimizerArgs {
     /// lengths of gradients stable tensor by tensor; muon, which moves the matrices of blocks along
     /// their orthogonalized momentum, at 66.67 times --lr (",ratio=33" for another number), and all
     /// else by AdamW; with ",moments=bf16" or ",moments=int8"
-    /// behind it, moments take 4 or 2.25 bytes a parameter in place of 8; with ",master=split",
+    /// behind it, moments take 4 or 2.25 bytes a parameter in place of 8 (for comparison
+    /// ",moments=fp8", FP8-LM's 3); with ",master=split",
     /// weights, and with ",gradients=bf16" gradients, take 2 less on a GPU
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) optimizer: Optimizer,
