@@ -580,11 +580,17 @@ fn a_loss_that_is_not_finite_ends_the_run() {
     assert_eq!(output.status.code(), Some(1), "{error}");
     let last = error.lines().last().unwrap();
     assert!(last.starts_with("mxtrain: ") && last.contains("a lower --lr"), "{error}");
-    // The steps before it are saved, whatever was due.
-    let saved = info(dir.path(), "model")["training"]["step"].as_u64().unwrap();
-    assert!(last.contains(&format!("model holds step {saved};")), "{error}");
-    assert!((1..50).contains(&saved), "{error}");
-    assert_eq!(losses(dir.path(), "log.jsonl").len() as u64, saved);
+    // What was saved last stays, and the state before the step that failed is beside it.
+    assert_eq!(info(dir.path(), "model")["training"]["step"], 0);
+    let done = losses(dir.path(), "log.jsonl").len() as u64;
+    assert!((1..50).contains(&done), "{error}");
+    let apart = format!("model.step-{done}");
+    assert_eq!(info(dir.path(), &apart)["training"]["step"], done);
+    assert!(
+        last.contains(&format!("{apart} holds step {done}; go on from an earlier step")),
+        "{error}"
+    );
+    assert!(error.contains("warning: model holds step 0, as what is behind it"), "{error}");
 }
 
 /// Weights may be finite and too large to evaluate: the run is done and saved, and says that.

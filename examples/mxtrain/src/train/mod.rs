@@ -162,7 +162,14 @@ impl Run {
             sample_prompt: args.report.sample_prompt.clone(),
             weights_every: args.report.weights_every,
             updates_every: args.report.updates_every,
-            saves: Saves::new(out, places, run_file, files, lock),
+            saves: Saves::new(
+                out,
+                places,
+                vec![("weights-every", weights_every), ("updates-every", updates_every)],
+                run_file,
+                files,
+                lock,
+            ),
             evaluated: None,
             losses: Default::default(),
             spikes: SpikeWatch::new(warm_up),
@@ -260,8 +267,17 @@ impl Run {
         let stats = match self.trainer.step_unless_stopped(&self.train) {
             Err(Error::Stopped) => return Ok(None),
             Err(error @ Error::NotFinite { .. }) => {
-                let mut failure = self.end(error.into());
-                failure.message.push_str("; a lower --lr or another --recipe may help");
+                let mut failure = Failure::from(error);
+                // The run's folder stays as it was saved last: weights that a forward pass makes NaN
+                // of are finite themselves.
+                if let Err(second) = self.saves.save_apart(&mut self.trainer) {
+                    failure.message.push_str(&format!("; {}", second.message));
+                }
+                failure.message.push_str(&format!(
+                    "; {}; go on from an earlier step with a lower --lr (--new-schedule), or start \
+                     with another --recipe",
+                    self.saves.held()
+                ));
                 return Err(failure);
             }
             Err(error) => return Err(self.end(error.into())),

@@ -27,6 +27,8 @@ pub(crate) struct Saves {
     /// The run's folder.
     pub(crate) out: PathBuf,
     places: Places,
+    /// Options that a resumed run has to be given again, with their values.
+    again: Vec<(&'static str, u64)>,
     pub(crate) run_file: RunFile,
     /// Put beside the checkpoint's own files, with `run_file`.
     files: hugging_face::Files,
@@ -43,11 +45,13 @@ impl Saves {
     pub(crate) fn new(
         out: PathBuf,
         places: Places,
+        again: Vec<(&'static str, u64)>,
         run_file: RunFile,
         files: hugging_face::Files,
         lock: RunLock,
     ) -> Self {
-        Self { out, places, run_file, files, lock, last: None, beside: None, failed: 0 }
+        let (last, beside, failed) = (None, None, 0);
+        Self { out, places, again, run_file, files, lock, last, beside, failed }
     }
 
     /// The first save: a folder that cannot be written should not show after hours. A run that does
@@ -92,10 +96,27 @@ impl Saves {
             // Beside it, by an earlier try.
             return Ok(());
         }
-        let mut reasons = match self.beside {
+        let reasons = match self.beside {
             Some(_) => format!("{} still cannot be written", self.out.display()),
             None => failure.message,
         };
+        self.save_beside(trainer, reasons)
+    }
+
+    /// Saves the last state of a run that cannot go on as it is, beside what `out` has of it.
+    ///
+    /// # Errors
+    /// As [`Saves::save`].
+    pub(crate) fn save_apart(&mut self, trainer: &mut Trainer) -> Outcome {
+        if self.last.as_ref().is_some_and(|(saved, _)| *saved == trainer.steps_done()) {
+            return Ok(());
+        }
+        let reason = format!("{}, as what is behind it may be of no use", self.held());
+        self.save_beside(trainer, reason)
+    }
+
+    fn save_beside(&mut self, trainer: &mut Trainer, mut reasons: String) -> Outcome {
+        let step = trainer.steps_done();
         // Also of ".", the current folder.
         let out = std::path::absolute(&self.out).unwrap_or_else(|_| self.out.clone());
         let name = out.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -139,6 +160,9 @@ impl Saves {
         let mut command = format!("mxtrain train --resume {}", shell_word(folder.as_os_str()));
         for (name, place) in self.places.by_name() {
             command.push_str(&format!(" --{name} {}", shell_word(place.as_os_str())));
+        }
+        for (name, every) in self.again.iter().filter(|(_, every)| *every > 0) {
+            command.push_str(&format!(" --{name} {every}"));
         }
         command
     }
