@@ -206,7 +206,8 @@ impl Report<'_> {
             "Losses in nats a token after the last step; means over seeds, +- their sample standard \
              deviation. Differences are from adamw with the same seed, at those of its settings whose \
              mean is lowest, and their means lie in the interval by Student's t. *: of each optimizer \
-             the settings with the lowest mean.",
+             the settings with the lowest mean, of those with the fewest diverged runs and the most \
+             seeds.",
         );
         OptimizersSummary { title, rows }
     }

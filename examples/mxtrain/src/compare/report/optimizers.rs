@@ -108,16 +108,19 @@ impl<'a> Comparison<'a> {
             let finished = variant.runs.iter().filter(|run| run.diverged.is_none());
             Spread::of(&finished.filter_map(|run| run.validation_loss).collect::<Vec<_>>())
         };
-        // One that diverged with some seeds is behind all that did not.
+        // One that diverged with some seeds is behind all that did not, and of fewer seeds, whose
+        // mean says less and is of others, behind those of more.
         let place = |variant: &Variant<'_>| {
             let diverged = variant.runs.iter().filter(|run| run.diverged.is_some()).count();
-            (diverged, loss(variant).map_or(f64::INFINITY, |loss| loss.mean))
+            let found = loss(variant);
+            let missing = usize::MAX - found.map_or(0, |loss| loss.count);
+            (diverged, missing, found.map_or(f64::INFINITY, |loss| loss.mean))
         };
         let best = |optimizer: &str| {
             let same = self.variants.iter().filter(|variant| variant.optimizer == optimizer);
             same.min_by(|a, b| {
                 let (a, b) = (place(a), place(b));
-                a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))
+                (a.0, a.1).cmp(&(b.0, b.1)).then(a.2.total_cmp(&b.2))
             })
         };
         let usual = best(&Optimizer::default().to_string());
@@ -155,11 +158,19 @@ impl<'a> Comparison<'a> {
                 }
             })
             .collect();
+        // By differences where there are, which are of the same seeds.
+        let usual = usual.map(|usual| usual.name.as_str());
         rows.sort_by(|a, b| {
-            let mean = |row: &Row| row.validation_loss.map_or(f64::INFINITY, |loss| loss.mean);
+            let place = |row: &Row| match row.difference {
+                Some(difference) => (0, difference.mean),
+                None if Some(row.variant.as_str()) == usual => (0, 0.0),
+                None => (1, row.validation_loss.map_or(f64::INFINITY, |loss| loss.mean)),
+            };
+            let [(of_a, a_mean), (of_b, b_mean)] = [a, b].map(place);
             (b.is_best.cmp(&a.is_best))
                 .then(a.diverged.len().cmp(&b.diverged.len()))
-                .then(mean(a).total_cmp(&mean(b)))
+                .then(of_a.cmp(&of_b))
+                .then(a_mean.total_cmp(&b_mean))
         });
         rows
     }
@@ -232,6 +243,8 @@ mod tests {
             // Better where it did not diverge.
             (Some("muon"), 2e-3, 1, Some(1.0)),
             (Some("muon"), 2e-3, 2, None),
+            // A lower mean of a seed that is easier.
+            (Some("muon"), 3e-3, 2, Some(2.6)),
             (Some("gradstab"), 1e-3, 1, Some(3.75)),
         ]);
         let all = comparisons(&runs);
@@ -247,6 +260,7 @@ mod tests {
             ("muon; lr 0.001", true),
             ("adamw; lr 0.001", true),
             ("gradstab", true),
+            ("muon; lr 0.003", false),
             ("adamw; lr 0.002", false),
             ("muon; lr 0.002", false),
         ];
@@ -255,7 +269,7 @@ mod tests {
         assert!((difference.mean + 0.4).abs() < 1e-12 && difference.count == 2, "{difference:?}");
         assert!(rows[0].difference_interval.is_some() && rows[1].difference.is_none());
         assert!((rows[2].difference.unwrap().mean - 0.75).abs() < 1e-12);
-        assert_eq!((&rows[4].seeds, &rows[4].diverged), (&vec![1], &vec![2]));
+        assert_eq!((&rows[5].seeds, &rows[5].diverged), (&vec![1], &vec![2]));
         let table = Comparison::table(&rows).text();
         assert!(table.contains("1 (1 diverged)") && table.contains("-0.4000 +- 0.1414"), "{table}");
     }
