@@ -351,10 +351,26 @@ impl Checkpoint {
                     true => [Dtype::I8, Dtype::F8_E4M3],
                     false => [Dtype::U8, Dtype::F16],
                 };
+                let damaged = |expected: std::fmt::Arguments<'_>| {
+                    let message = format!(
+                        "damaged or edited: expected {expected}; restore the file from a copy"
+                    );
+                    Err(Error::format(file.path(), message))
+                };
+                if file.contains(&name) {
+                    return damaged(format_args!("{of_codes} or {name}, found both"));
+                }
                 file.read(&of_codes, &tensor.shape, &[code, float], &mut values)?;
                 if file.dtype(&of_codes) == Some(code) {
                     let groups = tensor.len().div_ceil(GROUP);
                     file.read(&of_scales, &[groups], &FLOATS, &mut scales)?;
+                    if let Some(scale) = scales.iter().find(|scale| **scale < 0.0) {
+                        return damaged(format_args!("{of_scales} from 0 on, found {scale:e}"));
+                    }
+                    // Codes of first moments go from -127 to 127.
+                    if values.contains(&-128.0) {
+                        return damaged(format_args!("codes of {name} from -127 on, found -128"));
+                    }
                     write(number, index, StateValues::Codes { codes: &values, scales: &scales })?;
                     continue;
                 }
@@ -365,11 +381,9 @@ impl Checkpoint {
                     false => is_tensor_scale::<F16>(scale),
                 };
                 if !is_one {
-                    let message = format!(
-                        "damaged or edited: expected of {of_scales} a power of two, or 0 where \
-                         nothing is stored, found {scale:e}; restore the file from a copy"
-                    );
-                    return Err(Error::format(file.path(), message));
+                    return damaged(format_args!(
+                        "of {of_scales} a power of two, or 0 where nothing is stored, found {scale:e}"
+                    ));
                 }
                 write(number, index, StateValues::Scaled { numbers: &values, scale })?;
             }

@@ -130,7 +130,7 @@ impl<B: Backend> TensorRead for Exported<'_, B> {
 
 /// What normalizing gradients keeps of each parameter.
 pub(super) const OF_GRADIENTS: State =
-    State { name: "statistics", what: "statistic of gradients", is_signed: false };
+    State { name: "statistics", what: "gradient statistic", is_signed: false };
 
 /// As checkpoints hold it: a tensor of [`STATISTICS`] numbers a parameter, of which there are none
 /// where gradients are not normalized.

@@ -326,6 +326,10 @@ fn states_with_a_scale_are_read_and_bad_ones_refused() {
         bytes
     };
     let two = (Dtype::F32, vec![2], vec![0; 8]);
+    let groups = |scales: [f32; 2]| {
+        (Dtype::F32, vec![2], scales.into_iter().flat_map(f32::to_le_bytes).collect())
+    };
+    assert!(read("m", Dtype::I8, vec![0x81; 44], groups([1.0, 2.0])).is_ok());
     for (state, dtype, codes, scales, part) in [
         (
             "m",
@@ -349,8 +353,27 @@ fn states_with_a_scale_are_read_and_bad_ones_refused() {
         ("v", Dtype::F16, halves.clone(), two, ".scales: expected shape [1], found [2]"),
         ("m", Dtype::F16, halves, one(1.0), "expected I8 or F8_E4M3, found F16"),
         ("v", Dtype::F8_E4M3, codes, one(1.0), "expected U8 or F16, found F8_E4M3"),
+        ("m", Dtype::I8, with(&[1; 44], 9, 0x80), groups([1.0, 2.0]), "from -127 on, found -128"),
+        ("m", Dtype::I8, vec![1; 44], groups([1.0, -2.0]), ".scales from 0 on, found -2e0"),
+        ("v", Dtype::U8, vec![1; 44], groups([-1.0, 2.0]), ".scales from 0 on, found -1e0"),
     ] {
         let message = read(state, dtype, codes, scales).unwrap_err().to_string();
         assert!(message.contains(part), "{part}: {message}");
     }
+    // Both forms of one state.
+    let tensors = SafeTensors::deserialize(&whole).unwrap();
+    let codes = [[1; 44].to_vec(), [0; 8].to_vec()];
+    let added = [
+        (CODES, TensorView::new(Dtype::I8, vec![11, 4], &codes[0]).unwrap()),
+        (SCALES, TensorView::new(Dtype::F32, vec![2], &codes[1]).unwrap()),
+    ];
+    let added = added.map(|(part, view)| (format!("m.{wte}{part}"), view));
+    let all = tensors.tensors().into_iter().chain(added);
+    fs::write(&path, serialize(all, None).unwrap()).unwrap();
+    let read = load_states(&dir, &infos(&config()), &mut |_, _, _| Ok(()));
+    let message = read.unwrap_err().to_string();
+    assert!(
+        message.contains(&format!("expected m.{wte}.codes or m.{wte}, found both")),
+        "{message}"
+    );
 }
