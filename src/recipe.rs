@@ -900,6 +900,10 @@ const SWITCHES: [Switch; 28] = [
             ];
             let [forward, which @ ..] = choice(value, &words, "off, wgrad, bwd or all")?;
             recipe.quantized()?;
+            let mut wanted = which.into_iter().zip(recipe.switched()).filter(|(wanted, _)| *wanted);
+            if which.contains(&true) && wanted.all(|(_, gemm)| gemm.is_none()) {
+                return Err(Refused::HasNo("such backward GEMM in 4 bits"));
+            }
             let blocks = |o: &Operand| o.format().is_mxfp4() || o.format().is_nvfp4();
             if forward && !blocks(recipe.typical().forward().a()) {
                 return Err(Refused::HasNo("forward GEMM in MXFP4 or NVFP4"));

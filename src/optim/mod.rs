@@ -276,8 +276,7 @@ impl fmt::Display for Optimizer {
 impl FromStr for Optimizer {
     type Err = Error;
 
-    /// One with its usual settings. Of a switch that comes twice the last value counts, as in
-    /// recipes.
+    /// One with its usual settings.
     fn from_str(s: &str) -> Result<Self> {
         let invalid = |message| Err(Error::invalid("optimizer", message));
         let mut parts = s.split(',').map(str::trim);
@@ -288,12 +287,23 @@ impl FromStr for Optimizer {
             return invalid(format!("expected one of {names}; got {name:?}"));
         };
         let mut optimizer = Self::new(kind);
+        let mut given = Vec::new();
         for switch in parts {
             let (switch, value) = switch.split_once('=').unwrap_or((switch, ""));
-            match switch.trim() {
+            let switch = switch.trim();
+            if given.contains(&switch) {
+                return invalid(format!("{switch} is given twice; say it once"));
+            }
+            given.push(switch);
+            match switch {
                 "moments" => optimizer.moments = value.trim().parse()?,
                 "master" => optimizer.master = value.trim().parse()?,
                 "gradients" => optimizer.gradients = value.trim().parse()?,
+                "gamma3" if kind == OptimizerKind::GradStab => {
+                    let message = "gradstab clips no elements, of whose largest this would be the \
+                                   decay; leave it out, or use stable-spam";
+                    return Err(Error::invalid("gamma3", message));
+                }
                 switch if kind.normalizes() && optimizer.normalization.set(switch, value)? => {}
                 switch if kind.orthogonalizes() && optimizer.muon.set(switch, value)? => {}
                 other => {
@@ -373,7 +383,7 @@ mod tests {
         assert_eq!(usual.to_string(), "muon");
         let usual: Optimizer = "stable-spam,reset=1000,gamma3=0.999".parse().unwrap();
         assert_eq!(usual.to_string(), "stable-spam");
-        let spaced: Optimizer = " stable-adamw , moments = bf16,moments=int8".parse().unwrap();
+        let spaced: Optimizer = " stable-adamw , moments = int8".parse().unwrap();
         assert_eq!(spaced.to_string(), "stable-adamw,moments=int8");
         for (text, part) in [
             (
@@ -403,6 +413,8 @@ mod tests {
                 "unknown switch \"clip\"; stable-adamw has moments, master, gradients",
             ),
             ("adamw,", "unknown switch \"\""),
+            ("adamw,moments=int8, moments=int8", "moments is given twice; say it once"),
+            ("gradstab,gamma3=0.5", "gamma3: gradstab clips no elements"),
         ] {
             let error = text.parse::<Optimizer>().unwrap_err().to_string();
             assert!(error.contains(part), "{text}: {error}");

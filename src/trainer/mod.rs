@@ -203,11 +203,10 @@ impl Trainer {
             if stored.names_other_settings(saved) {
                 return keeps(saved.to_string(), stored.to_string());
             }
-            (saved.master, saved.gradients) = (*master, *gradients);
-            let before = std::mem::replace(&mut saved.moments, *moments);
-            if before != *moments {
-                let text =
-                    || format!("moments are kept in {moments} from here on, not in {before}");
+            let before = *saved;
+            (saved.moments, saved.master, saved.gradients) = (*moments, *master, *gradients);
+            if before != *saved {
+                let text = || format!("the optimizer is {saved} from here on, not {before}");
                 engine.log(LogLevel::Warning, text);
             }
         }

@@ -384,10 +384,10 @@ pub(crate) struct OptimizerArgs {
     /// are larger than its second moment has seen coming; stable-spam or gradstab, which make the
     /// lengths of gradients stable tensor by tensor; muon, which moves the matrices of blocks along
     /// their orthogonalized momentum, at 66.67 times --lr (",ratio=33" for another number), and all
-    /// else by AdamW; with ",moments=bf16" or ",moments=int8"
-    /// behind it, moments take 4 or 2.25 bytes a parameter in place of 8 (for comparison
-    /// ",moments=fp8", FP8-LM's 3); with ",master=split",
-    /// weights, and with ",gradients=bf16" gradients, take 2 less on a GPU
+    /// else by AdamW; with ",moments=bf16" or ",moments=int8" behind it, moments take 4 or 2.25 bytes
+    /// a parameter in place of 8 (for comparison ",moments=fp8", FP8-LM's 3); with ",master=split"
+    /// weights, and with ",gradients=bf16" gradients, take 2 less on a GPU; docs/optimizers.md has
+    /// their other switches
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) optimizer: Optimizer,
 
@@ -453,7 +453,7 @@ pub(crate) struct ReportArgs {
     /// Add to --log and --tensorboard every N steps what the update did: the norm of each tensor's
     /// gradient, and of all that have one name in the blocks; and the root mean square of gradients
     /// over what second moments have seen coming (update RMS), with the tensor where it is largest,
-    /// which spikes of the loss follow. With 1 the last line of the run counts those, too; 0 never.
+    /// which spikes of the loss follow; in --tensorboard without single tensors. With 1 the last line of the run counts those, too; 0 never.
     /// A resumed run has to name it again
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) updates_every: u64,
@@ -719,8 +719,8 @@ pub(crate) struct PlanArgs {
     pub(crate) data: Option<PathBuf>,
 
     /// Also find the largest batches that fit into SIZE, such as 80GiB, 500MB or a number of bytes,
-    /// for each --recompute, and say which to take: what computes least again of those that hold
-    /// --batch-size
+    /// for each --recompute and for smaller forms of --optimizer, and say which to take: what
+    /// computes least again of those that hold --batch-size
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) fit: Option<u64>,
 
