@@ -53,8 +53,10 @@ fn matrices_are_updated_as_defined() {
         .map(|(index, (kind, len))| Slot { index, start: 0, len, rows: SHAPE[0], kind })
         .collect();
     let len = LENGTHS[1];
-    let values: [[Vec<f32>; 4]; 3] =
+    let mut values: [[Vec<f32>; 4]; 3] =
         std::array::from_fn(|i| [0, 1, 2, 3].map(|k| random(LENGTHS[i], 10 * i as u64 + k)));
+    // With it the scale of a tensor becomes another.
+    values[1][3][5] = 32768.0;
     for (case, (moments, momentum, master, gradients)) in [
         (Moments::F32, 0.95, Master::F32, Gradients::F32),
         (Moments::Bf16, 0.95, Master::Split, Gradients::Bf16),
