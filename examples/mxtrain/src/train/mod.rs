@@ -456,12 +456,13 @@ pub(crate) fn header(start: &Start, data: &Data, steps: u64, about: &str) -> Str
         options.optimizer,
         HumanCount(steps),
         console::scaled(run_tokens),
-        schedule_in_words(schedule, start.schedule_start()),
+        schedule_in_words(schedule, start.schedule_start(), steps),
     )
 }
 
-/// "cosine schedule from step 500 on, lr 1.00e-3 to 1.00e-4, warm-up 40 steps"
-fn schedule_in_words(schedule: &Schedule, start: u64) -> String {
+/// "cosine schedule from step 500 on, lr 1.00e-3 to 1.00e-4, warm-up 40 steps", and where it ends if
+/// that is not where the run of so many `steps` does.
+fn schedule_in_words(schedule: &Schedule, start: u64, steps: u64) -> String {
     let from = if start > 0 { format!(" from step {start} on") } else { String::new() };
     let mut words = format!("{} schedule{from}, lr {}", schedule.kind, console::short(schedule.lr));
     if schedule.kind != ScheduleKind::Constant {
@@ -469,6 +470,13 @@ fn schedule_in_words(schedule: &Schedule, start: u64) -> String {
     }
     if schedule.warmup_steps > 0 {
         words.push_str(&format!(", warm-up {} steps", HumanCount(schedule.warmup_steps)));
+    }
+    let end = start.saturating_add(schedule.total_steps);
+    if schedule.kind != ScheduleKind::Constant && end != steps {
+        let end = HumanCount(end);
+        words.push_str(&format!(
+            "; it ends at step {end}, not with the run (--new-schedule begins one that does)"
+        ));
     }
     words
 }
@@ -478,6 +486,27 @@ mod tests {
     use super::*;
     use crate::cli::Command;
     use crate::parse;
+
+    #[test]
+    fn a_schedule_that_does_not_end_with_the_run_is_told() {
+        let schedule = Schedule {
+            kind: ScheduleKind::Cosine,
+            lr: 1e-3,
+            min_lr: 1e-4,
+            warmup_steps: 40,
+            total_steps: 4000,
+            ..Schedule::default()
+        };
+        let plain = "cosine schedule, lr 1.00e-3 to 1.00e-4, warm-up 40 steps";
+        assert_eq!(schedule_in_words(&schedule, 0, 4000), plain);
+        let told =
+            "; it ends at step 4,000, not with the run (--new-schedule begins one that does)";
+        assert_eq!(schedule_in_words(&schedule, 0, 500), format!("{plain}{told}"));
+        let from = schedule_in_words(&schedule, 100, 4100);
+        assert!(from.starts_with("cosine schedule from step 100 on, ") && !from.contains("ends"));
+        let constant = Schedule { kind: ScheduleKind::Constant, warmup_steps: 0, ..schedule };
+        assert_eq!(schedule_in_words(&constant, 0, 500), "constant schedule, lr 1.00e-3");
+    }
 
     #[test]
     fn a_panic_ends_a_run_and_loses_no_step() {
