@@ -169,7 +169,11 @@ impl Optimizer {
                     "epsilon" => "above 0 (1e-8 is usual)".to_owned(),
                     _ => format!("from {low}"),
                 };
-                let message = format!("expected a number {range} to below {high}, got {value}");
+                let end = match high == f32::MAX {
+                    true => " on".to_owned(),
+                    false => format!(" to below {high}"),
+                };
+                let message = format!("expected a number {range}{end}, got {value}");
                 return Err(Error::invalid(what, message));
             }
         }
@@ -460,6 +464,8 @@ mod tests {
         ] {
             assert_eq!(refused(format!("muon,{switch}").parse().unwrap()), what);
         }
+        let message = Optimizer { clip: -1.0, ..good }.validate().unwrap_err().to_string();
+        assert_eq!(message, "clip: expected a number from 0 on, got -1");
         let message = Optimizer { epsilon: 0.0, ..good }.validate().unwrap_err().to_string();
         assert_eq!(message, "epsilon: expected a number above 0 (1e-8 is usual) to below 1, got 0");
     }
