@@ -31,6 +31,11 @@ impl Slot {
         self.start..self.start + self.len
     }
 
+    /// Rows and columns.
+    pub(crate) fn shape(self) -> [usize; 2] {
+        [self.rows, self.len / self.rows]
+    }
+
     /// Whether weight decay applies: to all that is no vector.
     pub fn decays(self) -> bool {
         self.kind != ParamKind::Vector
@@ -51,11 +56,7 @@ pub struct GradientPlace {
 impl GradientPlace {
     /// Bytes of its elements.
     pub fn bytes(&self) -> usize {
-        let size = match self.precision {
-            Precision::F32 => 4,
-            Precision::Bf16 => 2,
-        };
-        self.len * size
+        self.len * self.precision.size()
     }
 }
 

@@ -91,6 +91,14 @@ impl Precision {
     pub fn of(forward: &Gemm) -> Self {
         if forward.element() == Element::F32 { Self::F32 } else { Self::Bf16 }
     }
+
+    /// Bytes of an element that is held in it.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
 }
 
 /// Sizes of a batch of sequences.

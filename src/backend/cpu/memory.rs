@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, attend, head, linear, merge};
 use crate::Result;
-use crate::backend::{GradientPlace, Memory, Precision, Slot, WorkspaceShape};
+use crate::backend::{FlatGradients, GradientPlace, Memory, Precision, Slot, WorkspaceShape};
 use crate::formats::{self, Draw};
 use crate::optim::Master;
 
@@ -128,4 +128,9 @@ impl Memory for Cpu {
     fn zero_gradient(&self, gradient: &mut [f32]) {
         self.zero(gradient);
     }
+}
+
+/// All gradients, which lie where weights do.
+pub(super) fn all_gradients(gradients: &FlatGradients<Cpu>) -> &[f32] {
+    bytemuck::cast_slice(&gradients.bytes)
 }

@@ -90,6 +90,12 @@ impl Cpu {
 /// Large enough to be worth a job, and fixed, for sums over jobs must not depend on the threads.
 const JOB_ELEMENTS: usize = 1 << 14;
 
+/// Where `len` elements are halved, again and again, until a job is left: at a multiple of a job's,
+/// whatever the threads, so that sums have one order.
+fn middle(len: usize) -> Option<usize> {
+    (len > JOB_ELEMENTS).then(|| (len / 2).next_multiple_of(JOB_ELEMENTS))
+}
+
 /// Rows of `channels` elements in one job.
 fn rows_per_job(channels: usize) -> usize {
     (JOB_ELEMENTS / channels).max(1)

@@ -2,11 +2,11 @@
 //! `optim/moments.rs`.
 
 use super::isa::{Isa, simd_fn};
-use crate::backend::Place;
-use crate::formats::Draw;
+use crate::backend::{OptimizerStep, Place};
+use crate::formats::{Draw, Purpose};
 use crate::optim::moments::{
     E4m3, Element, F16, First, Float, GROUP, Second, decode_group, encode_group, inverse,
-    tensor_scale,
+    is_stochastic, tensor_scale,
 };
 
 /// The numbers of one moment of a parameter, or of a part of it that begins at a group.
@@ -47,6 +47,16 @@ pub(super) enum Rounding {
     /// With the bits of a draw, whose rows are 8 elements each, from element `first` on.
     Stochastic { draw: Draw, first: usize },
 }
+
+/// What becomes of moments that were computed.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Then {
+    Store,
+    Forget,
+}
+
+/// Elements whose moments are decoded at once, where they are not stored in f32.
+pub(super) const PIECE: usize = 1024;
 
 /// Which of the two moments it is, which codes and drawn bits depend on.
 #[derive(Clone, Copy)]
@@ -149,6 +159,15 @@ impl<'a> Stored<'a> {
 }
 
 impl Rounding {
+    /// Of a moment of the parameter `index` that decays by `beta`.
+    pub(super) fn of(step: &OptimizerStep, beta: f32, index: usize) -> Self {
+        if !is_stochastic(beta) {
+            return Self::ToNearest;
+        }
+        let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, index as u32);
+        Self::Stochastic { draw, first: 0 }
+    }
+
     fn further(self, count: usize) -> Self {
         match self {
             Self::ToNearest => self,

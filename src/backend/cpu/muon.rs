@@ -18,12 +18,10 @@ use super::gemm::{
 };
 use super::isa::{Isa, simd_fn};
 use super::linear::amax_bits;
-use super::moments::{Moment, Rounding, Stored};
-use super::optimize::{PIECE, Then, all, middle};
-use super::{Arena, Buffer, Cpu, JOB_ELEMENTS};
+use super::memory::all_gradients;
+use super::moments::{Moment, PIECE, Rounding, Stored, Then};
+use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, middle};
 use crate::backend::{Slot, Trained};
-use crate::formats::{Draw, Purpose};
-use crate::optim::moments::is_stochastic;
 use crate::optim::muon::{self, Momentum, Movement, QUINTIC, STEPS};
 use crate::optim::{Largest, Optimizer, OptimizerStep};
 
@@ -50,18 +48,13 @@ pub(super) struct Update<'a> {
     pub(super) index: usize,
 }
 
-/// Rows and columns.
-fn shape(slot: Slot) -> [usize; 2] {
-    [slot.rows, slot.len / slot.rows]
-}
-
 impl Scratch {
     /// For the largest of the matrices that an optimizer orthogonalizes.
     pub(super) fn new(arena: &mut Arena, isa: Isa, slots: &[Slot], optimizer: &Optimizer) -> Self {
         let (mut whole, mut square) = (0, 0);
         let [mut a, mut b] = [PackSize::default(); 2];
         for slot in slots.iter().filter(|slot| optimizer.orthogonalizes(slot.kind)) {
-            let [rows, cols] = shape(*slot);
+            let [rows, cols] = slot.shape();
             let (short, long) = (rows.min(cols), rows.max(cols));
             (whole, square) = (whole.max(slot.len), square.max(short * short));
             a.add(isa, [short, long], Format::Bf16, 1);
@@ -80,7 +73,7 @@ impl Update<'_> {
     pub(super) fn run(&self, scratch: &mut Scratch, trained: &mut Trained<'_, Cpu>) {
         let slot = trained.slots[self.index];
         self.orthogonalize(scratch, trained, Then::Store);
-        let (movement, isa) = (Movement::new(self.step, shape(slot)), self.cpu.isa());
+        let (movement, isa) = (Movement::new(self.step, slot.shape()), self.cpu.isa());
         let p = trained.weights[slot.range()].par_chunks_mut(JOB_ELEMENTS);
         p.zip(scratch.x.par_chunks(JOB_ELEMENTS))
             .for_each(|(p, x)| move_chunk(isa, p, x, movement));
@@ -90,7 +83,7 @@ impl Update<'_> {
     pub(super) fn attempt(&self, scratch: &mut Scratch, trained: &mut Trained<'_, Cpu>) -> Largest {
         let slot = trained.slots[self.index];
         let momentum = self.orthogonalize(scratch, trained, Then::Forget);
-        let (movement, isa) = (Movement::new(self.step, shape(slot)), self.cpu.isa());
+        let (movement, isa) = (Movement::new(self.step, slot.shape()), self.cpu.isa());
         let p = trained.weights[slot.range()].par_chunks(JOB_ELEMENTS);
         let x = scratch.x.par_chunks(JOB_ELEMENTS);
         let weight = p.zip(x).map(|(p, x)| try_chunk(isa, p, x, movement)).reduce(|| 0, u32::max);
@@ -109,20 +102,14 @@ impl Update<'_> {
         let slot = trained.slots[index];
         let Trained { states, layouts, gradients, .. } = trained;
         let beta = step.optimizer.muon.momentum;
-        let rounding = match is_stochastic(beta) {
-            false => Rounding::ToNearest,
-            true => {
-                let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, index as u32);
-                Rounding::Stochastic { draw, first: 0 }
-            }
-        };
+        let rounding = Rounding::of(step, beta, index);
         let (isa, momentum) = (cpu.isa(), Momentum::new(step, self.gradient_scale));
         let place = &layouts[0].places[index];
         let mut up_to = |largest: f32, then: Then| {
             let part = Part {
                 x: &mut scratch.x[..slot.len],
                 m: Stored::of(&mut states[0], place, rounding, largest),
-                g: &all(gradients)[slot.range()],
+                g: &all_gradients(gradients)[slot.range()],
             };
             part.in_jobs(isa, momentum, then)
         };
@@ -131,7 +118,7 @@ impl Update<'_> {
             false => 0.0,
         };
         let Found { squares, largest } = up_to(largest, then);
-        scratch.orthogonalize(cpu, shape(slot), muon::divisor(squares));
+        scratch.orthogonalize(cpu, slot.shape(), muon::divisor(squares));
         f32::from_bits(largest)
     }
 }

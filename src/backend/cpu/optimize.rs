@@ -6,13 +6,12 @@ use std::ops::Add;
 
 use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, lane_amax, prefetch_after};
-use super::moments::{Moment, Rounding, Stored};
-use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, muon};
+use super::memory::all_gradients;
+use super::moments::{Moment, PIECE, Rounding, Stored, Then};
+use super::{Arena, Buffer, Cpu, Workspace, middle, muon};
 use crate::Result;
-use crate::backend::{FlatGradients, Optimize, Slot, Trained};
-use crate::formats::{Draw, Purpose};
+use crate::backend::{Optimize, Slot, Trained};
 use crate::optim::adamw::{Update, clip};
-use crate::optim::moments::is_stochastic;
 use crate::optim::spam::{Factors, STATISTICS};
 use crate::optim::stable_adamw::{self, Ratio};
 use crate::optim::{Largest, Optimizer, OptimizerKind, OptimizerStep, StepSums, UpdateSums};
@@ -101,7 +100,7 @@ impl Optimize for Cpu {
         trained: &mut Trained<'_, Self>,
         step: &OptimizerStep,
     ) {
-        let (slots, isa, gradients) = (trained.slots, self.isa(), all(trained.gradients));
+        let (slots, isa, gradients) = (trained.slots, self.isa(), all_gradients(trained.gradients));
         let squares = |slot: &Slot| {
             in_order(&gradients[slot.range()], &|job| chunk_sum_of_squares(isa, job), &Add::add)
         };
@@ -211,7 +210,7 @@ impl Optimize for Cpu {
         let scale = reduction.scale_if_it_may(step);
         self.install(|| {
             for (index, one) in reduction.ones.iter().enumerate() {
-                let g = &all(trained.gradients)[slots[index].range()];
+                let g = &all_gradients(trained.gradients)[slots[index].range()];
                 let squares = in_order(g, &|job| chunk_sum_of_squares(isa, job), &Add::add);
                 let has_second = !step.optimizer.orthogonalizes(slots[index].kind);
                 let ratio = Ratio::new(step, one.scale * scale).clipped(one.clipped);
@@ -230,20 +229,9 @@ impl Optimize for Cpu {
     }
 }
 
-/// All gradients, which lie where weights do.
-pub(super) fn all(gradients: &FlatGradients<Cpu>) -> &[f32] {
-    bytemuck::cast_slice(&gradients.bytes)
-}
-
 /// The sum of losses, in order.
 fn sum_of(losses: &[f32]) -> f64 {
     losses.iter().map(|loss| f64::from(*loss)).sum()
-}
-
-/// Where `len` elements are halved, again and again, until a job is left: at a multiple of a job's,
-/// whatever the threads, so that sums have one order.
-pub(super) fn middle(len: usize) -> Option<usize> {
-    (len > JOB_ELEMENTS).then(|| (len / 2).next_multiple_of(JOB_ELEMENTS))
 }
 
 /// What `of` makes of jobs of fixed size, joined in one order.
@@ -263,7 +251,7 @@ fn normalize(isa: Isa, ones: &mut [One], trained: &Trained<'_, Cpu>, factors: &F
     let kept = trained.statistics.as_chunks().0;
     for ((one, slot), kept) in ones.iter_mut().zip(trained.slots).zip(kept) {
         one.statistics = *kept;
-        let g = &all(trained.gradients)[slot.range()];
+        let g = &all_gradients(trained.gradients)[slot.range()];
         let largest = in_order(g, &|job| chunk_largest(isa, job), &f32::max);
         one.clipped = factors.limit(&mut one.statistics, largest);
         let of_job = |job: &[f32]| chunk_sum_of_clipped(isa, job, one.clipped);
@@ -279,16 +267,6 @@ struct Part<'a> {
     v: Stored<'a>,
     g: &'a [f32],
 }
-
-/// What becomes of moments that were computed.
-#[derive(Clone, Copy, PartialEq)]
-pub(super) enum Then {
-    Store,
-    Forget,
-}
-
-/// Elements whose moments are decoded at once, where they are not stored in f32.
-pub(super) const PIECE: usize = 1024;
 
 impl<'a> Part<'a> {
     /// A whole parameter, by its number.
@@ -308,18 +286,12 @@ impl<'a> Part<'a> {
             panic!("AdamW names two states")
         };
         let range = slots[index].range();
-        let rounding = |beta| match is_stochastic(beta) {
-            false => Rounding::ToNearest,
-            true => {
-                let draw = Draw::of(step.seed, Purpose::Moments, step.t as u32, index as u32);
-                Rounding::Stochastic { draw, first: 0 }
-            }
-        };
+        let rounding = |beta| Rounding::of(step, beta, index);
         Self {
             p: &mut weights[range.clone()],
             m: Stored::of(m, &of_m.places[index], rounding(step.optimizer.beta1), largest[0]),
             v: Stored::of(v, &of_v.places[index], rounding(step.optimizer.beta2), largest[1]),
-            g: &all(gradients)[range],
+            g: &all_gradients(gradients)[range],
         }
     }
 

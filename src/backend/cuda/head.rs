@@ -6,7 +6,7 @@ use cudarc::driver::sys;
 
 use super::device::gemm::{Operand, Type};
 use super::device::launch;
-use super::device::memory::{F32, Param, Tensor, size_of_element};
+use super::device::memory::{F32, Param, Tensor};
 use super::{Cuda, Product, Workspace, kernel};
 use crate::backend::{Classifier, Head, HeadShape, WorstLosses};
 
@@ -139,7 +139,7 @@ impl Head for Cuda {
         // cuBLASLt wants operands aligned, and a row need not be: a copy at the start of the
         // scratch is.
         let aligned = workspace.logits.address;
-        let bytes = channels * size_of_element(x.precision);
+        let bytes = channels * x.precision.size();
         // SAFETY: a row of logits has room for a row of x (`Workspace::new` sees to that).
         let result = unsafe {
             sys::cuMemcpyDtoDAsync_v2(aligned, x.at(row * channels), bytes, self.gpu.stream())

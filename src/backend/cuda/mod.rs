@@ -28,6 +28,7 @@ mod norm;
 mod optimize;
 mod quantize;
 mod select;
+mod step;
 #[cfg(test)]
 mod tests;
 mod workspace;

@@ -10,7 +10,7 @@
 use super::device::gemm::{Operand, Product, Type};
 use super::device::launch;
 use super::device::memory::{Arena, Piece};
-use super::optimize::{OfMoments, PIECE, Step, THREADS};
+use super::step::{OfMoments, PIECE, Step, THREADS};
 use super::{Cuda, Workspace};
 use crate::backend::Slot;
 use crate::optim::muon::{Movement, QUINTIC, STEPS};
@@ -42,17 +42,12 @@ pub(super) struct Place {
     pub(super) scales: u64,
 }
 
-/// Rows and columns.
-fn shape(slot: Slot) -> [usize; 2] {
-    [slot.rows, slot.len / slot.rows]
-}
-
 impl Scratch {
     /// For the largest of the matrices that an optimizer orthogonalizes.
     pub(super) fn new(arena: &mut Arena, slots: &[Slot], optimizer: &Optimizer) -> Self {
         let (mut whole, mut square) = (0, 0);
         for slot in slots.iter().filter(|slot| optimizer.orthogonalizes(slot.kind)) {
-            let short = shape(*slot)[0].min(shape(*slot)[1]);
+            let short = slot.shape()[0].min(slot.shape()[1]);
             (whole, square) = (whole.max(slot.len), square.max(short * short));
         }
         let [x, product, gram, polynomial] =
@@ -84,8 +79,8 @@ impl Scratch {
         }
         update_momentum(trial, if trial == 0 { scales } else { 0 });
         launch!(cuda.gpu, "normalize_momentum", grid, THREADS, 0; x, partials, slot.len as u64);
-        self.orthogonalize(cuda, workspace, shape(slot));
-        let Movement { keep, size } = Movement::new(step, shape(slot));
+        self.orthogonalize(cuda, workspace, slot.shape());
+        let Movement { keep, size } = Movement::new(step, slot.shape());
         launch!(cuda.gpu, "move_matrix", grid, THREADS, 0;
             table, number, self.x.address, sums, trial, Step::new(step), keep, size);
     }

@@ -1,7 +1,7 @@
 //! Scratch memory: cuBLASLt's own, a chunk of logits, quantized operands, partial sums.
 
 use super::device::gemm;
-use super::device::memory::{Arena, Piece, size_of_element};
+use super::device::memory::{Arena, Piece};
 use super::quantize::carrier::Carrier;
 use super::quantize::{BehindGelu, Target, sums, values};
 use super::{head, merge, norm};
@@ -58,7 +58,7 @@ impl Workspace {
         let HeadShape { rows, channels, vocab_size, precision } = head;
         let chunk = head::chunk_rows(rows, vocab_size);
         // A row of x may be copied there.
-        let logits = (chunk * head::stride(vocab_size)).max(channels) * size_of_element(precision);
+        let logits = (chunk * head::stride(vocab_size)).max(channels) * precision.size();
         let most = |of: fn(&LinearShape) -> usize| linears.iter().map(of).max().unwrap_or(0);
         let partials = most(|layer| sums::partials(layer.rows, layer.outputs));
         let partials = norm::partials(norm.channels).max(partials) * usize::from(training);

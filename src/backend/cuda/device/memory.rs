@@ -218,7 +218,7 @@ impl Tensor {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.len * size_of_element(self.precision)
+        self.len * self.precision.size()
     }
 
     /// The only way to write the tensor, in place or anew. Who asks [`Written::amax`] for a word
@@ -253,7 +253,7 @@ impl Tensor {
 
     /// The address of element `index`.
     pub(crate) fn at(&self, index: usize) -> u64 {
-        self.address() + (index * size_of_element(self.precision)) as u64
+        self.address() + (index * self.precision.size()) as u64
     }
 }
 
@@ -275,14 +275,6 @@ impl Written<'_> {
     /// The address of element `index`.
     pub(crate) fn at(&self, index: usize) -> u64 {
         self.tensor.at(index)
-    }
-}
-
-/// Bytes of an activation.
-pub(crate) fn size_of_element(precision: Precision) -> usize {
-    match precision {
-        Precision::F32 => 4,
-        Precision::Bf16 => 2,
     }
 }
 
@@ -387,7 +379,7 @@ impl Arena {
             Arc::new(Amaxes { words, taken: AtomicU64::new(0) })
         });
         self.amaxes = Some(amaxes.clone());
-        let piece = self.bytes(len * size_of_element(precision));
+        let piece = self.bytes(len * precision.size());
         Tensor { piece, len, precision, amaxes, noted: None }
     }
 

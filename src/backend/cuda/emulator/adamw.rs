@@ -1,6 +1,6 @@
 //! The end of a step: `optimize.cu`.
 
-use super::super::optimize::{Entry, Step};
+use super::super::step::{Entry, Step};
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES};
 use crate::backend::{OptimizerStep, reference};

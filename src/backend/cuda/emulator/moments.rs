@@ -1,6 +1,6 @@
 //! Updates with moments in less than f32: `optimize_moments.cu`.
 
-use super::super::optimize::{Entry, OfMoments, Step};
+use super::super::step::{Entry, OfMoments, Step};
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES, aligned};
 use crate::Master;

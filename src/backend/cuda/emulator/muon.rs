@@ -1,6 +1,6 @@
 //! Muon's updates of matrices: `optimize_muon.cu`, with products of the scalar kind between them.
 
-use super::super::optimize::{Entry, OfMoments, Step};
+use super::super::step::{Entry, OfMoments, Step};
 use super::super::tests::random;
 use super::adamw::AdamWKernel;
 use super::moments::{Memory, ScalesKernel, UpdateKernel};

@@ -1,6 +1,6 @@
 //! How gradients are normalized: `optimize_spam.cu`.
 
-use super::super::optimize::{Entry, Step};
+use super::super::step::{Entry, Step};
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES};
 use crate::backend::conformance::step;

@@ -1,7 +1,7 @@
 //! StableAdamW's kernels on the processor, against the arithmetic of `optim/` bit for bit: nothing
 //! is contracted here, on a GPU it is.
 
-use super::super::optimize::{Entry, Step};
+use super::super::step::{Entry, Step};
 use super::super::tests::random;
 use super::adamw::AdamWKernel;
 use super::{Emulator, SCHEDULES};

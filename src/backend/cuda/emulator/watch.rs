@@ -1,6 +1,6 @@
 //! What is found of updates before they are made: `optimize_watch.cu`.
 
-use super::super::optimize::{Entry, OfMoments, Step};
+use super::super::step::{Entry, OfMoments, Step};
 use super::super::tests::random;
 use super::moments::Memory;
 use super::{Emulator, SCHEDULES};

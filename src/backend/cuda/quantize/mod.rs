@@ -29,7 +29,7 @@ use std::ffi::c_void;
 use super::Cuda;
 use super::device::capture::Redraw;
 use super::device::gemm::Type;
-use super::device::memory::{Param, Tensor, size_of_element};
+use super::device::memory::{Param, Tensor};
 use super::gelu;
 use crate::backend::Precision;
 use crate::formats::{self, Operand, PowerRule, Random, Range, Rounding, Scale};
@@ -417,7 +417,7 @@ fn tiles(precision: Precision, cols: usize, rows: usize, group: usize, own: bool
     // Lines of 64 numbers, each 32 of them shifted by at most 64 bytes: the source, then random
     // bits.
     let lines_of = |size, lines| lines * (64 * size + 16) + lines / 32 * 64;
-    let lines_of = |lines| lines_of(size_of_element(precision), lines) + lines_of(2, lines);
+    let lines_of = |lines| lines_of(precision.size(), lines) + lines_of(2, lines);
     if own {
         let grid = [cols.div_ceil(group), rows.div_ceil(group), 1];
         return Launch { grid, block: 2 * group, shared: lines_of(group) + 3 * 8 * 36 };

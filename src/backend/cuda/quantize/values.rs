@@ -21,7 +21,7 @@ use crate::backend::Precision;
 use crate::backend::cuda::device::capture::Redraw;
 use crate::backend::cuda::device::gemm::{Operand as Factor, Product, Type};
 use crate::backend::cuda::device::launch;
-use crate::backend::cuda::device::memory::{Arena, Param, Piece, Tensor, size_of_element};
+use crate::backend::cuda::device::memory::{Arena, Param, Piece, Tensor};
 use crate::backend::cuda::{Cuda, Workspace, kernel};
 use crate::backend::{LinearShape, Numbers, Part, WorkspaceShape};
 use crate::formats::{
@@ -1182,7 +1182,7 @@ fn multiply_integers(cuda: &Cuda, workspace: &Workspace, [a, b]: [&Quantization;
         };
         cuda.product(workspace, &product);
         let scaling = Scaling {
-            out: out.address + (first * n * size_of_element(out.precision)) as u64,
+            out: out.address + (first * n * out.precision.size()) as u64,
             c,
             factor: b.to.factors,
             of_rows: a.to.vector_scales + 4 * first as u64,
