@@ -4,12 +4,7 @@
 //! it. Products that are added to each other would be rounded every time, so a step has one
 //! micro-step then.
 
-use std::fmt;
-use std::str::FromStr;
-
 use super::ParamKind;
-use crate::{Error, Result};
-
 /// What gradients are kept in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Gradients {
@@ -38,18 +33,4 @@ impl Gradients {
     }
 }
 
-impl fmt::Display for Gradients {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for Gradients {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|gradients| gradients.as_str() == s).ok_or_else(|| {
-            Error::invalid("gradients", format!("expected one of f32, bf16; got {s:?}"))
-        })
-    }
-}
+named!(Gradients, "gradients");

@@ -5,11 +5,6 @@
 //! rounding to even would not tell which of two neighbours the copy came from. So such a number
 //! becomes the next one away from 0, a last place of f32 further, before it is split.
 
-use std::fmt;
-use std::str::FromStr;
-
-use crate::{Error, Result};
-
 /// What master weights are kept as.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Master {
@@ -33,21 +28,7 @@ impl Master {
     }
 }
 
-impl fmt::Display for Master {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for Master {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|master| master.as_str() == s).ok_or_else(|| {
-            Error::invalid("master", format!("expected one of f32, split; got {s:?}"))
-        })
-    }
-}
+named!(Master, "master");
 
 /// A number that can be split: itself, or its neighbour where half of a last place of bf16 is left.
 pub(crate) fn splittable(p: f32) -> f32 {

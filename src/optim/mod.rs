@@ -5,6 +5,28 @@
 //! backend runs them over flat buffers (`backend/optimize.rs`). So nothing of ours but the
 //! error is imported here, and a backend knows no other formula than this one.
 
+/// What a switch can be set to, written and read by the names of `as_str`.
+macro_rules! named {
+    ($of:ty, $switch:literal) => {
+        impl std::fmt::Display for $of {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(self.as_str())
+            }
+        }
+
+        impl std::str::FromStr for $of {
+            type Err = crate::Error;
+
+            fn from_str(s: &str) -> crate::Result<Self> {
+                Self::ALL.into_iter().find(|one| one.as_str() == s).ok_or_else(|| {
+                    let names = Self::ALL.map(Self::as_str).join(", ");
+                    crate::Error::invalid($switch, format!("expected one of {names}; got {s:?}"))
+                })
+            }
+        }
+    };
+}
+
 pub(crate) mod adamw;
 mod bounds;
 mod gradients;
@@ -291,14 +313,13 @@ impl FromStr for Optimizer {
             return invalid(format!("expected one of {names}; got {name:?}"));
         };
         let mut optimizer = Self::new(kind);
-        let mut given = Vec::new();
-        for switch in parts {
-            let (switch, value) = switch.split_once('=').unwrap_or((switch, ""));
+        for (i, part) in parts.enumerate() {
+            let (switch, value) = part.split_once('=').unwrap_or((part, ""));
             let switch = switch.trim();
-            if given.contains(&switch) {
+            let is_switch = |part: &str| part.split('=').next().map(str::trim) == Some(switch);
+            if s.split(',').skip(1).take(i).any(is_switch) {
                 return invalid(format!("{switch} is given twice; say it once"));
             }
-            given.push(switch);
             match switch {
                 "moments" => optimizer.moments = value.trim().parse()?,
                 "master" => optimizer.master = value.trim().parse()?,

@@ -35,11 +35,6 @@
 //! that is saved and loaded is none the wiser. All is IEEE arithmetic in an order that is given
 //! here, so that every device stores the same bytes.
 
-use std::fmt;
-use std::str::FromStr;
-
-use crate::{Error, Result};
-
 /// The numbers that states are kept in. Of matrices that Muon moves there is one state, so half of the
 /// bytes that are said here, and of `fp8` 1 byte.
 ///
@@ -97,22 +92,7 @@ impl Moments {
     }
 }
 
-impl fmt::Display for Moments {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for Moments {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|moments| moments.as_str() == s).ok_or_else(|| {
-            let names = Self::ALL.map(Self::as_str).join(", ");
-            Error::invalid("moments", format!("expected one of {names}; got {s:?}"))
-        })
-    }
-}
+named!(Moments, "moments");
 
 /// What a parameter is to an optimizer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
