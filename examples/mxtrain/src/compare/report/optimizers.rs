@@ -50,8 +50,7 @@ fn parts(settings: &Settings) -> (Map<String, Value>, Map<String, Value>) {
     let mut all = settings.compared();
     all.remove("seed");
     all.entry("optimizer").or_insert_with(|| Optimizer::default().to_string().into());
-    let is_its = |(name, _): &(String, Value)| OF_OPTIMIZER.contains(&name.as_str());
-    all.into_iter().partition(|(name, value)| !is_its(&(name.clone(), value.clone())))
+    all.into_iter().partition(|(name, _)| !OF_OPTIMIZER.contains(&name.as_str()))
 }
 
 /// What there is to compare: wherever more than one optimizer, or more than one set of its settings,
