@@ -351,9 +351,10 @@ pub(in crate::backend) fn linear_layers_follow_their_recipes<B: Harness>(backend
                 };
                 let forms = [(true, InF32), (false, InF32), (false, InBf16)];
                 let mut in_f32: Vec<Vec<f32>> = Vec::new();
-                // What is made of a product and W needs both in f32.
-                let restored = Restoration::of(&recipe, GemmId::Wgrad).is_some();
-                for (accumulate, kept) in forms.into_iter().take(if restored { 2 } else { 3 }) {
+                // What is made of a product and W needs both in f32, and so does a product of f32.
+                let in_f32_alone = Restoration::of(&recipe, GemmId::Wgrad).is_some()
+                    || precision == Precision::F32;
+                for (accumulate, kept) in forms.into_iter().take(if in_f32_alone { 2 } else { 3 }) {
                     let before = [(outputs * inputs, 5), (outputs, 6)].map(|(len, seed)| {
                         if accumulate { random(len, seed) } else { vec![f32::NAN; len] }
                     });
