@@ -221,7 +221,8 @@ fn updates_on(cuda: &Cuda) {
             };
             let moments = of_state(0) + of_state(1);
             let weights = if optimizer.master == Master::Split { 8.0 } else { 10.0 };
-            4.0 + weights + moments
+            let gradients = if optimizer.gradients.are_in_bf16(kind) { 2.0 } else { 4.0 };
+            gradients + weights + moments
         };
         let kinds = [ParamKind::Matrix, ParamKind::Vector, ParamKind::Table];
         let moved: f64 = kinds.map(of).iter().sum::<f64>() * LEN as f64;
