@@ -15,6 +15,21 @@ struct Moments {
   Draw draw;
 };
 
+// __fdiv_rn and __fsqrt_rn without what these do for numbers near the ends of the exponents: their
+// own instructions for all others, but no branch, so that those of several numbers go on side by
+// side. For numerators and quotients from 2^-100 to 2^100, and for numbers from 2^-101 on.
+__device__ __forceinline__ float quick_quotient(float a, float b) {
+  float inverse = reciprocal_of(b);
+  inverse = __fmaf_rn(inverse, __fmaf_rn(-b, inverse, 1.0f), inverse);
+  float quotient = __fmul_rn(a, inverse);
+  return __fmaf_rn(inverse, __fmaf_rn(-b, quotient, a), quotient);
+}
+
+__device__ __forceinline__ float quick_root(float v) {
+  float inverse = inverse_root_of(v), root = __fmul_rn(v, inverse);
+  return __fmaf_rn(__fmaf_rn(-root, root, v), __fmul_rn(0.5f, inverse), root);
+}
+
 // What codes stand for, but for the scale.
 //
 // NOTE: looked up, because a code takes two divisions.
@@ -41,12 +56,13 @@ __device__ __forceinline__ float inverse(float scale) {
 
 __device__ __forceinline__ u8 first_code(float m, float inverse) {
   float n = __fmul_rn(m, inverse);
-  float y = __fdiv_rn(__fmul_rn(2.0f, n), __fadd_rn(1.0f, fabsf(n)));
+  // n is at most 1, and where it is too small for a quick quotient the code is 0 in any case.
+  float y = quick_quotient(__fmul_rn(2.0f, n), __fadd_rn(1.0f, fabsf(n)));
   return (u8)(int)rintf(__fmul_rn(127.0f, y));
 }
 
 __device__ __forceinline__ u8 second_code(float root, float inverse) {
-  return (u8)(int)fmaxf(rintf(__fmul_rn(255.0f, __fmul_rn(root, inverse))), 1.0f);
+  return (u8)(int)rintf(fmaxf(__fmul_rn(255.0f, __fmul_rn(root, inverse)), 1.0f));
 }
 
 // Floats whose scale is that of their tensor.
@@ -101,8 +117,8 @@ struct Scales {
 
 // `before`: the scales of what is stored of each parameter, where those in the states are already
 // those of what will be; else null.
-__device__ __forceinline__ Scales scales_of(const Entry *e, const float2 *before, u32 number) {
-  float first = *e->m_scales, second = e->v ? *e->v_scales : 0.0f;
+__device__ __forceinline__ Scales scales_of(const Entry &e, const float2 *before, u32 number) {
+  float first = *e.m_scales, second = e.v ? *e.v_scales : 0.0f;
   float2 loaded = before ? before[number] : make_float2(first, second);
   return {{loaded.x, loaded.y}, {inverse(first), inverse(second)}};
 }
@@ -120,11 +136,25 @@ template <class T> __device__ __forceinline__ Four<T> load4(const T *from, u32 c
   return out;
 }
 
+__device__ __forceinline__ u32 bits_of(float v) { return __float_as_uint(v); }
+__device__ __forceinline__ u32 bits_of(bf16 v) { return v.bits; }
+__device__ __forceinline__ u32 bits_of(u16 v) { return v; }
+__device__ __forceinline__ u32 bits_of(u8 v) { return v; }
+
 template <class T> __device__ __forceinline__ void store4(T *to, u32 count, const Four<T> &from) {
-  if (count == 4) *(Four<T> *)to = from;
+  if (count == 4) {
+    u32 bits[4];
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) bits[k] = bits_of(from.of[k]);
+    if constexpr (sizeof(T) == 4) store_words(to, bits[0], bits[1], bits[2], bits[3]);
+    else if constexpr (sizeof(T) == 2)
+      store_words(to, bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+    else *(u32 *)to = bits[0] | bits[1] << 8 | bits[2] << 16 | bits[3] << 24;
+    return;
+  }
 #pragma unroll
   for (u32 k = 0; k < 4; k++)
-    if (count < 4 && k < count) to[k] = from.of[k];
+    if (k < count) to[k] = from.of[k];
 }
 
 // The largest of the 8 threads that hold a group.
@@ -135,50 +165,78 @@ __device__ __forceinline__ float group_max(const Four<float> &v) {
   return most;
 }
 
+// What a number is stored as.
+template <u32 ELEMENT> struct Stored {
+  typedef typename Float<ELEMENT>::Code Code;
+};
+template <> struct Stored<F32> {
+  typedef float Code;
+};
+template <> struct Stored<BF16> {
+  typedef bf16 Code;
+};
+template <> struct Stored<INT8> {
+  typedef u8 Code;
+};
+
+// Up to 4 numbers as they are stored, and what scales them. Kernels fetch all that they need of an
+// element before they make numbers of any of it, so that they wait for memory once, and not once
+// for each array.
+template <u32 ELEMENT> struct Fetched {
+  Four<typename Stored<ELEMENT>::Code> codes;
+  float scale;
+};
+
 // Up to 4 numbers of a moment, the first or the second, from element i on; those that are not there
 // are 0, as in all loads here, so that all that is made of them is 0. Of a tensor that has one
 // scale it is `scale`.
-template <u32 ELEMENT, bool SECOND>
-__device__ __forceinline__ Four<float> load_moments(const Entry *e, u64 i, u32 count,
-                                                    const Meanings &meanings, float scale) {
-  const void *from = SECOND ? e->v : e->m;
-  if (ELEMENT == F32) return load4((const float *)from + i, count);
+template <u32 ELEMENT, bool SECOND, class Index>
+__device__ __forceinline__ Fetched<ELEMENT> fetch_moments(const Entry &e, Index i, u32 count,
+                                                          float scale) {
+  typedef typename Stored<ELEMENT>::Code Code;
+  const float *scales = SECOND ? e.v_scales : e.m_scales;
+  if (ELEMENT == INT8) scale = count ? scales[i / GROUP] : 0.0f;
+  return {load4((const Code *)(SECOND ? e.v : e.m) + i, count), scale};
+}
+
+template <bool SECOND, u32 ELEMENT>
+__device__ __forceinline__ Four<float> decode(const Fetched<ELEMENT> &from,
+                                              const Meanings &meanings) {
   Four<float> out;
-  if (ELEMENT == BF16) {
-    Four<bf16> stored = load4((const bf16 *)from + i, count);
 #pragma unroll
-    for (u32 k = 0; k < 4; k++) out.of[k] = to_f32(stored.of[k]);
-    return out;
+  for (u32 k = 0; k < 4; k++) {
+    auto code = from.codes.of[k];
+    if constexpr (ELEMENT == F32) out.of[k] = code;
+    else if constexpr (ELEMENT == BF16) out.of[k] = to_f32(code);
+    else if constexpr (ELEMENT == INT8)
+      out.of[k] = SECOND ? second_of(meanings.second[code], from.scale)
+                         : __fmul_rn(meanings.first[code], from.scale);
+    else out.of[k] = of_float<ELEMENT>(code, from.scale);
   }
-  if constexpr (ELEMENT == E4M3 || ELEMENT == F16) {
-    auto codes = load4((const typename Float<ELEMENT>::Code *)from + i, count);
-#pragma unroll
-    for (u32 k = 0; k < 4; k++) out.of[k] = of_float<ELEMENT>(codes.of[k], scale);
-    return out;
-  }
-  Four<u8> codes = load4((const u8 *)from + i, count);
-  scale = count ? (SECOND ? e->v_scales : e->m_scales)[i / GROUP] : 0.0f;
-#pragma unroll
-  for (u32 k = 0; k < 4; k++)
-    out.of[k] = SECOND ? second_of(meanings.second[codes.of[k]], scale)
-                       : __fmul_rn(meanings.first[codes.of[k]], scale);
   return out;
 }
 
-// Stores them. All threads of a warp call it, with the numbers that there are not as 0. Of a tensor
-// that has one scale `inverted` is its inverse.
-template <u32 ELEMENT, bool SECOND>
-__device__ __forceinline__ void store_moments(const Entry *e, u64 i, u32 count,
+template <u32 ELEMENT, bool SECOND, class Index>
+__device__ __forceinline__ Four<float> load_moments(const Entry &e, Index i, u32 count,
+                                                    const Meanings &meanings, float scale) {
+  return decode<SECOND>(fetch_moments<ELEMENT, SECOND>(e, i, count, scale), meanings);
+}
+
+// Stores them; second moments in 8 bits are given as their roots. All threads of a warp call it,
+// with the numbers that there are not as 0. i counts from element `start` of the parameter on. Of a
+// tensor that has one scale `inverted` is its inverse.
+template <u32 ELEMENT, bool SECOND, class Index>
+__device__ __forceinline__ void store_moments(const Entry &e, u64 start, Index i, u32 count,
                                               const Four<float> &values, const Moments &moments,
                                               u32 number, float inverted) {
-  void *to = SECOND ? e->v : e->m;
+  void *to = SECOND ? e.v : e.m;
   if (ELEMENT == F32) store4((float *)to + i, count, values);
   if (ELEMENT == BF16) {
     Four<bf16> stored;
     if (moments.drawn[SECOND]) {
       Draw draw = moments.draw;
       draw.word3 = number;
-      uint4 words = philox(draw, (u32)(i / 8), SECOND);
+      uint4 words = philox(draw, (u32)((start + i) / 8), SECOND);
       u32 pairs[2] = {i % 8 ? words.z : words.x, i % 8 ? words.w : words.y};
 #pragma unroll
       for (u32 k = 0; k < 4; k++) {
@@ -193,15 +251,14 @@ __device__ __forceinline__ void store_moments(const Entry *e, u64 i, u32 count,
   }
   if (ELEMENT == INT8) {
     Four<u8> codes;
-    float most = group_max(values);
-    float scale = SECOND ? __fsqrt_rn(most) : most;
+    float scale = group_max(values);
     inverted = inverse(scale);
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
-      codes.of[k] = SECOND ? second_code(__fsqrt_rn(values.of[k]), inverted)
-                           : first_code(values.of[k], inverted);
+      codes.of[k] =
+          SECOND ? second_code(values.of[k], inverted) : first_code(values.of[k], inverted);
     store4((u8 *)to + i, count, codes);
-    if (i % GROUP == 0 && count) (SECOND ? e->v_scales : e->m_scales)[i / GROUP] = scale;
+    if (i % GROUP == 0 && count) (SECOND ? e.v_scales : e.m_scales)[i / GROUP] = scale;
   }
   if constexpr (ELEMENT == E4M3 || ELEMENT == F16) {
     typedef typename Float<ELEMENT>::Code Code;
@@ -213,10 +270,11 @@ __device__ __forceinline__ void store_moments(const Entry *e, u64 i, u32 count,
 }
 
 // Second moments as an entry has them.
-__device__ __forceinline__ Four<float> load_second(const Entry *e, u64 i, u32 count,
+template <class Index>
+__device__ __forceinline__ Four<float> load_second(const Entry &e, Index i, u32 count,
                                                    const Meanings &meanings) {
-  switch (e->element[1]) {
-    case F16: return load_moments<F16, true>(e, i, count, meanings, *e->v_scales);
+  switch (e.element[1]) {
+    case F16: return load_moments<F16, true>(e, i, count, meanings, *e.v_scales);
     case INT8: return load_moments<INT8, true>(e, i, count, meanings, 0.0f);
     case BF16: return load_moments<BF16, true>(e, i, count, meanings, 0.0f);
     default: return load_moments<F32, true>(e, i, count, meanings, 0.0f);
@@ -224,50 +282,112 @@ __device__ __forceinline__ Four<float> load_second(const Entry *e, u64 i, u32 co
 }
 
 // Calls `of(i, count)` for the elements of a piece, up to 4 of them a thread, in all threads of a
-// block as often.
-template <class Of> __device__ __forceinline__ void each_of_piece(u64 start, u64 end, Of of) {
+// block as often. Where none is missing count is a constant, so that loads follow each other
+// without a branch between them.
+template <class Index, class Of>
+__device__ __forceinline__ void each_of_piece(Index start, Index end, Of of) {
+  if ((end - start) % (4 * THREADS) == 0) {
+    for (Index i = start + 4 * threadIdx.x; i < end; i += 4 * THREADS) of(i, 4u);
+    return;
+  }
   for (; start < end; start += 4 * THREADS) {
-    u64 i = start + 4 * threadIdx.x;
-    of(i, i < end ? (u32)min(end - i, (u64)4) : 0);
+    Index i = start + 4 * threadIdx.x;
+    of(i, i < end ? (u32)min(end - i, (Index)4) : 0);
   }
 }
 
-// Up to 4 elements of a gradient.
-__device__ __forceinline__ Four<float> load_gradients(const Entry *e, u64 i, u32 count) {
-  if (!e->narrow) return load4((const float *)e->gradient + i, count);
-  Four<bf16> stored = load4((const bf16 *)e->gradient + i, count);
+// An entry whose pointers are those of its element `start`, a whole number of groups; what lies
+// there is then found by numbers of 32 bits.
+__device__ __forceinline__ u64 size_of(u32 element) {
+  return element == F32 ? 4 : element == BF16 || element == F16 ? 2 : 1;
+}
+
+__device__ __forceinline__ Entry at_element(Entry e, u64 start) {
+  e.param += start, e.copy += start;
+  if (e.low) e.low += start;
+  e.gradient = (const u8 *)e.gradient + start * (e.narrow ? 2 : 4);
+  e.m = (u8 *)e.m + start * size_of(e.element[0]), e.v = (u8 *)e.v + start * size_of(e.element[1]);
+  if (e.element[0] == INT8) e.m_scales += start / GROUP;
+  if (e.element[1] == INT8) e.v_scales += start / GROUP;
+  return e;
+}
+
+// Up to 4 gradients or weights as they are stored: numbers, or halves in pairs.
+typedef Four<u32> Words;
+
+template <class Index>
+__device__ __forceinline__ Words load_words(const void *from, Index i, u32 count) {
+  return load4((const u32 *)from + i, count);
+}
+
+template <class Index>
+__device__ __forceinline__ uint2 load_halves(const void *from, Index i, u32 count) {
+  Four<u16> halves = load4((const u16 *)from + i, count);
+  return make_uint2(halves.of[0] | (u32)halves.of[1] << 16, halves.of[2] | (u32)halves.of[3] << 16);
+}
+
+template <class Index>
+__device__ __forceinline__ Words fetch_gradients(const Entry &e, Index i, u32 count) {
+  if (!e.narrow) return load_words(e.gradient, i, count);
+  uint2 halves = load_halves(e.gradient, i, count);
+  return {{halves.x, halves.y}};
+}
+
+__device__ __forceinline__ Four<float> decode_gradients(const Entry &e, const Words &from) {
   Four<float> g;
 #pragma unroll
-  for (u32 k = 0; k < 4; k++) g.of[k] = to_f32(stored.of[k]);
+  for (u32 k = 0; k < 4; k++) {
+    u32 pair = from.of[k / 2];
+    g.of[k] = __uint_as_float(e.narrow ? (k % 2 ? pair & 0xffff0000u : pair << 16) : from.of[k]);
+  }
   return g;
 }
 
-// Up to 4 weights.
-__device__ __forceinline__ Four<float> load_weights(const Entry *e, u64 i, u32 count) {
-  if (!e->low) return load4(e->param + i, count);
-  Four<bf16> copy = load4(e->copy + i, count);
-  Four<u16> low = load4(e->low + i, count);
+template <class Index>
+__device__ __forceinline__ Four<float> load_gradients(const Entry &e, Index i, u32 count) {
+  return decode_gradients(e, fetch_gradients(e, i, count));
+}
+
+template <class Index>
+__device__ __forceinline__ Words fetch_weights(const Entry &e, Index i, u32 count) {
+  if (!e.low) return load_words(e.param, i, count);
+  uint2 copy = load_halves(e.copy, i, count), low = load_halves(e.low, i, count);
+  return {{copy.x, copy.y, low.x, low.y}};
+}
+
+__device__ __forceinline__ Four<float> decode_weights(const Entry &e, const Words &from) {
   Four<float> p;
 #pragma unroll
-  for (u32 k = 0; k < 4; k++) p.of[k] = join(copy.of[k], low.of[k]);
+  for (u32 k = 0; k < 4; k++) {
+    u32 shift = 16 * (k % 2);
+    bf16 copy = {(u16)(from.of[k / 2] >> shift)};
+    u16 low = (u16)(from.of[2 + k / 2] >> shift);
+    p.of[k] = e.low ? join(copy, low) : __uint_as_float(from.of[k]);
+  }
   return p;
 }
 
+template <class Index>
+__device__ __forceinline__ Four<float> load_weights(const Entry &e, Index i, u32 count) {
+  return decode_weights(e, fetch_weights(e, i, count));
+}
+
 // Stores them, with their copies, and makes of p what operands are made from.
-__device__ __forceinline__ void store_weights(const Entry *e, u64 i, u32 count, Four<float> &p) {
+template <class Index>
+__device__ __forceinline__ void store_weights(const Entry &e, Index i, u32 count, Four<float> &p) {
   Four<bf16> copy;
-  if (e->low) {
+  if (e.low) {
     Four<u16> low;
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
       split(p.of[k], copy.of[k], low.of[k]);
       p.of[k] = to_f32(copy.of[k]);
     }
-    store4(e->low + i, count, low);
+    store4(e.low + i, count, low);
   } else {
 #pragma unroll
     for (u32 k = 0; k < 4; k++) copy.of[k] = from_f32<bf16>(p.of[k]);
-    store4(e->param + i, count, p);
+    store4(e.param + i, count, p);
   }
-  store4(e->copy + i, count, copy);
+  store4(e.copy + i, count, copy);
 }

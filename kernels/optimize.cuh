@@ -101,12 +101,11 @@ __device__ __forceinline__ float clip(float g, const Normal &normal) {
 // Splits a number into a copy to nearest and what that lacks, and joins it again: optim/master.rs.
 // What lies in the middle between two copies becomes the next number away from 0.
 __device__ __forceinline__ void split(float p, bf16 &copy, u16 &low) {
-  u32 bits = __float_as_uint(p);
-  bits += (bits & 0xffff) == 0x8000;
-  copy.bits = (u16)((bits + 0x7fff) >> 16), low = (u16)bits;
+  u32 bits = __float_as_uint(p), rounded = bits + 0x8000;
+  copy.bits = (u16)(rounded >> 16), low = (u16)(bits + ((rounded & 0xffff) == 0));
 }
 __device__ __forceinline__ float join(bf16 copy, u16 low) {
-  return __uint_as_float((((u32)copy.bits - (low > 0x8000)) << 16) | low);
+  return __uint_as_float(((u32)copy.bits << 16) + (u32)(int)(short)low);
 }
 
 // What clipping makes gradients of a norm smaller by. PyTorch's clip_grad_norm_ adds the same 1e-6.

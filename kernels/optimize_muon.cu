@@ -25,12 +25,12 @@ __device__ __forceinline__ double momentum_piece(bf16 *x, const Entry *e, u32 nu
                                                  const Moments &moments, const Meanings &meanings,
                                                  const float2 *before) {
   Scales scales = {};
-  if (ELEMENT == E4M3) scales = scales_of(e, before, number);
+  if (ELEMENT == E4M3) scales = scales_of(*e, before, number);
   float beta = moments.kept[0], rest = __fsub_rn(1.0f, beta), largest = 0.0f;
   double squares = 0.0;
   each_of_piece(start, end, [&](u64 i, u32 count) {
-    Four<float> g = load_gradients(e, i, count);
-    Four<float> m = load_moments<ELEMENT, false>(e, i, count, meanings, scales.loaded[0]);
+    Four<float> g = load_gradients(*e, i, count);
+    Four<float> m = load_moments<ELEMENT, false>(*e, i, count, meanings, scales.loaded[0]);
     Four<bf16> u;
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ double momentum_piece(bf16 *x, const Entry *e, u32 nu
     }
     store4(x + i, count, u);
     if (trial) return;
-    store_moments<ELEMENT, false>(e, i, count, m, moments, number, scales.inverse[0]);
+    store_moments<ELEMENT, false>(*e, 0, i, count, m, moments, number, scales.inverse[0]);
   });
   if (trial) note_amax(trial + 3 * number + 1, largest);
   return squares;
@@ -126,7 +126,7 @@ __global__ void move_matrix(const Entry *table, u32 number, const bf16 *x, const
   for (u64 i = 4 * ((u64)blockIdx.x * blockDim.x + threadIdx.x); i < e->len;
        i += 4 * (u64)gridDim.x * blockDim.x) {
     u32 count = (u32)min(e->len - i, (u64)4);
-    Four<float> p = load_weights(e, i, count);
+    Four<float> p = load_weights(*e, i, count);
     Four<bf16> along = load4(x + i, count);
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
@@ -137,7 +137,7 @@ __global__ void move_matrix(const Entry *table, u32 number, const bf16 *x, const
       if (trial && k < count) largest = max_nan(largest, fabsf(p.of[k]));
     }
     if (trial) continue;
-    store_weights(e, i, count, p);
+    store_weights(*e, i, count, p);
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
       if (k < count) largest = max_nan(largest, fabsf(p.of[k]));

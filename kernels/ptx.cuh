@@ -22,6 +22,18 @@ __device__ __forceinline__ void begin() {
 // A thread block's dynamic shared memory.
 extern __shared__ __align__(128) u8 shared[];
 
+// Stores words in one access of global memory, which the compiler makes one of each.
+__device__ __forceinline__ void store_words(void *to, u32 a, u32 b) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(a),
+               "r"(b)
+               : "memory");
+}
+__device__ __forceinline__ void store_words(void *to, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 // ---- Numbers --------------------------------------------------------------------------------
 
 // Two floats to two bf16, to nearest even, `low` in the low half.
@@ -70,6 +82,12 @@ __device__ __forceinline__ float exp2_fast(float v) {
 __device__ __forceinline__ float reciprocal_of(float v) {
   float out;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
+  return out;
+}
+
+__device__ __forceinline__ float inverse_root_of(float v) {
+  float out;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
   return out;
 }
 

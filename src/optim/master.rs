@@ -44,8 +44,8 @@ pub(crate) fn split(p: f32) -> [u16; 2] {
 
 /// What was split.
 pub(crate) fn join([copy, low]: [u16; 2]) -> f32 {
-    let high = u32::from(copy).wrapping_sub(u32::from(low > 0x8000));
-    f32::from_bits(high << 16 | u32::from(low))
+    // Rounded up, the copy is as much too large as the low half is below 0 with a sign.
+    f32::from_bits((u32::from(copy) << 16).wrapping_add_signed((low as i16).into()))
 }
 
 #[cfg(test)]

@@ -28,7 +28,8 @@ pub(super) static FILES: [File; 30] = [
             copy_to_bf16 split_master join_master")
     }),
     file!("optimize_moments", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| {
-        of("update_stored largest_moments choose_scales square_stored_ratios")
+        of("update_stored<false,3> update_stored<false,4> update_stored<true,3> \
+            largest_moments choose_scales square_stored_ratios")
     }),
     file!("optimize_muon", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| {
         of("update_momentum normalize_momentum add_multiples move_matrix")

@@ -155,7 +155,12 @@ impl Reduction {
                 }
                 _ => 0,
             };
-            launch!(cuda.gpu, "update_stored", grid, THREADS, 0;
+            let kernel = match (trial, moments) {
+                (0, Moments::F32 | Moments::Bf16) => "update_stored<false,3>",
+                (0, Moments::Int8 | Moments::Fp8) => "update_stored<false,4>",
+                _ => "update_stored<true,3>",
+            };
+            launch!(cuda.gpu, kernel, grid, THREADS, 0;
                 table, entries, self.pieces, self.sum(0), rates, normals, trial, Step::new(step),
                 OfMoments::new(step), scales);
             return;

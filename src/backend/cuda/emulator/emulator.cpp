@@ -227,6 +227,9 @@ static unsigned atomicMax(unsigned *at, unsigned v) {
 // Kernels run one after the other here.
 static void begin() {}
 
+static void store_words(void *to, u32 a, u32 b) { *(uint2 *)to = {a, b}; }
+static void store_words(void *to, u32 a, u32 b, u32 c, u32 d) { *(uint4 *)to = {a, b, c, d}; }
+
 static u32 bf16_of(float v) {
   u32 x = __float_as_uint(v);
   return std::isnan(v) ? 0x7fff : (x + 0x7fff + (x >> 16 & 1)) >> 16;
@@ -264,6 +267,7 @@ static float rounded_to_e4m3(float v) {
 static void through_e4m3(float &a, float &b) { a = rounded_to_e4m3(a), b = rounded_to_e4m3(b); }
 static float exp2_fast(float v) { return exp2f(v); }
 static float reciprocal_of(float v) { return 1.0f / v; }
+static float inverse_root_of(float v) { return 1.0f / sqrtf(v); }
 static float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? __uint_as_float(0x7fffffff) : fmaxf(a, b);
 }
