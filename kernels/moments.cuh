@@ -51,18 +51,23 @@ __device__ __forceinline__ float second_of(float root, float scale) {
 
 // What numbers of a group are multiplied by.
 __device__ __forceinline__ float inverse(float scale) {
+  if (scale >= 0x1p-100f && scale <= 0x1p100f) return quick_quotient(1.0f, scale);
   return fminf(__fdiv_rn(1.0f, scale), __uint_as_float(0x7f7fffffu));
 }
 
-__device__ __forceinline__ u8 first_code(float m, float inverse) {
+// The nearest whole number, of two the even one, in the low bits: those of its sum with 1.5 * 2^23.
+__device__ __forceinline__ u32 whole(float v) { return __float_as_uint(__fadd_rn(v, 12582912.0f)); }
+
+// Codes in the low 8 bits, behind which there are others.
+__device__ __forceinline__ u32 first_code(float m, float inverse) {
   float n = __fmul_rn(m, inverse);
   // n is at most 1, and where it is too small for a quick quotient the code is 0 in any case.
   float y = quick_quotient(__fmul_rn(2.0f, n), __fadd_rn(1.0f, fabsf(n)));
-  return (u8)(int)rintf(__fmul_rn(127.0f, y));
+  return whole(__fmul_rn(127.0f, y));
 }
 
-__device__ __forceinline__ u8 second_code(float root, float inverse) {
-  return (u8)(int)rintf(fmaxf(__fmul_rn(255.0f, __fmul_rn(root, inverse)), 1.0f));
+__device__ __forceinline__ u32 second_code(float root, float inverse) {
+  return whole(fmaxf(__fmul_rn(255.0f, __fmul_rn(root, inverse)), 1.0f));
 }
 
 // Floats whose scale is that of their tensor.
@@ -136,6 +141,11 @@ template <class T> __device__ __forceinline__ Four<T> load4(const T *from, u32 c
   return out;
 }
 
+// The low bytes of four words.
+__device__ __forceinline__ u32 pack_bytes(u32 a, u32 b, u32 c, u32 d) {
+  return __byte_perm(__byte_perm(a, b, 0x40), __byte_perm(c, d, 0x40), 0x5410);
+}
+
 __device__ __forceinline__ u32 bits_of(float v) { return __float_as_uint(v); }
 __device__ __forceinline__ u32 bits_of(bf16 v) { return v.bits; }
 __device__ __forceinline__ u32 bits_of(u16 v) { return v; }
@@ -149,7 +159,7 @@ template <class T> __device__ __forceinline__ void store4(T *to, u32 count, cons
     if constexpr (sizeof(T) == 4) store_words(to, bits[0], bits[1], bits[2], bits[3]);
     else if constexpr (sizeof(T) == 2)
       store_words(to, bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
-    else *(u32 *)to = bits[0] | bits[1] << 8 | bits[2] << 16 | bits[3] << 24;
+    else *(u32 *)to = pack_bytes(bits[0], bits[1], bits[2], bits[3]);
     return;
   }
 #pragma unroll
@@ -250,14 +260,19 @@ __device__ __forceinline__ void store_moments(const Entry &e, u64 start, Index i
     store4((bf16 *)to + i, count, stored);
   }
   if (ELEMENT == INT8) {
-    Four<u8> codes;
     float scale = group_max(values);
     inverted = inverse(scale);
+    u32 codes[4];
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
-      codes.of[k] =
-          SECOND ? second_code(values.of[k], inverted) : first_code(values.of[k], inverted);
-    store4((u8 *)to + i, count, codes);
+      codes[k] = SECOND ? second_code(values.of[k], inverted) : first_code(values.of[k], inverted);
+    if (count == 4) {
+      ((u32 *)to)[i / 4] = pack_bytes(codes[0], codes[1], codes[2], codes[3]);
+    } else {
+#pragma unroll
+      for (u32 k = 0; k < 4; k++)
+        if (k < count) ((u8 *)to)[i + k] = (u8)codes[k];
+    }
     if (i % GROUP == 0 && count) (SECOND ? e.v_scales : e.m_scales)[i / GROUP] = scale;
   }
   if constexpr (ELEMENT == E4M3 || ELEMENT == F16) {
@@ -348,13 +363,21 @@ __device__ __forceinline__ Four<float> load_gradients(const Entry &e, Index i, u
   return decode_gradients(e, fetch_gradients(e, i, count));
 }
 
-template <class Index>
+// Whether weights are split: of all of them, or as the entry says.
+enum Split : u32 { WHOLE, HALVES, EITHER };
+
+template <u32 SPLIT> __device__ __forceinline__ bool splits(const Entry &e) {
+  return SPLIT == EITHER ? e.low != nullptr : SPLIT == HALVES;
+}
+
+template <u32 SPLIT, class Index>
 __device__ __forceinline__ Words fetch_weights(const Entry &e, Index i, u32 count) {
-  if (!e.low) return load_words(e.param, i, count);
+  if (!splits<SPLIT>(e)) return load_words(e.param, i, count);
   uint2 copy = load_halves(e.copy, i, count), low = load_halves(e.low, i, count);
   return {{copy.x, copy.y, low.x, low.y}};
 }
 
+template <u32 SPLIT>
 __device__ __forceinline__ Four<float> decode_weights(const Entry &e, const Words &from) {
   Four<float> p;
 #pragma unroll
@@ -362,21 +385,21 @@ __device__ __forceinline__ Four<float> decode_weights(const Entry &e, const Word
     u32 shift = 16 * (k % 2);
     bf16 copy = {(u16)(from.of[k / 2] >> shift)};
     u16 low = (u16)(from.of[2 + k / 2] >> shift);
-    p.of[k] = e.low ? join(copy, low) : __uint_as_float(from.of[k]);
+    p.of[k] = splits<SPLIT>(e) ? join(copy, low) : __uint_as_float(from.of[k]);
   }
   return p;
 }
 
 template <class Index>
 __device__ __forceinline__ Four<float> load_weights(const Entry &e, Index i, u32 count) {
-  return decode_weights(e, fetch_weights(e, i, count));
+  return decode_weights<EITHER>(e, fetch_weights<EITHER>(e, i, count));
 }
 
 // Stores them, with their copies, and makes of p what operands are made from.
-template <class Index>
+template <u32 SPLIT, class Index>
 __device__ __forceinline__ void store_weights(const Entry &e, Index i, u32 count, Four<float> &p) {
   Four<bf16> copy;
-  if (e.low) {
+  if (splits<SPLIT>(e)) {
     Four<u16> low;
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {

@@ -14,19 +14,21 @@ __device__ __forceinline__ float mean(float kept, float moment, float rest, floa
 }
 
 // What an update divides: root = sqrt(v), ratio = m / (root * factor + epsilon).
+//
+// Quick ones are those of the definition where v is at least 2^-101, and the ratio and what
+// divides, which is at least epsilon, 2^-40 in their magnitudes. Whatever is too large for them
+// makes a ratio of 0 or NaN.
 __device__ __forceinline__ void divide(const Four<float> &m, const Four<float> &v, const Step &s,
                                        Four<float> &root, Four<float> &ratio) {
-  float least = 0x1p127f, largest = 0.0f;
+  float least = 0x1p-40f, least_v = 0x1p-101f;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
     root.of[k] = quick_root(v.of[k]);
     float divisor = __fadd_rn(__fmul_rn(root.of[k], s.root), s.epsilon);
     ratio.of[k] = quick_quotient(m.of[k], divisor);
-    // The least of v is 2^-101, of the rest 2^-60.
-    least = fminf(fminf(least, __fmul_rn(v.of[k], 0x1p41f)), fabsf(m.of[k]));
-    largest = fmaxf(fmaxf(largest, divisor), fabsf(m.of[k]));
+    least = min_nan(least, fabsf(ratio.of[k])), least_v = fminf(least_v, v.of[k]);
   }
-  if (least >= 0x1p-60f && largest <= 0x1p40f) return;
+  if (least == 0x1p-40f && least_v == 0x1p-101f && s.epsilon >= 0x1p-40f) return;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
     root.of[k] = __fsqrt_rn(v.of[k]);
@@ -44,7 +46,7 @@ template <u32 FIRST, u32 SECOND> struct Elements {
 
 // The update of the piece of a parameter that begins at `start`, where the entry's pointers lead,
 // or its trial: `update_all` of optimize.cu, without fused operations.
-template <bool TRIAL, u32 FIRST, u32 SECOND>
+template <bool TRIAL, u32 FIRST, u32 SECOND, u32 SPLIT>
 __device__ __forceinline__ void update_piece(const Entry &e, u32 number, u64 start, u32 len,
                                              float lr, float size, float scale, u32 *trial,
                                              const Step &s, const Normal *normal,
@@ -56,12 +58,12 @@ __device__ __forceinline__ void update_piece(const Entry &e, u32 number, u64 sta
   float rest1 = __fsub_rn(1.0f, s.beta1), rest2 = __fsub_rn(1.0f, s.beta2);
   float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
   auto fetch = [&](u32 i, u32 count) -> Elements<FIRST, SECOND> {
-    return {fetch_gradients(e, i, count), fetch_weights(e, i, count),
+    return {fetch_gradients(e, i, count), fetch_weights<SPLIT>(e, i, count),
             fetch_moments<FIRST, false>(e, i, count, scales.loaded[0]),
             fetch_moments<SECOND, true>(e, i, count, scales.loaded[1])};
   };
   auto update = [&](u32 i, u32 count, const Elements<FIRST, SECOND> &from) {
-    Four<float> g = decode_gradients(e, from.gradients), p = decode_weights(e, from.weights);
+    Four<float> g = decode_gradients(e, from.gradients), p = decode_weights<SPLIT>(e, from.weights);
     Four<float> m = decode<false>(from.first, meanings), v = decode<true>(from.second, meanings);
     if (normal)
 #pragma unroll
@@ -78,7 +80,7 @@ __device__ __forceinline__ void update_piece(const Entry &e, u32 number, u64 sta
     for (u32 k = 0; k < 4; k++)
       p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, ratio.of[k]));
     if (!TRIAL) {
-      store_weights(e, i, count, p);
+      store_weights<SPLIT>(e, i, count, p);
       store_moments<FIRST, false>(e, start, i, count, m, moments, number, scales.inverse[0]);
       store_moments<SECOND, true>(e, start, i, count, SECOND == INT8 ? root : v, moments, number,
                                   scales.inverse[1]);
@@ -97,15 +99,24 @@ __device__ __forceinline__ void update_piece(const Entry &e, u32 number, u64 sta
   if (TRIAL) note_amax(of_one + 1, largest_m), note_amax(of_one + 2, largest_v);
 }
 
-// One update of every parameter, or its TRIAL, as `adamw` and `stable_adamw`, whose arguments these
-// are; of gradients that are normalized where `normals` (entries) are not null. before (entries):
-// of `choose_scales`, or null where scales of tensors are those of what is stored, as of a trial.
-// BLOCKS of them share a multiprocessor. Grid: any; block: 256.
+// What the moments of matrices are stored as decides which forms there are besides: vectors' are in
+// f32, tables' may be in bf16.
+constexpr u32 ANY = 5;
+constexpr bool has(u32 of_matrices, u32 element) {
+  return of_matrices == ANY || of_matrices == element || element == F32 ||
+         (of_matrices == INT8 && element == BF16);
+}
+
+// One update of every parameter, as `adamw` and `stable_adamw`, whose arguments these are; of
+// gradients that are normalized where `normals` (entries) are not null. before (entries): of
+// `choose_scales`, or null where scales of tensors are those of what is stored. Those of ANY form
+// are trials. Grid: any; block: 256.
 //
-// NOTE: on an H200, 50 million parameters in 8 bits take 353 us by 4 blocks and 363 by 3, whose
-// threads have 80 registers in place of 64; in bf16 it is 327 and 300. By 5 all are slower.
-template <bool TRIAL, u32 BLOCKS>
-__global__ void __launch_bounds__(THREADS, BLOCKS)
+// NOTE: on an H200, 50 million parameters in 8 bits take 353 us by 4 blocks a multiprocessor and
+// 363 by 3, whose threads have 80 registers in place of 64; in bf16 it is 327 and 300. By 5 all are
+// slower.
+template <u32 OF_MATRICES, u32 SPLIT>
+__global__ void __launch_bounds__(THREADS, OF_MATRICES == INT8 || OF_MATRICES == E4M3 ? 4 : 3)
     update_stored(const Entry *table, u32 entries, u64 pieces, const double *sums,
                   const float2 *rates, const Normal *normals, u32 *trial, Step s, Moments moments,
                   const float2 *before) {
@@ -126,12 +137,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS)
     // A copy, because stores could change what pointers lead to, as far as the compiler knows.
     const Entry e = at_element(*at, start);
 #define UPDATE(first, second) \
-  update_piece<TRIAL, first, second>(e, number, start, len, lr, size, scale, trial, s, normal, \
-                                     moments, meanings, before)
-    if (e.element[0] == INT8) UPDATE(INT8, INT8);
-    else if (e.element[0] == BF16) UPDATE(BF16, BF16);
-    else if (e.element[0] == E4M3) UPDATE(E4M3, F16);
-    else UPDATE(F32, F32);
+  if constexpr (has(OF_MATRICES, first)) \
+    if (e.element[0] == first) \
+      update_piece<OF_MATRICES == ANY, first, second, SPLIT>( \
+          e, number, start, len, lr, size, scale, trial, s, normal, moments, meanings, before);
+    UPDATE(INT8, INT8)
+    UPDATE(BF16, BF16)
+    UPDATE(E4M3, F16)
+    UPDATE(F32, F32)
 #undef UPDATE
   }
 }

@@ -137,7 +137,7 @@ __global__ void move_matrix(const Entry *table, u32 number, const bf16 *x, const
       if (trial && k < count) largest = max_nan(largest, fabsf(p.of[k]));
     }
     if (trial) continue;
-    store_weights(*e, i, count, p);
+    store_weights<EITHER>(*e, i, count, p);
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
       if (k < count) largest = max_nan(largest, fabsf(p.of[k]));

@@ -98,6 +98,13 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return out;
 }
 
+// Smaller of two, NaN smaller than everything.
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float out;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+}
+
 // 1 where a < b, else 0.
 __device__ __forceinline__ float one_if_less(float a, float b) {
   float out;

@@ -177,11 +177,11 @@ fn updates() {
 }
 
 fn updates_on(cuda: &Cuda) {
-    const LEN: usize = 1 << 24;
-    let positive = |k: usize| random(LEN, k as u64).iter().map(|x| x * x).collect::<Vec<_>>();
-    let values: [Vec<f32>; 4] = std::array::from_fn(positive);
-    // A matrix, a vector and a table.
-    let values = [values.clone(), values.clone(), values];
+    // A matrix, a vector and a table, which are as much of a model of a billion parameters.
+    const LENGTHS: [usize; 3] = [48 << 20, 1 << 14, 2 << 20];
+    const COPIED: usize = 16 << 20;
+    let positive = |len, seed| random(len, seed).iter().map(|x| x * x).collect::<Vec<_>>();
+    let values = LENGTHS.map(|len| [0, 1, 2, 3].map(|seed| positive(len, seed)));
     for name in [
         "adamw",
         "adamw,master=split",
@@ -197,13 +197,13 @@ fn updates_on(cuda: &Cuda) {
         let optimizer: Optimizer = name.parse().unwrap();
         let step = step(optimizer);
         let mut update = Update::of(cuda, &values, optimizer);
-        let room = bytes(cuda, 8 * LEN);
+        let room = bytes(cuda, 8 * COPIED);
         update.add_losses(cuda, &[1.0], false);
         let whole: &std::cell::RefCell<_> = &std::cell::RefCell::new(&mut update);
         let [copying, updating, both] = medians(
             cuda,
             [
-                &mut || copy(cuda, room.address, room.address + 4 * LEN as u64, 4 * LEN),
+                &mut || copy(cuda, room.address, room.address + 4 * COPIED as u64, 4 * COPIED),
                 &mut || whole.borrow_mut().update(cuda, &step),
                 &mut || {
                     whole.borrow_mut().step(cuda, &step);
@@ -217,7 +217,7 @@ fn updates_on(cuda: &Cuda) {
                 let numbers = 2.0 * element.size() as f64;
                 // Where all have one scale, the largest is found before.
                 let before = if element.has_one_scale() { 0.5 * numbers } else { 0.0 };
-                numbers + before + 8.0 * element.scales(LEN) as f64 / LEN as f64
+                numbers + before + 8.0 * element.scales(COPIED) as f64 / COPIED as f64
             };
             let moments = of_state(0) + of_state(1);
             let weights = if optimizer.master == Master::Split { 8.0 } else { 10.0 };
@@ -225,8 +225,9 @@ fn updates_on(cuda: &Cuda) {
             gradients + weights + moments
         };
         let kinds = [ParamKind::Matrix, ParamKind::Vector, ParamKind::Table];
-        let moved: f64 = kinds.map(of).iter().sum::<f64>() * LEN as f64;
-        let rate = 8.0 * LEN as f64 / copying;
+        let moved: f64 =
+            std::iter::zip(kinds, LENGTHS).map(|(kind, len)| of(kind) * len as f64).sum();
+        let rate = 8.0 * COPIED as f64 / copying;
         println!(
             "{name:40} update {updating:7.1} us, {:4.1}% of a copy's rate ({:.2} TB/s); step {both:7.1} us",
             100.0 * moved / updating / rate,

@@ -28,7 +28,10 @@ pub(super) static FILES: [File; 30] = [
             copy_to_bf16 split_master join_master")
     }),
     file!("optimize_moments", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| {
-        of("update_stored<false,3> update_stored<false,4> update_stored<true,3> \
+        of("update_stored<F32,WHOLE> update_stored<F32,HALVES> \
+            update_stored<BF16,WHOLE> update_stored<BF16,HALVES> \
+            update_stored<INT8,WHOLE> update_stored<INT8,HALVES> \
+            update_stored<E4M3,WHOLE> update_stored<E4M3,HALVES> update_stored<ANY,EITHER> \
             largest_moments choose_scales square_stored_ratios")
     }),
     file!("optimize_muon", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| {

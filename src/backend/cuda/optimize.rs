@@ -155,10 +155,9 @@ impl Reduction {
                 }
                 _ => 0,
             };
-            let kernel = match (trial, moments) {
-                (0, Moments::F32 | Moments::Bf16) => "update_stored<false,3>",
-                (0, Moments::Int8 | Moments::Fp8) => "update_stored<false,4>",
-                _ => "update_stored<true,3>",
+            let kernel = match trial {
+                0 => update_kernel(moments, master),
+                _ => "update_stored<ANY,EITHER>",
             };
             launch!(cuda.gpu, kernel, grid, THREADS, 0;
                 table, entries, self.pieces, self.sum(0), rates, normals, trial, Step::new(step),
@@ -196,6 +195,20 @@ impl Reduction {
 
     fn sum(&self, index: u64) -> u64 {
         self.sums.address + 8 * index
+    }
+}
+
+/// Updates states and weights that are kept in these.
+pub(super) fn update_kernel(moments: Moments, master: Master) -> &'static str {
+    match (moments, master) {
+        (Moments::F32, Master::F32) => "update_stored<F32,WHOLE>",
+        (Moments::F32, Master::Split) => "update_stored<F32,HALVES>",
+        (Moments::Bf16, Master::F32) => "update_stored<BF16,WHOLE>",
+        (Moments::Bf16, Master::Split) => "update_stored<BF16,HALVES>",
+        (Moments::Int8, Master::F32) => "update_stored<INT8,WHOLE>",
+        (Moments::Int8, Master::Split) => "update_stored<INT8,HALVES>",
+        (Moments::Fp8, Master::F32) => "update_stored<E4M3,WHOLE>",
+        (Moments::Fp8, Master::Split) => "update_stored<E4M3,HALVES>",
     }
 }
 

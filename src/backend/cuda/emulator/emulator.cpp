@@ -271,6 +271,9 @@ static float inverse_root_of(float v) { return 1.0f / sqrtf(v); }
 static float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? __uint_as_float(0x7fffffff) : fmaxf(a, b);
 }
+static float min_nan(float a, float b) {
+  return std::isnan(a) || std::isnan(b) ? __uint_as_float(0x7fffffff) : fminf(a, b);
+}
 static float one_if_less(float a, float b) { return a < b ? 1.0f : 0.0f; }
 static u32 pick_bytes(u64 bytes, u32 selector) {
   return __byte_perm((u32)bytes, (u32)(bytes >> 32), selector);

@@ -1,5 +1,6 @@
 //! Updates with moments in less than f32: `optimize_moments.cu`.
 
+use super::super::optimize::update_kernel;
 use super::super::step::{Entry, OfMoments, Step};
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES, aligned};
@@ -36,9 +37,7 @@ const LENGTHS: [usize; 3] = [9003, 7, 4096];
 #[test]
 fn moments_are_stored_to_the_byte() {
     let Some(emulator) = Emulator::new("optimize_moments") else { return };
-    let try_one: UpdateKernel = emulator.kernel("update_stored<true,3>");
-    let updates: [UpdateKernel; 2] =
-        ["update_stored<false,3>", "update_stored<false,4>"].map(|name| emulator.kernel(name));
+    let try_update: UpdateKernel = emulator.kernel("update_stored<ANY,EITHER>");
     let largest: LargestKernel = emulator.kernel("largest_moments");
     let choose: ScalesKernel = emulator.kernel("choose_scales");
     let ratios: RatiosKernel = emulator.kernel("square_stored_ratios");
@@ -48,6 +47,7 @@ fn moments_are_stored_to_the_byte() {
         .map(|(index, (kind, len))| Slot { index, start: 0, len, rows: 1, kind })
         .collect();
     for (moments, beta2, master, gradients) in FORMS {
+        let update: UpdateKernel = emulator.kernel(update_kernel(moments, master));
         let optimizer = Optimizer::new(OptimizerKind::StableAdamW);
         let step = step(Optimizer { moments, beta2, master, gradients, ..optimizer });
         let layouts = StateLayout::of_all(&slots, &step.optimizer, 128).unwrap();
@@ -82,9 +82,7 @@ fn moments_are_stored_to_the_byte() {
             let rates = [[0.01, 0.02], [0.03, f32::INFINITY], [0.05, 0.06]];
             let (of_kernel, of_moments) = (Step::new(&step), OfMoments::new(&step));
             let run = |trial: *mut u32, before: *const [f32; 2]| {
-                let has_codes = matches!(moments, Moments::Int8 | Moments::Fp8);
-                let update =
-                    if trial.is_null() { updates[usize::from(has_codes)] } else { try_one };
+                let update = if trial.is_null() { update } else { try_update };
                 emulator.run(schedule, [3, 1], 256, || {
                     // SAFETY: buffers are as long as the table and the grid say.
                     unsafe {

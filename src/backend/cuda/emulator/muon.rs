@@ -221,7 +221,7 @@ fn matrices_without_a_second_moment_are_passed_over() {
         return;
     };
     let adamw: AdamWKernel = plain.kernel("adamw");
-    let update_stored: UpdateKernel = of_moments.kernel("update_stored<false,4>");
+    let update_stored: UpdateKernel = of_moments.kernel("update_stored<F32,WHOLE>");
     let slots: Vec<_> = LENGTHS
         .into_iter()
         .enumerate()
