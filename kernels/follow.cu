@@ -1,6 +1,7 @@
 // Weights from step to step: the slow means that the forward pass may round them by
-// (src/formats/ema.rs), what is seen of them (observe.rs) and the reset of those that oscillate
-// (reset.rs), bit for bit but for the order of sums.
+// (src/formats/ema.rs), what is seen of them (observe.rs), the reset of those that oscillate
+// (reset.rs) and how often they are updated (src/optim/ramping.rs), bit for bit but for the order of
+// sums.
 //
 // NOTE: every operation is rounded by itself, so sums and products go by names, which the compiler
 // does not contract.
@@ -125,6 +126,18 @@ __global__ void add_observations(double *sums, const double *partials, u32 parts
     all = sum_or_most(all, scratch, most);
     if (threadIdx.x == 0) sums[j] = all;
   }
+}
+
+// intervals (len) of weights that moved so far (len), in periods of so many steps. Grid: len / 256,
+// rounded up; block: 256.
+__global__ void find_intervals(float *intervals, const float *moved, const float *rounded_moved,
+                               u64 len, float period) {
+  begin();
+  u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= len) return;
+  float ratio = __fdiv_rn(rounded_moved[i], __fadd_rn(moved[i], 1e-8f));
+  float interval = __fadd_rn(__fmul_rn(floorf(__fdiv_rn(ratio, 16.0f)), 5.0f), 1.0f);
+  intervals[i] = fminf(interval, period);
 }
 
 // w (len) = rounded (len) where that moved at least `threshold` times as far. Grid: len / 256,

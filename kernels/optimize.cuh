@@ -21,6 +21,7 @@ struct Entry {
   u16 element[2];   // what first and second moments are stored as: `Element`
   u32 *amax;        // bits of the largest magnitude: of the master values, or where these are
                     // split of the copies
+  float *interval, *count, *sum; // of Q-Ramping; null of what every step moves
 };
 
 #define PIECE 4096

@@ -412,6 +412,25 @@ impl Recipe {
         self.ema
     }
 
+    /// Whether the forward pass holds W of this linear layer, by its number in all of `layers` blocks,
+    /// in codes of E2M1 that are those of its own elements.
+    pub(crate) fn has_codes(&self, number: usize, layers: usize) -> bool {
+        let linears = self.for_layer(number / LINEARS, layers, 0, 0);
+        linears[number % LINEARS].forward().b().has_codes()
+    }
+
+    /// An error where it is true of none, which ends in why that is needed.
+    pub(crate) fn check_codes(&self, layers: usize, why: &str) -> Result<()> {
+        if (0..layers * LINEARS).any(|number| self.has_codes(number, layers)) {
+            return Ok(());
+        }
+        let message = format!(
+            "expected one whose forward pass holds W in blocks of MXFP4 or NVFP4, unrotated, such as \
+             tetrajet, because {why}; got {self}"
+        );
+        Err(Error::invalid("recipe", message))
+    }
+
     /// When weights that oscillate are reset; None where they are not.
     pub fn reset(&self) -> Option<Reset> {
         self.reset

@@ -127,6 +127,10 @@ impl TrainerOptions {
         options.schedule.validate()?;
         options.check_master()?;
         options.check_gradients()?;
+        if options.optimizer.ramping > 0 {
+            let why = "ramping updates those less often whose codes oscillate";
+            options.recipe.check_codes(config.layers, why)?;
+        }
         if options.recipe.excepts_steps() && options.schedule.total_steps == 0 {
             let message = "bf16-last-steps is a part of a schedule's steps, whose number \
                            (total_steps) is not set; set it, or bf16-last-steps=0";

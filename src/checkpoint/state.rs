@@ -177,7 +177,7 @@ impl Document {
             schedule,
             token_drop,
         } = options;
-        // The first five are what its name has.
+        // The first seven are what its name has.
         let &Optimizer {
             kind: _,
             moments: _,
@@ -185,6 +185,7 @@ impl Document {
             gradients: _,
             normalization: _,
             muon: _,
+            ramping: _,
             beta1,
             beta2,
             epsilon,

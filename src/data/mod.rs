@@ -318,6 +318,21 @@ impl Dataset {
         file.copy(phase + window * t, vocab_size, out)
     }
 
+    /// The same of windows that the optimizer looks at besides those that a run trains on, in an order
+    /// of their own.
+    ///
+    /// # Errors
+    /// As [`Dataset::training_window`].
+    pub(crate) fn side_window(
+        &self,
+        seed: u64,
+        number: u64,
+        vocab_size: usize,
+        out: &mut [u32],
+    ) -> Result<()> {
+        self.training_window(order::side_seed(seed), number, vocab_size, out)
+    }
+
     /// The windows of an evaluation with this sequence length.
     ///
     /// # Errors

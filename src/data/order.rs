@@ -13,6 +13,8 @@ use crate::formats::{Draw, Purpose};
 const PERMUTATION: u32 = 0;
 /// Sub-purpose: the phase of each file.
 const PHASE: u32 = 1;
+/// Sub-purpose: the seed of windows besides.
+const SIDE: u32 = 2;
 
 /// Rounds of the Feistel network. Four are enough for a pseudo-random permutation with ideal round
 /// functions; twice as many leave room for the cheap one used here.
@@ -70,6 +72,12 @@ impl Permutation {
 pub(super) fn phase(seed: u64, epoch: u64, file: usize, last: u64) -> u64 {
     let [a, b, ..] = draw(seed, epoch, file as u32, PHASE);
     ((u128::from(join(a, b)) * (u128::from(last) + 1)) >> 64) as u64
+}
+
+/// The seed in whose order windows come that a run does not train on.
+pub(super) fn side_seed(seed: u64) -> u64 {
+    let [a, b, ..] = draw(seed, 0, 0, SIDE);
+    join(a, b)
 }
 
 fn draw(seed: u64, epoch: u64, index: u32, sub_purpose: u32) -> [u32; 4] {

@@ -23,17 +23,21 @@ pub(super) const DEFINITION: Definition = Definition {
         clip: 1.0,
         normalization: Normalization::USUAL,
         muon: Muon::USUAL,
+        ramping: 0,
     },
     normalizes: false,
     orthogonalizes: false,
-    states: &[
-        State { name: "m", what: "first moment", is_signed: true },
-        // Its root would be NaN, and no step done, for a reason that no setting can put right.
-        State { name: "v", what: "second moment", is_signed: false },
-    ],
+    states: &STATES,
     largest_gradient,
     after,
 };
+
+/// What is kept of the parameters.
+pub(super) const STATES: [State; 2] = [
+    State { name: "m", what: "first moment", is_signed: true },
+    // Its root would be NaN, and no step done, for a reason that no setting can put right.
+    State { name: "v", what: "second moment", is_signed: false },
+];
 
 /// The arithmetic of an update of one parameter, which is the same whether it is stored or tried.
 #[derive(Clone, Copy)]
@@ -81,8 +85,19 @@ impl Update {
     #[inline(always)]
     pub(crate) fn of(&self, p: f32, m: f32, v: f32, g: f32) -> (f32, f32, f32) {
         let (m, v) = self.of_moments(m, v, g);
-        let p = p * self.keep - self.size * (m / (v.sqrt() * self.root + self.epsilon));
-        (p, m, v)
+        (self.moved(self.decayed(p), [m, v], 1.0), m, v)
+    }
+
+    /// What weight decay leaves of a weight.
+    #[inline(always)]
+    pub(super) fn decayed(&self, p: f32) -> f32 {
+        p * self.keep
+    }
+
+    /// A weight moved by its moments, so many times as far as one update does.
+    #[inline(always)]
+    pub(super) fn moved(&self, p: f32, [m, v]: [f32; 2], times: f32) -> f32 {
+        p - self.size * times * (m / (v.sqrt() * self.root + self.epsilon))
     }
 
     /// The moments alone.
@@ -150,7 +165,7 @@ fn after(bounds: &Bounds, step: &OptimizerStep, gradient: f32) -> Bounds {
 }
 
 /// Largest factor that weight decay leaves of a weight; 1 for those that do not decay.
-fn largest_keep(step: &OptimizerStep) -> f64 {
+pub(super) fn largest_keep(step: &OptimizerStep) -> f64 {
     f64::from(keep(step, step.lr).abs()).max(1.0)
 }
 

@@ -34,6 +34,7 @@ pub(crate) mod master;
 pub(crate) mod moments;
 pub(crate) mod muon;
 mod normalization;
+pub(crate) mod ramping;
 mod schedule;
 pub(crate) mod spam;
 pub(crate) mod stable_adamw;
@@ -117,6 +118,7 @@ impl OptimizerKind {
         match (self.normalizes(), self.orthogonalizes()) {
             (true, _) => ", gamma1, gamma2, gamma3, reset, s",
             (_, true) => ", momentum, ratio",
+            _ if self == Self::AdamW => ", ramping",
             _ => "",
         }
     }
@@ -156,6 +158,9 @@ pub struct Optimizer {
     pub normalization: Normalization,
     /// Of `muon`; others do not read it.
     pub muon: Muon,
+    /// `ramping=`, of `adamw`: steps of a period of Q-Ramping (TetraJet, arXiv 2502.20853), in which
+    /// weights that oscillate in 4 bits are updated less often; 0 turns it off.
+    pub ramping: u32,
 }
 
 impl Default for Optimizer {
@@ -199,6 +204,7 @@ impl Optimizer {
                 return Err(Error::invalid(what, message));
             }
         }
+        ramping::check(self)?;
         if !self.kind.normalizes() {
             return Ok(());
         }
@@ -249,6 +255,9 @@ impl Optimizer {
                 false => [gamma1, gamma2, gamma3, reset.into(), u8::from(anneals).into()],
             }
         };
+        if self.ramping != 0 && self.ramping != other.ramping {
+            return true;
+        }
         let has_any = self.kind.normalizes() || self.kind.orthogonalizes();
         let [ours, usual, theirs] = [self, &Self::new(self.kind), other].map(settings);
         has_any && (0..ours.len()).any(|i| ours[i] != usual[i] && ours[i] != theirs[i])
@@ -259,9 +268,12 @@ impl Optimizer {
         self.kind.normalizes() && self.normalization.anneals
     }
 
-    /// What it keeps of the parameters.
+    /// What it keeps of the parameters: moments, then what ramping does.
     pub(crate) fn states(&self) -> &'static [State] {
-        self.kind.definition().states
+        match self.ramping {
+            0 => self.kind.definition().states,
+            _ => &ramping::STATES,
+        }
     }
 
     /// Whether parameters of a kind are moved by their orthogonalized momentum.
@@ -269,16 +281,25 @@ impl Optimizer {
         self.kind.orthogonalizes() && kind == ParamKind::Matrix
     }
 
+    /// Whether parameters of a kind may be updated less often than in every step.
+    pub(crate) fn ramps(&self, kind: ParamKind) -> bool {
+        self.ramping > 0 && kind == ParamKind::Matrix
+    }
+
     /// Whether it keeps the state of this number of parameters of a kind: momentum is the first.
     pub(crate) fn keeps(&self, state: usize, kind: ParamKind) -> bool {
-        state == 0 || !self.orthogonalizes(kind)
+        match state {
+            0 => true,
+            1 => !self.orthogonalizes(kind),
+            _ => self.ramps(kind),
+        }
     }
 }
 
 /// Which one it is, and what its states are kept in.
 impl fmt::Display for Optimizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kind, moments, master, gradients, normalization, muon, .. } = self;
+        let Self { kind, moments, master, gradients, normalization, muon, ramping, .. } = self;
         kind.fmt(f)?;
         if *moments != Moments::default() {
             write!(f, ",moments={moments}")?;
@@ -294,6 +315,9 @@ impl fmt::Display for Optimizer {
         }
         if kind.orthogonalizes() {
             muon.switches(f)?;
+        }
+        if *ramping > 0 {
+            write!(f, ",ramping={ramping}")?;
         }
         Ok(())
     }
@@ -329,6 +353,7 @@ impl FromStr for Optimizer {
                                    decay; leave it out, or use stable-spam";
                     return Err(Error::invalid("gamma3", message));
                 }
+                "ramping" => ramping::set(&mut optimizer, value)?,
                 switch if kind.normalizes() && optimizer.normalization.set(switch, value)? => {}
                 switch if kind.orthogonalizes() && optimizer.muon.set(switch, value)? => {}
                 other => {
@@ -343,7 +368,7 @@ impl FromStr for Optimizer {
     }
 }
 
-/// The most states that any optimizer keeps.
+/// The most moments that any optimizer keeps: the first of its states, whose magnitudes are known.
 pub(crate) const MAX_STATES: usize = 2;
 
 /// A number that an optimizer keeps of each element of the parameters, in a flat buffer.
@@ -369,7 +394,7 @@ pub(crate) struct Definition {
     /// As strings have it.
     name: &'static str,
     defaults: Optimizer,
-    /// At most [`MAX_STATES`].
+    /// Moments; at most [`MAX_STATES`].
     states: &'static [State],
     /// [`OptimizerKind::normalizes`].
     normalizes: bool,
@@ -404,6 +429,10 @@ mod tests {
         assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
         let given = "muon,moments=bf16,momentum=0.9,ratio=33.5";
         assert_eq!(given.parse::<Optimizer>().unwrap().to_string(), given);
+        let ramping: Optimizer = " adamw, ramping = 500".parse().unwrap();
+        assert_eq!((ramping.to_string().as_str(), ramping.clip), ("adamw,ramping=500", 0.0));
+        let without: Optimizer = "adamw,ramping=0".parse().unwrap();
+        assert_eq!(without, Optimizer::default());
         let usual: Optimizer = "muon,ratio=66.67,momentum=0.95".parse().unwrap();
         assert_eq!(usual.to_string(), "muon");
         let usual: Optimizer = "stable-spam,reset=1000,gamma3=0.999".parse().unwrap();
@@ -439,6 +468,13 @@ mod tests {
             ),
             ("adamw,", "unknown switch \"\""),
             ("adamw,moments=int8, moments=int8", "moments is given twice; say it once"),
+            ("adamw,ramping=x", "ramping: expected a whole number of steps, got \"x\""),
+            ("adamw,ramping=-5", "ramping: expected a whole number of steps"),
+            (
+                "muon,ramping=5",
+                "ramping: it makes updates of adamw less frequent; use adamw, got muon",
+            ),
+            ("adamw,reset=5", "adamw has moments, master, gradients, ramping"),
             ("gradstab,gamma3=0.5", "gamma3: gradstab clips no elements"),
         ] {
             let error = text.parse::<Optimizer>().unwrap_err().to_string();

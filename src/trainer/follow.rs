@@ -3,6 +3,7 @@
 
 use super::track::Tracked;
 use super::watch::{Watch, WeightMetrics};
+use crate::Result;
 use crate::backend::{Backend, Part, StepPlan, Values, View, Viewed};
 use crate::checkpoint::TensorRead;
 use crate::formats::{LINEARS, Operand, Reset, ResetPhase};
@@ -12,7 +13,6 @@ use crate::optim::State;
 use crate::recipe::Recipe;
 use crate::reserve::{collect, text};
 use crate::run::TrainerState;
-use crate::{Error, Result};
 
 /// The slow means, as checkpoints name them.
 const MEAN: State = State { name: "ema", what: "slow mean", is_signed: true };
@@ -191,18 +191,9 @@ impl<B: Backend> Followed<B> {
         let (backend, table) = (&*on.backend, &on.table);
         let (matrices, len) = table.matrices(B::ALIGN)?;
         let layers = model.config().layers;
-        let has_codes = |number: &usize| {
-            let layer = recipe.for_layer(number / LINEARS, layers, 0, 0);
-            layer[number % LINEARS].forward().b().has_codes()
-        };
+        recipe.check_codes(layers, "it is their codes that are watched")?;
+        let has_codes = |number: &usize| recipe.has_codes(*number, layers);
         let watched: Vec<usize> = (0..matrices.len()).filter(has_codes).collect();
-        if watched.is_empty() {
-            let message = format!(
-                "expected one whose forward pass holds W in blocks of MXFP4 or NVFP4, unrotated, such \
-                 as tetrajet, because it is their codes that are watched; got {recipe}"
-            );
-            return Err(Error::invalid("recipe", message));
-        }
         let new = |arena: &mut B::Arena| {
             Watch::new(backend, arena, (&matrices, len), &watched, model.tensors(), every)
         };

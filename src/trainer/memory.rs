@@ -6,6 +6,7 @@
 use super::batch::Batch;
 use super::follow::Followed;
 use super::merge::Merges;
+use super::ramping::Ramping;
 use crate::backend::{
     Backend, FlatGradients, MergeShape, Sequences, StateLayout, WorkspaceShape, on_device,
 };
@@ -89,6 +90,8 @@ pub(super) struct Flat<B: Backend> {
     pub(super) statistics: B::F32,
     pub(super) reduction: B::Reduction,
     pub(super) followed: Followed<B>,
+    /// Of an optimizer that ramps up.
+    pub(super) ramping: Option<Ramping<B>>,
 }
 
 /// An arena that tells what was cut from it since it was last asked.
@@ -131,8 +134,9 @@ impl<B: Backend> Flat<B> {
         let statistics = backend.f32(arena, kept * STATISTICS);
         let reduction = backend.reduction(arena, table.slots(), optimizer)?;
         let followed = Followed::new(backend, arena, &table, &options.recipe)?;
+        let ramping = Ramping::new(backend, arena, &table, optimizer, &layouts)?;
         plan.optimizer = cut.since_last();
-        Ok(Self { gradients, states, layouts, statistics, reduction, followed })
+        Ok(Self { gradients, states, layouts, statistics, reduction, followed, ramping })
     }
 }
 

@@ -7,6 +7,7 @@ mod carriers;
 mod follow;
 mod memory;
 mod merge;
+mod ramping;
 mod sharpness;
 mod states;
 mod track;
@@ -25,9 +26,12 @@ use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
 use crate::checkpoint::{self, Checkpoint, Kept, StateValues, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Shapes};
-use crate::model::{Model, OnDevice};
+use crate::model::{Model, OnDevice, Weights};
+use crate::optim::ramping::impossible;
 use crate::optim::spam::STATISTICS;
-use crate::optim::{Bounds, Largest, Master, Optimizer, OptimizerStep, Schedule, State, StepSums};
+use crate::optim::{
+    Bounds, Largest, MAX_STATES, Master, Optimizer, OptimizerStep, Schedule, State, StepSums,
+};
 use crate::reserve::collect;
 use crate::run::{TrainerOptions, TrainerState};
 use crate::signals::file_limit_is_an_error;
@@ -104,8 +108,12 @@ impl StopHandle {
     }
 }
 
-/// Writes the T + 1 tokens of (micro-step, row).
-type FillWindow<'a> = dyn FnMut(usize, usize, &mut [u32]) -> Result<()> + 'a;
+/// Writes the T + 1 tokens of (step aside, micro-step, row): None is the step itself, others are those
+/// that ramping makes before it.
+type FillWindow<'a> = dyn FnMut(Option<u64>, usize, usize, &mut [u32]) -> Result<()> + 'a;
+
+/// Writes the T + 1 tokens of (micro-step, row) of one of them.
+type FillStep<'a> = dyn FnMut(usize, usize, &mut [u32]) -> Result<()> + 'a;
 
 /// Trains a model: its gradients, what its optimizer keeps, and its place in the run.
 pub struct Trainer {
@@ -269,7 +277,8 @@ impl Trainer {
 
     /// One optimizer step on the dataset's next windows. Files shorter than a sequence and one
     /// token are never read; the engine's log warns of them once, and [`Dataset::coverage`] counts
-    /// them.
+    /// them. Where a period of an optimizer with `ramping` begins, it is made of 30 more, which are
+    /// undone, and takes as long.
     ///
     /// # Errors
     /// [`Error::TokenRange`] for a token outside the vocabulary anywhere in the dataset, see
@@ -301,9 +310,13 @@ impl Trainer {
         if let Some(warning) = data.warning(options.sequence_length) {
             self.model.engine().log(LogLevel::Warning, || warning);
         }
-        self.optimizer_step(stops, &mut |micro_step, row, window| {
-            let number = (step * accumulation + micro_step as u64) * batch + row as u64;
-            data.training_window(seed, number, vocab_size, window)
+        let number = |step: u64, micro_step, row| {
+            let micro_steps = step.wrapping_mul(accumulation).wrapping_add(micro_step as u64);
+            micro_steps.wrapping_mul(batch).wrapping_add(row as u64)
+        };
+        self.optimizer_step(stops, &mut |aside, micro_step, row, window| match aside {
+            None => data.training_window(seed, number(step, micro_step, row), vocab_size, window),
+            Some(of) => data.side_window(seed, number(of, micro_step, row), vocab_size, window),
         })
     }
 
@@ -311,7 +324,8 @@ impl Trainer {
     /// first T tokens are inputs, its last T are targets.
     ///
     /// # Errors
-    /// As [`Trainer::step`], and [`Error::InvalidArgument`] for another number of tokens.
+    /// As [`Trainer::step`], and [`Error::InvalidArgument`] for another number of tokens, and for an
+    /// optimizer with `ramping`, which draws windows of its own from a dataset.
     pub fn step_tokens(&mut self, tokens: &[u32]) -> Result<StepStats> {
         self.step_copied_tokens(tokens.len(), &|from, to| {
             to.copy_from_slice(&tokens[from..][..to.len()]);
@@ -326,9 +340,17 @@ impl Trainer {
         count: usize,
         copy: &dyn Fn(usize, &mut [u32]),
     ) -> Result<StepStats> {
-        let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
-            self.state.options;
+        let TrainerOptions {
+            batch_size, sequence_length, accumulation, ref recipe, optimizer, ..
+        } = self.state.options;
         recipe.check_trains()?;
+        if optimizer.ramping > 0 {
+            let message = format!(
+                "expected one that takes given tokens, such as adamw, because ramping draws windows \
+                 of its own from a dataset; got {optimizer}"
+            );
+            return Err(Error::invalid("optimizer", message));
+        }
         let window_len = sequence_length + 1;
         let expected = accumulation * batch_size * window_len;
         if count != expected {
@@ -353,7 +375,7 @@ impl Trainer {
         };
         let window = on_device!(&mut self.run, run => &mut run.buffers.batch.windows[..window_len]);
         (0..accumulation * batch_size).try_for_each(|row| read(row, window))?;
-        self.optimizer_step(false, &mut |micro_step, row, window| {
+        self.optimizer_step(false, &mut |_, micro_step, row, window| {
             read(micro_step * batch_size + row, window)
         })
     }
@@ -374,22 +396,17 @@ impl Trainer {
             OptimizerStep { optimizer, lr, t, seed, loss_scale, largest_gradient, annealing };
 
         let Self { run, model, state, bounds, stop, .. } = self;
-        let mut fill = |micro_step, row, window: &mut [u32]| {
+        let mut fill = |aside, micro_step, row, window: &mut [u32]| {
             if row == 0 && stops && stop.is_requested() {
                 return Err(Error::Stopped);
             }
-            fill(micro_step, row, window)
+            fill(aside, micro_step, row, window)
         };
         let sums = on_device!(run, run => {
             run.gradients_and_update(model, state, bounds, &step, &mut fill)?
         });
+        check_finite(&sums, &step)?;
         let (loss, grad_norm) = sums.loss_and_norm(&step);
-        for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
-            if !value.is_finite() {
-                let what = format!("the {what} of step {t}");
-                return Err(Error::NotFinite { what, value });
-            }
-        }
         self.state.step = t;
         let seconds = started.elapsed().as_secs_f64();
         let raised_blocks = sums.raised_blocks;
@@ -669,13 +686,14 @@ impl<B: Backend> Run<B> {
     ) -> Result<()> {
         let Self { model: on, buffers, .. } = self;
         let Flat { states: flats, layouts, statistics, followed, .. } = &mut buffers.flat;
-        let (states, tensors) = (state.options.optimizer.states(), model.tensors());
+        let optimizer = state.options.optimizer;
+        let (states, tensors) = (optimizer.states(), model.tensors());
         let of_blocks = followed.tensors(tensors)?;
         let owners = layouts.iter().map(|layout| states::Owners::of(tensors, layout));
         let owners = collect("what is kept of weights", owners)?;
         let kept = states.iter().zip(&owners);
         let kept = kept.map(|(state, of)| Kept { state: *state, tensors: &of.tensors });
-        let of_gradients = states::statistics(tensors, &state.options.optimizer)?;
+        let of_gradients = states::statistics(tensors, &optimizer)?;
         let tensors_of = Kept { state: states::OF_GRADIENTS, tensors: &of_gradients };
         let kept = kept.chain((!of_gradients.is_empty()).then_some(tensors_of));
         let others = followed.states(state).map(|state| Kept { state, tensors: &of_blocks });
@@ -692,15 +710,29 @@ impl<B: Backend> Run<B> {
                 );
                 return Err(Error::format(dir, message));
             }
-            if let Some(number) = state.checked_sub(states.len()) {
-                let StateValues::Numbers(values) = values else {
+            let numbers = || match values {
+                StateValues::Numbers(values) => Ok(values),
+                _ => {
                     let message = format!("codes of a {what}, which is never kept as such");
-                    return Err(Error::format(dir, message));
-                };
+                    Err(Error::format(dir, message))
+                }
+            };
+            if let Some(number) = state.checked_sub(states.len()) {
+                let values = numbers()?;
                 return match number.checked_sub(usize::from(!of_gradients.is_empty())) {
                     None => on.backend.write_f32(statistics, STATISTICS * index, values),
                     Some(number) => followed.load(on, (number, index), values, &mut ours),
                 };
+            }
+            if state >= MAX_STATES
+                && let Some(value) = impossible(&optimizer, state, numbers()?)
+            {
+                let name = &tensors[index].name;
+                let message = format!(
+                    "damaged or edited: no {what} of {name} in a run with {optimizer} is {value}; \
+                     restore the folder from a copy"
+                );
+                return Err(Error::format(dir, message));
             }
             let index = owners[state].parameters[index];
             let into = (&mut flats[state], &layouts[state].places[index], &states[state]);
@@ -717,27 +749,57 @@ impl<B: Backend> Run<B> {
         step: &OptimizerStep,
         fill: &mut FillWindow<'_>,
     ) -> Result<StepSums> {
-        let Self { model: on, buffers, updates, step_plan, moves, .. } = self;
+        let on = Arc::clone(&self.model);
+        let backend = &*on.backend;
+        let mut weights = on.lock()?;
+        // Another trainer of the model may have them otherwise.
+        on.keep_as(&mut weights, state.options.optimizer.master)?;
+        if std::mem::replace(&mut self.moves, weights.moves) != weights.moves {
+            self.buffers.recordings = backend.recordings();
+        }
+        self.begin_period(&mut weights, model, state, (known, step), fill)?;
+        let mut fill = |micro_step, row, window: &mut [u32]| fill(None, micro_step, row, window);
+        self.gradients(&weights, model, state, (state.step, step.loss_scale), &mut fill)?;
+        let sums = self.update(&mut weights, model, known, step, true)?;
+        if sums.gradient_scale(step).is_some() {
+            let Self { buffers, updates, step_plan, .. } = self;
+            if let Some(updates) = updates {
+                updates.keep(&on, step);
+            }
+            let (recipe, followed) = (&state.options.recipe, &mut buffers.flat.followed);
+            let Done { steps, of, run } = Done::of(state);
+            let (all, done) = (&mut weights.all, Done { steps: steps + 1, of, run: run + 1 });
+            if backend.scope(|| followed.after_update(backend, all, step_plan, recipe, done))? {
+                weights.largest = Bounds::UNKNOWN.weight;
+            }
+        }
+        Ok(sums)
+    }
+
+    /// Gradients of the mean loss over all micro-steps, whose random numbers are drawn for a step.
+    fn gradients(
+        &mut self,
+        weights: &Weights<B>,
+        model: &Model,
+        state: &TrainerState,
+        (drawn_for, scale): (u64, f32),
+        fill: &mut FillStep<'_>,
+    ) -> Result<()> {
+        let Self { model: on, buffers, step_plan, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
         let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
             state.options;
         let sequences = Sequences { batch: batch_size, length: sequence_length };
         let total_steps = state.options.schedule.total_steps;
-        let mut weights = on.lock()?;
-        // Another trainer of the model may have them otherwise.
-        on.keep_as(&mut weights, state.options.optimizer.master)?;
-        if std::mem::replace(moves, weights.moves) != weights.moves {
-            buffers.recordings = backend.recordings();
-        }
         let Buffers { flat, activations, d, batch, workspace, recordings, .. } = buffers;
-        let Flat { gradients, states, layouts, statistics, reduction, followed } = flat;
+        let Flat { gradients, reduction, followed, .. } = flat;
         for micro_step in 0..accumulation {
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
             let at = (state.schedule_step(), total_steps);
             recipe.set_step(step_plan, micro_step, at, state.step);
             step_plan.kept = state.kept();
-            let place = Place { seed: state.seed, step: state.step, micro_step };
+            let place = Place { seed: state.seed, step: drawn_for, micro_step };
             backend.scope(|| {
                 batch.upload(backend);
                 if micro_step == 0 {
@@ -761,7 +823,6 @@ impl<B: Backend> Run<B> {
                 backend.recorded(recordings, plan, random, || {
                     pass.draw_kept(activations, place);
                     pass.forward(activations, tokens);
-                    let scale = step.loss_scale;
                     pass.loss_and_backward(activations, d, gradients, targets, scale, place);
                     let (losses, rows) = (&activations.losses, sequences.rows());
                     backend.add_losses(reduction, losses, rows, plan.accumulate);
@@ -769,6 +830,24 @@ impl<B: Backend> Run<B> {
                 pass.embedding_backward(d, gradients, tokens);
             });
         }
+        Ok(())
+    }
+
+    /// The update that gradients make, and what is known of magnitudes after it; whoever watches
+    /// updates `sees` it.
+    fn update(
+        &mut self,
+        weights: &mut Weights<B>,
+        model: &Model,
+        known: &mut Bounds,
+        step: &OptimizerStep,
+        sees: bool,
+    ) -> Result<StepSums> {
+        let Self { model: on, buffers, updates, .. } = self;
+        let OnDevice { backend, table, .. } = &**on;
+        let (backend, updates) = (&**backend, updates.as_mut().filter(|_| sees));
+        let Buffers { flat, workspace, .. } = buffers;
+        let Flat { gradients, states, layouts, statistics, reduction, .. } = flat;
         let bounds = Bounds { weight: weights.largest, ..*known };
         // Whatever goes wrong: nothing is known then.
         (weights.largest, *known) = (Bounds::UNKNOWN.weight, Bounds::UNKNOWN);
@@ -811,16 +890,6 @@ impl<B: Backend> Run<B> {
             Ok((StepSums { raised_blocks, ..sums }, Bounds::found(found, step)))
         })?;
         (weights.largest, *known) = (bounds.weight, bounds);
-        if sums.gradient_scale(step).is_some() {
-            if let Some(updates) = updates {
-                updates.keep(on, step);
-            }
-            let Done { steps, of, run } = Done::of(state);
-            let (all, done) = (&mut weights.all, Done { steps: steps + 1, of, run: run + 1 });
-            if backend.scope(|| followed.after_update(backend, all, step_plan, recipe, done))? {
-                weights.largest = Bounds::UNKNOWN.weight;
-            }
-        }
         Ok(sums)
     }
 
@@ -878,6 +947,18 @@ impl fmt::Debug for Trainer {
     }
 }
 
+/// An error where a step has not been done for its loss or gradient.
+fn check_finite(sums: &StepSums, step: &OptimizerStep) -> Result<()> {
+    let (loss, norm) = sums.loss_and_norm(step);
+    for (what, value) in [("loss", loss), ("gradient norm", norm)] {
+        if !value.is_finite() {
+            let what = format!("the {what} of step {}", step.t);
+            return Err(Error::NotFinite { what, value });
+        }
+    }
+    Ok(())
+}
+
 /// Why an update must not be made that would leave these magnitudes of a parameter.
 fn not_finite(
     of_one: &Largest,
@@ -899,7 +980,8 @@ fn not_finite(
     let mut states = optimizer.states().iter().zip(of_one.states);
     let (state, value) = states.find(|(_, value)| !value.is_finite())?;
     let (_, norm) = sums.loss_and_norm(step);
-    error(format_args!("clip gradients, whose norm is {norm:?}"), state.what, value)
+    let clip = if optimizer.ramping > 0 { "take ramping out and clip" } else { "clip" };
+    error(format_args!("{clip} gradients, whose norm is {norm:?}"), state.what, value)
 }
 
 #[cfg(test)]
@@ -1023,6 +1105,45 @@ mod tests {
                 assert_eq!(with.activations, expected, "{recipe}");
                 assert_eq!(with.workspace, without.workspace, "{recipe}");
             }
+        }
+    }
+
+    /// What is put aside is weights and moments; of linear layers six numbers more, and room for two
+    /// views of the largest.
+    #[test]
+    fn the_plan_of_ramping_is_what_is_put_aside() {
+        let engine = Engine::new(EngineOptions { threads: 2, ..Default::default() }).unwrap();
+        let lines = |len: u64| (4 * len).next_multiple_of(64);
+        for (layers, channels) in [(1, 16), (2, 48), (3, 51)] {
+            let config = ModelConfig { layers, channels, heads: 1, ..small() };
+            let model = Model::new(&engine, &config).unwrap();
+            let of = |optimizer: &str, recipe: &str| {
+                let options = TrainerOptions {
+                    batch_size: 2,
+                    recipe: recipe.parse().unwrap(),
+                    optimizer: optimizer.parse().unwrap(),
+                    ..TrainerOptions::default()
+                };
+                is_planned_exactly(&model, &options)
+            };
+            for recipe in ["tetrajet,ema=0.9", "nvidia-nvfp4,bf16-last-layers=0", "mxfp4-mxfp4"] {
+                let [with, without] =
+                    ["adamw,ramping=9", "adamw"].map(|name| of(name, recipe).unwrap());
+                let c = channels as u64;
+                let all: u64 =
+                    model.tensors().iter().map(|tensor| lines(tensor.len() as u64)).sum();
+                let matrices: u64 =
+                    [3 * c * c, c * c, 4 * c * c, 4 * c * c].map(lines).iter().sum();
+                let padded = [3 * c, c, 4 * c].map(|rows| rows * c.next_multiple_of(32));
+                let widest = padded.into_iter().chain([c * (4 * c).next_multiple_of(32)]).max();
+                let widest = widest.unwrap();
+                let views = 2 * (lines(widest) + lines(widest / 16));
+                let expected = 3 * all + 6 * layers as u64 * matrices + views;
+                assert_eq!(with.optimizer - without.optimizer, expected, "{recipe}");
+                let without = Plan { optimizer: with.optimizer, ..without };
+                assert_eq!(with, without, "{recipe}");
+            }
+            assert!(of("adamw,ramping=9", "mxfp4-rht-sr").is_none());
         }
     }
 

@@ -5,6 +5,7 @@ use crate::formats::{
     Bits, Format, Nvfp4Scale, Observation, Observed, Operand, OperandId, PowerRule, Quantized,
     Rounding, Source, ema, oscillates,
 };
+use crate::optim::ramping::interval;
 
 pub(super) fn slow_means<B: Harness>(backends: &[B]) {
     for (lens, decay) in [([1, 3], 0.998), ([33 * 7, 256], 0.5), ([100_003, 20], 0.9983)] {
@@ -153,6 +154,32 @@ pub(super) fn weights_are_observed<B: Harness>(backends: &[B]) {
             });
         }
     }
+}
+
+/// Bit for bit, with what rests and what moved beyond all measure; nothing else is written.
+pub(super) fn intervals_are_those_of_what_moved<B: Harness>(backends: &[B]) {
+    let [mut moved, mut rounded] = [1, 2].map(|seed| random(50_003, seed));
+    moved.iter_mut().for_each(|v| *v = v.abs());
+    rounded.iter_mut().for_each(|v| *v = 20.0 * v.abs());
+    (moved[..3].fill(0.0), rounded[..2].fill(0.0));
+    (moved[7], rounded[7]) = (f32::INFINITY, f32::INFINITY);
+    let period = 100.0;
+    let expected: Vec<f32> =
+        std::iter::zip(&moved, &rounded).map(|(m, q)| interval(*m, *q, period)).collect();
+    let longest = expected.iter().filter(|n| **n == period).count();
+    assert!(expected[0] == 1.0 && expected[2] == period && longest < 25_000, "{longest}");
+    assert!(expected.iter().any(|n| *n == 6.0) && expected.iter().any(|n| *n == 11.0));
+    each(backends, |b| {
+        let mut tracked = Tracked::new(b, moved.len());
+        let start = tracked.track().slot.start;
+        b.write_f32(&mut tracked.0[1].buffer, start, &moved).unwrap();
+        b.write_f32(&mut tracked.0[2].buffer, start, &rounded).unwrap();
+        let mut to = cut(b, |arena| b.bytes(arena, 4 * moved.len() + 8));
+        b.find_intervals(&mut to, 4, tracked.track(), period);
+        let mut found = vec![0.0f32; moved.len() + 2];
+        b.read_bytes(&to, 0, bytemuck::cast_slice_mut(&mut found)).unwrap();
+        assert!(found == [&[0.0], &expected[..], &[0.0]].concat(), "{}", b.name());
+    });
 }
 
 #[track_caller]

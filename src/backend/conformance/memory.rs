@@ -87,6 +87,33 @@ pub(super) fn parameters_are_apart<B: Harness>(backends: &[B]) {
     }
 }
 
+/// Weights and bytes, each alone.
+pub(super) fn what_is_put_aside_comes_back<B: Harness>(backends: &[B]) {
+    let values = [random(4099, 1), random(7, 2), random(128, 3)];
+    each(backends, |b| {
+        let mut params = Params::of(b, &values.each_ref().map(Vec::as_slice));
+        let (slots, len) = slots::<B>(values.iter().map(Vec::len));
+        let mut aside = cut(b, |arena| b.f32(arena, len));
+        for slot in &slots {
+            b.put_aside(&params.weights, *slot, &mut aside);
+            b.write_param(&mut params.weights, *slot, &vec![7.0; slot.len]).unwrap();
+        }
+        b.put_back(&aside, slots[1], &mut params.weights);
+        assert!(params.read(b, 1) == values[1], "{}", b.name());
+        assert_eq!(params.read(b, 0), vec![7.0; 4099], "{}", b.name());
+        [0, 2].iter().for_each(|i| b.put_back(&aside, slots[*i], &mut params.weights));
+        assert!((0..3).all(|i| params.read(b, i) == values[i]), "{}", b.name());
+
+        let [mut from, mut to] = [(); 2].map(|()| cut(b, |arena| b.bytes(arena, 1003)));
+        let bytes: Vec<u8> = (0..1003).map(|i| (i * i % 251) as u8).collect();
+        b.write_bytes(&mut from, 0, &bytes).unwrap();
+        b.copy_bytes(&from, 1001, &mut to);
+        let mut found = vec![9; 1003];
+        b.read_bytes(&to, 0, &mut found).unwrap();
+        assert!(found == [&bytes[..1001], &[0, 0]].concat(), "{}", b.name());
+    });
+}
+
 /// Splitting master weights and joining them again changes nothing but what cannot be split; and
 /// what is written and read is the same in both forms.
 pub(super) fn master_weights_are_split_and_joined<B: Harness>(backends: &[B]) {

@@ -113,7 +113,7 @@ macro_rules! suite {
 
 suite! {
     memory: buffers_begin_as_zero flat_buffers_are_read_in_pieces gradients_are_apart
-        parameters_are_apart
+        parameters_are_apart what_is_put_aside_comes_back
         master_weights_are_split_and_joined;
     embed: embedding_forward embedding_backward;
     merge: channels_are_merged_by_their_hashes;
@@ -124,10 +124,11 @@ suite! {
         nan_poisons_the_products_that_it_enters gelu;
     attend: attention;
     head: classifier worst_losses the_worst_loss_of_five_logits logits;
-    follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset;
+    follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset
+        intervals_are_those_of_what_moved;
     optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
         rates_that_do_not_fall_give_the_bits_of_adamw moments_are_stored_to_the_byte
-        scales_of_tensors_follow_the_largest
+        scales_of_tensors_follow_the_largest weights_ramp_up_to_the_bit
         updates_are_watched;
     muon: matrices_move_along_their_orthogonalized_momentum hard_matrices_stay_within_bounds
         momentum_is_stored_to_the_byte;

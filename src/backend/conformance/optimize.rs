@@ -5,13 +5,13 @@ use crate::optim::moments::{
     self, Code, E4m3, F16, First, Float, GROUP, Second, inverse, is_stochastic, tensor_scale,
 };
 use crate::optim::spam::STATISTICS;
-use crate::optim::{adamw, master};
+use crate::optim::{adamw, master, ramping};
 
 /// Parameters in training.
 pub(in crate::backend) struct Update<B: Harness> {
     params: Params<B>,
-    /// First and second moments.
-    states: [B::Bytes; 2],
+    /// First and second moments, and what ramping keeps besides.
+    states: Vec<B::Bytes>,
     layouts: Vec<StateLayout>,
     statistics: B::F32,
     gradients: Gradients<B>,
@@ -77,19 +77,21 @@ impl<B: Harness> Update<B> {
         params.slots[0].rows = rows.unwrap_or(params.slots[0].rows);
         let layouts = StateLayout::of_all(&params.slots, &optimizer, B::ALIGN).unwrap();
         Self {
-            states: [1, 2].map(|which| {
-                let StateLayout { places, bytes } = &layouts[which - 1];
-                let mut state = cut(b, |arena| b.bytes(arena, *bytes));
-                for (place, values) in places.iter().zip(all(which)) {
-                    if place.len == 0 {
-                        continue;
+            states: (layouts.iter().enumerate())
+                .map(|(number, StateLayout { places, bytes })| {
+                    let mut state = cut(b, |arena| b.bytes(arena, *bytes));
+                    let moments = if number < 2 { all(number + 1) } else { Vec::new() };
+                    for (place, values) in places.iter().zip(moments) {
+                        if place.len == 0 {
+                            continue;
+                        }
+                        let (elements, scales) = stored(place, number == 1, values, None);
+                        b.write_bytes(&mut state, place.start, &elements).unwrap();
+                        b.write_bytes(&mut state, place.scales, &scales).unwrap();
                     }
-                    let (elements, scales) = stored(place, which == 2, values, None);
-                    b.write_bytes(&mut state, place.start, &elements).unwrap();
-                    b.write_bytes(&mut state, place.scales, &scales).unwrap();
-                }
-                state
-            }),
+                    state
+                })
+                .collect(),
             layouts,
             statistics: cut(b, |arena| b.f32(arena, STATISTICS * params.slots.len())),
             gradients: Gradients::kept_in(b, &all(3), optimizer.gradients),
@@ -522,6 +524,79 @@ pub(super) fn moments_are_stored_to_the_byte<B: Harness>(backends: &[B]) {
             }
         });
     }
+}
+
+/// Matrices are updated when it is their turn, and all else in every step, to the bit of
+/// `optim/ramping.rs`; a trial tells what a step will leave.
+pub(super) fn weights_ramp_up_to_the_bit<B: Harness>(backends: &[B]) {
+    let optimizer: Optimizer = "adamw,ramping=10".parse().unwrap();
+    let (values, lengths) = (some_values(), LENGTHS);
+    let interval_of = |i: usize, k: usize| match i {
+        0 => [1.0, 6.0, 2.0, 10.0, 0.0, 3.0][k % 6],
+        _ => 1.0,
+    };
+    let intervals: Vec<f32> = (0..lengths[0]).map(|k| interval_of(0, k)).collect();
+    let steps = (3..17).map(|t| OptimizerStep { t, ..step(optimizer) });
+    let gradients = |t: u64| lengths.map(|len| random(len, 1000 * t + len as u64));
+    let mut expected = values.each_ref().map(|[p, m, v, _]| {
+        let weight = |k| ramping::Weight { p: p[k], m: m[k], v: v[k], count: 0.0, sum: 0.0 };
+        (0..p.len()).map(weight).collect::<Vec<_>>()
+    });
+    let mut largest = Vec::new();
+    for step in steps.clone() {
+        let gradients = gradients(step.t);
+        for (i, weights) in expected.iter_mut().enumerate() {
+            let update = ramping::Update::new(&step, i != 1);
+            for (k, weight) in weights.iter_mut().enumerate() {
+                *weight = update.of(*weight, interval_of(i, k), gradients[i][k]);
+            }
+        }
+        largest.push(expected.each_ref().map(|weights| {
+            let amax = |of: fn(&ramping::Weight) -> f32| {
+                weights.iter().map(|weight| of(weight).abs()).fold(0.0, f32::max)
+            };
+            let m = amax(|weight| weight.m.abs().max(weight.sum.abs()));
+            Largest { weight: amax(|weight| weight.p), states: [m, amax(|weight| weight.v)] }
+        }));
+    }
+    let waiting = expected[0].iter().filter(|weight| weight.count > 0.0).count();
+    assert!(3 * waiting > lengths[0] && 3 * waiting < 2 * lengths[0], "{waiting}");
+    each(backends, |b| {
+        let name = b.name();
+        let mut update = Update::of(b, &values, optimizer);
+        let place = update.layouts[ramping::INTERVAL].places[0];
+        let numbers = bytemuck::cast_slice(&intervals);
+        b.write_bytes(&mut update.states[ramping::INTERVAL], place.start, numbers).unwrap();
+        update.add_losses(b, &[1.0], false);
+        for (step, largest) in steps.clone().zip(&largest) {
+            update.set_gradients(b, &gradients(step.t).each_ref().map(Vec::as_slice));
+            let before = update.read(b);
+            let below = OptimizerStep { largest_gradient: 1.0, ..step };
+            let sums = update.step(b, &below);
+            assert_eq!(update.tried(b, &step, &sums), largest, "{name}, step {}", step.t);
+            assert!(update.read(b) == before, "{name}: a trial changes nothing");
+            update.step(b, &step);
+        }
+        for (i, (ours, exact)) in update.read(b).iter().zip(&expected).enumerate() {
+            let of = |of: fn(&ramping::Weight) -> f32| exact.iter().map(of).collect::<Vec<_>>();
+            let exact = [of(|weight| weight.p), of(|weight| weight.m), of(|weight| weight.v)];
+            for (which, what) in ["weights", "m", "v"].iter().enumerate() {
+                assert!(bits(&ours[which]) == bits(&exact[which]), "{name}: {what} of {i}");
+            }
+        }
+        for (state, of) in [(2, None), (3, Some(0)), (4, Some(1))] {
+            let exact = expected[0].iter().enumerate().map(|(k, weight)| match of {
+                None => intervals[k],
+                Some(of) => [weight.count, weight.sum][of],
+            });
+            let StateLayout { places, .. } = &update.layouts[state];
+            assert_eq!([1, 2].map(|i| places[i].len), [0; 2], "of matrices alone");
+            let mut ours = vec![0.0f32; lengths[0]];
+            let to = bytemuck::cast_slice_mut(&mut ours);
+            b.read_bytes(&update.states[state], places[0].start, to).unwrap();
+            assert!(bits(&ours) == bits(&exact.collect::<Vec<_>>()), "{name}: state {state}");
+        }
+    });
 }
 
 /// A tensor's scale follows its largest, stays where all have become 0, and with it stay the codes

@@ -12,6 +12,7 @@ use crate::formats::{
     self, Bits, Observation, Observed, Operand, OperandId, Random, Rounding, VECTORS_AT_ONCE,
     Vectors, ema, oscillates,
 };
+use crate::optim::ramping;
 use crate::reserve::zeros;
 
 /// Both views of a weight, and what was observed of all.
@@ -105,6 +106,19 @@ impl Follow for Cpu {
     fn observations(&self, observer: &mut Observer, to: &mut [Observation]) -> Result<()> {
         to.copy_from_slice(&observer.observations);
         Ok(())
+    }
+
+    fn find_intervals(&self, to: &mut Buffer<u8>, at: usize, track: Track<'_, Self>, period: f32) {
+        let range = track.slot.range();
+        let to: &mut [f32] = bytemuck::cast_slice_mut(&mut to[at..][..4 * range.len()]);
+        let (moved, rounded_moved) = (&track.moved[range.clone()], &track.rounded_moved[range]);
+        self.install(|| {
+            let all = to.par_iter_mut().with_min_len(JOB_ELEMENTS);
+            let moved = moved.par_iter().zip(rounded_moved);
+            all.zip(moved).for_each(|(to, (moved, rounded_moved))| {
+                *to = ramping::interval(*moved, *rounded_moved, period);
+            });
+        });
     }
 
     fn reset(

@@ -121,6 +121,18 @@ impl Memory for Cpu {
         Ok(())
     }
 
+    fn put_aside(&self, from: &Buffer<f32>, slot: Slot, to: &mut Buffer<f32>) {
+        to[slot.range()].copy_from_slice(&from[slot.range()]);
+    }
+
+    fn put_back(&self, from: &Buffer<f32>, slot: Slot, to: &mut Buffer<f32>) {
+        to[slot.range()].copy_from_slice(&from[slot.range()]);
+    }
+
+    fn copy_bytes(&self, from: &Buffer<u8>, len: usize, to: &mut Buffer<u8>) {
+        to[..len].copy_from_slice(&from[..len]);
+    }
+
     fn zero_tensor(&self, buffer: &mut Buffer<f32>) {
         self.zero(buffer);
     }

@@ -24,6 +24,7 @@ mod muon;
 mod norm;
 mod optimize;
 mod quantize;
+mod ramping;
 mod restore;
 mod select;
 #[cfg(test)]

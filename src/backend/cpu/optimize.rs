@@ -1,6 +1,6 @@
 //! The end of a step: the gradient's norm, and AdamW over all parameters, by the arithmetic of
 //! `optim/adamw.rs` compiled for each instruction set; StableAdamW gives it rates of its own, and Muon
-//! moves matrices otherwise (`muon.rs`).
+//! (`muon.rs`) and Q-Ramping (`ramping.rs`) move matrices otherwise.
 
 use std::ops::Add;
 
@@ -8,7 +8,7 @@ use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, lane_amax, prefetch_after};
 use super::memory::all_gradients;
 use super::moments::{Moment, PIECE, Rounding, Stored, Then};
-use super::{Arena, Buffer, Cpu, Workspace, middle, muon};
+use super::{Arena, Buffer, Cpu, Workspace, middle, muon, ramping};
 use crate::Result;
 use crate::backend::{Optimize, Slot, Trained};
 use crate::optim::adamw::{Update, clip};
@@ -138,6 +138,10 @@ impl Optimize for Cpu {
                     muon::Update { cpu, step, gradient_scale, index }.run(muon, trained);
                     continue;
                 }
+                if step.optimizer.ramps(trained.slots[index].kind) {
+                    ramping::update(isa, trained, index, step);
+                    continue;
+                }
                 let update = one.update(step, trained.slots[index], gradient_scale);
                 let mut largest = [0.0; 2];
                 if trained.layouts[0].places[index].element.has_one_scale() {
@@ -176,6 +180,10 @@ impl Optimize for Cpu {
                 if step.optimizer.orthogonalizes(trained.slots[index].kind) {
                     let update = muon::Update { cpu: self, step, gradient_scale, index };
                     largest(update.attempt(muon, trained));
+                    continue;
+                }
+                if step.optimizer.ramps(trained.slots[index].kind) {
+                    largest(ramping::attempt(isa, trained, index, step));
                     continue;
                 }
                 let update = one.update(step, trained.slots[index], gradient_scale);
@@ -282,7 +290,7 @@ impl<'a> Part<'a> {
         step: &OptimizerStep,
     ) -> Self {
         let Trained { slots, weights, states, layouts, gradients, .. } = trained;
-        let ([m, v], [of_m, of_v]) = (&mut **states, *layouts) else {
+        let ([m, v, ..], [of_m, of_v, ..]) = (&mut **states, *layouts) else {
             panic!("AdamW names two states")
         };
         let range = slots[index].range();

@@ -147,6 +147,14 @@ impl Follow for Cuda {
         Ok(())
     }
 
+    fn find_intervals(&self, to: &mut Piece, at: usize, track: Track<'_, Self>, period: f32) {
+        let Track { moved, rounded_moved, slot, .. } = track;
+        let [moved, rounded_moved] = [moved, rounded_moved].map(|flat| flat.at(slot.start));
+        let to = to.address + at as u64;
+        launch!(self.gpu, "find_intervals", grid(slot.len), THREADS, 0;
+            to, moved, rounded_moved, slot.len as u64, period);
+    }
+
     fn reset(
         &self,
         observer: &Observer,

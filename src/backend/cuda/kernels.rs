@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 30] = [
+pub(super) static FILES: [File; 31] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16 split_master join_master")
@@ -37,6 +37,7 @@ pub(super) static FILES: [File; 30] = [
     file!("optimize_muon", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| {
         of("update_momentum normalize_momentum add_multiples move_matrix")
     }),
+    file!("optimize_ramping", ["optimize.cuh"], |_| of("update_ramping")),
     file!("optimize_spam", ["optimize.cuh"], |_| {
         of("largest_of_pieces find_limits squares_of_clipped find_scales keep_statistics")
     }),
@@ -59,7 +60,7 @@ pub(super) static FILES: [File; 30] = [
     }),
     file!("estimate", ["numbers.cuh"], |_| of("estimate")),
     file!("follow", ["numbers.cuh"], |_| {
-        of("update_mean begin_track observe add_observations reset_oscillating")
+        of("update_mean begin_track observe add_observations find_intervals reset_oscillating")
     }),
     file!("fp8", ["numbers.cuh", "tiles.cuh"], |chip| {
         let bytes = " convert_to_fp8<T,B> turn_to_fp8<T,B> convert_both_to_fp8<T,B>";

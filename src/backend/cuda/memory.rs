@@ -169,6 +169,20 @@ impl Memory for Cuda {
         Ok(())
     }
 
+    fn put_aside(&self, from: &Weights, slot: Slot, to: &mut F32) {
+        self.copy(from.param(slot).master(), 4 * slot.len, to.at(slot.start));
+    }
+
+    fn put_back(&self, from: &F32, slot: Slot, to: &mut Weights) {
+        let param = to.param(slot);
+        self.copy(from.at(slot.start), 4 * slot.len, param.master());
+        optimize::copy_to_bf16(self, &param);
+    }
+
+    fn copy_bytes(&self, from: &Piece, len: usize, to: &mut Piece) {
+        self.copy(from.address, len, to.address);
+    }
+
     fn zero_tensor(&self, buffer: &mut Tensor) {
         let bytes = buffer.bytes();
         self.clear(buffer.write().address, bytes);
@@ -227,6 +241,13 @@ impl Cuda {
             self.gpu.note(what, start(self.gpu.stream()));
             self.gpu.synchronize()
         })
+    }
+
+    /// Copies within the GPU.
+    fn copy(&self, from: u64, bytes: usize, to: u64) {
+        // SAFETY: both buffers have `bytes` bytes.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.gpu.stream()) };
+        self.gpu.note("copying memory", result);
     }
 
     pub(super) fn clear(&self, address: u64, bytes: usize) {

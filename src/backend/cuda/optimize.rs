@@ -82,7 +82,9 @@ impl Reduction {
     fn update_table(&mut self, trained: &Trained<'_, Cuda>) {
         self.wanted.clear();
         let Trained { slots, weights, states, layouts, gradients, .. } = trained;
-        let ([m, v], [of_m, of_v]) = (&**states, layouts) else { panic!("AdamW keeps two states") };
+        let ([m, v, others @ ..], [of_m, of_v, of_others @ ..]) = (&**states, layouts) else {
+            panic!("AdamW keeps two states")
+        };
         let mut pieces = 0;
         let places = of_m.places.iter().zip(&of_v.places).zip(&gradients.places);
         for (slot, ((place, second), gradient)) in slots.iter().zip(places) {
@@ -91,6 +93,13 @@ impl Reduction {
                 Masters::F32(whole) => (whole, 0),
                 Masters::Low(low) => (0, low),
             };
+            let others = others.iter().zip(of_others);
+            let mut others = others.map(|(state, of)| (state, &of.places[slot.index]));
+            // Nothing where every step is one of AdamW.
+            let ramping = [0; 3].map(|none| match others.next() {
+                Some((state, place)) if place.len > 0 => state.address + place.start as u64,
+                _ => none,
+            });
             self.wanted.push(Entry {
                 param,
                 low,
@@ -108,6 +117,9 @@ impl Reduction {
                 narrow: u16::from(gradient.precision == Precision::Bf16),
                 element: [place.element as u16, second.element as u16],
                 amax: of_one.amax.address,
+                interval: ramping[0],
+                count: ramping[1],
+                sum: ramping[2],
             });
             pieces += slot.len.div_ceil(PIECE) as u64;
         }
@@ -143,6 +155,11 @@ impl Reduction {
         let (table, entries, grid) =
             (self.table.address, self.entries.len() as u32, self.grid(cuda));
         let Optimizer { moments, master, gradients, kind, .. } = step.optimizer;
+        if step.optimizer.ramping > 0 {
+            launch!(cuda.gpu, "update_ramping", grid, THREADS, 0;
+                table, entries, self.pieces, self.sum(0), trial, Step::new(step));
+            return;
+        }
         let in_f32 = (Moments::F32, Master::F32, Gradients::F32);
         let is_plain = (moments, master, gradients) == in_f32 && !kind.normalizes();
         if !is_plain {

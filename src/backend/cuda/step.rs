@@ -30,6 +30,9 @@ pub(super) struct Entry {
     pub(super) narrow: u16,
     pub(super) element: [u16; 2],
     pub(super) amax: u64,
+    pub(super) interval: u64,
+    pub(super) count: u64,
+    pub(super) sum: u64,
 }
 
 /// `Step` of the kernels.

@@ -81,6 +81,9 @@ fn updates_are_those_of_the_definition_and_can_be_tried() {
                         m_scales: 0,
                         v_scales: 0,
                         amax: std::ptr::from_mut(amax).addr() as u64,
+                        interval: 0,
+                        count: 0,
+                        sum: 0,
                     }
                 })
                 .collect();

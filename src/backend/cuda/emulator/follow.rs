@@ -5,6 +5,7 @@ use super::super::quantize::Launch;
 use super::{Emulator, SCHEDULES};
 use crate::backend::conformance::random;
 use crate::formats::{Observation, Observed, ema, oscillates};
+use crate::optim::ramping::interval;
 
 type UpdateMean = unsafe extern "C" fn(*mut f32, *const f32, u64, f32);
 
@@ -24,6 +25,31 @@ fn slow_means_are_those_of_the_definition() {
             let expected = if i < 699 { ema(means[i], w[i], decay) } else { means[i] };
             assert_eq!(ours.to_bits(), expected.to_bits(), "{i}");
         }
+    }
+}
+
+type FindIntervals = unsafe extern "C" fn(*mut f32, *const f32, *const f32, u64, f32);
+
+#[test]
+fn intervals_are_those_of_the_definition() {
+    let Some(emulator) = Emulator::new("follow") else { return };
+    let find_intervals: FindIntervals = emulator.kernel("find_intervals");
+    let [mut moved, mut rounded] =
+        [1, 2].map(|seed| random(700, seed).iter().map(|v| v.abs()).collect::<Vec<_>>());
+    rounded.iter_mut().for_each(|v| *v *= 20.0);
+    (moved[3], moved[4], rounded[4]) = (0.0, 0.0, 0.0);
+    for schedule in SCHEDULES {
+        let mut ours = vec![7.0; 700];
+        let (to, of) = (ours.as_mut_ptr(), [moved.as_ptr(), rounded.as_ptr()]);
+        emulator.run(schedule, [3, 1], 256, || {
+            // SAFETY: as long as the last argument but one says.
+            unsafe { find_intervals(to, of[0], of[1], 699, 100.0) };
+        });
+        for (i, ours) in ours.iter().enumerate() {
+            let expected = if i < 699 { interval(moved[i], rounded[i], 100.0) } else { 7.0 };
+            assert_eq!(*ours, expected, "{i}");
+        }
+        assert!([1.0, 6.0, 11.0, 100.0].iter().all(|n| ours.contains(n)));
     }
 }
 

@@ -27,6 +27,7 @@ mod moments;
 mod muon;
 mod products;
 mod quantize;
+mod ramping;
 mod restore;
 mod select;
 mod spam;

@@ -256,6 +256,9 @@ impl Memory {
                     narrow: u16::from(self.narrow[i]),
                     element: [place.element as u16, second.element as u16],
                     amax: std::ptr::from_mut(&mut self.amax[i]).addr() as u64,
+                    interval: 0,
+                    count: 0,
+                    sum: 0,
                 }
             })
             .collect()

@@ -65,6 +65,9 @@ fn rates_and_updates_are_those_of_the_definition() {
                         m_scales: 0,
                         v_scales: 0,
                         amax: std::ptr::from_mut(amax).addr() as u64,
+                        interval: 0,
+                        count: 0,
+                        sum: 0,
                     });
                     first_piece += len.div_ceil(4096);
                 }
