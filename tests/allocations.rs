@@ -106,6 +106,7 @@ fn a_step_allocates_nothing() {
         let deep = Model::new(&engine, &ModelConfig { layers: 3, ..config.clone() }).unwrap();
         let [adamw, stable, spam, ..] = OptimizerKind::ALL.map(Optimizer::new);
         let moments = |moments| Optimizer { moments, ..stable };
+        let ramping = "adamw,ramping=2".parse().unwrap();
         let muon = |moments| Optimizer { moments, ..Optimizer::new(OptimizerKind::Muon) };
         let all = Recipe::NAMES.into_iter().map(|name| (&model, name, adamw, 1e-8));
         // With the smallest epsilon every step is tried before it is done.
@@ -119,6 +120,8 @@ fn a_step_allocates_nothing() {
             (&model, "bf16", moments(Moments::Int8), 1e-45),
             (&unlike_gpt2, "bf16", muon(Moments::F32), 1e-8),
             (&model, "bf16", muon(Moments::Int8), 1e-45),
+            // Of one step in two there are thirty more.
+            (&model, "tetrajet", ramping, 1e-8),
             // This one drops tokens.
             (&deep, "mxfp4-rht-sr", adamw, 1e-8),
         ];

@@ -8,7 +8,8 @@ mod tiny;
 use std::fs;
 
 use mxfp4train::{
-    Error, Master, Moments, Optimizer, OptimizerKind, Schedule, Trainer, TrainerOptions,
+    Error, Master, Model, ModelConfig, Moments, Optimizer, OptimizerKind, Schedule, Trainer,
+    TrainerOptions,
 };
 use safetensors::{Dtype, SafeTensors};
 use tiny::{data, engine, losses, model, weights};
@@ -395,4 +396,155 @@ fn settings_of_a_run_stay() {
         let expected = format!("was trained with {kept}, which a run keeps; got {other}");
         assert!(error.contains(&expected), "{error}");
     }
+}
+
+fn ramping(threads: usize, recipe: &str, lr: f32, period: u32) -> Trainer {
+    let optimizer: Optimizer = format!("adamw,ramping={period}").parse().unwrap();
+    let usual = options(optimizer);
+    let recipe = recipe.parse().unwrap();
+    let schedule = Schedule { lr, total_steps: 20, ..usual.schedule };
+    let options = TrainerOptions { recipe, schedule, ..usual };
+    Trainer::new(&model(&engine(threads)), options).unwrap()
+}
+
+/// What a trainer keeps of weights besides moments, by its saved folder.
+fn ramping_states(trainer: &mut Trainer) -> Vec<[Vec<f32>; 3]> {
+    let folder = tempfile::tempdir().unwrap();
+    trainer.save(folder.path()).unwrap();
+    let file = fs::read(folder.path().join("trainer.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&file).unwrap();
+    let of_one = |name: &str| {
+        ["interval", "count", "sum"].map(|state| {
+            let name = format!("ramping_{state}.{name}");
+            let bytes = tensors.tensor(&name).map_or(&[][..], |view| view.data());
+            bytes.as_chunks().0.iter().map(|v| f32::from_le_bytes(*v)).collect()
+        })
+    };
+    trainer.model().tensors().iter().map(|info| of_one(&info.name)).collect()
+}
+
+/// Periods of three steps: saved within one, where one begins, and before the first.
+#[test]
+fn runs_that_ramp_up_go_on_where_they_were_saved() {
+    for recipe in ["tetrajet,ema=0.9", "nvidia-nvfp4,reset=6:3:3@0.3,bf16-last-layers=1"] {
+        let mut straight = ramping(1, recipe, 1e-4, 3);
+        let all = losses(&mut straight, 10);
+        let intervals = ramping_states(&mut straight);
+        let waiting = intervals.iter().flat_map(|[interval, ..]| interval).filter(|n| **n > 1.0);
+        assert!(waiting.count() > 50, "{recipe}");
+        for saved_after in [0, 4, 6] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut before = ramping(3, recipe, 1e-4, 3);
+            assert_eq!(losses(&mut before, saved_after), all[..saved_after], "{recipe}");
+            before.save(folder.path()).unwrap();
+            let mut resumed = Trainer::load(&engine(2), folder.path()).unwrap();
+            assert_eq!(resumed.options().optimizer.to_string(), "adamw,ramping=3");
+            assert_eq!(losses(&mut resumed, 10 - saved_after), all[saved_after..], "{recipe}");
+            assert_eq!(weights(&resumed), weights(&straight), "{recipe}");
+            assert_eq!(ramping_states(&mut resumed), intervals, "{recipe}");
+        }
+    }
+}
+
+/// Where weights move so far that no number moves many times as far, steps aside leave no trace.
+#[test]
+fn a_run_in_which_nothing_oscillates_is_one_of_adamw() {
+    let mut ramping = ramping(2, "tetrajet", 0.03, 3);
+    let plain = Optimizer { ramping: 0, ..ramping.options().optimizer };
+    let plain = TrainerOptions { optimizer: plain, ..ramping.options().clone() };
+    let mut plain = Trainer::new(&model(&engine(2)), plain).unwrap();
+    assert_eq!(losses(&mut ramping, 8), losses(&mut plain, 8));
+    assert_eq!(weights(&ramping), weights(&plain));
+    for [interval, count, sum] in ramping_states(&mut ramping) {
+        assert!(interval.iter().all(|n| *n == 1.0));
+        assert!(count.iter().chain(&sum).all(|v| *v == 0.0));
+    }
+}
+
+/// Weights that wait rest but for weight decay, and then move by all that has come meanwhile.
+#[test]
+fn weights_that_oscillate_wait() {
+    let mut trainer = ramping(2, "tetrajet", 1e-5, 50);
+    let decay = 1.0 - 1e-5 * trainer.options().optimizer.weight_decay;
+    losses(&mut trainer, 1);
+    let (mut before, mut waited, mut moved) = (weights(&trainer), 0, 0);
+    for step in 2..=13 {
+        losses(&mut trainer, 1);
+        let after = weights(&trainer);
+        for (i, [interval, count, _]) in ramping_states(&mut trainer).iter().enumerate() {
+            let info = &trainer.model().tensors()[i];
+            let is_matrix = info.shape.len() == 2 && info.name.contains(".h.");
+            assert_eq!(interval.len(), if is_matrix { info.len() } else { 0 }, "{}", info.name);
+            for (k, n) in interval.iter().enumerate() {
+                assert_eq!(count[k], (step % *n as u32) as f32, "{}", info.name);
+                let rests = after[i][k] == before[i][k] * decay;
+                if count[k] > 0.0 {
+                    assert!(rests, "{}", info.name);
+                    waited += 1;
+                } else if *n > 1.0 {
+                    moved += usize::from(!rests);
+                }
+            }
+        }
+        before = after;
+    }
+    assert!(waited > 1000 && moved > 50, "{waited} {moved}");
+}
+
+#[test]
+fn what_ramping_needs_is_said() {
+    let refused = |optimizer: Optimizer, recipe: &str| {
+        let recipe = recipe.parse().unwrap();
+        let options = TrainerOptions { optimizer, recipe, ..TrainerOptions::default() };
+        Trainer::new(&model(&engine(1)), options).unwrap_err().to_string()
+    };
+    let good: Optimizer = "adamw,ramping=3".parse().unwrap();
+    for recipe in ["bf16", "mxfp4-rht-sr", "quartet", "msra-fp4"] {
+        let error = refused(good, recipe);
+        let expected = "unrotated, such as tetrajet, because ramping updates those less often";
+        assert!(error.starts_with("recipe: ") && error.contains(expected), "{error}");
+    }
+    let error = refused(Optimizer { clip: 1.0, ..good }, "tetrajet");
+    assert!(error.contains("clip: ramping adds up the gradients of several steps"), "{error}");
+    let mut trainer = ramping(1, "tetrajet", 1e-4, 3);
+    let error = trainer.step_tokens(&[0; 6 * 17]).unwrap_err().to_string();
+    assert!(error.contains("ramping draws windows of its own from a dataset"), "{error}");
+    // A run keeps it, whether it is named again or not.
+    let folder = tempfile::tempdir().unwrap();
+    losses(&mut trainer, 1);
+    trainer.save(folder.path()).unwrap();
+    let load = |text: &str| Trainer::load_as(&engine(1), folder.path(), &text.parse().unwrap());
+    for same in ["adamw", "adamw,ramping=3"] {
+        assert_eq!(load(same).unwrap().options().optimizer, trainer.options().optimizer);
+    }
+    let error = load("adamw,ramping=4").unwrap_err().to_string();
+    let expected = "was trained with adamw,ramping=3, which a run keeps; got adamw,ramping=4";
+    assert!(error.contains(expected), "{error}");
+    let error = load("adamw,moments=int8").unwrap_err().to_string();
+    assert!(error.contains("use moments=f32, got moments=int8"), "{error}");
+}
+
+/// Tokens that are dropped are in steps aside, too.
+#[test]
+fn ramping_goes_with_dropped_tokens() {
+    let config = ModelConfig {
+        vocab_size: 33,
+        context_length: 33,
+        layers: 3,
+        heads: 2,
+        channels: 36,
+        ..ModelConfig::default()
+    };
+    let trainer = |threads| {
+        let model = Model::new(&engine(threads), &config).unwrap();
+        let usual = options("adamw,ramping=3".parse().unwrap());
+        let token_drop = Some("start=16,steps=6".parse().unwrap());
+        let recipe = "tetrajet".parse().unwrap();
+        Trainer::new(&model, TrainerOptions { token_drop, recipe, ..usual }).unwrap()
+    };
+    let all = losses(&mut trainer(1), 8);
+    let (folder, mut before) = (tempfile::tempdir().unwrap(), trainer(2));
+    losses(&mut before, 4);
+    before.save(folder.path()).unwrap();
+    assert_eq!(losses(&mut Trainer::load(&engine(1), folder.path()).unwrap(), 4), all[4..]);
 }

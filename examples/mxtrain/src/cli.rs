@@ -386,8 +386,9 @@ pub(crate) struct OptimizerArgs {
     /// their orthogonalized momentum, at 66.67 times --lr (",ratio=33" for another number), and all
     /// else by AdamW; with ",moments=bf16" or ",moments=int8" behind it, moments take 4 or 2.25 bytes
     /// a parameter in place of 8 (for comparison ",moments=fp8", FP8-LM's 3); with ",master=split"
-    /// weights, and with ",gradients=bf16" gradients, take 2 less on a GPU; docs/optimizers.md has
-    /// their other switches
+    /// weights, and with ",gradients=bf16" gradients, take 2 less on a GPU; "adamw,ramping=500"
+    /// updates weights less often that oscillate in 4 bits, as 30 steps aside find before every 500;
+    /// docs/optimizers.md has their other switches
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) optimizer: Optimizer,
 
@@ -404,7 +405,7 @@ pub(crate) struct OptimizerArgs {
     pub(crate) beta2: Option<f32>,
 
     /// Largest norm of the gradient; longer ones are scaled down; 0 turns it off [default: 1; 0
-    /// with stable-adamw]
+    /// with stable-adamw and with ramping]
     #[arg(long, value_name = "NORM")]
     pub(crate) clip: Option<f32>,
 }

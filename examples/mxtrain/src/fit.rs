@@ -201,6 +201,10 @@ pub(crate) fn failure(
 /// What an optimizer's state can be kept in, from what is asked for to what takes least memory.
 fn forms(given: Optimizer, engine: &Engine) -> Vec<Optimizer> {
     let mut forms = vec![given];
+    // It follows weights and gradients in f32.
+    if given.ramping > 0 {
+        return forms;
+    }
     if given.moments != Moments::Int8 {
         forms.push(Optimizer { moments: Moments::Int8, ..given });
     }
