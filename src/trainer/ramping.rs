@@ -176,7 +176,7 @@ impl<B: Backend> Run<B> {
             let number = before.wrapping_add(i);
             let mut fill =
                 |micro_step, row, window: &mut [u32]| fill(Some(number), micro_step, row, window);
-            let drawn_for = BEYOND | number % BEYOND;
+            let drawn_for = BEYOND + number % BEYOND;
             self.gradients(weights, model, state, (drawn_for, step.loss_scale), &mut fill)?;
             let sums = self.update(weights, model, &mut known, &aside, false)?;
             check_finite(&sums, &aside)?;

@@ -52,13 +52,13 @@ pub(crate) enum Command {
     /// Train a model, or go on with a run
     Train(Box<TrainArgs>),
     /// Measure a checkpoint's loss on token files
-    Eval(EvalArgs),
+    Eval(Box<EvalArgs>),
     /// Continue a text
     Generate(GenerateArgs),
     /// Show what a checkpoint, token files or a prepared folder contain
     Info(InfoArgs),
     /// Show the memory that a training run would take, without taking it
-    Plan(PlanArgs),
+    Plan(Box<PlanArgs>),
     /// Show what recipes are made of
     Recipes(RecipesArgs),
     /// Find out what recipes cost: runs side by side, statistics of gradients, tables and plots

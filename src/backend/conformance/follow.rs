@@ -161,14 +161,15 @@ pub(super) fn intervals_are_those_of_what_moved<B: Harness>(backends: &[B]) {
     let [mut moved, mut rounded] = [1, 2].map(|seed| random(50_003, seed));
     moved.iter_mut().for_each(|v| *v = v.abs());
     rounded.iter_mut().for_each(|v| *v = 20.0 * v.abs());
-    (moved[..3].fill(0.0), rounded[..2].fill(0.0));
+    moved[..3].fill(0.0);
+    rounded[..2].fill(0.0);
     (moved[7], rounded[7]) = (f32::INFINITY, f32::INFINITY);
     let period = 100.0;
     let expected: Vec<f32> =
         std::iter::zip(&moved, &rounded).map(|(m, q)| interval(*m, *q, period)).collect();
     let longest = expected.iter().filter(|n| **n == period).count();
     assert!(expected[0] == 1.0 && expected[2] == period && longest < 25_000, "{longest}");
-    assert!(expected.iter().any(|n| *n == 6.0) && expected.iter().any(|n| *n == 11.0));
+    assert!(expected.contains(&6.0) && expected.contains(&11.0));
     each(backends, |b| {
         let mut tracked = Tracked::new(b, moved.len());
         let start = tracked.track().slot.start;
