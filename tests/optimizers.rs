@@ -508,7 +508,10 @@ fn what_ramping_needs_is_said() {
     assert!(error.contains("clip: ramping adds up the gradients of several steps"), "{error}");
     let mut trainer = ramping(1, "tetrajet", 1e-4, 3);
     let error = trainer.step_tokens(&[0; 6 * 17]).unwrap_err().to_string();
-    assert!(error.contains("ramping draws windows of its own from a dataset"), "{error}");
+    assert!(
+        error.contains("ramping draws windows of its own from a dataset, which given tokens"),
+        "{error}"
+    );
     // A run keeps it, whether it is named again or not.
     let folder = tempfile::tempdir().unwrap();
     losses(&mut trainer, 1);

@@ -32,9 +32,9 @@ use super::{
 /// Steps that are made aside.
 pub(crate) const SIDE_STEPS: u64 = 30;
 
-/// How many times as far as itself the number of a weight has to move for every further..
+/// For every so many times as far as itself that its number moves, a weight is updated less often..
 const RATIO: f32 = 16.0;
-/// .. this many steps between its updates.
+/// .. by so many steps.
 const STEPS: f32 = 5.0;
 
 /// The most steps of a period.
@@ -49,8 +49,9 @@ pub(super) static STATES: [State; 5] = [
     State { name: "ramping_sum", what: "sum of gradients", is_signed: true },
 ];
 
-/// The number of the state that N is.
+/// The number of the state that N is, and that of n.
 pub(crate) const INTERVAL: usize = 2;
+const COUNT: usize = 3;
 
 /// Sets the period that a switch names.
 pub(super) fn set(optimizer: &mut Optimizer, value: &str) -> Result<()> {
@@ -118,8 +119,8 @@ pub(crate) fn interval(moved: f32, rounded_moved: f32, period: f32) -> f32 {
 pub(crate) fn impossible(optimizer: &Optimizer, state: usize, values: &[f32]) -> Option<f32> {
     let most = match state {
         INTERVAL => f64::from(optimizer.ramping),
-        // A new N, which is found once a period, divides one of as many numbers.
-        3 => 2.0 * f64::from(optimizer.ramping) - 1.0,
+        // N divides a number of every period, so where a new one comes n is less than a period.
+        COUNT => 2.0 * f64::from(optimizer.ramping) - 1.0,
         _ => return None,
     };
     let may_be = |v: f32| v.fract() == 0.0 && v >= 0.0 && f64::from(v) <= most;
@@ -229,7 +230,7 @@ mod tests {
     #[test]
     fn weights_whose_numbers_move_far_are_updated_less_often() {
         for (ratio, expected) in
-            [(0.0, 1.0), (15.0, 1.0), (16.5, 6.0), (33.0, 11.0), (100.0, 31.0), (1e7, 500.0)]
+            [(0.0, 1.0), (15.0, 1.0), (16.0, 6.0), (33.0, 11.0), (100.0, 31.0), (1e7, 500.0)]
         {
             assert_eq!(interval(0.5, 0.5 * ratio, 500.0), expected, "{ratio}");
         }

@@ -277,8 +277,8 @@ impl Trainer {
 
     /// One optimizer step on the dataset's next windows. Files shorter than a sequence and one
     /// token are never read; the engine's log warns of them once, and [`Dataset::coverage`] counts
-    /// them. Where a period of an optimizer with `ramping` begins, it is made of 30 more, which are
-    /// undone, and takes as long.
+    /// them. With an optimizer that has `ramping`, the first step of every period takes 30 steps
+    /// longer, which are made on other windows and undone before it.
     ///
     /// # Errors
     /// [`Error::TokenRange`] for a token outside the vocabulary anywhere in the dataset, see
@@ -340,14 +340,14 @@ impl Trainer {
         count: usize,
         copy: &dyn Fn(usize, &mut [u32]),
     ) -> Result<StepStats> {
-        let TrainerOptions {
-            batch_size, sequence_length, accumulation, ref recipe, optimizer, ..
-        } = self.state.options;
+        let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
+            self.state.options;
+        let optimizer = self.state.options.optimizer;
         recipe.check_trains()?;
         if optimizer.ramping > 0 {
             let message = format!(
-                "expected one that takes given tokens, such as adamw, because ramping draws windows \
-                 of its own from a dataset; got {optimizer}"
+                "ramping draws windows of its own from a dataset, which given tokens are none of; \
+                 make steps on a dataset, or use adamw without it, got {optimizer}"
             );
             return Err(Error::invalid("optimizer", message));
         }

@@ -297,6 +297,14 @@ mod tests {
     }
 
     #[test]
+    fn what_ramps_up_has_no_smaller_form() {
+        let engine = Engine::new(mxfp4train::EngineOptions::default()).unwrap();
+        let [plain, ramping] = ["adamw", "adamw,ramping=9"].map(|name| name.parse().unwrap());
+        assert_eq!(forms(ramping, &engine), [ramping]);
+        assert!(forms(plain, &engine).len() > 1);
+    }
+
+    #[test]
     fn smaller_forms_of_an_optimizer_are_said() {
         let mut both = fit([Some(3), Some(4), Some(6)]);
         let smaller = fit([Some(5), Some(7), Some(9)]).settings.into_iter();

@@ -723,6 +723,7 @@ mod tests {
         assert_eq!(clip(""), 1.0);
         assert_eq!(clip("--optimizer stable-adamw"), 0.0);
         assert_eq!(clip("--optimizer stable-adamw --clip 2"), 2.0);
+        assert_eq!(clip("--optimizer adamw,ramping=500"), 0.0);
         let beta2 = |line| options(&train(line).0, Weights::New).unwrap().optimizer.beta2;
         assert_eq!(beta2(""), 0.95);
         assert_eq!(beta2("--optimizer stable-spam"), 0.999);
