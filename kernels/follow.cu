@@ -1,7 +1,7 @@
 // Weights from step to step: the slow means that the forward pass may round them by
 // (src/formats/ema.rs), what is seen of them (observe.rs), the reset of those that oscillate
-// (reset.rs) and how often they are updated (src/optim/ramping.rs), bit for bit but for the order of
-// sums.
+// (reset.rs) and how often they are updated (src/optim/ramping.rs), bit for bit but for the order
+// of sums.
 //
 // NOTE: every operation is rounded by itself, so sums and products go by names, which the compiler
 // does not contract.

@@ -412,8 +412,8 @@ impl Recipe {
         self.ema
     }
 
-    /// Whether the forward pass holds W of this linear layer, by its number in all of `layers` blocks,
-    /// in codes of E2M1 that are those of its own elements.
+    /// Whether the forward pass holds W of this linear layer, by its number in all of `layers`
+    /// blocks, in codes of E2M1 that are those of its own elements.
     pub(crate) fn has_codes(&self, number: usize, layers: usize) -> bool {
         let linears = self.for_layer(number / LINEARS, layers, 0, 0);
         linears[number % LINEARS].forward().b().has_codes()
@@ -425,8 +425,8 @@ impl Recipe {
             return Ok(());
         }
         let message = format!(
-            "expected one whose forward pass holds W in blocks of MXFP4 or NVFP4, unrotated, such as \
-             tetrajet, because {why}; got {self}"
+            "expected one whose forward pass holds W in blocks of MXFP4 or NVFP4, unrotated, such \
+             as tetrajet, because {why}; got {self}"
         );
         Err(Error::invalid("recipe", message))
     }

@@ -80,8 +80,8 @@ pub trait Follow: Memory {
     );
     /// What was last observed of each weight. Waits for the device.
     fn observations(&self, observer: &mut Self::Observer, to: &mut [Observation]) -> Result<()>;
-    /// Makes the f32 numbers in `to`, from byte `at` on, the intervals that Q-Ramping updates weights
-    /// at which moved so far: `interval` of `optim/ramping.rs`, bit for bit.
+    /// Makes the f32 numbers in `to`, from byte `at` on, the intervals that Q-Ramping updates
+    /// weights at which moved so far: `interval` of `optim/ramping.rs`, bit for bit.
     fn find_intervals(&self, to: &mut Self::Bytes, at: usize, track: Track<'_, Self>, period: f32);
     /// Weights that [`crate::formats::oscillates`] is true of become what they are rounded to, by
     /// the view after the step. Copies that kernels read follow.

@@ -164,8 +164,8 @@ pub trait Memory: Send + Sync + Sized + 'static {
     fn draw_param(&self, to: &mut Self::Weights, slot: Slot, std: f32, draw: &Draw) -> Result<()>;
     /// Copies the master values of a parameter to the host.
     fn read_param(&self, from: &Self::Weights, slot: Slot, to: &mut [f32]) -> Result<()>;
-    /// Copies the master values of a parameter, in f32, to where it lies in a buffer that is laid out
-    /// as they are.
+    /// Copies the master values of a parameter, in f32, to where it lies in a buffer that is laid
+    /// out as they are.
     fn put_aside(&self, from: &Self::Weights, slot: Slot, to: &mut Self::F32);
     /// Copies them back, to master values in f32; copies that kernels read follow.
     fn put_back(&self, from: &Self::F32, slot: Slot, to: &mut Self::Weights);

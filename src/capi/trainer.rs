@@ -254,8 +254,8 @@ pub unsafe extern "C" fn mxt_trainer_step(
 /// in memory of the engine's GPU, written before the call or on the engine's stream.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (a wrong count; an
-/// optimizer with "ramping", which draws windows of its own), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_NOT_FINITE (the weights are as before the step),
-/// MXT_ERROR_BUSY.
+/// optimizer with "ramping", which draws windows of its own), MXT_ERROR_TOKEN_RANGE,
+/// MXT_ERROR_NOT_FINITE (the weights are as before the step), MXT_ERROR_BUSY.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_step_tokens(
     trainer: *mut mxt_trainer,

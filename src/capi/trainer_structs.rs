@@ -93,12 +93,11 @@ pub struct mxt_trainer_options {
     /// round more than "int8" does; "muon" has 1 of matrices); and what weights are kept as: "master=split" takes 2 bytes less
     /// on a GPU than "master=f32", the default, and is not for recipes that need weights in f32;
     /// and gradients: "gradients=bf16" takes 2 bytes less there for the matrices of blocks, rounds
-    /// them once, and wants an accumulation of 1. "adamw,ramping=500", only with a clip of 0, updates
-    /// weights less often that oscillate in the 4 bits of the forward pass ("tetrajet" and its like;
-    /// Q-Ramping, arXiv 2502.20853), which 30 steps find before every 500, and undo: such a step takes
-    /// as long; it takes 24 bytes a weight of blocks' linear layers and 12 a parameter more, and no
-    /// mxt_trainer_step_tokens.
-    /// Borrowed for the call.
+    /// them once, and wants an accumulation of 1. "adamw,ramping=500", only with a clip of 0,
+    /// updates weights less often that oscillate in the 4 bits of the forward pass ("tetrajet" and
+    /// its like; Q-Ramping, arXiv 2502.20853), which 30 steps find before every 500, and undo: such
+    /// a step takes as long; it takes 24 bytes a weight of blocks' linear layers and 12 a parameter
+    /// more, and no mxt_trainer_step_tokens. Borrowed for the call.
     pub optimizer: *const c_char,
     /// How many tokens of each sequence the blocks between the first and the last see in training,
     /// drawn anew for each block and step (random-LTD, arXiv 2211.11586): "start=128,steps=60%"

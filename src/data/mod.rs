@@ -318,8 +318,8 @@ impl Dataset {
         file.copy(phase + window * t, vocab_size, out)
     }
 
-    /// The same of windows that the optimizer looks at besides those that a run trains on, in an order
-    /// of their own.
+    /// The same of windows that the optimizer looks at besides those that a run trains on, in an
+    /// order of their own.
     ///
     /// # Errors
     /// As [`Dataset::training_window`].

@@ -158,8 +158,8 @@ pub struct Optimizer {
     pub normalization: Normalization,
     /// Of `muon`; others do not read it.
     pub muon: Muon,
-    /// `ramping=`, of `adamw`: steps of a period of Q-Ramping (TetraJet, arXiv 2502.20853), in which
-    /// weights that oscillate in 4 bits are updated less often; 0 turns it off.
+    /// `ramping=`, of `adamw`: steps of a period of Q-Ramping (TetraJet, arXiv 2502.20853), in
+    /// which weights that oscillate in 4 bits are updated less often; 0 turns it off.
     pub ramping: u32,
 }
 

@@ -1,8 +1,9 @@
 //! Q-Ramping (TetraJet, arXiv 2502.20853): AdamW that updates weights less often whose numbers in 4
 //! bits oscillate, each time by the mean of the gradients since the last.
 //!
-//! Before the first step of every period, steps of AdamW are made aside and undone. How far a weight
-//! moved in them, dW, and what it is rounded to, dQ, say how often it is updated from then on:
+//! Before the first step of every period, steps of AdamW are made aside and undone. How far a
+//! weight moved in them, dW, and what it is rounded to, dQ, say how often it is updated from then
+//! on:
 //!
 //! ```text
 //! R = dQ / (dW + 1e-8),  N = min(5 floor(R / 16) + 1, steps of a period)
@@ -17,11 +18,11 @@
 //!   p = p - lr n / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon),  n = s = 0
 //! ```
 //!
-//! So with N = 1 it is AdamW. As in the authors' code t counts all steps, so that moments which have
-//! seen fewer are corrected for less than their start, and a new N finds n and s as they are.
+//! So with N = 1 it is AdamW. As in the authors' code t counts all steps, so that moments which
+//! have seen fewer are corrected for less of their start, and a new N finds n and s as they are.
 //!
-//! NOTE: N and n are whole numbers in f32, where n / N is one, too, only if it is exactly: n is below
-//! 2^24, so that the quotient is at least a last place of its own away from others.
+//! NOTE: N and n are whole numbers in f32, where n / N is one, too, only if it is exactly: n is
+//! below 2^24, so that other quotients are more than half of a last place away from whole ones.
 
 use super::bounds::{FLOOR, MOST, SLACK};
 use super::{
@@ -108,8 +109,8 @@ fn check_kind(optimizer: &Optimizer) -> Result<()> {
     Err(Error::invalid("ramping", message))
 }
 
-/// N of a weight that moved by `moved` in all, and its number by `rounded_moved`, with periods of so
-/// many steps.
+/// N of a weight that moved by `moved` in all, and its number by `rounded_moved`, with periods of
+/// so many steps.
 pub(crate) fn interval(moved: f32, rounded_moved: f32, period: f32) -> f32 {
     let ratio = rounded_moved / (moved + 1e-8);
     ((ratio / RATIO).floor() * STEPS + 1.0).min(period)
@@ -162,8 +163,9 @@ impl Update {
     }
 }
 
-/// How many times as far as in a step of AdamW a weight may move: n of a run is at most half of this,
-/// and n of a file, which [`impossible`] has passed, less than all of it before it begins again.
+/// How many times as far as in a step of AdamW a weight may move: n of a run is at most half of
+/// this, and n of a file, which [`impossible`] has passed, less than all of it before it begins
+/// again.
 fn most_times(step: &OptimizerStep) -> f64 {
     4.0 * f64::from(step.optimizer.ramping)
 }

@@ -108,8 +108,8 @@ impl StopHandle {
     }
 }
 
-/// Writes the T + 1 tokens of (step aside, micro-step, row): None is the step itself, others are those
-/// that ramping makes before it.
+/// Writes the T + 1 tokens of (step aside, micro-step, row): None is the step itself, others are
+/// those that ramping makes before it.
 type FillWindow<'a> = dyn FnMut(Option<u64>, usize, usize, &mut [u32]) -> Result<()> + 'a;
 
 /// Writes the T + 1 tokens of (micro-step, row) of one of them.
@@ -324,8 +324,8 @@ impl Trainer {
     /// first T tokens are inputs, its last T are targets.
     ///
     /// # Errors
-    /// As [`Trainer::step`], and [`Error::InvalidArgument`] for another number of tokens, and for an
-    /// optimizer with `ramping`, which draws windows of its own from a dataset.
+    /// As [`Trainer::step`], and [`Error::InvalidArgument`] for another number of tokens, and for
+    /// an optimizer with `ramping`, which draws windows of its own from a dataset.
     pub fn step_tokens(&mut self, tokens: &[u32]) -> Result<StepStats> {
         self.step_copied_tokens(tokens.len(), &|from, to| {
             to.copy_from_slice(&tokens[from..][..to.len()]);
@@ -1108,8 +1108,8 @@ mod tests {
         }
     }
 
-    /// What is put aside is weights and moments; of linear layers six numbers more, and room for two
-    /// views of the largest.
+    /// What is put aside is weights and moments; of linear layers six numbers more, and room for
+    /// two views of the largest.
     #[test]
     fn the_plan_of_ramping_is_what_is_put_aside() {
         let engine = Engine::new(EngineOptions { threads: 2, ..Default::default() }).unwrap();

@@ -1,10 +1,10 @@
 //! Q-Ramping (`optim/ramping.rs`): the steps that are made aside before every period, how far they
 //! move weights and what these are rounded to, and that nothing else is left of them.
 //!
-//! The windows of such steps are drawn apart from the run's, by [`Dataset::side_window`], and so are
-//! their random numbers. Formats, learning rate and slow means are those of the step that comes after
-//! them; what the recipe follows of weights does not see them. W is rounded to nearest, whatever the
-//! recipe rounds it by.
+//! The windows of such steps are drawn apart from the run's, by [`Dataset::side_window`], and so
+//! are their random numbers. Formats, learning rate and slow means are those of the step that comes
+//! after them; what the recipe follows of weights does not see them. W is rounded to nearest,
+//! whatever the recipe rounds it by.
 //!
 //! NOTE: a run that was saved where a period begins makes the same steps again when it goes on, so
 //! nothing of them is in a checkpoint.
@@ -121,8 +121,8 @@ impl<B: Backend> Ramping<B> {
 }
 
 impl<B: Backend> Run<B> {
-    /// Makes steps aside, where a period begins, and finds intervals by them; whatever comes of them,
-    /// weights and moments are then as before.
+    /// Makes steps aside, where a period begins, and finds intervals by them; whatever comes of
+    /// them, weights and moments are then as before.
     pub(super) fn begin_period(
         &mut self,
         weights: &mut Weights<B>,

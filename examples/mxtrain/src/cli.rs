@@ -387,8 +387,8 @@ pub(crate) struct OptimizerArgs {
     /// else by AdamW; with ",moments=bf16" or ",moments=int8" behind it, moments take 4 or 2.25 bytes
     /// a parameter in place of 8 (for comparison ",moments=fp8", FP8-LM's 3); with ",master=split"
     /// weights, and with ",gradients=bf16" gradients, take 2 less on a GPU; "adamw,ramping=500"
-    /// updates weights less often that oscillate in 4 bits, as 30 steps aside find before every 500;
-    /// docs/optimizers.md has their other switches
+    /// updates weights less often that oscillate in 4 bits, as 30 steps aside find before every
+    /// 500; docs/optimizers.md has their other switches
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) optimizer: Optimizer,
 

@@ -11,8 +11,9 @@ use crate::optim::ramping::{Update, Weight};
 /// Of two pieces, of less than a warp, and of a whole piece.
 const LENGTHS: [usize; 3] = [5003, 7, 4096];
 
-/// Twelve steps with intervals of all kinds of the first parameter, and none of the others, are those
-/// of the scalar arithmetic to the bit; a trial before each stores nothing and tells the largest.
+/// Twelve steps with intervals of all kinds of the first parameter, and none of the others, are
+/// those of the scalar arithmetic to the bit; a trial before each stores nothing and tells the
+/// largest.
 #[test]
 fn weights_ramp_up_as_defined() {
     let Some(emulator) = Emulator::new("optimize_ramping") else { return };
