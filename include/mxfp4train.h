@@ -416,6 +416,12 @@ typedef struct mxt_generate_options {
   const uint32_t *stop_tokens;
   // Number of stop_tokens. Default 0.
   size_t stop_token_count;
+  // Keeps the tokens that are at least this part as likely as the most likely one. 0 (default)
+  // keeps all.
+  float min_p;
+  // Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
+  // below: above 1 the text repeats itself less. 1 (default) changes nothing.
+  float repetition_penalty;
 } mxt_generate_options;
 
 // How a dataset is opened. Fill it with mxt_dataset_options_init.

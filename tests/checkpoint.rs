@@ -225,8 +225,16 @@ fn bad_options_name_themselves() {
     let options = GenerateOptions::default();
     assert!(generate(&[], options.clone()).unwrap_err().to_string().contains("prompt"));
     assert!(matches!(generate(&[64], options.clone()), Err(Error::TokenRange { .. })));
-    let options = GenerateOptions { temperature: -1.0, ..options };
-    assert!(generate(&[1], options).unwrap_err().to_string().contains("temperature"));
+    let of = |change: fn(&mut GenerateOptions)| {
+        let mut options = options.clone();
+        change(&mut options);
+        generate(&[1], options).unwrap_err().to_string()
+    };
+    assert!(of(|options| options.temperature = -1.0).contains("temperature"));
+    assert!(of(|options| options.top_p = 0.0).contains("top_p"));
+    assert!(of(|options| options.min_p = 1.5).contains("min_p"));
+    assert!(of(|options| options.repetition_penalty = 0.0).contains("repetition_penalty"));
+    assert!(of(|options| options.repetition_penalty = f32::NAN).contains("repetition_penalty"));
     let mut tensor = vec![f32::NAN; 64 * 8];
     let error = model.write_tensor("transformer.wte.weight", &tensor).unwrap_err().to_string();
     assert!(error.contains("element 0 of transformer.wte.weight"), "{error}");

@@ -45,12 +45,19 @@ pub struct mxt_generate_options {
     pub stop_tokens: *const u32,
     /// Number of stop_tokens. Default 0.
     pub stop_token_count: usize,
+    /// Keeps the tokens that are at least this part as likely as the most likely one. 0 (default)
+    /// keeps all.
+    pub min_p: f32,
+    /// Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
+    /// below: above 1 the text repeats itself less. 1 (default) changes nothing.
+    pub repetition_penalty: f32,
 }
 versioned!(
     mxt_generate_options,
     last = user_data: *mut c_void,
     then stop_tokens: *const u32,
-    then stop_token_count: usize
+    then stop_token_count: usize,
+    then repetition_penalty: f32
 );
 
 impl Options for mxt_generate_options {
@@ -67,6 +74,8 @@ impl Options for mxt_generate_options {
             user_data: std::ptr::null_mut(),
             stop_tokens: std::ptr::null(),
             stop_token_count: 0,
+            min_p: options.min_p,
+            repetition_penalty: options.repetition_penalty,
         }
     }
 }
@@ -133,6 +142,8 @@ pub unsafe extern "C" fn mxt_model_generate(
                     temperature: options.temperature,
                     top_k: options.top_k,
                     top_p: options.top_p,
+                    min_p: options.min_p,
+                    repetition_penalty: options.repetition_penalty,
                     seed: options.seed,
                     stop_tokens,
                 },

@@ -467,6 +467,12 @@ struct mxt_generate_options
     stop_tokens::Ptr{UInt32}
     # Number of stop_tokens. Default 0.
     stop_token_count::Csize_t
+    # Keeps the tokens that are at least this part as likely as the most likely one. 0 (default)
+    # keeps all.
+    min_p::Cfloat
+    # Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
+    # below: above 1 the text repeats itself less. 1 (default) changes nothing.
+    repetition_penalty::Cfloat
 end
 
 """

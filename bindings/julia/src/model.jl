@@ -93,8 +93,8 @@ function next_logits(model::Model, tokens::AbstractVector{<:Integer})
 end
 
 """
-    generate(model, prompt; max_tokens = 256, temperature = 0.8, top_k = 0, top_p = 1, seed = 1337,
-             stop_tokens = [])
+    generate(model, prompt; max_tokens = 256, temperature = 0.8, top_k = 0, top_p = 1, min_p = 0,
+             repetition_penalty = 1, seed = 1337, stop_tokens = [])
     generate(f, model, prompt; ...)
 
 A continuation of the tokens of `prompt`, without the prompt, as a `Vector{Int}`.

@@ -682,8 +682,17 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     pub(crate) top_p: f32,
 
+    /// Choose among tokens at least P times as likely as the most likely one; 0 among all
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub(crate) min_p: f32,
+
+    /// Make tokens that the text already has less likely: divides their logits where these are
+    /// above 0 and multiplies them below; 1 changes nothing
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub(crate) repetition_penalty: f32,
+
     /// Always take the most likely token
-    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p"])]
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]
     pub(crate) greedy: bool,
 }
 

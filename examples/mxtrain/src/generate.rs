@@ -41,6 +41,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
             temperature,
             top_k: args.sampling.top_k,
             top_p: args.sampling.top_p,
+            min_p: args.sampling.min_p,
+            repetition_penalty: args.sampling.repetition_penalty,
             seed,
             stop_tokens: stop_tokens.clone(),
         };

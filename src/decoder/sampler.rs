@@ -1,0 +1,402 @@
+//! How the next token is chosen from logits: a race of exponential clocks.
+//!
+//! Token v of weight w_v = e^((logit_v - largest) / temperature) waits for -ln(u_v) / w_v, where u_v
+//! is uniform in (0, 1), and the first one is chosen; that is each of them with the probability
+//! w_v / sum w (the Gumbel trick, Gumbel 1954). u is drawn for (seed, number of the token in the
+//! text, v) and for nothing else. So whoever has similar logits mostly chooses the same token, which
+//! is what drafts are for, and tokens that are cut away change nothing for the others.
+
+use crate::formats::{Draw, Purpose};
+use crate::reserve::{reserve, zeros};
+use crate::{Error, Result};
+
+/// How the next token is chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateOptions {
+    /// Tokens to generate.
+    pub max_tokens: usize,
+    /// Divides the logits; 0 takes the most likely token (greedy).
+    pub temperature: f32,
+    /// Keeps the k most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    /// Keeps the most likely tokens whose probabilities add up to at least p; 1 keeps all.
+    pub top_p: f32,
+    /// Keeps the tokens that are at least this part as likely as the most likely one; 0 keeps all.
+    pub min_p: f32,
+    /// Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
+    /// below (Keskar et al., arXiv 1909.05858): above 1 the text repeats itself less. 1 changes
+    /// nothing.
+    pub repetition_penalty: f32,
+    /// Seed of the draws: the same seed and model give the same tokens.
+    pub seed: u64,
+    /// Tokens that end the text, such as the one that stands between documents. The one that was
+    /// drawn is the last of the result, so that a text that ended differs from one cut off.
+    pub stop_tokens: Vec<u32>,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            max_tokens: 256,
+            temperature: 0.8,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 1337,
+            stop_tokens: Vec::new(),
+        }
+    }
+}
+
+impl GenerateOptions {
+    pub(super) fn validate(&self, vocab_size: usize) -> Result<()> {
+        let number = |what, value: f32, is_allowed, range| {
+            if is_allowed {
+                return Ok(());
+            }
+            Err(Error::invalid(what, format!("expected a number {range}, got {value}")))
+        };
+        let Self { temperature, top_p, min_p, repetition_penalty: penalty, .. } = *self;
+        let is_finite = temperature >= 0.0 && temperature.is_finite();
+        number("temperature", temperature, is_finite, "of at least 0")?;
+        number("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and up to 1")?;
+        number("min_p", min_p, (0.0..=1.0).contains(&min_p), "from 0 to 1")?;
+        let divides = penalty >= f32::MIN_POSITIVE && penalty.is_finite();
+        number("repetition_penalty", penalty, divides, "above 0 (1 changes nothing)")?;
+        if let Some(token) = self.stop_tokens.iter().find(|token| **token as usize >= vocab_size) {
+            let message = format!(
+                "token {token} is outside the vocabulary of {vocab_size} and would never come"
+            );
+            return Err(Error::invalid("stop_tokens", message));
+        }
+        Ok(())
+    }
+}
+
+/// A token and its weight.
+type Weighted = (u32, f64);
+
+/// Chooses tokens from logits.
+pub(super) struct Sampler<'a> {
+    options: &'a GenerateOptions,
+    draw: Draw,
+    pub(super) logits: Vec<f32>,
+    /// Room for all tokens.
+    ranked: Vec<Weighted>,
+    /// Whether the text has a token, and all that it has; not kept where nothing is changed by it.
+    is_seen: Vec<bool>,
+    seen: Vec<u32>,
+}
+
+impl<'a> Sampler<'a> {
+    pub(super) fn new(options: &'a GenerateOptions, vocab_size: usize) -> Result<Self> {
+        let (mut ranked, mut seen) = (Vec::new(), Vec::new());
+        reserve(&mut ranked, "a ranking of the tokens", vocab_size)?;
+        let vocab = if options.repetition_penalty == 1.0 { 0 } else { vocab_size };
+        reserve(&mut seen, "the tokens of the text", vocab)?;
+        Ok(Self {
+            options,
+            draw: Draw::of(options.seed, Purpose::Sampling, 0, 0),
+            logits: zeros("the logits", vocab_size)?,
+            ranked,
+            is_seen: zeros("the tokens of the text", vocab)?,
+            seen,
+        })
+    }
+
+    /// The text has this token from here on.
+    pub(super) fn note(&mut self, token: u32) {
+        if let Some(is_seen) = self.is_seen.get_mut(token as usize)
+            && !std::mem::replace(is_seen, true)
+        {
+            self.seen.push(token);
+        }
+    }
+
+    /// Token number `index` of a text, from `self.logits`, which penalties change.
+    pub(super) fn choose(&mut self, index: u32) -> Result<u32> {
+        let GenerateOptions { temperature, top_k, top_p, repetition_penalty, .. } = *self.options;
+        if let Some(value) = self.logits.iter().find(|v| !v.is_finite()) {
+            return Err(Error::NotFinite { what: "a logit".into(), value: *value });
+        }
+        for token in &self.seen {
+            let logit = &mut self.logits[*token as usize];
+            let penalized = if *logit > 0.0 {
+                *logit / repetition_penalty
+            } else {
+                *logit * repetition_penalty
+            };
+            // A small penalty may make a logit infinite.
+            *logit = penalized.clamp(f32::MIN, f32::MAX);
+        }
+        let by_logit = self.logits.iter().enumerate();
+        // Of equal logits, the token of the lower number is the more likely one.
+        let (best, most) = by_logit
+            .fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best });
+        if temperature == 0.0 {
+            return Ok(best as u32);
+        }
+        let weight = |(token, logit): (usize, &f32)| {
+            let below = f64::from(*logit) - f64::from(most);
+            (token as u32, (below / f64::from(temperature)).exp())
+        };
+        let weights = self.logits.iter().enumerate().map(weight);
+        let mut race = Race::of(self.draw, index, f64::from(self.options.min_p));
+        if top_k == 0 && top_p == 1.0 {
+            weights.for_each(|one| race.enter(one));
+        } else {
+            self.ranked.clear();
+            self.ranked.extend(weights);
+            let kept = keep(&mut self.ranked, top_k, f64::from(top_p));
+            self.ranked[..kept].iter().for_each(|one| race.enter(*one));
+        }
+        // The most likely one waits for a finite time.
+        Ok(race.first)
+    }
+}
+
+/// Most likely first; of equals the lower number, so that no two are equal.
+fn by_rank(a: &Weighted, b: &Weighted) -> std::cmp::Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// Moves the `top_k` most likely tokens (0 for all), and of these the most likely whose weights are
+/// at least `top_p` of theirs, to the front, and returns how many they are.
+///
+/// NOTE: a vocabulary of 50,257 takes two milliseconds to sort, which is longer than reading the
+/// weights of 124 million parameters in 4 bits. What is kept is mostly short, so that it is looked
+/// for in pieces that grow.
+fn keep(all: &mut [Weighted], top_k: usize, top_p: f64) -> usize {
+    let mut kept = all.len();
+    if (1..kept).contains(&top_k) {
+        all.select_nth_unstable_by(top_k - 1, by_rank);
+        kept = top_k;
+    }
+    if top_p == 1.0 {
+        return kept;
+    }
+    // The order of a sum is to be that of the tokens, whatever the selection leaves.
+    if kept < all.len() {
+        all[..kept].sort_unstable_by_key(|(token, _)| *token);
+    }
+    let nucleus = top_p * all[..kept].iter().map(|(_, weight)| weight).sum::<f64>();
+    let (mut sum, mut ranked, mut piece) = (0.0, 0, 64);
+    while ranked < kept {
+        let left = &mut all[ranked..kept];
+        if piece < left.len() {
+            left.select_nth_unstable_by(piece - 1, by_rank);
+        }
+        let left_len = left.len();
+        let of_piece = &mut left[..piece.min(left_len)];
+        of_piece.sort_unstable_by(by_rank);
+        for (_, weight) in of_piece.iter() {
+            sum += weight;
+            ranked += 1;
+            if sum >= nucleus {
+                return ranked;
+            }
+        }
+        piece *= 4;
+    }
+    kept
+}
+
+/// A race between tokens that are entered one by one.
+struct Race {
+    draw: Draw,
+    index: u32,
+    least: f64,
+    first: u32,
+    time: f64,
+    /// The last call of the generator, which has the numbers of two tokens.
+    pair: (u32, [u32; 4]),
+}
+
+impl Race {
+    /// For token number `index` of a text, between those of at least `least`.
+    fn of(draw: Draw, index: u32, least: f64) -> Self {
+        let pair = (0, draw.bits(index, 0));
+        Self { draw, index, least, first: 0, time: f64::INFINITY, pair }
+    }
+
+    fn enter(&mut self, (token, weight): Weighted) {
+        if weight < self.least {
+            return;
+        }
+        let u = self.uniform(token);
+        // -ln(u) is at least 1 - u, so that few logarithms are taken.
+        if 1.0 - u >= self.time * weight {
+            return;
+        }
+        let time = -u.ln() / weight;
+        if time < self.time || (time == self.time && token < self.first) {
+            (self.first, self.time) = (token, time);
+        }
+    }
+
+    /// (k + 1/2) / 2^52 of 52 random bits k, which is neither 0 nor 1.
+    fn uniform(&mut self, token: u32) -> f64 {
+        if self.pair.0 != token / 2 {
+            self.pair = (token / 2, self.draw.bits(self.index, token / 2));
+        }
+        let [a, b, c, d] = self.pair.1;
+        let [high, low] = if token.is_multiple_of(2) { [a, b] } else { [c, d] };
+        let bits = (u64::from(high) << 32 | u64::from(low)) >> 12;
+        (bits as f64 + 0.5) / (1u64 << 52) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(options: &GenerateOptions, logits: &[f32], draws: u32) -> Vec<u32> {
+        let mut sampler = Sampler::new(options, logits.len()).unwrap();
+        let mut counts = vec![0; logits.len()];
+        for i in 0..draws {
+            sampler.logits.copy_from_slice(logits);
+            counts[sampler.choose(i).unwrap() as usize] += 1;
+        }
+        counts
+    }
+
+    /// Logits that a generator gives, some of them alike.
+    fn logits(len: usize, seed: u64) -> Vec<f32> {
+        let draw = Draw::of(seed, Purpose::Host, 0, 0);
+        (0..len as u32).map(|i| (draw.bits(i, 0)[0] % 1000) as f32 / 80.0 - 6.0).collect()
+    }
+
+    #[test]
+    fn draws_follow_the_softmax() {
+        let options = GenerateOptions { temperature: 2.0, ..GenerateOptions::default() };
+        let logits = [0.0f32, 2.0, 4.0, -1.0, 2.0];
+        let counts = counts(&options, &logits, 20_000);
+        let weights: Vec<f64> = logits.iter().map(|l| (f64::from(*l) / 2.0).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        let chi_square: f64 = std::iter::zip(&counts, &weights)
+            .map(|(count, weight)| {
+                let expected = 20_000.0 * weight / total;
+                (f64::from(*count) - expected).powi(2) / expected
+            })
+            .sum();
+        // 18.5 is passed by one in a thousand.
+        assert!(chi_square < 18.5, "{chi_square}, {counts:?}");
+    }
+
+    /// The race that skips nothing, among tokens that a whole sort keeps.
+    #[test]
+    fn what_is_spared_changes_nothing() {
+        for (seed, top_k, top_p, min_p) in [
+            (1, 0, 1.0f32, 0.0f32),
+            (2, 0, 0.9, 0.0),
+            (3, 300, 1.0, 0.0),
+            (4, 700, 0.99, 0.001),
+            (5, 0, 1.0, 0.05),
+            (6, 1, 0.5, 1.0),
+            (7, 5000, 0.999, 0.0),
+        ] {
+            let options = GenerateOptions {
+                temperature: 1.5,
+                top_k,
+                top_p,
+                min_p,
+                seed,
+                ..GenerateOptions::default()
+            };
+            let mut sampler = Sampler::new(&options, 1001).unwrap();
+            for index in 0..40 {
+                let logits = logits(1001, 1000 * seed + u64::from(index));
+                let most = logits.iter().fold(f32::MIN, |most, v| most.max(*v));
+                let weight = |logit: &f32| ((f64::from(*logit) - f64::from(most)) / 1.5).exp();
+                let mut all: Vec<_> =
+                    (0u32..).zip(&logits).map(|(token, logit)| (token, weight(logit))).collect();
+                all.sort_by(|a, b| b.1.total_cmp(&a.1));
+                if top_k > 0 {
+                    all.truncate(top_k);
+                }
+                let total: f64 = all.iter().map(|one| one.1).sum();
+                let mut sum = 0.0;
+                let kept = all.iter().take_while(|(_, weight)| {
+                    let is_kept = sum < f64::from(top_p) * total;
+                    sum += weight;
+                    is_kept
+                });
+                let times = kept.filter(|one| one.1 >= f64::from(min_p)).map(|(token, weight)| {
+                    let words = Draw::of(seed, Purpose::Sampling, 0, 0).bits(index, token / 2);
+                    let [high, low] = [0, 1].map(|i| words[2 * (*token % 2) as usize + i]);
+                    let bits = u64::from(high) << 20 | u64::from(low) >> 12;
+                    (-((bits as f64 + 0.5) * 2f64.powi(-52)).ln() / weight, *token)
+                });
+                let first = times.min_by(|a, b| a.partial_cmp(b).unwrap()).unwrap();
+                sampler.logits.copy_from_slice(&logits);
+                assert_eq!(sampler.choose(index).unwrap(), first.1, "{options:?}, {index}");
+            }
+        }
+    }
+
+    /// Two distributions on the same clocks agree as often as the rule says that they do: the sum
+    /// over i of 1 / sum_j max(p_j / p_i, q_j / q_i).
+    #[test]
+    fn similar_logits_mostly_choose_the_same_token() {
+        let options = GenerateOptions { temperature: 1.0, ..GenerateOptions::default() };
+        let [p, q] = [[0.5f32, 0.3, 0.2], [0.3, 0.6, 0.1]];
+        let mut sampler = Sampler::new(&options, 3).unwrap();
+        let mut choose = |of: &[f32; 3], index| {
+            sampler.logits.copy_from_slice(&of.map(f32::ln));
+            sampler.choose(index).unwrap()
+        };
+        let alike = (0..40_000).filter(|i| choose(&p, *i) == choose(&q, *i)).count();
+        // 0.69412, and three standard deviations.
+        assert!((alike as f64 / 40_000.0 - 0.69412).abs() < 0.007, "{alike}");
+    }
+
+    #[test]
+    fn greedy_and_cuts_leave_the_tail_out() {
+        let logits = [1.0f32, 3.0, 2.0, 3.0];
+        let base = GenerateOptions { temperature: 1.0, ..GenerateOptions::default() };
+        let greedy = GenerateOptions { temperature: 0.0, ..base.clone() };
+        assert_eq!(counts(&greedy, &logits, 10), [0, 10, 0, 0]);
+        let top_k = GenerateOptions { top_k: 2, ..base.clone() };
+        let seen = counts(&top_k, &logits, 200);
+        assert!(seen[0] == 0 && seen[2] == 0 && seen[1] > 0 && seen[3] > 0);
+        // The two likeliest have 0.40 each: 0.5 needs both, 0.35 only the first.
+        let top_p = |top_p| GenerateOptions { top_p, ..base.clone() };
+        let seen = counts(&top_p(0.5), &logits, 200);
+        assert!(seen[0] == 0 && seen[2] == 0 && seen[1] > 0 && seen[3] > 0);
+        assert_eq!(counts(&top_p(0.35), &logits, 10), [0, 10, 0, 0]);
+        // The third is 0.37 times as likely as the first, the last 0.14 times.
+        let seen = counts(&GenerateOptions { min_p: 0.3, ..base.clone() }, &logits, 200);
+        assert!(seen[0] == 0 && seen[1] > 0 && seen[2] > 0 && seen[3] > 0);
+        let seen = counts(&GenerateOptions { min_p: 1.0, ..base }, &logits, 200);
+        assert!(seen[0] == 0 && seen[1] > 0 && seen[2] == 0 && seen[3] > 0);
+    }
+
+    #[test]
+    fn what_the_text_has_is_penalized_once() {
+        let options = GenerateOptions {
+            temperature: 0.0,
+            repetition_penalty: 1.5,
+            ..GenerateOptions::default()
+        };
+        let mut sampler = Sampler::new(&options, 4).unwrap();
+        let mut choose = |noted: &[u32], logits: [f32; 4]| {
+            noted.iter().for_each(|token| sampler.note(*token));
+            sampler.logits.copy_from_slice(&logits);
+            (sampler.choose(0).unwrap(), sampler.logits.clone())
+        };
+        assert_eq!(choose(&[], [3.0, 2.5, 1.0, -1.0]).0, 0);
+        assert_eq!(choose(&[0, 0, 3], [3.0, 2.5, 1.0, -1.0]), (1, vec![2.0, 2.5, 1.0, -1.5]));
+        assert_eq!(choose(&[1], [-3.0, -2.0, -2.5, -2.25]), (2, vec![-4.5, -3.0, -2.5, -3.375]));
+        // Where it would not be finite, it is the largest number that is.
+        assert_eq!(choose(&[], [-3e38, -3e38, -3e38, -3e38]).0, 2);
+    }
+
+    #[test]
+    fn a_broken_model_is_an_error() {
+        let options = GenerateOptions::default();
+        let mut sampler = Sampler::new(&options, 2).unwrap();
+        sampler.logits[1] = f32::NAN;
+        assert!(matches!(sampler.choose(0), Err(Error::NotFinite { .. })));
+    }
+}
