@@ -57,6 +57,8 @@ pub(crate) struct Weights<B: Backend> {
     pub(crate) master: Master,
     /// How often that has changed, and with it where they lie.
     pub(crate) moves: u64,
+    /// How often they have been locked, and may have been changed.
+    pub(crate) changes: u64,
 }
 
 impl Model {
@@ -276,13 +278,15 @@ impl<B: Backend> OnDevice<B> {
         let (arena, count) = (&mut backend.arena(Some(bytes as usize))?, table.slots().len());
         let all = backend.weights(arena, table.len(), count, Master::F32);
         let (largest, master) = (f64::INFINITY, Master::F32);
-        let weights = RwLock::new(Weights { all, largest, master, moves: 0 });
+        let weights = RwLock::new(Weights { all, largest, master, moves: 0, changes: 0 });
         Ok(Arc::new(Self { backend: backend.clone(), table, weights }))
     }
 
-    /// The weights, for as long as the guard lives.
+    /// The weights, to be changed for as long as the guard lives.
     pub(crate) fn lock(&self) -> Result<RwLockWriteGuard<'_, Weights<B>>> {
-        self.weights.write().map_err(|_| Error::Poisoned)
+        let mut weights = self.weights.write().map_err(|_| Error::Poisoned)?;
+        weights.changes += 1;
+        Ok(weights)
     }
 
     /// The weights, for as long as the guard lives, which others may read as well.

@@ -19,6 +19,7 @@ mod attend;
 mod conformance;
 pub mod cpu;
 pub(crate) mod cuda;
+mod decode;
 mod embed;
 mod follow;
 mod gradients;
@@ -35,6 +36,7 @@ mod stream;
 
 pub use crate::optim::{Largest, OptimizerStep, StepSums, UpdateSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};
+pub use decode::Decode;
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use follow::{Follow, Track, Values, View, Viewed};
 pub use gradients::FlatGradients;

@@ -1,19 +1,23 @@
-//! Sampling from a model, one token after the other.
+//! Text from a model: what comes next, token by token.
+//!
+//! On a processor keys and values of a sequence are kept, so that a token takes one row of products;
+//! a GPU computes the whole sequence again.
 
+mod cached;
+mod recomputing;
 mod sampler;
 
-use std::sync::Arc;
+use std::fmt;
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::backend::{Backend, Device, Sequences, StepPlan, WorkspaceShape, on_device};
-use crate::formats::LinearRecipe;
-use crate::gpt::{Activations, ModelConfig, Pass, Shapes};
-use crate::model::{Model, OnDevice};
-use crate::optim::Master;
-use crate::recipe::Recipe;
+use crate::backend::{Device, on_device};
+use crate::gpt::ModelConfig;
+use crate::model::Model;
 use crate::reserve::{push, reserve};
 use crate::{Error, Result};
+use cached::Cached;
+use recomputing::Recomputing;
 pub use sampler::GenerateOptions;
 use sampler::Sampler;
 
@@ -42,21 +46,21 @@ impl Model {
         let mut sampler = Sampler::new(options, config.vocab_size)?;
         prompt.iter().for_each(|token| sampler.note(*token));
         // What is further back than the context is never looked at.
-        let prompt = &prompt[prompt.len().saturating_sub(longest)..];
+        decoder.push(&prompt[prompt.len().saturating_sub(longest)..])?;
         let mut tokens = Vec::new();
-        reserve(&mut tokens, TOKENS, prompt.len())?;
-        tokens.extend_from_slice(prompt);
         for drawn in 0..options.max_tokens {
-            let context = &tokens[tokens.len().saturating_sub(longest)..];
-            decoder.next_logits(self, context, &mut sampler.logits)?;
+            decoder.logits(&mut sampler.logits)?;
             let token = sampler.choose(drawn as u32)?;
             sampler.note(token);
             push(&mut tokens, TOKENS, token)?;
             if !on_token(token) || options.stop_tokens.contains(&token) {
                 break;
             }
+            if decoder.len() == longest {
+                decoder.drop_first();
+            }
+            decoder.push(&[token])?;
         }
-        tokens.drain(..prompt.len());
         Ok(tokens)
     }
 
@@ -66,14 +70,12 @@ impl Model {
     /// # Errors
     /// As [`Model::generate`]; [`Error::InvalidArgument`] if `out` has another length.
     pub fn next_logits(&self, tokens: &[u32], out: &mut [f32]) -> Result<()> {
-        let ModelConfig { vocab_size, context_length, .. } = *self.config();
         self.check_prompt(tokens)?;
-        if out.len() != vocab_size {
-            let message = format!("expected room for {vocab_size} numbers, got {}", out.len());
-            return Err(Error::invalid("logits", message));
-        }
-        let context = &tokens[tokens.len().saturating_sub(context_length)..];
-        Decoder::new(self, context.len())?.next_logits(self, context, out)
+        check_logits(out, self.config())?;
+        let context = &tokens[tokens.len().saturating_sub(self.config().context_length)..];
+        on_device!(self.on_device(), on => {
+            Recomputing::new(self, on, context.len())?.next_logits(self, context, out)
+        })
     }
 
     fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
@@ -82,131 +84,153 @@ impl Model {
             let message = "expected at least one token to continue from, got none";
             return Err(Error::invalid("prompt", message));
         }
-        match prompt.iter().position(|token| *token as usize >= vocab_size) {
-            Some(offset) => Err(Error::TokenRange {
-                source_name: "the prompt".into(),
-                offset: offset as u64,
-                token: prompt[offset].into(),
-                vocab_size,
-            }),
-            None => Ok(()),
-        }
+        check_tokens("the prompt", prompt, vocab_size)
     }
 }
 
-/// Computes logits, where the model is.
-struct Decoder(Device<DecoderOn<Cpu>, DecoderOn<Cuda>>);
-
-/// A model and memory for forward passes over one sequence.
-struct DecoderOn<B: Backend> {
-    model: Arc<OnDevice<B>>,
-    activations: Activations<B>,
-    workspace: B::Workspace,
-    tokens: B::Tokens,
-    logits: B::F32,
-    plan: StepPlan,
-    /// What the weights are kept as: where they are split, it computes with their copies.
-    master: Master,
-    longest: usize,
+/// A text that grows: tokens in, the logits of what comes next out.
+///
+/// Logits are those of [`Model::next_logits`] of all its tokens, bit for bit, however these came. A
+/// decoder follows its model: where weights have been changed, by a trainer or by
+/// [`Model::write_tensor`], the next logits are those of the new ones.
+pub struct Decoder {
+    on_device: Device<Cached<Cpu>, Recomputing<Cuda>>,
+    model: Model,
+    tokens: Vec<u32>,
+    room: usize,
 }
 
 impl Decoder {
-    fn new(model: &Model, longest: usize) -> Result<Self> {
-        Ok(Self(match model.on_device() {
-            Device::Cpu(on) => Device::Cpu(DecoderOn::new(model, on, longest)?),
-            Device::Cuda(on) => Device::Cuda(DecoderOn::new(model, on, longest)?),
-        }))
+    /// An empty text of `model`, with room for `room` tokens; all its memory is allocated here.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] unless `room` is from 1 to the model's context,
+    /// [`Error::OutOfMemory`].
+    pub fn new(model: &Model, room: usize) -> Result<Self> {
+        let context = model.config().context_length;
+        if !(1..=context).contains(&room) {
+            let message = format!("expected from 1 to {context} tokens, the context; got {room}");
+            return Err(Error::invalid("room", message));
+        }
+        let on_device = match model.on_device() {
+            Device::Cpu(on) => Device::Cpu(Cached::new(model, on, room)?),
+            Device::Cuda(on) => Device::Cuda(Recomputing::new(model, on, room)?),
+        };
+        let mut tokens = Vec::new();
+        reserve(&mut tokens, TOKENS, room)?;
+        Ok(Self { on_device, model: model.clone(), tokens, room })
     }
 
-    /// Logits of the token after `context`.
-    fn next_logits(&mut self, model: &Model, context: &[u32], out: &mut [f32]) -> Result<()> {
-        on_device!(&mut self.0, on => on.next_logits(model, context, out))
+    /// Appends tokens. They are computed when logits are asked for.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] where they are more than there is room for and
+    /// [`Error::TokenRange`]; the text is then as before.
+    pub fn push(&mut self, tokens: &[u32]) -> Result<()> {
+        let vocab_size = self.model.config().vocab_size;
+        let left = self.room - self.tokens.len();
+        if tokens.len() > left {
+            let message = format!(
+                "expected at most {left}, for which there is room; got {}; rewind, or make a decoder \
+                 with more room",
+                tokens.len()
+            );
+            return Err(Error::invalid("tokens", message));
+        }
+        check_tokens("pushed tokens", tokens, vocab_size)?;
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    /// Writes the logits (V) of the token after the last one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an empty text or if `out` has another length, and what the
+    /// device says.
+    pub fn logits(&mut self, out: &mut [f32]) -> Result<()> {
+        let Self { on_device, model, tokens, .. } = self;
+        if tokens.is_empty() {
+            let message = "expected at least one token before logits are asked for, got none";
+            return Err(Error::invalid("tokens", message));
+        }
+        check_logits(out, model.config())?;
+        on_device!(on_device, on => on.next_logits(model, tokens, out))
+    }
+
+    /// Takes the tokens from number `len` on out again; without memory of them, others can follow.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] where there are fewer.
+    pub fn rewind(&mut self, len: usize) -> Result<()> {
+        let count = self.tokens.len();
+        if len > count {
+            let message = format!("expected at most {count}, the tokens that there are; got {len}");
+            return Err(Error::invalid("len", message));
+        }
+        self.tokens.truncate(len);
+        if let Device::Cpu(on) = &mut self.on_device {
+            on.rewind(len);
+        }
+        Ok(())
+    }
+
+    /// The text so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Number of its tokens.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Tokens that it has room for in all.
+    pub fn room(&self) -> usize {
+        self.room
+    }
+
+    /// Takes the oldest token out: all others move, so that everything is computed again.
+    fn drop_first(&mut self) {
+        self.tokens.remove(0);
+        if let Device::Cpu(on) = &mut self.on_device {
+            on.rewind(0);
+        }
     }
 }
 
-impl<B: Backend> DecoderOn<B> {
-    fn new(model: &Model, on: &Arc<OnDevice<B>>, longest: usize) -> Result<Self> {
-        let master = on.read()?.master;
-        Self::for_master(model, on, longest, master)
+impl fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, tokens, room, .. } = self;
+        f.debug_struct("Decoder")
+            .field("model", model)
+            .field("tokens", tokens)
+            .field("room", room)
+            .finish_non_exhaustive()
     }
+}
 
-    fn for_master(
-        model: &Model,
-        on: &Arc<OnDevice<B>>,
-        longest: usize,
-        master: Master,
-    ) -> Result<Self> {
-        let (backend, config) = (&*on.backend, model.config());
-        let mut measuring = backend.arena(None)?;
-        Self::cut(on, &mut measuring, config, longest, master)?;
-        let bytes = backend.arena_used(&measuring);
-        model.engine().check_memory("generating", bytes as u64, bytes as u64)?;
-        Self::cut(on, &mut backend.arena(Some(bytes))?, config, longest, master)
+fn check_tokens(source_name: &str, tokens: &[u32], vocab_size: usize) -> Result<()> {
+    match tokens.iter().position(|token| *token as usize >= vocab_size) {
+        Some(offset) => Err(Error::TokenRange {
+            source_name: source_name.into(),
+            offset: offset as u64,
+            token: tokens[offset].into(),
+            vocab_size,
+        }),
+        None => Ok(()),
     }
+}
 
-    fn next_logits(&mut self, model: &Model, context: &[u32], out: &mut [f32]) -> Result<()> {
-        let (on, config) = (Arc::clone(&self.model), model.config());
-        let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
-        if weights.master != self.master {
-            *self = Self::for_master(model, &on, self.longest, weights.master)?;
-        }
-        let weights = &weights.all;
-        let sequences = Sequences { batch: 1, length: context.len() };
-        let Self { activations, workspace, tokens, logits, plan, .. } = self;
-        backend.scope(|| {
-            backend.write_tokens(tokens, context.len(), |to| to.copy_from_slice(context));
-            let (backend, means, merge) = (&**backend, None, None);
-            let mut pass = Pass {
-                backend,
-                config,
-                table,
-                weights,
-                means,
-                trains: false,
-                merge,
-                workspace,
-                sequences,
-                plan,
-            };
-            pass.forward(activations, tokens);
-            pass.logits(activations, context.len() - 1, logits);
-        });
-        backend.read_f32(logits, 0, out)
+fn check_logits(out: &[f32], config: &ModelConfig) -> Result<()> {
+    let vocab_size = config.vocab_size;
+    if out.len() != vocab_size {
+        let message = format!("expected room for {vocab_size} numbers, got {}", out.len());
+        return Err(Error::invalid("logits", message));
     }
-
-    fn cut(
-        model: &Arc<OnDevice<B>>,
-        arena: &mut B::Arena,
-        config: &ModelConfig,
-        longest: usize,
-        master: Master,
-    ) -> Result<Self> {
-        let (recipe, linear) = match master {
-            Master::F32 => (Recipe::fp32(), LinearRecipe::F32),
-            Master::Split => (Recipe::bf16(), LinearRecipe::BF16),
-        };
-        let precision = recipe.precision();
-        let (backend, sequences) = (&*model.backend, Sequences { batch: 1, length: longest });
-        let shapes = Shapes { config, sequences, precision };
-        let shape = WorkspaceShape {
-            linears: &shapes.linears(),
-            norm: shapes.norm(),
-            attention: shapes.attention(0),
-            head: shapes.head(),
-            recipes: &[linear],
-            merge: None,
-            backward: false,
-        };
-        backend.supports(&shape)?;
-        Ok(Self {
-            model: model.clone(),
-            activations: Activations::new(backend, arena, shapes, None)?,
-            workspace: backend.workspace(arena, &shape),
-            tokens: backend.tokens(arena, longest, false)?,
-            logits: backend.f32(arena, config.vocab_size),
-            plan: recipe.step_plan(config.layers)?,
-            master,
-            longest,
-        })
-    }
+    Ok(())
 }

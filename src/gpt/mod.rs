@@ -8,6 +8,7 @@
 
 mod activations;
 mod config;
+mod decode;
 mod init;
 mod params;
 mod pass;
@@ -18,6 +19,7 @@ mod token_drop;
 
 pub(crate) use activations::{ActivationGradients, Activations, ForBackward};
 pub use config::{Activation, ModelConfig};
+pub(crate) use decode::Past;
 pub(crate) use init::initialize;
 pub use params::TensorInfo;
 pub(crate) use params::{HEAD, Matrix, ParamSpec, ParamTable, WTE};

@@ -123,7 +123,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     ///
     /// NOTE: where a block follows that drops tokens, that norm is in vain, for it takes its own of
     /// the kept rows: once in a pass, which a sum alone would spare as one more operation.
-    fn end(&mut self, acts: &mut Activations<B>, l: usize) {
+    pub(super) fn end(&mut self, acts: &mut Activations<B>, l: usize) {
         let (norm, out, statistics) = match self.table.blocks.get(l + 1) {
             Some(block) => {
                 (block.ln_1, &mut acts.ln_1[l + 1], acts.ln_1_statistics[l + 1].as_mut())
@@ -165,7 +165,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     }
 
     /// The norm of a block's input.
-    fn ln_1(&mut self, acts: &mut Activations<B>, l: usize) {
+    pub(super) fn ln_1(&mut self, acts: &mut Activations<B>, l: usize) {
         let (out, statistics) = (&mut acts.ln_1[l], acts.ln_1_statistics[l].as_mut());
         let x = self.input(&acts.residual, &acts.dropping, l);
         self.norm(out, statistics, x, self.table.blocks[l].ln_1, self.shapes_of(l).norm());
@@ -343,7 +343,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.backend.logits(self.workspace, out, &acts.ln_f, row, head, shape);
     }
 
-    fn param(&self, slot: Slot) -> B::Param<'a> {
+    pub(super) fn param(&self, slot: Slot) -> B::Param<'a> {
         self.backend.param(self.weights, slot)
     }
 
@@ -351,7 +351,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         NormParams { w: self.param(norm.w), b: self.param(norm.b) }
     }
 
-    fn recipe(&self, block: usize, layer: Linear) -> &'a LinearRecipe {
+    pub(super) fn recipe(&self, block: usize, layer: Linear) -> &'a LinearRecipe {
         &self.plan.layers[block][layer.number as usize]
     }
 
@@ -362,7 +362,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     }
 
     /// Of all rows.
-    fn shapes(&self) -> Shapes<'a> {
+    pub(super) fn shapes(&self) -> Shapes<'a> {
         let (sequences, precision) = (self.sequences, self.plan.precision);
         Shapes { config: self.config, sequences, precision }
     }
@@ -400,7 +400,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.backend.layernorm_forward(out, statistics, x, params, shape);
     }
 
-    fn add_norm(
+    pub(super) fn add_norm(
         &self,
         out: &mut B::Tensor,
         statistics: NormStatistics<&mut B::F32>,

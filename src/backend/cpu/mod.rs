@@ -7,6 +7,7 @@ mod arena;
 mod attend;
 #[cfg(test)]
 mod conformance;
+mod decode;
 mod disjoint;
 mod embed;
 mod follow;

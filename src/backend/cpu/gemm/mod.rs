@@ -25,7 +25,7 @@ pub(super) use kernels::{
     Panels, Strided, TILE_COLS, TILE_ROWS, TileOutput, bf16_tile, strided_tile,
 };
 pub use pack::{Conversion, Matrix, PackedMut, Quantization, pack};
-pub(super) use pack::{PackMemory, PackSize, pack_bf16, pack_f32, pack_in};
+pub(super) use pack::{Layout, PackMemory, PackSize, pack_bf16, pack_f32, pack_in};
 
 #[cfg(test)]
 pub(super) use pack::{unpack_mxfp4, unpack_tiles};

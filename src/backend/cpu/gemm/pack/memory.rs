@@ -1,7 +1,7 @@
 //! Memory that operands are packed into, and how much of it they take.
 
 use crate::backend::cpu::arena::{Arena, Buffer};
-use crate::backend::cpu::gemm::{BLOCK_STEPS, Format, PANEL, Packing};
+use crate::backend::cpu::gemm::{BLOCK_STEPS, Format, PANEL, Packed, Packing};
 use crate::backend::cpu::isa::Isa;
 
 /// Memory that an operand is packed into; slices may be longer than needed.
@@ -62,6 +62,22 @@ impl PackMemory {
         }
     }
 
+    /// The operand that was packed into it.
+    pub(in crate::backend::cpu) fn packed(&self, layout: Layout) -> Packed<'_> {
+        let Layout { format, packing, rows, steps, blocks, scale_bytes } = layout;
+        let panels = rows.div_ceil(PANEL);
+        Packed {
+            format,
+            packing,
+            rows,
+            steps,
+            words: &self.words[..panels * steps * PANEL],
+            scales: &self.scales[..blocks],
+            sums: &self.sums[..blocks],
+            scale_bytes,
+        }
+    }
+
     /// Where these sums go, for who makes them otherwise; there may be more places than vectors.
     pub(in crate::backend::cpu) fn vector_sums_mut(&mut self) -> &mut [f32] {
         &mut self.vector_sums
@@ -70,6 +86,25 @@ impl PackMemory {
     /// The sums that packing with [`PackMemory::with_vector_sums`] left.
     pub(in crate::backend::cpu) fn vector_sums(&self) -> &[f32] {
         &self.vector_sums
+    }
+}
+
+/// What there is to know of an operand that stays packed, besides where it is.
+#[derive(Clone, Copy)]
+pub(in crate::backend::cpu) struct Layout {
+    format: Format,
+    packing: Packing,
+    rows: usize,
+    steps: usize,
+    blocks: usize,
+    scale_bytes: (u32, u32),
+}
+
+impl Packed<'_> {
+    /// What [`PackMemory::packed`] is told.
+    pub(in crate::backend::cpu) fn layout(&self) -> Layout {
+        let Self { format, packing, rows, steps, scales, scale_bytes, .. } = *self;
+        Layout { format, packing, rows, steps, blocks: scales.len(), scale_bytes }
     }
 }
 

@@ -16,7 +16,7 @@ use crate::backend::cpu::disjoint::DisjointSlice;
 use crate::backend::cpu::lanes::Lanes;
 use crate::formats::round_to_e4m3;
 pub use memory::PackedMut;
-pub(in crate::backend::cpu) use memory::{PackMemory, PackSize};
+pub(in crate::backend::cpu) use memory::{Layout, PackMemory, PackSize};
 pub(super) use mxfp4::ONE;
 pub use mxfp4::Quantization;
 use mxfp4::{ScaleRange, mxfp4_strip};

@@ -1,0 +1,86 @@
+//! A few rows behind those whose keys and values are kept. Products are those of whole sequences,
+//! with weights that are packed once: every element is summed in the same order, so that a row has
+//! the bits that it has among others.
+
+use super::arena::Arena;
+use super::attend;
+use super::gemm::{Conversion, Layout, Matrix, Output, PackMemory, PackSize, Role, pack};
+use super::workspace::Workspace;
+use super::{Buffer, Cpu};
+use crate::backend::{
+    AttentionShape, Decode, Epilogue, Linear, LinearForward, LinearShape, Precision,
+};
+use crate::formats::LinearRecipe;
+
+/// A weight, in panels or tiles.
+pub struct PackedWeight {
+    memory: PackMemory,
+    layout: Option<Layout>,
+}
+
+fn conversion(recipe: &LinearRecipe) -> Conversion<'static> {
+    Conversion::to(Precision::of(recipe.forward()))
+}
+
+impl Decode for Cpu {
+    type Packed = PackedWeight;
+
+    fn packed(&self, arena: &mut Arena, shape: LinearShape, recipe: &LinearRecipe) -> PackedWeight {
+        let LinearShape { inputs, outputs, .. } = shape;
+        let mut size = PackSize::default();
+        size.add(self.isa(), [outputs, inputs], conversion(recipe).format(), 1);
+        PackedWeight { memory: PackMemory::new(arena, size), layout: None }
+    }
+
+    fn pack_weight(
+        &self,
+        packed: &mut PackedWeight,
+        w: &[f32],
+        LinearShape { inputs, outputs, .. }: LinearShape,
+        recipe: &LinearRecipe,
+    ) {
+        let w = Matrix::rows_by_depth(w, outputs, inputs);
+        let memory = packed.memory.as_mut();
+        packed.layout = Some(pack(self, &w, conversion(recipe), Role::B, memory).layout());
+    }
+
+    fn packed_forward(
+        &self,
+        workspace: &mut Workspace,
+        operands: LinearForward<'_, Self>,
+        packed: &PackedWeight,
+        LinearShape { rows, inputs, outputs }: LinearShape,
+        recipe: &LinearRecipe,
+    ) {
+        let LinearForward { y, x, b: bias, epilogue, .. } = operands;
+        let layout = packed.layout.expect("a weight is packed before it is read");
+        let x = Matrix::rows_by_depth(&x[..rows * inputs], rows, inputs);
+        let x = pack(self, &x, conversion(recipe), Role::A, workspace.a.as_mut());
+        let bias = Some(bias);
+        let out = Output { c: y, stride: outputs, alpha: 1.0, bias, accumulate: false };
+        self.gemm(x, packed.memory.packed(layout), out);
+        if let Epilogue::Gelu { out, form } = epilogue {
+            self.gelu_forward(out, y, rows * outputs, form);
+        }
+    }
+
+    fn attention_behind(
+        &self,
+        workspace: &mut Workspace,
+        out: &mut Buffer<f32>,
+        qkv: &Buffer<f32>,
+        kept: &mut Buffer<f32>,
+        start: usize,
+        shape: AttentionShape,
+    ) {
+        let (rows, channels) = (shape.sequences.rows(), shape.channels());
+        assert!(shape.sequences.batch == 1 && shape.precision == Precision::F32);
+        let width = shape.qkv_channels() - channels;
+        let behind = &mut kept[start * width..][..rows * width];
+        let of_rows = qkv.chunks_exact(shape.qkv_channels());
+        for (kept, row) in behind.chunks_exact_mut(width).zip(of_rows) {
+            kept.copy_from_slice(&row[channels..]);
+        }
+        attend::forward_behind(self, workspace, out, qkv, kept, start, shape);
+    }
+}

@@ -1,0 +1,133 @@
+//! Logits of a sequence of which keys and values are kept, so that a token takes one row.
+
+use std::sync::Arc;
+
+use crate::Result;
+use crate::backend::{Backend, Decode, Sequences, StepPlan, WorkspaceShape};
+use crate::formats::LinearRecipe;
+use crate::gpt::{Activations, ModelConfig, Pass, Past, Shapes};
+use crate::model::{Model, OnDevice};
+use crate::recipe::Recipe;
+
+/// Rows of one pass.
+///
+/// NOTE: enough that weights are read seldom, and few enough that activations stay small.
+const ROWS: usize = 128;
+
+const RECIPE: LinearRecipe = LinearRecipe::F32;
+
+/// A model, and what is kept of a sequence.
+pub(super) struct Cached<B: Backend + Decode> {
+    model: Arc<OnDevice<B>>,
+    activations: Activations<B>,
+    workspace: B::Workspace,
+    tokens: B::Tokens,
+    logits: B::F32,
+    plan: StepPlan,
+    past: Past<B>,
+    /// Positions of which keys and values are kept.
+    kept: usize,
+    /// [`crate::model::Weights::changes`] of the weights that `past` was made from.
+    changes: Option<u64>,
+}
+
+impl<B: Backend + Decode> Cached<B> {
+    /// For sequences of up to `room` tokens.
+    pub(super) fn new(model: &Model, on: &Arc<OnDevice<B>>, room: usize) -> Result<Self> {
+        let (backend, config) = (&*on.backend, model.config());
+        let mut measuring = backend.arena(None)?;
+        Self::cut(on, &mut measuring, config, room)?;
+        let bytes = backend.arena_used(&measuring);
+        model.engine().check_memory("generating", bytes as u64, bytes as u64)?;
+        Self::cut(on, &mut backend.arena(Some(bytes))?, config, room)
+    }
+
+    /// What is kept of positions from `len` on is forgotten.
+    pub(super) fn rewind(&mut self, len: usize) {
+        self.kept = self.kept.min(len);
+    }
+
+    /// Logits of the token after `context`, whose first tokens are those that were seen before.
+    pub(super) fn next_logits(
+        &mut self,
+        model: &Model,
+        context: &[u32],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let (on, config) = (Arc::clone(&self.model), model.config());
+        let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
+        let backend = &**backend;
+        let Self { activations, workspace, tokens, logits, plan, past, kept, changes, .. } = self;
+        let precision = plan.precision;
+        let shapes =
+            |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
+        if *changes != Some(weights.changes) {
+            (*kept, *changes) = (0, None);
+            backend.scope(|| past.pack(backend, table, &weights.all, shapes(1), &RECIPE));
+            *changes = Some(weights.changes);
+        }
+        // The last row is computed in any case, for its logits.
+        let mut start = (*kept).min(context.len() - 1);
+        *kept = start;
+        backend.scope(|| {
+            while start < context.len() {
+                let rows = &context[start..][..ROWS.min(context.len() - start)];
+                backend.write_tokens(tokens, rows.len(), |to| to.copy_from_slice(rows));
+                let mut pass = Pass {
+                    backend,
+                    config,
+                    table,
+                    weights: &weights.all,
+                    means: None,
+                    trains: false,
+                    merge: None,
+                    workspace,
+                    sequences: Sequences { batch: 1, length: rows.len() },
+                    plan,
+                };
+                pass.forward_behind(activations, tokens, (past, start));
+                start += rows.len();
+                if start == context.len() {
+                    pass.logits(activations, rows.len() - 1, logits);
+                }
+            }
+        });
+        backend.read_f32(logits, 0, out)?;
+        *kept = start;
+        Ok(())
+    }
+
+    fn cut(
+        on: &Arc<OnDevice<B>>,
+        arena: &mut B::Arena,
+        config: &ModelConfig,
+        room: usize,
+    ) -> Result<Self> {
+        let (backend, recipe, rows) = (&*on.backend, Recipe::fp32(), room.min(ROWS));
+        let precision = recipe.precision();
+        let of = |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
+        let shapes = of(rows);
+        let shape = WorkspaceShape {
+            linears: &shapes.linears(),
+            norm: shapes.norm(),
+            // Of rows behind all others.
+            attention: of(room).attention(0),
+            head: shapes.head(),
+            recipes: &[RECIPE],
+            merge: None,
+            backward: false,
+        };
+        backend.supports(&shape)?;
+        Ok(Self {
+            model: on.clone(),
+            activations: Activations::new(backend, arena, shapes, None)?,
+            workspace: backend.workspace(arena, &shape),
+            tokens: backend.tokens(arena, rows, false)?,
+            logits: backend.f32(arena, config.vocab_size),
+            plan: recipe.step_plan(config.layers)?,
+            past: Past::new(backend, arena, shapes, (&RECIPE, room))?,
+            kept: 0,
+            changes: None,
+        })
+    }
+}

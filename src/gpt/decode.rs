@@ -1,0 +1,112 @@
+//! The forward pass of a few rows of one sequence behind others, whose keys and values are kept.
+
+use super::Shapes;
+use super::activations::Activations;
+use super::params::{Linear, ParamTable};
+use super::pass::Pass;
+use crate::Result;
+use crate::backend::{Backend, Decode, Epilogue, LinearForward, Precision, ResidualSum, Slot};
+use crate::formats::{LINEARS, LinearRecipe};
+use crate::reserve::collect;
+
+/// What is kept of a sequence, and weights as few rows read them.
+pub(crate) struct Past<B: Decode> {
+    /// Keys and values of each block: (positions, k and v).
+    kept: Vec<B::Tensor>,
+    packed: Vec<[B::Packed; LINEARS]>,
+}
+
+impl<B: Backend + Decode> Past<B> {
+    /// For so many positions.
+    pub(crate) fn new(
+        backend: &B,
+        arena: &mut B::Arena,
+        shapes: Shapes<'_>,
+        (recipe, positions): (&LinearRecipe, usize),
+    ) -> Result<Self> {
+        let (layers, attention) = (shapes.config.layers, shapes.attention(0));
+        let width = attention.qkv_channels() - attention.channels();
+        let precision: Precision = shapes.precision;
+        let kept = |_| Ok(backend.tensor(arena, positions * width, precision));
+        let kept = collect("the keys and values of all blocks", (0..layers).map(kept))?;
+        let packed = |_| Ok(shapes.linears().map(|shape| backend.packed(arena, shape, recipe)));
+        let packed = collect("the weights of all blocks", (0..layers).map(packed))?;
+        Ok(Self { kept, packed })
+    }
+
+    /// Takes weights as they are now; what was kept was made by others.
+    pub(crate) fn pack(
+        &mut self,
+        backend: &B,
+        table: &ParamTable,
+        weights: &B::Weights,
+        shapes: Shapes<'_>,
+        recipe: &LinearRecipe,
+    ) {
+        for (block, packed) in table.blocks.iter().zip(&mut self.packed) {
+            for layer in [block.qkv, block.projection, block.fc1, block.fc2] {
+                let number = layer.number as usize;
+                let w = backend.param(weights, layer.w);
+                backend.pack_weight(&mut packed[number], w, shapes.linears()[number], recipe);
+            }
+        }
+    }
+}
+
+impl<B: Backend + Decode> Pass<'_, B> {
+    /// Rows behind the first `start` positions of a sequence, which `past` has been given, to the
+    /// normalized output of the last block, and their keys and values to `past`.
+    pub(crate) fn forward_behind(
+        &mut self,
+        acts: &mut Activations<B>,
+        tokens: &B::Tokens,
+        (past, start): (&mut Past<B>, usize),
+    ) {
+        let (backend, table, shapes) = (self.backend, self.table, self.shapes());
+        let (wte, wpe) = (self.param(table.wte), self.param(rows_from(table.wpe, start)));
+        backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, shapes.embedding());
+        self.ln_1(acts, 0);
+        for (l, block) in table.blocks.iter().enumerate() {
+            let packed = &past.packed[l];
+            let (y, x) = (&mut acts.qkv[l], &acts.ln_1[l]);
+            self.packed_linear(y, x, (block.qkv, l, packed), Epilogue::None);
+            let (out, qkv, kept) = (&mut acts.attention[l], &acts.qkv[l], &mut past.kept[l]);
+            let shape = shapes.attention(l);
+            backend.attention_behind(self.workspace, out, qkv, kept, start, shape);
+            let (y, x) = (&mut acts.branch, &acts.attention[l]);
+            self.packed_linear(y, x, (block.projection, l, packed), Epilogue::None);
+
+            let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
+            let (x, y) = (&acts.residual[l], &acts.branch);
+            let sum = ResidualSum { sum: &mut acts.middle[l], x, y };
+            self.add_norm(out, statistics, sum, block.ln_2, shapes.norm());
+            let gelu = Epilogue::Gelu { out: &mut acts.gelu[l], form: self.config.activation };
+            let (y, x) = (&mut acts.fc1[l], &acts.ln_2[l]);
+            self.packed_linear(y, x, (block.fc1, l, packed), gelu);
+            let (y, x) = (&mut acts.branch, &acts.gelu[l]);
+            self.packed_linear(y, x, (block.fc2, l, packed), Epilogue::None);
+            self.end(acts, l);
+        }
+    }
+
+    fn packed_linear(
+        &mut self,
+        y: &mut B::Tensor,
+        x: &B::Tensor,
+        (layer, block, packed): (Linear, usize, &[B::Packed; LINEARS]),
+        epilogue: Epilogue<'_, B>,
+    ) {
+        let [w, b] = [layer.w, layer.b].map(|slot| self.param(slot));
+        let operands = LinearForward { y, x, w, b, mean: None, epilogue, turned: None };
+        let (number, recipe) = (layer.number as usize, self.recipe(block, layer));
+        let (packed, shape) = (&packed[number], self.shapes().linears()[number]);
+        self.backend.packed_forward(self.workspace, operands, packed, shape, recipe);
+    }
+}
+
+/// A table from one of its rows on.
+fn rows_from(table: Slot, row: usize) -> Slot {
+    let [rows, width] = table.shape();
+    let before = row * width;
+    Slot { start: table.start + before, len: table.len - before, rows: rows - row, ..table }
+}

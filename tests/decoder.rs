@@ -1,0 +1,167 @@
+//! Decoding with what is kept of a text gives the logits of the whole computation, to the bit.
+
+use mxfp4train::{
+    Activation, Dataset, Decoder, Engine, EngineOptions, Error, GenerateOptions, Model,
+    ModelConfig, Trainer, TrainerOptions,
+};
+
+fn engine(threads: usize) -> Engine {
+    Engine::new(EngineOptions { threads, seed: 7, ..EngineOptions::default() }).unwrap()
+}
+
+/// A context of more than one pass of rows, of which nothing is a multiple; an MLP whose sums take
+/// more than one pass; and few heads of few channels.
+fn configs() -> [ModelConfig; 2] {
+    let odd = ModelConfig {
+        vocab_size: 97,
+        context_length: 150,
+        layers: 2,
+        heads: 3,
+        channels: 51,
+        mlp_channels: 601,
+        activation: Activation::Gelu,
+        tied_head: false,
+        scale_attention_by_layer: true,
+        ..ModelConfig::default()
+    };
+    let plain = ModelConfig {
+        vocab_size: 64,
+        context_length: 65,
+        layers: 3,
+        heads: 2,
+        channels: 32,
+        ..ModelConfig::default()
+    };
+    [odd, plain]
+}
+
+fn tokens(len: usize, vocab_size: usize) -> Vec<u32> {
+    (0..len).map(|i| ((i * i * 31 + i * 7 + 3) % vocab_size) as u32).collect()
+}
+
+fn whole(model: &Model, tokens: &[u32]) -> Vec<f32> {
+    let mut logits = vec![f32::NAN; model.config().vocab_size];
+    model.next_logits(tokens, &mut logits).unwrap();
+    logits
+}
+
+fn of(decoder: &mut Decoder, vocab_size: usize) -> Vec<f32> {
+    let mut logits = vec![f32::NAN; vocab_size];
+    decoder.logits(&mut logits).unwrap();
+    logits
+}
+
+#[test]
+fn logits_are_those_of_the_whole_text_however_it_came() {
+    for config in configs() {
+        let (vocab, context) = (config.vocab_size, config.context_length);
+        let text = tokens(context, vocab);
+        let model = Model::new(&engine(1), &config).unwrap();
+        let expected: Vec<_> = (1..=context).map(|len| whole(&model, &text[..len])).collect();
+        for threads in [1, 2, 3] {
+            let model = Model::new(&engine(threads), &config).unwrap();
+            for splits in [&[1][..], &[1, 2, 3, 29], &[49, 1], &[128, 5, 17], &[context]] {
+                let mut decoder = Decoder::new(&model, context).unwrap();
+                let mut splits = splits.iter().cycle();
+                while decoder.len() < context {
+                    let start = decoder.len();
+                    let end = context.min(start + splits.next().unwrap());
+                    decoder.push(&text[start..end]).unwrap();
+                    // Asking twice changes nothing, and not asking neither.
+                    for _ in 0..end % 3 {
+                        assert!(of(&mut decoder, vocab) == expected[end - 1], "{threads}, {end}");
+                    }
+                }
+                assert!(of(&mut decoder, vocab) == expected[context - 1]);
+                assert_eq!(decoder.tokens(), text);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_was_taken_out_leaves_no_trace() {
+    let [config, _] = configs();
+    let model = Model::new(&engine(2), &config).unwrap();
+    let mut decoder = Decoder::new(&model, 140).unwrap();
+    let (first, second) = (tokens(140, 97), tokens(140, 83));
+    for (keep, behind) in [(139, 1), (100, 40), (17, 3), (5, 130), (0, 11), (11, 0)] {
+        decoder.rewind(0).unwrap();
+        decoder.push(&first).unwrap();
+        of(&mut decoder, 97);
+        decoder.rewind(keep).unwrap();
+        decoder.push(&second[..behind]).unwrap();
+        let text = [&first[..keep], &second[..behind]].concat();
+        assert_eq!(decoder.tokens(), text);
+        assert!(of(&mut decoder, 97) == whole(&model, &text), "{keep}, {behind}");
+    }
+}
+
+#[test]
+fn a_decoder_follows_its_model() {
+    let [_, config] = configs();
+    let model = Model::new(&engine(2), &config).unwrap();
+    let mut decoder = Decoder::new(&model, 20).unwrap();
+    let text = tokens(20, 64);
+    decoder.push(&text[..10]).unwrap();
+    let before = of(&mut decoder, 64);
+    let data = Dataset::from_tokens(tokens(2000, 61)).unwrap();
+    let mut trainer = Trainer::new(&model, TrainerOptions::default()).unwrap();
+    trainer.step(&data).unwrap();
+    let after = of(&mut decoder, 64);
+    assert!(after != before && after == whole(&model, &text[..10]));
+    decoder.push(&text[10..15]).unwrap();
+    model.write_tensor("transformer.ln_f.bias", &[0.5; 32]).unwrap();
+    assert!(of(&mut decoder, 64) == whole(&model, &text[..15]));
+}
+
+/// Up to the end of the context and beyond, where the oldest token falls out.
+#[test]
+fn generated_text_is_that_of_the_whole_computation() {
+    let [_, config] = configs();
+    let model = Model::new(&engine(2), &config).unwrap();
+    let prompt = tokens(50, 64);
+    let options = GenerateOptions {
+        max_tokens: 40,
+        temperature: 0.0,
+        repetition_penalty: 1.3,
+        ..GenerateOptions::default()
+    };
+    let generated = model.generate(&prompt, &options, &mut |_| true).unwrap();
+    let mut text = prompt;
+    for token in generated {
+        let mut logits = whole(&model, &text);
+        for (seen, logit) in logits.iter_mut().enumerate() {
+            if text.contains(&(seen as u32)) {
+                *logit = if *logit > 0.0 { *logit / 1.3 } else { *logit * 1.3 };
+            }
+        }
+        let best = logits.iter().fold(f32::MIN, |most, v| most.max(*v));
+        assert_eq!(logits.iter().position(|v| *v == best), Some(token as usize));
+        text.push(token);
+    }
+    assert_eq!(text.len(), 90);
+}
+
+#[test]
+fn what_cannot_be_is_an_error_and_changes_nothing() {
+    let [_, config] = configs();
+    let model = Model::new(&engine(1), &config).unwrap();
+    for room in [0, 66, usize::MAX] {
+        let error = Decoder::new(&model, room).unwrap_err().to_string();
+        assert!(error.contains("room") && error.contains("65"), "{error}");
+    }
+    let mut decoder = Decoder::new(&model, 4).unwrap();
+    let mut logits = vec![0.0; 64];
+    assert!(decoder.logits(&mut logits).unwrap_err().to_string().contains("at least one token"));
+    decoder.push(&[1, 2]).unwrap();
+    assert!(decoder.logits(&mut logits[..63]).unwrap_err().to_string().contains("64 numbers"));
+    let error = decoder.push(&[3, 4, 5]).unwrap_err().to_string();
+    assert!(error.contains("at most 2") && error.contains("got 3"), "{error}");
+    let error = decoder.push(&[3, 64]).unwrap_err();
+    assert!(matches!(error, Error::TokenRange { offset: 1, token: 64, .. }), "{error}");
+    assert!(decoder.rewind(3).unwrap_err().to_string().contains("at most 2"));
+    assert_eq!((decoder.tokens(), decoder.room()), (&[1, 2][..], 4));
+    decoder.logits(&mut logits).unwrap();
+    assert!(logits == whole(&model, &[1, 2]));
+}
