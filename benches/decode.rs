@@ -9,7 +9,7 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use mxfp4train::{Decoder, Engine, EngineOptions, Model, ModelConfig};
+use mxfp4train::{Decoder, DecoderWeights, Engine, EngineOptions, Model, ModelConfig};
 
 const PROMPT: usize = 500;
 const TOKENS: usize = 24;
@@ -61,34 +61,38 @@ fn main() {
         let model = Model::new(&engine, &config).unwrap();
         let text: Vec<u32> = (0..PROMPT + TOKENS).map(|i| (i * i * 31 % 50_000) as u32).collect();
         let mut logits = vec![0.0; config.vocab_size];
-        let mut decoder = Decoder::new(&model, config.context_length).unwrap();
-        // Weights are packed with the first token.
-        decoder.push(&text[..1]).unwrap();
-        let first = time(|| decoder.logits(&mut logits).unwrap());
-        decoder.push(&text[1..PROMPT]).unwrap();
-        let prefill = time(|| decoder.logits(&mut logits).unwrap());
-        let of_token = |token: &u32| {
-            time(|| {
-                decoder.push(&[*token]).unwrap();
-                decoder.logits(&mut logits).unwrap();
-            })
-        };
-        let token = median(text[PROMPT..].iter().map(of_token).collect());
         let whole = |_| time(|| model.next_logits(&text[..PROMPT], &mut logits).unwrap());
         let whole = median((0..3).map(whole).collect());
         let of_block = 12 * config.channels * config.channels;
-        let weights = config.layers * of_block + config.vocab_size * config.channels;
-        let floor = 4.0 * weights as f64 / rate;
-        println!(
-            "{name}: packing {first:.2} s, prefill {:.0} tokens/s; a token {:.1} ms, {:.1} tokens/s, \
-             {:.0}% of the floor of {:.1} ms; whole computation {:.0} ms, {:.1} times as long",
-            PROMPT as f64 / prefill,
-            1e3 * token,
-            1.0 / token,
-            100.0 * floor / token,
-            1e3 * floor,
-            1e3 * whole,
-            whole / token
-        );
+        let read = config.layers * of_block + config.vocab_size * config.channels;
+        for weights in DecoderWeights::ALL {
+            let mut decoder = Decoder::new(&model, config.context_length, weights).unwrap();
+            // Weights are packed with the first token.
+            decoder.push(&text[..1]).unwrap();
+            let first = time(|| decoder.logits(&mut logits).unwrap());
+            decoder.push(&text[1..PROMPT]).unwrap();
+            let prefill = time(|| decoder.logits(&mut logits).unwrap());
+            let of_token = |token: &u32| {
+                time(|| {
+                    decoder.push(&[*token]).unwrap();
+                    decoder.logits(&mut logits).unwrap();
+                })
+            };
+            let token = median(text[PROMPT..].iter().map(of_token).collect());
+            let bytes = if weights == DecoderWeights::F32 { 4.0 } else { 2.0 };
+            let floor = bytes * read as f64 / rate;
+            println!(
+                "{name}, {weights}: packing {first:.2} s, prefill {:.0} tokens/s; a token {:.1} ms, \
+                 {:.1} tokens/s, {:.0}% of the floor of {:.1} ms; {:.1} times as fast as the whole \
+                 computation, {:.0} ms",
+                PROMPT as f64 / prefill,
+                1e3 * token,
+                1.0 / token,
+                100.0 * floor / token,
+                1e3 * floor,
+                whole / token,
+                1e3 * whole,
+            );
+        }
     }
 }

@@ -210,6 +210,14 @@ typedef enum mxt_dtype {
   MXT_DTYPE_F32 = 0,
 } mxt_dtype;
 
+// What a model's linear layers and its head are computed in where it writes text.
+typedef enum mxt_decoder_weights {
+  // f32.
+  MXT_DECODER_WEIGHTS_F32 = 0,
+  // bf16, with sums in f32.
+  MXT_DECODER_WEIGHTS_BF16 = 1,
+} mxt_decoder_weights;
+
 // What a token is in a file without a header to say it.
 typedef enum mxt_token_type {
   // Found out by a look at the tokens: 16 bits, unless they must be 32 or 64. A file in which
@@ -422,6 +430,12 @@ typedef struct mxt_generate_options {
   // Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
   // below: above 1 the text repeats itself less. 1 (default) changes nothing.
   float repetition_penalty;
+  // One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
+  int32_t weights;
+  // 1 where a quarter of the context falls out of a text that exceeds it at once, so that only
+  // then all is computed again; 0 (default) where a token falls out for each that comes, every one
+  // of which takes the whole computation.
+  int32_t slide;
 } mxt_generate_options;
 
 // How a dataset is opened. Fill it with mxt_dataset_options_init.

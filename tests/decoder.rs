@@ -1,8 +1,8 @@
 //! Decoding with what is kept of a text gives the logits of the whole computation, to the bit.
 
 use mxfp4train::{
-    Activation, Dataset, Decoder, Engine, EngineOptions, Error, GenerateOptions, Model,
-    ModelConfig, Trainer, TrainerOptions,
+    Activation, Dataset, Decoder, DecoderWeights, Engine, EngineOptions, Error, GenerateOptions,
+    Model, ModelConfig, Trainer, TrainerOptions,
 };
 
 fn engine(threads: usize) -> Engine {
@@ -61,7 +61,7 @@ fn logits_are_those_of_the_whole_text_however_it_came() {
         for threads in [1, 2, 3] {
             let model = Model::new(&engine(threads), &config).unwrap();
             for splits in [&[1][..], &[1, 2, 3, 29], &[49, 1], &[128, 5, 17], &[context]] {
-                let mut decoder = Decoder::new(&model, context).unwrap();
+                let mut decoder = Decoder::new(&model, context, DecoderWeights::F32).unwrap();
                 let mut splits = splits.iter().cycle();
                 while decoder.len() < context {
                     let start = decoder.len();
@@ -83,7 +83,7 @@ fn logits_are_those_of_the_whole_text_however_it_came() {
 fn what_was_taken_out_leaves_no_trace() {
     let [config, _] = configs();
     let model = Model::new(&engine(2), &config).unwrap();
-    let mut decoder = Decoder::new(&model, 140).unwrap();
+    let mut decoder = Decoder::new(&model, 140, DecoderWeights::F32).unwrap();
     let (first, second) = (tokens(140, 97), tokens(140, 83));
     for (keep, behind) in [(139, 1), (100, 40), (17, 3), (5, 130), (0, 11), (11, 0)] {
         decoder.rewind(0).unwrap();
@@ -101,7 +101,7 @@ fn what_was_taken_out_leaves_no_trace() {
 fn a_decoder_follows_its_model() {
     let [_, config] = configs();
     let model = Model::new(&engine(2), &config).unwrap();
-    let mut decoder = Decoder::new(&model, 20).unwrap();
+    let mut decoder = Decoder::new(&model, 20, DecoderWeights::F32).unwrap();
     let text = tokens(20, 64);
     decoder.push(&text[..10]).unwrap();
     let before = of(&mut decoder, 64);
@@ -113,6 +113,65 @@ fn a_decoder_follows_its_model() {
     decoder.push(&text[10..15]).unwrap();
     model.write_tensor("transformer.ln_f.bias", &[0.5; 32]).unwrap();
     assert!(of(&mut decoder, 64) == whole(&model, &text[..15]));
+}
+
+/// In bf16 they are the same however the text came, and those of f32 but for rounding.
+#[test]
+fn logits_in_bf16_are_near_and_do_not_depend_on_how_the_text_came() {
+    for config in configs() {
+        let (vocab, context) = (config.vocab_size, config.context_length);
+        let text = tokens(context, vocab);
+        let decode = |threads, weights, at_once: usize| {
+            let model = Model::new(&engine(threads), &config).unwrap();
+            let mut decoder = Decoder::new(&model, context, weights).unwrap();
+            for part in text[..context - 1].chunks(at_once) {
+                decoder.push(part).unwrap();
+                of(&mut decoder, vocab);
+            }
+            decoder.rewind(context / 2).unwrap();
+            decoder.push(&text[context / 2..]).unwrap();
+            of(&mut decoder, vocab)
+        };
+        let in_f32 = decode(1, DecoderWeights::F32, context);
+        let in_bf16 = decode(1, DecoderWeights::Bf16, context);
+        for (threads, at_once) in [(1, 1), (2, 7), (3, 50)] {
+            assert!(decode(threads, DecoderWeights::Bf16, at_once) == in_bf16, "{threads}");
+        }
+        let square = |v: &[f32]| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
+        let apart: Vec<f32> = std::iter::zip(&in_f32, &in_bf16).map(|(a, b)| a - b).collect();
+        let error = (square(&apart) / square(&in_f32)).sqrt();
+        assert!(error > 1e-4 && error < 0.02, "{error}");
+    }
+}
+
+/// A quarter of the context falls out at once.
+#[test]
+fn sliding_forgets_a_quarter_of_the_context() {
+    let [_, config] = configs();
+    let model = Model::new(&engine(2), &config).unwrap();
+    let options = |slide| GenerateOptions {
+        max_tokens: 60,
+        temperature: 0.0,
+        slide,
+        ..GenerateOptions::default()
+    };
+    let prompt = tokens(30, 64);
+    let slid = model.generate(&prompt, &options(true), &mut |_| true).unwrap();
+    let mut text = prompt.clone();
+    let mut start = 0;
+    for token in &slid {
+        if text.len() - start > 65 {
+            // As the 66th comes, 17 of 65 fall out.
+            start += 17;
+        }
+        let logits = whole(&model, &text[start..]);
+        let best = logits.iter().fold(f32::MIN, |most, v| most.max(*v));
+        assert_eq!(logits.iter().position(|v| *v == best), Some(*token as usize), "{start}");
+        text.push(*token);
+    }
+    assert!(start == 34 && slid.len() == 60, "{start}");
+    let stepwise = model.generate(&prompt, &options(false), &mut |_| true).unwrap();
+    assert_eq!(stepwise[..36], slid[..36]);
 }
 
 /// Up to the end of the context and beyond, where the oldest token falls out.
@@ -148,10 +207,10 @@ fn what_cannot_be_is_an_error_and_changes_nothing() {
     let [_, config] = configs();
     let model = Model::new(&engine(1), &config).unwrap();
     for room in [0, 66, usize::MAX] {
-        let error = Decoder::new(&model, room).unwrap_err().to_string();
+        let error = Decoder::new(&model, room, DecoderWeights::F32).unwrap_err().to_string();
         assert!(error.contains("room") && error.contains("65"), "{error}");
     }
-    let mut decoder = Decoder::new(&model, 4).unwrap();
+    let mut decoder = Decoder::new(&model, 4, DecoderWeights::F32).unwrap();
     let mut logits = vec![0.0; 64];
     assert!(decoder.logits(&mut logits).unwrap_err().to_string().contains("at least one token"));
     decoder.push(&[1, 2]).unwrap();

@@ -1,6 +1,6 @@
 //! Decoding: rows of a sequence behind those whose keys and values are kept.
 
-use super::{Attend, AttentionShape, Linear, LinearForward, LinearShape};
+use super::{Attend, AttentionShape, HeadShape, Linear, LinearForward, LinearShape};
 use crate::formats::LinearRecipe;
 
 /// Operations on a few rows, whose weights are read once for all of them.
@@ -35,10 +35,20 @@ pub trait Decode: Linear + Attend {
         shape: LinearShape,
         recipe: &LinearRecipe,
     );
+    /// logits (V) of a row of x (rows, C), with the head as a packed weight (V, C).
+    fn packed_logits(
+        &self,
+        workspace: &mut Self::Workspace,
+        logits: &mut Self::F32,
+        row_of_x: (&Self::Tensor, usize),
+        head: &Self::Packed,
+        shape: HeadShape,
+        recipe: &LinearRecipe,
+    );
     /// Keeps keys and values of rows qkv (n, qkv channels) behind the first `start` of `kept`
     /// (positions, k and v), and makes out (n, C) of the attention of these rows to all positions
-    /// up to their own. Of one sequence, whose length in `shape` is n; the workspace is one for
-    /// sequences of `start` + n.
+    /// up to their own. Of one sequence, whose length in `shape` is n. Products are in f32, for which
+    /// the workspace is to be, and for sequences of `start` + n.
     fn attention_behind(
         &self,
         workspace: &mut Self::Workspace,

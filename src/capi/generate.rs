@@ -3,12 +3,12 @@
 use std::ffi::c_void;
 
 use super::handle::Handle;
-use super::model::mxt_model;
+use super::model::{flag, mxt_model};
 use super::status::mxt_status_code::MXT_ERROR_BUFFER_TOO_SMALL;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
 use super::{arguments, buffers, float_mode, guard};
-use crate::GenerateOptions;
+use crate::{DecoderWeights, GenerateOptions};
 
 /// Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
 /// this token.
@@ -17,6 +17,16 @@ use crate::GenerateOptions;
 /// the model or its trainer return MXT_ERROR_BUSY.
 pub type mxt_token_fn =
     Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, token: u32) -> i32>;
+
+/// What a model's linear layers and its head are computed in where it writes text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_decoder_weights {
+    /// f32.
+    F32 = 0,
+    /// bf16, with sums in f32.
+    Bf16 = 1,
+}
 
 /// How tokens are sampled. Fill it with mxt_generate_options_init.
 #[derive(Clone, Copy)]
@@ -51,13 +61,19 @@ pub struct mxt_generate_options {
     /// Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
     /// below: above 1 the text repeats itself less. 1 (default) changes nothing.
     pub repetition_penalty: f32,
+    /// One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
+    pub weights: i32,
+    /// 1 where a quarter of the context falls out of a text that exceeds it at once, so that only
+    /// then all is computed again; 0 (default) where a token falls out for each that comes, every one
+    /// of which takes the whole computation.
+    pub slide: i32,
 }
 versioned!(
     mxt_generate_options,
     last = user_data: *mut c_void,
     then stop_tokens: *const u32,
     then stop_token_count: usize,
-    then repetition_penalty: f32
+    then slide: i32
 );
 
 impl Options for mxt_generate_options {
@@ -76,6 +92,23 @@ impl Options for mxt_generate_options {
             stop_token_count: 0,
             min_p: options.min_p,
             repetition_penalty: options.repetition_penalty,
+            weights: mxt_decoder_weights::F32 as i32,
+            slide: options.slide.into(),
+        }
+    }
+}
+
+fn weights(value: i32) -> Result<DecoderWeights, Failure> {
+    const F32: i32 = mxt_decoder_weights::F32 as i32;
+    const BF16: i32 = mxt_decoder_weights::Bf16 as i32;
+    match value {
+        F32 => Ok(DecoderWeights::F32),
+        BF16 => Ok(DecoderWeights::Bf16),
+        other => {
+            let message = format!(
+                "expected MXT_DECODER_WEIGHTS_F32 (0) or MXT_DECODER_WEIGHTS_BF16 (1), got {other}"
+            );
+            Err(Failure::invalid("weights", message))
         }
     }
 }
@@ -146,6 +179,8 @@ pub unsafe extern "C" fn mxt_model_generate(
                     repetition_penalty: options.repetition_penalty,
                     seed: options.seed,
                     stop_tokens,
+                    weights: weights(options.weights)?,
+                    slide: flag("slide", options.slide)?,
                 },
                 &mut |token| {
                     options.on_token.is_none_or(|on_token| {

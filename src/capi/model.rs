@@ -156,7 +156,7 @@ impl mxt_model_config {
 }
 
 /// A yes or no.
-fn flag(name: &'static str, value: i32) -> Result<bool, Failure> {
+pub(super) fn flag(name: &'static str, value: i32) -> Result<bool, Failure> {
     match value {
         0 => Ok(false),
         1 => Ok(true),

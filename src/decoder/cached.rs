@@ -2,19 +2,19 @@
 
 use std::sync::Arc;
 
+use super::DecoderWeights;
 use crate::Result;
-use crate::backend::{Backend, Decode, Sequences, StepPlan, WorkspaceShape};
+use crate::backend::{
+    AttentionShape, Backend, Decode, Precision, Sequences, StepPlan, WorkspaceShape,
+};
 use crate::formats::LinearRecipe;
 use crate::gpt::{Activations, ModelConfig, Pass, Past, Shapes};
 use crate::model::{Model, OnDevice};
-use crate::recipe::Recipe;
 
 /// Rows of one pass.
 ///
 /// NOTE: enough that weights are read seldom, and few enough that activations stay small.
 const ROWS: usize = 128;
-
-const RECIPE: LinearRecipe = LinearRecipe::F32;
 
 /// A model, and what is kept of a sequence.
 pub(super) struct Cached<B: Backend + Decode> {
@@ -25,6 +25,7 @@ pub(super) struct Cached<B: Backend + Decode> {
     logits: B::F32,
     plan: StepPlan,
     past: Past<B>,
+    recipe: LinearRecipe,
     /// Positions of which keys and values are kept.
     kept: usize,
     /// [`crate::model::Weights::changes`] of the weights that `past` was made from.
@@ -33,8 +34,13 @@ pub(super) struct Cached<B: Backend + Decode> {
 
 impl<B: Backend + Decode> Cached<B> {
     /// For sequences of up to `room` tokens.
-    pub(super) fn new(model: &Model, on: &Arc<OnDevice<B>>, room: usize) -> Result<Self> {
-        let (backend, config) = (&*on.backend, model.config());
+    pub(super) fn new(
+        model: &Model,
+        on: &Arc<OnDevice<B>>,
+        room: usize,
+        weights: DecoderWeights,
+    ) -> Result<Self> {
+        let (backend, config, room) = (&*on.backend, model.config(), (room, weights));
         let mut measuring = backend.arena(None)?;
         Self::cut(on, &mut measuring, config, room)?;
         let bytes = backend.arena_used(&measuring);
@@ -57,13 +63,14 @@ impl<B: Backend + Decode> Cached<B> {
         let (on, config) = (Arc::clone(&self.model), model.config());
         let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
         let backend = &**backend;
-        let Self { activations, workspace, tokens, logits, plan, past, kept, changes, .. } = self;
+        let Self { activations, workspace, tokens, logits, plan, past, recipe, .. } = self;
+        let (kept, changes) = (&mut self.kept, &mut self.changes);
         let precision = plan.precision;
         let shapes =
             |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         if *changes != Some(weights.changes) {
             (*kept, *changes) = (0, None);
-            backend.scope(|| past.pack(backend, table, &weights.all, shapes(1), &RECIPE));
+            backend.scope(|| past.pack(backend, table, &weights.all, shapes(1), recipe));
             *changes = Some(weights.changes);
         }
         // The last row is computed in any case, for its logits.
@@ -88,7 +95,7 @@ impl<B: Backend + Decode> Cached<B> {
                 pass.forward_behind(activations, tokens, (past, start));
                 start += rows.len();
                 if start == context.len() {
-                    pass.logits(activations, rows.len() - 1, logits);
+                    pass.logits_behind(activations, rows.len() - 1, (past, recipe), logits);
                 }
             }
         });
@@ -101,9 +108,10 @@ impl<B: Backend + Decode> Cached<B> {
         on: &Arc<OnDevice<B>>,
         arena: &mut B::Arena,
         config: &ModelConfig,
-        room: usize,
+        (room, weights): (usize, DecoderWeights),
     ) -> Result<Self> {
-        let (backend, recipe, rows) = (&*on.backend, Recipe::fp32(), room.min(ROWS));
+        let (backend, rows) = (&*on.backend, room.min(ROWS));
+        let (recipe, linear) = weights.recipes();
         let precision = recipe.precision();
         let of = |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         let shapes = of(rows);
@@ -111,9 +119,9 @@ impl<B: Backend + Decode> Cached<B> {
             linears: &shapes.linears(),
             norm: shapes.norm(),
             // Of rows behind all others.
-            attention: of(room).attention(0),
+            attention: AttentionShape { precision: Precision::F32, ..of(room).attention(0) },
             head: shapes.head(),
-            recipes: &[RECIPE],
+            recipes: &[linear],
             merge: None,
             backward: false,
         };
@@ -125,7 +133,8 @@ impl<B: Backend + Decode> Cached<B> {
             tokens: backend.tokens(arena, rows, false)?,
             logits: backend.f32(arena, config.vocab_size),
             plan: recipe.step_plan(config.layers)?,
-            past: Past::new(backend, arena, shapes, (&RECIPE, room))?,
+            past: Past::new(backend, arena, shapes, (&linear, room))?,
+            recipe: linear,
             kept: 0,
             changes: None,
         })

@@ -8,12 +8,15 @@ mod recomputing;
 mod sampler;
 
 use std::fmt;
+use std::str::FromStr;
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Device, on_device};
+use crate::formats::LinearRecipe;
 use crate::gpt::ModelConfig;
 use crate::model::Model;
+use crate::recipe::Recipe;
 use crate::reserve::{push, reserve};
 use crate::{Error, Result};
 use cached::Cached;
@@ -26,7 +29,7 @@ const TOKENS: &str = "the tokens of a text";
 impl Model {
     /// Samples a continuation of `prompt`. `on_token` sees each token as it is drawn, and returns
     /// whether to go on; a token of `stop_tokens` is the last. Once prompt and continuation exceed
-    /// the context, the oldest tokens fall out.
+    /// the context, the oldest tokens fall out, one by one or with `slide` many at once.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for an empty prompt or an option out of range,
@@ -42,7 +45,7 @@ impl Model {
         self.check_prompt(prompt)?;
         let total = prompt.len().saturating_add(options.max_tokens);
         let longest = total.min(config.context_length);
-        let mut decoder = Decoder::new(self, longest)?;
+        let mut decoder = Decoder::new(self, longest, options.weights)?;
         let mut sampler = Sampler::new(options, config.vocab_size)?;
         prompt.iter().for_each(|token| sampler.note(*token));
         // What is further back than the context is never looked at.
@@ -57,7 +60,7 @@ impl Model {
                 break;
             }
             if decoder.len() == longest {
-                decoder.drop_first();
+                decoder.drop_first(if options.slide { longest.div_ceil(4) } else { 1 });
             }
             decoder.push(&[token])?;
         }
@@ -74,7 +77,8 @@ impl Model {
         check_logits(out, self.config())?;
         let context = &tokens[tokens.len().saturating_sub(self.config().context_length)..];
         on_device!(self.on_device(), on => {
-            Recomputing::new(self, on, context.len())?.next_logits(self, context, out)
+            let mut decoder = Recomputing::new(self, on, context.len(), DecoderWeights::F32)?;
+            decoder.next_logits(self, context, out)
         })
     }
 
@@ -88,10 +92,58 @@ impl Model {
     }
 }
 
+/// What a model's linear layers and its head are computed in where it writes text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DecoderWeights {
+    /// f32.
+    #[default]
+    F32,
+    /// bf16, weights and what they are multiplied with, with sums in f32: half the bytes. The numbers
+    /// of the recipe `bf16`; on a processor attention stays in f32.
+    Bf16,
+}
+
+impl DecoderWeights {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::F32, Self::Bf16];
+
+    /// Its name: `f32` or `bf16`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    fn recipes(self) -> (Recipe, LinearRecipe) {
+        match self {
+            Self::F32 => (Recipe::fp32(), LinearRecipe::F32),
+            Self::Bf16 => (Recipe::bf16(), LinearRecipe::BF16),
+        }
+    }
+}
+
+impl fmt::Display for DecoderWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for DecoderWeights {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|one| one.as_str() == s)
+            .ok_or_else(|| Error::invalid("weights", format!("expected f32 or bf16, got {s:?}")))
+    }
+}
+
 /// A text that grows: tokens in, the logits of what comes next out.
 ///
-/// Logits are those of [`Model::next_logits`] of all its tokens, bit for bit, however these came. A
-/// decoder follows its model: where weights have been changed, by a trainer or by
+/// In f32 logits are those of [`Model::next_logits`] of all its tokens, bit for bit, and in any
+/// numbers the same however these came. A decoder follows its model: where weights have been changed, by a trainer or by
 /// [`Model::write_tensor`], the next logits are those of the new ones.
 pub struct Decoder {
     on_device: Device<Cached<Cpu>, Recomputing<Cuda>>,
@@ -101,20 +153,22 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// An empty text of `model`, with room for `room` tokens; all its memory is allocated here.
+    /// An empty text of `model`, with room for `room` tokens; all its memory is allocated here. On a
+    /// processor that is a copy of all weights, and keys and values: 8 bytes a channel, block and
+    /// token.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] unless `room` is from 1 to the model's context,
     /// [`Error::OutOfMemory`].
-    pub fn new(model: &Model, room: usize) -> Result<Self> {
+    pub fn new(model: &Model, room: usize, weights: DecoderWeights) -> Result<Self> {
         let context = model.config().context_length;
         if !(1..=context).contains(&room) {
             let message = format!("expected from 1 to {context} tokens, the context; got {room}");
             return Err(Error::invalid("room", message));
         }
         let on_device = match model.on_device() {
-            Device::Cpu(on) => Device::Cpu(Cached::new(model, on, room)?),
-            Device::Cuda(on) => Device::Cuda(Recomputing::new(model, on, room)?),
+            Device::Cpu(on) => Device::Cpu(Cached::new(model, on, room, weights)?),
+            Device::Cuda(on) => Device::Cuda(Recomputing::new(model, on, room, weights)?),
         };
         let mut tokens = Vec::new();
         reserve(&mut tokens, TOKENS, room)?;
@@ -194,9 +248,9 @@ impl Decoder {
         self.room
     }
 
-    /// Takes the oldest token out: all others move, so that everything is computed again.
-    fn drop_first(&mut self) {
-        self.tokens.remove(0);
+    /// Takes the oldest tokens out: all others move, so that everything is computed again.
+    fn drop_first(&mut self, count: usize) {
+        self.tokens.drain(..count);
         if let Device::Cpu(on) = &mut self.on_device {
             on.rewind(0);
         }

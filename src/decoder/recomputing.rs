@@ -2,13 +2,12 @@
 
 use std::sync::Arc;
 
+use super::DecoderWeights;
 use crate::Result;
 use crate::backend::{Backend, Sequences, StepPlan, WorkspaceShape};
-use crate::formats::LinearRecipe;
 use crate::gpt::{Activations, ModelConfig, Pass, Shapes};
 use crate::model::{Model, OnDevice};
 use crate::optim::Master;
-use crate::recipe::Recipe;
 
 /// A model and memory for forward passes over one sequence.
 pub(super) struct Recomputing<B: Backend> {
@@ -20,20 +19,26 @@ pub(super) struct Recomputing<B: Backend> {
     plan: StepPlan,
     /// What the weights are kept as: where they are split, it computes with their copies.
     master: Master,
+    weights: DecoderWeights,
     longest: usize,
 }
 
 impl<B: Backend> Recomputing<B> {
-    pub(super) fn new(model: &Model, on: &Arc<OnDevice<B>>, longest: usize) -> Result<Self> {
+    pub(super) fn new(
+        model: &Model,
+        on: &Arc<OnDevice<B>>,
+        longest: usize,
+        weights: DecoderWeights,
+    ) -> Result<Self> {
         let master = on.read()?.master;
-        Self::for_master(model, on, longest, master)
+        Self::for_master(model, on, longest, (master, weights))
     }
 
     fn for_master(
         model: &Model,
         on: &Arc<OnDevice<B>>,
         longest: usize,
-        master: Master,
+        master: (Master, DecoderWeights),
     ) -> Result<Self> {
         let (backend, config) = (&*on.backend, model.config());
         let mut measuring = backend.arena(None)?;
@@ -53,7 +58,8 @@ impl<B: Backend> Recomputing<B> {
         let (on, config) = (Arc::clone(&self.model), model.config());
         let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
         if weights.master != self.master {
-            *self = Self::for_master(model, &on, self.longest, weights.master)?;
+            let of = (weights.master, self.weights);
+            *self = Self::for_master(model, &on, self.longest, of)?;
         }
         let weights = &weights.all;
         let sequences = Sequences { batch: 1, length: context.len() };
@@ -84,11 +90,11 @@ impl<B: Backend> Recomputing<B> {
         arena: &mut B::Arena,
         config: &ModelConfig,
         longest: usize,
-        master: Master,
+        (master, weights): (Master, DecoderWeights),
     ) -> Result<Self> {
         let (recipe, linear) = match master {
-            Master::F32 => (Recipe::fp32(), LinearRecipe::F32),
-            Master::Split => (Recipe::bf16(), LinearRecipe::BF16),
+            Master::F32 => weights.recipes(),
+            Master::Split => DecoderWeights::Bf16.recipes(),
         };
         let precision = recipe.precision();
         let (backend, sequences) = (&*model.backend, Sequences { batch: 1, length: longest });
@@ -111,6 +117,7 @@ impl<B: Backend> Recomputing<B> {
             logits: backend.f32(arena, config.vocab_size),
             plan: recipe.step_plan(config.layers)?,
             master,
+            weights,
             longest,
         })
     }

@@ -6,6 +6,7 @@
 //! text, v) and for nothing else. So whoever has similar logits mostly chooses the same token, which
 //! is what drafts are for, and tokens that are cut away change nothing for the others.
 
+use super::DecoderWeights;
 use crate::formats::{Draw, Purpose};
 use crate::reserve::{reserve, zeros};
 use crate::{Error, Result};
@@ -32,6 +33,12 @@ pub struct GenerateOptions {
     /// Tokens that end the text, such as the one that stands between documents. The one that was
     /// drawn is the last of the result, so that a text that ended differs from one cut off.
     pub stop_tokens: Vec<u32>,
+    /// What logits are computed in.
+    pub weights: DecoderWeights,
+    /// Whether, once the text exceeds the context, a quarter of the context falls out of it at once,
+    /// so that only then all is computed again; else a token falls out for each that comes, and
+    /// every one of them takes the whole computation.
+    pub slide: bool,
 }
 
 impl Default for GenerateOptions {
@@ -45,6 +52,8 @@ impl Default for GenerateOptions {
             repetition_penalty: 1.0,
             seed: 1337,
             stop_tokens: Vec::new(),
+            weights: DecoderWeights::default(),
+            slide: false,
         }
     }
 }

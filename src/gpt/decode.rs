@@ -5,7 +5,9 @@ use super::activations::Activations;
 use super::params::{Linear, ParamTable};
 use super::pass::Pass;
 use crate::Result;
-use crate::backend::{Backend, Decode, Epilogue, LinearForward, Precision, ResidualSum, Slot};
+use crate::backend::{
+    Backend, Decode, Epilogue, HeadShape, LinearForward, LinearShape, Precision, ResidualSum, Slot,
+};
 use crate::formats::{LINEARS, LinearRecipe};
 use crate::reserve::collect;
 
@@ -14,6 +16,8 @@ pub(crate) struct Past<B: Decode> {
     /// Keys and values of each block: (positions, k and v).
     kept: Vec<B::Tensor>,
     packed: Vec<[B::Packed; LINEARS]>,
+    /// The head, where it is in less than f32.
+    head: Option<B::Packed>,
 }
 
 impl<B: Backend + Decode> Past<B> {
@@ -26,12 +30,13 @@ impl<B: Backend + Decode> Past<B> {
     ) -> Result<Self> {
         let (layers, attention) = (shapes.config.layers, shapes.attention(0));
         let width = attention.qkv_channels() - attention.channels();
-        let precision: Precision = shapes.precision;
-        let kept = |_| Ok(backend.tensor(arena, positions * width, precision));
+        let kept = |_| Ok(backend.tensor(arena, positions * width, Precision::F32));
         let kept = collect("the keys and values of all blocks", (0..layers).map(kept))?;
         let packed = |_| Ok(shapes.linears().map(|shape| backend.packed(arena, shape, recipe)));
         let packed = collect("the weights of all blocks", (0..layers).map(packed))?;
-        Ok(Self { kept, packed })
+        let is_packed = *recipe != LinearRecipe::F32;
+        let head = is_packed.then(|| backend.packed(arena, head_of(shapes), recipe));
+        Ok(Self { kept, packed, head })
     }
 
     /// Takes weights as they are now; what was kept was made by others.
@@ -49,6 +54,10 @@ impl<B: Backend + Decode> Past<B> {
                 let w = backend.param(weights, layer.w);
                 backend.pack_weight(&mut packed[number], w, shapes.linears()[number], recipe);
             }
+        }
+        if let Some(head) = &mut self.head {
+            let w = backend.param(weights, table.head());
+            backend.pack_weight(head, w, head_of(shapes), recipe);
         }
     }
 }
@@ -89,6 +98,19 @@ impl<B: Backend + Decode> Pass<'_, B> {
         }
     }
 
+    /// Logits (V) of row `row` after [`Pass::forward_behind`].
+    pub(crate) fn logits_behind(
+        &mut self,
+        acts: &Activations<B>,
+        row: usize,
+        (past, recipe): (&Past<B>, &LinearRecipe),
+        out: &mut B::F32,
+    ) {
+        let Some(head) = &past.head else { return self.logits(acts, row, out) };
+        let (x, shape) = ((&acts.ln_f, row), self.shapes().head());
+        self.backend.packed_logits(self.workspace, out, x, head, shape, recipe);
+    }
+
     fn packed_linear(
         &mut self,
         y: &mut B::Tensor,
@@ -102,6 +124,12 @@ impl<B: Backend + Decode> Pass<'_, B> {
         let (packed, shape) = (&packed[number], self.shapes().linears()[number]);
         self.backend.packed_forward(self.workspace, operands, packed, shape, recipe);
     }
+}
+
+/// The head as a linear layer.
+fn head_of(shapes: Shapes<'_>) -> LinearShape {
+    let HeadShape { rows, channels: inputs, vocab_size: outputs, .. } = shapes.head();
+    LinearShape { rows, inputs, outputs }
 }
 
 /// A table from one of its rows on.

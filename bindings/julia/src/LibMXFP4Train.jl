@@ -198,6 +198,18 @@ const MXT_ACTIVATION_GELU = Int32(1)
 """
 const MXT_DTYPE_F32 = Int32(0)
 
+# mxt_decoder_weights: What a model's linear layers and its head are computed in where it writes text.
+
+"""
+f32.
+"""
+const MXT_DECODER_WEIGHTS_F32 = Int32(0)
+
+"""
+bf16, with sums in f32.
+"""
+const MXT_DECODER_WEIGHTS_BF16 = Int32(1)
+
 # mxt_token_type: What a token is in a file without a header to say it.
 
 """
@@ -473,6 +485,12 @@ struct mxt_generate_options
     # Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
     # below: above 1 the text repeats itself less. 1 (default) changes nothing.
     repetition_penalty::Cfloat
+    # One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
+    weights::Int32
+    # 1 where a quarter of the context falls out of a text that exceeds it at once, so that only
+    # then all is computed again; 0 (default) where a token falls out for each that comes, every one
+    # of which takes the whole computation.
+    slide::Int32
 end
 
 """

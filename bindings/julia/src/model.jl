@@ -94,12 +94,14 @@ end
 
 """
     generate(model, prompt; max_tokens = 256, temperature = 0.8, top_k = 0, top_p = 1, min_p = 0,
-             repetition_penalty = 1, seed = 1337, stop_tokens = [])
+             repetition_penalty = 1, seed = 1337, stop_tokens = [], weights = :f32,
+             slide = false)
     generate(f, model, prompt; ...)
 
 A continuation of the tokens of `prompt`, without the prompt, as a `Vector{Int}`.
 
-A token of `stop_tokens` ends the text and is its last token. `f(token)` is called for each token as
+A token of `stop_tokens` ends the text and is its last token. `weights` is `:f32` or `:bf16`. With
+`slide`, a quarter of the context falls out of a text that exceeds it at once. `f(token)` is called for each token as
 it is sampled; the text ends when it returns `:stop` (see [`run!`](@ref) for what it may return).
 With the `do` syntax:
 
@@ -115,8 +117,14 @@ function generate(
     model::Model,
     prompt::AbstractVector{<:Integer};
     stop_tokens::AbstractVector{<:Integer} = Int[],
+    weights::Symbol = :f32,
+    slide::Bool = false,
     fields...,
 )
+    number = findfirst(==(weights), DECODER_WEIGHTS)
+    if number === nothing
+        throw(ArgumentError("weights: expected one of $DECODER_WEIGHTS, got $(repr(weights))"))
+    end
     prompt_tokens = c_tokens("prompt", prompt)
     stops = c_tokens("stop_tokens", stop_tokens)
     # Tokens are kept as they come, so memory is for what is written and not for `max_tokens`.
@@ -129,6 +137,8 @@ function generate(
             user_data = slot_pointer(slot),
             stop_tokens = pointer(stops),
             stop_token_count = length(stops),
+            weights = number - 1,
+            slide = slide,
         )
         how = Ref(filled(Lib.mxt_generate_options, Lib.mxt_generate_options_init, fields, managed))
         call(model) do
@@ -164,6 +174,7 @@ end
 
 # In the order of C's numbers, from 0.
 const ACTIVATIONS = (:gelu_tanh, :gelu)
+const DECODER_WEIGHTS = (:f32, :bf16)
 
 # The library's defaults with `fields` in place of some.
 function model_config(;

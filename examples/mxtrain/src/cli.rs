@@ -9,7 +9,8 @@ use bytesize::ByteSize;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
-    Activation, DatasetOptions, Optimizer, Recipe, Recompute, ScheduleKind, TokenDrop,
+    Activation, DatasetOptions, DecoderWeights, Optimizer, Recipe, Recompute, ScheduleKind,
+    TokenDrop,
 };
 
 use crate::compare::CompareArgs;
@@ -690,6 +691,15 @@ pub(crate) struct SamplingArgs {
     /// above 0 and multiplies them below; 1 changes nothing
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     pub(crate) repetition_penalty: f32,
+
+    /// Numbers that it is computed in: f32, or bf16 for half the memory and more speed
+    #[arg(long, value_name = "NAME", default_value_t)]
+    pub(crate) weights: DecoderWeights,
+
+    /// Where the text exceeds the context, forget a quarter of it at once, which takes less time
+    /// than a token for each that comes
+    #[arg(long)]
+    pub(crate) slide: bool,
 
     /// Always take the most likely token
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]

@@ -45,6 +45,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
             repetition_penalty: args.sampling.repetition_penalty,
             seed,
             stop_tokens: stop_tokens.clone(),
+            weights: args.sampling.weights,
+            slide: args.sampling.slide,
         };
         let title = match args.samples {
             1 => String::new(),

@@ -8,7 +8,7 @@ use super::gemm::{Conversion, Layout, Matrix, Output, PackMemory, PackSize, Role
 use super::workspace::Workspace;
 use super::{Buffer, Cpu};
 use crate::backend::{
-    AttentionShape, Decode, Epilogue, Linear, LinearForward, LinearShape, Precision,
+    AttentionShape, Decode, Epilogue, HeadShape, Linear, LinearForward, LinearShape, Precision,
 };
 use crate::formats::LinearRecipe;
 
@@ -64,6 +64,23 @@ impl Decode for Cpu {
         }
     }
 
+    fn packed_logits(
+        &self,
+        workspace: &mut Workspace,
+        logits: &mut Buffer<f32>,
+        (x, row): (&Buffer<f32>, usize),
+        head: &PackedWeight,
+        HeadShape { channels, vocab_size, .. }: HeadShape,
+        recipe: &LinearRecipe,
+    ) {
+        let x = Matrix::rows_by_depth(&x[row * channels..][..channels], 1, channels);
+        let x = pack(self, &x, conversion(recipe), Role::A, workspace.a.as_mut());
+        let layout = head.layout.expect("a weight is packed before it is read");
+        let (c, stride) = (&mut logits[..vocab_size], vocab_size);
+        let out = Output { c, stride, alpha: 1.0, bias: None, accumulate: false };
+        self.gemm(x, head.memory.packed(layout), out);
+    }
+
     fn attention_behind(
         &self,
         workspace: &mut Workspace,
@@ -74,7 +91,7 @@ impl Decode for Cpu {
         shape: AttentionShape,
     ) {
         let (rows, channels) = (shape.sequences.rows(), shape.channels());
-        assert!(shape.sequences.batch == 1 && shape.precision == Precision::F32);
+        assert!(shape.sequences.batch == 1, "rows are of one sequence");
         let width = shape.qkv_channels() - channels;
         let behind = &mut kept[start * width..][..rows * width];
         let of_rows = qkv.chunks_exact(shape.qkv_channels());
