@@ -45,8 +45,16 @@ pub trait Decode: Linear + Attend {
         shape: HeadShape,
         recipe: &LinearRecipe,
     );
-    /// Keeps keys and values of rows qkv (n, qkv channels) behind the first `start` of `kept`
-    /// (positions, k and v), and makes out (n, C) of the attention of these rows to all positions
+    /// Room for keys and values of so many positions of a sequence, in f32, as the backend lays them
+    /// out.
+    fn kept(
+        &self,
+        arena: &mut Self::Arena,
+        positions: usize,
+        shape: AttentionShape,
+    ) -> Self::Tensor;
+    /// Keeps keys and values of rows qkv (n, qkv channels) behind the first `start` positions of
+    /// `kept`, and makes out (n, C) of the attention of these rows to all positions
     /// up to their own. Of one sequence, whose length in `shape` is n. Products are in f32, for which
     /// the workspace is to be, and for sequences of `start` + n.
     fn attention_behind(

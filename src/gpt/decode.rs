@@ -6,14 +6,14 @@ use super::params::{Linear, ParamTable};
 use super::pass::Pass;
 use crate::Result;
 use crate::backend::{
-    Backend, Decode, Epilogue, HeadShape, LinearForward, LinearShape, Precision, ResidualSum, Slot,
+    Backend, Decode, Epilogue, HeadShape, LinearForward, LinearShape, ResidualSum, Slot,
 };
 use crate::formats::{LINEARS, LinearRecipe};
 use crate::reserve::collect;
 
 /// What is kept of a sequence, and weights as few rows read them.
 pub(crate) struct Past<B: Decode> {
-    /// Keys and values of each block: (positions, k and v).
+    /// Keys and values of each block.
     kept: Vec<B::Tensor>,
     packed: Vec<[B::Packed; LINEARS]>,
     /// The head, where it is in less than f32.
@@ -28,9 +28,8 @@ impl<B: Backend + Decode> Past<B> {
         shapes: Shapes<'_>,
         (recipe, positions): (&LinearRecipe, usize),
     ) -> Result<Self> {
-        let (layers, attention) = (shapes.config.layers, shapes.attention(0));
-        let width = attention.qkv_channels() - attention.channels();
-        let kept = |_| Ok(backend.tensor(arena, positions * width, Precision::F32));
+        let layers = shapes.config.layers;
+        let kept = |l| Ok(backend.kept(arena, positions, shapes.attention(l)));
         let kept = collect("the keys and values of all blocks", (0..layers).map(kept))?;
         let packed = |_| Ok(shapes.linears().map(|shape| backend.packed(arena, shape, recipe)));
         let packed = collect("the weights of all blocks", (0..layers).map(packed))?;

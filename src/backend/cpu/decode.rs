@@ -3,7 +3,7 @@
 //! the bits that it has among others.
 
 use super::arena::Arena;
-use super::attend;
+use super::attend::behind;
 use super::gemm::{Conversion, Layout, Matrix, Output, PackMemory, PackSize, Role, pack};
 use super::workspace::Workspace;
 use super::{Buffer, Cpu};
@@ -81,6 +81,10 @@ impl Decode for Cpu {
         self.gemm(x, head.memory.packed(layout), out);
     }
 
+    fn kept(&self, arena: &mut Arena, positions: usize, shape: AttentionShape) -> Buffer<f32> {
+        arena.alloc(behind::kept_len(positions, shape))
+    }
+
     fn attention_behind(
         &self,
         workspace: &mut Workspace,
@@ -90,14 +94,6 @@ impl Decode for Cpu {
         start: usize,
         shape: AttentionShape,
     ) {
-        let (rows, channels) = (shape.sequences.rows(), shape.channels());
-        assert!(shape.sequences.batch == 1, "rows are of one sequence");
-        let width = shape.qkv_channels() - channels;
-        let behind = &mut kept[start * width..][..rows * width];
-        let of_rows = qkv.chunks_exact(shape.qkv_channels());
-        for (kept, row) in behind.chunks_exact_mut(width).zip(of_rows) {
-            kept.copy_from_slice(&row[channels..]);
-        }
-        attend::forward_behind(self, workspace, out, qkv, kept, start, shape);
+        behind::forward(self, workspace, out, qkv, (kept, start), shape);
     }
 }

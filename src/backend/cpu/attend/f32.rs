@@ -17,29 +17,27 @@ pub(super) fn scratch_len(length: usize, head_size: usize, backward: bool) -> us
     if backward { 2 * queries + 3 * channels + 2 * scores } else { queries + channels + scores }
 }
 
-/// The forward pass of one head. Where there are fewer queries than keys, they are the last ones.
+/// The forward pass of one head.
 pub(super) fn forward_head(isa: Isa, scratch: &mut [f32], mut head: HeadForward<'_>) {
-    let (n, t, d) = (head.q.length, head.k.length, head.q.head_size);
-    let before = t - n;
+    let (t, d) = (head.q.length, head.q.head_size);
     let mut scratch = Scratch(scratch);
-    let queries = scratch.f32(n.next_multiple_of(PANEL) * d);
+    let queries = scratch.f32(t.next_multiple_of(PANEL) * d);
     let values = scratch.f32(d.next_multiple_of(PANEL) * t);
     let scores = scratch.f32(QUERIES * t);
     pack_f32(isa, &head.q.by_position(), queries);
     pack_f32(isa, &head.v.by_channel(), values);
-    for q0 in (0..n).step_by(QUERIES) {
-        let q1 = (q0 + QUERIES).min(n);
-        let keys = before + q1;
-        let block = QueryBlock { q0, q1, keys, length: t };
+    for q0 in (0..t).step_by(QUERIES) {
+        let q1 = (q0 + QUERIES).min(t);
+        let block = QueryBlock { q0, q1, length: t };
         // S^T, then P^T in place.
-        block.product(isa, &Unpacked::of(head.k, keys), &block.panels(queries, d), d, scores);
+        block.product(isa, &Unpacked::of(head.k, q1), &block.panels(queries, d), d, scores);
         let panels = scores.chunks_exact_mut(t * PANEL);
         for (first, scores) in (q0..q1).step_by(PANEL).zip(panels) {
-            let lanes = head.softmax(isa, scores, before + first, keys);
+            let lanes = head.softmax(isa, scores, first, q1);
             // O = P V: the panel is A, (keys, 16 queries); V is B.
             let a = Unpacked { data: scores, rows: lanes, stride: 1, step: PANEL };
-            // SAFETY: the job owns the output; first + lanes <= n.
-            unsafe { a.times(isa, values, t, 0..keys, head.out.skip(first), false) };
+            // SAFETY: the job owns the output; first + lanes <= T.
+            unsafe { a.times(isa, values, t, 0..q1, head.out.skip(first), false) };
         }
     }
 }
@@ -66,7 +64,7 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
     }
     for q0 in (0..t).step_by(QUERIES) {
         let q1 = (q0 + QUERIES).min(t);
-        let block = QueryBlock { q0, q1, keys: q1, length: t };
+        let block = QueryBlock { q0, q1, length: t };
         block.product(isa, &Unpacked::of(head.k, q1), &block.panels(queries, d), d, scores);
         block.product(isa, &Unpacked::of(head.v, q1), &block.panels(douts, d), d, dscores);
         let panels = scores.chunks_exact_mut(t * PANEL).zip(dscores.chunks_exact_mut(t * PANEL));
@@ -89,21 +87,20 @@ pub(super) fn backward_head(isa: Isa, scratch: &mut [f32], head: HeadBackward<'_
     }
 }
 
-/// Queries q0 .. q1 and the keys that they see, of so many in all.
+/// Queries q0 .. q1 and the keys 0 .. q1 that they see.
 struct QueryBlock {
     q0: usize,
     q1: usize,
-    keys: usize,
     length: usize,
 }
 
 impl QueryBlock {
-    /// The block's panels of a packed (panels of queries, d, 16) operand.
+    /// The block's panels of a packed (panels of T, d, 16) operand.
     fn panels<'a>(&self, packed: &'a [f32], d: usize) -> Panels<'a, f32> {
         Panels { data: &packed[self.q0 / PANEL * d * PANEL..], stride: d * PANEL }
     }
 
-    /// out (3 panels, T, 16) = the keys' rows of A times the block's panels, over `depth`.
+    /// out (3 panels, T, 16) = rows 0 .. q1 of A times the block's panels, over `depth`.
     fn product(
         &self,
         isa: Isa,
@@ -113,8 +110,8 @@ impl QueryBlock {
         out: &mut [f32],
     ) {
         let panels = (self.q1 - self.q0).div_ceil(PANEL);
-        for i in (0..self.keys).step_by(TILE_ROWS) {
-            let rows = TILE_ROWS.min(self.keys - i);
+        for i in (0..self.q1).step_by(TILE_ROWS) {
+            let rows = TILE_ROWS.min(self.q1 - i);
             let c = out[i * PANEL..][..((panels - 1) * self.length + rows) * PANEL].as_mut_ptr();
             let to = TileOutput::sums(c, PANEL, rows, panels * PANEL);
             let to = TileOutput { panel_stride: self.length * PANEL, ..to };

@@ -14,6 +14,7 @@
 //! Products are in f32; with AVX-512, those whose precision is bf16 are in bf16, on tiles where
 //! there are such.
 
+pub(super) mod behind;
 mod f32;
 mod panels;
 mod rows;
@@ -113,37 +114,6 @@ impl Attend for Cpu {
     }
 }
 
-/// The forward pass of rows behind others, whose keys and values, with their own, are `kept`; in
-/// f32. Of one sequence, whose length in `shape` is that of the rows.
-pub(super) fn forward_behind(
-    cpu: &Cpu,
-    workspace: &mut Workspace,
-    out: &mut Buffer<f32>,
-    qkv: &Buffer<f32>,
-    kept: &Buffer<f32>,
-    start: usize,
-    shape: AttentionShape,
-) {
-    let AttentionShape { sequences, heads, head_size, .. } = shape;
-    let (rows, channels, stride) = (sequences.length, shape.channels(), shape.qkv_channels());
-    let holds = out.len() >= rows * channels && kept.len() >= (start + rows) * (stride - channels);
-    assert!(holds && qkv.len() >= rows * stride, "tensors hold the rows");
-    let (out, isa) = (DisjointSlice::new(out), cpu.isa());
-    for_each_job(cpu, workspace, heads, |scratch, number| {
-        let head = Head { shape, batch: 0, head: number };
-        let [q, k, v] = shape.starts(number);
-        let of_kept = |first: usize| HeadRows {
-            data: &kept[first - channels..],
-            length: start + rows,
-            head_size,
-            stride: stride - channels,
-        };
-        let (q, k, v) = (head.rows(qkv, q, stride), of_kept(k), of_kept(v));
-        let (scale, out) = (head.scale(), head.out(&out));
-        f32::forward_head(isa, scratch, HeadForward { q, k, v, scale, out, lse: &mut [] });
-    });
-}
-
 fn forward_head(isa: Isa, precision: Precision, scratch: &mut [f32], head: HeadForward<'_>) {
     #[cfg(target_arch = "x86_64")]
     if in_tiles(isa, precision) {
@@ -166,8 +136,7 @@ fn backward_head(isa: Isa, precision: Precision, scratch: &mut [f32], head: Head
     f32::backward_head(isa, scratch, head);
 }
 
-/// The operands of one head's forward pass; `out` and `lse` (T, or empty where nobody asks) are
-/// written.
+/// The operands of one head's forward pass; `out` and `lse` (T) are written.
 struct HeadForward<'a> {
     q: HeadRows<'a>,
     k: HeadRows<'a>,
@@ -184,9 +153,7 @@ impl HeadForward<'_> {
     fn softmax(&mut self, isa: Isa, scores: &mut [f32], first: usize, keys: usize) -> usize {
         let lse = softmax_panel(isa, scores, first, keys, self.scale);
         let queries = (keys - first).min(PANEL);
-        if !self.lse.is_empty() {
-            self.lse[first..][..queries].copy_from_slice(&lse[..queries]);
-        }
+        self.lse[first..][..queries].copy_from_slice(&lse[..queries]);
         queries
     }
 }
