@@ -79,7 +79,11 @@ fn main() {
                 })
             };
             let token = median(text[PROMPT..].iter().map(of_token).collect());
-            let bytes = if weights == DecoderWeights::F32 { 4.0 } else { 2.0 };
+            let bytes = match weights {
+                DecoderWeights::F32 => 4.0,
+                DecoderWeights::Bf16 => 2.0,
+                DecoderWeights::Mxfp4 => 4.25 / 8.0,
+            };
             let floor = bytes * read as f64 / rate;
             println!(
                 "{name}, {weights}: packing {first:.2} s, prefill {:.0} tokens/s; a token {:.1} ms, \

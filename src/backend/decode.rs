@@ -1,7 +1,54 @@
 //! Decoding: rows of a sequence behind those whose keys and values are kept.
 
+use std::fmt;
+use std::str::FromStr;
+
 use super::{Attend, AttentionShape, HeadShape, Linear, LinearForward, LinearShape};
-use crate::formats::LinearRecipe;
+use crate::{Error, Result};
+
+/// What a model's linear layers and its head are computed in where it writes text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DecoderWeights {
+    /// f32.
+    #[default]
+    F32,
+    /// bf16, weights and what they are multiplied with, with sums in f32: half the bytes. The numbers
+    /// of the recipe `bf16`; on a processor attention stays in f32.
+    Bf16,
+    /// MXFP4, 4.25 bits a weight, by the scales of [`crate::formats::quantize_closest`]; what they are
+    /// multiplied with in 8 bits, for every 32 elements a scale of their own. On a processor.
+    Mxfp4,
+}
+
+impl DecoderWeights {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Mxfp4];
+
+    /// Its name: `f32`, `bf16` or `mxfp4`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Mxfp4 => "mxfp4",
+        }
+    }
+}
+
+impl fmt::Display for DecoderWeights {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for DecoderWeights {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|one| one.as_str() == s).ok_or_else(|| {
+            Error::invalid("weights", format!("expected f32, bf16 or mxfp4, got {s:?}"))
+        })
+    }
+}
 
 /// Operations on a few rows, whose weights are read once for all of them.
 ///
@@ -16,16 +63,10 @@ pub trait Decode: Linear + Attend {
         &self,
         arena: &mut Self::Arena,
         shape: LinearShape,
-        recipe: &LinearRecipe,
+        weights: DecoderWeights,
     ) -> Self::Packed;
-    /// Fills it. The recipe's forward product is in f32 or bf16.
-    fn pack_weight(
-        &self,
-        packed: &mut Self::Packed,
-        w: Self::Param<'_>,
-        shape: LinearShape,
-        recipe: &LinearRecipe,
-    );
+    /// Fills it, with the numbers that it was made for.
+    fn pack_weight(&self, packed: &mut Self::Packed, w: Self::Param<'_>, shape: LinearShape);
     /// [`Linear::linear_forward`] with a weight that is packed.
     fn packed_forward(
         &self,
@@ -33,7 +74,6 @@ pub trait Decode: Linear + Attend {
         operands: LinearForward<'_, Self>,
         packed: &Self::Packed,
         shape: LinearShape,
-        recipe: &LinearRecipe,
     );
     /// logits (V) of a row of x (rows, C), with the head as a packed weight (V, C).
     fn packed_logits(
@@ -43,7 +83,6 @@ pub trait Decode: Linear + Attend {
         row_of_x: (&Self::Tensor, usize),
         head: &Self::Packed,
         shape: HeadShape,
-        recipe: &LinearRecipe,
     );
     /// Room for keys and values of so many positions of a sequence, in f32, as the backend lays them
     /// out.

@@ -26,6 +26,8 @@ pub enum mxt_decoder_weights {
     F32 = 0,
     /// bf16, with sums in f32.
     Bf16 = 1,
+    /// MXFP4, 4.25 bits a weight, and what they are multiplied with in 8 bits. On a processor.
+    Mxfp4 = 2,
 }
 
 /// How tokens are sampled. Fill it with mxt_generate_options_init.
@@ -101,12 +103,15 @@ impl Options for mxt_generate_options {
 fn weights(value: i32) -> Result<DecoderWeights, Failure> {
     const F32: i32 = mxt_decoder_weights::F32 as i32;
     const BF16: i32 = mxt_decoder_weights::Bf16 as i32;
+    const MXFP4: i32 = mxt_decoder_weights::Mxfp4 as i32;
     match value {
         F32 => Ok(DecoderWeights::F32),
         BF16 => Ok(DecoderWeights::Bf16),
+        MXFP4 => Ok(DecoderWeights::Mxfp4),
         other => {
             let message = format!(
-                "expected MXT_DECODER_WEIGHTS_F32 (0) or MXT_DECODER_WEIGHTS_BF16 (1), got {other}"
+                "expected MXT_DECODER_WEIGHTS_F32 (0), MXT_DECODER_WEIGHTS_BF16 (1) or \
+                 MXT_DECODER_WEIGHTS_MXFP4 (2), got {other}"
             );
             Err(Failure::invalid("weights", message))
         }

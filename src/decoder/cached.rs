@@ -4,12 +4,11 @@ use std::sync::Arc;
 
 use super::DecoderWeights;
 use crate::Result;
-use crate::backend::{
-    AttentionShape, Backend, Decode, Precision, Sequences, StepPlan, WorkspaceShape,
-};
-use crate::formats::LinearRecipe;
+use crate::backend::{Backend, Decode, LinearShape, Sequences, StepPlan, WorkspaceShape};
+use crate::formats::{BLOCK, LinearRecipe};
 use crate::gpt::{Activations, ModelConfig, Pass, Past, Shapes};
 use crate::model::{Model, OnDevice};
+use crate::recipe::Recipe;
 
 /// Rows of one pass.
 ///
@@ -25,7 +24,6 @@ pub(super) struct Cached<B: Backend + Decode> {
     logits: B::F32,
     plan: StepPlan,
     past: Past<B>,
-    recipe: LinearRecipe,
     /// Positions of which keys and values are kept.
     kept: usize,
     /// [`crate::model::Weights::changes`] of the weights that `past` was made from.
@@ -63,14 +61,14 @@ impl<B: Backend + Decode> Cached<B> {
         let (on, config) = (Arc::clone(&self.model), model.config());
         let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
         let backend = &**backend;
-        let Self { activations, workspace, tokens, logits, plan, past, recipe, .. } = self;
+        let Self { activations, workspace, tokens, logits, plan, past, .. } = self;
         let (kept, changes) = (&mut self.kept, &mut self.changes);
         let precision = plan.precision;
         let shapes =
             |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         if *changes != Some(weights.changes) {
             (*kept, *changes) = (0, None);
-            backend.scope(|| past.pack(backend, table, &weights.all, shapes(1), recipe));
+            backend.scope(|| past.pack(backend, table, &weights.all, shapes(1)));
             *changes = Some(weights.changes);
         }
         // The last row is computed in any case, for its logits.
@@ -95,7 +93,7 @@ impl<B: Backend + Decode> Cached<B> {
                 pass.forward_behind(activations, tokens, (past, start));
                 start += rows.len();
                 if start == context.len() {
-                    pass.logits_behind(activations, rows.len() - 1, (past, recipe), logits);
+                    pass.logits_behind(activations, rows.len() - 1, past, logits);
                 }
             }
         });
@@ -111,17 +109,21 @@ impl<B: Backend + Decode> Cached<B> {
         (room, weights): (usize, DecoderWeights),
     ) -> Result<Self> {
         let (backend, rows) = (&*on.backend, room.min(ROWS));
-        let (recipe, linear) = weights.recipes();
+        // Of scratch memory: products of other numbers take less.
+        let recipe = Recipe::fp32();
         let precision = recipe.precision();
         let of = |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         let shapes = of(rows);
         let shape = WorkspaceShape {
-            linears: &shapes.linears(),
+            // MXFP4 has whole blocks.
+            linears: &shapes
+                .linears()
+                .map(|shape| LinearShape { inputs: shape.inputs.next_multiple_of(BLOCK), ..shape }),
             norm: shapes.norm(),
             // Of rows behind all others.
-            attention: AttentionShape { precision: Precision::F32, ..of(room).attention(0) },
+            attention: of(room).attention(0),
             head: shapes.head(),
-            recipes: &[linear],
+            recipes: &[LinearRecipe::F32],
             merge: None,
             backward: false,
         };
@@ -133,8 +135,7 @@ impl<B: Backend + Decode> Cached<B> {
             tokens: backend.tokens(arena, rows, false)?,
             logits: backend.f32(arena, config.vocab_size),
             plan: recipe.step_plan(config.layers)?,
-            past: Past::new(backend, arena, shapes, (&linear, room))?,
-            recipe: linear,
+            past: Past::new(backend, arena, shapes, (weights, room))?,
             kept: 0,
             changes: None,
         })

@@ -8,15 +8,13 @@ mod recomputing;
 mod sampler;
 
 use std::fmt;
-use std::str::FromStr;
 
+pub use crate::backend::DecoderWeights;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Device, on_device};
-use crate::formats::LinearRecipe;
 use crate::gpt::ModelConfig;
 use crate::model::Model;
-use crate::recipe::Recipe;
 use crate::reserve::{push, reserve};
 use crate::{Error, Result};
 use cached::Cached;
@@ -89,54 +87,6 @@ impl Model {
             return Err(Error::invalid("prompt", message));
         }
         check_tokens("the prompt", prompt, vocab_size)
-    }
-}
-
-/// What a model's linear layers and its head are computed in where it writes text.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum DecoderWeights {
-    /// f32.
-    #[default]
-    F32,
-    /// bf16, weights and what they are multiplied with, with sums in f32: half the bytes. The numbers
-    /// of the recipe `bf16`; on a processor attention stays in f32.
-    Bf16,
-}
-
-impl DecoderWeights {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::F32, Self::Bf16];
-
-    /// Its name: `f32` or `bf16`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::Bf16 => "bf16",
-        }
-    }
-
-    fn recipes(self) -> (Recipe, LinearRecipe) {
-        match self {
-            Self::F32 => (Recipe::fp32(), LinearRecipe::F32),
-            Self::Bf16 => (Recipe::bf16(), LinearRecipe::BF16),
-        }
-    }
-}
-
-impl fmt::Display for DecoderWeights {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for DecoderWeights {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|one| one.as_str() == s)
-            .ok_or_else(|| Error::invalid("weights", format!("expected f32 or bf16, got {s:?}")))
     }
 }
 

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use super::DecoderWeights;
-use crate::Result;
 use crate::backend::{Backend, Sequences, StepPlan, WorkspaceShape};
+use crate::formats::LinearRecipe;
 use crate::gpt::{Activations, ModelConfig, Pass, Shapes};
 use crate::model::{Model, OnDevice};
 use crate::optim::Master;
+use crate::recipe::Recipe;
+use crate::{Error, Result};
 
 /// A model and memory for forward passes over one sequence.
 pub(super) struct Recomputing<B: Backend> {
@@ -92,9 +94,14 @@ impl<B: Backend> Recomputing<B> {
         longest: usize,
         (master, weights): (Master, DecoderWeights),
     ) -> Result<Self> {
-        let (recipe, linear) = match master {
-            Master::F32 => weights.recipes(),
-            Master::Split => DecoderWeights::Bf16.recipes(),
+        let (recipe, linear) = match (master, weights) {
+            (_, DecoderWeights::Mxfp4) => {
+                let remedy = "a processor writes text with them; use bf16 or f32 here".into();
+                let what = "weights in MXFP4 on a GPU, where text is written".into();
+                return Err(Error::Unsupported { what, remedy });
+            }
+            (Master::F32, DecoderWeights::F32) => (Recipe::fp32(), LinearRecipe::F32),
+            _ => (Recipe::bf16(), LinearRecipe::BF16),
         };
         let precision = recipe.precision();
         let (backend, sequences) = (&*model.backend, Sequences { batch: 1, length: longest });

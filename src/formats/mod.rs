@@ -59,7 +59,7 @@ pub use operand::{
 pub use outlier::{Kept, clamped, outlier};
 pub use philox::{Draw, GemmId, OperandId, Purpose, Random, philox4x32_10, uniform};
 pub(crate) use philox::{M0, M1, W0, W1};
-pub use quantize::{Range, Rounding, quantize_block};
+pub use quantize::{Range, Rounding, quantize_block, quantize_closest};
 pub use quantized::{
     Bits, Quantized, VECTORS_AT_ONCE, Vectors, has_vector_scales, needs_amax, quantize_vectors,
     tensor_scale,

@@ -1,6 +1,7 @@
 //! From 32 f32 values to one block: a scale byte and 32 codes.
 
 use super::BLOCK;
+use super::e2m1::decode_e2m1;
 use super::e8m0::{E8M0_NAN, PowerRule, decode_e8m0};
 
 /// How elements are rounded to E2M1.
@@ -54,6 +55,28 @@ pub fn quantize_block(
         *code = quantize_element(*x, scale, rounding, range, || bits(i));
     }
     (scale, codes)
+}
+
+/// Quantizes a block to nearest by the scale of [`quantize_block`] or the next, which lets nothing
+/// saturate, whichever leaves the smaller sum of squared errors; of two that leave the same, by the
+/// first. For numbers that stay: it looks at every element twice.
+pub fn quantize_closest(v: &[f32; BLOCK]) -> (u8, [u8; BLOCK]) {
+    let by = |scale: u8| {
+        let code = |x: &f32| quantize_element(*x, scale, Rounding::Nearest, Range::Full, || 0);
+        let codes = std::array::from_fn(|i| code(&v[i]));
+        let of = |(x, code): (&f32, &u8)| {
+            f64::from(*x) - f64::from(decode_e2m1(*code)) * f64::from(decode_e8m0(scale))
+        };
+        let error: f64 = v.iter().zip(&codes).map(|one| of(one).powi(2)).sum();
+        (error, (scale, codes))
+    };
+    let scale = PowerRule::Floor.byte(v);
+    let (error, first) = by(scale);
+    if scale >= E8M0_NAN - 1 {
+        return first;
+    }
+    let (of_next, next) = by(scale + 1);
+    if of_next < error { next } else { first }
 }
 
 /// The code of an element of a block with this scale byte; 0 for a byte of 255.
@@ -111,6 +134,17 @@ mod tests {
         (Rounding::Nearest, Range::ThreeQuarters),
         (Rounding::Unbiased, Range::ThreeQuarters),
     ];
+
+    /// 7.9 saturates by the first scale, and 6.5 loses less that way.
+    #[test]
+    fn the_better_of_two_scales_is_taken() {
+        let block = |values: [f32; 2]| std::array::from_fn(|i| if i < 2 { values[i] } else { 0.0 });
+        let codes = |codes: [u8; 2]| std::array::from_fn(|i| if i < 2 { codes[i] } else { 0 });
+        assert_eq!(quantize_closest(&block([7.9, 4.0])), (128, codes([6, 4])));
+        assert_eq!(quantize_closest(&block([6.5, 0.5])), (127, codes([7, 1])));
+        assert_eq!(quantize_closest(&block([0.0, 0.0])), (0, codes([0, 0])));
+        assert_eq!(quantize_closest(&block([f32::NAN, 1.0])).0, 255);
+    }
 
     #[test]
     fn nearest_takes_the_closest_value_and_the_even_code_on_ties() {

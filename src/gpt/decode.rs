@@ -6,9 +6,10 @@ use super::params::{Linear, ParamTable};
 use super::pass::Pass;
 use crate::Result;
 use crate::backend::{
-    Backend, Decode, Epilogue, HeadShape, LinearForward, LinearShape, ResidualSum, Slot,
+    Backend, Decode, DecoderWeights, Epilogue, HeadShape, LinearForward, LinearShape, ResidualSum,
+    Slot,
 };
-use crate::formats::{LINEARS, LinearRecipe};
+use crate::formats::LINEARS;
 use crate::reserve::collect;
 
 /// What is kept of a sequence, and weights as few rows read them.
@@ -26,15 +27,15 @@ impl<B: Backend + Decode> Past<B> {
         backend: &B,
         arena: &mut B::Arena,
         shapes: Shapes<'_>,
-        (recipe, positions): (&LinearRecipe, usize),
+        (weights, positions): (DecoderWeights, usize),
     ) -> Result<Self> {
         let layers = shapes.config.layers;
         let kept = |l| Ok(backend.kept(arena, positions, shapes.attention(l)));
         let kept = collect("the keys and values of all blocks", (0..layers).map(kept))?;
-        let packed = |_| Ok(shapes.linears().map(|shape| backend.packed(arena, shape, recipe)));
+        let packed = |_| Ok(shapes.linears().map(|shape| backend.packed(arena, shape, weights)));
         let packed = collect("the weights of all blocks", (0..layers).map(packed))?;
-        let is_packed = *recipe != LinearRecipe::F32;
-        let head = is_packed.then(|| backend.packed(arena, head_of(shapes), recipe));
+        let is_packed = weights != DecoderWeights::F32;
+        let head = is_packed.then(|| backend.packed(arena, head_of(shapes), weights));
         Ok(Self { kept, packed, head })
     }
 
@@ -45,18 +46,17 @@ impl<B: Backend + Decode> Past<B> {
         table: &ParamTable,
         weights: &B::Weights,
         shapes: Shapes<'_>,
-        recipe: &LinearRecipe,
     ) {
         for (block, packed) in table.blocks.iter().zip(&mut self.packed) {
             for layer in [block.qkv, block.projection, block.fc1, block.fc2] {
                 let number = layer.number as usize;
                 let w = backend.param(weights, layer.w);
-                backend.pack_weight(&mut packed[number], w, shapes.linears()[number], recipe);
+                backend.pack_weight(&mut packed[number], w, shapes.linears()[number]);
             }
         }
         if let Some(head) = &mut self.head {
             let w = backend.param(weights, table.head());
-            backend.pack_weight(head, w, head_of(shapes), recipe);
+            backend.pack_weight(head, w, head_of(shapes));
         }
     }
 }
@@ -77,12 +77,12 @@ impl<B: Backend + Decode> Pass<'_, B> {
         for (l, block) in table.blocks.iter().enumerate() {
             let packed = &past.packed[l];
             let (y, x) = (&mut acts.qkv[l], &acts.ln_1[l]);
-            self.packed_linear(y, x, (block.qkv, l, packed), Epilogue::None);
+            self.packed_linear(y, x, (block.qkv, packed), Epilogue::None);
             let (out, qkv, kept) = (&mut acts.attention[l], &acts.qkv[l], &mut past.kept[l]);
             let shape = shapes.attention(l);
             backend.attention_behind(self.workspace, out, qkv, kept, start, shape);
             let (y, x) = (&mut acts.branch, &acts.attention[l]);
-            self.packed_linear(y, x, (block.projection, l, packed), Epilogue::None);
+            self.packed_linear(y, x, (block.projection, packed), Epilogue::None);
 
             let (out, statistics) = (&mut acts.ln_2[l], acts.ln_2_statistics[l].as_mut());
             let (x, y) = (&acts.residual[l], &acts.branch);
@@ -90,9 +90,9 @@ impl<B: Backend + Decode> Pass<'_, B> {
             self.add_norm(out, statistics, sum, block.ln_2, shapes.norm());
             let gelu = Epilogue::Gelu { out: &mut acts.gelu[l], form: self.config.activation };
             let (y, x) = (&mut acts.fc1[l], &acts.ln_2[l]);
-            self.packed_linear(y, x, (block.fc1, l, packed), gelu);
+            self.packed_linear(y, x, (block.fc1, packed), gelu);
             let (y, x) = (&mut acts.branch, &acts.gelu[l]);
-            self.packed_linear(y, x, (block.fc2, l, packed), Epilogue::None);
+            self.packed_linear(y, x, (block.fc2, packed), Epilogue::None);
             self.end(acts, l);
         }
     }
@@ -102,26 +102,26 @@ impl<B: Backend + Decode> Pass<'_, B> {
         &mut self,
         acts: &Activations<B>,
         row: usize,
-        (past, recipe): (&Past<B>, &LinearRecipe),
+        past: &Past<B>,
         out: &mut B::F32,
     ) {
         let Some(head) = &past.head else { return self.logits(acts, row, out) };
         let (x, shape) = ((&acts.ln_f, row), self.shapes().head());
-        self.backend.packed_logits(self.workspace, out, x, head, shape, recipe);
+        self.backend.packed_logits(self.workspace, out, x, head, shape);
     }
 
     fn packed_linear(
         &mut self,
         y: &mut B::Tensor,
         x: &B::Tensor,
-        (layer, block, packed): (Linear, usize, &[B::Packed; LINEARS]),
+        (layer, packed): (Linear, &[B::Packed; LINEARS]),
         epilogue: Epilogue<'_, B>,
     ) {
         let [w, b] = [layer.w, layer.b].map(|slot| self.param(slot));
         let operands = LinearForward { y, x, w, b, mean: None, epilogue, turned: None };
-        let (number, recipe) = (layer.number as usize, self.recipe(block, layer));
+        let number = layer.number as usize;
         let (packed, shape) = (&packed[number], self.shapes().linears()[number]);
-        self.backend.packed_forward(self.workspace, operands, packed, shape, recipe);
+        self.backend.packed_forward(self.workspace, operands, packed, shape);
     }
 }
 

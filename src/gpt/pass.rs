@@ -351,7 +351,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         NormParams { w: self.param(norm.w), b: self.param(norm.b) }
     }
 
-    pub(super) fn recipe(&self, block: usize, layer: Linear) -> &'a LinearRecipe {
+    fn recipe(&self, block: usize, layer: Linear) -> &'a LinearRecipe {
         &self.plan.layers[block][layer.number as usize]
     }
 

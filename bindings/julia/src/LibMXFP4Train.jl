@@ -210,6 +210,11 @@ bf16, with sums in f32.
 """
 const MXT_DECODER_WEIGHTS_BF16 = Int32(1)
 
+"""
+MXFP4, 4.25 bits a weight, and what they are multiplied with in 8 bits. On a processor.
+"""
+const MXT_DECODER_WEIGHTS_MXFP4 = Int32(2)
+
 # mxt_token_type: What a token is in a file without a header to say it.
 
 """

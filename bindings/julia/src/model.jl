@@ -100,8 +100,8 @@ end
 
 A continuation of the tokens of `prompt`, without the prompt, as a `Vector{Int}`.
 
-A token of `stop_tokens` ends the text and is its last token. `weights` is `:f32` or `:bf16`. With
-`slide`, a quarter of the context falls out of a text that exceeds it at once. `f(token)` is called for each token as
+A token of `stop_tokens` ends the text and is its last token. `weights` is `:f32`, `:bf16` or, on a
+processor, `:mxfp4`. With `slide`, a quarter of the context falls out of a text that exceeds it at once. `f(token)` is called for each token as
 it is sampled; the text ends when it returns `:stop` (see [`run!`](@ref) for what it may return).
 With the `do` syntax:
 
@@ -174,7 +174,7 @@ end
 
 # In the order of C's numbers, from 0.
 const ACTIVATIONS = (:gelu_tanh, :gelu)
-const DECODER_WEIGHTS = (:f32, :bf16)
+const DECODER_WEIGHTS = (:f32, :bf16, :mxfp4)
 
 # The library's defaults with `fields` in place of some.
 function model_config(;

@@ -1,0 +1,141 @@
+//! A few rows behind those whose keys and values are kept. Products are those of whole sequences,
+//! with weights that are packed once: every element is summed in the same order, so that a row has
+//! the bits that it has among others. Those of weights in MXFP4 are of their own (`mxfp4`).
+
+mod mxfp4;
+
+use super::arena::Arena;
+use super::attend::behind;
+use super::gemm::{Conversion, Layout, Matrix, Output, PackMemory, PackSize, Role, pack};
+use super::workspace::Workspace;
+use super::{Buffer, Cpu};
+use crate::backend::{
+    AttentionShape, Decode, DecoderWeights, Epilogue, HeadShape, Linear, LinearForward, LinearShape,
+};
+use mxfp4::Mxfp4Weight;
+
+/// A weight as products of few rows read it.
+pub struct PackedWeight(Numbers);
+
+enum Numbers {
+    /// In panels or tiles, of f32 or bf16.
+    Plain {
+        /// Of the weight.
+        memory: PackMemory,
+        /// What it is packed to.
+        conversion: Conversion<'static>,
+        /// Once it is.
+        layout: Option<Layout>,
+    },
+    /// In 4 bits.
+    Mxfp4(Mxfp4Weight),
+}
+
+impl PackedWeight {
+    /// to (rows, outputs) = x (rows, inputs) W^T, and the bias.
+    fn product(
+        &self,
+        cpu: &Cpu,
+        workspace: &mut Workspace,
+        (to, bias): (&mut [f32], Option<&[f32]>),
+        x: &[f32],
+        LinearShape { rows, inputs, outputs }: LinearShape,
+    ) {
+        match &self.0 {
+            Numbers::Plain { memory, conversion, layout } => {
+                let layout = layout.expect("a weight is packed before it is read");
+                let x = Matrix::rows_by_depth(x, rows, inputs);
+                let x = pack(cpu, &x, *conversion, Role::A, workspace.a.as_mut());
+                let (alpha, accumulate) = (1.0, false);
+                let out = Output { c: to, stride: outputs, alpha, bias, accumulate };
+                cpu.gemm(x, memory.packed(layout), out);
+            }
+            Numbers::Mxfp4(weight) => {
+                weight.product(cpu, workspace.a.as_mut().words, (to, bias), x, rows);
+            }
+        }
+    }
+}
+
+impl Decode for Cpu {
+    type Packed = PackedWeight;
+
+    fn packed(
+        &self,
+        arena: &mut Arena,
+        LinearShape { inputs, outputs, .. }: LinearShape,
+        weights: DecoderWeights,
+    ) -> PackedWeight {
+        let conversion = match weights {
+            DecoderWeights::F32 => Conversion::F32,
+            DecoderWeights::Bf16 => Conversion::Bf16,
+            DecoderWeights::Mxfp4 => {
+                return PackedWeight(Numbers::Mxfp4(Mxfp4Weight::new(arena, outputs, inputs)));
+            }
+        };
+        let mut size = PackSize::default();
+        size.add(self.isa(), [outputs, inputs], conversion.format(), 1);
+        let memory = PackMemory::new(arena, size);
+        PackedWeight(Numbers::Plain { memory, conversion, layout: None })
+    }
+
+    fn pack_weight(
+        &self,
+        packed: &mut PackedWeight,
+        w: &[f32],
+        LinearShape { inputs, outputs, .. }: LinearShape,
+    ) {
+        match &mut packed.0 {
+            Numbers::Plain { memory, conversion, layout } => {
+                let w = Matrix::rows_by_depth(w, outputs, inputs);
+                *layout = Some(pack(self, &w, *conversion, Role::B, memory.as_mut()).layout());
+            }
+            Numbers::Mxfp4(weight) => weight.fill(self, w),
+        }
+    }
+
+    fn packed_forward(
+        &self,
+        workspace: &mut Workspace,
+        operands: LinearForward<'_, Self>,
+        packed: &PackedWeight,
+        shape: LinearShape,
+    ) {
+        let LinearForward { y, x, b: bias, epilogue, .. } = operands;
+        let LinearShape { rows, inputs, outputs } = shape;
+        let to = (&mut y[..rows * outputs], Some(bias));
+        packed.product(self, workspace, to, &x[..rows * inputs], shape);
+        if let Epilogue::Gelu { out, form } = epilogue {
+            self.gelu_forward(out, y, rows * outputs, form);
+        }
+    }
+
+    fn packed_logits(
+        &self,
+        workspace: &mut Workspace,
+        logits: &mut Buffer<f32>,
+        (x, row): (&Buffer<f32>, usize),
+        head: &PackedWeight,
+        HeadShape { channels, vocab_size, .. }: HeadShape,
+    ) {
+        let shape = LinearShape { rows: 1, inputs: channels, outputs: vocab_size };
+        let (x, to) = (&x[row * channels..][..channels], (&mut logits[..vocab_size], None));
+        head.product(self, workspace, to, x, shape);
+    }
+
+    fn kept(&self, arena: &mut Arena, positions: usize, shape: AttentionShape) -> Buffer<f32> {
+        arena.alloc(behind::kept_len(positions, shape))
+    }
+
+    fn attention_behind(
+        &self,
+        workspace: &mut Workspace,
+        out: &mut Buffer<f32>,
+        qkv: &Buffer<f32>,
+        kept: &mut Buffer<f32>,
+        start: usize,
+        shape: AttentionShape,
+    ) {
+        behind::forward(self, workspace, out, qkv, (kept, start), shape);
+    }
+}
