@@ -101,9 +101,9 @@ end
 A continuation of the tokens of `prompt`, without the prompt, as a `Vector{Int}`.
 
 A token of `stop_tokens` ends the text and is its last token. `weights` is `:f32`, `:bf16` or, on a
-processor, `:mxfp4`. With `slide`, a quarter of the context falls out of a text that exceeds it at once. `f(token)` is called for each token as
-it is sampled; the text ends when it returns `:stop` (see [`run!`](@ref) for what it may return).
-With the `do` syntax:
+processor, `:mxfp4`. With `slide`, a quarter of the context falls out of a text that exceeds it at
+once. `f(token)` is called for each token as it is sampled; the text ends when it returns `:stop`
+(see [`run!`](@ref) for what it may return). With the `do` syntax:
 
     generate(model, prompt) do token
         print(Char(token))
