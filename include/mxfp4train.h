@@ -212,7 +212,7 @@ typedef enum mxt_dtype {
 
 // What a model's linear layers and its head are computed in where it writes text.
 typedef enum mxt_decoder_weights {
-  // f32.
+  // f32; on a GPU bf16 where a trainer keeps the weights with master=split.
   MXT_DECODER_WEIGHTS_F32 = 0,
   // bf16, with sums in f32.
   MXT_DECODER_WEIGHTS_BF16 = 1,
@@ -434,9 +434,9 @@ typedef struct mxt_generate_options {
   float repetition_penalty;
   // One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
   int32_t weights;
-  // 1 where a quarter of the context falls out of a text that exceeds it at once, so that only
-  // then all is computed again; 0 (default) where a token falls out for each that comes, every one
-  // of which takes the whole computation.
+  // 1 where a quarter of the context falls out of a text that exceeds it at once, so that on a
+  // processor all is computed again only then; 0 (default) where a token falls out for each that
+  // comes, every one of which takes the whole computation.
   int32_t slide;
 } mxt_generate_options;
 

@@ -112,9 +112,9 @@ constexpr bool has(u32 of_matrices, u32 element) {
 // `choose_scales`, or null where scales of tensors are those of what is stored. Those of ANY form
 // are trials. Grid: any; block: 256.
 //
-// NOTE: on an H200, 50 million parameters in 8 bits take 353 us by 4 blocks a multiprocessor and
-// 363 by 3, whose threads have 80 registers in place of 64; in bf16 it is 327 and 300. By 5 all are
-// slower.
+// NOTE: on an H200, 50 million parameters in 8 bits took 354 us by 4 blocks a multiprocessor and 364
+// by 3, whose threads have 80 registers in place of 64; in bf16 it was 327 and 300. By 5 all were
+// slower. That was before a fifth of the instructions went, 2026-11-29.
 template <u32 OF_MATRICES, u32 SPLIT>
 __global__ void __launch_bounds__(THREADS, OF_MATRICES == INT8 || OF_MATRICES == E4M3 ? 4 : 3)
     update_stored(const Entry *table, u32 entries, u64 pieces, const double *sums,

@@ -2,7 +2,7 @@
 
 use mxfp4train::{
     Activation, Dataset, Decoder, DecoderWeights, Engine, EngineOptions, Error, GenerateOptions,
-    Model, ModelConfig, Trainer, TrainerOptions,
+    Model, ModelConfig, Schedule, Trainer, TrainerOptions,
 };
 
 fn engine(threads: usize) -> Engine {
@@ -100,19 +100,30 @@ fn what_was_taken_out_leaves_no_trace() {
 #[test]
 fn a_decoder_follows_its_model() {
     let [_, config] = configs();
-    let model = Model::new(&engine(2), &config).unwrap();
-    let mut decoder = Decoder::new(&model, 20, DecoderWeights::F32).unwrap();
     let text = tokens(20, 64);
-    decoder.push(&text[..10]).unwrap();
-    let before = of(&mut decoder, 64);
-    let data = Dataset::from_tokens(tokens(2000, 61)).unwrap();
-    let mut trainer = Trainer::new(&model, TrainerOptions::default()).unwrap();
-    trainer.step(&data).unwrap();
-    let after = of(&mut decoder, 64);
-    assert!(after != before && after == whole(&model, &text[..10]));
-    decoder.push(&text[10..15]).unwrap();
-    model.write_tensor("transformer.ln_f.bias", &[0.5; 32]).unwrap();
-    assert!(of(&mut decoder, 64) == whole(&model, &text[..15]));
+    for weights in DecoderWeights::ALL {
+        let model = Model::new(&engine(2), &config).unwrap();
+        let mut decoder = Decoder::new(&model, 20, weights).unwrap();
+        let fresh = |len| {
+            let mut decoder = Decoder::new(&model, 20, weights).unwrap();
+            decoder.push(&text[..len]).unwrap();
+            of(&mut decoder, 64)
+        };
+        decoder.push(&text[..10]).unwrap();
+        let before = of(&mut decoder, 64);
+        let data = Dataset::from_tokens(tokens(2000, 61)).unwrap();
+        let options = TrainerOptions {
+            schedule: Schedule { lr: 0.1, ..Schedule::default() },
+            ..TrainerOptions::default()
+        };
+        Trainer::new(&model, options).unwrap().step(&data).unwrap();
+        let after = of(&mut decoder, 64);
+        assert!(after != before && after == fresh(10), "{weights}");
+        assert!(weights != DecoderWeights::F32 || after == whole(&model, &text[..10]));
+        decoder.push(&text[10..15]).unwrap();
+        model.write_tensor("transformer.ln_f.bias", &[0.5; 32]).unwrap();
+        assert!(of(&mut decoder, 64) == fresh(15), "{weights}");
+    }
 }
 
 /// In less they are the same however the text came, and those of f32 but for rounding.
@@ -203,6 +214,35 @@ fn generated_text_is_that_of_the_whole_computation() {
         text.push(token);
     }
     assert_eq!(text.len(), 90);
+}
+
+/// In every form, greedily, is the text that its logits say.
+#[test]
+fn text_is_written_by_the_weights_that_are_asked_for() {
+    let [_, config] = configs();
+    let model = Model::new(&engine(2), &config).unwrap();
+    // So that rounding moves logits far enough.
+    let mut wte = vec![0.0; 64 * 32];
+    model.read_tensor("transformer.wte.weight", &mut wte).unwrap();
+    wte.iter_mut().for_each(|w| *w *= 30.0);
+    model.write_tensor("transformer.wte.weight", &wte).unwrap();
+    let prompt = tokens(9, 64);
+    let mut texts = Vec::new();
+    for weights in DecoderWeights::ALL {
+        let options = GenerateOptions { max_tokens: 40, seed: 3, weights, ..Default::default() };
+        texts.push(model.generate(&prompt, &options, &mut |_| true).unwrap());
+        let greedy = GenerateOptions { temperature: 0.0, ..options };
+        let generated = model.generate(&prompt, &greedy, &mut |_| true).unwrap();
+        let mut decoder = Decoder::new(&model, 49, weights).unwrap();
+        decoder.push(&prompt).unwrap();
+        for token in generated {
+            let logits = of(&mut decoder, 64);
+            let best = logits.iter().fold(f32::MIN, |most, v| most.max(*v));
+            assert_eq!(logits.iter().position(|v| *v == best), Some(token as usize), "{weights}");
+            decoder.push(&[token]).unwrap();
+        }
+    }
+    assert!(texts[0] != texts[2] && texts[1] != texts[2]);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 /// What a model's linear layers and its head are computed in where it writes text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DecoderWeights {
-    /// f32.
+    /// f32; on a GPU bf16 where a trainer keeps the weights with `master=split`.
     #[default]
     F32,
     /// bf16, weights and what they are multiplied with, with sums in f32: half the bytes. The numbers

@@ -22,7 +22,7 @@ pub type mxt_token_fn =
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub enum mxt_decoder_weights {
-    /// f32.
+    /// f32; on a GPU bf16 where a trainer keeps the weights with master=split.
     F32 = 0,
     /// bf16, with sums in f32.
     Bf16 = 1,
@@ -65,9 +65,9 @@ pub struct mxt_generate_options {
     pub repetition_penalty: f32,
     /// One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
     pub weights: i32,
-    /// 1 where a quarter of the context falls out of a text that exceeds it at once, so that only
-    /// then all is computed again; 0 (default) where a token falls out for each that comes, every one
-    /// of which takes the whole computation.
+    /// 1 where a quarter of the context falls out of a text that exceeds it at once, so that on a
+    /// processor all is computed again only then; 0 (default) where a token falls out for each that
+    /// comes, every one of which takes the whole computation.
     pub slide: i32,
 }
 versioned!(

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use super::DecoderWeights;
 use crate::Result;
-use crate::backend::{Backend, Decode, LinearShape, Sequences, StepPlan, WorkspaceShape};
+use crate::backend::{
+    Backend, Decode, HeadShape, LinearShape, Sequences, StepPlan, WorkspaceShape,
+};
 use crate::formats::{BLOCK, LinearRecipe};
 use crate::gpt::{Activations, ModelConfig, Pass, Past, Shapes};
 use crate::model::{Model, OnDevice};
@@ -115,14 +117,17 @@ impl<B: Backend + Decode> Cached<B> {
         let of = |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         let shapes = of(rows);
         let shape = WorkspaceShape {
-            // MXFP4 has whole blocks.
-            linears: &shapes
-                .linears()
-                .map(|shape| LinearShape { inputs: shape.inputs.next_multiple_of(BLOCK), ..shape }),
+            // MXFP4 has whole blocks. Weights take none, for they are packed already.
+            linears: &shapes.linears().map(|LinearShape { rows, inputs, .. }| LinearShape {
+                rows,
+                inputs: inputs.next_multiple_of(BLOCK),
+                outputs: 1,
+            }),
             norm: shapes.norm(),
             // Of rows behind all others.
             attention: of(room).attention(0),
-            head: shapes.head(),
+            // Logits take no room of the classifier's.
+            head: HeadShape { vocab_size: 1, ..shapes.head() },
             recipes: &[LinearRecipe::F32],
             merge: None,
             backward: false,

@@ -103,9 +103,11 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// An empty text of `model`, with room for `room` tokens; all its memory is allocated here. On a
-    /// processor that is a copy of all weights, and keys and values: 8 bytes a channel, block and
-    /// token.
+    /// An empty text of `model`, with room for `room` tokens; its memory is allocated here (on a GPU
+    /// again where a trainer changes what weights are kept as). On a processor that is a copy of the
+    /// linear layers' weights, in less than f32 of the head's, too, and keys and values: 8 bytes a
+    /// channel, block and token. The copy is made with the first logits, and again with the first
+    /// after the weights may have been changed.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] unless `room` is from 1 to the model's context,

@@ -96,7 +96,7 @@ impl<B: Backend> Recomputing<B> {
     ) -> Result<Self> {
         let (recipe, linear) = match (master, weights) {
             (_, DecoderWeights::Mxfp4) => {
-                let remedy = "a processor writes text with them; use bf16 or f32 here".into();
+                let remedy = "use bf16 or f32 here, or the device cpu".into();
                 let what = "weights in MXFP4 on a GPU, where text is written".into();
                 return Err(Error::Unsupported { what, remedy });
             }

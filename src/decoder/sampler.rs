@@ -28,7 +28,8 @@ pub struct GenerateOptions {
     /// below (Keskar et al., arXiv 1909.05858): above 1 the text repeats itself less. 1 changes
     /// nothing.
     pub repetition_penalty: f32,
-    /// Seed of the draws: the same seed and model give the same tokens.
+    /// Seed of the draws: the same seed and model give the same tokens. Draws repeat after 2^32
+    /// tokens.
     pub seed: u64,
     /// Tokens that end the text, such as the one that stands between documents. The one that was
     /// drawn is the last of the result, so that a text that ended differs from one cut off.
@@ -36,8 +37,8 @@ pub struct GenerateOptions {
     /// What logits are computed in.
     pub weights: DecoderWeights,
     /// Whether, once the text exceeds the context, a quarter of the context falls out of it at once,
-    /// so that only then all is computed again; else a token falls out for each that comes, and
-    /// every one of them takes the whole computation.
+    /// so that on a processor all is computed again only then; else a token falls out for each that
+    /// comes, and every one of them takes the whole computation.
     pub slide: bool,
 }
 
@@ -68,11 +69,12 @@ impl GenerateOptions {
         };
         let Self { temperature, top_p, min_p, repetition_penalty: penalty, .. } = *self;
         let is_finite = temperature >= 0.0 && temperature.is_finite();
-        number("temperature", temperature, is_finite, "of at least 0")?;
+        number("temperature", temperature, is_finite, "from 0 on that is finite")?;
         number("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and up to 1")?;
         number("min_p", min_p, (0.0..=1.0).contains(&min_p), "from 0 to 1")?;
         let divides = penalty >= f32::MIN_POSITIVE && penalty.is_finite();
-        number("repetition_penalty", penalty, divides, "above 0 (1 changes nothing)")?;
+        let range = "above 0 that is finite and not tiny (1 changes nothing)";
+        number("repetition_penalty", penalty, divides, range)?;
         if let Some(token) = self.stop_tokens.iter().find(|token| **token as usize >= vocab_size) {
             let message = format!(
                 "token {token} is outside the vocabulary of {vocab_size} and would never come"
@@ -173,9 +175,9 @@ fn by_rank(a: &Weighted, b: &Weighted) -> std::cmp::Ordering {
 /// Moves the `top_k` most likely tokens (0 for all), and of these the most likely whose weights are
 /// at least `top_p` of theirs, to the front, and returns how many they are.
 ///
-/// NOTE: a vocabulary of 50,257 takes two milliseconds to sort, which is longer than reading the
-/// weights of 124 million parameters in 4 bits. What is kept is mostly short, so that it is looked
-/// for in pieces that grow.
+/// NOTE: a vocabulary of 50,257 takes two milliseconds to sort, a quarter of a token's time by 124
+/// million weights in 4 bits. What is kept is mostly short, so that it is looked for in pieces that
+/// grow.
 fn keep(all: &mut [Weighted], top_k: usize, top_p: f64) -> usize {
     let mut kept = all.len();
     if (1..kept).contains(&top_k) {

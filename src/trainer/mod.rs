@@ -405,7 +405,7 @@ impl Trainer {
         let sums = on_device!(run, run => {
             run.gradients_and_update(model, state, bounds, &step, &mut fill)?
         });
-        check_finite(&sums, &step)?;
+        check_finite(&sums, &step, format_args!("step {t}"))?;
         let (loss, grad_norm) = sums.loss_and_norm(&step);
         self.state.step = t;
         let seconds = started.elapsed().as_secs_f64();
@@ -877,7 +877,7 @@ impl<B: Backend> Run<B> {
             backend.try_update(workspace, reduction, &mut trained, step, &sums, &mut |of_one| {
                 let tensor = tensors.next();
                 if let (Ok(largest), Some(tensor)) = (&mut found, tensor) {
-                    match not_finite(&of_one, &tensor.name, step, &sums) {
+                    match not_finite(&of_one, &tensor.name, (step, !sees), &sums) {
                         None => largest.include(of_one),
                         Some(error) => found = Err(error),
                     }
@@ -948,27 +948,29 @@ impl fmt::Debug for Trainer {
 }
 
 /// An error where a step has not been done for its loss or gradient.
-fn check_finite(sums: &StepSums, step: &OptimizerStep) -> Result<()> {
+fn check_finite(sums: &StepSums, step: &OptimizerStep, which: fmt::Arguments<'_>) -> Result<()> {
     let (loss, norm) = sums.loss_and_norm(step);
     for (what, value) in [("loss", loss), ("gradient norm", norm)] {
         if !value.is_finite() {
-            let what = format!("the {what} of step {}", step.t);
+            let what = format!("the {what} of {which}");
             return Err(Error::NotFinite { what, value });
         }
     }
     Ok(())
 }
 
-/// Why an update must not be made that would leave these magnitudes of a parameter.
+/// Why an update must not be made that would leave these magnitudes of a parameter, of a step of the
+/// run or of one aside.
 fn not_finite(
     of_one: &Largest,
     name: &str,
-    step: &OptimizerStep,
+    (step, is_aside): (&OptimizerStep, bool),
     sums: &StepSums,
 ) -> Option<Error> {
     let OptimizerStep { t, lr, optimizer, .. } = step;
     let error = |remedy: fmt::Arguments<'_>, what: &str, value| {
-        let what = format!("step {t} is not done ({remedy}): after it a {what} of {name}");
+        let which = if is_aside { "one".to_owned() } else { format!("step {t}") };
+        let what = format!("{which} is not done ({remedy}): after it a {what} of {name}");
         Some(Error::NotFinite { what, value })
     };
     if !of_one.weight.is_finite() {
@@ -980,8 +982,11 @@ fn not_finite(
     let mut states = optimizer.states().iter().zip(of_one.states);
     let (state, value) = states.find(|(_, value)| !value.is_finite())?;
     let (_, norm) = sums.loss_and_norm(step);
-    let clip = if optimizer.ramping > 0 { "take ramping out and clip" } else { "clip" };
-    error(format_args!("{clip} gradients, whose norm is {norm:?}"), state.what, value)
+    let ramps = optimizer.ramping > 0;
+    let clip = if ramps || is_aside { "take ramping out and clip" } else { "clip" };
+    // What gradients add up to is looked at with the first moment.
+    let what = if ramps && state.is_signed { "moment or sum of gradients" } else { state.what };
+    error(format_args!("{clip} gradients, whose norm is {norm:?}"), what, value)
 }
 
 #[cfg(test)]

@@ -179,7 +179,7 @@ impl<B: Backend> Run<B> {
             let drawn_for = BEYOND + number % BEYOND;
             self.gradients(weights, model, state, (drawn_for, step.loss_scale), &mut fill)?;
             let sums = self.update(weights, model, &mut known, &aside, false)?;
-            check_finite(&sums, &aside)?;
+            check_finite(&sums, &aside, format_args!("one"))?;
             if let Some(ramping) = &mut self.buffers.flat.ramping {
                 let backend = &*on.backend;
                 backend.scope(|| ramping.observe(backend, &weights.all, state));
@@ -341,6 +341,18 @@ mod tests {
             _ => data.side_window(seed, row as u64, 33, window),
         };
         assert!(stopped.optimizer_step(false, &mut fails).is_err());
+        assert!(states(&stopped) == before);
+        // Beyond what moments can become.
+        let Device::Cpu(run) = &mut stopped.run else { panic!("made on the CPU") };
+        let slot = run.model.table.slots()[0];
+        let mut large = run.model.read().unwrap().all[slot.range()].to_vec();
+        let wte = large.clone();
+        large.iter_mut().for_each(|w| *w *= 1e25);
+        stopped.model().write_tensor("transformer.wte.weight", &large).unwrap();
+        let error = stopped.step(&data).unwrap_err().to_string();
+        assert!(error.contains("in steps that ramping makes before step 4, "), "{error}");
+        assert!(!error.contains("step 5") && !error.contains("(clip"), "{error}");
+        stopped.model().write_tensor("transformer.wte.weight", &wte).unwrap();
         assert!(states(&stopped) == before);
         // Beyond what weights can become.
         stopped.set_lr(Some(3e38)).unwrap();

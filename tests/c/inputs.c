@@ -94,6 +94,18 @@ int main(int argc, char **argv) {
   set_float(&generate.temperature, -1);
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "temperature",
         mxt_model_generate(model, &generate, prompt, 2, tokens, 8, &written));
+  set_float(&generate.temperature, 0);
+  generate.weights = 3;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_DECODER_WEIGHTS_MXFP4",
+        mxt_model_generate(model, &generate, prompt, 2, tokens, 8, &written));
+  generate.weights = MXT_DECODER_WEIGHTS_MXFP4;
+  generate.slide = 2;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "slide",
+        mxt_model_generate(model, &generate, prompt, 2, tokens, 8, &written));
+  generate.slide = 1;
+  set_float(&generate.min_p, -1);
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "min_p",
+        mxt_model_generate(model, &generate, prompt, 2, tokens, 8, &written));
   CHECK(written == 77 && tokens[0] == 5);
 
   /* dataset */

@@ -201,7 +201,7 @@ const MXT_DTYPE_F32 = Int32(0)
 # mxt_decoder_weights: What a model's linear layers and its head are computed in where it writes text.
 
 """
-f32.
+f32; on a GPU bf16 where a trainer keeps the weights with master=split.
 """
 const MXT_DECODER_WEIGHTS_F32 = Int32(0)
 
@@ -492,9 +492,9 @@ struct mxt_generate_options
     repetition_penalty::Cfloat
     # One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
     weights::Int32
-    # 1 where a quarter of the context falls out of a text that exceeds it at once, so that only
-    # then all is computed again; 0 (default) where a token falls out for each that comes, every one
-    # of which takes the whole computation.
+    # 1 where a quarter of the context falls out of a text that exceeds it at once, so that on a
+    # processor all is computed again only then; 0 (default) where a token falls out for each that
+    # comes, every one of which takes the whole computation.
     slide::Int32
 end
 

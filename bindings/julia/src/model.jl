@@ -100,6 +100,11 @@ end
 
 A continuation of the tokens of `prompt`, without the prompt, as a `Vector{Int}`.
 
+`temperature` divides the logits, and 0 takes the most likely token. `top_k`, `top_p` and `min_p` keep
+the k most likely tokens, those that together have this probability, and those that are at least
+this part as likely as the first; 0, 1 and 0 keep all. `repetition_penalty` above 1 makes tokens that
+the text has less likely. The same `seed` gives the same text.
+
 A token of `stop_tokens` ends the text and is its last token. `weights` is `:f32`, `:bf16` or, on a
 processor, `:mxfp4`. With `slide`, a quarter of the context falls out of a text that exceeds it at
 once. `f(token)` is called for each token as it is sampled; the text ends when it returns `:stop`

@@ -90,7 +90,7 @@ fn option_name(what: &str) -> String {
         | "device" | "heads" | "layers" | "lr" | "min_lr" | "min_p" | "mlp_channels" | "prompt"
         | "recipe" | "repetition_penalty" | "schedule" | "sequence_length" | "sharpness"
         | "temperature" | "threads" | "token_drop" | "token_type" | "top_k" | "top_p"
-        | "vocab_size" | "weight_decay" => what,
+        | "vocab_size" | "weight_decay" | "weights" => what,
         other => return other.to_owned(),
     };
     format!("--{}", option.replace('_', "-"))

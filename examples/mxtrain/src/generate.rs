@@ -2,11 +2,12 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use mxfp4train::{GenerateOptions, Model};
 
 use crate::cli::GenerateArgs;
-use crate::console::content;
+use crate::console::{content, note};
 use crate::failure::{Failure, Outcome};
 use crate::hugging_face::{Found, end_tokens, load, tokenizer_of};
 use crate::machine;
@@ -79,18 +80,29 @@ fn sample(
     // Printed with the first token: a wrong option should not come after half an answer.
     let mut text = title + &args.prompt;
     let prompt = tokenizer.encode_prompt(&args.prompt);
+    // Without what the reader takes; the first token comes with the prompt.
+    let (mut begun, mut seconds, mut count) = (Instant::now(), 0.0, 0u32);
     model.generate(&prompt, options, &mut |token| {
+        if count > 0 {
+            seconds += begun.elapsed().as_secs_f64();
+        }
+        count += 1;
         if !options.stop_tokens.contains(&token) {
             text.push_str(&stops.push(&stream.push(token)));
         }
         written = write(&mut out, &text);
         text.clear();
+        begun = Instant::now();
         written.is_ok() && !stops.found()
     })?;
     text.push_str(&stops.push(&stream.finish()));
     text.push_str(&stops.finish());
     text.push('\n');
-    Ok(written.and_then(|()| write(&mut out, &text)))
+    let written = written.and_then(|()| write(&mut out, &text));
+    if written.is_ok() && seconds > 0.0 {
+        note(&format!("{count} tokens, {:.1} tokens/s", f64::from(count - 1) / seconds));
+    }
+    Ok(written)
 }
 
 /// The tokenizer that the user names, else the checkpoint's.

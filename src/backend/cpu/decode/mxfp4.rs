@@ -23,7 +23,8 @@ const WORDS: usize = BLOCK / 8;
 /// Rows that share a look at the weight.
 const ROWS: usize = 4;
 
-/// Twice the element of each code, and 12.
+/// Twice the element of each code, and 12. NOTE: a scale of 2^-127, whose byte is 0, is read as 0:
+/// its bits are shifted to an exponent's place.
 const DOUBLED: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
 /// A weight (outputs, inputs).
@@ -157,11 +158,14 @@ impl Mxfp4Weight {
 }
 
 simd_fn! {
-    /// Elements of a row in 8 bits, to nearest even, blocks that are not whole filled up with 0.
+    /// Elements of a row in 8 bits, to nearest even, blocks that are not whole filled up with 0. A
+    /// block with a number that is not finite makes NaN of all that it is multiplied with.
     fn quantize_row(elements: &mut [i8], scales: &mut [f32], sums: &mut [i32], x: &[f32]) {
         let of_blocks = elements.chunks_exact_mut(BLOCK).zip(x.chunks(BLOCK));
         for (block, (elements, x)) in of_blocks.enumerate() {
-            let amax = x.iter().fold(0.0f32, |most, v| if v.abs() > most { v.abs() } else { most });
+            // Of magnitudes as whole numbers NaN is the largest.
+            let amax = x.iter().fold(0, |most: u32, v| most.max(v.to_bits() & 0x7fff_ffff));
+            let amax = f32::from_bits(amax);
             // Below, a factor would not be finite; such a block is 0.
             let factor = if amax > 1e-36 { 127.0 / amax } else { 0.0 };
             elements.fill(0);
@@ -171,7 +175,7 @@ simd_fn! {
                 *element = n as i8;
                 sum += n;
             }
-            scales[block] = amax * (0.5 / 127.0);
+            scales[block] = if amax.is_finite() { amax * (0.5 / 127.0) } else { f32::NAN };
             sums[block] = -12 * sum;
         }
     }
@@ -461,5 +465,10 @@ mod tests {
         (x[0], x[39]) = (127.0, 254.0);
         weight.product(&cpu, &mut scratch, (&mut to, None), &x, 1);
         assert_eq!(to, [0.0, 1.5 * 127.0 - 508.0]);
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            x[3] = broken;
+            weight.product(&cpu, &mut scratch, (&mut to, None), &x, 1);
+            assert!(to.iter().all(|v| v.is_nan()), "{broken}: {to:?}");
+        }
     }
 }
