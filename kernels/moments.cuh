@@ -311,12 +311,13 @@ __device__ __forceinline__ void each_of_piece(Index start, Index end, Of of) {
   }
 }
 
-// An entry whose pointers are those of its element `start`, a whole number of groups; what lies
-// there is then found by numbers of 32 bits.
+// Bytes of a number as it is stored.
 __device__ __forceinline__ u64 size_of(u32 element) {
   return element == F32 ? 4 : element == BF16 || element == F16 ? 2 : 1;
 }
 
+// An entry whose pointers are those of its element `start`, a whole number of groups; what lies
+// there is then found by numbers of 32 bits.
 __device__ __forceinline__ Entry at_element(Entry e, u64 start) {
   e.param += start, e.copy += start;
   if (e.low) e.low += start;

@@ -322,6 +322,23 @@ impl<B: Backend> OnDevice<B> {
         }
     }
 
+    /// What `cut` cuts from memory that is mapped for it alone, if the engine's limit lets it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], and those of `cut`.
+    pub(crate) fn allocate<T>(
+        &self,
+        engine: &Engine,
+        what: &'static str,
+        cut: impl Fn(&mut B::Arena) -> Result<T>,
+    ) -> Result<T> {
+        let mut measuring = self.backend.arena(None)?;
+        cut(&mut measuring)?;
+        let bytes = self.backend.arena_used(&measuring);
+        engine.check_memory(what, bytes as u64, bytes as u64)?;
+        cut(&mut self.backend.arena(Some(bytes))?)
+    }
+
     /// The weights as a checkpoint holds them.
     pub(crate) fn exported<'a>(
         &'a self,

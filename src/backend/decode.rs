@@ -1,10 +1,7 @@
 //! Decoding: rows of a sequence behind those whose keys and values are kept.
 
-use std::fmt;
-use std::str::FromStr;
-
 use super::{Attend, AttentionShape, HeadShape, Linear, LinearForward, LinearShape};
-use crate::{Error, Result};
+use crate::optim::named;
 
 /// What a model's linear layers and its head are computed in where it writes text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,21 +31,7 @@ impl DecoderWeights {
     }
 }
 
-impl fmt::Display for DecoderWeights {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for DecoderWeights {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|one| one.as_str() == s).ok_or_else(|| {
-            Error::invalid("weights", format!("expected f32, bf16 or mxfp4, got {s:?}"))
-        })
-    }
-}
+named!(DecoderWeights, "weights");
 
 /// Operations on a few rows, whose weights are read once for all of them.
 ///

@@ -40,12 +40,9 @@ impl<B: Backend + Decode> Cached<B> {
         room: usize,
         weights: DecoderWeights,
     ) -> Result<Self> {
-        let (backend, config, room) = (&*on.backend, model.config(), (room, weights));
-        let mut measuring = backend.arena(None)?;
-        Self::cut(on, &mut measuring, config, room)?;
-        let bytes = backend.arena_used(&measuring);
-        model.engine().check_memory("generating", bytes as u64, bytes as u64)?;
-        Self::cut(on, &mut backend.arena(Some(bytes))?, config, room)
+        on.allocate(model.engine(), "generating", |arena| {
+            Self::cut(on, arena, model.config(), (room, weights))
+        })
     }
 
     /// What is kept of positions from `len` on is forgotten.

@@ -42,12 +42,9 @@ impl<B: Backend> Recomputing<B> {
         longest: usize,
         master: (Master, DecoderWeights),
     ) -> Result<Self> {
-        let (backend, config) = (&*on.backend, model.config());
-        let mut measuring = backend.arena(None)?;
-        Self::cut(on, &mut measuring, config, longest, master)?;
-        let bytes = backend.arena_used(&measuring);
-        model.engine().check_memory("generating", bytes as u64, bytes as u64)?;
-        Self::cut(on, &mut backend.arena(Some(bytes))?, config, longest, master)
+        on.allocate(model.engine(), "generating", |arena| {
+            Self::cut(on, arena, model.config(), longest, master)
+        })
     }
 
     /// Logits of the token after `context`.

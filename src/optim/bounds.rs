@@ -10,7 +10,7 @@
 //! The update asks for the bound's norm where it asks whether the norm is finite. The bound of the
 //! weights lies with them, for several trainers and the host write there.
 
-use super::{Largest, MAX_STATES, Master, OptimizerStep, ramping};
+use super::{Largest, MAX_STATES, Master, OptimizerStep};
 
 /// Upper bounds of magnitudes; infinite where nothing is known.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,19 +39,12 @@ impl Bounds {
     /// The largest norm of a clipped gradient with which every number of an update is finite for
     /// certain; below 0 where that cannot be said of any.
     pub(crate) fn largest_gradient(&self, step: &OptimizerStep) -> f32 {
-        match step.optimizer.ramping {
-            0 => (step.optimizer.kind.definition().largest_gradient)(self, step),
-            _ => ramping::largest_gradient(self, step),
-        }
+        (step.optimizer.definition().largest_gradient)(self, step)
     }
 
     /// Those after an update with a clipped gradient of norm `gradient`.
     pub(crate) fn after(&self, step: &OptimizerStep, gradient: f32) -> Self {
-        let after = match step.optimizer.ramping {
-            0 => (step.optimizer.kind.definition().after)(self, step, gradient),
-            _ => ramping::after(self, step, gradient),
-        };
-        after.stored(step)
+        (step.optimizer.definition().after)(self, step, gradient).stored(step)
     }
 
     /// Those of what an update leaves whose magnitudes were found.

@@ -27,6 +27,8 @@ macro_rules! named {
     };
 }
 
+pub(crate) use named;
+
 pub(crate) mod adamw;
 mod bounds;
 mod gradients;
@@ -270,10 +272,12 @@ impl Optimizer {
 
     /// What it keeps of the parameters: moments, then what ramping does.
     pub(crate) fn states(&self) -> &'static [State] {
-        match self.ramping {
-            0 => self.kind.definition().states,
-            _ => &ramping::STATES,
-        }
+        self.definition().states
+    }
+
+    /// What the rest of the house is told of it: of its kind, but where it ramps up.
+    fn definition(&self) -> &'static Definition {
+        if self.ramping > 0 { &ramping::DEFINITION } else { self.kind.definition() }
     }
 
     /// Whether parameters of a kind are moved by their orthogonalized momentum.
@@ -394,7 +398,7 @@ pub(crate) struct Definition {
     /// As strings have it.
     name: &'static str,
     defaults: Optimizer,
-    /// Moments; at most [`MAX_STATES`].
+    /// Moments, at most [`MAX_STATES`], then what ramping keeps.
     states: &'static [State],
     /// [`OptimizerKind::normalizes`].
     normalizes: bool,

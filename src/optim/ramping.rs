@@ -26,8 +26,8 @@
 
 use super::bounds::{FLOOR, MOST, SLACK};
 use super::{
-    Bounds, Error, Gradients, Master, Moments, Optimizer, OptimizerKind, OptimizerStep, Result,
-    State, adamw,
+    Bounds, Definition, Error, Gradients, Master, Moments, Optimizer, OptimizerKind, OptimizerStep,
+    Result, State, adamw,
 };
 
 /// Steps that are made aside.
@@ -41,8 +41,12 @@ const STEPS: f32 = 5.0;
 /// The most steps of a period.
 const LONGEST: u32 = 1 << 20;
 
+/// AdamW, but for what is kept and how far it moves.
+pub(super) const DEFINITION: Definition =
+    Definition { states: &STATES, largest_gradient, after, ..adamw::DEFINITION };
+
 /// What is kept of the parameters: the moments of AdamW, and of matrices of blocks N, n and s.
-pub(super) static STATES: [State; 5] = [
+const STATES: [State; 5] = [
     adamw::STATES[0],
     adamw::STATES[1],
     State { name: "ramping_interval", what: "interval of updates", is_signed: false },
@@ -171,7 +175,7 @@ fn most_times(step: &OptimizerStep) -> f64 {
 }
 
 /// As of AdamW, but that the bound of first moments is that of s, too, which one may become.
-pub(super) fn largest_gradient(bounds: &Bounds, step: &OptimizerStep) -> f32 {
+fn largest_gradient(bounds: &Bounds, step: &OptimizerStep) -> f32 {
     let size = f64::from(adamw::size(step, step.lr)) * most_times(step);
     let epsilon = f64::from(step.optimizer.epsilon);
     let factor = (1.0 / epsilon).max(size / epsilon).max(1.0);
@@ -183,7 +187,7 @@ pub(super) fn largest_gradient(bounds: &Bounds, step: &OptimizerStep) -> f32 {
 }
 
 /// What comes of s is a first moment's only gradient at most.
-pub(super) fn after(bounds: &Bounds, step: &OptimizerStep, gradient: f32) -> Bounds {
+fn after(bounds: &Bounds, step: &OptimizerStep, gradient: f32) -> Bounds {
     let [m, v] = bounds.states;
     let m = ((m + f64::from(gradient)) * SLACK).max(FLOOR);
     let v = (v.max(m * m) * SLACK).max(FLOOR);

@@ -197,11 +197,7 @@ impl<B: Backend> Followed<B> {
         let new = |arena: &mut B::Arena| {
             Watch::new(backend, arena, (&matrices, len), &watched, model.tensors(), every)
         };
-        let mut measuring = backend.arena(None)?;
-        new(&mut measuring)?;
-        let bytes = backend.arena_used(&measuring);
-        model.engine().check_memory("what is seen of weights", bytes as u64, bytes as u64)?;
-        let mut watch = new(&mut backend.arena(Some(bytes))?)?;
+        let mut watch = on.allocate(model.engine(), "what is seen of weights", new)?;
         let weights = on.read()?;
         backend.scope(|| watch.begin(backend, &weights.all, &matrices));
         (self.matrices, self.watch) = (matrices, Some(watch));

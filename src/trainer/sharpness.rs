@@ -68,12 +68,8 @@ impl<B: Backend> Sharp<B> {
             return Err(Error::invalid("sharpness", message));
         }
         let backend = &*on.backend;
-        let cut = |arena: &mut B::Arena| [backend.f32(arena, rows), backend.f32(arena, rows)];
-        let mut measuring = backend.arena(None)?;
-        cut(&mut measuring);
-        let bytes = backend.arena_used(&measuring);
-        model.engine().check_memory(WHAT, bytes as u64, bytes as u64)?;
-        let [worst, amax] = cut(&mut backend.arena(Some(bytes))?);
+        let cut = |arena: &mut B::Arena| Ok([(); 2].map(|()| backend.f32(arena, rows)));
+        let [worst, amax] = on.allocate(model.engine(), WHAT, cut)?;
         let found = [zeros(WHAT, rows)?, zeros(WHAT, rows)?, zeros(WHAT, rows)?];
         let (all, last) = (Sums::default(), Sums::default());
         Ok(Self { epsilon, worst, amax, found, all, last, logit_amax: 0.0 })

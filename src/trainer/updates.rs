@@ -58,11 +58,8 @@ impl<B: Backend> Updates<B> {
     pub(super) fn new(on: &OnDevice<B>, model: &Model, every: u64) -> Result<Self> {
         const WHAT: &str = "what is found of updates";
         let (backend, tensors) = (&*on.backend, model.tensors());
-        let mut measuring = backend.arena(None)?;
-        backend.update_watch(&mut measuring, tensors.len())?;
-        let bytes = backend.arena_used(&measuring);
-        model.engine().check_memory(WHAT, bytes as u64, bytes as u64)?;
-        let room = backend.update_watch(&mut backend.arena(Some(bytes))?, tensors.len())?;
+        let cut = |arena: &mut B::Arena| backend.update_watch(arena, tensors.len());
+        let room = on.allocate(model.engine(), WHAT, cut)?;
         let mut found = Vec::new();
         reserve(&mut found, WHAT, tensors.len())?;
         let named = tensors.iter().map(|tensor| {

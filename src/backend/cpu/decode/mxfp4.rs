@@ -13,7 +13,7 @@
 use super::super::arena::{Arena, Buffer};
 use super::super::disjoint::DisjointSlice;
 use super::super::gemm::PANEL;
-use super::super::isa::{Isa, isa_fn, simd_fn};
+use super::super::isa::{isa_fn, simd_fn};
 use super::super::{Cpu, JOB_ELEMENTS};
 use crate::formats::{BLOCK, quantize_closest};
 
@@ -111,8 +111,7 @@ impl Mxfp4Weight {
         for ((elements, x), (scales, sums)) in of_row {
             quantize_row(cpu.isa(), bytemuck::cast_slice_mut(elements), scales, sums, x);
         }
-        let (elements, scales, sums) = (&*elements, &*scales, &*sums);
-        let to = DisjointSlice::new(to);
+        let (x, to) = (Rows { elements, scales, sums, blocks }, DisjointSlice::new(to));
         let panels = outputs.div_ceil(PANEL);
         // As many weights as are worth a job.
         let per_job = (4 * JOB_ELEMENTS / (blocks * BLOCK * PANEL)).max(1);
@@ -121,24 +120,17 @@ impl Mxfp4Weight {
                 let codes = &self.codes[panel * blocks * WORDS * PANEL..][..blocks * WORDS * PANEL];
                 let of_weight = &self.scales[panel * blocks * PANEL..][..blocks * PANEL];
                 let columns = panel * PANEL..outputs.min((panel + 1) * PANEL);
-                for first in (0..rows).step_by(ROWS) {
-                    let count = ROWS.min(rows - first);
-                    let from = first * blocks;
-                    let x = Rows {
-                        elements: &elements[from * 8..],
-                        scales: &scales[from..],
-                        sums: &sums[from..],
-                        blocks,
-                    };
-                    let mut acc = [[0.0; PANEL]; ROWS];
-                    if count == ROWS {
-                        multiply_rows(cpu.isa(), &mut acc, codes, of_weight, &x);
+                let (mut first, mut acc) = (0, [[0.0; PANEL]; ROWS]);
+                while first < rows {
+                    let (isa, x) = (cpu.isa(), x.from(first));
+                    let count = if rows - first >= ROWS { ROWS } else { 1 };
+                    if count == 1 {
+                        let acc = std::array::from_mut(&mut acc[0]);
+                        multiply_one(isa, acc, codes, of_weight, &x);
                     } else {
-                        for (row, acc) in acc.iter_mut().enumerate().take(count) {
-                            multiply_row(cpu.isa(), acc, codes, of_weight, &x, row);
-                        }
+                        multiply_rows(isa, &mut acc, codes, of_weight, &x);
                     }
-                    for (row, acc) in acc.iter().enumerate().take(count) {
+                    for (row, acc) in acc[..count].iter().enumerate() {
                         let start = (first + row) * outputs + columns.start;
                         // SAFETY: a job owns the columns of its panels.
                         let to = unsafe { to.part(start, columns.len()) };
@@ -151,6 +143,7 @@ impl Mxfp4Weight {
                             }
                         }
                     }
+                    first += count;
                 }
             }
         });
@@ -179,24 +172,6 @@ simd_fn! {
             sums[block] = -12 * sum;
         }
     }
-}
-
-/// [`multiply`] of one row.
-fn multiply_row(
-    isa: Isa,
-    acc: &mut [f32; PANEL],
-    codes: &[u32],
-    scales: &[u8],
-    x: &Rows<'_>,
-    row: usize,
-) {
-    let of = Rows {
-        elements: &x.elements[row * x.blocks * 8..],
-        scales: &x.scales[row * x.blocks..],
-        sums: &x.sums[row * x.blocks..],
-        blocks: x.blocks,
-    };
-    multiply_one(isa, std::array::from_mut(acc), codes, scales, &of);
 }
 
 isa_fn! {
@@ -228,6 +203,17 @@ isa_fn! {
 }
 
 impl Rows<'_> {
+    /// Those from a row on.
+    fn from(&self, row: usize) -> Rows<'_> {
+        let before = row * self.blocks;
+        Rows {
+            elements: &self.elements[before * 8..],
+            scales: &self.scales[before..],
+            sums: &self.sums[before..],
+            blocks: self.blocks,
+        }
+    }
+
     /// Whether there are so many, and a panel of codes and scales as long.
     fn fit(&self, rows: usize, codes: &[u32], scales: &[u8]) -> bool {
         let blocks = rows * self.blocks;
@@ -393,6 +379,7 @@ mod avx2 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::Isa;
     use super::*;
     use crate::backend::conformance::random;
     use crate::formats::{decode_e2m1, decode_e8m0};
