@@ -1,16 +1,23 @@
 //! Decoding: tokens a second of one text, beside what reading the weights alone would take.
 //!
-//! `cargo bench --bench decode [-- MODEL..]`. Models have the shapes of GPT-2's and random weights:
-//! 124M (default), 345M, d6 (384 wide). Prefill is given in tokens a second of 499 tokens; decoding
-//! for the tokens behind them, one at a time; and the whole computation in f32, which each of them
-//! took without what is kept. Beside a token stands the time in which all threads together read as
-//! many bytes as the weights of the linear layers and of the head have, from a buffer of that size,
-//! which a large cache may hold as it may hold the weights. Medians.
+//! `cargo bench --bench decode [-- MODEL..]`; `MXT_BENCH_DEVICE` chooses the device ("cpu"). Models
+//! have the shapes of GPT-2's and random weights: 124M (default), 345M, d6 (384 wide), 1.3B. Prefill is
+//! given in tokens a second of 499 tokens; decoding for the tokens behind them, one at a time, with
+//! logits on the host; and the whole computation in f32, which each of them took without what is kept.
+//! Medians.
+//!
+//! On a processor there stands beside a token the time in which all threads together read as many
+//! bytes as the weights of the linear layers and of the head have, from a buffer of that size, which a
+//! large cache may hold as it may hold the weights; on a GPU tokens a second of 999 tokens at once, and
+//! of the forward pass of training, `bf16` with 8 sequences of 1,024 tokens.
 
 use std::hint::black_box;
 use std::time::Instant;
 
-use mxfp4train::{Decoder, DecoderWeights, Engine, EngineOptions, Model, ModelConfig};
+use mxfp4train::{
+    Dataset, Decoder, DecoderWeights, Engine, EngineOptions, Model, ModelConfig, Trainer,
+    TrainerOptions,
+};
 
 const PROMPT: usize = 500;
 const TOKENS: usize = 24;
@@ -20,7 +27,8 @@ fn config(name: &str) -> ModelConfig {
         "d6" => (6, 6, 384),
         "124M" => (12, 12, 768),
         "345M" => (24, 16, 1024),
-        other => panic!("expected d6, 124M or 345M, got {other}"),
+        "1.3B" => (24, 16, 2048),
+        other => panic!("expected d6, 124M, 345M or 1.3B, got {other}"),
     };
     ModelConfig { layers, heads, channels, ..ModelConfig::default() }
 }
@@ -50,12 +58,28 @@ fn time_to_read(bytes: usize) -> f64 {
     median((0..9).map(|_| time(read)).collect())
 }
 
+/// Tokens a second of the forward pass of training.
+fn forward_rate(model: &Model) -> f64 {
+    let batches = 4;
+    let options =
+        TrainerOptions { batch_size: 8, recipe: "bf16".parse().unwrap(), ..Default::default() };
+    let mut trainer = Trainer::new(model, options).unwrap();
+    let tokens = (0..100_000u32).map(|i| i * 31 % 50_000).collect();
+    let data = Dataset::from_tokens(tokens).unwrap();
+    trainer.eval(&data, 1).unwrap();
+    let seconds = median((0..3).map(|_| time(|| drop(trainer.eval(&data, batches)))).collect());
+    (8 * 1024 * batches) as f64 / seconds
+}
+
 fn main() {
+    let device = std::env::var("MXT_BENCH_DEVICE").unwrap_or_else(|_| "cpu".into());
+    let is_gpu = device != "cpu";
     let names: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     let names = if names.is_empty() { vec!["124M".to_owned()] } else { names };
     for name in names {
         let config = config(&name);
-        let engine = Engine::new(EngineOptions::default()).unwrap();
+        let options = EngineOptions { device: device.clone(), ..EngineOptions::default() };
+        let engine = Engine::new(options).unwrap();
         let model = Model::new(&engine, &config).unwrap();
         let text: Vec<u32> = (0..PROMPT + TOKENS).map(|i| (i * i * 31 % 50_000) as u32).collect();
         let mut logits = vec![0.0; config.vocab_size];
@@ -63,6 +87,7 @@ fn main() {
         let whole = median((0..3).map(whole).collect());
         let of_block = 12 * config.channels * config.channels;
         let read = config.layers * of_block + config.vocab_size * config.channels;
+        let forward = is_gpu.then(|| forward_rate(&model));
         for weights in DecoderWeights::ALL {
             let mut decoder = Decoder::new(&model, config.context_length, weights).unwrap();
             // Weights are packed with the first token.
@@ -82,15 +107,32 @@ fn main() {
                 DecoderWeights::Bf16 => 2.0,
                 DecoderWeights::Mxfp4 => 4.25 / 8.0,
             };
-            let floor = time_to_read((bytes * read as f64) as usize);
+            let bytes = bytes * read as f64;
+            let beside = match forward {
+                None => format!("{:.1} ms to read the weights", 1e3 * time_to_read(bytes as usize)),
+                Some(forward) => {
+                    let long: Vec<u32> = text.iter().copied().cycle().take(999).collect();
+                    let whole = |_| {
+                        decoder.rewind(0).unwrap();
+                        decoder.push(&long).unwrap();
+                        time(|| decoder.logits(&mut logits).unwrap())
+                    };
+                    let rate = 999.0 / median((0..5).map(whole).collect());
+                    let gigabytes = bytes / token / 1e9;
+                    format!(
+                        "{gigabytes:.0} GB/s of weights; 999 tokens at once {rate:.0} tokens/s, \
+                         {:.2} of training's forward pass, {forward:.0}",
+                        rate / forward
+                    )
+                }
+            };
             println!(
-                "{name}, {weights}: packing {first:.2} s, prefill {:.0} tokens/s; a token {:.1} ms, \
-                 {:.1} tokens/s, {:.1} ms to read the weights; {:.1} times as fast as the whole \
-                 computation in f32, {:.0} ms",
+                "{name}, {weights}: packing {first:.2} s, prefill {:.0} tokens/s; a token {:.2} ms, \
+                 {:.1} tokens/s, {beside}; {:.1} times as fast as the whole computation in f32, \
+                 {:.0} ms",
                 (PROMPT - 1) as f64 / prefill,
                 1e3 * token,
                 1.0 / token,
-                1e3 * floor,
                 whole / token,
                 1e3 * whole,
             );

@@ -216,7 +216,8 @@ typedef enum mxt_decoder_weights {
   MXT_DECODER_WEIGHTS_F32 = 0,
   // bf16, with sums in f32.
   MXT_DECODER_WEIGHTS_BF16 = 1,
-  // MXFP4, 4.25 bits a weight, and what they are multiplied with in 8 bits. On a processor.
+  // MXFP4, 4.25 bits a weight; what they are multiplied with is in bf16 on a GPU, and on a
+  // processor in 8 bits.
   MXT_DECODER_WEIGHTS_MXFP4 = 2,
 } mxt_decoder_weights;
 

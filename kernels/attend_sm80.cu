@@ -11,15 +11,6 @@
 // in shared memory are swizzled: chunk c of 16 bytes lies at c ^ (row % 8), so that the 8 rows that
 // ldmatrix reads at a time lie in different banks.
 
-// c (16, 8) += a (16, 16) b (16, 8). A thread's share, with g = lane / 4 and t = lane % 4: of c
-// rows g and g + 8, columns 2 t and 2 t + 1.
-__device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ __forceinline__ void ldmatrix(u32 r[4], u32 address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -141,8 +132,8 @@ __global__ void __launch_bounds__(WARP *WARPS)
           keys_tile.right_by_rows(b, n * 16, x * 16);
 #pragma unroll
           for (int m = 0; m < MT; m++) {
-            mma(p[m][2 * n], query[m][x], b[0], b[1]);
-            mma(p[m][2 * n + 1], query[m][x], b[2], b[3]);
+            multiply_bf16_tiles(p[m][2 * n], query[m][x], b[0], b[1]);
+            multiply_bf16_tiles(p[m][2 * n + 1], query[m][x], b[2], b[3]);
           }
         }
       // A key after the query does not count.
@@ -196,8 +187,8 @@ __global__ void __launch_bounds__(WARP *WARPS)
           values_tile.right_by_columns(b, n * 16, x * 16);
 #pragma unroll
           for (int m = 0; m < MT; m++) {
-            mma(o[m][2 * x], a[m], b[0], b[1]);
-            mma(o[m][2 * x + 1], a[m], b[2], b[3]);
+            multiply_bf16_tiles(o[m][2 * x], a[m], b[0], b[1]);
+            multiply_bf16_tiles(o[m][2 * x + 1], a[m], b[2], b[3]);
           }
         }
       }
@@ -253,8 +244,8 @@ template <int D, bool KEEP> struct LeftRows {
       for (int n = 0; n < N / 16; n++) {
         u32 b[4];
         other.right_by_rows(b, n * 16, x * 16);
-        mma(c[2 * n], left, b[0], b[1]);
-        mma(c[2 * n + 1], left, b[2], b[3]);
+        multiply_bf16_tiles(c[2 * n], left, b[0], b[1]);
+        multiply_bf16_tiles(c[2 * n + 1], left, b[2], b[3]);
       }
     }
   }
@@ -274,8 +265,8 @@ __device__ __forceinline__ void multiply_into(float (&acc)[D / 8][4], const floa
     for (int x = 0; x < D / 16; x++) {
       u32 b[4];
       other.right_by_columns(b, n * 16, x * 16);
-      mma(acc[2 * x], a, b[0], b[1]);
-      mma(acc[2 * x + 1], a, b[2], b[3]);
+      multiply_bf16_tiles(acc[2 * x], a, b[0], b[1]);
+      multiply_bf16_tiles(acc[2 * x + 1], a, b[2], b[3]);
     }
   }
 }

@@ -6,8 +6,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use mxfp4train::{
-    Activation, Dataset, Engine, EngineOptions, Error, GenerateOptions, Master, Model, ModelConfig,
-    Optimizer, OptimizerKind, Recipe, Schedule, Trainer, TrainerOptions,
+    Activation, Dataset, Decoder, DecoderWeights, Engine, EngineOptions, Error, GenerateOptions,
+    Master, Model, ModelConfig, Optimizer, OptimizerKind, Recipe, Schedule, Trainer,
+    TrainerOptions,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -489,6 +490,107 @@ fn optimizers_learn_in_every_form_and_resume() {
                 let c = other.step(&data).unwrap();
                 assert!((a.loss - c.loss).abs() < 0.01, "{optimizer}: {} {}", a.loss, c.loss);
             }
+        }
+    }
+}
+
+/// Logits of a text are those of the whole computation and of the processor, and in every precision
+/// the same bits however it comes, behind what was taken out, too.
+#[test]
+fn texts_are_decoded_as_on_the_processor() {
+    let Some(gpu) = gpu() else { return };
+    let cpu = engine("cpu").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let wide = ModelConfig { channels: 512, ..config() };
+    let odd = ModelConfig {
+        vocab_size: 255,
+        channels: 51,
+        heads: 3,
+        mlp_channels: 37,
+        activation: Activation::Gelu,
+        tied_head: false,
+        scale_attention_by_layer: true,
+        ..config()
+    };
+    let narrow = ModelConfig { channels: 72, heads: 3, mlp_channels: 200, ..config() };
+    for config in [config(), wide, odd, narrow] {
+        let model = Model::new(&gpu, &config).unwrap();
+        // Logits that differ.
+        let mut trainer = Trainer::new(&model, options("bf16")).unwrap();
+        let data = Dataset::from_tokens((0..5000u32).map(|i| i * i % 253).collect()).unwrap();
+        for _ in 0..20 {
+            trainer.step(&data).unwrap();
+        }
+        model.save(folder.path()).unwrap();
+        let on_cpu = Model::load(&cpu, folder.path()).unwrap();
+        let text: Vec<u32> = (0..128u32).map(|i| (i * 31 + i * i) % 253).collect();
+        let logits = |decoder: &mut Decoder| {
+            let mut logits = vec![f32::NAN; config.vocab_size];
+            decoder.logits(&mut logits).unwrap();
+            logits
+        };
+        let mut whole = vec![f32::NAN; config.vocab_size];
+        model.next_logits(&text, &mut whole).unwrap();
+        for (weights, bound) in [
+            (DecoderWeights::F32, [1e-4, 1e-4]),
+            (DecoderWeights::Bf16, [0.03, 0.03]),
+            (DecoderWeights::Mxfp4, [0.5, 0.05]),
+        ] {
+            let what = format!("{weights}, {config:?}");
+            let decoder = |model: &Model| Decoder::new(model, 128, weights);
+            let mut ours = match decoder(&model) {
+                Err(Error::Unsupported { .. })
+                    if weights == DecoderWeights::Mxfp4 && config.channels == 51 =>
+                {
+                    continue;
+                }
+                ours => ours.unwrap(),
+            };
+            ours.push(&text).unwrap();
+            let at_once = logits(&mut ours);
+            let mut theirs = decoder(&on_cpu).unwrap();
+            theirs.push(&text).unwrap();
+            for (other, bound) in [whole.clone(), logits(&mut theirs)].iter().zip(bound) {
+                let size = other.iter().fold(0.0f32, |size, v| size.max(v.abs()));
+                let off = other.iter().zip(&at_once).map(|(a, b)| (a - b).abs());
+                let off = off.fold(0.0f32, f32::max) / size;
+                assert!(off < bound, "{what}: off by {off}");
+            }
+            for pieces in [&[1][..], &[20, 1, 5, 100]] {
+                let mut ours = decoder(&model).unwrap();
+                for piece in pieces.iter().cycle() {
+                    let start = ours.len();
+                    if start == text.len() {
+                        break;
+                    }
+                    let end = text.len().min(start + piece);
+                    ours.push(&text[start..end]).unwrap();
+                    assert!(logits(&mut ours).iter().all(|v| v.is_finite()), "{what}");
+                }
+                assert!(logits(&mut ours) == at_once, "{what}: in pieces of {pieces:?}");
+                ours.rewind(50).unwrap();
+                ours.push(&[3, 2, 1]).unwrap();
+                logits(&mut ours);
+                ours.rewind(50).unwrap();
+                ours.push(&text[50..]).unwrap();
+                assert!(logits(&mut ours) == at_once, "{what}: behind what was taken out");
+            }
+        }
+        // Where a trainer changes what weights are kept as, decoders follow.
+        let decoders = || {
+            DecoderWeights::ALL.into_iter().filter_map(|weights| {
+                let mut decoder = Decoder::new(&model, 128, weights).ok()?;
+                decoder.push(&text[..9]).unwrap();
+                Some(decoder)
+            })
+        };
+        let mut old: Vec<_> = decoders().collect();
+        old.iter_mut().for_each(|decoder| drop(logits(decoder)));
+        let split = Optimizer { master: Master::Split, ..Optimizer::default() };
+        let options = TrainerOptions { optimizer: split, ..options("bf16") };
+        Trainer::new(&model, options).unwrap().step(&data).unwrap();
+        for (old, mut fresh) in old.iter_mut().zip(decoders()) {
+            assert!(logits(old) == logits(&mut fresh), "split, {config:?}");
         }
     }
 }

@@ -13,7 +13,7 @@ build() {
 }
 {
     build test --no-run --lib --test cuda --test bits
-    build build --bench train_step
+    build build --bench train_step --bench decode
     build build -p mxtrain
 } | python3 -c '
 import json, sys

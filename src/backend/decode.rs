@@ -1,7 +1,11 @@
 //! Decoding: rows of a sequence behind those whose keys and values are kept.
 
-use super::{Attend, AttentionShape, HeadShape, Linear, LinearForward, LinearShape};
-use crate::optim::named;
+use super::{
+    Attend, AttentionShape, Embed, EmbeddingShape, HeadShape, Linear, LinearForward, LinearShape,
+    Precision,
+};
+use crate::Result;
+use crate::optim::{Master, named};
 
 /// What a model's linear layers and its head are computed in where it writes text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,7 +17,8 @@ pub enum DecoderWeights {
     /// of the recipe `bf16`; on a processor attention stays in f32.
     Bf16,
     /// MXFP4, 4.25 bits a weight, by the scales of [`crate::formats::quantize_closest`]; what they are
-    /// multiplied with in 8 bits, for every 32 elements a scale of their own. On a processor.
+    /// multiplied with in bf16 on a GPU, and on a processor in 8 bits, for every 32 elements a scale of
+    /// their own.
     Mxfp4,
 }
 
@@ -37,9 +42,20 @@ named!(DecoderWeights, "weights");
 ///
 /// A row's result is that of the same row of a whole sequence, bit for bit where a backend sums in
 /// an order that does not depend on the rows beside it.
-pub trait Decode: Linear + Attend {
+pub trait Decode: Linear + Attend + Embed {
     /// The weight of a linear layer as such products read it, made once for all rows to come.
     type Packed: Send + Sync;
+
+    /// Rows of a pass: enough that weights are read seldom, and few enough that activations stay
+    /// small.
+    const ROWS: usize;
+
+    /// What activations are in beside such weights, of a model that keeps its own as `master`.
+    fn activations_in(weights: DecoderWeights, master: Master) -> Precision;
+    /// An error that names what the device cannot do for a layer, and the remedy.
+    fn decodes(&self, _shape: LinearShape, _weights: DecoderWeights) -> Result<()> {
+        Ok(())
+    }
 
     /// Room for it.
     fn packed(
@@ -58,34 +74,48 @@ pub trait Decode: Linear + Attend {
         packed: &Self::Packed,
         shape: LinearShape,
     );
-    /// logits (V) of a row of x (rows, C), with the head as a packed weight (V, C).
+    /// logits (V) of a row of x (rows, C), with the head (V, C) and what it is packed as.
     fn packed_logits(
         &self,
         workspace: &mut Self::Workspace,
         logits: &mut Self::F32,
         row_of_x: (&Self::Tensor, usize),
-        head: &Self::Packed,
+        head: (Self::Param<'_>, &Self::Packed),
         shape: HeadShape,
     );
-    /// Room for keys and values of so many positions of a sequence, in f32, as the backend lays them
-    /// out.
+    /// Room for `rows` tokens and where they stand.
+    fn rows(&self, arena: &mut Self::Arena, rows: usize) -> Result<Self::Tokens>;
+    /// Writes tokens of a sequence behind the first `start`. What is then asked of these rows, with
+    /// the same `start`, may be recorded, and done again for others of as many tokens.
+    fn write_rows(&self, to: &mut Self::Tokens, tokens: &[u32], start: usize);
+    /// out (rows, C) = the rows' tokens of wte (V, C) plus their positions of wpe (T, C).
+    fn embedding_behind(
+        &self,
+        out: &mut Self::Tensor,
+        rows: (&Self::Tokens, usize),
+        wte: Self::Param<'_>,
+        wpe: Self::Param<'_>,
+        shape: EmbeddingShape,
+    );
+    /// Room for keys and values of so many positions of a sequence, in the precision of `shape`, as
+    /// the backend lays them out.
     fn kept(
         &self,
         arena: &mut Self::Arena,
         positions: usize,
         shape: AttentionShape,
     ) -> Self::Tensor;
-    /// Keeps keys and values of rows qkv (n, qkv channels) behind the first `start` positions of
-    /// `kept`, and makes out (n, C) of the attention of these rows to all positions
-    /// up to their own. Of one sequence, whose length in `shape` is n. Products are in f32, for which
-    /// the workspace is to be, and for sequences of `start` + n.
+    /// Keeps keys and values of `rows` (as they were written, and their `start`), of which qkv (n, qkv
+    /// channels) is, behind the first `start` positions of `kept`, and makes out (n, C) of the attention of these rows to all positions
+    /// up to their own. Of one sequence, whose length in `shape` is n; the workspace is to be for
+    /// sequences of `start` + n.
     fn attention_behind(
         &self,
         workspace: &mut Self::Workspace,
         out: &mut Self::Tensor,
         qkv: &Self::Tensor,
         kept: &mut Self::Tensor,
-        start: usize,
+        rows: (&Self::Tokens, usize),
         shape: AttentionShape,
     );
 }

@@ -26,7 +26,8 @@ pub enum mxt_decoder_weights {
     F32 = 0,
     /// bf16, with sums in f32.
     Bf16 = 1,
-    /// MXFP4, 4.25 bits a weight, and what they are multiplied with in 8 bits. On a processor.
+    /// MXFP4, 4.25 bits a weight; what they are multiplied with is in bf16 on a GPU, and on a
+    /// processor in 8 bits.
     Mxfp4 = 2,
 }
 

@@ -5,17 +5,13 @@ use std::sync::Arc;
 use super::DecoderWeights;
 use crate::Result;
 use crate::backend::{
-    Backend, Decode, HeadShape, LinearShape, Sequences, StepPlan, WorkspaceShape,
+    Backend, Decode, HeadShape, LinearShape, Precision, Sequences, StepPlan, WorkspaceShape,
 };
 use crate::formats::{BLOCK, LinearRecipe};
 use crate::gpt::{Activations, ModelConfig, Pass, Past, Shapes};
-use crate::model::{Model, OnDevice};
+use crate::model::{Model, OnDevice, Weights};
+use crate::optim::Master;
 use crate::recipe::Recipe;
-
-/// Rows of one pass.
-///
-/// NOTE: enough that weights are read seldom, and few enough that activations stay small.
-const ROWS: usize = 128;
 
 /// A model, and what is kept of a sequence.
 pub(super) struct Cached<B: Backend + Decode> {
@@ -30,6 +26,13 @@ pub(super) struct Cached<B: Backend + Decode> {
     kept: usize,
     /// [`crate::model::Weights::changes`] of the weights that `past` was made from.
     changes: Option<u64>,
+    /// Of passes over one row.
+    recordings: B::Recordings,
+    /// Tokens that there is room for, and what the weights are in.
+    room: usize,
+    weights: DecoderWeights,
+    /// [`crate::model::Weights::moves`] of the weights that are recorded.
+    moves: u64,
 }
 
 impl<B: Backend + Decode> Cached<B> {
@@ -40,6 +43,18 @@ impl<B: Backend + Decode> Cached<B> {
         room: usize,
         weights: DecoderWeights,
     ) -> Result<Self> {
+        let kept = on.read()?;
+        Self::beside(model, on, room, weights, &kept)
+    }
+
+    fn beside(
+        model: &Model,
+        on: &Arc<OnDevice<B>>,
+        room: usize,
+        weights: DecoderWeights,
+        kept: &Weights<B>,
+    ) -> Result<Self> {
+        let weights = (weights, (kept.master, kept.moves));
         on.allocate(model.engine(), "generating", |arena| {
             Self::cut(on, arena, model.config(), (room, weights))
         })
@@ -60,7 +75,10 @@ impl<B: Backend + Decode> Cached<B> {
         let (on, config) = (Arc::clone(&self.model), model.config());
         let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
         let backend = &**backend;
-        let Self { activations, workspace, tokens, logits, plan, past, .. } = self;
+        if weights.moves != self.moves {
+            *self = Self::beside(model, &on, self.room, self.weights, &weights)?;
+        }
+        let Self { activations, workspace, tokens, logits, plan, past, recordings, .. } = self;
         let (kept, changes) = (&mut self.kept, &mut self.changes);
         let precision = plan.precision;
         let shapes =
@@ -75,8 +93,9 @@ impl<B: Backend + Decode> Cached<B> {
         *kept = start;
         backend.scope(|| {
             while start < context.len() {
-                let rows = &context[start..][..ROWS.min(context.len() - start)];
-                backend.write_tokens(tokens, rows.len(), |to| to.copy_from_slice(rows));
+                let rows = &context[start..][..B::ROWS.min(context.len() - start)];
+                backend.write_rows(tokens, rows, start);
+                let is_last = start + rows.len() == context.len();
                 let mut pass = Pass {
                     backend,
                     config,
@@ -89,11 +108,18 @@ impl<B: Backend + Decode> Cached<B> {
                     sequences: Sequences { batch: 1, length: rows.len() },
                     plan,
                 };
-                pass.forward_behind(activations, tokens, (past, start));
-                start += rows.len();
-                if start == context.len() {
-                    pass.logits_behind(activations, rows.len() - 1, past, logits);
+                let mut all = || {
+                    pass.forward_behind(activations, tokens, (past, start));
+                    if is_last {
+                        pass.logits_behind(activations, rows.len() - 1, past, logits);
+                    }
+                };
+                // What a token takes where a text is written.
+                match is_last && rows.len() == 1 {
+                    true => backend.recorded(recordings, plan, [0, 0], all),
+                    false => all(),
                 }
+                start += rows.len();
             }
         });
         backend.read_f32(logits, 0, out)?;
@@ -105,11 +131,14 @@ impl<B: Backend + Decode> Cached<B> {
         on: &Arc<OnDevice<B>>,
         arena: &mut B::Arena,
         config: &ModelConfig,
-        (room, weights): (usize, DecoderWeights),
+        (room, (weights, (master, moves))): (usize, (DecoderWeights, (Master, u64))),
     ) -> Result<Self> {
-        let (backend, rows) = (&*on.backend, room.min(ROWS));
+        let (backend, rows) = (&*on.backend, room.min(B::ROWS));
         // Of scratch memory: products of other numbers take less.
-        let recipe = Recipe::fp32();
+        let (recipe, linear) = match B::activations_in(weights, master) {
+            Precision::F32 => (Recipe::fp32(), LinearRecipe::F32),
+            Precision::Bf16 => (Recipe::bf16(), LinearRecipe::BF16),
+        };
         let precision = recipe.precision();
         let of = |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         let shapes = of(rows);
@@ -125,7 +154,7 @@ impl<B: Backend + Decode> Cached<B> {
             attention: of(room).attention(0),
             // Logits take no room of the classifier's.
             head: HeadShape { vocab_size: 1, ..shapes.head() },
-            recipes: &[LinearRecipe::F32],
+            recipes: &[linear],
             merge: None,
             backward: false,
         };
@@ -134,12 +163,16 @@ impl<B: Backend + Decode> Cached<B> {
             model: on.clone(),
             activations: Activations::new(backend, arena, shapes, None)?,
             workspace: backend.workspace(arena, &shape),
-            tokens: backend.tokens(arena, rows, false)?,
+            tokens: backend.rows(arena, rows)?,
             logits: backend.f32(arena, config.vocab_size),
             plan: recipe.step_plan(config.layers)?,
             past: Past::new(backend, arena, shapes, (weights, room))?,
             kept: 0,
             changes: None,
+            recordings: backend.recordings(),
+            room,
+            weights,
+            moves,
         })
     }
 }

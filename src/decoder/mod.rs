@@ -1,7 +1,6 @@
 //! Text from a model: what comes next, token by token.
 //!
-//! On a processor keys and values of a sequence are kept, so that a token takes one row of products;
-//! a GPU computes the whole sequence again.
+//! Keys and values of a sequence are kept, so that a token takes one row of products.
 
 mod cached;
 mod recomputing;
@@ -18,7 +17,6 @@ use crate::model::Model;
 use crate::reserve::{push, reserve};
 use crate::{Error, Result};
 use cached::Cached;
-use recomputing::Recomputing;
 pub use sampler::GenerateOptions;
 use sampler::Sampler;
 
@@ -74,10 +72,7 @@ impl Model {
         self.check_prompt(tokens)?;
         check_logits(out, self.config())?;
         let context = &tokens[tokens.len().saturating_sub(self.config().context_length)..];
-        on_device!(self.on_device(), on => {
-            let mut decoder = Recomputing::new(self, on, context.len(), DecoderWeights::F32)?;
-            decoder.next_logits(self, context, out)
-        })
+        on_device!(self.on_device(), on => recomputing::next_logits(self, on, context, out))
     }
 
     fn check_prompt(&self, prompt: &[u32]) -> Result<()> {
@@ -92,11 +87,12 @@ impl Model {
 
 /// A text that grows: tokens in, the logits of what comes next out.
 ///
-/// In f32 logits are those of [`Model::next_logits`] of all its tokens, bit for bit, and in any
-/// numbers the same however these came. A decoder follows its model: where weights have been changed, by a trainer or by
+/// In f32 logits are those of [`Model::next_logits`] of all its tokens: on a processor bit for bit; a
+/// GPU sums products of few rows in an order of its own. In any numbers they are the same bits however
+/// the tokens came. A decoder follows its model: where weights have been changed, by a trainer or by
 /// [`Model::write_tensor`], the next logits are those of the new ones.
 pub struct Decoder {
-    on_device: Device<Cached<Cpu>, Recomputing<Cuda>>,
+    on_device: Device<Cached<Cpu>, Cached<Cuda>>,
     model: Model,
     tokens: Vec<u32>,
     room: usize,
@@ -104,14 +100,15 @@ pub struct Decoder {
 
 impl Decoder {
     /// An empty text of `model`, with room for `room` tokens; its memory is allocated here (on a GPU
-    /// again where a trainer changes what weights are kept as). On a processor that is a copy of the
-    /// linear layers' weights, in less than f32 of the head's, too, and keys and values: 8 bytes a
-    /// channel, block and token. The copy is made with the first logits, and again with the first
-    /// after the weights may have been changed.
+    /// again where a trainer changes what weights are kept as). That is keys and values, 8 bytes a
+    /// channel, block and token (on a GPU 4 beside weights in less than f32), and a copy of the linear
+    /// layers' weights, in less than f32 of the head's, too; a GPU makes a copy in MXFP4 alone. The
+    /// copy is made with the first logits, and again with the first after the weights may have been
+    /// changed.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] unless `room` is from 1 to the model's context,
-    /// [`Error::OutOfMemory`].
+    /// [`Error::Unsupported`] for what the device cannot do, [`Error::OutOfMemory`].
     pub fn new(model: &Model, room: usize, weights: DecoderWeights) -> Result<Self> {
         let context = model.config().context_length;
         if !(1..=context).contains(&room) {
@@ -120,7 +117,7 @@ impl Decoder {
         }
         let on_device = match model.on_device() {
             Device::Cpu(on) => Device::Cpu(Cached::new(model, on, room, weights)?),
-            Device::Cuda(on) => Device::Cuda(Recomputing::new(model, on, room, weights)?),
+            Device::Cuda(on) => Device::Cuda(Cached::new(model, on, room, weights)?),
         };
         let mut tokens = Vec::new();
         reserve(&mut tokens, TOKENS, room)?;
@@ -174,9 +171,7 @@ impl Decoder {
             return Err(Error::invalid("len", message));
         }
         self.tokens.truncate(len);
-        if let Device::Cpu(on) = &mut self.on_device {
-            on.rewind(len);
-        }
+        on_device!(&mut self.on_device, on => on.rewind(len));
         Ok(())
     }
 
@@ -203,9 +198,7 @@ impl Decoder {
     /// Takes the oldest tokens out: all others move, so that everything is computed again.
     fn drop_first(&mut self, count: usize) {
         self.tokens.drain(..count);
-        if let Device::Cpu(on) = &mut self.on_device {
-            on.rewind(0);
-        }
+        on_device!(&mut self.on_device, on => on.rewind(0));
     }
 }
 

@@ -37,7 +37,7 @@ pub struct GenerateOptions {
     /// What logits are computed in.
     pub weights: DecoderWeights,
     /// Whether, once the text exceeds the context, a quarter of the context falls out of it at once,
-    /// so that on a processor all is computed again only then; else a token falls out for each that
+    /// so that all is computed again only then; else a token falls out for each that
     /// comes, and every one of them takes the whole computation.
     pub slide: bool,
 }

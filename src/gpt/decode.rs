@@ -7,7 +7,6 @@ use super::pass::Pass;
 use crate::Result;
 use crate::backend::{
     Backend, Decode, DecoderWeights, Epilogue, HeadShape, LinearForward, LinearShape, ResidualSum,
-    Slot,
 };
 use crate::formats::LINEARS;
 use crate::reserve::collect;
@@ -30,6 +29,9 @@ impl<B: Backend + Decode> Past<B> {
         (weights, positions): (DecoderWeights, usize),
     ) -> Result<Self> {
         let layers = shapes.config.layers;
+        for shape in shapes.linears().into_iter().chain([head_of(shapes)]) {
+            backend.decodes(shape, weights)?;
+        }
         let kept = |l| Ok(backend.kept(arena, positions, shapes.attention(l)));
         let kept = collect("the keys and values of all blocks", (0..layers).map(kept))?;
         let packed = |_| Ok(shapes.linears().map(|shape| backend.packed(arena, shape, weights)));
@@ -71,8 +73,8 @@ impl<B: Backend + Decode> Pass<'_, B> {
         (past, start): (&mut Past<B>, usize),
     ) {
         let (backend, table, shapes) = (self.backend, self.table, self.shapes());
-        let (wte, wpe) = (self.param(table.wte), self.param(rows_from(table.wpe, start)));
-        backend.embedding_forward(&mut acts.residual[0], tokens, wte, wpe, shapes.embedding());
+        let (rows, [wte, wpe]) = ((tokens, start), [table.wte, table.wpe].map(|of| self.param(of)));
+        backend.embedding_behind(&mut acts.residual[0], rows, wte, wpe, shapes.embedding());
         self.ln_1(acts, 0);
         for (l, block) in table.blocks.iter().enumerate() {
             let packed = &past.packed[l];
@@ -80,7 +82,7 @@ impl<B: Backend + Decode> Pass<'_, B> {
             self.packed_linear(y, x, (block.qkv, packed), Epilogue::None);
             let (out, qkv, kept) = (&mut acts.attention[l], &acts.qkv[l], &mut past.kept[l]);
             let shape = shapes.attention(l);
-            backend.attention_behind(self.workspace, out, qkv, kept, start, shape);
+            backend.attention_behind(self.workspace, out, qkv, kept, rows, shape);
             let (y, x) = (&mut acts.branch, &acts.attention[l]);
             self.packed_linear(y, x, (block.projection, packed), Epilogue::None);
 
@@ -107,7 +109,8 @@ impl<B: Backend + Decode> Pass<'_, B> {
     ) {
         let Some(head) = &past.head else { return self.logits(acts, row, out) };
         let (x, shape) = ((&acts.ln_f, row), self.shapes().head());
-        self.backend.packed_logits(self.workspace, out, x, head, shape);
+        let w = self.param(self.table.head());
+        self.backend.packed_logits(self.workspace, out, x, (w, head), shape);
     }
 
     fn packed_linear(
@@ -129,11 +132,4 @@ impl<B: Backend + Decode> Pass<'_, B> {
 fn head_of(shapes: Shapes<'_>) -> LinearShape {
     let HeadShape { rows, channels: inputs, vocab_size: outputs, .. } = shapes.head();
     LinearShape { rows, inputs, outputs }
-}
-
-/// A table from one of its rows on.
-fn rows_from(table: Slot, row: usize) -> Slot {
-    let [rows, width] = table.shape();
-    let before = row * width;
-    Slot { start: table.start + before, len: table.len - before, rows: rows - row, ..table }
 }

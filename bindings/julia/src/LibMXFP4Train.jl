@@ -211,7 +211,8 @@ bf16, with sums in f32.
 const MXT_DECODER_WEIGHTS_BF16 = Int32(1)
 
 """
-MXFP4, 4.25 bits a weight, and what they are multiplied with in 8 bits. On a processor.
+MXFP4, 4.25 bits a weight; what they are multiplied with is in bf16 on a GPU, and on a
+processor in 8 bits.
 """
 const MXT_DECODER_WEIGHTS_MXFP4 = Int32(2)
 

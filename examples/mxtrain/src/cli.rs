@@ -692,14 +692,14 @@ pub(crate) struct SamplingArgs {
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     pub(crate) repetition_penalty: f32,
 
-    /// Numbers that it is computed in: f32, bf16 or, on a processor, mxfp4. Each takes less memory
+    /// Numbers that it is computed in: f32, bf16 or mxfp4. On a processor each takes less memory
     /// beside the model and less time a token than the one before, and is less exact; mxfp4 takes
-    /// longer to begin, and for long prompts
+    /// longer to begin, and for long prompts. A GPU is fast in bf16, and reads less in mxfp4
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) weights: DecoderWeights,
 
-    /// Where the text exceeds the context, forget a quarter of it at once, which on a processor
-    /// takes far less time than a token for each that comes
+    /// Where the text exceeds the context, forget a quarter of it at once, which takes far less time
+    /// than a token for each that comes
     #[arg(long)]
     pub(crate) slide: bool,
 

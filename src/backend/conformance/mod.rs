@@ -10,6 +10,7 @@
 //! of its own.
 
 mod attend;
+mod decode;
 mod embed;
 mod follow;
 mod head;
@@ -35,7 +36,7 @@ use crate::optim::{
 use crate::recipe::Recipe;
 
 /// What the suite asks of a backend besides its operations.
-pub(in crate::backend) trait Harness: Backend {
+pub(in crate::backend) trait Harness: Backend + Decode {
     /// The most rows of a layer, and tokens of a sequence, that tests take: enough for every case
     /// of its kernels but long reductions.
     const LONGEST: usize;
@@ -123,6 +124,7 @@ suite! {
     linear: linear_layers_follow_their_recipes linear_layers_with_gelu operands_turned_ahead
         nan_poisons_the_products_that_it_enters gelu;
     attend: attention;
+    decode: few_rows_are_those_of_a_layer attention_in_pieces embedding_behind;
     head: classifier worst_losses the_worst_loss_of_five_logits logits;
     follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset
         intervals_are_those_of_what_moved;

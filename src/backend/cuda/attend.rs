@@ -11,7 +11,7 @@ use crate::backend::{Attend, AttentionBackward, AttentionShape, Precision};
 /// `Heads` of the kernels.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Heads {
+pub(super) struct Heads {
     length: u32,
     heads: u32,
     head_size: u32,

@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 31] = [
+pub(super) static FILES: [File; 33] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16 split_master join_master")
@@ -42,19 +42,33 @@ pub(super) static FILES: [File; 31] = [
         of("largest_of_pieces find_limits squares_of_clipped find_scales keep_statistics")
     }),
     file!("optimize_watch", ["random.cuh", "optimize.cuh", "moments.cuh"], |_| of("watch_update")),
-    file!("attend_plain", ["attend.cuh"], |_| {
+    file!("attend_plain", ["heads.cuh", "attend.cuh"], |_| {
         of("attention_forward<T> attention_delta<T> attention_dq<T> attention_dkdv<T>")
     }),
-    file!("attend_sm80", ["attend.cuh"], |_| {
+    file!("attend_sm80", ["heads.cuh", "attend.cuh"], |_| {
         of("flash_forward<64,4,2,64> flash_dkdv<64,4,64> flash_dq<64,4,64> \
             flash_forward<128,8,1,64> flash_dkdv<128,4,32> flash_dq<128,4,32>")
     }),
-    file!("attend_sm90", ["attend.cuh"], |chip| match chip {
+    file!("attend_sm90", ["heads.cuh", "attend.cuh"], |chip| match chip {
         (9, 0) => of("wgmma_forward<64,2,64,2> wgmma_dkdv<64,2> wgmma_dq<64,2,64> \
                       wgmma_forward<128,2,64,1> wgmma_dkdv<128,2> wgmma_dq<128,2,64>"),
         _ => Vec::new(),
     }),
+    file!("attend_behind", ["heads.cuh"], |_| {
+        of("keep_rows<T> attend_behind<64,16> attend_behind<128,8> attend_behind_plain<T>")
+    }),
     file!("correct", [], |_| of("correct_factors")),
+    file!("decode", ["gelu.cuh", "numbers.cuh"], |_| {
+        let products = "few_rows<OfBf16,bf16,1,1,4> few_rows<OfBf16,float,1,1,4> \
+                        few_rows<OfBf16,bf16,2,8,1> few_rows<OfBf16,float,2,8,1> \
+                        few_rows<OfMxfp4,bf16,1,1,4> few_rows<OfMxfp4,float,1,1,4> \
+                        few_rows<OfMxfp4,bf16,2,8,1> few_rows<OfMxfp4,float,2,8,1>";
+        of(&[
+            products,
+            " few_rows_plain<T,float> few_rows_plain<bf16,bf16> embed_rows<T> pack_mxfp4<T>",
+        ]
+        .concat())
+    }),
     file!("embed", [], |_| {
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
@@ -221,6 +235,7 @@ mod tests {
         let sources = [
             include_str!("optimize.rs"),
             include_str!("attend.rs"),
+            include_str!("decode.rs"),
             include_str!("embed.rs"),
             include_str!("follow.rs"),
             include_str!("gelu.rs"),
@@ -255,6 +270,7 @@ mod tests {
                 "launch!(self.gpu,\"",
                 "launch_drawn(\"",
                 "Kernel(\"",
+                "Few::plain(\"",
                 "Type::Bf16=>\"product",
                 "Type::F32=>\"product",
             ] {

@@ -9,9 +9,12 @@ use super::attend::behind;
 use super::gemm::{Conversion, Layout, Matrix, Output, PackMemory, PackSize, Role, pack};
 use super::workspace::Workspace;
 use super::{Buffer, Cpu};
+use crate::Result;
 use crate::backend::{
-    AttentionShape, Decode, DecoderWeights, Epilogue, HeadShape, Linear, LinearForward, LinearShape,
+    AttentionShape, Decode, DecoderWeights, Embed, EmbeddingShape, Epilogue, HeadShape, Linear,
+    LinearForward, LinearShape, Memory, Precision,
 };
+use crate::optim::Master;
 use mxfp4::Mxfp4Weight;
 
 /// A weight as products of few rows read it.
@@ -59,6 +62,12 @@ impl PackedWeight {
 
 impl Decode for Cpu {
     type Packed = PackedWeight;
+
+    const ROWS: usize = 128;
+
+    fn activations_in(_weights: DecoderWeights, _master: Master) -> Precision {
+        Precision::F32
+    }
 
     fn packed(
         &self,
@@ -115,12 +124,31 @@ impl Decode for Cpu {
         workspace: &mut Workspace,
         logits: &mut Buffer<f32>,
         (x, row): (&Buffer<f32>, usize),
-        head: &PackedWeight,
+        (_, head): (&[f32], &PackedWeight),
         HeadShape { channels, vocab_size, .. }: HeadShape,
     ) {
         let shape = LinearShape { rows: 1, inputs: channels, outputs: vocab_size };
         let (x, to) = (&x[row * channels..][..channels], (&mut logits[..vocab_size], None));
         head.product(self, workspace, to, x, shape);
+    }
+
+    fn rows(&self, arena: &mut Arena, rows: usize) -> Result<Self::Tokens> {
+        self.tokens(arena, rows, false)
+    }
+
+    fn write_rows(&self, to: &mut Self::Tokens, tokens: &[u32], _start: usize) {
+        self.write_tokens(to, tokens.len(), |to| to.copy_from_slice(tokens));
+    }
+
+    fn embedding_behind(
+        &self,
+        out: &mut Buffer<f32>,
+        (tokens, start): (&Self::Tokens, usize),
+        wte: &[f32],
+        wpe: &[f32],
+        shape: EmbeddingShape,
+    ) {
+        self.embedding_forward(out, tokens, wte, &wpe[start * shape.channels..], shape);
     }
 
     fn kept(&self, arena: &mut Arena, positions: usize, shape: AttentionShape) -> Buffer<f32> {
@@ -133,7 +161,7 @@ impl Decode for Cpu {
         out: &mut Buffer<f32>,
         qkv: &Buffer<f32>,
         kept: &mut Buffer<f32>,
-        start: usize,
+        (_, start): (&Self::Tokens, usize),
         shape: AttentionShape,
     ) {
         behind::forward(self, workspace, out, qkv, (kept, start), shape);

@@ -181,6 +181,10 @@ static unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 static unsigned long long min(unsigned long long a, unsigned long long b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 static int min(int a, int b) { return a < b ? a : b; }
+static double __dadd_rn(double a, double b) { return a + b; }
+static double __dsub_rn(double a, double b) { return a - b; }
+static double __dmul_rn(double a, double b) { return a * b; }
+static float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 static int __ffs(unsigned v) { return __builtin_ffs((int)v); }
 static unsigned __byte_perm(unsigned low, unsigned high, unsigned selectors) {
   unsigned long long both = (unsigned long long)high << 32 | low;
@@ -275,6 +279,11 @@ static float min_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? __uint_as_float(0x7fffffff) : fminf(a, b);
 }
 static float one_if_less(float a, float b) { return a < b ? 1.0f : 0.0f; }
+static float low_of(u32 pair) { return __uint_as_float(pair << 16); }
+static float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000); }
+static u32 multiply_bf16(u32 a, u32 b) {
+  return pack_bf16(low_of(a) * low_of(b), high_of(a) * high_of(b));
+}
 static u32 pick_bytes(u64 bytes, u32 selector) {
   return __byte_perm((u32)bytes, (u32)(bytes >> 32), selector);
 }
@@ -316,6 +325,31 @@ static void load_matrices(unsigned out[4], const unsigned char *row) {
   all[lane()] = row;
   wait_for_warp();
   for (unsigned i = 0; i < 4; i++) memcpy(&out[i], all[8 * i + lane() / 4] + 4 * (lane() % 4), 4);
+}
+
+// ---- Tensor cores --------------------------------------------------------------------------------
+
+struct Tiles {
+  u32 a[32][4], b[32][2];
+};
+static Tiles tiles[2][32];
+// One number of two that stand in a word.
+static double number_of(u32 word, unsigned second) {
+  return second ? high_of(word) : low_of(word);
+}
+static void multiply_bf16_tiles(float c[4], const u32 a[4], u32 b0, u32 b1) {
+  Tiles &all = tiles[turn()][warp()];
+  memcpy(all.a[lane()], a, 16), all.b[lane()][0] = b0, all.b[lane()][1] = b1;
+  wait_for_warp();
+  for (unsigned i = 0; i < 4; i++) {
+    unsigned row = lane() / 4, column = lane() % 4 * 2 + i % 2;
+    double sum = c[i];
+    for (unsigned k = 0; k < 16; k++) {
+      const u32 *of_a = all.a[row * 4 + k % 8 / 2], *of_b = all.b[column * 4 + k % 8 / 2];
+      sum += number_of(of_a[i / 2 + k / 8 * 2], k % 2) * number_of(of_b[k / 8], k % 2);
+    }
+    c[i] = (float)sum;
+  }
 }
 
 // ---- The FP4 instruction: a warp's registers go to the model ------------------------------------

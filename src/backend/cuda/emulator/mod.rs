@@ -15,6 +15,7 @@
 
 mod adamw;
 mod correct;
+mod decode;
 mod estimate;
 mod follow;
 mod fp4_instruction;

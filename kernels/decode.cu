@@ -1,0 +1,254 @@
+// Linear layers on a few rows, which come one after the other where a text is written.
+//
+// y (rows, outputs) = x (rows, inputs) W^T + bias, W of shape (outputs, inputs) in bf16 or MXFP4.
+// What this takes is reading W, once for all rows. A warp multiplies 16 outputs with 8 rows of x at a
+// time on tensor cores, straight from memory: the order in which a product counts its elements is
+// free as long as both operands have the same one, so a thread takes elements that lie side by side,
+// 16 bytes of W and of x, where the instruction would have four pieces of 4.
+//
+// An element of y is summed in an order that its inputs alone decide: chunks of them go around to the
+// eight warps of a block, each sums its own from first to last, and the warps' sums are added in
+// their order. So a row has the same bits alone, among others, and in a long text that comes at once.
+
+// The warps of a block, among which inputs are divided.
+#define WARPS 8
+
+// `FewRows` of the host.
+struct FewRows {
+  void *y, *activated;
+  const void *x, *w, *scales, *bias;
+  u32 rows, inputs, outputs, form; // the form of GELU: 1 for the tanh one, 2 for the exact one
+};
+
+// A thread's share of a chunk of 16 outputs: elements of outputs g and g + 8 in bf16, as words of two,
+// of which each product takes the next two words.
+struct OfBf16 {
+  // Elements of an output that a thread has at a time, and those of a chunk.
+  static const u32 EACH = 8, CHUNK = 4 * EACH;
+  uint4 raw[2];
+
+  __device__ __forceinline__ void load(const FewRows &p, u32 output, u32 first, u32 half) {
+    const bf16 *w = (const bf16 *)p.w;
+    bool inside = output < p.outputs && first < p.inputs;
+    raw[half] = inside ? *(const uint4 *)(w + (size_t)output * p.inputs + first)
+                       : make_uint4(0, 0, 0, 0);
+  }
+  __device__ __forceinline__ void words(u32 half, u32 to[EACH / 2]) const {
+    to[0] = raw[half].x, to[1] = raw[half].y, to[2] = raw[half].z, to[3] = raw[half].w;
+  }
+};
+
+// Four codes of E2M1, the first in the lowest bits, as bf16 numbers.
+__device__ __forceinline__ void decode_codes(u32 codes, u32 &first, u32 &second) {
+  // NOTE: the bytes of 0, 0.5, 1, 1.5, 2, 3, 4 and 6 in bf16, picked by the codes themselves.
+  u32 magnitudes = codes & 0x7777u;
+  u32 high = pick_bytes(0x404040403f3f3f00ull, magnitudes),
+      low = pick_bytes(0xc0804000c0800000ull, magnitudes);
+  first = __byte_perm(low, high, 0x5140) | (codes << 12 & 0x8000u) | (codes << 24 & 0x80000000u);
+  second = __byte_perm(low, high, 0x7362) | (codes << 4 & 0x8000u) | (codes << 16 & 0x80000000u);
+}
+
+// The same in MXFP4: codes, the first in the lower half of a byte, in lines of whole chunks, and a
+// byte of the scale for every 32. An element in bf16 is exact.
+struct OfMxfp4 {
+  static const u32 EACH = 16, CHUNK = 4 * EACH;
+  uint2 raw[2];
+  u32 scale[2]; // twice, in bf16
+
+  __device__ __forceinline__ void load(const FewRows &p, u32 output, u32 first, u32 half) {
+    raw[half] = make_uint2(0, 0), scale[half] = 0;
+    if (output < p.outputs && first < p.inputs) {
+      // Lines are as long as whole chunks.
+      size_t at = (size_t)output * ((p.inputs + CHUNK - 1) / CHUNK * CHUNK) + first;
+      raw[half] = *(const uint2 *)((const u8 *)p.w + at / 2);
+      u32 byte = ((const u8 *)p.scales)[at / 32];
+      // 2^-127 has no exponent of its own; 255 is infinity, which makes NaN of the zeros beside it.
+      scale[half] = (byte ? byte << 7 : 0x40u) * 0x10001u;
+    }
+  }
+  __device__ __forceinline__ void words(u32 half, u32 to[EACH / 2]) const {
+    u32 both[2] = {raw[half].x, raw[half].y};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      decode_codes(both[i / 2] >> i % 2 * 16, to[2 * i], to[2 * i + 1]);
+      to[2 * i] = multiply_bf16(to[2 * i], scale[half]);
+      to[2 * i + 1] = multiply_bf16(to[2 * i + 1], scale[half]);
+    }
+  }
+};
+
+__device__ __forceinline__ void put(float *to, float v) { *to = v; }
+__device__ __forceinline__ void put(bf16 *to, float v) { *to = from_f32<bf16>(v); }
+
+// y at (row, output) from its sum, and what GELU makes of it.
+template <class T>
+__device__ __forceinline__ void finish(const FewRows &p, u32 row, u32 output, float sum) {
+  if (p.bias) sum = __fadd_rn(sum, to_f32(((const T *)p.bias)[output]));
+  size_t at = (size_t)row * p.outputs + output;
+  T y = from_f32<T>(sum);
+  ((T *)p.y)[at] = y;
+  if (p.form) {
+    float v = to_f32(y);
+    ((T *)p.activated)[at] = from_f32<T>(p.form == 1 ? gelu(v) : exact_gelu(v));
+  }
+}
+
+// y for 16 OUTPUTS outputs and 8 ROWS rows a block, in bf16 or, of logits, in f32. Inputs are a
+// multiple of 8. A warp asks for AHEAD chunks before it needs the first. Grid: outputs, rows, by
+// those of a block, rounded up; block: 32 WARPS; dynamic shared memory: WARPS times 8 ROWS lines of
+// 16 OUTPUTS + 4 floats.
+template <class W, class T, int OUTPUTS, int ROWS, int AHEAD>
+__global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
+  begin();
+  const int PITCH = 16 * OUTPUTS + 4; // so that the threads that store meet in no bank
+  u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  u32 output = blockIdx.x * 16 * OUTPUTS, row = blockIdx.y * 8 * ROWS;
+  const bf16 *x = (const bf16 *)p.x;
+  float sums[OUTPUTS][ROWS][4] = {};
+  for (u32 chunk = warp * W::CHUNK; chunk < p.inputs; chunk += AHEAD * WARPS * W::CHUNK) {
+    W w[AHEAD][OUTPUTS];
+    u32 of_x[AHEAD][ROWS][W::EACH / 2];
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++) {
+      u32 first = chunk + a * WARPS * W::CHUNK + t * W::EACH;
+#pragma unroll
+      for (int o = 0; o < OUTPUTS; o++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          w[a][o].load(p, output + 16 * o + 8 * half + g, first, half);
+#pragma unroll
+      for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int i = 0; i < W::EACH / 8; i++) {
+          u32 at = first + 8 * i, number = row + 8 * r + g;
+          bool inside = number < p.rows && at < p.inputs;
+          uint4 raw = inside ? *(const uint4 *)(x + (size_t)number * p.inputs + at)
+                             : make_uint4(0, 0, 0, 0);
+          of_x[a][r][4 * i] = raw.x, of_x[a][r][4 * i + 1] = raw.y;
+          of_x[a][r][4 * i + 2] = raw.z, of_x[a][r][4 * i + 3] = raw.w;
+        }
+    }
+#pragma unroll
+    for (int a = 0; a < AHEAD; a++) {
+      if (chunk + a * WARPS * W::CHUNK >= p.inputs) break;
+#pragma unroll
+      for (int o = 0; o < OUTPUTS; o++) {
+        u32 words[2][W::EACH / 2];
+        w[a][o].words(0, words[0]), w[a][o].words(1, words[1]);
+#pragma unroll
+        for (int i = 0; i < W::EACH / 2; i += 2) {
+          u32 of_w[4] = {words[0][i], words[1][i], words[0][i + 1], words[1][i + 1]};
+#pragma unroll
+          for (int r = 0; r < ROWS; r++)
+            multiply_bf16_tiles(sums[o][r], of_w, of_x[a][r][i], of_x[a][r][i + 1]);
+        }
+      }
+    }
+  }
+  float *of_warps = (float *)shared;
+#pragma unroll
+  for (int o = 0; o < OUTPUTS; o++)
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        of_warps[(warp * 8 * ROWS + 8 * r + 2 * t + i % 2) * PITCH + 16 * o + g + i / 2 * 8] =
+            sums[o][r][i];
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < 16 * OUTPUTS * 8 * ROWS; i += 32 * WARPS) {
+    u32 o = i % (16 * OUTPUTS), r = i / (16 * OUTPUTS);
+    if (output + o >= p.outputs || row + r >= p.rows) continue;
+    float sum = of_warps[r * PITCH + o];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++)
+      sum = __fadd_rn(sum, of_warps[(w * 8 * ROWS + r) * PITCH + o]);
+    finish<T>(p, row + r, output + o, sum);
+  }
+}
+
+// The same in plain arithmetic, of f32 numbers and of bf16 ones of any number of inputs: a warp takes
+// an output and 8 rows, a thread every 32nd input. Grid: outputs / WARPS, rows / 8, rounded up; block:
+// 32 WARPS.
+template <class X, class T> __global__ void few_rows_plain(FewRows p) {
+  begin();
+  u32 lane = threadIdx.x % WARP, output = blockIdx.x * WARPS + threadIdx.x / WARP;
+  if (output >= p.outputs) return;
+  u32 row = blockIdx.y * 8, rows = min(p.rows - row, 8u);
+  const X *w = (const X *)p.w + (size_t)output * p.inputs;
+  const X *x = (const X *)p.x + (size_t)row * p.inputs;
+  float sums[8] = {};
+#pragma unroll 4
+  for (u32 i = lane; i < p.inputs; i += WARP) {
+    float of_w = to_f32(w[i]);
+#pragma unroll
+    for (int r = 0; r < 8; r++)
+      if (r < rows) sums[r] = __fmaf_rn(of_w, to_f32(x[(size_t)r * p.inputs + i]), sums[r]);
+  }
+#pragma unroll
+  for (int r = 0; r < 8; r++) {
+    float sum = warp_sum(sums[r]);
+    if (lane == 0 && r < rows) finish<T>(p, row + r, output, sum);
+  }
+}
+
+// out (rows, C) = the embeddings of tokens, of which the first stands at position *start, as
+// `embedding_forward` makes them. Grid: rows; block: 128.
+template <class T>
+__global__ void embed_rows(T *out, const u32 *tokens, const u32 *start, const T *wte, const T *wpe,
+                           u32 channels) {
+  begin();
+  const T *token = wte + (size_t)tokens[blockIdx.x] * channels;
+  const T *position = wpe + (size_t)(*start + blockIdx.x) * channels;
+  for (u32 i = threadIdx.x; i < channels; i += blockDim.x)
+    out[(size_t)blockIdx.x * channels + i] =
+        from_f32<T>(__fadd_rn(to_f32(token[i]), to_f32(position[i])));
+}
+
+// `PackMxfp4` of the host.
+struct PackMxfp4 {
+  u8 *codes, *scales;
+  const void *w;
+  u32 inputs, outputs;
+};
+
+// W (outputs, inputs) in MXFP4, as OfMxfp4 reads it: quantize_closest of src/formats, the better of
+// two scales by the sum of squared errors. Elements beyond the inputs are zeros. Grid: blocks of 32
+// elements of all lines / 128, rounded up; block: 128.
+template <class T> __global__ void pack_mxfp4(PackMxfp4 p) {
+  begin();
+  u32 chunks = (p.inputs + OfMxfp4::CHUNK - 1) / OfMxfp4::CHUNK, blocks = chunks * 2;
+  size_t number = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+  u32 output = (u32)(number / blocks), first = (u32)(number % blocks) * 32;
+  if (output >= p.outputs) return;
+  const T *w = (const T *)p.w + (size_t)output * p.inputs;
+  float v[32];
+  u32 amax = 0;
+#pragma unroll
+  for (int i = 0; i < 32; i++) {
+    v[i] = first + i < p.inputs ? to_f32(w[first + i]) : 0.0f;
+    amax = max(amax, __float_as_uint(v[i]) & 0x7fffffffu);
+  }
+  u32 best = power_byte(FLOOR, amax), words[4] = {};
+  double least = 0.0;
+  for (u32 byte = best; best != 255 && byte < 255 && byte < power_byte(FLOOR, amax) + 2; byte++) {
+    // Of 2^(127 - byte) and 2^(byte - 127), the one below f32's ordinary range has no exponent.
+    float inverse = byte < 254 ? __uint_as_float((254 - byte) << 23) : __uint_as_float(0x00400000u);
+    float scale = byte ? __uint_as_float(byte << 23) : __uint_as_float(0x00400000u);
+    double error = 0.0;
+    u32 codes[4] = {};
+#pragma unroll
+    for (int i = 0; i < 32; i++) {
+      u32 code = nearest_code(__fmul_rn(fabsf(v[i]), inverse));
+      double value = __dmul_rn((double)decode(code), (double)scale);
+      double off = __dsub_rn((double)fabsf(v[i]), value);
+      error = __dadd_rn(error, __dmul_rn(off, off));
+      codes[i / 8] |= (code | (__float_as_uint(v[i]) >> 31) << 3) << i % 8 * 4;
+    }
+    if (byte == power_byte(FLOOR, amax) || error < least) {
+      best = byte, least = error;
+      for (int i = 0; i < 4; i++) words[i] = codes[i];
+    }
+  }
+  p.scales[number] = (u8)best;
+  store_words(p.codes + number * 16, words[0], words[1], words[2], words[3]);
+}

@@ -1,0 +1,346 @@
+//! A few rows behind those whose keys and values are kept: `decode.cu`, and `attend_behind.cu` for
+//! attention. Weights in f32 and bf16 are read where they lie; those in MXFP4 are made once.
+//!
+//! What a row's numbers are summed in does not depend on how many come with it, so a text has the same
+//! bits however it comes. It is another order than that of cuBLASLt's products in training.
+
+use super::attend::Heads;
+use super::device::launch;
+use super::device::memory::{Arena, F32, Param, Piece, Tensor};
+use super::embed::Tokens;
+use super::{Cuda, Workspace, kernel};
+use crate::backend::{
+    Activation, AttentionShape, Decode, DecoderWeights, EmbeddingShape, Epilogue, HeadShape,
+    LinearForward, LinearShape, Memory, Precision,
+};
+use crate::formats::BLOCK;
+use crate::optim::Master;
+use crate::{Error, Result};
+
+/// `WARPS` of the kernels of products.
+const WARPS: usize = 8;
+/// Threads of a block of theirs.
+pub(super) const THREADS: usize = 32 * WARPS;
+/// Rows from which on a block takes many of them, and many outputs.
+const MANY: usize = 9;
+/// Inputs of a chunk in MXFP4, of which lines are whole.
+const CHUNK: usize = 64;
+
+/// A weight as products of few rows read it.
+pub(crate) enum Packed {
+    /// Where and as it lies.
+    Plain,
+    /// Codes (outputs, inputs / 2) and scales (outputs, inputs / 32), inputs in whole chunks.
+    Mxfp4 {
+        /// Two in a byte.
+        codes: Piece,
+        /// A byte each.
+        scales: Piece,
+    },
+}
+
+/// `FewRows` of the kernels.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct FewRows {
+    pub(super) y: u64,
+    pub(super) activated: u64,
+    pub(super) x: u64,
+    pub(super) w: u64,
+    pub(super) scales: u64,
+    pub(super) bias: u64,
+    pub(super) rows: u32,
+    pub(super) inputs: u32,
+    pub(super) outputs: u32,
+    pub(super) form: u32,
+}
+
+/// `PackMxfp4` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct PackMxfp4 {
+    pub(super) codes: u64,
+    pub(super) scales: u64,
+    pub(super) w: u64,
+    pub(super) inputs: u32,
+    pub(super) outputs: u32,
+}
+
+/// `Behind` of the kernels.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Behind {
+    pub(super) out: u64,
+    pub(super) qkv: u64,
+    pub(super) kept: u64,
+    pub(super) start: u64,
+    pub(super) rows: u32,
+    pub(super) positions: u32,
+    pub(super) keeps: u32,
+    pub(super) heads: Heads,
+}
+
+/// What a product of few rows is launched as.
+pub(super) struct Few {
+    /// Of the template.
+    pub(super) kernel: &'static str,
+    pub(super) grid: [usize; 3],
+    /// Bytes of shared memory.
+    pub(super) shared: usize,
+}
+
+impl Few {
+    /// In bf16, or with weights in MXFP4, and results in f32 where these are `logits`.
+    pub(super) fn on_tensor_cores(shape: LinearShape, in_mxfp4: bool, logits: bool) -> Self {
+        let many = shape.rows >= MANY;
+        let kernel = match (in_mxfp4, logits, many) {
+            (false, false, false) => "few_rows<OfBf16,bf16,1,1,4>",
+            (false, false, true) => "few_rows<OfBf16,bf16,2,8,1>",
+            (false, true, false) => "few_rows<OfBf16,float,1,1,4>",
+            (false, true, true) => "few_rows<OfBf16,float,2,8,1>",
+            (true, false, false) => "few_rows<OfMxfp4,bf16,1,1,4>",
+            (true, false, true) => "few_rows<OfMxfp4,bf16,2,8,1>",
+            (true, true, false) => "few_rows<OfMxfp4,float,1,1,4>",
+            (true, true, true) => "few_rows<OfMxfp4,float,2,8,1>",
+        };
+        let [outputs, rows] = if many { [32, 64] } else { [16, 8] };
+        Self {
+            kernel,
+            grid: [shape.outputs.div_ceil(outputs), shape.rows.div_ceil(rows), 1],
+            shared: WARPS * rows * (outputs + 4) * 4,
+        }
+    }
+
+    /// In plain arithmetic.
+    pub(super) fn plain(kernel: &'static str, shape: LinearShape) -> Self {
+        let grid = [shape.outputs.div_ceil(WARPS), shape.rows.div_ceil(8), 1];
+        Self { kernel, grid, shared: 0 }
+    }
+}
+
+/// What attention of few rows in bf16 is launched as; None where tensor cores do not take the heads.
+pub(super) fn attention_on_tensor_cores(head_size: usize) -> Option<(&'static str, [usize; 2])> {
+    // The kernel, its threads and its bytes of shared memory.
+    let of = |name, width: usize, warps: usize| (name, [32 * warps, warps * 16 * (width + 2) * 4]);
+    match head_size {
+        size if !size.is_multiple_of(8) || size > 128 => None,
+        ..=64 => Some(of("attend_behind<64,16>", 64, 16)),
+        _ => Some(of("attend_behind<128,8>", 128, 8)),
+    }
+}
+
+/// Positions that there is room for, in whole blocks of keys.
+pub(super) fn whole_positions(positions: usize) -> usize {
+    positions.next_multiple_of(32)
+}
+
+/// Where the position of the first of `rows` tokens lies.
+fn start_of(tokens: &Tokens, rows: usize) -> u64 {
+    tokens.ids() + 4 * rows as u64
+}
+
+impl Cuda {
+    fn few_rows(
+        &self,
+        (to, in_f32): (FewRows, bool),
+        x: &Tensor,
+        (w, packed): (&Param<'_>, &Packed),
+        shape: LinearShape,
+    ) {
+        let few = match packed {
+            Packed::Mxfp4 { .. } => Few::on_tensor_cores(shape, true, in_f32),
+            Packed::Plain if x.precision == Precision::F32 => {
+                Few::plain("few_rows_plain<float,float>", shape)
+            }
+            Packed::Plain if shape.inputs.is_multiple_of(8) => {
+                Few::on_tensor_cores(shape, false, in_f32)
+            }
+            Packed::Plain if in_f32 => Few::plain("few_rows_plain<bf16,float>", shape),
+            Packed::Plain => Few::plain("few_rows_plain<bf16,bf16>", shape),
+        };
+        let [w, scales] = match packed {
+            Packed::Plain => [w.as_read_in(x.precision), 0],
+            Packed::Mxfp4 { codes, scales } => [codes.address, scales.address],
+        };
+        let LinearShape { rows, inputs, outputs } = shape;
+        let [rows, inputs, outputs] = [rows, inputs, outputs].map(|n| n as u32);
+        let of_all = FewRows { w, scales, rows, inputs, outputs, ..to };
+        launch!(self.gpu, few.kernel, few.grid, THREADS, few.shared; of_all);
+    }
+}
+
+impl Decode for Cuda {
+    type Packed = Packed;
+
+    // NOTE: a pass costs some hundred launches, whatever its rows.
+    const ROWS: usize = 1024;
+
+    fn activations_in(weights: DecoderWeights, master: Master) -> Precision {
+        match (weights, master) {
+            (DecoderWeights::F32, Master::F32) => Precision::F32,
+            _ => Precision::Bf16,
+        }
+    }
+
+    fn decodes(&self, shape: LinearShape, weights: DecoderWeights) -> Result<()> {
+        let inputs = shape.inputs;
+        if weights == DecoderWeights::Mxfp4 && !inputs.is_multiple_of(8) {
+            return Err(Error::Unsupported {
+                what: format!("weights in MXFP4 of layers of {inputs} channels on a GPU"),
+                remedy: "use channels that are a multiple of 8, weights in bf16, or device cpu"
+                    .into(),
+            });
+        }
+        Ok(())
+    }
+
+    fn packed(
+        &self,
+        arena: &mut Arena,
+        LinearShape { inputs, outputs, .. }: LinearShape,
+        weights: DecoderWeights,
+    ) -> Packed {
+        if weights != DecoderWeights::Mxfp4 {
+            return Packed::Plain;
+        }
+        let elements = outputs * inputs.next_multiple_of(CHUNK);
+        Packed::Mxfp4 { codes: arena.bytes(elements / 2), scales: arena.bytes(elements / BLOCK) }
+    }
+
+    fn pack_weight(
+        &self,
+        packed: &mut Packed,
+        w: Param<'_>,
+        LinearShape { inputs, outputs, .. }: LinearShape,
+    ) {
+        let Packed::Mxfp4 { codes, scales } = packed else { return };
+        let (source, precision) = w.source();
+        let blocks = outputs * inputs.next_multiple_of(CHUNK) / BLOCK;
+        let of_all = PackMxfp4 {
+            codes: codes.address,
+            scales: scales.address,
+            w: source,
+            inputs: inputs as u32,
+            outputs: outputs as u32,
+        };
+        let name = match precision {
+            Precision::F32 => "pack_mxfp4<float>",
+            Precision::Bf16 => "pack_mxfp4<bf16>",
+        };
+        launch!(self.gpu, name, [blocks.div_ceil(128), 1, 1], 128, 0; of_all);
+    }
+
+    fn packed_forward(
+        &self,
+        _workspace: &mut Workspace,
+        LinearForward { y, x, w, b, epilogue, .. }: LinearForward<'_, Self>,
+        packed: &Packed,
+        shape: LinearShape,
+    ) {
+        let bias = b.as_read_in(x.precision);
+        let (activated, form) = match epilogue {
+            Epilogue::None => (0, 0),
+            Epilogue::Gelu { out, form: Activation::GeluTanh } => (out.write().address, 1),
+            Epilogue::Gelu { out, form: Activation::Gelu } => (out.write().address, 2),
+        };
+        let to = FewRows {
+            y: y.write().address,
+            activated,
+            x: x.address(),
+            bias,
+            form,
+            ..FewRows::default()
+        };
+        self.few_rows((to, false), x, (&w, packed), shape);
+    }
+
+    fn packed_logits(
+        &self,
+        _workspace: &mut Workspace,
+        logits: &mut F32,
+        (x, row): (&Tensor, usize),
+        (head, packed): (Param<'_>, &Packed),
+        HeadShape { channels, vocab_size, .. }: HeadShape,
+    ) {
+        let shape = LinearShape { rows: 1, inputs: channels, outputs: vocab_size };
+        let to = FewRows { y: logits.address(), x: x.at(row * channels), ..FewRows::default() };
+        self.few_rows((to, true), x, (&head, packed), shape);
+    }
+
+    fn rows(&self, arena: &mut Arena, rows: usize) -> Result<Tokens> {
+        // The last word is where they stand.
+        self.tokens(arena, rows + 1, false)
+    }
+
+    fn write_rows(&self, to: &mut Tokens, tokens: &[u32], start: usize) {
+        to.write(tokens.len() + 1, |words| {
+            words[..tokens.len()].copy_from_slice(tokens);
+            words[tokens.len()] = start as u32;
+        });
+    }
+
+    fn embedding_behind(
+        &self,
+        out: &mut Tensor,
+        (tokens, _): (&Tokens, usize),
+        wte: Param<'_>,
+        wpe: Param<'_>,
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
+    ) {
+        // Every pass begins here.
+        out.begin_pass(&self.gpu);
+        let rows = sequences.rows();
+        let [wte, wpe] = [wte, wpe].map(|table| table.as_read_in(out.precision));
+        launch!(self.gpu, kernel!(out, "embed_rows"), [rows, 1, 1], 128, 0;
+            out.write().address, tokens.ids(), start_of(tokens, rows), wte, wpe, channels as u32);
+    }
+
+    fn kept(&self, arena: &mut Arena, positions: usize, shape: AttentionShape) -> Tensor {
+        arena.tensor(2 * whole_positions(positions) * shape.channels(), shape.precision)
+    }
+
+    fn attention_behind(
+        &self,
+        _workspace: &mut Workspace,
+        out: &mut Tensor,
+        qkv: &Tensor,
+        kept: &mut Tensor,
+        (tokens, start): (&Tokens, usize),
+        shape: AttentionShape,
+    ) {
+        let rows = shape.sequences.length;
+        assert!(shape.sequences.batch == 1, "rows are of one sequence");
+        // As it was made, for so many positions.
+        let positions = kept.len / (2 * shape.channels());
+        assert!(start + rows <= positions, "there is room for rows");
+        let on_tensor_cores = Some(qkv.precision)
+            .filter(|precision| *precision == Precision::Bf16)
+            .and_then(|_| attention_on_tensor_cores(shape.head_size));
+        // Rows of one block alone are kept by the block itself.
+        let keeps = on_tensor_cores.is_some() && rows <= 16;
+        let of_all = Behind {
+            out: out.write().address,
+            qkv: qkv.address(),
+            kept: kept.write().address,
+            start: start_of(tokens, rows),
+            rows: rows as u32,
+            positions: positions as u32,
+            keeps: u32::from(keeps),
+            heads: Heads::from(shape),
+        };
+        if !keeps {
+            let grid = [(rows * shape.head_size).div_ceil(256), shape.heads, 1];
+            launch!(self.gpu, kernel!(qkv, "keep_rows"), grid, 256, 0; of_all);
+        }
+        match on_tensor_cores {
+            Some((name, [threads, shared])) => {
+                let grid = [rows.div_ceil(16), shape.heads, 1];
+                launch!(self.gpu, name, grid, threads, shared; of_all);
+            }
+            None => {
+                let grid = [rows, shape.heads, 1];
+                launch!(self.gpu, kernel!(qkv, "attend_behind_plain"), grid, 128, 0; of_all);
+            }
+        }
+    }
+}

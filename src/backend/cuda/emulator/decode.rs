@@ -1,0 +1,290 @@
+//! A few rows behind others: `decode.cu` and `attend_behind.cu`.
+
+use half::bf16;
+
+use super::super::attend::Heads;
+use super::super::decode::{
+    Behind, Few, FewRows, PackMxfp4, THREADS, attention_on_tensor_cores, whole_positions,
+};
+use super::super::quantize::Launch;
+use super::{Emulator, SCHEDULES, aligned};
+use crate::backend::conformance::{f64s, random, rounded};
+use crate::backend::{AttentionShape, LinearShape, Precision, Sequences, reference};
+use crate::formats::{BLOCK, decode_e2m1, decode_e8m0, quantize_closest};
+
+fn halves(values: &[f32]) -> Vec<u16> {
+    values.iter().map(|v| bf16::from_f32(*v).to_bits()).collect()
+}
+
+/// Numbers as they lie in memory, and where.
+fn placed(values: &[f32], precision: Precision) -> Vec<u128> {
+    match precision {
+        Precision::F32 => aligned(bytemuck::cast_slice(values)),
+        Precision::Bf16 => aligned(bytemuck::cast_slice(&halves(values))),
+    }
+}
+
+fn read(memory: &[u128], len: usize, precision: Precision) -> Vec<f32> {
+    match precision {
+        Precision::F32 => bytemuck::cast_slice::<_, f32>(memory)[..len].to_vec(),
+        Precision::Bf16 => bytemuck::cast_slice::<_, u16>(memory)[..len]
+            .iter()
+            .map(|bits| bf16::from_bits(*bits).to_f32())
+            .collect(),
+    }
+}
+
+/// W (outputs, inputs) as `pack_mxfp4` makes it: codes and scales.
+fn packed(
+    emulator: &Emulator,
+    w: &[f32],
+    precision: Precision,
+    [outputs, inputs]: [usize; 2],
+) -> [Vec<u128>; 2] {
+    let elements = outputs * inputs.next_multiple_of(64);
+    let mut codes = vec![u128::MAX; elements / 2 / 16];
+    let mut scales = vec![u128::MAX; (elements / BLOCK).div_ceil(16)];
+    let w = placed(w, precision);
+    let argument = PackMxfp4 {
+        codes: codes.as_mut_ptr() as u64,
+        scales: scales.as_mut_ptr() as u64,
+        w: w.as_ptr() as u64,
+        inputs: inputs as u32,
+        outputs: outputs as u32,
+    };
+    let grid = [(elements / BLOCK).div_ceil(128), 1, 1];
+    let name = match precision {
+        Precision::F32 => "pack_mxfp4<float>",
+        Precision::Bf16 => "pack_mxfp4<bf16>",
+    };
+    emulator.launch(SCHEDULES[0], name, Launch { grid, block: 128, shared: 0 }, argument);
+    [codes, scales]
+}
+
+/// Codes and scales are those of `quantize_closest`, and what is behind the inputs is zero.
+#[test]
+fn weights_are_packed_to_the_byte() {
+    let Some(emulator) = Emulator::new("decode") else { return };
+    for (outputs, inputs, precision) in
+        [(5, 200, Precision::F32), (3, 64, Precision::Bf16), (2, 72, Precision::F32)]
+    {
+        let mut w = random(outputs * inputs, 3);
+        // Blocks of zeros, of tiny and of huge numbers, with NaN, and those that saturate.
+        w[..BLOCK].fill(0.0);
+        for (i, v) in w[inputs..].iter_mut().take(BLOCK).enumerate() {
+            *v = if i % 2 == 0 { 7.9 } else { 4.0 };
+        }
+        w[inputs + 40] = f32::NAN;
+        if outputs > 2 {
+            w[2 * inputs..][..BLOCK].iter_mut().for_each(|v| *v *= 1e-38);
+            w[2 * inputs + BLOCK..][..BLOCK].iter_mut().for_each(|v| *v *= 1e37);
+        }
+        let w = rounded(&w, precision);
+        let [codes, scales] = packed(&emulator, &w, precision, [outputs, inputs]);
+        let (codes, scales): (&[u8], &[u8]) =
+            (bytemuck::cast_slice(&codes), bytemuck::cast_slice(&scales));
+        let line = inputs.next_multiple_of(64);
+        for output in 0..outputs {
+            for block in 0..line / BLOCK {
+                let first = block * BLOCK;
+                let v: [f32; BLOCK] = std::array::from_fn(|i| {
+                    w[output * inputs..][..inputs].get(first + i).copied().unwrap_or(0.0)
+                });
+                let (scale, expected) = quantize_closest(&v);
+                let at = output * line + first;
+                assert_eq!(scales[at / BLOCK], scale, "{output}, {block}: {v:?}");
+                let found: [u8; BLOCK] =
+                    std::array::from_fn(|i| codes[(at + i) / 2] >> (i % 2 * 4) & 15);
+                assert_eq!(found, expected, "{output}, {block}: {v:?}");
+            }
+        }
+    }
+}
+
+/// Products of any number of rows are those of their operands, and a row has the same bits alone.
+#[test]
+fn few_rows_have_the_bits_of_each() {
+    let Some(emulator) = Emulator::new("decode") else { return };
+    let shapes = [(1, 264, 18), (3, 40, 16), (8, 1096, 5), (9, 136, 70), (67, 72, 33), (5, 37, 9)];
+    for (case, (rows, inputs, outputs)) in shapes.into_iter().enumerate() {
+        let shape = LinearShape { rows, inputs, outputs };
+        let kinds = [
+            (Precision::Bf16, false, false),
+            (Precision::Bf16, false, true),
+            (Precision::Bf16, true, false),
+            (Precision::Bf16, true, true),
+            (Precision::F32, false, false),
+        ];
+        for (precision, in_mxfp4, logits) in kinds {
+            let odd = !inputs.is_multiple_of(8);
+            if in_mxfp4 && odd {
+                continue;
+            }
+            let x = rounded(&random(rows * inputs, 1), precision);
+            let mut w = rounded(&random(outputs * inputs, 2), precision);
+            let bias = rounded(&random(outputs, 4), precision);
+            let to = if logits { Precision::F32 } else { precision };
+            let of_w = if in_mxfp4 {
+                let [codes, scales] = packed(&emulator, &w, precision, [outputs, inputs]);
+                let line = inputs.next_multiple_of(64);
+                let bytes = [&codes, &scales].map(|all| bytemuck::cast_slice::<_, u8>(all));
+                w = (0..outputs * inputs)
+                    .map(|i| {
+                        let at = i / inputs * line + i % inputs;
+                        let code = bytes[0][at / 2] >> (at % 2 * 4) & 15;
+                        decode_e2m1(code) * decode_e8m0(bytes[1][at / BLOCK])
+                    })
+                    .collect();
+                [codes, scales]
+            } else {
+                [placed(&w, precision), Vec::new()]
+            };
+            let of = |shape: LinearShape| match (precision, odd, logits) {
+                (Precision::F32, ..) => Few::plain("few_rows_plain<float,float>", shape),
+                (_, true, true) => Few::plain("few_rows_plain<bf16,float>", shape),
+                (_, true, false) => Few::plain("few_rows_plain<bf16,bf16>", shape),
+                _ => Few::on_tensor_cores(shape, in_mxfp4, logits),
+            };
+            let run = |x: &[f32], schedule, form| {
+                let shape = LinearShape { rows: x.len() / inputs, ..shape };
+                let nan = vec![f32::NAN; shape.rows * outputs];
+                let [mut y, mut activated] = [placed(&nan, to), placed(&nan, to)];
+                let (x, bias) = (placed(x, precision), placed(&bias, precision));
+                let few = of(shape);
+                let argument = FewRows {
+                    y: y.as_mut_ptr() as u64,
+                    activated: activated.as_mut_ptr() as u64,
+                    x: x.as_ptr() as u64,
+                    w: of_w[0].as_ptr() as u64,
+                    scales: of_w[1].as_ptr() as u64,
+                    bias: if logits { 0 } else { bias.as_ptr() as u64 },
+                    rows: shape.rows as u32,
+                    inputs: inputs as u32,
+                    outputs: outputs as u32,
+                    form,
+                };
+                let launch = Launch { grid: few.grid, block: THREADS, shared: few.shared };
+                emulator.launch(schedule, few.kernel, launch, argument);
+                [y, activated].map(|all| read(&all, nan.len(), to))
+            };
+            let what = format!("{shape:?} in {precision:?}, {in_mxfp4}, {logits}");
+            let [y, activated] = run(&x, SCHEDULES[case % 3], 1 + case as u32 % 2);
+            for row in 0..rows {
+                let of_row = &x[row * inputs..][..inputs];
+                let [alone, activated_alone] = run(of_row, SCHEDULES[1], 1 + case as u32 % 2);
+                let same = |a: &[f32], b: &[f32]| {
+                    a.iter().zip(&b[row * outputs..]).all(|(a, b)| a.to_bits() == b.to_bits())
+                };
+                assert!(same(&alone, &y) && same(&activated_alone, &activated), "{what}: {row}");
+                for output in 0..outputs {
+                    let terms = of_row.iter().zip(&w[output * inputs..]);
+                    let terms = terms.map(|(x, w)| f64::from(*x) * f64::from(*w));
+                    let bias = if logits { 0.0 } else { f64::from(bias[output]) };
+                    let (sum, size) =
+                        terms.fold((bias, bias.abs()), |(sum, size), v| (sum + v, size + v.abs()));
+                    let step = if to == Precision::Bf16 { 1.0 / 250.0 } else { 1e-7 };
+                    let bound = 1e-6 * size + step * sum.abs();
+                    let off = (f64::from(y[row * outputs + output]) - sum).abs();
+                    assert!(off <= bound, "{what}: {row}, {output}: off by {off}");
+                }
+            }
+            let form = [crate::backend::Activation::GeluTanh, crate::backend::Activation::Gelu];
+            for (y, activated) in y.iter().zip(&activated) {
+                let exact = reference::gelu_of(form[case % 2], f64::from(*y));
+                let step = if to == Precision::Bf16 { 1.0 / 250.0 } else { 1e-6 };
+                let off = (f64::from(*activated) - exact).abs();
+                assert!(off <= step * (exact.abs() + 1e-3), "{what}: {y} {activated}");
+            }
+        }
+    }
+}
+
+/// Attention of rows in any pieces is that of the whole sequence, each row with the same bits.
+#[test]
+fn attention_behind_has_the_bits_of_the_whole() {
+    let Some(emulator) = Emulator::new("attend_behind") else { return };
+    let cases = [
+        (3, 64, 150, Precision::Bf16),
+        (1, 128, 70, Precision::Bf16),
+        (2, 40, 33, Precision::Bf16),
+        (2, 72, 90, Precision::Bf16),
+        (2, 17, 45, Precision::Bf16),
+        (2, 150, 20, Precision::F32),
+        (1, 8, 1100, Precision::F32),
+    ];
+    for (heads, head_size, length, precision) in cases {
+        let c = heads * head_size;
+        let qkv = rounded(&random(length * 3 * c, 6), precision);
+        let shape = |length| AttentionShape {
+            sequences: Sequences { batch: 1, length },
+            heads,
+            kv_heads: heads,
+            head_size,
+            score_factor: 0.75,
+            precision,
+        };
+        let exact = reference::attention_forward(&f64s(&qkv), shape(length)).0;
+        let positions = whole_positions(length);
+        let on_tensor_cores =
+            attention_on_tensor_cores(head_size).filter(|_| precision == Precision::Bf16);
+        let run = |pieces: &[usize], schedule| {
+            // Whatever lies behind what was kept is not looked at.
+            let mut kept = placed(&vec![f32::NAN; 2 * positions * c], precision);
+            let (mut start, mut all) = (0, Vec::new());
+            for rows in pieces.iter().cycle() {
+                let rows = (*rows).min(length - start);
+                let of_rows = placed(&qkv[start * 3 * c..][..rows * 3 * c], precision);
+                let mut out = placed(&vec![f32::NAN; rows * c], precision);
+                let keeps = on_tensor_cores.is_some() && rows <= 16;
+                let at = start as u32;
+                let argument = Behind {
+                    out: out.as_mut_ptr() as u64,
+                    qkv: of_rows.as_ptr() as u64,
+                    kept: kept.as_mut_ptr() as u64,
+                    start: &raw const at as u64,
+                    rows: rows as u32,
+                    positions: positions as u32,
+                    keeps: u32::from(keeps),
+                    heads: Heads::from(shape(rows)),
+                };
+                let number = if precision == Precision::F32 { "float" } else { "bf16" };
+                if !keeps {
+                    let grid = [(rows * head_size).div_ceil(256), heads, 1];
+                    let launch = Launch { grid, block: 256, shared: 0 };
+                    emulator.launch(schedule, &format!("keep_rows<{number}>"), launch, argument);
+                }
+                let (name, launch) = match on_tensor_cores {
+                    Some((name, [block, shared])) => {
+                        let grid = [rows.div_ceil(16), heads, 1];
+                        (name.to_owned(), Launch { grid, block, shared })
+                    }
+                    None => {
+                        let grid = [rows, heads, 1];
+                        let name = format!("attend_behind_plain<{number}>");
+                        (name, Launch { grid, block: 128, shared: 0 })
+                    }
+                };
+                emulator.launch(schedule, &name, launch, argument);
+                all.extend(read(&out, rows * c, precision));
+                start += rows;
+                if start == length {
+                    break;
+                }
+            }
+            all
+        };
+        let what = format!("{heads} heads of {head_size}, {length}");
+        let whole = run(&[length], SCHEDULES[0]);
+        let size = exact.iter().fold(0.0f64, |size, v| size.max(v.abs()));
+        let bound = if precision == Precision::F32 { 2e-6 } else { 1.2e-2 };
+        for (i, (ours, exact)) in whole.iter().zip(&exact).enumerate() {
+            let off = (f64::from(*ours) - exact).abs() / size;
+            assert!(off < bound, "{what}: {i}: {ours} {exact}");
+        }
+        for (i, pieces) in [&[1][..], &[17, 1, 3, 16], &[40, 2]].into_iter().enumerate() {
+            let parts = run(pieces, SCHEDULES[i]);
+            let same = parts.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{what}: in pieces of {pieces:?}");
+        }
+    }
+}
