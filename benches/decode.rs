@@ -15,8 +15,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use mxfp4train::{
-    Dataset, Decoder, DecoderWeights, Engine, EngineOptions, Model, ModelConfig, Trainer,
-    TrainerOptions,
+    Dataset, Decoder, DecoderOptions, DecoderWeights, Engine, EngineOptions, Model, ModelConfig,
+    Trainer, TrainerOptions,
 };
 
 const PROMPT: usize = 500;
@@ -89,16 +89,20 @@ fn main() {
         let read = config.layers * of_block + config.vocab_size * config.channels;
         let forward = is_gpu.then(|| forward_rate(&model));
         for weights in DecoderWeights::ALL {
-            let mut decoder = Decoder::new(&model, config.context_length, weights).unwrap();
+            let mut decoder = Decoder::new(
+                &model,
+                DecoderOptions { room: config.context_length, weights, ..Default::default() },
+            )
+            .unwrap();
             // Weights are packed with the first token.
-            decoder.push(&text[..1]).unwrap();
-            let first = time(|| decoder.logits(&mut logits).unwrap());
-            decoder.push(&text[1..PROMPT]).unwrap();
-            let prefill = time(|| decoder.logits(&mut logits).unwrap());
+            decoder.push(0, &text[..1]).unwrap();
+            let first = time(|| decoder.logits(0, &mut logits).unwrap());
+            decoder.push(0, &text[1..PROMPT]).unwrap();
+            let prefill = time(|| decoder.logits(0, &mut logits).unwrap());
             let of_token = |token: &u32| {
                 time(|| {
-                    decoder.push(&[*token]).unwrap();
-                    decoder.logits(&mut logits).unwrap();
+                    decoder.push(0, &[*token]).unwrap();
+                    decoder.logits(0, &mut logits).unwrap();
                 })
             };
             let token = median(text[PROMPT..].iter().map(of_token).collect());
@@ -113,9 +117,9 @@ fn main() {
                 Some(forward) => {
                     let long: Vec<u32> = text.iter().copied().cycle().take(999).collect();
                     let whole = |_| {
-                        decoder.rewind(0).unwrap();
-                        decoder.push(&long).unwrap();
-                        time(|| decoder.logits(&mut logits).unwrap())
+                        decoder.rewind(0, 0).unwrap();
+                        decoder.push(0, &long).unwrap();
+                        time(|| decoder.logits(0, &mut logits).unwrap())
                     };
                     let rate = 999.0 / median((0..5).map(whole).collect());
                     let gigabytes = bytes / token / 1e9;

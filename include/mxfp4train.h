@@ -276,6 +276,13 @@ typedef enum mxt_run_end {
 // a trainer is then as before the call.
 typedef struct mxt_dataset mxt_dataset;
 
+// Texts of a model that grow: tokens in, the logits of what comes next out, of which keys and values
+// are kept, so that a token takes one row. A call needs the decoder for itself, and for logits the
+// model as one that reads it; several decoders of one model may run at once. It follows its model:
+// where weights have been changed, the next logits are those of the new ones. Make with
+// mxt_decoder_new, free with mxt_decoder_free.
+typedef struct mxt_decoder mxt_decoder;
+
 // A device with its worker threads. Everything else is made from one. It is never changed, so any
 // number of threads may use it at once. Make with mxt_engine_new, free with mxt_engine_free.
 typedef struct mxt_engine mxt_engine;
@@ -440,6 +447,20 @@ typedef struct mxt_generate_options {
   // comes, every one of which takes the whole computation.
   int32_t slide;
 } mxt_generate_options;
+
+// What a decoder is made for. Fill it with mxt_decoder_options_init.
+typedef struct mxt_decoder_options {
+  // Set by mxt_decoder_options_init.
+  size_t struct_size;
+  // Texts beside each other, numbered from 0. Default 1.
+  size_t sequences;
+  // Most tokens of each. 0 (default) is the model's context.
+  size_t room;
+  // One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
+  int32_t weights;
+  // 0.
+  int32_t reserved;
+} mxt_decoder_options;
 
 // How a dataset is opened. Fill it with mxt_dataset_options_init.
 typedef struct mxt_dataset_options {
@@ -965,6 +986,84 @@ mxt_status mxt_model_next_logits(const struct mxt_model *model,
                                  size_t token_count,
                                  float *logits,
                                  size_t count);
+
+// Fills `options` with the defaults. `struct_size` is sizeof(mxt_decoder_options) as the caller's
+// compiler sees it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_decoder_options_init(struct mxt_decoder_options *options, size_t struct_size);
+
+// Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. All
+// its memory is allocated here: keys and values, 8 bytes a channel, block and token of room (on a GPU
+// 4 beside weights in less than f32), and a copy of the linear layers' weights, in less than f32 of
+// the head's, too (on a GPU in MXFP4 alone). `options` may be NULL for the defaults. The handle
+// `model` stays the caller's, and may be freed first.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the option),
+// MXT_ERROR_UNSUPPORTED (what the device cannot do), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY. The
+// message is in mxt_last_error and on the model.
+mxt_status mxt_decoder_new(const struct mxt_model *model,
+                           const struct mxt_decoder_options *options,
+                           struct mxt_decoder **decoder);
+
+// Appends the `count` tokens of `tokens` to text `sequence`. They are computed when logits are asked
+// for. `tokens` may lie in memory of the engine's GPU.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, more tokens than there is
+// room for), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY; the text is then as before.
+mxt_status mxt_decoder_push(struct mxt_decoder *decoder,
+                            size_t sequence,
+                            const uint32_t *tokens,
+                            size_t count);
+
+// Computes the logits of the token after the last one of text `sequence`, which has at least one.
+// `logits` has room for `count` numbers, which must be the model's vocab_size, and may lie in memory
+// of the engine's GPU.
+//
+// In f32 they are those of mxt_model_next_logits of all tokens of the text: on a processor bit for
+// bit. In any numbers they are the same bits however the tokens came.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, no token, another count),
+// MXT_ERROR_OUT_OF_MEMORY (on a GPU, where a trainer has changed what weights are kept as),
+// MXT_ERROR_BUSY (also while the model is being trained).
+mxt_status mxt_decoder_logits(struct mxt_decoder *decoder,
+                              size_t sequence,
+                              float *logits,
+                              size_t count);
+
+// Takes the tokens of text `sequence` from number `len` on out again; others can follow. 0 empties
+// it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, one with fewer tokens),
+// MXT_ERROR_BUSY.
+mxt_status mxt_decoder_rewind(struct mxt_decoder *decoder, size_t sequence, size_t len);
+
+// Makes text `to` that of sequence `from`, with what is computed of it, so that both can go on in
+// their own ways.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence), MXT_ERROR_BUSY.
+mxt_status mxt_decoder_fork(struct mxt_decoder *decoder, size_t from, size_t to);
+
+// Copies the tokens of text `sequence` into `tokens`, which has room for `capacity` of them, and
+// stores their number in `*written`. With `tokens` NULL and `capacity` 0 their number alone.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence), MXT_ERROR_BUFFER_TOO_SMALL,
+// MXT_ERROR_BUSY.
+mxt_status mxt_decoder_tokens(struct mxt_decoder *decoder,
+                              size_t sequence,
+                              uint32_t *tokens,
+                              size_t capacity,
+                              size_t *written);
+
+// The message of the last call with this handle that failed, on whichever thread; the empty string
+// when there is none.
+//
+// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+// call of mxt_decoder_last_error. Any thread may call it at any time.
+const char *mxt_decoder_last_error(const struct mxt_decoder *decoder);
+
+// Gives the handle up; NULL does nothing. Its memory goes with it, and the model stays.
+void mxt_decoder_free(struct mxt_decoder *decoder);
 
 // Fills `options` with the defaults. `struct_size` is sizeof(mxt_dataset_options) as the caller's
 // compiler sees it.

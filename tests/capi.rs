@@ -45,6 +45,11 @@ fn train_save_resume_generate() {
 }
 
 #[test]
+fn decoders() {
+    run("decode.c", Link::Shared);
+}
+
+#[test]
 fn what_a_trainer_watches() {
     run("watch.c", Link::Shared);
 }

@@ -6,9 +6,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use mxfp4train::{
-    Activation, Dataset, Decoder, DecoderWeights, Engine, EngineOptions, Error, GenerateOptions,
-    Master, Model, ModelConfig, Optimizer, OptimizerKind, Recipe, Schedule, Trainer,
-    TrainerOptions,
+    Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Engine, EngineOptions, Error,
+    GenerateOptions, Master, Model, ModelConfig, Optimizer, OptimizerKind, Recipe, Schedule,
+    Trainer, TrainerOptions,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -526,7 +526,7 @@ fn texts_are_decoded_as_on_the_processor() {
         let text: Vec<u32> = (0..128u32).map(|i| (i * 31 + i * i) % 253).collect();
         let logits = |decoder: &mut Decoder| {
             let mut logits = vec![f32::NAN; config.vocab_size];
-            decoder.logits(&mut logits).unwrap();
+            decoder.logits(0, &mut logits).unwrap();
             logits
         };
         let mut whole = vec![f32::NAN; config.vocab_size];
@@ -537,7 +537,9 @@ fn texts_are_decoded_as_on_the_processor() {
             (DecoderWeights::Mxfp4, [0.5, 0.05]),
         ] {
             let what = format!("{weights}, {config:?}");
-            let decoder = |model: &Model| Decoder::new(model, 128, weights);
+            let decoder = |model: &Model| {
+                Decoder::new(model, DecoderOptions { room: 128, weights, ..Default::default() })
+            };
             let mut ours = match decoder(&model) {
                 Err(Error::Unsupported { .. })
                     if weights == DecoderWeights::Mxfp4 && config.channels == 51 =>
@@ -546,10 +548,10 @@ fn texts_are_decoded_as_on_the_processor() {
                 }
                 ours => ours.unwrap(),
             };
-            ours.push(&text).unwrap();
+            ours.push(0, &text).unwrap();
             let at_once = logits(&mut ours);
             let mut theirs = decoder(&on_cpu).unwrap();
-            theirs.push(&text).unwrap();
+            theirs.push(0, &text).unwrap();
             for (other, bound) in [whole.clone(), logits(&mut theirs)].iter().zip(bound) {
                 let size = other.iter().fold(0.0f32, |size, v| size.max(v.abs()));
                 let off = other.iter().zip(&at_once).map(|(a, b)| (a - b).abs());
@@ -559,28 +561,46 @@ fn texts_are_decoded_as_on_the_processor() {
             for pieces in [&[1][..], &[20, 1, 5, 100]] {
                 let mut ours = decoder(&model).unwrap();
                 for piece in pieces.iter().cycle() {
-                    let start = ours.len();
+                    let start = ours.tokens(0).len();
                     if start == text.len() {
                         break;
                     }
                     let end = text.len().min(start + piece);
-                    ours.push(&text[start..end]).unwrap();
+                    ours.push(0, &text[start..end]).unwrap();
                     assert!(logits(&mut ours).iter().all(|v| v.is_finite()), "{what}");
                 }
                 assert!(logits(&mut ours) == at_once, "{what}: in pieces of {pieces:?}");
-                ours.rewind(50).unwrap();
-                ours.push(&[3, 2, 1]).unwrap();
+                ours.rewind(0, 50).unwrap();
+                ours.push(0, &[3, 2, 1]).unwrap();
                 logits(&mut ours);
-                ours.rewind(50).unwrap();
-                ours.push(&text[50..]).unwrap();
+                ours.rewind(0, 50).unwrap();
+                ours.push(0, &text[50..]).unwrap();
                 assert!(logits(&mut ours) == at_once, "{what}: behind what was taken out");
             }
+        }
+        // A text that is forked goes on from where the other was.
+        let of_two = DecoderOptions { sequences: 2, ..Default::default() };
+        let mut two = Decoder::new(&model, of_two).unwrap();
+        two.push(0, &text[..40]).unwrap();
+        let before = logits(&mut two);
+        two.fork(0, 1).unwrap();
+        for (sequence, token) in [(0, 7), (1, 9), (0, 11), (1, 13), (0, 17)] {
+            two.push(sequence, &[token]).unwrap();
+            let mut ours = vec![f32::NAN; config.vocab_size];
+            two.logits(sequence, &mut ours).unwrap();
+            let mut alone = Decoder::new(&model, DecoderOptions::default()).unwrap();
+            alone.push(0, two.tokens(sequence)).unwrap();
+            assert!(logits(&mut alone) == ours && ours != before, "{sequence}, {config:?}");
         }
         // Where a trainer changes what weights are kept as, decoders follow.
         let decoders = || {
             DecoderWeights::ALL.into_iter().filter_map(|weights| {
-                let mut decoder = Decoder::new(&model, 128, weights).ok()?;
-                decoder.push(&text[..9]).unwrap();
+                let mut decoder = Decoder::new(
+                    &model,
+                    DecoderOptions { room: 128, weights, ..Default::default() },
+                )
+                .ok()?;
+                decoder.push(0, &text[..9]).unwrap();
                 Some(decoder)
             })
         };

@@ -1,8 +1,8 @@
 //! Decoding with what is kept of a text gives the logits of the whole computation, to the bit.
 
 use mxfp4train::{
-    Activation, Dataset, Decoder, DecoderWeights, Engine, EngineOptions, Error, GenerateOptions,
-    Model, ModelConfig, Schedule, Trainer, TrainerOptions,
+    Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Engine, EngineOptions, Error,
+    GenerateOptions, Model, ModelConfig, Schedule, Trainer, TrainerOptions,
 };
 
 fn engine(threads: usize) -> Engine {
@@ -35,6 +35,10 @@ fn configs() -> [ModelConfig; 2] {
     [odd, plain]
 }
 
+fn of_room(model: &Model, room: usize, weights: DecoderWeights) -> Decoder {
+    Decoder::new(model, DecoderOptions { room, weights, ..Default::default() }).unwrap()
+}
+
 fn tokens(len: usize, vocab_size: usize) -> Vec<u32> {
     (0..len).map(|i| ((i * i * 31 + i * 7 + 3) % vocab_size) as u32).collect()
 }
@@ -47,7 +51,7 @@ fn whole(model: &Model, tokens: &[u32]) -> Vec<f32> {
 
 fn of(decoder: &mut Decoder, vocab_size: usize) -> Vec<f32> {
     let mut logits = vec![f32::NAN; vocab_size];
-    decoder.logits(&mut logits).unwrap();
+    decoder.logits(0, &mut logits).unwrap();
     logits
 }
 
@@ -61,19 +65,19 @@ fn logits_are_those_of_the_whole_text_however_it_came() {
         for threads in [1, 2, 3] {
             let model = Model::new(&engine(threads), &config).unwrap();
             for splits in [&[1][..], &[1, 2, 3, 29], &[49, 1], &[128, 5, 17], &[context]] {
-                let mut decoder = Decoder::new(&model, context, DecoderWeights::F32).unwrap();
+                let mut decoder = of_room(&model, context, DecoderWeights::F32);
                 let mut splits = splits.iter().cycle();
-                while decoder.len() < context {
-                    let start = decoder.len();
+                while decoder.tokens(0).len() < context {
+                    let start = decoder.tokens(0).len();
                     let end = context.min(start + splits.next().unwrap());
-                    decoder.push(&text[start..end]).unwrap();
+                    decoder.push(0, &text[start..end]).unwrap();
                     // Asking twice changes nothing, and not asking neither.
                     for _ in 0..end % 3 {
                         assert!(of(&mut decoder, vocab) == expected[end - 1], "{threads}, {end}");
                     }
                 }
                 assert!(of(&mut decoder, vocab) == expected[context - 1]);
-                assert_eq!(decoder.tokens(), text);
+                assert_eq!(decoder.tokens(0), text);
             }
         }
     }
@@ -83,16 +87,16 @@ fn logits_are_those_of_the_whole_text_however_it_came() {
 fn what_was_taken_out_leaves_no_trace() {
     let [config, _] = configs();
     let model = Model::new(&engine(2), &config).unwrap();
-    let mut decoder = Decoder::new(&model, 140, DecoderWeights::F32).unwrap();
+    let mut decoder = of_room(&model, 140, DecoderWeights::F32);
     let (first, second) = (tokens(140, 97), tokens(140, 83));
     for (keep, behind) in [(139, 1), (100, 40), (17, 3), (5, 130), (0, 11), (11, 0)] {
-        decoder.rewind(0).unwrap();
-        decoder.push(&first).unwrap();
+        decoder.rewind(0, 0).unwrap();
+        decoder.push(0, &first).unwrap();
         of(&mut decoder, 97);
-        decoder.rewind(keep).unwrap();
-        decoder.push(&second[..behind]).unwrap();
+        decoder.rewind(0, keep).unwrap();
+        decoder.push(0, &second[..behind]).unwrap();
         let text = [&first[..keep], &second[..behind]].concat();
-        assert_eq!(decoder.tokens(), text);
+        assert_eq!(decoder.tokens(0), text);
         assert!(of(&mut decoder, 97) == whole(&model, &text), "{keep}, {behind}");
     }
 }
@@ -103,13 +107,13 @@ fn a_decoder_follows_its_model() {
     let text = tokens(20, 64);
     for weights in DecoderWeights::ALL {
         let model = Model::new(&engine(2), &config).unwrap();
-        let mut decoder = Decoder::new(&model, 20, weights).unwrap();
+        let mut decoder = of_room(&model, 20, weights);
         let fresh = |len| {
-            let mut decoder = Decoder::new(&model, 20, weights).unwrap();
-            decoder.push(&text[..len]).unwrap();
+            let mut decoder = of_room(&model, 20, weights);
+            decoder.push(0, &text[..len]).unwrap();
             of(&mut decoder, 64)
         };
-        decoder.push(&text[..10]).unwrap();
+        decoder.push(0, &text[..10]).unwrap();
         let before = of(&mut decoder, 64);
         let data = Dataset::from_tokens(tokens(2000, 61)).unwrap();
         let options = TrainerOptions {
@@ -120,7 +124,7 @@ fn a_decoder_follows_its_model() {
         let after = of(&mut decoder, 64);
         assert!(after != before && after == fresh(10), "{weights}");
         assert!(weights != DecoderWeights::F32 || after == whole(&model, &text[..10]));
-        decoder.push(&text[10..15]).unwrap();
+        decoder.push(0, &text[10..15]).unwrap();
         model.write_tensor("transformer.ln_f.bias", &[0.5; 32]).unwrap();
         assert!(of(&mut decoder, 64) == fresh(15), "{weights}");
     }
@@ -137,13 +141,13 @@ fn logits_in_less_are_near_and_do_not_depend_on_how_the_text_came() {
         let text = tokens(context, vocab);
         let decode = |threads, weights, at_once: usize| {
             let model = Model::new(&engine(threads), &config).unwrap();
-            let mut decoder = Decoder::new(&model, context, weights).unwrap();
+            let mut decoder = of_room(&model, context, weights);
             for part in text[..context - 1].chunks(at_once) {
-                decoder.push(part).unwrap();
+                decoder.push(0, part).unwrap();
                 of(&mut decoder, vocab);
             }
-            decoder.rewind(context / 2).unwrap();
-            decoder.push(&text[context / 2..]).unwrap();
+            decoder.rewind(0, context / 2).unwrap();
+            decoder.push(0, &text[context / 2..]).unwrap();
             of(&mut decoder, vocab)
         };
         let in_f32 = decode(1, DecoderWeights::F32, context);
@@ -228,13 +232,13 @@ fn text_is_written_by_the_weights_that_are_asked_for() {
         for start in 0..40 {
             let prompt = tokens(start + 9, 97)[start..].to_vec();
             let generated = model.generate(&prompt, &options, &mut |_| true).unwrap();
-            let mut decoder = Decoder::new(&model, 14, weights).unwrap();
-            decoder.push(&prompt).unwrap();
+            let mut decoder = of_room(&model, 14, weights);
+            decoder.push(0, &prompt).unwrap();
             for token in &generated {
                 let logits = of(&mut decoder, 97);
                 let best = logits.iter().fold(f32::MIN, |most, v| most.max(*v));
                 assert_eq!(logits.iter().position(|v| *v == best), Some(*token as usize));
-                decoder.push(&[*token]).unwrap();
+                decoder.push(0, &[*token]).unwrap();
             }
             texts.push(generated);
         }
@@ -247,21 +251,72 @@ fn text_is_written_by_the_weights_that_are_asked_for() {
 fn what_cannot_be_is_an_error_and_changes_nothing() {
     let [_, config] = configs();
     let model = Model::new(&engine(1), &config).unwrap();
-    for room in [0, 66, usize::MAX] {
-        let error = Decoder::new(&model, room, DecoderWeights::F32).unwrap_err().to_string();
+    for room in [66, usize::MAX] {
+        let options = DecoderOptions { room, ..Default::default() };
+        let error = Decoder::new(&model, options).unwrap_err().to_string();
         assert!(error.contains("room") && error.contains("65"), "{error}");
     }
-    let mut decoder = Decoder::new(&model, 4, DecoderWeights::F32).unwrap();
+    let none = DecoderOptions { sequences: 0, ..Default::default() };
+    let error = Decoder::new(&model, none).unwrap_err().to_string();
+    assert!(error.contains("sequences") && error.contains("at least 1"), "{error}");
+    let mut all = Decoder::new(&model, DecoderOptions::default()).unwrap();
+    assert_eq!((all.room(), all.sequences()), (65, 1));
+    for error in [all.push(1, &[]), all.logits(1, &mut []), all.rewind(2, 0), all.fork(0, 1)] {
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("sequence") && error.contains("from 0 to 0"), "{error}");
+    }
+    let mut decoder = of_room(&model, 4, DecoderWeights::F32);
     let mut logits = vec![0.0; 64];
-    assert!(decoder.logits(&mut logits).unwrap_err().to_string().contains("at least one token"));
-    decoder.push(&[1, 2]).unwrap();
-    assert!(decoder.logits(&mut logits[..63]).unwrap_err().to_string().contains("64 numbers"));
-    let error = decoder.push(&[3, 4, 5]).unwrap_err().to_string();
+    assert!(decoder.logits(0, &mut logits).unwrap_err().to_string().contains("at least one token"));
+    decoder.push(0, &[1, 2]).unwrap();
+    assert!(decoder.logits(0, &mut logits[..63]).unwrap_err().to_string().contains("64 numbers"));
+    let error = decoder.push(0, &[3, 4, 5]).unwrap_err().to_string();
     assert!(error.contains("at most 2") && error.contains("got 3"), "{error}");
-    let error = decoder.push(&[3, 64]).unwrap_err();
+    let error = decoder.push(0, &[3, 64]).unwrap_err();
     assert!(matches!(error, Error::TokenRange { offset: 1, token: 64, .. }), "{error}");
-    assert!(decoder.rewind(3).unwrap_err().to_string().contains("at most 2"));
-    assert_eq!((decoder.tokens(), decoder.room()), (&[1, 2][..], 4));
-    decoder.logits(&mut logits).unwrap();
+    assert!(decoder.rewind(0, 3).unwrap_err().to_string().contains("at most 2"));
+    assert_eq!((decoder.tokens(0), decoder.room()), (&[1, 2][..], 4));
+    decoder.logits(0, &mut logits).unwrap();
     assert!(logits == whole(&model, &[1, 2]));
+}
+
+/// Texts beside each other are each as if it were alone, whatever order they come in, and one that is
+/// forked goes on from where the other was.
+#[test]
+fn texts_beside_each_other_are_as_if_alone() {
+    let [config, _] = configs();
+    let model = Model::new(&engine(2), &config).unwrap();
+    let texts = [83, 89, 97].map(|vocab| tokens(150, vocab));
+    for weights in DecoderWeights::ALL {
+        let alone = |text: &[u32]| {
+            let mut decoder = of_room(&model, 150, weights);
+            decoder.push(0, text).unwrap();
+            of(&mut decoder, 97)
+        };
+        let of_number = |decoder: &mut Decoder, sequence| {
+            let mut logits = vec![f32::NAN; 97];
+            decoder.logits(sequence, &mut logits).unwrap();
+            logits
+        };
+        let options = DecoderOptions { sequences: 3, weights, ..Default::default() };
+        let mut decoder = Decoder::new(&model, options).unwrap();
+        for (start, end) in [(0, 20), (20, 21), (21, 70)] {
+            for number in [2, 0, 1] {
+                decoder.push(number, &texts[number][start..end]).unwrap();
+                let logits = of_number(&mut decoder, number);
+                assert!(logits == alone(&texts[number][..end]), "{weights}: {number}, {end}");
+            }
+        }
+        // With tokens that are computed and some that are not yet; onto itself nothing changes.
+        decoder.push(0, &texts[0][70..80]).unwrap();
+        decoder.fork(0, 2).unwrap();
+        decoder.fork(0, 0).unwrap();
+        decoder.rewind(0, 30).unwrap();
+        decoder.push(2, &texts[1][..9]).unwrap();
+        let text = [&texts[0][..80], &texts[1][..9]].concat();
+        assert_eq!(decoder.tokens(2), text);
+        assert!(of_number(&mut decoder, 2) == alone(&text), "{weights}: forked");
+        assert!(of_number(&mut decoder, 0) == alone(&texts[0][..30]), "{weights}: forked from");
+        assert!(of_number(&mut decoder, 1) == alone(&texts[1][..70]), "{weights}: beside");
+    }
 }

@@ -11,13 +11,14 @@ use std::process::Command;
 use common::{has_program, root, succeed};
 
 /// The files that declare something, in the order of the header.
-const SOURCES: [&str; 11] = [
+const SOURCES: [&str; 12] = [
     "status",
     "version",
     "message",
     "engine",
     "model",
     "generate",
+    "decoder",
     "dataset",
     "trainer_structs",
     "trainer",

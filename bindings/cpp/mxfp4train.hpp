@@ -183,6 +183,7 @@ struct deleter {
   void operator()(mxt_engine *handle) const noexcept { mxt_engine_free(handle); }
   void operator()(mxt_model *handle) const noexcept { mxt_model_free(handle); }
   void operator()(mxt_dataset *handle) const noexcept { mxt_dataset_free(handle); }
+  void operator()(mxt_decoder *handle) const noexcept { mxt_decoder_free(handle); }
   void operator()(mxt_trainer *handle) const noexcept { mxt_trainer_free(handle); }
 };
 
@@ -326,6 +327,7 @@ using EngineOptions = detail::defaults<mxt_engine_options, mxt_engine_options_in
 using ModelConfig = detail::defaults<mxt_model_config, mxt_model_config_init>;
 using TrainerOptions = detail::defaults<mxt_trainer_options, mxt_trainer_options_init>;
 using DatasetOptions = detail::defaults<mxt_dataset_options, mxt_dataset_options_init>;
+using DecoderOptions = detail::defaults<mxt_decoder_options, mxt_decoder_options_init>;
 
 struct GenerateOptions : detail::defaults<mxt_generate_options, mxt_generate_options_init> {
   // The tokens that end a text. They are not copied: they must live until the text is made.
@@ -504,6 +506,66 @@ class Model {
   explicit Model(mxt_model *model) : handle_(model) {}
 
   detail::handle<mxt_model> handle_;
+};
+
+// Texts of a model that grow, numbered from 0: tokens in, the logits of what comes next out.
+class Decoder {
+ public:
+#ifndef MXT_NO_EXCEPTIONS
+  Decoder(const Model &model, const DecoderOptions &options) : Decoder(create(model, options)) {}
+#endif
+
+  // All its memory is allocated here. The model may be destroyed first.
+  static outcome<Decoder> create(const Model &model, const DecoderOptions &options = {}) {
+    mxt_decoder *decoder = nullptr;
+    auto config = detail::sized<mxt_model_config>();
+    mxt_status status = mxt_model_get_config(model.get(), &config);
+    if (status == MXT_OK) status = mxt_decoder_new(model.get(), &options, &decoder);
+    return detail::finish(status, Decoder(decoder, config.vocab_size));
+  }
+
+  // Appends tokens to a text. They are computed when logits are asked for.
+  outcome<void> push(view<const std::uint32_t> tokens, std::size_t sequence = 0) {
+    return detail::finish(mxt_decoder_push(get(), sequence, tokens.data(), tokens.size()));
+  }
+
+  // The logits of the token after a text, one for each token of the vocabulary.
+  outcome<std::vector<float>> logits(std::size_t sequence = 0) {
+    std::vector<float> logits(vocab_size_);
+    const mxt_status status = mxt_decoder_logits(get(), sequence, logits.data(), logits.size());
+    return detail::finish(status, std::move(logits));
+  }
+
+  // Takes the tokens from number `length` on out again.
+  outcome<void> rewind(std::size_t length, std::size_t sequence = 0) {
+    return detail::finish(mxt_decoder_rewind(get(), sequence, length));
+  }
+
+  // Makes a text that of another, with what is computed of it.
+  outcome<void> fork(std::size_t from, std::size_t to) {
+    return detail::finish(mxt_decoder_fork(get(), from, to));
+  }
+
+  // A text so far.
+  outcome<std::vector<std::uint32_t>> tokens(std::size_t sequence = 0) const {
+    std::size_t count = 0;
+    mxt_status status = mxt_decoder_tokens(get(), sequence, nullptr, 0, &count);
+    std::vector<std::uint32_t> tokens(count);
+    if (status == MXT_OK) {
+      status = mxt_decoder_tokens(get(), sequence, tokens.data(), tokens.size(), &count);
+    }
+    return detail::finish(status, std::move(tokens));
+  }
+
+  // The C handle, which stays this object's.
+  mxt_decoder *get() const noexcept { return handle_.get(); }
+
+ private:
+  Decoder(mxt_decoder *decoder, std::size_t vocab_size)
+      : handle_(decoder), vocab_size_(vocab_size) {}
+
+  detail::handle<mxt_decoder> handle_;
+  std::size_t vocab_size_;
 };
 
 // Tokens to train on.

@@ -101,7 +101,7 @@ impl Options for mxt_generate_options {
     }
 }
 
-fn weights(value: i32) -> Result<DecoderWeights, Failure> {
+pub(super) fn weights(value: i32) -> Result<DecoderWeights, Failure> {
     const F32: i32 = mxt_decoder_weights::F32 as i32;
     const BF16: i32 = mxt_decoder_weights::Bf16 as i32;
     const MXFP4: i32 = mxt_decoder_weights::Mxfp4 as i32;

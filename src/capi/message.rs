@@ -29,6 +29,7 @@ pub(super) enum Slot {
     Model,
     Dataset,
     Trainer,
+    Decoder,
 }
 
 /// Replaces the text of a slot of this thread.
@@ -45,8 +46,8 @@ pub(super) fn text_of(slot: Slot) -> *const c_char {
 
 thread_local! {
     // Const-made and without destructor: no allocation, and valid until the thread is gone.
-    static BUFFERS: [UnsafeCell<Message>; 5] = const {
-        [const { UnsafeCell::new(Message::EMPTY) }; 5]
+    static BUFFERS: [UnsafeCell<Message>; 6] = const {
+        [const { UnsafeCell::new(Message::EMPTY) }; 6]
     };
 }
 

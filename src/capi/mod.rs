@@ -19,7 +19,7 @@
 //! | `structs` | option and result structs that grow: `struct_size` |
 //! | `arguments` | strings and arrays from the host |
 //! | `buffers` | arrays that may lie on a GPU |
-//! | `version`, `engine`, `model`, `generate`, `dataset`, `trainer` (with `trainer_structs`), `watch`, `run` | the functions |
+//! | `version`, `engine`, `model`, `generate`, `decoder`, `dataset`, `trainer` (with `trainer_structs`), `watch`, `run` | the functions |
 
 // The names are C names.
 #![allow(non_camel_case_types)]
@@ -31,6 +31,7 @@ mod arguments;
 mod buffers;
 mod cancel;
 mod dataset;
+mod decoder;
 mod engine;
 mod float_mode;
 mod generate;
@@ -47,6 +48,7 @@ mod version;
 mod watch;
 
 pub use dataset::*;
+pub use decoder::*;
 pub use engine::*;
 pub use generate::*;
 pub use message::*;
@@ -65,4 +67,5 @@ const _: () = {
     shareable::<mxt_model>();
     shareable::<mxt_dataset>();
     shareable::<mxt_trainer>();
+    shareable::<mxt_decoder>();
 };

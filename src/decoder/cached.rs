@@ -1,19 +1,28 @@
-//! Logits of a sequence of which keys and values are kept, so that a token takes one row.
+//! Logits of sequences of which keys and values are kept, so that a token takes one row.
 
 use std::sync::Arc;
 
-use super::DecoderWeights;
+use super::DecoderOptions;
 use crate::Result;
 use crate::backend::{
     Backend, Decode, HeadShape, LinearShape, Precision, Sequences, StepPlan, WorkspaceShape,
 };
 use crate::formats::{BLOCK, LinearRecipe};
-use crate::gpt::{Activations, ModelConfig, Pass, Past, Shapes};
+use crate::gpt::{Activations, Kept, ModelConfig, Packed, Pass, Shapes};
 use crate::model::{Model, OnDevice, Weights};
-use crate::optim::Master;
 use crate::recipe::Recipe;
+use crate::reserve::collect;
 
-/// A model, and what is kept of a sequence.
+/// What is kept of a sequence.
+struct Sequence<B: Backend + Decode> {
+    kept: Kept<B>,
+    /// Positions of which it is.
+    positions: usize,
+    /// Of passes over one row of it.
+    recordings: B::Recordings,
+}
+
+/// A model, and what is kept of sequences.
 pub(super) struct Cached<B: Backend + Decode> {
     model: Arc<OnDevice<B>>,
     activations: Activations<B>,
@@ -21,76 +30,81 @@ pub(super) struct Cached<B: Backend + Decode> {
     tokens: B::Tokens,
     logits: B::F32,
     plan: StepPlan,
-    past: Past<B>,
-    /// Positions of which keys and values are kept.
-    kept: usize,
-    /// [`crate::model::Weights::changes`] of the weights that `past` was made from.
+    packed: Packed<B>,
+    sequences: Vec<Sequence<B>>,
+    /// [`crate::model::Weights::changes`] of the weights that all of these were made from.
     changes: Option<u64>,
-    /// Of passes over one row.
-    recordings: B::Recordings,
-    /// Tokens that there is room for, and what the weights are in.
-    room: usize,
-    weights: DecoderWeights,
+    options: DecoderOptions,
     /// [`crate::model::Weights::moves`] of the weights that are recorded.
     moves: u64,
 }
 
 impl<B: Backend + Decode> Cached<B> {
-    /// For sequences of up to `room` tokens.
     pub(super) fn new(
         model: &Model,
         on: &Arc<OnDevice<B>>,
-        room: usize,
-        weights: DecoderWeights,
+        options: DecoderOptions,
     ) -> Result<Self> {
-        let kept = on.read()?;
-        Self::beside(model, on, room, weights, &kept)
+        let weights = on.read()?;
+        Self::beside(model, on, options, &weights)
     }
 
     fn beside(
         model: &Model,
         on: &Arc<OnDevice<B>>,
-        room: usize,
-        weights: DecoderWeights,
-        kept: &Weights<B>,
+        options: DecoderOptions,
+        weights: &Weights<B>,
     ) -> Result<Self> {
-        let weights = (weights, (kept.master, kept.moves));
         on.allocate(model.engine(), "generating", |arena| {
-            Self::cut(on, arena, model.config(), (room, weights))
+            Self::cut(on, arena, model.config(), options, weights)
         })
     }
 
     /// What is kept of positions from `len` on is forgotten.
-    pub(super) fn rewind(&mut self, len: usize) {
-        self.kept = self.kept.min(len);
+    pub(super) fn rewind(&mut self, sequence: usize, len: usize) {
+        let positions = &mut self.sequences[sequence].positions;
+        *positions = len.min(*positions);
     }
 
-    /// Logits of the token after `context`, whose first tokens are those that were seen before.
+    /// Keeps of sequence `to` what is kept of another.
+    pub(super) fn fork(&mut self, from: usize, to: usize) {
+        let backend = &*self.model.backend;
+        if let Ok([from, to]) = self.sequences.get_disjoint_mut([from, to]) {
+            to.positions = from.positions;
+            backend.scope(move || to.kept.copy_from(backend, &from.kept));
+        }
+    }
+
+    /// Logits of the token after `context`, whose first tokens are those of the sequence that were
+    /// seen before.
     pub(super) fn next_logits(
         &mut self,
         model: &Model,
-        context: &[u32],
+        (sequence, context): (usize, &[u32]),
         out: &mut [f32],
     ) -> Result<()> {
         let (on, config) = (Arc::clone(&self.model), model.config());
         let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
         let backend = &**backend;
         if weights.moves != self.moves {
-            *self = Self::beside(model, &on, self.room, self.weights, &weights)?;
+            *self = Self::beside(model, &on, self.options, &weights)?;
         }
-        let Self { activations, workspace, tokens, logits, plan, past, recordings, .. } = self;
-        let (kept, changes) = (&mut self.kept, &mut self.changes);
+        let Self {
+            activations, workspace, tokens, logits, plan, packed, sequences, changes, ..
+        } = self;
         let precision = plan.precision;
         let shapes =
             |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         if *changes != Some(weights.changes) {
-            (*kept, *changes) = (0, None);
-            backend.scope(|| past.pack(backend, table, &weights.all, shapes(1)));
+            sequences.iter_mut().for_each(|sequence| sequence.positions = 0);
+            *changes = None;
+            backend.scope(|| packed.fill(backend, table, &weights.all, shapes(1)));
             *changes = Some(weights.changes);
         }
+        let Sequence { kept, positions, recordings } = &mut sequences[sequence];
         // The last row is computed in any case, for its logits.
-        let mut start = (*kept).min(context.len() - 1);
-        *kept = start;
+        let mut start = (*positions).min(context.len() - 1);
+        *positions = start;
         backend.scope(|| {
             while start < context.len() {
                 let rows = &context[start..][..B::ROWS.min(context.len() - start)];
@@ -109,9 +123,9 @@ impl<B: Backend + Decode> Cached<B> {
                     plan,
                 };
                 let mut all = || {
-                    pass.forward_behind(activations, tokens, (past, start));
+                    pass.forward_behind(activations, (tokens, start), packed, kept);
                     if is_last {
-                        pass.logits_behind(activations, rows.len() - 1, past, logits);
+                        pass.logits_behind(activations, rows.len() - 1, packed, logits);
                     }
                 };
                 // What a token takes where a text is written.
@@ -123,7 +137,7 @@ impl<B: Backend + Decode> Cached<B> {
             }
         });
         backend.read_f32(logits, 0, out)?;
-        *kept = start;
+        *positions = start;
         Ok(())
     }
 
@@ -131,11 +145,13 @@ impl<B: Backend + Decode> Cached<B> {
         on: &Arc<OnDevice<B>>,
         arena: &mut B::Arena,
         config: &ModelConfig,
-        (room, (weights, (master, moves))): (usize, (DecoderWeights, (Master, u64))),
+        options: DecoderOptions,
+        weights: &Weights<B>,
     ) -> Result<Self> {
+        let DecoderOptions { room, sequences, weights: form } = options;
         let (backend, rows) = (&*on.backend, room.min(B::ROWS));
         // Of scratch memory: products of other numbers take less.
-        let (recipe, linear) = match B::activations_in(weights, master) {
+        let (recipe, linear) = match B::activations_in(form, weights.master) {
             Precision::F32 => (Recipe::fp32(), LinearRecipe::F32),
             Precision::Bf16 => (Recipe::bf16(), LinearRecipe::BF16),
         };
@@ -159,6 +175,12 @@ impl<B: Backend + Decode> Cached<B> {
             backward: false,
         };
         backend.supports(&shape)?;
+        let mut sequence = || {
+            let kept = Kept::new(backend, arena, shapes, room)?;
+            Ok(Sequence { kept, positions: 0, recordings: backend.recordings() })
+        };
+        let sequences = (0..sequences).map(|_| sequence());
+        let sequences = collect("the sequences of a decoder", sequences)?;
         Ok(Self {
             model: on.clone(),
             activations: Activations::new(backend, arena, shapes, None)?,
@@ -166,13 +188,11 @@ impl<B: Backend + Decode> Cached<B> {
             tokens: backend.rows(arena, rows)?,
             logits: backend.f32(arena, config.vocab_size),
             plan: recipe.step_plan(config.layers)?,
-            past: Past::new(backend, arena, shapes, (weights, room))?,
-            kept: 0,
+            packed: Packed::new(backend, arena, shapes, form)?,
+            sequences,
             changes: None,
-            recordings: backend.recordings(),
-            room,
-            weights,
-            moves,
+            options,
+            moves: weights.moves,
         })
     }
 }

@@ -14,7 +14,7 @@ use crate::backend::cuda::Cuda;
 use crate::backend::{Device, on_device};
 use crate::gpt::ModelConfig;
 use crate::model::Model;
-use crate::reserve::{push, reserve};
+use crate::reserve::{collect, push, reserve};
 use crate::{Error, Result};
 use cached::Cached;
 pub use sampler::GenerateOptions;
@@ -41,24 +41,25 @@ impl Model {
         self.check_prompt(prompt)?;
         let total = prompt.len().saturating_add(options.max_tokens);
         let longest = total.min(config.context_length);
-        let mut decoder = Decoder::new(self, longest, options.weights)?;
+        let of_one = DecoderOptions { sequences: 1, room: longest, weights: options.weights };
+        let mut decoder = Decoder::new(self, of_one)?;
         let mut sampler = Sampler::new(options, config.vocab_size)?;
         prompt.iter().for_each(|token| sampler.note(*token));
         // What is further back than the context is never looked at.
-        decoder.push(&prompt[prompt.len().saturating_sub(longest)..])?;
+        decoder.push(0, &prompt[prompt.len().saturating_sub(longest)..])?;
         let mut tokens = Vec::new();
         for drawn in 0..options.max_tokens {
-            decoder.logits(&mut sampler.logits)?;
+            decoder.logits(0, &mut sampler.logits)?;
             let token = sampler.choose(drawn as u32)?;
             sampler.note(token);
             push(&mut tokens, TOKENS, token)?;
             if !on_token(token) || options.stop_tokens.contains(&token) {
                 break;
             }
-            if decoder.len() == longest {
+            if decoder.tokens(0).len() == longest {
                 decoder.drop_first(if options.slide { longest.div_ceil(4) } else { 1 });
             }
-            decoder.push(&[token])?;
+            decoder.push(0, &[token])?;
         }
         Ok(tokens)
     }
@@ -85,53 +86,100 @@ impl Model {
     }
 }
 
-/// A text that grows: tokens in, the logits of what comes next out.
+/// What a [`Decoder`] is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DecoderOptions {
+    /// Texts beside each other. Default 1.
+    pub sequences: usize,
+    /// Most tokens of each; 0 (default) is the model's context.
+    pub room: usize,
+    /// What logits are computed in.
+    pub weights: DecoderWeights,
+}
+
+impl Default for DecoderOptions {
+    fn default() -> Self {
+        Self { sequences: 1, room: 0, weights: DecoderWeights::default() }
+    }
+}
+
+/// Texts that grow: tokens in, the logits of what comes next out. They share what is made of the
+/// weights, and are numbered from 0.
 ///
-/// In f32 logits are those of [`Model::next_logits`] of all its tokens: on a processor bit for bit; a
-/// GPU sums products of few rows in an order of its own. In any numbers they are the same bits however
-/// the tokens came. A decoder follows its model: where weights have been changed, by a trainer or by
-/// [`Model::write_tensor`], the next logits are those of the new ones.
+/// In f32 logits are those of [`Model::next_logits`] of all tokens of a text: on a processor bit for
+/// bit; a GPU sums products of few rows in an order of its own. In any numbers they are the same bits
+/// however the tokens came. A decoder follows its model: where weights have been changed, by a trainer
+/// or by [`Model::write_tensor`], the next logits are those of the new ones.
+///
+/// ```
+/// # use mxfp4train::{Decoder, DecoderOptions, Engine, EngineOptions, Model, ModelConfig};
+/// # let engine = Engine::new(EngineOptions::default())?;
+/// # let config = ModelConfig { layers: 1, heads: 2, channels: 8, vocab_size: 50, ..Default::default() };
+/// # let model = Model::new(&engine, &config)?;
+/// let mut decoder = Decoder::new(&model, DecoderOptions { sequences: 2, ..Default::default() })?;
+/// let mut logits = vec![0.0; 50];
+/// decoder.push(0, &[1, 2, 3])?;
+/// decoder.logits(0, &mut logits)?;
+/// // Two ways to go on, of which the beginning is computed once.
+/// decoder.fork(0, 1)?;
+/// decoder.push(0, &[4])?;
+/// decoder.push(1, &[5])?;
+/// # assert_eq!(decoder.tokens(1), [1, 2, 3, 5]);
+/// # Ok::<(), mxfp4train::Error>(())
+/// ```
 pub struct Decoder {
     on_device: Device<Cached<Cpu>, Cached<Cuda>>,
     model: Model,
-    tokens: Vec<u32>,
+    sequences: Vec<Vec<u32>>,
     room: usize,
 }
 
 impl Decoder {
-    /// An empty text of `model`, with room for `room` tokens; its memory is allocated here (on a GPU
-    /// again where a trainer changes what weights are kept as). That is keys and values, 8 bytes a
-    /// channel, block and token (on a GPU 4 beside weights in less than f32), and a copy of the linear
-    /// layers' weights, in less than f32 of the head's, too; a GPU makes a copy in MXFP4 alone. The
-    /// copy is made with the first logits, and again with the first after the weights may have been
-    /// changed.
+    /// Empty texts of `model`; their memory is allocated here (on a GPU again where a trainer changes
+    /// what weights are kept as). That is, for each of them, keys and values, 8 bytes a channel, block
+    /// and token of room (on a GPU 4 beside weights in less than f32), and, for all, a copy of the
+    /// linear layers' weights, in less than f32 of the head's, too; a GPU makes a copy in MXFP4 alone.
+    /// The copy is made with the first logits, and again with the first after the weights may have
+    /// been changed.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] unless `room` is from 1 to the model's context,
-    /// [`Error::Unsupported`] for what the device cannot do, [`Error::OutOfMemory`].
-    pub fn new(model: &Model, room: usize, weights: DecoderWeights) -> Result<Self> {
+    /// [`Error::InvalidArgument`] unless there is at least one sequence and `room` is at most the
+    /// model's context, [`Error::Unsupported`] for what the device cannot do, [`Error::OutOfMemory`].
+    pub fn new(model: &Model, options: DecoderOptions) -> Result<Self> {
         let context = model.config().context_length;
-        if !(1..=context).contains(&room) {
-            let message = format!("expected from 1 to {context} tokens, the context; got {room}");
+        let room = if options.room == 0 { context } else { options.room };
+        if room > context {
+            let message = format!(
+                "expected from 1 to {context} tokens, the context, or 0 for all of it; got {room}"
+            );
             return Err(Error::invalid("room", message));
         }
+        if options.sequences == 0 {
+            return Err(Error::invalid("sequences", "expected at least 1, got 0"));
+        }
+        let options = DecoderOptions { room, ..options };
         let on_device = match model.on_device() {
-            Device::Cpu(on) => Device::Cpu(Cached::new(model, on, room, weights)?),
-            Device::Cuda(on) => Device::Cuda(Cached::new(model, on, room, weights)?),
+            Device::Cpu(on) => Device::Cpu(Cached::new(model, on, options)?),
+            Device::Cuda(on) => Device::Cuda(Cached::new(model, on, options)?),
         };
-        let mut tokens = Vec::new();
-        reserve(&mut tokens, TOKENS, room)?;
-        Ok(Self { on_device, model: model.clone(), tokens, room })
+        let tokens = |_| {
+            let mut tokens = Vec::new();
+            reserve(&mut tokens, TOKENS, room)?;
+            Ok(tokens)
+        };
+        let sequences = collect(TOKENS, (0..options.sequences).map(tokens))?;
+        Ok(Self { on_device, model: model.clone(), sequences, room })
     }
 
-    /// Appends tokens. They are computed when logits are asked for.
+    /// Appends tokens to a text. They are computed when logits are asked for.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] where they are more than there is room for and
-    /// [`Error::TokenRange`]; the text is then as before.
-    pub fn push(&mut self, tokens: &[u32]) -> Result<()> {
+    /// [`Error::InvalidArgument`] where there is no such sequence or where tokens are more than there
+    /// is room for, and [`Error::TokenRange`]; the text is then as before.
+    pub fn push(&mut self, sequence: usize, tokens: &[u32]) -> Result<()> {
+        self.check(sequence)?;
         let vocab_size = self.model.config().vocab_size;
-        let left = self.room - self.tokens.len();
+        let left = self.room - self.sequences[sequence].len();
         if tokens.len() > left {
             let message = format!(
                 "expected at most {left}, for which there is room; got {}; rewind, or make a decoder \
@@ -141,73 +189,100 @@ impl Decoder {
             return Err(Error::invalid("tokens", message));
         }
         check_tokens("pushed tokens", tokens, vocab_size)?;
-        self.tokens.extend_from_slice(tokens);
+        self.sequences[sequence].extend_from_slice(tokens);
         Ok(())
     }
 
-    /// Writes the logits (V) of the token after the last one.
+    /// Writes the logits (V) of the token after the last one of a text.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for an empty text or if `out` has another length, and what the
-    /// device says.
-    pub fn logits(&mut self, out: &mut [f32]) -> Result<()> {
-        let Self { on_device, model, tokens, .. } = self;
+    /// [`Error::InvalidArgument`] where there is no such sequence, for an empty text, or if `out` has
+    /// another length, and what the device says.
+    pub fn logits(&mut self, sequence: usize, out: &mut [f32]) -> Result<()> {
+        self.check(sequence)?;
+        let Self { on_device, model, sequences, .. } = self;
+        let tokens = &sequences[sequence];
         if tokens.is_empty() {
             let message = "expected at least one token before logits are asked for, got none";
             return Err(Error::invalid("tokens", message));
         }
         check_logits(out, model.config())?;
-        on_device!(on_device, on => on.next_logits(model, tokens, out))
+        on_device!(on_device, on => on.next_logits(model, (sequence, tokens), out))
     }
 
-    /// Takes the tokens from number `len` on out again; without memory of them, others can follow.
+    /// Takes the tokens of a text from number `len` on out again; without memory of them, others can
+    /// follow.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] where there are fewer.
-    pub fn rewind(&mut self, len: usize) -> Result<()> {
-        let count = self.tokens.len();
+    /// [`Error::InvalidArgument`] where there is no such sequence, or where it has fewer.
+    pub fn rewind(&mut self, sequence: usize, len: usize) -> Result<()> {
+        self.check(sequence)?;
+        let count = self.sequences[sequence].len();
         if len > count {
             let message = format!("expected at most {count}, the tokens that there are; got {len}");
             return Err(Error::invalid("len", message));
         }
-        self.tokens.truncate(len);
-        on_device!(&mut self.on_device, on => on.rewind(len));
+        self.sequences[sequence].truncate(len);
+        on_device!(&mut self.on_device, on => on.rewind(sequence, len));
         Ok(())
     }
 
-    /// The text so far.
-    pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+    /// Makes a text that of another, with what is computed of it, which is copied.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] where there is no such sequence.
+    pub fn fork(&mut self, from: usize, to: usize) -> Result<()> {
+        self.check(from)?;
+        self.check(to)?;
+        if let Ok([from, to]) = self.sequences.get_disjoint_mut([from, to]) {
+            to.clear();
+            to.extend_from_slice(from);
+        }
+        on_device!(&mut self.on_device, on => on.fork(from, to));
+        Ok(())
     }
 
-    /// Number of its tokens.
-    pub fn len(&self) -> usize {
-        self.tokens.len()
+    /// A text so far.
+    ///
+    /// # Panics
+    /// Where there is no such sequence.
+    pub fn tokens(&self, sequence: usize) -> &[u32] {
+        &self.sequences[sequence]
     }
 
-    /// Whether it has none.
-    pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
+    /// Number of texts.
+    pub fn sequences(&self) -> usize {
+        self.sequences.len()
     }
 
-    /// Tokens that it has room for in all.
+    /// Tokens that each has room for in all.
     pub fn room(&self) -> usize {
         self.room
     }
 
-    /// Takes the oldest tokens out: all others move, so that everything is computed again.
+    fn check(&self, sequence: usize) -> Result<()> {
+        let last = self.sequences.len() - 1;
+        if sequence > last {
+            let message = format!("expected a number from 0 to {last}, got {sequence}");
+            return Err(Error::invalid("sequence", message));
+        }
+        Ok(())
+    }
+
+    /// Takes the oldest tokens of the first text out: all others move, so that everything is computed
+    /// again.
     fn drop_first(&mut self, count: usize) {
-        self.tokens.drain(..count);
-        on_device!(&mut self.on_device, on => on.rewind(0));
+        self.sequences[0].drain(..count);
+        on_device!(&mut self.on_device, on => on.rewind(0, 0));
     }
 }
 
 impl fmt::Debug for Decoder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { model, tokens, room, .. } = self;
+        let Self { model, sequences, room, .. } = self;
         f.debug_struct("Decoder")
             .field("model", model)
-            .field("tokens", tokens)
+            .field("sequences", sequences)
             .field("room", room)
             .finish_non_exhaustive()
     }

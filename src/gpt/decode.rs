@@ -11,45 +11,63 @@ use crate::backend::{
 use crate::formats::LINEARS;
 use crate::reserve::collect;
 
-/// What is kept of a sequence, and weights as few rows read them.
-pub(crate) struct Past<B: Decode> {
-    /// Keys and values of each block.
-    kept: Vec<B::Tensor>,
-    packed: Vec<[B::Packed; LINEARS]>,
-    /// The head, where it is in less than f32.
-    head: Option<B::Packed>,
-}
+/// Keys and values of a sequence, of each block.
+pub(crate) struct Kept<B: Decode>(Vec<B::Tensor>);
 
-impl<B: Backend + Decode> Past<B> {
+impl<B: Backend + Decode> Kept<B> {
     /// For so many positions.
     pub(crate) fn new(
         backend: &B,
         arena: &mut B::Arena,
         shapes: Shapes<'_>,
-        (weights, positions): (DecoderWeights, usize),
+        positions: usize,
     ) -> Result<Self> {
-        let layers = shapes.config.layers;
+        let kept = |l| Ok(backend.kept(arena, positions, shapes.attention(l)));
+        let layers = 0..shapes.config.layers;
+        Ok(Self(collect("the keys and values of all blocks", layers.map(kept))?))
+    }
+
+    /// Those of another sequence.
+    pub(crate) fn copy_from(&mut self, backend: &B, other: &Self) {
+        self.0.iter_mut().zip(&other.0).for_each(|(to, from)| backend.copy_kept(from, to));
+    }
+}
+
+/// Weights as few rows read them.
+pub(crate) struct Packed<B: Decode> {
+    blocks: Vec<[B::Packed; LINEARS]>,
+    /// The head, where it is in less than f32.
+    head: Option<B::Packed>,
+}
+
+impl<B: Backend + Decode> Packed<B> {
+    /// Room for them.
+    pub(crate) fn new(
+        backend: &B,
+        arena: &mut B::Arena,
+        shapes: Shapes<'_>,
+        weights: DecoderWeights,
+    ) -> Result<Self> {
         for shape in shapes.linears().into_iter().chain([head_of(shapes)]) {
             backend.decodes(shape, weights)?;
         }
-        let kept = |l| Ok(backend.kept(arena, positions, shapes.attention(l)));
-        let kept = collect("the keys and values of all blocks", (0..layers).map(kept))?;
         let packed = |_| Ok(shapes.linears().map(|shape| backend.packed(arena, shape, weights)));
-        let packed = collect("the weights of all blocks", (0..layers).map(packed))?;
+        let layers = 0..shapes.config.layers;
+        let blocks = collect("the weights of all blocks", layers.map(packed))?;
         let is_packed = weights != DecoderWeights::F32;
         let head = is_packed.then(|| backend.packed(arena, head_of(shapes), weights));
-        Ok(Self { kept, packed, head })
+        Ok(Self { blocks, head })
     }
 
-    /// Takes weights as they are now; what was kept was made by others.
-    pub(crate) fn pack(
+    /// Takes weights as they are now; what was kept before was made by others.
+    pub(crate) fn fill(
         &mut self,
         backend: &B,
         table: &ParamTable,
         weights: &B::Weights,
         shapes: Shapes<'_>,
     ) {
-        for (block, packed) in table.blocks.iter().zip(&mut self.packed) {
+        for (block, packed) in table.blocks.iter().zip(&mut self.blocks) {
             for layer in [block.qkv, block.projection, block.fc1, block.fc2] {
                 let number = layer.number as usize;
                 let w = backend.param(weights, layer.w);
@@ -64,23 +82,24 @@ impl<B: Backend + Decode> Past<B> {
 }
 
 impl<B: Backend + Decode> Pass<'_, B> {
-    /// Rows behind the first `start` positions of a sequence, which `past` has been given, to the
-    /// normalized output of the last block, and their keys and values to `past`.
+    /// Rows (tokens as they were written, and the `start` of the first) behind those of which `kept`
+    /// is, to the normalized output of the last block, and their keys and values to `kept`.
     pub(crate) fn forward_behind(
         &mut self,
         acts: &mut Activations<B>,
-        tokens: &B::Tokens,
-        (past, start): (&mut Past<B>, usize),
+        rows: (&B::Tokens, usize),
+        packed: &Packed<B>,
+        kept: &mut Kept<B>,
     ) {
         let (backend, table, shapes) = (self.backend, self.table, self.shapes());
-        let (rows, [wte, wpe]) = ((tokens, start), [table.wte, table.wpe].map(|of| self.param(of)));
+        let [wte, wpe] = [table.wte, table.wpe].map(|of| self.param(of));
         backend.embedding_behind(&mut acts.residual[0], rows, wte, wpe, shapes.embedding());
         self.ln_1(acts, 0);
         for (l, block) in table.blocks.iter().enumerate() {
-            let packed = &past.packed[l];
+            let packed = &packed.blocks[l];
             let (y, x) = (&mut acts.qkv[l], &acts.ln_1[l]);
             self.packed_linear(y, x, (block.qkv, packed), Epilogue::None);
-            let (out, qkv, kept) = (&mut acts.attention[l], &acts.qkv[l], &mut past.kept[l]);
+            let (out, qkv, kept) = (&mut acts.attention[l], &acts.qkv[l], &mut kept.0[l]);
             let shape = shapes.attention(l);
             backend.attention_behind(self.workspace, out, qkv, kept, rows, shape);
             let (y, x) = (&mut acts.branch, &acts.attention[l]);
@@ -104,10 +123,10 @@ impl<B: Backend + Decode> Pass<'_, B> {
         &mut self,
         acts: &Activations<B>,
         row: usize,
-        past: &Past<B>,
+        packed: &Packed<B>,
         out: &mut B::F32,
     ) {
-        let Some(head) = &past.head else { return self.logits(acts, row, out) };
+        let Some(head) = &packed.head else { return self.logits(acts, row, out) };
         let (x, shape) = ((&acts.ln_f, row), self.shapes().head());
         let w = self.param(self.table.head());
         self.backend.packed_logits(self.workspace, out, x, (w, head), shape);

@@ -19,7 +19,7 @@ mod token_drop;
 
 pub(crate) use activations::{ActivationGradients, Activations, ForBackward};
 pub use config::{Activation, ModelConfig};
-pub(crate) use decode::Past;
+pub(crate) use decode::{Kept, Packed};
 pub(crate) use init::initialize;
 pub use params::TensorInfo;
 pub(crate) use params::{HEAD, Matrix, ParamSpec, ParamTable, WTE};

@@ -33,6 +33,7 @@ int main(void) {
   IS_NULL("options", mxt_trainer_options_init(NULL, sizeof(mxt_trainer_options)));
   IS_NULL("options", mxt_run_options_init(NULL, sizeof(mxt_run_options)));
   IS_NULL("options", mxt_dataset_options_init(NULL, sizeof(mxt_dataset_options)));
+  IS_NULL("options", mxt_decoder_options_init(NULL, sizeof(mxt_decoder_options)));
 
   IS_NULL("engine", mxt_engine_new(NULL, NULL));
   CHECK(mxt_engine_device(NULL) == NULL && mxt_engine_threads(NULL) == 0);
@@ -70,6 +71,23 @@ int main(void) {
   generate.stop_token_count = 1;
   IS_NULL("stop_tokens", mxt_model_generate(model, &generate, &token, 1, NULL, 0, &written));
   IS_NULL("written", mxt_model_generate(model, NULL, &token, 1, tokens, 8, NULL));
+
+  mxt_decoder *decoder = NULL;
+  IS_NULL("model", mxt_decoder_new(NULL, NULL, &decoder));
+  IS_NULL("decoder", mxt_decoder_new(model, NULL, NULL));
+  OK(mxt_decoder_new(model, NULL, &decoder));
+  IS_NULL("decoder", mxt_decoder_push(NULL, 0, &token, 1));
+  IS_NULL("tokens", mxt_decoder_push(decoder, 0, NULL, 1));
+  IS_NULL("decoder", mxt_decoder_logits(NULL, 0, &logit, 1));
+  IS_NULL("logits", mxt_decoder_logits(decoder, 0, NULL, 1));
+  IS_NULL("decoder", mxt_decoder_rewind(NULL, 0, 0));
+  IS_NULL("decoder", mxt_decoder_fork(NULL, 0, 0));
+  IS_NULL("decoder", mxt_decoder_tokens(NULL, 0, tokens, 8, &written));
+  IS_NULL("tokens", mxt_decoder_tokens(decoder, 0, NULL, 8, &written));
+  IS_NULL("written", mxt_decoder_tokens(decoder, 0, tokens, 8, NULL));
+  CHECK(mxt_decoder_last_error(NULL) != NULL);
+  mxt_decoder_free(NULL);
+  mxt_decoder_free(decoder);
 
   IS_NULL("pattern", mxt_dataset_open(NULL, &no_dataset));
   IS_NULL("dataset", mxt_dataset_open("x", NULL));

@@ -153,6 +153,19 @@ static void tensors() {
   CHECK(logits.size() == 32 && model.generate({1, 2, 3}, greedy)[0] == likeliest);
   fails(MXT_ERROR_TOKEN_RANGE, "32", [&] { model.next_logits({32}); });
 
+  mxt::DecoderOptions two;
+  two.sequences = 2;
+  mxt::Decoder decoder(model, two);
+  decoder.push({1, 2});
+  decoder.fork(0, 1);
+  decoder.push({3}, 1);
+  CHECK(decoder.logits(1) == logits && decoder.logits() == model.next_logits({1, 2}));
+  CHECK(decoder.tokens(1) == (std::vector<std::uint32_t>{1, 2, 3}));
+  decoder.rewind(1, 1);
+  CHECK(decoder.tokens(1) == std::vector<std::uint32_t>{1});
+  fails(MXT_ERROR_INVALID_ARGUMENT, "sequence", [&] { decoder.logits(2); });
+  fails(MXT_ERROR_TOKEN_RANGE, "32", [&] { decoder.push({32}); });
+
   std::vector<float> values = model.read("transformer.ln_f.weight");
   CHECK(values.size() == 16 && values[3] == 1.0f);
   values[3] = 2.0f;

@@ -343,6 +343,15 @@ a trainer is then as before the call.
 mutable struct mxt_dataset end
 
 """
+Texts of a model that grow: tokens in, the logits of what comes next out, of which keys and values
+are kept, so that a token takes one row. A call needs the decoder for itself, and for logits the
+model as one that reads it; several decoders of one model may run at once. It follows its model:
+where weights have been changed, the next logits are those of the new ones. Make with
+mxt_decoder_new, free with mxt_decoder_free.
+"""
+mutable struct mxt_decoder end
+
+"""
 A device with its worker threads. Everything else is made from one. It is never changed, so any
 number of threads may use it at once. Make with mxt_engine_new, free with mxt_engine_free.
 """
@@ -497,6 +506,22 @@ struct mxt_generate_options
     # processor all is computed again only then; 0 (default) where a token falls out for each that
     # comes, every one of which takes the whole computation.
     slide::Int32
+end
+
+"""
+What a decoder is made for. Fill it with mxt_decoder_options_init.
+"""
+struct mxt_decoder_options
+    # Set by mxt_decoder_options_init.
+    struct_size::Csize_t
+    # Texts beside each other, numbered from 0. Default 1.
+    sequences::Csize_t
+    # Most tokens of each. 0 (default) is the model's context.
+    room::Csize_t
+    # One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
+    weights::Int32
+    # 0.
+    reserved::Int32
 end
 
 """
@@ -1226,6 +1251,157 @@ function mxt_model_next_logits(model, tokens, token_count, logits, count)
         logits::Ptr{Cfloat},
         count::Csize_t
     )::mxt_status
+end
+
+"""
+    mxt_decoder_options_init(options, struct_size)
+
+Fills `options` with the defaults. `struct_size` is sizeof(mxt_decoder_options) as the caller's
+compiler sees it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_decoder_options_init(options, struct_size)
+    return @ccall libmxfp4train.mxt_decoder_options_init(
+        options::Ptr{mxt_decoder_options},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_decoder_new(model, options, decoder)
+
+Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. All
+its memory is allocated here: keys and values, 8 bytes a channel, block and token of room (on a GPU
+4 beside weights in less than f32), and a copy of the linear layers' weights, in less than f32 of
+the head's, too (on a GPU in MXFP4 alone). `options` may be NULL for the defaults. The handle
+`model` stays the caller's, and may be freed first.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the option),
+MXT_ERROR_UNSUPPORTED (what the device cannot do), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY. The
+message is in mxt_last_error and on the model.
+"""
+function mxt_decoder_new(model, options, decoder)
+    return @ccall libmxfp4train.mxt_decoder_new(
+        model::Ptr{mxt_model},
+        options::Ptr{mxt_decoder_options},
+        decoder::Ptr{Ptr{mxt_decoder}}
+    )::mxt_status
+end
+
+"""
+    mxt_decoder_push(decoder, sequence, tokens, count)
+
+Appends the `count` tokens of `tokens` to text `sequence`. They are computed when logits are asked
+for. `tokens` may lie in memory of the engine's GPU.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, more tokens than there is
+room for), MXT_ERROR_TOKEN_RANGE, MXT_ERROR_BUSY; the text is then as before.
+"""
+function mxt_decoder_push(decoder, sequence, tokens, count)
+    return @ccall libmxfp4train.mxt_decoder_push(
+        decoder::Ptr{mxt_decoder},
+        sequence::Csize_t,
+        tokens::Ptr{UInt32},
+        count::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_decoder_logits(decoder, sequence, logits, count)
+
+Computes the logits of the token after the last one of text `sequence`, which has at least one.
+`logits` has room for `count` numbers, which must be the model's vocab_size, and may lie in memory
+of the engine's GPU.
+
+In f32 they are those of mxt_model_next_logits of all tokens of the text: on a processor bit for
+bit. In any numbers they are the same bits however the tokens came.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, no token, another count),
+MXT_ERROR_OUT_OF_MEMORY (on a GPU, where a trainer has changed what weights are kept as),
+MXT_ERROR_BUSY (also while the model is being trained).
+"""
+function mxt_decoder_logits(decoder, sequence, logits, count)
+    return @ccall libmxfp4train.mxt_decoder_logits(
+        decoder::Ptr{mxt_decoder},
+        sequence::Csize_t,
+        logits::Ptr{Cfloat},
+        count::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_decoder_rewind(decoder, sequence, len)
+
+Takes the tokens of text `sequence` from number `len` on out again; others can follow. 0 empties
+it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, one with fewer tokens),
+MXT_ERROR_BUSY.
+"""
+function mxt_decoder_rewind(decoder, sequence, len)
+    return @ccall libmxfp4train.mxt_decoder_rewind(
+        decoder::Ptr{mxt_decoder},
+        sequence::Csize_t,
+        len::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_decoder_fork(decoder, from, to)
+
+Makes text `to` that of sequence `from`, with what is computed of it, so that both can go on in
+their own ways.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence), MXT_ERROR_BUSY.
+"""
+function mxt_decoder_fork(decoder, from, to)
+    return @ccall libmxfp4train.mxt_decoder_fork(
+        decoder::Ptr{mxt_decoder},
+        from::Csize_t,
+        to::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_decoder_tokens(decoder, sequence, tokens, capacity, written)
+
+Copies the tokens of text `sequence` into `tokens`, which has room for `capacity` of them, and
+stores their number in `*written`. With `tokens` NULL and `capacity` 0 their number alone.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence), MXT_ERROR_BUFFER_TOO_SMALL,
+MXT_ERROR_BUSY.
+"""
+function mxt_decoder_tokens(decoder, sequence, tokens, capacity, written)
+    return @ccall libmxfp4train.mxt_decoder_tokens(
+        decoder::Ptr{mxt_decoder},
+        sequence::Csize_t,
+        tokens::Ptr{UInt32},
+        capacity::Csize_t,
+        written::Ptr{Csize_t}
+    )::mxt_status
+end
+
+"""
+    mxt_decoder_last_error(decoder)
+
+The message of the last call with this handle that failed, on whichever thread; the empty string
+when there is none.
+
+Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+call of mxt_decoder_last_error. Any thread may call it at any time.
+"""
+function mxt_decoder_last_error(decoder)
+    return @ccall libmxfp4train.mxt_decoder_last_error(decoder::Ptr{mxt_decoder})::Cstring
+end
+
+"""
+    mxt_decoder_free(decoder)
+
+Gives the handle up; NULL does nothing. Its memory goes with it, and the model stays.
+"""
+function mxt_decoder_free(decoder)
+    return @ccall libmxfp4train.mxt_decoder_free(decoder::Ptr{mxt_decoder})::Cvoid
 end
 
 """

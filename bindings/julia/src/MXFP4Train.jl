@@ -47,11 +47,11 @@ module MXFP4Train
 using Libdl: dlopen, dlsym
 using Serialization: Serialization
 
-export Dataset, Engine, MXFP4Error, Model, Tensors, Trainer
-export clear_stop, config, coverage, evaluate!, generate, max_token, next_logits, options,
-    parameter_count, plan, request_stop, run!, schedule_start, set_lr!, set_schedule!,
-    set_sharpness!, step!, steps, steps_done, tensor_update, tensors, use_schedule!,
-    watch_updates!, watch_weights!, weight_metrics
+export Dataset, Decoder, Engine, MXFP4Error, Model, Tensors, Trainer
+export clear_stop, config, coverage, evaluate!, fork!, generate, logits, max_token, next_logits,
+    options, parameter_count, plan, request_stop, rewind!, run!, schedule_start, set_lr!,
+    set_schedule!, set_sharpness!, step!, steps, steps_done, tensor_update, tensors, tokens,
+    use_schedule!, watch_updates!, watch_weights!, weight_metrics
 
 include("LibMXFP4Train.jl")
 const Lib = LibMXFP4Train
@@ -60,6 +60,7 @@ include("calls.jl")
 include("callbacks.jl")
 include("engine.jl")
 include("model.jl")
+include("decoder.jl")
 include("tensors.jl")
 include("dataset.jl")
 include("trainer.jl")

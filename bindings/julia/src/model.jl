@@ -105,8 +105,8 @@ the k most likely tokens, those that together have this probability, and those t
 this part as likely as the first; 0, 1 and 0 keep all. `repetition_penalty` above 1 makes tokens that
 the text has less likely. The same `seed` gives the same text.
 
-A token of `stop_tokens` ends the text and is its last token. `weights` is `:f32`, `:bf16` or, on a
-processor, `:mxfp4`. With `slide`, a quarter of the context falls out of a text that exceeds it at
+A token of `stop_tokens` ends the text and is its last token. `weights` is `:f32`, `:bf16` or
+`:mxfp4`. With `slide`, a quarter of the context falls out of a text that exceeds it at
 once. `f(token)` is called for each token as it is sampled; the text ends when it returns `:stop`
 (see [`run!`](@ref) for what it may return). With the `do` syntax:
 
@@ -126,10 +126,7 @@ function generate(
     slide::Bool = false,
     fields...,
 )
-    number = findfirst(==(weights), DECODER_WEIGHTS)
-    if number === nothing
-        throw(ArgumentError("weights: expected one of $DECODER_WEIGHTS, got $(repr(weights))"))
-    end
+    number = weights_number(weights)
     prompt_tokens = c_tokens("prompt", prompt)
     stops = c_tokens("stop_tokens", stop_tokens)
     # Tokens are kept as they come, so memory is for what is written and not for `max_tokens`.
@@ -142,7 +139,7 @@ function generate(
             user_data = slot_pointer(slot),
             stop_tokens = pointer(stops),
             stop_token_count = length(stops),
-            weights = number - 1,
+            weights = number,
             slide = slide,
         )
         how = Ref(filled(Lib.mxt_generate_options, Lib.mxt_generate_options_init, fields, managed))
@@ -180,6 +177,15 @@ end
 # In the order of C's numbers, from 0.
 const ACTIVATIONS = (:gelu_tanh, :gelu)
 const DECODER_WEIGHTS = (:f32, :bf16, :mxfp4)
+
+# C's number of what a model computes in where it writes text.
+function weights_number(weights::Symbol)
+    number = findfirst(==(weights), DECODER_WEIGHTS)
+    if number === nothing
+        throw(ArgumentError("weights: expected one of $DECODER_WEIGHTS, got $(repr(weights))"))
+    end
+    return number - 1
+end
 
 # The library's defaults with `fields` in place of some.
 function model_config(;

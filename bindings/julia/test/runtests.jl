@@ -534,6 +534,39 @@ end
     @test status_of(() -> generate(model, Int[])) == Lib.MXT_ERROR_INVALID_ARGUMENT
 end
 
+@testset "decoder" begin
+    model = new_model()
+    decoder = Decoder(model; sequences = 2)
+    @test append!(decoder, [1, 2]) === decoder
+    @test logits(decoder) == next_logits(model, [1, 2])
+    append!(decoder, UInt8[3])
+    fork!(decoder, 1, 2)
+    append!(decoder, [4]; sequence = 2)
+    rewind!(decoder, 1)
+    @test tokens(decoder) == [1] && tokens(decoder; sequence = 2) == [1, 2, 3, 4]
+    @test tokens(decoder) isa Vector{Int}
+    @test logits(decoder; sequence = 2) == next_logits(model, [1, 2, 3, 4])
+    @test logits(decoder) == next_logits(model, [1])
+    tensors(model)["transformer.ln_f.bias"] = fill(0.5, 16)
+    @test logits(decoder) == next_logits(model, [1])
+    for weights in (:bf16, :mxfp4)
+        other = Decoder(model; weights = weights, room = 3)
+        @test logits(append!(other, [1, 2, 3])) != logits(append!(Decoder(model), [1, 2, 3]))
+        @test status_of(() -> append!(other, [4])) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    end
+    @test refuses(() -> Decoder(model; weights = :fp8), ArgumentError, "weights: ")
+    @test refuses(() -> Decoder(model; reserved = 1), ArgumentError, "reserved")
+    @test refuses(() -> append!(decoder, [-1]), ArgumentError, "tokens: ")
+    @test refuses(() -> logits(decoder; sequence = 0), ArgumentError, "sequence: ")
+    @test status_of(() -> logits(decoder; sequence = 3)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    @test status_of(() -> Decoder(model; room = 10^6)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    @test status_of(() -> append!(decoder, [99])) == Lib.MXT_ERROR_TOKEN_RANGE
+    @test sprint(show, decoder) == "Decoder($model)"
+    close(decoder)
+    @test sprint(show, decoder) == "Decoder(closed)"
+    @test status_of(() -> logits(decoder)) == Lib.MXT_ERROR_NULL
+end
+
 @testset "log" begin
     lines = Tuple{Symbol,String}[]
     armed = false

@@ -299,6 +299,10 @@ impl Decode for Cuda {
         arena.tensor(2 * whole_positions(positions) * shape.channels(), shape.precision)
     }
 
+    fn copy_kept(&self, from: &Tensor, to: &mut Tensor) {
+        self.copy(from.address(), from.bytes(), to.write().address);
+    }
+
     fn attention_behind(
         &self,
         _workspace: &mut Workspace,

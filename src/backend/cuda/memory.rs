@@ -244,7 +244,7 @@ impl Cuda {
     }
 
     /// Copies within the GPU.
-    fn copy(&self, from: u64, bytes: usize, to: u64) {
+    pub(super) fn copy(&self, from: u64, bytes: usize, to: u64) {
         // SAFETY: both buffers have `bytes` bytes.
         let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.gpu.stream()) };
         self.gpu.note("copying memory", result);

@@ -155,6 +155,10 @@ impl Decode for Cpu {
         arena.alloc(behind::kept_len(positions, shape))
     }
 
+    fn copy_kept(&self, from: &Buffer<f32>, to: &mut Buffer<f32>) {
+        to.copy_from_slice(from);
+    }
+
     fn attention_behind(
         &self,
         workspace: &mut Workspace,

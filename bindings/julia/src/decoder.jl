@@ -1,0 +1,107 @@
+# Texts that grow: tokens in, logits out.
+
+"""
+    Decoder(model; sequences = 1, room = 0, weights = :f32)
+
+Texts of a model, beside each other and empty at first, with room for `room` tokens each (0: the
+model's context): tokens in, the logits of what comes next out. Keys and values of a text are kept, so
+that a token takes little time. `weights` is `:f32`, `:bf16` or `:mxfp4`. A decoder follows its model:
+where weights have been changed, the next logits are those of the new ones.
+
+    decoder = Decoder(model)
+    append!(decoder, [1, 2, 3])
+    logits(decoder)
+
+Sequences are numbered from 1.
+"""
+mutable struct Decoder <: Handle
+    handle::Ptr{Lib.mxt_decoder}
+    uses::Threads.Atomic{Int}
+    model::Model
+
+    # Owns `handle` from now on.
+    function Decoder(handle::Ptr{Lib.mxt_decoder}, model::Model)
+        return finalizer(close, new(handle, new_uses(), model))
+    end
+end
+
+function Decoder(model::Model; weights::Symbol = :f32, fields...)
+    managed = (weights = weights_number(weights), reserved = 0)
+    init = Lib.mxt_decoder_options_init
+    how = Ref(filled(Lib.mxt_decoder_options, init, fields, managed))
+    return made(handle -> Decoder(handle, model), Lib.mxt_decoder, model) do handle
+        Lib.mxt_decoder_new(model, how, handle)
+    end
+end
+
+"""
+    append!(decoder, tokens; sequence = 1)
+
+Appends tokens to a text. They are computed when logits are asked for.
+"""
+function Base.append!(decoder::Decoder, tokens::AbstractVector{<:Integer}; sequence::Integer = 1)
+    pushed, number = c_tokens("tokens", tokens), sequence_number(sequence)
+    call(() -> Lib.mxt_decoder_push(decoder, number, pushed, length(pushed)), decoder)
+    return decoder
+end
+
+"""
+    logits(decoder; sequence = 1)
+
+The logits of the token after a text, which has at least one: those of token `t` have the index
+`t + 1`.
+"""
+function logits(decoder::Decoder; sequence::Integer = 1)
+    number = sequence_number(sequence)
+    found = Vector{Float32}(undef, config(decoder.model).vocab_size)
+    call(() -> Lib.mxt_decoder_logits(decoder, number, found, length(found)), decoder)
+    return found
+end
+
+"""
+    rewind!(decoder, length; sequence = 1)
+
+Takes the tokens behind the first `length` of a text out again; others can follow.
+"""
+function rewind!(decoder::Decoder, length::Integer; sequence::Integer = 1)
+    left, number = c_number(Csize_t, "length", length), sequence_number(sequence)
+    call(() -> Lib.mxt_decoder_rewind(decoder, number, left), decoder)
+    return decoder
+end
+
+"""
+    fork!(decoder, from, to)
+
+Makes sequence `to` the text of sequence `from`, with what is computed of it, so that both can go on
+in their own ways.
+"""
+function fork!(decoder::Decoder, from::Integer, to::Integer)
+    numbers = sequence_number(from), sequence_number(to)
+    call(() -> Lib.mxt_decoder_fork(decoder, numbers...), decoder)
+    return decoder
+end
+
+"""
+    tokens(decoder; sequence = 1)
+
+A text so far.
+"""
+function tokens(decoder::Decoder; sequence::Integer = 1)
+    number, count = sequence_number(sequence), Ref{Csize_t}(0)
+    call(() -> Lib.mxt_decoder_tokens(decoder, number, C_NULL, 0, count), decoder)
+    found = Vector{UInt32}(undef, count[])
+    call(decoder) do
+        Lib.mxt_decoder_tokens(decoder, number, found, length(found), count)
+    end
+    return convert(Vector{Int}, found)
+end
+
+# As C counts them.
+sequence_number(sequence) = c_number(Csize_t, "sequence", sequence - 1)
+
+release(handle::Ptr{Lib.mxt_decoder}) = Lib.mxt_decoder_free(handle)
+Base.unsafe_convert(::Type{Ptr{Lib.mxt_decoder}}, decoder::Decoder) = decoder.handle
+
+function Base.show(io::IO, decoder::Decoder)
+    return print(io, "Decoder(", isopen(decoder) ? decoder.model : "closed", ")")
+end
