@@ -30,8 +30,8 @@
 //   mxt_model_free(model);
 //   mxt_engine_free(engine);
 //
-// 1. Handles. mxt_engine, mxt_model, mxt_dataset and mxt_trainer are opaque. Whoever makes a handle
-//    frees it with the function of its kind; _free(NULL) does nothing. What was made from a handle
+// 1. Handles. mxt_engine, mxt_model, mxt_decoder, mxt_dataset and mxt_trainer are opaque. Whoever makes
+//    a handle frees it with the function of its kind; _free(NULL) does nothing. What was made from a handle
 //    keeps alive what it needs of it, so handles may be freed in any order, from any thread, and from
 //    callbacks. A freed handle must not be used.
 //
@@ -64,8 +64,8 @@
 //
 // 5. Threads. Different handles are independent. A handle may move between threads. Functions that
 //    take a handle as const may be called on it by several threads at once; all others need it for
-//    themselves. A model and its trainers share the weights and count as one in this. What breaks
-//    this rule gets MXT_ERROR_BUSY, and nothing is corrupted or waited for; only freeing a handle
+//    themselves. A model and its trainers share the weights and count as one in this; a decoder
+//    reads its model while it makes logits, as a call with a const model does. What breaks this rule gets MXT_ERROR_BUSY, and nothing is corrupted or waited for; only freeing a handle
 //    while another thread is about to use it is beyond what the library can see.
 //    A thread that is cancelled (pthread_cancel) ends after the call that it is in: cancellation is off
 //    in calls, and in the callbacks that they make. Where it may act at any instruction
@@ -406,7 +406,7 @@ typedef struct mxt_tensor_info {
 // this token.
 //
 // Runs on the thread that called mxt_model_generate. It must not throw or longjmp, and calls on
-// the model or its trainer return MXT_ERROR_BUSY.
+// the model, its trainer or its decoders' logits return MXT_ERROR_BUSY.
 typedef int32_t (*mxt_token_fn)(void *user_data, uint32_t token);
 
 // How tokens are sampled. Fill it with mxt_generate_options_init.
@@ -442,9 +442,9 @@ typedef struct mxt_generate_options {
   float repetition_penalty;
   // One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
   int32_t weights;
-  // 1 where a quarter of the context falls out of a text that exceeds it at once, so that on a
-  // processor all is computed again only then; 0 (default) where a token falls out for each that
-  // comes, every one of which takes the whole computation.
+  // 1 where a quarter of the context falls out of a text that exceeds it at once, so that all is
+  // computed again only then; 0 (default) where a token falls out for each that comes, every one of
+  // which takes the whole computation.
   int32_t slide;
 } mxt_generate_options;
 
@@ -452,7 +452,7 @@ typedef struct mxt_generate_options {
 typedef struct mxt_decoder_options {
   // Set by mxt_decoder_options_init.
   size_t struct_size;
-  // Texts beside each other, numbered from 0. Default 1.
+  // Texts beside each other, numbered from 0, up to 65536. Default 1.
   size_t sequences;
   // Most tokens of each. 0 (default) is the model's context.
   size_t room;
@@ -993,11 +993,13 @@ mxt_status mxt_model_next_logits(const struct mxt_model *model,
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
 mxt_status mxt_decoder_options_init(struct mxt_decoder_options *options, size_t struct_size);
 
-// Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. All
-// its memory is allocated here: keys and values, 8 bytes a channel, block and token of room (on a GPU
-// 4 beside weights in less than f32), and a copy of the linear layers' weights, in less than f32 of
-// the head's, too (on a GPU in MXFP4 alone). `options` may be NULL for the defaults. The handle
-// `model` stays the caller's, and may be freed first.
+// Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. Its
+// memory is allocated here: keys and values, 8 bytes a channel, block and token of room (4 where a GPU
+// computes in bf16), a copy of the linear layers' weights, in less than f32 of the head's, too (on a
+// GPU in MXFP4 alone), and what a pass of some hundred tokens takes. On a GPU the driver takes besides
+// what a recorded pass of each text does, and where a trainer changes what weights are kept as, all may
+// be allocated again. `options` may be NULL for the defaults. The handle `model` stays the caller's,
+// and may be freed first.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the option),
 // MXT_ERROR_UNSUPPORTED (what the device cannot do), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY. The

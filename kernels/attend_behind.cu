@@ -8,7 +8,8 @@
 // Keys go in blocks of 32, from position 0 on, around to the warps of a block; a warp goes through its
 // own from first to last, with the sums of FlashAttention, and these are joined in the order of warps.
 // Which warp has which keys depends on their positions alone, and keys that a row does not see add
-// nothing to it, not a bit: a row has the same bits whatever comes with it.
+// nothing to it where their values are finite, not a bit: a row has the same bits whatever comes with
+// it.
 
 // `Behind` of the host.
 struct Behind {

@@ -258,7 +258,7 @@ fn what_cannot_be_is_an_error_and_changes_nothing() {
     }
     let none = DecoderOptions { sequences: 0, ..Default::default() };
     let error = Decoder::new(&model, none).unwrap_err().to_string();
-    assert!(error.contains("sequences") && error.contains("at least 1"), "{error}");
+    assert!(error.contains("sequences") && error.contains("from 1 to 65536"), "{error}");
     let mut all = Decoder::new(&model, DecoderOptions::default()).unwrap();
     assert_eq!((all.room(), all.sequences()), (65, 1));
     for error in [all.push(1, &[]), all.logits(1, &mut []), all.rewind(2, 0), all.fork(0, 1)] {

@@ -512,7 +512,8 @@ class Model {
 class Decoder {
  public:
 #ifndef MXT_NO_EXCEPTIONS
-  Decoder(const Model &model, const DecoderOptions &options) : Decoder(create(model, options)) {}
+  explicit Decoder(const Model &model, const DecoderOptions &options = {})
+      : Decoder(create(model, options)) {}
 #endif
 
   // All its memory is allocated here. The model may be destroyed first.

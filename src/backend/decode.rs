@@ -108,9 +108,9 @@ pub trait Decode: Linear + Attend + Embed {
     /// Keeps in `to` what is kept in another of the same room.
     fn copy_kept(&self, from: &Self::Tensor, to: &mut Self::Tensor);
     /// Keeps keys and values of `rows` (as they were written, and their `start`), of which qkv (n, qkv
-    /// channels) is, behind the first `start` positions of `kept`, and makes out (n, C) of the attention of these rows to all positions
-    /// up to their own. Of one sequence, whose length in `shape` is n; the workspace is to be for
-    /// sequences of `start` + n.
+    /// channels) is, behind the first `start` positions of `kept`, and makes out (n, C) of the attention
+    /// of these rows to all positions up to their own. Of one sequence, whose length in `shape` is n; the
+    /// workspace is to be for sequences of `start` + n.
     fn attention_behind(
         &self,
         workspace: &mut Self::Workspace,

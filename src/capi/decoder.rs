@@ -1,15 +1,13 @@
 //! `mxt_decoder`: tokens in, logits out, for hosts that choose tokens themselves.
 
 use std::ffi::c_char;
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::generate::{mxt_decoder_weights, weights};
-use super::handle::{self, Handle, State};
+use super::handle::{Handle, State, refused};
 use super::message::Slot;
 use super::model::mxt_model;
-use super::status::mxt_status_code::{
-    MXT_ERROR_BUFFER_TOO_SMALL, MXT_ERROR_BUSY, MXT_ERROR_POISONED,
-};
+use super::status::mxt_status_code::MXT_ERROR_BUFFER_TOO_SMALL;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
 use super::{arguments, buffers, guard};
@@ -21,7 +19,7 @@ use crate::{Decoder, DecoderOptions, Engine};
 pub struct mxt_decoder_options {
     /// Set by mxt_decoder_options_init.
     pub struct_size: usize,
-    /// Texts beside each other, numbered from 0. Default 1.
+    /// Texts beside each other, numbered from 0, up to 65536. Default 1.
     pub sequences: usize,
     /// Most tokens of each. 0 (default) is the model's context.
     pub room: usize,
@@ -53,10 +51,7 @@ pub struct mxt_decoder {
 
 impl mxt_decoder {
     fn exclusive(&self) -> Result<MutexGuard<'_, Decoder>, Failure> {
-        self.decoder.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => Failure::new(MXT_ERROR_BUSY, handle::BUSY),
-            TryLockError::Poisoned(_) => Failure::new(MXT_ERROR_POISONED, handle::POISONED),
-        })
+        self.decoder.try_lock().map_err(refused)
     }
 }
 
@@ -82,11 +77,13 @@ pub unsafe extern "C" fn mxt_decoder_options_init(
     guard::function("mxt_decoder_options_init", || unsafe { structs::init(options, struct_size) })
 }
 
-/// Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. All
-/// its memory is allocated here: keys and values, 8 bytes a channel, block and token of room (on a GPU
-/// 4 beside weights in less than f32), and a copy of the linear layers' weights, in less than f32 of
-/// the head's, too (on a GPU in MXFP4 alone). `options` may be NULL for the defaults. The handle
-/// `model` stays the caller's, and may be freed first.
+/// Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. Its
+/// memory is allocated here: keys and values, 8 bytes a channel, block and token of room (4 where a GPU
+/// computes in bf16), a copy of the linear layers' weights, in less than f32 of the head's, too (on a
+/// GPU in MXFP4 alone), and what a pass of some hundred tokens takes. On a GPU the driver takes besides
+/// what a recorded pass of each text does, and where a trainer changes what weights are kept as, all may
+/// be allocated again. `options` may be NULL for the defaults. The handle `model` stays the caller's,
+/// and may be freed first.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the option),
 /// MXT_ERROR_UNSUPPORTED (what the device cannot do), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY. The
@@ -227,11 +224,7 @@ pub unsafe extern "C" fn mxt_decoder_tokens(
         guard::method("mxt_decoder_tokens", decoder, |decoder| {
             let out = arguments::place("written", written)?;
             let texts = decoder.exclusive()?;
-            if sequence >= texts.sequences() {
-                let message = format!("expected less than {}, got {sequence}", texts.sequences());
-                return Err(Failure::invalid("sequence", message));
-            }
-            let text = texts.tokens(sequence);
+            let text = texts.text(sequence)?;
             let is_wanted = !(tokens.is_null() && capacity == 0);
             if is_wanted && capacity < text.len() {
                 let message =

@@ -14,7 +14,7 @@ use crate::{DecoderWeights, GenerateOptions};
 /// this token.
 ///
 /// Runs on the thread that called mxt_model_generate. It must not throw or longjmp, and calls on
-/// the model or its trainer return MXT_ERROR_BUSY.
+/// the model, its trainer or its decoders' logits return MXT_ERROR_BUSY.
 pub type mxt_token_fn =
     Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, token: u32) -> i32>;
 
@@ -66,9 +66,9 @@ pub struct mxt_generate_options {
     pub repetition_penalty: f32,
     /// One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
     pub weights: i32,
-    /// 1 where a quarter of the context falls out of a text that exceeds it at once, so that on a
-    /// processor all is computed again only then; 0 (default) where a token falls out for each that
-    /// comes, every one of which takes the whole computation.
+    /// 1 where a quarter of the context falls out of a text that exceeds it at once, so that all is
+    /// computed again only then; 0 (default) where a token falls out for each that comes, every one of
+    /// which takes the whole computation.
     pub slide: i32,
 }
 versioned!(

@@ -129,7 +129,7 @@ impl Access {
     }
 }
 
-fn refused<G>(error: TryLockError<G>) -> Failure {
+pub(super) fn refused<G>(error: TryLockError<G>) -> Failure {
     match error {
         TryLockError::WouldBlock => Failure::new(MXT_ERROR_BUSY, BUSY),
         TryLockError::Poisoned(_) => Failure::new(MXT_ERROR_POISONED, POISONED),

@@ -2,14 +2,13 @@
 
 use std::ffi::{CString, c_char};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError, TryLockError};
+use std::sync::{Mutex, PoisonError};
 
 use super::dataset::mxt_dataset;
 use super::engine::mxt_engine;
 use super::handle::{Handle, State, keep};
 use super::message::Slot;
 use super::model::{mxt_model, mxt_model_config};
-use super::status::mxt_status_code::{MXT_ERROR_BUSY, MXT_ERROR_POISONED};
 use super::status::{Failure, mxt_status};
 use super::structs::{Out, read, read_or_default};
 use super::trainer_structs::{
@@ -78,10 +77,7 @@ impl mxt_trainer {
         body: impl FnOnce(&mut Trainer) -> Result<R, Failure>,
     ) -> Result<R, Failure> {
         let _exclusive = self.state.access().write()?;
-        let mut trainer = self.trainer.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => Failure::new(MXT_ERROR_BUSY, handle::BUSY),
-            TryLockError::Poisoned(_) => Failure::new(MXT_ERROR_POISONED, handle::POISONED),
-        })?;
+        let mut trainer = self.trainer.try_lock().map_err(handle::refused)?;
         let result = body(&mut trainer);
         self.steps.store(trainer.steps_done(), Ordering::Release);
         self.schedule_start.store(trainer.schedule_start(), Ordering::Release);

@@ -87,7 +87,14 @@ impl<B: Backend + Decode> Cached<B> {
         let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
         let backend = &**backend;
         if weights.moves != self.moves {
-            *self = Self::beside(model, &on, self.options, &weights)?;
+            // Recorded passes read where the weights were.
+            if B::activations_in(self.options.weights, weights.master) == self.plan.precision {
+                let sequences = self.sequences.iter_mut();
+                sequences.for_each(|sequence| sequence.recordings = backend.recordings());
+                self.moves = weights.moves;
+            } else {
+                *self = Self::beside(model, &on, self.options, &weights)?;
+            }
         }
         let Self {
             activations, workspace, tokens, logits, plan, packed, sequences, changes, ..
@@ -129,9 +136,10 @@ impl<B: Backend + Decode> Cached<B> {
                     }
                 };
                 // What a token takes where a text is written.
-                match is_last && rows.len() == 1 {
-                    true => backend.recorded(recordings, plan, [0, 0], all),
-                    false => all(),
+                if is_last && rows.len() == 1 {
+                    backend.recorded(recordings, plan, [0, 0], all);
+                } else {
+                    all();
                 }
                 start += rows.len();
             }

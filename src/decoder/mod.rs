@@ -22,6 +22,9 @@ use sampler::Sampler;
 
 const TOKENS: &str = "the tokens of a text";
 
+/// Texts of a decoder: more would take much memory only to be counted.
+const MOST_SEQUENCES: usize = 1 << 16;
+
 impl Model {
     /// Samples a continuation of `prompt`. `on_token` sees each token as it is drawn, and returns
     /// whether to go on; a token of `stop_tokens` is the last. Once prompt and continuation exceed
@@ -89,7 +92,7 @@ impl Model {
 /// What a [`Decoder`] is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecoderOptions {
-    /// Texts beside each other. Default 1.
+    /// Texts beside each other, up to 65536. Default 1.
     pub sequences: usize,
     /// Most tokens of each; 0 (default) is the model's context.
     pub room: usize,
@@ -137,13 +140,13 @@ pub struct Decoder {
 impl Decoder {
     /// Empty texts of `model`; their memory is allocated here (on a GPU again where a trainer changes
     /// what weights are kept as). That is, for each of them, keys and values, 8 bytes a channel, block
-    /// and token of room (on a GPU 4 beside weights in less than f32), and, for all, a copy of the
+    /// and token of room (4 where a GPU computes in bf16), and, for all, a copy of the
     /// linear layers' weights, in less than f32 of the head's, too; a GPU makes a copy in MXFP4 alone.
     /// The copy is made with the first logits, and again with the first after the weights may have
     /// been changed.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] unless there is at least one sequence and `room` is at most the
+    /// [`Error::InvalidArgument`] unless there are from 1 to 65536 sequences and `room` is at most the
     /// model's context, [`Error::Unsupported`] for what the device cannot do, [`Error::OutOfMemory`].
     pub fn new(model: &Model, options: DecoderOptions) -> Result<Self> {
         let context = model.config().context_length;
@@ -154,8 +157,9 @@ impl Decoder {
             );
             return Err(Error::invalid("room", message));
         }
-        if options.sequences == 0 {
-            return Err(Error::invalid("sequences", "expected at least 1, got 0"));
+        if !(1..=MOST_SEQUENCES).contains(&options.sequences) {
+            let message = format!("expected from 1 to {MOST_SEQUENCES}, got {}", options.sequences);
+            return Err(Error::invalid("sequences", message));
         }
         let options = DecoderOptions { room, ..options };
         let on_device = match model.on_device() {
@@ -248,6 +252,12 @@ impl Decoder {
     /// Where there is no such sequence.
     pub fn tokens(&self, sequence: usize) -> &[u32] {
         &self.sequences[sequence]
+    }
+
+    /// The same, or an error.
+    pub(crate) fn text(&self, sequence: usize) -> Result<&[u32]> {
+        self.check(sequence)?;
+        Ok(self.tokens(sequence))
     }
 
     /// Number of texts.

@@ -82,7 +82,7 @@ int main(void) {
   options.sequences = 0;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "sequences", mxt_decoder_new(model, &options, &none));
   options.sequences = SIZE_MAX;
-  CHECK(mxt_decoder_new(model, &options, &none) == MXT_ERROR_OUT_OF_MEMORY);
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "65536", mxt_decoder_new(model, &options, &none));
   options.sequences = 1;
   options.weights = 3;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "weights", mxt_decoder_new(model, &options, &none));

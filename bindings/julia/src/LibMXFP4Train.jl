@@ -309,7 +309,7 @@ Receives each token as it is sampled. Returns 0 to go on; any other number ends 
 this token.
 
 Runs on the thread that called mxt_model_generate. It must not throw or longjmp, and calls on
-the model or its trainer return MXT_ERROR_BUSY.
+the model, its trainer or its decoders' logits return MXT_ERROR_BUSY.
 """
 const mxt_token_fn = Ptr{Cvoid}
 
@@ -502,9 +502,9 @@ struct mxt_generate_options
     repetition_penalty::Cfloat
     # One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
     weights::Int32
-    # 1 where a quarter of the context falls out of a text that exceeds it at once, so that on a
-    # processor all is computed again only then; 0 (default) where a token falls out for each that
-    # comes, every one of which takes the whole computation.
+    # 1 where a quarter of the context falls out of a text that exceeds it at once, so that all is
+    # computed again only then; 0 (default) where a token falls out for each that comes, every one of
+    # which takes the whole computation.
     slide::Int32
 end
 
@@ -514,7 +514,7 @@ What a decoder is made for. Fill it with mxt_decoder_options_init.
 struct mxt_decoder_options
     # Set by mxt_decoder_options_init.
     struct_size::Csize_t
-    # Texts beside each other, numbered from 0. Default 1.
+    # Texts beside each other, numbered from 0, up to 65536. Default 1.
     sequences::Csize_t
     # Most tokens of each. 0 (default) is the model's context.
     room::Csize_t
@@ -1271,11 +1271,13 @@ end
 """
     mxt_decoder_new(model, options, decoder)
 
-Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. All
-its memory is allocated here: keys and values, 8 bytes a channel, block and token of room (on a GPU
-4 beside weights in less than f32), and a copy of the linear layers' weights, in less than f32 of
-the head's, too (on a GPU in MXFP4 alone). `options` may be NULL for the defaults. The handle
-`model` stays the caller's, and may be freed first.
+Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. Its
+memory is allocated here: keys and values, 8 bytes a channel, block and token of room (4 where a GPU
+computes in bf16), a copy of the linear layers' weights, in less than f32 of the head's, too (on a
+GPU in MXFP4 alone), and what a pass of some hundred tokens takes. On a GPU the driver takes besides
+what a recorded pass of each text does, and where a trainer changes what weights are kept as, all may
+be allocated again. `options` may be NULL for the defaults. The handle `model` stays the caller's,
+and may be freed first.
 
 Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (names the option),
 MXT_ERROR_UNSUPPORTED (what the device cannot do), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY. The

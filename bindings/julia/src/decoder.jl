@@ -17,11 +17,12 @@ Sequences are numbered from 1.
 mutable struct Decoder <: Handle
     handle::Ptr{Lib.mxt_decoder}
     uses::Threads.Atomic{Int}
-    model::Model
+    vocab_size::Int
+    sequences::Int
 
     # Owns `handle` from now on.
-    function Decoder(handle::Ptr{Lib.mxt_decoder}, model::Model)
-        return finalizer(close, new(handle, new_uses(), model))
+    function Decoder(handle::Ptr{Lib.mxt_decoder}, vocab_size::Int, sequences::Int)
+        return finalizer(close, new(handle, new_uses(), vocab_size, sequences))
     end
 end
 
@@ -29,7 +30,9 @@ function Decoder(model::Model; weights::Symbol = :f32, fields...)
     managed = (weights = weights_number(weights), reserved = 0)
     init = Lib.mxt_decoder_options_init
     how = Ref(filled(Lib.mxt_decoder_options, init, fields, managed))
-    return made(handle -> Decoder(handle, model), Lib.mxt_decoder, model) do handle
+    vocab_size, sequences = config(model).vocab_size, julia_number(how[].sequences)
+    own = handle -> Decoder(handle, vocab_size, sequences)
+    return made(own, Lib.mxt_decoder, model) do handle
         Lib.mxt_decoder_new(model, how, handle)
     end
 end
@@ -40,7 +43,7 @@ end
 Appends tokens to a text. They are computed when logits are asked for.
 """
 function Base.append!(decoder::Decoder, tokens::AbstractVector{<:Integer}; sequence::Integer = 1)
-    pushed, number = c_tokens("tokens", tokens), sequence_number(sequence)
+    pushed, number = c_tokens("tokens", tokens), sequence_number(decoder, sequence)
     call(() -> Lib.mxt_decoder_push(decoder, number, pushed, length(pushed)), decoder)
     return decoder
 end
@@ -52,8 +55,8 @@ The logits of the token after a text, which has at least one: those of token `t`
 `t + 1`.
 """
 function logits(decoder::Decoder; sequence::Integer = 1)
-    number = sequence_number(sequence)
-    found = Vector{Float32}(undef, config(decoder.model).vocab_size)
+    number = sequence_number(decoder, sequence)
+    found = Vector{Float32}(undef, decoder.vocab_size)
     call(() -> Lib.mxt_decoder_logits(decoder, number, found, length(found)), decoder)
     return found
 end
@@ -64,7 +67,7 @@ end
 Takes the tokens behind the first `length` of a text out again; others can follow.
 """
 function rewind!(decoder::Decoder, length::Integer; sequence::Integer = 1)
-    left, number = c_number(Csize_t, "length", length), sequence_number(sequence)
+    left, number = c_number(Csize_t, "length", length), sequence_number(decoder, sequence)
     call(() -> Lib.mxt_decoder_rewind(decoder, number, left), decoder)
     return decoder
 end
@@ -76,7 +79,7 @@ Makes sequence `to` the text of sequence `from`, with what is computed of it, so
 in their own ways.
 """
 function fork!(decoder::Decoder, from::Integer, to::Integer)
-    numbers = sequence_number(from), sequence_number(to)
+    numbers = sequence_number(decoder, from), sequence_number(decoder, to)
     call(() -> Lib.mxt_decoder_fork(decoder, numbers...), decoder)
     return decoder
 end
@@ -87,7 +90,7 @@ end
 A text so far.
 """
 function tokens(decoder::Decoder; sequence::Integer = 1)
-    number, count = sequence_number(sequence), Ref{Csize_t}(0)
+    number, count = sequence_number(decoder, sequence), Ref{Csize_t}(0)
     call(() -> Lib.mxt_decoder_tokens(decoder, number, C_NULL, 0, count), decoder)
     found = Vector{UInt32}(undef, count[])
     call(decoder) do
@@ -97,11 +100,18 @@ function tokens(decoder::Decoder; sequence::Integer = 1)
 end
 
 # As C counts them.
-sequence_number(sequence) = c_number(Csize_t, "sequence", sequence - 1)
+function sequence_number(decoder, sequence)
+    if !(1 <= sequence <= decoder.sequences)
+        last = decoder.sequences
+        throw(ArgumentError("sequence: expected a number from 1 to $last, got $sequence"))
+    end
+    return convert(Csize_t, sequence - 1)
+end
 
 release(handle::Ptr{Lib.mxt_decoder}) = Lib.mxt_decoder_free(handle)
 Base.unsafe_convert(::Type{Ptr{Lib.mxt_decoder}}, decoder::Decoder) = decoder.handle
 
 function Base.show(io::IO, decoder::Decoder)
-    return print(io, "Decoder(", isopen(decoder) ? decoder.model : "closed", ")")
+    text = isopen(decoder) ? "$(decoder.sequences) sequences" : "closed"
+    return print(io, "Decoder(", text, ")")
 end

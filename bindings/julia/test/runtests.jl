@@ -558,10 +558,13 @@ end
     @test refuses(() -> Decoder(model; reserved = 1), ArgumentError, "reserved")
     @test refuses(() -> append!(decoder, [-1]), ArgumentError, "tokens: ")
     @test refuses(() -> logits(decoder; sequence = 0), ArgumentError, "sequence: ")
-    @test status_of(() -> logits(decoder; sequence = 3)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+    @test refuses(() -> fork!(decoder, 1, 3), ArgumentError, "from 1 to 2, got 3")
     @test status_of(() -> Decoder(model; room = 10^6)) == Lib.MXT_ERROR_INVALID_ARGUMENT
     @test status_of(() -> append!(decoder, [99])) == Lib.MXT_ERROR_TOKEN_RANGE
-    @test sprint(show, decoder) == "Decoder($model)"
+    @test sprint(show, decoder) == "Decoder(2 sequences)"
+    expected = next_logits(model, [1])
+    close(model)
+    @test logits(decoder) == expected
     close(decoder)
     @test sprint(show, decoder) == "Decoder(closed)"
     @test status_of(() -> logits(decoder)) == Lib.MXT_ERROR_NULL

@@ -694,7 +694,8 @@ pub(crate) struct SamplingArgs {
 
     /// Numbers that it is computed in: f32, bf16 or mxfp4. On a processor each takes less memory
     /// beside the model and less time a token than the one before, and is less exact; mxfp4 takes
-    /// longer to begin, and for long prompts. A GPU is fast in bf16, and reads less in mxfp4
+    /// longer to begin, and for long prompts. A GPU wants bf16 or mxfp4: in f32 it is slow, and for
+    /// long prompts very slow
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) weights: DecoderWeights,
 

@@ -180,7 +180,8 @@ fn runs_are_recorded_once_and_reported() {
     assert!(refuse(dir, "compare report data --out report").contains("meta.json:1: no record"));
 }
 
-/// What docs/near-lossless.md, docs/recipes.md and docs/optimizers.md show. `MXT_BLESS=1` writes it anew.
+/// What docs/near-lossless.md, docs/recipes.md and docs/optimizers.md show. `MXT_BLESS=1` writes it
+/// anew.
 #[test]
 fn the_committed_records_give_the_committed_reports() {
     let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs");

@@ -1,9 +1,10 @@
 //! The CUDA backend: bf16 activations and copies of the weights (f32 ones in the recipe `fp32`),
 //! f32 master weights, moments and gradients; GEMMs by cuBLASLt, everything else by the kernels in
 //! `kernels/`, each launched from the file of the same name here or in `quantize/`, but for
-//! `attend_behind.cu` (decode.rs), `optimize_muon.cu` (muon.rs), `normal.cu` (memory.rs), `product_sm120.cu` (quantize/carrier.rs),
-//! `quantize_values.cu`, `quantize_nvfp4.cu` and `int8.cu` (quantize/values.rs),
-//! `requantize_nvfp4.cu` (quantize/kept.rs) and the other `quantize_*.cu` (quantize/mod.rs).
+//! `attend_behind.cu` (decode.rs), `optimize_muon.cu` (muon.rs), `normal.cu` (memory.rs),
+//! `product_sm120.cu` (quantize/carrier.rs), `quantize_values.cu`, `quantize_nvfp4.cu` and `int8.cu`
+//! (quantize/values.rs), `requantize_nvfp4.cu` (quantize/kept.rs) and the other `quantize_*.cu`
+//! (quantize/mod.rs).
 //!
 //! Everything is queued on one stream, and the host waits only where it reads a number. Kernels sum
 //! in an order that depends on shapes alone, so two runs on one kind of GPU give the same bits. The

@@ -1,6 +1,7 @@
-//! Recorded work. What a training step asks for is the same at every step but for random numbers,
-//! so it is captured once as a CUDA graph and from then on launched as a whole: the kernels of a
-//! small model take less time than launching them one by one.
+//! Recorded work. What a training step asks for is the same at every step but for random numbers, and
+//! what a token of a text asks for is the same but for numbers in memory, so it is captured once as a
+//! CUDA graph and from then on launched as a whole: the kernels of a small model take less time than
+//! launching them one by one.
 //!
 //! A capture that fails leaves the step to be done without it, and the next one tries again. The
 //! first step of a kind is not captured, because in it kernels are loaded and algorithms chosen.
@@ -22,7 +23,7 @@ use crate::backend::StepPlan;
 /// Captures of a kind of step that may fail before no further one is made.
 const MAX_FAILURES: u32 = 5;
 
-/// The recordings of a trainer, one for each kind of step that it does.
+/// The recordings of a trainer, one for each kind of step that it does, or of a decoder's text.
 pub(crate) struct Recordings {
     gpu: Arc<Gpu>,
     kinds: Vec<(StepPlan, State)>,
@@ -120,7 +121,8 @@ impl Graph {
             };
             gpu.note("drawing random numbers for a recorded kernel", result);
         }
-        // SAFETY: all that the graph touches lives as long as the trainer that it is recorded for.
+        // SAFETY: all that the graph touches lives as long as the trainer or decoder that it is recorded
+        // for, but for the model's weights: where these move, whoever has recordings drops them.
         let result = unsafe { sys::cuGraphLaunch(self.executable, gpu.stream()) };
         gpu.note("a recorded step", result);
     }
