@@ -1,5 +1,5 @@
-// What files of attention in training begin with. `amax`, in every kernel that stores tensors, is told
-// the largest magnitude stored (note_amax).
+// What files of attention in training begin with. `amax`, in every kernel that stores tensors, is
+// told the largest magnitude stored (note_amax).
 
 __device__ __forceinline__ u32 shared_address(const void *p) {
   return (u32)__cvta_generic_to_shared(p);

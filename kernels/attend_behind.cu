@@ -1,25 +1,25 @@
 // Attention of a few rows behind those whose keys and values are kept.
 //
-// What is kept of a head: its keys (positions, head size), then its values the other way around (head
-// size, positions), of a number of positions that is a multiple of 32. So all operands of the tensor
-// cores lie side by side in memory, 16 bytes a thread, as in decode.cu, and none goes through shared
-// memory.
+// What is kept of a head: its keys (positions, head size), then its values the other way around
+// (head size, positions), of a number of positions that is a multiple of 32. So all operands of the
+// tensor cores lie side by side in memory, 16 bytes a thread, as in decode.cu, and none goes
+// through shared memory.
 //
-// Keys go in blocks of 32, from position 0 on, around to the warps of a block; a warp goes through its
-// own from first to last, with the sums of FlashAttention, and these are joined in the order of warps.
-// Which warp has which keys depends on their positions alone, and keys that a row does not see add
-// nothing to it where their values are finite, not a bit: a row has the same bits whatever comes with
-// it.
+// Keys go in blocks of 32, from position 0 on, around to the warps of a block; a warp goes through
+// its own from first to last, with the sums of FlashAttention, and these are joined in the order of
+// warps. Which warp has which keys depends on their positions alone, and keys that a row does not
+// see add nothing to it where their values are finite, not a bit: a row has the same bits whatever
+// comes with it.
 
 // `Behind` of the host.
 struct Behind {
-  void *out;        // (rows, C)
-  const void *qkv;  // (rows, 3 C)
-  void *kept;       // of all heads
-  const u32 *start; // position of the first row
+  void *out;         // (rows, C)
+  const void *qkv;   // (rows, 3 C)
+  void *kept;        // of all heads
+  const u32 *start;  // position of the first row
   u32 rows;
-  u32 positions;    // that there is room for
-  u32 keeps;        // whether a block keeps the keys and values of its head first
+  u32 positions;  // that there is room for
+  u32 keeps;      // whether a block keeps the keys and values of its head first
   Heads heads;
 };
 
@@ -51,9 +51,9 @@ __device__ __forceinline__ void eight(u32 to[4], const bf16 *line, u32 first, u3
   to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
 }
 
-// out for heads of up to D channels, a multiple of 8. Where `keeps`, all rows are one block's. Grid:
-// rows / 16, rounded up, heads; block: 32 WARPS; dynamic shared memory: WARPS times 16 lines of D + 2
-// floats.
+// out for heads of up to D channels, a multiple of 8. Where `keeps`, all rows are one block's.
+// Grid: rows / 16, rounded up, heads; block: 32 WARPS; dynamic shared memory: WARPS times 16 lines
+// of D + 2 floats.
 template <int D, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
   begin();
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
         }
       }
     }
-    u32 at = block + 8 * t; // the thread's first key
+    u32 at = block + 8 * t;  // the thread's first key
 #pragma unroll
     for (int j = 0; j < D / 8; j++) {
       u32 channel = 8 * j + g;
@@ -221,8 +221,7 @@ template <class T> __global__ void attend_behind_plain(Behind p) {
       if (channel >= d) continue;
       const T *line = values + (size_t)channel * p.positions + first;
       out[half] = __fmul_rn(out[half], kept);
-      for (u32 i = 0; i < count; i++)
-        out[half] = __fmaf_rn(weights[i], to_f32(line[i]), out[half]);
+      for (u32 i = 0; i < count; i++) out[half] = __fmaf_rn(weights[i], to_f32(line[i]), out[half]);
     }
     __syncthreads();
   }

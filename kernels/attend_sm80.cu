@@ -360,8 +360,7 @@ __global__ void __launch_bounds__(WARP *WARPS)
 #pragma unroll
       for (int n = 0; n < BQ / 8; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-          ds[n][i] = p[n][i] * (ds[n][i] - mean[n * 8 + t * 2 + i % 2]);
+        for (int i = 0; i < 4; i++) ds[n][i] = p[n][i] * (ds[n][i] - mean[n * 8 + t * 2 + i % 2]);
       multiply_into<D, BQ>(dk, ds, tile(step, 0));
     }
     __syncthreads();

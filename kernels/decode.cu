@@ -1,14 +1,15 @@
 // Linear layers on a few rows, which come one after the other where a text is written.
 //
 // y (rows, outputs) = x (rows, inputs) W^T + bias, W of shape (outputs, inputs) in bf16 or MXFP4.
-// What this takes is reading W, once for all rows. A warp multiplies 16 outputs with 8 rows of x at a
-// time on tensor cores, straight from memory: the order in which a product counts its elements is
-// free as long as both operands have the same one, so a thread takes elements that lie side by side,
-// 16 bytes of W and of x, where the instruction would have four pieces of 4.
+// What this takes is reading W, once for all rows. A warp multiplies 16 outputs with 8 rows of x at
+// a time on tensor cores, straight from memory: the order in which a product counts its elements is
+// free as long as both operands have the same one, so a thread takes elements that lie side by
+// side, 16 bytes of W and of x, where the instruction would have four pieces of 4.
 //
-// An element of y is summed in an order that its inputs alone decide: chunks of them go around to the
-// eight warps of a block, each sums its own from first to last, and the warps' sums are added in
-// their order. So a row has the same bits alone, among others, and in a long text that comes at once.
+// An element of y is summed in an order that its inputs alone decide: chunks of them go around to
+// the eight warps of a block, each sums its own from first to last, and the warps' sums are added
+// in their order. So a row has the same bits alone, among others, and in a long text that comes at
+// once.
 
 // The warps of a block, among which inputs are divided.
 #define WARPS 8
@@ -17,11 +18,11 @@
 struct FewRows {
   void *y, *activated;
   const void *x, *w, *scales, *bias;
-  u32 rows, inputs, outputs, form; // the form of GELU: 1 for the tanh one, 2 for the exact one
+  u32 rows, inputs, outputs, form;  // the form of GELU: 1 for the tanh one, 2 for the exact one
 };
 
-// A thread's share of a chunk of 16 outputs: elements of outputs g and g + 8 in bf16, as words of two,
-// of which each product takes the next two words.
+// A thread's share of a chunk of 16 outputs: elements of outputs g and g + 8 in bf16, as words of
+// two, of which each product takes the next two words.
 struct OfBf16 {
   // Elements of an output that a thread has at a time, and those of a chunk.
   static const u32 EACH = 8, CHUNK = 4 * EACH;
@@ -30,8 +31,8 @@ struct OfBf16 {
   __device__ __forceinline__ void load(const FewRows &p, u32 output, u32 first, u32 half) {
     const bf16 *w = (const bf16 *)p.w;
     bool inside = output < p.outputs && first < p.inputs;
-    raw[half] = inside ? *(const uint4 *)(w + (size_t)output * p.inputs + first)
-                       : make_uint4(0, 0, 0, 0);
+    raw[half] =
+        inside ? *(const uint4 *)(w + (size_t)output * p.inputs + first) : make_uint4(0, 0, 0, 0);
   }
   __device__ __forceinline__ void words(u32 half, u32 to[EACH / 2]) const {
     to[0] = raw[half].x, to[1] = raw[half].y, to[2] = raw[half].z, to[3] = raw[half].w;
@@ -53,7 +54,7 @@ __device__ __forceinline__ void decode_codes(u32 codes, u32 &first, u32 &second)
 struct OfMxfp4 {
   static const u32 EACH = 16, CHUNK = 4 * EACH;
   uint2 raw[2];
-  u32 scale[2]; // twice, in bf16
+  u32 scale[2];  // twice, in bf16
 
   __device__ __forceinline__ void load(const FewRows &p, u32 output, u32 first, u32 half) {
     raw[half] = make_uint2(0, 0), scale[half] = 0;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void finish(const FewRows &p, u32 row, u32 output, fl
 template <class W, class T, int OUTPUTS, int ROWS, int AHEAD>
 __global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
   begin();
-  const int PITCH = 16 * OUTPUTS + 4; // so that the threads that store meet in no bank
+  const int PITCH = 16 * OUTPUTS + 4;  // so that the threads that store meet in no bank
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   u32 output = blockIdx.x * 16 * OUTPUTS, row = blockIdx.y * 8 * ROWS;
   const bf16 *x = (const bf16 *)p.x;
@@ -160,15 +161,14 @@ __global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
     if (output + o >= p.outputs || row + r >= p.rows) continue;
     float sum = of_warps[r * PITCH + o];
 #pragma unroll
-    for (int w = 1; w < WARPS; w++)
-      sum = __fadd_rn(sum, of_warps[(w * 8 * ROWS + r) * PITCH + o]);
+    for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, of_warps[(w * 8 * ROWS + r) * PITCH + o]);
     finish<T>(p, row + r, output + o, sum);
   }
 }
 
-// The same in plain arithmetic, of f32 numbers and of bf16 ones of any number of inputs: a warp takes
-// an output and 8 rows, a thread every 32nd input. Grid: outputs / WARPS, rows / 8, rounded up; block:
-// 32 WARPS.
+// The same in plain arithmetic, of f32 numbers and of bf16 ones of any number of inputs: a warp
+// takes an output and 8 rows, a thread every 32nd input. Grid: outputs / WARPS, rows / 8, rounded
+// up; block: 32 WARPS.
 template <class X, class T> __global__ void few_rows_plain(FewRows p) {
   begin();
   u32 lane = threadIdx.x % WARP, output = blockIdx.x * WARPS + threadIdx.x / WARP;

@@ -120,9 +120,10 @@ __device__ __forceinline__ u32 multiply_bf16(u32 a, u32 b) {
   return out;
 }
 
-// c (16, 8) += a (16, 16) b (16, 8), a and b in bf16, on a warp's tensor cores. With g = lane / 4 and
-// t = lane % 4, a thread has of c rows g and g + 8, columns 2 t and 2 t + 1; of a those rows, columns
-// 2 t and 2 t + 1 (words 0 and 1), then 2 t + 8 and 2 t + 9; of b the same rows of column g.
+// c (16, 8) += a (16, 16) b (16, 8), a and b in bf16, on a warp's tensor cores. With g = lane / 4
+// and t = lane % 4, a thread has of c rows g and g + 8, columns 2 t and 2 t + 1; of a those rows,
+// columns 2 t and 2 t + 1 (words 0 and 1), then 2 t + 8 and 2 t + 9; of b the same rows of column
+// g.
 __device__ __forceinline__ void multiply_bf16_tiles(float c[4], const u32 a[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"

@@ -1,5 +1,5 @@
-/* Decoders: their logits are the model's, texts beside each other, forks, errors that change nothing,
-   a model that is trained, and several decoders at once. */
+/* Decoders: their logits are the model's, texts beside each other, forks, errors that change
+   nothing, a model that is trained, and several decoders at once. */
 #include "check.h"
 
 #include <pthread.h>
@@ -90,7 +90,8 @@ int main(void) {
   options.reserved = 1;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "reserved", mxt_decoder_new(model, &options, &none));
   CHECK(none == NULL);
-  for (int32_t weights = MXT_DECODER_WEIGHTS_BF16; weights <= MXT_DECODER_WEIGHTS_MXFP4; weights++) {
+  for (int32_t weights = MXT_DECODER_WEIGHTS_BF16; weights <= MXT_DECODER_WEIGHTS_MXFP4;
+       weights++) {
     options.reserved = 0;
     options.weights = weights;
     OK(mxt_decoder_new(model, &options, &none));

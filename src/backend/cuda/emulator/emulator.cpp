@@ -4,12 +4,12 @@
 // Every thread is a coroutine that runs until it waits for others. `order` says in which order
 // threads get their turn, and `late` that a copy to shared memory happens only when it is waited
 // for, else it happens at once: what a kernel may rely on is right in all of these.
+#include <ucontext.h>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <ucontext.h>
 #include <utility>
 #include <vector>
 
@@ -50,13 +50,13 @@ struct Copy {
 struct Thread {
   ucontext_t context;
   std::vector<char> stack;
-  std::vector<std::vector<Copy>> groups; // the last one is not ended yet
+  std::vector<std::vector<Copy>> groups;  // the last one is not ended yet
   bool done;
 };
 static std::vector<Thread> threads;
 static ucontext_t scheduler;
 static bool late;
-static unsigned steps; // barriers passed and threads done
+static unsigned steps;  // barriers passed and threads done
 static void (*body)(void *);
 static void *argument;
 
@@ -327,16 +327,15 @@ static void load_matrices(unsigned out[4], const unsigned char *row) {
   for (unsigned i = 0; i < 4; i++) memcpy(&out[i], all[8 * i + lane() / 4] + 4 * (lane() % 4), 4);
 }
 
-// ---- Tensor cores --------------------------------------------------------------------------------
+// ---- Tensor cores
+// --------------------------------------------------------------------------------
 
 struct Tiles {
   u32 a[32][4], b[32][2];
 };
 static Tiles tiles[2][32];
 // One number of two that stand in a word.
-static double number_of(u32 word, unsigned second) {
-  return second ? high_of(word) : low_of(word);
-}
+static double number_of(u32 word, unsigned second) { return second ? high_of(word) : low_of(word); }
 static void multiply_bf16_tiles(float c[4], const u32 a[4], u32 b0, u32 b1) {
   Tiles &all = tiles[turn()][warp()];
   memcpy(all.a[lane()], a, 16), all.b[lane()][0] = b0, all.b[lane()][1] = b1;
