@@ -88,6 +88,20 @@ static void end(void) {
     end(); \
   } while (0)
 
+/* A call on a decoder of a text of one token: afterwards it refuses. */
+#define DECODER_PANICS(call) \
+  do { \
+    mxt_decoder *decoder = NULL; \
+    start(); \
+    OK(mxt_decoder_new(model, NULL, &decoder)); \
+    OK(mxt_decoder_push(decoder, 0, &token, 1)); \
+    PANICS(call); \
+    CHECK(strstr(mxt_decoder_last_error(decoder), "injected fault") != NULL); \
+    RETURNS(MXT_ERROR_POISONED, mxt_decoder_rewind(decoder, 0, 0)); \
+    mxt_decoder_free(decoder); \
+    end(); \
+  } while (0)
+
 /* A call that makes something: nothing is made, the parent stays usable. */
 #define MAKING_PANICS(call, made) \
   do { \
@@ -120,6 +134,8 @@ static void making(const char *tokens) {
   mxt_generate_options generate;
   mxt_run_options run;
   mxt_dataset_options dataset_options;
+  mxt_decoder_options decoder_options;
+  mxt_decoder *decoder = NULL;
   mxt_memory_plan plan;
   mxt_model *other_model;
   mxt_trainer *other;
@@ -132,12 +148,14 @@ static void making(const char *tokens) {
   PANICS(mxt_generate_options_init(&generate, sizeof generate));
   PANICS(mxt_run_options_init(&run, sizeof run));
   PANICS(mxt_dataset_options_init(&dataset_options, sizeof dataset_options));
+  PANICS(mxt_decoder_options_init(&decoder_options, sizeof decoder_options));
 
   OK(mxt_engine_options_init(&engine_options, sizeof engine_options));
   MAKING_PANICS(mxt_engine_new(&engine_options, &engine), engine);
   config = small_config();
   MAKING_PANICS(mxt_model_new(engine, &config, &model), model);
   CHECK(strstr(mxt_engine_last_error(engine), "injected fault") != NULL);
+  MAKING_PANICS(mxt_decoder_new(model, NULL, &decoder), decoder);
   trainer_options = small_options();
   MAKING_PANICS(mxt_trainer_new(model, &trainer_options, &trainer), trainer);
   OK(mxt_trainer_save(trainer, folder));
@@ -172,7 +190,9 @@ static void making(const char *tokens) {
   TEXT_PANICS(mxt_model_last_error(model));
   TEXT_PANICS(mxt_dataset_last_error(dataset));
   TEXT_PANICS(mxt_trainer_last_error(trainer));
+  TEXT_PANICS(mxt_decoder_last_error(decoder));
 
+  FREE_PANICS(mxt_decoder_free(decoder));
   FREE_PANICS(mxt_trainer_free(trainer));
   FREE_PANICS(mxt_dataset_free(dataset));
   FREE_PANICS(mxt_model_free(model));
@@ -260,6 +280,13 @@ int main(int argc, char **argv) {
   MODEL_PANICS(mxt_model_tensor_write(model, "transformer.ln_f.bias", values, 16));
   MODEL_PANICS(mxt_model_generate(model, NULL, &token, 1, NULL, 0, &written));
   MODEL_PANICS(mxt_model_next_logits(model, &token, 1, logits, VOCABULARY));
+  CHECK(written == 77);
+
+  DECODER_PANICS(mxt_decoder_push(decoder, 0, &token, 1));
+  DECODER_PANICS(mxt_decoder_logits(decoder, 0, logits, VOCABULARY));
+  DECODER_PANICS(mxt_decoder_rewind(decoder, 0, 0));
+  DECODER_PANICS(mxt_decoder_fork(decoder, 0, 0));
+  DECODER_PANICS(mxt_decoder_tokens(decoder, 0, NULL, 0, &written));
   CHECK(written == 77);
 
   start();
