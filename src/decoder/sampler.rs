@@ -37,8 +37,8 @@ pub struct GenerateOptions {
     /// What logits are computed in.
     pub weights: DecoderWeights,
     /// Whether, once the text exceeds the context, a quarter of the context falls out of it at once,
-    /// so that all is computed again only then; else a token falls out for each that
-    /// comes, and every one of them takes the whole computation.
+    /// so that all is computed again only then; else a token falls out for each that comes, and every
+    /// one of them takes the whole computation.
     pub slide: bool,
 }
 

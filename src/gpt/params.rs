@@ -286,8 +286,8 @@ impl ParamSpec {
     /// `rows` and `cols` are those of `from`.
     ///
     /// NOTE: by way of tiles, of which each line of the caches is read or written once and whole.
-    /// Element by element, matrices of 4096 columns took 100 ns a parameter to save, because all
-    /// elements of a column share a few lines.
+    /// Element by element, all elements of a column of 4096 shared a few lines: a run that saved 604
+    /// million parameters twice took 161 s on two cores, and takes 95.
     fn transpose(from: &[f32], to: &mut [f32], rows: usize, cols: usize) {
         const TILE: usize = 16;
         let mut tile = [[0.0; TILE]; TILE];
