@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use super::DecoderOptions;
+use super::{DecoderOptions, recipe_in};
 use crate::Result;
 use crate::backend::{
-    Backend, Decode, HeadShape, LinearShape, Precision, Sequences, StepPlan, WorkspaceShape,
+    Backend, Decode, HeadShape, LinearShape, Sequences, StepPlan, WorkspaceShape,
 };
-use crate::formats::{BLOCK, LinearRecipe};
+use crate::formats::BLOCK;
 use crate::gpt::{Activations, Kept, ModelConfig, Packed, Pass, Shapes};
 use crate::model::{Model, OnDevice, Weights};
-use crate::recipe::Recipe;
 use crate::reserve::collect;
 
 /// What is kept of a sequence.
@@ -159,11 +158,8 @@ impl<B: Backend + Decode> Cached<B> {
         let DecoderOptions { room, sequences, weights: form } = options;
         let (backend, rows) = (&*on.backend, room.min(B::ROWS));
         // Of scratch memory: products of other numbers take less.
-        let (recipe, linear) = match B::activations_in(form, weights.master) {
-            Precision::F32 => (Recipe::fp32(), LinearRecipe::F32),
-            Precision::Bf16 => (Recipe::bf16(), LinearRecipe::BF16),
-        };
-        let precision = recipe.precision();
+        let precision = B::activations_in(form, weights.master);
+        let recipe = recipe_in(precision);
         let of = |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         let shapes = of(rows);
         let shape = WorkspaceShape {
@@ -178,7 +174,7 @@ impl<B: Backend + Decode> Cached<B> {
             attention: of(room).attention(0),
             // Logits take no room of the classifier's.
             head: HeadShape { vocab_size: 1, ..shapes.head() },
-            recipes: &[linear],
+            recipes: &[*recipe.linear(0)],
             merge: None,
             backward: false,
         };

@@ -11,9 +11,10 @@ use std::fmt;
 pub use crate::backend::DecoderWeights;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::backend::{Device, on_device};
+use crate::backend::{Device, Precision, on_device};
 use crate::gpt::ModelConfig;
 use crate::model::Model;
+use crate::recipe::Recipe;
 use crate::reserve::{collect, push, reserve};
 use crate::{Error, Result};
 use cached::Cached;
@@ -295,6 +296,14 @@ impl fmt::Debug for Decoder {
             .field("sequences", sequences)
             .field("room", room)
             .finish_non_exhaustive()
+    }
+}
+
+/// What computes in a precision, without quantization.
+fn recipe_in(precision: Precision) -> Recipe {
+    match precision {
+        Precision::F32 => Recipe::fp32(),
+        Precision::Bf16 => Recipe::bf16(),
     }
 }
 

@@ -2,16 +2,14 @@
 
 use std::sync::Arc;
 
+use super::{DecoderWeights, recipe_in};
 use crate::Result;
-use crate::backend::{Backend, Sequences, WorkspaceShape};
-use crate::formats::LinearRecipe;
+use crate::backend::{Backend, Decode, Sequences, WorkspaceShape};
 use crate::gpt::{Activations, Pass, Shapes};
 use crate::model::{Model, OnDevice};
-use crate::optim::Master;
-use crate::recipe::Recipe;
 
 /// Logits of the token after `context`, by a forward pass over all of it.
-pub(super) fn next_logits<B: Backend>(
+pub(super) fn next_logits<B: Backend + Decode>(
     model: &Model,
     on: &Arc<OnDevice<B>>,
     context: &[u32],
@@ -20,12 +18,9 @@ pub(super) fn next_logits<B: Backend>(
     // From here on nobody changes what the weights are kept as.
     let weights = on.read()?;
     let (config, backend) = (model.config(), &*on.backend);
-    let (recipe, linear) = match weights.master {
-        Master::F32 => (Recipe::fp32(), LinearRecipe::F32),
-        // With their copies.
-        Master::Split => (Recipe::bf16(), LinearRecipe::BF16),
-    };
-    let (precision, plan) = (recipe.precision(), recipe.step_plan(config.layers)?);
+    let precision = B::activations_in(DecoderWeights::F32, weights.master);
+    let recipe = recipe_in(precision);
+    let plan = recipe.step_plan(config.layers)?;
     let sequences = Sequences { batch: 1, length: context.len() };
     let shapes = Shapes { config, sequences, precision };
     let shape = WorkspaceShape {
@@ -33,7 +28,7 @@ pub(super) fn next_logits<B: Backend>(
         norm: shapes.norm(),
         attention: shapes.attention(0),
         head: shapes.head(),
-        recipes: &[linear],
+        recipes: &[*recipe.linear(0)],
         merge: None,
         backward: false,
     };
