@@ -51,12 +51,12 @@ JULIA_OF_C = {
 # error, or is to be looked up in the manual of the oldest Julia of Project.toml, and added.
 BASE = set(
     """
-    ArgumentError BoundsError Cstring DimensionMismatch Int Int128 Int32 KeyError ReentrantLock
-    Ref String UInt64 VersionNumber abspath ccall convert current_task dlopen dlsym eachindex
-    eltype enumerate error fieldnames fieldtype filter finalizer findfirst first get getfield haskey
-    include isdefined isempty isfile isinteger isinteractive isodd join keys last length lock map
-    merge min nameof new ntuple pointer pop! print push! repr reverse size sizeof something sprint
-    task_local_storage throw typemax typemin typeof unsafe_load unsafe_store! unsafe_string
+    ArgumentError BoundsError Cstring DimensionMismatch Int Int128 Int32 KeyError ReentrantLock Ref
+    String UInt64 VersionNumber abspath ccall convert current_task dlopen dlsym eachindex eltype
+    enumerate error fieldnames fieldtype filter finalizer findfirst first get getfield haskey
+    include isdefined isempty isfile isinteger isinteractive isodd isopen join keys last length lock
+    map merge min nameof new ntuple pointer pop! print push! repr reverse size sizeof something
+    sprint task_local_storage throw typemax typemin typeof unsafe_load unsafe_store! unsafe_string
     """.split()
 )
 

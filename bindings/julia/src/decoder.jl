@@ -79,8 +79,8 @@ Makes sequence `to` the text of sequence `from`, with what is computed of it, so
 in their own ways.
 """
 function fork!(decoder::Decoder, from::Integer, to::Integer)
-    numbers = sequence_number(decoder, from), sequence_number(decoder, to)
-    call(() -> Lib.mxt_decoder_fork(decoder, numbers...), decoder)
+    source, target = sequence_number(decoder, from), sequence_number(decoder, to)
+    call(() -> Lib.mxt_decoder_fork(decoder, source, target), decoder)
     return decoder
 end
 
