@@ -4,7 +4,8 @@
 //! have the shapes of GPT-2's and random weights: 124M (default), 345M, d6 (384 wide), 1.3B. Prefill is
 //! given in tokens a second of 499 tokens; decoding for the tokens behind them, one at a time, with
 //! logits on the host; and the whole computation in f32, which each of them took without what is kept.
-//! Medians.
+//! Medians. Then a text is written with drafts and without in turn; what random weights guess right of
+//! their own choices is no measure of trained ones.
 //!
 //! On a processor there stands beside a token the time in which all threads together read as many
 //! bytes as the weights of the linear layers and of the head have, from a buffer of that size, which a
@@ -15,12 +16,14 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use mxfp4train::{
-    Dataset, Decoder, DecoderOptions, DecoderWeights, Engine, EngineOptions, Model, ModelConfig,
-    Trainer, TrainerOptions,
+    Dataset, Decoder, DecoderOptions, DecoderWeights, Draft, Engine, EngineOptions,
+    GenerateOptions, Model, ModelConfig, Trainer, TrainerOptions,
 };
 
 const PROMPT: usize = 500;
 const TOKENS: usize = 24;
+/// Tokens of a text that is written with drafts.
+const TEXT: usize = 96;
 
 fn config(name: &str) -> ModelConfig {
     let (layers, heads, channels) = match name {
@@ -140,6 +143,59 @@ fn main() {
                 whole / token,
                 1e3 * whole,
             );
+            if weights != DecoderWeights::Mxfp4 {
+                drop(decoder);
+                drafts(&model, weights, &text[..64]);
+            }
         }
+    }
+}
+
+/// What drafts gain, in turn with none, and what a guess and a check take of a plain token.
+fn drafts(model: &Model, weights: DecoderWeights, prompt: &[u32]) {
+    let options = DecoderOptions { weights, drafts: true, ..Default::default() };
+    let mut decoder = Decoder::new(model, options).unwrap();
+    decoder.push(0, prompt).unwrap();
+    let mut run = |draft, draft_tokens, seed| {
+        decoder.rewind(0, prompt.len()).unwrap();
+        let options =
+            GenerateOptions { max_tokens: TEXT, draft, draft_tokens, seed, ..Default::default() };
+        let (mut begun, mut count) = (Instant::now(), 0);
+        let text = decoder.generate(0, &options, &mut |_| {
+            // The first token comes with the prompt.
+            if count == 0 {
+                begun = Instant::now();
+            }
+            count += 1;
+            true
+        });
+        let text = text.unwrap();
+        ((TEXT - 1) as f64 / begun.elapsed().as_secs_f64(), text)
+    };
+    run(Draft::Mxfp4, 0, 0);
+    let ways = [(Draft::None, 0), (Draft::Mxfp4, 0), (Draft::Mxfp4, 4), (Draft::Mxfp4Ngram, 0)];
+    let mut rates = [const { Vec::new() }; 4];
+    let mut guesses = [[0; 2]; 4];
+    for seed in 0..5 {
+        let mut plain = Vec::new();
+        for (n, (draft, length)) in ways.into_iter().enumerate() {
+            let (rate, text) = run(draft, length, seed);
+            rates[n].push(1.0 / rate);
+            guesses[n] = [guesses[n][0] + text.accepted, guesses[n][1] + text.drafted];
+            match draft {
+                Draft::None => plain = text.tokens,
+                _ => assert!(text.tokens == plain, "whoever guesses, the text is the same"),
+            }
+        }
+    }
+    let rates = rates.map(|seconds| 1.0 / median(seconds));
+    for (n, (draft, length)) in ways.into_iter().enumerate() {
+        println!(
+            "  draft {draft}, {length} tokens: {:.1} tokens/s, {:.2} of plain; {} of {} guesses right",
+            rates[n],
+            rates[n] / rates[0],
+            guesses[n][0],
+            guesses[n][1],
+        );
     }
 }

@@ -221,6 +221,20 @@ typedef enum mxt_decoder_weights {
   MXT_DECODER_WEIGHTS_MXFP4 = 2,
 } mxt_decoder_weights;
 
+// Who guesses the next tokens, for the model to check several at once.
+typedef enum mxt_draft {
+  // Nobody: a token takes a pass of its own.
+  MXT_DRAFT_NONE = 0,
+  // The text: what followed its last three, two or one tokens where they stood before. Gains where
+  // a text repeats itself, as code does.
+  MXT_DRAFT_NGRAM = 1,
+  // The model with its weights in MXFP4, a copy that takes 4.25 bits a weight more. On a GPU for
+  // weights in bf16.
+  MXT_DRAFT_MXFP4 = 2,
+  // The same, which the text guesses for.
+  MXT_DRAFT_MXFP4_NGRAM = 3,
+} mxt_draft;
+
 // What a token is in a file without a header to say it.
 typedef enum mxt_token_type {
   // Found out by a look at the tokens: 16 bits, unless they must be 32 or 64. A file in which
@@ -405,8 +419,9 @@ typedef struct mxt_tensor_info {
 // Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
 // this token.
 //
-// Runs on the thread that called mxt_model_generate. It must not throw or longjmp, and calls on
-// the model, its trainer or its decoders' logits return MXT_ERROR_BUSY.
+// Runs on the thread that called mxt_model_generate or mxt_decoder_generate. It must not throw or
+// longjmp, and of the first call's model, its trainer and its decoders' logits, of the second's decoder
+// and its model's trainer, calls return MXT_ERROR_BUSY.
 typedef int32_t (*mxt_token_fn)(void *user_data, uint32_t token);
 
 // How tokens are sampled. Fill it with mxt_generate_options_init.
@@ -440,12 +455,22 @@ typedef struct mxt_generate_options {
   // Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
   // below: above 1 the text repeats itself less. 1 (default) changes nothing.
   float repetition_penalty;
-  // One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
+  // One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32. Not looked at by
+  // mxt_decoder_generate.
   int32_t weights;
   // 1 where a quarter of the context falls out of a text that exceeds it at once, so that all is
   // computed again only then; 0 (default) where a token falls out for each that comes, every one of
   // which takes the whole computation.
   int32_t slide;
+  // One of mxt_draft: who guesses the next tokens, for several to be checked in one pass. The text
+  // is the same whoever does. Default MXT_DRAFT_NONE.
+  int32_t draft;
+  // Tokens that are guessed at a time, up to 15; 0 (default) is as many as gain most.
+  uint32_t draft_tokens;
+  // Receives the number of tokens that were guessed, or NULL (default).
+  uint64_t *drafted;
+  // Receives how many of them the model chose, too, or NULL (default).
+  uint64_t *accepted;
 } mxt_generate_options;
 
 // What a decoder is made for. Fill it with mxt_decoder_options_init.
@@ -458,8 +483,9 @@ typedef struct mxt_decoder_options {
   size_t room;
   // One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
   int32_t weights;
-  // 0.
-  int32_t reserved;
+  // 1 keeps the weights in MXFP4, too, for drafts of mxt_decoder_generate; not beside weights that
+  // are in MXFP4 themselves. Default 0.
+  int32_t drafts;
 } mxt_decoder_options;
 
 // How a dataset is opened. Fill it with mxt_dataset_options_init.
@@ -996,7 +1022,7 @@ mxt_status mxt_decoder_options_init(struct mxt_decoder_options *options, size_t 
 // Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. Its
 // memory is allocated here: keys and values, 8 bytes a channel, block and token of room (4 where a GPU
 // computes in bf16), a copy of the linear layers' weights, in less than f32 of the head's, too (on a
-// GPU in MXFP4 alone), and what a pass of some hundred tokens takes. On a GPU the driver takes besides
+// GPU in MXFP4 alone), one more in MXFP4 with drafts, and what a pass of some hundred tokens takes. On a GPU the driver takes besides
 // what a recorded pass of each text does, and where a trainer changes what weights are kept as, all may
 // be allocated again. `options` may be NULL for the defaults. The handle `model` stays the caller's,
 // and may be freed first.
@@ -1032,6 +1058,40 @@ mxt_status mxt_decoder_logits(struct mxt_decoder *decoder,
                               size_t sequence,
                               float *logits,
                               size_t count);
+
+// Computes the logits of what comes after each token of text `sequence` from number `from` on, as
+// mxt_decoder_logits has them after each: what it takes to score a text, or to check tokens that were
+// guessed. With n such tokens, `logits` has room for `count` numbers, which must be n times the
+// model's vocab_size, and may lie in memory of the engine's GPU. All n are computed in one pass, again
+// if they were before.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence or token, another count),
+// MXT_ERROR_OUT_OF_MEMORY (on a GPU, where a trainer has changed what weights are kept as),
+// MXT_ERROR_BUSY (also while the model is being trained).
+mxt_status mxt_decoder_logits_from(struct mxt_decoder *decoder,
+                                   size_t sequence,
+                                   size_t from,
+                                   float *logits,
+                                   size_t count);
+
+// Samples a continuation of text `sequence`, which has at least one token, and appends it to the text;
+// where there is no more room, the oldest tokens fall out. The new tokens are written to `tokens`,
+// which has room for `capacity` of them, at least max_tokens; their number to `*written`. With
+// `tokens` NULL and `capacity` 0 they are only given to on_token. `options` may be NULL for the
+// defaults; its weights are not looked at, for the decoder has its own. Draws are numbered from 0 in
+// every call, so a text that is continued again wants another seed.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no such sequence, no
+// token, an option out of range, a draft in MXFP4 without drafts in the decoder's options),
+// MXT_ERROR_BUFFER_TOO_SMALL, MXT_ERROR_NOT_FINITE (the logits), MXT_ERROR_OUT_OF_MEMORY,
+// MXT_ERROR_BUSY. After MXT_ERROR_NOT_FINITE and MXT_ERROR_OUT_OF_MEMORY the text may have new tokens
+// (mxt_decoder_tokens).
+mxt_status mxt_decoder_generate(struct mxt_decoder *decoder,
+                                size_t sequence,
+                                const struct mxt_generate_options *options,
+                                uint32_t *tokens,
+                                size_t capacity,
+                                size_t *written);
 
 // Takes the tokens of text `sequence` from number `len` on out again; others can follow. 0 empties
 // it.

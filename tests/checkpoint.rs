@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mxfp4train::{
-    Dataset, Engine, EngineOptions, Error, GenerateOptions, Model, ModelConfig, Trainer,
-    TrainerOptions,
+    Dataset, DecoderWeights, Draft, Engine, EngineOptions, Error, GenerateOptions, Model,
+    ModelConfig, Trainer, TrainerOptions,
 };
 use safetensors::SafeTensors;
 
@@ -235,6 +235,14 @@ fn bad_options_name_themselves() {
     assert!(of(|options| options.min_p = 1.5).contains("min_p"));
     assert!(of(|options| options.repetition_penalty = 0.0).contains("repetition_penalty"));
     assert!(of(|options| options.repetition_penalty = f32::NAN).contains("repetition_penalty"));
+    assert!(
+        of(|options| options.draft_tokens = 16).contains("draft_tokens: expected from 1 to 15")
+    );
+    let of_itself = of(|options| {
+        options.draft = Draft::Mxfp4;
+        options.weights = DecoderWeights::Mxfp4;
+    });
+    assert!(of_itself.contains("use none or ngram, or weights f32 or bf16"), "{of_itself}");
     let mut tensor = vec![f32::NAN; 64 * 8];
     let error = model.write_tensor("transformer.wte.weight", &tensor).unwrap_err().to_string();
     assert!(error.contains("element 0 of transformer.wte.weight"), "{error}");
@@ -251,13 +259,15 @@ fn generation_slides_and_stops() {
     let model = Model::new(&engine(), &config()).unwrap();
     let options =
         GenerateOptions { max_tokens: 40, temperature: 1.0, ..GenerateOptions::default() };
-    let all = model.generate(&[1, 2, 3], &options, &mut |_| true).unwrap();
+    let all = model.generate(&[1, 2, 3], &options, &mut |_| true).unwrap().tokens;
     assert_eq!(all.len(), 40);
-    assert_eq!(model.generate(&[1, 2, 3], &options, &mut |_| true).unwrap(), all);
+    let again = model.generate(&[1, 2, 3], &options, &mut |_| true).unwrap();
+    assert_eq!(again.tokens, all);
     let mut seen = 0;
     let mut stop_at_five = |_| {
         seen += 1;
         seen < 5
     };
-    assert_eq!(model.generate(&[1, 2, 3], &options, &mut stop_at_five).unwrap(), all[..5]);
+    let stopped = model.generate(&[1, 2, 3], &options, &mut stop_at_five).unwrap();
+    assert_eq!(stopped.tokens, all[..5]);
 }

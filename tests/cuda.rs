@@ -652,7 +652,7 @@ fn trainers_that_keep_weights_otherwise_share_a_model() {
             losses.push(second.eval(&data, 2).unwrap().loss);
         }
         let greedy = GenerateOptions { temperature: 0.0, max_tokens: 4, ..Default::default() };
-        let tokens = model.generate(&[10, 20, 30], &greedy, &mut |_| true).unwrap();
+        let tokens = model.generate(&[10, 20, 30], &greedy, &mut |_| true).unwrap().tokens;
         second.save(&path).unwrap();
         let loaded = Trainer::load(&gpu, &path).unwrap().eval(&data, 2).unwrap().loss;
         assert_eq!(loaded, second.eval(&data, 2).unwrap().loss);

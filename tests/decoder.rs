@@ -83,6 +83,45 @@ fn logits_are_those_of_the_whole_text_however_it_came() {
     }
 }
 
+/// All at once, from any token on, more than a pass takes or than it has logits for; and what comes
+/// behind is as if nobody had asked.
+#[test]
+fn logits_of_all_tokens_are_those_after_each() {
+    for config in configs() {
+        let (vocab, context) = (config.vocab_size, config.context_length);
+        let (text, model) = (tokens(context, vocab), Model::new(&engine(2), &config).unwrap());
+        for weights in DecoderWeights::ALL {
+            let mut decoder = of_room(&model, 0, weights);
+            let mut expected = Vec::new();
+            for token in &text {
+                decoder.push(0, &[*token]).unwrap();
+                expected.push(of(&mut decoder, vocab));
+            }
+            decoder.rewind(0, context - 1).unwrap();
+            for from in [0, 1, 30, context - 34, context - 2] {
+                let mut all = vec![f32::NAN; (context - 1 - from) * vocab];
+                decoder.logits_from(0, from, &mut all).unwrap();
+                assert!(all == expected[from..context - 1].concat(), "{weights}, {from}");
+            }
+            decoder.push(0, &text[context - 1..]).unwrap();
+            assert!(of(&mut decoder, vocab) == expected[context - 1]);
+
+            let mut error = |from, len: usize| {
+                let mut out = vec![0.0; len];
+                decoder.logits_from(0, from, &mut out).unwrap_err().to_string()
+            };
+            let outside = error(context, vocab);
+            let last = context - 1;
+            assert!(outside.contains(&format!("from 0 to {last}; got {context}")), "{outside}");
+            let short = error(last - 1, vocab);
+            assert!(short.contains(&format!("2 times {vocab} numbers, got {vocab}")), "{short}");
+            decoder.rewind(0, 0).unwrap();
+            let empty = decoder.logits_from(0, 0, &mut []).unwrap_err().to_string();
+            assert!(empty.contains("at least one token, got none"), "{empty}");
+        }
+    }
+}
+
 #[test]
 fn what_was_taken_out_leaves_no_trace() {
     let [config, _] = configs();
@@ -174,7 +213,7 @@ fn sliding_forgets_a_quarter_of_the_context() {
         ..GenerateOptions::default()
     };
     let prompt = tokens(30, 64);
-    let slid = model.generate(&prompt, &options(true), &mut |_| true).unwrap();
+    let slid = model.generate(&prompt, &options(true), &mut |_| true).unwrap().tokens;
     let mut text = prompt.clone();
     let mut start = 0;
     for token in &slid {
@@ -188,7 +227,7 @@ fn sliding_forgets_a_quarter_of_the_context() {
         text.push(*token);
     }
     assert!(start == 34 && slid.len() == 60, "{start}");
-    let stepwise = model.generate(&prompt, &options(false), &mut |_| true).unwrap();
+    let stepwise = model.generate(&prompt, &options(false), &mut |_| true).unwrap().tokens;
     assert_eq!(stepwise[..36], slid[..36]);
 }
 
@@ -204,7 +243,7 @@ fn generated_text_is_that_of_the_whole_computation() {
         repetition_penalty: 1.3,
         ..GenerateOptions::default()
     };
-    let generated = model.generate(&prompt, &options, &mut |_| true).unwrap();
+    let generated = model.generate(&prompt, &options, &mut |_| true).unwrap().tokens;
     let mut text = prompt;
     for token in generated {
         let mut logits = whole(&model, &text);
@@ -231,7 +270,7 @@ fn text_is_written_by_the_weights_that_are_asked_for() {
             GenerateOptions { max_tokens: 5, temperature: 0.0, weights, ..Default::default() };
         for start in 0..40 {
             let prompt = tokens(start + 9, 97)[start..].to_vec();
-            let generated = model.generate(&prompt, &options, &mut |_| true).unwrap();
+            let generated = model.generate(&prompt, &options, &mut |_| true).unwrap().tokens;
             let mut decoder = of_room(&model, 14, weights);
             decoder.push(0, &prompt).unwrap();
             for token in &generated {

@@ -126,7 +126,7 @@ fn weights_at_the_ends_of_their_range() {
             write(&trainer, &filled);
             let options = GenerateOptions { max_tokens: 4, ..GenerateOptions::default() };
             match trainer.model().generate(&[1], &options, &mut |_| true) {
-                Ok(tokens) => assert!(fill < 1e30 && tokens.iter().all(|token| *token < 32)),
+                Ok(text) => assert!(fill < 1e30 && text.tokens.iter().all(|token| *token < 32)),
                 Err(error) => assert!(matches!(error, Error::NotFinite { .. }), "{error}"),
             }
             let (done, _) = steps(&mut trainer, &data, 5);

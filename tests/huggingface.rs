@@ -254,7 +254,7 @@ fn a_head_of_its_own_is_a_parameter_like_others() {
     let mut logits = vec![0.0; 64];
     model.next_logits(&[1, 2, 3], &mut logits).unwrap();
     let prompt = GenerateOptions { max_tokens: 3, temperature: 0.0, ..GenerateOptions::default() };
-    let first = model.generate(&[1, 2, 3], &prompt, &mut |_| true).unwrap()[0];
+    let first = model.generate(&[1, 2, 3], &prompt, &mut |_| true).unwrap().tokens[0];
     let best = (0..64).max_by(|a, b| logits[*a].total_cmp(&logits[*b])).unwrap();
     assert_eq!(first as usize, best);
     // Without the head every token is as likely as any other, whatever the embedding.

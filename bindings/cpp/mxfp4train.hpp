@@ -537,6 +537,39 @@ class Decoder {
     return detail::finish(status, std::move(logits));
   }
 
+  // The logits of what comes after each token from number `from` on, behind each other.
+  outcome<std::vector<float>> logits_from(std::size_t from, std::size_t sequence = 0) {
+    std::size_t count = 0;
+    mxt_status status = mxt_decoder_tokens(get(), sequence, nullptr, 0, &count);
+    std::vector<float> logits(count > from ? (count - from) * vocab_size_ : 0);
+    if (status == MXT_OK) {
+      status = mxt_decoder_logits_from(get(), sequence, from, logits.data(), logits.size());
+    }
+    return detail::finish(status, std::move(logits));
+  }
+
+  // Samples a continuation of a text and appends it; returns the new tokens. The options' weights
+  // are not looked at.
+  outcome<std::vector<std::uint32_t>> generate(const GenerateOptions &options = {},
+                                               std::size_t sequence = 0) {
+    detail::Text text{{}, options.on_token, options.user_data};
+    GenerateOptions keeping = options;
+    keeping.on_token = detail::keep_token;
+    keeping.user_data = &text;
+    std::size_t written = 0;
+    const mxt_status status = mxt_decoder_generate(get(), sequence, &keeping, nullptr, 0, &written);
+    return detail::finish(status, std::move(text.tokens));
+  }
+
+  // The same, with `on_token(std::uint32_t)` called for each token, in place of options.on_token.
+  template <class OnToken>
+  outcome<std::vector<std::uint32_t>> generate(GenerateOptions options, std::size_t sequence,
+                                               OnToken on_token) {
+    options.on_token = detail::on_token<OnToken>;
+    options.user_data = std::addressof(on_token);
+    return generate(options, sequence);
+  }
+
   // Takes the tokens from number `length` on out again.
   outcome<void> rewind(std::size_t length, std::size_t sequence = 0) {
     return detail::finish(mxt_decoder_rewind(get(), sequence, length));

@@ -1,5 +1,7 @@
 //! Decoding: rows of a sequence behind those whose keys and values are kept.
 
+use std::ops::Range;
+
 use super::{
     Attend, AttentionShape, Embed, EmbeddingShape, HeadShape, Linear, LinearForward, LinearShape,
     Precision,
@@ -64,7 +66,14 @@ pub trait Decode: Linear + Attend + Embed {
         shape: LinearShape,
         weights: DecoderWeights,
     ) -> Self::Packed;
-    /// Fills it, with the numbers that it was made for.
+    /// Room for the head, which a backend may read where and as it lies.
+    fn packed_head(
+        &self,
+        arena: &mut Self::Arena,
+        shape: LinearShape,
+        weights: DecoderWeights,
+    ) -> Self::Packed;
+    /// Fills such room, with the numbers that it was made for.
     fn pack_weight(&self, packed: &mut Self::Packed, w: Self::Param<'_>, shape: LinearShape);
     /// [`Linear::linear_forward`] with a weight that is packed.
     fn packed_forward(
@@ -74,12 +83,12 @@ pub trait Decode: Linear + Attend + Embed {
         packed: &Self::Packed,
         shape: LinearShape,
     );
-    /// logits (V) of a row of x (rows, C), with the head (V, C) and what it is packed as.
+    /// logits (n, V) of n rows of x (rows, C), with the head (V, C) and what it is packed as.
     fn packed_logits(
         &self,
         workspace: &mut Self::Workspace,
         logits: &mut Self::F32,
-        row_of_x: (&Self::Tensor, usize),
+        rows_of_x: (&Self::Tensor, Range<usize>),
         head: (Self::Param<'_>, &Self::Packed),
         shape: HeadShape,
     );

@@ -3,10 +3,10 @@
 use std::ffi::c_char;
 use std::sync::{Mutex, MutexGuard};
 
-use super::generate::{mxt_decoder_weights, weights};
+use super::generate::{self, mxt_decoder_weights, mxt_generate_options, weights};
 use super::handle::{Handle, State, refused};
 use super::message::Slot;
-use super::model::mxt_model;
+use super::model::{flag, mxt_model};
 use super::status::mxt_status_code::MXT_ERROR_BUFFER_TOO_SMALL;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
@@ -25,16 +25,17 @@ pub struct mxt_decoder_options {
     pub room: usize,
     /// One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
     pub weights: i32,
-    /// 0.
-    pub reserved: i32,
+    /// 1 keeps the weights in MXFP4, too, for drafts of mxt_decoder_generate; not beside weights that
+    /// are in MXFP4 themselves. Default 0.
+    pub drafts: i32,
 }
-versioned!(mxt_decoder_options, last = reserved: i32);
+versioned!(mxt_decoder_options, last = drafts: i32);
 
 impl Options for mxt_decoder_options {
     fn defaults() -> Self {
-        let DecoderOptions { sequences, room, .. } = DecoderOptions::default();
+        let DecoderOptions { sequences, room, drafts, .. } = DecoderOptions::default();
         let weights = mxt_decoder_weights::F32 as i32;
-        Self { struct_size: size_of::<Self>(), sequences, room, weights, reserved: 0 }
+        Self { struct_size: size_of::<Self>(), sequences, room, weights, drafts: drafts.into() }
     }
 }
 
@@ -80,7 +81,7 @@ pub unsafe extern "C" fn mxt_decoder_options_init(
 /// Makes a decoder of empty texts of `model` and stores it in `*decoder` for the caller to free. Its
 /// memory is allocated here: keys and values, 8 bytes a channel, block and token of room (4 where a GPU
 /// computes in bf16), a copy of the linear layers' weights, in less than f32 of the head's, too (on a
-/// GPU in MXFP4 alone), and what a pass of some hundred tokens takes. On a GPU the driver takes besides
+/// GPU in MXFP4 alone), one more in MXFP4 with drafts, and what a pass of some hundred tokens takes. On a GPU the driver takes besides
 /// what a recorded pass of each text does, and where a trainer changes what weights are kept as, all may
 /// be allocated again. `options` may be NULL for the defaults. The handle `model` stays the caller's,
 /// and may be freed first.
@@ -99,12 +100,9 @@ pub unsafe extern "C" fn mxt_decoder_new(
         guard::child("mxt_decoder_new", model, |model| {
             let out = arguments::place("decoder", decoder)?;
             let options = read_or_default("options", options)?;
-            if options.reserved != 0 {
-                let message = format!("expected 0, got {}", options.reserved);
-                return Err(Failure::invalid("reserved", message));
-            }
             let mxt_decoder_options { sequences, room, .. } = options;
-            let options = DecoderOptions { sequences, room, weights: weights(options.weights)? };
+            let (weights, drafts) = (weights(options.weights)?, flag("drafts", options.drafts)?);
+            let options = DecoderOptions { sequences, room, weights, drafts };
             let made = {
                 let _reading = model.state().access().read()?;
                 Decoder::new(&model.model, options)?
@@ -164,6 +162,67 @@ pub unsafe extern "C" fn mxt_decoder_logits(
             let mut texts = decoder.exclusive()?;
             buffers::fill(&decoder.engine, "logits", logits, count, |logits| {
                 Ok(texts.logits(sequence, logits)?)
+            })
+        })
+    }
+}
+
+/// Computes the logits of what comes after each token of text `sequence` from number `from` on, as
+/// mxt_decoder_logits has them after each: what it takes to score a text, or to check tokens that were
+/// guessed. With n such tokens, `logits` has room for `count` numbers, which must be n times the
+/// model's vocab_size, and may lie in memory of the engine's GPU. All n are computed in one pass, again
+/// if they were before.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence or token, another count),
+/// MXT_ERROR_OUT_OF_MEMORY (on a GPU, where a trainer has changed what weights are kept as),
+/// MXT_ERROR_BUSY (also while the model is being trained).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_decoder_logits_from(
+    decoder: *mut mxt_decoder,
+    sequence: usize,
+    from: usize,
+    logits: *mut f32,
+    count: usize,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_decoder_logits_from", decoder, |decoder| {
+            let _reading = decoder.state().access().read()?;
+            let mut texts = decoder.exclusive()?;
+            buffers::fill(&decoder.engine, "logits", logits, count, |logits| {
+                Ok(texts.logits_from(sequence, from, logits)?)
+            })
+        })
+    }
+}
+
+/// Samples a continuation of text `sequence`, which has at least one token, and appends it to the text;
+/// where there is no more room, the oldest tokens fall out. The new tokens are written to `tokens`,
+/// which has room for `capacity` of them, at least max_tokens; their number to `*written`. With
+/// `tokens` NULL and `capacity` 0 they are only given to on_token. `options` may be NULL for the
+/// defaults; its weights are not looked at, for the decoder has its own. Draws are numbered from 0 in
+/// every call, so a text that is continued again wants another seed.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_INVALID_ARGUMENT (no such sequence, no
+/// token, an option out of range, a draft in MXFP4 without drafts in the decoder's options),
+/// MXT_ERROR_BUFFER_TOO_SMALL, MXT_ERROR_NOT_FINITE (the logits), MXT_ERROR_OUT_OF_MEMORY,
+/// MXT_ERROR_BUSY. After MXT_ERROR_NOT_FINITE and MXT_ERROR_OUT_OF_MEMORY the text may have new tokens
+/// (mxt_decoder_tokens).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_decoder_generate(
+    decoder: *mut mxt_decoder,
+    sequence: usize,
+    options: *const mxt_generate_options,
+    tokens: *mut u32,
+    capacity: usize,
+    written: *mut usize,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_decoder_generate", decoder, |decoder| {
+            generate::with(options, (tokens, capacity, written), |options, on_token| {
+                let _reading = decoder.state().access().read()?;
+                Ok(decoder.exclusive()?.generate(sequence, options, on_token)?)
             })
         })
     }

@@ -8,13 +8,14 @@ use super::status::mxt_status_code::MXT_ERROR_BUFFER_TOO_SMALL;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read_or_default, versioned};
 use super::{arguments, buffers, float_mode, guard};
-use crate::{DecoderWeights, GenerateOptions};
+use crate::{DecoderWeights, Draft, GenerateOptions, Generated};
 
 /// Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
 /// this token.
 ///
-/// Runs on the thread that called mxt_model_generate. It must not throw or longjmp, and calls on
-/// the model, its trainer or its decoders' logits return MXT_ERROR_BUSY.
+/// Runs on the thread that called mxt_model_generate or mxt_decoder_generate. It must not throw or
+/// longjmp, and of the first call's model, its trainer and its decoders' logits, of the second's decoder
+/// and its model's trainer, calls return MXT_ERROR_BUSY.
 pub type mxt_token_fn =
     Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, token: u32) -> i32>;
 
@@ -29,6 +30,22 @@ pub enum mxt_decoder_weights {
     /// MXFP4, 4.25 bits a weight; what they are multiplied with is in bf16 on a GPU, and on a
     /// processor in 8 bits.
     Mxfp4 = 2,
+}
+
+/// Who guesses the next tokens, for the model to check several at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_draft {
+    /// Nobody: a token takes a pass of its own.
+    None = 0,
+    /// The text: what followed its last three, two or one tokens where they stood before. Gains where
+    /// a text repeats itself, as code does.
+    Ngram = 1,
+    /// The model with its weights in MXFP4, a copy that takes 4.25 bits a weight more. On a GPU for
+    /// weights in bf16.
+    Mxfp4 = 2,
+    /// The same, which the text guesses for.
+    Mxfp4Ngram = 3,
 }
 
 /// How tokens are sampled. Fill it with mxt_generate_options_init.
@@ -64,19 +81,30 @@ pub struct mxt_generate_options {
     /// Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
     /// below: above 1 the text repeats itself less. 1 (default) changes nothing.
     pub repetition_penalty: f32,
-    /// One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
+    /// One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32. Not looked at by
+    /// mxt_decoder_generate.
     pub weights: i32,
     /// 1 where a quarter of the context falls out of a text that exceeds it at once, so that all is
     /// computed again only then; 0 (default) where a token falls out for each that comes, every one of
     /// which takes the whole computation.
     pub slide: i32,
+    /// One of mxt_draft: who guesses the next tokens, for several to be checked in one pass. The text
+    /// is the same whoever does. Default MXT_DRAFT_NONE.
+    pub draft: i32,
+    /// Tokens that are guessed at a time, up to 15; 0 (default) is as many as gain most.
+    pub draft_tokens: u32,
+    /// Receives the number of tokens that were guessed, or NULL (default).
+    pub drafted: *mut u64,
+    /// Receives how many of them the model chose, too, or NULL (default).
+    pub accepted: *mut u64,
 }
 versioned!(
     mxt_generate_options,
     last = user_data: *mut c_void,
     then stop_tokens: *const u32,
     then stop_token_count: usize,
-    then slide: i32
+    then slide: i32,
+    then accepted: *mut u64
 );
 
 impl Options for mxt_generate_options {
@@ -97,6 +125,10 @@ impl Options for mxt_generate_options {
             repetition_penalty: options.repetition_penalty,
             weights: mxt_decoder_weights::F32 as i32,
             slide: options.slide.into(),
+            draft: mxt_draft::None as i32,
+            draft_tokens: options.draft_tokens as u32,
+            drafted: std::ptr::null_mut(),
+            accepted: std::ptr::null_mut(),
         }
     }
 }
@@ -115,6 +147,25 @@ pub(super) fn weights(value: i32) -> Result<DecoderWeights, Failure> {
                  MXT_DECODER_WEIGHTS_MXFP4 (2), got {other}"
             );
             Err(Failure::invalid("weights", message))
+        }
+    }
+}
+
+fn draft(value: i32) -> Result<Draft, Failure> {
+    const NONE: i32 = mxt_draft::None as i32;
+    const NGRAM: i32 = mxt_draft::Ngram as i32;
+    const MXFP4: i32 = mxt_draft::Mxfp4 as i32;
+    const BOTH: i32 = mxt_draft::Mxfp4Ngram as i32;
+    match value {
+        NONE => Ok(Draft::None),
+        NGRAM => Ok(Draft::Ngram),
+        MXFP4 => Ok(Draft::Mxfp4),
+        BOTH => Ok(Draft::Mxfp4Ngram),
+        other => {
+            let message = format!(
+                "expected MXT_DRAFT_NONE (0), MXT_DRAFT_NGRAM (1), MXT_DRAFT_MXFP4 (2) or                  MXT_DRAFT_MXFP4_NGRAM (3), got {other}"
+            );
+            Err(Failure::invalid("draft", message))
         }
     }
 }
@@ -157,51 +208,80 @@ pub unsafe extern "C" fn mxt_model_generate(
     // SAFETY: pointers are NULL or valid, as the header asks.
     unsafe {
         guard::method("mxt_model_generate", model, |model| {
-            let out = arguments::place("written", written)?;
-            let options = read_or_default("options", options)?;
             let prompt = arguments::copied("prompt", prompt, prompt_count)?;
-            let stop_tokens =
-                arguments::copied("stop_tokens", options.stop_tokens, options.stop_token_count)?;
-            let stream_only = tokens.is_null() && capacity == 0;
-            if !stream_only && capacity < options.max_tokens {
-                let message = format!(
-                    "tokens: expected room for {} tokens (max_tokens of the options), got {capacity}",
-                    options.max_tokens
-                );
-                return Err(Failure::new(MXT_ERROR_BUFFER_TOO_SMALL, message));
-            }
-            if !stream_only {
-                arguments::check("tokens", tokens, capacity)?;
-            }
-            let _exclusive = model.state().access().write()?;
-            let generated = model.model.generate(
-                &prompt,
-                &GenerateOptions {
-                    max_tokens: options.max_tokens,
-                    temperature: options.temperature,
-                    top_k: options.top_k,
-                    top_p: options.top_p,
-                    min_p: options.min_p,
-                    repetition_penalty: options.repetition_penalty,
-                    seed: options.seed,
-                    stop_tokens,
-                    weights: weights(options.weights)?,
-                    slide: flag("slide", options.slide)?,
-                },
-                &mut |token| {
-                    options.on_token.is_none_or(|on_token| {
-                        float_mode::in_hosts(|| on_token(options.user_data, token)) == 0
-                    })
-                },
-            )?;
-            if !stream_only {
-                // NOTE: no slice is made of `tokens`: a host may pass one buffer for the prompt and
-                // for the tokens.
-                std::ptr::copy_nonoverlapping(generated.as_ptr(), tokens, generated.len());
-            }
-            out.put(generated.len());
-            Ok(())
+            with(options, (tokens, capacity, written), |options, on_token| {
+                let _exclusive = model.state().access().write()?;
+                Ok(model.model.generate(&prompt, options, on_token)?)
+            })
         })
+    }
+}
+
+/// Calls `generate` with a host's options and callback, and hands out what it returns: `capacity`
+/// tokens to `tokens`, and their number to `written`.
+///
+/// # Safety
+/// Pointers are NULL or valid, as the header asks.
+pub(super) unsafe fn with(
+    options: *const mxt_generate_options,
+    (tokens, capacity, written): (*mut u32, usize, *mut usize),
+    generate: impl FnOnce(&GenerateOptions, &mut dyn FnMut(u32) -> bool) -> Result<Generated, Failure>,
+) -> Result<(), Failure> {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let out = arguments::place("written", written)?;
+        let options = read_or_default("options", options)?;
+        let stop_tokens =
+            arguments::copied("stop_tokens", options.stop_tokens, options.stop_token_count)?;
+        let stream_only = tokens.is_null() && capacity == 0;
+        if !stream_only && capacity < options.max_tokens {
+            let message = format!(
+                "tokens: expected room for {} tokens (max_tokens of the options), got {capacity}",
+                options.max_tokens
+            );
+            return Err(Failure::new(MXT_ERROR_BUFFER_TOO_SMALL, message));
+        }
+        if !stream_only {
+            arguments::check("tokens", tokens, capacity)?;
+        }
+        for (name, to) in [("drafted", options.drafted), ("accepted", options.accepted)] {
+            if !to.is_null() {
+                arguments::check(name, to, 1)?;
+            }
+        }
+        let Generated { tokens: all, drafted, accepted } = generate(
+            &GenerateOptions {
+                max_tokens: options.max_tokens,
+                temperature: options.temperature,
+                top_k: options.top_k,
+                top_p: options.top_p,
+                min_p: options.min_p,
+                repetition_penalty: options.repetition_penalty,
+                seed: options.seed,
+                stop_tokens,
+                weights: weights(options.weights)?,
+                draft: draft(options.draft)?,
+                draft_tokens: options.draft_tokens as usize,
+                slide: flag("slide", options.slide)?,
+            },
+            &mut |token| {
+                options.on_token.is_none_or(|on_token| {
+                    float_mode::in_hosts(|| on_token(options.user_data, token)) == 0
+                })
+            },
+        )?;
+        if !stream_only {
+            // NOTE: no slice is made of `tokens`: a host may pass one buffer for the prompt and
+            // for the tokens.
+            std::ptr::copy_nonoverlapping(all.as_ptr(), tokens, all.len());
+        }
+        for (to, count) in [(options.drafted, drafted), (options.accepted, accepted)] {
+            if !to.is_null() {
+                to.write(count);
+            }
+        }
+        out.put(all.len());
+        Ok(())
     }
 }
 

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{DecoderOptions, recipe_in};
-use crate::Result;
+use super::{DecoderOptions, DecoderWeights, recipe_in};
 use crate::backend::{
     Backend, Decode, HeadShape, LinearShape, Sequences, StepPlan, WorkspaceShape,
 };
@@ -11,14 +10,27 @@ use crate::formats::BLOCK;
 use crate::gpt::{Activations, Kept, ModelConfig, Packed, Pass, Shapes};
 use crate::model::{Model, OnDevice, Weights};
 use crate::reserve::collect;
+use crate::{Error, Result};
+
+/// Most rows of which logits are computed at once.
+const LOGIT_ROWS: usize = 32;
+
+/// By which weights logits are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum By {
+    /// Those of the decoder's options.
+    Own,
+    /// In MXFP4 as a draft, whose keys and values stand behind those of the others.
+    Draft,
+}
 
 /// What is kept of a sequence.
 struct Sequence<B: Backend + Decode> {
     kept: Kept<B>,
-    /// Positions of which it is.
-    positions: usize,
-    /// Of passes over one row of it.
-    recordings: B::Recordings,
+    /// Positions of which it is, by the decoder's own weights and, behind them, by a draft.
+    positions: [usize; 2],
+    /// Of passes over one row of it, by both.
+    recordings: [B::Recordings; 2],
 }
 
 /// A model, and what is kept of sequences.
@@ -29,7 +41,8 @@ pub(super) struct Cached<B: Backend + Decode> {
     tokens: B::Tokens,
     logits: B::F32,
     plan: StepPlan,
-    packed: Packed<B>,
+    /// By a draft, too, where there is to be one.
+    packed: [Option<Packed<B>>; 2],
     sequences: Vec<Sequence<B>>,
     /// [`crate::model::Weights::changes`] of the weights that all of these were made from.
     changes: Option<u64>,
@@ -62,7 +75,12 @@ impl<B: Backend + Decode> Cached<B> {
     /// What is kept of positions from `len` on is forgotten.
     pub(super) fn rewind(&mut self, sequence: usize, len: usize) {
         let positions = &mut self.sequences[sequence].positions;
-        *positions = len.min(*positions);
+        *positions = positions.map(|of| of.min(len));
+    }
+
+    /// Positions of a sequence that are computed.
+    pub(super) fn computed(&self, sequence: usize, by: By) -> usize {
+        self.sequences[sequence].positions[by as usize]
     }
 
     /// Keeps of sequence `to` what is kept of another.
@@ -74,12 +92,13 @@ impl<B: Backend + Decode> Cached<B> {
         }
     }
 
-    /// Logits of the token after `context`, whose first tokens are those of the sequence that were
-    /// seen before.
-    pub(super) fn next_logits(
+    /// Logits (n, V) of what comes after each token of `context` from number `from` on; its first
+    /// tokens are those of the sequence that were seen before.
+    pub(super) fn logits(
         &mut self,
         model: &Model,
-        (sequence, context): (usize, &[u32]),
+        (sequence, context, by): (usize, &[u32], By),
+        from: usize,
         out: &mut [f32],
     ) -> Result<()> {
         let (on, config) = (Arc::clone(&self.model), model.config());
@@ -89,7 +108,8 @@ impl<B: Backend + Decode> Cached<B> {
             // Recorded passes read where the weights were.
             if B::activations_in(self.options.weights, weights.master) == self.plan.precision {
                 let sequences = self.sequences.iter_mut();
-                sequences.for_each(|sequence| sequence.recordings = backend.recordings());
+                let recordings = || [backend.recordings(), backend.recordings()];
+                sequences.for_each(|sequence| sequence.recordings = recordings());
                 self.moves = weights.moves;
             } else {
                 *self = Self::beside(model, &on, self.options, &weights)?;
@@ -102,20 +122,29 @@ impl<B: Backend + Decode> Cached<B> {
         let shapes =
             |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         if *changes != Some(weights.changes) {
-            sequences.iter_mut().for_each(|sequence| sequence.positions = 0);
+            sequences.iter_mut().for_each(|sequence| sequence.positions = [0; 2]);
             *changes = None;
-            backend.scope(|| packed.fill(backend, table, &weights.all, shapes(1)));
+            let packed = packed.iter_mut().flatten();
+            backend.scope(|| {
+                packed.for_each(|packed| packed.fill(backend, table, &weights.all, shapes(1)));
+            });
             *changes = Some(weights.changes);
         }
         let Sequence { kept, positions, recordings } = &mut sequences[sequence];
-        // The last row is computed in any case, for its logits.
-        let mut start = (*positions).min(context.len() - 1);
-        *positions = start;
-        backend.scope(|| {
+        let packed = packed[by as usize].as_ref().expect("a decoder that drafts has its weights");
+        let recordings = &mut recordings[by as usize];
+        // Rows whose logits are asked for are computed in any case.
+        let mut start = positions[by as usize].min(from);
+        // Behind rows of one kind there may be a draft's alone.
+        *positions = match by {
+            By::Own => [start; 2],
+            By::Draft => [positions[0].min(start), start],
+        };
+        backend.scope(|| -> Result<()> {
             while start < context.len() {
                 let rows = &context[start..][..B::ROWS.min(context.len() - start)];
+                let end = start + rows.len();
                 backend.write_rows(tokens, rows, start);
-                let is_last = start + rows.len() == context.len();
                 let mut pass = Pass {
                     backend,
                     config,
@@ -128,23 +157,32 @@ impl<B: Backend + Decode> Cached<B> {
                     sequences: Sequences { batch: 1, length: rows.len() },
                     plan,
                 };
-                let mut all = || {
-                    pass.forward_behind(activations, (tokens, start), packed, kept);
-                    if is_last {
-                        pass.logits_behind(activations, rows.len() - 1, packed, logits);
-                    }
-                };
+                let of_tokens = (&*tokens, start);
                 // What a token takes where a text is written.
-                if is_last && rows.len() == 1 {
-                    backend.recorded(recordings, plan, [0, 0], all);
+                if rows.len() == 1 && from <= start {
+                    backend.recorded(recordings, plan, [0, 0], || {
+                        pass.forward_behind(activations, of_tokens, packed, kept);
+                        pass.logits_behind(activations, 0..1, packed, logits);
+                    });
+                    let to = &mut out[(start - from) * config.vocab_size..];
+                    backend.read_f32(logits, 0, &mut to[..config.vocab_size])?;
                 } else {
-                    all();
+                    pass.forward_behind(activations, of_tokens, packed, kept);
+                    let mut first = from.max(start);
+                    while first < end {
+                        let n = LOGIT_ROWS.min(end - first);
+                        let of_rows = first - start..first - start + n;
+                        pass.logits_behind(activations, of_rows, packed, logits);
+                        let to = &mut out[(first - from) * config.vocab_size..];
+                        backend.read_f32(logits, 0, &mut to[..n * config.vocab_size])?;
+                        first += n;
+                    }
                 }
-                start += rows.len();
+                start = end;
             }
-        });
-        backend.read_f32(logits, 0, out)?;
-        *positions = start;
+            Ok(())
+        })?;
+        positions[by as usize..].fill(start);
         Ok(())
     }
 
@@ -155,10 +193,16 @@ impl<B: Backend + Decode> Cached<B> {
         options: DecoderOptions,
         weights: &Weights<B>,
     ) -> Result<Self> {
-        let DecoderOptions { room, sequences, weights: form } = options;
+        let DecoderOptions { room, sequences, weights: form, drafts } = options;
         let (backend, rows) = (&*on.backend, room.min(B::ROWS));
         // Of scratch memory: products of other numbers take less.
         let precision = B::activations_in(form, weights.master);
+        if drafts && B::activations_in(DecoderWeights::Mxfp4, weights.master) != precision {
+            return Err(Error::Unsupported {
+                what: format!("drafts in MXFP4 for weights in {form} on this device"),
+                remedy: "use weights bf16, the draft ngram, or device cpu".into(),
+            });
+        }
         let recipe = recipe_in(precision);
         let of = |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         let shapes = of(rows);
@@ -181,7 +225,8 @@ impl<B: Backend + Decode> Cached<B> {
         backend.supports(&shape)?;
         let mut sequence = || {
             let kept = Kept::new(backend, arena, shapes, room)?;
-            Ok(Sequence { kept, positions: 0, recordings: backend.recordings() })
+            let recordings = [backend.recordings(), backend.recordings()];
+            Ok(Sequence { kept, positions: [0; 2], recordings })
         };
         let sequences = (0..sequences).map(|_| sequence());
         let sequences = collect("the sequences of a decoder", sequences)?;
@@ -190,9 +235,15 @@ impl<B: Backend + Decode> Cached<B> {
             activations: Activations::new(backend, arena, shapes, None)?,
             workspace: backend.workspace(arena, &shape),
             tokens: backend.rows(arena, rows)?,
-            logits: backend.f32(arena, config.vocab_size),
+            logits: backend.f32(arena, rows.min(LOGIT_ROWS) * config.vocab_size),
             plan: recipe.step_plan(config.layers)?,
-            packed: Packed::new(backend, arena, shapes, form)?,
+            packed: [
+                Some(Packed::new(backend, arena, shapes, form)?),
+                match drafts {
+                    true => Some(Packed::new(backend, arena, shapes, DecoderWeights::Mxfp4)?),
+                    false => None,
+                },
+            ],
             sequences,
             changes: None,
             options,

@@ -3,6 +3,7 @@
 //! Keys and values of a sequence are kept, so that a token takes one row of products.
 
 mod cached;
+mod drafts;
 mod recomputing;
 mod sampler;
 
@@ -17,7 +18,9 @@ use crate::model::Model;
 use crate::recipe::Recipe;
 use crate::reserve::{collect, push, reserve};
 use crate::{Error, Result};
-use cached::Cached;
+use cached::{By, Cached};
+use drafts::Checked;
+pub use drafts::Draft;
 pub use sampler::GenerateOptions;
 use sampler::Sampler;
 
@@ -33,39 +36,33 @@ impl Model {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for an empty prompt or an option out of range,
-    /// [`Error::TokenRange`], [`Error::NotFinite`] if the model's logits are.
+    /// [`Error::TokenRange`], [`Error::NotFinite`] if the model's logits are,
+    /// [`Error::Unsupported`] for what the device cannot do.
     pub fn generate(
         &self,
         prompt: &[u32],
         options: &GenerateOptions,
         on_token: &mut dyn FnMut(u32) -> bool,
-    ) -> Result<Vec<u32>> {
+    ) -> Result<Generated> {
         let config = self.config();
         options.validate(config.vocab_size)?;
+        options.draft.check(options.weights)?;
         self.check_prompt(prompt)?;
         let total = prompt.len().saturating_add(options.max_tokens);
         let longest = total.min(config.context_length);
-        let of_one = DecoderOptions { sequences: 1, room: longest, weights: options.weights };
+        let of_one = DecoderOptions {
+            sequences: 1,
+            room: longest,
+            weights: options.weights,
+            drafts: options.draft.is_of_model(),
+        };
         let mut decoder = Decoder::new(self, of_one)?;
         let mut sampler = Sampler::new(options, config.vocab_size)?;
         prompt.iter().for_each(|token| sampler.note(*token));
         // What is further back than the context is never looked at.
         decoder.push(0, &prompt[prompt.len().saturating_sub(longest)..])?;
-        let mut tokens = Vec::new();
-        for drawn in 0..options.max_tokens {
-            decoder.logits(0, &mut sampler.logits)?;
-            let token = sampler.choose(drawn as u32)?;
-            sampler.note(token);
-            push(&mut tokens, TOKENS, token)?;
-            if !on_token(token) || options.stop_tokens.contains(&token) {
-                break;
-            }
-            if decoder.tokens(0).len() == longest {
-                decoder.drop_first(if options.slide { longest.div_ceil(4) } else { 1 });
-            }
-            decoder.push(0, &[token])?;
-        }
-        Ok(tokens)
+        let checked = options.draft.checked(options.draft_tokens, config.vocab_size)?;
+        decoder.go_on(0, (options, sampler, checked), on_token)
     }
 
     /// Writes the logits (V) of the token after `tokens`, in f32. Only the last tokens that fit the
@@ -90,6 +87,17 @@ impl Model {
     }
 }
 
+/// A continuation of a prompt.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Generated {
+    /// The new tokens.
+    pub tokens: Vec<u32>,
+    /// Tokens that were guessed by a draft.
+    pub drafted: u64,
+    /// Those of them that the model chose, too.
+    pub accepted: u64,
+}
+
 /// What a [`Decoder`] is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecoderOptions {
@@ -99,11 +107,13 @@ pub struct DecoderOptions {
     pub room: usize,
     /// What logits are computed in.
     pub weights: DecoderWeights,
+    /// Whether weights are kept in MXFP4, too, for drafts of [`Decoder::generate`].
+    pub drafts: bool,
 }
 
 impl Default for DecoderOptions {
     fn default() -> Self {
-        Self { sequences: 1, room: 0, weights: DecoderWeights::default() }
+        Self { sequences: 1, room: 0, weights: DecoderWeights::default(), drafts: false }
     }
 }
 
@@ -135,14 +145,16 @@ pub struct Decoder {
     on_device: Device<Cached<Cpu>, Cached<Cuda>>,
     model: Model,
     sequences: Vec<Vec<u32>>,
-    room: usize,
+    /// As asked for, and the room that there is.
+    options: DecoderOptions,
 }
 
 impl Decoder {
     /// Empty texts of `model`; their memory is allocated here (on a GPU again where a trainer changes
     /// what weights are kept as). That is, for each of them, keys and values, 8 bytes a channel, block
     /// and token of room (4 where a GPU computes in bf16), and, for all, a copy of the
-    /// linear layers' weights, in less than f32 of the head's, too; a GPU makes a copy in MXFP4 alone.
+    /// linear layers' weights, in less than f32 of the head's, too; a GPU makes a copy in MXFP4 alone;
+    /// and one more in MXFP4 for drafts.
     /// The copy is made with the first logits, and again with the first after the weights may have
     /// been changed.
     ///
@@ -157,6 +169,10 @@ impl Decoder {
                 "expected from 1 to {context} tokens, the context, or 0 for all of it; got {room}"
             );
             return Err(Error::invalid("room", message));
+        }
+        if options.drafts && options.weights == DecoderWeights::Mxfp4 {
+            let message = "expected none beside weights in MXFP4, for the model itself has those";
+            return Err(Error::invalid("drafts", message));
         }
         if !(1..=MOST_SEQUENCES).contains(&options.sequences) {
             let message = format!("expected from 1 to {MOST_SEQUENCES}, got {}", options.sequences);
@@ -173,7 +189,7 @@ impl Decoder {
             Ok(tokens)
         };
         let sequences = collect(TOKENS, (0..options.sequences).map(tokens))?;
-        Ok(Self { on_device, model: model.clone(), sequences, room })
+        Ok(Self { on_device, model: model.clone(), sequences, options })
     }
 
     /// Appends tokens to a text. They are computed when logits are asked for.
@@ -184,7 +200,7 @@ impl Decoder {
     pub fn push(&mut self, sequence: usize, tokens: &[u32]) -> Result<()> {
         self.check(sequence)?;
         let vocab_size = self.model.config().vocab_size;
-        let left = self.room - self.sequences[sequence].len();
+        let left = self.options.room - self.sequences[sequence].len();
         if tokens.len() > left {
             let message = format!(
                 "expected at most {left}, for which there is room; got {}; rewind, or make a decoder \
@@ -205,14 +221,119 @@ impl Decoder {
     /// another length, and what the device says.
     pub fn logits(&mut self, sequence: usize, out: &mut [f32]) -> Result<()> {
         self.check(sequence)?;
-        let Self { on_device, model, sequences, .. } = self;
-        let tokens = &sequences[sequence];
-        if tokens.is_empty() {
+        if self.sequences[sequence].is_empty() {
             let message = "expected at least one token before logits are asked for, got none";
             return Err(Error::invalid("tokens", message));
         }
-        check_logits(out, model.config())?;
-        on_device!(on_device, on => on.next_logits(model, (sequence, tokens), out))
+        check_logits(out, self.model.config())?;
+        self.compute((sequence, By::Own), self.sequences[sequence].len() - 1, out)
+    }
+
+    /// Writes the logits (n, V) of what comes after each token of a text from number `from` on, n of
+    /// them, as [`Decoder::logits`] has them after each: what it takes to score a text, or to check
+    /// tokens that were guessed. Those tokens are computed in one pass, again if they were before.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] where there is no such sequence, where it has no token of this
+    /// number, or if `out` has another length, and what the device says.
+    pub fn logits_from(&mut self, sequence: usize, from: usize, out: &mut [f32]) -> Result<()> {
+        self.check(sequence)?;
+        let len = self.sequences[sequence].len();
+        if from >= len {
+            let message = match len {
+                0 => format!("expected a text of at least one token, got none (from {from})"),
+                len => format!("expected a token of the text, from 0 to {}; got {from}", len - 1),
+            };
+            return Err(Error::invalid("from", message));
+        }
+        let (rows, vocab_size) = (len - from, self.vocab_size());
+        if out.len() != rows * vocab_size {
+            let message =
+                format!("expected room for {rows} times {vocab_size} numbers, got {}", out.len());
+            return Err(Error::invalid("logits", message));
+        }
+        self.compute((sequence, By::Own), from, out)
+    }
+
+    /// The same of what was checked, by weights of either kind.
+    fn compute(&mut self, (sequence, by): (usize, By), from: usize, out: &mut [f32]) -> Result<()> {
+        let Self { on_device, model, sequences, .. } = self;
+        let tokens = &sequences[sequence];
+        on_device!(on_device, on => on.logits(model, (sequence, tokens, by), from, out))
+    }
+
+    /// Tokens of a text that are computed, by weights of either kind.
+    fn computed(&self, sequence: usize, by: By) -> usize {
+        on_device!(&self.on_device, on => on.computed(sequence, by))
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.model.config().vocab_size
+    }
+
+    /// Samples a continuation of a text, which has at least one token, and appends it. `on_token` sees
+    /// each token as it is drawn, and returns whether to go on; a token of `stop_tokens` is the last.
+    /// Where there is no more room, the oldest tokens fall out, one by one or with `slide` many at
+    /// once. `weights` of the options are not looked at: the decoder has its own. Draws are numbered
+    /// from 0 in every call, so a text that is continued again wants another seed.
+    ///
+    /// # Errors
+    /// As [`Model::generate`]; [`Error::InvalidArgument`] where there is no such sequence, for an
+    /// empty text, and for a draft of weights that the decoder does not have. Tokens that were drawn
+    /// before the device failed are in the text.
+    pub fn generate(
+        &mut self,
+        sequence: usize,
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(u32) -> bool,
+    ) -> Result<Generated> {
+        self.check(sequence)?;
+        let vocab_size = self.vocab_size();
+        options.validate(vocab_size)?;
+        options.draft.check(self.options.weights)?;
+        if options.draft.is_of_model() && !self.options.drafts {
+            let message = format!(
+                "{} guesses with weights in MXFP4, and the decoder has none beside its own; make it \
+                 with drafts, or use none or ngram",
+                options.draft
+            );
+            return Err(Error::invalid("draft", message));
+        }
+        if self.sequences[sequence].is_empty() {
+            let message = "expected at least one token to continue from, got none";
+            return Err(Error::invalid("tokens", message));
+        }
+        let mut sampler = Sampler::new(options, vocab_size)?;
+        self.sequences[sequence].iter().for_each(|token| sampler.note(*token));
+        let checked = options.draft.checked(options.draft_tokens, vocab_size)?;
+        self.go_on(sequence, (options, sampler, checked), on_token)
+    }
+
+    /// Appends tokens as they are drawn.
+    fn go_on(
+        &mut self,
+        sequence: usize,
+        (options, mut sampler, mut checked): (&GenerateOptions, Sampler<'_>, Checked),
+        on_token: &mut dyn FnMut(u32) -> bool,
+    ) -> Result<Generated> {
+        let (mut tokens, mut goes_on) = (Vec::new(), options.max_tokens > 0);
+        while goes_on {
+            let (index, left) = (tokens.len() as u32, options.max_tokens - tokens.len());
+            let mut emit = |token| {
+                push(&mut tokens, TOKENS, token)?;
+                goes_on = on_token(token) && !options.stop_tokens.contains(&token);
+                Ok(goes_on)
+            };
+            let by = (&mut sampler, By::Own);
+            checked.advance((self, sequence), by, index, left, &mut emit)?;
+            goes_on &= tokens.len() < options.max_tokens;
+            if self.sequences[sequence].len() == self.options.room {
+                let oldest = if options.slide { self.options.room.div_ceil(4) } else { 1 };
+                self.drop_first(sequence, oldest);
+            }
+            self.push(sequence, &[checked.last])?;
+        }
+        Ok(Generated { tokens, drafted: checked.drafted, accepted: checked.accepted })
     }
 
     /// Takes the tokens of a text from number `len` on out again; without memory of them, others can
@@ -268,7 +389,7 @@ impl Decoder {
 
     /// Tokens that each has room for in all.
     pub fn room(&self) -> usize {
-        self.room
+        self.options.room
     }
 
     fn check(&self, sequence: usize) -> Result<()> {
@@ -280,21 +401,20 @@ impl Decoder {
         Ok(())
     }
 
-    /// Takes the oldest tokens of the first text out: all others move, so that everything is computed
-    /// again.
-    fn drop_first(&mut self, count: usize) {
-        self.sequences[0].drain(..count);
-        on_device!(&mut self.on_device, on => on.rewind(0, 0));
+    /// Takes the oldest tokens of a text out: all others move, so that everything is computed again.
+    fn drop_first(&mut self, sequence: usize, count: usize) {
+        self.sequences[sequence].drain(..count);
+        on_device!(&mut self.on_device, on => on.rewind(sequence, 0));
     }
 }
 
 impl fmt::Debug for Decoder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { model, sequences, room, .. } = self;
+        let Self { model, sequences, options, .. } = self;
         f.debug_struct("Decoder")
             .field("model", model)
             .field("sequences", sequences)
-            .field("room", room)
+            .field("options", options)
             .finish_non_exhaustive()
     }
 }

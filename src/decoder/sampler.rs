@@ -7,6 +7,7 @@
 //! is what drafts are for, and tokens that are cut away change nothing for the others.
 
 use super::DecoderWeights;
+use super::drafts::{self, Draft};
 use crate::formats::{Draw, Purpose};
 use crate::reserve::{reserve, zeros};
 use crate::{Error, Result};
@@ -34,8 +35,12 @@ pub struct GenerateOptions {
     /// Tokens that end the text, such as the one that stands between documents. The one that was
     /// drawn is the last of the result, so that a text that ended differs from one cut off.
     pub stop_tokens: Vec<u32>,
-    /// What logits are computed in.
+    /// What [`crate::Model::generate`] computes logits in.
     pub weights: DecoderWeights,
+    /// Who guesses tokens, for several to be checked at once. The text is the same whoever does.
+    pub draft: Draft,
+    /// Tokens that are guessed at a time, up to 15; 0 is as many as gain most.
+    pub draft_tokens: usize,
     /// Whether, once the text exceeds the context, a quarter of the context falls out of it at once,
     /// so that all is computed again only then; else a token falls out for each that comes, and every
     /// one of them takes the whole computation.
@@ -54,6 +59,8 @@ impl Default for GenerateOptions {
             seed: 1337,
             stop_tokens: Vec::new(),
             weights: DecoderWeights::default(),
+            draft: Draft::default(),
+            draft_tokens: 0,
             slide: false,
         }
     }
@@ -75,6 +82,14 @@ impl GenerateOptions {
         let divides = penalty >= f32::MIN_POSITIVE && penalty.is_finite();
         let range = "above 0 that is finite and not tiny (1 changes nothing)";
         number("repetition_penalty", penalty, divides, range)?;
+        if self.draft_tokens > drafts::MOST {
+            let message = format!(
+                "expected from 1 to {}, or 0 for as many as gain most; got {}",
+                drafts::MOST,
+                self.draft_tokens
+            );
+            return Err(Error::invalid("draft_tokens", message));
+        }
         if let Some(token) = self.stop_tokens.iter().find(|token| **token as usize >= vocab_size) {
             let message = format!(
                 "token {token} is outside the vocabulary of {vocab_size} and would never come"
@@ -92,7 +107,6 @@ type Weighted = (u32, f64);
 pub(super) struct Sampler<'a> {
     options: &'a GenerateOptions,
     draw: Draw,
-    pub(super) logits: Vec<f32>,
     /// Room for all tokens.
     ranked: Vec<Weighted>,
     /// Whether the text has a token, and all that it has; not kept where nothing is changed by it.
@@ -109,7 +123,6 @@ impl<'a> Sampler<'a> {
         Ok(Self {
             options,
             draw: Draw::of(options.seed, Purpose::Sampling, 0, 0),
-            logits: zeros("the logits", vocab_size)?,
             ranked,
             is_seen: zeros("the tokens of the text", vocab)?,
             seen,
@@ -125,14 +138,24 @@ impl<'a> Sampler<'a> {
         }
     }
 
-    /// Token number `index` of a text, from `self.logits`, which penalties change.
-    pub(super) fn choose(&mut self, index: u32) -> Result<u32> {
+    /// How many different tokens the text has, as far as that changes anything.
+    pub(super) fn seen(&self) -> usize {
+        self.seen.len()
+    }
+
+    /// The text has only the first `seen` of its different tokens.
+    pub(super) fn forget(&mut self, seen: usize) {
+        self.seen.drain(seen..).for_each(|token| self.is_seen[token as usize] = false);
+    }
+
+    /// Token number `index` of a text, from its logits, which penalties change.
+    pub(super) fn choose(&mut self, logits: &mut [f32], index: u32) -> Result<u32> {
         let GenerateOptions { temperature, top_k, top_p, repetition_penalty, .. } = *self.options;
-        if let Some(value) = self.logits.iter().find(|v| !v.is_finite()) {
+        if let Some(value) = logits.iter().find(|v| !v.is_finite()) {
             return Err(Error::NotFinite { what: "a logit".into(), value: *value });
         }
         for token in &self.seen {
-            let logit = &mut self.logits[*token as usize];
+            let logit = &mut logits[*token as usize];
             let penalized = if *logit > 0.0 {
                 *logit / repetition_penalty
             } else {
@@ -141,7 +164,7 @@ impl<'a> Sampler<'a> {
             // A small penalty may make a logit infinite.
             *logit = penalized.clamp(f32::MIN, f32::MAX);
         }
-        let by_logit = self.logits.iter().enumerate();
+        let by_logit = logits.iter().enumerate();
         // Of equal logits, the token of the lower number is the more likely one.
         let (best, most) = by_logit
             .fold((0, f32::NEG_INFINITY), |best, (i, v)| if *v > best.1 { (i, *v) } else { best });
@@ -152,7 +175,7 @@ impl<'a> Sampler<'a> {
             let below = f64::from(*logit) - f64::from(most);
             (token as u32, (below / f64::from(temperature)).exp())
         };
-        let weights = self.logits.iter().enumerate().map(weight);
+        let weights = logits.iter().enumerate().map(weight);
         let mut race = Race::of(self.draw, index, f64::from(self.options.min_p));
         if top_k == 0 && top_p == 1.0 {
             weights.for_each(|one| race.enter(one));
@@ -266,8 +289,7 @@ mod tests {
         let mut sampler = Sampler::new(options, logits.len()).unwrap();
         let mut counts = vec![0; logits.len()];
         for i in 0..draws {
-            sampler.logits.copy_from_slice(logits);
-            counts[sampler.choose(i).unwrap() as usize] += 1;
+            counts[sampler.choose(&mut logits.to_vec(), i).unwrap() as usize] += 1;
         }
         counts
     }
@@ -340,8 +362,8 @@ mod tests {
                     (-((bits as f64 + 0.5) * 2f64.powi(-52)).ln() / weight, *token)
                 });
                 let first = times.min_by(|a, b| a.partial_cmp(b).unwrap()).unwrap();
-                sampler.logits.copy_from_slice(&logits);
-                assert_eq!(sampler.choose(index).unwrap(), first.1, "{options:?}, {index}");
+                let chosen = sampler.choose(&mut logits.clone(), index).unwrap();
+                assert_eq!(chosen, first.1, "{options:?}, {index}");
             }
         }
     }
@@ -353,10 +375,8 @@ mod tests {
         let options = GenerateOptions { temperature: 1.0, ..GenerateOptions::default() };
         let [p, q] = [[0.5f32, 0.3, 0.2], [0.3, 0.6, 0.1]];
         let mut sampler = Sampler::new(&options, 3).unwrap();
-        let mut choose = |of: &[f32; 3], index| {
-            sampler.logits.copy_from_slice(&of.map(f32::ln));
-            sampler.choose(index).unwrap()
-        };
+        let mut choose =
+            |of: &[f32; 3], index| sampler.choose(&mut of.map(f32::ln), index).unwrap();
         let alike = (0..40_000).filter(|i| choose(&p, *i) == choose(&q, *i)).count();
         // 0.69412, and three standard deviations.
         assert!((alike as f64 / 40_000.0 - 0.69412).abs() < 0.007, "{alike}");
@@ -391,10 +411,9 @@ mod tests {
             ..GenerateOptions::default()
         };
         let mut sampler = Sampler::new(&options, 4).unwrap();
-        let mut choose = |noted: &[u32], logits: [f32; 4]| {
+        let mut choose = |noted: &[u32], mut logits: [f32; 4]| {
             noted.iter().for_each(|token| sampler.note(*token));
-            sampler.logits.copy_from_slice(&logits);
-            (sampler.choose(0).unwrap(), sampler.logits.clone())
+            (sampler.choose(&mut logits, 0).unwrap(), logits.to_vec())
         };
         assert_eq!(choose(&[], [3.0, 2.5, 1.0, -1.0]).0, 0);
         assert_eq!(choose(&[0, 0, 3], [3.0, 2.5, 1.0, -1.0]), (1, vec![2.0, 2.5, 1.0, -1.5]));
@@ -407,7 +426,7 @@ mod tests {
     fn a_broken_model_is_an_error() {
         let options = GenerateOptions::default();
         let mut sampler = Sampler::new(&options, 2).unwrap();
-        sampler.logits[1] = f32::NAN;
-        assert!(matches!(sampler.choose(0), Err(Error::NotFinite { .. })));
+        let chosen = sampler.choose(&mut [0.0, f32::NAN], 0);
+        assert!(matches!(chosen, Err(Error::NotFinite { .. })));
     }
 }

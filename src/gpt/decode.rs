@@ -1,5 +1,7 @@
 //! The forward pass of a few rows of one sequence behind others, whose keys and values are kept.
 
+use std::ops::Range;
+
 use super::Shapes;
 use super::activations::Activations;
 use super::params::{Linear, ParamTable};
@@ -36,8 +38,7 @@ impl<B: Backend + Decode> Kept<B> {
 /// Weights as few rows read them.
 pub(crate) struct Packed<B: Decode> {
     blocks: Vec<[B::Packed; LINEARS]>,
-    /// The head, where it is in less than f32.
-    head: Option<B::Packed>,
+    head: B::Packed,
 }
 
 impl<B: Backend + Decode> Packed<B> {
@@ -54,8 +55,7 @@ impl<B: Backend + Decode> Packed<B> {
         let packed = |_| Ok(shapes.linears().map(|shape| backend.packed(arena, shape, weights)));
         let layers = 0..shapes.config.layers;
         let blocks = collect("the weights of all blocks", layers.map(packed))?;
-        let is_packed = weights != DecoderWeights::F32;
-        let head = is_packed.then(|| backend.packed(arena, head_of(shapes), weights));
+        let head = backend.packed_head(arena, head_of(shapes), weights);
         Ok(Self { blocks, head })
     }
 
@@ -74,10 +74,8 @@ impl<B: Backend + Decode> Packed<B> {
                 backend.pack_weight(&mut packed[number], w, shapes.linears()[number]);
             }
         }
-        if let Some(head) = &mut self.head {
-            let w = backend.param(weights, table.head());
-            backend.pack_weight(head, w, head_of(shapes));
-        }
+        let w = backend.param(weights, table.head());
+        backend.pack_weight(&mut self.head, w, head_of(shapes));
     }
 }
 
@@ -118,18 +116,17 @@ impl<B: Backend + Decode> Pass<'_, B> {
         }
     }
 
-    /// Logits (V) of row `row` after [`Pass::forward_behind`].
+    /// Logits (n, V) of n rows after [`Pass::forward_behind`].
     pub(crate) fn logits_behind(
         &mut self,
         acts: &Activations<B>,
-        row: usize,
+        rows: Range<usize>,
         packed: &Packed<B>,
         out: &mut B::F32,
     ) {
-        let Some(head) = &packed.head else { return self.logits(acts, row, out) };
-        let (x, shape) = ((&acts.ln_f, row), self.shapes().head());
+        let (x, shape) = ((&acts.ln_f, rows), self.shapes().head());
         let w = self.param(self.table.head());
-        self.backend.packed_logits(self.workspace, out, x, (w, head), shape);
+        self.backend.packed_logits(self.workspace, out, x, (w, &packed.head), shape);
     }
 
     fn packed_linear(

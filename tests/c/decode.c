@@ -30,12 +30,121 @@ static void *decode(void *model) {
   return NULL;
 }
 
+typedef struct {
+  mxt_decoder *decoder;
+  mxt_model *model;
+  uint32_t seen[16];
+  size_t count, most;
+} Watch;
+
+static int32_t on_token(void *user_data, uint32_t token) {
+  Watch *watch = user_data;
+  float logits[VOCAB];
+  size_t written;
+  RETURNS(MXT_ERROR_BUSY, mxt_decoder_logits(watch->decoder, 0, logits, VOCAB));
+  RETURNS(MXT_ERROR_BUSY, mxt_decoder_generate(watch->decoder, 0, NULL, NULL, 0, &written));
+  watch->seen[watch->count++] = token;
+  return watch->count == watch->most;
+}
+
+/* Logits of all tokens are those after each; a continuation is that of the model and is appended,
+   whoever drafts, and a text goes on behind its room. */
+static void continuations(mxt_model *model) {
+  const uint32_t text[] = {1, 2, 3, 4, 5};
+  mxt_decoder_options options;
+  OK(mxt_decoder_options_init(&options, sizeof options));
+  options.room = 8;
+  options.drafts = 1;
+  mxt_decoder *decoder = NULL;
+  OK(mxt_decoder_new(model, &options, &decoder));
+  size_t written = 77;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "at least one",
+        mxt_decoder_generate(decoder, 0, NULL, NULL, 0, &written));
+  OK(mxt_decoder_push(decoder, 0, text, 5));
+  float logits[4][VOCAB], whole[VOCAB];
+  OK(mxt_decoder_logits_from(decoder, 0, 1, logits[0], 4 * VOCAB));
+  for (size_t i = 0; i < 4; i++) {
+    OK(mxt_model_next_logits(model, text, i + 2, whole, VOCAB));
+    CHECK(memcmp(logits[i], whole, sizeof whole) == 0);
+  }
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "got 5",
+        mxt_decoder_logits_from(decoder, 0, 5, logits[0], VOCAB));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "4 times 32 numbers, got 32",
+        mxt_decoder_logits_from(decoder, 0, 1, logits[0], VOCAB));
+
+  mxt_generate_options how;
+  OK(mxt_generate_options_init(&how, sizeof how));
+  CHECK(how.draft == MXT_DRAFT_NONE && how.draft_tokens == 0 && how.drafted == NULL);
+  how.max_tokens = 3;
+  uint32_t plain[12], tokens[12];
+  OK(mxt_model_generate(model, &how, text, 5, plain, 3, &written));
+  for (int32_t draft = MXT_DRAFT_NONE; draft <= MXT_DRAFT_MXFP4_NGRAM; draft++) {
+    uint64_t drafted = 77, accepted = 77;
+    how.draft = draft;
+    how.draft_tokens = 2;
+    how.drafted = &drafted;
+    how.accepted = &accepted;
+    OK(mxt_decoder_rewind(decoder, 0, 5));
+    OK(mxt_decoder_generate(decoder, 0, &how, tokens, 3, &written));
+    CHECK(written == 3 && memcmp(tokens, plain, sizeof plain[0] * 3) == 0);
+    CHECK(accepted <= drafted && (draft == MXT_DRAFT_NONE) <= (drafted == 0));
+    CHECK((draft < MXT_DRAFT_MXFP4) || drafted > 0);
+    OK(mxt_decoder_tokens(decoder, 0, tokens, 12, &written));
+    CHECK(written == 8 && memcmp(tokens, text, sizeof text) == 0);
+    CHECK(memcmp(tokens + 5, plain, sizeof plain[0] * 3) == 0);
+    /* The same of the model itself. */
+    OK(mxt_model_generate(model, &how, text, 5, tokens, 3, &written));
+    CHECK(memcmp(tokens, plain, sizeof plain[0] * 3) == 0);
+  }
+  /* Behind its room the oldest fall out. */
+  OK(mxt_decoder_generate(decoder, 0, &how, tokens, 3, &written));
+  OK(mxt_decoder_tokens(decoder, 0, tokens, 12, &written));
+  CHECK(written == 8 && tokens[0] == text[3]);
+
+  Watch watch = {decoder, model, {0}, 0, 2};
+  how.on_token = on_token;
+  how.user_data = &watch;
+  OK(mxt_decoder_rewind(decoder, 0, 0));
+  OK(mxt_decoder_push(decoder, 0, text, 5));
+  OK(mxt_decoder_generate(decoder, 0, &how, NULL, 0, &written));
+  CHECK(written == 2 && watch.count == 2 && memcmp(watch.seen, plain, 8) == 0);
+  OK(mxt_decoder_tokens(decoder, 0, tokens, 12, &written));
+  CHECK(written == 7);
+
+  how.draft = 4;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_DRAFT_NONE (0)",
+        mxt_decoder_generate(decoder, 0, &how, NULL, 0, &written));
+  how.draft = MXT_DRAFT_NGRAM;
+  how.draft_tokens = 16;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "draft_tokens",
+        mxt_decoder_generate(decoder, 0, &how, NULL, 0, &written));
+  how.draft_tokens = 15;
+  FAILS(MXT_ERROR_BUFFER_TOO_SMALL, "3 tokens",
+        mxt_decoder_generate(decoder, 0, &how, tokens, 2, &written));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "sequence",
+        mxt_decoder_generate(decoder, 1, &how, NULL, 0, &written));
+  how.drafted = (uint64_t *)((char *)plain + 1);
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "drafted",
+        mxt_decoder_generate(decoder, 0, &how, NULL, 0, &written));
+  how.drafted = NULL;
+  how.draft = MXT_DRAFT_MXFP4;
+  mxt_decoder_free(decoder);
+  OK(mxt_decoder_new(model, NULL, &decoder));
+  OK(mxt_decoder_push(decoder, 0, text, 5));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "make it with drafts",
+        mxt_decoder_generate(decoder, 0, &how, NULL, 0, &written));
+  how.weights = MXT_DECODER_WEIGHTS_MXFP4;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "the model itself has here",
+        mxt_model_generate(model, &how, text, 5, NULL, 0, &written));
+  mxt_decoder_free(decoder);
+}
+
 int main(void) {
   mxt_engine *engine = new_engine();
   mxt_model *model = new_model(engine);
   mxt_decoder_options options;
   OK(mxt_decoder_options_init(&options, sizeof options));
-  CHECK(options.sequences == 1 && options.room == 0 && options.reserved == 0);
+  CHECK(options.sequences == 1 && options.room == 0 && options.drafts == 0);
   CHECK(options.weights == MXT_DECODER_WEIGHTS_F32);
   options.sequences = 2;
   options.room = 8;
@@ -87,18 +196,23 @@ int main(void) {
   options.weights = 3;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "weights", mxt_decoder_new(model, &options, &none));
   options.weights = MXT_DECODER_WEIGHTS_BF16;
-  options.reserved = 1;
-  FAILS(MXT_ERROR_INVALID_ARGUMENT, "reserved", mxt_decoder_new(model, &options, &none));
+  options.drafts = 2;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "drafts", mxt_decoder_new(model, &options, &none));
+  options.drafts = 1;
+  options.weights = MXT_DECODER_WEIGHTS_MXFP4;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "drafts", mxt_decoder_new(model, &options, &none));
   CHECK(none == NULL);
   for (int32_t weights = MXT_DECODER_WEIGHTS_BF16; weights <= MXT_DECODER_WEIGHTS_MXFP4;
        weights++) {
-    options.reserved = 0;
+    options.drafts = weights == MXT_DECODER_WEIGHTS_BF16;
     options.weights = weights;
     OK(mxt_decoder_new(model, &options, &none));
     OK(mxt_decoder_push(none, 0, text, 3));
     OK(mxt_decoder_logits(none, 0, logits, VOCAB));
     mxt_decoder_free(none);
   }
+
+  continuations(model);
 
   /* It follows its model, also behind the model's handle. */
   mxt_trainer *trainer = new_trainer(model);

@@ -284,6 +284,8 @@ int main(int argc, char **argv) {
 
   DECODER_PANICS(mxt_decoder_push(decoder, 0, &token, 1));
   DECODER_PANICS(mxt_decoder_logits(decoder, 0, logits, VOCABULARY));
+  DECODER_PANICS(mxt_decoder_logits_from(decoder, 0, 0, logits, VOCABULARY));
+  DECODER_PANICS(mxt_decoder_generate(decoder, 0, NULL, NULL, 0, &written));
   DECODER_PANICS(mxt_decoder_rewind(decoder, 0, 0));
   DECODER_PANICS(mxt_decoder_fork(decoder, 0, 0));
   DECODER_PANICS(mxt_decoder_tokens(decoder, 0, NULL, 0, &written));

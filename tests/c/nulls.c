@@ -80,6 +80,11 @@ int main(void) {
   IS_NULL("tokens", mxt_decoder_push(decoder, 0, NULL, 1));
   IS_NULL("decoder", mxt_decoder_logits(NULL, 0, &logit, 1));
   IS_NULL("logits", mxt_decoder_logits(decoder, 0, NULL, 1));
+  IS_NULL("decoder", mxt_decoder_logits_from(NULL, 0, 0, &logit, 1));
+  IS_NULL("logits", mxt_decoder_logits_from(decoder, 0, 0, NULL, 1));
+  IS_NULL("decoder", mxt_decoder_generate(NULL, 0, NULL, tokens, 8, &written));
+  IS_NULL("tokens", mxt_decoder_generate(decoder, 0, NULL, NULL, 256, &written));
+  IS_NULL("written", mxt_decoder_generate(decoder, 0, NULL, tokens, 8, NULL));
   IS_NULL("decoder", mxt_decoder_rewind(NULL, 0, 0));
   IS_NULL("decoder", mxt_decoder_fork(NULL, 0, 0));
   IS_NULL("decoder", mxt_decoder_tokens(NULL, 0, tokens, 8, &written));

@@ -163,6 +163,22 @@ static void tensors() {
   CHECK(decoder.tokens(1) == (std::vector<std::uint32_t>{1, 2, 3}));
   decoder.rewind(1, 1);
   CHECK(decoder.tokens(1) == std::vector<std::uint32_t>{1});
+  std::vector<float> all = model.next_logits({1});
+  const std::vector<float> second = model.next_logits({1, 2});
+  all.insert(all.end(), second.begin(), second.end());
+  CHECK(decoder.logits_from(1).size() == 32 && decoder.logits_from(0) == all);
+  fails(MXT_ERROR_INVALID_ARGUMENT, "from", [&] { decoder.logits_from(2); });
+  greedy.max_tokens = 5;
+  greedy.draft = MXT_DRAFT_NGRAM;
+  std::size_t seen = 0;
+  const auto written = decoder.generate(
+      greedy, 0, [&](std::uint32_t) { return ++seen == 3 ? mxt::Flow::stop : mxt::Flow::go_on; });
+  CHECK(written.size() == 3 && seen == 3 && decoder.tokens().size() == 5);
+  CHECK(decoder.generate(greedy).size() == 5);
+  decoder.rewind(2);
+  CHECK(decoder.generate(greedy) == model.generate({1, 2}, greedy));
+  greedy.draft = MXT_DRAFT_MXFP4;
+  fails(MXT_ERROR_INVALID_ARGUMENT, "with drafts", [&] { decoder.generate(greedy); });
   fails(MXT_ERROR_INVALID_ARGUMENT, "sequence", [&] { decoder.logits(2); });
   fails(MXT_ERROR_TOKEN_RANGE, "32", [&] { decoder.push({32}); });
 

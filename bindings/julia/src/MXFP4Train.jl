@@ -48,10 +48,10 @@ using Libdl: dlopen, dlsym
 using Serialization: Serialization
 
 export Dataset, Decoder, Engine, MXFP4Error, Model, Tensors, Trainer
-export clear_stop, config, coverage, evaluate!, fork!, generate, logits, max_token, next_logits,
-    options, parameter_count, plan, request_stop, rewind!, run!, schedule_start, set_lr!,
-    set_schedule!, set_sharpness!, step!, steps, steps_done, tensor_update, tensors, tokens,
-    use_schedule!, watch_updates!, watch_weights!, weight_metrics
+export clear_stop, config, coverage, evaluate!, fork!, generate, generate!, logits, logits_from,
+    max_token, next_logits, options, parameter_count, plan, request_stop, rewind!, run!,
+    schedule_start, set_lr!, set_schedule!, set_sharpness!, step!, steps, steps_done, tensor_update,
+    tensors, tokens, use_schedule!, watch_updates!, watch_weights!, weight_metrics
 
 include("LibMXFP4Train.jl")
 const Lib = LibMXFP4Train

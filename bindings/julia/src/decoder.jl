@@ -1,12 +1,13 @@
 # Texts that grow: tokens in, logits out.
 
 """
-    Decoder(model; sequences = 1, room = 0, weights = :f32)
+    Decoder(model; sequences = 1, room = 0, weights = :f32, drafts = false)
 
 Texts of a model, beside each other and empty at first, with room for `room` tokens each (0: the
 model's context): tokens in, the logits of what comes next out. Keys and values of a text are kept, so
-that a token takes little time. `weights` is `:f32`, `:bf16` or `:mxfp4`. A decoder follows its model:
-where weights have been changed, the next logits are those of the new ones.
+that a token takes little time. `weights` is `:f32`, `:bf16` or `:mxfp4`; `drafts` keeps them in MXFP4,
+too, for drafts of [`generate!`](@ref). A decoder follows its model: where weights have been changed,
+the next logits are those of the new ones.
 
     decoder = Decoder(model)
     append!(decoder, [1, 2, 3])
@@ -26,8 +27,8 @@ mutable struct Decoder <: Handle
     end
 end
 
-function Decoder(model::Model; weights::Symbol = :f32, fields...)
-    managed = (weights = weights_number(weights), reserved = 0)
+function Decoder(model::Model; weights::Symbol = :f32, drafts::Bool = false, fields...)
+    managed = (weights = weights_number(weights), drafts = drafts)
     init = Lib.mxt_decoder_options_init
     how = Ref(filled(Lib.mxt_decoder_options, init, fields, managed))
     vocab_size, sequences = config(model).vocab_size, julia_number(how[].sequences)
@@ -59,6 +60,42 @@ function logits(decoder::Decoder; sequence::Integer = 1)
     found = Vector{Float32}(undef, decoder.vocab_size)
     call(() -> Lib.mxt_decoder_logits(decoder, number, found, length(found)), decoder)
     return found
+end
+
+"""
+    logits_from(decoder, from; sequence = 1)
+
+The logits of what comes after each token of a text from number `from` on (the first is 1), a column
+each: what it takes to score a text.
+"""
+function logits_from(decoder::Decoder, from::Integer; sequence::Integer = 1)
+    number, last = sequence_number(decoder, sequence), length(tokens(decoder; sequence = sequence))
+    if !(1 <= from <= last)
+        throw(ArgumentError("from: expected a token of the text, from 1 to $last, got $from"))
+    end
+    start = convert(Csize_t, from - 1)
+    found = Matrix{Float32}(undef, decoder.vocab_size, last - start)
+    call(decoder) do
+        Lib.mxt_decoder_logits_from(decoder, number, start, found, length(found))
+    end
+    return found
+end
+
+"""
+    generate!(decoder; sequence = 1, ...)
+    generate!(f, decoder; sequence = 1, ...)
+
+Samples a continuation of a text, which has at least one token, appends it, and returns it as a
+`Vector{Int}`. The options and `f` are those of [`generate`](@ref), but for `weights`: the decoder has
+its own. Where there is no more room, the oldest tokens fall out.
+"""
+generate!(decoder::Decoder; fields...) = generate!(do_nothing, decoder; fields...)
+
+function generate!(f, decoder::Decoder; sequence::Integer = 1, fields...)
+    number = sequence_number(decoder, sequence)
+    return sampled(f, decoder; fields...) do how, written
+        Lib.mxt_decoder_generate(decoder, number, how, C_NULL, 0, written)
+    end
 end
 
 """

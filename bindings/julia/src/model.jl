@@ -95,7 +95,7 @@ end
 """
     generate(model, prompt; max_tokens = 256, temperature = 0.8, top_k = 0, top_p = 1, min_p = 0,
              repetition_penalty = 1, seed = 1337, stop_tokens = [], weights = :f32,
-             slide = false)
+             draft = :none, draft_tokens = 0, slide = false)
     generate(f, model, prompt; ...)
 
 A continuation of the tokens of `prompt`, without the prompt, as a `Vector{Int}`.
@@ -106,8 +106,10 @@ this part as likely as the first; 0, 1 and 0 keep all. `repetition_penalty` abov
 the text has less likely. The same `seed` gives the same text.
 
 A token of `stop_tokens` ends the text and is its last token. `weights` is `:f32`, `:bf16` or
-`:mxfp4`. With `slide`, a quarter of the context falls out of a text that exceeds it at
-once. `f(token)` is called for each token as it is sampled; the text ends when it returns `:stop`
+`:mxfp4`. `draft` is who guesses tokens, for several to be checked at once, which changes no text:
+`:none`, `:ngram` (the text itself), `:mxfp4` (the model in MXFP4) or `:mxfp4_ngram`; `draft_tokens` is
+how many at a time, 0 for as many as gain most. With `slide`, a quarter of the context falls out of a
+text that exceeds it at once. `f(token)` is called for each token as it is sampled; the text ends when it returns `:stop`
 (see [`run!`](@ref) for what it may return). With the `do` syntax:
 
     generate(model, prompt) do token
@@ -121,14 +123,27 @@ function generate(
     f,
     model::Model,
     prompt::AbstractVector{<:Integer};
-    stop_tokens::AbstractVector{<:Integer} = Int[],
     weights::Symbol = :f32,
+    fields...,
+)
+    number, prompt_tokens = weights_number(weights), c_tokens("prompt", prompt)
+    return sampled(f, model; weights = number, fields...) do how, written
+        count = length(prompt_tokens)
+        Lib.mxt_model_generate(model, how, prompt_tokens, count, C_NULL, 0, written)
+    end
+end
+
+# The tokens that `generate(how, written)` writes, a call of C on `object`.
+function sampled(
+    generate,
+    f,
+    object;
+    stop_tokens::AbstractVector{<:Integer} = Int[],
+    draft::Symbol = :none,
     slide::Bool = false,
     fields...,
 )
-    number = weights_number(weights)
-    prompt_tokens = c_tokens("prompt", prompt)
-    stops = c_tokens("stop_tokens", stop_tokens)
+    stops, by = c_tokens("stop_tokens", stop_tokens), draft_number(draft)
     # Tokens are kept as they come, so memory is for what is written and not for `max_tokens`.
     tokens = Int[]
     slot = Slot(token -> f(push!(tokens, token)[end]))
@@ -139,14 +154,11 @@ function generate(
             user_data = slot_pointer(slot),
             stop_tokens = pointer(stops),
             stop_token_count = length(stops),
-            weights = number,
+            draft = by,
             slide = slide,
         )
         how = Ref(filled(Lib.mxt_generate_options, Lib.mxt_generate_options_init, fields, managed))
-        call(model) do
-            count = length(prompt_tokens)
-            Lib.mxt_model_generate(model, how, prompt_tokens, count, C_NULL, 0, written)
-        end
+        call(() -> generate(how, written), object)
     end
     return tokens
 end
@@ -177,12 +189,22 @@ end
 # In the order of C's numbers, from 0.
 const ACTIVATIONS = (:gelu_tanh, :gelu)
 const DECODER_WEIGHTS = (:f32, :bf16, :mxfp4)
+const DRAFTS = (:none, :ngram, :mxfp4, :mxfp4_ngram)
 
 # C's number of what a model computes in where it writes text.
 function weights_number(weights::Symbol)
     number = findfirst(==(weights), DECODER_WEIGHTS)
     if number === nothing
         throw(ArgumentError("weights: expected one of $DECODER_WEIGHTS, got $(repr(weights))"))
+    end
+    return number - 1
+end
+
+# C's number of who guesses tokens.
+function draft_number(draft::Symbol)
+    number = findfirst(==(draft), DRAFTS)
+    if number === nothing
+        throw(ArgumentError("draft: expected one of $DRAFTS, got $(repr(draft))"))
     end
     return number - 1
 end

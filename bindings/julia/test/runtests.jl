@@ -555,7 +555,25 @@ end
         @test status_of(() -> append!(other, [4])) == Lib.MXT_ERROR_INVALID_ARGUMENT
     end
     @test refuses(() -> Decoder(model; weights = :fp8), ArgumentError, "weights: ")
-    @test refuses(() -> Decoder(model; reserved = 1), ArgumentError, "reserved")
+    @test logits_from(decoder, 1; sequence = 2)[:, 3] == next_logits(model, [1, 2, 3])
+    @test size(logits_from(decoder, 4; sequence = 2)) == (32, 1)
+    @test refuses(() -> logits_from(decoder, 0), ArgumentError, "from: ")
+    @test refuses(() -> logits_from(decoder, 2), ArgumentError, "from 1 to 1, got 2")
+    drafting = Decoder(model; drafts = true)
+    plain = generate(model, [1, 2]; max_tokens = 9)
+    for draft in (:none, :ngram, :mxfp4, :mxfp4_ngram)
+        rewind!(drafting, 0)
+        append!(drafting, [1, 2])
+        @test generate!(drafting; max_tokens = 9, draft = draft, draft_tokens = 3) == plain
+        @test tokens(drafting) == [1; 2; plain]
+        @test generate(model, [1, 2]; max_tokens = 9, draft = draft) == plain
+    end
+    rewind!(drafting, 2)
+    @test generate!(token -> token == plain[3] ? :stop : nothing, drafting)[end] == plain[3]
+    @test refuses(() -> generate!(drafting; draft = :all), ArgumentError, "draft: ")
+    @test refuses(() -> generate!(drafting; weights = 1.5), ArgumentError, "weights")
+    @test refuses(() -> generate!(drafting; sequence = 2), ArgumentError, "sequence: ")
+    close(drafting)
     @test refuses(() -> append!(decoder, [-1]), ArgumentError, "tokens: ")
     @test refuses(() -> logits(decoder; sequence = 0), ArgumentError, "sequence: ")
     @test refuses(() -> fork!(decoder, 1, 3), ArgumentError, "from 1 to 2, got 3")

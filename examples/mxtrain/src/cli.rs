@@ -9,7 +9,7 @@ use bytesize::ByteSize;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
-    Activation, DatasetOptions, DecoderWeights, Optimizer, Recipe, Recompute, ScheduleKind,
+    Activation, DatasetOptions, DecoderWeights, Draft, Optimizer, Recipe, Recompute, ScheduleKind,
     TokenDrop,
 };
 
@@ -626,6 +626,10 @@ pub(crate) struct GenerateArgs {
     )]
     pub(crate) prompt: String,
 
+    /// Continue every line of standard input, as it comes
+    #[arg(long, conflicts_with = "prompt")]
+    pub(crate) lines: bool,
+
     /// Most tokens to generate; a text that ends before is shorter
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub(crate) tokens: usize,
@@ -698,6 +702,16 @@ pub(crate) struct SamplingArgs {
     /// long prompts very slow
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) weights: DecoderWeights,
+
+    /// Who guesses tokens for the model to check several in one pass: none; ngram, the text itself,
+    /// which repeats itself as code does; mxfp4, the model with its weights in MXFP4; or
+    /// mxfp4-ngram, which is mxfp4 that the text guesses for. The text is the same whoever does
+    #[arg(long, value_name = "NAME", default_value_t)]
+    pub(crate) draft: Draft,
+
+    /// Tokens to guess at a time, up to 15; 0 for as many as gain most
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) draft_tokens: usize,
 
     /// Where the text exceeds the context, forget a quarter of it at once, which takes far less time
     /// than a token for each that comes

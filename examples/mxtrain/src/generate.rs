@@ -4,9 +4,9 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use mxfp4train::{GenerateOptions, Model};
+use mxfp4train::{Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions, Generated};
 
-use crate::cli::GenerateArgs;
+use crate::cli::{GenerateArgs, SamplingArgs};
 use crate::console::{content, note};
 use crate::failure::{Failure, Outcome};
 use crate::hugging_face::{Found, end_tokens, load, tokenizer_of};
@@ -35,74 +35,132 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
         false => end_tokens(Some(&args.checkpoint), Some(tokenizer), vocab_size)?,
     };
     args.seed.say_if_drawn();
-    for number in 0..args.samples {
-        let seed = args.seed.number().wrapping_add(number);
-        let options = GenerateOptions {
-            max_tokens: args.tokens,
-            temperature,
-            top_k: args.sampling.top_k,
-            top_p: args.sampling.top_p,
-            min_p: args.sampling.min_p,
-            repetition_penalty: args.sampling.repetition_penalty,
-            seed,
-            stop_tokens: stop_tokens.clone(),
-            weights: args.sampling.weights,
-            slide: args.sampling.slide,
-        };
-        let title = match args.samples {
-            1 => String::new(),
-            samples => format!("--- sample {} of {samples}, seed {seed} ---\n", number + 1),
-        };
-        match sample(args, &model, tokenizer, &options, title)? {
-            Ok(()) => {}
-            // The reader has what it wanted (`mxtrain generate | head`).
-            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => break,
-            Err(e) => {
-                return Err(Failure::runtime(format!("cannot write to standard output: {e}")));
-            }
+    let prompt = tokenizer.encode_prompt(&args.prompt);
+    let context = model.config().context_length;
+    let room = match args.lines {
+        true => context,
+        false => context.min(prompt.len().saturating_add(args.tokens)),
+    };
+    let SamplingArgs { weights, draft, .. } = args.sampling;
+    let drafts =
+        matches!(draft, Draft::Mxfp4 | Draft::Mxfp4Ngram) && weights != DecoderWeights::Mxfp4;
+    let decoder = Decoder::new(&model, DecoderOptions { sequences: 1, room, weights, drafts })?;
+    let options = GenerateOptions {
+        max_tokens: args.tokens,
+        temperature,
+        top_k: args.sampling.top_k,
+        top_p: args.sampling.top_p,
+        min_p: args.sampling.min_p,
+        repetition_penalty: args.sampling.repetition_penalty,
+        seed: args.seed.number(),
+        stop_tokens,
+        weights,
+        draft,
+        draft_tokens: args.sampling.draft_tokens,
+        slide: args.sampling.slide,
+    };
+    let mut writer = Writer { args, decoder, tokenizer, options };
+    let written = if args.lines { writer.lines()? } else { writer.samples(&args.prompt)? };
+    match written {
+        // The reader has what it wanted (`mxtrain generate | head`).
+        Err(e) if e.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::runtime(format!("cannot write to standard output: {e}")))
         }
+        _ => Ok(ExitCode::SUCCESS),
     }
-    Ok(ExitCode::SUCCESS)
 }
 
-/// Prints `title`, the prompt and a continuation, each token as it comes.
-fn sample(
-    args: &GenerateArgs,
-    model: &Model,
+/// Texts of one model, whose weights are made ready once.
+struct Writer<'a> {
+    args: &'a GenerateArgs,
+    decoder: Decoder,
     tokenizer: Tokenizer,
-    options: &GenerateOptions,
-    title: String,
-) -> Outcome<io::Result<()>> {
-    let mut out = io::stdout().lock();
-    let mut written = Ok(());
-    let mut stream = TextStream::new(tokenizer);
-    let mut stops = Stops::new(&args.stop);
-    // Printed with the first token: a wrong option should not come after half an answer.
-    let mut text = title + &args.prompt;
-    let prompt = tokenizer.encode_prompt(&args.prompt);
-    // Without what the reader takes; the first token comes with the prompt.
-    let (mut begun, mut seconds, mut count) = (Instant::now(), 0.0, 0u32);
-    model.generate(&prompt, options, &mut |token| {
-        if count > 0 {
-            seconds += begun.elapsed().as_secs_f64();
+    options: GenerateOptions,
+}
+
+impl Writer<'_> {
+    /// Continues every line of standard input.
+    fn lines(&mut self) -> Outcome<io::Result<()>> {
+        for line in io::stdin().lines() {
+            let line = line.map_err(|e| {
+                Failure::runtime(format!("cannot read a line of standard input: {e}"))
+            })?;
+            if let Err(e) = self.samples(&line)? {
+                return Ok(Err(e));
+            }
         }
-        count += 1;
-        if !options.stop_tokens.contains(&token) {
-            text.push_str(&stops.push(&stream.push(token)));
-        }
-        written = write(&mut out, &text);
-        text.clear();
-        begun = Instant::now();
-        written.is_ok() && !stops.found()
-    })?;
-    text.push_str(&stops.push(&stream.finish()));
-    text.push_str(&stops.finish());
-    text.push('\n');
-    let written = written.and_then(|()| write(&mut out, &text));
-    if written.is_ok() && seconds > 0.0 {
-        note(&format!("{count} tokens, {:.1} tokens/s", f64::from(count - 1) / seconds));
+        Ok(Ok(()))
     }
-    Ok(written)
+
+    /// Prints as many texts as the user wants.
+    fn samples(&mut self, prompt: &str) -> Outcome<io::Result<()>> {
+        let first = self.options.seed;
+        let mut written = Ok(());
+        for number in 0..self.args.samples {
+            self.options.seed = first.wrapping_add(number);
+            let title = match self.args.samples {
+                1 => String::new(),
+                samples => {
+                    let seed = self.options.seed;
+                    format!("--- sample {} of {samples}, seed {seed} ---\n", number + 1)
+                }
+            };
+            written = self.sample(prompt, title)?;
+            if written.is_err() {
+                break;
+            }
+        }
+        self.options.seed = first;
+        Ok(written)
+    }
+
+    /// Prints `title`, the prompt and a continuation, each token as it comes.
+    fn sample(&mut self, prompt: &str, title: String) -> Outcome<io::Result<()>> {
+        let Self { args, decoder, tokenizer, options } = self;
+        let mut out = io::stdout().lock();
+        let mut written = Ok(());
+        let mut stream = TextStream::new(*tokenizer);
+        let mut stops = Stops::new(&args.stop);
+        // Printed with the first token: a wrong option should not come after half an answer.
+        let mut text = title + prompt;
+        let prompt = tokenizer.encode_prompt(prompt);
+        // What is further back than the context is never looked at.
+        let prompt = &prompt[prompt.len().saturating_sub(decoder.room())..];
+        // Another text may have begun with the same tokens, which are computed already.
+        let begun_alike =
+            decoder.tokens(0).iter().zip(prompt).take_while(|(one, other)| one == other).count();
+        decoder.rewind(0, begun_alike)?;
+        decoder.push(0, &prompt[begun_alike..])?;
+        // Without what the reader takes; the first token comes with the prompt.
+        let (mut begun, mut seconds, mut count) = (Instant::now(), 0.0, 0u32);
+        let Generated { drafted, accepted, .. } = decoder.generate(0, options, &mut |token| {
+            if count > 0 {
+                seconds += begun.elapsed().as_secs_f64();
+            }
+            count += 1;
+            if !options.stop_tokens.contains(&token) {
+                text.push_str(&stops.push(&stream.push(token)));
+            }
+            written = write(&mut out, &text);
+            text.clear();
+            begun = Instant::now();
+            written.is_ok() && !stops.found()
+        })?;
+        text.push_str(&stops.push(&stream.finish()));
+        text.push_str(&stops.finish());
+        text.push('\n');
+        let written = written.and_then(|()| write(&mut out, &text));
+        if written.is_ok() && seconds > 0.0 {
+            let rate = f64::from(count - 1) / seconds;
+            let mut words = format!("{count} tokens, {rate:.1} tokens/s");
+            if drafted > 0 {
+                let share = 100.0 * accepted as f64 / drafted as f64;
+                words += &format!(", {accepted} of {drafted} guesses right ({share:.0} %)");
+            }
+            note(&words);
+        }
+        Ok(written)
+    }
 }
 
 /// The tokenizer that the user names, else the checkpoint's.

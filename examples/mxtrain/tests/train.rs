@@ -4,14 +4,16 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
+use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
-use common::{interrupt, mxtrain, refuse, run, start, succeed, wait_for};
+use common::{interrupt, mxtrain, refuse, run, run_args, start, succeed, wait_for};
 
 /// A model that takes a step in about a millisecond.
 const TINY: &str = "--layers 1 --heads 2 --channels 32 --context 32 --batch-size 2 --threads 1";
@@ -182,6 +184,38 @@ fn a_model_is_trained_measured_shown_and_sampled() {
     };
     assert_ne!(wild(1), wild(2));
     assert_eq!(wild(3), wild(3));
+
+    // Whoever guesses, it is the same text, and one of two is what it is alone.
+    let two = "generate --checkpoint model --prompt abab --tokens 30 --samples 2 --seed 5";
+    let plain = succeed(dir, two);
+    for draft in ["ngram", "mxfp4", "mxfp4-ngram"] {
+        let output = run(dir, &format!("{two} --draft {draft} --draft-tokens 3"));
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), plain, "{draft}");
+        let note = String::from_utf8(output.stderr).unwrap();
+        assert!(note.contains(" guesses right ("), "{draft}: {note}");
+    }
+    let alone = succeed(dir, &two.replace("--samples 2 --seed 5", "--seed 6"));
+    assert!(plain.ends_with(&format!("seed 6 ---\n{alone}")), "{plain}, {alone}");
+    let error = refuse(dir, "generate --checkpoint model --draft mxfp4 --weights mxfp4");
+    assert!(error.starts_with("--draft: mxfp4 guesses with weights in MXFP4"), "{error}");
+    let error = refuse(dir, "generate --checkpoint model --draft ngram --draft-tokens 16");
+    assert!(error.contains("--draft-tokens: expected from 1 to 15"), "{error}");
+
+    // A line each, the same as by itself; an empty one begins a new text.
+    let mut lines = mxtrain();
+    lines.args(["generate", "--checkpoint", "model", "--tokens", "20", "--seed", "5", "--lines"]);
+    lines.stdin(Stdio::piped());
+    let mut lines = start(dir, &mut lines);
+    lines.stdin.take().unwrap().write_all(b"abab\n\nab c").unwrap();
+    let output = lines.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let of = |prompt: &str| {
+        let line = ["generate", "--checkpoint", "model", "--tokens", "20", "--seed", "5"];
+        run_args(dir, line.iter().chain(&["--prompt", prompt])).stdout
+    };
+    assert_eq!(output.stdout, [of("abab"), of(""), of("ab c")].concat());
+    let error = refuse(dir, "generate --checkpoint model --lines --prompt x");
+    assert!(error.contains("cannot be used with"), "{error}");
 }
 
 #[test]

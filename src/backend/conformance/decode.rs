@@ -1,6 +1,8 @@
 //! A few rows behind those whose keys and values are kept: products with packed weights, and
 //! attention in pieces.
 
+use std::ops::Range;
+
 use super::*;
 use crate::formats::{BLOCK, decode_e2m1, decode_e8m0, quantize_closest};
 
@@ -93,15 +95,24 @@ pub(super) fn few_rows_are_those_of_a_layer<B: Harness>(backends: &[B]) {
                     assert_eq!(bits(&alone), bits(among), "{}: {}", b.name(), what("a row alone"));
                 }
             }
+            let of_layer = shape;
             let shape = HeadShape { rows, channels: inputs, vocab_size: outputs, precision };
             let x = input(b, &x, precision);
-            for row in [0, rows - 1] {
-                let mut ours = f32_poison(b, outputs);
+            let mut packed = cut(b, |arena| b.packed_head(arena, of_layer, weights));
+            b.pack_weight(&mut packed, params.get(b, 0), of_layer);
+            let mut run = |of: Range<usize>| {
+                let mut ours = f32_poison(b, of.len() * outputs);
                 let head = (params.get(b, 0), &packed);
-                b.packed_logits(&mut scratch, &mut ours, (&x, row), head, shape);
-                let ours = read_f32(b, &ours, outputs);
-                let exact = &logits[row * outputs..][..outputs];
+                b.packed_logits(&mut scratch, &mut ours, (&x, of.clone()), head, shape);
+                let ours = read_f32(b, &ours, of.len() * outputs);
+                let exact = &logits[of.start * outputs..of.end * outputs];
                 within(b, &what("logits"), &ours, exact, bound(b, weights, Of::Logits));
+                ours
+            };
+            let all = run(0..rows);
+            for of in [0..1, rows - 1..rows, rows / 2..rows] {
+                let among = &all[of.start * outputs..of.end * outputs];
+                assert_eq!(bits(&run(of)), bits(among), "{}: {}", b.name(), what("logits alone"));
             }
         });
     }

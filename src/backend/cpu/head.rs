@@ -6,6 +6,7 @@
 
 use rayon::prelude::*;
 
+use super::disjoint::DisjointSlice;
 use super::gemm::{Conversion, Matrix, Output, Role, pack};
 use super::isa::{Isa, simd_fn};
 use super::math::{exp, lane_amax, lane_max, lane_sum};
@@ -122,13 +123,32 @@ impl Head for Cpu {
         HeadShape { channels, vocab_size, precision, .. }: HeadShape,
     ) {
         let x = &x[row * channels..][..channels];
+        self.logits_in_place(&mut logits[..vocab_size], x, (w, channels), precision);
+    }
+}
+
+impl Cpu {
+    /// Logits (n, V) of x (n, C), with w (V, C) as it lies.
+    pub(super) fn logits_in_place(
+        &self,
+        logits: &mut [f32],
+        x: &[f32],
+        (w, channels): (&[f32], usize),
+        precision: Precision,
+    ) {
+        let vocab_size = w.len() / channels;
         let per_job = rows_per_job(channels);
-        self.install(|| {
-            logits[..vocab_size].par_chunks_mut(per_job).enumerate().for_each(|(job, logits)| {
-                let w = &w[job * per_job * channels..][..logits.len() * channels];
+        let logits = DisjointSlice::new(logits);
+        self.parallel(vocab_size.div_ceil(per_job), |job| {
+            // Read from memory once, for all rows.
+            let of_job = job * per_job..vocab_size.min((job + 1) * per_job);
+            let w = &w[of_job.start * channels..of_job.end * channels];
+            for (row, x) in x.chunks_exact(channels).enumerate() {
+                // SAFETY: a job owns its columns.
+                let logits = unsafe { logits.part(row * vocab_size + of_job.start, of_job.len()) };
                 // As the packed GEMM would round its operands.
                 dot_rows(self.isa(), logits, x, w, precision == Precision::Bf16);
-            });
+            }
         });
     }
 }

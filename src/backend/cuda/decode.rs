@@ -4,6 +4,8 @@
 //! What a row's numbers are summed in does not depend on how many come with it, so a text has the same
 //! bits however it comes. It is another order than that of cuBLASLt's products in training.
 
+use std::ops::Range;
+
 use super::attend::Heads;
 use super::device::launch;
 use super::device::memory::{Arena, F32, Param, Piece, Tensor};
@@ -207,6 +209,15 @@ impl Decode for Cuda {
         Packed::Mxfp4 { codes: arena.bytes(elements / 2), scales: arena.bytes(elements / BLOCK) }
     }
 
+    fn packed_head(
+        &self,
+        arena: &mut Arena,
+        shape: LinearShape,
+        weights: DecoderWeights,
+    ) -> Packed {
+        self.packed(arena, shape, weights)
+    }
+
     fn pack_weight(
         &self,
         packed: &mut Packed,
@@ -258,12 +269,13 @@ impl Decode for Cuda {
         &self,
         _workspace: &mut Workspace,
         logits: &mut F32,
-        (x, row): (&Tensor, usize),
+        (x, rows): (&Tensor, Range<usize>),
         (head, packed): (Param<'_>, &Packed),
         HeadShape { channels, vocab_size, .. }: HeadShape,
     ) {
-        let shape = LinearShape { rows: 1, inputs: channels, outputs: vocab_size };
-        let to = FewRows { y: logits.address(), x: x.at(row * channels), ..FewRows::default() };
+        let shape = LinearShape { rows: rows.len(), inputs: channels, outputs: vocab_size };
+        let from = x.at(rows.start * channels);
+        let to = FewRows { y: logits.address(), x: from, ..FewRows::default() };
         self.few_rows((to, true), x, (&head, packed), shape);
     }
 

@@ -4,6 +4,8 @@
 
 mod mxfp4;
 
+use std::ops::Range;
+
 use super::arena::Arena;
 use super::attend::behind;
 use super::gemm::{Conversion, Layout, Matrix, Output, PackMemory, PackSize, Role, pack};
@@ -32,6 +34,8 @@ enum Numbers {
     },
     /// In 4 bits.
     Mxfp4(Mxfp4Weight),
+    /// The head as it lies in f32, for a copy of it would be as long.
+    InPlace,
 }
 
 impl PackedWeight {
@@ -56,6 +60,7 @@ impl PackedWeight {
             Numbers::Mxfp4(weight) => {
                 weight.product(cpu, workspace.a.as_mut().words, (to, bias), x, rows);
             }
+            Numbers::InPlace => unreachable!("a head has no product"),
         }
     }
 }
@@ -88,6 +93,18 @@ impl Decode for Cpu {
         PackedWeight(Numbers::Plain { memory, conversion, layout: None })
     }
 
+    fn packed_head(
+        &self,
+        arena: &mut Arena,
+        shape: LinearShape,
+        weights: DecoderWeights,
+    ) -> PackedWeight {
+        match weights {
+            DecoderWeights::F32 => PackedWeight(Numbers::InPlace),
+            _ => self.packed(arena, shape, weights),
+        }
+    }
+
     fn pack_weight(
         &self,
         packed: &mut PackedWeight,
@@ -100,6 +117,7 @@ impl Decode for Cpu {
                 *layout = Some(pack(self, &w, *conversion, Role::B, memory.as_mut()).layout());
             }
             Numbers::Mxfp4(weight) => weight.fill(self, w),
+            Numbers::InPlace => {}
         }
     }
 
@@ -123,13 +141,19 @@ impl Decode for Cpu {
         &self,
         workspace: &mut Workspace,
         logits: &mut Buffer<f32>,
-        (x, row): (&Buffer<f32>, usize),
-        (_, head): (&[f32], &PackedWeight),
+        (x, rows): (&Buffer<f32>, Range<usize>),
+        (w, head): (&[f32], &PackedWeight),
         HeadShape { channels, vocab_size, .. }: HeadShape,
     ) {
-        let shape = LinearShape { rows: 1, inputs: channels, outputs: vocab_size };
-        let (x, to) = (&x[row * channels..][..channels], (&mut logits[..vocab_size], None));
-        head.product(self, workspace, to, x, shape);
+        let shape = LinearShape { rows: rows.len(), inputs: channels, outputs: vocab_size };
+        let (x, to) = (
+            &x[rows.start * channels..rows.end * channels],
+            &mut logits[..rows.len() * vocab_size],
+        );
+        match head.0 {
+            Numbers::InPlace => self.logits_in_place(to, x, (w, channels), Precision::F32),
+            _ => head.product(self, workspace, (to, None), x, shape),
+        }
     }
 
     fn rows(&self, arena: &mut Arena, rows: usize) -> Result<Self::Tokens> {
