@@ -88,7 +88,9 @@ mod trainer;
 pub use backend::CudaStream;
 pub use checkpoint::StoredTensor;
 pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};
-pub use decoder::{Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions, Generated};
+pub use decoder::{
+    Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions, Generated, Score,
+};
 pub use engine::{Engine, EngineOptions, LogFn, LogLevel};
 pub use error::{Error, Result};
 pub use formats::Philox;

@@ -122,6 +122,40 @@ fn logits_of_all_tokens_are_those_after_each() {
     }
 }
 
+/// In f32 the loss is that of an evaluation, on the same windows, also where files are shorter.
+#[test]
+fn the_loss_of_text_is_that_of_an_evaluation() {
+    let [config, _] = configs();
+    let model = Model::new(&engine(2), &config).unwrap();
+    for (count, length, most) in [(2000, 150, 0), (2000, 129, 3), (40, 140, 0)] {
+        let data = Dataset::from_tokens(tokens(count, 97)).unwrap();
+        let options = TrainerOptions {
+            recipe: "fp32".parse().unwrap(),
+            batch_size: 1,
+            sequence_length: length,
+            ..TrainerOptions::default()
+        };
+        let expected = Trainer::new(&model, options).unwrap().eval(&data, most).unwrap();
+        let mut losses = [0.0; 3];
+        for (weights, loss) in DecoderWeights::ALL.into_iter().zip(&mut losses) {
+            let mut decoder = of_room(&model, 0, weights);
+            decoder.push(0, &[1, 2]).unwrap();
+            let score = decoder.eval(&data, length, most as u64).unwrap();
+            assert_eq!(score.tokens, expected.tokens);
+            assert!(decoder.tokens(0).is_empty());
+            *loss = score.loss;
+        }
+        assert!((losses[0] - expected.loss).abs() < 1e-5, "{losses:?} {expected:?}");
+        let apart = losses.map(|loss| (loss - losses[0]).abs());
+        assert!(0.0 < apart[1] && apart[1] < apart[2] && apart[2] < 0.05, "{losses:?}");
+    }
+    let data = Dataset::from_tokens(tokens(300, 97)).unwrap();
+    let mut decoder = of_room(&model, 100, DecoderWeights::F32);
+    let error = decoder.eval(&data, 101, 0).unwrap_err().to_string();
+    assert!(error.contains("at most 100, for which there is room; got 101"), "{error}");
+    assert!(decoder.eval(&data, 0, 0).unwrap_err().to_string().contains("sequence_length"));
+}
+
 #[test]
 fn what_was_taken_out_leaves_no_trace() {
     let [config, _] = configs();

@@ -6,6 +6,7 @@ mod cached;
 mod drafts;
 mod recomputing;
 mod sampler;
+mod score;
 
 use std::fmt;
 
@@ -23,6 +24,7 @@ use drafts::Checked;
 pub use drafts::Draft;
 pub use sampler::GenerateOptions;
 use sampler::Sampler;
+pub use score::Score;
 
 const TOKENS: &str = "the tokens of a text";
 

@@ -599,6 +599,10 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "NAME")]
     pub(crate) recipe: Option<Recipe>,
 
+    /// The loss of what `mxtrain generate --weights` writes text with: f32, bf16 or mxfp4
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["recipe", "sharpness"])]
+    pub(crate) weights: Option<DecoderWeights>,
+
     #[command(flatten)]
     pub(crate) sharpness: SharpnessArgs,
 

@@ -5,7 +5,10 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use indicatif::HumanCount;
-use mxfp4train::{Dataset, DatasetOptions, Engine, Recipe, Spared, Trainer, TrainerOptions};
+use mxfp4train::{
+    Dataset, DatasetOptions, Decoder, DecoderOptions, DecoderWeights, Engine, EvalStats, Model,
+    Recipe, Score, Spared, Trainer, TrainerOptions,
+};
 use serde::Serialize;
 
 use crate::cli::EvalArgs;
@@ -28,15 +31,9 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
         None => known_tokenizer(&args.checkpoint)?,
     };
     let (engine, _) = machine::open(&args.machine, 0)?;
-    let mut trainer = load(args, &engine)?;
-    if let Some(note) = short_windows(&data, trainer.options().sequence_length) {
-        console::note(&format!("mxtrain: {}: {note}", args.data.display()));
-    }
-    trainer.set_sharpness(args.sharpness.sharpness)?;
-    let stats = trainer.eval(&data, args.batches)?;
-    let merged = match stats.spared {
-        Some(spared) => Some(Merged::of(trainer, &data, args.batches, spared)?),
-        None => None,
+    let (stats, merged) = match args.weights {
+        Some(weights) => (decoded(args, &engine, &data, weights)?, None),
+        None => trained(args, &engine, &data)?,
     };
     for loss in [Some(stats.loss), merged.as_ref().map(|merged| merged.loss_without)] {
         if let Some(loss) = loss.filter(|loss| !loss.is_finite()) {
@@ -52,6 +49,7 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
         let result = Report {
             loss: stats.loss,
             perplexity: f64::from(stats.loss).exp(),
+            weights: args.weights.map(DecoderWeights::as_str),
             bits_per_byte: (tokenizer == Some(Tokenizer::Bytes)).then(|| console::bits(stats.loss)),
             tokens: stats.tokens,
             seconds: stats.seconds,
@@ -77,6 +75,48 @@ pub(crate) fn run(args: &EvalArgs) -> Outcome<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// By the trainer that the checkpoint or the options say.
+fn trained(
+    args: &EvalArgs,
+    engine: &Engine,
+    data: &Dataset,
+) -> Outcome<(EvalStats, Option<Merged>)> {
+    let mut trainer = load(args, engine)?;
+    say_if_short(args, data, trainer.options().sequence_length);
+    trainer.set_sharpness(args.sharpness.sharpness)?;
+    let stats = trainer.eval(data, args.batches)?;
+    let merged = match stats.spared {
+        Some(spared) => Some(Merged::of(trainer, data, args.batches, spared)?),
+        None => None,
+    };
+    Ok((stats, merged))
+}
+
+/// By the weights that text is written with, on the same windows.
+fn decoded(
+    args: &EvalArgs,
+    engine: &Engine,
+    data: &Dataset,
+    weights: DecoderWeights,
+) -> Outcome<EvalStats> {
+    let (model, options) = model_of(args, engine)?;
+    let TrainerOptions { batch_size, sequence_length, .. } = options;
+    let context = model.config().context_length;
+    let length = if sequence_length == 0 { context } else { sequence_length };
+    say_if_short(args, data, length);
+    let of_one = DecoderOptions { room: length, weights, ..DecoderOptions::default() };
+    let windows = (args.batches as u64).saturating_mul(batch_size as u64);
+    let Score { loss, tokens, seconds } =
+        Decoder::new(&model, of_one)?.eval(data, length, windows)?;
+    Ok(EvalStats { loss, tokens, seconds, spared: None, sharpness: None })
+}
+
+fn say_if_short(args: &EvalArgs, data: &Dataset, sequence_length: usize) {
+    if let Some(note) = short_windows(data, sequence_length) {
+        console::note(&format!("mxtrain: {}: {note}", args.data.display()));
+    }
+}
+
 /// Opens a prepared folder's validation tokens or the files of a pattern.
 fn open(data: &OsStr, options: &DatasetOptions) -> Outcome<(Dataset, Option<Tokenizer>)> {
     let dir = Path::new(data);
@@ -95,20 +135,28 @@ fn open(data: &OsStr, options: &DatasetOptions) -> Outcome<(Dataset, Option<Toke
 
 /// Loads the checkpoint with the shape of batches that it was trained with, or the one asked for.
 fn load(args: &EvalArgs, engine: &Engine) -> Outcome<Trainer> {
+    let is_saved = Trainer::is_saved_in(&args.checkpoint);
+    let given = args.batch_size.is_some() || args.sequence_length.is_some();
+    if is_saved && !given && args.recipe.is_none() {
+        return Ok(Trainer::load(engine, &args.checkpoint)?);
+    }
+    let (model, options) = model_of(args, engine)?;
+    if let Some(share) = options.recipe.ema().filter(|_| is_saved) {
+        console::note(&format!(
+            "mxtrain: {}: W is rounded to nearest here, not by the slow means of ema={share} that \
+             the checkpoint has; leave out --recipe, --batch-size and --sequence-length to use them",
+            args.checkpoint.display()
+        ));
+    }
+    let recipe = args.recipe.clone().unwrap_or(options.recipe);
+    Ok(Trainer::new(&model, TrainerOptions { recipe, ..options })?)
+}
+
+/// A checkpoint's model, its recipe, and the shape of batches that it was trained with, or the one
+/// asked for.
+fn model_of(args: &EvalArgs, engine: &Engine) -> Outcome<(Model, TrainerOptions)> {
     let (model, options) = if Trainer::is_saved_in(&args.checkpoint) {
         let trainer = Trainer::load(engine, &args.checkpoint)?;
-        let given = args.batch_size.is_some() || args.sequence_length.is_some();
-        if !given && args.recipe.is_none() {
-            return Ok(trainer);
-        }
-        if let Some(share) = trainer.options().recipe.ema() {
-            console::note(&format!(
-                "mxtrain: {}: W is rounded to nearest here, not by the slow means of ema={share} \
-                 that the checkpoint has; leave out --recipe, --batch-size and --sequence-length to \
-                 use them",
-                args.checkpoint.display()
-            ));
-        }
         (trainer.model().clone(), trainer.options().clone())
     } else {
         let bf16: Recipe = "bf16".parse()?;
@@ -118,10 +166,9 @@ fn load(args: &EvalArgs, engine: &Engine) -> Outcome<Trainer> {
     let options = TrainerOptions {
         batch_size: args.batch_size.unwrap_or(options.batch_size),
         sequence_length: args.sequence_length.unwrap_or(options.sequence_length),
-        recipe: args.recipe.clone().unwrap_or(options.recipe),
         ..options
     };
-    Ok(Trainer::new(&model, options)?)
+    Ok((model, options))
 }
 
 /// The result for programs.
@@ -130,6 +177,9 @@ struct Report {
     /// Nats a token.
     loss: f32,
     perplexity: f64,
+    /// What the model wrote text with, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weights: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bits_per_byte: Option<f64>,
     tokens: u64,

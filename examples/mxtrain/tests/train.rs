@@ -162,6 +162,20 @@ fn a_model_is_trained_measured_shown_and_sampled() {
     let words =
         succeed(dir, "eval --checkpoint model --data data/val.bin --batch-size 1 --recipe fp32");
     assert!(words.contains("bits a byte, perplexity"), "{words}");
+    // By the weights that text is written with, on the same windows.
+    let eval = |options: &str| {
+        let line = format!("eval --checkpoint model --data data --batches 3 --json {options}");
+        let found: Value = serde_json::from_str(&succeed(dir, &line)).unwrap();
+        (found["loss"].as_f64().unwrap(), found["tokens"].clone(), found["weights"].clone())
+    };
+    let [trained, decoded, in_mxfp4] =
+        ["--recipe fp32", "--weights f32", "--weights mxfp4"].map(eval);
+    assert!((trained.0 - decoded.0).abs() < 1e-5 && trained.1 == decoded.1, "{decoded:?}");
+    assert!(trained.2.is_null() && in_mxfp4.2 == "mxfp4", "{in_mxfp4:?}");
+    let lost = in_mxfp4.0 - decoded.0;
+    assert!(lost != 0.0 && lost.abs() < 0.1, "{in_mxfp4:?}, {decoded:?}");
+    let error = refuse(dir, "eval --checkpoint model --data data --weights f32 --recipe bf16");
+    assert!(error.contains("cannot be used with"), "{error}");
 
     let about = info(dir, "model");
     assert_eq!(about["kind"], "checkpoint");
