@@ -86,7 +86,7 @@ mod thread;
 mod trainer;
 
 pub use backend::CudaStream;
-pub use checkpoint::StoredTensor;
+pub use checkpoint::{StoredTensor, StoredWeights};
 pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};
 pub use decoder::{
     Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions, Generated, Score,

@@ -6,7 +6,9 @@ use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, FlatGradients, Memory, Slot, on_device};
-use crate::checkpoint::{self, Checkpoint, FoundConfig, ModelPart, StoredTensor, TensorRead};
+use crate::checkpoint::{
+    self, Checkpoint, FoundConfig, ModelPart, StoredTensor, StoredWeights, TensorRead,
+};
 use crate::engine::LogLevel;
 use crate::gpt::{ModelConfig, ParamSpec, ParamTable, TensorInfo, initialize};
 use crate::optim::Master;
@@ -75,7 +77,7 @@ impl Model {
     }
 
     /// Loads the model of a checkpoint folder, ours or Hugging Face's `gpt2`: safetensors in f32,
-    /// f16, bf16 or f64, in one file or several with an index, with or without the prefix
+    /// f16, bf16, f64 or the MXFP4 of [`Model::save_as`], in one file or several with an index, with or without the prefix
     /// `transformer.` in names. Weights of the head that differ from the embedding's are kept as
     /// such ([`ModelConfig::tied_head`] is then false).
     ///
@@ -139,10 +141,22 @@ impl Model {
     /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its
     /// flushing failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&self, dir: &Path) -> Result<()> {
+        self.save_as(dir, StoredWeights::F32)
+    }
+
+    /// [`Model::save`] of weights that are stored as other numbers, for programs that run the model:
+    /// training that goes on from them begins with what they were rounded to. In MXFP4 only
+    /// [`Model::load`] reads them, as f32 numbers of which a [`crate::Decoder`] in MXFP4 makes the
+    /// codes of the file again, and the logits of one of this model.
+    ///
+    /// # Errors
+    /// As [`Model::save`], and [`Error::InvalidArgument`] naming a number that is beyond the format.
+    pub fn save_as(&self, dir: &Path, weights: StoredWeights) -> Result<()> {
         on_device!(self.on_device(), on => {
-            let weights = on.read()?;
-            let model = on.exported(self.tensors(), &weights);
-            file_limit_is_an_error(|| checkpoint::save(dir, self.part(&model), None))
+            let values = on.read()?;
+            let model = on.exported(self.tensors(), &values);
+            let part = || ModelPart { stored: weights, ..self.part(&model) };
+            file_limit_is_an_error(|| checkpoint::save(dir, part(), None))
         })
     }
 
@@ -207,7 +221,8 @@ impl Model {
 
     /// The model as a checkpoint takes it, with these [`Model::exported`] weights.
     pub(crate) fn part<'a>(&'a self, weights: &'a dyn TensorRead) -> ModelPart<'a> {
-        ModelPart { config: self.config(), found: self.0.found.as_ref(), weights }
+        let found = self.0.found.as_ref();
+        ModelPart { config: self.config(), found, weights, stored: StoredWeights::F32 }
     }
 
     fn zeroed(engine: &Engine, config: &ModelConfig, found: Option<FoundConfig>) -> Result<Self> {

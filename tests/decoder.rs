@@ -2,7 +2,7 @@
 
 use mxfp4train::{
     Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Engine, EngineOptions, Error,
-    GenerateOptions, Model, ModelConfig, Schedule, Trainer, TrainerOptions,
+    GenerateOptions, Model, ModelConfig, Schedule, StoredWeights, Trainer, TrainerOptions,
 };
 
 fn engine(threads: usize) -> Engine {
@@ -391,5 +391,25 @@ fn texts_beside_each_other_are_as_if_alone() {
         assert!(of_number(&mut decoder, 2) == alone(&text), "{weights}: forked");
         assert!(of_number(&mut decoder, 0) == alone(&texts[0][..30]), "{weights}: forked from");
         assert!(of_number(&mut decoder, 1) == alone(&texts[1][..70]), "{weights}: beside");
+    }
+}
+
+/// The codes of a file in MXFP4 are made again of what they stand for, and the rest is as it was.
+#[test]
+fn a_model_saved_in_mxfp4_decodes_in_mxfp4_as_the_model_does() {
+    let dir = tempfile::tempdir().unwrap();
+    for config in configs() {
+        let model = Model::new(&engine(2), &config).unwrap();
+        model.save_as(dir.path(), StoredWeights::Mxfp4).unwrap();
+        let loaded = Model::load(&engine(2), dir.path()).unwrap();
+        assert_eq!(loaded.config(), model.config());
+        let text = tokens(40, config.vocab_size);
+        let [ours, theirs] = [&model, &loaded].map(|model| {
+            let mut decoder = of_room(model, 64, DecoderWeights::Mxfp4);
+            decoder.push(0, &text).unwrap();
+            of(&mut decoder, config.vocab_size)
+        });
+        assert!(ours == theirs);
+        assert!(whole(&model, &text) != whole(&loaded, &text));
     }
 }

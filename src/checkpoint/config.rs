@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::StoredWeights;
 use crate::gpt::{Activation, ModelConfig};
 use crate::{Error, Result};
 
@@ -18,7 +19,11 @@ pub(crate) struct FoundConfig(Map<String, Value>);
 /// The file's text, of a new model or, with `found`, of one that was loaded.
 ///
 /// What was found stays as it is, in its own words, wherever it says what `config` does.
-pub(super) fn to_json(config: &ModelConfig, found: Option<&FoundConfig>) -> String {
+pub(super) fn to_json(
+    config: &ModelConfig,
+    found: Option<&FoundConfig>,
+    stored: StoredWeights,
+) -> String {
     // GPT-2's end-of-text token, where the vocabulary has it.
     let end_of_text = (config.vocab_size > 50256).then_some(50256);
     let mut object = match found {
@@ -26,7 +31,7 @@ pub(super) fn to_json(config: &ModelConfig, found: Option<&FoundConfig>) -> Stri
         None => object_of(json!({
             "attn_pdrop": 0.0,
             "bos_token_id": end_of_text,
-            "dtype": "float32",
+            "dtype": stored.dtype_name(),
             "embd_pdrop": 0.0,
             "eos_token_id": end_of_text,
             "initializer_range": 0.02,
@@ -38,10 +43,10 @@ pub(super) fn to_json(config: &ModelConfig, found: Option<&FoundConfig>) -> Stri
     };
     // The names of our tensors are those of this class.
     object.insert("architectures".into(), json!(["GPT2LMHeadModel"]));
-    // Weights are written in f32, and transformers makes of them what these say.
+    // transformers makes of weights what these say.
     for key in ["dtype", "torch_dtype"] {
         if let Some(dtype) = object.get_mut(key) {
-            *dtype = json!("float32");
+            *dtype = json!(stored.dtype_name());
         }
     }
     if parse(Path::new(""), &object).ok().as_ref() != Some(config) {
@@ -246,7 +251,8 @@ mod tests {
 
     fn changed(key: &str, value: Option<Value>) -> String {
         let mut object: Map<_, _> =
-            serde_json::from_str(&to_json(&ModelConfig::default(), None)).unwrap();
+            serde_json::from_str(&to_json(&ModelConfig::default(), None, StoredWeights::F32))
+                .unwrap();
         match value {
             Some(value) => object.insert(key.into(), value),
             None => object.remove(key),
@@ -259,13 +265,17 @@ mod tests {
         for (heads, epsilon) in [(12, 1e-5), (6, 1.234_567_9e-6), (1, f32::MIN_POSITIVE)] {
             let config =
                 ModelConfig { heads, layer_norm_epsilon: epsilon, ..ModelConfig::default() };
-            let text = to_json(&config, None);
+            let text = to_json(&config, None, StoredWeights::F32);
             assert_eq!(read(&text).unwrap(), config);
         }
-        let text = to_json(&ModelConfig::default(), None);
+        let text = to_json(&ModelConfig::default(), None, StoredWeights::F32);
         assert!(text.contains("\"layer_norm_epsilon\": 0.00001,"), "{text}");
         assert!(text.contains("\"eos_token_id\": 50256,"), "{text}");
-        let bytes = to_json(&ModelConfig { vocab_size: 256, ..ModelConfig::default() }, None);
+        let bytes = to_json(
+            &ModelConfig { vocab_size: 256, ..ModelConfig::default() },
+            None,
+            StoredWeights::F32,
+        );
         assert!(bytes.contains("\"eos_token_id\": null,"), "{bytes}");
     }
 
@@ -350,7 +360,7 @@ mod tests {
             ),
         ] {
             assert_eq!(read(&changed(key, Some(value.clone()))).unwrap(), config, "{key}");
-            let written = to_json(&config, None);
+            let written = to_json(&config, None, StoredWeights::F32);
             assert_eq!(read(&written).unwrap(), config, "{key}");
             let object: Map<_, _> = serde_json::from_str(&written).unwrap();
             assert_eq!(object[key], value);
@@ -362,7 +372,8 @@ mod tests {
     #[test]
     fn what_was_found_is_written_again() {
         let mut found: Map<_, _> =
-            serde_json::from_str(&to_json(&ModelConfig::default(), None)).unwrap();
+            serde_json::from_str(&to_json(&ModelConfig::default(), None, StoredWeights::F32))
+                .unwrap();
         for key in ["n_ctx", "scale_attn_weights", "use_cache"] {
             found.remove(key);
         }
@@ -383,7 +394,8 @@ mod tests {
         let text = serde_json::to_string(&found).unwrap();
         let (config, kept) = from_json(Path::new("x/config.json"), text.as_bytes()).unwrap();
         assert_eq!(config, ModelConfig::default());
-        let written: Map<_, _> = serde_json::from_str(&to_json(&config, Some(&kept))).unwrap();
+        let written: Map<_, _> =
+            serde_json::from_str(&to_json(&config, Some(&kept), StoredWeights::F32)).unwrap();
         // What the file beside it holds.
         found.insert("dtype".into(), json!("float32"));
         assert_eq!(written, found);
@@ -393,7 +405,7 @@ mod tests {
         let text = serde_json::to_string(&found).unwrap();
         let (config, kept) = from_json(Path::new("x/config.json"), text.as_bytes()).unwrap();
         let config = ModelConfig { tied_head: false, ..config };
-        let text = to_json(&config, Some(&kept));
+        let text = to_json(&config, Some(&kept), StoredWeights::F32);
         assert_eq!(read(&text).unwrap(), config);
         let written: Map<_, _> = serde_json::from_str(&text).unwrap();
         assert_eq!(written["architectures"], json!(["GPT2LMHeadModel"]));

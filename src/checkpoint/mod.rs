@@ -3,7 +3,7 @@
 //! | file | content |
 //! | --- | --- |
 //! | `config.json` | the model's shape, for this library and for `transformers`, and what else was in the one it was loaded with |
-//! | `model.safetensors` | the weights in f32, under Hugging Face's names |
+//! | `model.safetensors` | the weights under Hugging Face's names, in f32 or, of a model that is saved for others, as `stored.rs` says |
 //! | `trainer.json` | step, seed, options; only of a trainer |
 //! | `trainer.safetensors` | what the optimizer keeps, such as the moments `m.NAME` and `v.NAME`, and what the recipe keeps of weights, such as the means `ema.NAME`; only of a trainer |
 //!
@@ -16,6 +16,7 @@ mod folder;
 mod found;
 mod in_place;
 mod state;
+mod stored;
 mod tensors;
 mod weights;
 
@@ -39,6 +40,8 @@ use crate::{Error, Result};
 pub(crate) use config::FoundConfig;
 pub(crate) use folder::{existing, put_back};
 pub(crate) use safetensors::tensor::Dtype;
+use stored::Stored;
+pub use stored::StoredWeights;
 pub(crate) use tensors::decode;
 use tensors::{FLOATS, Named, TensorFile};
 use weights::{Index, Weights};
@@ -118,6 +121,8 @@ pub(crate) struct ModelPart<'a> {
     /// `config.json` as it was found, of a model that was loaded.
     pub(crate) found: Option<&'a FoundConfig>,
     pub(crate) weights: &'a dyn TensorRead,
+    /// What its file has them as.
+    pub(crate) stored: StoredWeights,
 }
 
 /// The training part of a checkpoint.
@@ -147,15 +152,18 @@ pub(crate) struct Kept<'a> {
 /// other content and no checkpoint); [`Error::NotFinite`] for a NaN or infinite weight or moment.
 pub(crate) fn save(
     dir: &Path,
-    ModelPart { config, found, weights }: ModelPart<'_>,
+    ModelPart { config, found, weights, stored }: ModelPart<'_>,
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
+    // Of its names, too, which MXFP4 doubles.
+    let _spare_for_names = room_for_headers(weights.tensors().iter())?;
+    let weights = &Stored::new(weights, stored) as &dyn TensorRead;
     let states = trainer.iter().flat_map(|trainer| trainer.states).copied();
     let others = trainer.iter().flat_map(|trainer| trainer.others).map(|(_, values)| *values);
     let tensors = states.chain(others).chain([weights]).flat_map(TensorRead::tensors);
     let _spare = room_for_headers(tensors)?;
     folder::replace(dir, &FILES, MODEL, |new| {
-        folder::write_file(&new.join(CONFIG), config::to_json(config, found).as_bytes())?;
+        folder::write_file(&new.join(CONFIG), config::to_json(config, found, stored).as_bytes())?;
         let extra = [(SHAPE, config::summary(config))];
         let named = name_all(weights, |name| name.to_owned());
         let model = tensors::write(&new.join(MODEL), &named, &extra)?;
@@ -240,9 +248,9 @@ impl Checkpoint {
             );
             return Err(Error::mismatch(&path, message));
         }
-        // Before anyone allocates memory for what a damaged file announces. 2 bytes: F16, BF16.
+        // Before anyone allocates memory for what a damaged file announces.
         let (count, bytes) = (config.parameter_count(), weights.bytes());
-        if count.saturating_mul(2) > bytes {
+        if count.saturating_mul(weights.least_bits()) / 8 > bytes {
             let name = if self.shards.is_some() { "its weights" } else { MODEL };
             let message = format!(
                 "a model of this shape has {count} parameters, and {name} has only {bytes} bytes"

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::StoredTensor;
 use super::folder::attempt;
 use super::{MAX_JSON, TensorRead, found, read_exact_at, room_for_json};
+use crate::formats::{decode_e2m1, decode_e8m0};
 use crate::optim::moments::{E4m3, Float};
 use crate::reserve::{Spare, reserve, zeros};
 use crate::{Error, Result};
@@ -258,6 +259,11 @@ impl<'a> TensorFile<'a> {
         Some(self.header.info(name)?.dtype)
     }
 
+    /// Whether a tensor is codes of MXFP4.
+    pub(super) fn is_mxfp4(&self, name: &str) -> bool {
+        self.dtype(name) == Some(Dtype::F4)
+    }
+
     /// Whether there is a tensor of this name.
     pub(super) fn contains(&self, name: &str) -> bool {
         self.header.info(name).is_some()
@@ -325,12 +331,13 @@ impl<'a> TensorFile<'a> {
         let mut crc = crc32fast::Hasher::new();
         let mut is_finite = true;
         let mut at = self.start + info.data_offsets.0 as u64;
-        let size = dtype.bitsize() / 8;
-        for values in out.chunks_mut(PIECE / size) {
+        for values in out.chunks_mut(PIECE * 8 / dtype.bitsize()) {
             let is_as_stored = dtype == Dtype::F32 && cfg!(target_endian = "little");
             if !is_as_stored {
-                reserve(&mut buffer, "a piece of a tensor", values.len() * size)?;
-                buffer.resize(values.len() * size, 0);
+                // Tensors end at whole bytes, of two codes each where these have 4 bits.
+                let len = values.len() * dtype.bitsize() / 8;
+                reserve(&mut buffer, "a piece of a tensor", len)?;
+                buffer.resize(len, 0);
             }
             let bytes =
                 if is_as_stored { bytemuck::cast_slice_mut(values) } else { &mut buffer[..] };
@@ -415,9 +422,13 @@ impl<'a> TensorFile<'a> {
 pub(super) const FLOATS: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F64];
 
 /// Appends numbers, each of which `dtype` can hold, as files have them: f32, floats of 8 or 16 bits,
-/// or whole numbers of 8.
+/// or whole numbers of 8. Of F4 and F8_E8M0 a number is the bits of an element.
 fn encode(dtype: Dtype, values: &[f32], bytes: &mut Vec<u8>) {
     match dtype {
+        Dtype::F4 => {
+            bytes.extend(values.as_chunks().0.iter().map(|[a, b]| *a as u8 | (*b as u8) << 4))
+        }
+        Dtype::F8_E8M0 => bytes.extend(values.iter().map(|v| *v as u8)),
         Dtype::I8 | Dtype::U8 => bytes.extend(values.iter().map(|v| *v as i32 as u8)),
         Dtype::BF16 => {
             bytes.extend(values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()));
@@ -439,6 +450,11 @@ pub(crate) fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
         Dtype::F64 => each(bytes, out, |b| f64::from_le_bytes(b) as f32),
         Dtype::F16 => each(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
         Dtype::BF16 => each(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        // A byte is two.
+        Dtype::F4 => out.as_chunks_mut().0.iter_mut().zip(bytes).for_each(|(out, byte)| {
+            *out = [decode_e2m1(*byte), decode_e2m1(byte >> 4)];
+        }),
+        Dtype::F8_E8M0 => each(bytes, out, |[b]: [u8; 1]| decode_e8m0(b)),
         Dtype::I8 => each(bytes, out, |[b]: [u8; 1]| f32::from(b as i8)),
         Dtype::U8 => each(bytes, out, |[b]: [u8; 1]| f32::from(b)),
         // Two of its bytes are no number.
@@ -452,7 +468,7 @@ pub(crate) fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> bool {
 }
 
 /// [`Error::NotFinite`] for the first element that is NaN or infinite.
-fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
+pub(super) fn check_finite(path: &Path, name: &str, values: &[f32]) -> Result<()> {
     // First all at once, in a loop without an exit.
     let largest = values.iter().fold(0, |most, v| (v.to_bits() & 0x7fff_ffff).max(most));
     if largest < f32::INFINITY.to_bits() {

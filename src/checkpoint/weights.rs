@@ -6,9 +6,13 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
+use safetensors::tensor::Dtype;
 use serde::Deserialize;
 
-use super::tensors::{FLOATS, TensorFile};
+use super::SCALES;
+use super::stored::Linear;
+use super::tensors::{FLOATS, TensorFile, check_finite};
+use crate::formats::BLOCK;
 use crate::gpt::{HEAD, TensorInfo, WTE};
 use crate::{Error, Result};
 
@@ -73,6 +77,12 @@ impl Weights<'_> {
         self.files.iter().map(TensorFile::bytes).sum()
     }
 
+    /// Bits of an element, at least.
+    pub(super) fn least_bits(&self) -> u64 {
+        let in_4 = |file: &TensorFile<'_>| file.names().iter().any(|name| file.is_mxfp4(name));
+        if self.files.iter().any(in_4) { 4 } else { 16 }
+    }
+
     /// An entry of the metadata. Files that were split have none of ours.
     pub(super) fn metadata(&self, key: &str) -> Option<&str> {
         self.files.iter().find_map(|file| file.metadata(key))
@@ -115,15 +125,40 @@ impl Weights<'_> {
         self.check_surplus(|name| {
             // Masks, which older versions saved; and a head that is tied.
             let buffer = name.ends_with("attn.bias") || name.ends_with("attn.masked_bias");
-            buffer || known.contains(name) || (tied && name == HEAD)
+            let scales = name.strip_suffix(SCALES).is_some_and(|name| {
+                known.contains(name) && self.file_of(name).is_some_and(|file| file.is_mxfp4(name))
+            });
+            buffer || scales || known.contains(name) || (tied && name == HEAD)
         })?;
         let mut values = Vec::new();
         for (index, (name, tensor)) in names.iter().zip(tensors).enumerate() {
             let file = self.file_of(name).ok_or_else(|| self.missing(name))?;
-            file.read(name, &tensor.shape, &FLOATS, &mut values)?;
+            match Linear::of(tensor).filter(|_| file.is_mxfp4(name)) {
+                Some(linear) => self.read_mxfp4(file, name, linear, &mut values)?,
+                None => file.read(name, &tensor.shape, &FLOATS, &mut values)?,
+            }
             write(index, &values)?;
         }
         Ok(())
+    }
+
+    /// Reads the numbers that codes and scales stand for, as `stored.rs` has them.
+    fn read_mxfp4(
+        &self,
+        file: &TensorFile<'_>,
+        name: &str,
+        linear: Linear,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let (mut codes, mut scales) = (Vec::new(), Vec::new());
+        let [outputs, blocks] = [linear.outputs, linear.blocks()];
+        file.read(name, &[outputs, blocks * BLOCK], &[Dtype::F4], &mut codes)?;
+        let of_scales = format!("{name}{SCALES}");
+        let file = self.file_of(&of_scales).ok_or_else(|| self.missing(&of_scales))?;
+        file.read(&of_scales, &[outputs, blocks], &[Dtype::F8_E8M0], &mut scales)?;
+        linear.dequantized(&mut codes, &scales, out)?;
+        // The largest scales make numbers that f32 does not have.
+        check_finite(file.path(), name, out)
     }
 
     /// The name that the files have for one of our tensors.

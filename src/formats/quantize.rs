@@ -192,6 +192,24 @@ mod tests {
     }
 
     proptest! {
+        /// What blocks stand for is in the same blocks again, so that files may have it: where the
+        /// second scale is taken, something saturated by the first and is 4 by the second, and of 4
+        /// that is the first. Up to the largest that f32 has.
+        #[test]
+        fn the_closest_of_what_blocks_stand_for_are_these_blocks(
+            v in prop::array::uniform32(-8f32..8.0), zeros: u32, exponent in -149i32..=124,
+        ) {
+            let v: [f32; BLOCK] = std::array::from_fn(|i| match zeros >> i & 1 {
+                // Of either sign, and what rounds to it.
+                0 => v[i] * 2f32.powi(exponent),
+                _ => v[i] * f32::from_bits(1),
+            });
+            let (scale, codes) = quantize_closest(&v);
+            let stands_for = codes.map(|code| decode_e2m1(code) * decode_e8m0(scale));
+            prop_assume!(stands_for.iter().all(|v| v.is_finite()));
+            prop_assert_eq!(quantize_closest(&stands_for), (scale, codes));
+        }
+
         /// Whatever the block, stochastic results are neighbours of what the range leaves of v, and
         /// nearest results are within half a step of it, or saturated.
         #[test]

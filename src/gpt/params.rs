@@ -288,7 +288,7 @@ impl ParamSpec {
     /// NOTE: by way of tiles, of which each line of the caches is read or written once and whole.
     /// Element by element, all elements of a column of 4096 shared a few lines: a run that saved 604
     /// million parameters twice took 161 s on two cores, and takes 95.
-    fn transpose(from: &[f32], to: &mut [f32], rows: usize, cols: usize) {
+    pub(crate) fn transpose(from: &[f32], to: &mut [f32], rows: usize, cols: usize) {
         const TILE: usize = 16;
         let mut tile = [[0.0; TILE]; TILE];
         for r in (0..rows).step_by(TILE) {

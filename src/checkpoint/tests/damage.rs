@@ -48,7 +48,7 @@ fn another_shape_is_a_mismatch_that_names_the_tensor() {
     }
     // No tensor's shape tells the number of heads.
     let heads = ModelConfig { heads: 4, ..config() };
-    fs::write(dir.join(CONFIG), config::to_json(&heads, None)).unwrap();
+    fs::write(dir.join(CONFIG), config::to_json(&heads, None, StoredWeights::F32)).unwrap();
     let error = load(&dir).unwrap_err();
     assert!(matches!(error, Error::Mismatch { .. }), "{error}");
     assert!(error.to_string().contains("n_head=2 ") && error.to_string().contains("n_head=4 "));

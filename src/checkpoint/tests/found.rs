@@ -37,7 +37,7 @@ fn write_file(path: &Path, tensors: &[Tensor]) {
 /// A folder with one file of weights and this configuration.
 fn write_folder(dir: &Path, tensors: &[Tensor], config: &ModelConfig) {
     fs::create_dir_all(dir).unwrap();
-    fs::write(dir.join(CONFIG), config::to_json(config, None)).unwrap();
+    fs::write(dir.join(CONFIG), config::to_json(config, None, StoredWeights::F32)).unwrap();
     write_file(&dir.join(MODEL), tensors);
 }
 
@@ -45,7 +45,7 @@ fn write_folder(dir: &Path, tensors: &[Tensor], config: &ModelConfig) {
 fn shard(dir: &Path, tensors: &[Tensor], change: impl Fn(&mut serde_json::Value)) {
     fs::create_dir_all(dir).unwrap();
     let _ = fs::remove_file(dir.join(MODEL));
-    fs::write(dir.join(CONFIG), config::to_json(&config(), None)).unwrap();
+    fs::write(dir.join(CONFIG), config::to_json(&config(), None, StoredWeights::F32)).unwrap();
     let mut places = serde_json::Map::new();
     for (i, part) in tensors.chunks(tensors.len().div_ceil(3)).enumerate() {
         let file = format!("model-0000{}-of-00003.safetensors", i + 1);
@@ -271,7 +271,7 @@ fn weights_in_other_formats_come_with_the_command_that_converts_them() {
     ] {
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir(&dir).unwrap();
-        fs::write(dir.join(CONFIG), config::to_json(&config(), None)).unwrap();
+        fs::write(dir.join(CONFIG), config::to_json(&config(), None, StoredWeights::F32)).unwrap();
         for name in files {
             fs::write(dir.join(name), "x").unwrap();
         }

@@ -3,6 +3,7 @@ pub(super) mod faults;
 mod folder;
 mod found;
 mod reading;
+mod stored;
 
 use std::collections::HashMap;
 use std::fs;
@@ -25,7 +26,11 @@ fn save(
     weights: &dyn TensorRead,
     trainer: Option<TrainerPart<'_>>,
 ) -> Result<()> {
-    super::save(dir, ModelPart { config, found: None, weights }, trainer)
+    super::save(
+        dir,
+        ModelPart { config, found: None, weights, stored: StoredWeights::F32 },
+        trainer,
+    )
 }
 
 fn load_weights(
@@ -260,7 +265,7 @@ fn foreign(dir: &Path, dtype: Dtype, value: impl Fn(usize) -> f32) {
     });
     fs::create_dir_all(dir).unwrap();
     fs::write(dir.join(MODEL), serialize(views, None).unwrap()).unwrap();
-    fs::write(dir.join(CONFIG), config::to_json(&config(), None)).unwrap();
+    fs::write(dir.join(CONFIG), config::to_json(&config(), None, StoredWeights::F32)).unwrap();
 }
 
 #[test]
@@ -280,7 +285,7 @@ fn weights_of_others_load_in_four_precisions() {
     }
     // A shape that would take terabytes is refused before anyone allocates them.
     let huge = ModelConfig { vocab_size: 1 << 24, channels: 1 << 18, ..config() };
-    fs::write(dir.join(CONFIG), config::to_json(&huge, None)).unwrap();
+    fs::write(dir.join(CONFIG), config::to_json(&huge, None, StoredWeights::F32)).unwrap();
     let message = load_config(&dir).unwrap_err().to_string();
     assert!(message.contains("parameters, and model.safetensors has only"), "{message}");
 }
