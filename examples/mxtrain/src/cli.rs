@@ -10,11 +10,12 @@ use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
     Activation, DatasetOptions, DecoderWeights, Draft, Optimizer, Recipe, Recompute, ScheduleKind,
-    TokenDrop,
+    StoredWeights, TokenDrop,
 };
 
 use crate::compare::CompareArgs;
 use crate::console;
+use crate::export::ExportFormat;
 use crate::prepare::Format;
 use crate::tokenizer::Tokenizer;
 
@@ -56,6 +57,8 @@ pub(crate) enum Command {
     Eval(Box<EvalArgs>),
     /// Continue a text
     Generate(GenerateArgs),
+    /// Write a checkpoint's model for other programs: transformers, llama.cpp
+    Export(ExportArgs),
     /// Show what a checkpoint, token files or a prepared folder contain
     Info(InfoArgs),
     /// Show the memory that a training run would take, without taking it
@@ -725,6 +728,44 @@ pub(crate) struct SamplingArgs {
     /// Always take the most likely token
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p"])]
     pub(crate) greedy: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+What reads it:
+  safetensors, f32 f16 bf16  transformers and what else reads its gpt2 folders; mxtrain
+  safetensors, mxfp4         mxtrain, as f32 numbers: generate --weights mxfp4 makes the same codes of
+                             them, and writes the texts of CHECKPOINT
+  gguf                       llama.cpp and programs made with it
+In MXFP4 are linear layers and a head of its own, in GGUF every head. The embedding is not: it is f32
+in safetensors, bf16 in GGUF. The optimizer's state stays behind: nothing resumes an export.
+
+Examples:
+  mxtrain export model model-bf16
+  mxtrain export model model.gguf --weights f16
+  mxtrain export model model-mxfp4.gguf --weights mxfp4")]
+pub(crate) struct ExportArgs {
+    /// Checkpoint folder, this program's or Hugging Face's gpt2
+    pub(crate) checkpoint: PathBuf,
+
+    /// What to write: a folder, or a file of GGUF
+    pub(crate) out: PathBuf,
+
+    /// safetensors or gguf [default: gguf where OUT ends in .gguf, else safetensors]
+    #[arg(long, value_name = "NAME", hide_possible_values = true)]
+    pub(crate) format: Option<ExportFormat>,
+
+    /// Numbers of the weights: f32, f16, bf16 or mxfp4
+    #[arg(long, value_name = "NAME", default_value_t = StoredWeights::Bf16)]
+    pub(crate) weights: StoredWeights,
+
+    /// Tokenizer, bytes or gpt2 [default: the one that the checkpoint was trained with]
+    #[arg(long, value_name = "NAME", hide_possible_values = true)]
+    pub(crate) tokenizer: Option<Tokenizer>,
+
+    /// Replace a model, or a GGUF file, that is already there
+    #[arg(long)]
+    pub(crate) overwrite: bool,
 }
 
 #[derive(Debug, Args)]

@@ -9,7 +9,7 @@ use mxfp4train::{Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions
 use crate::cli::{GenerateArgs, SamplingArgs};
 use crate::console::{content, note};
 use crate::failure::{Failure, Outcome};
-use crate::hugging_face::{Found, end_tokens, load, tokenizer_of};
+use crate::hugging_face::{end_tokens, load, tokenizer_to_read};
 use crate::machine;
 use crate::signals::Signals;
 use crate::stop::Stops;
@@ -29,7 +29,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
     let (engine, _) = machine::open(&args.machine, args.seed.number())?;
     let model = load(&engine, &args.checkpoint)?;
     let vocab_size = model.config().vocab_size;
-    let tokenizer = tokenizer(args, vocab_size)?;
+    let tokenizer = tokenizer_to_read(&args.checkpoint, args.tokenizer, vocab_size)?;
     let stop_tokens = match args.ignore_eos {
         true => Vec::new(),
         false => end_tokens(Some(&args.checkpoint), Some(tokenizer), vocab_size)?,
@@ -163,42 +163,7 @@ impl Writer<'_> {
     }
 }
 
-/// The tokenizer that the user names, else the checkpoint's.
-fn tokenizer(args: &GenerateArgs, vocab_size: usize) -> Outcome<Tokenizer> {
-    let dir = &args.checkpoint;
-    let tokenizer = match args.tokenizer {
-        Some(tokenizer) => tokenizer,
-        None => match tokenizer_of(dir)? {
-            Some(Found::Ours(tokenizer)) => tokenizer,
-            Some(Found::Other(words)) => {
-                return Err(Failure::usage(format!(
-                    "{words} is neither GPT-2's nor that of bytes, and others are not read; say \
-                     --tokenizer gpt2 or --tokenizer bytes where the model was trained on such tokens"
-                )));
-            }
-            None => guess(vocab_size).ok_or_else(|| {
-                Failure::usage(format!(
-                    "--tokenizer is missing: {} does not say how its text became tokens",
-                    dir.display()
-                ))
-            })?,
-        },
-    };
-    if tokenizer.vocab_size() > vocab_size {
-        return Err(Failure::usage(format!(
-            "--tokenizer: {tokenizer} has {} tokens, the checkpoint's vocabulary is {vocab_size}",
-            tokenizer.vocab_size()
-        )));
-    }
-    Ok(tokenizer)
-}
-
 fn write(out: &mut impl Write, text: &str) -> io::Result<()> {
     out.write_all(content(text).as_bytes())?;
     out.flush()
-}
-
-/// Hugging Face's GPT-2 models have its vocabulary, and no file of ours.
-fn guess(vocab_size: usize) -> Option<Tokenizer> {
-    (vocab_size == Tokenizer::Gpt2.vocab_size()).then_some(Tokenizer::Gpt2)
 }

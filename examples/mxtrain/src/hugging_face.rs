@@ -206,6 +206,42 @@ pub(crate) fn known_tokenizer(checkpoint: &Path) -> Outcome<Option<Tokenizer>> {
     }))
 }
 
+/// The tokenizer of a checkpoint with a vocabulary of `vocab_size` tokens: the one that the user
+/// names, else its own, which has to be one of ours.
+pub(crate) fn tokenizer_to_read(
+    checkpoint: &Path,
+    named: Option<Tokenizer>,
+    vocab_size: usize,
+) -> Outcome<Tokenizer> {
+    // Hugging Face's GPT-2 models have its vocabulary, and no file of ours.
+    let guess = || (vocab_size == Tokenizer::Gpt2.vocab_size()).then_some(Tokenizer::Gpt2);
+    let tokenizer = match named {
+        Some(tokenizer) => tokenizer,
+        None => match tokenizer_of(checkpoint)? {
+            Some(Found::Ours(tokenizer)) => tokenizer,
+            Some(Found::Other(words)) => {
+                return Err(Failure::usage(format!(
+                    "{words} is neither GPT-2's nor that of bytes, and others are not read; say \
+                     --tokenizer gpt2 or --tokenizer bytes where the model was trained on such tokens"
+                )));
+            }
+            None => guess().ok_or_else(|| {
+                Failure::usage(format!(
+                    "--tokenizer is missing: {} does not say how its text became tokens",
+                    checkpoint.display()
+                ))
+            })?,
+        },
+    };
+    if tokenizer.vocab_size() > vocab_size {
+        return Err(Failure::usage(format!(
+            "--tokenizer: {tokenizer} has {} tokens, the checkpoint's vocabulary is {vocab_size}",
+            tokenizer.vocab_size()
+        )));
+    }
+    Ok(tokenizer)
+}
+
 /// The tokens that end a text of a checkpoint whose vocabulary has `vocab_size` tokens: what its
 /// `generation_config.json`, else its `config.json` says, and what `tokenizer` puts between
 /// documents.
@@ -331,6 +367,11 @@ fn read_all(dir: &Path) -> Outcome<BTreeMap<String, Vec<u8>>> {
         }
     }
     Ok(files)
+}
+
+/// The files of [`read_all`] with their checksums.
+pub(crate) fn listed(dir: &Path) -> Outcome<BTreeMap<String, String>> {
+    Ok(read_all(dir)?.into_iter().map(|(name, bytes)| (name, checksum(&bytes))).collect())
 }
 
 /// The files of [`read_all`] that are as a list of names and checksums has them.
@@ -461,11 +502,42 @@ impl Serialize for Vocabulary {
     }
 }
 
+/// The tokens of a tokenizer in the byte-level alphabet, in the order of their numbers.
+pub(crate) fn vocabulary(tokenizer: Tokenizer) -> Vec<String> {
+    Vocabulary(tokenizer).entries().map(|(token, _)| token).collect()
+}
+
+/// A token that was added to a tokenizer.
+#[derive(serde::Deserialize)]
+pub(crate) struct AddedToken {
+    pub(crate) id: usize,
+    pub(crate) content: String,
+    /// Whether it is none of a text's.
+    #[serde(rename = "special")]
+    pub(crate) is_special: bool,
+}
+
+/// Those of the `tokenizer.json` of a checkpoint; none where there is no such file.
+pub(crate) fn added_tokens(checkpoint: &Path) -> Outcome<Vec<AddedToken>> {
+    #[derive(serde::Deserialize)]
+    struct Document {
+        #[serde(default)]
+        added_tokens: Vec<AddedToken>,
+    }
+    let path = Model::folder_of(checkpoint).join(TOKENIZER);
+    if !path.is_file() {
+        return Ok(Vec::new());
+    }
+    let text = files::read(&path).map_err(Failure::io("read", &path))?;
+    check_fetched(&path, &text)?;
+    Ok(files::parse_json::<Document>(&path, &text)?.added_tokens)
+}
+
 /// The merges of a byte-pair encoding, in their order.
 ///
 /// The vocabulary is in the order in which training made the tokens, so the merge that made a token
 /// is what is left to do once its bytes are merged by all earlier ones.
-fn merges(tokenizer: Tokenizer) -> Vec<String> {
+pub(crate) fn merges(tokenizer: Tokenizer) -> Vec<String> {
     let tokens: Vec<_> = (0..tokenizer.vocab_size() as u32)
         .filter(|id| tokenizer.separator().is_none_or(|separator| *id != u32::from(separator)))
         .map(|id| tokenizer.bytes(id))

@@ -278,9 +278,10 @@ impl Checkpoint {
         }
         text.push_str(&format!("tensors     {}\n", self.tensors.len()));
         let width = self.tensors.iter().map(|t| t.name.len()).max().unwrap_or(0);
+        let of_types = self.tensors.iter().map(|t| t.dtype.len()).max().unwrap_or(0);
         for t in self.tensors.iter().filter(|_| with_tensors) {
             let name = console::plain(&t.name);
-            text.push_str(&format!("  {name:width$}  {}  {:?}\n", t.dtype, t.shape));
+            text.push_str(&format!("  {name:width$}  {:of_types$}  {:?}\n", t.dtype, t.shape));
         }
         text
     }

@@ -8,6 +8,7 @@ mod compare;
 mod config_file;
 mod console;
 mod eval;
+mod export;
 mod failure;
 mod files;
 mod fit;
@@ -70,6 +71,7 @@ fn run(parsed: &Parsed) -> Outcome<ExitCode> {
         Command::Train(args) => train::run(args, parsed),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Export(args) => export::run(args),
         Command::Info(args) => info::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Recipes(args) => recipes::run(args),

@@ -204,7 +204,7 @@ pub(crate) fn write_whole(path: &Path, contents: &[u8]) -> Outcome {
 
 /// Creates a file in the place of what a killed process has left. Anything else of the name must
 /// not be written to: a pipe would wait for its reader, a link leads elsewhere.
-fn create_anew(path: &Path) -> io::Result<File> {
+pub(crate) fn create_anew(path: &Path) -> io::Result<File> {
     match fs::remove_file(path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => File::options().read(true).write(true).create_new(true).open(path),

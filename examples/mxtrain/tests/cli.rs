@@ -10,7 +10,7 @@ use common::{mxtrain, refuse, run, run_args, succeed};
 #[test]
 fn help_and_version_succeed() {
     let dir = tempfile::tempdir().unwrap();
-    for sub in ["prepare", "train", "eval", "generate", "info", "plan"] {
+    for sub in ["prepare", "train", "eval", "generate", "export", "info", "plan"] {
         assert!(succeed(dir.path(), &format!("{sub} --help")).contains("Usage: mxtrain"));
     }
     let help = succeed(dir.path(), "train --help");

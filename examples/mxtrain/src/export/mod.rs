@@ -1,0 +1,247 @@
+//! `mxtrain export`: a checkpoint's model for programs that run it, in the numbers that they want.
+//!
+//! A folder of safetensors is written by the library, as checkpoints are, and the tokenizer's files
+//! are put beside it. A GGUF file is written tensor by tensor under a temporary name, and renamed
+//! when it is whole. docs/hugging-face.md says what reads them.
+
+mod gguf;
+mod gpt2;
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::ValueEnum;
+use indicatif::{HumanBytes, HumanCount};
+use mxfp4train::Model;
+
+use crate::cli::{ExportArgs, MachineArgs};
+use crate::console;
+use crate::failure::{Failure, Outcome};
+use crate::files;
+use crate::hugging_face::{self, Files, Found, load, tokenizer_of, tokenizer_to_read};
+use crate::machine;
+use crate::run_file;
+use crate::signals::Signals;
+use crate::tokens_file::{create_anew, temporary_name};
+use crate::train::is_checkpoint;
+
+/// What is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ExportFormat {
+    /// A folder that Hugging Face's programs read.
+    Safetensors,
+    /// A file that llama.cpp reads.
+    Gguf,
+}
+
+impl ExportFormat {
+    /// The one that a name asks for.
+    fn of(out: &Path) -> Self {
+        match out.extension() {
+            Some(end) if end == "gguf" => Self::Gguf,
+            _ => Self::Safetensors,
+        }
+    }
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &ExportArgs) -> Outcome<ExitCode> {
+    let signals = Signals::listen()?;
+    let format = args.format.unwrap_or_else(|| ExportFormat::of(&args.out));
+    match format {
+        ExportFormat::Safetensors => check_folder(args)?,
+        ExportFormat::Gguf => check_file(args)?,
+    }
+    // Nothing is computed but what weights are rounded to.
+    let on_cpu = MachineArgs { threads: 0, device: "cpu".into() };
+    let (engine, _) = machine::open(&on_cpu, 0)?;
+    let model = load(&engine, &args.checkpoint)?;
+    match format {
+        ExportFormat::Safetensors => write_folder(args, &model)?,
+        ExportFormat::Gguf => write_file(args, &model, &signals)?,
+    }
+    console::print(&format!(
+        "{}: {} parameters in {}, {}\n",
+        console::shown(&args.out),
+        HumanCount(model.config().parameter_count()),
+        args.weights,
+        HumanBytes(size(&args.out).map_err(Failure::io("read", &args.out))?),
+    ))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Bytes of a file, or of the weights in a folder.
+fn size(out: &Path) -> io::Result<u64> {
+    let weights = out.join("model.safetensors");
+    Ok(fs::metadata(if out.is_dir() { &weights } else { out })?.len())
+}
+
+/// Whether the checkpoint may be exported to the folder.
+fn check_folder(args: &ExportArgs) -> Outcome {
+    let ExportArgs { checkpoint, out, .. } = args;
+    if out.extension().is_some_and(|end| end == "safetensors") {
+        return Err(Failure::usage(format!(
+            "{}: safetensors are written as a folder, with config.json and the tokenizer beside \
+             model.safetensors; name a folder",
+            out.display()
+        )));
+    }
+    let same = |a: &Path, b: &Path| matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b);
+    if same(checkpoint, out) {
+        let message =
+            "the checkpoint itself, which an export does not replace; name another folder";
+        return Err(Failure::usage(message).within(out.display()));
+    }
+    if !is_checkpoint(out) {
+        return Ok(());
+    }
+    if let Some(of_run) =
+        [run_file::FILE, "trainer.json"].iter().find(|file| out.join(file).exists())
+    {
+        return Err(Failure::usage(format!(
+            "{}: holds a run of mxtrain train ({of_run}), which an export does not replace; name \
+             another folder",
+            out.display()
+        )));
+    }
+    check_overwrite(args, "a model")
+}
+
+/// Whether the checkpoint may be exported to the file.
+fn check_file(args: &ExportArgs) -> Outcome {
+    let out = &args.out;
+    let mut magic = [0; 4];
+    let is_gguf = match fs::symlink_metadata(out) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Failure::io("open", out)(e)),
+        Ok(_) if out.is_dir() => {
+            let message = "a folder, and --format gguf writes a file; name one in it, such as \
+                           model.gguf";
+            return Err(Failure::usage(message).within(out.display()));
+        }
+        Ok(_) => {
+            let file = files::open(out).map_err(Failure::io("open", out))?;
+            io::Read::read_exact(&mut &file, &mut magic).is_ok() && &magic == gguf::MAGIC
+        }
+    };
+    if !is_gguf {
+        let message = "there is a file that is no GGUF, which an export does not replace; name \
+                       another file";
+        return Err(Failure::usage(message).within(out.display()));
+    }
+    check_overwrite(args, "a GGUF file")
+}
+
+fn check_overwrite(args: &ExportArgs, there: &str) -> Outcome {
+    if args.overwrite {
+        return Ok(());
+    }
+    let out = args.out.display();
+    let message =
+        format!("there already is {there}; replace it (--overwrite) or name another place");
+    Err(Failure::usage(message).within(out))
+}
+
+fn write_folder(args: &ExportArgs, model: &Model) -> Outcome {
+    let ExportArgs { checkpoint, out, weights, .. } = args;
+    let found = match tokenizer_of(checkpoint)? {
+        Some(Found::Ours(tokenizer)) => Some(tokenizer),
+        _ => None,
+    };
+    let tokenizer = args.tokenizer.or(found);
+    let mut files = Files::new(Some(checkpoint), tokenizer, model.config().context_length)?;
+    model.save_as(out, *weights)?;
+    // All that an earlier export has put there is replaced.
+    files.put(out, &hugging_face::listed(out)?)?;
+    files.notes.iter().for_each(|note| console::note(&format!("mxtrain: {note}")));
+    Ok(())
+}
+
+fn write_file(args: &ExportArgs, model: &Model, signals: &Signals) -> Outcome {
+    let ExportArgs { checkpoint, out, weights, .. } = args;
+    let config = model.config();
+    gpt2::check(config, *weights)?;
+    let tokenizer = tokenizer_to_read(checkpoint, args.tokenizer, config.vocab_size)?;
+    let metadata = gpt2::metadata(checkpoint, config, tokenizer, *weights)?;
+    let (tensors, origins): (Vec<_>, Vec<_>) =
+        gpt2::tensors(model.tensors(), *weights).into_iter().unzip();
+    let mut file = Unfinished::create(out, signals)?;
+    file.write(&gguf::header(&metadata, &tensors))?;
+    let (mut values, mut rows, mut bytes) = (Vec::new(), Vec::new(), Vec::new());
+    for (tensor, origin) in tensors.iter().zip(&origins) {
+        values.resize(tensor.shape.iter().product(), 0.0);
+        model.read_tensor(&origin.name, &mut values)?;
+        if let (true, [outputs, inputs]) = (origin.is_turned, &tensor.shape[..]) {
+            rows.resize(values.len(), 0.0);
+            turn(&values, &mut rows, [*inputs, *outputs]);
+            std::mem::swap(&mut values, &mut rows);
+        }
+        for part in values.chunks(PIECE) {
+            bytes.clear();
+            gguf::encode(tensor.stored, part, &mut bytes).map_err(|value| {
+                Failure::usage(format!(
+                    "--weights {}: tensor {} has the number {value:e}, which it does not have; \
+                     choose f32",
+                    tensor.stored, origin.name
+                ))
+            })?;
+            file.write(&bytes)?;
+        }
+        file.write(&vec![0; gguf::padding(tensor.bytes())])?;
+    }
+    file.finish()
+}
+
+/// Numbers that become bytes at once: whole blocks of all formats.
+const PIECE: usize = 1 << 16;
+
+/// Transposes a matrix of `rows` and `cols`, square by square, so that lines of both are used whole
+/// while they are in a cache.
+fn turn(from: &[f32], to: &mut [f32], [rows, cols]: [usize; 2]) {
+    const TILE: usize = 32;
+    for r in (0..rows).step_by(TILE) {
+        for c in (0..cols).step_by(TILE) {
+            for row in r..rows.min(r + TILE) {
+                for col in c..cols.min(c + TILE) {
+                    to[col * rows + row] = from[row * cols + col];
+                }
+            }
+        }
+    }
+}
+
+/// A file under its temporary name, which it loses when it is whole.
+struct Unfinished<'a> {
+    path: &'a Path,
+    temporary: PathBuf,
+    file: BufWriter<File>,
+}
+
+impl<'a> Unfinished<'a> {
+    fn create(path: &'a Path, signals: &Signals) -> Outcome<Self> {
+        let temporary = temporary_name(path);
+        let create = || create_anew(&temporary).map_err(Failure::io("create", &temporary));
+        let file = signals.making(create, |_| vec![temporary.clone()])?;
+        Ok(Self { path, file: BufWriter::new(file), temporary })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Outcome {
+        self.file.write_all(bytes).map_err(Failure::io("write", &self.temporary))
+    }
+
+    /// Gives it its name, in place of an older file.
+    fn finish(mut self) -> Outcome {
+        let flushed = self.file.flush().and_then(|()| self.file.get_ref().sync_all());
+        flushed.map_err(Failure::io("write", &self.temporary))?;
+        fs::rename(&self.temporary, self.path).map_err(Failure::io("create", self.path))
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    /// Takes an unfinished file away; a finished one no longer has its temporary name.
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.temporary);
+    }
+}
