@@ -7,7 +7,9 @@ Builds the library, makes a model of awkward sizes (or takes MODEL_DIR), saves i
 loads it with GPT2LMHeadModel.from_pretrained, and compares the logits after random tokens.
 
 Of a MODEL_DIR that mxtrain made it also compares tokens, AutoTokenizer's with those of `mxtrain prepare`, and
-greedy texts. MXTRAIN names a built program; cargo builds one otherwise.
+greedy texts, and has transformers open what `mxtrain export` makes of it: in bf16 and f16 the weights have to
+be those of the model rounded by PyTorch, and in MXFP4 transformers has to refuse the folder. MXTRAIN names a
+built program; cargo builds one otherwise.
 """
 import ctypes
 import json
@@ -19,7 +21,7 @@ import tempfile
 
 import numpy
 import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 BOUND = 1e-4
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -123,6 +125,37 @@ def check_texts(folder):
         if ours != theirs + "\n":
             sys.exit(f"other greedy texts: {ours!r}, transformers {theirs!r}")
         print(f"the same greedy text: {ours!r}")
+    check_exports(folder, mxtrain)
+
+
+def check_exports(folder, mxtrain):
+    """Opens exports, which are as good as the model but for their numbers."""
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, dtype in (("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)):
+            out = f"{scratch}/{name}"
+            mxtrain("export", folder, out, "--weights", name)
+            theirs = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+            if theirs.dtype != dtype:
+                sys.exit(f"export in {name}: opened as {theirs.dtype}")
+            expected = dict(model.named_parameters())
+            found = dict(theirs.named_parameters())
+            if found.keys() != expected.keys():
+                sys.exit(f"export in {name}: other tensors")
+            for tensor, values in found.items():
+                if not torch.equal(values, expected[tensor].to(dtype)):
+                    sys.exit(f"export in {name}: {tensor} has other numbers")
+            if AutoTokenizer.from_pretrained(out)(TEXTS[0]) != AutoTokenizer.from_pretrained(folder)(TEXTS[0]):
+                sys.exit(f"export in {name}: another tokenizer")
+        print("transformers opens exports in f32, f16 and bf16, with the same numbers, rounded")
+        out = f"{scratch}/mxfp4"
+        mxtrain("export", folder, out, "--weights", "mxfp4")
+        try:
+            GPT2LMHeadModel.from_pretrained(out)
+        except (ValueError, RuntimeError, KeyError) as error:
+            print(f"transformers refuses an export in MXFP4: {error!s:.80}")
+        else:
+            sys.exit("transformers opens an export in MXFP4, and has random weights for it")
 
 
 if __name__ == "__main__":
