@@ -328,7 +328,7 @@ fn a_file_in_mxfp4_has_the_blocks_of_the_folder() {
     assert_eq!((*kind, &shape[..]), (30, &[32, 256][..]));
     let wte = floats(&stored["transformer.wte.weight"].2);
     assert!(wte.into_iter().flat_map(bf16).eq(bytes[..2 * 32 * 256].iter().copied()));
-    // The head's first block, by hand: by its scale no element is above 6.
+    // Of the head's first block the scale, which the largest of its elements asks for.
     let (_, _, head) = &file.tensors["output.weight"];
     let largest = floats(&stored["transformer.wte.weight"].2)[..32]
         .iter()
