@@ -9,10 +9,12 @@
 // An element of y is summed in an order that its inputs alone decide: chunks of them go around to
 // the eight warps of a block, each sums its own from first to last, and the warps' sums are added
 // in their order. So a row has the same bits alone, among others, and in a long text that comes at
-// once.
+// once, of which another kernel takes many rows and keeps to that order.
 
 // The warps of a block, among which inputs are divided.
 #define WARPS 8
+// Chunks of many rows that are on their way to shared memory.
+#define STAGES 4
 
 // `FewRows` of the host.
 struct FewRows {
@@ -36,6 +38,19 @@ struct OfBf16 {
   }
   __device__ __forceinline__ void words(u32 half, u32 to[EACH / 2]) const {
     to[0] = raw[half].x, to[1] = raw[half].y, to[2] = raw[half].z, to[3] = raw[half].w;
+  }
+
+  // Pieces of 16 bytes of a chunk of an output, and where one lies.
+  static const u32 PIECES = 4;
+  static const bool HAS_SCALES = false;
+  static __device__ __forceinline__ const u8 *piece(const FewRows &p, u32 output, u32 first,
+                                                    u32 piece, bool &inside) {
+    inside = inside && first + 8 * piece < p.inputs;
+    return (const u8 *)p.w + ((size_t)output * p.inputs + first + 8 * piece) * 2;
+  }
+  // The share of one of `lines`, which lie in shared memory behind each other.
+  __device__ __forceinline__ void load(const u8 *lines, const u16 *, u32 line, u32 t, u32 half) {
+    raw[half] = *(const uint4 *)(lines + line * 64 + 16 * t);
   }
 };
 
@@ -62,10 +77,12 @@ struct OfMxfp4 {
       // Lines are as long as whole chunks.
       size_t at = (size_t)output * ((p.inputs + CHUNK - 1) / CHUNK * CHUNK) + first;
       raw[half] = *(const uint2 *)((const u8 *)p.w + at / 2);
-      u32 byte = ((const u8 *)p.scales)[at / 32];
-      // 2^-127 has no exponent of its own; 255 is infinity, which makes NaN of the zeros beside it.
-      scale[half] = (byte ? byte << 7 : 0x40u) * 0x10001u;
+      scale[half] = scale_of(((const u8 *)p.scales)[at / 32]);
     }
+  }
+  // 2^-127 has no exponent of its own; 255 is infinity, which makes NaN of the zeros beside it.
+  static __device__ __forceinline__ u32 scale_of(u32 byte) {
+    return (byte ? byte << 7 : 0x40u) * 0x10001u;
   }
   __device__ __forceinline__ void words(u32 half, u32 to[EACH / 2]) const {
     u32 both[2] = {raw[half].x, raw[half].y};
@@ -75,6 +92,24 @@ struct OfMxfp4 {
       to[2 * i] = multiply_bf16(to[2 * i], scale[half]);
       to[2 * i + 1] = multiply_bf16(to[2 * i + 1], scale[half]);
     }
+  }
+
+  static const u32 PIECES = 2;
+  static const bool HAS_SCALES = true;
+  static __device__ __forceinline__ const u8 *piece(const FewRows &p, u32 output, u32 first,
+                                                    u32 piece, bool &) {
+    size_t line = (p.inputs + CHUNK - 1) / CHUNK * CHUNK;
+    return (const u8 *)p.w + (output * line + first) / 2 + 16 * piece;
+  }
+  // Both scales of a chunk of an output.
+  static __device__ __forceinline__ u32 scales_of(const FewRows &p, u32 output, u32 first) {
+    size_t line = (p.inputs + CHUNK - 1) / CHUNK * CHUNK;
+    return ((const u16 *)p.scales)[(output * line + first) / CHUNK];
+  }
+  __device__ __forceinline__ void load(const u8 *lines, const u16 *scales, u32 line, u32 t,
+                                       u32 half) {
+    raw[half] = *(const uint2 *)(lines + line * 32 + 8 * t);
+    scale[half] = scale_of(scales[line] >> t / 2 * 8 & 255);
   }
 };
 
@@ -162,6 +197,165 @@ __global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
     float sum = of_warps[r * PITCH + o];
 #pragma unroll
     for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, of_warps[(w * 8 * ROWS + r) * PITCH + o]);
+    finish<T>(p, row + r, output + o, sum);
+  }
+}
+
+// What a block of many rows has in shared memory for a chunk.
+template <class W, int OUTPUTS, int ROWS> struct Stage {
+  u8 w[OUTPUTS * W::PIECES * 16];
+  u8 x[ROWS * W::CHUNK * 2];
+  u16 scales[W::HAS_SCALES ? OUTPUTS : 8];
+};
+
+// Where piece `piece` of 16 bytes of a row of x lies, so that threads that read it meet in no bank:
+// one of MXFP4 reads two beside each other.
+template <class W> __device__ __forceinline__ u32 place_of_x(u32 row, u32 piece) {
+  const u32 PIECES = W::CHUNK / 8;
+  return (row * PIECES + (PIECES == 8 ? piece ^ (row & 1) : piece)) * 16;
+}
+
+// Starts copying the chunk of inputs from `first` on; returns this thread's scales of it.
+template <int THREADS, class W, int OUTPUTS, int ROWS>
+__device__ __forceinline__ u32 stage_chunk(const FewRows &p, Stage<W, OUTPUTS, ROWS> &to,
+                                           u32 output, u32 row, u32 first) {
+#pragma unroll 2
+  for (u32 i = threadIdx.x; i < OUTPUTS * W::PIECES; i += THREADS) {
+    u32 line = i / W::PIECES, piece = i % W::PIECES;
+    bool inside = output + line < p.outputs;
+    const u8 *from = W::piece(p, output + line, first, piece, inside);
+    copy16(to.w + i * 16, inside ? from : (const u8 *)p.w, inside);
+  }
+  const u32 PIECES = W::CHUNK / 8;
+#pragma unroll 2
+  for (u32 i = threadIdx.x; i < ROWS * PIECES; i += THREADS) {
+    u32 line = i / PIECES, piece = i % PIECES, at = first + 8 * piece;
+    bool inside = row + line < p.rows && at < p.inputs;
+    const u8 *from = (const u8 *)p.x + ((size_t)(row + line) * p.inputs + at) * 2;
+    copy16(to.x + place_of_x<W>(line, piece), inside ? from : (const u8 *)p.x, inside);
+  }
+  if constexpr (W::HAS_SCALES)
+    if (threadIdx.x < OUTPUTS && output + threadIdx.x < p.outputs)
+      return W::scales_of(p, output + threadIdx.x, first);
+  return 0;
+}
+
+// A walk through chunks in the order in which `few_rows` sums them: those of its first warp, then
+// those of the next.
+struct Walk {
+  u32 warp, chunk, count;
+
+  __device__ __forceinline__ bool goes_on() const { return chunk < count; }
+  // Whether this is the last one of its warp.
+  __device__ __forceinline__ bool ends_warp() const { return chunk + WARPS >= count; }
+  __device__ __forceinline__ void next() {
+    if (!ends_warp()) chunk += WARPS;
+    else if (++warp < WARPS) chunk = warp;
+    else chunk = count;
+  }
+};
+
+// `few_rows` for many rows, to the bit: a block has all inputs of its outputs and rows, W and x by
+// way of shared memory, and sums them as the eight warps there do, one after the other. A warp takes
+// 16 M outputs and 8 N rows, of a block's ACROSS such pieces of outputs and DOWN of rows. Grid:
+// outputs, rows, by those of a block, rounded up; block: 32 ACROSS DOWN; dynamic shared memory:
+// STAGES stages, or as many lines of outputs and 4 floats as the block has rows.
+template <class W, class T, int M, int N, int ACROSS, int DOWN>
+__global__ void __launch_bounds__(32 * ACROSS * DOWN) many_rows(FewRows p) {
+  begin();
+  const int OUTPUTS = 16 * M * ACROSS, ROWS = 8 * N * DOWN, PITCH = OUTPUTS + 4;
+  const int THREADS = 32 * ACROSS * DOWN;
+  typedef Stage<W, OUTPUTS, ROWS> Chunk;
+  Chunk *stages = (Chunk *)shared;
+  u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+  u32 output = blockIdx.x * OUTPUTS, row = blockIdx.y * ROWS;
+  u32 of_outputs = warp % ACROSS * 16 * M, of_rows = warp / ACROSS * 8 * N;
+  float sums[M][N][4] = {}, totals[M][N][4] = {};
+  u32 count = (p.inputs + W::CHUNK - 1) / W::CHUNK;
+  Walk ahead = {0, 0, count}, walk = ahead;
+  u32 scales = 0;
+  // All but one stage are on their way before the first is looked at. Scales come through a register,
+  // and are put down a chunk later.
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) {
+    if (ahead.goes_on()) {
+      scales = stage_chunk<THREADS>(p, stages[s], output, row, ahead.chunk * W::CHUNK);
+      if (W::HAS_SCALES && threadIdx.x < OUTPUTS) stages[s].scales[threadIdx.x] = scales;
+      ahead.next();
+    }
+    end_copies();
+  }
+  u32 number = 0, waiting = STAGES;
+  for (; walk.goes_on(); walk.next(), number++) {
+    wait_for_groups<STAGES - 2>();
+    __syncthreads();
+    if (W::HAS_SCALES && waiting < STAGES && threadIdx.x < OUTPUTS)
+      stages[waiting].scales[threadIdx.x] = scales;
+    waiting = STAGES;
+    if (ahead.goes_on()) {
+      waiting = (number + STAGES - 1) % STAGES;
+      scales = stage_chunk<THREADS>(p, stages[waiting], output, row, ahead.chunk * W::CHUNK);
+      ahead.next();
+    }
+    end_copies();
+    const Chunk &chunk = stages[number % STAGES];
+    u32 of_x[N][W::EACH / 2];
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int i = 0; i < W::EACH / 8; i++) {
+        u32 at = place_of_x<W>(of_rows + 8 * n + g, t * (W::EACH / 8) + i);
+        uint4 raw = *(const uint4 *)(chunk.x + at);
+        of_x[n][4 * i] = raw.x, of_x[n][4 * i + 1] = raw.y;
+        of_x[n][4 * i + 2] = raw.z, of_x[n][4 * i + 3] = raw.w;
+      }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+      W w;
+      u32 words[2][W::EACH / 2];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        w.load(chunk.w, chunk.scales, of_outputs + 16 * m + 8 * half + g, t, half);
+        w.words(half, words[half]);
+      }
+#pragma unroll
+      for (int i = 0; i < W::EACH / 2; i += 2) {
+        u32 of_w[4] = {words[0][i], words[1][i], words[0][i + 1], words[1][i + 1]};
+#pragma unroll
+        for (int n = 0; n < N; n++)
+          multiply_bf16_tiles(sums[m][n], of_w, of_x[n][i], of_x[n][i + 1]);
+      }
+    }
+    if (!walk.ends_warp()) continue;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          totals[m][n][i] =
+              walk.warp == 0 ? sums[m][n][i] : __fadd_rn(totals[m][n][i], sums[m][n][i]);
+          sums[m][n][i] = 0;
+        }
+  }
+  wait_for_groups<0>();
+  __syncthreads();
+  float *lines = (float *)shared;
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        lines[(of_rows + 8 * n + 2 * t + i % 2) * PITCH + of_outputs + 16 * m + g + i / 2 * 8] =
+            totals[m][n][i];
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < OUTPUTS * ROWS; i += THREADS) {
+    u32 o = i % OUTPUTS, r = i / OUTPUTS;
+    if (output + o >= p.outputs || row + r >= p.rows) continue;
+    float sum = lines[r * PITCH + o];
+    // A warp without a chunk has a sum, too.
+    if (count < WARPS) sum = __fadd_rn(sum, 0.0f);
     finish<T>(p, row + r, output + o, sum);
   }
 }

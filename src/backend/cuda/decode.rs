@@ -22,9 +22,17 @@ use crate::{Error, Result};
 /// `WARPS` of the kernels of products.
 const WARPS: usize = 8;
 /// Threads of a block of theirs.
-pub(super) const THREADS: usize = 32 * WARPS;
-/// Rows from which on a block takes many of them, and many outputs.
-const MANY: usize = 9;
+const THREADS: usize = 32 * WARPS;
+/// Rows from which on a block takes several times eight of them, and those from which on one has all
+/// inputs.
+const SEVERAL: usize = 9;
+const MANY: usize = 65;
+/// Outputs and rows of a block in large pieces.
+const LARGE: usize = 128;
+/// Blocks that keep a large GPU busy.
+const ENOUGH_BLOCKS: usize = 128;
+/// `STAGES` of the kernel of many rows.
+const STAGES: usize = 4;
 /// Inputs of a chunk in MXFP4, of which lines are whole.
 const CHUNK: usize = 64;
 
@@ -87,6 +95,8 @@ pub(super) struct Few {
     /// Of the template.
     pub(super) kernel: &'static str,
     pub(super) grid: [usize; 3],
+    /// Threads of a block.
+    pub(super) block: usize,
     /// Bytes of shared memory.
     pub(super) shared: usize,
 }
@@ -94,8 +104,12 @@ pub(super) struct Few {
 impl Few {
     /// In bf16, or with weights in MXFP4, and results in f32 where these are `logits`.
     pub(super) fn on_tensor_cores(shape: LinearShape, in_mxfp4: bool, logits: bool) -> Self {
-        let many = shape.rows >= MANY;
-        let kernel = match (in_mxfp4, logits, many) {
+        if shape.rows >= MANY {
+            let blocks = shape.outputs.div_ceil(LARGE) * shape.rows.div_ceil(LARGE);
+            return Self::of_many(shape, in_mxfp4, logits, blocks >= ENOUGH_BLOCKS);
+        }
+        let several = shape.rows >= SEVERAL;
+        let kernel = match (in_mxfp4, logits, several) {
             (false, false, false) => "few_rows<OfBf16,bf16,1,1,4>",
             (false, false, true) => "few_rows<OfBf16,bf16,2,8,1>",
             (false, true, false) => "few_rows<OfBf16,float,1,1,4>",
@@ -105,18 +119,42 @@ impl Few {
             (true, true, false) => "few_rows<OfMxfp4,float,1,1,4>",
             (true, true, true) => "few_rows<OfMxfp4,float,2,8,1>",
         };
-        let [outputs, rows] = if many { [32, 64] } else { [16, 8] };
+        let [outputs, rows] = if several { [32, 64] } else { [16, 8] };
         Self {
             kernel,
             grid: [shape.outputs.div_ceil(outputs), shape.rows.div_ceil(rows), 1],
+            block: THREADS,
             shared: WARPS * rows * (outputs + 4) * 4,
         }
+    }
+
+    /// The same for many rows, in large pieces or in small ones.
+    pub(super) fn of_many(shape: LinearShape, in_mxfp4: bool, logits: bool, large: bool) -> Self {
+        let kernel = match (in_mxfp4, logits, large) {
+            (false, false, false) => "many_rows<OfBf16,bf16,2,4,2,2>",
+            (false, false, true) => "many_rows<OfBf16,bf16,4,4,2,4>",
+            (false, true, false) => "many_rows<OfBf16,float,2,4,2,2>",
+            (false, true, true) => "many_rows<OfBf16,float,4,4,2,4>",
+            (true, false, false) => "many_rows<OfMxfp4,bf16,2,4,2,2>",
+            (true, false, true) => "many_rows<OfMxfp4,bf16,4,4,2,4>",
+            (true, true, false) => "many_rows<OfMxfp4,float,2,4,2,2>",
+            (true, true, true) => "many_rows<OfMxfp4,float,4,4,2,4>",
+        };
+        let [piece, block] = if large { [LARGE, 256] } else { [64, 128] };
+        let grid = [shape.outputs.div_ceil(piece), shape.rows.div_ceil(piece), 1];
+        // Of a chunk: W, x, and scales.
+        let stage = match in_mxfp4 {
+            false => piece * 64 + piece * 64 + 16,
+            true => piece * 32 + piece * 128 + piece * 2,
+        };
+        let shared = (STAGES * stage).max(piece * (piece + 4) * 4);
+        Self { kernel, grid, block, shared }
     }
 
     /// In plain arithmetic.
     pub(super) fn plain(kernel: &'static str, shape: LinearShape) -> Self {
         let grid = [shape.outputs.div_ceil(WARPS), shape.rows.div_ceil(8), 1];
-        Self { kernel, grid, shared: 0 }
+        Self { kernel, grid, block: THREADS, shared: 0 }
     }
 }
 
@@ -167,7 +205,7 @@ impl Cuda {
         let LinearShape { rows, inputs, outputs } = shape;
         let [rows, inputs, outputs] = [rows, inputs, outputs].map(|n| n as u32);
         let of_all = FewRows { w, scales, rows, inputs, outputs, ..to };
-        launch!(self.gpu, few.kernel, few.grid, THREADS, few.shared; of_all);
+        launch!(self.gpu, few.kernel, few.grid, few.block, few.shared; of_all);
     }
 }
 

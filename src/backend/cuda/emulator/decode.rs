@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::super::attend::Heads;
 use super::super::decode::{
-    Behind, Few, FewRows, PackMxfp4, THREADS, attention_on_tensor_cores, whole_positions,
+    Behind, Few, FewRows, PackMxfp4, attention_on_tensor_cores, whole_positions,
 };
 use super::super::quantize::Launch;
 use super::{Emulator, SCHEDULES, aligned};
@@ -105,7 +105,16 @@ fn weights_are_packed_to_the_byte() {
 #[test]
 fn few_rows_have_the_bits_of_each() {
     let Some(emulator) = Emulator::new("decode") else { return };
-    let shapes = [(1, 264, 18), (3, 40, 16), (8, 1096, 5), (9, 136, 70), (67, 72, 33), (5, 37, 9)];
+    let shapes = [
+        (1, 264, 18),
+        (3, 40, 16),
+        (8, 1096, 5),
+        (9, 136, 70),
+        (67, 72, 33),
+        (130, 1112, 20),
+        (66, 360, 130),
+        (5, 37, 9),
+    ];
     for (case, (rows, inputs, outputs)) in shapes.into_iter().enumerate() {
         let shape = LinearShape { rows, inputs, outputs };
         let kinds = [
@@ -139,7 +148,12 @@ fn few_rows_have_the_bits_of_each() {
             } else {
                 [placed(&w, precision), Vec::new()]
             };
+            // As on a GPU, where pieces of this size would be small.
+            let large = case % 2 == 0;
             let of = |shape: LinearShape| match (precision, odd, logits) {
+                (Precision::Bf16, false, _) if shape.rows > 64 => {
+                    Few::of_many(shape, in_mxfp4, logits, large)
+                }
                 (Precision::F32, ..) => Few::plain("few_rows_plain<float,float>", shape),
                 (_, true, true) => Few::plain("few_rows_plain<bf16,float>", shape),
                 (_, true, false) => Few::plain("few_rows_plain<bf16,bf16>", shape),
@@ -149,12 +163,14 @@ fn few_rows_have_the_bits_of_each() {
                 let shape = LinearShape { rows: x.len() / inputs, ..shape };
                 let nan = vec![f32::NAN; shape.rows * outputs];
                 let [mut y, mut activated] = [placed(&nan, to), placed(&nan, to)];
-                let (x, bias) = (placed(x, precision), placed(&bias, precision));
+                let (placed_x, bias) = (placed(x, precision), placed(&bias, precision));
                 let few = of(shape);
+                emulator.may_read(&placed_x, x.len() * precision.size());
+                emulator.may_read(&of_w[0], 16 * of_w[0].len());
                 let argument = FewRows {
                     y: y.as_mut_ptr() as u64,
                     activated: activated.as_mut_ptr() as u64,
-                    x: x.as_ptr() as u64,
+                    x: placed_x.as_ptr() as u64,
                     w: of_w[0].as_ptr() as u64,
                     scales: of_w[1].as_ptr() as u64,
                     bias: if logits { 0 } else { bias.as_ptr() as u64 },
@@ -163,13 +179,14 @@ fn few_rows_have_the_bits_of_each() {
                     outputs: outputs as u32,
                     form,
                 };
-                let launch = Launch { grid: few.grid, block: THREADS, shared: few.shared };
+                let launch = Launch { grid: few.grid, block: few.block, shared: few.shared };
                 emulator.launch(schedule, few.kernel, launch, argument);
                 [y, activated].map(|all| read(&all, nan.len(), to))
             };
             let what = format!("{shape:?} in {precision:?}, {in_mxfp4}, {logits}");
             let [y, activated] = run(&x, SCHEDULES[case % 3], 1 + case as u32 % 2);
-            for row in 0..rows {
+            let some = |row: &usize| rows < 16 || row % 32 == 1 || row + 1 == rows;
+            for row in (0..rows).filter(some) {
                 let of_row = &x[row * inputs..][..inputs];
                 let [alone, activated_alone] = run(of_row, SCHEDULES[1], 1 + case as u32 % 2);
                 let same = |a: &[f32], b: &[f32]| {
