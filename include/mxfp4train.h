@@ -210,6 +210,19 @@ typedef enum mxt_dtype {
   MXT_DTYPE_F32 = 0,
 } mxt_dtype;
 
+// What the weights of a saved model are stored as.
+typedef enum mxt_stored_weights {
+  // f32, as they are.
+  MXT_STORED_WEIGHTS_F32 = 0,
+  // f16, to nearest. Numbers above 65504 are refused.
+  MXT_STORED_WEIGHTS_F16 = 1,
+  // bf16, to nearest.
+  MXT_STORED_WEIGHTS_BF16 = 2,
+  // The linear layers and a head of its own in MXFP4, 4.25 bits a weight, as a decoder in MXFP4 has
+  // them; all else in f32. Read by this library alone.
+  MXT_STORED_WEIGHTS_MXFP4 = 3,
+} mxt_stored_weights;
+
 // What a model's linear layers and its head are computed in where it writes text.
 typedef enum mxt_decoder_weights {
   // f32; on a GPU bf16 where a trainer keeps the weights with master=split.
@@ -922,6 +935,15 @@ mxt_status mxt_model_load(const struct mxt_engine *engine,
 // MXT_ERROR_BUSY.
 mxt_status mxt_model_save(const struct mxt_model *model, const char *dir);
 
+// mxt_model_save of weights that are stored as other numbers, for programs that run the model:
+// training that goes on from them begins with what they were rounded to. `weights` is one of
+// mxt_stored_weights. In MXFP4 only mxt_model_load reads them, as f32 numbers of which a decoder in
+// MXFP4 makes the codes of the file again.
+//
+// Errors: those of mxt_model_save; MXT_ERROR_INVALID_ARGUMENT also for a number that is beyond the
+// format, which it names.
+mxt_status mxt_model_save_as(const struct mxt_model *model, const char *dir, int32_t weights);
+
 // Stores the model's shape in `*config`, whose struct_size the caller has set.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
@@ -1073,6 +1095,35 @@ mxt_status mxt_decoder_logits_from(struct mxt_decoder *decoder,
                                    size_t from,
                                    float *logits,
                                    size_t count);
+
+// Computes the logits of the tokens after the last ones of the `sequence_count` different texts of
+// `sequences`, those of mxt_decoder_logits of each, for which the weights are read once. `logits` has
+// room for `count` numbers, which must be sequence_count times the model's vocab_size, and may lie in
+// memory of the engine's GPU.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, one that comes twice or has no
+// token, another count), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY (also while the model is being
+// trained).
+mxt_status mxt_decoder_logits_of(struct mxt_decoder *decoder,
+                                 const size_t *sequences,
+                                 size_t sequence_count,
+                                 float *logits,
+                                 size_t count);
+
+// mxt_decoder_generate of `sequence_count` different texts at once, which read the weights together.
+// The first has the seed of the options, each other one the next; so each is what it would be alone.
+// New tokens of text number i of `sequences` are written to `tokens` from number i * `capacity` on,
+// where there is room for `capacity` of each, at least max_tokens; their number to written[i].
+//
+// Errors: those of mxt_decoder_generate and mxt_decoder_logits_of; MXT_ERROR_INVALID_ARGUMENT also for
+// a draft and for on_token, which would not know whose token it is.
+mxt_status mxt_decoder_generate_each(struct mxt_decoder *decoder,
+                                     const size_t *sequences,
+                                     size_t sequence_count,
+                                     const struct mxt_generate_options *options,
+                                     uint32_t *tokens,
+                                     size_t capacity,
+                                     size_t *written);
 
 // Samples a continuation of text `sequence`, which has at least one token, and appends it to the text;
 // where there is no more room, the oldest tokens fall out. The new tokens are written to `tokens`,

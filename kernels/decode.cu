@@ -385,14 +385,15 @@ template <class X, class T> __global__ void few_rows_plain(FewRows p) {
   }
 }
 
-// out (rows, C) = the embeddings of tokens, of which the first stands at position *start, as
-// `embedding_forward` makes them. Grid: rows; block: 128.
+// out (rows, C) = the embeddings of tokens, of which the first stands at position *starts, or each
+// at one of its own, as `embedding_forward` makes them. Grid: rows; block: 128.
 template <class T>
-__global__ void embed_rows(T *out, const u32 *tokens, const u32 *start, const T *wte, const T *wpe,
-                           u32 channels) {
+__global__ void embed_rows(T *out, const u32 *tokens, const u32 *starts, const T *wte, const T *wpe,
+                           u32 channels, u32 of_each) {
   begin();
+  u32 at = of_each ? starts[blockIdx.x] : *starts + blockIdx.x;
   const T *token = wte + (size_t)tokens[blockIdx.x] * channels;
-  const T *position = wpe + (size_t)(*start + blockIdx.x) * channels;
+  const T *position = wpe + (size_t)at * channels;
   for (u32 i = threadIdx.x; i < channels; i += blockDim.x)
     out[(size_t)blockIdx.x * channels + i] =
         from_f32<T>(__fadd_rn(to_f32(token[i]), to_f32(position[i])));

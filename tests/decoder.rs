@@ -1,8 +1,8 @@
 //! Decoding with what is kept of a text gives the logits of the whole computation, to the bit.
 
 use mxfp4train::{
-    Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Engine, EngineOptions, Error,
-    GenerateOptions, Model, ModelConfig, Schedule, StoredWeights, Trainer, TrainerOptions,
+    Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Draft, Engine, EngineOptions,
+    Error, GenerateOptions, Model, ModelConfig, Schedule, StoredWeights, Trainer, TrainerOptions,
 };
 
 fn engine(threads: usize) -> Engine {
@@ -118,6 +118,97 @@ fn logits_of_all_tokens_are_those_after_each() {
             decoder.rewind(0, 0).unwrap();
             let empty = decoder.logits_from(0, 0, &mut []).unwrap_err().to_string();
             assert!(empty.contains("at least one token, got none"), "{empty}");
+        }
+    }
+}
+
+/// Several texts in one pass, of any lengths, have the logits of each, and go on as each would alone,
+/// past their room and to ends of their own.
+#[test]
+fn texts_beside_each_other_are_those_of_each() {
+    for config in configs() {
+        let (vocab, context) = (config.vocab_size, config.context_length);
+        let model = Model::new(&engine(2), &config).unwrap();
+        for weights in DecoderWeights::ALL {
+            let options = |sequences| DecoderOptions { sequences, weights, ..Default::default() };
+            let mut alone = Decoder::new(&model, options(1)).unwrap();
+            // More than a pass has logits for.
+            let mut decoder = Decoder::new(&model, options(40)).unwrap();
+            let lengths: Vec<usize> = (0..40).map(|n| 1 + n * 13 % (context - 3)).collect();
+            for (sequence, len) in lengths.iter().enumerate() {
+                decoder.push(sequence, &tokens(*len, vocab - sequence % 5)).unwrap();
+            }
+            // Some have been computed, to some place.
+            of(&mut decoder, vocab);
+            decoder.fork(0, 7).unwrap();
+            decoder.rewind(3, 0).unwrap();
+            decoder.push(3, &[1]).unwrap();
+            let order: Vec<usize> = (0..40).rev().filter(|n| n % 9 != 5).collect();
+            for round in 0..3 {
+                let mut all = vec![f32::NAN; order.len() * vocab];
+                decoder.logits_of(&order, &mut all).unwrap();
+                for (sequence, logits) in order.iter().zip(all.chunks(vocab)) {
+                    alone.rewind(0, 0).unwrap();
+                    alone.push(0, decoder.tokens(*sequence)).unwrap();
+                    assert!(of(&mut alone, vocab) == logits, "{weights}, {sequence}, {round}");
+                }
+                let next = |n: &usize| (*n, ((n * 7 + round) % vocab) as u32);
+                for (sequence, token) in order.iter().filter(|n| *n % 2 == 0).map(next) {
+                    if decoder.tokens(sequence).len() < context {
+                        decoder.push(sequence, &[token]).unwrap();
+                    }
+                }
+            }
+
+            let how = GenerateOptions {
+                max_tokens: 12,
+                stop_tokens: (0..4).collect(),
+                repetition_penalty: 1.1,
+                slide: true,
+                seed: u64::MAX - 3,
+                ..GenerateOptions::default()
+            };
+            let before: Vec<Vec<u32>> =
+                order.iter().map(|sequence| decoder.tokens(*sequence).to_vec()).collect();
+            let mut seen = vec![Vec::new(); order.len()];
+            let mut on_token = |n: usize, token: u32| {
+                seen[n].push(token);
+                seen[n].len() < 3 + n
+            };
+            let texts = decoder.generate_each(&order, &how, &mut on_token).unwrap();
+            assert_eq!(texts, seen);
+            let mut ends = [0; 3];
+            for (n, text) in texts.iter().enumerate() {
+                alone.rewind(0, 0).unwrap();
+                alone.push(0, &before[n]).unwrap();
+                let how = GenerateOptions { seed: how.seed.wrapping_add(n as u64), ..how.clone() };
+                let mut count = 0;
+                let mut on_token = |_| {
+                    count += 1;
+                    count < 3 + n
+                };
+                let expected = alone.generate(0, &how, &mut on_token).unwrap().tokens;
+                assert_eq!(*text, expected, "{weights}, {n}");
+                assert_eq!(decoder.tokens(order[n]), alone.tokens(0), "{weights}, {n}");
+                let stopped = how.stop_tokens.contains(text.last().unwrap());
+                ends[if stopped { 0 } else { 1 + usize::from(text.len() == 12) }] += 1;
+            }
+            assert!(ends.iter().all(|count| *count > 0), "{ends:?}");
+
+            let mut refused = |sequences: &[usize], len: usize, message: &str| {
+                let error = decoder.logits_of(sequences, &mut vec![0.0; len]).unwrap_err();
+                assert!(error.to_string().contains(message), "{error}");
+            };
+            refused(&[1, 2, 1], 3 * vocab, "expected different ones, got 1 twice");
+            refused(&[40], vocab, "from 0 to 39, got 40");
+            refused(&[1, 2], vocab, &format!("2 times {vocab} numbers, got {vocab}"));
+            decoder.rewind(2, 0).unwrap();
+            let empty = decoder.logits_of(&[1, 2], &mut vec![0.0; 2 * vocab]).unwrap_err();
+            assert!(empty.to_string().contains("got none in 2"), "{empty}");
+            decoder.logits_of(&[], &mut []).unwrap();
+            let how = GenerateOptions { draft: Draft::Ngram, ..how };
+            let drafting = decoder.generate_each(&[1], &how, &mut |_, _| true).unwrap_err();
+            assert!(drafting.to_string().contains("draft: expected none"), "{drafting}");
         }
     }
 }

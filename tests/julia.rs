@@ -109,7 +109,7 @@ fn mistakes_are_found() {
         (low, "# Made from", "# From", "run bindings/julia/gen/generate.py"),
         ("src/callbacks.jl", "token::UInt32)", "token::UInt64)", "types of on_token"),
         ("src/callbacks.jl", "(on_log, Cvoid,", "(on_log, Int64,", "types of a callback"),
-        ("src/model.jl", "mxt_model_save(model, ", "mxt_model_save(", "number of arguments"),
+        ("src/model.jl", "mxt_model_save_as(model, ", "mxt_model_save_as(", "number of arguments"),
         ("src/model.jl", "Lib.mxt_model_save", "Lib.mxt_save", "expected a name of"),
         ("src/engine.jl", "text_or_nothing(", "text_or_nothin(", "that is defined"),
         ("src/run.jl", "    return nothing\nend", "    return nothing", "syntax error"),

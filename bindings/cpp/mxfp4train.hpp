@@ -416,6 +416,11 @@ class Model {
     return detail::finish(mxt_model_save(get(), dir.c_str()));
   }
 
+  // The same as other numbers, one of mxt_stored_weights.
+  outcome<void> save_as(const std::string &dir, std::int32_t weights) const {
+    return detail::finish(mxt_model_save_as(get(), dir.c_str(), weights));
+  }
+
   outcome<ModelConfig> config() const {
     ModelConfig config;
     const mxt_status status = mxt_model_get_config(get(), &config);
@@ -546,6 +551,31 @@ class Decoder {
       status = mxt_decoder_logits_from(get(), sequence, from, logits.data(), logits.size());
     }
     return detail::finish(status, std::move(logits));
+  }
+
+  // The logits of the tokens after several texts, behind each other, for which weights are read
+  // once.
+  outcome<std::vector<float>> logits_of(view<const std::size_t> sequences) {
+    std::vector<float> logits(sequences.size() * vocab_size_);
+    const mxt_status status = mxt_decoder_logits_of(get(), sequences.data(), sequences.size(),
+                                                    logits.data(), logits.size());
+    return detail::finish(status, std::move(logits));
+  }
+
+  // Samples continuations of several texts at once, and appends them. The first has the options'
+  // seed, each other one the next.
+  outcome<std::vector<std::vector<std::uint32_t>>> generate_each(
+      view<const std::size_t> sequences, const GenerateOptions &options = {}) {
+    const std::size_t count = sequences.size(), most = options.max_tokens;
+    std::vector<std::uint32_t> tokens(count * most);
+    std::vector<std::size_t> written(count);
+    const mxt_status status = mxt_decoder_generate_each(get(), sequences.data(), count, &options,
+                                                        tokens.data(), most, written.data());
+    std::vector<std::vector<std::uint32_t>> texts(count);
+    for (std::size_t i = 0; i < count && status == MXT_OK; i++) {
+      texts[i].assign(tokens.data() + i * most, tokens.data() + i * most + written[i]);
+    }
+    return detail::finish(status, std::move(texts));
   }
 
   // Samples a continuation of a text and appends it; returns the new tokens. The options' weights

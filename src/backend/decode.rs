@@ -40,6 +40,17 @@ impl DecoderWeights {
 
 named!(DecoderWeights, "weights");
 
+/// Rows of a sequence in a pass: all rows of it are of one, or each is of one of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct OfSequence {
+    /// Rows of the pass.
+    pub all: usize,
+    /// Rows of the pass before these.
+    pub first: usize,
+    /// Position of the first in its sequence.
+    pub start: usize,
+}
+
 /// Operations on a few rows, whose weights are read once for all of them.
 ///
 /// A row's result is that of the same row of a whole sequence, bit for bit where a backend sums in
@@ -94,14 +105,15 @@ pub trait Decode: Linear + Attend + Embed {
     );
     /// Room for `rows` tokens and where they stand.
     fn rows(&self, arena: &mut Self::Arena, rows: usize) -> Result<Self::Tokens>;
-    /// Writes tokens of a sequence behind the first `start`. What is then asked of these rows, with
-    /// the same `start`, may be recorded, and done again for others of as many tokens.
-    fn write_rows(&self, to: &mut Self::Tokens, tokens: &[u32], start: usize);
+    /// Writes tokens of one sequence behind the first `starts[0]`, or, of as many sequences, one of each
+    /// and where it stands. What is then asked of these rows, with the same `starts`, may be recorded,
+    /// and done again for others of as many tokens.
+    fn write_rows(&self, to: &mut Self::Tokens, tokens: &[u32], starts: &[usize]);
     /// out (rows, C) = the rows' tokens of wte (V, C) plus their positions of wpe (T, C).
     fn embedding_behind(
         &self,
         out: &mut Self::Tensor,
-        rows: (&Self::Tokens, usize),
+        rows: (&Self::Tokens, &[usize]),
         wte: Self::Param<'_>,
         wpe: Self::Param<'_>,
         shape: EmbeddingShape,
@@ -116,8 +128,8 @@ pub trait Decode: Linear + Attend + Embed {
     ) -> Self::Tensor;
     /// Keeps in `to` what is kept in another of the same room.
     fn copy_kept(&self, from: &Self::Tensor, to: &mut Self::Tensor);
-    /// Keeps keys and values of `rows` (as they were written, and their `start`), of which qkv (n, qkv
-    /// channels) is, behind the first `start` positions of `kept`, and makes out (n, C) of the attention
+    /// Keeps keys and values of rows of a sequence, n of those in qkv (rows, qkv channels),
+    /// behind the first `start` positions of `kept`, and makes those of out (rows, C) of the attention
     /// of these rows to all positions up to their own. Of one sequence, whose length in `shape` is n; the
     /// workspace is to be for sequences of `start` + n.
     fn attention_behind(
@@ -126,7 +138,7 @@ pub trait Decode: Linear + Attend + Embed {
         out: &mut Self::Tensor,
         qkv: &Self::Tensor,
         kept: &mut Self::Tensor,
-        rows: (&Self::Tokens, usize),
+        rows: (&Self::Tokens, OfSequence),
         shape: AttentionShape,
     );
 }

@@ -36,7 +36,7 @@ mod stream;
 
 pub use crate::optim::{Largest, OptimizerStep, StepSums, UpdateSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};
-pub use decode::{Decode, DecoderWeights};
+pub use decode::{Decode, DecoderWeights, OfSequence};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use follow::{Follow, Track, Values, View, Viewed};
 pub use gradients::FlatGradients;

@@ -196,6 +196,85 @@ pub unsafe extern "C" fn mxt_decoder_logits_from(
     }
 }
 
+/// Computes the logits of the tokens after the last ones of the `sequence_count` different texts of
+/// `sequences`, those of mxt_decoder_logits of each, for which the weights are read once. `logits` has
+/// room for `count` numbers, which must be sequence_count times the model's vocab_size, and may lie in
+/// memory of the engine's GPU.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, one that comes twice or has no
+/// token, another count), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY (also while the model is being
+/// trained).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_decoder_logits_of(
+    decoder: *mut mxt_decoder,
+    sequences: *const usize,
+    sequence_count: usize,
+    logits: *mut f32,
+    count: usize,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_decoder_logits_of", decoder, |decoder| {
+            let sequences = arguments::copied("sequences", sequences, sequence_count)?;
+            let _reading = decoder.state().access().read()?;
+            let mut texts = decoder.exclusive()?;
+            buffers::fill(&decoder.engine, "logits", logits, count, |logits| {
+                Ok(texts.logits_of(&sequences, logits)?)
+            })
+        })
+    }
+}
+
+/// mxt_decoder_generate of `sequence_count` different texts at once, which read the weights together.
+/// The first has the seed of the options, each other one the next; so each is what it would be alone.
+/// New tokens of text number i of `sequences` are written to `tokens` from number i * `capacity` on,
+/// where there is room for `capacity` of each, at least max_tokens; their number to written[i].
+///
+/// Errors: those of mxt_decoder_generate and mxt_decoder_logits_of; MXT_ERROR_INVALID_ARGUMENT also for
+/// a draft and for on_token, which would not know whose token it is.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_decoder_generate_each(
+    decoder: *mut mxt_decoder,
+    sequences: *const usize,
+    sequence_count: usize,
+    options: *const mxt_generate_options,
+    tokens: *mut u32,
+    capacity: usize,
+    written: *mut usize,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_decoder_generate_each", decoder, |decoder| {
+            let sequences = arguments::copied("sequences", sequences, sequence_count)?;
+            let (options, how) = generate::options_of(options)?;
+            if options.on_token.is_some() {
+                let message = "expected NULL, for it would not know whose token it is";
+                return Err(Failure::invalid("on_token", message));
+            }
+            let room = capacity.saturating_mul(sequence_count);
+            arguments::check("tokens", tokens, room)?;
+            arguments::check("written", written, sequence_count)?;
+            if capacity < how.max_tokens {
+                let most = how.max_tokens;
+                let message = format!(
+                    "tokens: expected room for {most} tokens of each (max_tokens of the options), got \
+                     {capacity}"
+                );
+                return Err(Failure::new(MXT_ERROR_BUFFER_TOO_SMALL, message));
+            }
+            let texts = {
+                let _reading = decoder.state().access().read()?;
+                decoder.exclusive()?.generate_each(&sequences, &how, &mut |_, _| true)?
+            };
+            for (n, text) in texts.iter().enumerate() {
+                std::ptr::copy_nonoverlapping(text.as_ptr(), tokens.add(n * capacity), text.len());
+                written.add(n).write(text.len());
+            }
+            Ok(())
+        })
+    }
+}
+
 /// Samples a continuation of text `sequence`, which has at least one token, and appends it to the text;
 /// where there is no more room, the oldest tokens fall out. The new tokens are written to `tokens`,
 /// which has room for `capacity` of them, at least max_tokens; their number to `*written`. With

@@ -217,6 +217,37 @@ pub unsafe extern "C" fn mxt_model_generate(
     }
 }
 
+/// A host's options, and what they are here.
+///
+/// # Safety
+/// The pointer is NULL or valid, as the header asks.
+pub(super) unsafe fn options_of(
+    options: *const mxt_generate_options,
+) -> Result<(mxt_generate_options, GenerateOptions), Failure> {
+    // SAFETY: as promised by the caller.
+    let (options, stop_tokens) = unsafe {
+        let options = read_or_default("options", options)?;
+        let stop_tokens =
+            arguments::copied("stop_tokens", options.stop_tokens, options.stop_token_count)?;
+        (options, stop_tokens)
+    };
+    let how = GenerateOptions {
+        max_tokens: options.max_tokens,
+        temperature: options.temperature,
+        top_k: options.top_k,
+        top_p: options.top_p,
+        min_p: options.min_p,
+        repetition_penalty: options.repetition_penalty,
+        seed: options.seed,
+        stop_tokens,
+        weights: weights(options.weights)?,
+        draft: draft(options.draft)?,
+        draft_tokens: options.draft_tokens as usize,
+        slide: flag("slide", options.slide)?,
+    };
+    Ok((options, how))
+}
+
 /// Calls `generate` with a host's options and callback, and hands out what it returns: `capacity`
 /// tokens to `tokens`, and their number to `written`.
 ///
@@ -230,9 +261,7 @@ pub(super) unsafe fn with(
     // SAFETY: as promised by the caller.
     unsafe {
         let out = arguments::place("written", written)?;
-        let options = read_or_default("options", options)?;
-        let stop_tokens =
-            arguments::copied("stop_tokens", options.stop_tokens, options.stop_token_count)?;
+        let (options, how) = options_of(options)?;
         let stream_only = tokens.is_null() && capacity == 0;
         if !stream_only && capacity < options.max_tokens {
             let message = format!(
@@ -249,27 +278,11 @@ pub(super) unsafe fn with(
                 arguments::check(name, to, 1)?;
             }
         }
-        let Generated { tokens: all, drafted, accepted } = generate(
-            &GenerateOptions {
-                max_tokens: options.max_tokens,
-                temperature: options.temperature,
-                top_k: options.top_k,
-                top_p: options.top_p,
-                min_p: options.min_p,
-                repetition_penalty: options.repetition_penalty,
-                seed: options.seed,
-                stop_tokens,
-                weights: weights(options.weights)?,
-                draft: draft(options.draft)?,
-                draft_tokens: options.draft_tokens as usize,
-                slide: flag("slide", options.slide)?,
-            },
-            &mut |token| {
-                options.on_token.is_none_or(|on_token| {
-                    float_mode::in_hosts(|| on_token(options.user_data, token)) == 0
-                })
-            },
-        )?;
+        let Generated { tokens: all, drafted, accepted } = generate(&how, &mut |token| {
+            options.on_token.is_none_or(|on_token| {
+                float_mode::in_hosts(|| on_token(options.user_data, token)) == 0
+            })
+        })?;
         if !stream_only {
             // NOTE: no slice is made of `tokens`: a host may pass one buffer for the prompt and
             // for the tokens.

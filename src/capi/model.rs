@@ -11,7 +11,7 @@ use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
 use super::{arguments, buffers};
 use crate::reserve::{collect, reserve};
-use crate::{Activation, Model, ModelConfig};
+use crate::{Activation, Model, ModelConfig, StoredWeights};
 
 /// Most dimensions that a tensor can have.
 pub const MXT_MAX_RANK: usize = 4;
@@ -309,6 +309,65 @@ pub unsafe extern "C" fn mxt_model_save(model: *const mxt_model, dir: *const c_c
             let _reading = model.state.access().read()?;
             Ok(model.model.save(&dir)?)
         })
+    }
+}
+
+/// What the weights of a saved model are stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_stored_weights {
+    /// f32, as they are.
+    F32 = 0,
+    /// f16, to nearest. Numbers above 65504 are refused.
+    F16 = 1,
+    /// bf16, to nearest.
+    Bf16 = 2,
+    /// The linear layers and a head of its own in MXFP4, 4.25 bits a weight, as a decoder in MXFP4 has
+    /// them; all else in f32. Read by this library alone.
+    Mxfp4 = 3,
+}
+
+/// mxt_model_save of weights that are stored as other numbers, for programs that run the model:
+/// training that goes on from them begins with what they were rounded to. `weights` is one of
+/// mxt_stored_weights. In MXFP4 only mxt_model_load reads them, as f32 numbers of which a decoder in
+/// MXFP4 makes the codes of the file again.
+///
+/// Errors: those of mxt_model_save; MXT_ERROR_INVALID_ARGUMENT also for a number that is beyond the
+/// format, which it names.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_model_save_as(
+    model: *const mxt_model,
+    dir: *const c_char,
+    weights: i32,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_model_save_as", model, |model| {
+            let dir = arguments::path("dir", dir)?;
+            let weights = stored_weights(weights)?;
+            let _reading = model.state.access().read()?;
+            Ok(model.model.save_as(&dir, weights)?)
+        })
+    }
+}
+
+fn stored_weights(value: i32) -> Result<StoredWeights, Failure> {
+    const F32: i32 = mxt_stored_weights::F32 as i32;
+    const F16: i32 = mxt_stored_weights::F16 as i32;
+    const BF16: i32 = mxt_stored_weights::Bf16 as i32;
+    const MXFP4: i32 = mxt_stored_weights::Mxfp4 as i32;
+    match value {
+        F32 => Ok(StoredWeights::F32),
+        F16 => Ok(StoredWeights::F16),
+        BF16 => Ok(StoredWeights::Bf16),
+        MXFP4 => Ok(StoredWeights::Mxfp4),
+        other => {
+            let message = format!(
+                "expected MXT_STORED_WEIGHTS_F32 (0), MXT_STORED_WEIGHTS_F16 (1), \
+                 MXT_STORED_WEIGHTS_BF16 (2) or MXT_STORED_WEIGHTS_MXFP4 (3), got {other}"
+            );
+            Err(Failure::invalid("weights", message))
+        }
     }
 }
 

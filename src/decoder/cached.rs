@@ -7,9 +7,9 @@ use crate::backend::{
     Backend, Decode, HeadShape, LinearShape, Sequences, StepPlan, WorkspaceShape,
 };
 use crate::formats::BLOCK;
-use crate::gpt::{Activations, Kept, ModelConfig, Packed, Pass, Shapes};
+use crate::gpt::{Activations, Kept, ModelConfig, Packed, ParamTable, Pass, Shapes};
 use crate::model::{Model, OnDevice, Weights};
-use crate::reserve::collect;
+use crate::reserve::{collect, reserve};
 use crate::{Error, Result};
 
 /// Most rows of which logits are computed at once.
@@ -47,6 +47,8 @@ pub(super) struct Cached<B: Backend + Decode> {
     /// [`crate::model::Weights::changes`] of the weights that all of these were made from.
     changes: Option<u64>,
     options: DecoderOptions,
+    /// Most rows of a pass.
+    rows: usize,
     /// [`crate::model::Weights::moves`] of the weights that are recorded.
     moves: u64,
 }
@@ -101,9 +103,43 @@ impl<B: Backend + Decode> Cached<B> {
         from: usize,
         out: &mut [f32],
     ) -> Result<()> {
-        let (on, config) = (Arc::clone(&self.model), model.config());
-        let (OnDevice { backend, table, .. }, weights) = (&*on, on.read()?);
-        let backend = &**backend;
+        let on = Arc::clone(&self.model);
+        let weights = on.read()?;
+        self.follow(model, &on, &weights)?;
+        // Rows whose logits are asked for are computed in any case.
+        let text = (sequence, context, by);
+        self.run(model, &on.table, &weights, text, from, Some(out))
+    }
+
+    /// Logits (n, V) of what comes after the last tokens of n different sequences.
+    pub(super) fn logits_of(
+        &mut self,
+        model: &Model,
+        texts: &[(usize, &[u32])],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let on = Arc::clone(&self.model);
+        let weights = on.read()?;
+        self.follow(model, &on, &weights)?;
+        for (sequence, context) in texts {
+            let before = &context[..context.len() - 1];
+            let computed = self.computed(*sequence, By::Own);
+            if computed < before.len() {
+                let text = (*sequence, before, By::Own);
+                self.run(model, &on.table, &weights, text, before.len(), None)?;
+            }
+        }
+        let most = LOGIT_ROWS.min(self.rows);
+        let vocab_size = model.config().vocab_size;
+        for (texts, out) in texts.chunks(most).zip(out.chunks_mut(most * vocab_size)) {
+            self.run_each(model, &on.table, &weights, texts, out)?;
+        }
+        Ok(())
+    }
+
+    /// Takes weights as they are now.
+    fn follow(&mut self, model: &Model, on: &Arc<OnDevice<B>>, weights: &Weights<B>) -> Result<()> {
+        let (backend, config) = (&*on.backend, model.config());
         if weights.moves != self.moves {
             // Recorded passes read where the weights were.
             if B::activations_in(self.options.weights, weights.master) == self.plan.precision {
@@ -112,28 +148,41 @@ impl<B: Backend + Decode> Cached<B> {
                 sequences.for_each(|sequence| sequence.recordings = recordings());
                 self.moves = weights.moves;
             } else {
-                *self = Self::beside(model, &on, self.options, &weights)?;
+                *self = Self::beside(model, on, self.options, weights)?;
             }
         }
-        let Self {
-            activations, workspace, tokens, logits, plan, packed, sequences, changes, ..
-        } = self;
-        let precision = plan.precision;
-        let shapes =
-            |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
+        let Self { plan, packed, sequences, changes, .. } = self;
+        let of_one = Sequences { batch: 1, length: 1 };
+        let shapes = Shapes { config, sequences: of_one, precision: plan.precision };
         if *changes != Some(weights.changes) {
             sequences.iter_mut().for_each(|sequence| sequence.positions = [0; 2]);
             *changes = None;
             let packed = packed.iter_mut().flatten();
             backend.scope(|| {
-                packed.for_each(|packed| packed.fill(backend, table, &weights.all, shapes(1)));
+                packed.for_each(|packed| packed.fill(backend, &on.table, &weights.all, shapes));
             });
             *changes = Some(weights.changes);
         }
+        Ok(())
+    }
+
+    /// Computes what is missing of a sequence, and again from number `from` on, whose logits go to
+    /// `out`.
+    fn run(
+        &mut self,
+        model: &Model,
+        table: &ParamTable,
+        weights: &Weights<B>,
+        (sequence, context, by): (usize, &[u32], By),
+        from: usize,
+        mut out: Option<&mut [f32]>,
+    ) -> Result<()> {
+        let (backend, config) = (Arc::clone(&self.model.backend), model.config());
+        let backend = &*backend;
+        let Self { activations, workspace, tokens, logits, plan, packed, sequences, .. } = self;
         let Sequence { kept, positions, recordings } = &mut sequences[sequence];
         let packed = packed[by as usize].as_ref().expect("a decoder that drafts has its weights");
         let recordings = &mut recordings[by as usize];
-        // Rows whose logits are asked for are computed in any case.
         let mut start = positions[by as usize].min(from);
         // Behind rows of one kind there may be a draft's alone.
         *positions = match by {
@@ -144,7 +193,7 @@ impl<B: Backend + Decode> Cached<B> {
             while start < context.len() {
                 let rows = &context[start..][..B::ROWS.min(context.len() - start)];
                 let end = start + rows.len();
-                backend.write_rows(tokens, rows, start);
+                backend.write_rows(tokens, rows, &[start]);
                 let mut pass = Pass {
                     backend,
                     config,
@@ -157,17 +206,23 @@ impl<B: Backend + Decode> Cached<B> {
                     sequences: Sequences { batch: 1, length: rows.len() },
                     plan,
                 };
-                let of_tokens = (&*tokens, start);
+                let of_tokens = (&*tokens, &[start][..]);
+                let wanted = out.as_deref_mut().filter(|_| from < end);
+                let Some(out) = wanted else {
+                    pass.forward_behind(activations, of_tokens, packed, &mut [&mut *kept]);
+                    start = end;
+                    continue;
+                };
                 // What a token takes where a text is written.
-                if rows.len() == 1 && from <= start {
+                if rows.len() == 1 {
                     backend.recorded(recordings, plan, [0, 0], || {
-                        pass.forward_behind(activations, of_tokens, packed, kept);
+                        pass.forward_behind(activations, of_tokens, packed, &mut [&mut *kept]);
                         pass.logits_behind(activations, 0..1, packed, logits);
                     });
                     let to = &mut out[(start - from) * config.vocab_size..];
                     backend.read_f32(logits, 0, &mut to[..config.vocab_size])?;
                 } else {
-                    pass.forward_behind(activations, of_tokens, packed, kept);
+                    pass.forward_behind(activations, of_tokens, packed, &mut [&mut *kept]);
                     let mut first = from.max(start);
                     while first < end {
                         let n = LOGIT_ROWS.min(end - first);
@@ -186,6 +241,59 @@ impl<B: Backend + Decode> Cached<B> {
         Ok(())
     }
 
+    /// Computes the last token of each of a few sequences, and its logits, in one pass.
+    fn run_each(
+        &mut self,
+        model: &Model,
+        table: &ParamTable,
+        weights: &Weights<B>,
+        texts: &[(usize, &[u32])],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let (backend, config) = (Arc::clone(&self.model.backend), model.config());
+        let backend = &*backend;
+        let Self { activations, workspace, tokens, logits, plan, packed, sequences, .. } = self;
+        let packed = packed[By::Own as usize].as_ref().expect("a decoder has its own weights");
+        let (mut last, mut starts) = ([0; LOGIT_ROWS], [0; LOGIT_ROWS]);
+        for (n, (_, context)) in texts.iter().enumerate() {
+            starts[n] = context.len() - 1;
+            last[n] = context[starts[n]];
+        }
+        let (last, starts) = (&last[..texts.len()], &starts[..texts.len()]);
+        let mut kept = Vec::new();
+        reserve(&mut kept, "the sequences of a pass", texts.len())?;
+        // In the order of the texts.
+        for (sequence, of) in sequences.iter_mut().enumerate() {
+            let Some(place) = texts.iter().position(|text| text.0 == sequence) else { continue };
+            of.positions = [starts[place]; 2];
+            kept.push((place, &mut of.kept));
+        }
+        kept.sort_unstable_by_key(|(place, _)| *place);
+        let mut kept = collect("the sequences of a pass", kept.into_iter().map(|of| Ok(of.1)))?;
+        let mut pass = Pass {
+            backend,
+            config,
+            table,
+            weights: &weights.all,
+            means: None,
+            trains: false,
+            merge: None,
+            workspace,
+            sequences: Sequences { batch: 1, length: texts.len() },
+            plan,
+        };
+        backend.scope(move || {
+            backend.write_rows(tokens, last, starts);
+            pass.forward_behind(activations, (&*tokens, starts), packed, &mut kept);
+            pass.logits_behind(activations, 0..texts.len(), packed, logits);
+            backend.read_f32(logits, 0, out)
+        })?;
+        for (sequence, context) in texts {
+            sequences[*sequence].positions = [context.len(); 2];
+        }
+        Ok(())
+    }
+
     fn cut(
         on: &Arc<OnDevice<B>>,
         arena: &mut B::Arena,
@@ -194,7 +302,9 @@ impl<B: Backend + Decode> Cached<B> {
         weights: &Weights<B>,
     ) -> Result<Self> {
         let DecoderOptions { room, sequences, weights: form, drafts } = options;
-        let (backend, rows) = (&*on.backend, room.min(B::ROWS));
+        // A pass may have a row of each of several sequences, too.
+        let rows = room.min(B::ROWS).max(sequences.min(LOGIT_ROWS));
+        let backend = &*on.backend;
         // Of scratch memory: products of other numbers take less.
         let precision = B::activations_in(form, weights.master);
         if drafts && B::activations_in(DecoderWeights::Mxfp4, weights.master) != precision {
@@ -247,6 +357,7 @@ impl<B: Backend + Decode> Cached<B> {
             sequences,
             changes: None,
             options,
+            rows,
             moves: weights.moves,
         })
     }

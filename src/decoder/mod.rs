@@ -17,7 +17,7 @@ use crate::backend::{Device, Precision, on_device};
 use crate::gpt::ModelConfig;
 use crate::model::Model;
 use crate::recipe::Recipe;
-use crate::reserve::{collect, push, reserve};
+use crate::reserve::{collect, push, reserve, zeros};
 use crate::{Error, Result};
 use cached::{By, Cached};
 use drafts::Checked;
@@ -231,6 +231,41 @@ impl Decoder {
         self.compute((sequence, By::Own), self.sequences[sequence].len() - 1, out)
     }
 
+    /// Writes the logits (n, V) of the tokens after the last ones of n different texts, those of
+    /// [`Decoder::logits`] of each, for which the weights are read once.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] where there is no such sequence or one comes twice, for an empty text,
+    /// or if `out` has another length, and what the device says.
+    pub fn logits_of(&mut self, sequences: &[usize], out: &mut [f32]) -> Result<()> {
+        let mut is_asked = zeros("which texts are asked for", self.sequences.len())?;
+        for sequence in sequences {
+            self.check(*sequence)?;
+            if std::mem::replace(&mut is_asked[*sequence], true) {
+                let message = format!("expected different ones, got {sequence} twice");
+                return Err(Error::invalid("sequences", message));
+            }
+            if self.sequences[*sequence].is_empty() {
+                let message =
+                    format!("expected at least one token in each text, got none in {sequence}");
+                return Err(Error::invalid("tokens", message));
+            }
+        }
+        let vocab_size = self.vocab_size();
+        if out.len() != sequences.len() * vocab_size {
+            let message = format!(
+                "expected room for {} times {vocab_size} numbers, got {}",
+                sequences.len(),
+                out.len()
+            );
+            return Err(Error::invalid("logits", message));
+        }
+        let Self { on_device, model, sequences: all, .. } = self;
+        let texts = sequences.iter().map(|sequence| Ok((*sequence, &all[*sequence][..])));
+        let texts = collect(TOKENS, texts)?;
+        on_device!(on_device, on => on.logits_of(model, &texts, out))
+    }
+
     /// Writes the logits (n, V) of what comes after each token of a text from number `from` on, n of
     /// them, as [`Decoder::logits`] has them after each: what it takes to score a text, or to check
     /// tokens that were guessed. Those tokens are computed in one pass, again if they were before.
@@ -311,6 +346,73 @@ impl Decoder {
         self.go_on(sequence, (options, sampler, checked), on_token)
     }
 
+    /// [`Decoder::generate`] of several texts at once, which read the weights together. The first has
+    /// the seed of the options, each other one the next; so each is what it would be alone. `on_token`
+    /// also sees which of `sequences` a token is for, and ends that text alone.
+    ///
+    /// # Errors
+    /// As [`Decoder::generate`] and [`Decoder::logits_of`]; [`Error::InvalidArgument`] for a draft.
+    pub fn generate_each(
+        &mut self,
+        sequences: &[usize],
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(usize, u32) -> bool,
+    ) -> Result<Vec<Vec<u32>>> {
+        let vocab_size = self.vocab_size();
+        options.validate(vocab_size)?;
+        if options.draft != Draft::None {
+            let message = format!(
+                "expected none where several texts come at once, for those fill a pass; got {}",
+                options.draft
+            );
+            return Err(Error::invalid("draft", message));
+        }
+        let each = |n: usize| GenerateOptions {
+            seed: options.seed.wrapping_add(n as u64),
+            ..options.clone()
+        };
+        let each = collect(TOKENS, (0..sequences.len()).map(|n| Ok(each(n))))?;
+        let mut samplers =
+            collect(TOKENS, each.iter().map(|options| Sampler::new(options, vocab_size)))?;
+        let mut texts = collect(TOKENS, sequences.iter().map(|_| Ok(Vec::new())))?;
+        let mut logits = zeros("the logits", sequences.len() * vocab_size)?;
+        // Which of them go on, and their sequences.
+        let mut open = collect(TOKENS, (0..sequences.len()).map(Ok))?;
+        let mut of_open = collect(TOKENS, sequences.iter().map(|sequence| Ok(*sequence)))?;
+        if options.max_tokens == 0 {
+            open.clear();
+        }
+        let mut is_first = true;
+        while !open.is_empty() {
+            self.logits_of(&of_open, &mut logits[..open.len() * vocab_size])?;
+            if std::mem::take(&mut is_first) {
+                // Here they are known to be there.
+                for (sampler, sequence) in samplers.iter_mut().zip(sequences) {
+                    self.sequences[*sequence].iter().for_each(|token| sampler.note(*token));
+                }
+            }
+            let rows = logits.chunks_exact_mut(vocab_size);
+            let mut ended = false;
+            for (n, logits) in open.iter_mut().zip(rows) {
+                let (text, sampler): (&mut Vec<u32>, _) = (&mut texts[*n], &mut samplers[*n]);
+                let token = sampler.choose(logits, text.len() as u32)?;
+                sampler.note(token);
+                push(text, TOKENS, token)?;
+                self.append(sequences[*n], token, options.slide)?;
+                let goes_on = on_token(*n, token) && !options.stop_tokens.contains(&token);
+                if !goes_on || text.len() == options.max_tokens {
+                    (*n, ended) = (usize::MAX, true);
+                }
+            }
+            if ended {
+                open.retain(|n| *n != usize::MAX);
+                of_open.clear();
+                of_open.extend(open.iter().map(|n| sequences[*n]));
+            }
+        }
+        Ok(texts)
+    }
+
     /// Appends tokens as they are drawn.
     fn go_on(
         &mut self,
@@ -329,11 +431,7 @@ impl Decoder {
             let by = (&mut sampler, By::Own);
             checked.advance((self, sequence), by, index, left, &mut emit)?;
             goes_on &= tokens.len() < options.max_tokens;
-            if self.sequences[sequence].len() == self.options.room {
-                let oldest = if options.slide { self.options.room.div_ceil(4) } else { 1 };
-                self.drop_first(sequence, oldest);
-            }
-            self.push(sequence, &[checked.last])?;
+            self.append(sequence, checked.last, options.slide)?;
         }
         Ok(Generated { tokens, drafted: checked.drafted, accepted: checked.accepted })
     }
@@ -403,10 +501,16 @@ impl Decoder {
         Ok(())
     }
 
-    /// Takes the oldest tokens of a text out: all others move, so that everything is computed again.
-    fn drop_first(&mut self, sequence: usize, count: usize) {
-        self.sequences[sequence].drain(..count);
-        on_device!(&mut self.on_device, on => on.rewind(sequence, 0));
+    /// Appends a token, for which the oldest fall out where there is no room: all others move then, so
+    /// that everything is computed again.
+    fn append(&mut self, sequence: usize, token: u32, slide: bool) -> Result<()> {
+        let room = self.options.room;
+        if self.sequences[sequence].len() == room {
+            let oldest = if slide { room.div_ceil(4) } else { 1 };
+            self.sequences[sequence].drain(..oldest);
+            on_device!(&mut self.on_device, on => on.rewind(sequence, 0));
+        }
+        self.push(sequence, &[token])
     }
 }
 

@@ -8,7 +8,8 @@ use super::params::{Linear, ParamTable};
 use super::pass::Pass;
 use crate::Result;
 use crate::backend::{
-    Backend, Decode, DecoderWeights, Epilogue, HeadShape, LinearForward, LinearShape, ResidualSum,
+    AttentionShape, Backend, Decode, DecoderWeights, Epilogue, HeadShape, LinearForward,
+    LinearShape, OfSequence, ResidualSum, Sequences,
 };
 use crate::formats::LINEARS;
 use crate::reserve::collect;
@@ -80,26 +81,38 @@ impl<B: Backend + Decode> Packed<B> {
 }
 
 impl<B: Backend + Decode> Pass<'_, B> {
-    /// Rows (tokens as they were written, and the `start` of the first) behind those of which `kept`
-    /// is, to the normalized output of the last block, and their keys and values to `kept`.
+    /// Rows (tokens and starts as they were written) behind those of which `kept` is, to the
+    /// normalized output of the last block, and their keys and values to `kept`: of one sequence, or a
+    /// row of each.
     pub(crate) fn forward_behind(
         &mut self,
         acts: &mut Activations<B>,
-        rows: (&B::Tokens, usize),
+        (tokens, starts): (&B::Tokens, &[usize]),
         packed: &Packed<B>,
-        kept: &mut Kept<B>,
+        kept: &mut [&mut Kept<B>],
     ) {
         let (backend, table, shapes) = (self.backend, self.table, self.shapes());
         let [wte, wpe] = [table.wte, table.wpe].map(|of| self.param(of));
-        backend.embedding_behind(&mut acts.residual[0], rows, wte, wpe, shapes.embedding());
+        let all = shapes.sequences.rows();
+        assert!(
+            kept.len() == starts.len() && [1, all].contains(&kept.len()),
+            "a row of each, or all"
+        );
+        let to = &mut acts.residual[0];
+        backend.embedding_behind(to, (tokens, starts), wte, wpe, shapes.embedding());
         self.ln_1(acts, 0);
         for (l, block) in table.blocks.iter().enumerate() {
             let packed = &packed.blocks[l];
             let (y, x) = (&mut acts.qkv[l], &acts.ln_1[l]);
             self.packed_linear(y, x, (block.qkv, packed), Epilogue::None);
-            let (out, qkv, kept) = (&mut acts.attention[l], &acts.qkv[l], &mut kept.0[l]);
-            let shape = shapes.attention(l);
-            backend.attention_behind(self.workspace, out, qkv, kept, rows, shape);
+            let (out, qkv, rows) = (&mut acts.attention[l], &acts.qkv[l], all / kept.len());
+            let sequences = Sequences { batch: 1, length: rows };
+            let shape = AttentionShape { sequences, ..shapes.attention(l) };
+            for (number, (kept, start)) in kept.iter_mut().zip(starts).enumerate() {
+                let of = OfSequence { all, first: number * rows, start: *start };
+                let kept = &mut kept.0[l];
+                backend.attention_behind(self.workspace, out, qkv, kept, (tokens, of), shape);
+            }
             let (y, x) = (&mut acts.branch, &acts.attention[l]);
             self.packed_linear(y, x, (block.projection, packed), Epilogue::None);
 

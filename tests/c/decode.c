@@ -101,6 +101,43 @@ static void continuations(mxt_model *model) {
   OK(mxt_decoder_tokens(decoder, 0, tokens, 12, &written));
   CHECK(written == 8 && tokens[0] == text[3]);
 
+  /* Several at once are those of each. */
+  mxt_decoder *together = NULL;
+  OK(mxt_decoder_options_init(&options, sizeof options));
+  options.sequences = 3;
+  OK(mxt_decoder_new(model, &options, &together));
+  OK(mxt_decoder_push(together, 2, text, 5));
+  OK(mxt_decoder_push(together, 0, text, 3));
+  const size_t both[] = {0, 2}, twice[] = {2, 2}, empty[] = {1}, outside[] = {3};
+  OK(mxt_decoder_logits_of(together, both, 2, logits[0], 2 * VOCAB));
+  for (size_t i = 0; i < 2; i++) {
+    OK(mxt_model_next_logits(model, text, i == 0 ? 3 : 5, whole, VOCAB));
+    CHECK(memcmp(logits[i], whole, sizeof whole) == 0);
+  }
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "2 twice",
+        mxt_decoder_logits_of(together, twice, 2, logits[0], 2 * VOCAB));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "none in 1",
+        mxt_decoder_logits_of(together, empty, 1, logits[0], VOCAB));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "from 0 to 2, got 3",
+        mxt_decoder_logits_of(together, outside, 1, logits[0], VOCAB));
+  OK(mxt_decoder_logits_of(together, NULL, 0, NULL, 0));
+  size_t of_each[2] = {77, 77};
+  how.draft = MXT_DRAFT_NONE;
+  how.seed -= 1;
+  OK(mxt_decoder_generate_each(together, both, 2, &how, tokens, 4, of_each));
+  CHECK(of_each[0] == 3 && of_each[1] == 3 && memcmp(tokens + 4, plain, 12) == 0);
+  FAILS(MXT_ERROR_BUFFER_TOO_SMALL, "3 tokens of each",
+        mxt_decoder_generate_each(together, both, 2, &how, tokens, 2, of_each));
+  how.on_token = on_token;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "on_token",
+        mxt_decoder_generate_each(together, both, 2, &how, tokens, 4, of_each));
+  how.on_token = NULL;
+  how.draft = MXT_DRAFT_NGRAM;
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "draft",
+        mxt_decoder_generate_each(together, both, 2, &how, tokens, 4, of_each));
+  how.seed += 1;
+  mxt_decoder_free(together);
+
   Watch watch = {decoder, model, {0}, 0, 2};
   how.on_token = on_token;
   how.user_data = &watch;

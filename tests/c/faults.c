@@ -274,6 +274,7 @@ int main(int argc, char **argv) {
   CHECK(update.step == 77 && metrics.step == 77);
 
   MODEL_PANICS(mxt_model_save(model, folder));
+  MODEL_PANICS(mxt_model_save_as(model, folder, MXT_STORED_WEIGHTS_BF16));
   MODEL_PANICS(mxt_model_get_config(model, &config));
   MODEL_PANICS(mxt_model_tensor_info(model, 0, &info));
   MODEL_PANICS(mxt_model_tensor_read(model, "transformer.ln_f.bias", values, 16));
@@ -285,7 +286,11 @@ int main(int argc, char **argv) {
   DECODER_PANICS(mxt_decoder_push(decoder, 0, &token, 1));
   DECODER_PANICS(mxt_decoder_logits(decoder, 0, logits, VOCABULARY));
   DECODER_PANICS(mxt_decoder_logits_from(decoder, 0, 0, logits, VOCABULARY));
+  const size_t first = 0;
+  static uint32_t new_tokens[256];
+  DECODER_PANICS(mxt_decoder_logits_of(decoder, &first, 1, logits, VOCABULARY));
   DECODER_PANICS(mxt_decoder_generate(decoder, 0, NULL, NULL, 0, &written));
+  DECODER_PANICS(mxt_decoder_generate_each(decoder, &first, 1, NULL, new_tokens, 256, &written));
   DECODER_PANICS(mxt_decoder_rewind(decoder, 0, 0));
   DECODER_PANICS(mxt_decoder_fork(decoder, 0, 0));
   DECODER_PANICS(mxt_decoder_tokens(decoder, 0, NULL, 0, &written));

@@ -133,6 +133,25 @@ int main(int argc, char **argv) {
   mxt_trainer_free(trainer);
   mxt_model_free(two);
   OK(mxt_model_save(one, in_folder(folder, "model")));
+  for (int32_t stored = MXT_STORED_WEIGHTS_F32; stored <= MXT_STORED_WEIGHTS_MXFP4; stored++) {
+    mxt_engine *other = new_engine();
+    mxt_model *smaller = NULL;
+    OK(mxt_model_save_as(one, in_folder(folder, "smaller"), stored));
+    OK(mxt_model_load(other, in_folder(folder, "smaller"), &smaller));
+    mxt_engine_free(other);
+    OK(mxt_model_tensor_read(smaller, "transformer.ln_f.weight", seen, 16));
+    OK(mxt_model_tensor_read(one, "transformer.ln_f.weight", weights, 16));
+    const float bound = stored == MXT_STORED_WEIGHTS_F32 ? 0 : 1.0f / 256;
+    for (int i = 0; i < 16; i++) {
+      const float off = seen[i] - weights[i];
+      CHECK(off <= bound * weights[i] && -off <= bound * weights[i]);
+    }
+    mxt_model_free(smaller);
+  }
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_STORED_WEIGHTS_F32 (0)",
+        mxt_model_save_as(one, in_folder(folder, "smaller"), 4));
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "got -1",
+        mxt_model_save_as(one, in_folder(folder, "smaller"), -1));
 
   /* Names are borrowed from the handle that was asked. */
   mxt_tensor_info info;

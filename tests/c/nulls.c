@@ -48,6 +48,8 @@ int main(void) {
   IS_NULL("model", mxt_model_load(engine, "x", NULL));
   IS_NULL("model", mxt_model_save(NULL, "x"));
   IS_NULL("dir", mxt_model_save(model, NULL));
+  IS_NULL("model", mxt_model_save_as(NULL, "x", MXT_STORED_WEIGHTS_F32));
+  IS_NULL("dir", mxt_model_save_as(model, NULL, MXT_STORED_WEIGHTS_F32));
   IS_NULL("model", mxt_model_get_config(NULL, &seen_config));
   IS_NULL("config", mxt_model_get_config(model, NULL));
   CHECK(mxt_model_parameter_count(NULL) == 0 && mxt_model_tensor_count(NULL) == 0);
@@ -82,6 +84,14 @@ int main(void) {
   IS_NULL("logits", mxt_decoder_logits(decoder, 0, NULL, 1));
   IS_NULL("decoder", mxt_decoder_logits_from(NULL, 0, 0, &logit, 1));
   IS_NULL("logits", mxt_decoder_logits_from(decoder, 0, 0, NULL, 1));
+  const size_t first = 0;
+  IS_NULL("decoder", mxt_decoder_logits_of(NULL, &first, 1, &logit, 1));
+  IS_NULL("sequences", mxt_decoder_logits_of(decoder, NULL, 1, &logit, 1));
+  IS_NULL("logits", mxt_decoder_logits_of(decoder, &first, 1, NULL, 1));
+  IS_NULL("decoder", mxt_decoder_generate_each(NULL, &first, 1, NULL, tokens, 8, &written));
+  IS_NULL("sequences", mxt_decoder_generate_each(decoder, NULL, 1, NULL, tokens, 8, &written));
+  IS_NULL("tokens", mxt_decoder_generate_each(decoder, &first, 1, NULL, NULL, 8, &written));
+  IS_NULL("written", mxt_decoder_generate_each(decoder, &first, 1, NULL, tokens, 8, NULL));
   IS_NULL("decoder", mxt_decoder_generate(NULL, 0, NULL, tokens, 8, &written));
   IS_NULL("tokens", mxt_decoder_generate(decoder, 0, NULL, NULL, 256, &written));
   IS_NULL("written", mxt_decoder_generate(decoder, 0, NULL, tokens, 8, NULL));

@@ -177,10 +177,23 @@ static void tensors() {
   CHECK(decoder.generate(greedy).size() == 5);
   decoder.rewind(2);
   CHECK(decoder.generate(greedy) == model.generate({1, 2}, greedy));
+  decoder.rewind(2), decoder.rewind(1, 1);
+  greedy.draft = MXT_DRAFT_NONE;
+  const std::vector<std::size_t> both = {1, 0};
+  std::vector<float> of_both = model.next_logits({1});
+  of_both.insert(of_both.end(), second.begin(), second.end());
+  CHECK(decoder.logits_of(both) == of_both);
+  const auto texts = decoder.generate_each(both, greedy);
+  CHECK(texts.size() == 2 && texts[0] == model.generate({1}, greedy));
+  CHECK(texts[1] == model.generate({1, 2}, greedy) && decoder.tokens().size() == 7);
+  const std::vector<std::size_t> twice = {0, 0};
+  fails(MXT_ERROR_INVALID_ARGUMENT, "twice", [&] { decoder.generate_each(twice); });
   greedy.draft = MXT_DRAFT_MXFP4;
   fails(MXT_ERROR_INVALID_ARGUMENT, "with drafts", [&] { decoder.generate(greedy); });
   fails(MXT_ERROR_INVALID_ARGUMENT, "sequence", [&] { decoder.logits(2); });
   fails(MXT_ERROR_TOKEN_RANGE, "32", [&] { decoder.push({32}); });
+
+  fails(MXT_ERROR_INVALID_ARGUMENT, "weights", [&] { model.save_as("no-folder", 9); });
 
   std::vector<float> values = model.read("transformer.ln_f.weight");
   CHECK(values.size() == 16 && values[3] == 1.0f);

@@ -198,6 +198,29 @@ const MXT_ACTIVATION_GELU = Int32(1)
 """
 const MXT_DTYPE_F32 = Int32(0)
 
+# mxt_stored_weights: What the weights of a saved model are stored as.
+
+"""
+f32, as they are.
+"""
+const MXT_STORED_WEIGHTS_F32 = Int32(0)
+
+"""
+f16, to nearest. Numbers above 65504 are refused.
+"""
+const MXT_STORED_WEIGHTS_F16 = Int32(1)
+
+"""
+bf16, to nearest.
+"""
+const MXT_STORED_WEIGHTS_BF16 = Int32(2)
+
+"""
+The linear layers and a head of its own in MXFP4, 4.25 bits a weight, as a decoder in MXFP4 has
+them; all else in f32. Read by this library alone.
+"""
+const MXT_STORED_WEIGHTS_MXFP4 = Int32(3)
+
 # mxt_decoder_weights: What a model's linear layers and its head are computed in where it writes text.
 
 """
@@ -1117,6 +1140,25 @@ function mxt_model_save(model, dir)
 end
 
 """
+    mxt_model_save_as(model, dir, weights)
+
+mxt_model_save of weights that are stored as other numbers, for programs that run the model:
+training that goes on from them begins with what they were rounded to. `weights` is one of
+mxt_stored_weights. In MXFP4 only mxt_model_load reads them, as f32 numbers of which a decoder in
+MXFP4 makes the codes of the file again.
+
+Errors: those of mxt_model_save; MXT_ERROR_INVALID_ARGUMENT also for a number that is beyond the
+format, which it names.
+"""
+function mxt_model_save_as(model, dir, weights)
+    return @ccall libmxfp4train.mxt_model_save_as(
+        model::Ptr{mxt_model},
+        dir::Cstring,
+        weights::Int32
+    )::mxt_status
+end
+
+"""
     mxt_model_get_config(model, config)
 
 Stores the model's shape in `*config`, whose struct_size the caller has set.
@@ -1388,6 +1430,51 @@ function mxt_decoder_logits_from(decoder, sequence, from, logits, count)
         from::Csize_t,
         logits::Ptr{Cfloat},
         count::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_decoder_logits_of(decoder, sequences, sequence_count, logits, count)
+
+Computes the logits of the tokens after the last ones of the `sequence_count` different texts of
+`sequences`, those of mxt_decoder_logits of each, for which the weights are read once. `logits` has
+room for `count` numbers, which must be sequence_count times the model's vocab_size, and may lie in
+memory of the engine's GPU.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, one that comes twice or has no
+token, another count), MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_BUSY (also while the model is being
+trained).
+"""
+function mxt_decoder_logits_of(decoder, sequences, sequence_count, logits, count)
+    return @ccall libmxfp4train.mxt_decoder_logits_of(
+        decoder::Ptr{mxt_decoder},
+        sequences::Ptr{Csize_t},
+        sequence_count::Csize_t,
+        logits::Ptr{Cfloat},
+        count::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_decoder_generate_each(decoder, sequences, sequence_count, options, tokens, capacity, written)
+
+mxt_decoder_generate of `sequence_count` different texts at once, which read the weights together.
+The first has the seed of the options, each other one the next; so each is what it would be alone.
+New tokens of text number i of `sequences` are written to `tokens` from number i * `capacity` on,
+where there is room for `capacity` of each, at least max_tokens; their number to written[i].
+
+Errors: those of mxt_decoder_generate and mxt_decoder_logits_of; MXT_ERROR_INVALID_ARGUMENT also for
+a draft and for on_token, which would not know whose token it is.
+"""
+function mxt_decoder_generate_each(decoder, sequences, sequence_count, options, tokens, capacity, written)
+    return @ccall libmxfp4train.mxt_decoder_generate_each(
+        decoder::Ptr{mxt_decoder},
+        sequences::Ptr{Csize_t},
+        sequence_count::Csize_t,
+        options::Ptr{mxt_generate_options},
+        tokens::Ptr{UInt32},
+        capacity::Csize_t,
+        written::Ptr{Csize_t}
     )::mxt_status
 end
 

@@ -28,7 +28,7 @@ mutable struct Decoder <: Handle
 end
 
 function Decoder(model::Model; weights::Symbol = :f32, drafts::Bool = false, fields...)
-    managed = (weights = weights_number(weights), drafts = drafts)
+    managed = (weights = number_of("weights", DECODER_WEIGHTS, weights), drafts = drafts)
     init = Lib.mxt_decoder_options_init
     how = Ref(filled(Lib.mxt_decoder_options, init, fields, managed))
     vocab_size, sequences = config(model).vocab_size, julia_number(how[].sequences)
@@ -59,6 +59,22 @@ function logits(decoder::Decoder; sequence::Integer = 1)
     number = sequence_number(decoder, sequence)
     found = Vector{Float32}(undef, decoder.vocab_size)
     call(() -> Lib.mxt_decoder_logits(decoder, number, found, length(found)), decoder)
+    return found
+end
+
+"""
+    logits(decoder, sequences)
+
+The logits of the tokens after several different texts, a column each, for which the weights are read
+once.
+"""
+function logits(decoder::Decoder, sequences::AbstractVector{<:Integer})
+    numbers = sequence_numbers(decoder, sequences)
+    found = Matrix{Float32}(undef, decoder.vocab_size, length(numbers))
+    call(decoder) do
+        count = length(numbers)
+        Lib.mxt_decoder_logits_of(decoder, numbers, count, found, length(found))
+    end
     return found
 end
 
@@ -135,6 +151,41 @@ function tokens(decoder::Decoder; sequence::Integer = 1)
     end
     return convert(Vector{Int}, found)
 end
+
+"""
+    generate!(decoder, sequences; max_tokens = 256, ...)
+
+[`generate!`](@ref) of several different texts at once, which read the weights together: a
+`Vector{Int}` for each. The first has the seed of the options, each other one the next. No draft, and
+no `f`.
+"""
+function generate!(
+    decoder::Decoder,
+    sequences::AbstractVector{<:Integer};
+    stop_tokens::AbstractVector{<:Integer} = Int[],
+    slide::Bool = false,
+    fields...,
+)
+    numbers, stops = sequence_numbers(decoder, sequences), c_tokens("stop_tokens", stop_tokens)
+    GC.@preserve stops begin
+        managed = (
+            stop_tokens = pointer(stops),
+            stop_token_count = length(stops),
+            draft = 0,
+            slide = slide,
+        )
+        how = Ref(filled(Lib.mxt_generate_options, Lib.mxt_generate_options_init, fields, managed))
+        most, count = how[].max_tokens, length(numbers)
+        found, written = Matrix{UInt32}(undef, most, count), Vector{Csize_t}(undef, count)
+        call(decoder) do
+            Lib.mxt_decoder_generate_each(decoder, numbers, count, how, found, most, written)
+        end
+    end
+    return [convert(Vector{Int}, found[1:written[i], i]) for i in 1:count]
+end
+
+sequence_numbers(decoder, sequences) =
+    Csize_t[sequence_number(decoder, sequence) for sequence in sequences]
 
 # As C counts them.
 function sequence_number(decoder, sequence)

@@ -43,14 +43,15 @@ function load(::Type{Model}, engine::Engine, folder::AbstractString)
 end
 
 """
-    MXFP4Train.save(model, folder)
+    MXFP4Train.save(model, folder; weights = :f32)
 
 Saves weights and configuration so that Hugging Face transformers opens the folder as `gpt2`. A
-failure leaves what was there before.
+failure leaves what was there before. `weights` is what they are stored as: `:f32`, `:f16`, `:bf16`, or
+`:mxfp4`, which this library alone reads.
 """
-function save(model::Model, folder::AbstractString)
-    text = text_or_nothing("folder", folder)
-    return call(() -> Lib.mxt_model_save(model, text), model)
+function save(model::Model, folder::AbstractString; weights::Symbol = :f32)
+    text, number = text_or_nothing("folder", folder), number_of("weights", STORED_WEIGHTS, weights)
+    return call(() -> Lib.mxt_model_save_as(model, text, number), model)
 end
 
 """
@@ -126,7 +127,8 @@ function generate(
     weights::Symbol = :f32,
     fields...,
 )
-    number, prompt_tokens = weights_number(weights), c_tokens("prompt", prompt)
+    number = number_of("weights", DECODER_WEIGHTS, weights)
+    prompt_tokens = c_tokens("prompt", prompt)
     return sampled(f, model; weights = number, fields...) do how, written
         count = length(prompt_tokens)
         Lib.mxt_model_generate(model, how, prompt_tokens, count, C_NULL, 0, written)
@@ -143,7 +145,7 @@ function sampled(
     slide::Bool = false,
     fields...,
 )
-    stops, by = c_tokens("stop_tokens", stop_tokens), draft_number(draft)
+    stops, by = c_tokens("stop_tokens", stop_tokens), number_of("draft", DRAFTS, draft)
     # Tokens are kept as they come, so memory is for what is written and not for `max_tokens`.
     tokens = Int[]
     slot = Slot(token -> f(push!(tokens, token)[end]))
@@ -191,20 +193,13 @@ const ACTIVATIONS = (:gelu_tanh, :gelu)
 const DECODER_WEIGHTS = (:f32, :bf16, :mxfp4)
 const DRAFTS = (:none, :ngram, :mxfp4, :mxfp4_ngram)
 
-# C's number of what a model computes in where it writes text.
-function weights_number(weights::Symbol)
-    number = findfirst(==(weights), DECODER_WEIGHTS)
-    if number === nothing
-        throw(ArgumentError("weights: expected one of $DECODER_WEIGHTS, got $(repr(weights))"))
-    end
-    return number - 1
-end
+const STORED_WEIGHTS = (:f32, :f16, :bf16, :mxfp4)
 
-# C's number of who guesses tokens.
-function draft_number(draft::Symbol)
-    number = findfirst(==(draft), DRAFTS)
+# C's number of one of `names`; `what` is the argument's name.
+function number_of(what, names, name::Symbol)
+    number = findfirst(==(name), names)
     if number === nothing
-        throw(ArgumentError("draft: expected one of $DRAFTS, got $(repr(draft))"))
+        throw(ArgumentError("$what: expected one of $names, got $(repr(name))"))
     end
     return number - 1
 end

@@ -90,6 +90,13 @@ end
         path = chop("<" * joinpath(folder, "Größe 数") * ">"; head = 1, tail = 1)
         save(model, path)
         @test tensors(load(Model, engine, path))[LN] == ones(16)
+        for weights in (:f16, :bf16, :mxfp4)
+            save(model, path; weights = weights)
+            found = tensors(load(Model, engine, path))["transformer.h.0.mlp.c_fc.weight"]
+            exact = tensors(model)["transformer.h.0.mlp.c_fc.weight"]
+            @test 0 < maximum(abs.(found .- exact)) < 0.05
+        end
+        @test refuses(() -> save(model, path; weights = :fp8), ArgumentError, "weights: expected")
     end
     # No stream on a CPU.
     @test status_of(() -> new_engine(cuda_stream = Ptr{Int}(8))) == Lib.MXT_ERROR_INVALID_ARGUMENT
@@ -568,6 +575,16 @@ end
         @test tokens(drafting) == [1; 2; plain]
         @test generate(model, [1, 2]; max_tokens = 9, draft = draft) == plain
     end
+    together = Decoder(model; sequences = 3)
+    for (sequence, text) in enumerate(([1, 2], [3], [1, 2]))
+        append!(together, text; sequence = sequence)
+    end
+    @test logits(together, [2, 1]) == hcat(next_logits(model, [3]), next_logits(model, [1, 2]))
+    texts = generate!(together, [1, 3, 2]; max_tokens = 9, seed = 1336)
+    @test texts[2] == plain && length(texts[1]) == 9 && texts isa Vector{Vector{Int}}
+    @test tokens(together; sequence = 2) == [3; texts[3]]
+    @test refuses(() -> logits(together, [0]), ArgumentError, "sequence: ")
+    @test status_of(() -> generate!(together, [1, 1])) == Lib.MXT_ERROR_INVALID_ARGUMENT
     rewind!(drafting, 2)
     @test generate!(token -> token == plain[3] ? :stop : nothing, drafting)[end] == plain[3]
     @test refuses(() -> generate!(drafting; draft = :all), ArgumentError, "draft: ")

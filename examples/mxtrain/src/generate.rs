@@ -15,6 +15,9 @@ use crate::signals::Signals;
 use crate::stop::Stops;
 use crate::tokenizer::{TextStream, Tokenizer};
 
+/// Most texts that come at once, whose keys and values all take memory.
+const AT_ONCE: u64 = 8;
+
 /// Runs the command.
 pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
     // There is nothing to save: whichever signal comes ends the command at once.
@@ -44,7 +47,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
     let SamplingArgs { weights, draft, .. } = args.sampling;
     let drafts =
         matches!(draft, Draft::Mxfp4 | Draft::Mxfp4Ngram) && weights != DecoderWeights::Mxfp4;
-    let decoder = Decoder::new(&model, DecoderOptions { sequences: 1, room, weights, drafts })?;
+    let sequences = if draft == Draft::None { args.samples.min(AT_ONCE) as usize } else { 1 };
+    let decoder = Decoder::new(&model, DecoderOptions { sequences, room, weights, drafts })?;
     let options = GenerateOptions {
         max_tokens: args.tokens,
         temperature,
@@ -59,7 +63,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
         draft_tokens: args.sampling.draft_tokens,
         slide: args.sampling.slide,
     };
-    let mut writer = Writer { args, decoder, tokenizer, options };
+    let mut writer = Writer { args, decoder, vocab_size, tokenizer, options };
     let written = if args.lines { writer.lines()? } else { writer.samples(&args.prompt)? };
     match written {
         // The reader has what it wanted (`mxtrain generate | head`).
@@ -74,6 +78,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
 struct Writer<'a> {
     args: &'a GenerateArgs,
     decoder: Decoder,
+    vocab_size: usize,
     tokenizer: Tokenizer,
     options: GenerateOptions,
 }
@@ -94,17 +99,14 @@ impl Writer<'_> {
 
     /// Prints as many texts as the user wants.
     fn samples(&mut self, prompt: &str) -> Outcome<io::Result<()>> {
+        if self.decoder.sequences() > 1 {
+            return self.samples_at_once(prompt);
+        }
         let first = self.options.seed;
         let mut written = Ok(());
         for number in 0..self.args.samples {
             self.options.seed = first.wrapping_add(number);
-            let title = match self.args.samples {
-                1 => String::new(),
-                samples => {
-                    let seed = self.options.seed;
-                    format!("--- sample {} of {samples}, seed {seed} ---\n", number + 1)
-                }
-            };
+            let title = self.title(number);
             written = self.sample(prompt, title)?;
             if written.is_err() {
                 break;
@@ -114,23 +116,83 @@ impl Writer<'_> {
         Ok(written)
     }
 
+    /// What stands above a text; nothing where it is the only one.
+    fn title(&self, number: u64) -> String {
+        match self.args.samples {
+            1 => String::new(),
+            samples => {
+                let seed = self.options.seed;
+                format!("--- sample {} of {samples}, seed {seed} ---\n", number + 1)
+            }
+        }
+    }
+
+    /// The tokens of a prompt, which are the first text then; others may have begun with the same ones,
+    /// which are computed already.
+    fn begin(&mut self, prompt: &str) -> Outcome<()> {
+        let decoder = &mut self.decoder;
+        let prompt = self.tokenizer.encode_prompt(prompt);
+        // What is further back than the context is never looked at.
+        let prompt = &prompt[prompt.len().saturating_sub(decoder.room())..];
+        let begun_alike =
+            decoder.tokens(0).iter().zip(prompt).take_while(|(one, other)| one == other).count();
+        decoder.rewind(0, begun_alike)?;
+        Ok(decoder.push(0, &prompt[begun_alike..])?)
+    }
+
+    /// Prints as many texts as the user wants, which come together and are printed when they are whole.
+    fn samples_at_once(&mut self, prompt: &str) -> Outcome<io::Result<()>> {
+        let (samples, first_seed) = (self.args.samples, self.options.seed);
+        for first in (0..samples).step_by(self.decoder.sequences()) {
+            self.begin(prompt)?;
+            let mut logits = vec![0.0; self.vocab_size];
+            self.decoder.logits(0, &mut logits)?;
+            let sequences: Vec<usize> =
+                (0..self.decoder.sequences().min((samples - first) as usize)).collect();
+            for sequence in &sequences[1..] {
+                self.decoder.fork(0, *sequence)?;
+            }
+            self.options.seed = first_seed.wrapping_add(first);
+            let Self { args, decoder, tokenizer, options, .. } = self;
+            let mut texts: Vec<_> = sequences
+                .iter()
+                .map(|_| (prompt.to_owned(), TextStream::new(*tokenizer), Stops::new(&args.stop)))
+                .collect();
+            let begun = Instant::now();
+            let tokens = decoder.generate_each(&sequences, options, &mut |n, token| {
+                let (text, stream, stops) = &mut texts[n];
+                if !options.stop_tokens.contains(&token) {
+                    text.push_str(&stops.push(&stream.push(token)));
+                }
+                !stops.found()
+            })?;
+            let seconds = begun.elapsed().as_secs_f64();
+            for (number, (mut text, stream, mut stops)) in (first..).zip(texts) {
+                self.options.seed = first_seed.wrapping_add(number);
+                text.push_str(&stops.push(&stream.finish()));
+                text.push_str(&stops.finish());
+                let text = self.title(number) + &text + "\n";
+                if let Err(e) = write(&mut io::stdout().lock(), &text) {
+                    return Ok(Err(e));
+                }
+            }
+            let count: usize = tokens.iter().map(Vec::len).sum();
+            note(&format!("{count} tokens, {:.1} tokens/s", count as f64 / seconds.max(1e-9)));
+        }
+        self.options.seed = first_seed;
+        Ok(Ok(()))
+    }
+
     /// Prints `title`, the prompt and a continuation, each token as it comes.
     fn sample(&mut self, prompt: &str, title: String) -> Outcome<io::Result<()>> {
-        let Self { args, decoder, tokenizer, options } = self;
+        self.begin(prompt)?;
+        let Self { args, decoder, tokenizer, options, .. } = self;
         let mut out = io::stdout().lock();
         let mut written = Ok(());
         let mut stream = TextStream::new(*tokenizer);
         let mut stops = Stops::new(&args.stop);
         // Printed with the first token: a wrong option should not come after half an answer.
         let mut text = title + prompt;
-        let prompt = tokenizer.encode_prompt(prompt);
-        // What is further back than the context is never looked at.
-        let prompt = &prompt[prompt.len().saturating_sub(decoder.room())..];
-        // Another text may have begun with the same tokens, which are computed already.
-        let begun_alike =
-            decoder.tokens(0).iter().zip(prompt).take_while(|(one, other)| one == other).count();
-        decoder.rewind(0, begun_alike)?;
-        decoder.push(0, &prompt[begun_alike..])?;
         // Without what the reader takes; the first token comes with the prompt.
         let (mut begun, mut seconds, mut count) = (Instant::now(), 0.0, 0u32);
         let Generated { drafted, accepted, .. } = decoder.generate(0, options, &mut |token| {

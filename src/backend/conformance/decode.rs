@@ -153,8 +153,8 @@ pub(super) fn attention_in_pieces<B: Harness>(backends: &[B]) {
                         let of_rows = input(b, &qkv[start * 3 * c..][..rows * 3 * c], held);
                         let mut out = poison(b, rows * c, held);
                         let shape = shape(rows, held);
-                        b.write_rows(&mut tokens, &vec![0; rows], start);
-                        let at = (&tokens, start);
+                        b.write_rows(&mut tokens, &vec![0; rows], &[start]);
+                        let at = (&tokens, OfSequence { all: rows, first: 0, start });
                         b.attention_behind(&mut scratch, &mut out, &of_rows, &mut kept, at, shape);
                         all.extend(read(b, &out));
                         start += rows;
@@ -177,13 +177,53 @@ pub(super) fn attention_in_pieces<B: Harness>(backends: &[B]) {
                         "{name}: {what} in pieces of {pieces:?}"
                     );
                 }
+                // A row of each of several sequences, of which so many positions are kept.
+                let starts = [length / 2, length - 1, 0, 7];
+                let mut tokens = cut(b, |arena| b.rows(arena, length).unwrap());
+                let mut kept: Vec<_> = starts
+                    .iter()
+                    .map(|start| {
+                        let mut kept = cut(b, |arena| b.kept(arena, length, shape(1, held)));
+                        if *start > 0 {
+                            let of_rows = input(b, &qkv[..start * 3 * c], held);
+                            let mut out = poison(b, start * c, held);
+                            b.write_rows(&mut tokens, &vec![0; *start], &[0]);
+                            let at = (&tokens, OfSequence { all: *start, first: 0, start: 0 });
+                            let shape = shape(*start, held);
+                            b.attention_behind(
+                                &mut scratch,
+                                &mut out,
+                                &of_rows,
+                                &mut kept,
+                                at,
+                                shape,
+                            );
+                            read(b, &out);
+                        }
+                        kept
+                    })
+                    .collect();
+                let rows: Vec<f32> =
+                    starts.iter().flat_map(|at| &qkv[at * 3 * c..][..3 * c]).copied().collect();
+                let of_rows = input(b, &rows, held);
+                let mut out = poison(b, starts.len() * c, held);
+                b.write_rows(&mut tokens, &[0; 4], &starts);
+                for (first, (kept, start)) in kept.iter_mut().zip(starts).enumerate() {
+                    let at = (&tokens, OfSequence { all: starts.len(), first, start });
+                    b.attention_behind(&mut scratch, &mut out, &of_rows, kept, at, shape(1, held));
+                }
+                let expected: Vec<f32> =
+                    starts.iter().flat_map(|at| &whole[at * c..][..c]).copied().collect();
+                assert_eq!(bits(&read(b, &out)), bits(&expected), "{}: {what} of each", b.name());
             });
         }
     }
 }
 
 pub(super) fn embedding_behind<B: Harness>(backends: &[B]) {
-    for (rows, start, channels) in [(1, 0, 8), (1, 40, 136), (7, 3, 30), (40, 1, 64)] {
+    let cases: [(usize, &[usize], usize); 5] =
+        [(1, &[0], 8), (1, &[40], 136), (7, &[3], 30), (40, &[1], 64), (3, &[17, 0, 40], 24)];
+    for (rows, starts, channels) in cases {
         for precision in precisions::<B>() {
             let tables = [100, 41].map(|n| rounded(&random(n * channels, n as u64), precision));
             let ids = some_tokens(rows, 100, 5);
@@ -191,19 +231,20 @@ pub(super) fn embedding_behind<B: Harness>(backends: &[B]) {
                 .map(|i| {
                     let (row, channel) = (i / channels, i % channels);
                     let of = |table: usize, at: usize| tables[table][at * channels + channel];
-                    f64::from(of(0, ids[row] as usize)) + f64::from(of(1, start + row))
+                    let position = if starts.len() > 1 { starts[row] } else { starts[0] + row };
+                    f64::from(of(0, ids[row] as usize)) + f64::from(of(1, position))
                 })
                 .collect();
             each(backends, |b| {
                 let params = Params::of(b, &[&tables[0], &tables[1]]);
                 let mut tokens = cut(b, |arena| b.rows(arena, rows + 3).unwrap());
-                b.write_rows(&mut tokens, &ids, start);
+                b.write_rows(&mut tokens, &ids, starts);
                 let mut out = poison(b, rows * channels, precision);
                 let sequences = Sequences { batch: 1, length: rows };
                 let shape = EmbeddingShape { sequences, channels };
                 let (wte, wpe) = (params.get(b, 0), params.get(b, 1));
-                b.embedding_behind(&mut out, (&tokens, start), wte, wpe, shape);
-                let what = format!("{rows} rows of {channels} from {start} on");
+                b.embedding_behind(&mut out, (&tokens, starts), wte, wpe, shape);
+                let what = format!("{rows} rows of {channels} from {starts:?} on");
                 close(b, &what, &read(b, &out), &exact, Of::Embedding, precision);
             });
         }

@@ -8,6 +8,30 @@ use super::isa::simd_fn;
 use super::{Buffer, Cpu, rows_per_job};
 use crate::backend::{Embed, EmbeddingGradients, EmbeddingShape};
 
+impl Cpu {
+    /// out (rows, C) = the tokens of wte (V, C) and what `position` gives of a row.
+    pub(super) fn embed_rows<'a>(
+        &self,
+        out: &mut Buffer<f32>,
+        tokens: &Buffer<u32>,
+        wte: &[f32],
+        (rows, channels): (usize, usize),
+        position: impl Fn(usize) -> &'a [f32] + Sync,
+    ) {
+        let out = &mut out[..rows * channels];
+        let per_job = rows_per_job(channels);
+        self.install(|| {
+            out.par_chunks_mut(per_job * channels).enumerate().for_each(|(job, out)| {
+                for (i, out) in out.chunks_exact_mut(channels).enumerate() {
+                    let row = job * per_job + i;
+                    let token = &wte[tokens[row] as usize * channels..][..channels];
+                    add_rows(self.isa(), out, token, position(row));
+                }
+            });
+        });
+    }
+}
+
 impl Embed for Cpu {
     fn embedding_forward(
         &self,
@@ -17,17 +41,8 @@ impl Embed for Cpu {
         wpe: &[f32],
         EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
-        let out = &mut out[..sequences.rows() * channels];
-        let per_job = rows_per_job(channels);
-        self.install(|| {
-            out.par_chunks_mut(per_job * channels).enumerate().for_each(|(job, out)| {
-                for (i, out) in out.chunks_exact_mut(channels).enumerate() {
-                    let row = job * per_job + i;
-                    let token = &wte[tokens[row] as usize * channels..][..channels];
-                    let position = &wpe[row % sequences.length * channels..][..channels];
-                    add_rows(self.isa(), out, token, position);
-                }
-            });
+        self.embed_rows(out, tokens, wte, (sequences.rows(), channels), |row| {
+            &wpe[row % sequences.length * channels..][..channels]
         });
     }
 

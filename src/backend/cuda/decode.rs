@@ -13,7 +13,7 @@ use super::embed::Tokens;
 use super::{Cuda, Workspace, kernel};
 use crate::backend::{
     Activation, AttentionShape, Decode, DecoderWeights, EmbeddingShape, Epilogue, HeadShape,
-    LinearForward, LinearShape, Memory, Precision,
+    LinearForward, LinearShape, Memory, OfSequence, Precision,
 };
 use crate::formats::BLOCK;
 use crate::optim::Master;
@@ -174,8 +174,8 @@ pub(super) fn whole_positions(positions: usize) -> usize {
     positions.next_multiple_of(32)
 }
 
-/// Where the position of the first of `rows` tokens lies.
-fn start_of(tokens: &Tokens, rows: usize) -> u64 {
+/// Where the positions lie that are written behind `rows` tokens.
+fn starts_of(tokens: &Tokens, rows: usize) -> u64 {
     tokens.ids() + 4 * rows as u64
 }
 
@@ -318,21 +318,22 @@ impl Decode for Cuda {
     }
 
     fn rows(&self, arena: &mut Arena, rows: usize) -> Result<Tokens> {
-        // The last word is where they stand.
-        self.tokens(arena, rows + 1, false)
+        // Behind them is where they stand.
+        self.tokens(arena, 2 * rows, false)
     }
 
-    fn write_rows(&self, to: &mut Tokens, tokens: &[u32], start: usize) {
-        to.write(tokens.len() + 1, |words| {
-            words[..tokens.len()].copy_from_slice(tokens);
-            words[tokens.len()] = start as u32;
+    fn write_rows(&self, to: &mut Tokens, tokens: &[u32], starts: &[usize]) {
+        to.write(tokens.len() + starts.len(), |words| {
+            let (ids, of_starts) = words.split_at_mut(tokens.len());
+            ids.copy_from_slice(tokens);
+            of_starts.iter_mut().zip(starts).for_each(|(word, start)| *word = *start as u32);
         });
     }
 
     fn embedding_behind(
         &self,
         out: &mut Tensor,
-        (tokens, _): (&Tokens, usize),
+        (tokens, starts): (&Tokens, &[usize]),
         wte: Param<'_>,
         wpe: Param<'_>,
         EmbeddingShape { sequences, channels }: EmbeddingShape,
@@ -342,7 +343,8 @@ impl Decode for Cuda {
         let rows = sequences.rows();
         let [wte, wpe] = [wte, wpe].map(|table| table.as_read_in(out.precision));
         launch!(self.gpu, kernel!(out, "embed_rows"), [rows, 1, 1], 128, 0;
-            out.write().address, tokens.ids(), start_of(tokens, rows), wte, wpe, channels as u32);
+            out.write().address, tokens.ids(), starts_of(tokens, rows), wte, wpe, channels as u32,
+            u32::from(starts.len() > 1));
     }
 
     fn kept(&self, arena: &mut Arena, positions: usize, shape: AttentionShape) -> Tensor {
@@ -359,7 +361,7 @@ impl Decode for Cuda {
         out: &mut Tensor,
         qkv: &Tensor,
         kept: &mut Tensor,
-        (tokens, start): (&Tokens, usize),
+        (tokens, OfSequence { all, first, start }): (&Tokens, OfSequence),
         shape: AttentionShape,
     ) {
         let rows = shape.sequences.length;
@@ -373,10 +375,11 @@ impl Decode for Cuda {
         // Rows of one block alone are kept by the block itself.
         let keeps = on_tensor_cores.is_some() && rows <= 16;
         let of_all = Behind {
-            out: out.write().address,
-            qkv: qkv.address(),
+            out: out.write().at(first * shape.channels()),
+            qkv: qkv.at(first * shape.qkv_channels()),
             kept: kept.write().address,
-            start: start_of(tokens, rows),
+            // A piece with rows before it is one row, and has a place of its own.
+            start: starts_of(tokens, all + first),
             rows: rows as u32,
             positions: positions as u32,
             keeps: u32::from(keeps),

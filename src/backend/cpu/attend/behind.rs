@@ -51,8 +51,8 @@ pub(in crate::backend::cpu) fn kept_len(positions: usize, shape: AttentionShape)
 pub(in crate::backend::cpu) fn forward(
     cpu: &Cpu,
     workspace: &mut Workspace,
-    out: &mut Buffer<f32>,
-    qkv: &Buffer<f32>,
+    out: &mut [f32],
+    qkv: &[f32],
     (kept, start): (&mut Buffer<f32>, usize),
     shape: AttentionShape,
 ) {

@@ -13,8 +13,8 @@ use super::workspace::Workspace;
 use super::{Buffer, Cpu};
 use crate::Result;
 use crate::backend::{
-    AttentionShape, Decode, DecoderWeights, Embed, EmbeddingShape, Epilogue, HeadShape, Linear,
-    LinearForward, LinearShape, Memory, Precision,
+    AttentionShape, Decode, DecoderWeights, EmbeddingShape, Epilogue, HeadShape, Linear,
+    LinearForward, LinearShape, Memory, OfSequence, Precision,
 };
 use crate::optim::Master;
 use mxfp4::Mxfp4Weight;
@@ -160,19 +160,22 @@ impl Decode for Cpu {
         self.tokens(arena, rows, false)
     }
 
-    fn write_rows(&self, to: &mut Self::Tokens, tokens: &[u32], _start: usize) {
+    fn write_rows(&self, to: &mut Self::Tokens, tokens: &[u32], _starts: &[usize]) {
         self.write_tokens(to, tokens.len(), |to| to.copy_from_slice(tokens));
     }
 
     fn embedding_behind(
         &self,
         out: &mut Buffer<f32>,
-        (tokens, start): (&Self::Tokens, usize),
+        (tokens, starts): (&Self::Tokens, &[usize]),
         wte: &[f32],
         wpe: &[f32],
-        shape: EmbeddingShape,
+        EmbeddingShape { sequences, channels }: EmbeddingShape,
     ) {
-        self.embedding_forward(out, tokens, wte, &wpe[start * shape.channels..], shape);
+        self.embed_rows(out, tokens, wte, (sequences.rows(), channels), |row| {
+            let position = starts.get(row).copied().unwrap_or(starts[0] + row);
+            &wpe[position * channels..][..channels]
+        });
     }
 
     fn kept(&self, arena: &mut Arena, positions: usize, shape: AttentionShape) -> Buffer<f32> {
@@ -189,9 +192,11 @@ impl Decode for Cpu {
         out: &mut Buffer<f32>,
         qkv: &Buffer<f32>,
         kept: &mut Buffer<f32>,
-        (_, start): (&Self::Tokens, usize),
+        (_, OfSequence { first, start, .. }): (&Self::Tokens, OfSequence),
         shape: AttentionShape,
     ) {
+        let out = &mut out[first * shape.channels()..];
+        let qkv = &qkv[first * shape.qkv_channels()..];
         behind::forward(self, workspace, out, qkv, (kept, start), shape);
     }
 }
