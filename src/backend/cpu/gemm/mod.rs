@@ -182,6 +182,8 @@ impl Cpu {
         let (m, n) = (a.rows, b.rows);
         assert!(out.stride >= n && out.c.len() >= (m - 1) * out.stride + n, "C holds the result");
         let (job_rows, job_cols) = match a.packing {
+            // Of few rows it takes as long as B does to be read, and one that ends late is waited for.
+            Packing::Panels if m <= TILE_ROWS => (JOB_ROWS, TILE_COLS),
             Packing::Panels => (JOB_ROWS, JOB_COLS),
             #[cfg(target_arch = "x86_64")]
             Packing::Tiles => tiles::job_shape(n, a.steps),

@@ -27,13 +27,14 @@ pub(super) fn f32(
 pub(super) unsafe fn bf16(
     a: &[u32],
     b: &Panels<'_, u32>,
+    rows: usize,
     panels: usize,
     steps: usize,
     out: &mut Tile,
 ) {
     let upper = _mm256_set1_epi32(0xffff_0000_u32 as i32);
     for p in 0..panels {
-        for first in [0, ROWS] {
+        for first in [0, ROWS].into_iter().take_while(|first| *first < rows) {
             let mut sums = [[_mm256_setzero_ps(); 2]; ROWS];
             for k in 0..steps {
                 // SAFETY: k < steps; lanes first .. first + 4 are in A's panel.

@@ -14,16 +14,37 @@ pub(super) unsafe fn f32(
     steps: usize,
     to: &TileOutput<'_>,
 ) {
+    // SAFETY: passed on.
+    unsafe {
+        match to.rows {
+            1 => f32_rows::<1>(a, b, panels, steps, to),
+            2..=4 => f32_rows::<4>(a, b, panels, steps, to),
+            _ => f32_rows::<TILE_ROWS>(a, b, panels, steps, to),
+        }
+    }
+}
+
+/// `R`: rows that are computed. NOTE: one row alone is what a token takes where a text is written; all
+/// eight would be eight times the arithmetic beside the same words of B, which then are not read as
+/// fast as memory gives them.
+#[target_feature(enable = "avx512f")]
+unsafe fn f32_rows<const R: usize>(
+    a: &Strided<'_>,
+    b: &Panels<'_, f32>,
+    panels: usize,
+    steps: usize,
+    to: &TileOutput<'_>,
+) {
     let packed = a.step == PANEL && a.stride == 1;
     // SAFETY: passed on.
     unsafe {
         match (panels, packed) {
-            (1, true) => f32_panels::<1, true>(a, b, steps, to),
-            (1, false) => f32_panels::<1, false>(a, b, steps, to),
-            (2, true) => f32_panels::<2, true>(a, b, steps, to),
-            (2, false) => f32_panels::<2, false>(a, b, steps, to),
-            (_, true) => f32_panels::<3, true>(a, b, steps, to),
-            (_, false) => f32_panels::<3, false>(a, b, steps, to),
+            (1, true) => f32_panels::<1, R, true>(a, b, steps, to),
+            (1, false) => f32_panels::<1, R, false>(a, b, steps, to),
+            (2, true) => f32_panels::<2, R, true>(a, b, steps, to),
+            (2, false) => f32_panels::<2, R, false>(a, b, steps, to),
+            (_, true) => f32_panels::<3, R, true>(a, b, steps, to),
+            (_, false) => f32_panels::<3, R, false>(a, b, steps, to),
         }
     }
 }
@@ -33,16 +54,16 @@ const STEPS_AHEAD: usize = 24;
 
 /// `PACKED`: row r of A is lane r of its panel, which makes every offset a constant.
 #[target_feature(enable = "avx512f")]
-unsafe fn f32_panels<const P: usize, const PACKED: bool>(
+unsafe fn f32_panels<const P: usize, const R: usize, const PACKED: bool>(
     a: &Strided<'_>,
     b: &Panels<'_, f32>,
     steps: usize,
     to: &TileOutput<'_>,
 ) {
-    let mut sums = [[_mm512_setzero_ps(); P]; TILE_ROWS];
+    let mut sums = [[_mm512_setzero_ps(); P]; R];
     let b: [*const f32; P] = std::array::from_fn(|p| b.pointer(p));
     let base = a.data.as_ptr();
-    let rows: [usize; TILE_ROWS] = std::array::from_fn(|r| r.min(to.rows - 1) * a.stride);
+    let rows: [usize; R] = std::array::from_fn(|r| r.min(to.rows - 1) * a.stride);
     for k in 0..steps {
         // SAFETY: k < steps; the caller vouches for the operands' lengths.
         unsafe {
@@ -51,7 +72,7 @@ unsafe fn f32_panels<const P: usize, const PACKED: bool>(
                 _mm_prefetch::<_MM_HINT_T0>(next.cast());
             }
             let b: [__m512; P] = std::array::from_fn(|p| _mm512_loadu_ps(b[p].add(k * PANEL)));
-            for r in 0..TILE_ROWS {
+            for r in 0..R {
                 let at = if PACKED { k * PANEL + r } else { rows[r] + k * a.step };
                 let a = _mm512_set1_ps(*base.add(at));
                 for p in 0..P {
@@ -76,22 +97,41 @@ pub(super) unsafe fn bf16(
 ) {
     // SAFETY: passed on.
     unsafe {
+        match to.rows {
+            1 => bf16_rows::<1>(a, b, panels, steps, to),
+            2..=4 => bf16_rows::<4>(a, b, panels, steps, to),
+            _ => bf16_rows::<TILE_ROWS>(a, b, panels, steps, to),
+        }
+    }
+}
+
+/// `R` as in [`f32_rows`].
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn bf16_rows<const R: usize>(
+    a: &[u32],
+    b: &Panels<'_, u32>,
+    panels: usize,
+    steps: usize,
+    to: &TileOutput<'_>,
+) {
+    // SAFETY: passed on.
+    unsafe {
         match panels {
-            1 => bf16_panels::<1>(a, b, steps, to),
-            2 => bf16_panels::<2>(a, b, steps, to),
-            _ => bf16_panels::<3>(a, b, steps, to),
+            1 => bf16_panels::<1, R>(a, b, steps, to),
+            2 => bf16_panels::<2, R>(a, b, steps, to),
+            _ => bf16_panels::<3, R>(a, b, steps, to),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn bf16_panels<const P: usize>(
+unsafe fn bf16_panels<const P: usize, const R: usize>(
     a: &[u32],
     b: &Panels<'_, u32>,
     steps: usize,
     to: &TileOutput<'_>,
 ) {
-    let mut sums = [[_mm512_setzero_ps(); P]; TILE_ROWS];
+    let mut sums = [[_mm512_setzero_ps(); P]; R];
     let (a, b): (_, [*const u32; P]) = (a.as_ptr(), std::array::from_fn(|p| b.pointer(p)));
     for k in 0..steps {
         // SAFETY: k < steps; a vector of bf16 pairs has the size of one of words.
@@ -103,7 +143,7 @@ unsafe fn bf16_panels<const P: usize>(
             let b: [__m512bh; P] = std::array::from_fn(|p| {
                 std::mem::transmute(_mm512_loadu_si512(b[p].add(k * PANEL).cast()))
             });
-            for r in 0..TILE_ROWS {
+            for r in 0..R {
                 let a = _mm512_set1_epi32(*a.add(k * PANEL + r) as i32);
                 let a: __m512bh = std::mem::transmute(a);
                 for p in 0..P {

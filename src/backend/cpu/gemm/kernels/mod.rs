@@ -190,7 +190,9 @@ pub(in crate::backend::cpu) unsafe fn bf16_tile(
         Isa::Amx | Isa::Avx512 => unsafe { avx512::bf16(a, b, panels, steps, to) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: passed on.
-        Isa::Avx2 => unsafe { through_tile(isa, to, |out| avx2::bf16(a, b, panels, steps, out)) },
+        Isa::Avx2 => unsafe {
+            through_tile(isa, to, |out| avx2::bf16(a, b, to.rows, panels, steps, out))
+        },
         // SAFETY: passed on.
         _ => unsafe {
             through_tile(isa, to, |out| portable::bf16::<false>(a, b, panels, steps, out));
