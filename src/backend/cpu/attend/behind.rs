@@ -5,6 +5,8 @@
 //! a row costs a look at both, and nothing is packed for it. Sums over channels and over keys run in
 //! the order of `forward_head`, which gives the rows of a whole sequence the same bits.
 
+use std::ops::Range;
+
 use super::{Head, for_each_job};
 use crate::backend::AttentionShape;
 use crate::backend::cpu::Cpu;
@@ -105,16 +107,31 @@ pub(in crate::backend::cpu) fn forward(
                 softmax_row(isa, scores, head.scale());
                 beyond.fill(0.0);
             }
-            let a = Strided { data: scores, stride: t, step: 1 };
-            for j in (0..d).step_by(TILE_COLS) {
-                let b = Panels { data: &values[j * t..], stride: t * PANEL };
-                let columns = TILE_COLS.min(d - j);
-                let to = TileOutput::sums(to.at(first, j), to.stride, count, columns);
-                // SAFETY: the job owns the columns of its head.
-                unsafe { strided_tile(isa, &a, &b, seen, &to) };
+            // A row has no part of the values behind its own, be they NaN, which a probability of 0
+            // would not take out of a sum: then each is summed alone, to the same bits.
+            let behind = start + first + 1..seen;
+            let at_once = if is_finite(values, t, behind) { count } else { 1 };
+            for (row, scores) in scores.chunks(at_once * t).enumerate() {
+                let (row, count) = (row * at_once, at_once);
+                let a = Strided { data: scores, stride: t, step: 1 };
+                for j in (0..d).step_by(TILE_COLS) {
+                    let b = Panels { data: &values[j * t..], stride: t * PANEL };
+                    let columns = TILE_COLS.min(d - j);
+                    let to = TileOutput::sums(to.at(first + row, j), to.stride, count, columns);
+                    let seen = start + first + row + count;
+                    // SAFETY: the job owns the columns of its head.
+                    unsafe { strided_tile(isa, &a, &b, seen, &to) };
+                }
             }
         }
     });
+}
+
+/// Whether all values (panels, t, 16) at some positions are finite.
+fn is_finite(values: &[f32], t: usize, mut positions: Range<usize>) -> bool {
+    let of =
+        |at: usize| values.chunks_exact(t * PANEL).flat_map(move |all| &all[at * PANEL..][..PANEL]);
+    positions.all(|at| of(at).all(|v| v.is_finite()))
 }
 
 /// Scores of a query to the keys that it sees become probabilities, as `softmax_panel` makes them.
