@@ -214,7 +214,7 @@ typedef enum mxt_dtype {
 typedef enum mxt_stored_weights {
   // f32, as they are.
   MXT_STORED_WEIGHTS_F32 = 0,
-  // f16, to nearest. Numbers above 65504 are refused.
+  // f16, to nearest. Numbers that round above 65504 are refused.
   MXT_STORED_WEIGHTS_F16 = 1,
   // bf16, to nearest.
   MXT_STORED_WEIGHTS_BF16 = 2,
@@ -496,8 +496,8 @@ typedef struct mxt_decoder_options {
   size_t room;
   // One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
   int32_t weights;
-  // 1 keeps the weights in MXFP4, too, for drafts of mxt_decoder_generate; not beside weights that
-  // are in MXFP4 themselves. Default 0.
+  // 1 keeps the weights in MXFP4, too, for drafts of mxt_decoder_generate; on a GPU beside weights in
+  // bf16 alone, and not beside weights that are in MXFP4 themselves. Default 0.
   int32_t drafts;
 } mxt_decoder_options;
 
@@ -1084,8 +1084,8 @@ mxt_status mxt_decoder_logits(struct mxt_decoder *decoder,
 // Computes the logits of what comes after each token of text `sequence` from number `from` on, as
 // mxt_decoder_logits has them after each: what it takes to score a text, or to check tokens that were
 // guessed. With n such tokens, `logits` has room for `count` numbers, which must be n times the
-// model's vocab_size, and may lie in memory of the engine's GPU. All n are computed in one pass, again
-// if they were before.
+// model's vocab_size, and may lie in memory of the engine's GPU. All n are computed together, again if
+// they were before.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence or token, another count),
 // MXT_ERROR_OUT_OF_MEMORY (on a GPU, where a trainer has changed what weights are kept as),
@@ -1097,8 +1097,8 @@ mxt_status mxt_decoder_logits_from(struct mxt_decoder *decoder,
                                    size_t count);
 
 // Computes the logits of the tokens after the last ones of the `sequence_count` different texts of
-// `sequences`, those of mxt_decoder_logits of each, for which the weights are read once. `logits` has
-// room for `count` numbers, which must be sequence_count times the model's vocab_size, and may lie in
+// `sequences`, those of mxt_decoder_logits of each. The last tokens of 32 texts at a time share a look
+// at the weights; what is missing before them is computed text by text. `logits` has room for `count` numbers, which must be sequence_count times the model's vocab_size, and may lie in
 // memory of the engine's GPU.
 //
 // Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, one that comes twice or has no

@@ -260,7 +260,7 @@ struct Walk {
 // 16 M outputs and 8 N rows, of a block's ACROSS such pieces of outputs and DOWN of rows. Grid:
 // outputs, rows, by those of a block, rounded up; block: 32 ACROSS DOWN; dynamic shared memory:
 // STAGES stages, or as many lines of outputs and 4 floats as the block has rows.
-template <class W, class T, int M, int N, int ACROSS, int DOWN>
+template <class W, int M, int N, int ACROSS, int DOWN>
 __global__ void __launch_bounds__(32 * ACROSS * DOWN) many_rows(FewRows p) {
   begin();
   const int OUTPUTS = 16 * M * ACROSS, ROWS = 8 * N * DOWN, PITCH = OUTPUTS + 4;
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(32 * ACROSS * DOWN) many_rows(FewRows p) {
     float sum = lines[r * PITCH + o];
     // A warp without a chunk has a sum, too.
     if (count < WARPS) sum = __fadd_rn(sum, 0.0f);
-    finish<T>(p, row + r, output + o, sum);
+    finish<bf16>(p, row + r, output + o, sum);
   }
 }
 

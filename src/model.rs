@@ -147,7 +147,8 @@ impl Model {
     /// [`Model::save`] of weights that are stored as other numbers, for programs that run the model:
     /// training that goes on from them begins with what they were rounded to. In MXFP4 only
     /// [`Model::load`] reads them, as f32 numbers of which a [`crate::Decoder`] in MXFP4 makes the
-    /// codes of the file again, and the logits of one of this model.
+    /// codes of the file again, and the logits of one of this model (unless a trainer on a GPU keeps
+    /// its weights split, of which decoders read the bf16 halves).
     ///
     /// # Errors
     /// As [`Model::save`], and [`Error::InvalidArgument`] naming a number that is beyond the format.

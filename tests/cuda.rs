@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use mxfp4train::{
-    Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Engine, EngineOptions, Error,
-    GenerateOptions, Master, Model, ModelConfig, Optimizer, OptimizerKind, Recipe, Schedule,
+    Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Draft, Engine, EngineOptions,
+    Error, GenerateOptions, Master, Model, ModelConfig, Optimizer, OptimizerKind, Recipe, Schedule,
     Trainer, TrainerOptions,
 };
 use safetensors::{Dtype, SafeTensors};
@@ -513,7 +513,9 @@ fn texts_are_decoded_as_on_the_processor() {
         ..config()
     };
     let narrow = ModelConfig { channels: 72, heads: 3, mlp_channels: 200, ..config() };
-    for config in [config(), wide, odd, narrow] {
+    // Long prompts in large pieces.
+    let large = ModelConfig { channels: 1024, heads: 16, mlp_channels: 17_000, ..config() };
+    for config in [config(), wide, odd, narrow, large] {
         let model = Model::new(&gpu, &config).unwrap();
         // Logits that differ.
         let mut trainer = Trainer::new(&model, options("bf16")).unwrap();
@@ -591,6 +593,47 @@ fn texts_are_decoded_as_on_the_processor() {
             let mut alone = Decoder::new(&model, DecoderOptions::default()).unwrap();
             alone.push(0, two.tokens(sequence)).unwrap();
             assert!(logits(&mut alone) == ours && ours != before, "{sequence}, {config:?}");
+        }
+        // All tokens at once, texts beside each other and guesses have the bits of a token at a time.
+        for weights in [DecoderWeights::Bf16, DecoderWeights::Mxfp4] {
+            let drafts = weights == DecoderWeights::Bf16 && config.channels != 51;
+            let options = DecoderOptions { sequences: 3, room: 0, weights, drafts };
+            let Ok(mut ours) = Decoder::new(&model, options) else {
+                assert!(config.channels == 51, "{weights}");
+                continue;
+            };
+            let vocab = config.vocab_size;
+            let mut all = vec![f32::NAN; 100 * vocab];
+            ours.push(0, &text[..100]).unwrap();
+            ours.logits_from(0, 0, &mut all).unwrap();
+            let after = |count: usize| &all[(count - 1) * vocab..][..vocab];
+            for count in [100, 65, 64, 33, 1] {
+                ours.rewind(0, count).unwrap();
+                assert!(logits(&mut ours) == after(count), "{weights}, {config:?}, {count}");
+            }
+            ours.push(1, &text[..5]).unwrap();
+            ours.push(2, &text[..77]).unwrap();
+            let mut of_each = vec![f32::NAN; 3 * vocab];
+            ours.logits_of(&[2, 0, 1], &mut of_each).unwrap();
+            assert!(of_each == [after(77), after(1), after(5)].concat(), "{weights}, {config:?}");
+            let mut plain = Vec::new();
+            for draft in Draft::ALL.into_iter().filter(|draft| drafts || !draft.is_of_model()) {
+                for draft_tokens in [0, 3] {
+                    ours.rewind(1, 5).unwrap();
+                    let how = GenerateOptions {
+                        max_tokens: 40,
+                        draft,
+                        draft_tokens,
+                        ..GenerateOptions::default()
+                    };
+                    let written = ours.generate(1, &how, &mut |_| true).unwrap().tokens;
+                    if draft == Draft::None {
+                        plain = written;
+                    } else {
+                        assert_eq!(written, plain, "{weights}, {draft}, {config:?}");
+                    }
+                }
+            }
         }
         // Where a trainer changes what weights are kept as, decoders follow.
         let decoders = || {

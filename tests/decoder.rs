@@ -247,6 +247,42 @@ fn the_loss_of_text_is_that_of_an_evaluation() {
     assert!(decoder.eval(&data, 0, 0).unwrap_err().to_string().contains("sequence_length"));
 }
 
+/// Where logits are not finite behind some token, all that was seen is in the text, whoever guesses; and
+/// guesses whose logits are not finite are none.
+#[test]
+fn a_text_keeps_what_was_seen_before_an_error() {
+    let [config, _] = configs();
+    let model = Model::new(&engine(1), &config).unwrap();
+    let mut wte = vec![0.0; 97 * 51];
+    model.read_tensor("transformer.wte.weight", &mut wte).unwrap();
+    // Of many tokens, so that the text soon has one.
+    wte[20 * 51..60 * 51].iter_mut().for_each(|v| *v = v.signum() * 3e38);
+    model.write_tensor("transformer.wte.weight", &wte).unwrap();
+    let mut drawn = 0;
+    for draft in Draft::ALL {
+        let options = DecoderOptions { drafts: draft.is_of_model(), ..Default::default() };
+        let mut decoder = Decoder::new(&model, options).unwrap();
+        for seed in 0..20 {
+            decoder.rewind(0, 0).unwrap();
+            decoder.push(0, &[1, 2, 1, 2]).unwrap();
+            let how = GenerateOptions { draft, draft_tokens: 4, seed, ..Default::default() };
+            let mut seen = vec![1, 2, 1, 2];
+            let mut on_token = |token| {
+                seen.push(token);
+                true
+            };
+            let error = decoder.generate(0, &how, &mut on_token).unwrap_err();
+            assert!(matches!(error, Error::NotFinite { .. }), "{error}");
+            assert_eq!(decoder.tokens(0), seen, "{draft}, {seed}");
+            let last = *seen.last().unwrap();
+            assert!((20..60).contains(&last), "{draft}: {seen:?}");
+            drawn += seen.len();
+        }
+    }
+    // As many for all, who write the same texts.
+    assert!(drawn.is_multiple_of(4) && drawn > 4 * 20 * 5, "{drawn}");
+}
+
 #[test]
 fn what_was_taken_out_leaves_no_trace() {
     let [config, _] = configs();

@@ -25,8 +25,8 @@ pub struct mxt_decoder_options {
     pub room: usize,
     /// One of mxt_decoder_weights. Default MXT_DECODER_WEIGHTS_F32.
     pub weights: i32,
-    /// 1 keeps the weights in MXFP4, too, for drafts of mxt_decoder_generate; not beside weights that
-    /// are in MXFP4 themselves. Default 0.
+    /// 1 keeps the weights in MXFP4, too, for drafts of mxt_decoder_generate; on a GPU beside weights in
+    /// bf16 alone, and not beside weights that are in MXFP4 themselves. Default 0.
     pub drafts: i32,
 }
 versioned!(mxt_decoder_options, last = drafts: i32);
@@ -170,8 +170,8 @@ pub unsafe extern "C" fn mxt_decoder_logits(
 /// Computes the logits of what comes after each token of text `sequence` from number `from` on, as
 /// mxt_decoder_logits has them after each: what it takes to score a text, or to check tokens that were
 /// guessed. With n such tokens, `logits` has room for `count` numbers, which must be n times the
-/// model's vocab_size, and may lie in memory of the engine's GPU. All n are computed in one pass, again
-/// if they were before.
+/// model's vocab_size, and may lie in memory of the engine's GPU. All n are computed together, again if
+/// they were before.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence or token, another count),
 /// MXT_ERROR_OUT_OF_MEMORY (on a GPU, where a trainer has changed what weights are kept as),
@@ -197,8 +197,8 @@ pub unsafe extern "C" fn mxt_decoder_logits_from(
 }
 
 /// Computes the logits of the tokens after the last ones of the `sequence_count` different texts of
-/// `sequences`, those of mxt_decoder_logits of each, for which the weights are read once. `logits` has
-/// room for `count` numbers, which must be sequence_count times the model's vocab_size, and may lie in
+/// `sequences`, those of mxt_decoder_logits of each. The last tokens of 32 texts at a time share a look
+/// at the weights; what is missing before them is computed text by text. `logits` has room for `count` numbers, which must be sequence_count times the model's vocab_size, and may lie in
 /// memory of the engine's GPU.
 ///
 /// Errors: MXT_ERROR_NULL, MXT_ERROR_INVALID_ARGUMENT (no such sequence, one that comes twice or has no
@@ -252,9 +252,18 @@ pub unsafe extern "C" fn mxt_decoder_generate_each(
                 return Err(Failure::invalid("on_token", message));
             }
             let room = capacity.saturating_mul(sequence_count);
-            arguments::check("tokens", tokens, room)?;
-            arguments::check("written", written, sequence_count)?;
-            if capacity < how.max_tokens {
+            if room > 0 {
+                arguments::check("tokens", tokens, room)?;
+            }
+            if sequence_count > 0 {
+                arguments::check("written", written, sequence_count)?;
+            }
+            for (name, to) in [("drafted", options.drafted), ("accepted", options.accepted)] {
+                if !to.is_null() {
+                    arguments::check(name, to, 1)?;
+                }
+            }
+            if sequence_count > 0 && capacity < how.max_tokens {
                 let most = how.max_tokens;
                 let message = format!(
                     "tokens: expected room for {most} tokens of each (max_tokens of the options), got \
@@ -269,6 +278,11 @@ pub unsafe extern "C" fn mxt_decoder_generate_each(
             for (n, text) in texts.iter().enumerate() {
                 std::ptr::copy_nonoverlapping(text.as_ptr(), tokens.add(n * capacity), text.len());
                 written.add(n).write(text.len());
+            }
+            for to in [options.drafted, options.accepted] {
+                if !to.is_null() {
+                    to.write(0);
+                }
             }
             Ok(())
         })

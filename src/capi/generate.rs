@@ -163,7 +163,8 @@ fn draft(value: i32) -> Result<Draft, Failure> {
         BOTH => Ok(Draft::Mxfp4Ngram),
         other => {
             let message = format!(
-                "expected MXT_DRAFT_NONE (0), MXT_DRAFT_NGRAM (1), MXT_DRAFT_MXFP4 (2) or                  MXT_DRAFT_MXFP4_NGRAM (3), got {other}"
+                "expected MXT_DRAFT_NONE (0), MXT_DRAFT_NGRAM (1), MXT_DRAFT_MXFP4 (2) or \
+                 MXT_DRAFT_MXFP4_NGRAM (3), got {other}"
             );
             Err(Failure::invalid("draft", message))
         }

@@ -318,7 +318,7 @@ pub unsafe extern "C" fn mxt_model_save(model: *const mxt_model, dir: *const c_c
 pub enum mxt_stored_weights {
     /// f32, as they are.
     F32 = 0,
-    /// f16, to nearest. Numbers above 65504 are refused.
+    /// f16, to nearest. Numbers that round above 65504 are refused.
     F16 = 1,
     /// bf16, to nearest.
     Bf16 = 2,

@@ -28,7 +28,7 @@ pub enum StoredWeights {
     /// f32, as they are.
     #[default]
     F32,
-    /// f16, to nearest. Numbers above 65504 are refused.
+    /// f16, to nearest. Numbers that round above 65504 are refused.
     F16,
     /// bf16, to nearest.
     Bf16,

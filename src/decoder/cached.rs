@@ -137,7 +137,15 @@ impl<B: Backend + Decode> Cached<B> {
         Ok(())
     }
 
-    /// Takes weights as they are now.
+    /// Takes weights as they are now; whether they had changed.
+    pub(super) fn follow_model(&mut self, model: &Model) -> Result<bool> {
+        let on = Arc::clone(&self.model);
+        let weights = on.read()?;
+        let before = self.changes;
+        self.follow(model, &on, &weights)?;
+        Ok(self.changes != before)
+    }
+
     fn follow(&mut self, model: &Model, on: &Arc<OnDevice<B>>, weights: &Weights<B>) -> Result<()> {
         let (backend, config) = (&*on.backend, model.config());
         if weights.moves != self.moves {

@@ -50,6 +50,7 @@ impl Model {
         options.validate(config.vocab_size)?;
         options.draft.check(options.weights)?;
         self.check_prompt(prompt)?;
+        // What is further back than the context is never looked at.
         let total = prompt.len().saturating_add(options.max_tokens);
         let longest = total.min(config.context_length);
         let of_one = DecoderOptions {
@@ -59,12 +60,8 @@ impl Model {
             drafts: options.draft.is_of_model(),
         };
         let mut decoder = Decoder::new(self, of_one)?;
-        let mut sampler = Sampler::new(options, config.vocab_size)?;
-        prompt.iter().for_each(|token| sampler.note(*token));
-        // What is further back than the context is never looked at.
         decoder.push(0, &prompt[prompt.len().saturating_sub(longest)..])?;
-        let checked = options.draft.checked(options.draft_tokens, config.vocab_size)?;
-        decoder.go_on(0, (options, sampler, checked), on_token)
+        decoder.generate(0, options, on_token)
     }
 
     /// Writes the logits (V) of the token after `tokens`, in f32. Only the last tokens that fit the
@@ -109,7 +106,8 @@ pub struct DecoderOptions {
     pub room: usize,
     /// What logits are computed in.
     pub weights: DecoderWeights,
-    /// Whether weights are kept in MXFP4, too, for drafts of [`Decoder::generate`].
+    /// Whether weights are kept in MXFP4, too, for drafts of [`Decoder::generate`]; on a GPU beside
+    /// weights in bf16 alone, and not beside weights that are in MXFP4 themselves.
     pub drafts: bool,
 }
 
@@ -232,25 +230,14 @@ impl Decoder {
     }
 
     /// Writes the logits (n, V) of the tokens after the last ones of n different texts, those of
-    /// [`Decoder::logits`] of each, for which the weights are read once.
+    /// [`Decoder::logits`] of each. The last tokens of 32 texts at a time share a look at the weights;
+    /// what is missing before them is computed text by text.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] where there is no such sequence or one comes twice, for an empty text,
     /// or if `out` has another length, and what the device says.
     pub fn logits_of(&mut self, sequences: &[usize], out: &mut [f32]) -> Result<()> {
-        let mut is_asked = zeros("which texts are asked for", self.sequences.len())?;
-        for sequence in sequences {
-            self.check(*sequence)?;
-            if std::mem::replace(&mut is_asked[*sequence], true) {
-                let message = format!("expected different ones, got {sequence} twice");
-                return Err(Error::invalid("sequences", message));
-            }
-            if self.sequences[*sequence].is_empty() {
-                let message =
-                    format!("expected at least one token in each text, got none in {sequence}");
-                return Err(Error::invalid("tokens", message));
-            }
-        }
+        self.check_each(sequences)?;
         let vocab_size = self.vocab_size();
         if out.len() != sequences.len() * vocab_size {
             let message = format!(
@@ -266,9 +253,27 @@ impl Decoder {
         on_device!(on_device, on => on.logits_of(model, &texts, out))
     }
 
+    /// They are different texts, with a token or more.
+    fn check_each(&self, sequences: &[usize]) -> Result<()> {
+        let mut is_asked = zeros("which texts are asked for", self.sequences.len())?;
+        for sequence in sequences {
+            self.check(*sequence)?;
+            if std::mem::replace(&mut is_asked[*sequence], true) {
+                let message = format!("expected different ones, got {sequence} twice");
+                return Err(Error::invalid("sequences", message));
+            }
+            if self.sequences[*sequence].is_empty() {
+                let message =
+                    format!("expected at least one token in each text, got none in {sequence}");
+                return Err(Error::invalid("tokens", message));
+            }
+        }
+        Ok(())
+    }
+
     /// Writes the logits (n, V) of what comes after each token of a text from number `from` on, n of
     /// them, as [`Decoder::logits`] has them after each: what it takes to score a text, or to check
-    /// tokens that were guessed. Those tokens are computed in one pass, again if they were before.
+    /// tokens that were guessed. Those tokens are computed together, again if they were before.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] where there is no such sequence, where it has no token of this
@@ -299,6 +304,12 @@ impl Decoder {
         on_device!(on_device, on => on.logits(model, (sequence, tokens, by), from, out))
     }
 
+    /// Takes the model's weights as they are now; whether they had changed.
+    fn follow(&mut self) -> Result<bool> {
+        let Self { on_device, model, .. } = self;
+        on_device!(on_device, on => on.follow_model(model))
+    }
+
     /// Tokens of a text that are computed, by weights of either kind.
     fn computed(&self, sequence: usize, by: By) -> usize {
         on_device!(&self.on_device, on => on.computed(sequence, by))
@@ -312,12 +323,14 @@ impl Decoder {
     /// each token as it is drawn, and returns whether to go on; a token of `stop_tokens` is the last.
     /// Where there is no more room, the oldest tokens fall out, one by one or with `slide` many at
     /// once. `weights` of the options are not looked at: the decoder has its own. Draws are numbered
-    /// from 0 in every call, so a text that is continued again wants another seed.
+    /// from 0 in every call, so a text that is continued again wants another seed. The repetition
+    /// penalty is for what the text has, and for what fell out of it in this call.
     ///
     /// # Errors
     /// As [`Model::generate`]; [`Error::InvalidArgument`] where there is no such sequence, for an
-    /// empty text, and for a draft of weights that the decoder does not have. Tokens that were drawn
-    /// before the device failed are in the text.
+    /// empty text, and for a draft of weights that the decoder does not have. Tokens that `on_token` saw
+    /// before the device failed, or logits were not finite, are in the text. Where `on_token` panics,
+    /// there may be guesses behind them.
     pub fn generate(
         &mut self,
         sequence: usize,
@@ -348,7 +361,8 @@ impl Decoder {
 
     /// [`Decoder::generate`] of several texts at once, which read the weights together. The first has
     /// the seed of the options, each other one the next; so each is what it would be alone. `on_token`
-    /// also sees which of `sequences` a token is for, and ends that text alone.
+    /// also sees which of `sequences` a token is for, and ends that text alone. Takes 20 bytes a text and
+    /// token of the vocabulary meanwhile.
     ///
     /// # Errors
     /// As [`Decoder::generate`] and [`Decoder::logits_of`]; [`Error::InvalidArgument`] for a draft.
@@ -360,6 +374,7 @@ impl Decoder {
     ) -> Result<Vec<Vec<u32>>> {
         let vocab_size = self.vocab_size();
         options.validate(vocab_size)?;
+        self.check_each(sequences)?;
         if options.draft != Draft::None {
             let message = format!(
                 "expected none where several texts come at once, for those fill a pass; got {}",
@@ -382,15 +397,11 @@ impl Decoder {
         if options.max_tokens == 0 {
             open.clear();
         }
-        let mut is_first = true;
+        for (sampler, sequence) in samplers.iter_mut().zip(sequences) {
+            self.sequences[*sequence].iter().for_each(|token| sampler.note(*token));
+        }
         while !open.is_empty() {
             self.logits_of(&of_open, &mut logits[..open.len() * vocab_size])?;
-            if std::mem::take(&mut is_first) {
-                // Here they are known to be there.
-                for (sampler, sequence) in samplers.iter_mut().zip(sequences) {
-                    self.sequences[*sequence].iter().for_each(|token| sampler.note(*token));
-                }
-            }
             let rows = logits.chunks_exact_mut(vocab_size);
             let mut ended = false;
             for (n, logits) in open.iter_mut().zip(rows) {

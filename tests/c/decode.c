@@ -135,6 +135,18 @@ static void continuations(mxt_model *model) {
   how.draft = MXT_DRAFT_NGRAM;
   FAILS(MXT_ERROR_INVALID_ARGUMENT, "draft",
         mxt_decoder_generate_each(together, both, 2, &how, tokens, 4, of_each));
+  how.draft = MXT_DRAFT_NONE;
+  OK(mxt_decoder_generate_each(together, NULL, 0, NULL, NULL, 0, NULL));
+  uint64_t drafted = 77, accepted = 77;
+  how.max_tokens = 0;
+  how.drafted = &drafted;
+  how.accepted = &accepted;
+  OK(mxt_decoder_generate_each(together, both, 2, &how, NULL, 0, of_each));
+  CHECK(of_each[0] == 0 && of_each[1] == 0 && drafted == 0 && accepted == 0);
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "2 twice",
+        mxt_decoder_generate_each(together, twice, 2, &how, NULL, 0, of_each));
+  how.max_tokens = 3;
+  how.drafted = how.accepted = NULL;
   how.seed += 1;
   mxt_decoder_free(together);
 
@@ -149,7 +161,7 @@ static void continuations(mxt_model *model) {
   CHECK(written == 7);
 
   how.draft = 4;
-  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_DRAFT_NONE (0)",
+  FAILS(MXT_ERROR_INVALID_ARGUMENT, "MXT_DRAFT_MXFP4 (2) or MXT_DRAFT_MXFP4_NGRAM (3), got 4",
         mxt_decoder_generate(decoder, 0, &how, NULL, 0, &written));
   how.draft = MXT_DRAFT_NGRAM;
   how.draft_tokens = 16;

@@ -186,6 +186,7 @@ static void tensors() {
   const auto texts = decoder.generate_each(both, greedy);
   CHECK(texts.size() == 2 && texts[0] == model.generate({1}, greedy));
   CHECK(texts[1] == model.generate({1, 2}, greedy) && decoder.tokens().size() == 7);
+  CHECK(decoder.generate_each(std::vector<std::size_t>()).empty());
   const std::vector<std::size_t> twice = {0, 0};
   fails(MXT_ERROR_INVALID_ARGUMENT, "twice", [&] { decoder.generate_each(twice); });
   greedy.draft = MXT_DRAFT_MXFP4;

@@ -659,7 +659,8 @@ pub(crate) struct GenerateArgs {
     #[arg(long)]
     pub(crate) ignore_eos: bool,
 
-    /// Texts to generate, with seeds --seed, --seed + 1 and so on
+    /// Texts to generate, with seeds --seed, --seed + 1 and so on. Eight at a time are written at
+    /// once, and printed when all of them are whole; with --draft one by one
     #[arg(
         long,
         value_name = "N",
@@ -712,7 +713,8 @@ pub(crate) struct SamplingArgs {
 
     /// Who guesses tokens for the model to check several in one pass: none; ngram, the text itself,
     /// which repeats itself as code does; mxfp4, the model with its weights in MXFP4; or
-    /// mxfp4-ngram, which is mxfp4 that the text guesses for. The text is the same whoever does
+    /// mxfp4-ngram, which is mxfp4 that the text guesses for. The text is the same whoever does. On a
+    /// GPU mxfp4 wants --weights bf16
     #[arg(long, value_name = "NAME", default_value_t)]
     pub(crate) draft: Draft,
 

@@ -9,11 +9,12 @@ use mxfp4train::{
     Dataset, DatasetOptions, Decoder, DecoderOptions, DecoderWeights, Engine, EvalStats, Model,
     Recipe, Score, Spared, Trainer, TrainerOptions,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::cli::EvalArgs;
 use crate::console;
 use crate::failure::{Failure, Outcome};
+use crate::files;
 use crate::hugging_face::{self, known_tokenizer};
 use crate::machine;
 use crate::prepared::Meta;
@@ -99,10 +100,24 @@ fn decoded(
     data: &Dataset,
     weights: DecoderWeights,
 ) -> Outcome<EvalStats> {
-    let (model, options) = model_of(args, engine)?;
-    let TrainerOptions { batch_size, sequence_length, .. } = options;
+    // The model alone, as text is written with it: what a trainer keeps weights as is another thing.
+    let model = hugging_face::load(engine, &args.checkpoint)?;
+    let saved = match Trainer::read_state(&args.checkpoint)? {
+        Some(text) => files::parse_json(&args.checkpoint.join("trainer.json"), &text)?,
+        None => Shape::default(),
+    };
+    let default = TrainerOptions::default();
+    let of =
+        |asked: Option<usize>, saved: Option<usize>, default| asked.or(saved).unwrap_or(default);
+    let batch_size = of(args.batch_size, saved.batch_size, default.batch_size);
+    let sequence_length = of(args.sequence_length, saved.sequence_length, default.sequence_length);
     let context = model.config().context_length;
     let length = if sequence_length == 0 { context } else { sequence_length };
+    if length > context {
+        return Err(Failure::usage(format!(
+            "--sequence-length: expected at most {context}, the model's context; got {length}"
+        )));
+    }
     say_if_short(args, data, length);
     let of_one = DecoderOptions { room: length, weights, ..DecoderOptions::default() };
     let windows = (args.batches as u64).saturating_mul(batch_size as u64);
@@ -169,6 +184,13 @@ fn model_of(args: &EvalArgs, engine: &Engine) -> Outcome<(Model, TrainerOptions)
         ..options
     };
     Ok((model, options))
+}
+
+/// Keys of `trainer.json`.
+#[derive(Default, Deserialize)]
+struct Shape {
+    batch_size: Option<usize>,
+    sequence_length: Option<usize>,
 }
 
 /// The result for programs.

@@ -45,8 +45,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Outcome<ExitCode> {
         false => context.min(prompt.len().saturating_add(args.tokens)),
     };
     let SamplingArgs { weights, draft, .. } = args.sampling;
-    let drafts =
-        matches!(draft, Draft::Mxfp4 | Draft::Mxfp4Ngram) && weights != DecoderWeights::Mxfp4;
+    let drafts = draft.is_of_model() && weights != DecoderWeights::Mxfp4;
     let sequences = if draft == Draft::None { args.samples.min(AT_ONCE) as usize } else { 1 };
     let decoder = Decoder::new(&model, DecoderOptions { sequences, room, weights, drafts })?;
     let options = GenerateOptions {

@@ -104,9 +104,10 @@ pub(super) struct Few {
 impl Few {
     /// In bf16, or with weights in MXFP4, and results in f32 where these are `logits`.
     pub(super) fn on_tensor_cores(shape: LinearShape, in_mxfp4: bool, logits: bool) -> Self {
-        if shape.rows >= MANY {
+        // Logits are of 32 rows at most.
+        if shape.rows >= MANY && !logits {
             let blocks = shape.outputs.div_ceil(LARGE) * shape.rows.div_ceil(LARGE);
-            return Self::of_many(shape, in_mxfp4, logits, blocks >= ENOUGH_BLOCKS);
+            return Self::of_many(shape, in_mxfp4, blocks >= ENOUGH_BLOCKS);
         }
         let several = shape.rows >= SEVERAL;
         let kernel = match (in_mxfp4, logits, several) {
@@ -129,16 +130,12 @@ impl Few {
     }
 
     /// The same for many rows, in large pieces or in small ones.
-    pub(super) fn of_many(shape: LinearShape, in_mxfp4: bool, logits: bool, large: bool) -> Self {
-        let kernel = match (in_mxfp4, logits, large) {
-            (false, false, false) => "many_rows<OfBf16,bf16,2,4,2,2>",
-            (false, false, true) => "many_rows<OfBf16,bf16,4,4,2,4>",
-            (false, true, false) => "many_rows<OfBf16,float,2,4,2,2>",
-            (false, true, true) => "many_rows<OfBf16,float,4,4,2,4>",
-            (true, false, false) => "many_rows<OfMxfp4,bf16,2,4,2,2>",
-            (true, false, true) => "many_rows<OfMxfp4,bf16,4,4,2,4>",
-            (true, true, false) => "many_rows<OfMxfp4,float,2,4,2,2>",
-            (true, true, true) => "many_rows<OfMxfp4,float,4,4,2,4>",
+    pub(super) fn of_many(shape: LinearShape, in_mxfp4: bool, large: bool) -> Self {
+        let kernel = match (in_mxfp4, large) {
+            (false, false) => "many_rows<OfBf16,2,4,2,2>",
+            (false, true) => "many_rows<OfBf16,4,4,2,4>",
+            (true, false) => "many_rows<OfMxfp4,2,4,2,2>",
+            (true, true) => "many_rows<OfMxfp4,4,4,2,4>",
         };
         let [piece, block] = if large { [LARGE, 256] } else { [64, 128] };
         let grid = [shape.outputs.div_ceil(piece), shape.rows.div_ceil(piece), 1];

@@ -3,8 +3,8 @@
 //! Names and keys are those of llama.cpp's architecture `gpt2`. Weights of linear layers are (out,
 //! in) there, where Hugging Face has (in, out). Vectors and the table of positions are f32 always.
 //!
-//! In MXFP4 the token embedding is bf16, and the head MXFP4, so a tied head is stored as well: what
-//! is computed is what `mxtrain generate --weights mxfp4` computes.
+//! In MXFP4 the token embedding is bf16, and the head MXFP4, so a tied head is stored as well:
+//! layers and head are those of `mxtrain generate --weights mxfp4`, whose embedding is f32.
 
 use std::path::Path;
 

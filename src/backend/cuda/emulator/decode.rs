@@ -151,8 +151,8 @@ fn few_rows_have_the_bits_of_each() {
             // As on a GPU, where pieces of this size would be small.
             let large = case % 2 == 0;
             let of = |shape: LinearShape| match (precision, odd, logits) {
-                (Precision::Bf16, false, _) if shape.rows > 64 => {
-                    Few::of_many(shape, in_mxfp4, logits, large)
+                (Precision::Bf16, false, false) if shape.rows > 64 => {
+                    Few::of_many(shape, in_mxfp4, large)
                 }
                 (Precision::F32, ..) => Few::plain("few_rows_plain<float,float>", shape),
                 (_, true, true) => Few::plain("few_rows_plain<bf16,float>", shape),
