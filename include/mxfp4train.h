@@ -1113,7 +1113,8 @@ mxt_status mxt_decoder_logits_of(struct mxt_decoder *decoder,
 // mxt_decoder_generate of `sequence_count` different texts at once, which read the weights together.
 // The first has the seed of the options, each other one the next; so each is what it would be alone.
 // New tokens of text number i of `sequences` are written to `tokens` from number i * `capacity` on,
-// where there is room for `capacity` of each, at least max_tokens; their number to written[i].
+// where there is room for `capacity` of each, at least max_tokens; their number to number i of
+// `written`.
 //
 // Errors: those of mxt_decoder_generate and mxt_decoder_logits_of; MXT_ERROR_INVALID_ARGUMENT also for
 // a draft and for on_token, which would not know whose token it is.
