@@ -140,6 +140,27 @@ impl<T> Place<T> {
     }
 }
 
+/// What a number of an enum stands for, of `all`: numbers, their names in C and what they are here.
+pub(super) fn one_of<T: Copy>(
+    what: &str,
+    value: i32,
+    all: &[(i32, &str, T)],
+) -> Result<T, Failure> {
+    if let Some((.., found)) = all.iter().find(|(number, ..)| *number == value) {
+        return Ok(*found);
+    }
+    let mut message = "expected ".to_owned();
+    for (place, (number, name, _)) in all.iter().enumerate() {
+        message += match all.len() - place {
+            _ if place == 0 => "",
+            1 => " or ",
+            _ => ", ",
+        };
+        message += &format!("{name} ({number})");
+    }
+    Err(Failure::invalid(what, message + &format!(", got {value}")))
+}
+
 /// What Rust asks of a pointer to `count` elements besides being valid.
 pub(super) fn check<T>(what: &str, data: *const T, count: usize) -> Result<(), Failure> {
     if data.is_null() {

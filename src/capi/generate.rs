@@ -134,41 +134,24 @@ impl Options for mxt_generate_options {
 }
 
 pub(super) fn weights(value: i32) -> Result<DecoderWeights, Failure> {
-    const F32: i32 = mxt_decoder_weights::F32 as i32;
-    const BF16: i32 = mxt_decoder_weights::Bf16 as i32;
-    const MXFP4: i32 = mxt_decoder_weights::Mxfp4 as i32;
-    match value {
-        F32 => Ok(DecoderWeights::F32),
-        BF16 => Ok(DecoderWeights::Bf16),
-        MXFP4 => Ok(DecoderWeights::Mxfp4),
-        other => {
-            let message = format!(
-                "expected MXT_DECODER_WEIGHTS_F32 (0), MXT_DECODER_WEIGHTS_BF16 (1) or \
-                 MXT_DECODER_WEIGHTS_MXFP4 (2), got {other}"
-            );
-            Err(Failure::invalid("weights", message))
-        }
-    }
+    use mxt_decoder_weights as C;
+    let all = [
+        (C::F32 as i32, "MXT_DECODER_WEIGHTS_F32", DecoderWeights::F32),
+        (C::Bf16 as i32, "MXT_DECODER_WEIGHTS_BF16", DecoderWeights::Bf16),
+        (C::Mxfp4 as i32, "MXT_DECODER_WEIGHTS_MXFP4", DecoderWeights::Mxfp4),
+    ];
+    arguments::one_of("weights", value, &all)
 }
 
 fn draft(value: i32) -> Result<Draft, Failure> {
-    const NONE: i32 = mxt_draft::None as i32;
-    const NGRAM: i32 = mxt_draft::Ngram as i32;
-    const MXFP4: i32 = mxt_draft::Mxfp4 as i32;
-    const BOTH: i32 = mxt_draft::Mxfp4Ngram as i32;
-    match value {
-        NONE => Ok(Draft::None),
-        NGRAM => Ok(Draft::Ngram),
-        MXFP4 => Ok(Draft::Mxfp4),
-        BOTH => Ok(Draft::Mxfp4Ngram),
-        other => {
-            let message = format!(
-                "expected MXT_DRAFT_NONE (0), MXT_DRAFT_NGRAM (1), MXT_DRAFT_MXFP4 (2) or \
-                 MXT_DRAFT_MXFP4_NGRAM (3), got {other}"
-            );
-            Err(Failure::invalid("draft", message))
-        }
-    }
+    use mxt_draft as C;
+    let all = [
+        (C::None as i32, "MXT_DRAFT_NONE", Draft::None),
+        (C::Ngram as i32, "MXT_DRAFT_NGRAM", Draft::Ngram),
+        (C::Mxfp4 as i32, "MXT_DRAFT_MXFP4", Draft::Mxfp4),
+        (C::Mxfp4Ngram as i32, "MXT_DRAFT_MXFP4_NGRAM", Draft::Mxfp4Ngram),
+    ];
+    arguments::one_of("draft", value, &all)
 }
 
 /// Fills `options` with the defaults. `struct_size` is sizeof(mxt_generate_options) as the caller's

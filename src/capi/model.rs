@@ -352,23 +352,14 @@ pub unsafe extern "C" fn mxt_model_save_as(
 }
 
 fn stored_weights(value: i32) -> Result<StoredWeights, Failure> {
-    const F32: i32 = mxt_stored_weights::F32 as i32;
-    const F16: i32 = mxt_stored_weights::F16 as i32;
-    const BF16: i32 = mxt_stored_weights::Bf16 as i32;
-    const MXFP4: i32 = mxt_stored_weights::Mxfp4 as i32;
-    match value {
-        F32 => Ok(StoredWeights::F32),
-        F16 => Ok(StoredWeights::F16),
-        BF16 => Ok(StoredWeights::Bf16),
-        MXFP4 => Ok(StoredWeights::Mxfp4),
-        other => {
-            let message = format!(
-                "expected MXT_STORED_WEIGHTS_F32 (0), MXT_STORED_WEIGHTS_F16 (1), \
-                 MXT_STORED_WEIGHTS_BF16 (2) or MXT_STORED_WEIGHTS_MXFP4 (3), got {other}"
-            );
-            Err(Failure::invalid("weights", message))
-        }
-    }
+    use mxt_stored_weights as C;
+    let all = [
+        (C::F32 as i32, "MXT_STORED_WEIGHTS_F32", StoredWeights::F32),
+        (C::F16 as i32, "MXT_STORED_WEIGHTS_F16", StoredWeights::F16),
+        (C::Bf16 as i32, "MXT_STORED_WEIGHTS_BF16", StoredWeights::Bf16),
+        (C::Mxfp4 as i32, "MXT_STORED_WEIGHTS_MXFP4", StoredWeights::Mxfp4),
+    ];
+    arguments::one_of("weights", value, &all)
 }
 
 /// Stores the model's shape in `*config`, whose struct_size the caller has set.

@@ -13,64 +13,14 @@
 
 use std::time::Instant;
 
+use super::Decoder;
 use super::cached::By;
+use super::options::{Draft, MOST};
 use super::sampler::Sampler;
-use super::{Decoder, DecoderWeights};
-use crate::optim::named;
 use crate::reserve::zeros;
 use crate::{Error, Result};
 
-/// Most tokens of a draft.
-pub(super) const MOST: usize = 15;
-
-/// Who guesses the next tokens, for the model to check several at once. The text is the same whoever
-/// does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Draft {
-    /// Nobody: a token takes a pass of its own.
-    #[default]
-    None,
-    /// The text: what followed its last three, two or one tokens where they stood before. Costs
-    /// nothing, and gains where a text repeats itself, as code does.
-    Ngram,
-    /// The model with its weights in MXFP4, a copy that takes 4.25 bits a weight more. On a GPU beside
-    /// weights in bf16 alone.
-    Mxfp4,
-    /// The same, which the text guesses for.
-    Mxfp4Ngram,
-}
-
 impl Draft {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::None, Self::Ngram, Self::Mxfp4, Self::Mxfp4Ngram];
-
-    /// Its name: `none`, `ngram`, `mxfp4` or `mxfp4-ngram`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Ngram => "ngram",
-            Self::Mxfp4 => "mxfp4",
-            Self::Mxfp4Ngram => "mxfp4-ngram",
-        }
-    }
-
-    /// An error where the model itself has the weights that it would guess with.
-    pub(super) fn check(self, weights: DecoderWeights) -> Result<()> {
-        if self.is_of_model() && weights == DecoderWeights::Mxfp4 {
-            let message = format!(
-                "{self} guesses with weights in MXFP4, which the model itself has here; use none or \
-                 ngram, or weights f32 or bf16"
-            );
-            return Err(Error::invalid("draft", message));
-        }
-        Ok(())
-    }
-
-    /// Whether the model guesses, with weights in MXFP4 beside the others.
-    pub fn is_of_model(self) -> bool {
-        matches!(self, Self::Mxfp4 | Self::Mxfp4Ngram)
-    }
-
     /// The choices of a model for which it guesses `length` tokens, or as many as gain most for 0.
     pub(super) fn checked(self, length: usize, vocab_size: usize) -> Result<Checked> {
         let of_model = |by: Self| -> Result<Box<dyn Propose>> {
@@ -84,8 +34,6 @@ impl Draft {
         }
     }
 }
-
-named!(Draft, "draft");
 
 /// Guesses.
 pub(super) trait Propose {
@@ -345,7 +293,7 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decoder::{DecoderOptions, GenerateOptions};
+    use crate::decoder::{DecoderOptions, DecoderWeights, GenerateOptions};
     use crate::formats::{Draw, Purpose};
     use crate::gpt::ModelConfig;
     use crate::model::Model;

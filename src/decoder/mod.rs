@@ -4,6 +4,7 @@
 
 mod cached;
 mod drafts;
+mod options;
 mod recomputing;
 mod sampler;
 mod score;
@@ -21,8 +22,7 @@ use crate::reserve::{collect, push, reserve, zeros};
 use crate::{Error, Result};
 use cached::{By, Cached};
 use drafts::Checked;
-pub use drafts::Draft;
-pub use sampler::GenerateOptions;
+pub use options::{Draft, GenerateOptions};
 use sampler::Sampler;
 pub use score::Score;
 

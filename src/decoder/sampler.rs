@@ -6,99 +6,10 @@
 //! text, v) and for nothing else. So whoever has similar logits mostly chooses the same token, which
 //! is what drafts are for, and tokens that are cut away change nothing for the others.
 
-use super::DecoderWeights;
-use super::drafts::{self, Draft};
+use super::options::GenerateOptions;
 use crate::formats::{Draw, Purpose};
 use crate::reserve::{reserve, zeros};
 use crate::{Error, Result};
-
-/// How the next token is chosen.
-#[derive(Clone, Debug, PartialEq)]
-pub struct GenerateOptions {
-    /// Tokens to generate.
-    pub max_tokens: usize,
-    /// Divides the logits; 0 takes the most likely token (greedy).
-    pub temperature: f32,
-    /// Keeps the k most likely tokens; 0 keeps all.
-    pub top_k: usize,
-    /// Keeps the most likely tokens whose probabilities add up to at least p; 1 keeps all.
-    pub top_p: f32,
-    /// Keeps the tokens that are at least this part as likely as the most likely one; 0 keeps all.
-    pub min_p: f32,
-    /// Divides the logits above 0 of tokens that the text has, prompt included, and multiplies those
-    /// below (Keskar et al., arXiv 1909.05858): above 1 the text repeats itself less. 1 changes
-    /// nothing.
-    pub repetition_penalty: f32,
-    /// Seed of the draws: the same seed and model give the same tokens. Draws repeat after 2^32
-    /// tokens.
-    pub seed: u64,
-    /// Tokens that end the text, such as the one that stands between documents. The one that was
-    /// drawn is the last of the result, so that a text that ended differs from one cut off.
-    pub stop_tokens: Vec<u32>,
-    /// What [`crate::Model::generate`] computes logits in.
-    pub weights: DecoderWeights,
-    /// Who guesses tokens, for several to be checked at once. The text is the same whoever does.
-    pub draft: Draft,
-    /// Tokens that are guessed at a time, up to 15; 0 is as many as gain most.
-    pub draft_tokens: usize,
-    /// Whether, once the text exceeds the context, a quarter of the context falls out of it at once,
-    /// so that all is computed again only then; else a token falls out for each that comes, and every
-    /// one of them takes the whole computation.
-    pub slide: bool,
-}
-
-impl Default for GenerateOptions {
-    fn default() -> Self {
-        Self {
-            max_tokens: 256,
-            temperature: 0.8,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            seed: 1337,
-            stop_tokens: Vec::new(),
-            weights: DecoderWeights::default(),
-            draft: Draft::default(),
-            draft_tokens: 0,
-            slide: false,
-        }
-    }
-}
-
-impl GenerateOptions {
-    pub(super) fn validate(&self, vocab_size: usize) -> Result<()> {
-        let number = |what, value: f32, is_allowed, range| {
-            if is_allowed {
-                return Ok(());
-            }
-            Err(Error::invalid(what, format!("expected a number {range}, got {value}")))
-        };
-        let Self { temperature, top_p, min_p, repetition_penalty: penalty, .. } = *self;
-        let is_finite = temperature >= 0.0 && temperature.is_finite();
-        number("temperature", temperature, is_finite, "from 0 on that is finite")?;
-        number("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "above 0 and up to 1")?;
-        number("min_p", min_p, (0.0..=1.0).contains(&min_p), "from 0 to 1")?;
-        let divides = penalty >= f32::MIN_POSITIVE && penalty.is_finite();
-        let range = "above 0 that is finite and not tiny (1 changes nothing)";
-        number("repetition_penalty", penalty, divides, range)?;
-        if self.draft_tokens > drafts::MOST {
-            let message = format!(
-                "expected from 1 to {}, or 0 for as many as gain most; got {}",
-                drafts::MOST,
-                self.draft_tokens
-            );
-            return Err(Error::invalid("draft_tokens", message));
-        }
-        if let Some(token) = self.stop_tokens.iter().find(|token| **token as usize >= vocab_size) {
-            let message = format!(
-                "token {token} is outside the vocabulary of {vocab_size} and would never come"
-            );
-            return Err(Error::invalid("stop_tokens", message));
-        }
-        Ok(())
-    }
-}
 
 /// A token and its weight.
 type Weighted = (u32, f64);
