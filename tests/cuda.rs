@@ -513,7 +513,7 @@ fn texts_are_decoded_as_on_the_processor() {
         ..config()
     };
     let narrow = ModelConfig { channels: 72, heads: 3, mlp_channels: 200, ..config() };
-    // Long prompts in large pieces.
+    // Products of many rows.
     let large = ModelConfig { channels: 1024, heads: 16, mlp_channels: 17_000, ..config() };
     for config in [config(), wide, odd, narrow, large] {
         let model = Model::new(&gpu, &config).unwrap();

@@ -23,14 +23,10 @@ use crate::{Error, Result};
 const WARPS: usize = 8;
 /// Threads of a block of theirs.
 const THREADS: usize = 32 * WARPS;
-/// Rows from which on a block takes several times eight of them, and those from which on one has all
-/// inputs.
+/// Rows from which on a block takes several times eight of them.
 const SEVERAL: usize = 9;
-const MANY: usize = 65;
-/// Outputs and rows of a block in large pieces.
-const LARGE: usize = 128;
-/// Blocks that keep a large GPU busy.
-const ENOUGH_BLOCKS: usize = 128;
+/// Blocks of many rows from which on these are faster than so many rows are by few.
+const ENOUGH_BLOCKS: usize = 192;
 /// `STAGES` of the kernel of many rows.
 const STAGES: usize = 4;
 /// Inputs of a chunk in MXFP4, of which lines are whole.
@@ -104,10 +100,9 @@ pub(super) struct Few {
 impl Few {
     /// In bf16, or with weights in MXFP4, and results in f32 where these are `logits`.
     pub(super) fn on_tensor_cores(shape: LinearShape, in_mxfp4: bool, logits: bool) -> Self {
-        // Logits are of 32 rows at most.
-        if shape.rows >= MANY && !logits {
-            let blocks = shape.outputs.div_ceil(LARGE) * shape.rows.div_ceil(LARGE);
-            return Self::of_many(shape, in_mxfp4, blocks >= ENOUGH_BLOCKS);
+        let many = Self::of_many(shape);
+        if in_mxfp4 && !logits && many.grid[0] * many.grid[1] >= ENOUGH_BLOCKS {
+            return many;
         }
         let several = shape.rows >= SEVERAL;
         let kernel = match (in_mxfp4, logits, several) {
@@ -129,23 +124,14 @@ impl Few {
         }
     }
 
-    /// The same for many rows, in large pieces or in small ones.
-    pub(super) fn of_many(shape: LinearShape, in_mxfp4: bool, large: bool) -> Self {
-        let kernel = match (in_mxfp4, large) {
-            (false, false) => "many_rows<OfBf16,2,4,2,2>",
-            (false, true) => "many_rows<OfBf16,4,4,2,4>",
-            (true, false) => "many_rows<OfMxfp4,2,4,2,2>",
-            (true, true) => "many_rows<OfMxfp4,4,4,2,4>",
-        };
-        let [piece, block] = if large { [LARGE, 256] } else { [64, 128] };
-        let grid = [shape.outputs.div_ceil(piece), shape.rows.div_ceil(piece), 1];
+    /// With weights in MXFP4, for many rows.
+    pub(super) fn of_many(shape: LinearShape) -> Self {
+        let [outputs, rows] = [64, 128];
+        let grid = [shape.outputs.div_ceil(outputs), shape.rows.div_ceil(rows), 1];
         // Of a chunk: W, x, and scales.
-        let stage = match in_mxfp4 {
-            false => piece * 64 + piece * 64 + 16,
-            true => piece * 32 + piece * 128 + piece * 2,
-        };
-        let shared = (STAGES * stage).max(piece * (piece + 4) * 4);
-        Self { kernel, grid, block, shared }
+        let stage = outputs * CHUNK / 2 + rows * CHUNK * 2 + outputs * 2;
+        let shared = (STAGES * stage).max(rows * (outputs + 4) * 4);
+        Self { kernel: "many_rows<2,8,2,2>", grid, block: 128, shared }
     }
 
     /// In plain arithmetic.

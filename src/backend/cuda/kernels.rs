@@ -63,8 +63,7 @@ pub(super) static FILES: [File; 33] = [
                         few_rows<OfBf16,bf16,2,8,1> few_rows<OfBf16,float,2,8,1> \
                         few_rows<OfMxfp4,bf16,1,1,4> few_rows<OfMxfp4,float,1,1,4> \
                         few_rows<OfMxfp4,bf16,2,8,1> few_rows<OfMxfp4,float,2,8,1> \
-                        many_rows<OfBf16,2,4,2,2> many_rows<OfBf16,4,4,2,4> \
-                        many_rows<OfMxfp4,2,4,2,2> many_rows<OfMxfp4,4,4,2,4>";
+                        many_rows<2,8,2,2>";
         of(&[
             products,
             " few_rows_plain<T,float> few_rows_plain<bf16,bf16> embed_rows<T> pack_mxfp4<T>",

@@ -148,11 +148,10 @@ fn few_rows_have_the_bits_of_each() {
             } else {
                 [placed(&w, precision), Vec::new()]
             };
-            // As on a GPU, where pieces of this size would be small.
-            let large = case % 2 == 0;
+            // As of products that are larger.
             let of = |shape: LinearShape| match (precision, odd, logits) {
-                (Precision::Bf16, false, false) if shape.rows > 64 => {
-                    Few::of_many(shape, in_mxfp4, large)
+                (Precision::Bf16, false, false) if shape.rows > 64 && in_mxfp4 => {
+                    Few::of_many(shape)
                 }
                 (Precision::F32, ..) => Few::plain("few_rows_plain<float,float>", shape),
                 (_, true, true) => Few::plain("few_rows_plain<bf16,float>", shape),
