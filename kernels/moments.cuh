@@ -50,9 +50,15 @@ __device__ __forceinline__ float second_of(float root, float scale) {
 }
 
 // What numbers of a group are multiplied by.
+//
+// NOTE: what is rare is a function of its own here and below, so that registers of what is not are
+// not chosen for it.
+__device__ __noinline__ float inverse_of_any(float scale) {
+  return fminf(__fdiv_rn(1.0f, scale), __uint_as_float(0x7f7fffffu));
+}
 __device__ __forceinline__ float inverse(float scale) {
   if (scale >= 0x1p-100f && scale <= 0x1p100f) return quick_quotient(1.0f, scale);
-  return fminf(__fdiv_rn(1.0f, scale), __uint_as_float(0x7f7fffffu));
+  return inverse_of_any(scale);
 }
 
 // The nearest whole number, of two the even one, in the low bits: those of its sum with 1.5 * 2^23.
@@ -60,10 +66,13 @@ __device__ __forceinline__ u32 whole(float v) { return __float_as_uint(__fadd_rn
 
 // Codes in the low 8 bits, behind which there are others.
 __device__ __forceinline__ u32 first_code(float m, float inverse) {
-  float n = __fmul_rn(m, inverse);
-  // n is at most 1, and where it is too small for a quick quotient the code is 0 in any case.
-  float y = quick_quotient(__fmul_rn(2.0f, n), __fadd_rn(1.0f, fabsf(n)));
-  return whole(__fmul_rn(127.0f, y));
+  // The code is that of 127 times the quotient of 2 n by 1 + |n|. Half a quotient times 254 rounds as
+  // that does, and a quotient that is corrected once is near enough: for each n up to 1 the code is
+  // the same, also where the reciprocal is two last places off.
+  float n = __fmul_rn(m, inverse), divisor = __fadd_rn(1.0f, fabsf(n));
+  float reciprocal = reciprocal_of(divisor), half = __fmul_rn(n, reciprocal);
+  half = __fmaf_rn(reciprocal, __fmaf_rn(-divisor, half, n), half);
+  return whole(__fmul_rn(254.0f, half));
 }
 
 __device__ __forceinline__ u32 second_code(float root, float inverse) {
@@ -128,43 +137,96 @@ __device__ __forceinline__ Scales scales_of(const Entry &e, const float2 *before
   return {{loaded.x, loaded.y}, {inverse(first), inverse(second)}};
 }
 
-// Up to 4 neighbours, all of them in one access.
-template <class T> struct alignas(4 * sizeof(T)) Four {
+// Up to 4 numbers that lie side by side.
+template <class T> struct Four {
   T of[4];
 };
 
-template <class T> __device__ __forceinline__ Four<T> load4(const T *from, u32 count) {
-  if (count == 4) return *(const Four<T> *)from;
-  Four<T> out;
+// The same as they are stored, in BYTES each. What is not there is 0.
+//
+// NOTE: this is what loads leave until numbers are needed. Taken apart at once, a thread would wait
+// for its memory right where it asked for it.
+template <u32 BYTES> struct Words {
+  u32 of[BYTES];
+
+  __device__ __forceinline__ u32 code(u32 k) const {
+    if (BYTES == 4) return of[k];
+    if (BYTES == 2) return of[k / 2] >> 16 * (k % 2) & 0xffff;
+    return of[0] >> 8 * k & 0xff;
+  }
+};
+
+// Numbers from number i on, in one access where there are four; and where they go.
+template <u32 BYTES, class Index>
+__device__ __forceinline__ Words<BYTES> load_words(const void *from, Index i, u32 count) {
+  Words<BYTES> out = {};
+  const u8 *at = (const u8 *)from + (u64)i * BYTES;
+  if (count == 4) {
+    if constexpr (BYTES == 4) {
+      uint4 raw = *(const uint4 *)at;
+      out.of[0] = raw.x, out.of[1] = raw.y, out.of[2] = raw.z, out.of[3] = raw.w;
+    } else if constexpr (BYTES == 2) {
+      uint2 raw = *(const uint2 *)at;
+      out.of[0] = raw.x, out.of[1] = raw.y;
+    } else {
+      out.of[0] = *(const u32 *)at;
+    }
+    return out;
+  }
 #pragma unroll
-  for (u32 k = 0; k < 4; k++) out.of[k] = k < count ? from[k] : T{};
+  for (u32 k = 0; k < 4; k++) {
+    if (k >= count) break;
+    if (BYTES == 4) out.of[k] = ((const u32 *)at)[k];
+    else if (BYTES == 2) out.of[k / 2] |= (u32)((const u16 *)at)[k] << 16 * (k % 2);
+    else out.of[0] |= (u32)at[k] << 8 * k;
+  }
   return out;
 }
 
-// The low bytes of four words.
-__device__ __forceinline__ u32 pack_bytes(u32 a, u32 b, u32 c, u32 d) {
-  return __byte_perm(__byte_perm(a, b, 0x40), __byte_perm(c, d, 0x40), 0x5410);
-}
-
-__device__ __forceinline__ u32 bits_of(float v) { return __float_as_uint(v); }
-__device__ __forceinline__ u32 bits_of(bf16 v) { return v.bits; }
-__device__ __forceinline__ u32 bits_of(u16 v) { return v; }
-__device__ __forceinline__ u32 bits_of(u8 v) { return v; }
-
-template <class T> __device__ __forceinline__ void store4(T *to, u32 count, const Four<T> &from) {
+template <u32 BYTES, class Index>
+__device__ __forceinline__ void store_numbers(void *to, Index i, u32 count,
+                                              const Words<BYTES> &from) {
+  u8 *at = (u8 *)to + (u64)i * BYTES;
   if (count == 4) {
-    u32 bits[4];
-#pragma unroll
-    for (u32 k = 0; k < 4; k++) bits[k] = bits_of(from.of[k]);
-    if constexpr (sizeof(T) == 4) store_words(to, bits[0], bits[1], bits[2], bits[3]);
-    else if constexpr (sizeof(T) == 2)
-      store_words(to, bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
-    else *(u32 *)to = pack_bytes(bits[0], bits[1], bits[2], bits[3]);
+    if constexpr (BYTES == 4) store_words(at, from.of[0], from.of[1], from.of[2], from.of[3]);
+    else if constexpr (BYTES == 2) store_words(at, from.of[0], from.of[1]);
+    else *(u32 *)at = from.of[0];
     return;
   }
 #pragma unroll
-  for (u32 k = 0; k < 4; k++)
-    if (k < count) to[k] = from.of[k];
+  for (u32 k = 0; k < 4; k++) {
+    if (k >= count) break;
+    if (BYTES == 4) ((u32 *)at)[k] = from.code(k);
+    else if (BYTES == 2) ((u16 *)at)[k] = (u16)from.code(k);
+    else at[k] = (u8)from.code(k);
+  }
+}
+
+// Words of four codes, in whose higher bits there may be others.
+template <u32 BYTES> __device__ __forceinline__ Words<BYTES> pack(const u32 codes[4]) {
+  if constexpr (BYTES == 4) {
+    return {{codes[0], codes[1], codes[2], codes[3]}};
+  } else {
+    u32 low = __byte_perm(codes[0], codes[1], BYTES == 2 ? 0x5410 : 0x0040);
+    u32 high = __byte_perm(codes[2], codes[3], BYTES == 2 ? 0x5410 : 0x0040);
+    if constexpr (BYTES == 2) return {{low, high}};
+    else return {{__byte_perm(low, high, 0x5410)}};
+  }
+}
+
+// Numbers in bf16.
+__device__ __forceinline__ Four<float> load_bf16(const bf16 *from, u32 count) {
+  Words<2> words = load_words<2>(from, 0u, count);
+  Four<float> out;
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) out.of[k] = __uint_as_float(words.code(k) << 16);
+  return out;
+}
+__device__ __forceinline__ void store_bf16(bf16 *to, u32 count, const Four<float> &from) {
+  u32 codes[4];
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) codes[k] = from_f32<bf16>(from.of[k]).bits;
+  store_numbers(to, 0u, count, pack<2>(codes));
 }
 
 // The largest of the 8 threads that hold a group.
@@ -175,25 +237,16 @@ __device__ __forceinline__ float group_max(const Four<float> &v) {
   return most;
 }
 
-// What a number is stored as.
-template <u32 ELEMENT> struct Stored {
-  typedef typename Float<ELEMENT>::Code Code;
-};
-template <> struct Stored<F32> {
-  typedef float Code;
-};
-template <> struct Stored<BF16> {
-  typedef bf16 Code;
-};
-template <> struct Stored<INT8> {
-  typedef u8 Code;
-};
+// Bytes of a number as it is stored.
+__device__ __forceinline__ constexpr u32 size_of(u32 element) {
+  return element == F32 ? 4 : element == BF16 || element == F16 ? 2 : 1;
+}
 
 // Up to 4 numbers as they are stored, and what scales them. Kernels fetch all that they need of an
 // element before they make numbers of any of it, so that they wait for memory once, and not once
 // for each array.
 template <u32 ELEMENT> struct Fetched {
-  Four<typename Stored<ELEMENT>::Code> codes;
+  Words<size_of(ELEMENT)> codes;
   float scale;
 };
 
@@ -203,10 +256,9 @@ template <u32 ELEMENT> struct Fetched {
 template <u32 ELEMENT, bool SECOND, class Index>
 __device__ __forceinline__ Fetched<ELEMENT> fetch_moments(const Entry &e, Index i, u32 count,
                                                           float scale) {
-  typedef typename Stored<ELEMENT>::Code Code;
   const float *scales = SECOND ? e.v_scales : e.m_scales;
   if (ELEMENT == INT8) scale = count ? scales[i / GROUP] : 0.0f;
-  return {load4((const Code *)(SECOND ? e.v : e.m) + i, count), scale};
+  return {load_words<size_of(ELEMENT)>(SECOND ? e.v : e.m, i, count), scale};
 }
 
 template <bool SECOND, u32 ELEMENT>
@@ -215,9 +267,9 @@ __device__ __forceinline__ Four<float> decode(const Fetched<ELEMENT> &from,
   Four<float> out;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
-    auto code = from.codes.of[k];
-    if constexpr (ELEMENT == F32) out.of[k] = code;
-    else if constexpr (ELEMENT == BF16) out.of[k] = to_f32(code);
+    u32 code = from.codes.code(k);
+    if constexpr (ELEMENT == F32) out.of[k] = __uint_as_float(code);
+    else if constexpr (ELEMENT == BF16) out.of[k] = __uint_as_float(code << 16);
     else if constexpr (ELEMENT == INT8)
       out.of[k] = SECOND ? second_of(meanings.second[code], from.scale)
                          : __fmul_rn(meanings.first[code], from.scale);
@@ -239,49 +291,39 @@ template <u32 ELEMENT, bool SECOND, class Index>
 __device__ __forceinline__ void store_moments(const Entry &e, u64 start, Index i, u32 count,
                                               const Four<float> &values, const Moments &moments,
                                               u32 number, float inverted) {
-  void *to = SECOND ? e.v : e.m;
-  if (ELEMENT == F32) store4((float *)to + i, count, values);
-  if (ELEMENT == BF16) {
-    Four<bf16> stored;
+  u32 codes[4];
+  if constexpr (ELEMENT == F32) {
+#pragma unroll
+    for (u32 k = 0; k < 4; k++) codes[k] = __float_as_uint(values.of[k]);
+  } else if constexpr (ELEMENT == BF16) {
     if (moments.drawn[SECOND]) {
       Draw draw = moments.draw;
       draw.word3 = number;
       uint4 words = philox(draw, (u32)((start + i) / 8), SECOND);
-      u32 pairs[2] = {i % 8 ? words.z : words.x, i % 8 ? words.w : words.y};
+      bool upper = (start + i) % 8;
+      u32 pairs[2] = {upper ? words.z : words.x, upper ? words.w : words.y};
 #pragma unroll
       for (u32 k = 0; k < 4; k++) {
         u32 drawn = pairs[k / 2] >> (16 * (k % 2)) & 0xffff;
-        stored.of[k].bits = (u16)((__float_as_uint(values.of[k]) + drawn) >> 16);
+        codes[k] = (__float_as_uint(values.of[k]) + drawn) >> 16;
       }
     } else {
 #pragma unroll
-      for (u32 k = 0; k < 4; k++) stored.of[k] = from_f32<bf16>(values.of[k]);
+      for (u32 k = 0; k < 4; k++) codes[k] = from_f32<bf16>(values.of[k]).bits;
     }
-    store4((bf16 *)to + i, count, stored);
-  }
-  if (ELEMENT == INT8) {
+  } else if constexpr (ELEMENT == INT8) {
     float scale = group_max(values);
     inverted = inverse(scale);
-    u32 codes[4];
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
       codes[k] = SECOND ? second_code(values.of[k], inverted) : first_code(values.of[k], inverted);
-    if (count == 4) {
-      ((u32 *)to)[i / 4] = pack_bytes(codes[0], codes[1], codes[2], codes[3]);
-    } else {
+    if ((start + i) % GROUP == 0 && count) (SECOND ? e.v_scales : e.m_scales)[i / GROUP] = scale;
+  } else {
 #pragma unroll
-      for (u32 k = 0; k < 4; k++)
-        if (k < count) ((u8 *)to)[i + k] = (u8)codes[k];
-    }
-    if (i % GROUP == 0 && count) (SECOND ? e.v_scales : e.m_scales)[i / GROUP] = scale;
+    for (u32 k = 0; k < 4; k++) codes[k] = to_float<ELEMENT>(values.of[k], inverted);
   }
-  if constexpr (ELEMENT == E4M3 || ELEMENT == F16) {
-    typedef typename Float<ELEMENT>::Code Code;
-    Four<Code> codes;
-#pragma unroll
-    for (u32 k = 0; k < 4; k++) codes.of[k] = (Code)to_float<ELEMENT>(values.of[k], inverted);
-    store4((Code *)to + i, count, codes);
-  }
+  const u32 BYTES = size_of(ELEMENT);
+  store_numbers<BYTES>(SECOND ? e.v : e.m, i, count, pack<BYTES>(codes));
 }
 
 // Second moments as an entry has them.
@@ -311,13 +353,8 @@ __device__ __forceinline__ void each_of_piece(Index start, Index end, Of of) {
   }
 }
 
-// Bytes of a number as it is stored.
-__device__ __forceinline__ u64 size_of(u32 element) {
-  return element == F32 ? 4 : element == BF16 || element == F16 ? 2 : 1;
-}
-
-// An entry whose pointers are those of its element `start`, a whole number of groups; what lies
-// there is then found by numbers of 32 bits.
+// An entry whose pointers are those of its element `start`, and of the scale of the group that holds
+// it; what lies there is then found by numbers of 32 bits.
 __device__ __forceinline__ Entry at_element(Entry e, u64 start) {
   e.param += start, e.copy += start;
   if (e.low) e.low += start;
@@ -329,27 +366,14 @@ __device__ __forceinline__ Entry at_element(Entry e, u64 start) {
 }
 
 // Up to 4 gradients or weights as they are stored: numbers, or halves in pairs.
-typedef Four<u32> Words;
-
 template <class Index>
-__device__ __forceinline__ Words load_words(const void *from, Index i, u32 count) {
-  return load4((const u32 *)from + i, count);
+__device__ __forceinline__ Words<4> fetch_gradients(const Entry &e, Index i, u32 count) {
+  if (!e.narrow) return load_words<4>(e.gradient, i, count);
+  Words<2> halves = load_words<2>(e.gradient, i, count);
+  return {{halves.of[0], halves.of[1]}};
 }
 
-template <class Index>
-__device__ __forceinline__ uint2 load_halves(const void *from, Index i, u32 count) {
-  Four<u16> halves = load4((const u16 *)from + i, count);
-  return make_uint2(halves.of[0] | (u32)halves.of[1] << 16, halves.of[2] | (u32)halves.of[3] << 16);
-}
-
-template <class Index>
-__device__ __forceinline__ Words fetch_gradients(const Entry &e, Index i, u32 count) {
-  if (!e.narrow) return load_words(e.gradient, i, count);
-  uint2 halves = load_halves(e.gradient, i, count);
-  return {{halves.x, halves.y}};
-}
-
-__device__ __forceinline__ Four<float> decode_gradients(const Entry &e, const Words &from) {
+__device__ __forceinline__ Four<float> decode_gradients(const Entry &e, const Words<4> &from) {
   Four<float> g;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
@@ -372,14 +396,14 @@ template <u32 SPLIT> __device__ __forceinline__ bool splits(const Entry &e) {
 }
 
 template <u32 SPLIT, class Index>
-__device__ __forceinline__ Words fetch_weights(const Entry &e, Index i, u32 count) {
-  if (!splits<SPLIT>(e)) return load_words(e.param, i, count);
-  uint2 copy = load_halves(e.copy, i, count), low = load_halves(e.low, i, count);
-  return {{copy.x, copy.y, low.x, low.y}};
+__device__ __forceinline__ Words<4> fetch_weights(const Entry &e, Index i, u32 count) {
+  if (!splits<SPLIT>(e)) return load_words<4>(e.param, i, count);
+  Words<2> copy = load_words<2>(e.copy, i, count), low = load_words<2>(e.low, i, count);
+  return {{copy.of[0], copy.of[1], low.of[0], low.of[1]}};
 }
 
 template <u32 SPLIT>
-__device__ __forceinline__ Four<float> decode_weights(const Entry &e, const Words &from) {
+__device__ __forceinline__ Four<float> decode_weights(const Entry &e, const Words<4> &from) {
   Four<float> p;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
@@ -396,22 +420,61 @@ __device__ __forceinline__ Four<float> load_weights(const Entry &e, Index i, u32
   return decode_weights<EITHER>(e, fetch_weights<EITHER>(e, i, count));
 }
 
-// Stores them, with their copies, and makes of p what operands are made from.
-template <u32 SPLIT, class Index>
-__device__ __forceinline__ void store_weights(const Entry &e, Index i, u32 count, Four<float> &p) {
-  Four<bf16> copy;
-  if (splits<SPLIT>(e)) {
-    Four<u16> low;
+// `split` of optimize.cuh for four numbers: copies, and what these lack, in pairs.
+__device__ __forceinline__ void split(const Four<float> &p, Words<2> &copies, Words<2> &lows) {
 #pragma unroll
-    for (u32 k = 0; k < 4; k++) {
-      split(p.of[k], copy.of[k], low.of[k]);
-      p.of[k] = to_f32(copy.of[k]);
-    }
-    store4(e.low + i, count, low);
-  } else {
-#pragma unroll
-    for (u32 k = 0; k < 4; k++) copy.of[k] = from_f32<bf16>(p.of[k]);
-    store4(e.param + i, count, p);
+  for (u32 k = 0; k < 2; k++) {
+    u32 a = __float_as_uint(p.of[2 * k]), b = __float_as_uint(p.of[2 * k + 1]);
+    copies.of[k] = __byte_perm(a + 0x8000, b + 0x8000, 0x7632);
+    lows.of[k] = __byte_perm(a, b, 0x5410);
   }
-  store4(e.copy + i, count, copy);
+  // Of a half that is 0x8000 the highest bit goes where 1 is taken from it. One in 16,384 threads
+  // has one, or what looks like it for the half below.
+  u32 middle = (lows.of[0] & ~(lows.of[0] - 0x10001)) | (lows.of[1] & ~(lows.of[1] - 0x10001));
+  if (middle & 0x80008000)
+#pragma unroll
+    for (u32 k = 0; k < 2; k++)
+      lows.of[k] += ((lows.of[k] & 0xffff) == 0x8000) + ((lows.of[k] >> 16 == 0x8000) << 16);
+}
+
+// The largest magnitude of weights that were stored: of split ones bits of copies, in the halves of
+// a word, else of the numbers.
+struct Largest {
+  u32 bits = 0;
+
+  __device__ __forceinline__ void see(float p) {
+    bits = __float_as_uint(max_nan(__uint_as_float(bits), fabsf(p)));
+  }
+  __device__ __forceinline__ void see(const Words<2> &copies, u32 count) {
+#pragma unroll
+    for (u32 k = 0; k < 2; k++) {
+      u32 there = 2 * k >= count ? 0 : 2 * k + 1 == count ? 0x7fff : 0x7fff7fff;
+      bits = max_halves(bits, copies.of[k] & there);
+    }
+  }
+  __device__ __forceinline__ float magnitude(bool of_copies) const {
+    return __uint_as_float(of_copies ? max(bits << 16, bits & 0xffff0000u) : bits);
+  }
+};
+
+// Stores weights, with their copies.
+template <u32 SPLIT, class Index>
+__device__ __forceinline__ void store_weights(const Entry &e, Index i, u32 count,
+                                              const Four<float> &p, Largest &largest) {
+  if (splits<SPLIT>(e)) {
+    Words<2> copies, lows;
+    split(p, copies, lows);
+    store_numbers(e.low, i, count, lows);
+    store_numbers(e.copy, i, count, copies);
+    largest.see(copies, count);
+    return;
+  }
+  u32 numbers[4], copies[4];
+#pragma unroll
+  for (u32 k = 0; k < 4; k++) {
+    numbers[k] = __float_as_uint(p.of[k]), copies[k] = from_f32<bf16>(p.of[k]).bits;
+    if (k < count) largest.see(p.of[k]);
+  }
+  store_numbers(e.param, i, count, pack<4>(numbers));
+  store_numbers(e.copy, i, count, pack<2>(copies));
 }

@@ -14,55 +14,66 @@ __device__ __forceinline__ float mean(float kept, float moment, float rest, floa
 }
 
 // What an update divides: root = sqrt(v), ratio = m / (root * factor + epsilon).
-//
-// Quick ones are those of the definition where v is at least 2^-101, and the ratio and what
-// divides, which is at least epsilon, 2^-40 in their magnitudes. Whatever is too large for them
-// makes a ratio of 0 or NaN.
-__device__ __forceinline__ void divide(const Four<float> &m, const Four<float> &v, const Step &s,
-                                       Four<float> &root, Four<float> &ratio) {
-  float least = 0x1p-40f, least_v = 0x1p-101f;
+__device__ __noinline__ float2 divide_any(float m, float v, float factor, float epsilon) {
+  float root = __fsqrt_rn(v);
+  return make_float2(root, __fdiv_rn(m, __fadd_rn(__fmul_rn(root, factor), epsilon)));
+}
+
+// Quick ones are those of the definition where v is at least 2^-101, which `large` says, and the
+// ratio and what divides, which is at least epsilon, 2^-40 in their magnitudes. Whatever is too
+// large for them makes a ratio of 0 or NaN.
+__device__ __forceinline__ void divide(const Four<float> &m, const Four<float> &v, bool large,
+                                       const Step &s, Four<float> &root, Four<float> &ratio) {
+  float least = 0x1p-40f;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
     root.of[k] = quick_root(v.of[k]);
     float divisor = __fadd_rn(__fmul_rn(root.of[k], s.root), s.epsilon);
     ratio.of[k] = quick_quotient(m.of[k], divisor);
-    least = min_nan(least, fabsf(ratio.of[k])), least_v = fminf(least_v, v.of[k]);
+    least = min_nan(least, fabsf(ratio.of[k]));
   }
-  if (least == 0x1p-40f && least_v == 0x1p-101f && s.epsilon >= 0x1p-40f) return;
+  if (least == 0x1p-40f && large && s.epsilon >= 0x1p-40f) return;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
-    root.of[k] = __fsqrt_rn(v.of[k]);
-    float divisor = __fadd_rn(__fmul_rn(root.of[k], s.root), s.epsilon);
-    ratio.of[k] = __fdiv_rn(m.of[k], divisor);
+    float2 both = divide_any(m.of[k], v.of[k], s.root, s.epsilon);
+    root.of[k] = both.x, ratio.of[k] = both.y;
   }
 }
 
 // What the update of up to 4 elements reads.
 template <u32 FIRST, u32 SECOND> struct Elements {
-  Words gradients, weights;
+  Words<4> gradients, weights;
   Fetched<FIRST> first;
   Fetched<SECOND> second;
 };
 
-// The update of the piece of a parameter that begins at `start`, where the entry's pointers lead,
-// or its trial: `update_all` of optimize.cu, without fused operations.
+// Elements of a turn of a block.
+#define TURN (4 * THREADS)
+
+// Blocks of updates that a multiprocessor runs at once: `UPDATE_BLOCKS` of the host.
+#define BLOCKS 4
+
+// The update of `len` elements of a parameter from `start` on, where the entry's pointers lead, or
+// its trial: `update_all` of optimize.cu, without fused operations.
 template <bool TRIAL, u32 FIRST, u32 SECOND, u32 SPLIT>
-__device__ __forceinline__ void update_piece(const Entry &e, u32 number, u64 start, u32 len,
-                                             float lr, float size, float scale, u32 *trial,
-                                             const Step &s, const Normal *normal,
-                                             const Moments &moments, const Meanings &meanings,
-                                             const float2 *before) {
+__device__ __forceinline__ void update_elements(const Entry &e, u32 number, u64 start, u32 len,
+                                                float lr, float size, float scale, u32 *trial,
+                                                const Step &s, const Normal *normal,
+                                                const Moments &moments, const Meanings &meanings,
+                                                const float2 *before) {
   Scales scales = {};
   if (FIRST == E4M3) scales = scales_of(e, before, number);
   float keep = e.decays ? __fsub_rn(1.0f, __fmul_rn(lr, s.weight_decay)) : 1.0f;
   float rest1 = __fsub_rn(1.0f, s.beta1), rest2 = __fsub_rn(1.0f, s.beta2);
-  float largest = 0.0f, largest_m = 0.0f, largest_v = 0.0f;
-  auto fetch = [&](u32 i, u32 count) -> Elements<FIRST, SECOND> {
+  Largest largest;
+  float largest_m = 0.0f, largest_v = 0.0f;
+  auto fetch = [&](const Entry &e, u32 i, u32 count) -> Elements<FIRST, SECOND> {
     return {fetch_gradients(e, i, count), fetch_weights<SPLIT>(e, i, count),
             fetch_moments<FIRST, false>(e, i, count, scales.loaded[0]),
             fetch_moments<SECOND, true>(e, i, count, scales.loaded[1])};
   };
-  auto update = [&](u32 i, u32 count, const Elements<FIRST, SECOND> &from) {
+  auto update = [&](const Entry &e, u64 start, u32 i, u32 count,
+                    const Elements<FIRST, SECOND> &from) {
     Four<float> g = decode_gradients(e, from.gradients), p = decode_weights<SPLIT>(e, from.weights);
     Four<float> m = decode<false>(from.first, meanings), v = decode<true>(from.second, meanings);
     if (normal)
@@ -74,28 +85,56 @@ __device__ __forceinline__ void update_piece(const Entry &e, u32 number, u64 sta
       m.of[k] = mean(moments.kept[0], m.of[k], rest1, gradient);
       v.of[k] = mean(moments.kept[1], v.of[k], rest2, __fmul_rn(gradient, gradient));
     }
+    bool large;
+    if (SECOND == INT8) {
+      // The least code is 1, of 255 a scale.
+      large = from.second.scale >= 0x1p-40f && moments.kept[1] >= 0.5f;
+    } else {
+      float least = 0x1p-101f;
+#pragma unroll
+      for (u32 k = 0; k < 4; k++) least = fminf(least, v.of[k]);
+      large = least == 0x1p-101f;
+    }
     Four<float> root, ratio;
-    divide(m, v, s, root, ratio);
+    divide(m, v, large, s, root, ratio);
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
       p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, ratio.of[k]));
     if (!TRIAL) {
-      store_weights<SPLIT>(e, i, count, p);
+      store_weights<SPLIT>(e, i, count, p, largest);
       store_moments<FIRST, false>(e, start, i, count, m, moments, number, scales.inverse[0]);
       store_moments<SECOND, true>(e, start, i, count, SECOND == INT8 ? root : v, moments, number,
                                   scales.inverse[1]);
+      return;
     }
     // What there is not is 0, of which a rate that is infinite makes NaN.
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
-      if (k < count) largest = max_nan(largest, fabsf(p.of[k]));
-      if (TRIAL) largest_m = max_nan(largest_m, fabsf(m.of[k]));
-      if (TRIAL) largest_v = max_nan(largest_v, fabsf(v.of[k]));
+      if (k >= count) break;
+      largest.see(p.of[k]);
+      largest_m = max_nan(largest_m, fabsf(m.of[k])), largest_v = max_nan(largest_v, fabsf(v.of[k]));
     }
   };
-  each_of_piece(0u, len, [&](u32 i, u32 count) { update(i, count, fetch(i, count)); });
+  u32 turns = len / TURN;
+  if (turns) {
+    // While a turn is computed, the next one is on its way.
+    Entry mine = at_element(e, 4 * threadIdx.x);
+    u64 from = start + 4 * threadIdx.x;
+    Elements<FIRST, SECOND> next = fetch(mine, 0, 4);
+#pragma unroll 1
+    do {
+      Elements<FIRST, SECOND> now = next;
+      if (--turns) next = fetch(mine, TURN, 4);
+      update(mine, from, 0, 4, now);
+      mine = at_element(mine, TURN), from += TURN;
+    } while (turns);
+  }
+  if (u32 rest = len % TURN) {
+    u32 i = len - rest + 4 * threadIdx.x, count = i < len ? min(len - i, 4u) : 0;
+    update(e, start, i, count, fetch(e, i, count));
+  }
   u32 *of_one = trial + 3 * number;
-  note_amax(TRIAL ? of_one : e.amax, largest);
+  note_amax(TRIAL ? of_one : e.amax, largest.magnitude(!TRIAL && splits<SPLIT>(e)));
   if (TRIAL) note_amax(of_one + 1, largest_m), note_amax(of_one + 2, largest_v);
 }
 
@@ -110,13 +149,12 @@ constexpr bool has(u32 of_matrices, u32 element) {
 // One update of every parameter, as `adamw` and `stable_adamw`, whose arguments these are; of
 // gradients that are normalized where `normals` (entries) are not null. before (entries): of
 // `choose_scales`, or null where scales of tensors are those of what is stored. Those of ANY form
-// are trials. Grid: any; block: 256.
+// are trials. Grid: as many as run at once; block: 256.
 //
-// NOTE: on an H200, 50 million parameters in 8 bits took 354 us by 4 blocks a multiprocessor and 364
-// by 3, whose threads have 80 registers in place of 64; in bf16 it was 327 and 300. By 5 all were
-// slower. That was before a fifth of the instructions went, 2026-11-29.
+// NOTE: a block takes pieces that lie side by side, so that it seldom waits for a parameter's entry,
+// and for the first elements of it.
 template <u32 OF_MATRICES, u32 SPLIT>
-__global__ void __launch_bounds__(THREADS, OF_MATRICES == INT8 || OF_MATRICES == E4M3 ? 4 : 3)
+__global__ void __launch_bounds__(THREADS, BLOCKS)
     update_stored(const Entry *table, u32 entries, u64 pieces, const double *sums,
                   const float2 *rates, const Normal *normals, u32 *trial, Step s, Moments moments,
                   const float2 *before) {
@@ -125,21 +163,23 @@ __global__ void __launch_bounds__(THREADS, OF_MATRICES == INT8 || OF_MATRICES ==
   float norm;
   if (!is_allowed(sums, s, norm)) return;
   fill(meanings);
-  for (u64 piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+  u64 piece = pieces * blockIdx.x / gridDim.x, last = pieces * (blockIdx.x + 1) / gridDim.x;
+  while (piece < last) {
     const Entry *at = find(table, entries, piece);
-    if (!at->v) continue;
     u32 number = (u32)(at - table);
+    u64 from = piece, start = (from - at->first_piece) * PIECE;
+    piece = number + 1 < entries ? min(last, at[1].first_piece) : last;
+    if (!at->v) continue;
     float lr = rates ? rates[number].x : s.lr, size = rates ? rates[number].y : s.size;
     const Normal *normal = normals ? normals + number : nullptr;
     float scale = __fmul_rn(normal ? normal->scale : 1.0f, clipping(norm, s));
-    u64 start = (piece - at->first_piece) * PIECE;
-    u32 len = (u32)min(at->len - start, (u64)PIECE);
+    u32 len = (u32)min(at->len - start, (piece - from) * PIECE);
     // A copy, because stores could change what pointers lead to, as far as the compiler knows.
     const Entry e = at_element(*at, start);
 #define UPDATE(first, second) \
   if constexpr (has(OF_MATRICES, first)) \
     if (e.element[0] == first) \
-      update_piece<OF_MATRICES == ANY, first, second, SPLIT>( \
+      update_elements<OF_MATRICES == ANY, first, second, SPLIT>( \
           e, number, start, len, lr, size, scale, trial, s, normal, moments, meanings, before);
     UPDATE(INT8, INT8)
     UPDATE(BF16, BF16)

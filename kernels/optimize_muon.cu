@@ -31,18 +31,17 @@ __device__ __forceinline__ double momentum_piece(bf16 *x, const Entry *e, u32 nu
   each_of_piece(start, end, [&](u64 i, u32 count) {
     Four<float> g = load_gradients(*e, i, count);
     Four<float> m = load_moments<ELEMENT, false>(*e, i, count, meanings, scales.loaded[0]);
-    Four<bf16> u;
+    Four<float> u;
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
       float gradient = __fmul_rn(rest, __fmul_rn(g.of[k], scale));
       m.of[k] = __fadd_rn(__fmul_rn(beta, m.of[k]), gradient);
       float next = __fadd_rn(__fmul_rn(beta, m.of[k]), gradient);
-      u.of[k] = from_f32<bf16>(fminf(fmaxf(next, -BF16_MAX), BF16_MAX));
-      double rounded = (double)to_f32(u.of[k]);
-      squares += rounded * rounded;
+      u.of[k] = to_f32(from_f32<bf16>(fminf(fmaxf(next, -BF16_MAX), BF16_MAX)));
+      squares += (double)u.of[k] * u.of[k];
       if (trial) largest = max_nan(largest, fabsf(m.of[k]));
     }
-    store4(x + i, count, u);
+    store_bf16(x + i, count, u);
     if (trial) return;
     store_moments<ELEMENT, false>(*e, 0, i, count, m, moments, number, scales.inverse[0]);
   });
@@ -92,10 +91,10 @@ __global__ void normalize_momentum(bf16 *x, const double *partials, u64 len) {
   for (u64 i = 4 * ((u64)blockIdx.x * blockDim.x + threadIdx.x); i < len;
        i += 4 * (u64)gridDim.x * blockDim.x) {
     u32 count = (u32)min(len - i, (u64)4);
-    Four<bf16> v = load4(x + i, count);
+    Four<float> v = load_bf16(x + i, count);
 #pragma unroll
-    for (u32 k = 0; k < 4; k++) v.of[k] = rounded(__fdiv_rn(to_f32(v.of[k]), divisor));
-    store4(x + i, count, v);
+    for (u32 k = 0; k < 4; k++) v.of[k] = to_f32(rounded(__fdiv_rn(v.of[k], divisor)));
+    store_bf16(x + i, count, v);
   }
 }
 
@@ -105,12 +104,12 @@ __global__ void add_multiples(bf16 *product, const bf16 *x, float of_x, float of
   for (u64 i = 4 * ((u64)blockIdx.x * blockDim.x + threadIdx.x); i < len;
        i += 4 * (u64)gridDim.x * blockDim.x) {
     u32 count = (u32)min(len - i, (u64)4);
-    Four<bf16> v = load4(product + i, count), other = load4(x + i, count);
+    Four<float> v = load_bf16(product + i, count), other = load_bf16(x + i, count);
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
-      v.of[k] = rounded(
-          __fadd_rn(__fmul_rn(of_x, to_f32(other.of[k])), __fmul_rn(of_product, to_f32(v.of[k]))));
-    store4(product + i, count, v);
+      v.of[k] = to_f32(
+          rounded(__fadd_rn(__fmul_rn(of_x, other.of[k]), __fmul_rn(of_product, v.of[k]))));
+    store_bf16(product + i, count, v);
   }
 }
 
@@ -120,27 +119,25 @@ __global__ void add_multiples(bf16 *product, const bf16 *x, float of_x, float of
 __global__ void move_matrix(const Entry *table, u32 number, const bf16 *x, const double *sums,
                             u32 *trial, Step s, float keep, float size) {
   begin();
-  float norm, largest = 0.0f;
+  float norm;
   if (!is_allowed(sums, s, norm)) return;
   const Entry *e = table + number;
+  Largest largest;
   for (u64 i = 4 * ((u64)blockIdx.x * blockDim.x + threadIdx.x); i < e->len;
        i += 4 * (u64)gridDim.x * blockDim.x) {
     u32 count = (u32)min(e->len - i, (u64)4);
     Four<float> p = load_weights(*e, i, count);
-    Four<bf16> along = load4(x + i, count);
+    Four<float> along = load_bf16(x + i, count);
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
-      float v = to_f32(along.of[k]);
+      float v = along.of[k];
       v = isnan(v) ? 0.0f : fminf(fmaxf(v, -LARGEST), LARGEST);
       p.of[k] = __fsub_rn(__fmul_rn(p.of[k], keep), __fmul_rn(size, v));
       // What trials note are the weights before they are split.
-      if (trial && k < count) largest = max_nan(largest, fabsf(p.of[k]));
+      if (trial && k < count) largest.see(p.of[k]);
     }
-    if (trial) continue;
-    store_weights<EITHER>(*e, i, count, p);
-#pragma unroll
-    for (u32 k = 0; k < 4; k++)
-      if (k < count) largest = max_nan(largest, fabsf(p.of[k]));
+    if (!trial) store_weights<EITHER>(*e, i, count, p, largest);
   }
-  note_amax(trial ? trial + 3 * number : e->amax, largest);
+  note_amax(trial ? trial + 3 * number : e->amax,
+            largest.magnitude(!trial && splits<EITHER>(*e)));
 }

@@ -91,6 +91,17 @@ __device__ __forceinline__ float inverse_root_of(float v) {
   return out;
 }
 
+// The larger of both halves, each by itself.
+__device__ __forceinline__ u32 max_halves(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
+  u32 out;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+#else
+  return max(a & 0xffff, b & 0xffff) | max(a & 0xffff0000, b & 0xffff0000);
+#endif
+}
+
 // Larger of two, NaN larger than everything.
 __device__ __forceinline__ float max_nan(float a, float b) {
   float out;

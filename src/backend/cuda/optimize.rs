@@ -18,6 +18,9 @@ use crate::optim::{
 
 /// Blocks that sum squares, and with that the number of partial sums.
 const PARTS: usize = 1024;
+/// Blocks a multiprocessor, and `BLOCKS` of `update_stored`: all that run at once.
+const BLOCKS: usize = 8;
+const UPDATE_BLOCKS: usize = 4;
 /// Blocks that share a parameter where an update is watched.
 const WATCHED_PARTS: usize = 32;
 
@@ -153,7 +156,7 @@ impl Reduction {
     /// Of those that have a second moment, which are all but matrices of Muon.
     fn launch_updates_by_element(&self, cuda: &Cuda, trial: u64, step: &OptimizerStep) {
         let (table, entries, grid) =
-            (self.table.address, self.entries.len() as u32, self.grid(cuda));
+            (self.table.address, self.entries.len() as u32, self.grid(cuda, BLOCKS));
         let Optimizer { moments, master, gradients, kind, .. } = step.optimizer;
         if step.optimizer.ramping > 0 {
             launch!(cuda.gpu, "update_ramping", grid, THREADS, 0;
@@ -176,7 +179,7 @@ impl Reduction {
                 0 => update_kernel(moments, master),
                 _ => "update_stored<ANY,EITHER>",
             };
-            launch!(cuda.gpu, kernel, grid, THREADS, 0;
+            launch!(cuda.gpu, kernel, self.grid(cuda, UPDATE_BLOCKS), THREADS, 0;
                 table, entries, self.pieces, self.sum(0), rates, normals, trial, Step::new(step),
                 OfMoments::new(step), scales);
             return;
@@ -198,15 +201,16 @@ impl Reduction {
         if step.optimizer.kind.orthogonalizes() {
             return;
         }
-        launch!(cuda.gpu, "largest_moments", self.grid(cuda), THREADS, 0;
+        launch!(cuda.gpu, "largest_moments", self.grid(cuda, BLOCKS), THREADS, 0;
             largest, table, entries, self.pieces, sums, normals, Step::new(step),
             OfMoments::new(step));
         launch!(cuda.gpu, "choose_scales", [1, 1, 1], THREADS, 0;
             scales.address, largest, table, 0u32, entries, sums, Step::new(step));
     }
 
-    fn grid(&self, cuda: &Cuda) -> [usize; 3] {
-        let most = 8 * cuda.gpu.multiprocessors as usize;
+    /// So many blocks a multiprocessor, or as many as there are pieces.
+    fn grid(&self, cuda: &Cuda, blocks: usize) -> [usize; 3] {
+        let most = blocks * cuda.gpu.multiprocessors as usize;
         [(self.pieces as usize).min(most), 1, 1]
     }
 
@@ -293,7 +297,7 @@ impl Optimize for Cuda {
         launch!(self.gpu, "sum_squares", [1, 1, 1], THREADS, 0;
             sums, workspace.clamped.address, partials, PARTS as u32, table, entries,
             Step::new(step));
-        let (grid, pieces) = (reduction.grid(self), reduction.pieces);
+        let (grid, pieces) = (reduction.grid(self, BLOCKS), reduction.pieces);
         if let Some(Normals { largest, partials, normals }) = &reduction.normals {
             let (kept, factors) = (trained.statistics.address(), Factors::new(step));
             let (largest, partials, normals) = (largest.address, partials.address, normals.address);

@@ -18,6 +18,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
@@ -272,6 +273,9 @@ static void through_e4m3(float &a, float &b) { a = rounded_to_e4m3(a), b = round
 static float exp2_fast(float v) { return exp2f(v); }
 static float reciprocal_of(float v) { return 1.0f / v; }
 static float inverse_root_of(float v) { return 1.0f / sqrtf(v); }
+static u32 max_halves(u32 a, u32 b) {
+  return max(a & 0xffff, b & 0xffff) | max(a & 0xffff0000, b & 0xffff0000);
+}
 static float max_nan(float a, float b) {
   return std::isnan(a) || std::isnan(b) ? __uint_as_float(0x7fffffff) : fmaxf(a, b);
 }

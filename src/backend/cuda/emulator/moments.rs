@@ -51,12 +51,22 @@ fn moments_are_stored_to_the_byte() {
         let optimizer = Optimizer::new(OptimizerKind::StableAdamW);
         let step = step(Optimizer { moments, beta2, master, gradients, ..optimizer });
         let layouts = StateLayout::of_all(&slots, &step.optimizer, 128).unwrap();
+        // With the second, what is loaded as 0 behind the end would become NaN.
+        let rates = [[0.01, 0.02], [0.03, f32::INFINITY], [0.05, 0.06]];
         let values: [[Vec<f32>; 4]; 3] = std::array::from_fn(|i| {
             let mut all = [0, 1, 2, 3].map(|k| random(LENGTHS[i], 10 * i as u64 + k));
             all[2].iter_mut().for_each(|v| *v *= *v);
             // A group of zeros whose moments fade.
             if i != 1 {
                 all[1..].iter_mut().for_each(|x| x[..GROUP].fill(0.0));
+                // There decay alone moves weights: two to the middle between two copies, which are in
+                // either half of a word.
+                let keep = 1.0 - rates[i][0] * step.optimizer.weight_decay;
+                let is_middle = |p: f32| p.to_bits() & 0xffff == 0x8000;
+                let mut found = random(1 << 20, 70 + i as u64).into_iter();
+                for at in [1, 4] {
+                    all[0][at] = found.find(|p| is_middle(p * keep) && !is_middle(*p)).unwrap();
+                }
                 // Groups whose roots and quotients are too small or too large for quick ones.
                 for (group, factor) in [(1, 1e-20), (2, 1e-30), (3, 1e15)] {
                     for (x, factor) in all[1..].iter_mut().zip([factor, factor * factor, factor]) {
@@ -78,8 +88,6 @@ fn moments_are_stored_to_the_byte() {
             let (sums, entries, pieces) = ([1.0, 0.0, 0.0], table.as_ptr(), 5);
             let none = std::ptr::null();
             let (mut partials, mut trial) = ([0.0; 5], [0u32; 9]);
-            // With the second, what is loaded as 0 behind the end would become NaN.
-            let rates = [[0.01, 0.02], [0.03, f32::INFINITY], [0.05, 0.06]];
             let (of_kernel, of_moments) = (Step::new(&step), OfMoments::new(&step));
             let run = |trial: *mut u32, before: *const [f32; 2]| {
                 let update = if trial.is_null() { update } else { try_update };
@@ -154,6 +162,38 @@ fn moments_are_stored_to_the_byte() {
                 let ours: f64 = partials[first..][..LENGTHS[i].div_ceil(4096)].iter().sum();
                 assert!((ours / expected.ratios - 1.0).abs() < 1e-12, "{what}: ratios");
             }
+        }
+    }
+}
+
+/// `first_code` of kernels/moments.cuh corrects a quotient once, which gives the code of the exact one
+/// where a chip's reciprocals are up to two last places off. Looked at are all n near those where the
+/// code changes, and some of all others.
+#[test]
+fn codes_of_first_moments_need_no_exact_quotient() {
+    let whole = |v: f32| (v + 12_582_912.0).to_bits() & 0xff;
+    let code = |n: f32| whole(127.0 * (2.0 * n / (1.0 + n.abs())));
+    let ours = |n: f32, off: i32| {
+        let divisor = 1.0 + n.abs();
+        let reciprocal = f32::from_bits((1.0 / divisor).to_bits().wrapping_add_signed(off));
+        let half = n * reciprocal;
+        whole(254.0 * reciprocal.mul_add((-divisor).mul_add(half, n), half))
+    };
+    let last = 1.0f32.to_bits() + 2;
+    let changes = (0..127).map(|k| {
+        let [mut low, mut high] = [0, last];
+        while high - low > 1 {
+            let middle = (low + high) / 2;
+            if code(f32::from_bits(middle)) > k { high = middle } else { low = middle }
+        }
+        high
+    });
+    let near = changes.flat_map(|bits| bits - 2000..(bits + 2000).min(last + 1));
+    for bits in near.chain((0..=last).step_by(1009)) {
+        for off in -2..=2 {
+            let n = f32::from_bits(bits);
+            assert_eq!(ours(n, off), code(n), "{n:e}, {off}");
+            assert_eq!(ours(-n, off), code(-n), "{n:e}, {off}");
         }
     }
 }
