@@ -4,7 +4,7 @@
 #
 # Usage: dev/optimizers.sh PART..
 #
-#   state   124M parameters as GPT-2 small, 2,000 steps of 65,536 tokens under mxfp4-rht-sr, seeds 1
+#   state   124M parameters as GPT-2 small, 2,000 steps of 16,384 tokens under mxfp4-rht-sr, seeds 1
 #           to 3: adamw, and with 8-bit moments and split masters
 #   rates   19M parameters without embeddings, 66 million bytes, bf16 and mxfp4-rht-sr, seed 1: adamw,
 #           stable-spam and muon, each at three learning rates
@@ -27,7 +27,7 @@ known_parts="state rates report"
 # shellcheck source=dev/experiment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/experiment.sh"
 
-# Optimizer steps of 65,536 and of 32,768 tokens.
+# Optimizer steps of 16,384 and of 32,768 tokens.
 state_steps=${STATE_STEPS:-2000}
 rates_steps=${RATES_STEPS:-2000}
 
@@ -41,12 +41,12 @@ run() {
 state() {
     local data seed optimizer
     data=$(data)
-    has_tokens "$data" $((state_steps * 65536))
+    has_tokens "$data" $((state_steps * 16384))
     for seed in 1 2 3; do
         for optimizer in adamw adamw,moments=int8,master=split; do
             run state $optimizer 6e-4 mxfp4-rht-sr $seed "$state_steps" \
                 --layers 12 --channels 768 --heads 12 --context 1024 --vocab-size 50304 \
-                --batch-size 32 --accumulation 2
+                --batch-size 16
         done
     done | on_gpus
 }
