@@ -8,8 +8,7 @@
 // Keys go in blocks of 32, from position 0 on, around to the warps of a block; a warp goes through
 // its own from first to last, with the sums of FlashAttention, and these are joined in the order of
 // warps. Which warp has which keys depends on their positions alone, and keys that a row does not
-// see add nothing to it where their values are finite, not a bit: a row has the same bits whatever
-// comes with it.
+// see add nothing to it, not a bit: a row has the same bits whatever comes with it.
 
 // `Behind` of the host.
 struct Behind {
@@ -49,6 +48,43 @@ template <class T> __global__ void keep_rows(Behind p) {
 __device__ __forceinline__ void eight(u32 to[4], const bf16 *line, u32 first, u32 end) {
   uint4 raw = first < end ? *(const uint4 *)(line + first) : make_uint4(0, 0, 0, 0);
   to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
+}
+
+// Values of two keys, the first of them number `at`, without those from number `end` on.
+__device__ __forceinline__ u32 values_before(u32 pair, u32 at, u32 end) {
+  return at + 1 < end ? pair : at < end ? pair & 0xffffu : 0;
+}
+
+// Whether one of eight numbers is not finite.
+__device__ __forceinline__ bool has_infinite(const u32 v[4]) {
+  u32 carries = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) carries |= (v[i] & 0x7f807f80) + 0x00800080;
+  return carries & 0x80008000;
+}
+
+// out + weights v of 16 rows, 32 keys and 8 channels, each row without the keys behind its own, which
+// others see: a weight of 0 makes NaN of what is not finite. The first row is at `position`; `key`
+// is the thread's first of v.
+//
+// NOTE: a function of its own, so that registers of what is common are not chosen for it.
+__device__ __noinline__ float4 multiply_row_by_row(float4 out, uint4 low, uint4 high, uint4 v,
+                                                   u32 key, u32 position) {
+  u32 g = threadIdx.x % WARP / 4, weights[2][4] = {{low.x, low.y, low.z, low.w},
+                                                   {high.x, high.y, high.z, high.w}};
+  float4 all = out;
+#pragma unroll 1
+  for (u32 row = 0; row < QUERIES; row++) {
+    float sums[4] = {out.x, out.y, out.z, out.w};
+    u32 end = position + row + 1;
+    multiply_bf16_tiles(sums, weights[0], values_before(v.x, key, end),
+                        values_before(v.y, key + 2, end));
+    multiply_bf16_tiles(sums, weights[1], values_before(v.z, key + 4, end),
+                        values_before(v.w, key + 6, end));
+    if (g == row) all.x = sums[0], all.y = sums[1];
+    if (g + 8 == row) all.z = sums[2], all.w = sums[3];
+  }
+  return all;
 }
 
 // out for heads of up to D channels, a multiple of 8. Where `keeps`, all rows are one block's.
@@ -103,8 +139,7 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
       eight(v[j], values + (size_t)channel * p.positions, at, channel < d ? p.positions : 0);
       // NOTE: what lies behind is of an earlier text, and may be anything: 0 times that is no 0.
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (at + 2 * i + 1 >= seen) v[j][i] = at + 2 * i < seen ? v[j][i] & 0xffffu : 0;
+      for (int i = 0; i < 4; i++) v[j][i] = values_before(v[j][i], at + 2 * i, seen);
     }
     u32 weights[4][2];
 #pragma unroll
@@ -139,14 +174,28 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
         weights[j][half] = pack_bf16(a, b);
       }
     }
+    // Whether there are keys that not all rows see.
+    bool is_edge = block + KEYS > start + first + 1;
 #pragma unroll
-    for (int j = 0; j < D / 8; j++)
+    for (int j = 0; j < D / 8; j++) {
+      u32 of_keys[2][4];
 #pragma unroll
       for (int step = 0; step < 2; step++) {
-        u32 of_keys[4] = {weights[2 * step][0], weights[2 * step][1], weights[2 * step + 1][0],
-                          weights[2 * step + 1][1]};
-        multiply_bf16_tiles(out[j], of_keys, v[j][2 * step], v[j][2 * step + 1]);
+        of_keys[step][0] = weights[2 * step][0], of_keys[step][1] = weights[2 * step][1];
+        of_keys[step][2] = weights[2 * step + 1][0], of_keys[step][3] = weights[2 * step + 1][1];
       }
+      if (is_edge && __any_sync(FULL_WARP, has_infinite(v[j]))) {
+        auto four = [](const u32 *of) { return make_uint4(of[0], of[1], of[2], of[3]); };
+        float4 all =
+            multiply_row_by_row(make_float4(out[j][0], out[j][1], out[j][2], out[j][3]),
+                                four(of_keys[0]), four(of_keys[1]), four(v[j]), at, start + first);
+        out[j][0] = all.x, out[j][1] = all.y, out[j][2] = all.z, out[j][3] = all.w;
+        continue;
+      }
+#pragma unroll
+      for (int step = 0; step < 2; step++)
+        multiply_bf16_tiles(out[j], of_keys[step], v[j][2 * step], v[j][2 * step + 1]);
+    }
   }
   float *of_warps = (float *)shared;
 #pragma unroll

@@ -245,7 +245,7 @@ fn attention_behind_has_the_bits_of_the_whole() {
         let positions = whole_positions(length);
         let on_tensor_cores =
             attention_on_tensor_cores(head_size).filter(|_| precision == Precision::Bf16);
-        let run = |pieces: &[usize], schedule| {
+        let run = |pieces: &[usize], schedule, qkv: &[f32]| {
             // Whatever lies behind what was kept is not looked at.
             let mut kept = placed(&vec![f32::NAN; 2 * positions * c], precision);
             let (mut start, mut all) = (0, Vec::new());
@@ -292,7 +292,7 @@ fn attention_behind_has_the_bits_of_the_whole() {
             all
         };
         let what = format!("{heads} heads of {head_size}, {length}");
-        let whole = run(&[length], SCHEDULES[0]);
+        let whole = run(&[length], SCHEDULES[0], &qkv);
         let size = exact.iter().fold(0.0f64, |size, v| size.max(v.abs()));
         let bound = if precision == Precision::F32 { 2e-6 } else { 1.2e-2 };
         for (i, (ours, exact)) in whole.iter().zip(&exact).enumerate() {
@@ -304,9 +304,27 @@ fn attention_behind_has_the_bits_of_the_whole() {
             _ => &[&[length - 5, 4, 1]],
         };
         for (i, pieces) in pieces.iter().enumerate() {
-            let parts = run(pieces, SCHEDULES[i]);
+            let parts = run(pieces, SCHEDULES[i], &qkv);
             let same = parts.iter().zip(&whole).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "{what}: in pieces of {pieces:?}");
+        }
+        // Neither does a row see what is not finite behind it, where it comes with it.
+        let row = length - 5;
+        let values = [(1, f32::NAN), (2, f32::NAN), (2, f32::INFINITY)];
+        for (part, value) in values.into_iter().filter(|_| length <= 100) {
+            let mut qkv = qkv.clone();
+            let first = row * 3 * c + part * c;
+            qkv[first..][..c / 2].fill(value);
+            let poisoned = run(&[length], SCHEDULES[1], &qkv);
+            let parts = run(&[row, 1], SCHEDULES[2], &qkv);
+            let bits = |v: &f32| if v.is_nan() { None } else { Some(v.to_bits()) };
+            assert!(
+                parts.iter().map(bits).eq(poisoned.iter().map(bits)),
+                "{what}: {part}, {value}"
+            );
+            let before = std::iter::zip(&whole, &poisoned).take(row * c);
+            assert!(before.into_iter().all(|(a, b)| a.to_bits() == b.to_bits()));
+            assert!(poisoned[row * c..].iter().any(|v| !v.is_finite()));
         }
     }
 }

@@ -212,6 +212,7 @@ static unsigned __reduce_max_sync(unsigned, unsigned v) {
   for (unsigned mask = 1; mask < 32; mask *= 2) v = max(v, __shfl_xor_sync(0, v, mask));
   return v;
 }
+static bool __any_sync(unsigned, bool v) { return __reduce_max_sync(0, v) != 0; }
 static unsigned __reduce_add_sync(unsigned, unsigned v) {
   for (unsigned mask = 1; mask < 32; mask *= 2) v += __shfl_xor_sync(0, v, mask);
   return v;
