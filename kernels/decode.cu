@@ -240,10 +240,8 @@ struct Walk {
   u32 warp, chunk, count;
 
   __device__ __forceinline__ bool goes_on() const { return chunk < count; }
-  // Whether this is the last one of its warp.
-  __device__ __forceinline__ bool ends_warp() const { return chunk + WARPS >= count; }
   __device__ __forceinline__ void next() {
-    if (!ends_warp()) chunk += WARPS;
+    if (chunk + WARPS < count) chunk += WARPS;
     else if (++warp < WARPS) chunk = warp;
     else chunk = count;
   }
@@ -255,9 +253,9 @@ struct Walk {
 // of rows. Grid: outputs, rows, by those of a block, rounded up; block: 32 ACROSS DOWN; dynamic
 // shared memory: STAGES stages, or as many lines of outputs and 4 floats as the block has rows.
 //
-// NOTE: on an H200 a layer's four products of 999 rows took 121 us by this and 145 us by `few_rows`
-// at 768 channels, 458 and 668 us at 2,048 (2026-11-30). With W in bf16 there is nothing to decode,
-// which `few_rows` does for every 64 rows again, and this was no faster: 136 and 122 us, 563 and 584.
+// NOTE: on an H200 the four products of a block of 2,048 channels, of 999 rows, took 458 us by this
+// and 668 by `few_rows`, which decodes W again for every 64 rows (2026-11-30). With W in bf16 there is
+// nothing to decode, and the best of five tilings was within 4% of `few_rows`.
 template <int M, int N, int ACROSS, int DOWN>
 __global__ void __launch_bounds__(32 * ACROSS * DOWN) many_rows(FewRows p) {
   begin();

@@ -82,12 +82,10 @@ __device__ __forceinline__ u32 second_code(float root, float inverse) {
 // Floats whose scale is that of their tensor.
 template <u32 ELEMENT> struct Float;
 template <> struct Float<E4M3> {
-  typedef u8 Code;
   static const int mantissa = 3, lowest = -6, sign = 7;
   static const u32 largest = 0x43e00000u;  // 448
 };
 template <> struct Float<F16> {
-  typedef u16 Code;
   static const int mantissa = 10, lowest = -14, sign = 15;
   static const u32 largest = 0x477fe000u;  // 65504
 };
@@ -138,8 +136,8 @@ __device__ __forceinline__ Scales scales_of(const Entry &e, const float2 *before
 }
 
 // Up to 4 numbers that lie side by side.
-template <class T> struct Four {
-  T of[4];
+struct Four {
+  float of[4];
 };
 
 // The same as they are stored, in BYTES each. What is not there is 0.
@@ -150,13 +148,13 @@ template <u32 BYTES> struct Words {
   u32 of[BYTES];
 
   __device__ __forceinline__ u32 code(u32 k) const {
-    if (BYTES == 4) return of[k];
-    if (BYTES == 2) return of[k / 2] >> 16 * (k % 2) & 0xffff;
-    return of[0] >> 8 * k & 0xff;
+    if constexpr (BYTES == 4) return of[k];
+    else if constexpr (BYTES == 2) return of[k / 2] >> 16 * (k % 2) & 0xffff;
+    else return of[0] >> 8 * k & 0xff;
   }
 };
 
-// Numbers from number i on, in one access where there are four; and where they go.
+// Numbers from number i on; four in one access.
 template <u32 BYTES, class Index>
 __device__ __forceinline__ Words<BYTES> load_words(const void *from, Index i, u32 count) {
   Words<BYTES> out = {};
@@ -176,13 +174,14 @@ __device__ __forceinline__ Words<BYTES> load_words(const void *from, Index i, u3
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
     if (k >= count) break;
-    if (BYTES == 4) out.of[k] = ((const u32 *)at)[k];
-    else if (BYTES == 2) out.of[k / 2] |= (u32)((const u16 *)at)[k] << 16 * (k % 2);
+    if constexpr (BYTES == 4) out.of[k] = ((const u32 *)at)[k];
+    else if constexpr (BYTES == 2) out.of[k / 2] |= (u32)((const u16 *)at)[k] << 16 * (k % 2);
     else out.of[0] |= (u32)at[k] << 8 * k;
   }
   return out;
 }
 
+// Stores them.
 template <u32 BYTES, class Index>
 __device__ __forceinline__ void store_numbers(void *to, Index i, u32 count,
                                               const Words<BYTES> &from) {
@@ -196,8 +195,8 @@ __device__ __forceinline__ void store_numbers(void *to, Index i, u32 count,
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
     if (k >= count) break;
-    if (BYTES == 4) ((u32 *)at)[k] = from.code(k);
-    else if (BYTES == 2) ((u16 *)at)[k] = (u16)from.code(k);
+    if constexpr (BYTES == 4) ((u32 *)at)[k] = from.code(k);
+    else if constexpr (BYTES == 2) ((u16 *)at)[k] = (u16)from.code(k);
     else at[k] = (u8)from.code(k);
   }
 }
@@ -215,14 +214,14 @@ template <u32 BYTES> __device__ __forceinline__ Words<BYTES> pack(const u32 code
 }
 
 // Numbers in bf16.
-__device__ __forceinline__ Four<float> load_bf16(const bf16 *from, u32 count) {
+__device__ __forceinline__ Four load_bf16(const bf16 *from, u32 count) {
   Words<2> words = load_words<2>(from, 0u, count);
-  Four<float> out;
+  Four out;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) out.of[k] = __uint_as_float(words.code(k) << 16);
   return out;
 }
-__device__ __forceinline__ void store_bf16(bf16 *to, u32 count, const Four<float> &from) {
+__device__ __forceinline__ void store_bf16(bf16 *to, u32 count, const Four &from) {
   u32 codes[4];
 #pragma unroll
   for (u32 k = 0; k < 4; k++) codes[k] = from_f32<bf16>(from.of[k]).bits;
@@ -230,7 +229,7 @@ __device__ __forceinline__ void store_bf16(bf16 *to, u32 count, const Four<float
 }
 
 // The largest of the 8 threads that hold a group.
-__device__ __forceinline__ float group_max(const Four<float> &v) {
+__device__ __forceinline__ float group_max(const Four &v) {
   float most = fmaxf(fmaxf(fabsf(v.of[0]), fabsf(v.of[1])), fmaxf(fabsf(v.of[2]), fabsf(v.of[3])));
 #pragma unroll
   for (int i = GROUP / 8; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, i));
@@ -262,9 +261,9 @@ __device__ __forceinline__ Fetched<ELEMENT> fetch_moments(const Entry &e, Index 
 }
 
 template <bool SECOND, u32 ELEMENT>
-__device__ __forceinline__ Four<float> decode(const Fetched<ELEMENT> &from,
+__device__ __forceinline__ Four decode(const Fetched<ELEMENT> &from,
                                               const Meanings &meanings) {
-  Four<float> out;
+  Four out;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
     u32 code = from.codes.code(k);
@@ -279,7 +278,7 @@ __device__ __forceinline__ Four<float> decode(const Fetched<ELEMENT> &from,
 }
 
 template <u32 ELEMENT, bool SECOND, class Index>
-__device__ __forceinline__ Four<float> load_moments(const Entry &e, Index i, u32 count,
+__device__ __forceinline__ Four load_moments(const Entry &e, Index i, u32 count,
                                                     const Meanings &meanings, float scale) {
   return decode<SECOND>(fetch_moments<ELEMENT, SECOND>(e, i, count, scale), meanings);
 }
@@ -289,7 +288,7 @@ __device__ __forceinline__ Four<float> load_moments(const Entry &e, Index i, u32
 // tensor that has one scale `inverted` is its inverse.
 template <u32 ELEMENT, bool SECOND, class Index>
 __device__ __forceinline__ void store_moments(const Entry &e, u64 start, Index i, u32 count,
-                                              const Four<float> &values, const Moments &moments,
+                                              const Four &values, const Moments &moments,
                                               u32 number, float inverted) {
   u32 codes[4];
   if constexpr (ELEMENT == F32) {
@@ -328,7 +327,7 @@ __device__ __forceinline__ void store_moments(const Entry &e, u64 start, Index i
 
 // Second moments as an entry has them.
 template <class Index>
-__device__ __forceinline__ Four<float> load_second(const Entry &e, Index i, u32 count,
+__device__ __forceinline__ Four load_second(const Entry &e, Index i, u32 count,
                                                    const Meanings &meanings) {
   switch (e.element[1]) {
     case F16: return load_moments<F16, true>(e, i, count, meanings, *e.v_scales);
@@ -373,8 +372,8 @@ __device__ __forceinline__ Words<4> fetch_gradients(const Entry &e, Index i, u32
   return {{halves.of[0], halves.of[1]}};
 }
 
-__device__ __forceinline__ Four<float> decode_gradients(const Entry &e, const Words<4> &from) {
-  Four<float> g;
+__device__ __forceinline__ Four decode_gradients(const Entry &e, const Words<4> &from) {
+  Four g;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
     u32 pair = from.of[k / 2];
@@ -384,7 +383,7 @@ __device__ __forceinline__ Four<float> decode_gradients(const Entry &e, const Wo
 }
 
 template <class Index>
-__device__ __forceinline__ Four<float> load_gradients(const Entry &e, Index i, u32 count) {
+__device__ __forceinline__ Four load_gradients(const Entry &e, Index i, u32 count) {
   return decode_gradients(e, fetch_gradients(e, i, count));
 }
 
@@ -403,8 +402,8 @@ __device__ __forceinline__ Words<4> fetch_weights(const Entry &e, Index i, u32 c
 }
 
 template <u32 SPLIT>
-__device__ __forceinline__ Four<float> decode_weights(const Entry &e, const Words<4> &from) {
-  Four<float> p;
+__device__ __forceinline__ Four decode_weights(const Entry &e, const Words<4> &from) {
+  Four p;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
     u32 shift = 16 * (k % 2);
@@ -416,12 +415,12 @@ __device__ __forceinline__ Four<float> decode_weights(const Entry &e, const Word
 }
 
 template <class Index>
-__device__ __forceinline__ Four<float> load_weights(const Entry &e, Index i, u32 count) {
+__device__ __forceinline__ Four load_weights(const Entry &e, Index i, u32 count) {
   return decode_weights<EITHER>(e, fetch_weights<EITHER>(e, i, count));
 }
 
 // `split` of optimize.cuh for four numbers: copies, and what these lack, in pairs.
-__device__ __forceinline__ void split(const Four<float> &p, Words<2> &copies, Words<2> &lows) {
+__device__ __forceinline__ void split(const Four &p, Words<2> &copies, Words<2> &lows) {
 #pragma unroll
   for (u32 k = 0; k < 2; k++) {
     u32 a = __float_as_uint(p.of[2 * k]), b = __float_as_uint(p.of[2 * k + 1]);
@@ -460,7 +459,7 @@ struct Largest {
 // Stores weights, with their copies.
 template <u32 SPLIT, class Index>
 __device__ __forceinline__ void store_weights(const Entry &e, Index i, u32 count,
-                                              const Four<float> &p, Largest &largest) {
+                                              const Four &p, Largest &largest) {
   if (splits<SPLIT>(e)) {
     Words<2> copies, lows;
     split(p, copies, lows);

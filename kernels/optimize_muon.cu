@@ -29,9 +29,9 @@ __device__ __forceinline__ double momentum_piece(bf16 *x, const Entry *e, u32 nu
   float beta = moments.kept[0], rest = __fsub_rn(1.0f, beta), largest = 0.0f;
   double squares = 0.0;
   each_of_piece(start, end, [&](u64 i, u32 count) {
-    Four<float> g = load_gradients(*e, i, count);
-    Four<float> m = load_moments<ELEMENT, false>(*e, i, count, meanings, scales.loaded[0]);
-    Four<float> u;
+    Four g = load_gradients(*e, i, count);
+    Four m = load_moments<ELEMENT, false>(*e, i, count, meanings, scales.loaded[0]);
+    Four u;
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
       float gradient = __fmul_rn(rest, __fmul_rn(g.of[k], scale));
@@ -91,7 +91,7 @@ __global__ void normalize_momentum(bf16 *x, const double *partials, u64 len) {
   for (u64 i = 4 * ((u64)blockIdx.x * blockDim.x + threadIdx.x); i < len;
        i += 4 * (u64)gridDim.x * blockDim.x) {
     u32 count = (u32)min(len - i, (u64)4);
-    Four<float> v = load_bf16(x + i, count);
+    Four v = load_bf16(x + i, count);
 #pragma unroll
     for (u32 k = 0; k < 4; k++) v.of[k] = to_f32(rounded(__fdiv_rn(v.of[k], divisor)));
     store_bf16(x + i, count, v);
@@ -104,7 +104,7 @@ __global__ void add_multiples(bf16 *product, const bf16 *x, float of_x, float of
   for (u64 i = 4 * ((u64)blockIdx.x * blockDim.x + threadIdx.x); i < len;
        i += 4 * (u64)gridDim.x * blockDim.x) {
     u32 count = (u32)min(len - i, (u64)4);
-    Four<float> v = load_bf16(product + i, count), other = load_bf16(x + i, count);
+    Four v = load_bf16(product + i, count), other = load_bf16(x + i, count);
 #pragma unroll
     for (u32 k = 0; k < 4; k++)
       v.of[k] = to_f32(
@@ -126,8 +126,8 @@ __global__ void move_matrix(const Entry *table, u32 number, const bf16 *x, const
   for (u64 i = 4 * ((u64)blockIdx.x * blockDim.x + threadIdx.x); i < e->len;
        i += 4 * (u64)gridDim.x * blockDim.x) {
     u32 count = (u32)min(e->len - i, (u64)4);
-    Four<float> p = load_weights(*e, i, count);
-    Four<float> along = load_bf16(x + i, count);
+    Four p = load_weights(*e, i, count);
+    Four along = load_bf16(x + i, count);
 #pragma unroll
     for (u32 k = 0; k < 4; k++) {
       float v = along.of[k];

@@ -22,7 +22,7 @@ __global__ void watch_update(Watched *partials, const Entry *table, const double
   Watched total = {0.0, 0.0};
   for (u64 start = (u64)blockIdx.x * PIECE; start < e->len; start += (u64)gridDim.x * PIECE) {
     each_of_piece(start, min(start + PIECE, e->len), [&](u64 i, u32 count) {
-      Four<float> g = load_gradients(*e, i, count), v = {};
+      Four g = load_gradients(*e, i, count), v = {};
       if (e->v) v = load_second(*e, i, count, meanings);
 #pragma unroll
       for (u32 k = 0; k < 4; k++) {

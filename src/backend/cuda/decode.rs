@@ -25,7 +25,9 @@ const WARPS: usize = 8;
 const THREADS: usize = 32 * WARPS;
 /// Rows from which on a block takes several times eight of them.
 const SEVERAL: usize = 9;
-/// Blocks of many rows from which on these are faster than so many rows are by few.
+/// Rows, and blocks of many of them, from which on these are faster than as few. NOTE: on an H200 96
+/// blocks of 999 rows were slower, 256 faster.
+const MANY: usize = 65;
 const ENOUGH_BLOCKS: usize = 192;
 /// `STAGES` of the kernel of many rows.
 const STAGES: usize = 4;
@@ -101,7 +103,8 @@ impl Few {
     /// In bf16, or with weights in MXFP4, and results in f32 where these are `logits`.
     pub(super) fn on_tensor_cores(shape: LinearShape, in_mxfp4: bool, logits: bool) -> Self {
         let many = Self::of_many(shape);
-        if in_mxfp4 && !logits && many.grid[0] * many.grid[1] >= ENOUGH_BLOCKS {
+        let blocks = many.grid[0] * many.grid[1];
+        if in_mxfp4 && !logits && shape.rows >= MANY && blocks >= ENOUGH_BLOCKS {
             return many;
         }
         let several = shape.rows >= SEVERAL;

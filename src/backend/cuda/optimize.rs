@@ -18,8 +18,9 @@ use crate::optim::{
 
 /// Blocks that sum squares, and with that the number of partial sums.
 const PARTS: usize = 1024;
-/// Blocks a multiprocessor, and `BLOCKS` of `update_stored`: all that run at once.
+/// Blocks a multiprocessor.
 const BLOCKS: usize = 8;
+/// The same of `update_stored`, as there: all that run at once.
 const UPDATE_BLOCKS: usize = 4;
 /// Blocks that share a parameter where an update is watched.
 const WATCHED_PARTS: usize = 32;
@@ -179,9 +180,15 @@ impl Reduction {
                 0 => update_kernel(moments, master),
                 _ => "update_stored<ANY,EITHER>",
             };
-            launch!(cuda.gpu, kernel, self.grid(cuda, UPDATE_BLOCKS), THREADS, 0;
-                table, entries, self.pieces, self.sum(0), rates, normals, trial, Step::new(step),
-                OfMoments::new(step), scales);
+            let grid = self.grid(cuda, UPDATE_BLOCKS);
+            // Blocks whose pieces are all of matrices of Muon have nothing to do, so these go around.
+            let run = match kind.orthogonalizes() {
+                true => 1,
+                false => self.pieces.div_ceil(grid[0] as u64),
+            };
+            launch!(cuda.gpu, kernel, grid, THREADS, 0;
+                table, entries, self.pieces, run, self.sum(0), rates, normals, trial,
+                Step::new(step), OfMoments::new(step), scales);
             return;
         }
         match &self.rates {

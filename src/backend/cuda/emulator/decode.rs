@@ -101,6 +101,21 @@ fn weights_are_packed_to_the_byte() {
     }
 }
 
+/// Few rows are never taken as many, whatever the layer.
+#[test]
+fn few_rows_are_taken_as_few() {
+    for (rows, many) in [(1, false), (8, false), (9, false), (64, false), (65, true), (999, true)] {
+        let shape = LinearShape { rows, inputs: 4096, outputs: 16_384 };
+        let kernel = |in_mxfp4, logits| Few::on_tensor_cores(shape, in_mxfp4, logits).kernel;
+        assert_eq!(kernel(true, false).starts_with("many"), many, "{rows}");
+        assert!(
+            !kernel(false, false).starts_with("many") && !kernel(true, true).starts_with("many")
+        );
+    }
+    let small = LinearShape { rows: 999, inputs: 768, outputs: 768 };
+    assert!(Few::on_tensor_cores(small, true, false).kernel.starts_with("few"));
+}
+
 /// Products of any number of rows are those of their operands, and a row has the same bits alone.
 #[test]
 fn few_rows_have_the_bits_of_each() {

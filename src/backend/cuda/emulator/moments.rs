@@ -15,6 +15,7 @@ pub(super) type UpdateKernel = unsafe extern "C" fn(
     *const Entry,
     u32,
     u64,
+    u64,
     *const f64,
     *const [f32; 2],
     *const u8,
@@ -81,7 +82,8 @@ fn moments_are_stored_to_the_byte() {
             }
             all
         });
-        for schedule in SCHEDULES {
+        // Runs of pieces that end within parameters, and one of all.
+        for (schedule, pieces_in_turn) in SCHEDULES.into_iter().zip([2, 1, 7]) {
             let narrow = kinds.map(|kind| gradients.are_in_bf16(kind));
             let mut one = Memory::of([&layouts[0], &layouts[1]], &values, master, narrow);
             let table = one.table();
@@ -98,6 +100,7 @@ fn moments_are_stored_to_the_byte() {
                             entries,
                             3,
                             pieces,
+                            pieces_in_turn,
                             sums.as_ptr(),
                             rates.as_ptr(),
                             std::ptr::null(),

@@ -253,6 +253,7 @@ fn matrices_without_a_second_moment_are_passed_over() {
                             entries,
                             3,
                             pieces,
+                            1,
                             sums,
                             rates,
                             normals,
