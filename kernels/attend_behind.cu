@@ -63,15 +63,15 @@ __device__ __forceinline__ bool has_infinite(const u32 v[4]) {
   return carries & 0x80008000;
 }
 
-// out + weights v of 16 rows, 32 keys and 8 channels, each row without the keys behind its own, which
-// others see: a weight of 0 makes NaN of what is not finite. The first row is at `position`; `key`
-// is the thread's first of v.
+// out + weights v of 16 rows, 32 keys and 8 channels, each row without the keys behind its own,
+// which others see: a weight of 0 makes NaN of what is not finite. The first row is at `position`;
+// `key` is the thread's first of v.
 //
 // NOTE: a function of its own, so that registers of what is common are not chosen for it.
 __device__ __noinline__ float4 multiply_row_by_row(float4 out, uint4 low, uint4 high, uint4 v,
                                                    u32 key, u32 position) {
-  u32 g = threadIdx.x % WARP / 4, weights[2][4] = {{low.x, low.y, low.z, low.w},
-                                                   {high.x, high.y, high.z, high.w}};
+  u32 g = threadIdx.x % WARP / 4,
+      weights[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
   float4 all = out;
 #pragma unroll 1
   for (u32 row = 0; row < QUERIES; row++) {
@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
         weights[j][half] = pack_bf16(a, b);
       }
     }
-    // Whether there are keys that not all rows see.
-    bool is_edge = block + KEYS > start + first + 1;
+    // Whether there are keys that some rows see and others do not.
+    bool is_edge = min(block + KEYS, seen) > start + first + 1;
 #pragma unroll
     for (int j = 0; j < D / 8; j++) {
       u32 of_keys[2][4];

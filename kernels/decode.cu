@@ -188,8 +188,8 @@ template <int OUTPUTS, int ROWS> struct Stage {
   u16 scales[OUTPUTS];
 };
 
-// Where a piece of a row of x lies, so that threads that read it, two pieces beside each other, meet
-// in no bank.
+// Where a piece of a row of x lies, so that threads that read it, two pieces beside each other,
+// meet in no bank.
 __device__ __forceinline__ u32 place_of_x(u32 row, u32 piece) {
   return (row * OF_X + (piece ^ (row & 1))) * 16;
 }
@@ -248,14 +248,16 @@ struct Walk {
 };
 
 // `few_rows` for many rows and weights in MXFP4, to the bit: a block has all inputs of its outputs
-// and rows, W and x by way of shared memory, and sums them as the eight warps there do, one after the
-// other. A warp takes 16 M outputs and 8 N rows, of a block's ACROSS such pieces of outputs and DOWN
-// of rows. Grid: outputs, rows, by those of a block, rounded up; block: 32 ACROSS DOWN; dynamic
-// shared memory: STAGES stages, or as many lines of outputs and 4 floats as the block has rows.
+// and rows, W and x by way of shared memory, and sums them as the eight warps there do, one after
+// the other. A warp takes 16 M outputs and 8 N rows, of a block's ACROSS such pieces of outputs and
+// DOWN of rows. Grid: outputs, rows, by those of a block, rounded up; block: 32 ACROSS DOWN;
+// dynamic shared memory: STAGES stages, or as many lines of outputs and 4 floats as the block has
+// rows.
 //
-// NOTE: on an H200 the four products of a block of 2,048 channels, of 999 rows, took 458 us by this
-// and 668 by `few_rows`, which decodes W again for every 64 rows (2026-11-30). With W in bf16 there is
-// nothing to decode, and the best of five tilings was within 4% of `few_rows`.
+// NOTE: on an H200 the four products of 999 rows of a layer with 2,048 channels took 458 us by this
+// and 668 by `few_rows`, which decodes W again for every 64 rows (2026-11-30). With W in bf16 there
+// is nothing to decode: the best of five tilings took 563 and 584 us, 136 and 122 with 768
+// channels.
 template <int M, int N, int ACROSS, int DOWN>
 __global__ void __launch_bounds__(32 * ACROSS * DOWN) many_rows(FewRows p) {
   begin();
@@ -270,8 +272,8 @@ __global__ void __launch_bounds__(32 * ACROSS * DOWN) many_rows(FewRows p) {
   u32 count = (p.inputs + CHUNK - 1) / CHUNK, scales = 0;
   const Copies<OUTPUTS, ROWS, THREADS> copies(p, output, row, count);
   Walk ahead = {0, 0, count};
-  // All but one stage are on their way before the first is looked at. Scales come through a register,
-  // and are put down a chunk later.
+  // All but one stage are on their way before the first is looked at. Scales come through a
+  // register, and are put down a chunk later.
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
     if (ahead.goes_on()) {

@@ -66,9 +66,9 @@ __device__ __forceinline__ u32 whole(float v) { return __float_as_uint(__fadd_rn
 
 // Codes in the low 8 bits, behind which there are others.
 __device__ __forceinline__ u32 first_code(float m, float inverse) {
-  // The code is that of 127 times the quotient of 2 n by 1 + |n|. Half a quotient times 254 rounds as
-  // that does, and a quotient that is corrected once is near enough: for each n up to 1 the code is
-  // the same, also where the reciprocal is two last places off.
+  // The code is that of 127 times the quotient of 2 n by 1 + |n|. Half a quotient times 254 rounds
+  // as that does, and a quotient that is corrected once is near enough: for each n up to 1 the code
+  // is the same, also where the reciprocal is two last places off.
   float n = __fmul_rn(m, inverse), divisor = __fadd_rn(1.0f, fabsf(n));
   float reciprocal = reciprocal_of(divisor), half = __fmul_rn(n, reciprocal);
   half = __fmaf_rn(reciprocal, __fmaf_rn(-divisor, half, n), half);
@@ -181,7 +181,7 @@ __device__ __forceinline__ Words<BYTES> load_words(const void *from, Index i, u3
   return out;
 }
 
-// Stores them.
+// Stores numbers from number i on.
 template <u32 BYTES, class Index>
 __device__ __forceinline__ void store_numbers(void *to, Index i, u32 count,
                                               const Words<BYTES> &from) {
@@ -261,8 +261,7 @@ __device__ __forceinline__ Fetched<ELEMENT> fetch_moments(const Entry &e, Index 
 }
 
 template <bool SECOND, u32 ELEMENT>
-__device__ __forceinline__ Four decode(const Fetched<ELEMENT> &from,
-                                              const Meanings &meanings) {
+__device__ __forceinline__ Four decode(const Fetched<ELEMENT> &from, const Meanings &meanings) {
   Four out;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
@@ -279,7 +278,7 @@ __device__ __forceinline__ Four decode(const Fetched<ELEMENT> &from,
 
 template <u32 ELEMENT, bool SECOND, class Index>
 __device__ __forceinline__ Four load_moments(const Entry &e, Index i, u32 count,
-                                                    const Meanings &meanings, float scale) {
+                                             const Meanings &meanings, float scale) {
   return decode<SECOND>(fetch_moments<ELEMENT, SECOND>(e, i, count, scale), meanings);
 }
 
@@ -328,7 +327,7 @@ __device__ __forceinline__ void store_moments(const Entry &e, u64 start, Index i
 // Second moments as an entry has them.
 template <class Index>
 __device__ __forceinline__ Four load_second(const Entry &e, Index i, u32 count,
-                                                   const Meanings &meanings) {
+                                            const Meanings &meanings) {
   switch (e.element[1]) {
     case F16: return load_moments<F16, true>(e, i, count, meanings, *e.v_scales);
     case INT8: return load_moments<INT8, true>(e, i, count, meanings, 0.0f);
@@ -352,8 +351,8 @@ __device__ __forceinline__ void each_of_piece(Index start, Index end, Of of) {
   }
 }
 
-// An entry whose pointers are those of its element `start`, and of the scale of the group that holds
-// it; what lies there is then found by numbers of 32 bits.
+// An entry whose pointers are those of its element `start`, and of the scale of the group that
+// holds it; what lies there is then found by numbers of 32 bits.
 __device__ __forceinline__ Entry at_element(Entry e, u64 start) {
   e.param += start, e.copy += start;
   if (e.low) e.low += start;
@@ -458,8 +457,8 @@ struct Largest {
 
 // Stores weights, with their copies.
 template <u32 SPLIT, class Index>
-__device__ __forceinline__ void store_weights(const Entry &e, Index i, u32 count,
-                                              const Four &p, Largest &largest) {
+__device__ __forceinline__ void store_weights(const Entry &e, Index i, u32 count, const Four &p,
+                                              Largest &largest) {
   if (splits<SPLIT>(e)) {
     Words<2> copies, lows;
     split(p, copies, lows);

@@ -22,8 +22,8 @@ __device__ __noinline__ float2 divide_any(float m, float v, float factor, float 
 // Quick ones are those of the definition where v is at least 2^-101, which `large` says, and the
 // ratio and what divides, which is at least epsilon, 2^-40 in their magnitudes. Whatever is too
 // large for them makes a ratio of 0 or NaN.
-__device__ __forceinline__ void divide(const Four &m, const Four &v, bool large,
-                                       const Step &s, Four &root, Four &ratio) {
+__device__ __forceinline__ void divide(const Four &m, const Four &v, bool large, const Step &s,
+                                       Four &root, Four &ratio) {
   float least = 0x1p-40f;
 #pragma unroll
   for (u32 k = 0; k < 4; k++) {
@@ -51,7 +51,8 @@ template <u32 FIRST, u32 SECOND> struct Elements {
 #define TURN (4 * THREADS)
 
 // Blocks of updates that a multiprocessor runs at once, as the host knows. NOTE: on an H200 8 bits,
-// split, with gradients in bf16, took 285 us by 2, 262 by 3 and 241 by 4; other forms are alike.
+// split, with gradients in bf16, took 285 us by 2, 262 by 3 and 241 by 4, each block with one run;
+// other forms are alike.
 #define UPDATE_BLOCKS 4
 
 // The update of `len` elements of a parameter from `start` on, where the entry's pointers lead, or
@@ -89,7 +90,7 @@ __device__ __forceinline__ void update_elements(const Entry &e, u32 number, u64 
     }
     bool large;
     if (SECOND == INT8) {
-      // Codes are 1 at least, so that roots are a 255th of the scale. Of elements that there are not the
+      // Codes are 1 at least, so that roots are a 255th of the scale at least. Behind the end a
       // root is NaN, and is found again.
       large = from.second.scale >= 0x1p-40f && moments.kept[1] >= 0.5f;
     } else {
@@ -115,7 +116,8 @@ __device__ __forceinline__ void update_elements(const Entry &e, u32 number, u64 
     for (u32 k = 0; k < 4; k++) {
       if (k >= count) break;
       largest.see(p.of[k]);
-      largest_m = max_nan(largest_m, fabsf(m.of[k])), largest_v = max_nan(largest_v, fabsf(v.of[k]));
+      largest_m = max_nan(largest_m, fabsf(m.of[k])),
+      largest_v = max_nan(largest_v, fabsf(v.of[k]));
     }
   };
   u32 turns = len / TURN;
@@ -152,10 +154,11 @@ constexpr bool has(u32 of_matrices, u32 element) {
 // One update of every parameter, as `adamw` and `stable_adamw`, whose arguments these are; of
 // gradients that are normalized where `normals` (entries) are not null. before (entries): of
 // `choose_scales`, or null where scales of tensors are those of what is stored. Those of ANY form
-// are trials. A block takes `run` pieces that lie side by side, of every gridDim.x times as many. Grid:
-// as many as run at once; block: 256.
+// are trials. A block takes `run` pieces that lie side by side, and goes on gridDim.x runs further.
+// Grid: as many as run at once; block: 256.
 //
-// NOTE: the longer a run is, the less a block waits for entries, and for the first elements of each.
+// NOTE: the longer a run is, the less a block waits for entries, and for the first elements of
+// each.
 template <u32 OF_MATRICES, u32 SPLIT>
 __global__ void __launch_bounds__(THREADS, UPDATE_BLOCKS)
     update_stored(const Entry *table, u32 entries, u64 pieces, u64 run, const double *sums,

@@ -220,8 +220,8 @@ impl Race {
                 // 24 bits are exact as f32, whose exponent is then that of 1 - u or below; -127 for 0.
                 let exponent = (((!high >> 8) as f32).to_bits() >> 23) as i32 - 127 - 24;
                 let gap = below(part[i]) * (0.9999 * std::f32::consts::LOG2_E);
-                // NOTE: one that is no number, of infinite factors, may win.
-                let loses = exponent as f32 >= bound - gap;
+                // NOTE: logits may be further apart than f32 has numbers.
+                let loses = gap < f32::INFINITY && exponent as f32 >= bound - gap;
                 *may_win = !loses;
             }
             if may_win[..part.len()].iter().all(|may_win| !may_win) {
@@ -341,6 +341,15 @@ mod tests {
                 assert_eq!(chosen, first.1, "{options:?}, {index}");
             }
         }
+    }
+
+    /// Logits that are further apart than f32 has numbers, at a temperature that brings them together.
+    #[test]
+    fn the_least_likely_token_is_chosen_as_well() {
+        let options = GenerateOptions { temperature: f32::MAX, ..GenerateOptions::default() };
+        let counts = counts(&options, &[f32::MAX, f32::MIN, f32::MAX], 4000);
+        // One in 15.8 by e^-2.
+        assert!((150..360).contains(&counts[1]), "{counts:?}");
     }
 
     /// Two distributions on the same clocks agree as often as the rule says that they do: the sum

@@ -25,9 +25,9 @@ const WARPS: usize = 8;
 const THREADS: usize = 32 * WARPS;
 /// Rows from which on a block takes several times eight of them.
 const SEVERAL: usize = 9;
-/// Rows, and blocks of many of them, from which on these are faster than as few. NOTE: on an H200 96
-/// blocks of 999 rows were slower, 256 faster.
+/// Rows from which on they may be many; below 999 it was not measured.
 const MANY: usize = 65;
+/// And blocks of many. NOTE: of 999 rows on an H200 96 blocks were slower than few rows, 256 faster.
 const ENOUGH_BLOCKS: usize = 192;
 /// `STAGES` of the kernel of many rows.
 const STAGES: usize = 4;

@@ -181,7 +181,8 @@ impl Reduction {
                 _ => "update_stored<ANY,EITHER>",
             };
             let grid = self.grid(cuda, UPDATE_BLOCKS);
-            // Blocks whose pieces are all of matrices of Muon have nothing to do, so these go around.
+            // Blocks whose pieces were all of matrices of Muon would have nothing to do, so that pieces are
+            // dealt one by one.
             let run = match kind.orthogonalizes() {
                 true => 1,
                 false => self.pieces.div_ceil(grid[0] as u64),

@@ -324,18 +324,23 @@ fn attention_behind_has_the_bits_of_the_whole() {
             assert!(same, "{what}: in pieces of {pieces:?}");
         }
         // Neither does a row see what is not finite behind it, where it comes with it.
-        let row = length - 5;
-        let values = [(1, f32::NAN), (2, f32::NAN), (2, f32::INFINITY)];
-        for (part, value) in values.into_iter().filter(|_| length <= 100) {
+        let last = length - 5;
+        let values = [
+            (last, 1, f32::NAN),
+            (last, 2, f32::NAN),
+            (last, 2, f32::INFINITY),
+            (3, 2, f32::NEG_INFINITY),
+        ];
+        for (row, part, value) in values.into_iter().filter(|_| length <= 100) {
             let mut qkv = qkv.clone();
             let first = row * 3 * c + part * c;
             qkv[first..][..c / 2].fill(value);
             let poisoned = run(&[length], SCHEDULES[1], &qkv);
-            let parts = run(&[row, 1], SCHEDULES[2], &qkv);
+            let parts = run(&[row, 1, 1], SCHEDULES[2], &qkv);
             let bits = |v: &f32| if v.is_nan() { None } else { Some(v.to_bits()) };
             assert!(
                 parts.iter().map(bits).eq(poisoned.iter().map(bits)),
-                "{what}: {part}, {value}"
+                "{what}: {row}, {part}, {value}"
             );
             let before = std::iter::zip(&whole, &poisoned).take(row * c);
             assert!(before.into_iter().all(|(a, b)| a.to_bits() == b.to_bits()));
