@@ -9,7 +9,8 @@ use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
-use std::time::SystemTime;
+use std::thread::sleep;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::OFlags;
 
@@ -19,6 +20,10 @@ use crate::files::is_at;
 
 /// The library knows the name.
 const FILE: &str = ".mxt-lock";
+
+/// How long a run that is ending is waited for, and how long until it is looked at again.
+const PATIENCE: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// A folder that is this run's, as long as it lives.
 pub(crate) struct RunLock {
@@ -62,6 +67,7 @@ impl RunLock {
     }
 
     fn open(&self) -> Outcome<Option<File>> {
+        let mut waited = Duration::ZERO;
         loop {
             let mut file = match open(&self.path) {
                 Ok(file) => file,
@@ -76,6 +82,22 @@ impl RunLock {
                 Err(TryLockError::WouldBlock) => {
                     let mut holder = String::new();
                     let _ = (&file).take(1 << 10).read_to_string(&mut holder);
+                    // A run that was killed lets go when its memory is gone, which takes seconds where
+                    // a GPU holds much of it.
+                    if let Some(process) = process_of(&holder).filter(|process| is_ending(*process))
+                        && waited < PATIENCE
+                    {
+                        if waited.is_zero() {
+                            console::note(&format!(
+                                "mxtrain: the run of process {process}, which is ending, still has \
+                                 {}; waiting for it",
+                                self.path.parent().unwrap_or(&self.path).display()
+                            ));
+                        }
+                        sleep(PAUSE);
+                        waited += PAUSE;
+                        continue;
+                    }
                     return Err(Failure::usage(format!(
                         "--out: another run ({}) is using {}; wait for it, stop it, or name another \
                          folder",
@@ -131,6 +153,35 @@ fn open(path: &Path) -> io::Result<File> {
     }
 }
 
+fn host() -> String {
+    fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
+}
+
+/// The process of this machine that [`describe`] named.
+fn process_of(line: &str) -> Option<u32> {
+    let (process, rest) = line.strip_prefix("process ")?.split_once(" on ")?;
+    let (name, _) = rest.split_once(" since ")?;
+    (name == host()).then(|| process.parse().ok()).flatten()
+}
+
+/// Whether a process was killed, but is still there; false where the system does not say.
+fn is_ending(process: u32) -> bool {
+    let read =
+        |name: &str| fs::read_to_string(format!("/proc/{process}/{name}")).unwrap_or_default();
+    // Behind the name, in brackets: the state, five numbers, and the kernel's flags.
+    let stat = read("stat");
+    let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let (state, flags) = (fields.next(), fields.nth(5));
+    let exits = flags.and_then(|flags| flags.parse::<u64>().ok()).is_some_and(|f| f & 4 != 0);
+    // A signal 9 that has not come through yet.
+    let status = read("status");
+    let pending = status.lines().filter_map(|line| {
+        let mask = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    });
+    state == Some("Z") || exits || pending.into_iter().any(|mask| mask >> 8 & 1 == 1)
+}
+
 /// Writes who has the lock. Not into a file that has another name too and holds something else: a
 /// checkpoint that was unpacked can have made this name one for any file of its user. What is left
 /// of a killed save has two names as well, but holds our line.
@@ -144,11 +195,11 @@ fn describe(file: &mut File) -> io::Result<()> {
             return Ok(());
         }
     }
-    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = host();
     let since = humantime::format_rfc3339_seconds(SystemTime::now());
     file.set_len(0)?;
     file.rewind()?;
-    writeln!(file, "process {} on {} since {since}", process::id(), host.trim())
+    writeln!(file, "process {} on {host} since {since}", process::id())
 }
 
 #[cfg(test)]
@@ -173,6 +224,33 @@ mod tests {
         assert!(fs::read_to_string(out.join(FILE)).unwrap().contains(&process::id().to_string()));
         drop(lock);
         assert_eq!(fs::read_dir(&out).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_run_that_is_ending_is_waited_for() {
+        assert!(!is_ending(process::id()) && !is_ending(u32::MAX));
+        // One that has ended, which nobody has asked for its end yet.
+        let mut ended = process::Command::new("true").spawn().unwrap();
+        while !is_ending(ended.id()) {
+            sleep(Duration::from_millis(1));
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let lock = RunLock::take(dir.path()).unwrap();
+        let line = format!("process {} on {} since yesterday\n", ended.id(), host());
+        assert_eq!(process_of(&line), Some(ended.id()));
+        assert_eq!(
+            process_of(&format!("process {} on elsewhere since yesterday", ended.id())),
+            None
+        );
+        fs::write(dir.path().join(FILE), line).unwrap();
+        let letting_go = std::thread::spawn(move || {
+            sleep(Duration::from_millis(200));
+            drop(lock);
+        });
+        let taken = RunLock::take(dir.path());
+        ended.wait().unwrap();
+        letting_go.join().unwrap();
+        assert!(taken.is_ok());
     }
 
     #[test]
