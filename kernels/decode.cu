@@ -9,7 +9,7 @@
 // An element of y is summed in an order that its inputs alone decide: chunks of them go around to
 // the eight warps of a block, each sums its own from first to last, and the warps' sums are added
 // in their order. So a row has the same bits alone, among others, and in a long text that comes at
-// once, of which another kernel takes many rows and keeps to that order.
+// once, of which in MXFP4 another kernel takes many rows and keeps to that order.
 
 // The warps of a block, among which inputs are divided.
 #define WARPS 8

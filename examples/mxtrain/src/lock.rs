@@ -227,6 +227,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_os = "linux")]
     fn a_run_that_is_ending_is_waited_for() {
         assert!(!is_ending(process::id()) && !is_ending(u32::MAX));
         // One that has ended, which nobody has asked for its end yet.
