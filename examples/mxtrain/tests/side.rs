@@ -5,6 +5,7 @@ mod common;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
@@ -405,6 +406,27 @@ fn a_description_that_is_damaged_under_a_run_is_written_again() {
         serde_json::from_str(&fs::read_to_string(dir.join("model/mxtrain.json")).unwrap()).unwrap();
     assert!(file["files"]["tokenizer.json"].is_string(), "{file}");
     succeed(dir, &format!("train --resume model --steps {}", saved(dir, "model") + 1));
+}
+
+/// A checkpoint may be gigabytes: what a run goes on from in its own folder is not written again.
+#[test]
+fn a_resumed_run_does_not_save_what_its_folder_holds() {
+    let dir = folder();
+    let dir = dir.path();
+    let state = || fs::metadata(dir.join("model/trainer.safetensors")).unwrap().ino();
+    succeed(dir, &format!("train --data data --out model --steps 3 {TINY}"));
+    for (change, is_saved) in [("", false), (" --new-schedule", true)] {
+        let (before, held) = (state(), saved(dir, "model"));
+        let _ = fs::remove_file(dir.join("log.jsonl"));
+        let line = "train --resume model --log log.jsonl --steps 100000000 --save-every 0";
+        let child = begin(dir, &format!("{line}{change}"));
+        wait_for(|| steps(dir) > 2);
+        assert_eq!(state() != before, is_saved, "{change}");
+        interrupt(&child);
+        let (code, out, error) = end(child);
+        assert_eq!(code, Some(130), "{out}{error}");
+        assert!(state() != before && saved(dir, "model") == held + steps(dir), "{out}");
+    }
 }
 
 /// A log in the run's own folder leads nowhere else, so it goes on without a word.

@@ -191,7 +191,7 @@ impl Run {
         signals.ask(run.stop.clone(), "and what is not saved is lost");
         // Saved before the first step too: a folder that cannot be written should not show after
         // hours.
-        run.saves.first(&mut run.trainer, args.start.resume.is_some())?;
+        run.saves.first(&mut run.trainer, setup::origin(args, parsed, &run.saves.out))?;
         run.log = (args.report.log.as_deref())
             .map(|path| Log::open(path, args.start.resume.is_some()))
             .transpose()?;

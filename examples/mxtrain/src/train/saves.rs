@@ -22,6 +22,17 @@ use crate::run_file::{self, RunFile};
 pub(super) const FILES: [&str; 5] =
     ["config.json", "model.safetensors", "trainer.json", "trainer.safetensors", run_file::FILE];
 
+/// What a run begins from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// No run before it.
+    New,
+    /// A run whose checkpoint lies elsewhere, or is of other settings.
+    Resumed,
+    /// What its own folder holds, as it is.
+    Held,
+}
+
 /// The saves of a run.
 pub(crate) struct Saves {
     /// The run's folder.
@@ -56,10 +67,13 @@ impl Saves {
 
     /// The first save: a folder that cannot be written should not show after hours. A run that does
     /// not go on with one before sets its files aside: a kill on the way may leave weights alone,
-    /// but not beside a description of others.
-    pub(crate) fn first(&mut self, trainer: &mut Trainer, goes_on: bool) -> Outcome {
-        let before = if goes_on { Vec::new() } else { set_aside(&self.out)? };
-        trainer.save(&self.out).inspect_err(|_| put_back(&before))?;
+    /// but not beside a description of others. Where it goes on with what the folder itself holds,
+    /// the run's description alone is written: a checkpoint may be gigabytes, and take minutes.
+    pub(crate) fn first(&mut self, trainer: &mut Trainer, origin: Origin) -> Outcome {
+        let before = if origin == Origin::New { set_aside(&self.out)? } else { Vec::new() };
+        if origin != Origin::Held {
+            trainer.save(&self.out).inspect_err(|_| put_back(&before))?;
+        }
         for path in &before {
             let _ = fs::remove_file(aside(path));
         }

@@ -14,7 +14,7 @@ use mxfp4train::{
 };
 
 use super::log::Log;
-use super::saves::FILES;
+use super::saves::{FILES, Origin};
 use super::tensorboard::TensorBoard;
 use crate::cli::{
     BatchArgs, DataArgs, ModelArgs, OptimizerArgs, TokenArgs, TrainArgs, VariantArgs,
@@ -230,6 +230,17 @@ pub(crate) fn trainer_options(
         require_descent(&options.schedule)?;
     }
     Ok(options)
+}
+
+/// What a run that is saved in `out` begins from.
+pub(crate) fn origin(args: &TrainArgs, parsed: &Parsed, out: &Path) -> Origin {
+    let Some(dir) = &args.start.resume else { return Origin::New };
+    let is_changed = parsed.given("optimizer") || args.start.new_schedule;
+    let place = |dir: &Path| std::fs::canonicalize(dir).ok();
+    match place(dir).is_some_and(|dir| Some(dir) == place(out)) && !is_changed {
+        true => Origin::Held,
+        false => Origin::Resumed,
+    }
 }
 
 /// What a run begins with: everything is checked, a new model's memory is not yet taken.
