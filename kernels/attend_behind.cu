@@ -32,11 +32,34 @@ __device__ __forceinline__ void keep(const Behind &p, u32 start, u32 head, u32 i
   keys[((size_t)d + channel) * p.positions + start + row] = from[c];
 }
 
-// Keeps all rows. Grid: rows times head size / 256, rounded up, heads; block: 256.
+// Rows and channels that a block keeps.
+#define TILE 64
+
+// Keeps all rows. Values are turned in shared memory, so that both sides of it read and write what
+// lies side by side. Grid: rows / TILE, rounded up, and as many times the heads as TILE goes into
+// their size; block: 4 TILE.
 template <class T> __global__ void keep_rows(Behind p) {
   begin();
-  u32 i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < p.rows * p.heads.head_size) keep<T>(p, *p.start, blockIdx.y, i);
+  __shared__ T tile[TILE][TILE + 2];
+  u32 d = p.heads.head_size, c = p.heads.channels(), start = *p.start, tiles = (d + TILE - 1) / TILE;
+  u32 head = blockIdx.y / tiles, row = blockIdx.x * TILE, channel = blockIdx.y % tiles * TILE;
+  u32 rows = min(p.rows - row, (u32)TILE), channels = min(d - channel, (u32)TILE);
+  const T *from = (const T *)p.qkv + (size_t)row * 3 * c + c + head * d + channel;
+  T *keys = (T *)p.kept + (size_t)head * 2 * p.positions * d;
+  T *values = keys + (size_t)p.positions * d;
+  u32 x = threadIdx.x % TILE, y = threadIdx.x / TILE;
+  if (x < channels)
+#pragma unroll 4
+    for (u32 i = y; i < rows; i += 4) {
+      const T *line = from + (size_t)i * 3 * c + x;
+      keys[(size_t)(start + row + i) * d + channel + x] = line[0];
+      tile[i][x] = line[c];
+    }
+  __syncthreads();
+  if (x < rows)
+#pragma unroll 4
+    for (u32 i = y; i < channels; i += 4)
+      values[(size_t)(channel + i) * p.positions + start + row + x] = tile[x][i];
 }
 
 // Rows of a block, as many as the tensor cores take.
@@ -92,22 +115,38 @@ __device__ __noinline__ float4 multiply_row_by_row(float4 out, uint4 low, uint4 
 // of D + 2 floats.
 template <int D, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
-  begin();
   const float NONE = -__int_as_float(0x7f800000);
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   u32 head = blockIdx.y, d = p.heads.head_size, c = p.heads.channels();
+  const bf16 *keys = (const bf16 *)p.kept + (size_t)head * 2 * p.positions * d;
+  const bf16 *values = keys + (size_t)p.positions * d;
+  // A thread's share of a block of keys: so that its scores are of keys side by side, column 2 n + b
+  // of tile j is number 8 n + 2 j + b.
+  u32 k[D / 32][4][4];
+  auto load_keys = [&](u32 block) {
+#pragma unroll
+    for (int i = 0; i < D / 32; i++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        u32 key = block + g / 2 * 8 + 2 * j + g % 2;
+        eight(k[i][j], keys + (size_t)key * d, 32 * i + 8 * t, key < p.positions ? d : 0);
+      }
+  };
+  // Those that were kept before, for which nothing is waited for (`begin` in ptx.cuh).
+  if (p.keeps) load_keys(warp * KEYS);
   u32 first = blockIdx.x * QUERIES, rows = min(p.rows - first, (u32)QUERIES), start = *p.start;
+  begin();
   if (p.keeps) {
     for (u32 i = threadIdx.x; i < p.rows * d; i += 32 * WARPS) keep<bf16>(p, start, head, i);
     __syncthreads();
   }
   const bf16 *queries = (const bf16 *)p.qkv + (size_t)first * 3 * c + head * d;
-  const bf16 *keys = (const bf16 *)p.kept + (size_t)head * 2 * p.positions * d;
-  const bf16 *values = keys + (size_t)p.positions * d;
   float most[2] = {NONE, NONE}, sum[2] = {0.0f, 0.0f}, out[D / 8][4] = {};
   float scale = __fmul_rn(p.heads.scale(), LOG2E);
   // The last row sees these.
   u32 seen = start + first + rows;
+  // Those that are new, too.
+  if (!p.keeps || (start < (warp + 1) * KEYS && warp * KEYS < seen)) load_keys(warp * KEYS);
   for (u32 block = warp * KEYS; block < seen; block += WARPS * KEYS) {
     float scores[4][4] = {};
     u32 v[D / 8][4];
@@ -121,14 +160,10 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
       }
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        // So that a thread's scores are of keys side by side: column 2 n + b of tile j is number
-        // 8 n + 2 j + b.
-        u32 k[4];
-        eight(k, keys + (size_t)(block + g / 2 * 8 + 2 * j + g % 2) * d, 32 * i + 8 * t, d);
 #pragma unroll
         for (int step = 0; step < 2; step++) {
           u32 of_q[4] = {q[0][2 * step], q[1][2 * step], q[0][2 * step + 1], q[1][2 * step + 1]};
-          multiply_bf16_tiles(scores[j], of_q, k[2 * step], k[2 * step + 1]);
+          multiply_bf16_tiles(scores[j], of_q, k[i][j][2 * step], k[i][j][2 * step + 1]);
         }
       }
     }
@@ -196,6 +231,7 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
       for (int step = 0; step < 2; step++)
         multiply_bf16_tiles(out[j], of_keys[step], v[j][2 * step], v[j][2 * step + 1]);
     }
+    if (block + WARPS * KEYS < seen) load_keys(block + WARPS * KEYS);
   }
   float *of_warps = (float *)shared;
 #pragma unroll

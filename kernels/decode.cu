@@ -9,11 +9,11 @@
 // An element of y is summed in an order that its inputs alone decide: chunks of them go around to
 // the eight warps of a block, each sums its own from first to last, and the warps' sums are added
 // in their order. So a row has the same bits alone, among others, and in a long text that comes at
-// once, of which in MXFP4 another kernel takes many rows and keeps to that order.
+// once, of which another kernel takes many rows and keeps to that order.
 
 // The warps of a block, among which inputs are divided.
 #define WARPS 8
-// Chunks of many rows that are on their way to shared memory.
+// Stages of many rows that are on their way to shared memory.
 #define STAGES 4
 
 // `FewRows` of the host.
@@ -56,7 +56,7 @@ __device__ __forceinline__ void decode_codes(u32 codes, u32 &first, u32 &second)
 struct OfMxfp4 {
   static const u32 EACH = 16, CHUNK = 4 * EACH;
   uint2 raw[2];
-  u32 scale[2];  // twice, in bf16
+  u32 scale[2];  // its byte
 
   __device__ __forceinline__ void load(const FewRows &p, u32 output, u32 first, u32 half) {
     raw[half] = make_uint2(0, 0), scale[half] = 0;
@@ -64,70 +64,85 @@ struct OfMxfp4 {
       // Lines are as long as whole chunks.
       size_t at = (size_t)output * ((p.inputs + CHUNK - 1) / CHUNK * CHUNK) + first;
       raw[half] = *(const uint2 *)((const u8 *)p.w + at / 2);
-      scale[half] = scale_of(((const u8 *)p.scales)[at / 32]);
+      scale[half] = ((const u8 *)p.scales)[at / 32];
     }
   }
-  // 2^-127 has no exponent of its own; 255 is infinity, which makes NaN of the zeros beside it.
+  // Twice, in bf16. 2^-127 has no exponent of its own; 255 is infinity, which makes NaN of the zeros
+  // beside it. NOTE: not as it is loaded, where every load would be waited for.
   static __device__ __forceinline__ u32 scale_of(u32 byte) {
     return (byte ? byte << 7 : 0x40u) * 0x10001u;
   }
   __device__ __forceinline__ void words(u32 half, u32 to[EACH / 2]) const {
-    u32 both[2] = {raw[half].x, raw[half].y};
+    u32 both[2] = {raw[half].x, raw[half].y}, factor = scale_of(scale[half]);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       decode_codes(both[i / 2] >> i % 2 * 16, to[2 * i], to[2 * i + 1]);
-      to[2 * i] = multiply_bf16(to[2 * i], scale[half]);
-      to[2 * i + 1] = multiply_bf16(to[2 * i + 1], scale[half]);
+      to[2 * i] = multiply_bf16(to[2 * i], factor);
+      to[2 * i + 1] = multiply_bf16(to[2 * i + 1], factor);
     }
-  }
-
-  // The share of one of `lines`, which lie in shared memory behind each other.
-  __device__ __forceinline__ void load(const u8 *lines, const u16 *scales, u32 line, u32 t,
-                                       u32 half) {
-    raw[half] = *(const uint2 *)(lines + line * 32 + 8 * t);
-    scale[half] = scale_of(scales[line] >> t / 2 * 8 & 255);
   }
 };
 
 __device__ __forceinline__ void put(float *to, float v) { *to = v; }
 __device__ __forceinline__ void put(bf16 *to, float v) { *to = from_f32<bf16>(v); }
 
-// y at (row, output) from its sum, and what GELU makes of it.
+__device__ __forceinline__ float gelu_of(const FewRows &p, float v) {
+  return p.form == 1 ? gelu(v) : exact_gelu(v);
+}
+
+// y at (row, output) from its sum, and what GELU makes of it; `bias` is read where there is one.
 template <class T>
-__device__ __forceinline__ void finish(const FewRows &p, u32 row, u32 output, float sum) {
-  if (p.bias) sum = __fadd_rn(sum, to_f32(((const T *)p.bias)[output]));
+__device__ __forceinline__ void finish(const FewRows &p, u32 row, u32 output, float sum,
+                                       float bias) {
+  if (p.bias) sum = __fadd_rn(sum, bias);
   size_t at = (size_t)row * p.outputs + output;
   T y = from_f32<T>(sum);
   ((T *)p.y)[at] = y;
-  if (p.form) {
-    float v = to_f32(y);
-    ((T *)p.activated)[at] = from_f32<T>(p.form == 1 ? gelu(v) : exact_gelu(v));
-  }
+  if (p.form) ((T *)p.activated)[at] = from_f32<T>(gelu_of(p, to_f32(y)));
+}
+template <class T> __device__ __forceinline__ float bias_of(const FewRows &p, u32 output) {
+  return p.bias ? to_f32(((const T *)p.bias)[output]) : 0.0f;
 }
 
 // y for 16 OUTPUTS outputs and 8 ROWS rows a block, in bf16 or, of logits, in f32. Inputs are a
-// multiple of 8. A warp asks for AHEAD chunks before it needs the first. Grid: outputs, rows, by
-// those of a block, rounded up; block: 32 WARPS; dynamic shared memory: WARPS times 8 ROWS lines of
-// 16 OUTPUTS + 4 floats.
+// multiple of 8. A warp asks for AHEAD chunks before it needs the first, and for those that come
+// first while the kernel that makes x still runs: none that may run then writes W or the bias
+// (`begin` in ptx.cuh). Grid: outputs, rows, by those of a block, rounded up; block: 32 WARPS;
+// dynamic shared memory: WARPS times 8 ROWS lines of 16 OUTPUTS + 4 floats.
+//
+// NOTE: on an H200 a token of a model as GPT-2 with 124M parameters took 336 us without that and
+// with 4 chunks ahead, 268 with it and with up to 12; in MXFP4 369 and 262 (2026-11-30). To go on
+// asking for a chunk wherever one was used took 273 and 277, for it takes more registers.
 template <class W, class T, int OUTPUTS, int ROWS, int AHEAD>
 __global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
-  begin();
   const int PITCH = 16 * OUTPUTS + 4;  // so that the threads that store meet in no bank
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   u32 output = blockIdx.x * 16 * OUTPUTS, row = blockIdx.y * 8 * ROWS;
   const bf16 *x = (const bf16 *)p.x;
+  W w[AHEAD][OUTPUTS];
+  auto load = [&](int a, u32 chunk) {
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; o++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        w[a][o].load(p, output + 16 * o + 8 * half + g,
+                     chunk + a * WARPS * W::CHUNK + t * W::EACH, half);
+  };
+#pragma unroll
+  for (int a = 0; a < AHEAD; a++) load(a, warp * W::CHUNK);
+  // A thread finishes elements of one output.
+  u32 of_thread = output + threadIdx.x % (16 * OUTPUTS);
+  float bias = of_thread < p.outputs ? bias_of<T>(p, of_thread) : 0.0f;
+  begin();
   float sums[OUTPUTS][ROWS][4] = {};
   for (u32 chunk = warp * W::CHUNK; chunk < p.inputs; chunk += AHEAD * WARPS * W::CHUNK) {
-    W w[AHEAD][OUTPUTS];
+    if (chunk != warp * W::CHUNK)
+#pragma unroll
+      for (int a = 0; a < AHEAD; a++) load(a, chunk);
     u32 of_x[AHEAD][ROWS][W::EACH / 2];
 #pragma unroll
     for (int a = 0; a < AHEAD; a++) {
       u32 first = chunk + a * WARPS * W::CHUNK + t * W::EACH;
-#pragma unroll
-      for (int o = 0; o < OUTPUTS; o++)
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-          w[a][o].load(p, output + 16 * o + 8 * half + g, first, half);
 #pragma unroll
       for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -173,66 +188,33 @@ __global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
     float sum = of_warps[r * PITCH + o];
 #pragma unroll
     for (int w = 1; w < WARPS; w++) sum = __fadd_rn(sum, of_warps[(w * 8 * ROWS + r) * PITCH + o]);
-    finish<T>(p, row + r, output + o, sum);
+    finish<T>(p, row + r, output + o, sum, bias);
   }
 }
 
-// Pieces of 16 bytes of a chunk: of an output, and of a row of x.
-#define OF_W 2
-#define OF_X 8
-
-// What a block of many rows has in shared memory for a chunk.
-template <int OUTPUTS, int ROWS> struct Stage {
-  u8 w[OUTPUTS * OF_W * 16];
-  u8 x[ROWS * OF_X * 16];
-  u16 scales[OUTPUTS];
-};
-
-// Where a piece of a row of x lies, so that threads that read it, two pieces beside each other,
-// meet in no bank.
-__device__ __forceinline__ u32 place_of_x(u32 row, u32 piece) {
-  return (row * OF_X + (piece ^ (row & 1))) * 16;
+// A matrix (outputs, inputs) of p.w laid out at p.y in the order in which tensor cores take their
+// left operand: of 16 lines and the 16 inputs of an instruction 16 bytes of each thread, behind
+// those of the thread before. Such pieces go by lines, then chunks, then instructions; what is
+// beyond lines and inputs is zeros. Grid: chunks of all pieces of 16 lines / WARPS, rounded up;
+// block: 32 WARPS.
+template <class W> __global__ void __launch_bounds__(32 * WARPS) lay_out(FewRows p) {
+  begin();
+  const int STEPS = W::CHUNK / 16;
+  u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+  u32 chunks = (p.inputs + W::CHUNK - 1) / W::CHUNK;
+  u32 number = blockIdx.x * WARPS + threadIdx.x / WARP;
+  u32 line = number / chunks * 16 + g, first = number % chunks * W::CHUNK + t * W::EACH;
+  if (line - g >= p.outputs) return;
+  W w;
+  w.load(p, line, first, 0), w.load(p, line + 8, first, 1);
+  u32 words[2][W::EACH / 2];
+  w.words(0, words[0]), w.words(1, words[1]);
+  u8 *to = (u8 *)p.y + ((size_t)number * STEPS * WARP + lane) * 16;
+#pragma unroll
+  for (int s = 0; s < STEPS; s++)
+    store_words(to + s * WARP * 16, words[0][2 * s], words[1][2 * s], words[0][2 * s + 1],
+                words[1][2 * s + 1]);
 }
-
-// What a thread copies of a chunk of W and x to shared memory. What does not change from chunk to
-// chunk is found once: a chunk is few products, beside which addresses are much to compute.
-template <int OUTPUTS, int ROWS, int THREADS> struct Copies {
-  // Lines between a thread's pieces, and how many pieces it has.
-  static const u32 APART_W = THREADS / OF_W, APART_X = THREADS / OF_X;
-  static const u32 COUNT_W = OUTPUTS / APART_W, COUNT_X = ROWS / APART_X;
-  const u8 *w, *x;
-  const u16 *scales;  // of one output, or null
-  // Lines from its first on that there are; chunks that have its piece of a row.
-  u32 lines_w, lines_x, chunks_x;
-
-  __device__ __forceinline__ Copies(const FewRows &p, u32 output, u32 row, u32 chunks) {
-    u32 line_w = threadIdx.x / OF_W, line_x = threadIdx.x / OF_X, piece_x = threadIdx.x % OF_X;
-    w = (const u8 *)p.w + ((size_t)(output + line_w) * chunks * OF_W + threadIdx.x % OF_W) * 16;
-    x = (const u8 *)p.x + (size_t)(row + line_x) * p.inputs * 2 + 16 * piece_x;
-    lines_w = p.outputs > output + line_w ? p.outputs - output - line_w : 0;
-    lines_x = p.rows > row + line_x ? p.rows - row - line_x : 0;
-    chunks_x = (p.inputs + OfMxfp4::CHUNK - 1 - 8 * piece_x) / OfMxfp4::CHUNK;
-    bool has_scales = threadIdx.x < OUTPUTS && output + threadIdx.x < p.outputs;
-    size_t of_scales = (size_t)(output + threadIdx.x) * chunks;
-    scales = has_scales ? (const u16 *)p.scales + of_scales : nullptr;
-  }
-
-  // Starts copying a chunk of so many; returns both scales of one output.
-  __device__ __forceinline__ u32 start(const FewRows &p, Stage<OUTPUTS, ROWS> &to, u32 chunk,
-                                       u32 chunks) const {
-    const u8 *from = w + (size_t)chunk * (OF_W * 16);
-    u8 *place = to.w + threadIdx.x * 16;
-#pragma unroll
-    for (u32 i = 0; i < COUNT_W; i++, from += (size_t)APART_W * chunks * (OF_W * 16))
-      copy16(place + i * THREADS * 16, from, i * APART_W < lines_w);
-    from = x + (size_t)chunk * (OF_X * 16);
-    place = to.x + place_of_x(threadIdx.x / OF_X, threadIdx.x % OF_X);
-#pragma unroll
-    for (u32 i = 0; i < COUNT_X; i++, from += (size_t)APART_X * p.inputs * 2)
-      copy16(place + i * THREADS * 16, from, i * APART_X < lines_x && chunk < chunks_x);
-    return scales ? scales[chunk] : 0;
-  }
-};
 
 // A walk through chunks in the order in which `few_rows` sums them: those of its first warp, then
 // those of the next.
@@ -240,125 +222,218 @@ struct Walk {
   u32 warp, chunk, count;
 
   __device__ __forceinline__ bool goes_on() const { return chunk < count; }
+  // Whether it is at a warp's last.
+  __device__ __forceinline__ bool ends() const { return chunk + WARPS >= count; }
   __device__ __forceinline__ void next() {
-    if (chunk + WARPS < count) chunk += WARPS;
-    else if (++warp < WARPS) chunk = warp;
-    else chunk = count;
+    chunk += WARPS;
+    if (chunk >= count && ++warp < WARPS) chunk = warp;
   }
 };
 
-// `few_rows` for many rows and weights in MXFP4, to the bit: a block has all inputs of its outputs
-// and rows, W and x by way of shared memory, and sums them as the eight warps there do, one after
-// the other. A warp takes 16 M outputs and 8 N rows, of a block's ACROSS such pieces of outputs and
-// DOWN of rows. Grid: outputs, rows, by those of a block, rounded up; block: 32 ACROSS DOWN;
-// dynamic shared memory: STAGES stages, or as many lines of outputs and 4 floats as the block has
-// rows.
+// What a block of many rows has in shared memory for a barrier: 64 inputs, which are one chunk of
+// four instructions or two of two, of the left operand, as it is laid out, and of the right one.
+template <int LEFT, int RIGHT, int STEPS> struct Stage {
+  static const int CHUNKS = 4 / STEPS;
+  u8 left[CHUNKS][LEFT * STEPS * 32];
+  u8 right[CHUNKS][RIGHT * STEPS * 32];
+};
+
+// Where a piece of 16 bytes of the right operand's line lies in a chunk, so that threads that read
+// theirs meet in no bank.
+template <int STEPS> __device__ __forceinline__ u32 place_of(u32 line, u32 piece) {
+  return (line * STEPS * 2 + (STEPS == 4 ? piece ^ (line & 1) : piece)) * 16;
+}
+
+// What a thread copies of a chunk of both operands to shared memory. What does not change from
+// chunk to chunk is found once: a chunk is few products, beside which addresses are much to
+// compute.
+template <int LEFT, int RIGHT, int STEPS, int THREADS> struct Copies {
+  // Pieces of a chunk of 16 left lines, and of a right one.
+  static const u32 OF_LEFT = STEPS * WARP, OF_RIGHT = STEPS * 2;
+  // Those between a thread's pieces, and how many it has.
+  static const u32 APART_LEFT = THREADS / OF_LEFT, APART_RIGHT = THREADS / OF_RIGHT;
+  static const u32 COUNT_LEFT = LEFT / 16 / APART_LEFT, COUNT_RIGHT = RIGHT / APART_RIGHT;
+  const u8 *left, *right;
+  // Lines from its first on that there are; chunks that have its piece of a right one.
+  u32 left_lines, right_lines, right_chunks, chunks, right_pitch;
+
+  // `first` and `lines`: of the block, and of all, on either side.
+  __device__ __forceinline__ Copies(const FewRows &p, const void *left, const void *right,
+                                    const u32 first[2], const u32 lines[2], u32 chunks)
+      : chunks(chunks), right_pitch(p.inputs * 2) {
+    u32 of_left = first[0] / 16 + threadIdx.x / OF_LEFT, end = (lines[0] + 15) / 16;
+    u32 of_right = first[1] + threadIdx.x / OF_RIGHT, piece = threadIdx.x % OF_RIGHT;
+    this->left =
+        (const u8 *)left + ((size_t)of_left * chunks * OF_LEFT + threadIdx.x % OF_LEFT) * 16;
+    this->right = (const u8 *)right + (size_t)of_right * p.inputs * 2 + 16 * piece;
+    left_lines = end > of_left ? end - of_left : 0;
+    right_lines = lines[1] > of_right ? lines[1] - of_right : 0;
+    right_chunks = (p.inputs + 16 * STEPS - 1 - 8 * piece) / (16 * STEPS);
+  }
+
+  __device__ __forceinline__ void start(u8 *to_left, u8 *to_right, u32 chunk) const {
+    const u8 *from = left + (size_t)chunk * (OF_LEFT * 16);
+    u8 *to = to_left + threadIdx.x * 16;
+#pragma unroll
+    for (u32 i = 0; i < COUNT_LEFT; i++, from += (size_t)APART_LEFT * chunks * (OF_LEFT * 16))
+      copy16(to + i * THREADS * 16, from, i * APART_LEFT < left_lines);
+    from = right + (size_t)chunk * (OF_RIGHT * 16);
+    to = to_right + place_of<STEPS>(threadIdx.x / OF_RIGHT, threadIdx.x % OF_RIGHT);
+#pragma unroll
+    for (u32 i = 0; i < COUNT_RIGHT; i++, from += (size_t)APART_RIGHT * right_pitch)
+      copy16(to + i * THREADS * 16, from, i * APART_RIGHT < right_lines && chunk < right_chunks);
+  }
+};
+
+// `few_rows` in bf16 for many rows, to the bit: a block has all inputs of its outputs and rows, both
+// operands by way of shared memory, and sums them as the eight warps there do, one after the other.
+// The left operand is laid out: x where OF_X, whose rows are fewer bytes than W, and else W, of
+// MXFP4, which is then decoded once. Outputs are a multiple of 8. A chunk is STEPS instructions
+// long. A warp takes 16 M left lines and 8 N right ones, of a block's ACROSS such pieces of left
+// lines and DOWN of right ones. Grid: outputs, rows, by those of a block, rounded up; block: 32
+// ACROSS DOWN; dynamic shared memory: STAGES stages, or as many lines of outputs and 4 floats as the
+// block has rows.
 //
-// NOTE: on an H200 the four products of 999 rows of a layer with 2,048 channels took 458 us by this
-// and 668 by `few_rows`, which decodes W again for every 64 rows (2026-11-30). With W in bf16 there
-// is nothing to decode: the best of five tilings took 563 and 584 us, 136 and 122 with 768
-// channels.
-template <int M, int N, int ACROSS, int DOWN>
+// NOTE: on an H200 the four products of 999 rows of a layer with 2,048 channels took 366 us by this
+// and what lays out, and 662 by `few_rows`; in MXFP4, 387 and 779 (2026-11-30). An instruction's
+// operands come from shared memory while those before are multiplied, without which it was 557;
+// finishing 8 outputs at a time, not one, gained another 100.
+template <bool OF_X, int STEPS, int M, int N, int ACROSS, int DOWN>
 __global__ void __launch_bounds__(32 * ACROSS * DOWN) many_rows(FewRows p) {
   begin();
-  const int OUTPUTS = 16 * M * ACROSS, ROWS = 8 * N * DOWN, PITCH = OUTPUTS + 4;
-  const int THREADS = 32 * ACROSS * DOWN;
-  const u32 CHUNK = OfMxfp4::CHUNK, EACH = OfMxfp4::EACH;
-  typedef Stage<OUTPUTS, ROWS> Chunk;
-  Chunk *stages = (Chunk *)shared;
+  const int LEFT = 16 * M * ACROSS, RIGHT = 8 * N * DOWN, THREADS = 32 * ACROSS * DOWN;
+  const int OUTPUTS = OF_X ? RIGHT : LEFT, ROWS = OF_X ? LEFT : RIGHT, PITCH = OUTPUTS + 4;
+  typedef Stage<LEFT, RIGHT, STEPS> Chunks;
+  Chunks *stages = (Chunks *)shared;
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   u32 output = blockIdx.x * OUTPUTS, row = blockIdx.y * ROWS;
-  u32 of_outputs = warp % ACROSS * 16 * M, of_rows = warp / ACROSS * 8 * N;
-  u32 count = (p.inputs + CHUNK - 1) / CHUNK, scales = 0;
-  const Copies<OUTPUTS, ROWS, THREADS> copies(p, output, row, count);
-  Walk ahead = {0, 0, count};
-  // All but one stage are on their way before the first is looked at. Scales come through a
-  // register, and are put down a chunk later.
+  u32 of_left = warp % ACROSS * 16 * M, of_right = warp / ACROSS * 8 * N;
+  u32 count = (p.inputs + 16 * STEPS - 1) / (16 * STEPS);
+  u32 first[2] = {OF_X ? row : output, OF_X ? output : row};
+  u32 lines[2] = {OF_X ? p.rows : p.outputs, OF_X ? p.outputs : p.rows};
+  const Copies<LEFT, RIGHT, STEPS, THREADS> copies(p, OF_X ? p.x : p.w, OF_X ? p.w : p.x, first,
+                                                   lines, count);
+  Walk ahead = {0, 0, count}, now = ahead;
+  auto copy = [&](Chunks &to) {
 #pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) {
-    if (ahead.goes_on()) {
-      scales = copies.start(p, stages[s], ahead.chunk, count);
-      if (threadIdx.x < OUTPUTS) stages[s].scales[threadIdx.x] = scales;
+    for (int c = 0; c < Chunks::CHUNKS; c++) {
+      if (!ahead.goes_on()) break;
+      copies.start(to.left[c], to.right[c], ahead.chunk);
       ahead.next();
     }
     end_copies();
-  }
-  u32 number = 0, waiting = STAGES;
+  };
+  // All but one stage are on their way before the first is looked at.
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) copy(stages[s]);
   // -0 is what added changes nothing, also not a sum that is -0.
-  float totals[M][N][4];
+  float totals[M][N][4], sums[M][N][4] = {};
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) totals[m][n][i] = -0.0f;
-#pragma unroll 1
-  for (u32 of_warp = 0; of_warp < WARPS; of_warp++) {
-    float sums[M][N][4] = {};
-#pragma unroll 1
-    for (u32 at = of_warp; at < count; at += WARPS, number++) {
-      wait_for_groups<STAGES - 2>();
-      __syncthreads();
-      if (waiting < STAGES && threadIdx.x < OUTPUTS) stages[waiting].scales[threadIdx.x] = scales;
-      waiting = STAGES;
-      if (ahead.goes_on()) {
-        waiting = (number + STAGES - 1) % STAGES;
-        scales = copies.start(p, stages[waiting], ahead.chunk, count);
-        ahead.next();
-      }
-      end_copies();
-      const Chunk &chunk = stages[number % STAGES];
-      u32 of_x[N][EACH / 2];
-#pragma unroll
-      for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int i = 0; i < EACH / 8; i++) {
-          u32 first = place_of_x(of_rows + g, t * (EACH / 8) + i);
-          uint4 raw = *(const uint4 *)(chunk.x + first + n * 8 * OF_X * 16);
-          of_x[n][4 * i] = raw.x, of_x[n][4 * i + 1] = raw.y;
-          of_x[n][4 * i + 2] = raw.z, of_x[n][4 * i + 3] = raw.w;
-        }
-#pragma unroll
-      for (int m = 0; m < M; m++) {
-        OfMxfp4 w;
-        u32 words[2][EACH / 2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          w.load(chunk.w, chunk.scales, of_outputs + 16 * m + 8 * half + g, t, half);
-          w.words(half, words[half]);
-        }
-#pragma unroll
-        for (int i = 0; i < EACH / 2; i += 2) {
-          u32 of_w[4] = {words[0][i], words[1][i], words[0][i + 1], words[1][i + 1]};
-#pragma unroll
-          for (int n = 0; n < N; n++)
-            multiply_bf16_tiles(sums[m][n], of_w, of_x[n][i], of_x[n][i + 1]);
-        }
-      }
-    }
+  auto end_warp = [&]() {
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
       for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) totals[m][n][i] = __fadd_rn(totals[m][n][i], sums[m][n][i]);
+        for (int i = 0; i < 4; i++) {
+          totals[m][n][i] = __fadd_rn(totals[m][n][i], sums[m][n][i]);
+          sums[m][n][i] = 0.0f;
+        }
+  };
+  // Operands of half of a stage, two instructions, while those of the other half come from shared
+  // memory.
+  struct {
+    uint4 left[2][M], right[N];
+  } halves[2];
+  u32 stage = 0;
+  auto load = [&](int half) {
+    const Chunks &chunks = stages[stage];
+    const int c = 2 * half / STEPS, step = 2 * half % STEPS;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      u32 place = place_of<STEPS>(of_right + g, t * (STEPS / 2) + step / 2);
+      halves[half].right[n] = *(const uint4 *)(chunks.right[c] + n * 8 * STEPS * 32 + place);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        u32 piece = ((of_left / 16 + m) * STEPS + step + i) * WARP + lane;
+        halves[half].left[i][m] = *(const uint4 *)(chunks.left[c] + piece * 16);
+      }
+  };
+  auto multiply = [&](int half) {
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int m = 0; m < M; m++) {
+        uint4 raw = halves[half].left[i][m];
+        u32 left[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+          uint4 right = halves[half].right[n];
+          multiply_bf16_tiles(sums[m][n], left, i ? right.z : right.x, i ? right.w : right.y);
+        }
+      }
+    if (STEPS == 4 && half == 0) return;
+    if (now.ends()) end_warp();
+    now.next();
+  };
+  wait_for_groups<STAGES - 2>();
+  __syncthreads();
+  load(0);
+  while (true) {
+    // Over the stage before, which all warps have taken to registers.
+    copy(stages[stage ? stage - 1 : STAGES - 1]);
+    load(1);
+    multiply(0);
+    if (!now.goes_on()) break;
+    wait_for_groups<STAGES - 2>();
+    __syncthreads();
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    load(0);
+    multiply(1);
+    if (!now.goes_on()) break;
   }
+  // Warps there that have no chunk.
+  if (count < WARPS) end_warp();
   wait_for_groups<0>();
   __syncthreads();
-  float *lines = (float *)shared;
+  float *of_rows = (float *)shared;
 #pragma unroll
   for (int m = 0; m < M; m++)
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        lines[(of_rows + 8 * n + 2 * t + i % 2) * PITCH + of_outputs + 16 * m + g + i / 2 * 8] =
-            totals[m][n][i];
+      for (int i = 0; i < 4; i++) {
+        u32 left = of_left + 16 * m + g + i / 2 * 8, right = of_right + 8 * n + 2 * t + i % 2;
+        of_rows[(OF_X ? left : right) * PITCH + (OF_X ? right : left)] = totals[m][n][i];
+      }
   __syncthreads();
-  for (u32 i = threadIdx.x; i < OUTPUTS * ROWS; i += THREADS) {
-    u32 o = i % OUTPUTS, r = i / OUTPUTS;
-    if (output + o >= p.outputs || row + r >= p.rows) continue;
-    finish<bf16>(p, row + r, output + o, lines[r * PITCH + o]);
+  // A thread finishes 8 outputs at a time, the same of several rows.
+  const u32 OUTPUTS_8 = OUTPUTS / 8;
+  u32 o = threadIdx.x % OUTPUTS_8 * 8, r = threadIdx.x / OUTPUTS_8;
+  if (output + o >= p.outputs) return;
+  float bias[8] = {};
+  if (p.bias) load8((const bf16 *)p.bias + output + o, bias);
+#pragma unroll 2
+  for (; r < ROWS && row + r < p.rows; r += THREADS / OUTPUTS_8) {
+    float y[8];
+    load8(of_rows + r * PITCH + o, y);
+    size_t at = (size_t)(row + r) * p.outputs + output + o;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      if (p.bias) y[i] = __fadd_rn(y[i], bias[i]);
+    store8((bf16 *)p.y + at, y);
+    if (!p.form) continue;
+#pragma unroll
+    for (int i = 0; i < 8; i++) y[i] = gelu_of(p, to_f32(from_f32<bf16>(y[i])));
+    store8((bf16 *)p.activated + at, y);
   }
 }
 
@@ -383,7 +458,7 @@ template <class X, class T> __global__ void few_rows_plain(FewRows p) {
 #pragma unroll
   for (int r = 0; r < 8; r++) {
     float sum = warp_sum(sums[r]);
-    if (lane == 0 && r < rows) finish<T>(p, row + r, output, sum);
+    if (lane == 0 && r < rows) finish<T>(p, row + r, output, sum, bias_of<T>(p, output));
   }
 }
 

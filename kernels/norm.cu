@@ -19,6 +19,11 @@ template <class T> struct Normalize {
 // amax. Grid: rows / 8, rounded up; block: 256.
 template <class T, bool ADD>
 __global__ void normalize(const __grid_constant__ Normalize<T> n) {
+  // Where a text is written, weights come from far away, and a row waits for nothing else so long.
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    ask_for(n.w, n.channels * sizeof(T));
+    ask_for(n.b, n.channels * sizeof(T));
+  }
   begin();
   T *out = n.out, *sum = n.sum;
   const T *x = n.x, *y = n.y, *w = n.w, *b = n.b;

@@ -13,9 +13,23 @@ typedef unsigned long long u64;
 // What every kernel begins with: it is launched while the one before it still ends, and waits here
 // for what that has written; and it lets the next one be launched as soon as all of its own blocks
 // run. Waiting for one waits for all before.
+//
+// So what kernels before the one before have written is there already: that one has waited for
+// them. Kernels that write text read weights and keys ahead of this, which are written before a
+// copy that all wait for (`Decode::write_rows`); a test knows them.
 __device__ __forceinline__ void begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n\tgriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Asks for memory to be brought into the L2 cache, at any time: nothing is read.
+__device__ __forceinline__ void ask_for(const void *from, size_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  size_t start = (size_t)__cvta_generic_to_global(from), end = (start + bytes) & ~(size_t)15;
+  start &= ~(size_t)15;
+  if (start < end)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(start), "r"((u32)(end - start)));
 #endif
 }
 

@@ -134,6 +134,8 @@ pub struct WorkspaceShape<'a> {
     pub recipes: &'a [LinearRecipe],
     /// The widest input of a linear layer whose channels are merged, where any are.
     pub merge: Option<MergeShape>,
+    /// Layers with packed weights, and what these are in ([`Decode`]): those of a decoder.
+    pub packed: &'a [(LinearShape, DecoderWeights)],
     /// Whether backward operations will run.
     pub backward: bool,
 }

@@ -324,6 +324,10 @@ impl<B: Backend + Decode> Cached<B> {
         let recipe = recipe_in(precision);
         let of = |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         let shapes = of(rows);
+        // A draft's behind the decoder's own.
+        let [first, second] = [form, DecoderWeights::Mxfp4]
+            .map(|weights| shapes.linears().map(|layer| (layer, weights)));
+        let packed = [first, second].concat();
         let shape = WorkspaceShape {
             // MXFP4 has whole blocks. Weights take none, for they are packed already.
             linears: &shapes.linears().map(|LinearShape { rows, inputs, .. }| LinearShape {
@@ -338,6 +342,7 @@ impl<B: Backend + Decode> Cached<B> {
             head: HeadShape { vocab_size: 1, ..shapes.head() },
             recipes: &[*recipe.linear(0)],
             merge: None,
+            packed: &packed[..shapes.linears().len() * (1 + usize::from(drafts))],
             backward: false,
         };
         backend.supports(&shape)?;

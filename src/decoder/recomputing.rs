@@ -30,6 +30,7 @@ pub(super) fn next_logits<B: Backend + Decode>(
         head: shapes.head(),
         recipes: &[*recipe.linear(0)],
         merge: None,
+        packed: &[],
         backward: false,
     };
     backend.supports(&shape)?;

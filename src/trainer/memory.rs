@@ -177,6 +177,7 @@ impl<B: Backend> Buffers<B> {
             head: shapes.head(),
             recipes: &options.recipe.all(),
             merge: options.recipe.haste().map(of_bits),
+            packed: &[],
             backward: true,
         };
         backend.supports(&shape)?;

@@ -7,8 +7,15 @@ use super::*;
 use crate::formats::{BLOCK, decode_e2m1, decode_e8m0, quantize_closest};
 
 /// Rows, inputs and outputs: one row and few, as many as GPUs take at once and one more, and many.
-const SIZES: [[usize; 3]; 6] =
-    [[1, 40, 24], [1, 808, 130], [8, 64, 16], [9, 136, 70], [70, 72, 33], [5, 37, 9]];
+const SIZES: [[usize; 3]; 7] = [
+    [1, 40, 24],
+    [1, 808, 130],
+    [8, 64, 16],
+    [9, 136, 70],
+    [70, 72, 33],
+    [999, 72, 768],
+    [5, 37, 9],
+];
 
 /// W as `weights` have it.
 fn held_in(w: &[f32], inputs: usize, weights: DecoderWeights) -> Vec<f32> {
@@ -97,9 +104,9 @@ pub(super) fn few_rows_are_those_of_a_layer<B: Harness>(backends: &[B]) {
             }
             let of_layer = shape;
             let shape = HeadShape { rows, channels: inputs, vocab_size: outputs, precision };
-            let x = input(b, &x, precision);
             let mut packed = cut(b, |arena| b.packed_head(arena, of_layer, weights));
             b.pack_weight(&mut packed, params.get(b, 0), of_layer);
+            let x = input(b, &x, precision);
             let mut run = |of: Range<usize>| {
                 let mut ours = f32_poison(b, of.len() * outputs);
                 let head = (params.get(b, 0), &packed);

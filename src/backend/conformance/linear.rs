@@ -220,6 +220,7 @@ impl Layer {
             head: HeadShape { rows, channels: 8, vocab_size: 8, precision },
             recipes: &[*recipe],
             merge: None,
+            packed: &[],
             backward: true,
         };
         match b.supports(&shape) {

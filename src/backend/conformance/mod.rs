@@ -277,6 +277,7 @@ pub(in crate::backend) fn workspace<B: Harness>(
     let (rows, c, head_size) = (sequences.rows(), channels, channels / heads);
     let linears = [[c, 3 * c], [c, c], [c, 4 * c], [4 * c, c]]
         .map(|[inputs, outputs]| LinearShape { rows, inputs, outputs });
+    let packed = DecoderWeights::ALL.map(|weights| linears.map(|layer| (layer, weights))).concat();
     let shape = WorkspaceShape {
         linears: &linears,
         norm: NormShape { rows, channels, epsilon: 0.0 },
@@ -291,6 +292,7 @@ pub(in crate::backend) fn workspace<B: Harness>(
         head: HeadShape { rows, channels, vocab_size, precision },
         recipes: &recipes,
         merge: Some(MergeShape { sequences, channels: 4 * c, hashes: MAX_HASHES }),
+        packed: &packed,
         backward: true,
     };
     cut(b, |arena| b.workspace(arena, &shape))

@@ -25,14 +25,16 @@ const WARPS: usize = 8;
 const THREADS: usize = 32 * WARPS;
 /// Rows from which on a block takes several times eight of them.
 const SEVERAL: usize = 9;
-/// Rows from which on they may be many; below 999 it was not measured.
+/// Rows from which on they may be many.
 const MANY: usize = 65;
-/// And blocks of many. NOTE: of 999 rows on an H200 96 blocks were slower than few rows, 256 faster.
-const ENOUGH_BLOCKS: usize = 192;
+/// And blocks of many. NOTE: on an H200 with 96 blocks they took 18 us and 36 in place of 17 and 40,
+/// with 128 blocks of 500 rows 27 and 75 in place of 32 and 113.
+const ENOUGH_BLOCKS: usize = 96;
 /// `STAGES` of the kernel of many rows.
 const STAGES: usize = 4;
-/// Inputs of a chunk in MXFP4, of which lines are whole.
+/// Inputs of a chunk in MXFP4, of which lines are whole, and of a chunk in bf16.
 const CHUNK: usize = 64;
+const CHUNK_OF_BF16: usize = 32;
 
 /// A weight as products of few rows read it.
 pub(crate) enum Packed {
@@ -97,26 +99,63 @@ pub(super) struct Few {
     pub(super) block: usize,
     /// Bytes of shared memory.
     pub(super) shared: usize,
+    /// What is done first, of many rows.
+    pub(super) lay_out: Option<LayOut>,
+}
+
+/// What makes the left operand of a product of many rows, launched in blocks of [`THREADS`].
+#[derive(Clone, Copy)]
+pub(super) struct LayOut {
+    /// Of the template.
+    pub(super) kernel: &'static str,
+    /// Whether it is x, in bf16; else W, in MXFP4.
+    pub(super) of_x: bool,
+    /// Rows or outputs.
+    pub(super) lines: usize,
+    chunks: usize,
+    chunk: usize,
+}
+
+impl LayOut {
+    fn new(LinearShape { rows, inputs, outputs }: LinearShape, in_mxfp4: bool) -> Self {
+        let (kernel, lines, chunk) = match in_mxfp4 {
+            true => ("lay_out<OfMxfp4>", outputs, CHUNK),
+            false => ("lay_out<OfBf16>", rows, CHUNK_OF_BF16),
+        };
+        Self { kernel, of_x: !in_mxfp4, lines, chunks: inputs.div_ceil(chunk), chunk }
+    }
+
+    pub(super) fn grid(&self) -> [usize; 3] {
+        [(self.lines.div_ceil(16) * self.chunks).div_ceil(WARPS), 1, 1]
+    }
+
+    /// What it makes.
+    pub(super) fn bytes(&self) -> usize {
+        self.lines.next_multiple_of(16) * self.chunks * self.chunk * 2
+    }
 }
 
 impl Few {
     /// In bf16, or with weights in MXFP4, and results in f32 where these are `logits`.
     pub(super) fn on_tensor_cores(shape: LinearShape, in_mxfp4: bool, logits: bool) -> Self {
-        let many = Self::of_many(shape);
-        let blocks = many.grid[0] * many.grid[1];
-        if in_mxfp4 && !logits && shape.rows >= MANY && blocks >= ENOUGH_BLOCKS {
-            return many;
+        if !logits && Self::are_many(shape) {
+            return Self::of_many(shape, in_mxfp4);
         }
         let several = shape.rows >= SEVERAL;
-        let kernel = match (in_mxfp4, logits, several) {
-            (false, false, false) => "few_rows<OfBf16,bf16,1,1,4>",
-            (false, false, true) => "few_rows<OfBf16,bf16,2,8,1>",
-            (false, true, false) => "few_rows<OfBf16,float,1,1,4>",
-            (false, true, true) => "few_rows<OfBf16,float,2,8,1>",
-            (true, false, false) => "few_rows<OfMxfp4,bf16,1,1,4>",
-            (true, false, true) => "few_rows<OfMxfp4,bf16,2,8,1>",
-            (true, true, false) => "few_rows<OfMxfp4,float,1,1,4>",
-            (true, true, true) => "few_rows<OfMxfp4,float,2,8,1>",
+        // Chunks that a warp asks for at once: all that it has, where registers hold them.
+        let kernel = match (in_mxfp4, logits, several, shape.inputs) {
+            (false, false, false, ..=1024) => "few_rows<OfBf16,bf16,1,1,4>",
+            (false, false, false, ..=2048) => "few_rows<OfBf16,bf16,1,1,8>",
+            (false, false, false, _) => "few_rows<OfBf16,bf16,1,1,12>",
+            (false, false, true, _) => "few_rows<OfBf16,bf16,2,8,1>",
+            (false, true, false, ..=1024) => "few_rows<OfBf16,float,1,1,4>",
+            (false, true, false, _) => "few_rows<OfBf16,float,1,1,8>",
+            (false, true, true, _) => "few_rows<OfBf16,float,2,8,1>",
+            (true, false, false, ..=2048) => "few_rows<OfMxfp4,bf16,1,1,4>",
+            (true, false, false, _) => "few_rows<OfMxfp4,bf16,1,1,8>",
+            (true, false, true, _) => "few_rows<OfMxfp4,bf16,2,8,1>",
+            (true, true, false, _) => "few_rows<OfMxfp4,float,1,1,4>",
+            (true, true, true, _) => "few_rows<OfMxfp4,float,2,8,1>",
         };
         let [outputs, rows] = if several { [32, 64] } else { [16, 8] };
         Self {
@@ -124,23 +163,43 @@ impl Few {
             grid: [shape.outputs.div_ceil(outputs), shape.rows.div_ceil(rows), 1],
             block: THREADS,
             shared: WARPS * rows * (outputs + 4) * 4,
+            lay_out: None,
         }
     }
 
-    /// With weights in MXFP4, for many rows.
-    pub(super) fn of_many(shape: LinearShape) -> Self {
-        let [outputs, rows] = [64, 128];
+    /// Outputs and rows of a block of many.
+    const OF_MANY: [usize; 2] = [64, 128];
+
+    fn are_many(LinearShape { rows, outputs, .. }: LinearShape) -> bool {
+        let blocks = outputs.div_ceil(Self::OF_MANY[0]) * rows.div_ceil(Self::OF_MANY[1]);
+        rows >= MANY && blocks >= ENOUGH_BLOCKS && outputs.is_multiple_of(8)
+    }
+
+    /// As [`Few::on_tensor_cores`], for many rows.
+    pub(super) fn of_many(shape: LinearShape, in_mxfp4: bool) -> Self {
+        let [outputs, rows] = Self::OF_MANY;
         let grid = [shape.outputs.div_ceil(outputs), shape.rows.div_ceil(rows), 1];
-        // Of a chunk: W, x, and scales.
-        let stage = outputs * CHUNK / 2 + rows * CHUNK * 2 + outputs * 2;
+        let stage = (outputs + rows) * 64 * 2;
         let shared = (STAGES * stage).max(rows * (outputs + 4) * 4);
-        Self { kernel: "many_rows<2,8,2,2>", grid, block: 128, shared }
+        let kernel = match in_mxfp4 {
+            true => "many_rows<false,4,2,8,2,2>",
+            false => "many_rows<true,2,4,4,2,2>",
+        };
+        let lay_out = Some(LayOut::new(shape, in_mxfp4));
+        Self { kernel, grid, block: 128, shared, lay_out }
+    }
+
+    /// Bytes that are laid out for a layer's products of up to so many rows.
+    pub(super) fn laid_out(shape: LinearShape, weights: DecoderWeights) -> usize {
+        // NOTE: f32 is bf16 with split masters, and takes none of it otherwise.
+        let of_many = || LayOut::new(shape, weights == DecoderWeights::Mxfp4).bytes();
+        Self::are_many(shape).then(of_many).unwrap_or(0)
     }
 
     /// In plain arithmetic.
     pub(super) fn plain(kernel: &'static str, shape: LinearShape) -> Self {
         let grid = [shape.outputs.div_ceil(WARPS), shape.rows.div_ceil(8), 1];
-        Self { kernel, grid, block: THREADS, shared: 0 }
+        Self { kernel, grid, block: THREADS, shared: 0, lay_out: None }
     }
 }
 
@@ -153,6 +212,11 @@ pub(super) fn attention_on_tensor_cores(head_size: usize) -> Option<(&'static st
         ..=64 => Some(of("attend_behind<64,16>", 64, 16)),
         _ => Some(of("attend_behind<128,8>", 128, 8)),
     }
+}
+
+/// The grid of what keeps rows, 64 rows and channels a block.
+pub(super) fn keep_grid(rows: usize, shape: AttentionShape) -> [usize; 3] {
+    [rows.div_ceil(64), shape.heads * shape.head_size.div_ceil(64), 1]
 }
 
 /// Positions that there is room for, in whole blocks of keys.
@@ -168,6 +232,7 @@ fn starts_of(tokens: &Tokens, rows: usize) -> u64 {
 impl Cuda {
     fn few_rows(
         &self,
+        workspace: &Workspace,
         (to, in_f32): (FewRows, bool),
         x: &Tensor,
         (w, packed): (&Param<'_>, &Packed),
@@ -190,7 +255,15 @@ impl Cuda {
         };
         let LinearShape { rows, inputs, outputs } = shape;
         let [rows, inputs, outputs] = [rows, inputs, outputs].map(|n| n as u32);
-        let of_all = FewRows { w, scales, rows, inputs, outputs, ..to };
+        let mut of_all = FewRows { w, scales, rows, inputs, outputs, ..to };
+        if let Some(lay_out) = few.lay_out {
+            let room = &workspace.right.elements;
+            let lines = lay_out.lines as u32;
+            let w = if lay_out.of_x { to.x } else { w };
+            let of_lines = FewRows { y: room.address, w, outputs: lines, ..of_all };
+            launch!(self.gpu, lay_out.kernel, lay_out.grid(), THREADS, 0; of_lines);
+            *if lay_out.of_x { &mut of_all.x } else { &mut of_all.w } = room.address;
+        }
         launch!(self.gpu, few.kernel, few.grid, few.block, few.shared; of_all);
     }
 }
@@ -267,7 +340,7 @@ impl Decode for Cuda {
 
     fn packed_forward(
         &self,
-        _workspace: &mut Workspace,
+        workspace: &mut Workspace,
         LinearForward { y, x, w, b, epilogue, .. }: LinearForward<'_, Self>,
         packed: &Packed,
         shape: LinearShape,
@@ -286,12 +359,12 @@ impl Decode for Cuda {
             form,
             ..FewRows::default()
         };
-        self.few_rows((to, false), x, (&w, packed), shape);
+        self.few_rows(workspace, (to, false), x, (&w, packed), shape);
     }
 
     fn packed_logits(
         &self,
-        _workspace: &mut Workspace,
+        workspace: &mut Workspace,
         logits: &mut F32,
         (x, rows): (&Tensor, Range<usize>),
         (head, packed): (Param<'_>, &Packed),
@@ -300,7 +373,7 @@ impl Decode for Cuda {
         let shape = LinearShape { rows: rows.len(), inputs: channels, outputs: vocab_size };
         let from = x.at(rows.start * channels);
         let to = FewRows { y: logits.address(), x: from, ..FewRows::default() };
-        self.few_rows((to, true), x, (&head, packed), shape);
+        self.few_rows(workspace, (to, true), x, (&head, packed), shape);
     }
 
     fn rows(&self, arena: &mut Arena, rows: usize) -> Result<Tokens> {
@@ -372,7 +445,7 @@ impl Decode for Cuda {
             heads: Heads::from(shape),
         };
         if !keeps {
-            let grid = [(rows * shape.head_size).div_ceil(256), shape.heads, 1];
+            let grid = keep_grid(rows, shape);
             launch!(self.gpu, kernel!(qkv, "keep_rows"), grid, 256, 0; of_all);
         }
         match on_tensor_cores {

@@ -1,5 +1,6 @@
 //! Scratch memory: cuBLASLt's own, a chunk of logits, quantized operands, partial sums.
 
+use super::decode::Few;
 use super::device::gemm;
 use super::device::memory::{Arena, Piece};
 use super::quantize::carrier::Carrier;
@@ -29,7 +30,7 @@ pub(crate) struct Workspace {
     /// The left operand of a product whose format differs from the activations': dy, in one or two
     /// forms.
     pub(super) left: Room,
-    /// The right one: W or x.
+    /// The right one: W or x. Where a text is written, what many rows lay out.
     pub(super) right: Room,
     /// Bytes from the start of the left one's room to its form down columns, where FP8 needs half
     /// of it for each; and the same of its scales.
@@ -53,8 +54,16 @@ pub(crate) struct Workspace {
 
 impl Workspace {
     pub(super) fn new(arena: &mut Arena, shape: &WorkspaceShape<'_>) -> Self {
-        let WorkspaceShape { linears, norm, attention, head, recipes, merge, backward: training } =
-            *shape;
+        let WorkspaceShape {
+            linears,
+            norm,
+            attention,
+            head,
+            recipes,
+            merge,
+            packed,
+            backward: training,
+        } = *shape;
         let HeadShape { rows, channels, vocab_size, precision } = head;
         let chunk = head::chunk_rows(rows, vocab_size);
         // A row of x may be copied there.
@@ -99,8 +108,11 @@ impl Workspace {
             scales[0] += second_scales;
         }
         let values = values::Size::new(shape, arena.capability());
+        let laid_out = |(layer, weights): &_| Few::laid_out(*layer, *weights);
+        let laid_out = [0, packed.iter().map(laid_out).max().unwrap_or(0)];
         let mut room = |side: usize| Room {
-            elements: arena.bytes((operands[side] * 2).max(values.operands[side])),
+            elements: arena
+                .bytes((operands[side] * 2).max(values.operands[side]).max(laid_out[side])),
             scales: arena.bytes(scales[side]),
         };
         Self {

@@ -4,12 +4,14 @@ use half::bf16;
 
 use super::super::attend::Heads;
 use super::super::decode::{
-    Behind, Few, FewRows, PackMxfp4, attention_on_tensor_cores, whole_positions,
+    Behind, Few, FewRows, PackMxfp4, attention_on_tensor_cores, keep_grid, whole_positions,
 };
 use super::super::quantize::Launch;
 use super::{Emulator, SCHEDULES, aligned};
 use crate::backend::conformance::{f64s, random, rounded};
-use crate::backend::{AttentionShape, LinearShape, Precision, Sequences, reference};
+use crate::backend::{
+    AttentionShape, DecoderWeights, LinearShape, Precision, Sequences, reference,
+};
 use crate::formats::{BLOCK, decode_e2m1, decode_e8m0, quantize_closest};
 
 fn halves(values: &[f32]) -> Vec<u16> {
@@ -101,19 +103,28 @@ fn weights_are_packed_to_the_byte() {
     }
 }
 
-/// Few rows are never taken as many, whatever the layer.
+/// Few rows are never taken as many, whatever the layer, and what many lay out has its room.
 #[test]
 fn few_rows_are_taken_as_few() {
+    let is_many = |shape, in_mxfp4, logits| {
+        let few = Few::on_tensor_cores(shape, in_mxfp4, logits);
+        let weights = if in_mxfp4 { DecoderWeights::Mxfp4 } else { DecoderWeights::Bf16 };
+        let room = Few::laid_out(shape, weights);
+        assert_eq!(few.kernel.starts_with("many"), few.lay_out.is_some());
+        assert!(logits || few.lay_out.map_or(0, |lay_out| lay_out.bytes()) == room);
+        few.lay_out.is_some()
+    };
     for (rows, many) in [(1, false), (8, false), (9, false), (64, false), (65, true), (999, true)] {
         let shape = LinearShape { rows, inputs: 4096, outputs: 16_384 };
-        let kernel = |in_mxfp4, logits| Few::on_tensor_cores(shape, in_mxfp4, logits).kernel;
-        assert_eq!(kernel(true, false).starts_with("many"), many, "{rows}");
-        assert!(
-            !kernel(false, false).starts_with("many") && !kernel(true, true).starts_with("many")
-        );
+        for in_mxfp4 in [false, true] {
+            assert_eq!(is_many(shape, in_mxfp4, false), many, "{rows}");
+            assert!(!is_many(shape, in_mxfp4, true));
+        }
     }
-    let small = LinearShape { rows: 999, inputs: 768, outputs: 768 };
-    assert!(Few::on_tensor_cores(small, true, false).kernel.starts_with("few"));
+    // Too few blocks, and outputs that are not taken 8 at a time.
+    for (rows, outputs) in [(895, 768), (999, 16_385)] {
+        assert!(!is_many(LinearShape { rows, inputs: 768, outputs }, true, false));
+    }
 }
 
 /// Products of any number of rows are those of their operands, and a row has the same bits alone.
@@ -125,9 +136,9 @@ fn few_rows_have_the_bits_of_each() {
         (3, 40, 16),
         (8, 1096, 5),
         (9, 136, 70),
-        (67, 72, 33),
-        (130, 1112, 20),
-        (66, 360, 130),
+        (67, 72, 40),
+        (130, 1112, 24),
+        (66, 360, 136),
         (5, 37, 9),
     ];
     for (case, (rows, inputs, outputs)) in shapes.into_iter().enumerate() {
@@ -165,9 +176,7 @@ fn few_rows_have_the_bits_of_each() {
             };
             // As of products that are larger.
             let of = |shape: LinearShape| match (precision, odd, logits) {
-                (Precision::Bf16, false, false) if shape.rows > 64 && in_mxfp4 => {
-                    Few::of_many(shape)
-                }
+                (Precision::Bf16, false, false) if shape.rows > 64 => Few::of_many(shape, in_mxfp4),
                 (Precision::F32, ..) => Few::plain("few_rows_plain<float,float>", shape),
                 (_, true, true) => Few::plain("few_rows_plain<bf16,float>", shape),
                 (_, true, false) => Few::plain("few_rows_plain<bf16,bf16>", shape),
@@ -181,7 +190,7 @@ fn few_rows_have_the_bits_of_each() {
                 let few = of(shape);
                 emulator.may_read(&placed_x, x.len() * precision.size());
                 emulator.may_read(&of_w[0], 16 * of_w[0].len());
-                let argument = FewRows {
+                let mut argument = FewRows {
                     y: y.as_mut_ptr() as u64,
                     activated: activated.as_mut_ptr() as u64,
                     x: placed_x.as_ptr() as u64,
@@ -193,6 +202,17 @@ fn few_rows_have_the_bits_of_each() {
                     outputs: outputs as u32,
                     form,
                 };
+                let bytes = few.lay_out.map_or(0, |lay_out| lay_out.bytes());
+                let mut laid_out = vec![u128::MAX; bytes / 16];
+                if let Some(lay_out) = few.lay_out {
+                    let (room, lines) = (laid_out.as_mut_ptr() as u64, lay_out.lines as u32);
+                    let w = if lay_out.of_x { argument.x } else { argument.w };
+                    let of_lines = FewRows { y: room, w, outputs: lines, ..argument };
+                    let launch = Launch { grid: lay_out.grid(), block: 256, shared: 0 };
+                    emulator.launch(schedule, lay_out.kernel, launch, of_lines);
+                    emulator.may_read(&laid_out, bytes);
+                    *if lay_out.of_x { &mut argument.x } else { &mut argument.w } = room;
+                }
                 let launch = Launch { grid: few.grid, block: few.block, shared: few.shared };
                 emulator.launch(schedule, few.kernel, launch, argument);
                 [y, activated].map(|all| read(&all, nan.len(), to))
@@ -282,7 +302,7 @@ fn attention_behind_has_the_bits_of_the_whole() {
                 };
                 let number = if precision == Precision::F32 { "float" } else { "bf16" };
                 if !keeps {
-                    let grid = [(rows * head_size).div_ceil(256), heads, 1];
+                    let grid = keep_grid(rows, shape(rows));
                     let launch = Launch { grid, block: 256, shared: 0 };
                     emulator.launch(schedule, &format!("keep_rows<{number}>"), launch, argument);
                 }
