@@ -54,6 +54,7 @@ fn main() {
             head: HeadShape { rows: 1, channels: 1, vocab_size: 1, precision },
             recipes: &recipes,
             merge: None,
+            packed: &[],
             backward: true,
         };
         let mut measuring = cpu.arena(None).unwrap();

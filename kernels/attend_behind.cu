@@ -41,7 +41,8 @@ __device__ __forceinline__ void keep(const Behind &p, u32 start, u32 head, u32 i
 template <class T> __global__ void keep_rows(Behind p) {
   begin();
   __shared__ T tile[TILE][TILE + 2];
-  u32 d = p.heads.head_size, c = p.heads.channels(), start = *p.start, tiles = (d + TILE - 1) / TILE;
+  u32 d = p.heads.head_size, c = p.heads.channels(), start = *p.start,
+      tiles = (d + TILE - 1) / TILE;
   u32 head = blockIdx.y / tiles, row = blockIdx.x * TILE, channel = blockIdx.y % tiles * TILE;
   u32 rows = min(p.rows - row, (u32)TILE), channels = min(d - channel, (u32)TILE);
   const T *from = (const T *)p.qkv + (size_t)row * 3 * c + c + head * d + channel;
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
   u32 head = blockIdx.y, d = p.heads.head_size, c = p.heads.channels();
   const bf16 *keys = (const bf16 *)p.kept + (size_t)head * 2 * p.positions * d;
   const bf16 *values = keys + (size_t)p.positions * d;
-  // A thread's share of a block of keys: so that its scores are of keys side by side, column 2 n + b
-  // of tile j is number 8 n + 2 j + b.
+  // A thread's share of a block of keys: so that its scores are of keys side by side, column 2 n +
+  // b of tile j is number 8 n + 2 j + b.
   u32 k[D / 32][4][4];
   auto load_keys = [&](u32 block) {
 #pragma unroll

@@ -67,8 +67,8 @@ struct OfMxfp4 {
       scale[half] = ((const u8 *)p.scales)[at / 32];
     }
   }
-  // Twice, in bf16. 2^-127 has no exponent of its own; 255 is infinity, which makes NaN of the zeros
-  // beside it. NOTE: not as it is loaded, where every load would be waited for.
+  // Twice, in bf16. 2^-127 has no exponent of its own; 255 is infinity, which makes NaN of the
+  // zeros beside it. NOTE: not as it is loaded, where every load would be waited for.
   static __device__ __forceinline__ u32 scale_of(u32 byte) {
     return (byte ? byte << 7 : 0x40u) * 0x10001u;
   }
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
     for (int o = 0; o < OUTPUTS; o++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        w[a][o].load(p, output + 16 * o + 8 * half + g,
-                     chunk + a * WARPS * W::CHUNK + t * W::EACH, half);
+        w[a][o].load(p, output + 16 * o + 8 * half + g, chunk + a * WARPS * W::CHUNK + t * W::EACH,
+                     half);
   };
 #pragma unroll
   for (int a = 0; a < AHEAD; a++) load(a, warp * W::CHUNK);
@@ -285,14 +285,14 @@ template <int LEFT, int RIGHT, int STEPS, int THREADS> struct Copies {
   }
 };
 
-// `few_rows` in bf16 for many rows, to the bit: a block has all inputs of its outputs and rows, both
-// operands by way of shared memory, and sums them as the eight warps there do, one after the other.
-// The left operand is laid out: x where OF_X, whose rows are fewer bytes than W, and else W, of
-// MXFP4, which is then decoded once. Outputs are a multiple of 8. A chunk is STEPS instructions
+// `few_rows` in bf16 for many rows, to the bit: a block has all inputs of its outputs and rows,
+// both operands by way of shared memory, and sums them as the eight warps there do, one after the
+// other. The left operand is laid out: x where OF_X, whose rows are fewer bytes than W, and else W,
+// of MXFP4, which is then decoded once. Outputs are a multiple of 8. A chunk is STEPS instructions
 // long. A warp takes 16 M left lines and 8 N right ones, of a block's ACROSS such pieces of left
 // lines and DOWN of right ones. Grid: outputs, rows, by those of a block, rounded up; block: 32
-// ACROSS DOWN; dynamic shared memory: STAGES stages, or as many lines of outputs and 4 floats as the
-// block has rows.
+// ACROSS DOWN; dynamic shared memory: STAGES stages, or as many lines of outputs and 4 floats as
+// the block has rows.
 //
 // NOTE: on an H200 the four products of 999 rows of a layer with 2,048 channels took 366 us by this
 // and what lays out, and 662 by `few_rows`; in MXFP4, 387 and 779 (2026-11-30). An instruction's

@@ -94,7 +94,7 @@ template <class T> struct Group {
 // `Backward` of the host.
 template <class T> struct Backward {
   T *dx;
-  u32 *amax; // is told the largest |dx|
+  u32 *amax;  // is told the largest |dx|
   float *partial;
   const T *dy, *x;
   const float *mean, *rstd;
@@ -156,7 +156,7 @@ __device__ void backward_in_registers(float *sums, const Backward<T> &n) {
       // Two sets of places, so that one wait a turn is enough.
       if (threadIdx.x % WARP == 0)
         exchange[turn][warp][0] = sum_g, exchange[turn][warp][1] = sum_gn;
-      asm volatile("bar.sync %0, %1;" ::"r"(warp / WARPS + 1), "n"(WARPS *WARP) : "memory");
+      asm volatile("bar.sync %0, %1;" ::"r"(warp / WARPS + 1), "n"(WARPS * WARP) : "memory");
       sum_g = sum_gn = 0.0f;
 #pragma unroll
       for (int k = 0; k < WARPS; k++) {
@@ -235,7 +235,7 @@ template <class T>
 __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 1 : 3)
     layernorm_backward(const __grid_constant__ Backward<T> n) {
   begin();
-  extern __shared__ float sums[]; // (2, C)
+  extern __shared__ float sums[];  // (2, C)
   u32 channels = n.channels;
   for (u32 i = threadIdx.x; i < 2 * channels; i += blockDim.x) sums[i] = 0.0f;
   __syncthreads();

@@ -29,7 +29,8 @@ __device__ __forceinline__ void ask_for(const void *from, size_t bytes) {
   size_t start = (size_t)__cvta_generic_to_global(from), end = (start + bytes) & ~(size_t)15;
   start &= ~(size_t)15;
   if (start < end)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(start), "r"((u32)(end - start)));
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(start),
+                 "r"((u32)(end - start)));
 #endif
 }
 
