@@ -19,7 +19,7 @@ use crate::failure::{Failure, Outcome};
 use crate::files::is_at;
 
 /// The library knows the name.
-const FILE: &str = ".mxt-lock";
+pub(crate) const FILE: &str = ".mxt-lock";
 
 /// How long a run that is ending is waited for, and how long until it is looked at again.
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -417,6 +417,8 @@ fn a_resumed_run_does_not_save_what_its_folder_holds() {
     succeed(dir, &format!("train --data data --out model --steps 3 {TINY}"));
     for (change, is_saved) in [("", false), (" --new-schedule", true)] {
         let (before, held) = (state(), saved(dir, "model"));
+        // As long as it is open its number is no other's.
+        let _open = File::open(dir.join("model/trainer.safetensors")).unwrap();
         let _ = fs::remove_file(dir.join("log.jsonl"));
         let line = "train --resume model --log log.jsonl --steps 100000000 --save-every 0";
         let child = begin(dir, &format!("{line}{change}"));

@@ -83,7 +83,7 @@ struct Run {
 }
 
 impl Run {
-    /// Checks everything, takes the memory, and saves for the first time.
+    /// Checks everything, takes the memory, and sees to it that the run can be saved.
     fn begin(args: &TrainArgs, parsed: &Parsed, signals: &Signals) -> Outcome<Self> {
         let data = Data::open(&args.data)?;
         if args.report.sample_every > 0 && data.tokenizer.is_none() {
@@ -189,8 +189,6 @@ impl Run {
         }
         run.trainer.watch_updates(run.updates_every)?;
         signals.ask(run.stop.clone(), "and what is not saved is lost");
-        // Saved before the first step too: a folder that cannot be written should not show after
-        // hours.
         run.saves.first(&mut run.trainer, setup::origin(args, parsed, &run.saves.out))?;
         run.log = (args.report.log.as_deref())
             .map(|path| Log::open(path, args.start.resume.is_some()))

@@ -29,7 +29,7 @@ pub(crate) enum Origin {
     New,
     /// A run whose checkpoint lies elsewhere, or is of other settings.
     Resumed,
-    /// What its own folder holds, as it is.
+    /// What its own folder holds, as it is, with room for another.
     Held,
 }
 
@@ -65,10 +65,11 @@ impl Saves {
         Self { out, places, again, run_file, files, lock, last, beside, failed }
     }
 
-    /// The first save: a folder that cannot be written should not show after hours. A run that does
-    /// not go on with one before sets its files aside: a kill on the way may leave weights alone,
-    /// but not beside a description of others. Where it goes on with what the folder itself holds,
-    /// the run's description alone is written: a checkpoint may be gigabytes, and take minutes.
+    /// Saves before the first step: a folder that cannot be written should not show after hours. A
+    /// run that does not go on with one before sets its files aside: a kill on the way may leave
+    /// weights alone, but not beside a description of others. Where it goes on with what the folder
+    /// itself holds, the run's description alone is written: a checkpoint may be gigabytes, and take
+    /// minutes.
     pub(crate) fn first(&mut self, trainer: &mut Trainer, origin: Origin) -> Outcome {
         let before = if origin == Origin::New { set_aside(&self.out)? } else { Vec::new() };
         if origin != Origin::Held {

@@ -23,6 +23,7 @@ use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::fit;
 use crate::hugging_face;
+use crate::lock;
 use crate::parse::Parsed;
 use crate::prepared::Meta;
 use crate::run_file::RunFile;
@@ -236,11 +237,36 @@ pub(crate) fn trainer_options(
 pub(crate) fn origin(args: &TrainArgs, parsed: &Parsed, out: &Path) -> Origin {
     let Some(dir) = &args.start.resume else { return Origin::New };
     let is_changed = parsed.given("optimizer") || args.start.new_schedule;
-    let place = |dir: &Path| std::fs::canonicalize(dir).ok();
-    match place(dir).is_some_and(|dir| Some(dir) == place(out)) && !is_changed {
+    match !is_changed && is_same(dir, out) && has_room_for_another(out).unwrap_or(false) {
         true => Origin::Held,
         false => Origin::Resumed,
     }
+}
+
+/// Whether two names are of one folder.
+fn is_same(a: &Path, b: &Path) -> bool {
+    match (a.canonicalize(), b.canonicalize()) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => a == b,
+    }
+}
+
+/// Whether there is room for another checkpoint beside the one in `folder`, and nothing that a save
+/// which was cut off has left there: else a save has to show what comes of it.
+fn has_room_for_another(folder: &Path) -> std::io::Result<bool> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name != lock::FILE && name.as_bytes().starts_with(b".mxt-") {
+            return Ok(false);
+        }
+        if FILES.iter().any(|file| name == *file) {
+            bytes += entry.metadata()?.len();
+        }
+    }
+    let system = rustix::fs::statvfs(folder)?;
+    Ok(system.f_bavail.saturating_mul(system.f_frsize) > bytes)
 }
 
 /// What a run begins with: everything is checked, a new model's memory is not yet taken.
@@ -433,11 +459,7 @@ pub(crate) fn out(args: &TrainArgs) -> &Path {
 /// the user says otherwise.
 pub(crate) fn out_folder(args: &TrainArgs) -> Outcome<PathBuf> {
     let (start, out) = (&args.start, out(args));
-    let same = |a: &Path, b: &Path| match (a.canonicalize(), b.canonicalize()) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => a == b,
-    };
-    let goes_on = start.resume.as_deref().is_some_and(|resume| same(resume, out));
+    let goes_on = start.resume.as_deref().is_some_and(|resume| is_same(resume, out));
     if is_checkpoint(out) && !goes_on && !start.overwrite {
         return Err(Failure::usage(format!(
             "--out: {0} already holds a checkpoint; go on with it (--resume {0}), replace it \
