@@ -135,7 +135,9 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
   };
   // Those that were kept before, for which nothing is waited for (`begin` in ptx.cuh).
   if (p.keeps) load_keys(warp * KEYS);
-  u32 first = blockIdx.x * QUERIES, rows = min(p.rows - first, (u32)QUERIES), start = *p.start;
+  // Those that see the most come first.
+  u32 first = (gridDim.x - 1 - blockIdx.x) * QUERIES, rows = min(p.rows - first, (u32)QUERIES);
+  u32 start = *p.start;
   begin();
   if (p.keeps) {
     for (u32 i = threadIdx.x; i < p.rows * d; i += 32 * WARPS) keep<bf16>(p, start, head, i);

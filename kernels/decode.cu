@@ -13,7 +13,7 @@
 
 // The warps of a block, among which inputs are divided.
 #define WARPS 8
-// Stages of many rows that are on their way to shared memory.
+// Stages that many rows have in shared memory, of which all but one are on their way.
 #define STAGES 4
 
 // `FewRows` of the host.
@@ -118,7 +118,6 @@ __global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
   const int PITCH = 16 * OUTPUTS + 4;  // so that the threads that store meet in no bank
   u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
   u32 output = blockIdx.x * 16 * OUTPUTS, row = blockIdx.y * 8 * ROWS;
-  const bf16 *x = (const bf16 *)p.x;
   W w[AHEAD][OUTPUTS];
   auto load = [&](int a, u32 chunk) {
 #pragma unroll
@@ -134,6 +133,7 @@ __global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
   u32 of_thread = output + threadIdx.x % (16 * OUTPUTS);
   float bias = of_thread < p.outputs ? bias_of<T>(p, of_thread) : 0.0f;
   begin();
+  const bf16 *x = (const bf16 *)p.x;
   float sums[OUTPUTS][ROWS][4] = {};
   for (u32 chunk = warp * W::CHUNK; chunk < p.inputs; chunk += AHEAD * WARPS * W::CHUNK) {
     if (chunk != warp * W::CHUNK)
@@ -287,12 +287,12 @@ template <int LEFT, int RIGHT, int STEPS, int THREADS> struct Copies {
 
 // `few_rows` in bf16 for many rows, to the bit: a block has all inputs of its outputs and rows,
 // both operands by way of shared memory, and sums them as the eight warps there do, one after the
-// other. The left operand is laid out: x where OF_X, whose rows are fewer bytes than W, and else W,
-// of MXFP4, which is then decoded once. Outputs are a multiple of 8. A chunk is STEPS instructions
-// long. A warp takes 16 M left lines and 8 N right ones, of a block's ACROSS such pieces of left
-// lines and DOWN of right ones. Grid: outputs, rows, by those of a block, rounded up; block: 32
-// ACROSS DOWN; dynamic shared memory: STAGES stages, or as many lines of outputs and 4 floats as
-// the block has rows.
+// other. The left operand is laid out: W of MXFP4, which that way is decoded once, and beside W in
+// bf16, which then may lie as it does, x (OF_X). Outputs are a multiple of 8. A chunk is STEPS
+// instructions long. A warp takes 16 M left lines and 8 N right ones, of a block's ACROSS such
+// pieces of left lines and DOWN of right ones. Grid: outputs, rows, by those of a block, rounded
+// up; block: 32 ACROSS DOWN; dynamic shared memory: STAGES stages, or as many lines of outputs and
+// 4 floats as the block has rows.
 //
 // NOTE: on an H200 the four products of 999 rows of a layer with 2,048 channels took 366 us by this
 // and what lays out, and 662 by `few_rows`; in MXFP4, 387 and 779 (2026-11-30). An instruction's

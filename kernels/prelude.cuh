@@ -9,9 +9,9 @@
 // in f32, in an order that depends on shapes alone, so that two runs give the same bits. No kernel
 // adds floats atomically.
 //
-// A kernel starts while the one before it ends (programmatic dependent launch): every kernel begins
-// with `begin`, which waits for those before, and a test sees to that. It gains a microsecond a
-// kernel, which matters to small models.
+// A kernel starts while the one before it ends (programmatic dependent launch): every kernel waits in
+// `begin` for those before, all but the few that `begin` speaks of before anything else, and a test
+// sees to that. It gains a microsecond a kernel, which matters to small models.
 
 #define WARP 32
 #define FULL_WARP 0xffffffffu

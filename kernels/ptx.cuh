@@ -10,9 +10,9 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// What every kernel begins with: it is launched while the one before it still ends, and waits here
-// for what that has written; and it lets the next one be launched as soon as all of its own blocks
-// run. Waiting for one waits for all before.
+// What every kernel begins with, all but three: it is launched while the one before it still ends,
+// and waits here for what that has written; and it lets the next one be launched as soon as all of
+// its own blocks run. Waiting for one waits for all before.
 //
 // So what kernels before the one before have written is there already: that one has waited for
 // them. Kernels that write text read weights and keys ahead of this, which are written before a

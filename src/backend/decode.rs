@@ -107,8 +107,8 @@ pub trait Decode: Linear + Attend + Embed {
     fn rows(&self, arena: &mut Self::Arena, rows: usize) -> Result<Self::Tokens>;
     /// Writes tokens of one sequence behind the first `starts[0]`, or, of as many sequences, one of each
     /// and where it stands. What is then asked of these rows, with the same `starts`, may be recorded,
-    /// and done again for others of as many tokens. Weights, packed or not, are as they were when this
-    /// was called: operations on the rows may read them early.
+    /// and done again for others of as many tokens. Weights, packed or not, and what is kept of earlier
+    /// positions are as they were when this was called: operations on the rows may read them early.
     fn write_rows(&self, to: &mut Self::Tokens, tokens: &[u32], starts: &[usize]);
     /// out (rows, C) = the rows' tokens of wte (V, C) plus their positions of wpe (T, C).
     fn embedding_behind(

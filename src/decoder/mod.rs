@@ -153,8 +153,8 @@ impl Decoder {
     /// Empty texts of `model`; their memory is allocated here (on a GPU again where a trainer changes
     /// what weights are kept as). That is, for each of them, keys and values, 8 bytes a channel, block
     /// and token of room (4 where a GPU computes in bf16), and, for all, a copy of the
-    /// linear layers' weights, in less than f32 of the head's, too; a GPU makes a copy in MXFP4 alone;
-    /// and one more in MXFP4 for drafts.
+    /// linear layers' weights, in less than f32 of the head's, too; a GPU makes a copy in MXFP4 alone,
+    /// and has room for one layer of it in bf16; and one more in MXFP4 for drafts.
     /// The copy is made with the first logits, and again with the first after the weights may have
     /// been changed.
     ///

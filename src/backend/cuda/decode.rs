@@ -25,16 +25,19 @@ const WARPS: usize = 8;
 const THREADS: usize = 32 * WARPS;
 /// Rows from which on a block takes several times eight of them.
 const SEVERAL: usize = 9;
-/// Rows from which on they may be many.
-const MANY: usize = 65;
-/// And blocks of many. NOTE: on an H200 with 96 blocks they took 18 us and 36 in place of 17 and 40,
-/// with 128 blocks of 500 rows 27 and 75 in place of 32 and 113.
+/// Rows from which on they may be many, beside W in bf16 and in MXFP4, and blocks of those. NOTE: on
+/// an H200 100 rows with W in bf16 of (8192, 2048) took 26 us in place of 32, and of (6144, 2048),
+/// which is 96 blocks, 27 as well; in MXFP4, which is decoded first, 35 in place of 33 and 32 of 26,
+/// and 192 rows 45 of 50 and 42 of 42.
+const MANY: [usize; 2] = [65, 192];
 const ENOUGH_BLOCKS: usize = 96;
 /// `STAGES` of the kernel of many rows.
 const STAGES: usize = 4;
 /// Inputs of a chunk in MXFP4, of which lines are whole, and of a chunk in bf16.
 const CHUNK: usize = 64;
 const CHUNK_OF_BF16: usize = 32;
+/// Inputs of a stage of many rows.
+const INPUTS_OF_STAGE: usize = 64;
 
 /// A weight as products of few rows read it.
 pub(crate) enum Packed {
@@ -138,7 +141,7 @@ impl LayOut {
 impl Few {
     /// In bf16, or with weights in MXFP4, and results in f32 where these are `logits`.
     pub(super) fn on_tensor_cores(shape: LinearShape, in_mxfp4: bool, logits: bool) -> Self {
-        if !logits && Self::are_many(shape) {
+        if !logits && Self::are_many(shape, in_mxfp4) {
             return Self::of_many(shape, in_mxfp4);
         }
         let several = shape.rows >= SEVERAL;
@@ -170,16 +173,17 @@ impl Few {
     /// Outputs and rows of a block of many.
     const OF_MANY: [usize; 2] = [64, 128];
 
-    fn are_many(LinearShape { rows, outputs, .. }: LinearShape) -> bool {
+    fn are_many(LinearShape { rows, outputs, .. }: LinearShape, in_mxfp4: bool) -> bool {
         let blocks = outputs.div_ceil(Self::OF_MANY[0]) * rows.div_ceil(Self::OF_MANY[1]);
-        rows >= MANY && blocks >= ENOUGH_BLOCKS && outputs.is_multiple_of(8)
+        let enough = rows >= MANY[usize::from(in_mxfp4)] && blocks >= ENOUGH_BLOCKS;
+        enough && outputs.is_multiple_of(8)
     }
 
     /// As [`Few::on_tensor_cores`], for many rows.
     pub(super) fn of_many(shape: LinearShape, in_mxfp4: bool) -> Self {
         let [outputs, rows] = Self::OF_MANY;
         let grid = [shape.outputs.div_ceil(outputs), shape.rows.div_ceil(rows), 1];
-        let stage = (outputs + rows) * 64 * 2;
+        let stage = (outputs + rows) * INPUTS_OF_STAGE * 2;
         let shared = (STAGES * stage).max(rows * (outputs + 4) * 4);
         let kernel = match in_mxfp4 {
             true => "many_rows<false,4,2,8,2,2>",
@@ -190,10 +194,16 @@ impl Few {
     }
 
     /// Bytes that are laid out for a layer's products of up to so many rows.
-    pub(super) fn laid_out(shape: LinearShape, weights: DecoderWeights) -> usize {
-        // NOTE: f32 is bf16 with split masters, and takes none of it otherwise.
-        let of_many = || LayOut::new(shape, weights == DecoderWeights::Mxfp4).bytes();
-        Self::are_many(shape).then(of_many).unwrap_or(0)
+    pub(super) fn laid_out(
+        shape: LinearShape,
+        weights: DecoderWeights,
+        precision: Precision,
+    ) -> usize {
+        let in_mxfp4 = weights == DecoderWeights::Mxfp4;
+        match precision == Precision::Bf16 && Self::are_many(shape, in_mxfp4) {
+            true => LayOut::new(shape, in_mxfp4).bytes(),
+            false => 0,
+        }
     }
 
     /// In plain arithmetic.

@@ -108,7 +108,7 @@ impl Workspace {
             scales[0] += second_scales;
         }
         let values = values::Size::new(shape, arena.capability());
-        let laid_out = |(layer, weights): &_| Few::laid_out(*layer, *weights);
+        let laid_out = |(layer, weights): &_| Few::laid_out(*layer, *weights, precision);
         let laid_out = [0, packed.iter().map(laid_out).max().unwrap_or(0)];
         let mut room = |side: usize| Room {
             elements: arena
