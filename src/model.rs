@@ -7,7 +7,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, FlatGradients, Memory, Slot, on_device};
 use crate::checkpoint::{
-    self, Checkpoint, FoundConfig, ModelPart, StoredTensor, StoredWeights, TensorRead,
+    self, Checkpoint, FoundConfig, ModelPart, Scratch, StoredTensor, StoredWeights, TensorRead,
 };
 use crate::engine::LogLevel;
 use crate::gpt::{ModelConfig, ParamSpec, ParamTable, TensorInfo, initialize};
@@ -105,8 +105,8 @@ impl Model {
         on_device!(model.on_device(), on => {
             let (mut weights, mut ours) = (on.lock()?, on.table.room_for_a_tensor()?);
             checkpoint.weights(model.tensors(), &mut |index, values| {
-                on.table.specs()[index].import(values, &mut ours)?;
-                on.backend.write_param(&mut weights.all, on.table.slots()[index], &ours)
+                let ours = on.table.specs()[index].import(values, &mut ours)?;
+                on.backend.write_param(&mut weights.all, on.table.slots()[index], ours)
             })?;
         });
         Ok(model)
@@ -184,7 +184,7 @@ impl Model {
         let index = self.index_of(name, out.len())?;
         on_device!(self.on_device(), on => {
             let weights = on.read()?;
-            on.exported(self.tensors(), &weights).read(index, out)
+            on.exported(self.tensors(), &weights).read(index, out, &mut Scratch::default())
         })
     }
 
@@ -201,8 +201,8 @@ impl Model {
         on_device!(self.on_device(), on => {
             let (mut weights, mut ours) = (on.lock()?, Vec::new());
             weights.largest = weights.largest.max(largest.into());
-            on.table.specs()[index].import(values, &mut ours)?;
-            on.backend.write_param(&mut weights.all, on.table.slots()[index], &ours)
+            let ours = on.table.specs()[index].import(values, &mut ours)?;
+            on.backend.write_param(&mut weights.all, on.table.slots()[index], ours)
         })
     }
 
@@ -388,9 +388,9 @@ impl<F: Fn(Slot, &mut [f32]) -> Result<()>> TensorRead for Exported<'_, F> {
         self.tensors
     }
 
-    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
-        (self.read)(self.table.slots()[index], out)?;
-        self.table.specs()[index].export(out, &mut Vec::new())
+    fn read(&self, index: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
+        let read = |ours: &mut [f32]| (self.read)(self.table.slots()[index], ours);
+        self.table.specs()[index].export(out, &mut scratch.numbers, read)
     }
 }
 

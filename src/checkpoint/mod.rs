@@ -81,8 +81,27 @@ pub(crate) trait TensorRead {
     fn dtype(&self, _index: usize) -> Dtype {
         Dtype::F32
     }
-    /// Copies tensor `index` into `out` (row-major, as many elements as its shape says).
-    fn read(&self, index: usize, out: &mut [f32]) -> Result<()>;
+    /// Copies tensor `index` into `out` (row-major, as many elements as its shape says), by way of
+    /// `scratch`.
+    fn read(&self, index: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()>;
+}
+
+/// Memory for a tensor on its way, which the next one takes over.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    pub(crate) numbers: Vec<f32>,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Scratch {
+    /// As many bytes, whatever they are.
+    pub(crate) fn bytes(&mut self, len: usize) -> Result<&mut [u8]> {
+        if self.bytes.len() < len {
+            reserve::reserve(&mut self.bytes, "a tensor", len)?;
+            self.bytes.resize(len, 0);
+        }
+        Ok(&mut self.bytes[..len])
+    }
 }
 
 /// Takes the values of (state, tensor).

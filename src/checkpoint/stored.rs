@@ -15,7 +15,7 @@
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
 
-use super::{SCALES, TensorRead};
+use super::{SCALES, Scratch, TensorRead};
 use crate::formats::{BLOCK, quantize_closest};
 use crate::gpt::{HEAD, ParamSpec, TensorInfo};
 use crate::optim::named;
@@ -162,13 +162,14 @@ impl<'a> Stored<'a> {
         &self,
         index: usize,
         linear: Linear,
+        scratch: &mut Scratch,
         mut take: impl FnMut(usize, u8, [u8; BLOCK]),
     ) -> Result<()> {
         /// By the next one, codes stand for numbers that f32 does not have.
         const LARGEST: u8 = 252;
         let Linear { outputs, inputs, is_turned } = linear;
         let mut values = zeros("a tensor", outputs * inputs)?;
-        self.weights.read(index, &mut values)?;
+        self.weights.read(index, &mut values, scratch)?;
         if is_turned {
             let mut rows = zeros("a copy of a tensor", values.len())?;
             ParamSpec::transpose(&values, &mut rows, inputs, outputs);
@@ -212,11 +213,11 @@ impl TensorRead for Stored<'_> {
         }
     }
 
-    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
+    fn read(&self, index: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
         let (weight, part) = self.parts[index];
         match part {
             Part::Numbers(dtype) => {
-                self.weights.read(weight, out)?;
+                self.weights.read(weight, out, scratch)?;
                 let (stored, fits): (_, fn(f32) -> bool) = match dtype {
                     Dtype::F16 => (StoredWeights::F16, |v| f16::from_f32(v).is_finite()),
                     Dtype::BF16 => (StoredWeights::Bf16, |v| bf16::from_f32(v).is_finite()),
@@ -228,12 +229,13 @@ impl TensorRead for Stored<'_> {
                 }
             }
             // What stands for a code or a scale in a file: its bits, as a number.
-            Part::Codes(linear) => self.quantize(weight, linear, |block, _, codes| {
+            Part::Codes(linear) => self.quantize(weight, linear, scratch, |block, _, codes| {
                 let out = &mut out[block * BLOCK..][..BLOCK];
                 out.iter_mut().zip(codes).for_each(|(out, code)| *out = code.into());
             }),
             Part::Scales(linear) => {
-                self.quantize(weight, linear, |block, scale, _| out[block] = scale.into())
+                let take = |block: usize, scale: u8, _| out[block] = scale.into();
+                self.quantize(weight, linear, scratch, take)
             }
         }
     }

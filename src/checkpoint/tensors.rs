@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::StoredTensor;
 use super::folder::attempt;
-use super::{MAX_JSON, TensorRead, found, read_exact_at, room_for_json};
+use super::{MAX_JSON, Scratch, TensorRead, found, read_exact_at, room_for_json};
 use crate::formats::{decode_e2m1, decode_e8m0};
 use crate::optim::moments::{E4m3, Float};
 use crate::reserve::{Spare, reserve, zeros};
@@ -70,13 +70,13 @@ pub(super) fn write(
     let mut sums = zeros("the sums of a tensor file", tensors.len())?;
     let blank = header(path, tensors, &sums, extra)?;
     attempt(|| out.write_all(&blank)).map_err(io)?;
-    let (mut values, mut bytes) = (Vec::new(), Vec::new());
+    let (mut values, mut bytes, mut scratch) = (Vec::new(), Vec::new(), Scratch::default());
     reserve(&mut bytes, "a piece of a tensor", PIECE)?;
     for (tensor, sum) in tensors.iter().zip(&mut sums) {
         let count = tensor.shape().iter().product();
         reserve(&mut values, "a tensor", count)?;
         values.resize(count, 0.0);
-        tensor.source.read(tensor.index, &mut values)?;
+        tensor.source.read(tensor.index, &mut values, &mut scratch)?;
         check_finite(path, &tensor.name, &values)?;
         let mut crc = crc32fast::Hasher::new();
         for part in values.chunks(PIECE / size_of::<f32>()) {

@@ -305,27 +305,47 @@ impl ParamSpec {
         }
     }
 
-    /// Puts values that are in our order into Hugging Face's.
-    pub(crate) fn export(&self, values: &mut [f32], scratch: &mut Vec<f32>) -> Result<()> {
-        if self.transposed {
-            scratch.clear();
-            reserve(scratch, "a copy of a tensor", values.len())?;
-            scratch.extend_from_slice(values);
-            Self::transpose(scratch, values, self.shape[1], self.shape[0]);
+    /// Puts values that `read` gets in our order into Hugging Face's, by way of `scratch`.
+    pub(crate) fn export(
+        &self,
+        out: &mut [f32],
+        scratch: &mut Vec<f32>,
+        read: impl FnOnce(&mut [f32]) -> Result<()>,
+    ) -> Result<()> {
+        if !self.transposed {
+            return read(out);
         }
+        let ours = room_for(scratch, out.len())?;
+        read(ours)?;
+        Self::transpose(ours, out, self.shape[1], self.shape[0]);
         Ok(())
     }
 
-    /// Puts values that are in Hugging Face's order into ours.
-    pub(crate) fn import(&self, values: &[f32], scratch: &mut Vec<f32>) -> Result<()> {
-        scratch.clear();
-        reserve(scratch, "a copy of a tensor", values.len())?;
-        scratch.extend_from_slice(values);
-        if self.transposed {
-            Self::transpose(values, scratch, self.shape[0], self.shape[1]);
+    /// Values that are in Hugging Face's order in ours, in `scratch`.
+    pub(crate) fn import<'s>(
+        &self,
+        values: &[f32],
+        scratch: &'s mut Vec<f32>,
+    ) -> Result<&'s mut [f32]> {
+        let ours = room_for(scratch, values.len())?;
+        match self.transposed {
+            true => Self::transpose(values, ours, self.shape[0], self.shape[1]),
+            false => ours.copy_from_slice(values),
         }
-        Ok(())
+        Ok(ours)
     }
+}
+
+/// As many numbers of `scratch`, whatever they are.
+///
+/// NOTE: it stays as long as it was, for memory that was not used before is dear: the system clears
+/// it, page by page.
+fn room_for(scratch: &mut Vec<f32>, len: usize) -> Result<&mut [f32]> {
+    if scratch.len() < len {
+        reserve(scratch, "a copy of a tensor", len)?;
+        scratch.resize(len, 0.0);
+    }
+    Ok(&mut scratch[..len])
 }
 
 #[cfg(test)]
@@ -423,10 +443,15 @@ mod tests {
         }
         let spec = &table.specs()[table.blocks[0].qkv.w.index]; // (4, 12) there, (12, 4) here
         let theirs: Vec<f32> = (0..spec.len()).map(|i| i as f32).collect();
-        let (mut ours, mut scratch) = (Vec::new(), Vec::new());
-        spec.import(&theirs, &mut ours).unwrap();
-        assert_eq!(ours[4 + 2], theirs[2 * 12 + 1]);
-        spec.export(&mut ours, &mut scratch).unwrap();
-        assert_eq!(ours, theirs);
+        // Longer than it has to be, as another tensor left it.
+        let (mut scratch, mut again) = (vec![7.0; 60], vec![0.0; 48]);
+        let ours = spec.import(&theirs, &mut scratch).unwrap().to_vec();
+        assert_eq!((ours.len(), ours[4 + 2]), (48, theirs[2 * 12 + 1]));
+        let read = |out: &mut [f32]| {
+            out.copy_from_slice(&ours);
+            Ok(())
+        };
+        spec.export(&mut again, &mut scratch, read).unwrap();
+        assert_eq!(again, theirs);
     }
 }

@@ -5,7 +5,7 @@ use super::track::Tracked;
 use super::watch::{Watch, WeightMetrics};
 use crate::Result;
 use crate::backend::{Backend, Part, StepPlan, Values, View, Viewed};
-use crate::checkpoint::TensorRead;
+use crate::checkpoint::{Scratch, TensorRead};
 use crate::formats::{LINEARS, Operand, Reset, ResetPhase};
 use crate::gpt::{Matrix, Means, ParamTable, TensorInfo};
 use crate::model::{Model, OnDevice};
@@ -254,7 +254,7 @@ impl<B: Backend> Followed<B> {
         let tracked = tracked.iter_mut().flat_map(|tracked| &mut tracked.flats);
         let Some(flat) = means.iter_mut().chain(tracked).nth(number) else { return Ok(()) };
         let Matrix { param, own, .. } = matrices[index];
-        on.table.specs()[param.index].import(values, ours)?;
+        let ours = on.table.specs()[param.index].import(values, ours)?;
         on.backend.write_f32(flat, own.start, ours)
     }
 
@@ -283,9 +283,9 @@ impl<B: Backend> TensorRead for Exported<'_, B> {
         self.tensors
     }
 
-    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
+    fn read(&self, index: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
         let Matrix { param, own, .. } = self.matrices[index];
-        self.on.backend.read_f32(self.flat, own.start, out)?;
-        self.on.table.specs()[param.index].export(out, &mut Vec::new())
+        let read = |ours: &mut [f32]| self.on.backend.read_f32(self.flat, own.start, ours);
+        self.on.table.specs()[param.index].export(out, &mut scratch.numbers, read)
     }
 }

@@ -23,7 +23,7 @@ use std::time::Instant;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
-use crate::checkpoint::{self, Checkpoint, Kept, StateValues, TensorRead, TrainerPart};
+use crate::checkpoint::{self, Checkpoint, Kept, Scratch, StateValues, TensorRead, TrainerPart};
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Shapes};
 use crate::model::{Model, OnDevice, Weights};
@@ -621,7 +621,7 @@ impl Trainer {
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.model.index_of(name, out.len())?;
         on_device!(&self.run, run => {
-            run.model.exported_gradients(self.model.tensors(), &run.buffers.flat.gradients).read(index, out)
+            run.model.exported_gradients(self.model.tensors(), &run.buffers.flat.gradients).read(index, out, &mut Scratch::default())
         })
     }
 
@@ -698,7 +698,7 @@ impl<B: Backend> Run<B> {
         let kept = kept.chain((!of_gradients.is_empty()).then_some(tensors_of));
         let others = followed.states(state).map(|state| Kept { state, tensors: &of_blocks });
         let kept = collect("what is kept of weights", kept.chain(others).map(Ok))?;
-        let mut ours = on.table.room_for_a_tensor()?;
+        let mut scratch = Scratch { numbers: on.table.room_for_a_tensor()?, ..Scratch::default() };
         checkpoint.states(&kept, &mut |state, index, values| {
             let least = values.least();
             let Kept { state: State { what, is_signed, .. }, tensors } = kept[state];
@@ -721,7 +721,9 @@ impl<B: Backend> Run<B> {
                 let values = numbers()?;
                 return match number.checked_sub(usize::from(!of_gradients.is_empty())) {
                     None => on.backend.write_f32(statistics, STATISTICS * index, values),
-                    Some(number) => followed.load(on, (number, index), values, &mut ours),
+                    Some(number) => {
+                        followed.load(on, (number, index), values, &mut scratch.numbers)
+                    }
                 };
             }
             if state >= MAX_STATES
@@ -736,7 +738,7 @@ impl<B: Backend> Run<B> {
             }
             let index = owners[state].parameters[index];
             let into = (&mut flats[state], &layouts[state].places[index], &states[state]);
-            states::load(&*on.backend, into, &on.table.specs()[index], values, &mut ours)
+            states::load(&*on.backend, into, &on.table.specs()[index], values, &mut scratch)
         })
     }
 

@@ -5,7 +5,7 @@
 
 use crate::Result;
 use crate::backend::{Backend, Place, StateLayout};
-use crate::checkpoint::{CODES, Dtype, SCALES, StateValues, TensorRead, decode};
+use crate::checkpoint::{CODES, Dtype, SCALES, Scratch, StateValues, TensorRead, decode};
 use crate::gpt::{ParamSpec, TensorInfo};
 use crate::model::OnDevice;
 use crate::optim::moments::{
@@ -108,23 +108,25 @@ impl<B: Backend> TensorRead for Exported<'_, B> {
         }
     }
 
-    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
+    fn read(&self, index: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
         let (parameter, part) = self.stored.parts[index];
         let (place, backend) = (&self.layout.places[parameter], &*self.model.backend);
         let dtype = self.dtype(index);
         if part == Part::Scales {
             return backend.read_bytes(self.state, place.scales, bytemuck::cast_slice_mut(out));
         }
-        if dtype == Dtype::F32 {
-            backend.read_bytes(self.state, place.start, bytemuck::cast_slice_mut(out))?;
-        } else {
-            let mut bytes = Vec::new();
-            reserve(&mut bytes, "a tensor", place.bytes())?;
-            bytes.resize(place.bytes(), 0u8);
-            backend.read_bytes(self.state, place.start, &mut bytes)?;
-            decode(dtype, &bytes, out);
-        }
-        self.model.table.specs()[parameter].export(out, &mut Vec::new())
+        let bytes = if dtype == Dtype::F32 { 0 } else { place.bytes() };
+        scratch.bytes(bytes)?;
+        let Scratch { numbers, bytes: room } = scratch;
+        self.model.table.specs()[parameter].export(out, numbers, |ours| {
+            if dtype == Dtype::F32 {
+                return backend.read_bytes(self.state, place.start, bytemuck::cast_slice_mut(ours));
+            }
+            let bytes = &mut room[..bytes];
+            backend.read_bytes(self.state, place.start, bytes)?;
+            decode(dtype, bytes, ours);
+            Ok(())
+        })
     }
 }
 
@@ -155,7 +157,7 @@ impl<B: Backend> TensorRead for ExportedStatistics<'_, B> {
         self.tensors
     }
 
-    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
+    fn read(&self, index: usize, out: &mut [f32], _: &mut Scratch) -> Result<()> {
         self.backend.read_f32(self.flat, STATISTICS * index, out)
     }
 }
@@ -166,12 +168,13 @@ pub(super) fn load<B: Backend>(
     (state, place, of): (&mut B::Bytes, &Place, &State),
     spec: &ParamSpec,
     values: StateValues<'_>,
-    ours: &mut Vec<f32>,
+    scratch: &mut Scratch,
 ) -> Result<()> {
     let (StateValues::Numbers(of_file)
     | StateValues::Codes { codes: of_file, .. }
     | StateValues::Scaled { numbers: of_file, .. }) = values;
-    spec.import(of_file, ours)?;
+    let Scratch { numbers, bytes } = scratch;
+    let ours = spec.import(of_file, numbers)?;
     let is_as_kept = match values {
         StateValues::Numbers(_) => true,
         StateValues::Codes { .. } => place.element == Element::Int8,
@@ -180,8 +183,9 @@ pub(super) fn load<B: Backend>(
     if !is_as_kept {
         decode_all(values, of, ours);
     }
-    let (mut bytes, mut scales) = (Vec::new(), Vec::new());
-    reserve(&mut bytes, "a tensor", place.bytes())?;
+    let mut scales = Vec::new();
+    bytes.clear();
+    reserve(bytes, "a tensor", place.bytes())?;
     reserve(&mut scales, "the scales of a tensor", place.groups())?;
     match place.element {
         Element::F32 => {
@@ -220,7 +224,7 @@ pub(super) fn load<B: Backend>(
     if !scales.is_empty() {
         backend.write_bytes(state, place.scales, bytemuck::cast_slice(&scales))?;
     }
-    backend.write_bytes(state, place.start, &bytes)
+    backend.write_bytes(state, place.start, bytes)
 }
 
 /// Makes numbers of what a file has, which `ours` holds in the order of memory.

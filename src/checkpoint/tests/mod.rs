@@ -76,7 +76,7 @@ impl TensorRead for Toy {
         &self.infos
     }
 
-    fn read(&self, index: usize, out: &mut [f32]) -> Result<()> {
+    fn read(&self, index: usize, out: &mut [f32], _: &mut Scratch) -> Result<()> {
         out.copy_from_slice(&self.values[index]);
         Ok(())
     }
