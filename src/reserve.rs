@@ -79,6 +79,22 @@ pub(crate) fn reserve<T>(vec: &mut Vec<T>, what: &'static str, len: usize) -> Re
     room(vec, what, more, |vec| vec.try_reserve_exact(more))
 }
 
+/// As many elements of `vec`, whatever they are, or the error of [`reserve`].
+///
+/// NOTE: it stays as long as it was, for memory that was not used before is dear: the system clears
+/// it, page by page.
+pub(crate) fn reuse<'v, T: Default + Clone>(
+    vec: &'v mut Vec<T>,
+    what: &'static str,
+    len: usize,
+) -> Result<&'v mut [T]> {
+    if vec.len() < len {
+        reserve(vec, what, len)?;
+        vec.resize(len, T::default());
+    }
+    Ok(&mut vec[..len])
+}
+
 /// Appends to a vector that grows as it has to, or the error of [`reserve`].
 pub(crate) fn push<T>(vec: &mut Vec<T>, what: &'static str, value: T) -> Result<()> {
     room(vec, what, 1, |vec| vec.try_reserve(1))?;

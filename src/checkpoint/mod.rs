@@ -84,6 +84,11 @@ pub(crate) trait TensorRead {
     /// Copies tensor `index` into `out` (row-major, as many elements as its shape says), by way of
     /// `scratch`.
     fn read(&self, index: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()>;
+    /// The bytes of tensor `index` as the file has them, in the same order, where they are kept as
+    /// such, one an element; then nothing else reads it.
+    fn codes<'s>(&self, _index: usize, _scratch: &'s mut Scratch) -> Option<Result<&'s [u8]>> {
+        None
+    }
 }
 
 /// Memory for a tensor on its way, which the next one takes over.
@@ -91,17 +96,8 @@ pub(crate) trait TensorRead {
 pub(crate) struct Scratch {
     pub(crate) numbers: Vec<f32>,
     pub(crate) bytes: Vec<u8>,
-}
-
-impl Scratch {
-    /// As many bytes, whatever they are.
-    pub(crate) fn bytes(&mut self, len: usize) -> Result<&mut [u8]> {
-        if self.bytes.len() < len {
-            reserve::reserve(&mut self.bytes, "a tensor", len)?;
-            self.bytes.resize(len, 0);
-        }
-        Ok(&mut self.bytes[..len])
-    }
+    /// Bytes in another order.
+    pub(crate) turned: Vec<u8>,
 }
 
 /// Takes the values of (state, tensor).
@@ -118,7 +114,7 @@ pub(crate) enum StateValues<'a> {
     /// In the order of the file.
     Numbers(&'a [f32]),
     /// Codes in the order of the file, and the scale of each group of neighbours in memory.
-    Codes { codes: &'a [f32], scales: &'a [f32] },
+    Codes { codes: &'a [u8], scales: &'a [f32] },
     /// In the order of the file, all to be multiplied by the same: of E4M3 where the state is signed,
     /// else of fp16.
     Scaled { numbers: &'a [f32], scale: f32 },
@@ -353,7 +349,7 @@ impl Checkpoint {
         };
         file.check_surplus(parts)?;
         let names = file.names();
-        let (mut values, mut scales) = (Vec::new(), Vec::new());
+        let (mut values, mut codes, mut scales) = (Vec::new(), Vec::new(), Vec::new());
         for (number, Kept { state, tensors }) in kept.iter().enumerate() {
             let is_of =
                 |name: &String| name.split_once('.').is_some_and(|(of, _)| of == state.name);
@@ -387,20 +383,21 @@ impl Checkpoint {
                 if file.contains(&name) {
                     return damaged(format_args!("{of_codes} or {name}, found both"));
                 }
-                file.read(&of_codes, &tensor.shape, &[code, float], &mut values)?;
                 if file.dtype(&of_codes) == Some(code) {
+                    file.read_codes(&of_codes, &tensor.shape, &mut codes)?;
                     let groups = tensor.len().div_ceil(GROUP);
                     file.read(&of_scales, &[groups], &FLOATS, &mut scales)?;
                     if let Some(scale) = scales.iter().find(|scale| **scale < 0.0) {
                         return damaged(format_args!("{of_scales} from 0 on, found {scale:e}"));
                     }
                     // Codes of first moments go from -127 to 127.
-                    if values.contains(&-128.0) {
+                    if state.is_signed && codes.contains(&(-128i8 as u8)) {
                         return damaged(format_args!("codes of {name} from -127 on, found -128"));
                     }
-                    write(number, index, StateValues::Codes { codes: &values, scales: &scales })?;
+                    write(number, index, StateValues::Codes { codes: &codes, scales: &scales })?;
                     continue;
                 }
+                file.read(&of_codes, &tensor.shape, &[code, float], &mut values)?;
                 file.read(&of_scales, &[1], &FLOATS, &mut scales)?;
                 let scale = scales[0];
                 let is_one = match state.is_signed {

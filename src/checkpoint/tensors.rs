@@ -73,17 +73,25 @@ pub(super) fn write(
     let (mut values, mut bytes, mut scratch) = (Vec::new(), Vec::new(), Scratch::default());
     reserve(&mut bytes, "a piece of a tensor", PIECE)?;
     for (tensor, sum) in tensors.iter().zip(&mut sums) {
+        let mut crc = crc32fast::Hasher::new();
+        let mut put = |bytes: &[u8]| {
+            crc.update(bytes);
+            attempt(|| out.write_all(bytes)).map_err(io)
+        };
+        if let Some(codes) = tensor.source.codes(tensor.index, &mut scratch) {
+            codes?.chunks(PIECE).try_for_each(put)?;
+            *sum = crc.finalize();
+            continue;
+        }
         let count = tensor.shape().iter().product();
         reserve(&mut values, "a tensor", count)?;
         values.resize(count, 0.0);
         tensor.source.read(tensor.index, &mut values, &mut scratch)?;
         check_finite(path, &tensor.name, &values)?;
-        let mut crc = crc32fast::Hasher::new();
         for part in values.chunks(PIECE / size_of::<f32>()) {
             bytes.clear();
             encode(tensor.dtype(), part, &mut bytes);
-            crc.update(&bytes);
-            attempt(|| out.write_all(&bytes)).map_err(io)?;
+            put(&bytes)?;
         }
         *sum = crc.finalize();
     }
@@ -283,19 +291,14 @@ impl<'a> TensorFile<'a> {
         }
     }
 
-    /// Reads tensor `name`, which must have shape `shape` and one of the types `dtypes`, into `out`
-    /// as f32.
-    ///
-    /// # Errors
-    /// [`Error::Format`] for a missing or damaged tensor or one of another type, [`Error::Mismatch`] for another shape, [`Error::NotFinite`]
-    /// for an element that is NaN, infinite or beyond f32; [`Error::Io`].
-    pub(super) fn read(
+    /// Where tensor `name` is, which must have shape `shape` and one of the types `dtypes`, and what
+    /// its checksum must be.
+    fn find(
         &self,
         name: &str,
         shape: &[usize],
         dtypes: &[Dtype],
-        out: &mut Vec<f32>,
-    ) -> Result<()> {
+    ) -> Result<(&TensorInfo, Option<&String>)> {
         let format = |message| Error::format(&self.path, format!("tensor {name}: {message}"));
         let info = self.header.info(name).ok_or_else(|| format("missing".into()))?;
         if info.shape != shape {
@@ -324,7 +327,66 @@ impl<'a> TensorFile<'a> {
                 Some(sums.get(name).ok_or_else(|| format("no checksum in header".into()))?)
             }
         };
+        Ok((info, expected))
+    }
+
+    /// An error unless what was read of tensor `name` is what was written.
+    fn check_sum(
+        &self,
+        name: &str,
+        crc: crc32fast::Hasher,
+        expected: Option<&String>,
+    ) -> Result<()> {
+        let found = hex(crc.finalize());
+        match expected {
+            Some(expected) if *expected != found => {
+                let message = format!(
+                    "tensor {name}: damaged: expected CRC-32 {expected}, found {found}; restore the \
+                     file from a copy"
+                );
+                Err(Error::format(&self.path, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads tensor `name`, which must have shape `shape` and be of codes of 8 bits, as it is.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read`].
+    pub(super) fn read_codes(&self, name: &str, shape: &[usize], out: &mut Vec<u8>) -> Result<()> {
+        let (info, expected) = self.find(name, shape, &[Dtype::I8, Dtype::U8])?;
         let count = shape.iter().product();
+        reserve(out, "a tensor", count)?;
+        out.resize(count, 0);
+        let mut crc = crc32fast::Hasher::new();
+        let mut at = self.start + info.data_offsets.0 as u64;
+        for bytes in out.chunks_mut(PIECE) {
+            read_exact_at(&self.path, self.file, bytes, at)?;
+            at += bytes.len() as u64;
+            if expected.is_some() {
+                crc.update(bytes);
+            }
+        }
+        self.check_sum(name, crc, expected)
+    }
+
+    /// Reads tensor `name`, which must have shape `shape` and one of the types `dtypes`, into `out`
+    /// as f32.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for a missing or damaged tensor or one of another type, [`Error::Mismatch`]
+    /// for another shape, [`Error::NotFinite`] for an element that is NaN, infinite or beyond f32;
+    /// [`Error::Io`].
+    pub(super) fn read(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtypes: &[Dtype],
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let (info, expected) = self.find(name, shape, dtypes)?;
+        let (dtype, count) = (info.dtype, shape.iter().product());
         reserve(out, "a tensor", count)?;
         out.resize(count, 0.0);
         let mut buffer = Vec::new();
@@ -352,15 +414,7 @@ impl<'a> TensorFile<'a> {
             // All of them: a loop without a way out runs on vectors.
             is_finite &= values.iter().fold(true, |all, v| all & v.is_finite());
         }
-        if let Some(expected) = expected {
-            let found = hex(crc.finalize());
-            if *expected != found {
-                return Err(format(format!(
-                    "damaged: expected CRC-32 {expected}, found {found}; restore the file from a \
-                     copy"
-                )));
-            }
-        }
+        self.check_sum(name, crc, expected)?;
         if is_finite { Ok(()) } else { check_finite(&self.path, name, out) }
     }
 

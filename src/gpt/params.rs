@@ -9,7 +9,7 @@ use super::ModelConfig;
 use crate::Result;
 use crate::backend::Slot;
 use crate::optim::ParamKind;
-use crate::reserve::{collect, reserve, text};
+use crate::reserve::{collect, reserve, reuse, text};
 
 /// Name and shape of a parameter, as Hugging Face's `gpt2` has them. A head of its own is the
 /// tensor `lm_head.weight`; a head that is the token embedding is not listed twice.
@@ -288,9 +288,9 @@ impl ParamSpec {
     /// NOTE: by way of tiles, of which each line of the caches is read or written once and whole.
     /// Element by element, all elements of a column of 4096 shared a few lines: a run that saved 604
     /// million parameters twice took 161 s on two cores, and takes 95.
-    pub(crate) fn transpose(from: &[f32], to: &mut [f32], rows: usize, cols: usize) {
+    pub(crate) fn transpose<T: Copy + Default>(from: &[T], to: &mut [T], rows: usize, cols: usize) {
         const TILE: usize = 16;
-        let mut tile = [[0.0; TILE]; TILE];
+        let mut tile = [[T::default(); TILE]; TILE];
         for r in (0..rows).step_by(TILE) {
             for c in (0..cols).step_by(TILE) {
                 let [tall, wide] = [rows - r, cols - c].map(|left| left.min(TILE));
@@ -306,46 +306,34 @@ impl ParamSpec {
     }
 
     /// Puts values that `read` gets in our order into Hugging Face's, by way of `scratch`.
-    pub(crate) fn export(
+    pub(crate) fn export<T: Copy + Default>(
         &self,
-        out: &mut [f32],
-        scratch: &mut Vec<f32>,
-        read: impl FnOnce(&mut [f32]) -> Result<()>,
+        out: &mut [T],
+        scratch: &mut Vec<T>,
+        read: impl FnOnce(&mut [T]) -> Result<()>,
     ) -> Result<()> {
         if !self.transposed {
             return read(out);
         }
-        let ours = room_for(scratch, out.len())?;
+        let ours = reuse(scratch, "a copy of a tensor", out.len())?;
         read(ours)?;
         Self::transpose(ours, out, self.shape[1], self.shape[0]);
         Ok(())
     }
 
     /// Values that are in Hugging Face's order in ours, in `scratch`.
-    pub(crate) fn import<'s>(
+    pub(crate) fn import<'s, T: Copy + Default>(
         &self,
-        values: &[f32],
-        scratch: &'s mut Vec<f32>,
-    ) -> Result<&'s mut [f32]> {
-        let ours = room_for(scratch, values.len())?;
+        values: &[T],
+        scratch: &'s mut Vec<T>,
+    ) -> Result<&'s mut [T]> {
+        let ours = reuse(scratch, "a copy of a tensor", values.len())?;
         match self.transposed {
             true => Self::transpose(values, ours, self.shape[0], self.shape[1]),
             false => ours.copy_from_slice(values),
         }
         Ok(ours)
     }
-}
-
-/// As many numbers of `scratch`, whatever they are.
-///
-/// NOTE: it stays as long as it was, for memory that was not used before is dear: the system clears
-/// it, page by page.
-fn room_for(scratch: &mut Vec<f32>, len: usize) -> Result<&mut [f32]> {
-    if scratch.len() < len {
-        reserve(scratch, "a copy of a tensor", len)?;
-        scratch.resize(len, 0.0);
-    }
-    Ok(&mut scratch[..len])
 }
 
 #[cfg(test)]

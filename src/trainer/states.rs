@@ -13,7 +13,7 @@ use crate::optim::moments::{
 };
 use crate::optim::spam::STATISTICS;
 use crate::optim::{Optimizer, State};
-use crate::reserve::{collect, reserve, text};
+use crate::reserve::{collect, reserve, reuse, text};
 
 /// The weights that a state is kept of.
 pub(super) struct Owners {
@@ -115,18 +115,30 @@ impl<B: Backend> TensorRead for Exported<'_, B> {
         if part == Part::Scales {
             return backend.read_bytes(self.state, place.scales, bytemuck::cast_slice_mut(out));
         }
-        let bytes = if dtype == Dtype::F32 { 0 } else { place.bytes() };
-        scratch.bytes(bytes)?;
-        let Scratch { numbers, bytes: room } = scratch;
+        let Scratch { numbers, bytes, .. } = scratch;
         self.model.table.specs()[parameter].export(out, numbers, |ours| {
             if dtype == Dtype::F32 {
                 return backend.read_bytes(self.state, place.start, bytemuck::cast_slice_mut(ours));
             }
-            let bytes = &mut room[..bytes];
+            let bytes = reuse(bytes, "a tensor", place.bytes())?;
             backend.read_bytes(self.state, place.start, bytes)?;
             decode(dtype, bytes, ours);
             Ok(())
         })
+    }
+
+    fn codes<'s>(&self, index: usize, scratch: &'s mut Scratch) -> Option<Result<&'s [u8]>> {
+        let (parameter, part) = self.stored.parts[index];
+        let (place, backend) = (&self.layout.places[parameter], &*self.model.backend);
+        if part != Part::Codes || place.element != Element::Int8 {
+            return None;
+        }
+        let Scratch { bytes, turned, .. } = scratch;
+        let read = |ours: &mut [u8]| backend.read_bytes(self.state, place.start, ours);
+        let spec = &self.model.table.specs()[parameter];
+        let found = reuse(turned, "a tensor", place.len)
+            .and_then(|out| spec.export(out, bytes, read).map(|()| &*out));
+        Some(found)
     }
 }
 
@@ -170,19 +182,31 @@ pub(super) fn load<B: Backend>(
     values: StateValues<'_>,
     scratch: &mut Scratch,
 ) -> Result<()> {
-    let (StateValues::Numbers(of_file)
-    | StateValues::Codes { codes: of_file, .. }
-    | StateValues::Scaled { numbers: of_file, .. }) = values;
-    let Scratch { numbers, bytes } = scratch;
-    let ours = spec.import(of_file, numbers)?;
-    let is_as_kept = match values {
-        StateValues::Numbers(_) => true,
-        StateValues::Codes { .. } => place.element == Element::Int8,
-        StateValues::Scaled { .. } => place.element.has_one_scale(),
+    let Scratch { numbers, bytes, turned } = scratch;
+    let ours = match values {
+        StateValues::Numbers(of_file) => spec.import(of_file, numbers)?,
+        StateValues::Scaled { numbers: of_file, scale } => {
+            let ours = spec.import(of_file, numbers)?;
+            if !place.element.has_one_scale() {
+                ours.iter_mut().for_each(|v| *v *= scale);
+            }
+            ours
+        }
+        StateValues::Codes { codes, scales } => {
+            let codes = spec.import(codes, turned)?;
+            if place.element == Element::Int8 {
+                backend.write_bytes(state, place.scales, bytemuck::cast_slice(scales))?;
+                return backend.write_bytes(state, place.start, codes);
+            }
+            let ours = reuse(numbers, "a copy of a tensor", codes.len())?;
+            let decode = if of.is_signed { First::decode } else { Second::decode };
+            let groups = ours.chunks_mut(GROUP).zip(codes.chunks(GROUP)).zip(scales);
+            for ((values, codes), scale) in groups {
+                values.iter_mut().zip(codes).for_each(|(v, code)| *v = decode(*code, *scale));
+            }
+            ours
+        }
     };
-    if !is_as_kept {
-        decode_all(values, of, ours);
-    }
     let mut scales = Vec::new();
     bytes.clear();
     reserve(bytes, "a tensor", place.bytes())?;
@@ -194,22 +218,15 @@ pub(super) fn load<B: Backend>(
         Element::Bf16 => {
             bytes.extend(ours.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()));
         }
-        Element::Int8 => match values {
-            StateValues::Codes { scales: stored, .. } => {
-                bytes.extend(ours.iter().map(|code| *code as i32 as u8));
-                scales.extend_from_slice(stored);
-            }
-            _ => {
-                bytes.resize(place.bytes(), 0);
-                let encode = if of.is_signed {
-                    moments::encode_group::<First>
-                } else {
-                    moments::encode_group::<Second>
-                };
-                let groups = ours.chunks(GROUP).zip(bytes.chunks_mut(GROUP));
-                scales.extend(groups.map(|(values, codes)| encode(values, codes)));
-            }
-        },
+        Element::Int8 => {
+            bytes.resize(place.bytes(), 0);
+            let encode = match of.is_signed {
+                true => moments::encode_group::<First>,
+                false => moments::encode_group::<Second>,
+            };
+            let groups = ours.chunks(GROUP).zip(bytes.chunks_mut(GROUP));
+            scales.extend(groups.map(|(values, codes)| encode(values, codes)));
+        }
         Element::E4m3 => {
             let (scale, inverse) = scale_of::<E4m3>(values, ours);
             scales.push(scale);
@@ -225,20 +242,6 @@ pub(super) fn load<B: Backend>(
         backend.write_bytes(state, place.scales, bytemuck::cast_slice(&scales))?;
     }
     backend.write_bytes(state, place.start, bytes)
-}
-
-/// Makes numbers of what a file has, which `ours` holds in the order of memory.
-fn decode_all(values: StateValues<'_>, of: &State, ours: &mut [f32]) {
-    match values {
-        StateValues::Numbers(_) => {}
-        StateValues::Codes { scales, .. } => {
-            let decode = if of.is_signed { First::decode } else { Second::decode };
-            for (values, scale) in ours.chunks_mut(GROUP).zip(scales) {
-                values.iter_mut().for_each(|v| *v = decode(*v as i32 as u8, *scale));
-            }
-        }
-        StateValues::Scaled { scale, .. } => ours.iter_mut().for_each(|v| *v *= scale),
-    }
 }
 
 /// The scale of a tensor, and what `ours` has to be multiplied by to be stored: a file's, or the one
