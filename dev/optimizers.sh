@@ -5,7 +5,7 @@
 # Usage: dev/optimizers.sh PART..
 #
 #   state   124M parameters as GPT-2 small, 2,000 steps of 16,384 tokens under mxfp4-rht-sr, seeds 1
-#           to 3: adamw, and with 8-bit moments and split masters
+#           to 6: adamw, and with 8-bit moments and split masters
 #   rates   19M parameters without embeddings, 66 million bytes, bf16 and mxfp4-rht-sr, seed 1: adamw,
 #           stable-spam and muon, each at three learning rates
 #   report  tables of all that is there
@@ -42,7 +42,7 @@ state() {
     local data seed optimizer
     data=$(data)
     has_tokens "$data" $((state_steps * 16384))
-    for seed in 1 2 3; do
+    for seed in 1 2 3 4 5 6; do
         for optimizer in adamw adamw,moments=int8,master=split; do
             run state $optimizer 6e-4 mxfp4-rht-sr $seed "$state_steps" \
                 --layers 12 --channels 768 --heads 12 --context 1024 --vocab-size 50304 \
