@@ -233,7 +233,8 @@ mod tests {
                 let known = known.is_some_and(|of| later.remove(of));
                 assert_eq!(waits.is_empty(), !known, "{name}.cu: {kernel:.80}");
                 // What the one before may still write is not touched, and nothing is written.
-                let late = ["p.x", "p.y", "qkv", "n.x", "n.y", "n.out", "n.sum", "store", "return"];
+                let late =
+                    ["p.x", "p.y", "qkv", "n.x", "n.y", "n.out", "n.sum", "store_", "return;"];
                 let late = late.into_iter().find(|what| waits.contains(what));
                 assert_eq!(late, None, "{name}.cu: {kernel:.80}");
                 kernels += 1;
