@@ -30,10 +30,10 @@
 //   mxt_model_free(model);
 //   mxt_engine_free(engine);
 //
-// 1. Handles. mxt_engine, mxt_model, mxt_decoder, mxt_dataset and mxt_trainer are opaque. Whoever makes
-//    a handle frees it with the function of its kind; _free(NULL) does nothing. What was made from a handle
-//    keeps alive what it needs of it, so handles may be freed in any order, from any thread, and from
-//    callbacks. A freed handle must not be used.
+// 1. Handles. mxt_engine, mxt_model, mxt_decoder, mxt_dataset, mxt_trainer and mxt_snapshot are opaque.
+//    Whoever makes a handle frees it with the function of its kind; _free(NULL) does nothing. What was
+//    made from a handle keeps alive what it needs of it, so handles may be freed in any order, from any
+//    thread, and from callbacks. A freed handle must not be used.
 //
 // 2. Errors. A function that can fail returns an mxt_status: 0 (MXT_OK) or a negative MXT_ERROR_
 //    number. The message (what was expected, what came, and the fix where one is known) is in
@@ -319,6 +319,13 @@ typedef struct mxt_engine mxt_engine;
 // calls with a const model may run at once on several threads. Make with mxt_model_new,
 // mxt_model_load or mxt_trainer_model, free with mxt_model_free.
 typedef struct mxt_model mxt_model;
+
+// A copy in the host's memory of all that mxt_trainer_save would write, which a thread of the host
+// saves while training goes on: weights in f32, and what the optimizer and the recipe keep, in the
+// bytes that they take on the device. It shares nothing with its trainer but the model, which stays
+// alive with it, so that calls on either do not meet. Make with mxt_trainer_snapshot, free with
+// mxt_snapshot_free.
+typedef struct mxt_snapshot mxt_snapshot;
 
 // A model in training: weights, moments, schedule, and the number of steps done. It needs its
 // model for itself while a call is inside: then calls on the model, on the trainer and on other
@@ -1471,6 +1478,41 @@ mxt_status mxt_plan(const struct mxt_engine *engine,
                     const struct mxt_model_config *config,
                     const struct mxt_trainer_options *options,
                     struct mxt_memory_plan *result);
+
+// Copies all that mxt_trainer_save would write to the host, and stores the copy in `*snapshot` for the
+// caller to free. It takes as much memory as the two tensor files of a checkpoint together. The
+// trainer may be freed before it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in
+// mxt_last_error and on the trainer.
+mxt_status mxt_trainer_snapshot(struct mxt_trainer *trainer,
+                                struct mxt_snapshot **snapshot);
+
+// Copies `trainer` as it is now into a snapshot that was made before, of this trainer or another, in
+// place of what it held: its memory is used again, which is several times as fast as new memory.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, after which the snapshot holds
+// nothing; MXT_ERROR_BUSY (another call is inside one of them: the snapshot is then as it was).
+mxt_status mxt_snapshot_renew(struct mxt_snapshot *snapshot,
+                              struct mxt_trainer *trainer);
+
+// Saves what the trainer was to the folder `dir`, as mxt_trainer_save would have done then. Any thread
+// may call it, also while the trainer is in a step.
+//
+// Errors: those of mxt_trainer_save; MXT_ERROR_INVALID_ARGUMENT behind a mxt_snapshot_renew that
+// failed.
+mxt_status mxt_snapshot_save(struct mxt_snapshot *snapshot,
+                             const char *dir);
+
+// The message of the last call with this handle that failed, on whichever thread; the empty string
+// when there is none.
+//
+// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+// call of mxt_snapshot_last_error. Any thread may call it at any time.
+const char *mxt_snapshot_last_error(const struct mxt_snapshot *snapshot);
+
+// Gives the handle up, and its memory; NULL does nothing.
+void mxt_snapshot_free(struct mxt_snapshot *snapshot);
 
 // Watches the updates of the steps that `every` divides, from here on, those of mxt_trainer_run
 // too: the stats of such a step have update_rms_max and update_rms_tensor, and

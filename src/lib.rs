@@ -104,6 +104,6 @@ pub use recipe::Recipe;
 pub use room::MemoryRoom;
 pub use run::{Cadence, TrainerOptions};
 pub use trainer::{
-    Carried, EvalStats, Plan, Sharpness, Spared, StepStats, StopHandle, TensorUpdate, Trainer,
-    UpdateMetrics, WeightChange, WeightMetrics, carriers, emulation, plan,
+    Carried, EvalStats, Plan, Sharpness, Snapshot, Spared, StepStats, StopHandle, TensorUpdate,
+    Trainer, UpdateMetrics, WeightChange, WeightMetrics, carriers, emulation, plan,
 };

@@ -377,10 +377,10 @@ impl<B: Backend> OnDevice<B> {
 }
 
 /// Values of all parameters in Hugging Face's order and shape; `read` gets them in ours.
-struct Exported<'a, F> {
-    table: &'a ParamTable,
-    tensors: &'a [TensorInfo],
-    read: F,
+pub(crate) struct Exported<'a, F> {
+    pub(crate) table: &'a ParamTable,
+    pub(crate) tensors: &'a [TensorInfo],
+    pub(crate) read: F,
 }
 
 impl<F: Fn(Slot, &mut [f32]) -> Result<()>> TensorRead for Exported<'_, F> {

@@ -11,7 +11,7 @@ use std::process::Command;
 use common::{has_program, root, succeed};
 
 /// The files that declare something, in the order of the header.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 13] = [
     "status",
     "version",
     "message",
@@ -22,6 +22,7 @@ const SOURCES: [&str; 12] = [
     "dataset",
     "trainer_structs",
     "trainer",
+    "snapshot",
     "watch",
     "run",
 ];

@@ -185,6 +185,7 @@ struct deleter {
   void operator()(mxt_dataset *handle) const noexcept { mxt_dataset_free(handle); }
   void operator()(mxt_decoder *handle) const noexcept { mxt_decoder_free(handle); }
   void operator()(mxt_trainer *handle) const noexcept { mxt_trainer_free(handle); }
+  void operator()(mxt_snapshot *handle) const noexcept { mxt_snapshot_free(handle); }
 };
 
 template <class T>
@@ -691,6 +692,25 @@ class Dataset {
   detail::handle<mxt_dataset> handle_;
 };
 
+// What a trainer was, in the host's memory: Trainer::snapshot makes it. A thread may save it while
+// the trainer goes on.
+class Snapshot {
+ public:
+  // As Trainer::save would have saved it.
+  outcome<void> save(const std::string &dir) {
+    return detail::finish(mxt_snapshot_save(get(), dir.c_str()));
+  }
+
+  // The C handle, which stays this object's.
+  mxt_snapshot *get() const noexcept { return handle_.get(); }
+
+ private:
+  friend class Trainer;
+  explicit Snapshot(mxt_snapshot *snapshot) noexcept : handle_(snapshot) {}
+
+  detail::handle<mxt_snapshot> handle_;
+};
+
 // A model in training.
 class Trainer {
  public:
@@ -724,6 +744,18 @@ class Trainer {
 
   outcome<void> save(const std::string &dir) {
     return detail::finish(mxt_trainer_save(get(), dir.c_str()));
+  }
+
+  // A copy of what save would write.
+  outcome<Snapshot> snapshot() {
+    mxt_snapshot *snapshot = nullptr;
+    const mxt_status status = mxt_trainer_snapshot(get(), &snapshot);
+    return detail::finish(status, Snapshot(snapshot));
+  }
+
+  // Makes an earlier one anew, in its memory, which is faster than another one.
+  outcome<void> renew(Snapshot &snapshot) {
+    return detail::finish(mxt_snapshot_renew(snapshot.get(), get()));
   }
 
   // One optimizer step on the next windows of `dataset`.

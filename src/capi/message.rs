@@ -30,6 +30,7 @@ pub(super) enum Slot {
     Dataset,
     Trainer,
     Decoder,
+    Snapshot,
 }
 
 /// Replaces the text of a slot of this thread.
@@ -46,8 +47,8 @@ pub(super) fn text_of(slot: Slot) -> *const c_char {
 
 thread_local! {
     // Const-made and without destructor: no allocation, and valid until the thread is gone.
-    static BUFFERS: [UnsafeCell<Message>; 6] = const {
-        [const { UnsafeCell::new(Message::EMPTY) }; 6]
+    static BUFFERS: [UnsafeCell<Message>; 7] = const {
+        [const { UnsafeCell::new(Message::EMPTY) }; 7]
     };
 }
 

@@ -1,6 +1,7 @@
 //! What a recipe keeps of the weights of blocks from step to step: their slow means, and how far they
 //! and what they are rounded to move while those that oscillate are looked for.
 
+use super::save::Source;
 use super::track::Tracked;
 use super::watch::{Watch, WeightMetrics};
 use crate::Result;
@@ -214,31 +215,19 @@ impl<B: Backend> Followed<B> {
         self.means.as_ref().map(|flat| Means { flat, matrices: &self.matrices })
     }
 
-    /// Name and shape of each weight of which something is kept.
+    /// Weights of which something is kept.
+    pub(super) fn matrices(&self) -> &[Matrix] {
+        &self.matrices
+    }
+
+    /// Name and shape of each of them.
     pub(super) fn tensors(&self, all: &[TensorInfo]) -> Result<Vec<TensorInfo>> {
-        const WHAT: &str = "the names of the tensors";
-        let copy = |matrix: &Matrix| {
-            let TensorInfo { name, shape } = &all[matrix.param.index];
-            let name = text(WHAT, format_args!("{name}"))?;
-            Ok(TensorInfo { name, shape: collect(WHAT, shape.iter().map(|n| Ok(*n)))? })
-        };
-        collect(WHAT, self.matrices.iter().map(copy))
+        tensors(&self.matrices, all)
     }
 
     /// All that a checkpoint has of it, in order.
     pub(super) fn states(&self, state: &TrainerState) -> impl Iterator<Item = State> {
         self.kept(state).map(|(state, _)| state)
-    }
-
-    /// The values of these, as a checkpoint holds them, of these [`Followed::tensors`].
-    pub(super) fn exported<'a>(
-        &'a self,
-        state: &TrainerState,
-        on: &'a OnDevice<B>,
-        tensors: &'a [TensorInfo],
-    ) -> impl Iterator<Item = (State, Exported<'a, B>)> {
-        let matrices = &self.matrices;
-        self.kept(state).map(move |(state, flat)| (state, Exported { on, tensors, matrices, flat }))
     }
 
     /// Overwrites what [`Followed::states`] number `number` has of weight `index`; the values are in
@@ -259,7 +248,7 @@ impl<B: Backend> Followed<B> {
     }
 
     /// What is kept between steps: of what is tracked, nothing but while it is.
-    fn kept(&self, state: &TrainerState) -> impl Iterator<Item = (State, &B::F32)> {
+    pub(super) fn kept(&self, state: &TrainerState) -> impl Iterator<Item = (State, &B::F32)> {
         let Done { steps, of, .. } = Done::of(state);
         let reset = state.options.recipe.reset();
         let tracked = self.tracked.as_ref();
@@ -270,22 +259,35 @@ impl<B: Backend> Followed<B> {
     }
 }
 
-/// Values of the weights of blocks in Hugging Face's order and shape.
-pub(super) struct Exported<'a, B: Backend> {
-    on: &'a OnDevice<B>,
-    tensors: &'a [TensorInfo],
-    matrices: &'a [Matrix],
-    flat: &'a B::F32,
+/// Name and shape of each of these weights.
+pub(super) fn tensors(matrices: &[Matrix], all: &[TensorInfo]) -> Result<Vec<TensorInfo>> {
+    const WHAT: &str = "the names of the tensors";
+    let copy = |matrix: &Matrix| {
+        let TensorInfo { name, shape } = &all[matrix.param.index];
+        let name = text(WHAT, format_args!("{name}"))?;
+        Ok(TensorInfo { name, shape: collect(WHAT, shape.iter().map(|n| Ok(*n)))? })
+    };
+    collect(WHAT, matrices.iter().map(copy))
 }
 
-impl<B: Backend> TensorRead for Exported<'_, B> {
+/// Values of the weights of blocks in Hugging Face's order and shape.
+pub(super) struct Exported<'a> {
+    pub(super) source: &'a dyn Source,
+    pub(super) table: &'a ParamTable,
+    pub(super) tensors: &'a [TensorInfo],
+    pub(super) matrices: &'a [Matrix],
+    /// Which of what is kept it is.
+    pub(super) number: usize,
+}
+
+impl TensorRead for Exported<'_> {
     fn tensors(&self) -> &[TensorInfo] {
         self.tensors
     }
 
     fn read(&self, index: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
         let Matrix { param, own, .. } = self.matrices[index];
-        let read = |ours: &mut [f32]| self.on.backend.read_f32(self.flat, own.start, ours);
-        self.on.table.specs()[param.index].export(out, &mut scratch.numbers, read)
+        let read = |ours: &mut [f32]| self.source.followed(self.number, own.start, ours);
+        self.table.specs()[param.index].export(out, &mut scratch.numbers, read)
     }
 }

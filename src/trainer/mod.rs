@@ -8,6 +8,7 @@ mod follow;
 mod memory;
 mod merge;
 mod ramping;
+mod save;
 mod sharpness;
 mod states;
 mod track;
@@ -23,7 +24,7 @@ use std::time::Instant;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
-use crate::checkpoint::{self, Checkpoint, Kept, Scratch, StateValues, TensorRead, TrainerPart};
+use crate::checkpoint::{Checkpoint, Kept, Scratch, StateValues, TensorRead};
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Shapes};
 use crate::model::{Model, OnDevice, Weights};
@@ -34,7 +35,6 @@ use crate::optim::{
 };
 use crate::reserve::collect;
 use crate::run::{TrainerOptions, TrainerState};
-use crate::signals::file_limit_is_an_error;
 use crate::{Dataset, Engine, Error, Result};
 use batch::Batch;
 pub use carriers::{Carried, carriers, emulation};
@@ -43,6 +43,7 @@ use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
 use merge::Merges;
 pub use merge::Spared;
+pub use save::Snapshot;
 use sharpness::Sharp;
 pub use sharpness::Sharpness;
 use updates::Updates;
@@ -230,49 +231,6 @@ impl Trainer {
     /// may be damaged even so.
     pub fn is_saved_in(dir: &Path) -> bool {
         Checkpoint::open(dir).is_ok_and(|checkpoint| checkpoint.has_state())
-    }
-
-    /// Saves weights, moments and position to a checkpoint folder, atomically: a kill at any
-    /// instant leaves the previous checkpoint whole, or the new one. Whatever else is in the folder
-    /// stays.
-    ///
-    /// # Errors
-    /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its
-    /// flushing failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
-    pub fn save(&mut self, dir: &Path) -> Result<()> {
-        on_device!(&self.run, run => {
-            let Run { model, buffers, .. } = run;
-            let (tensors, weights) = (self.model.tensors(), model.read()?);
-            let Flat { states, layouts, .. } = &buffers.flat;
-            let kept = states.iter().zip(layouts).zip(self.state.options.optimizer.states());
-            let export = |((state, layout), of)| {
-                let stored = states::Stored::of(tensors, layout)?;
-                Ok(states::Exported { model: &**model, stored, layout, state, of })
-            };
-            let states = collect("the states of the optimizer", kept.map(export))?;
-            let states = states.iter().map(|state| Ok(state as &dyn TensorRead));
-            let states = collect("the states of the optimizer", states)?;
-            let followed = &buffers.flat.followed;
-            let of_blocks = followed.tensors(tensors)?;
-            let optimizer = &self.state.options.optimizer;
-            let of_gradients = states::statistics(tensors, optimizer)?;
-            let statistics = states::ExportedStatistics {
-                backend: &*model.backend,
-                tensors: &of_gradients,
-                flat: &buffers.flat.statistics,
-            };
-            let others = followed.exported(&self.state, model, &of_blocks).map(Ok);
-            let others = collect("what the recipe keeps of weights", others)?;
-            let others = others.iter().map(|(state, values)| (*state, values as &dyn TensorRead));
-            let statistics = (states::OF_GRADIENTS, &statistics as &dyn TensorRead);
-            let statistics = optimizer.kind.normalizes().then_some(statistics);
-            let others = statistics.into_iter().chain(others).map(Ok);
-            let others = collect("what the recipe keeps of weights", others)?;
-            let part = TrainerPart { state: &self.state, states: &states, others: &others };
-            let weights = model.exported(tensors, &weights);
-            let whole = self.model.part(&weights);
-            file_limit_is_an_error(|| checkpoint::save(dir, whole, Some(part)))
-        })
     }
 
     /// One optimizer step on the dataset's next windows. Files shorter than a sequence and one

@@ -3,11 +3,11 @@
 //! Numbers and codes are in the order of the weights in the file, like everything else there; scales
 //! are those of groups of neighbours in memory, so in the order of memory.
 
+use super::save::Source;
 use crate::Result;
 use crate::backend::{Backend, Place, StateLayout};
 use crate::checkpoint::{CODES, Dtype, SCALES, Scratch, StateValues, TensorRead, decode};
-use crate::gpt::{ParamSpec, TensorInfo};
-use crate::model::OnDevice;
+use crate::gpt::{ParamSpec, ParamTable, TensorInfo};
 use crate::optim::moments::{
     self, Code, E4m3, Element, F16, First, Float, GROUP, Second, inverse, tensor_scale,
 };
@@ -83,15 +83,17 @@ impl Stored {
 }
 
 /// A state as a checkpoint takes it.
-pub(super) struct Exported<'a, B: Backend> {
-    pub(super) model: &'a OnDevice<B>,
+pub(super) struct Exported<'a> {
+    pub(super) source: &'a dyn Source,
+    pub(super) table: &'a ParamTable,
     pub(super) stored: Stored,
     pub(super) layout: &'a StateLayout,
-    pub(super) state: &'a B::Bytes,
+    /// Which of the optimizer's states it is.
+    pub(super) number: usize,
     pub(super) of: &'static State,
 }
 
-impl<B: Backend> TensorRead for Exported<'_, B> {
+impl TensorRead for Exported<'_> {
     fn tensors(&self) -> &[TensorInfo] {
         &self.stored.tensors
     }
@@ -110,18 +112,18 @@ impl<B: Backend> TensorRead for Exported<'_, B> {
 
     fn read(&self, index: usize, out: &mut [f32], scratch: &mut Scratch) -> Result<()> {
         let (parameter, part) = self.stored.parts[index];
-        let (place, backend) = (&self.layout.places[parameter], &*self.model.backend);
-        let dtype = self.dtype(index);
+        let (place, dtype) = (&self.layout.places[parameter], self.dtype(index));
+        let stored = |at, out: &mut [u8]| self.source.state(self.number, at, out);
         if part == Part::Scales {
-            return backend.read_bytes(self.state, place.scales, bytemuck::cast_slice_mut(out));
+            return stored(place.scales, bytemuck::cast_slice_mut(out));
         }
         let Scratch { numbers, bytes, .. } = scratch;
-        self.model.table.specs()[parameter].export(out, numbers, |ours| {
+        self.table.specs()[parameter].export(out, numbers, |ours| {
             if dtype == Dtype::F32 {
-                return backend.read_bytes(self.state, place.start, bytemuck::cast_slice_mut(ours));
+                return stored(place.start, bytemuck::cast_slice_mut(ours));
             }
             let bytes = reuse(bytes, "a tensor", place.bytes())?;
-            backend.read_bytes(self.state, place.start, bytes)?;
+            stored(place.start, bytes)?;
             decode(dtype, bytes, ours);
             Ok(())
         })
@@ -129,13 +131,13 @@ impl<B: Backend> TensorRead for Exported<'_, B> {
 
     fn codes<'s>(&self, index: usize, scratch: &'s mut Scratch) -> Option<Result<&'s [u8]>> {
         let (parameter, part) = self.stored.parts[index];
-        let (place, backend) = (&self.layout.places[parameter], &*self.model.backend);
+        let place = &self.layout.places[parameter];
         if part != Part::Codes || place.element != Element::Int8 {
             return None;
         }
         let Scratch { bytes, turned, .. } = scratch;
-        let read = |ours: &mut [u8]| backend.read_bytes(self.state, place.start, ours);
-        let spec = &self.model.table.specs()[parameter];
+        let read = |ours: &mut [u8]| self.source.state(self.number, place.start, ours);
+        let spec = &self.table.specs()[parameter];
         let found = reuse(turned, "a tensor", place.len)
             .and_then(|out| spec.export(out, bytes, read).map(|()| &*out));
         Some(found)
@@ -158,19 +160,18 @@ pub(super) fn statistics(weights: &[TensorInfo], optimizer: &Optimizer) -> Resul
 }
 
 /// Statistics as a checkpoint takes them.
-pub(super) struct ExportedStatistics<'a, B: Backend> {
-    pub(super) backend: &'a B,
+pub(super) struct ExportedStatistics<'a> {
+    pub(super) source: &'a dyn Source,
     pub(super) tensors: &'a [TensorInfo],
-    pub(super) flat: &'a B::F32,
 }
 
-impl<B: Backend> TensorRead for ExportedStatistics<'_, B> {
+impl TensorRead for ExportedStatistics<'_> {
     fn tensors(&self) -> &[TensorInfo] {
         self.tensors
     }
 
     fn read(&self, index: usize, out: &mut [f32], _: &mut Scratch) -> Result<()> {
-        self.backend.read_f32(self.flat, STATISTICS * index, out)
+        self.source.statistics(STATISTICS * index, out)
     }
 }
 

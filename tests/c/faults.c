@@ -102,6 +102,20 @@ static void end(void) {
     end(); \
   } while (0)
 
+/* A call on a snapshot: afterwards it refuses. */
+#define SNAPSHOT_PANICS(call) \
+  do { \
+    mxt_snapshot *snapshot = NULL; \
+    start(); \
+    OK(mxt_trainer_snapshot(trainer, &snapshot)); \
+    PANICS(call); \
+    CHECK(strstr(mxt_snapshot_last_error(snapshot), "injected fault") != NULL); \
+    RETURNS(MXT_ERROR_POISONED, mxt_snapshot_save(snapshot, folder)); \
+    RETURNS(MXT_ERROR_POISONED, mxt_snapshot_renew(snapshot, trainer)); \
+    mxt_snapshot_free(snapshot); \
+    end(); \
+  } while (0)
+
 /* A call that makes something: nothing is made, the parent stays usable. */
 #define MAKING_PANICS(call, made) \
   do { \
@@ -139,6 +153,7 @@ static void making(const char *tokens) {
   mxt_memory_plan plan;
   mxt_model *other_model;
   mxt_trainer *other;
+  mxt_snapshot *snapshot;
   mxt_dataset *other_dataset;
   const uint32_t some[] = {1, 2, 3};
 
@@ -158,6 +173,7 @@ static void making(const char *tokens) {
   MAKING_PANICS(mxt_decoder_new(model, NULL, &decoder), decoder);
   trainer_options = small_options();
   MAKING_PANICS(mxt_trainer_new(model, &trainer_options, &trainer), trainer);
+  MAKING_PANICS(mxt_trainer_snapshot(trainer, &snapshot), snapshot);
   OK(mxt_trainer_save(trainer, folder));
   MAKING_PANICS(mxt_trainer_load(engine, folder, &other), other);
   mxt_trainer_free(other);
@@ -191,7 +207,9 @@ static void making(const char *tokens) {
   TEXT_PANICS(mxt_dataset_last_error(dataset));
   TEXT_PANICS(mxt_trainer_last_error(trainer));
   TEXT_PANICS(mxt_decoder_last_error(decoder));
+  TEXT_PANICS(mxt_snapshot_last_error(snapshot));
 
+  FREE_PANICS(mxt_snapshot_free(snapshot));
   FREE_PANICS(mxt_decoder_free(decoder));
   FREE_PANICS(mxt_trainer_free(trainer));
   FREE_PANICS(mxt_dataset_free(dataset));
@@ -270,6 +288,8 @@ int main(int argc, char **argv) {
   TRAINER_PANICS(mxt_trainer_model(trainer, &other));
   TRAINER_PANICS(mxt_trainer_get_options(trainer, &options));
   TRAINER_PANICS(mxt_trainer_run(trainer, dataset, &run, NULL));
+  SNAPSHOT_PANICS(mxt_snapshot_save(snapshot, folder));
+  SNAPSHOT_PANICS(mxt_snapshot_renew(snapshot, trainer));
   CHECK(stats.step == 77 && eval.tokens == 77 && other == NULL);
   CHECK(update.step == 77 && metrics.step == 77);
 

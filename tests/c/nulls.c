@@ -137,6 +137,17 @@ int main(void) {
   IS_NULL("trainer", mxt_trainer_load_as(engine, "x", "adamw", NULL));
   IS_NULL("trainer", mxt_trainer_save(NULL, "x"));
   IS_NULL("dir", mxt_trainer_save(trainer, NULL));
+  mxt_snapshot *snapshot = NULL;
+  IS_NULL("trainer", mxt_trainer_snapshot(NULL, &snapshot));
+  IS_NULL("snapshot", mxt_trainer_snapshot(trainer, NULL));
+  OK(mxt_trainer_snapshot(trainer, &snapshot));
+  IS_NULL("snapshot", mxt_snapshot_renew(NULL, trainer));
+  IS_NULL("trainer", mxt_snapshot_renew(snapshot, NULL));
+  IS_NULL("snapshot", mxt_snapshot_save(NULL, "x"));
+  IS_NULL("dir", mxt_snapshot_save(snapshot, NULL));
+  CHECK(mxt_snapshot_last_error(NULL) != NULL);
+  mxt_snapshot_free(NULL);
+  mxt_snapshot_free(snapshot);
   IS_NULL("trainer", mxt_trainer_step(NULL, dataset, &stats));
   IS_NULL("dataset", mxt_trainer_step(trainer, NULL, &stats));
   IS_NULL("trainer", mxt_trainer_step_tokens(NULL, tokens, 8, &stats));

@@ -160,6 +160,24 @@ int main(int argc, char **argv) {
   OK(mxt_trainer_use_schedule(trainer));
   CHECK(step(trainer, dataset).lr == options.lr);
 
+  /* A snapshot is the trainer as it was, whatever that does since; it can be made anew. */
+  mxt_snapshot *snapshot = NULL;
+  const char *aside = in_folder(argv[1], "aside");
+  for (int i = 0; i < 2; i++) {
+    const uint64_t before = mxt_trainer_steps_done(trainer);
+    if (i == 0) OK(mxt_trainer_snapshot(trainer, &snapshot));
+    else OK(mxt_snapshot_renew(snapshot, trainer));
+    const float loss = step(trainer, dataset).loss;
+    FAILS(MXT_ERROR_IO, "/dev/null", mxt_snapshot_save(snapshot, "/dev/null/x"));
+    CHECK(strstr(mxt_snapshot_last_error(snapshot), "/dev/null") != NULL);
+    OK(mxt_snapshot_save(snapshot, aside));
+    mxt_trainer *then = NULL;
+    OK(mxt_trainer_load(engine, aside, &then));
+    CHECK(mxt_trainer_steps_done(then) == before && step(then, dataset).loss == loss);
+    mxt_trainer_free(then);
+  }
+  mxt_snapshot_free(snapshot);
+
   /* Another optimizer, by its name, which is kept with the run. */
   const char *other = in_folder(argv[1], "stable");
   mxt_trainer_options other_options = options;

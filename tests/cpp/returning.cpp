@@ -29,6 +29,10 @@ mxt::result<float> train(const std::string &folder) {
     return ++steps == 4 ? mxt::Flow::stop : mxt::Flow::go_on;
   });
   CHECK(run && run->steps == 4 && run->end == MXT_RUN_END_CALLBACK);
+  auto snapshot = trainer->snapshot();
+  if (!snapshot) return snapshot.error();
+  if (auto renewed = trainer->renew(*snapshot); !renewed) return renewed.error();
+  if (auto saved = snapshot->save(folder); !saved) return saved.error();
   if (auto saved = trainer->save(folder); !saved) return saved.error();
   auto resumed = mxt::Trainer::load(*engine, folder);
   CHECK(resumed && resumed->steps_done() == 4);

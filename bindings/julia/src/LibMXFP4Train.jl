@@ -414,6 +414,15 @@ mxt_model_load or mxt_trainer_model, free with mxt_model_free.
 mutable struct mxt_model end
 
 """
+A copy in the host's memory of all that mxt_trainer_save would write, which a thread of the host
+saves while training goes on: weights in f32, and what the optimizer and the recipe keep, in the
+bytes that they take on the device. It shares nothing with its trainer but the model, which stays
+alive with it, so that calls on either do not meet. Make with mxt_trainer_snapshot, free with
+mxt_snapshot_free.
+"""
+mutable struct mxt_snapshot end
+
+"""
 A model in training: weights, moments, schedule, and the number of steps done. It needs its
 model for itself while a call is inside: then calls on the model, on the trainer and on other
 trainers of that model return MXT_ERROR_BUSY. Make with mxt_trainer_new or mxt_trainer_load,
@@ -2127,6 +2136,79 @@ function mxt_plan(engine, config, options, result)
         options::Ptr{mxt_trainer_options},
         result::Ptr{mxt_memory_plan}
     )::mxt_status
+end
+
+"""
+    mxt_trainer_snapshot(trainer, snapshot)
+
+Copies all that mxt_trainer_save would write to the host, and stores the copy in `*snapshot` for the
+caller to free. It takes as much memory as the two tensor files of a checkpoint together. The
+trainer may be freed before it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in
+mxt_last_error and on the trainer.
+"""
+function mxt_trainer_snapshot(trainer, snapshot)
+    return @ccall libmxfp4train.mxt_trainer_snapshot(
+        trainer::Ptr{mxt_trainer},
+        snapshot::Ptr{Ptr{mxt_snapshot}}
+    )::mxt_status
+end
+
+"""
+    mxt_snapshot_renew(snapshot, trainer)
+
+Copies `trainer` as it is now into a snapshot that was made before, of this trainer or another, in
+place of what it held: its memory is used again, which is several times as fast as new memory.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, after which the snapshot holds
+nothing; MXT_ERROR_BUSY (another call is inside one of them: the snapshot is then as it was).
+"""
+function mxt_snapshot_renew(snapshot, trainer)
+    return @ccall libmxfp4train.mxt_snapshot_renew(
+        snapshot::Ptr{mxt_snapshot},
+        trainer::Ptr{mxt_trainer}
+    )::mxt_status
+end
+
+"""
+    mxt_snapshot_save(snapshot, dir)
+
+Saves what the trainer was to the folder `dir`, as mxt_trainer_save would have done then. Any thread
+may call it, also while the trainer is in a step.
+
+Errors: those of mxt_trainer_save; MXT_ERROR_INVALID_ARGUMENT behind a mxt_snapshot_renew that
+failed.
+"""
+function mxt_snapshot_save(snapshot, dir)
+    return @ccall libmxfp4train.mxt_snapshot_save(
+        snapshot::Ptr{mxt_snapshot},
+        dir::Cstring
+    )::mxt_status
+end
+
+"""
+    mxt_snapshot_last_error(snapshot)
+
+The message of the last call with this handle that failed, on whichever thread; the empty string
+when there is none.
+
+Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+call of mxt_snapshot_last_error. Any thread may call it at any time.
+"""
+function mxt_snapshot_last_error(snapshot)
+    return @ccall libmxfp4train.mxt_snapshot_last_error(
+        snapshot::Ptr{mxt_snapshot}
+    )::Cstring
+end
+
+"""
+    mxt_snapshot_free(snapshot)
+
+Gives the handle up, and its memory; NULL does nothing.
+"""
+function mxt_snapshot_free(snapshot)
+    return @ccall libmxfp4train.mxt_snapshot_free(snapshot::Ptr{mxt_snapshot})::Cvoid
 end
 
 """

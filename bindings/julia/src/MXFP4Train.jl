@@ -47,9 +47,9 @@ module MXFP4Train
 using Libdl: dlopen, dlsym
 using Serialization: Serialization
 
-export Dataset, Decoder, Engine, MXFP4Error, Model, Tensors, Trainer
+export Dataset, Decoder, Engine, MXFP4Error, Model, Snapshot, Tensors, Trainer
 export clear_stop, config, coverage, evaluate!, fork!, generate, generate!, logits, logits_from,
-    max_token, next_logits, options, parameter_count, plan, request_stop, rewind!, run!,
+    max_token, next_logits, options, parameter_count, plan, renew!, request_stop, rewind!, run!,
     schedule_start, set_lr!, set_schedule!, set_sharpness!, step!, steps, steps_done, tensor_update,
     tensors, tokens, use_schedule!, watch_updates!, watch_weights!, weight_metrics
 
@@ -64,6 +64,7 @@ include("decoder.jl")
 include("tensors.jl")
 include("dataset.jl")
 include("trainer.jl")
+include("snapshot.jl")
 include("run.jl")
 
 """

@@ -156,6 +156,7 @@ end
         () -> run!(trainer, new_dataset(); steps = 1),
         () -> options(trainer),
         () -> save(trainer, "x"),
+        () -> Snapshot(trainer),
         () -> set_sharpness!(trainer, 1e-3),
         () -> watch_updates!(trainer, 1),
         () -> tensor_update(trainer, WTE),
@@ -347,6 +348,19 @@ end
         resumed = load(Trainer, new_engine(), folder)
         @test step!(resumed, dataset).loss == step!(trainer, dataset).loss
     end
+    # What the trainer was, whatever it does since.
+    snapshot = Snapshot(trainer)
+    mktempdir() do folder
+        for _ in 1:2
+            loss = step!(trainer, dataset).loss
+            @test save(snapshot, folder) === nothing
+            @test step!(load(Trainer, new_engine(), folder), dataset).loss == loss
+            @test renew!(snapshot, trainer) === snapshot
+        end
+    end
+    close(snapshot)
+    @test sprint(show, snapshot) == "Snapshot(closed)"
+    @test status_of(() -> save(snapshot, "x")) == Lib.MXT_ERROR_NULL
     of_trainer = Model(trainer)
     before = tensors(of_trainer)["transformer.ln_f.weight"]
     step!(trainer, dataset)

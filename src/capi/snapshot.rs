@@ -1,0 +1,127 @@
+//! `mxt_snapshot`: what a save of a trainer would write, on the host, for another thread to save.
+
+use std::ffi::c_char;
+use std::sync::{Mutex, MutexGuard};
+
+use super::handle::{Handle, State, keep, refused};
+use super::message::Slot;
+use super::status::{Failure, mxt_status};
+use super::trainer::mxt_trainer;
+use super::{arguments, guard};
+use crate::Snapshot;
+
+/// A copy in the host's memory of all that mxt_trainer_save would write, which a thread of the host
+/// saves while training goes on: weights in f32, and what the optimizer and the recipe keep, in the
+/// bytes that they take on the device. It shares nothing with its trainer but the model, which stays
+/// alive with it, so that calls on either do not meet. Make with mxt_trainer_snapshot, free with
+/// mxt_snapshot_free.
+pub struct mxt_snapshot {
+    state: State,
+    /// None behind a renewal that failed.
+    copy: Mutex<Option<Snapshot>>,
+}
+
+impl mxt_snapshot {
+    fn exclusive(&self) -> Result<MutexGuard<'_, Option<Snapshot>>, Failure> {
+        self.copy.try_lock().map_err(refused)
+    }
+}
+
+impl Handle for mxt_snapshot {
+    const SLOT: Slot = Slot::Snapshot;
+    const NAME: &'static str = "snapshot";
+
+    fn state(&self) -> &State {
+        &self.state
+    }
+}
+
+/// Copies all that mxt_trainer_save would write to the host, and stores the copy in `*snapshot` for the
+/// caller to free. It takes as much memory as the two tensor files of a checkpoint together. The
+/// trainer may be freed before it.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in
+/// mxt_last_error and on the trainer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_trainer_snapshot(
+    trainer: *mut mxt_trainer,
+    snapshot: *mut *mut mxt_snapshot,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::child("mxt_trainer_snapshot", trainer.cast_const(), |trainer| {
+            let out = arguments::place("snapshot", snapshot)?;
+            let copy = trainer.exclusive(|trainer| Ok(trainer.snapshot(None)?))?;
+            out.put(mxt_snapshot { state: State::new(), copy: Mutex::new(Some(copy)) }.into_raw());
+            Ok(())
+        })
+    }
+}
+
+/// Copies `trainer` as it is now into a snapshot that was made before, of this trainer or another, in
+/// place of what it held: its memory is used again, which is several times as fast as new memory.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, after which the snapshot holds
+/// nothing; MXT_ERROR_BUSY (another call is inside one of them: the snapshot is then as it was).
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_snapshot_renew(
+    snapshot: *mut mxt_snapshot,
+    trainer: *mut mxt_trainer,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_snapshot_renew", snapshot, |snapshot| {
+            let trainer = keep(trainer.cast_const()).ok_or_else(|| Failure::null("trainer"))?;
+            if let Some(refusal) = trainer.state().refusal() {
+                return Err(refusal);
+            }
+            let mut copy = snapshot.exclusive()?;
+            trainer.exclusive(|trainer| {
+                *copy = Some(trainer.snapshot(copy.take())?);
+                Ok(())
+            })
+        })
+    }
+}
+
+/// Saves what the trainer was to the folder `dir`, as mxt_trainer_save would have done then. Any thread
+/// may call it, also while the trainer is in a step.
+///
+/// Errors: those of mxt_trainer_save; MXT_ERROR_INVALID_ARGUMENT behind a mxt_snapshot_renew that
+/// failed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_snapshot_save(
+    snapshot: *mut mxt_snapshot,
+    dir: *const c_char,
+) -> mxt_status {
+    // SAFETY: pointers are NULL or valid, as the header asks.
+    unsafe {
+        guard::method("mxt_snapshot_save", snapshot, |snapshot| {
+            let dir = arguments::path("dir", dir)?;
+            let copy = snapshot.exclusive()?;
+            let Some(copy) = &*copy else {
+                let message = "holds nothing, for mxt_snapshot_renew failed; call that again";
+                return Err(Failure::invalid("snapshot", message));
+            };
+            Ok(copy.save(&dir)?)
+        })
+    }
+}
+
+/// The message of the last call with this handle that failed, on whichever thread; the empty string
+/// when there is none.
+///
+/// Never NULL. The text belongs to the calling thread and stays valid until that thread's next
+/// call of mxt_snapshot_last_error. Any thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_snapshot_last_error(snapshot: *const mxt_snapshot) -> *const c_char {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::last_error("mxt_snapshot_last_error", snapshot) }
+}
+
+/// Gives the handle up, and its memory; NULL does nothing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_snapshot_free(snapshot: *mut mxt_snapshot) {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::free("mxt_snapshot_free", snapshot) }
+}

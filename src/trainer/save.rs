@@ -1,0 +1,343 @@
+//! What a checkpoint has of a trainer: read from its device, or from a copy of it on the host.
+
+use std::path::Path;
+
+use super::memory::Flat;
+use super::{Run, Trainer, follow, states};
+use crate::Result;
+use crate::backend::{Backend, Memory, Slot, StateLayout, on_device};
+use crate::checkpoint::{self, ModelPart, TensorRead, TrainerPart};
+use crate::gpt::{Matrix, ParamTable};
+use crate::model::{Exported, Model, OnDevice, Weights};
+use crate::optim::State;
+use crate::optim::spam::STATISTICS;
+use crate::reserve::{collect, reuse};
+use crate::run::TrainerState;
+use crate::signals::file_limit_is_an_error;
+
+/// Where what a trainer has is read from, as it lies in memory.
+pub(super) trait Source {
+    /// The master weights of a parameter.
+    fn weights(&self, slot: Slot, out: &mut [f32]) -> Result<()>;
+    /// State number `state` of the optimizer, from byte `at` of its buffer on.
+    fn state(&self, state: usize, at: usize, out: &mut [u8]) -> Result<()>;
+    /// What normalizing gradients keeps, from number `at` on.
+    fn statistics(&self, at: usize, out: &mut [f32]) -> Result<()>;
+    /// What the recipe keeps of weights, buffer number `number`, from number `at` on.
+    fn followed(&self, number: usize, at: usize, out: &mut [f32]) -> Result<()>;
+}
+
+/// What else a checkpoint says, and how the buffers of a [`Source`] are laid out.
+struct About<'a> {
+    model: &'a Model,
+    table: &'a ParamTable,
+    layouts: &'a [StateLayout],
+    state: &'a TrainerState,
+    /// Weights of which the recipe keeps something, and what.
+    matrices: &'a [Matrix],
+    followed: &'a [State],
+}
+
+fn save(source: &dyn Source, about: &About<'_>, dir: &Path) -> Result<()> {
+    let &About { model, table, layouts, state, matrices, followed } = about;
+    let (tensors, optimizer) = (model.tensors(), &state.options.optimizer);
+    let kept = layouts.iter().zip(optimizer.states()).enumerate();
+    let export = |(number, (layout, of))| {
+        let stored = states::Stored::of(tensors, layout)?;
+        Ok(states::Exported { source, table, stored, layout, number, of })
+    };
+    let states = collect("the states of the optimizer", kept.map(export))?;
+    let states = states.iter().map(|state| Ok(state as &dyn TensorRead));
+    let states = collect("the states of the optimizer", states)?;
+    let of_gradients = states::statistics(tensors, optimizer)?;
+    let statistics = states::ExportedStatistics { source, tensors: &of_gradients };
+    let of_blocks = follow::tensors(matrices, tensors)?;
+    let exported = followed.iter().enumerate().map(|(number, state)| {
+        let tensors = &of_blocks[..];
+        Ok((*state, follow::Exported { source, table, tensors, matrices, number }))
+    });
+    let exported = collect("what the recipe keeps of weights", exported)?;
+    let exported = exported.iter().map(|(state, values)| (*state, values as &dyn TensorRead));
+    let statistics = (states::OF_GRADIENTS, &statistics as &dyn TensorRead);
+    let statistics = optimizer.kind.normalizes().then_some(statistics);
+    let others = statistics.into_iter().chain(exported).map(Ok);
+    let others = collect("what the recipe keeps of weights", others)?;
+    let part = TrainerPart { state, states: &states, others: &others };
+    let read = |slot: Slot, out: &mut [f32]| source.weights(slot, out);
+    let weights = Exported { table, tensors, read };
+    let whole: ModelPart<'_> = model.part(&weights);
+    file_limit_is_an_error(|| checkpoint::save(dir, whole, Some(part)))
+}
+
+/// A trainer as it is on its device.
+struct Live<'a, B: Backend> {
+    on: &'a OnDevice<B>,
+    weights: &'a Weights<B>,
+    flat: &'a Flat<B>,
+    followed: Vec<&'a B::F32>,
+}
+
+impl<B: Backend> Source for Live<'_, B> {
+    fn weights(&self, slot: Slot, out: &mut [f32]) -> Result<()> {
+        self.on.backend.read_param(&self.weights.all, slot, out)
+    }
+
+    fn state(&self, state: usize, at: usize, out: &mut [u8]) -> Result<()> {
+        self.on.backend.read_bytes(&self.flat.states[state], at, out)
+    }
+
+    fn statistics(&self, at: usize, out: &mut [f32]) -> Result<()> {
+        self.on.backend.read_f32(&self.flat.statistics, at, out)
+    }
+
+    fn followed(&self, number: usize, at: usize, out: &mut [f32]) -> Result<()> {
+        self.on.backend.read_f32(self.followed[number], at, out)
+    }
+}
+
+/// A copy of all that a checkpoint has of a trainer, on the host, where another thread can save it
+/// while training goes on: f32 weights, and what the optimizer and the recipe keep, in the bytes that
+/// they take there. Made by [`Trainer::snapshot`]; the model stays alive with it.
+pub struct Snapshot {
+    model: Model,
+    state: TrainerState,
+    weights: Vec<f32>,
+    states: Vec<Vec<u8>>,
+    layouts: Vec<StateLayout>,
+    statistics: Vec<f32>,
+    matrices: Vec<Matrix>,
+    followed: Vec<(State, Vec<f32>)>,
+}
+
+impl Source for Snapshot {
+    fn weights(&self, slot: Slot, out: &mut [f32]) -> Result<()> {
+        out.copy_from_slice(&self.weights[slot.range()]);
+        Ok(())
+    }
+
+    fn state(&self, state: usize, at: usize, out: &mut [u8]) -> Result<()> {
+        out.copy_from_slice(&self.states[state][at..][..out.len()]);
+        Ok(())
+    }
+
+    fn statistics(&self, at: usize, out: &mut [f32]) -> Result<()> {
+        out.copy_from_slice(&self.statistics[at..][..out.len()]);
+        Ok(())
+    }
+
+    fn followed(&self, number: usize, at: usize, out: &mut [f32]) -> Result<()> {
+        out.copy_from_slice(&self.followed[number].1[at..][..out.len()]);
+        Ok(())
+    }
+}
+
+const WHAT: &str = "a snapshot";
+
+impl Snapshot {
+    /// Saves it as [`Trainer::save`] would have, when it was made.
+    ///
+    /// # Errors
+    /// Those of [`Trainer::save`].
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let Self { model, state, layouts, matrices, .. } = self;
+        let followed = self.followed.iter().map(|(state, _)| Ok(*state));
+        let followed = collect(WHAT, followed)?;
+        on_device!(model.on_device(), on => {
+            let table = &on.table;
+            save(self, &About { model, table, layouts, state, matrices, followed: &followed }, dir)
+        })
+    }
+
+    /// Steps that the trainer had done.
+    pub fn steps_done(&self) -> u64 {
+        self.state.step
+    }
+
+    /// Bytes of host memory that it takes.
+    pub fn bytes(&self) -> u64 {
+        let of_floats = |floats: &Vec<f32>| 4 * floats.len() as u64;
+        let states: u64 = self.states.iter().map(|state| state.len() as u64).sum();
+        let followed: u64 = self.followed.iter().map(|(_, values)| of_floats(values)).sum();
+        of_floats(&self.weights) + states + of_floats(&self.statistics) + followed
+    }
+
+    fn empty(model: &Model, state: &TrainerState) -> Self {
+        Self {
+            model: model.clone(),
+            state: state.clone(),
+            weights: Vec::new(),
+            states: Vec::new(),
+            layouts: Vec::new(),
+            statistics: Vec::new(),
+            matrices: Vec::new(),
+            followed: Vec::new(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Snapshot").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl Trainer {
+    /// Saves weights, moments and position to a checkpoint folder, atomically: a kill at any
+    /// instant leaves the previous checkpoint whole, or the new one. Whatever else is in the folder
+    /// stays.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its
+    /// flushing failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
+    pub fn save(&mut self, dir: &Path) -> Result<()> {
+        let (model, state) = (&self.model, &self.state);
+        on_device!(&self.run, run => {
+            let (weights, kept) = (run.model.read()?, run.buffers.flat.followed.kept(state));
+            let (live, followed) = run.live(&weights, kept)?;
+            let about = About {
+                model,
+                table: &run.model.table,
+                layouts: &run.buffers.flat.layouts,
+                state,
+                matrices: run.buffers.flat.followed.matrices(),
+                followed: &followed,
+            };
+            save(&live, &about, dir)
+        })
+    }
+
+    /// Copies all that [`Trainer::save`] would save to the host, for another thread to save while
+    /// training goes on. Takes over the memory of an earlier snapshot of this trainer: memory that
+    /// is new is several times as slow.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::Device`].
+    pub fn snapshot(&mut self, earlier: Option<Snapshot>) -> Result<Snapshot> {
+        let (model, state) = (&self.model, &self.state);
+        let mut copy = earlier.unwrap_or_else(|| Snapshot::empty(model, state));
+        (copy.model, copy.state) = (model.clone(), state.clone());
+        on_device!(&self.run, run => run.copy_to(state, &mut copy)?);
+        Ok(copy)
+    }
+}
+
+impl<B: Backend> Run<B> {
+    fn live<'a>(
+        &'a self,
+        weights: &'a Weights<B>,
+        kept: impl Iterator<Item = (State, &'a B::F32)>,
+    ) -> Result<(Live<'a, B>, Vec<State>)> {
+        let kept = collect("what the recipe keeps of weights", kept.map(Ok))?;
+        let followed = collect(WHAT, kept.iter().map(|(_, flat)| Ok(*flat)))?;
+        let states = collect(WHAT, kept.iter().map(|(state, _)| Ok(*state)))?;
+        let flat = &self.buffers.flat;
+        Ok((Live { on: &self.model, weights, flat, followed }, states))
+    }
+
+    fn copy_to(&self, state: &TrainerState, copy: &mut Snapshot) -> Result<()> {
+        let (table, flat) = (&self.model.table, &self.buffers.flat);
+        let (weights, optimizer) = (self.model.read()?, &state.options.optimizer);
+        let (live, followed) = self.live(&weights, flat.followed.kept(state))?;
+        copy.layouts = StateLayout::of_all(table.slots(), optimizer, <B as Memory>::ALIGN)?;
+        copy.matrices = collect(WHAT, flat.followed.matrices().iter().map(|of| Ok(*of)))?;
+        let to = reuse(&mut copy.weights, WHAT, table.len())?;
+        for slot in table.slots() {
+            live.weights(*slot, &mut to[slot.range()])?;
+        }
+        copy.states.resize_with(copy.layouts.len(), Vec::new);
+        for (number, (layout, to)) in copy.layouts.iter().zip(&mut copy.states).enumerate() {
+            live.state(number, 0, reuse(to, WHAT, layout.bytes)?)?;
+        }
+        let statistics = if optimizer.kind.normalizes() { table.slots().len() } else { 0 };
+        live.statistics(0, reuse(&mut copy.statistics, WHAT, statistics * STATISTICS)?)?;
+        copy.followed.truncate(followed.len());
+        copy.followed.resize_with(followed.len(), || (followed[0], Vec::new()));
+        let ends = copy.matrices.iter().map(|matrix| matrix.own.start + matrix.own.len);
+        let len = ends.max().unwrap_or(0);
+        for (number, (of, to)) in copy.followed.iter_mut().enumerate() {
+            *of = followed[number];
+            live.followed(number, 0, reuse(to, WHAT, len)?)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fs;
+
+    use super::*;
+    use crate::{Dataset, Engine, EngineOptions, ModelConfig, Schedule, TrainerOptions};
+
+    fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+        let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+        let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+        entries.map(|path| (name(&path), fs::read(&path).unwrap())).collect()
+    }
+
+    /// A snapshot that another thread saves, while steps are done, has the bytes of a save at its
+    /// step, in new memory and in that of an earlier one.
+    #[test]
+    fn a_snapshot_is_saved_as_the_trainer_was() {
+        let engine = Engine::new(EngineOptions { threads: 1, ..Default::default() }).unwrap();
+        let data = Dataset::from_tokens((0..3000).map(|i| i * i % 47).collect()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let [straight, copied] = ["straight", "copied"].map(|name| folder.path().join(name));
+        for (recipe, optimizer) in [
+            ("bf16", "adamw"),
+            ("mxfp4-rht-sr", "adamw,moments=int8"),
+            ("fp32", "stable-spam,moments=bf16"),
+            ("bf16", "adamw,moments=fp8"),
+            ("bf16", "muon"),
+            ("tetrajet,ema=0.99,reset=6:2:2@0.0", "adamw"),
+            ("tetrajet", "adamw,ramping=3"),
+        ] {
+            let config = ModelConfig {
+                vocab_size: 47,
+                context_length: 16,
+                layers: 2,
+                heads: 3,
+                channels: 51,
+                tied_head: optimizer == "muon",
+                ..ModelConfig::default()
+            };
+            let mut of: crate::Optimizer = optimizer.parse().unwrap();
+            if optimizer.contains("ramping") || optimizer.contains("spam") {
+                of.clip = 0.0;
+            }
+            let options = TrainerOptions {
+                batch_size: 2,
+                recipe: recipe.parse().unwrap(),
+                optimizer: of,
+                schedule: Schedule { total_steps: 12, ..Schedule::default() },
+                ..TrainerOptions::default()
+            };
+            let trainer = || Trainer::new(&Model::new(&engine, &config).unwrap(), options.clone());
+            let [mut first, mut second] = [trainer().unwrap(), trainer().unwrap()];
+            let mut earlier = None;
+            for round in 0..3 {
+                for _ in 0..2 {
+                    first.step(&data).unwrap();
+                    second.step(&data).unwrap();
+                }
+                first.save(&straight).unwrap();
+                let snapshot = second.snapshot(earlier.take()).unwrap();
+                assert_eq!(snapshot.steps_done(), first.steps_done());
+                let snapshot = std::thread::scope(|scope| {
+                    let saved = scope.spawn(|| snapshot.save(&copied).map(|()| snapshot));
+                    second.step(&data).unwrap();
+                    saved.join().unwrap().unwrap()
+                });
+                first.step(&data).unwrap();
+                assert!(files(&straight) == files(&copied), "{recipe}, {optimizer}: {round}");
+                let states = &files(&copied)["trainer.safetensors"];
+                assert!(snapshot.bytes() as usize > states.len() / 2);
+                earlier = Some(snapshot);
+            }
+            let mut resumed = Trainer::load(&engine, &copied).unwrap();
+            let mut again = Trainer::load(&engine, &straight).unwrap();
+            assert_eq!(resumed.step(&data).unwrap().loss, again.step(&data).unwrap().loss);
+        }
+    }
+}
