@@ -275,6 +275,11 @@ pub(crate) struct StartArgs {
     #[arg(long, value_name = "N")]
     pub(crate) save_every: Option<u64>,
 
+    /// Train on while a checkpoint is written, of a copy that takes as much memory of the host as the
+    /// files of one; the last one is waited for
+    #[arg(long)]
+    pub(crate) save_in_background: bool,
+
     /// Folder for checkpoints while neither --out nor its parent folder can be written
     #[arg(long, value_name = "DIR")]
     pub(crate) save_fallback: Option<PathBuf>,

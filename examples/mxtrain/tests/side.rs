@@ -431,6 +431,50 @@ fn a_resumed_run_does_not_save_what_its_folder_holds() {
     }
 }
 
+/// Saves that the run does not wait for are those of their steps, however it ends.
+#[test]
+fn saves_in_the_background_are_whole() {
+    let dir = folder();
+    let dir = dir.path();
+    let files = |name: &str| {
+        ["model.safetensors", "trainer.safetensors", "trainer.json", "mxtrain.json"]
+            .map(|file| fs::read(dir.join(name).join(file)).unwrap())
+    };
+    let line =
+        |name: &str| format!("train --data data --out {name} --steps 9 --save-every 1 {TINY}");
+    succeed(dir, &line("model"));
+    let waited = files("model");
+    succeed(dir, &format!("{} --save-in-background --overwrite", line("model")));
+    assert!(files("model") == waited);
+
+    let line = "train --data data --out model --overwrite --log log.jsonl --steps 100000000 \
+                --save-every 2 --save-in-background";
+    let child = begin(dir, &format!("{line} {TINY}"));
+    wait_for(|| steps(dir) > 9);
+    interrupt(&child);
+    let (code, out, error) = end(child);
+    assert_eq!(code, Some(130), "{out}{error}");
+    let resume = "train --resume model --log log.jsonl --save-in-background";
+    assert!(out.contains(&format!("go on with: mxtrain {resume}\n")), "{out}");
+    assert_eq!(saved(dir, "model"), steps(dir));
+
+    // One that fails is made up for beside it, and by the next that does not.
+    let mut child = begin(dir, &format!("{resume} --steps 100000000 --save-every 2"));
+    let before = steps(dir);
+    wait_for(|| steps(dir) > before + 4);
+    fs::rename(dir.join("model"), dir.join("away")).unwrap();
+    fs::write(dir.join("model"), "in the way").unwrap();
+    wait_for(|| beside(dir).is_some());
+    fs::remove_file(dir.join("model")).unwrap();
+    fs::rename(dir.join("away"), dir.join("model")).unwrap();
+    wait_for(|| beside(dir).is_none());
+    signal(&child, Signal::KILL);
+    child.wait().unwrap();
+    let until = saved(dir, "model") + 3;
+    succeed(dir, &format!("train --resume model --steps {until}"));
+    assert_eq!(saved(dir, "model"), until);
+}
+
 /// A log in the run's own folder leads nowhere else, so it goes on without a word.
 #[test]
 fn a_log_in_the_folder_goes_on_by_itself() {

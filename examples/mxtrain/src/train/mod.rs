@@ -169,7 +169,8 @@ impl Run {
                 run_file,
                 files,
                 lock,
-            ),
+            )
+            .in_background(args.start.save_in_background),
             evaluated: None,
             losses: Default::default(),
             spikes: SpikeWatch::new(warm_up),
@@ -210,7 +211,7 @@ impl Run {
                 self.sample();
             }
             if self.cadence.saves(step)
-                && let Err(failure) = self.saves.save(&mut self.trainer)
+                && let Err(failure) = self.saves.begin(&mut self.trainer)
             {
                 self.saves.warn(&failure);
             }

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
 
-use mxfp4train::Trainer;
+use mxfp4train::{Snapshot, Trainer};
 
 use super::setup::Places;
 use crate::console::{self, shell_word};
@@ -50,6 +51,17 @@ pub(crate) struct Saves {
     beside: Option<PathBuf>,
     /// Saves in a row that failed.
     failed: u64,
+    /// Where the run goes on while it is saved.
+    background: Option<Background>,
+}
+
+/// Saves by a thread of their own.
+#[derive(Default)]
+struct Background {
+    /// The memory of the last one.
+    snapshot: Option<Snapshot>,
+    /// Its step, and what comes of it.
+    saving: Option<(u64, JoinHandle<(Snapshot, Outcome)>)>,
 }
 
 impl Saves {
@@ -61,8 +73,70 @@ impl Saves {
         files: hugging_face::Files,
         lock: RunLock,
     ) -> Self {
-        let (last, beside, failed) = (None, None, 0);
-        Self { out, places, again, run_file, files, lock, last, beside, failed }
+        let (last, beside, failed, background) = (None, None, 0, None);
+        Self { out, places, again, run_file, files, lock, last, beside, failed, background }
+    }
+
+    /// Whether [`Saves::begin`] waits for what it begins.
+    pub(crate) fn in_background(self, is_so: bool) -> Self {
+        Self { background: is_so.then(Background::default), ..self }
+    }
+
+    /// [`Saves::save`] on the way: a thread of its own saves, where that is wanted and there is memory
+    /// for a copy.
+    ///
+    /// # Errors
+    /// As [`Saves::save`], of this one or of the one before.
+    pub(crate) fn begin(&mut self, trainer: &mut Trainer) -> Outcome {
+        self.settle(trainer)?;
+        let Some(background) = &mut self.background else { return self.save(trainer) };
+        let (step, out) = (trainer.steps_done(), self.out.clone());
+        let begun = trainer.snapshot(background.snapshot.take()).map_err(Failure::from);
+        let begun = begun.and_then(|snapshot| {
+            let save = move || {
+                let saved = snapshot.save(&out).map_err(Failure::from);
+                (snapshot, saved)
+            };
+            thread::Builder::new()
+                .name("save".into())
+                .spawn(save)
+                .map_err(|e| Failure::runtime(format!("cannot start a thread that saves: {e}")))
+        });
+        match begun {
+            Ok(thread) => {
+                background.saving = Some((step, thread));
+                Ok(())
+            }
+            Err(failure) => {
+                console::note(&format!(
+                    "mxtrain: warning: {}; the run waits for this save",
+                    failure.message
+                ));
+                self.save(trainer)
+            }
+        }
+    }
+
+    /// Waits for a save that was begun. One that failed is made up for beside the run's folder, of
+    /// the trainer as it is now.
+    fn settle(&mut self, trainer: &mut Trainer) -> Outcome {
+        let Some(background) = &mut self.background else { return Ok(()) };
+        let Some((step, thread)) = background.saving.take() else { return Ok(()) };
+        let saved = match thread.join() {
+            Ok((snapshot, saved)) => {
+                background.snapshot = Some(snapshot);
+                saved
+            }
+            Err(_) => Err(Failure::runtime("a mistake in mxtrain ended a save")),
+        };
+        let out = self.out.clone();
+        match saved.and_then(|()| self.describe(&out)) {
+            Ok(()) => {
+                self.note_saved(step);
+                Ok(())
+            }
+            Err(failure) => self.save_beside(trainer, failure.message),
+        }
     }
 
     /// Saves before the first step: a folder that cannot be written should not show after hours. A
@@ -89,22 +163,14 @@ impl Saves {
     /// # Errors
     /// Where no place is left, with the reasons.
     pub(crate) fn save(&mut self, trainer: &mut Trainer) -> Outcome {
+        // What comes of that is told by this one.
+        let _ = self.settle(trainer);
         let step = trainer.steps_done();
         if self.is_in_out(step) {
             return Ok(());
         }
         let Err(failure) = self.save_to(&self.out.clone(), trainer) else {
-            self.failed = 0;
-            self.lock.renew();
-            self.last = Some((step, self.out.clone()));
-            if let Some(beside) = self.beside.take() {
-                remove(&beside, &self.run_file.files);
-                console::note(&format!(
-                    "mxtrain: step {step} is saved in {} again; {} is removed",
-                    self.out.display(),
-                    beside.display()
-                ));
-            }
+            self.note_saved(step);
             return Ok(());
         };
         if self.last.as_ref().is_some_and(|(saved, _)| *saved == step) {
@@ -118,11 +184,27 @@ impl Saves {
         self.save_beside(trainer, reasons)
     }
 
+    /// `out` holds this step.
+    fn note_saved(&mut self, step: u64) {
+        self.failed = 0;
+        self.lock.renew();
+        self.last = Some((step, self.out.clone()));
+        if let Some(beside) = self.beside.take() {
+            remove(&beside, &self.run_file.files);
+            console::note(&format!(
+                "mxtrain: step {step} is saved in {} again; {} is removed",
+                self.out.display(),
+                beside.display()
+            ));
+        }
+    }
+
     /// Saves the last state of a run that cannot go on as it is, beside what `out` has of it.
     ///
     /// # Errors
     /// As [`Saves::save`].
     pub(crate) fn save_apart(&mut self, trainer: &mut Trainer) -> Outcome {
+        let _ = self.settle(trainer);
         if self.last.as_ref().is_some_and(|(saved, _)| *saved == trainer.steps_done()) {
             return Ok(());
         }
@@ -140,7 +222,11 @@ impl Saves {
         for folder in parent.into_iter().chain(self.places.fallback.clone()) {
             let place = free_name(&folder.join(&name));
             match self.save_to(&place, trainer) {
-                Err(failure) => reasons.push_str(&format!("; {}", failure.message)),
+                Err(failure) => {
+                    // What is there of it would take the room of the next one, and is not resumed.
+                    remove(&place, &self.run_file.files);
+                    reasons.push_str(&format!("; {}", failure.message));
+                }
                 Ok(()) => {
                     console::note(&format!(
                         "mxtrain: warning: {reasons}; step {step} is saved in {0} instead; go on from \
@@ -179,6 +265,9 @@ impl Saves {
         for (name, every) in self.again.iter().filter(|(_, every)| *every > 0) {
             command.push_str(&format!(" --{name} {every}"));
         }
+        if self.background.is_some() {
+            command.push_str(" --save-in-background");
+        }
         command
     }
 
@@ -197,8 +286,12 @@ impl Saves {
 
     fn save_to(&mut self, folder: &Path, trainer: &mut Trainer) -> Outcome {
         trainer.save(folder)?;
-        // In `out` they are carried along, unless the folder was made anew, or its description
-        // damaged: without it the checkpoint could not be resumed.
+        self.describe(folder)
+    }
+
+    /// Puts what belongs to a checkpoint beside it. In `out` that is carried along, unless the folder
+    /// was made anew, or its description damaged: without it the checkpoint could not be resumed.
+    fn describe(&mut self, folder: &Path) -> Outcome {
         if !matches!(RunFile::read(folder), Ok(Some(_))) {
             self.put_files(folder)?;
         }

@@ -251,22 +251,30 @@ fn is_same(a: &Path, b: &Path) -> bool {
     }
 }
 
-/// Whether there is room for another checkpoint beside the one in `folder`, and nothing that a save
-/// which was cut off has left there: else a save has to show what comes of it.
+/// Whether there is room for another checkpoint beside the one in `folder`, as far as the system
+/// tells, and nothing that a save which was cut off has left there: else a save has to show what
+/// comes of it.
 fn has_room_for_another(folder: &Path) -> std::io::Result<bool> {
-    let mut bytes = 0;
+    /// For names, tokenizers, and blocks that are not full.
+    const MARGIN: u64 = 1 << 20;
     for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = entry.file_name();
+        let name = entry?.file_name();
         if name != lock::FILE && name.as_bytes().starts_with(b".mxt-") {
             return Ok(false);
         }
-        if FILES.iter().any(|file| name == *file) {
-            bytes += entry.metadata()?.len();
-        }
+    }
+    let (mut bytes, mut longest) = (MARGIN, 0);
+    for file in FILES {
+        let len = folder.join(file).metadata()?.len();
+        (bytes, longest) = (bytes + len, longest.max(len));
     }
     let system = rustix::fs::statvfs(folder)?;
-    Ok(system.f_bavail.saturating_mul(system.f_frsize) > bytes)
+    let free = system.f_bavail.saturating_mul(system.f_frsize);
+    // Of some file systems nobody knows how many files they take.
+    let takes_files = system.f_files == 0 || system.f_favail > 100;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+    let is_allowed = limit.is_none_or(|limit| limit > longest);
+    Ok(free > bytes + bytes / 64 && takes_files && is_allowed)
 }
 
 /// What a run begins with: everything is checked, a new model's memory is not yet taken.
