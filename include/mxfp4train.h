@@ -1483,16 +1483,18 @@ mxt_status mxt_plan(const struct mxt_engine *engine,
 // caller to free. It takes as much memory as the two tensor files of a checkpoint together. The
 // trainer may be freed before it.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in
-// mxt_last_error and on the trainer.
+// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (also where the host has less memory free),
+// MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in mxt_last_error and on the trainer.
 mxt_status mxt_trainer_snapshot(struct mxt_trainer *trainer,
                                 struct mxt_snapshot **snapshot);
 
 // Copies `trainer` as it is now into a snapshot that was made before, of this trainer or another, in
-// place of what it held: its memory is used again, which is several times as fast as new memory.
+// place of what it held: its memory is used again, which is faster than new memory, and kept where
+// less is needed.
 //
-// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, after which the snapshot holds
-// nothing; MXT_ERROR_BUSY (another call is inside one of them: the snapshot is then as it was).
+// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, after which the snapshot may hold nothing,
+// MXT_ERROR_DEVICE, after which neither can be used, MXT_ERROR_BUSY (another call is inside one of
+// them: the snapshot is then as it was). The message is in mxt_last_error and on the snapshot.
 mxt_status mxt_snapshot_renew(struct mxt_snapshot *snapshot,
                               struct mxt_trainer *trainer);
 

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use super::handle::{Handle, State, keep, refused};
 use super::message::Slot;
+use super::status::mxt_status_code::MXT_ERROR_DEVICE;
 use super::status::{Failure, mxt_status};
 use super::trainer::mxt_trainer;
 use super::{arguments, guard};
@@ -40,8 +41,8 @@ impl Handle for mxt_snapshot {
 /// caller to free. It takes as much memory as the two tensor files of a checkpoint together. The
 /// trainer may be freed before it.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in
-/// mxt_last_error and on the trainer.
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (also where the host has less memory free),
+/// MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in mxt_last_error and on the trainer.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_trainer_snapshot(
     trainer: *mut mxt_trainer,
@@ -51,7 +52,7 @@ pub unsafe extern "C" fn mxt_trainer_snapshot(
     unsafe {
         guard::child("mxt_trainer_snapshot", trainer.cast_const(), |trainer| {
             let out = arguments::place("snapshot", snapshot)?;
-            let copy = trainer.exclusive(|trainer| Ok(trainer.snapshot(None)?))?;
+            let copy = copy_of(trainer, None)?;
             out.put(mxt_snapshot { state: State::new(), copy: Mutex::new(Some(copy)) }.into_raw());
             Ok(())
         })
@@ -59,10 +60,12 @@ pub unsafe extern "C" fn mxt_trainer_snapshot(
 }
 
 /// Copies `trainer` as it is now into a snapshot that was made before, of this trainer or another, in
-/// place of what it held: its memory is used again, which is several times as fast as new memory.
+/// place of what it held: its memory is used again, which is faster than new memory, and kept where
+/// less is needed.
 ///
-/// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, after which the snapshot holds
-/// nothing; MXT_ERROR_BUSY (another call is inside one of them: the snapshot is then as it was).
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, after which the snapshot may hold nothing,
+/// MXT_ERROR_DEVICE, after which neither can be used, MXT_ERROR_BUSY (another call is inside one of
+/// them: the snapshot is then as it was). The message is in mxt_last_error and on the snapshot.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mxt_snapshot_renew(
     snapshot: *mut mxt_snapshot,
@@ -76,12 +79,27 @@ pub unsafe extern "C" fn mxt_snapshot_renew(
                 return Err(refusal);
             }
             let mut copy = snapshot.exclusive()?;
-            trainer.exclusive(|trainer| {
-                *copy = Some(trainer.snapshot(copy.take())?);
-                Ok(())
-            })
+            *copy = Some(copy_of(&trainer, Some(&mut copy))?);
+            Ok(())
         })
     }
+}
+
+/// A snapshot of the trainer in the memory of `earlier`, which is taken once the trainer is free.
+fn copy_of(
+    trainer: &mxt_trainer,
+    earlier: Option<&mut Option<Snapshot>>,
+) -> Result<Snapshot, Failure> {
+    let copied = trainer.exclusive(|trainer| {
+        let earlier = earlier.and_then(Option::take);
+        Ok(trainer.snapshot(earlier)?)
+    });
+    copied.inspect_err(|failure| {
+        // What a failed GPU holds is not known any more.
+        if failure.status == MXT_ERROR_DEVICE {
+            trainer.state().access().poison();
+        }
+    })
 }
 
 /// Saves what the trainer was to the folder `dir`, as mxt_trainer_save would have done then. Any thread

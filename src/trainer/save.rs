@@ -4,7 +4,6 @@ use std::path::Path;
 
 use super::memory::Flat;
 use super::{Run, Trainer, follow, states};
-use crate::Result;
 use crate::backend::{Backend, Memory, Slot, StateLayout, on_device};
 use crate::checkpoint::{self, ModelPart, TensorRead, TrainerPart};
 use crate::gpt::{Matrix, ParamTable};
@@ -12,8 +11,10 @@ use crate::model::{Exported, Model, OnDevice, Weights};
 use crate::optim::State;
 use crate::optim::spam::STATISTICS;
 use crate::reserve::{collect, reuse};
+use crate::room::MemoryRoom;
 use crate::run::TrainerState;
 use crate::signals::file_limit_is_an_error;
+use crate::{Error, Result};
 
 /// Where what a trainer has is read from, as it lies in memory.
 pub(super) trait Source {
@@ -153,7 +154,7 @@ impl Snapshot {
         self.state.step
     }
 
-    /// Bytes of host memory that it takes.
+    /// Bytes of host memory that it takes, those of a longer one before it included.
     pub fn bytes(&self) -> u64 {
         let of_floats = |floats: &Vec<f32>| 4 * floats.len() as u64;
         let states: u64 = self.states.iter().map(|state| state.len() as u64).sum();
@@ -207,11 +208,12 @@ impl Trainer {
     }
 
     /// Copies all that [`Trainer::save`] would save to the host, for another thread to save while
-    /// training goes on. Takes over the memory of an earlier snapshot of this trainer: memory that
-    /// is new is several times as slow.
+    /// training goes on. Takes over the memory of an earlier snapshot, of this trainer or another, as
+    /// long as that is: memory that is new is slower. After an error that is gone.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]; [`Error::Device`].
+    /// [`Error::OutOfMemory`], also where the host has less memory free;
+    /// [`Error::Device`].
     pub fn snapshot(&mut self, earlier: Option<Snapshot>) -> Result<Snapshot> {
         let (model, state) = (&self.model, &self.state);
         let mut copy = earlier.unwrap_or_else(|| Snapshot::empty(model, state));
@@ -240,6 +242,22 @@ impl<B: Backend> Run<B> {
         let (live, followed) = self.live(&weights, flat.followed.kept(state))?;
         copy.layouts = StateLayout::of_all(table.slots(), optimizer, <B as Memory>::ALIGN)?;
         copy.matrices = collect(WHAT, flat.followed.matrices().iter().map(|of| Ok(*of)))?;
+        let normalizes = optimizer.kind.normalizes();
+        let statistics = if normalizes { table.slots().len() * STATISTICS } else { 0 };
+        let ends = copy.matrices.iter().map(|matrix| matrix.own.start + matrix.own.len);
+        let of_blocks = ends.max().unwrap_or(0);
+        let of_floats = |count: usize| 4 * count as u64;
+        let needed = of_floats(table.len() + statistics + followed.len() * of_blocks)
+            + copy.layouts.iter().map(|layout| layout.bytes as u64).sum::<u64>();
+        // NOTE: a system gives memory that it does not have, and ends who uses it.
+        let fresh = needed.saturating_sub(copy.bytes());
+        if let Some(room) = MemoryRoom::of_host(Path::new("/"))
+            && fresh > room.available
+        {
+            let free = room.available;
+            let limit = format!("of which {free} are free on the host; save the trainer itself");
+            return Err(Error::OutOfMemory { what: WHAT, needed: fresh, limit });
+        }
         let to = reuse(&mut copy.weights, WHAT, table.len())?;
         for slot in table.slots() {
             live.weights(*slot, &mut to[slot.range()])?;
@@ -248,15 +266,12 @@ impl<B: Backend> Run<B> {
         for (number, (layout, to)) in copy.layouts.iter().zip(&mut copy.states).enumerate() {
             live.state(number, 0, reuse(to, WHAT, layout.bytes)?)?;
         }
-        let statistics = if optimizer.kind.normalizes() { table.slots().len() } else { 0 };
-        live.statistics(0, reuse(&mut copy.statistics, WHAT, statistics * STATISTICS)?)?;
+        live.statistics(0, reuse(&mut copy.statistics, WHAT, statistics)?)?;
         copy.followed.truncate(followed.len());
         copy.followed.resize_with(followed.len(), || (followed[0], Vec::new()));
-        let ends = copy.matrices.iter().map(|matrix| matrix.own.start + matrix.own.len);
-        let len = ends.max().unwrap_or(0);
         for (number, (of, to)) in copy.followed.iter_mut().enumerate() {
             *of = followed[number];
-            live.followed(number, 0, reuse(to, WHAT, len)?)?;
+            live.followed(number, 0, reuse(to, WHAT, of_blocks)?)?;
         }
         Ok(())
     }
@@ -284,7 +299,9 @@ mod tests {
         let data = Dataset::from_tokens((0..3000).map(|i| i * i % 47).collect()).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let [straight, copied] = ["straight", "copied"].map(|name| folder.path().join(name));
-        for (recipe, optimizer) in [
+        // Each in the memory of the one before, whatever that was of.
+        let mut earlier = None;
+        for (channels, (recipe, optimizer)) in [51, 48, 63, 45, 57, 51, 54].into_iter().zip([
             ("bf16", "adamw"),
             ("mxfp4-rht-sr", "adamw,moments=int8"),
             ("fp32", "stable-spam,moments=bf16"),
@@ -292,13 +309,13 @@ mod tests {
             ("bf16", "muon"),
             ("tetrajet,ema=0.99,reset=6:2:2@0.0", "adamw"),
             ("tetrajet", "adamw,ramping=3"),
-        ] {
+        ]) {
             let config = ModelConfig {
                 vocab_size: 47,
                 context_length: 16,
                 layers: 2,
                 heads: 3,
-                channels: 51,
+                channels,
                 tied_head: optimizer == "muon",
                 ..ModelConfig::default()
             };
@@ -315,7 +332,6 @@ mod tests {
             };
             let trainer = || Trainer::new(&Model::new(&engine, &config).unwrap(), options.clone());
             let [mut first, mut second] = [trainer().unwrap(), trainer().unwrap()];
-            let mut earlier = None;
             for round in 0..3 {
                 for _ in 0..2 {
                     first.step(&data).unwrap();

@@ -2145,8 +2145,8 @@ Copies all that mxt_trainer_save would write to the host, and stores the copy in
 caller to free. It takes as much memory as the two tensor files of a checkpoint together. The
 trainer may be freed before it.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in
-mxt_last_error and on the trainer.
+Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY (also where the host has less memory free),
+MXT_ERROR_DEVICE, MXT_ERROR_BUSY. The message is in mxt_last_error and on the trainer.
 """
 function mxt_trainer_snapshot(trainer, snapshot)
     return @ccall libmxfp4train.mxt_trainer_snapshot(
@@ -2159,10 +2159,12 @@ end
     mxt_snapshot_renew(snapshot, trainer)
 
 Copies `trainer` as it is now into a snapshot that was made before, of this trainer or another, in
-place of what it held: its memory is used again, which is several times as fast as new memory.
+place of what it held: its memory is used again, which is faster than new memory, and kept where
+less is needed.
 
-Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, MXT_ERROR_DEVICE, after which the snapshot holds
-nothing; MXT_ERROR_BUSY (another call is inside one of them: the snapshot is then as it was).
+Errors: MXT_ERROR_NULL, MXT_ERROR_OUT_OF_MEMORY, after which the snapshot may hold nothing,
+MXT_ERROR_DEVICE, after which neither can be used, MXT_ERROR_BUSY (another call is inside one of
+them: the snapshot is then as it was). The message is in mxt_last_error and on the snapshot.
 """
 function mxt_snapshot_renew(snapshot, trainer)
     return @ccall libmxfp4train.mxt_snapshot_renew(

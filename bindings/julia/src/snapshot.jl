@@ -4,8 +4,9 @@
     Snapshot(trainer)
 
 A copy in the host's memory of all that `MXFP4Train.save(trainer, folder)` would write, which another
-task saves, with `MXFP4Train.save(snapshot, folder)`, while training goes on. It takes as much memory
-as the two tensor files of a checkpoint together, and keeps the model alive.
+task saves, with `MXFP4Train.save(snapshot, folder)`, while training goes on, in a Julia of several
+threads (`julia -t 2`); where Julia collects garbage in between, it waits for the save. It takes as much
+memory as the two tensor files of a checkpoint together, and keeps the model alive.
 
     snapshot = Snapshot(trainer)
     saving = Threads.@spawn MXFP4Train.save(snapshot, "out")
@@ -31,7 +32,7 @@ end
     renew!(snapshot, trainer)
 
 Copies the trainer as it is now in place of what the snapshot held: its memory is used again, which is
-several times as fast as new memory. After an error the snapshot may hold nothing.
+faster than new memory. After an error the snapshot may hold nothing.
 """
 function renew!(snapshot::Snapshot, trainer::Trainer)
     call(() -> Lib.mxt_snapshot_renew(snapshot, trainer), snapshot, trainer)

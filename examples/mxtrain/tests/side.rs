@@ -450,6 +450,12 @@ fn saves_in_the_background_are_whole() {
     let line = "train --data data --out model --overwrite --log log.jsonl --steps 100000000 \
                 --save-every 2 --save-in-background";
     let child = begin(dir, &format!("{line} {TINY}"));
+    let tasks = format!("/proc/{}/task", child.id());
+    wait_for(|| {
+        let mut tasks = fs::read_dir(&tasks).unwrap().flatten();
+        let name = |task: fs::DirEntry| fs::read_to_string(task.path().join("comm"));
+        tasks.any(|task| name(task).is_ok_and(|name| name == "save\n"))
+    });
     wait_for(|| steps(dir) > 9);
     interrupt(&child);
     let (code, out, error) = end(child);

@@ -210,9 +210,11 @@ impl Run {
             if Cadence::is_due(self.sample_every, step) {
                 self.sample();
             }
-            if self.cadence.saves(step)
-                && let Err(failure) = self.saves.begin(&mut self.trainer)
-            {
+            let saved = match self.cadence.saves(step) {
+                true => self.saves.begin(&mut self.trainer),
+                false => self.saves.look(&mut self.trainer),
+            };
+            if let Err(failure) = saved {
                 self.saves.warn(&failure);
             }
         }

@@ -83,12 +83,14 @@ impl Saves {
     }
 
     /// [`Saves::save`] on the way: a thread of its own saves, where that is wanted and there is memory
-    /// for a copy.
+    /// for a copy. One that was begun before and failed is made up for at once.
     ///
     /// # Errors
-    /// As [`Saves::save`], of this one or of the one before.
+    /// As [`Saves::save`].
     pub(crate) fn begin(&mut self, trainer: &mut Trainer) -> Outcome {
-        self.settle(trainer)?;
+        if let Some(failure) = self.settle() {
+            return self.make_up(trainer, &failure);
+        }
         let Some(background) = &mut self.background else { return self.save(trainer) };
         let (step, out) = (trainer.steps_done(), self.out.clone());
         let begun = trainer.snapshot(background.snapshot.take()).map_err(Failure::from);
@@ -97,10 +99,8 @@ impl Saves {
                 let saved = snapshot.save(&out).map_err(Failure::from);
                 (snapshot, saved)
             };
-            thread::Builder::new()
-                .name("save".into())
-                .spawn(save)
-                .map_err(|e| Failure::runtime(format!("cannot start a thread that saves: {e}")))
+            let thread = thread::Builder::new().name("save".into()).spawn(save);
+            thread.map_err(|e| Failure::runtime(format!("cannot start a thread that saves: {e}")))
         });
         match begun {
             Ok(thread) => {
@@ -108,20 +108,32 @@ impl Saves {
                 Ok(())
             }
             Err(failure) => {
-                console::note(&format!(
-                    "mxtrain: warning: {}; the run waits for this save",
-                    failure.message
-                ));
+                let message = failure.message;
+                console::note(&format!("mxtrain: warning: {message}; the run waits for this save"));
                 self.save(trainer)
             }
         }
     }
 
-    /// Waits for a save that was begun. One that failed is made up for beside the run's folder, of
-    /// the trainer as it is now.
-    fn settle(&mut self, trainer: &mut Trainer) -> Outcome {
-        let Some(background) = &mut self.background else { return Ok(()) };
-        let Some((step, thread)) = background.saving.take() else { return Ok(()) };
+    /// Sees what has come of a save that was begun, if it has ended.
+    ///
+    /// # Errors
+    /// As [`Saves::save`], where it has failed and could not be made up for.
+    pub(crate) fn look(&mut self, trainer: &mut Trainer) -> Outcome {
+        let saving = self.background.as_ref().and_then(|background| background.saving.as_ref());
+        if !saving.is_some_and(|(_, thread)| thread.is_finished()) {
+            return Ok(());
+        }
+        match self.settle() {
+            Some(failure) => self.make_up(trainer, &failure),
+            None => Ok(()),
+        }
+    }
+
+    /// Waits for a save that was begun. The failure of one that failed.
+    fn settle(&mut self) -> Option<Failure> {
+        let background = self.background.as_mut()?;
+        let (step, thread) = background.saving.take()?;
         let saved = match thread.join() {
             Ok((snapshot, saved)) => {
                 background.snapshot = Some(snapshot);
@@ -130,13 +142,15 @@ impl Saves {
             Err(_) => Err(Failure::runtime("a mistake in mxtrain ended a save")),
         };
         let out = self.out.clone();
-        match saved.and_then(|()| self.describe(&out)) {
-            Ok(()) => {
-                self.note_saved(step);
-                Ok(())
-            }
-            Err(failure) => self.save_beside(trainer, failure.message),
-        }
+        let saved = saved.and_then(|()| self.describe(&out));
+        saved.map(|()| self.note_saved(step)).err()
+    }
+
+    /// Saves as it is now what could not be saved in the background.
+    fn make_up(&mut self, trainer: &mut Trainer, failure: &Failure) -> Outcome {
+        let message = &failure.message;
+        console::note(&format!("mxtrain: warning: {message}; the run waits for another save"));
+        self.save(trainer)
     }
 
     /// Saves before the first step: a folder that cannot be written should not show after hours. A
@@ -163,8 +177,8 @@ impl Saves {
     /// # Errors
     /// Where no place is left, with the reasons.
     pub(crate) fn save(&mut self, trainer: &mut Trainer) -> Outcome {
-        // What comes of that is told by this one.
-        let _ = self.settle(trainer);
+        // What has come of that is made up for here.
+        let _ = self.settle();
         let step = trainer.steps_done();
         if self.is_in_out(step) {
             return Ok(());
@@ -204,7 +218,8 @@ impl Saves {
     /// # Errors
     /// As [`Saves::save`].
     pub(crate) fn save_apart(&mut self, trainer: &mut Trainer) -> Outcome {
-        let _ = self.settle(trainer);
+        // It is the state of now that counts, and that is saved.
+        let _ = self.settle();
         if self.last.as_ref().is_some_and(|(saved, _)| *saved == trainer.steps_done()) {
             return Ok(());
         }
@@ -222,12 +237,15 @@ impl Saves {
         for folder in parent.into_iter().chain(self.places.fallback.clone()) {
             let place = free_name(&folder.join(&name));
             match self.save_to(&place, trainer) {
-                Err(failure) => {
-                    // What is there of it would take the room of the next one, and is not resumed.
-                    remove(&place, &self.run_file.files);
+                // It is whole, and can be resumed, if with more options, where only what belongs to it
+                // could not be written.
+                Err(failure) if !Trainer::is_saved_in(&place) => {
                     reasons.push_str(&format!("; {}", failure.message));
                 }
-                Ok(()) => {
+                saved => {
+                    if let Err(failure) = saved {
+                        reasons.push_str(&format!("; {}", failure.message));
+                    }
                     console::note(&format!(
                         "mxtrain: warning: {reasons}; step {step} is saved in {0} instead; go on from \
                          it with: {1}",
@@ -352,7 +370,9 @@ fn aside(path: &Path) -> PathBuf {
 /// The path, or with a number behind it if it is taken.
 fn free_name(path: &Path) -> PathBuf {
     let numbered = |n: u64| PathBuf::from(format!("{}-{n}", path.display()));
-    let is_free = |path: &PathBuf| path.symlink_metadata().is_err();
+    let is_free = |path: &PathBuf| {
+        path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    };
     let names = std::iter::once(path.to_owned()).chain((2..1000).map(numbered));
     names.into_iter().find(is_free).unwrap_or_else(|| numbered(1000))
 }
