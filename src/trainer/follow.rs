@@ -1,7 +1,7 @@
 //! What a recipe keeps of the weights of blocks from step to step: their slow means, and how far they
 //! and what they are rounded to move while those that oscillate are looked for.
 
-use super::save::Source;
+use super::source::Source;
 use super::track::Tracked;
 use super::watch::{Watch, WeightMetrics};
 use crate::Result;

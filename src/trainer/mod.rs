@@ -10,6 +10,7 @@ mod merge;
 mod ramping;
 mod save;
 mod sharpness;
+mod source;
 mod states;
 mod track;
 mod updates;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::memory::Flat;
+use super::source::Source;
 use super::{Run, Trainer, follow, states};
 use crate::backend::{Backend, Memory, Slot, StateLayout, on_device};
 use crate::checkpoint::{self, ModelPart, TensorRead, TrainerPart};
@@ -15,18 +16,6 @@ use crate::room::MemoryRoom;
 use crate::run::TrainerState;
 use crate::signals::file_limit_is_an_error;
 use crate::{Error, Result};
-
-/// Where what a trainer has is read from, as it lies in memory.
-pub(super) trait Source {
-    /// The master weights of a parameter.
-    fn weights(&self, slot: Slot, out: &mut [f32]) -> Result<()>;
-    /// State number `state` of the optimizer, from byte `at` of its buffer on.
-    fn state(&self, state: usize, at: usize, out: &mut [u8]) -> Result<()>;
-    /// What normalizing gradients keeps, from number `at` on.
-    fn statistics(&self, at: usize, out: &mut [f32]) -> Result<()>;
-    /// What the recipe keeps of weights, buffer number `number`, from number `at` on.
-    fn followed(&self, number: usize, at: usize, out: &mut [f32]) -> Result<()>;
-}
 
 /// What else a checkpoint says, and how the buffers of a [`Source`] are laid out.
 struct About<'a> {

@@ -3,7 +3,7 @@
 //! Numbers and codes are in the order of the weights in the file, like everything else there; scales
 //! are those of groups of neighbours in memory, so in the order of memory.
 
-use super::save::Source;
+use super::source::Source;
 use crate::Result;
 use crate::backend::{Backend, Place, StateLayout};
 use crate::checkpoint::{CODES, Dtype, SCALES, Scratch, StateValues, TensorRead, decode};
