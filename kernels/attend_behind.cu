@@ -135,9 +135,7 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
   };
   // Those that were kept before, for which nothing is waited for (`begin` in ptx.cuh).
   if (p.keeps) load_keys(warp * KEYS);
-  // Those that see the most come first.
-  u32 first = (gridDim.x - 1 - blockIdx.x) * QUERIES, rows = min(p.rows - first, (u32)QUERIES);
-  u32 start = *p.start;
+  u32 first = blockIdx.x * QUERIES, rows = min(p.rows - first, (u32)QUERIES), start = *p.start;
   begin();
   if (p.keeps) {
     for (u32 i = threadIdx.x; i < p.rows * d; i += 32 * WARPS) keep<bf16>(p, start, head, i);
@@ -162,13 +160,12 @@ __global__ void __launch_bounds__(32 * WARPS) attend_behind(Behind p) {
         eight(q[half], queries + (size_t)row * 3 * c, 32 * i + 8 * t, row < rows ? d : 0);
       }
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
+      for (int j = 0; j < 4; j++)
 #pragma unroll
         for (int step = 0; step < 2; step++) {
           u32 of_q[4] = {q[0][2 * step], q[1][2 * step], q[0][2 * step + 1], q[1][2 * step + 1]};
           multiply_bf16_tiles(scores[j], of_q, k[i][j][2 * step], k[i][j][2 * step + 1]);
         }
-      }
     }
     u32 at = block + 8 * t;  // the thread's first key
 #pragma unroll

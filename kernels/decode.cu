@@ -83,9 +83,6 @@ struct OfMxfp4 {
   }
 };
 
-__device__ __forceinline__ void put(float *to, float v) { *to = v; }
-__device__ __forceinline__ void put(bf16 *to, float v) { *to = from_f32<bf16>(v); }
-
 __device__ __forceinline__ float gelu_of(const FewRows &p, float v) {
   return p.form == 1 ? gelu(v) : exact_gelu(v);
 }
@@ -112,7 +109,7 @@ template <class T> __device__ __forceinline__ float bias_of(const FewRows &p, u3
 //
 // NOTE: on an H200 a token of a model as GPT-2 with 124M parameters took 336 us without that and
 // with 4 chunks ahead, 268 with it and with up to 12; in MXFP4 369 and 262 (2026-11-30). To go on
-// asking for a chunk wherever one was used took 273 and 277, for it takes more registers.
+// asking for a chunk wherever one was used took 273 and 277.
 template <class W, class T, int OUTPUTS, int ROWS, int AHEAD>
 __global__ void __launch_bounds__(32 * WARPS) few_rows(FewRows p) {
   const int PITCH = 16 * OUTPUTS + 4;  // so that the threads that store meet in no bank
@@ -295,9 +292,9 @@ template <int LEFT, int RIGHT, int STEPS, int THREADS> struct Copies {
 // 4 floats as the block has rows.
 //
 // NOTE: on an H200 the four products of 999 rows of a layer with 2,048 channels took 366 us by this
-// and what lays out, and 662 by `few_rows`; in MXFP4, 387 and 779 (2026-11-30). An instruction's
-// operands come from shared memory while those before are multiplied, without which it was 557;
-// finishing 8 outputs at a time, not one, gained another 100.
+// and what lays out, and 662 by `few_rows`; in MXFP4, 389 and 779 (2026-11-30). An instruction's
+// operands come from shared memory while those before are multiplied, which took it from 557 to
+// 469; finishing 8 outputs at a time, not one, and laying out x, not W, did the rest.
 template <bool OF_X, int STEPS, int M, int N, int ACROSS, int DOWN>
 __global__ void __launch_bounds__(32 * ACROSS * DOWN) many_rows(FewRows p) {
   begin();

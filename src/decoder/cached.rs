@@ -324,10 +324,9 @@ impl<B: Backend + Decode> Cached<B> {
         let recipe = recipe_in(precision);
         let of = |length| Shapes { config, sequences: Sequences { batch: 1, length }, precision };
         let shapes = of(rows);
-        // A draft's behind the decoder's own.
-        let [first, second] = [form, DecoderWeights::Mxfp4]
-            .map(|weights| shapes.linears().map(|layer| (layer, weights)));
-        let packed = [first, second].concat();
+        // In one form where there are no drafts.
+        let forms = [form, if drafts { DecoderWeights::Mxfp4 } else { form }];
+        let packed = forms.map(|weights| shapes.linears().map(|layer| (layer, weights))).concat();
         let shape = WorkspaceShape {
             // MXFP4 has whole blocks. Weights take none, for they are packed already.
             linears: &shapes.linears().map(|LinearShape { rows, inputs, .. }| LinearShape {
@@ -342,7 +341,7 @@ impl<B: Backend + Decode> Cached<B> {
             head: HeadShape { vocab_size: 1, ..shapes.head() },
             recipes: &[*recipe.linear(0)],
             merge: None,
-            packed: &packed[..shapes.linears().len() * (1 + usize::from(drafts))],
+            packed: &packed,
             backward: false,
         };
         backend.supports(&shape)?;

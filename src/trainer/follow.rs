@@ -220,11 +220,6 @@ impl<B: Backend> Followed<B> {
         &self.matrices
     }
 
-    /// Name and shape of each of them.
-    pub(super) fn tensors(&self, all: &[TensorInfo]) -> Result<Vec<TensorInfo>> {
-        tensors(&self.matrices, all)
-    }
-
     /// All that a checkpoint has of it, in order.
     pub(super) fn states(&self, state: &TrainerState) -> impl Iterator<Item = State> {
         self.kept(state).map(|(state, _)| state)

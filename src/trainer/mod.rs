@@ -580,7 +580,9 @@ impl Trainer {
     pub fn read_gradient(&self, name: &str, out: &mut [f32]) -> Result<()> {
         let index = self.model.index_of(name, out.len())?;
         on_device!(&self.run, run => {
-            run.model.exported_gradients(self.model.tensors(), &run.buffers.flat.gradients).read(index, out, &mut Scratch::default())
+            let (tensors, gradients) = (self.model.tensors(), &run.buffers.flat.gradients);
+            let exported = run.model.exported_gradients(tensors, gradients);
+            exported.read(index, out, &mut Scratch::default())
         })
     }
 
@@ -647,7 +649,7 @@ impl<B: Backend> Run<B> {
         let Flat { states: flats, layouts, statistics, followed, .. } = &mut buffers.flat;
         let optimizer = state.options.optimizer;
         let (states, tensors) = (optimizer.states(), model.tensors());
-        let of_blocks = followed.tensors(tensors)?;
+        let of_blocks = follow::tensors(followed.matrices(), tensors)?;
         let owners = layouts.iter().map(|layout| states::Owners::of(tensors, layout));
         let owners = collect("what is kept of weights", owners)?;
         let kept = states.iter().zip(&owners);

@@ -5,8 +5,8 @@ use std::path::Path;
 use super::memory::Flat;
 use super::source::Source;
 use super::{Run, Trainer, follow, states};
-use crate::backend::{Backend, Memory, Slot, StateLayout, on_device};
-use crate::checkpoint::{self, ModelPart, TensorRead, TrainerPart};
+use crate::backend::{Backend, Slot, StateLayout, on_device};
+use crate::checkpoint::{self, TensorRead, TrainerPart};
 use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Exported, Model, OnDevice, Weights};
 use crate::optim::State;
@@ -55,7 +55,7 @@ fn save(source: &dyn Source, about: &About<'_>, dir: &Path) -> Result<()> {
     let part = TrainerPart { state, states: &states, others: &others };
     let read = |slot: Slot, out: &mut [f32]| source.weights(slot, out);
     let weights = Exported { table, tensors, read };
-    let whole: ModelPart<'_> = model.part(&weights);
+    let whole = model.part(&weights);
     file_limit_is_an_error(|| checkpoint::save(dir, whole, Some(part)))
 }
 
@@ -229,7 +229,7 @@ impl<B: Backend> Run<B> {
         let (table, flat) = (&self.model.table, &self.buffers.flat);
         let (weights, optimizer) = (self.model.read()?, &state.options.optimizer);
         let (live, followed) = self.live(&weights, flat.followed.kept(state))?;
-        copy.layouts = StateLayout::of_all(table.slots(), optimizer, <B as Memory>::ALIGN)?;
+        copy.layouts = StateLayout::of_all(table.slots(), optimizer, B::ALIGN)?;
         copy.matrices = collect(WHAT, flat.followed.matrices().iter().map(|of| Ok(*of)))?;
         let normalizes = optimizer.kind.normalizes();
         let statistics = if normalizes { table.slots().len() * STATISTICS } else { 0 };

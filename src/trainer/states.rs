@@ -9,7 +9,7 @@ use crate::backend::{Backend, Place, StateLayout};
 use crate::checkpoint::{CODES, Dtype, SCALES, Scratch, StateValues, TensorRead, decode};
 use crate::gpt::{ParamSpec, ParamTable, TensorInfo};
 use crate::optim::moments::{
-    self, Code, E4m3, Element, F16, First, Float, GROUP, Second, inverse, tensor_scale,
+    self, E4m3, Element, F16, First, Float, GROUP, Second, inverse, tensor_scale,
 };
 use crate::optim::spam::STATISTICS;
 use crate::optim::{Optimizer, State};
@@ -200,11 +200,12 @@ pub(super) fn load<B: Backend>(
                 return backend.write_bytes(state, place.start, codes);
             }
             let ours = reuse(numbers, "a copy of a tensor", codes.len())?;
-            let decode = if of.is_signed { First::decode } else { Second::decode };
-            let groups = ours.chunks_mut(GROUP).zip(codes.chunks(GROUP)).zip(scales);
-            for ((values, codes), scale) in groups {
-                values.iter_mut().zip(codes).for_each(|(v, code)| *v = decode(*code, *scale));
-            }
+            let decode = match of.is_signed {
+                true => moments::decode_group::<First>,
+                false => moments::decode_group::<Second>,
+            };
+            let groups = codes.chunks(GROUP).zip(scales).zip(ours.chunks_mut(GROUP));
+            groups.for_each(|((codes, scale), values)| decode(codes, *scale, values));
             ours
         }
     };

@@ -36,6 +36,8 @@ const STAGES: usize = 4;
 /// Inputs of a chunk in MXFP4, of which lines are whole, and of a chunk in bf16.
 const CHUNK: usize = 64;
 const CHUNK_OF_BF16: usize = 32;
+/// `TILE` of the kernel that keeps rows.
+const TILE: usize = 64;
 /// Inputs of a stage of many rows.
 const INPUTS_OF_STAGE: usize = 64;
 
@@ -224,9 +226,9 @@ pub(super) fn attention_on_tensor_cores(head_size: usize) -> Option<(&'static st
     }
 }
 
-/// The grid of what keeps rows, 64 rows and channels a block.
+/// The grid of what keeps rows, [`TILE`] of them and of channels a block.
 pub(super) fn keep_grid(rows: usize, shape: AttentionShape) -> [usize; 3] {
-    [rows.div_ceil(64), shape.heads * shape.head_size.div_ceil(64), 1]
+    [rows.div_ceil(TILE), shape.heads * shape.head_size.div_ceil(TILE), 1]
 }
 
 /// Positions that there is room for, in whole blocks of keys.
