@@ -10,7 +10,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-// What every kernel begins with, all but three: it is launched while the one before it still ends,
+// What every kernel begins with, all but four: it is launched while the one before it still ends,
 // and waits here for what that has written; and it lets the next one be launched as soon as all of
 // its own blocks run. Waiting for one waits for all before.
 //

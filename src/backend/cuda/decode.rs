@@ -208,6 +208,20 @@ impl Few {
         }
     }
 
+    /// In f32.
+    pub(super) fn in_f32(shape: LinearShape) -> Self {
+        if !shape.inputs.is_multiple_of(4) {
+            return Self::plain("few_rows_plain<float,float>", shape);
+        }
+        let (kernel, [outputs, rows]) = match shape.rows {
+            1 => ("few_rows_f32<1,1,1,8>", [WARPS, 1]),
+            2..SEVERAL => ("few_rows_f32<1,8,1,4>", [WARPS, 8]),
+            _ => ("few_rows_f32<4,8,2,1>", [4 * WARPS / 2, 16]),
+        };
+        let grid = [shape.outputs.div_ceil(outputs), shape.rows.div_ceil(rows), 1];
+        Self { kernel, grid, block: THREADS, shared: 0, lay_out: None }
+    }
+
     /// In plain arithmetic.
     pub(super) fn plain(kernel: &'static str, shape: LinearShape) -> Self {
         let grid = [shape.outputs.div_ceil(WARPS), shape.rows.div_ceil(8), 1];
@@ -252,9 +266,7 @@ impl Cuda {
     ) {
         let few = match packed {
             Packed::Mxfp4 { .. } => Few::on_tensor_cores(shape, true, in_f32),
-            Packed::Plain if x.precision == Precision::F32 => {
-                Few::plain("few_rows_plain<float,float>", shape)
-            }
+            Packed::Plain if x.precision == Precision::F32 => Few::in_f32(shape),
             Packed::Plain if shape.inputs.is_multiple_of(8) => {
                 Few::on_tensor_cores(shape, false, in_f32)
             }

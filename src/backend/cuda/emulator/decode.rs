@@ -179,7 +179,7 @@ fn few_rows_have_the_bits_of_each() {
             // As of products that are larger.
             let of = |shape: LinearShape| match (precision, odd, logits) {
                 (Precision::Bf16, false, false) if shape.rows > 64 => Few::of_many(shape, in_mxfp4),
-                (Precision::F32, ..) => Few::plain("few_rows_plain<float,float>", shape),
+                (Precision::F32, ..) => Few::in_f32(shape),
                 (_, true, true) => Few::plain("few_rows_plain<bf16,float>", shape),
                 (_, true, false) => Few::plain("few_rows_plain<bf16,bf16>", shape),
                 _ => Few::on_tensor_cores(shape, in_mxfp4, logits),
