@@ -156,7 +156,8 @@ typedef enum mxt_status_code {
   MXT_ERROR_IO = -8,
   // A file is damaged, truncated or of a kind that this version does not read.
   MXT_ERROR_FORMAT = -9,
-  // A file is sound but does not fit what it is used with.
+  // A file is sound but does not fit what it is used with, or the ranks of a group do not have
+  // alike what they must.
   MXT_ERROR_MISMATCH = -10,
   // A token is not below the vocabulary size of the model.
   MXT_ERROR_TOKEN_RANGE = -11,
@@ -177,6 +178,10 @@ typedef enum mxt_status_code {
   // A stop was asked for (mxt_trainer_request_stop) while the call was at work. It has changed
   // nothing; no harm was done.
   MXT_STOPPED = -19,
+  // Another rank of the group failed, is gone, or does not answer. The message has its rank and
+  // its words. Where it said why, the call has changed nothing and the group goes on; otherwise
+  // the group has ended, and every further collective call returns this at once.
+  MXT_ERROR_PEER = -20,
 } mxt_status_code;
 
 // How much a log line matters.
@@ -348,6 +353,69 @@ typedef void (*mxt_log_fn)(void *user_data, int32_t level, const char *message);
 // Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
 typedef void (*mxt_user_data_free_fn)(void *user_data);
 
+// Hands out and takes in blocks of `bytes_per_rank` bytes, one for each rank: block r of `send` goes
+// to rank r, and block r of `receive` came from it, this rank's own included. The buffers are
+// borrowed for the call and do not overlap. MPI_Alltoall of MPI_BYTE is one; a call has at most 32
+// MiB in all.
+//
+// Returns 0 when this rank's part is done; any other number ends the group: the call that needed it
+// returns MXT_ERROR_PEER, and so does every later one, at once. It must give up by itself, by a
+// deadline or when a connection breaks, where another rank is gone.
+//
+// Runs on the thread of the call that needs it. It must not throw, longjmp, or call the library.
+typedef int32_t (*mxt_all_to_all_fn)(void *user_data,
+                                     const void *send,
+                                     void *receive,
+                                     size_t bytes_per_rank);
+
+// Gathers `bytes_per_rank` bytes of every rank: `send` of all ranks, one behind the other in their
+// order, become `receive`, this rank's own included. MPI_Allgather of MPI_BYTE is one. All else as
+// for mxt_all_to_all_fn.
+typedef int32_t (*mxt_all_gather_fn)(void *user_data,
+                                     const void *send,
+                                     void *receive,
+                                     size_t bytes_per_rank);
+
+// This rank gives up: calls in which other ranks wait for it should fail. Called at most once, on the
+// thread of the call that failed, and nothing else is called then. It must not throw, longjmp, or
+// call the library.
+typedef void (*mxt_abort_fn)(void *user_data);
+
+// Ranks that train one model together, of which this program (or this thread of it) is one. Fill it
+// with mxt_group_init, and put it into mxt_engine_options.
+//
+// Every rank computes its part of each step and has all of the model. For given `lanes` of the
+// trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
+//
+// Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
+// mxt_trainer_new, _load, _load_as, _step, _step_tokens, _eval, _save and _run. All ranks make them in
+// the same order with the same arguments, but for tokens that a rank brings, and folders: rank 0
+// writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
+// has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
+// alike what they must get MXT_ERROR_MISMATCH with what differs. All other calls, and freeing, are a
+// rank's own.
+typedef struct mxt_group {
+  // Set by mxt_group_init.
+  size_t struct_size;
+  // Which rank this is, from 0 on. Default 0.
+  uint32_t rank;
+  // How many there are. 1 (default) is no group: nothing below is used.
+  uint32_t size;
+  // Called for gradients, at every step.
+  mxt_all_to_all_fn all_to_all;
+  // Called for all else.
+  mxt_all_gather_fn all_gather;
+  // Called when this rank gives up, or NULL (default).
+  mxt_abort_fn abort;
+  // Passed to the functions above. It must stay valid until the engine and everything made from it
+  // is freed, or until `user_data_free` is called with it.
+  void *user_data;
+  // Called with `user_data` exactly once for each call of mxt_engine_new that succeeds, when the
+  // library will never call the functions above again; as log_user_data_free of mxt_engine_options.
+  // NULL (default): nothing is called.
+  mxt_user_data_free_fn user_data_free;
+} mxt_group;
+
 // What an engine is made from. Fill it with mxt_engine_options_init.
 typedef struct mxt_engine_options {
   // Set by mxt_engine_options_init.
@@ -357,7 +425,8 @@ typedef struct mxt_engine_options {
   // Borrowed for the call.
   const char *device;
   // Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the
-  // process may use. Results do not depend on it. A GPU takes none.
+  // process may use, which ranks of a group on the same host share. Results do not depend on it. A
+  // GPU takes none.
   size_t threads;
   // Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
   uint64_t seed;
@@ -382,6 +451,9 @@ typedef struct mxt_engine_options {
   // child made by fork() that frees the handles calls it as well, for its own copy of memory.
   // NULL (default): nothing is called.
   mxt_user_data_free_fn log_user_data_free;
+  // The ranks that train together, of which this engine is one; see mxt_group. mxt_engine_new is
+  // collective then. Borrowed for the call. NULL (default): it trains alone.
+  const struct mxt_group *group;
 } mxt_engine_options;
 
 // The shape of a model. Fill it with mxt_model_config_init, which makes it GPT-2 small (124M).
@@ -548,7 +620,8 @@ typedef struct mxt_trainer_options {
   size_t batch_size;
   // Tokens of one sequence. 0 (default) takes the model's context length.
   size_t sequence_length;
-  // Batches whose gradients are averaged into one optimizer step. Default 1.
+  // Batches whose gradients are averaged into one optimizer step, those of all ranks of a group
+  // together. 0 (default) takes as many as there are lanes, which without a group is 1.
   size_t accumulation;
   // Number formats of the linear layers: "fp32", "bf16", "fp8", "mxfp4-rht-sr", "nvidia-nvfp4" or
   // another name of docs/recipes.md (mxt_build_info lists them), which may be followed by switches
@@ -619,6 +692,12 @@ typedef struct mxt_trainer_options {
   // third of the steps, or more, should see all tokens, as evaluations do. Needs 3 layers. NULL
   // (default) drops nothing. Borrowed for the call.
   const char *token_drop;
+  // Parts of a step that ranks of a group share, each of as many batches in a row, whose gradients
+  // are then added in one fixed order: with the same lanes, losses, weights and files are the same
+  // bits on any number of ranks that divides them by a power of two, and a run that is saved goes
+  // on on any of these. 0 (default) takes as many as there are ranks. A rank with 2^k lanes keeps k
+  // more copies of the gradients.
+  size_t lanes;
 } mxt_trainer_options;
 
 // What one optimizer step did. Set struct_size to sizeof(mxt_step_stats) before the call that
@@ -651,6 +730,9 @@ typedef struct mxt_step_stats {
   // The index of that tensor for mxt_model_tensor_info, of equals the first; UINT32_MAX where
   // update_rms_max is NaN.
   uint32_t update_rms_tensor;
+  // Of `seconds`, those in which this rank waited for others, and exchanged gradients with them. 0
+  // without a group.
+  double exchange_seconds;
 } mxt_step_stats;
 
 // What an evaluation found. Set struct_size to sizeof(mxt_eval_stats) before the call that fills
@@ -701,6 +783,9 @@ typedef struct mxt_memory_plan {
   uint64_t workspace;
   // Sum of all.
   uint64_t total;
+  // Sums of lanes that are kept until others are added to them. 0 where a rank has one lane. What
+  // ranks exchange takes up to 32 MiB of the host besides, which is not in the plan.
+  uint64_t exchange;
 } mxt_memory_plan;
 
 // What an update did to a tensor. Set struct_size to sizeof(mxt_tensor_update) before the call
@@ -868,7 +953,8 @@ mxt_status mxt_engine_options_init(struct mxt_engine_options *options, size_t st
 // unknown device, too many threads, a stream of another device), MXT_ERROR_OUT_OF_MEMORY (for the
 // threads; use fewer), MXT_ERROR_UNSUPPORTED (threads that the system does not start, a device
 // that is not there, or whose driver, NVRTC or cuBLASLt is missing; the message says what to
-// install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
+// install), MXT_ERROR_DEVICE (a GPU that fails); with a group MXT_ERROR_MISMATCH (ranks of other
+// versions, seeds or chips) and MXT_ERROR_PEER. The message is in mxt_last_error.
 //
 // A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
 // the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache. Only
@@ -904,6 +990,20 @@ const char *mxt_engine_last_error(const struct mxt_engine *engine);
 // Gives the engine up; NULL does nothing. Models and trainers that were made from it stay usable:
 // the worker threads end with the last of them.
 void mxt_engine_free(struct mxt_engine *engine);
+
+// Fills `group` with the defaults. `struct_size` is sizeof(mxt_group) as the caller's compiler sees
+// it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_group_init(struct mxt_group *group, size_t struct_size);
+
+// Which rank of its group an engine is, from 0 on; 0 without a group, and if `engine` is NULL. Any
+// thread may call it at any time.
+size_t mxt_engine_rank(const struct mxt_engine *engine);
+
+// Ranks of an engine's group; 1 without one, 0 if `engine` is NULL. Any thread may call it at any
+// time.
+size_t mxt_engine_ranks(const struct mxt_engine *engine);
 
 // Fills `config` with the defaults. `struct_size` is sizeof(mxt_model_config) as the caller's
 // compiler sees it.
@@ -1355,7 +1455,8 @@ mxt_status mxt_trainer_step(struct mxt_trainer *trainer,
 // Does one optimizer step on the caller's own tokens and stores what it did in `*stats`
 // (struct_size set by the caller; NULL if not wanted).
 //
-// `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
+// `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row (of N
+// ranks each brings those of its own batches: accumulation / N, from rank * accumulation / N on), and
 // `count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie
 // in memory of the engine's GPU, written before the call or on the engine's stream.
 //

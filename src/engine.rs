@@ -12,6 +12,7 @@ use std::sync::Arc;
 use crate::backend::Device;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
+use crate::comm::{Call, Counts, Group, Ranks};
 use crate::{CudaStream, Error, MemoryRoom, Result};
 
 /// How much a log line matters.
@@ -34,8 +35,8 @@ pub struct EngineOptions {
     /// `"cpu"`, `"cuda"` or `"cuda:0"` for the first GPU, `"cuda:1"` for the second and so on, or
     /// `"auto"` for the first GPU where there is one that works.
     pub device: String,
-    /// Worker threads on the CPU; 0 takes one for each core that the process may use. A GPU takes
-    /// none.
+    /// Worker threads on the CPU; 0 takes one for each core that the process may use, which ranks of
+    /// a group on the same host share. A GPU takes none.
     pub threads: usize,
     /// Seed of everything random: initial weights, data order, rounding, transforms.
     pub seed: u64,
@@ -45,6 +46,10 @@ pub struct EngineOptions {
     pub log: Option<LogFn>,
     /// The stream on which a GPU does all work; without it the engine makes its own.
     pub cuda_stream: Option<CudaStream>,
+    /// The ranks that train together, of which this engine is one; none (default) trains alone.
+    /// [`Engine::new`] is collective then, and so are [`crate::Trainer`]'s `new`, `load`, `step`,
+    /// `eval` and `save`: all ranks make them, in the same order, with the same options.
+    pub group: Option<Group>,
 }
 
 impl Default for EngineOptions {
@@ -56,6 +61,7 @@ impl Default for EngineOptions {
             memory_limit: 0,
             log: None,
             cuda_stream: None,
+            group: None,
         }
     }
 }
@@ -70,6 +76,8 @@ struct Inner {
     name: String,
     seed: u64,
     memory_limit: u64,
+    /// Where there are others than this one.
+    ranks: Option<Ranks>,
     // NOTE: the last field, so that it is dropped when the device's threads have ended.
     log: Option<LogFn>,
 }
@@ -82,8 +90,43 @@ impl Engine {
     /// [`Error::OutOfMemory`] and [`Error::Unsupported`] for threads that the system does not
     /// start; [`Error::Unsupported`] for a device that is not there, [`Error::InvalidArgument`] for
     /// one that does not exist, for a stream that is not the device's, or for more than 1,024
-    /// threads, [`Error::Device`] for a GPU that fails.
-    pub fn new(options: EngineOptions) -> Result<Self> {
+    /// threads, [`Error::Device`] for a GPU that fails. With a group, [`Error::RanksDiffer`] for
+    /// ranks of other versions, seeds or chips, and [`Error::Peer`].
+    pub fn new(mut options: EngineOptions) -> Result<Self> {
+        let ranks = match options.group.take() {
+            Some(group) if group.is_one() => None,
+            group => group.map(Ranks::new).transpose()?,
+        };
+        let Some(ranks) = ranks else { return Self::alone(options) };
+        if options.threads == 0 {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            options.threads = (cores / ranks.on_this_host()).max(1);
+        }
+        let made = Self::alone(options);
+        let made = match ranks.agree(Call::Engine, made.as_ref().map(|_| Counts::default())) {
+            Ok(_) => made?,
+            Err(error) => return made.and(Err(error)),
+        };
+        let chip = match made.backend() {
+            Device::Cpu(cpu) => cpu.isa().name().to_owned(),
+            Device::Cuda(cuda) => cuda.description().to_owned(),
+        };
+        ranks.compare(&[
+            ("the library's version", env!("CARGO_PKG_VERSION").to_owned()),
+            ("the chip, or MXT_CPU_ISA,", chip),
+            ("seed", made.seed().to_string()),
+        ])?;
+        let Ok(mut inner) = Arc::try_unwrap(made.0) else { unreachable!("nobody else has it") };
+        inner.ranks = Some(ranks);
+        let engine = Self(Arc::new(inner));
+        engine.log(LogLevel::Info, || match engine.ranks() {
+            Some(ranks) => format!("rank {} of {}", ranks.rank(), ranks.size()),
+            None => String::new(),
+        });
+        Ok(engine)
+    }
+
+    fn alone(options: EngineOptions) -> Result<Self> {
         let cpu = || -> Result<_> {
             Ok(("cpu".to_owned(), Device::Cpu(Arc::new(Cpu::new(options.threads)?))))
         };
@@ -126,7 +169,8 @@ impl Engine {
             }
         };
         let EngineOptions { seed, memory_limit, log, .. } = options;
-        let engine = Self(Arc::new(Inner { device, name, seed, memory_limit, log }));
+        let ranks = None;
+        let engine = Self(Arc::new(Inner { device, name, seed, memory_limit, ranks, log }));
         if let Some(reason) = passed_over {
             engine.log(LogLevel::Info, || format!("device auto: the CPU, because {reason}"));
         }
@@ -143,7 +187,8 @@ impl Engine {
     #[cfg(test)]
     pub(crate) fn on(device: Device<Arc<Cpu>, Arc<Cuda>>) -> Self {
         let EngineOptions { seed, memory_limit, log, .. } = EngineOptions::default();
-        Self(Arc::new(Inner { device, name: "test".into(), seed, memory_limit, log }))
+        let (name, ranks) = ("test".into(), None);
+        Self(Arc::new(Inner { device, name, seed, memory_limit, ranks, log }))
     }
 
     /// The device's name: `"cpu"`, or `"cuda:0"` for the first GPU.
@@ -167,6 +212,21 @@ impl Engine {
     /// Most bytes that one model with its trainer may plan for; 0 for no limit.
     pub fn memory_limit(&self) -> u64 {
         self.0.memory_limit
+    }
+
+    /// Which rank of its group it is, from 0 on; 0 without one.
+    pub fn rank(&self) -> usize {
+        self.ranks().map_or(0, Ranks::rank)
+    }
+
+    /// Ranks of its group; 1 without one.
+    pub fn size(&self) -> usize {
+        self.ranks().map_or(1, Ranks::size)
+    }
+
+    /// Its group, where there are others than this one.
+    pub(crate) fn ranks(&self) -> Option<&Ranks> {
+        self.0.ranks.as_ref()
     }
 
     pub(crate) fn backend(&self) -> &Device<Arc<Cpu>, Arc<Cuda>> {

@@ -116,6 +116,21 @@ pub enum Error {
     #[error("stopped, as asked")]
     Stopped,
 
+    /// Ranks of a group do not have alike what they must. Nothing is changed.
+    #[error("the ranks of the group differ: {message}")]
+    RanksDiffer {
+        /// What differs, and on which ranks.
+        message: String,
+    },
+
+    /// Another rank of the group failed, or is gone, or does not answer. Where it said why, the call
+    /// has changed nothing and the group goes on; otherwise the group has ended.
+    #[error("the group of ranks: {message}")]
+    Peer {
+        /// Which rank, and its words.
+        message: String,
+    },
+
     /// An earlier call panicked while it changed this object, which can only be freed now.
     #[error("a panic in an earlier call left this object unusable; free it")]
     Poisoned,

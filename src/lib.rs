@@ -67,6 +67,7 @@ compile_error!("mxfp4train needs a 64-bit little-endian target, such as x86_64-u
 pub mod backend;
 pub mod capi;
 mod checkpoint;
+mod comm;
 mod data;
 mod decoder;
 #[cfg(feature = "c-library")]
@@ -87,6 +88,7 @@ mod trainer;
 
 pub use backend::CudaStream;
 pub use checkpoint::{StoredTensor, StoredWeights};
+pub use comm::{Collectives, Group};
 pub use data::{Coverage, Dataset, DatasetFile, DatasetOptions, TokenFormat, TokenType};
 pub use decoder::{
     Decoder, DecoderOptions, DecoderWeights, Draft, GenerateOptions, Generated, Score,

@@ -176,6 +176,20 @@ impl Model {
         &self.0.tensors
     }
 
+    /// CRC-32 of all weights, as text.
+    pub(crate) fn checksum(&self) -> Result<String> {
+        on_device!(self.on_device(), on => {
+            let (weights, mut values) = (on.read()?, on.table.room_for_a_tensor()?);
+            let mut crc = crc32fast::Hasher::new();
+            for slot in on.table.slots() {
+                values.resize(slot.len, 0.0);
+                on.backend.read_param(&weights.all, *slot, &mut values)?;
+                crc.update(bytemuck::cast_slice(&values));
+            }
+            Ok(format!("{:08x}", crc.finalize()))
+        })
+    }
+
     /// Copies a parameter into `out`, in the shape that [`Model::tensors`] gives.
     ///
     /// # Errors

@@ -471,12 +471,12 @@ impl Recipe {
     pub(crate) fn set_step(
         &self,
         plan: &mut StepPlan,
-        micro_step: usize,
+        accumulate: bool,
         (step, total_steps): (u64, u64),
         steps_done: u64,
     ) {
         let by_mean = self.ema.is_some() && steps_done >= EMA_FROM_STEP;
-        plan.accumulate = micro_step > 0;
+        plan.accumulate = accumulate;
         let layers = plan.layers.len();
         for (layer, formats) in plan.layers.iter_mut().enumerate() {
             *formats = self.for_layer(layer, layers, step, total_steps);
@@ -1633,7 +1633,7 @@ mod tests {
         let recipe: Recipe = "tetrajet,ema=0.998,bf16-last-layers=1".parse().unwrap();
         let mut plan = recipe.step_plan(3).unwrap();
         for (steps_done, by_mean) in [(0, false), (9, false), (10, true), (1000, true)] {
-            recipe.set_step(&mut plan, 0, (0, 0), steps_done);
+            recipe.set_step(&mut plan, false, (0, 0), steps_done);
             let roundings = plan.layers.iter().map(|layer| layer[3].forward().b().rounding());
             let found: Vec<_> = roundings.map(|r| r == Rounding::ByMean).collect();
             assert_eq!(found, [by_mean, by_mean, false], "{steps_done}");
@@ -1641,7 +1641,7 @@ mod tests {
             assert!(plan.layers.iter().flatten().all(|linear| known.contains(linear)));
         }
         let without: Recipe = "tetrajet".parse().unwrap();
-        without.set_step(&mut plan, 0, (0, 0), 1000);
+        without.set_step(&mut plan, false, (0, 0), 1000);
         assert_eq!(plan.layers[0], without.for_layer(0, 3, 0, 0));
     }
 

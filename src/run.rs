@@ -2,6 +2,7 @@
 //! trainer besides tensors.
 
 use crate::backend::Precision;
+use crate::comm::Share;
 use crate::formats::{GemmId, LinearRecipe, Restoration};
 use crate::gpt::{ModelConfig, Recompute, TokenDrop};
 use crate::optim::{Gradients, Master, Optimizer, Schedule};
@@ -15,8 +16,14 @@ pub struct TrainerOptions {
     pub batch_size: usize,
     /// T: tokens of one sequence; 0 takes the model's context length.
     pub sequence_length: usize,
-    /// Micro-steps whose gradients are averaged into one optimizer step.
+    /// Micro-steps whose gradients are averaged into one optimizer step, those of all ranks of a
+    /// group together; 0 takes as many as there are lanes, which is one a rank.
     pub accumulation: usize,
+    /// Lanes: the parts of a step that ranks of a group share, each of as many micro-steps in a row,
+    /// whose gradients are then added in one fixed order. Runs with the same lanes have the same bits
+    /// on any number of ranks that divides them by a power of two. 0 takes as many as there are
+    /// ranks, 1 without a group. A rank with 2^k lanes keeps k more copies of the gradients.
+    pub lanes: usize,
     /// Number formats of the linear layers.
     pub recipe: Recipe,
     /// What is computed again in the backward pass to save memory; results do not depend on it.
@@ -89,8 +96,14 @@ impl TrainerState {
 
 impl TrainerOptions {
     /// Checks every option against the model and fills in what 0 stands for.
-    pub(crate) fn resolved(&self, config: &ModelConfig) -> Result<Self> {
+    pub(crate) fn resolved(&self, config: &ModelConfig, ranks: usize) -> Result<Self> {
         let mut options = self.clone();
+        if options.lanes == 0 {
+            options.lanes = ranks;
+        }
+        if options.accumulation == 0 {
+            options.accumulation = options.lanes;
+        }
         if options.sequence_length == 0 {
             options.sequence_length = config.context_length;
         }
@@ -112,6 +125,15 @@ impl TrainerOptions {
                 return Err(Error::invalid(what, message));
             }
         }
+        let (lanes, accumulation) = (options.lanes, options.accumulation);
+        if !accumulation.is_multiple_of(lanes) {
+            let message = format!(
+                "expected a multiple of {lanes}, the lanes that share a step, so that each has as \
+                 many micro-steps; got {accumulation} (0 takes {lanes})"
+            );
+            return Err(Error::invalid("accumulation", message));
+        }
+        Share::check(lanes, ranks)?;
         // Sizes below are computed in 64 bits. A row takes less than 256 bytes a channel and layer.
         let rows = options.batch_size as u128 * options.sequence_length as u128;
         let channels = config.channels.max(config.mlp_width().div_ceil(4)) as u128;
@@ -210,7 +232,8 @@ impl Default for TrainerOptions {
         Self {
             batch_size: 8,
             sequence_length: 0,
-            accumulation: 1,
+            accumulation: 0,
+            lanes: 0,
             recipe: Recipe::default(),
             recompute: Recompute::default(),
             optimizer: Optimizer::default(),

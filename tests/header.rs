@@ -11,11 +11,12 @@ use std::process::Command;
 use common::{has_program, root, succeed};
 
 /// The files that declare something, in the order of the header.
-const SOURCES: [&str; 13] = [
+const SOURCES: [&str; 14] = [
     "status",
     "version",
     "message",
     "engine",
+    "group",
     "model",
     "generate",
     "decoder",

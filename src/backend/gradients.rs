@@ -8,6 +8,8 @@ use crate::reserve::{collect, reserve};
 /// The gradients of all parameters, each in f32 or bf16.
 pub struct FlatGradients<B: Memory> {
     pub(super) bytes: B::Bytes,
+    /// Of the buffer.
+    pub(super) len: usize,
     /// By a slot's number.
     pub(super) places: Vec<GradientPlace>,
 }
@@ -34,7 +36,7 @@ impl<B: Memory> FlatGradients<B> {
             Ok(place)
         });
         let places = collect("a table of the gradients", places)?;
-        Ok(Self { bytes: backend.bytes(arena, end), places })
+        Ok(Self { bytes: backend.bytes(arena, end), len: end, places })
     }
 
     /// Those of several parameters, no two of them the same.
@@ -44,6 +46,21 @@ impl<B: Memory> FlatGradients<B> {
         slots: [Slot; N],
     ) -> [B::Gradient<'_>; N] {
         backend.gradients(&mut self.bytes, slots.map(|slot| self.places[slot.index]))
+    }
+
+    /// Bytes of all, with what lies between parameters, which stays 0.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The buffer of all.
+    pub(crate) fn all(&self) -> &B::Bytes {
+        &self.bytes
+    }
+
+    /// The buffer of all, to be written.
+    pub(crate) fn all_mut(&mut self) -> &mut B::Bytes {
+        &mut self.bytes
     }
 
     /// Copies those of a parameter to the host, after all that was asked for before.

@@ -122,6 +122,17 @@ pub trait Optimize: Memory {
         rows: usize,
         accumulate: bool,
     );
+    /// The losses that are added up, and the scales that were clamped since the step began. Waits for
+    /// the device.
+    fn counts(
+        &self,
+        workspace: &Self::Workspace,
+        reduction: &Self::Reduction,
+    ) -> Result<(f64, u64)>;
+    /// Takes another sum of losses as that of the step.
+    fn set_losses(&self, reduction: &mut Self::Reduction, losses: f64) -> Result<()>;
+    /// Gradients become the sum of others, which lie as they do, and themselves: all in f32.
+    fn join_gradients(&self, others: &Self::Bytes, gradients: &mut FlatGradients<Self>);
     /// Sums up what the gradients are, for the update that comes next, and finds the rate of each
     /// parameter where it is not the step's. `workspace` is that of the
     /// step's operations, which count clamped scales in it.

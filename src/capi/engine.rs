@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::float_mode;
+use super::group::{Given, mxt_group};
 use super::guard;
 use super::handle::{Handle, State};
 use super::message::Slot;
@@ -48,7 +49,8 @@ pub struct mxt_engine_options {
     /// Borrowed for the call.
     pub device: *const c_char,
     /// Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the
-    /// process may use. Results do not depend on it. A GPU takes none.
+    /// process may use, which ranks of a group on the same host share. Results do not depend on it. A
+    /// GPU takes none.
     pub threads: usize,
     /// Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
     pub seed: u64,
@@ -73,12 +75,16 @@ pub struct mxt_engine_options {
     /// child made by fork() that frees the handles calls it as well, for its own copy of memory.
     /// NULL (default): nothing is called.
     pub log_user_data_free: mxt_user_data_free_fn,
+    /// The ranks that train together, of which this engine is one; see mxt_group. mxt_engine_new is
+    /// collective then. Borrowed for the call. NULL (default): it trains alone.
+    pub group: *const mxt_group,
 }
 versioned!(
     mxt_engine_options,
     last = log_user_data: *mut c_void,
     then cuda_stream: *mut c_void,
-    then log_user_data_free: mxt_user_data_free_fn
+    then log_user_data_free: mxt_user_data_free_fn,
+    then group: *const mxt_group
 );
 
 impl Options for mxt_engine_options {
@@ -94,6 +100,7 @@ impl Options for mxt_engine_options {
             log_user_data: std::ptr::null_mut(),
             cuda_stream: std::ptr::null_mut(),
             log_user_data_free: None,
+            group: std::ptr::null(),
         }
     }
 }
@@ -136,7 +143,8 @@ pub unsafe extern "C" fn mxt_engine_options_init(
 /// unknown device, too many threads, a stream of another device), MXT_ERROR_OUT_OF_MEMORY (for the
 /// threads; use fewer), MXT_ERROR_UNSUPPORTED (threads that the system does not start, a device
 /// that is not there, or whose driver, NVRTC or cuBLASLt is missing; the message says what to
-/// install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
+/// install), MXT_ERROR_DEVICE (a GPU that fails); with a group MXT_ERROR_MISMATCH (ranks of other
+/// versions, seeds or chips) and MXT_ERROR_PEER. The message is in mxt_last_error.
 ///
 /// A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
 /// the user's cache folder: $MXT_CACHE_DIR, else mxfp4train in $XDG_CACHE_HOME or ~/.cache. Only
@@ -161,6 +169,7 @@ pub unsafe extern "C" fn mxt_engine_new(
             free: options.log_user_data_free,
             owned: AtomicBool::new(false),
         });
+        let mut given = Given::new(options.group)?;
         let engine = Engine::new(EngineOptions {
             device: if options.device.is_null() {
                 EngineOptions::default().device
@@ -173,12 +182,14 @@ pub unsafe extern "C" fn mxt_engine_new(
             log: options.log.map(|function| log_to(host.clone(), function)),
             cuda_stream: (!options.cuda_stream.is_null())
                 .then(|| CudaStream::from_raw(options.cuda_stream)),
+            group: given.group.take(),
         })?;
         let device = CString::new(engine.device()).map_err(|error| {
             Failure::invalid("device", format!("expected a name without zero bytes: {error}"))
         })?;
         out.put(mxt_engine { state: State::new(), engine, device }.into_raw());
         host.owned.store(true, Ordering::Relaxed);
+        given.is_owned();
         Ok(())
     })
 }

@@ -19,7 +19,7 @@
 //! | `structs` | option and result structs that grow: `struct_size` |
 //! | `arguments` | strings and arrays from the host |
 //! | `buffers` | arrays that may lie on a GPU |
-//! | `version`, `engine`, `model`, `generate`, `decoder`, `dataset`, `trainer` (with `trainer_structs`), `watch`, `run` | the functions |
+//! | `version`, `engine`, `group`, `model`, `generate`, `decoder`, `dataset`, `trainer` (with `trainer_structs`), `watch`, `run` | the functions |
 
 // The names are C names.
 #![allow(non_camel_case_types)]
@@ -35,6 +35,7 @@ mod decoder;
 mod engine;
 mod float_mode;
 mod generate;
+mod group;
 mod guard;
 mod handle;
 mod message;
@@ -52,6 +53,7 @@ pub use dataset::*;
 pub use decoder::*;
 pub use engine::*;
 pub use generate::*;
+pub use group::*;
 pub use message::*;
 pub use model::*;
 pub use run::*;

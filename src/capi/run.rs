@@ -14,7 +14,7 @@ use std::sync::Arc;
 use super::dataset::mxt_dataset;
 use super::handle::keep;
 use super::status::mxt_status_code::{
-    MXT_ERROR_DEVICE, MXT_ERROR_PANIC, MXT_ERROR_POISONED, MXT_STOPPED,
+    MXT_ERROR_DEVICE, MXT_ERROR_PANIC, MXT_ERROR_PEER, MXT_ERROR_POISONED, MXT_STOPPED,
 };
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
@@ -205,6 +205,10 @@ struct Run {
     result: mxt_run_result,
     /// Why the run ends before all steps are done.
     end: Option<mxt_run_end>,
+    /// Whether the callback asked for that.
+    has_asked: bool,
+    /// Whether other ranks make the same steps.
+    is_in_group: bool,
     /// The number of steps done at the last checkpoint of this run.
     saved_at: Option<u64>,
     /// Why the last evaluation failed, if it did.
@@ -228,8 +232,10 @@ impl Run {
                 true => None,
                 false => Some(arguments::path("save_dir", options.save_dir)?),
             };
+            let trainer = keep(trainer).ok_or_else(|| Failure::null("trainer"))?;
+            let is_in_group = trainer.is_in_group();
             Ok(Self {
-                trainer: keep(trainer).ok_or_else(|| Failure::null("trainer"))?,
+                trainer,
                 dataset: keep(dataset).ok_or_else(|| Failure::null("dataset"))?,
                 eval_dataset: keep(options.eval_dataset),
                 save_dir,
@@ -247,6 +253,8 @@ impl Run {
                     save_errors: 0,
                 },
                 end: None,
+                has_asked: false,
+                is_in_group,
                 saved_at: None,
                 eval_failure: None,
             })
@@ -262,29 +270,46 @@ impl Run {
                 seen = Some(self.step().map_err(|failure| self.save_before(failure))?);
                 Ok(())
             });
-            let Some((step, eval)) = seen.ok_or(status)? else { continue };
+            let Some((step, eval)) = seen.ok_or(status)? else {
+                self.stopped();
+                continue;
+            };
             if let Some(on_step) = self.options.on_step {
                 let eval = eval.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
                 // SAFETY: the header asks for a function that can be called until the run ends.
                 if unsafe { on_step(self.options.user_data, &step, eval) } != 0 {
-                    self.end = Some(mxt_run_end::Callback);
+                    self.has_asked = true;
+                    if self.is_in_group {
+                        // An answer for all ranks, who hear of it in the next step's vote.
+                        trainer.stop().request_stop();
+                    } else {
+                        self.end = Some(mxt_run_end::Callback);
+                    }
                 }
             }
         }
         Ok(())
     }
 
-    /// Whether another step is to be done. Uses up a stop request.
+    /// Whether another step is to be done. Uses up a stop request, but in a group, where a step's vote
+    /// tells all ranks of it.
     fn is_due(&mut self) -> bool {
-        if self.end.is_none() && self.trainer.stop().is_requested() {
-            self.trainer.stop().clear();
-            self.end = Some(mxt_run_end::Request);
+        let is_done = self.result.steps == self.options.steps;
+        let sees = !self.is_in_group || is_done;
+        if self.end.is_none() && sees && self.trainer.stop().is_requested() {
+            self.stopped();
         }
-        self.end.is_none() && self.result.steps < self.options.steps
+        self.end.is_none() && !is_done
+    }
+
+    fn stopped(&mut self) {
+        self.trainer.stop().clear();
+        let end = if self.has_asked { mxt_run_end::Callback } else { mxt_run_end::Request };
+        self.end = Some(end);
     }
 
     /// One step with the evaluation and the checkpoint that are due after it; `None` if it was
-    /// given up because of a stop request, which stays.
+    /// given up because of a stop request, of this rank or another.
     fn step(&mut self) -> Result<Option<(mxt_step_stats, Option<mxt_eval_stats>)>, Failure> {
         let data = &self.dataset.data;
         let stepped = self.trainer.exclusive(|trainer| {
@@ -307,7 +332,7 @@ impl Run {
         let eval = if evaluates { self.eval(stats.step)? } else { None };
         if last || cadence.saves(stats.step) {
             match self.save(stats.step) {
-                Err(failure) if is_fatal(&failure) => return Err(failure),
+                Err(failure) if self.is_fatal(&failure) => return Err(failure),
                 // The last one is tried once more, in `finish`.
                 _ => {}
             }
@@ -338,7 +363,7 @@ impl Run {
     /// Saves the steps before the one that failed, and adds to its failure if that fails as well.
     fn save_before(&mut self, mut failure: Failure) -> Failure {
         let step = self.trainer.steps_done();
-        if !is_fatal(&failure)
+        if !self.is_fatal(&failure)
             && self.saved_at != Some(step)
             && let Err(second) = self.save(step)
         {
@@ -358,7 +383,7 @@ impl Run {
                 Ok(Some(stats.into()))
             }
             Err(failure) if failure.status == MXT_STOPPED => Ok(None),
-            Err(failure) if is_fatal(&failure) => Err(failure),
+            Err(failure) if self.is_fatal(&failure) => Err(failure),
             Err(failure) => {
                 self.result.eval_errors += 1;
                 let why = &failure.message;
@@ -384,9 +409,13 @@ impl Run {
             }
         }
     }
-}
 
-/// Whether the trainer is of no use any more.
-fn is_fatal(failure: &Failure) -> bool {
-    matches!(failure.status, MXT_ERROR_DEVICE | MXT_ERROR_POISONED | MXT_ERROR_PANIC)
+    /// Whether the trainer is of no use any more.
+    fn is_fatal(&self, failure: &Failure) -> bool {
+        match failure.status {
+            MXT_ERROR_DEVICE | MXT_ERROR_POISONED | MXT_ERROR_PANIC => true,
+            MXT_ERROR_PEER => self.trainer.has_lost_its_group(),
+            _ => false,
+        }
+    }
 }

@@ -34,7 +34,8 @@ pub enum mxt_status_code {
     MXT_ERROR_IO = -8,
     /// A file is damaged, truncated or of a kind that this version does not read.
     MXT_ERROR_FORMAT = -9,
-    /// A file is sound but does not fit what it is used with.
+    /// A file is sound but does not fit what it is used with, or the ranks of a group do not have
+    /// alike what they must.
     MXT_ERROR_MISMATCH = -10,
     /// A token is not below the vocabulary size of the model.
     MXT_ERROR_TOKEN_RANGE = -11,
@@ -55,6 +56,10 @@ pub enum mxt_status_code {
     /// A stop was asked for (mxt_trainer_request_stop) while the call was at work. It has changed
     /// nothing; no harm was done.
     MXT_STOPPED = -19,
+    /// Another rank of the group failed, is gone, or does not answer. The message has its rank and
+    /// its words. Where it said why, the call has changed nothing and the group goes on; otherwise
+    /// the group has ended, and every further collective call returns this at once.
+    MXT_ERROR_PEER = -20,
 }
 use mxt_status_code::*;
 
@@ -72,7 +77,7 @@ pub extern "C" fn mxt_status_string(status: mxt_status) -> *const c_char {
     known.map_or(c"unknown status", |(_, text)| text).as_ptr()
 }
 
-const TEXTS: [(mxt_status_code, &CStr); 20] = [
+const TEXTS: [(mxt_status_code, &CStr); 21] = [
     (MXT_OK, c"ok"),
     (MXT_ERROR_NULL, c"argument is NULL"),
     (MXT_ERROR_INVALID_ARGUMENT, c"invalid argument"),
@@ -83,7 +88,7 @@ const TEXTS: [(mxt_status_code, &CStr); 20] = [
     (MXT_ERROR_PANIC, c"panic inside the library"),
     (MXT_ERROR_IO, c"input/output error"),
     (MXT_ERROR_FORMAT, c"damaged or unknown file"),
-    (MXT_ERROR_MISMATCH, c"file does not fit"),
+    (MXT_ERROR_MISMATCH, c"does not fit"),
     (MXT_ERROR_TOKEN_RANGE, c"token outside the vocabulary"),
     (MXT_ERROR_OUT_OF_MEMORY, c"out of memory"),
     (MXT_ERROR_UNSUPPORTED, c"not supported"),
@@ -93,6 +98,7 @@ const TEXTS: [(mxt_status_code, &CStr); 20] = [
     (MXT_ERROR_FORKED, c"made before fork"),
     (MXT_ERROR_DEVICE, c"the device failed"),
     (MXT_STOPPED, c"stopped, as asked"),
+    (MXT_ERROR_PEER, c"another rank failed"),
 ];
 
 /// Why a call fails: what it returns, and the text for its message.
@@ -126,7 +132,7 @@ impl From<Error> for Failure {
             }
             Error::Io { .. } => MXT_ERROR_IO,
             Error::Format { .. } => MXT_ERROR_FORMAT,
-            Error::Mismatch { .. } => MXT_ERROR_MISMATCH,
+            Error::Mismatch { .. } | Error::RanksDiffer { .. } => MXT_ERROR_MISMATCH,
             Error::TokenRange { .. } => MXT_ERROR_TOKEN_RANGE,
             Error::OutOfMemory { .. } => MXT_ERROR_OUT_OF_MEMORY,
             Error::Unsupported { .. } => MXT_ERROR_UNSUPPORTED,
@@ -134,6 +140,7 @@ impl From<Error> for Failure {
             Error::NoSuchTensor { .. } => MXT_ERROR_NO_SUCH_TENSOR,
             Error::Device { .. } => MXT_ERROR_DEVICE,
             Error::Stopped => MXT_STOPPED,
+            Error::Peer { .. } => MXT_ERROR_PEER,
             Error::Poisoned => MXT_ERROR_POISONED,
         };
         Self::new(status, error.to_string())
@@ -165,7 +172,7 @@ mod tests {
             assert_eq!(TEXTS.iter().filter(|(_, other)| other == text).count(), 1);
             assert_eq!(mxt_status_string(*code as mxt_status), text.as_ptr());
         }
-        for unknown in [1, -20, mxt_status::MAX, mxt_status::MIN] {
+        for unknown in [1, -21, mxt_status::MAX, mxt_status::MIN] {
             // SAFETY: the function returns a static string.
             let text = unsafe { CStr::from_ptr(mxt_status_string(unknown)) };
             assert_eq!(text, c"unknown status");

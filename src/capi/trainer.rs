@@ -15,6 +15,7 @@ use super::trainer_structs::{
     Texts, mxt_eval_stats, mxt_memory_plan, mxt_step_stats, mxt_trainer_options,
 };
 use super::{arguments, buffers, guard, handle};
+use crate::comm::Ranks;
 use crate::{LogLevel, StopHandle, Trainer, TrainerOptions, plan};
 
 /// A model in training: weights, moments, schedule, and the number of steps done. It needs its
@@ -87,6 +88,16 @@ impl mxt_trainer {
     /// Sends a warning to the engine's log.
     pub(super) fn warn(&self, line: impl FnOnce() -> String) {
         self.model.model.engine().log(LogLevel::Warning, line);
+    }
+
+    /// Whether other ranks make the same calls.
+    pub(super) fn is_in_group(&self) -> bool {
+        self.model.model.engine().ranks().is_some()
+    }
+
+    /// Whether nothing collective can be done any more.
+    pub(super) fn has_lost_its_group(&self) -> bool {
+        self.model.model.engine().ranks().is_some_and(Ranks::has_ended)
     }
 
     pub(super) fn stop(&self) -> &StopHandle {
@@ -245,7 +256,8 @@ pub unsafe extern "C" fn mxt_trainer_step(
 /// Does one optimizer step on the caller's own tokens and stores what it did in `*stats`
 /// (struct_size set by the caller; NULL if not wanted).
 ///
-/// `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
+/// `tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row (of N
+/// ranks each brings those of its own batches: accumulation / N, from rank * accumulation / N on), and
 /// `count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie
 /// in memory of the engine's GPU, written before the call or on the engine's stream.
 ///

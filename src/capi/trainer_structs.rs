@@ -36,7 +36,8 @@ pub struct mxt_trainer_options {
     pub batch_size: usize,
     /// Tokens of one sequence. 0 (default) takes the model's context length.
     pub sequence_length: usize,
-    /// Batches whose gradients are averaged into one optimizer step. Default 1.
+    /// Batches whose gradients are averaged into one optimizer step, those of all ranks of a group
+    /// together. 0 (default) takes as many as there are lanes, which without a group is 1.
     pub accumulation: usize,
     /// Number formats of the linear layers: "fp32", "bf16", "fp8", "mxfp4-rht-sr", "nvidia-nvfp4" or
     /// another name of docs/recipes.md (mxt_build_info lists them), which may be followed by switches
@@ -107,13 +108,20 @@ pub struct mxt_trainer_options {
     /// third of the steps, or more, should see all tokens, as evaluations do. Needs 3 layers. NULL
     /// (default) drops nothing. Borrowed for the call.
     pub token_drop: *const c_char,
+    /// Parts of a step that ranks of a group share, each of as many batches in a row, whose gradients
+    /// are then added in one fixed order: with the same lanes, losses, weights and files are the same
+    /// bits on any number of ranks that divides them by a power of two, and a run that is saved goes
+    /// on on any of these. 0 (default) takes as many as there are ranks. A rank with 2^k lanes keeps k
+    /// more copies of the gradients.
+    pub lanes: usize,
 }
 versioned!(
     mxt_trainer_options,
     last = decay_steps: u64,
     then recompute: *const c_char,
     then optimizer: *const c_char,
-    then token_drop: *const c_char
+    then token_drop: *const c_char,
+    then lanes: usize
 );
 
 impl Options for mxt_trainer_options {
@@ -126,7 +134,8 @@ impl mxt_trainer_options {
     /// The C form of `options`, with these texts.
     pub(super) fn new(options: &TrainerOptions, texts: Texts<'_>) -> Self {
         let pointer = |text: Option<&CStr>| text.map_or(std::ptr::null(), CStr::as_ptr);
-        let TrainerOptions { batch_size, sequence_length, accumulation, recompute, .. } = *options;
+        let TrainerOptions { batch_size, sequence_length, accumulation, lanes, recompute, .. } =
+            *options;
         let Optimizer { beta1, beta2, epsilon, weight_decay, clip, .. } = options.optimizer;
         let Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } =
             options.schedule;
@@ -161,6 +170,7 @@ impl mxt_trainer_options {
             .as_ptr(),
             optimizer: pointer(texts.optimizer),
             token_drop: pointer(texts.token_drop),
+            lanes,
         }
     }
 
@@ -205,6 +215,7 @@ impl mxt_trainer_options {
             batch_size: self.batch_size,
             sequence_length: self.sequence_length,
             accumulation: self.accumulation,
+            lanes: self.lanes,
             recipe,
             recompute,
             optimizer: Optimizer {
@@ -276,12 +287,16 @@ pub struct mxt_step_stats {
     /// The index of that tensor for mxt_model_tensor_info, of equals the first; UINT32_MAX where
     /// update_rms_max is NaN.
     pub update_rms_tensor: u32,
+    /// Of `seconds`, those in which this rank waited for others, and exchanged gradients with them. 0
+    /// without a group.
+    pub exchange_seconds: f64,
 }
 versioned!(
     mxt_step_stats,
     last = tokens_per_second: f32,
     then raised_blocks: u64,
-    then update_rms_tensor: u32
+    then update_rms_tensor: u32,
+    then exchange_seconds: f64
 );
 
 impl mxt_step_stats {
@@ -306,6 +321,7 @@ impl mxt_step_stats {
             raised_blocks: stats.raised_blocks,
             update_rms_max,
             update_rms_tensor,
+            exchange_seconds: stats.exchange_seconds,
         }
     }
 }
@@ -390,8 +406,11 @@ pub struct mxt_memory_plan {
     pub workspace: u64,
     /// Sum of all.
     pub total: u64,
+    /// Sums of lanes that are kept until others are added to them. 0 where a rank has one lane. What
+    /// ranks exchange takes up to 32 MiB of the host besides, which is not in the plan.
+    pub exchange: u64,
 }
-versioned!(mxt_memory_plan, last = total: u64);
+versioned!(mxt_memory_plan, last = total: u64, then exchange: u64);
 
 impl From<Plan> for mxt_memory_plan {
     fn from(plan: Plan) -> Self {
@@ -403,6 +422,7 @@ impl From<Plan> for mxt_memory_plan {
             activations: plan.activations,
             workspace: plan.workspace,
             total: plan.total(),
+            exchange: plan.exchange,
         }
     }
 }

@@ -79,6 +79,7 @@ fn check(state: &TrainerState) -> Result<()> {
     for (what, value) in [
         ("batch_size", options.batch_size),
         ("accumulation", options.accumulation),
+        ("lanes", options.lanes),
         // 0 stands for the model's context length.
         ("sequence_length", options.sequence_length.max(1)),
     ] {
@@ -129,6 +130,9 @@ struct Document {
     batch_size: usize,
     sequence_length: usize,
     accumulation: usize,
+    /// Not written where it is 1, as files of earlier versions have it.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    lanes: usize,
     optimizer: Settings,
     schedule: Curve,
     /// Not written where nothing is dropped, as files of earlier versions have it.
@@ -171,6 +175,7 @@ impl Document {
             batch_size,
             sequence_length,
             accumulation,
+            lanes,
             recipe,
             recompute,
             optimizer,
@@ -207,6 +212,7 @@ impl Document {
             batch_size: *batch_size,
             sequence_length: *sequence_length,
             accumulation: *accumulation,
+            lanes: *lanes,
             optimizer,
             schedule: Curve {
                 kind: kind.to_string(),
@@ -231,6 +237,7 @@ impl Document {
             batch_size: self.batch_size,
             sequence_length: self.sequence_length,
             accumulation: self.accumulation,
+            lanes: self.lanes,
             recipe: self.recipe.parse()?,
             recompute: self.recompute.as_deref().unwrap_or("nothing").parse()?,
             optimizer,
@@ -257,4 +264,12 @@ impl Document {
 
 fn is_zero(n: &u64) -> bool {
     *n == 0
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(n: &usize) -> bool {
+    *n == 1
 }

@@ -58,7 +58,7 @@ pub fn carriers(
     options: &TrainerOptions,
 ) -> Result<Vec<Carried>> {
     config.validate()?;
-    let options = options.resolved(config)?;
+    let options = options.resolved(config, engine.size())?;
     let rows = options.batch_size * options.sequence_length;
     let shapes = config.linears().map(|[inputs, outputs]| LinearShape { rows, inputs, outputs });
     let mut all = Vec::new();

@@ -4,12 +4,14 @@
 //! memory for thousands of them; a test compares it with what a trainer takes, at every option.
 
 use super::batch::Batch;
+use super::exchange::Exchange;
 use super::follow::Followed;
 use super::merge::Merges;
 use super::ramping::Ramping;
 use crate::backend::{
     Backend, FlatGradients, MergeShape, Sequences, StateLayout, WorkspaceShape, on_device,
 };
+use crate::comm::{Ranks, Share};
 use crate::gpt::{ActivationGradients, Activations, ForBackward, ModelConfig, Shapes};
 use crate::model::{Model, table_for};
 use crate::optim::spam::STATISTICS;
@@ -30,12 +32,15 @@ pub struct Plan {
     pub activations: u64,
     /// Packed operands and other scratch of the kernels.
     pub workspace: u64,
+    /// Sums of lanes that are kept until others are added to them.
+    pub exchange: u64,
 }
 
 impl Plan {
     /// Sum of all purposes.
     pub fn total(&self) -> u64 {
-        self.weights + self.gradients + self.optimizer + self.activations + self.workspace
+        let Self { weights, gradients, optimizer, activations, workspace, exchange } = self;
+        weights + gradients + optimizer + activations + workspace + exchange
     }
 }
 
@@ -48,14 +53,15 @@ impl Plan {
 /// sizes that no machine has.
 pub fn plan(engine: &Engine, config: &ModelConfig, options: &TrainerOptions) -> Result<Plan> {
     config.validate()?;
-    let options = options.resolved(config)?;
+    let options = options.resolved(config, engine.size())?;
     let mut plan = on_device!(engine.backend(), backend => {
         let (backend, mut plan) = (&**backend, Plan::default());
-        Flat::new(backend, &mut Measured::new(backend, None)?, config, &options, &mut plan)?;
+        let cut = &mut Measured::new(backend, None)?;
+        Flat::new(backend, cut, config, &options, (engine.ranks(), false), &mut plan)?;
         // Every further block takes as much as the second.
         let of = |layers| -> Result<[u64; 2]> {
             let (config, mut plan) = (ModelConfig { layers, ..config.clone() }, Plan::default());
-            Buffers::new(backend, None, &config, &options, &mut plan)?;
+            Buffers::new(backend, None, &config, &options, engine.ranks(), &mut plan)?;
             Ok([plan.activations, plan.workspace])
         };
         let (one, two) = (of(1)?, of(2)?);
@@ -92,6 +98,7 @@ pub(super) struct Flat<B: Backend> {
     pub(super) followed: Followed<B>,
     /// Of an optimizer that ramps up.
     pub(super) ramping: Option<Ramping<B>>,
+    pub(super) exchange: Exchange<B>,
 }
 
 /// An arena that tells what was cut from it since it was last asked.
@@ -119,6 +126,7 @@ impl<B: Backend> Flat<B> {
         cut: &mut Measured<'_, B>,
         config: &ModelConfig,
         options: &TrainerOptions,
+        (ranks, allocates): (Option<&Ranks>, bool),
         plan: &mut Plan,
     ) -> Result<Self> {
         let table = table_for(backend, config)?;
@@ -136,7 +144,13 @@ impl<B: Backend> Flat<B> {
         let followed = Followed::new(backend, arena, &table, &options.recipe)?;
         let ramping = Ramping::new(backend, arena, &table, optimizer, &layouts)?;
         plan.optimizer = cut.since_last();
-        Ok(Self { gradients, states, layouts, statistics, reduction, followed, ramping })
+        let share = Share::new(options.accumulation, options.lanes, ranks);
+        let exchange = {
+            let staged = ranks.filter(|_| allocates);
+            Exchange::new(backend, &mut cut.arena, &gradients, share, staged)?
+        };
+        plan.exchange = cut.since_last();
+        Ok(Self { gradients, states, layouts, statistics, reduction, followed, ramping, exchange })
     }
 }
 
@@ -147,12 +161,13 @@ impl<B: Backend> Buffers<B> {
         bytes: Option<u64>,
         config: &ModelConfig,
         options: &TrainerOptions,
+        ranks: Option<&Ranks>,
         plan: &mut Plan,
     ) -> Result<Self> {
         let mut cut = Measured::new(backend, bytes)?;
         let sequences = Sequences { batch: options.batch_size, length: options.sequence_length };
         let precision = options.recipe.precision();
-        let flat = Flat::new(backend, &mut cut, config, options, plan)?;
+        let flat = Flat::new(backend, &mut cut, config, options, (ranks, bytes.is_some()), plan)?;
         let (arena, drops) = (&mut cut.arena, options.token_drop.is_some());
         let (recompute, everywhere) = (options.recompute, options.recipe.everywhere());
         let kept = ForBackward { recompute, everywhere, drops };

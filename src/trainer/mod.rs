@@ -4,6 +4,7 @@
 
 mod batch;
 mod carriers;
+mod exchange;
 mod follow;
 mod memory;
 mod merge;
@@ -26,6 +27,8 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
 use crate::checkpoint::{Checkpoint, Kept, Scratch, StateValues, TensorRead};
+use crate::comm::{Call, Counts, Ranks};
+use crate::data::EvalWindows;
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Shapes};
 use crate::model::{Model, OnDevice, Weights};
@@ -34,11 +37,12 @@ use crate::optim::spam::STATISTICS;
 use crate::optim::{
     Bounds, Largest, MAX_STATES, Master, Optimizer, OptimizerStep, Schedule, State, StepSums,
 };
-use crate::reserve::collect;
+use crate::reserve::{collect, reserve, zeros};
 use crate::run::{TrainerOptions, TrainerState};
 use crate::{Dataset, Engine, Error, Result};
 use batch::Batch;
 pub use carriers::{Carried, carriers, emulation};
+use exchange::fails_alone;
 use follow::Done;
 use memory::{Buffers, Flat};
 pub use memory::{Plan, plan};
@@ -69,6 +73,9 @@ pub struct StepStats {
     /// Blocks of MXFP4 operands whose scale was raised to fit the format that a GPU multiplies them
     /// in.
     pub raised_blocks: u64,
+    /// Of `seconds`, those in which this rank waited for others and exchanged gradients with them; 0
+    /// without a group.
+    pub exchange_seconds: f64,
 }
 
 /// What an evaluation found.
@@ -148,11 +155,12 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] names the option; [`Error::OutOfMemory`] if the plan exceeds the
-    /// engine's limit or what the system gives.
+    /// engine's limit or what the system gives. In a group of ranks, [`Error::RanksDiffer`] and
+    /// [`Error::Peer`].
     pub fn new(model: &Model, options: TrainerOptions) -> Result<Self> {
         let seed = model.engine().seed();
         let state = TrainerState { options, seed, step: 0, schedule_start: 0, lr_override: None };
-        Self::with_state(model, state)
+        Self::met(model.engine(), || Self::with_state(model, state))
     }
 
     /// Checks what a checkpoint folder says of its run, as [`Trainer::load`] would; tensors are not
@@ -196,6 +204,59 @@ impl Trainer {
     }
 
     fn load_with(engine: &Engine, dir: &Path, stored: Option<&Optimizer>) -> Result<Self> {
+        Self::met(engine, || Self::load_alone(engine, dir, stored))
+    }
+
+    /// A trainer that is made on all ranks of a group, and is the same there.
+    fn met(engine: &Engine, make: impl FnOnce() -> Result<Self>) -> Result<Self> {
+        let Some(ranks) = engine.ranks() else { return make() };
+        let _group = ranks.until_panic();
+        let made = make();
+        let agreed = ranks.agree(Call::Trainer, made.as_ref().map(|_| Counts::default()));
+        let trainer = made?;
+        agreed?;
+        ranks.compare(&trainer.description()?)?;
+        Ok(trainer)
+    }
+
+    /// What is the same on all ranks.
+    fn description(&self) -> Result<Vec<(&'static str, String)>> {
+        let TrainerState { options, seed, step, schedule_start, lr_override } = &self.state;
+        // Taken apart by name, so that a new field cannot be forgotten here.
+        let TrainerOptions {
+            batch_size,
+            sequence_length,
+            accumulation,
+            lanes,
+            recipe,
+            recompute,
+            optimizer,
+            schedule,
+            token_drop,
+        } = options;
+        let Optimizer { beta1, beta2, epsilon, weight_decay, clip, .. } = optimizer;
+        let usual = format!("{beta1} {beta2} {epsilon} {weight_decay} {clip}");
+        Ok(vec![
+            ("the model", format!("{:?}", self.model.config())),
+            ("batch_size", batch_size.to_string()),
+            ("sequence_length", sequence_length.to_string()),
+            ("accumulation", accumulation.to_string()),
+            ("lanes", lanes.to_string()),
+            ("recipe", recipe.to_string()),
+            ("recompute", recompute.to_string()),
+            ("optimizer", optimizer.to_string()),
+            ("beta1, beta2, epsilon, weight_decay and clip", usual),
+            ("schedule", format!("{schedule:?}")),
+            ("token_drop", format!("{token_drop:?}")),
+            ("the run's seed", seed.to_string()),
+            ("the steps done", step.to_string()),
+            ("the step that the schedule counts from", schedule_start.to_string()),
+            ("the rate that was set", format!("{lr_override:?}")),
+            ("the checksum of the weights", self.model.checksum()?),
+        ])
+    }
+
+    fn load_alone(engine: &Engine, dir: &Path, stored: Option<&Optimizer>) -> Result<Self> {
         let checkpoint = Checkpoint::open(dir)?;
         let mut state = checkpoint.state()?;
         if let Some(stored) = stored {
@@ -262,25 +323,27 @@ impl Trainer {
 
     fn step_on(&mut self, data: &Dataset, stops: bool) -> Result<StepStats> {
         let TrainerState { seed, step, ref options, .. } = self.state;
-        options.recipe.check_trains()?;
         let (batch, accumulation) = (options.batch_size as u64, options.accumulation as u64);
         let vocab_size = self.model.config().vocab_size;
-        data.check_tokens(vocab_size)?;
-        if let Some(warning) = data.warning(options.sequence_length) {
+        let ready = options.recipe.check_trains().and_then(|()| data.check_tokens(vocab_size));
+        if let (Ok(()), Some(warning)) = (&ready, data.warning(options.sequence_length)) {
             self.model.engine().log(LogLevel::Warning, || warning);
         }
         let number = |step: u64, micro_step, row| {
             let micro_steps = step.wrapping_mul(accumulation).wrapping_add(micro_step as u64);
             micro_steps.wrapping_mul(batch).wrapping_add(row as u64)
         };
-        self.optimizer_step(stops, &mut |aside, micro_step, row, window| match aside {
+        let tokens = Some(data.token_count());
+        self.optimizer_step(ready, tokens, stops, &mut |aside, micro_step, row, window| match aside
+        {
             None => data.training_window(seed, number(step, micro_step, row), vocab_size, window),
             Some(of) => data.side_window(seed, number(of, micro_step, row), vocab_size, window),
         })
     }
 
     /// One optimizer step on the host's own tokens: (accumulation B, T + 1), row-major; each row's
-    /// first T tokens are inputs, its last T are targets.
+    /// first T tokens are inputs, its last T are targets. Of N ranks each gives the rows of its own
+    /// micro-steps: accumulation / N of them, in a row, from rank times that on.
     ///
     /// # Errors
     /// As [`Trainer::step`], and [`Error::InvalidArgument`] for another number of tokens, and for
@@ -299,27 +362,9 @@ impl Trainer {
         count: usize,
         copy: &dyn Fn(usize, &mut [u32]),
     ) -> Result<StepStats> {
-        let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
-            self.state.options;
-        let optimizer = self.state.options.optimizer;
-        recipe.check_trains()?;
-        if optimizer.ramping > 0 {
-            let message = format!(
-                "ramping draws windows of its own from a dataset, which given tokens are none of; \
-                 make steps on a dataset, or use adamw without it, got {optimizer}"
-            );
-            return Err(Error::invalid("optimizer", message));
-        }
-        let window_len = sequence_length + 1;
-        let expected = accumulation * batch_size * window_len;
-        if count != expected {
-            let message = format!(
-                "expected {accumulation} x {batch_size} rows of {window_len}, which is {expected}; \
-                 got {count}"
-            );
-            return Err(Error::invalid("tokens", message));
-        }
-        let vocab_size = self.model.config().vocab_size;
+        let TrainerOptions { batch_size, sequence_length, .. } = self.state.options;
+        let mine = on_device!(&self.run, run => run.buffers.flat.exchange.share).all();
+        let (window_len, vocab_size) = (sequence_length + 1, self.model.config().vocab_size);
         let read = |row: usize, window: &mut [u32]| {
             copy(row * window_len, window);
             match window.iter().position(|token| *token as usize >= vocab_size) {
@@ -332,15 +377,48 @@ impl Trainer {
                 }),
             }
         };
-        let window = on_device!(&mut self.run, run => &mut run.buffers.batch.windows[..window_len]);
-        (0..accumulation * batch_size).try_for_each(|row| read(row, window))?;
-        self.optimizer_step(false, &mut |_, micro_step, row, window| {
-            read(micro_step * batch_size + row, window)
+        let ready = self.check_given(count, mine.len() * batch_size, &read);
+        self.optimizer_step(ready, None, false, &mut |_, micro_step, row, window| {
+            read((micro_step - mine.start) * batch_size + row, window)
         })
     }
 
-    /// Forward, backward, clip, update; given up at a stop request if it `stops`.
-    fn optimizer_step(&mut self, stops: bool, fill: &mut FillWindow<'_>) -> Result<StepStats> {
+    /// Whether a step can be done on so many given tokens, of which `read` reads rows.
+    fn check_given(
+        &mut self,
+        count: usize,
+        rows: usize,
+        read: &dyn Fn(usize, &mut [u32]) -> Result<()>,
+    ) -> Result<()> {
+        let TrainerOptions { sequence_length, optimizer, ref recipe, .. } = self.state.options;
+        recipe.check_trains()?;
+        if optimizer.ramping > 0 {
+            let message = format!(
+                "ramping draws windows of its own from a dataset, which given tokens are none of; \
+                 make steps on a dataset, or use adamw without it, got {optimizer}"
+            );
+            return Err(Error::invalid("optimizer", message));
+        }
+        let window_len = sequence_length + 1;
+        let expected = rows * window_len;
+        if count != expected {
+            let message =
+                format!("expected {rows} rows of {window_len}, which is {expected}; got {count}");
+            return Err(Error::invalid("tokens", message));
+        }
+        let window = on_device!(&mut self.run, run => &mut run.buffers.batch.windows[..window_len]);
+        (0..rows).try_for_each(|row| read(row, window))
+    }
+
+    /// Forward, backward, clip, update, where this rank is `ready` for it; given up at a stop request
+    /// if it `stops`. `dataset` has so many tokens, where it is one.
+    fn optimizer_step(
+        &mut self,
+        ready: Result<()>,
+        dataset: Option<u64>,
+        stops: bool,
+        fill: &mut FillWindow<'_>,
+    ) -> Result<StepStats> {
         let started = Instant::now();
         let TrainerOptions { batch_size, sequence_length, accumulation, optimizer, .. } =
             self.state.options;
@@ -355,21 +433,47 @@ impl Trainer {
             OptimizerStep { optimizer, lr, t, seed, loss_scale, largest_gradient, annealing };
 
         let Self { run, model, state, bounds, stop, .. } = self;
+        let call = Call::Step { step: t, lr, tokens: dataset };
+        let ranks = model.engine().ranks();
+        let _group = ranks.map(Ranks::until_panic);
+        if let Err(error) = ready {
+            return Err(match ranks {
+                None => error,
+                Some(ranks) => ranks.refuse(call, error),
+            });
+        }
         let mut fill = |aside, micro_step, row, window: &mut [u32]| {
             if row == 0 && stops && stop.is_requested() {
                 return Err(Error::Stopped);
             }
             fill(aside, micro_step, row, window)
         };
-        let sums = on_device!(run, run => {
-            run.gradients_and_update(model, state, bounds, &step, &mut fill)?
+        let done = on_device!(run, run => {
+            run.buffers.flat.exchange.seconds = 0.0;
+            run.gradients_and_update(model, state, bounds, (&step, call), &mut fill)
         });
+        if let (Err(error), Some(ranks)) = (&done, ranks)
+            && fails_alone(error)
+        {
+            ranks.end(&error.to_string());
+        }
+        let sums = done?;
         check_finite(&sums, &step, format_args!("step {t}"))?;
         let (loss, grad_norm) = sums.loss_and_norm(&step);
         self.state.step = t;
         let seconds = started.elapsed().as_secs_f64();
         let raised_blocks = sums.raised_blocks;
-        Ok(StepStats { step: t, loss, grad_norm, lr, tokens, seconds, raised_blocks })
+        let exchange_seconds = on_device!(&self.run, run => run.buffers.flat.exchange.seconds);
+        Ok(StepStats {
+            step: t,
+            loss,
+            grad_norm,
+            lr,
+            tokens,
+            seconds,
+            raised_blocks,
+            exchange_seconds,
+        })
     }
 
     /// Mean loss over `max_batches` batches of windows spread evenly over `data`, the same windows
@@ -387,44 +491,81 @@ impl Trainer {
     /// before a batch.
     pub fn eval(&mut self, data: &Dataset, max_batches: usize) -> Result<EvalStats> {
         let started = Instant::now();
-        let TrainerState { seed, step, ref options, .. } = self.state;
-        let TrainerOptions { batch_size, sequence_length, ref recipe, .. } = *options;
-        data.check_tokens(self.model.config().vocab_size)?;
-        let windows = data.eval_windows(sequence_length)?;
-        let count = match max_batches {
+        let TrainerState { step, ref options, .. } = self.state;
+        let TrainerOptions { batch_size, sequence_length, .. } = *options;
+        let checked = data.check_tokens(self.model.config().vocab_size);
+        let windows = checked.and_then(|()| data.eval_windows(sequence_length));
+        let count = windows.as_ref().map_or(0, |windows| match max_batches {
             0 => windows.total(),
             n => windows.total().min((n as u64).saturating_mul(batch_size as u64)),
-        };
+        });
+        let engine = self.model.engine().clone();
+        let _group = engine.ranks().map(Ranks::until_panic);
+        let mut mine = windows.and_then(|windows| self.losses_of(&windows, count));
+        if let Some(ranks) = engine.ranks() {
+            let is_dealt = !self.tells_more_than_losses();
+            let call = Call::Eval { step, windows: count, is_dealt };
+            let agreed = ranks.agree(call, mine.as_ref().map(|_| Counts::default()));
+            mine = mine.and_then(|mine| agreed.and_then(|_| mine.of_all_ranks(ranks)));
+        }
+        let Evaluated { losses, tokens, spared, sharpness, .. } = mine?;
+        let sum = losses.iter().fold(0.0, |sum, loss| sum + loss);
+        let loss = (sum / tokens as f64) as f32;
+        let seconds = started.elapsed().as_secs_f64();
+        Ok(EvalStats { loss, tokens, seconds, spared, sharpness })
+    }
+
+    fn tells_more_than_losses(&self) -> bool {
+        on_device!(&self.run, run => run.buffers.merges.is_some() || run.sharp.is_some())
+    }
+
+    /// The sum of the losses of every batch of the first `count` windows, or of those that are this
+    /// rank's: batches are dealt in turn, where they have nothing to tell but their losses.
+    fn losses_of(&mut self, windows: &EvalWindows<'_>, count: u64) -> Result<Evaluated> {
+        let TrainerState { seed, step, ref options, .. } = self.state;
+        let TrainerOptions { batch_size, ref recipe, .. } = *options;
         // Short windows have lengths of their own, so each is a batch.
         let at_once = if windows.are_short { 1 } else { batch_size };
+        let is_dealt = !self.tells_more_than_losses();
         let Self { run, model, stop, .. } = self;
-        let vocab_size = model.config().vocab_size;
-        let (mut sum, mut tokens) = (0.0, 0);
-        let (spared, sharpness) = on_device!(run, run => {
+        let (vocab_size, mut tokens) = (model.config().vocab_size, 0);
+        on_device!(run, run => {
+            let (rank, size) = match model.engine().ranks() {
+                Some(ranks) if is_dealt => (ranks.rank() as u64, ranks.size() as u64),
+                _ => (0, 1),
+            };
+            let batches = count.div_ceil(at_once as u64);
+            let mut losses = Vec::new();
+            reserve(&mut losses, "losses of batches", batches.div_ceil(size) as usize)?;
             run.buffers.merges.iter_mut().for_each(Merges::begin);
             run.sharp.iter_mut().for_each(Sharp::begin);
-            recipe.set_step(&mut run.step_plan, 0, (0, 0), step);
+            recipe.set_step(&mut run.step_plan, false, (0, 0), step);
             run.step_plan.kept = None;
             let on = Arc::clone(&run.model);
             // For all batches: nobody changes the weights between them.
             let weights = on.read_as(options.optimizer.master)?;
-            for first in (0..count).step_by(at_once) {
+            for number in 0..batches {
                 if stop.is_requested() {
                     return Err(Error::Stopped);
                 }
+                let first = number * at_once as u64;
                 let batch = (count - first).min(at_once as u64) as usize;
                 let sequences = Sequences { batch, length: windows.length(first, count)? };
+                tokens += sequences.rows() as u64;
+                if number % size != rank {
+                    continue;
+                }
                 let mut fill = |row, window: &mut [u32]| {
                     windows.read(first + row as u64, count, vocab_size, window)
                 };
-                tokens += sequences.rows() as u64;
-                sum += run.sum_of_losses(&weights.all, model, (sequences, seed), &mut fill)?;
+                let loss = run.sum_of_losses(&weights.all, model, (sequences, seed), &mut fill)?;
+                losses.push(loss);
             }
-            (run.buffers.merges.as_ref().map(Merges::spared), run.sharp.as_ref().map(Sharp::found))
-        });
-        let loss = (sum / tokens as f64) as f32;
-        let seconds = started.elapsed().as_secs_f64();
-        Ok(EvalStats { loss, tokens, seconds, spared, sharpness })
+            let spared = run.buffers.merges.as_ref().map(Merges::spared);
+            let sharpness = run.sharp.as_ref().map(Sharp::found);
+            let is_dealt = size > 1;
+            Ok(Evaluated { losses, is_dealt, batches, tokens, spared, sharpness })
+        })
     }
 
     /// Whether evaluations from here on also say how sharp the loss is in the logits, and how far a
@@ -467,7 +608,7 @@ impl Trainer {
     /// [`Error::InvalidArgument`] naming the field; the present schedule then stays.
     pub fn set_schedule(&mut self, schedule: Schedule) -> Result<()> {
         let options = TrainerOptions { schedule, ..self.state.options.clone() };
-        self.state.options = options.resolved(self.model.config())?;
+        self.state.options = options.resolved(self.model.config(), self.model.engine().size())?;
         self.state.schedule_start = self.state.step;
         self.state.lr_override = None;
         Ok(())
@@ -596,7 +737,7 @@ impl Trainer {
 
     fn with_state(model: &Model, mut state: TrainerState) -> Result<Self> {
         let engine = model.engine();
-        state.options = state.options.resolved(model.config())?;
+        state.options = state.options.resolved(model.config(), engine.size())?;
         let plan = plan(engine, model.config(), &state.options)?;
         let bytes = plan.total() - plan.weights;
         let master = state.options.optimizer.master;
@@ -629,7 +770,8 @@ impl<B: Backend> Run<B> {
         allocated: &mut Plan,
     ) -> Result<Self> {
         let (backend, config) = (&*on.backend, model.config());
-        let mut buffers = Buffers::new(backend, Some(bytes), config, options, allocated)?;
+        let ranks = model.engine().ranks();
+        let mut buffers = Buffers::new(backend, Some(bytes), config, options, ranks, allocated)?;
         let weights = on.read()?;
         backend.scope(|| buffers.flat.followed.begin(backend, &weights.all));
         let moves = weights.moves;
@@ -709,21 +851,32 @@ impl<B: Backend> Run<B> {
         model: &Model,
         state: &TrainerState,
         known: &mut Bounds,
-        step: &OptimizerStep,
+        (step, call): (&OptimizerStep, Call),
         fill: &mut FillWindow<'_>,
     ) -> Result<StepSums> {
-        let on = Arc::clone(&self.model);
+        let (on, ranks) = (Arc::clone(&self.model), model.engine().ranks());
         let backend = &*on.backend;
-        let mut weights = on.lock()?;
+        let refused = |error| match ranks {
+            None => error,
+            Some(ranks) => ranks.refuse(call, error),
+        };
+        let mut weights = on.lock().map_err(refused)?;
         // Another trainer of the model may have them otherwise.
-        on.keep_as(&mut weights, state.options.optimizer.master)?;
+        on.keep_as(&mut weights, state.options.optimizer.master).map_err(refused)?;
         if std::mem::replace(&mut self.moves, weights.moves) != weights.moves {
             self.buffers.recordings = backend.recordings();
         }
-        self.begin_period(&mut weights, model, state, (known, step), fill)?;
+        self.begin_period(&mut weights, model, state, (known, step, call), fill)?;
         let mut fill = |micro_step, row, window: &mut [u32]| fill(None, micro_step, row, window);
-        self.gradients(&weights, model, state, (state.step, step.loss_scale), &mut fill)?;
-        let sums = self.update(&mut weights, model, known, step, true)?;
+        let raised = self.gradients(
+            &weights,
+            model,
+            (state, call),
+            (state.step, step.loss_scale),
+            &mut fill,
+        )?;
+        let mut sums = self.update(&mut weights, model, known, step, true)?;
+        sums.raised_blocks = raised.unwrap_or(sums.raised_blocks);
         if sums.gradient_scale(step).is_some() {
             let Self { buffers, updates, step_plan, .. } = self;
             if let Some(updates) = updates {
@@ -739,33 +892,59 @@ impl<B: Backend> Run<B> {
         Ok(sums)
     }
 
-    /// Gradients of the mean loss over all micro-steps, whose random numbers are drawn for a step.
+    /// Gradients of the mean loss over all micro-steps, of all ranks, whose random numbers are drawn
+    /// for a step. With other ranks, what scales all of them raised.
     fn gradients(
+        &mut self,
+        weights: &Weights<B>,
+        model: &Model,
+        (state, call): (&TrainerState, Call),
+        drawn: (u64, f32),
+        fill: &mut FillStep<'_>,
+    ) -> Result<Option<u64>> {
+        let mine = self.own_gradients(weights, model, state, drawn, fill);
+        let Some(ranks) = model.engine().ranks() else { return mine.map(|_| None) };
+        let started = Instant::now();
+        let agreed = ranks.agree(call, mine.as_ref().copied());
+        mine?;
+        let Counts { losses, raised_blocks } = agreed?;
+        let (on, flat) = (&self.model, &mut self.buffers.flat);
+        let summed = flat.exchange.sum(&*on.backend, &mut flat.gradients, ranks);
+        let set = summed.and_then(|()| on.backend.set_losses(&mut flat.reduction, losses));
+        set.inspect_err(|error| ranks.end(&error.to_string()))?;
+        flat.exchange.seconds += started.elapsed().as_secs_f64();
+        Ok(Some(raised_blocks))
+    }
+
+    /// What this rank's micro-steps add to the gradients, as one sum; what they count, where others
+    /// want to know.
+    fn own_gradients(
         &mut self,
         weights: &Weights<B>,
         model: &Model,
         state: &TrainerState,
         (drawn_for, scale): (u64, f32),
         fill: &mut FillStep<'_>,
-    ) -> Result<()> {
+    ) -> Result<Counts> {
         let Self { model: on, buffers, step_plan, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
-        let TrainerOptions { batch_size, sequence_length, accumulation, ref recipe, .. } =
-            state.options;
+        let TrainerOptions { batch_size, sequence_length, ref recipe, .. } = state.options;
         let sequences = Sequences { batch: batch_size, length: sequence_length };
         let total_steps = state.options.schedule.total_steps;
         let Buffers { flat, activations, d, batch, workspace, recordings, .. } = buffers;
-        let Flat { gradients, reduction, followed, .. } = flat;
-        for micro_step in 0..accumulation {
+        let Flat { gradients, reduction, followed, exchange, .. } = flat;
+        let share = exchange.share;
+        for (lane, micro_step) in share.lanes_and_micro_steps() {
+            let of_lane = share.micro_steps(lane);
             batch.fill(sequences, |row, window| fill(micro_step, row, window))?;
             let at = (state.schedule_step(), total_steps);
-            recipe.set_step(step_plan, micro_step, at, state.step);
+            recipe.set_step(step_plan, micro_step > of_lane.start, at, state.step);
             step_plan.kept = state.kept();
             let place = Place { seed: state.seed, step: drawn_for, micro_step };
             backend.scope(|| {
                 batch.upload(backend);
-                if micro_step == 0 {
+                if micro_step == share.all().start {
                     backend.begin_step(workspace);
                 }
                 let (plan, weights, means) = (&*step_plan, &weights.all, followed.means());
@@ -792,8 +971,16 @@ impl<B: Backend> Run<B> {
                 });
                 pass.embedding_backward(d, gradients, tokens);
             });
+            if exchange.has_lanes() && micro_step + 1 == of_lane.end {
+                let (losses, _) = backend.counts(workspace, reduction)?;
+                exchange.join(backend, reduction, gradients, lane, losses)?;
+            }
         }
-        Ok(())
+        if model.engine().ranks().is_none() {
+            return Ok(Counts::default());
+        }
+        let (losses, raised_blocks) = backend.counts(workspace, reduction)?;
+        Ok(Counts { losses, raised_blocks })
     }
 
     /// The update that gradients make, and what is known of magnitudes after it; whoever watches
@@ -907,6 +1094,38 @@ impl fmt::Debug for Trainer {
             .field("model", &self.model)
             .field("state", &self.state)
             .finish_non_exhaustive()
+    }
+}
+
+/// What an evaluation found, maybe of some batches only.
+struct Evaluated {
+    /// Of each batch, their sum.
+    losses: Vec<f64>,
+    /// Whether these are batches that were dealt to this rank.
+    is_dealt: bool,
+    /// In all.
+    batches: u64,
+    tokens: u64,
+    spared: Option<Spared>,
+    sharpness: Option<Sharpness>,
+}
+
+impl Evaluated {
+    /// With the losses of all batches, in their order.
+    fn of_all_ranks(mut self, ranks: &Ranks) -> Result<Self> {
+        const WHAT: &str = "losses of batches";
+        if !self.is_dealt {
+            return Ok(self);
+        }
+        let (size, batches) = (ranks.size(), self.batches as usize);
+        let of_rank = batches.div_ceil(size);
+        self.losses.resize(of_rank, 0.0);
+        let mut all: Vec<f64> = zeros(WHAT, of_rank * size)?;
+        let mine = bytemuck::cast_slice(&self.losses);
+        ranks.all_gather(mine, bytemuck::cast_slice_mut(&mut all))?;
+        let in_order = (0..batches).map(|number| Ok(all[number % size * of_rank + number / size]));
+        self.losses = collect(WHAT, in_order)?;
+        Ok(self)
     }
 }
 
@@ -1025,11 +1244,11 @@ mod tests {
     fn is_planned_exactly(model: &Model, options: &TrainerOptions) -> Option<Plan> {
         let (engine, config) = (model.engine(), model.config());
         let plan = plan(engine, config, options).ok()?;
-        let options = options.resolved(config).unwrap();
+        let options = options.resolved(config, 1).unwrap();
         let mut taken = Plan { weights: plan.weights, ..Plan::default() };
         let bytes = Some(plan.total() - plan.weights);
         on_device!(engine.backend(), backend => {
-            Buffers::new(&**backend, bytes, config, &options, &mut taken).map(drop)
+            Buffers::new(&**backend, bytes, config, &options, None, &mut taken).map(drop)
         })
         .unwrap();
         assert_eq!(plan, taken, "{config:?} {options:?}");

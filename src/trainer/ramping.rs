@@ -17,6 +17,7 @@ use super::follow::Done;
 use super::track::Tracked;
 use super::{FillWindow, Run, check_finite};
 use crate::backend::{Backend, StateLayout, Viewed};
+use crate::comm::Call;
 use crate::formats::LINEARS;
 use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Model, Weights};
@@ -128,7 +129,7 @@ impl<B: Backend> Run<B> {
         weights: &mut Weights<B>,
         model: &Model,
         state: &TrainerState,
-        (known, step): (&Bounds, &OptimizerStep),
+        (known, step, call): (&Bounds, &OptimizerStep, Call),
         fill: &mut FillWindow<'_>,
     ) -> Result<()> {
         let (on, largest) = (Arc::clone(&self.model), weights.largest);
@@ -141,7 +142,7 @@ impl<B: Backend> Run<B> {
         backend.scope(|| {
             ramping.begin(backend, table, &weights.all, (&flat.states, &flat.layouts));
         });
-        let done = self.steps_aside(weights, model, state, (*known, step), fill);
+        let done = self.steps_aside(weights, model, (state, call), (*known, step), fill);
         let flat = &mut self.buffers.flat;
         let Some(ramping) = &mut flat.ramping else { return Ok(()) };
         backend.scope(|| {
@@ -164,7 +165,7 @@ impl<B: Backend> Run<B> {
         &mut self,
         weights: &mut Weights<B>,
         model: &Model,
-        state: &TrainerState,
+        (state, call): (&TrainerState, Call),
         (mut known, step): (Bounds, &OptimizerStep),
         fill: &mut FillWindow<'_>,
     ) -> Result<()> {
@@ -177,7 +178,8 @@ impl<B: Backend> Run<B> {
             let mut fill =
                 |micro_step, row, window: &mut [u32]| fill(Some(number), micro_step, row, window);
             let drawn_for = BEYOND + number % BEYOND;
-            self.gradients(weights, model, state, (drawn_for, step.loss_scale), &mut fill)?;
+            let drawn = (drawn_for, step.loss_scale);
+            self.gradients(weights, model, (state, call), drawn, &mut fill)?;
             let sums = self.update(weights, model, &mut known, &aside, false)?;
             check_finite(&sums, &aside, format_args!("one"))?;
             if let Some(ramping) = &mut self.buffers.flat.ramping {
@@ -272,7 +274,7 @@ mod tests {
                 let number = (step * 2 + micro_step as u64) * 3 + row as u64;
                 data.side_window(seed, number, 33, window)
             };
-            twin.optimizer_step(false, &mut side).unwrap();
+            twin.optimizer_step(Ok(()), None, false, &mut side).unwrap();
             let after = of_matrices(&twin, None);
             for (moved, (before, after)) in moved.iter_mut().zip(zip(&before, &after)) {
                 let numbers = zip(rounded(before), rounded(after));
@@ -332,7 +334,7 @@ mod tests {
             }
             data.side_window(seed, row as u64, 33, window)
         };
-        let error = stopped.optimizer_step(true, &mut asks).unwrap_err();
+        let error = stopped.optimizer_step(Ok(()), None, true, &mut asks).unwrap_err();
         assert!(matches!(error, Error::Stopped), "{error}");
         assert!(states(&stopped) == before && stopped.steps_done() == 3);
         stopped.stop_handle().clear();
@@ -340,7 +342,7 @@ mod tests {
             Some(39) => Err(Error::invalid("tokens", "there are none")),
             _ => data.side_window(seed, row as u64, 33, window),
         };
-        assert!(stopped.optimizer_step(false, &mut fails).is_err());
+        assert!(stopped.optimizer_step(Ok(()), None, false, &mut fails).is_err());
         assert!(states(&stopped) == before);
         // Beyond what moments can become.
         let Device::Cpu(run) = &mut stopped.run else { panic!("made on the CPU") };

@@ -7,6 +7,7 @@ use super::source::Source;
 use super::{Run, Trainer, follow, states};
 use crate::backend::{Backend, Slot, StateLayout, on_device};
 use crate::checkpoint::{self, TensorRead, TrainerPart};
+use crate::comm::{Call, Counts};
 use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Exported, Model, OnDevice, Weights};
 use crate::optim::State;
@@ -174,12 +175,27 @@ impl std::fmt::Debug for Snapshot {
 impl Trainer {
     /// Saves weights, moments and position to a checkpoint folder, atomically: a kill at any
     /// instant leaves the previous checkpoint whole, or the new one. Whatever else is in the folder
-    /// stays.
+    /// stays. In a group rank 0 writes, to its `dir`; any number of ranks that the lanes allow can go
+    /// on from it.
     ///
     /// # Errors
     /// [`Error::Io`]; the folder then holds the previous checkpoint, or the new one if only its
     /// flushing failed. [`Error::Format`] for a folder that holds other things and no checkpoint.
     pub fn save(&mut self, dir: &Path) -> Result<()> {
+        let engine = self.model.engine().clone();
+        let Some(ranks) = engine.ranks() else { return self.save_alone(dir) };
+        let _group = ranks.until_panic();
+        let step = self.state.step;
+        ranks.agree(Call::Save { step }, Ok(Counts::default()))?;
+        let weights = self.model.checksum().inspect_err(|error| ranks.end(&error.to_string()))?;
+        ranks.compare(&[("the checksum of the weights", weights)])?;
+        let saved = if ranks.rank() == 0 { self.save_alone(dir) } else { Ok(()) };
+        let voted = saved.as_ref().map(|()| Counts::default());
+        let agreed = ranks.agree(Call::Saved { step }, voted);
+        saved.and_then(|()| agreed.map(drop))
+    }
+
+    fn save_alone(&mut self, dir: &Path) -> Result<()> {
         let (model, state) = (&self.model, &self.state);
         on_device!(&self.run, run => {
             let (weights, kept) = (run.model.read()?, run.buffers.flat.followed.kept(state));
@@ -197,7 +213,7 @@ impl Trainer {
     }
 
     /// Copies all that [`Trainer::save`] would save to the host, for another thread to save while
-    /// training goes on. Takes over the memory of an earlier snapshot, of this trainer or another, as
+    /// training goes on. Not collective: every rank of a group has all of it. Takes over the memory of an earlier snapshot, of this trainer or another, as
     /// long as that is: memory that is new is slower. After an error that is gone.
     ///
     /// # Errors

@@ -104,7 +104,8 @@ A file is damaged, truncated or of a kind that this version does not read.
 const MXT_ERROR_FORMAT = Int32(-9)
 
 """
-A file is sound but does not fit what it is used with.
+A file is sound but does not fit what it is used with, or the ranks of a group do not have
+alike what they must.
 """
 const MXT_ERROR_MISMATCH = Int32(-10)
 
@@ -153,6 +154,13 @@ A stop was asked for (mxt_trainer_request_stop) while the call was at work. It h
 nothing; no harm was done.
 """
 const MXT_STOPPED = Int32(-19)
+
+"""
+Another rank of the group failed, is gone, or does not answer. The message has its rank and
+its words. Where it said why, the call has changed nothing and the group goes on; otherwise
+the group has ended, and every further collective call returns this at once.
+"""
+const MXT_ERROR_PEER = Int32(-20)
 
 # mxt_log_level: How much a log line matters.
 
@@ -352,6 +360,34 @@ Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
 const mxt_user_data_free_fn = Ptr{Cvoid}
 
 """
+Hands out and takes in blocks of `bytes_per_rank` bytes, one for each rank: block r of `send` goes
+to rank r, and block r of `receive` came from it, this rank's own included. The buffers are
+borrowed for the call and do not overlap. MPI_Alltoall of MPI_BYTE is one; a call has at most 32
+MiB in all.
+
+Returns 0 when this rank's part is done; any other number ends the group: the call that needed it
+returns MXT_ERROR_PEER, and so does every later one, at once. It must give up by itself, by a
+deadline or when a connection breaks, where another rank is gone.
+
+Runs on the thread of the call that needs it. It must not throw, longjmp, or call the library.
+"""
+const mxt_all_to_all_fn = Ptr{Cvoid}
+
+"""
+Gathers `bytes_per_rank` bytes of every rank: `send` of all ranks, one behind the other in their
+order, become `receive`, this rank's own included. MPI_Allgather of MPI_BYTE is one. All else as
+for mxt_all_to_all_fn.
+"""
+const mxt_all_gather_fn = Ptr{Cvoid}
+
+"""
+This rank gives up: calls in which other ranks wait for it should fail. Called at most once, on the
+thread of the call that failed, and nothing else is called then. It must not throw, longjmp, or
+call the library.
+"""
+const mxt_abort_fn = Ptr{Cvoid}
+
+"""
 Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
 this token.
 
@@ -431,6 +467,43 @@ free with mxt_trainer_free.
 mutable struct mxt_trainer end
 
 """
+Ranks that train one model together, of which this program (or this thread of it) is one. Fill it
+with mxt_group_init, and put it into mxt_engine_options.
+
+Every rank computes its part of each step and has all of the model. For given `lanes` of the
+trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
+
+Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
+mxt_trainer_new, _load, _load_as, _step, _step_tokens, _eval, _save and _run. All ranks make them in
+the same order with the same arguments, but for tokens that a rank brings, and folders: rank 0
+writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
+has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
+alike what they must get MXT_ERROR_MISMATCH with what differs. All other calls, and freeing, are a
+rank's own.
+"""
+struct mxt_group
+    # Set by mxt_group_init.
+    struct_size::Csize_t
+    # Which rank this is, from 0 on. Default 0.
+    rank::UInt32
+    # How many there are. 1 (default) is no group: nothing below is used.
+    size::UInt32
+    # Called for gradients, at every step.
+    all_to_all::mxt_all_to_all_fn
+    # Called for all else.
+    all_gather::mxt_all_gather_fn
+    # Called when this rank gives up, or NULL (default).
+    abort::mxt_abort_fn
+    # Passed to the functions above. It must stay valid until the engine and everything made from it
+    # is freed, or until `user_data_free` is called with it.
+    user_data::Ptr{Cvoid}
+    # Called with `user_data` exactly once for each call of mxt_engine_new that succeeds, when the
+    # library will never call the functions above again; as log_user_data_free of mxt_engine_options.
+    # NULL (default): nothing is called.
+    user_data_free::mxt_user_data_free_fn
+end
+
+"""
 What an engine is made from. Fill it with mxt_engine_options_init.
 """
 struct mxt_engine_options
@@ -441,7 +514,8 @@ struct mxt_engine_options
     # Borrowed for the call.
     device::Cstring
     # Worker threads on the CPU, at most 1,024. 0 (default) takes one for each core that the
-    # process may use. Results do not depend on it. A GPU takes none.
+    # process may use, which ranks of a group on the same host share. Results do not depend on it. A
+    # GPU takes none.
     threads::Csize_t
     # Seed of everything random: initial weights, data order, rounding, transforms. Default 1337.
     seed::UInt64
@@ -466,6 +540,9 @@ struct mxt_engine_options
     # child made by fork() that frees the handles calls it as well, for its own copy of memory.
     # NULL (default): nothing is called.
     log_user_data_free::mxt_user_data_free_fn
+    # The ranks that train together, of which this engine is one; see mxt_group. mxt_engine_new is
+    # collective then. Borrowed for the call. NULL (default): it trains alone.
+    group::Ptr{mxt_group}
 end
 
 """
@@ -638,7 +715,8 @@ struct mxt_trainer_options
     batch_size::Csize_t
     # Tokens of one sequence. 0 (default) takes the model's context length.
     sequence_length::Csize_t
-    # Batches whose gradients are averaged into one optimizer step. Default 1.
+    # Batches whose gradients are averaged into one optimizer step, those of all ranks of a group
+    # together. 0 (default) takes as many as there are lanes, which without a group is 1.
     accumulation::Csize_t
     # Number formats of the linear layers: "fp32", "bf16", "fp8", "mxfp4-rht-sr", "nvidia-nvfp4" or
     # another name of docs/recipes.md (mxt_build_info lists them), which may be followed by switches
@@ -709,6 +787,12 @@ struct mxt_trainer_options
     # third of the steps, or more, should see all tokens, as evaluations do. Needs 3 layers. NULL
     # (default) drops nothing. Borrowed for the call.
     token_drop::Cstring
+    # Parts of a step that ranks of a group share, each of as many batches in a row, whose gradients
+    # are then added in one fixed order: with the same lanes, losses, weights and files are the same
+    # bits on any number of ranks that divides them by a power of two, and a run that is saved goes
+    # on on any of these. 0 (default) takes as many as there are ranks. A rank with 2^k lanes keeps k
+    # more copies of the gradients.
+    lanes::Csize_t
 end
 
 """
@@ -743,6 +827,9 @@ struct mxt_step_stats
     # The index of that tensor for mxt_model_tensor_info, of equals the first; UINT32_MAX where
     # update_rms_max is NaN.
     update_rms_tensor::UInt32
+    # Of `seconds`, those in which this rank waited for others, and exchanged gradients with them. 0
+    # without a group.
+    exchange_seconds::Cdouble
 end
 
 """
@@ -797,6 +884,9 @@ struct mxt_memory_plan
     workspace::UInt64
     # Sum of all.
     total::UInt64
+    # Sums of lanes that are kept until others are added to them. 0 where a rank has one lane. What
+    # ranks exchange takes up to 32 MiB of the host besides, which is not in the plan.
+    exchange::UInt64
 end
 
 """
@@ -1004,7 +1094,8 @@ Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE, MXT_ERROR_UTF8, MXT_ERROR_INVALID
 unknown device, too many threads, a stream of another device), MXT_ERROR_OUT_OF_MEMORY (for the
 threads; use fewer), MXT_ERROR_UNSUPPORTED (threads that the system does not start, a device
 that is not there, or whose driver, NVRTC or cuBLASLt is missing; the message says what to
-install), MXT_ERROR_DEVICE (a GPU that fails). The message is in mxt_last_error.
+install), MXT_ERROR_DEVICE (a GPU that fails); with a group MXT_ERROR_MISMATCH (ranks of other
+versions, seeds or chips) and MXT_ERROR_PEER. The message is in mxt_last_error.
 
 A GPU's kernels are compiled when a chip is met for the first time (some seconds) and kept in
 the user's cache folder: \$MXT_CACHE_DIR, else mxfp4train in \$XDG_CACHE_HOME or ~/.cache. Only
@@ -1075,6 +1166,41 @@ the worker threads end with the last of them.
 """
 function mxt_engine_free(engine)
     return @ccall libmxfp4train.mxt_engine_free(engine::Ptr{mxt_engine})::Cvoid
+end
+
+"""
+    mxt_group_init(group, struct_size)
+
+Fills `group` with the defaults. `struct_size` is sizeof(mxt_group) as the caller's compiler sees
+it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_group_init(group, struct_size)
+    return @ccall libmxfp4train.mxt_group_init(
+        group::Ptr{mxt_group},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
+    mxt_engine_rank(engine)
+
+Which rank of its group an engine is, from 0 on; 0 without a group, and if `engine` is NULL. Any
+thread may call it at any time.
+"""
+function mxt_engine_rank(engine)
+    return @ccall libmxfp4train.mxt_engine_rank(engine::Ptr{mxt_engine})::Csize_t
+end
+
+"""
+    mxt_engine_ranks(engine)
+
+Ranks of an engine's group; 1 without one, 0 if `engine` is NULL. Any thread may call it at any
+time.
+"""
+function mxt_engine_ranks(engine)
+    return @ccall libmxfp4train.mxt_engine_ranks(engine::Ptr{mxt_engine})::Csize_t
 end
 
 """
@@ -1904,7 +2030,8 @@ end
 Does one optimizer step on the caller's own tokens and stores what it did in `*stats`
 (struct_size set by the caller; NULL if not wanted).
 
-`tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row, and
+`tokens` holds accumulation * batch_size rows of sequence_length + 1 tokens, row after row (of N
+ranks each brings those of its own batches: accumulation / N, from rank * accumulation / N on), and
 `count` is their number. Position t of a row learns to predict position t + 1. `tokens` may lie
 in memory of the engine's GPU, written before the call or on the engine's stream.
 

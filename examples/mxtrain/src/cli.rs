@@ -17,6 +17,7 @@ use crate::compare::CompareArgs;
 use crate::console;
 use crate::export::ExportFormat;
 use crate::prepare::Format;
+use crate::ranks::MAX_RANKS;
 use crate::tokenizer::Tokenizer;
 
 /// Trains GPT-2 models on text files, with the backward pass in MXFP4.
@@ -176,6 +177,29 @@ pub(crate) struct TrainArgs {
 
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
+
+    #[command(flatten)]
+    pub(crate) ranks: RanksArgs,
+}
+
+/// What shares every step.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Ranks")]
+pub(crate) struct RanksArgs {
+    /// GPUs that share every step, from cuda:0 on, with a process each
+    #[arg(long, value_name = "N", conflicts_with_all = ["ranks", "device"], value_parser = ranks)]
+    pub(crate) gpus: Option<usize>,
+
+    /// Processes that share every step on the --device, with a part of the cores each
+    #[arg(long, value_name = "N", value_parser = ranks)]
+    pub(crate) ranks: Option<usize>,
+}
+
+impl RanksArgs {
+    /// How many there are.
+    pub(crate) fn size(&self) -> usize {
+        self.gpus.or(self.ranks).unwrap_or(1)
+    }
 }
 
 /// Where training tokens come from.
@@ -335,9 +359,16 @@ pub(crate) struct BatchArgs {
     #[arg(long, value_name = "TOKENS")]
     pub(crate) sequence_length: Option<usize>,
 
-    /// Batches whose gradients are averaged into one step
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) accumulation: usize,
+    /// Batches whose gradients are averaged into one step, those of all ranks together [default: one
+    /// a lane]
+    #[arg(long, value_name = "N")]
+    pub(crate) accumulation: Option<usize>,
+
+    /// Parts of a step that ranks share and add up in one order: runs with the same lanes are the same,
+    /// bit for bit, on any number of ranks that divides them by a power of two, and go on on any other
+    /// [default: the number of ranks]
+    #[arg(long, value_name = "N")]
+    pub(crate) lanes: Option<usize>,
 
     /// What the backward pass computes again to save memory: nothing, pointwise or block
     #[arg(long, value_name = "WHAT", default_value_t = Recompute::default())]
@@ -852,6 +883,13 @@ fn fraction(text: &str) -> Result<f64, String> {
 fn size(text: &str) -> Result<u64, String> {
     let wrong = |_| "expected a size such as 80GiB, 500MB or a number of bytes".to_owned();
     Ok(text.parse::<ByteSize>().map_err(wrong)?.as_u64())
+}
+
+fn ranks(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(ranks) if (1..=MAX_RANKS).contains(&ranks) => Ok(ranks),
+        _ => Err(format!("expected a number from 1 to {MAX_RANKS}")),
+    }
 }
 
 fn threads(text: &str) -> Result<usize, String> {

@@ -335,6 +335,7 @@ mod tests {
             tokens: 1,
             seconds: 1e3,
             raised_blocks: 0,
+            exchange_seconds: 0.0,
         });
     }
 

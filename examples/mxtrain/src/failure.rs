@@ -51,7 +51,7 @@ impl From<mxfp4train::Error> for Failure {
     fn from(error: mxfp4train::Error) -> Self {
         use mxfp4train::Error as E;
         let code = match &error {
-            E::NotFinite { .. } | E::Poisoned => 1,
+            E::NotFinite { .. } | E::Peer { .. } | E::Poisoned => 1,
             E::Io { source, .. } => io_code(source.kind()),
             _ => 2,
         };
@@ -87,8 +87,8 @@ fn option_name(what: &str) -> String {
         "total_steps" => "steps",
         "max_tokens" => "tokens",
         "accumulation" | "batch_size" | "beta1" | "beta2" | "channels" | "clip" | "decay_steps"
-        | "device" | "draft" | "draft_tokens" | "heads" | "layers" | "lr" | "min_lr" | "min_p"
-        | "mlp_channels" | "prompt" | "recipe" | "repetition_penalty" | "schedule"
+        | "device" | "draft" | "draft_tokens" | "heads" | "lanes" | "layers" | "lr" | "min_lr"
+        | "min_p" | "mlp_channels" | "prompt" | "recipe" | "repetition_penalty" | "schedule"
         | "sequence_length" | "sharpness" | "temperature" | "threads" | "token_drop"
         | "token_type" | "top_k" | "top_p" | "vocab_size" | "weight_decay" | "weights" => what,
         other => return other.to_owned(),

@@ -21,6 +21,7 @@ mod parse;
 mod plan;
 mod prepare;
 mod prepared;
+mod ranks;
 mod recipes;
 mod run_file;
 mod signals;

@@ -19,7 +19,7 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
     let of_data = args.data.as_deref().map(Meta::read).transpose()?.map(|meta| meta.vocab_size);
     let given = args.vocab_size.or_else(|| of_data.is_none().then_some(256));
     let config = model_config(&args.model, &args.variant, vocabulary(given, of_data)?)?;
-    let mut options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New)?;
+    let mut options = trainer_options(&args.batch, &args.recipe.recipe, None, Weights::New, 1)?;
     options.optimizer = args.optimizer;
     // Which steps are the last does not matter here, but that there are such.
     options.schedule.total_steps = 1;
@@ -38,6 +38,7 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
             optimizer: plan.optimizer,
             activations: plan.activations,
             workspace: plan.workspace,
+            exchange: plan.exchange,
             total: plan.total(),
             limit: room.as_ref().map(|room| room.limit),
             available: room.as_ref().map(|room| room.available),
@@ -56,8 +57,13 @@ pub(crate) fn run(args: &PlanArgs) -> Outcome<ExitCode> {
 
 /// The plan for people.
 pub(crate) fn table(plan: &Plan) -> String {
+    let exchange = match plan.exchange {
+        0 => String::new(),
+        bytes => format!(", exchange {}", HumanBytes(bytes)),
+    };
     format!(
-        "memory      {}: weights {}, gradients {}, optimizer {}, activations {}, workspace {}\n",
+        "memory      {}: weights {}, gradients {}, optimizer {}, activations {}, workspace \
+         {}{exchange}\n",
         HumanBytes(plan.total()),
         HumanBytes(plan.weights),
         HumanBytes(plan.gradients),
@@ -91,6 +97,7 @@ struct Bytes<'a> {
     optimizer: u64,
     activations: u64,
     workspace: u64,
+    exchange: u64,
     total: u64,
     /// Most that the device can ever give.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -47,13 +47,7 @@ enum State {
 impl Signals {
     /// Listens from now on; every signal ends the program.
     pub(crate) fn listen() -> Outcome<Self> {
-        let mut numbers =
-            vec![SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGALRM, SIGVTALRM, SIGPROF];
-        // nohup has it ignored.
-        if !is_ignored(SIGHUP) {
-            numbers.push(SIGHUP);
-        }
-        let mut signals = signal_hook::iterator::Signals::new(numbers).map_err(cannot)?;
+        let mut signals = signal_hook::iterator::Signals::new(numbers()).map_err(cannot)?;
         let state = Arc::new(Mutex::new(State::Ends(Vec::new())));
         let shared = Arc::clone(&state);
         let listener = thread::Builder::new().name("signals".into());
@@ -88,6 +82,22 @@ impl Signals {
     fn set(&self, state: State) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
+}
+
+/// Signals do nothing in a process that ends when rank 0 does, which gets them, too.
+pub(crate) fn leave_to_rank_0() -> Outcome {
+    let ignore = |number| signal_hook::flag::register(number, Arc::default()).map(drop);
+    numbers().into_iter().try_for_each(ignore).map_err(cannot)
+}
+
+/// Those that ask to stop.
+fn numbers() -> Vec<i32> {
+    let mut numbers = vec![SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU, SIGALRM, SIGVTALRM, SIGPROF];
+    // nohup has it ignored.
+    if !is_ignored(SIGHUP) {
+        numbers.push(SIGHUP);
+    }
+    numbers
 }
 
 /// A file that has reached its largest size is from now on an error of the write, and not our end.

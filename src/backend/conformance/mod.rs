@@ -128,7 +128,7 @@ suite! {
     head: classifier worst_losses the_worst_loss_of_five_logits logits;
     follow: slow_means weights_are_observed a_weight_about_a_threshold_is_reset
         intervals_are_those_of_what_moved;
-    optimize: sums_of_losses optimizer_steps tried_updates_are_the_updates
+    optimize: sums_of_losses lanes_are_joined optimizer_steps tried_updates_are_the_updates
         rates_that_do_not_fall_give_the_bits_of_adamw moments_are_stored_to_the_byte
         scales_of_tensors_follow_the_largest weights_ramp_up_to_the_bit
         updates_are_watched;

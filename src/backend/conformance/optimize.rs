@@ -277,6 +277,35 @@ pub(in crate::backend) fn loaded(
     }
 }
 
+/// Gradients of another lane lie in a buffer of their own; losses of all ranks replace a rank's.
+pub(super) fn lanes_are_joined<B: Harness>(backends: &[B]) {
+    each(backends, |b| {
+        let mut update = Update::of(b, &some_values(), Optimizer::default());
+        let flat = &mut update.gradients.flat;
+        let numbers = |bytes: &B::Bytes, len: usize| {
+            let mut numbers = vec![0.0f32; len / 4];
+            b.read_bytes(bytes, 0, bytemuck::cast_slice_mut(&mut numbers)).unwrap();
+            numbers
+        };
+        let (len, own) = (flat.len(), numbers(flat.all(), flat.len()));
+        let others = random(len / 4, 77);
+        let mut held = cut(b, |arena| b.bytes(arena, len));
+        b.write_bytes(&mut held, 0, bytemuck::cast_slice(&others)).unwrap();
+        b.join_gradients(&held, flat);
+        let expected: Vec<f32> = others.iter().zip(&own).map(|(a, b)| a + b).collect();
+        assert_eq!(numbers(flat.all(), len), expected);
+        assert_eq!(numbers(&held, len), others);
+
+        update.add_losses(b, &[1.5, 2.0], false);
+        let counts = |update: &Update<B>| b.counts(&update.workspace, &update.reduction).unwrap();
+        assert_eq!(counts(&update), (3.5, 0));
+        b.set_losses(&mut update.reduction, 7.25).unwrap();
+        assert_eq!(counts(&update), (7.25, 0));
+        let step = step(Optimizer::default());
+        assert_eq!(update.step(b, &step).losses, 7.25);
+    });
+}
+
 pub(super) fn sums_of_losses<B: Harness>(backends: &[B]) {
     // Their sums are exact in any order.
     let losses: Vec<f32> = (0..1500).map(|i| 0.5 * i as f32).collect();

@@ -4,13 +4,15 @@
 
 use std::ops::Add;
 
+use rayon::prelude::*;
+
 use super::isa::{Isa, simd_fn};
 use super::math::{AHEAD, lane_amax, prefetch_after};
 use super::memory::all_gradients;
 use super::moments::{Moment, PIECE, Rounding, Stored, Then};
-use super::{Arena, Buffer, Cpu, Workspace, middle, muon, ramping};
+use super::{Arena, Buffer, Cpu, JOB_ELEMENTS, Workspace, middle, muon, ramping};
 use crate::Result;
-use crate::backend::{Optimize, Slot, Trained};
+use crate::backend::{FlatGradients, Optimize, Slot, Trained};
 use crate::optim::adamw::{Update, clip};
 use crate::optim::spam::{Factors, STATISTICS};
 use crate::optim::stable_adamw::{self, Ratio};
@@ -91,6 +93,24 @@ impl Optimize for Cpu {
     ) {
         let before = if accumulate { reduction.losses } else { 0.0 };
         reduction.losses = before + sum_of(&losses[..rows]);
+    }
+
+    fn counts(&self, _: &Workspace, reduction: &Reduction) -> Result<(f64, u64)> {
+        Ok((reduction.losses, 0))
+    }
+
+    fn set_losses(&self, reduction: &mut Reduction, losses: f64) -> Result<()> {
+        reduction.losses = losses;
+        Ok(())
+    }
+
+    fn join_gradients(&self, others: &Buffer<u8>, gradients: &mut FlatGradients<Self>) {
+        let others: &[f32] = bytemuck::cast_slice(others);
+        let gradients: &mut [f32] = bytemuck::cast_slice_mut(gradients.all_mut());
+        let jobs = gradients.par_chunks_mut(JOB_ELEMENTS).zip(others.par_chunks(JOB_ELEMENTS));
+        self.install(|| {
+            jobs.for_each(|(to, from)| to.iter_mut().zip(from).for_each(|(to, from)| *to += from));
+        });
     }
 
     fn reduce(

@@ -22,7 +22,7 @@ macro_rules! file {
 }
 
 /// All files.
-pub(super) static FILES: [File; 33] = [
+pub(super) static FILES: [File; 34] = [
     file!("optimize", ["optimize.cuh"], |_| {
         of("square_gradients sum_losses sum_squares square_ratios find_rates adamw stable_adamw \
             copy_to_bf16 split_master join_master")
@@ -79,6 +79,7 @@ pub(super) static FILES: [File; 33] = [
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
     file!("estimate", ["numbers.cuh"], |_| of("estimate")),
+    file!("exchange", [], |_| of("join_gradients")),
     file!("follow", ["numbers.cuh"], |_| {
         of("update_mean begin_track observe add_observations find_intervals reset_oscillating")
     }),

@@ -9,7 +9,7 @@ use super::device::memory::{Arena, F32, Masters, Param, Piece, Upload};
 use super::step::{Entry, OfMoments, PIECE, Step, THREADS};
 use super::{Cuda, Workspace, muon};
 use crate::Result;
-use crate::backend::{Optimize, Precision, Slot, Trained};
+use crate::backend::{FlatGradients, Optimize, Precision, Slot, Trained};
 use crate::optim::spam::{Factors, STATISTICS};
 use crate::optim::{
     Gradients, Largest, Master, Moments, Optimizer, OptimizerKind, OptimizerStep, StepSums,
@@ -288,6 +288,26 @@ impl Optimize for Cuda {
     fn add_losses(&self, reduction: &mut Reduction, losses: &F32, rows: usize, accumulate: bool) {
         launch!(self.gpu, "sum_losses", [1, 1, 1], 1024, 0;
             reduction.sum(0), losses.address(), rows as u32, u32::from(accumulate));
+    }
+
+    fn counts(&self, workspace: &Workspace, reduction: &Reduction) -> Result<(f64, u64)> {
+        let (mut losses, mut clamped) = ([0.0], [0u32]);
+        self.read(reduction.sum(0), &mut losses)?;
+        self.read(workspace.clamped.address, &mut clamped)?;
+        Ok((losses[0], clamped[0].into()))
+    }
+
+    fn set_losses(&self, reduction: &mut Reduction, losses: f64) -> Result<()> {
+        self.write(reduction.sum(0), &[losses])
+    }
+
+    fn join_gradients(&self, others: &Piece, gradients: &mut FlatGradients<Self>) {
+        // Four numbers a thread: buffers end at multiples of these.
+        let vectors = gradients.len() / 16;
+        let most = BLOCKS * self.gpu.multiprocessors as usize;
+        let grid = [vectors.div_ceil(THREADS).min(most), 1, 1];
+        launch!(self.gpu, "join_gradients", grid, THREADS, 0;
+            gradients.all().address, others.address, vectors as u64);
     }
 
     fn reduce(

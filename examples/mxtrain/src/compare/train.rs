@@ -112,7 +112,7 @@ fn plan(args: &CompareTrainArgs, config: &ModelConfig, data: &Data) -> Outcome<V
     let mut planned: Vec<Planned> = Vec::new();
     for (&seed, recipe) in args.seeds.iter().flat_map(|seed| recipes.iter().map(move |r| (seed, r)))
     {
-        let options = trainer_options(&args.batch, recipe, Some(&args.optimizer), Weights::New)?;
+        let options = trainer_options(&args.batch, recipe, Some(&args.optimizer), Weights::New, 1)?;
         let eval_batches = args.measure.eval_batches;
         let settings = Settings::new(seed, config, &options, eval_every, eval_batches, &record);
         let settings = Settings { sharpness: args.sharpness.sharpness, ..settings };

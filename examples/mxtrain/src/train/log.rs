@@ -37,6 +37,9 @@ enum Line {
         /// Left out where there are none, as on CPUs.
         #[serde(skip_serializing_if = "is_zero")]
         raised_blocks: u64,
+        /// Left out where there are no other ranks.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        exchange_seconds: Option<f64>,
     },
     Eval {
         step: u64,
@@ -135,8 +138,27 @@ impl Log {
 
     /// Adds a step.
     pub(crate) fn step(&mut self, s: &StepStats) -> Outcome {
-        let &StepStats { step, loss, grad_norm, lr, tokens, seconds, raised_blocks } = s;
-        self.line(&Line::Step { step, loss, grad_norm, lr, tokens, seconds, raised_blocks })
+        let &StepStats {
+            step,
+            loss,
+            grad_norm,
+            lr,
+            tokens,
+            seconds,
+            raised_blocks,
+            exchange_seconds,
+        } = s;
+        let exchange_seconds = Some(exchange_seconds).filter(|seconds| *seconds > 0.0);
+        self.line(&Line::Step {
+            step,
+            loss,
+            grad_norm,
+            lr,
+            tokens,
+            seconds,
+            raised_blocks,
+            exchange_seconds,
+        })
     }
 
     /// Adds what a window of steps has shown of the weights.
@@ -239,6 +261,7 @@ mod tests {
             tokens: 64,
             seconds: 0.5,
             raised_blocks: 0,
+            exchange_seconds: 0.0,
         };
         Log::open(&path, false).unwrap().step(&step).unwrap();
         let eval = EvalStats { loss: f32::NAN, ..EVAL };

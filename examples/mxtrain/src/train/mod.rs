@@ -14,8 +14,8 @@ use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
 use mxfp4train::{
-    Cadence, Dataset, Engine, Error, GenerateOptions, Model, ModelConfig, Schedule, ScheduleKind,
-    StopHandle, Trainer, TrainerOptions, carriers, emulation,
+    Cadence, Dataset, Engine, Error, GenerateOptions, Group, Model, ModelConfig, Schedule,
+    ScheduleKind, StopHandle, TrainerOptions, carriers, emulation,
 };
 
 pub(crate) use setup::{
@@ -30,6 +30,7 @@ use crate::lock::RunLock;
 use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
+use crate::ranks::{Follower, Leader, Place, Team};
 use crate::signals::{INTERRUPTED, Signals};
 use crate::spikes::SpikeWatch;
 use crate::tokenizer::{TextStream, Tokenizer};
@@ -48,15 +49,59 @@ const SAMPLE_TOKENS: usize = 200;
 
 /// Runs the command.
 pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
-    let mut run = Run::begin(args, parsed, &Signals::listen()?)?;
+    if let Some(place) = Place::of_this() {
+        return follow(args, parsed, &place);
+    }
+    let mut leader = None;
+    let begun = Run::begin(args, parsed, &Signals::listen()?, &mut leader);
+    let mut run = begun.inspect_err(|failure| {
+        leader.iter_mut().for_each(|leader| leader.tell_reasons(failure));
+    })?;
     let result = run.guarded(Run::train);
     run.progress.finish();
+    if let Err(failure) = &result {
+        run.trainer.tell_reasons(failure);
+    }
     result
+}
+
+/// Trains as a rank that another process, rank 0, has started. It says nothing itself.
+fn follow(args: &TrainArgs, parsed: &Parsed, place: &Place) -> Outcome<ExitCode> {
+    let (group, mut follower) = place.follow()?;
+    let result = follow_with(args, parsed, group, &mut follower);
+    if let Err(failure) = &result {
+        follower.tell(failure);
+    }
+    Ok(ExitCode::from(u8::from(result.is_err())))
+}
+
+fn follow_with(
+    args: &TrainArgs,
+    parsed: &Parsed,
+    group: Group,
+    follower: &mut Follower,
+) -> Outcome {
+    let (seed, device) = (follower.seed()?, device_of(args, follower.rank()));
+    let (engine, _) = machine::open_as(device, args.machine.threads, seed, Some(group))?;
+    let data = Data::open(&args.data)?;
+    let mut trainer = Start::new(args, parsed, &data, &engine)?.trainer(&engine)?;
+    trainer.set_sharpness(args.report.sharpness.sharpness)?;
+    let batches = args.report.measure.eval_batches;
+    follower.follow(&mut trainer, &data.train, (data.val.as_ref(), batches));
+    Ok(())
+}
+
+/// The device of a rank.
+fn device_of(args: &TrainArgs, rank: usize) -> String {
+    match args.ranks.gpus {
+        Some(_) => format!("cuda:{rank}"),
+        None => args.machine.device.clone(),
+    }
 }
 
 /// A run in progress.
 struct Run {
-    trainer: Trainer,
+    trainer: Team,
     stop: StopHandle,
     train: Dataset,
     val: Option<Dataset>,
@@ -83,8 +128,14 @@ struct Run {
 }
 
 impl Run {
-    /// Checks everything, takes the memory, and sees to it that the run can be saved.
-    fn begin(args: &TrainArgs, parsed: &Parsed, signals: &Signals) -> Outcome<Self> {
+    /// Checks everything, takes the memory, and sees to it that the run can be saved. Other processes
+    /// that it has started are the `leader`'s if it fails.
+    fn begin(
+        args: &TrainArgs,
+        parsed: &Parsed,
+        signals: &Signals,
+        leader: &mut Option<Leader>,
+    ) -> Outcome<Self> {
         let data = Data::open(&args.data)?;
         if args.report.sample_every > 0 && data.tokenizer.is_none() {
             return Err(Failure::usage(
@@ -109,7 +160,13 @@ impl Run {
         let lock = signals.making(|| RunLock::take(setup::out(args)), RunLock::traces)?;
         // Asked again: a run that has ended since may have saved there.
         let out = setup::out_folder(args)?;
-        let (engine, mut about) = machine::open(&args.machine, args.seed.number())?;
+        let mut group = None;
+        if args.ranks.size() > 1 {
+            let (of_all, started) = Leader::start(args.ranks.size(), args.seed.number())?;
+            (group, *leader) = (Some(of_all), Some(started));
+        }
+        let (device, threads) = (device_of(args, 0), args.machine.threads);
+        let (engine, mut about) = machine::open_as(device, threads, args.seed.number(), group)?;
         about.push_str(&args.seed.in_words());
         let start = Start::new(args, parsed, &data, &engine)?;
         let (step, steps) = (start.step(), args.optimizer.steps);
@@ -176,7 +233,7 @@ impl Run {
             spikes: SpikeWatch::new(warm_up),
             failures,
             progress: Progress::new(step, steps),
-            trainer: start.trainer(&engine)?,
+            trainer: Team::new(start.trainer(&engine)?, leader.take()),
             stop: StopHandle::default(),
             train: data.train,
             val: data.val,
@@ -521,7 +578,7 @@ mod tests {
         let line: Vec<_> = line.split_whitespace().map(Into::into).collect();
         let parsed = parse::parse_or_fail(&line).unwrap();
         let Command::Train(args) = &parsed.cli.command else { panic!("expected train") };
-        let mut run = Run::begin(args, &parsed, &Signals::listen().unwrap()).unwrap();
+        let mut run = Run::begin(args, &parsed, &Signals::listen().unwrap(), &mut None).unwrap();
         let two_steps = |run: &mut Run| {
             run.step()?;
             run.step()?;

@@ -17,6 +17,7 @@ use crate::console::{self, shell_word};
 use crate::failure::{Failure, Outcome};
 use crate::hugging_face;
 use crate::lock::RunLock;
+use crate::ranks::Team;
 use crate::run_file::{self, RunFile};
 
 /// The files of a checkpoint of this program.
@@ -87,7 +88,7 @@ impl Saves {
     ///
     /// # Errors
     /// As [`Saves::save`].
-    pub(crate) fn begin(&mut self, trainer: &mut Trainer) -> Outcome {
+    pub(crate) fn begin(&mut self, trainer: &mut Team) -> Outcome {
         if let Some(failure) = self.settle() {
             return self.make_up(trainer, &failure);
         }
@@ -119,7 +120,7 @@ impl Saves {
     ///
     /// # Errors
     /// As [`Saves::save`], where it has failed and could not be made up for.
-    pub(crate) fn look(&mut self, trainer: &mut Trainer) -> Outcome {
+    pub(crate) fn look(&mut self, trainer: &mut Team) -> Outcome {
         let saving = self.background.as_ref().and_then(|background| background.saving.as_ref());
         if !saving.is_some_and(|(_, thread)| thread.is_finished()) {
             return Ok(());
@@ -147,7 +148,7 @@ impl Saves {
     }
 
     /// Saves as it is now what could not be saved in the background.
-    fn make_up(&mut self, trainer: &mut Trainer, failure: &Failure) -> Outcome {
+    fn make_up(&mut self, trainer: &mut Team, failure: &Failure) -> Outcome {
         let message = &failure.message;
         console::note(&format!("mxtrain: warning: {message}; the run waits for another save"));
         self.save(trainer)
@@ -158,7 +159,7 @@ impl Saves {
     /// weights alone, but not beside a description of others. Where it goes on with what the folder
     /// itself holds, the run's description alone is written: a checkpoint may be gigabytes, and take
     /// minutes.
-    pub(crate) fn first(&mut self, trainer: &mut Trainer, origin: Origin) -> Outcome {
+    pub(crate) fn first(&mut self, trainer: &mut Team, origin: Origin) -> Outcome {
         let before = if origin == Origin::New { set_aside(&self.out)? } else { Vec::new() };
         if origin != Origin::Held {
             trainer.save(&self.out).inspect_err(|_| put_back(&before))?;
@@ -176,7 +177,7 @@ impl Saves {
     ///
     /// # Errors
     /// Where no place is left, with the reasons.
-    pub(crate) fn save(&mut self, trainer: &mut Trainer) -> Outcome {
+    pub(crate) fn save(&mut self, trainer: &mut Team) -> Outcome {
         // What has come of that is made up for here.
         let _ = self.settle();
         let step = trainer.steps_done();
@@ -217,7 +218,7 @@ impl Saves {
     ///
     /// # Errors
     /// As [`Saves::save`].
-    pub(crate) fn save_apart(&mut self, trainer: &mut Trainer) -> Outcome {
+    pub(crate) fn save_apart(&mut self, trainer: &mut Team) -> Outcome {
         // It is the state of now that counts, and that is saved.
         let _ = self.settle();
         if self.last.as_ref().is_some_and(|(saved, _)| *saved == trainer.steps_done()) {
@@ -227,7 +228,7 @@ impl Saves {
         self.save_beside(trainer, reason)
     }
 
-    fn save_beside(&mut self, trainer: &mut Trainer, mut reasons: String) -> Outcome {
+    fn save_beside(&mut self, trainer: &mut Team, mut reasons: String) -> Outcome {
         let step = trainer.steps_done();
         // Also of ".", the current folder.
         let out = std::path::absolute(&self.out).unwrap_or_else(|_| self.out.clone());
@@ -302,7 +303,7 @@ impl Saves {
         }
     }
 
-    fn save_to(&mut self, folder: &Path, trainer: &mut Trainer) -> Outcome {
+    fn save_to(&mut self, folder: &Path, trainer: &mut Team) -> Outcome {
         trainer.save(folder)?;
         self.describe(folder)
     }

@@ -192,11 +192,14 @@ pub(crate) fn trainer_options(
     recipe: &Recipe,
     optimizer: Option<&OptimizerArgs>,
     weights: Weights,
+    ranks: usize,
 ) -> Outcome<TrainerOptions> {
+    let lanes = batch.lanes.unwrap_or(ranks);
     let mut options = TrainerOptions {
         batch_size: batch.batch_size,
         sequence_length: batch.sequence_length.unwrap_or(0),
-        accumulation: batch.accumulation,
+        accumulation: batch.accumulation.unwrap_or(lanes),
+        lanes,
         recipe: recipe.clone(),
         recompute: batch.recompute,
         token_drop: batch.token_drop,
@@ -308,11 +311,15 @@ impl Start {
                 let vocab_size = vocabulary(args.data.vocab_size, data.vocab_size)?;
                 let config = model_config(&args.model, &args.variant, vocab_size)?;
                 let optimizer = Some(&args.optimizer);
-                Self::New(config, trainer_options(&args.batch, recipe, optimizer, Weights::New)?)
+                let ranks = engine.size();
+                let options = trainer_options(&args.batch, recipe, optimizer, Weights::New, ranks)?;
+                Self::New(config, options)
             }
             (None, Some(dir)) => {
                 let optimizer = Some(&args.optimizer);
-                let options = trainer_options(&args.batch, recipe, optimizer, Weights::Trained)?;
+                let ranks = engine.size();
+                let options =
+                    trainer_options(&args.batch, recipe, optimizer, Weights::Trained, ranks)?;
                 let model = hugging_face::load(engine, dir)?;
                 require_shape(args, parsed, model.config(), "--init-from")?;
                 Self::Weights(model, options)
@@ -672,7 +679,8 @@ fn require_settings(args: &TrainArgs, parsed: &Parsed, kept: &TrainerOptions) ->
     for (option, difference) in [
         ("batch-size", differs(&batch.batch_size, &kept.batch_size)),
         ("sequence-length", differs_from(&batch.sequence_length, &kept.sequence_length)),
-        ("accumulation", differs(&batch.accumulation, &kept.accumulation)),
+        ("accumulation", differs_from(&batch.accumulation, &kept.accumulation)),
+        ("lanes", differs_from(&batch.lanes, &kept.lanes)),
         ("recipe", differs(&args.recipe.recipe, &kept.recipe)),
         ("recompute", differs(&batch.recompute, &kept.recompute)),
         ("token-drop", differs(&drop(batch.token_drop), &drop(kept.token_drop))),
@@ -716,7 +724,7 @@ mod tests {
     }
 
     fn options(args: &TrainArgs, weights: Weights) -> Outcome<TrainerOptions> {
-        trainer_options(&args.batch, &args.recipe.recipe, Some(&args.optimizer), weights)
+        trainer_options(&args.batch, &args.recipe.recipe, Some(&args.optimizer), weights, 1)
     }
 
     #[test]

@@ -106,7 +106,7 @@ impl TensorBoard {
 
     /// Adds a step.
     pub(crate) fn step(&self, stats: &StepStats) -> Outcome {
-        let &StepStats { step, loss, grad_norm, lr, tokens, seconds, raised_blocks } = stats;
+        let &StepStats { step, loss, grad_norm, lr, tokens, seconds, raised_blocks, .. } = stats;
         let mut scalars = vec![
             ("train/loss", loss),
             ("train/lr", lr),
@@ -249,6 +249,7 @@ mod tests {
         tokens: 64,
         seconds: 0.5,
         raised_blocks: 0,
+        exchange_seconds: 0.0,
     };
 
     /// The events of a file, whose checksums must be right.

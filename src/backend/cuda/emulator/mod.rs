@@ -17,6 +17,7 @@ mod adamw;
 mod correct;
 mod decode;
 mod estimate;
+mod exchange;
 mod follow;
 mod fp4_instruction;
 mod fp8;

@@ -1,0 +1,135 @@
+//! Runs of several processes.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::process::Child;
+
+use common::{end, failed, interrupt, mxtrain, refuse, run, start, succeed, wait_for};
+
+const MODEL: &str = "--train raw.bin --val raw.bin --vocab-size 64 --layers 1 --heads 2 --channels 32 \
+                     --context 16 --batch-size 2 --device cpu --eval-batches 3";
+
+fn data(dir: &Path) {
+    let tokens = (0..4000u32).flat_map(|i| ((i * i % 61) as u16).to_le_bytes());
+    fs::write(dir.join("raw.bin"), tokens.collect::<Vec<_>>()).unwrap();
+}
+
+/// The processes that a run has started.
+fn followers(child: &Child) -> Vec<String> {
+    let path = format!("/proc/{0}/task/{0}/children", child.id());
+    let children = fs::read_to_string(path).unwrap_or_default();
+    children.split_whitespace().map(str::to_owned).collect()
+}
+
+fn is_there(pid: &str) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    !status.is_empty() && !status.contains(") Z ")
+}
+
+fn steps(log: &Path) -> Vec<String> {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    text.lines().map(|line| line.split(",\"seconds\"").next().unwrap().to_owned()).collect()
+}
+
+/// One process, two and four: the same log, the same checkpoint; and they go on from one another.
+#[test]
+fn any_number_of_processes_makes_the_same_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    data(dir);
+    for ranks in [1, 2, 4] {
+        let line = format!(
+            "train {MODEL} --steps 6 --eval-every 2 --lanes 4 --ranks {ranks} --out {ranks} --log \
+             {ranks}.jsonl --sharpness 1e-3"
+        );
+        succeed(dir, &line);
+        assert_eq!(steps(&dir.join("1.jsonl")), steps(&dir.join(format!("{ranks}.jsonl"))));
+        for file in ["model.safetensors", "trainer.safetensors", "trainer.json"] {
+            let of = |ranks: i32| fs::read(dir.join(ranks.to_string()).join(file)).unwrap();
+            assert!(of(1) == of(ranks), "{file} of {ranks}");
+        }
+    }
+    succeed(dir, &format!("train {MODEL} --steps 3 --lanes 4 --out moved --lr 1e-3"));
+    succeed(dir, &format!("train {MODEL} --steps 6 --schedule constant --lanes 4 --out straight"));
+    succeed(dir, &format!("train {MODEL} --steps 3 --schedule constant --ranks 4 --out moved2"));
+    succeed(dir, "train --resume moved2 --steps 5 --ranks 2 --device cpu");
+    succeed(dir, "train --resume moved2 --steps 6 --device cpu");
+    let weights = |name: &str| fs::read(dir.join(name).join("model.safetensors")).unwrap();
+    assert!(weights("straight") == weights("moved2"));
+    let refused = run(dir, "train --resume moved2 --steps 7 --ranks 3 --device cpu");
+    assert_eq!(
+        failed(&refused, "train"),
+        "--lanes: a step is the sum of 4, which 3 ranks cannot share and get the same bits; ranks may \
+         be 1, 2, 4"
+    );
+}
+
+#[test]
+fn what_cannot_be_is_refused_before_any_process_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    data(dir.path());
+    for (line, expected) in [
+        ("--ranks 0", "expected a number from 1 to 64"),
+        ("--ranks 65", "expected a number from 1 to 64"),
+        ("--ranks 2 --gpus 2", "cannot be used with"),
+        ("--gpus 2", "cannot be used with"),
+    ] {
+        let message = refuse(dir.path(), &format!("train {MODEL} --out x {line}"));
+        assert!(message.contains(expected), "{line}: {message}");
+    }
+    for (line, expected) in [
+        ("--ranks 2 --accumulation 3", "--accumulation: expected a multiple of 2, the lanes"),
+        ("--ranks 2 --lanes 3 --accumulation 3", "ranks may be 1, 3"),
+        ("--ranks 2 --optimizer adamw,ramping=3 --recipe bf16", "optimizer: "),
+    ] {
+        let message = refuse(dir.path(), &format!("train {MODEL} --out x {line}"));
+        assert!(message.contains(expected), "{line}: {message}");
+        assert!(!dir.path().join("x").exists());
+    }
+}
+
+/// A run that goes on for long, when it has begun.
+fn long_run(dir: &Path) -> Child {
+    let line = format!("train {MODEL} --steps 1000000 --eval-every 0 --ranks 3 --out x --log log");
+    let child = start(dir, mxtrain().args(line.split_whitespace()));
+    wait_for(|| !steps(&dir.join("log")).is_empty());
+    child
+}
+
+#[test]
+fn all_processes_stop_at_one_step() {
+    let dir = tempfile::tempdir().unwrap();
+    data(dir.path());
+    let child = long_run(dir.path());
+    let others = followers(&child);
+    assert_eq!(others.len(), 2);
+    interrupt(&child);
+    let (code, out, error) = end(child);
+    assert_eq!(code, Some(130), "{error}");
+    assert!(out.contains("stopped at step"), "{out}");
+    assert!(!others.iter().any(|pid| is_there(pid)));
+}
+
+/// Killed: whichever it is, none is left, and the checkpoint is that of the last step.
+#[test]
+fn a_process_that_is_killed_ends_the_run() {
+    for victim in [0, 1, 2] {
+        let dir = tempfile::tempdir().unwrap();
+        data(dir.path());
+        let child = long_run(dir.path());
+        let others = followers(&child);
+        let pid = if victim == 0 { child.id().to_string() } else { others[victim - 1].clone() };
+        assert!(std::process::Command::new("kill").args(["-9", &pid]).status().unwrap().success());
+        let (code, _, error) = end(child);
+        wait_for(|| !others.iter().any(|pid| is_there(pid)));
+        if victim > 0 {
+            assert_eq!(code, Some(1));
+            let expected = format!("rank {victim} is gone");
+            assert!(error.contains(&expected), "{error}");
+            assert!(error.contains("x holds step"), "{error}");
+        }
+        succeed(dir.path(), "info x");
+    }
+}

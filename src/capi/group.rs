@@ -1,0 +1,237 @@
+//! `mxt_group`: the ranks that train together, and the host's two collectives.
+
+use std::ffi::c_void;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::engine::{mxt_engine, mxt_user_data_free_fn};
+use super::float_mode;
+use super::guard;
+use super::status::{Failure, mxt_status};
+use super::structs::{self, Options, read, versioned};
+use crate::{Collectives, Group};
+
+/// Hands out and takes in blocks of `bytes_per_rank` bytes, one for each rank: block r of `send` goes
+/// to rank r, and block r of `receive` came from it, this rank's own included. The buffers are
+/// borrowed for the call and do not overlap. MPI_Alltoall of MPI_BYTE is one; a call has at most 32
+/// MiB in all.
+///
+/// Returns 0 when this rank's part is done; any other number ends the group: the call that needed it
+/// returns MXT_ERROR_PEER, and so does every later one, at once. It must give up by itself, by a
+/// deadline or when a connection breaks, where another rank is gone.
+///
+/// Runs on the thread of the call that needs it. It must not throw, longjmp, or call the library.
+pub type mxt_all_to_all_fn = Option<
+    unsafe extern "C-unwind" fn(
+        user_data: *mut c_void,
+        send: *const c_void,
+        receive: *mut c_void,
+        bytes_per_rank: usize,
+    ) -> i32,
+>;
+
+/// Gathers `bytes_per_rank` bytes of every rank: `send` of all ranks, one behind the other in their
+/// order, become `receive`, this rank's own included. MPI_Allgather of MPI_BYTE is one. All else as
+/// for mxt_all_to_all_fn.
+pub type mxt_all_gather_fn = Option<
+    unsafe extern "C-unwind" fn(
+        user_data: *mut c_void,
+        send: *const c_void,
+        receive: *mut c_void,
+        bytes_per_rank: usize,
+    ) -> i32,
+>;
+
+/// This rank gives up: calls in which other ranks wait for it should fail. Called at most once, on the
+/// thread of the call that failed, and nothing else is called then. It must not throw, longjmp, or
+/// call the library.
+pub type mxt_abort_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void)>;
+
+/// Ranks that train one model together, of which this program (or this thread of it) is one. Fill it
+/// with mxt_group_init, and put it into mxt_engine_options.
+///
+/// Every rank computes its part of each step and has all of the model. For given `lanes` of the
+/// trainer, losses, weights and files are the same bits on any number of ranks that the lanes allow.
+///
+/// Calls on an engine with a group, and on what is made from it, that are collective: mxt_engine_new,
+/// mxt_trainer_new, _load, _load_as, _step, _step_tokens, _eval, _save and _run. All ranks make them in
+/// the same order with the same arguments, but for tokens that a rank brings, and folders: rank 0
+/// writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
+/// has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
+/// alike what they must get MXT_ERROR_MISMATCH with what differs. All other calls, and freeing, are a
+/// rank's own.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct mxt_group {
+    /// Set by mxt_group_init.
+    pub struct_size: usize,
+    /// Which rank this is, from 0 on. Default 0.
+    pub rank: u32,
+    /// How many there are. 1 (default) is no group: nothing below is used.
+    pub size: u32,
+    /// Called for gradients, at every step.
+    pub all_to_all: mxt_all_to_all_fn,
+    /// Called for all else.
+    pub all_gather: mxt_all_gather_fn,
+    /// Called when this rank gives up, or NULL (default).
+    pub abort: mxt_abort_fn,
+    /// Passed to the functions above. It must stay valid until the engine and everything made from it
+    /// is freed, or until `user_data_free` is called with it.
+    pub user_data: *mut c_void,
+    /// Called with `user_data` exactly once for each call of mxt_engine_new that succeeds, when the
+    /// library will never call the functions above again; as log_user_data_free of mxt_engine_options.
+    /// NULL (default): nothing is called.
+    pub user_data_free: mxt_user_data_free_fn,
+}
+versioned!(mxt_group, last = user_data_free: mxt_user_data_free_fn);
+
+impl Options for mxt_group {
+    fn defaults() -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            rank: 0,
+            size: 1,
+            all_to_all: None,
+            all_gather: None,
+            abort: None,
+            user_data: std::ptr::null_mut(),
+            user_data_free: None,
+        }
+    }
+}
+
+/// Fills `group` with the defaults. `struct_size` is sizeof(mxt_group) as the caller's compiler sees
+/// it.
+///
+/// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_group_init(group: *mut mxt_group, struct_size: usize) -> mxt_status {
+    // SAFETY: the caller's struct has `struct_size` bytes.
+    guard::function("mxt_group_init", || unsafe { structs::init(group, struct_size) })
+}
+
+/// Which rank of its group an engine is, from 0 on; 0 without a group, and if `engine` is NULL. Any
+/// thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_rank(engine: *const mxt_engine) -> usize {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::getter("mxt_engine_rank", engine, |engine| engine.engine.rank()) }
+}
+
+/// Ranks of an engine's group; 1 without one, 0 if `engine` is NULL. Any thread may call it at any
+/// time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_ranks(engine: *const mxt_engine) -> usize {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::getter("mxt_engine_ranks", engine, |engine| engine.engine.size()) }
+}
+
+/// The host's side of a group, which mxt_engine_new has not yet been given for good.
+pub(super) struct Given {
+    pub(super) group: Option<Group>,
+    host: Option<Arc<Host>>,
+}
+
+impl Given {
+    /// # Safety
+    /// `group` is NULL or points to as many bytes as its `struct_size` says.
+    pub(super) unsafe fn new(group: *const mxt_group) -> Result<Self, Failure> {
+        if group.is_null() {
+            return Ok(Self { group: None, host: None });
+        }
+        // SAFETY: as promised by the caller.
+        let options = unsafe { read("group", group) }?;
+        let (all_to_all, all_gather) = match (options.all_to_all, options.all_gather) {
+            (Some(all_to_all), Some(all_gather)) => (all_to_all, all_gather),
+            _ if (options.rank, options.size) == (0, 1) => {
+                return Ok(Self { group: None, host: None });
+            }
+            _ => return Err(Failure::null("all_to_all or all_gather of the group")),
+        };
+        let mxt_group { rank, size, abort, user_data, user_data_free: free, .. } = options;
+        let host = Arc::new(Host { user_data, free, owned: AtomicBool::new(false) });
+        // What is no number of ranks is refused before anything is exchanged.
+        let ranks = (size as usize).max(1);
+        let collectives = Callbacks { host: host.clone(), ranks, all_to_all, all_gather, abort };
+        let group = Group::new(rank as usize, size as usize, Box::new(collectives));
+        Ok(Self { group: Some(group), host: Some(host) })
+    }
+
+    /// The engine has it now.
+    pub(super) fn is_owned(self) {
+        if let Some(host) = self.host {
+            host.owned.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+struct Host {
+    user_data: *mut c_void,
+    free: mxt_user_data_free_fn,
+    /// Whether mxt_engine_new succeeded, and with it passed the user data to the library.
+    owned: AtomicBool,
+}
+
+// SAFETY: the header asks for callbacks that run on the thread of whatever call needs them; the
+// pointer is only handed back to them.
+unsafe impl Send for Host {}
+// SAFETY: as above.
+unsafe impl Sync for Host {}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Some(free) = self.free.filter(|_| *self.owned.get_mut()) {
+            // SAFETY: the header asks for a function that takes this pointer, once.
+            float_mode::in_hosts(|| unsafe { free(self.user_data) });
+        }
+    }
+}
+
+type Collective =
+    unsafe extern "C-unwind" fn(*mut c_void, *const c_void, *mut c_void, usize) -> i32;
+
+struct Callbacks {
+    host: Arc<Host>,
+    ranks: usize,
+    all_to_all: Collective,
+    all_gather: Collective,
+    abort: mxt_abort_fn,
+}
+
+impl Callbacks {
+    fn call(
+        &self,
+        (name, function): (&str, Collective),
+        send: &[u8],
+        receive: &mut [u8],
+        bytes: usize,
+    ) -> io::Result<()> {
+        let (send, receive) = (send.as_ptr().cast(), receive.as_mut_ptr().cast());
+        let user_data = self.host.user_data;
+        // SAFETY: the header asks for a function that reads and writes as many bytes, and user data
+        // that lives as long as the engine.
+        match float_mode::in_hosts(|| unsafe { function(user_data, send, receive, bytes) }) {
+            0 => Ok(()),
+            code => Err(io::Error::other(format!("the callback {name} returned {code}"))),
+        }
+    }
+}
+
+impl Collectives for Callbacks {
+    fn all_to_all(&mut self, send: &[u8], receive: &mut [u8]) -> io::Result<()> {
+        let bytes = send.len() / self.ranks;
+        self.call(("all_to_all", self.all_to_all), send, receive, bytes)
+    }
+
+    fn all_gather(&mut self, mine: &[u8], all: &mut [u8]) -> io::Result<()> {
+        self.call(("all_gather", self.all_gather), mine, all, mine.len())
+    }
+
+    fn abort(&mut self) {
+        if let Some(abort) = self.abort {
+            // SAFETY: the header asks for a function that takes this pointer.
+            float_mode::in_hosts(|| unsafe { abort(self.host.user_data) });
+        }
+    }
+}

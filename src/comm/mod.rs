@@ -1,0 +1,299 @@
+//! Groups of ranks: processes, or threads of one, that train one model together.
+//!
+//! All that ranks say to each other goes through two collectives over bytes, which the host gives
+//! ([`Collectives`]): MPI, sockets, shared memory. Every rank makes the same calls in the same order;
+//! what one of them cannot do it says in the next vote (`news.rs`), so that no other waits for it.
+//! Nothing here knows what is trained.
+//!
+//! NOTE: a collective that fails ends the group, since nobody knows what the others have got of it.
+//! Whatever is asked of the group then returns the first reason again, at once.
+
+mod news;
+mod share;
+mod tree;
+
+use std::fmt;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use bytemuck::Zeroable;
+
+use crate::reserve::{collect, reserve, zeros};
+use crate::{Error, Result};
+pub(crate) use news::{Call, Counts};
+pub(crate) use share::Share;
+pub(crate) use tree::{Joins, sum_parts};
+
+use news::News;
+
+/// Two collectives over bytes, of which a group makes all that ranks exchange. Every rank calls them
+/// in the same order with the same lengths. They return when this rank's part is done, on the thread
+/// of the call that needs them, one at a time.
+///
+/// An error, whatever it is, ends the group: ranks that still wait have to get one, too, from what
+/// carries the bytes (a closed connection, a deadline of its own) or by [`Collectives::abort`].
+pub trait Collectives: Send {
+    /// Block r of `send` goes to rank r, and block r of `receive` came from it. Both have as many
+    /// blocks as there are ranks, all of one length.
+    ///
+    /// # Errors
+    /// Where another rank is gone or does not answer.
+    fn all_to_all(&mut self, send: &[u8], receive: &mut [u8]) -> io::Result<()>;
+
+    /// `mine` of all ranks, one behind the other in their order, this one's included.
+    ///
+    /// # Errors
+    /// As [`Collectives::all_to_all`].
+    fn all_gather(&mut self, mine: &[u8], all: &mut [u8]) -> io::Result<()>;
+
+    /// This rank gives up: calls in which other ranks wait should fail. Called once at most, and
+    /// nothing else afterwards.
+    fn abort(&mut self) {}
+}
+
+/// What an engine is made with to be one of several ranks ([`crate::EngineOptions::group`]).
+///
+/// Calls that say so are collective: all ranks make them, in the same order, with the same options.
+pub struct Group {
+    rank: usize,
+    size: usize,
+    collectives: Box<dyn Collectives>,
+}
+
+impl Group {
+    /// Rank `rank`, from 0 on, of `size`.
+    pub fn new(rank: usize, size: usize, collectives: Box<dyn Collectives>) -> Self {
+        Self { rank, size, collectives }
+    }
+
+    /// Whether there are no others.
+    pub(crate) fn is_one(&self) -> bool {
+        (self.rank, self.size) == (0, 1)
+    }
+}
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rank, size, .. } = self;
+        f.debug_struct("Group").field("rank", rank).field("size", size).finish_non_exhaustive()
+    }
+}
+
+/// Most ranks of a group.
+const MAX_RANKS: usize = 1 << 12;
+/// Most bytes of what a rank says of itself.
+const MAX_TEXT: u64 = 1 << 20;
+
+/// A group that an engine belongs to.
+pub(crate) struct Ranks {
+    rank: usize,
+    size: usize,
+    /// Where each runs, for messages.
+    hosts: Vec<String>,
+    state: Mutex<State>,
+}
+
+struct State {
+    collectives: Box<dyn Collectives>,
+    /// Why nothing more can be asked of it.
+    ended: Option<String>,
+    /// Of all ranks.
+    news: Vec<News>,
+}
+
+impl Ranks {
+    /// Meets the others.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a rank that is none; [`Error::Peer`].
+    pub(crate) fn new(group: Group) -> Result<Self> {
+        let Group { rank, size, collectives } = group;
+        if size == 0 || size > MAX_RANKS || rank >= size {
+            let message = format!(
+                "expected a rank below the number of ranks, and 1 to {MAX_RANKS} of these; got rank \
+                 {rank} of {size}"
+            );
+            return Err(Error::invalid("group", message));
+        }
+        let news = (0..size).map(|_| Ok(News::zeroed()));
+        let news = collect("what ranks say to each other", news)?;
+        let state = State { collectives, ended: None, news };
+        let mut ranks = Self { rank, size, hosts: Vec::new(), state: Mutex::new(state) };
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        ranks.hosts = ranks.gather(&host)?;
+        Ok(ranks)
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Ranks on the host of this one.
+    pub(crate) fn on_this_host(&self) -> usize {
+        self.hosts.iter().filter(|host| **host == self.hosts[self.rank]).count()
+    }
+
+    /// Whether nothing more can be asked of it.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).ended.is_some()
+    }
+
+    /// Tells the others that this rank gives up, for a reason that no vote has carried to them.
+    pub(crate) fn end(&self, reason: &str) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).end(reason.to_owned());
+    }
+
+    /// Ends the group if what holds it is left by a panic.
+    pub(crate) fn until_panic(&self) -> UntilPanic<'_> {
+        UntilPanic(self)
+    }
+
+    fn with<R>(
+        &self,
+        call: impl FnOnce(&mut dyn Collectives, &mut [News]) -> io::Result<R>,
+    ) -> Result<R> {
+        // A lock that is poisoned is of a collective that panicked.
+        let mut state = self.state.lock().unwrap_or_else(|poisoned| {
+            let mut state = poisoned.into_inner();
+            state.end("a collective panicked".to_owned());
+            state
+        });
+        if let Some(ended) = &state.ended {
+            return Err(peer(format!("the group has ended: {ended}")));
+        }
+        let State { collectives, news, .. } = &mut *state;
+        call(&mut **collectives, news).map_err(|error| {
+            let reason = format!("rank {} got no answer: {error}", self.rank);
+            state.end(reason.clone());
+            peer(reason)
+        })
+    }
+
+    /// Block r of `send` goes to rank r, and block r of `receive` came from it.
+    ///
+    /// # Errors
+    /// [`Error::Peer`].
+    pub(crate) fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
+        debug_assert!(send.len() == receive.len() && send.len().is_multiple_of(self.size));
+        self.with(|collectives, _| collectives.all_to_all(send, receive))
+    }
+
+    /// `mine` of all ranks, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Peer`].
+    pub(crate) fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<()> {
+        debug_assert_eq!(mine.len() * self.size, all.len());
+        self.with(|collectives, _| collectives.all_gather(mine, all))
+    }
+
+    /// A text of each rank, in their order.
+    fn gather(&self, mine: &str) -> Result<Vec<String>> {
+        const WHAT: &str = "what ranks say of themselves";
+        let mut lens: Vec<u8> = zeros(WHAT, 8 * self.size)?;
+        self.all_gather(&(mine.len() as u64).to_le_bytes(), &mut lens)?;
+        let lens: Vec<u64> =
+            lens.as_chunks().0.iter().map(|len| u64::from_le_bytes(*len)).collect();
+        let longest = lens.iter().copied().max().unwrap_or(0);
+        if longest > MAX_TEXT {
+            let reason = format!(
+                "a rank says that it has {longest} bytes to tell: is it of another version, or do \
+                 the callbacks mix up the order of calls?"
+            );
+            self.end(&reason);
+            return Err(peer(reason));
+        }
+        let longest = longest as usize;
+        let (mut padded, mut all) = (Vec::new(), zeros(WHAT, longest * self.size)?);
+        reserve(&mut padded, WHAT, longest)?;
+        padded.extend_from_slice(mine.as_bytes());
+        padded.resize(longest, 0);
+        self.all_gather(&padded, &mut all)?;
+        let texts = lens.iter().enumerate().map(|(rank, len)| {
+            let text = &all[rank * longest..][..*len as usize];
+            String::from_utf8_lossy(text).into_owned()
+        });
+        Ok(texts.collect())
+    }
+
+    /// Compares what all ranks must have alike, a name and a value each; every rank gets the same
+    /// answer.
+    ///
+    /// # Errors
+    /// [`Error::RanksDiffer`] names the first field that differs; [`Error::Peer`].
+    pub(crate) fn compare(&self, mine: &[(&str, String)]) -> Result<()> {
+        let lines: Vec<_> = mine.iter().map(|(name, value)| format!("{name}\t{value}")).collect();
+        let all = self.gather(&lines.join("\n"))?;
+        let of = |rank: usize| all[rank].split('\n').map(|line| line.split_once('\t'));
+        let differs = (1..self.size).find_map(|rank| {
+            let first = of(0).chain(std::iter::repeat(None));
+            let other = of(rank).chain(std::iter::repeat(None));
+            let lines = of(0).count().max(of(rank).count());
+            let pairs = first.zip(other).take(lines);
+            pairs.into_iter().find(|(first, other)| first != other).map(|pair| (rank, pair))
+        });
+        let Some((rank, (first, other))) = differs else { return Ok(()) };
+        let name = first.or(other).map_or("what it says of itself", |(name, _)| name);
+        let value = |of: Option<(&str, &str)>| of.map_or("nothing", |(_, value)| value).to_owned();
+        let (first, other) = (value(first), value(other));
+        let hosts = format!("0 ({}) and {rank} ({})", self.hosts[0], self.hosts[rank]);
+        Err(Error::RanksDiffer {
+            message: format!(
+                "{name} must be the same on all ranks; ranks {hosts} have {first} and {other}"
+            ),
+        })
+    }
+
+    /// The vote of a call: adds up what all ranks have counted, in the order of a tree. Where one rank
+    /// fails, it fails on all of them, before any has changed anything; the rank itself has its own
+    /// error to return.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] where a rank was; [`Error::RanksDiffer`] where ranks make
+    /// different calls, or are at different steps; [`Error::Peer`] with what went wrong elsewhere.
+    pub(crate) fn agree(&self, call: Call, mine: Result<Counts, &Error>) -> Result<Counts> {
+        let sent = News::new(call, &mine);
+        let found = self.with(|collectives, news| {
+            collectives.all_gather(bytemuck::bytes_of(&sent), bytemuck::cast_slice_mut(news))?;
+            Ok(news::judge(call, news, &self.hosts))
+        });
+        found?
+    }
+}
+
+impl Ranks {
+    /// Votes that a call fails before it has done anything.
+    pub(crate) fn refuse(&self, call: Call, error: Error) -> Error {
+        // What others say about it is less than the error itself.
+        let _ = self.agree(call, Err(&error));
+        error
+    }
+}
+
+impl State {
+    fn end(&mut self, reason: String) {
+        if self.ended.is_none() {
+            self.ended = Some(reason);
+            self.collectives.abort();
+        }
+    }
+}
+
+fn peer(message: String) -> Error {
+    Error::Peer { message }
+}
+
+/// See [`Ranks::until_panic`].
+pub(crate) struct UntilPanic<'a>(&'a Ranks);
+
+impl Drop for UntilPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end("a call panicked");
+        }
+    }
+}

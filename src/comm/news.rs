@@ -1,0 +1,200 @@
+//! What ranks tell each other in every collective call: 256 bytes.
+
+use std::fmt;
+
+use bytemuck::{Pod, Zeroable};
+
+use super::tree::sum_of;
+use crate::{Error, Result};
+
+/// "mxt", and the version of the layout.
+const MAGIC: u32 = 0x74786d01;
+const STOPPED: u32 = 1;
+const FAILED: u32 = 2;
+
+/// A collective call, with what must be the same of it on all ranks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Call {
+    /// An engine is made.
+    Engine,
+    /// A trainer is made or loaded.
+    Trainer,
+    /// The gradients of a step, from 1 on, with a learning rate, on a dataset of so many tokens, or on
+    /// tokens that the host gives.
+    Step { step: u64, lr: f32, tokens: Option<u64> },
+    /// An evaluation after so many steps, of so many windows, whose batches are dealt or not.
+    Eval { step: u64, windows: u64, is_dealt: bool },
+    /// A checkpoint after so many steps is begun.
+    Save { step: u64 },
+    /// It is done.
+    Saved { step: u64 },
+}
+
+impl Call {
+    fn numbers(self) -> (u32, [u64; 3]) {
+        match self {
+            Self::Engine => (0, [0; 3]),
+            Self::Trainer => (1, [0; 3]),
+            Self::Step { step, lr, tokens } => {
+                (2, [step, lr.to_bits().into(), tokens.unwrap_or(GIVEN)])
+            }
+            Self::Eval { step, windows, is_dealt } => (3, [step, windows, is_dealt.into()]),
+            Self::Save { step } => (4, [step, 0, 0]),
+            Self::Saved { step } => (5, [step, 0, 0]),
+        }
+    }
+
+    fn of_numbers(call: u32, [step, a, b]: [u64; 3]) -> Option<Self> {
+        Some(match call {
+            0 => Self::Engine,
+            1 => Self::Trainer,
+            2 => {
+                let tokens = (b != GIVEN).then_some(b);
+                Self::Step { step, lr: f32::from_bits(a as u32), tokens }
+            }
+            3 => Self::Eval { step, windows: a, is_dealt: b != 0 },
+            4 => Self::Save { step },
+            5 => Self::Saved { step },
+            _ => return None,
+        })
+    }
+}
+
+/// In the place of the tokens of a dataset, where there is none.
+const GIVEN: u64 = u64::MAX;
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Engine => f.write_str("makes an engine"),
+            Self::Trainer => f.write_str("makes a trainer"),
+            Self::Step { step, lr, tokens } => {
+                write!(f, "does step {step} at a rate of {lr:?} on ")?;
+                match tokens {
+                    None => f.write_str("given tokens"),
+                    Some(tokens) => write!(f, "a dataset of {tokens} tokens"),
+                }
+            }
+            Self::Eval { step, windows, is_dealt } => {
+                let more = if *is_dealt { "" } else { " for more than their loss" };
+                write!(f, "evaluates {windows} windows after step {step}{more}")
+            }
+            Self::Save { step } | Self::Saved { step } => write!(f, "saves step {step}"),
+        }
+    }
+}
+
+/// What ranks add up.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Counts {
+    /// In the order of the tree.
+    pub(crate) losses: f64,
+    pub(crate) raised_blocks: u64,
+}
+
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct News {
+    magic: u32,
+    call: u32,
+    about: [u64; 3],
+    losses: f64,
+    raised_blocks: u64,
+    outcome: u32,
+    words_len: u32,
+    words: [u8; 200],
+}
+
+impl News {
+    pub(super) fn new(call: Call, mine: &Result<Counts, &Error>) -> Self {
+        let (number, about) = call.numbers();
+        let mut news = Self { magic: MAGIC, call: number, about, ..Self::zeroed() };
+        match mine {
+            Ok(Counts { losses, raised_blocks }) => {
+                (news.losses, news.raised_blocks) = (*losses, *raised_blocks);
+            }
+            Err(Error::Stopped) => news.outcome = STOPPED,
+            Err(error) => {
+                news.outcome = FAILED;
+                let words = error.to_string();
+                let end = words.floor_char_boundary(news.words.len());
+                news.words[..end].copy_from_slice(&words.as_bytes()[..end]);
+                news.words_len = end as u32;
+            }
+        }
+        news
+    }
+
+    fn call(&self) -> Option<Call> {
+        match self.magic {
+            MAGIC => Call::of_numbers(self.call, self.about),
+            _ => None,
+        }
+    }
+
+    fn words(&self) -> String {
+        let len = (self.words_len as usize).min(self.words.len());
+        String::from_utf8_lossy(&self.words[..len]).into_owned()
+    }
+}
+
+/// What the news of all ranks come to, the same on every rank.
+pub(super) fn judge(call: Call, news: &[News], hosts: &[String]) -> Result<Counts> {
+    let name = |rank: usize| format!("rank {rank} on {}", hosts[rank]);
+    // One that fails early does not know what the call is about.
+    if let Some(rank) = news.iter().position(|news| news.magic == MAGIC && news.outcome == FAILED) {
+        let message = format!("{}: {}", name(rank), news[rank].words());
+        return Err(Error::Peer { message });
+    }
+    if let Some(rank) = news.iter().position(|other| other.call() != Some(call)) {
+        let other = match news[rank].call() {
+            Some(other) => other.to_string(),
+            None => {
+                "sent what is no news: is its library of another version, or does a callback mix \
+                     up the order of calls?"
+                    .to_owned()
+            }
+        };
+        let message =
+            format!("all ranks make the same calls; this one {call}, {} {other}", name(rank));
+        return Err(Error::RanksDiffer { message });
+    }
+    if news.iter().any(|news| news.outcome == STOPPED) {
+        return Err(Error::Stopped);
+    }
+    let losses = sum_of(0, news.len(), &|rank| news[rank].losses);
+    let raised_blocks = news.iter().map(|news| news.raised_blocks).sum();
+    Ok(Counts { losses, raised_blocks })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judged(call: Call, all: &[News]) -> Result<Counts> {
+        judge(call, all, &["a".into(), "b".into()])
+    }
+
+    #[test]
+    fn what_one_cannot_do_nobody_does() {
+        let call = Call::Step { step: 3, lr: 0.5, tokens: None };
+        let good = News::new(call, &Ok(Counts { losses: 1.5, raised_blocks: 2 }));
+        let sum = Counts { losses: 3.0, raised_blocks: 4 };
+        assert_eq!(judged(call, &[good, good]).unwrap(), sum);
+        let stopped = News::new(call, &Err(&Error::Stopped));
+        assert!(matches!(judged(call, &[good, stopped]), Err(Error::Stopped)));
+        // Longer than there is room for, cut within a letter.
+        let long = format!("x{}", "é".repeat(300));
+        let failed = News::new(call, &Err(&Error::invalid("tokens", long)));
+        let message = judged(call, &[stopped, failed]).unwrap_err().to_string();
+        assert!(message.contains("rank 1 on b: tokens: x\u{e9}"), "{message}");
+        let other = News::new(Call::Save { step: 3 }, &Ok(Counts::default()));
+        let message = judged(call, &[good, other]).unwrap_err().to_string();
+        let expected =
+            "this one does step 3 at a rate of 0.5 on given tokens, rank 1 on b saves step 3";
+        assert!(message.contains(expected), "{message}");
+        let message = judged(call, &[good, News::zeroed()]).unwrap_err().to_string();
+        assert!(message.contains("no news"), "{message}");
+        assert_eq!(size_of::<News>(), 256);
+    }
+}
