@@ -84,6 +84,11 @@ fn threads() {
 }
 
 #[test]
+fn ranks_as_processes() {
+    run("ranks.c", Link::Shared);
+}
+
+#[test]
 fn cancelled_threads() {
     run("cancel.c", Link::Shared);
 }

@@ -143,6 +143,7 @@ static void end(void) {
 
 static void making(const char *tokens) {
   mxt_engine_options engine_options;
+  mxt_group group;
   mxt_model_config config;
   mxt_trainer_options trainer_options;
   mxt_generate_options generate;
@@ -158,6 +159,7 @@ static void making(const char *tokens) {
   const uint32_t some[] = {1, 2, 3};
 
   PANICS(mxt_engine_options_init(&engine_options, sizeof engine_options));
+  PANICS(mxt_group_init(&group, sizeof group));
   PANICS(mxt_model_config_init(&config, sizeof config));
   PANICS(mxt_trainer_options_init(&trainer_options, sizeof trainer_options));
   PANICS(mxt_generate_options_init(&generate, sizeof generate));
@@ -196,6 +198,8 @@ static void making(const char *tokens) {
 
   IS_NOTHING(mxt_engine_threads(engine));
   IS_NOTHING(mxt_engine_seed(engine));
+  IS_NOTHING(mxt_engine_ranks(engine));
+  IS_NOTHING(mxt_engine_rank(engine));
   IS_NOTHING(mxt_engine_device(engine));
   IS_NOTHING(mxt_model_parameter_count(model));
   IS_NOTHING(mxt_model_tensor_count(model));

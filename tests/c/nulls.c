@@ -38,6 +38,8 @@ int main(void) {
   IS_NULL("engine", mxt_engine_new(NULL, NULL));
   CHECK(mxt_engine_device(NULL) == NULL && mxt_engine_threads(NULL) == 0);
   CHECK(mxt_engine_seed(NULL) == 0);
+  CHECK(mxt_engine_rank(NULL) == 0 && mxt_engine_ranks(NULL) == 0);
+  IS_NULL("options", mxt_group_init(NULL, sizeof(mxt_group)));
 
   IS_NULL("engine", mxt_model_new(NULL, &config, &no_model));
   IS_NULL("config", mxt_model_new(engine, NULL, &no_model));
