@@ -2,6 +2,9 @@
 //!
 //! Without a GPU (or a driver, or NVRTC) every test says so and passes.
 
+#[path = "common/ranks.rs"]
+mod ranks;
+
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -708,5 +711,67 @@ fn trainers_that_keep_weights_otherwise_share_a_model() {
         let furthest = losses.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(furthest < 0.01, "{masters:?}: {losses:?} {plain:?}");
         assert_eq!(others.len(), tokens.len(), "{masters:?}");
+    }
+}
+
+/// Ranks share the GPUs that there are, through the host: losses, norms and files of one that has all
+/// lanes, and of ranks that go on from each other.
+#[test]
+fn any_number_of_ranks_has_the_same_bits() {
+    if gpu().is_none() {
+        return;
+    }
+    let gpus = 1 + usize::from(engine("cuda:1").is_ok());
+    let folder = tempfile::tempdir().unwrap();
+    let data = text();
+    for (recipe, optimizer) in [
+        ("mxfp4-rht-sr", "adamw"),
+        ("fp8-mxfp4-rht-sr", "adamw,moments=int8,master=split"),
+        ("bf16", "muon"),
+    ] {
+        let how = || TrainerOptions {
+            batch_size: 2,
+            lanes: 4,
+            optimizer: optimizer.parse().unwrap(),
+            ..options(recipe)
+        };
+        let of_size = |size: usize| {
+            let dir = folder.path().join(size.to_string());
+            let mut all = ranks::on_ranks(size, |rank, group| {
+                let device = format!("cuda:{}", rank % gpus);
+                let options = ranks::options(rank, size, group);
+                let engine = Engine::new(EngineOptions { device, ..options }).unwrap();
+                let model = Model::new(&engine, &config()).unwrap();
+                let mut trainer = Trainer::new(&model, how()).unwrap();
+                let of_step =
+                    |stats: mxfp4train::StepStats| [stats.loss, stats.grad_norm].map(f32::to_bits);
+                let mut steps: Vec<_> =
+                    (0..50).map(|_| of_step(trainer.step(&data).unwrap())).collect();
+                let eval = trainer.eval(&data, 7).unwrap();
+                steps.push([eval.loss.to_bits(), eval.tokens as u32]);
+                trainer.save(&dir).unwrap();
+                steps
+            });
+            let steps = all.remove(0);
+            assert!(all.iter().all(|other| *other == steps), "{recipe}: ranks of {size} differ");
+            let read = |name| std::fs::read(dir.join(name)).unwrap();
+            (steps, ["model.safetensors", "trainer.safetensors"].map(read))
+        };
+        let alone = of_size(1);
+        for size in [2, 4] {
+            let (steps, files) = of_size(size);
+            assert_eq!(steps, alone.0, "{recipe}: {size} ranks");
+            assert!(files == alone.1, "{recipe}: files of {size} ranks");
+        }
+        let loaded = ranks::on_ranks(2, |rank, group| {
+            let device = format!("cuda:{}", rank % gpus);
+            let options = ranks::options(rank, 2, group);
+            let engine = Engine::new(EngineOptions { device, ..options }).unwrap();
+            let mut trainer = Trainer::load(&engine, &folder.path().join("4")).unwrap();
+            trainer.step(&data).unwrap().loss.to_bits()
+        });
+        let mut trainer =
+            Trainer::load(&engine("cuda").unwrap(), &folder.path().join("2")).unwrap();
+        assert_eq!(loaded, [trainer.step(&data).unwrap().loss.to_bits(); 2]);
     }
 }

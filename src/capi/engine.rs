@@ -189,7 +189,7 @@ pub unsafe extern "C" fn mxt_engine_new(
         })?;
         out.put(mxt_engine { state: State::new(), engine, device }.into_raw());
         host.owned.store(true, Ordering::Relaxed);
-        given.is_owned();
+        given.keep();
         Ok(())
     })
 }

@@ -159,7 +159,7 @@ impl Given {
     }
 
     /// The engine has it now.
-    pub(super) fn is_owned(self) {
+    pub(super) fn keep(self) {
         if let Some(host) = self.host {
             host.owned.store(true, Ordering::Relaxed);
         }

@@ -213,7 +213,8 @@ impl Trainer {
     }
 
     /// Copies all that [`Trainer::save`] would save to the host, for another thread to save while
-    /// training goes on. Not collective: every rank of a group has all of it. Takes over the memory of an earlier snapshot, of this trainer or another, as
+    /// training goes on. Not collective: every rank of a group has all of it, also when the group has
+    /// ended. Takes over the memory of an earlier snapshot, of this trainer or another, as
     /// long as that is: memory that is new is slower. After an error that is gone.
     ///
     /// # Errors

@@ -1,5 +1,8 @@
 //! Ranks of a group as threads of this process.
 
+// Every test program uses a part of it.
+#![allow(dead_code)]
+
 use std::io;
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -21,11 +24,11 @@ struct State {
 }
 
 /// One rank of several on threads.
-pub struct Threads {
+pub(crate) struct Threads {
     rank: usize,
     meeting: Arc<Meeting>,
     /// Collectives until one fails.
-    pub until_failure: usize,
+    pub(crate) until_failure: usize,
 }
 
 impl Threads {
@@ -85,7 +88,7 @@ impl Collectives for Threads {
 }
 
 /// What `of` makes of each rank, on a thread of its own.
-pub fn on_ranks<R: Send>(size: usize, of: impl Fn(usize, Threads) -> R + Sync) -> Vec<R> {
+pub(crate) fn on_ranks<R: Send>(size: usize, of: impl Fn(usize, Threads) -> R + Sync) -> Vec<R> {
     let state = State { sent: vec![None; size], ..State::default() };
     let meeting = Arc::new(Meeting { state: Mutex::new(state), changed: Condvar::new() });
     let one = |rank| {
@@ -100,12 +103,12 @@ pub fn on_ranks<R: Send>(size: usize, of: impl Fn(usize, Threads) -> R + Sync) -
 }
 
 /// The options of an engine that is a rank.
-pub fn options(rank: usize, size: usize, ranks: Threads) -> EngineOptions {
+pub(crate) fn options(rank: usize, size: usize, ranks: Threads) -> EngineOptions {
     let group = (size > 1).then(|| Group::new(rank, size, Box::new(ranks)));
     EngineOptions { threads: 1, group, ..EngineOptions::default() }
 }
 
 /// What `of` makes of engines that are one group.
-pub fn on_engines<R: Send>(size: usize, of: impl Fn(&Engine) -> R + Sync) -> Vec<R> {
+pub(crate) fn on_engines<R: Send>(size: usize, of: impl Fn(&Engine) -> R + Sync) -> Vec<R> {
     on_ranks(size, |rank, ranks| of(&Engine::new(options(rank, size, ranks)).unwrap()))
 }

@@ -283,13 +283,19 @@ impl Leader {
     /// Says why followers have ended, but for what the failure of this process says itself.
     pub(crate) fn tell_reasons(&mut self, failure: &Failure) {
         let mut told = vec![failure.message.clone()];
-        for (index, calls) in self.calls.iter_mut().enumerate() {
+        for (index, (calls, child)) in self.calls.iter_mut().zip(&mut self.children).enumerate() {
             let mut words = Vec::new();
             // Those that are alive say nothing.
             if calls.set_read_timeout(Some(Duration::from_millis(200))).is_ok() {
                 let _ = calls.take(1 << 12).read_to_end(&mut words);
             }
-            let words = String::from_utf8_lossy(&words).into_owned();
+            let mut words = String::from_utf8_lossy(&words).into_owned();
+            if words.is_empty()
+                && let Ok(Some(status)) = child.try_wait()
+                && status.code().is_none_or(|code| code > 1)
+            {
+                words = format!("its process has ended: {status}");
+            }
             if !words.is_empty() && !told.contains(&words) {
                 console::note(&format!("mxtrain: rank {}: {words}", index + 1));
                 told.push(words);
@@ -356,9 +362,13 @@ impl Team {
         self.trainer.eval(data, batches)
     }
 
+    /// Rank 0 has all that there is to save, so that it can do without others that are gone.
     pub(crate) fn save(&mut self, dir: &Path) -> Result<(), Error> {
         self.say(Call::Save);
-        self.trainer.save(dir)
+        match self.trainer.save(dir) {
+            Err(Error::Peer { .. }) => self.trainer.snapshot(None)?.save(dir),
+            saved => saved,
+        }
     }
 
     /// Says why followers have ended.
