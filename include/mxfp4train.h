@@ -101,7 +101,10 @@
 //    (portable, avx2, avx512 or amx) names another for engines that are made afterwards, so that
 //    machines of different kinds give the same bits.
 //
-// 9. Versions. MXT_VERSION_NUMBER is the version of this header, mxt_version_number() that of the
+// 9. Several processes or threads can share every step of a run, as ranks of a group that the host
+//    carries bytes for: see mxt_group. With the same lanes, the bits are the same on any number of ranks.
+//
+// 10. Versions. MXT_VERSION_NUMBER is the version of this header, mxt_version_number() that of the
 //    library that is running; MXT_ABI_VERSION and mxt_abi_version() must be equal. While the major
 //    version is 0, minor versions may change what is written here, and then the ABI version changes.
 //    The library exports no symbols but mxt_ ones, and stays loaded after dlclose.

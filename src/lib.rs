@@ -45,7 +45,8 @@
 //! # Determinism
 //!
 //! One seed gives one run, bit for bit, on any number of threads; a run that is saved and resumed
-//! goes on bit for bit as if it had not stopped. Instruction sets (portable, AVX2, AVX-512, AMX)
+//! goes on bit for bit as if it had not stopped. Ranks of a [`Group`] share every step, and have the bits
+//! of one that has all [`TrainerOptions::lanes`]. Instruction sets (portable, AVX2, AVX-512, AMX)
 //! and kinds of GPU differ in the last bits of sums; the environment variable `MXT_CPU_ISA` names a
 //! set that machines of different kinds have in common ([`backend::cpu::Isa`]).
 //!

@@ -325,6 +325,8 @@ struct defaults : C {
 }  // namespace detail
 
 using EngineOptions = detail::defaults<mxt_engine_options, mxt_engine_options_init>;
+// Ranks that train together, by functions of C: put its address into EngineOptions::group.
+using Group = detail::defaults<mxt_group, mxt_group_init>;
 using ModelConfig = detail::defaults<mxt_model_config, mxt_model_config_init>;
 using TrainerOptions = detail::defaults<mxt_trainer_options, mxt_trainer_options_init>;
 using DatasetOptions = detail::defaults<mxt_dataset_options, mxt_dataset_options_init>;
@@ -382,6 +384,9 @@ class Engine {
   }
   std::size_t threads() const noexcept { return mxt_engine_threads(get()); }
   std::uint64_t seed() const noexcept { return mxt_engine_seed(get()); }
+  // Which rank of its group it is, and how many there are; 0 of 1 without one.
+  std::size_t rank() const noexcept { return mxt_engine_rank(get()); }
+  std::size_t ranks() const noexcept { return mxt_engine_ranks(get()); }
 
   // The C handle, which stays this object's.
   mxt_engine *get() const noexcept { return handle_.get(); }

@@ -129,6 +129,12 @@ static void tensors() {
   mxt::Engine engine(one_thread());
   mxt::Model model(engine, small_config());
   CHECK(engine.device() == "cpu" && engine.threads() == 1 && engine.seed() == 1337);
+  mxt::Group group;
+  mxt::EngineOptions one_of_one;
+  one_of_one.threads = 1;
+  one_of_one.group = &group;
+  const mxt::Engine alone(one_of_one);
+  CHECK(alone.rank() == 0 && alone.ranks() == 1);
   CHECK(model.config().channels == 16 && model.config().layer_norm_epsilon > 0);
   mxt::ModelConfig other = small_config();
   other.mlp_channels = 37, other.activation = MXT_ACTIVATION_GELU, other.tied_head = 0;

@@ -121,7 +121,10 @@ fn config() -> ModelConfig {
 }
 
 fn state(step: u64) -> TrainerState {
+    // As resolved options are.
     let options = TrainerOptions {
+        accumulation: 1,
+        lanes: 1,
         batch_size: 3,
         recipe: "mxfp4-rht-sr,g=128,bf16-last-steps=0.1".parse().unwrap(),
         ..TrainerOptions::default()

@@ -18,7 +18,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use mxfp4train::{Dataset, Error, EvalStats, Group, StepStats, Trainer};
 
@@ -231,7 +231,9 @@ impl Follower {
 impl Leader {
     /// Starts `size - 1` processes with this one's arguments, and meets them.
     pub(crate) fn start(size: usize, seed: u64) -> Outcome<(Group, Self)> {
-        let folder = env::temp_dir().join(format!("mxtrain-{}", std::process::id()));
+        // One of the same name may be left of a process that was killed.
+        let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().subsec_nanos();
+        let folder = env::temp_dir().join(format!("mxtrain-{}-{since:08x}", std::process::id()));
         let cannot = |e| Failure::io("make", &folder)(e);
         DirBuilder::new().mode(0o700).create(&folder).map_err(cannot)?;
         let place = Place { rank: 0, size, folder: folder.clone() };

@@ -14,8 +14,8 @@ use std::time::Instant;
 
 use indicatif::{HumanCount, HumanDuration};
 use mxfp4train::{
-    Cadence, Dataset, Engine, Error, GenerateOptions, Group, Model, ModelConfig, Schedule,
-    ScheduleKind, StopHandle, TrainerOptions, carriers, emulation,
+    Cadence, Dataset, Engine, EngineOptions, Error, GenerateOptions, Group, Model, ModelConfig,
+    Schedule, ScheduleKind, StopHandle, TrainerOptions, carriers, emulation,
 };
 
 pub(crate) use setup::{
@@ -82,7 +82,10 @@ fn follow_with(
     follower: &mut Follower,
 ) -> Outcome {
     let (seed, device) = (follower.seed()?, device_of(args, follower.rank()));
-    let (engine, _) = machine::open_as(device, args.machine.threads, seed, Some(group))?;
+    let (threads, group) = (args.machine.threads, Some(group));
+    // Without a log: rank 0 says what there is to say.
+    let engine =
+        Engine::new(EngineOptions { device, threads, seed, group, ..EngineOptions::default() })?;
     let data = Data::open(&args.data)?;
     let mut trainer = Start::new(args, parsed, &data, &engine)?.trainer(&engine)?;
     trainer.set_sharpness(args.report.sharpness.sharpness)?;
