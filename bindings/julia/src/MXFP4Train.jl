@@ -31,8 +31,9 @@ What holds everywhere:
 - An object that is inside a call refuses others from other tasks with a busy error. Different
   objects can be used from different threads. While a step runs, Julia's garbage collector waits for
   it, and other threads may have to wait for the collector.
-- `load` and `save` are not exported, because so many packages have functions of these names: write
-  `MXFP4Train.save`, or `using MXFP4Train: load, save`.
+- Several GPUs, or machines, train one model as ranks of a [`Group`](@ref).
+- `load` and `save`, and `rank` and `ranks`, are not exported, because so many packages have functions
+  of these names: write `MXFP4Train.save`, or `using MXFP4Train: load, save`.
 
 The library is looked for at the path in the environment variable `MXFP4TRAIN_LIBRARY`, else, from
 Julia 1.6 on, at the one that the preference `library` of this package names, else where the system
@@ -47,7 +48,7 @@ module MXFP4Train
 using Libdl: dlopen, dlsym
 using Serialization: Serialization
 
-export Dataset, Decoder, Engine, MXFP4Error, Model, Snapshot, Tensors, Trainer
+export Dataset, Decoder, Engine, Group, MXFP4Error, Model, Snapshot, Tensors, Trainer
 export clear_stop, config, coverage, evaluate!, fork!, generate, generate!, logits, logits_from,
     max_token, next_logits, options, parameter_count, plan, renew!, request_stop, rewind!, run!,
     schedule_start, set_lr!, set_schedule!, set_sharpness!, step!, steps, steps_done, tensor_update,

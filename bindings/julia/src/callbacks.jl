@@ -1,14 +1,15 @@
 # The way of a callback through C: functions without closures, whose user data is a `Slot`.
 
-# What C's user data points to: a place with a Julia function. Whoever passes it keeps it alive for
-# as long as C may call.
+# What C's user data points to: a place with a Julia function, or with a `Group`. Whoever passes it
+# keeps it alive for as long as C may call.
 #
 # NOTE: C gets the address of the place, not of an object. The optimizer may keep the place itself
-# on the stack, without the tag in front that says its type; the function in it is always whole.
+# on the stack, without the tag in front that says its type; what is in it is always whole.
 const Slot = Base.RefValue{Any}
 
 slot_pointer(slot::Slot) = Ptr{Cvoid}(Base.unsafe_convert(Ptr{Any}, slot))
 slot_function(user_data::Ptr{Cvoid}) = unsafe_load(Ptr{Any}(user_data))
+slot_group(user_data::Ptr{Cvoid}) = unsafe_load(Ptr{Any}(user_data))::Group
 
 const GO_ON = Int32(0)
 const STOP = Int32(1)
@@ -27,6 +28,21 @@ function guarded(callback)
         return flow(Base.reenable_sigint(callback))
     catch exception
         task_local_storage(THROWN, Some{Any}(exception))
+        return STOP
+    end
+end
+
+# Runs a function of a group. What it throws is kept for `call`, and ends the group.
+#
+# NOTE: nothing else ends it, since the other ranks wait for this one. Where a callback has thrown
+# before, the call still goes to its end with all ranks, and that exception is the one that arrives.
+# Ctrl-C waits for a callback that can stop in order, or for the end of the call.
+function exchanged(exchange)
+    try
+        return flow(exchange())
+    catch exception
+        thrown = task_local_storage()
+        haskey(thrown, THROWN) || task_local_storage(THROWN, Some{Any}(exception))
         return STOP
     end
 end
@@ -67,11 +83,50 @@ function on_log(user_data::Ptr{Cvoid}, level::Int32, line::Cstring)::Cvoid
     return nothing
 end
 
+function on_all_to_all(
+    user_data::Ptr{Cvoid},
+    send::Ptr{Cvoid},
+    receive::Ptr{Cvoid},
+    bytes_per_rank::Csize_t,
+)::Int32
+    return exchanged() do
+        group = slot_group(user_data)
+        bytes = group.size * bytes_per_rank
+        group.all_to_all(bytes_at(send, bytes), bytes_at(receive, bytes))
+    end
+end
+
+function on_all_gather(
+    user_data::Ptr{Cvoid},
+    send::Ptr{Cvoid},
+    receive::Ptr{Cvoid},
+    bytes_per_rank::Csize_t,
+)::Int32
+    return exchanged() do
+        group = slot_group(user_data)
+        bytes = group.size * bytes_per_rank
+        group.all_gather(bytes_at(send, bytes_per_rank), bytes_at(receive, bytes))
+    end
+end
+
+function on_abort(user_data::Ptr{Cvoid})::Cvoid
+    exchanged(() -> slot_group(user_data).abort())
+    return nothing
+end
+
+# C's memory, as long as the callback runs.
+bytes_at(start::Ptr{Cvoid}, count) = Base.unsafe_wrap(Vector{UInt8}, Ptr{UInt8}(start), count)
+
 # NOTE: not constants, since the addresses differ in every process and packages are compiled ahead.
 step_function() =
     @cfunction(on_step, Int32, (Ptr{Cvoid}, Ptr{Lib.mxt_step_stats}, Ptr{Lib.mxt_eval_stats}))
 token_function() = @cfunction(on_token, Int32, (Ptr{Cvoid}, UInt32))
 log_function() = @cfunction(on_log, Cvoid, (Ptr{Cvoid}, Int32, Cstring))
+all_to_all_function() =
+    @cfunction(on_all_to_all, Int32, (Ptr{Cvoid}, Ptr{Cvoid}, Ptr{Cvoid}, Csize_t))
+all_gather_function() =
+    @cfunction(on_all_gather, Int32, (Ptr{Cvoid}, Ptr{Cvoid}, Ptr{Cvoid}, Csize_t))
+abort_function() = @cfunction(on_abort, Cvoid, (Ptr{Cvoid},))
 
 function log_level(level::Int32)
     level == Lib.MXT_LOG_LEVEL_WARNING && return :warning

@@ -2,9 +2,9 @@
 
 """
     Trainer(model; recipe = nothing, recompute = nothing, optimizer = nothing, token_drop = nothing,
-            schedule = :constant, batch_size = 8, sequence_length = 0, accumulation = 1, lr = 3e-4,
-            min_lr = 0, warmup_steps = 0, total_steps = 0, decay_steps = 0, beta1 = 0.9, beta2 = 0.95,
-            epsilon = 1e-8, weight_decay = 0.1, clip = 1)
+            schedule = :constant, batch_size = 8, sequence_length = 0, accumulation = 0, lanes = 0,
+            lr = 3e-4, min_lr = 0, warmup_steps = 0, total_steps = 0, decay_steps = 0, beta1 = 0.9,
+            beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1, clip = 1)
 
 A trainer at step 0 that changes the weights of `model`. All memory of training is allocated here.
 
@@ -15,6 +15,12 @@ A trainer at step 0 that changes the weights of `model`. All memory of training 
 or `"stable-adamw"`, which is made for `clip = 0`. `token_drop` says how many tokens of a sequence
 the blocks between the first and the last see in training: `"start=128,steps=60%"` begins with 128
 and comes to all of them after 60 % of `total_steps`; `nothing` is all.
+
+`accumulation` is how many batches make a step, those of all ranks of a [`Group`](@ref) together; 0 is
+as many as there are lanes. `lanes` are the parts of a step that ranks share, each of as many batches:
+with the same lanes, losses, weights and files are the same bits on any number of ranks that divides
+them by a power of two, and a saved run goes on on any of these; 0 is as many as there are ranks, 1
+without a group.
 """
 mutable struct Trainer <: Handle
     handle::Ptr{Lib.mxt_trainer}
@@ -80,14 +86,16 @@ end
 
 Does one optimizer step on the next windows of a dataset. Returns what it did as a named tuple:
 `step`, `tokens`, `seconds`, `loss` (nats a token, before the update), `grad_norm`, `lr`,
-`tokens_per_second`, `raised_blocks` (of MXFP4, see `mxt_step_stats`), and, where
-[`watch_updates!`](@ref) watches the step, `update_rms_max` and `update_rms_tensor`, else `NaN` and 0.
+`tokens_per_second`, `raised_blocks` (of MXFP4, see `mxt_step_stats`), where
+[`watch_updates!`](@ref) watches the step, `update_rms_max` and `update_rms_tensor`, else `NaN` and 0,
+and `exchange_seconds`, in which this rank waited for others and exchanged gradients with them.
 
     step!(trainer, tokens)
 
 Does the step on a matrix of tokens, numbers from 0: `sequence_length + 1` rows, and a column for
 each of the `accumulation * batch_size` sequences. A matrix of another size is a
-`DimensionMismatch`.
+`DimensionMismatch`. Of the ranks of a [`Group`](@ref) each brings its part of the columns, as many as
+every other: rank 0 the first of them, and so on.
 """
 function step!(trainer::Trainer, dataset::Dataset)
     stats = sized(Lib.mxt_step_stats)
@@ -96,24 +104,48 @@ function step!(trainer::Trainer, dataset::Dataset)
 end
 
 function step!(trainer::Trainer, tokens::AbstractMatrix{<:Integer})
-    how = options(trainer)
-    expected = (how.sequence_length + 1, how.accumulation * how.batch_size)
-    if size(tokens) != expected
-        # NOTE: C sees numbers in a row, and would train on a transposed matrix as on any other.
-        fix = reverse(size(tokens)) == expected ? "; permutedims(tokens) has it" : ""
-        throw(
-            DimensionMismatch(
-                "tokens: expected a matrix of $(join(expected, '×')) (sequence_length + 1 by " *
-                "accumulation * batch_size), got $(join(size(tokens), '×'))$fix",
-            ),
-        )
+    columns = nothing
+    try
+        columns = step_columns(trainer, tokens)
+    finally
+        columns === nothing && refuse_step(trainer)
     end
-    columns = c_tokens("tokens", tokens)
     stats = sized(Lib.mxt_step_stats)
     call(trainer) do
         Lib.mxt_trainer_step_tokens(trainer, columns, length(columns), stats)
     end
     return named(stats[])
+end
+
+# The tokens of a step as C wants them.
+function step_columns(trainer::Trainer, tokens::AbstractMatrix{<:Integer})
+    how = options(trainer)
+    # NOTE: not `ranks`, which is 0 where the engine is closed already.
+    count = trainer.engine.group[].size
+    expected = (how.sequence_length + 1, how.accumulation * how.batch_size ÷ count)
+    if size(tokens) != expected
+        # NOTE: C sees numbers in a row, and would train on a transposed matrix as on any other.
+        fix = reverse(size(tokens)) == expected ? "; permutedims(tokens) has it" : ""
+        part = count == 1 ? "" : " / $count ranks"
+        throw(
+            DimensionMismatch(
+                "tokens: expected a matrix of $(join(expected, '×')) (sequence_length + 1 by " *
+                "accumulation * batch_size$part), got $(join(size(tokens), '×'))$fix",
+            ),
+        )
+    end
+    return c_tokens("tokens", tokens)
+end
+
+# Tells the other ranks of a step that is refused here, for which they would wait: by a step on no
+# tokens, which fails on all of them and changes nothing.
+function refuse_step(trainer::Trainer)
+    trainer.engine.group[].size == 1 && return nothing
+    none = UInt32[]
+    return call(trainer) do
+        Lib.mxt_trainer_step_tokens(trainer, none, 0, C_NULL)
+        return Lib.MXT_OK
+    end
 end
 
 # The index of a tensor counts from 1 here, and 0 is none.

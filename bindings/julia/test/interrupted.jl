@@ -1,4 +1,4 @@
-# What runtests.jl starts and interrupts: is sent SIGINT three times.
+# What runtests.jl starts and interrupts: is sent SIGINT four times.
 using MXFP4Train
 
 const FOLDER = first(ARGS)
@@ -21,22 +21,33 @@ function interrupted(f, name, trainer)
     error("expected an interrupted run")
 end
 
-function main()
-    engine = Engine(threads = 1)
+# A rank that hears what it says as the other's words.
+function twin()
+    all_to_all(send, receive) = copyto!(receive, send)
+    all_gather(mine, all) = copyto!(all, [mine; mine])
+    return Group(0, 2; all_to_all = all_to_all, all_gather = all_gather)
+end
+
+function new_trainer(group)
     model = Model(
-        engine;
+        Engine(threads = 1, group = group);
         vocab_size = 32,
         context_length = 16,
         layers = 1,
         heads = 2,
         channels = 16,
     )
-    trainer = Trainer(model; batch_size = 2)
+    return Trainer(model; batch_size = 2)
+end
+
+function main()
+    trainer = new_trainer(nothing)
     steps = interrupted("callback", trainer) do step, _
         step.step == 3 && tell("running")
     end
     tell(steps)
     tell(interrupted((_, _) -> nothing, "silent", trainer))
+    tell(interrupted((_, _) -> nothing, "rank", new_trainer(twin())))
     # What Julia prints when a signal ends it is expected.
     redirect_stderr(open("/dev/null", "w"))
     tell("waiting")

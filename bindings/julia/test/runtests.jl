@@ -104,8 +104,8 @@ end
 end
 
 @testset "names" begin
-    # Too many packages export these two.
-    @test isempty(intersect(names(MXFP4Train), (:load, :save)))
+    # Too many packages export these.
+    @test isempty(intersect(names(MXFP4Train), (:load, :save, :rank, :ranks)))
 end
 
 @testset "lifetimes" begin
@@ -170,6 +170,7 @@ end
         @test status_of(use) == Lib.MXT_ERROR_NULL
     end
     @test length(dataset) == steps_done(trainer) == parameter_count(model) == 0
+    @test MXFP4Train.rank(engine) == MXFP4Train.ranks(engine) == 0
     @test isempty(dataset) && isempty(collect(dataset)) && isempty(tensors(model))
     @test_throws BoundsError dataset[1]
     @test steps_done(other) == 0
@@ -680,6 +681,175 @@ end
     @test fetch(task).ended === :request
 end
 
+# What `f` makes of each rank of a group, in tasks of this process: what a rank brings to another
+# goes through a channel.
+function on_ranks(f, size)
+    boxes = [Channel{Vector{UInt8}}(1) for from in 1:size, to in 1:size]
+    abort() = foreach(close, boxes)
+    function parts(bytes)
+        count = length(bytes) ÷ size
+        return [view(bytes, (rank * count + 1):((rank + 1) * count)) for rank in 0:(size - 1)]
+    end
+    function exchange(rank, blocks, receive)
+        # Copies, since the vectors are borrowed.
+        foreach((block, box) -> put!(box, collect(block)), blocks, boxes[rank + 1, :])
+        foreach((block, box) -> copyto!(block, take!(box)), parts(receive), boxes[:, rank + 1])
+    end
+    tasks = map(0:(size - 1)) do rank
+        group = Group(
+            rank,
+            size;
+            all_to_all = (send, receive) -> exchange(rank, parts(send), receive),
+            all_gather = (mine, all) -> exchange(rank, fill(mine, size), all),
+            abort = abort,
+        )
+        Threads.@spawn try
+            f(group)
+        catch
+            # Nobody is to wait for a test that fails.
+            abort()
+            rethrow()
+        end
+    end
+    return fetch.(tasks)
+end
+
+# A rank whose functions do what they do where `answer()` is `nothing`, and else answer that.
+function answering(answer, group)
+    function instead(exchange)
+        return function (send, receive)
+            said = answer()
+            return said === nothing ? exchange(send, receive) : said
+        end
+    end
+    return Group(
+        group.rank,
+        group.size;
+        all_to_all = instead(group.all_to_all),
+        all_gather = instead(group.all_gather),
+        abort = group.abort,
+    )
+end
+
+@testset "ranks" begin
+    dataset = new_dataset()
+    tokens = [(i * i + 3j) % 29 for i in 1:17, j in 1:4]
+    how = (batch_size = 2, lr = 1e-2)
+    # One rank needs no functions, and is what there is without a group.
+    engine = new_engine(group = Group(0, 1))
+    @test MXFP4Train.rank(engine) === 0 && MXFP4Train.ranks(engine) === 1
+    @test MXFP4Train.rank(new_engine()) === 0 && MXFP4Train.ranks(new_engine()) === 1
+    @test options(Trainer(Model(engine; SMALL...))).accumulation == 1
+    @test options(Trainer(Model(engine; SMALL...); lanes = 4)).accumulation == 4
+    @test plan(engine; model = SMALL).exchange == 0
+    @test plan(engine; model = SMALL, trainer = (lanes = 2,)).exchange > 0
+    @test refuses(() -> Group(-1, 2), ArgumentError, "rank: ")
+    @test refuses(() -> Group(0, 2.5), ArgumentError, "size: ")
+    @test thrown(() -> new_engine(group = 2)) isa TypeError
+    @test status_of(() -> new_engine(group = Group(0, 2))) == Lib.MXT_ERROR_NULL
+    none(_, _) = throw(Enough(0))
+    nowhere = Group(2, 2; all_to_all = none, all_gather = none)
+    @test status_of(() -> new_engine(group = nowhere)) == Lib.MXT_ERROR_INVALID_ARGUMENT
+
+    # Two ranks are one, bit for bit.
+    mktempdir() do folder
+        function trained(group)
+            member = new_engine(group = group)
+            rank, count = MXFP4Train.rank(member), MXFP4Train.ranks(member)
+            trainer = Trainer(Model(member; SMALL...); lanes = 2, how...)
+            # The trainer has what it needs of it.
+            close(member)
+            GC.gc()
+            losses = [stats.loss for stats in steps(trainer, dataset, 3)]
+            columns = 4 ÷ count
+            stats = step!(trainer, tokens[:, (rank * columns + 1):((rank + 1) * columns)])
+            push!(losses, stats.loss, evaluate!(trainer, dataset).loss)
+            path = joinpath(folder, string(count))
+            run = run!(trainer, dataset; steps = 3, eval_dataset = dataset, save_dir = path)
+            push!(losses, run.last_loss, run.last_eval_loss)
+            @assert options(trainer).accumulation == 2 && stats.tokens == 64
+            @assert (count == 1) == (stats.exchange_seconds == 0)
+            return losses, tensors(Model(trainer))[WTE], read(joinpath(path, "model.safetensors"))
+        end
+        alone = trained(nothing)
+        @test trained(Group(0, 1)) == alone
+        @test on_ranks(trained, 2) == [alone, alone]
+    end
+
+    # What one cannot do nobody does, also where it is refused before the library sees it.
+    found = on_ranks(2) do group
+        trainer = Trainer(Model(new_engine(group = group); SMALL...); how...)
+        mine, is_second = tokens[:, 1:2], group.rank == 1
+        failures = map((tokens, mine[:, 1:1], permutedims(mine), -mine .- 1, mine .+ 29)) do wrong
+            thrown(() -> step!(trainer, is_second ? wrong : mine))
+        end
+        return failures, step!(trainer, mine).step
+    end
+    (others, step), (own, _) = found
+    @test step == 1 && all(error.status == Lib.MXT_ERROR_PEER for error in others)
+    @test all(occursin("rank 1 on ", error.message) for error in others)
+    kinds = (DimensionMismatch, DimensionMismatch, DimensionMismatch, ArgumentError, MXFP4Error)
+    @test all(isa.(own, kinds)) && own[end].status == Lib.MXT_ERROR_TOKEN_RANGE
+    @test occursin("17×2", own[1].msg) && occursin("batch_size / 2 ranks)", own[1].msg)
+    @test occursin("permutedims", own[3].msg)
+
+    # An exception in a run ends it on all ranks, which save and can go on.
+    mktempdir() do folder
+        found = on_ranks(2) do group
+            trainer = Trainer(Model(new_engine(group = group); SMALL...); how...)
+            run = nothing
+            error = thrown() do
+                run = run!(trainer, dataset; steps = 9, save_dir = folder) do step, _
+                    group.rank == 1 && step.step == 3 && throw(Enough(3))
+                end
+            end
+            return error, run === nothing ? run : run.ended, step!(trainer, dataset).step
+        end
+        @test found == [(nothing, :request, 4), (Enough(3), nothing, 4)]
+        # On one rank, too.
+        @test steps_done(load(Trainer, new_engine(), folder)) == 3
+    end
+    # One in the log arrives when the call has been made with all ranks.
+    found = on_ranks(2) do group
+        armed = false
+        log = (_, _) -> armed && group.rank == 1 && throw(Enough(4))
+        model = Model(new_engine(group = group, log = log); SMALL...)
+        armed = true
+        error = thrown(() -> Trainer(model; how...))
+        armed = false
+        return error, step!(Trainer(model; how...), dataset).step
+    end
+    @test found == [(nothing, 1), (Enough(4), 1)]
+
+    # One in a function of the group ends it: the call throws it, and later ones say so.
+    for calls in 0:2:12
+        found = on_ranks(2) do group
+            left = Ref(typemax(Int))
+            failing = answering(group) do
+                left[] -= 1
+                left[] < 0 && group.rank == 1 ? throw(Enough(5)) : nothing
+            end
+            trainer = Trainer(Model(new_engine(group = failing); SMALL...); how...)
+            left[] = calls
+            error = thrown(() -> foreach(_ -> step!(trainer, dataset), 1:99))
+            again = thrown(() -> step!(trainer, dataset))
+            return error, again, status_of(() -> evaluate!(trainer, dataset))
+        end
+        # The other one's channels are closed by then.
+        @test found[1][1] isa InvalidStateException && found[2][1] === Enough(5)
+        @test all(again.status == Lib.MXT_ERROR_PEER for (_, again, _) in found)
+        @test all(occursin("the group has ended", again.message) for (_, again, _) in found)
+        @test all(status == Lib.MXT_ERROR_PEER for (_, _, status) in found)
+    end
+    # Without an exception there is the library's error at once, also where an engine is made.
+    found = on_ranks(2) do group
+        stopping = answering(() -> group.rank == 1 ? :stop : nothing, group)
+        return thrown(() -> new_engine(group = stopping))
+    end
+    @test found[1] isa InvalidStateException && found[2].status == Lib.MXT_ERROR_PEER
+    @test occursin("all_gather", found[2].message)
+end
+
 @testset "objects that the collector frees" begin
     for round in 1:3
         run!(new_trainer(), new_dataset(); steps = 10) do step, _
@@ -706,13 +876,15 @@ end
         done = parse(Int, readline(process))
         @test done >= 3
         @test steps_done(load(Trainer, new_engine(), joinpath(folder, "callback"))) == done
-        # So does a run that says nothing, once it runs, ...
-        while !isfile(joinpath(folder, "silent", "trainer.json")) && process_running(process)
-            sleep(0.01)
+        # So do a run that says nothing, once it runs, and that of a rank, ...
+        for name in ("silent", "rank")
+            while !isfile(joinpath(folder, name, "trainer.json")) && process_running(process)
+                sleep(0.01)
+            end
+            kill(process, Base.SIGINT)
+            done = parse(Int, readline(process))
+            @test steps_done(load(Trainer, new_engine(), joinpath(folder, name))) == done
         end
-        kill(process, Base.SIGINT)
-        done = parse(Int, readline(process))
-        @test steps_done(load(Trainer, new_engine(), joinpath(folder, "silent"))) == done
         # ... and afterwards the script ends at once, as scripts do.
         @test readline(process) == "waiting"
         kill(process, Base.SIGINT)
