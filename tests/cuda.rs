@@ -775,3 +775,37 @@ fn any_number_of_ranks_has_the_same_bits() {
         assert_eq!(loaded, [trainer.step(&data).unwrap().loss.to_bits(); 2]);
     }
 }
+
+/// Of weights that are split the copy on the host has the halves, which a save puts together.
+#[test]
+fn snapshots_have_the_bytes_of_saves() {
+    let Some(engine) = gpu() else { return };
+    let (data, folder) = (text(), tempfile::tempdir().unwrap());
+    let [straight, copied] = ["straight", "copied"].map(|name| folder.path().join(name));
+    let mut earlier = None;
+    for (recipe, optimizer) in [
+        ("bf16", "adamw,moments=int8,master=split"),
+        ("mxfp4-rht-sr", "adamw"),
+        ("fp8-mxfp4-rht-sr", "adamw,moments=bf16,master=split,gradients=bf16"),
+    ] {
+        let model = Model::new(&engine, &config()).unwrap();
+        let how = TrainerOptions { optimizer: optimizer.parse().unwrap(), ..options(recipe) };
+        let mut trainer = Trainer::new(&model, how).unwrap();
+        for _ in 0..2 {
+            trainer.step(&data).unwrap();
+            trainer.step(&data).unwrap();
+            trainer.save(&straight).unwrap();
+            let snapshot = trainer.snapshot(earlier.take()).unwrap();
+            std::thread::scope(|scope| {
+                let saved = scope.spawn(|| snapshot.save(&copied));
+                trainer.step(&data).unwrap();
+                saved.join().unwrap().unwrap();
+            });
+            for file in ["model.safetensors", "trainer.safetensors", "trainer.json"] {
+                let read = |dir: &Path| std::fs::read(dir.join(file)).unwrap();
+                assert!(read(&straight) == read(&copied), "{recipe}, {optimizer}: {file}");
+            }
+            earlier = Some(snapshot);
+        }
+    }
+}

@@ -5,6 +5,8 @@
 //! step can look at everything at once, and ranks can exchange ranges that end where no tensor
 //! does.
 
+use std::ffi::c_void;
+
 use super::{Precision, WorkspaceShape};
 use crate::Result;
 use crate::formats::Draw;
@@ -67,6 +69,8 @@ pub struct Part<'a, B: Memory> {
     /// Where the piece is.
     pub slot: Slot,
 }
+
+const NO_COPIES: &str = "a device without copies of weights splits none";
 
 /// A device's memory.
 pub trait Memory: Send + Sync + Sized + 'static {
@@ -164,6 +168,25 @@ pub trait Memory: Send + Sync + Sized + 'static {
     fn draw_param(&self, to: &mut Self::Weights, slot: Slot, std: f32, draw: &Draw) -> Result<()>;
     /// Copies the master values of a parameter to the host.
     fn read_param(&self, from: &Self::Weights, slot: Slot, to: &mut [f32]) -> Result<()>;
+    /// Copies the halves of a parameter whose master values are split to the host: the copies, and what
+    /// they lack. Never called where there are no copies.
+    fn read_halves(
+        &self,
+        _from: &Self::Weights,
+        _slot: Slot,
+        _copies: &mut [u16],
+        _lows: &mut [u16],
+    ) -> Result<()> {
+        unreachable!("{NO_COPIES}")
+    }
+    /// Holds memory of the host in place, for copies at full speed, as long as the result lives; None
+    /// where that is of no use, or refused.
+    ///
+    /// # Safety
+    /// So many bytes are there, and stay there as long.
+    unsafe fn pin(&self, _memory: *mut c_void, _bytes: usize) -> Option<Box<dyn Send + Sync>> {
+        None
+    }
     /// Copies the master values of a parameter, in f32, to where it lies in a buffer that is laid
     /// out as they are.
     fn put_aside(&self, from: &Self::Weights, slot: Slot, to: &mut Self::F32);

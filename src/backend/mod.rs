@@ -24,6 +24,7 @@ mod embed;
 mod follow;
 mod gradients;
 mod head;
+mod host;
 mod linear;
 mod memory;
 mod merge;
@@ -41,6 +42,7 @@ pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
 pub use follow::{Follow, Track, Values, View, Viewed};
 pub use gradients::FlatGradients;
 pub use head::{Classifier, ClassifierGradient, Head, HeadShape, WorstLosses};
+pub(crate) use host::HostBuffer;
 pub use linear::{
     Activation, Epilogue, Linear, LinearBackward, LinearForward, LinearShape, Numbers,
     OutputGradient,

@@ -5,13 +5,13 @@ use std::path::Path;
 use super::memory::Flat;
 use super::source::Source;
 use super::{Run, Trainer, follow, states};
-use crate::backend::{Backend, Slot, StateLayout, on_device};
+use crate::backend::{Backend, HostBuffer, Slot, StateLayout, on_device};
 use crate::checkpoint::{self, TensorRead, TrainerPart};
 use crate::comm::{Call, Counts};
 use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Exported, Model, OnDevice, Weights};
-use crate::optim::State;
 use crate::optim::spam::STATISTICS;
+use crate::optim::{Master, State, master};
 use crate::reserve::{collect, reuse};
 use crate::room::MemoryRoom;
 use crate::run::TrainerState;
@@ -92,8 +92,12 @@ impl<B: Backend> Source for Live<'_, B> {
 pub struct Snapshot {
     model: Model,
     state: TrainerState,
-    weights: Vec<f32>,
-    states: Vec<Vec<u8>>,
+    /// f32, or halves: of all parameters the copies, then what they lack.
+    weights: HostBuffer,
+    are_halves: bool,
+    /// Of all parameters, with what lies between.
+    elements: usize,
+    states: Vec<HostBuffer>,
     layouts: Vec<StateLayout>,
     statistics: Vec<f32>,
     matrices: Vec<Matrix>,
@@ -102,12 +106,21 @@ pub struct Snapshot {
 
 impl Source for Snapshot {
     fn weights(&self, slot: Slot, out: &mut [f32]) -> Result<()> {
-        out.copy_from_slice(&self.weights[slot.range()]);
+        if !self.are_halves {
+            let all: &[f32] = bytemuck::cast_slice(self.weights.bytes());
+            out.copy_from_slice(&all[slot.range()]);
+            return Ok(());
+        }
+        let all: &[u16] = bytemuck::cast_slice(self.weights.bytes());
+        let (copies, lows) = (&all[slot.range()], &all[self.elements..][slot.range()]);
+        for ((to, copy), low) in out.iter_mut().zip(copies).zip(lows) {
+            *to = master::join([*copy, *low]);
+        }
         Ok(())
     }
 
     fn state(&self, state: usize, at: usize, out: &mut [u8]) -> Result<()> {
-        out.copy_from_slice(&self.states[state][at..][..out.len()]);
+        out.copy_from_slice(&self.states[state].bytes()[at..][..out.len()]);
         Ok(())
     }
 
@@ -147,16 +160,19 @@ impl Snapshot {
     /// Bytes of host memory that it takes, those of a longer one before it included.
     pub fn bytes(&self) -> u64 {
         let of_floats = |floats: &Vec<f32>| 4 * floats.len() as u64;
-        let states: u64 = self.states.iter().map(|state| state.len() as u64).sum();
+        let of_buffer = |buffer: &HostBuffer| buffer.bytes().len() as u64;
+        let states: u64 = self.states.iter().map(of_buffer).sum();
         let followed: u64 = self.followed.iter().map(|(_, values)| of_floats(values)).sum();
-        of_floats(&self.weights) + states + of_floats(&self.statistics) + followed
+        of_buffer(&self.weights) + states + of_floats(&self.statistics) + followed
     }
 
     fn empty(model: &Model, state: &TrainerState) -> Self {
         Self {
             model: model.clone(),
             state: state.clone(),
-            weights: Vec::new(),
+            weights: HostBuffer::default(),
+            are_halves: false,
+            elements: 0,
             states: Vec::new(),
             layouts: Vec::new(),
             statistics: Vec::new(),
@@ -264,13 +280,25 @@ impl<B: Backend> Run<B> {
             let limit = format!("of which {free} are free on the host; save the trainer itself");
             return Err(Error::OutOfMemory { what: WHAT, needed: fresh, limit });
         }
-        let to = reuse(&mut copy.weights, WHAT, table.len())?;
-        for slot in table.slots() {
-            live.weights(*slot, &mut to[slot.range()])?;
+        let backend = &*self.model.backend;
+        (copy.elements, copy.are_halves) = (table.len(), weights.master == Master::Split);
+        let to = copy.weights.room(backend, WHAT, of_floats(table.len()) as usize)?;
+        // NOTE: halves are put together when they are saved, which is another thread's time.
+        if copy.are_halves {
+            let (copies, lows) = bytemuck::cast_slice_mut(to).split_at_mut(table.len());
+            for slot in table.slots() {
+                let [copies, lows] = [&mut copies[slot.range()], &mut lows[slot.range()]];
+                backend.read_halves(&weights.all, *slot, copies, lows)?;
+            }
+        } else {
+            let to: &mut [f32] = bytemuck::cast_slice_mut(to);
+            for slot in table.slots() {
+                live.weights(*slot, &mut to[slot.range()])?;
+            }
         }
-        copy.states.resize_with(copy.layouts.len(), Vec::new);
+        copy.states.resize_with(copy.layouts.len(), HostBuffer::default);
         for (number, (layout, to)) in copy.layouts.iter().zip(&mut copy.states).enumerate() {
-            live.state(number, 0, reuse(to, WHAT, layout.bytes)?)?;
+            live.state(number, 0, to.room(backend, WHAT, layout.bytes)?)?;
         }
         live.statistics(0, reuse(&mut copy.statistics, WHAT, statistics)?)?;
         copy.followed.truncate(followed.len());

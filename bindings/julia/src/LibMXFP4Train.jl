@@ -478,8 +478,10 @@ mxt_trainer_new, _load, _load_as, _step, _step_tokens, _eval, _save and _run. Al
 the same order with the same arguments, but for tokens that a rank brings, and folders: rank 0
 writes to its own. What fails on one rank, fails on all, before anything is changed: the rank itself
 has its error, the others MXT_ERROR_PEER with its words, or MXT_STOPPED. Ranks that do not have
-alike what they must get MXT_ERROR_MISMATCH with what differs. All other calls, and freeing, are a
-rank's own.
+alike what they must get MXT_ERROR_MISMATCH with what differs. What the library refuses before it
+begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED) the others do not hear of: they wait, and the
+rank has to make the call again, or end. All other calls, and freeing, are a rank's own. One group
+makes one call at a time: a second thread that makes another one on the same engine waits for it.
 """
 struct mxt_group
     # Set by mxt_group_init.

@@ -300,7 +300,8 @@ pub(crate) struct StartArgs {
     pub(crate) save_every: Option<u64>,
 
     /// Train on while a checkpoint is written, of a copy that takes as much memory of the host as the
-    /// files of one; the last one is waited for
+    /// files of one; one that is due while another is still written is left out, and the last one is
+    /// waited for
     #[arg(long)]
     pub(crate) save_in_background: bool,
 

@@ -3,11 +3,13 @@
 //! Copies that the host reads wait for all that was queued before them; tokens go out through
 //! pinned memory instead, while the GPU still works.
 
+use std::ffi::c_void;
+
 use bytemuck::Pod;
 use cudarc::driver::sys::{self, CUresult, CUstream};
 
 use super::device::launch;
-use super::device::memory::{Arena, F32, Gradient, Masters, Param, Piece, Tensor, Weights};
+use super::device::memory::{Arena, F32, Gradient, Masters, Param, Piece, Pinned, Tensor, Weights};
 use super::embed::Tokens;
 use super::quantize::random;
 use super::{Cuda, Workspace, optimize};
@@ -15,7 +17,7 @@ use crate::Result;
 use crate::backend::{GradientPlace, Memory, Precision, Slot, WorkspaceShape};
 use crate::formats::Draw;
 use crate::optim::{Master, master};
-use crate::reserve::reserve;
+use crate::reserve::{reserve, zeros};
 
 impl Memory for Cuda {
     type Arena = Arena;
@@ -157,16 +159,31 @@ impl Memory for Cuda {
     fn read_param(&self, from: &Weights, slot: Slot, to: &mut [f32]) -> Result<()> {
         let param = from.param(slot);
         let Masters::Low(low) = param.masters else { return self.read(param.master(), to) };
-        let mut halves = [Vec::new(), Vec::new()];
-        for (half, address) in halves.iter_mut().zip([param.copy.address, low]) {
-            reserve(half, "a tensor", to.len())?;
-            half.resize(to.len(), 0u16);
-            self.read(address, half)?;
-        }
-        let [copies, lows] = halves;
+        let (mut copies, mut lows) = (zeros("a tensor", to.len())?, zeros("a tensor", to.len())?);
+        self.read(param.copy.address, &mut copies)?;
+        self.read(low, &mut lows)?;
         let joined = copies.into_iter().zip(lows).map(|(copy, low)| master::join([copy, low]));
         to.iter_mut().zip(joined).for_each(|(to, joined)| *to = joined);
         Ok(())
+    }
+
+    fn read_halves(
+        &self,
+        from: &Weights,
+        slot: Slot,
+        copies: &mut [u16],
+        lows: &mut [u16],
+    ) -> Result<()> {
+        let param = from.param(slot);
+        let Masters::Low(low) = param.masters else { unreachable!("master values are split") };
+        self.read(param.copy.address, copies)?;
+        self.read(low, lows)
+    }
+
+    unsafe fn pin(&self, memory: *mut c_void, bytes: usize) -> Option<Box<dyn Send + Sync>> {
+        // SAFETY: as promised by the caller.
+        let pinned = unsafe { Pinned::new(&self.gpu, memory, bytes) };
+        pinned.map(|pinned| Box::new(pinned) as Box<dyn Send + Sync>)
     }
 
     fn put_aside(&self, from: &Weights, slot: Slot, to: &mut F32) {

@@ -63,6 +63,8 @@ struct Background {
     snapshot: Option<Snapshot>,
     /// Its step, and what comes of it.
     saving: Option<(u64, JoinHandle<(Snapshot, Outcome)>)>,
+    /// Whether a save was left out for another, which is said once.
+    has_left_out: bool,
 }
 
 impl Saves {
@@ -84,11 +86,26 @@ impl Saves {
     }
 
     /// [`Saves::save`] on the way: a thread of its own saves, where that is wanted and there is memory
-    /// for a copy. One that was begun before and failed is made up for at once.
+    /// for a copy. One that was begun before and failed is made up for at once; while one is still being
+    /// written, this one is left out.
     ///
     /// # Errors
     /// As [`Saves::save`].
     pub(crate) fn begin(&mut self, trainer: &mut Team) -> Outcome {
+        if let Some(background) = &mut self.background
+            && let Some((of, thread)) = &background.saving
+            && !thread.is_finished()
+        {
+            if !background.has_left_out {
+                background.has_left_out = true;
+                console::note(&format!(
+                    "mxtrain: note: step {} is not saved, for step {of} is still being written; a \
+                     larger --save-every would save what is due",
+                    trainer.steps_done()
+                ));
+            }
+            return Ok(());
+        }
         if let Some(failure) = self.settle() {
             return self.make_up(trainer, &failure);
         }
@@ -170,6 +187,10 @@ impl Saves {
         self.put_files(&self.out.clone())?;
         self.lock.renew();
         self.last = Some((trainer.steps_done(), self.out.clone()));
+        if let Some(background) = &mut self.background {
+            // Memory that is new takes seconds; where there is none, the first save says so.
+            background.snapshot = trainer.snapshot(None).ok();
+        }
         Ok(())
     }
 

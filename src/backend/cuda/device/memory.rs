@@ -506,3 +506,42 @@ impl Drop for Upload {
         });
     }
 }
+
+/// Memory of somebody else on the host, which copies reach without a detour as long as this lives.
+pub(crate) struct Pinned {
+    gpu: Arc<Gpu>,
+    memory: *mut c_void,
+}
+
+// SAFETY: the pointer is handed to the driver alone, which any thread may ask.
+unsafe impl Send for Pinned {}
+// SAFETY: as above.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// None where the driver refuses, as it does beyond a limit of locked memory.
+    ///
+    /// # Safety
+    /// So many bytes are there, and stay there as long as the result.
+    pub(crate) unsafe fn new(gpu: &Arc<Gpu>, memory: *mut c_void, bytes: usize) -> Option<Self> {
+        let _alone = capture::without_captures();
+        let result = gpu.scope(|| {
+            // SAFETY: as promised by the caller.
+            unsafe { sys::cuMemHostRegister_v2(memory, bytes, sys::CU_MEMHOSTREGISTER_PORTABLE) }
+        });
+        (result == CUresult::CUDA_SUCCESS).then(|| Self { gpu: gpu.clone(), memory })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _alone = capture::without_captures();
+        self.gpu.scope(|| {
+            // SAFETY: registered in `new`; the wait ends the last copy.
+            unsafe {
+                let _ = sys::cuStreamSynchronize(self.gpu.stream());
+                let _ = sys::cuMemHostUnregister(self.memory);
+            }
+        });
+    }
+}
