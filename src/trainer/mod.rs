@@ -508,8 +508,7 @@ impl Trainer {
             let agreed = ranks.agree(call, mine.as_ref().map(|_| Counts::default()));
             mine = mine.and_then(|mine| agreed.and_then(|_| mine.of_all_ranks(ranks)));
         }
-        let Evaluated { losses, tokens, spared, sharpness, .. } = mine?;
-        let sum = losses.iter().fold(0.0, |sum, loss| sum + loss);
+        let Evaluated { sum, tokens, spared, sharpness, .. } = mine?;
         let loss = (sum / tokens as f64) as f32;
         let seconds = started.elapsed().as_secs_f64();
         Ok(EvalStats { loss, tokens, seconds, spared, sharpness })
@@ -535,8 +534,11 @@ impl Trainer {
                 _ => (0, 1),
             };
             let batches = count.div_ceil(at_once as u64);
-            let mut losses = Vec::new();
-            reserve(&mut losses, "losses of batches", batches.div_ceil(size) as usize)?;
+            let (mut sum, mut losses) = (0.0, Vec::new());
+            let is_dealt = size > 1;
+            if is_dealt {
+                reserve(&mut losses, "losses of batches", batches.div_ceil(size) as usize)?;
+            }
             run.buffers.merges.iter_mut().for_each(Merges::begin);
             run.sharp.iter_mut().for_each(Sharp::begin);
             recipe.set_step(&mut run.step_plan, false, (0, 0), step);
@@ -559,12 +561,14 @@ impl Trainer {
                     windows.read(first + row as u64, count, vocab_size, window)
                 };
                 let loss = run.sum_of_losses(&weights.all, model, (sequences, seed), &mut fill)?;
-                losses.push(loss);
+                match is_dealt {
+                    false => sum += loss,
+                    true => losses.push(loss),
+                }
             }
             let spared = run.buffers.merges.as_ref().map(Merges::spared);
             let sharpness = run.sharp.as_ref().map(Sharp::found);
-            let is_dealt = size > 1;
-            Ok(Evaluated { losses, is_dealt, batches, tokens, spared, sharpness })
+            Ok(Evaluated { sum, losses, is_dealt, batches, tokens, spared, sharpness })
         })
     }
 
@@ -1099,9 +1103,10 @@ impl fmt::Debug for Trainer {
 
 /// What an evaluation found, maybe of some batches only.
 struct Evaluated {
-    /// Of each batch, their sum.
+    /// Of the losses, in the order of the batches.
+    sum: f64,
+    /// Where batches are dealt, those of this rank, before they are in the sum.
     losses: Vec<f64>,
-    /// Whether these are batches that were dealt to this rank.
     is_dealt: bool,
     /// In all.
     batches: u64,
@@ -1123,8 +1128,8 @@ impl Evaluated {
         let mut all: Vec<f64> = zeros(WHAT, of_rank * size)?;
         let mine = bytemuck::cast_slice(&self.losses);
         ranks.all_gather(mine, bytemuck::cast_slice_mut(&mut all))?;
-        let in_order = (0..batches).map(|number| Ok(all[number % size * of_rank + number / size]));
-        self.losses = collect(WHAT, in_order)?;
+        let in_order = (0..batches).map(|number| all[number % size * of_rank + number / size]);
+        self.sum = in_order.fold(0.0, |sum, loss| sum + loss);
         Ok(self)
     }
 }

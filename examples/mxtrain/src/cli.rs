@@ -193,10 +193,20 @@ pub(crate) struct RanksArgs {
     /// Processes that share every step on the --device, with a part of the cores each
     #[arg(long, value_name = "N", value_parser = ranks)]
     pub(crate) ranks: Option<usize>,
+
+    /// Be one rank of those that torchrun, mpirun or srun has started, on one machine or several, as
+    /// the environment says; with --device cuda each takes the GPU of its rank on its machine
+    #[arg(long, value_name = "HOW", value_parser = ["env"], conflicts_with_all = ["gpus", "ranks"])]
+    pub(crate) group: Option<String>,
+
+    /// Where rank 0 of --group env listens, on a free port of a network that is trusted; the same on all
+    /// ranks
+    #[arg(long, value_name = "HOST:PORT", requires = "group", value_parser = rendezvous)]
+    pub(crate) rendezvous: Option<String>,
 }
 
 impl RanksArgs {
-    /// How many there are.
+    /// How many this process is to start, itself included.
     pub(crate) fn size(&self) -> usize {
         self.gpus.or(self.ranks).unwrap_or(1)
     }
@@ -884,6 +894,15 @@ fn fraction(text: &str) -> Result<f64, String> {
 fn size(text: &str) -> Result<u64, String> {
     let wrong = |_| "expected a size such as 80GiB, 500MB or a number of bytes".to_owned();
     Ok(text.parse::<ByteSize>().map_err(wrong)?.as_u64())
+}
+
+fn rendezvous(text: &str) -> Result<String, String> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0) => {
+            Ok(text.to_owned())
+        }
+        _ => Err("expected HOST:PORT, such as node1:29400".to_owned()),
+    }
 }
 
 fn ranks(text: &str) -> Result<usize, String> {

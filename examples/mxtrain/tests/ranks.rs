@@ -139,3 +139,54 @@ fn a_process_that_is_killed_ends_the_run() {
         succeed(dir.path(), "info x");
     }
 }
+
+/// Processes that a launcher starts find each other over a network.
+#[test]
+fn launched_processes_make_the_same_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    data(dir);
+    succeed(dir, &format!("train {MODEL} --steps 5 --lanes 4 --out alone --log alone.jsonl"));
+    for (size, names) in [
+        (2, ["RANK", "WORLD_SIZE"]),
+        (4, ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"]),
+        (1, ["PMI_RANK", "PMI_SIZE"]),
+    ] {
+        // A port that is free now.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let line = format!(
+            "train {MODEL} --steps 5 --lanes 4 --out {size} --log {size}.jsonl --group env \
+             --rendezvous localhost:{port}"
+        );
+        let launch = |rank: usize| {
+            let mut command = mxtrain();
+            command.args(line.split_whitespace());
+            command.env(names[0], rank.to_string()).env(names[1], size.to_string());
+            start(dir, &mut command)
+        };
+        // The last first: others wait for rank 0.
+        let all: Vec<_> = (0..size).rev().map(launch).collect();
+        for child in all {
+            let (code, _, error) = end(child);
+            assert_eq!(code, Some(0), "{error}");
+        }
+        assert_eq!(steps(&dir.join("alone.jsonl")), steps(&dir.join(format!("{size}.jsonl"))));
+        for file in ["model.safetensors", "trainer.safetensors", "trainer.json"] {
+            let of = |name: &str| fs::read(dir.join(name).join(file)).unwrap();
+            assert!(of("alone") == of(&size.to_string()), "{file} of {size}");
+        }
+    }
+    for (line, expected) in [
+        ("--group env", "started by one of torchrun (RANK, WORLD_SIZE), Open MPI"),
+        ("--group mpi", "invalid value"),
+        ("--rendezvous x:1", "required"),
+        ("--group env --rendezvous x", "expected HOST:PORT"),
+    ] {
+        let message = refuse(dir, &format!("train {MODEL} --out x {line}"));
+        assert!(message.contains(expected), "{line}: {message}");
+    }
+    let mut command = mxtrain();
+    command.args(format!("train {MODEL} --out x --group env").split_whitespace());
+    let (_, _, error) = end(start(dir, command.env("RANK", "0").env("WORLD_SIZE", "2")));
+    assert!(error.contains("--rendezvous HOST:PORT is missing"), "{error}");
+}

@@ -1,16 +1,16 @@
-//! Connections between all ranks of a run on one machine, and the collectives that the library makes
+//! Connections between all ranks of a run, and the collectives that the library makes
 //! everything of.
 //!
 //! A rank that is gone closes its connections, so that nobody waits for it; one that hangs is given up
 //! after [`PATIENCE`].
 
 use std::io::{self, Read, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use mxfp4train::Collectives;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::stream::Stream;
 
 /// How long ranks wait for a sign of another one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
@@ -19,14 +19,14 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 pub(crate) struct Mesh {
     rank: usize,
     /// By their ranks; none to itself.
-    peers: Vec<Option<UnixStream>>,
+    peers: Vec<Option<Stream>>,
     patience: Duration,
 }
 
 impl Mesh {
     /// # Errors
     /// Where a connection is of no use.
-    pub(crate) fn new(rank: usize, peers: Vec<Option<UnixStream>>) -> io::Result<Self> {
+    pub(crate) fn new(rank: usize, peers: Vec<Option<Stream>>) -> io::Result<Self> {
         for peer in peers.iter().flatten() {
             peer.set_nonblocking(true)?;
         }
@@ -115,8 +115,7 @@ impl Collectives for Mesh {
 
     fn abort(&mut self) {
         for peer in self.peers.iter().flatten() {
-            // It may be closed already.
-            let _ = peer.shutdown(Shutdown::Both);
+            peer.shut_down();
         }
     }
 }
@@ -124,15 +123,16 @@ impl Collectives for Mesh {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
     use std::thread;
 
     fn meshes(size: usize) -> Vec<Mesh> {
-        let mut peers: Vec<Vec<Option<UnixStream>>> =
+        let mut peers: Vec<Vec<Option<Stream>>> =
             (0..size).map(|_| (0..size).map(|_| None).collect()).collect();
         for a in 0..size {
             for b in a + 1..size {
                 let (one, other) = UnixStream::pair().unwrap();
-                (peers[a][b], peers[b][a]) = (Some(one), Some(other));
+                (peers[a][b], peers[b][a]) = (Some(Stream::Local(one)), Some(Stream::Local(other)));
             }
         }
         peers.into_iter().enumerate().map(|(rank, all)| Mesh::new(rank, all).unwrap()).collect()

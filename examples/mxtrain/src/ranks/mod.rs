@@ -1,20 +1,23 @@
-//! A run of several processes that share every step: this one is rank 0, which starts the others.
+//! A run of several processes that share every step. Rank 0 starts the others, or a launcher has
+//! started all.
 //!
 //! Rank 0 does all that a run does. The others make the same trainer from the same command line, and
 //! then follow: before a call that all have to make together, rank 0 says which ([`Team`]). What they
 //! cannot do, they tell rank 0 and nobody else. They end when rank 0 ends, however that is, since
 //! their connections to it do.
 
+mod launchers;
 mod mesh;
+mod stream;
 
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder};
 use std::io::{self, Read, Write};
+use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -25,7 +28,9 @@ use mxfp4train::{Dataset, Error, EvalStats, Group, StepStats, Trainer};
 use crate::console;
 use crate::failure::{Failure, Outcome};
 use crate::signals;
+pub(crate) use launchers::Launched;
 use mesh::Mesh;
+use stream::{Address, Listener, Stream};
 
 /// In the environment of a process that rank 0 has started: its rank, how many there are, and the
 /// folder in which they meet.
@@ -37,9 +42,11 @@ const ENDING: Duration = Duration::from_secs(10);
 /// Most ranks of a machine.
 pub(crate) const MAX_RANKS: usize = 64;
 
-/// What the first byte of a connection says it is for.
+/// What a connection is for, as its first byte says: blocks of collectives, or which call is next.
 const FOR_BLOCKS: u8 = b'b';
 const FOR_CALLS: u8 = b'c';
+/// The first bytes of every connection, so that whoever else knocks is not taken for a rank.
+const MAGIC: [u8; 4] = *b"mxr1";
 
 /// A call that all ranks make.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -60,67 +67,83 @@ impl Call {
 /// A process that follows another one.
 pub(crate) struct Follower {
     rank: usize,
-    calls: UnixStream,
+    seed: u64,
+    calls: Stream,
 }
 
 /// The processes that this one has started.
 pub(crate) struct Leader {
     children: Vec<Child>,
     /// By rank, from 1 on.
-    calls: Vec<UnixStream>,
+    calls: Vec<Stream>,
 }
 
 /// Where a process of a run stands.
+#[derive(Clone)]
 pub(crate) struct Place {
     rank: usize,
     size: usize,
-    folder: PathBuf,
+    /// Where rank 0 listens.
+    address: Address,
+    /// The folder of that, which is there as long as rank 0 looks for others.
+    folder: Option<PathBuf>,
+    patience: Duration,
 }
 
 impl Place {
-    /// Of this process, if another one has started it.
+    /// Of this process, if another one of this program has started it.
     pub(crate) fn of_this() -> Option<Self> {
         let text = env::var_os(PLACE)?;
         let mut parts = text.as_bytes().splitn(3, |byte| *byte == b' ');
         let mut number = || str::from_utf8(parts.next()?).ok()?.parse().ok();
         let (rank, size) = (number()?, number()?);
         let folder = PathBuf::from(<std::ffi::OsStr as OsStrExt>::from_bytes(parts.next()?));
-        Some(Self { rank, size, folder })
+        Some(Self::local(rank, size, folder))
     }
 
-    fn socket(&self, rank: usize) -> PathBuf {
-        self.folder.join(rank.to_string())
+    fn local(rank: usize, size: usize, folder: PathBuf) -> Self {
+        let address = stream::local(&folder, 0);
+        Self { rank, size, address, folder: Some(folder), patience: MEETING }
     }
 
-    /// Listens for ranks above this one.
-    fn listen(&self) -> Outcome<UnixListener> {
-        let path = self.socket(self.rank);
-        let listener = UnixListener::bind(&path).map_err(|e| {
-            let hint = match path.as_os_str().len() > 100 {
-                true => "; its name is too long, set TMPDIR to a folder with a shorter one",
-                false => "",
-            };
-            Failure::runtime(format!("cannot listen at {}: {e}{hint}", path.display()))
-        })?;
-        listener.set_nonblocking(true).map_err(Failure::io("listen at", &path))?;
-        Ok(listener)
+    /// Of a process that a launcher has started, whose rank 0 listens at HOST:PORT.
+    pub(crate) fn launched(by: Launched, rendezvous: &str) -> Self {
+        let (address, patience) = (Address::Network(rendezvous.to_owned()), mesh::PATIENCE);
+        Self { rank: by.rank, size: by.size, address, folder: None, patience }
     }
 
-    /// A connection to a rank below this one.
-    fn connect(&self, rank: usize, purpose: u8, until: Instant) -> Outcome<UnixStream> {
-        let path = self.socket(rank);
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.size
+    }
+
+    fn is_still_open(&self) -> Outcome {
+        match &self.folder {
+            Some(folder) if !folder.exists() => Err(Failure::runtime("rank 0 is gone")),
+            _ => Ok(()),
+        }
+    }
+
+    /// A connection to a rank, which may not yet be there.
+    fn connect(&self, to: &Address, purpose: u8, until: Instant) -> Outcome<Stream> {
+        let failure = |e| Failure::runtime(format!("cannot connect to a rank at {to}: {e}"));
         loop {
-            match UnixStream::connect(&path) {
-                Ok(mut stream) => {
-                    let greeting = [purpose, self.rank as u8];
-                    stream.write_all(&greeting).map_err(Failure::io("write to", &path))?;
+            match to.connect() {
+                Ok(stream) => {
+                    let mut greeting = [0; 9];
+                    greeting[..4].copy_from_slice(&MAGIC);
+                    greeting[4..8].copy_from_slice(&(self.rank as u32).to_le_bytes());
+                    greeting[8] = purpose;
+                    (&stream).write_all(&greeting).map_err(failure)?;
                     return Ok(stream);
                 }
-                // It may not yet be there.
-                Err(_) if Instant::now() < until && self.folder.exists() => {
+                Err(_) if Instant::now() < until && self.is_still_open().is_ok() => {
                     thread::sleep(Duration::from_millis(5));
                 }
-                Err(e) => return Err(Failure::io("connect to", &path)(e)),
+                Err(e) => return Err(failure(e)),
             }
         }
     }
@@ -128,26 +151,36 @@ impl Place {
     /// Takes connections until there are `wanted` of them: purpose, rank, stream.
     fn accept(
         &self,
-        listener: &UnixListener,
+        listener: &Listener,
         wanted: usize,
         until: Instant,
         look: &mut dyn FnMut() -> Outcome,
-    ) -> Outcome<Vec<(u8, usize, UnixStream)>> {
-        let mut found = Vec::new();
+    ) -> Outcome<Vec<(u8, usize, Stream)>> {
+        let mut found: Vec<(u8, usize, Stream)> = Vec::new();
         while found.len() < wanted {
             match listener.accept() {
-                Ok((mut stream, _)) => {
-                    stream.set_nonblocking(false).map_err(cannot_meet)?;
-                    stream.set_read_timeout(Some(MEETING)).map_err(cannot_meet)?;
-                    let mut greeting = [0; 2];
-                    stream.read_exact(&mut greeting).map_err(cannot_meet)?;
-                    stream.set_read_timeout(None).map_err(cannot_meet)?;
-                    let [purpose, rank] = greeting;
-                    found.push((purpose, usize::from(rank), stream));
+                Ok(stream) => {
+                    let Some((purpose, rank)) = greeted(&stream).ok().flatten() else { continue };
+                    let is_known = found.iter().any(|(p, r, _)| (*p, *r) == (purpose, rank));
+                    if rank >= self.size || rank <= self.rank || is_known {
+                        return Err(Failure::runtime(format!(
+                            "a process says that it is rank {rank}, of {} ranks of this run; is \
+                             another run at {}?",
+                            self.size, self.address
+                        )));
+                    }
+                    found.push((purpose, rank, stream));
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
                     look()?;
                     thread::sleep(Duration::from_millis(2));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    let seconds = self.patience.as_secs();
+                    let (count, wanted) = (found.len(), wanted);
+                    return Err(Failure::runtime(format!(
+                        "expected {wanted} connections of other ranks within {seconds} s, got {count}"
+                    )));
                 }
                 Err(e) => return Err(cannot_meet(e)),
             }
@@ -155,31 +188,119 @@ impl Place {
         Ok(found)
     }
 
-    fn group(&self, peers: Vec<Option<UnixStream>>) -> Outcome<Group> {
+    fn group(&self, peers: Vec<Option<Stream>>) -> Outcome<Group> {
         let mesh = Mesh::new(self.rank, peers).map_err(cannot_meet)?;
         Ok(Group::new(self.rank, self.size, Box::new(mesh)))
     }
 
-    /// Meets the others as one that follows.
+    /// Meets the others as one that follows: asks rank 0 for the seed and for where all listen, then
+    /// connects to those below it and is connected to by those above.
     pub(crate) fn follow(&self) -> Outcome<(Group, Follower)> {
         signals::leave_to_rank_0()?;
-        let until = Instant::now() + MEETING;
-        let listener = self.listen()?;
-        let mut peers: Vec<Option<UnixStream>> = (0..self.size).map(|_| None).collect();
-        for (rank, peer) in peers.iter_mut().enumerate().take(self.rank) {
-            *peer = Some(self.connect(rank, FOR_BLOCKS, until)?);
-        }
-        let above = self.size - 1 - self.rank;
-        let leader_is_there = &mut || match self.folder.exists() {
-            true => Ok(()),
-            false => Err(Failure::runtime("rank 0 is gone")),
+        let until = Instant::now() + self.patience;
+        let calls = self.connect(&self.address, FOR_CALLS, until)?;
+        let own = match (calls.ends().map_err(cannot_meet)?, &self.folder) {
+            (None, Some(folder)) => stream::local(folder, self.rank),
+            (ends, _) => {
+                let [own, _] = ends.expect("a connection without a folder is a network's");
+                Address::Network(SocketAddr::new(own, 0).to_string())
+            }
         };
-        for (_, rank, stream) in self.accept(&listener, above, until, leader_is_there)? {
+        let listen = |e| Failure::runtime(format!("cannot listen at {own}: {e}"));
+        let listener = own.listen().map_err(listen)?;
+        let port = listener.port().map_err(listen)?;
+        (&calls).write_all(&port.to_le_bytes()).map_err(cannot_meet)?;
+        let mut seed = [0; 8];
+        calls.set_read_timeout(Some(self.patience)).map_err(cannot_meet)?;
+        (&calls).read_exact(&mut seed).map_err(cannot_meet)?;
+        let mut peers: Vec<Option<Stream>> = (0..self.size).map(|_| None).collect();
+        // Rank 0 last: when it has all of its connections, there are all others, too. They all listen
+        // already, since rank 0 has heard of it.
+        for rank in (1..self.rank).chain([0]) {
+            let to = match (&self.folder, rank) {
+                (_, 0) => self.address.clone(),
+                (Some(folder), _) => stream::local(folder, rank),
+                (None, _) => Address::Network(read_text(&calls).map_err(cannot_meet)?),
+            };
+            peers[rank] = Some(self.connect(&to, FOR_BLOCKS, until)?);
+        }
+        calls.set_read_timeout(None).map_err(cannot_meet)?;
+        let above = self.size - 1 - self.rank;
+        let rank_0_is_there = &mut || match calls.is_closed() {
+            true => Err(Failure::runtime("rank 0 is gone")),
+            false => Ok(()),
+        };
+        for (_, rank, stream) in self.accept(&listener, above, until, rank_0_is_there)? {
             peers[rank] = Some(stream);
         }
-        let calls = self.connect(0, FOR_CALLS, until)?;
-        Ok((self.group(peers)?, Follower { rank: self.rank, calls }))
+        let seed = u64::from_le_bytes(seed);
+        Ok((self.group(peers)?, Follower { rank: self.rank, seed, calls }))
     }
+
+    /// Meets the others as rank 0.
+    fn lead(
+        &self,
+        listener: &Listener,
+        seed: u64,
+        look: &mut dyn FnMut() -> Outcome,
+    ) -> Outcome<(Group, Vec<Stream>)> {
+        let until = Instant::now() + self.patience;
+        let mut calls: Vec<Option<(Stream, u16)>> = (0..self.size).map(|_| None).collect();
+        let mut peers: Vec<Option<Stream>> = (0..self.size).map(|_| None).collect();
+        for (purpose, rank, stream) in self.accept(listener, self.size - 1, until, look)? {
+            if purpose != FOR_CALLS {
+                return Err(Failure::runtime(format!(
+                    "rank {rank} begins otherwise than expected"
+                )));
+            }
+            let mut port = [0; 2];
+            stream.set_read_timeout(Some(MEETING)).map_err(cannot_meet)?;
+            (&stream).read_exact(&mut port).map_err(cannot_meet)?;
+            stream.set_read_timeout(None).map_err(cannot_meet)?;
+            calls[rank] = Some((stream, u16::from_le_bytes(port)));
+        }
+        let mut addresses = Vec::new();
+        for (stream, port) in calls.iter().flatten() {
+            let ends = stream.ends().map_err(cannot_meet)?;
+            addresses.extend(ends.map(|[_, other]| SocketAddr::new(other, *port).to_string()));
+        }
+        for (below, (stream, _)) in calls.iter().flatten().enumerate() {
+            let mut stream = stream;
+            stream.write_all(&seed.to_le_bytes()).map_err(cannot_meet)?;
+            for address in addresses.iter().take(below) {
+                write_text(stream, address).map_err(cannot_meet)?;
+            }
+        }
+        for (_, rank, stream) in self.accept(listener, self.size - 1, until, look)? {
+            peers[rank] = Some(stream);
+        }
+        let calls = calls.into_iter().flatten().map(|(stream, _)| stream).collect();
+        Ok((self.group(peers)?, calls))
+    }
+}
+
+/// What a new connection is for, and whose; None of one that is not a rank's.
+fn greeted(stream: &Stream) -> io::Result<Option<(u8, usize)>> {
+    let (mut stream, mut greeting) = (stream, [0; 9]);
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.read_exact(&mut greeting)?;
+    stream.set_read_timeout(None)?;
+    let [a, b, c, d, purpose] = *greeting.last_chunk().expect("five bytes of nine");
+    let is_known = greeting[..4] == MAGIC && matches!(purpose, FOR_BLOCKS | FOR_CALLS);
+    Ok(is_known.then(|| (purpose, u32::from_le_bytes([a, b, c, d]) as usize)))
+}
+
+fn write_text(mut stream: &Stream, text: &str) -> io::Result<()> {
+    stream.write_all(&[text.len() as u8])?;
+    stream.write_all(text.as_bytes())
+}
+
+fn read_text(mut stream: &Stream) -> io::Result<String> {
+    let mut len = [0];
+    stream.read_exact(&mut len)?;
+    let mut text = vec![0; usize::from(len[0])];
+    stream.read_exact(&mut text)?;
+    String::from_utf8(text).map_err(|_| io::ErrorKind::InvalidData.into())
 }
 
 fn cannot_meet(e: io::Error) -> Failure {
@@ -187,11 +308,9 @@ fn cannot_meet(e: io::Error) -> Failure {
 }
 
 impl Follower {
-    /// What rank 0 says first.
-    pub(crate) fn seed(&mut self) -> Outcome<u64> {
-        let mut seed = [0; 8];
-        self.calls.read_exact(&mut seed).map_err(cannot_meet)?;
-        Ok(u64::from_le_bytes(seed))
+    /// Rank 0's, which may have drawn it.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed
     }
 
     pub(crate) fn rank(&self) -> usize {
@@ -206,7 +325,7 @@ impl Follower {
         (val, batches): (Option<&Dataset>, usize),
     ) {
         let mut byte = [0];
-        while let Ok(()) = self.calls.read_exact(&mut byte) {
+        while let Ok(()) = (&self.calls).read_exact(&mut byte) {
             let call = Call::ALL.iter().find(|(_, of)| *of == byte[0]).map(|(call, _)| *call);
             // What fails here, rank 0 hears of in the vote of the call, and decides what to do.
             match (call, val) {
@@ -220,10 +339,10 @@ impl Follower {
     }
 
     /// Tells rank 0 why this process ends, unless that is what another one could not do.
-    pub(crate) fn tell(&mut self, failure: &Failure) {
+    pub(crate) fn tell(&self, failure: &Failure) {
         let of_another = Failure::from(Error::Peer { message: String::new() });
         if !failure.message.starts_with(&of_another.message) {
-            let _ = self.calls.write_all(failure.message.as_bytes());
+            let _ = (&self.calls).write_all(failure.message.as_bytes());
         }
     }
 }
@@ -236,22 +355,27 @@ impl Leader {
         let folder = env::temp_dir().join(format!("mxtrain-{}-{since:08x}", std::process::id()));
         let cannot = |e| Failure::io("make", &folder)(e);
         DirBuilder::new().mode(0o700).create(&folder).map_err(cannot)?;
-        let place = Place { rank: 0, size, folder: folder.clone() };
-        let met = Self::meet(&place, seed);
+        let place = Place::local(0, size, folder.clone());
+        let met = Self::start_in(&place, &folder, seed);
         // Others that still look for it end.
         let _ = fs::remove_dir_all(&folder);
         met
     }
 
-    fn meet(place: &Place, seed: u64) -> Outcome<(Group, Self)> {
-        let until = Instant::now() + MEETING;
-        let listener = place.listen()?;
+    fn start_in(place: &Place, folder: &Path, seed: u64) -> Outcome<(Group, Self)> {
+        let listener = place.address.listen().map_err(|e| {
+            let hint = match place.address.to_string().len() > 100 {
+                true => "; its name is too long, set TMPDIR to a folder with a shorter one",
+                false => "",
+            };
+            Failure::runtime(format!("cannot listen at {}: {e}{hint}", place.address))
+        })?;
         let mut leader = Self { children: Vec::new(), calls: Vec::new() };
         let program = env::current_exe()
             .map_err(|e| Failure::runtime(format!("cannot find this program's file: {e}")))?;
         for rank in 1..place.size {
             let mut of_rank = OsString::from(format!("{rank} {} ", place.size));
-            of_rank.push(&place.folder);
+            of_rank.push(folder);
             let mut command = Command::new(&program);
             command.args(env::args_os().skip(1)).env(PLACE, of_rank);
             command.stdin(Stdio::null()).stdout(Stdio::null());
@@ -259,33 +383,38 @@ impl Leader {
                 Failure::runtime(format!("cannot start the process of rank {rank}: {e}"))
             })?);
         }
-        let wanted = 2 * (place.size - 1);
         let children = &mut leader.children;
-        let found = place.accept(&listener, wanted, until, &mut || all_live(children))?;
-        let mut peers: Vec<Option<UnixStream>> = (0..place.size).map(|_| None).collect();
-        let mut calls: Vec<Option<UnixStream>> = (0..place.size).map(|_| None).collect();
-        for (purpose, rank, stream) in found {
-            let to = if purpose == FOR_CALLS { &mut calls } else { &mut peers };
-            to[rank] = Some(stream);
-        }
-        for mut calls in calls.into_iter().flatten() {
-            calls.write_all(&seed.to_le_bytes()).map_err(cannot_meet)?;
-            leader.calls.push(calls);
-        }
-        Ok((place.group(peers)?, leader))
+        let (group, calls) = place.lead(&listener, seed, &mut || all_live(children))?;
+        leader.calls = calls;
+        Ok((group, leader))
     }
 
-    fn say(&mut self, call: Call) {
-        for follower in &mut self.calls {
+    /// Meets processes that a launcher has started.
+    pub(crate) fn of_launched(place: &Place, seed: u64) -> Outcome<(Group, Self)> {
+        // Whatever name others know it by, it listens on all of its addresses.
+        let Address::Network(name) = &place.address else { unreachable!("launched on a network") };
+        let (_, port) = name.rsplit_once(':').unwrap_or(("", name));
+        let all = Address::Network(format!("[::]:{port}"));
+        let listener =
+            all.listen().or_else(|_| Address::Network(format!("0.0.0.0:{port}")).listen());
+        let listener = listener.map_err(|e| {
+            Failure::usage(format!("--rendezvous: rank 0 cannot listen at port {port}: {e}"))
+        })?;
+        let (group, calls) = place.lead(&listener, seed, &mut || Ok(()))?;
+        Ok((group, Self { children: Vec::new(), calls }))
+    }
+
+    fn say(&self, call: Call) {
+        for follower in &self.calls {
             // One that is gone is missed in the call itself.
-            let _ = follower.write_all(&[call.byte()]);
+            let _ = (&mut &*follower).write_all(&[call.byte()]);
         }
     }
 
     /// Says why followers have ended, but for what the failure of this process says itself.
     pub(crate) fn tell_reasons(&mut self, failure: &Failure) {
         let mut told = vec![failure.message.clone()];
-        for (index, (calls, child)) in self.calls.iter_mut().zip(&mut self.children).enumerate() {
+        for (index, calls) in self.calls.iter().enumerate() {
             let mut words = Vec::new();
             // Those that are alive say nothing.
             if calls.set_read_timeout(Some(Duration::from_millis(200))).is_ok() {
@@ -293,6 +422,7 @@ impl Leader {
             }
             let mut words = String::from_utf8_lossy(&words).into_owned();
             if words.is_empty()
+                && let Some(child) = self.children.get_mut(index)
                 && let Ok(Some(status)) = child.try_wait()
                 && status.code().is_none_or(|code| code > 1)
             {
@@ -349,7 +479,7 @@ impl Team {
     }
 
     fn say(&mut self, call: Call) {
-        if let Some(leader) = &mut self.leader {
+        if let Some(leader) = &self.leader {
             leader.say(call);
         }
     }

@@ -8,6 +8,7 @@ mod side;
 mod tensorboard;
 mod updates;
 
+use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -30,7 +31,7 @@ use crate::lock::RunLock;
 use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
-use crate::ranks::{Follower, Leader, Place, Team};
+use crate::ranks::{Follower, Launched, Leader, Place, Team};
 use crate::signals::{INTERRUPTED, Signals};
 use crate::spikes::SpikeWatch;
 use crate::tokenizer::{TextStream, Tokenizer};
@@ -49,8 +50,11 @@ const SAMPLE_TOKENS: usize = 200;
 
 /// Runs the command.
 pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
-    if let Some(place) = Place::of_this() {
-        return follow(args, parsed, &place);
+    let launched = launched(args)?;
+    let place = Place::of_this().or_else(|| launched.as_ref().map(|(place, _)| place.clone()));
+    if let Some(place) = place.filter(|place| place.rank() > 0) {
+        let local = launched.map(|(_, by)| by.local);
+        return follow(args, parsed, &place, local);
     }
     let mut leader = None;
     let begun = Run::begin(args, parsed, &Signals::listen()?, &mut leader);
@@ -66,9 +70,15 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
 }
 
 /// Trains as a rank that another process, rank 0, has started. It says nothing itself.
-fn follow(args: &TrainArgs, parsed: &Parsed, place: &Place) -> Outcome<ExitCode> {
+fn follow(
+    args: &TrainArgs,
+    parsed: &Parsed,
+    place: &Place,
+    local: Option<usize>,
+) -> Outcome<ExitCode> {
     let (group, mut follower) = place.follow()?;
-    let result = follow_with(args, parsed, group, &mut follower);
+    let device = device_of(args, local.unwrap_or_else(|| follower.rank()));
+    let result = follow_with(args, parsed, (group, device), &mut follower);
     if let Err(failure) = &result {
         follower.tell(failure);
     }
@@ -78,11 +88,10 @@ fn follow(args: &TrainArgs, parsed: &Parsed, place: &Place) -> Outcome<ExitCode>
 fn follow_with(
     args: &TrainArgs,
     parsed: &Parsed,
-    group: Group,
+    (group, device): (Group, String),
     follower: &mut Follower,
 ) -> Outcome {
-    let (seed, device) = (follower.seed()?, device_of(args, follower.rank()));
-    let (threads, group) = (args.machine.threads, Some(group));
+    let (threads, seed, group) = (args.machine.threads, follower.seed(), Some(group));
     // Without a log: rank 0 says what there is to say.
     let engine =
         Engine::new(EngineOptions { device, threads, seed, group, ..EngineOptions::default() })?;
@@ -94,12 +103,28 @@ fn follow_with(
     Ok(())
 }
 
-/// The device of a rank.
-fn device_of(args: &TrainArgs, rank: usize) -> String {
-    match args.ranks.gpus {
-        Some(_) => format!("cuda:{rank}"),
-        None => args.machine.device.clone(),
+/// The device of a rank, by its number on its machine.
+fn device_of(args: &TrainArgs, local: usize) -> String {
+    let device = &args.machine.device;
+    match args.ranks.gpus.is_some() || (args.ranks.group.is_some() && device == "cuda") {
+        true => format!("cuda:{local}"),
+        false => device.clone(),
     }
+}
+
+/// The place among ranks that a launcher has given this process, where it is asked for.
+fn launched(args: &TrainArgs) -> Outcome<Option<(Place, Launched)>> {
+    if args.ranks.group.is_none() {
+        return Ok(None);
+    }
+    let by = Launched::find(|name| env::var(name).ok())?;
+    let Some(rendezvous) = &args.ranks.rendezvous else {
+        return Err(Failure::usage(
+            "--rendezvous HOST:PORT is missing: where rank 0 listens, on a free port (that of \
+             torchrun, MASTER_PORT, is taken)",
+        ));
+    };
+    Ok(Some((Place::launched(by, rendezvous), by)))
 }
 
 /// A run in progress.
@@ -163,12 +188,18 @@ impl Run {
         let lock = signals.making(|| RunLock::take(setup::out(args)), RunLock::traces)?;
         // Asked again: a run that has ended since may have saved there.
         let out = setup::out_folder(args)?;
+        let (seed, launched) = (args.seed.number(), launched(args)?);
+        let met = match &launched {
+            Some((place, _)) if place.size() > 1 => Some(Leader::of_launched(place, seed)?),
+            None if args.ranks.size() > 1 => Some(Leader::start(args.ranks.size(), seed)?),
+            _ => None,
+        };
         let mut group = None;
-        if args.ranks.size() > 1 {
-            let (of_all, started) = Leader::start(args.ranks.size(), args.seed.number())?;
-            (group, *leader) = (Some(of_all), Some(started));
+        if let Some((of_all, others)) = met {
+            (group, *leader) = (Some(of_all), Some(others));
         }
-        let (device, threads) = (device_of(args, 0), args.machine.threads);
+        let local = launched.map_or(0, |(_, by)| by.local);
+        let (device, threads) = (device_of(args, local), args.machine.threads);
         let (engine, mut about) = machine::open_as(device, threads, args.seed.number(), group)?;
         about.push_str(&args.seed.in_words());
         let start = Start::new(args, parsed, &data, &engine)?;
