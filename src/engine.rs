@@ -224,6 +224,12 @@ impl Engine {
         self.ranks().map_or(1, Ranks::size)
     }
 
+    /// Whether its group has ended, since a rank is gone or does not answer: nothing collective can be
+    /// done any more.
+    pub fn has_lost_its_group(&self) -> bool {
+        self.ranks().is_some_and(Ranks::has_ended)
+    }
+
     /// Its group, where there are others than this one.
     pub(crate) fn ranks(&self) -> Option<&Ranks> {
         self.0.ranks.as_ref()

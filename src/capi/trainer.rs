@@ -15,7 +15,6 @@ use super::trainer_structs::{
     Texts, mxt_eval_stats, mxt_memory_plan, mxt_step_stats, mxt_trainer_options,
 };
 use super::{arguments, buffers, guard, handle};
-use crate::comm::Ranks;
 use crate::{LogLevel, StopHandle, Trainer, TrainerOptions, plan};
 
 /// A model in training: weights, moments, schedule, and the number of steps done. It needs its
@@ -97,7 +96,7 @@ impl mxt_trainer {
 
     /// Whether nothing collective can be done any more.
     pub(super) fn has_lost_its_group(&self) -> bool {
-        self.model.model.engine().ranks().is_some_and(Ranks::has_ended)
+        self.model.model.engine().has_lost_its_group()
     }
 
     pub(super) fn stop(&self) -> &StopHandle {

@@ -194,6 +194,10 @@ pub(crate) struct RanksArgs {
     #[arg(long, value_name = "N", value_parser = ranks)]
     pub(crate) ranks: Option<usize>,
 
+    /// How often a run that loses one of its processes begins again from its last checkpoint
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "group")]
+    pub(crate) restarts: u32,
+
     /// Be one rank of those that torchrun, mpirun or srun has started, on one machine or several, as
     /// the environment says; with --device cuda each takes the GPU of its rank on its machine
     #[arg(long, value_name = "HOW", value_parser = ["env"], conflicts_with_all = ["gpus", "ranks"])]

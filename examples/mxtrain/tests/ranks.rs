@@ -190,3 +190,39 @@ fn launched_processes_make_the_same_run() {
     let (_, _, error) = end(start(dir, command.env("RANK", "0").env("WORLD_SIZE", "2")));
     assert!(error.contains("--rendezvous HOST:PORT is missing"), "{error}");
 }
+
+/// A run that loses a process goes on by itself, and ends as one that lost none.
+#[test]
+fn a_run_begins_again_after_a_loss() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    data(dir);
+    let line = |name: &str, more: &str| {
+        format!(
+            "train {MODEL} --steps 1000 --eval-every 0 --save-every 50 --out {name} --log {name}.jsonl \
+             --lanes 2 {more}"
+        )
+    };
+    let restarted = line("restarted", "--ranks 2 --restarts 2");
+    let child = start(dir, mxtrain().args(restarted.split_whitespace()));
+    for kill in 1..3 {
+        let log = dir.join("restarted.jsonl");
+        wait_for(|| steps(&log).len() > 300 * kill && followers(&child).len() == 1);
+        let victim = followers(&child).remove(0);
+        assert!(
+            std::process::Command::new("kill").args(["-9", &victim]).status().unwrap().success()
+        );
+        wait_for(|| !is_there(&victim));
+    }
+    let (code, out, error) = end(child);
+    assert_eq!(code, Some(0), "{error}");
+    assert_eq!(error.matches("begins again from restarted").count(), 2, "{error}");
+    assert!(out.contains("done: 1,000 steps"), "{out}");
+    succeed(dir, &line("straight", ""));
+    for file in ["model.safetensors", "trainer.safetensors", "trainer.json"] {
+        let of = |name: &str| fs::read(dir.join(name).join(file)).unwrap();
+        assert!(of("restarted") == of("straight"), "{file}");
+    }
+    let message = refuse(dir, &format!("train {MODEL} --out x --group env --restarts 1"));
+    assert!(message.contains("cannot be used with"), "{message}");
+}

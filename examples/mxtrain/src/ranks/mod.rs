@@ -8,6 +8,7 @@
 
 mod launchers;
 mod mesh;
+mod restart;
 mod stream;
 
 use std::env;
@@ -30,6 +31,7 @@ use crate::failure::{Failure, Outcome};
 use crate::signals;
 pub(crate) use launchers::Launched;
 use mesh::Mesh;
+pub(crate) use restart::restart;
 use stream::{Address, Listener, Stream};
 
 /// In the environment of a process that rank 0 has started: its rank, how many there are, and the

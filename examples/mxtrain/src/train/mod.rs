@@ -31,7 +31,7 @@ use crate::lock::RunLock;
 use crate::machine;
 use crate::parse::Parsed;
 use crate::plan;
-use crate::ranks::{Follower, Launched, Leader, Place, Team};
+use crate::ranks::{Follower, Launched, Leader, Place, Team, restart};
 use crate::signals::{INTERRUPTED, Signals};
 use crate::spikes::SpikeWatch;
 use crate::tokenizer::{TextStream, Tokenizer};
@@ -63,8 +63,13 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
     })?;
     let result = run.guarded(Run::train);
     run.progress.finish();
-    if let Err(failure) = &result {
-        run.trainer.tell_reasons(failure);
+    let Err(failure) = &result else { return result };
+    run.trainer.tell_reasons(failure);
+    let (out, restarts) = (run.saves.out.clone(), args.ranks.restarts);
+    if restarts > 0 && run.trainer.model().engine().has_lost_its_group() {
+        console::note(&format!("mxtrain: {}", failure.message));
+        drop(run);
+        return Err(restart(&out, restarts - 1));
     }
     result
 }
