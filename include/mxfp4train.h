@@ -358,8 +358,8 @@ typedef void (*mxt_user_data_free_fn)(void *user_data);
 
 // Hands out and takes in blocks of `bytes_per_rank` bytes, one for each rank: block r of `send` goes
 // to rank r, and block r of `receive` came from it, this rank's own included. The buffers are
-// borrowed for the call and do not overlap. MPI_Alltoall of MPI_BYTE is one; a call has at most 32
-// MiB in all.
+// borrowed for the call and do not overlap. MPI_Alltoall of MPI_BYTE is one; a call has some tens
+// of MiB at most.
 //
 // Returns 0 when this rank's part is done; any other number ends the group: the call that needed it
 // returns MXT_ERROR_PEER, and so does every later one, at once. It must give up by itself, by a

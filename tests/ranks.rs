@@ -193,6 +193,21 @@ fn what_fails_on_one_rank_fails_on_all() {
         let longer = Dataset::from_tokens((0..4001).map(|i| i * i % 59).collect()).unwrap();
         let differ = trainer.step(if is_second { &longer } else { &data }).unwrap_err();
         assert!(matches!(differ, Error::RanksDiffer { .. }), "{differ}");
+        // As many tokens, and others, for a step and for an evaluation.
+        let others = Dataset::from_tokens((0..4000).map(|i| i * i % 58).collect()).unwrap();
+        let of_one = if is_second { &others } else { &data };
+        let differ = trainer.step(of_one).unwrap_err();
+        assert!(differ.to_string().contains("4000 tokens (checksum "), "{differ}");
+        let differ = trainer.eval(of_one, 2).unwrap_err();
+        assert!(differ.to_string().contains("4000 tokens (checksum "), "{differ}");
+        // A schedule of another length, at the same rate.
+        let schedule = trainer.options().schedule.clone();
+        if is_second {
+            trainer.set_schedule(Schedule { total_steps: 11, ..schedule.clone() }).unwrap();
+        }
+        let differ = trainer.step(&data).unwrap_err();
+        assert!(differ.to_string().contains("(schedule "), "{differ}");
+        trainer.set_schedule(schedule).unwrap();
         // A rate that one has set.
         if is_second {
             trainer.set_lr(Some(0.5)).unwrap();
@@ -267,7 +282,7 @@ fn ranks_that_are_not_alike_do_not_begin() {
         .unwrap_err()
         .to_string()
     });
-    assert!(calls[0].contains("evaluates 2 windows after step 0"), "{calls:?}");
+    assert!(calls[0].contains("evaluates 2 windows of a dataset of 4000 tokens"), "{calls:?}");
     assert!(calls[1].contains("does step 1 at a rate"), "{calls:?}");
 }
 

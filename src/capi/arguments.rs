@@ -41,6 +41,20 @@ pub(super) unsafe fn path(what: &str, path: *const c_char) -> Result<PathBuf, Fa
     Ok(path.into())
 }
 
+/// [`path`], of which a rank that does not write takes whatever is there: a refusal there alone would
+/// leave the others waiting.
+///
+/// # Safety
+/// As for [`text`].
+pub(super) unsafe fn path_of_save(
+    what: &str,
+    text: *const c_char,
+    writes: bool,
+) -> Result<PathBuf, Failure> {
+    // SAFETY: as promised by the caller.
+    unsafe { if writes { path(what, text) } else { os_text(what, text).map(Into::into) } }
+}
+
 /// A path or pattern that must be there.
 ///
 /// # Safety

@@ -14,7 +14,8 @@ use std::sync::Arc;
 use super::dataset::mxt_dataset;
 use super::handle::keep;
 use super::status::mxt_status_code::{
-    MXT_ERROR_DEVICE, MXT_ERROR_PANIC, MXT_ERROR_PEER, MXT_ERROR_POISONED, MXT_STOPPED,
+    MXT_ERROR_DEVICE, MXT_ERROR_MISMATCH, MXT_ERROR_PANIC, MXT_ERROR_PEER, MXT_ERROR_POISONED,
+    MXT_STOPPED,
 };
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, Out, read, versioned};
@@ -171,7 +172,9 @@ pub unsafe extern "C-unwind" fn mxt_trainer_run(
     let status = unsafe {
         guard::method(NAME, trainer, |_| {
             let out = Out::optional("result", result)?;
-            started = Some((Run::new(trainer, dataset, options)?, out));
+            let run = Run::new(trainer, dataset, options)?;
+            run.compare()?;
+            started = Some((run, out));
             Ok(())
         })
     };
@@ -228,12 +231,14 @@ impl Run {
         // SAFETY: as promised by the caller.
         unsafe {
             let options = read("options", options)?;
-            let save_dir = match options.save_dir.is_null() {
-                true => None,
-                false => Some(arguments::path("save_dir", options.save_dir)?),
-            };
             let trainer = keep(trainer).ok_or_else(|| Failure::null("trainer"))?;
             let is_in_group = trainer.is_in_group();
+            let save_dir = match options.save_dir.is_null() {
+                true => None,
+                false => {
+                    Some(arguments::path_of_save("save_dir", options.save_dir, trainer.writes())?)
+                }
+            };
             Ok(Self {
                 trainer,
                 dataset: keep(dataset).ok_or_else(|| Failure::null("dataset"))?,
@@ -259,6 +264,24 @@ impl Run {
                 eval_failure: None,
             })
         }
+    }
+
+    /// Whether all ranks have the same run before them.
+    fn compare(&self) -> Result<(), Failure> {
+        if !self.is_in_group {
+            return Ok(());
+        }
+        let mxt_run_options { steps, eval_every, eval_batches, save_every, .. } = self.options;
+        let has = |is_there: bool| if is_there { "some" } else { "none" }.to_owned();
+        let values = [
+            ("steps of the run", steps.to_string()),
+            ("eval_every", eval_every.to_string()),
+            ("eval_batches", eval_batches.to_string()),
+            ("eval_dataset", has(self.eval_dataset.is_some())),
+            ("save_every", save_every.to_string()),
+            ("save_dir", has(self.save_dir.is_some())),
+        ];
+        self.trainer.exclusive(|trainer| Ok(trainer.compare(&values)?))
     }
 
     /// Does the steps. An error's message is already where it belongs.
@@ -415,6 +438,8 @@ impl Run {
         match failure.status {
             MXT_ERROR_DEVICE | MXT_ERROR_POISONED | MXT_ERROR_PANIC => true,
             MXT_ERROR_PEER => self.trainer.has_lost_its_group(),
+            // Others may not have seen it, and go on.
+            MXT_ERROR_MISMATCH => self.is_in_group,
             _ => false,
         }
     }

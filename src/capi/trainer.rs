@@ -94,6 +94,11 @@ impl mxt_trainer {
         self.model.model.engine().ranks().is_some()
     }
 
+    /// Whether its saves are written: of ranks, those of the first.
+    pub(super) fn writes(&self) -> bool {
+        self.model.model.engine().rank() == 0
+    }
+
     /// Whether nothing collective can be done any more.
     pub(super) fn has_lost_its_group(&self) -> bool {
         self.model.model.engine().has_lost_its_group()
@@ -217,7 +222,7 @@ pub unsafe extern "C" fn mxt_trainer_save(
     // SAFETY: pointers are NULL or valid, as the header asks.
     unsafe {
         guard::method("mxt_trainer_save", trainer, |trainer| {
-            let dir = arguments::path("dir", dir)?;
+            let dir = arguments::path_of_save("dir", dir, trainer.writes())?;
             trainer.exclusive(|trainer| Ok(trainer.save(&dir)?))
         })
     }

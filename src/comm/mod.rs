@@ -20,7 +20,7 @@ use bytemuck::Zeroable;
 
 use crate::reserve::{collect, reserve, zeros};
 use crate::{Error, Result};
-pub(crate) use news::{Call, Counts};
+pub(crate) use news::{Call, Counts, Data};
 pub(crate) use share::Share;
 pub(crate) use tree::{Joins, sum_parts};
 
@@ -259,6 +259,14 @@ impl Ranks {
         let sent = News::new(call, &mine);
         let found = self.with(|collectives, news| {
             collectives.all_gather(bytemuck::bytes_of(&sent), bytemuck::cast_slice_mut(news))?;
+            // What this rank alone may see ends the group: others would wait for it.
+            let own = bytemuck::bytes_of(&news[self.rank]);
+            if own != bytemuck::bytes_of(&sent) || !news.iter().all(News::is_news) {
+                return Err(io::Error::other(
+                    "all_gather brought what no rank has sent: does a callback mix up ranks, or the \
+                     order of calls, or is a library of another version?",
+                ));
+            }
             Ok(news::judge(call, news, &self.hosts))
         });
         found?

@@ -9,8 +9,24 @@ use crate::{Error, Result};
 
 /// "mxt", and the version of the layout.
 const MAGIC: u32 = 0x74786d01;
+const GOOD: u32 = 0;
 const STOPPED: u32 = 1;
 const FAILED: u32 = 2;
+
+/// Tokens that ranks read.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Data {
+    /// How many.
+    pub(crate) tokens: u64,
+    /// Of the first of them.
+    pub(crate) checksum: u32,
+}
+
+impl fmt::Display for Data {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a dataset of {} tokens (checksum {:08x})", self.tokens, self.checksum)
+    }
+}
 
 /// A collective call, with what must be the same of it on all ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,11 +35,11 @@ pub(crate) enum Call {
     Engine,
     /// A trainer is made or loaded.
     Trainer,
-    /// The gradients of a step, from 1 on, with a learning rate, on a dataset of so many tokens, or on
-    /// tokens that the host gives.
-    Step { step: u64, lr: f32, tokens: Option<u64> },
+    /// The gradients of a step, from 1 on, with a learning rate and the checksum of a schedule, on data,
+    /// or on tokens that the host gives.
+    Step { step: u64, lr: f32, schedule: u32, data: Option<Data> },
     /// An evaluation after so many steps, of so many windows, whose batches are dealt or not.
-    Eval { step: u64, windows: u64, is_dealt: bool },
+    Eval { step: u64, windows: u64, is_dealt: bool, data: Data },
     /// A checkpoint after so many steps is begun.
     Save { step: u64 },
     /// It is done.
@@ -31,28 +47,37 @@ pub(crate) enum Call {
 }
 
 impl Call {
-    fn numbers(self) -> (u32, [u64; 3]) {
+    fn numbers(self) -> (u32, [u64; 4]) {
         match self {
-            Self::Engine => (0, [0; 3]),
-            Self::Trainer => (1, [0; 3]),
-            Self::Step { step, lr, tokens } => {
-                (2, [step, lr.to_bits().into(), tokens.unwrap_or(GIVEN)])
+            Self::Engine => (0, [0; 4]),
+            Self::Trainer => (1, [0; 4]),
+            Self::Step { step, lr, schedule, data } => {
+                let how = u64::from(lr.to_bits()) | u64::from(schedule) << 32;
+                let given = Data { tokens: GIVEN, checksum: 0 };
+                let Data { tokens, checksum } = data.unwrap_or(given);
+                (2, [step, how, tokens, checksum.into()])
             }
-            Self::Eval { step, windows, is_dealt } => (3, [step, windows, is_dealt.into()]),
-            Self::Save { step } => (4, [step, 0, 0]),
-            Self::Saved { step } => (5, [step, 0, 0]),
+            Self::Eval { step, windows, is_dealt, data: Data { tokens, checksum } } => {
+                let more = u64::from(checksum) | u64::from(is_dealt) << 32;
+                (3, [step, windows, tokens, more])
+            }
+            Self::Save { step } => (4, [step, 0, 0, 0]),
+            Self::Saved { step } => (5, [step, 0, 0, 0]),
         }
     }
 
-    fn of_numbers(call: u32, [step, a, b]: [u64; 3]) -> Option<Self> {
+    fn of_numbers(call: u32, [step, a, tokens, b]: [u64; 4]) -> Option<Self> {
+        let data = Data { tokens, checksum: b as u32 };
         Some(match call {
             0 => Self::Engine,
             1 => Self::Trainer,
-            2 => {
-                let tokens = (b != GIVEN).then_some(b);
-                Self::Step { step, lr: f32::from_bits(a as u32), tokens }
-            }
-            3 => Self::Eval { step, windows: a, is_dealt: b != 0 },
+            2 => Self::Step {
+                step,
+                lr: f32::from_bits(a as u32),
+                schedule: (a >> 32) as u32,
+                data: (tokens != GIVEN).then_some(data),
+            },
+            3 => Self::Eval { step, windows: a, is_dealt: b >> 32 != 0, data },
             4 => Self::Save { step },
             5 => Self::Saved { step },
             _ => return None,
@@ -68,16 +93,16 @@ impl fmt::Display for Call {
         match self {
             Self::Engine => f.write_str("makes an engine"),
             Self::Trainer => f.write_str("makes a trainer"),
-            Self::Step { step, lr, tokens } => {
-                write!(f, "does step {step} at a rate of {lr:?} on ")?;
-                match tokens {
+            Self::Step { step, lr, schedule, data } => {
+                write!(f, "does step {step} at a rate of {lr:?} (schedule {schedule:08x}) on ")?;
+                match data {
                     None => f.write_str("given tokens"),
-                    Some(tokens) => write!(f, "a dataset of {tokens} tokens"),
+                    Some(data) => data.fmt(f),
                 }
             }
-            Self::Eval { step, windows, is_dealt } => {
+            Self::Eval { step, windows, is_dealt, data } => {
                 let more = if *is_dealt { "" } else { " for more than their loss" };
-                write!(f, "evaluates {windows} windows after step {step}{more}")
+                write!(f, "evaluates {windows} windows of {data} after step {step}{more}")
             }
             Self::Save { step } | Self::Saved { step } => write!(f, "saves step {step}"),
         }
@@ -97,12 +122,12 @@ pub(crate) struct Counts {
 pub(super) struct News {
     magic: u32,
     call: u32,
-    about: [u64; 3],
+    about: [u64; 4],
     losses: f64,
     raised_blocks: u64,
     outcome: u32,
     words_len: u32,
-    words: [u8; 200],
+    words: [u8; 192],
 }
 
 impl News {
@@ -125,11 +150,16 @@ impl News {
         news
     }
 
+    /// None of what is no news.
     fn call(&self) -> Option<Call> {
-        match self.magic {
-            MAGIC => Call::of_numbers(self.call, self.about),
+        match (self.magic, self.outcome) {
+            (MAGIC, GOOD | STOPPED | FAILED) => Call::of_numbers(self.call, self.about),
             _ => None,
         }
+    }
+
+    pub(super) fn is_news(&self) -> bool {
+        self.call().is_some()
     }
 
     fn words(&self) -> String {
@@ -142,19 +172,15 @@ impl News {
 pub(super) fn judge(call: Call, news: &[News], hosts: &[String]) -> Result<Counts> {
     let name = |rank: usize| format!("rank {rank} on {}", hosts[rank]);
     // One that fails early does not know what the call is about.
-    if let Some(rank) = news.iter().position(|news| news.magic == MAGIC && news.outcome == FAILED) {
+    if let Some(rank) = news.iter().position(|news| news.outcome == FAILED) {
         let message = format!("{}: {}", name(rank), news[rank].words());
         return Err(Error::Peer { message });
     }
-    if let Some(rank) = news.iter().position(|other| other.call() != Some(call)) {
-        let other = match news[rank].call() {
-            Some(other) => other.to_string(),
-            None => {
-                "sent what is no news: is its library of another version, or does a callback mix \
-                     up the order of calls?"
-                    .to_owned()
-            }
-        };
+    if let Some((rank, other)) = news
+        .iter()
+        .enumerate()
+        .find_map(|(rank, news)| Some((rank, news.call().filter(|other| *other != call)?)))
+    {
         let message =
             format!("all ranks make the same calls; this one {call}, {} {other}", name(rank));
         return Err(Error::RanksDiffer { message });
@@ -177,7 +203,7 @@ mod tests {
 
     #[test]
     fn what_one_cannot_do_nobody_does() {
-        let call = Call::Step { step: 3, lr: 0.5, tokens: None };
+        let call = Call::Step { step: 3, lr: 0.5, schedule: 7, data: None };
         let good = News::new(call, &Ok(Counts { losses: 1.5, raised_blocks: 2 }));
         let sum = Counts { losses: 3.0, raised_blocks: 4 };
         assert_eq!(judged(call, &[good, good]).unwrap(), sum);
@@ -190,11 +216,10 @@ mod tests {
         assert!(message.contains("rank 1 on b: tokens: x\u{e9}"), "{message}");
         let other = News::new(Call::Save { step: 3 }, &Ok(Counts::default()));
         let message = judged(call, &[good, other]).unwrap_err().to_string();
-        let expected =
-            "this one does step 3 at a rate of 0.5 on given tokens, rank 1 on b saves step 3";
+        let expected = "this one does step 3 at a rate of 0.5 (schedule 00000007) on given tokens, rank 1 on b \
+             saves step 3";
         assert!(message.contains(expected), "{message}");
-        let message = judged(call, &[good, News::zeroed()]).unwrap_err().to_string();
-        assert!(message.contains("no news"), "{message}");
+        assert!(good.is_news() && failed.is_news() && !News::zeroed().is_news());
         assert_eq!(size_of::<News>(), 256);
     }
 }

@@ -35,6 +35,7 @@ use look::WHOLE;
 use order::Permutation;
 use scan::Scan;
 
+use crate::reserve::zeros;
 use crate::{Error, Result, reserve};
 
 /// Tokens to train on: one or several files, mapped into memory, or a host's own tokens. Cheap to
@@ -53,6 +54,8 @@ struct Inner {
     /// The sequence length whose windows the host knows to leave files out or not; 0 before.
     told_of: AtomicU64,
     ends: OnceLock<Ends>,
+    /// Of the first tokens.
+    checksum: OnceLock<u32>,
 }
 
 /// Windows of one sequence length in all files up to the end of each. With them, a step does not
@@ -163,12 +166,28 @@ impl Dataset {
             scan: Scan::new(),
             told_of: AtomicU64::new(0),
             ends: OnceLock::new(),
+            checksum: OnceLock::new(),
         }))
     }
 
     /// Tokens of all files.
     pub fn token_count(&self) -> u64 {
         self.sources().iter().map(|file| file.info.tokens).sum()
+    }
+
+    /// CRC-32 of the first tokens, by which ranks know that their data are the same: read once.
+    ///
+    /// # Errors
+    /// As [`Dataset::read`].
+    pub(crate) fn checksum(&self) -> Result<u32> {
+        const FIRST: u64 = 1 << 16;
+        if let Some(checksum) = self.0.checksum.get() {
+            return Ok(*checksum);
+        }
+        let mut tokens: Vec<u32> =
+            zeros("the first tokens", self.token_count().min(FIRST) as usize)?;
+        self.read(0, &mut tokens)?;
+        Ok(*self.0.checksum.get_or_init(|| crc32fast::hash(bytemuck::cast_slice(&tokens))))
     }
 
     /// The files, in order.

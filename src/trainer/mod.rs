@@ -27,7 +27,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
 use crate::checkpoint::{Checkpoint, Kept, Scratch, StateValues, TensorRead};
-use crate::comm::{Call, Counts, Ranks};
+use crate::comm::{Call, Counts, Data, Ranks};
 use crate::data::EvalWindows;
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Shapes};
@@ -219,6 +219,14 @@ impl Trainer {
         Ok(trainer)
     }
 
+    /// Compares what all ranks of a group must have alike, a name and a value each.
+    ///
+    /// # Errors
+    /// [`Error::RanksDiffer`] and [`Error::Peer`].
+    pub(crate) fn compare(&self, values: &[(&str, String)]) -> Result<()> {
+        self.model.engine().ranks().map_or(Ok(()), |ranks| ranks.compare(values))
+    }
+
     /// What is the same on all ranks.
     fn description(&self) -> Result<Vec<(&'static str, String)>> {
         let TrainerState { options, seed, step, schedule_start, lr_override } = &self.state;
@@ -325,7 +333,9 @@ impl Trainer {
         let TrainerState { seed, step, ref options, .. } = self.state;
         let (batch, accumulation) = (options.batch_size as u64, options.accumulation as u64);
         let vocab_size = self.model.config().vocab_size;
-        let ready = options.recipe.check_trains().and_then(|()| data.check_tokens(vocab_size));
+        let (data_of, ready) = self.data_of(data);
+        let ready = ready.and_then(|()| options.recipe.check_trains());
+        let ready = ready.and_then(|()| data.check_tokens(vocab_size));
         if let (Ok(()), Some(warning)) = (&ready, data.warning(options.sequence_length)) {
             self.model.engine().log(LogLevel::Warning, || warning);
         }
@@ -333,11 +343,13 @@ impl Trainer {
             let micro_steps = step.wrapping_mul(accumulation).wrapping_add(micro_step as u64);
             micro_steps.wrapping_mul(batch).wrapping_add(row as u64)
         };
-        let tokens = Some(data.token_count());
-        self.optimizer_step(ready, tokens, stops, &mut |aside, micro_step, row, window| match aside
-        {
-            None => data.training_window(seed, number(step, micro_step, row), vocab_size, window),
-            Some(of) => data.side_window(seed, number(of, micro_step, row), vocab_size, window),
+        self.optimizer_step(ready, Some(data_of), stops, &mut |aside, micro_step, row, window| {
+            match aside {
+                None => {
+                    data.training_window(seed, number(step, micro_step, row), vocab_size, window)
+                }
+                Some(of) => data.side_window(seed, number(of, micro_step, row), vocab_size, window),
+            }
         })
     }
 
@@ -410,12 +422,24 @@ impl Trainer {
         (0..rows).try_for_each(|row| read(row, window))
     }
 
+    /// What ranks compare of their data, and why they cannot; nothing where there are none.
+    fn data_of(&self, data: &Dataset) -> (Data, Result<()>) {
+        if self.model.engine().ranks().is_none() {
+            return (Data::default(), Ok(()));
+        }
+        let tokens = data.token_count();
+        match data.checksum() {
+            Ok(checksum) => (Data { tokens, checksum }, Ok(())),
+            Err(error) => (Data::default(), Err(error)),
+        }
+    }
+
     /// Forward, backward, clip, update, where this rank is `ready` for it; given up at a stop request
-    /// if it `stops`. `dataset` has so many tokens, where it is one.
+    /// if it `stops`. `data` are those of a dataset, where there is one.
     fn optimizer_step(
         &mut self,
         ready: Result<()>,
-        dataset: Option<u64>,
+        data: Option<Data>,
         stops: bool,
         fill: &mut FillWindow<'_>,
     ) -> Result<StepStats> {
@@ -433,8 +457,9 @@ impl Trainer {
             OptimizerStep { optimizer, lr, t, seed, loss_scale, largest_gradient, annealing };
 
         let Self { run, model, state, bounds, stop, .. } = self;
-        let call = Call::Step { step: t, lr, tokens: dataset };
         let ranks = model.engine().ranks();
+        let schedule = ranks.map_or(0, |_| schedule_of(state));
+        let call = Call::Step { step: t, lr, schedule, data };
         let _group = ranks.map(Ranks::until_panic);
         if let Err(error) = ready {
             return Err(match ranks {
@@ -493,7 +518,8 @@ impl Trainer {
         let started = Instant::now();
         let TrainerState { step, ref options, .. } = self.state;
         let TrainerOptions { batch_size, sequence_length, .. } = *options;
-        let checked = data.check_tokens(self.model.config().vocab_size);
+        let (data_of, checked) = self.data_of(data);
+        let checked = checked.and_then(|()| data.check_tokens(self.model.config().vocab_size));
         let windows = checked.and_then(|()| data.eval_windows(sequence_length));
         let count = windows.as_ref().map_or(0, |windows| match max_batches {
             0 => windows.total(),
@@ -504,7 +530,7 @@ impl Trainer {
         let mut mine = windows.and_then(|windows| self.losses_of(&windows, count));
         if let Some(ranks) = engine.ranks() {
             let is_dealt = !self.tells_more_than_losses();
-            let call = Call::Eval { step, windows: count, is_dealt };
+            let call = Call::Eval { step, windows: count, is_dealt, data: data_of };
             let agreed = ranks.agree(call, mine.as_ref().map(|_| Counts::default()));
             mine = mine.and_then(|mine| agreed.and_then(|_| mine.of_all_ranks(ranks)));
         }
@@ -1099,6 +1125,18 @@ impl fmt::Debug for Trainer {
             .field("state", &self.state)
             .finish_non_exhaustive()
     }
+}
+
+/// Of the schedule and where it counts from: what is not in a rate depends on them, too.
+fn schedule_of(state: &TrainerState) -> u32 {
+    let Schedule { kind, lr, min_lr, warmup_steps, total_steps, decay_steps } =
+        state.options.schedule;
+    let numbers = [warmup_steps, total_steps, decay_steps, state.schedule_start];
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&[kind as u8]);
+    [lr, min_lr].iter().for_each(|rate| crc.update(&rate.to_le_bytes()));
+    numbers.iter().for_each(|number| crc.update(&number.to_le_bytes()));
+    crc.finalize()
 }
 
 /// What an evaluation found, maybe of some batches only.

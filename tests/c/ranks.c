@@ -13,7 +13,7 @@ static const char *folder;
 /* What ranks find, for the process that started them. */
 static struct shared {
   float losses[MOST_RANKS][STEPS + 1];
-  volatile int phase; /* 1 when ranks train */
+  volatile int phase; /* 1 when ranks train, 2 when they have saved */
 } *shared;
 
 static mxt_trainer *trainer_of(mxt_model *model) {
@@ -81,6 +81,12 @@ static int trains(struct place *place) {
   run.on_step = NULL;
   OK(mxt_trainer_run(other, dataset, &run, &result));
   CHECK(result.steps == 0 && result.end == MXT_RUN_END_REQUEST);
+
+  /* A run of another length on one; and a folder that only rank 0 needs. */
+  run.steps = 2 + (place->rank == 1);
+  run.save_dir = NULL;
+  FAILS(MXT_ERROR_MISMATCH, "steps of the run", mxt_trainer_run(other, dataset, &run, &result));
+  OK(mxt_trainer_save(other, place->rank == 0 ? in_folder(folder, "first") : ""));
 
   /* A token that only one has; all go on. */
   uint32_t tokens[4 * BATCH * (CONTEXT + 1)] = {1, 2, 3};
@@ -184,10 +190,11 @@ static int until_one_is_missed(struct place *place) {
   eval.struct_size = sizeof eval;
   mxt_status status = mxt_trainer_new(model, &options, &trainer);
   while (status == MXT_OK) {
-    if (place->rank == 1) shared->phase = 1;
+    if (place->rank == 1 && shared->phase == 0) shared->phase = 1;
     status = mxt_trainer_step(trainer, dataset, NULL);
     if (status == MXT_OK) status = mxt_trainer_eval(trainer, dataset, 2, &eval);
     if (status == MXT_OK) status = mxt_trainer_save(trainer, in_folder(folder, "killed"));
+    if (place->rank == 1 && status == MXT_OK) shared->phase = 2;
   }
   RETURNS(MXT_ERROR_PEER, status);
   if (trainer != NULL) RETURNS(MXT_ERROR_PEER, mxt_trainer_save(trainer, folder));
@@ -239,7 +246,7 @@ int main(int argc, char **argv) {
     shared->phase = 0;
     start_ranks(meeting, until_one_is_missed, pids);
     const struct timespec instant = {0, 300000L * i}, moment = {0, 1000000};
-    while (shared->phase == 0) nanosleep(&moment, NULL);
+    while (shared->phase < 1 + i % 2) nanosleep(&moment, NULL);
     nanosleep(&instant, NULL);
     const int victim = i % 3;
     CHECK(kill(pids[victim], SIGKILL) == 0);

@@ -73,6 +73,13 @@ impl Signals {
         Ok(made)
     }
 
+    /// A signal that ends the program removes these before, too.
+    pub(crate) fn also_remove(&self, traces: impl IntoIterator<Item = PathBuf>) {
+        if let State::Ends(paths) = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            paths.splice(0..0, traces);
+        }
+    }
+
     /// From now on a signal asks `stop`; a second Ctrl-C ends the program, which loses what `loss`
     /// says.
     pub(crate) fn ask(&self, stop: StopHandle, loss: &'static str) {

@@ -226,3 +226,36 @@ fn a_run_begins_again_after_a_loss() {
     let message = refuse(dir, &format!("train {MODEL} --out x --group env --restarts 1"));
     assert!(message.contains("cannot be used with"), "{message}");
 }
+
+/// Before they have met, too: nobody stays, and no folder.
+#[test]
+fn an_end_while_ranks_meet_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (dir, meeting) = (dir.path(), dir.path().join("meeting"));
+    data(dir);
+    fs::create_dir(&meeting).unwrap();
+    let line = format!("train {MODEL} --steps 2 --out x --overwrite --ranks 4");
+    for (round, signal) in ["-INT", "-TERM", "-9"].iter().cycle().take(30).enumerate() {
+        let mut command = mxtrain();
+        let child = start(dir, command.args(line.split_whitespace()).env("TMPDIR", &meeting));
+        std::thread::sleep(std::time::Duration::from_millis(2 + round as u64));
+        let others = followers(&child);
+        let pid = child.id().to_string();
+        // It may be done already.
+        let _ = std::process::Command::new("kill").args([*signal, &pid]).status().unwrap();
+        end(child);
+        wait_for(|| !others.iter().any(|pid| is_there(pid)));
+        if *signal == "-9" {
+            let _ = fs::remove_dir_all(&meeting);
+            fs::create_dir(&meeting).unwrap();
+        }
+        let left: Vec<_> = fs::read_dir(&meeting).unwrap().flatten().map(|e| e.path()).collect();
+        assert!(left.is_empty(), "{round}, {signal}: {left:?}");
+    }
+    for text in ["1 0 x", "5 2 x", "x", "0 2 /tmp", "1 100000000000 x"] {
+        let mut command = mxtrain();
+        command.args(line.split_whitespace()).env("MXTRAIN_RANK", text);
+        let (code, _, error) = end(start(dir, &mut command));
+        assert!(code == Some(2) && error.contains("MXTRAIN_RANK: is set by"), "{text}: {error}");
+    }
+}

@@ -20,7 +20,7 @@ use std::ops::{Deref, DerefMut};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -28,7 +28,7 @@ use mxfp4train::{Dataset, Error, EvalStats, Group, StepStats, Trainer};
 
 use crate::console;
 use crate::failure::{Failure, Outcome};
-use crate::signals;
+use crate::signals::{self, Signals};
 pub(crate) use launchers::Launched;
 use mesh::Mesh;
 pub(crate) use restart::restart;
@@ -87,20 +87,33 @@ pub(crate) struct Place {
     size: usize,
     /// Where rank 0 listens.
     address: Address,
-    /// The folder of that, which is there as long as rank 0 looks for others.
+    /// The folder of that, of processes that rank 0 has started.
     folder: Option<PathBuf>,
     patience: Duration,
 }
 
 impl Place {
     /// Of this process, if another one of this program has started it.
-    pub(crate) fn of_this() -> Option<Self> {
-        let text = env::var_os(PLACE)?;
+    ///
+    /// # Errors
+    /// Where the variable that says so is somebody else's.
+    pub(crate) fn of_this() -> Outcome<Option<Self>> {
+        let Some(text) = env::var_os(PLACE) else { return Ok(None) };
         let mut parts = text.as_bytes().splitn(3, |byte| *byte == b' ');
-        let mut number = || str::from_utf8(parts.next()?).ok()?.parse().ok();
-        let (rank, size) = (number()?, number()?);
-        let folder = PathBuf::from(<std::ffi::OsStr as OsStrExt>::from_bytes(parts.next()?));
-        Some(Self::local(rank, size, folder))
+        let mut number = || str::from_utf8(parts.next()?).ok()?.parse::<usize>().ok();
+        if let (Some(rank), Some(size)) = (number(), number())
+            && (1..size).contains(&rank)
+            && size <= MAX_RANKS
+            && let Some(folder) = parts.next()
+        {
+            let folder = PathBuf::from(<std::ffi::OsStr as OsStrExt>::from_bytes(folder));
+            return Ok(Some(Self::local(rank, size, folder)));
+        }
+        Err(Failure::usage(format!(
+            "{PLACE}: is set by mxtrain for the processes that it starts, expected \"RANK SIZE \
+             FOLDER\", got {}; unset it",
+            console::plain(&text.to_string_lossy())
+        )))
     }
 
     fn local(rank: usize, size: usize, folder: PathBuf) -> Self {
@@ -122,13 +135,6 @@ impl Place {
         self.size
     }
 
-    fn is_still_open(&self) -> Outcome {
-        match &self.folder {
-            Some(folder) if !folder.exists() => Err(Failure::runtime("rank 0 is gone")),
-            _ => Ok(()),
-        }
-    }
-
     /// A connection to a rank, which may not yet be there.
     fn connect(&self, to: &Address, purpose: u8, until: Instant) -> Outcome<Stream> {
         let failure = |e| Failure::runtime(format!("cannot connect to a rank at {to}: {e}"));
@@ -142,8 +148,10 @@ impl Place {
                     (&stream).write_all(&greeting).map_err(failure)?;
                     return Ok(stream);
                 }
-                Err(_) if Instant::now() < until && self.is_still_open().is_ok() => {
-                    thread::sleep(Duration::from_millis(5));
+                // On a network rank 0 may begin later than others; on this machine it listens before
+                // it starts them, and so do those that it tells of.
+                Err(_) if self.folder.is_none() && Instant::now() < until => {
+                    thread::sleep(Duration::from_millis(50));
                 }
                 Err(e) => return Err(failure(e)),
             }
@@ -198,9 +206,10 @@ impl Place {
     /// Meets the others as one that follows: asks rank 0 for the seed and for where all listen, then
     /// connects to those below it and is connected to by those above.
     pub(crate) fn follow(&self) -> Outcome<(Group, Follower)> {
-        signals::leave_to_rank_0()?;
         let until = Instant::now() + self.patience;
         let calls = self.connect(&self.address, FOR_CALLS, until)?;
+        // From here on the end of rank 0 is seen.
+        signals::leave_to_rank_0()?;
         let own = match (calls.ends().map_err(cannot_meet)?, &self.folder) {
             (None, Some(folder)) => stream::local(folder, self.rank),
             (ends, _) => {
@@ -351,12 +360,19 @@ impl Follower {
 
 impl Leader {
     /// Starts `size - 1` processes with this one's arguments, and meets them.
-    pub(crate) fn start(size: usize, seed: u64) -> Outcome<(Group, Self)> {
+    pub(crate) fn start(size: usize, seed: u64, signals: &Signals) -> Outcome<(Group, Self)> {
         // One of the same name may be left of a process that was killed.
         let since = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().subsec_nanos();
         let folder = env::temp_dir().join(format!("mxtrain-{}-{since:08x}", std::process::id()));
-        let cannot = |e| Failure::io("make", &folder)(e);
-        DirBuilder::new().mode(0o700).create(&folder).map_err(cannot)?;
+        let traces = (0..size).map(|rank| folder.join(rank.to_string())).chain([folder.clone()]);
+        signals.also_remove(traces);
+        DirBuilder::new().mode(0o700).create(&folder).map_err(|e| {
+            let folder = folder.display();
+            Failure::usage(format!(
+                "cannot make {folder}, where ranks meet: {e}; set TMPDIR to a folder of this machine \
+                 that can be written"
+            ))
+        })?;
         let place = Place::local(0, size, folder.clone());
         let met = Self::start_in(&place, &folder, seed);
         // Others that still look for it end.
@@ -386,9 +402,17 @@ impl Leader {
             })?);
         }
         let children = &mut leader.children;
-        let (group, calls) = place.lead(&listener, seed, &mut || all_live(children))?;
-        leader.calls = calls;
-        Ok((group, leader))
+        match place.lead(&listener, seed, &mut || all_live(children)) {
+            Ok((group, calls)) => {
+                leader.calls = calls;
+                Ok((group, leader))
+            }
+            Err(failure) => {
+                // Those that still come end, and the leader need not wait for them.
+                drop(listener);
+                Err(failure)
+            }
+        }
     }
 
     /// Meets processes that a launcher has started.
@@ -419,13 +443,17 @@ impl Leader {
         for (index, calls) in self.calls.iter().enumerate() {
             let mut words = Vec::new();
             // Those that are alive say nothing.
-            if calls.set_read_timeout(Some(Duration::from_millis(200))).is_ok() {
-                let _ = calls.take(1 << 12).read_to_end(&mut words);
-            }
+            let _ = calls.set_read_timeout(Some(Duration::from_millis(200)));
+            let read = calls.take(1 << 12).read_to_end(&mut words);
+            let is_late = |e: &io::Error| {
+                matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+            };
+            let has_ended = !read.as_ref().is_err_and(is_late);
             let mut words = String::from_utf8_lossy(&words).into_owned();
             if words.is_empty()
+                && has_ended
                 && let Some(child) = self.children.get_mut(index)
-                && let Ok(Some(status)) = child.try_wait()
+                && let Some(status) = status_of(child)
                 && status.code().is_none_or(|code| code > 1)
             {
                 words = format!("its process has ended: {status}");
@@ -436,6 +464,17 @@ impl Leader {
             }
         }
     }
+}
+
+/// How a process has ended whose connections are closed: the system may say so a moment later.
+fn status_of(child: &mut Child) -> Option<ExitStatus> {
+    for _ in 0..100 {
+        if let Ok(Some(status)) = child.try_wait() {
+            return Some(status);
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    None
 }
 
 /// An error where a process that was started has ended.

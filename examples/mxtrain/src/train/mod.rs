@@ -51,7 +51,7 @@ const SAMPLE_TOKENS: usize = 200;
 /// Runs the command.
 pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
     let launched = launched(args)?;
-    let place = Place::of_this().or_else(|| launched.as_ref().map(|(place, _)| place.clone()));
+    let place = Place::of_this()?.or_else(|| launched.as_ref().map(|(place, _)| place.clone()));
     if let Some(place) = place.filter(|place| place.rank() > 0) {
         let local = launched.map(|(_, by)| by.local);
         return follow(args, parsed, &place, local);
@@ -63,10 +63,20 @@ pub(crate) fn run(args: &TrainArgs, parsed: &Parsed) -> Outcome<ExitCode> {
     })?;
     let result = run.guarded(Run::train);
     run.progress.finish();
-    let Err(failure) = &result else { return result };
+    let has_lost_one = run.trainer.model().engine().has_lost_its_group();
+    let Err(failure) = &result else {
+        if !has_lost_one {
+            return result;
+        }
+        // Behind the last step: what it is missed for is said, or done without it.
+        let lost = Failure::runtime("a process of the run was lost behind its last step");
+        run.trainer.tell_reasons(&lost);
+        console::note(&format!("mxtrain: {}; {}", lost.message, run.saves.held()));
+        return Ok(ExitCode::from(LOST_ON_THE_SIDE));
+    };
     run.trainer.tell_reasons(failure);
     let (out, restarts) = (run.saves.out.clone(), args.ranks.restarts);
-    if restarts > 0 && run.trainer.model().engine().has_lost_its_group() {
+    if restarts > 0 && has_lost_one {
         console::note(&format!("mxtrain: {}", failure.message));
         drop(run);
         return Err(restart(&out, restarts - 1));
@@ -196,7 +206,7 @@ impl Run {
         let (seed, launched) = (args.seed.number(), launched(args)?);
         let met = match &launched {
             Some((place, _)) if place.size() > 1 => Some(Leader::of_launched(place, seed)?),
-            None if args.ranks.size() > 1 => Some(Leader::start(args.ranks.size(), seed)?),
+            None if args.ranks.size() > 1 => Some(Leader::start(args.ranks.size(), seed, signals)?),
             _ => None,
         };
         let mut group = None;
