@@ -345,17 +345,6 @@ typedef struct mxt_trainer mxt_trainer;
 // may add codes, so treat an unknown negative number as an error.
 typedef int32_t mxt_status;
 
-// Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line
-// end, borrowed for the call.
-//
-// Runs on the thread that is inside the call that logs, and on several at once where several
-// threads use the engine. It must not throw or longjmp, and calls on the object whose call logs
-// return MXT_ERROR_BUSY.
-typedef void (*mxt_log_fn)(void *user_data, int32_t level, const char *message);
-
-// Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
-typedef void (*mxt_user_data_free_fn)(void *user_data);
-
 // Hands out and takes in blocks of `bytes_per_rank` bytes, one for each rank: block r of `send` goes
 // to rank r, and block r of `receive` came from it, this rank's own included. The buffers are
 // borrowed for the call and do not overlap. MPI_Alltoall of MPI_BYTE is one; a call has some tens
@@ -383,6 +372,9 @@ typedef int32_t (*mxt_all_gather_fn)(void *user_data,
 // thread of the call that failed, and nothing else is called then. It must not throw, longjmp, or
 // call the library.
 typedef void (*mxt_abort_fn)(void *user_data);
+
+// Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
+typedef void (*mxt_user_data_free_fn)(void *user_data);
 
 // Ranks that train one model together, of which this program (or this thread of it) is one. Fill it
 // with mxt_group_init, and put it into mxt_engine_options.
@@ -420,6 +412,14 @@ typedef struct mxt_group {
   // NULL (default): nothing is called.
   mxt_user_data_free_fn user_data_free;
 } mxt_group;
+
+// Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line
+// end, borrowed for the call.
+//
+// Runs on the thread that is inside the call that logs, and on several at once where several
+// threads use the engine. It must not throw or longjmp, and calls on the object whose call logs
+// return MXT_ERROR_BUSY.
+typedef void (*mxt_log_fn)(void *user_data, int32_t level, const char *message);
 
 // What an engine is made from. Fill it with mxt_engine_options_init.
 typedef struct mxt_engine_options {
@@ -944,6 +944,12 @@ const char *mxt_build_info(void);
 // valid until that thread's next call that fails, or its end. Any thread may call it at any time.
 const char *mxt_last_error(void);
 
+// Fills `group` with the defaults. `struct_size` is sizeof(mxt_group) as the caller's compiler sees
+// it.
+//
+// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+mxt_status mxt_group_init(struct mxt_group *group, size_t struct_size);
+
 // Fills `options` with the defaults. `struct_size` is sizeof(mxt_engine_options) as the caller's
 // compiler sees it, so that an older program is not written past the end of its struct.
 //
@@ -985,6 +991,14 @@ size_t mxt_engine_threads(const struct mxt_engine *engine);
 // may call it at any time.
 uint64_t mxt_engine_seed(const struct mxt_engine *engine);
 
+// Which rank of its group an engine is, from 0 on; 0 without a group, and if `engine` is NULL. Any
+// thread may call it at any time.
+size_t mxt_engine_rank(const struct mxt_engine *engine);
+
+// Ranks of an engine's group; 1 without one, 0 if `engine` is NULL. Any thread may call it at any
+// time.
+size_t mxt_engine_ranks(const struct mxt_engine *engine);
+
 // The message of the last call with this engine that failed (making a model from it, for one), on
 // whichever thread; the empty string when there is none.
 //
@@ -995,20 +1009,6 @@ const char *mxt_engine_last_error(const struct mxt_engine *engine);
 // Gives the engine up; NULL does nothing. Models and trainers that were made from it stay usable:
 // the worker threads end with the last of them.
 void mxt_engine_free(struct mxt_engine *engine);
-
-// Fills `group` with the defaults. `struct_size` is sizeof(mxt_group) as the caller's compiler sees
-// it.
-//
-// Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
-mxt_status mxt_group_init(struct mxt_group *group, size_t struct_size);
-
-// Which rank of its group an engine is, from 0 on; 0 without a group, and if `engine` is NULL. Any
-// thread may call it at any time.
-size_t mxt_engine_rank(const struct mxt_engine *engine);
-
-// Ranks of an engine's group; 1 without one, 0 if `engine` is NULL. Any thread may call it at any
-// time.
-size_t mxt_engine_ranks(const struct mxt_engine *engine);
 
 // Fills `config` with the defaults. `struct_size` is sizeof(mxt_model_config) as the caller's
 // compiler sees it.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::float_mode;
-use super::group::{Given, mxt_group};
+use super::group::{Given, mxt_group, mxt_user_data_free_fn};
 use super::guard;
 use super::handle::{Handle, State};
 use super::message::Slot;
@@ -34,9 +34,6 @@ pub enum mxt_log_level {
 /// return MXT_ERROR_BUSY.
 pub type mxt_log_fn =
     Option<unsafe extern "C-unwind" fn(user_data: *mut c_void, level: i32, message: *const c_char)>;
-
-/// Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
-pub type mxt_user_data_free_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void)>;
 
 /// What an engine is made from. Fill it with mxt_engine_options_init.
 #[derive(Clone, Copy)]
@@ -220,6 +217,22 @@ pub unsafe extern "C" fn mxt_engine_threads(engine: *const mxt_engine) -> usize 
 pub unsafe extern "C" fn mxt_engine_seed(engine: *const mxt_engine) -> u64 {
     // SAFETY: a live handle or NULL, as the header asks.
     unsafe { guard::getter("mxt_engine_seed", engine, |engine| engine.engine.seed()) }
+}
+
+/// Which rank of its group an engine is, from 0 on; 0 without a group, and if `engine` is NULL. Any
+/// thread may call it at any time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_rank(engine: *const mxt_engine) -> usize {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::getter("mxt_engine_rank", engine, |engine| engine.engine.rank()) }
+}
+
+/// Ranks of an engine's group; 1 without one, 0 if `engine` is NULL. Any thread may call it at any
+/// time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn mxt_engine_ranks(engine: *const mxt_engine) -> usize {
+    // SAFETY: a live handle or NULL, as the header asks.
+    unsafe { guard::getter("mxt_engine_ranks", engine, |engine| engine.engine.size()) }
 }
 
 /// The message of the last call with this engine that failed (making a model from it, for one), on

@@ -5,7 +5,6 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::engine::{mxt_engine, mxt_user_data_free_fn};
 use super::float_mode;
 use super::guard;
 use super::status::{Failure, mxt_status};
@@ -47,6 +46,9 @@ pub type mxt_all_gather_fn = Option<
 /// thread of the call that failed, and nothing else is called then. It must not throw, longjmp, or
 /// call the library.
 pub type mxt_abort_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void)>;
+
+/// Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
+pub type mxt_user_data_free_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void)>;
 
 /// Ranks that train one model together, of which this program (or this thread of it) is one. Fill it
 /// with mxt_group_init, and put it into mxt_engine_options.
@@ -111,22 +113,6 @@ impl Options for mxt_group {
 pub unsafe extern "C" fn mxt_group_init(group: *mut mxt_group, struct_size: usize) -> mxt_status {
     // SAFETY: the caller's struct has `struct_size` bytes.
     guard::function("mxt_group_init", || unsafe { structs::init(group, struct_size) })
-}
-
-/// Which rank of its group an engine is, from 0 on; 0 without a group, and if `engine` is NULL. Any
-/// thread may call it at any time.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mxt_engine_rank(engine: *const mxt_engine) -> usize {
-    // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { guard::getter("mxt_engine_rank", engine, |engine| engine.engine.rank()) }
-}
-
-/// Ranks of an engine's group; 1 without one, 0 if `engine` is NULL. Any thread may call it at any
-/// time.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn mxt_engine_ranks(engine: *const mxt_engine) -> usize {
-    // SAFETY: a live handle or NULL, as the header asks.
-    unsafe { guard::getter("mxt_engine_ranks", engine, |engine| engine.engine.size()) }
 }
 
 /// The host's side of a group, which mxt_engine_new has not yet been given for good.

@@ -345,21 +345,6 @@ up.
 const MXT_RUN_END_REQUEST = Int32(2)
 
 """
-Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line
-end, borrowed for the call.
-
-Runs on the thread that is inside the call that logs, and on several at once where several
-threads use the engine. It must not throw or longjmp, and calls on the object whose call logs
-return MXT_ERROR_BUSY.
-"""
-const mxt_log_fn = Ptr{Cvoid}
-
-"""
-Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
-"""
-const mxt_user_data_free_fn = Ptr{Cvoid}
-
-"""
 Hands out and takes in blocks of `bytes_per_rank` bytes, one for each rank: block r of `send` goes
 to rank r, and block r of `receive` came from it, this rank's own included. The buffers are
 borrowed for the call and do not overlap. MPI_Alltoall of MPI_BYTE is one; a call has some tens
@@ -386,6 +371,21 @@ thread of the call that failed, and nothing else is called then. It must not thr
 call the library.
 """
 const mxt_abort_fn = Ptr{Cvoid}
+
+"""
+Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
+"""
+const mxt_user_data_free_fn = Ptr{Cvoid}
+
+"""
+Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line
+end, borrowed for the call.
+
+Runs on the thread that is inside the call that logs, and on several at once where several
+threads use the engine. It must not throw or longjmp, and calls on the object whose call logs
+return MXT_ERROR_BUSY.
+"""
+const mxt_log_fn = Ptr{Cvoid}
 
 """
 Receives each token as it is sampled. Returns 0 to go on; any other number ends the text with
@@ -1071,6 +1071,21 @@ function mxt_last_error()
 end
 
 """
+    mxt_group_init(group, struct_size)
+
+Fills `group` with the defaults. `struct_size` is sizeof(mxt_group) as the caller's compiler sees
+it.
+
+Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
+"""
+function mxt_group_init(group, struct_size)
+    return @ccall libmxfp4train.mxt_group_init(
+        group::Ptr{mxt_group},
+        struct_size::Csize_t
+    )::mxt_status
+end
+
+"""
     mxt_engine_options_init(options, struct_size)
 
 Fills `options` with the defaults. `struct_size` is sizeof(mxt_engine_options) as the caller's
@@ -1148,6 +1163,26 @@ function mxt_engine_seed(engine)
 end
 
 """
+    mxt_engine_rank(engine)
+
+Which rank of its group an engine is, from 0 on; 0 without a group, and if `engine` is NULL. Any
+thread may call it at any time.
+"""
+function mxt_engine_rank(engine)
+    return @ccall libmxfp4train.mxt_engine_rank(engine::Ptr{mxt_engine})::Csize_t
+end
+
+"""
+    mxt_engine_ranks(engine)
+
+Ranks of an engine's group; 1 without one, 0 if `engine` is NULL. Any thread may call it at any
+time.
+"""
+function mxt_engine_ranks(engine)
+    return @ccall libmxfp4train.mxt_engine_ranks(engine::Ptr{mxt_engine})::Csize_t
+end
+
+"""
     mxt_engine_last_error(engine)
 
 The message of the last call with this engine that failed (making a model from it, for one), on
@@ -1168,41 +1203,6 @@ the worker threads end with the last of them.
 """
 function mxt_engine_free(engine)
     return @ccall libmxfp4train.mxt_engine_free(engine::Ptr{mxt_engine})::Cvoid
-end
-
-"""
-    mxt_group_init(group, struct_size)
-
-Fills `group` with the defaults. `struct_size` is sizeof(mxt_group) as the caller's compiler sees
-it.
-
-Errors: MXT_ERROR_NULL, MXT_ERROR_STRUCT_SIZE.
-"""
-function mxt_group_init(group, struct_size)
-    return @ccall libmxfp4train.mxt_group_init(
-        group::Ptr{mxt_group},
-        struct_size::Csize_t
-    )::mxt_status
-end
-
-"""
-    mxt_engine_rank(engine)
-
-Which rank of its group an engine is, from 0 on; 0 without a group, and if `engine` is NULL. Any
-thread may call it at any time.
-"""
-function mxt_engine_rank(engine)
-    return @ccall libmxfp4train.mxt_engine_rank(engine::Ptr{mxt_engine})::Csize_t
-end
-
-"""
-    mxt_engine_ranks(engine)
-
-Ranks of an engine's group; 1 without one, 0 if `engine` is NULL. Any thread may call it at any
-time.
-"""
-function mxt_engine_ranks(engine)
-    return @ccall libmxfp4train.mxt_engine_ranks(engine::Ptr{mxt_engine})::Csize_t
 end
 
 """
