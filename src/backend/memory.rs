@@ -70,8 +70,6 @@ pub struct Part<'a, B: Memory> {
     pub slot: Slot,
 }
 
-const NO_COPIES: &str = "a device without copies of weights splits none";
-
 /// A device's memory.
 pub trait Memory: Send + Sync + Sized + 'static {
     /// Memory that buffers are cut from; see [`Memory::arena`].
@@ -177,7 +175,7 @@ pub trait Memory: Send + Sync + Sized + 'static {
         _copies: &mut [u16],
         _lows: &mut [u16],
     ) -> Result<()> {
-        unreachable!("{NO_COPIES}")
+        unreachable!("a device without copies of weights splits none")
     }
     /// Holds memory of the host in place, for copies at full speed, as long as the result lives; None
     /// where that is of no use, or refused.

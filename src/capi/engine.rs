@@ -2,7 +2,6 @@
 
 use std::ffi::{CString, c_char, c_void};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::float_mode;
 use super::group::{Given, mxt_group, mxt_user_data_free_fn};
@@ -11,6 +10,7 @@ use super::handle::{Handle, State};
 use super::message::Slot;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, versioned};
+use super::user_data::UserData;
 use super::{arguments, structs::read_or_default};
 use crate::{CudaStream, Engine, EngineOptions, LogFn};
 
@@ -161,11 +161,8 @@ pub unsafe extern "C" fn mxt_engine_new(
     guard::maker("mxt_engine_new", || unsafe {
         let out = arguments::place("engine", engine)?;
         let options = read_or_default("options", options)?;
-        let host = Arc::new(HostLog {
-            user_data: options.log_user_data,
-            free: options.log_user_data_free,
-            owned: AtomicBool::new(false),
-        });
+        let host = UserData::new(options.log_user_data, options.log_user_data_free);
+        let host = Arc::new(host);
         let mut given = Given::new(options.group)?;
         let engine = Engine::new(EngineOptions {
             device: if options.device.is_null() {
@@ -185,7 +182,7 @@ pub unsafe extern "C" fn mxt_engine_new(
             Failure::invalid("device", format!("expected a name without zero bytes: {error}"))
         })?;
         out.put(mxt_engine { state: State::new(), engine, device }.into_raw());
-        host.owned.store(true, Ordering::Relaxed);
+        host.keep();
         given.keep();
         Ok(())
     })
@@ -254,40 +251,16 @@ pub unsafe extern "C" fn mxt_engine_free(engine: *mut mxt_engine) {
     unsafe { guard::free("mxt_engine_free", engine) }
 }
 
-/// The host's side of the log. It is shared by mxt_engine_new, which may still fail, and the
-/// engine.
-struct HostLog {
-    user_data: *mut c_void,
-    free: mxt_user_data_free_fn,
-    /// Whether mxt_engine_new succeeded, and with it passed the user data to the library.
-    owned: AtomicBool,
-}
-
-// SAFETY: the header asks for callbacks that may run on any thread that uses the engine; the
-// pointer is only handed back to them.
-unsafe impl Send for HostLog {}
-// SAFETY: as above.
-unsafe impl Sync for HostLog {}
-
-impl Drop for HostLog {
-    fn drop(&mut self) {
-        if let Some(free) = self.free.filter(|_| *self.owned.get_mut()) {
-            // SAFETY: the header asks for a function that takes this pointer, once.
-            float_mode::in_hosts(|| unsafe { free(self.user_data) });
-        }
-    }
-}
-
 /// The host's log callback as the crate wants it.
 fn log_to(
-    host: Arc<HostLog>,
+    host: Arc<UserData>,
     function: unsafe extern "C-unwind" fn(*mut c_void, i32, *const c_char),
 ) -> LogFn {
     Box::new(move |level, line| {
         let line = CString::new(line.replace('\0', " ")).unwrap_or_default();
         // SAFETY: the header asks for a function and user data that live as long as the engine.
         float_mode::in_hosts(|| unsafe {
-            function(host.user_data, level as i32, line.as_ptr());
+            function(host.pointer, level as i32, line.as_ptr());
         });
     })
 }

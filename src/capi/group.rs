@@ -3,12 +3,12 @@
 use std::ffi::c_void;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::float_mode;
 use super::guard;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read, versioned};
+use super::user_data::UserData;
 use crate::{Collectives, Group};
 
 /// Hands out and takes in blocks of `bytes_per_rank` bytes, one for each rank: block r of `send` goes
@@ -118,7 +118,7 @@ pub unsafe extern "C" fn mxt_group_init(group: *mut mxt_group, struct_size: usiz
 /// The host's side of a group, which mxt_engine_new has not yet been given for good.
 pub(super) struct Given {
     pub(super) group: Option<Group>,
-    host: Option<Arc<Host>>,
+    host: Option<Arc<UserData>>,
 }
 
 impl Given {
@@ -138,7 +138,7 @@ impl Given {
             _ => return Err(Failure::null("all_to_all or all_gather of the group")),
         };
         let mxt_group { rank, size, abort, user_data, user_data_free: free, .. } = options;
-        let host = Arc::new(Host { user_data, free, owned: AtomicBool::new(false) });
+        let host = Arc::new(UserData::new(user_data, free));
         // What is no number of ranks is refused before anything is exchanged.
         let ranks = (size as usize).max(1);
         let collectives = Callbacks { host: host.clone(), ranks, all_to_all, all_gather, abort };
@@ -149,29 +149,7 @@ impl Given {
     /// The engine has it now.
     pub(super) fn keep(self) {
         if let Some(host) = self.host {
-            host.owned.store(true, Ordering::Relaxed);
-        }
-    }
-}
-
-struct Host {
-    user_data: *mut c_void,
-    free: mxt_user_data_free_fn,
-    /// Whether mxt_engine_new succeeded, and with it passed the user data to the library.
-    owned: AtomicBool,
-}
-
-// SAFETY: the header asks for callbacks that run on the thread of whatever call needs them; the
-// pointer is only handed back to them.
-unsafe impl Send for Host {}
-// SAFETY: as above.
-unsafe impl Sync for Host {}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        if let Some(free) = self.free.filter(|_| *self.owned.get_mut()) {
-            // SAFETY: the header asks for a function that takes this pointer, once.
-            float_mode::in_hosts(|| unsafe { free(self.user_data) });
+            host.keep();
         }
     }
 }
@@ -180,7 +158,7 @@ type Collective =
     unsafe extern "C-unwind" fn(*mut c_void, *const c_void, *mut c_void, usize) -> i32;
 
 struct Callbacks {
-    host: Arc<Host>,
+    host: Arc<UserData>,
     ranks: usize,
     all_to_all: Collective,
     all_gather: Collective,
@@ -196,7 +174,7 @@ impl Callbacks {
         bytes: usize,
     ) -> io::Result<()> {
         let (send, receive) = (send.as_ptr().cast(), receive.as_mut_ptr().cast());
-        let user_data = self.host.user_data;
+        let user_data = self.host.pointer;
         // SAFETY: the header asks for a function that reads and writes as many bytes, and user data
         // that lives as long as the engine.
         match float_mode::in_hosts(|| unsafe { function(user_data, send, receive, bytes) }) {
@@ -219,7 +197,7 @@ impl Collectives for Callbacks {
     fn abort(&mut self) {
         if let Some(abort) = self.abort {
             // SAFETY: the header asks for a function that takes this pointer.
-            float_mode::in_hosts(|| unsafe { abort(self.host.user_data) });
+            float_mode::in_hosts(|| unsafe { abort(self.host.pointer) });
         }
     }
 }

@@ -19,6 +19,7 @@
 //! | `structs` | option and result structs that grow: `struct_size` |
 //! | `arguments` | strings and arrays from the host |
 //! | `buffers` | arrays that may lie on a GPU |
+//! | `user_data` | the host's pointer for callbacks, and giving it back |
 //! | `version`, `engine`, `group`, `model`, `generate`, `decoder`, `dataset`, `trainer` (with `trainer_structs`), `watch`, `run` | the functions |
 
 // The names are C names.
@@ -46,6 +47,7 @@ mod status;
 mod structs;
 mod trainer;
 mod trainer_structs;
+mod user_data;
 mod version;
 mod watch;
 

@@ -271,13 +271,13 @@ impl Ranks {
         });
         found?
     }
-}
 
-impl Ranks {
-    /// Votes that a call fails before it has done anything.
-    pub(crate) fn refuse(&self, call: Call, error: Error) -> Error {
-        // What others say about it is less than the error itself.
-        let _ = self.agree(call, Err(&error));
+    /// Votes that a call fails before it has done anything, where there are others.
+    pub(crate) fn refuse(ranks: Option<&Self>, call: Call, error: Error) -> Error {
+        if let Some(ranks) = ranks {
+            // What others say about it is less than the error itself.
+            let _ = ranks.agree(call, Err(&error));
+        }
         error
     }
 }

@@ -145,10 +145,8 @@ impl<B: Backend> Flat<B> {
         let ramping = Ramping::new(backend, arena, &table, optimizer, &layouts)?;
         plan.optimizer = cut.since_last();
         let share = Share::new(options.accumulation, options.lanes, ranks);
-        let exchange = {
-            let staged = ranks.filter(|_| allocates);
-            Exchange::new(backend, &mut cut.arena, &gradients, share, staged)?
-        };
+        let staged = ranks.filter(|_| allocates);
+        let exchange = Exchange::new(backend, &mut cut.arena, &gradients, share, staged)?;
         plan.exchange = cut.since_last();
         Ok(Self { gradients, states, layouts, statistics, reduction, followed, ramping, exchange })
     }

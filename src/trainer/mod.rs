@@ -462,10 +462,7 @@ impl Trainer {
         let call = Call::Step { step: t, lr, schedule, data };
         let _group = ranks.map(Ranks::until_panic);
         if let Err(error) = ready {
-            return Err(match ranks {
-                None => error,
-                Some(ranks) => ranks.refuse(call, error),
-            });
+            return Err(Ranks::refuse(ranks, call, error));
         }
         let mut fill = |aside, micro_step, row, window: &mut [u32]| {
             if row == 0 && stops && stop.is_requested() {
@@ -886,10 +883,7 @@ impl<B: Backend> Run<B> {
     ) -> Result<StepSums> {
         let (on, ranks) = (Arc::clone(&self.model), model.engine().ranks());
         let backend = &*on.backend;
-        let refused = |error| match ranks {
-            None => error,
-            Some(ranks) => ranks.refuse(call, error),
-        };
+        let refused = |error| Ranks::refuse(ranks, call, error);
         let mut weights = on.lock().map_err(refused)?;
         // Another trainer of the model may have them otherwise.
         on.keep_as(&mut weights, state.options.optimizer.master).map_err(refused)?;

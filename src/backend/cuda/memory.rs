@@ -158,10 +158,11 @@ impl Memory for Cuda {
 
     fn read_param(&self, from: &Weights, slot: Slot, to: &mut [f32]) -> Result<()> {
         let param = from.param(slot);
-        let Masters::Low(low) = param.masters else { return self.read(param.master(), to) };
+        if let Masters::F32(_) = param.masters {
+            return self.read(param.master(), to);
+        }
         let (mut copies, mut lows) = (zeros("a tensor", to.len())?, zeros("a tensor", to.len())?);
-        self.read(param.copy.address, &mut copies)?;
-        self.read(low, &mut lows)?;
+        self.read_halves(from, slot, &mut copies, &mut lows)?;
         let joined = copies.into_iter().zip(lows).map(|(copy, low)| master::join([copy, low]));
         to.iter_mut().zip(joined).for_each(|(to, joined)| *to = joined);
         Ok(())
