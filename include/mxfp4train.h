@@ -391,6 +391,10 @@ typedef void (*mxt_user_data_free_fn)(void *user_data);
 // begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED) the others do not hear of: they wait, and the
 // rank has to make the call again, or end. All other calls, and freeing, are a rank's own. One group
 // makes one call at a time: a second thread that makes another one on the same engine waits for it.
+//
+// Where NCCL carries gradients, it starts threads of its own in mxt_engine_new, and takes some hundred
+// MiB of the GPU beside what is planned. It is given back on a thread that mxt_engine_free, or what
+// frees the last of the engine, waits half a second for.
 typedef struct mxt_group {
   // Set by mxt_group_init.
   size_t struct_size;
@@ -411,6 +415,12 @@ typedef struct mxt_group {
   // library will never call the functions above again; as log_user_data_free of mxt_engine_options.
   // NULL (default): nothing is called.
   mxt_user_data_free_fn user_data_free;
+  // Longest wait for another rank where NCCL carries gradients, in seconds: NCCL cannot tell a rank
+  // that is gone from one that is slow, and the callbacks show one that is gone earlier. The call
+  // returns MXT_ERROR_PEER then. At least 1. Default 600.
+  uint32_t timeout_seconds;
+  // One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
+  int32_t transport;
 } mxt_group;
 
 // Receives a log line. `level` is one of mxt_log_level, `message` a UTF-8 line without a line

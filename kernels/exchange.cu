@@ -1,11 +1,72 @@
 // What ranks and lanes of a step do with gradients.
 
+__device__ __forceinline__ float4 add(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
 // gradients = others + gradients, each of `vectors` times four numbers. Grid: any; block: any.
 __global__ void join_gradients(float4 *gradients, const float4 *others, u64 vectors) {
   begin();
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < vectors;
+       i += (u64)gridDim.x * blockDim.x)
+    gradients[i] = add(others[i], gradients[i]);
+}
+
+// The parts of a sum: that of rank `mine`, and those of the others in their order.
+struct Parts {
+  const float4 *own, *others;
+  u64 stride;
+  u32 mine;
+
+  __device__ __forceinline__ float4 of(u32 rank, u64 i) const {
+    return rank == mine ? own[i] : others[(rank - (rank > mine)) * stride + i];
+  }
+};
+
+// The largest power of two below n, from 2 on.
+constexpr u32 left_of(u32 n) {
+  u32 left = 1;
+  while (2 * left < n) left *= 2;
+  return left;
+}
+
+// The sum of COUNT parts from FIRST on, in the order of comm/tree.rs.
+template <u32 FIRST, u32 COUNT>
+__device__ __forceinline__ float4 tree(const Parts &parts, u64 i) {
+  if constexpr (COUNT == 1) {
+    return parts.of(FIRST, i);
+  } else {
+    constexpr u32 LEFT = left_of(COUNT);
+    return add(tree<FIRST, LEFT>(parts, i), tree<FIRST + LEFT, COUNT - LEFT>(parts, i));
+  }
+}
+
+// The same of any number, at most 4,096: as parts that come one by one are joined there.
+__device__ __forceinline__ float4 tree_of(u32 count, const Parts &parts, u64 i) {
+  float4 kept[12], sum = parts.of(0, i);
+  u32 in_use = 0;
+  for (u32 done = 1; done < count; done++) {
+    kept[in_use++] = sum;
+    sum = parts.of(done, i);
+    // Those that are whole, or at the end all.
+    u32 joined = done + 1 == count ? in_use : __ffs(done + 1) - 1;
+    while (joined--) sum = add(kept[--in_use], sum);
+  }
+  return sum;
+}
+
+// own (vectors, 4) = the sum of the parts of COUNT ranks, or with 0 of `count`: of itself, which is
+// that of rank `mine`, and of others (ranks - 1, stride, 4). Grid: any; block: any.
+template <u32 COUNT>
+__global__ void sum_parts(float4 *own, const float4 *others, u64 stride, u32 mine, u32 count,
+                          u64 vectors) {
+  begin();
+  Parts parts = {own, others, stride, mine};
+  for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < vectors;
        i += (u64)gridDim.x * blockDim.x) {
-    float4 a = others[i], b = gradients[i];
-    gradients[i] = make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+    if constexpr (COUNT == 0)
+      own[i] = tree_of(count, parts, i);
+    else
+      own[i] = tree<0, COUNT>(parts, i);
   }
 }

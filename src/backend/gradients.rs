@@ -48,6 +48,11 @@ impl<B: Memory> FlatGradients<B> {
         backend.gradients(&mut self.bytes, slots.map(|slot| self.places[slot.index]))
     }
 
+    /// Where those of a parameter begin.
+    pub(crate) fn start(&self, slot: Slot) -> usize {
+        self.places[slot.index].start
+    }
+
     /// Bytes of all, with what lies between parameters, which stays 0.
     pub(crate) fn len(&self) -> usize {
         self.len

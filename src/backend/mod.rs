@@ -21,6 +21,7 @@ pub mod cpu;
 pub(crate) mod cuda;
 mod decode;
 mod embed;
+mod exchange;
 mod follow;
 mod gradients;
 mod head;
@@ -39,6 +40,7 @@ pub use crate::optim::{Largest, OptimizerStep, StepSums, UpdateSums};
 pub use attend::{Attend, AttentionBackward, AttentionShape};
 pub use decode::{Decode, DecoderWeights, OfSequence};
 pub use embed::{Embed, EmbeddingGradients, EmbeddingShape};
+pub use exchange::{Bucket, Exchange};
 pub use follow::{Follow, Track, Values, View, Viewed};
 pub use gradients::FlatGradients;
 pub use head::{Classifier, ClassifierGradient, Head, HeadShape, WorstLosses};
@@ -180,7 +182,7 @@ impl StepPlan {
 
 /// A device that trains GPTs.
 pub trait Backend:
-    Memory + Embed + Norm + Select + Merge + Linear + Attend + Head + Optimize + Follow
+    Memory + Embed + Norm + Select + Merge + Linear + Attend + Head + Exchange + Optimize + Follow
 {
     /// What [`Backend::recorded`] keeps for a trainer.
     type Recordings: Send;

@@ -3,13 +3,15 @@
 use std::ffi::c_void;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
+use super::arguments;
 use super::float_mode;
 use super::guard;
 use super::status::{Failure, mxt_status};
 use super::structs::{self, Options, read, versioned};
 use super::user_data::UserData;
-use crate::{Collectives, Group};
+use crate::{Collectives, Group, Transport};
 
 /// Hands out and takes in blocks of `bytes_per_rank` bytes, one for each rank: block r of `send` goes
 /// to rank r, and block r of `receive` came from it, this rank's own included. The buffers are
@@ -50,6 +52,20 @@ pub type mxt_abort_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_voi
 /// Gives back what a `user_data` pointer stands for. It must not throw or longjmp.
 pub type mxt_user_data_free_fn = Option<unsafe extern "C-unwind" fn(user_data: *mut c_void)>;
 
+/// How the gradients of ranks get from GPU to GPU. It changes no bit. On processors they go through the
+/// callbacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub enum mxt_transport {
+    /// By NCCL where every rank has the same release of it (libnccl.so.2, 2.19 or newer) and a GPU of
+    /// its own, else as MXT_TRANSPORT_HOST, with a warning to the log.
+    Auto = 0,
+    /// By the callbacks, through the memory of the host.
+    Host = 1,
+    /// By NCCL, or mxt_engine_new returns MXT_ERROR_UNSUPPORTED and says what is missing.
+    Nccl = 2,
+}
+
 /// Ranks that train one model together, of which this program (or this thread of it) is one. Fill it
 /// with mxt_group_init, and put it into mxt_engine_options.
 ///
@@ -65,6 +81,10 @@ pub type mxt_user_data_free_fn = Option<unsafe extern "C-unwind" fn(user_data: *
 /// begins (MXT_ERROR_NULL, _STRUCT_SIZE, _BUSY, _POISONED) the others do not hear of: they wait, and the
 /// rank has to make the call again, or end. All other calls, and freeing, are a rank's own. One group
 /// makes one call at a time: a second thread that makes another one on the same engine waits for it.
+///
+/// Where NCCL carries gradients, it starts threads of its own in mxt_engine_new, and takes some hundred
+/// MiB of the GPU beside what is planned. It is given back on a thread that mxt_engine_free, or what
+/// frees the last of the engine, waits half a second for.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct mxt_group {
@@ -87,8 +107,14 @@ pub struct mxt_group {
     /// library will never call the functions above again; as log_user_data_free of mxt_engine_options.
     /// NULL (default): nothing is called.
     pub user_data_free: mxt_user_data_free_fn,
+    /// Longest wait for another rank where NCCL carries gradients, in seconds: NCCL cannot tell a rank
+    /// that is gone from one that is slow, and the callbacks show one that is gone earlier. The call
+    /// returns MXT_ERROR_PEER then. At least 1. Default 600.
+    pub timeout_seconds: u32,
+    /// One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
+    pub transport: i32,
 }
-versioned!(mxt_group, last = user_data_free: mxt_user_data_free_fn);
+versioned!(mxt_group, last = transport: i32);
 
 impl Options for mxt_group {
     fn defaults() -> Self {
@@ -101,8 +127,20 @@ impl Options for mxt_group {
             abort: None,
             user_data: std::ptr::null_mut(),
             user_data_free: None,
+            timeout_seconds: Group::TIMEOUT.as_secs() as u32,
+            transport: mxt_transport::Auto as i32,
         }
     }
+}
+
+fn transport(value: i32) -> Result<Transport, Failure> {
+    use mxt_transport as C;
+    let all = [
+        (C::Auto as i32, "MXT_TRANSPORT_AUTO", Transport::Auto),
+        (C::Host as i32, "MXT_TRANSPORT_HOST", Transport::Host),
+        (C::Nccl as i32, "MXT_TRANSPORT_NCCL", Transport::Nccl),
+    ];
+    arguments::one_of("transport", value, &all)
 }
 
 /// Fills `group` with the defaults. `struct_size` is sizeof(mxt_group) as the caller's compiler sees
@@ -138,11 +176,17 @@ impl Given {
             _ => return Err(Failure::null("all_to_all or all_gather of the group")),
         };
         let mxt_group { rank, size, abort, user_data, user_data_free: free, .. } = options;
+        if options.timeout_seconds == 0 {
+            return Err(Failure::invalid("timeout_seconds", "expected at least 1, got 0"));
+        }
+        let timeout = Duration::from_secs(options.timeout_seconds.into());
+        let transport = transport(options.transport)?;
         let host = Arc::new(UserData::new(user_data, free));
         // What is no number of ranks is refused before anything is exchanged.
         let ranks = (size as usize).max(1);
         let collectives = Callbacks { host: host.clone(), ranks, all_to_all, all_gather, abort };
         let group = Group::new(rank as usize, size as usize, Box::new(collectives));
+        let group = group.with_transport(transport).with_timeout(timeout);
         Ok(Self { group: Some(group), host: Some(host) })
     }
 

@@ -10,18 +10,21 @@
 
 mod news;
 mod share;
+mod transport;
 mod tree;
 
 use std::fmt;
 use std::io;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
-use bytemuck::Zeroable;
+use bytemuck::{Pod, Zeroable};
 
 use crate::reserve::{collect, reserve, zeros};
 use crate::{Error, Result};
-pub(crate) use news::{Call, Counts, Data};
+pub(crate) use news::{Call, Data};
 pub(crate) use share::Share;
+pub use transport::Transport;
 pub(crate) use tree::{Joins, sum_parts};
 
 use news::News;
@@ -58,12 +61,31 @@ pub struct Group {
     rank: usize,
     size: usize,
     collectives: Box<dyn Collectives>,
+    transport: Transport,
+    timeout: Duration,
 }
 
 impl Group {
+    /// Longest wait for another rank where NCCL carries gradients, if no other is given.
+    pub const TIMEOUT: Duration = Duration::from_secs(600);
+
     /// Rank `rank`, from 0 on, of `size`.
     pub fn new(rank: usize, size: usize, collectives: Box<dyn Collectives>) -> Self {
-        Self { rank, size, collectives }
+        let (transport, timeout) = (Transport::Auto, Self::TIMEOUT);
+        Self { rank, size, collectives, transport, timeout }
+    }
+
+    /// With another way for gradients, the same on all ranks.
+    #[must_use]
+    pub fn with_transport(self, transport: Transport) -> Self {
+        Self { transport, ..self }
+    }
+
+    /// With another limit of waiting for a rank where NCCL carries gradients, which does not tell a
+    /// rank that is gone from one that is slow. Collectives have limits of their own.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
     }
 
     /// Whether there are no others.
@@ -90,6 +112,8 @@ pub(crate) struct Ranks {
     size: usize,
     /// Where each runs, for messages.
     hosts: Vec<String>,
+    pub(crate) transport: Transport,
+    pub(crate) timeout: Duration,
     state: Mutex<State>,
 }
 
@@ -99,6 +123,16 @@ struct State {
     ended: Option<String>,
     /// Of all ranks.
     news: Vec<News>,
+    counts: Vec<Counts>,
+}
+
+/// What ranks add up of a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Counts {
+    /// In the order of the tree.
+    pub(crate) losses: f64,
+    pub(crate) raised_blocks: u64,
 }
 
 impl Ranks {
@@ -107,7 +141,7 @@ impl Ranks {
     /// # Errors
     /// [`Error::InvalidArgument`] for a rank that is none; [`Error::Peer`].
     pub(crate) fn new(group: Group) -> Result<Self> {
-        let Group { rank, size, collectives } = group;
+        let Group { rank, size, collectives, transport, timeout } = group;
         if size == 0 || size > MAX_RANKS || rank >= size {
             let message = format!(
                 "expected a rank below the number of ranks, and 1 to {MAX_RANKS} of these; got rank \
@@ -117,8 +151,10 @@ impl Ranks {
         }
         let news = (0..size).map(|_| Ok(News::zeroed()));
         let news = collect("what ranks say to each other", news)?;
-        let state = State { collectives, ended: None, news };
-        let mut ranks = Self { rank, size, hosts: Vec::new(), state: Mutex::new(state) };
+        let counts = zeros("what ranks count", size)?;
+        let state = State { collectives, ended: None, news, counts };
+        let (hosts, state) = (Vec::new(), Mutex::new(state));
+        let mut ranks = Self { rank, size, hosts, transport, timeout, state };
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         ranks.hosts = ranks.gather(&host)?;
         Ok(ranks)
@@ -130,6 +166,11 @@ impl Ranks {
 
     pub(crate) fn size(&self) -> usize {
         self.size
+    }
+
+    /// The host that a rank runs on.
+    pub(crate) fn host(&self, rank: usize) -> &str {
+        &self.hosts[rank]
     }
 
     /// Ranks on the host of this one.
@@ -154,7 +195,7 @@ impl Ranks {
 
     fn with<R>(
         &self,
-        call: impl FnOnce(&mut dyn Collectives, &mut [News]) -> io::Result<R>,
+        call: impl FnOnce(&mut dyn Collectives, &mut [News], &mut [Counts]) -> io::Result<R>,
     ) -> Result<R> {
         // A lock that is poisoned is of a collective that panicked.
         let mut state = self.state.lock().unwrap_or_else(|poisoned| {
@@ -165,8 +206,8 @@ impl Ranks {
         if let Some(ended) = &state.ended {
             return Err(peer(format!("the group has ended: {ended}")));
         }
-        let State { collectives, news, .. } = &mut *state;
-        call(&mut **collectives, news).map_err(|error| {
+        let State { collectives, news, counts, .. } = &mut *state;
+        call(&mut **collectives, news, counts).map_err(|error| {
             let reason = format!("rank {} got no answer: {error}", self.rank);
             state.end(reason.clone());
             peer(reason)
@@ -179,7 +220,7 @@ impl Ranks {
     /// [`Error::Peer`].
     pub(crate) fn all_to_all(&self, send: &[u8], receive: &mut [u8]) -> Result<()> {
         debug_assert!(send.len() == receive.len() && send.len().is_multiple_of(self.size));
-        self.with(|collectives, _| collectives.all_to_all(send, receive))
+        self.with(|collectives, _, _| collectives.all_to_all(send, receive))
     }
 
     /// `mine` of all ranks, in their order.
@@ -188,11 +229,14 @@ impl Ranks {
     /// [`Error::Peer`].
     pub(crate) fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<()> {
         debug_assert_eq!(mine.len() * self.size, all.len());
-        self.with(|collectives, _| collectives.all_gather(mine, all))
+        self.with(|collectives, _, _| collectives.all_gather(mine, all))
     }
 
     /// A text of each rank, in their order.
-    fn gather(&self, mine: &str) -> Result<Vec<String>> {
+    ///
+    /// # Errors
+    /// [`Error::Peer`].
+    pub(crate) fn gather(&self, mine: &str) -> Result<Vec<String>> {
         const WHAT: &str = "what ranks say of themselves";
         let mut lens: Vec<u8> = zeros(WHAT, 8 * self.size)?;
         self.all_gather(&(mine.len() as u64).to_le_bytes(), &mut lens)?;
@@ -248,28 +292,39 @@ impl Ranks {
         })
     }
 
-    /// The vote of a call: adds up what all ranks have counted, in the order of a tree. Where one rank
-    /// fails, it fails on all of them, before any has changed anything; the rank itself has its own
-    /// error to return.
+    /// The vote of a call. Where one rank fails, it fails on all of them, before any has changed
+    /// anything; the rank itself has its own error to return.
     ///
     /// # Errors
     /// [`Error::Stopped`] where a rank was; [`Error::RanksDiffer`] where ranks make
     /// different calls, or are at different steps; [`Error::Peer`] with what went wrong elsewhere.
-    pub(crate) fn agree(&self, call: Call, mine: Result<Counts, &Error>) -> Result<Counts> {
-        let sent = News::new(call, &mine);
-        let found = self.with(|collectives, news| {
+    pub(crate) fn agree(&self, call: Call, mine: Result<(), &Error>) -> Result<()> {
+        let sent = News::new(call, mine);
+        let found = self.with(|collectives, news, _| {
             collectives.all_gather(bytemuck::bytes_of(&sent), bytemuck::cast_slice_mut(news))?;
             // What this rank alone may see ends the group: others would wait for it.
             let own = bytemuck::bytes_of(&news[self.rank]);
             if own != bytemuck::bytes_of(&sent) || !news.iter().all(News::is_news) {
-                return Err(io::Error::other(
-                    "all_gather brought what no rank has sent: does a callback mix up ranks, or the \
-                     order of calls, or is a library of another version?",
-                ));
+                return Err(mixed_up());
             }
             Ok(news::judge(call, news, &self.hosts))
         });
         found?
+    }
+
+    /// Adds up what all ranks have counted, behind the vote of a step.
+    ///
+    /// # Errors
+    /// [`Error::Peer`].
+    pub(crate) fn sum(&self, mine: Counts) -> Result<Counts> {
+        self.with(|collectives, _, counts| {
+            collectives.all_gather(bytemuck::bytes_of(&mine), bytemuck::cast_slice_mut(counts))?;
+            if bytemuck::bytes_of(&counts[self.rank]) != bytemuck::bytes_of(&mine) {
+                return Err(mixed_up());
+            }
+            let losses = tree::sum_of(0, counts.len(), &|rank| counts[rank].losses);
+            Ok(Counts { losses, raised_blocks: counts.iter().map(|of| of.raised_blocks).sum() })
+        })
     }
 
     /// Votes that a call fails before it has done anything, where there are others.
@@ -289,6 +344,13 @@ impl State {
             self.collectives.abort();
         }
     }
+}
+
+fn mixed_up() -> io::Error {
+    io::Error::other(
+        "all_gather brought what no rank has sent: does a callback mix up ranks, or the order of \
+         calls, or is a library of another version?",
+    )
 }
 
 fn peer(message: String) -> Error {

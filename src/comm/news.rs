@@ -4,11 +4,10 @@ use std::fmt;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::tree::sum_of;
 use crate::{Error, Result};
 
 /// "mxt", and the version of the layout.
-const MAGIC: u32 = 0x74786d01;
+const MAGIC: u32 = 0x74786d02;
 const GOOD: u32 = 0;
 const STOPPED: u32 = 1;
 const FAILED: u32 = 2;
@@ -33,6 +32,8 @@ impl fmt::Display for Data {
 pub(crate) enum Call {
     /// An engine is made.
     Engine,
+    /// Its GPU is linked with those of the others.
+    Link,
     /// A trainer is made or loaded.
     Trainer,
     /// The gradients of a step, from 1 on, with a learning rate and the checksum of a schedule, on data,
@@ -63,6 +64,7 @@ impl Call {
             }
             Self::Save { step } => (4, [step, 0, 0, 0]),
             Self::Saved { step } => (5, [step, 0, 0, 0]),
+            Self::Link => (6, [0; 4]),
         }
     }
 
@@ -80,6 +82,7 @@ impl Call {
             3 => Self::Eval { step, windows: a, is_dealt: b >> 32 != 0, data },
             4 => Self::Save { step },
             5 => Self::Saved { step },
+            6 => Self::Link,
             _ => return None,
         })
     }
@@ -92,6 +95,7 @@ impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Engine => f.write_str("makes an engine"),
+            Self::Link => f.write_str("links its GPU with others"),
             Self::Trainer => f.write_str("makes a trainer"),
             Self::Step { step, lr, schedule, data } => {
                 write!(f, "does step {step} at a rate of {lr:?} (schedule {schedule:08x}) on ")?;
@@ -109,35 +113,23 @@ impl fmt::Display for Call {
     }
 }
 
-/// What ranks add up.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Counts {
-    /// In the order of the tree.
-    pub(crate) losses: f64,
-    pub(crate) raised_blocks: u64,
-}
-
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct News {
     magic: u32,
     call: u32,
     about: [u64; 4],
-    losses: f64,
-    raised_blocks: u64,
     outcome: u32,
     words_len: u32,
-    words: [u8; 192],
+    words: [u8; 208],
 }
 
 impl News {
-    pub(super) fn new(call: Call, mine: &Result<Counts, &Error>) -> Self {
+    pub(super) fn new(call: Call, mine: Result<(), &Error>) -> Self {
         let (number, about) = call.numbers();
         let mut news = Self { magic: MAGIC, call: number, about, ..Self::zeroed() };
         match mine {
-            Ok(Counts { losses, raised_blocks }) => {
-                (news.losses, news.raised_blocks) = (*losses, *raised_blocks);
-            }
+            Ok(()) => {}
             Err(Error::Stopped) => news.outcome = STOPPED,
             Err(error) => {
                 news.outcome = FAILED;
@@ -169,7 +161,7 @@ impl News {
 }
 
 /// What the news of all ranks come to, the same on every rank.
-pub(super) fn judge(call: Call, news: &[News], hosts: &[String]) -> Result<Counts> {
+pub(super) fn judge(call: Call, news: &[News], hosts: &[String]) -> Result<()> {
     let name = |rank: usize| format!("rank {rank} on {}", hosts[rank]);
     // One that fails early does not know what the call is about.
     if let Some(rank) = news.iter().position(|news| news.outcome == FAILED) {
@@ -188,33 +180,30 @@ pub(super) fn judge(call: Call, news: &[News], hosts: &[String]) -> Result<Count
     if news.iter().any(|news| news.outcome == STOPPED) {
         return Err(Error::Stopped);
     }
-    let losses = sum_of(0, news.len(), &|rank| news[rank].losses);
-    let raised_blocks = news.iter().map(|news| news.raised_blocks).sum();
-    Ok(Counts { losses, raised_blocks })
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn judged(call: Call, all: &[News]) -> Result<Counts> {
+    fn judged(call: Call, all: &[News]) -> Result<()> {
         judge(call, all, &["a".into(), "b".into()])
     }
 
     #[test]
     fn what_one_cannot_do_nobody_does() {
         let call = Call::Step { step: 3, lr: 0.5, schedule: 7, data: None };
-        let good = News::new(call, &Ok(Counts { losses: 1.5, raised_blocks: 2 }));
-        let sum = Counts { losses: 3.0, raised_blocks: 4 };
-        assert_eq!(judged(call, &[good, good]).unwrap(), sum);
-        let stopped = News::new(call, &Err(&Error::Stopped));
+        let good = News::new(call, Ok(()));
+        judged(call, &[good, good]).unwrap();
+        let stopped = News::new(call, Err(&Error::Stopped));
         assert!(matches!(judged(call, &[good, stopped]), Err(Error::Stopped)));
         // Longer than there is room for, cut within a letter.
         let long = format!("x{}", "é".repeat(300));
-        let failed = News::new(call, &Err(&Error::invalid("tokens", long)));
+        let failed = News::new(call, Err(&Error::invalid("tokens", long)));
         let message = judged(call, &[stopped, failed]).unwrap_err().to_string();
         assert!(message.contains("rank 1 on b: tokens: x\u{e9}"), "{message}");
-        let other = News::new(Call::Save { step: 3 }, &Ok(Counts::default()));
+        let other = News::new(Call::Save { step: 3 }, Ok(()));
         let message = judged(call, &[good, other]).unwrap_err().to_string();
         let expected = "this one does step 3 at a rate of 0.5 (schedule 00000007) on given tokens, rank 1 on b \
              saves step 3";

@@ -171,6 +171,13 @@ impl ParamTable {
         &self.slots
     }
 
+    /// The first parameter of each block, behind which all of the block's lie.
+    pub(crate) fn first_of_blocks(
+        &self,
+    ) -> impl DoubleEndedIterator<Item = Slot> + ExactSizeIterator {
+        self.blocks.iter().map(|block| block.ln_1.w)
+    }
+
     /// Elements of a flat buffer that holds one for each parameter's.
     #[allow(clippy::len_without_is_empty, reason = "no model is without parameters")]
     pub(crate) fn len(&self) -> usize {

@@ -226,15 +226,15 @@ impl<'a, B: Backend> Pass<'a, B> {
 
     /// Losses of all rows, and the gradients of `scale` times their sum, but for what the
     /// embeddings get as such: those of the step's first micro-step overwrite `grads`, others are
-    /// added.
+    /// added. `block_is_done` is told behind the backward pass of each block, from the last on.
     pub(crate) fn loss_and_backward(
         &mut self,
         acts: &mut Activations<B>,
         d: &mut ActivationGradients<B>,
         grads: &mut FlatGradients<B>,
-        targets: &B::Tokens,
-        scale: f32,
+        (targets, scale): (&B::Tokens, f32),
         place: Place,
+        mut block_is_done: impl FnMut(usize),
     ) {
         let (backend, table, accumulate) = (self.backend, self.table, self.plan.accumulate);
         let [dw] = grads.of(backend, [table.head()]);
@@ -254,6 +254,7 @@ impl<'a, B: Backend> Pass<'a, B> {
                 let ActivationGradients { residual: stream, narrow, wide, .. } = &mut *d;
                 self.block_backward(acts, Flow { stream, narrow, wide }, grads, l, place);
             }
+            block_is_done(l);
         }
     }
 

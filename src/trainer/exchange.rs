@@ -6,18 +6,27 @@
 //! them in the order of the tree, and hands the sum to all others. So every rank has the same
 //! gradients, bit for bit, of which it makes the same update.
 //!
-//! NOTE: through the host's memory, with the device waiting, and every rank keeps all states of the
-//! optimizer. Slower than it could be on GPUs, and correct with every optimizer.
+//! Devices that reach each other do it bucket by bucket, while the backward pass goes on
+//! (`backend/exchange.rs`). Others do it behind the pass, through the host's memory.
+//!
+//! NOTE: every rank keeps all states of the optimizer, and makes all of the update: that is right
+//! with every optimizer.
 
-use crate::backend::{Backend, FlatGradients};
-use crate::comm::{Joins, Ranks, Share, sum_parts};
-use crate::reserve::zeros;
+use std::time::Instant;
+
+use crate::backend::{Backend, Bucket, FlatGradients};
+use crate::comm::{Counts, Joins, Ranks, Share, sum_parts};
+use crate::gpt::ParamTable;
+use crate::reserve::{reserve, zeros};
 use crate::{Error, Result};
 
 /// Slices are of whole pieces, so that none ends within a vector of any kernel.
 const PIECE: usize = 4096;
-/// Elements that are exchanged at once.
+/// Elements that are exchanged at once through the host.
 const BUCKET: usize = 1 << 22;
+/// Bytes that devices exchange at once: at least so many where a block has less, since short messages
+/// are slow, and twice as many at most, for which there has to be room.
+const MESSAGE: usize = 64 << 20;
 
 /// What a step needs besides gradients where it has lanes.
 pub(super) struct Exchange<B: Backend> {
@@ -28,6 +37,8 @@ pub(super) struct Exchange<B: Backend> {
     in_use: usize,
     /// In which this rank waited for others, in a step.
     pub(super) seconds: f64,
+    /// Of devices that reach each other; others go through the host.
+    buckets: Option<B::Buckets>,
     /// On the host: what goes to others and comes back, and what comes from them.
     send: Vec<f32>,
     receive: Vec<f32>,
@@ -37,21 +48,28 @@ impl<B: Backend> Exchange<B> {
     pub(super) fn new(
         backend: &B,
         arena: &mut B::Arena,
-        gradients: &FlatGradients<B>,
+        (table, gradients): (&ParamTable, &FlatGradients<B>),
         share: Share,
         ranks: Option<&Ranks>,
+        allocates: bool,
     ) -> Result<Self> {
         const WHAT: &str = "gradients that ranks exchange";
+        let buckets = match ranks {
+            Some(_) => backend.buckets(arena, buckets(table, gradients)?)?,
+            None => None,
+        };
         let most = Joins::most_kept(share.lanes);
         let kept = (0..most).map(|_| backend.bytes(arena, gradients.len())).collect();
         let elements = gradients.len() / size_of::<f32>();
-        let bucket = ranks.map_or(0, |ranks| bucket(elements, ranks.size()));
+        let staged = ranks.filter(|_| allocates && buckets.is_none());
+        let bucket = staged.map_or(0, |ranks| bucket(elements, ranks.size()));
         Ok(Self {
             share,
             kept,
             losses: zeros(WHAT, most)?,
             in_use: 0,
             seconds: 0.0,
+            buckets,
             send: zeros(WHAT, bucket)?,
             receive: zeros(WHAT, bucket)?,
         })
@@ -62,19 +80,32 @@ impl<B: Backend> Exchange<B> {
         !self.kept.is_empty()
     }
 
+    /// In a backward pass, behind that of a block.
+    pub(super) fn block_is_done(&self, backend: &B, block: usize) {
+        if let Some(buckets) = &self.buckets {
+            backend.block_is_done(buckets, block);
+        }
+    }
+
     /// Takes what a lane has added up, and adds it to what was kept, as far as the tree is known.
+    /// The last is left to [`Exchange::sum`] where it is joined while it is exchanged.
     pub(super) fn join(
         &mut self,
         backend: &B,
+        workspace: &B::Workspace,
         reduction: &mut B::Reduction,
         gradients: &mut FlatGradients<B>,
         lane: usize,
-        mut losses: f64,
     ) -> Result<()> {
         if lane == 0 {
             self.in_use = 0;
         }
         let Joins { joined, is_kept } = Joins::of(lane, self.share.lanes);
+        if !is_kept && self.buckets.is_some() {
+            debug_assert_eq!(joined, self.in_use);
+            return Ok(());
+        }
+        let (mut losses, _) = backend.counts(workspace, reduction)?;
         for _ in 0..joined {
             self.in_use -= 1;
             backend.scope(|| backend.join_gradients(&self.kept[self.in_use], gradients));
@@ -92,8 +123,62 @@ impl<B: Backend> Exchange<B> {
         backend.set_losses(reduction, losses)
     }
 
-    /// Makes the gradients of this rank the sum of all ranks' gradients.
+    /// Makes the gradients of this rank and its losses the sum of all ranks'; what scales all of them
+    /// raised. What it queues comes behind the backward pass of this rank.
     pub(super) fn sum(
+        &mut self,
+        backend: &B,
+        workspace: &B::Workspace,
+        reduction: &mut B::Reduction,
+        gradients: &mut FlatGradients<B>,
+        ranks: &Ranks,
+    ) -> Result<u64> {
+        let Some(mut buckets) = self.buckets.take() else {
+            let counts = self.sum_counts(backend, workspace, reduction, ranks)?;
+            let started = Instant::now();
+            self.sum_on_host(backend, gradients, ranks)?;
+            self.seconds += started.elapsed().as_secs_f64();
+            backend.set_losses(reduction, counts.losses)?;
+            return Ok(counts.raised_blocks);
+        };
+        let exchanged = (|| {
+            backend.begin_exchange(&mut buckets, gradients, &self.kept[..self.in_use])?;
+            // While the last of it is on its way, and broken connections show at once.
+            let counts = self.sum_counts(backend, workspace, reduction, ranks)?;
+            let started = Instant::now();
+            backend.end_exchange(&mut buckets)?;
+            self.seconds += started.elapsed().as_secs_f64();
+            backend.set_losses(reduction, counts.losses)?;
+            Ok(counts.raised_blocks)
+        })();
+        if exchanged.is_err() {
+            backend.abort_exchange(&mut buckets);
+        }
+        self.buckets = Some(buckets);
+        exchanged
+    }
+
+    /// What all ranks count, once this one's device has done its part.
+    fn sum_counts(
+        &mut self,
+        backend: &B,
+        workspace: &B::Workspace,
+        reduction: &B::Reduction,
+        ranks: &Ranks,
+    ) -> Result<Counts> {
+        let (mut losses, raised_blocks) = backend.counts(workspace, reduction)?;
+        // Those that are joined while they are exchanged.
+        while self.in_use > 0 {
+            self.in_use -= 1;
+            losses += self.losses[self.in_use];
+        }
+        let started = Instant::now();
+        let counts = ranks.sum(Counts { losses, raised_blocks });
+        self.seconds += started.elapsed().as_secs_f64();
+        counts
+    }
+
+    fn sum_on_host(
         &mut self,
         backend: &B,
         gradients: &mut FlatGradients<B>,
@@ -124,6 +209,34 @@ impl<B: Backend> Exchange<B> {
 fn bucket(elements: usize, ranks: usize) -> usize {
     let most = BUCKET.min(elements);
     most.div_ceil(ranks).next_multiple_of(PIECE) * ranks
+}
+
+/// The gradients in ranges that are made one behind the other, from the last block on.
+fn buckets<B: Backend>(table: &ParamTable, gradients: &FlatGradients<B>) -> Result<Vec<Bucket>> {
+    let mut all = Vec::new();
+    let blocks = table.first_of_blocks();
+    reserve(
+        &mut all,
+        "gradients that ranks exchange",
+        gradients.len() / MESSAGE + blocks.len() + 1,
+    )?;
+    let mut end = gradients.len();
+    let behind_blocks = blocks.map(|slot| gradients.start(slot)).enumerate().rev();
+    let behind_blocks = behind_blocks.map(|(block, start)| (start, Some(block)));
+    for (start, behind) in behind_blocks.chain([(0, None)]) {
+        let is_last = matches!(behind, None | Some(0));
+        if end - start < MESSAGE && !is_last {
+            continue;
+        }
+        let parts = (end - start).div_ceil(2 * MESSAGE);
+        let len = (end - start).div_ceil(parts.max(1)).next_multiple_of(4 * PIECE);
+        while start < end {
+            let range = end.saturating_sub(len).max(start)..end;
+            end = range.start;
+            all.push(Bucket { range, behind });
+        }
+    }
+    Ok(all)
 }
 
 /// Whether an error behind a vote is that of one rank alone, for whom the others would wait.

@@ -32,7 +32,7 @@ pub struct Plan {
     pub activations: u64,
     /// Packed operands and other scratch of the kernels.
     pub workspace: u64,
-    /// Sums of lanes that are kept until others are added to them.
+    /// Sums of lanes that are kept until others are added to them, and what GPUs get from others.
     pub exchange: u64,
 }
 
@@ -145,8 +145,8 @@ impl<B: Backend> Flat<B> {
         let ramping = Ramping::new(backend, arena, &table, optimizer, &layouts)?;
         plan.optimizer = cut.since_last();
         let share = Share::new(options.accumulation, options.lanes, ranks);
-        let staged = ranks.filter(|_| allocates);
-        let exchange = Exchange::new(backend, &mut cut.arena, &gradients, share, staged)?;
+        let of = (&table, &gradients);
+        let exchange = Exchange::new(backend, &mut cut.arena, of, share, ranks, allocates)?;
         plan.exchange = cut.since_last();
         Ok(Self { gradients, states, layouts, statistics, reduction, followed, ramping, exchange })
     }

@@ -27,7 +27,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
 use crate::backend::{Backend, Device, Sequences, StepPlan, Trained, on_device};
 use crate::checkpoint::{Checkpoint, Kept, Scratch, StateValues, TensorRead};
-use crate::comm::{Call, Counts, Data, Ranks};
+use crate::comm::{Call, Data, Ranks};
 use crate::data::EvalWindows;
 use crate::engine::LogLevel;
 use crate::gpt::{Pass, Place, Shapes};
@@ -212,7 +212,7 @@ impl Trainer {
         let Some(ranks) = engine.ranks() else { return make() };
         let _group = ranks.until_panic();
         let made = make();
-        let agreed = ranks.agree(Call::Trainer, made.as_ref().map(|_| Counts::default()));
+        let agreed = ranks.agree(Call::Trainer, made.as_ref().map(drop));
         let trainer = made?;
         agreed?;
         ranks.compare(&trainer.description()?)?;
@@ -528,8 +528,8 @@ impl Trainer {
         if let Some(ranks) = engine.ranks() {
             let is_dealt = !self.tells_more_than_losses();
             let call = Call::Eval { step, windows: count, is_dealt, data: data_of };
-            let agreed = ranks.agree(call, mine.as_ref().map(|_| Counts::default()));
-            mine = mine.and_then(|mine| agreed.and_then(|_| mine.of_all_ranks(ranks)));
+            let agreed = ranks.agree(call, mine.as_ref().map(drop));
+            mine = mine.and_then(|mine| agreed.and_then(|()| mine.of_all_ranks(ranks)));
         }
         let Evaluated { sum, tokens, spared, sharpness, .. } = mine?;
         let loss = (sum / tokens as f64) as f32;
@@ -927,21 +927,18 @@ impl<B: Backend> Run<B> {
         fill: &mut FillStep<'_>,
     ) -> Result<Option<u64>> {
         let mine = self.own_gradients(weights, model, state, drawn, fill);
-        let Some(ranks) = model.engine().ranks() else { return mine.map(|_| None) };
-        let started = Instant::now();
+        let Some(ranks) = model.engine().ranks() else { return mine.map(|()| None) };
         let agreed = ranks.agree(call, mine.as_ref().copied());
         mine?;
-        let Counts { losses, raised_blocks } = agreed?;
-        let (on, flat) = (&self.model, &mut self.buffers.flat);
-        let summed = flat.exchange.sum(&*on.backend, &mut flat.gradients, ranks);
-        let set = summed.and_then(|()| on.backend.set_losses(&mut flat.reduction, losses));
-        set.inspect_err(|error| ranks.end(&error.to_string()))?;
-        flat.exchange.seconds += started.elapsed().as_secs_f64();
-        Ok(Some(raised_blocks))
+        agreed?;
+        let Self { model: on, buffers: Buffers { flat, workspace, .. }, .. } = self;
+        let Flat { gradients, reduction, exchange, .. } = flat;
+        let raised_blocks = exchange.sum(&*on.backend, workspace, reduction, gradients, ranks);
+        raised_blocks.map(Some).inspect_err(|error| ranks.end(&error.to_string()))
     }
 
-    /// What this rank's micro-steps add to the gradients, as one sum; what they count, where others
-    /// want to know.
+    /// What this rank's micro-steps add to the gradients, as one sum, but for what is left to the
+    /// exchange with other ranks. A device may still be at it.
     fn own_gradients(
         &mut self,
         weights: &Weights<B>,
@@ -949,7 +946,7 @@ impl<B: Backend> Run<B> {
         state: &TrainerState,
         (drawn_for, scale): (u64, f32),
         fill: &mut FillStep<'_>,
-    ) -> Result<Counts> {
+    ) -> Result<()> {
         let Self { model: on, buffers, step_plan, .. } = self;
         let OnDevice { backend, table, .. } = &**on;
         let (backend, config) = (&**backend, model.config());
@@ -989,22 +986,19 @@ impl<B: Backend> Run<B> {
                 backend.recorded(recordings, plan, random, || {
                     pass.draw_kept(activations, place);
                     pass.forward(activations, tokens);
-                    pass.loss_and_backward(activations, d, gradients, targets, scale, place);
+                    let block_is_done = |block| exchange.block_is_done(backend, block);
+                    let of = (targets, scale);
+                    pass.loss_and_backward(activations, d, gradients, of, place, block_is_done);
                     let (losses, rows) = (&activations.losses, sequences.rows());
                     backend.add_losses(reduction, losses, rows, plan.accumulate);
                 });
                 pass.embedding_backward(d, gradients, tokens);
             });
             if exchange.has_lanes() && micro_step + 1 == of_lane.end {
-                let (losses, _) = backend.counts(workspace, reduction)?;
-                exchange.join(backend, reduction, gradients, lane, losses)?;
+                exchange.join(backend, workspace, reduction, gradients, lane)?;
             }
         }
-        if model.engine().ranks().is_none() {
-            return Ok(Counts::default());
-        }
-        let (losses, raised_blocks) = backend.counts(workspace, reduction)?;
-        Ok(Counts { losses, raised_blocks })
+        Ok(())
     }
 
     /// The update that gradients make, and what is known of magnitudes after it; whoever watches

@@ -7,7 +7,7 @@ use super::source::Source;
 use super::{Run, Trainer, follow, states};
 use crate::backend::{Backend, HostBuffer, Slot, StateLayout, on_device};
 use crate::checkpoint::{self, TensorRead, TrainerPart};
-use crate::comm::{Call, Counts};
+use crate::comm::Call;
 use crate::gpt::{Matrix, ParamTable};
 use crate::model::{Exported, Model, OnDevice, Weights};
 use crate::optim::spam::STATISTICS;
@@ -202,13 +202,12 @@ impl Trainer {
         let Some(ranks) = engine.ranks() else { return self.save_alone(dir) };
         let _group = ranks.until_panic();
         let step = self.state.step;
-        ranks.agree(Call::Save { step }, Ok(Counts::default()))?;
+        ranks.agree(Call::Save { step }, Ok(()))?;
         let weights = self.model.checksum().inspect_err(|error| ranks.end(&error.to_string()))?;
         ranks.compare(&[("the checksum of the weights", weights)])?;
         let saved = if ranks.rank() == 0 { self.save_alone(dir) } else { Ok(()) };
-        let voted = saved.as_ref().map(|()| Counts::default());
-        let agreed = ranks.agree(Call::Saved { step }, voted);
-        saved.and_then(|()| agreed.map(drop))
+        let agreed = ranks.agree(Call::Saved { step }, saved.as_ref().copied());
+        saved.and(agreed)
     }
 
     fn save_alone(&mut self, dir: &Path) -> Result<()> {

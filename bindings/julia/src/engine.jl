@@ -1,7 +1,8 @@
 # A device with its threads, and the ranks that it trains with.
 
 """
-    Group(rank, size; all_to_all, all_gather, abort = nothing)
+    Group(rank, size; all_to_all, all_gather, abort = nothing, transport = :auto,
+        timeout_seconds = 600)
 
 Rank `rank`, from 0 on, of `size` ranks that train one model together, for [`Engine`](@ref): processes
 on one machine or many, each with an engine of its own. Every rank computes its part of each step and
@@ -47,6 +48,10 @@ With MPI.jl, which this package does not depend on:
     )
     engine = Engine(group = group)
 
+Between GPUs, gradients go by NCCL where every rank has it and a GPU of its own (`transport = :auto`),
+by the functions with `:host`; with `:nccl` it is an error where they cannot go by it. A rank is waited
+for `timeout_seconds` there.
+
 A function may wait for other tasks, so ranks can also be tasks of one process.
 """
 struct Group
@@ -55,10 +60,29 @@ struct Group
     all_to_all::Any
     all_gather::Any
     abort::Any
+    transport::Int32
+    timeout_seconds::UInt32
 
-    function Group(rank, size; all_to_all = nothing, all_gather = nothing, abort = nothing)
+    function Group(
+        rank,
+        size;
+        all_to_all = nothing,
+        all_gather = nothing,
+        abort = nothing,
+        transport = :auto,
+        timeout_seconds = 600,
+    )
         which, count = c_number(UInt32, "rank", rank), c_number(UInt32, "size", size)
-        return new(which, count, all_to_all, all_gather, abort)
+        ways = (
+            auto = Lib.MXT_TRANSPORT_AUTO,
+            host = Lib.MXT_TRANSPORT_HOST,
+            nccl = Lib.MXT_TRANSPORT_NCCL,
+        )
+        haskey(ways, transport) ||
+            throw(ArgumentError("transport: expected :auto, :host or :nccl, got $(repr(transport))"))
+        way = Int32(ways[transport])
+        seconds = c_number(UInt32, "timeout_seconds", timeout_seconds)
+        return new(which, count, all_to_all, all_gather, abort, way, seconds)
     end
 end
 
@@ -71,7 +95,12 @@ function c_group(slot::Slot)
         abort = group.abort === nothing ? C_NULL : abort_function(),
         user_data = slot_pointer(slot),
     )
-    ranks = (rank = group.rank, size = group.size)
+    ranks = (
+        rank = group.rank,
+        size = group.size,
+        transport = group.transport,
+        timeout_seconds = group.timeout_seconds,
+    )
     return filled(Lib.mxt_group, Lib.mxt_group_init, ranks, managed)
 end
 

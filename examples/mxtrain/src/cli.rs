@@ -10,7 +10,7 @@ use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
 use mxfp4train::{
     Activation, DatasetOptions, DecoderWeights, Draft, Optimizer, Recipe, Recompute, ScheduleKind,
-    StoredWeights, TokenDrop,
+    StoredWeights, TokenDrop, Transport,
 };
 
 use crate::compare::CompareArgs;
@@ -202,6 +202,11 @@ pub(crate) struct RanksArgs {
     /// the environment says; with --device cuda each takes the GPU of its rank on its machine
     #[arg(long, value_name = "HOW", value_parser = ["env"], conflicts_with_all = ["gpus", "ranks"])]
     pub(crate) group: Option<String>,
+
+    /// How GPUs exchange gradients: nccl, by the memory of the host, or auto, which is nccl where all have
+    /// it. No bit depends on it
+    #[arg(long, value_name = "HOW", default_value_t = Transport::default())]
+    pub(crate) transport: Transport,
 
     /// Where rank 0 of --group env listens, on a free port of a network that is trusted; the same on all
     /// ranks

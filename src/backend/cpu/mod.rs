@@ -10,6 +10,7 @@ mod conformance;
 mod decode;
 mod disjoint;
 mod embed;
+mod exchange;
 mod follow;
 mod gelu;
 pub mod gemm;

@@ -79,7 +79,9 @@ pub(super) static FILES: [File; 34] = [
         of("embedding_forward<T> embedding_backward_tokens<T> embedding_backward_positions<T>")
     }),
     file!("estimate", ["numbers.cuh"], |_| of("estimate")),
-    file!("exchange", [], |_| of("join_gradients")),
+    file!("exchange", [], |_| {
+        of("join_gradients sum_parts<0> sum_parts<2> sum_parts<4> sum_parts<8>")
+    }),
     file!("follow", ["numbers.cuh"], |_| {
         of("update_mean begin_track observe add_observations find_intervals reset_oscillating")
     }),

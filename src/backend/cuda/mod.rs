@@ -18,6 +18,7 @@ mod device;
 mod embed;
 #[cfg(test)]
 mod emulator;
+mod exchange;
 mod follow;
 mod gelu;
 mod head;
@@ -49,6 +50,8 @@ use quantize::carrier;
 
 /// One GPU.
 pub(crate) struct Cuda {
+    // NOTE: first, since it may wait for what runs on the GPU.
+    link: Option<Arc<exchange::Link>>,
     gemm: Gemm,
     gpu: Arc<Gpu>,
     /// What multiplies MXFP8 operands on chips that do not.
@@ -70,6 +73,7 @@ impl Cuda {
     fn of(gpu: Gpu) -> Result<Self> {
         let gpu = Arc::new(gpu);
         Ok(Self {
+            link: None,
             gemm: Gemm::new(&gpu)?,
             gpu,
             #[cfg(test)]

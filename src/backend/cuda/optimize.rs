@@ -7,7 +7,7 @@
 use super::device::launch;
 use super::device::memory::{Arena, F32, Masters, Param, Piece, Upload};
 use super::step::{Entry, OfMoments, PIECE, Step, THREADS};
-use super::{Cuda, Workspace, muon};
+use super::{Cuda, Workspace, exchange, muon};
 use crate::Result;
 use crate::backend::{FlatGradients, Optimize, Precision, Slot, Trained};
 use crate::optim::spam::{Factors, STATISTICS};
@@ -302,12 +302,7 @@ impl Optimize for Cuda {
     }
 
     fn join_gradients(&self, others: &Piece, gradients: &mut FlatGradients<Self>) {
-        // Four numbers a thread: buffers end at multiples of these.
-        let vectors = gradients.len() / 16;
-        let most = BLOCKS * self.gpu.multiprocessors as usize;
-        let grid = [vectors.div_ceil(THREADS).min(most), 1, 1];
-        launch!(self.gpu, "join_gradients", grid, THREADS, 0;
-            gradients.all().address, others.address, vectors as u64);
+        exchange::join(&self.gpu, (gradients.all().address, gradients.len()), others.address);
     }
 
     fn reduce(

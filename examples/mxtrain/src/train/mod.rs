@@ -106,7 +106,8 @@ fn follow_with(
     (group, device): (Group, String),
     follower: &mut Follower,
 ) -> Outcome {
-    let (threads, seed, group) = (args.machine.threads, follower.seed(), Some(group));
+    let group = Some(group.with_transport(args.ranks.transport));
+    let (threads, seed) = (args.machine.threads, follower.seed());
     // Without a log: rank 0 says what there is to say.
     let engine =
         Engine::new(EngineOptions { device, threads, seed, group, ..EngineOptions::default() })?;
@@ -211,6 +212,7 @@ impl Run {
         };
         let mut group = None;
         if let Some((of_all, others)) = met {
+            let of_all = of_all.with_transport(args.ranks.transport);
             (group, *leader) = (Some(of_all), Some(others));
         }
         let local = launched.map_or(0, |(_, by)| by.local);

@@ -4,8 +4,10 @@
 //! The driver, NVRTC and cuBLASLt are opened at run time, so that the library starts without them.
 //! All work goes to one stream, so that it may be the host's own.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_int, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver;
@@ -34,6 +36,13 @@ pub(crate) struct Gpu {
     kernels: HashMap<String, sys::CUfunction>,
     /// The first error of an operation, which returned nothing.
     error: Mutex<Option<String>>,
+    /// Whether something runs on it that nothing ends.
+    is_stuck: AtomicBool,
+}
+
+thread_local! {
+    /// Where this thread queues work in place of the stream of all; null where it does not.
+    static BESIDE: Cell<sys::CUstream> = const { Cell::new(std::ptr::null_mut()) };
 }
 
 // SAFETY: handles of the driver may be used from any thread whose current context is theirs, which
@@ -127,6 +136,7 @@ impl Gpu {
             modules: Vec::new(),
             kernels: HashMap::new(),
             error: Mutex::new(None),
+            is_stuck: AtomicBool::new(false),
         };
         let _current = gpu.enter();
         if let Some(stream) = stream {
@@ -163,9 +173,33 @@ impl Gpu {
         Current { pushed: result == CUresult::CUDA_SUCCESS }
     }
 
-    /// Where work is queued: the stream, or what this thread captures.
+    /// Where work is queued: the stream, or what this thread captures, or [`Gpu::beside`].
     pub(crate) fn stream(&self) -> sys::CUstream {
-        capture::capturing().unwrap_or(self.stream)
+        let beside = Some(BESIDE.get()).filter(|stream| !stream.is_null());
+        capture::capturing().or(beside).unwrap_or(self.stream)
+    }
+
+    /// Queues what `f` asks for on another stream of this GPU.
+    pub(super) fn beside<R>(&self, stream: sys::CUstream, f: impl FnOnce() -> R) -> R {
+        /// Also where `f` panics.
+        struct Back;
+        impl Drop for Back {
+            fn drop(&mut self) {
+                BESIDE.set(std::ptr::null_mut());
+            }
+        }
+        BESIDE.set(stream);
+        let _back = Back;
+        f()
+    }
+
+    /// From here on nothing waits for it any more, and its memory stays taken.
+    pub(crate) fn give_up(&self) {
+        self.is_stuck.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_stuck(&self) -> bool {
+        self.is_stuck.load(Ordering::Relaxed)
     }
 
     /// Launches a kernel, if there is anything to do; `arguments` point to values of the types that
@@ -260,6 +294,15 @@ impl Gpu {
         self.check()
     }
 
+    /// What it is called, or the part of it that this process has, whoever numbers it.
+    pub(crate) fn uuid(&self) -> String {
+        // SAFETY: bytes, of which all are values.
+        let mut uuid: sys::CUuuid = unsafe { std::mem::zeroed() };
+        // SAFETY: writes 16 bytes.
+        self.note("the GPU's name", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, self.device) });
+        uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect()
+    }
+
     /// Bytes free and bytes in all.
     pub(crate) fn memory(&self) -> Option<(usize, usize)> {
         self.scope(|| driver::result::mem_get_info().ok())
@@ -327,6 +370,9 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        if self.is_stuck() {
+            return;
+        }
         let modules = std::mem::take(&mut self.modules);
         let _alone = capture::without_captures();
         self.scope(|| {

@@ -44,6 +44,9 @@ struct Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
+        if self.gpu.is_stuck() {
+            return;
+        }
         let _alone = capture::without_captures();
         self.gpu.scope(|| {
             // SAFETY: ours, and no buffer is left. What is queued may still use it.

@@ -1,7 +1,8 @@
-//! What lanes do with gradients: `exchange.cu`.
+//! What lanes and ranks do with gradients: `exchange.cu`.
 
 use super::super::tests::random;
 use super::{Emulator, SCHEDULES};
+use crate::comm;
 
 type JoinKernel = unsafe extern "C" fn(*mut [f32; 4], *const [f32; 4], u64);
 
@@ -26,5 +27,44 @@ fn lanes_are_joined() {
             unsafe { join(to, from, vectors as u64) };
         });
         assert!(gradients == expected, "{vectors}");
+    }
+}
+
+type SumKernel = unsafe extern "C" fn(*mut [f32; 4], *const [f32; 4], u64, u32, u32, u64);
+
+/// Of every rank, in the order of the host, which shows in the bits; what lies behind stays.
+#[test]
+fn parts_of_ranks_are_summed_in_the_order_of_the_tree() {
+    let Some(emulator) = Emulator::new("exchange") else { return };
+    let large = |(i, value): (usize, f32)| value * [1.0, 1e6, 1e-6][i % 3];
+    for (count, vectors) in [(2, 700), (3, 40), (4, 700), (5, 33), (7, 33), (8, 300), (13, 20)] {
+        let parts: Vec<f32> =
+            random(4 * vectors * count, 3).into_iter().enumerate().map(large).collect();
+        let mut expected = parts.clone();
+        comm::sum_parts(&mut expected, count);
+        let parts: Vec<&[[f32; 4]]> =
+            parts.chunks(4 * vectors).map(|part| part.as_chunks().0).collect();
+        let names: &[&str] = match count {
+            2 => &["sum_parts<2>", "sum_parts<0>"],
+            4 => &["sum_parts<4>", "sum_parts<0>"],
+            8 => &["sum_parts<8>", "sum_parts<0>"],
+            _ => &["sum_parts<0>"],
+        };
+        for (name, mine) in names.iter().flat_map(|name| (0..count).map(move |mine| (name, mine))) {
+            let sum: SumKernel = emulator.kernel(name);
+            let stride = vectors + 3;
+            let mut own = [parts[mine], &[[7.0; 4]]].concat();
+            let others: Vec<_> = (0..count)
+                .filter(|rank| *rank != mine)
+                .flat_map(|rank| [parts[rank], &[[f32::NAN; 4]; 3]].concat())
+                .collect();
+            let (to, from) = (own.as_mut_ptr(), others.as_ptr());
+            emulator.run(SCHEDULES[mine % 3], [3, 1], 64, || {
+                // SAFETY: buffers are as long as the kernel is told.
+                unsafe { sum(to, from, stride as u64, mine as u32, count as u32, vectors as u64) };
+            });
+            assert_eq!(own.pop(), Some([7.0; 4]));
+            assert!(own.as_flattened() == &expected[..4 * vectors], "{name}: {mine} of {count}");
+        }
     }
 }

@@ -4,6 +4,8 @@
 //! what runs on which, and all below is generic over `Backend`. The engine asks besides, for what
 //! only one of them has.
 
+mod link;
+
 use std::ffi::c_void;
 use std::fmt;
 use std::path::Path;
@@ -12,7 +14,7 @@ use std::sync::Arc;
 use crate::backend::Device;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::Cuda;
-use crate::comm::{Call, Counts, Group, Ranks};
+use crate::comm::{Call, Group, Ranks};
 use crate::{CudaStream, Error, MemoryRoom, Result};
 
 /// How much a log line matters.
@@ -91,7 +93,8 @@ impl Engine {
     /// start; [`Error::Unsupported`] for a device that is not there, [`Error::InvalidArgument`] for
     /// one that does not exist, for a stream that is not the device's, or for more than 1,024
     /// threads, [`Error::Device`] for a GPU that fails. With a group, [`Error::RanksDiffer`] for
-    /// ranks of other versions, seeds or chips, and [`Error::Peer`].
+    /// ranks of other versions, seeds or chips, [`Error::Peer`], and [`Error::Unsupported`] where
+    /// [`crate::Transport::Nccl`] is asked for and cannot be had.
     pub fn new(mut options: EngineOptions) -> Result<Self> {
         let ranks = match options.group.take() {
             Some(group) if group.is_one() => None,
@@ -103,8 +106,8 @@ impl Engine {
             options.threads = (cores / ranks.on_this_host()).max(1);
         }
         let made = Self::alone(options);
-        let made = match ranks.agree(Call::Engine, made.as_ref().map(|_| Counts::default())) {
-            Ok(_) => made?,
+        let made = match ranks.agree(Call::Engine, made.as_ref().map(drop)) {
+            Ok(()) => made?,
             Err(error) => return made.and(Err(error)),
         };
         let chip = match made.backend() {
@@ -115,8 +118,12 @@ impl Engine {
             ("the library's version", env!("CARGO_PKG_VERSION").to_owned()),
             ("the chip, or MXT_CPU_ISA,", chip),
             ("seed", made.seed().to_string()),
+            ("transport", ranks.transport.to_string()),
         ])?;
         let Ok(mut inner) = Arc::try_unwrap(made.0) else { unreachable!("nobody else has it") };
+        if let Some((level, line)) = link::link(&mut inner.device, &ranks)? {
+            inner.log(level, || line);
+        }
         inner.ranks = Some(ranks);
         let engine = Self(Arc::new(inner));
         engine.log(LogLevel::Info, || match engine.ranks() {
@@ -319,7 +326,13 @@ impl Engine {
 
     /// Sends a line to the log callback; `line` is not called where there is none.
     pub(crate) fn log(&self, level: LogLevel, line: impl FnOnce() -> String) {
-        if let Some(log) = &self.0.log {
+        self.0.log(level, line);
+    }
+}
+
+impl Inner {
+    fn log(&self, level: LogLevel, line: impl FnOnce() -> String) {
+        if let Some(log) = &self.log {
             log(level, &line());
         }
     }
