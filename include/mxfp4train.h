@@ -285,6 +285,22 @@ typedef enum mxt_schedule {
   MXT_SCHEDULE_TRAPEZOID = 3,
 } mxt_schedule;
 
+// How the gradients of ranks get from GPU to GPU. It changes no bit. On processors they go through the
+// callbacks.
+typedef enum mxt_transport {
+  // As MXT_TRANSPORT_PEER where that can be, else as MXT_TRANSPORT_NCCL, else as MXT_TRANSPORT_HOST,
+  // with a warning to the log.
+  MXT_TRANSPORT_AUTO = 0,
+  // By the callbacks, through the memory of the host.
+  MXT_TRANSPORT_HOST = 1,
+  // By NCCL, of which every rank needs the same release (libnccl.so.2, 2.19 or newer), and a GPU of
+  // its own. Where it cannot be, mxt_engine_new returns MXT_ERROR_UNSUPPORTED and says why.
+  MXT_TRANSPORT_NCCL = 2,
+  // By copies from GPU to GPU, which take none of their multiprocessors: between GPUs of one host that
+  // reach each other's memory (over NVLink or PCIe), each of one rank. Likewise.
+  MXT_TRANSPORT_PEER = 3,
+} mxt_transport;
+
 // Why a run ended.
 typedef enum mxt_run_end {
   // All steps are done.
@@ -415,9 +431,9 @@ typedef struct mxt_group {
   // library will never call the functions above again; as log_user_data_free of mxt_engine_options.
   // NULL (default): nothing is called.
   mxt_user_data_free_fn user_data_free;
-  // Longest wait for another rank where NCCL carries gradients, in seconds: NCCL cannot tell a rank
-  // that is gone from one that is slow, and the callbacks show one that is gone earlier. The call
-  // returns MXT_ERROR_PEER then. At least 1. Default 600.
+  // Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot tell a
+  // rank that is gone from one that is slow, and the callbacks show one that is gone earlier. The
+  // call returns MXT_ERROR_PEER then. At least 1. Default 600.
   uint32_t timeout_seconds;
   // One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
   int32_t transport;

@@ -11,7 +11,7 @@ use std::path::Path;
 use mxfp4train::{
     Activation, Dataset, Decoder, DecoderOptions, DecoderWeights, Draft, Engine, EngineOptions,
     Error, GenerateOptions, Master, Model, ModelConfig, Optimizer, OptimizerKind, Recipe, Schedule,
-    Trainer, TrainerOptions,
+    Trainer, TrainerOptions, Transport,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -714,16 +714,26 @@ fn trainers_that_keep_weights_otherwise_share_a_model() {
     }
 }
 
-/// Ranks share the GPUs that there are, through the host: losses, norms and files of one that has all
-/// lanes, and of ranks that go on from each other.
+/// Ranks share the GPUs that there are, by every way that these have: losses, norms and files of one that
+/// has all lanes, and of ranks that go on from each other.
 #[test]
 fn any_number_of_ranks_has_the_same_bits() {
     if gpu().is_none() {
         return;
     }
-    let gpus = 1 + usize::from(engine("cuda:1").is_ok());
+    let gpus = (1..8).find(|gpu| engine(&format!("cuda:{gpu}")).is_err()).unwrap_or(8);
     let folder = tempfile::tempdir().unwrap();
     let data = text();
+    // The others are there where there are two GPUs of one kind; NCCL is another package.
+    let has_nccl = gpus > 1 && {
+        let engines = ranks::on_ranks(2, |rank, group| {
+            let options = ranks::options(rank, 2, group);
+            let group = options.group.map(|group| group.with_transport(Transport::Nccl));
+            let device = format!("cuda:{rank}");
+            Engine::new(EngineOptions { device, group, ..options }).map(drop)
+        });
+        engines.into_iter().all(|engine| engine.inspect_err(|e| println!("no NCCL: {e}")).is_ok())
+    };
     for (recipe, optimizer) in [
         ("mxfp4-rht-sr", "adamw"),
         ("fp8-mxfp4-rht-sr", "adamw,moments=int8,master=split"),
@@ -735,12 +745,13 @@ fn any_number_of_ranks_has_the_same_bits() {
             optimizer: optimizer.parse().unwrap(),
             ..options(recipe)
         };
-        let of_size = |size: usize| {
+        let of_size = |size: usize, transport: Transport| {
             let dir = folder.path().join(size.to_string());
             let mut all = ranks::on_ranks(size, |rank, group| {
                 let device = format!("cuda:{}", rank % gpus);
                 let options = ranks::options(rank, size, group);
-                let engine = Engine::new(EngineOptions { device, ..options }).unwrap();
+                let group = options.group.map(|group| group.with_transport(transport));
+                let engine = Engine::new(EngineOptions { device, group, ..options }).unwrap();
                 let model = Model::new(&engine, &config()).unwrap();
                 let mut trainer = Trainer::new(&model, how()).unwrap();
                 let of_step =
@@ -757,11 +768,17 @@ fn any_number_of_ranks_has_the_same_bits() {
             let read = |name| std::fs::read(dir.join(name)).unwrap();
             (steps, ["model.safetensors", "trainer.safetensors"].map(read))
         };
-        let alone = of_size(1);
-        for size in [2, 4] {
-            let (steps, files) = of_size(size);
-            assert_eq!(steps, alone.0, "{recipe}: {size} ranks");
-            assert!(files == alone.1, "{recipe}: files of {size} ranks");
+        let alone = of_size(1, Transport::Auto);
+        let ways = [Transport::Auto, Transport::Peer, Transport::Nccl];
+        let apart = ways.into_iter().flat_map(|way| [(2, way), (4, way)]);
+        let apart =
+            apart.filter(|(size, way)| *size <= gpus && (*way != Transport::Nccl || has_nccl));
+        for (size, transport) in
+            [(2, Transport::Host), (4, Transport::Auto)].into_iter().chain(apart)
+        {
+            let (steps, files) = of_size(size, transport);
+            assert_eq!(steps, alone.0, "{recipe}: {size} ranks by {transport}");
+            assert!(files == alone.1, "{recipe}: files of {size} ranks by {transport}");
         }
         let loaded = ranks::on_ranks(2, |rank, group| {
             let device = format!("cuda:{}", rank % gpus);

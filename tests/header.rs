@@ -86,6 +86,21 @@ fn every_function_and_field_is_documented() {
     }
 }
 
+/// Enums cross the interface as numbers, so none is in the header but by name (cbindgen.toml).
+#[test]
+fn what_a_field_is_one_of_is_declared() {
+    let header = generate();
+    let mentioned: Vec<_> = header
+        .split("ne of mxt_")
+        .skip(1)
+        .map(|rest| rest.split(|c: char| c != '_' && !c.is_ascii_alphanumeric()).next().unwrap())
+        .collect();
+    assert!(mentioned.len() > 5, "{mentioned:?}");
+    for name in mentioned {
+        assert!(header.contains(&format!("\n}} mxt_{name};")), "mxt_{name} is not declared");
+    }
+}
+
 /// Every standard from C99 and C++11 on, with gcc and with clang.
 #[test]
 fn compilers_take_it_without_a_warning() {

@@ -29,6 +29,17 @@ pub trait Exchange: Memory {
         Ok(None)
     }
 
+    /// What the other ranks reach its gradients by, as many bytes on all of them.
+    fn export(&self, buckets: &Self::Buckets, gradients: &FlatGradients<Self>) -> Result<Vec<u8>>;
+
+    /// Reaches those of the others, by what all of them have exported, in their order.
+    fn map(
+        &self,
+        buckets: &mut Self::Buckets,
+        gradients: &FlatGradients<Self>,
+        exported: &[u8],
+    ) -> Result<()>;
+
     /// In a backward pass, behind that of a block.
     fn block_is_done(&self, _buckets: &Self::Buckets, _block: usize) {}
 

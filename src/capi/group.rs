@@ -57,13 +57,17 @@ pub type mxt_user_data_free_fn = Option<unsafe extern "C-unwind" fn(user_data: *
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub enum mxt_transport {
-    /// By NCCL where every rank has the same release of it (libnccl.so.2, 2.19 or newer) and a GPU of
-    /// its own, else as MXT_TRANSPORT_HOST, with a warning to the log.
+    /// As MXT_TRANSPORT_PEER where that can be, else as MXT_TRANSPORT_NCCL, else as MXT_TRANSPORT_HOST,
+    /// with a warning to the log.
     Auto = 0,
     /// By the callbacks, through the memory of the host.
     Host = 1,
-    /// By NCCL, or mxt_engine_new returns MXT_ERROR_UNSUPPORTED and says what is missing.
+    /// By NCCL, of which every rank needs the same release (libnccl.so.2, 2.19 or newer), and a GPU of
+    /// its own. Where it cannot be, mxt_engine_new returns MXT_ERROR_UNSUPPORTED and says why.
     Nccl = 2,
+    /// By copies from GPU to GPU, which take none of their multiprocessors: between GPUs of one host that
+    /// reach each other's memory (over NVLink or PCIe), each of one rank. Likewise.
+    Peer = 3,
 }
 
 /// Ranks that train one model together, of which this program (or this thread of it) is one. Fill it
@@ -107,9 +111,9 @@ pub struct mxt_group {
     /// library will never call the functions above again; as log_user_data_free of mxt_engine_options.
     /// NULL (default): nothing is called.
     pub user_data_free: mxt_user_data_free_fn,
-    /// Longest wait for another rank where NCCL carries gradients, in seconds: NCCL cannot tell a rank
-    /// that is gone from one that is slow, and the callbacks show one that is gone earlier. The call
-    /// returns MXT_ERROR_PEER then. At least 1. Default 600.
+    /// Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot tell a
+    /// rank that is gone from one that is slow, and the callbacks show one that is gone earlier. The
+    /// call returns MXT_ERROR_PEER then. At least 1. Default 600.
     pub timeout_seconds: u32,
     /// One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
     pub transport: i32,
@@ -139,6 +143,7 @@ fn transport(value: i32) -> Result<Transport, Failure> {
         (C::Auto as i32, "MXT_TRANSPORT_AUTO", Transport::Auto),
         (C::Host as i32, "MXT_TRANSPORT_HOST", Transport::Host),
         (C::Nccl as i32, "MXT_TRANSPORT_NCCL", Transport::Nccl),
+        (C::Peer as i32, "MXT_TRANSPORT_PEER", Transport::Peer),
     ];
     arguments::one_of("transport", value, &all)
 }

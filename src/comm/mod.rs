@@ -66,7 +66,7 @@ pub struct Group {
 }
 
 impl Group {
-    /// Longest wait for another rank where NCCL carries gradients, if no other is given.
+    /// Longest wait for another rank where gradients go from GPU to GPU, if no other is given.
     pub const TIMEOUT: Duration = Duration::from_secs(600);
 
     /// Rank `rank`, from 0 on, of `size`.
@@ -81,7 +81,7 @@ impl Group {
         Self { transport, ..self }
     }
 
-    /// With another limit of waiting for a rank where NCCL carries gradients, which does not tell a
+    /// With another limit of waiting for a rank where gradients go from GPU to GPU, which cannot tell a
     /// rank that is gone from one that is slow. Collectives have limits of their own.
     #[must_use]
     pub fn with_timeout(self, timeout: Duration) -> Self {

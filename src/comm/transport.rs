@@ -8,18 +8,21 @@ use crate::{Error, Result};
 /// How gradients get from rank to rank. It changes no bit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
-    /// By NCCL where it reaches the GPUs of all ranks, else through the host (`auto`).
+    /// By copies from GPU to GPU where these are of one host and reach each other, else by NCCL where all
+    /// have it, else through the host (`auto`).
     #[default]
     Auto,
     /// By the host's collectives, through its memory (`host`).
     Host,
     /// By NCCL (`nccl`); an engine that cannot says what is missing.
     Nccl,
+    /// By copies from GPU to GPU (`peer`), likewise.
+    Peer,
 }
 
 impl Transport {
-    const NAMES: [(&str, Self); 3] =
-        [("auto", Self::Auto), ("host", Self::Host), ("nccl", Self::Nccl)];
+    const NAMES: [(&str, Self); 4] =
+        [("auto", Self::Auto), ("host", Self::Host), ("nccl", Self::Nccl), ("peer", Self::Peer)];
 }
 
 impl fmt::Display for Transport {
@@ -34,7 +37,7 @@ impl FromStr for Transport {
 
     fn from_str(s: &str) -> Result<Self> {
         Self::NAMES.iter().find(|(name, _)| *name == s).map(|(_, value)| *value).ok_or_else(|| {
-            Error::invalid("transport", format!("expected auto, host or nccl, got {s:?}"))
+            Error::invalid("transport", format!("expected auto, host, nccl or peer, got {s:?}"))
         })
     }
 }
@@ -49,6 +52,6 @@ mod tests {
             assert_eq!(name.parse::<Transport>().unwrap(), value);
             assert_eq!(value.to_string(), name);
         }
-        assert!("NCCL".parse::<Transport>().unwrap_err().to_string().contains("host or nccl"));
+        assert!("NCCL".parse::<Transport>().unwrap_err().to_string().contains("nccl or peer"));
     }
 }

@@ -1,13 +1,16 @@
-//! How the GPUs of a group are linked: by NCCL where it reaches all of them.
+//! How the GPUs of a group are linked: by their own copies where they are of one host and reach each
+//! other, else by NCCL where all have it.
 
 use std::sync::Arc;
+
+use bytemuck::Zeroable;
 
 use super::LogLevel;
 use crate::backend::Device;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::Cuda;
+use crate::backend::cuda::{Cuda, Exported};
 use crate::comm::{Call, Ranks, Transport};
-use crate::reserve::zeros;
+use crate::reserve::{collect, zeros};
 use crate::{Error, Result};
 
 /// Bytes by which NCCL starts.
@@ -19,14 +22,19 @@ pub(super) fn link(
     device: &mut Device<Arc<Cpu>, Arc<Cuda>>,
     ranks: &Ranks,
 ) -> Result<Option<(LogLevel, String)>> {
-    let is_wanted = ranks.transport == Transport::Nccl;
+    let wanted = ranks.transport;
+    let unsupported = |why: &str| {
+        let (what, remedy) =
+            (format!("transport {wanted}"), format!("{why}; or use transport host"));
+        Err(Error::Unsupported { what, remedy })
+    };
     let Device::Cuda(cuda) = device else {
-        return match is_wanted {
-            true => Err(unsupported("processors exchange through the host; use transport host")),
-            false => Ok(None),
+        return match wanted {
+            Transport::Auto | Transport::Host => Ok(None),
+            _ => unsupported("processors exchange through the memory of the host"),
         };
     };
-    if ranks.transport == Transport::Host {
+    if wanted == Transport::Host {
         return Ok(None);
     }
     let cuda = Arc::get_mut(cuda).expect("nobody else has it yet");
@@ -35,13 +43,104 @@ pub(super) fn link(
         Ok(version) => format!("{uuid}\n{version}\n"),
         Err(why) => format!("{uuid}\n\n{why}"),
     })?;
-    if let Some(why) = hindrance(ranks, &all) {
-        if is_wanted {
-            return Err(unsupported(&why));
+    let all: Vec<_> = all.iter().map(|text| Said::new(text)).collect();
+    let mut hindrance = shared(ranks, &all);
+    if hindrance.is_none() && wanted != Transport::Nccl {
+        hindrance = by_copies(cuda, ranks)?;
+        if hindrance.is_none() {
+            let line = "gradients go from GPU to GPU by their own copies".to_owned();
+            return Ok(Some((LogLevel::Info, line)));
         }
+    }
+    if wanted == Transport::Peer {
+        return unsupported(&hindrance.unwrap_or_default());
+    }
+    if let Some(why) = shared(ranks, &all).or_else(|| without_nccl(ranks, &all)) {
+        if wanted == Transport::Nccl {
+            return unsupported(&why);
+        }
+        let why = hindrance.filter(|other| *other != why).map_or(why.clone(), |copies| {
+            format!("they cannot copy from each other ({copies}), and {why}")
+        });
         let line = format!("gradients go from GPU to GPU through the host's memory: {why}");
         return Ok(Some((LogLevel::Warning, line)));
     }
+    by_nccl(cuda, ranks)?;
+    let version = all[0].nccl;
+    Ok(Some((LogLevel::Info, format!("gradients go from GPU to GPU by NCCL {version}"))))
+}
+
+/// What a rank says of its GPU.
+struct Said<'a> {
+    uuid: &'a str,
+    /// Its release; empty where there is none.
+    nccl: &'a str,
+    /// Why there is none.
+    why: &'a str,
+}
+
+impl<'a> Said<'a> {
+    fn new(text: &'a str) -> Self {
+        let mut lines = text.splitn(3, '\n');
+        let [uuid, nccl, why] = [(); 3].map(|()| lines.next().unwrap_or_default());
+        Self { uuid, nccl, why }
+    }
+}
+
+fn name(ranks: &Ranks, rank: usize) -> String {
+    format!("rank {rank} on {}", ranks.host(rank))
+}
+
+/// Which rank shares its GPU.
+fn shared(ranks: &Ranks, all: &[Said<'_>]) -> Option<String> {
+    let pairs = (0..all.len()).flat_map(|rank| (0..rank).map(move |other| (other, rank)));
+    let (other, rank) = pairs.into_iter().find(|(a, b)| all[*a].uuid == all[*b].uuid)?;
+    Some(format!("{} is on the GPU of rank {other}; give each its own", name(ranks, rank)))
+}
+
+/// Why not all can use NCCL.
+fn without_nccl(ranks: &Ranks, all: &[Said<'_>]) -> Option<String> {
+    if let Some(rank) = all.iter().position(|said| said.nccl.is_empty()) {
+        return Some(format!(
+            "{} has no NCCL ({}); `pip install nvidia-nccl-cu13`, and put the folder of the library \
+             into LD_LIBRARY_PATH",
+            name(ranks, rank),
+            all[rank].why
+        ));
+    }
+    let rank = all.iter().position(|said| said.nccl != all[0].nccl)?;
+    let (first, other) = (all[0].nccl, all[rank].nccl);
+    Some(format!("rank 0 has NCCL {first}, {} {other}; use one release", name(ranks, rank)))
+}
+
+/// Why GPUs cannot copy from each other; None where they are linked so.
+fn by_copies(cuda: &mut Cuda, ranks: &Ranks) -> Result<Option<String>> {
+    if ranks.on_this_host() < ranks.size() {
+        // On all ranks, for none then has all of them on its host.
+        return Ok(Some("they are on several hosts".to_owned()));
+    }
+    let said = |why: &str| -> Result<Option<String>> {
+        let all = ranks.gather(why)?;
+        let first = all.iter().enumerate().find(|(_, why)| !why.is_empty());
+        Ok(first.map(|(rank, why)| format!("{}: {why}", name(ranks, rank))))
+    };
+    let words = cuda.words(ranks.size());
+    if let Some(why) = said(words.as_ref().err().map_or("", String::as_str))? {
+        return Ok(Some(why));
+    }
+    let Ok((words, mine)) = words else { unreachable!("said to all") };
+    let all = (0..ranks.size()).map(|_| Ok(Exported::zeroed()));
+    let mut all = collect("what ranks are linked by", all)?;
+    ranks.all_gather(bytemuck::bytes_of(&mine), bytemuck::cast_slice_mut(&mut all))?;
+    let linked = cuda.link_by_copies(words, &all, ranks.rank(), ranks.timeout);
+    let why = said(linked.err().as_deref().unwrap_or_default())?;
+    if why.is_some() {
+        cuda.unlink();
+    }
+    Ok(why)
+}
+
+fn by_nccl(cuda: &mut Cuda, ranks: &Ranks) -> Result<()> {
     // Rank 0 makes the id; whether it could, all learn from what it sends.
     let made = (ranks.rank() == 0).then(|| cuda.link_id());
     let mut mine = [0; 1 + ID];
@@ -56,47 +155,11 @@ pub(super) fn link(
     }
     let place = (ranks.rank(), ranks.size());
     let linked = match all[..1 + ID].split_first_chunk() {
-        Some(([1], id)) => cuda.link(id.try_into().expect("ID bytes"), place, ranks.timeout),
+        Some(([1], id)) => {
+            cuda.link_by_nccl(id.try_into().expect("ID bytes"), place, ranks.timeout)
+        }
         _ => Err(Error::Peer { message: "rank 0 cannot start NCCL".into() }),
     };
     let agreed = ranks.agree(Call::Link, linked.as_ref().copied());
-    linked.and(agreed)?;
-    let version = cuda.reaches().1.unwrap_or_default();
-    Ok(Some((LogLevel::Info, format!("gradients go from GPU to GPU by NCCL {version}"))))
-}
-
-fn unsupported(why: &str) -> Error {
-    Error::Unsupported {
-        what: "transport nccl".into(),
-        remedy: format!("{why}; or use transport host"),
-    }
-}
-
-/// Why not all of them can use NCCL.
-fn hindrance(ranks: &Ranks, all: &[String]) -> Option<String> {
-    let parts = |rank: usize| {
-        let mut lines = all[rank].splitn(3, '\n');
-        [(); 3].map(|()| lines.next().unwrap_or_default())
-    };
-    let name = |rank: usize| format!("rank {rank} on {}", ranks.host(rank));
-    let first = parts(0)[1];
-    for rank in 0..all.len() {
-        let [uuid, version, why] = parts(rank);
-        if version.is_empty() {
-            let name = name(rank);
-            return Some(format!(
-                "{name} has no NCCL ({why}); `pip install nvidia-nccl-cu13`, and put the folder of \
-                 the library into LD_LIBRARY_PATH"
-            ));
-        }
-        if version != first {
-            let name = name(rank);
-            return Some(format!("rank 0 has NCCL {first}, {name} {version}; use one release"));
-        }
-        if let Some(other) = (0..rank).find(|other| parts(*other)[0] == uuid) {
-            let name = name(rank);
-            return Some(format!("{name} is on the GPU of rank {other}; give each its own"));
-        }
-    }
-    None
+    linked.and(agreed)
 }

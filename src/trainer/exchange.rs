@@ -15,7 +15,7 @@
 use std::time::Instant;
 
 use crate::backend::{Backend, Bucket, FlatGradients};
-use crate::comm::{Counts, Joins, Ranks, Share, sum_parts};
+use crate::comm::{Call, Counts, Joins, Ranks, Share, sum_parts};
 use crate::gpt::ParamTable;
 use crate::reserve::{reserve, zeros};
 use crate::{Error, Result};
@@ -73,6 +73,25 @@ impl<B: Backend> Exchange<B> {
             send: zeros(WHAT, bucket)?,
             receive: zeros(WHAT, bucket)?,
         })
+    }
+
+    /// Lets the devices of ranks reach each other's gradients, which all ranks do before a step.
+    pub(super) fn meet(
+        &mut self,
+        backend: &B,
+        gradients: &FlatGradients<B>,
+        ranks: &Ranks,
+    ) -> Result<()> {
+        let Some(buckets) = &mut self.buckets else { return Ok(()) };
+        let exported = backend.export(buckets, gradients);
+        let agreed = ranks.agree(Call::Link, exported.as_ref().map(drop));
+        let exported = exported?;
+        agreed?;
+        let mut all = zeros("what ranks reach gradients by", exported.len() * ranks.size())?;
+        ranks.all_gather(&exported, &mut all)?;
+        let mapped = backend.map(buckets, gradients, &all);
+        let agreed = ranks.agree(Call::Link, mapped.as_ref().copied());
+        mapped.and(agreed)
     }
 
     /// Whether a step is the sum of several.

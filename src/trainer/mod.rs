@@ -213,9 +213,13 @@ impl Trainer {
         let _group = ranks.until_panic();
         let made = make();
         let agreed = ranks.agree(Call::Trainer, made.as_ref().map(drop));
-        let trainer = made?;
+        let mut trainer = made?;
         agreed?;
         ranks.compare(&trainer.description()?)?;
+        on_device!(&mut trainer.run, run => {
+            let (on, Flat { gradients, exchange, .. }) = (&run.model, &mut run.buffers.flat);
+            exchange.meet(&*on.backend, gradients, ranks)?;
+        });
         Ok(trainer)
     }
 

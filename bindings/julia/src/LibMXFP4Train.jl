@@ -326,6 +326,31 @@ lr, then a straight line down to min_lr over the last decay_steps.
 """
 const MXT_SCHEDULE_TRAPEZOID = Int32(3)
 
+# mxt_transport: How the gradients of ranks get from GPU to GPU. It changes no bit. On processors they go through the callbacks.
+
+"""
+As MXT_TRANSPORT_PEER where that can be, else as MXT_TRANSPORT_NCCL, else as MXT_TRANSPORT_HOST,
+with a warning to the log.
+"""
+const MXT_TRANSPORT_AUTO = Int32(0)
+
+"""
+By the callbacks, through the memory of the host.
+"""
+const MXT_TRANSPORT_HOST = Int32(1)
+
+"""
+By NCCL, of which every rank needs the same release (libnccl.so.2, 2.19 or newer), and a GPU of
+its own. Where it cannot be, mxt_engine_new returns MXT_ERROR_UNSUPPORTED and says why.
+"""
+const MXT_TRANSPORT_NCCL = Int32(2)
+
+"""
+By copies from GPU to GPU, which take none of their multiprocessors: between GPUs of one host that
+reach each other's memory (over NVLink or PCIe), each of one rank. Likewise.
+"""
+const MXT_TRANSPORT_PEER = Int32(3)
+
 # mxt_run_end: Why a run ended.
 
 """
@@ -507,9 +532,9 @@ struct mxt_group
     # library will never call the functions above again; as log_user_data_free of mxt_engine_options.
     # NULL (default): nothing is called.
     user_data_free::mxt_user_data_free_fn
-    # Longest wait for another rank where NCCL carries gradients, in seconds: NCCL cannot tell a rank
-    # that is gone from one that is slow, and the callbacks show one that is gone earlier. The call
-    # returns MXT_ERROR_PEER then. At least 1. Default 600.
+    # Longest wait for another rank where gradients go from GPU to GPU, in seconds: a GPU cannot tell a
+    # rank that is gone from one that is slow, and the callbacks show one that is gone earlier. The
+    # call returns MXT_ERROR_PEER then. At least 1. Default 600.
     timeout_seconds::UInt32
     # One of mxt_transport, the same on all ranks. Default MXT_TRANSPORT_AUTO.
     transport::Int32

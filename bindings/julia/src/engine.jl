@@ -48,9 +48,10 @@ With MPI.jl, which this package does not depend on:
     )
     engine = Engine(group = group)
 
-Between GPUs, gradients go by NCCL where every rank has it and a GPU of its own (`transport = :auto`),
-by the functions with `:host`; with `:nccl` it is an error where they cannot go by it. A rank is waited
-for `timeout_seconds` there.
+Gradients go from GPU to GPU by copies where the GPUs are of one host and reach each other, else by
+NCCL where all ranks have it, else by the functions (`transport = :auto`). `:peer`, `:nccl` and `:host`
+name one of these ways, and are an error where it cannot be. A rank is waited for `timeout_seconds`
+between GPUs.
 
 A function may wait for other tasks, so ranks can also be tasks of one process.
 """
@@ -77,9 +78,14 @@ struct Group
             auto = Lib.MXT_TRANSPORT_AUTO,
             host = Lib.MXT_TRANSPORT_HOST,
             nccl = Lib.MXT_TRANSPORT_NCCL,
+            peer = Lib.MXT_TRANSPORT_PEER,
         )
         haskey(ways, transport) ||
-            throw(ArgumentError("transport: expected :auto, :host or :nccl, got $(repr(transport))"))
+            throw(
+                ArgumentError(
+                    "transport: expected :auto, :host, :nccl or :peer, got $(repr(transport))",
+                ),
+            )
         way = Int32(ways[transport])
         seconds = c_number(UInt32, "timeout_seconds", timeout_seconds)
         return new(which, count, all_to_all, all_gather, abort, way, seconds)

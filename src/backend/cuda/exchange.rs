@@ -1,5 +1,6 @@
-//! Gradients that GPUs exchange: NCCL carries slices, and a kernel adds them up in the one order that
-//! all ranks have, since NCCL's own sums depend on their number.
+//! Gradients that GPUs exchange: slices are carried, and a kernel adds them up in the one order that all
+//! ranks have, since NCCL's own sums depend on their number. Copy engines carry them where the GPUs are
+//! of one host and reach each other's memory, else NCCL.
 //!
 //! All of it runs on a stream beside that of the pass. An event in the pass says when a bucket is
 //! made; then each rank gets its slice of it from all others, adds them up where its own lies, and
@@ -15,8 +16,9 @@ use super::device::gpu::Gpu;
 use super::device::launch;
 use super::device::memory::{Arena, Piece};
 use super::device::nccl::{Communicator, Id, Message, Nccl};
+use super::device::peers::{Exported, Mapped, Peers, Told};
 use crate::backend::{Bucket, Exchange, FlatGradients};
-use crate::reserve::collect;
+use crate::reserve::{collect, zeros};
 use crate::{Error, Result};
 
 /// Slices end at multiples of this many bytes, which no vector of a kernel crosses.
@@ -32,11 +34,20 @@ const SPIN: Duration = Duration::from_millis(2);
 
 /// The way from this GPU to those of other ranks.
 pub(super) struct Link {
-    communicator: Communicator,
+    way: Way,
     beside: Beside,
     gpu: Arc<Gpu>,
     rank: usize,
     size: usize,
+    /// Longest wait for another rank.
+    timeout: Duration,
+}
+
+/// What carries bytes.
+enum Way {
+    /// Copy engines.
+    Peers(Peers),
+    Nccl(Communicator),
 }
 
 /// What a trainer exchanges.
@@ -51,6 +62,10 @@ pub(crate) struct Buckets {
     /// (ranks - 1) slices of the longest bucket.
     received: Piece,
     stride: usize,
+    /// The gradients of all ranks, where these are reached.
+    mapped: Vec<Mapped>,
+    /// What others have told.
+    words: Vec<u32>,
     in_flight: bool,
 }
 
@@ -63,26 +78,78 @@ impl Cuda {
 
     /// What rank 0 makes for all to be linked by.
     pub(crate) fn link_id(&self) -> Result<Id> {
-        Nccl::open().and_then(Nccl::id).map_err(|reason| failed("starting", &reason))
+        Nccl::open().and_then(Nccl::id).map_err(|reason| failed("starting NCCL", &reason))
     }
 
-    /// Links it with the GPUs of all ranks of a group, all of which do this.
-    pub(crate) fn link(&mut self, id: Id, place: (usize, usize), timeout: Duration) -> Result<()> {
+    /// Links it with the GPUs of all ranks of a group by NCCL, all of which do this.
+    pub(crate) fn link_by_nccl(
+        &mut self,
+        id: Id,
+        place: (usize, usize),
+        timeout: Duration,
+    ) -> Result<()> {
         let (rank, size) = place;
-        let of = |reason: String| failed("meeting other ranks", &reason);
+        let of = |reason: String| failed("meeting other ranks by NCCL", &reason);
         let nccl = Nccl::open().map_err(of)?;
         let communicator =
             self.gpu.scope(|| Communicator::new(nccl, id, place, MOST_BLOCKS, timeout));
-        let (communicator, beside) = (communicator.map_err(of)?, Beside::new(&self.gpu)?);
-        let link = Link { communicator, beside, gpu: self.gpu.clone(), rank, size };
+        let (way, beside) = (Way::Nccl(communicator.map_err(of)?), Beside::new(&self.gpu)?);
+        let link = Link { way, beside, gpu: self.gpu.clone(), rank, size, timeout };
         link.connect(of)?;
         self.link = Some(Arc::new(link));
         Ok(())
     }
+
+    /// The words in which the ranks of a host tell each other how far they are, and what others map them
+    /// by; or why they cannot.
+    pub(crate) fn words(&self, size: usize) -> Result<(Words, Exported), String> {
+        let words = Peers::words(&self.gpu, size).map_err(|error| error.to_string())?;
+        let exported = Exported::new(&self.gpu, &words)?;
+        Ok((Words(words), exported))
+    }
+
+    /// Links it with the GPUs of all ranks of a group by their own copies, from what all have exported;
+    /// or why it cannot be.
+    pub(crate) fn link_by_copies(
+        &mut self,
+        Words(own): Words,
+        all: &[Exported],
+        rank: usize,
+        timeout: Duration,
+    ) -> Result<(), String> {
+        let beside = Beside::new(&self.gpu).map_err(|error| error.to_string())?;
+        let mapped = mapped(&self.gpu, &own, all, rank)?;
+        let way = Way::Peers(Peers::new(&self.gpu, rank, own, mapped));
+        let link = Link { way, beside, gpu: self.gpu.clone(), rank, size: all.len(), timeout };
+        self.link = Some(Arc::new(link));
+        Ok(())
+    }
+
+    /// Takes back what [`Cuda::link_by_copies`] has done.
+    pub(crate) fn unlink(&mut self) {
+        self.link = None;
+    }
+}
+
+/// See [`Cuda::words`].
+pub(crate) struct Words(Piece);
+
+/// What ranks have exported, in their order; this one's own as it is.
+fn mapped(
+    gpu: &Arc<Gpu>,
+    own: &Piece,
+    all: &[Exported],
+    rank: usize,
+) -> Result<Vec<Mapped>, String> {
+    let of = |(number, exported)| match number == rank {
+        true => Ok(Mapped::own(gpu, own)),
+        false => Mapped::new(gpu, exported),
+    };
+    all.iter().enumerate().map(of).collect()
 }
 
 fn failed(what: &str, reason: &str) -> Error {
-    Error::Device { message: format!("{what} by NCCL: {reason}") }
+    Error::Device { message: format!("{what}: {reason}") }
 }
 
 fn no_answer(reason: &str) -> Error {
@@ -90,29 +157,31 @@ fn no_answer(reason: &str) -> Error {
 }
 
 impl Link {
-    /// Has every pair of ranks exchange a little, so that all connections and their memory are there
-    /// before a step.
+    /// Has every pair of ranks exchange a little by NCCL, so that all connections and their memory are
+    /// there before a step.
     fn connect(&self, failed: impl Fn(String) -> Error) -> Result<()> {
-        let (mut arena, done) = (Arena::allocated(&self.gpu, 2 * SLICE)?, Event::new(&self.gpu)?);
-        let [from, to] = [(); 2].map(|()| arena.bytes(SLICE));
+        let Way::Nccl(nccl) = &self.way else { return Ok(()) };
+        let (mut measuring, done) = (Arena::measuring(&self.gpu), Event::new(&self.gpu)?);
+        let cut = |arena: &mut Arena| [(); 2].map(|()| arena.bytes(SLICE));
+        cut(&mut measuring);
+        let [from, to] = cut(&mut Arena::allocated(&self.gpu, measuring.used())?);
         self.gpu.synchronize()?;
         let message =
             |peer| Message { peer, send: (from.address, SLICE), receive: (to.address, SLICE) };
-        let queued = self.gpu.scope(|| self.exchange(message));
-        queued.map_err(&failed)?;
-        self.gpu.scope(|| self.beside.queue(|| done.record()));
-        let ended = self.gpu.scope(|| self.wait(&done));
-        if let Err(reason) = ended {
+        let ended = self.gpu.scope(|| {
+            nccl.exchange(self.others().map(message), self.beside.stream())?;
+            self.beside.queue(|| done.record());
+            self.wait(&done)
+        });
+        ended.map_err(|reason| {
             self.abort();
-            return Err(failed(reason));
-        }
-        Ok(())
+            failed(reason)
+        })
     }
 
-    /// Queues a message to every other rank.
-    fn exchange(&self, message: impl Fn(usize) -> Message) -> Result<(), String> {
-        let others = (0..self.size).filter(|rank| *rank != self.rank);
-        self.communicator.exchange(others.map(message), self.beside.stream())
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let rank = self.rank;
+        (0..self.size).filter(move |other| *other != rank)
     }
 
     /// Waits for an event beside; the host does nothing else, and wants to go on at once.
@@ -124,8 +193,10 @@ impl Link {
                 std::hint::spin_loop();
                 continue;
             }
-            self.communicator.check()?;
-            if waited > self.communicator.timeout() {
+            if let Way::Nccl(nccl) = &self.way {
+                nccl.check()?;
+            }
+            if waited > self.timeout {
                 let seconds = waited.as_secs();
                 return Err(format!("no answer from another rank in {seconds} seconds"));
             }
@@ -136,7 +207,13 @@ impl Link {
 
     /// Ends what waits for others on this GPU.
     fn abort(&self) {
-        let mut ends = self.gpu.scope(|| self.communicator.abort());
+        let mut ends = self.gpu.scope(|| match &self.way {
+            Way::Nccl(nccl) => nccl.abort(),
+            Way::Peers(peers) => {
+                peers.abort();
+                true
+            }
+        });
         if let (true, Ok(event)) = (ends, Event::new(&self.gpu)) {
             let until = Instant::now() + Duration::from_secs(10);
             self.gpu.scope(|| {
@@ -161,10 +238,16 @@ impl Buckets {
         (start, len.min(bucket.range.end - start))
     }
 
+    /// Where a slice of another rank lies before it is added.
+    fn received(&self, from: usize) -> u64 {
+        let place = from - usize::from(from > self.link.rank);
+        self.received.address + (place * self.stride) as u64
+    }
+
     fn queue(&self, gpu: &Gpu, gradients: u64, kept: &[Piece]) -> Result<(), String> {
         let link = &*self.link;
-        let Link { rank, size, .. } = *link;
         let at = |(start, len): (usize, usize)| (gradients + start as u64, len);
+        let mut last = None;
         for (bucket, made) in self.all.iter().zip(&self.made) {
             link.beside.wait_for(if bucket.behind.is_some() { made } else { &self.passed });
             let all @ (start, _) = (bucket.range.start, bucket.range.len());
@@ -172,33 +255,67 @@ impl Buckets {
                 let others = kept.address + start as u64;
                 link.beside.queue(|| join(gpu, at(all), others));
             }
-            let mine = self.slice(bucket, rank);
-            let place = |peer: usize| peer - usize::from(peer > rank);
-            link.exchange(|peer| Message {
-                peer,
-                send: at(self.slice(bucket, peer)),
-                receive: (self.received.address + (place(peer) * self.stride) as u64, mine.1),
-            })?;
-            link.beside.queue(|| {
-                let name = match size {
-                    2 => "sum_parts<2>",
-                    4 => "sum_parts<4>",
-                    8 => "sum_parts<8>",
-                    _ => "sum_parts<0>",
-                };
-                let ((own, len), others) = (at(mine), self.received.address);
-                launch!(gpu, name, grid(gpu, len), THREADS, 0;
-                    own, others, (self.stride / 16) as u64, rank as u32, size as u32,
-                    (len / 16) as u64);
-            });
-            link.exchange(|peer| Message {
-                peer,
-                send: at(mine),
-                receive: at(self.slice(bucket, peer)),
-            })?;
+            let mine = self.slice(bucket, link.rank);
+            match &link.way {
+                Way::Peers(peers) => {
+                    if peers.is_aborted() {
+                        return Err("it was aborted".to_owned());
+                    }
+                    let count = peers.next();
+                    peers.others().for_each(|to| peers.tell(&link.beside, to, Told::Made, count));
+                    for from in peers.others() {
+                        peers.hear(&link.beside, from, Told::Made, count);
+                        let theirs = self.mapped[from].address + mine.0 as u64;
+                        peers.copy(&link.beside, theirs, mine.1, self.received(from));
+                    }
+                    self.add_up(gpu, at(mine));
+                    let (own, len) = at(mine);
+                    for to in peers.others() {
+                        let theirs = self.mapped[to].address + mine.0 as u64;
+                        peers.copy(&link.beside, own, len, theirs);
+                        peers.tell(&link.beside, to, Told::Arrived, count);
+                    }
+                    last = Some(count);
+                }
+                Way::Nccl(nccl) => {
+                    let parts = link.others().map(|peer| Message {
+                        peer,
+                        send: at(self.slice(bucket, peer)),
+                        receive: (self.received(peer), mine.1),
+                    });
+                    nccl.exchange(parts, link.beside.stream())?;
+                    self.add_up(gpu, at(mine));
+                    let sums = link.others().map(|peer| Message {
+                        peer,
+                        send: at(mine),
+                        receive: at(self.slice(bucket, peer)),
+                    });
+                    nccl.exchange(sums, link.beside.stream())?;
+                }
+            }
+        }
+        // The last sum of a rank comes behind all others of it, and behind all that it has read here.
+        if let (Way::Peers(peers), Some(count)) = (&link.way, last) {
+            peers.others().for_each(|by| peers.hear(&link.beside, by, Told::Arrived, count));
         }
         link.beside.queue(|| self.exchanged.record());
         Ok(())
+    }
+
+    /// This rank's slice becomes the sum of it and of those received.
+    fn add_up(&self, gpu: &Gpu, (own, len): (u64, usize)) {
+        let Link { beside, rank, size, .. } = &*self.link;
+        let name = match size {
+            2 => "sum_parts<2>",
+            4 => "sum_parts<4>",
+            8 => "sum_parts<8>",
+            _ => "sum_parts<0>",
+        };
+        beside.queue(|| {
+            launch!(gpu, name, grid(gpu, len), THREADS, 0;
+                own, self.received.address, (self.stride / 16) as u64, *rank as u32, *size as u32,
+                (len / 16) as u64);
+        });
     }
 }
 
@@ -241,8 +358,34 @@ impl Exchange for Cuda {
             exchanged: Event::new(&self.gpu)?,
             received: arena.bytes((link.size - 1) * stride),
             stride,
+            mapped: Vec::new(),
+            words: zeros("what GPUs tell each other", 4 * link.size)?,
             in_flight: false,
         }))
+    }
+
+    fn export(&self, buckets: &Buckets, gradients: &FlatGradients<Self>) -> Result<Vec<u8>> {
+        if let Way::Nccl(_) = buckets.link.way {
+            return Ok(Vec::new());
+        }
+        let exported = Exported::new(&self.gpu, gradients.all());
+        let exported = exported.map_err(|reason| failed("sharing gradients", &reason))?;
+        Ok(bytemuck::bytes_of(&exported).to_vec())
+    }
+
+    fn map(
+        &self,
+        buckets: &mut Buckets,
+        gradients: &FlatGradients<Self>,
+        exported: &[u8],
+    ) -> Result<()> {
+        let all = exported.chunks_exact(size_of::<Exported>()).map(bytemuck::pod_read_unaligned);
+        let all: Vec<Exported> = collect("what ranks reach gradients by", all.map(Ok))?;
+        if !all.is_empty() {
+            let mapped = mapped(&self.gpu, gradients.all(), &all, buckets.link.rank);
+            buckets.mapped = mapped.map_err(|reason| failed("sharing gradients", &reason))?;
+        }
+        Ok(())
     }
 
     fn block_is_done(&self, buckets: &Buckets, block: usize) {
@@ -270,6 +413,13 @@ impl Exchange for Cuda {
     fn end_exchange(&self, buckets: &mut Buckets) -> Result<()> {
         let ended = self.gpu.scope(|| buckets.link.wait(&buckets.exchanged));
         ended.map_err(|reason| no_answer(&reason))?;
+        let Buckets { link, words, .. } = buckets;
+        if let Way::Peers(peers) = &link.way {
+            self.read(peers.own_words(), words)?;
+            if Peers::says_aborted(words) {
+                return Err(no_answer("another rank has given up"));
+            }
+        }
         buckets.in_flight = false;
         self.gpu.check()
     }

@@ -38,6 +38,7 @@ mod workspace;
 
 use std::sync::Arc;
 
+pub(crate) use device::peers::Exported;
 pub(crate) use device::recordings::Recordings;
 pub(crate) use workspace::Workspace;
 

@@ -239,10 +239,6 @@ impl Communicator {
         Ok(made)
     }
 
-    pub(crate) fn timeout(&self) -> Duration {
-        self.timeout
-    }
-
     /// Queues messages to others, of which every rank queues its own, all at once.
     pub(crate) fn exchange(
         &self,

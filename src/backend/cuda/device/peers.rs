@@ -1,0 +1,253 @@
+//! Memory of GPUs that copy from each other without anybody's processors: those of one host that can
+//! reach each other, over NVLink or PCIe. Their copy engines move gradients while all
+//! multiprocessors work, which NCCL's kernels take some of.
+//!
+//! Each process maps the others' memory, and words in which they tell each other how far they are. A
+//! stream waits for such a word without anybody's help. One that waits for a rank that is gone is
+//! released by its own process, which first tells all others to believe nothing from it any more.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use bytemuck::{Pod, Zeroable};
+use cudarc::driver::sys::{self, CUresult};
+
+use super::beside::Beside;
+use super::gpu::{Gpu, text};
+use super::memory::{Arena, Piece};
+use crate::Result;
+
+/// Memory that other processes can map.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Exported {
+    /// Of the process, drawn when it first exports some.
+    process: [u64; 2],
+    handle: [u8; 64],
+    /// Where it is mapped in that process.
+    address: u64,
+    /// From the start of its allocation.
+    offset: u64,
+}
+
+/// The memory of another process, mapped.
+pub(crate) struct Mapped {
+    gpu: Arc<Gpu>,
+    /// In this process.
+    pub(crate) address: u64,
+    /// What is to be unmapped; 0 for memory of this process.
+    opened: u64,
+}
+
+/// What tells this process from all others, whatever containers they are in.
+fn process() -> [u64; 2] {
+    static DRAWN: OnceLock<[u64; 2]> = OnceLock::new();
+    *DRAWN.get_or_init(|| {
+        let mut drawn = [u64::from(std::process::id()), std::ptr::from_ref(&DRAWN) as u64];
+        // SAFETY: writes as many bytes. Where there are none, the number and the place, which is
+        // random as well, have to do.
+        let _ = unsafe { libc::getrandom(drawn.as_mut_ptr().cast(), size_of_val(&drawn), 0) };
+        drawn
+    })
+}
+
+impl Exported {
+    /// What `piece` is cut from.
+    pub(crate) fn new(gpu: &Gpu, piece: &Piece) -> std::result::Result<Self, String> {
+        let address = piece.address;
+        let (mut base, mut bytes) = (0, 0);
+        // SAFETY: bytes, of which all are values.
+        let mut handle: sys::CUipcMemHandle = unsafe { std::mem::zeroed() };
+        // SAFETY: writes numbers and a handle.
+        let result = gpu.scope(|| unsafe {
+            match sys::cuMemGetAddressRange_v2(&mut base, &mut bytes, address) {
+                CUresult::CUDA_SUCCESS => sys::cuIpcGetMemHandle(&mut handle, base),
+                other => other,
+            }
+        });
+        if result != CUresult::CUDA_SUCCESS {
+            return Err(format!("memory cannot be shared: {}", text(result)));
+        }
+        let handle = handle.reserved.map(|byte| byte as u8);
+        Ok(Self { process: process(), handle, address, offset: address - base })
+    }
+}
+
+impl Mapped {
+    /// This rank's own.
+    pub(crate) fn own(gpu: &Arc<Gpu>, piece: &Piece) -> Self {
+        Self { gpu: gpu.clone(), address: piece.address, opened: 0 }
+    }
+
+    pub(crate) fn new(gpu: &Arc<Gpu>, exported: &Exported) -> std::result::Result<Self, String> {
+        let Exported { handle, address, offset, .. } = *exported;
+        if exported.process == process() {
+            gpu.scope(|| enable_access(address))?;
+            return Ok(Self { gpu: gpu.clone(), address, opened: 0 });
+        }
+        let handle = sys::CUipcMemHandle { reserved: handle.map(|byte| byte as _) };
+        let (mut opened, flags) = (0, sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
+        // SAFETY: writes an address, which `drop` gives back.
+        let result =
+            gpu.scope(|| unsafe { sys::cuIpcOpenMemHandle_v2(&mut opened, handle, flags as u32) });
+        if result != CUresult::CUDA_SUCCESS {
+            return Err(format!("the memory of another rank cannot be mapped: {}", text(result)));
+        }
+        Ok(Self { gpu: gpu.clone(), address: opened + offset, opened })
+    }
+}
+
+/// Lets the current context reach that of an address of this process.
+fn enable_access(address: u64) -> std::result::Result<(), String> {
+    let which = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_CONTEXT;
+    let mut context: sys::CUcontext = std::ptr::null_mut();
+    // SAFETY: the attribute is a handle, which is valid as long as the memory.
+    let result = unsafe {
+        match sys::cuPointerGetAttribute((&raw mut context).cast::<c_void>(), which, address) {
+            CUresult::CUDA_SUCCESS => sys::cuCtxEnablePeerAccess(context, 0),
+            other => other,
+        }
+    };
+    match result {
+        CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+        other => Err(format!("another GPU cannot be reached: {}", text(other))),
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        if self.opened == 0 || self.gpu.is_stuck() {
+            return;
+        }
+        // SAFETY: mapped in `new`, and what used it has been waited for.
+        self.gpu.scope(|| unsafe {
+            let _ = sys::cuIpcCloseMemHandle(self.opened);
+        });
+    }
+}
+
+/// What a rank tells another: which of its gradients are made, and which sums have arrived. They count
+/// on from exchange to exchange.
+#[derive(Clone, Copy)]
+pub(crate) enum Told {
+    Made = 0,
+    Arrived = 1,
+    /// Not a count: nothing is to be believed any more.
+    Aborted = 2,
+}
+
+/// Bytes of what one rank tells another.
+const WORDS: u64 = 16;
+
+/// The words of all ranks of a group.
+pub(crate) struct Peers {
+    gpu: Arc<Gpu>,
+    rank: usize,
+    /// (ranks, 4) words of this rank, in which the others write.
+    own: Piece,
+    /// The same of all ranks.
+    all: Vec<Mapped>,
+    count: AtomicU32,
+    is_aborted: AtomicBool,
+}
+
+impl Peers {
+    /// What this rank exports for that, and is kept for [`Peers::new`].
+    pub(crate) fn words(gpu: &Arc<Gpu>, size: usize) -> Result<Piece> {
+        let (bytes, mut measuring) = (size * WORDS as usize, Arena::measuring(gpu));
+        measuring.bytes(bytes);
+        let words = Arena::allocated(gpu, measuring.used())?.bytes(bytes);
+        gpu.synchronize()?;
+        Ok(words)
+    }
+
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, own: Piece, all: Vec<Mapped>) -> Self {
+        let (count, is_aborted) = (AtomicU32::new(0), AtomicBool::new(false));
+        Self { gpu: gpu.clone(), rank, own, all, count, is_aborted }
+    }
+
+    /// The other ranks, each from another one on, so that not all ask the same first.
+    pub(crate) fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let (rank, size) = (self.rank, self.all.len());
+        (1..size).map(move |i| (rank + i) % size)
+    }
+
+    /// The next count, the same on all ranks, which exchange the same things in the same order.
+    pub(crate) fn next(&self) -> u32 {
+        self.count.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+    }
+
+    pub(crate) fn is_aborted(&self) -> bool {
+        self.is_aborted.load(Ordering::Relaxed)
+    }
+
+    /// Where `by` tells something to `to`.
+    fn place(&self, by: usize, to: usize, told: Told) -> u64 {
+        self.all[to].address + by as u64 * WORDS + 4 * told as u64
+    }
+
+    /// Tells it to a rank once all is done that is queued.
+    pub(crate) fn tell(&self, beside: &Beside, to: usize, told: Told, count: u32) {
+        let place = self.place(self.rank, to, told);
+        // SAFETY: a word of memory that is mapped.
+        let result = unsafe { sys::cuStreamWriteValue32_v2(beside.stream(), place, count, 0) };
+        self.gpu.note("telling another GPU", result);
+    }
+
+    /// What is queued from now on comes behind what a rank tells.
+    pub(crate) fn hear(&self, beside: &Beside, by: usize, told: Told, count: u32) {
+        let place = self.place(by, self.rank, told);
+        let at_least = sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32;
+        // SAFETY: a word of memory that is there.
+        let result =
+            unsafe { sys::cuStreamWaitValue32_v2(beside.stream(), place, count, at_least) };
+        self.gpu.note("hearing from another GPU", result);
+    }
+
+    /// Copies between memory that is mapped, or this GPU's.
+    pub(crate) fn copy(&self, beside: &Beside, from: u64, bytes: usize, to: u64) {
+        if bytes == 0 {
+            return;
+        }
+        // SAFETY: both are so long, as the caller says.
+        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, beside.stream()) };
+        self.gpu.note("copying from GPU to GPU", result);
+    }
+
+    /// The words that others have written: four of each rank.
+    pub(crate) fn own_words(&self) -> u64 {
+        self.own.address
+    }
+
+    /// Whether one has said, in such words, that nothing is to be believed.
+    pub(crate) fn says_aborted(words: &[u32]) -> bool {
+        words.chunks(WORDS as usize / 4).any(|of_rank| of_rank[Told::Aborted as usize] != 0)
+    }
+
+    /// Tells all others to believe nothing from here on, then releases what waits on this GPU.
+    pub(crate) fn abort(&self) {
+        if self.is_aborted.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        // NOTE: in this order, and each done before the next: what is released goes on with what never
+        // came, and tells others so. It is queued where nothing waits.
+        for to in self.others() {
+            self.set(self.place(self.rank, to, Told::Aborted), 1);
+        }
+        let released = self.count.load(Ordering::Relaxed).wrapping_add(1 << 30);
+        for by in self.others() {
+            for told in [Told::Made, Told::Arrived] {
+                self.set(self.place(by, self.rank, told), released);
+            }
+        }
+    }
+
+    fn set(&self, place: u64, word: u32) {
+        // SAFETY: a word of memory that is mapped.
+        let result = unsafe { sys::cuMemsetD32Async(place, word, 1, self.gpu.stream()) };
+        self.gpu.note("giving up an exchange", result);
+        let _ = self.gpu.synchronize();
+    }
+}
