@@ -64,9 +64,51 @@ __global__ void sum_parts(float4 *own, const float4 *others, u64 stride, u32 min
   Parts parts = {own, others, stride, mine};
   for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < vectors;
        i += (u64)gridDim.x * blockDim.x) {
-    if constexpr (COUNT == 0)
-      own[i] = tree_of(count, parts, i);
-    else
-      own[i] = tree<0, COUNT>(parts, i);
+    if constexpr (COUNT == 0) own[i] = tree_of(count, parts, i);
+    else own[i] = tree<0, COUNT>(parts, i);
+  }
+}
+
+// Where a slice of the gradients begins in the memory of each rank.
+#define MOST_PEERS 8
+struct Peers {
+  float4 *of[MOST_PEERS];
+};
+
+// The sum of COUNT numbers from FIRST on, in the order of the tree.
+template <u32 FIRST, u32 COUNT> __device__ __forceinline__ float4 tree(const float4 *numbers) {
+  if constexpr (COUNT == 1) {
+    return numbers[FIRST];
+  } else {
+    constexpr u32 LEFT = left_of(COUNT);
+    return add(tree<FIRST, LEFT>(numbers), tree<FIRST + LEFT, COUNT - LEFT>(numbers));
+  }
+}
+
+// The slice (vectors, 4) of each of COUNT ranks becomes the sum of all of them: one kernel reads
+// and writes the memory of all GPUs. A thread has several vectors on their way, since that is far.
+// Grid: any; block: any.
+template <u32 COUNT> __global__ void sum_peers(Peers peers, u64 vectors) {
+  begin();
+  constexpr u32 AT_ONCE = COUNT <= 2 ? 4 : COUNT <= 4 ? 2 : 1;
+  u64 threads = (u64)gridDim.x * blockDim.x;
+  for (u64 first = (u64)blockIdx.x * blockDim.x + threadIdx.x; first < vectors;
+       first += AT_ONCE * threads) {
+    float4 parts[AT_ONCE][COUNT];
+#pragma unroll
+    for (u32 k = 0; k < AT_ONCE; k++)
+#pragma unroll
+      for (u32 rank = 0; rank < COUNT; rank++) {
+        u64 i = first + k * threads;
+        if (i < vectors) parts[k][rank] = peers.of[rank][i];
+      }
+#pragma unroll
+    for (u32 k = 0; k < AT_ONCE; k++) {
+      u64 i = first + k * threads;
+      if (i >= vectors) break;
+      float4 sum = tree<0, COUNT>(parts[k]);
+#pragma unroll
+      for (u32 rank = 0; rank < COUNT; rank++) peers.of[rank][i] = sum;
+    }
   }
 }

@@ -714,6 +714,71 @@ fn trainers_that_keep_weights_otherwise_share_a_model() {
     }
 }
 
+fn gpus() -> usize {
+    (1..8).find(|gpu| engine(&format!("cuda:{gpu}")).is_err()).unwrap_or(8)
+}
+
+/// The engine of a rank, on a GPU of its own where there are as many.
+fn engine_of(
+    (rank, size): (usize, usize),
+    gpus: usize,
+    group: ranks::Threads,
+    transport: Transport,
+) -> Result<Engine, Error> {
+    let device = format!("cuda:{}", rank % gpus);
+    let options = ranks::options(rank, size, group);
+    let group = options.group.map(|group| group.with_transport(transport));
+    Engine::new(EngineOptions { device, group, ..options })
+}
+
+/// Whether the first two GPUs can exchange so; a line says why not.
+fn links_by(transport: Transport) -> bool {
+    let engines =
+        ranks::on_ranks(2, |rank, group| engine_of((rank, 2), 2, group, transport).map(drop));
+    engines.into_iter().all(|engine| engine.inspect_err(|e| println!("skipped: {e}")).is_ok())
+}
+
+/// Wherever a host's function fails, both ranks have an error soon, whatever is on its way between
+/// their GPUs, and give all back.
+#[test]
+fn a_group_that_ends_leaves_no_gpu_waiting() {
+    if gpu().is_none() || gpus() < 2 {
+        println!("skipped: two GPUs are needed");
+        return;
+    }
+    let data = text();
+    for (transport, every) in [(Transport::Peer, 1), (Transport::Nccl, 3)] {
+        if !links_by(transport) {
+            continue;
+        }
+        let run = |fails: usize, rank: usize, mut group: ranks::Threads| -> Result<(), Error> {
+            if rank == 1 {
+                group.until_failure = fails;
+            }
+            let engine = engine_of((rank, 2), 2, group, transport)?;
+            let how = TrainerOptions { batch_size: 2, ..options("fp8-mxfp4-rht-sr") };
+            let mut trainer = Trainer::new(&Model::new(&engine, &config())?, how)?;
+            (0..3).try_for_each(|_| trainer.step(&data).map(drop))
+        };
+        let mut fails = 0;
+        loop {
+            let started = std::time::Instant::now();
+            let results = ranks::on_ranks(2, |rank, group| run(fails, rank, group));
+            let seconds = started.elapsed().as_secs_f64();
+            assert!(seconds < 25.0, "{transport}, {fails}: {seconds} s");
+            if results.iter().all(Result::is_ok) {
+                break;
+            }
+            for result in &results {
+                let is_peer = matches!(result, Err(Error::Peer { .. }));
+                assert!(is_peer, "{transport}, {fails}: {results:?}");
+            }
+            fails += every;
+        }
+        assert!(fails > 15, "{transport}: {fails}");
+    }
+}
+
 /// Ranks share the GPUs that there are, by every way that these have: losses, norms and files of one that
 /// has all lanes, and of ranks that go on from each other.
 #[test]
@@ -721,19 +786,10 @@ fn any_number_of_ranks_has_the_same_bits() {
     if gpu().is_none() {
         return;
     }
-    let gpus = (1..8).find(|gpu| engine(&format!("cuda:{gpu}")).is_err()).unwrap_or(8);
+    let gpus = gpus();
     let folder = tempfile::tempdir().unwrap();
     let data = text();
-    // The others are there where there are two GPUs of one kind; NCCL is another package.
-    let has_nccl = gpus > 1 && {
-        let engines = ranks::on_ranks(2, |rank, group| {
-            let options = ranks::options(rank, 2, group);
-            let group = options.group.map(|group| group.with_transport(Transport::Nccl));
-            let device = format!("cuda:{rank}");
-            Engine::new(EngineOptions { device, group, ..options }).map(drop)
-        });
-        engines.into_iter().all(|engine| engine.inspect_err(|e| println!("no NCCL: {e}")).is_ok())
-    };
+    let has_nccl = gpus > 1 && links_by(Transport::Nccl);
     for (recipe, optimizer) in [
         ("mxfp4-rht-sr", "adamw"),
         ("fp8-mxfp4-rht-sr", "adamw,moments=int8,master=split"),
@@ -748,10 +804,7 @@ fn any_number_of_ranks_has_the_same_bits() {
         let of_size = |size: usize, transport: Transport| {
             let dir = folder.path().join(size.to_string());
             let mut all = ranks::on_ranks(size, |rank, group| {
-                let device = format!("cuda:{}", rank % gpus);
-                let options = ranks::options(rank, size, group);
-                let group = options.group.map(|group| group.with_transport(transport));
-                let engine = Engine::new(EngineOptions { device, group, ..options }).unwrap();
+                let engine = engine_of((rank, size), gpus, group, transport).unwrap();
                 let model = Model::new(&engine, &config()).unwrap();
                 let mut trainer = Trainer::new(&model, how()).unwrap();
                 let of_step =
@@ -781,9 +834,7 @@ fn any_number_of_ranks_has_the_same_bits() {
             assert!(files == alone.1, "{recipe}: files of {size} ranks by {transport}");
         }
         let loaded = ranks::on_ranks(2, |rank, group| {
-            let device = format!("cuda:{}", rank % gpus);
-            let options = ranks::options(rank, 2, group);
-            let engine = Engine::new(EngineOptions { device, ..options }).unwrap();
+            let engine = engine_of((rank, 2), gpus, group, Transport::Auto).unwrap();
             let mut trainer = Trainer::load(&engine, &folder.path().join("4")).unwrap();
             trainer.step(&data).unwrap().loss.to_bits()
         });

@@ -65,8 +65,8 @@ pub enum mxt_transport {
     /// By NCCL, of which every rank needs the same release (libnccl.so.2, 2.19 or newer), and a GPU of
     /// its own. Where it cannot be, mxt_engine_new returns MXT_ERROR_UNSUPPORTED and says why.
     Nccl = 2,
-    /// By copies from GPU to GPU, which take none of their multiprocessors: between GPUs of one host that
-    /// reach each other's memory (over NVLink or PCIe), each of one rank. Likewise.
+    /// In each other's memory: of at most 8 GPUs of one host that reach it (over NVLink or PCIe), each of
+    /// one rank. Likewise.
     Peer = 3,
 }
 

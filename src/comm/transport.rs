@@ -8,7 +8,7 @@ use crate::{Error, Result};
 /// How gradients get from rank to rank. It changes no bit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
-    /// By copies from GPU to GPU where these are of one host and reach each other, else by NCCL where all
+    /// From GPU to GPU where these are of one host and reach each other's memory, else by NCCL where all
     /// have it, else through the host (`auto`).
     #[default]
     Auto,
@@ -16,7 +16,7 @@ pub enum Transport {
     Host,
     /// By NCCL (`nccl`); an engine that cannot says what is missing.
     Nccl,
-    /// By copies from GPU to GPU (`peer`), likewise.
+    /// From GPU to GPU, in each other's memory (`peer`), likewise.
     Peer,
 }
 

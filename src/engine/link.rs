@@ -1,5 +1,5 @@
-//! How the GPUs of a group are linked: by their own copies where they are of one host and reach each
-//! other, else by NCCL where all have it.
+//! How the GPUs of a group are linked: where they are of one host and reach each other's memory, by that;
+//! else by NCCL where all have it.
 
 use std::sync::Arc;
 
@@ -46,9 +46,9 @@ pub(super) fn link(
     let all: Vec<_> = all.iter().map(|text| Said::new(text)).collect();
     let mut hindrance = shared(ranks, &all);
     if hindrance.is_none() && wanted != Transport::Nccl {
-        hindrance = by_copies(cuda, ranks)?;
+        hindrance = by_memory(cuda, ranks)?;
         if hindrance.is_none() {
-            let line = "gradients go from GPU to GPU by their own copies".to_owned();
+            let line = "GPUs add gradients up in each other's memory".to_owned();
             return Ok(Some((LogLevel::Info, line)));
         }
     }
@@ -59,8 +59,8 @@ pub(super) fn link(
         if wanted == Transport::Nccl {
             return unsupported(&why);
         }
-        let why = hindrance.filter(|other| *other != why).map_or(why.clone(), |copies| {
-            format!("they cannot copy from each other ({copies}), and {why}")
+        let why = hindrance.filter(|other| *other != why).map_or(why.clone(), |memory| {
+            format!("they do not reach each other's memory ({memory}), and {why}")
         });
         let line = format!("gradients go from GPU to GPU through the host's memory: {why}");
         return Ok(Some((LogLevel::Warning, line)));
@@ -113,8 +113,8 @@ fn without_nccl(ranks: &Ranks, all: &[Said<'_>]) -> Option<String> {
     Some(format!("rank 0 has NCCL {first}, {} {other}; use one release", name(ranks, rank)))
 }
 
-/// Why GPUs cannot copy from each other; None where they are linked so.
-fn by_copies(cuda: &mut Cuda, ranks: &Ranks) -> Result<Option<String>> {
+/// Why GPUs do not reach each other's memory; None where they are linked so.
+fn by_memory(cuda: &mut Cuda, ranks: &Ranks) -> Result<Option<String>> {
     if ranks.on_this_host() < ranks.size() {
         // On all ranks, for none then has all of them on its host.
         return Ok(Some("they are on several hosts".to_owned()));
@@ -132,7 +132,7 @@ fn by_copies(cuda: &mut Cuda, ranks: &Ranks) -> Result<Option<String>> {
     let all = (0..ranks.size()).map(|_| Ok(Exported::zeroed()));
     let mut all = collect("what ranks are linked by", all)?;
     ranks.all_gather(bytemuck::bytes_of(&mine), bytemuck::cast_slice_mut(&mut all))?;
-    let linked = cuda.link_by_copies(words, &all, ranks.rank(), ranks.timeout);
+    let linked = cuda.link_by_memory(words, &all, ranks.rank(), ranks.timeout);
     let why = said(linked.err().as_deref().unwrap_or_default())?;
     if why.is_some() {
         cuda.unlink();

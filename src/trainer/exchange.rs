@@ -164,10 +164,10 @@ impl<B: Backend> Exchange<B> {
             backend.begin_exchange(&mut buckets, gradients, &self.kept[..self.in_use])?;
             // While the last of it is on its way, and broken connections show at once.
             let counts = self.sum_counts(backend, workspace, reduction, ranks)?;
+            backend.set_losses(reduction, counts.losses)?;
             let started = Instant::now();
             backend.end_exchange(&mut buckets)?;
             self.seconds += started.elapsed().as_secs_f64();
-            backend.set_losses(reduction, counts.losses)?;
             Ok(counts.raised_blocks)
         })();
         if exchanged.is_err() {

@@ -48,9 +48,9 @@ With MPI.jl, which this package does not depend on:
     )
     engine = Engine(group = group)
 
-Gradients go from GPU to GPU by copies where the GPUs are of one host and reach each other, else by
-NCCL where all ranks have it, else by the functions (`transport = :auto`). `:peer`, `:nccl` and `:host`
-name one of these ways, and are an error where it cannot be. A rank is waited for `timeout_seconds`
+Gradients go from GPU to GPU where these are of one host and reach each other's memory, else by NCCL
+where all ranks have it, else by the functions (`transport = :auto`). `:peer`, `:nccl` and `:host` name
+one of these ways, and are an error where it cannot be. A rank is waited for `timeout_seconds`
 between GPUs.
 
 A function may wait for other tasks, so ranks can also be tasks of one process.

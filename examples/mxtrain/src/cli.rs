@@ -203,8 +203,8 @@ pub(crate) struct RanksArgs {
     #[arg(long, value_name = "HOW", value_parser = ["env"], conflicts_with_all = ["gpus", "ranks"])]
     pub(crate) group: Option<String>,
 
-    /// How gradients get from GPU to GPU: peer, by copies where the GPUs are of one machine and reach each
-    /// other; nccl; host, through its memory; or auto, the first of these that can be. No bit depends on
+    /// How gradients get from GPU to GPU: peer, where these are of one machine and reach each other's
+    /// memory; nccl; host, through its memory; or auto, the first of these that can be. No bit depends on
     /// it
     #[arg(long, value_name = "HOW", default_value_t = Transport::default())]
     pub(crate) transport: Transport,

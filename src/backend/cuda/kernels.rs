@@ -80,7 +80,8 @@ pub(super) static FILES: [File; 34] = [
     }),
     file!("estimate", ["numbers.cuh"], |_| of("estimate")),
     file!("exchange", [], |_| {
-        of("join_gradients sum_parts<0> sum_parts<2> sum_parts<4> sum_parts<8>")
+        of("join_gradients sum_parts<0> sum_parts<2> sum_parts<4> sum_parts<8> sum_peers<2> \
+            sum_peers<3> sum_peers<4> sum_peers<5> sum_peers<6> sum_peers<7> sum_peers<8>")
     }),
     file!("follow", ["numbers.cuh"], |_| {
         of("update_mean begin_track observe add_observations find_intervals reset_oscillating")

@@ -1,10 +1,9 @@
-//! Memory of GPUs that copy from each other without anybody's processors: those of one host that can
-//! reach each other, over NVLink or PCIe. Their copy engines move gradients while all
-//! multiprocessors work, which NCCL's kernels take some of.
+//! Memory of GPUs that reach each other, over NVLink or PCIe: each process maps the others' memory, and
+//! its kernels read and write there.
 //!
-//! Each process maps the others' memory, and words in which they tell each other how far they are. A
-//! stream waits for such a word without anybody's help. One that waits for a rank that is gone is
-//! released by its own process, which first tells all others to believe nothing from it any more.
+//! Processes tell each other how far they are in words of device memory, for which a stream waits without
+//! anybody's help. One that waits for a rank that is gone is released by its own process, which first
+//! tells all others to believe nothing from it any more.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -204,16 +203,6 @@ impl Peers {
         let result =
             unsafe { sys::cuStreamWaitValue32_v2(beside.stream(), place, count, at_least) };
         self.gpu.note("hearing from another GPU", result);
-    }
-
-    /// Copies between memory that is mapped, or this GPU's.
-    pub(crate) fn copy(&self, beside: &Beside, from: u64, bytes: usize, to: u64) {
-        if bytes == 0 {
-            return;
-        }
-        // SAFETY: both are so long, as the caller says.
-        let result = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, beside.stream()) };
-        self.gpu.note("copying from GPU to GPU", result);
     }
 
     /// The words that others have written: four of each rank.

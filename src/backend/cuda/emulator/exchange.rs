@@ -68,3 +68,35 @@ fn parts_of_ranks_are_summed_in_the_order_of_the_tree() {
         }
     }
 }
+
+type PeersKernel = unsafe extern "C" fn([*mut [f32; 4]; 8], u64);
+
+/// What lies before and behind a slice stays.
+#[test]
+fn a_sum_is_in_the_memory_of_all() {
+    let Some(emulator) = Emulator::new("exchange") else { return };
+    let large = |(i, value): (usize, f32)| value * [1.0, 1e6, 1e-6][i % 3];
+    for (count, vectors) in
+        [(2, 1), (2, 1400), (3, 700), (4, 900), (5, 33), (6, 64), (7, 33), (8, 300)]
+    {
+        let parts: Vec<f32> =
+            random(4 * vectors * count, 4).into_iter().enumerate().map(large).collect();
+        let mut expected = parts.clone();
+        comm::sum_parts(&mut expected, count);
+        let expected = [&[7.0; 4], &expected[..4 * vectors], &[7.0; 4]].concat();
+        let mut all: Vec<Vec<[f32; 4]>> = parts
+            .chunks(4 * vectors)
+            .map(|part| [&[[7.0; 4]], part.as_chunks().0, &[[7.0; 4]]].concat())
+            .collect();
+        let mut of = [std::ptr::null_mut(); 8];
+        for (place, one) in of.iter_mut().zip(&mut all) {
+            *place = one[1..].as_mut_ptr();
+        }
+        let sum: PeersKernel = emulator.kernel(&format!("sum_peers<{count}>"));
+        emulator.run(SCHEDULES[count % 3], [3, 1], 64, || {
+            // SAFETY: buffers are as long as the kernel is told.
+            unsafe { sum(of, vectors as u64) };
+        });
+        assert!(all.iter().all(|one| one.as_flattened() == expected), "{count}: {vectors}");
+    }
+}
