@@ -1,9 +1,9 @@
-"""Several GPUs: mxtrain on one and on all of them in turn, and PyTorch's DDP on as many.
+"""Several GPUs: mxtrain on each of them alone, then on all, and PyTorch's DDP on as many.
 
-Each rank makes one micro-batch a step, the hardest case. Prints the median of a step's time, and how
-many tokens a second that is; `efficiency` is tokens a second over those of one GPU times their
-number, `ratio` over those of DDP (bf16, torch.compile, fused AdamW, as in gpu.py). Runs are in
-turn and twice; the better of the two counts for each.
+Each rank makes one micro-batch a step, the hardest case. Prints tokens a second by the median of a
+step's time; `efficiency` is that over the sum of what each GPU does alone, since no two are equally
+fast, `ratio` over DDP (bf16, torch.compile, fused AdamW, as in gpu.py). Everything is run in turn,
+--rounds times, of which the best counts.
 """
 
 import argparse
@@ -127,6 +127,7 @@ def main():
     parser.add_argument("--transports", default="auto")
     parser.add_argument("--recipe", default="fp8-mxfp4-rht-sr")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--mxtrain", required=True)
     parser.add_argument("--data", required=True, help="folder that `mxtrain prepare` made")
     parser.add_argument("--skip-ddp", action="store_true")
@@ -138,23 +139,25 @@ def main():
     for model in options.models.split(","):
         shape = MODELS[model]
         tokens = shape[3] * shape[4]
+        alone = [f"--device cuda:{gpu}" for gpu in range(gpus)]
         best = {}
-        for where in 2 * ["--device cuda:0", *ways]:
+        for where in options.rounds * [*alone, *ways]:
             best[where] = min(
                 best.get(where, (math.inf, 0)), of_mxtrain(options, shape, where, options.steps)
             )
-        one = tokens / best["--device cuda:0"][0]
+        sum_of_all = sum(tokens / best[where][0] for where in alone)
         peer = 0.0
         if not options.skip_ddp:
             peer = gpus * tokens / of_ddp(shape, gpus, options.steps)
             print(f"{model} {'DDP':32} {peer:9.0f} tokens/s", flush=True)
-        print(f"{model} {'--device cuda:0':32} {one:9.0f} tokens/s", flush=True)
+        for where in alone:
+            print(f"{model} {where:32} {tokens / best[where][0]:9.0f} tokens/s", flush=True)
         for where in ways:
             seconds, exchange = best[where]
             rate = gpus * tokens / seconds
             print(
                 f"{model} {where:32} {rate:9.0f} tokens/s, exchange {1e3 * exchange:.2f} ms of "
-                f"{1e3 * seconds:.2f}, efficiency {rate / one / gpus:.3f}"
+                f"{1e3 * seconds:.2f}, efficiency {rate / sum_of_all:.3f}"
                 + (f", ratio {rate / peer:.3f}" if peer else ""),
                 flush=True,
             )

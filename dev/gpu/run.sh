@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Tests and measures on a machine with an NVIDIA GPU; Rust is not needed, but what dev/gpu/pack.sh made.
 #
-# Usage: dev/gpu/run.sh [FOLDER [PART..]]    (default: target/gpu, all parts)
+# Usage: dev/gpu/run.sh [FOLDER [PART..]]    (default: target/gpu, all parts but the last)
 #
 #   tests      operations against their scalar twins, training against oracle, CPU and recorded bits
 #   sanitizer  a small model under compute-sanitizer's memcheck and racecheck
 #   train      mxtrain from text to a sample, resumed, and moved to the CPU and back
 #   bench      training steps of every model
 #   peers      PyTorch in turn with ours
+#   scale      all GPUs in turn with each of them alone and with PyTorch's DDP
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 folder=$(realpath "${1:-target/gpu}")
@@ -68,6 +69,16 @@ peers() {
         heading "$model"
         MXT_GPU_BENCH=$folder/train_step dev/gpu/peers.sh --model "$model"
     done
+}
+
+scale() {
+    heading "several GPUs"
+    local work
+    work=$(mktemp -d)
+    seq 1 400000 > "$work/text.txt"
+    "$folder/mxtrain" prepare --tokenizer gpt2 "$work/text.txt" --out "$work/data" > /dev/null
+    NCCL_NVLS_ENABLE=0 python3 benches/peers/scale.py --mxtrain "$folder/mxtrain" --data "$work/data"
+    rm -r "$work"
 }
 
 for part in "${parts[@]}"; do "$part"; done
